@@ -1,0 +1,1 @@
+//! Checkpoint engine between processes of one host.

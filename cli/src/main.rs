@@ -1,0 +1,3 @@
+//! The `ckpt-engine` program.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Moves a model's weights from a trainer to its inference engines.
