@@ -1,1 +1,7 @@
-//! The checkpoint engine's contract.
+//! The contract of a checkpoint engine, and everything of it that no device needs.
+
+mod error;
+mod ids;
+
+pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
+pub use ids::{Rank, Version};
