@@ -1,0 +1,126 @@
+//! `cast`: floating-point weights in another type, converted as they are packed.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use futures::StreamExt;
+use half::{bf16, f16};
+
+use super::WeightStream;
+use crate::{DType, Encoding, Error, ErrorKind, Result, TensorMeta, Treatment, Weight};
+
+pub(super) fn cast(weights: WeightStream<'_>, to: DType) -> WeightStream<'_> {
+    WeightStream::new(weights.map(move |weight| weight.and_then(|weight| cast_weight(weight, to))))
+}
+
+fn cast_weight(weight: Weight, to: DType) -> Result<Weight> {
+    let from = weight.meta().dtype;
+    if from == to || !is_float(from) {
+        return Ok(weight);
+    }
+    if !is_float(to) {
+        return Err(Error::new(
+            ErrorKind::Weight,
+            "casting a weight",
+            format!("there is no cast to {to}, only to BF16, F16, F32 and F64"),
+        )
+        .tensor(weight.name()));
+    }
+    let meta = TensorMeta { dtype: to, ..weight.meta().clone() };
+    Weight::encoded(meta, Arc::new(Cast { source: weight, from, to }), Treatment::Plain)
+}
+
+fn is_float(dtype: DType) -> bool {
+    matches!(dtype, DType::BF16 | DType::F16 | DType::F32 | DType::F64)
+}
+
+#[derive(Debug)]
+struct Cast {
+    source: Weight,
+    from: DType,
+    to: DType,
+}
+
+/// Elements converted at a time, on the stack.
+const PIECE: usize = 1024;
+
+impl Encoding for Cast {
+    fn name(&self) -> &'static str {
+        "cast"
+    }
+
+    fn source_bytes(&self) -> u64 {
+        self.source.source_bytes()
+    }
+
+    fn granule(&self) -> u64 {
+        self.to.bits() / 8
+    }
+
+    fn is_deferred(&self) -> bool {
+        self.source.is_deferred()
+    }
+
+    fn encode_host(&self, range: Range<u64>, destination: &mut [u8]) -> Result<()> {
+        let (read, write) = ((self.from.bits() / 8) as usize, (self.to.bits() / 8) as usize);
+        let (mut source, mut output) = ([0; PIECE * 8], [0; PIECE * 8]);
+        let mut first = range.start / write as u64;
+        let mut skip = (range.start % write as u64) as usize;
+        let mut written = 0;
+        while written < destination.len() {
+            let left = (destination.len() - written + skip).div_ceil(write);
+            let count = left.min(PIECE);
+            let source = &mut source[..count * read];
+            let start = first * read as u64;
+            self.source.encode(start..start + source.len() as u64, source)?;
+            let output = &mut output[..count * write];
+            convert(self.from, source, self.to, output);
+            let take = (output.len() - skip).min(destination.len() - written);
+            destination[written..written + take].copy_from_slice(&output[skip..skip + take]);
+            written += take;
+            first += count as u64;
+            skip = 0;
+        }
+        Ok(())
+    }
+}
+
+fn convert(from: DType, source: &[u8], to: DType, output: &mut [u8]) {
+    /// Through `$via`, which holds every value of both types exactly, so that one rounding happens.
+    macro_rules! through {
+        ($via:ty, $read:ty => $($to:pat => $write:expr),*) => {
+            match to { $($to => each(source, output, |bytes| {
+                let value: $via = <$read>::from_le_bytes(bytes).into();
+                #[allow(clippy::redundant_closure_call, reason = "one shape for all pairs")]
+                ($write)(value).to_le_bytes()
+            }),)* _ => {} }
+        };
+    }
+    macro_rules! all {
+        ($via:ty, $read:ty, $f32:expr, $f16:expr, $bf16:expr) => {
+            through!($via, $read =>
+                DType::F32 => $f32, DType::F16 => $f16, DType::BF16 => $bf16, DType::F64 => f64::from)
+        };
+    }
+    match from {
+        DType::F64 => {
+            all!(f64, f64, |v| v as f32, f16::from_f64, bf16::from_f64);
+        }
+        DType::F32 => all!(f32, f32, |v: f32| v, f16::from_f32, bf16::from_f32),
+        DType::F16 => all!(f32, f16, |v: f32| v, f16::from_f32, bf16::from_f32),
+        DType::BF16 => all!(f32, bf16, |v: f32| v, f16::from_f32, bf16::from_f32),
+        _ => {}
+    }
+}
+
+fn each<const R: usize, const W: usize>(
+    source: &[u8],
+    output: &mut [u8],
+    mut convert: impl FnMut([u8; R]) -> [u8; W],
+) {
+    let (source, _) = source.as_chunks::<R>();
+    let (output, _) = output.as_chunks_mut::<W>();
+    for (from, to) in source.iter().zip(output) {
+        *to = convert(*from);
+    }
+}

@@ -1,0 +1,520 @@
+//! Weights: named tensors, where their bytes are, and how they get into a bucket.
+
+use std::any::Any;
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::{DType, Error, ErrorKind, Result};
+
+/// The name, type and shape of a tensor as it travels.
+///
+/// Cloning shares the name and the shape.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct TensorMeta {
+    /// The checkpoint's name of the tensor: `model.layers.0.mlp.up_proj.weight`.
+    pub name: Arc<str>,
+    /// The type of its elements.
+    pub dtype: DType,
+    /// Its dimensions, slowest first. Empty for a scalar.
+    pub shape: Arc<[u64]>,
+}
+
+impl TensorMeta {
+    /// The longest name that travels, in bytes.
+    pub const MAX_NAME_BYTES: usize = 4096;
+    /// The most dimensions that travel.
+    pub const MAX_DIMENSIONS: usize = 32;
+
+    /// The description of a tensor.
+    pub fn new(name: impl Into<Arc<str>>, dtype: DType, shape: impl Into<Arc<[u64]>>) -> Self {
+        Self { name: name.into(), dtype, shape: shape.into() }
+    }
+
+    /// The number of elements; 1 for a scalar.
+    ///
+    /// # Errors
+    ///
+    /// `Weight` if the product of the dimensions does not fit 64 bits.
+    pub fn elements(&self) -> Result<u64> {
+        self.shape
+            .iter()
+            .try_fold(1_u64, |product, &dimension| product.checked_mul(dimension))
+            .ok_or_else(|| self.invalid(format!("the shape {:?} overflows", self.shape)))
+    }
+
+    /// The number of bytes of the contiguous tensor.
+    ///
+    /// # Errors
+    ///
+    /// `Weight` if the size does not fit 64 bits, or if elements smaller than a byte do not fill
+    /// whole bytes.
+    pub fn byte_len(&self) -> Result<u64> {
+        let bits = self
+            .elements()?
+            .checked_mul(self.dtype.bits())
+            .ok_or_else(|| self.invalid(format!("the shape {:?} overflows", self.shape)))?;
+        if bits % 8 != 0 {
+            return Err(self.invalid(format!(
+                "{:?} elements of type {} do not fill whole bytes",
+                self.shape, self.dtype
+            )));
+        }
+        Ok(bits / 8)
+    }
+
+    /// Checks everything about a description that comes from outside, and returns its byte size.
+    ///
+    /// # Errors
+    ///
+    /// `Weight` for an empty or overlong name, too many dimensions, or a size that overflows.
+    pub fn validate(&self) -> Result<u64> {
+        if self.name.is_empty() || self.name.len() > Self::MAX_NAME_BYTES {
+            return Err(Error::new(
+                ErrorKind::Weight,
+                "checking a weight",
+                format!("a name of {} bytes", self.name.len()),
+            ));
+        }
+        if self.shape.len() > Self::MAX_DIMENSIONS {
+            return Err(self.invalid(format!("{} dimensions", self.shape.len())));
+        }
+        self.byte_len()
+    }
+
+    fn invalid(&self, message: String) -> Error {
+        Error::new(ErrorKind::Weight, "checking a weight", message).tensor(&*self.name)
+    }
+}
+
+/// How a weight is turned into the bytes that travel, when it is not simply copied.
+///
+/// An encoding is *data* that describes the work (cast these elements; quantise these blocks) and
+/// holds its own source. The kind of memory that the bucket lives in carries it out, all weights of
+/// a bucket at once: host memory through [`encode_host`](Self::encode_host), another kind of memory
+/// by recognising the concrete type (`&dyn Encoding` upcasts to `&dyn Any`).
+///
+/// # Contract
+///
+/// `encode_host` is a pure function of the range: any division of the output into ranges, encoded
+/// in any order, on any number of threads, gives the same bytes as one call for the whole. That is
+/// what lets a weight larger than a bucket be split anywhere.
+pub trait Encoding: Any + fmt::Debug + Send + Sync {
+    /// A short name for reports and errors: `cast`, `fp8`.
+    fn name(&self) -> &'static str;
+
+    /// Bytes read from the trainer's memory to produce the whole output.
+    fn source_bytes(&self) -> u64;
+
+    /// Where splitting costs nothing: ranges that begin and end at multiples of this many output
+    /// bytes never make two calls read the same source. At least 1.
+    fn granule(&self) -> u64 {
+        1
+    }
+
+    /// Whether this weight's bytes exist only after other weights of the stream were encoded (the
+    /// scales of a quantised weight). Such a weight follows the ones that it needs in the stream.
+    fn is_deferred(&self) -> bool {
+        false
+    }
+
+    /// Writes the bytes `range` of the output to `destination`, whose length is that of the range.
+    ///
+    /// # Errors
+    ///
+    /// Whatever makes the weight impossible to encode, naming the tensor.
+    fn encode_host(&self, range: Range<u64>, destination: &mut [u8]) -> Result<()>;
+}
+
+/// What happened to a weight on its way, counted in every report.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Treatment {
+    /// Nothing: it travels as the trainer has it, and nobody was asked to change it.
+    #[default]
+    Plain,
+    /// It was quantised.
+    Quantized,
+    /// The scales of a quantised weight. Not counted as a tensor of its own.
+    Scale,
+    /// It was left as it is although quantisation is on, for the reason given.
+    Kept(Arc<str>),
+    /// It was quantised already when it arrived.
+    PassedThrough,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Content {
+    Plain { bytes: Bytes, strides: Option<Arc<[i64]>>, offset: u64 },
+    Encoded(Arc<dyn Encoding>),
+}
+
+/// A named tensor on its way to the rollouts.
+///
+/// It shares the memory of its source by reference count, so that cloning and passing it on are
+/// free, and nothing is copied before it is encoded into a bucket.
+#[derive(Clone)]
+pub struct Weight {
+    pub(crate) meta: TensorMeta,
+    pub(crate) content: Content,
+    pub(crate) treatment: Treatment,
+    pub(crate) byte_len: u64,
+}
+
+impl Weight {
+    /// A contiguous tensor in host memory.
+    ///
+    /// `bytes` holds the elements in row-major order, little-endian. [`Bytes::from_owner`] wraps
+    /// anything that owns memory (a mapped file, an `Arc` of a tensor's storage) without a copy.
+    ///
+    /// # Errors
+    ///
+    /// `Weight` if the length is not that of the type and shape, or the description is invalid.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use engine_core::{DType, Weight};
+    ///
+    /// let weight = Weight::new("lm_head.weight", DType::BF16, [2, 3], vec![0_u8; 12])?;
+    /// assert_eq!(weight.byte_len(), 12);
+    /// assert!(Weight::new("too.short", DType::F32, [2, 3], vec![0_u8; 12]).is_err());
+    /// # Ok::<(), engine_core::Error>(())
+    /// ```
+    pub fn new(
+        name: impl Into<Arc<str>>,
+        dtype: DType,
+        shape: impl Into<Arc<[u64]>>,
+        bytes: impl Into<Bytes>,
+    ) -> Result<Self> {
+        Self::from_meta(TensorMeta::new(name, dtype, shape), bytes)
+    }
+
+    /// A contiguous tensor in host memory, for a description that exists already.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn from_meta(meta: TensorMeta, bytes: impl Into<Bytes>) -> Result<Self> {
+        let byte_len = meta.validate()?;
+        let bytes = bytes.into();
+        if bytes.len() as u64 != byte_len {
+            return Err(meta.invalid(format!(
+                "{} bytes were given for {} {:?}, which needs {byte_len}",
+                bytes.len(),
+                meta.dtype,
+                meta.shape
+            )));
+        }
+        let content = Content::Plain { bytes, strides: None, offset: 0 };
+        Ok(Self { meta, content, treatment: Treatment::Plain, byte_len })
+    }
+
+    /// A tensor whose elements are not contiguous: a transposed or sliced view.
+    ///
+    /// Element `[i, j, …]` is at byte `(offset + i·strides[0] + j·strides[1] + …) · size` of
+    /// `bytes`, all counted in elements. It is packed as it is written into the bucket.
+    ///
+    /// # Errors
+    ///
+    /// `Weight` if the number of strides is not that of dimensions, if any element lies outside
+    /// `bytes`, or if the elements are smaller than a byte.
+    pub fn strided(
+        name: impl Into<Arc<str>>,
+        dtype: DType,
+        shape: impl Into<Arc<[u64]>>,
+        strides: impl Into<Arc<[i64]>>,
+        offset: u64,
+        bytes: impl Into<Bytes>,
+    ) -> Result<Self> {
+        let meta = TensorMeta::new(name, dtype, shape);
+        let byte_len = meta.validate()?;
+        let (strides, bytes) = (strides.into(), bytes.into());
+        if strides.len() != meta.shape.len() {
+            return Err(meta.invalid(format!(
+                "{} strides for {} dimensions",
+                strides.len(),
+                meta.shape.len()
+            )));
+        }
+        let Some(size) = dtype.bytes() else {
+            return Err(meta.invalid(format!("a strided view of {dtype} elements")));
+        };
+        if byte_len > 0 {
+            let (mut low, mut high) = (i128::from(offset), i128::from(offset));
+            for (&dimension, &stride) in meta.shape.iter().zip(strides.iter()) {
+                let reach = i128::from(dimension - 1) * i128::from(stride);
+                if reach < 0 { low += reach } else { high += reach }
+            }
+            let available = bytes.len() as i128 / i128::from(size);
+            if low < 0 || high >= available {
+                return Err(meta.invalid(format!(
+                    "the view reaches elements {low} to {high} of a storage of {available}"
+                )));
+            }
+        }
+        let content = Content::Plain { bytes, strides: Some(strides), offset };
+        Ok(Self { meta, content, treatment: Treatment::Plain, byte_len }.simplified(size))
+    }
+
+    /// A weight whose bytes an encoding produces.
+    ///
+    /// # Errors
+    ///
+    /// `Weight` if the description is invalid.
+    pub fn encoded(
+        meta: TensorMeta,
+        encoding: Arc<dyn Encoding>,
+        treatment: Treatment,
+    ) -> Result<Self> {
+        let byte_len = meta.validate()?;
+        Ok(Self { meta, content: Content::Encoded(encoding), treatment, byte_len })
+    }
+
+    /// A strided view that happens to be contiguous is a plain one, which copies faster.
+    fn simplified(mut self, size: u64) -> Self {
+        let Content::Plain { bytes, strides: Some(strides), offset } = &self.content else {
+            return self;
+        };
+        let mut expected = 1_i128;
+        let contiguous = self.meta.shape.iter().zip(strides.iter()).rev().all(|(&n, &stride)| {
+            let matches = n <= 1 || i128::from(stride) == expected;
+            expected *= i128::from(n);
+            matches
+        });
+        if contiguous || self.byte_len == 0 {
+            let start = if self.byte_len == 0 { 0 } else { (offset * size) as usize };
+            let bytes = bytes.slice(start..start + self.byte_len as usize);
+            self.content = Content::Plain { bytes, strides: None, offset: 0 };
+        }
+        self
+    }
+
+    /// Name, type and shape as they travel.
+    pub fn meta(&self) -> &TensorMeta {
+        &self.meta
+    }
+
+    /// The tensor's name.
+    pub fn name(&self) -> &str {
+        &self.meta.name
+    }
+
+    /// Bytes that travel.
+    pub fn byte_len(&self) -> u64 {
+        self.byte_len
+    }
+
+    /// Bytes read from the trainer's memory.
+    pub fn source_bytes(&self) -> u64 {
+        match &self.content {
+            Content::Plain { .. } => self.byte_len,
+            Content::Encoded(encoding) => encoding.source_bytes(),
+        }
+    }
+
+    /// The encoding, unless the weight is copied as it is.
+    pub fn encoding(&self) -> Option<&Arc<dyn Encoding>> {
+        match &self.content {
+            Content::Plain { .. } => None,
+            Content::Encoded(encoding) => Some(encoding),
+        }
+    }
+
+    /// The tensor's bytes where they lie contiguous in host memory, shared and not copied.
+    pub fn contiguous_bytes(&self) -> Option<&Bytes> {
+        match &self.content {
+            Content::Plain { bytes, strides: None, .. } => Some(bytes),
+            _ => None,
+        }
+    }
+
+    /// What happened to the weight so far.
+    pub fn treatment(&self) -> &Treatment {
+        &self.treatment
+    }
+
+    /// The same weight under another name.
+    #[must_use]
+    pub fn with_name(mut self, name: impl Into<Arc<str>>) -> Self {
+        self.meta.name = name.into();
+        self
+    }
+
+    /// The same weight, recorded as treated so.
+    #[must_use]
+    pub fn with_treatment(mut self, treatment: Treatment) -> Self {
+        self.treatment = treatment;
+        self
+    }
+
+    /// Where splitting the weight over buckets costs nothing, in bytes.
+    pub fn granule(&self) -> u64 {
+        match &self.content {
+            Content::Plain { .. } => 1,
+            Content::Encoded(encoding) => encoding.granule().max(1),
+        }
+    }
+
+    /// Whether the weight's bytes exist only after earlier weights were encoded.
+    pub fn is_deferred(&self) -> bool {
+        self.encoding().is_some_and(|encoding| encoding.is_deferred())
+    }
+
+    /// Writes the bytes `range` of the tensor, as they travel, to `destination`.
+    ///
+    /// # Errors
+    ///
+    /// `Weight` if the range is not within the tensor or `destination` has another length, and
+    /// whatever its encoding reports; all name the tensor.
+    pub fn encode(&self, range: Range<u64>, destination: &mut [u8]) -> Result<()> {
+        let len = range.end.checked_sub(range.start);
+        if range.end > self.byte_len || len != Some(destination.len() as u64) {
+            return Err(self.meta.invalid(format!(
+                "bytes {range:?} of {} asked into {} bytes",
+                self.byte_len,
+                destination.len()
+            )));
+        }
+        match &self.content {
+            Content::Plain { bytes, strides: None, .. } => {
+                destination.copy_from_slice(&bytes[range.start as usize..range.end as usize]);
+                Ok(())
+            }
+            Content::Plain { bytes, strides: Some(strides), offset } => {
+                // `strided` refuses types whose elements share bytes.
+                let size = self.meta.dtype.bytes().unwrap_or(1) as usize;
+                let view = Strided { shape: &self.meta.shape, strides, offset: *offset, size };
+                view.pack(bytes, range.start, destination);
+                Ok(())
+            }
+            Content::Encoded(encoding) => {
+                encoding.encode_host(range, destination).map_err(|e| e.tensor(self.name()))
+            }
+        }
+    }
+
+    /// The whole tensor as contiguous bytes: shared where they are, encoded into new memory where
+    /// they are not.
+    ///
+    /// # Errors
+    ///
+    /// As [`encode`](Self::encode).
+    pub fn to_bytes(&self) -> Result<Bytes> {
+        if let Some(bytes) = self.contiguous_bytes() {
+            return Ok(bytes.clone());
+        }
+        let mut bytes = vec![0; self.byte_len as usize];
+        self.encode(0..self.byte_len, &mut bytes)?;
+        Ok(bytes.into())
+    }
+}
+
+impl fmt::Debug for Weight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Weight")
+            .field("meta", &self.meta)
+            .field("encoding", &self.encoding().map_or("copy", |encoding| encoding.name()))
+            .field("treatment", &self.treatment)
+            .finish_non_exhaustive()
+    }
+}
+
+struct Strided<'a> {
+    shape: &'a [u64],
+    strides: &'a [i64],
+    offset: u64,
+    size: usize,
+}
+
+impl Strided<'_> {
+    /// Packs the output bytes from `start` on, row by row of the innermost dimension.
+    ///
+    /// The range may begin and end in the middle of an element; bounds were checked when the weight
+    /// was made, so the slicing below cannot fail.
+    fn pack(&self, source: &[u8], start: u64, mut destination: &mut [u8]) {
+        let size = self.size as u64;
+        let mut element = start / size;
+        let mut skip = (start % size) as usize;
+        let row = self.shape.last().copied().unwrap_or(1);
+        let stride = self.strides.last().copied().unwrap_or(1);
+        while !destination.is_empty() {
+            let column = element % row;
+            let mut at = self.position(element);
+            for _ in column..row {
+                let from = (at * i128::from(size)) as usize + skip;
+                let take = (self.size - skip).min(destination.len());
+                let (now, rest) = destination.split_at_mut(take);
+                now.copy_from_slice(&source[from..from + take]);
+                destination = rest;
+                skip = 0;
+                element += 1;
+                at += i128::from(stride);
+                if destination.is_empty() {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Where an element of the packed tensor lies in the storage, in elements.
+    fn position(&self, mut element: u64) -> i128 {
+        let mut at = i128::from(self.offset);
+        for (&dimension, &stride) in self.shape.iter().zip(self.strides).rev() {
+            at += i128::from(element % dimension) * i128::from(stride);
+            element /= dimension;
+        }
+        at
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_transposed_view_is_packed_row_by_row() {
+        let storage: Vec<u8> = (0..12_u8).collect();
+        // The transpose of a 2 × 3 matrix of two-byte elements.
+        let weight =
+            Weight::strided("t", DType::U16, [3, 2], [1_i64, 3], 0, storage).unwrap();
+        assert_eq!(&weight.to_bytes().unwrap()[..], [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]);
+        let mut middle = [0; 5];
+        weight.encode(3..8, &mut middle).unwrap();
+        assert_eq!(middle, [7, 2, 3, 8, 9]);
+    }
+
+    #[test]
+    fn a_contiguous_slice_of_a_storage_is_shared_not_copied() {
+        let storage = Bytes::from((0..32_u8).collect::<Vec<_>>());
+        let weight =
+            Weight::strided("s", DType::U8, [2, 4], [4_i64, 1], 8, storage.clone()).unwrap();
+        let bytes = weight.contiguous_bytes().expect("contiguous");
+        assert_eq!(bytes.as_ptr(), storage[8..].as_ptr());
+    }
+
+    #[test]
+    fn a_view_that_leaves_its_storage_is_refused() {
+        for (strides, offset) in [([4_i64, 1], 9), ([4, -1], 0), ([i64::MAX, 1], 0)] {
+            let error = Weight::strided("v", DType::U8, [2, 4], strides, offset, vec![0; 16]);
+            assert_eq!(error.unwrap_err().kind(), ErrorKind::Weight);
+        }
+    }
+
+    #[test]
+    fn sizes_that_overflow_or_share_bytes_are_refused() {
+        for (dtype, shape) in [
+            (DType::F32, vec![u64::MAX, 2]),
+            (DType::F64, vec![u64::MAX / 4]),
+            (DType::F4, vec![3]),
+        ] {
+            assert!(TensorMeta::new("x", dtype, shape).validate().is_err());
+        }
+        assert_eq!(TensorMeta::new("x", DType::F4, [2, 3]).validate().unwrap(), 3);
+        assert_eq!(TensorMeta::new("x", DType::F32, []).validate().unwrap(), 4);
+        assert_eq!(TensorMeta::new("x", DType::F32, [0, 9]).validate().unwrap(), 0);
+    }
+}
