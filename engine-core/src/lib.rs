@@ -1,8 +1,12 @@
 //! The contract of a checkpoint engine, and everything of it that no device needs.
 
+pub mod digest;
 mod dtype;
 mod error;
 mod ids;
+mod isa;
+pub mod memory;
+pub mod plan;
 mod stream;
 mod weight;
 
