@@ -1,0 +1,381 @@
+//! What a receiver gets: buckets of weights, viewed in place.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use futures::stream::{BoxStream, Stream, StreamExt};
+
+use crate::plan::BucketLayout;
+use crate::report::ReceiveReport;
+use crate::{Error, ErrorKind, Result, TensorMeta, Version, Weight, WeightStream};
+
+/// The weights of one update, as they arrive.
+///
+/// Read them bucket by bucket ([`next_bucket`](Self::next_bucket)) or tensor by tensor
+/// ([`next_tensor`](Self::next_tensor)), or [`install`](Self::install) them. Every byte was verified
+/// before it is offered.
+///
+/// # Contract
+///
+/// Views keep their bucket: the trainer does not write to it before the last view is dropped, and
+/// an update has two buckets. A receiver that keeps views therefore stops the update, until the
+/// trainer's deadline ends it with an error that names this rank. Copy what has to stay.
+///
+/// The version is complete when the end was reached without an error: every receiver has then
+/// verified it. Until then it must not be used.
+///
+/// # Cancel safety
+///
+/// Dropping it before the end aborts the update on every rank. [`fail`](Self::fail) does the same
+/// and says why.
+pub struct ReceivedWeights<'a> {
+    version: Version,
+    buckets: BoxStream<'a, Result<ReceivedBucket>>,
+    outcome: Outcome,
+    current: Option<(ReceivedBucket, usize)>,
+    partial: Option<Partial>,
+    ended: bool,
+}
+
+/// A tensor larger than a bucket, of which a part has arrived.
+struct Partial {
+    meta: TensorMeta,
+    bytes: Vec<u8>,
+}
+
+/// Where the engine leaves its report at the end, and the receiver its reason for giving up.
+#[derive(Clone, Debug, Default)]
+pub struct Outcome(Arc<Mutex<OutcomeState>>);
+
+#[derive(Debug, Default)]
+struct OutcomeState {
+    report: Option<ReceiveReport>,
+    failure: Option<Error>,
+    notes: serde_json::Value,
+}
+
+impl Outcome {
+    /// Leaves the report of a version that is complete.
+    pub fn complete(&self, report: ReceiveReport) {
+        self.lock().report = Some(report);
+    }
+
+    /// The receiver's reason for giving up, for the engine to tell the others.
+    pub fn take_failure(&self) -> Option<Error> {
+        self.lock().failure.take()
+    }
+
+    /// What the receiver wants the trainer to know, for the engine to send with the confirmation.
+    pub fn take_notes(&self) -> serde_json::Value {
+        self.lock().notes.take()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, OutcomeState> {
+        // Every change is one assignment: a panic elsewhere leaves nothing half done.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<'a> ReceivedWeights<'a> {
+    /// Wraps an engine's stream of verified buckets.
+    ///
+    /// # Contract
+    ///
+    /// For engines. The stream ends only when the version is complete, after leaving the report in
+    /// `outcome`; anything else ends with an error. Dropped before that, it aborts the update,
+    /// giving the failure in `outcome` as the reason.
+    pub fn new(
+        version: Version,
+        outcome: Outcome,
+        buckets: impl Stream<Item = Result<ReceivedBucket>> + Send + 'a,
+    ) -> Self {
+        let buckets = buckets.boxed();
+        Self { version, buckets, outcome, current: None, partial: None, ended: false }
+    }
+
+    /// The version that is arriving.
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// The next bucket, or `None` when the version is complete on every rank.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses nothing.
+    ///
+    /// # Errors
+    ///
+    /// Why the update failed. It stays failed.
+    pub async fn next_bucket(&mut self) -> Result<Option<ReceivedBucket>> {
+        if self.ended {
+            return Ok(None);
+        }
+        match self.buckets.next().await {
+            Some(Ok(bucket)) => Ok(Some(bucket)),
+            Some(Err(error)) => {
+                self.ended = true;
+                self.current = None;
+                self.partial = None;
+                Err(error)
+            }
+            None => {
+                self.ended = true;
+                Ok(None)
+            }
+        }
+    }
+
+    /// The next whole tensor, or `None` when the version is complete on every rank.
+    ///
+    /// A tensor that fits into a bucket is viewed in place. A larger one is put together in memory
+    /// of its own; use [`next_bucket`](Self::next_bucket) or [`install`](Self::install) where that
+    /// is too much.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses nothing.
+    ///
+    /// # Errors
+    ///
+    /// As [`next_bucket`](Self::next_bucket); `Resource` if a large tensor finds no memory.
+    pub async fn next_tensor(&mut self) -> Result<Option<Weight>> {
+        loop {
+            if self.current.is_none() {
+                // The exhausted bucket is released before the next one is waited for.
+                match self.next_bucket().await? {
+                    Some(bucket) => self.current = Some((bucket, 0)),
+                    None => return Ok(None),
+                }
+            }
+            let Some((bucket, next)) = &mut self.current else { continue };
+            let Some(piece) = bucket.piece(*next) else {
+                self.current = None;
+                continue;
+            };
+            *next += 1;
+            if let Some(weight) = self.assemble(piece)? {
+                return Ok(Some(weight));
+            }
+        }
+    }
+
+    fn assemble(&mut self, piece: ReceivedPiece) -> Result<Option<Weight>> {
+        let byte_len = piece.meta.byte_len()?;
+        if piece.bytes.len() as u64 == byte_len {
+            return Weight::from_meta(piece.meta, piece.bytes).map(Some);
+        }
+        if piece.start == 0 {
+            let mut bytes = Vec::new();
+            bytes.try_reserve_exact(byte_len as usize).map_err(|_| {
+                let message = format!("no memory for {byte_len} bytes");
+                Error::new(ErrorKind::Resource, "putting a tensor together", message)
+                    .tensor(&*piece.meta.name)
+            })?;
+            self.partial = Some(Partial { meta: piece.meta, bytes });
+        }
+        let Some(partial) = &mut self.partial else { return Ok(None) };
+        partial.bytes.extend_from_slice(&piece.bytes);
+        if partial.bytes.len() as u64 != byte_len {
+            return Ok(None);
+        }
+        match self.partial.take() {
+            Some(Partial { meta, bytes }) => Weight::from_meta(meta, bytes).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Hands every bucket to a destination as a whole, to the end.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future aborts the update; the destination may then hold a part of it.
+    ///
+    /// # Errors
+    ///
+    /// As [`next_bucket`](Self::next_bucket), and the destination's own, which abort the update on
+    /// every rank.
+    pub async fn install(mut self, destination: &mut dyn Install) -> Result<ReceiveReport> {
+        loop {
+            let error = match self.next_bucket().await? {
+                None => return self.finish().await,
+                Some(bucket) => match destination.install(&bucket) {
+                    Ok(()) => continue,
+                    Err(error) => error.bucket(bucket.index()).version(self.version),
+                },
+            };
+            let report = crate::ErrorReport::from(&error);
+            self.fail(error);
+            return Err(report.into());
+        }
+    }
+
+    /// Waits for the rest, ignoring it, and returns the report.
+    ///
+    /// # Errors
+    ///
+    /// As [`next_bucket`](Self::next_bucket).
+    pub async fn finish(mut self) -> Result<ReceiveReport> {
+        self.current = None;
+        while self.next_bucket().await?.is_some() {}
+        let report = self.outcome.lock().report.take();
+        report.ok_or_else(|| {
+            Error::new(ErrorKind::Aborted, "receiving weights", "the update failed before")
+                .version(self.version)
+        })
+    }
+
+    /// Tells the trainer something with this rank's confirmation; it appears in the update's report.
+    pub fn note(&self, notes: serde_json::Value) {
+        self.outcome.lock().notes = notes;
+    }
+
+    /// Gives the update up, and tells every rank why.
+    pub fn fail(self, error: Error) {
+        self.outcome.lock().failure = Some(error);
+    }
+
+    /// The tensors as a stream that another engine can send, or a combinator take.
+    pub fn into_weight_stream(self) -> WeightStream<'a> {
+        WeightStream::new(futures::stream::try_unfold(self, |mut received| async move {
+            Ok(received.next_tensor().await?.map(|weight| (weight, received)))
+        }))
+    }
+}
+
+impl fmt::Debug for ReceivedWeights<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReceivedWeights").field("version", &self.version).finish_non_exhaustive()
+    }
+}
+
+/// A bucket whose bytes arrived and were verified.
+///
+/// The trainer does not write to it before this and all views into it are dropped.
+#[derive(Clone, Debug)]
+pub struct ReceivedBucket {
+    index: u64,
+    layout: Arc<BucketLayout>,
+    bytes: Bytes,
+}
+
+impl ReceivedBucket {
+    /// A bucket of an engine: its number, its layout, and its filled bytes.
+    ///
+    /// # Errors
+    ///
+    /// `Protocol` if the layout describes other than the bytes.
+    pub fn new(index: u64, layout: Arc<BucketLayout>, bytes: Bytes) -> Result<Self> {
+        if layout.filled() != bytes.len() as u64 {
+            let message = format!("{} bytes for a layout of {}", bytes.len(), layout.filled());
+            return Err(Error::new(ErrorKind::Protocol, "opening a bucket", message).bucket(index));
+        }
+        Ok(Self { index, layout, bytes })
+    }
+
+    /// Its number within the update, from 0.
+    pub fn index(&self) -> u64 {
+        self.index
+    }
+
+    /// The parts of weights in it, in the order sent.
+    pub fn pieces(&self) -> impl ExactSizeIterator<Item = ReceivedPiece> + '_ {
+        self.layout.pieces().iter().map(|piece| self.view(piece))
+    }
+
+    fn piece(&self, index: usize) -> Option<ReceivedPiece> {
+        self.layout.pieces().get(index).map(|piece| self.view(piece))
+    }
+
+    fn view(&self, piece: &crate::plan::Piece) -> ReceivedPiece {
+        let at = piece.offset as usize;
+        ReceivedPiece {
+            meta: piece.meta.clone(),
+            start: piece.start,
+            bytes: self.bytes.slice(at..at + piece.len as usize),
+        }
+    }
+}
+
+/// A part of a weight: all of it, or a chunk of one that is larger than a bucket.
+#[derive(Clone, Debug)]
+pub struct ReceivedPiece {
+    /// The weight.
+    pub meta: TensorMeta,
+    /// Where the part begins in the weight, in bytes.
+    pub start: u64,
+    /// Its bytes, viewed in place.
+    pub bytes: Bytes,
+}
+
+/// A destination that whole buckets are installed into.
+pub trait Install: Send {
+    /// Copies everything of a bucket to its place.
+    ///
+    /// # Errors
+    ///
+    /// Whatever keeps a tensor from its place; it aborts the update on every rank.
+    fn install(&mut self, bucket: &ReceivedBucket) -> Result<()>;
+}
+
+/// A model's tensors in host memory, by name: a destination that grows as weights arrive.
+///
+/// Memory is allocated at the first update and reused for tensors whose size stays.
+#[derive(Debug, Default)]
+pub struct TensorMap(BTreeMap<Arc<str>, (TensorMeta, Vec<u8>)>);
+
+impl TensorMap {
+    /// A map without tensors.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The number of tensors.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is no tensor.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// A tensor's description and bytes.
+    pub fn get(&self, name: &str) -> Option<(&TensorMeta, &[u8])> {
+        self.0.get(name).map(|(meta, bytes)| (meta, bytes.as_slice()))
+    }
+
+    /// All tensors, by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&TensorMeta, &[u8])> {
+        self.0.values().map(|(meta, bytes)| (meta, bytes.as_slice()))
+    }
+}
+
+impl Install for TensorMap {
+    fn install(&mut self, bucket: &ReceivedBucket) -> Result<()> {
+        use rayon::prelude::*;
+
+        // Each destination is taken out of the map, so that all can be written in parallel.
+        let mut places = Vec::with_capacity(bucket.pieces().len());
+        for piece in bucket.pieces() {
+            let name = piece.meta.name.clone();
+            let mut bytes = match self.0.remove(&name) {
+                Some((_, bytes)) => bytes,
+                None => Vec::new(),
+            };
+            let byte_len = piece.meta.byte_len()? as usize;
+            bytes.resize(byte_len, 0);
+            places.push((name, piece, bytes));
+        }
+        places.par_iter_mut().with_min_len(16).for_each(|(_, piece, bytes)| {
+            let start = piece.start as usize;
+            bytes[start..start + piece.bytes.len()].copy_from_slice(&piece.bytes);
+        });
+        for (name, piece, bytes) in places {
+            self.0.insert(name, (piece.meta, bytes));
+        }
+        Ok(())
+    }
+}

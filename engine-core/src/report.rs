@@ -1,0 +1,151 @@
+//! What an update did, in numbers.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Rank, Treatment, Version, Weight};
+
+/// Where a version stands at a receiver.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VersionState {
+    /// Weights are arriving.
+    #[default]
+    Staging,
+    /// All weights arrived and were verified here; other receivers may not be that far.
+    Ready,
+    /// Every receiver has verified the version.
+    Active,
+    /// The update failed: the version must not be used.
+    Aborted,
+}
+
+/// The tensors of an update by what happened to them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TensorCounts {
+    /// Weights of the stream, scales of quantised ones not counted.
+    pub tensors: u64,
+    /// Weights that were quantised.
+    pub quantized: u64,
+    /// Weights that were left as they are although quantisation is on.
+    pub kept: u64,
+    /// Weights that were quantised already.
+    pub passed_through: u64,
+    /// Why weights were kept: the reason, and how many.
+    pub kept_reasons: BTreeMap<String, u64>,
+    /// Bytes read from the trainer's memory.
+    pub source_bytes: u64,
+    /// Bytes of weights and scales that travelled, alignment not counted.
+    pub wire_bytes: u64,
+}
+
+impl TensorCounts {
+    /// Counts one more weight.
+    pub fn add(&mut self, weight: &Weight) {
+        self.source_bytes += weight.source_bytes();
+        self.wire_bytes += weight.byte_len();
+        match weight.treatment() {
+            Treatment::Plain => self.tensors += 1,
+            Treatment::Scale => {}
+            Treatment::Quantized => {
+                self.tensors += 1;
+                self.quantized += 1;
+            }
+            Treatment::PassedThrough => {
+                self.tensors += 1;
+                self.passed_through += 1;
+            }
+            Treatment::Kept(reason) => {
+                self.tensors += 1;
+                self.kept += 1;
+                match self.kept_reasons.get_mut(&**reason) {
+                    Some(count) => *count += 1,
+                    None => {
+                        self.kept_reasons.insert(reason.to_string(), 1);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Where the time of an update went on the trainer. Stages overlap.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StageTimes {
+    /// Waiting for the trainer's own stream of weights.
+    pub source: Duration,
+    /// Waiting for receivers to release a bucket.
+    pub release: Duration,
+    /// Encoding weights into buckets.
+    pub encode: Duration,
+    /// Waiting for the receivers' confirmation after the last bucket.
+    pub confirm: Duration,
+}
+
+/// How one receiver ended an update.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReceiverReport {
+    /// The receiver.
+    pub rank: Rank,
+    /// The version's state there.
+    pub state: VersionState,
+    /// Seconds from the update's begin to the receiver's confirmation, by the receiver's clock.
+    pub seconds: f64,
+    /// The digest of the whole version that the receiver computed; absent if digests are off or the
+    /// transport hands memory over without a copy.
+    pub digest: Option<u64>,
+    /// The receiver's own additions: what its program found worth telling.
+    pub notes: serde_json::Value,
+}
+
+/// What a trainer's update did.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SendReport {
+    /// The version sent.
+    pub version: Version,
+    /// The tensors, by what happened to them, and their bytes.
+    pub counts: TensorCounts,
+    /// Buckets sent.
+    pub buckets: u64,
+    /// Whether names and shapes equalled the last update's, so that no metadata travelled.
+    pub plan_reused: bool,
+    /// From the call to the last receiver's confirmation.
+    pub elapsed: Duration,
+    /// Where that time went.
+    pub stages: StageTimes,
+    /// The digest of the whole version, if digests are on.
+    pub digest: Option<u64>,
+    /// Every receiver that took part.
+    pub receivers: Vec<ReceiverReport>,
+    /// Ranks of the group that took no part because their processes died or left.
+    pub absent: Vec<Rank>,
+}
+
+impl SendReport {
+    /// Source bytes per second, in 10⁹ bytes.
+    pub fn gb_per_s(&self) -> f64 {
+        let seconds = self.elapsed.as_secs_f64();
+        if seconds > 0.0 { self.counts.source_bytes as f64 / 1e9 / seconds } else { 0.0 }
+    }
+}
+
+/// What an update brought a receiver.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ReceiveReport {
+    /// The version received.
+    pub version: Version,
+    /// Its state here.
+    pub state: VersionState,
+    /// Tensors, scales included: the wire does not tell them apart.
+    pub tensors: u64,
+    /// Bytes of tensors.
+    pub bytes: u64,
+    /// Buckets received.
+    pub buckets: u64,
+    /// From the trainer's announcement to the end.
+    pub elapsed: Duration,
+    /// The digest of the whole version, if digests are on.
+    pub digest: Option<u64>,
+}
