@@ -1,6 +1,10 @@
 //! Buckets in host memory: encoding all weights of one at once, and checking one.
 
+use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use rayon::ThreadPool;
 
@@ -46,36 +50,31 @@ impl Pool {
             })
     }
 
-    /// Runs work on the pool without blocking the executor.
+    /// Starts work on the pool, without blocking the executor; the future is its result.
     ///
     /// # Cancel safety
     ///
-    /// Work that has begun goes on to its end when the future is dropped.
-    ///
-    /// # Errors
-    ///
-    /// Those of the work; `Aborted` if it panicked.
-    pub async fn run<T, F>(&self, work: F) -> Result<T>
+    /// The work goes on to its end when the future is dropped.
+    pub fn start<T, F>(&self, work: F) -> Work<T>
     where
         T: Send + 'static,
         F: FnOnce() -> Result<T> + Send + 'static,
     {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         self.0.spawn(move || {
-            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+            let result = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+                Err(Error::new(ErrorKind::Aborted, "working on a bucket", "the work panicked"))
+            });
             // Nobody waits any more if the future was dropped, and then nobody needs the result.
             drop(sender.send(result));
         });
-        match receiver.await {
-            Ok(Ok(result)) => result,
-            _ => Err(Error::new(ErrorKind::Aborted, "working on a bucket", "the work panicked")),
-        }
+        Work(receiver)
     }
 
     /// Encodes all jobs of a bucket, in parallel, and returns the bucket's digest sum if it is
     /// wanted, else 0.
     ///
-    /// Blocks; call it within [`run`](Self::run).
+    /// Blocks; call it within [`start`](Self::start).
     ///
     /// # Contract
     ///
@@ -101,13 +100,29 @@ impl Pool {
 
     /// The digest sum of a bucket with these parts.
     ///
-    /// Blocks; call it within [`run`](Self::run).
+    /// Blocks; call it within [`start`](Self::start).
     ///
     /// # Panics
     ///
     /// If a part lies outside the bucket.
     pub fn digest(&self, pieces: &[Piece], bucket: &[u8]) -> u64 {
         self.0.install(|| sum_pieces(pieces, bucket))
+    }
+}
+
+/// Work that was started on a [`Pool`]; a future of its result.
+#[derive(Debug)]
+pub struct Work<T>(tokio::sync::oneshot::Receiver<Result<T>>);
+
+impl<T> Future for Work<T> {
+    type Output = Result<T>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.0).poll(cx).map(|result| {
+            result.unwrap_or_else(|_| {
+                Err(Error::new(ErrorKind::Aborted, "working on a bucket", "the pool is gone"))
+            })
+        })
     }
 }
 
@@ -348,8 +363,8 @@ mod tests {
     #[tokio::test]
     async fn work_that_panics_is_an_error() {
         let pool = Pool::new(Some(1)).unwrap();
-        let error = pool.run::<(), _>(|| panic!("no")).await.unwrap_err();
+        let error = pool.start::<(), _>(|| panic!("no")).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Aborted);
-        assert_eq!(pool.run(|| Ok(5)).await.unwrap(), 5);
+        assert_eq!(pool.start(|| Ok(5)).await.unwrap(), 5);
     }
 }

@@ -1,0 +1,45 @@
+//! The protocol of an update: what trainer and rollouts say to each other over the control plane
+//! while buckets travel by whatever the transport is.
+//!
+//! A transport contributes a [`SendLink`] and a [`ReceiveLink`]: memory for buckets, and how a
+//! filled one gets to the other side. [`Sender`] and [`Receiver`] do the rest, the same for every
+//! transport: the plan, double buffering, digests, releases, deadlines, confirmation and commit,
+//! aborts.
+//!
+//! ```text
+//! trainer                                   rollout
+//!   Begin(update, version)          ─────▶
+//!   fill slot 0, Bucket(0)          ─────▶  verify, offer views of bucket 0
+//!   fill slot 1, Bucket(1)          ─────▶  verify, offer views of bucket 1
+//!                                   ◀─────  Release(0)      the last view is gone
+//!   fill slot 0, Bucket(2)          ─────▶  …
+//!   End(digest of the version)      ─────▶  verify the whole: Ready
+//!                                   ◀─────  Confirm
+//!   all have confirmed: Commit      ─────▶  Active
+//! ```
+//!
+//! Any failure on any side becomes an `Abort` that every rank receives, with the first cause.
+
+mod message;
+mod receiver;
+mod sender;
+
+pub use receiver::{ReceiveLink, Receiver};
+pub use sender::{SendLink, Sender};
+
+use std::future::Future;
+use std::time::Duration;
+
+use crate::{Error, ErrorKind, Result};
+
+/// Awaits with a deadline; the error is completed by the caller, who knows whom it waited for.
+async fn within<T>(
+    deadline: Duration,
+    operation: &str,
+    waiting: impl Future<Output = T>,
+) -> Result<T> {
+    tokio::time::timeout(deadline, waiting).await.map_err(|_| {
+        let message = format!("nothing within {:.1} s", deadline.as_secs_f64());
+        Error::new(ErrorKind::Timeout, operation, message)
+    })
+}

@@ -1,0 +1,115 @@
+//! The messages of an update. Private: both ends are of the same protocol version.
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::plan::Piece;
+use crate::{Error, ErrorKind, ErrorReport, Result, Version};
+
+/// From the trainer to the rollouts. `update` counts the updates of a group, so that what an aborted
+/// update left behind is never taken for a part of the next one, even if that has the same version.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) enum ToReceiver {
+    Begin {
+        update: u64,
+        version: Version,
+        bucket_bytes: u64,
+        digests: bool,
+    },
+    Bucket {
+        update: u64,
+        index: u64,
+        slot: u32,
+        digest: u64,
+        layout: Layout,
+    },
+    End {
+        update: u64,
+        buckets: u64,
+        digest: u64,
+        plan: u64,
+    },
+    Commit {
+        update: u64,
+    },
+    Abort {
+        update: u64,
+        error: ErrorReport,
+    },
+}
+
+/// A bucket's layout: as in the last update of this plan, or written out.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) enum Layout {
+    Known { digest: u64 },
+    Explicit { pieces: Vec<Piece> },
+}
+
+/// From a rollout to the trainer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) enum ToSender {
+    /// The rollout is in `receive_weights` of this update.
+    Entered { update: u64 },
+    /// The last view of a bucket is gone.
+    Release { update: u64, index: u64 },
+    /// Everything arrived and was verified. `notes` is JSON.
+    Confirm { update: u64, digest: u64, seconds: f64, notes: String },
+    /// The rollout gave up.
+    Failed { update: u64, error: ErrorReport },
+}
+
+/// # Errors
+///
+/// `Protocol` if the message cannot be written, which no message of ours should be.
+pub(super) fn encode(message: &impl Serialize) -> Result<Bytes> {
+    postcard::to_stdvec(message).map(Bytes::from).map_err(|error| {
+        Error::new(ErrorKind::Protocol, "writing a message", error.to_string()).with_source(error)
+    })
+}
+
+/// # Errors
+///
+/// `Protocol` if the bytes are not a message.
+pub(super) fn decode<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T> {
+    let malformed = |words: String| Error::new(ErrorKind::Protocol, "reading a message", words);
+    match postcard::take_from_bytes(body) {
+        Ok((message, [])) => Ok(message),
+        Ok((_, rest)) => Err(malformed(format!("{} bytes too many", rest.len()))),
+        Err(error) => Err(malformed(error.to_string()).with_source(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DType, TensorMeta};
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_are_an_error_or_a_message_but_never_a_panic(
+            bytes in proptest::collection::vec(any::<u8>(), 0..300),
+        ) {
+            let _: Result<ToReceiver> = decode(&bytes);
+            let _: Result<ToSender> = decode(&bytes);
+        }
+    }
+
+    #[test]
+    fn a_message_survives_its_way_and_a_longer_one_is_refused() {
+        let meta = TensorMeta::new("a", DType::BF16, [2, 3]);
+        let message = ToReceiver::Bucket {
+            update: 3,
+            index: 1 << 40,
+            slot: 1,
+            digest: u64::MAX,
+            layout: Layout::Explicit {
+                pieces: vec![Piece { meta, start: 0, len: 12, offset: 256 }],
+            },
+        };
+        let mut bytes = encode(&message).unwrap().to_vec();
+        assert_eq!(decode::<ToReceiver>(&bytes).unwrap(), message);
+        bytes.push(0);
+        assert_eq!(decode::<ToReceiver>(&bytes).unwrap_err().kind(), ErrorKind::Protocol);
+    }
+}
