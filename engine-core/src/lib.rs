@@ -1,6 +1,5 @@
 //! The contract of a checkpoint engine, and everything of it that no device needs.
 
-pub mod control;
 pub mod digest;
 mod dtype;
 mod error;
