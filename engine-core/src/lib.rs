@@ -1,5 +1,6 @@
 //! The contract of a checkpoint engine, and everything of it that no device needs.
 
+pub mod control;
 mod error;
 mod ids;
 
