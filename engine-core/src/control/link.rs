@@ -331,13 +331,14 @@ async fn speak(
 ) -> Error {
     loop {
         match timeout(beat, queue.recv()).await {
-            Ok(Some(frame)) => {
-                let mut full = writer.push(&frame);
-                while let (Ok(false), Ok(frame)) = (&full, queue.try_recv()) {
-                    full = writer.push(&frame);
-                }
-                if let Err(error) = full {
-                    return error;
+            Ok(Some(first)) => {
+                let mut next = Some(first);
+                while let Some(frame) = next {
+                    next = match writer.push(&frame) {
+                        Ok(true) => None,
+                        Ok(false) => queue.try_recv().ok(),
+                        Err(error) => return error,
+                    };
                 }
             }
             Ok(None) => break,
