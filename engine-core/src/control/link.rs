@@ -65,7 +65,7 @@ pub(super) async fn serve(
                         };
                         drop(permit);
                         match entered {
-                            Ok(Ok(member)) => attend(member, &config, &shared).await,
+                            Ok(Ok((rank, traffic))) => attend(rank, traffic, &config, &shared).await,
                             Ok(Err(error)) if error.kind() == ErrorKind::Protocol => {
                                 tracing::debug!(%error, "a stranger knocked");
                             }
@@ -90,16 +90,15 @@ pub(super) async fn serve(
     }
 }
 
-/// A member that has its rank.
-struct Member {
-    rank: Rank,
+/// An authenticated connection, what is queued for it, and what its peer demands.
+pub(super) struct Traffic {
     wire: Wire,
     queue: UnboundedReceiver<Frame>,
     terms: Terms,
 }
 
 /// Takes a connection through the handshake and gives it a rank.
-async fn enter(mut wire: Wire, config: &ControlConfig, shared: &Shared) -> Result<Member> {
+async fn enter(mut wire: Wire, config: &ControlConfig, shared: &Shared) -> Result<(Rank, Traffic)> {
     let guest = examine(&mut wire, &config.token).await?;
     let terms = guest.introduction.terms;
     let (outbox, queue) = unbounded_channel();
@@ -119,16 +118,15 @@ async fn enter(mut wire: Wire, config: &ControlConfig, shared: &Shared) -> Resul
     match admitted {
         Ok(rank) => {
             tracing::debug!(%rank, role = ?guest.introduction.role, "a member connected");
-            Ok(Member { rank, wire, queue, terms })
+            Ok((rank, Traffic { wire, queue, terms }))
         }
         Err(error) => Err(refuse(&mut wire, error).await),
     }
 }
 
 /// The leader's traffic with one member, until it ends.
-async fn attend(member: Member, config: &ControlConfig, shared: &Shared) {
-    let Member { rank, wire, queue, terms } = member;
-    let end = converse(wire, queue, config, terms, |frame| {
+async fn attend(rank: Rank, traffic: Traffic, config: &ControlConfig, shared: &Shared) {
+    let end = converse(traffic, config, |frame| {
         shared.update(|mailbox, side| {
             let Side::Leader(group) = side else { return Err(unexpected(&frame)) };
             match frame {
@@ -151,14 +149,8 @@ async fn attend(member: Member, config: &ControlConfig, shared: &Shared) {
     });
 }
 
-/// A member that was admitted: its rank, its traffic, and its state.
-pub(super) struct Admission {
-    pub(super) rank: Rank,
-    pub(super) membership: Membership,
-    wire: Wire,
-    queue: UnboundedReceiver<Frame>,
-    terms: Terms,
-}
+/// What a member gets when it is admitted.
+pub(super) type Admission = (Rank, Membership, Traffic);
 
 /// Connects to the leader and is admitted, however often it takes within the connect timeout.
 pub(super) async fn knock(
@@ -211,21 +203,7 @@ async fn attempt(config: &ControlConfig, role: Role, rank: Option<Rank>) -> Resu
     let (rank, terms) = introduce(&mut wire, &config.token, role, rank, config.terms()).await?;
     let (outbox, queue) = unbounded_channel();
     let leader = Link { outbox, limit: terms.max_frame as usize };
-    Ok(Admission { rank, membership: Membership { leader, table: Vec::new() }, wire, queue, terms })
-}
-
-/// What `converse` needs of an [`Admission`] whose membership went into the shared state.
-pub(super) struct Traffic {
-    wire: Wire,
-    queue: UnboundedReceiver<Frame>,
-    terms: Terms,
-}
-
-impl Admission {
-    pub(super) fn split(self) -> (Rank, Membership, Traffic) {
-        let Self { rank, membership, wire, queue, terms } = self;
-        (rank, membership, Traffic { wire, queue, terms })
-    }
+    Ok((rank, Membership { leader, table: Vec::new() }, Traffic { wire, queue, terms }))
 }
 
 /// A member's traffic with the leader, until it ends or `stop`.
@@ -235,7 +213,6 @@ pub(super) async fn follow(
     shared: Arc<Shared>,
     stop: CancellationToken,
 ) {
-    let Traffic { wire, queue, terms } = traffic;
     let on_frame = |frame| {
         shared.update(|mailbox, _| match frame {
             Frame::Message(body) => {
@@ -249,7 +226,7 @@ pub(super) async fn follow(
             other => Err(unexpected(&other)),
         })
     };
-    let mut conversation = Box::pin(converse(wire, queue, &config, terms, on_frame));
+    let mut conversation = Box::pin(converse(traffic, &config, on_frame));
     tokio::select! {
         end = &mut conversation => shared.update(|mailbox, _| lose_leader(end, mailbox)),
         () = stop.cancelled() => {
@@ -282,13 +259,11 @@ fn lose_leader(end: End, mailbox: &mut Mailbox) {
 
 /// Carries frames both ways until one side says goodbye, dies, breaks the protocol or is silent.
 async fn converse(
-    wire: Wire,
-    queue: UnboundedReceiver<Frame>,
+    traffic: Traffic,
     config: &ControlConfig,
-    terms: Terms,
     on_frame: impl FnMut(Frame) -> Result<()>,
 ) -> End {
-    let Wire { mut reader, writer } = wire;
+    let Traffic { wire: Wire { mut reader, writer }, queue, terms } = traffic;
     reader.set_max_frame(config.max_frame_bytes);
     // At least three heartbeats fit into the silence that the peer tolerates.
     let beat = config.heartbeat_interval.min(terms.heartbeat_timeout / 3).max(BEAT_FLOOR);

@@ -104,7 +104,7 @@ impl ControlPlane {
                 admitted = knock(&config, role, rank) => admitted,
             };
             let (rank, membership, traffic) = match admitted {
-                Ok(admission) => admission.split(),
+                Ok(admission) => admission,
                 Err(error) => return ready.tell(Err(error)),
             };
             let shared = Arc::new(Shared::new(Side::Member(membership)));
