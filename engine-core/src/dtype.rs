@@ -105,7 +105,7 @@ impl DType {
 
     /// The size of one element in bytes, unless elements share bytes.
     pub const fn bytes(self) -> Option<u64> {
-        if self.bits() % 8 == 0 { Some(self.bits() / 8) } else { None }
+        if self.bits().is_multiple_of(8) { Some(self.bits() / 8) } else { None }
     }
 
     /// The format's name of the type.

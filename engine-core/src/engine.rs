@@ -7,12 +7,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use crate::config::CheckpointEngineConfig;
 use crate::control::{ControlPlane, Role};
 use crate::observe::Observer;
 use crate::received::ReceivedWeights;
 use crate::report::SendReport;
-use crate::{Error, ErrorKind, Rank, Result, Version, WeightStream};
+use crate::{CheckpointEngineConfig, Error, ErrorKind, Rank, Result, Version, WeightStream};
 
 /// Moves weights between a trainer and its rollouts: the contract of every transport.
 ///

@@ -1,18 +1,37 @@
 //! The contract of a checkpoint engine, and everything of it that no device needs.
 
+mod config;
+pub mod control;
 pub mod digest;
 mod dtype;
+mod engine;
 mod error;
 mod ids;
 mod isa;
 pub mod memory;
+pub mod observe;
 pub mod plan;
+mod received;
+mod report;
 mod stream;
+pub mod update;
 mod weight;
 
+pub use config::{CheckpointEngineConfig, ConfigFormat};
+pub use control::{ControlPlane, Role};
 pub use dtype::DType;
+pub use engine::{
+    Availability, Backend, CheckpointEngine, CheckpointEngineWithCache, EngineContext, Placement,
+    WorkerMetadata,
+};
 pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
 pub use ids::{Rank, Version};
+pub use received::{
+    Install, Outcome, ReceivedBucket, ReceivedPiece, ReceivedWeights, TensorMap,
+};
+pub use report::{
+    ReceiveReport, ReceiverReport, SendReport, StageTimes, TensorCounts, VersionState,
+};
 pub use stream::{
     FromIterator, FromStream, IntoWeight, IntoWeightStream, WeightStream, WeightStreamExt,
     ensure_async_iterator,

@@ -30,6 +30,7 @@ pub use sender::{SendLink, Sender};
 use std::future::Future;
 use std::time::Duration;
 
+use crate::control::{ControlPlane, Event};
 use crate::{Error, ErrorKind, Result};
 
 /// Awaits with a deadline; the error is completed by the caller, who knows whom it waited for.
@@ -38,8 +39,24 @@ async fn within<T>(
     operation: &str,
     waiting: impl Future<Output = T>,
 ) -> Result<T> {
-    tokio::time::timeout(deadline, waiting).await.map_err(|_| {
-        let message = format!("nothing within {:.1} s", deadline.as_secs_f64());
-        Error::new(ErrorKind::Timeout, operation, message)
-    })
+    tokio::time::timeout(deadline, waiting).await.map_err(|_| too_late(deadline, operation))
+}
+
+fn too_late(deadline: Duration, operation: &str) -> Error {
+    let message = format!("nothing within {:.1} s", deadline.as_secs_f64());
+    Error::new(ErrorKind::Timeout, operation, message)
+}
+
+/// The next event, or an error that the caller completes.
+async fn next_event(
+    control: &ControlPlane,
+    deadline: Duration,
+    operation: &str,
+) -> Result<Event> {
+    control.recv(deadline).await?.ok_or_else(|| too_late(deadline, operation))
+}
+
+/// The next event if it is here already.
+async fn arrived_event(control: &ControlPlane) -> Result<Option<Event>> {
+    control.recv(Duration::ZERO).await
 }

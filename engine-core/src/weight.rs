@@ -57,7 +57,7 @@ impl TensorMeta {
             .elements()?
             .checked_mul(self.dtype.bits())
             .ok_or_else(|| self.invalid(format!("the shape {:?} overflows", self.shape)))?;
-        if bits % 8 != 0 {
+        if !bits.is_multiple_of(8) {
             return Err(self.invalid(format!(
                 "{:?} elements of type {} do not fill whole bytes",
                 self.shape, self.dtype

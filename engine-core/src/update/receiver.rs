@@ -9,7 +9,7 @@ use bytes::Bytes;
 use tracing::{debug, info, warn};
 
 use super::message::{Layout, ToReceiver, ToSender, decode, encode};
-use super::within;
+use super::{arrived_event, next_event, within};
 use crate::control::{ControlPlane, Event};
 use crate::memory::{Pool, Work};
 use crate::observe::{Observer, Progress};
@@ -119,14 +119,14 @@ impl<L: ReceiveLink> Receiver<L> {
 
     async fn wait_for(&mut self, expected: Option<Version>) -> Result<Begin> {
         loop {
-            let event = self.control.recv().await?;
+            let Some(event) = self.control.recv(self.deadline).await? else { continue };
             let Some(begin) = self.between(event)? else { continue };
             let Some(expected) = expected.filter(|&version| version != begin.version) else {
                 return Ok(begin);
             };
             // The update may have been aborted long ago, while nobody listened here.
             let mut aborted = false;
-            while let Some(event) = self.control.try_recv()? {
+            while let Some(event) = arrived_event(&self.control).await? {
                 aborted |= is_abort(&event, begin.update);
                 if self.between(event)?.is_some() {
                     aborted = true;
@@ -263,14 +263,14 @@ impl<L: ReceiveLink> Session<'_, L> {
     async fn await_event(&mut self, operation: &str) -> Result<()> {
         // Longer than the trainer's own deadline, so that it can name the cause first.
         let deadline = self.receiver.deadline + self.receiver.deadline / 4;
-        let event = within(deadline, operation, self.receiver.control.recv())
+        let event = next_event(&self.receiver.control, deadline, operation)
             .await
-            .map_err(|error| error.rank(Rank::LEADER).bucket(self.taken))??;
+            .map_err(|error| error.rank(Rank::LEADER).bucket(self.taken))?;
         self.take(event).await
     }
 
     async fn take_arrived(&mut self) -> Result<()> {
-        while let Some(event) = self.receiver.control.try_recv()? {
+        while let Some(event) = arrived_event(&self.receiver.control).await? {
             self.take(event).await?;
         }
         Ok(())
@@ -381,7 +381,9 @@ impl<L: ReceiveLink> Session<'_, L> {
         let deadline = self.receiver.deadline + self.receiver.deadline / 4;
         let committed = async {
             loop {
-                match message(self.receiver.control.recv().await?)? {
+                let operation = "waiting for the trainer to commit the version";
+                let event = next_event(&self.receiver.control, deadline, operation);
+                match message(event.await?)? {
                     Some(ToReceiver::Commit { update }) if update == self.begin.update => {
                         return Ok(());
                     }
@@ -392,9 +394,7 @@ impl<L: ReceiveLink> Session<'_, L> {
                 }
             }
         };
-        within(deadline, "waiting for the trainer to commit the version", committed)
-            .await
-            .map_err(|error| error.rank(Rank::LEADER))??;
+        committed.await.map_err(|error: Error| error.rank(Rank::LEADER))?;
         self.guard.armed = false;
         self.receiver.plan = layouts;
         self.receiver.observer.observe(&Progress::State { rank, state: VersionState::Active });

@@ -11,7 +11,7 @@ use futures::StreamExt;
 use tracing::{debug, info, warn};
 
 use super::message::{Layout, ToReceiver, ToSender, decode, encode};
-use super::within;
+use super::{arrived_event, next_event, within};
 use crate::control::{ControlPlane, Event, Role};
 use crate::memory::Job;
 use crate::observe::{Observer, Progress};
@@ -55,6 +55,9 @@ pub trait SendLink: std::fmt::Debug + Send {
     /// Those of the transport.
     async fn publish(&mut self, slot: usize, filled: u64) -> Result<()>;
 }
+
+/// A wait for events that something else ends.
+const LONG: Duration = Duration::from_secs(3600);
 
 /// The trainer's side of the protocol, over a transport's link.
 #[derive(Debug)]
@@ -145,7 +148,7 @@ impl<L: SendLink> Sender<L> {
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport> {
-        self.group.begin(version)?;
+        self.group.begin(version).await?;
         // Until it is disarmed, whatever ends this function ends the update on every rank.
         let mut guard = AbortGuard { control: self.group.control.clone(), abort: None };
         guard.arm(&self.group);
@@ -250,9 +253,9 @@ impl<L: SendLink> Sender<L> {
 
 impl Group {
     /// Starts an update with the receivers that are there.
-    fn begin(&mut self, version: Version) -> Result<()> {
+    async fn begin(&mut self, version: Version) -> Result<()> {
         self.end();
-        while let Some(event) = self.control.try_recv()? {
+        while let Some(event) = arrived_event(&self.control).await? {
             // Losses between updates are no failure: the rank takes no part in this one.
             if let Err(error) = self.handle(event, 0) {
                 debug!(%error, "before the update");
@@ -307,7 +310,11 @@ impl Group {
             tokio::select! {
                 biased;
                 done = &mut work => return Ok(done),
-                event = self.control.recv() => self.handle(event?, bucket)?,
+                event = self.control.recv(LONG) => {
+                    if let Some(event) = event? {
+                        self.handle(event, bucket)?;
+                    }
+                }
             }
         }
     }
@@ -317,8 +324,9 @@ impl Group {
         // The deadline starts anew with every release: slow is not dead.
         while let Some(&rank) = self.slots[slot].by.first() {
             let operation = "waiting for a receiver to release a bucket";
-            match within(deadline, operation, self.control.recv()).await {
-                Ok(event) => self.handle(event?, bucket)?,
+            match next_event(&self.control, deadline, operation).await {
+                Ok(event) => self.handle(event, bucket)?,
+                Err(error) if error.kind() != ErrorKind::Timeout => return Err(error),
                 Err(error) => {
                     let held = &self.slots[slot];
                     let entered = self.members.get(&rank).and_then(|member| member.entered);
@@ -394,9 +402,9 @@ impl Group {
                 .map(|(rank, _)| *rank);
             let Some(rank) = missing else { return Ok(()) };
             let operation = "waiting for a receiver to confirm the version";
-            let event = within(deadline, operation, self.control.recv())
+            let event = next_event(&self.control, deadline, operation)
                 .await
-                .map_err(|error| error.rank(rank).bucket(buckets.saturating_sub(1)))??;
+                .map_err(|error| error.rank(rank).bucket(buckets.saturating_sub(1)))?;
             self.handle(event, buckets.saturating_sub(1))?;
         }
     }

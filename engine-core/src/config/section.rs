@@ -1,0 +1,326 @@
+//! The keys of the section, and what each of them takes.
+//!
+//! Written by hand rather than derived: each check runs inside the visitor that is handed the value,
+//! because that is where a format's parser still knows the line, and each message names its key.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::num::NonZeroUsize;
+
+use serde::de::{
+    Deserialize, DeserializeSeed, Deserializer, Error as _, MapAccess, Unexpected, Visitor,
+};
+use serde_json::{Map, Value};
+
+use super::{CheckpointEngineConfig, valid_timeout};
+
+pub(super) const BACKEND: &str = "`backend` to be the name of a backend";
+pub(super) const BUCKET: &str =
+    "`update_weights_bucket_megabytes` to be a whole number of at least 1 and below 2^32";
+pub(super) const TIMEOUT: &str =
+    "`timeout_seconds` to be a number above 0 and of at most 1000000000";
+
+/// The keys to offer when an unknown one was given, in the order of the struct's fields.
+const KNOWN: [&str; 8] = [
+    "backend",
+    "update_weights_bucket_megabytes",
+    "engine_kwargs",
+    "trainer_quantize_fp8",
+    "quantization",
+    "timeout_seconds",
+    "digests",
+    "threads",
+];
+
+/// Keys of verl that have no field.
+const UNDERSTOOD: [&str; 2] = ["custom_backend_module", "_target_"];
+
+impl<'de> Deserialize<'de> for CheckpointEngineConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Section)
+    }
+}
+
+struct Section;
+
+impl<'de> Visitor<'de> for Section {
+    type Value = CheckpointEngineConfig;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a checkpoint engine's section: a table of keys and values")
+    }
+
+    fn visit_none<E>(self) -> Result<Self::Value, E> {
+        Ok(CheckpointEngineConfig::default())
+    }
+
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(CheckpointEngineConfig::default())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut config = CheckpointEngineConfig::default();
+        let seen = RefCell::new(Vec::new());
+        while let Some(key) = map.next_key_seed(Key(&seen))? {
+            match key {
+                "backend" => scalar(&mut map, BACKEND, &mut config.backend, |found| match found {
+                    Found::Text(name) if !name.is_empty() => Some(name.to_owned()),
+                    _ => None,
+                })?,
+                "update_weights_bucket_megabytes" => {
+                    let field = &mut config.update_weights_bucket_megabytes;
+                    scalar(&mut map, BUCKET, field, |found| match found {
+                        Found::Integer(megabytes @ 1..) => megabytes.try_into().ok().map(Some),
+                        _ => None,
+                    })?;
+                }
+                "engine_kwargs" => {
+                    config.engine_kwargs = map.next_value_seed(Tables)?;
+                }
+                "trainer_quantize_fp8" => {
+                    let field = &mut config.trainer_quantize_fp8;
+                    scalar(&mut map, "`trainer_quantize_fp8` to be true or false", field, flag)?;
+                }
+                "quantization" => {
+                    config.quantization = map.next_value_seed(Table("quantization"))?;
+                }
+                "timeout_seconds" => {
+                    scalar(&mut map, TIMEOUT, &mut config.timeout_seconds, |found| {
+                        #[expect(
+                            clippy::cast_precision_loss,
+                            reason = "far outside the valid range before a bit is lost"
+                        )]
+                        let seconds = match found {
+                            Found::Integer(seconds) => seconds as f64,
+                            Found::Float(seconds) => seconds,
+                            _ => return None,
+                        };
+                        valid_timeout(seconds).then_some(seconds)
+                    })?;
+                }
+                "digests" => {
+                    scalar(&mut map, "`digests` to be true or false", &mut config.digests, flag)?;
+                }
+                "threads" => {
+                    let expected = "`threads` to be a whole number of at least 1";
+                    scalar(&mut map, expected, &mut config.threads, |found| match found {
+                        Found::Integer(threads) => {
+                            NonZeroUsize::new(threads.try_into().ok()?).map(Some)
+                        }
+                        _ => None,
+                    })?;
+                }
+                "custom_backend_module" => {
+                    let expected = "`custom_backend_module` to be null: it names a Python module, \
+                        which this program cannot import. Backends of your own are registered by \
+                        the program, in Rust, before it reads its configuration";
+                    scalar(&mut map, expected, &mut (), |found| match found {
+                        Found::Text("") => Some(()),
+                        _ => None,
+                    })?;
+                }
+                _ => {
+                    map.next_value::<serde::de::IgnoredAny>()?;
+                }
+            }
+        }
+        Ok(config)
+    }
+}
+
+/// A key of the section: known, and not there before.
+struct Key<'a>(&'a RefCell<Vec<&'static str>>);
+
+impl<'de> DeserializeSeed<'de> for Key<'_> {
+    type Value = &'static str;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<&'static str, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for Key<'_> {
+    type Value = &'static str;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<&'static str, E> {
+        let mut keys = KNOWN.into_iter().chain(UNDERSTOOD);
+        let Some(key) = keys.find(|key| *key == text) else {
+            return Err(E::custom(format_args!(
+                "unknown key `{text}`; known keys: `{}`",
+                KNOWN.join("`, `")
+            )));
+        };
+        let mut seen = self.0.borrow_mut();
+        if seen.contains(&key) {
+            return Err(E::custom(format_args!("the key `{key}` is there twice")));
+        }
+        seen.push(key);
+        Ok(key)
+    }
+}
+
+/// A value that is not a table or a list.
+enum Found<'a> {
+    Bool(bool),
+    Integer(i128),
+    Float(f64),
+    Text(&'a str),
+}
+
+fn flag(found: Found<'_>) -> Option<bool> {
+    match found {
+        Found::Bool(flag) => Some(flag),
+        _ => None,
+    }
+}
+
+/// Reads the next value into a field, which keeps its default when the value is null.
+fn scalar<'de, A: MapAccess<'de>, T>(
+    map: &mut A,
+    expected: &'static str,
+    field: &mut T,
+    check: impl FnOnce(Found<'_>) -> Option<T>,
+) -> Result<(), A::Error> {
+    if let Some(value) = map.next_value_seed(Scalar { expected, check })? {
+        *field = value;
+    }
+    Ok(())
+}
+
+struct Scalar<F> {
+    expected: &'static str,
+    check: F,
+}
+
+impl<'de, T, F: FnOnce(Found<'_>) -> Option<T>> DeserializeSeed<'de> for Scalar<F> {
+    type Value = Option<T>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Option<T>, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<F> Scalar<F> {
+    fn take<T, E: serde::de::Error>(
+        self,
+        found: Found<'_>,
+        unexpected: Unexpected<'_>,
+    ) -> Result<Option<T>, E>
+    where
+        F: FnOnce(Found<'_>) -> Option<T>,
+    {
+        match (self.check)(found) {
+            Some(value) => Ok(Some(value)),
+            None => Err(E::invalid_value(unexpected, &self.expected)),
+        }
+    }
+}
+
+impl<T, F: FnOnce(Found<'_>) -> Option<T>> Visitor<'_> for Scalar<F> {
+    type Value = Option<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.expected)
+    }
+
+    fn visit_unit<E>(self) -> Result<Option<T>, E> {
+        Ok(None)
+    }
+
+    fn visit_bool<E: serde::de::Error>(self, value: bool) -> Result<Option<T>, E> {
+        self.take(Found::Bool(value), Unexpected::Bool(value))
+    }
+
+    fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<Option<T>, E> {
+        self.take(Found::Integer(value.into()), Unexpected::Signed(value))
+    }
+
+    fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<Option<T>, E> {
+        self.take(Found::Integer(value.into()), Unexpected::Unsigned(value))
+    }
+
+    fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Option<T>, E> {
+        self.take(Found::Float(value), Unexpected::Float(value))
+    }
+
+    fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<Option<T>, E> {
+        self.take(Found::Text(value), Unexpected::Str(value))
+    }
+}
+
+/// `engine_kwargs`: a table of tables.
+struct Tables;
+
+impl<'de> DeserializeSeed<'de> for Tables {
+    type Value = BTreeMap<String, Map<String, Value>>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Tables {
+    type Value = BTreeMap<String, Map<String, Value>>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("`engine_kwargs` to be a table with one table of options for each backend")
+    }
+
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(BTreeMap::new())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut tables = BTreeMap::new();
+        while let Some(backend) = map.next_key::<String>()? {
+            let key = format!("engine_kwargs.{backend}");
+            let table = map.next_value_seed(Table(&key))?;
+            if tables.insert(backend, table).is_some() {
+                return Err(A::Error::custom(format_args!("the key `{key}` is there twice")));
+            }
+        }
+        Ok(tables)
+    }
+}
+
+/// A table whose keys are not known here.
+struct Table<'a>(&'a str);
+
+impl<'de> DeserializeSeed<'de> for Table<'_> {
+    type Value = Map<String, Value>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Table<'_> {
+    type Value = Map<String, Value>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}` to be a table of options", self.0)
+    }
+
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(Map::new())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut table = Map::new();
+        while let Some((key, value)) = map.next_entry::<String, Value>()? {
+            if table.contains_key(&key) {
+                let path = self.0;
+                return Err(A::Error::custom(format_args!(
+                    "the key `{path}.{key}` is there twice"
+                )));
+            }
+            table.insert(key, value);
+        }
+        Ok(table)
+    }
+}

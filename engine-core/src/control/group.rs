@@ -1,0 +1,421 @@
+//! Who is in the group and what each rank waits for. No IO and no clock: links and calls are told
+//! what happened, and answer by adding frames to outboxes and events to the mailbox.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use bytes::Bytes;
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::wire::{Call, Control, FRAME_OVERHEAD, Frame, Introduction, Outcome, encode};
+use super::{Event, Peer, Role};
+use crate::{Error, ErrorKind, ErrorReport, Rank, Result};
+
+/// What this process's own handle waits for.
+#[derive(Debug, Default)]
+pub(super) struct Mailbox {
+    pub(super) events: VecDeque<Event>,
+    /// The calls under way, and how they ended.
+    pub(super) calls: BTreeMap<u64, Option<Outcome>>,
+    pub(super) next_call: u64,
+    /// Set once, when nothing can arrive any more.
+    pub(super) ended: Option<ErrorReport>,
+}
+
+impl Mailbox {
+    /// Files an outcome; one that nobody waits for any more is dropped.
+    pub(super) fn settle(&mut self, id: u64, outcome: Outcome) {
+        if let Some(slot) = self.calls.get_mut(&id) {
+            slot.get_or_insert(outcome);
+        }
+    }
+}
+
+/// The way to a peer.
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) outbox: UnboundedSender<Frame>,
+    /// The longest frame that the peer accepts.
+    pub(super) limit: usize,
+}
+
+impl Link {
+    /// Queues a frame that carries `size` bytes of the caller's.
+    pub(super) fn send(&self, to: Rank, size: usize, frame: Frame) -> Result<()> {
+        if size.saturating_add(FRAME_OVERHEAD) > self.limit {
+            return Err(Error::new(
+                ErrorKind::Config,
+                "sending a message",
+                format!("{size} bytes do not fit the limit of {} (max_frame_bytes)", self.limit),
+            )
+            .rank(to));
+        }
+        self.outbox.send(frame).map_err(|_| gone(to))
+    }
+
+    fn control(&self, frame: Control) {
+        if self.outbox.send(Frame::Control(frame)).is_err() {
+            tracing::trace!("the peer's link ended before this frame");
+        }
+    }
+}
+
+/// How a link ended.
+#[derive(Debug)]
+pub(super) enum End {
+    Left,
+    Lost(Error),
+}
+
+/// A member's side: its way to the leader, and the table it last received.
+#[derive(Debug)]
+pub(super) struct Membership {
+    pub(super) leader: Link,
+    pub(super) table: Vec<Peer>,
+}
+
+/// The leader's side.
+#[derive(Debug)]
+pub(super) struct Group {
+    slots: BTreeMap<Rank, Slot>,
+    formed: bool,
+    pending: BTreeMap<Rank, Pending>,
+    /// The ranks that the barrier under way waits for: those in the table when it began.
+    expected: BTreeSet<Rank>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    role: Role,
+    /// `None` for the leader itself, and for a rank that was lost.
+    link: Option<Link>,
+    /// The member's metadata; a rank is in the table while it has one.
+    payload: Option<Bytes>,
+}
+
+#[derive(Debug)]
+struct Pending {
+    id: u64,
+    call: Call,
+}
+
+impl Pending {
+    fn barrier(&self) -> Option<&str> {
+        match &self.call {
+            Call::Barrier { name } => Some(name),
+            Call::Gather { .. } => None,
+        }
+    }
+
+    fn gather(&self) -> Option<(u32, &Bytes)> {
+        match &self.call {
+            Call::Gather { world_size, payload } => Some((*world_size, payload)),
+            Call::Barrier { .. } => None,
+        }
+    }
+}
+
+impl Group {
+    pub(super) fn new() -> Self {
+        let leader = Slot { role: Role::Trainer, link: None, payload: None };
+        Self {
+            slots: BTreeMap::from([(Rank::LEADER, leader)]),
+            formed: false,
+            pending: BTreeMap::new(),
+            expected: BTreeSet::new(),
+        }
+    }
+
+    /// Gives a newcomer its rank and takes its link.
+    pub(super) fn admit(&mut self, who: &Introduction, link: Link) -> Result<Rank> {
+        let free = |slot: &Slot| slot.link.is_none();
+        let rank = match who.rank {
+            Some(rank)
+                if rank == Rank::LEADER || self.slots.get(&rank).is_some_and(|s| !free(s)) =>
+            {
+                // Retry: a rank whose process died without a word is free once its silence is noticed.
+                return Err(Error::new(
+                    ErrorKind::Mismatch,
+                    "joining the group",
+                    "another live process has the rank",
+                )
+                .rank(rank)
+                .recovery(crate::Recovery::Retry));
+            }
+            Some(rank) => rank,
+            None => self
+                .slots
+                .iter()
+                .find(|(rank, slot)| **rank != Rank::LEADER && free(slot) && slot.role == who.role)
+                .map(|(rank, _)| *rank)
+                .or_else(|| (0..=u32::MAX).map(Rank).find(|rank| !self.slots.contains_key(rank)))
+                .ok_or_else(|| {
+                    Error::new(ErrorKind::Resource, "joining the group", "no rank is left")
+                })?,
+        };
+        self.slots.insert(rank, Slot { role: who.role, link: Some(link), payload: None });
+        Ok(rank)
+    }
+
+    /// A member's link ended: its calls are void, and those who wait for it learn it.
+    pub(super) fn end(&mut self, rank: Rank, end: End, mailbox: &mut Mailbox) {
+        let Some(slot) = self.slots.get_mut(&rank) else { return };
+        slot.link = None;
+        let was_member = slot.payload.take().is_some();
+        self.pending.remove(&rank);
+        if !self.formed {
+            // Before the group exists a rank that came and went is as good as new.
+            self.slots.remove(&rank);
+        }
+        let expected = self.expected.remove(&rank);
+        match end {
+            End::Left => {
+                if was_member {
+                    mailbox.events.push_back(Event::Left { rank });
+                }
+                self.try_barrier(mailbox);
+            }
+            End::Lost(error) => {
+                let error = ErrorReport::from(&error.rank(rank));
+                if expected {
+                    let failure = Error::new(
+                        ErrorKind::PeerLost,
+                        "waiting in a barrier",
+                        format!("a rank was lost: {}", error.message),
+                    );
+                    self.finish_barrier(&failed(&failure.rank(rank)), mailbox);
+                }
+                if was_member {
+                    mailbox.events.push_back(Event::Lost { rank, error });
+                }
+            }
+        }
+    }
+
+    pub(super) fn link(&self, to: Rank) -> Result<&Link> {
+        self.slots.get(&to).and_then(|slot| slot.link.as_ref()).ok_or_else(|| gone(to))
+    }
+
+    pub(super) fn table(&self) -> Vec<Peer> {
+        let peer = |(rank, slot): (&Rank, &Slot)| {
+            let payload = slot.payload.clone()?;
+            Some(Peer { rank: *rank, role: slot.role, payload })
+        };
+        self.slots.iter().filter_map(peer).collect()
+    }
+
+    /// Says goodbye to everyone.
+    pub(super) fn dissolve(&mut self) {
+        for slot in self.slots.values_mut() {
+            if let Some(link) = slot.link.take() {
+                link.control(Control::Goodbye);
+            }
+        }
+    }
+
+    /// A rank takes part in something.
+    pub(super) fn call(&mut self, rank: Rank, id: u64, call: Call, mailbox: &mut Mailbox) {
+        if self.pending.contains_key(&rank) {
+            let error = Error::new(
+                ErrorKind::State,
+                "gathering or waiting in a barrier",
+                "this rank does one of them already",
+            );
+            return self.reply_all(&[(rank, id)], &failed(&error.rank(rank)), mailbox);
+        }
+        match call {
+            Call::Gather { .. } => {
+                self.pending.insert(rank, Pending { id, call });
+                self.try_gather(mailbox);
+            }
+            Call::Barrier { .. } => {
+                if self.slots.get(&rank).is_none_or(|slot| slot.payload.is_none()) {
+                    let error = Error::new(
+                        ErrorKind::State,
+                        "waiting in a barrier",
+                        "this rank is not in the group; gather first",
+                    );
+                    return self.reply_all(&[(rank, id)], &failed(&error.rank(rank)), mailbox);
+                }
+                if self.expected.is_empty() {
+                    self.expected = self.members().collect();
+                }
+                self.pending.insert(rank, Pending { id, call });
+                self.try_barrier(mailbox);
+            }
+        }
+    }
+
+    /// A rank gave up waiting.
+    pub(super) fn withdraw(&mut self, rank: Rank, id: u64, mailbox: &mut Mailbox) {
+        if self.pending.get(&rank).is_none_or(|pending| pending.id != id) {
+            return;
+        }
+        let Some(pending) = self.pending.remove(&rank) else { return };
+        let mut missing: Vec<Rank> = match pending.gather() {
+            Some((world_size, _)) => {
+                // The leader knows the world better than a member that gives up.
+                let leader = self.pending.get(&Rank::LEADER).and_then(Pending::gather);
+                self.missing(leader.map_or(world_size, |(world_size, _)| world_size))
+            }
+            None => self.expected.iter().copied().filter(|r| !self.waits_in_barrier(*r)).collect(),
+        };
+        missing.retain(|other| *other != rank);
+        if !self.pending.values().any(|pending| pending.barrier().is_some()) {
+            self.expected.clear();
+        }
+        self.reply_all(&[(rank, id)], &Outcome::Missing(missing), mailbox);
+        // Newcomers that waited for a round of the leader's enter the group without it.
+        self.try_gather(mailbox);
+    }
+
+    fn members(&self) -> impl Iterator<Item = Rank> {
+        self.slots.iter().filter(|(_, slot)| slot.payload.is_some()).map(|(rank, _)| *rank)
+    }
+
+    fn waits_in_barrier(&self, rank: Rank) -> bool {
+        self.pending.get(&rank).is_some_and(|pending| pending.barrier().is_some())
+    }
+
+    fn gathers(&self, rank: Rank) -> bool {
+        self.pending.get(&rank).is_some_and(|pending| pending.gather().is_some())
+    }
+
+    /// The ranks that a gather of `world_size` lacks. The first one needs exactly the ranks below
+    /// the world size; later ones any that many, so that a group may grow and shrink.
+    fn missing(&self, world_size: u32) -> Vec<Rank> {
+        if !self.formed {
+            return (0..world_size).map(Rank).filter(|rank| !self.gathers(*rank)).collect();
+        }
+        let present = self.pending.values().filter(|pending| pending.gather().is_some()).count();
+        let lacking = (world_size as usize).saturating_sub(present);
+        let known = self.slots.keys().copied().chain((0..world_size).map(Rank));
+        let known: BTreeSet<_> = known.filter(|rank| !self.gathers(*rank)).collect();
+        known.into_iter().take(lacking).collect()
+    }
+
+    fn try_gather(&mut self, mailbox: &mut Mailbox) {
+        if let Some((world_size, _)) = self.pending.get(&Rank::LEADER).and_then(Pending::gather) {
+            self.refuse_other_worlds(world_size, mailbox);
+            if !self.missing(world_size).is_empty() {
+                return;
+            }
+            let first = !std::mem::replace(&mut self.formed, true);
+            let round = self.gathering(|rank, _| !first || rank.0 < world_size);
+            let entered: Vec<_> = round.into_iter().filter_map(|rank| self.enter(rank)).collect();
+            self.reply_all(&entered, &Outcome::Table(self.table()), mailbox);
+        }
+        if self.formed && !self.gathers(Rank::LEADER) {
+            for rank in self.gathering(|_, slot| slot.payload.is_none()) {
+                let entered = self.enter(rank);
+                let table = self.table();
+                let joined = table.iter().find(|peer| peer.rank == rank).cloned();
+                mailbox.events.extend(joined.map(Event::Joined));
+                self.reply_all(entered.as_slice(), &Outcome::Table(table), mailbox);
+            }
+        }
+    }
+
+    /// The gathering ranks that `select` accepts.
+    fn gathering(&self, select: impl Fn(Rank, &Slot) -> bool) -> Vec<Rank> {
+        let selected = |(rank, slot): (&Rank, &Slot)| {
+            (self.gathers(*rank) && select(*rank, slot)).then_some(*rank)
+        };
+        self.slots.iter().filter_map(selected).collect()
+    }
+
+    /// The leader's world size decides; a newcomer to a group that exists may not know it.
+    fn refuse_other_worlds(&mut self, world_size: u32, mailbox: &mut Mailbox) {
+        let newcomers_count = !self.formed;
+        for rank in self.gathering(|_, slot| newcomers_count || slot.payload.is_some()) {
+            let Some((other, _)) = self.pending.get(&rank).and_then(Pending::gather) else {
+                continue;
+            };
+            if other == world_size {
+                continue;
+            }
+            let error = Error::new(
+                ErrorKind::Mismatch,
+                "gathering the group",
+                format!("the leader's world size is {world_size}, this rank's is {other}"),
+            )
+            .rank(rank);
+            tracing::warn!(%error, "a member does not belong to this group");
+            if let Some(pending) = self.pending.remove(&rank) {
+                self.reply_all(&[(rank, pending.id)], &failed(&error), mailbox);
+            }
+        }
+    }
+
+    /// Moves a rank's gathered metadata into the table.
+    fn enter(&mut self, rank: Rank) -> Option<(Rank, u64)> {
+        let pending = self.pending.remove(&rank)?;
+        if let (Call::Gather { payload, .. }, Some(slot)) =
+            (pending.call, self.slots.get_mut(&rank))
+        {
+            slot.payload = Some(payload);
+        }
+        Some((rank, pending.id))
+    }
+
+    fn try_barrier(&mut self, mailbox: &mut Mailbox) {
+        let waiting = self.pending.iter().filter_map(|(rank, p)| Some((*rank, p.barrier()?)));
+        let mut waiting = waiting.collect::<Vec<_>>().into_iter();
+        let Some((one, name)) = waiting.next() else { return };
+        if let Some((other, other_name)) = waiting.find(|(_, other_name)| *other_name != name) {
+            let error = Error::new(
+                ErrorKind::Mismatch,
+                "waiting in a barrier",
+                format!("rank {one} is in barrier `{name}`, rank {other} in `{other_name}`"),
+            );
+            return self.finish_barrier(&failed(&error.rank(other)), mailbox);
+        }
+        if self.expected.iter().all(|rank| self.waits_in_barrier(*rank)) {
+            self.finish_barrier(&Outcome::Passed, mailbox);
+        }
+    }
+
+    /// Ends the barrier under way for all who wait in it.
+    fn finish_barrier(&mut self, outcome: &Outcome, mailbox: &mut Mailbox) {
+        self.expected.clear();
+        let waiting: Vec<_> = self
+            .pending
+            .extract_if(.., |_, p| p.barrier().is_some())
+            .map(|(r, p)| (r, p.id))
+            .collect();
+        self.reply_all(&waiting, outcome, mailbox);
+    }
+
+    fn reply_all(&self, to: &[(Rank, u64)], outcome: &Outcome, mailbox: &mut Mailbox) {
+        let encoded = encode(outcome).map(Bytes::from);
+        for (rank, id) in to.iter().copied() {
+            if rank == Rank::LEADER {
+                mailbox.settle(id, outcome.clone());
+                continue;
+            }
+            // A link that ended meanwhile has nobody to tell.
+            let Some(link) = self.slots.get(&rank).and_then(|slot| slot.link.as_ref()) else {
+                continue;
+            };
+            let reply = |outcome| Control::Reply { id, outcome };
+            let sent = encoded.as_ref().map_err(ErrorReport::from).and_then(|bytes| {
+                let frame = Frame::Control(reply(bytes.clone()));
+                link.send(rank, bytes.len(), frame).map_err(|error| ErrorReport::from(&error))
+            });
+            if let Err(report) = sent {
+                tracing::warn!(%rank, error = %report, "the answer to a call does not fit");
+                match encode(&Outcome::Failed(report)) {
+                    Ok(bytes) => link.control(reply(bytes.into())),
+                    Err(error) => tracing::error!(%error, "an error report does not encode"),
+                }
+            }
+        }
+    }
+}
+
+fn gone(rank: Rank) -> Error {
+    Error::new(ErrorKind::PeerLost, "sending a message", "there is no connection to it").rank(rank)
+}
+
+fn failed(error: &Error) -> Outcome {
+    Outcome::Failed(ErrorReport::from(error))
+}

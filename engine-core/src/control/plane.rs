@@ -1,0 +1,526 @@
+//! The handle.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::runtime::Runtime;
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+
+use super::address::Listener;
+use super::group::{Group, Mailbox};
+use super::link::{follow, knock, serve};
+use super::shared::{Shared, Side};
+use super::wire::{Call, Control, Frame, Outcome};
+use super::{Address, ControlConfig, Event, Peer, Role};
+use crate::{Error, ErrorKind, Rank, Result};
+
+/// How long a rank that gave up waiting listens for the leader's list of the missing ones.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// This process's place in the group.
+///
+/// Cloning it is cheap, and every clone is the same place. It needs no particular executor. When
+/// the last clone is dropped it says goodbye without waiting for it; [`close`](Self::close) waits.
+///
+/// # Contract
+///
+/// Messages from one rank arrive in the order in which it sent them, exactly once, until it is
+/// lost. A rank has one call of [`gather`](Self::gather) or [`barrier`](Self::barrier) under way at
+/// a time, and one consumer of [`recv`](Self::recv).
+#[derive(Clone)]
+pub struct ControlPlane {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    shared: Arc<Shared>,
+    timers: Arc<Timers>,
+    address: Address,
+    rank: Rank,
+    role: Role,
+    close_timeout: Duration,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    finished: CancellationToken,
+    stop: CancellationToken,
+}
+
+impl ControlPlane {
+    /// Listens at the configured address, as rank 0 and trainer.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes the listener.
+    ///
+    /// # Errors
+    ///
+    /// `Config` when the configuration cannot be used, `Io` when the address cannot be bound: also
+    /// when another process listens there.
+    pub async fn lead(config: ControlConfig) -> Result<Self> {
+        Self::start(config, async |config, stop, ready| {
+            let bound = async {
+                let listener = Listener::bind(&config.address).await?;
+                Ok((listener.address(&config.address)?, listener))
+            };
+            let (address, listener) = match bound.await {
+                Ok(bound) => bound,
+                Err(error) => return ready.tell(Err(error)),
+            };
+            let shared = Arc::new(Shared::new(Side::Leader(Group::new())));
+            let _ending = Ending(Arc::clone(&shared));
+            ready.tell(Ok(Place {
+                shared: Arc::clone(&shared),
+                address,
+                rank: Rank::LEADER,
+                role: Role::Trainer,
+            }));
+            serve(listener, config, shared, stop).await;
+        })
+        .await
+    }
+
+    /// Joins the group that is led at the configured address. The leader may start later: this
+    /// tries until the connect timeout.
+    ///
+    /// With `rank` the member gets that rank, if no live process has it. Without, it gets the
+    /// lowest rank of its role that was lost from the group, else the next new one.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves the group again.
+    ///
+    /// # Errors
+    ///
+    /// `Timeout` when no leader answers, `Authentication` when the tokens differ, `Protocol` when
+    /// the leader speaks another version or something else listens there, `Mismatch` when a live
+    /// process has the rank.
+    pub async fn join(config: ControlConfig, role: Role, rank: Option<Rank>) -> Result<Self> {
+        Self::start(config, async move |config, stop, ready| {
+            let admitted = tokio::select! {
+                () = stop.cancelled() => return,
+                admitted = knock(&config, role, rank) => admitted,
+            };
+            let (rank, membership, traffic) = match admitted {
+                Ok(admission) => admission,
+                Err(error) => return ready.tell(Err(error)),
+            };
+            let shared = Arc::new(Shared::new(Side::Member(membership)));
+            let _ending = Ending(Arc::clone(&shared));
+            let address = config.address.clone();
+            ready.tell(Ok(Place { shared: Arc::clone(&shared), address, rank, role }));
+            follow(traffic, config, shared, stop).await;
+        })
+        .await
+    }
+
+    /// The address to join at: the configured one, with port 0 resolved.
+    pub fn address(&self) -> &Address {
+        &self.inner.address
+    }
+
+    /// This process's rank.
+    pub fn rank(&self) -> Rank {
+        self.inner.rank
+    }
+
+    /// This process's role; the leader is a trainer.
+    pub fn role(&self) -> Role {
+        self.inner.role
+    }
+
+    /// Forms the group: contributes this rank's metadata, and ends on every rank with the metadata
+    /// of all, in the order of their ranks, when `world_size` ranks contributed.
+    ///
+    /// # Contract
+    ///
+    /// The first gather needs the ranks below `world_size`, and the leader's `world_size` decides.
+    /// A member that joins after that gets the current table at once, whatever size it says, and
+    /// the leader an [`Event::Joined`]. Ranks of the group may gather again: that takes
+    /// `world_size` contributions, the leader's among them, and replaces their metadata.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future withdraws the contribution, unless the gather ended meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// `Timeout` naming the ranks that are missing, `Mismatch` naming both world sizes on a member
+    /// whose size differs, `PeerLost` when the leader is gone, `State` when this rank gathers or is
+    /// in a barrier already, `Config` when the metadata exceeds `max_frame_bytes`.
+    pub async fn gather(
+        &self,
+        world_size: u32,
+        payload: Bytes,
+        deadline: Duration,
+    ) -> Result<Vec<Peer>> {
+        let operation = "gathering the group";
+        let size = payload.len();
+        let call = Call::Gather { world_size, payload };
+        match self.call(operation, call, size, deadline).await? {
+            Outcome::Table(table) => {
+                self.inner.shared.read(|_, side| {
+                    if let Side::Member(membership) = side {
+                        membership.table.clone_from(&table);
+                    }
+                });
+                Ok(table)
+            }
+            other => Err(wrong_outcome(operation, &other)),
+        }
+    }
+
+    /// The group: on the leader the ranks that live now, on a member those of its last gather.
+    pub fn peers(&self) -> Vec<Peer> {
+        self.inner.shared.read(|_, side| match side {
+            Side::Leader(group) => group.table(),
+            Side::Member(membership) => membership.table.clone(),
+        })
+    }
+
+    /// Waits until every rank that was in the group when the first one entered the barrier `name`
+    /// is in it, or has said goodbye.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves the barrier, unless it ended meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// `Timeout` naming the ranks that are missing, `Mismatch` on all waiting ranks when two are in
+    /// barriers of different names, `PeerLost` on all waiting ranks when one of the group dies or
+    /// the leader is gone, `State` before the first gather.
+    pub async fn barrier(&self, name: &str, deadline: Duration) -> Result<()> {
+        let operation = format!("waiting in barrier `{name}`");
+        let call = Call::Barrier { name: name.to_owned() };
+        match self.call(&operation, call, name.len(), deadline).await? {
+            Outcome::Passed => Ok(()),
+            other => Err(wrong_outcome(&operation, &other)),
+        }
+    }
+
+    /// Queues a message; never blocks. Members may send to rank 0 only.
+    ///
+    /// # Errors
+    ///
+    /// `PeerLost` when the rank is gone, `Config` when the body exceeds the receiver's
+    /// `max_frame_bytes`, `State` for a rank that this one has no connection to, or when the
+    /// control plane is closed. A message that was queued may still be lost with its receiver.
+    pub fn send(&self, to: Rank, body: Bytes) -> Result<()> {
+        self.inner.shared.read(|mailbox, side| {
+            if let Some(report) = &mailbox.ended {
+                return Err(report.clone().into());
+            }
+            let size = body.len();
+            let frame = Frame::Message(body);
+            match side {
+                Side::Leader(_) if to == Rank::LEADER => {
+                    Err(misdirected("the leader cannot send to itself").rank(to))
+                }
+                Side::Leader(group) => group.link(to)?.send(to, size, frame),
+                Side::Member(_) if to != Rank::LEADER => {
+                    Err(misdirected("members have a connection to rank 0 only").rank(to))
+                }
+                Side::Member(membership) => membership.leader.send(to, size, frame),
+            }
+        })
+    }
+
+    /// The next event; `None` when there is none within the deadline.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses no event.
+    ///
+    /// # Errors
+    ///
+    /// After all events: `PeerLost` on a member whose leader is gone, `State` when the control
+    /// plane is closed.
+    pub async fn recv(&self, deadline: Duration) -> Result<Option<Event>> {
+        let event = self.wait(deadline, |mailbox| match mailbox.events.pop_front() {
+            Some(event) => Some(Ok(event)),
+            None => mailbox.ended.clone().map(|report| Err(report.into())),
+        });
+        event.await.transpose()
+    }
+
+    /// Leaves the group: says goodbye, writes what was queued and ends the thread, within the
+    /// heartbeat timeout. Waits of clones end with an error.
+    ///
+    /// # Cancel safety
+    ///
+    /// Closing goes on when the future is dropped.
+    ///
+    /// # Errors
+    ///
+    /// `Timeout` when the thread does not end in time.
+    pub async fn close(self) -> Result<()> {
+        let inner = self.inner;
+        inner.stop.cancel();
+        let grace = inner.close_timeout + LAST_WORDS;
+        let thread = inner.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if inner.timers.within(grace, inner.finished.cancelled()).await.is_none() {
+            return Err(Error::new(
+                ErrorKind::Timeout,
+                "closing the control plane",
+                format!("its thread did not end within {grace:?}"),
+            ));
+        }
+        // It has nothing left to do but return.
+        if let Some(thread) = thread
+            && thread.join().is_err()
+        {
+            tracing::error!("the control plane's thread panicked");
+        }
+        Ok(())
+    }
+}
+
+impl ControlPlane {
+    /// Starts the thread, and waits until `main` found its place in the group.
+    async fn start<M>(config: ControlConfig, main: M) -> Result<Self>
+    where
+        M: AsyncFnOnce(Arc<ControlConfig>, CancellationToken, Ready) + Send + 'static,
+    {
+        config.validate()?;
+        let operation = "starting the control plane";
+        let close_timeout = config.heartbeat_timeout;
+        let timers = Arc::new(Timers::new().map_err(|error| Error::io(operation, error))?);
+        let (stop, finished) = (CancellationToken::new(), CancellationToken::new());
+        let (ready, place) = oneshot::channel();
+        let thread = {
+            let (timers, stop) = (Arc::clone(&timers), stop.clone());
+            let finished = finished.clone().drop_guard();
+            let main = move || {
+                if let Some(runtime) = &timers.runtime {
+                    runtime.block_on(main(Arc::new(config), stop, Ready(ready)));
+                }
+                drop(finished);
+            };
+            std::thread::Builder::new()
+                .name("ckpt-control".into())
+                .spawn(main)
+                .map_err(|error| Error::io(operation, error))?
+        };
+        let cancelled = stop.clone().drop_guard();
+        let place = place.await.unwrap_or_else(|_| {
+            Err(Error::new(ErrorKind::State, operation, "its thread ended before it began"))
+        })?;
+        let stop = cancelled.disarm();
+        let Place { shared, address, rank, role } = place;
+        let thread = Mutex::new(Some(thread));
+        let inner =
+            Inner { shared, timers, address, rank, role, close_timeout, thread, finished, stop };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Takes part in something with other ranks, until it ends or the deadline.
+    async fn call(
+        &self,
+        operation: &str,
+        call: Call,
+        size: usize,
+        deadline: Duration,
+    ) -> Result<Outcome> {
+        let id = self.begin(call, size)?;
+        let under_way = UnderWay { shared: &self.inner.shared, id };
+        let outcome =
+            |mailbox: &mut Mailbox| match mailbox.calls.get_mut(&id).and_then(Option::take) {
+                Some(Outcome::Failed(report)) => Some(Err(report.into())),
+                Some(outcome) => Some(Ok(outcome)),
+                None => mailbox.ended.clone().map(|report| Err(Error::from(report))),
+            };
+        if let Some(result) = self.wait(deadline, outcome).await {
+            return result;
+        }
+        under_way.withdraw();
+        let missing = match self.wait(LAST_WORDS, outcome).await {
+            Some(Ok(Outcome::Missing(missing))) => missing,
+            // It ended in the last moment, and the other ranks believe so too.
+            Some(result) => return result,
+            None => vec![Rank::LEADER],
+        };
+        let listed: Vec<_> = missing.iter().take(16).map(Rank::to_string).collect();
+        let more = match missing.len().saturating_sub(listed.len()) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        let message = format!(
+            "{} missing after {deadline:?}: {}{more}",
+            if missing.len() == 1 {
+                "a rank is".to_owned()
+            } else {
+                format!("{} ranks are", missing.len())
+            },
+            listed.join(", "),
+        );
+        let error = Error::new(ErrorKind::Timeout, operation, message);
+        Err(match missing.first() {
+            Some(rank) => error.rank(*rank),
+            None => error,
+        })
+    }
+
+    fn begin(&self, call: Call, size: usize) -> Result<u64> {
+        self.inner.shared.update(|mailbox, side| {
+            if let Some(report) = &mailbox.ended {
+                return Err(report.clone().into());
+            }
+            let id = mailbox.next_call;
+            mailbox.next_call += 1;
+            if let Side::Member(membership) = &*side {
+                let frame = Frame::Control(Control::Call { id, call: call.clone() });
+                membership.leader.send(Rank::LEADER, size, frame)?;
+            }
+            mailbox.calls.insert(id, None);
+            if let Side::Leader(group) = side {
+                group.call(Rank::LEADER, id, call, mailbox);
+            }
+            Ok(id)
+        })
+    }
+
+    /// Waits until `ready` finds something in the mailbox; `None` at the deadline.
+    async fn wait<T>(
+        &self,
+        deadline: Duration,
+        mut ready: impl FnMut(&mut Mailbox) -> Option<T>,
+    ) -> Option<T> {
+        let shared = &self.inner.shared;
+        let waiting = async {
+            loop {
+                // Made before the look, so that no change between the two is missed.
+                let changed = shared.changed.notified();
+                if let Some(found) = shared.read(|mailbox, _| ready(mailbox)) {
+                    return found;
+                }
+                changed.await;
+            }
+        };
+        self.inner.timers.within(deadline, waiting).await
+    }
+}
+
+impl fmt::Debug for ControlPlane {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Inner { address, rank, role, .. } = &*self.inner;
+        f.debug_struct("ControlPlane")
+            .field("address", address)
+            .field("rank", rank)
+            .field("role", role)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+/// What the thread hands to the handle.
+struct Place {
+    shared: Arc<Shared>,
+    address: Address,
+    rank: Rank,
+    role: Role,
+}
+
+struct Ready(oneshot::Sender<Result<Place>>);
+
+impl Ready {
+    fn tell(self, place: Result<Place>) {
+        if self.0.send(place).is_err() {
+            tracing::debug!("nobody waits for the control plane any more; it closes");
+        }
+    }
+}
+
+/// Ends every wait when the thread ends, however it ends.
+struct Ending(Arc<Shared>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+/// A call that is withdrawn when its future is dropped.
+struct UnderWay<'a> {
+    shared: &'a Shared,
+    id: u64,
+}
+
+impl UnderWay<'_> {
+    fn withdraw(&self) {
+        let id = self.id;
+        self.shared.update(|mailbox, side| match side {
+            Side::Leader(group) => group.withdraw(Rank::LEADER, id, mailbox),
+            Side::Member(membership) => {
+                let frame = Frame::Control(Control::Withdraw { id });
+                if membership.leader.send(Rank::LEADER, 0, frame).is_err() {
+                    tracing::trace!("the leader is gone; there is nothing to withdraw");
+                }
+            }
+        });
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        // Forgotten first: the answer to a withdrawal would have no reader.
+        let slot = self
+            .shared
+            .read(|mailbox, _| (mailbox.calls.remove(&self.id), mailbox.ended.is_some()));
+        if slot == (Some(None), false) {
+            self.withdraw();
+        }
+    }
+}
+
+/// The thread's runtime, whose clock also times the waits of handles on foreign executors.
+#[derive(Debug)]
+struct Timers {
+    runtime: Option<Runtime>,
+}
+
+impl Timers {
+    fn new() -> std::io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        Ok(Self { runtime: Some(runtime) })
+    }
+
+    /// The future's value; `None` when the deadline passes first. After the thread ended nothing
+    /// drives the clock, so the future itself has to end then.
+    async fn within<T>(&self, deadline: Duration, future: impl Future<Output = T>) -> Option<T> {
+        let timed = {
+            let _context = self.runtime.as_ref().map(Runtime::enter);
+            tokio::time::timeout(deadline, future)
+        };
+        timed.await.ok()
+    }
+}
+
+impl Drop for Timers {
+    fn drop(&mut self) {
+        // The last handle may go on an executor's thread, where an ordinary drop would panic.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+fn misdirected(why: &str) -> Error {
+    Error::new(ErrorKind::State, "sending a message", why)
+}
+
+fn wrong_outcome(operation: &str, outcome: &Outcome) -> Error {
+    Error::new(
+        ErrorKind::Protocol,
+        operation,
+        format!("the leader answered with another call's outcome: {outcome:?}"),
+    )
+    .rank(Rank::LEADER)
+}

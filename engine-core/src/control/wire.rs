@@ -1,0 +1,392 @@
+//! Frames, and how they cross a socket.
+//!
+//! A frame is a big-endian `u32` length and that many bytes: a kind, then the rest. The rest of a
+//! message is the caller's body as it is; the rest of everything else is a [`Control`] in postcard.
+
+use std::io;
+use std::pin::Pin;
+use std::time::Duration;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::time::timeout;
+use tokio_util::codec::{Decoder, LengthDelimitedCodec};
+
+use super::token::{Nonce, Proof};
+use super::{Peer, Role};
+use crate::{Error, ErrorKind, ErrorReport, Rank, Result};
+
+/// The version of everything below; peers of different versions refuse each other.
+pub(super) const PROTOCOL_VERSION: u32 = 1;
+pub(super) const MAGIC: [u8; 8] = *b"ckpt-eng";
+/// The longest frame of a peer that has not authenticated itself.
+pub(super) const HANDSHAKE_FRAME: usize = 1024;
+/// The room that a frame needs beyond a body it carries.
+pub(super) const FRAME_OVERHEAD: usize = 64;
+
+const MESSAGE: u8 = 0;
+const CONTROL: u8 = 1;
+/// How much is read or gathered for writing at once.
+const CHUNK: usize = 64 * 1024;
+
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Frame {
+    /// The embedder's own bytes, which no serialiser touches.
+    Message(Bytes),
+    Control(Control),
+}
+
+/// `Hello` and `Refused` keep their place and shape in every version of the protocol, so that any
+/// two versions can tell each other that they differ.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) enum Control {
+    Hello(Hello),
+    Refused(ErrorReport),
+    Challenge(Nonce),
+    Proof(Proof),
+    Welcome {
+        rank: Rank,
+        terms: Terms,
+        proof: Proof,
+    },
+    Call {
+        id: u64,
+        call: Call,
+    },
+    Withdraw {
+        id: u64,
+    },
+    /// `outcome` is an [`Outcome`], encoded once for all ranks that receive it.
+    Reply {
+        id: u64,
+        outcome: Bytes,
+    },
+    Heartbeat,
+    Goodbye,
+}
+
+/// The first frame: what every version understands, and a body that only the same version does.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Hello {
+    pub(super) magic: [u8; 8],
+    pub(super) version: u32,
+    pub(super) body: Bytes,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Introduction {
+    pub(super) role: Role,
+    pub(super) rank: Option<Rank>,
+    pub(super) nonce: Nonce,
+    pub(super) terms: Terms,
+}
+
+/// What a side demands of the other one.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Terms {
+    /// The longest frame that it accepts.
+    pub(super) max_frame: u32,
+    /// The silence after which it gives the other side up.
+    pub(super) heartbeat_timeout: Duration,
+}
+
+/// Something that ends when other ranks take part too.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) enum Call {
+    Gather { world_size: u32, payload: Bytes },
+    Barrier { name: String },
+}
+
+/// How a call ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) enum Outcome {
+    Table(Vec<Peer>),
+    Passed,
+    /// It was withdrawn while these ranks were missing.
+    Missing(Vec<Rank>),
+    Failed(ErrorReport),
+}
+
+impl Frame {
+    pub(super) fn decode(mut bytes: BytesMut) -> Result<Self> {
+        match bytes.first() {
+            Some(&MESSAGE) => {
+                bytes.advance(1);
+                Ok(Self::Message(bytes.freeze()))
+            }
+            Some(&CONTROL) => Ok(Self::Control(decode(&bytes[1..])?)),
+            Some(kind) => Err(malformed(format!("frames of kind {kind} do not exist"))),
+            None => Err(malformed("an empty frame")),
+        }
+    }
+
+    pub(super) fn encode(&self, out: &mut BytesMut) -> Result<()> {
+        let control;
+        let (kind, rest) = match self {
+            Self::Message(body) => (MESSAGE, &body[..]),
+            Self::Control(frame) => {
+                control = encode(frame)?;
+                (CONTROL, &control[..])
+            }
+        };
+        let length = u32::try_from(rest.len() + 1)
+            .map_err(|_| malformed(format!("a frame of {} bytes is too long", rest.len())))?;
+        out.reserve(rest.len() + 5);
+        out.put_u32(length);
+        out.put_u8(kind);
+        out.put_slice(rest);
+        Ok(())
+    }
+}
+
+pub(super) fn encode(value: &impl Serialize) -> Result<Vec<u8>> {
+    postcard::to_stdvec(value).map_err(|error| {
+        Error::new(ErrorKind::Protocol, "writing a frame", "it cannot be encoded")
+            .with_source(error)
+    })
+}
+
+/// Decodes a value that fills `bytes` entirely.
+pub(super) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
+    match postcard::take_from_bytes(bytes) {
+        Ok((value, [])) => Ok(value),
+        Ok((_, rest)) => Err(malformed(format!("{} bytes too many", rest.len()))),
+        Err(error) => Err(malformed("it does not decode").with_source(error)),
+    }
+}
+
+pub(super) fn malformed(why: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Protocol, "reading a frame", why)
+}
+
+/// A frame where another one was due.
+pub(super) fn unexpected(frame: &Frame) -> Error {
+    malformed(match frame {
+        Frame::Message(_) => "a message was not due".to_owned(),
+        Frame::Control(control) => {
+            let text = format!("{control:?}");
+            let name = text.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default();
+            format!("`{name}` was not due")
+        }
+    })
+}
+
+/// A connected socket.
+pub(super) struct Wire {
+    pub(super) reader: FrameReader,
+    pub(super) writer: FrameWriter,
+}
+
+pub(super) struct FrameReader {
+    io: Pin<Box<dyn AsyncRead + Send>>,
+    buffer: BytesMut,
+    codec: LengthDelimitedCodec,
+}
+
+pub(super) struct FrameWriter {
+    io: Pin<Box<dyn AsyncWrite + Send>>,
+    buffer: BytesMut,
+}
+
+impl Wire {
+    pub(super) fn new(
+        reader: Box<dyn AsyncRead + Send>,
+        writer: Box<dyn AsyncWrite + Send>,
+    ) -> Self {
+        let codec = LengthDelimitedCodec::builder().max_frame_length(HANDSHAKE_FRAME).new_codec();
+        Self {
+            reader: FrameReader { io: reader.into(), buffer: BytesMut::new(), codec },
+            writer: FrameWriter { io: writer.into(), buffer: BytesMut::new() },
+        }
+    }
+}
+
+impl FrameReader {
+    pub(super) fn set_max_frame(&mut self, bytes: usize) {
+        self.codec.set_max_frame_length(bytes);
+    }
+
+    /// The next frame; `None` when the peer closed the connection between two frames. A silence of
+    /// `patience` is a timeout; slow bytes of a large frame are not.
+    pub(super) async fn next(&mut self, patience: Duration) -> Result<Option<Frame>> {
+        loop {
+            // The codec compares the length with its limit before it reserves room for the frame.
+            match self.codec.decode(&mut self.buffer) {
+                Ok(Some(bytes)) => return Frame::decode(bytes).map(Some),
+                Ok(None) => {}
+                Err(error) => {
+                    return Err(malformed(format!(
+                        "a frame of more than {} bytes",
+                        self.codec.max_frame_length()
+                    ))
+                    .with_source(error));
+                }
+            }
+            if self.buffer.capacity() - self.buffer.len() < CHUNK / 16 {
+                self.buffer.reserve(CHUNK);
+            }
+            match timeout(patience, self.io.read_buf(&mut self.buffer)).await {
+                Ok(Ok(0)) if self.buffer.is_empty() => return Ok(None),
+                Ok(Ok(0)) => {
+                    let error = io::Error::from(io::ErrorKind::UnexpectedEof);
+                    return Err(Error::io("reading a frame", error));
+                }
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => return Err(Error::io("reading a frame", error)),
+                Err(_) => return Err(silent("reading a frame", patience)),
+            }
+        }
+    }
+}
+
+impl FrameWriter {
+    /// Adds a frame to what the next flush writes; says whether it is time for one.
+    pub(super) fn push(&mut self, frame: &Frame) -> Result<bool> {
+        frame.encode(&mut self.buffer)?;
+        Ok(self.buffer.len() >= CHUNK)
+    }
+
+    /// Writes what was pushed. A peer that accepts nothing for `patience` is a timeout.
+    pub(super) async fn flush(&mut self, patience: Duration) -> Result<()> {
+        while self.buffer.has_remaining() {
+            match timeout(patience, self.io.write_buf(&mut self.buffer)).await {
+                Ok(Ok(0)) => {
+                    let error = io::Error::from(io::ErrorKind::BrokenPipe);
+                    return Err(Error::io("writing a frame", error));
+                }
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => return Err(Error::io("writing a frame", error)),
+                Err(_) => return Err(silent("writing a frame", patience)),
+            }
+        }
+        if self.buffer.capacity() > 16 * CHUNK {
+            self.buffer = BytesMut::new();
+        }
+        Ok(())
+    }
+
+    pub(super) async fn send(&mut self, control: Control, patience: Duration) -> Result<()> {
+        self.push(&Frame::Control(control))?;
+        self.flush(patience).await
+    }
+
+    pub(super) async fn shutdown(&mut self) {
+        if let Err(error) = self.io.shutdown().await {
+            tracing::trace!(%error, "the connection was closed already");
+        }
+    }
+}
+
+fn silent(operation: &str, patience: Duration) -> Error {
+    Error::new(ErrorKind::Timeout, operation, format!("the peer was silent for {patience:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn frames() -> Vec<Frame> {
+        let introduction = Introduction {
+            role: Role::Rollout,
+            rank: Some(Rank(3)),
+            nonce: [7; 32],
+            terms: Terms { max_frame: 1 << 20, heartbeat_timeout: Duration::from_secs(10) },
+        };
+        let body = Bytes::from(encode(&introduction).unwrap());
+        let error = Error::new(ErrorKind::Mismatch, "joining", "rank 3 is taken").rank(Rank(3));
+        let peer = Peer { rank: Rank(1), role: Role::Rollout, payload: Bytes::from_static(b"p") };
+        let outcome = Bytes::from(encode(&Outcome::Table(vec![peer])).unwrap());
+        vec![
+            Frame::Message(Bytes::new()),
+            Frame::Message(Bytes::from_static(b"body")),
+            Frame::Control(Control::Hello(Hello { magic: MAGIC, version: 1, body })),
+            Frame::Control(Control::Refused(ErrorReport::from(&error))),
+            Frame::Control(Control::Challenge([1; 32])),
+            Frame::Control(Control::Proof([2; 32])),
+            Frame::Control(Control::Welcome {
+                rank: Rank(3),
+                terms: introduction.terms,
+                proof: [9; 32],
+            }),
+            Frame::Control(Control::Call {
+                id: 1,
+                call: Call::Gather { world_size: 2, payload: Bytes::from_static(b"x") },
+            }),
+            Frame::Control(Control::Call { id: 2, call: Call::Barrier { name: "b".into() } }),
+            Frame::Control(Control::Withdraw { id: 2 }),
+            Frame::Control(Control::Reply { id: 1, outcome }),
+            Frame::Control(Control::Heartbeat),
+            Frame::Control(Control::Goodbye),
+        ]
+    }
+
+    #[test]
+    fn every_frame_survives_the_wire() {
+        let mut bytes = BytesMut::new();
+        for frame in frames() {
+            frame.encode(&mut bytes).unwrap();
+        }
+        let mut codec = LengthDelimitedCodec::new();
+        for frame in frames() {
+            let decoded = Frame::decode(codec.decode(&mut bytes).unwrap().unwrap()).unwrap();
+            assert_eq!(decoded, frame);
+        }
+        assert!(bytes.is_empty());
+    }
+
+    #[test]
+    fn bytes_after_the_end_of_a_frame_are_refused() {
+        let mut bytes = BytesMut::new();
+        Frame::Control(Control::Goodbye).encode(&mut bytes).unwrap();
+        bytes.put_u8(0);
+        bytes.advance(4);
+        assert_eq!(Frame::decode(bytes).unwrap_err().kind(), ErrorKind::Protocol);
+    }
+
+    /// What any peer could send: every decoder answers with a value or a `Protocol` error.
+    fn feed(bytes: &[u8]) {
+        let refused = |error: Error| assert_eq!(error.kind(), ErrorKind::Protocol);
+        let _frame = Frame::decode(BytesMut::from(bytes)).map_err(refused);
+        let _control = decode::<Control>(bytes).map_err(refused);
+        let _introduction = decode::<Introduction>(bytes).map_err(refused);
+        let _outcome = decode::<Outcome>(bytes).map_err(refused);
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_decode_or_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..512)) {
+            feed(&bytes);
+        }
+
+        #[test]
+        fn damaged_frames_decode_or_are_refused(
+            which in 0..13usize,
+            at in any::<prop::sample::Index>(),
+            to in any::<u8>(),
+            cut in any::<prop::sample::Index>(),
+        ) {
+            let mut bytes = BytesMut::new();
+            frames()[which].encode(&mut bytes).unwrap();
+            bytes.advance(4);
+            let at = at.index(bytes.len());
+            bytes[at] = to;
+            feed(&bytes);
+            feed(&bytes[..cut.index(bytes.len())]);
+        }
+
+        #[test]
+        fn arbitrary_streams_end_with_frames_or_an_error(
+            bytes in prop::collection::vec(any::<u8>(), 0..2048),
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            runtime.block_on(async {
+                let io = Box::new(std::io::Cursor::new(bytes));
+                let mut wire = Wire::new(io, Box::new(tokio::io::sink()));
+                while let Ok(Some(_)) = wire.reader.next(Duration::from_secs(1)).await {}
+            });
+        }
+    }
+}
