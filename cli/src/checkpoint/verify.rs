@@ -82,10 +82,13 @@ impl fmt::Display for VerifyReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { compared, bytes, differences } = self;
         match differences.len() {
-            0 => write!(f, "equal: {compared} tensors, {bytes} bytes"),
+            0 => {
+                let s = if *compared == 1 { "" } else { "s" };
+                write!(f, "equal: {compared} tensor{s}, {bytes} bytes")
+            }
             n => {
-                let s = if n == 1 { "" } else { "s" };
-                write!(f, "different: {n} tensor{s} differ; {compared} compared, {bytes} bytes")
+                let what = if n == 1 { "tensor differs" } else { "tensors differ" };
+                write!(f, "different: {n} {what}; {compared} compared, {bytes} bytes")
             }
         }
     }
@@ -231,13 +234,13 @@ fn show(dtype: DType, bits: u64) -> String {
         DType::I16 => return (bits as i16).to_string(),
         DType::I32 => return (bits as i32).to_string(),
         DType::I64 => return (bits as i64).to_string(),
-        DType::BF16 => bf16::from_bits(bits as u16).to_string(),
-        DType::F16 => f16::from_bits(bits as u16).to_string(),
-        DType::F32 => f32::from_bits(bits as u32).to_string(),
-        DType::F64 => f64::from_bits(bits).to_string(),
+        DType::BF16 => format!("{:?}", bf16::from_bits(bits as u16).to_f32()),
+        DType::F16 => format!("{:?}", f16::from_bits(bits as u16).to_f32()),
+        DType::F32 => format!("{:?}", f32::from_bits(bits as u32)),
+        DType::F64 => format!("{:?}", f64::from_bits(bits)),
         DType::C64 => {
             let (re, im) = (f32::from_bits(bits as u32), f32::from_bits((bits >> 32) as u32));
-            format!("{re}{im:+}i")
+            format!("{re:?}{im:+?}i")
         }
         _ => return format!("{bits:#04x}"),
     };
