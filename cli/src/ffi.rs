@@ -1,0 +1,20 @@
+//! Mapping files into memory: all of this crate's `unsafe`.
+
+use std::fs::File;
+use std::io;
+
+use memmap2::Mmap;
+
+/// Maps a whole file for reading.
+///
+/// The mapping shows the file as it is at each read. Nothing in this program keeps a conclusion
+/// about bytes that it read earlier (headers are parsed into owned values), so that a file which
+/// another process overwrites gives other weights, and one that is truncated ends the process with
+/// `SIGBUS`, as with every loader that maps checkpoints. Checkpoints that this program writes are
+/// replaced by renaming, which leaves mappings of the old file intact.
+pub(crate) fn map_file(file: &File) -> io::Result<Mmap> {
+    // SAFETY: the mapping is private and read-only, and `Mmap` unmaps it only when dropped. The
+    // bytes are plain data of which every value is valid; nobody in this process writes the file.
+    // Another process that does breaks the promise above, not this program's memory.
+    unsafe { Mmap::map(file) }
+}

@@ -1,0 +1,327 @@
+//! Where the weights of every update come from, and how a receiver checks them.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use engine_core::{Encoding, Error, ErrorKind, Recovery, Result, TensorMeta, Version, Weight};
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::Checkpoint;
+use crate::synthetic::{self, Residency, ResidentModel, StreamedModel, SyntheticModel};
+
+/// What a source is made of: what the trainer tells the rollouts, so that they can check.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceSpec {
+    /// The model.
+    pub model: ModelSpec,
+    /// How many updates there will be. Versions count from 1 to this; the last update of a
+    /// checkpoint carries exactly the bytes of its files.
+    pub updates: u64,
+}
+
+/// Which model.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ModelSpec {
+    /// A made-up one, or the first so many layers of it.
+    Synthetic {
+        /// Which one.
+        name: SyntheticModel,
+        /// How many of its layers; all without a number.
+        layers: Option<u32>,
+    },
+    /// A file or a folder.
+    Checkpoint {
+        /// Where it is. Rollouts that check must reach it under the same path.
+        path: PathBuf,
+    },
+}
+
+/// A model whose weights change between updates as training would change them.
+///
+/// Opening one takes no memory to speak of; only asking for [`weights`](Self::weights) or
+/// [`advance`](Self::advance) allocates a synthetic model. A rollout that only
+/// [checks](Self::check) never does.
+#[derive(Debug)]
+pub struct Source {
+    spec: SourceSpec,
+    metas: HashMap<Arc<str>, TensorMeta>,
+    byte_len: u64,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Synthetic { metas: Vec<TensorMeta>, residency: Residency, model: Option<Model> },
+    Checkpoint(Arc<Checkpoint>),
+}
+
+#[derive(Debug)]
+enum Model {
+    Resident(ResidentModel),
+    Streamed(StreamedModel),
+}
+
+/// The weights of one update, in order.
+pub type Weights = Box<dyn ExactSizeIterator<Item = Result<Weight>> + Send>;
+
+impl Source {
+    /// Opens what a specification names.
+    ///
+    /// # Errors
+    ///
+    /// `Config` for a slice of more layers than there are, and what
+    /// [`CheckpointError`](crate::checkpoint::CheckpointError) becomes.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cli::source::{ModelSpec, Source, SourceSpec};
+    /// use cli::synthetic::SyntheticModel;
+    /// use engine_core::Version;
+    ///
+    /// # fn main() -> engine_core::Result<()> {
+    /// let model = ModelSpec::Synthetic { name: SyntheticModel::TinyMoe, layers: None };
+    /// let mut trainer = Source::open(SourceSpec { model, updates: 3 })?;
+    /// let rollout = Source::open(trainer.spec().clone())?;
+    /// for weight in trainer.weights(Version(1))? {
+    ///     let weight = weight?;
+    ///     rollout.check(weight.meta(), Version(1), 0, &weight.to_bytes()?)?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn open(spec: SourceSpec) -> Result<Self> {
+        let (list, kind) = match &spec.model {
+            ModelSpec::Synthetic { name, layers } => {
+                let metas = name.metas(*layers)?;
+                let residency = Residency::of(total(&metas)?);
+                (metas.clone(), Kind::Synthetic { metas, residency, model: None })
+            }
+            ModelSpec::Checkpoint { path } => {
+                let checkpoint = Checkpoint::open(path)?;
+                (checkpoint.metas().cloned().collect(), Kind::Checkpoint(checkpoint.into()))
+            }
+        };
+        let byte_len = total(&list)?;
+        let metas = list.into_iter().map(|meta| (meta.name.clone(), meta)).collect();
+        Ok(Self { spec, metas, byte_len, kind })
+    }
+
+    /// What the source was opened with.
+    pub fn spec(&self) -> &SourceSpec {
+        &self.spec
+    }
+
+    /// The number of tensors.
+    pub fn tensors(&self) -> usize {
+        self.metas.len()
+    }
+
+    /// The bytes of all tensors together.
+    pub fn byte_len(&self) -> u64 {
+        self.byte_len
+    }
+
+    /// The description of a tensor by its name.
+    pub fn meta(&self, name: &str) -> Option<&TensorMeta> {
+        self.metas.get(name)
+    }
+
+    /// The descriptions of all tensors, in the order of [`weights`](Self::weights).
+    pub fn metas(&self) -> Box<dyn ExactSizeIterator<Item = &TensorMeta> + '_> {
+        match &self.kind {
+            Kind::Synthetic { metas, .. } => Box::new(metas.iter()),
+            Kind::Checkpoint(checkpoint) => Box::new(checkpoint.metas()),
+        }
+    }
+
+    /// Whether a synthetic model is kept in memory, and why; nothing for a checkpoint, whose files
+    /// are mapped.
+    pub fn residency(&self) -> Option<Residency> {
+        match &self.kind {
+            Kind::Synthetic { residency, .. } => Some(*residency),
+            Kind::Checkpoint(_) => None,
+        }
+    }
+
+    /// Brings the model to a version: the "training" between two updates, so that its time is none
+    /// of the update's. Without it [`weights`](Self::weights) does the same.
+    ///
+    /// # Errors
+    ///
+    /// `State` if weights of another version are still in use; `Resource` if there is no memory.
+    pub fn advance(&mut self, version: Version) -> Result<()> {
+        let Kind::Synthetic { metas, residency, model } = &mut self.kind else { return Ok(()) };
+        match model {
+            Some(Model::Resident(model)) if model.version() != version => model.advance(version),
+            Some(_) => Ok(()),
+            None => {
+                *model = Some(if residency.is_resident() {
+                    Model::Resident(ResidentModel::new(metas.iter().cloned(), version)?)
+                } else {
+                    Model::Streamed(StreamedModel::new(metas.iter().cloned()))
+                });
+                Ok(())
+            }
+        }
+    }
+
+    /// The weights of an update. They share the source's memory or are made as they are encoded;
+    /// none is copied.
+    ///
+    /// # Errors
+    ///
+    /// As [`advance`](Self::advance).
+    pub fn weights(&mut self, version: Version) -> Result<Weights> {
+        self.advance(version)?;
+        Ok(match &self.kind {
+            Kind::Synthetic { model: Some(Model::Resident(model)), .. } => {
+                Box::new(model.weights())
+            }
+            Kind::Synthetic { model: Some(Model::Streamed(model)), .. } => {
+                Box::new(model.weights(version))
+            }
+            // `advance` has made one.
+            Kind::Synthetic { model: None, .. } => Box::new(std::iter::empty()),
+            Kind::Checkpoint(checkpoint) => {
+                let steps = self.steps(version);
+                let weights: Vec<Weight> = checkpoint.weights().collect();
+                Box::new(weights.into_iter().map(move |weight| perturbed(weight, steps)))
+            }
+        })
+    }
+
+    /// Checks received bytes of a tensor, from `offset` on, against what an update carries, bit for
+    /// bit and in constant memory.
+    ///
+    /// # Errors
+    ///
+    /// `Mismatch` for a tensor that the source does not have, or not with this type and shape;
+    /// `Digest` for bytes that differ, naming the first.
+    pub fn check(
+        &self,
+        meta: &TensorMeta,
+        version: Version,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<()> {
+        const OPERATION: &str = "verifying a received weight";
+        let mismatch = |message: String| {
+            Err(Error::new(ErrorKind::Mismatch, OPERATION, message)
+                .tensor(&*meta.name)
+                .version(version))
+        };
+        let Some(expected) = self.metas.get(&meta.name) else {
+            return mismatch("the source has no tensor of this name".into());
+        };
+        if expected != meta {
+            return mismatch(format!(
+                "received as {} {:?}, but the source has {} {:?}",
+                meta.dtype, meta.shape, expected.dtype, expected.shape
+            ));
+        }
+        let size = expected.byte_len()?;
+        if offset.checked_add(bytes.len() as u64).is_none_or(|end| end > size) {
+            return mismatch(format!("{} bytes at {offset} of {size}", bytes.len()));
+        }
+        let result = match &self.kind {
+            Kind::Synthetic { .. } => synthetic::compare(meta, version, offset, bytes),
+            Kind::Checkpoint(checkpoint) => {
+                let original = checkpoint.bytes(&meta.name).unwrap_or_default();
+                let steps = self.steps(version);
+                synthetic::blockwise(offset, bytes, |range, block| {
+                    perturb(meta, steps, original, range, block);
+                })
+            }
+        };
+        result.map_err(|at| {
+            let element = at * 8 / meta.dtype.bits();
+            Error::new(
+                ErrorKind::Digest,
+                OPERATION,
+                format!("byte {at} of {size} (element {element}) is not the one that was sent"),
+            )
+            // Sending it again makes the same bytes.
+            .recovery(Recovery::Abort)
+            .tensor(&*meta.name)
+            .version(version)
+        })
+    }
+
+    /// How many steps of training are left until the checkpoint's own bytes.
+    fn steps(&self, version: Version) -> u64 {
+        self.spec.updates.saturating_sub(version.0)
+    }
+}
+
+fn total(metas: &[TensorMeta]) -> Result<u64> {
+    metas.iter().try_fold(0_u64, |sum, meta| {
+        sum.checked_add(meta.byte_len()?).ok_or_else(|| {
+            Error::new(ErrorKind::Weight, "adding up a model", "its size does not fit 64 bits")
+        })
+    })
+}
+
+/// A weight changed as `steps` steps of training would change it, while it is encoded; with 0 steps
+/// the weight itself.
+///
+/// The lowest mantissa bits of an eighth of its elements flip, chosen by its name and `steps`;
+/// weights of types that are not trained stay as they are.
+///
+/// # Errors
+///
+/// Whatever the weight's description makes impossible.
+pub fn perturbed(weight: Weight, steps: u64) -> Result<Weight> {
+    if steps == 0 {
+        return Ok(weight);
+    }
+    let (meta, treatment) = (weight.meta().clone(), weight.treatment().clone());
+    Weight::encoded(meta, Arc::new(Perturbed { weight, steps }), treatment)
+}
+
+#[derive(Debug)]
+struct Perturbed {
+    weight: Weight,
+    steps: u64,
+}
+
+impl Encoding for Perturbed {
+    fn name(&self) -> &'static str {
+        "perturb"
+    }
+
+    fn source_bytes(&self) -> u64 {
+        self.weight.source_bytes()
+    }
+
+    fn granule(&self) -> u64 {
+        // The elements of a word are changed together. All that a weight's own granules divide is
+        // a power of two here, so that the larger one is a multiple of both.
+        self.weight.granule().max(8)
+    }
+
+    fn is_deferred(&self) -> bool {
+        self.weight.is_deferred()
+    }
+
+    fn encode_host(&self, range: Range<u64>, destination: &mut [u8]) -> Result<()> {
+        let meta = self.weight.meta();
+        let mut start = range.start;
+        // While the piece is in the nearest cache, changing it costs next to nothing.
+        for piece in destination.chunks_mut(16 << 10) {
+            let end = start + piece.len() as u64;
+            self.weight.encode(start..end, piece)?;
+            synthetic::perturb(meta, self.steps, start, piece);
+            start = end;
+        }
+        Ok(())
+    }
+}
+
+fn perturb(meta: &TensorMeta, steps: u64, original: &[u8], range: Range<u64>, block: &mut [u8]) {
+    // `check` made sure that the range is within the tensor.
+    block.copy_from_slice(&original[range.start as usize..range.end as usize]);
+    synthetic::perturb(meta, steps, range.start, block);
+}
