@@ -1,1 +1,28 @@
-//! Moves a model's weights from a trainer to its inference engines.
+//! Moves a model's weights from a trainer to the inference engines that generate with them, every
+//! training step.
+//!
+//! A trainer makes a [`WeightStream`] of its weights ([`ensure_async_iterator`] takes any iterator or
+//! stream) and [sends](CheckpointEngine::send_weights) it; every rollout
+//! [receives](CheckpointEngine::receive_weights) the same weights, verified, or an error. Which
+//! transport carries them is a name in the [configuration](CheckpointEngineConfig) and a Cargo
+//! feature of this crate:
+//!
+//! | backend | feature | between |
+//! |---|---|---|
+//! | `naive` | always there | tasks of one process |
+//! | `ipc` | `ipc` (default) | processes of one host |
+//!
+//! [`registry`] knows those that are compiled in.
+
+pub use engine_core::*;
+
+#[cfg(feature = "ipc")]
+pub use backend_ipc as ipc;
+
+/// The backends that the features of this crate bring.
+pub fn registry() -> Registry {
+    let registry = Registry::new();
+    #[cfg(feature = "ipc")]
+    let registry = registry.with(backend_ipc::BACKEND);
+    registry
+}

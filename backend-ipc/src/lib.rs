@@ -1,1 +1,74 @@
-//! Checkpoint engine between processes of one host.
+//! A checkpoint engine between processes of one host: buckets in POSIX shared memory, which the
+//! rollouts map and read in place.
+//!
+//! The trainer has two buckets, however many rollouts there are: while all of them read one, it
+//! packs the other. A segment has no name that could outlive its processes: it is unlinked before it
+//! is used, and the rollouts open it through the trainer's process (`/proc/<pid>/fd`), which takes
+//! the same user and a common PID namespace.
+
+mod engine;
+mod error;
+mod ffi;
+mod segment;
+
+use engine_core::{
+    Availability, Backend, CheckpointEngine, EngineContext, Error, ErrorKind, Placement, Result,
+    Role, WorkerMetadata,
+};
+
+pub use engine::IpcEngine;
+
+/// The transport's name in configurations.
+const NAME: &str = "ipc";
+
+/// The transport as a value, to be registered.
+pub static BACKEND: &dyn Backend = &Ipc;
+
+#[derive(Debug)]
+struct Ipc;
+
+impl Backend for Ipc {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn summary(&self) -> &'static str {
+        "other processes of this host, over shared memory"
+    }
+
+    fn probe(&self) -> Availability {
+        match segment::Segment::create(1, 4096) {
+            Ok(_) => Availability::Usable { details: segment::shared_memory_in_words() },
+            Err(error) => Availability::Unusable {
+                reason: Error::from(error).to_string(),
+                remedy: "mount a tmpfs at /dev/shm with room for two buckets".into(),
+            },
+        }
+    }
+
+    fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
+        Ok(Box::new(IpcEngine::new(context)?))
+    }
+
+    fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
+        let places = Placement::for_all(NAME, workers)?;
+        let refuse =
+            |message: String| Error::new(ErrorKind::Mismatch, "building the topology", message);
+        let trainer = places[0].own()?;
+        for place in &places[1..] {
+            let peer = place.own()?;
+            if peer.role == Role::Trainer {
+                let message = "ipc sends from one trainer rank: gather the weights on rank 0";
+                return Err(refuse(message.into()).rank(place.rank));
+            }
+            if peer.host != trainer.host {
+                return Err(refuse(format!(
+                    "it runs on the host {}, the trainer on {}: ipc reaches processes of one host",
+                    peer.host, trainer.host
+                ))
+                .rank(place.rank));
+            }
+        }
+        Ok(places)
+    }
+}

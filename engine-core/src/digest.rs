@@ -33,23 +33,47 @@ const LANES: usize = 8;
 
 /// `A`: keys of the lower halves in row 0. All tables hold digits of √2, √3, √5 and √7.
 const LOW: [u32; LANES] = [
-    0x6a09_e667, 0xf3bc_c908, 0xb2fb_1366, 0xea95_7d3e, 0x3adc_1753, 0xb6b7_4ed5, 0x4f8b_b9c1,
+    0x6a09_e667,
+    0xf3bc_c908,
+    0xb2fb_1366,
+    0xea95_7d3e,
+    0x3adc_1753,
+    0xb6b7_4ed5,
+    0x4f8b_b9c1,
     0x9f3a_5f0b,
 ];
 /// `B`: keys of the upper halves in row 0.
 const HIGH: [u32; LANES] = [
-    0xbb67_ae85, 0x84ca_a73b, 0x2574_2d70, 0x78b8_3b89, 0x25d8_34cc, 0x53da_4798, 0xc720_a648,
+    0xbb67_ae85,
+    0x84ca_a73b,
+    0x2574_2d70,
+    0x78b8_3b89,
+    0x25d8_34cc,
+    0x53da_4798,
+    0xc720_a648,
     0x6e45_a6e3,
 ];
 /// `C`: how the keys of the lower halves advance from row to row. Odd, so that they have the full
 /// period of 2³² rows (256 GiB).
 const LOW_STEP: [u32; LANES] = [
-    0x3c6e_f373, 0xfe94_f82b, 0xbe73_7e2f, 0x1f83_d9ab, 0x5be0_cd19, 0x9b05_688d, 0x510e_527f,
+    0x3c6e_f373,
+    0xfe94_f82b,
+    0xbe73_7e2f,
+    0x1f83_d9ab,
+    0x5be0_cd19,
+    0x9b05_688d,
+    0x510e_527f,
     0xa54f_f53b,
 ];
 /// `D`: how the keys of the upper halves advance from row to row.
 const HIGH_STEP: [u32; LANES] = [
-    0xa54f_f53d, 0x5f1d_36f1, 0x9b05_688f, 0x2b3e_6c1f, 0xfb41_bd6b, 0x1f83_d9ad, 0x5be0_cd1b,
+    0xa54f_f53d,
+    0x5f1d_36f1,
+    0x9b05_688f,
+    0x2b3e_6c1f,
+    0xfb41_bd6b,
+    0x1f83_d9ad,
+    0x5be0_cd1b,
     0x137e_2179,
 ];
 

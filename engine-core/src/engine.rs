@@ -128,11 +128,7 @@ pub struct WorkerMetadata {
 
 impl WorkerMetadata {
     /// The metadata of this process, with a backend's own part.
-    pub fn of_this_process(
-        backend: &str,
-        role: Role,
-        details: serde_json::Value,
-    ) -> Self {
+    pub fn of_this_process(backend: &str, role: Role, details: serde_json::Value) -> Self {
         Self {
             backend: backend.to_owned(),
             role,
@@ -168,9 +164,8 @@ impl Placement {
     /// `Mismatch` if there is no trainer or no rollout, if rank 0 is not a trainer, or if ranks were
     /// prepared for different backends; it names the rank.
     pub fn for_all(backend: &str, peers: &[WorkerMetadata]) -> Result<Vec<Self>> {
-        let refuse = |message: String| {
-            Error::new(ErrorKind::Mismatch, "building the topology", message)
-        };
+        let refuse =
+            |message: String| Error::new(ErrorKind::Mismatch, "building the topology", message);
         if peers.first().map(|peer| peer.role) != Some(Role::Trainer) {
             return Err(refuse("rank 0 is not a trainer".into()));
         }

@@ -123,11 +123,7 @@ pub struct ErrorReport {
 
 impl Error {
     /// An error of a kind: what was being done, and what went wrong.
-    pub fn new(
-        kind: ErrorKind,
-        operation: impl Into<String>,
-        message: impl Into<String>,
-    ) -> Self {
+    pub fn new(kind: ErrorKind, operation: impl Into<String>, message: impl Into<String>) -> Self {
         Self(Box::new(Repr {
             report: ErrorReport {
                 kind,
@@ -292,10 +288,7 @@ mod tests {
             .rank(Rank(3))
             .version(Version(9))
             .with_source(io);
-        assert_eq!(
-            error.to_string(),
-            "reading a frame: the connection failed (rank 3, version 9)"
-        );
+        assert_eq!(error.to_string(), "reading a frame: the connection failed (rank 3, version 9)");
         assert!(error.source().is_some());
     }
 

@@ -8,10 +8,13 @@ mod engine;
 mod error;
 mod ids;
 mod isa;
+mod manager;
 pub mod memory;
+pub mod naive;
 pub mod observe;
 pub mod plan;
 mod received;
+mod registry;
 mod report;
 mod stream;
 pub mod update;
@@ -26,9 +29,9 @@ pub use engine::{
 };
 pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
 pub use ids::{Rank, Version};
-pub use received::{
-    Install, Outcome, ReceivedBucket, ReceivedPiece, ReceivedWeights, TensorMap,
-};
+pub use manager::{CheckpointEngineManager, LocalRollout, RolloutWorker};
+pub use received::{Install, Outcome, ReceivedBucket, ReceivedPiece, ReceivedWeights, TensorMap};
+pub use registry::Registry;
 pub use report::{
     ReceiveReport, ReceiverReport, SendReport, StageTimes, TensorCounts, VersionState,
 };

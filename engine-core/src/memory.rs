@@ -151,10 +151,8 @@ impl Encoder {
         let (left, right) = jobs.split_at(at);
         let split = right[0].offset;
         let (low, high) = bucket.split_at_mut((split - base) as usize);
-        let (a, b) = rayon::join(
-            || self.divide(left, base, low),
-            || self.divide(right, split, high),
-        );
+        let (a, b) =
+            rayon::join(|| self.divide(left, base, low), || self.divide(right, split, high));
         Ok(a?.wrapping_add(b?))
     }
 
@@ -165,7 +163,9 @@ impl Encoder {
         let step = least_common_multiple(granule, ALIGNMENT);
         let cut = step.map_or(0, |step| {
             let to_granule = (granule - job.start % granule) % granule;
-            if to_granule % ALIGNMENT != 0 { return 0 }
+            if to_granule % ALIGNMENT != 0 {
+                return 0;
+            }
             to_granule + (job.len / 2).saturating_sub(to_granule) / step * step
         });
         if cut == 0 || cut >= job.len {
@@ -238,8 +238,7 @@ fn sum_bytes(offset: u64, bytes: &[u8]) -> u64 {
     }
     let cut = (bytes.len() / 2).next_multiple_of(ALIGNMENT as usize);
     let (low, high) = bytes.split_at(cut);
-    let (a, b) =
-        rayon::join(|| sum_bytes(offset, low), || sum_bytes(offset + cut as u64, high));
+    let (a, b) = rayon::join(|| sum_bytes(offset, low), || sum_bytes(offset + cut as u64, high));
     a.wrapping_add(b)
 }
 
@@ -275,12 +274,7 @@ mod tests {
         let (mut jobs, mut pieces, mut offset) = (Vec::new(), Vec::new(), 0_u64);
         for (index, size) in sizes.into_iter().enumerate() {
             let job = job(&format!("w{index}"), bytes(size, index), offset);
-            pieces.push(Piece {
-                meta: job.weight.meta().clone(),
-                start: 0,
-                len: job.len,
-                offset,
-            });
+            pieces.push(Piece { meta: job.weight.meta().clone(), start: 0, len: job.len, offset });
             offset = (offset + size as u64).next_multiple_of(ALIGNMENT);
             jobs.push(job);
         }

@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use crate::{Rank, Version};
 use crate::report::VersionState;
+use crate::{Rank, Version};
 
 /// A step of an update.
 #[derive(Clone, Debug, PartialEq)]

@@ -85,7 +85,7 @@ pub struct StageTimes {
 }
 
 /// How one receiver ended an update.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ReceiverReport {
     /// The receiver.
     pub rank: Rank,

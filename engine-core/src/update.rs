@@ -48,11 +48,7 @@ fn too_late(deadline: Duration, operation: &str) -> Error {
 }
 
 /// The next event, or an error that the caller completes.
-async fn next_event(
-    control: &ControlPlane,
-    deadline: Duration,
-    operation: &str,
-) -> Result<Event> {
+async fn next_event(control: &ControlPlane, deadline: Duration, operation: &str) -> Result<Event> {
     control.recv(deadline).await?.ok_or_else(|| too_late(deadline, operation))
 }
 

@@ -479,8 +479,7 @@ mod tests {
     fn a_transposed_view_is_packed_row_by_row() {
         let storage: Vec<u8> = (0..12_u8).collect();
         // The transpose of a 2 × 3 matrix of two-byte elements.
-        let weight =
-            Weight::strided("t", DType::U16, [3, 2], [1_i64, 3], 0, storage).unwrap();
+        let weight = Weight::strided("t", DType::U16, [3, 2], [1_i64, 3], 0, storage).unwrap();
         assert_eq!(&weight.to_bytes().unwrap()[..], [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]);
         let mut middle = [0; 5];
         weight.encode(3..8, &mut middle).unwrap();

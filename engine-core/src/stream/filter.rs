@@ -12,7 +12,9 @@ pub(super) fn filter<'a>(
     mut keep: impl FnMut(&TensorMeta) -> bool + Send + 'a,
 ) -> WeightStream<'a> {
     // An error is never filtered out: it ends the update.
-    WeightStream::new(weights.filter(move |weight| {
-        ready(weight.as_ref().map_or(true, |weight| keep(weight.meta())))
-    }))
+    WeightStream::new(
+        weights.filter(move |weight| {
+            ready(weight.as_ref().map_or(true, |weight| keep(weight.meta())))
+        }),
+    )
 }

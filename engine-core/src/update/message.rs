@@ -10,32 +10,11 @@ use crate::{Error, ErrorKind, ErrorReport, Result, Version};
 /// update left behind is never taken for a part of the next one, even if that has the same version.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum ToReceiver {
-    Begin {
-        update: u64,
-        version: Version,
-        bucket_bytes: u64,
-        digests: bool,
-    },
-    Bucket {
-        update: u64,
-        index: u64,
-        slot: u32,
-        digest: u64,
-        layout: Layout,
-    },
-    End {
-        update: u64,
-        buckets: u64,
-        digest: u64,
-        plan: u64,
-    },
-    Commit {
-        update: u64,
-    },
-    Abort {
-        update: u64,
-        error: ErrorReport,
-    },
+    Begin { update: u64, version: Version, bucket_bytes: u64, digests: bool },
+    Bucket { update: u64, index: u64, slot: u32, digest: u64, layout: Layout },
+    End { update: u64, buckets: u64, digest: u64, plan: u64 },
+    Commit { update: u64 },
+    Abort { update: u64, error: ErrorReport },
 }
 
 /// A bucket's layout: as in the last update of this plan, or written out.

@@ -135,12 +135,15 @@ impl<L: ReceiveLink> Receiver<L> {
             if aborted {
                 continue;
             }
-            let message =
-                format!("the trainer sends version {}, this rank expects {expected}", begin.version);
+            let message = format!(
+                "the trainer sends version {}, this rank expects {expected}",
+                begin.version
+            );
             let error = Error::new(ErrorKind::Mismatch, "receiving weights", message)
                 .rank(self.control.rank());
             let (update, report) = (begin.update, ErrorReport::from(&error));
-            self.control.send(Rank::LEADER, encode(&ToSender::Failed { update, error: report })?)?;
+            self.control
+                .send(Rank::LEADER, encode(&ToSender::Failed { update, error: report })?)?;
             return Err(error);
         }
     }
@@ -167,9 +170,9 @@ fn message(event: Event) -> Result<Option<ToReceiver>> {
         Event::Message { from: Rank::LEADER, body } => {
             decode(&body).map(Some).map_err(|error| error.rank(Rank::LEADER))
         }
-        Event::Lost { rank: Rank::LEADER, error } => Err(Error::from(error)
-            .rank(Rank::LEADER)
-            .recovery(Recovery::Reconnect)),
+        Event::Lost { rank: Rank::LEADER, error } => {
+            Err(Error::from(error).rank(Rank::LEADER).recovery(Recovery::Reconnect))
+        }
         Event::Left { rank: Rank::LEADER } => {
             Err(Error::new(ErrorKind::PeerLost, "receiving weights", "the trainer left the group")
                 .rank(Rank::LEADER)
@@ -315,11 +318,8 @@ impl<L: ReceiveLink> Session<'_, L> {
         digest: u64,
         layout: Layout,
     ) -> Result<()> {
-        let release = Release {
-            control: self.receiver.control.clone(),
-            update: self.begin.update,
-            index,
-        };
+        let release =
+            Release { control: self.receiver.control.clone(), update: self.begin.update, index };
         let refuse = |message: String| Error::new(ErrorKind::Protocol, "taking a bucket", message);
         if index != self.taken {
             return Err(refuse(format!("bucket {} was expected", self.taken)));
@@ -340,10 +340,9 @@ impl<L: ReceiveLink> Session<'_, L> {
         };
         let bytes = self.receiver.link.fetch(slot, layout.filled()).await?;
         // From here on the bucket is released when the last view of it is dropped.
-        let bytes = Bytes::from_owner(Lease { bytes, release });
+        let bytes = Bytes::from_owner(Lease { bytes, _release: release });
         let check = self.begin.digests.then(|| {
-            let (pool, layout, bytes) =
-                (self.receiver.pool.clone(), layout.clone(), bytes.clone());
+            let (pool, layout, bytes) = (self.receiver.pool.clone(), layout.clone(), bytes.clone());
             self.receiver.pool.start(move || Ok(pool.digest(layout.pieces(), &bytes)))
         });
         let bucket = ReceivedBucket::new(index, layout.clone(), bytes)?;
@@ -419,7 +418,7 @@ impl<L: ReceiveLink> Session<'_, L> {
 /// Bytes of a bucket; dropping them releases it.
 struct Lease {
     bytes: Bytes,
-    release: Release,
+    _release: Release,
 }
 
 impl AsRef<[u8]> for Lease {

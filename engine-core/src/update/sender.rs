@@ -156,7 +156,8 @@ impl<L: SendLink> Sender<L> {
         match result {
             Ok(report) => {
                 guard.disarm();
-                metrics::counter!("ckpt_engine_updates_total", "outcome" => "committed").increment(1);
+                metrics::counter!("ckpt_engine_updates_total", "outcome" => "committed")
+                    .increment(1);
                 metrics::counter!("ckpt_engine_sent_bytes_total")
                     .increment(report.counts.wire_bytes);
                 metrics::histogram!("ckpt_engine_update_seconds").record(report.elapsed);
@@ -479,10 +480,8 @@ impl Group {
             ToSender::Entered { update } => {
                 member.entered = Some(update);
                 if update == present {
-                    self.observer.observe(&Progress::State {
-                        rank: from,
-                        state: VersionState::Staging,
-                    });
+                    self.observer
+                        .observe(&Progress::State { rank: from, state: VersionState::Staging });
                 }
             }
             ToSender::Release { update, index } => {
@@ -504,8 +503,7 @@ impl Group {
                     digest: Some(digest),
                     notes: serde_json::from_str(&notes).unwrap_or_default(),
                 });
-                self.observer
-                    .observe(&Progress::State { rank: from, state: VersionState::Ready });
+                self.observer.observe(&Progress::State { rank: from, state: VersionState::Ready });
             }
             ToSender::Failed { update, error } if update == present && member.active => {
                 member.active = false;
@@ -744,6 +742,8 @@ impl Collector {
 
 /// The part of a weight's source bytes that belongs to `len` of its `total` bytes.
 fn share(source: u64, len: u64, total: u64) -> u64 {
-    if total == 0 { return source }
+    if total == 0 {
+        return source;
+    }
     (u128::from(source) * u128::from(len) / u128::from(total)) as u64
 }

@@ -1,0 +1,39 @@
+//! The transport's own errors, and what they are to its users.
+
+use engine_core::ErrorKind;
+use rustix::io::Errno;
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SegmentError {
+    #[error(
+        "no room for {needed} bytes of buckets in /dev/shm ({available}); use smaller buckets \
+             (update_weights_bucket_megabytes) or a larger /dev/shm"
+    )]
+    Full { needed: u64, available: String },
+    #[error("the system refused {call}: {errno}")]
+    System { call: &'static str, errno: Errno },
+    #[error(
+        "the trainer's segment cannot be opened at {path} ({source}); rollouts need the \
+             trainer's user and PID namespace"
+    )]
+    Open { path: String, source: std::io::Error },
+    #[error("{path} is not the trainer's segment any more: its process ended")]
+    Replaced { path: String },
+    #[error("bytes 0..{filled} of slot {slot} lie outside a segment of {slots} × {bucket} bytes")]
+    Outside { slot: u32, filled: u64, slots: u32, bucket: u64 },
+    #[error("{0} × {1} bytes of buckets are more than this machine can address")]
+    TooLarge(u32, u64),
+}
+
+impl From<SegmentError> for engine_core::Error {
+    fn from(error: SegmentError) -> Self {
+        let kind = match &error {
+            SegmentError::Full { .. } => ErrorKind::Resource,
+            SegmentError::System { .. } | SegmentError::Open { .. } => ErrorKind::Io,
+            SegmentError::Replaced { .. } => ErrorKind::PeerLost,
+            SegmentError::Outside { .. } => ErrorKind::Protocol,
+            SegmentError::TooLarge(..) => ErrorKind::Config,
+        };
+        Self::new(kind, "using shared memory", error.to_string()).with_source(error)
+    }
+}

@@ -1,0 +1,534 @@
+//! The engine for trainers and rollouts of one process: hands the weights over without a copy.
+//!
+//! A weight that is contiguous in memory arrives as that memory, shared; one that is encoded on the
+//! way (cast, quantised) is encoded once, for all rollouts. There are no buckets, and nothing travels
+//! that a digest could guard.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use futures::StreamExt;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+
+use crate::memory::Pool;
+use crate::observe::Progress;
+use crate::plan::{BucketLayout, Piece};
+use crate::{
+    Availability, Backend, CheckpointEngine, EngineContext, Error, ErrorKind, ErrorReport, Outcome,
+    Placement, Rank, ReceiveReport, ReceivedBucket, ReceivedWeights, ReceiverReport, Result, Role,
+    SendReport, StageTimes, TensorCounts, Version, VersionState, Weight, WeightStream,
+    WorkerMetadata,
+};
+
+const NAME: &str = "naive";
+
+/// The transport as a value, to be registered.
+pub static BACKEND: &dyn Backend = &Naive;
+
+#[derive(Debug)]
+struct Naive;
+
+impl Backend for Naive {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn summary(&self) -> &'static str {
+        "trainer and rollouts in one process, without a copy"
+    }
+
+    fn probe(&self) -> Availability {
+        Availability::Usable { details: "always".into() }
+    }
+
+    fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
+        #[derive(Default, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Kwargs {}
+        context.config.kwargs::<Kwargs>(NAME)?;
+        let pool = Pool::new(context.config.threads.map(Into::into))?;
+        Ok(Box::new(NaiveEngine { context, pool, phase: Phase::New }))
+    }
+
+    fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
+        let places = Placement::for_all(NAME, workers)?;
+        let trainer = places[0].own()?;
+        for place in &places[1..] {
+            let peer = place.own()?;
+            let message = if peer.role == Role::Trainer {
+                "naive has one trainer rank"
+            } else if (&peer.host, peer.pid) != (&trainer.host, trainer.pid) {
+                "it is another process than the trainer's: naive stays within one, use ipc"
+            } else {
+                continue;
+            };
+            return Err(
+                Error::new(ErrorKind::Mismatch, "building the topology", message).rank(place.rank)
+            );
+        }
+        Ok(places)
+    }
+}
+
+/// Rollouts that were prepared in this process, until their trainer joins the group.
+static WAITING: LazyLock<Mutex<HashMap<u64, mpsc::UnboundedSender<Offer>>>> =
+    LazyLock::new(Mutex::default);
+
+#[derive(Debug)]
+struct NaiveEngine {
+    context: EngineContext,
+    pool: Pool,
+    phase: Phase,
+}
+
+#[derive(Debug)]
+enum Phase {
+    New,
+    PreparedTrainer,
+    PreparedRollout { id: u64, offers: mpsc::UnboundedReceiver<Offer> },
+    Sending { rollouts: Vec<(Rank, mpsc::UnboundedSender<Offer>)>, absent: Vec<Rank> },
+    Receiving { rank: Rank, offers: mpsc::UnboundedReceiver<Offer> },
+}
+
+#[derive(Serialize, Deserialize)]
+struct Details {
+    id: u64,
+}
+
+/// An update, as a rollout gets it.
+#[derive(Debug)]
+struct Offer {
+    version: Version,
+    items: mpsc::Receiver<Item>,
+    answer: oneshot::Sender<Answer>,
+    committed: oneshot::Receiver<()>,
+}
+
+#[derive(Debug)]
+enum Item {
+    Bucket(ReceivedBucket),
+    End,
+    Failed(ErrorReport),
+}
+
+#[derive(Debug)]
+enum Answer {
+    Confirmed { seconds: f64, notes: serde_json::Value },
+    Failed(ErrorReport),
+}
+
+/// A rollout in the present update, as the trainer sees it.
+struct Recipient {
+    rank: Rank,
+    items: mpsc::Sender<Item>,
+    answer: oneshot::Receiver<Answer>,
+    commit: oneshot::Sender<()>,
+}
+
+impl Recipient {
+    /// Hands over an item, or says why that cannot be.
+    async fn give(&mut self, item: Item, deadline: Duration) -> Result<()> {
+        let operation = "handing over weights";
+        match timeout(deadline, self.items.send(item)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(match (&mut self.answer).await {
+                Ok(Answer::Failed(report)) => report.into(),
+                _ => Error::new(ErrorKind::PeerLost, operation, "the rollout's engine is gone"),
+            }),
+            Err(_) => Err(Error::new(
+                ErrorKind::Timeout,
+                operation,
+                format!(
+                    "the rollout took nothing within {:.1} s: it has not called receive_weights, \
+                     or does not go on with it",
+                    deadline.as_secs_f64()
+                ),
+            )),
+        }
+        .map_err(|error| error.rank(self.rank))
+    }
+}
+
+#[async_trait]
+impl CheckpointEngine for NaiveEngine {
+    async fn prepare(&mut self) -> Result<WorkerMetadata> {
+        let (phase, details) = match (&self.phase, self.context.role) {
+            (Phase::Sending { .. } | Phase::Receiving { .. }, _) => {
+                return Err(wrong_phase("preparing", "it is in a group already"));
+            }
+            (_, Role::Trainer) => (Phase::PreparedTrainer, serde_json::Value::Null),
+            (_, Role::Rollout) => {
+                static NEXT: AtomicU64 = AtomicU64::new(0);
+                let id = NEXT.fetch_add(1, Ordering::Relaxed);
+                let (sender, offers) = mpsc::unbounded_channel();
+                waiting().insert(id, sender);
+                (Phase::PreparedRollout { id, offers }, serde_json::json!(Details { id }))
+            }
+        };
+        self.phase = phase;
+        Ok(WorkerMetadata::of_this_process(NAME, self.context.role, details))
+    }
+
+    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
+        self.phase = match std::mem::replace(&mut self.phase, Phase::New) {
+            Phase::PreparedTrainer => {
+                let mut rollouts = Vec::new();
+                for (rank, peer) in (0..).map(Rank).zip(&place.peers).skip(1) {
+                    let details: Details =
+                        serde_json::from_value(peer.details.clone()).map_err(|error| {
+                            let words = "the rollout's metadata is not naive's";
+                            Error::new(ErrorKind::Protocol, "joining the group", words)
+                                .rank(rank)
+                                .with_source(error)
+                        })?;
+                    let offers = waiting().remove(&details.id).ok_or_else(|| {
+                        let words = "the rollout is gone, or in another group";
+                        Error::new(ErrorKind::PeerLost, "joining the group", words).rank(rank)
+                    })?;
+                    rollouts.push((rank, offers));
+                }
+                Phase::Sending { rollouts, absent: Vec::new() }
+            }
+            Phase::PreparedRollout { offers, .. } => Phase::Receiving { rank: place.rank, offers },
+            other => {
+                self.phase = other;
+                return Err(wrong_phase("joining the group", "call prepare first, and once"));
+            }
+        };
+        Ok(())
+    }
+
+    async fn send_weights(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        let Phase::Sending { rollouts, absent } = &mut self.phase else {
+            return Err(wrong_phase("sending weights", "this rank is not a trainer of a group"));
+        };
+        let begun = Instant::now();
+        let mut recipients = Vec::new();
+        rollouts.retain(|(rank, offers)| {
+            let (items, for_items) = mpsc::channel(1);
+            let (for_answer, answer) = oneshot::channel();
+            let (commit, committed) = oneshot::channel();
+            let offer = Offer { version, items: for_items, answer: for_answer, committed };
+            let there = offers.send(offer).is_ok();
+            if there {
+                recipients.push(Recipient { rank: *rank, items, answer, commit });
+            } else {
+                absent.push(*rank);
+            }
+            there
+        });
+        if recipients.is_empty() {
+            let words = "no receiver is left in the group";
+            return Err(
+                Error::new(ErrorKind::PeerLost, "beginning an update", words).version(version)
+            );
+        }
+        let observer = &self.context.observer;
+        let receivers = recipients.iter().map(|recipient| recipient.rank).collect();
+        observer.observe(&Progress::Began { version, receivers });
+        let deadline = self.context.deadline();
+        match send(&self.context, &self.pool, &mut recipients, weights, deadline).await {
+            Ok((counts, stages, buckets, receivers)) => {
+                for recipient in recipients {
+                    // A rollout that left after confirming has the version all the same.
+                    if recipient.commit.send(()).is_err() {
+                        tracing::debug!(rank = %recipient.rank, "left before the commit");
+                    }
+                    observer.observe(&Progress::State {
+                        rank: recipient.rank,
+                        state: VersionState::Active,
+                    });
+                }
+                Ok(SendReport {
+                    version,
+                    counts,
+                    buckets,
+                    plan_reused: false,
+                    elapsed: begun.elapsed(),
+                    stages,
+                    digest: None,
+                    receivers,
+                    absent: absent.clone(),
+                })
+            }
+            Err(error) => {
+                let error = error.version(version);
+                for recipient in recipients {
+                    // Those that are not listening see the channel's end instead.
+                    let failed = Item::Failed(ErrorReport::from(&error));
+                    if recipient.items.try_send(failed).is_err() {
+                        tracing::debug!(rank = %recipient.rank, "learns of the abort by its end");
+                    }
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
+        let Phase::Receiving { rank, offers } = &mut self.phase else {
+            return Err(wrong_phase("receiving weights", "this rank is not a rollout of a group"));
+        };
+        let (rank, deadline) = (*rank, self.context.deadline());
+        let operation = "waiting for an update to begin";
+        let offer = loop {
+            let offer = match timeout(deadline, offers.recv()).await {
+                Ok(Some(offer)) => offer,
+                Ok(None) => {
+                    let words = "the trainer's engine is gone";
+                    return Err(
+                        Error::new(ErrorKind::PeerLost, operation, words).rank(Rank::LEADER)
+                    );
+                }
+                Err(_) => {
+                    let words = format!("nothing within {:.1} s", deadline.as_secs_f64());
+                    return Err(Error::new(ErrorKind::Timeout, operation, words).rank(Rank::LEADER));
+                }
+            };
+            match version {
+                Some(expected) if expected != offer.version => {
+                    if offer.items.is_closed() {
+                        continue; // It was aborted while nobody listened here.
+                    }
+                    let message = format!(
+                        "the trainer sends version {}, this rank expects {expected}",
+                        offer.version
+                    );
+                    let error =
+                        Error::new(ErrorKind::Mismatch, "receiving weights", message).rank(rank);
+                    drop(offer.answer.send(Answer::Failed(ErrorReport::from(&error))));
+                    return Err(error);
+                }
+                _ => break offer,
+            }
+        };
+        self.context
+            .observer
+            .observe(&Progress::Began { version: offer.version, receivers: vec![rank] });
+        let outcome = Outcome::default();
+        let version = offer.version;
+        let Offer { items, answer, committed, .. } = offer;
+        let guard = Guard { rank, version, outcome: outcome.clone(), answer: Some(answer) };
+        let deadline = deadline + deadline / 4;
+        let session = Session {
+            items,
+            guard,
+            committed: Some(committed),
+            begun: Instant::now(),
+            deadline,
+            counts: (0, 0, 0),
+        };
+        let buckets = futures::stream::try_unfold(session, |mut session| async move {
+            match session.next().await {
+                Ok(Some(bucket)) => Ok(Some((bucket, session))),
+                Ok(None) => Ok(None),
+                Err(error) => Err(error.version(session.guard.version)),
+            }
+        });
+        Ok(ReceivedWeights::new(version, outcome, buckets))
+    }
+
+    async fn finalize(&mut self) -> Result<()> {
+        match std::mem::replace(&mut self.phase, Phase::New) {
+            Phase::New => return Err(wrong_phase("finalizing", "it was not prepared")),
+            Phase::PreparedRollout { id, .. } => {
+                waiting().remove(&id);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+type Sent = (TensorCounts, StageTimes, u64, Vec<ReceiverReport>);
+
+async fn send(
+    context: &EngineContext,
+    pool: &Pool,
+    recipients: &mut [Recipient],
+    mut weights: WeightStream<'_>,
+    deadline: Duration,
+) -> Result<Sent> {
+    let (mut counts, mut stages) = (TensorCounts::default(), StageTimes::default());
+    let mut names: HashSet<Arc<str>> = HashSet::new();
+    let mut index = 0;
+    loop {
+        let started = Instant::now();
+        let next = timeout(deadline, weights.next()).await.map_err(|_| {
+            let words = format!("nothing within {:.1} s", deadline.as_secs_f64());
+            Error::new(ErrorKind::Timeout, "waiting for the trainer's next weight", words)
+        })?;
+        stages.source += started.elapsed();
+        let Some(weight) = next.transpose()? else { break };
+        if !names.insert(weight.meta().name.clone()) {
+            let words = "the stream has a weight of this name already";
+            return Err(Error::new(ErrorKind::Weight, "reading the trainer's weights", words)
+                .tensor(weight.name()));
+        }
+        counts.add(&weight);
+        let started = Instant::now();
+        let bytes = weight.source_bytes();
+        let bucket = bucket_of(weight, index, pool).await?;
+        stages.encode += started.elapsed();
+        let started = Instant::now();
+        for recipient in &mut *recipients {
+            recipient
+                .give(Item::Bucket(bucket.clone()), deadline)
+                .await
+                .map_err(|error| error.bucket(index))?;
+        }
+        stages.release += started.elapsed();
+        context.observer.observe(&Progress::Bucket { index, bytes });
+        index += 1;
+    }
+    let started = Instant::now();
+    let mut receivers = Vec::new();
+    for recipient in &mut *recipients {
+        recipient.give(Item::End, deadline).await?;
+    }
+    for recipient in recipients {
+        let rank = recipient.rank;
+        let operation = "waiting for a receiver to confirm the version";
+        let answer = timeout(deadline, &mut recipient.answer).await.map_err(|_| {
+            let words = format!("nothing within {:.1} s", deadline.as_secs_f64());
+            Error::new(ErrorKind::Timeout, operation, words).rank(rank)
+        })?;
+        match answer {
+            Ok(Answer::Confirmed { seconds, notes }) => receivers.push(ReceiverReport {
+                rank,
+                state: VersionState::Active,
+                seconds,
+                digest: None,
+                notes,
+            }),
+            Ok(Answer::Failed(report)) => return Err(Error::from(report).rank(rank)),
+            Err(_) => {
+                let words = "the rollout's engine is gone";
+                return Err(Error::new(ErrorKind::PeerLost, operation, words).rank(rank));
+            }
+        }
+    }
+    stages.confirm = started.elapsed();
+    Ok((counts, stages, index, receivers))
+}
+
+/// A weight as a bucket of its own.
+async fn bucket_of(weight: Weight, index: u64, pool: &Pool) -> Result<ReceivedBucket> {
+    let (meta, len) = (weight.meta().clone(), weight.byte_len());
+    let bytes = match weight.contiguous_bytes() {
+        Some(bytes) => bytes.clone(),
+        None => pool.start(move || weight.to_bytes()).await?,
+    };
+    let layout = Arc::new(BucketLayout::new(vec![Piece { meta, start: 0, len, offset: 0 }]));
+    ReceivedBucket::new(index, layout, bytes)
+}
+
+struct Session {
+    items: mpsc::Receiver<Item>,
+    guard: Guard,
+    committed: Option<oneshot::Receiver<()>>,
+    begun: Instant,
+    deadline: Duration,
+    /// Tensors, bytes, buckets.
+    counts: (u64, u64, u64),
+}
+
+impl Session {
+    async fn next(&mut self) -> Result<Option<ReceivedBucket>> {
+        let dropped = || {
+            let words = "the trainer dropped the update";
+            Error::new(ErrorKind::Aborted, "receiving weights", words).rank(Rank::LEADER)
+        };
+        let late = |operation: &str| {
+            let words = format!("nothing within {:.1} s", self.deadline.as_secs_f64());
+            Error::new(ErrorKind::Timeout, operation, words).rank(Rank::LEADER)
+        };
+        match timeout(self.deadline, self.items.recv()).await {
+            Ok(Some(Item::Bucket(bucket))) => {
+                for piece in bucket.pieces() {
+                    self.counts.0 += 1;
+                    self.counts.1 += piece.bytes.len() as u64;
+                }
+                self.counts.2 += 1;
+                Ok(Some(bucket))
+            }
+            Ok(Some(Item::Failed(report))) => {
+                self.guard.answer = None;
+                Err(report.into())
+            }
+            Ok(None) => Err(dropped()),
+            Err(_) => Err(late("waiting for the next weight").bucket(self.counts.2)),
+            Ok(Some(Item::End)) => {
+                let notes = self.guard.outcome.take_notes();
+                let seconds = self.begun.elapsed().as_secs_f64();
+                if let Some(answer) = self.guard.answer.take() {
+                    answer.send(Answer::Confirmed { seconds, notes }).map_err(|_| dropped())?;
+                }
+                if let Some(committed) = self.committed.take() {
+                    let operation = "waiting for the trainer to commit the version";
+                    match timeout(self.deadline, committed).await {
+                        Ok(Ok(())) => {}
+                        Ok(Err(_)) => {
+                            // Another receiver failed after this one confirmed.
+                            return Err(match self.items.try_recv() {
+                                Ok(Item::Failed(report)) => report.into(),
+                                _ => dropped(),
+                            });
+                        }
+                        Err(_) => return Err(late(operation)),
+                    }
+                }
+                let (tensors, bytes, buckets) = self.counts;
+                self.guard.outcome.complete(ReceiveReport {
+                    version: self.guard.version,
+                    state: VersionState::Active,
+                    tensors,
+                    bytes,
+                    buckets,
+                    elapsed: self.begun.elapsed(),
+                    digest: None,
+                });
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// Tells the trainer, when dropped before the end, that this rank gave up.
+struct Guard {
+    rank: Rank,
+    version: Version,
+    outcome: Outcome,
+    answer: Option<oneshot::Sender<Answer>>,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let Some(answer) = self.answer.take() else { return };
+        let error = self.outcome.take_failure().unwrap_or_else(|| {
+            let words = "the receiver dropped the stream before its end";
+            Error::new(ErrorKind::Aborted, "receiving weights", words)
+        });
+        let error = error.rank(self.rank).version(self.version);
+        // A trainer that is gone needs no telling.
+        drop(answer.send(Answer::Failed(ErrorReport::from(&error))));
+    }
+}
+
+fn waiting() -> std::sync::MutexGuard<'static, HashMap<u64, mpsc::UnboundedSender<Offer>>> {
+    // Insertions and removals are all that happens to the map.
+    WAITING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn wrong_phase(operation: &str, message: &str) -> Error {
+    Error::new(ErrorKind::State, operation, message)
+}
