@@ -18,3 +18,10 @@ pub(crate) fn map_file(file: &File) -> io::Result<Mmap> {
     // Another process that does breaks the promise above, not this program's memory.
     unsafe { Mmap::map(file) }
 }
+
+/// Maps an unnamed file of shared memory that this process alone has, for reading and writing.
+pub(crate) fn map_private_file_shared(file: &File) -> io::Result<memmap2::MmapMut> {
+    // SAFETY: the caller made the file without a name and shares its descriptor with nobody, so
+    // that nothing else can write or truncate it while it is mapped.
+    unsafe { memmap2::MmapMut::map_mut(file) }
+}

@@ -2,9 +2,16 @@
 //!
 //! - [`checkpoint`] reads, writes and compares safetensors checkpoints;
 //! - [`synthetic`] makes models that need no download;
-//! - [`source`] is either of the two, changing from update to update as training would change it.
+//! - [`source`] is either of the two, changing from update to update as training would change it;
+//! - [`roles`] is what a trainer and a rollout do, [`sync`] starts one of each and more on this
+//!   machine;
+//! - [`memory`] measures what that takes.
 
 pub mod checkpoint;
 mod ffi;
+pub mod memory;
+mod progress;
+pub mod roles;
 pub mod source;
+pub mod sync;
 pub mod synthetic;

@@ -4,11 +4,23 @@
 #![forbid(unsafe_code)]
 
 use std::error::Error as StdError;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
+use checkpoint_engine::control::{Address, ControlConfig, Token};
+use checkpoint_engine::{
+    Availability, CheckpointEngineConfig, ControlPlane, EngineContext, Rank, ReceiveReport, Role,
+    Version, registry,
+};
 use clap::{Args, Parser, Subcommand};
 use cli::checkpoint::{Checkpoint, verify};
+use cli::memory::PeakMemory;
+use cli::roles::{Announcement, form_group};
+use cli::source::{ModelSpec, Source, SourceSpec};
+use cli::sync::{RolloutOptions, SyncOptions, Trainer, UpdateLine};
+use cli::synthetic::SyntheticModel;
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// Moves a model's weights from a trainer to its inference engines, every training step.
@@ -26,6 +38,14 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Start a trainer and rollouts on this machine, and update the rollouts
+    Sync(SyncArgs),
+    /// Be the trainer of a group whose rollouts are started elsewhere
+    Trainer(TrainerArgs),
+    /// Be a rollout of a trainer's group
+    Rollout(RolloutArgs),
+    /// Say which backends can run on this machine, and what the others need
+    Doctor(DoctorArgs),
     /// Compare two checkpoints tensor by tensor, bit for bit
     Verify(VerifyArgs),
 }
@@ -49,17 +69,407 @@ struct VerifyArgs {
     b: PathBuf,
 }
 
+/// The model, and how often it is updated.
+#[derive(Debug, Args)]
+struct SourceArgs {
+    /// A made-up model with the true names and shapes of qwen2.5-0.5b, qwen2.5-7b, qwen3-30b-a3b, or
+    /// a tiny-moe of a few MB
+    #[arg(long, value_name = "NAME", required_unless_present = "model", conflicts_with = "model")]
+    synthetic: Option<SyntheticModel>,
+    /// A .safetensors file, or a Hugging Face folder
+    #[arg(long, value_name = "PATH")]
+    model: Option<PathBuf>,
+    /// Take only the first LAYERS layers of a synthetic model
+    #[arg(long, conflicts_with = "model")]
+    layers: Option<u32>,
+    /// How many updates to run; the weights change between them, and the last one of a --model
+    /// carries exactly its files' bytes
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+    updates: u64,
+}
+
+impl SourceArgs {
+    fn spec(&self) -> Result<SourceSpec, Failure> {
+        let model = match (self.synthetic, &self.model) {
+            (Some(name), _) => ModelSpec::Synthetic { name, layers: self.layers },
+            (None, Some(path)) => ModelSpec::Checkpoint { path: std::path::absolute(path)? },
+            (None, None) => return Err("give --synthetic or --model".into()),
+        };
+        Ok(SourceSpec { model, updates: self.updates })
+    }
+}
+
+/// The engine.
+#[derive(Debug, Args)]
+struct EngineArgs {
+    /// The transport: naive (one process) or ipc (processes of one host); see `doctor`
+    #[arg(long)]
+    backend: Option<String>,
+    /// The size of a bucket in MiB; there are two
+    #[arg(long, value_name = "M", value_parser = clap::value_parser!(u32).range(1..))]
+    bucket_mb: Option<u32>,
+    /// The deadline of every wait, in seconds
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<f64>,
+    /// Threads that pack and check buckets; all cores without it
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+    /// Do not guard buckets with digests
+    #[arg(long)]
+    no_digests: bool,
+    /// A configuration file (TOML, JSON or YAML); the options above win over it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+impl EngineArgs {
+    fn config(&self) -> Result<CheckpointEngineConfig, Failure> {
+        let mut config = match &self.config {
+            Some(path) => CheckpointEngineConfig::from_path(path)?,
+            None => CheckpointEngineConfig { backend: "ipc".into(), ..Default::default() },
+        };
+        if let Some(backend) = &self.backend {
+            config.backend.clone_from(backend);
+        }
+        if self.bucket_mb.is_some() {
+            config.update_weights_bucket_megabytes = self.bucket_mb;
+        }
+        if let Some(seconds) = self.timeout {
+            config.timeout_seconds = seconds;
+        }
+        if self.threads.is_some() {
+            config.threads = self.threads;
+        }
+        config.digests &= !self.no_digests;
+        config.validate()?;
+        registry().get(&config.backend)?;
+        Ok(config)
+    }
+}
+
+/// Starts one trainer and N rollout processes on this machine and updates the rollouts.
+///
+/// With the backend naive, all of them are tasks of one process.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  Two rollouts get a made-up model and compare every byte:
+    ckpt-engine sync --synthetic qwen2.5-0.5b --rollouts 2 --verify
+
+  A real model, written out by the rollout, compared:
+    ckpt-engine sync --model model.safetensors --out received --verify
+    ckpt-engine verify model.safetensors received/rollout-0")]
+struct SyncArgs {
+    #[command(flatten)]
+    source: SourceArgs,
+    #[command(flatten)]
+    engine: EngineArgs,
+    /// How many rollouts
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    rollouts: u32,
+    /// Let every rollout compare every tensor with the source, bit for bit
+    #[arg(long)]
+    verify: bool,
+    /// Write what rollout n received to DIR/rollout-<n>/model.safetensors
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Print one JSON object a line per update
+    #[arg(long)]
+    json: bool,
+}
+
+/// How ranks find each other.
+#[derive(Debug, Args)]
+struct RendezvousArgs {
+    /// Where the trainer listens: HOST:PORT, unix:/path or unix:@name
+    #[arg(long, value_name = "ADDRESS")]
+    rendezvous: Address,
+    /// A file with the secret that all ranks share, readable by its owner only
+    #[arg(long, value_name = "FILE", required_unless_present = "token_stdin")]
+    token_file: Option<PathBuf>,
+    /// Read the secret from standard input
+    #[arg(long, hide = true, conflicts_with = "token_file")]
+    token_stdin: bool,
+}
+
+impl RendezvousArgs {
+    fn control(&self, create_token: bool, timeout: Duration) -> Result<ControlConfig, Failure> {
+        let token = match &self.token_file {
+            Some(path) if create_token && !path.exists() => Token::create(path)?,
+            Some(path) => Token::read(path)?,
+            None => {
+                let mut secret = Vec::new();
+                let limit = Token::MAX_BYTES as u64;
+                let input = std::io::Read::take(std::io::stdin(), limit);
+                std::io::Read::read_to_end(&mut { input }, &mut secret)?;
+                Token::new(&secret)?
+            }
+        };
+        let mut control = ControlConfig::new(self.rendezvous.clone(), token);
+        control.connect_timeout = timeout;
+        Ok(control)
+    }
+}
+
+/// Leads a group as its trainer, and runs updates with rollouts that are started elsewhere.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  In one shell:
+    ckpt-engine trainer --rendezvous localhost:29600 --token-file token --rollouts 2 \\
+      --synthetic tiny-moe --updates 3
+  In two others:
+    ckpt-engine rollout --rendezvous localhost:29600 --token-file token --verify --world-size 3")]
+struct TrainerArgs {
+    #[command(flatten)]
+    source: SourceArgs,
+    #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
+    rendezvous: RendezvousArgs,
+    /// How many rollouts to wait for
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    rollouts: u32,
+    /// Seconds between the updates
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
+    interval: f64,
+    /// Print one JSON object a line per update
+    #[arg(long)]
+    json: bool,
+}
+
+/// Joins a trainer's group as a rollout and receives its updates.
+#[derive(Debug, Args)]
+struct RolloutArgs {
+    #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
+    rendezvous: RendezvousArgs,
+    /// The rank to take; the trainer gives the next free one without it
+    #[arg(long)]
+    rank: Option<u32>,
+    /// The number of ranks of the group, the trainer included; any number joins a group that has
+    /// formed already
+    #[arg(long, default_value_t = 2)]
+    world_size: u32,
+    /// Compare every tensor with the trainer's source, bit for bit
+    #[arg(long)]
+    verify: bool,
+    /// Write the weights to DIR/model.safetensors
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+/// Says which backends can run on this machine, and what the others need.
+#[derive(Debug, Args)]
+struct DoctorArgs {
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
 /// Why a command did not end well.
 type Failure = Box<dyn StdError>;
 
 fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("CKPT_ENGINE_LOG")
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error")),
+        )
+        .with_writer(std::io::stderr)
+        .init();
     let result = match Cli::parse().command {
+        Command::Sync(args) => until_interrupted(sync_command(&args)),
+        Command::Trainer(args) => until_interrupted(trainer_command(&args)),
+        Command::Rollout(args) => until_interrupted(rollout_command(&args)),
+        Command::Doctor(args) => doctor_command(&args),
         Command::Verify(args) => verify_command(&args),
     };
     result.unwrap_or_else(|error| {
         report(&*error);
         ExitCode::FAILURE
     })
+}
+
+/// Runs a command to its end or to an interrupt, which it survives only to clean up.
+fn until_interrupted(
+    command: impl Future<Output = Result<ExitCode, Failure>>,
+) -> Result<ExitCode, Failure> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let result = runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        tokio::select! {
+            result = command => result,
+            interrupted = tokio::signal::ctrl_c() => {
+                interrupted?;
+                // What a shell expects of a program that an interrupt ended.
+                Ok(ExitCode::from(130))
+            }
+            _ = terminate.recv() => Ok(ExitCode::from(143)),
+        }
+    });
+    // Work on a bucket that nobody waits for any more must not delay the end.
+    runtime.shutdown_timeout(Duration::from_millis(200));
+    result
+}
+
+async fn sync_command(args: &SyncArgs) -> Result<ExitCode, Failure> {
+    let options = SyncOptions {
+        source: args.source.spec()?,
+        config: args.engine.config()?,
+        rollouts: args.rollouts,
+        verify: args.verify,
+        out: args.out.clone(),
+    };
+    if !args.json {
+        say_source(&Source::open(options.source.clone())?, &options.config.backend);
+    }
+    cli::sync::run(&options, |line| print_update(line, args.json)).await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Failure> {
+    let config = args.engine.config()?;
+    let interval = Duration::try_from_secs_f64(args.interval)?;
+    let registry = registry();
+    let mut source = Source::open(args.source.spec()?)?;
+    if !args.json {
+        say_source(&source, &config.backend);
+    }
+    source.advance(Version(1))?;
+    let memory = PeakMemory::start()?;
+    let control = ControlPlane::lead(args.rendezvous.control(true, config.timeout())?).await?;
+    if !args.json {
+        println!("waiting for {} rollouts at {}", args.rollouts, control.address());
+    }
+    let context = EngineContext::new(config.clone(), Role::Trainer).with_control(control.clone());
+    let engine = registry.create(context)?;
+    let announcement = serde_json::json!(Announcement { source: source.spec().clone() });
+    let mut trainer = Trainer { engine, source };
+    let world_size = args.rollouts + 1;
+    let deadline = config.timeout();
+    let engine = &mut *trainer.engine;
+    form_group(engine, &registry, &control, world_size, announcement, deadline).await?;
+    let mut failed = 0;
+    for version in (1..=args.source.updates).map(Version) {
+        match trainer.update(version).await {
+            Ok(report) => {
+                let extra = memory.extra_peak_bytes();
+                print_update(&cli::sync::line(&report, &config.backend, 0.0, extra), args.json);
+            }
+            // The engine is in order: the next update goes to the rollouts that are left.
+            Err(error) => {
+                failed += 1;
+                report(&error);
+                let left = control.peers().iter().any(|peer| peer.role == Role::Rollout);
+                if !left {
+                    break;
+                }
+            }
+        }
+        tokio::time::sleep(interval).await;
+    }
+    trainer.engine.finalize().await?;
+    control.close().await?;
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn rollout_command(args: &RolloutArgs) -> Result<ExitCode, Failure> {
+    let config = args.engine.config()?;
+    let options = RolloutOptions {
+        control: args.rendezvous.control(false, config.timeout())?,
+        rank: args.rank.map(Rank),
+        world_size: args.world_size,
+        config,
+        verify: args.verify,
+        out: args.out.clone(),
+    };
+    let print = |result: &checkpoint_engine::Result<ReceiveReport>| match result {
+        Ok(report) => println!(
+            "version {}: {} tensors, {} bytes, {:.3} s",
+            report.version,
+            report.tensors,
+            report.bytes,
+            report.elapsed.as_secs_f64()
+        ),
+        Err(error) => report(error),
+    };
+    cli::sync::rollout(options, print).await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn doctor_command(args: &DoctorArgs) -> Result<ExitCode, Failure> {
+    let backends: Vec<(&str, &str, Availability)> = registry()
+        .backends()
+        .map(|backend| (backend.name(), backend.summary(), backend.probe()))
+        .collect();
+    if args.json {
+        let backends: serde_json::Map<String, serde_json::Value> = backends
+            .iter()
+            .map(|(name, summary, found)| {
+                let mut value = serde_json::json!(found);
+                value["summary"] = (*summary).into();
+                ((*name).to_owned(), value)
+            })
+            .collect();
+        println!("{}", serde_json::json!({ "backends": backends }));
+        return Ok(ExitCode::SUCCESS);
+    }
+    for (name, summary, found) in backends {
+        println!("{name}: {summary}");
+        match found {
+            Availability::Usable { details } => println!("  usable: {details}"),
+            Availability::Unusable { reason, remedy } => {
+                println!("  not usable: {reason}\n  to change that: {remedy}");
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn say_source(source: &Source, backend: &str) {
+    let gib = source.byte_len() as f64 / f64::from(1 << 30);
+    let words = match &source.spec().model {
+        ModelSpec::Synthetic { name, .. } => name.to_string(),
+        ModelSpec::Checkpoint { path } => path.display().to_string(),
+    };
+    println!("{words}: {} tensors, {gib:.2} GiB, over {backend}", source.tensors());
+    if let Some(residency) = source.residency() {
+        println!("{residency}");
+    }
+}
+
+fn print_update(line: &UpdateLine, json: bool) {
+    if json {
+        match serde_json::to_string(line) {
+            Ok(text) => println!("{text}"),
+            Err(error) => eprintln!("error: the report cannot be written: {error}"),
+        }
+        return;
+    }
+    let rollouts: Vec<String> = line
+        .rollouts
+        .iter()
+        .map(|rollout| {
+            let state = format!("{:?}", rollout.state).to_lowercase();
+            format!("{} {state}", rollout.rank)
+        })
+        .collect();
+    println!(
+        "version {}: {} tensors, {:.3} GB in {:.3} s, {:.2} GB/s (memcpy {:.2}), {:.1} MiB extra \
+         memory{}; rollouts: {}",
+        line.version,
+        line.tensors,
+        line.source_bytes as f64 / 1e9,
+        line.seconds,
+        line.gb_per_s,
+        line.memcpy_gb_per_s,
+        line.extra_peak_bytes as f64 / f64::from(1 << 20),
+        if line.verified { ", every byte verified" } else { "" },
+        rollouts.join(", ")
+    );
 }
 
 /// Prints an error and what caused it, each cause once.

@@ -163,7 +163,7 @@ impl Encoder {
         let step = least_common_multiple(granule, ALIGNMENT);
         let cut = step.map_or(0, |step| {
             let to_granule = (granule - job.start % granule) % granule;
-            if to_granule % ALIGNMENT != 0 {
+            if !to_granule.is_multiple_of(ALIGNMENT) {
                 return 0;
             }
             to_granule + (job.len / 2).saturating_sub(to_granule) / step * step

@@ -178,7 +178,7 @@ pub struct Residency {
 impl Residency {
     /// Of the memory that is to be had, at most so many percent go to the model; the rest is for
     /// buckets, rollouts and everybody else.
-    pub const PERCENT: u64 = 60;
+    pub const PERCENT: u64 = 75;
 
     /// Looks how much memory there is for a model of so many bytes.
     pub fn of(model: u64) -> Self {

@@ -1,0 +1,198 @@
+//! What a trainer and a rollout do, whoever starts them: form a group, run updates.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use checkpoint_engine::{
+    CheckpointEngine, ControlPlane, Error, ErrorKind, ErrorReport, Placement, ReceiveReport,
+    ReceivedBucket, ReceivedPiece, ReceivedWeights, Registry, Result, Version, WorkerMetadata,
+};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::CheckpointWriter;
+use crate::memory::PeakMemory;
+use crate::source::{Source, SourceSpec};
+
+/// What the trainer tells the rollouts of the weights that will come.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Announcement {
+    /// Where they come from, so that rollouts can check them.
+    pub source: SourceSpec,
+}
+
+/// What a rollout tells the trainer with its confirmation.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RolloutNotes {
+    /// Tensors of the update that were compared with the source, bit for bit.
+    pub verified_tensors: u64,
+    /// Their bytes.
+    pub verified_bytes: u64,
+    /// The most memory that the rollout took beyond what it had before it joined, in bytes.
+    pub extra_peak_bytes: u64,
+}
+
+/// Prepares an engine and joins it to the group that the control plane forms.
+///
+/// Ends when `world_size` ranks are there; returns what each said of itself.
+///
+/// # Errors
+///
+/// Those of the phases; `Mismatch` if a rank's metadata cannot be read.
+pub async fn form_group(
+    engine: &mut dyn CheckpointEngine,
+    registry: &Registry,
+    control: &ControlPlane,
+    world_size: u32,
+    attributes: serde_json::Value,
+    deadline: Duration,
+) -> Result<Vec<WorkerMetadata>> {
+    let mut own = engine.prepare().await?;
+    own.attributes = attributes;
+    let backend = registry.get(&own.backend)?;
+    let malformed = |error: serde_json::Error| {
+        Error::new(ErrorKind::Protocol, "forming the group", error.to_string()).with_source(error)
+    };
+    let payload = Bytes::from(serde_json::to_vec(&own).map_err(malformed)?);
+    let peers = control.gather(world_size, payload, deadline).await?;
+    let workers = peers
+        .iter()
+        .map(|peer| {
+            serde_json::from_slice(&peer.payload).map_err(|error| malformed(error).rank(peer.rank))
+        })
+        .collect::<Result<Vec<WorkerMetadata>>>()?;
+    let places = backend.build_topology(&workers)?;
+    let rank = control.rank();
+    let place = places.into_iter().find(|place| place.rank == rank);
+    let place = place.ok_or_else(|| {
+        let message = "the topology has no place for this rank";
+        Error::new(ErrorKind::Mismatch, "forming the group", message).rank(rank)
+    })?;
+    engine.init_process_group(place).await?;
+    Ok(workers)
+}
+
+/// Prepares a trainer and rollouts of this process, and forms their group.
+///
+/// # Errors
+///
+/// Those of the phases.
+pub async fn form_local_group(
+    engines: &mut [Box<dyn CheckpointEngine>],
+    registry: &Registry,
+) -> Result<()> {
+    let mut workers = Vec::new();
+    for engine in &mut *engines {
+        workers.push(engine.prepare().await?);
+    }
+    let Some(first) = workers.first() else { return Ok(()) };
+    let places: Vec<Placement> = registry.get(&first.backend)?.build_topology(&workers)?;
+    for (engine, place) in engines.iter_mut().zip(places) {
+        engine.init_process_group(place).await?;
+    }
+    Ok(())
+}
+
+/// A rollout that reads weights in place, compares them with their source, and writes them out, as
+/// it is asked to.
+#[derive(Debug)]
+pub struct Rollout {
+    /// What received weights are compared with.
+    pub source: Option<Arc<Source>>,
+    /// The folder that the weights are written to.
+    pub out: Option<PathBuf>,
+    /// The memory of the process, measured since before it joined.
+    pub memory: Option<Arc<PeakMemory>>,
+}
+
+impl Rollout {
+    /// Receives the next update; `None` if none began within the deadline, which is no failure: the
+    /// trainer is training, and if it died the control plane says so.
+    ///
+    /// # Errors
+    ///
+    /// Why the update failed; `PeerLost` if the trainer is gone.
+    pub async fn update(&self, engine: &mut dyn CheckpointEngine) -> Result<Option<ReceiveReport>> {
+        match engine.receive_weights(None).await {
+            Ok(received) => self.take(received).await.map(Some),
+            Err(error) if error.kind() == ErrorKind::Timeout => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn take(&self, mut received: ReceivedWeights<'_>) -> Result<ReceiveReport> {
+        let version = received.version();
+        let mut notes = RolloutNotes::default();
+        let mut writer = match &self.out {
+            Some(folder) => Some(CheckpointWriter::in_folder(folder).map_err(Error::from)?),
+            None => None,
+        };
+        loop {
+            if let Some(memory) = &self.memory {
+                notes.extra_peak_bytes = memory.extra_peak_bytes();
+            }
+            received.note(serde_json::json!(notes));
+            let Some(bucket) = received.next_bucket().await? else { break };
+            if self.source.is_none() && writer.is_none() {
+                continue; // The engine has verified its digest; there is nothing more to do.
+            }
+            let (source, open) = (self.source.clone(), writer.take());
+            let examined = move || examine(&bucket, version, source.as_deref(), open);
+            let examined = tokio::task::spawn_blocking(examined).await.map_err(|error| {
+                Error::new(ErrorKind::Aborted, "examining a bucket", error.to_string())
+            });
+            match examined.and_then(|result| result) {
+                Ok((open, tensors, bytes)) => {
+                    writer = open;
+                    notes.verified_tensors += tensors;
+                    notes.verified_bytes += bytes;
+                }
+                Err(error) => {
+                    let report = ErrorReport::from(&error);
+                    received.fail(error);
+                    return Err(report.into());
+                }
+            }
+        }
+        let report = received.finish().await?;
+        if let Some(writer) = writer {
+            let finished = tokio::task::spawn_blocking(move || writer.finish()).await;
+            finished
+                .map_err(|error| Error::new(ErrorKind::Io, "writing weights", error.to_string()))?
+                .map_err(Error::from)?;
+        }
+        Ok(report)
+    }
+}
+
+type Examined = (Option<CheckpointWriter>, u64, u64);
+
+/// Compares a bucket with the source and writes it out; returns the tensors that ended and the bytes
+/// that were compared.
+fn examine(
+    bucket: &ReceivedBucket,
+    version: Version,
+    source: Option<&Source>,
+    mut writer: Option<CheckpointWriter>,
+) -> Result<Examined> {
+    let pieces: Vec<ReceivedPiece> = bucket.pieces().collect();
+    let (mut tensors, mut bytes) = (0, 0);
+    if let Some(source) = source {
+        pieces
+            .par_iter()
+            .try_for_each(|piece| source.check(&piece.meta, version, piece.start, &piece.bytes))?;
+        for piece in &pieces {
+            let len = piece.bytes.len() as u64;
+            bytes += len;
+            tensors += u64::from(piece.start + len == piece.meta.byte_len()?);
+        }
+    }
+    if let Some(writer) = &mut writer {
+        for piece in &pieces {
+            writer.write_chunk(&piece.meta, piece.start, &piece.bytes).map_err(Error::from)?;
+        }
+    }
+    Ok((writer, tensors, bytes))
+}

@@ -1,0 +1,468 @@
+//! One trainer and several rollouts on this machine, and the updates between them.
+
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use checkpoint_engine::control::{Address, ControlConfig, Token};
+use checkpoint_engine::observe::Observer;
+use checkpoint_engine::{
+    CheckpointEngine, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind,
+    Registry, Result, Role, SendReport, Version, VersionState, ensure_async_iterator, registry,
+};
+use futures::future::{join, join_all, select_all};
+use serde::Serialize;
+use tokio::io::AsyncWriteExt;
+use tokio::process::{Child, Command};
+
+use crate::memory::{PeakMemory, memcpy_gb_per_s};
+use crate::progress::Bar;
+use crate::roles::{Announcement, Rollout, RolloutNotes, form_group, form_local_group};
+use crate::source::{Source, SourceSpec};
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub struct SyncOptions {
+    /// The model.
+    pub source: SourceSpec,
+    /// The engine's configuration; its backend says whether rollouts are processes.
+    pub config: CheckpointEngineConfig,
+    /// How many rollouts.
+    pub rollouts: u32,
+    /// Whether rollouts compare what they receive with the source.
+    pub verify: bool,
+    /// The folder that gets one folder per rollout with its weights.
+    pub out: Option<PathBuf>,
+}
+
+/// One update, as `--json` prints it.
+#[derive(Clone, Debug, Serialize)]
+pub struct UpdateLine {
+    /// The update's version.
+    pub version: Version,
+    /// The transport.
+    pub backend: String,
+    /// Tensors sent, scales of quantised ones not counted.
+    pub tensors: u64,
+    /// Bytes read from the trainer's memory.
+    pub source_bytes: u64,
+    /// Bytes of weights that travelled.
+    pub wire_bytes: u64,
+    /// Tensors that were quantised.
+    pub quantized: u64,
+    /// Tensors left alone although quantisation is on.
+    pub kept: u64,
+    /// Tensors that were quantised already.
+    pub passed_through: u64,
+    /// From the beginning to the last confirmation.
+    pub seconds: f64,
+    /// Source bytes per second.
+    pub gb_per_s: f64,
+    /// What one thread's copy of the same bytes into shared memory reached, in the same run.
+    pub memcpy_gb_per_s: f64,
+    /// The most memory that the trainer took beyond what it had before it prepared.
+    pub extra_peak_bytes: u64,
+    /// Whether every rollout compared every byte with the source.
+    pub verified: bool,
+    /// Whether names and shapes equalled the last update's, so that no metadata travelled.
+    pub plan_reused: bool,
+    /// The rollouts.
+    pub rollouts: Vec<RolloutLine>,
+}
+
+/// A rollout's end of an update.
+#[derive(Clone, Debug, Serialize)]
+pub struct RolloutLine {
+    /// Its rank.
+    pub rank: u32,
+    /// From the announcement to its confirmation, by its own clock.
+    pub seconds: f64,
+    /// The version's state there.
+    pub state: VersionState,
+    /// The digest of the whole version, in hexadecimal.
+    pub digest: Option<String>,
+    /// The most memory that it took beyond what it had before it prepared.
+    pub extra_peak_bytes: u64,
+}
+
+/// Runs all updates; `each` is called after every one.
+///
+/// # Cancel safety
+///
+/// Dropping the future aborts the update and ends the rollout processes.
+///
+/// # Errors
+///
+/// The first failure. The rollouts have ended when this returns.
+pub async fn run(options: &SyncOptions, mut each: impl FnMut(&UpdateLine)) -> Result<()> {
+    let mut source = Source::open(options.source.clone())?;
+    // "Training" to the first version is none of the update's time, nor is its memory.
+    source.advance(Version(1))?;
+    let bucket_bytes = options.config.bucket_bytes().unwrap_or(8 << 20);
+    let memcpy = measure_memcpy(&mut source, bucket_bytes)?;
+    let memory = PeakMemory::start()?;
+    let bar = Arc::new(Bar::new(source.byte_len()));
+    let result = if options.config.backend == "naive" {
+        in_one_process(options, source, memcpy, &memory, &bar, &mut each).await
+    } else {
+        with_processes(options, source, memcpy, &memory, &bar, &mut each).await
+    };
+    bar.clear();
+    result
+}
+
+/// What one thread copies into shared memory, measured with up to 1 GiB of the model itself.
+fn measure_memcpy(source: &mut Source, bucket_bytes: u64) -> Result<f64> {
+    const ENOUGH: usize = 1 << 30;
+    let mut parts = Vec::new();
+    let mut bytes = 0;
+    for weight in source.weights(Version(1))? {
+        let weight = weight?.to_bytes()?;
+        bytes += weight.len();
+        parts.push(weight);
+        if bytes >= ENOUGH {
+            break;
+        }
+    }
+    let parts: Vec<&[u8]> = parts.iter().map(|part| &part[..]).collect();
+    memcpy_gb_per_s(&parts, usize::try_from(bucket_bytes).unwrap_or(8 << 20), 3)
+}
+
+/// A trainer that leads its group: what `sync` and `trainer` have in common.
+#[derive(Debug)]
+pub struct Trainer {
+    /// Its engine, in a group.
+    pub engine: Box<dyn CheckpointEngine>,
+    /// Where the weights come from.
+    pub source: Source,
+}
+
+impl Trainer {
+    /// Runs one update.
+    ///
+    /// # Errors
+    ///
+    /// Why it failed.
+    pub async fn update(&mut self, version: Version) -> Result<SendReport> {
+        self.source.advance(version)?;
+        let weights = ensure_async_iterator(self.source.weights(version)?);
+        self.engine.send_weights(weights, version).await
+    }
+}
+
+/// An update's line from its report.
+pub fn line(report: &SendReport, backend: &str, memcpy: f64, extra: u64) -> UpdateLine {
+    let counts = &report.counts;
+    let notes: Vec<RolloutNotes> = report
+        .receivers
+        .iter()
+        .map(|receiver| serde_json::from_value(receiver.notes.clone()).unwrap_or_default())
+        .collect();
+    let verified = !notes.is_empty()
+        && notes.iter().all(|notes| {
+            notes.verified_bytes == counts.wire_bytes && notes.verified_tensors == counts.tensors
+        });
+    let rollouts = report.receivers.iter().zip(&notes).map(|(receiver, notes)| RolloutLine {
+        rank: receiver.rank.0,
+        seconds: receiver.seconds,
+        state: receiver.state,
+        digest: receiver.digest.map(|digest| format!("{digest:016x}")),
+        extra_peak_bytes: notes.extra_peak_bytes,
+    });
+    UpdateLine {
+        version: report.version,
+        backend: backend.to_owned(),
+        tensors: counts.tensors,
+        source_bytes: counts.source_bytes,
+        wire_bytes: counts.wire_bytes,
+        quantized: counts.quantized,
+        kept: counts.kept,
+        passed_through: counts.passed_through,
+        seconds: report.elapsed.as_secs_f64(),
+        gb_per_s: report.gb_per_s(),
+        memcpy_gb_per_s: memcpy,
+        extra_peak_bytes: extra,
+        verified,
+        plan_reused: report.plan_reused,
+        rollouts: rollouts.collect(),
+    }
+}
+
+async fn in_one_process(
+    options: &SyncOptions,
+    source: Source,
+    memcpy: f64,
+    memory: &PeakMemory,
+    bar: &Arc<Bar>,
+    each: &mut impl FnMut(&UpdateLine),
+) -> Result<()> {
+    let registry = registry();
+    let checked = match options.verify {
+        true => Some(Arc::new(Source::open(options.source.clone())?)),
+        false => None,
+    };
+    let mut engines = Vec::new();
+    for rank in 0..=options.rollouts {
+        let role = if rank == 0 { Role::Trainer } else { Role::Rollout };
+        let context = EngineContext::new(options.config.clone(), role);
+        let context = if rank == 0 { context.with_observer(bar.clone()) } else { context };
+        engines.push(registry.create(context)?);
+    }
+    form_local_group(&mut engines, &registry).await?;
+    let mut engines = engines.into_iter();
+    let Some(engine) = engines.next() else { return Ok(()) };
+    let mut trainer = Trainer { engine, source };
+    let mut rollouts: Vec<(Rollout, Box<dyn CheckpointEngine>)> = (0..)
+        .zip(engines)
+        .map(|(index, engine)| {
+            let out = options.out.as_ref().map(|out| out.join(format!("rollout-{index}")));
+            (Rollout { source: checked.clone(), out, memory: None }, engine)
+        })
+        .collect();
+    for version in (1..=options.source.updates).map(Version) {
+        let receive =
+            join_all(rollouts.iter_mut().map(|(rollout, engine)| rollout.update(&mut **engine)));
+        let (sent, received) = join(trainer.update(version), receive).await;
+        let report = sent?;
+        for result in received {
+            result?;
+        }
+        let line = line(&report, &options.config.backend, memcpy, memory.extra_peak_bytes());
+        check(&line, options.verify)?;
+        bar.clear();
+        each(&line);
+    }
+    trainer.engine.finalize().await
+}
+
+async fn with_processes(
+    options: &SyncOptions,
+    source: Source,
+    memcpy: f64,
+    memory: &PeakMemory,
+    bar: &Arc<Bar>,
+    each: &mut impl FnMut(&UpdateLine),
+) -> Result<()> {
+    let registry = registry();
+    let (secret, address) = rendezvous()?;
+    let token = Token::new(secret.as_bytes())?;
+    let control = ControlPlane::lead(ControlConfig::new(address.clone(), token)).await?;
+    let mut children = Vec::new();
+    for rank in 1..=options.rollouts {
+        children.push(start_rollout(options, rank, &address, &secret).await?);
+    }
+    let context = EngineContext::new(options.config.clone(), Role::Trainer)
+        .with_control(control.clone())
+        .with_observer(bar.clone() as Arc<dyn Observer>);
+    let engine = registry.create(context)?;
+    let mut trainer = Trainer { engine, source };
+    let updates = async {
+        let announcement = serde_json::json!(Announcement { source: options.source.clone() });
+        let group = form_group(
+            &mut *trainer.engine,
+            &registry,
+            &control,
+            options.rollouts + 1,
+            announcement,
+            options.config.timeout(),
+        );
+        tokio::select! {
+            formed = group => { formed?; }
+            error = first_end(&mut children) => return Err(error),
+        }
+        for version in (1..=options.source.updates).map(Version) {
+            let report = trainer.update(version).await?;
+            let line = line(&report, &options.config.backend, memcpy, memory.extra_peak_bytes());
+            check(&line, options.verify)?;
+            bar.clear();
+            each(&line);
+        }
+        trainer.engine.finalize().await
+    };
+    let result = updates.await;
+    drop(trainer);
+    // The rollouts see the end of the group, and end; those that do not are ended.
+    let closed = control.close().await;
+    let statuses = join_all(children.iter_mut().map(end)).await;
+    result?;
+    closed?;
+    for (rank, status) in (1..).zip(statuses) {
+        if !status?.success() {
+            let message = "the rollout's process failed after the last update";
+            return Err(Error::new(ErrorKind::Aborted, "ending the rollouts", message)
+                .rank(checkpoint_engine::Rank(rank)));
+        }
+    }
+    Ok(())
+}
+
+/// Whether an update did what was asked for.
+fn check(line: &UpdateLine, verify: bool) -> Result<()> {
+    if verify && !line.verified {
+        let message = "a rollout did not compare every byte with the source";
+        return Err(
+            Error::new(ErrorKind::Digest, "verifying an update", message).version(line.version)
+        );
+    }
+    Ok(())
+}
+
+/// A secret for this run, and an address that leaves no file behind.
+fn rendezvous() -> Result<(String, Address)> {
+    static RUNS: AtomicU32 = AtomicU32::new(0);
+    let mut random = [0; 32];
+    let operation = "getting random bytes";
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut file| std::io::Read::read_exact(&mut file, &mut random))
+        .map_err(|error| Error::io(operation, error))?;
+    let secret: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+    let run = RUNS.fetch_add(1, Ordering::Relaxed);
+    let address = format!("unix:@ckpt-engine-{}-{run}", std::process::id()).parse()?;
+    Ok((secret, address))
+}
+
+/// Starts this program as a rollout. The secret goes through its standard input, where no other
+/// process can read it.
+async fn start_rollout(
+    options: &SyncOptions,
+    rank: u32,
+    address: &Address,
+    secret: &str,
+) -> Result<Child> {
+    let failed = |error| Error::io("starting a rollout", error).rank(checkpoint_engine::Rank(rank));
+    let program = std::env::current_exe().map_err(failed)?;
+    let mut command = Command::new(program);
+    command
+        .arg("rollout")
+        .args(["--rendezvous", &address.to_string(), "--token-stdin"])
+        .args(["--rank", &rank.to_string()])
+        .args(["--world-size", &(options.rollouts + 1).to_string()])
+        .args(["--backend", &options.config.backend])
+        .args(["--timeout", &options.config.timeout_seconds.to_string()]);
+    if let Some(threads) = options.config.threads {
+        command.args(["--threads", &threads.to_string()]);
+    }
+    if options.verify {
+        command.arg("--verify");
+    }
+    if let Some(out) = &options.out {
+        command.arg("--out").arg(out.join(format!("rollout-{}", rank - 1)));
+    }
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).kill_on_drop(true);
+    let mut child = command.spawn().map_err(failed)?;
+    if let Some(mut input) = child.stdin.take() {
+        input.write_all(secret.as_bytes()).await.map_err(failed)?;
+    }
+    Ok(child)
+}
+
+/// The error of the first rollout process that ends, while none should.
+async fn first_end(children: &mut [Child]) -> Error {
+    let ends = children.iter_mut().zip(1..).map(|(child, rank)| {
+        Box::pin(async move {
+            let message = match child.wait().await {
+                Ok(status) => format!("the rollout's process ended: {status}"),
+                Err(error) => format!("the rollout's process cannot be watched: {error}"),
+            };
+            Error::new(ErrorKind::PeerLost, "forming the group", message)
+                .rank(checkpoint_engine::Rank(rank))
+        })
+    });
+    let ends: Vec<_> = ends.collect();
+    if ends.is_empty() {
+        return std::future::pending().await;
+    }
+    select_all(ends).await.0
+}
+
+/// Waits for a process to end by itself for a while, then kills it.
+async fn end(child: &mut Child) -> Result<std::process::ExitStatus> {
+    let failed = |error| Error::io("ending a rollout", error);
+    match tokio::time::timeout(Duration::from_secs(10), child.wait()).await {
+        Ok(status) => status.map_err(failed),
+        Err(_) => {
+            child.kill().await.map_err(failed)?;
+            child.wait().await.map_err(failed)
+        }
+    }
+}
+
+/// What a rollout process was started with.
+#[derive(Clone, Debug)]
+pub struct RolloutOptions {
+    /// Where the trainer is.
+    pub control: ControlConfig,
+    /// The rank to take; the trainer gives one without.
+    pub rank: Option<checkpoint_engine::Rank>,
+    /// The number of ranks of the group; any number joins one that has formed already.
+    pub world_size: u32,
+    /// The engine's configuration.
+    pub config: CheckpointEngineConfig,
+    /// Whether to compare what is received with its source.
+    pub verify: bool,
+    /// The folder that the weights are written to.
+    pub out: Option<PathBuf>,
+}
+
+/// A rollout process: joins the trainer's group and receives its updates, to the last one.
+///
+/// # Errors
+///
+/// Those of the group; an update that failed is reported to `each` and the next one waited for.
+pub async fn rollout(
+    options: RolloutOptions,
+    mut each: impl FnMut(&Result<checkpoint_engine::ReceiveReport>),
+) -> Result<()> {
+    let registry: Registry = registry();
+    let deadline = options.config.timeout();
+    let memory = PeakMemory::start()?;
+    let control = ControlPlane::join(options.control, Role::Rollout, options.rank).await?;
+    let context = EngineContext::new(options.config, Role::Rollout).with_control(control.clone());
+    let mut engine = registry.create(context)?;
+    let world_size = options.world_size;
+    let none = serde_json::Value::Null;
+    let workers = form_group(&mut *engine, &registry, &control, world_size, none, deadline).await?;
+    let announced = workers.first().map(|trainer| trainer.attributes.clone());
+    let announced: Option<Announcement> =
+        announced.and_then(|attributes| serde_json::from_value(attributes).ok());
+    let source = match (options.verify, &announced) {
+        (false, _) => None,
+        (true, Some(announcement)) => Some(Arc::new(Source::open(announcement.source.clone())?)),
+        (true, None) => {
+            let message = "the trainer does not say where its weights come from: nothing to \
+                           compare them with";
+            return Err(Error::new(ErrorKind::Mismatch, "verifying weights", message));
+        }
+    };
+    let last = announced.map(|announcement| Version(announcement.source.updates));
+    let rollout = Rollout { source, out: options.out, memory: Some(memory) };
+    let idle = Instant::now();
+    loop {
+        let result = match rollout.update(&mut *engine).await {
+            Ok(None) => {
+                tracing::debug!(seconds = idle.elapsed().as_secs(), "no update yet");
+                continue;
+            }
+            Ok(Some(report)) => Ok(report),
+            Err(error) => Err(error),
+        };
+        each(&result);
+        match result {
+            Ok(report) if Some(report.version) == last => break,
+            Ok(_) => {}
+            // Without a trainer there is no next update.
+            Err(error) if error.kind() == ErrorKind::PeerLost && is_trainer(&error) => {
+                return Err(error);
+            }
+            Err(error) => tracing::warn!(%error, "waiting for the next update"),
+        }
+    }
+    engine.finalize().await?;
+    control.close().await
+}
+
+fn is_trainer(error: &Error) -> bool {
+    error.report().rank == Some(checkpoint_engine::Rank::LEADER)
+}
