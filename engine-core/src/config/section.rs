@@ -87,10 +87,6 @@ impl<'de> Visitor<'de> for Section {
                 }
                 "timeout_seconds" => {
                     scalar(&mut map, TIMEOUT, &mut config.timeout_seconds, |found| {
-                        #[expect(
-                            clippy::cast_precision_loss,
-                            reason = "far outside the valid range before a bit is lost"
-                        )]
                         let seconds = match found {
                             Found::Integer(seconds) => seconds as f64,
                             Found::Float(seconds) => seconds,
