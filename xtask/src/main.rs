@@ -1,3 +1,79 @@
-//! Developer tasks.
+//! Developer tasks: `cargo xtask <task>`. CONTRIBUTING.md says when to use which.
 
-fn main() {}
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, reason = "a program that reports to its user on standard output")]
+
+mod process;
+mod setup;
+mod tests;
+mod tools;
+mod workspace;
+
+use std::process::{Command, ExitCode};
+
+use clap::{Parser, Subcommand};
+
+use crate::process::run;
+use crate::setup::Purpose;
+use crate::workspace::Workspace;
+
+/// The result of a task; the error is what the user is told.
+type Result<T, E = String> = std::result::Result<T, E>;
+
+/// Developer tasks of the checkpoint engine.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Installs what tests and checks need, into the target folder
+    ///
+    /// Nothing outside the target folder changes, rustup's components aside. `test`, `deny` and `ci`
+    /// do their part of this themselves; run it to have it done before going offline.
+    Setup {
+        /// Only say what is there and what is missing; exit with 1 if something needed is missing
+        #[arg(long)]
+        check: bool,
+    },
+    /// Sets up what the tests need, then runs all of them
+    ///
+    /// That is: the library without default features is checked, unit and integration tests run
+    /// with cargo-nextest if it is installed and with `cargo test` otherwise, then the doctests run.
+    Test(tests::Options),
+    /// Checks licences, bans and sources of the dependencies, by deny.toml
+    Deny,
+    /// Runs what a pull request has to pass: `.ci/run`
+    Ci,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let workspace = Workspace::find();
+    let result = match &arguments.task {
+        Task::Setup { check: true } => setup::report(&workspace),
+        Task::Setup { check: false } => setup::prepare(&workspace, &Purpose::ALL),
+        Task::Test(options) => tests::all(&workspace, options),
+        Task::Deny => deny(&workspace),
+        Task::Ci => run(Command::new(workspace.root().join(".ci/run"))),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("error: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Not the advisories: they change from one day to the next, and a commit's checks should not.
+fn deny(workspace: &Workspace) -> Result<()> {
+    setup::prepare(workspace, &[Purpose::Deny])?;
+    let mut command = Command::new(tools::cargo_deny(workspace));
+    command.args(["--locked", "check", "licenses", "bans", "sources"]);
+    command.current_dir(workspace.root());
+    run(command)
+}

