@@ -73,7 +73,8 @@ fn main() -> ExitCode {
 fn deny(workspace: &Workspace) -> Result<()> {
     setup::prepare(workspace, &[Purpose::Deny])?;
     let mut command = Command::new(tools::cargo_deny(workspace));
-    command.args(["--locked", "check", "licenses", "bans", "sources"]);
+    command.args(["--locked", "--workspace", "check", "--hide-inclusion-graph"]);
+    command.args(["licenses", "bans", "sources"]);
     command.current_dir(workspace.root());
     run(command)
 }
