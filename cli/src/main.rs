@@ -15,6 +15,7 @@ use checkpoint_engine::{
     Version, registry,
 };
 use clap::{Args, Parser, Subcommand};
+use cli::bench::{TransferLine, TransferOptions};
 use cli::checkpoint::{Checkpoint, verify};
 use cli::memory::PeakMemory;
 use cli::roles::{Announcement, form_group};
@@ -48,6 +49,8 @@ enum Command {
     Doctor(DoctorArgs),
     /// Compare two checkpoints tensor by tensor, bit for bit
     Verify(VerifyArgs),
+    /// Measure transports beside what the machine can do
+    Bench(BenchArgs),
 }
 
 /// Compares two checkpoints tensor by tensor, bit for bit.
@@ -268,6 +271,38 @@ struct DoctorArgs {
     json: bool,
 }
 
+/// Measures transports beside what the machine can do in the same run.
+#[derive(Debug, Args)]
+struct BenchArgs {
+    #[command(subcommand)]
+    what: Bench,
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// Updates of a model in memory: one rollout with digests and without, two rollouts, and
+    /// 100 000 tensors of 1 KiB, each beside a copy of the same bytes into shared memory
+    Transfer(TransferArgs),
+}
+
+#[derive(Debug, Args)]
+struct TransferArgs {
+    /// The synthetic model
+    #[arg(long, value_name = "NAME", default_value = "qwen2.5-7b")]
+    synthetic: SyntheticModel,
+    /// Take only its first LAYERS layers
+    #[arg(long)]
+    layers: Option<u32>,
+    #[command(flatten)]
+    engine: EngineArgs,
+    /// Updates that are measured for each setting
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..1000))]
+    repeats: u64,
+    /// Print one JSON object a line per setting
+    #[arg(long)]
+    json: bool,
+}
+
 /// Why a command did not end well.
 type Failure = Box<dyn StdError>;
 
@@ -285,6 +320,9 @@ fn main() -> ExitCode {
         Command::Rollout(args) => until_interrupted(rollout_command(&args)),
         Command::Doctor(args) => doctor_command(&args),
         Command::Verify(args) => verify_command(&args),
+        Command::Bench(BenchArgs { what: Bench::Transfer(args) }) => {
+            until_interrupted(transfer_command(&args))
+        }
     };
     result.unwrap_or_else(|error| {
         report(&*error);
@@ -426,6 +464,37 @@ fn doctor_command(args: &DoctorArgs) -> Result<ExitCode, Failure> {
             }
         }
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn transfer_command(args: &TransferArgs) -> Result<ExitCode, Failure> {
+    let model = ModelSpec::Synthetic { name: args.synthetic, layers: args.layers };
+    let options = TransferOptions {
+        source: SourceSpec { model, updates: 1 },
+        config: args.engine.config()?,
+        repeats: usize::try_from(args.repeats)?,
+    };
+    if options.config.backend == "naive" {
+        return Err(
+            "naive hands memory over without a copy: there is no transfer to measure".into()
+        );
+    }
+    let print = |line: &TransferLine| match serde_json::to_string(line) {
+        Ok(text) if args.json => println!("{text}"),
+        _ => println!(
+            "{}: {} rollouts, digests {}: {:.2} GB/s, {:.2} of memcpy's {:.2}; {:.2} µs a tensor; \
+             {:.1} MiB extra memory",
+            line.what,
+            line.rollouts,
+            if line.digests { "on" } else { "off" },
+            line.gb_per_s,
+            line.ratio,
+            line.memcpy_gb_per_s,
+            line.us_per_tensor,
+            line.extra_peak_bytes as f64 / f64::from(1 << 20)
+        ),
+    };
+    cli::bench::transfer(&options, print).await?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use checkpoint_engine::control::{Address, ControlConfig, Token};
 use checkpoint_engine::observe::Observer;
 use checkpoint_engine::{
-    CheckpointEngine, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind,
+    CheckpointEngine, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind, Rank,
     Registry, Result, Role, SendReport, Version, VersionState, ensure_async_iterator, registry,
 };
 use futures::future::{join, join_all, select_all};
@@ -245,33 +245,10 @@ async fn with_processes(
     bar: &Arc<Bar>,
     each: &mut impl FnMut(&UpdateLine),
 ) -> Result<()> {
-    let registry = registry();
-    let (secret, address) = rendezvous()?;
-    let token = Token::new(secret.as_bytes())?;
-    let control = ControlPlane::lead(ControlConfig::new(address.clone(), token)).await?;
-    let mut children = Vec::new();
-    for rank in 1..=options.rollouts {
-        children.push(start_rollout(options, rank, &address, &secret).await?);
-    }
-    let context = EngineContext::new(options.config.clone(), Role::Trainer)
-        .with_control(control.clone())
-        .with_observer(bar.clone() as Arc<dyn Observer>);
-    let engine = registry.create(context)?;
-    let mut trainer = Trainer { engine, source };
+    let mut group = Processes::start(options, bar.clone()).await?;
     let updates = async {
-        let announcement = serde_json::json!(Announcement { source: options.source.clone() });
-        let group = form_group(
-            &mut *trainer.engine,
-            &registry,
-            &control,
-            options.rollouts + 1,
-            announcement,
-            options.config.timeout(),
-        );
-        tokio::select! {
-            formed = group => { formed?; }
-            error = first_end(&mut children) => return Err(error),
-        }
+        let engine = group.form(&options.source).await?;
+        let mut trainer = Trainer { engine, source };
         for version in (1..=options.source.updates).map(Version) {
             let report = trainer.update(version).await?;
             let line = line(&report, &options.config.backend, memcpy, memory.extra_peak_bytes());
@@ -282,20 +259,72 @@ async fn with_processes(
         trainer.engine.finalize().await
     };
     let result = updates.await;
-    drop(trainer);
-    // The rollouts see the end of the group, and end; those that do not are ended.
-    let closed = control.close().await;
-    let statuses = join_all(children.iter_mut().map(end)).await;
+    let stopped = group.stop().await;
+    // The first failure is the cause of those that follow.
     result?;
-    closed?;
-    for (rank, status) in (1..).zip(statuses) {
-        if !status?.success() {
-            let message = "the rollout's process failed after the last update";
-            return Err(Error::new(ErrorKind::Aborted, "ending the rollouts", message)
-                .rank(checkpoint_engine::Rank(rank)));
+    stopped
+}
+
+/// A trainer's control plane, and rollouts that run as processes of this machine.
+///
+/// Dropping it ends the processes.
+#[derive(Debug)]
+pub(crate) struct Processes {
+    registry: Registry,
+    config: CheckpointEngineConfig,
+    observer: Arc<dyn Observer>,
+    control: ControlPlane,
+    children: Vec<Child>,
+}
+
+impl Processes {
+    /// Starts the rollouts.
+    pub(crate) async fn start(options: &SyncOptions, observer: Arc<dyn Observer>) -> Result<Self> {
+        let (secret, address) = rendezvous()?;
+        let token = Token::new(secret.as_bytes())?;
+        let control = ControlPlane::lead(ControlConfig::new(address.clone(), token)).await?;
+        let mut children = Vec::new();
+        for rank in 1..=options.rollouts {
+            children.push(start_rollout(options, rank, &address, &secret).await?);
         }
+        let config = options.config.clone();
+        Ok(Self { registry: registry(), config, observer, control, children })
     }
-    Ok(())
+
+    /// Joins a trainer's engine with the rollouts; an error if one of them ends meanwhile.
+    pub(crate) async fn form(&mut self, source: &SourceSpec) -> Result<Box<dyn CheckpointEngine>> {
+        let context = EngineContext::new(self.config.clone(), Role::Trainer)
+            .with_control(self.control.clone())
+            .with_observer(self.observer.clone());
+        let mut engine = self.registry.create(context)?;
+        let announcement = serde_json::json!(Announcement { source: source.clone() });
+        let world_size = self.children.len() as u32 + 1;
+        let deadline = self.config.timeout();
+        let (registry, control) = (&self.registry, &self.control);
+        let group = form_group(&mut *engine, registry, control, world_size, announcement, deadline);
+        tokio::select! {
+            formed = group => formed.map(drop)?,
+            error = first_end(&mut self.children) => return Err(error),
+        }
+        Ok(engine)
+    }
+
+    /// Ends the group. The rollouts see that and end by themselves; those that do not are killed.
+    pub(crate) async fn stop(mut self) -> Result<()> {
+        let closed = self.control.close().await;
+        let statuses = join_all(self.children.iter_mut().map(end)).await;
+        closed?;
+        for (rank, status) in (1..).map(Rank).zip(statuses) {
+            let status = status?;
+            if !status.success() {
+                let message = format!("the rollout's process failed: {status}");
+                return Err(
+                    Error::new(ErrorKind::Aborted, "ending the rollouts", message).rank(rank)
+                );
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Whether an update did what was asked for.
@@ -331,7 +360,7 @@ async fn start_rollout(
     address: &Address,
     secret: &str,
 ) -> Result<Child> {
-    let failed = |error| Error::io("starting a rollout", error).rank(checkpoint_engine::Rank(rank));
+    let failed = |error| Error::io("starting a rollout", error).rank(Rank(rank));
     let program = std::env::current_exe().map_err(failed)?;
     let mut command = Command::new(program);
     command
@@ -366,8 +395,7 @@ async fn first_end(children: &mut [Child]) -> Error {
                 Ok(status) => format!("the rollout's process ended: {status}"),
                 Err(error) => format!("the rollout's process cannot be watched: {error}"),
             };
-            Error::new(ErrorKind::PeerLost, "forming the group", message)
-                .rank(checkpoint_engine::Rank(rank))
+            Error::new(ErrorKind::PeerLost, "forming the group", message).rank(Rank(rank))
         })
     });
     let ends: Vec<_> = ends.collect();
@@ -395,7 +423,7 @@ pub struct RolloutOptions {
     /// Where the trainer is.
     pub control: ControlConfig,
     /// The rank to take; the trainer gives one without.
-    pub rank: Option<checkpoint_engine::Rank>,
+    pub rank: Option<Rank>,
     /// The number of ranks of the group; any number joins one that has formed already.
     pub world_size: u32,
     /// The engine's configuration.
@@ -464,5 +492,5 @@ pub async fn rollout(
 }
 
 fn is_trainer(error: &Error) -> bool {
-    error.report().rank == Some(checkpoint_engine::Rank::LEADER)
+    error.report().rank == Some(Rank::LEADER)
 }
