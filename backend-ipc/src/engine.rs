@@ -19,7 +19,7 @@ const SLOTS: u32 = 2;
 
 /// The size of a bucket unless one is configured. Two of them fit into the last-level cache of a
 /// server, so that the rollouts read from there what the trainer has just written.
-const DEFAULT_BUCKET_MEGABYTES: u64 = 8;
+const DEFAULT_BUCKET_MEGABYTES: u64 = 16;
 
 /// A rank's end of the shared-memory transport.
 #[derive(Debug)]

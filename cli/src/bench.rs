@@ -101,7 +101,7 @@ async fn setting<'a>(
     mut weights: impl FnMut() -> Result<WeightStream<'a>>,
 ) -> Result<TransferLine> {
     let config = CheckpointEngineConfig { digests, ..options.config.clone() };
-    let bucket_bytes = config.bucket_bytes().unwrap_or(8 << 20);
+    let bucket_bytes = config.bucket_bytes().unwrap_or(16 << 20);
     let parts: Vec<&[u8]> = bytes.iter().map(|part| &part[..]).collect();
     let memcpy = || memcpy_gb_per_s(&parts, bucket_bytes as usize, 1);
     let before = memcpy()?;

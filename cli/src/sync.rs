@@ -100,7 +100,7 @@ pub async fn run(options: &SyncOptions, mut each: impl FnMut(&UpdateLine)) -> Re
     let mut source = Source::open(options.source.clone())?;
     // "Training" to the first version is none of the update's time, nor is its memory.
     source.advance(Version(1))?;
-    let bucket_bytes = options.config.bucket_bytes().unwrap_or(8 << 20);
+    let bucket_bytes = options.config.bucket_bytes().unwrap_or(16 << 20);
     let memcpy = measure_memcpy(&mut source, bucket_bytes)?;
     let memory = PeakMemory::start()?;
     let bar = Arc::new(Bar::new(source.byte_len()));
@@ -127,7 +127,7 @@ fn measure_memcpy(source: &mut Source, bucket_bytes: u64) -> Result<f64> {
         }
     }
     let parts: Vec<&[u8]> = parts.iter().map(|part| &part[..]).collect();
-    memcpy_gb_per_s(&parts, usize::try_from(bucket_bytes).unwrap_or(8 << 20), 3)
+    memcpy_gb_per_s(&parts, usize::try_from(bucket_bytes).unwrap_or(16 << 20), 3)
 }
 
 /// A trainer that leads its group: what `sync` and `trainer` have in common.

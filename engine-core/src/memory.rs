@@ -34,14 +34,16 @@ pub struct Job {
 pub struct Pool(Arc<ThreadPool>);
 
 impl Pool {
-    /// A pool of so many threads, or of one per available core.
+    /// A pool of so many threads; without a number, of one for every second core, and at most 16:
+    /// trainer and rollouts of one host work at the same time, and memory bandwidth is used up before
+    /// the cores are.
     ///
     /// # Errors
     ///
     /// `Resource` if the threads cannot be started.
     pub fn new(threads: Option<usize>) -> Result<Self> {
         rayon::ThreadPoolBuilder::new()
-            .num_threads(threads.unwrap_or(0))
+            .num_threads(threads.unwrap_or_else(default_threads))
             .thread_name(|index| format!("ckpt-pack-{index}"))
             .build()
             .map(|pool| Self(Arc::new(pool)))
@@ -108,6 +110,10 @@ impl Pool {
     pub fn digest(&self, pieces: &[Piece], bucket: &[u8]) -> u64 {
         self.0.install(|| sum_pieces(pieces, bucket))
     }
+}
+
+fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).clamp(1, 16))
 }
 
 /// Work that was started on a [`Pool`]; a future of its result.

@@ -1,0 +1,275 @@
+//! `ckpt-engine sync`, `trainer` and `rollout` as their users run them, and what is left when one of
+//! their processes is killed.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ckpt-engine"));
+    command.stdin(Stdio::null());
+    command
+}
+
+fn run(args: &[&str]) -> Output {
+    program().args(args).output().expect("the program starts")
+}
+
+fn json_lines(output: &Output) -> Vec<serde_json::Value> {
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{error}");
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.lines().map(|line| serde_json::from_str(line).expect("a JSON object a line")).collect()
+}
+
+/// What the processes of this test file may leave in shared memory: nothing.
+fn segments() -> Vec<String> {
+    let entries = std::fs::read_dir("/dev/shm").expect("/dev/shm");
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    names.filter(|name| name.contains("ckpt-engine")).collect()
+}
+
+fn children_of(pid: u32) -> Vec<u32> {
+    let path = format!("/proc/{pid}/task/{pid}/children");
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+}
+
+fn is_alive(pid: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    !status.is_empty() && !status.contains(") Z ")
+}
+
+fn kill(pid: u32) {
+    let status = Command::new("kill").args(["-KILL", &pid.to_string()]).status();
+    assert!(status.expect("kill runs").success());
+}
+
+fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(30);
+    while !holds() {
+        assert!(Instant::now() < end, "not within 30 s: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A `sync` of many updates that take a while, after its first one.
+fn long_sync(rollouts: &str) -> (Child, BufReader<std::process::ChildStdout>) {
+    let mut child = program()
+        .args(["sync", "--synthetic", "qwen2.5-0.5b", "--layers", "1", "--updates", "100000"])
+        .args(["--rollouts", rollouts, "--verify", "--json", "--timeout", "10"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    let mut output = BufReader::new(child.stdout.take().expect("piped"));
+    let mut line = String::new();
+    output.read_line(&mut line).expect("a first update");
+    assert!(line.contains("\"verified\":true"), "{line}");
+    (child, output)
+}
+
+fn end_of(mut child: Child) -> (std::process::ExitStatus, String) {
+    let mut errors = String::new();
+    let mut stderr = child.stderr.take().expect("piped");
+    stderr.read_to_string(&mut errors).expect("text");
+    (child.wait().expect("it ends"), errors)
+}
+
+#[test]
+fn every_update_is_verified_and_its_line_has_the_documented_keys() {
+    for backend in ["naive", "ipc"] {
+        let args = ["sync", "--synthetic", "tiny-moe", "--rollouts", "2", "--updates", "3"];
+        let output = run(&[&args[..], &["--verify", "--json", "--backend", backend]].concat());
+        let lines = json_lines(&output);
+        assert_eq!(lines.len(), 3);
+        for (version, line) in (1..).zip(&lines) {
+            assert_eq!(line["version"], version);
+            assert_eq!(line["backend"], backend);
+            assert_eq!(line["verified"], true);
+            assert_eq!(line["rollouts"].as_array().expect("rollouts").len(), 2);
+            assert_eq!(line["source_bytes"], line["wire_bytes"]);
+            for key in [
+                "tensors",
+                "quantized",
+                "kept",
+                "passed_through",
+                "seconds",
+                "gb_per_s",
+                "memcpy_gb_per_s",
+                "extra_peak_bytes",
+            ] {
+                assert!(line[key].is_number(), "{key}");
+            }
+            for rollout in line["rollouts"].as_array().expect("rollouts") {
+                assert_eq!(rollout["state"], "active");
+                assert_eq!(rollout["digest"].is_string(), backend == "ipc");
+            }
+        }
+        assert_ne!(lines[0]["rollouts"][0]["digest"], serde_json::json!(""));
+    }
+}
+
+#[test]
+fn what_rollouts_write_is_what_the_trainer_read() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (first, second) = (path("first"), path("second"));
+    json_lines(&run(&["sync", "--synthetic", "tiny-moe", "--out", &first, "--json"]));
+    let model = format!("{first}/rollout-0");
+    let sync = ["sync", "--model", &model, "--rollouts", "2", "--updates", "2", "--verify"];
+    json_lines(&run(&[&sync[..], &["--out", &second, "--json", "--bucket-mb", "1"]].concat()));
+    for rollout in ["rollout-0", "rollout-1"] {
+        let output = run(&["verify", &model, &format!("{second}/{rollout}")]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    }
+}
+
+#[test]
+fn a_killed_rollout_is_an_error_that_names_it_and_nothing_is_left() {
+    let (child, output) = long_sync("2");
+    let pid = child.id();
+    let rollouts = children_of(pid);
+    assert_eq!(rollouts.len(), 2);
+    kill(rollouts[1]);
+    drop(output);
+    let (status, errors) = end_of(child);
+    assert_eq!(status.code(), Some(1), "{errors}");
+    assert!(errors.contains("rank 1") || errors.contains("rank 2"), "{errors}");
+    eventually("the other rollout ends", || !rollouts.iter().any(|pid| is_alive(*pid)));
+    assert_eq!(segments(), Vec::<String>::new());
+    json_lines(&run(&["sync", "--synthetic", "tiny-moe", "--verify", "--json"]));
+}
+
+#[test]
+fn rollouts_of_a_killed_trainer_end_by_themselves_and_leave_nothing() {
+    let (mut child, output) = long_sync("2");
+    let rollouts = children_of(child.id());
+    assert_eq!(rollouts.len(), 2);
+    kill(child.id());
+    drop(output);
+    child.wait().expect("it was killed");
+    eventually("the rollouts end", || !rollouts.iter().any(|pid| is_alive(*pid)));
+    assert_eq!(segments(), Vec::<String>::new());
+    json_lines(&run(&["sync", "--synthetic", "tiny-moe", "--verify", "--json"]));
+}
+
+#[test]
+fn an_interrupt_ends_all_processes() {
+    let (child, output) = long_sync("1");
+    let rollouts = children_of(child.id());
+    let interrupt = Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    assert!(interrupt.expect("kill runs").success());
+    drop(output);
+    let (status, errors) = end_of(child);
+    assert_eq!(status.code(), Some(130), "{errors}");
+    eventually("the rollout ends", || !rollouts.iter().any(|pid| is_alive(*pid)));
+    assert_eq!(segments(), Vec::<String>::new());
+}
+
+#[test]
+fn buckets_that_shared_memory_has_no_room_for_are_an_error_in_words() {
+    let output = run(&["sync", "--synthetic", "tiny-moe", "--bucket-mb", "4000000"]);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{errors}");
+    assert!(errors.contains("/dev/shm"), "{errors}");
+    assert_eq!(segments(), Vec::<String>::new());
+}
+
+#[test]
+fn wrong_usage_is_told_with_what_would_be_right() {
+    for (args, words) in [
+        (&["sync"][..], "--synthetic"),
+        (&["sync", "--synthetic", "gpt-9"], "tiny-moe"),
+        (&["sync", "--synthetic", "tiny-moe", "--bucket-mb", "0"], "--bucket-mb"),
+        (&["sync", "--synthetic", "tiny-moe", "--backend", "nccl"], "known: naive, ipc"),
+        (&["sync", "--model", "/nowhere/at/all"], "/nowhere/at/all"),
+    ] {
+        let output = run(args);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "{args:?}");
+        assert!(errors.contains(words), "{args:?}: {errors}");
+    }
+}
+
+/// Starts a rollout by hand, as a scheduler would.
+fn rollout(address: &str, token: &Path, extra: &[&str]) -> Child {
+    program()
+        .args(["rollout", "--rendezvous", address, "--timeout", "20"])
+        .arg("--token-file")
+        .arg(token)
+        .args(extra)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts")
+}
+
+#[test]
+fn roles_started_by_hand_find_each_other_and_a_stranger_is_kept_out() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (token, other) = (folder.path().join("token"), folder.path().join("other"));
+    let address = format!("unix:@ckpt-engine-test-{}", std::process::id());
+    let trainer = program()
+        .args(["trainer", "--rendezvous", &address, "--rollouts", "2", "--updates", "3"])
+        .args(["--synthetic", "tiny-moe", "--json", "--timeout", "20", "--token-file"])
+        .arg(&token)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    eventually("the trainer has made a token", || token.exists());
+    engine_core::control::Token::create(&other).expect("another token");
+    let stranger = rollout(&address, &other, &["--world-size", "3"]);
+    let (status, errors) = end_of(stranger);
+    assert_eq!(status.code(), Some(1));
+    assert!(errors.contains("token"), "{errors}");
+    let rollouts: Vec<Child> =
+        (0..2).map(|_| rollout(&address, &token, &["--verify", "--world-size", "3"])).collect();
+    let output = trainer.wait_with_output().expect("it ends");
+    for line in json_lines(&output) {
+        assert_eq!(line["verified"], true);
+    }
+    for rollout in rollouts {
+        let output = rollout.wait_with_output().expect("it ends");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(text.lines().count(), 3, "{text}");
+    }
+}
+
+#[test]
+fn a_trainer_goes_on_with_the_rollouts_that_are_left() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let token = folder.path().join("token");
+    let address = format!("unix:@ckpt-engine-left-{}", std::process::id());
+    let mut trainer = program()
+        .args(["trainer", "--rendezvous", &address, "--rollouts", "2", "--updates", "6"])
+        .args(["--synthetic", "qwen2.5-0.5b", "--layers", "1", "--json", "--timeout", "10"])
+        .args(["--interval", "0.2", "--token-file"])
+        .arg(&token)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    eventually("the trainer has made a token", || token.exists());
+    let mut rollouts: Vec<Child> =
+        (0..2).map(|_| rollout(&address, &token, &["--verify", "--world-size", "3"])).collect();
+    let mut output = BufReader::new(trainer.stdout.take().expect("piped"));
+    let mut first = String::new();
+    output.read_line(&mut first).expect("a first update");
+    let mut lost = rollouts.remove(0);
+    kill(lost.id());
+    lost.wait().expect("it was killed");
+    let mut rest = String::new();
+    output.read_to_string(&mut rest).expect("text");
+    let (_, errors) = end_of(trainer);
+    let last: serde_json::Value =
+        serde_json::from_str(rest.lines().last().expect("more updates")).expect("JSON");
+    assert_eq!(last["version"], 6, "{errors}");
+    assert_eq!(last["verified"], true);
+    assert_eq!(last["rollouts"].as_array().expect("rollouts").len(), 1);
+    let left = rollouts.remove(0).wait_with_output().expect("it ends");
+    assert!(left.status.success(), "{}", String::from_utf8_lossy(&left.stderr));
+}
