@@ -64,9 +64,13 @@ fn tests(workspace: &Workspace, options: &Options) -> Command {
     if !options.extra.iter().any(|argument| selects_packages(argument)) {
         command.arg("--workspace");
     }
-    if !nextest && options.extra.is_empty() {
-        // The doctests have a stage of their own.
-        command.args(["--lib", "--bins", "--tests", "--examples"]);
+    if options.extra.is_empty() {
+        // Someone who runs everything wants to hear of every failure.
+        command.arg("--no-fail-fast");
+        if !nextest {
+            // The doctests have a stage of their own.
+            command.args(["--lib", "--bins", "--tests", "--examples"]);
+        }
     }
     if require_all && nextest {
         command.args(["--run-ignored", "all"]);
