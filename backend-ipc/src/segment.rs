@@ -47,6 +47,11 @@ impl Segment {
         let too_large = SegmentError::TooLarge(slots, bucket_bytes);
         let Some(len) = bucket_bytes.checked_mul(slots.into()) else { return Err(too_large) };
         let Ok(map_len) = usize::try_from(len) else { return Err(too_large) };
+        // Shared memory may be larger than memory: taking what is not there would not fail here, but
+        // end processes of the kernel's choice.
+        if available_memory().is_some_and(|available| len > available) {
+            return Err(SegmentError::Full { needed: len, available: shared_memory_in_words() });
+        }
         let file = unnamed()?;
         // Without it, a full /dev/shm would show as a bus error at the first write.
         rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, len).map_err(
@@ -150,6 +155,14 @@ fn unnamed() -> Result<OwnedFd, SegmentError> {
         shm::unlink(&name).map_err(|errno| SegmentError::System { call: "shm_unlink", errno })?;
         return Ok(file);
     }
+}
+
+/// Memory that can be had without swapping, in bytes.
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.split_ascii_whitespace().next()?.parse().ok()?;
+    kib.checked_mul(1024)
 }
 
 /// How much shared memory is free, for people.

@@ -1,6 +1,7 @@
 //! What a transport reaches, beside what the machine can do in the same run.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use checkpoint_engine::{
@@ -66,7 +67,7 @@ const TINY: (u64, u64) = (100_000, 1024);
 /// The first failure of any update.
 pub async fn transfer(
     options: &TransferOptions,
-    mut each: impl FnMut(&TransferLine),
+    mut each: impl FnMut(&TransferLine) -> Result<()>,
 ) -> Result<()> {
     let mut source = Source::open(options.source.clone())?;
     source.advance(Version(1))?;
@@ -74,7 +75,7 @@ pub async fn transfer(
         source.weights(Version(1))?.map(|weight| weight?.to_bytes()).collect::<Result<_>>()?;
     for (rollouts, digests) in [(1, true), (1, false), (2, true)] {
         let weights = || Ok(ensure_async_iterator(source.weights(Version(1))?));
-        each(&setting(options, "model", rollouts, digests, &bytes, weights).await?);
+        each(&setting(options, "model", rollouts, digests, &bytes, weights).await?)?;
     }
     drop(bytes);
     let (count, len) = TINY;
@@ -88,7 +89,7 @@ pub async fn transfer(
         .collect::<Result<_>>()?;
     let weights = || Ok(ensure_async_iterator(tiny.iter().cloned()));
     let storage = [storage.clone()];
-    each(&setting(options, "tiny tensors", 1, true, &storage, weights).await?);
+    each(&setting(options, "tiny tensors", 1, true, &storage, weights).await?)?;
     Ok(())
 }
 
@@ -103,7 +104,7 @@ async fn setting<'a>(
     let config = CheckpointEngineConfig { digests, ..options.config.clone() };
     let bucket_bytes = config.bucket_bytes().unwrap_or(16 << 20);
     let parts: Vec<&[u8]> = bytes.iter().map(|part| &part[..]).collect();
-    let memcpy = || memcpy_gb_per_s(&parts, bucket_bytes as usize, 1);
+    let memcpy = || memcpy_gb_per_s(&parts, bucket_bytes, 1);
     let before = memcpy()?;
     let memory = PeakMemory::start()?;
     let updates = options.repeats as u64 + 2;
@@ -124,7 +125,7 @@ async fn setting<'a>(
         }
     }
     engine.finalize().await?;
-    group.stop().await?;
+    group.stop(Duration::from_secs(10)).await?;
     let extra_peak_bytes = memory.extra_peak_bytes();
     let memcpy_gb_per_s = (before + memcpy()?) / 2.0;
     reports.sort_by_key(|report| report.elapsed);

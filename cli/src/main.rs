@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use checkpoint_engine::control::{Address, ControlConfig, Token};
 use checkpoint_engine::{
-    Availability, CheckpointEngineConfig, ControlPlane, EngineContext, Rank, ReceiveReport, Role,
-    Version, registry,
+    Availability, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind, Rank,
+    ReceiveReport, Role, Version, registry,
 };
 use clap::{Args, Parser, Subcommand};
 use cli::bench::{TransferLine, TransferOptions};
@@ -395,7 +395,7 @@ async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Failure> {
         match trainer.update(version).await {
             Ok(report) => {
                 let extra = memory.extra_peak_bytes();
-                print_update(&cli::sync::line(&report, &config.backend, 0.0, extra), args.json);
+                print_update(&cli::sync::line(&report, &config.backend, 0.0, extra), args.json)?;
             }
             // The engine is in order: the next update goes to the rollouts that are left.
             Err(error) => {
@@ -425,14 +425,17 @@ async fn rollout_command(args: &RolloutArgs) -> Result<ExitCode, Failure> {
         out: args.out.clone(),
     };
     let print = |result: &checkpoint_engine::Result<ReceiveReport>| match result {
-        Ok(report) => println!(
+        Ok(report) => say(format!(
             "version {}: {} tensors, {} bytes, {:.3} s",
             report.version,
             report.tensors,
             report.bytes,
             report.elapsed.as_secs_f64()
-        ),
-        Err(error) => report(error),
+        )),
+        Err(error) => {
+            report(error);
+            Ok(())
+        }
     };
     cli::sync::rollout(options, print).await?;
     Ok(ExitCode::SUCCESS)
@@ -479,9 +482,11 @@ async fn transfer_command(args: &TransferArgs) -> Result<ExitCode, Failure> {
             "naive hands memory over without a copy: there is no transfer to measure".into()
         );
     }
-    let print = |line: &TransferLine| match serde_json::to_string(line) {
-        Ok(text) if args.json => println!("{text}"),
-        _ => println!(
+    let print = |line: &TransferLine| {
+        if args.json {
+            return say(json_line(line)?);
+        }
+        say(format!(
             "{}: {} rollouts, digests {}: {:.2} GB/s, {:.2} of memcpy's {:.2}; {:.2} µs a tensor; \
              {:.1} MiB extra memory",
             line.what,
@@ -492,7 +497,7 @@ async fn transfer_command(args: &TransferArgs) -> Result<ExitCode, Failure> {
             line.memcpy_gb_per_s,
             line.us_per_tensor,
             line.extra_peak_bytes as f64 / f64::from(1 << 20)
-        ),
+        ))
     };
     cli::bench::transfer(&options, print).await?;
     Ok(ExitCode::SUCCESS)
@@ -510,13 +515,9 @@ fn say_source(source: &Source, backend: &str) {
     }
 }
 
-fn print_update(line: &UpdateLine, json: bool) {
+fn print_update(line: &UpdateLine, json: bool) -> checkpoint_engine::Result<()> {
     if json {
-        match serde_json::to_string(line) {
-            Ok(text) => println!("{text}"),
-            Err(error) => eprintln!("error: the report cannot be written: {error}"),
-        }
-        return;
+        return say(json_line(line)?);
     }
     let rollouts: Vec<String> = line
         .rollouts
@@ -526,7 +527,7 @@ fn print_update(line: &UpdateLine, json: bool) {
             format!("{} {state}", rollout.rank)
         })
         .collect();
-    println!(
+    say(format!(
         "version {}: {} tensors, {:.3} GB in {:.3} s, {:.2} GB/s (memcpy {:.2}), {:.1} MiB extra \
          memory{}; rollouts: {}",
         line.version,
@@ -538,7 +539,20 @@ fn print_update(line: &UpdateLine, json: bool) {
         line.extra_peak_bytes as f64 / f64::from(1 << 20),
         if line.verified { ", every byte verified" } else { "" },
         rollouts.join(", ")
-    );
+    ))
+}
+
+fn json_line(value: &impl serde::Serialize) -> checkpoint_engine::Result<String> {
+    serde_json::to_string(value).map_err(|error| {
+        Error::new(ErrorKind::Io, "writing a report", error.to_string()).with_source(error)
+    })
+}
+
+/// Prints a line; a reader that went away is an error and not a panic.
+fn say(line: String) -> checkpoint_engine::Result<()> {
+    use std::io::Write;
+    writeln!(std::io::stdout().lock(), "{line}")
+        .map_err(|error| Error::io("writing to standard output", error))
 }
 
 /// Prints an error and what caused it, each cause once.

@@ -78,18 +78,19 @@ fn resident() -> Result<u64> {
     Ok(kib << 10)
 }
 
-/// Copies `source` into shared memory, a ring of two buckets, as one thread can; in 10⁹ bytes per
+/// Copies `source` into shared memory, a ring of two buckets of at most 64 MiB, as one thread can; in 10⁹ bytes per
 /// second, the median of `repeats`. What an update that only copies could reach.
 ///
 /// # Errors
 ///
 /// `Io` or `Resource` if the shared memory cannot be had.
-pub fn memcpy_gb_per_s(source: &[&[u8]], bucket_bytes: usize, repeats: usize) -> Result<f64> {
+pub fn memcpy_gb_per_s(source: &[&[u8]], bucket_bytes: u64, repeats: usize) -> Result<f64> {
     let failed = |error| Error::io("measuring the bandwidth of a copy", error);
     let mut file = tempfile::tempfile_in("/dev/shm").map_err(failed)?;
     // Writing, rather than setting the length, makes a full /dev/shm an error and not a signal.
     let zeros = vec![0; 1 << 20];
-    let len = bucket_bytes * 2;
+    // Beyond the caches' size, a larger ring is no slower; it would only take memory.
+    let len = 2 * bucket_bytes.min(64 << 20) as usize;
     let mut left = len;
     while left > 0 {
         let now = left.min(zeros.len());

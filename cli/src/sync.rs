@@ -10,7 +10,8 @@ use checkpoint_engine::control::{Address, ControlConfig, Token};
 use checkpoint_engine::observe::Observer;
 use checkpoint_engine::{
     CheckpointEngine, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind, Rank,
-    Registry, Result, Role, SendReport, Version, VersionState, ensure_async_iterator, registry,
+    ReceiveReport, Registry, Result, Role, SendReport, Version, VersionState,
+    ensure_async_iterator, registry,
 };
 use futures::future::{join, join_all, select_all};
 use serde::Serialize;
@@ -87,7 +88,7 @@ pub struct RolloutLine {
     pub extra_peak_bytes: u64,
 }
 
-/// Runs all updates; `each` is called after every one.
+/// Runs all updates; `each` is called after every one, and ends them with an error of its own.
 ///
 /// # Cancel safety
 ///
@@ -96,7 +97,10 @@ pub struct RolloutLine {
 /// # Errors
 ///
 /// The first failure. The rollouts have ended when this returns.
-pub async fn run(options: &SyncOptions, mut each: impl FnMut(&UpdateLine)) -> Result<()> {
+pub async fn run(
+    options: &SyncOptions,
+    mut each: impl FnMut(&UpdateLine) -> Result<()>,
+) -> Result<()> {
     let mut source = Source::open(options.source.clone())?;
     // "Training" to the first version is none of the update's time, nor is its memory.
     source.advance(Version(1))?;
@@ -127,7 +131,7 @@ fn measure_memcpy(source: &mut Source, bucket_bytes: u64) -> Result<f64> {
         }
     }
     let parts: Vec<&[u8]> = parts.iter().map(|part| &part[..]).collect();
-    memcpy_gb_per_s(&parts, usize::try_from(bucket_bytes).unwrap_or(16 << 20), 3)
+    memcpy_gb_per_s(&parts, bucket_bytes, 3)
 }
 
 /// A trainer that leads its group: what `sync` and `trainer` have in common.
@@ -196,7 +200,7 @@ async fn in_one_process(
     memcpy: f64,
     memory: &PeakMemory,
     bar: &Arc<Bar>,
-    each: &mut impl FnMut(&UpdateLine),
+    each: &mut impl FnMut(&UpdateLine) -> Result<()>,
 ) -> Result<()> {
     let registry = registry();
     let checked = match options.verify {
@@ -232,7 +236,7 @@ async fn in_one_process(
         let line = line(&report, &options.config.backend, memcpy, memory.extra_peak_bytes());
         check(&line, options.verify)?;
         bar.clear();
-        each(&line);
+        each(&line)?;
     }
     trainer.engine.finalize().await
 }
@@ -243,7 +247,7 @@ async fn with_processes(
     memcpy: f64,
     memory: &PeakMemory,
     bar: &Arc<Bar>,
-    each: &mut impl FnMut(&UpdateLine),
+    each: &mut impl FnMut(&UpdateLine) -> Result<()>,
 ) -> Result<()> {
     let mut group = Processes::start(options, bar.clone()).await?;
     let updates = async {
@@ -251,15 +255,18 @@ async fn with_processes(
         let mut trainer = Trainer { engine, source };
         for version in (1..=options.source.updates).map(Version) {
             let report = trainer.update(version).await?;
+            all_present(&report)?;
             let line = line(&report, &options.config.backend, memcpy, memory.extra_peak_bytes());
             check(&line, options.verify)?;
             bar.clear();
-            each(&line);
+            each(&line)?;
         }
         trainer.engine.finalize().await
     };
     let result = updates.await;
-    let stopped = group.stop().await;
+    // After the last update rollouts may still be writing what they received.
+    let grace = Duration::from_secs(if result.is_ok() { 300 } else { 1 });
+    let stopped = group.stop(grace).await;
     // The first failure is the cause of those that follow.
     result?;
     stopped
@@ -309,10 +316,11 @@ impl Processes {
         Ok(engine)
     }
 
-    /// Ends the group. The rollouts see that and end by themselves; those that do not are killed.
-    pub(crate) async fn stop(mut self) -> Result<()> {
+    /// Ends the group. The rollouts see that and end by themselves; those that do not within the
+    /// grace are killed.
+    pub(crate) async fn stop(mut self, grace: Duration) -> Result<()> {
         let closed = self.control.close().await;
-        let statuses = join_all(self.children.iter_mut().map(end)).await;
+        let statuses = join_all(self.children.iter_mut().map(|child| end(child, grace))).await;
         closed?;
         for (rank, status) in (1..).map(Rank).zip(statuses) {
             let status = status?;
@@ -324,6 +332,19 @@ impl Processes {
             }
         }
         Ok(())
+    }
+}
+
+/// An engine goes on with the rollouts that are left; a `sync` was asked for all of them.
+fn all_present(report: &SendReport) -> Result<()> {
+    match report.absent.first() {
+        None => Ok(()),
+        Some(&rank) => {
+            let message = "the rollout's process ended between two updates";
+            Err(Error::new(ErrorKind::PeerLost, "updating the rollouts", message)
+                .rank(rank)
+                .version(report.version))
+        }
     }
 }
 
@@ -406,9 +427,9 @@ async fn first_end(children: &mut [Child]) -> Error {
 }
 
 /// Waits for a process to end by itself for a while, then kills it.
-async fn end(child: &mut Child) -> Result<std::process::ExitStatus> {
+async fn end(child: &mut Child, grace: Duration) -> Result<std::process::ExitStatus> {
     let failed = |error| Error::io("ending a rollout", error);
-    match tokio::time::timeout(Duration::from_secs(10), child.wait()).await {
+    match tokio::time::timeout(grace, child.wait()).await {
         Ok(status) => status.map_err(failed),
         Err(_) => {
             child.kill().await.map_err(failed)?;
@@ -441,7 +462,7 @@ pub struct RolloutOptions {
 /// Those of the group; an update that failed is reported to `each` and the next one waited for.
 pub async fn rollout(
     options: RolloutOptions,
-    mut each: impl FnMut(&Result<checkpoint_engine::ReceiveReport>),
+    mut each: impl FnMut(&Result<ReceiveReport>) -> Result<()>,
 ) -> Result<()> {
     let registry: Registry = registry();
     let deadline = options.config.timeout();
@@ -476,7 +497,7 @@ pub async fn rollout(
             Ok(Some(report)) => Ok(report),
             Err(error) => Err(error),
         };
-        each(&result);
+        each(&result)?;
         match result {
             Ok(report) if Some(report.version) == last => break,
             Ok(_) => {}

@@ -215,12 +215,12 @@ fn a_resident_model_advances_in_place_once_nobody_reads_it() {
 }
 
 #[test]
-fn a_model_is_kept_in_memory_if_it_takes_at_most_60_percent_of_what_is_free() {
+fn a_model_is_kept_in_memory_if_it_takes_at_most_75_percent_of_what_is_free() {
     let residency = |model, available| Residency { model, available };
-    assert!(residency(60, Some(100)).is_resident());
-    assert!(!residency(61, Some(100)).is_resident());
-    assert!(residency(61, None).is_resident());
-    assert!(residency(61, Some(100)).to_string().contains("generated"));
+    assert!(residency(75, Some(100)).is_resident());
+    assert!(!residency(76, Some(100)).is_resident());
+    assert!(residency(76, None).is_resident());
+    assert!(residency(76, Some(100)).to_string().contains("generated"));
     assert!(Residency::of(1 << 20).is_resident());
     assert!(!Residency::of(1 << 60).is_resident());
 }

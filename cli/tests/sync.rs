@@ -133,7 +133,9 @@ fn a_killed_rollout_is_an_error_that_names_it_and_nothing_is_left() {
     let rollouts = children_of(pid);
     assert_eq!(rollouts.len(), 2);
     kill(rollouts[1]);
-    drop(output);
+    for line in output.lines() {
+        line.expect("text");
+    }
     let (status, errors) = end_of(child);
     assert_eq!(status.code(), Some(1), "{errors}");
     assert!(errors.contains("rank 1") || errors.contains("rank 2"), "{errors}");

@@ -1,1 +1,122 @@
-//! The behaviour suite.
+//! The behaviour that every checkpoint engine has, as a suite that takes a backend as a value.
+//!
+//! A backend's tests name the suite once, and [`suite!`] makes a test of every case:
+//!
+//! ```
+//! conformance::suite!(conformance::Suite::new(engine_core::naive::BACKEND));
+//! ```
+//!
+//! [`broken`] has engines with one fault each, which the suite must notice.
+
+pub mod broken;
+mod cases;
+mod group;
+
+use std::future::Future;
+use std::pin::Pin;
+use std::time::Duration;
+
+use engine_core::{Backend, CheckpointEngineConfig};
+
+pub use cases::CASES;
+
+/// A backend, and what the suite has to know of it.
+#[derive(Clone, Debug)]
+pub struct Suite {
+    pub(crate) backend: &'static dyn Backend,
+    pub(crate) config: CheckpointEngineConfig,
+    pub(crate) control: bool,
+}
+
+/// How a case ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The engine behaves as it has to.
+    Passed,
+    /// It does not: in words.
+    Failed(String),
+    /// The case is about something that the backend does not have.
+    Ignored(&'static str),
+}
+
+/// A case's future.
+pub type Running<'a> = Pin<Box<dyn Future<Output = Result<(), String>> + Send + 'a>>;
+
+/// One behaviour.
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    /// The behaviour as a sentence.
+    pub name: &'static str,
+    /// Whether it is about buckets, which an engine that hands memory over has none of.
+    pub buckets: bool,
+    pub(crate) run: for<'a> fn(&'a Suite) -> Running<'a>,
+}
+
+impl Suite {
+    /// The suite for a backend that needs no control plane and has no buckets.
+    pub fn new(backend: &'static dyn Backend) -> Self {
+        let config = CheckpointEngineConfig {
+            backend: backend.name().into(),
+            update_weights_bucket_megabytes: Some(1),
+            timeout_seconds: 2.0,
+            ..Default::default()
+        };
+        Self { backend, config, control: false }
+    }
+
+    /// The backend fills buckets and talks over a control plane.
+    #[must_use]
+    pub fn with_control_plane(mut self) -> Self {
+        self.control = true;
+        self
+    }
+
+    /// With another configuration than the suite's own, which has buckets of 1 MiB and deadlines of
+    /// 2 s.
+    #[must_use]
+    pub fn with_config(mut self, change: impl FnOnce(&mut CheckpointEngineConfig)) -> Self {
+        change(&mut self.config);
+        self
+    }
+
+    /// Runs one case, in a runtime of its own.
+    ///
+    /// # Panics
+    ///
+    /// If the runtime cannot be made.
+    pub fn run(&self, case: &Case) -> Outcome {
+        if case.buckets && !self.control {
+            return Outcome::Ignored("this engine hands memory over and has no buckets");
+        }
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(4)
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        // Nothing that the suite does takes long: what does, hangs.
+        let limited =
+            async { tokio::time::timeout(Duration::from_secs(60), (case.run)(self)).await };
+        let result = runtime.block_on(limited);
+        runtime.shutdown_timeout(Duration::from_secs(1));
+        match result {
+            Ok(Ok(())) => Outcome::Passed,
+            Ok(Err(words)) => Outcome::Failed(words),
+            Err(_) => Outcome::Failed("it hung for 60 s".into()),
+        }
+    }
+
+    /// Runs the case of a name as a test: panics if it fails, and says so if it is ignored.
+    ///
+    /// # Panics
+    ///
+    /// If the engine fails the case, or there is no such case; and if the case is ignored while the
+    /// environment variable `CKPT_ENGINE_REQUIRE_ALL` is 1 and the backend should have it.
+    pub fn test(&self, name: &str) {
+        let case = CASES.iter().find(|case| case.name == name).expect("a case of that name");
+        match self.run(case) {
+            Outcome::Passed => {}
+            Outcome::Failed(words) => panic!("{} does not: {name}: {words}", self.backend.name()),
+            Outcome::Ignored(reason) => eprintln!("ignored: {reason}"),
+        }
+    }
+}

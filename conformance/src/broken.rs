@@ -1,0 +1,128 @@
+//! Engines with one fault each, made of the naive one. A suite that passes them is no suite.
+
+use async_trait::async_trait;
+use engine_core::{
+    Availability, Backend, CheckpointEngine, EngineContext, Placement, ReceivedWeights, Result,
+    SendReport, TensorCounts, Version, Weight, WeightStream, WorkerMetadata, ensure_async_iterator,
+    naive,
+};
+use futures::StreamExt;
+
+/// What is wrong with an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The last tensor of an update never travels.
+    DropsTheLastTensor,
+    /// The first two tensors change places.
+    SwapsTwoTensors,
+    /// One bit of one tensor changes on the way.
+    CorruptsAByte,
+    /// A receiver that failed is reported as one that succeeded.
+    HidesADeadPeer,
+    /// Success is reported while nothing has been sent yet.
+    ReportsSuccessEarly,
+}
+
+/// One broken backend for each fault.
+pub static BACKENDS: &[&dyn Backend] = &[
+    &Broken(Fault::DropsTheLastTensor),
+    &Broken(Fault::SwapsTwoTensors),
+    &Broken(Fault::CorruptsAByte),
+    &Broken(Fault::HidesADeadPeer),
+    &Broken(Fault::ReportsSuccessEarly),
+];
+
+#[derive(Debug)]
+struct Broken(Fault);
+
+impl Backend for Broken {
+    fn name(&self) -> &'static str {
+        naive::BACKEND.name()
+    }
+
+    fn summary(&self) -> &'static str {
+        "a broken engine, for tests of the suite"
+    }
+
+    fn probe(&self) -> Availability {
+        naive::BACKEND.probe()
+    }
+
+    fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
+        let inner = naive::BACKEND.create(context)?;
+        Ok(Box::new(BrokenEngine { inner, fault: self.0 }))
+    }
+
+    fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
+        naive::BACKEND.build_topology(workers)
+    }
+}
+
+#[derive(Debug)]
+struct BrokenEngine {
+    inner: Box<dyn CheckpointEngine>,
+    fault: Fault,
+}
+
+#[async_trait]
+impl CheckpointEngine for BrokenEngine {
+    async fn prepare(&mut self) -> Result<WorkerMetadata> {
+        self.inner.prepare().await
+    }
+
+    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
+        self.inner.init_process_group(place).await
+    }
+
+    async fn send_weights(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        if self.fault == Fault::ReportsSuccessEarly {
+            return Ok(success(version));
+        }
+        let mut weights: Vec<Result<Weight>> = weights.collect().await;
+        match self.fault {
+            Fault::DropsTheLastTensor => drop(weights.pop()),
+            Fault::SwapsTwoTensors if weights.len() > 1 => weights.swap(0, 1),
+            Fault::CorruptsAByte => {
+                if let Some(Ok(first)) = weights.first() {
+                    let mut bytes = first.to_bytes()?.to_vec();
+                    if let Some(byte) = bytes.last_mut() {
+                        *byte ^= 1;
+                    }
+                    weights[0] = Weight::from_meta(first.meta().clone(), bytes);
+                }
+            }
+            _ => {}
+        }
+        let result = self.inner.send_weights(ensure_async_iterator(weights), version).await;
+        match self.fault {
+            Fault::HidesADeadPeer => Ok(result.unwrap_or_else(|_| success(version))),
+            _ => result,
+        }
+    }
+
+    async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
+        self.inner.receive_weights(version).await
+    }
+
+    async fn finalize(&mut self) -> Result<()> {
+        self.inner.finalize().await
+    }
+}
+
+fn success(version: Version) -> SendReport {
+    SendReport {
+        version,
+        counts: TensorCounts::default(),
+        buckets: 0,
+        plan_reused: false,
+        elapsed: std::time::Duration::ZERO,
+        stages: engine_core::StageTimes::default(),
+        digest: None,
+        receivers: Vec::new(),
+        absent: Vec::new(),
+    }
+}

@@ -1,0 +1,423 @@
+//! The cases.
+
+use std::time::Duration;
+
+use engine_core::{
+    DType, Error, ErrorKind, Rank, TensorMap, Version, VersionState, Weight, WeightStream,
+    ensure_async_iterator,
+};
+use futures::StreamExt;
+use tokio::time::sleep;
+
+use crate::group::{Group, collect, model, weight, words};
+use crate::{Case, Suite};
+
+type Verdict = Result<(), String>;
+
+macro_rules! ensure {
+    ($condition:expr, $($words:tt)+) => {
+        if !$condition {
+            return Err(format!($($words)+));
+        }
+    };
+}
+
+macro_rules! cases {
+    ($($name:ident $(($buckets:ident))?)*) => {
+        /// All cases.
+        pub static CASES: &[Case] = &[$(Case {
+            name: stringify!($name),
+            buckets: cases!(@ $($buckets)?),
+            run: |suite| Box::pin($name(suite)),
+        }),*];
+
+        /// Makes a test of every case, for the suite that the expression gives.
+        #[macro_export]
+        macro_rules! suite {
+            ($suite:expr) => {
+                $(#[test]
+                fn $name() {
+                    $suite.test(stringify!($name));
+                })*
+            };
+        }
+    };
+    (@ buckets) => { true };
+    (@) => { false };
+}
+
+cases! {
+    every_weight_arrives_once_in_order_and_bit_for_bit
+    every_rollout_gets_every_weight
+    an_empty_stream_is_an_update_of_no_tensors
+    scalars_empty_tensors_and_all_types_arrive
+    a_tensor_larger_than_a_bucket_arrives_whole
+    thousands_of_tiny_tensors_arrive
+    strided_and_cast_weights_arrive_as_contiguous_ones
+    the_same_shapes_again_send_no_metadata(buckets)
+    other_shapes_in_the_next_update_arrive
+    views_are_aligned(buckets)
+    a_slow_receiver_gets_everything
+    a_slow_trainer_sends_everything
+    installing_fills_a_map_of_tensors
+    a_receiver_that_drops_the_stream_ends_the_update_everywhere
+    a_receiver_says_why_it_gives_up
+    an_error_of_the_source_ends_the_update_everywhere
+    a_name_used_twice_is_refused
+    a_send_that_is_dropped_ends_the_update_everywhere
+    a_receiver_that_never_comes_is_a_timeout_that_names_it
+    another_version_than_expected_is_a_mismatch
+    a_receiver_whose_engine_is_gone_is_an_error
+    a_rollouts_note_reaches_the_report
+    phases_out_of_order_are_errors
+    a_backend_refuses_a_group_without_a_trainer
+}
+
+async fn every_weight_arrives_once_in_order_and_bit_for_bit(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 1).await.map_err(words)?;
+    let report = group.exact(model(20, 1), 1).await?;
+    ensure!(report.version == Version(1), "the report is of version {}", report.version);
+    ensure!(report.counts.tensors == 81, "{} tensors were counted", report.counts.tensors);
+    let active = report.receivers.iter().all(|receiver| receiver.state == VersionState::Active);
+    ensure!(active, "a receiver is not active");
+    group.trainer.finalize().await.map_err(words)
+}
+
+async fn every_rollout_gets_every_weight(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 4).await.map_err(words)?;
+    for version in 1..4 {
+        group.exact(model(8, version), version).await?;
+    }
+    Ok(())
+}
+
+async fn an_empty_stream_is_an_update_of_no_tensors(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 2).await.map_err(words)?;
+    for version in 1..3 {
+        group.exact(Vec::new(), version).await?;
+    }
+    group.exact(model(1, 3), 3).await.map(drop)
+}
+
+async fn scalars_empty_tensors_and_all_types_arrive(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 1).await.map_err(words)?;
+    let mut weights = vec![
+        weight("scalar", DType::F32, &[], 1),
+        weight("none", DType::BF16, &[0, 7], 1),
+        weight("odd", DType::F8_E4M3, &[3], 1),
+    ];
+    weights.extend(DType::ALL.map(|dtype| weight(dtype.name(), dtype, &[8, 4], 2)));
+    weights.push(weight("last and empty", DType::U8, &[0], 1));
+    group.exact(weights, 1).await.map(drop)
+}
+
+async fn a_tensor_larger_than_a_bucket_arrives_whole(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 2).await.map_err(words)?;
+    let weights = vec![
+        weight("before", DType::U8, &[100], 1),
+        weight("huge", DType::BF16, &[1711, 1001], 1),
+        weight("after", DType::F32, &[5], 1),
+    ];
+    group.exact(weights.clone(), 1).await?;
+    group.exact(weights, 2).await.map(drop)
+}
+
+async fn thousands_of_tiny_tensors_arrive(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 1).await.map_err(words)?;
+    let tiny = |seed| -> Vec<Weight> {
+        (0..9000).map(|i| weight(&format!("tiny.{i}"), DType::BF16, &[1 + i % 7], seed)).collect()
+    };
+    group.exact(tiny(1), 1).await?;
+    group.exact(tiny(2), 2).await.map(drop)
+}
+
+async fn strided_and_cast_weights_arrive_as_contiguous_ones(suite: &Suite) -> Verdict {
+    use engine_core::WeightStreamExt;
+    let mut group = Group::form(suite, 1).await.map_err(words)?;
+    let storage = weight("s", DType::F32, &[64, 48], 5).to_bytes().map_err(words)?;
+    let transposed = Weight::strided("t", DType::F32, [48, 64], [1_i64, 48], 0, storage);
+    let transposed = transposed.map_err(words)?;
+    let cast: Vec<_> =
+        vec![weight("c", DType::BF16, &[500, 1300], 1)].cast(DType::F32).collect().await;
+    let mut weights = vec![transposed];
+    for weight in cast {
+        weights.push(weight.map_err(words)?);
+    }
+    group.exact(weights, 1).await.map(drop)
+}
+
+async fn the_same_shapes_again_send_no_metadata(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 2).await.map_err(words)?;
+    let reused = [false, true, true, false, true];
+    let layers = [9, 9, 9, 8, 8];
+    for (version, (layers, reused)) in (1..).zip(layers.into_iter().zip(reused)) {
+        let report = group.exact(model(layers, version), version).await?;
+        ensure!(report.plan_reused == reused, "update {version}: plan_reused is {}", !reused);
+    }
+    Ok(())
+}
+
+async fn other_shapes_in_the_next_update_arrive(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 1).await.map_err(words)?;
+    group.exact(model(30, 1), 1).await?;
+    let mut changed = model(30, 2);
+    changed[77] = weight("another", DType::I64, &[11, 3], 2);
+    group.exact(changed, 2).await?;
+    let mut fewer = model(30, 3);
+    fewer.truncate(50);
+    group.exact(fewer, 3).await?;
+    group.exact(model(40, 4), 4).await.map(drop)
+}
+
+async fn views_are_aligned(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 1).await.map_err(words)?;
+    let send = group.trainer.send_weights(ensure_async_iterator(model(10, 1)), Version(1));
+    let rollout = &mut group.rollouts[0];
+    let receive = async {
+        let mut received = rollout.receive_weights(None).await.map_err(words)?;
+        while let Some(bucket) = received.next_bucket().await.map_err(words)? {
+            for piece in bucket.pieces() {
+                let address = piece.bytes.as_ptr().addr();
+                ensure!(address.is_multiple_of(256), "`{}` is not aligned", piece.meta.name);
+            }
+        }
+        Ok(())
+    };
+    let (sent, received) = futures::future::join(send, receive).await;
+    sent.map_err(words)?;
+    received
+}
+
+async fn a_slow_receiver_gets_everything(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 2).await.map_err(words)?;
+    let weights = || (0..5).map(|i| weight(&format!("w{i}"), DType::U8, &[700_000], i)).collect();
+    let weights: Vec<Weight> = weights();
+    let send = group.trainer.send_weights(ensure_async_iterator(weights.clone()), Version(1));
+    let (slow, fast) = group.rollouts.split_at_mut(1);
+    let slow = async {
+        let mut received = slow[0].receive_weights(None).await.map_err(words)?;
+        let mut index = 0;
+        while let Some(tensor) = received.next_tensor().await.map_err(words)? {
+            sleep(Duration::from_millis(60)).await;
+            let sent = weights[index].to_bytes().map_err(words)?;
+            ensure!(tensor.to_bytes().map_err(words)? == sent, "tensor {index} was overwritten");
+            index += 1;
+        }
+        ensure!(index == 5, "{index} tensors arrived");
+        Ok(())
+    };
+    let fast = collect(&mut *fast[0], 1);
+    let (sent, slow, fast) = futures::future::join3(send, slow, fast).await;
+    sent.map_err(words)?;
+    fast.map_err(words)?;
+    slow
+}
+
+async fn a_slow_trainer_sends_everything(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 1).await.map_err(words)?;
+    let weights = model(3, 1);
+    let count = weights.len();
+    let slow = futures::stream::iter(weights).then(|weight| async {
+        sleep(Duration::from_millis(30)).await;
+        weight
+    });
+    let send = group.trainer.send_weights(ensure_async_iterator(slow), Version(1));
+    let (sent, received) = futures::future::join(send, collect(&mut *group.rollouts[0], 1)).await;
+    sent.map_err(words)?;
+    let arrived = received.map_err(words)?.len();
+    ensure!(arrived == count, "{arrived} of {count} tensors arrived");
+    Ok(())
+}
+
+async fn installing_fills_a_map_of_tensors(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 1).await.map_err(words)?;
+    let mut map = TensorMap::new();
+    for version in 1..3 {
+        let mut weights = model(12, version);
+        weights.push(weight("huge", DType::U8, &[3_000_000], version));
+        let send =
+            group.trainer.send_weights(ensure_async_iterator(weights.clone()), Version(version));
+        let rollout = &mut group.rollouts[0];
+        let receive = async { rollout.receive_weights(None).await?.install(&mut map).await };
+        let (sent, received) = futures::future::join(send, receive).await;
+        sent.map_err(words)?;
+        let report = received.map_err(words)?;
+        ensure!(report.tensors == weights.len() as u64, "{} tensors installed", report.tensors);
+        for weight in &weights {
+            let sent = weight.to_bytes().map_err(words)?;
+            let here = map.get(weight.name()).map(|(_, bytes)| bytes);
+            ensure!(here == Some(&sent[..]), "`{}` is not what was sent", weight.name());
+        }
+    }
+    Ok(())
+}
+
+/// A model of several buckets.
+fn long(seed: u64) -> Vec<Weight> {
+    (0..8).map(|i| weight(&format!("w{i}"), DType::U8, &[900_000], seed + i)).collect()
+}
+
+/// The update has to fail on the trainer, naming rank 1, and on rank 2; the next one has to work.
+async fn fails_and_recovers(
+    mut group: Group,
+    kind: ErrorKind,
+    give_up: impl AsyncFnOnce(engine_core::ReceivedWeights<'_>),
+) -> Verdict {
+    let send = group.trainer.send_weights(ensure_async_iterator(long(1)), Version(1));
+    let (one, two) = group.rollouts.split_at_mut(1);
+    let one = async {
+        let mut received = one[0].receive_weights(None).await.map_err(words)?;
+        let first = received.next_bucket().await.map_err(words)?;
+        ensure!(first.is_some(), "no bucket arrived");
+        drop(first);
+        give_up(received).await;
+        Ok(())
+    };
+    let (sent, one, two) = futures::future::join3(send, one, collect(&mut *two[0], 1)).await;
+    one?;
+    let Err(error) = sent else { return Err("the trainer reports success".into()) };
+    ensure!(error.report().rank == Some(Rank(1)), "the error does not name rank 1: {error}");
+    ensure!(error.kind() == kind, "the trainer's error is {:?}: {error}", error.kind());
+    ensure!(two.is_err(), "the other rollout has a complete version");
+    group.exact(long(2), 2).await.map(drop)
+}
+
+async fn a_receiver_that_drops_the_stream_ends_the_update_everywhere(suite: &Suite) -> Verdict {
+    let group = Group::form(suite, 2).await.map_err(words)?;
+    fails_and_recovers(group, ErrorKind::Aborted, async |received| drop(received)).await
+}
+
+async fn a_receiver_says_why_it_gives_up(suite: &Suite) -> Verdict {
+    let group = Group::form(suite, 2).await.map_err(words)?;
+    let why = Error::new(ErrorKind::Resource, "installing", "no memory for the cache");
+    fails_and_recovers(group, ErrorKind::Resource, async |received| received.fail(why)).await
+}
+
+async fn an_error_of_the_source_ends_the_update_everywhere(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 2).await.map_err(words)?;
+    let broken = long(1).into_iter().map(Ok).chain([Err(std::io::Error::other("shard 3 is gone"))]);
+    let send = group.trainer.send_weights(ensure_async_iterator(broken), Version(1));
+    let receive = group.rollouts.iter_mut().map(|rollout| collect(&mut **rollout, 1));
+    let receive = futures::future::join_all(receive);
+    let (sent, received) = futures::future::join(send, receive).await;
+    let Err(error) = sent else { return Err("the trainer reports success".into()) };
+    ensure!(error.kind() == ErrorKind::Source, "the trainer's error is {error}");
+    for received in received {
+        let Err(error) = received else { return Err("a rollout has a complete version".into()) };
+        ensure!(error.to_string().contains("shard 3"), "a rollout is not told why: {error}");
+    }
+    group.exact(long(2), 2).await.map(drop)
+}
+
+async fn a_name_used_twice_is_refused(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 1).await.map_err(words)?;
+    group.exact(model(5, 1), 1).await?;
+    // Once within what equals the last update, once after it.
+    for (version, at) in [(2, 3), (3, 21)] {
+        let mut weights = model(5, version);
+        let twice = weights[1].clone();
+        weights.insert(at, twice);
+        let (sent, received) = group.update(weights, version).await;
+        let Err(error) = sent else { return Err("the trainer reports success".into()) };
+        let named = error.report().tensor.as_deref() == Some("layers.0.norm");
+        ensure!(error.kind() == ErrorKind::Weight && named, "the error is {error}");
+        ensure!(received[0].is_err(), "the rollout has a complete version");
+    }
+    group.exact(model(5, 4), 4).await.map(drop)
+}
+
+async fn a_send_that_is_dropped_ends_the_update_everywhere(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 2).await.map_err(words)?;
+    let stuck = futures::stream::iter(long(1)).chain(futures::stream::pending());
+    let send = group.trainer.send_weights(ensure_async_iterator(stuck), Version(1));
+    let send = tokio::time::timeout(Duration::from_millis(300), send);
+    let receive = group.rollouts.iter_mut().map(|rollout| collect(&mut **rollout, 1));
+    let receive = futures::future::join_all(receive);
+    let (sent, received) = futures::future::join(send, receive).await;
+    ensure!(sent.is_err(), "the send ended by itself");
+    ensure!(received.iter().all(Result::is_err), "a rollout has a complete version");
+    group.exact(long(2), 2).await.map(drop)
+}
+
+async fn a_receiver_that_never_comes_is_a_timeout_that_names_it(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 2).await.map_err(words)?;
+    let send = group.trainer.send_weights(ensure_async_iterator(long(1)), Version(1));
+    let present = collect(&mut *group.rollouts[0], 1);
+    let (sent, present) = futures::future::join(send, present).await;
+    let Err(error) = sent else { return Err("the trainer reports success".into()) };
+    ensure!(error.kind() == ErrorKind::Timeout, "the error is {error}");
+    ensure!(error.report().rank == Some(Rank(2)), "the error does not name rank 2: {error}");
+    ensure!(present.is_err(), "the present rollout has a complete version");
+    group.exact(long(2), 2).await.map(drop)
+}
+
+async fn another_version_than_expected_is_a_mismatch(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 1).await.map_err(words)?;
+    let send = group.trainer.send_weights(ensure_async_iterator(long(1)), Version(7));
+    let receive = collect(&mut *group.rollouts[0], 8);
+    let (sent, received) = futures::future::join(send, receive).await;
+    for error in [sent.err(), received.err()] {
+        let Some(error) = error else { return Err("one side reports success".into()) };
+        ensure!(error.kind() == ErrorKind::Mismatch, "the error is {error}");
+    }
+    group.exact(long(2), 9).await.map(drop)
+}
+
+async fn a_receiver_whose_engine_is_gone_is_an_error(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 2).await.map_err(words)?;
+    let mut gone = group.rollouts.remove(1);
+    let receiving = tokio::spawn(async move {
+        if let Ok(mut received) = gone.receive_weights(None).await {
+            // The first bucket is read, and then this rollout is no more.
+            drop(received.next_bucket().await);
+        }
+    });
+    let send = group.trainer.send_weights(ensure_async_iterator(long(1)), Version(1));
+    let survivor = collect(&mut *group.rollouts[0], 1);
+    let (sent, survivor) = futures::future::join(send, survivor).await;
+    receiving.await.map_err(|error| error.to_string())?;
+    let Err(error) = sent else { return Err("the trainer reports success".into()) };
+    ensure!(error.report().rank == Some(Rank(2)), "the error does not name rank 2: {error}");
+    ensure!(survivor.is_err(), "the survivor has a complete version");
+    Ok(())
+}
+
+async fn a_rollouts_note_reaches_the_report(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 1).await.map_err(words)?;
+    let send = group.trainer.send_weights(ensure_async_iterator(model(2, 1)), Version(1));
+    let rollout = &mut group.rollouts[0];
+    let receive = async {
+        let received = rollout.receive_weights(None).await?;
+        received.note("installed in 3 ms".into());
+        received.finish().await
+    };
+    let (sent, received) = futures::future::join(send, receive).await;
+    received.map_err(words)?;
+    let report = sent.map_err(words)?;
+    ensure!(report.receivers[0].notes == "installed in 3 ms", "the report is {report:?}");
+    Ok(())
+}
+
+async fn phases_out_of_order_are_errors(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 1).await.map_err(words)?;
+    let nothing = || WeightStream::new(futures::stream::empty());
+    let state = |error: Option<Error>| {
+        let kind = error.as_ref().map(Error::kind);
+        if kind == Some(ErrorKind::State) { Ok(()) } else { Err(format!("not refused: {error:?}")) }
+    };
+    state(group.rollouts[0].send_weights(nothing(), Version(1)).await.map(drop).err())?;
+    state(group.trainer.receive_weights(None).await.map(drop).err())?;
+    state(group.trainer.prepare().await.map(drop).err())?;
+    group.exact(model(1, 1), 1).await?;
+    group.trainer.finalize().await.map_err(words)?;
+    state(group.trainer.send_weights(nothing(), Version(2)).await.map(drop).err())?;
+    state(group.trainer.finalize().await.err())
+}
+
+async fn a_backend_refuses_a_group_without_a_trainer(suite: &Suite) -> Verdict {
+    let refused = |workers: &[_]| match suite.backend.build_topology(workers) {
+        Err(error) if error.kind() == ErrorKind::Mismatch => Ok(()),
+        other => Err(format!("not refused: {other:?}")),
+    };
+    refused(&[])
+}

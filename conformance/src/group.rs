@@ -1,0 +1,152 @@
+//! A trainer and its rollouts, as tasks of one process.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use engine_core::control::{ControlConfig, Token};
+use engine_core::{
+    CheckpointEngine, ControlPlane, DType, EngineContext, Error, Result, Role, SendReport,
+    TensorMeta, Version, Weight, ensure_async_iterator,
+};
+
+use crate::Suite;
+
+pub(crate) struct Group {
+    pub(crate) trainer: Box<dyn CheckpointEngine>,
+    pub(crate) rollouts: Vec<Box<dyn CheckpointEngine>>,
+    _controls: Vec<ControlPlane>,
+}
+
+/// A tensor as it was received.
+pub(crate) type Received = (TensorMeta, Vec<u8>);
+
+impl Group {
+    pub(crate) async fn form(suite: &Suite, rollouts: u32) -> Result<Self> {
+        static GROUPS: AtomicU32 = AtomicU32::new(0);
+        let mut controls = Vec::new();
+        if suite.control {
+            let number = GROUPS.fetch_add(1, Ordering::Relaxed);
+            let address = format!("unix:@conformance-{}-{number}", std::process::id());
+            let config = ControlConfig::new(address.parse()?, Token::generate()?);
+            controls.push(ControlPlane::lead(config.clone()).await?);
+            for rank in 1..=rollouts {
+                let rank = Some(engine_core::Rank(rank));
+                controls.push(ControlPlane::join(config.clone(), Role::Rollout, rank).await?);
+            }
+        }
+        let mut engines = Vec::new();
+        for rank in 0..=rollouts {
+            let role = if rank == 0 { Role::Trainer } else { Role::Rollout };
+            let mut context = EngineContext::new(suite.config.clone(), role);
+            context.control = controls.get(rank as usize).cloned();
+            engines.push(suite.backend.create(context)?);
+        }
+        let mut workers = Vec::new();
+        for engine in &mut engines {
+            workers.push(engine.prepare().await?);
+        }
+        if suite.control {
+            let gather = controls
+                .iter()
+                .map(|control| control.gather(rollouts + 1, Bytes::new(), Duration::from_secs(10)));
+            futures::future::try_join_all(gather).await?;
+        }
+        let places = suite.backend.build_topology(&workers)?;
+        for (engine, place) in engines.iter_mut().zip(places) {
+            engine.init_process_group(place).await?;
+        }
+        let trainer = engines.remove(0);
+        Ok(Self { trainer, rollouts: engines, _controls: controls })
+    }
+
+    /// One update; what each rank made of it.
+    pub(crate) async fn update(
+        &mut self,
+        weights: Vec<Weight>,
+        version: u64,
+    ) -> (Result<SendReport>, Vec<Result<Vec<Received>>>) {
+        let send = self.trainer.send_weights(ensure_async_iterator(weights), Version(version));
+        let receive = self.rollouts.iter_mut().map(|rollout| collect(&mut **rollout, version));
+        futures::future::join(send, futures::future::join_all(receive)).await
+    }
+
+    /// An update that has to work, and to bring every rollout exactly these weights.
+    pub(crate) async fn exact(
+        &mut self,
+        weights: Vec<Weight>,
+        version: u64,
+    ) -> Result<SendReport, String> {
+        let expected: Vec<Received> = weights
+            .iter()
+            .map(|weight| Ok((weight.meta().clone(), weight.to_bytes()?.to_vec())))
+            .collect::<Result<_>>()
+            .map_err(words)?;
+        let (sent, received) = self.update(weights, version).await;
+        let report = sent.map_err(words)?;
+        for (rank, received) in (1..).zip(received) {
+            compare(&expected, &received.map_err(words)?)
+                .map_err(|w| format!("rank {rank}: {w}"))?;
+        }
+        if report.receivers.len() != self.rollouts.len() {
+            return Err(format!("the report has {} receivers", report.receivers.len()));
+        }
+        Ok(report)
+    }
+}
+
+fn compare(expected: &[Received], received: &[Received]) -> Result<(), String> {
+    for (index, (sent, got)) in expected.iter().zip(received).enumerate() {
+        if sent.0 != got.0 {
+            return Err(format!("tensor {index} is {:?}, {:?} was sent", got.0, sent.0));
+        }
+        if sent.1 != got.1 {
+            return Err(format!("`{}` has other bytes than were sent", sent.0.name));
+        }
+    }
+    if expected.len() == received.len() {
+        return Ok(());
+    }
+    Err(format!("{} tensors arrived, {} were sent", received.len(), expected.len()))
+}
+
+pub(crate) async fn collect(
+    engine: &mut dyn CheckpointEngine,
+    version: u64,
+) -> Result<Vec<Received>> {
+    let mut received = engine.receive_weights(Some(Version(version))).await?;
+    let mut tensors = Vec::new();
+    while let Some(tensor) = received.next_tensor().await? {
+        tensors.push((tensor.meta().clone(), tensor.to_bytes()?.to_vec()));
+    }
+    Ok(tensors)
+}
+
+pub(crate) fn words(error: Error) -> String {
+    error.to_string()
+}
+
+/// A tensor with bytes that depend on its name, its place and the seed.
+pub(crate) fn weight(name: &str, dtype: DType, shape: &[u64], seed: u64) -> Weight {
+    let meta = TensorMeta::new(name, dtype, shape);
+    let len = meta.byte_len().expect("a small tensor");
+    let start = name.bytes().fold(seed, |sum, byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
+    let bytes: Vec<u8> = (0..len)
+        .map(|at| (start.wrapping_add(at).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8)
+        .collect();
+    Weight::from_meta(meta, bytes).expect("a small tensor")
+}
+
+/// A model of some layers, of all kinds of shapes.
+pub(crate) fn model(layers: u64, seed: u64) -> Vec<Weight> {
+    let mut weights = vec![weight("embed", DType::BF16, &[1000, 64], seed)];
+    for layer in 0..layers {
+        let name = |part: &str| -> Arc<str> { format!("layers.{layer}.{part}").into() };
+        weights.push(weight(&name("norm"), DType::F32, &[65], seed));
+        weights.push(weight(&name("up"), DType::BF16, &[129, 300], seed));
+        weights.push(weight(&name("scale"), DType::F8_E4M3, &[3, 7], seed));
+        weights.push(weight(&name("down"), DType::F16, &[300, 129], seed));
+    }
+    weights
+}
