@@ -106,14 +106,14 @@ struct Offer {
     version: Version,
     items: mpsc::Receiver<Item>,
     answer: oneshot::Sender<Answer>,
-    committed: oneshot::Receiver<()>,
+    /// How the update ended.
+    committed: oneshot::Receiver<Result<(), ErrorReport>>,
 }
 
 #[derive(Debug)]
 enum Item {
     Bucket(ReceivedBucket),
     End,
-    Failed(ErrorReport),
 }
 
 #[derive(Debug)]
@@ -127,7 +127,7 @@ struct Recipient {
     rank: Rank,
     items: mpsc::Sender<Item>,
     answer: oneshot::Receiver<Answer>,
-    commit: oneshot::Sender<()>,
+    commit: oneshot::Sender<Result<(), ErrorReport>>,
 }
 
 impl Recipient {
@@ -240,7 +240,7 @@ impl CheckpointEngine for NaiveEngine {
             Ok((counts, stages, buckets, receivers)) => {
                 for recipient in recipients {
                     // A rollout that left after confirming has the version all the same.
-                    if recipient.commit.send(()).is_err() {
+                    if recipient.commit.send(Ok(())).is_err() {
                         tracing::debug!(rank = %recipient.rank, "left before the commit");
                     }
                     observer.observe(&Progress::State {
@@ -263,10 +263,10 @@ impl CheckpointEngine for NaiveEngine {
             Err(error) => {
                 let error = error.version(version);
                 for recipient in recipients {
-                    // Those that are not listening see the channel's end instead.
-                    let failed = Item::Failed(ErrorReport::from(&error));
-                    if recipient.items.try_send(failed).is_err() {
-                        tracing::debug!(rank = %recipient.rank, "learns of the abort by its end");
+                    // Said before the channel of the weights ends, which the rollout sees first.
+                    // A rollout that gave up itself does not listen any more.
+                    if recipient.commit.send(Err(ErrorReport::from(&error))).is_err() {
+                        tracing::debug!(rank = %recipient.rank, "has left the update");
                     }
                 }
                 Err(error)
@@ -319,14 +319,8 @@ impl CheckpointEngine for NaiveEngine {
         let Offer { items, answer, committed, .. } = offer;
         let guard = Guard { rank, version, outcome: outcome.clone(), answer: Some(answer) };
         let deadline = deadline + deadline / 4;
-        let session = Session {
-            items,
-            guard,
-            committed: Some(committed),
-            begun: Instant::now(),
-            deadline,
-            counts: (0, 0, 0),
-        };
+        let session =
+            Session { items, guard, committed, begun: Instant::now(), deadline, counts: (0, 0, 0) };
         let buckets = futures::stream::try_unfold(session, |mut session| async move {
             match session.next().await {
                 Ok(Some(bucket)) => Ok(Some((bucket, session))),
@@ -435,7 +429,7 @@ async fn bucket_of(weight: Weight, index: u64, pool: &Pool) -> Result<ReceivedBu
 struct Session {
     items: mpsc::Receiver<Item>,
     guard: Guard,
-    committed: Option<oneshot::Receiver<()>>,
+    committed: oneshot::Receiver<Result<(), ErrorReport>>,
     begun: Instant,
     deadline: Duration,
     /// Tensors, bytes, buckets.
@@ -461,11 +455,13 @@ impl Session {
                 self.counts.2 += 1;
                 Ok(Some(bucket))
             }
-            Ok(Some(Item::Failed(report))) => {
+            Ok(None) => {
                 self.guard.answer = None;
-                Err(report.into())
+                Err(match self.committed.try_recv() {
+                    Ok(Err(report)) => report.into(),
+                    _ => dropped(),
+                })
             }
-            Ok(None) => Err(dropped()),
             Err(_) => Err(late("waiting for the next weight").bucket(self.counts.2)),
             Ok(Some(Item::End)) => {
                 let notes = self.guard.outcome.take_notes();
@@ -473,19 +469,12 @@ impl Session {
                 if let Some(answer) = self.guard.answer.take() {
                     answer.send(Answer::Confirmed { seconds, notes }).map_err(|_| dropped())?;
                 }
-                if let Some(committed) = self.committed.take() {
-                    let operation = "waiting for the trainer to commit the version";
-                    match timeout(self.deadline, committed).await {
-                        Ok(Ok(())) => {}
-                        Ok(Err(_)) => {
-                            // Another receiver failed after this one confirmed.
-                            return Err(match self.items.try_recv() {
-                                Ok(Item::Failed(report)) => report.into(),
-                                _ => dropped(),
-                            });
-                        }
-                        Err(_) => return Err(late(operation)),
-                    }
+                match timeout(self.deadline, &mut self.committed).await {
+                    Ok(Ok(Ok(()))) => {}
+                    // Another receiver failed after this one confirmed.
+                    Ok(Ok(Err(report))) => return Err(report.into()),
+                    Ok(Err(_)) => return Err(dropped()),
+                    Err(_) => return Err(late("waiting for the trainer to commit the version")),
                 }
                 let (tensors, bytes, buckets) = self.counts;
                 self.guard.outcome.complete(ReceiveReport {

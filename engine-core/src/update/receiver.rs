@@ -120,32 +120,30 @@ impl<L: ReceiveLink> Receiver<L> {
     async fn wait_for(&mut self, expected: Option<Version>) -> Result<Begin> {
         loop {
             let Some(event) = self.control.recv(self.deadline).await? else { continue };
-            let Some(begin) = self.between(event)? else { continue };
-            let Some(expected) = expected.filter(|&version| version != begin.version) else {
-                return Ok(begin);
-            };
-            // The update may have been aborted long ago, while nobody listened here.
-            let mut aborted = false;
-            while let Some(event) = arrived_event(&self.control).await? {
-                aborted |= is_abort(&event, begin.update);
-                if self.between(event)?.is_some() {
-                    aborted = true;
+            let Some(mut begin) = self.between(event)? else { continue };
+            loop {
+                let Some(expected) = expected.filter(|&version| version != begin.version) else {
+                    return Ok(begin);
+                };
+                // The update may have been aborted long ago, while nobody listened here.
+                match arrived_event(&self.control).await? {
+                    Some(event) if is_abort(&event, begin.update) => break,
+                    Some(event) => begin = self.between(event)?.unwrap_or(begin),
+                    None => return Err(self.mismatch(&begin, expected)?),
                 }
             }
-            if aborted {
-                continue;
-            }
-            let message = format!(
-                "the trainer sends version {}, this rank expects {expected}",
-                begin.version
-            );
-            let error = Error::new(ErrorKind::Mismatch, "receiving weights", message)
-                .rank(self.control.rank());
-            let (update, report) = (begin.update, ErrorReport::from(&error));
-            self.control
-                .send(Rank::LEADER, encode(&ToSender::Failed { update, error: report })?)?;
-            return Err(error);
         }
+    }
+
+    /// Tells the trainer that this rank expects another version.
+    fn mismatch(&self, begin: &Begin, expected: Version) -> Result<Error> {
+        let message =
+            format!("the trainer sends version {}, this rank expects {expected}", begin.version);
+        let error =
+            Error::new(ErrorKind::Mismatch, "receiving weights", message).rank(self.control.rank());
+        let (update, report) = (begin.update, ErrorReport::from(&error));
+        self.control.send(Rank::LEADER, encode(&ToSender::Failed { update, error: report })?)?;
+        Ok(error)
     }
 
     /// Takes in an event while no update is being received: what is left of a dead update is thrown
