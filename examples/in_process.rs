@@ -1,0 +1,36 @@
+//! The smallest use: a trainer and a rollout in one process, two updates.
+
+use checkpoint_engine::{
+    CheckpointEngineConfig, DType, EngineContext, Result, Role, TensorMap, Version, Weight,
+    ensure_async_iterator, registry,
+};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<()> {
+    let config = CheckpointEngineConfig { backend: "naive".into(), ..Default::default() };
+    let registry = registry();
+    let mut trainer = registry.create(EngineContext::new(config.clone(), Role::Trainer))?;
+    let mut rollout = registry.create(EngineContext::new(config.clone(), Role::Rollout))?;
+
+    // The three phases that form a group; `ipc` adds a control plane to the contexts.
+    let workers = [trainer.prepare().await?, rollout.prepare().await?];
+    let places = registry.get(&config.backend)?.build_topology(&workers)?;
+    trainer.init_process_group(places[0].clone()).await?;
+    rollout.init_process_group(places[1].clone()).await?;
+
+    let mut model = TensorMap::new();
+    for step in 1..=2_u8 {
+        let weights = (0..3).map(|layer| {
+            let bytes = vec![step; 4 * 4 * 2];
+            Weight::new(format!("layers.{layer}.weight"), DType::BF16, [4, 4], bytes)
+        });
+        let version = Version(step.into());
+        let send = trainer.send_weights(ensure_async_iterator(weights), version);
+        let receive =
+            async { rollout.receive_weights(Some(version)).await?.install(&mut model).await };
+        let (sent, received) = tokio::try_join!(send, receive)?;
+        assert_eq!(sent.counts.tensors, received.tensors);
+        assert!(model.iter().all(|(_, bytes)| bytes.iter().all(|&byte| byte == step)));
+    }
+    Ok(())
+}
