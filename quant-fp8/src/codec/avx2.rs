@@ -1,0 +1,400 @@
+//! AVX2 with F16C: 32 elements at a time. The method is that of [`avx512`](super::avx512), which
+//! says more about it.
+#![allow(unsafe_code, reason = "the intrinsics that touch memory are unsafe")]
+
+use std::arch::x86_64::*;
+
+use super::panel::{MOST_BLOCKS, Panel, Target};
+use super::staircase::Staircase;
+use super::x86::{self, parts};
+use super::{Kernel, Store};
+use crate::{Precast, SourceType};
+
+/// Codes per step.
+const STEP: usize = 32;
+
+/// Proof that the processor has the features; only [`detect`] hands it out.
+#[derive(Debug)]
+struct Avx2(());
+
+/// The kernel, if this processor can run it.
+pub(super) fn detect() -> Option<&'static dyn Kernel> {
+    (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c")).then_some(&Avx2(()))
+}
+
+impl Kernel for Avx2 {
+    fn name(&self) -> &'static str {
+        "avx2"
+    }
+
+    fn scan(&self, panel: &Panel<'_>, maxima: &mut [u32]) {
+        // SAFETY: `self` exists, so the processor has the features.
+        unsafe { scan(panel, maxima) }
+    }
+
+    fn encode(
+        &self,
+        panel: &Panel<'_>,
+        stairs: &[Staircase],
+        target: &mut Target<'_>,
+        store: Store,
+    ) {
+        // SAFETY: as in `scan`.
+        unsafe { encode(panel, stairs, target, store) }
+    }
+
+    fn decode(&self, codes: &[u8], scale: f32, ty: SourceType, out: &mut [u8]) {
+        // SAFETY: as in `scan`.
+        unsafe { decode(codes, scale, ty, out) }
+    }
+
+    fn copy(&self, source: &[u8], out: &mut [u8]) {
+        // SAFETY: as in `scan`.
+        unsafe { copy(source, out) }
+    }
+
+    fn fence(&self) {
+        x86::fence();
+    }
+}
+
+#[target_feature(enable = "avx2,f16c")]
+fn scan(panel: &Panel<'_>, maxima: &mut [u32]) {
+    let wide = panel.ty == SourceType::F32;
+    let sign = if wide { _mm256_set1_epi32(i32::MAX) } else { _mm256_set1_epi16(i16::MAX) };
+    let mut tops = [_mm256_setzero_si256(); MOST_BLOCKS];
+    for row in panel.rows() {
+        for (block, top) in tops[..maxima.len()].iter_mut().enumerate() {
+            let (vectors, rest) = panel.run(row, block).as_chunks();
+            let higher = |top, vector: &[u8; 32]| {
+                let magnitude = _mm256_and_si256(load(vector), sign);
+                if wide {
+                    _mm256_max_epu32(top, magnitude)
+                } else {
+                    _mm256_max_epu16(top, magnitude)
+                }
+            };
+            for vector in vectors {
+                *top = higher(*top, vector);
+            }
+            if !rest.is_empty() {
+                *top = higher(*top, &x86::padded(rest));
+            }
+        }
+    }
+    for (mut top, max) in tops.into_iter().zip(maxima) {
+        if !wide {
+            let even = _mm256_and_si256(top, _mm256_set1_epi32(0xffff));
+            top = _mm256_max_epu32(even, _mm256_srli_epi32::<16>(top));
+        }
+        let pairs = _mm256_max_epu32(top, _mm256_permute4x64_epi64::<0b01_00_11_10>(top));
+        let pairs = _mm256_max_epu32(pairs, _mm256_shuffle_epi32::<0b01_00_11_10>(pairs));
+        let pairs = _mm256_max_epu32(pairs, _mm256_shuffle_epi32::<0b10_11_00_01>(pairs));
+        *max = _mm256_cvtsi256_si32(pairs) as u32;
+    }
+}
+
+#[target_feature(enable = "avx2,f16c")]
+fn encode(panel: &Panel<'_>, stairs: &[Staircase], target: &mut Target<'_>, store: Store) {
+    let precast = panel.precast;
+    for row in panel.rows() {
+        for (block, stair) in stairs.iter().enumerate() {
+            x86::prefetch(panel.ahead(row, block));
+            let (source, codes) = target.run(panel, row, block);
+            let multiplier = stair.multiplier;
+            match panel.ty {
+                SourceType::Bf16 => {
+                    let steps = WordSteps::new(stair);
+                    encode_run(source, codes, store, |step: &[u8; 64]| {
+                        encode_words::<3, 4>(step, stair, &steps)
+                            .unwrap_or_else(|| arithmetic(bf16_values(step), multiplier))
+                    });
+                }
+                SourceType::F16 => {
+                    let steps = WordSteps::new(stair);
+                    encode_run(source, codes, store, |step: &[u8; 64]| {
+                        encode_words::<6, 7>(step, stair, &steps).unwrap_or_else(|| {
+                            arithmetic(cast(f16_values(step), precast), multiplier)
+                        })
+                    });
+                }
+                SourceType::F32 => {
+                    let steps = step_halves(stair);
+                    encode_run(source, codes, store, |step: &[u8; 128]| {
+                        encode_floats(step, stair, steps).unwrap_or_else(|| {
+                            arithmetic(cast(f32_values(step), precast), multiplier)
+                        })
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// Encodes a run, `N` bytes to 32 codes at a time.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn encode_run<const N: usize>(
+    source: &[u8],
+    codes: &mut [u8],
+    store: Store,
+    step: impl Fn(&[u8; N]) -> __m256i,
+) {
+    let (steps, rest) = source.as_chunks::<N>();
+    let (vectors, last) = codes.as_chunks_mut::<STEP>();
+    let stream = store == Store::NonTemporal && vectors.as_ptr().addr().is_multiple_of(STEP);
+    for (source, vector) in steps.iter().zip(vectors) {
+        let codes = step(source);
+        if stream { stream_store(vector, codes) } else { store_unaligned(vector, codes) }
+    }
+    if !rest.is_empty() {
+        let mut vector = [0; STEP];
+        store_unaligned(&mut vector, step(&x86::padded(rest)));
+        last.copy_from_slice(&vector[..last.len()]);
+    }
+}
+
+/// The sixteen steps of 16-bit elements. A byte shuffle is the widest table look-up there is, so
+/// low and high bytes are looked up apart.
+struct WordSteps {
+    low: __m256i,
+    high: __m256i,
+}
+
+impl WordSteps {
+    #[target_feature(enable = "avx2,f16c")]
+    #[inline]
+    fn new(stair: &Staircase) -> Self {
+        let [first, second] = step_halves(stair);
+        let byte = |steps| _mm256_and_si256(steps, _mm256_set1_epi32(0xff));
+        // Packing two vectors twice leaves 4 bytes of each alternating; the permute orders them,
+        // and the same vector twice fills both halves for the shuffle.
+        let pack = |first, second| {
+            let words = _mm256_packus_epi32(first, second);
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            let bytes = _mm256_packus_epi16(words, words);
+            _mm256_permute4x64_epi64::<0b10_00_10_00>(bytes)
+        };
+        Self {
+            low: pack(byte(first), byte(second)),
+            high: pack(byte(_mm256_srli_epi32::<8>(first)), byte(_mm256_srli_epi32::<8>(second))),
+        }
+    }
+}
+
+/// Staircase on 32 elements of 16 bits: `INDEX` mantissa bits are below the four that choose the
+/// step, `CODE` below a code's. `None` if an element is low.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn encode_words<const INDEX: i32, const CODE: i32>(
+    source: &[u8; 64],
+    stair: &Staircase,
+    steps: &WordSteps,
+) -> Option<__m256i> {
+    let [first, second] = parts(source);
+    let (first, second) = (load(first), load(second));
+    let positive = _mm256_set1_epi16(i16::MAX);
+    let (low_first, low_second) =
+        (_mm256_and_si256(first, positive), _mm256_and_si256(second, positive));
+    let lowest = _mm256_min_epu16(low_first, low_second);
+    let low = _mm256_cmpgt_epi16(_mm256_set1_epi16(stair.low as i16), lowest);
+    if _mm256_movemask_epi8(low) != 0 {
+        return None;
+    }
+    let climb = |word, magnitude| {
+        let index = _mm256_and_si256(_mm256_srli_epi16::<INDEX>(word), _mm256_set1_epi16(15));
+        // A byte index with its top bit set looks up zero.
+        let in_low = _mm256_or_si256(index, _mm256_set1_epi16(i16::MIN));
+        let in_high = _mm256_or_si256(_mm256_slli_epi16::<8>(index), _mm256_set1_epi16(0x80));
+        let step = _mm256_or_si256(
+            _mm256_shuffle_epi8(steps.low, in_low),
+            _mm256_shuffle_epi8(steps.high, in_high),
+        );
+        let code = _mm256_srli_epi16::<CODE>(_mm256_add_epi16(magnitude, step));
+        let sign = _mm256_and_si256(_mm256_srli_epi16::<8>(word), _mm256_set1_epi16(0x80));
+        _mm256_or_si256(code, sign)
+    };
+    let packed = _mm256_packus_epi16(climb(first, low_first), climb(second, low_second));
+    // Packing alternates between the operands every 8 bytes.
+    Some(_mm256_permute4x64_epi64::<0b11_01_10_00>(packed))
+}
+
+/// Staircase on 32 elements of 32 bits; `None` if one is low.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn encode_floats(
+    source: &[u8; 128],
+    stair: &Staircase,
+    [lower, upper]: [__m256i; 2],
+) -> Option<__m256i> {
+    let [a, b, c, d] = f32_values(source);
+    let magnitude =
+        |value| _mm256_and_si256(_mm256_castps_si256(value), _mm256_set1_epi32(i32::MAX));
+    let lowest = _mm256_min_epu32(
+        _mm256_min_epu32(magnitude(a), magnitude(b)),
+        _mm256_min_epu32(magnitude(c), magnitude(d)),
+    );
+    let low = _mm256_cmpgt_epi32(_mm256_set1_epi32(stair.low as i32), lowest);
+    if _mm256_movemask_epi8(low) != 0 {
+        return None;
+    }
+    let climb = |value| {
+        let bits = _mm256_castps_si256(value);
+        // Three bits choose within a half of the table, and the mantissa's top bit, moved to the
+        // sign, the half.
+        let index = _mm256_srli_epi32::<19>(bits);
+        let step = _mm256_blendv_ps(
+            _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(lower, index)),
+            _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(upper, index)),
+            _mm256_castsi256_ps(_mm256_slli_epi32::<9>(bits)),
+        );
+        let sum = _mm256_add_epi32(magnitude(value), _mm256_castps_si256(step));
+        with_sign(_mm256_srli_epi32::<20>(sum), bits)
+    };
+    Some(pack([climb(a), climb(b), climb(c), climb(d)]))
+}
+
+/// Codes of 32 finite values by the formula; see [`avx512`](super::avx512) for why nothing needs
+/// to be clamped.
+#[target_feature(enable = "avx2,f16c")]
+#[cold]
+#[inline(never)]
+fn arithmetic(values: [__m256; 4], multiplier: f32) -> __m256i {
+    let multiplier = _mm256_set1_ps(multiplier);
+    let [a, b, c, d] = values;
+    let code = |value| {
+        let bits = _mm256_castps_si256(_mm256_mul_ps(value, multiplier));
+        let magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(i32::MAX));
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<20>(bits), _mm256_set1_epi32(1));
+        let rounded =
+            _mm256_add_epi32(_mm256_add_epi32(magnitude, _mm256_set1_epi32(0x7_ffff)), odd);
+        let normal =
+            _mm256_sub_epi32(_mm256_srli_epi32::<20>(rounded), _mm256_set1_epi32(120 << 3));
+        let rounder = _mm256_set1_ps(16384.0);
+        let raised = _mm256_add_ps(_mm256_castsi256_ps(magnitude), rounder);
+        let subnormal = _mm256_sub_epi32(_mm256_castps_si256(raised), _mm256_castps_si256(rounder));
+        let small = _mm256_cmpgt_epi32(_mm256_set1_epi32(121 << 23), magnitude);
+        with_sign(_mm256_blendv_epi8(normal, subnormal, small), bits)
+    };
+    pack([code(a), code(b), code(c), code(d)])
+}
+
+/// Rounds to BF16 if the format says so. Values are finite.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn cast(values: [__m256; 4], precast: Precast) -> [__m256; 4] {
+    let round = |value| {
+        let bits = _mm256_castps_si256(value);
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+        _mm256_castsi256_ps(_mm256_and_si256(rounded, _mm256_set1_epi32(!0xffff)))
+    };
+    let [a, b, c, d] = values;
+    match precast {
+        Precast::Bf16 => [round(a), round(b), round(c), round(d)],
+        Precast::None => values,
+    }
+}
+
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn bf16_values(source: &[u8; 64]) -> [__m256; 4] {
+    let [a, b, c, d] = parts(source);
+    let widen = |half| _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(load_half(half)));
+    let value = |half| _mm256_castsi256_ps(widen(half));
+    [value(a), value(b), value(c), value(d)]
+}
+
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn f16_values(source: &[u8; 64]) -> [__m256; 4] {
+    let [a, b, c, d] = parts(source);
+    let value = |half| _mm256_cvtph_ps(load_half(half));
+    [value(a), value(b), value(c), value(d)]
+}
+
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn f32_values(source: &[u8; 128]) -> [__m256; 4] {
+    let [a, b, c, d] = parts(source);
+    let value = |vector| _mm256_castsi256_ps(load(vector));
+    [value(a), value(b), value(c), value(d)]
+}
+
+/// `code | bits >> 24 & 0x80`
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn with_sign(code: __m256i, bits: __m256i) -> __m256i {
+    let sign = _mm256_and_si256(_mm256_srli_epi32::<24>(bits), _mm256_set1_epi32(0x80));
+    _mm256_or_si256(code, sign)
+}
+
+/// Codes in 32-bit lanes to bytes, in order.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn pack([a, b, c, d]: [__m256i; 4]) -> __m256i {
+    let packed = _mm256_packus_epi16(_mm256_packus_epi32(a, b), _mm256_packus_epi32(c, d));
+    // Packing goes round the four operands every 4 bytes.
+    _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))
+}
+
+#[target_feature(enable = "avx2,f16c")]
+fn decode(codes: &[u8], scale: f32, ty: SourceType, out: &mut [u8]) {
+    x86::decode_run(codes, scale, ty, out);
+}
+
+#[target_feature(enable = "avx2,f16c")]
+fn copy(source: &[u8], out: &mut [u8]) {
+    let head = out.as_ptr().align_offset(STEP).min(out.len());
+    let (source_head, source) = source.split_at(head);
+    let (out_head, out) = out.split_at_mut(head);
+    out_head.copy_from_slice(source_head);
+    let (vectors, rest) = source.as_chunks();
+    let (out_vectors, out_rest) = out.as_chunks_mut();
+    for (vector, out) in vectors.iter().zip(out_vectors) {
+        stream_store(out, load(vector));
+    }
+    out_rest.copy_from_slice(rest);
+}
+
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn step_halves(stair: &Staircase) -> [__m256i; 2] {
+    let (first, second) = (stair.steps.as_ptr(), stair.steps[8..].as_ptr());
+    // SAFETY: the first half of the array has the 32 bytes that are read; unaligned loads may.
+    let first = unsafe { _mm256_loadu_si256(first.cast()) };
+    // SAFETY: so does the second half.
+    let second = unsafe { _mm256_loadu_si256(second.cast()) };
+    [first, second]
+}
+
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn load(vector: &[u8; 32]) -> __m256i {
+    // SAFETY: the array has the 32 bytes that are read, and the load may be unaligned.
+    unsafe { _mm256_loadu_si256(vector.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn load_half(half: &[u8; 16]) -> __m128i {
+    // SAFETY: the array has the 16 bytes that are read, and the load may be unaligned.
+    unsafe { _mm_loadu_si128(half.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn store_unaligned(out: &mut [u8; STEP], vector: __m256i) {
+    // SAFETY: the array has the 32 bytes that are written, and the store may be unaligned.
+    unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), vector) }
+}
+
+/// `out` must be aligned to 32 bytes.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn stream_store(out: &mut [u8; STEP], vector: __m256i) {
+    debug_assert!(out.as_ptr().addr().is_multiple_of(STEP));
+    // SAFETY: the array has the 32 bytes that are written, and both callers have checked that it
+    // is aligned. `Codec` fences before it returns, so no other thread is handed unordered stores.
+    unsafe { _mm256_stream_si256(out.as_mut_ptr().cast(), vector) }
+}

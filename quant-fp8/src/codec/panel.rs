@@ -1,0 +1,146 @@
+//! The unit that kernels work on: a few neighbouring blocks, small enough to stay in the L2 cache
+//! between the pass that finds the largest magnitudes and the pass that encodes.
+
+use std::ops::Range;
+
+use crate::{BlockGrid, Precast, SourceType};
+
+/// The most blocks that a panel has.
+pub(super) const MOST_BLOCKS: usize = 8;
+
+/// About how many elements a panel has: 128 rows × 512 columns. As F32 that is a quarter of a
+/// megabyte, so that a panel and the one that is prefetched behind it fit in the L2 cache of every
+/// server core of the last years.
+const ELEMENTS: usize = 128 * 512;
+
+/// Where a panel lies in its tensor.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    /// Which band it is part of, counted over the whole tensor.
+    pub(super) band: usize,
+    /// Rows, counted over the whole tensor as if its matrices were stacked.
+    rows: Range<usize>,
+    /// Which blocks of the band.
+    pub(super) blocks: Range<usize>,
+    cols: Range<usize>,
+}
+
+/// The panels of the blocks that a range of elements touches, in the order of memory.
+pub(super) fn places(grid: BlockGrid, elements: Range<usize>) -> impl Iterator<Item = Place> {
+    let most = (ELEMENTS / (grid.block_rows * grid.block_cols)).clamp(1, MOST_BLOCKS);
+    grid.bands_of(&elements).flat_map(move |band| {
+        let whole = grid.band_elements(band);
+        let rows = whole.start / grid.cols..whole.end / grid.cols;
+        let part = elements.start.max(whole.start)..elements.end.min(whole.end);
+        let (first, last) = (part.start / grid.cols, (part.end - 1) / grid.cols);
+        // Only a range within one row can leave blocks out.
+        let blocks = if first == last {
+            let col = |element: usize| element % grid.cols / grid.block_cols;
+            col(part.start)..col(part.end - 1) + 1
+        } else {
+            0..grid.scales_per_band()
+        };
+        blocks.clone().step_by(most).map(move |start| {
+            let blocks = start..(start + most).min(blocks.end);
+            let end = (blocks.end * grid.block_cols).min(grid.cols);
+            let cols = blocks.start * grid.block_cols..end;
+            Place { band, rows: rows.clone(), blocks, cols }
+        })
+    })
+}
+
+/// The elements of a panel.
+#[derive(Debug)]
+pub(super) struct Panel<'a> {
+    bytes: &'a [u8],
+    width: usize,
+    block_cols: usize,
+    place: Place,
+    next: Option<Place>,
+    pub(super) ty: SourceType,
+    pub(super) precast: Precast,
+}
+
+impl<'a> Panel<'a> {
+    /// The panel at `place` of the tensor `bytes`; `next` is where the work goes on afterwards.
+    pub(super) fn new(
+        bytes: &'a [u8],
+        ty: SourceType,
+        precast: Precast,
+        grid: &BlockGrid,
+        place: Place,
+        next: Option<Place>,
+    ) -> Self {
+        Self { bytes, width: grid.cols, block_cols: grid.block_cols, place, next, ty, precast }
+    }
+
+    /// The rows, to be passed to [`run`](Self::run).
+    pub(super) fn rows(&self) -> Range<usize> {
+        self.place.rows.clone()
+    }
+
+    /// How many elements a block of the panel has.
+    pub(super) fn block_elements(&self, block: usize) -> usize {
+        self.place.rows.len() * block_of(&self.place.cols, self.block_cols, block).len()
+    }
+
+    /// The elements of one block in one row.
+    pub(super) fn run(&self, row: usize, block: usize) -> &'a [u8] {
+        let cols = block_of(&self.place.cols, self.block_cols, block);
+        self.slice(row * self.width + cols.start..row * self.width + cols.end)
+    }
+
+    /// What to prefetch while [`run`](Self::run) is worked on: the corresponding elements of the
+    /// next panel, if it has them.
+    pub(super) fn ahead(&self, row: usize, block: usize) -> &'a [u8] {
+        let Some(next) = &self.next else { return &[] };
+        let row = next.rows.start + (row - self.place.rows.start);
+        let cols = block_of(&next.cols, self.block_cols, block);
+        if row >= next.rows.end || cols.start >= cols.end {
+            return &[];
+        }
+        self.slice(row * self.width + cols.start..row * self.width + cols.end)
+    }
+
+    fn slice(&self, elements: Range<usize>) -> &'a [u8] {
+        &self.bytes[elements.start * self.ty.size()..elements.end * self.ty.size()]
+    }
+}
+
+fn block_of(cols: &Range<usize>, block_cols: usize, block: usize) -> Range<usize> {
+    let start = cols.start + block * block_cols;
+    start..(start + block_cols).min(cols.end)
+}
+
+/// Where the codes of a range of elements go.
+#[derive(Debug)]
+pub(super) struct Target<'a> {
+    elements: Range<usize>,
+    codes: &'a mut [u8],
+}
+
+impl<'a> Target<'a> {
+    /// `codes` has one byte for each of `elements`, which are counted over the whole tensor.
+    pub(super) fn new(elements: Range<usize>, codes: &'a mut [u8]) -> Self {
+        debug_assert_eq!(elements.len(), codes.len());
+        Self { elements, codes }
+    }
+
+    /// The part of [`Panel::run`] whose codes are asked for, and the place for them. Often all of
+    /// it; nothing in the rows before and after the range.
+    pub(super) fn run<'p>(
+        &mut self,
+        panel: &Panel<'p>,
+        row: usize,
+        block: usize,
+    ) -> (&'p [u8], &mut [u8]) {
+        let cols = block_of(&panel.place.cols, panel.block_cols, block);
+        let start = (row * panel.width + cols.start).max(self.elements.start);
+        let end = (row * panel.width + cols.end).min(self.elements.end);
+        if start >= end {
+            return (&[], &mut []);
+        }
+        let codes = start - self.elements.start..end - self.elements.start;
+        (panel.slice(start..end), &mut self.codes[codes])
+    }
+}
