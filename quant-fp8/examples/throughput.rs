@@ -1,7 +1,7 @@
 //! Measures quantisation against a non-temporal copy of the same input.
 //!
 //! ```text
-//! cargo run --release -p quant-fp8 --example throughput [ROWSxCOLS] [REPETITIONS]
+//! cargo run --release -p quant-fp8 --example throughput [ROWSxCOLS] [REPETITIONS] [FILTER]
 //! ```
 //!
 //! Prints, per codec, type and number of threads, the median bandwidth of the input and the median
@@ -78,6 +78,7 @@ fn main() -> Result<(), AnyError> {
     let shape: Vec<usize> = shape.split('x').map(str::parse).collect::<Result<_, _>>()?;
     let repetitions = arguments.next().map_or(Ok(15), |n| n.parse())?;
     let elements = shape.iter().product::<usize>();
+    let only = arguments.next();
     let mut stdout = std::io::stdout().lock();
     writeln!(stdout, "codec\tprecast\ttype\tthreads\tcopy GB/s\tquantise GB/s\tratio")?;
 
@@ -90,7 +91,9 @@ fn main() -> Result<(), AnyError> {
         let source = Source::new(bytes, ty, &shape)?;
         for codec in Codec::available() {
             for precast in [Precast::Bf16, Precast::None] {
-                if precast == Precast::None && ty == SourceType::Bf16 {
+                let row = format!("{} {precast:?} {ty:?}", codec.name());
+                let wanted = only.as_ref().is_none_or(|only| row.contains(only));
+                if !wanted || precast == Precast::None && ty == SourceType::Bf16 {
                     continue;
                 }
                 let format = Fp8Format { precast, ..Fp8Format::default() };

@@ -64,8 +64,9 @@ fn scan(panel: &Panel<'_>, maxima: &mut [u32]) {
     let sign = if wide { _mm256_set1_epi32(i32::MAX) } else { _mm256_set1_epi16(i16::MAX) };
     let mut tops = [_mm256_setzero_si256(); MOST_BLOCKS];
     for row in panel.rows() {
-        for (block, top) in tops[..maxima.len()].iter_mut().enumerate() {
-            let (vectors, rest) = panel.run(row, block).as_chunks();
+        let blocks = panel.row(row).chunks(panel.block_cols() * panel.ty.size());
+        for (block, top) in blocks.zip(&mut tops) {
+            let (vectors, rest) = block.as_chunks();
             let higher = |top, vector: &[u8; 32]| {
                 let magnitude = _mm256_and_si256(load(vector), sign);
                 if wide {
@@ -97,88 +98,117 @@ fn scan(panel: &Panel<'_>, maxima: &mut [u32]) {
 #[target_feature(enable = "avx2,f16c")]
 fn encode(panel: &Panel<'_>, stairs: &[Staircase], target: &mut Target<'_>, store: Store) {
     let precast = panel.precast;
+    match panel.ty {
+        SourceType::Bf16 => {
+            encode_rows(panel, stairs, target, store, |stair| WordSteps::new(stair), {
+                |source: &[u8; 64], steps: &WordSteps, multiplier| {
+                    encode_words::<3, 4>(source, steps)
+                        .unwrap_or_else(|| arithmetic(bf16_values(source), multiplier))
+                }
+            })
+        }
+        SourceType::F16 => {
+            encode_rows(panel, stairs, target, store, |stair| WordSteps::new(stair), {
+                |source: &[u8; 64], steps: &WordSteps, multiplier| {
+                    encode_words::<6, 7>(source, steps).unwrap_or_else(|| {
+                        arithmetic(cast(f16_values(source), precast), multiplier)
+                    })
+                }
+            })
+        }
+        SourceType::F32 => {
+            encode_rows(panel, stairs, target, store, |stair| FloatSteps::new(stair), {
+                |source: &[u8; 128], steps: &FloatSteps, multiplier| {
+                    encode_floats(source, steps).unwrap_or_else(|| {
+                        arithmetic(cast(f32_values(source), precast), multiplier)
+                    })
+                }
+            })
+        }
+    }
+}
+
+/// Encodes a panel, `N` bytes to 32 codes at a time. `prepare` is called once per block and its
+/// result is handed to `step`.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn encode_rows<const N: usize, Steps: Copy>(
+    panel: &Panel<'_>,
+    stairs: &[Staircase],
+    target: &mut Target<'_>,
+    store: Store,
+    prepare: impl Fn(&Staircase) -> Steps,
+    step: impl Fn(&[u8; N], &Steps, f32) -> __m256i,
+) {
+    let mut prepared = [prepare(&stairs[0]); MOST_BLOCKS];
+    for (prepared, stair) in prepared.iter_mut().zip(stairs) {
+        *prepared = prepare(stair);
+    }
     for row in panel.rows() {
-        for (block, stair) in stairs.iter().enumerate() {
-            x86::prefetch(panel.ahead(row, block));
-            let (source, codes) = target.run(panel, row, block);
-            let multiplier = stair.multiplier;
-            match panel.ty {
-                SourceType::Bf16 => {
-                    let steps = WordSteps::new(stair);
-                    encode_run(source, codes, store, |step: &[u8; 64]| {
-                        encode_words::<3, 4>(step, stair, &steps)
-                            .unwrap_or_else(|| arithmetic(bf16_values(step), multiplier))
-                    });
-                }
-                SourceType::F16 => {
-                    let steps = WordSteps::new(stair);
-                    encode_run(source, codes, store, |step: &[u8; 64]| {
-                        encode_words::<6, 7>(step, stair, &steps).unwrap_or_else(|| {
-                            arithmetic(cast(f16_values(step), precast), multiplier)
-                        })
-                    });
-                }
-                SourceType::F32 => {
-                    let steps = step_halves(stair);
-                    encode_run(source, codes, store, |step: &[u8; 128]| {
-                        encode_floats(step, stair, steps).unwrap_or_else(|| {
-                            arithmetic(cast(f32_values(step), precast), multiplier)
-                        })
-                    });
-                }
+        let mut ahead = panel.ahead(row).chunks(N / STEP * panel.block_cols());
+        let mut part = target.row(panel, row);
+        while let Some((block, source, codes)) = part.next_block(panel.block_cols(), N / STEP) {
+            x86::prefetch(ahead.next().unwrap_or_default());
+            let (prepared, multiplier) = (&prepared[block], stairs[block].multiplier);
+            let (vectors, rest) = source.as_chunks::<N>();
+            let (out, last) = codes.as_chunks_mut::<STEP>();
+            let stream = store == Store::NonTemporal && out.as_ptr().addr().is_multiple_of(STEP);
+            for (vector, out) in vectors.iter().zip(out) {
+                let codes = step(vector, prepared, multiplier);
+                if stream { stream_store(out, codes) } else { store_unaligned(out, codes) }
+            }
+            if !rest.is_empty() {
+                let mut out = [0; STEP];
+                store_unaligned(&mut out, step(&x86::padded(rest), prepared, multiplier));
+                last.copy_from_slice(&out[..last.len()]);
             }
         }
     }
 }
 
-/// Encodes a run, `N` bytes to 32 codes at a time.
-#[target_feature(enable = "avx2,f16c")]
-#[inline]
-fn encode_run<const N: usize>(
-    source: &[u8],
-    codes: &mut [u8],
-    store: Store,
-    step: impl Fn(&[u8; N]) -> __m256i,
-) {
-    let (steps, rest) = source.as_chunks::<N>();
-    let (vectors, last) = codes.as_chunks_mut::<STEP>();
-    let stream = store == Store::NonTemporal && vectors.as_ptr().addr().is_multiple_of(STEP);
-    for (source, vector) in steps.iter().zip(vectors) {
-        let codes = step(source);
-        if stream { stream_store(vector, codes) } else { store_unaligned(vector, codes) }
-    }
-    if !rest.is_empty() {
-        let mut vector = [0; STEP];
-        store_unaligned(&mut vector, step(&x86::padded(rest)));
-        last.copy_from_slice(&vector[..last.len()]);
-    }
-}
-
-/// The sixteen steps of 16-bit elements. A byte shuffle is the widest table look-up there is, so
-/// low and high bytes are looked up apart.
+/// The staircase of a block of 16-bit elements, as registers. A byte shuffle is the widest table
+/// look-up there is, so low and high bytes of the steps are looked up apart.
+#[derive(Clone, Copy)]
 struct WordSteps {
+    low_bytes: __m256i,
+    high_bytes: __m256i,
     low: __m256i,
-    high: __m256i,
 }
 
 impl WordSteps {
     #[target_feature(enable = "avx2,f16c")]
-    #[inline]
     fn new(stair: &Staircase) -> Self {
-        let [first, second] = step_halves(stair);
+        let [first, second] = load_steps(stair);
         let byte = |steps| _mm256_and_si256(steps, _mm256_set1_epi32(0xff));
-        // Packing two vectors twice leaves 4 bytes of each alternating; the permute orders them,
-        // and the same vector twice fills both halves for the shuffle.
+        // Packing alternates between the halves of its operands, which the permutes undo. The
+        // second one also repeats the 16 bytes, because shuffles look up within halves.
         let pack = |first, second| {
             let words = _mm256_packus_epi32(first, second);
             let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
             let bytes = _mm256_packus_epi16(words, words);
             _mm256_permute4x64_epi64::<0b10_00_10_00>(bytes)
         };
+        let (first_high, second_high) =
+            (_mm256_srli_epi32::<8>(first), _mm256_srli_epi32::<8>(second));
         Self {
-            low: pack(byte(first), byte(second)),
-            high: pack(byte(_mm256_srli_epi32::<8>(first)), byte(_mm256_srli_epi32::<8>(second))),
+            low_bytes: pack(byte(first), byte(second)),
+            high_bytes: pack(byte(first_high), byte(second_high)),
+            low: _mm256_set1_epi16(stair.low as i16),
         }
+    }
+}
+
+/// The staircase of a block of F32, as registers: the first and the last eight steps.
+#[derive(Clone, Copy)]
+struct FloatSteps {
+    halves: [__m256i; 2],
+    low: __m256i,
+}
+
+impl FloatSteps {
+    #[target_feature(enable = "avx2,f16c")]
+    fn new(stair: &Staircase) -> Self {
+        Self { halves: load_steps(stair), low: _mm256_set1_epi32(stair.low as i32) }
     }
 }
 
@@ -188,8 +218,7 @@ impl WordSteps {
 #[inline]
 fn encode_words<const INDEX: i32, const CODE: i32>(
     source: &[u8; 64],
-    stair: &Staircase,
-    steps: &WordSteps,
+    stair: &WordSteps,
 ) -> Option<__m256i> {
     let [first, second] = parts(source);
     let (first, second) = (load(first), load(second));
@@ -197,7 +226,7 @@ fn encode_words<const INDEX: i32, const CODE: i32>(
     let (low_first, low_second) =
         (_mm256_and_si256(first, positive), _mm256_and_si256(second, positive));
     let lowest = _mm256_min_epu16(low_first, low_second);
-    let low = _mm256_cmpgt_epi16(_mm256_set1_epi16(stair.low as i16), lowest);
+    let low = _mm256_cmpgt_epi16(stair.low, lowest);
     if _mm256_movemask_epi8(low) != 0 {
         return None;
     }
@@ -207,8 +236,8 @@ fn encode_words<const INDEX: i32, const CODE: i32>(
         let in_low = _mm256_or_si256(index, _mm256_set1_epi16(i16::MIN));
         let in_high = _mm256_or_si256(_mm256_slli_epi16::<8>(index), _mm256_set1_epi16(0x80));
         let step = _mm256_or_si256(
-            _mm256_shuffle_epi8(steps.low, in_low),
-            _mm256_shuffle_epi8(steps.high, in_high),
+            _mm256_shuffle_epi8(stair.low_bytes, in_low),
+            _mm256_shuffle_epi8(stair.high_bytes, in_high),
         );
         let code = _mm256_srli_epi16::<CODE>(_mm256_add_epi16(magnitude, step));
         let sign = _mm256_and_si256(_mm256_srli_epi16::<8>(word), _mm256_set1_epi16(0x80));
@@ -222,11 +251,8 @@ fn encode_words<const INDEX: i32, const CODE: i32>(
 /// Staircase on 32 elements of 32 bits; `None` if one is low.
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-fn encode_floats(
-    source: &[u8; 128],
-    stair: &Staircase,
-    [lower, upper]: [__m256i; 2],
-) -> Option<__m256i> {
+fn encode_floats(source: &[u8; 128], stair: &FloatSteps) -> Option<__m256i> {
+    let [lower, upper] = stair.halves;
     let [a, b, c, d] = f32_values(source);
     let magnitude =
         |value| _mm256_and_si256(_mm256_castps_si256(value), _mm256_set1_epi32(i32::MAX));
@@ -234,7 +260,7 @@ fn encode_floats(
         _mm256_min_epu32(magnitude(a), magnitude(b)),
         _mm256_min_epu32(magnitude(c), magnitude(d)),
     );
-    let low = _mm256_cmpgt_epi32(_mm256_set1_epi32(stair.low as i32), lowest);
+    let low = _mm256_cmpgt_epi32(stair.low, lowest);
     if _mm256_movemask_epi8(low) != 0 {
         return None;
     }
@@ -359,7 +385,7 @@ fn copy(source: &[u8], out: &mut [u8]) {
 
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-fn step_halves(stair: &Staircase) -> [__m256i; 2] {
+fn load_steps(stair: &Staircase) -> [__m256i; 2] {
     let (first, second) = (stair.steps.as_ptr(), stair.steps[8..].as_ptr());
     // SAFETY: the first half of the array has the 32 bytes that are read; unaligned loads may.
     let first = unsafe { _mm256_loadu_si256(first.cast()) };

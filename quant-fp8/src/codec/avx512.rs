@@ -67,8 +67,9 @@ fn scan(panel: &Panel<'_>, maxima: &mut [u32]) {
     let mut tops = [_mm512_setzero_si512(); MOST_BLOCKS];
     // Rows outside, blocks inside: memory is read in order.
     for row in panel.rows() {
-        for (block, top) in tops[..maxima.len()].iter_mut().enumerate() {
-            let (vectors, rest) = panel.run(row, block).as_chunks();
+        let blocks = panel.row(row).chunks(panel.block_cols() * panel.ty.size());
+        for (block, top) in blocks.zip(&mut tops) {
+            let (vectors, rest) = block.as_chunks();
             let higher = |top, vector: &[u8; 64]| {
                 let magnitude = _mm512_and_si512(load(vector), sign);
                 if wide {
@@ -97,53 +98,101 @@ fn scan(panel: &Panel<'_>, maxima: &mut [u32]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn encode(panel: &Panel<'_>, stairs: &[Staircase], target: &mut Target<'_>, store: Store) {
     let precast = panel.precast;
+    match panel.ty {
+        SourceType::Bf16 => {
+            encode_rows(panel, stairs, target, store, |stair| WordSteps::new(stair), {
+                |source: &[u8; 128], steps: &WordSteps, multiplier| {
+                    encode_words::<3, 4>(source, steps)
+                        .unwrap_or_else(|| arithmetic(bf16_values(source), multiplier))
+                }
+            })
+        }
+        SourceType::F16 => {
+            encode_rows(panel, stairs, target, store, |stair| WordSteps::new(stair), {
+                |source: &[u8; 128], steps: &WordSteps, multiplier| {
+                    encode_words::<6, 7>(source, steps).unwrap_or_else(|| {
+                        arithmetic(cast(f16_values(source), precast), multiplier)
+                    })
+                }
+            })
+        }
+        SourceType::F32 => {
+            encode_rows(panel, stairs, target, store, |stair| FloatSteps::new(stair), {
+                |source: &[u8; 256], steps: &FloatSteps, multiplier| {
+                    encode_floats(source, steps).unwrap_or_else(|| {
+                        arithmetic(cast(f32_values(source), precast), multiplier)
+                    })
+                }
+            })
+        }
+    }
+}
+
+/// Encodes a panel, `N` bytes to 64 codes at a time. `prepare` is called once per block and its
+/// result is handed to `step`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[inline]
+fn encode_rows<const N: usize, Steps: Copy>(
+    panel: &Panel<'_>,
+    stairs: &[Staircase],
+    target: &mut Target<'_>,
+    store: Store,
+    prepare: impl Fn(&Staircase) -> Steps,
+    step: impl Fn(&[u8; N], &Steps, f32) -> __m512i,
+) {
+    let mut prepared = [prepare(&stairs[0]); MOST_BLOCKS];
+    for (prepared, stair) in prepared.iter_mut().zip(stairs) {
+        *prepared = prepare(stair);
+    }
     for row in panel.rows() {
-        for (block, stair) in stairs.iter().enumerate() {
-            x86::prefetch(panel.ahead(row, block));
-            let (source, codes) = target.run(panel, row, block);
-            let words = _mm512_cvtepi32_epi16(steps(stair));
-            let words = _mm512_broadcast_i64x4(words);
-            let floats = steps(stair);
-            match panel.ty {
-                SourceType::Bf16 => encode_run(source, codes, store, |step: &[u8; 128]| {
-                    encode_words::<3, 4>(step, stair, words)
-                        .unwrap_or_else(|| arithmetic(bf16_values(step), stair.multiplier))
-                }),
-                SourceType::F16 => encode_run(source, codes, store, |step: &[u8; 128]| {
-                    encode_words::<6, 7>(step, stair, words).unwrap_or_else(|| {
-                        arithmetic(cast(f16_values(step), precast), stair.multiplier)
-                    })
-                }),
-                SourceType::F32 => encode_run(source, codes, store, |step: &[u8; 256]| {
-                    encode_floats(step, stair, floats).unwrap_or_else(|| {
-                        arithmetic(cast(f32_values(step), precast), stair.multiplier)
-                    })
-                }),
+        let mut ahead = panel.ahead(row).chunks(N / STEP * panel.block_cols());
+        let mut part = target.row(panel, row);
+        while let Some((block, source, codes)) = part.next_block(panel.block_cols(), N / STEP) {
+            x86::prefetch(ahead.next().unwrap_or_default());
+            let (prepared, multiplier) = (&prepared[block], stairs[block].multiplier);
+            let (vectors, rest) = source.as_chunks::<N>();
+            let (out, last) = codes.as_chunks_mut::<STEP>();
+            let stream = store == Store::NonTemporal && out.as_ptr().addr().is_multiple_of(STEP);
+            for (vector, out) in vectors.iter().zip(out) {
+                let codes = step(vector, prepared, multiplier);
+                if stream { stream_store(out, codes) } else { store_unaligned(out, codes) }
+            }
+            if !rest.is_empty() {
+                let mut out = [0; STEP];
+                store_unaligned(&mut out, step(&x86::padded(rest), prepared, multiplier));
+                last.copy_from_slice(&out[..last.len()]);
             }
         }
     }
 }
 
-/// Encodes a run, `N` bytes to 64 codes at a time.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-#[inline]
-fn encode_run<const N: usize>(
-    source: &[u8],
-    codes: &mut [u8],
-    store: Store,
-    step: impl Fn(&[u8; N]) -> __m512i,
-) {
-    let (steps, rest) = source.as_chunks::<N>();
-    let (vectors, last) = codes.as_chunks_mut::<STEP>();
-    let stream = store == Store::NonTemporal && vectors.as_ptr().addr().is_multiple_of(STEP);
-    for (source, vector) in steps.iter().zip(vectors) {
-        let codes = step(source);
-        if stream { stream_store(vector, codes) } else { store_unaligned(vector, codes) }
+/// The staircase of a block of 16-bit elements, as registers: 32 steps, twice the same 16, because
+/// the permute also looks at the lowest bit of the exponent.
+#[derive(Clone, Copy)]
+struct WordSteps {
+    steps: __m512i,
+    low: __m512i,
+}
+
+impl WordSteps {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    fn new(stair: &Staircase) -> Self {
+        let steps = _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(load_steps(stair)));
+        Self { steps, low: _mm512_set1_epi16(stair.low as i16) }
     }
-    if !rest.is_empty() {
-        let mut vector = [0; STEP];
-        store_unaligned(&mut vector, step(&x86::padded(rest)));
-        last.copy_from_slice(&vector[..last.len()]);
+}
+
+/// The staircase of a block of F32, as registers.
+#[derive(Clone, Copy)]
+struct FloatSteps {
+    steps: __m512i,
+    low: __m512i,
+}
+
+impl FloatSteps {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    fn new(stair: &Staircase) -> Self {
+        Self { steps: load_steps(stair), low: _mm512_set1_epi32(stair.low as i32) }
     }
 }
 
@@ -153,8 +202,7 @@ fn encode_run<const N: usize>(
 #[inline]
 fn encode_words<const INDEX: u32, const CODE: u32>(
     source: &[u8; 128],
-    stair: &Staircase,
-    steps: __m512i,
+    stair: &WordSteps,
 ) -> Option<__m512i> {
     let [first, second] = parts(source);
     let (first, second) = (load(first), load(second));
@@ -162,11 +210,11 @@ fn encode_words<const INDEX: u32, const CODE: u32>(
     let (low_first, low_second) =
         (_mm512_and_si512(first, positive), _mm512_and_si512(second, positive));
     let lowest = _mm512_min_epu16(low_first, low_second);
-    if _mm512_cmplt_epu16_mask(lowest, _mm512_set1_epi16(stair.low as i16)) != 0 {
+    if _mm512_cmplt_epu16_mask(lowest, stair.low) != 0 {
         return None;
     }
     let climb = |word, magnitude| {
-        let step = _mm512_permutexvar_epi16(_mm512_srli_epi16::<INDEX>(word), steps);
+        let step = _mm512_permutexvar_epi16(_mm512_srli_epi16::<INDEX>(word), stair.steps);
         let code = _mm512_srli_epi16::<CODE>(_mm512_add_epi16(magnitude, step));
         // code | word >> 8 & 0x80
         let sign = _mm512_srli_epi16::<8>(word);
@@ -180,18 +228,18 @@ fn encode_words<const INDEX: u32, const CODE: u32>(
 /// Staircase on 64 elements of 32 bits; `None` if one is low.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[inline]
-fn encode_floats(source: &[u8; 256], stair: &Staircase, steps: __m512i) -> Option<__m512i> {
+fn encode_floats(source: &[u8; 256], stair: &FloatSteps) -> Option<__m512i> {
     let [a, b, c, d] = f32_values(source).map(|values| _mm512_castps_si512(values));
     let magnitude = |bits| _mm512_and_si512(bits, _mm512_set1_epi32(i32::MAX));
     let lowest = _mm512_min_epu32(
         _mm512_min_epu32(magnitude(a), magnitude(b)),
         _mm512_min_epu32(magnitude(c), magnitude(d)),
     );
-    if _mm512_cmplt_epu32_mask(lowest, _mm512_set1_epi32(stair.low as i32)) != 0 {
+    if _mm512_cmplt_epu32_mask(lowest, stair.low) != 0 {
         return None;
     }
     let climb = |bits| {
-        let step = _mm512_permutexvar_epi32(_mm512_srli_epi32::<19>(bits), steps);
+        let step = _mm512_permutexvar_epi32(_mm512_srli_epi32::<19>(bits), stair.steps);
         let code = _mm512_srli_epi32::<20>(_mm512_add_epi32(magnitude(bits), step));
         with_sign(code, bits)
     };
@@ -307,7 +355,7 @@ fn copy(source: &[u8], out: &mut [u8]) {
 
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn steps(stair: &Staircase) -> __m512i {
+fn load_steps(stair: &Staircase) -> __m512i {
     // SAFETY: the array has the 64 bytes that are read, and the load may be unaligned.
     unsafe { _mm512_loadu_si512(stair.steps.as_ptr().cast()) }
 }

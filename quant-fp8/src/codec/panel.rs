@@ -90,16 +90,25 @@ impl<'a> Panel<'a> {
         self.slice(row * self.width + cols.start..row * self.width + cols.end)
     }
 
-    /// What to prefetch while [`run`](Self::run) is worked on: the corresponding elements of the
-    /// next panel, if it has them.
-    pub(super) fn ahead(&self, row: usize, block: usize) -> &'a [u8] {
+    /// The elements of one row.
+    pub(super) fn row(&self, row: usize) -> &'a [u8] {
+        self.slice(row * self.width + self.place.cols.start..row * self.width + self.place.cols.end)
+    }
+
+    /// What to prefetch while [`row`](Self::row) is worked on: the corresponding row of the next
+    /// panel, if it has one.
+    pub(super) fn ahead(&self, row: usize) -> &'a [u8] {
         let Some(next) = &self.next else { return &[] };
         let row = next.rows.start + (row - self.place.rows.start);
-        let cols = block_of(&next.cols, self.block_cols, block);
-        if row >= next.rows.end || cols.start >= cols.end {
+        if row >= next.rows.end {
             return &[];
         }
-        self.slice(row * self.width + cols.start..row * self.width + cols.end)
+        self.slice(row * self.width + next.cols.start..row * self.width + next.cols.end)
+    }
+
+    /// Columns of all blocks but the last, which may be narrower.
+    pub(super) fn block_cols(&self) -> usize {
+        self.block_cols
     }
 
     fn slice(&self, elements: Range<usize>) -> &'a [u8] {
@@ -126,21 +135,50 @@ impl<'a> Target<'a> {
         Self { elements, codes }
     }
 
-    /// The part of [`Panel::run`] whose codes are asked for, and the place for them. Often all of
-    /// it; nothing in the rows before and after the range.
-    pub(super) fn run<'p>(
-        &mut self,
-        panel: &Panel<'p>,
-        row: usize,
-        block: usize,
-    ) -> (&'p [u8], &mut [u8]) {
-        let cols = block_of(&panel.place.cols, panel.block_cols, block);
-        let start = (row * panel.width + cols.start).max(self.elements.start);
-        let end = (row * panel.width + cols.end).min(self.elements.end);
+    /// The part of a row whose codes are asked for, and the place for them: nearly always all of
+    /// it, and nothing in the rows before and after the range. Comes with the block that the part
+    /// begins in, and how many columns of that block it leaves out.
+    pub(super) fn row<'p>(&mut self, panel: &Panel<'p>, row: usize) -> Part<'p, '_> {
+        let first = row * panel.width + panel.place.cols.start;
+        let start = first.max(self.elements.start);
+        let end = (row * panel.width + panel.place.cols.end).min(self.elements.end);
         if start >= end {
-            return (&[], &mut []);
+            return Part { source: &[], codes: &mut [], block: 0, skipped: 0 };
         }
-        let codes = start - self.elements.start..end - self.elements.start;
-        (panel.slice(start..end), &mut self.codes[codes])
+        Part {
+            source: panel.slice(start..end),
+            codes: &mut self.codes[start - self.elements.start..end - self.elements.start],
+            block: (start - first) / panel.block_cols,
+            skipped: (start - first) % panel.block_cols,
+        }
+    }
+}
+
+/// Part of a row of a panel; see [`Target::row`].
+#[derive(Debug)]
+pub(super) struct Part<'p, 't> {
+    pub(super) source: &'p [u8],
+    pub(super) codes: &'t mut [u8],
+    pub(super) block: usize,
+    pub(super) skipped: usize,
+}
+
+impl<'p, 't> Part<'p, 't> {
+    /// Takes the elements of one block off the front.
+    #[inline(always)]
+    pub(super) fn next_block(
+        &mut self,
+        block_cols: usize,
+        element_size: usize,
+    ) -> Option<(usize, &'p [u8], &'t mut [u8])> {
+        if self.codes.is_empty() {
+            return None;
+        }
+        let len = (block_cols - self.skipped).min(self.codes.len());
+        let (source, rest) = self.source.split_at(len * element_size);
+        let (codes, room) = std::mem::take(&mut self.codes).split_at_mut(len);
+        let block = self.block;
+        *self = Self { source: rest, codes: room, block: block + 1, skipped: 0 };
+        Some((block, source, codes))
     }
 }

@@ -133,10 +133,12 @@ impl Kernel for Scalar {
 
     fn encode(&self, panel: &Panel<'_>, stairs: &[Staircase], target: &mut Target<'_>, _: Store) {
         for row in panel.rows() {
-            for (block, stair) in stairs.iter().enumerate() {
-                let (source, codes) = target.run(panel, row, block);
+            let mut part = target.row(panel, row);
+            while let Some((block, source, codes)) =
+                part.next_block(panel.block_cols(), panel.ty.size())
+            {
                 for (value, code) in elements(source, panel.ty, panel.precast).zip(codes) {
-                    *code = quantize(value, stair.multiplier);
+                    *code = quantize(value, stairs[block].multiplier);
                 }
             }
         }
