@@ -33,16 +33,18 @@ use staircase::Staircase;
 trait Kernel: Debug + Sync {
     fn name(&self) -> &'static str;
 
-    /// Raises `maxima` to the largest magnitude bits of each block of the panel.
+    /// Finds the largest magnitude bits of each block of the panel.
     fn scan(&self, panel: &Panel<'_>, maxima: &mut [u32]);
 
-    /// Writes the codes of the panel that the target asks for.
+    /// Writes the codes of the panel that the target asks for, and meanwhile [scans](Self::scan)
+    /// the next one.
     fn encode(
         &self,
         panel: &Panel<'_>,
         stairs: &[Staircase],
         target: &mut Target<'_>,
         store: Store,
+        next: Option<(&Panel<'_>, &mut [u32])>,
     );
 
     /// Writes the values of codes that share one scale.
@@ -268,21 +270,20 @@ impl Codec {
     ) -> Result<(), QuantError> {
         let per_band = grid.scales_per_band();
         let first_scale = grid.scales_of(&elements).start;
-        let mut places = panel::places(*grid, elements.clone()).peekable();
+        let mut panels = panel::places(*grid, elements.clone(), source.ty.size())
+            .map(|place| Panel::new(source.bytes, source.ty, format.precast, grid, place));
         let mut target = Target::new(elements, out);
         let mut stairs = Vec::with_capacity(MOST_BLOCKS);
-        while let Some(place) = places.next() {
-            let (band, blocks) = (place.band, place.blocks.clone());
-            let next = places.peek().cloned();
-            let panel = Panel::new(source.bytes, source.ty, format.precast, grid, place, next);
-
-            let mut maxima = [0; MOST_BLOCKS];
-            let maxima = &mut maxima[..blocks.len()];
-            self.0.scan(&panel, maxima);
-
+        let mut maxima = [0; MOST_BLOCKS];
+        let mut upcoming = panels.next();
+        if let Some(first) = &upcoming {
+            self.0.scan(first, &mut maxima[..first.blocks().len()]);
+        }
+        while let Some(panel) = upcoming {
+            let (band, blocks) = (panel.band(), panel.blocks());
             let mut finite = true;
             stairs.clear();
-            for (block, &max) in maxima.iter().enumerate() {
+            for (block, &max) in maxima[..blocks.len()].iter().enumerate() {
                 let absmax = value_of(max, source.ty, format.precast);
                 let mut scale = format.mode.block_scale(absmax)?;
                 if !absmax.is_finite() || !scale.multiplier.is_finite() {
@@ -297,15 +298,13 @@ impl Codec {
                     })?;
                 }
                 scales[band * per_band + blocks.start + block - first_scale] = scale.scale;
-                stairs.push(Staircase::new(
-                    scale.multiplier,
-                    source.ty,
-                    format.precast,
-                    panel.block_elements(block),
-                ));
+                let elements = panel.block_elements(block);
+                stairs.push(Staircase::new(scale.multiplier, source.ty, format.precast, elements));
             }
+            upcoming = panels.next();
+            let next = upcoming.as_ref().map(|next| (next, &mut maxima[..next.blocks().len()]));
             let kernel: &dyn Kernel = if finite { self.0 } else { &scalar::Scalar };
-            kernel.encode(&panel, &stairs, &mut target, store);
+            kernel.encode(&panel, &stairs, &mut target, store, next);
         }
         Ok(())
     }

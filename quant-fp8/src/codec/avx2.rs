@@ -38,9 +38,10 @@ impl Kernel for Avx2 {
         stairs: &[Staircase],
         target: &mut Target<'_>,
         store: Store,
+        next: Option<(&Panel<'_>, &mut [u32])>,
     ) {
         // SAFETY: as in `scan`.
-        unsafe { encode(panel, stairs, target, store) }
+        unsafe { encode(panel, stairs, target, store, next) }
     }
 
     fn decode(&self, codes: &[u8], scale: f32, ty: SourceType, out: &mut [u8]) {
@@ -61,28 +62,40 @@ impl Kernel for Avx2 {
 #[target_feature(enable = "avx2,f16c")]
 fn scan(panel: &Panel<'_>, maxima: &mut [u32]) {
     let wide = panel.ty == SourceType::F32;
-    let sign = if wide { _mm256_set1_epi32(i32::MAX) } else { _mm256_set1_epi16(i16::MAX) };
     let mut tops = [_mm256_setzero_si256(); MOST_BLOCKS];
     for row in panel.rows() {
-        let blocks = panel.row(row).chunks(panel.block_cols() * panel.ty.size());
-        for (block, top) in blocks.zip(&mut tops) {
-            let (vectors, rest) = block.as_chunks();
-            let higher = |top, vector: &[u8; 32]| {
-                let magnitude = _mm256_and_si256(load(vector), sign);
-                if wide {
-                    _mm256_max_epu32(top, magnitude)
-                } else {
-                    _mm256_max_epu16(top, magnitude)
-                }
-            };
-            for vector in vectors {
-                *top = higher(*top, vector);
-            }
-            if !rest.is_empty() {
-                *top = higher(*top, &x86::padded(rest));
-            }
+        // Blocks inside: memory is read in order.
+        for (run, top) in panel.runs(row).zip(&mut tops) {
+            *top = higher(*top, run, wide);
         }
     }
+    fold(tops, wide, maxima);
+}
+
+/// `top`, or the magnitudes of a run where they are higher: of 16-bit elements, or of F32 if
+/// `wide`.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn higher(mut top: __m256i, run: &[u8], wide: bool) -> __m256i {
+    let positive = if wide { _mm256_set1_epi32(i32::MAX) } else { _mm256_set1_epi16(i16::MAX) };
+    let highest = |top, vector: &[u8; 32]| {
+        let magnitude = _mm256_and_si256(load(vector), positive);
+        if wide { _mm256_max_epu32(top, magnitude) } else { _mm256_max_epu16(top, magnitude) }
+    };
+    let (vectors, rest) = run.as_chunks();
+    for vector in vectors {
+        top = highest(top, vector);
+    }
+    if !rest.is_empty() {
+        top = highest(top, &x86::padded(rest));
+    }
+    top
+}
+
+/// The highest lane of each vector.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn fold(tops: [__m256i; MOST_BLOCKS], wide: bool, maxima: &mut [u32]) {
     for (mut top, max) in tops.into_iter().zip(maxima) {
         if !wide {
             let even = _mm256_and_si256(top, _mm256_set1_epi32(0xffff));
@@ -96,11 +109,17 @@ fn scan(panel: &Panel<'_>, maxima: &mut [u32]) {
 }
 
 #[target_feature(enable = "avx2,f16c")]
-fn encode(panel: &Panel<'_>, stairs: &[Staircase], target: &mut Target<'_>, store: Store) {
+fn encode(
+    panel: &Panel<'_>,
+    stairs: &[Staircase],
+    target: &mut Target<'_>,
+    store: Store,
+    next: Option<(&Panel<'_>, &mut [u32])>,
+) {
     let precast = panel.precast;
     match panel.ty {
         SourceType::Bf16 => {
-            encode_rows(panel, stairs, target, store, |stair| WordSteps::new(stair), {
+            encode_rows(panel, stairs, target, store, next, |stair| WordSteps::new(stair), {
                 |source: &[u8; 64], steps: &WordSteps, multiplier| {
                     encode_words::<3, 4>(source, steps)
                         .unwrap_or_else(|| arithmetic(bf16_values(source), multiplier))
@@ -108,7 +127,7 @@ fn encode(panel: &Panel<'_>, stairs: &[Staircase], target: &mut Target<'_>, stor
             })
         }
         SourceType::F16 => {
-            encode_rows(panel, stairs, target, store, |stair| WordSteps::new(stair), {
+            encode_rows(panel, stairs, target, store, next, |stair| WordSteps::new(stair), {
                 |source: &[u8; 64], steps: &WordSteps, multiplier| {
                     encode_words::<6, 7>(source, steps).unwrap_or_else(|| {
                         arithmetic(cast(f16_values(source), precast), multiplier)
@@ -117,7 +136,7 @@ fn encode(panel: &Panel<'_>, stairs: &[Staircase], target: &mut Target<'_>, stor
             })
         }
         SourceType::F32 => {
-            encode_rows(panel, stairs, target, store, |stair| FloatSteps::new(stair), {
+            encode_rows(panel, stairs, target, store, next, |stair| FloatSteps::new(stair), {
                 |source: &[u8; 128], steps: &FloatSteps, multiplier| {
                     encode_floats(source, steps).unwrap_or_else(|| {
                         arithmetic(cast(f32_values(source), precast), multiplier)
@@ -128,8 +147,8 @@ fn encode(panel: &Panel<'_>, stairs: &[Staircase], target: &mut Target<'_>, stor
     }
 }
 
-/// Encodes a panel, `N` bytes to 32 codes at a time. `prepare` is called once per block and its
-/// result is handed to `step`.
+/// Encodes a panel, `N` bytes to 32 codes at a time, and scans the next. `prepare` is called once
+/// per block and its result is handed to `step`.
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
 fn encode_rows<const N: usize, Steps: Copy>(
@@ -137,6 +156,7 @@ fn encode_rows<const N: usize, Steps: Copy>(
     stairs: &[Staircase],
     target: &mut Target<'_>,
     store: Store,
+    next: Option<(&Panel<'_>, &mut [u32])>,
     prepare: impl Fn(&Staircase) -> Steps,
     step: impl Fn(&[u8; N], &Steps, f32) -> __m256i,
 ) {
@@ -144,11 +164,19 @@ fn encode_rows<const N: usize, Steps: Copy>(
     for (prepared, stair) in prepared.iter_mut().zip(stairs) {
         *prepared = prepare(stair);
     }
+    let wide = N / STEP == 4;
+    let mut tops = [_mm256_setzero_si256(); MOST_BLOCKS];
+    let next_panel = next.as_ref().map(|(next, _)| *next);
+    let mut next_rows = next_panel.map_or(0..0, Panel::rows);
     for row in panel.rows() {
-        let mut ahead = panel.ahead(row).chunks(N / STEP * panel.block_cols());
+        let next_row = next_panel.zip(next_rows.next());
+        let next_row = next_row.into_iter().flat_map(|(next, row)| next.runs(row));
+        let mut ahead = next_row.zip(&mut tops);
         let mut part = target.row(panel, row);
         while let Some((block, source, codes)) = part.next_block(panel.block_cols(), N / STEP) {
-            x86::prefetch(ahead.next().unwrap_or_default());
+            if let Some((run, top)) = ahead.next() {
+                *top = higher(*top, run, wide);
+            }
             let (prepared, multiplier) = (&prepared[block], stairs[block].multiplier);
             let (vectors, rest) = source.as_chunks::<N>();
             let (out, last) = codes.as_chunks_mut::<STEP>();
@@ -163,6 +191,18 @@ fn encode_rows<const N: usize, Steps: Copy>(
                 last.copy_from_slice(&out[..last.len()]);
             }
         }
+        // The next panel may be wider, and the range may ask for less of this one.
+        for (run, top) in ahead {
+            *top = higher(*top, run, wide);
+        }
+    }
+    if let Some((next, maxima)) = next {
+        for row in next_rows {
+            for (run, top) in next.runs(row).zip(&mut tops) {
+                *top = higher(*top, run, wide);
+            }
+        }
+        fold(tops, wide, maxima);
     }
 }
 

@@ -1,33 +1,40 @@
-//! The unit that kernels work on: a few neighbouring blocks, small enough to stay in the L2 cache
-//! between the pass that finds the largest magnitudes and the pass that encodes.
+//! The unit that kernels work on: neighbouring blocks of one band, as many as stay in the caches
+//! between the pass that finds their largest magnitudes and the pass that encodes them.
+//!
+//! A kernel encodes one panel while it scans the next, row by row. Memory is then read at an even
+//! pace and in long runs, and what is scanned but not yet encoded is never more than one panel.
 
 use std::ops::Range;
 
 use crate::{BlockGrid, Precast, SourceType};
 
 /// The most blocks that a panel has.
-pub(super) const MOST_BLOCKS: usize = 8;
+pub(super) const MOST_BLOCKS: usize = 32;
 
-/// About how many elements a panel has: 128 rows × 512 columns. As F32 that is a quarter of a
-/// megabyte, so that a panel and the one that is prefetched behind it fit in the L2 cache of every
-/// server core of the last years.
-const ELEMENTS: usize = 128 * 512;
+/// The most bytes that a panel has, unless one block has more: about the L2 cache of a server core.
+/// Narrower panels would be in it more surely, but they are read in shorter runs, which costs more.
+const MOST_BYTES: usize = 1 << 20;
 
 /// Where a panel lies in its tensor.
 #[derive(Clone, Debug)]
 pub(super) struct Place {
     /// Which band it is part of, counted over the whole tensor.
-    pub(super) band: usize,
+    band: usize,
     /// Rows, counted over the whole tensor as if its matrices were stacked.
     rows: Range<usize>,
     /// Which blocks of the band.
-    pub(super) blocks: Range<usize>,
+    blocks: Range<usize>,
     cols: Range<usize>,
 }
 
 /// The panels of the blocks that a range of elements touches, in the order of memory.
-pub(super) fn places(grid: BlockGrid, elements: Range<usize>) -> impl Iterator<Item = Place> {
-    let most = (ELEMENTS / (grid.block_rows * grid.block_cols)).clamp(1, MOST_BLOCKS);
+pub(super) fn places(
+    grid: BlockGrid,
+    elements: Range<usize>,
+    element_size: usize,
+) -> impl Iterator<Item = Place> {
+    let block_bytes = grid.block_rows * grid.block_cols * element_size;
+    let most = (MOST_BYTES / block_bytes).clamp(1, MOST_BLOCKS);
     grid.bands_of(&elements).flat_map(move |band| {
         let whole = grid.band_elements(band);
         let rows = whole.start / grid.cols..whole.end / grid.cols;
@@ -40,8 +47,11 @@ pub(super) fn places(grid: BlockGrid, elements: Range<usize>) -> impl Iterator<I
         } else {
             0..grid.scales_per_band()
         };
-        blocks.clone().step_by(most).map(move |start| {
-            let blocks = start..(start + most).min(blocks.end);
+        // As few panels as possible, and then of the same width.
+        let panels = blocks.len().div_ceil(most);
+        let width = blocks.len().div_ceil(panels);
+        blocks.clone().step_by(width).map(move |start| {
+            let blocks = start..(start + width).min(blocks.end);
             let end = (blocks.end * grid.block_cols).min(grid.cols);
             let cols = blocks.start * grid.block_cols..end;
             Place { band, rows: rows.clone(), blocks, cols }
@@ -56,22 +66,20 @@ pub(super) struct Panel<'a> {
     width: usize,
     block_cols: usize,
     place: Place,
-    next: Option<Place>,
     pub(super) ty: SourceType,
     pub(super) precast: Precast,
 }
 
 impl<'a> Panel<'a> {
-    /// The panel at `place` of the tensor `bytes`; `next` is where the work goes on afterwards.
+    /// The panel at `place` of the tensor `bytes`.
     pub(super) fn new(
         bytes: &'a [u8],
         ty: SourceType,
         precast: Precast,
         grid: &BlockGrid,
         place: Place,
-        next: Option<Place>,
     ) -> Self {
-        Self { bytes, width: grid.cols, block_cols: grid.block_cols, place, next, ty, precast }
+        Self { bytes, width: grid.cols, block_cols: grid.block_cols, place, ty, precast }
     }
 
     /// The rows, to be passed to [`run`](Self::run).
@@ -90,20 +98,22 @@ impl<'a> Panel<'a> {
         self.slice(row * self.width + cols.start..row * self.width + cols.end)
     }
 
-    /// The elements of one row.
-    pub(super) fn row(&self, row: usize) -> &'a [u8] {
-        self.slice(row * self.width + self.place.cols.start..row * self.width + self.place.cols.end)
+    /// The elements of one row, block by block.
+    #[inline]
+    pub(super) fn runs(&self, row: usize) -> std::slice::Chunks<'a, u8> {
+        let start = row * self.width;
+        let row = self.slice(start + self.place.cols.start..start + self.place.cols.end);
+        row.chunks(self.block_cols * self.ty.size())
     }
 
-    /// What to prefetch while [`row`](Self::row) is worked on: the corresponding row of the next
-    /// panel, if it has one.
-    pub(super) fn ahead(&self, row: usize) -> &'a [u8] {
-        let Some(next) = &self.next else { return &[] };
-        let row = next.rows.start + (row - self.place.rows.start);
-        if row >= next.rows.end {
-            return &[];
-        }
-        self.slice(row * self.width + next.cols.start..row * self.width + next.cols.end)
+    /// The band that the panel is part of, counted over the whole tensor.
+    pub(super) fn band(&self) -> usize {
+        self.place.band
+    }
+
+    /// Which blocks of the band are in the panel.
+    pub(super) fn blocks(&self) -> Range<usize> {
+        self.place.blocks.clone()
     }
 
     /// Columns of all blocks but the last, which may be narrower.

@@ -122,6 +122,7 @@ impl Kernel for Scalar {
     }
 
     fn scan(&self, panel: &Panel<'_>, maxima: &mut [u32]) {
+        maxima.fill(0);
         for row in panel.rows() {
             for (block, max) in maxima.iter_mut().enumerate() {
                 for element in panel.run(row, block).chunks_exact(panel.ty.size()) {
@@ -131,7 +132,14 @@ impl Kernel for Scalar {
         }
     }
 
-    fn encode(&self, panel: &Panel<'_>, stairs: &[Staircase], target: &mut Target<'_>, _: Store) {
+    fn encode(
+        &self,
+        panel: &Panel<'_>,
+        stairs: &[Staircase],
+        target: &mut Target<'_>,
+        _: Store,
+        next: Option<(&Panel<'_>, &mut [u32])>,
+    ) {
         for row in panel.rows() {
             let mut part = target.row(panel, row);
             while let Some((block, source, codes)) =
@@ -141,6 +149,9 @@ impl Kernel for Scalar {
                     *code = quantize(value, stairs[block].multiplier);
                 }
             }
+        }
+        if let Some((next, maxima)) = next {
+            self.scan(next, maxima);
         }
     }
 
