@@ -13,6 +13,9 @@ use crate::{Precast, SourceType};
 /// Codes per step.
 const STEP: usize = 32;
 
+/// Steps in a row of a block of 128 columns.
+const BLOCK: usize = 4;
+
 /// Proof that the processor has the features; only [`detect`] hands it out.
 #[derive(Debug)]
 struct Avx2(());
@@ -66,7 +69,7 @@ fn scan(panel: &Panel<'_>, maxima: &mut [u32]) {
     for row in panel.rows() {
         // Blocks inside: memory is read in order.
         for (run, top) in panel.runs(row).zip(&mut tops) {
-            *top = higher(*top, run, wide);
+            *top = highest(*top, run, wide);
         }
     }
     fold(tops, wide, maxima);
@@ -76,20 +79,24 @@ fn scan(panel: &Panel<'_>, maxima: &mut [u32]) {
 /// `wide`.
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-fn higher(mut top: __m256i, run: &[u8], wide: bool) -> __m256i {
-    let positive = if wide { _mm256_set1_epi32(i32::MAX) } else { _mm256_set1_epi16(i16::MAX) };
-    let highest = |top, vector: &[u8; 32]| {
-        let magnitude = _mm256_and_si256(load(vector), positive);
-        if wide { _mm256_max_epu32(top, magnitude) } else { _mm256_max_epu16(top, magnitude) }
-    };
+fn highest(mut top: __m256i, run: &[u8], wide: bool) -> __m256i {
     let (vectors, rest) = run.as_chunks();
     for vector in vectors {
-        top = highest(top, vector);
+        top = higher(top, vector, wide);
     }
     if !rest.is_empty() {
-        top = highest(top, &x86::padded(rest));
+        top = higher(top, &x86::padded(rest), wide);
     }
     top
+}
+
+/// [`highest`] of one vector.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn higher(top: __m256i, vector: &[u8; 32], wide: bool) -> __m256i {
+    let positive = if wide { _mm256_set1_epi32(i32::MAX) } else { _mm256_set1_epi16(i16::MAX) };
+    let magnitude = _mm256_and_si256(load(vector), positive);
+    if wide { _mm256_max_epu32(top, magnitude) } else { _mm256_max_epu16(top, magnitude) }
 }
 
 /// The highest lane of each vector.
@@ -118,91 +125,148 @@ fn encode(
 ) {
     let precast = panel.precast;
     match panel.ty {
-        SourceType::Bf16 => {
-            encode_rows(panel, stairs, target, store, next, |stair| WordSteps::new(stair), {
-                |source: &[u8; 64], steps: &WordSteps, multiplier| {
+        SourceType::Bf16 => encode_rows::<64, 8, _>(
+            panel,
+            stairs,
+            target,
+            store,
+            next,
+            |stair| WordSteps::new(stair),
+            {
+                |source: &[u8; 64], steps: &WordSteps| {
                     encode_words::<3, 4>(source, steps)
-                        .unwrap_or_else(|| arithmetic(bf16_values(source), multiplier))
+                        .unwrap_or_else(|| arithmetic(bf16_values(source), steps.multiplier))
                 }
-            })
-        }
-        SourceType::F16 => {
-            encode_rows(panel, stairs, target, store, next, |stair| WordSteps::new(stair), {
-                |source: &[u8; 64], steps: &WordSteps, multiplier| {
+            },
+        ),
+        SourceType::F16 => encode_rows::<64, 8, _>(
+            panel,
+            stairs,
+            target,
+            store,
+            next,
+            |stair| WordSteps::new(stair),
+            {
+                |source: &[u8; 64], steps: &WordSteps| {
                     encode_words::<6, 7>(source, steps).unwrap_or_else(|| {
-                        arithmetic(cast(f16_values(source), precast), multiplier)
+                        arithmetic(cast(f16_values(source), precast), steps.multiplier)
                     })
                 }
-            })
-        }
-        SourceType::F32 => {
-            encode_rows(panel, stairs, target, store, next, |stair| FloatSteps::new(stair), {
-                |source: &[u8; 128], steps: &FloatSteps, multiplier| {
+            },
+        ),
+        SourceType::F32 => encode_rows::<128, 16, _>(
+            panel,
+            stairs,
+            target,
+            store,
+            next,
+            |stair| FloatSteps::new(stair),
+            {
+                |source: &[u8; 128], steps: &FloatSteps| {
                     encode_floats(source, steps).unwrap_or_else(|| {
-                        arithmetic(cast(f32_values(source), precast), multiplier)
+                        arithmetic(cast(f32_values(source), precast), steps.multiplier)
                     })
                 }
-            })
-        }
+            },
+        ),
     }
 }
 
-/// Encodes a panel, `N` bytes to 32 codes at a time, and scans the next. `prepare` is called once
-/// per block and its result is handed to `step`.
+/// Encodes a panel, `N` bytes to 32 codes at a time, and scans the next, whose blocks of 128
+/// columns have `V` vectors in a row. `prepare` is called once per block and its result is handed to
+/// `step`.
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-fn encode_rows<const N: usize, Steps: Copy>(
+fn encode_rows<const N: usize, const V: usize, Steps: Copy>(
     panel: &Panel<'_>,
     stairs: &[Staircase],
     target: &mut Target<'_>,
     store: Store,
     next: Option<(&Panel<'_>, &mut [u32])>,
     prepare: impl Fn(&Staircase) -> Steps,
-    step: impl Fn(&[u8; N], &Steps, f32) -> __m256i,
+    step: impl Fn(&[u8; N], &Steps) -> __m256i,
 ) {
     let mut prepared = [prepare(&stairs[0]); MOST_BLOCKS];
     for (prepared, stair) in prepared.iter_mut().zip(stairs) {
         *prepared = prepare(stair);
     }
-    let wide = N / STEP == 4;
+    let wide = panel.ty == SourceType::F32;
     let mut tops = [_mm256_setzero_si256(); MOST_BLOCKS];
     let next_panel = next.as_ref().map(|(next, _)| *next);
     let mut next_rows = next_panel.map_or(0..0, Panel::rows);
     for row in panel.rows() {
-        let next_row = next_panel.zip(next_rows.next());
-        let next_row = next_row.into_iter().flat_map(|(next, row)| next.runs(row));
-        let mut ahead = next_row.zip(&mut tops);
-        let mut part = target.row(panel, row);
-        while let Some((block, source, codes)) = part.next_block(panel.block_cols(), N / STEP) {
-            if let Some((run, top)) = ahead.next() {
-                *top = higher(*top, run, wide);
+        let next_row =
+            next_panel.zip(next_rows.next()).map_or(&[][..], |(next, row)| next.row(row));
+        let mut part = target.part(panel, row);
+
+        // Nearly all there is, in nearly all formats: lengths are constants, and scanning is
+        // interleaved with encoding so that memory is read at an even pace.
+        let (first, source, codes) = part.whole_blocks(panel, BLOCK * STEP);
+        let stream = store == Store::NonTemporal && codes.as_ptr().addr().is_multiple_of(STEP);
+        let ahead =
+            if panel.block_cols() == BLOCK * STEP { blocks::<32, V>(next_row) } else { &[] };
+        let codes = codes.as_chunks_mut::<STEP>().0.as_chunks_mut::<BLOCK>().0;
+        let interleaved = ahead.len().min(codes.len());
+        let mut ahead_tops = ahead.iter().zip(&mut tops);
+        for ((source, codes), prepared) in
+            blocks::<N, BLOCK>(source).iter().zip(codes).zip(&prepared[first..])
+        {
+            if let Some((vectors, top)) = ahead_tops.next() {
+                for vector in vectors {
+                    *top = higher(*top, vector, wide);
+                }
             }
-            let (prepared, multiplier) = (&prepared[block], stairs[block].multiplier);
-            let (vectors, rest) = source.as_chunks::<N>();
-            let (out, last) = codes.as_chunks_mut::<STEP>();
-            let stream = store == Store::NonTemporal && out.as_ptr().addr().is_multiple_of(STEP);
-            for (vector, out) in vectors.iter().zip(out) {
-                let codes = step(vector, prepared, multiplier);
-                if stream { stream_store(out, codes) } else { store_unaligned(out, codes) }
-            }
-            if !rest.is_empty() {
-                let mut out = [0; STEP];
-                store_unaligned(&mut out, step(&x86::padded(rest), prepared, multiplier));
-                last.copy_from_slice(&out[..last.len()]);
+            for (source, codes) in source.iter().zip(codes) {
+                let vector = step(source, prepared);
+                if stream { stream_store(codes, vector) } else { store_unaligned(codes, vector) }
             }
         }
-        // The next panel may be wider, and the range may ask for less of this one.
-        for (run, top) in ahead {
-            *top = higher(*top, run, wide);
+
+        // Blocks of other widths or that are cut, and a next panel that is wider.
+        while let Some((block, source, codes)) = part.next_block(panel) {
+            encode_run(source, codes, store, |source| step(source, &prepared[block]));
+        }
+        let scanned = interleaved * BLOCK * N;
+        let rest = next_row[scanned..].chunks(panel.block_cols() * panel.ty.size());
+        for (run, top) in rest.zip(&mut tops[interleaved..]) {
+            *top = highest(*top, run, wide);
         }
     }
     if let Some((next, maxima)) = next {
         for row in next_rows {
             for (run, top) in next.runs(row).zip(&mut tops) {
-                *top = higher(*top, run, wide);
+                *top = highest(*top, run, wide);
             }
         }
         fold(tops, wide, maxima);
+    }
+}
+
+/// As many whole blocks of `V` vectors as there are.
+fn blocks<const N: usize, const V: usize>(bytes: &[u8]) -> &[[[u8; N]; V]] {
+    bytes.as_chunks().0.as_chunks().0
+}
+
+/// Encodes elements that share a scale, `N` bytes to 32 codes at a time.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn encode_run<const N: usize>(
+    source: &[u8],
+    codes: &mut [u8],
+    store: Store,
+    step: impl Fn(&[u8; N]) -> __m256i,
+) {
+    let (vectors, rest) = source.as_chunks();
+    let (out, last) = codes.as_chunks_mut();
+    let stream = store == Store::NonTemporal && out.as_ptr().addr().is_multiple_of(STEP);
+    for (source, out) in vectors.iter().zip(out) {
+        let codes = step(source);
+        if stream { stream_store(out, codes) } else { store_unaligned(out, codes) }
+    }
+    if !rest.is_empty() {
+        let mut out = [0; STEP];
+        store_unaligned(&mut out, step(&x86::padded(rest)));
+        last.copy_from_slice(&out[..last.len()]);
     }
 }
 
@@ -213,6 +277,7 @@ struct WordSteps {
     low_bytes: __m256i,
     high_bytes: __m256i,
     low: __m256i,
+    multiplier: f32,
 }
 
 impl WordSteps {
@@ -234,6 +299,7 @@ impl WordSteps {
             low_bytes: pack(byte(first), byte(second)),
             high_bytes: pack(byte(first_high), byte(second_high)),
             low: _mm256_set1_epi16(stair.low as i16),
+            multiplier: stair.multiplier,
         }
     }
 }
@@ -243,12 +309,14 @@ impl WordSteps {
 struct FloatSteps {
     halves: [__m256i; 2],
     low: __m256i,
+    multiplier: f32,
 }
 
 impl FloatSteps {
     #[target_feature(enable = "avx2,f16c")]
     fn new(stair: &Staircase) -> Self {
-        Self { halves: load_steps(stair), low: _mm256_set1_epi32(stair.low as i32) }
+        let low = _mm256_set1_epi32(stair.low as i32);
+        Self { halves: load_steps(stair), low, multiplier: stair.multiplier }
     }
 }
 

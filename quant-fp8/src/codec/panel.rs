@@ -5,6 +5,7 @@
 //! pace and in long runs, and what is scanned but not yet encoded is never more than one panel.
 
 use std::ops::Range;
+use std::slice::Chunks;
 
 use crate::{BlockGrid, Precast, SourceType};
 
@@ -98,12 +99,22 @@ impl<'a> Panel<'a> {
         self.slice(row * self.width + cols.start..row * self.width + cols.end)
     }
 
+    /// The elements of one row.
+    #[inline]
+    pub(super) fn row(&self, row: usize) -> &'a [u8] {
+        let start = row * self.width;
+        self.slice(start + self.place.cols.start..start + self.place.cols.end)
+    }
+
     /// The elements of one row, block by block.
     #[inline]
-    pub(super) fn runs(&self, row: usize) -> std::slice::Chunks<'a, u8> {
-        let start = row * self.width;
-        let row = self.slice(start + self.place.cols.start..start + self.place.cols.end);
-        row.chunks(self.block_cols * self.ty.size())
+    pub(super) fn runs(&self, row: usize) -> Chunks<'a, u8> {
+        self.row(row).chunks(self.block_cols * self.ty.size())
+    }
+
+    /// The columns of a block.
+    pub(super) fn block_cols(&self) -> usize {
+        self.block_cols
     }
 
     /// The band that the panel is part of, counted over the whole tensor.
@@ -114,11 +125,6 @@ impl<'a> Panel<'a> {
     /// Which blocks of the band are in the panel.
     pub(super) fn blocks(&self) -> Range<usize> {
         self.place.blocks.clone()
-    }
-
-    /// Columns of all blocks but the last, which may be narrower.
-    pub(super) fn block_cols(&self) -> usize {
-        self.block_cols
     }
 
     fn slice(&self, elements: Range<usize>) -> &'a [u8] {
@@ -146,9 +152,9 @@ impl<'a> Target<'a> {
     }
 
     /// The part of a row whose codes are asked for, and the place for them: nearly always all of
-    /// it, and nothing in the rows before and after the range. Comes with the block that the part
-    /// begins in, and how many columns of that block it leaves out.
-    pub(super) fn row<'p>(&mut self, panel: &Panel<'p>, row: usize) -> Part<'p, '_> {
+    /// it, and nothing in the rows before and after the range.
+    #[inline]
+    pub(super) fn part<'p>(&mut self, panel: &Panel<'p>, row: usize) -> Part<'p, '_> {
         let first = row * panel.width + panel.place.cols.start;
         let start = first.max(self.elements.start);
         let end = (row * panel.width + panel.place.cols.end).min(self.elements.end);
@@ -164,31 +170,57 @@ impl<'a> Target<'a> {
     }
 }
 
-/// Part of a row of a panel; see [`Target::row`].
+/// Part of a row of a panel; see [`Target::part`].
 #[derive(Debug)]
 pub(super) struct Part<'p, 't> {
+    /// The elements.
     pub(super) source: &'p [u8],
+    /// The places of their codes.
     pub(super) codes: &'t mut [u8],
+    /// The block that the part begins in.
     pub(super) block: usize,
+    /// How many columns of that block come before the part.
     pub(super) skipped: usize,
 }
 
 impl<'p, 't> Part<'p, 't> {
     /// Takes the elements of one block off the front.
-    #[inline(always)]
     pub(super) fn next_block(
         &mut self,
-        block_cols: usize,
-        element_size: usize,
+        panel: &Panel<'_>,
     ) -> Option<(usize, &'p [u8], &'t mut [u8])> {
         if self.codes.is_empty() {
             return None;
         }
-        let len = (block_cols - self.skipped).min(self.codes.len());
-        let (source, rest) = self.source.split_at(len * element_size);
-        let (codes, room) = std::mem::take(&mut self.codes).split_at_mut(len);
         let block = self.block;
-        *self = Self { source: rest, codes: room, block: block + 1, skipped: 0 };
+        let (source, codes) = self.take(panel.block_cols - self.skipped, panel.ty);
+        (self.block, self.skipped) = (block + 1, 0);
         Some((block, source, codes))
+    }
+
+    /// Takes the elements of as many whole blocks as there are off the front, if their width is
+    /// `cols`.
+    #[inline]
+    pub(super) fn whole_blocks(
+        &mut self,
+        panel: &Panel<'_>,
+        cols: usize,
+    ) -> (usize, &'p [u8], &'t mut [u8]) {
+        let block = self.block;
+        let fits = panel.block_cols == cols && self.skipped == 0;
+        let blocks = if fits { self.codes.len() / cols } else { 0 };
+        let (source, codes) = self.take(blocks * cols, panel.ty);
+        self.block += blocks;
+        (block, source, codes)
+    }
+
+    #[inline]
+    fn take(&mut self, elements: usize, ty: SourceType) -> (&'p [u8], &'t mut [u8]) {
+        let elements = elements.min(self.codes.len());
+        let (codes, rest) = std::mem::take(&mut self.codes).split_at_mut(elements);
+        self.codes = rest;
+        let (source, rest) = self.source.split_at(elements * ty.size());
+        self.source = rest;
+        (source, codes)
     }
 }

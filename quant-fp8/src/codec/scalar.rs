@@ -141,10 +141,8 @@ impl Kernel for Scalar {
         next: Option<(&Panel<'_>, &mut [u32])>,
     ) {
         for row in panel.rows() {
-            let mut part = target.row(panel, row);
-            while let Some((block, source, codes)) =
-                part.next_block(panel.block_cols(), panel.ty.size())
-            {
+            let mut part = target.part(panel, row);
+            while let Some((block, source, codes)) = part.next_block(panel) {
                 for (value, code) in elements(source, panel.ty, panel.precast).zip(codes) {
                     *code = quantize(value, stairs[block].multiplier);
                 }
