@@ -1,5 +1,7 @@
 //! Every codec gives the bytes of the formula, whatever the shape, range, alignment and type.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::collections::HashSet;
 use std::ops::Range;
 

@@ -4,6 +4,8 @@
 //! `NAME.<mode>.q` and scales `NAME.<mode>.s`. F32 and
 //! F16 inputs were quantised as they are, without a cast to BF16.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use quant_fp8::{Codec, Fp8Format, Granularity, Mode, Precast, Source, SourceType, Store};
 use safetensors::{Dtype, SafeTensors};
 

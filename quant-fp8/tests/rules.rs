@@ -1,5 +1,7 @@
 //! Which parameters are quantised, and how the decision is written down.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use quant_fp8::rules::{
     Decision, Declared, Manifest, QuantPlan, Rules, RulesConfig, Stored, parse_ignored_layers,
     weight_of_scale,
