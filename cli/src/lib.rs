@@ -5,7 +5,7 @@
 //! - [`source`] is either of the two, changing from update to update as training would change it;
 //! - [`roles`] is what a trainer and a rollout do, [`sync`] starts one of each and more on this
 //!   machine;
-//! - [`bench`] measures transports; [`memory`] measures what that takes.
+//! - [mod@bench] measures transports; [`memory`] measures what that takes.
 
 pub mod bench;
 pub mod checkpoint;
