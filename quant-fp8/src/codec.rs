@@ -36,15 +36,15 @@ trait Kernel: Debug + Sync {
     /// Finds the largest magnitude bits of each block of the panel.
     fn scan(&self, panel: &Panel<'_>, maxima: &mut [u32]);
 
-    /// Writes the codes of the panel that the target asks for, and meanwhile [scans](Self::scan)
-    /// the next one.
+    /// Writes the codes of the panel that the target asks for. The next panel may be prefetched
+    /// meanwhile.
     fn encode(
         &self,
         panel: &Panel<'_>,
         stairs: &[Staircase],
         target: &mut Target<'_>,
         store: Store,
-        next: Option<(&Panel<'_>, &mut [u32])>,
+        next: Option<&Panel<'_>>,
     );
 
     /// Writes the values of codes that share one scale.
@@ -271,19 +271,19 @@ impl Codec {
         let per_band = grid.scales_per_band();
         let first_scale = grid.scales_of(&elements).start;
         let mut panels = panel::places(*grid, elements.clone(), source.ty.size())
-            .map(|place| Panel::new(source.bytes, source.ty, format.precast, grid, place));
+            .map(|place| Panel::new(source.bytes, source.ty, format.precast, grid, place))
+            .peekable();
         let mut target = Target::new(elements, out);
         let mut stairs = Vec::with_capacity(MOST_BLOCKS);
         let mut maxima = [0; MOST_BLOCKS];
-        let mut upcoming = panels.next();
-        if let Some(first) = &upcoming {
-            self.0.scan(first, &mut maxima[..first.blocks().len()]);
-        }
-        while let Some(panel) = upcoming {
+        while let Some(panel) = panels.next() {
             let (band, blocks) = (panel.band(), panel.blocks());
+            let maxima = &mut maxima[..blocks.len()];
+            self.0.scan(&panel, maxima);
+
             let mut finite = true;
             stairs.clear();
-            for (block, &max) in maxima[..blocks.len()].iter().enumerate() {
+            for (block, &max) in maxima.iter().enumerate() {
                 let absmax = value_of(max, source.ty, format.precast);
                 let mut scale = format.mode.block_scale(absmax)?;
                 if !absmax.is_finite() || !scale.multiplier.is_finite() {
@@ -301,10 +301,8 @@ impl Codec {
                 let elements = panel.block_elements(block);
                 stairs.push(Staircase::new(scale.multiplier, source.ty, format.precast, elements));
             }
-            upcoming = panels.next();
-            let next = upcoming.as_ref().map(|next| (next, &mut maxima[..next.blocks().len()]));
             let kernel: &dyn Kernel = if finite { self.0 } else { &scalar::Scalar };
-            kernel.encode(&panel, &stairs, &mut target, store, next);
+            kernel.encode(&panel, &stairs, &mut target, store, panels.peek());
         }
         Ok(())
     }

@@ -43,7 +43,7 @@ impl Kernel for Avx512 {
         stairs: &[Staircase],
         target: &mut Target<'_>,
         store: Store,
-        next: Option<(&Panel<'_>, &mut [u32])>,
+        next: Option<&Panel<'_>>,
     ) {
         // SAFETY: as in `scan`.
         unsafe { encode(panel, stairs, target, store, next) }
@@ -120,7 +120,7 @@ fn encode(
     stairs: &[Staircase],
     target: &mut Target<'_>,
     store: Store,
-    next: Option<(&Panel<'_>, &mut [u32])>,
+    next: Option<&Panel<'_>>,
 ) {
     let precast = panel.precast;
     match panel.ty {
@@ -171,17 +171,17 @@ fn encode(
     }
 }
 
-/// Encodes a panel, `N` bytes to 64 codes at a time, and scans the next, whose blocks of 128
-/// columns have `V` vectors in a row. `prepare` is called once per block and its result is handed to
-/// `step`.
+/// Encodes a panel, `N` bytes to 64 codes at a time, and prefetches the next, whose blocks of 128
+/// columns have `L` cache lines in a row. `prepare` is called once per block and its result is
+/// handed to `step`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[inline]
-fn encode_rows<const N: usize, const V: usize, Steps: Copy>(
+fn encode_rows<const N: usize, const L: usize, Steps: Copy>(
     panel: &Panel<'_>,
     stairs: &[Staircase],
     target: &mut Target<'_>,
     store: Store,
-    next: Option<(&Panel<'_>, &mut [u32])>,
+    next: Option<&Panel<'_>>,
     prepare: impl Fn(&Staircase) -> Steps,
     step: impl Fn(&[u8; N], &Steps) -> __m512i,
 ) {
@@ -189,31 +189,20 @@ fn encode_rows<const N: usize, const V: usize, Steps: Copy>(
     for (prepared, stair) in prepared.iter_mut().zip(stairs) {
         *prepared = prepare(stair);
     }
-    let wide = panel.ty == SourceType::F32;
-    let mut tops = [_mm512_setzero_si512(); MOST_BLOCKS];
-    let next_panel = next.as_ref().map(|(next, _)| *next);
-    let mut next_rows = next_panel.map_or(0..0, Panel::rows);
-    for row in panel.rows() {
-        let next_row =
-            next_panel.zip(next_rows.next()).map_or(&[][..], |(next, row)| next.row(row));
+    for (index, row) in panel.rows().enumerate() {
         let mut part = target.part(panel, row);
+        let next_row = next.map_or(&[][..], |next| next.nth_row(index));
 
-        // Nearly all there is, in nearly all formats: lengths are constants, and scanning is
-        // interleaved with encoding so that memory is read at an even pace.
+        // Nearly all there is, in nearly all formats: lengths are constants.
         let (first, source, codes) = part.whole_blocks(panel, BLOCK * STEP);
         let stream = store == Store::NonTemporal && codes.as_ptr().addr().is_multiple_of(STEP);
-        let ahead =
-            if panel.block_cols() == BLOCK * STEP { blocks::<64, V>(next_row) } else { &[] };
         let codes = codes.as_chunks_mut::<STEP>().0.as_chunks_mut::<BLOCK>().0;
-        let interleaved = ahead.len().min(codes.len());
-        let mut ahead_tops = ahead.iter().zip(&mut tops);
+        let mut ahead = blocks::<64, L>(next_row).iter();
         for ((source, codes), prepared) in
             blocks::<N, BLOCK>(source).iter().zip(codes).zip(&prepared[first..])
         {
-            if let Some((vectors, top)) = ahead_tops.next() {
-                for vector in vectors {
-                    *top = higher(*top, vector, wide);
-                }
+            for line in ahead.next().into_iter().flatten() {
+                x86::prefetch(line);
             }
             for (source, codes) in source.iter().zip(codes) {
                 let vector = step(source, prepared);
@@ -221,23 +210,10 @@ fn encode_rows<const N: usize, const V: usize, Steps: Copy>(
             }
         }
 
-        // Blocks of other widths or that are cut, and a next panel that is wider.
+        // Blocks of other widths, and those that are cut.
         while let Some((block, source, codes)) = part.next_block(panel) {
             encode_run(source, codes, store, |source| step(source, &prepared[block]));
         }
-        let scanned = interleaved * BLOCK * N;
-        let rest = next_row[scanned..].chunks(panel.block_cols() * panel.ty.size());
-        for (run, top) in rest.zip(&mut tops[interleaved..]) {
-            *top = highest(*top, run, wide);
-        }
-    }
-    if let Some((next, maxima)) = next {
-        for row in next_rows {
-            for (run, top) in next.runs(row).zip(&mut tops) {
-                *top = highest(*top, run, wide);
-            }
-        }
-        fold(tops, wide, maxima);
     }
 }
 

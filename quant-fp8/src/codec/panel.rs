@@ -1,8 +1,5 @@
 //! The unit that kernels work on: neighbouring blocks of one band, as many as stay in the caches
 //! between the pass that finds their largest magnitudes and the pass that encodes them.
-//!
-//! A kernel encodes one panel while it scans the next, row by row. Memory is then read at an even
-//! pace and in long runs, and what is scanned but not yet encoded is never more than one panel.
 
 use std::ops::Range;
 use std::slice::Chunks;
@@ -10,11 +7,12 @@ use std::slice::Chunks;
 use crate::{BlockGrid, Precast, SourceType};
 
 /// The most blocks that a panel has.
-pub(super) const MOST_BLOCKS: usize = 32;
+pub(super) const MOST_BLOCKS: usize = 64;
 
-/// The most bytes that a panel has, unless one block has more: about the L2 cache of a server core.
-/// Narrower panels would be in it more surely, but they are read in shorter runs, which costs more.
-const MOST_BYTES: usize = 1 << 20;
+/// The most bytes that a panel has, unless one block has more. Whole rows of most weights fit, and
+/// that matters more than the size of the L2 cache: a panel that is narrower than the matrix is read
+/// in short runs far apart, which memory delivers at half its speed.
+const MOST_BYTES: usize = 1 << 21;
 
 /// Where a panel lies in its tensor.
 #[derive(Clone, Debug)]
@@ -106,15 +104,17 @@ impl<'a> Panel<'a> {
         self.slice(start + self.place.cols.start..start + self.place.cols.end)
     }
 
+    /// The elements of row number `index` of the panel; nothing if it has fewer rows.
+    #[inline]
+    pub(super) fn nth_row(&self, index: usize) -> &'a [u8] {
+        let row = self.place.rows.start + index;
+        if row < self.place.rows.end { self.row(row) } else { &[] }
+    }
+
     /// The elements of one row, block by block.
     #[inline]
     pub(super) fn runs(&self, row: usize) -> Chunks<'a, u8> {
         self.row(row).chunks(self.block_cols * self.ty.size())
-    }
-
-    /// The columns of a block.
-    pub(super) fn block_cols(&self) -> usize {
-        self.block_cols
     }
 
     /// The band that the panel is part of, counted over the whole tensor.

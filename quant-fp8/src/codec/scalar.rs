@@ -138,7 +138,7 @@ impl Kernel for Scalar {
         stairs: &[Staircase],
         target: &mut Target<'_>,
         _: Store,
-        next: Option<(&Panel<'_>, &mut [u32])>,
+        _: Option<&Panel<'_>>,
     ) {
         for row in panel.rows() {
             let mut part = target.part(panel, row);
@@ -147,9 +147,6 @@ impl Kernel for Scalar {
                     *code = quantize(value, stairs[block].multiplier);
                 }
             }
-        }
-        if let Some((next, maxima)) = next {
-            self.scan(next, maxima);
         }
     }
 

@@ -1,7 +1,7 @@
 //! What the x86 codecs share.
-#![allow(unsafe_code, reason = "a fence is an intrinsic with a feature")]
+#![allow(unsafe_code, reason = "intrinsics for the memory system")]
 
-use std::arch::x86_64::_mm_sfence;
+use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch, _mm_sfence};
 
 use half::f16;
 
@@ -23,6 +23,13 @@ pub(super) fn parts<const N: usize, const M: usize, const PARTS: usize>(
     const { assert!(N == M * PARTS, "the parts make up the whole") };
     let parts = whole.as_chunks().0;
     std::array::from_fn(|i| &parts[i])
+}
+
+/// Brings a vector that will be read later into the L2 cache.
+#[inline(always)]
+pub(super) fn prefetch<const N: usize>(vector: &[u8; N]) {
+    // SAFETY: prefetching has no effect but on caches, and does not fault.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(vector.as_ptr().cast()) }
 }
 
 /// Orders non-temporal stores before everything that follows.
