@@ -134,17 +134,37 @@ fn products(row: u32, bytes: &[u8; ROW]) -> [u64; LANES] {
     })
 }
 
-/// The sum over whole rows, written so that the compiler makes vector code of it.
+/// The keys of a row, and how they advance to the next.
 ///
-/// Keys are kept in 64-bit lanes: only their lower halves enter the products.
+/// They are kept in 64-bit lanes, of which only the lower halves enter the products.
+#[derive(Clone, Copy)]
+pub(crate) struct Keys {
+    pub(crate) low: [u64; LANES],
+    pub(crate) high: [u64; LANES],
+    pub(crate) low_step: [u64; LANES],
+    pub(crate) high_step: [u64; LANES],
+}
+
+impl Keys {
+    #[inline]
+    pub(crate) fn at(row: u32) -> Self {
+        let key = |base: &[u32; LANES], step: &[u32; LANES]| {
+            std::array::from_fn(|l| u64::from(base[l].wrapping_add(row.wrapping_mul(step[l]))))
+        };
+        Self {
+            low: key(&LOW, &LOW_STEP),
+            high: key(&HIGH, &HIGH_STEP),
+            low_step: LOW_STEP.map(u64::from),
+            high_step: HIGH_STEP.map(u64::from),
+        }
+    }
+}
+
+/// The sum over whole rows, written so that the compiler makes vector code of it.
 #[inline(always)]
 pub(crate) fn nh_rows(row: u32, rows: &[[u8; ROW]]) -> u64 {
     const HALF: u64 = 0xffff_ffff;
-    let key = |base: &[u32; LANES], step: &[u32; LANES]| -> [u64; LANES] {
-        std::array::from_fn(|l| u64::from(base[l].wrapping_add(row.wrapping_mul(step[l]))))
-    };
-    let mut low = key(&LOW, &LOW_STEP);
-    let mut high = key(&HIGH, &HIGH_STEP);
+    let Keys { mut low, mut high, low_step, high_step } = Keys::at(row);
     let mut sums = [0_u64; LANES];
     for bytes in rows {
         let (words, _) = bytes.as_chunks::<8>();
@@ -153,8 +173,8 @@ pub(crate) fn nh_rows(row: u32, rows: &[[u8; ROW]]) -> u64 {
             let left = word.wrapping_add(low[lane]) & HALF;
             let right = (word >> 32).wrapping_add(high[lane]) & HALF;
             sums[lane] = sums[lane].wrapping_add(left.wrapping_mul(right));
-            low[lane] = low[lane].wrapping_add(u64::from(LOW_STEP[lane]));
-            high[lane] = high[lane].wrapping_add(u64::from(HIGH_STEP[lane]));
+            low[lane] = low[lane].wrapping_add(low_step[lane]);
+            high[lane] = high[lane].wrapping_add(high_step[lane]);
         }
     }
     sums.iter().fold(0, |sum, lane| sum.wrapping_add(*lane))
@@ -191,6 +211,8 @@ mod tests {
         ) {
             let bytes = pattern(len, seed >> 1);
             prop_assert_eq!(sum(row * 64, &bytes), naive(row * 64, &bytes));
+            let rows = bytes.as_chunks::<ROW>().0;
+            prop_assert_eq!(nh_rows(row as u32, rows), crate::isa::nh_rows(row as u32, rows));
         }
 
         #[test]

@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::FutureExt;
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -495,6 +496,10 @@ impl Timers {
     /// The future's value; `None` when the deadline passes first. After the thread ended nothing
     /// drives the clock, so the future itself has to end then.
     async fn within<T>(&self, deadline: Duration, future: impl Future<Output = T>) -> Option<T> {
+        if deadline.is_zero() {
+            // A timer, even one of no time, waits for the clock's next tick.
+            return future.now_or_never();
+        }
         let timed = {
             let _context = self.runtime.as_ref().map(Runtime::enter);
             tokio::time::timeout(deadline, future)
