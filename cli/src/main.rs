@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use checkpoint_engine::control::{Address, ControlConfig, Token};
+use checkpoint_engine::control::{Address, ControlConfig, Token, from_env};
 use checkpoint_engine::{
     Availability, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind, Rank,
     ReceiveReport, Role, Version, registry,
@@ -184,9 +184,10 @@ struct SyncArgs {
 /// How ranks find each other.
 #[derive(Debug, Args)]
 struct RendezvousArgs {
-    /// Where the trainer listens: HOST:PORT, unix:/path or unix:@name
+    /// Where the trainer listens: HOST:PORT, unix:/path or unix:@name; without it, torchrun's
+    /// MASTER_ADDR and MASTER_PORT say so, and RANK and WORLD_SIZE the rest
     #[arg(long, value_name = "ADDRESS")]
-    rendezvous: Address,
+    rendezvous: Option<Address>,
     /// A file with the secret that all ranks share, readable by its owner only
     #[arg(long, value_name = "FILE", required_unless_present = "token_stdin")]
     token_file: Option<PathBuf>,
@@ -195,8 +196,26 @@ struct RendezvousArgs {
     token_stdin: bool,
 }
 
+/// A process's place in a group that starts: what its options say, and else torchrun.
+struct Meeting {
+    control: ControlConfig,
+    /// Only torchrun knows them for certain.
+    rank: Option<Rank>,
+    world_size: Option<u32>,
+}
+
 impl RendezvousArgs {
-    fn control(&self, create_token: bool, timeout: Duration) -> Result<ControlConfig, Failure> {
+    fn meet(&self, create_token: bool, timeout: Duration) -> Result<Meeting, Failure> {
+        let (address, rank, world_size) = match &self.rendezvous {
+            Some(address) => (address.clone(), None, None),
+            None => {
+                let environment = from_env()?.ok_or(
+                    "give --rendezvous ADDRESS, or set torchrun's RANK, WORLD_SIZE, MASTER_ADDR \
+                     and MASTER_PORT",
+                )?;
+                (environment.address, Some(environment.rank), Some(environment.world_size))
+            }
+        };
         let token = match &self.token_file {
             Some(path) if create_token && !path.exists() => Token::create(path)?,
             Some(path) => Token::read(path)?,
@@ -208,9 +227,9 @@ impl RendezvousArgs {
                 Token::new(&secret)?
             }
         };
-        let mut control = ControlConfig::new(self.rendezvous.clone(), token);
+        let mut control = ControlConfig::new(address, token);
         control.connect_timeout = timeout;
-        Ok(control)
+        Ok(Meeting { control, rank, world_size })
     }
 }
 
@@ -230,9 +249,9 @@ struct TrainerArgs {
     engine: EngineArgs,
     #[command(flatten)]
     rendezvous: RendezvousArgs,
-    /// How many rollouts to wait for
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    rollouts: u32,
+    /// How many rollouts to wait for; torchrun's WORLD_SIZE says so without it, else 1
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    rollouts: Option<u32>,
     /// Seconds between the updates
     #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
     interval: f64,
@@ -248,13 +267,13 @@ struct RolloutArgs {
     engine: EngineArgs,
     #[command(flatten)]
     rendezvous: RendezvousArgs,
-    /// The rank to take; the trainer gives the next free one without it
+    /// The rank to take; without it torchrun's RANK, else the trainer gives the next free one
     #[arg(long)]
     rank: Option<u32>,
     /// The number of ranks of the group, the trainer included; any number joins a group that has
-    /// formed already
-    #[arg(long, default_value_t = 2)]
-    world_size: u32,
+    /// formed already; torchrun's WORLD_SIZE says so without it, else 2
+    #[arg(long)]
+    world_size: Option<u32>,
     /// Compare every tensor with the trainer's source, bit for bit
     #[arg(long)]
     verify: bool,
@@ -378,15 +397,21 @@ async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Failure> {
     }
     source.advance(Version(1))?;
     let memory = PeakMemory::start()?;
-    let control = ControlPlane::lead(args.rendezvous.control(true, config.timeout())?).await?;
+    let meeting = args.rendezvous.meet(true, config.timeout())?;
+    if let Some(rank) = meeting.rank.filter(|rank| *rank != Rank::LEADER) {
+        return Err(format!("the trainer is rank 0, RANK says {rank}").into());
+    }
+    let told = meeting.world_size.map(|ranks| ranks - 1);
+    let rollouts = args.rollouts.or(told).unwrap_or(1);
+    let control = ControlPlane::lead(meeting.control).await?;
     if !args.json {
-        println!("waiting for {} rollouts at {}", args.rollouts, control.address());
+        println!("waiting for {rollouts} rollouts at {}", control.address());
     }
     let context = EngineContext::new(config.clone(), Role::Trainer).with_control(control.clone());
     let engine = registry.create(context)?;
     let announcement = serde_json::json!(Announcement { source: source.spec().clone() });
     let mut trainer = Trainer { engine, source };
-    let world_size = args.rollouts + 1;
+    let world_size = rollouts + 1;
     let deadline = config.timeout();
     let engine = &mut *trainer.engine;
     form_group(engine, &registry, &control, world_size, announcement, deadline).await?;
@@ -416,10 +441,11 @@ async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Failure> {
 
 async fn rollout_command(args: &RolloutArgs) -> Result<ExitCode, Failure> {
     let config = args.engine.config()?;
+    let meeting = args.rendezvous.meet(false, config.timeout())?;
     let options = RolloutOptions {
-        control: args.rendezvous.control(false, config.timeout())?,
-        rank: args.rank.map(Rank),
-        world_size: args.world_size,
+        control: meeting.control,
+        rank: args.rank.map(Rank).or(meeting.rank),
+        world_size: args.world_size.or(meeting.world_size).unwrap_or(2),
         config,
         verify: args.verify,
         out: args.out.clone(),

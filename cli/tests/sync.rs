@@ -275,3 +275,73 @@ fn a_trainer_goes_on_with_the_rollouts_that_are_left() {
     let left = rollouts.remove(0).wait_with_output().expect("it ends");
     assert!(left.status.success(), "{}", String::from_utf8_lossy(&left.stderr));
 }
+
+#[test]
+fn a_rollout_that_joins_later_takes_part_in_the_next_update() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let token = folder.path().join("token");
+    let address = format!("unix:@ckpt-engine-late-{}", std::process::id());
+    let mut trainer = program()
+        .args(["trainer", "--rendezvous", &address, "--rollouts", "1", "--updates", "60"])
+        .args(["--synthetic", "tiny-moe", "--json", "--timeout", "10"])
+        .args(["--interval", "0.1", "--token-file"])
+        .arg(&token)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    eventually("the trainer has made a token", || token.exists());
+    let early = rollout(&address, &token, &["--verify"]);
+    let mut output = BufReader::new(trainer.stdout.take().expect("piped"));
+    let mut first = String::new();
+    output.read_line(&mut first).expect("a first update");
+    let late = rollout(&address, &token, &["--verify"]);
+    let mut rest = String::new();
+    output.read_to_string(&mut rest).expect("text");
+    let (status, errors) = end_of(trainer);
+    assert!(status.success(), "{errors}");
+    let last: serde_json::Value =
+        serde_json::from_str(rest.lines().last().expect("more updates")).expect("JSON");
+    assert_eq!(last["verified"], true);
+    assert_eq!(last["rollouts"].as_array().expect("rollouts").len(), 2);
+    for rollout in [early, late] {
+        let output = rollout.wait_with_output().expect("it ends");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+#[test]
+fn torchruns_environment_says_where_and_who() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let token = folder.path().join("token");
+    engine_core::control::Token::create(&token).expect("a token");
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .expect("a port")
+        .port()
+        .to_string();
+    let start = |rank: &str, args: &[&str]| {
+        program()
+            .args(args)
+            .args(["--timeout", "20", "--token-file"])
+            .arg(&token)
+            .envs([("RANK", rank), ("WORLD_SIZE", "3")])
+            .envs([("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", &port)])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the program starts")
+    };
+    let trainer = start("0", &["trainer", "--synthetic", "tiny-moe", "--json"]);
+    let rollouts = ["1", "2"].map(|rank| start(rank, &["rollout", "--verify"]));
+    let lines = json_lines(&trainer.wait_with_output().expect("it ends"));
+    assert_eq!(lines[0]["verified"], true);
+    assert_eq!(lines[0]["rollouts"].as_array().expect("rollouts").len(), 2);
+    for rollout in rollouts {
+        assert!(rollout.wait_with_output().expect("it ends").status.success());
+    }
+    let lost = start("1", &["trainer", "--synthetic", "tiny-moe"]);
+    let (status, errors) = end_of(lost);
+    assert_eq!(status.code(), Some(1));
+    assert!(errors.contains("RANK"), "{errors}");
+}

@@ -3,7 +3,7 @@
 //! A backend's tests name the suite once, and [`suite!`] makes a test of every case:
 //!
 //! ```
-//! conformance::suite!(conformance::Suite::new(engine_core::naive::BACKEND));
+//! conformance::suite!(conformance::Suite::new(engine_core::naive::BACKEND), without buckets);
 //! ```
 //!
 //! [`broken`] has engines with one fault each, which the suite must notice.
@@ -105,18 +105,17 @@ impl Suite {
         }
     }
 
-    /// Runs the case of a name as a test: panics if it fails, and says so if it is ignored.
+    /// Runs the case of a name as a test.
     ///
     /// # Panics
     ///
-    /// If the engine fails the case, or there is no such case; and if the case is ignored while the
-    /// environment variable `CKPT_ENGINE_REQUIRE_ALL` is 1 and the backend should have it.
+    /// If the engine fails the case or does not have what it is about, or if there is no such case.
     pub fn test(&self, name: &str) {
         let case = CASES.iter().find(|case| case.name == name).expect("a case of that name");
         match self.run(case) {
             Outcome::Passed => {}
             Outcome::Failed(words) => panic!("{} does not: {name}: {words}", self.backend.name()),
-            Outcome::Ignored(reason) => eprintln!("ignored: {reason}"),
+            Outcome::Ignored(reason) => panic!("{name}: {reason}"),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The contract of a checkpoint engine, and everything of it that no device needs.
 
+mod cache;
 mod config;
 pub mod control;
 pub mod digest;
@@ -20,6 +21,7 @@ mod stream;
 pub mod update;
 mod weight;
 
+pub use cache::CachedEngine;
 pub use config::{CheckpointEngineConfig, ConfigFormat};
 pub use control::{ControlPlane, Role};
 pub use dtype::DType;
