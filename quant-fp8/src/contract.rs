@@ -225,6 +225,19 @@ pub(crate) fn agree(peers: &[WorkerMetadata]) -> Result<Agreement> {
     Ok(Agreement { trainer_quantizes: trainer.quantizes, rules })
 }
 
+/// How the weights are quantised that a rollout's program gets from its engine: by the trainer or by
+/// the rollout itself, after what all ranks declared. `None` if nobody quantises them.
+///
+/// # Errors
+///
+/// `Mismatch` that says which rank wants what: then the group does not form either.
+pub fn agreed_rules(workers: &[WorkerMetadata], rollout: Rank) -> Result<Option<RulesConfig>> {
+    let agreement = agree(workers)?;
+    let own = workers.get(rollout.index()).map(|worker| &worker.format);
+    let on_receive = own.is_some_and(|format| format["quantizes"] == true);
+    Ok((agreement.trainer_quantizes || on_receive).then_some(agreement.rules))
+}
+
 /// Whether a rollout can load what arrives there.
 fn fits(
     trainer_quantizes: bool,
