@@ -74,9 +74,8 @@ impl TensorMemory {
 pub struct Pool(Arc<ThreadPool>);
 
 impl Pool {
-    /// A pool of so many threads; without a number, of one for every second core, and at most 16:
-    /// trainer and rollouts of one host work at the same time, and memory bandwidth is used up before
-    /// the cores are.
+    /// A pool of so many threads; without a number, of one for every core, and at most 16: memory
+    /// bandwidth is used up before more cores are.
     ///
     /// # Errors
     ///
@@ -153,7 +152,7 @@ impl Pool {
 }
 
 fn default_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).clamp(1, 16))
+    std::thread::available_parallelism().map_or(1, |cores| cores.get().min(16))
 }
 
 /// Work that was started on a [`Pool`]; a future of its result.

@@ -1,24 +1,10 @@
 //! The reference formula, written in PyTorch operations, gives the same bytes.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use half::{bf16, f16};
 use quant_fp8::{Codec, Fp8Format, Granularity, Mode, Source, SourceType, Store};
-
-const TORCH: &str = "torch==2.15.0";
-
-/// What torch needs for this, and not what it declares: that is gigabytes of CUDA.
-const NEEDED: [&str; 8] = [
-    "typing-extensions",
-    "filelock",
-    "sympy",
-    "mpmath",
-    "networkx",
-    "jinja2",
-    "markupsafe",
-    "fsspec",
-];
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -28,21 +14,6 @@ fn run(command: &mut Command) -> Outcome<()> {
         return Ok(());
     }
     Err(format!("{command:?}: {}", String::from_utf8_lossy(&output.stderr)).into())
-}
-
-/// A Python with torch, installed under `target/` once.
-fn python_with_torch(folder: &Path, script: &Path) -> Outcome<PathBuf> {
-    let (venv, done) = (folder.join("venv"), folder.join("installed"));
-    let python = venv.join("bin/python");
-    if std::fs::read_to_string(&done).ok().as_deref() != Some(TORCH) {
-        run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&venv))?;
-        run(Command::new(&python)
-            .args(["-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", TORCH])
-            .args(NEEDED))?;
-        run(Command::new(&python).arg(script).arg("--prepare"))?;
-        std::fs::write(&done, TORCH)?;
-    }
-    Ok(python)
 }
 
 /// Values of many magnitudes in both signs, zeros among them, and the same block of zeros only.
@@ -61,18 +32,15 @@ fn values(rows: usize, cols: usize) -> Vec<f32> {
     (0..rows * cols).map(&mut value).collect()
 }
 
-/// The first run takes about a minute and half a gigabyte of downloads. Run it where that is fine:
-///
-/// ```text
-/// cargo test -p quant-fp8 --test torch -- --ignored
-/// ```
+/// `cargo xtask test` installs PyTorch and runs it.
 #[test]
-#[ignore = "installs PyTorch under target/; run with --ignored"]
+#[ignore = "needs a Python with PyTorch, named by CKPT_ENGINE_TORCH_PYTHON"]
 fn the_formula_in_torch_operations_gives_the_same_bytes() -> Outcome<()> {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("torch-reference");
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/torch_reference.py");
     std::fs::create_dir_all(&folder)?;
-    let python = python_with_torch(&folder, &script)?;
+    let python = std::env::var_os("CKPT_ENGINE_TORCH_PYTHON");
+    let python = python.ok_or("CKPT_ENGINE_TORCH_PYTHON is not set: run `cargo xtask test`")?;
 
     let cases = folder.join("cases");
     if cases.exists() {

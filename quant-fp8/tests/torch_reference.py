@@ -59,7 +59,8 @@ def scale_and_multiplier(mode, absmax):
         scale = absmax.clamp(min=1e-10) / 448.0
         return scale, one / scale
     if mode == "pytorch":
-        multiplier = 448.0 / absmax
+        # A number divided by a tensor would be the tensor's reciprocal times the number: two roundings.
+        multiplier = torch.full_like(absmax, 448.0) / absmax
         multiplier = torch.where(absmax == 0, one, multiplier)
         multiplier = torch.where(absmax == torch.inf, one, multiplier)
         return one / multiplier, multiplier

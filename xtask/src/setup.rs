@@ -38,16 +38,27 @@ struct Step {
 enum Install {
     /// By this program; it writes to the target folder.
     Automatic { how: &'static str, install: fn(&Workspace) -> Result<()> },
+    /// By this program where it can; without it, a test is left out and the user told why.
+    Attempted { how: &'static str, install: fn(&Workspace) -> Result<()> },
     /// By the user, who is told how; nothing depends on it.
     Optional { how: &'static str },
 }
 
-const STEPS: [Step; 4] = [
+const STEPS: &[Step] = &[
     Step {
         name: "cargo-nextest",
         purpose: Purpose::Tests,
         check: tests::has_nextest,
         install: Install::Optional { how: "cargo install --locked cargo-nextest" },
+    },
+    Step {
+        name: "PyTorch",
+        purpose: Purpose::Tests,
+        check: tools::has_torch,
+        install: Install::Attempted {
+            how: "the wheel of its CPU part, in an environment of its own",
+            install: tools::install_torch,
+        },
     },
     Step {
         name: "rustfmt",
@@ -88,6 +99,12 @@ pub(crate) fn prepare(workspace: &Workspace, purposes: &[Purpose]) -> Result<()>
             Install::Optional { how } => {
                 println!("{} is not installed; nothing depends on it ({how})", step.name);
             }
+            Install::Attempted { how, install } => {
+                println!("installing {}: {how}", step.name);
+                if let Err(error) = install(workspace) {
+                    println!("{} cannot be installed: {error}", step.name);
+                }
+            }
             Install::Automatic { how, install } => {
                 println!("installing {}: {how}", step.name);
                 install(workspace).map_err(|error| format!("{}: {error}", step.name))?;
@@ -103,10 +120,13 @@ pub(crate) fn prepare(workspace: &Workspace, purposes: &[Purpose]) -> Result<()>
 /// Prints each step's state; an error if something is missing that is not optional.
 pub(crate) fn report(workspace: &Workspace) -> Result<()> {
     let mut missing = Vec::new();
-    for step in &STEPS {
+    for step in STEPS {
         let state = match (&step.install, (step.check)(workspace)) {
             (_, true) => "there".to_owned(),
             (Install::Optional { how }, false) => format!("not there, optional: {how}"),
+            (Install::Attempted { how, .. }, false) => {
+                format!("not there; `cargo xtask setup` tries to install it: {how}")
+            }
             (Install::Automatic { how, .. }, false) => {
                 missing.push(step.name);
                 format!("missing; `cargo xtask setup` installs it: {how}")

@@ -7,6 +7,7 @@ use clap::Args;
 use crate::Result;
 use crate::process::{stage, succeeds};
 use crate::setup::{self, Purpose};
+use crate::tools;
 use crate::workspace::Workspace;
 
 /// Tests read it: with `1`, one that cannot run on this machine fails instead of being ignored.
@@ -43,8 +44,28 @@ pub(crate) fn all(workspace: &Workspace, options: &Options) -> Result<()> {
         let mut doctests = workspace.cargo();
         doctests.args(["test", "--workspace", "--doc"]);
         stage("doctests", doctests)?;
+        with_torch(workspace, options)?;
     }
     Ok(())
+}
+
+/// The test that compares with PyTorch, which is ignored elsewhere.
+fn with_torch(workspace: &Workspace, options: &Options) -> Result<()> {
+    if !tools::has_torch(workspace) {
+        println!("\n-- PyTorch: ignored, it is not installed (see above)");
+        return if requires_all(options) { Err("PyTorch is not installed".into()) } else { Ok(()) };
+    }
+    if requires_all(options) {
+        return Ok(()); // It ran with the others.
+    }
+    let mut command = workspace.cargo();
+    command.args(["test", "--package", "quant-fp8", "--test", "torch", "--", "--ignored"]);
+    command.env(tools::TORCH_PYTHON, tools::torch_python(workspace));
+    stage("PyTorch", command)
+}
+
+fn requires_all(options: &Options) -> bool {
+    options.require_all || std::env::var_os(REQUIRE_ALL).is_some_and(|value| value == "1")
 }
 
 pub(crate) fn has_nextest(workspace: &Workspace) -> bool {
@@ -52,9 +73,9 @@ pub(crate) fn has_nextest(workspace: &Workspace) -> bool {
 }
 
 fn tests(workspace: &Workspace, options: &Options) -> Command {
-    let require_all =
-        options.require_all || std::env::var_os(REQUIRE_ALL).is_some_and(|value| value == "1");
+    let require_all = requires_all(options);
     let mut command = workspace.cargo();
+    command.env(tools::TORCH_PYTHON, tools::torch_python(workspace));
     let nextest = has_nextest(workspace);
     if nextest {
         command.args(["nextest", "run"]);
