@@ -47,7 +47,7 @@ impl IpcEngine {
     pub fn new(context: EngineContext) -> Result<Self> {
         context.config.kwargs::<Kwargs>(NAME)?;
         let control = context.require_control()?;
-        let pool = Pool::new(context.config.threads.map(Into::into))?;
+        let pool = Pool::new(context.threads())?;
         Ok(Self { context, control, pool, phase: Phase::New })
     }
 }

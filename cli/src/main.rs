@@ -157,7 +157,7 @@ struct EngineArgs {
     /// The deadline of every wait, in seconds
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<f64>,
-    /// Threads that pack and check buckets; all cores without it
+    /// Threads that pack and check buckets; without it all cores on the trainer, half on a rollout
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
     /// Do not guard buckets with digests

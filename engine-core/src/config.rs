@@ -68,7 +68,8 @@ pub struct CheckpointEngineConfig {
     pub timeout_seconds: f64,
     /// Whether buckets carry digests that receivers verify: yes unless set.
     pub digests: bool,
-    /// How many threads copy and encode; as many as the machine has cores unless set.
+    /// How many threads copy, encode and verify; [`EngineContext::threads`](crate::EngineContext::threads)
+    /// says how many unless set.
     pub threads: Option<NonZeroUsize>,
 }
 

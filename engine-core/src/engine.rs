@@ -260,6 +260,19 @@ impl EngineContext {
         })
     }
 
+    /// How many threads the rank packs or checks with: those of the configuration, else on a trainer
+    /// one for every core, which packing and quantising can use, and on a rollout one for every
+    /// second, since verifying takes less and several rollouts may share a host; at most 16, because
+    /// memory bandwidth is used up before more are.
+    pub fn threads(&self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        match (self.config.threads, self.role) {
+            (Some(threads), _) => threads.get(),
+            (None, Role::Trainer) => cores().min(16),
+            (None, Role::Rollout) => cores().div_ceil(2).min(16),
+        }
+    }
+
     /// The deadline of every wait.
     pub fn deadline(&self) -> Duration {
         self.config.timeout()

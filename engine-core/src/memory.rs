@@ -74,15 +74,14 @@ impl TensorMemory {
 pub struct Pool(Arc<ThreadPool>);
 
 impl Pool {
-    /// A pool of so many threads; without a number, of one for every core, and at most 16: memory
-    /// bandwidth is used up before more cores are.
+    /// A pool of so many threads; see [`EngineContext::threads`](crate::EngineContext::threads).
     ///
     /// # Errors
     ///
     /// `Resource` if the threads cannot be started.
-    pub fn new(threads: Option<usize>) -> Result<Self> {
+    pub fn new(threads: usize) -> Result<Self> {
         rayon::ThreadPoolBuilder::new()
-            .num_threads(threads.unwrap_or_else(default_threads))
+            .num_threads(threads.max(1))
             .thread_name(|index| format!("ckpt-pack-{index}"))
             .build()
             .map(|pool| Self(Arc::new(pool)))
@@ -149,10 +148,6 @@ impl Pool {
     pub fn digest(&self, pieces: &[Piece], bucket: &[u8]) -> u64 {
         self.0.install(|| sum_pieces(pieces, bucket))
     }
-}
-
-fn default_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, |cores| cores.get().min(16))
 }
 
 /// Work that was started on a [`Pool`]; a future of its result.
@@ -314,7 +309,7 @@ mod tests {
 
     #[test]
     fn encoding_places_every_weight_and_its_digest_is_the_one_of_the_bytes() {
-        let pool = Pool::new(Some(3)).unwrap();
+        let pool = Pool::new(3).unwrap();
         let sizes = [0, 1, 255, 256, 257, 5000, 3 << 20, 7];
         let (mut jobs, mut pieces, mut offset) = (Vec::new(), Vec::new(), 0_u64);
         for (index, size) in sizes.into_iter().enumerate() {
@@ -381,7 +376,7 @@ mod tests {
 
     #[test]
     fn deferred_weights_are_encoded_after_all_others_and_weights_split_at_granules() {
-        let pool = Pool::new(Some(2)).unwrap();
+        let pool = Pool::new(2).unwrap();
         let counter = Arc::new(Mutex::new(0));
         let encoded = |name: &str, len, encoding: Arc<dyn Encoding>| {
             let meta = TensorMeta::new(name, DType::U8, [len]);
@@ -401,7 +396,7 @@ mod tests {
 
     #[tokio::test]
     async fn work_that_panics_is_an_error() {
-        let pool = Pool::new(Some(1)).unwrap();
+        let pool = Pool::new(1).unwrap();
         let error = pool.start::<(), _>(|| panic!("no")).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Aborted);
         assert_eq!(pool.start(|| Ok(5)).await.unwrap(), 5);

@@ -49,7 +49,7 @@ impl Backend for Naive {
         #[serde(deny_unknown_fields)]
         struct Kwargs {}
         context.config.kwargs::<Kwargs>(NAME)?;
-        let pool = Pool::new(context.config.threads.map(Into::into))?;
+        let pool = Pool::new(context.threads())?;
         Ok(Box::new(NaiveEngine { context, pool, phase: Phase::New }))
     }
 

@@ -27,7 +27,7 @@ pub fn with_fp8(
     context: &EngineContext,
 ) -> Result<Box<dyn CheckpointEngine>> {
     let declaration = Declaration::of(&context.config, context.role)?;
-    let (role, threads) = (context.role, context.config.threads.map(Into::into));
+    let (role, threads) = (context.role, context.threads());
     Ok(Box::new(Fp8Engine { engine, role, declaration, threads, task: Task::Pass }))
 }
 
@@ -36,7 +36,7 @@ struct Fp8Engine {
     engine: Box<dyn CheckpointEngine>,
     role: Role,
     declaration: Declaration,
-    threads: Option<usize>,
+    threads: usize,
     task: Task,
 }
 

@@ -1,0 +1,199 @@
+//! Somebody else's transport: a crate of its own implements two traits, registers its backend, and
+//! passes the conformance suite.
+//!
+//! This one moves buckets between tasks of one process through memory that both share. What a
+//! transport brings is the memory of the buckets and how a filled one gets across; the protocol
+//! around it (plan, digests, deadlines, aborts) is the library's.
+
+use std::collections::HashMap;
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use checkpoint_engine::memory::{Job, Pool};
+use checkpoint_engine::update::{ReceiveLink, Receiver, SendLink, Sender};
+use checkpoint_engine::{
+    Availability, Backend, CheckpointEngine, EngineContext, Error, ErrorKind, Placement, Rank,
+    ReceivedWeights, Registry, Result, Role, SendReport, Version, WeightStream, WorkerMetadata,
+};
+
+/// Filled buckets, by trainer and slot.
+type Shelf = Mutex<HashMap<(u64, u32), Bytes>>;
+static SHELF: LazyLock<Shelf> = LazyLock::new(Shelf::default);
+
+fn shelf() -> std::sync::MutexGuard<'static, HashMap<(u64, u32), Bytes>> {
+    SHELF.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The trainer's end.
+#[derive(Debug)]
+struct Outgoing {
+    id: u64,
+    bucket_bytes: u64,
+    filled: Vec<Vec<u8>>,
+    pool: Pool,
+}
+
+#[async_trait]
+impl SendLink for Outgoing {
+    fn slots(&self) -> usize {
+        self.filled.len()
+    }
+
+    fn bucket_bytes(&self) -> u64 {
+        self.bucket_bytes
+    }
+
+    async fn fill(&mut self, slot: usize, jobs: Vec<Job>, digests: bool) -> Result<u64> {
+        let (pool, len) = (self.pool.clone(), self.bucket_bytes as usize);
+        let work = move || {
+            let mut bucket = vec![0; len];
+            let sum = pool.encode(&jobs, &mut bucket, digests)?;
+            Ok((sum, bucket))
+        };
+        let (sum, bucket) = self.pool.start(work).await?;
+        self.filled[slot] = bucket;
+        Ok(sum)
+    }
+
+    async fn publish(&mut self, slot: usize, filled: u64) -> Result<()> {
+        let mut bucket = std::mem::take(&mut self.filled[slot]);
+        bucket.truncate(filled as usize);
+        shelf().insert((self.id, slot as u32), aligned(&bucket));
+        Ok(())
+    }
+}
+
+/// The same bytes where a view of any type may begin.
+fn aligned(bytes: &[u8]) -> Bytes {
+    let mut memory = vec![0; bytes.len() + 256];
+    let start = memory.as_ptr().align_offset(256);
+    memory[start..start + bytes.len()].copy_from_slice(bytes);
+    Bytes::from(memory).slice(start..start + bytes.len())
+}
+
+/// A rollout's end.
+#[derive(Debug)]
+struct Incoming {
+    id: u64,
+}
+
+#[async_trait]
+impl ReceiveLink for Incoming {
+    async fn fetch(&mut self, slot: u32, filled: u64) -> Result<Bytes> {
+        let bucket = shelf().get(&(self.id, slot)).cloned();
+        bucket.filter(|bytes| bytes.len() as u64 == filled).ok_or_else(|| {
+            Error::new(ErrorKind::Protocol, "fetching a bucket", "there is no such bucket")
+        })
+    }
+}
+
+/// One rank's engine: the phases around the two ends.
+#[derive(Debug)]
+struct ShelfEngine {
+    context: EngineContext,
+    prepared: Option<u64>,
+    sender: Option<Sender<Outgoing>>,
+    receiver: Option<Receiver<Incoming>>,
+}
+
+fn wrong_phase(operation: &str) -> Error {
+    Error::new(ErrorKind::State, operation, "not in this phase, or not in this role")
+}
+
+#[async_trait]
+impl CheckpointEngine for ShelfEngine {
+    async fn prepare(&mut self) -> Result<WorkerMetadata> {
+        if self.sender.is_some() || self.receiver.is_some() {
+            return Err(wrong_phase("preparing"));
+        }
+        static IDS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+        let id = IDS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        self.prepared = Some(id);
+        Ok(WorkerMetadata::of_this_process("shelf", self.context.role, id.into()))
+    }
+
+    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
+        let id = self.prepared.ok_or_else(|| wrong_phase("joining the group"))?;
+        let (context, control) = (&self.context, self.context.require_control()?);
+        let pool = Pool::new(context.threads())?;
+        if context.role == Role::Trainer {
+            let bucket_bytes = context.config.bucket_bytes().unwrap_or(16 << 20);
+            let link = Outgoing { id, bucket_bytes, filled: vec![Vec::new(); 2], pool };
+            let peers = (0..).map(Rank).zip(&place.peers);
+            let rollouts =
+                peers.filter(|(_, peer)| peer.role == Role::Rollout).map(|(rank, _)| rank);
+            self.sender = Some(Sender::new(link, context, control, rollouts));
+        } else {
+            let id = place.peer(Rank::LEADER)?.details.as_u64().unwrap_or_default();
+            self.receiver = Some(Receiver::new(Incoming { id }, context, control, pool));
+        }
+        Ok(())
+    }
+
+    async fn send_weights(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        let sender = self.sender.as_mut().ok_or_else(|| wrong_phase("sending weights"))?;
+        sender.send(weights, version).await
+    }
+
+    async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
+        let receiver = self.receiver.as_mut().ok_or_else(|| wrong_phase("receiving weights"))?;
+        receiver.receive(version).await
+    }
+
+    async fn finalize(&mut self) -> Result<()> {
+        (self.sender, self.receiver) = (None, None);
+        let id = self.prepared.take().ok_or_else(|| wrong_phase("finalizing"))?;
+        shelf().retain(|(owner, _), _| *owner != id);
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+struct ShelfBackend;
+
+/// What the crate would export.
+static BACKEND: &dyn Backend = &ShelfBackend;
+
+impl Backend for ShelfBackend {
+    fn name(&self) -> &'static str {
+        "shelf"
+    }
+
+    fn summary(&self) -> &'static str {
+        "tasks of one process, through buckets on a shelf"
+    }
+
+    fn probe(&self) -> Availability {
+        Availability::Usable { details: "always".into() }
+    }
+
+    fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
+        let engine = ShelfEngine { context, prepared: None, sender: None, receiver: None };
+        Ok(Box::new(engine))
+    }
+
+    fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
+        Placement::for_all("shelf", workers)
+    }
+}
+
+fn main() {
+    // A program adds it to the backends that it knows; a configuration then chooses it by name.
+    let registry: Registry = checkpoint_engine::registry().with(BACKEND);
+    assert!(registry.get("shelf").is_ok());
+
+    let suite = conformance::Suite::new(BACKEND).with_control_plane();
+    for case in conformance::CASES {
+        eprintln!("{}: {:?}", case.name, suite.run(case));
+    }
+}
+
+#[cfg(test)]
+mod conforms {
+    conformance::suite!(conformance::Suite::new(super::BACKEND).with_control_plane());
+}
