@@ -117,6 +117,24 @@ pub fn chain(version: u64, bucket: u64) -> u64 {
     mix(version.wrapping_mul(GOLDEN) ^ bucket)
 }
 
+/// The key tables of the formula: `A`, `B`, `C` and `D`, for code that computes sums elsewhere.
+#[derive(Clone, Copy, Debug)]
+pub struct KeyTables {
+    /// `A`.
+    pub low: [u32; LANES],
+    /// `B`.
+    pub high: [u32; LANES],
+    /// `C`.
+    pub low_step: [u32; LANES],
+    /// `D`.
+    pub high_step: [u32; LANES],
+}
+
+/// The key tables.
+pub const fn keys() -> KeyTables {
+    KeyTables { low: LOW, high: HIGH, low_step: LOW_STEP, high_step: HIGH_STEP }
+}
+
 fn mix(mut x: u64) -> u64 {
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

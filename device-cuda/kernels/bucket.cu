@@ -1,0 +1,349 @@
+// Everything that is done to the bytes of a bucket, by one launch each: `encode` writes all weights of
+// a bucket (or copies a bucket out into its tensors), `digest` sums it up.
+//
+// Work is cut into tiles of about 32 KiB of source: one block of 128 x 128 elements, or so many bytes of
+// a copy. A table has the job and the number within it of every tile, so that eighteen thousand small
+// matrices cost per byte what one large matrix does. A grid of a few blocks per multiprocessor walks
+// the table.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define THREADS 256
+#define COPY_TILE 32768
+
+// As `Job` in src/table.rs.
+struct Job {
+    u64 source;         // device address of the first element
+    u64 target;         // device address of the first code, or of the copy
+    u64 scales;         // device address of the first scale
+    u64 bytes;          // copies: how many
+    u32 kind;           // 0 copy, 1 BF16, 2 F16, 3 F32
+    u32 rows;           // of one matrix
+    u32 cols;
+    u32 block_rows;
+    u32 block_cols;
+    u32 bands;          // rows of blocks of one matrix
+    u32 blocks;         // blocks of one band
+    u32 precast;        // 1: round to BF16 first
+};
+
+// As `Tile` in src/table.rs.
+struct Tile {
+    u32 job;
+    u32 index;
+};
+
+enum { COPY = 0, BF16 = 1, F16 = 2, F32 = 3 };
+enum { TRITON = 0, PYTORCH = 1, UE8M0 = 2, TRITON_GPU = 3 };
+
+__device__ __forceinline__ uint4 load16(const void* address) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+    return v;
+}
+
+__device__ __forceinline__ float bf16_value(u32 bits) { return __uint_as_float(bits << 16); }
+
+__device__ __forceinline__ float f16_value(u32 bits) {
+    float value;
+    asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(value) : "r"(bits));
+    return value;
+}
+
+// To nearest even; NaN stays NaN.
+__device__ __forceinline__ float round_to_bf16(float value) {
+    u32 bits = __float_as_uint(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return value;
+    return __uint_as_float((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
+}
+
+struct Scale {
+    float scale;
+    float multiplier;
+};
+
+// The formulas of quant-fp8's `Mode::block_scale`, in the same correctly rounded arithmetic.
+__device__ __forceinline__ Scale block_scale(u32 mode, float absmax) {
+    Scale s;
+    if (mode == PYTORCH) {
+        s.multiplier = absmax == 0.0f ? 1.0f : __fdiv_rn(448.0f, absmax);
+        s.scale = __fdiv_rn(1.0f, s.multiplier);
+    } else if (mode == TRITON_GPU) {
+        // What Triton's `/` compiles to: a product with a rounded reciprocal, and an approximate one.
+        s.scale = __fmul_rn(fmaxf(absmax, 1e-10f), __fdiv_rn(1.0f, 448.0f));
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s.multiplier) : "f"(s.scale));
+    } else {
+        float floor = mode == UE8M0 ? 1e-4f : 1e-10f;
+        s.scale = __fdiv_rn(fmaxf(absmax, floor), 448.0f);
+        if (mode == UE8M0) {
+            u32 mantissa = (1u << 23) - 1u;
+            s.scale = __uint_as_float((__float_as_uint(s.scale) + mantissa) & ~mantissa);
+        }
+        s.multiplier = __fdiv_rn(1.0f, s.scale);
+    }
+    return s;
+}
+
+// Two codes; the first in the lower byte. Values are finite.
+__device__ __forceinline__ u32 codes2(float a, float b) {
+#if __CUDA_ARCH__ >= 890
+    u16 codes;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(b), "f"(a));
+    return codes;
+#else
+    u32 result = 0;
+    float values[2] = {a, b};
+    for (int i = 0; i < 2; i++) {
+        u32 bits = __float_as_uint(values[i]);
+        u32 magnitude = min(bits & 0x7fffffffu, __float_as_uint(448.0f));
+        u32 code;
+        if (magnitude >= 121u << 23) {
+            code = ((magnitude + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20) - (120u << 3);
+        } else {
+            // Subnormal codes are multiples of 2^-9, the distance of floats around 2^14.
+            code = __float_as_uint(__fadd_rn(__uint_as_float(magnitude), 16384.0f))
+                 - __float_as_uint(16384.0f);
+        }
+        result |= (code | ((bits >> 24) & 0x80u)) << (8 * i);
+    }
+    return result;
+#endif
+}
+
+__device__ __forceinline__ float element(const Job& job, u64 index) {
+    float value;
+    if (job.kind == BF16) {
+        value = bf16_value(((const u16*)job.source)[index]);
+    } else if (job.kind == F16) {
+        value = f16_value(((const u16*)job.source)[index]);
+    } else {
+        value = ((const float*)job.source)[index];
+    }
+    return job.precast && job.kind != BF16 ? round_to_bf16(value) : value;
+}
+
+// The largest of all threads' values. Two tiles in a row use different halves of `shared`, so that one
+// barrier is enough.
+__device__ __forceinline__ u32 block_max(u32 value, u32* shared) {
+    value = __reduce_max_sync(0xffffffffu, value);
+    if ((threadIdx.x & 31) == 0) shared[threadIdx.x >> 5] = value;
+    __syncthreads();
+    u32 result = 0;
+#pragma unroll
+    for (int i = 0; i < THREADS / 32; i++) result = max(result, shared[i]);
+    return result;
+}
+
+// The scale of a block whose largest magnitude has these bits; reports a block that has none.
+__device__ __forceinline__ Scale settle(u32 mode, u32 bits, const Job& job, Tile tile, u64* failed) {
+    Scale scale = block_scale(mode, __uint_as_float(bits));
+    bool finite = bits < 0x7f800000u && isfinite(scale.multiplier);
+    if (threadIdx.x == 0) {
+        ((float*)job.scales)[tile.index] = scale.scale;
+        if (!finite) atomicMin(failed, (u64)tile.job << 32 | tile.index);
+    }
+    if (!finite) scale.multiplier = 0.0f;
+    return scale;
+}
+
+// A block of 128 x 128 whose rows begin at multiples of 16 bytes: read once, kept in registers.
+// Thread t has columns 8 (t mod 16) .. + 8 of the rows t / 16 + 16 i.
+template <int KIND>
+__device__ __forceinline__ void encode_block(
+    u32 mode, const Job& job, Tile tile, u32 rows, u32 cols, u64 first, u32* shared, u64* failed) {
+    constexpr int STEPS = 8;
+    constexpr int VECTORS = KIND == F32 ? 2 : 1;
+    constexpr int SIZE = KIND == F32 ? 4 : 2;
+    u32 row = threadIdx.x >> 4, col = (threadIdx.x & 15) * 8;
+    uint4 data[STEPS][VECTORS];
+    const u8* source = (const u8*)job.source + (first + (u64)row * job.cols + col) * SIZE;
+    u64 stride = (u64)job.cols * 16 * SIZE;
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+#pragma unroll
+        for (int v = 0; v < VECTORS; v++) {
+            bool inside = row + 16 * i < rows && col < cols;
+            data[i][v] = inside ? load16(source + i * stride + 16 * v) : make_uint4(0, 0, 0, 0);
+        }
+    }
+    u32 top = 0;
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+#pragma unroll
+        for (int v = 0; v < VECTORS; v++) {
+            uint4 d = data[i][v];
+            if (KIND == F32) {
+                top = max(max(top, d.x & 0x7fffffffu), d.y & 0x7fffffffu);
+                top = max(max(top, d.z & 0x7fffffffu), d.w & 0x7fffffffu);
+            } else {
+                u32 m = 0x7fff7fffu;
+                top = __vmaxu2(__vmaxu2(top, d.x & m), __vmaxu2(d.y & m, __vmaxu2(d.z & m, d.w & m)));
+            }
+        }
+    }
+    if (KIND != F32) top = max(top & 0xffffu, top >> 16);
+    top = block_max(top, shared);
+    // Rounding keeps the order, so the largest may be rounded alone.
+    float absmax = KIND == BF16 ? bf16_value(top) : KIND == F16 ? f16_value(top) : __uint_as_float(top);
+    if (KIND != BF16 && job.precast) absmax = round_to_bf16(absmax);
+    Scale scale = settle(mode, __float_as_uint(absmax), job, tile, failed);
+    float m = scale.multiplier;
+    u8* target = (u8*)job.target + first + (u64)row * job.cols + col;
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+        u32 words[4 * VECTORS];
+#pragma unroll
+        for (int v = 0; v < VECTORS; v++) {
+            words[4 * v] = data[i][v].x, words[4 * v + 1] = data[i][v].y;
+            words[4 * v + 2] = data[i][v].z, words[4 * v + 3] = data[i][v].w;
+        }
+        u32 pairs[4];
+#pragma unroll
+        for (int p = 0; p < 4; p++) {
+            float a, b;
+            if (KIND == BF16) {
+                a = bf16_value(words[p] & 0xffffu), b = __uint_as_float(words[p] & 0xffff0000u);
+            } else if (KIND == F16) {
+                a = f16_value(words[p] & 0xffffu), b = f16_value(words[p] >> 16);
+            } else {
+                a = __uint_as_float(words[(2 * p) % (4 * VECTORS)]);
+                b = __uint_as_float(words[(2 * p + 1) % (4 * VECTORS)]);
+            }
+            if (KIND != BF16 && job.precast) a = round_to_bf16(a), b = round_to_bf16(b);
+            pairs[p] = codes2(__fmul_rn(a, m), __fmul_rn(b, m));
+        }
+        if (row + 16 * i < rows && col < cols) {
+            uint2 codes = make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
+            *(uint2*)(target + (u64)i * 16 * job.cols) = codes;
+        }
+    }
+}
+
+// A block of any size at any alignment: read twice, the second time from a cache.
+__device__ void encode_any(
+    u32 mode, const Job& job, Tile tile, u32 rows, u32 cols, u64 first, u32* shared, u64* failed) {
+    u32 count = rows * cols;
+    u32 top = 0;
+    for (u32 i = threadIdx.x; i < count; i += THREADS) {
+        float value = element(job, first + (u64)(i / cols) * job.cols + i % cols);
+        top = max(top, __float_as_uint(value) & 0x7fffffffu);
+    }
+    top = block_max(top, shared);
+    Scale scale = settle(mode, top, job, tile, failed);
+    for (u32 i = threadIdx.x; i < count; i += THREADS) {
+        u64 at = first + (u64)(i / cols) * job.cols + i % cols;
+        ((u8*)job.target)[at] = (u8)codes2(__fmul_rn(element(job, at), scale.multiplier), 0.0f);
+    }
+}
+
+__device__ __forceinline__ void copy(const Job& job, Tile tile) {
+    u64 start = (u64)tile.index * COPY_TILE;
+    u32 bytes = (u32)min((u64)COPY_TILE, job.bytes - start);
+    const u8* source = (const u8*)job.source + start;
+    u8* target = (u8*)job.target + start;
+    if ((((u64)source | (u64)target) & 15) == 0) {
+        u32 vectors = bytes / 16;
+        uint4 data[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            u32 at = threadIdx.x + i * THREADS;
+            if (at < vectors) data[i] = load16(source + 16 * at);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            u32 at = threadIdx.x + i * THREADS;
+            if (at < vectors) *(uint4*)(target + 16 * at) = data[i];
+        }
+        for (u32 at = vectors * 16 + threadIdx.x; at < bytes; at += THREADS) target[at] = source[at];
+    } else if ((((u64)source | (u64)target) & 3) == 0) {
+        u32 words = bytes / 4;
+#pragma unroll 8
+        for (u32 at = threadIdx.x; at < words; at += THREADS) {
+            ((u32*)target)[at] = ((const u32*)source)[at];
+        }
+        for (u32 at = words * 4 + threadIdx.x; at < bytes; at += THREADS) target[at] = source[at];
+    } else {
+#pragma unroll 8
+        for (u32 at = threadIdx.x; at < bytes; at += THREADS) target[at] = source[at];
+    }
+}
+
+// `failed` is all ones, and gets the lowest job and block that has no finite form.
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+encode(const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* failed) {
+    __shared__ u32 tops[2][THREADS / 32];
+    u32 parity = 0;
+    for (u32 t = blockIdx.x; t < count; t += gridDim.x) {
+        Tile tile = tiles[t];
+        Job job = jobs[tile.job];
+        if (job.kind == COPY) {
+            copy(job, tile);
+            continue;
+        }
+        u32 band = tile.index / job.blocks, block = tile.index % job.blocks;
+        u32 matrix = band / job.bands, top = band % job.bands * job.block_rows;
+        u32 left = block * job.block_cols;
+        u32 rows = min(job.block_rows, job.rows - top), cols = min(job.block_cols, job.cols - left);
+        u64 first = ((u64)matrix * job.rows + top) * job.cols + left;
+        bool aligned = (job.cols & 7) == 0 && ((job.source | job.target) & 15) == 0
+            && job.block_rows <= 128 && job.block_cols <= 128 && (job.block_cols & 7) == 0;
+        u32* shared = tops[parity];
+        parity ^= 1;
+        if (!aligned) {
+            encode_any(mode, job, tile, rows, cols, first, shared, failed);
+        } else if (job.kind == BF16) {
+            encode_block<BF16>(mode, job, tile, rows, cols, first, shared, failed);
+        } else if (job.kind == F16) {
+            encode_block<F16>(mode, job, tile, rows, cols, first, shared, failed);
+        } else {
+            encode_block<F32>(mode, job, tile, rows, cols, first, shared, failed);
+        }
+    }
+}
+
+// The keys of engine-core's digest.
+__constant__ u32 LOW[8] = {@LOW@};
+__constant__ u32 HIGH[8] = {@HIGH@};
+__constant__ u32 LOW_STEP[8] = {@LOW_STEP@};
+__constant__ u32 HIGH_STEP[8] = {@HIGH_STEP@};
+
+__device__ __forceinline__ u64 product(u64 word, u64 index) {
+    u32 lane = (u32)index & 7, row = (u32)(index >> 3);
+    u32 low = (u32)word + LOW[lane] + row * LOW_STEP[lane];
+    u32 high = (u32)(word >> 32) + HIGH[lane] + row * HIGH_STEP[lane];
+    return (u64)low * high;
+}
+
+// A part of a bucket that carries weights: jobs are copies whose target is the offset in the bucket.
+// `sum` begins at 0.
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+digest(const Job* jobs, const Tile* tiles, u32 count, u64* sum) {
+    u64 mine = 0;
+    for (u32 t = blockIdx.x; t < count; t += gridDim.x) {
+        Tile tile = tiles[t];
+        Job job = jobs[tile.job];
+        u64 start = (u64)tile.index * COPY_TILE;
+        u32 bytes = (u32)min((u64)COPY_TILE, job.bytes - start);
+        const u8* source = (const u8*)job.source + start;
+        u64 first = (job.target + start) >> 3;
+        u32 vectors = bytes / 16;
+        for (u32 at = threadIdx.x; at < vectors; at += THREADS) {
+            uint4 d = *(const uint4*)(source + 16 * at);
+            mine += product((u64)d.y << 32 | d.x, first + 2 * at);
+            mine += product((u64)d.w << 32 | d.z, first + 2 * at + 1);
+        }
+        // The last word is filled up with zeros.
+        u32 words = (bytes + 7) / 8;
+        for (u32 at = vectors * 2 + threadIdx.x; at < words; at += THREADS) {
+            u64 word = 0;
+            for (u32 i = 0; i < 8 && at * 8 + i < bytes; i++) word |= (u64)source[at * 8 + i] << (8 * i);
+            mine += product(word, first + at);
+        }
+    }
+    for (int lane = 16; lane > 0; lane >>= 1) mine += __shfl_xor_sync(0xffffffffu, mine, lane);
+    if ((threadIdx.x & 31) == 0 && mine != 0) atomicAdd(sum, mine);
+}

@@ -1,0 +1,22 @@
+//! CUDA for checkpoint engines: memory, streams, sharing between processes, and the kernels that fill
+//! and read buckets.
+//!
+//! Nothing is linked: the driver and the compiler of the kernels are found at run time, and a machine
+//! without them gets an error in words. [`Device::open`] is where to begin; [`Kernels::encode`] copies
+//! and quantises all weights of a bucket in one launch.
+
+#![deny(unsafe_code)]
+
+mod device;
+mod error;
+mod ffi;
+mod kernels;
+mod table;
+
+pub use device::{
+    Device, DeviceMemory, DeviceSlice, Event, IpcHandle, PinnedMemory, Stream, count,
+    driver_version,
+};
+pub use error::CudaError;
+pub use kernels::{Kernels, Prepared, compile, nvrtc};
+pub use table::DeviceJob;

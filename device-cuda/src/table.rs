@@ -1,0 +1,206 @@
+//! The job table of a launch: what the kernels read.
+
+use quant_fp8::{BlockGrid, Fp8Format, Granularity, Mode, Precast, SourceType};
+
+use crate::{CudaError, DeviceSlice};
+
+/// Bytes of a copy that one tile moves; as `COPY_TILE` in the kernels.
+const COPY_TILE: usize = 32 << 10;
+
+/// Something to be done by the launch that fills a bucket, or that reads one.
+#[derive(Clone, Debug)]
+pub enum DeviceJob {
+    /// Bytes as they are, at any alignment.
+    Copy {
+        /// Where they are.
+        source: DeviceSlice,
+        /// Where they go.
+        target: DeviceSlice,
+    },
+    /// A matrix, or a stack of them, as FP8 blocks.
+    Fp8 {
+        /// The elements, row-major.
+        source: DeviceSlice,
+        /// Their type.
+        ty: SourceType,
+        /// `[rows, cols]` or `[experts, rows, cols]`.
+        shape: Vec<usize>,
+        /// Where the codes go: a byte for each element.
+        codes: DeviceSlice,
+        /// Where the scales go: an F32 for each block.
+        scales: DeviceSlice,
+    },
+}
+
+/// As `Job` in the kernels.
+#[derive(Clone, Copy, Debug, Default)]
+struct Entry {
+    source: u64,
+    target: u64,
+    scales: u64,
+    bytes: u64,
+    kind: u32,
+    rows: u32,
+    cols: u32,
+    block_rows: u32,
+    block_cols: u32,
+    bands: u32,
+    blocks: u32,
+    precast: u32,
+}
+
+impl Entry {
+    fn write(&self, out: &mut Vec<u8>) {
+        for word in [self.source, self.target, self.scales, self.bytes] {
+            out.extend(word.to_le_bytes());
+        }
+        for word in [
+            self.kind,
+            self.rows,
+            self.cols,
+            self.block_rows,
+            self.block_cols,
+            self.bands,
+            self.blocks,
+            self.precast,
+        ] {
+            out.extend(word.to_le_bytes());
+        }
+    }
+}
+
+/// The bytes of a job table, and how many tiles it has.
+#[derive(Debug, Default)]
+pub(crate) struct Table {
+    /// Jobs, then tiles.
+    pub(crate) bytes: Vec<u8>,
+    /// Where the tiles begin.
+    pub(crate) tiles_at: usize,
+    pub(crate) tiles: u32,
+}
+
+impl Table {
+    fn build(entries: &[(Entry, usize)]) -> Result<Self, CudaError> {
+        let mut bytes = Vec::with_capacity(entries.len() * 80);
+        for (entry, _) in entries {
+            entry.write(&mut bytes);
+        }
+        let tiles_at = bytes.len();
+        let mut tiles = 0_u32;
+        for (job, (_, count)) in (0_u32..).zip(entries) {
+            let count = u32::try_from(*count).ok();
+            let all = count.and_then(|count| tiles.checked_add(count));
+            let (Some(count), Some(all)) = (count, all) else {
+                return Err(CudaError::Range("more tiles than a launch can have".into()));
+            };
+            tiles = all;
+            for index in 0..count {
+                bytes.extend(job.to_le_bytes());
+                bytes.extend(index.to_le_bytes());
+            }
+        }
+        Ok(Self { bytes, tiles_at, tiles })
+    }
+
+    /// The table of a launch of `encode`.
+    pub(crate) fn of_jobs(jobs: &[DeviceJob], format: &Fp8Format) -> Result<Self, CudaError> {
+        let entries: Vec<_> =
+            jobs.iter().map(|job| entry(job, format)).collect::<Result<_, _>>()?;
+        Self::build(&entries)
+    }
+
+    /// The table of a launch of `digest`: parts of a bucket and where they begin in it.
+    pub(crate) fn of_parts(parts: &[(u64, DeviceSlice)]) -> Result<Self, CudaError> {
+        let entries: Vec<_> = parts
+            .iter()
+            .map(|(offset, part)| {
+                if !offset.is_multiple_of(64) || !part.address().is_multiple_of(16) {
+                    return Err(CudaError::Range("a part that begins within a row".into()));
+                }
+                let bytes = part.len() as u64;
+                let entry =
+                    Entry { source: part.address(), target: *offset, bytes, ..Entry::default() };
+                Ok((entry, part.len().div_ceil(COPY_TILE)))
+            })
+            .collect::<Result<_, _>>()?;
+        Self::build(&entries)
+    }
+}
+
+fn entry(job: &DeviceJob, format: &Fp8Format) -> Result<(Entry, usize), CudaError> {
+    match job {
+        DeviceJob::Copy { source, target } => {
+            if source.len() != target.len() {
+                let words = format!("a copy of {} bytes to {}", source.len(), target.len());
+                return Err(CudaError::Range(words));
+            }
+            let entry = Entry {
+                source: source.address(),
+                target: target.address(),
+                bytes: source.len() as u64,
+                ..Entry::default()
+            };
+            Ok((entry, source.len().div_ceil(COPY_TILE)))
+        }
+        DeviceJob::Fp8 { source, ty, shape, codes, scales } => {
+            let Granularity::Block { rows: block_rows, cols: block_cols } = format.granularity
+            else {
+                return Err(CudaError::Range(format!(
+                    "scales {} are not computed on the device: use blocks",
+                    format.granularity
+                )));
+            };
+            let grid: BlockGrid = format
+                .granularity
+                .grid(shape)
+                .map_err(|error| CudaError::Range(error.to_string()))?;
+            let lens = (source.len(), codes.len(), scales.len());
+            let expected = (grid.elements() * ty.size(), grid.elements(), grid.scales() * 4);
+            if lens != expected {
+                return Err(CudaError::Range(format!(
+                    "{lens:?} bytes of source, codes and scales for shape {shape:?}, {expected:?} \
+                     were expected"
+                )));
+            }
+            let element = ty.size() as u64;
+            if !source.address().is_multiple_of(element) || !scales.address().is_multiple_of(4) {
+                return Err(CudaError::Range("elements or scales that are not aligned".into()));
+            }
+            let side = |side: usize| {
+                u32::try_from(side)
+                    .map_err(|_| CudaError::Range(format!("shape {shape:?} is too large")))
+            };
+            let cols = shape.last().copied().unwrap_or(1);
+            let rows = shape[shape.len() - 2];
+            let entry = Entry {
+                source: source.address(),
+                target: codes.address(),
+                scales: scales.address(),
+                bytes: 0,
+                kind: match ty {
+                    SourceType::Bf16 => 1,
+                    SourceType::F16 => 2,
+                    SourceType::F32 => 3,
+                },
+                rows: side(rows)?,
+                cols: side(cols)?,
+                block_rows: side(block_rows)?,
+                block_cols: side(block_cols)?,
+                bands: side(grid.bands_per_matrix())?,
+                blocks: side(grid.scales_per_band())?,
+                precast: u32::from(format.precast == Precast::Bf16),
+            };
+            Ok((entry, grid.scales()))
+        }
+    }
+}
+
+/// The number that the kernels know a mode by.
+pub(crate) fn mode_number(mode: Mode) -> u64 {
+    match mode {
+        Mode::Triton => 0,
+        Mode::Pytorch => 1,
+        Mode::Ue8m0 => 2,
+        Mode::TritonGpu => 3,
+    }
+}

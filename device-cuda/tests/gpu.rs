@@ -1,0 +1,337 @@
+//! The kernels on a GPU, bit for bit against the codecs of the CPU and against what other people's
+//! kernels gave on a GPU.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use device_cuda::{CudaError, Device, DeviceJob, DeviceMemory, DeviceSlice, Kernels, Stream};
+use quant_fp8::{Codec, Fp8Format, Granularity, Mode, Precast, Source, SourceType, Store};
+use rayon::prelude::*;
+use safetensors::{Dtype, SafeTensors};
+
+const GOLDEN: &[u8] = include_bytes!("../../quant-fp8/tests/data/golden.safetensors");
+const GOLDEN_GPU: &[u8] = include_bytes!("../../quant-fp8/tests/data/golden_gpu.safetensors");
+
+struct Gpu {
+    device: Device,
+    stream: Stream,
+    kernels: Kernels,
+}
+
+impl Gpu {
+    fn open() -> Self {
+        let device = Device::open(0).unwrap();
+        let stream = Stream::new(&device).unwrap();
+        let kernels = Kernels::load(&device).unwrap();
+        Self { device, stream, kernels }
+    }
+
+    fn put(&self, bytes: &[u8]) -> DeviceSlice {
+        let memory = DeviceMemory::new(&self.device, bytes.len()).unwrap();
+        let all = memory.slice(0, bytes.len()).unwrap();
+        all.write(bytes).unwrap();
+        all
+    }
+
+    /// Memory that is not zero, so that what is not written shows.
+    fn poisoned(&self, len: usize) -> DeviceSlice {
+        let slice = DeviceMemory::new(&self.device, len).unwrap().slice(0, len).unwrap();
+        slice.fill(0xa5, &self.stream).unwrap();
+        slice
+    }
+
+    fn quantize(&mut self, matrices: &[Matrix], format: &Fp8Format) -> Vec<(Vec<u8>, Vec<u8>)> {
+        let jobs: Vec<_> = matrices
+            .iter()
+            .map(|matrix| {
+                let grid = format.granularity.grid(&matrix.shape).unwrap();
+                DeviceJob::Fp8 {
+                    source: self.put(&matrix.bytes),
+                    ty: matrix.ty,
+                    shape: matrix.shape.clone(),
+                    codes: self.poisoned(grid.elements()),
+                    scales: self.poisoned(grid.scales() * 4),
+                }
+            })
+            .collect();
+        self.kernels.encode(&jobs, format, &self.stream).unwrap();
+        self.kernels.check(&self.stream).unwrap();
+        let read = |slice: &DeviceSlice| {
+            let mut bytes = vec![0; slice.len()];
+            slice.read(&mut bytes).unwrap();
+            bytes
+        };
+        jobs.iter()
+            .map(|job| match job {
+                DeviceJob::Fp8 { codes, scales, .. } => (read(codes), read(scales)),
+                DeviceJob::Copy { .. } => (Vec::new(), Vec::new()),
+            })
+            .collect()
+    }
+}
+
+struct Matrix {
+    name: String,
+    ty: SourceType,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+fn golden_inputs() -> Vec<Matrix> {
+    let golden = SafeTensors::deserialize(GOLDEN).unwrap();
+    let inputs = golden.tensors().into_iter().filter_map(|(name, view)| {
+        let ty = match view.dtype() {
+            Dtype::BF16 => SourceType::Bf16,
+            Dtype::F16 => SourceType::F16,
+            _ => SourceType::F32,
+        };
+        let name = name.strip_suffix(".x")?.to_owned();
+        Some(Matrix { name, ty, shape: view.shape().to_vec(), bytes: view.data().to_vec() })
+    });
+    inputs.collect()
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn golden_inputs_give_the_golden_codes_and_scales_in_every_mode() {
+    let mut gpu = Gpu::open();
+    let inputs = golden_inputs();
+    assert_eq!(inputs.len(), 14);
+    for (mode, mode_name, file) in [
+        (Mode::Triton, "triton", GOLDEN),
+        (Mode::Pytorch, "pytorch", GOLDEN),
+        (Mode::Ue8m0, "ue8m0", GOLDEN),
+        (Mode::TritonGpu, "triton_gpu", GOLDEN_GPU),
+    ] {
+        let golden = SafeTensors::deserialize(file).unwrap();
+        let format = Fp8Format { mode, precast: Precast::None, ..Fp8Format::default() };
+        for (matrix, (codes, scales)) in inputs.iter().zip(gpu.quantize(&inputs, &format)) {
+            let what = format!("{} {mode_name}", matrix.name);
+            let Ok(expected) = golden.tensor(&format!("{}.{mode_name}.q", matrix.name)) else {
+                panic!("no golden data for {what}");
+            };
+            assert!(expected.data() == codes, "codes of {what}");
+            let expected = golden.tensor(&format!("{}.{mode_name}.s", matrix.name)).unwrap();
+            assert!(expected.data() == scales, "scales of {what}");
+        }
+    }
+}
+
+/// Finite numbers of many magnitudes, zeros and subnormal ones among them.
+fn random(ty: SourceType, shape: &[usize], seed: u64) -> Matrix {
+    let count: usize = shape.iter().product();
+    let mut bytes = vec![0; count * ty.size()];
+    bytes.par_chunks_mut(1 << 16).enumerate().for_each(|(chunk, bytes)| {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (chunk as u64) << 20 | 1;
+        for element in bytes.chunks_exact_mut(ty.size()) {
+            state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+            let bits = (state >> 32) as u32;
+            let sign_mantissa = bits & 0x807f_ffff;
+            // Mostly what weights are, now and then next to nothing.
+            let exponent =
+                if bits & 0x7f00_0000 == 0 { 20 } else { 113 + (state >> 20) as u32 % 14 };
+            let value = f32::from_bits(sign_mantissa | exponent << 23);
+            match ty {
+                SourceType::Bf16 => {
+                    element.copy_from_slice(&half::bf16::from_f32(value).to_le_bytes());
+                }
+                SourceType::F16 => {
+                    element.copy_from_slice(&half::f16::from_f32(value).to_le_bytes());
+                }
+                SourceType::F32 => element.copy_from_slice(&value.to_le_bytes()),
+            }
+        }
+    });
+    Matrix { name: format!("{ty:?} {shape:?}"), ty, shape: shape.to_vec(), bytes }
+}
+
+fn on_the_cpu(matrix: &Matrix, format: &Fp8Format) -> (Vec<u8>, Vec<u8>) {
+    let source = Source::new(&matrix.bytes, matrix.ty, &matrix.shape).unwrap();
+    let grid = format.granularity.grid(&matrix.shape).unwrap();
+    let (mut codes, mut scales) = (vec![0; grid.elements()], vec![0_f32; grid.scales()]);
+    let all = 0..grid.elements();
+    let codec = Codec::best();
+    codec.quantize_parallel(&source, format, all, &mut codes, &mut scales, Store::Cached).unwrap();
+    (codes, scales.iter().flat_map(|scale| scale.to_le_bytes()).collect())
+}
+
+fn same_as_on_the_cpu(gpu: &mut Gpu, matrices: &[Matrix], format: &Fp8Format) {
+    for (matrix, (codes, scales)) in matrices.iter().zip(gpu.quantize(matrices, format)) {
+        let expected = on_the_cpu(matrix, format);
+        let differs = codes.iter().zip(&expected.0).position(|(a, b)| a != b);
+        assert_eq!(differs, None, "codes of {} in {format:?}", matrix.name);
+        assert!(scales == expected.1, "scales of {} in {format:?}", matrix.name);
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn matrices_of_all_shapes_and_types_in_one_launch_are_what_they_are_on_the_cpu() {
+    let mut gpu = Gpu::open();
+    let shapes: [&[usize]; 14] = [
+        &[1, 1],
+        &[1, 1000],
+        &[1000, 1],
+        &[127, 127],
+        &[128, 128],
+        &[129, 129],
+        &[256, 384],
+        &[300, 515],
+        &[77, 1024],
+        &[1024, 72],
+        &[3, 130, 264],
+        &[5, 128, 256],
+        &[2, 1, 7],
+        &[2048, 776],
+    ];
+    let types = [SourceType::Bf16, SourceType::F16, SourceType::F32];
+    let matrices: Vec<Matrix> = types
+        .iter()
+        .flat_map(|&ty| shapes.iter().zip(1..).map(move |(shape, seed)| random(ty, shape, seed)))
+        .collect();
+    for mode in [Mode::Triton, Mode::Pytorch, Mode::Ue8m0] {
+        for precast in [Precast::Bf16, Precast::None] {
+            for (rows, cols) in [(128, 128), (64, 32), (32, 256), (256, 128)] {
+                let granularity = Granularity::Block { rows, cols };
+                let format = Fp8Format { mode, precast, granularity, ..Fp8Format::default() };
+                same_as_on_the_cpu(&mut gpu, &matrices, &format);
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn a_thousand_million_elements_are_what_they_are_on_the_cpu() {
+    let mut gpu = Gpu::open();
+    let mut elements = 0;
+    for (seed, (ty, shape)) in (1..).zip([
+        (SourceType::Bf16, [8191, 16_384]),
+        (SourceType::Bf16, [16_385, 8192]),
+        (SourceType::Bf16, [9000, 15_001]),
+        (SourceType::F16, [8192, 16_392]),
+        (SourceType::F32, [8100, 16_640]),
+        (SourceType::F32, [4096, 16_387]),
+        (SourceType::Bf16, [18_944, 14_336]),
+    ]) {
+        for mode in [Mode::Triton, Mode::Pytorch, Mode::Ue8m0] {
+            let matrix = random(ty, &shape, seed);
+            elements += shape[0] * shape[1];
+            let format = Fp8Format { mode, ..Fp8Format::default() };
+            same_as_on_the_cpu(&mut gpu, &[matrix], &format);
+        }
+    }
+    assert!(elements > 1_000_000_000);
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn copies_arrive_at_any_alignment_and_the_digest_is_that_of_the_host() {
+    let mut gpu = Gpu::open();
+    let bytes: Vec<u8> =
+        (0..3_000_000_u64).map(|i| (i.wrapping_mul(0x9e37_79b9) >> 13) as u8).collect();
+    let source = DeviceMemory::new(&gpu.device, bytes.len()).unwrap();
+    source.all().write(&bytes).unwrap();
+    let lens = [0, 1, 7, 15, 16, 17, 255, 256, 4097, 32_768, 32_769, 100_000, 1_000_001];
+    for (from, to) in [(0, 0), (1, 0), (4, 8), (2, 2), (16, 256), (3, 7)] {
+        let bucket = gpu.poisoned(2_000_000);
+        let mut expected = vec![0xa5; 2_000_000];
+        let (mut jobs, mut at) = (Vec::new(), 0);
+        for len in lens {
+            let target = bucket.slice(at + to, len).unwrap();
+            jobs.push(DeviceJob::Copy { source: source.slice(at + from, len).unwrap(), target });
+            expected[at + to..at + to + len].copy_from_slice(&bytes[at + from..at + from + len]);
+            at = (at + len + 16).next_multiple_of(256);
+        }
+        gpu.kernels.encode(&jobs, &Fp8Format::default(), &gpu.stream).unwrap();
+        gpu.kernels.check(&gpu.stream).unwrap();
+        let mut here = vec![0; bucket.len()];
+        bucket.read(&mut here).unwrap();
+        assert!(here == expected, "from {from} to {to}");
+    }
+    let (mut parts, mut sum, mut at) = (Vec::new(), 0_u64, 0);
+    for len in lens {
+        parts.push((at as u64, source.slice(at, len).unwrap()));
+        sum = sum.wrapping_add(engine_core::digest::sum(at as u64, &bytes[at..at + len]));
+        at = (at + len).next_multiple_of(256);
+    }
+    assert_eq!(gpu.kernels.digest(&parts, &gpu.stream).unwrap(), sum);
+    source.slice(200_000, 1).unwrap().write(&[bytes[200_000] ^ 1]).unwrap();
+    assert_ne!(gpu.kernels.digest(&parts, &gpu.stream).unwrap(), sum);
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn the_first_block_that_is_not_finite_is_named_and_the_next_launch_works() {
+    let mut gpu = Gpu::open();
+    let good = random(SourceType::Bf16, &[256, 256], 1);
+    let mut bad = random(SourceType::Bf16, &[300, 300], 2);
+    for (row, col, bits) in [(200, 299, 0x7fc0_u16), (299, 0, 0xff80)] {
+        let at = (row * 300 + col) * 2;
+        bad.bytes[at..at + 2].copy_from_slice(&bits.to_le_bytes());
+    }
+    let format = Fp8Format::default();
+    let jobs: Vec<DeviceJob> = [&good, &bad, &bad]
+        .map(|matrix| DeviceJob::Fp8 {
+            source: gpu.put(&matrix.bytes),
+            ty: matrix.ty,
+            shape: matrix.shape.clone(),
+            codes: gpu.poisoned(matrix.bytes.len() / 2),
+            scales: gpu.poisoned(if matrix.shape[0] == 256 { 16 } else { 36 }),
+        })
+        .into();
+    gpu.kernels.encode(&jobs, &format, &gpu.stream).unwrap();
+    match gpu.kernels.check(&gpu.stream) {
+        Err(CudaError::NonFinite { job: 1, block: 5 }) => {}
+        other => panic!("{other:?}"),
+    }
+    same_as_on_the_cpu(&mut gpu, &[good], &format);
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn memory_that_there_is_not_is_an_error_and_what_there_was_is_given_back() {
+    let gpu = Gpu::open();
+    let (before, total) = gpu.device.memory().unwrap();
+    let error = DeviceMemory::new(&gpu.device, total * 2).unwrap_err();
+    let error = engine_core::Error::from(error);
+    assert_eq!(error.kind(), engine_core::ErrorKind::Resource, "{error}");
+    for _ in 0..50 {
+        drop(DeviceMemory::new(&gpu.device, total / 4).unwrap());
+    }
+    let (after, _) = gpu.device.memory().unwrap();
+    assert!(after + (64 << 20) >= before, "{before} bytes were free, {after} are");
+}
+
+const CHILD: &str = "CKPT_ENGINE_TEST_IPC";
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn another_process_reads_the_memory_in_place() {
+    let gpu = Gpu::open();
+    if let Some(text) = std::env::var_os(CHILD) {
+        // This is the other process.
+        let text = text.into_string().unwrap();
+        let byte = |at: usize| u8::from_str_radix(&text[at * 2..at * 2 + 2], 16).unwrap();
+        let handle = std::array::from_fn(byte);
+        let memory = DeviceMemory::import(&gpu.device, handle, 1 << 20).unwrap();
+        let mut bytes = vec![0; 1 << 20];
+        memory.all().read(&mut bytes).unwrap();
+        assert!(bytes.iter().enumerate().all(|(i, &byte)| byte == (i % 251) as u8));
+        memory.slice(5, 1).unwrap().write(&[77]).unwrap();
+        return;
+    }
+    let memory = DeviceMemory::new(&gpu.device, 1 << 20).unwrap();
+    let bytes: Vec<u8> = (0..1 << 20).map(|i| (i % 251) as u8).collect();
+    memory.all().write(&bytes).unwrap();
+    let handle: String =
+        memory.export().unwrap().iter().map(|byte| format!("{byte:02x}")).collect();
+    let child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["another_process_reads_the_memory_in_place", "--exact", "--ignored"])
+        .env(CHILD, handle)
+        .output()
+        .unwrap();
+    assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
+    let mut byte = [0];
+    memory.slice(5, 1).unwrap().read(&mut byte).unwrap();
+    assert_eq!(byte, [77]);
+}
