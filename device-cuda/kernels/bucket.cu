@@ -13,6 +13,9 @@ typedef unsigned long long u64;
 
 #define THREADS 256
 #define COPY_TILE 32768
+#ifndef MIN_BLOCKS
+#define MIN_BLOCKS 4
+#endif
 
 // As `Job` in src/table.rs.
 struct Job {
@@ -114,16 +117,15 @@ __device__ __forceinline__ u32 codes2(float a, float b) {
 #endif
 }
 
-__device__ __forceinline__ float element(const Job& job, u64 index) {
+__device__ __forceinline__ float element(u64 source, u32 kind, bool precast, u64 index) {
     float value;
-    if (job.kind == BF16) {
-        value = bf16_value(((const u16*)job.source)[index]);
-    } else if (job.kind == F16) {
-        value = f16_value(((const u16*)job.source)[index]);
+    if (kind == BF16) return bf16_value(((const u16*)source)[index]);
+    if (kind == F16) {
+        value = f16_value(((const u16*)source)[index]);
     } else {
-        value = ((const float*)job.source)[index];
+        value = ((const float*)source)[index];
     }
-    return job.precast && job.kind != BF16 ? round_to_bf16(value) : value;
+    return precast ? round_to_bf16(value) : value;
 }
 
 // The largest of all threads' values. Two tiles in a row use different halves of `shared`, so that one
@@ -139,11 +141,11 @@ __device__ __forceinline__ u32 block_max(u32 value, u32* shared) {
 }
 
 // The scale of a block whose largest magnitude has these bits; reports a block that has none.
-__device__ __forceinline__ Scale settle(u32 mode, u32 bits, const Job& job, Tile tile, u64* failed) {
+__device__ __forceinline__ Scale settle(u32 mode, u32 bits, const Job* job, Tile tile, u64* failed) {
     Scale scale = block_scale(mode, __uint_as_float(bits));
     bool finite = bits < 0x7f800000u && isfinite(scale.multiplier);
     if (threadIdx.x == 0) {
-        ((float*)job.scales)[tile.index] = scale.scale;
+        ((float*)job->scales)[tile.index] = scale.scale;
         if (!finite) atomicMin(failed, (u64)tile.job << 32 | tile.index);
     }
     if (!finite) scale.multiplier = 0.0f;
@@ -154,14 +156,16 @@ __device__ __forceinline__ Scale settle(u32 mode, u32 bits, const Job& job, Tile
 // Thread t has columns 8 (t mod 16) .. + 8 of the rows t / 16 + 16 i.
 template <int KIND>
 __device__ __forceinline__ void encode_block(
-    u32 mode, const Job& job, Tile tile, u32 rows, u32 cols, u64 first, u32* shared, u64* failed) {
+    u32 mode, const Job* job, Tile tile, u32 rows, u32 cols, u64 first, u32* shared, u64* failed) {
     constexpr int STEPS = 8;
     constexpr int VECTORS = KIND == F32 ? 2 : 1;
     constexpr int SIZE = KIND == F32 ? 4 : 2;
+    u32 width = job->cols;
+    bool precast = KIND != BF16 && job->precast;
     u32 row = threadIdx.x >> 4, col = (threadIdx.x & 15) * 8;
     uint4 data[STEPS][VECTORS];
-    const u8* source = (const u8*)job.source + (first + (u64)row * job.cols + col) * SIZE;
-    u64 stride = (u64)job.cols * 16 * SIZE;
+    const u8* source = (const u8*)job->source + (first + (u64)row * width + col) * SIZE;
+    u64 stride = (u64)width * 16 * SIZE;
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
 #pragma unroll
@@ -189,10 +193,10 @@ __device__ __forceinline__ void encode_block(
     top = block_max(top, shared);
     // Rounding keeps the order, so the largest may be rounded alone.
     float absmax = KIND == BF16 ? bf16_value(top) : KIND == F16 ? f16_value(top) : __uint_as_float(top);
-    if (KIND != BF16 && job.precast) absmax = round_to_bf16(absmax);
+    if (precast) absmax = round_to_bf16(absmax);
     Scale scale = settle(mode, __float_as_uint(absmax), job, tile, failed);
     float m = scale.multiplier;
-    u8* target = (u8*)job.target + first + (u64)row * job.cols + col;
+    u8* target = (u8*)job->target + first + (u64)row * width + col;
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
         u32 words[4 * VECTORS];
@@ -213,38 +217,51 @@ __device__ __forceinline__ void encode_block(
                 a = __uint_as_float(words[(2 * p) % (4 * VECTORS)]);
                 b = __uint_as_float(words[(2 * p + 1) % (4 * VECTORS)]);
             }
-            if (KIND != BF16 && job.precast) a = round_to_bf16(a), b = round_to_bf16(b);
+            if (precast) a = round_to_bf16(a), b = round_to_bf16(b);
             pairs[p] = codes2(__fmul_rn(a, m), __fmul_rn(b, m));
         }
         if (row + 16 * i < rows && col < cols) {
             uint2 codes = make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
-            *(uint2*)(target + (u64)i * 16 * job.cols) = codes;
+            *(uint2*)(target + (u64)i * 16 * width) = codes;
         }
     }
 }
 
-// A block of any size at any alignment: read twice, the second time from a cache.
-__device__ void encode_any(
-    u32 mode, const Job& job, Tile tile, u32 rows, u32 cols, u64 first, u32* shared, u64* failed) {
-    u32 count = rows * cols;
+// A block of any size at any alignment: read twice, the second time from a cache. A warp has a row at a
+// time.
+__device__ __noinline__ void encode_any(
+    u32 mode, const Job* job, Tile tile, u32 rows, u32 cols, u64 first, u32* shared, u64* failed) {
+    u64 source = job->source;
+    u32 kind = job->kind, width = job->cols;
+    bool precast = job->precast;
+    u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 top = 0;
-    for (u32 i = threadIdx.x; i < count; i += THREADS) {
-        float value = element(job, first + (u64)(i / cols) * job.cols + i % cols);
-        top = max(top, __float_as_uint(value) & 0x7fffffffu);
+    for (u32 row = warp; row < rows; row += THREADS / 32) {
+        u64 at = first + (u64)row * width;
+#pragma unroll 4
+        for (u32 col = lane; col < cols; col += 32) {
+            float value = element(source, kind, precast, at + col);
+            top = max(top, __float_as_uint(value) & 0x7fffffffu);
+        }
     }
     top = block_max(top, shared);
     Scale scale = settle(mode, top, job, tile, failed);
-    for (u32 i = threadIdx.x; i < count; i += THREADS) {
-        u64 at = first + (u64)(i / cols) * job.cols + i % cols;
-        ((u8*)job.target)[at] = (u8)codes2(__fmul_rn(element(job, at), scale.multiplier), 0.0f);
+    u8* target = (u8*)job->target;
+    for (u32 row = warp; row < rows; row += THREADS / 32) {
+        u64 at = first + (u64)row * width;
+#pragma unroll 4
+        for (u32 col = lane; col < cols; col += 32) {
+            float value = element(source, kind, precast, at + col);
+            target[at + col] = (u8)codes2(__fmul_rn(value, scale.multiplier), 0.0f);
+        }
     }
 }
 
-__device__ __forceinline__ void copy(const Job& job, Tile tile) {
+__device__ __forceinline__ void copy(const Job* job, Tile tile) {
     u64 start = (u64)tile.index * COPY_TILE;
-    u32 bytes = (u32)min((u64)COPY_TILE, job.bytes - start);
-    const u8* source = (const u8*)job.source + start;
-    u8* target = (u8*)job.target + start;
+    u32 bytes = (u32)min((u64)COPY_TILE, job->bytes - start);
+    const u8* source = (const u8*)job->source + start;
+    u8* target = (u8*)job->target + start;
     if ((((u64)source | (u64)target) & 15) == 0) {
         u32 vectors = bytes / 16;
         uint4 data[8];
@@ -273,36 +290,56 @@ __device__ __forceinline__ void copy(const Job& job, Tile tile) {
 }
 
 // `failed` is all ones, and gets the lowest job and block that has no finite form.
-extern "C" __global__ void __launch_bounds__(THREADS, 4)
-encode(const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* failed) {
+template <bool WIDE>
+__device__ __forceinline__ void encode_tiles(
+    const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* failed) {
     __shared__ u32 tops[2][THREADS / 32];
     u32 parity = 0;
-    for (u32 t = blockIdx.x; t < count; t += gridDim.x) {
-        Tile tile = tiles[t];
-        Job job = jobs[tile.job];
-        if (job.kind == COPY) {
+    u32 t = blockIdx.x;
+    if (t >= count) return;
+    Tile next = tiles[t];
+    for (; t < count; t += gridDim.x) {
+        Tile tile = next;
+        // The next tile's entry arrives while this one is worked on.
+        if (t + gridDim.x < count) next = tiles[t + gridDim.x];
+        const Job* job = jobs + tile.job;
+        u32 kind = job->kind;
+        if (kind == COPY) {
             copy(job, tile);
             continue;
         }
-        u32 band = tile.index / job.blocks, block = tile.index % job.blocks;
-        u32 matrix = band / job.bands, top = band % job.bands * job.block_rows;
-        u32 left = block * job.block_cols;
-        u32 rows = min(job.block_rows, job.rows - top), cols = min(job.block_cols, job.cols - left);
-        u64 first = ((u64)matrix * job.rows + top) * job.cols + left;
-        bool aligned = (job.cols & 7) == 0 && ((job.source | job.target) & 15) == 0
-            && job.block_rows <= 128 && job.block_cols <= 128 && (job.block_cols & 7) == 0;
+        u32 blocks = job->blocks, bands = job->bands, width = job->cols;
+        u32 block_rows = job->block_rows, block_cols = job->block_cols;
+        u32 band = tile.index / blocks, block = tile.index % blocks;
+        u32 matrix = band / bands, top = band % bands * block_rows;
+        u32 left = block * block_cols;
+        u32 rows = min(block_rows, job->rows - top), cols = min(block_cols, width - left);
+        u64 first = ((u64)matrix * job->rows + top) * width + left;
+        bool aligned = (width & 7) == 0 && ((job->source | job->target) & 15) == 0
+            && block_rows <= 128 && block_cols <= 128;
         u32* shared = tops[parity];
         parity ^= 1;
         if (!aligned) {
             encode_any(mode, job, tile, rows, cols, first, shared, failed);
-        } else if (job.kind == BF16) {
+        } else if (kind == BF16) {
             encode_block<BF16>(mode, job, tile, rows, cols, first, shared, failed);
-        } else if (job.kind == F16) {
+        } else if (kind == F16) {
             encode_block<F16>(mode, job, tile, rows, cols, first, shared, failed);
-        } else {
+        } else if (WIDE) {
             encode_block<F32>(mode, job, tile, rows, cols, first, shared, failed);
         }
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+encode(const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* failed) {
+    encode_tiles<false>(jobs, tiles, count, mode, failed);
+}
+
+// Blocks of F32 take twice the registers: a launch that has one runs with half the threads in flight.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+encode_wide(const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* failed) {
+    encode_tiles<true>(jobs, tiles, count, mode, failed);
 }
 
 // The keys of engine-core's digest.
@@ -325,11 +362,11 @@ digest(const Job* jobs, const Tile* tiles, u32 count, u64* sum) {
     u64 mine = 0;
     for (u32 t = blockIdx.x; t < count; t += gridDim.x) {
         Tile tile = tiles[t];
-        Job job = jobs[tile.job];
+        const Job* job = jobs + tile.job;
         u64 start = (u64)tile.index * COPY_TILE;
-        u32 bytes = (u32)min((u64)COPY_TILE, job.bytes - start);
-        const u8* source = (const u8*)job.source + start;
-        u64 first = (job.target + start) >> 3;
+        u32 bytes = (u32)min((u64)COPY_TILE, job->bytes - start);
+        const u8* source = (const u8*)job->source + start;
+        u64 first = (job->target + start) >> 3;
         u32 vectors = bytes / 16;
         for (u32 at = threadIdx.x; at < vectors; at += THREADS) {
             uint4 d = *(const uint4*)(source + 16 * at);

@@ -44,7 +44,9 @@ fn source() -> Result<CString, CudaError> {
 /// division, subnormal numbers kept.
 fn options(capability: (i32, i32)) -> Vec<String> {
     let (major, minor) = capability;
+    let blocks = std::env::var("CKPT_MIN_BLOCKS").unwrap_or_else(|_| "4".into());
     vec![
+        format!("-DMIN_BLOCKS={blocks}"),
         format!("--gpu-architecture=sm_{major}{minor}"),
         "--std=c++17".into(),
         "--fmad=false".into(),
@@ -140,6 +142,7 @@ pub struct Kernels {
     device: Device,
     module: ffi::Module,
     encode: Kernel,
+    encode_wide: Kernel,
     digest: Kernel,
     staging: PinnedMemory,
     table: DeviceMemory,
@@ -176,14 +179,17 @@ impl Kernels {
             Ok(Kernel { function, grid: blocks * device.multiprocessors() })
         };
         const TABLE: usize = 1 << 20;
+        let results = DeviceMemory::new(device, 16)?;
+        results.all().write(&[0xff; 16])?;
         Ok(Self {
             device: device.clone(),
             module,
             encode: kernel(c"encode")?,
+            encode_wide: kernel(c"encode_wide")?,
             digest: kernel(c"digest")?,
             staging: PinnedMemory::new(device, TABLE)?,
             table: DeviceMemory::new(device, TABLE)?,
-            results: DeviceMemory::new(device, 16)?,
+            results,
         })
     }
 
@@ -226,6 +232,7 @@ impl Kernels {
             tiles_at: table.tiles_at,
             tiles: table.tiles,
             mode: mode_number(format.mode),
+            wide: table.wide,
         };
         Ok(prepared)
     }
@@ -240,8 +247,6 @@ impl Kernels {
         prepared: &Prepared,
         stream: &Stream,
     ) -> Result<(), CudaError> {
-        let failed = self.results.slice(0, 8)?;
-        failed.fill(0xff, stream)?;
         if prepared.tiles == 0 {
             return Ok(());
         }
@@ -251,14 +256,15 @@ impl Kernels {
             jobs + prepared.tiles_at as u64,
             prepared.tiles.into(),
             prepared.mode,
-            failed.address(),
+            self.results.address(),
         ];
-        let grid = self.encode.grid.min(prepared.tiles);
+        let kernel = if prepared.wide { self.encode_wide } else { self.encode };
+        let grid = kernel.grid.min(prepared.tiles);
         self.device.enter()?;
-        ffi::launch(self.encode.function, grid, THREADS, stream.raw(), &mut parameters)
+        ffi::launch(kernel.function, grid, THREADS, stream.raw(), &mut parameters)
     }
 
-    /// Waits for the last `encode` on the stream and says whether every block had a finite form.
+    /// Waits for all launches of `encode` so far on the stream and says whether every block had a finite form.
     ///
     /// # Errors
     ///
@@ -266,14 +272,18 @@ impl Kernels {
     pub fn check(&self, stream: &Stream) -> Result<(), CudaError> {
         stream.synchronize()?;
         let mut failed = [0; 8];
-        self.results.slice(0, 8)?.read(&mut failed)?;
-        match u64::from_le_bytes(failed) {
-            u64::MAX => Ok(()),
-            failed => Err(CudaError::NonFinite {
-                job: (failed >> 32) as usize,
-                block: (failed & 0xffff_ffff) as usize,
-            }),
+        let result = self.results.slice(0, 8)?;
+        result.read(&mut failed)?;
+        let failed = u64::from_le_bytes(failed);
+        if failed == u64::MAX {
+            return Ok(());
         }
+        // Made ready for the next launches here, where it is rare, and not before each of them.
+        result.write(&[0xff; 8])?;
+        Err(CudaError::NonFinite {
+            job: (failed >> 32) as usize,
+            block: (failed & 0xffff_ffff) as usize,
+        })
     }
 
     /// The digest sum of a bucket's parts, each with its offset in the bucket: the same as
@@ -333,4 +343,6 @@ pub struct Prepared {
     tiles_at: usize,
     tiles: u32,
     mode: u64,
+    /// Whether a job has F32 elements.
+    wide: bool,
 }

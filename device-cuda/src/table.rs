@@ -77,6 +77,8 @@ pub(crate) struct Table {
     /// Where the tiles begin.
     pub(crate) tiles_at: usize,
     pub(crate) tiles: u32,
+    /// Whether a job has F32 elements.
+    pub(crate) wide: bool,
 }
 
 impl Table {
@@ -99,7 +101,8 @@ impl Table {
                 bytes.extend(index.to_le_bytes());
             }
         }
-        Ok(Self { bytes, tiles_at, tiles })
+        let wide = entries.iter().any(|(entry, _)| entry.kind == 3);
+        Ok(Self { bytes, tiles_at, tiles, wide })
     }
 
     /// The table of a launch of `encode`.
