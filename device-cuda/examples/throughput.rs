@@ -76,6 +76,10 @@ fn main() -> Result<(), Failure> {
         Ok(writeln!(out, "{line}")?)
     };
     line("cuMemcpyDtoD of 4 GiB", 2.0 * len as f64, copy)?;
+    let small = 18_944 * 3584 * 2;
+    let (from, to) = (source.slice(0, small)?, target.slice(0, small)?);
+    let seconds = median_seconds(&stream, || to.copy_from(&from, &stream))?;
+    line("cuMemcpyDtoD of the bytes of 18944x3584 BF16", 2.0 * small as f64, seconds)?;
 
     // Copies, in one piece and as the tensors of a mixture of experts.
     for count in [1, 384, 18_432] {
@@ -112,8 +116,8 @@ fn main() -> Result<(), Failure> {
         let jobs: Vec<DeviceJob> = (0..count)
             .map(|i| {
                 let bytes = elements * ty.size();
-                let at = (i * bytes.next_multiple_of(256)) % (len - bytes) & !255;
-                let codes = i * step % (len - step) & !255;
+                let at = ((i * bytes.next_multiple_of(256)) % (len - bytes)) & !255;
+                let codes = (i * step % (len - step)) & !255;
                 let after = (codes + elements).next_multiple_of(256);
                 Ok(DeviceJob::Fp8 {
                     source: source.slice(at, bytes)?,

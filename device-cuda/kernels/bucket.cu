@@ -1,7 +1,7 @@
 // Everything that is done to the bytes of a bucket, by one launch each: `encode` writes all weights of
 // a bucket (or copies a bucket out into its tensors), `digest` sums it up.
 //
-// Work is cut into tiles of about 32 KiB of source: one block of 128 x 128 elements, or so many bytes of
+// Work is cut into tiles of 16 or 32 KiB of source: one block of 128 x 128 elements, or so many bytes of
 // a copy. A table has the job and the number within it of every tile, so that eighteen thousand small
 // matrices cost per byte what one large matrix does. A grid of a few blocks per multiprocessor walks
 // the table.
@@ -12,10 +12,12 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define THREADS 256
-#define COPY_TILE 32768
-#ifndef MIN_BLOCKS
-#define MIN_BLOCKS 4
-#endif
+// Blocks of a multiprocessor. More would fit, and are slower: each has a tile of its own open, and
+// the memory serves few long runs faster than many.
+#define BLOCKS 3
+// As in src/table.rs.
+#define COPY_STEPS 4
+#define COPY_TILE (THREADS * 16 * COPY_STEPS)
 
 // As `Job` in src/table.rs.
 struct Job {
@@ -222,7 +224,8 @@ __device__ __forceinline__ void encode_block(
         }
         if (row + 16 * i < rows && col < cols) {
             uint2 codes = make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
-            *(uint2*)(target + (u64)i * 16 * width) = codes;
+            // Read next by another process, long after it has left the cache.
+            __stcs((uint2*)(target + (u64)i * 16 * width), codes);
         }
     }
 }
@@ -264,16 +267,16 @@ __device__ __forceinline__ void copy(const Job* job, Tile tile) {
     u8* target = (u8*)job->target + start;
     if ((((u64)source | (u64)target) & 15) == 0) {
         u32 vectors = bytes / 16;
-        uint4 data[8];
+        uint4 data[COPY_STEPS];
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
+        for (int i = 0; i < COPY_STEPS; i++) {
             u32 at = threadIdx.x + i * THREADS;
             if (at < vectors) data[i] = load16(source + 16 * at);
         }
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
+        for (int i = 0; i < COPY_STEPS; i++) {
             u32 at = threadIdx.x + i * THREADS;
-            if (at < vectors) *(uint4*)(target + 16 * at) = data[i];
+            if (at < vectors) __stcs((uint4*)(target + 16 * at), data[i]);
         }
         for (u32 at = vectors * 16 + threadIdx.x; at < bytes; at += THREADS) target[at] = source[at];
     } else if ((((u64)source | (u64)target) & 3) == 0) {
@@ -331,7 +334,7 @@ __device__ __forceinline__ void encode_tiles(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 encode(const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* failed) {
     encode_tiles<false>(jobs, tiles, count, mode, failed);
 }

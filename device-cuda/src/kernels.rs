@@ -44,9 +44,7 @@ fn source() -> Result<CString, CudaError> {
 /// division, subnormal numbers kept.
 fn options(capability: (i32, i32)) -> Vec<String> {
     let (major, minor) = capability;
-    let blocks = std::env::var("CKPT_MIN_BLOCKS").unwrap_or_else(|_| "4".into());
     vec![
-        format!("-DMIN_BLOCKS={blocks}"),
         format!("--gpu-architecture=sm_{major}{minor}"),
         "--std=c++17".into(),
         "--fmad=false".into(),

@@ -5,7 +5,7 @@ use quant_fp8::{BlockGrid, Fp8Format, Granularity, Mode, Precast, SourceType};
 use crate::{CudaError, DeviceSlice};
 
 /// Bytes of a copy that one tile moves; as `COPY_TILE` in the kernels.
-const COPY_TILE: usize = 32 << 10;
+const COPY_TILE: usize = 16 << 10;
 
 /// Something to be done by the launch that fills a bucket, or that reads one.
 #[derive(Clone, Debug)]
