@@ -1,0 +1,7 @@
+//! A checkpoint engine over NIXL.
+
+mod agent;
+mod arena;
+mod error;
+mod ffi;
+mod sys;
