@@ -146,6 +146,28 @@ impl Agent {
     }
 }
 
+/// What is there, in words, after an agent was made and closed again.
+pub(crate) fn probe() -> Result<String, NixlError> {
+    let options = AgentOptions { error_handling: "peer", ..Default::default() };
+    let arena = Arc::new(Arena::new(1, 4096)?);
+    let (_, card) = Worker::new(&options, format!("probe-{}", std::process::id()), arena)?;
+    let found = &sys::load(None)?.found;
+    let version = |version: &Option<String>| version.clone().unwrap_or("of unknown version".into());
+    Ok(format!(
+        "NIXL {} at {}, UCX {}, InfiniBand devices: {}, plugins: {}, {} bytes of metadata",
+        version(&found.nixl),
+        found.path.display(),
+        version(&found.ucx),
+        in_words(&sys::infiniband_devices()),
+        in_words(&found.plugins),
+        card.metadata.len(),
+    ))
+}
+
+fn in_words(names: &[String]) -> String {
+    if names.is_empty() { "none".into() } else { names.join(" ") }
+}
+
 /// What the thread has.
 struct Worker {
     agent: RawAgent,
@@ -233,9 +255,9 @@ impl Worker {
             // An empty bucket; NIXL refuses transfers of nothing.
             return done(Ok(slot));
         }
-        let started = self.load(&peer).and_then(|()| {
-            self.agent.start(operation, &peer.name, slot.range(), remote)
-        });
+        let started = self
+            .load(&peer)
+            .and_then(|()| self.agent.start(operation, &peer.name, slot.range(), remote));
         match started {
             Ok(raw) => {
                 let until = Instant::now() + deadline;
@@ -310,9 +332,8 @@ impl Worker {
             transfer.fail(NixlError::Abandoned);
         }
         let agent = &self.agent;
-        self.active.retain_mut(|transfer| {
-            transfer.peer.name != peer || !agent.release(&mut transfer.raw)
-        });
+        self.active
+            .retain_mut(|transfer| transfer.peer.name != peer || !agent.release(&mut transfer.raw));
         if self.loaded.remove(peer)
             && let Err(error) = self.agent.forget_peer(peer)
         {

@@ -41,7 +41,9 @@ pub(crate) enum NixlError {
     Closed,
     #[error("the system refused {call}: {errno}")]
     System { call: &'static str, errno: Errno },
-    #[error("no memory for {0} bytes of buckets; use smaller ones (update_weights_bucket_megabytes)")]
+    #[error(
+        "no memory for {0} bytes of buckets; use smaller ones (update_weights_bucket_megabytes)"
+    )]
     Full(u64),
     #[error("{slots} slots of {bytes} bytes are more than this machine can address")]
     TooLarge { slots: u32, bytes: u64 },
@@ -57,8 +59,12 @@ pub(crate) enum NixlError {
 
 fn in_words(folders: &[PathBuf]) -> String {
     match folders {
-        [folder] => format!("in {} (named by {LIBRARY_DIR_VARIABLE} or library_dir)", folder.display()),
-        folders => format!("in an installed wheel or in any of the {} usual folders", folders.len()),
+        [folder] => {
+            format!("in {} (named by {LIBRARY_DIR_VARIABLE} or library_dir)", folder.display())
+        }
+        folders => {
+            format!("in an installed wheel or in any of the {} usual folders", folders.len())
+        }
     }
 }
 

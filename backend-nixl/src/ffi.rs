@@ -70,8 +70,9 @@ impl RawAgent {
         let name = c_string(name);
         let mut agent = null_mut();
         // SAFETY: all three point to what the call reads and writes, for as long as it takes.
-        let status =
-            unsafe { (api.create_configured_agent)(name.as_ptr(), &raw const config, &raw mut agent) };
+        let status = unsafe {
+            (api.create_configured_agent)(name.as_ptr(), &raw const config, &raw mut agent)
+        };
         check("create_agent", status)?;
         // From here on, dropping it frees what was made.
         let mut this =
@@ -117,9 +118,8 @@ impl RawAgent {
         })?;
         let (address, len) = (self.arena.address(), self.arena.len());
         // SAFETY: the list is alive; without metadata the pointer is not read.
-        let status = unsafe {
-            (api.reg_dlist_add_desc)(list.handle, address, len, 0, std::ptr::null(), 0)
-        };
+        let status =
+            unsafe { (api.reg_dlist_add_desc)(list.handle, address, len, 0, std::ptr::null(), 0) };
         check("reg_dlist_add_desc", status)?;
         // SAFETY: all are alive, and the arena is mapped as long as `self` has it.
         let status = unsafe { (api.register_mem)(self.agent, list.handle, self.options) };
@@ -132,8 +132,7 @@ impl RawAgent {
     pub(crate) fn metadata(&self) -> Result<Vec<u8>, NixlError> {
         let (mut data, mut len): (*mut c_void, usize) = (null_mut(), 0);
         // SAFETY: the agent is alive; the call writes a pointer and a length.
-        let status =
-            unsafe { (self.api.get_local_md)(self.agent, &raw mut data, &raw mut len) };
+        let status = unsafe { (self.api.get_local_md)(self.agent, &raw mut data, &raw mut len) };
         check("get_local_md", status)?;
         // SAFETY: on success the library hands over that many bytes.
         let bytes = unsafe { std::slice::from_raw_parts(data.cast::<u8>(), len) }.to_vec();

@@ -170,16 +170,14 @@ fn open(path: PathBuf) -> Result<Api, NixlError> {
 /// Loads UCX before NIXL does, to keep it from what this machine has no use for; its version.
 fn prepare_ucx(folder: &Path, kept: &mut Vec<Library>) -> Option<String> {
     let beside = ucx_folder(folder)?;
-    let mut open = |stem: &str| {
+    let open = |stem: &str| {
         let path = entries(&beside, |name| name.starts_with(stem) && name.contains(".so")).pop()?;
         // SAFETY: UCX's constructors expect nothing of the process; NIXL's plugin would load the same
         // file.
         unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }.ok()
     };
     let (ucs, ucp) = (open("libucs")?, open("libucp")?);
-    let no_infiniband = std::fs::read_dir("/sys/class/infiniband").is_ok_and(|mut d| d.next().is_none())
-        || !Path::new("/sys/class/infiniband").exists();
-    if no_infiniband && std::env::var_os("UCX_MODULES").is_none() {
+    if infiniband_devices().is_empty() && std::env::var_os("UCX_MODULES").is_none() {
         type Set = unsafe extern "C" fn(*const c_char, *const c_char) -> c_int;
         // SAFETY: the type is the one that UCX's header ucs/config/global_opts.h declares.
         if let Ok(set) = unsafe { ucs.get::<Set>("ucs_global_opts_set_value") } {
@@ -204,12 +202,18 @@ fn prepare_ucx(folder: &Path, kept: &mut Vec<Library>) -> Option<String> {
     version
 }
 
+/// The names of this host's InfiniBand and RoCE devices.
+pub(crate) fn infiniband_devices() -> Vec<String> {
+    let devices = entries(Path::new("/sys/class/infiniband"), |_| true);
+    devices.iter().filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect()
+}
+
 /// Where the UCX that belongs to a NIXL lies: beside it, or in the wheel's folder of libraries.
 fn ucx_folder(folder: &Path) -> Option<PathBuf> {
     let has_ucx = |folder: &PathBuf| !entries(folder, |name| name.starts_with("libucp")).is_empty();
-    let wheel = folder.parent().map(|parent| {
-        entries(parent, |name| name.starts_with("nixl") && name.ends_with(".libs"))
-    });
+    let wheel = folder
+        .parent()
+        .map(|parent| entries(parent, |name| name.starts_with("nixl") && name.ends_with(".libs")));
     let mut candidates = vec![folder.to_path_buf()];
     candidates.extend(wheel.into_iter().flatten());
     candidates.into_iter().find(has_ucx)
@@ -217,9 +221,8 @@ fn ucx_folder(folder: &Path) -> Option<PathBuf> {
 
 /// The version in the name of the folder that wheels describe themselves in.
 fn wheel_version(folder: &Path) -> Option<String> {
-    let described = entries(folder.parent()?, |name| {
-        name.starts_with("nixl") && name.ends_with(".dist-info")
-    });
+    let described =
+        entries(folder.parent()?, |name| name.starts_with("nixl") && name.ends_with(".dist-info"));
     let flavour = folder.file_name()?.to_str()?.trim_start_matches('.').split('.').next()?;
     described.iter().find_map(|path| {
         let name = path.file_name()?.to_str()?.strip_suffix(".dist-info")?;
@@ -231,7 +234,9 @@ fn wheel_version(folder: &Path) -> Option<String> {
 fn plugins(folder: &Path) -> Vec<String> {
     let files = entries(&folder.join("plugins"), |name| name.starts_with("libplugin_"));
     let name = |path: &PathBuf| {
-        Some(path.file_name()?.to_str()?.strip_prefix("libplugin_")?.strip_suffix(".so")?.to_owned())
+        Some(
+            path.file_name()?.to_str()?.strip_prefix("libplugin_")?.strip_suffix(".so")?.to_owned(),
+        )
     };
     files.iter().filter_map(name).collect()
 }
@@ -243,10 +248,7 @@ fn find(library_dir: Option<&Path>) -> Result<PathBuf, NixlError> {
     let named = named.or_else(|| std::env::var_os(LIBRARY_DIR_VARIABLE).map(PathBuf::from));
     // What the user names is the only place to look at: another library would be a surprise.
     let folders = named.map_or_else(usual_folders, |folder| vec![folder]);
-    folders
-        .iter()
-        .find_map(|folder| find_in(folder))
-        .ok_or(NixlError::Missing { folders })
+    folders.iter().find_map(|folder| find_in(folder)).ok_or(NixlError::Missing { folders })
 }
 
 /// The library in a folder, or in a wheel that was unpacked or installed there.
