@@ -8,8 +8,8 @@
 //! out, and the others finish.
 //!
 //! NIXL is not linked. Its library is searched for when an engine is prepared: in the folder that
-//! [`NixlOptions::library_dir`] or `CKPT_ENGINE_NIXL_DIR` names, else in installed Python wheels and
-//! where packages put libraries.
+//! [`NixlOptions::library_dir`] or `CKPT_ENGINE_NIXL_DIR` names; else in the folder `native` beside
+//! the program's own, in installed Python wheels, and where packages put libraries.
 
 mod agent;
 mod arena;

@@ -260,8 +260,16 @@ fn find_in(folder: &Path) -> Option<PathBuf> {
     file.canonicalize().ok()
 }
 
-/// Where wheels are installed and packages put libraries.
+/// Where `cargo xtask setup`, Python and packages put libraries.
 fn usual_folders() -> Vec<PathBuf> {
+    let program = std::env::current_exe().unwrap_or_default();
+    // Cargo puts programs, tests and examples one or two folders below its target folder.
+    let mut folders: Vec<PathBuf> = program
+        .ancestors()
+        .skip(2)
+        .take(2)
+        .flat_map(|folder| entries(&folder.join("native"), |name| name.starts_with("nixl")))
+        .collect();
     let variable = |name| std::env::var_os(name).map(PathBuf::from);
     let mut prefixes: Vec<PathBuf> =
         ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(variable).collect();
@@ -273,7 +281,6 @@ fn usual_folders() -> Vec<PathBuf> {
     }));
     prefixes.extend(variable("HOME").map(|home| home.join(".local")));
     prefixes.extend(["/usr/local", "/usr"].map(PathBuf::from));
-    let mut folders = Vec::new();
     for prefix in prefixes {
         let pythons = entries(&prefix.join("lib"), |name| name.starts_with("python3"));
         for packages in ["site-packages", "dist-packages"] {

@@ -12,6 +12,7 @@ pub mod checkpoint;
 mod ffi;
 pub mod memory;
 mod progress;
+pub mod quantize;
 pub mod roles;
 pub mod source;
 pub mod sync;

@@ -3,6 +3,10 @@
 #![allow(clippy::print_stdout, reason = "printing results is what the program is for")]
 #![forbid(unsafe_code)]
 
+mod commands {
+    pub(crate) mod fp8;
+}
+
 use std::error::Error as StdError;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -10,18 +14,24 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use checkpoint_engine::control::{Address, ControlConfig, Token, from_env};
+use checkpoint_engine::fp8::rules::parse_ignored_layers;
+use checkpoint_engine::fp8::{Granularity, Mode, Quantization};
 use checkpoint_engine::{
-    Availability, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind, Rank,
-    ReceiveReport, Role, Version, registry,
+    Availability, CheckpointEngineConfig, ConfigFormat, ControlPlane, EngineContext, Error,
+    ErrorKind, Rank, ReceiveReport, Role, Version, registry,
 };
 use clap::{Args, Parser, Subcommand};
-use cli::bench::{TransferLine, TransferOptions};
+use cli::bench::transfer::{TransferLine, TransferOptions, transfer};
 use cli::checkpoint::{Checkpoint, verify};
 use cli::memory::PeakMemory;
 use cli::roles::{Announcement, form_group};
 use cli::source::{ModelSpec, Source, SourceSpec};
 use cli::sync::{RolloutOptions, SyncOptions, Trainer, UpdateLine};
 use cli::synthetic::SyntheticModel;
+use commands::fp8::{
+    DequantizeArgs, PlanArgs, QuantBenchArgs, QuantizeArgs, dequantize_command, plan_command,
+    quant_bench_command, quantize_command,
+};
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// Moves a model's weights from a trainer to its inference engines, every training step.
@@ -49,7 +59,13 @@ enum Command {
     Doctor(DoctorArgs),
     /// Compare two checkpoints tensor by tensor, bit for bit
     Verify(VerifyArgs),
-    /// Measure transports beside what the machine can do
+    /// Write a checkpoint in FP8
+    Quantize(QuantizeArgs),
+    /// Write an FP8 checkpoint in a wider type again
+    Dequantize(DequantizeArgs),
+    /// Say which parameters of a model are quantised, and by which rule
+    Plan(PlanArgs),
+    /// Measure transports and codecs beside what the machine can do
     Bench(BenchArgs),
 }
 
@@ -102,6 +118,33 @@ impl SourceArgs {
     }
 }
 
+/// What quantised weights look like, and which there are.
+#[derive(Debug, Args)]
+struct FormatArgs {
+    /// How scales are computed: triton, pytorch or ue8m0 [default: triton]
+    #[arg(long = "quant-mode", visible_alias = "mode", value_name = "M", value_parser = mode)]
+    mode: Option<Mode>,
+    /// Which elements share a scale: RxC, per-row or per-tensor [default: 128x128]
+    #[arg(long = "quant-block", visible_alias = "block", value_name = "RxC")]
+    block: Option<Granularity>,
+    /// Layers to leave alone, comma-separated: whole dotted segments, or re: and a regular expression
+    #[arg(long, value_name = "LIST")]
+    ignored: Option<String>,
+}
+
+/// A mode by its name in configurations.
+fn mode(text: &str) -> Result<Mode, String> {
+    serde_json::from_value(text.into()).map_err(|error| error.to_string())
+}
+
+impl FormatArgs {
+    fn put_into(&self, section: &mut Quantization) {
+        section.mode = self.mode.or(section.mode);
+        section.granularity = self.block.or(section.granularity);
+        section.ignored_layers.extend(parse_ignored_layers(self.ignored.as_deref().unwrap_or("")));
+    }
+}
+
 /// The engine.
 #[derive(Debug, Args)]
 struct EngineArgs {
@@ -120,16 +163,28 @@ struct EngineArgs {
     /// Do not guard buckets with digests
     #[arg(long)]
     no_digests: bool,
+    /// Quantise to FP8 blocks on the trainer, so that half the bytes travel
+    #[arg(long)]
+    trainer_quantize_fp8: bool,
+    /// Quantise on the rollouts what arrives there unquantised
+    #[arg(long)]
+    quantize_on_receive: bool,
+    #[command(flatten)]
+    format: FormatArgs,
     /// A configuration file (TOML, JSON or YAML); the options above win over it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// The whole configuration as JSON, as `sync` gives it to its rollouts
+    #[arg(long, value_name = "JSON", hide = true, conflicts_with = "config")]
+    config_json: Option<String>,
 }
 
 impl EngineArgs {
     fn config(&self) -> Result<CheckpointEngineConfig, Failure> {
-        let mut config = match &self.config {
-            Some(path) => CheckpointEngineConfig::from_path(path)?,
-            None => CheckpointEngineConfig { backend: "ipc".into(), ..Default::default() },
+        let mut config = match (&self.config, &self.config_json) {
+            (Some(path), _) => CheckpointEngineConfig::from_path(path)?,
+            (None, Some(text)) => CheckpointEngineConfig::from_text(text, ConfigFormat::Json)?,
+            (None, None) => CheckpointEngineConfig { backend: "ipc".into(), ..Default::default() },
         };
         if let Some(backend) = &self.backend {
             config.backend.clone_from(backend);
@@ -144,6 +199,14 @@ impl EngineArgs {
             config.threads = self.threads;
         }
         config.digests &= !self.no_digests;
+        config.trainer_quantize_fp8 |= self.trainer_quantize_fp8;
+        let mut section = Quantization::of(&config)?;
+        self.format.put_into(&mut section);
+        section.quantize_on_receive |= self.quantize_on_receive;
+        if section != Quantization::default() {
+            let section = serde_json::to_value(section)?;
+            config.quantization = section.as_object().cloned().unwrap_or_default();
+        }
         config.validate()?;
         registry().get(&config.backend)?;
         Ok(config)
@@ -290,7 +353,7 @@ struct DoctorArgs {
     json: bool,
 }
 
-/// Measures transports beside what the machine can do in the same run.
+/// Measures transports and codecs beside what the machine can do in the same run.
 #[derive(Debug, Args)]
 struct BenchArgs {
     #[command(subcommand)]
@@ -302,6 +365,8 @@ enum Bench {
     /// Updates of a model in memory: one rollout with digests and without, two rollouts, and
     /// 100 000 tensors of 1 KiB, each beside a copy of the same bytes into shared memory
     Transfer(TransferArgs),
+    /// The FP8 codecs, beside a copy of the same input
+    Quant(QuantBenchArgs),
 }
 
 #[derive(Debug, Args)]
@@ -339,6 +404,10 @@ fn main() -> ExitCode {
         Command::Rollout(args) => until_interrupted(rollout_command(&args)),
         Command::Doctor(args) => doctor_command(&args),
         Command::Verify(args) => verify_command(&args),
+        Command::Quantize(args) => quantize_command(&args),
+        Command::Dequantize(args) => dequantize_command(&args),
+        Command::Plan(args) => plan_command(&args),
+        Command::Bench(BenchArgs { what: Bench::Quant(args) }) => quant_bench_command(&args),
         Command::Bench(BenchArgs { what: Bench::Transfer(args) }) => {
             until_interrupted(transfer_command(&args))
         }
@@ -420,7 +489,9 @@ async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Failure> {
         match trainer.update(version).await {
             Ok(report) => {
                 let extra = memory.extra_peak_bytes();
-                print_update(&cli::sync::line(&report, &config.backend, 0.0, extra), args.json)?;
+                let tensors = trainer.source.tensors();
+                let line = cli::sync::line(&report, tensors, &config.backend, 0.0, extra);
+                print_update(&line, args.json)?;
             }
             // The engine is in order: the next update goes to the rollouts that are left.
             Err(error) => {
@@ -525,7 +596,7 @@ async fn transfer_command(args: &TransferArgs) -> Result<ExitCode, Failure> {
             line.extra_peak_bytes as f64 / f64::from(1 << 20)
         ))
     };
-    cli::bench::transfer(&options, print).await?;
+    transfer(&options, print).await?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -553,11 +624,22 @@ fn print_update(line: &UpdateLine, json: bool) -> checkpoint_engine::Result<()> 
             format!("{} {state}", rollout.rank)
         })
         .collect();
+    let quantised = match line.quantized + line.kept + line.passed_through {
+        0 => String::new(),
+        _ => format!(
+            " ({} quantised, {} kept, {} passed through: {:.3} GB travel)",
+            line.quantized,
+            line.kept,
+            line.passed_through,
+            line.wire_bytes as f64 / 1e9
+        ),
+    };
     say(format!(
-        "version {}: {} tensors, {:.3} GB in {:.3} s, {:.2} GB/s (memcpy {:.2}), {:.1} MiB extra \
+        "version {}: {} tensors{}, {:.3} GB in {:.3} s, {:.2} GB/s (memcpy {:.2}), {:.1} MiB extra \
          memory{}; rollouts: {}",
         line.version,
         line.tensors,
+        quantised,
         line.source_bytes as f64 / 1e9,
         line.seconds,
         line.gb_per_s,

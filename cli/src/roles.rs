@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::CheckpointWriter;
 use crate::memory::PeakMemory;
-use crate::source::{Source, SourceSpec};
+use crate::source::{Checked, Source, SourceSpec};
 
 /// What the trainer tells the rollouts of the weights that will come.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -28,7 +28,7 @@ pub struct Announcement {
 pub struct RolloutNotes {
     /// Tensors of the update that were compared with the source, bit for bit.
     pub verified_tensors: u64,
-    /// Their bytes.
+    /// The bytes of the source that they stand for, before any quantisation.
     pub verified_bytes: u64,
     /// The most memory that the rollout took beyond what it had before it joined, in bytes.
     pub extra_peak_bytes: u64,
@@ -74,7 +74,8 @@ pub async fn form_group(
     Ok(workers)
 }
 
-/// Prepares a trainer and rollouts of this process, and forms their group.
+/// Prepares a trainer and rollouts of this process, and forms their group; returns what each said
+/// of itself.
 ///
 /// # Errors
 ///
@@ -82,17 +83,17 @@ pub async fn form_group(
 pub async fn form_local_group(
     engines: &mut [Box<dyn CheckpointEngine>],
     registry: &Registry,
-) -> Result<()> {
+) -> Result<Vec<WorkerMetadata>> {
     let mut workers = Vec::new();
     for engine in &mut *engines {
         workers.push(engine.prepare().await?);
     }
-    let Some(first) = workers.first() else { return Ok(()) };
+    let Some(first) = workers.first() else { return Ok(workers) };
     let places: Vec<Placement> = registry.get(&first.backend)?.build_topology(&workers)?;
     for (engine, place) in engines.iter_mut().zip(places) {
         engine.init_process_group(place).await?;
     }
-    Ok(())
+    Ok(workers)
 }
 
 /// A rollout that reads weights in place, compares them with their source, and writes them out, as
@@ -180,13 +181,17 @@ fn examine(
     let pieces: Vec<ReceivedPiece> = bucket.pieces().collect();
     let (mut tensors, mut bytes) = (0, 0);
     if let Some(source) = source {
-        pieces
-            .par_iter()
-            .try_for_each(|piece| source.check(&piece.meta, version, piece.start, &piece.bytes))?;
-        for piece in &pieces {
-            let len = piece.bytes.len() as u64;
-            bytes += len;
-            tensors += u64::from(piece.start + len == piece.meta.byte_len()?);
+        let (scales, weights): (Vec<_>, Vec<_>) =
+            pieces.iter().partition(|piece| source.follows_a_weight(&piece.meta.name));
+        for group in [weights, scales] {
+            let check = |piece: &&ReceivedPiece| {
+                source.check(&piece.meta, version, piece.start, &piece.bytes)
+            };
+            let checked: Vec<Checked> = group.par_iter().map(check).collect::<Result<_>>()?;
+            for Checked { source_bytes, ends_tensor } in checked {
+                bytes += source_bytes;
+                tensors += u64::from(ends_tensor);
+            }
         }
     }
     if let Some(writer) = &mut writer {

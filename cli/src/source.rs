@@ -1,13 +1,17 @@
 //! Where the weights of every update come from, and how a receiver checks them.
 
+mod quantized;
+
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use checkpoint_engine::fp8::rules::RulesConfig;
 use engine_core::{Encoding, Error, ErrorKind, Recovery, Result, TensorMeta, Version, Weight};
 use serde::{Deserialize, Serialize};
 
+use self::quantized::{Expected, Quantized};
 use crate::checkpoint::Checkpoint;
 use crate::synthetic::{self, Residency, ResidentModel, StreamedModel, SyntheticModel};
 
@@ -49,6 +53,17 @@ pub struct Source {
     metas: HashMap<Arc<str>, TensorMeta>,
     byte_len: u64,
     kind: Kind,
+    quantized: Option<Quantized>,
+}
+
+/// A piece of a tensor that was checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Checked {
+    /// The bytes of the source that it stands for: the scales of a quantised weight for none,
+    /// because its codes stand for all.
+    pub source_bytes: u64,
+    /// Whether it ends a tensor of the source.
+    pub ends_tensor: bool,
 }
 
 #[derive(Debug)]
@@ -106,7 +121,17 @@ impl Source {
         };
         let byte_len = total(&list)?;
         let metas = list.into_iter().map(|meta| (meta.name.clone(), meta)).collect();
-        Ok(Self { spec, metas, byte_len, kind })
+        Ok(Self { spec, metas, byte_len, kind, quantized: None })
+    }
+
+    /// Checks what arrives against what quantisation by these rules makes of the source.
+    ///
+    /// # Errors
+    ///
+    /// What the rules refuse.
+    pub fn quantized_by(mut self, rules: &RulesConfig) -> Result<Self> {
+        self.quantized = Some(Quantized::new(self.metas(), rules)?);
+        Ok(self)
     }
 
     /// What the source was opened with.
@@ -194,7 +219,7 @@ impl Source {
     }
 
     /// Checks received bytes of a tensor, from `offset` on, against what an update carries, bit for
-    /// bit and in constant memory.
+    /// bit and in constant memory. The scales of a quantised weight are checked after its codes.
     ///
     /// # Errors
     ///
@@ -206,37 +231,58 @@ impl Source {
         version: Version,
         offset: u64,
         bytes: &[u8],
-    ) -> Result<()> {
+    ) -> Result<Checked> {
         const OPERATION: &str = "verifying a received weight";
         let mismatch = |message: String| {
             Err(Error::new(ErrorKind::Mismatch, OPERATION, message)
                 .tensor(&*meta.name)
                 .version(version))
         };
-        let Some(expected) = self.metas.get(&meta.name) else {
+        let expected = match &self.quantized {
+            Some(quantized) => quantized.expected(&meta.name, |name| self.metas.get(name)),
+            None => Expected::Source,
+        };
+        let in_source = self.metas.get(&meta.name);
+        let wanted = match &expected {
+            Expected::Source => in_source,
+            Expected::Codes(wanted) | Expected::Scales { meta: wanted, .. } => Some(wanted),
+        };
+        let Some(wanted) = wanted else {
             return mismatch("the source has no tensor of this name".into());
         };
-        if expected != meta {
+        if wanted != meta {
             return mismatch(format!(
-                "received as {} {:?}, but the source has {} {:?}",
-                meta.dtype, meta.shape, expected.dtype, expected.shape
+                "received as {} {:?}, {} {:?} was expected",
+                meta.dtype, meta.shape, wanted.dtype, wanted.shape
             ));
         }
-        let size = expected.byte_len()?;
-        if offset.checked_add(bytes.len() as u64).is_none_or(|end| end > size) {
+        let size = wanted.byte_len()?;
+        let end = offset.checked_add(bytes.len() as u64).filter(|&end| end <= size);
+        let Some(end) = end else {
             return mismatch(format!("{} bytes at {offset} of {size}", bytes.len()));
-        }
-        let result = match &self.kind {
-            Kind::Synthetic { .. } => synthetic::compare(meta, version, offset, bytes),
-            Kind::Checkpoint(checkpoint) => {
-                let original = checkpoint.bytes(&meta.name).unwrap_or_default();
-                let steps = self.steps(version);
-                synthetic::blockwise(offset, bytes, |range, block| {
-                    perturb(meta, steps, original, range, block);
-                })
-            }
         };
-        result.map_err(|at| {
+        let mut checked = Checked { source_bytes: bytes.len() as u64, ends_tensor: end == size };
+        let result = match (&self.quantized, &expected, in_source) {
+            (Some(quantized), Expected::Codes(_), Some(source)) => {
+                let make = |meta: &TensorMeta, range: Range<u64>, block: &mut [u8]| {
+                    self.make(meta, version, range, block);
+                };
+                quantized
+                    .check_codes(source, version, offset, bytes, &make)?
+                    .map(|source_bytes| checked.source_bytes = source_bytes)
+            }
+            (Some(quantized), Expected::Scales { weight, .. }, _) => {
+                checked = Checked { source_bytes: 0, ends_tensor: false };
+                quantized.check_scales(weight, version, offset, bytes)
+            }
+            _ => match &self.kind {
+                Kind::Synthetic { .. } => synthetic::compare(meta, version, offset, bytes),
+                Kind::Checkpoint(_) => synthetic::blockwise(offset, bytes, |range, block| {
+                    self.make(meta, version, range, block);
+                }),
+            },
+        };
+        result.map(|()| checked).map_err(|at| {
             let element = at * 8 / meta.dtype.bits();
             Error::new(
                 ErrorKind::Digest,
@@ -248,6 +294,27 @@ impl Source {
             .tensor(&*meta.name)
             .version(version)
         })
+    }
+
+    /// Whether a tensor is the scales of a weight that is quantised on the way: to be checked after
+    /// the weight.
+    pub fn follows_a_weight(&self, name: &str) -> bool {
+        let quantized = self.quantized.as_ref();
+        let expected = quantized.map(|quantized| quantized.expected(name, |n| self.metas.get(n)));
+        matches!(expected, Some(Expected::Scales { .. }))
+    }
+
+    /// Makes bytes of one of the source's tensors as an update carries them. The range is within
+    /// the tensor.
+    fn make(&self, meta: &TensorMeta, version: Version, range: Range<u64>, block: &mut [u8]) {
+        match &self.kind {
+            Kind::Synthetic { .. } => synthetic::fill(meta, version, range, block),
+            Kind::Checkpoint(checkpoint) => {
+                let original = checkpoint.bytes(&meta.name).unwrap_or_default();
+                block.copy_from_slice(&original[range.start as usize..range.end as usize]);
+                synthetic::perturb(meta, self.steps(version), range.start, block);
+            }
+        }
     }
 
     /// How many steps of training are left until the checkpoint's own bytes.
@@ -318,10 +385,4 @@ impl Encoding for Perturbed {
         }
         Ok(())
     }
-}
-
-fn perturb(meta: &TensorMeta, steps: u64, original: &[u8], range: Range<u64>, block: &mut [u8]) {
-    // `check` made sure that the range is within the tensor.
-    block.copy_from_slice(&original[range.start as usize..range.end as usize]);
-    synthetic::perturb(meta, steps, range.start, block);
 }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use checkpoint_engine::control::{Address, ControlConfig, Token};
+use checkpoint_engine::fp8::agreed_rules;
 use checkpoint_engine::observe::Observer;
 use checkpoint_engine::{
     CheckpointEngine, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind, Rank,
@@ -157,7 +158,15 @@ impl Trainer {
 }
 
 /// An update's line from its report.
-pub fn line(report: &SendReport, backend: &str, memcpy: f64, extra: u64) -> UpdateLine {
+///
+/// `tensors` are those of the source: a rollout that verified saw every one of them.
+pub fn line(
+    report: &SendReport,
+    tensors: usize,
+    backend: &str,
+    memcpy: f64,
+    extra: u64,
+) -> UpdateLine {
     let counts = &report.counts;
     let notes: Vec<RolloutNotes> = report
         .receivers
@@ -166,7 +175,7 @@ pub fn line(report: &SendReport, backend: &str, memcpy: f64, extra: u64) -> Upda
         .collect();
     let verified = !notes.is_empty()
         && notes.iter().all(|notes| {
-            notes.verified_bytes == counts.wire_bytes && notes.verified_tensors == counts.tensors
+            notes.verified_bytes == counts.source_bytes && notes.verified_tensors == tensors as u64
         });
     let rollouts = report.receivers.iter().zip(&notes).map(|(receiver, notes)| RolloutLine {
         rank: receiver.rank.0,
@@ -203,10 +212,6 @@ async fn in_one_process(
     each: &mut impl FnMut(&UpdateLine) -> Result<()>,
 ) -> Result<()> {
     let registry = registry();
-    let checked = match options.verify {
-        true => Some(Arc::new(Source::open(options.source.clone())?)),
-        false => None,
-    };
     let mut engines = Vec::new();
     for rank in 0..=options.rollouts {
         let role = if rank == 0 { Role::Trainer } else { Role::Rollout };
@@ -214,7 +219,18 @@ async fn in_one_process(
         let context = if rank == 0 { context.with_observer(bar.clone()) } else { context };
         engines.push(registry.create(context)?);
     }
-    form_local_group(&mut engines, &registry).await?;
+    let workers = form_local_group(&mut engines, &registry).await?;
+    let checked = match options.verify {
+        false => None,
+        true => {
+            let source = Source::open(options.source.clone())?;
+            // All rollouts have the same configuration.
+            Some(Arc::new(match agreed_rules(&workers, Rank(1))? {
+                Some(rules) => source.quantized_by(&rules)?,
+                None => source,
+            }))
+        }
+    };
     let mut engines = engines.into_iter();
     let Some(engine) = engines.next() else { return Ok(()) };
     let mut trainer = Trainer { engine, source };
@@ -233,7 +249,13 @@ async fn in_one_process(
         for result in received {
             result?;
         }
-        let line = line(&report, &options.config.backend, memcpy, memory.extra_peak_bytes());
+        let line = line(
+            &report,
+            trainer.source.tensors(),
+            &options.config.backend,
+            memcpy,
+            memory.extra_peak_bytes(),
+        );
         check(&line, options.verify)?;
         bar.clear();
         each(&line)?;
@@ -256,7 +278,13 @@ async fn with_processes(
         for version in (1..=options.source.updates).map(Version) {
             let report = trainer.update(version).await?;
             all_present(&report)?;
-            let line = line(&report, &options.config.backend, memcpy, memory.extra_peak_bytes());
+            let line = line(
+                &report,
+                trainer.source.tensors(),
+                &options.config.backend,
+                memcpy,
+                memory.extra_peak_bytes(),
+            );
             check(&line, options.verify)?;
             bar.clear();
             each(&line)?;
@@ -383,17 +411,15 @@ async fn start_rollout(
 ) -> Result<Child> {
     let failed = |error| Error::io("starting a rollout", error).rank(Rank(rank));
     let program = std::env::current_exe().map_err(failed)?;
+    let config = serde_json::to_string(&options.config)
+        .map_err(|error| failed(std::io::Error::other(error)))?;
     let mut command = Command::new(program);
     command
         .arg("rollout")
         .args(["--rendezvous", &address.to_string(), "--token-stdin"])
         .args(["--rank", &rank.to_string()])
         .args(["--world-size", &(options.rollouts + 1).to_string()])
-        .args(["--backend", &options.config.backend])
-        .args(["--timeout", &options.config.timeout_seconds.to_string()]);
-    if let Some(threads) = options.config.threads {
-        command.args(["--threads", &threads.to_string()]);
-    }
+        .args(["--config-json", &config]);
     if options.verify {
         command.arg("--verify");
     }
@@ -478,7 +504,13 @@ pub async fn rollout(
         announced.and_then(|attributes| serde_json::from_value(attributes).ok());
     let source = match (options.verify, &announced) {
         (false, _) => None,
-        (true, Some(announcement)) => Some(Arc::new(Source::open(announcement.source.clone())?)),
+        (true, Some(announcement)) => {
+            let source = Source::open(announcement.source.clone())?;
+            Some(Arc::new(match agreed_rules(&workers, control.rank())? {
+                Some(rules) => source.quantized_by(&rules)?,
+                None => source,
+            }))
+        }
         (true, None) => {
             let message = "the trainer does not say where its weights come from: nothing to \
                            compare them with";

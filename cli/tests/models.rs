@@ -65,7 +65,7 @@ fn models_have_the_names_and_shapes_of_their_checkpoints() {
 fn the_tiny_model_has_experts_a_scalar_and_two_types_in_a_few_megabytes() {
     let metas = SyntheticModel::TinyMoe.metas(None).unwrap();
     let size: u64 = metas.iter().map(|meta| meta.byte_len().unwrap()).sum();
-    assert!((2_000_000..10_000_000).contains(&size), "{size}");
+    assert!((2_000_000..12_000_000).contains(&size), "{size}");
     assert!(metas.iter().any(|meta| meta.shape.is_empty() && meta.dtype == DType::F32));
     assert!(metas.iter().any(|meta| meta.name.contains("experts.15.")));
     assert!(metas.iter().any(|meta| meta.byte_len().unwrap() % 256 != 0));

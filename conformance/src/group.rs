@@ -14,6 +14,7 @@ use engine_core::{
 use crate::Suite;
 
 pub(crate) struct Group {
+    suite: Suite,
     pub(crate) trainer: Box<dyn CheckpointEngine>,
     pub(crate) rollouts: Vec<Box<dyn CheckpointEngine>>,
     _controls: Vec<ControlPlane>,
@@ -41,7 +42,11 @@ impl Group {
             let role = if rank == 0 { Role::Trainer } else { Role::Rollout };
             let mut context = EngineContext::new(suite.config.clone(), role);
             context.control = controls.get(rank as usize).cloned();
-            engines.push(suite.backend.create(context)?);
+            let mut engine = suite.backend.create(context.clone())?;
+            if let Some(quantizer) = suite.quantizer {
+                engine = (quantizer.layer)(engine, &context)?;
+            }
+            engines.push(engine);
         }
         let mut workers = Vec::new();
         for engine in &mut engines {
@@ -58,7 +63,7 @@ impl Group {
             engine.init_process_group(place).await?;
         }
         let trainer = engines.remove(0);
-        Ok(Self { trainer, rollouts: engines, _controls: controls })
+        Ok(Self { suite: suite.clone(), trainer, rollouts: engines, _controls: controls })
     }
 
     /// One update; what each rank made of it.
@@ -78,7 +83,8 @@ impl Group {
         weights: Vec<Weight>,
         version: u64,
     ) -> Result<SendReport, String> {
-        let expected: Vec<Received> = weights
+        let expected = self.suite.expected(weights.clone());
+        let expected: Vec<Received> = expected
             .iter()
             .map(|weight| Ok((weight.meta().clone(), weight.to_bytes()?.to_vec())))
             .collect::<Result<_>>()
@@ -138,15 +144,27 @@ pub(crate) fn weight(name: &str, dtype: DType, shape: &[u64], seed: u64) -> Weig
     Weight::from_meta(meta, bytes).expect("a small tensor")
 }
 
-/// A model of some layers, of all kinds of shapes.
+/// A matrix of finite floating-point numbers, which can be quantised.
+pub(crate) fn floats(name: &str, dtype: DType, shape: &[u64], seed: u64) -> Weight {
+    let bytes = weight(name, dtype, shape, seed).to_bytes().expect("a small tensor");
+    let size = dtype.bytes().expect("whole bytes") as usize;
+    let mut bytes = bytes.to_vec();
+    // The top bits of the exponent are cleared: no number is infinite.
+    bytes.iter_mut().skip(size - 1).step_by(size).for_each(|byte| *byte &= 0xbf);
+    Weight::new(name, dtype, shape, bytes).expect("a small tensor")
+}
+
+/// A model of some layers, of all kinds of shapes, part of which is quantised where quantisation is
+/// on.
 pub(crate) fn model(layers: u64, seed: u64) -> Vec<Weight> {
     let mut weights = vec![weight("embed", DType::BF16, &[1000, 64], seed)];
     for layer in 0..layers {
         let name = |part: &str| -> Arc<str> { format!("layers.{layer}.{part}").into() };
         weights.push(weight(&name("norm"), DType::F32, &[65], seed));
-        weights.push(weight(&name("up"), DType::BF16, &[129, 300], seed));
-        weights.push(weight(&name("scale"), DType::F8_E4M3, &[3, 7], seed));
-        weights.push(weight(&name("down"), DType::F16, &[300, 129], seed));
+        weights.push(floats(&name("up_proj.weight"), DType::BF16, &[129, 300], seed));
+        weights.push(weight(&name("codes.weight"), DType::F8_E4M3, &[3, 7], seed));
+        weights.push(weight(&name("codes.weight_scale_inv"), DType::F32, &[1, 1], seed));
+        weights.push(floats(&name("down_proj.weight"), DType::F32, &[300, 129], seed));
     }
     weights
 }

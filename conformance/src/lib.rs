@@ -16,7 +16,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 
-use engine_core::{Backend, CheckpointEngineConfig};
+use engine_core::{Backend, CheckpointEngineConfig, QuantizerLayer, Weight};
 
 pub use cases::CASES;
 
@@ -26,6 +26,14 @@ pub struct Suite {
     pub(crate) backend: &'static dyn Backend,
     pub(crate) config: CheckpointEngineConfig,
     pub(crate) control: bool,
+    pub(crate) quantizer: Option<Quantizer>,
+}
+
+/// Quantisation in front of the engines, and what it makes of weights.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Quantizer {
+    pub(crate) layer: QuantizerLayer,
+    pub(crate) expected: fn(Vec<Weight>) -> Vec<Weight>,
 }
 
 /// How a case ended.
@@ -61,7 +69,7 @@ impl Suite {
             timeout_seconds: 2.0,
             ..Default::default()
         };
-        Self { backend, config, control: false }
+        Self { backend, config, control: false, quantizer: None }
     }
 
     /// The backend fills buckets and talks over a control plane.
@@ -69,6 +77,31 @@ impl Suite {
     pub fn with_control_plane(mut self) -> Self {
         self.control = true;
         self
+    }
+
+    /// With quantisation in front of every engine; `expected` is what has to arrive of weights that
+    /// are sent, in order.
+    #[must_use]
+    pub fn with_quantizer(
+        mut self,
+        layer: QuantizerLayer,
+        expected: fn(Vec<Weight>) -> Vec<Weight>,
+    ) -> Self {
+        self.quantizer = Some(Quantizer { layer, expected });
+        self
+    }
+
+    /// What has to arrive of weights that are sent.
+    pub(crate) fn expected(&self, weights: Vec<Weight>) -> Vec<Weight> {
+        match self.quantizer {
+            Some(quantizer) => (quantizer.expected)(weights),
+            None => weights,
+        }
+    }
+
+    /// What has to travel for weights that are sent: a rollout may quantise what arrives.
+    pub(crate) fn on_the_wire(&self, weights: Vec<Weight>) -> Vec<Weight> {
+        if self.config.trainer_quantize_fp8 { self.expected(weights) } else { weights }
     }
 
     /// With another configuration than the suite's own, which has buckets of 1 MiB and deadlines of

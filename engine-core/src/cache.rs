@@ -3,12 +3,11 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use bytes::Bytes;
 
+use crate::memory::TensorMemory;
 use crate::{
     CheckpointEngine, CheckpointEngineWithCache, Error, ErrorKind, Placement, ReceivedWeights,
-    Result, SendReport, TensorMeta, Version, Weight, WeightStream, WorkerMetadata,
-    ensure_async_iterator,
+    Result, SendReport, Version, Weight, WeightStream, WorkerMetadata, ensure_async_iterator,
 };
 
 /// An engine whose rollout keeps the last complete version in host memory.
@@ -78,20 +77,22 @@ impl CheckpointEngineWithCache for CachedEngine {
         let mut received = self.engine.receive_weights(version).await?;
         let version = received.version();
         let mut weights = Vec::new();
-        let mut open: Option<(TensorMeta, Vec<u8>)> = None;
+        let mut open: Option<TensorMemory> = None;
         while let Some(bucket) = received.next_bucket().await? {
             for piece in bucket.pieces() {
                 let byte_len = piece.meta.byte_len()?;
-                let (meta, mut bytes) = match open.take() {
-                    Some(open) => open,
-                    None => (piece.meta, memory_for(byte_len)?),
+                // The chunks of a weight follow one another, which the engine has checked.
+                let mut memory = match open.take() {
+                    Some(memory) => memory,
+                    None => TensorMemory::new(byte_len, "filling the cache")
+                        .map_err(|error| error.tensor(&*piece.meta.name))?,
                 };
-                bytes.extend_from_slice(&piece.bytes);
-                // The plan sends the chunks of a weight one after the other, and checks it.
-                if (bytes.len() as u64) < byte_len {
-                    open = Some((meta, bytes));
+                let (start, len) = (piece.start as usize, piece.bytes.len());
+                memory.as_mut()[start..start + len].copy_from_slice(&piece.bytes);
+                if piece.start + (len as u64) < byte_len {
+                    open = Some(memory);
                 } else {
-                    weights.push(Weight::from_meta(meta, Bytes::from(bytes))?);
+                    weights.push(Weight::from_meta(piece.meta, memory.freeze())?);
                 }
             }
         }
@@ -107,13 +108,4 @@ impl CheckpointEngineWithCache for CachedEngine {
         let weights = (0..weights.len()).map(move |index| weights[index].clone());
         Ok((version, ensure_async_iterator(weights)))
     }
-}
-
-fn memory_for(bytes: u64) -> Result<Vec<u8>> {
-    let mut memory = Vec::new();
-    memory.try_reserve_exact(bytes as usize).map_err(|_| {
-        let message = format!("no memory for {bytes} bytes");
-        Error::new(ErrorKind::Resource, "filling the cache", message)
-    })?;
-    Ok(memory)
 }

@@ -121,6 +121,10 @@ pub struct WorkerMetadata {
     pub pid: u32,
     /// What only the backend understands.
     pub details: serde_json::Value,
+    /// The format contract: what the rank says of the format of weights. Whoever converts them in
+    /// front of the engine understands it; null where nobody does.
+    #[serde(default)]
+    pub format: serde_json::Value,
     /// What the embedding program tells other ranks along with it.
     #[serde(default)]
     pub attributes: serde_json::Value,
@@ -135,6 +139,7 @@ impl WorkerMetadata {
             host: host_id(),
             pid: std::process::id(),
             details,
+            format: serde_json::Value::Null,
             attributes: serde_json::Value::Null,
         }
     }

@@ -33,7 +33,7 @@ pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
 pub use ids::{Rank, Version};
 pub use manager::{CheckpointEngineManager, LocalRollout, RolloutWorker};
 pub use received::{Install, Outcome, ReceivedBucket, ReceivedPiece, ReceivedWeights, TensorMap};
-pub use registry::Registry;
+pub use registry::{QuantizerLayer, Registry};
 pub use report::{
     ReceiveReport, ReceiverReport, SendReport, StageTimes, TensorCounts, VersionState,
 };

@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use bytes::Bytes;
 use rayon::ThreadPool;
 
 use crate::plan::{ALIGNMENT, Piece};
@@ -27,6 +28,45 @@ pub struct Job {
     pub len: u64,
     /// Where it goes in the bucket, in bytes.
     pub offset: u64,
+}
+
+/// Host memory of a tensor's own, aligned as in a bucket.
+#[derive(Debug)]
+pub(crate) struct TensorMemory {
+    bytes: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl TensorMemory {
+    /// Zeroed memory of so many bytes.
+    ///
+    /// # Errors
+    ///
+    /// `Resource` if there is none.
+    pub(crate) fn new(len: u64, operation: &str) -> Result<Self> {
+        let alignment = ALIGNMENT as usize;
+        let refuse = || {
+            let message = format!("no memory for {len} bytes");
+            Error::new(ErrorKind::Resource, operation, message)
+        };
+        let size = usize::try_from(len).ok().and_then(|len| len.checked_add(alignment));
+        let size = size.ok_or_else(refuse)?;
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(size).map_err(|_| refuse())?;
+        bytes.resize(size, 0);
+        let start = bytes.as_ptr().align_offset(alignment).min(alignment);
+        Ok(Self { bytes, start, len: size - alignment })
+    }
+
+    pub(crate) fn as_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..self.start + self.len]
+    }
+
+    /// Ends writing.
+    pub(crate) fn freeze(self) -> Bytes {
+        Bytes::from(self.bytes).slice(self.start..self.start + self.len)
+    }
 }
 
 /// The threads that pack, quantise and check buckets: started once, kept for all updates.

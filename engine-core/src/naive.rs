@@ -17,12 +17,10 @@ use tokio::time::timeout;
 
 use crate::memory::Pool;
 use crate::observe::Progress;
-use crate::plan::{BucketLayout, Piece};
 use crate::{
     Availability, Backend, CheckpointEngine, EngineContext, Error, ErrorKind, ErrorReport, Outcome,
     Placement, Rank, ReceiveReport, ReceivedBucket, ReceivedWeights, ReceiverReport, Result, Role,
-    SendReport, StageTimes, TensorCounts, Version, VersionState, Weight, WeightStream,
-    WorkerMetadata,
+    SendReport, StageTimes, TensorCounts, Version, VersionState, WeightStream, WorkerMetadata,
 };
 
 const NAME: &str = "naive";
@@ -371,7 +369,7 @@ async fn send(
         counts.add(&weight);
         let started = Instant::now();
         let bytes = weight.source_bytes();
-        let bucket = bucket_of(weight, index, pool).await?;
+        let bucket = ReceivedBucket::of_weight(weight, index, pool).await?;
         stages.encode += started.elapsed();
         let started = Instant::now();
         for recipient in &mut *recipients {
@@ -413,17 +411,6 @@ async fn send(
     }
     stages.confirm = started.elapsed();
     Ok((counts, stages, index, receivers))
-}
-
-/// A weight as a bucket of its own.
-async fn bucket_of(weight: Weight, index: u64, pool: &Pool) -> Result<ReceivedBucket> {
-    let (meta, len) = (weight.meta().clone(), weight.byte_len());
-    let bytes = match weight.contiguous_bytes() {
-        Some(bytes) => bytes.clone(),
-        None => pool.start(move || weight.to_bytes()).await?,
-    };
-    let layout = Arc::new(BucketLayout::new(vec![Piece { meta, start: 0, len, offset: 0 }]));
-    ReceivedBucket::new(index, layout, bytes)
 }
 
 struct Session {

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use futures::stream::{BoxStream, Stream, StreamExt};
 
-use crate::plan::BucketLayout;
+use crate::memory::{Job, Pool, TensorMemory};
+use crate::plan::{BucketLayout, Piece};
 use crate::report::ReceiveReport;
 use crate::{Error, ErrorKind, Result, TensorMeta, Version, Weight, WeightStream};
 
@@ -42,7 +43,7 @@ pub struct ReceivedWeights<'a> {
 /// A tensor larger than a bucket, of which a part has arrived.
 struct Partial {
     meta: TensorMeta,
-    bytes: Vec<u8>,
+    memory: TensorMemory,
 }
 
 /// Where the engine leaves its report at the end, and the receiver its reason for giving up.
@@ -70,6 +71,15 @@ impl Outcome {
     /// What the receiver wants the trainer to know, for the engine to send with the confirmation.
     pub fn take_notes(&self) -> serde_json::Value {
         self.lock().notes.take()
+    }
+
+    /// Ends an update with an error: leaves it as the reason and drops what is left of the update,
+    /// so that the engine tells the others.
+    fn fail_with(&self, error: Error, rest: impl Sized) -> Error {
+        let report = crate::ErrorReport::from(&error);
+        self.lock().failure.get_or_insert_with(|| report.into());
+        drop(rest);
+        error
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, OutcomeState> {
@@ -168,21 +178,19 @@ impl<'a> ReceivedWeights<'a> {
             return Weight::from_meta(piece.meta, piece.bytes).map(Some);
         }
         if piece.start == 0 {
-            let mut bytes = Vec::new();
-            bytes.try_reserve_exact(byte_len as usize).map_err(|_| {
-                let message = format!("no memory for {byte_len} bytes");
-                Error::new(ErrorKind::Resource, "putting a tensor together", message)
-                    .tensor(&*piece.meta.name)
-            })?;
-            self.partial = Some(Partial { meta: piece.meta, bytes });
+            let memory = TensorMemory::new(byte_len, "putting a tensor together");
+            let memory = memory.map_err(|error| error.tensor(&*piece.meta.name))?;
+            self.partial = Some(Partial { meta: piece.meta, memory });
         }
-        let Some(partial) = &mut self.partial else { return Ok(None) };
-        partial.bytes.extend_from_slice(&piece.bytes);
-        if partial.bytes.len() as u64 != byte_len {
+        // The engine has checked that the chunks of a weight follow one another.
+        let Some(Partial { memory, .. }) = &mut self.partial else { return Ok(None) };
+        let end = piece.start + piece.bytes.len() as u64;
+        memory.as_mut()[piece.start as usize..end as usize].copy_from_slice(&piece.bytes);
+        if end != byte_len {
             return Ok(None);
         }
         match self.partial.take() {
-            Some(Partial { meta, bytes }) => Weight::from_meta(meta, bytes).map(Some),
+            Some(Partial { meta, memory }) => Weight::from_meta(meta, memory.freeze()).map(Some),
             None => Ok(None),
         }
     }
@@ -237,6 +245,67 @@ impl<'a> ReceivedWeights<'a> {
         self.outcome.lock().failure = Some(error);
     }
 
+    /// Puts a combinator between the engine and the receiver, which gets what that yields, every
+    /// tensor in a bucket of its own.
+    ///
+    /// # Errors
+    ///
+    /// An error of the combinator, or of encoding what it yields, aborts the update on every rank.
+    #[must_use]
+    pub fn map_weights(
+        self,
+        pool: Pool,
+        combinator: impl FnOnce(WeightStream<'a>) -> WeightStream<'a>,
+    ) -> Self {
+        let (version, outcome) = (self.version, self.outcome.clone());
+        let weights = combinator(self.into_weight_stream());
+        let failing = outcome.clone();
+        let buckets = futures::stream::try_unfold((weights, 0), move |(mut weights, index)| {
+            let (pool, failing) = (pool.clone(), failing.clone());
+            async move {
+                let Some(weight) = weights.next().await else { return Ok(None) };
+                let bucket = match weight {
+                    Ok(weight) => ReceivedBucket::of_weight(weight, index, &pool).await,
+                    Err(error) => Err(error),
+                };
+                match bucket {
+                    Ok(bucket) => Ok(Some((bucket, (weights, index + 1)))),
+                    Err(error) => Err(failing.fail_with(error.version(version), weights)),
+                }
+            }
+        });
+        Self::new(version, outcome, buckets)
+    }
+
+    /// Lets a function look at every bucket before the receiver gets it.
+    ///
+    /// # Errors
+    ///
+    /// An error of the function aborts the update on every rank.
+    #[must_use]
+    pub fn inspect_buckets(
+        self,
+        inspect: impl FnMut(&ReceivedBucket) -> Result<()> + Send + 'a,
+    ) -> Self {
+        let (version, outcome) = (self.version, self.outcome.clone());
+        let failing = outcome.clone();
+        let state = (self, inspect);
+        let buckets = futures::stream::try_unfold(state, move |(mut received, mut inspect)| {
+            let failing = failing.clone();
+            async move {
+                let Some(bucket) = received.next_bucket().await? else { return Ok(None) };
+                match inspect(&bucket) {
+                    Ok(()) => Ok(Some((bucket, (received, inspect)))),
+                    Err(error) => {
+                        let error = error.bucket(bucket.index()).version(version);
+                        Err(failing.fail_with(error, (received, bucket)))
+                    }
+                }
+            }
+        });
+        Self::new(version, outcome, buckets)
+    }
+
     /// The tensors as a stream that another engine can send, or a combinator take.
     pub fn into_weight_stream(self) -> WeightStream<'a> {
         WeightStream::new(futures::stream::try_unfold(self, |mut received| async move {
@@ -273,6 +342,32 @@ impl ReceivedBucket {
             return Err(Error::new(ErrorKind::Protocol, "opening a bucket", message).bucket(index));
         }
         Ok(Self { index, layout, bytes })
+    }
+
+    /// A weight as a bucket of its own: in place where its bytes are contiguous, else encoded by
+    /// all threads of the pool.
+    ///
+    /// # Errors
+    ///
+    /// Those of the weight's encoding; `Resource` if there is no memory for it.
+    pub async fn of_weight(weight: Weight, index: u64, pool: &Pool) -> Result<Self> {
+        let (meta, len) = (weight.meta().clone(), weight.byte_len());
+        let bytes = match weight.contiguous_bytes() {
+            Some(bytes) => bytes.clone(),
+            None => {
+                let memory = TensorMemory::new(len, "encoding a weight");
+                let mut memory = memory.map_err(|error| error.tensor(weight.name()))?;
+                let threads = pool.clone();
+                let job = Job { weight, start: 0, len, offset: 0 };
+                let encoded = pool.start(move || {
+                    threads.encode(&[job], memory.as_mut(), false)?;
+                    Ok(memory)
+                });
+                encoded.await?.freeze()
+            }
+        };
+        let layout = Arc::new(BucketLayout::new(vec![Piece { meta, start: 0, len, offset: 0 }]));
+        Self::new(index, layout, bytes)
     }
 
     /// Its number within the update, from 0.

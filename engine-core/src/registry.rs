@@ -17,7 +17,14 @@ use crate::{Backend, CheckpointEngine, EngineContext, Error, ErrorKind, Result};
 /// # Ok::<(), engine_core::Error>(())
 /// ```
 #[derive(Clone, Debug)]
-pub struct Registry(Vec<&'static dyn Backend>);
+pub struct Registry {
+    backends: Vec<&'static dyn Backend>,
+    quantizer: Option<QuantizerLayer>,
+}
+
+/// Puts quantisation in front of an engine, as the context's configuration says.
+pub type QuantizerLayer =
+    fn(Box<dyn CheckpointEngine>, &EngineContext) -> Result<Box<dyn CheckpointEngine>>;
 
 impl Default for Registry {
     fn default() -> Self {
@@ -28,20 +35,27 @@ impl Default for Registry {
 impl Registry {
     /// A registry of `naive` alone.
     pub fn new() -> Self {
-        Self(vec![crate::naive::BACKEND])
+        Self { backends: vec![crate::naive::BACKEND], quantizer: None }
     }
 
     /// Adds a backend; one of the same name is replaced.
     #[must_use]
     pub fn with(mut self, backend: &'static dyn Backend) -> Self {
-        self.0.retain(|other| other.name() != backend.name());
-        self.0.push(backend);
+        self.backends.retain(|other| other.name() != backend.name());
+        self.backends.push(backend);
+        self
+    }
+
+    /// Adds quantisation, for every backend.
+    #[must_use]
+    pub fn with_quantizer(mut self, layer: QuantizerLayer) -> Self {
+        self.quantizer = Some(layer);
         self
     }
 
     /// All backends.
     pub fn backends(&self) -> impl Iterator<Item = &'static dyn Backend> + '_ {
-        self.0.iter().copied()
+        self.backends.iter().copied()
     }
 
     /// A backend by its name.
@@ -61,9 +75,19 @@ impl Registry {
     ///
     /// # Errors
     ///
-    /// Those of [`get`](Self::get) and of [`Backend::create`].
+    /// Those of [`get`](Self::get) and of [`Backend::create`]; `Config` if the configuration asks
+    /// for quantisation and there is none, or not of this kind.
     pub fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
-        self.get(&context.config.backend)?.create(context)
+        let backend = self.get(&context.config.backend)?;
+        let config = &context.config;
+        let Some(layer) = self.quantizer else {
+            if config.trainer_quantize_fp8 || !config.quantization.is_empty() {
+                let message = "it asks for quantisation, and this program was built without it";
+                return Err(Error::new(ErrorKind::Config, "making an engine", message));
+            }
+            return backend.create(context);
+        };
+        layer(backend.create(context.clone())?, &context)
     }
 }
 
@@ -76,5 +100,13 @@ mod tests {
         let error = Registry::new().get("nccl").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Backend);
         assert!(error.to_string().contains("known: naive"), "{error}");
+    }
+
+    #[test]
+    fn asking_for_quantisation_where_there_is_none_is_an_error() {
+        let config =
+            crate::CheckpointEngineConfig { trainer_quantize_fp8: true, ..Default::default() };
+        let context = EngineContext::new(config, crate::Role::Trainer);
+        assert_eq!(Registry::new().create(context).unwrap_err().kind(), ErrorKind::Config);
     }
 }

@@ -2,6 +2,10 @@
 
 use std::fmt;
 
+use engine_core::{Error, ErrorKind};
+
+use crate::BlockGrid;
+
 /// What can go wrong while deciding on, or carrying out, a quantisation.
 ///
 /// Errors about data name the place: the tensor where the function knows its name (see
@@ -136,8 +140,61 @@ impl QuantError {
         self
     }
 
+    /// Moves an error of a band that was quantised by itself to its place in the tensor.
+    #[must_use]
+    pub(crate) fn at_band(mut self, grid: &BlockGrid, band: usize) -> Self {
+        if let Self::NonFinite { expert, block_row, .. } = &mut self {
+            (*expert, *block_row) =
+                (band / grid.bands_per_matrix(), band % grid.bands_per_matrix());
+        }
+        self
+    }
+
     pub(crate) fn sizes(reason: impl Into<String>) -> Self {
         Self::Sizes { tensor: None, reason: reason.into() }
+    }
+}
+
+impl From<QuantError> for Error {
+    fn from(error: QuantError) -> Self {
+        let kind = match &error {
+            QuantError::InvalidFormat { .. }
+            | QuantError::CudaOnly
+            | QuantError::NoSuchCodec { .. }
+            | QuantError::Pattern { .. }
+            | QuantError::Config { .. } => ErrorKind::Config,
+            QuantError::Manifest { .. } => ErrorKind::Mismatch,
+            QuantError::Sizes { .. }
+            | QuantError::NonFinite { .. }
+            | QuantError::FusedPartsDisagree { .. }
+            | QuantError::MissingScale { .. }
+            | QuantError::MissingWeight { .. }
+            | QuantError::Unlisted { .. }
+            | QuantError::Duplicate { .. } => ErrorKind::Weight,
+        };
+        let tensor = match &error {
+            QuantError::Sizes { tensor, .. } | QuantError::NonFinite { tensor, .. } => {
+                tensor.clone()
+            }
+            QuantError::Manifest { tensor, .. }
+            | QuantError::MissingScale { tensor }
+            | QuantError::MissingWeight { tensor }
+            | QuantError::Unlisted { tensor }
+            | QuantError::Duplicate { tensor }
+            | QuantError::FusedPartsDisagree { second: tensor, .. } => Some(tensor.clone()),
+            _ => None,
+        };
+        let mut cause: &dyn std::error::Error = &error;
+        let mut message = error.to_string();
+        while let Some(source) = cause.source() {
+            message = format!("{message}: {source}");
+            cause = source;
+        }
+        let result = Self::new(kind, "quantising to FP8", message);
+        match tensor {
+            Some(tensor) => result.tensor(tensor),
+            None => result,
+        }
     }
 }
 

@@ -9,15 +9,24 @@
 //!   the `quantization_config` of `config.json`.
 //! - [`Codec`] does it, at the speed of memory, on whole tensors or on any range of their elements,
 //!   straight from the source into the buffer that is sent.
+//! - [`QuantizeFp8`] quantises a stream of weights while they are packed, and [`with_fp8`] puts that
+//!   in front of any engine whose configuration asks for it, once all ranks agree on the format.
 
 #![deny(unsafe_code)]
 
 mod codec;
+mod combinator;
+mod contract;
+mod encoding;
+mod engine;
 mod error;
 mod format;
 pub mod rules;
 
 pub use codec::{Codec, Source, Store, copy_non_temporal};
+pub use combinator::{Fp8Quantizer, QuantizeFp8, stored};
+pub use contract::{Accepts, Quantization, agreed_rules};
+pub use engine::with_fp8;
 pub use error::QuantError;
 pub use format::{
     BlockGrid, BlockScale, Fp8Format, Granularity, Mode, NonFinite, Precast, ScaleName, SourceType,

@@ -42,12 +42,21 @@ enum Install {
     Optional { how: &'static str },
 }
 
-const STEPS: [Step; 4] = [
+const STEPS: [Step; 5] = [
     Step {
         name: "cargo-nextest",
         purpose: Purpose::Tests,
         check: tests::has_nextest,
         install: Install::Optional { how: "cargo install --locked cargo-nextest" },
+    },
+    Step {
+        name: "nixl",
+        purpose: Purpose::Tests,
+        check: tools::has_nixl,
+        install: Install::Automatic {
+            how: "the wheel that xtask/tools/nixl.txt pins",
+            install: tools::install_nixl,
+        },
     },
     Step {
         name: "rustfmt",

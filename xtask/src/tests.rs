@@ -7,6 +7,7 @@ use clap::Args;
 use crate::Result;
 use crate::process::{stage, succeeds};
 use crate::setup::{self, Purpose};
+use crate::tools;
 use crate::workspace::Workspace;
 
 /// Tests read it: with `1`, one that cannot run on this machine fails instead of being ignored.
@@ -55,6 +56,7 @@ fn tests(workspace: &Workspace, options: &Options) -> Command {
     let require_all =
         options.require_all || std::env::var_os(REQUIRE_ALL).is_some_and(|value| value == "1");
     let mut command = workspace.cargo();
+    command.env("CKPT_ENGINE_NIXL_DIR", tools::nixl(workspace));
     let nextest = has_nextest(workspace);
     if nextest {
         command.args(["nextest", "run"]);

@@ -137,11 +137,11 @@ impl SyntheticModel {
                 num_hidden_layers: 4,
                 num_attention_heads: 5,
                 num_key_value_heads: 1,
-                head_dim: 33,
+                head_dim: 129,
                 tie_word_embeddings: false,
                 attention_bias: true,
                 head_norms: true,
-                mlp: Mlp::Experts { num_experts: 16, moe_intermediate_size: 97 },
+                mlp: Mlp::Experts { num_experts: 16, moe_intermediate_size: 136 },
                 extras: true,
             },
         }

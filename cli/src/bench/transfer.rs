@@ -1,0 +1,149 @@
+//! What a transport reaches, beside what the machine can do in the same run.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use checkpoint_engine::{
+    CheckpointEngineConfig, DType, Result, SendReport, Version, Weight, WeightStream,
+    ensure_async_iterator,
+};
+use serde::Serialize;
+
+use crate::memory::{PeakMemory, memcpy_gb_per_s};
+use crate::source::{Source, SourceSpec};
+use crate::sync::{Processes, SyncOptions};
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct TransferOptions {
+    /// The model; it is kept in memory and does not change.
+    pub source: SourceSpec,
+    /// The engine's configuration; its backend is one whose rollouts are processes.
+    pub config: CheckpointEngineConfig,
+    /// Updates that are measured for each setting, after two that are not.
+    pub repeats: usize,
+}
+
+/// One setting's result. Rates and times are medians.
+#[derive(Clone, Debug, Serialize)]
+pub struct TransferLine {
+    /// What was sent: the model's size in words, or `tiny tensors`.
+    pub what: &'static str,
+    /// The transport.
+    pub backend: String,
+    /// Rollouts, which read the buckets in place.
+    pub rollouts: u32,
+    /// Whether buckets were guarded by digests.
+    pub digests: bool,
+    /// The size of a bucket.
+    pub bucket_bytes: u64,
+    /// Tensors of an update.
+    pub tensors: u64,
+    /// Bytes of an update.
+    pub source_bytes: u64,
+    /// Seconds of an update.
+    pub seconds: f64,
+    /// Source bytes per second.
+    pub gb_per_s: f64,
+    /// One thread's copy of the same bytes into shared memory, before and after; the mean of both.
+    pub memcpy_gb_per_s: f64,
+    /// The transfer's rate over the copy's.
+    pub ratio: f64,
+    /// Microseconds for each tensor.
+    pub us_per_tensor: f64,
+    /// The most memory beyond what there was before the engine was prepared.
+    pub extra_peak_bytes: u64,
+}
+
+/// Tensors of the measurement that is about tensors and not about bytes, and the size of each.
+const TINY: (u64, u64) = (100_000, 1024);
+
+/// Measures a model with one rollout, digests on and off, with two rollouts, and 100 000 tensors of
+/// 1 KiB.
+///
+/// # Errors
+///
+/// The first failure of any update.
+pub async fn transfer(
+    options: &TransferOptions,
+    mut each: impl FnMut(&TransferLine) -> Result<()>,
+) -> Result<()> {
+    let mut source = Source::open(options.source.clone())?;
+    source.advance(Version(1))?;
+    let bytes: Vec<Bytes> =
+        source.weights(Version(1))?.map(|weight| weight?.to_bytes()).collect::<Result<_>>()?;
+    for (rollouts, digests) in [(1, true), (1, false), (2, true)] {
+        let weights = || Ok(ensure_async_iterator(source.weights(Version(1))?));
+        each(&setting(options, "model", rollouts, digests, &bytes, weights).await?)?;
+    }
+    drop(bytes);
+    let (count, len) = TINY;
+    let storage = Bytes::from(vec![0x3c_u8; (count * len) as usize]);
+    let tiny: Vec<Weight> = (0..count)
+        .map(|index| {
+            let at = (index * len) as usize;
+            let bytes = storage.slice(at..at + len as usize);
+            Weight::new(format!("tiny.{index}.weight"), DType::BF16, [len / 2], bytes)
+        })
+        .collect::<Result<_>>()?;
+    let weights = || Ok(ensure_async_iterator(tiny.iter().cloned()));
+    let storage = [storage.clone()];
+    each(&setting(options, "tiny tensors", 1, true, &storage, weights).await?)?;
+    Ok(())
+}
+
+async fn setting<'a>(
+    options: &TransferOptions,
+    what: &'static str,
+    rollouts: u32,
+    digests: bool,
+    bytes: &[Bytes],
+    mut weights: impl FnMut() -> Result<WeightStream<'a>>,
+) -> Result<TransferLine> {
+    let config = CheckpointEngineConfig { digests, ..options.config.clone() };
+    let bucket_bytes = config.bucket_bytes().unwrap_or(16 << 20);
+    let parts: Vec<&[u8]> = bytes.iter().map(|part| &part[..]).collect();
+    let memcpy = || memcpy_gb_per_s(&parts, bucket_bytes, 1);
+    let before = memcpy()?;
+    let memory = PeakMemory::start()?;
+    let updates = options.repeats as u64 + 2;
+    let run = SyncOptions {
+        source: SourceSpec { updates, ..options.source.clone() },
+        config,
+        rollouts,
+        verify: false,
+        out: None,
+    };
+    let mut group = Processes::start(&run, Arc::new(())).await?;
+    let mut engine = group.form(&run.source).await?;
+    let mut reports: Vec<SendReport> = Vec::new();
+    for version in (1..=updates).map(Version) {
+        let report = engine.send_weights(weights()?, version).await?;
+        if version.0 > 2 {
+            reports.push(report);
+        }
+    }
+    engine.finalize().await?;
+    group.stop(Duration::from_secs(10)).await?;
+    let extra_peak_bytes = memory.extra_peak_bytes();
+    let memcpy_gb_per_s = (before + memcpy()?) / 2.0;
+    reports.sort_by_key(|report| report.elapsed);
+    let report = &reports[reports.len() / 2];
+    let seconds = report.elapsed.as_secs_f64();
+    Ok(TransferLine {
+        what,
+        backend: run.config.backend,
+        rollouts,
+        digests,
+        bucket_bytes,
+        tensors: report.counts.tensors,
+        source_bytes: report.counts.source_bytes,
+        seconds,
+        gb_per_s: report.gb_per_s(),
+        memcpy_gb_per_s,
+        ratio: report.gb_per_s() / memcpy_gb_per_s,
+        us_per_tensor: seconds * 1e6 / report.counts.tensors.max(1) as f64,
+        extra_peak_bytes,
+    })
+}

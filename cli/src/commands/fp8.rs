@@ -1,0 +1,220 @@
+//! `quantize`, `dequantize`, `plan` and `bench quant`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use checkpoint_engine::fp8::rules::{QuantPlan, RulesConfig, Stored};
+use checkpoint_engine::fp8::{Fp8Format, Granularity, Quantization, SourceType};
+use clap::Args;
+use cli::bench::quant::{QuantLine, QuantOptions, quant};
+use cli::checkpoint::Checkpoint;
+use cli::quantize::{Converted, dequantize, plan_of, quantize};
+
+use crate::{Failure, FormatArgs, byte_bar, json_line, say};
+
+/// Writes a checkpoint in FP8 blocks, as vLLM and SGLang load it.
+///
+/// A folder keeps its shards; index and config.json are written anew, everything else is copied.
+/// OUT appears when it is complete.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  A Hugging Face folder:
+    ckpt-engine quantize Qwen2.5-7B-Instruct Qwen2.5-7B-Instruct-FP8
+
+  For a receiver that runs DeepGEMM with E8M0 scales, without the first layer:
+    ckpt-engine quantize in out --mode ue8m0 --ignored model.layers.0
+
+What would be quantised, and why:
+    ckpt-engine plan --model Qwen2.5-7B-Instruct")]
+pub(crate) struct QuantizeArgs {
+    /// A .safetensors file, or a Hugging Face folder
+    input: PathBuf,
+    /// The file or folder to write
+    output: PathBuf,
+    #[command(flatten)]
+    format: FormatArgs,
+}
+
+/// Writes an FP8 checkpoint in a wider type again.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+    ckpt-engine dequantize Qwen3-8B-FP8 Qwen3-8B-BF16")]
+pub(crate) struct DequantizeArgs {
+    /// A .safetensors file, or a Hugging Face folder
+    input: PathBuf,
+    /// The file or folder to write
+    output: PathBuf,
+    /// The type of what was FP8: bf16, f16 or f32
+    #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = source_type)]
+    dtype: SourceType,
+}
+
+/// Prints what happens to each parameter, and by which rule: `name, decision, rule`, tab-separated.
+///
+/// The decision is quantize, keep or pass (what is FP8 already).
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+    ckpt-engine plan --model Qwen3-30B-A3B | cut -f2 | sort | uniq -c
+
+  From names and shapes alone:
+    printf 'model.layers.0.mlp.gate.weight\\t256x1024\\n' > names
+    ckpt-engine plan --names names")]
+pub(crate) struct PlanArgs {
+    /// A .safetensors file, or a Hugging Face folder
+    #[arg(long, value_name = "PATH", required_unless_present = "names", conflicts_with = "names")]
+    model: Option<PathBuf>,
+    /// A file of lines NAME<TAB>SHAPE, the shape as 256x1024
+    #[arg(long, value_name = "FILE")]
+    names: Option<PathBuf>,
+    #[command(flatten)]
+    format: FormatArgs,
+    /// Make a matrix that no rule knows an error
+    #[arg(long)]
+    strict: bool,
+    /// Print the quantization_config for config.json instead
+    #[arg(long)]
+    config: bool,
+}
+
+/// Measures the FP8 codecs beside a copy of the same input.
+#[derive(Debug, Args)]
+pub(crate) struct QuantBenchArgs {
+    /// The matrix, or a stack of them
+    #[arg(long, value_name = "RxC", default_value = "18944x3584", value_parser = shape)]
+    shape: Shape,
+    /// The type of the source: bf16, f16 or f32
+    #[arg(long, value_name = "D", default_value = "bf16", value_parser = source_type)]
+    dtype: SourceType,
+    /// How many threads quantise and copy; all cores without it
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Repetitions of each codec; the scalar one runs once
+    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..10_000))]
+    repeats: u32,
+    #[command(flatten)]
+    format: FormatArgs,
+    /// Print one JSON object a line per codec
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Shape(Vec<usize>);
+
+fn shape(text: &str) -> Result<Shape, String> {
+    let sides: Result<Vec<usize>, _> = text.split('x').map(str::parse).collect();
+    let sides = sides.map_err(|_| format!("`{text}` is not a shape such as 256x1024"))?;
+    let elements = sides.iter().try_fold(1_usize, |product, side| product.checked_mul(*side));
+    match elements {
+        Some(_) => Ok(Shape(sides)),
+        None => Err(format!("`{text}` has too many elements")),
+    }
+}
+
+fn source_type(text: &str) -> Result<SourceType, String> {
+    serde_json::from_value(text.into()).map_err(|error| error.to_string())
+}
+
+fn rules(format: &FormatArgs) -> RulesConfig {
+    let mut section = Quantization::default();
+    format.put_into(&mut section);
+    section.rules()
+}
+
+pub(crate) fn quantize_command(args: &QuantizeArgs) -> Result<ExitCode, Failure> {
+    let input = Checkpoint::open(&args.input)?;
+    let bar = byte_bar(input.byte_len());
+    let done = quantize(&input, &args.output, &rules(&args.format), |bytes| bar.inc(bytes));
+    bar.finish_and_clear();
+    say_converted("quantised", &done?)
+}
+
+pub(crate) fn dequantize_command(args: &DequantizeArgs) -> Result<ExitCode, Failure> {
+    let input = Checkpoint::open(&args.input)?;
+    let bar = byte_bar(input.byte_len());
+    let done = dequantize(&input, &args.output, args.dtype, |bytes| bar.inc(bytes));
+    bar.finish_and_clear();
+    say_converted("dequantised", &done?)
+}
+
+fn say_converted(what: &str, done: &Converted) -> Result<ExitCode, Failure> {
+    let kept: u64 = done.kept.values().sum();
+    say(format!(
+        "{} tensors {what}, {kept} kept; {:.3} GB became {:.3} GB",
+        done.converted,
+        done.bytes_before as f64 / 1e9,
+        done.bytes_after as f64 / 1e9
+    ))?;
+    for (reason, count) in &done.kept {
+        say(format!("  kept {count}: {reason}"))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn plan_command(args: &PlanArgs) -> Result<ExitCode, Failure> {
+    let rules = RulesConfig { strict: args.strict, ..rules(&args.format) };
+    let plan = match (&args.model, &args.names) {
+        (Some(model), _) => plan_of(&Checkpoint::open(model)?, &rules)?,
+        (None, Some(names)) => {
+            let text = std::fs::read_to_string(names)
+                .map_err(|error| format!("{}: {error}", names.display()))?;
+            QuantPlan::resolve(parameters(&text)?, &rules)?
+        }
+        (None, None) => return Err("give --model or --names".into()),
+    };
+    if args.config {
+        say(serde_json::to_string_pretty(&plan.quantization_config()?)?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    for entry in plan.entries() {
+        say(format!("{}\t{}\t{}", entry.name, entry.decision, entry.rule.id()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The lines `name<TAB>shape`; empty ones and comments do not count.
+fn parameters(text: &str) -> Result<Vec<(String, Vec<usize>, Stored)>, Failure> {
+    let lines = (1..).zip(text.lines()).map(|(number, line)| (number, line.trim_end()));
+    let lines = lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
+    lines
+        .map(|(number, line)| {
+            let parsed = line.split_once('\t').ok_or("NAME<TAB>SHAPE was expected".to_owned());
+            let parsed = parsed.and_then(|(name, sides)| Ok((name.to_owned(), shape(sides)?.0)));
+            match parsed {
+                Ok((name, shape)) => Ok((name, shape, Stored::Float)),
+                Err(message) => Err(format!("line {number}: {message}").into()),
+            }
+        })
+        .collect()
+}
+
+pub(crate) fn quant_bench_command(args: &QuantBenchArgs) -> Result<ExitCode, Failure> {
+    let mut section = Quantization::default();
+    args.format.put_into(&mut section);
+    let format = Fp8Format {
+        mode: section.mode.unwrap_or_default(),
+        granularity: section.granularity.unwrap_or(Granularity::default()),
+        ..Fp8Format::default()
+    };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let options = QuantOptions {
+        shape: args.shape.0.clone(),
+        ty: args.dtype,
+        format,
+        threads: args.threads.unwrap_or(cores).max(1),
+        repeats: args.repeats as usize,
+    };
+    quant(&options, |line: &QuantLine| {
+        if args.json {
+            return say(json_line(line)?);
+        }
+        say(format!(
+            "{}: {:.2} GB/s of {:?} with {} threads, {:.2} of a copy's {:.2}",
+            line.codec, line.gb_per_s, line.dtype, line.threads, line.ratio, line.copy_gb_per_s
+        ))
+    })?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,369 @@
+//! The format contract: what each rank says of the format of weights, and whether they agree.
+
+use std::collections::HashMap;
+
+use engine_core::{
+    CheckpointEngineConfig, DType, Error, ErrorKind, Rank, ReceivedBucket, ReceivedPiece, Result,
+    Role, WorkerMetadata,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::combinator::stored;
+use crate::encoding::sizes;
+use crate::rules::{
+    Decision, Manifest, Rules, RulesConfig, Stored, ignored_layers_from_env, weight_of_scale,
+};
+use crate::{Fp8Format, Granularity, Mode, NonFinite, Precast, ScaleName};
+
+/// The `quantization` section of a configuration.
+///
+/// On the trainer it says how to quantise, on a rollout what it accepts. What a rank leaves out, it
+/// leaves to the others: a trainer without a `mode` uses the one that its rollouts need.
+///
+/// # Examples
+///
+/// ```
+/// use engine_core::{CheckpointEngineConfig, ConfigFormat};
+/// use quant_fp8::Quantization;
+///
+/// let text = "
+/// backend: ipc
+/// trainer_quantize_fp8: true
+/// quantization:
+///   mode: ue8m0
+///   granularity: 128x128
+///   ignored_layers: [model.layers.0, 're:.*shared_expert']
+/// ";
+/// let config = CheckpointEngineConfig::from_text(text, ConfigFormat::Yaml)?;
+/// let section = Quantization::of(&config)?;
+/// assert_eq!(section.ignored_layers.len(), 2);
+/// # Ok::<(), engine_core::Error>(())
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "snake_case")]
+pub struct Quantization {
+    /// How scales are computed: `triton` if nobody says.
+    pub mode: Option<Mode>,
+    /// Which elements share a scale: `128x128` if nobody says.
+    pub granularity: Option<Granularity>,
+    /// The name of the scales: `weight_scale_inv` if nobody says.
+    pub scale_name: Option<ScaleName>,
+    /// What the source is rounded to before it is quantised.
+    pub precast: Precast,
+    /// What happens at NaN and infinity.
+    pub non_finite: NonFinite,
+    /// Layers to leave alone; see [`RulesConfig::ignored_layers`].
+    pub ignored_layers: Vec<String>,
+    /// The same, under the name that `quantization_config` has for it.
+    pub modules_to_not_convert: Vec<String>,
+    /// The `quantization_config` of the checkpoint's `config.json`.
+    pub quantization_config: Option<Value>,
+    /// Whether a matrix that no rule knows is an error.
+    pub strict: bool,
+    /// Rollouts: what the rank can load. Nothing stands for both.
+    pub accepts: Option<Accepts>,
+    /// Rollouts: the exact parameters that it expects.
+    pub manifest: Option<Manifest>,
+    /// Rollouts: whether to quantise here what arrives unquantised.
+    pub quantize_on_receive: bool,
+}
+
+/// What a rollout can load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Accepts {
+    /// FP8 with scales for what the rules quantise.
+    Fp8,
+    /// Weights in the precision that the trainer has them in.
+    Unquantized,
+}
+
+/// A rank's part of the contract, as it travels with its metadata.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Declaration {
+    /// Whether the rank quantises: a trainer what it sends, a rollout what it receives.
+    pub(crate) quantizes: bool,
+    pub(crate) section: Quantization,
+}
+
+impl Quantization {
+    /// The section of a configuration.
+    ///
+    /// # Errors
+    ///
+    /// `Config`, naming the key; for an unknown one the message lists the known ones.
+    pub fn of(config: &CheckpointEngineConfig) -> Result<Self> {
+        serde_json::from_value(Value::Object(config.quantization.clone())).map_err(|error| {
+            let message = format!("`quantization`: {error}");
+            Error::new(ErrorKind::Config, "reading the configuration", message)
+        })
+    }
+
+    /// The rules that the section gives by itself, with the layers that
+    /// [`SGLANG_FP8_IGNORED_LAYERS`](crate::rules::IGNORED_LAYERS_VARIABLE) names.
+    pub fn rules(&self) -> RulesConfig {
+        let mut ignored_layers = self.ignored_layers.clone();
+        ignored_layers.extend(ignored_layers_from_env());
+        RulesConfig {
+            format: Fp8Format {
+                mode: self.mode.unwrap_or_default(),
+                granularity: self.granularity.unwrap_or_default(),
+                precast: self.precast,
+                non_finite: self.non_finite,
+                scale_name: self.scale_name.unwrap_or_default(),
+            },
+            ignored_layers,
+            modules_to_not_convert: self.modules_to_not_convert.clone(),
+            quantization_config: self.quantization_config.clone(),
+            manifest: self.manifest.clone(),
+            strict: self.strict,
+        }
+    }
+}
+
+impl Declaration {
+    /// What a rank declares.
+    pub(crate) fn of(config: &CheckpointEngineConfig, role: Role) -> Result<Self> {
+        let mut section = Quantization::of(config)?;
+        // What the environment of a rank says is part of what it declares.
+        section.ignored_layers.extend(ignored_layers_from_env());
+        let quantizes = match role {
+            Role::Trainer => config.trainer_quantize_fp8,
+            Role::Rollout => section.quantize_on_receive,
+        };
+        Ok(Self { quantizes, section })
+    }
+
+    pub(crate) fn to_value(&self) -> Result<Value> {
+        serde_json::to_value(self).map_err(|error| {
+            Error::new(ErrorKind::Config, "declaring the format", error.to_string())
+                .with_source(error)
+        })
+    }
+}
+
+/// What the group agreed on.
+#[derive(Clone, Debug)]
+pub(crate) struct Agreement {
+    /// Whether the trainer quantises.
+    pub(crate) trainer_quantizes: bool,
+    /// How, whoever does it.
+    pub(crate) rules: RulesConfig,
+}
+
+/// A choice, and the rank that made it.
+struct Choice<T>(Option<(T, Rank)>);
+
+impl<T: PartialEq + std::fmt::Debug> Choice<T> {
+    fn add(&mut self, what: &str, rank: Rank, choice: Option<T>) -> Result<()> {
+        let Some(choice) = choice else { return Ok(()) };
+        match &self.0 {
+            Some((first, by)) if *first != choice => Err(disagreement(
+                rank,
+                format!("rank {by} wants {what} {first:?}, rank {rank} wants {choice:?}"),
+            )),
+            Some(_) => Ok(()),
+            None => {
+                self.0 = Some((choice, rank));
+                Ok(())
+            }
+        }
+    }
+}
+
+fn disagreement(rank: Rank, message: String) -> Error {
+    Error::new(ErrorKind::Mismatch, "agreeing on the format", message).rank(rank)
+}
+
+/// What follows from all ranks' declarations. A pure function: every rank comes to the same.
+///
+/// A rank without a declaration (its program has no quantisation) sends what it has and takes what
+/// comes.
+///
+/// # Errors
+///
+/// `Mismatch` that says which rank wants what.
+pub(crate) fn agree(peers: &[WorkerMetadata]) -> Result<Agreement> {
+    let mut trainer = Declaration::default();
+    let (mut mode, mut granularity) = (Choice(None), Choice(None));
+    let (mut scale_name, mut manifest) = (Choice(None), Choice(None));
+    let mut ignored = Vec::new();
+    for (rank, peer) in (0..).map(Rank).zip(peers) {
+        if peer.format.is_null() {
+            continue;
+        }
+        let declared: Declaration =
+            serde_json::from_value(peer.format.clone()).map_err(|error| {
+                let message = format!("rank {rank}'s declaration cannot be read: {error}");
+                disagreement(rank, message).with_source(error)
+            })?;
+        let Declaration { quantizes, section } = declared.clone();
+        mode.add("scales of mode", rank, section.mode)?;
+        granularity.add("blocks of", rank, section.granularity)?;
+        scale_name.add("scales named", rank, section.scale_name)?;
+        manifest.add("the parameters", rank, section.manifest)?;
+        for layer in section.ignored_layers.into_iter().chain(section.modules_to_not_convert) {
+            if !ignored.contains(&layer) {
+                ignored.push(layer);
+            }
+        }
+        if rank == Rank::LEADER {
+            trainer = declared;
+        } else if peer.role == Role::Rollout {
+            fits(trainer.quantizes, rank, quantizes, section.accepts)?;
+        }
+    }
+    let mut rules = trainer.section.rules();
+    let value = |choice: Choice<Mode>| choice.0.map(|(value, _)| value);
+    rules.format.mode = value(mode).unwrap_or_default();
+    rules.format.granularity = granularity.0.map(|(value, _)| value).unwrap_or_default();
+    rules.format.scale_name = scale_name.0.map(|(value, _)| value).unwrap_or_default();
+    rules.manifest = manifest.0.map(|(value, _)| value);
+    rules.ignored_layers = ignored;
+    rules.modules_to_not_convert = Vec::new();
+    Ok(Agreement { trainer_quantizes: trainer.quantizes, rules })
+}
+
+/// How the weights are quantised that a rollout's program gets from its engine: by the trainer or by
+/// the rollout itself, after what all ranks declared. `None` if nobody quantises them.
+///
+/// # Errors
+///
+/// `Mismatch` that says which rank wants what: then the group does not form either.
+pub fn agreed_rules(workers: &[WorkerMetadata], rollout: Rank) -> Result<Option<RulesConfig>> {
+    let agreement = agree(workers)?;
+    let own = workers.get(rollout.index()).map(|worker| &worker.format);
+    let on_receive = own.is_some_and(|format| format["quantizes"] == true);
+    Ok((agreement.trainer_quantizes || on_receive).then_some(agreement.rules))
+}
+
+/// Whether a rollout can load what arrives there.
+fn fits(
+    trainer_quantizes: bool,
+    rank: Rank,
+    on_receive: bool,
+    accepts: Option<Accepts>,
+) -> Result<()> {
+    match accepts {
+        Some(Accepts::Unquantized) if trainer_quantizes => Err(disagreement(
+            rank,
+            format!(
+                "the trainer quantises to FP8 (trainer_quantize_fp8), rank {rank} accepts \
+                 unquantized weights only"
+            ),
+        )),
+        Some(Accepts::Unquantized) if on_receive => Err(disagreement(
+            rank,
+            format!("rank {rank} accepts unquantized weights only, and has quantize_on_receive"),
+        )),
+        Some(Accepts::Fp8) if !trainer_quantizes && !on_receive => Err(disagreement(
+            rank,
+            format!(
+                "rank {rank} accepts fp8 only, the trainer sends unquantized weights: set \
+                 trainer_quantize_fp8 on the trainer or quantize_on_receive on the rollout"
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// A rollout's look at what arrives: whether it is what the rollout declared.
+///
+/// The trainer obeys the declarations of the ranks that it formed the group with. This one also
+/// holds for ranks that joined later, for trainers without quantisation whose checkpoint is FP8
+/// already, and for whatever else sends.
+#[derive(Debug)]
+pub(crate) struct Inspector {
+    section: Quantization,
+    rules: Rules,
+    /// The shapes that the scales of FP8 weights have to have, until these arrive.
+    scale_shapes: HashMap<String, Vec<usize>>,
+}
+
+impl Inspector {
+    /// An inspector for one update; `None` if the rollout takes anything.
+    pub(crate) fn new(section: &Quantization, rules: &Rules) -> Option<Self> {
+        let Quantization { mode, granularity, scale_name, accepts, manifest, .. } = section;
+        let anything = mode.is_none_or(|mode| mode != Mode::Ue8m0)
+            && (granularity.is_none() && scale_name.is_none() && accepts.is_none())
+            && manifest.is_none();
+        (!anything).then(|| Self {
+            section: section.clone(),
+            rules: rules.clone(),
+            scale_shapes: HashMap::new(),
+        })
+    }
+
+    pub(crate) fn inspect(&mut self, bucket: &ReceivedBucket) -> Result<()> {
+        for piece in bucket.pieces() {
+            let name = &*piece.meta.name;
+            let checked = if piece.meta.dtype == DType::F32 && weight_of_scale(name).is_some() {
+                self.scales(&piece)
+            } else {
+                self.weight(&piece)
+            };
+            checked.map_err(|message| {
+                Error::new(ErrorKind::Mismatch, "checking the format of weights", message)
+                    .tensor(name)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn weight(&mut self, piece: &ReceivedPiece) -> Result<(), String> {
+        if piece.start > 0 {
+            return Ok(());
+        }
+        let name = &*piece.meta.name;
+        let shape = sizes(&piece.meta).map_err(|error| error.to_string())?;
+        let stored = stored(piece.meta.dtype);
+        // A manifest is checked by deciding.
+        let (decision, _) =
+            self.rules.decide(name, &shape, stored).map_err(|error| error.to_string())?;
+        match (self.section.accepts, decision) {
+            (Some(Accepts::Unquantized), Decision::Pass) if stored == Stored::Fp8 => {
+                return Err("it is FP8, this rank accepts unquantized weights only".into());
+            }
+            (Some(Accepts::Fp8), Decision::Quantize) => {
+                return Err(format!("it is {}, this rank accepts fp8 only", piece.meta.dtype));
+            }
+            _ => {}
+        }
+        if let (Stored::Fp8, Some(granularity)) = (stored, self.section.granularity) {
+            let expected = granularity.scale_shape(&shape).map_err(|error| error.to_string())?;
+            self.scale_shapes.insert(name.to_owned(), expected);
+        }
+        Ok(())
+    }
+
+    fn scales(&mut self, piece: &ReceivedPiece) -> Result<(), String> {
+        const MANTISSA: u32 = (1 << 23) - 1;
+
+        let name = &*piece.meta.name;
+        if let Some(wanted) = self.section.scale_name
+            && !name.ends_with(wanted.suffix())
+        {
+            return Err(format!("this rank wants scales named ..{}", wanted.suffix()));
+        }
+        let weight = weight_of_scale(name).unwrap_or_default();
+        if piece.start == 0
+            && let Some(expected) = self.scale_shapes.remove(weight)
+        {
+            let shape = sizes(&piece.meta).map_err(|error| error.to_string())?;
+            if shape != expected {
+                let granularity = self.section.granularity.unwrap_or_default();
+                return Err(format!(
+                    "its shape is {shape:?}, for the {granularity} that this rank wants it would \
+                     be {expected:?}"
+                ));
+            }
+        }
+        let (scales, _) = piece.bytes.as_chunks::<4>();
+        let power_of_two = |scale: &[u8; 4]| u32::from_le_bytes(*scale) & MANTISSA == 0;
+        if self.section.mode == Some(Mode::Ue8m0) && !scales.iter().all(power_of_two) {
+            return Err("this rank wants scales that are powers of two (ue8m0)".into());
+        }
+        Ok(())
+    }
+}

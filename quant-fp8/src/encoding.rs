@@ -1,0 +1,209 @@
+//! A weight that is quantised while it is encoded into its bucket, and the scales that follow it.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use engine_core::{DType, Encoding, Error, ErrorKind, Result, TensorMeta, Treatment, Weight};
+
+use crate::{BlockGrid, Codec, Fp8Format, QuantError, Source, SourceType, Store};
+
+/// The bits of a scale that was not computed yet: a NaN that no formula gives.
+const UNKNOWN: u32 = u32::MAX;
+
+/// Codes of a weight, computed from its source as they are asked for, in any division.
+#[derive(Debug)]
+pub(crate) struct Codes {
+    source: Weight,
+    ty: SourceType,
+    shape: Vec<usize>,
+    format: Fp8Format,
+    grid: BlockGrid,
+    codec: Codec,
+    /// The bits of the scales, filled in by whoever encodes their blocks.
+    scales: Box<[AtomicU32]>,
+}
+
+/// The scales of a weight, which exist once its codes do.
+#[derive(Debug)]
+struct Scales(Arc<Codes>);
+
+/// The source type of a data type; `None` for those that are not quantised.
+pub(crate) fn source_type(dtype: DType) -> Option<SourceType> {
+    match dtype {
+        DType::BF16 => Some(SourceType::Bf16),
+        DType::F16 => Some(SourceType::F16),
+        DType::F32 => Some(SourceType::F32),
+        _ => None,
+    }
+}
+
+/// A shape in the platform's sizes.
+pub(crate) fn sizes(meta: &TensorMeta) -> Result<Vec<usize>> {
+    meta.shape.iter().map(|&side| usize::try_from(side)).collect::<Result<_, _>>().map_err(|_| {
+        Error::new(ErrorKind::Weight, "quantising", "a side does not fit this machine's memory")
+            .tensor(&*meta.name)
+    })
+}
+
+/// A weight as two: its codes, and the scales under their own name.
+pub(crate) fn quantized(weight: Weight, format: Fp8Format, codec: Codec) -> Result<[Weight; 2]> {
+    let meta = weight.meta().clone();
+    let name = meta.name.clone();
+    let ty = source_type(meta.dtype).ok_or_else(|| {
+        let message = format!("{} has no FP8 form here, only BF16, F16 and F32 do", meta.dtype);
+        Error::new(ErrorKind::Weight, "quantising", message).tensor(&*name)
+    })?;
+    let shape = sizes(&meta)?;
+    let grid = format.granularity.grid(&shape).map_err(|error| error.in_tensor(&name))?;
+    let scales = (0..grid.scales()).map(|_| AtomicU32::new(UNKNOWN)).collect();
+    let codes = Arc::new(Codes { source: weight, ty, shape, format, grid, codec, scales });
+
+    let side = |&side: &usize| side as u64;
+    let scale_shape: Arc<[u64]> = grid.scale_shape().iter().map(side).collect();
+    let scale_meta = TensorMeta::new(format.scale_name.of(&name), DType::F32, scale_shape);
+    let meta = TensorMeta { dtype: DType::F8_E4M3, ..meta };
+    Ok([
+        Weight::encoded(meta, codes.clone(), Treatment::Quantized)?,
+        Weight::encoded(scale_meta, Arc::new(Scales(codes)), Treatment::Scale)?,
+    ])
+}
+
+impl Codes {
+    fn failed(&self, error: QuantError) -> Error {
+        Error::from(error.in_tensor(self.source.name()))
+    }
+
+    /// Quantises elements of the tensor that `source` is, whose scales begin at `first_scale`.
+    fn quantize(
+        &self,
+        source: &Source<'_>,
+        elements: Range<usize>,
+        first_scale: usize,
+        out: &mut [u8],
+    ) -> Result<(), QuantError> {
+        let grid = self.format.granularity.grid(source.shape())?;
+        let mut scales = vec![f32::from_bits(UNKNOWN); grid.scales_of(&elements).len()];
+        // The digest reads the codes next, and a rollout of this host soon after.
+        let store = Store::Cached;
+        self.codec.quantize(source, &self.format, elements, out, &mut scales, store)?;
+        for (known, scale) in self.scales[first_scale..].iter().zip(scales) {
+            // Two pieces that share a block compute the same scale.
+            if scale.to_bits() != UNKNOWN {
+                known.store(scale.to_bits(), Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    /// As `quantize`, for a source that has to be encoded itself: a band at a time.
+    fn quantize_bands(&self, elements: Range<usize>, out: &mut [u8]) -> Result<()> {
+        let size = self.ty.size();
+        let mut scratch = Vec::new();
+        let mut out = out;
+        for band in self.grid.bands_of(&elements) {
+            let whole = self.grid.band_elements(band);
+            scratch.resize(whole.len() * size, 0);
+            let bytes = (whole.start * size) as u64..(whole.end * size) as u64;
+            self.source.encode(bytes, &mut scratch)?;
+            let part = whole.start.max(elements.start)..whole.end.min(elements.end);
+            let (now, rest) = out.split_at_mut(part.len());
+            out = rest;
+            let cols = self.shape.last().copied().unwrap_or(1).max(1);
+            let part = part.start - whole.start..part.end - whole.start;
+            let first_scale = band * self.grid.scales_per_band();
+            Source::new(&scratch, self.ty, &[whole.len() / cols, cols])
+                .and_then(|source| self.quantize(&source, part, first_scale, now))
+                .map_err(|error| self.failed(error.at_band(&self.grid, band)))?;
+        }
+        Ok(())
+    }
+
+    fn experts(&self) -> usize {
+        match self.shape[..] {
+            [experts, _, _] => experts.max(1),
+            _ => 1,
+        }
+    }
+
+    /// A scale; computed if nobody has encoded its block, as when only the scales are read.
+    fn scale(&self, index: usize) -> Result<u32> {
+        let known = self.scales[index].load(Ordering::Relaxed);
+        if known != UNKNOWN {
+            return Ok(known);
+        }
+        let band = self.grid.band_elements(index / self.grid.scales_per_band());
+        let mut codes = vec![0; band.len()];
+        self.encode_host(band.start as u64..band.end as u64, &mut codes)?;
+        Ok(self.scales[index].load(Ordering::Relaxed))
+    }
+}
+
+impl Encoding for Codes {
+    fn name(&self) -> &'static str {
+        "fp8"
+    }
+
+    fn source_bytes(&self) -> u64 {
+        self.source.source_bytes()
+    }
+
+    fn granule(&self) -> u64 {
+        if self.grid.elements() == 0 {
+            return 1;
+        }
+        let (experts, bands) = (self.experts(), self.grid.bands_per_matrix());
+        let first = self.grid.band_elements(0).len();
+        // Where the last band of an expert is shorter, only whole experts are all the same size.
+        let uneven = self.grid.band_elements(bands - 1).len() != first;
+        let granule = if experts > 1 && uneven { self.grid.elements() / experts } else { first };
+        granule as u64
+    }
+
+    fn encode_host(&self, range: Range<u64>, destination: &mut [u8]) -> Result<()> {
+        // A code is a byte; `Weight::encode` has checked the range.
+        let elements = range.start as usize..range.end as usize;
+        match self.source.contiguous_bytes() {
+            None => self.quantize_bands(elements, destination),
+            Some(bytes) => {
+                let first_scale = self.grid.scales_of(&elements).start;
+                Source::new(bytes, self.ty, &self.shape)
+                    .and_then(|source| self.quantize(&source, elements, first_scale, destination))
+                    .map_err(|error| self.failed(error))
+            }
+        }
+    }
+}
+
+impl Encoding for Scales {
+    fn name(&self) -> &'static str {
+        "fp8-scales"
+    }
+
+    fn source_bytes(&self) -> u64 {
+        // They come of the same bytes as the codes.
+        0
+    }
+
+    fn granule(&self) -> u64 {
+        size_of::<f32>() as u64
+    }
+
+    fn is_deferred(&self) -> bool {
+        true
+    }
+
+    fn encode_host(&self, range: Range<u64>, destination: &mut [u8]) -> Result<()> {
+        let mut at = range.start as usize;
+        let mut rest = destination;
+        while !rest.is_empty() {
+            let bytes = self.0.scale(at / 4)?.to_le_bytes();
+            let bytes = &bytes[at % 4..];
+            let now = bytes.len().min(rest.len());
+            let (to, after) = rest.split_at_mut(now);
+            to.copy_from_slice(&bytes[..now]);
+            (at, rest) = (at + now, after);
+        }
+        Ok(())
+    }
+}

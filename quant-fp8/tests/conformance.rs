@@ -1,0 +1,42 @@
+//! Engines behave as engines have to with quantisation in front of them, and bring exactly what the
+//! combinator makes of the weights: quantised by the trainer, and quantised by the rollout.
+
+use conformance::Suite;
+use engine_core::{Backend, Weight, naive};
+use futures::StreamExt;
+use futures::executor::block_on;
+use quant_fp8::rules::{Rules, RulesConfig};
+use quant_fp8::{QuantizeFp8, with_fp8};
+
+fn quantized(weights: Vec<Weight>) -> Vec<Weight> {
+    let rules = Rules::new(&RulesConfig::default()).expect("the default rules");
+    block_on(weights.quantize_fp8(rules).map(|weight| weight.expect("a weight")).collect())
+}
+
+fn on_the_trainer(backend: &'static dyn Backend) -> Suite {
+    Suite::new(backend)
+        .with_quantizer(with_fp8, quantized)
+        .with_config(|config| config.trainer_quantize_fp8 = true)
+}
+
+fn on_the_rollout(backend: &'static dyn Backend) -> Suite {
+    Suite::new(backend).with_quantizer(with_fp8, quantized).with_config(|config| {
+        config.quantization.insert("quantize_on_receive".into(), true.into());
+    })
+}
+
+mod naive_with_the_trainer_quantising {
+    conformance::suite!(super::on_the_trainer(super::naive::BACKEND), without buckets);
+}
+
+mod ipc_with_the_trainer_quantising {
+    conformance::suite!(super::on_the_trainer(backend_ipc::BACKEND).with_control_plane());
+}
+
+mod naive_with_the_rollout_quantising {
+    conformance::suite!(super::on_the_rollout(super::naive::BACKEND), without buckets);
+}
+
+mod ipc_with_the_rollout_quantising {
+    conformance::suite!(super::on_the_rollout(backend_ipc::BACKEND).with_control_plane());
+}
