@@ -63,7 +63,8 @@ impl RawAgent {
             listen_port: 0,
             thread_sync: 0,
             num_workers: 1,
-            pthr_delay_us: 0,
+            // What there is to do wakes the library's thread; without a pause it would look all the time.
+            pthr_delay_us: 10_000,
             lthr_delay_us: 100_000,
             capture_telemetry: false,
         };
