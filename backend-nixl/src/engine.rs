@@ -21,7 +21,6 @@ use crate::NAME;
 use crate::agent::{Agent, AgentOptions, Card, Transfer};
 use crate::arena::Arena;
 use crate::error::NixlError;
-use crate::ffi::Operation;
 
 /// Slots of a rank. Together they are as large as the two buckets that the configuration speaks of:
 /// with four, a bucket can stay until the next two ranks of a ring have it, at no loss of speed.
@@ -300,7 +299,6 @@ impl FetchLink for Incoming {
         match prepared.await {
             Err(error) => arrival.tell(Err(told(error))),
             Ok((peer, remote, slot)) => self.node.agent.transfer(Transfer {
-                operation: Operation::Read,
                 slot,
                 peer,
                 remote,

@@ -1,22 +1,13 @@
 //! NIXL's objects: one function per call, status in, `Result` out.
 #![allow(unsafe_code, reason = "calling NIXL's C interface")]
 
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::ptr::null_mut;
 use std::sync::Arc;
 
 use crate::arena::Arena;
 use crate::error::NixlError;
 use crate::sys::{self, AgentConfig, Api, Handle, Status};
-
-/// Which way the bytes of a transfer go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Operation {
-    /// From the peer to here.
-    Read,
-    /// From here to the peer.
-    Write,
-}
 
 /// An agent with its UCX backend and the registered memory of one arena.
 ///
@@ -164,31 +155,25 @@ impl RawAgent {
         check("invalidate_remote_md", status)
     }
 
-    /// Starts a transfer between the arena and a peer's memory.
+    /// Starts to read from a peer's memory into the arena.
     ///
     /// # Contract
     ///
-    /// `local` lies within the arena, and nobody else accesses it until the transfer is released (to
-    /// be read from, others may read it).
+    /// `local` lies within the arena, and nobody else accesses it until the transfer is released.
     pub(crate) fn start(
         &self,
-        operation: Operation,
         peer: &str,
         local: (usize, usize),
         remote: (usize, usize),
     ) -> Result<RawTransfer, NixlError> {
         let (here, there) = (self.list(local)?, self.list(remote)?);
-        let operation: c_int = match operation {
-            Operation::Read => sys::READ,
-            Operation::Write => sys::WRITE,
-        };
         let peer = c_string(peer);
         let mut request = null_mut();
         // SAFETY: all objects are alive; lists and string are copied; the call writes the request.
         let status = unsafe {
             (self.api.create_xfer_req)(
                 self.agent,
-                operation,
+                sys::READ,
                 here.handle,
                 there.handle,
                 peer.as_ptr(),

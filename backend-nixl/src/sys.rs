@@ -26,9 +26,8 @@ pub(crate) type Handle = *mut c_void;
 
 /// Host memory, as a kind of memory.
 pub(crate) const DRAM: c_int = 0;
-/// The kinds of transfers.
+/// From the peer to here, as a kind of transfer.
 pub(crate) const READ: c_int = 0;
-pub(crate) const WRITE: c_int = 1;
 
 /// How an agent works: `nixl_capi_agent_config_t`.
 #[repr(C)]
