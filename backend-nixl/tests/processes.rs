@@ -1,4 +1,4 @@
-//! Groups whose ranks are processes, some of which are killed within an update.
+//! Groups whose ranks are processes, some of which are killed or cut off within an update.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::io::{BufRead, BufReader};
@@ -11,7 +11,8 @@ use std::time::Duration;
 use engine_core::control::{Address, ControlConfig, Token};
 use engine_core::{
     CheckpointEngine, CheckpointEngineConfig, ControlPlane, DType, EngineContext, ErrorKind, Rank,
-    Result, Role, SendReport, Version, Weight, WorkerMetadata, ensure_async_iterator,
+    Result, Role, SendReport, Version, Weight, WeightStreamExt, WorkerMetadata,
+    ensure_async_iterator,
 };
 use futures::StreamExt;
 use serde_json::json;
@@ -22,6 +23,8 @@ const ROLE: &str = "CKPT_ENGINE_TEST_ROLE";
 const ADDRESS: &str = "CKPT_ENGINE_TEST_ADDRESS";
 const RANK: &str = "CKPT_ENGINE_TEST_RANK";
 const OPTIONS: &str = "CKPT_ENGINE_TEST_OPTIONS";
+/// The ranks of a group at its beginning; those that join later may say any number.
+const RANKS: u32 = 4;
 /// How long anything here may take before it counts as a hang.
 const LIMIT: Duration = Duration::from_secs(40);
 
@@ -82,6 +85,10 @@ fn a_process_of_a_group() {
     runtime().block_on(async {
         match role.as_str() {
             "rollout" => rollout(&address, config).await,
+            "rejoining rollout" => loop {
+                rollout(&address, config.clone()).await;
+            },
+            "halting trainer" => halting_trainer(&address, config).await,
             _ => trainer(&address, config).await,
         }
     });
@@ -91,7 +98,7 @@ fn a_process_of_a_group() {
 async fn rollout(address: &Address, config: CheckpointEngineConfig) {
     let rank = std::env::var(RANK).ok().map(|rank| Rank(rank.parse().unwrap()));
     let control = ControlPlane::join(control(address), Role::Rollout, rank).await.unwrap();
-    let mut engine = form(&control, config, 4).await.unwrap();
+    let mut engine = form(&control, config, RANKS).await.unwrap();
     say("joined");
     loop {
         let result = update(&mut *engine).await;
@@ -127,10 +134,32 @@ async fn update(engine: &mut dyn CheckpointEngine) -> Result<Version> {
 /// Sends one version, and another one that does not end.
 async fn trainer(address: &Address, config: CheckpointEngineConfig) {
     let control = ControlPlane::lead(control(address)).await.unwrap();
-    let mut engine = form(&control, config, 4).await.unwrap();
+    let mut engine = form(&control, config, RANKS).await.unwrap();
     engine.send_weights(ensure_async_iterator(model(1)), Version(1)).await.unwrap();
     let endless = futures::stream::iter(model(2)).chain(futures::stream::pending());
     engine.send_weights(ensure_async_iterator(endless), Version(2)).await.unwrap();
+}
+
+/// Sends versions. Halts in the middle of each until a line comes from standard input.
+async fn halting_trainer(address: &Address, config: CheckpointEngineConfig) {
+    let control = ControlPlane::lead(control(address)).await.unwrap();
+    let mut engine = form(&control, config, RANKS).await.unwrap();
+    for version in 1.. {
+        let halting = model(version).into_iter().enumerate().map(move |(index, weight)| {
+            if index == 5 {
+                say(&format!("halfway {version}"));
+                let mut line = String::new();
+                if std::io::stdin().read_line(&mut line).unwrap() == 0 {
+                    std::process::exit(0);
+                }
+            }
+            weight
+        });
+        match engine.send_weights(halting.off_executor(1), Version(version)).await {
+            Ok(report) => say(&format!("sent {version} to {:?}", receivers(&report))),
+            Err(error) => say(&format!("failed {:?}", error.kind())),
+        }
+    }
 }
 
 fn say(line: &str) {
@@ -151,16 +180,27 @@ struct Process {
 
 impl Process {
     fn start(role: &str, address: &Address, rank: Option<u32>, options: &str) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap());
+        let program = Command::new(std::env::current_exe().unwrap());
+        Self::start_with(program, role, address, rank, options)
+    }
+
+    /// A process that another program may start.
+    fn start_with(
+        mut program: Command,
+        role: &str,
+        address: &Address,
+        rank: Option<u32>,
+        options: &str,
+    ) -> Self {
         if let Some(rank) = rank {
-            child.env(RANK, rank.to_string());
+            program.env(RANK, rank.to_string());
         }
-        let mut child = child
+        let mut child = program
             .args(["--exact", "a_process_of_a_group", "--nocapture"])
             .env(ROLE, role)
             .env(ADDRESS, address.to_string())
             .env(OPTIONS, options)
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -171,6 +211,12 @@ impl Process {
     fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+
+    /// Lets a halting trainer go on.
+    fn go_on(&mut self) {
+        use std::io::Write;
+        self.child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
     }
 
     fn says(&self, what: &str) {
@@ -223,7 +269,7 @@ impl Group {
             let rollout = Process::start("rollout", control.address(), Some(rank), options);
             rollouts.push(rollout);
         }
-        let engine = form(&control, config(options), 4).await.unwrap();
+        let engine = form(&control, config(options), RANKS).await.unwrap();
         rollouts.iter().for_each(|rollout| rollout.says("joined"));
         Self { engine, control, rollouts, options: options.to_owned() }
     }
@@ -325,7 +371,7 @@ fn a_killed_trainer_is_an_error_on_every_rollout() {
                 let (control, config, within) = (control(&address), config(&options), &within);
                 async move {
                     let control = ControlPlane::join(control, Role::Rollout, None).await.unwrap();
-                    let mut engine = form(&control, config, 4).await.unwrap();
+                    let mut engine = form(&control, config, RANKS).await.unwrap();
                     assert_eq!(update(&mut *engine).await.unwrap(), Version(1));
                     let mut received = engine.receive_weights(None).await.unwrap();
                     assert!(received.next_tensor().await.unwrap().is_some());
@@ -344,5 +390,106 @@ fn a_killed_trainer_is_an_error_on_every_rollout() {
                 assert_eq!(error.report().rank, Some(Rank::LEADER), "{error}");
             }
         });
+    }
+}
+
+/// Hosts, as far as a network is concerned: namespaces, each with one interface, joined by a bridge.
+/// Removed when dropped.
+struct Hosts {
+    hub: String,
+    hosts: Vec<String>,
+}
+
+fn ip(arguments: &str) {
+    let status = Command::new("ip").args(arguments.split_whitespace()).status();
+    assert!(status.is_ok_and(|status| status.success()), "ip {arguments}");
+}
+
+impl Hosts {
+    fn new(count: usize) -> Self {
+        let name = |part: &str| format!("ckpt-{}-{part}", std::process::id());
+        let this = Self {
+            hub: name("hub"),
+            hosts: (0..count).map(|index| name(&index.to_string())).collect(),
+        };
+        let Self { hub, hosts } = &this;
+        ip(&format!("netns add {hub}"));
+        ip(&format!("-n {hub} link add bridge type bridge"));
+        ip(&format!("-n {hub} link set bridge up"));
+        for (index, host) in hosts.iter().enumerate() {
+            ip(&format!("netns add {host}"));
+            ip(&format!("-n {host} link set lo up"));
+            ip(&format!("-n {hub} link add port{index} type veth peer name wire netns {host}"));
+            ip(&format!("-n {hub} link set port{index} master bridge up"));
+            ip(&format!("-n {host} addr add 10.99.0.{}/24 dev wire", index + 1));
+            ip(&format!("-n {host} link set wire up"));
+        }
+        this
+    }
+
+    fn start(&self, host: usize, role: &str, address: &Address, options: &str) -> Process {
+        let mut program = Command::new("ip");
+        program.args(["netns", "exec", &self.hosts[host]]);
+        program.arg(std::env::current_exe().unwrap());
+        // For UCX all of them are one host, which is reached by the loopback interface.
+        program.env("UCX_NET_DEVICES", "wire");
+        let rank = (host > 0).then_some(host as u32);
+        Process::start_with(program, role, address, rank, options)
+    }
+
+    fn link(&self, host: u32, state: &str) {
+        ip(&format!("-n {} link set port{host} {state}", self.hub));
+    }
+}
+
+impl Drop for Hosts {
+    fn drop(&mut self) {
+        for name in self.hosts.iter().chain([&self.hub]) {
+            // It may not have been made.
+            drop(Command::new("ip").args(["netns", "del", name]).status());
+        }
+    }
+}
+
+#[test]
+#[ignore = "makes network namespaces, which takes root and iproute2"]
+fn a_rollout_that_is_cut_off_is_left_out_and_is_back_in_the_next_update() {
+    let address: Address = "10.99.0.1:18765".parse().unwrap();
+    let joined = |ranks: &[u32]| {
+        let ranks: Vec<Rank> = ranks.iter().copied().map(Rank).collect();
+        format!("{ranks:?}")
+    };
+    for (topology, cut) in [("ring", 1), ("ring", 2), ("ring", 3), ("star", 1)] {
+        let options = json!({"topology": topology, "transports": "tcp,self"}).to_string();
+        let hosts = Hosts::new(4);
+        let mut trainer = hosts.start(0, "halting trainer", &address, &options);
+        let start = |host| hosts.start(host, "rejoining rollout", &address, &options);
+        let rollouts = [1, 2, 3].map(start);
+        let says = |rank: u32, what: &str| rollouts[rank as usize - 1].says(what);
+        let (all, mut left) = ([1, 2, 3], vec![1, 2, 3]);
+        left.retain(|rank| *rank != cut);
+        all.iter().for_each(|rank| says(*rank, "joined"));
+        trainer.says("halfway 1");
+        trainer.go_on();
+        trainer.says(&format!("sent 1 to {}", joined(&all)));
+        all.iter().for_each(|rank| says(*rank, "active 1"));
+
+        trainer.says("halfway 2");
+        hosts.link(cut, "down");
+        trainer.go_on();
+        trainer.says(&format!("sent 2 to {}", joined(&left)));
+        left.iter().for_each(|rank| says(*rank, "active 2"));
+        says(cut, "failed PeerLost");
+
+        trainer.says("halfway 3");
+        hosts.link(cut, "up");
+        says(cut, "joined");
+        trainer.go_on();
+        trainer.says(&format!("sent 3 to {}", joined(&left)));
+        left.iter().for_each(|rank| says(*rank, "active 3"));
+        trainer.says("halfway 4");
+        trainer.go_on();
+        trainer.says(&format!("sent 4 to {}", joined(&all)));
+        all.iter().for_each(|rank| says(*rank, "active 4"));
     }
 }
