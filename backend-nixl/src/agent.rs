@@ -1,6 +1,6 @@
 //! A rank's agent: one thread that has it, and the handle of that thread.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, Sender, TryRecvError, channel};
@@ -172,6 +172,10 @@ struct Worker {
     agent: RawAgent,
     /// The peers whose cards were loaded, by name.
     loaded: HashSet<String>,
+    /// Not begun yet. One is under way at a time: of two that share the way here, both would end
+    /// late, and those who fetch the first one from here would wait for the second one too.
+    waiting: VecDeque<Transfer>,
+    /// The one that is under way, and those that have failed and that the library still works on.
     active: Vec<Active>,
 }
 
@@ -210,7 +214,10 @@ impl Worker {
         let address = arena.address() as u64;
         let agent = RawAgent::new(api, &name, &parameters, arena)?;
         let card = Card { name, metadata: agent.metadata()?, address, slots, slot_bytes };
-        Ok((Self { agent, loaded: HashSet::new(), active: Vec::new() }, card))
+        Ok((
+            Self { agent, loaded: HashSet::new(), waiting: VecDeque::new(), active: Vec::new() },
+            card,
+        ))
     }
 
     fn run(&mut self, inbox: &Receiver<Command>) {
@@ -232,13 +239,21 @@ impl Worker {
             match command {
                 Ok(Command::Start(transfer)) => {
                     idle = 0;
-                    self.start(transfer);
+                    self.waiting.push_back(transfer);
                 }
                 Ok(Command::Forget(peer)) => self.forget(&peer),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
             self.poll();
+            while self.active.iter().all(|transfer| transfer.done.is_none())
+                && let Some(transfer) = self.waiting.pop_front()
+            {
+                self.start(transfer);
+            }
+        }
+        for transfer in self.waiting.drain(..) {
+            (transfer.done)(Err(NixlError::Closed));
         }
         for transfer in &mut self.active {
             transfer.fail(NixlError::Closed);
@@ -328,6 +343,13 @@ impl Worker {
     fn forget(&mut self, peer: &str) {
         for transfer in self.active.iter_mut().filter(|transfer| transfer.peer.name == peer) {
             transfer.fail(NixlError::Abandoned);
+        }
+        let waiting = std::mem::take(&mut self.waiting).into_iter();
+        let (gone, left): (VecDeque<_>, _) =
+            waiting.partition(|transfer| transfer.peer.name == peer);
+        self.waiting = left;
+        for transfer in gone {
+            (transfer.done)(Err(NixlError::Abandoned));
         }
         let agent = &self.agent;
         self.active
