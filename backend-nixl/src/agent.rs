@@ -1,9 +1,10 @@
 //! A rank's agent: one thread that has it, and the handle of that thread.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, Sender, TryRecvError, channel};
+use std::sync::{Arc, Condvar, Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -75,6 +76,7 @@ pub(crate) struct Transfer {
 enum Command {
     Start(Transfer),
     Forget(String),
+    Close,
 }
 
 /// The handle of an agent's thread. Closed when dropped, without waiting; [`close`](Self::close) waits.
@@ -95,7 +97,9 @@ impl Agent {
         let (commands, inbox) = channel();
         let (ready, card) = tokio::sync::oneshot::channel();
         let (ending, ended) = tokio::sync::oneshot::channel::<()>();
+        let running = Running::new(commands.clone());
         let run = move || {
+            let _running = running;
             match Worker::new(&options, name, arena) {
                 Ok((mut worker, card)) => {
                     // Without someone who waits for the card, there is nobody to work for.
@@ -137,12 +141,57 @@ impl Agent {
     }
 
     /// Ends the thread: transfers under way are given up, the memory is not registered any more.
-    pub(crate) async fn close(self) {
-        let Self { commands, ended, .. } = self;
-        drop(commands);
+    pub(crate) async fn close(mut self) {
+        self.begin_to_close();
         // The thread drops its end when it has nothing left to do.
-        drop(ended.await);
+        drop((&mut self.ended).await);
     }
+
+    fn begin_to_close(&self) {
+        if self.commands.send(Command::Close).is_err() {
+            debug!("the agent has ended before");
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.begin_to_close();
+    }
+}
+
+/// The threads that have agents.
+static RUNNING: Mutex<BTreeMap<u64, Sender<Command>>> = Mutex::new(BTreeMap::new());
+static ENDED: Condvar = Condvar::new();
+
+/// A thread's entry in the list of those that have agents, until its end.
+struct Running(u64);
+
+impl Running {
+    fn new(commands: Sender<Command>) -> Self {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        RUNNING.lock().unwrap_or_else(PoisonError::into_inner).insert(number, commands);
+        Self(number)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        RUNNING.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.0);
+        ENDED.notify_all();
+    }
+}
+
+/// Closes all agents and waits for it, but not for long: called when the process ends, before UCX
+/// takes down what its workers use. An agent that was alive after that would crash the process.
+extern "C" fn close_all() {
+    let running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+    for commands in running.values() {
+        // One that has ended meanwhile leaves the list by itself.
+        drop(commands.send(Command::Close));
+    }
+    drop(ENDED.wait_timeout_while(running, Duration::from_secs(3), |running| !running.is_empty()));
 }
 
 /// What is there, in words, after an agent was made and closed again.
@@ -213,6 +262,9 @@ impl Worker {
         let (slots, slot_bytes) = (arena.slots(), arena.slot_bytes());
         let address = arena.address() as u64;
         let agent = RawAgent::new(api, &name, &parameters, arena)?;
+        // Not before an agent was made: NIXL and its plugins have registered their own ends by then.
+        static REGISTERED: Once = Once::new();
+        REGISTERED.call_once(|| sys::at_exit(close_all));
         let card = Card { name, metadata: agent.metadata()?, address, slots, slot_bytes };
         Ok((
             Self { agent, loaded: HashSet::new(), waiting: VecDeque::new(), active: Vec::new() },
@@ -243,7 +295,7 @@ impl Worker {
                 }
                 Ok(Command::Forget(peer)) => self.forget(&peer),
                 Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => break,
+                Ok(Command::Close) | Err(RecvTimeoutError::Disconnected) => break,
             }
             self.poll();
             while self.active.iter().all(|transfer| transfer.done.is_none())

@@ -107,6 +107,7 @@ functions! {
 unsafe extern "C" {
     /// Blobs and names that the library returns come from `malloc`.
     pub(crate) fn free(pointer: *mut c_void);
+    fn atexit(function: extern "C" fn()) -> c_int;
 }
 
 impl std::fmt::Debug for Api {
@@ -126,6 +127,14 @@ pub(crate) struct Found {
     pub(crate) ucx: Option<String>,
     /// NIXL's plugins: the transports and stores that it can use.
     pub(crate) plugins: Vec<String>,
+}
+
+/// Has a function called when the process ends, before all that was registered so far.
+pub(crate) fn at_exit(function: extern "C" fn()) {
+    // SAFETY: the function may be called at any time, in any thread.
+    if unsafe { atexit(function) } != 0 {
+        tracing::warn!("agents that are not closed may crash the process at its end");
+    }
 }
 
 /// Loads NIXL, once for the process.
