@@ -11,6 +11,7 @@
 //! |---|---|---|
 //! | `naive` | always there | tasks of one process |
 //! | `ipc` | `ipc` (default) | processes of one host |
+//! | `nixl` | `nixl` | processes of any hosts, over NIXL |
 //!
 //! [`registry`] knows those that are compiled in. The feature `fp8` (default) brings quantisation to
 //! all of them: with `trainer_quantize_fp8` the trainer sends FP8 blocks and their scales.
@@ -19,6 +20,8 @@ pub use engine_core::*;
 
 #[cfg(feature = "ipc")]
 pub use backend_ipc as ipc;
+#[cfg(feature = "nixl")]
+pub use backend_nixl as nixl;
 /// FP8 block quantisation: rules, codecs, and the combinator on streams.
 #[cfg(feature = "fp8")]
 pub use quant_fp8 as fp8;
@@ -28,6 +31,8 @@ pub fn registry() -> Registry {
     let registry = Registry::new();
     #[cfg(feature = "ipc")]
     let registry = registry.with(backend_ipc::BACKEND);
+    #[cfg(feature = "nixl")]
+    let registry = registry.with(backend_nixl::BACKEND);
     #[cfg(feature = "fp8")]
     let registry = registry.with_quantizer(quant_fp8::with_fp8);
     registry

@@ -148,7 +148,8 @@ impl FormatArgs {
 /// The engine.
 #[derive(Debug, Args)]
 struct EngineArgs {
-    /// The transport: naive (one process) or ipc (processes of one host); see `doctor`
+    /// The transport: naive (one process), ipc (processes of one host) or nixl (any hosts); see
+    /// `doctor`
     #[arg(long)]
     backend: Option<String>,
     /// The size of a bucket in MiB; there are two

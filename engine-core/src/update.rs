@@ -22,9 +22,11 @@
 
 mod message;
 mod receiver;
+mod route;
 mod sender;
 
-pub use receiver::{ReceiveLink, Receiver};
+pub use receiver::{Arrival, Fetch, FetchLink, ReceiveLink, Receiver};
+pub use route::Topology;
 pub use sender::{SendLink, Sender};
 
 use std::future::Future;

@@ -40,3 +40,7 @@ mod naive_with_the_rollout_quantising {
 mod ipc_with_the_rollout_quantising {
     conformance::suite!(super::on_the_rollout(backend_ipc::BACKEND).with_control_plane());
 }
+
+mod nixl_with_the_trainer_quantising {
+    conformance::suite!(super::on_the_trainer(backend_nixl::BACKEND).with_control_plane());
+}

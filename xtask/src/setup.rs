@@ -61,6 +61,24 @@ const STEPS: &[Step] = &[
         },
     },
     Step {
+        name: "NVRTC",
+        purpose: Purpose::Tests,
+        check: tools::has_nvrtc,
+        install: Install::Attempted {
+            how: "the wheel that xtask/tools/nvrtc.txt pins",
+            install: tools::install_nvrtc,
+        },
+    },
+    Step {
+        name: "NIXL",
+        purpose: Purpose::Tests,
+        check: tools::has_nixl,
+        install: Install::Automatic {
+            how: "the wheel that xtask/tools/nixl.txt pins",
+            install: tools::install_nixl,
+        },
+    },
+    Step {
         name: "rustfmt",
         purpose: Purpose::Lints,
         check: |workspace| succeeds(workspace.cargo().args(["fmt", "--version"])),

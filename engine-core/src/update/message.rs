@@ -4,17 +4,48 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::plan::Piece;
-use crate::{Error, ErrorKind, ErrorReport, Result, Version};
+use crate::{Error, ErrorKind, ErrorReport, Rank, Result, Version};
 
 /// From the trainer to the rollouts. `update` counts the updates of a group, so that what an aborted
 /// update left behind is never taken for a part of the next one, even if that has the same version.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum ToReceiver {
-    Begin { update: u64, version: Version, bucket_bytes: u64, digests: bool },
-    Bucket { update: u64, index: u64, slot: u32, digest: u64, layout: Layout },
-    End { update: u64, buckets: u64, digest: u64, plan: u64 },
-    Commit { update: u64 },
-    Abort { update: u64, error: ErrorReport },
+    /// `routed`: every bucket is announced, and has to be fetched when a `Fetch` says from whom.
+    Begin {
+        update: u64,
+        version: Version,
+        bucket_bytes: u64,
+        digests: bool,
+        routed: bool,
+    },
+    Bucket {
+        update: u64,
+        index: u64,
+        slot: u32,
+        digest: u64,
+        layout: Layout,
+    },
+    /// A rank has the bucket; its card says how to reach it. A second one for the same bucket takes
+    /// the place of the first.
+    Fetch {
+        update: u64,
+        index: u64,
+        from: Rank,
+        card: Bytes,
+    },
+    End {
+        update: u64,
+        buckets: u64,
+        digest: u64,
+        plan: u64,
+    },
+    Commit {
+        update: u64,
+    },
+    Abort {
+        update: u64,
+        error: ErrorReport,
+    },
 }
 
 /// A bucket's layout: as in the last update of this plan, or written out.
@@ -27,8 +58,12 @@ pub(super) enum Layout {
 /// From a rollout to the trainer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum ToSender {
-    /// The rollout is in `receive_weights` of this update.
-    Entered { update: u64 },
+    /// The rollout is in `receive_weights` of this update. Its card says how to fetch from it.
+    Entered { update: u64, card: Bytes },
+    /// A bucket was fetched, and others may fetch it from here.
+    Fetched { update: u64, index: u64 },
+    /// A bucket could not be fetched from a rank other than the trainer.
+    Missed { update: u64, index: u64, from: Rank, error: ErrorReport },
     /// The last view of a bucket is gone.
     Release { update: u64, index: u64 },
     /// Everything arrived and was verified. `notes` is JSON.

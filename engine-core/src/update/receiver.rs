@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
 use super::message::{Layout, ToReceiver, ToSender, decode, encode};
@@ -36,6 +37,108 @@ pub trait ReceiveLink: std::fmt::Debug + Send {
     async fn fetch(&mut self, slot: u32, filled: u64) -> Result<Bytes>;
 }
 
+/// A receiving side that fetches each bucket from a rank that it is told, the trainer or another
+/// receiver, while other things go on.
+///
+/// Every [`ReceiveLink`] is one: it takes all buckets from the trainer.
+#[async_trait]
+pub trait FetchLink: std::fmt::Debug + Send {
+    /// What others need to fetch from this rank.
+    fn card(&self) -> Bytes;
+
+    /// Starts to fetch a bucket into the slot of the same number.
+    ///
+    /// # Contract
+    ///
+    /// `arrival` is told once, from any thread, when the bytes are here or cannot come. The slot is
+    /// used for nothing else before the bytes given to it and everything shared from them are
+    /// dropped. Others may fetch the bucket from here until the slot's next bucket is fetched.
+    ///
+    async fn fetch(&mut self, fetch: Fetch, arrival: Arrival);
+
+    /// Gives up all fetches from a rank that failed; those that have not ended end with an error, soon.
+    fn abandon(&mut self, from: Rank);
+}
+
+/// A bucket to be fetched.
+#[derive(Clone, Debug)]
+pub struct Fetch {
+    /// Who has it.
+    pub from: Rank,
+    /// That rank's [`SendLink::card`](super::SendLink::card) or [`FetchLink::card`].
+    pub card: Bytes,
+    /// The slot that it is in.
+    pub slot: u32,
+    /// Its length in bytes.
+    pub filled: u64,
+}
+
+#[async_trait]
+impl<L: ReceiveLink> FetchLink for L {
+    fn card(&self) -> Bytes {
+        Bytes::new()
+    }
+
+    async fn fetch(&mut self, fetch: Fetch, arrival: Arrival) {
+        arrival.tell(ReceiveLink::fetch(self, fetch.slot, fetch.filled).await);
+    }
+
+    fn abandon(&mut self, _: Rank) {}
+}
+
+/// The end of a fetch, to be told: the rest of the protocol happens by itself, whether or not the
+/// receiver looks.
+#[derive(Debug)]
+pub struct Arrival {
+    update: u64,
+    index: u64,
+    from: Rank,
+    /// Whether the trainer wants to know.
+    routed: bool,
+    /// With the layout, if digests are wanted.
+    check: Option<Arc<BucketLayout>>,
+    control: ControlPlane,
+    pool: Pool,
+    session: oneshot::Sender<Result<Arrived>>,
+}
+
+/// The bytes of a bucket, and the digest sum of what they are.
+#[derive(Debug)]
+struct Arrived {
+    bytes: Bytes,
+    sum: Option<Work<u64>>,
+}
+
+impl Arrival {
+    /// The bytes are here, or cannot come.
+    pub fn tell(self, result: Result<Bytes>) {
+        let Self { update, index, from, routed, check, control, pool, session } = self;
+        let told = match &result {
+            Ok(_) if routed => Some(ToSender::Fetched { update, index }),
+            Err(error) if routed && from != Rank::LEADER => {
+                Some(ToSender::Missed { update, index, from, error: error.into() })
+            }
+            _ => None,
+        };
+        if let Some(message) = told {
+            tell_leader(&control, &message);
+        }
+        let result = result.map(|bytes| {
+            // From here on the bucket is released when the last view of it is dropped.
+            let release = Release { control, update, index };
+            let bytes = Bytes::from_owner(Lease { bytes, _release: release });
+            let sum = check.map(|layout| {
+                let (threads, bytes) = (pool.clone(), bytes.clone());
+                pool.start(move || Ok(threads.digest(layout.pieces(), &bytes)))
+            });
+            Arrived { bytes, sum }
+        });
+        if session.send(result).is_err() {
+            debug!(index, "a bucket arrived that nobody waits for any more");
+        }
+    }
+}
+
 /// A rollout's side of the protocol, over a transport's link.
 #[derive(Debug)]
 pub struct Receiver<L> {
@@ -55,9 +158,10 @@ struct Begin {
     version: Version,
     bucket_bytes: u64,
     digests: bool,
+    routed: bool,
 }
 
-impl<L: ReceiveLink> Receiver<L> {
+impl<L: FetchLink> Receiver<L> {
     /// The receiver of a group that the control plane connects to.
     pub fn new(link: L, context: &EngineContext, control: ControlPlane, pool: Pool) -> Self {
         Self {
@@ -87,13 +191,14 @@ impl<L: ReceiveLink> Receiver<L> {
             .await
             .map_err(|error| error.rank(Rank::LEADER))??;
         let Begin { update, version, bucket_bytes, .. } = begin;
-        self.control.send(Rank::LEADER, encode(&ToSender::Entered { update })?)?;
+        self.control
+            .send(Rank::LEADER, encode(&ToSender::Entered { update, card: self.link.card() })?)?;
         self.observer.observe(&Progress::Began { version, receivers: vec![self.control.rank()] });
         let outcome = Outcome::default();
         let session = Session {
             begin,
             begun: Instant::now(),
-            arrived: VecDeque::new(),
+            coming: VecDeque::new(),
             layouts: Vec::new(),
             checker: LayoutChecker::new(bucket_bytes),
             taken: 0,
@@ -150,8 +255,8 @@ impl<L: ReceiveLink> Receiver<L> {
     /// away, its buckets are released.
     fn between(&mut self, event: Event) -> Result<Option<Begin>> {
         match message(event)? {
-            Some(ToReceiver::Begin { update, version, bucket_bytes, digests }) => {
-                Ok(Some(Begin { update, version, bucket_bytes, digests }))
+            Some(ToReceiver::Begin { update, version, bucket_bytes, digests, routed }) => {
+                Ok(Some(Begin { update, version, bucket_bytes, digests, routed }))
             }
             Some(ToReceiver::Bucket { update, index, .. }) => {
                 self.control.send(Rank::LEADER, encode(&ToSender::Release { update, index })?)?;
@@ -160,6 +265,17 @@ impl<L: ReceiveLink> Receiver<L> {
             _ => Ok(None),
         }
     }
+}
+
+/// What the trainer says next within an update.
+async fn event_of_update(
+    control: &ControlPlane,
+    deadline: Duration,
+    operation: &str,
+) -> Result<Event> {
+    // Longer than the trainer's own deadline, so that it can name the cause first.
+    let event = next_event(control, deadline + deadline / 4, operation).await;
+    event.map_err(|error| error.rank(Rank::LEADER))
 }
 
 /// The trainer's message of an event; an error if the trainer is gone.
@@ -190,8 +306,8 @@ struct Session<'a, L> {
     receiver: &'a mut Receiver<L>,
     begin: Begin,
     begun: Instant,
-    /// Buckets that are being verified, and what came after them.
-    arrived: VecDeque<Arrived>,
+    /// Buckets that are being fetched and verified, and what came after them.
+    coming: VecDeque<Coming>,
     layouts: Vec<Arc<BucketLayout>>,
     checker: LayoutChecker,
     taken: u64,
@@ -201,29 +317,84 @@ struct Session<'a, L> {
     guard: Guard,
 }
 
-enum Arrived {
-    Bucket { bucket: ReceivedBucket, digest: u64, check: Option<Work<u64>> },
+enum Coming {
+    Bucket { index: u64, slot: u32, digest: u64, stage: Stage },
     End { buckets: u64, digest: u64, plan: u64 },
 }
 
-impl<L: ReceiveLink> Session<'_, L> {
+/// How far a bucket has come.
+enum Stage {
+    /// Nobody has it yet, or the one that had it failed.
+    Announced,
+    Fetching {
+        from: Rank,
+        arrival: oneshot::Receiver<Result<Arrived>>,
+    },
+    Here(Arrived),
+}
+
+impl Stage {
+    /// Waits until the bytes are here and their digest is known.
+    async fn ready(&mut self) -> Result<(Bytes, Option<u64>)> {
+        loop {
+            match self {
+                Self::Announced => std::future::pending().await,
+                Self::Fetching { from, arrival } => {
+                    let gone = || {
+                        let message = "the transport dropped the fetch";
+                        Err(Error::new(ErrorKind::Aborted, "fetching a bucket", message))
+                    };
+                    match arrival.await.unwrap_or_else(|_| gone()) {
+                        Ok(arrived) => *self = Self::Here(arrived),
+                        Err(error) if *from == Rank::LEADER => return Err(error),
+                        Err(error) => {
+                            debug!(%from, %error, "a bucket could not be fetched");
+                            *self = Self::Announced;
+                        }
+                    }
+                }
+                Self::Here(arrived) => {
+                    let sum = match &mut arrived.sum {
+                        None => None,
+                        Some(sum) => Some(sum.await?),
+                    };
+                    return Ok((arrived.bytes.clone(), sum));
+                }
+            }
+        }
+    }
+}
+
+impl<L: FetchLink> Session<'_, L> {
     /// The next verified bucket; `None` when the version is active.
     async fn next(&mut self) -> Result<Option<ReceivedBucket>> {
         loop {
             self.take_arrived().await?;
-            match self.arrived.pop_front() {
+            match self.coming.front_mut() {
                 None => self.await_event("waiting for the next bucket").await?,
-                Some(Arrived::Bucket { bucket, digest, check }) => {
-                    let sum = match check {
-                        None => None,
-                        Some(check) => Some(check.await?),
+                Some(Coming::Bucket { index, digest, stage, .. }) => {
+                    let (index, digest) = (*index, *digest);
+                    let Receiver { control, deadline, .. } = &*self.receiver;
+                    let operation = "waiting for a bucket's bytes";
+                    // What happens meanwhile, happens now: further fetches, or the update's end.
+                    let (bytes, sum) = tokio::select! {
+                        biased;
+                        ready = stage.ready() => ready.map_err(|error| error.bucket(index))?,
+                        event = event_of_update(control, *deadline, operation) => {
+                            let event = event.map_err(|error| error.bucket(index))?;
+                            self.take(event).await?;
+                            continue;
+                        }
                     };
-                    let bucket = self.verified(bucket, digest, sum)?;
-                    // The next bucket, if it is here, is verified while the caller works on this one.
+                    // With the bytes goes this stage's share of them.
+                    self.coming.pop_front();
+                    let bucket = self.verified(index, bytes, digest, sum)?;
+                    // The next bucket, if it is announced, comes while the caller works on this one.
                     self.take_arrived().await?;
                     return Ok(Some(bucket));
                 }
-                Some(Arrived::End { buckets, digest, plan }) => {
+                Some(Coming::End { buckets, digest, plan }) => {
+                    let (buckets, digest, plan) = (*buckets, *digest, *plan);
                     self.finish(buckets, digest, plan).await?;
                     return Ok(None);
                 }
@@ -233,12 +404,13 @@ impl<L: ReceiveLink> Session<'_, L> {
 
     fn verified(
         &mut self,
-        bucket: ReceivedBucket,
+        index: u64,
+        bytes: Bytes,
         digest: u64,
         sum: Option<u64>,
     ) -> Result<ReceivedBucket> {
-        let index = bucket.index();
-        let layout = &self.layouts[index as usize];
+        let layout = self.layouts[index as usize].clone();
+        let bucket = ReceivedBucket::new(index, layout.clone(), bytes)?;
         let (sent, filled) = (digest, layout.filled());
         if let Some(sum) = sum {
             let here = digest::finish(sum, filled);
@@ -262,12 +434,9 @@ impl<L: ReceiveLink> Session<'_, L> {
 
     /// Waits for the trainer.
     async fn await_event(&mut self, operation: &str) -> Result<()> {
-        // Longer than the trainer's own deadline, so that it can name the cause first.
-        let deadline = self.receiver.deadline + self.receiver.deadline / 4;
-        let event = next_event(&self.receiver.control, deadline, operation)
-            .await
-            .map_err(|error| error.rank(Rank::LEADER).bucket(self.taken))?;
-        self.take(event).await
+        let Receiver { control, deadline, .. } = &*self.receiver;
+        let event = event_of_update(control, *deadline, operation).await;
+        self.take(event.map_err(|error| error.bucket(self.taken))?).await
     }
 
     async fn take_arrived(&mut self) -> Result<()> {
@@ -288,8 +457,12 @@ impl<L: ReceiveLink> Session<'_, L> {
                     .await
                     .map_err(|error| error.bucket(index))
             }
+            Some(ToReceiver::Fetch { update, index, from, card }) if update == present => {
+                self.fetch(index, from, card).await;
+                Ok(())
+            }
             Some(ToReceiver::End { update, buckets, digest, plan }) if update == present => {
-                self.arrived.push_back(Arrived::End { buckets, digest, plan });
+                self.coming.push_back(Coming::End { buckets, digest, plan });
                 Ok(())
             }
             Some(ToReceiver::Abort { update, error }) if update == present => {
@@ -316,8 +489,6 @@ impl<L: ReceiveLink> Session<'_, L> {
         digest: u64,
         layout: Layout,
     ) -> Result<()> {
-        let release =
-            Release { control: self.receiver.control.clone(), update: self.begin.update, index };
         let refuse = |message: String| Error::new(ErrorKind::Protocol, "taking a bucket", message);
         if index != self.taken {
             return Err(refuse(format!("bucket {} was expected", self.taken)));
@@ -336,18 +507,49 @@ impl<L: ReceiveLink> Session<'_, L> {
                 layout
             }
         };
-        let bytes = self.receiver.link.fetch(slot, layout.filled()).await?;
-        // From here on the bucket is released when the last view of it is dropped.
-        let bytes = Bytes::from_owner(Lease { bytes, _release: release });
-        let check = self.begin.digests.then(|| {
-            let (pool, layout, bytes) = (self.receiver.pool.clone(), layout.clone(), bytes.clone());
-            self.receiver.pool.start(move || Ok(pool.digest(layout.pieces(), &bytes)))
-        });
-        let bucket = ReceivedBucket::new(index, layout.clone(), bytes)?;
-        self.arrived.push_back(Arrived::Bucket { bucket, digest, check });
         self.layouts.push(layout);
         self.taken += 1;
+        self.coming.push_back(Coming::Bucket { index, slot, digest, stage: Stage::Announced });
+        if !self.begin.routed {
+            self.fetch(index, Rank::LEADER, Bytes::new()).await;
+        }
         Ok(())
+    }
+
+    /// Starts to fetch a bucket, unless it is here already.
+    async fn fetch(&mut self, index: u64, from: Rank, card: Bytes) {
+        let found = self.coming.iter_mut().find_map(|coming| match coming {
+            Coming::Bucket { index: at, slot, stage, .. } if *at == index => Some((slot, stage)),
+            _ => None,
+        });
+        let Some((&mut slot, stage)) = found else { return };
+        match stage {
+            Stage::Here(_) => return,
+            // The trainer has given up on the rank that it named before.
+            Stage::Fetching { from, arrival } => {
+                self.receiver.link.abandon(*from);
+                if let Ok(Ok(arrived)) = arrival.await {
+                    *stage = Stage::Here(arrived);
+                    return;
+                }
+            }
+            Stage::Announced => {}
+        }
+        let (session, arrival) = oneshot::channel();
+        *stage = Stage::Fetching { from, arrival };
+        let layout = &self.layouts[index as usize];
+        let fetch = Fetch { from, card, slot, filled: layout.filled() };
+        let arrival = Arrival {
+            update: self.begin.update,
+            index,
+            from,
+            routed: self.begin.routed,
+            check: self.begin.digests.then(|| layout.clone()),
+            control: self.receiver.control.clone(),
+            pool: self.receiver.pool.clone(),
+            session,
+        };
+        self.receiver.link.fetch(fetch, arrival).await;
     }
 
     /// Verifies the version as a whole, confirms it, and waits until it is active everywhere.
@@ -375,11 +577,11 @@ impl<L: ReceiveLink> Session<'_, L> {
                 notes: self.guard.outcome.take_notes().to_string(),
             })?,
         )?;
-        let deadline = self.receiver.deadline + self.receiver.deadline / 4;
+        let (control, deadline) = (&self.receiver.control, self.receiver.deadline);
         let committed = async {
             loop {
                 let operation = "waiting for the trainer to commit the version";
-                let event = next_event(&self.receiver.control, deadline, operation);
+                let event = event_of_update(control, deadline, operation);
                 match message(event.await?)? {
                     Some(ToReceiver::Commit { update }) if update == self.begin.update => {
                         return Ok(());
@@ -413,6 +615,14 @@ impl<L: ReceiveLink> Session<'_, L> {
     }
 }
 
+fn tell_leader(control: &ControlPlane, message: &ToSender) {
+    let told = encode(message).and_then(|body| control.send(Rank::LEADER, body));
+    if let Err(error) = told {
+        // The trainer is gone, and with it the need to tell it.
+        debug!(?message, %error, "the trainer could not be told");
+    }
+}
+
 /// Bytes of a bucket; dropping them releases it.
 struct Lease {
     bytes: Bytes,
@@ -435,12 +645,7 @@ struct Release {
 impl Drop for Release {
     fn drop(&mut self) {
         let (update, index) = (self.update, self.index);
-        let told = encode(&ToSender::Release { update, index })
-            .and_then(|body| self.control.send(Rank::LEADER, body));
-        if let Err(error) = told {
-            // The trainer is gone, and with it the need to tell it.
-            debug!(index, %error, "a bucket could not be released");
-        }
+        tell_leader(&self.control, &ToSender::Release { update, index });
     }
 }
 
@@ -459,11 +664,7 @@ impl Guard {
         }
         warn!(version = %self.begin.version, %error, "update given up");
         let (update, error) = (self.begin.update, ErrorReport::from(error));
-        let told = encode(&ToSender::Failed { update, error })
-            .and_then(|body| self.control.send(Rank::LEADER, body));
-        if let Err(error) = told {
-            debug!(%error, "the trainer could not be told of a failure");
-        }
+        tell_leader(&self.control, &ToSender::Failed { update, error });
     }
 }
 

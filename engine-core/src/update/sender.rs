@@ -11,6 +11,7 @@ use futures::StreamExt;
 use tracing::{debug, info, warn};
 
 use super::message::{Layout, ToReceiver, ToSender, decode, encode};
+use super::route::{Due, Gap, Route, Topology};
 use super::{arrived_event, next_event, within};
 use crate::control::{ControlPlane, Event, Role};
 use crate::memory::Job;
@@ -54,6 +55,24 @@ pub trait SendLink: std::fmt::Debug + Send {
     ///
     /// Those of the transport.
     async fn publish(&mut self, slot: usize, filled: u64) -> Result<()>;
+
+    /// For transports whose receivers fetch buckets from any rank that has them: who fetches from
+    /// whom in the next update, among so many receivers. `buckets` is the number of the last update's
+    /// buckets, 0 if there was none.
+    ///
+    /// With a topology, receivers need to be [`FetchLink`](super::FetchLink)s; a slot is filled again
+    /// when those that fetch from it have its bucket; and an update goes on without receivers that die.
+    /// Without one, every receiver uses the trainer's own slot, which is filled again when all have
+    /// released it.
+    fn topology(&self, receivers: usize, buckets: usize) -> Option<Topology> {
+        let _ = (receivers, buckets);
+        None
+    }
+
+    /// What receivers need to fetch from this rank.
+    fn card(&self) -> Bytes {
+        Bytes::new()
+    }
 }
 
 /// A wait for events that something else ends.
@@ -80,8 +99,12 @@ struct Group {
     update: u64,
     version: Version,
     begun: Instant,
-    /// Who still reads which slot, and the bucket that is in it.
+    /// Who still reads which slot, and the bucket that is in it. Unused with a route.
     slots: Vec<Held>,
+    /// The way of the present update's buckets, if receivers fetch them.
+    route: Option<Route>,
+    /// How receivers fetch from this rank.
+    card: Bytes,
     observer: Arc<dyn Observer>,
 }
 
@@ -95,6 +118,8 @@ struct Member {
     confirmed: Option<ReceiverReport>,
     /// Whether it takes part in the present update.
     active: bool,
+    /// How others fetch from it.
+    card: Bytes,
 }
 
 #[derive(Debug, Default)]
@@ -114,7 +139,6 @@ impl<L: SendLink> Sender<L> {
     ) -> Self {
         let slots = (0..link.slots()).map(|_| Held::default()).collect();
         Self {
-            link,
             group: Group {
                 control,
                 members: receivers.into_iter().map(|rank| (rank, Member::default())).collect(),
@@ -123,8 +147,11 @@ impl<L: SendLink> Sender<L> {
                 version: Version(0),
                 begun: Instant::now(),
                 slots,
+                route: None,
+                card: link.card(),
                 observer: context.observer.clone(),
             },
+            link,
             plan: Plan::default(),
             digests: context.config.digests,
             deadline: context.deadline(),
@@ -149,6 +176,11 @@ impl<L: SendLink> Sender<L> {
         version: Version,
     ) -> Result<SendReport> {
         self.group.begin(version).await?;
+        let receivers = self.group.active().count();
+        self.group.route = self
+            .link
+            .topology(receivers, self.plan.buckets.len())
+            .map(|topology| Route::new(topology, self.link.slots() as u64, self.group.active()));
         // Until it is disarmed, whatever ends this function ends the update on every rank.
         let mut guard = AbortGuard { control: self.group.control.clone(), abort: None };
         guard.arm(&self.group);
@@ -200,6 +232,9 @@ impl<L: SendLink> Sender<L> {
             self.group.wait_for_slot(slot, index, self.deadline).await?;
             stages.release += released.elapsed();
 
+            if let Some(route) = &mut self.group.route {
+                route.filling(index);
+            }
             // The next bucket is collected from the trainer's stream while this one is encoded.
             let Bucket { jobs, layout, known, source_bytes } = bucket;
             let encoded = Instant::now();
@@ -283,13 +318,15 @@ impl Group {
 
     fn announce_update(&self, bucket_bytes: u64, digests: bool) -> Result<()> {
         let (update, version) = (self.update, self.version);
-        self.broadcast(&ToReceiver::Begin { update, version, bucket_bytes, digests })?;
+        let routed = self.route.is_some();
+        self.broadcast(&ToReceiver::Begin { update, version, bucket_bytes, digests, routed })?;
         let receivers = self.active().collect();
         self.observer.observe(&Progress::Began { version, receivers });
         Ok(())
     }
 
     fn end(&mut self) {
+        self.route = None;
         for member in self.members.values_mut() {
             member.active = false;
         }
@@ -301,7 +338,53 @@ impl Group {
 
     fn broadcast(&self, message: &ToReceiver) -> Result<()> {
         let body = encode(message)?;
-        self.active().try_for_each(|rank| self.control.send(rank, body.clone()))
+        self.active().try_for_each(|rank| self.tell(rank, body.clone()))
+    }
+
+    fn tell(&self, rank: Rank, body: Bytes) -> Result<()> {
+        match self.control.send(rank, body) {
+            // The event that says so is on its way, and tells whether the update survives it.
+            Err(error) if self.route.is_some() && error.kind() == ErrorKind::PeerLost => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Tells receivers to fetch what they can by now.
+    fn route_on(&mut self) -> Result<()> {
+        let Some(route) = &mut self.route else { return Ok(()) };
+        let mut all = Vec::new();
+        while let Some(due) = route.next_due() {
+            all.push(due);
+        }
+        for Due { by, from, bucket } in all {
+            let card = match self.members.get(&from) {
+                _ if from == Rank::LEADER => self.card.clone(),
+                Some(member) => member.card.clone(),
+                None => continue,
+            };
+            let fetch = ToReceiver::Fetch { update: self.update, index: bucket, from, card };
+            self.tell(by, encode(&fetch)?)?;
+        }
+        Ok(())
+    }
+
+    /// Whether a slot may be filled with a bucket; if not, whom that waits for.
+    fn is_free(&self, slot: usize, bucket: u64) -> Result<(), Option<Rank>> {
+        match &self.route {
+            Some(route) if route.may_fill(bucket) => Ok(()),
+            Some(_) => Err(self.awaited()),
+            None => self.slots[slot].by.first().map_or(Ok(()), |rank| Err(Some(*rank))),
+        }
+    }
+
+    /// The receiver that the others wait for.
+    fn awaited(&self) -> Option<Rank> {
+        let late = self.active().find(|rank| !self.has_entered(*rank));
+        late.or_else(|| self.route.as_ref()?.awaited())
+    }
+
+    fn has_entered(&self, rank: Rank) -> bool {
+        self.members.get(&rank).is_some_and(|member| member.entered >= Some(self.update))
     }
 
     /// Awaits work of this rank while listening to the others: the first failure anywhere ends it.
@@ -320,27 +403,30 @@ impl Group {
         }
     }
 
-    /// Waits until all receivers have released what is in a slot.
+    /// Waits until a slot may be filled with a bucket.
     async fn wait_for_slot(&mut self, slot: usize, bucket: u64, deadline: Duration) -> Result<()> {
-        // The deadline starts anew with every release: slow is not dead.
-        while let Some(&rank) = self.slots[slot].by.first() {
-            let operation = "waiting for a receiver to release a bucket";
+        // The deadline starts anew with every event: slow is not dead.
+        while let Err(rank) = self.is_free(slot, bucket) {
+            let operation = match self.route {
+                Some(_) => "waiting for a receiver to fetch or release a bucket",
+                None => "waiting for a receiver to release a bucket",
+            };
             match next_event(&self.control, deadline, operation).await {
                 Ok(event) => self.handle(event, bucket)?,
                 Err(error) if error.kind() != ErrorKind::Timeout => return Err(error),
-                Err(error) => {
-                    let held = &self.slots[slot];
-                    let entered = self.members.get(&rank).and_then(|member| member.entered);
-                    let error = if entered < Some(self.update) {
+                Err(mut error) => {
+                    if rank.is_some_and(|rank| !self.has_entered(rank)) {
                         let message = format!(
                             "nothing within {:.1} s: the receiver has not called receive_weights",
                             deadline.as_secs_f64()
                         );
-                        Error::new(ErrorKind::Timeout, operation, message)
-                    } else {
-                        error
+                        error = Error::new(ErrorKind::Timeout, operation, message);
+                    }
+                    let held = match self.route {
+                        Some(_) => bucket.saturating_sub(self.slots.len() as u64),
+                        None => self.slots[slot].bucket,
                     };
-                    return Err(error.rank(rank).bucket(held.bucket));
+                    return Err(rank.into_iter().fold(error, Error::rank).bucket(held));
                 }
             }
         }
@@ -379,11 +465,16 @@ impl Group {
                     cached.insert(message(layout)?).clone()
                 }
             };
-            self.control.send(rank, body)?;
+            self.tell(rank, body)?;
         }
-        self.slots[slot] =
-            Held { update: self.update, bucket: index, by: active.into_iter().collect() };
-        Ok(())
+        match &mut self.route {
+            Some(route) => route.filled(index),
+            None => {
+                let by = active.into_iter().collect();
+                self.slots[slot] = Held { update: self.update, bucket: index, by };
+            }
+        }
+        self.route_on()
     }
 
     /// Ends the update's data and waits for every receiver's confirmation.
@@ -401,7 +492,8 @@ impl Group {
                 .iter()
                 .find(|(_, member)| member.active && member.confirmed.is_none())
                 .map(|(rank, _)| *rank);
-            let Some(rank) = missing else { return Ok(()) };
+            let Some(missing) = missing else { return Ok(()) };
+            let rank = self.awaited().unwrap_or(missing);
             let operation = "waiting for a receiver to confirm the version";
             let event = next_event(&self.control, deadline, operation)
                 .await
@@ -435,7 +527,10 @@ impl Group {
     /// Takes in what happened; an error if it ends the present update.
     fn handle(&mut self, event: Event, bucket: u64) -> Result<()> {
         match event {
-            Event::Message { from, body } => self.message(from, &body),
+            Event::Message { from, body } => {
+                self.message(from, &body)?;
+                self.route_on()
+            }
             Event::Joined(peer) => {
                 if peer.role == Role::Rollout {
                     info!(rank = %peer.rank, "a rollout joined; it takes part in the next update");
@@ -469,7 +564,22 @@ impl Group {
             return Ok(());
         }
         self.observer.observe(&Progress::State { rank, state: VersionState::Aborted });
-        Err(error)
+        let Some(route) = &mut self.route else { return Err(error) };
+        if let Err(Gap { rank: left, bucket }) = route.remove(rank) {
+            let message = format!(
+                "rank {rank} was lost, and with it bucket {bucket}, which rank {left} needs and no \
+                 other rank has any more"
+            );
+            return Err(Error::new(ErrorKind::PeerLost, "sending weights", message)
+                .rank(rank)
+                .bucket(bucket)
+                .with_source(error));
+        }
+        if self.active().next().is_none() {
+            return Err(error);
+        }
+        warn!(%rank, %error, "a receiver was lost; the update goes on without it");
+        self.route_on()
     }
 
     fn message(&mut self, from: Rank, body: &[u8]) -> Result<()> {
@@ -477,11 +587,29 @@ impl Group {
         let present = self.update;
         let Some(member) = self.members.get_mut(&from) else { return Ok(()) };
         match message {
-            ToSender::Entered { update } => {
+            ToSender::Entered { update, card } => {
                 member.entered = Some(update);
+                member.card = card;
                 if update == present {
                     self.observer
                         .observe(&Progress::State { rank: from, state: VersionState::Staging });
+                }
+            }
+            ToSender::Fetched { update, index } if update == present => {
+                if let Some(route) = &mut self.route {
+                    route.arrived(from, index);
+                }
+            }
+            ToSender::Missed { update, index, from: source, error } if update == present => {
+                warn!(rank = %from, %source, bucket = index, %error, "a fetch failed");
+                let Some(route) = &mut self.route else { return Ok(()) };
+                if route.missed(from, source).is_err() {
+                    return Err(Error::from(error).rank(source).bucket(index));
+                }
+            }
+            ToSender::Release { update, index } if self.route.is_some() => {
+                if let Some(route) = self.route.as_mut().filter(|_| update == present) {
+                    route.released(from, index);
                 }
             }
             ToSender::Release { update, index } => {
@@ -511,7 +639,10 @@ impl Group {
                     .observe(&Progress::State { rank: from, state: VersionState::Aborted });
                 return Err(Error::from(error).rank(from));
             }
-            ToSender::Confirm { .. } | ToSender::Failed { .. } => {}
+            ToSender::Confirm { .. }
+            | ToSender::Failed { .. }
+            | ToSender::Fetched { .. }
+            | ToSender::Missed { .. } => {}
         }
         Ok(())
     }

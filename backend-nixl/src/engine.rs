@@ -1,0 +1,318 @@
+//! The engine: NIXL's transfers as the link of the update protocol.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use engine_core::memory::{Job, Pool};
+use engine_core::update::{
+    Arrival, Fetch, FetchLink, Receiver, SendLink, Sender, Topology as Shape,
+};
+use engine_core::{
+    CheckpointEngine, ControlPlane, EngineContext, Error, ErrorKind, Placement, Rank,
+    ReceivedWeights, Result, Role, SendReport, Version, WeightStream, WorkerMetadata,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::NAME;
+use crate::agent::{Agent, AgentOptions, Card, Transfer};
+use crate::arena::Arena;
+use crate::error::NixlError;
+
+/// Slots of a rank. Together they are as large as the two buckets that the configuration speaks of:
+/// with four, a bucket can stay until the next two ranks of a ring have it, at no loss of speed.
+const SLOTS: u32 = 4;
+
+/// The size of each of the two buckets unless one is configured.
+const DEFAULT_BUCKET_MEGABYTES: u64 = 32;
+
+/// The transport's options: `engine_kwargs.nixl` of the configuration.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct NixlOptions {
+    /// Who fetches from whom.
+    pub topology: Topology,
+    /// UCX's transports, as its `UCX_TLS` has them (`tcp`, `rc,sm`, …); all that are there if empty.
+    pub transports: String,
+    /// What UCX does about peers that fail.
+    pub error_handling: ErrorHandling,
+    /// The folder of `libnixl_capi.so`, or one that a wheel of NIXL was unpacked to; searched for
+    /// without it.
+    pub library_dir: Option<PathBuf>,
+}
+
+/// Who fetches from whom.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Topology {
+    /// A ring for two rollouts or more, unless there are so few buckets that its length would show.
+    #[default]
+    Auto,
+    /// Each rollout from the one before it.
+    Ring,
+    /// All rollouts from the trainer.
+    Star,
+}
+
+/// What UCX does about peers that fail.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ErrorHandling {
+    /// It notices them, within the transports that can.
+    #[default]
+    Peer,
+    /// It does not, and may use transports that cannot. Deadlines still end every wait.
+    None,
+}
+
+/// What a rank says of itself to the topology.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Details {
+    pub(crate) slots: u32,
+    pub(crate) slot_bytes: u64,
+}
+
+/// A rank's end of the NIXL transport.
+#[derive(Debug)]
+pub struct NixlEngine {
+    context: EngineContext,
+    options: NixlOptions,
+    control: ControlPlane,
+    pool: Pool,
+    phase: Phase,
+}
+
+#[derive(Debug)]
+enum Phase {
+    New,
+    Prepared(Arc<Node>),
+    Sending(Sender<Outgoing>, Arc<Node>),
+    Receiving(Receiver<Incoming>, Arc<Node>),
+}
+
+/// A rank's memory and its agent.
+#[derive(Debug)]
+struct Node {
+    agent: Agent,
+    arena: Arc<Arena>,
+    /// The agent's card, as it travels.
+    card: Bytes,
+    deadline: Duration,
+}
+
+impl NixlEngine {
+    /// The engine of a rank.
+    ///
+    /// # Errors
+    ///
+    /// `Config` for options that cannot be used, or without a control plane; `Resource` if its
+    /// threads cannot be started.
+    pub fn new(context: EngineContext) -> Result<Self> {
+        let options = context.config.kwargs::<NixlOptions>(NAME)?;
+        // UCX reads the list to its end or to the next option, whichever comes first.
+        let fit = |c: char| c.is_ascii_alphanumeric() || "_,:^/\\".contains(c);
+        if !options.transports.chars().all(fit) {
+            let message = format!("transports: `{}` is no list of names", options.transports);
+            return Err(Error::new(ErrorKind::Config, "making an engine", message));
+        }
+        let control = context.require_control()?;
+        let pool = Pool::new(context.threads())?;
+        Ok(Self { context, options, control, pool, phase: Phase::New })
+    }
+}
+
+#[async_trait]
+impl CheckpointEngine for NixlEngine {
+    async fn prepare(&mut self) -> Result<WorkerMetadata> {
+        if matches!(self.phase, Phase::Sending(..) | Phase::Receiving(..)) {
+            return Err(wrong_phase("preparing", "it is in a group already"));
+        }
+        let bucket = self.context.config.bucket_bytes().unwrap_or(DEFAULT_BUCKET_MEGABYTES << 20);
+        let arena = Arc::new(Arena::new(SLOTS, bucket / (u64::from(SLOTS) / 2))?);
+        let options = AgentOptions {
+            library_dir: self.options.library_dir.clone(),
+            transports: self.options.transports.clone(),
+            error_handling: match self.options.error_handling {
+                ErrorHandling::Peer => "peer",
+                ErrorHandling::None => "none",
+            },
+        };
+        // Two agents of one name would be taken for one another: a rank that starts anew, above all.
+        let random = std::hash::BuildHasher::hash_one(
+            &std::collections::hash_map::RandomState::new(),
+            std::process::id(),
+        );
+        let name = format!("ckpt-{}-{random:016x}", self.control.rank());
+        let agent = Agent::start(options, name, arena.clone()).await?;
+        let card = postcard::to_stdvec(agent.card()).map_err(NixlError::Card)?.into();
+        // Shorter than the protocol's, so that a transfer that hangs is named as what it is.
+        let deadline = self.context.deadline().mul_f64(0.75);
+        let details = Details { slots: arena.slots(), slot_bytes: arena.slot_bytes() };
+        self.phase = Phase::Prepared(Arc::new(Node { agent, arena, card, deadline }));
+        Ok(WorkerMetadata::of_this_process(NAME, self.context.role, serde_json::json!(details)))
+    }
+
+    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
+        let Phase::Prepared(node) = &self.phase else {
+            return Err(wrong_phase("joining the group", "call prepare first, and once"));
+        };
+        let (node, pool, control) = (node.clone(), self.pool.clone(), self.control.clone());
+        self.phase = match self.context.role {
+            Role::Trainer => {
+                let link = Outgoing { node: node.clone(), pool, topology: self.options.topology };
+                let ranks = (0..).map(Rank).zip(&place.peers);
+                let rollouts = ranks.filter(|(_, peer)| peer.role == Role::Rollout);
+                let rollouts = rollouts.map(|(rank, _)| rank);
+                Phase::Sending(Sender::new(link, &self.context, control, rollouts), node)
+            }
+            Role::Rollout => {
+                let link = Incoming { node: node.clone(), peers: HashMap::new() };
+                Phase::Receiving(Receiver::new(link, &self.context, control, pool), node)
+            }
+        };
+        Ok(())
+    }
+
+    async fn send_weights(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        match &mut self.phase {
+            Phase::Sending(sender, _) => sender.send(weights, version).await,
+            Phase::Receiving(..) => Err(wrong_phase("sending weights", "this rank is a rollout")),
+            _ => Err(wrong_phase("sending weights", "call init_process_group first")),
+        }
+    }
+
+    async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
+        match &mut self.phase {
+            Phase::Receiving(receiver, _) => receiver.receive(version).await,
+            Phase::Sending(..) => Err(wrong_phase("receiving weights", "this rank is a trainer")),
+            _ => Err(wrong_phase("receiving weights", "call init_process_group first")),
+        }
+    }
+
+    async fn finalize(&mut self) -> Result<()> {
+        let node = match std::mem::replace(&mut self.phase, Phase::New) {
+            Phase::New => return Err(wrong_phase("finalizing", "it was not prepared")),
+            Phase::Prepared(node) => node,
+            // The link goes with the protocol's state.
+            Phase::Sending(_, node) | Phase::Receiving(_, node) => node,
+        };
+        // Views that are kept keep the memory, which nobody outside can reach any more.
+        if let Some(node) = Arc::into_inner(node) {
+            node.agent.close().await;
+        }
+        Ok(())
+    }
+}
+
+fn wrong_phase(operation: &str, message: &str) -> Error {
+    Error::new(ErrorKind::State, operation, message)
+}
+
+/// The trainer's buckets.
+#[derive(Debug)]
+struct Outgoing {
+    node: Arc<Node>,
+    pool: Pool,
+    topology: Topology,
+}
+
+#[async_trait]
+impl SendLink for Outgoing {
+    fn slots(&self) -> usize {
+        self.node.arena.slots() as usize
+    }
+
+    fn bucket_bytes(&self) -> u64 {
+        self.node.arena.slot_bytes()
+    }
+
+    async fn fill(&mut self, slot: usize, jobs: Vec<Job>, digests: bool) -> Result<u64> {
+        let Node { arena, deadline, .. } = &*self.node;
+        let mut bucket = arena.lock(slot as u32, arena.slot_bytes(), *deadline).await?.into_write();
+        let pool = self.pool.clone();
+        self.pool.start(move || pool.encode(&jobs, bucket.as_mut(), digests)).await
+    }
+
+    async fn publish(&mut self, _: usize, _: u64) -> Result<()> {
+        // The rollouts fetch it.
+        Ok(())
+    }
+
+    fn topology(&self, receivers: usize, buckets: usize) -> Option<Shape> {
+        Some(match self.topology {
+            Topology::Star => Shape::Star,
+            Topology::Ring => Shape::Ring,
+            Topology::Auto if receivers < 2 || (1..=receivers).contains(&buckets) => Shape::Star,
+            Topology::Auto => Shape::Ring,
+        })
+    }
+
+    fn card(&self) -> Bytes {
+        self.node.card.clone()
+    }
+}
+
+/// A rollout's buckets.
+#[derive(Debug)]
+struct Incoming {
+    node: Arc<Node>,
+    /// Those that it fetched from, with their cards as they travelled.
+    peers: HashMap<Rank, (Bytes, Arc<Card>)>,
+}
+
+impl Incoming {
+    fn peer(&mut self, rank: Rank, card: Bytes) -> Result<Arc<Card>, NixlError> {
+        if let Some((_, known)) = self.peers.get(&rank).filter(|(known, _)| *known == card) {
+            return Ok(known.clone());
+        }
+        // Another process has the rank now.
+        self.abandon(rank);
+        let read: Arc<Card> = postcard::from_bytes(&card).map(Arc::new).map_err(NixlError::Card)?;
+        self.peers.insert(rank, (card, read.clone()));
+        Ok(read)
+    }
+}
+
+#[async_trait]
+impl FetchLink for Incoming {
+    fn card(&self) -> Bytes {
+        self.node.card.clone()
+    }
+
+    async fn fetch(&mut self, fetch: Fetch, arrival: Arrival) {
+        let Fetch { from, card, slot, filled } = fetch;
+        let prepared = async {
+            let peer = self.peer(from, card)?;
+            let remote = peer.range(slot, filled)?;
+            let Node { arena, deadline, .. } = &*self.node;
+            let slot = arena.lock(slot, filled, *deadline).await?;
+            Ok((peer, remote, slot))
+        };
+        let told = move |error: NixlError| Error::from(error).rank(from);
+        match prepared.await {
+            Err(error) => arrival.tell(Err(told(error))),
+            Ok((peer, remote, slot)) => self.node.agent.transfer(Transfer {
+                slot,
+                peer,
+                remote,
+                deadline: self.node.deadline,
+                done: Box::new(move |result| {
+                    arrival.tell(result.map(|slot| slot.into_bytes()).map_err(told));
+                }),
+            }),
+        }
+    }
+
+    fn abandon(&mut self, from: Rank) {
+        if let Some((_, card)) = self.peers.remove(&from) {
+            self.node.agent.forget(&card);
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! The transport's own errors, and what they are to its users.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use engine_core::ErrorKind;
+use rustix::io::Errno;
+
+use crate::sys::{LIBRARY_DIR_VARIABLE, Status};
+
+/// What to do about a library that is not there.
+pub(crate) const REMEDY: &str =
+    "install it with `pip install nixl-cu12==1.5.1`, or name its folder in CKPT_ENGINE_NIXL_DIR";
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NixlError {
+    #[error("there is no libnixl_capi.so {}; {REMEDY}", in_words(folders))]
+    Missing { folders: Vec<PathBuf> },
+    #[error("{} cannot be loaded: {source}", path.display())]
+    Load { path: PathBuf, source: libloading::Error },
+    #[error("{} lacks a function of NIXL 1.x: {source}; {REMEDY}", path.display())]
+    Symbol { path: PathBuf, source: libloading::Error },
+    #[error("{} is NIXL {version}; 1.x is needed; {REMEDY}", path.display())]
+    Version { path: PathBuf, version: String },
+    #[error(
+        "library_dir is {}, and this process has loaded {} before: a process has one NIXL",
+        wanted.display(), loaded.display()
+    )]
+    Another { wanted: PathBuf, loaded: PathBuf },
+    #[error("NIXL's {call} failed: {}", status_in_words(*status))]
+    Call { call: &'static str, status: Status },
+    #[error("no UCX transport is usable with `{transports}`: {}", status_in_words(*status))]
+    Transports { transports: String, status: Status },
+    #[error("the transfer failed: {}", status_in_words(*status))]
+    Transfer { status: Status },
+    #[error("the transfer did not end within {:.1} s", .0.as_secs_f64())]
+    Slow(Duration),
+    #[error("the transfer was given up: its peer is gone")]
+    Abandoned,
+    #[error("this rank's agent has ended")]
+    Closed,
+    #[error("the system refused {call}: {errno}")]
+    System { call: &'static str, errno: Errno },
+    #[error(
+        "no memory for {0} bytes of buckets; use smaller ones (update_weights_bucket_megabytes)"
+    )]
+    Full(u64),
+    #[error("{slots} slots of {bytes} bytes are more than this machine can address")]
+    TooLarge { slots: u32, bytes: u64 },
+    #[error("bytes 0..{filled} of slot {slot} lie outside {slots} slots of {bytes} bytes")]
+    Outside { slot: u32, filled: u64, slots: u32, bytes: u64 },
+    #[error("slot {slot} is still in use after {:.1} s: a view of an older bucket is kept", waited.as_secs_f64())]
+    InUse { slot: u32, waited: Duration },
+    #[error("this rank was not told how to reach it")]
+    Unknown,
+    #[error("what it says of itself cannot be read: {0}")]
+    Card(postcard::Error),
+}
+
+fn in_words(folders: &[PathBuf]) -> String {
+    match folders {
+        [folder] => {
+            format!("in {} (named by {LIBRARY_DIR_VARIABLE} or library_dir)", folder.display())
+        }
+        folders => {
+            format!("in an installed wheel or in any of the {} usual folders", folders.len())
+        }
+    }
+}
+
+fn status_in_words(status: Status) -> String {
+    let words = match status {
+        -1 => "an invalid parameter",
+        -2 => "the backend reports an error; the peer or the connection may be gone",
+        -3 => "an invalid state",
+        -4 => "an exception",
+        -6 => "not found",
+        _ => "an unknown failure",
+    };
+    format!("{words} (status {status})")
+}
+
+impl From<NixlError> for engine_core::Error {
+    fn from(error: NixlError) -> Self {
+        use NixlError as E;
+        let kind = match &error {
+            E::Missing { .. } | E::Load { .. } | E::Symbol { .. } | E::Version { .. } => {
+                ErrorKind::Backend
+            }
+            E::Another { .. } | E::Transports { .. } | E::TooLarge { .. } => ErrorKind::Config,
+            E::Transfer { .. } | E::Abandoned => ErrorKind::PeerLost,
+            E::Slow(_) | E::InUse { .. } => ErrorKind::Timeout,
+            E::Closed => ErrorKind::State,
+            E::Call { .. } | E::System { .. } => ErrorKind::Io,
+            E::Full(_) => ErrorKind::Resource,
+            E::Outside { .. } | E::Unknown | E::Card(_) => ErrorKind::Protocol,
+        };
+        Self::new(kind, "using NIXL", error.to_string()).with_source(error)
+    }
+}

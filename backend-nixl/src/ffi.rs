@@ -1,0 +1,300 @@
+//! NIXL's objects: one function per call, status in, `Result` out.
+#![allow(unsafe_code, reason = "calling NIXL's C interface")]
+
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::ptr::null_mut;
+use std::sync::Arc;
+
+use crate::arena::Arena;
+use crate::error::NixlError;
+use crate::sys::{self, AgentConfig, Api, Handle, Status};
+
+/// An agent with its UCX backend and the registered memory of one arena.
+///
+/// Not `Send`: NIXL does not lock, so one thread has it from beginning to end.
+#[derive(Debug)]
+pub(crate) struct RawAgent {
+    api: &'static Api,
+    agent: Handle,
+    backend: Handle,
+    options: Handle,
+    registered: Option<Handle>,
+    /// The memory stays as long as NIXL knows it.
+    arena: Arc<Arena>,
+}
+
+/// A transfer that was started.
+#[derive(Debug)]
+pub(crate) struct RawTransfer {
+    request: Handle,
+}
+
+fn check(call: &'static str, status: Status) -> Result<(), NixlError> {
+    if status == sys::SUCCESS { Ok(()) } else { Err(NixlError::Call { call, status }) }
+}
+
+/// A name for the library; one with a zero in it ends there.
+fn c_string(text: &str) -> CString {
+    let bytes: Vec<u8> = text.bytes().take_while(|&byte| byte != 0).collect();
+    CString::new(bytes).unwrap_or_default()
+}
+
+impl RawAgent {
+    /// An agent with a UCX backend of these parameters, which has registered the arena.
+    pub(crate) fn new(
+        api: &'static Api,
+        name: &str,
+        parameters: &[(&str, &str)],
+        arena: Arc<Arena>,
+    ) -> Result<Self, NixlError> {
+        let config = AgentConfig {
+            // Peers read from here while this rank computes: the library answers by itself.
+            enable_prog_thread: true,
+            enable_listen_thread: false,
+            listen_port: 0,
+            thread_sync: 0,
+            num_workers: 1,
+            // What there is to do wakes the library's thread; without a pause it would look all the time.
+            pthr_delay_us: 10_000,
+            lthr_delay_us: 100_000,
+            capture_telemetry: false,
+        };
+        let name = c_string(name);
+        let mut agent = null_mut();
+        // SAFETY: all three point to what the call reads and writes, for as long as it takes.
+        let status = unsafe {
+            (api.create_configured_agent)(name.as_ptr(), &raw const config, &raw mut agent)
+        };
+        check("create_agent", status)?;
+        // From here on, dropping it frees what was made.
+        let mut this =
+            Self { api, agent, backend: null_mut(), options: null_mut(), registered: None, arena };
+        this.create_backend(parameters)?;
+        this.register()?;
+        Ok(this)
+    }
+
+    fn create_backend(&mut self, parameters: &[(&str, &str)]) -> Result<(), NixlError> {
+        let api = self.api;
+        let params = Object::new("create_params", api.destroy_params, |object| {
+            // SAFETY: the call writes the new object to where the pointer points.
+            unsafe { (api.create_params)(object) }
+        })?;
+        for (key, value) in parameters {
+            let (key, value) = (c_string(key), c_string(value));
+            // SAFETY: the object is alive; both strings are copied.
+            let status = unsafe { (api.params_add)(params.handle, key.as_ptr(), value.as_ptr()) };
+            check("params_add", status)?;
+        }
+        // SAFETY: agent and parameters are alive; the call writes the backend's handle.
+        let status = unsafe {
+            (api.create_backend)(self.agent, c"UCX".as_ptr(), params.handle, &raw mut self.backend)
+        };
+        if status != sys::SUCCESS {
+            let transports = parameters.iter().find(|(key, _)| *key == ENGINE_CONFIG);
+            let transports = transports.map_or("all", |(_, value)| value).to_owned();
+            return Err(NixlError::Transports { transports, status });
+        }
+        // SAFETY: the call writes the new object to where the pointer points.
+        check("create_opt_args", unsafe { (api.create_opt_args)(&raw mut self.options) })?;
+        // SAFETY: both objects are alive.
+        let status = unsafe { (api.opt_args_add_backend)(self.options, self.backend) };
+        check("opt_args_add_backend", status)
+    }
+
+    fn register(&mut self) -> Result<(), NixlError> {
+        let api = self.api;
+        let list = Object::new("create_reg_dlist", api.destroy_reg_dlist, |object| {
+            // SAFETY: the call writes the new object to where the pointer points.
+            unsafe { (api.create_reg_dlist)(sys::DRAM, object) }
+        })?;
+        let (address, len) = (self.arena.address(), self.arena.len());
+        // SAFETY: the list is alive; without metadata the pointer is not read.
+        let status =
+            unsafe { (api.reg_dlist_add_desc)(list.handle, address, len, 0, std::ptr::null(), 0) };
+        check("reg_dlist_add_desc", status)?;
+        // SAFETY: all are alive, and the arena is mapped as long as `self` has it.
+        let status = unsafe { (api.register_mem)(self.agent, list.handle, self.options) };
+        check("register_mem", status)?;
+        self.registered = Some(list.into_handle());
+        Ok(())
+    }
+
+    /// What a peer needs to reach this agent and its memory.
+    pub(crate) fn metadata(&self) -> Result<Vec<u8>, NixlError> {
+        let (mut data, mut len): (*mut c_void, usize) = (null_mut(), 0);
+        // SAFETY: the agent is alive; the call writes a pointer and a length.
+        let status = unsafe { (self.api.get_local_md)(self.agent, &raw mut data, &raw mut len) };
+        check("get_local_md", status)?;
+        // SAFETY: on success the library hands over that many bytes.
+        let bytes = unsafe { std::slice::from_raw_parts(data.cast::<u8>(), len) }.to_vec();
+        // SAFETY: they come from `malloc`, and nobody else has them.
+        unsafe { sys::free(data) };
+        Ok(bytes)
+    }
+
+    /// Learns to reach a peer; the peer's name.
+    pub(crate) fn load_peer(&self, metadata: &[u8]) -> Result<String, NixlError> {
+        let mut name: *mut c_char = null_mut();
+        let (data, len) = (metadata.as_ptr().cast(), metadata.len());
+        // SAFETY: the agent is alive, the bytes are copied; the call writes a pointer.
+        let status = unsafe { (self.api.load_remote_md)(self.agent, data, len, &raw mut name) };
+        check("load_remote_md", status)?;
+        // SAFETY: on success it is a string.
+        let text = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
+        // SAFETY: it comes from `malloc`, and nobody else has it.
+        unsafe { sys::free(name.cast()) };
+        Ok(text)
+    }
+
+    /// Forgets a peer: its connections are closed, without waiting for it.
+    pub(crate) fn forget_peer(&self, name: &str) -> Result<(), NixlError> {
+        let name = c_string(name);
+        // SAFETY: the agent is alive, the string is copied.
+        let status = unsafe { (self.api.invalidate_remote_md)(self.agent, name.as_ptr()) };
+        check("invalidate_remote_md", status)
+    }
+
+    /// Starts to read from a peer's memory into the arena.
+    ///
+    /// # Contract
+    ///
+    /// `local` lies within the arena, and nobody else accesses it until the transfer is released.
+    pub(crate) fn start(
+        &self,
+        peer: &str,
+        local: (usize, usize),
+        remote: (usize, usize),
+    ) -> Result<RawTransfer, NixlError> {
+        let (here, there) = (self.list(local)?, self.list(remote)?);
+        let peer = c_string(peer);
+        let mut request = null_mut();
+        // SAFETY: all objects are alive; lists and string are copied; the call writes the request.
+        let status = unsafe {
+            (self.api.create_xfer_req)(
+                self.agent,
+                sys::READ,
+                here.handle,
+                there.handle,
+                peer.as_ptr(),
+                &raw mut request,
+                self.options,
+            )
+        };
+        check("create_xfer_req", status)?;
+        let mut transfer = RawTransfer { request };
+        // SAFETY: agent and request are alive; the caller keeps the local memory.
+        let status = unsafe { (self.api.post_xfer_req)(self.agent, request, null_mut()) };
+        if status < sys::SUCCESS {
+            if !self.release(&mut transfer) {
+                tracing::error!("a transfer that did not start cannot be released");
+            }
+            return Err(NixlError::Transfer { status });
+        }
+        Ok(transfer)
+    }
+
+    fn list(&self, (address, len): (usize, usize)) -> Result<Object, NixlError> {
+        let api = self.api;
+        let list = Object::new("create_xfer_dlist", api.destroy_xfer_dlist, |object| {
+            // SAFETY: the call writes the new object to where the pointer points.
+            unsafe { (api.create_xfer_dlist)(sys::DRAM, object) }
+        })?;
+        // SAFETY: the list is alive.
+        let status = unsafe { (api.xfer_dlist_add_desc)(list.handle, address, len, 0) };
+        check("xfer_dlist_add_desc", status)?;
+        Ok(list)
+    }
+
+    /// Whether a transfer has ended.
+    pub(crate) fn is_done(&self, transfer: &RawTransfer) -> Result<bool, NixlError> {
+        // SAFETY: agent and request are alive.
+        match unsafe { (self.api.get_xfer_status)(self.agent, transfer.request) } {
+            sys::SUCCESS => Ok(true),
+            sys::IN_PROGRESS => Ok(false),
+            status => Err(NixlError::Transfer { status }),
+        }
+    }
+
+    /// Ends a transfer, if need be before it is done; false if the library still works on it.
+    pub(crate) fn release(&self, transfer: &mut RawTransfer) -> bool {
+        if transfer.request.is_null() {
+            return true;
+        }
+        // SAFETY: agent and request are alive.
+        let status = unsafe { (self.api.release_xfer_req)(self.agent, transfer.request) };
+        if status != sys::SUCCESS {
+            return false;
+        }
+        // SAFETY: released, it is only a shell, which nobody has besides.
+        let status = unsafe { (self.api.destroy_xfer_req)(transfer.request) };
+        transfer.request = null_mut();
+        if status != sys::SUCCESS {
+            tracing::debug!(status, "a transfer's shell was not freed");
+        }
+        true
+    }
+}
+
+impl Drop for RawAgent {
+    fn drop(&mut self) {
+        let api = self.api;
+        let told = |call, status| {
+            if let Err(error) = check(call, status) {
+                tracing::warn!(%error, "while closing the agent");
+            }
+        };
+        if let Some(list) = self.registered.take() {
+            // SAFETY: agent, list and options are alive.
+            told("deregister_mem", unsafe { (api.deregister_mem)(self.agent, list, self.options) });
+            // SAFETY: nobody else has the list.
+            told("destroy_reg_dlist", unsafe { (api.destroy_reg_dlist)(list) });
+        }
+        if !self.options.is_null() {
+            // SAFETY: nobody else has the object.
+            told("destroy_opt_args", unsafe { (api.destroy_opt_args)(self.options) });
+        }
+        if !self.backend.is_null() {
+            // SAFETY: the handle is a name for what belongs to the agent, and nobody else has it.
+            told("destroy_backend", unsafe { (api.destroy_backend)(self.backend) });
+        }
+        // SAFETY: nobody else has the agent; its transfers were released.
+        told("destroy_agent", unsafe { (api.destroy_agent)(self.agent) });
+        tracing::trace!(bytes = self.arena.len(), "the agent is closed");
+    }
+}
+
+/// The UCX plugin's parameter that takes UCX's own options.
+pub(crate) const ENGINE_CONFIG: &str = "engine_config";
+
+/// A small object of the library, destroyed when dropped.
+struct Object {
+    handle: Handle,
+    destroy: unsafe extern "C" fn(Handle) -> Status,
+}
+
+impl Object {
+    fn new(
+        call: &'static str,
+        destroy: unsafe extern "C" fn(Handle) -> Status,
+        create: impl FnOnce(*mut Handle) -> Status,
+    ) -> Result<Self, NixlError> {
+        let mut handle = null_mut();
+        check(call, create(&raw mut handle))?;
+        Ok(Self { handle, destroy })
+    }
+
+    fn into_handle(self) -> Handle {
+        std::mem::ManuallyDrop::new(self).handle
+    }
+}
+
+impl Drop for Object {
+    fn drop(&mut self) {
+        // SAFETY: the function is the one for this kind of object, which nobody else has.
+        let status = unsafe { (self.destroy)(self.handle) };
+        if status != sys::SUCCESS {
+            tracing::debug!(status, "an object of NIXL was not freed");
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! A checkpoint engine over NIXL: one-sided transfers between hosts, by whatever network UCX finds
+//! (RDMA, TCP) or between processes of one host (shared memory).
+//!
+//! Every rank has one piece of memory, registered once, with a few slots for buckets. Rollouts read
+//! buckets out of the trainer's slots, or, in a ring, out of the slots of the rollout before them,
+//! which reads the next one meanwhile: a ring to many rollouts takes hardly longer than one to a
+//! single rollout. Rollouts join and leave between updates; one that dies within an update is left
+//! out, and the others finish.
+//!
+//! NIXL is not linked. Its library is searched for when an engine is prepared: in the folder that
+//! [`NixlOptions::library_dir`] or `CKPT_ENGINE_NIXL_DIR` names; else in the folder `native` beside
+//! the program's own, in installed Python wheels, and where packages put libraries.
+
+mod agent;
+mod arena;
+mod engine;
+mod error;
+mod ffi;
+mod sys;
+
+use engine_core::{
+    Availability, Backend, CheckpointEngine, EngineContext, Error, ErrorKind, Placement, Result,
+    Role, WorkerMetadata,
+};
+
+pub use engine::{ErrorHandling, NixlEngine, NixlOptions, Topology};
+
+/// The transport's name in configurations.
+const NAME: &str = "nixl";
+
+/// The transport as a value, to be registered.
+pub static BACKEND: &dyn Backend = &Nixl;
+
+#[derive(Debug)]
+struct Nixl;
+
+impl Backend for Nixl {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn summary(&self) -> &'static str {
+        "processes of any hosts, one-sided over NIXL and UCX (RDMA, TCP, shared memory)"
+    }
+
+    fn probe(&self) -> Availability {
+        match agent::probe() {
+            Ok(details) => Availability::Usable { details },
+            Err(error) => {
+                Availability::Unusable { reason: error.to_string(), remedy: error::REMEDY.into() }
+            }
+        }
+    }
+
+    fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
+        Ok(Box::new(NixlEngine::new(context)?))
+    }
+
+    fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
+        let places = Placement::for_all(NAME, workers)?;
+        let refuse =
+            |message: String| Error::new(ErrorKind::Mismatch, "building the topology", message);
+        let details = |worker: &WorkerMetadata| {
+            serde_json::from_value::<engine::Details>(worker.details.clone())
+                .map_err(|error| refuse(format!("its metadata is not NIXL's: {error}")))
+        };
+        let trainer = details(places[0].own()?)?;
+        for place in &places[1..] {
+            let peer = place.own()?;
+            if peer.role == Role::Trainer {
+                let message = "nixl sends from one trainer rank: gather the weights on rank 0";
+                return Err(refuse(message.into()).rank(place.rank));
+            }
+            let own = details(peer).map_err(|error| error.rank(place.rank))?;
+            if (own.slots, own.slot_bytes) != (trainer.slots, trainer.slot_bytes) {
+                return Err(refuse(format!(
+                    "it has {} slots of {} bytes, the trainer {} of {}: configure the same \
+                     update_weights_bucket_megabytes",
+                    own.slots, own.slot_bytes, trainer.slots, trainer.slot_bytes
+                ))
+                .rank(place.rank));
+            }
+        }
+        Ok(places)
+    }
+}

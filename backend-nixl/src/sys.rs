@@ -1,0 +1,323 @@
+//! The part of NIXL's C interface that this crate uses, and the search for the library.
+//!
+//! The declarations follow `wrapper.h` of the crate `nixl-sys` 1.5. They are resolved when the
+//! library is loaded, so that building takes neither NIXL nor a C++ compiler, and a library that is
+//! missing or too old is an error like any other.
+#![allow(unsafe_code, reason = "loading a library and resolving its functions")]
+
+use std::ffi::{CStr, OsStr, c_char, c_int, c_uint, c_void};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+
+use crate::error::NixlError;
+
+/// Names the folder of the library, or of an unpacked wheel that has it.
+pub(crate) const LIBRARY_DIR_VARIABLE: &str = "CKPT_ENGINE_NIXL_DIR";
+
+/// What a call returns: 0 for success, 1 for "still under way", negative for a failure.
+pub(crate) type Status = c_int;
+pub(crate) const SUCCESS: Status = 0;
+pub(crate) const IN_PROGRESS: Status = 1;
+
+/// An object of the library.
+pub(crate) type Handle = *mut c_void;
+
+/// Host memory, as a kind of memory.
+pub(crate) const DRAM: c_int = 0;
+/// From the peer to here, as a kind of transfer.
+pub(crate) const READ: c_int = 0;
+
+/// How an agent works: `nixl_capi_agent_config_t`.
+#[repr(C)]
+pub(crate) struct AgentConfig {
+    pub(crate) enable_prog_thread: bool,
+    pub(crate) enable_listen_thread: bool,
+    pub(crate) listen_port: c_int,
+    pub(crate) thread_sync: c_int,
+    pub(crate) num_workers: c_uint,
+    pub(crate) pthr_delay_us: u64,
+    pub(crate) lthr_delay_us: u64,
+    pub(crate) capture_telemetry: bool,
+}
+
+macro_rules! functions {
+    ($($name:ident($($argument:ty),*);)*) => {
+        /// The library's functions, by their names without `nixl_capi_`.
+        pub(crate) struct Api {
+            $(pub(crate) $name: unsafe extern "C" fn($($argument),*) -> Status,)*
+            /// What was loaded.
+            pub(crate) found: Found,
+            /// Never unloaded: NIXL's and UCX's threads and exit handlers may outlive every agent.
+            _libraries: Vec<Library>,
+        }
+
+        impl Api {
+            fn resolve(library: Library, mut kept: Vec<Library>, found: Found)
+                -> Result<Self, NixlError>
+            {
+                $(let $name = {
+                    let symbol = concat!("nixl_capi_", stringify!($name));
+                    // SAFETY: the type is the one that NIXL's header declares for this name.
+                    let address = unsafe {
+                        library.get::<unsafe extern "C" fn($($argument),*) -> Status>(symbol)
+                    };
+                    *address.map_err(|source| NixlError::Symbol {
+                        path: found.path.clone(),
+                        source,
+                    })?
+                };)*
+                kept.push(library);
+                Ok(Self { $($name,)* found, _libraries: kept })
+            }
+        }
+    };
+}
+
+functions! {
+    create_configured_agent(*const c_char, *const AgentConfig, *mut Handle);
+    destroy_agent(Handle);
+    create_params(*mut Handle);
+    params_add(Handle, *const c_char, *const c_char);
+    destroy_params(Handle);
+    create_backend(Handle, *const c_char, Handle, *mut Handle);
+    destroy_backend(Handle);
+    create_opt_args(*mut Handle);
+    opt_args_add_backend(Handle, Handle);
+    destroy_opt_args(Handle);
+    create_reg_dlist(c_int, *mut Handle);
+    reg_dlist_add_desc(Handle, usize, usize, u64, *const c_void, usize);
+    destroy_reg_dlist(Handle);
+    register_mem(Handle, Handle, Handle);
+    deregister_mem(Handle, Handle, Handle);
+    get_local_md(Handle, *mut *mut c_void, *mut usize);
+    load_remote_md(Handle, *const c_void, usize, *mut *mut c_char);
+    invalidate_remote_md(Handle, *const c_char);
+    create_xfer_dlist(c_int, *mut Handle);
+    xfer_dlist_add_desc(Handle, usize, usize, u64);
+    destroy_xfer_dlist(Handle);
+    create_xfer_req(Handle, c_int, Handle, Handle, *const c_char, *mut Handle, Handle);
+    post_xfer_req(Handle, Handle, Handle);
+    get_xfer_status(Handle, Handle);
+    release_xfer_req(Handle, Handle);
+    destroy_xfer_req(Handle);
+}
+
+unsafe extern "C" {
+    /// Blobs and names that the library returns come from `malloc`.
+    pub(crate) fn free(pointer: *mut c_void);
+    fn atexit(function: extern "C" fn()) -> c_int;
+}
+
+impl std::fmt::Debug for Api {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Api").field("found", &self.found).finish_non_exhaustive()
+    }
+}
+
+/// A library that was loaded.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Found {
+    /// The file.
+    pub(crate) path: PathBuf,
+    /// NIXL's version, as its wheel says it.
+    pub(crate) nixl: Option<String>,
+    /// UCX's version, as UCX says it.
+    pub(crate) ucx: Option<String>,
+    /// NIXL's plugins: the transports and stores that it can use.
+    pub(crate) plugins: Vec<String>,
+}
+
+/// Has a function called when the process ends, before all that was registered so far.
+pub(crate) fn at_exit(function: extern "C" fn()) {
+    // SAFETY: the function may be called at any time, in any thread.
+    if unsafe { atexit(function) } != 0 {
+        tracing::warn!("agents that are not closed may crash the process at its end");
+    }
+}
+
+/// Loads NIXL, once for the process.
+///
+/// # Errors
+///
+/// `Missing` if there is none, saying where it was looked for; `Load`, `Symbol` and `Version` if what
+/// was found cannot be used; `Another` if the process has loaded it from somewhere else.
+pub(crate) fn load(library_dir: Option<&Path>) -> Result<&'static Api, NixlError> {
+    static LOADED: Mutex<Option<&'static Api>> = Mutex::new(None);
+    let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(api) = *loaded {
+        return match library_dir {
+            Some(dir) if find_in(dir).is_none_or(|path| path != api.found.path) => {
+                Err(NixlError::Another { wanted: dir.into(), loaded: api.found.path.clone() })
+            }
+            _ => Ok(api),
+        };
+    }
+    let api = &*Box::leak(Box::new(open(find(library_dir)?)?));
+    *loaded = Some(api);
+    Ok(api)
+}
+
+fn open(path: PathBuf) -> Result<Api, NixlError> {
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let nixl = wheel_version(folder);
+    if let Some(version) = nixl.as_ref().filter(|version| !version.starts_with("1.")) {
+        return Err(NixlError::Version { path, version: version.clone() });
+    }
+    let mut kept = Vec::new();
+    let ucx = prepare_ucx(folder, &mut kept);
+    let plugins = plugins(folder);
+    // SAFETY: the library's constructors are those of NIXL, which expect nothing of the process. The
+    // symbols are global because NIXL's plugins, loaded later, look for them there.
+    let opened = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) };
+    let library = opened.map_err(|source| NixlError::Load { path: path.clone(), source })?;
+    Api::resolve(library, kept, Found { path, nixl, ucx, plugins })
+}
+
+/// Loads UCX before NIXL does, to keep it from what this machine has no use for; its version.
+fn prepare_ucx(folder: &Path, kept: &mut Vec<Library>) -> Option<String> {
+    let beside = ucx_folder(folder)?;
+    let open = |stem: &str| {
+        let path = entries(&beside, |name| name.starts_with(stem) && name.contains(".so")).pop()?;
+        // SAFETY: UCX's constructors expect nothing of the process; NIXL's plugin would load the same
+        // file.
+        unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }.ok()
+    };
+    let (ucs, ucp) = (open("libucs")?, open("libucp")?);
+    if infiniband_devices().is_empty() && std::env::var_os("UCX_MODULES").is_none() {
+        type Set = unsafe extern "C" fn(*const c_char, *const c_char) -> c_int;
+        // SAFETY: the type is the one that UCX's header ucs/config/global_opts.h declares.
+        if let Ok(set) = unsafe { ucs.get::<Set>("ucs_global_opts_set_value") } {
+            // UCX's InfiniBand module beside a distribution's drivers for it ends the process with a
+            // crash where there is no such device.
+            // SAFETY: both strings end with a zero; no other thread uses UCX yet.
+            let status = unsafe { set(c"MODULES".as_ptr(), c"^ib".as_ptr()) };
+            if status != 0 {
+                tracing::debug!(status, "UCX refuses to leave its InfiniBand module alone");
+            }
+        }
+    }
+    type Version = unsafe extern "C" fn() -> *const c_char;
+    // SAFETY: the type is the one that UCX's header ucp/api/ucp.h declares.
+    let version = unsafe { ucp.get::<Version>("ucp_get_version_string") }.ok().map(|version| {
+        // SAFETY: it takes nothing and returns a string that is never freed.
+        let text = unsafe { version() };
+        // SAFETY: as above.
+        unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+    });
+    kept.extend([ucs, ucp]);
+    version
+}
+
+/// The names of this host's InfiniBand and RoCE devices.
+pub(crate) fn infiniband_devices() -> Vec<String> {
+    let devices = entries(Path::new("/sys/class/infiniband"), |_| true);
+    devices.iter().filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect()
+}
+
+/// Where the UCX that belongs to a NIXL lies: beside it, or in the wheel's folder of libraries.
+fn ucx_folder(folder: &Path) -> Option<PathBuf> {
+    let has_ucx = |folder: &PathBuf| !entries(folder, |name| name.starts_with("libucp")).is_empty();
+    let wheel = folder
+        .parent()
+        .map(|parent| entries(parent, |name| name.starts_with("nixl") && name.ends_with(".libs")));
+    let mut candidates = vec![folder.to_path_buf()];
+    candidates.extend(wheel.into_iter().flatten());
+    candidates.into_iter().find(has_ucx)
+}
+
+/// The version in the name of the folder that wheels describe themselves in.
+fn wheel_version(folder: &Path) -> Option<String> {
+    let described =
+        entries(folder.parent()?, |name| name.starts_with("nixl") && name.ends_with(".dist-info"));
+    let flavour = folder.file_name()?.to_str()?.trim_start_matches('.').split('.').next()?;
+    described.iter().find_map(|path| {
+        let name = path.file_name()?.to_str()?.strip_suffix(".dist-info")?;
+        let (package, version) = name.split_once('-')?;
+        (package == flavour).then(|| version.to_owned())
+    })
+}
+
+fn plugins(folder: &Path) -> Vec<String> {
+    let files = entries(&folder.join("plugins"), |name| name.starts_with("libplugin_"));
+    let name = |path: &PathBuf| {
+        Some(
+            path.file_name()?.to_str()?.strip_prefix("libplugin_")?.strip_suffix(".so")?.to_owned(),
+        )
+    };
+    files.iter().filter_map(name).collect()
+}
+
+const FILE: &str = "libnixl_capi.so";
+
+fn find(library_dir: Option<&Path>) -> Result<PathBuf, NixlError> {
+    let named = library_dir.map(PathBuf::from);
+    let named = named.or_else(|| std::env::var_os(LIBRARY_DIR_VARIABLE).map(PathBuf::from));
+    // What the user names is the only place to look at: another library would be a surprise.
+    let folders = named.map_or_else(usual_folders, |folder| vec![folder]);
+    folders.iter().find_map(|folder| find_in(folder)).ok_or(NixlError::Missing { folders })
+}
+
+/// The library in a folder, or in a wheel that was unpacked or installed there.
+fn find_in(folder: &Path) -> Option<PathBuf> {
+    let mut places = vec![folder.to_path_buf()];
+    let libraries = |name: &str| name.starts_with(".nixl") && name.ends_with(".mesonpy.libs");
+    places.extend(entries(folder, libraries));
+    let file = places.into_iter().map(|place| place.join(FILE)).find(|path| path.is_file())?;
+    file.canonicalize().ok()
+}
+
+/// Where `cargo xtask setup`, Python and packages put libraries.
+fn usual_folders() -> Vec<PathBuf> {
+    let program = std::env::current_exe().unwrap_or_default();
+    // Cargo puts programs, tests and examples one or two folders below its target folder.
+    let mut folders: Vec<PathBuf> = program
+        .ancestors()
+        .skip(2)
+        .take(2)
+        .flat_map(|folder| entries(&folder.join("native"), |name| name.starts_with("nixl")))
+        .collect();
+    let variable = |name| std::env::var_os(name).map(PathBuf::from);
+    let mut prefixes: Vec<PathBuf> =
+        ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(variable).collect();
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    prefixes.extend(std::env::split_paths(&path).filter_map(|bin| {
+        // The prefix of the python3 that a user's shell would start.
+        let python = bin.join("python3").canonicalize().ok()?;
+        Some(python.parent()?.parent()?.to_path_buf())
+    }));
+    prefixes.extend(variable("HOME").map(|home| home.join(".local")));
+    prefixes.extend(["/usr/local", "/usr"].map(PathBuf::from));
+    for prefix in prefixes {
+        let pythons = entries(&prefix.join("lib"), |name| name.starts_with("python3"));
+        for packages in ["site-packages", "dist-packages"] {
+            folders.extend(pythons.iter().map(|python| python.join(packages)));
+        }
+    }
+    let searched = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+    folders.extend(std::env::split_paths(&searched));
+    let arch = std::env::consts::ARCH;
+    folders.extend([
+        "/usr/local/nixl/lib".into(),
+        format!("/usr/local/nixl/lib/{arch}-linux-gnu").into(),
+        format!("/opt/nvidia/nvda_nixl/lib/{arch}-linux-gnu").into(),
+        "/opt/nvidia/nvda_nixl/lib64".into(),
+        "/usr/local/lib".into(),
+        format!("/usr/lib/{arch}-linux-gnu").into(),
+        "/usr/lib64".into(),
+    ]);
+    folders.retain(|folder| folder.is_absolute());
+    let mut seen = std::collections::HashSet::new();
+    folders.retain(|folder| seen.insert(folder.clone()));
+    folders
+}
+
+/// The entries of a folder whose names are accepted, in order; none if there is no such folder.
+fn entries(folder: &Path, accept: impl Fn(&str) -> bool) -> Vec<PathBuf> {
+    let accepted = |path: &PathBuf| path.file_name().and_then(OsStr::to_str).is_some_and(&accept);
+    let read = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut paths: Vec<PathBuf> = read.map(|entry| entry.path()).filter(accepted).collect();
+    paths.sort();
+    paths
+}
