@@ -61,8 +61,14 @@ pub(crate) struct AgentOptions {
     pub(crate) error_handling: &'static str,
 }
 
-/// What becomes of a transfer: the slot's bytes when they are there.
-pub(crate) type Done = Box<dyn FnOnce(Result<Slot, NixlError>) + Send>;
+/// Who waits for a transfer.
+pub(crate) trait Awaiting: Send {
+    /// Whether it still does.
+    fn is_awaited(&self) -> bool;
+
+    /// Takes the slot with its bytes, from the agent's thread.
+    fn tell(self: Box<Self>, result: Result<Slot, NixlError>);
+}
 
 /// A transfer to a slot of this rank from one of a peer.
 pub(crate) struct Transfer {
@@ -70,7 +76,7 @@ pub(crate) struct Transfer {
     pub(crate) peer: Arc<Card>,
     pub(crate) remote: (usize, usize),
     pub(crate) deadline: Duration,
-    pub(crate) done: Done,
+    pub(crate) done: Box<dyn Awaiting>,
 }
 
 enum Command {
@@ -124,12 +130,12 @@ impl Agent {
         &self.card
     }
 
-    /// Starts a transfer; its end is told to `done`, from the agent's thread.
+    /// Has a transfer made; its end is told to `done`.
     pub(crate) fn transfer(&self, transfer: Transfer) {
         if let Err(SendError(Command::Start(transfer))) =
             self.commands.send(Command::Start(transfer))
         {
-            (transfer.done)(Err(NixlError::Closed));
+            transfer.done.tell(Err(NixlError::Closed));
         }
     }
 
@@ -236,13 +242,13 @@ struct Active {
     /// In use until the library has let go of it, even if the transfer has failed.
     slot: Slot,
     /// `None` when the end was told.
-    done: Option<Done>,
+    done: Option<Box<dyn Awaiting>>,
 }
 
 impl Active {
     fn fail(&mut self, error: NixlError) {
         if let Some(done) = self.done.take() {
-            done(Err(error));
+            done.tell(Err(error));
         }
     }
 }
@@ -305,7 +311,7 @@ impl Worker {
             }
         }
         for transfer in self.waiting.drain(..) {
-            (transfer.done)(Err(NixlError::Closed));
+            transfer.done.tell(Err(NixlError::Closed));
         }
         for transfer in &mut self.active {
             transfer.fail(NixlError::Closed);
@@ -317,9 +323,13 @@ impl Worker {
 
     fn start(&mut self, transfer: Transfer) {
         let Transfer { slot, peer, remote, deadline, done } = transfer;
+        if !done.is_awaited() {
+            // What is left of an update that has ended: its peer may have gone by now.
+            return done.tell(Err(NixlError::Abandoned));
+        }
         if slot.range().1 == 0 {
             // An empty bucket; NIXL refuses transfers of nothing.
-            return done(Ok(slot));
+            return done.tell(Ok(slot));
         }
         let started =
             self.load(&peer).and_then(|()| self.agent.start(&peer.name, slot.range(), remote));
@@ -329,7 +339,7 @@ impl Worker {
                 self.active.push(Active { raw, peer, until, deadline, slot, done: Some(done) });
             }
             Err(error) => {
-                done(Err(error));
+                done.tell(Err(error));
                 self.forget(&peer.name);
             }
         }
@@ -365,7 +375,7 @@ impl Worker {
                         if agent.release(&mut transfer.raw) {
                             let Active { slot, done, .. } = self.active.swap_remove(at);
                             if let Some(done) = done {
-                                done(Ok(slot));
+                                done.tell(Ok(slot));
                             }
                             continue;
                         }
@@ -401,7 +411,7 @@ impl Worker {
             waiting.partition(|transfer| transfer.peer.name == peer);
         self.waiting = left;
         for transfer in gone {
-            (transfer.done)(Err(NixlError::Abandoned));
+            transfer.done.tell(Err(NixlError::Abandoned));
         }
         let agent = &self.agent;
         self.active
@@ -418,6 +428,16 @@ impl Worker {
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
+
+    impl Awaiting for tokio::sync::oneshot::Sender<Result<Slot, NixlError>> {
+        fn is_awaited(&self) -> bool {
+            !self.is_closed()
+        }
+
+        fn tell(self: Box<Self>, result: Result<Slot, NixlError>) {
+            drop(self.send(result));
+        }
+    }
 
     const BYTES: u64 = 3 << 20;
     const DEADLINE: Duration = Duration::from_secs(20);
@@ -441,7 +461,7 @@ mod tests {
             peer: peer.clone(),
             remote,
             deadline: DEADLINE,
-            done: Box::new(move |result| drop(tell.send(result))),
+            done: Box::new(tell),
         });
         told.await.unwrap()
     }

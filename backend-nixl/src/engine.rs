@@ -18,8 +18,8 @@ use engine_core::{
 use serde::{Deserialize, Serialize};
 
 use crate::NAME;
-use crate::agent::{Agent, AgentOptions, Card, Transfer};
-use crate::arena::Arena;
+use crate::agent::{Agent, AgentOptions, Awaiting, Card, Transfer};
+use crate::arena::{Arena, Slot};
 use crate::error::NixlError;
 
 /// Slots of a rank. Together they are as large as the two buckets that the configuration speaks of:
@@ -280,6 +280,23 @@ impl Incoming {
     }
 }
 
+/// A bucket that is being fetched.
+struct Expected {
+    from: Rank,
+    arrival: Arrival,
+}
+
+impl Awaiting for Expected {
+    fn is_awaited(&self) -> bool {
+        self.arrival.is_awaited()
+    }
+
+    fn tell(self: Box<Self>, result: Result<Slot, NixlError>) {
+        let told = |error| Error::from(error).rank(self.from);
+        self.arrival.tell(result.map(Slot::into_bytes).map_err(told));
+    }
+}
+
 #[async_trait]
 impl FetchLink for Incoming {
     fn card(&self) -> Bytes {
@@ -295,17 +312,15 @@ impl FetchLink for Incoming {
             let slot = arena.lock(slot, filled, *deadline).await?;
             Ok((peer, remote, slot))
         };
-        let told = move |error: NixlError| Error::from(error).rank(from);
+        let expected = Box::new(Expected { from, arrival });
         match prepared.await {
-            Err(error) => arrival.tell(Err(told(error))),
+            Err(error) => expected.tell(Err(error)),
             Ok((peer, remote, slot)) => self.node.agent.transfer(Transfer {
                 slot,
                 peer,
                 remote,
                 deadline: self.node.deadline,
-                done: Box::new(move |result| {
-                    arrival.tell(result.map(|slot| slot.into_bytes()).map_err(told));
-                }),
+                done: expected,
             }),
         }
     }

@@ -110,6 +110,12 @@ struct Arrived {
 }
 
 impl Arrival {
+    /// Whether the update that the bucket belongs to is still being received. If not, a fetch that
+    /// has not begun need not begin.
+    pub fn is_awaited(&self) -> bool {
+        !self.session.is_closed()
+    }
+
     /// The bytes are here, or cannot come.
     pub fn tell(self, result: Result<Bytes>) {
         let Self { update, index, from, routed, check, control, pool, session } = self;
