@@ -14,7 +14,8 @@ use checkpoint_engine::memory::{Job, Pool};
 use checkpoint_engine::update::{ReceiveLink, Receiver, SendLink, Sender};
 use checkpoint_engine::{
     Availability, Backend, CheckpointEngine, EngineContext, Error, ErrorKind, Placement, Rank,
-    ReceivedWeights, Registry, Result, Role, SendReport, Version, WeightStream, WorkerMetadata,
+    ReceivedWeights, Registry, Result, Role, SendReport, Storage, Version, WeightStream,
+    WorkerMetadata,
 };
 
 /// Filled buckets, by trainer and slot.
@@ -80,9 +81,10 @@ struct Incoming {
 
 #[async_trait]
 impl ReceiveLink for Incoming {
-    async fn fetch(&mut self, slot: u32, filled: u64) -> Result<Bytes> {
+    async fn fetch(&mut self, slot: u32, filled: u64) -> Result<Storage> {
         let bucket = shelf().get(&(self.id, slot)).cloned();
-        bucket.filter(|bytes| bytes.len() as u64 == filled).ok_or_else(|| {
+        let bucket = bucket.filter(|bytes| bytes.len() as u64 == filled);
+        bucket.map(Storage::from).ok_or_else(|| {
             Error::new(ErrorKind::Protocol, "fetching a bucket", "there is no such bucket")
         })
     }

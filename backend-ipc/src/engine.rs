@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use bytes::Bytes;
+
 use engine_core::memory::{Job, Pool};
 use engine_core::update::{ReceiveLink, Receiver, SendLink, Sender};
 use engine_core::{
     CheckpointEngine, ControlPlane, EngineContext, Error, ErrorKind, Placement, Rank,
-    ReceivedWeights, Result, Role, SendReport, Version, WeightStream, WorkerMetadata,
+    ReceivedWeights, Result, Role, SendReport, Storage, Version, WeightStream, WorkerMetadata,
 };
 
 use crate::NAME;
@@ -181,7 +181,8 @@ struct Incoming {
 
 #[async_trait]
 impl ReceiveLink for Incoming {
-    async fn fetch(&mut self, slot: u32, filled: u64) -> Result<Bytes> {
-        self.segment.read(slot, filled).map_err(|error| Error::from(error).rank(Rank::LEADER))
+    async fn fetch(&mut self, slot: u32, filled: u64) -> Result<Storage> {
+        let bytes = self.segment.read(slot, filled);
+        bytes.map(Storage::from).map_err(|error| Error::from(error).rank(Rank::LEADER))
     }
 }

@@ -293,7 +293,7 @@ impl Awaiting for Expected {
 
     fn tell(self: Box<Self>, result: Result<Slot, NixlError>) {
         let told = |error| Error::from(error).rank(self.from);
-        self.arrival.tell(result.map(Slot::into_bytes).map_err(told));
+        self.arrival.tell(result.map(|slot| slot.into_bytes().into()).map_err(told));
     }
 }
 

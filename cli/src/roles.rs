@@ -185,7 +185,7 @@ fn examine(
             pieces.iter().partition(|piece| source.follows_a_weight(&piece.meta.name));
         for group in [weights, scales] {
             let check = |piece: &&ReceivedPiece| {
-                source.check(&piece.meta, version, piece.start, &piece.bytes)
+                source.check(&piece.meta, version, piece.start, &piece.bytes.to_host()?)
             };
             let checked: Vec<Checked> = group.par_iter().map(check).collect::<Result<_>>()?;
             for Checked { source_bytes, ends_tensor } in checked {
@@ -196,7 +196,8 @@ fn examine(
     }
     if let Some(writer) = &mut writer {
         for piece in &pieces {
-            writer.write_chunk(&piece.meta, piece.start, &piece.bytes).map_err(Error::from)?;
+            let bytes = piece.bytes.to_host()?;
+            writer.write_chunk(&piece.meta, piece.start, &bytes).map_err(Error::from)?;
         }
     }
     Ok((writer, tensors, bytes))

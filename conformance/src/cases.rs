@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use engine_core::{
-    DType, Error, ErrorKind, Rank, TensorMap, Treatment, Version, VersionState, Weight,
+    DType, Error, ErrorKind, Rank, Storage, TensorMap, Treatment, Version, VersionState, Weight,
     WeightStream, ensure_async_iterator,
 };
 use futures::StreamExt;
@@ -207,7 +207,11 @@ async fn views_are_aligned(suite: &Suite) -> Verdict {
         let mut received = rollout.receive_weights(None).await.map_err(words)?;
         while let Some(bucket) = received.next_bucket().await.map_err(words)? {
             for piece in bucket.pieces() {
-                let address = piece.bytes.as_ptr().addr();
+                let address = match &piece.bytes {
+                    Storage::Host(bytes) => bytes.as_ptr().addr() as u64,
+                    // The allocation itself is aligned, on every device.
+                    Storage::Device(bytes) => bytes.start(),
+                };
                 ensure!(address.is_multiple_of(256), "`{}` is not aligned", piece.meta.name);
             }
         }

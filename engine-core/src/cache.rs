@@ -87,9 +87,9 @@ impl CheckpointEngineWithCache for CachedEngine {
                     None => TensorMemory::new(byte_len, "filling the cache")
                         .map_err(|error| error.tensor(&*piece.meta.name))?,
                 };
-                let (start, len) = (piece.start as usize, piece.bytes.len());
-                memory.as_mut()[start..start + len].copy_from_slice(&piece.bytes);
-                if piece.start + (len as u64) < byte_len {
+                let end = piece.start + piece.bytes.len();
+                piece.bytes.read(0, &mut memory.as_mut()[piece.start as usize..end as usize])?;
+                if end < byte_len {
                     open = Some(memory);
                 } else {
                     weights.push(Weight::from_meta(piece.meta, memory.freeze())?);

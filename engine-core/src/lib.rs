@@ -17,6 +17,7 @@ pub mod plan;
 mod received;
 mod registry;
 mod report;
+mod storage;
 mod stream;
 pub mod update;
 mod weight;
@@ -37,6 +38,7 @@ pub use registry::{QuantizerLayer, Registry};
 pub use report::{
     ReceiveReport, ReceiverReport, SendReport, StageTimes, TensorCounts, VersionState,
 };
+pub use storage::{DeviceBytes, DeviceMemory, Storage};
 pub use stream::{
     FromIterator, FromStream, IntoWeight, IntoWeightStream, WeightStream, WeightStreamExt,
     ensure_async_iterator,

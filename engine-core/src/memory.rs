@@ -10,7 +10,7 @@ use bytes::Bytes;
 use rayon::ThreadPool;
 
 use crate::plan::{ALIGNMENT, Piece};
-use crate::{Error, ErrorKind, Result, Weight, digest};
+use crate::{Error, ErrorKind, Result, Storage, Weight, digest};
 
 /// Work below this many bytes is not divided further among threads.
 const GRAIN: u64 = 256 << 10;
@@ -138,15 +138,23 @@ impl Pool {
         if deferred { Ok(sum.wrapping_add(pass(true)?)) } else { Ok(sum) }
     }
 
-    /// The digest sum of a bucket with these parts.
+    /// The digest sum of a bucket with these parts: by the threads in host memory, by the device on a
+    /// device.
     ///
     /// Blocks; call it within [`start`](Self::start).
+    ///
+    /// # Errors
+    ///
+    /// Those of the device.
     ///
     /// # Panics
     ///
     /// If a part lies outside the bucket.
-    pub fn digest(&self, pieces: &[Piece], bucket: &[u8]) -> u64 {
-        self.0.install(|| sum_pieces(pieces, bucket))
+    pub fn digest(&self, pieces: &[Piece], bucket: &Storage) -> Result<u64> {
+        match bucket {
+            Storage::Host(bytes) => Ok(self.0.install(|| sum_pieces(pieces, bytes))),
+            Storage::Device(bytes) => bytes.digest(pieces),
+        }
     }
 }
 
@@ -320,6 +328,7 @@ mod tests {
         }
         let mut bucket = vec![0xee; offset as usize];
         let sum = pool.encode(&jobs, &mut bucket, true).unwrap();
+        let digest = |bucket: &[u8]| pool.digest(&pieces, &bucket.to_vec().into()).unwrap();
         for job in &jobs {
             let at = job.offset as usize;
             assert_eq!(bucket[at..at + job.len as usize], job.weight.to_bytes().unwrap());
@@ -329,9 +338,9 @@ mod tests {
             sum.wrapping_add(digest::sum(job.offset, &bucket[at..at + job.len as usize]))
         });
         assert_eq!(sum, expected);
-        assert_eq!(pool.digest(&pieces, &bucket), expected);
+        assert_eq!(digest(&bucket), expected);
         bucket[1 << 20] ^= 1;
-        assert_ne!(pool.digest(&pieces, &bucket), expected);
+        assert_ne!(digest(&bucket), expected);
     }
 
     /// Counts the calls of another weight's encoding, and is deferred until they are done.

@@ -437,7 +437,7 @@ impl Session {
             Ok(Some(Item::Bucket(bucket))) => {
                 for piece in bucket.pieces() {
                     self.counts.0 += 1;
-                    self.counts.1 += piece.bytes.len() as u64;
+                    self.counts.1 += piece.bytes.len();
                 }
                 self.counts.2 += 1;
                 Ok(Some(bucket))

@@ -4,13 +4,12 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bytes::Bytes;
 use futures::stream::{BoxStream, Stream, StreamExt};
 
 use crate::memory::{Job, Pool, TensorMemory};
 use crate::plan::{BucketLayout, Piece};
 use crate::report::ReceiveReport;
-use crate::{Error, ErrorKind, Result, TensorMeta, Version, Weight, WeightStream};
+use crate::{Error, ErrorKind, Result, Storage, TensorMeta, Version, Weight, WeightStream};
 
 /// The weights of one update, as they arrive.
 ///
@@ -140,7 +139,7 @@ impl<'a> ReceivedWeights<'a> {
 
     /// The next whole tensor, or `None` when the version is complete on every rank.
     ///
-    /// A tensor that fits into a bucket is viewed in place. A larger one is put together in memory
+    /// A tensor that fits into a bucket is viewed in place. A larger one is put together in host memory
     /// of its own; use [`next_bucket`](Self::next_bucket) or [`install`](Self::install) where that
     /// is too much.
     ///
@@ -174,7 +173,7 @@ impl<'a> ReceivedWeights<'a> {
 
     fn assemble(&mut self, piece: ReceivedPiece) -> Result<Option<Weight>> {
         let byte_len = piece.meta.byte_len()?;
-        if piece.bytes.len() as u64 == byte_len {
+        if piece.bytes.len() == byte_len {
             return Weight::from_meta(piece.meta, piece.bytes).map(Some);
         }
         if piece.start == 0 {
@@ -184,8 +183,8 @@ impl<'a> ReceivedWeights<'a> {
         }
         // The engine has checked that the chunks of a weight follow one another.
         let Some(Partial { memory, .. }) = &mut self.partial else { return Ok(None) };
-        let end = piece.start + piece.bytes.len() as u64;
-        memory.as_mut()[piece.start as usize..end as usize].copy_from_slice(&piece.bytes);
+        let end = piece.start + piece.bytes.len();
+        piece.bytes.read(0, &mut memory.as_mut()[piece.start as usize..end as usize])?;
         if end != byte_len {
             return Ok(None);
         }
@@ -327,7 +326,7 @@ impl fmt::Debug for ReceivedWeights<'_> {
 pub struct ReceivedBucket {
     index: u64,
     layout: Arc<BucketLayout>,
-    bytes: Bytes,
+    bytes: Storage,
 }
 
 impl ReceivedBucket {
@@ -336,8 +335,9 @@ impl ReceivedBucket {
     /// # Errors
     ///
     /// `Protocol` if the layout describes other than the bytes.
-    pub fn new(index: u64, layout: Arc<BucketLayout>, bytes: Bytes) -> Result<Self> {
-        if layout.filled() != bytes.len() as u64 {
+    pub fn new(index: u64, layout: Arc<BucketLayout>, bytes: impl Into<Storage>) -> Result<Self> {
+        let bytes = bytes.into();
+        if layout.filled() != bytes.len() {
             let message = format!("{} bytes for a layout of {}", bytes.len(), layout.filled());
             return Err(Error::new(ErrorKind::Protocol, "opening a bucket", message).bucket(index));
         }
@@ -352,7 +352,7 @@ impl ReceivedBucket {
     /// Those of the weight's encoding; `Resource` if there is no memory for it.
     pub async fn of_weight(weight: Weight, index: u64, pool: &Pool) -> Result<Self> {
         let (meta, len) = (weight.meta().clone(), weight.byte_len());
-        let bytes = match weight.contiguous_bytes() {
+        let bytes = match weight.storage() {
             Some(bytes) => bytes.clone(),
             None => {
                 let memory = TensorMemory::new(len, "encoding a weight");
@@ -363,7 +363,7 @@ impl ReceivedBucket {
                     threads.encode(&[job], memory.as_mut(), false)?;
                     Ok(memory)
                 });
-                encoded.await?.freeze()
+                encoded.await?.freeze().into()
             }
         };
         let layout = Arc::new(BucketLayout::new(vec![Piece { meta, start: 0, len, offset: 0 }]));
@@ -385,11 +385,10 @@ impl ReceivedBucket {
     }
 
     fn view(&self, piece: &crate::plan::Piece) -> ReceivedPiece {
-        let at = piece.offset as usize;
         ReceivedPiece {
             meta: piece.meta.clone(),
             start: piece.start,
-            bytes: self.bytes.slice(at..at + piece.len as usize),
+            bytes: self.bytes.slice(piece.offset..piece.offset + piece.len),
         }
     }
 }
@@ -402,7 +401,7 @@ pub struct ReceivedPiece {
     /// Where the part begins in the weight, in bytes.
     pub start: u64,
     /// Its bytes, viewed in place.
-    pub bytes: Bytes,
+    pub bytes: Storage,
 }
 
 /// A destination that whole buckets are installed into.
@@ -464,10 +463,10 @@ impl Install for TensorMap {
             bytes.resize(byte_len, 0);
             places.push((name, piece, bytes));
         }
-        places.par_iter_mut().with_min_len(16).for_each(|(_, piece, bytes)| {
+        places.par_iter_mut().with_min_len(16).try_for_each(|(_, piece, bytes)| {
             let start = piece.start as usize;
-            bytes[start..start + piece.bytes.len()].copy_from_slice(&piece.bytes);
-        });
+            piece.bytes.read(0, &mut bytes[start..start + piece.bytes.len() as usize])
+        })?;
         for (name, piece, bytes) in places {
             self.0.insert(name, (piece.meta, bytes));
         }

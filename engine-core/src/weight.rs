@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::{DType, Error, ErrorKind, Result};
+use crate::{DType, Error, ErrorKind, Result, Storage};
 
 /// The name, type and shape of a tensor as it travels.
 ///
@@ -148,7 +148,8 @@ pub enum Treatment {
 
 #[derive(Clone, Debug)]
 pub(crate) enum Content {
-    Plain { bytes: Bytes, strides: Option<Arc<[i64]>>, offset: u64 },
+    Contiguous(Storage),
+    Strided { bytes: Bytes, strides: Arc<[i64]>, offset: u64 },
     Encoded(Arc<dyn Encoding>),
 }
 
@@ -165,10 +166,11 @@ pub struct Weight {
 }
 
 impl Weight {
-    /// A contiguous tensor in host memory.
+    /// A contiguous tensor, in host memory or on a device.
     ///
     /// `bytes` holds the elements in row-major order, little-endian. [`Bytes::from_owner`] wraps
-    /// anything that owns memory (a mapped file, an `Arc` of a tensor's storage) without a copy.
+    /// anything that owns host memory (a mapped file, an `Arc` of a tensor's storage) without a copy,
+    /// [`DeviceBytes`](crate::DeviceBytes) the memory of a device.
     ///
     /// # Errors
     ///
@@ -188,20 +190,20 @@ impl Weight {
         name: impl Into<Arc<str>>,
         dtype: DType,
         shape: impl Into<Arc<[u64]>>,
-        bytes: impl Into<Bytes>,
+        bytes: impl Into<Storage>,
     ) -> Result<Self> {
         Self::from_meta(TensorMeta::new(name, dtype, shape), bytes)
     }
 
-    /// A contiguous tensor in host memory, for a description that exists already.
+    /// A contiguous tensor, for a description that exists already.
     ///
     /// # Errors
     ///
     /// As [`new`](Self::new).
-    pub fn from_meta(meta: TensorMeta, bytes: impl Into<Bytes>) -> Result<Self> {
+    pub fn from_meta(meta: TensorMeta, bytes: impl Into<Storage>) -> Result<Self> {
         let byte_len = meta.validate()?;
         let bytes = bytes.into();
-        if bytes.len() as u64 != byte_len {
+        if bytes.len() != byte_len {
             return Err(meta.invalid(format!(
                 "{} bytes were given for {} {:?}, which needs {byte_len}",
                 bytes.len(),
@@ -209,11 +211,11 @@ impl Weight {
                 meta.shape
             )));
         }
-        let content = Content::Plain { bytes, strides: None, offset: 0 };
+        let content = Content::Contiguous(bytes);
         Ok(Self { meta, content, treatment: Treatment::Plain, byte_len })
     }
 
-    /// A tensor whose elements are not contiguous: a transposed or sliced view.
+    /// A tensor in host memory whose elements are not contiguous: a transposed or sliced view.
     ///
     /// Element `[i, j, …]` is at byte `(offset + i·strides[0] + j·strides[1] + …) · size` of
     /// `bytes`, all counted in elements. It is packed as it is written into the bucket.
@@ -256,7 +258,7 @@ impl Weight {
                 )));
             }
         }
-        let content = Content::Plain { bytes, strides: Some(strides), offset };
+        let content = Content::Strided { bytes, strides, offset };
         Ok(Self { meta, content, treatment: Treatment::Plain, byte_len }.simplified(size))
     }
 
@@ -276,7 +278,7 @@ impl Weight {
 
     /// A strided view that happens to be contiguous is a plain one, which copies faster.
     fn simplified(mut self, size: u64) -> Self {
-        let Content::Plain { bytes, strides: Some(strides), offset } = &self.content else {
+        let Content::Strided { bytes, strides, offset } = &self.content else {
             return self;
         };
         let mut expected = 1_i128;
@@ -288,7 +290,7 @@ impl Weight {
         if contiguous || self.byte_len == 0 {
             let start = if self.byte_len == 0 { 0 } else { (offset * size) as usize };
             let bytes = bytes.slice(start..start + self.byte_len as usize);
-            self.content = Content::Plain { bytes, strides: None, offset: 0 };
+            self.content = Content::Contiguous(bytes.into());
         }
         self
     }
@@ -311,25 +313,30 @@ impl Weight {
     /// Bytes read from the trainer's memory.
     pub fn source_bytes(&self) -> u64 {
         match &self.content {
-            Content::Plain { .. } => self.byte_len,
             Content::Encoded(encoding) => encoding.source_bytes(),
+            _ => self.byte_len,
         }
     }
 
     /// The encoding, unless the weight is copied as it is.
     pub fn encoding(&self) -> Option<&Arc<dyn Encoding>> {
         match &self.content {
-            Content::Plain { .. } => None,
             Content::Encoded(encoding) => Some(encoding),
+            _ => None,
+        }
+    }
+
+    /// The tensor's bytes where they lie contiguous, in host memory or on a device.
+    pub fn storage(&self) -> Option<&Storage> {
+        match &self.content {
+            Content::Contiguous(storage) => Some(storage),
+            _ => None,
         }
     }
 
     /// The tensor's bytes where they lie contiguous in host memory, shared and not copied.
     pub fn contiguous_bytes(&self) -> Option<&Bytes> {
-        match &self.content {
-            Content::Plain { bytes, strides: None, .. } => Some(bytes),
-            _ => None,
-        }
+        self.storage().and_then(Storage::host)
     }
 
     /// What happened to the weight so far.
@@ -354,8 +361,8 @@ impl Weight {
     /// Where splitting the weight over buckets costs nothing, in bytes.
     pub fn granule(&self) -> u64 {
         match &self.content {
-            Content::Plain { .. } => 1,
             Content::Encoded(encoding) => encoding.granule().max(1),
+            _ => 1,
         }
     }
 
@@ -380,11 +387,10 @@ impl Weight {
             )));
         }
         match &self.content {
-            Content::Plain { bytes, strides: None, .. } => {
-                destination.copy_from_slice(&bytes[range.start as usize..range.end as usize]);
-                Ok(())
+            Content::Contiguous(storage) => {
+                storage.read(range.start, destination).map_err(|e| e.tensor(self.name()))
             }
-            Content::Plain { bytes, strides: Some(strides), offset } => {
+            Content::Strided { bytes, strides, offset } => {
                 // `strided` refuses types whose elements share bytes.
                 let size = self.meta.dtype.bytes().unwrap_or(1) as usize;
                 let view = Strided { shape: &self.meta.shape, strides, offset: *offset, size };
@@ -397,8 +403,8 @@ impl Weight {
         }
     }
 
-    /// The whole tensor as contiguous bytes: shared where they are, encoded into new memory where
-    /// they are not.
+    /// The whole tensor as contiguous bytes in host memory: shared where they are that, encoded or
+    /// copied into new memory where they are not.
     ///
     /// # Errors
     ///

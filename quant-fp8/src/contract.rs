@@ -359,10 +359,13 @@ impl Inspector {
                 ));
             }
         }
-        let (scales, _) = piece.bytes.as_chunks::<4>();
-        let power_of_two = |scale: &[u8; 4]| u32::from_le_bytes(*scale) & MANTISSA == 0;
-        if self.section.mode == Some(Mode::Ue8m0) && !scales.iter().all(power_of_two) {
-            return Err("this rank wants scales that are powers of two (ue8m0)".into());
+        if self.section.mode == Some(Mode::Ue8m0) {
+            let bytes = piece.bytes.to_host().map_err(|error| error.to_string())?;
+            let (scales, _) = bytes.as_chunks::<4>();
+            let power_of_two = |scale: &[u8; 4]| u32::from_le_bytes(*scale) & MANTISSA == 0;
+            if !scales.iter().all(power_of_two) {
+                return Err("this rank wants scales that are powers of two (ue8m0)".into());
+            }
         }
         Ok(())
     }

@@ -18,7 +18,7 @@ use crate::plan::{BucketLayout, LayoutChecker, Plan};
 use crate::received::{Outcome, ReceivedBucket, ReceivedWeights};
 use crate::report::{ReceiveReport, VersionState};
 use crate::{
-    EngineContext, Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Version, digest,
+    EngineContext, Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Storage, Version, digest,
 };
 
 /// A transport's receiving side: how the bytes of a bucket get here.
@@ -34,7 +34,7 @@ pub trait ReceiveLink: std::fmt::Debug + Send {
     /// # Errors
     ///
     /// `Protocol` if there is no such slot or it is smaller; those of the transport.
-    async fn fetch(&mut self, slot: u32, filled: u64) -> Result<Bytes>;
+    async fn fetch(&mut self, slot: u32, filled: u64) -> Result<Storage>;
 }
 
 /// A receiving side that fetches each bucket from a rank that it is told, the trainer or another
@@ -105,7 +105,7 @@ pub struct Arrival {
 /// The bytes of a bucket, and the digest sum of what they are.
 #[derive(Debug)]
 struct Arrived {
-    bytes: Bytes,
+    bytes: Storage,
     sum: Option<Work<u64>>,
 }
 
@@ -117,7 +117,7 @@ impl Arrival {
     }
 
     /// The bytes are here, or cannot come.
-    pub fn tell(self, result: Result<Bytes>) {
+    pub fn tell(self, result: Result<Storage>) {
         let Self { update, index, from, routed, check, control, pool, session } = self;
         let told = match &result {
             Ok(_) if routed => Some(ToSender::Fetched { update, index }),
@@ -132,10 +132,10 @@ impl Arrival {
         let result = result.map(|bytes| {
             // From here on the bucket is released when the last view of it is dropped.
             let release = Release { control, update, index };
-            let bytes = Bytes::from_owner(Lease { bytes, _release: release });
+            let bytes = bytes.guarded(release);
             let sum = check.map(|layout| {
                 let (threads, bytes) = (pool.clone(), bytes.clone());
-                pool.start(move || Ok(threads.digest(layout.pieces(), &bytes)))
+                pool.start(move || threads.digest(layout.pieces(), &bytes))
             });
             Arrived { bytes, sum }
         });
@@ -341,7 +341,7 @@ enum Stage {
 
 impl Stage {
     /// Waits until the bytes are here and their digest is known.
-    async fn ready(&mut self) -> Result<(Bytes, Option<u64>)> {
+    async fn ready(&mut self) -> Result<(Storage, Option<u64>)> {
         loop {
             match self {
                 Self::Announced => std::future::pending().await,
@@ -411,7 +411,7 @@ impl<L: FetchLink> Session<'_, L> {
     fn verified(
         &mut self,
         index: u64,
-        bytes: Bytes,
+        bytes: Storage,
         digest: u64,
         sum: Option<u64>,
     ) -> Result<ReceivedBucket> {
@@ -629,19 +629,8 @@ fn tell_leader(control: &ControlPlane, message: &ToSender) {
     }
 }
 
-/// Bytes of a bucket; dropping them releases it.
-struct Lease {
-    bytes: Bytes,
-    _release: Release,
-}
-
-impl AsRef<[u8]> for Lease {
-    fn as_ref(&self) -> &[u8] {
-        &self.bytes
-    }
-}
-
-/// Tells the trainer, when dropped, that this rank does not read a bucket any more.
+/// Releases a bucket, when its last view is dropped.
+#[derive(Debug)]
 struct Release {
     control: ControlPlane,
     update: u64,
