@@ -22,6 +22,9 @@ pub use engine_core::*;
 pub use backend_ipc as ipc;
 #[cfg(feature = "nixl")]
 pub use backend_nixl as nixl;
+/// CUDA memory and the kernels that fill and read buckets.
+#[cfg(feature = "cuda")]
+pub use device_cuda as cuda;
 /// FP8 block quantisation: rules, codecs, and the combinator on streams.
 #[cfg(feature = "fp8")]
 pub use quant_fp8 as fp8;

@@ -1,18 +1,22 @@
-//! The engine: shared memory as the link of the update protocol.
+//! The engine: buckets that other processes of the host map, in its memory or on its devices.
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use engine_core::memory::{Job, Pool};
+use engine_core::memory::Pool;
 use engine_core::update::{ReceiveLink, Receiver, SendLink, Sender};
 use engine_core::{
     CheckpointEngine, ControlPlane, EngineContext, Error, ErrorKind, Placement, Rank,
-    ReceivedWeights, Result, Role, SendReport, Storage, Version, WeightStream, WorkerMetadata,
+    ReceivedWeights, Result, Role, SendReport, Version, WeightStream, WorkerMetadata,
 };
 
-use crate::NAME;
+use serde::{Deserialize, Serialize};
+
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::segment::{MappedSegment, Segment, SegmentInfo};
+use crate::{NAME, shared};
 
 /// Buckets of the trainer: one is packed while the rollouts read the other.
 const SLOTS: u32 = 2;
@@ -33,12 +37,80 @@ pub struct IpcEngine {
 #[derive(Debug)]
 enum Phase {
     New,
-    Prepared(Option<Arc<Segment>>),
-    Sending(Sender<Outgoing>),
-    Receiving(Receiver<Incoming>),
+    Prepared(Option<Buckets>),
+    Sending(Sender<Box<dyn SendLink>>),
+    Receiving(Receiver<Box<dyn ReceiveLink>>),
+}
+
+/// The trainer's buckets.
+#[derive(Clone, Debug)]
+enum Buckets {
+    Shared(Arc<Segment>),
+    #[cfg(feature = "cuda")]
+    Cuda(Arc<cuda::Buckets>),
+}
+
+/// What the trainer tells of its buckets.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Offer {
+    Shared(SegmentInfo),
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::CudaInfo),
+}
+
+impl Buckets {
+    fn create(context: &EngineContext) -> Result<Self> {
+        let config = &context.config;
+        let bytes = |default: u64| config.bucket_bytes().unwrap_or(default << 20);
+        #[cfg(feature = "cuda")]
+        if !config.device.is_cpu() {
+            let bytes = bytes(cuda::DEFAULT_BUCKET_MEGABYTES);
+            match cuda::Buckets::create(&config.device, SLOTS, bytes)? {
+                Ok(buckets) => return Ok(Self::Cuda(Arc::new(buckets))),
+                Err(reason) => tracing::warn!(
+                    %reason,
+                    "other processes cannot open this device's memory here: weights go through \
+                     shared memory of the host instead, which is slower"
+                ),
+            }
+        }
+        Ok(Self::Shared(Arc::new(Segment::create(SLOTS, bytes(DEFAULT_BUCKET_MEGABYTES))?)))
+    }
+
+    fn offer(&self) -> Offer {
+        match self {
+            Self::Shared(segment) => Offer::Shared(segment.info().clone()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(buckets) => Offer::Cuda(buckets.info().clone()),
+        }
+    }
+
+    fn link(&self, pool: Pool) -> Box<dyn SendLink> {
+        match self {
+            Self::Shared(segment) => Box::new(shared::Outgoing { segment: segment.clone(), pool }),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(buckets) => Box::new(cuda::Outgoing { buckets: buckets.clone(), pool }),
+        }
+    }
 }
 
 impl IpcEngine {
+    /// The receiving end of the trainer's buckets.
+    fn open(&self, offer: Offer) -> Result<Box<dyn ReceiveLink>> {
+        match offer {
+            Offer::Shared(info) => {
+                let segment = MappedSegment::open(info)
+                    .map_err(|error| Error::from(error).rank(Rank::LEADER))?;
+                Ok(Box::new(shared::Incoming { segment }))
+            }
+            #[cfg(feature = "cuda")]
+            Offer::Cuda(info) => {
+                Ok(Box::new(cuda::Incoming::open(&info, &self.context.config.device)?))
+            }
+        }
+    }
+
     /// The engine of a rank.
     ///
     /// # Errors
@@ -63,31 +135,25 @@ impl CheckpointEngine for IpcEngine {
         if matches!(self.phase, Phase::Sending(_) | Phase::Receiving(_)) {
             return Err(wrong_phase("preparing", "it is in a group already"));
         }
-        let segment = match self.context.role {
+        let buckets = match self.context.role {
             Role::Rollout => None,
-            Role::Trainer => {
-                let default = DEFAULT_BUCKET_MEGABYTES << 20;
-                let bucket_bytes = self.context.config.bucket_bytes().unwrap_or(default);
-                Some(Arc::new(Segment::create(SLOTS, bucket_bytes)?))
-            }
+            Role::Trainer => Some(Buckets::create(&self.context)?),
         };
-        let details = match &segment {
-            None => serde_json::Value::Null,
-            Some(segment) => serde_json::to_value(segment.info()).map_err(|error| {
-                Error::new(ErrorKind::Protocol, "preparing", error.to_string()).with_source(error)
-            })?,
-        };
-        self.phase = Phase::Prepared(segment);
+        let offer = buckets.as_ref().map(Buckets::offer);
+        let details = serde_json::to_value(offer).map_err(|error| {
+            Error::new(ErrorKind::Protocol, "preparing", error.to_string()).with_source(error)
+        })?;
+        self.phase = Phase::Prepared(buckets);
         Ok(WorkerMetadata::of_this_process(NAME, self.context.role, details))
     }
 
     async fn init_process_group(&mut self, place: Placement) -> Result<()> {
-        let Phase::Prepared(segment) = &self.phase else {
+        let Phase::Prepared(buckets) = &self.phase else {
             return Err(wrong_phase("joining the group", "call prepare first, and once"));
         };
-        let phase = match segment {
-            Some(segment) => {
-                let link = Outgoing { segment: segment.clone(), pool: self.pool.clone() };
+        let phase = match buckets {
+            Some(buckets) => {
+                let link = buckets.link(self.pool.clone());
                 let rollouts = (0..).map(Rank).zip(&place.peers);
                 let rollouts = rollouts.filter(|(_, peer)| peer.role == Role::Rollout);
                 let rollouts = rollouts.map(|(rank, _)| rank);
@@ -95,15 +161,13 @@ impl CheckpointEngine for IpcEngine {
             }
             None => {
                 let details = place.peer(Rank::LEADER)?.details.clone();
-                let info: SegmentInfo = serde_json::from_value(details).map_err(|error| {
-                    let words = format!("the trainer's metadata is not ipc's: {error}");
+                let offer = serde_json::from_value(details).map_err(|error| {
+                    let words = format!("the trainer's buckets are not what ipc knows: {error}");
                     Error::new(ErrorKind::Protocol, "joining the group", words)
                         .rank(Rank::LEADER)
                         .with_source(error)
                 })?;
-                let segment = MappedSegment::open(info)
-                    .map_err(|error| Error::from(error).rank(Rank::LEADER))?;
-                let (link, pool) = (Incoming { segment }, self.pool.clone());
+                let (link, pool) = (self.open(offer)?, self.pool.clone());
                 Phase::Receiving(Receiver::new(link, &self.context, self.control.clone(), pool))
             }
         };
@@ -142,47 +206,4 @@ impl CheckpointEngine for IpcEngine {
 
 fn wrong_phase(operation: &str, message: &str) -> Error {
     Error::new(ErrorKind::State, operation, message)
-}
-
-/// The trainer's buckets.
-#[derive(Debug)]
-struct Outgoing {
-    segment: Arc<Segment>,
-    pool: Pool,
-}
-
-#[async_trait]
-impl SendLink for Outgoing {
-    fn slots(&self) -> usize {
-        self.segment.info().slots as usize
-    }
-
-    fn bucket_bytes(&self) -> u64 {
-        self.segment.info().bucket_bytes
-    }
-
-    async fn fill(&mut self, slot: usize, jobs: Vec<Job>, digests: bool) -> Result<u64> {
-        let mut bucket = self.segment.write(slot).await;
-        let pool = self.pool.clone();
-        self.pool.start(move || pool.encode(&jobs, bucket.as_mut(), digests)).await
-    }
-
-    async fn publish(&mut self, _: usize, _: u64) -> Result<()> {
-        // The rollouts see the same memory.
-        Ok(())
-    }
-}
-
-/// The trainer's buckets as a rollout reads them.
-#[derive(Debug)]
-struct Incoming {
-    segment: MappedSegment,
-}
-
-#[async_trait]
-impl ReceiveLink for Incoming {
-    async fn fetch(&mut self, slot: u32, filled: u64) -> Result<Storage> {
-        let bytes = self.segment.read(slot, filled);
-        bytes.map(Storage::from).map_err(|error| Error::from(error).rank(Rank::LEADER))
-    }
 }

@@ -1,15 +1,18 @@
-//! A checkpoint engine between processes of one host: buckets in POSIX shared memory, which the
-//! rollouts map and read in place.
+//! A checkpoint engine between processes of one host: buckets in POSIX shared memory, or with the
+//! feature `cuda` on a CUDA device, which the rollouts map and read in place.
 //!
 //! The trainer has two buckets, however many rollouts there are: while all of them read one, it
 //! packs the other. A segment has no name that could outlive its processes: it is unlinked before it
 //! is used, and the rollouts open it through the trainer's process (`/proc/<pid>/fd`), which takes
 //! the same user and a common PID namespace.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod engine;
 mod error;
 mod ffi;
 mod segment;
+mod shared;
 
 use engine_core::{
     Availability, Backend, CheckpointEngine, EngineContext, Error, ErrorKind, Placement, Result,
@@ -34,6 +37,10 @@ impl Backend for Ipc {
 
     fn summary(&self) -> &'static str {
         "other processes of this host, over shared memory"
+    }
+
+    fn devices(&self) -> &'static [&'static str] {
+        if cfg!(feature = "cuda") { &["cuda"] } else { &[] }
     }
 
     fn probe(&self) -> Availability {

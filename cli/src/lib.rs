@@ -9,6 +9,7 @@
 
 pub mod bench;
 pub mod checkpoint;
+pub mod device;
 mod ffi;
 pub mod memory;
 mod progress;

@@ -17,8 +17,8 @@ use checkpoint_engine::control::{Address, ControlConfig, Token, from_env};
 use checkpoint_engine::fp8::rules::parse_ignored_layers;
 use checkpoint_engine::fp8::{Granularity, Mode, Quantization};
 use checkpoint_engine::{
-    Availability, CheckpointEngineConfig, ConfigFormat, ControlPlane, EngineContext, Error,
-    ErrorKind, Rank, ReceiveReport, Role, Version, registry,
+    Availability, CheckpointEngineConfig, ConfigFormat, ControlPlane, DeviceChoice, EngineContext,
+    Error, ErrorKind, Rank, ReceiveReport, Role, Version, registry,
 };
 use clap::{Args, Parser, Subcommand};
 use cli::bench::transfer::{TransferLine, TransferOptions, transfer};
@@ -164,6 +164,9 @@ struct EngineArgs {
     /// Do not guard buckets with digests
     #[arg(long)]
     no_digests: bool,
+    /// Where weights and buckets are: cpu, cuda (one device for each rank), or cuda:N
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<DeviceChoice>,
     /// Quantise to FP8 blocks on the trainer, so that half the bytes travel
     #[arg(long)]
     trainer_quantize_fp8: bool,
@@ -198,6 +201,9 @@ impl EngineArgs {
         }
         if self.threads.is_some() {
             config.threads = self.threads;
+        }
+        if let Some(device) = &self.device {
+            config.device.clone_from(device);
         }
         config.digests &= !self.no_digests;
         config.trainer_quantize_fp8 |= self.trainer_quantize_fp8;
@@ -461,7 +467,9 @@ async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Failure> {
     let config = args.engine.config()?;
     let interval = Duration::try_from_secs_f64(args.interval)?;
     let registry = registry();
-    let mut source = Source::open(args.source.spec()?)?;
+    let device = cli::device::of_rank(&config.device, 0)?;
+    let config = CheckpointEngineConfig { device, ..config };
+    let mut source = Source::open(args.source.spec()?)?.on_device(&config.device);
     if !args.json {
         say_source(&source, &config.backend);
     }
@@ -553,8 +561,12 @@ fn doctor_command(args: &DoctorArgs) -> Result<ExitCode, Failure> {
                 ((*name).to_owned(), value)
             })
             .collect();
-        println!("{}", serde_json::json!({ "backends": backends }));
+        let devices = cli::device::describe();
+        println!("{}", serde_json::json!({ "backends": backends, "devices": devices }));
         return Ok(ExitCode::SUCCESS);
+    }
+    for line in cli::device::describe() {
+        println!("{line}");
     }
     for (name, summary, found) in backends {
         println!("{name}: {summary}");

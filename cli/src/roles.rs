@@ -1,13 +1,15 @@
 //! What a trainer and a rollout do, whoever starts them: form a group, run updates.
 
+use std::fmt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use checkpoint_engine::{
-    CheckpointEngine, ControlPlane, Error, ErrorKind, ErrorReport, Placement, ReceiveReport,
-    ReceivedBucket, ReceivedPiece, ReceivedWeights, Registry, Result, Version, WorkerMetadata,
+    CheckpointEngine, ControlPlane, Error, ErrorKind, ErrorReport, Install, Placement,
+    ReceiveReport, ReceivedBucket, ReceivedPiece, ReceivedWeights, Registry, Result, Version,
+    WorkerMetadata,
 };
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -98,7 +100,6 @@ pub async fn form_local_group(
 
 /// A rollout that reads weights in place, compares them with their source, and writes them out, as
 /// it is asked to.
-#[derive(Debug)]
 pub struct Rollout {
     /// What received weights are compared with.
     pub source: Option<Arc<Source>>,
@@ -106,6 +107,17 @@ pub struct Rollout {
     pub out: Option<PathBuf>,
     /// The memory of the process, measured since before it joined.
     pub memory: Option<Arc<PeakMemory>>,
+    /// What everything is copied to that arrives; without one, weights are read in place.
+    pub destination: Option<Destination>,
+}
+
+/// Tensors that a rollout installs buckets into.
+pub type Destination = Arc<Mutex<Box<dyn Install>>>;
+
+impl fmt::Debug for Rollout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rollout").field("out", &self.out).finish_non_exhaustive()
+    }
 }
 
 impl Rollout {
@@ -136,11 +148,19 @@ impl Rollout {
             }
             received.note(serde_json::json!(notes));
             let Some(bucket) = received.next_bucket().await? else { break };
-            if self.source.is_none() && writer.is_none() {
+            if self.source.is_none() && writer.is_none() && self.destination.is_none() {
                 continue; // The engine has verified its digest; there is nothing more to do.
             }
             let (source, open) = (self.source.clone(), writer.take());
-            let examined = move || examine(&bucket, version, source.as_deref(), open);
+            let destination = self.destination.clone();
+            let examined = move || {
+                if let Some(destination) = destination {
+                    // One bucket at a time; a panic has ended the update.
+                    let mut to = destination.lock().unwrap_or_else(PoisonError::into_inner);
+                    to.install(&bucket).map_err(|error| error.bucket(bucket.index()))?;
+                }
+                examine(&bucket, version, source.as_deref(), open)
+            };
             let examined = tokio::task::spawn_blocking(examined).await.map_err(|error| {
                 Error::new(ErrorKind::Aborted, "examining a bucket", error.to_string())
             });

@@ -8,11 +8,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use checkpoint_engine::fp8::rules::RulesConfig;
-use engine_core::{Encoding, Error, ErrorKind, Recovery, Result, TensorMeta, Version, Weight};
+use engine_core::{
+    DeviceChoice, Encoding, Error, ErrorKind, Recovery, Result, TensorMeta, Version, Weight,
+};
 use serde::{Deserialize, Serialize};
 
 use self::quantized::{Expected, Quantized};
 use crate::checkpoint::Checkpoint;
+use crate::device::DeviceModel;
 use crate::synthetic::{self, Residency, ResidentModel, StreamedModel, SyntheticModel};
 
 /// What a source is made of: what the trainer tells the rollouts, so that they can check.
@@ -54,6 +57,14 @@ pub struct Source {
     byte_len: u64,
     kind: Kind,
     quantized: Option<Quantized>,
+    device: Option<OnDevice>,
+}
+
+/// A source whose weights are put on a device before they are sent.
+#[derive(Debug)]
+struct OnDevice {
+    choice: DeviceChoice,
+    model: Option<(Version, DeviceModel)>,
 }
 
 /// A piece of a tensor that was checked.
@@ -121,7 +132,7 @@ impl Source {
         };
         let byte_len = total(&list)?;
         let metas = list.into_iter().map(|meta| (meta.name.clone(), meta)).collect();
-        Ok(Self { spec, metas, byte_len, kind, quantized: None })
+        Ok(Self { spec, metas, byte_len, kind, quantized: None, device: None })
     }
 
     /// Checks what arrives against what quantisation by these rules makes of the source.
@@ -132,6 +143,13 @@ impl Source {
     pub fn quantized_by(mut self, rules: &RulesConfig) -> Result<Self> {
         self.quantized = Some(Quantized::new(self.metas(), rules)?);
         Ok(self)
+    }
+
+    /// Keeps the weights on a device, as a trainer that trains there does.
+    #[must_use]
+    pub fn on_device(mut self, device: &DeviceChoice) -> Self {
+        self.device = (!device.is_cpu()).then(|| OnDevice { choice: device.clone(), model: None });
+        self
     }
 
     /// What the source was opened with.
@@ -163,9 +181,10 @@ impl Source {
     }
 
     /// Whether a synthetic model is kept in memory, and why; nothing for a checkpoint, whose files
-    /// are mapped.
+    /// are mapped, and for a model on a device.
     pub fn residency(&self) -> Option<Residency> {
         match &self.kind {
+            _ if self.device.is_some() => None,
             Kind::Synthetic { residency, .. } => Some(*residency),
             Kind::Checkpoint(_) => None,
         }
@@ -178,6 +197,11 @@ impl Source {
     ///
     /// `State` if weights of another version are still in use; `Resource` if there is no memory.
     pub fn advance(&mut self, version: Version) -> Result<()> {
+        if let Some(mut device) = self.device.take() {
+            let result = self.advance_on(&mut device, version);
+            self.device = Some(device);
+            return result;
+        }
         let Kind::Synthetic { metas, residency, model } = &mut self.kind else { return Ok(()) };
         match model {
             Some(Model::Resident(model)) if model.version() != version => model.advance(version),
@@ -193,6 +217,30 @@ impl Source {
         }
     }
 
+    fn advance_on(&mut self, device: &mut OnDevice, version: Version) -> Result<()> {
+        if device.model.as_ref().is_some_and(|(present, _)| *present == version) {
+            return Ok(());
+        }
+        // Made as they are copied there: the model is in memory once.
+        let mut weights: Weights = match &self.kind {
+            Kind::Synthetic { metas, .. } => {
+                Box::new(StreamedModel::new(metas.iter().cloned()).weights(version))
+            }
+            Kind::Checkpoint(_) => self.weights(version)?,
+        };
+        match &mut device.model {
+            Some((present, model)) => {
+                model.refill(&mut weights)?;
+                *present = version;
+            }
+            None => {
+                let model = DeviceModel::new(&device.choice, &mut weights)?;
+                device.model = Some((version, model));
+            }
+        }
+        Ok(())
+    }
+
     /// The weights of an update. They share the source's memory or are made as they are encoded;
     /// none is copied.
     ///
@@ -201,6 +249,9 @@ impl Source {
     /// As [`advance`](Self::advance).
     pub fn weights(&mut self, version: Version) -> Result<Weights> {
         self.advance(version)?;
+        if let Some(OnDevice { model: Some((_, model)), .. }) = &self.device {
+            return Ok(Box::new(model.weights().into_iter()));
+        }
         Ok(match &self.kind {
             Kind::Synthetic { model: Some(Model::Resident(model)), .. } => {
                 Box::new(model.weights())

@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use checkpoint_engine::control::{Address, ControlConfig, Token};
@@ -19,6 +19,7 @@ use serde::Serialize;
 use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, Command};
 
+use crate::device;
 use crate::memory::{PeakMemory, memcpy_gb_per_s};
 use crate::progress::Bar;
 use crate::roles::{Announcement, Rollout, RolloutNotes, form_group, form_local_group};
@@ -102,7 +103,8 @@ pub async fn run(
     options: &SyncOptions,
     mut each: impl FnMut(&UpdateLine) -> Result<()>,
 ) -> Result<()> {
-    let mut source = Source::open(options.source.clone())?;
+    let device = device::of_rank(&options.config.device, 0)?;
+    let mut source = Source::open(options.source.clone())?.on_device(&device);
     // "Training" to the first version is none of the update's time, nor is its memory.
     source.advance(Version(1))?;
     let bucket_bytes = options.config.bucket_bytes().unwrap_or(16 << 20);
@@ -238,7 +240,8 @@ async fn in_one_process(
         .zip(engines)
         .map(|(index, engine)| {
             let out = options.out.as_ref().map(|out| out.join(format!("rollout-{index}")));
-            (Rollout { source: checked.clone(), out, memory: None }, engine)
+            let source = checked.clone();
+            (Rollout { source, out, memory: None, destination: None }, engine)
         })
         .collect();
     for version in (1..=options.source.updates).map(Version) {
@@ -322,7 +325,8 @@ impl Processes {
         for rank in 1..=options.rollouts {
             children.push(start_rollout(options, rank, &address, &secret).await?);
         }
-        let config = options.config.clone();
+        let device = device::of_rank(&options.config.device, 0)?;
+        let config = CheckpointEngineConfig { device, ..options.config.clone() };
         Ok(Self { registry: registry(), config, observer, control, children })
     }
 
@@ -411,8 +415,10 @@ async fn start_rollout(
 ) -> Result<Child> {
     let failed = |error| Error::io("starting a rollout", error).rank(Rank(rank));
     let program = std::env::current_exe().map_err(failed)?;
-    let config = serde_json::to_string(&options.config)
-        .map_err(|error| failed(std::io::Error::other(error)))?;
+    let device = device::of_rank(&options.config.device, rank)?;
+    let config = CheckpointEngineConfig { device, ..options.config.clone() };
+    let config =
+        serde_json::to_string(&config).map_err(|error| failed(std::io::Error::other(error)))?;
     let mut command = Command::new(program);
     command
         .arg("rollout")
@@ -494,7 +500,9 @@ pub async fn rollout(
     let deadline = options.config.timeout();
     let memory = PeakMemory::start()?;
     let control = ControlPlane::join(options.control, Role::Rollout, options.rank).await?;
-    let context = EngineContext::new(options.config, Role::Rollout).with_control(control.clone());
+    let device = device::of_rank(&options.config.device, control.rank().0)?;
+    let config = CheckpointEngineConfig { device: device.clone(), ..options.config };
+    let context = EngineContext::new(config, Role::Rollout).with_control(control.clone());
     let mut engine = registry.create(context)?;
     let world_size = options.world_size;
     let none = serde_json::Value::Null;
@@ -518,7 +526,8 @@ pub async fn rollout(
         }
     };
     let last = announced.map(|announcement| Version(announcement.source.updates));
-    let rollout = Rollout { source, out: options.out, memory: Some(memory) };
+    let destination = device::destination(&device)?.map(|to| Arc::new(Mutex::new(to)));
+    let rollout = Rollout { source, out: options.out, memory: Some(memory), destination };
     let idle = Instant::now();
     loop {
         let result = match rollout.update(&mut *engine).await {

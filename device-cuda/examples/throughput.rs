@@ -8,7 +8,7 @@
 
 use std::io::Write;
 
-use device_cuda::{CudaError, Device, DeviceJob, DeviceMemory, Event, Kernels, Stream};
+use device_cuda::{CudaError, CudaMemory, Device, DeviceJob, Event, Kernels, Stream};
 use quant_fp8::{Fp8Format, Mode, SourceType};
 
 type Failure = Box<dyn std::error::Error>;
@@ -35,7 +35,7 @@ fn median_seconds(
 }
 
 /// Random bits with small exponents, as BF16 or F32: made on the host, copied over and over.
-fn fill(memory: &DeviceMemory, stream: &Stream) -> Result<(), CudaError> {
+fn fill(memory: &CudaMemory, stream: &Stream) -> Result<(), CudaError> {
     const BLOCK: usize = 64 << 20;
     let mut state = 1_u64;
     let block: Vec<u8> = (0..BLOCK / 8)
@@ -63,7 +63,7 @@ fn main() -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
 
     let len = 4_usize << 30;
-    let (source, target) = (DeviceMemory::new(&device, len)?, DeviceMemory::new(&device, len)?);
+    let (source, target) = (CudaMemory::new(&device, len)?, CudaMemory::new(&device, len)?);
     fill(&source, &stream)?;
     let copy = median_seconds(&stream, || target.all().copy_from(&source.all(), &stream))?;
     let copy_rate = 2.0 * len as f64 / copy / 1e9;
@@ -91,7 +91,7 @@ fn main() -> Result<(), Failure> {
                 Ok(DeviceJob::Copy { source, target })
             })
             .collect::<Result<_, CudaError>>()?;
-        let prepared = kernels.prepare(&jobs, &Fp8Format::default(), &stream)?;
+        let prepared = kernels.prepare(&jobs, &Fp8Format::default(), None, &stream)?;
         let seconds = median_seconds(&stream, || kernels.encode_prepared(&prepared, &stream))?;
         line(&format!("grouped copy of {count}"), 2.0 * (each * count) as f64, seconds)?;
     }
@@ -128,7 +128,7 @@ fn main() -> Result<(), Failure> {
                 })
             })
             .collect::<Result<_, CudaError>>()?;
-        let prepared = kernels.prepare(&jobs, &format, &stream)?;
+        let prepared = kernels.prepare(&jobs, &format, None, &stream)?;
         let seconds = median_seconds(&stream, || kernels.encode_prepared(&prepared, &stream))?;
         kernels.check(&stream)?;
         let bytes = count * (elements * (ty.size() + 1) + scales);

@@ -32,7 +32,7 @@ struct Job {
     u32 block_cols;
     u32 bands;          // rows of blocks of one matrix
     u32 blocks;         // blocks of one band
-    u32 precast;        // 1: round to BF16 first
+    u32 flags;          // PRECAST, SUMMED
 };
 
 // As `Tile` in src/table.rs.
@@ -41,6 +41,9 @@ struct Tile {
     u32 index;
 };
 
+// Round to BF16 first; add to the digest's sum what is written, which the sender of the table knows to be
+// at a multiple of 8 bytes of the bucket.
+enum { PRECAST = 1, SUMMED = 2 };
 enum { COPY = 0, BF16 = 1, F16 = 2, F32 = 3 };
 enum { TRITON = 0, PYTORCH = 1, UE8M0 = 2, TRITON_GPU = 3 };
 
@@ -130,6 +133,50 @@ __device__ __forceinline__ float element(u64 source, u32 kind, bool precast, u64
     return precast ? round_to_bf16(value) : value;
 }
 
+// The keys of engine-core's digest.
+__constant__ u32 LOW[8] = {@LOW@};
+__constant__ u32 HIGH[8] = {@HIGH@};
+__constant__ u32 LOW_STEP[8] = {@LOW_STEP@};
+__constant__ u32 HIGH_STEP[8] = {@HIGH_STEP@};
+
+// The digest's keys of one lane. Kept in registers over many words: threads of a warp have different
+// lanes, and constant memory serves one address at a time.
+struct Keys {
+    u32 low, high, low_step, high_step;
+};
+
+__device__ __forceinline__ Keys keys_of(u64 word) {
+    u32 lane = (u32)word & 7;
+    Keys k = {LOW[lane], HIGH[lane], LOW_STEP[lane], HIGH_STEP[lane]};
+    return k;
+}
+
+// The product of a word with these halves in a row of the bucket.
+__device__ __forceinline__ u64 product(Keys k, u32 row, u32 low, u32 high) {
+    return (u64)(low + k.low + row * k.low_step) * (high + k.high + row * k.high_step);
+}
+
+// The same for a word anywhere in the bucket.
+__device__ __forceinline__ u64 product_at(u64 index, u64 word) {
+    return product(keys_of(index), (u32)(index >> 3), (u32)word, (u32)(word >> 32));
+}
+
+// The products of the last bytes of a copy, less than 16; the last word is filled up with zeros.
+__device__ __forceinline__ u64 tail_products(u64 index, const u8* source, u32 bytes) {
+    u64 sum = 0;
+    for (u32 at = threadIdx.x; at * 8 < bytes; at += THREADS) {
+        u64 word = 0;
+        for (u32 i = 0; i < 8 && at * 8 + i < bytes; i++) word |= (u64)source[at * 8 + i] << (8 * i);
+        sum += product_at(index + at, word);
+    }
+    return sum;
+}
+
+__device__ __forceinline__ void add_to(u64* sum, u64 mine) {
+    for (int lane = 16; lane > 0; lane >>= 1) mine += __shfl_xor_sync(0xffffffffu, mine, lane);
+    if ((threadIdx.x & 31) == 0 && mine != 0) atomicAdd(sum, mine);
+}
+
 // The largest of all threads' values. Two tiles in a row use different halves of `shared`, so that one
 // barrier is enough.
 __device__ __forceinline__ u32 block_max(u32 value, u32* shared) {
@@ -157,13 +204,14 @@ __device__ __forceinline__ Scale settle(u32 mode, u32 bits, const Job* job, Tile
 // A block of 128 x 128 whose rows begin at multiples of 16 bytes: read once, kept in registers.
 // Thread t has columns 8 (t mod 16) .. + 8 of the rows t / 16 + 16 i.
 template <int KIND>
-__device__ __forceinline__ void encode_block(
-    u32 mode, const Job* job, Tile tile, u32 rows, u32 cols, u64 first, u32* shared, u64* failed) {
+__device__ __forceinline__ u64 encode_block(
+    u32 mode, const Job* job, Tile tile, u32 rows, u32 cols, u64 first, u32* shared, u64* failed,
+    u64 base) {
     constexpr int STEPS = 8;
     constexpr int VECTORS = KIND == F32 ? 2 : 1;
     constexpr int SIZE = KIND == F32 ? 4 : 2;
     u32 width = job->cols;
-    bool precast = KIND != BF16 && job->precast;
+    bool precast = KIND != BF16 && (job->flags & PRECAST);
     u32 row = threadIdx.x >> 4, col = (threadIdx.x & 15) * 8;
     uint4 data[STEPS][VECTORS];
     const u8* source = (const u8*)job->source + (first + (u64)row * width + col) * SIZE;
@@ -199,6 +247,11 @@ __device__ __forceinline__ void encode_block(
     Scale scale = settle(mode, __float_as_uint(absmax), job, tile, failed);
     float m = scale.multiplier;
     u8* target = (u8*)job->target + first + (u64)row * width + col;
+    // Rows that are 16 apart have their words in the same lane.
+    u64 word = ((u64)target - base) >> 3, sum = 0;
+    bool summed = job->flags & SUMMED;
+    Keys keys = {0, 0, 0, 0};
+    if (summed) keys = keys_of(word);
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
         u32 words[4 * VECTORS];
@@ -226,8 +279,10 @@ __device__ __forceinline__ void encode_block(
             uint2 codes = make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
             // Read next by another process, long after it has left the cache.
             __stcs((uint2*)(target + (u64)i * 16 * width), codes);
+            if (summed) sum += product(keys, (u32)(word >> 3) + i * (width / 4), codes.x, codes.y);
         }
     }
+    return sum;
 }
 
 // A block of any size at any alignment: read twice, the second time from a cache. A warp has a row at a
@@ -236,7 +291,7 @@ __device__ __noinline__ void encode_any(
     u32 mode, const Job* job, Tile tile, u32 rows, u32 cols, u64 first, u32* shared, u64* failed) {
     u64 source = job->source;
     u32 kind = job->kind, width = job->cols;
-    bool precast = job->precast;
+    bool precast = job->flags & PRECAST;
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 top = 0;
     for (u32 row = warp; row < rows; row += THREADS / 32) {
@@ -260,7 +315,7 @@ __device__ __noinline__ void encode_any(
     }
 }
 
-__device__ __forceinline__ void copy(const Job* job, Tile tile) {
+__device__ __forceinline__ u64 copy(const Job* job, Tile tile, u64 base) {
     u64 start = (u64)tile.index * COPY_TILE;
     u32 bytes = (u32)min((u64)COPY_TILE, job->bytes - start);
     const u8* source = (const u8*)job->source + start;
@@ -279,6 +334,20 @@ __device__ __forceinline__ void copy(const Job* job, Tile tile) {
             if (at < vectors) __stcs((uint4*)(target + 16 * at), data[i]);
         }
         for (u32 at = vectors * 16 + threadIdx.x; at < bytes; at += THREADS) target[at] = source[at];
+        if (!(job->flags & SUMMED)) return 0;
+        u64 word = ((u64)target - base) >> 3, mine = word + 2 * threadIdx.x, sum = 0;
+        Keys even = keys_of(mine), odd = keys_of(mine + 1);
+#pragma unroll
+        for (int i = 0; i < COPY_STEPS; i++) {
+            // Steps are whole rows apart; a pair of words never is in two.
+            u32 row = (u32)(mine >> 3) + i * (THREADS * 2 / 8);
+            if (threadIdx.x + i * THREADS < vectors) {
+                sum += product(even, row, data[i].x, data[i].y);
+                sum += product(odd, row, data[i].z, data[i].w);
+            }
+        }
+        u32 done = vectors * 16;
+        return done == bytes ? sum : sum + tail_products(word + done / 8, source + done, bytes - done);
     } else if ((((u64)source | (u64)target) & 3) == 0) {
         u32 words = bytes / 4;
 #pragma unroll 8
@@ -290,13 +359,17 @@ __device__ __forceinline__ void copy(const Job* job, Tile tile) {
 #pragma unroll 8
         for (u32 at = threadIdx.x; at < bytes; at += THREADS) target[at] = source[at];
     }
+    return 0;
 }
 
-// `failed` is all ones, and gets the lowest job and block that has no finite form.
+// `base` is where the bucket begins, for the digest. `results` has two words: the first is all ones, and
+// gets the lowest job and block that has no finite form; to the second the digest's sum is added.
 template <bool WIDE>
 __device__ __forceinline__ void encode_tiles(
-    const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* failed) {
+    const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* results, u64 base) {
     __shared__ u32 tops[2][THREADS / 32];
+    u64* failed = results;
+    u64 sum = 0;
     u32 parity = 0;
     u32 t = blockIdx.x;
     if (t >= count) return;
@@ -308,7 +381,7 @@ __device__ __forceinline__ void encode_tiles(
         const Job* job = jobs + tile.job;
         u32 kind = job->kind;
         if (kind == COPY) {
-            copy(job, tile);
+            sum += copy(job, tile, base);
             continue;
         }
         u32 blocks = job->blocks, bands = job->bands, width = job->cols;
@@ -325,65 +398,61 @@ __device__ __forceinline__ void encode_tiles(
         if (!aligned) {
             encode_any(mode, job, tile, rows, cols, first, shared, failed);
         } else if (kind == BF16) {
-            encode_block<BF16>(mode, job, tile, rows, cols, first, shared, failed);
+            sum += encode_block<BF16>(mode, job, tile, rows, cols, first, shared, failed, base);
         } else if (kind == F16) {
-            encode_block<F16>(mode, job, tile, rows, cols, first, shared, failed);
+            sum += encode_block<F16>(mode, job, tile, rows, cols, first, shared, failed, base);
         } else if (WIDE) {
-            encode_block<F32>(mode, job, tile, rows, cols, first, shared, failed);
+            sum += encode_block<F32>(mode, job, tile, rows, cols, first, shared, failed, base);
         }
     }
+    add_to(results + 1, sum);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-encode(const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* failed) {
-    encode_tiles<false>(jobs, tiles, count, mode, failed);
+encode(const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* results, u64 base) {
+    encode_tiles<false>(jobs, tiles, count, mode, results, base);
 }
 
 // Blocks of F32 take twice the registers: a launch that has one runs with half the threads in flight.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-encode_wide(const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* failed) {
-    encode_tiles<true>(jobs, tiles, count, mode, failed);
-}
-
-// The keys of engine-core's digest.
-__constant__ u32 LOW[8] = {@LOW@};
-__constant__ u32 HIGH[8] = {@HIGH@};
-__constant__ u32 LOW_STEP[8] = {@LOW_STEP@};
-__constant__ u32 HIGH_STEP[8] = {@HIGH_STEP@};
-
-__device__ __forceinline__ u64 product(u64 word, u64 index) {
-    u32 lane = (u32)index & 7, row = (u32)(index >> 3);
-    u32 low = (u32)word + LOW[lane] + row * LOW_STEP[lane];
-    u32 high = (u32)(word >> 32) + HIGH[lane] + row * HIGH_STEP[lane];
-    return (u64)low * high;
+encode_wide(const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* results, u64 base) {
+    encode_tiles<true>(jobs, tiles, count, mode, results, base);
 }
 
 // A part of a bucket that carries weights: jobs are copies whose target is the offset in the bucket.
-// `sum` begins at 0.
+// Adds to `sum`.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 digest(const Job* jobs, const Tile* tiles, u32 count, u64* sum) {
     u64 mine = 0;
-    for (u32 t = blockIdx.x; t < count; t += gridDim.x) {
-        Tile tile = tiles[t];
+    u32 t = blockIdx.x;
+    if (t >= count) return;
+    Tile next = tiles[t];
+    for (; t < count; t += gridDim.x) {
+        Tile tile = next;
+        if (t + gridDim.x < count) next = tiles[t + gridDim.x];
         const Job* job = jobs + tile.job;
         u64 start = (u64)tile.index * COPY_TILE;
         u32 bytes = (u32)min((u64)COPY_TILE, job->bytes - start);
         const u8* source = (const u8*)job->source + start;
-        u64 first = (job->target + start) >> 3;
+        u64 word = (job->target + start) >> 3, first = word + 2 * threadIdx.x;
         u32 vectors = bytes / 16;
-        for (u32 at = threadIdx.x; at < vectors; at += THREADS) {
-            uint4 d = *(const uint4*)(source + 16 * at);
-            mine += product((u64)d.y << 32 | d.x, first + 2 * at);
-            mine += product((u64)d.w << 32 | d.z, first + 2 * at + 1);
+        uint4 data[COPY_STEPS];
+#pragma unroll
+        for (int i = 0; i < COPY_STEPS; i++) {
+            u32 at = threadIdx.x + i * THREADS;
+            data[i] = at < vectors ? load16(source + 16 * at) : make_uint4(0, 0, 0, 0);
         }
-        // The last word is filled up with zeros.
-        u32 words = (bytes + 7) / 8;
-        for (u32 at = vectors * 2 + threadIdx.x; at < words; at += THREADS) {
-            u64 word = 0;
-            for (u32 i = 0; i < 8 && at * 8 + i < bytes; i++) word |= (u64)source[at * 8 + i] << (8 * i);
-            mine += product(word, first + at);
+        Keys even = keys_of(first), odd = keys_of(first + 1);
+#pragma unroll
+        for (int i = 0; i < COPY_STEPS; i++) {
+            u32 row = (u32)(first >> 3) + i * (THREADS * 2 / 8);
+            if (threadIdx.x + i * THREADS < vectors) {
+                mine += product(even, row, data[i].x, data[i].y);
+                mine += product(odd, row, data[i].z, data[i].w);
+            }
         }
+        u32 done = vectors * 16;
+        if (done < bytes) mine += tail_products(word + done / 8, source + done, bytes - done);
     }
-    for (int lane = 16; lane > 0; lane >>= 1) mine += __shfl_xor_sync(0xffffffffu, mine, lane);
-    if ((threadIdx.x & 31) == 0 && mine != 0) atomicAdd(sum, mine);
+    add_to(sum, mine);
 }

@@ -275,7 +275,7 @@ impl Drop for Event {
 ///
 /// Freed with the last clone, after all work that the device has by then.
 #[derive(Clone, Debug)]
-pub struct DeviceMemory(Arc<Allocation>);
+pub struct CudaMemory(Arc<Allocation>);
 
 #[derive(Debug)]
 struct Allocation {
@@ -288,7 +288,7 @@ struct Allocation {
 /// An allocation as another process of the host can open it.
 pub type IpcHandle = [u8; ffi::IPC_HANDLE_BYTES];
 
-impl DeviceMemory {
+impl CudaMemory {
     /// So many bytes, at least 1, aligned to 256.
     ///
     /// # Errors
@@ -341,14 +341,19 @@ impl DeviceMemory {
         self.0.address
     }
 
+    /// Whether nobody else holds it.
+    pub(crate) fn is_unshared(&self) -> bool {
+        Arc::strong_count(&self.0) == 1
+    }
+
     /// A part of it.
     ///
     /// # Errors
     ///
     /// [`CudaError::Range`] if the part reaches beyond it.
-    pub fn slice(&self, start: usize, len: usize) -> Result<DeviceSlice, CudaError> {
+    pub fn slice(&self, start: usize, len: usize) -> Result<CudaSlice, CudaError> {
         match start.checked_add(len) {
-            Some(end) if end <= self.0.len => Ok(DeviceSlice { memory: self.clone(), start, len }),
+            Some(end) if end <= self.0.len => Ok(CudaSlice { memory: self.clone(), start, len }),
             _ => Err(CudaError::Range(format!(
                 "{len} bytes at {start} of device memory of {}",
                 self.0.len
@@ -357,8 +362,8 @@ impl DeviceMemory {
     }
 
     /// All of it.
-    pub fn all(&self) -> DeviceSlice {
-        DeviceSlice { memory: self.clone(), start: 0, len: self.0.len }
+    pub fn all(&self) -> CudaSlice {
+        CudaSlice { memory: self.clone(), start: 0, len: self.0.len }
     }
 }
 
@@ -371,13 +376,23 @@ impl Drop for Allocation {
 
 /// A part of an allocation, which it keeps.
 #[derive(Clone, Debug)]
-pub struct DeviceSlice {
-    memory: DeviceMemory,
+pub struct CudaSlice {
+    memory: CudaMemory,
     start: usize,
     len: usize,
 }
 
-impl DeviceSlice {
+impl CudaSlice {
+    /// The allocation that it is a part of.
+    pub fn memory(&self) -> &CudaMemory {
+        &self.memory
+    }
+
+    /// Where it begins in that allocation.
+    pub fn start(&self) -> usize {
+        self.start
+    }
+
     /// Its length in bytes.
     pub fn len(&self) -> usize {
         self.len
@@ -495,29 +510,41 @@ impl PinnedMemory {
         self.len == 0
     }
 
-    /// Writes `bytes` to its beginning and copies them to the device on a stream.
+    /// Its bytes, to be written. Waits for the stream's earlier work, which may still read them.
     ///
-    /// Waits for the stream's earlier work: the memory may still be read by it.
-    pub(crate) fn send(
-        &mut self,
-        bytes: &[u8],
-        target: &DeviceSlice,
-        stream: &Stream,
-    ) -> Result<(), CudaError> {
-        target.fits(bytes.len())?;
-        if bytes.len() > self.len {
-            return Err(CudaError::Range(format!("{} bytes for {} pinned", bytes.len(), self.len)));
-        }
+    /// # Errors
+    ///
+    /// What the driver reports.
+    #[allow(unsafe_code, reason = "a slice of memory that this type owns")]
+    pub(crate) fn bytes(&mut self, stream: &Stream) -> Result<&mut [u8], CudaError> {
         stream.synchronize()?;
-        self.bytes()[..bytes.len()].copy_from_slice(bytes);
-        ffi::copy_from_pinned(target.address(), self.address.0, bytes.len(), stream.raw())
+        // SAFETY: `len` bytes of `alloc_host` that live as long as `self`, borrowed for writing; the
+        // stream that reads them has done so.
+        Ok(unsafe { ffi::host_bytes(self.address.0, self.len) })
     }
 
-    #[allow(unsafe_code, reason = "a slice of memory that this type owns")]
-    fn bytes(&mut self) -> &mut [u8] {
-        // SAFETY: `len` bytes of `alloc_host` that live as long as `self`, borrowed for writing; `send`
-        // has waited for the stream that reads them.
-        unsafe { ffi::host_bytes(self.address.0, self.len) }
+    /// Copies some of its bytes to the device, on the stream that [`bytes`](Self::bytes) is given.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError::Range`] for bytes beyond it, and what the driver reports.
+    pub(crate) fn copy_to(
+        &self,
+        start: usize,
+        target: &CudaSlice,
+        stream: &Stream,
+    ) -> Result<(), CudaError> {
+        let len = target.len();
+        if start.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(CudaError::Range(format!("{len} bytes at {start} of {}", self.len)));
+        }
+        self.device.enter()?;
+        ffi::copy_from_pinned(
+            target.address(),
+            self.address.0.wrapping_add(start),
+            len,
+            stream.raw(),
+        )
     }
 }
 

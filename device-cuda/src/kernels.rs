@@ -10,7 +10,7 @@ use quant_fp8::Fp8Format;
 use sha2::{Digest as _, Sha256};
 
 use crate::table::{Table, mode_number};
-use crate::{CudaError, Device, DeviceJob, DeviceMemory, DeviceSlice, PinnedMemory, Stream, ffi};
+use crate::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, PinnedMemory, Stream, ffi};
 
 const SOURCE: &str = include_str!("../kernels/bucket.cu");
 
@@ -143,9 +143,9 @@ pub struct Kernels {
     encode_wide: Kernel,
     digest: Kernel,
     staging: PinnedMemory,
-    table: DeviceMemory,
+    table: CudaMemory,
     /// Two results of 8 bytes: the first block that is not finite, and the digest's sum.
-    results: DeviceMemory,
+    results: CudaMemory,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -177,7 +177,7 @@ impl Kernels {
             Ok(Kernel { function, grid: blocks * device.multiprocessors() })
         };
         const TABLE: usize = 1 << 20;
-        let results = DeviceMemory::new(device, 16)?;
+        let results = CudaMemory::new(device, 16)?;
         results.all().write(&[0xff; 16])?;
         Ok(Self {
             device: device.clone(),
@@ -186,7 +186,7 @@ impl Kernels {
             encode_wide: kernel(c"encode_wide")?,
             digest: kernel(c"digest")?,
             staging: PinnedMemory::new(device, TABLE)?,
-            table: DeviceMemory::new(device, TABLE)?,
+            table: CudaMemory::new(device, TABLE)?,
             results,
         })
     }
@@ -208,11 +208,13 @@ impl Kernels {
         format: &Fp8Format,
         stream: &Stream,
     ) -> Result<(), CudaError> {
-        let prepared = self.prepare(jobs, format, stream)?;
+        let prepared = self.prepare(jobs, format, None, stream)?;
         self.encode_prepared(&prepared, stream)
     }
 
-    /// Brings the job table of a launch to the device, to be used any number of times.
+    /// Brings the job table of a launch to the device, to be used any number of times. With the bucket
+    /// that the targets lie in, the launch adds to the [digest sum](Self::sum) what it writes: all codes
+    /// and copies in aligned places, and no scales.
     ///
     /// # Errors
     ///
@@ -221,9 +223,10 @@ impl Kernels {
         &mut self,
         jobs: &[DeviceJob],
         format: &Fp8Format,
+        summed: Option<&CudaSlice>,
         stream: &Stream,
     ) -> Result<Prepared, CudaError> {
-        let table = Table::of_jobs(jobs, format)?;
+        let table = Table::of_jobs(jobs, format, summed.is_some())?;
         self.upload(&table, stream)?;
         let prepared = Prepared {
             table: self.table.clone(),
@@ -231,6 +234,7 @@ impl Kernels {
             tiles: table.tiles,
             mode: mode_number(format.mode),
             wide: table.wide,
+            base: summed.map_or(0, CudaSlice::address),
         };
         Ok(prepared)
     }
@@ -255,11 +259,62 @@ impl Kernels {
             prepared.tiles.into(),
             prepared.mode,
             self.results.address(),
+            prepared.base,
         ];
         let kernel = if prepared.wide { self.encode_wide } else { self.encode };
         let grid = kernel.grid.min(prepared.tiles);
         self.device.enter()?;
         ffi::launch(kernel.function, grid, THREADS, stream.raw(), &mut parameters)
+    }
+
+    /// Sets the digest sum to 0, on a stream.
+    ///
+    /// # Errors
+    ///
+    /// What the driver reports.
+    pub fn reset_sum(&mut self, stream: &Stream) -> Result<(), CudaError> {
+        self.results.slice(8, 8)?.fill(0, stream)
+    }
+
+    /// Adds parts of a bucket to the digest sum, each with its offset in the bucket, on a stream.
+    ///
+    /// # Contract
+    ///
+    /// As [`encode`](Self::encode).
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError::Range`] for a part that does not begin at a multiple of 64 bytes, and what the
+    /// driver reports.
+    pub fn add_to_sum(
+        &mut self,
+        parts: &[(u64, CudaSlice)],
+        stream: &Stream,
+    ) -> Result<(), CudaError> {
+        let table = Table::of_parts(parts)?;
+        if table.tiles == 0 {
+            return Ok(());
+        }
+        self.upload(&table, stream)?;
+        let sum = self.results.slice(8, 8)?;
+        let jobs = self.table.address();
+        let tiles = jobs + table.tiles_at as u64;
+        let mut parameters = [jobs, tiles, table.tiles.into(), sum.address()];
+        let grid = self.digest.grid.min(table.tiles);
+        self.device.enter()?;
+        ffi::launch(self.digest.function, grid, THREADS, stream.raw(), &mut parameters)
+    }
+
+    /// The digest sum of all that was added to it. Waits for the stream.
+    ///
+    /// # Errors
+    ///
+    /// What the driver reports, and what the work made go wrong.
+    pub fn sum(&self, stream: &Stream) -> Result<u64, CudaError> {
+        stream.synchronize()?;
+        let mut bytes = [0; 8];
+        self.results.slice(8, 8)?.read(&mut bytes)?;
+        Ok(u64::from_le_bytes(bytes))
     }
 
     /// Waits for all launches of `encode` so far on the stream and says whether every block had a finite form.
@@ -289,29 +344,15 @@ impl Kernels {
     ///
     /// # Errors
     ///
-    /// [`CudaError::Range`] for a part that does not begin at a multiple of 64 bytes, and what the
-    /// driver reports.
+    /// As [`add_to_sum`](Self::add_to_sum).
     pub fn digest(
         &mut self,
-        parts: &[(u64, DeviceSlice)],
+        parts: &[(u64, CudaSlice)],
         stream: &Stream,
     ) -> Result<u64, CudaError> {
-        let table = Table::of_parts(parts)?;
-        self.upload(&table, stream)?;
-        let sum = self.results.slice(8, 8)?;
-        sum.fill(0, stream)?;
-        if table.tiles > 0 {
-            let jobs = self.table.address();
-            let tiles = jobs + table.tiles_at as u64;
-            let mut parameters = [jobs, tiles, table.tiles.into(), sum.address()];
-            let grid = self.digest.grid.min(table.tiles);
-            self.device.enter()?;
-            ffi::launch(self.digest.function, grid, THREADS, stream.raw(), &mut parameters)?;
-        }
-        stream.synchronize()?;
-        let mut bytes = [0; 8];
-        sum.read(&mut bytes)?;
-        Ok(u64::from_le_bytes(bytes))
+        self.reset_sum(stream)?;
+        self.add_to_sum(parts, stream)?;
+        self.sum(stream)
     }
 
     fn upload(&mut self, table: &Table, stream: &Stream) -> Result<(), CudaError> {
@@ -320,9 +361,10 @@ impl Kernels {
             let len = len.next_power_of_two();
             stream.synchronize()?;
             self.staging = PinnedMemory::new(&self.device, len)?;
-            self.table = DeviceMemory::new(&self.device, len)?;
+            self.table = CudaMemory::new(&self.device, len)?;
         }
-        self.staging.send(&table.bytes, &self.table.slice(0, len)?, stream)
+        self.staging.bytes(stream)?[..len].copy_from_slice(&table.bytes);
+        self.staging.copy_to(0, &self.table.slice(0, len)?, stream)
     }
 }
 
@@ -337,10 +379,12 @@ impl Drop for Kernels {
 /// A job table on the device; of the last [`Kernels::prepare`] only.
 #[derive(Debug)]
 pub struct Prepared {
-    table: DeviceMemory,
+    table: CudaMemory,
     tiles_at: usize,
     tiles: u32,
     mode: u64,
     /// Whether a job has F32 elements.
     wide: bool,
+    /// Where the bucket begins, for the digest.
+    base: u64,
 }

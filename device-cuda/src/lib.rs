@@ -7,16 +7,21 @@
 
 #![deny(unsafe_code)]
 
+mod bucket;
 mod device;
 mod error;
 mod ffi;
 mod kernels;
+mod storage;
 mod table;
+mod tensors;
 
+pub use bucket::Packer;
 pub use device::{
-    Device, DeviceMemory, DeviceSlice, Event, IpcHandle, PinnedMemory, Stream, count,
-    driver_version,
+    CudaMemory, CudaSlice, Device, Event, IpcHandle, PinnedMemory, Stream, count, driver_version,
 };
 pub use error::CudaError;
 pub use kernels::{Kernels, Prepared, compile, nvrtc};
+pub use storage::bucket_storage;
 pub use table::DeviceJob;
+pub use tensors::CudaTensorMap;

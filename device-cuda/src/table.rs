@@ -2,7 +2,7 @@
 
 use quant_fp8::{BlockGrid, Fp8Format, Granularity, Mode, Precast, SourceType};
 
-use crate::{CudaError, DeviceSlice};
+use crate::{CudaError, CudaSlice};
 
 /// Bytes of a copy that one tile moves; as `COPY_TILE` in the kernels.
 const COPY_TILE: usize = 16 << 10;
@@ -13,24 +13,53 @@ pub enum DeviceJob {
     /// Bytes as they are, at any alignment.
     Copy {
         /// Where they are.
-        source: DeviceSlice,
+        source: CudaSlice,
         /// Where they go.
-        target: DeviceSlice,
+        target: CudaSlice,
     },
     /// A matrix, or a stack of them, as FP8 blocks.
     Fp8 {
         /// The elements, row-major.
-        source: DeviceSlice,
+        source: CudaSlice,
         /// Their type.
         ty: SourceType,
         /// `[rows, cols]` or `[experts, rows, cols]`.
         shape: Vec<usize>,
         /// Where the codes go: a byte for each element.
-        codes: DeviceSlice,
+        codes: CudaSlice,
         /// Where the scales go: an F32 for each block.
-        scales: DeviceSlice,
+        scales: CudaSlice,
     },
 }
+
+impl DeviceJob {
+    /// Where the copy or the codes go.
+    pub(crate) fn target(&self) -> &CudaSlice {
+        match self {
+            Self::Copy { target, .. } => target,
+            Self::Fp8 { codes, .. } => codes,
+        }
+    }
+
+    /// Whether the launch that writes the target can add it to the digest. Scales never are: two of
+    /// them, which different blocks write, share a word.
+    pub(crate) fn is_summable(&self, format: &Fp8Format) -> bool {
+        let aligned = |a: &CudaSlice, b: &CudaSlice| (a.address() | b.address()).is_multiple_of(16);
+        match self {
+            Self::Copy { source, target } => aligned(source, target),
+            Self::Fp8 { source, codes, shape, .. } => {
+                let cols = shape.last().copied().unwrap_or(1);
+                let small =
+                    matches!(format.granularity, Granularity::Block { rows: ..=128, cols: ..=128 });
+                aligned(source, codes) && cols.is_multiple_of(8) && small
+            }
+        }
+    }
+}
+
+/// Flags of [`Entry`], as in the kernels.
+const PRECAST: u32 = 1;
+const SUMMED: u32 = 2;
 
 /// As `Job` in the kernels.
 #[derive(Clone, Copy, Debug, Default)]
@@ -46,7 +75,7 @@ struct Entry {
     block_cols: u32,
     bands: u32,
     blocks: u32,
-    precast: u32,
+    flags: u32,
 }
 
 impl Entry {
@@ -62,7 +91,7 @@ impl Entry {
             self.block_cols,
             self.bands,
             self.blocks,
-            self.precast,
+            self.flags,
         ] {
             out.extend(word.to_le_bytes());
         }
@@ -105,15 +134,26 @@ impl Table {
         Ok(Self { bytes, tiles_at, tiles, wide })
     }
 
-    /// The table of a launch of `encode`.
-    pub(crate) fn of_jobs(jobs: &[DeviceJob], format: &Fp8Format) -> Result<Self, CudaError> {
-        let entries: Vec<_> =
-            jobs.iter().map(|job| entry(job, format)).collect::<Result<_, _>>()?;
+    /// The table of a launch of `encode`; with `summed` it adds to the digest what it can: all jobs that
+    /// are [summable](DeviceJob::is_summable).
+    pub(crate) fn of_jobs(
+        jobs: &[DeviceJob],
+        format: &Fp8Format,
+        summed: bool,
+    ) -> Result<Self, CudaError> {
+        let entry = |job: &DeviceJob| {
+            let (mut entry, tiles) = entry(job, format)?;
+            if summed && job.is_summable(format) {
+                entry.flags |= SUMMED;
+            }
+            Ok((entry, tiles))
+        };
+        let entries: Vec<_> = jobs.iter().map(entry).collect::<Result<_, _>>()?;
         Self::build(&entries)
     }
 
     /// The table of a launch of `digest`: parts of a bucket and where they begin in it.
-    pub(crate) fn of_parts(parts: &[(u64, DeviceSlice)]) -> Result<Self, CudaError> {
+    pub(crate) fn of_parts(parts: &[(u64, CudaSlice)]) -> Result<Self, CudaError> {
         let entries: Vec<_> = parts
             .iter()
             .map(|(offset, part)| {
@@ -191,7 +231,7 @@ fn entry(job: &DeviceJob, format: &Fp8Format) -> Result<(Entry, usize), CudaErro
                 block_cols: side(block_cols)?,
                 bands: side(grid.bands_per_matrix())?,
                 blocks: side(grid.scales_per_band())?,
-                precast: u32::from(format.precast == Precast::Bf16),
+                flags: if format.precast == Precast::Bf16 { PRECAST } else { 0 },
             };
             Ok((entry, grid.scales()))
         }

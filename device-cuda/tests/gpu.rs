@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use device_cuda::{CudaError, Device, DeviceJob, DeviceMemory, DeviceSlice, Kernels, Stream};
+use device_cuda::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, Stream};
 use quant_fp8::{Codec, Fp8Format, Granularity, Mode, Precast, Source, SourceType, Store};
 use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
@@ -25,16 +25,16 @@ impl Gpu {
         Self { device, stream, kernels }
     }
 
-    fn put(&self, bytes: &[u8]) -> DeviceSlice {
-        let memory = DeviceMemory::new(&self.device, bytes.len()).unwrap();
+    fn put(&self, bytes: &[u8]) -> CudaSlice {
+        let memory = CudaMemory::new(&self.device, bytes.len()).unwrap();
         let all = memory.slice(0, bytes.len()).unwrap();
         all.write(bytes).unwrap();
         all
     }
 
     /// Memory that is not zero, so that what is not written shows.
-    fn poisoned(&self, len: usize) -> DeviceSlice {
-        let slice = DeviceMemory::new(&self.device, len).unwrap().slice(0, len).unwrap();
+    fn poisoned(&self, len: usize) -> CudaSlice {
+        let slice = CudaMemory::new(&self.device, len).unwrap().slice(0, len).unwrap();
         slice.fill(0xa5, &self.stream).unwrap();
         slice
     }
@@ -55,7 +55,7 @@ impl Gpu {
             .collect();
         self.kernels.encode(&jobs, format, &self.stream).unwrap();
         self.kernels.check(&self.stream).unwrap();
-        let read = |slice: &DeviceSlice| {
+        let read = |slice: &CudaSlice| {
             let mut bytes = vec![0; slice.len()];
             slice.read(&mut bytes).unwrap();
             bytes
@@ -229,7 +229,7 @@ fn copies_arrive_at_any_alignment_and_the_digest_is_that_of_the_host() {
     let mut gpu = Gpu::open();
     let bytes: Vec<u8> =
         (0..3_000_000_u64).map(|i| (i.wrapping_mul(0x9e37_79b9) >> 13) as u8).collect();
-    let source = DeviceMemory::new(&gpu.device, bytes.len()).unwrap();
+    let source = CudaMemory::new(&gpu.device, bytes.len()).unwrap();
     source.all().write(&bytes).unwrap();
     let lens = [0, 1, 7, 15, 16, 17, 255, 256, 4097, 32_768, 32_769, 100_000, 1_000_001];
     for (from, to) in [(0, 0), (1, 0), (4, 8), (2, 2), (16, 256), (3, 7)] {
@@ -292,11 +292,11 @@ fn the_first_block_that_is_not_finite_is_named_and_the_next_launch_works() {
 fn memory_that_there_is_not_is_an_error_and_what_there_was_is_given_back() {
     let gpu = Gpu::open();
     let (before, total) = gpu.device.memory().unwrap();
-    let error = DeviceMemory::new(&gpu.device, total * 2).unwrap_err();
+    let error = CudaMemory::new(&gpu.device, total * 2).unwrap_err();
     let error = engine_core::Error::from(error);
     assert_eq!(error.kind(), engine_core::ErrorKind::Resource, "{error}");
     for _ in 0..50 {
-        drop(DeviceMemory::new(&gpu.device, total / 4).unwrap());
+        drop(CudaMemory::new(&gpu.device, total / 4).unwrap());
     }
     let (after, _) = gpu.device.memory().unwrap();
     assert!(after + (64 << 20) >= before, "{before} bytes were free, {after} are");
@@ -313,14 +313,14 @@ fn another_process_reads_the_memory_in_place() {
         let text = text.into_string().unwrap();
         let byte = |at: usize| u8::from_str_radix(&text[at * 2..at * 2 + 2], 16).unwrap();
         let handle = std::array::from_fn(byte);
-        let memory = DeviceMemory::import(&gpu.device, handle, 1 << 20).unwrap();
+        let memory = CudaMemory::import(&gpu.device, handle, 1 << 20).unwrap();
         let mut bytes = vec![0; 1 << 20];
         memory.all().read(&mut bytes).unwrap();
         assert!(bytes.iter().enumerate().all(|(i, &byte)| byte == (i % 251) as u8));
         memory.slice(5, 1).unwrap().write(&[77]).unwrap();
         return;
     }
-    let memory = DeviceMemory::new(&gpu.device, 1 << 20).unwrap();
+    let memory = CudaMemory::new(&gpu.device, 1 << 20).unwrap();
     let bytes: Vec<u8> = (0..1 << 20).map(|i| (i % 251) as u8).collect();
     memory.all().write(&bytes).unwrap();
     let handle: String =

@@ -68,6 +68,8 @@ pub struct CheckpointEngineConfig {
     pub timeout_seconds: f64,
     /// Whether buckets carry digests that receivers verify: yes unless set.
     pub digests: bool,
+    /// The device whose memory the rank's buckets are in: the host's unless set. Weights may be anywhere.
+    pub device: DeviceChoice,
     /// How many threads copy, encode and verify; [`EngineContext::threads`](crate::EngineContext::threads)
     /// says how many unless set.
     pub threads: Option<NonZeroUsize>,
@@ -83,6 +85,7 @@ impl Default for CheckpointEngineConfig {
             quantization: serde_json::Map::new(),
             timeout_seconds: 60.0,
             digests: true,
+            device: DeviceChoice::default(),
             threads: None,
         }
     }
@@ -197,6 +200,88 @@ impl CheckpointEngineConfig {
     /// The size of a bucket in bytes, if one is set.
     pub fn bucket_bytes(&self) -> Option<u64> {
         self.update_weights_bucket_megabytes.map(|megabytes| u64::from(megabytes) << 20)
+    }
+}
+
+/// A kind of device, and which one of it: `cpu`, `cuda`, `cuda:1`.
+///
+/// What kinds there are, backends say ([`Backend::devices`](crate::Backend::devices)).
+///
+/// # Examples
+///
+/// ```
+/// use engine_core::DeviceChoice;
+///
+/// let device: DeviceChoice = "cuda:1".parse()?;
+/// assert_eq!((device.kind(), device.ordinal()), ("cuda", Some(1)));
+/// assert!("cuda:-1".parse::<DeviceChoice>().is_err());
+/// assert!(DeviceChoice::default().is_cpu());
+/// # Ok::<(), engine_core::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceChoice {
+    kind: String,
+    ordinal: Option<u32>,
+}
+
+impl Default for DeviceChoice {
+    fn default() -> Self {
+        Self { kind: "cpu".into(), ordinal: None }
+    }
+}
+
+impl DeviceChoice {
+    /// A device of a kind by its number.
+    pub fn new(kind: impl Into<String>, ordinal: u32) -> Self {
+        Self { kind: kind.into(), ordinal: Some(ordinal) }
+    }
+
+    /// What kind of device: `cpu`, `cuda`.
+    pub fn kind(&self) -> &str {
+        &self.kind
+    }
+
+    /// Which one, if that was said.
+    pub fn ordinal(&self) -> Option<u32> {
+        self.ordinal
+    }
+
+    /// Whether it is the host itself.
+    pub fn is_cpu(&self) -> bool {
+        self.kind == "cpu"
+    }
+}
+
+impl std::str::FromStr for DeviceChoice {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (kind, ordinal) = match text.split_once(':') {
+            None => (text, None),
+            Some((kind, ordinal)) => (kind, Some(ordinal.parse())),
+        };
+        let named = !kind.is_empty() && kind.bytes().all(|byte| byte.is_ascii_lowercase());
+        match ordinal.transpose() {
+            Ok(ordinal) if named && (kind != "cpu" || ordinal.is_none()) => {
+                Ok(Self { kind: kind.into(), ordinal })
+            }
+            _ => Err(config_error(format!("expected {}, found `{text}`", section::DEVICE))),
+        }
+    }
+}
+
+impl std::fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.ordinal {
+            None => f.write_str(&self.kind),
+            Some(ordinal) => write!(f, "{}:{ordinal}", self.kind),
+        }
+    }
+}
+
+impl Serialize for DeviceChoice {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 

@@ -290,6 +290,11 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// Whether it can run on this machine.
     fn probe(&self) -> Availability;
 
+    /// The kinds of devices that it can have buckets on, beside the host's memory.
+    fn devices(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// Makes one rank's engine.
     ///
     /// # Errors

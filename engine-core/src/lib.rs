@@ -23,7 +23,7 @@ pub mod update;
 mod weight;
 
 pub use cache::CachedEngine;
-pub use config::{CheckpointEngineConfig, ConfigFormat};
+pub use config::{CheckpointEngineConfig, ConfigFormat, DeviceChoice};
 pub use control::{ControlPlane, Role};
 pub use dtype::DType;
 pub use engine::{

@@ -40,6 +40,11 @@ impl Backend for Naive {
         "trainer and rollouts in one process, without a copy"
     }
 
+    fn devices(&self) -> &'static [&'static str] {
+        // It has no buckets: weights stay where they are.
+        &["cuda"]
+    }
+
     fn probe(&self) -> Availability {
         Availability::Usable { details: "always".into() }
     }

@@ -76,10 +76,20 @@ impl Registry {
     /// # Errors
     ///
     /// Those of [`get`](Self::get) and of [`Backend::create`]; `Config` if the configuration asks
-    /// for quantisation and there is none, or not of this kind.
+    /// for quantisation and there is none, or not of this kind, or for a device that the backend does
+    /// not know.
     pub fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
         let backend = self.get(&context.config.backend)?;
         let config = &context.config;
+        let (device, devices) = (&config.device, backend.devices());
+        if !device.is_cpu() && !devices.contains(&device.kind()) {
+            let message = format!(
+                "device: `{device}`: {} has buckets on these here: {}",
+                backend.name(),
+                [&["cpu"], devices].concat().join(", ")
+            );
+            return Err(Error::new(ErrorKind::Config, "making an engine", message));
+        }
         let Some(layer) = self.quantizer else {
             if config.trainer_quantize_fp8 || !config.quantization.is_empty() {
                 let message = "it asks for quantisation, and this program was built without it";
@@ -100,6 +110,16 @@ mod tests {
         let error = Registry::new().get("nccl").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Backend);
         assert!(error.to_string().contains("known: naive"), "{error}");
+    }
+
+    #[test]
+    fn a_device_that_the_backend_does_not_know_is_an_error_that_lists_those_it_does() {
+        let device = "abacus:1".parse().unwrap();
+        let config = crate::CheckpointEngineConfig { device, ..Default::default() };
+        let context = EngineContext::new(config, crate::Role::Trainer);
+        let error = Registry::new().create(context).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config);
+        assert!(error.to_string().contains("`abacus:1`: naive has buckets on"), "{error}");
     }
 
     #[test]

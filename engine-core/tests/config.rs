@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
-use engine_core::{CheckpointEngineConfig, ConfigFormat, Error, ErrorKind};
+use engine_core::{CheckpointEngineConfig, ConfigFormat, DeviceChoice, Error, ErrorKind};
 use serde::Deserialize;
 
 const TOML: &str = r#"
@@ -13,6 +13,7 @@ update_weights_bucket_megabytes = 256
 trainer_quantize_fp8 = true
 timeout_seconds = 5
 digests = false
+device = "cuda:1"
 threads = 3
 
 [engine_kwargs.ipc]
@@ -32,6 +33,7 @@ const JSON: &str = r#"{
   "trainer_quantize_fp8": true,
   "timeout_seconds": 5.0,
   "digests": false,
+  "device": "cuda:1",
   "threads": 3,
   "engine_kwargs": {
     "ipc": {"socket_folder": "/run/ckpt", "depth": 2},
@@ -46,6 +48,7 @@ update_weights_bucket_megabytes: 256
 trainer_quantize_fp8: true
 timeout_seconds: 5
 digests: false
+device: cuda:1
 threads: 3
 engine_kwargs:
   ipc: {socket_folder: /run/ckpt, depth: 2}
@@ -94,6 +97,7 @@ fn the_same_configuration_reads_alike_from_toml_json_and_yaml() {
         quantization: object(serde_json::json!({"mode": "ue8m0"})),
         timeout_seconds: 5.0,
         digests: false,
+        device: DeviceChoice::new("cuda", 1),
         threads: NonZeroUsize::new(3),
     };
     for (format, text) in
@@ -180,7 +184,7 @@ fn two_sections_in_one_document_are_an_error_that_names_both() {
 fn an_unknown_key_is_named_with_its_line_and_the_known_ones() {
     let known = "unknown key `bucket_mb`; known keys: `backend`, \
         `update_weights_bucket_megabytes`, `engine_kwargs`, `trainer_quantize_fp8`, \
-        `quantization`, `timeout_seconds`, `digests`, `threads`";
+        `quantization`, `timeout_seconds`, `digests`, `device`, `threads`";
     for (format, text) in [
         (ConfigFormat::Toml, "[checkpoint_engine]\nbackend = 'ipc'\nbucket_mb = 4\n"),
         (ConfigFormat::Json, "{\n\"backend\": \"ipc\",\n\"bucket_mb\": 4}"),
@@ -212,6 +216,7 @@ fn a_value_of_the_wrong_type_names_its_key_and_what_it_takes() {
         ("update_weights_bucket_megabytes: 4294967296", ["4294967296", "below 2^32"]),
         ("trainer_quantize_fp8: 1", ["integer `1`", "`trainer_quantize_fp8` to be true or false"]),
         ("digests: 'yes'", ["\"yes\"", "`digests` to be true or false"]),
+        ("device: cuda:x", ["string \"cuda:x\"", "`device` to be `cpu`, or a kind of device"]),
         ("threads: 0", ["integer `0`", "`threads` to be a whole number of at least 1"]),
         ("engine_kwargs: fast", ["\"fast\"", "`engine_kwargs` to be a table"]),
         ("engine_kwargs: {ipc: 3}", ["integer `3`", "`engine_kwargs.ipc` to be a table"]),

@@ -1,8 +1,9 @@
 //! A weight that is quantised while it is encoded into its bucket, and the scales that follow it.
 
+use std::any::Any;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use engine_core::{DType, Encoding, Error, ErrorKind, Result, TensorMeta, Treatment, Weight};
 
@@ -11,9 +12,12 @@ use crate::{BlockGrid, Codec, Fp8Format, QuantError, Source, SourceType, Store};
 /// The bits of a scale that was not computed yet: a NaN that no formula gives.
 const UNKNOWN: u32 = u32::MAX;
 
-/// Codes of a weight, computed from its source as they are asked for, in any division.
+/// The encoding of a quantised weight: its codes, computed from the source as they are asked for, in any
+/// division.
+///
+/// Memory that is not the host's recognises it and computes the codes by its own means.
 #[derive(Debug)]
-pub(crate) struct Codes {
+pub struct Fp8Codes {
     source: Weight,
     ty: SourceType,
     shape: Vec<usize>,
@@ -22,11 +26,19 @@ pub(crate) struct Codes {
     codec: Codec,
     /// The bits of the scales, filled in by whoever encodes their blocks.
     scales: Box<[AtomicU32]>,
+    device: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
-/// The scales of a weight, which exist once its codes do.
+/// The encoding of a quantised weight's scales, which exist once its codes do.
 #[derive(Debug)]
-struct Scales(Arc<Codes>);
+pub struct Fp8Scales(Arc<Fp8Codes>);
+
+impl Fp8Scales {
+    /// The codes that they belong to.
+    pub fn codes(&self) -> &Arc<Fp8Codes> {
+        &self.0
+    }
+}
 
 /// The source type of a data type; `None` for those that are not quantised.
 pub(crate) fn source_type(dtype: DType) -> Option<SourceType> {
@@ -57,7 +69,16 @@ pub(crate) fn quantized(weight: Weight, format: Fp8Format, codec: Codec) -> Resu
     let shape = sizes(&meta)?;
     let grid = format.granularity.grid(&shape).map_err(|error| error.in_tensor(&name))?;
     let scales = (0..grid.scales()).map(|_| AtomicU32::new(UNKNOWN)).collect();
-    let codes = Arc::new(Codes { source: weight, ty, shape, format, grid, codec, scales });
+    let codes = Arc::new(Fp8Codes {
+        source: weight,
+        ty,
+        shape,
+        format,
+        grid,
+        codec,
+        scales,
+        device: OnceLock::new(),
+    });
 
     let side = |&side: &usize| side as u64;
     let scale_shape: Arc<[u64]> = grid.scale_shape().iter().map(side).collect();
@@ -65,11 +86,41 @@ pub(crate) fn quantized(weight: Weight, format: Fp8Format, codec: Codec) -> Resu
     let meta = TensorMeta { dtype: DType::F8_E4M3, ..meta };
     Ok([
         Weight::encoded(meta, codes.clone(), Treatment::Quantized)?,
-        Weight::encoded(scale_meta, Arc::new(Scales(codes)), Treatment::Scale)?,
+        Weight::encoded(scale_meta, Arc::new(Fp8Scales(codes)), Treatment::Scale)?,
     ])
 }
 
-impl Codes {
+impl Fp8Codes {
+    /// What is quantised.
+    pub fn source(&self) -> &Weight {
+        &self.source
+    }
+
+    /// The type of the source's elements.
+    pub fn source_type(&self) -> SourceType {
+        self.ty
+    }
+
+    /// `[rows, cols]` or `[experts, rows, cols]`.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// How it is quantised.
+    pub fn format(&self) -> &Fp8Format {
+        &self.format
+    }
+
+    /// The blocks.
+    pub fn grid(&self) -> &BlockGrid {
+        &self.grid
+    }
+
+    /// For memory that computes codes by its own means: what it keeps until the scales are asked for.
+    pub fn device_state(&self) -> &OnceLock<Box<dyn Any + Send + Sync>> {
+        &self.device
+    }
+
     fn failed(&self, error: QuantError) -> Error {
         Error::from(error.in_tensor(self.source.name()))
     }
@@ -139,7 +190,7 @@ impl Codes {
     }
 }
 
-impl Encoding for Codes {
+impl Encoding for Fp8Codes {
     fn name(&self) -> &'static str {
         "fp8"
     }
@@ -175,7 +226,7 @@ impl Encoding for Codes {
     }
 }
 
-impl Encoding for Scales {
+impl Encoding for Fp8Scales {
     fn name(&self) -> &'static str {
         "fp8-scales"
     }

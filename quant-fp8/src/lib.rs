@@ -26,6 +26,7 @@ pub mod rules;
 pub use codec::{Codec, Source, Store, copy_non_temporal};
 pub use combinator::{Fp8Quantizer, QuantizeFp8, stored};
 pub use contract::{Accepts, Quantization, agreed_rules};
+pub use encoding::{Fp8Codes, Fp8Scales};
 pub use engine::with_fp8;
 pub use error::QuantError;
 pub use format::{

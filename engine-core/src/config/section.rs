@@ -18,11 +18,12 @@ use super::{CheckpointEngineConfig, valid_timeout};
 pub(super) const BACKEND: &str = "`backend` to be the name of a backend";
 pub(super) const BUCKET: &str =
     "`update_weights_bucket_megabytes` to be a whole number of at least 1 and below 2^32";
+pub(super) const DEVICE: &str = "`device` to be `cpu`, or a kind of device and a number: `cuda:0`";
 pub(super) const TIMEOUT: &str =
     "`timeout_seconds` to be a number above 0 and of at most 1000000000";
 
 /// The keys to offer when an unknown one was given, in the order of the struct's fields.
-const KNOWN: [&str; 8] = [
+const KNOWN: [&str; 9] = [
     "backend",
     "update_weights_bucket_megabytes",
     "engine_kwargs",
@@ -30,6 +31,7 @@ const KNOWN: [&str; 8] = [
     "quantization",
     "timeout_seconds",
     "digests",
+    "device",
     "threads",
 ];
 
@@ -97,6 +99,12 @@ impl<'de> Visitor<'de> for Section {
                 }
                 "digests" => {
                     scalar(&mut map, "`digests` to be true or false", &mut config.digests, flag)?;
+                }
+                "device" => {
+                    scalar(&mut map, DEVICE, &mut config.device, |found| match found {
+                        Found::Text(name) => name.parse().ok(),
+                        _ => None,
+                    })?;
                 }
                 "threads" => {
                     let expected = "`threads` to be a whole number of at least 1";

@@ -37,6 +37,13 @@ pub trait ReceiveLink: std::fmt::Debug + Send {
     async fn fetch(&mut self, slot: u32, filled: u64) -> Result<Storage>;
 }
 
+#[async_trait]
+impl<L: ReceiveLink + ?Sized> ReceiveLink for Box<L> {
+    async fn fetch(&mut self, slot: u32, filled: u64) -> Result<Storage> {
+        (**self).fetch(slot, filled).await
+    }
+}
+
 /// A receiving side that fetches each bucket from a rank that it is told, the trainer or another
 /// receiver, while other things go on.
 ///

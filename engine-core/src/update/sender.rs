@@ -75,6 +75,33 @@ pub trait SendLink: std::fmt::Debug + Send {
     }
 }
 
+#[async_trait]
+impl<L: SendLink + ?Sized> SendLink for Box<L> {
+    fn slots(&self) -> usize {
+        (**self).slots()
+    }
+
+    fn bucket_bytes(&self) -> u64 {
+        (**self).bucket_bytes()
+    }
+
+    async fn fill(&mut self, slot: usize, jobs: Vec<Job>, digests: bool) -> Result<u64> {
+        (**self).fill(slot, jobs, digests).await
+    }
+
+    async fn publish(&mut self, slot: usize, filled: u64) -> Result<()> {
+        (**self).publish(slot, filled).await
+    }
+
+    fn topology(&self, receivers: usize, buckets: usize) -> Option<Topology> {
+        (**self).topology(receivers, buckets)
+    }
+
+    fn card(&self) -> Bytes {
+        (**self).card()
+    }
+}
+
 /// A wait for events that something else ends.
 const LONG: Duration = Duration::from_secs(3600);
 

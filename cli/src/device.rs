@@ -1,0 +1,54 @@
+//! What the program does on devices: models that are there, rollouts that install there, and the
+//! bandwidth to measure them by.
+
+use checkpoint_engine::{DeviceChoice, Install, Result, Weight};
+
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "device/none.rs"]
+mod cuda;
+
+pub use cuda::DeviceModel;
+
+/// The device of a rank: if the kind is given and no number, the ranks take one device each, and begin
+/// anew when there are no more.
+///
+/// # Errors
+///
+/// `Backend` without a driver; `Config` if the program was built without the device.
+pub fn of_rank(device: &DeviceChoice, rank: u32) -> Result<DeviceChoice> {
+    if device.is_cpu() || device.ordinal().is_some() {
+        return Ok(device.clone());
+    }
+    let count = cuda::count(device)?.max(1);
+    Ok(DeviceChoice::new(device.kind(), rank % count))
+}
+
+/// Tensors on a device that a rollout copies everything to that it receives; nothing for the host, where
+/// rollouts read in place.
+///
+/// # Errors
+///
+/// As [`of_rank`], and what the device reports.
+pub fn destination(device: &DeviceChoice) -> Result<Option<Box<dyn Install>>> {
+    if device.is_cpu() { Ok(None) } else { cuda::destination(device).map(Some) }
+}
+
+/// What the driver's copy of `bytes` within the device reaches, counting each byte once; in 10⁹ bytes
+/// per second, the median of several.
+///
+/// # Errors
+///
+/// As [`destination`].
+pub fn copy_gb_per_s(device: &DeviceChoice, bytes: u64) -> Result<f64> {
+    cuda::copy_gb_per_s(device, bytes)
+}
+
+/// Devices of this machine in words, for people who look for what is wrong.
+pub fn describe() -> Vec<String> {
+    cuda::describe()
+}
+
+/// Weights as they are made for the host, to be put on a device.
+type HostWeights<'a> = &'a mut dyn Iterator<Item = Result<Weight>>;

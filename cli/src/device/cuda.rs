@@ -1,0 +1,141 @@
+//! CUDA devices.
+
+use checkpoint_engine::cuda::{
+    self, CudaMemory, CudaSlice, CudaTensorMap, Device, Event, Stream, driver_version,
+};
+use checkpoint_engine::{DeviceChoice, Error, ErrorKind, Install, Result, TensorMeta, Weight};
+use rayon::prelude::*;
+
+/// Where tensors begin in memory.
+const ALIGNMENT: usize = 256;
+/// Bytes that are made at a time and then copied to the device.
+const STAGE: usize = 64 << 20;
+/// Bytes that one thread makes at a time.
+const JOB: usize = 1 << 20;
+
+pub(super) fn open(device: &DeviceChoice) -> Result<Device> {
+    let ordinal = i32::try_from(device.ordinal().unwrap_or(0)).unwrap_or(i32::MAX);
+    Ok(Device::open(ordinal)?)
+}
+
+pub(super) fn count(_: &DeviceChoice) -> Result<u32> {
+    Ok(cuda::count()?.unsigned_abs())
+}
+
+pub(super) fn destination(device: &DeviceChoice) -> Result<Box<dyn Install>> {
+    Ok(Box::new(CudaTensorMap::new(&open(device)?)?))
+}
+
+pub(super) fn copy_gb_per_s(device: &DeviceChoice, bytes: u64) -> Result<f64> {
+    const REPEATS: usize = 15;
+
+    let device = open(device)?;
+    // Larger than any cache, and small beside the model.
+    let len = bytes.clamp(1 << 20, 2 << 30) as usize;
+    let (from, to) = (CudaMemory::new(&device, len)?, CudaMemory::new(&device, len)?);
+    let stream = Stream::new(&device)?;
+    let mut rates = Vec::new();
+    for _ in 0..REPEATS {
+        let (before, after) = (Event::new(&device, true)?, Event::new(&device, true)?);
+        before.record(&stream)?;
+        to.all().copy_from(&from.all(), &stream)?;
+        after.record(&stream)?;
+        stream.synchronize()?;
+        rates.push(len as f64 / 1e9 / after.seconds_since(&before)?.max(1e-9));
+    }
+    rates.sort_by(f64::total_cmp);
+    Ok(rates[REPEATS / 2])
+}
+
+pub(super) fn describe() -> Vec<String> {
+    let count = match cuda::count() {
+        Ok(count) => count,
+        Err(error) => return vec![format!("cuda: not usable: {error}")],
+    };
+    let mut lines = Vec::new();
+    let version = |version: std::result::Result<(i32, i32), cuda::CudaError>| match version {
+        Ok((major, minor)) => format!("{major}.{minor}"),
+        Err(error) => error.to_string(),
+    };
+    lines.push(format!(
+        "cuda: {count} devices, driver for CUDA {}, NVRTC {}",
+        version(driver_version()),
+        version(cuda::nvrtc())
+    ));
+    for ordinal in 0..count {
+        let line = Device::open(ordinal).and_then(|device| {
+            let (free, total) = device.memory()?;
+            let (major, minor) = device.capability();
+            let shared = match CudaMemory::new(&device, 1).and_then(|memory| memory.export()) {
+                Ok(_) => "other processes can open its memory".to_owned(),
+                Err(error) => format!("other processes cannot open its memory ({error})"),
+            };
+            Ok(format!(
+                "cuda:{ordinal}: {}, sm_{major}{minor}, {} of {} MiB free, {shared}",
+                device.name()?,
+                free >> 20,
+                total >> 20
+            ))
+        });
+        lines.push(line.unwrap_or_else(|error| format!("cuda:{ordinal}: not usable: {error}")));
+    }
+    lines
+}
+
+/// A model on a device, as a trainer's is: allocated once, changed in place.
+#[derive(Debug)]
+pub struct DeviceModel {
+    tensors: Vec<(TensorMeta, CudaSlice)>,
+}
+
+impl DeviceModel {
+    /// Allocates a model and puts weights there.
+    pub(crate) fn new(device: &DeviceChoice, weights: super::HostWeights<'_>) -> Result<Self> {
+        let weights: Vec<Weight> = weights.collect::<Result<_>>()?;
+        let (mut places, mut end) = (Vec::new(), 0_usize);
+        for weight in &weights {
+            let len = weight.byte_len() as usize;
+            places.push((weight.meta().clone(), end, len));
+            end += len.next_multiple_of(ALIGNMENT);
+        }
+        let memory = CudaMemory::new(&open(device)?, end)?;
+        let tensors = places
+            .into_iter()
+            .map(|(meta, start, len)| Ok((meta, memory.slice(start, len)?)))
+            .collect::<Result<_>>()?;
+        let mut model = Self { tensors };
+        model.refill(&mut weights.into_iter().map(Ok))?;
+        Ok(model)
+    }
+
+    /// Puts other values there.
+    pub(crate) fn refill(&mut self, weights: super::HostWeights<'_>) -> Result<()> {
+        let mut staging = vec![0; STAGE];
+        for ((meta, memory), weight) in self.tensors.iter().zip(weights) {
+            let weight = weight?;
+            if weight.meta() != meta {
+                let message = "another tensor came in its place";
+                return Err(Error::new(ErrorKind::State, "filling a model on a device", message)
+                    .tensor(&*meta.name));
+            }
+            for start in (0..memory.len()).step_by(STAGE) {
+                let len = STAGE.min(memory.len() - start);
+                let part = &mut staging[..len];
+                part.par_chunks_mut(JOB).enumerate().try_for_each(|(index, bytes)| {
+                    let from = (start + index * JOB) as u64;
+                    weight.encode(from..from + bytes.len() as u64, bytes)
+                })?;
+                memory.slice(start, len)?.write(part)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// All tensors, in place.
+    pub(crate) fn weights(&self) -> Vec<Result<Weight>> {
+        let weight = |(meta, memory): &(TensorMeta, CudaSlice)| {
+            Weight::from_meta(meta.clone(), memory.storage())
+        };
+        self.tensors.iter().map(weight).collect()
+    }
+}

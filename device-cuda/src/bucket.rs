@@ -1,0 +1,406 @@
+//! Filling buckets of a device with weights, wherever these are.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use engine_core::memory::{Job, Pool};
+use engine_core::{Encoding, Error, Result, Weight};
+use quant_fp8::{Fp8Codes, Fp8Format, Fp8Scales, Granularity, NonFinite, QuantError};
+
+use crate::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, PinnedMemory, Stream};
+
+/// Packs and quantises the weights of a bucket in one launch, and digests buckets.
+///
+/// Weights on the device are encoded where they are. All others (in host memory, of other devices, in
+/// formats that the kernels do not know) are encoded by the CPU and copied, so that a stream may mix
+/// them as it likes.
+#[derive(Debug)]
+pub struct Packer {
+    device: Device,
+    kernels: Kernels,
+    /// For weights that the CPU encodes; as large as a bucket, once there is one.
+    staging: Option<PinnedMemory>,
+    scratch: Scratch,
+    /// The last to go: it waits for its work.
+    stream: Stream,
+}
+
+/// The work of one bucket, sorted by who does it.
+#[derive(Debug, Default)]
+struct Work<'a> {
+    /// One launch for each format; there hardly ever is a second.
+    launches: Vec<Launch<'a>>,
+    /// Copies of what the launches made elsewhere.
+    late: Vec<DeviceJob>,
+    /// Encoded by the CPU.
+    host: Vec<&'a Job>,
+    /// Copied by the driver: weights of other devices.
+    peers: Vec<(CudaSlice, CudaSlice)>,
+    /// What no launch adds to the digest while it writes it.
+    unsummed: Vec<(u64, CudaSlice)>,
+}
+
+#[derive(Debug)]
+struct Launch<'a> {
+    format: Fp8Format,
+    jobs: Vec<DeviceJob>,
+    /// The weight of each job, and the first of its blocks, to name what is not finite.
+    weights: Vec<(&'a Weight, usize)>,
+}
+
+impl Packer {
+    /// A packer for a device.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Kernels::load`].
+    pub fn new(device: &Device) -> Result<Self> {
+        Ok(Self {
+            device: device.clone(),
+            kernels: Kernels::load(device)?,
+            staging: None,
+            scratch: Scratch::default(),
+            stream: Stream::new(device)?,
+        })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Encodes all jobs of a bucket and returns its digest sum if it is wanted, else 0. Blocks until the
+    /// bytes are there.
+    ///
+    /// # Contract
+    ///
+    /// As [`Pool::encode`], whose threads encode what this device cannot.
+    ///
+    /// # Errors
+    ///
+    /// The first error of a weight, naming it; what the driver reports.
+    pub fn fill(
+        &mut self,
+        jobs: &[Job],
+        bucket: &CudaSlice,
+        pool: &Pool,
+        digests: bool,
+    ) -> Result<u64> {
+        let work = self.sort(jobs, bucket, digests)?;
+        if digests {
+            self.kernels.reset_sum(&self.stream)?;
+        }
+        // What waits for the CPU goes first: the launches take their time while nothing waits for them.
+        if !work.host.is_empty() {
+            self.encode_on_host(&work.host, bucket, pool)?;
+        }
+        for (source, target) in &work.peers {
+            target.copy_from(source, &self.stream)?;
+        }
+        let summed = digests.then_some(bucket);
+        for launch in &work.launches {
+            let prepared =
+                self.kernels.prepare(&launch.jobs, &launch.format, summed, &self.stream)?;
+            self.kernels.encode_prepared(&prepared, &self.stream)?;
+            self.kernels.check(&self.stream).map_err(|error| launch.failed(error))?;
+        }
+        if !work.late.is_empty() {
+            self.kernels.encode(&work.late, &Fp8Format::default(), &self.stream)?;
+        }
+        if !digests {
+            self.stream.synchronize()?;
+            return Ok(0);
+        }
+        self.kernels.add_to_sum(&work.unsummed, &self.stream)?;
+        Ok(self.kernels.sum(&self.stream)?)
+    }
+
+    /// Copies slices of the device to others, in one launch. Blocks until the bytes are there.
+    ///
+    /// # Errors
+    ///
+    /// `State` if the lengths differ; what the driver reports.
+    pub fn copy(&mut self, copies: impl IntoIterator<Item = (CudaSlice, CudaSlice)>) -> Result<()> {
+        let copy = |(source, target)| DeviceJob::Copy { source, target };
+        let jobs: Vec<DeviceJob> = copies.into_iter().map(copy).collect();
+        self.kernels.encode(&jobs, &Fp8Format::default(), &self.stream)?;
+        Ok(self.stream.synchronize()?)
+    }
+
+    /// The digest sum of a bucket's parts, each with its offset in the bucket. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// What the driver reports.
+    pub fn digest(&mut self, parts: &[(u64, CudaSlice)]) -> Result<u64> {
+        Ok(self.kernels.digest(parts, &self.stream)?)
+    }
+
+    fn sort<'a>(&mut self, jobs: &'a [Job], bucket: &CudaSlice, digests: bool) -> Result<Work<'a>> {
+        let mut work = Work::default();
+        // Scales that lie in this bucket as a whole can be written to their place at once.
+        let mut scales_here: HashMap<*const Fp8Codes, CudaSlice> = HashMap::new();
+        for job in jobs {
+            if let Some(scales) = encoding::<Fp8Scales>(&job.weight)
+                && job.len == job.weight.byte_len()
+            {
+                scales_here.insert(Arc::as_ptr(scales.codes()), target(job, bucket)?);
+            }
+        }
+        for job in jobs {
+            if job.len == 0 {
+                continue;
+            }
+            let target = target(job, bucket)?;
+            let part = job.start as usize..(job.start + job.len) as usize;
+            if let Some(storage) = job.weight.storage() {
+                match CudaSlice::of_storage(storage) {
+                    Some(source) if source.device().ordinal() == self.device.ordinal() => {
+                        let source = source.slice(part.start, part.len())?;
+                        let copy = DeviceJob::Copy { source, target };
+                        let launch = work.launch(None);
+                        work.add(launch, copy, (&job.weight, 0), job.offset, digests);
+                    }
+                    Some(source) => {
+                        let source = source.slice(part.start, part.len())?;
+                        work.unsummed.push((job.offset, target.clone()));
+                        work.peers.push((source, target));
+                    }
+                    None => work.host(job, target),
+                }
+            } else if let Some(codes) = encoding::<Fp8Codes>(&job.weight) {
+                let Some(source) = self.source_of(codes) else {
+                    work.host(job, target);
+                    continue;
+                };
+                let here = if part.len() == codes.grid().elements() {
+                    scales_here.remove(&std::ptr::from_ref(codes))
+                } else {
+                    None
+                };
+                let scales = match here {
+                    Some(place) => {
+                        // Nothing has to be done for the scales any more.
+                        keep(codes, Kept::InPlace);
+                        place
+                    }
+                    None => self.kept(codes)?,
+                };
+                let quantized = Quantized { codes, source, scales };
+                let launch = work.launch(Some(*codes.format()));
+                let covering = covering(codes, &part);
+                if covering == part {
+                    let (job_, first) = quantized.job(&part, target)?;
+                    work.add(launch, job_, (&job.weight, first), job.offset, digests);
+                } else {
+                    // A part that begins or ends within a row of blocks: whole ones are made elsewhere.
+                    let whole = self.scratch.take(&self.device, covering.len())?;
+                    let (job_, first) = quantized.job(&covering, whole.clone())?;
+                    let skipped = part.start - covering.start;
+                    let source = whole.slice(skipped, part.len())?;
+                    work.launches[launch].push(job_, (&job.weight, first));
+                    work.unsummed.push((job.offset, target.clone()));
+                    work.late.push(DeviceJob::Copy { source, target });
+                }
+            } else if let Some(scales) = encoding::<Fp8Scales>(&job.weight) {
+                let kept = scales.codes().device_state().get();
+                match kept.and_then(|kept| kept.downcast_ref::<Kept>()) {
+                    Some(Kept::InPlace) => work.unsummed.push((job.offset, target)),
+                    Some(Kept::Elsewhere(scales)) => {
+                        let source = scales.slice(part.start, part.len())?;
+                        work.unsummed.push((job.offset, target.clone()));
+                        work.late.push(DeviceJob::Copy { source, target });
+                    }
+                    None => work.host(job, target),
+                }
+            } else {
+                work.host(job, target);
+            }
+        }
+        Ok(work)
+    }
+
+    /// Where the source of codes is on this device, if they can be computed there.
+    fn source_of(&self, codes: &Fp8Codes) -> Option<CudaSlice> {
+        let Fp8Format { granularity, non_finite, .. } = codes.format();
+        let known = matches!(granularity, Granularity::Block { .. });
+        if !known || *non_finite == NonFinite::Reproduce {
+            return None;
+        }
+        let source = CudaSlice::of_storage(codes.source().storage()?)?;
+        let here = source.device().ordinal() == self.device.ordinal();
+        // The kernels read whole elements.
+        let aligned = source.address().is_multiple_of(codes.source_type().size() as u64);
+        (here && aligned).then_some(source)
+    }
+
+    /// Memory for scales that are not written to their place at once.
+    fn kept(&mut self, codes: &Fp8Codes) -> Result<CudaSlice> {
+        let kept = codes.device_state().get();
+        if let Some(Kept::Elsewhere(scales)) = kept.and_then(|kept| kept.downcast_ref()) {
+            return Ok(scales.clone());
+        }
+        let scales = self.scratch.take(&self.device, codes.grid().scales() * size_of::<f32>())?;
+        keep(codes, Kept::Elsewhere(scales.clone()));
+        Ok(scales)
+    }
+
+    fn encode_on_host(&mut self, jobs: &[&Job], bucket: &CudaSlice, pool: &Pool) -> Result<()> {
+        let staging = match &mut self.staging {
+            Some(staging) if staging.len() >= bucket.len() => staging,
+            staging => staging.insert(PinnedMemory::new(&self.device, bucket.len())?),
+        };
+        let own: Vec<Job> = jobs.iter().map(|&job| job.clone()).collect();
+        pool.encode(&own, staging.bytes(&self.stream)?, false)?;
+        for job in jobs {
+            staging.copy_to(job.offset as usize, &target(job, bucket)?, &self.stream)?;
+        }
+        Ok(())
+    }
+}
+
+impl<'a> Work<'a> {
+    /// The launch for a format; for copies, any.
+    fn launch(&mut self, format: Option<Fp8Format>) -> usize {
+        let fits = |launch: &Launch<'_>| format.is_none_or(|format| launch.format == format);
+        match self.launches.iter().position(fits) {
+            Some(index) => index,
+            None => {
+                let format = format.unwrap_or_default();
+                self.launches.push(Launch { format, jobs: Vec::new(), weights: Vec::new() });
+                self.launches.len() - 1
+            }
+        }
+    }
+
+    fn add(
+        &mut self,
+        launch: usize,
+        job: DeviceJob,
+        weight: (&'a Weight, usize),
+        offset: u64,
+        digests: bool,
+    ) {
+        let launch = &mut self.launches[launch];
+        if digests && !job.is_summable(&launch.format) {
+            self.unsummed.push((offset, job.target().clone()));
+        }
+        launch.push(job, weight);
+    }
+
+    fn host(&mut self, job: &'a Job, target: CudaSlice) {
+        self.unsummed.push((job.offset, target));
+        self.host.push(job);
+    }
+}
+
+impl<'a> Launch<'a> {
+    fn push(&mut self, job: DeviceJob, weight: (&'a Weight, usize)) {
+        self.jobs.push(job);
+        self.weights.push(weight);
+    }
+
+    /// An error of the launch, which names the weight if it is one's.
+    fn failed(&self, error: CudaError) -> Error {
+        let CudaError::NonFinite { job, block } = error else { return error.into() };
+        let Some((weight, first)) = self.weights.get(job) else { return error.into() };
+        let Some(codes) = encoding::<Fp8Codes>(weight) else { return error.into() };
+        let (grid, block) = (codes.grid(), first + block);
+        let band = block / grid.scales_per_band();
+        QuantError::NonFinite {
+            tensor: Some(weight.name().to_owned()),
+            expert: band / grid.bands_per_matrix(),
+            block_row: band % grid.bands_per_matrix(),
+            block_col: block % grid.scales_per_band(),
+        }
+        .into()
+    }
+}
+
+/// Codes to be computed on the device.
+struct Quantized<'a> {
+    codes: &'a Fp8Codes,
+    source: CudaSlice,
+    /// The place of all scales of the weight.
+    scales: CudaSlice,
+}
+
+impl Quantized<'_> {
+    /// The job for elements that are whole granules, and the first of its blocks.
+    fn job(
+        &self,
+        elements: &std::ops::Range<usize>,
+        target: CudaSlice,
+    ) -> Result<(DeviceJob, usize)> {
+        let (codes, grid) = (self.codes, self.codes.grid());
+        let size = codes.source_type().size();
+        let blocks = grid.scales_of(elements);
+        let shape = match *codes.shape() {
+            _ if elements.len() == grid.elements() => codes.shape().to_vec(),
+            // Uneven experts come whole.
+            [_, rows, cols] if elements.len().is_multiple_of(rows * cols) => {
+                vec![elements.len() / (rows * cols), rows, cols]
+            }
+            [.., cols] => vec![elements.len() / cols, cols],
+            [] => Vec::new(),
+        };
+        let job = DeviceJob::Fp8 {
+            source: self.source.slice(elements.start * size, elements.len() * size)?,
+            ty: codes.source_type(),
+            shape,
+            codes: target,
+            scales: self.scales.slice(blocks.start * 4, blocks.len() * 4)?,
+        };
+        Ok((job, blocks.start))
+    }
+}
+
+/// Where a weight's scales are until they are asked for.
+#[derive(Debug)]
+enum Kept {
+    /// In the bucket already, where they belong.
+    InPlace,
+    /// To be copied from here.
+    Elsewhere(CudaSlice),
+}
+
+fn keep(codes: &Fp8Codes, kept: Kept) {
+    // One packer encodes a weight, and asks before it keeps something.
+    codes.device_state().get_or_init(|| Box::new(kept));
+}
+
+/// The smallest range of whole granules around a range of codes.
+fn covering(codes: &Fp8Codes, part: &std::ops::Range<usize>) -> std::ops::Range<usize> {
+    let granule = codes.granule() as usize;
+    let end = part.end.next_multiple_of(granule).min(codes.grid().elements());
+    part.start / granule * granule..end
+}
+
+fn target(job: &Job, bucket: &CudaSlice) -> Result<CudaSlice> {
+    Ok(bucket.slice(job.offset as usize, job.len as usize)?)
+}
+
+/// A weight's encoding, if it is of this type.
+fn encoding<T: Encoding>(weight: &Weight) -> Option<&T> {
+    let encoding: &dyn std::any::Any = &**weight.encoding()?;
+    encoding.downcast_ref()
+}
+
+/// Small memory that is used again when nobody holds it any more: its users' work is on one stream.
+#[derive(Debug, Default)]
+struct Scratch(Vec<CudaMemory>);
+
+impl Scratch {
+    fn take(&mut self, device: &Device, len: usize) -> Result<CudaSlice> {
+        let fits = |memory: &&CudaMemory| memory.len() >= len && memory.is_unshared();
+        let memory = match self.0.iter().find(fits) {
+            Some(memory) => memory.clone(),
+            None => {
+                let memory = CudaMemory::new(device, len.next_power_of_two().max(1 << 16))?;
+                self.0.push(memory.clone());
+                memory
+            }
+        };
+        Ok(memory.slice(0, len)?)
+    }
+}

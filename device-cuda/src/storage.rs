@@ -1,0 +1,81 @@
+//! Memory of a device as engine-core and the embedding program see it.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use engine_core::{DeviceBytes, DeviceMemory, Error, Result, Storage, plan::Piece};
+
+use crate::bucket::Packer;
+use crate::{CudaMemory, CudaSlice};
+
+impl DeviceMemory for CudaMemory {
+    fn device(&self) -> String {
+        format!("cuda:{}", CudaMemory::device(self).ordinal())
+    }
+
+    fn len(&self) -> u64 {
+        CudaMemory::len(self) as u64
+    }
+
+    fn read(&self, start: u64, destination: &mut [u8]) -> Result<()> {
+        Ok(self.slice(start as usize, destination.len())?.read(destination)?)
+    }
+}
+
+/// A bucket on a device, which is digested there.
+#[derive(Debug)]
+struct Bucket {
+    memory: CudaMemory,
+    packer: Arc<Mutex<Packer>>,
+}
+
+impl DeviceMemory for Bucket {
+    fn device(&self) -> String {
+        DeviceMemory::device(&self.memory)
+    }
+
+    fn len(&self) -> u64 {
+        DeviceMemory::len(&self.memory)
+    }
+
+    fn read(&self, start: u64, destination: &mut [u8]) -> Result<()> {
+        self.memory.read(start, destination)
+    }
+
+    fn digest(&self, start: u64, pieces: &[Piece]) -> Result<u64> {
+        let part = |piece: &Piece| {
+            let at = (start + piece.offset) as usize;
+            Ok::<_, Error>((piece.offset, self.memory.slice(at, piece.len as usize)?))
+        };
+        let parts: Vec<_> = pieces.iter().map(part).collect::<Result<_>>()?;
+        let mut packer = self.packer.lock().unwrap_or_else(PoisonError::into_inner);
+        packer.digest(&parts)
+    }
+}
+
+/// Buckets on a device, one after the other in an allocation, as receivers see them: `packer` digests
+/// them.
+pub fn bucket_storage(memory: &CudaMemory, packer: &Arc<Mutex<Packer>>) -> Storage {
+    let bucket = Bucket { memory: memory.clone(), packer: packer.clone() };
+    DeviceBytes::new(Arc::new(bucket)).into()
+}
+
+impl CudaSlice {
+    /// The same bytes as a weight's: nothing is copied.
+    #[must_use]
+    pub fn storage(&self) -> Storage {
+        let whole = Storage::from(DeviceBytes::new(Arc::new(self.memory().clone())));
+        let start = self.start() as u64;
+        whole.slice(start..start + self.len() as u64)
+    }
+
+    /// The memory that a storage stands for, if it is a CUDA device's.
+    pub fn of_storage(storage: &Storage) -> Option<Self> {
+        let bytes = storage.device()?;
+        let memory: &dyn std::any::Any = &**bytes.memory();
+        let memory = match memory.downcast_ref::<CudaMemory>() {
+            Some(memory) => memory,
+            None => &memory.downcast_ref::<Bucket>()?.memory,
+        };
+        memory.slice(bytes.start() as usize, bytes.len() as usize).ok()
+    }
+}
