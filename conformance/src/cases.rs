@@ -33,7 +33,7 @@ macro_rules! cases {
 
         /// Makes a test of every case, for the suite that the expression gives. With `without
         /// buckets` after it, for an engine that hands memory over, the cases about buckets are
-        /// ignored.
+        /// ignored; with `ignored = "reason"` all are, because most machines cannot run them.
         #[macro_export]
         macro_rules! suite {
             ($suite:expr) => {
@@ -41,6 +41,9 @@ macro_rules! cases {
             };
             ($suite:expr, without buckets) => {
                 $($crate::case!([$($buckets)?] $name, $suite);)*
+            };
+            ($suite:expr, ignored = $reason:literal) => {
+                $($crate::case!([$reason] $name, $suite);)*
             };
         }
     };
@@ -59,8 +62,11 @@ macro_rules! case {
         }
     };
     ([buckets] $name:ident, $suite:expr) => {
+        $crate::case!(["this engine hands memory over and has no buckets"] $name, $suite);
+    };
+    ([$reason:literal] $name:ident, $suite:expr) => {
         #[test]
-        #[ignore = "this engine hands memory over and has no buckets"]
+        #[ignore = $reason]
         fn $name() {
             $suite.test(stringify!($name));
         }

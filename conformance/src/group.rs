@@ -4,20 +4,59 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use bytes::Bytes;
 use engine_core::control::{ControlConfig, Token};
 use engine_core::{
-    CheckpointEngine, ControlPlane, DType, EngineContext, Error, Result, Role, SendReport,
-    TensorMeta, Version, Weight, ensure_async_iterator,
+    CheckpointEngine, ControlPlane, DType, EngineContext, Error, Placement, ReceivedWeights,
+    Result, Role, SendReport, TensorMeta, Version, Weight, WeightStream, WorkerMetadata,
+    ensure_async_iterator,
 };
+use futures::StreamExt;
 
-use crate::Suite;
+use crate::{Place, Suite};
 
 pub(crate) struct Group {
     suite: Suite,
     pub(crate) trainer: Box<dyn CheckpointEngine>,
     pub(crate) rollouts: Vec<Box<dyn CheckpointEngine>>,
     _controls: Vec<ControlPlane>,
+}
+
+/// A trainer's engine whose weights are put elsewhere before they are sent.
+#[derive(Debug)]
+struct Placed {
+    engine: Box<dyn CheckpointEngine>,
+    place: Place,
+}
+
+#[async_trait]
+impl CheckpointEngine for Placed {
+    async fn prepare(&mut self) -> Result<WorkerMetadata> {
+        self.engine.prepare().await
+    }
+
+    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
+        self.engine.init_process_group(place).await
+    }
+
+    async fn send_weights(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        let place = self.place;
+        let placed = weights.map(move |weight| weight.and_then(place));
+        self.engine.send_weights(WeightStream::new(placed), version).await
+    }
+
+    async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
+        self.engine.receive_weights(version).await
+    }
+
+    async fn finalize(&mut self) -> Result<()> {
+        self.engine.finalize().await
+    }
 }
 
 /// A tensor as it was received.
@@ -45,6 +84,9 @@ impl Group {
             let mut engine = suite.backend.create(context.clone())?;
             if let Some(quantizer) = suite.quantizer {
                 engine = (quantizer.layer)(engine, &context)?;
+            }
+            if let Some(place) = suite.place.filter(|_| role == Role::Trainer) {
+                engine = Box::new(Placed { engine, place });
             }
             engines.push(engine);
         }

@@ -16,7 +16,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 
-use engine_core::{Backend, CheckpointEngineConfig, QuantizerLayer, Weight};
+use engine_core::{Backend, CheckpointEngineConfig, QuantizerLayer, Result, Weight};
 
 pub use cases::CASES;
 
@@ -27,7 +27,11 @@ pub struct Suite {
     pub(crate) config: CheckpointEngineConfig,
     pub(crate) control: bool,
     pub(crate) quantizer: Option<Quantizer>,
+    pub(crate) place: Option<Place>,
 }
+
+/// Moves a weight to where the trainer has its weights.
+pub type Place = fn(Weight) -> Result<Weight>;
 
 /// Quantisation in front of the engines, and what it makes of weights.
 #[derive(Clone, Copy, Debug)]
@@ -69,7 +73,7 @@ impl Suite {
             timeout_seconds: 2.0,
             ..Default::default()
         };
-        Self { backend, config, control: false, quantizer: None }
+        Self { backend, config, control: false, quantizer: None, place: None }
     }
 
     /// The backend fills buckets and talks over a control plane.
@@ -88,6 +92,13 @@ impl Suite {
         expected: fn(Vec<Weight>) -> Vec<Weight>,
     ) -> Self {
         self.quantizer = Some(Quantizer { layer, expected });
+        self
+    }
+
+    /// Every weight is put elsewhere before it is sent, with the same bytes: on a device.
+    #[must_use]
+    pub fn with_weights_placed(mut self, place: Place) -> Self {
+        self.place = Some(place);
         self
     }
 

@@ -3,8 +3,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use device_cuda::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, Stream};
-use quant_fp8::{Codec, Fp8Format, Granularity, Mode, Precast, Source, SourceType, Store};
+use device_cuda::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, Packer, Stream};
+use engine_core::memory::{Job, Pool};
+use engine_core::plan::BucketPlanner;
+use engine_core::{DType, Weight};
+use futures::StreamExt;
+use quant_fp8::rules::{Rules, RulesConfig};
+use quant_fp8::{
+    Codec, Fp8Format, Granularity, Mode, Precast, QuantizeFp8, Source, SourceType, Store,
+};
 use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 
@@ -334,4 +341,131 @@ fn another_process_reads_the_memory_in_place() {
     let mut byte = [0];
     memory.slice(5, 1).unwrap().read(&mut byte).unwrap();
     assert_eq!(byte, [77]);
+}
+
+/// Weights of all kinds, quantised where the rules say so, in plans of buckets of several sizes: what the
+/// packer writes and sums up is what the CPU does.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn a_bucket_that_the_device_fills_is_what_the_cpu_fills_digest_included() {
+    let device = Device::open(0).unwrap();
+    let mut packer = Packer::new(&device).unwrap();
+    let pool = Pool::new(4).unwrap();
+    let on_device = |matrix: &Matrix, name: &str, dtype: DType, device: Option<&Device>| {
+        let shape: Vec<u64> = matrix.shape.iter().map(|&side| side as u64).collect();
+        let storage = match device {
+            None => matrix.bytes.clone().into(),
+            Some(device) => {
+                let memory = CudaMemory::new(device, matrix.bytes.len()).unwrap();
+                memory.all().write(&matrix.bytes).unwrap();
+                memory.all().storage()
+            }
+        };
+        Weight::new(name, dtype, shape, storage).unwrap()
+    };
+    let shapes: [&[usize]; 9] = [
+        &[1, 8],
+        &[300, 515],
+        &[1024, 776],
+        &[3, 130, 264],
+        &[4, 256, 128],
+        &[128, 4096],
+        &[2, 1, 7],
+        &[65, 3],
+        &[700, 1000],
+    ];
+    let model = |device: Option<&Device>| -> Vec<Weight> {
+        let types = [
+            (SourceType::Bf16, DType::BF16),
+            (SourceType::F16, DType::F16),
+            (SourceType::F32, DType::F32),
+        ];
+        let mut weights = Vec::new();
+        for (layer, &(ty, dtype)) in types.iter().enumerate() {
+            for (index, shape) in shapes.iter().enumerate() {
+                let matrix = random(ty, shape, index as u64);
+                let name = format!("model.layers.{layer}.mlp.{index}.up_proj.weight");
+                // Every fifth stays in host memory.
+                let device = device.filter(|_| index % 5 != 4);
+                weights.push(on_device(&matrix, &name, dtype, device));
+                let norm = random(ty, &[1, 333], 7);
+                let name = format!("model.layers.{layer}.{index}.norm.weight");
+                weights.push(on_device(&norm, &name, dtype, device));
+            }
+        }
+        let rules = Rules::new(&RulesConfig::default()).unwrap();
+        let quantized = weights.quantize_fp8(rules).map(|weight| weight.unwrap());
+        futures::executor::block_on(quantized.collect())
+    };
+    for bucket_bytes in [4096_u64, 100_096, 1 << 20, 64 << 20] {
+        let (here, there) = (model(None), model(Some(&device)));
+        let bucket = CudaMemory::new(&device, bucket_bytes as usize).unwrap();
+        let plans = [plan(&here, bucket_bytes), plan(&there, bucket_bytes)];
+        assert_eq!(plans[0].len(), plans[1].len());
+        for (index, (here, there)) in plans[0].iter().zip(&plans[1]).enumerate() {
+            let mut expected = vec![0xee_u8; bucket_bytes as usize];
+            bucket.all().write(&expected).unwrap();
+            let sum = pool.encode(here, &mut expected, true).unwrap();
+            let filled = packer.fill(there, &bucket.all(), &pool, true).unwrap();
+            let mut bytes = vec![0; bucket_bytes as usize];
+            bucket.all().read(&mut bytes).unwrap();
+            for (job, other) in here.iter().zip(there) {
+                let part = job.offset as usize..(job.offset + job.len) as usize;
+                let name = job.weight.name();
+                assert_eq!((other.offset, other.len), (job.offset, job.len), "{name}");
+                assert!(bytes[part.clone()] == expected[part], "{name} in bucket {index}");
+            }
+            assert!(bytes == expected, "bytes between weights of bucket {index}");
+            assert_eq!(filled, sum, "bucket {index} of {bucket_bytes} bytes");
+        }
+    }
+}
+
+/// The jobs of each bucket of a plan.
+fn plan(weights: &[Weight], bucket_bytes: u64) -> Vec<Vec<Job>> {
+    let mut planner = BucketPlanner::new(bucket_bytes).unwrap();
+    let (mut buckets, mut jobs) = (Vec::new(), Vec::new());
+    for weight in weights {
+        let (mut start, total) = (0, weight.byte_len());
+        loop {
+            let name = weight.name().len();
+            if let Some(place) = planner.place(name, total, total - start, weight.granule()) {
+                let weight = weight.clone();
+                jobs.push(Job { weight, start, len: place.len, offset: place.offset });
+                start += place.len;
+            }
+            if start == total && jobs.last().is_some_and(|job| job.weight.name() == weight.name()) {
+                break;
+            }
+            planner.close();
+            buckets.push(std::mem::take(&mut jobs));
+        }
+    }
+    planner.close();
+    buckets.push(jobs);
+    buckets
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn a_weight_that_is_not_finite_is_named_by_the_packer() {
+    let device = Device::open(0).unwrap();
+    let mut packer = Packer::new(&device).unwrap();
+    let mut matrix = random(SourceType::Bf16, &[300, 300], 2);
+    let at = (200 * 300 + 299) * 2;
+    matrix.bytes[at..at + 2].copy_from_slice(&0x7fc0_u16.to_le_bytes());
+    let memory = CudaMemory::new(&device, matrix.bytes.len()).unwrap();
+    memory.all().write(&matrix.bytes).unwrap();
+    let name = "model.layers.3.mlp.up_proj.weight";
+    let weight = Weight::new(name, DType::BF16, [300, 300], memory.all().storage()).unwrap();
+    let rules = Rules::new(&RulesConfig::default()).unwrap();
+    let weights = vec![weight].quantize_fp8(rules).map(|weight| weight.unwrap());
+    let weights: Vec<Weight> = futures::executor::block_on(weights.collect());
+    let bucket = CudaMemory::new(&device, 1 << 20).unwrap();
+    let pool = Pool::new(1).unwrap();
+    let jobs = plan(&weights, 1 << 20).remove(0);
+    let error = packer.fill(&jobs, &bucket.all(), &pool, true).unwrap_err();
+    assert_eq!(error.kind(), engine_core::ErrorKind::Weight);
+    let text = error.to_string();
+    assert!(text.contains(name) && text.contains("(1, 2)"), "{text}");
 }

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a program that reports to its user on standard output")]
 
+mod bundle;
 mod process;
 mod setup;
 mod tests;
@@ -46,6 +47,13 @@ enum Task {
     Test(tests::Options),
     /// Checks licences, bans and sources of the dependencies, by deny.toml
     Deny,
+    /// Packs programs, tests and a script for a machine that has a GPU and no Rust
+    ///
+    /// They are built for this machine's architecture and C library. Needs `strip`, which comes with gcc.
+    GpuBundle {
+        /// Where to; target/gpu-bundle without it
+        folder: Option<std::path::PathBuf>,
+    },
     /// Runs what a pull request has to pass: `.ci/run`
     Ci,
 }
@@ -58,6 +66,7 @@ fn main() -> ExitCode {
         Task::Setup { check: false } => setup::prepare(&workspace, &Purpose::ALL),
         Task::Test(options) => tests::all(&workspace, options),
         Task::Deny => deny(&workspace),
+        Task::GpuBundle { folder } => bundle::build(&workspace, folder.as_deref()),
         Task::Ci => run(Command::new(workspace.root().join(".ci/run"))),
     };
     match result {

@@ -28,6 +28,11 @@ impl Workspace {
         &self.root
     }
 
+    /// Where cargo builds to.
+    pub(crate) fn target(&self) -> &Path {
+        &self.target
+    }
+
     /// A folder for one installed tool; its version in the name makes an update a new installation.
     pub(crate) fn tool(&self, name_and_version: &str) -> PathBuf {
         self.target.join("tools").join(name_and_version)

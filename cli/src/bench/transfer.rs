@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use checkpoint_engine::{
-    CheckpointEngineConfig, DType, Result, SendReport, Version, Weight, WeightStream,
+    CheckpointEngineConfig, DType, DeviceChoice, Result, SendReport, Version, Weight, WeightStream,
     ensure_async_iterator,
 };
 use serde::Serialize;
 
+use crate::device;
 use crate::memory::{PeakMemory, memcpy_gb_per_s};
 use crate::source::{Source, SourceSpec};
 use crate::sync::{Processes, SyncOptions};
@@ -32,7 +33,9 @@ pub struct TransferLine {
     pub what: &'static str,
     /// The transport.
     pub backend: String,
-    /// Rollouts, which read the buckets in place.
+    /// Where weights and buckets were.
+    pub device: String,
+    /// Rollouts. They read the buckets in place; on a device they copy every tensor out.
     pub rollouts: u32,
     /// Whether buckets were guarded by digests.
     pub digests: bool,
@@ -44,9 +47,12 @@ pub struct TransferLine {
     pub source_bytes: u64,
     /// Seconds of an update.
     pub seconds: f64,
+    /// Seconds of the first update, which allocates, compiles kernels and plans.
+    pub first_seconds: f64,
     /// Source bytes per second.
     pub gb_per_s: f64,
-    /// One thread's copy of the same bytes into shared memory, before and after; the mean of both.
+    /// One thread's copy of the same bytes into shared memory, before and after; the mean of both. On a
+    /// device, the driver's copy within it.
     pub memcpy_gb_per_s: f64,
     /// The transfer's rate over the copy's.
     pub ratio: f64,
@@ -69,15 +75,26 @@ pub async fn transfer(
     options: &TransferOptions,
     mut each: impl FnMut(&TransferLine) -> Result<()>,
 ) -> Result<()> {
-    let mut source = Source::open(options.source.clone())?;
+    let place = device::of_rank(&options.config.device, 0)?;
+    let mut source = Source::open(options.source.clone())?.on_device(&place);
     source.advance(Version(1))?;
-    let bytes: Vec<Bytes> =
-        source.weights(Version(1))?.map(|weight| weight?.to_bytes()).collect::<Result<_>>()?;
-    for (rollouts, digests) in [(1, true), (1, false), (2, true)] {
+    let baseline = if place.is_cpu() {
+        let weights = source.weights(Version(1))?;
+        Baseline::Host(weights.map(|weight| weight?.to_bytes()).collect::<Result<_>>()?)
+    } else {
+        Baseline::Device(place.clone(), source.byte_len())
+    };
+    // A second rollout on a device would often find no room for its tensors.
+    let settings: &[_] =
+        if place.is_cpu() { &[(1, true), (1, false), (2, true)] } else { &[(1, true), (1, false)] };
+    for &(rollouts, digests) in settings {
         let weights = || Ok(ensure_async_iterator(source.weights(Version(1))?));
-        each(&setting(options, "model", rollouts, digests, &bytes, weights).await?)?;
+        each(&setting(options, "model", rollouts, digests, &baseline, weights).await?)?;
     }
-    drop(bytes);
+    drop(baseline);
+    if !place.is_cpu() {
+        return Ok(());
+    }
     let (count, len) = TINY;
     let storage = Bytes::from(vec![0x3c_u8; (count * len) as usize]);
     let tiny: Vec<Weight> = (0..count)
@@ -88,9 +105,29 @@ pub async fn transfer(
         })
         .collect::<Result<_>>()?;
     let weights = || Ok(ensure_async_iterator(tiny.iter().cloned()));
-    let storage = [storage.clone()];
-    each(&setting(options, "tiny tensors", 1, true, &storage, weights).await?)?;
+    let baseline = Baseline::Host(vec![storage.clone()]);
+    each(&setting(options, "tiny tensors", 1, true, &baseline, weights).await?)?;
     Ok(())
+}
+
+/// What an update is compared with.
+enum Baseline {
+    /// A copy of these bytes into shared memory.
+    Host(Vec<Bytes>),
+    /// A copy of so many bytes within a device.
+    Device(DeviceChoice, u64),
+}
+
+impl Baseline {
+    fn gb_per_s(&self, bucket_bytes: u64) -> Result<f64> {
+        match self {
+            Self::Host(bytes) => {
+                let parts: Vec<&[u8]> = bytes.iter().map(|part| &part[..]).collect();
+                memcpy_gb_per_s(&parts, bucket_bytes, 1)
+            }
+            Self::Device(device, bytes) => device::copy_gb_per_s(device, *bytes),
+        }
+    }
 }
 
 async fn setting<'a>(
@@ -98,14 +135,12 @@ async fn setting<'a>(
     what: &'static str,
     rollouts: u32,
     digests: bool,
-    bytes: &[Bytes],
+    baseline: &Baseline,
     mut weights: impl FnMut() -> Result<WeightStream<'a>>,
 ) -> Result<TransferLine> {
     let config = CheckpointEngineConfig { digests, ..options.config.clone() };
     let bucket_bytes = config.bucket_bytes().unwrap_or(16 << 20);
-    let parts: Vec<&[u8]> = bytes.iter().map(|part| &part[..]).collect();
-    let memcpy = || memcpy_gb_per_s(&parts, bucket_bytes, 1);
-    let before = memcpy()?;
+    let before = baseline.gb_per_s(bucket_bytes)?;
     let memory = PeakMemory::start()?;
     let updates = options.repeats as u64 + 2;
     let run = SyncOptions {
@@ -117,9 +152,10 @@ async fn setting<'a>(
     };
     let mut group = Processes::start(&run, Arc::new(())).await?;
     let mut engine = group.form(&run.source).await?;
-    let mut reports: Vec<SendReport> = Vec::new();
+    let (mut reports, mut first_seconds): (Vec<SendReport>, Option<f64>) = (Vec::new(), None);
     for version in (1..=updates).map(Version) {
         let report = engine.send_weights(weights()?, version).await?;
+        first_seconds.get_or_insert(report.elapsed.as_secs_f64());
         if version.0 > 2 {
             reports.push(report);
         }
@@ -127,12 +163,13 @@ async fn setting<'a>(
     engine.finalize().await?;
     group.stop(Duration::from_secs(10)).await?;
     let extra_peak_bytes = memory.extra_peak_bytes();
-    let memcpy_gb_per_s = (before + memcpy()?) / 2.0;
+    let memcpy_gb_per_s = (before + baseline.gb_per_s(bucket_bytes)?) / 2.0;
     reports.sort_by_key(|report| report.elapsed);
     let report = &reports[reports.len() / 2];
     let seconds = report.elapsed.as_secs_f64();
     Ok(TransferLine {
         what,
+        device: run.config.device.to_string(),
         backend: run.config.backend,
         rollouts,
         digests,
@@ -140,6 +177,7 @@ async fn setting<'a>(
         tensors: report.counts.tensors,
         source_bytes: report.counts.source_bytes,
         seconds,
+        first_seconds: first_seconds.unwrap_or(seconds),
         gb_per_s: report.gb_per_s(),
         memcpy_gb_per_s,
         ratio: report.gb_per_s() / memcpy_gb_per_s,

@@ -1,0 +1,87 @@
+//! The engine behaves as every engine has to with its buckets on a CUDA device, wherever the weights are,
+//! quantised and not.
+
+#![cfg(feature = "cuda")]
+
+use std::sync::OnceLock;
+
+use conformance::Suite;
+use device_cuda::{CudaMemory, Device};
+use engine_core::{Result, Weight};
+use futures::StreamExt;
+use futures::executor::block_on;
+use quant_fp8::rules::{Rules, RulesConfig};
+use quant_fp8::{QuantizeFp8, with_fp8};
+
+fn device() -> Result<&'static Device> {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    match DEVICE.get() {
+        Some(device) => Ok(device),
+        None => Ok(DEVICE.get_or_init(|| Device::open(0).expect("a device"))),
+    }
+}
+
+/// A weight with the same bytes on the device.
+fn on_the_device(weight: Weight) -> Result<Weight> {
+    let bytes = weight.to_bytes()?;
+    let memory = CudaMemory::new(device()?, bytes.len())?;
+    memory.all().write(&bytes)?;
+    Weight::from_meta(weight.meta().clone(), memory.all().storage())
+}
+
+/// Every weight whose name has an odd length, so that device and host are mixed in all buckets.
+fn partly_on_the_device(weight: Weight) -> Result<Weight> {
+    if weight.name().len() % 2 == 1 { on_the_device(weight) } else { Ok(weight) }
+}
+
+fn quantized(weights: Vec<Weight>) -> Vec<Weight> {
+    let rules = Rules::new(&RulesConfig::default()).expect("the default rules");
+    block_on(weights.quantize_fp8(rules).map(|weight| weight.expect("a weight")).collect())
+}
+
+fn suite() -> Suite {
+    Suite::new(backend_ipc::BACKEND).with_control_plane().with_config(|config| {
+        config.device = "cuda:0".parse().expect("a device");
+        // Contexts and kernels are made at the beginning of every case.
+        config.timeout_seconds = 4.0;
+    })
+}
+
+fn fp8() -> Suite {
+    suite().with_quantizer(with_fp8, quantized).with_config(|c| c.trainer_quantize_fp8 = true)
+}
+
+mod weights_on_the_device {
+    conformance::suite!(
+        super::suite().with_weights_placed(super::on_the_device),
+        ignored = "needs a CUDA device"
+    );
+}
+
+mod weights_on_both {
+    conformance::suite!(
+        super::suite().with_weights_placed(super::partly_on_the_device),
+        ignored = "needs a CUDA device"
+    );
+}
+
+mod weights_on_the_host_without_digests {
+    conformance::suite!(
+        super::suite().with_config(|config| config.digests = false),
+        ignored = "needs a CUDA device"
+    );
+}
+
+mod quantised_on_the_device {
+    conformance::suite!(
+        super::fp8().with_weights_placed(super::on_the_device),
+        ignored = "needs a CUDA device"
+    );
+}
+
+mod quantised_on_both {
+    conformance::suite!(
+        super::fp8().with_weights_placed(super::partly_on_the_device),
+        ignored = "needs a CUDA device"
+    );
+}

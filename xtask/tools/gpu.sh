@@ -1,0 +1,31 @@
+#!/bin/bash
+# Runs what needs a GPU: `run.sh` all of it, `run.sh tests` or `run.sh benches` a part. The programs are
+# beside this script. Prints JSON lines of what was measured, and ends with 1 if anything failed.
+cd "$(dirname "$0")" || exit 1
+chmod +x ckpt-engine device-cuda-gpu backend-ipc-cuda 2>/dev/null
+failed=0
+check() {
+    echo "== $*"
+    "$@" || { echo "FAILED: $*"; failed=1; }
+}
+
+if [ "${1:-tests}" = tests ]; then
+    ./ckpt-engine doctor
+    check ./device-cuda-gpu --ignored --test-threads 1
+    check ./backend-ipc-cuda --ignored --test-threads 4
+    for quantise in "" --trainer-quantize-fp8; do
+        check ./ckpt-engine sync --device cuda --synthetic tiny-moe --rollouts 2 --updates 3 \
+            --verify --json $quantise
+    done
+    check ./ckpt-engine sync --device cuda --synthetic qwen2.5-0.5b --rollouts 2 --updates 2 \
+        --verify --json --trainer-quantize-fp8
+fi
+if [ "${1:-benches}" = benches ]; then
+    for model in qwen2.5-7b qwen3-30b-a3b; do
+        for quantise in "" --trainer-quantize-fp8; do
+            check ./ckpt-engine bench transfer --device cuda --synthetic $model --repeats 15 --json \
+                $quantise
+        done
+    done
+fi
+exit $failed
