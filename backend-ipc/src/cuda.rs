@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 /// The size of a bucket unless one is configured: processes take turns on a GPU, and the fewer turns the
 /// better.
-pub(crate) const DEFAULT_BUCKET_MEGABYTES: u64 = 256;
+pub(crate) const DEFAULT_BUCKET_MEGABYTES: u64 = 512;
 
 /// What a rollout needs to map a trainer's buckets.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -8,7 +8,7 @@
 
 use std::io::Write;
 
-use device_cuda::{CudaError, CudaMemory, Device, DeviceJob, Event, Kernels, Stream};
+use device_cuda::{CudaError, CudaMemory, Device, DeviceJob, Event, Kernels, Launch, Stream};
 use quant_fp8::{Fp8Format, Mode, SourceType};
 
 type Failure = Box<dyn std::error::Error>;
@@ -91,8 +91,11 @@ fn main() -> Result<(), Failure> {
                 Ok(DeviceJob::Copy { source, target })
             })
             .collect::<Result<_, CudaError>>()?;
-        let prepared = kernels.prepare(&jobs, &Fp8Format::default(), None, &stream)?;
-        let seconds = median_seconds(&stream, || kernels.encode_prepared(&prepared, &stream))?;
+        let prepared = kernels.prepare(
+            &[Launch::Encode { jobs: &jobs, format: &Fp8Format::default(), summed: None }],
+            &stream,
+        )?;
+        let seconds = median_seconds(&stream, || kernels.launch(&prepared, &stream))?;
         line(&format!("grouped copy of {count}"), 2.0 * (each * count) as f64, seconds)?;
     }
 
@@ -128,12 +131,15 @@ fn main() -> Result<(), Failure> {
                 })
             })
             .collect::<Result<_, CudaError>>()?;
-        let prepared = kernels.prepare(&jobs, &format, None, &stream)?;
-        let seconds = median_seconds(&stream, || kernels.encode_prepared(&prepared, &stream))?;
-        kernels.check(&stream)?;
         let bytes = count * (elements * (ty.size() + 1) + scales);
         let what = format!("{count} x {rows}x{cols} {ty:?} {mode:?}");
-        line(&what, bytes as f64, seconds)?;
+        let bucket = target.all();
+        for (summed, with) in [(None, ""), (Some(&bucket), ", with the digest")] {
+            let launch = Launch::Encode { jobs: &jobs, format: &format, summed };
+            let prepared = kernels.prepare(&[launch], &stream)?;
+            let seconds = median_seconds(&stream, || kernels.launch(&prepared, &stream))?;
+            line(&format!("{what}{with}"), bytes as f64, seconds)?;
+        }
     }
 
     for count in [1, 18_432] {
@@ -141,8 +147,9 @@ fn main() -> Result<(), Failure> {
         let parts: Vec<_> = (0..count)
             .map(|i| Ok(((i * each) as u64, source.slice(i * each, each)?)))
             .collect::<Result<_, CudaError>>()?;
-        let seconds = median_seconds(&stream, || kernels.digest(&parts, &stream).map(drop))?;
-        line(&format!("digest of {count} parts, with its table"), (each * count) as f64, seconds)?;
+        let prepared = kernels.prepare(&[Launch::Digest(&parts)], &stream)?;
+        let seconds = median_seconds(&stream, || kernels.launch(&prepared, &stream))?;
+        line(&format!("digest of {count} parts"), (each * count) as f64, seconds)?;
     }
     Ok(())
 }

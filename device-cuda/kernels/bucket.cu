@@ -362,13 +362,13 @@ __device__ __forceinline__ u64 copy(const Job* job, Tile tile, u64 base) {
     return 0;
 }
 
-// `base` is where the bucket begins, for the digest. `results` has two words: the first is all ones, and
-// gets the lowest job and block that has no finite form; to the second the digest's sum is added.
+// `failed` is all ones, and gets the lowest job and block that has no finite form. `base` is where the
+// bucket begins, for the digest, which is added to `total`.
 template <bool WIDE>
 __device__ __forceinline__ void encode_tiles(
-    const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* results, u64 base) {
+    const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* failed, u64* total,
+    u64 base) {
     __shared__ u32 tops[2][THREADS / 32];
-    u64* failed = results;
     u64 sum = 0;
     u32 parity = 0;
     u32 t = blockIdx.x;
@@ -405,18 +405,18 @@ __device__ __forceinline__ void encode_tiles(
             sum += encode_block<F32>(mode, job, tile, rows, cols, first, shared, failed, base);
         }
     }
-    add_to(results + 1, sum);
+    add_to(total, sum);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-encode(const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* results, u64 base) {
-    encode_tiles<false>(jobs, tiles, count, mode, results, base);
+encode(const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* failed, u64* total, u64 base) {
+    encode_tiles<false>(jobs, tiles, count, mode, failed, total, base);
 }
 
 // Blocks of F32 take twice the registers: a launch that has one runs with half the threads in flight.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-encode_wide(const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* results, u64 base) {
-    encode_tiles<true>(jobs, tiles, count, mode, results, base);
+encode_wide(const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* failed, u64* total, u64 base) {
+    encode_tiles<true>(jobs, tiles, count, mode, failed, total, base);
 }
 
 // A part of a bucket that carries weights: jobs are copies whose target is the offset in the bucket.

@@ -7,7 +7,9 @@ use engine_core::memory::{Job, Pool};
 use engine_core::{Encoding, Error, Result, Weight};
 use quant_fp8::{Fp8Codes, Fp8Format, Fp8Scales, Granularity, NonFinite, QuantError};
 
-use crate::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, PinnedMemory, Stream};
+use crate::{
+    CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, Launch, PinnedMemory, Stream,
+};
 
 /// Packs and quantises the weights of a bucket in one launch, and digests buckets.
 ///
@@ -28,8 +30,8 @@ pub struct Packer {
 /// The work of one bucket, sorted by who does it.
 #[derive(Debug, Default)]
 struct Work<'a> {
-    /// One launch for each format; there hardly ever is a second.
-    launches: Vec<Launch<'a>>,
+    /// One launch for each format, and one for what is made aside; there hardly ever is a second.
+    batches: Vec<Batch<'a>>,
     /// Copies of what the launches made elsewhere.
     late: Vec<DeviceJob>,
     /// Encoded by the CPU.
@@ -41,8 +43,10 @@ struct Work<'a> {
 }
 
 #[derive(Debug)]
-struct Launch<'a> {
+struct Batch<'a> {
     format: Fp8Format,
+    /// Whether the targets are not in the bucket.
+    aside: bool,
     jobs: Vec<DeviceJob>,
     /// The weight of each job, and the first of its blocks, to name what is not finite.
     weights: Vec<(&'a Weight, usize)>,
@@ -87,32 +91,29 @@ impl Packer {
         digests: bool,
     ) -> Result<u64> {
         let work = self.sort(jobs, bucket, digests)?;
-        if digests {
-            self.kernels.reset_sum(&self.stream)?;
-        }
-        // What waits for the CPU goes first: the launches take their time while nothing waits for them.
         if !work.host.is_empty() {
             self.encode_on_host(&work.host, bucket, pool)?;
         }
         for (source, target) in &work.peers {
             target.copy_from(source, &self.stream)?;
         }
-        let summed = digests.then_some(bucket);
-        for launch in &work.launches {
-            let prepared =
-                self.kernels.prepare(&launch.jobs, &launch.format, summed, &self.stream)?;
-            self.kernels.encode_prepared(&prepared, &self.stream)?;
-            self.kernels.check(&self.stream).map_err(|error| launch.failed(error))?;
+        let copies = Fp8Format::default();
+        let mut launches: Vec<Launch<'_>> = Vec::new();
+        for batch in &work.batches {
+            let summed = (digests && !batch.aside).then_some(bucket);
+            launches.push(Launch::Encode { jobs: &batch.jobs, format: &batch.format, summed });
         }
-        if !work.late.is_empty() {
-            self.kernels.encode(&work.late, &Fp8Format::default(), &self.stream)?;
+        launches.push(Launch::Encode { jobs: &work.late, format: &copies, summed: None });
+        let unsummed: &[_] = if digests { &work.unsummed } else { &[] };
+        launches.push(Launch::Digest(unsummed));
+        let ran = self.kernels.run(&launches, &self.stream)?;
+        match ran
+            .failed
+            .and_then(|(launch, job, block)| Some((work.batches.get(launch)?, job, block)))
+        {
+            None => Ok(ran.sum),
+            Some((batch, job, block)) => Err(batch.failed(job, block)),
         }
-        if !digests {
-            self.stream.synchronize()?;
-            return Ok(0);
-        }
-        self.kernels.add_to_sum(&work.unsummed, &self.stream)?;
-        Ok(self.kernels.sum(&self.stream)?)
     }
 
     /// Copies slices of the device to others, in one launch. Blocks until the bytes are there.
@@ -123,8 +124,7 @@ impl Packer {
     pub fn copy(&mut self, copies: impl IntoIterator<Item = (CudaSlice, CudaSlice)>) -> Result<()> {
         let copy = |(source, target)| DeviceJob::Copy { source, target };
         let jobs: Vec<DeviceJob> = copies.into_iter().map(copy).collect();
-        self.kernels.encode(&jobs, &Fp8Format::default(), &self.stream)?;
-        Ok(self.stream.synchronize()?)
+        Ok(self.kernels.encode(&jobs, &Fp8Format::default(), &self.stream)?)
     }
 
     /// The digest sum of a bucket's parts, each with its offset in the bucket. Blocks.
@@ -133,7 +133,7 @@ impl Packer {
     ///
     /// What the driver reports.
     pub fn digest(&mut self, parts: &[(u64, CudaSlice)]) -> Result<u64> {
-        Ok(self.kernels.digest(parts, &self.stream)?)
+        Ok(self.kernels.run(&[Launch::Digest(parts)], &self.stream)?.sum)
     }
 
     fn sort<'a>(&mut self, jobs: &'a [Job], bucket: &CudaSlice, digests: bool) -> Result<Work<'a>> {
@@ -158,8 +158,8 @@ impl Packer {
                     Some(source) if source.device().ordinal() == self.device.ordinal() => {
                         let source = source.slice(part.start, part.len())?;
                         let copy = DeviceJob::Copy { source, target };
-                        let launch = work.launch(None);
-                        work.add(launch, copy, (&job.weight, 0), job.offset, digests);
+                        let batch = work.batch(None, false);
+                        work.add(batch, copy, (&job.weight, 0), job.offset, digests);
                     }
                     Some(source) => {
                         let source = source.slice(part.start, part.len())?;
@@ -187,18 +187,19 @@ impl Packer {
                     None => self.kept(codes)?,
                 };
                 let quantized = Quantized { codes, source, scales };
-                let launch = work.launch(Some(*codes.format()));
                 let covering = covering(codes, &part);
                 if covering == part {
-                    let (job_, first) = quantized.job(&part, target)?;
-                    work.add(launch, job_, (&job.weight, first), job.offset, digests);
+                    let batch = work.batch(Some(*codes.format()), false);
+                    let (encode, first) = quantized.job(&part, target)?;
+                    work.add(batch, encode, (&job.weight, first), job.offset, digests);
                 } else {
                     // A part that begins or ends within a row of blocks: whole ones are made elsewhere.
                     let whole = self.scratch.take(&self.device, covering.len())?;
-                    let (job_, first) = quantized.job(&covering, whole.clone())?;
+                    let batch = work.batch(Some(*codes.format()), true);
+                    let (encode, first) = quantized.job(&covering, whole.clone())?;
                     let skipped = part.start - covering.start;
                     let source = whole.slice(skipped, part.len())?;
-                    work.launches[launch].push(job_, (&job.weight, first));
+                    work.batches[batch].push(encode, (&job.weight, first));
                     work.unsummed.push((job.offset, target.clone()));
                     work.late.push(DeviceJob::Copy { source, target });
                 }
@@ -260,32 +261,34 @@ impl Packer {
 }
 
 impl<'a> Work<'a> {
-    /// The launch for a format; for copies, any.
-    fn launch(&mut self, format: Option<Fp8Format>) -> usize {
-        let fits = |launch: &Launch<'_>| format.is_none_or(|format| launch.format == format);
-        match self.launches.iter().position(fits) {
+    /// The batch for a format; for copies, any.
+    fn batch(&mut self, format: Option<Fp8Format>, aside: bool) -> usize {
+        let fits = |batch: &Batch<'_>| {
+            batch.aside == aside && format.is_none_or(|format| batch.format == format)
+        };
+        match self.batches.iter().position(fits) {
             Some(index) => index,
             None => {
                 let format = format.unwrap_or_default();
-                self.launches.push(Launch { format, jobs: Vec::new(), weights: Vec::new() });
-                self.launches.len() - 1
+                self.batches.push(Batch { format, aside, jobs: Vec::new(), weights: Vec::new() });
+                self.batches.len() - 1
             }
         }
     }
 
     fn add(
         &mut self,
-        launch: usize,
+        batch: usize,
         job: DeviceJob,
         weight: (&'a Weight, usize),
         offset: u64,
         digests: bool,
     ) {
-        let launch = &mut self.launches[launch];
-        if digests && !job.is_summable(&launch.format) {
+        let batch = &mut self.batches[batch];
+        if digests && !job.is_summable(&batch.format) {
             self.unsummed.push((offset, job.target().clone()));
         }
-        launch.push(job, weight);
+        batch.push(job, weight);
     }
 
     fn host(&mut self, job: &'a Job, target: CudaSlice) {
@@ -294,17 +297,20 @@ impl<'a> Work<'a> {
     }
 }
 
-impl<'a> Launch<'a> {
+impl<'a> Batch<'a> {
     fn push(&mut self, job: DeviceJob, weight: (&'a Weight, usize)) {
         self.jobs.push(job);
         self.weights.push(weight);
     }
 
-    /// An error of the launch, which names the weight if it is one's.
-    fn failed(&self, error: CudaError) -> Error {
-        let CudaError::NonFinite { job, block } = error else { return error.into() };
-        let Some((weight, first)) = self.weights.get(job) else { return error.into() };
-        let Some(codes) = encoding::<Fp8Codes>(weight) else { return error.into() };
+    /// The error of a block without a finite form, which names its weight.
+    fn failed(&self, job: usize, block: usize) -> Error {
+        let found = self.weights.get(job).and_then(|(weight, first)| {
+            encoding::<Fp8Codes>(weight).map(|codes| (weight, codes, first))
+        });
+        let Some((weight, codes, first)) = found else {
+            return CudaError::NonFinite { job, block }.into();
+        };
         let (grid, block) = (codes.grid(), first + block);
         let band = block / grid.scales_per_band();
         QuantError::NonFinite {

@@ -523,6 +523,23 @@ impl PinnedMemory {
         Ok(unsafe { ffi::host_bytes(self.address.0, self.len) })
     }
 
+    /// Copies bytes of the device to its beginning, on the stream that [`bytes`](Self::bytes) is given.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError::Range`] for more bytes than it has, and what the driver reports.
+    pub(crate) fn copy_from(
+        &mut self,
+        source: &CudaSlice,
+        stream: &Stream,
+    ) -> Result<(), CudaError> {
+        if source.len() > self.len {
+            return Err(CudaError::Range(format!("{} bytes for {}", source.len(), self.len)));
+        }
+        self.device.enter()?;
+        ffi::copy_to_pinned(self.address.0, source.address(), source.len(), stream.raw())
+    }
+
     /// Copies some of its bytes to the device, on the stream that [`bytes`](Self::bytes) is given.
     ///
     /// # Errors

@@ -157,6 +157,17 @@ pub(crate) fn copy_from_pinned(
     checked("cuMemcpyHtoDAsync", status)
 }
 
+pub(crate) fn copy_to_pinned(
+    target: *mut u8,
+    source: u64,
+    bytes: usize,
+    stream: RawStream,
+) -> Result<(), CudaError> {
+    // SAFETY: callers pass ranges that they have checked, and keep both until the stream is done.
+    let status = unsafe { cu::cuMemcpyDtoHAsync_v2(target.cast(), source, bytes, stream) };
+    checked("cuMemcpyDtoHAsync", status)
+}
+
 pub(crate) fn write(target: u64, source: &[u8]) -> Result<(), CudaError> {
     // SAFETY: the range was checked by the caller; the call returns when the copy is done.
     let status = unsafe { cu::cuMemcpyHtoD_v2(target, source.as_ptr().cast(), source.len()) };

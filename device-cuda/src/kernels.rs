@@ -17,6 +17,9 @@ const SOURCE: &str = include_str!("../kernels/bucket.cu");
 /// The folder that has NVRTC, where it is not on the loader's path.
 const FOLDER_VARIABLE: &str = "CKPT_ENGINE_NVRTC_DIR";
 
+/// The most launches that run together.
+const MOST_LAUNCHES: usize = 8;
+
 /// Threads of a block; as `THREADS` in the kernels.
 const THREADS: u32 = 256;
 
@@ -142,10 +145,38 @@ pub struct Kernels {
     encode: Kernel,
     encode_wide: Kernel,
     digest: Kernel,
+    /// What is brought to the device: results as they begin, then tables.
     staging: PinnedMemory,
     table: CudaMemory,
-    /// Two results of 8 bytes: the first block that is not finite, and the digest's sum.
-    results: CudaMemory,
+    /// What comes back.
+    results: PinnedMemory,
+}
+
+/// What a launch does.
+#[derive(Clone, Copy, Debug)]
+pub enum Launch<'a> {
+    /// All jobs: fills a bucket, or copies one out into tensors. With the bucket that the targets lie in,
+    /// it adds to the digest sum what it writes: all codes and copies in aligned places, and no scales.
+    Encode {
+        /// The jobs. Their targets do not overlap.
+        jobs: &'a [DeviceJob],
+        /// How they quantise.
+        format: &'a Fp8Format,
+        /// The bucket, if the digest is wanted.
+        summed: Option<&'a CudaSlice>,
+    },
+    /// Adds parts of a bucket, each with its offset in the bucket, to the digest sum. They begin at
+    /// multiples of 64 bytes.
+    Digest(&'a [(u64, CudaSlice)]),
+}
+
+/// What launches that ran together found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ran {
+    /// The digest sum of all that was added to it: the same as [`engine_core::digest::sum`] over it.
+    pub sum: u64,
+    /// The first launch with a block that has no finite form, and the error.
+    pub failed: Option<(usize, usize, usize)>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -177,8 +208,6 @@ impl Kernels {
             Ok(Kernel { function, grid: blocks * device.multiprocessors() })
         };
         const TABLE: usize = 1 << 20;
-        let results = CudaMemory::new(device, 16)?;
-        results.all().write(&[0xff; 16])?;
         Ok(Self {
             device: device.clone(),
             module,
@@ -187,184 +216,126 @@ impl Kernels {
             digest: kernel(c"digest")?,
             staging: PinnedMemory::new(device, TABLE)?,
             table: CudaMemory::new(device, TABLE)?,
-            results,
+            results: PinnedMemory::new(device, (1 + MOST_LAUNCHES) * 8)?,
         })
     }
 
-    /// Does all jobs in one launch on a stream: fills a bucket, or copies one out into tensors.
+    /// Runs launches one after the other on a stream, and waits for their end.
     ///
-    /// # Contract
-    ///
-    /// The jobs' targets do not overlap. All memory stays allocated until the stream has done the work,
-    /// and is not written to meanwhile. Waits for the stream's earlier work before it begins.
+    /// Everything is handed to the device at once and waited for once: where processes take turns on a
+    /// device, every further wait costs a turn.
     ///
     /// # Errors
     ///
-    /// [`CudaError::Range`] for jobs whose sizes contradict each other, and what the driver reports.
-    /// Blocks that are not finite are reported by [`check`](Self::check).
+    /// [`CudaError::Range`] for jobs whose sizes contradict each other or for more than eight launches;
+    /// what the driver reports, and what the work made go wrong.
+    pub fn run(&mut self, launches: &[Launch<'_>], stream: &Stream) -> Result<Ran, CudaError> {
+        let prepared = self.prepare(launches, stream)?;
+        self.launch(&prepared, stream)?;
+        let words = 1 + launches.len();
+        let header = self.table.slice(0, words * 8)?;
+        self.results.copy_from(&header, stream)?;
+        let bytes = self.results.bytes(stream)?;
+        let (found, _) = bytes.as_chunks::<8>();
+        let mut found = found[..words].iter().map(|word| u64::from_le_bytes(*word));
+        let sum = found.next().unwrap_or(0);
+        let failed = found.enumerate().find(|(_, word)| *word != u64::MAX);
+        let failed = failed.map(|(launch, word)| {
+            (launch, (word >> 32) as usize, (word & u64::from(u32::MAX)) as usize)
+        });
+        Ok(Ran { sum, failed })
+    }
+
+    /// Does all jobs in one launch, and waits for its end.
+    ///
+    /// # Errors
+    ///
+    /// As [`run`](Self::run), and [`CudaError::NonFinite`] with the first block that has no finite form.
     pub fn encode(
         &mut self,
         jobs: &[DeviceJob],
         format: &Fp8Format,
         stream: &Stream,
     ) -> Result<(), CudaError> {
-        let prepared = self.prepare(jobs, format, None, stream)?;
-        self.encode_prepared(&prepared, stream)
+        let launch = Launch::Encode { jobs, format, summed: None };
+        match self.run(&[launch], stream)?.failed {
+            None => Ok(()),
+            Some((_, job, block)) => Err(CudaError::NonFinite { job, block }),
+        }
     }
 
-    /// Brings the job table of a launch to the device, to be used any number of times. With the bucket
-    /// that the targets lie in, the launch adds to the [digest sum](Self::sum) what it writes: all codes
-    /// and copies in aligned places, and no scales.
+    /// Brings the tables of launches to the device, to be launched any number of times until others are
+    /// prepared.
     ///
     /// # Errors
     ///
-    /// As [`encode`](Self::encode).
+    /// As [`run`](Self::run).
     pub fn prepare(
         &mut self,
-        jobs: &[DeviceJob],
-        format: &Fp8Format,
-        summed: Option<&CudaSlice>,
+        launches: &[Launch<'_>],
         stream: &Stream,
     ) -> Result<Prepared, CudaError> {
-        let table = Table::of_jobs(jobs, format, summed.is_some())?;
-        self.upload(&table, stream)?;
-        let prepared = Prepared {
-            table: self.table.clone(),
-            tiles_at: table.tiles_at,
-            tiles: table.tiles,
-            mode: mode_number(format.mode),
-            wide: table.wide,
-            base: summed.map_or(0, CudaSlice::address),
-        };
-        Ok(prepared)
-    }
-
-    /// Does the jobs of a table that was prepared.
-    ///
-    /// # Errors
-    ///
-    /// What the driver reports.
-    pub fn encode_prepared(
-        &mut self,
-        prepared: &Prepared,
-        stream: &Stream,
-    ) -> Result<(), CudaError> {
-        if prepared.tiles == 0 {
-            return Ok(());
+        if launches.len() > MOST_LAUNCHES {
+            return Err(CudaError::Range(format!("{} launches at once", launches.len())));
         }
-        let jobs = prepared.table.address();
-        let mut parameters = [
-            jobs,
-            jobs + prepared.tiles_at as u64,
-            prepared.tiles.into(),
-            prepared.mode,
-            self.results.address(),
-            prepared.base,
-        ];
-        let kernel = if prepared.wide { self.encode_wide } else { self.encode };
-        let grid = kernel.grid.min(prepared.tiles);
-        self.device.enter()?;
-        ffi::launch(kernel.function, grid, THREADS, stream.raw(), &mut parameters)
-    }
-
-    /// Sets the digest sum to 0, on a stream.
-    ///
-    /// # Errors
-    ///
-    /// What the driver reports.
-    pub fn reset_sum(&mut self, stream: &Stream) -> Result<(), CudaError> {
-        self.results.slice(8, 8)?.fill(0, stream)
-    }
-
-    /// Adds parts of a bucket to the digest sum, each with its offset in the bucket, on a stream.
-    ///
-    /// # Contract
-    ///
-    /// As [`encode`](Self::encode).
-    ///
-    /// # Errors
-    ///
-    /// [`CudaError::Range`] for a part that does not begin at a multiple of 64 bytes, and what the
-    /// driver reports.
-    pub fn add_to_sum(
-        &mut self,
-        parts: &[(u64, CudaSlice)],
-        stream: &Stream,
-    ) -> Result<(), CudaError> {
-        let table = Table::of_parts(parts)?;
-        if table.tiles == 0 {
-            return Ok(());
+        // The sum begins at 0, the failures at nothing.
+        let mut bytes = vec![0xff; (1 + launches.len()) * 8];
+        bytes[..8].fill(0);
+        let mut parts = Vec::new();
+        for launch in launches {
+            bytes.resize(bytes.len().next_multiple_of(64), 0);
+            let start = bytes.len();
+            let (table, mode, base) = match *launch {
+                Launch::Encode { jobs, format, summed } => {
+                    let table = Table::of_jobs(&mut bytes, jobs, format, summed.is_some())?;
+                    (table, Some(mode_number(format.mode)), summed.map_or(0, CudaSlice::address))
+                }
+                Launch::Digest(parts) => (Table::of_parts(&mut bytes, parts)?, None, 0),
+            };
+            parts.push(Part { start, table, mode, base });
         }
-        self.upload(&table, stream)?;
-        let sum = self.results.slice(8, 8)?;
-        let jobs = self.table.address();
-        let tiles = jobs + table.tiles_at as u64;
-        let mut parameters = [jobs, tiles, table.tiles.into(), sum.address()];
-        let grid = self.digest.grid.min(table.tiles);
-        self.device.enter()?;
-        ffi::launch(self.digest.function, grid, THREADS, stream.raw(), &mut parameters)
-    }
-
-    /// The digest sum of all that was added to it. Waits for the stream.
-    ///
-    /// # Errors
-    ///
-    /// What the driver reports, and what the work made go wrong.
-    pub fn sum(&self, stream: &Stream) -> Result<u64, CudaError> {
-        stream.synchronize()?;
-        let mut bytes = [0; 8];
-        self.results.slice(8, 8)?.read(&mut bytes)?;
-        Ok(u64::from_le_bytes(bytes))
-    }
-
-    /// Waits for all launches of `encode` so far on the stream and says whether every block had a finite form.
-    ///
-    /// # Errors
-    ///
-    /// [`CudaError::NonFinite`] with the first that had none, and what the launch made go wrong.
-    pub fn check(&self, stream: &Stream) -> Result<(), CudaError> {
-        stream.synchronize()?;
-        let mut failed = [0; 8];
-        let result = self.results.slice(0, 8)?;
-        result.read(&mut failed)?;
-        let failed = u64::from_le_bytes(failed);
-        if failed == u64::MAX {
-            return Ok(());
-        }
-        // Made ready for the next launches here, where it is rare, and not before each of them.
-        result.write(&[0xff; 8])?;
-        Err(CudaError::NonFinite {
-            job: (failed >> 32) as usize,
-            block: (failed & 0xffff_ffff) as usize,
-        })
-    }
-
-    /// The digest sum of a bucket's parts, each with its offset in the bucket: the same as
-    /// [`engine_core::digest::sum`] over them. Waits for the stream.
-    ///
-    /// # Errors
-    ///
-    /// As [`add_to_sum`](Self::add_to_sum).
-    pub fn digest(
-        &mut self,
-        parts: &[(u64, CudaSlice)],
-        stream: &Stream,
-    ) -> Result<u64, CudaError> {
-        self.reset_sum(stream)?;
-        self.add_to_sum(parts, stream)?;
-        self.sum(stream)
-    }
-
-    fn upload(&mut self, table: &Table, stream: &Stream) -> Result<(), CudaError> {
-        let len = table.bytes.len();
-        if len > self.staging.len() {
-            let len = len.next_power_of_two();
+        if bytes.len() > self.staging.len() {
+            let len = bytes.len().next_power_of_two();
             stream.synchronize()?;
             self.staging = PinnedMemory::new(&self.device, len)?;
             self.table = CudaMemory::new(&self.device, len)?;
         }
-        self.staging.bytes(stream)?[..len].copy_from_slice(&table.bytes);
-        self.staging.copy_to(0, &self.table.slice(0, len)?, stream)
+        self.staging.bytes(stream)?[..bytes.len()].copy_from_slice(&bytes);
+        self.staging.copy_to(0, &self.table.slice(0, bytes.len())?, stream)?;
+        Ok(Prepared { memory: self.table.clone(), parts })
+    }
+
+    /// Launches what was prepared, on a stream, and does not wait.
+    ///
+    /// # Contract
+    ///
+    /// All memory stays allocated until the stream has done the work, and is not written to meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// What the driver reports.
+    pub fn launch(&mut self, prepared: &Prepared, stream: &Stream) -> Result<(), CudaError> {
+        self.device.enter()?;
+        let sum = prepared.memory.address();
+        for (index, part) in (1..).zip(&prepared.parts) {
+            let Part { start, table, mode, base } = part;
+            if table.tiles == 0 {
+                continue;
+            }
+            let jobs = prepared.memory.address() + *start as u64;
+            let tiles = jobs + table.tiles_at as u64;
+            let count = u64::from(table.tiles);
+            let (kernel, mut parameters) = match mode {
+                Some(mode) => {
+                    let kernel = if table.wide { self.encode_wide } else { self.encode };
+                    (kernel, vec![jobs, tiles, count, *mode, sum + index * 8, sum, *base])
+                }
+                None => (self.digest, vec![jobs, tiles, count, sum]),
+            };
+            let grid = kernel.grid.min(table.tiles);
+            ffi::launch(kernel.function, grid, THREADS, stream.raw(), &mut parameters)?;
+        }
+        Ok(())
     }
 }
 
@@ -376,15 +347,20 @@ impl Drop for Kernels {
     }
 }
 
-/// A job table on the device; of the last [`Kernels::prepare`] only.
+/// Launches whose tables are on the device; of the last [`Kernels::prepare`] only.
 #[derive(Debug)]
 pub struct Prepared {
-    table: CudaMemory,
-    tiles_at: usize,
-    tiles: u32,
-    mode: u64,
-    /// Whether a job has F32 elements.
-    wide: bool,
+    memory: CudaMemory,
+    parts: Vec<Part>,
+}
+
+#[derive(Debug)]
+struct Part {
+    /// Where its table begins.
+    start: usize,
+    table: Table,
+    /// How it quantises; a digest does not.
+    mode: Option<u64>,
     /// Where the bucket begins, for the digest.
     base: u64,
 }

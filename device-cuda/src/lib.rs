@@ -21,7 +21,7 @@ pub use device::{
     CudaMemory, CudaSlice, Device, Event, IpcHandle, PinnedMemory, Stream, count, driver_version,
 };
 pub use error::CudaError;
-pub use kernels::{Kernels, Prepared, compile, nvrtc};
+pub use kernels::{Kernels, Launch, Prepared, Ran, compile, nvrtc};
 pub use storage::bucket_storage;
 pub use table::DeviceJob;
 pub use tensors::CudaTensorMap;

@@ -98,12 +98,10 @@ impl Entry {
     }
 }
 
-/// The bytes of a job table, and how many tiles it has.
+/// A job table: jobs, then tiles.
 #[derive(Debug, Default)]
 pub(crate) struct Table {
-    /// Jobs, then tiles.
-    pub(crate) bytes: Vec<u8>,
-    /// Where the tiles begin.
+    /// Where the tiles begin, from the beginning of the table.
     pub(crate) tiles_at: usize,
     pub(crate) tiles: u32,
     /// Whether a job has F32 elements.
@@ -111,32 +109,32 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    fn build(entries: &[(Entry, usize)]) -> Result<Self, CudaError> {
-        let mut bytes = Vec::with_capacity(entries.len() * 80);
+    /// Appends a table to `bytes`.
+    fn build(bytes: &mut Vec<u8>, entries: &[(Entry, usize)]) -> Result<Self, CudaError> {
+        let start = bytes.len();
+        let tiles = entries.iter().try_fold(0_u32, |sum, (_, count)| {
+            let count = u32::try_from(*count).ok()?;
+            sum.checked_add(count)
+        });
+        let Some(tiles) = tiles else {
+            return Err(CudaError::Range("more tiles than a launch can have".into()));
+        };
+        bytes.reserve(entries.len() * size_of::<Entry>() + tiles as usize * 8);
         for (entry, _) in entries {
-            entry.write(&mut bytes);
+            entry.write(bytes);
         }
-        let tiles_at = bytes.len();
-        let mut tiles = 0_u32;
-        for (job, (_, count)) in (0_u32..).zip(entries) {
-            let count = u32::try_from(*count).ok();
-            let all = count.and_then(|count| tiles.checked_add(count));
-            let (Some(count), Some(all)) = (count, all) else {
-                return Err(CudaError::Range("more tiles than a launch can have".into()));
-            };
-            tiles = all;
-            for index in 0..count {
-                bytes.extend(job.to_le_bytes());
-                bytes.extend(index.to_le_bytes());
-            }
+        let tiles_at = bytes.len() - start;
+        for (job, (_, count)) in (0_u64..).zip(entries) {
+            bytes.extend((0..*count as u64).flat_map(|index| (index << 32 | job).to_le_bytes()));
         }
         let wide = entries.iter().any(|(entry, _)| entry.kind == 3);
-        Ok(Self { bytes, tiles_at, tiles, wide })
+        Ok(Self { tiles_at, tiles, wide })
     }
 
     /// The table of a launch of `encode`; with `summed` it adds to the digest what it can: all jobs that
     /// are [summable](DeviceJob::is_summable).
     pub(crate) fn of_jobs(
+        bytes: &mut Vec<u8>,
         jobs: &[DeviceJob],
         format: &Fp8Format,
         summed: bool,
@@ -149,11 +147,14 @@ impl Table {
             Ok((entry, tiles))
         };
         let entries: Vec<_> = jobs.iter().map(entry).collect::<Result<_, _>>()?;
-        Self::build(&entries)
+        Self::build(bytes, &entries)
     }
 
     /// The table of a launch of `digest`: parts of a bucket and where they begin in it.
-    pub(crate) fn of_parts(parts: &[(u64, CudaSlice)]) -> Result<Self, CudaError> {
+    pub(crate) fn of_parts(
+        bytes: &mut Vec<u8>,
+        parts: &[(u64, CudaSlice)],
+    ) -> Result<Self, CudaError> {
         let entries: Vec<_> = parts
             .iter()
             .map(|(offset, part)| {
@@ -166,7 +167,7 @@ impl Table {
                 Ok((entry, part.len().div_ceil(COPY_TILE)))
             })
             .collect::<Result<_, _>>()?;
-        Self::build(&entries)
+        Self::build(bytes, &entries)
     }
 }
 

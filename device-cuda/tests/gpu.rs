@@ -3,7 +3,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use device_cuda::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, Packer, Stream};
+use device_cuda::{
+    CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, Launch, Packer, Stream,
+};
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::BucketPlanner;
 use engine_core::{DType, Weight};
@@ -61,7 +63,6 @@ impl Gpu {
             })
             .collect();
         self.kernels.encode(&jobs, format, &self.stream).unwrap();
-        self.kernels.check(&self.stream).unwrap();
         let read = |slice: &CudaSlice| {
             let mut bytes = vec![0; slice.len()];
             slice.read(&mut bytes).unwrap();
@@ -250,7 +251,6 @@ fn copies_arrive_at_any_alignment_and_the_digest_is_that_of_the_host() {
             at = (at + len + 16).next_multiple_of(256);
         }
         gpu.kernels.encode(&jobs, &Fp8Format::default(), &gpu.stream).unwrap();
-        gpu.kernels.check(&gpu.stream).unwrap();
         let mut here = vec![0; bucket.len()];
         bucket.read(&mut here).unwrap();
         assert!(here == expected, "from {from} to {to}");
@@ -261,9 +261,11 @@ fn copies_arrive_at_any_alignment_and_the_digest_is_that_of_the_host() {
         sum = sum.wrapping_add(engine_core::digest::sum(at as u64, &bytes[at..at + len]));
         at = (at + len).next_multiple_of(256);
     }
-    assert_eq!(gpu.kernels.digest(&parts, &gpu.stream).unwrap(), sum);
+    let digest =
+        |gpu: &mut Gpu| gpu.kernels.run(&[Launch::Digest(&parts)], &gpu.stream).unwrap().sum;
+    assert_eq!(digest(&mut gpu), sum);
     source.slice(200_000, 1).unwrap().write(&[bytes[200_000] ^ 1]).unwrap();
-    assert_ne!(gpu.kernels.digest(&parts, &gpu.stream).unwrap(), sum);
+    assert_ne!(digest(&mut gpu), sum);
 }
 
 #[test]
@@ -286,8 +288,7 @@ fn the_first_block_that_is_not_finite_is_named_and_the_next_launch_works() {
             scales: gpu.poisoned(if matrix.shape[0] == 256 { 16 } else { 36 }),
         })
         .into();
-    gpu.kernels.encode(&jobs, &format, &gpu.stream).unwrap();
-    match gpu.kernels.check(&gpu.stream) {
+    match gpu.kernels.encode(&jobs, &format, &gpu.stream) {
         Err(CudaError::NonFinite { job: 1, block: 5 }) => {}
         other => panic!("{other:?}"),
     }

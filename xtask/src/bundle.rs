@@ -37,6 +37,11 @@ pub(crate) fn build(workspace: &Workspace, folder: Option<&Path>) -> Result<()> 
         command.args(["--features", features, "--test", test, "--message-format", "json"]);
         put(&executable(command)?, &folder.join(format!("{package}-{test}")))?;
     }
+    let mut example = workspace.cargo();
+    example.args(["build", "--release", "--locked", "-p", "device-cuda", "--example", "throughput"]);
+    stage("throughput", example)?;
+    let built = workspace.target().join("release/examples/throughput");
+    put(&built, &folder.join("throughput"))?;
     let script = folder.join("run.sh");
     fs::write(&script, SCRIPT).map_err(failed)?;
     let bytes: u64 = fs::read_dir(&folder)

@@ -2,7 +2,7 @@
 # Runs what needs a GPU: `run.sh` all of it, `run.sh tests` or `run.sh benches` a part. The programs are
 # beside this script. Prints JSON lines of what was measured, and ends with 1 if anything failed.
 cd "$(dirname "$0")" || exit 1
-chmod +x ckpt-engine device-cuda-gpu backend-ipc-cuda 2>/dev/null
+chmod +x ckpt-engine throughput device-cuda-gpu backend-ipc-cuda 2>/dev/null
 failed=0
 check() {
     echo "== $*"
@@ -21,6 +21,7 @@ if [ "${1:-tests}" = tests ]; then
         --verify --json --trainer-quantize-fp8
 fi
 if [ "${1:-benches}" = benches ]; then
+    check ./throughput
     for model in qwen2.5-7b qwen3-30b-a3b; do
         for quantise in "" --trainer-quantize-fp8; do
             check ./ckpt-engine bench transfer --device cuda --synthetic $model --repeats 15 --json \

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use checkpoint_engine::{
-    CheckpointEngineConfig, DType, DeviceChoice, Result, SendReport, Version, Weight, WeightStream,
-    ensure_async_iterator,
+    CheckpointEngineConfig, DType, DeviceChoice, Result, SendReport, StageTimes, Version, Weight,
+    WeightStream, ensure_async_iterator,
 };
 use serde::Serialize;
 
@@ -49,6 +49,10 @@ pub struct TransferLine {
     pub seconds: f64,
     /// Seconds of the first update, which allocates, compiles kernels and plans.
     pub first_seconds: f64,
+    /// What the trainer spent it with.
+    pub stages: StageSeconds,
+    /// The same of the first update.
+    pub first_stages: StageSeconds,
     /// Source bytes per second.
     pub gb_per_s: f64,
     /// One thread's copy of the same bytes into shared memory, before and after; the mean of both. On a
@@ -60,6 +64,30 @@ pub struct TransferLine {
     pub us_per_tensor: f64,
     /// The most memory beyond what there was before the engine was prepared.
     pub extra_peak_bytes: u64,
+}
+
+/// [`StageTimes`] in seconds.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct StageSeconds {
+    /// Waiting for the trainer's own stream.
+    pub source: f64,
+    /// Waiting for rollouts to release a bucket.
+    pub release: f64,
+    /// Encoding.
+    pub encode: f64,
+    /// Waiting for confirmations.
+    pub confirm: f64,
+}
+
+impl From<StageTimes> for StageSeconds {
+    fn from(stages: StageTimes) -> Self {
+        Self {
+            source: stages.source.as_secs_f64(),
+            release: stages.release.as_secs_f64(),
+            encode: stages.encode.as_secs_f64(),
+            confirm: stages.confirm.as_secs_f64(),
+        }
+    }
 }
 
 /// Tensors of the measurement that is about tensors and not about bytes, and the size of each.
@@ -139,7 +167,8 @@ async fn setting<'a>(
     mut weights: impl FnMut() -> Result<WeightStream<'a>>,
 ) -> Result<TransferLine> {
     let config = CheckpointEngineConfig { digests, ..options.config.clone() };
-    let bucket_bytes = config.bucket_bytes().unwrap_or(16 << 20);
+    let default = if config.device.is_cpu() { 16 } else { 512 };
+    let bucket_bytes = config.bucket_bytes().unwrap_or(default << 20);
     let before = baseline.gb_per_s(bucket_bytes)?;
     let memory = PeakMemory::start()?;
     let updates = options.repeats as u64 + 2;
@@ -152,10 +181,10 @@ async fn setting<'a>(
     };
     let mut group = Processes::start(&run, Arc::new(())).await?;
     let mut engine = group.form(&run.source).await?;
-    let (mut reports, mut first_seconds): (Vec<SendReport>, Option<f64>) = (Vec::new(), None);
+    let (mut reports, mut first) = (Vec::<SendReport>::new(), None);
     for version in (1..=updates).map(Version) {
         let report = engine.send_weights(weights()?, version).await?;
-        first_seconds.get_or_insert(report.elapsed.as_secs_f64());
+        first.get_or_insert((report.elapsed.as_secs_f64(), report.stages));
         if version.0 > 2 {
             reports.push(report);
         }
@@ -167,6 +196,7 @@ async fn setting<'a>(
     reports.sort_by_key(|report| report.elapsed);
     let report = &reports[reports.len() / 2];
     let seconds = report.elapsed.as_secs_f64();
+    let (first_seconds, first_stages) = first.unwrap_or((seconds, report.stages));
     Ok(TransferLine {
         what,
         device: run.config.device.to_string(),
@@ -177,7 +207,9 @@ async fn setting<'a>(
         tensors: report.counts.tensors,
         source_bytes: report.counts.source_bytes,
         seconds,
-        first_seconds: first_seconds.unwrap_or(seconds),
+        first_seconds,
+        stages: report.stages.into(),
+        first_stages: first_stages.into(),
         gb_per_s: report.gb_per_s(),
         memcpy_gb_per_s,
         ratio: report.gb_per_s() / memcpy_gb_per_s,
