@@ -25,14 +25,14 @@ pub fn of_rank(device: &DeviceChoice, rank: u32) -> Result<DeviceChoice> {
     Ok(DeviceChoice::new(device.kind(), rank % count))
 }
 
-/// Tensors on a device that a rollout copies everything to that it receives; nothing for the host, where
-/// rollouts read in place.
+/// Tensors on a device that a rollout copies everything to that it receives, with memory for so many bytes;
+/// nothing for the host, where rollouts read in place.
 ///
 /// # Errors
 ///
 /// As [`of_rank`], and what the device reports.
-pub fn destination(device: &DeviceChoice) -> Result<Option<Box<dyn Install>>> {
-    if device.is_cpu() { Ok(None) } else { cuda::destination(device).map(Some) }
+pub fn destination(device: &DeviceChoice, bytes: u64) -> Result<Option<Box<dyn Install>>> {
+    if device.is_cpu() { Ok(None) } else { cuda::destination(device, bytes).map(Some) }
 }
 
 /// What the driver's copy of `bytes` within the device reaches, counting each byte once; in 10⁹ bytes

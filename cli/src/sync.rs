@@ -525,8 +525,16 @@ pub async fn rollout(
             return Err(Error::new(ErrorKind::Mismatch, "verifying weights", message));
         }
     };
+    let bytes = match &announced {
+        // What inference engines have already: the model, and room for the gaps between tensors.
+        Some(announcement) if !device.is_cpu() => {
+            let source = Source::open(announcement.source.clone())?;
+            source.byte_len() + source.tensors() as u64 * 1024
+        }
+        _ => 0,
+    };
+    let destination = device::destination(&device, bytes)?.map(|to| Arc::new(Mutex::new(to)));
     let last = announced.map(|announcement| Version(announcement.source.updates));
-    let destination = device::destination(&device)?.map(|to| Arc::new(Mutex::new(to)));
     let rollout = Rollout { source, out: options.out, memory: Some(memory), destination };
     let idle = Instant::now();
     loop {

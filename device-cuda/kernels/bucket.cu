@@ -2,9 +2,8 @@
 // a bucket (or copies a bucket out into its tensors), `digest` sums it up.
 //
 // Work is cut into tiles of 16 or 32 KiB of source: one block of 128 x 128 elements, or so many bytes of
-// a copy. A table has the job and the number within it of every tile, so that eighteen thousand small
-// matrices cost per byte what one large matrix does. A grid of a few blocks per multiprocessor walks
-// the table.
+// a copy. A table has every job and the number of its first tile, so that eighteen thousand small matrices
+// cost per byte what one large matrix does. A grid of a few blocks per multiprocessor walks the tiles.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -35,11 +34,26 @@ struct Job {
     u32 flags;          // PRECAST, SUMMED
 };
 
-// As `Tile` in src/table.rs.
 struct Tile {
     u32 job;
-    u32 index;
+    u32 index;          // within the job
 };
+
+// The job that tile `t` belongs to: the last whose first tile is not after it. `firsts` has the first tile
+// of each of `jobs` jobs. A warp looks at 32 places at a time, so that two or three looks find it.
+__device__ __forceinline__ Tile find(const u32* firsts, u32 jobs, u32 t) {
+    u32 lane = threadIdx.x & 31, low = 0, high = jobs;
+    while (high - low > 1) {
+        u32 step = (high - low + 31) / 32;
+        u32 at = low + lane * step;
+        // Lane 0 is at a job whose first tile is not after `t`.
+        u32 found = __ballot_sync(0xffffffffu, at < high && firsts[at] <= t);
+        low += (31 - __clz(found)) * step;
+        high = min(high, low + step);
+    }
+    Tile tile = {low, t - firsts[low]};
+    return tile;
+}
 
 // Round to BF16 first; add to the digest's sum what is written, which the sender of the table knows to be
 // at a multiple of 8 bytes of the bucket.
@@ -366,18 +380,13 @@ __device__ __forceinline__ u64 copy(const Job* job, Tile tile, u64 base) {
 // bucket begins, for the digest, which is added to `total`.
 template <bool WIDE>
 __device__ __forceinline__ void encode_tiles(
-    const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* failed, u64* total,
+    const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, u64* failed, u64* total,
     u64 base) {
     __shared__ u32 tops[2][THREADS / 32];
     u64 sum = 0;
     u32 parity = 0;
-    u32 t = blockIdx.x;
-    if (t >= count) return;
-    Tile next = tiles[t];
-    for (; t < count; t += gridDim.x) {
-        Tile tile = next;
-        // The next tile's entry arrives while this one is worked on.
-        if (t + gridDim.x < count) next = tiles[t + gridDim.x];
+    for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
+        Tile tile = find(firsts, count, t);
         const Job* job = jobs + tile.job;
         u32 kind = job->kind;
         if (kind == COPY) {
@@ -409,27 +418,25 @@ __device__ __forceinline__ void encode_tiles(
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-encode(const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* failed, u64* total, u64 base) {
-    encode_tiles<false>(jobs, tiles, count, mode, failed, total, base);
+encode(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, u64* failed, u64* total,
+       u64 base) {
+    encode_tiles<false>(jobs, firsts, count, tiles, mode, failed, total, base);
 }
 
 // Blocks of F32 take twice the registers: a launch that has one runs with half the threads in flight.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-encode_wide(const Job* jobs, const Tile* tiles, u32 count, u32 mode, u64* failed, u64* total, u64 base) {
-    encode_tiles<true>(jobs, tiles, count, mode, failed, total, base);
+encode_wide(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, u64* failed,
+            u64* total, u64 base) {
+    encode_tiles<true>(jobs, firsts, count, tiles, mode, failed, total, base);
 }
 
 // A part of a bucket that carries weights: jobs are copies whose target is the offset in the bucket.
 // Adds to `sum`.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-digest(const Job* jobs, const Tile* tiles, u32 count, u64* sum) {
+digest(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u64* sum) {
     u64 mine = 0;
-    u32 t = blockIdx.x;
-    if (t >= count) return;
-    Tile next = tiles[t];
-    for (; t < count; t += gridDim.x) {
-        Tile tile = next;
-        if (t + gridDim.x < count) next = tiles[t + gridDim.x];
+    for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
+        Tile tile = find(firsts, count, t);
         const Job* job = jobs + tile.job;
         u64 start = (u64)tile.index * COPY_TILE;
         u32 bytes = (u32)min((u64)COPY_TILE, job->bytes - start);

@@ -323,14 +323,14 @@ impl Kernels {
                 continue;
             }
             let jobs = prepared.memory.address() + *start as u64;
-            let tiles = jobs + table.tiles_at as u64;
-            let count = u64::from(table.tiles);
+            let firsts = jobs + table.firsts_at as u64;
+            let (count, tiles) = (table.jobs.into(), table.tiles.into());
             let (kernel, mut parameters) = match mode {
                 Some(mode) => {
                     let kernel = if table.wide { self.encode_wide } else { self.encode };
-                    (kernel, vec![jobs, tiles, count, *mode, sum + index * 8, sum, *base])
+                    (kernel, vec![jobs, firsts, count, tiles, *mode, sum + index * 8, sum, *base])
                 }
-                None => (self.digest, vec![jobs, tiles, count, sum]),
+                None => (self.digest, vec![jobs, firsts, count, tiles, sum]),
             };
             let grid = kernel.grid.min(table.tiles);
             ffi::launch(kernel.function, grid, THREADS, stream.raw(), &mut parameters)?;

@@ -98,11 +98,12 @@ impl Entry {
     }
 }
 
-/// A job table: jobs, then tiles.
+/// A job table: jobs, then the first tile of each.
 #[derive(Debug, Default)]
 pub(crate) struct Table {
-    /// Where the tiles begin, from the beginning of the table.
-    pub(crate) tiles_at: usize,
+    pub(crate) jobs: u32,
+    /// Where the numbers of tiles begin, from the beginning of the table.
+    pub(crate) firsts_at: usize,
     pub(crate) tiles: u32,
     /// Whether a job has F32 elements.
     pub(crate) wide: bool,
@@ -111,24 +112,21 @@ pub(crate) struct Table {
 impl Table {
     /// Appends a table to `bytes`.
     fn build(bytes: &mut Vec<u8>, entries: &[(Entry, usize)]) -> Result<Self, CudaError> {
+        let too_many = || CudaError::Range("more tiles than a launch can have".into());
         let start = bytes.len();
-        let tiles = entries.iter().try_fold(0_u32, |sum, (_, count)| {
-            let count = u32::try_from(*count).ok()?;
-            sum.checked_add(count)
-        });
-        let Some(tiles) = tiles else {
-            return Err(CudaError::Range("more tiles than a launch can have".into()));
-        };
-        bytes.reserve(entries.len() * size_of::<Entry>() + tiles as usize * 8);
         for (entry, _) in entries {
             entry.write(bytes);
         }
-        let tiles_at = bytes.len() - start;
-        for (job, (_, count)) in (0_u64..).zip(entries) {
-            bytes.extend((0..*count as u64).flat_map(|index| (index << 32 | job).to_le_bytes()));
+        let firsts_at = bytes.len() - start;
+        let mut tiles = 0_u32;
+        for (_, count) in entries {
+            bytes.extend(tiles.to_le_bytes());
+            let count = u32::try_from(*count).map_err(|_| too_many())?;
+            tiles = tiles.checked_add(count).ok_or_else(too_many)?;
         }
+        let jobs = u32::try_from(entries.len()).map_err(|_| too_many())?;
         let wide = entries.iter().any(|(entry, _)| entry.kind == 3);
-        Ok(Self { tiles_at, tiles, wide })
+        Ok(Self { jobs, firsts_at, tiles, wide })
     }
 
     /// The table of a launch of `encode`; with `summed` it adds to the digest what it can: all jobs that

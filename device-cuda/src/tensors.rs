@@ -1,6 +1,6 @@
 //! A model's tensors on a device, which buckets are installed into.
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use engine_core::{Install, ReceivedBucket, Result, TensorMeta};
@@ -17,8 +17,10 @@ const ALIGNMENT: usize = 256;
 /// copied out by one launch, however many tensors are in it.
 #[derive(Debug)]
 pub struct CudaTensorMap {
-    tensors: BTreeMap<Arc<str>, (TensorMeta, CudaSlice)>,
+    tensors: HashMap<Arc<str>, (TensorMeta, CudaSlice)>,
     packer: Packer,
+    /// Memory for tensors that are still to come, and how much of it is taken.
+    reserve: Option<(CudaMemory, usize)>,
 }
 
 impl CudaTensorMap {
@@ -28,7 +30,17 @@ impl CudaTensorMap {
     ///
     /// Those of [`Packer::new`].
     pub fn new(device: &Device) -> Result<Self> {
-        Ok(Self { tensors: BTreeMap::new(), packer: Packer::new(device)? })
+        Ok(Self { tensors: HashMap::new(), packer: Packer::new(device)?, reserve: None })
+    }
+
+    /// Allocates memory for tensors of so many bytes together, so that the first update does not have to.
+    ///
+    /// # Errors
+    ///
+    /// `Resource` if there is not so much.
+    pub fn reserve(&mut self, bytes: u64) -> Result<()> {
+        self.reserve = Some((CudaMemory::new(self.packer.device(), bytes as usize)?, 0));
+        Ok(())
     }
 
     /// The number of tensors.
@@ -46,7 +58,7 @@ impl CudaTensorMap {
         self.tensors.get(name).map(|(meta, memory)| (meta, memory))
     }
 
-    /// All tensors, by name.
+    /// All tensors, in any order.
     pub fn iter(&self) -> impl Iterator<Item = (&TensorMeta, &CudaSlice)> {
         self.tensors.values().map(|(meta, memory)| (meta, memory))
     }
@@ -67,9 +79,16 @@ impl CudaTensorMap {
         if new.is_empty() {
             return Ok(());
         }
-        let memory = CudaMemory::new(self.packer.device(), bytes)?;
+        let (memory, at) = match &mut self.reserve {
+            Some((memory, taken)) if memory.len() - *taken >= bytes => {
+                let at = *taken;
+                *taken += bytes;
+                (memory.clone(), at)
+            }
+            _ => (CudaMemory::new(self.packer.device(), bytes)?, 0),
+        };
         for (meta, start, len) in new {
-            self.tensors.insert(meta.name.clone(), (meta, memory.slice(start, len)?));
+            self.tensors.insert(meta.name.clone(), (meta, memory.slice(at + start, len)?));
         }
         Ok(())
     }

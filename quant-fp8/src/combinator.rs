@@ -1,14 +1,14 @@
 //! `quantize_fp8`: a stream whose matrices travel as FP8.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use engine_core::{
-    DType, Error, ErrorKind, IntoWeightStream, Result, Treatment, Weight, WeightStream,
+    DType, Error, ErrorKind, IntoWeightStream, Result, TensorMeta, Treatment, Weight, WeightStream,
 };
 use futures::StreamExt;
 
-use crate::encoding::{quantized, sizes, source_type};
+use crate::encoding::{Fp8Layout, quantized, sizes, source_type};
 use crate::rules::{Consistency, Decision, QuantPlan, Rule, Rules, Stored};
 use crate::{Codec, Fp8Format};
 
@@ -20,6 +20,26 @@ use crate::{Codec, Fp8Format};
 pub struct Fp8Quantizer {
     decisions: Arc<Decisions>,
     codec: Codec,
+    /// What was decided in the last stream that was whole: the next one hardly ever differs.
+    last: Arc<Mutex<Arc<[Decided]>>>,
+}
+
+/// What was decided on a weight of a stream.
+#[derive(Clone, Debug)]
+struct Decided {
+    /// The weight as it came.
+    meta: TensorMeta,
+    before: Treatment,
+    decision: Decision,
+    rule: Rule,
+    becomes: Becomes,
+}
+
+#[derive(Clone, Debug)]
+enum Becomes {
+    Quantized(Arc<Fp8Layout>),
+    /// It passes as it is, recorded as treated so.
+    Recorded(Treatment),
 }
 
 #[derive(Debug)]
@@ -30,13 +50,13 @@ enum Decisions {
 
 impl From<Rules> for Fp8Quantizer {
     fn from(rules: Rules) -> Self {
-        Self { decisions: Arc::new(Decisions::Rules(rules)), codec: Codec::best() }
+        Self::new(Decisions::Rules(rules))
     }
 }
 
 impl From<QuantPlan> for Fp8Quantizer {
     fn from(plan: QuantPlan) -> Self {
-        Self { decisions: Arc::new(Decisions::Plan(plan)), codec: Codec::best() }
+        Self::new(Decisions::Plan(plan))
     }
 }
 
@@ -47,6 +67,10 @@ impl From<&Fp8Quantizer> for Fp8Quantizer {
 }
 
 impl Fp8Quantizer {
+    fn new(decisions: Decisions) -> Self {
+        Self { decisions: Arc::new(decisions), codec: Codec::best(), last: Arc::default() }
+    }
+
     /// What quantised weights look like.
     pub fn format(&self) -> &Fp8Format {
         match &*self.decisions {
@@ -133,12 +157,9 @@ pub trait QuantizeFp8<'a, M>: IntoWeightStream<'a, M> {
 impl<'a, M, S: IntoWeightStream<'a, M>> QuantizeFp8<'a, M> for S {}
 
 fn quantize(weights: WeightStream<'_>, quantizer: Fp8Quantizer) -> WeightStream<'_> {
-    let state = State {
-        weights,
-        quantizer,
-        consistency: Some(Consistency::default()),
-        following: VecDeque::new(),
-    };
+    // A panic elsewhere leaves the list as it was.
+    let last = quantizer.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let state = State { weights, quantizer, last, at: 0, anew: None, following: VecDeque::new() };
     WeightStream::new(futures::stream::try_unfold(state, |mut state| async move {
         Ok(state.next().await?.map(|weight| (weight, state)))
     }))
@@ -147,10 +168,29 @@ fn quantize(weights: WeightStream<'_>, quantizer: Fp8Quantizer) -> WeightStream<
 struct State<'a> {
     weights: WeightStream<'a>,
     quantizer: Fp8Quantizer,
-    /// Until the end.
-    consistency: Option<Consistency>,
+    /// The last stream's decisions, and how many of them have held so far.
+    last: Arc<[Decided]>,
+    at: usize,
+    /// The decisions from where the stream differs from the last one.
+    anew: Option<Anew>,
     /// Scales, after their codes.
     following: VecDeque<Weight>,
+}
+
+/// Decisions that were not made before, after those that were.
+#[derive(Default)]
+struct Anew {
+    decided: Vec<Decided>,
+    consistency: Consistency,
+}
+
+impl Anew {
+    fn push(&mut self, decided: Decided) -> Result<()> {
+        let Decided { meta, decision, rule, .. } = &decided;
+        self.consistency.observe(&meta.name, stored(meta.dtype), *decision, rule)?;
+        self.decided.push(decided);
+        Ok(())
+    }
 }
 
 impl State<'_> {
@@ -161,44 +201,82 @@ impl State<'_> {
         match self.weights.next().await.transpose()? {
             Some(weight) => self.treat(weight).map(Some),
             None => {
-                if let Some(consistency) = self.consistency.take() {
-                    consistency.finish()?;
-                }
+                self.end()?;
                 Ok(None)
             }
         }
     }
 
     fn treat(&mut self, weight: Weight) -> Result<Weight> {
-        let name = weight.meta().name.clone();
-        let stored = stored(weight.meta().dtype);
-        let (decision, rule) = match weight.treatment() {
+        let as_before = self.last.get(self.at).filter(|decided| {
+            let Decided { meta, before, .. } = decided;
+            self.anew.is_none() && meta == weight.meta() && before == weight.treatment()
+        });
+        let becomes = match as_before {
+            Some(decided) => {
+                self.at += 1;
+                decided.becomes.clone()
+            }
+            None => self.decide(&weight)?,
+        };
+        match becomes {
+            Becomes::Recorded(treatment) => Ok(weight.with_treatment(treatment)),
+            Becomes::Quantized(layout) => {
+                let [codes, scales] = quantized(weight, &layout, self.quantizer.codec)?;
+                self.following.push_back(scales);
+                Ok(codes)
+            }
+        }
+    }
+
+    fn decide(&mut self, weight: &Weight) -> Result<Becomes> {
+        let (meta, before) = (weight.meta().clone(), weight.treatment().clone());
+        let (decision, rule) = match before {
             Treatment::Quantized => (Decision::Pass, Rule::AlreadyFp8),
             Treatment::Scale => (Decision::Pass, Rule::IsScale),
-            _ => self.quantizer.decide(&name, &sizes(weight.meta())?, stored)?,
+            _ => self.quantizer.decide(&meta.name, &sizes(&meta)?, stored(meta.dtype))?,
         };
-        if let Some(consistency) = &mut self.consistency {
-            consistency.observe(&name, stored, decision, &rule)?;
-        }
-        if *weight.treatment() != Treatment::Plain {
-            return Ok(weight);
-        }
-        Ok(match (decision, rule) {
+        let becomes = match (decision, &rule) {
+            _ if before != Treatment::Plain => Becomes::Recorded(before.clone()),
             (Decision::Quantize, _) => {
-                let Fp8Quantizer { codec, .. } = self.quantizer;
-                let [codes, scales] = quantized(weight, *self.quantizer.format(), codec)?;
-                self.following.push_back(scales);
-                codes
+                Becomes::Quantized(Arc::new(Fp8Layout::new(&meta, *self.quantizer.format())?))
             }
-            (Decision::Pass, Rule::IsScale) => weight.with_treatment(Treatment::Scale),
-            (Decision::Pass, _) => weight.with_treatment(Treatment::PassedThrough),
+            (Decision::Pass, Rule::IsScale) => Becomes::Recorded(Treatment::Scale),
+            (Decision::Pass, _) => Becomes::Recorded(Treatment::PassedThrough),
             // Worth a look by name: it may be a projection under a new one.
             (Decision::Keep, Rule::Unlisted) => {
-                weight.with_treatment(Treatment::Kept(format!("no rule knows {name}").into()))
+                Becomes::Recorded(Treatment::Kept(format!("no rule knows {}", meta.name).into()))
             }
-            (Decision::Keep, rule) => {
-                weight.with_treatment(Treatment::Kept(rule.to_string().into()))
+            (Decision::Keep, rule) => Becomes::Recorded(Treatment::Kept(rule.to_string().into())),
+        };
+        let decided = Decided { meta, before, decision, rule, becomes: becomes.clone() };
+        self.anew()?.push(decided)?;
+        Ok(becomes)
+    }
+
+    /// Leaves the last stream's decisions, which stay true of what came so far.
+    fn anew(&mut self) -> Result<&mut Anew> {
+        if self.anew.is_none() {
+            let mut anew = Anew::default();
+            for decided in &self.last[..self.at] {
+                anew.push(decided.clone())?;
             }
-        })
+            self.anew = Some(anew);
+        }
+        Ok(self.anew.get_or_insert_default())
+    }
+
+    /// Checks what can only be checked at the end.
+    fn end(&mut self) -> Result<()> {
+        if self.anew.is_none() && self.at == self.last.len() {
+            return Ok(()); // The last stream was checked, and this one was the same.
+        }
+        let Anew { decided, consistency } = std::mem::take(self.anew()?);
+        consistency.finish()?;
+        // A stream that is asked again at its end compares with itself.
+        (self.at, self.last, self.anew) = (decided.len(), decided.into(), None);
+        let mut last = self.quantizer.last.lock().unwrap_or_else(PoisonError::into_inner);
+        *last = self.last.clone();
+        Ok(())
     }
 }

@@ -19,10 +19,7 @@ const UNKNOWN: u32 = u32::MAX;
 #[derive(Debug)]
 pub struct Fp8Codes {
     source: Weight,
-    ty: SourceType,
-    shape: Vec<usize>,
-    format: Fp8Format,
-    grid: BlockGrid,
+    layout: Arc<Fp8Layout>,
     codec: Codec,
     /// The bits of the scales, filled in by whoever encodes their blocks.
     scales: Box<[AtomicU32]>,
@@ -58,32 +55,44 @@ pub(crate) fn sizes(meta: &TensorMeta) -> Result<Vec<usize>> {
     })
 }
 
-/// A weight as two: its codes, and the scales under their own name.
-pub(crate) fn quantized(weight: Weight, format: Fp8Format, codec: Codec) -> Result<[Weight; 2]> {
-    let meta = weight.meta().clone();
-    let name = meta.name.clone();
-    let ty = source_type(meta.dtype).ok_or_else(|| {
-        let message = format!("{} has no FP8 form here, only BF16, F16 and F32 do", meta.dtype);
-        Error::new(ErrorKind::Weight, "quantising", message).tensor(&*name)
-    })?;
-    let shape = sizes(&meta)?;
-    let grid = format.granularity.grid(&shape).map_err(|error| error.in_tensor(&name))?;
-    let scales = (0..grid.scales()).map(|_| AtomicU32::new(UNKNOWN)).collect();
-    let codes = Arc::new(Fp8Codes {
-        source: weight,
-        ty,
-        shape,
-        format,
-        grid,
-        codec,
-        scales,
-        device: OnceLock::new(),
-    });
+/// What follows from a weight's description and the format: the same in every update.
+#[derive(Debug)]
+pub(crate) struct Fp8Layout {
+    ty: SourceType,
+    shape: Vec<usize>,
+    format: Fp8Format,
+    grid: BlockGrid,
+    codes: TensorMeta,
+    scales: TensorMeta,
+}
 
-    let side = |&side: &usize| side as u64;
-    let scale_shape: Arc<[u64]> = grid.scale_shape().iter().map(side).collect();
-    let scale_meta = TensorMeta::new(format.scale_name.of(&name), DType::F32, scale_shape);
-    let meta = TensorMeta { dtype: DType::F8_E4M3, ..meta };
+impl Fp8Layout {
+    pub(crate) fn new(meta: &TensorMeta, format: Fp8Format) -> Result<Self> {
+        let name = &meta.name;
+        let ty = source_type(meta.dtype).ok_or_else(|| {
+            let message = format!("{} has no FP8 form here, only BF16, F16 and F32 do", meta.dtype);
+            Error::new(ErrorKind::Weight, "quantising", message).tensor(&**name)
+        })?;
+        let shape = sizes(meta)?;
+        let grid = format.granularity.grid(&shape).map_err(|error| error.in_tensor(name))?;
+        let side = |&side: &usize| side as u64;
+        let scale_shape: Arc<[u64]> = grid.scale_shape().iter().map(side).collect();
+        let scales = TensorMeta::new(format.scale_name.of(name), DType::F32, scale_shape);
+        let codes = TensorMeta { dtype: DType::F8_E4M3, ..meta.clone() };
+        Ok(Self { ty, shape, format, grid, codes, scales })
+    }
+}
+
+/// A weight as two: its codes, and the scales under their own name.
+pub(crate) fn quantized(
+    weight: Weight,
+    layout: &Arc<Fp8Layout>,
+    codec: Codec,
+) -> Result<[Weight; 2]> {
+    let scales = (0..layout.grid.scales()).map(|_| AtomicU32::new(UNKNOWN)).collect();
+    let (layout, device) = (layout.clone(), OnceLock::new());
+    let codes = Arc::new(Fp8Codes { source: weight, layout, codec, scales, device });
+    let (meta, scale_meta) = (codes.layout.codes.clone(), codes.layout.scales.clone());
     Ok([
         Weight::encoded(meta, codes.clone(), Treatment::Quantized)?,
         Weight::encoded(scale_meta, Arc::new(Fp8Scales(codes)), Treatment::Scale)?,
@@ -98,22 +107,22 @@ impl Fp8Codes {
 
     /// The type of the source's elements.
     pub fn source_type(&self) -> SourceType {
-        self.ty
+        self.layout.ty
     }
 
     /// `[rows, cols]` or `[experts, rows, cols]`.
     pub fn shape(&self) -> &[usize] {
-        &self.shape
+        &self.layout.shape
     }
 
     /// How it is quantised.
     pub fn format(&self) -> &Fp8Format {
-        &self.format
+        &self.layout.format
     }
 
     /// The blocks.
     pub fn grid(&self) -> &BlockGrid {
-        &self.grid
+        &self.layout.grid
     }
 
     /// For memory that computes codes by its own means: what it keeps until the scales are asked for.
@@ -133,11 +142,11 @@ impl Fp8Codes {
         first_scale: usize,
         out: &mut [u8],
     ) -> Result<(), QuantError> {
-        let grid = self.format.granularity.grid(source.shape())?;
+        let grid = self.layout.format.granularity.grid(source.shape())?;
         let mut scales = vec![f32::from_bits(UNKNOWN); grid.scales_of(&elements).len()];
         // The digest reads the codes next, and a rollout of this host soon after.
         let store = Store::Cached;
-        self.codec.quantize(source, &self.format, elements, out, &mut scales, store)?;
+        self.codec.quantize(source, &self.layout.format, elements, out, &mut scales, store)?;
         for (known, scale) in self.scales[first_scale..].iter().zip(scales) {
             // Two pieces that share a block compute the same scale.
             if scale.to_bits() != UNKNOWN {
@@ -149,29 +158,29 @@ impl Fp8Codes {
 
     /// As `quantize`, for a source that has to be encoded itself: a band at a time.
     fn quantize_bands(&self, elements: Range<usize>, out: &mut [u8]) -> Result<()> {
-        let size = self.ty.size();
+        let size = self.layout.ty.size();
         let mut scratch = Vec::new();
         let mut out = out;
-        for band in self.grid.bands_of(&elements) {
-            let whole = self.grid.band_elements(band);
+        for band in self.layout.grid.bands_of(&elements) {
+            let whole = self.layout.grid.band_elements(band);
             scratch.resize(whole.len() * size, 0);
             let bytes = (whole.start * size) as u64..(whole.end * size) as u64;
             self.source.encode(bytes, &mut scratch)?;
             let part = whole.start.max(elements.start)..whole.end.min(elements.end);
             let (now, rest) = out.split_at_mut(part.len());
             out = rest;
-            let cols = self.shape.last().copied().unwrap_or(1).max(1);
+            let cols = self.layout.shape.last().copied().unwrap_or(1).max(1);
             let part = part.start - whole.start..part.end - whole.start;
-            let first_scale = band * self.grid.scales_per_band();
-            Source::new(&scratch, self.ty, &[whole.len() / cols, cols])
+            let first_scale = band * self.layout.grid.scales_per_band();
+            Source::new(&scratch, self.layout.ty, &[whole.len() / cols, cols])
                 .and_then(|source| self.quantize(&source, part, first_scale, now))
-                .map_err(|error| self.failed(error.at_band(&self.grid, band)))?;
+                .map_err(|error| self.failed(error.at_band(&self.layout.grid, band)))?;
         }
         Ok(())
     }
 
     fn experts(&self) -> usize {
-        match self.shape[..] {
+        match self.layout.shape[..] {
             [experts, _, _] => experts.max(1),
             _ => 1,
         }
@@ -183,7 +192,7 @@ impl Fp8Codes {
         if known != UNKNOWN {
             return Ok(known);
         }
-        let band = self.grid.band_elements(index / self.grid.scales_per_band());
+        let band = self.layout.grid.band_elements(index / self.layout.grid.scales_per_band());
         let mut codes = vec![0; band.len()];
         self.encode_host(band.start as u64..band.end as u64, &mut codes)?;
         Ok(self.scales[index].load(Ordering::Relaxed))
@@ -200,14 +209,15 @@ impl Encoding for Fp8Codes {
     }
 
     fn granule(&self) -> u64 {
-        if self.grid.elements() == 0 {
+        if self.layout.grid.elements() == 0 {
             return 1;
         }
-        let (experts, bands) = (self.experts(), self.grid.bands_per_matrix());
-        let first = self.grid.band_elements(0).len();
+        let (experts, bands) = (self.experts(), self.layout.grid.bands_per_matrix());
+        let first = self.layout.grid.band_elements(0).len();
         // Where the last band of an expert is shorter, only whole experts are all the same size.
-        let uneven = self.grid.band_elements(bands - 1).len() != first;
-        let granule = if experts > 1 && uneven { self.grid.elements() / experts } else { first };
+        let uneven = self.layout.grid.band_elements(bands - 1).len() != first;
+        let granule =
+            if experts > 1 && uneven { self.layout.grid.elements() / experts } else { first };
         granule as u64
     }
 
@@ -217,8 +227,8 @@ impl Encoding for Fp8Codes {
         match self.source.contiguous_bytes() {
             None => self.quantize_bands(elements, destination),
             Some(bytes) => {
-                let first_scale = self.grid.scales_of(&elements).start;
-                Source::new(bytes, self.ty, &self.shape)
+                let first_scale = self.layout.grid.scales_of(&elements).start;
+                Source::new(bytes, self.layout.ty, &self.layout.shape)
                     .and_then(|source| self.quantize(&source, elements, first_scale, destination))
                     .map_err(|error| self.failed(error))
             }

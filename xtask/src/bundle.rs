@@ -38,7 +38,15 @@ pub(crate) fn build(workspace: &Workspace, folder: Option<&Path>) -> Result<()> 
         put(&executable(command)?, &folder.join(format!("{package}-{test}")))?;
     }
     let mut example = workspace.cargo();
-    example.args(["build", "--release", "--locked", "-p", "device-cuda", "--example", "throughput"]);
+    example.args([
+        "build",
+        "--release",
+        "--locked",
+        "-p",
+        "device-cuda",
+        "--example",
+        "throughput",
+    ]);
     stage("throughput", example)?;
     let built = workspace.target().join("release/examples/throughput");
     put(&built, &folder.join("throughput"))?;

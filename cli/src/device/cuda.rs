@@ -22,8 +22,10 @@ pub(super) fn count(_: &DeviceChoice) -> Result<u32> {
     Ok(cuda::count()?.unsigned_abs())
 }
 
-pub(super) fn destination(device: &DeviceChoice) -> Result<Box<dyn Install>> {
-    Ok(Box::new(CudaTensorMap::new(&open(device)?)?))
+pub(super) fn destination(device: &DeviceChoice, bytes: u64) -> Result<Box<dyn Install>> {
+    let mut tensors = CudaTensorMap::new(&open(device)?)?;
+    tensors.reserve(bytes)?;
+    Ok(Box::new(tensors))
 }
 
 pub(super) fn copy_gb_per_s(device: &DeviceChoice, bytes: u64) -> Result<f64> {

@@ -11,7 +11,7 @@ pub(super) fn count(device: &DeviceChoice) -> Result<u32> {
     Err(refuse(device))
 }
 
-pub(super) fn destination(device: &DeviceChoice) -> Result<Box<dyn Install>> {
+pub(super) fn destination(device: &DeviceChoice, _: u64) -> Result<Box<dyn Install>> {
     Err(refuse(device))
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use tracing::{debug, info, warn};
 
 use super::message::{Layout, ToReceiver, ToSender, decode, encode};
@@ -774,9 +774,13 @@ impl Collector {
                 Some(pending) => pending,
                 None => {
                     let operation = "waiting for the trainer's next weight";
-                    let weight = within(deadline, operation, weights.next())
-                        .await
-                        .map_err(|error| error.bucket(self.buckets as u64))?;
+                    // A timer for each of eighteen thousand weights that are there would be felt.
+                    let weight = match weights.next().now_or_never() {
+                        Some(weight) => weight,
+                        None => within(deadline, operation, weights.next())
+                            .await
+                            .map_err(|error| error.bucket(self.buckets as u64))?,
+                    };
                     match weight.transpose()? {
                         Some(weight) => {
                             self.admit(&weight, jobs.len())?;
