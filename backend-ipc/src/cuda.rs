@@ -7,13 +7,18 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use async_trait::async_trait;
 use device_cuda::{CudaError, CudaMemory, Device, Packer, bucket_storage};
 use engine_core::memory::{Job, Pool};
+use engine_core::plan::ALIGNMENT;
 use engine_core::update::{ReceiveLink, SendLink};
 use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result, Storage};
 use serde::{Deserialize, Serialize};
 
-/// The size of a bucket unless one is configured: processes take turns on a GPU, and the fewer turns the
-/// better.
-pub(crate) const DEFAULT_BUCKET_MEGABYTES: u64 = 512;
+/// Slots of the trainer. Together they are as large as the two buckets that the configuration speaks of:
+/// with four, a process seldom waits for the other, and each turn on the GPU finds work.
+const SLOTS: u32 = 4;
+
+/// The size of each of the two buckets unless one is configured: processes take turns on a GPU, and the
+/// fewer turns the better.
+pub(crate) const DEFAULT_BUCKET_MEGABYTES: u64 = 2048;
 
 /// What a rollout needs to map a trainer's buckets.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -47,9 +52,10 @@ impl Buckets {
     /// Allocates buckets; or says why this system does not let other processes open them.
     pub(crate) fn create(
         device: &DeviceChoice,
-        slots: u32,
         bucket_bytes: u64,
     ) -> Result<Result<Self, CudaError>> {
+        let (slots, bucket_bytes) = (SLOTS, (bucket_bytes / u64::from(SLOTS / 2)).max(ALIGNMENT));
+        let bucket_bytes = bucket_bytes.next_multiple_of(ALIGNMENT);
         let device = open(device)?;
         let too_large = || {
             let message = format!("{slots} × {bucket_bytes} bytes of buckets are too many");

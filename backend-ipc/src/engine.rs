@@ -66,7 +66,7 @@ impl Buckets {
         #[cfg(feature = "cuda")]
         if !config.device.is_cpu() {
             let bytes = bytes(cuda::DEFAULT_BUCKET_MEGABYTES);
-            match cuda::Buckets::create(&config.device, SLOTS, bytes)? {
+            match cuda::Buckets::create(&config.device, bytes)? {
                 Ok(buckets) => return Ok(Self::Cuda(Arc::new(buckets))),
                 Err(reason) => tracing::warn!(
                     %reason,

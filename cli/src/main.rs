@@ -350,6 +350,9 @@ struct RolloutArgs {
     /// Write the weights to DIR/model.safetensors
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Memory to allocate on the device for the weights before the first update, in bytes
+    #[arg(long, value_name = "BYTES")]
+    reserve: Option<u64>,
 }
 
 /// Says which backends can run on this machine, and what the others need.
@@ -529,6 +532,7 @@ async fn rollout_command(args: &RolloutArgs) -> Result<ExitCode, Failure> {
         config,
         verify: args.verify,
         out: args.out.clone(),
+        reserve: args.reserve,
     };
     let print = |result: &checkpoint_engine::Result<ReceiveReport>| match result {
         Ok(report) => say(format!(

@@ -426,6 +426,9 @@ async fn start_rollout(
         .args(["--rank", &rank.to_string()])
         .args(["--world-size", &(options.rollouts + 1).to_string()])
         .args(["--config-json", &config]);
+    if !options.config.device.is_cpu() {
+        command.args(["--reserve", &reserve(&options.source)?.to_string()]);
+    }
     if options.verify {
         command.arg("--verify");
     }
@@ -438,6 +441,12 @@ async fn start_rollout(
         input.write_all(secret.as_bytes()).await.map_err(failed)?;
     }
     Ok(child)
+}
+
+/// Memory for a model on a device: its tensors, and the gaps between them.
+fn reserve(source: &SourceSpec) -> Result<u64> {
+    let source = Source::open(source.clone())?;
+    Ok(source.byte_len() + source.tensors() as u64 * 1024)
 }
 
 /// The error of the first rollout process that ends, while none should.
@@ -485,6 +494,8 @@ pub struct RolloutOptions {
     pub verify: bool,
     /// The folder that the weights are written to.
     pub out: Option<PathBuf>,
+    /// Memory for the weights, allocated on the device before the group forms.
+    pub reserve: Option<u64>,
 }
 
 /// A rollout process: joins the trainer's group and receives its updates, to the last one.
@@ -501,6 +512,9 @@ pub async fn rollout(
     let memory = PeakMemory::start()?;
     let control = ControlPlane::join(options.control, Role::Rollout, options.rank).await?;
     let device = device::of_rank(&options.config.device, control.rank().0)?;
+    // As inference engines have it, before the first update.
+    let reserve = options.reserve.unwrap_or(0);
+    let destination = device::destination(&device, reserve)?.map(|to| Arc::new(Mutex::new(to)));
     let config = CheckpointEngineConfig { device: device.clone(), ..options.config };
     let context = EngineContext::new(config, Role::Rollout).with_control(control.clone());
     let mut engine = registry.create(context)?;
@@ -525,15 +539,6 @@ pub async fn rollout(
             return Err(Error::new(ErrorKind::Mismatch, "verifying weights", message));
         }
     };
-    let bytes = match &announced {
-        // What inference engines have already: the model, and room for the gaps between tensors.
-        Some(announcement) if !device.is_cpu() => {
-            let source = Source::open(announcement.source.clone())?;
-            source.byte_len() + source.tensors() as u64 * 1024
-        }
-        _ => 0,
-    };
-    let destination = device::destination(&device, bytes)?.map(|to| Arc::new(Mutex::new(to)));
     let last = announced.map(|announcement| Version(announcement.source.updates));
     let rollout = Rollout { source, out: options.out, memory: Some(memory), destination };
     let idle = Instant::now();
