@@ -147,7 +147,7 @@ fn an_endpoint_of_metrics_outlives_those_who_misuse_it() {
         (0..12).map(|_| TcpStream::connect(address).expect("a connection")).collect();
     let mut endless = TcpStream::connect(address).expect("a connection");
     // It is cut off; whether this end notices while writing is the system's choice.
-    let _ = endless.write_all(&vec![b'x'; 1 << 20]);
+    drop(endless.write_all(&vec![b'x'; 1 << 20]));
     assert!(ask(address, b"POST / HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 405"));
     assert!(ask(address, b"GET / HTTP/1.1\r\n\r\n").contains("ckpt_engine_version"));
     drop(silent);
@@ -181,7 +181,7 @@ fn top_refuses_what_is_not_metrics_and_does_not_wait_for_ever() {
         }
     });
     let bytes = endpoint(|mut stream| {
-        let _ = stream.write_all(&[0xff, 0, 0x1b, b'[', b'2', b'J']);
+        drop(stream.write_all(&[0xff, 0, 0x1b, b'[', b'2', b'J']));
     });
     let gone = "127.0.0.1:9".parse().expect("an address");
     for (address, words) in [
@@ -213,8 +213,8 @@ fn nothing_of_an_endpoints_text_reaches_the_terminal_but_numbers() {
         {\n}\nckpt_engine_version{ 1\nckpt_engine_version} 2\n";
     let address = endpoint(move |mut stream| {
         let mut request = [0; 64];
-        let _ = stream.read(&mut request);
-        let _ = stream.write_all(hostile.as_bytes());
+        drop(stream.read(&mut request));
+        drop(stream.write_all(hostile.as_bytes()));
     });
     let output = top(&[address]);
     let text = String::from_utf8_lossy(&output.stdout);
@@ -229,8 +229,8 @@ fn nothing_of_an_endpoints_text_reaches_the_terminal_but_numbers() {
 fn top_ends_with_130_when_it_is_interrupted() {
     let address = endpoint(|mut stream| {
         let mut request = [0; 64];
-        let _ = stream.read(&mut request);
-        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n");
+        drop(stream.read(&mut request));
+        drop(stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n"));
     });
     let mut child = program()
         .args(["top", &address.to_string(), "--interval", "0.1"])
