@@ -3,30 +3,20 @@
 
 #![cfg(feature = "cuda")]
 
-use std::sync::OnceLock;
+use std::sync::LazyLock;
 
 use conformance::Suite;
-use device_cuda::{CudaMemory, Device};
+use device_cuda::{Device, upload};
 use engine_core::{Result, Weight};
 use futures::StreamExt;
 use futures::executor::block_on;
 use quant_fp8::rules::{Rules, RulesConfig};
 use quant_fp8::{QuantizeFp8, with_fp8};
 
-fn device() -> Result<&'static Device> {
-    static DEVICE: OnceLock<Device> = OnceLock::new();
-    match DEVICE.get() {
-        Some(device) => Ok(device),
-        None => Ok(DEVICE.get_or_init(|| Device::open(0).expect("a device"))),
-    }
-}
-
 /// A weight with the same bytes on the device.
 fn on_the_device(weight: Weight) -> Result<Weight> {
-    let bytes = weight.to_bytes()?;
-    let memory = CudaMemory::new(device()?, bytes.len())?;
-    memory.all().write(&bytes)?;
-    Weight::from_meta(weight.meta().clone(), memory.all().storage())
+    static DEVICE: LazyLock<Device> = LazyLock::new(|| Device::open(0).expect("a device"));
+    upload(&DEVICE, &weight)
 }
 
 /// Every weight whose name has an odd length, so that device and host are mixed in all buckets.

@@ -32,6 +32,8 @@ pub(crate) struct Card {
     pub(crate) address: u64,
     pub(crate) slots: u32,
     pub(crate) slot_bytes: u64,
+    /// The number of the CUDA device that they are on; `None` for host memory.
+    pub(crate) device: Option<u32>,
 }
 
 impl Card {
@@ -260,18 +262,28 @@ impl Worker {
         arena: Arc<Arena>,
     ) -> Result<(Self, Card), NixlError> {
         let api = sys::load(options.library_dir.as_deref())?;
-        let config = format!("TLS={}", options.transports);
-        let mut parameters = vec![("ucx_error_handling_mode", options.error_handling)];
+        let mut config = Vec::new();
         if !options.transports.is_empty() {
+            config.push(format!("TLS={}", options.transports));
+        }
+        if arena.device().is_some() && std::env::var_os("UCX_CUDA_IPC_ENABLE_GET_ZCOPY").is_none() {
+            // Where it sees no NVLink, UCX would read over TCP what it can map and copy.
+            config.push("CUDA_IPC_ENABLE_GET_ZCOPY=on".into());
+        }
+        let config = config.join(",");
+        let mut parameters = vec![("ucx_error_handling_mode", options.error_handling)];
+        if !config.is_empty() {
             parameters.push((ENGINE_CONFIG, config.as_str()));
         }
-        let (slots, slot_bytes) = (arena.slots(), arena.slot_bytes());
+        arena.enter().map_err(NixlError::Device)?;
+        let (slots, slot_bytes, device) = (arena.slots(), arena.slot_bytes(), arena.device());
         let address = arena.address() as u64;
         let agent = RawAgent::new(api, &name, &parameters, arena)?;
         // Not before an agent was made: NIXL and its plugins have registered their own ends by then.
         static REGISTERED: Once = Once::new();
         REGISTERED.call_once(|| sys::at_exit(close_all));
-        let card = Card { name, metadata: agent.metadata()?, address, slots, slot_bytes };
+        let metadata = agent.metadata()?;
+        let card = Card { name, metadata, address, slots, slot_bytes, device };
         Ok((
             Self { agent, loaded: HashSet::new(), waiting: VecDeque::new(), active: Vec::new() },
             card,
@@ -331,8 +343,9 @@ impl Worker {
             // An empty bucket; NIXL refuses transfers of nothing.
             return done.tell(Ok(slot));
         }
-        let started =
-            self.load(&peer).and_then(|()| self.agent.start(&peer.name, slot.range(), remote));
+        let started = self
+            .load(&peer)
+            .and_then(|()| self.agent.start(&peer.name, slot.range(), remote, peer.device));
         match started {
             Ok(raw) => {
                 let until = Instant::now() + deadline;
@@ -428,6 +441,8 @@ impl Worker {
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
+    use engine_core::memory::{Job, Pool};
+    use engine_core::{DType, Weight};
 
     impl Awaiting for tokio::sync::oneshot::Sender<Result<Slot, NixlError>> {
         fn is_awaited(&self) -> bool {
@@ -470,14 +485,16 @@ mod tests {
     async fn bytes_are_read_from_another_agents_slots() {
         let (one, two) = (agent("one").await, agent("two").await);
         let pattern = |seed: usize| (0..BYTES as usize).map(move |at| (at * 7 + seed) as u8);
-        let mut slot = one.1.lock(0, BYTES, DEADLINE).await.unwrap().into_write();
-        slot.as_mut().iter_mut().zip(pattern(1)).for_each(|(to, byte)| *to = byte);
-        drop(slot);
+        let slot = one.1.lock(0, BYTES, DEADLINE).await.unwrap();
+        let weight = Weight::new("w", DType::U8, [BYTES], pattern(1).collect::<Vec<u8>>()).unwrap();
+        let job = Job { weight, start: 0, len: BYTES, offset: 0 };
+        slot.fill(&[job], &Pool::new(1).unwrap(), false).unwrap();
 
         let card = Arc::new(one.0.card().clone());
         let there = card.range(0, BYTES).unwrap();
         let slot = transfer(&two, 1, &card, there).await.unwrap();
-        assert!(slot.into_bytes().iter().copied().eq(pattern(1)), "other bytes were read");
+        let bytes = slot.into_storage().to_host().unwrap();
+        assert!(bytes.iter().copied().eq(pattern(1)), "other bytes were read");
 
         two.0.close().await;
         one.0.close().await;
@@ -522,7 +539,7 @@ mod tests {
     #[tokio::test]
     async fn a_slot_that_is_read_is_not_given_away() {
         let arena = Arena::new(1, 4096).unwrap();
-        let view = arena.lock(0, 10, DEADLINE).await.unwrap().into_bytes();
+        let view = arena.lock(0, 10, DEADLINE).await.unwrap().into_storage();
         let error = arena.lock(0, 10, Duration::from_millis(20)).await.unwrap_err();
         assert!(matches!(error, NixlError::InUse { .. }), "{error}");
         drop(view);

@@ -1,11 +1,15 @@
 //! The memory of a rank's buckets: slots in one piece, registered once.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod ffi;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use engine_core::memory::{Job, Pool};
+use engine_core::{DeviceChoice, Storage};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use crate::error::NixlError;
@@ -14,13 +18,38 @@ use ffi::{Mapping, ReadView, WriteView};
 /// Slots of equal size, each of them with at most one user who may write.
 #[derive(Debug)]
 pub(crate) struct Arena {
-    mapping: Arc<Mapping>,
+    memory: Memory,
     locks: Vec<Arc<Mutex<()>>>,
     slot_bytes: usize,
 }
 
+/// Where an arena is.
+#[derive(Clone, Debug)]
+enum Memory {
+    Host(Arc<Mapping>),
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::Memory),
+}
+
 impl Arena {
-    /// Allocates the slots. All of their memory is there when this returns.
+    /// Allocates the slots on a device. All of their memory is there when this returns.
+    ///
+    /// # Errors
+    ///
+    /// `Full` or what the device reports if there is not so much memory.
+    pub(crate) fn on(device: &DeviceChoice, slots: u32, bytes: u64) -> engine_core::Result<Self> {
+        #[cfg(feature = "cuda")]
+        if !device.is_cpu() {
+            let memory = Memory::Cuda(cuda::Memory::new(device, slots, bytes)?);
+            let locks = (0..slots).map(|_| Arc::default()).collect();
+            return Ok(Self { memory, locks, slot_bytes: bytes as usize });
+        }
+        // The registry has refused all other devices.
+        debug_assert!(device.is_cpu());
+        Ok(Self::new(slots, bytes)?)
+    }
+
+    /// Allocates the slots in host memory. All of it is there when this returns.
     pub(crate) fn new(slots: u32, bytes: u64) -> Result<Self, NixlError> {
         let too_large = NixlError::TooLarge { slots, bytes };
         let Some(total) = bytes.checked_mul(slots.into()) else { return Err(too_large) };
@@ -36,7 +65,7 @@ impl Arena {
             errno => NixlError::System { call: "mmap", errno },
         })?;
         let locks = (0..slots).map(|_| Arc::default()).collect();
-        Ok(Self { mapping: Arc::new(mapping), locks, slot_bytes })
+        Ok(Self { memory: Memory::Host(Arc::new(mapping)), locks, slot_bytes })
     }
 
     pub(crate) fn slots(&self) -> u32 {
@@ -48,11 +77,29 @@ impl Arena {
     }
 
     pub(crate) fn address(&self) -> usize {
-        self.mapping.address()
+        self.memory.address()
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.mapping.len()
+        self.memory.len()
+    }
+
+    /// The number of the CUDA device that it is on; `None` for host memory.
+    pub(crate) fn device(&self) -> Option<u32> {
+        match &self.memory {
+            Memory::Host(_) => None,
+            #[cfg(feature = "cuda")]
+            Memory::Cuda(memory) => Some(memory.ordinal()),
+        }
+    }
+
+    /// Makes this thread one from which libraries can reach the memory.
+    pub(crate) fn enter(&self) -> engine_core::Result<()> {
+        match &self.memory {
+            Memory::Host(_) => Ok(()),
+            #[cfg(feature = "cuda")]
+            Memory::Cuda(memory) => memory.enter(),
+        }
     }
 
     /// The first bytes of a slot, once nobody else uses it.
@@ -70,33 +117,69 @@ impl Arena {
         let lock = tokio::time::timeout(deadline, lock.clone().lock_owned()).await;
         let lock = lock.map_err(|_| NixlError::InUse { slot, waited: deadline })?;
         let at = slot as usize * self.slot_bytes;
-        Ok(Slot { mapping: self.mapping.clone(), at, len: filled as usize, lock })
+        Ok(Slot { memory: self.memory.clone(), at, len: filled as usize, lock })
     }
 }
 
 /// The first bytes of a slot, which nobody else in this process uses.
 #[derive(Debug)]
 pub(crate) struct Slot {
-    mapping: Arc<Mapping>,
+    memory: Memory,
     at: usize,
     len: usize,
     lock: OwnedMutexGuard<()>,
 }
 
+impl Memory {
+    fn address(&self) -> usize {
+        match self {
+            Self::Host(mapping) => mapping.address(),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(memory) => memory.address(),
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::Host(mapping) => mapping.len(),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(memory) => memory.len(),
+        }
+    }
+}
+
 impl Slot {
     /// Where the bytes are: address and length.
     pub(crate) fn range(&self) -> (usize, usize) {
-        (self.mapping.address() + self.at, self.len)
+        (self.memory.address() + self.at, self.len)
     }
 
-    /// To be written by this process.
-    pub(crate) fn into_write(self) -> WriteView {
-        WriteView::new(self.mapping, self.at, self.len, self.lock)
+    /// Encodes all jobs into it, and returns the digest sum if it is wanted, else 0. Blocks.
+    pub(crate) fn fill(self, jobs: &[Job], pool: &Pool, digests: bool) -> engine_core::Result<u64> {
+        let Self { memory, at, len, lock } = self;
+        match memory {
+            Memory::Host(mapping) => {
+                pool.encode(jobs, WriteView::new(mapping, at, len, lock).as_mut(), digests)
+            }
+            #[cfg(feature = "cuda")]
+            Memory::Cuda(memory) => {
+                let result = memory.fill(at, len, jobs, pool, digests);
+                drop(lock);
+                result
+            }
+        }
     }
 
     /// To be read; the slot is in use until the last of these bytes is dropped.
-    pub(crate) fn into_bytes(self) -> Bytes {
-        Bytes::from_owner(ReadView::new(self.mapping, self.at, self.len, self.lock))
+    pub(crate) fn into_storage(self) -> Storage {
+        let Self { memory, at, len, lock } = self;
+        match memory {
+            Memory::Host(mapping) => {
+                Bytes::from_owner(ReadView::new(mapping, at, len, lock)).into()
+            }
+            #[cfg(feature = "cuda")]
+            Memory::Cuda(memory) => memory.storage(at, len).guarded(lock),
+        }
     }
 }
 

@@ -28,6 +28,8 @@ const SLOTS: u32 = 4;
 
 /// The size of each of the two buckets unless one is configured.
 const DEFAULT_BUCKET_MEGABYTES: u64 = 32;
+/// The same on a device, where a bucket's time has to be long beside what it takes to begin one.
+const DEFAULT_DEVICE_MEGABYTES: u64 = 512;
 
 /// The transport's options: `engine_kwargs.nixl` of the configuration.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -130,8 +132,15 @@ impl CheckpointEngine for NixlEngine {
         if matches!(self.phase, Phase::Sending(..) | Phase::Receiving(..)) {
             return Err(wrong_phase("preparing", "it is in a group already"));
         }
-        let bucket = self.context.config.bucket_bytes().unwrap_or(DEFAULT_BUCKET_MEGABYTES << 20);
-        let arena = Arc::new(Arena::new(SLOTS, bucket / (u64::from(SLOTS) / 2))?);
+        let config = &self.context.config;
+        let default = if config.device.is_cpu() {
+            DEFAULT_BUCKET_MEGABYTES
+        } else {
+            DEFAULT_DEVICE_MEGABYTES
+        };
+        let bucket = config.bucket_bytes().unwrap_or(default << 20);
+        let device = &self.context.config.device;
+        let arena = Arc::new(Arena::on(device, SLOTS, bucket / (u64::from(SLOTS) / 2))?);
         let options = AgentOptions {
             library_dir: self.options.library_dir.clone(),
             transports: self.options.transports.clone(),
@@ -235,9 +244,9 @@ impl SendLink for Outgoing {
 
     async fn fill(&mut self, slot: usize, jobs: Vec<Job>, digests: bool) -> Result<u64> {
         let Node { arena, deadline, .. } = &*self.node;
-        let mut bucket = arena.lock(slot as u32, arena.slot_bytes(), *deadline).await?.into_write();
+        let bucket = arena.lock(slot as u32, arena.slot_bytes(), *deadline).await?;
         let pool = self.pool.clone();
-        self.pool.start(move || pool.encode(&jobs, bucket.as_mut(), digests)).await
+        self.pool.start(move || bucket.fill(&jobs, &pool, digests)).await
     }
 
     async fn publish(&mut self, _: usize, _: u64) -> Result<()> {
@@ -293,7 +302,7 @@ impl Awaiting for Expected {
 
     fn tell(self: Box<Self>, result: Result<Slot, NixlError>) {
         let told = |error| Error::from(error).rank(self.from);
-        self.arrival.tell(result.map(|slot| slot.into_bytes().into()).map_err(told));
+        self.arrival.tell(result.map(Slot::into_storage).map_err(told));
     }
 }
 

@@ -53,6 +53,8 @@ pub(crate) enum NixlError {
     InUse { slot: u32, waited: Duration },
     #[error("this rank was not told how to reach it")]
     Unknown,
+    #[error("{0}")]
+    Device(engine_core::Error),
     #[error("what it says of itself cannot be read: {0}")]
     Card(postcard::Error),
 }
@@ -93,6 +95,7 @@ impl From<NixlError> for engine_core::Error {
             E::Closed => ErrorKind::State,
             E::Call { .. } | E::System { .. } => ErrorKind::Io,
             E::Full(_) => ErrorKind::Resource,
+            E::Device(error) => error.kind(),
             E::Outside { .. } | E::Unknown | E::Card(_) => ErrorKind::Protocol,
         };
         Self::new(kind, "using NIXL", error.to_string()).with_source(error)

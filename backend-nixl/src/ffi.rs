@@ -33,6 +33,11 @@ fn check(call: &'static str, status: Status) -> Result<(), NixlError> {
     if status == sys::SUCCESS { Ok(()) } else { Err(NixlError::Call { call, status }) }
 }
 
+/// The kind of memory of a device's number, or of the host.
+fn kind(device: Option<u32>) -> std::ffi::c_int {
+    if device.is_some() { sys::VRAM } else { sys::DRAM }
+}
+
 /// A name for the library; one with a zero in it ends there.
 fn c_string(text: &str) -> CString {
     let bytes: Vec<u8> = text.bytes().take_while(|&byte| byte != 0).collect();
@@ -106,12 +111,14 @@ impl RawAgent {
         let api = self.api;
         let list = Object::new("create_reg_dlist", api.destroy_reg_dlist, |object| {
             // SAFETY: the call writes the new object to where the pointer points.
-            unsafe { (api.create_reg_dlist)(sys::DRAM, object) }
+            unsafe { (api.create_reg_dlist)(kind(self.arena.device()), object) }
         })?;
         let (address, len) = (self.arena.address(), self.arena.len());
+        let device = u64::from(self.arena.device().unwrap_or(0));
         // SAFETY: the list is alive; without metadata the pointer is not read.
-        let status =
-            unsafe { (api.reg_dlist_add_desc)(list.handle, address, len, 0, std::ptr::null(), 0) };
+        let status = unsafe {
+            (api.reg_dlist_add_desc)(list.handle, address, len, device, std::ptr::null(), 0)
+        };
         check("reg_dlist_add_desc", status)?;
         // SAFETY: all are alive, and the arena is mapped as long as `self` has it.
         let status = unsafe { (api.register_mem)(self.agent, list.handle, self.options) };
@@ -155,7 +162,7 @@ impl RawAgent {
         check("invalidate_remote_md", status)
     }
 
-    /// Starts to read from a peer's memory into the arena.
+    /// Starts to read from a peer's memory, on the device of that number or the host's, into the arena.
     ///
     /// # Contract
     ///
@@ -165,8 +172,10 @@ impl RawAgent {
         peer: &str,
         local: (usize, usize),
         remote: (usize, usize),
+        remote_device: Option<u32>,
     ) -> Result<RawTransfer, NixlError> {
-        let (here, there) = (self.list(local)?, self.list(remote)?);
+        let here = self.list(local, self.arena.device())?;
+        let there = self.list(remote, remote_device)?;
         let peer = c_string(peer);
         let mut request = null_mut();
         // SAFETY: all objects are alive; lists and string are copied; the call writes the request.
@@ -194,14 +203,19 @@ impl RawAgent {
         Ok(transfer)
     }
 
-    fn list(&self, (address, len): (usize, usize)) -> Result<Object, NixlError> {
+    fn list(
+        &self,
+        (address, len): (usize, usize),
+        device: Option<u32>,
+    ) -> Result<Object, NixlError> {
         let api = self.api;
         let list = Object::new("create_xfer_dlist", api.destroy_xfer_dlist, |object| {
             // SAFETY: the call writes the new object to where the pointer points.
-            unsafe { (api.create_xfer_dlist)(sys::DRAM, object) }
+            unsafe { (api.create_xfer_dlist)(kind(device), object) }
         })?;
+        let number = u64::from(device.unwrap_or(0));
         // SAFETY: the list is alive.
-        let status = unsafe { (api.xfer_dlist_add_desc)(list.handle, address, len, 0) };
+        let status = unsafe { (api.xfer_dlist_add_desc)(list.handle, address, len, number) };
         check("xfer_dlist_add_desc", status)?;
         Ok(list)
     }

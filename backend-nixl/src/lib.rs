@@ -43,6 +43,10 @@ impl Backend for Nixl {
         "processes of any hosts, one-sided over NIXL and UCX (RDMA, TCP, shared memory)"
     }
 
+    fn devices(&self) -> &'static [&'static str] {
+        if cfg!(feature = "cuda") { &["cuda"] } else { &[] }
+    }
+
     fn probe(&self) -> Availability {
         match agent::probe() {
             Ok(details) => Availability::Usable { details },

@@ -26,6 +26,8 @@ pub(crate) type Handle = *mut c_void;
 
 /// Host memory, as a kind of memory.
 pub(crate) const DRAM: c_int = 0;
+/// Memory of a device, as a kind of memory.
+pub(crate) const VRAM: c_int = 1;
 /// From the peer to here, as a kind of transfer.
 pub(crate) const READ: c_int = 0;
 

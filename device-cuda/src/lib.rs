@@ -22,6 +22,6 @@ pub use device::{
 };
 pub use error::CudaError;
 pub use kernels::{Kernels, Launch, Prepared, Ran, compile, nvrtc};
-pub use storage::bucket_storage;
+pub use storage::{bucket_storage, upload};
 pub use table::DeviceJob;
 pub use tensors::CudaTensorMap;

@@ -2,10 +2,10 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use engine_core::{DeviceBytes, DeviceMemory, Error, Result, Storage, plan::Piece};
+use engine_core::{DeviceBytes, DeviceMemory, Error, Result, Storage, Weight, plan::Piece};
 
 use crate::bucket::Packer;
-use crate::{CudaMemory, CudaSlice};
+use crate::{CudaMemory, CudaSlice, Device};
 
 impl DeviceMemory for CudaMemory {
     fn device(&self) -> String {
@@ -50,6 +50,18 @@ impl DeviceMemory for Bucket {
         let mut packer = self.packer.lock().unwrap_or_else(PoisonError::into_inner);
         packer.digest(&parts)
     }
+}
+
+/// A weight of the same bytes on a device; its memory is freed with the last clone.
+///
+/// # Errors
+///
+/// Those of the weight's encoding; what the driver reports.
+pub fn upload(device: &Device, weight: &Weight) -> Result<Weight> {
+    let bytes = weight.to_bytes()?;
+    let memory = CudaMemory::new(device, bytes.len())?;
+    memory.all().write(&bytes)?;
+    Weight::from_meta(weight.meta().clone(), memory.all().storage())
 }
 
 /// Buckets on a device, one after the other in an allocation, as receivers see them: `packer` digests

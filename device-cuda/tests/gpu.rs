@@ -470,3 +470,47 @@ fn a_weight_that_is_not_finite_is_named_by_the_packer() {
     let text = error.to_string();
     assert!(text.contains(name) && text.contains("(1, 2)"), "{text}");
 }
+
+/// The Python that has Triton; `python3` unless it is named.
+const PYTHON: &str = "CKPT_ENGINE_TRITON_PYTHON";
+
+#[test]
+#[ignore = "needs a CUDA device, and a Python with Triton and PyTorch"]
+fn triton_itself_gives_the_codes_and_scales_of_mode_triton_gpu() {
+    let mut gpu = Gpu::open();
+    let folder = tempfile::tempdir().unwrap();
+    let (script, input, output) =
+        (folder.path().join("t.py"), folder.path().join("in"), folder.path().join("out"));
+    std::fs::write(&script, include_str!("triton_reference.py")).unwrap();
+    // Other numbers in every run.
+    let seed = std::process::id().into();
+    let shapes = [[1000, 1000], [128, 128], [129, 4096], [4096, 1], [3584, 18_944], [77, 776]];
+    let matrices: Vec<Matrix> = shapes
+        .iter()
+        .zip(seed..)
+        .map(|(shape, seed)| random(SourceType::Bf16, shape, seed))
+        .collect();
+    let mut bytes = Vec::new();
+    for matrix in &matrices {
+        matrix.shape.iter().for_each(|&side| bytes.extend((side as u32).to_le_bytes()));
+        bytes.extend(&matrix.bytes);
+    }
+    std::fs::write(&input, bytes).unwrap();
+    let python = std::env::var_os(PYTHON).unwrap_or_else(|| "python3".into());
+    let ran = std::process::Command::new(&python).arg(&script).args([&input, &output]).output();
+    let ran = ran.unwrap_or_else(|error| panic!("{PYTHON}: {error}"));
+    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+
+    let theirs = std::fs::read(&output).unwrap();
+    let format = Fp8Format { mode: Mode::TritonGpu, ..Fp8Format::default() };
+    let mut rest = &theirs[..];
+    for (matrix, (codes, scales)) in matrices.iter().zip(gpu.quantize(&matrices, &format)) {
+        let (their_codes, after) = rest.split_at(codes.len());
+        let (their_scales, after) = after.split_at(scales.len());
+        rest = after;
+        let differ = codes.iter().zip(their_codes).filter(|(a, b)| a != b).count();
+        assert_eq!(differ, 0, "codes of {}, seed {seed}", matrix.name);
+        assert!(scales == their_scales, "scales of {}, seed {seed}", matrix.name);
+    }
+    assert!(rest.is_empty());
+}

@@ -1,8 +1,10 @@
 #!/bin/bash
 # Runs what needs a GPU: `run.sh` all of it, `run.sh tests` or `run.sh benches` a part. The programs are
-# beside this script. Prints JSON lines of what was measured, and ends with 1 if anything failed.
+# beside this script; NIXL is, if its wheel was unpacked to the folder nixl beside it. Prints JSON lines of
+# what was measured, and ends with 1 if anything failed.
 cd "$(dirname "$0")" || exit 1
-chmod +x ckpt-engine throughput device-cuda-gpu backend-ipc-cuda 2>/dev/null
+chmod +x ckpt-engine throughput device-cuda-gpu backend-ipc-cuda backend-nixl-cuda 2>/dev/null
+[ -d nixl ] && export CKPT_ENGINE_NIXL_DIR=$PWD/nixl
 failed=0
 check() {
     echo "== $*"
@@ -13,6 +15,7 @@ if [ "${1:-tests}" = tests ]; then
     ./ckpt-engine doctor
     check ./device-cuda-gpu --ignored --test-threads 1
     check ./backend-ipc-cuda --ignored --test-threads 4
+    [ -d nixl ] && check ./backend-nixl-cuda --ignored --test-threads 2
     for quantise in "" --trainer-quantize-fp8; do
         check ./ckpt-engine sync --device cuda --synthetic tiny-moe --rollouts 2 --updates 3 \
             --verify --json $quantise
