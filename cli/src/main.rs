@@ -460,6 +460,8 @@ fn main() -> ExitCode {
                 .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error")),
         )
         .with_writer(std::io::stderr)
+        // A line for each stage with its times, where the filter lets its span through.
+        .with_span_events(tracing_subscriber::fmt::format::FmtSpan::CLOSE)
         .init();
     let result = match Cli::parse().command {
         Command::Sync(args) => until_interrupted(sync_command(&args)),
