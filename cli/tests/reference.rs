@@ -36,7 +36,7 @@ fn the_configuration_page_is_made_from_the_types() {
          `checkpoint_engine`, `rollout.checkpoint_engine` or `actor_rollout_ref.rollout.\
          checkpoint_engine`). Every key is optional, and `null` stands for the default. An unknown \
          key is an error that lists the known ones.\n\n\
-         ```yaml\n{{#include ../examples/checkpoint_engine.yaml}}```\n",
+         ```yaml\n{{#include ../examples/checkpoint_engine.yaml}}\n```\n",
     );
     let defaults = |value: Result<Value, serde_json::Error>| value.expect("defaults are JSON");
     let engine = defaults(serde_json::to_value(CheckpointEngineConfig::default()));
