@@ -39,7 +39,7 @@ pub(crate) fn build(workspace: &Workspace, folder: Option<&Path>) -> Result<()> 
         let mut command = workspace.cargo();
         command.args(["test", "--release", "--locked", "--no-run", "-p", package]);
         command.args(["--features", features, "--test", test, "--message-format", "json"]);
-        put(&executable(command)?, &folder.join(format!("{package}-{test}")))?;
+        put(&executable(command, test)?, &folder.join(format!("{package}-{test}")))?;
     }
     let mut example = workspace.cargo();
     example.args([
@@ -66,8 +66,8 @@ pub(crate) fn build(workspace: &Workspace, folder: Option<&Path>) -> Result<()> 
     Ok(())
 }
 
-/// The executable that cargo says it made.
-fn executable(mut command: Command) -> Result<PathBuf> {
+/// The executable that cargo says it made of a target.
+fn executable(mut command: Command, target: &str) -> Result<PathBuf> {
     let mut child = command
         .stdout(Stdio::piped())
         .spawn()
@@ -76,7 +76,8 @@ fn executable(mut command: Command) -> Result<PathBuf> {
     if let Some(output) = child.stdout.take() {
         for line in std::io::BufReader::new(output).lines().map_while(std::result::Result::ok) {
             let Ok(message) = serde_json::from_str::<serde_json::Value>(&line) else { continue };
-            if let Some(path) = message["executable"].as_str() {
+            let path = message["executable"].as_str();
+            if let Some(path) = path.filter(|_| message["target"]["name"] == target) {
                 found = Some(PathBuf::from(path));
             }
         }
