@@ -170,7 +170,7 @@ struct EngineArgs {
     #[arg(long)]
     no_digests: bool,
     /// Where weights and buckets are: cpu, cuda (one device for each rank), or cuda:N
-    #[arg(long, value_name = "DEVICE")]
+    #[arg(long, value_name = "DEVICE", env = "CKPT_ENGINE_DEVICE")]
     device: Option<DeviceChoice>,
     /// Quantise to FP8 blocks on the trainer, so that half the bytes travel
     #[arg(long)]
@@ -207,7 +207,8 @@ impl EngineArgs {
         if self.threads.is_some() {
             config.threads = self.threads;
         }
-        if let Some(device) = &self.device {
+        // A rollout that `sync` starts is told its own device with everything else.
+        if let Some(device) = self.device.as_ref().filter(|_| self.config_json.is_none()) {
             config.device.clone_from(device);
         }
         config.digests &= !self.no_digests;
