@@ -22,7 +22,7 @@ mod stream;
 pub mod update;
 mod weight;
 
-pub use cache::CachedEngine;
+pub use cache::{CachedEngine, WeightCache};
 pub use config::{CheckpointEngineConfig, ConfigFormat, DeviceChoice};
 pub use control::{ControlPlane, Role};
 pub use dtype::DType;
