@@ -90,7 +90,10 @@ fn host_bytes(tensor: &Tensor) -> candle_core::Result<Bytes> {
         CpuStorage::F32(v) => bytemuck::cast_slice(&v[range]).into(),
         CpuStorage::F64(v) => bytemuck::cast_slice(&v[range]).into(),
         CpuStorage::F8E4M3(v) => v[range].iter().map(|code| code.to_bits()).collect(),
-        CpuStorage::F6E2M3(_) | CpuStorage::F6E3M2(_) | CpuStorage::F4(_) | CpuStorage::F8E8M0(_) => {
+        CpuStorage::F6E2M3(_)
+        | CpuStorage::F6E3M2(_)
+        | CpuStorage::F4(_)
+        | CpuStorage::F8E8M0(_) => {
             candle_core::bail!("candle does not compute with {:?}", tensor.dtype())
         }
     };
@@ -170,7 +173,8 @@ fn dequantized(
         );
         return Err(refused(&meta.name, message));
     }
-    let scales: Vec<f32> = bytemuck::pod_collect_to_vec(scales);
+    // They may begin anywhere.
+    let scales: Vec<f32> = scales.chunks_exact(4).map(bytemuck::pod_read_unaligned).collect();
     let mut bytes = vec![0; codes.len() * target.size()];
     let elements = 0..grid.elements();
     Codec::best()

@@ -15,7 +15,10 @@ use engine_core::{
 const PROJECTION: &str = "model.layers.0.mlp.up_proj.weight";
 
 /// What a rollout has installed after an update over the engine of one process.
-async fn sent(weights: impl Iterator<Item = engine_core::Result<Weight>> + Send, fp8: bool) -> TensorMap {
+async fn sent(
+    weights: impl Iterator<Item = engine_core::Result<Weight>> + Send,
+    fp8: bool,
+) -> TensorMap {
     let config = CheckpointEngineConfig { trainer_quantize_fp8: fp8, ..Default::default() };
     let registry = Registry::new().with_quantizer(quant_fp8::with_fp8);
     let mut trainer = registry.create(EngineContext::new(config.clone(), Role::Trainer)).unwrap();
@@ -26,9 +29,7 @@ async fn sent(weights: impl Iterator<Item = engine_core::Result<Weight>> + Send,
     rollout.init_process_group(places[1].clone()).await.unwrap();
     let mut map = TensorMap::new();
     let send = trainer.send_weights(ensure_async_iterator(weights), Version(1));
-    let receive = async {
-        rollout.receive_weights(None).await?.install(&mut map).await
-    };
+    let receive = async { rollout.receive_weights(None).await?.install(&mut map).await };
     futures::future::try_join(send, receive).await.unwrap();
     map
 }
@@ -58,9 +59,16 @@ async fn a_model_built_of_what_arrived_computes_the_same() {
 async fn tensors_of_every_type_arrive_as_they_were_also_views() {
     let base = Tensor::arange(0_f32, 24., &Device::Cpu).unwrap().reshape((4, 6)).unwrap();
     let mut given = HashMap::new();
-    for dtype in
-        [DType::U8, DType::U32, DType::I64, DType::BF16, DType::F16, DType::F32, DType::F64, DType::F8E4M3]
-    {
+    for dtype in [
+        DType::U8,
+        DType::U32,
+        DType::I64,
+        DType::BF16,
+        DType::F16,
+        DType::F32,
+        DType::F64,
+        DType::F8E4M3,
+    ] {
         given.insert(format!("{dtype:?}"), base.to_dtype(dtype).unwrap());
     }
     given.insert("transposed".into(), base.t().unwrap());

@@ -186,7 +186,8 @@ async fn the_cache_has_the_last_version_that_was_complete() {
 }
 
 #[tokio::test]
-async fn a_rollout_generates_with_the_old_version_while_a_new_one_arrives_and_then_switches_at_once() {
+async fn a_rollout_generates_with_the_old_version_while_a_new_one_arrives_and_then_switches_at_once()
+ {
     let (mut trainer, mut rollout) = with_cache().await;
     let cache = rollout.cache();
     let send = trainer.send_weights(ensure_async_iterator(model(1)), Version(1));
@@ -213,7 +214,8 @@ async fn a_rollout_generates_with_the_old_version_while_a_new_one_arrives_and_th
 }
 
 #[tokio::test]
-async fn a_cache_that_is_further_behind_than_max_staleness_is_refused_until_a_version_is_complete() {
+async fn a_cache_that_is_further_behind_than_max_staleness_is_refused_until_a_version_is_complete()
+{
     let (mut trainer, rollout) = with_cache().await;
     let mut rollout = rollout.with_max_staleness(Some(1));
     let cache = rollout.cache();
@@ -296,8 +298,7 @@ async fn a_request_in_flight_is_set_aside_for_an_update_and_goes_on_where_it_was
     let rollout = LocalRollout::new(engine(Role::Rollout), TensorMap::new());
     let rollout = Generating { rollout, request: Arc::clone(&request) };
     let rollouts: Vec<Box<dyn RolloutWorker>> = vec![Box::new(rollout)];
-    let mut manager =
-        CheckpointEngineManager::new(naive::BACKEND, engine(Role::Trainer), rollouts);
+    let mut manager = CheckpointEngineManager::new(naive::BACKEND, engine(Role::Trainer), rollouts);
     manager.init().await.unwrap();
     for version in 1..=2 {
         let weights = ensure_async_iterator(model(version));

@@ -16,7 +16,7 @@ pub(crate) struct Child {
 
 impl Child {
     /// Starts this program again, as a rollout.
-    pub(crate) fn start(rank: usize) -> Result<Self, Failure> {
+    pub(crate) fn start(rank: u32) -> Result<Self, Failure> {
         let mut process = Command::new(std::env::current_exe()?)
             .arg("rollout")
             // Two rollouts and the trainer share the processors.

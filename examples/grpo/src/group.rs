@@ -11,7 +11,7 @@ use checkpoint_engine::{
 
 use crate::Failure;
 
-pub(crate) const RANKS: usize = 3;
+pub(crate) const RANKS: u32 = 3;
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// A rank's engine and its place in a group.

@@ -25,7 +25,10 @@ pub(crate) enum Reply {
     Formed,
     Updated,
     /// The answers, prompt by prompt.
-    Generated { version: u64, samples: Vec<Sample> },
+    Generated {
+        version: u64,
+        samples: Vec<Sample>,
+    },
     Failed(String),
 }
 

@@ -73,8 +73,7 @@ pub(crate) async fn train(settings: &Settings, title: &str) -> Result<Vec<Step>,
         let prompts: Vec<Prompt> =
             (0..settings.prompts).map(|_| task::prompt(&mut random)).collect();
         let seed = random.seed();
-        let (report, samples) =
-            rollouts.step(&vars, &prompts, settings.group, seed).await?;
+        let (report, samples) = rollouts.step(&vars, &prompts, settings.group, seed).await?;
         let learned = learn(&model, &mut optimizer, &prompts, &samples, settings)?;
         let step = Step {
             step,
@@ -87,7 +86,8 @@ pub(crate) async fn train(settings: &Settings, title: &str) -> Result<Vec<Step>,
             restarts: rollouts.restarts,
         };
         if let Some(csv) = &mut csv {
-            let Step { step, version, reward, kl, update_seconds, bytes, quantized, restarts } = step;
+            let Step { step, version, reward, kl, update_seconds, bytes, quantized, restarts } =
+                step;
             writeln!(
                 csv,
                 "{step},{version},{reward:.4},{kl:.3e},{update_seconds:.6},{bytes},{quantized},{restarts}"
@@ -248,10 +248,12 @@ impl Rollouts {
             self.form().await?;
         }
         self.version += 1;
-        self.ask_all(|_| Request::Update { version: self.version })?;
+        let version = self.version;
+        self.ask_all(|_| Request::Update { version })?;
         let member = self.member.as_mut().ok_or("not in a group")?;
         // What travels is BF16, or FP8 made of it; the trainer's own weights are F32.
-        let tensors = vars.iter().map(|(name, var)| Ok((name.as_str(), var.to_dtype(DType::BF16)?)));
+        let tensors =
+            vars.iter().map(|(name, var)| Ok((name.as_str(), var.to_dtype(DType::BF16)?)));
         let tensors = tensors.collect::<Result<Vec<_>, Failure>>()?;
         let stream = ensure_async_iterator(weights(tensors));
         let report = member.engine.send_weights(stream, Version(self.version)).await?;
@@ -319,10 +321,10 @@ impl Rollouts {
     /// Starts the rollouts again that died. If none did, the failure is not one to recover from.
     async fn recover(&mut self, error: Failure) -> Result<(), Failure> {
         let mut dead = 0;
-        for index in 0..self.children.len() {
-            if self.children[index].died(Duration::from_secs(1))? {
-                eprintln!("rollout {} died, it is started again ({error})", index + 1);
-                self.children[index] = Child::start(index + 1)?;
+        for (rank, child) in (1..RANKS).zip(&mut self.children) {
+            if child.died(Duration::from_secs(1))? {
+                eprintln!("rollout {rank} died, it is started again ({error})");
+                *child = Child::start(rank)?;
                 dead += 1;
             }
         }
