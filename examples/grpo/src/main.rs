@@ -40,7 +40,7 @@ struct Args {
     #[arg(long, default_value_t = 127)]
     steps: u64,
     /// Steps of pretraining.
-    #[arg(long, default_value_t = 600)]
+    #[arg(long, default_value_t = 300)]
     pretrain: u64,
     /// Prompts of a step.
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..))]
@@ -49,7 +49,7 @@ struct Args {
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(2..))]
     group: u32,
     /// GRPO's learning rate.
-    #[arg(long, default_value_t = 1e-4)]
+    #[arg(long, default_value_t = 3e-4)]
     learning_rate: f64,
     /// Truncated importance sampling: weigh each token by trainer's over rollout's probability, at
     /// most this.

@@ -1,15 +1,14 @@
-//! The task: sums of two numbers below twenty, `07+15=22`, a character a token.
+//! The task: sums of two digits, `7+5=12`, a character a token.
 
 use candle_core::{Device, Result, Tensor};
 
 use crate::random::Random;
 
-pub(crate) const PROMPT: usize = 6;
+pub(crate) const PROMPT: usize = 4;
 pub(crate) const ANSWER: usize = 2;
 pub(crate) const LENGTH: usize = PROMPT + ANSWER;
 const PLUS: u32 = 10;
 const EQUALS: u32 = 11;
-const BELOW: u32 = 20;
 
 pub(crate) type Prompt = [u32; PROMPT];
 pub(crate) type Answer = [u32; ANSWER];
@@ -19,14 +18,13 @@ fn digits(number: u32) -> [u32; 2] {
 }
 
 pub(crate) fn prompt(random: &mut Random) -> Prompt {
-    let ([a, b], [c, d]) = (digits(random.below(BELOW)), digits(random.below(BELOW)));
-    [a, b, PLUS, c, d, EQUALS]
+    [random.below(10), PLUS, random.below(10), EQUALS]
 }
 
 /// 1 for the right sum, else 0.
 pub(crate) fn reward(prompt: &Prompt, answer: &Answer) -> f32 {
-    let [a, b, _, c, d, _] = *prompt;
-    f32::from(*answer == digits(a * 10 + b + c * 10 + d))
+    let [a, _, b, _] = *prompt;
+    f32::from(*answer == digits(a + b))
 }
 
 /// What the model is pretrained on: one sum in three is right, the others are off by up to three.
@@ -35,15 +33,14 @@ pub(crate) fn reward(prompt: &Prompt, answer: &Answer) -> f32 {
 /// among its guesses: what reinforcement can build on, and cannot be without.
 pub(crate) fn careless(random: &mut Random) -> [u32; LENGTH] {
     let prompt = prompt(random);
-    let [a, b, _, c, d, _] = prompt;
-    let sum = a * 10 + b + c * 10 + d;
+    let [a, _, b, _] = prompt;
+    let sum = a + b;
     let said = match random.below(3) {
         0 => sum,
         _ => (sum + 7 - random.below(7)).saturating_sub(4),
     };
     let [tens, ones] = digits(said);
-    let [p0, p1, p2, p3, p4, p5] = prompt;
-    [p0, p1, p2, p3, p4, p5, tens, ones]
+    [a, PLUS, b, EQUALS, tens, ones]
 }
 
 pub(crate) fn tensor<const N: usize>(rows: &[[u32; N]]) -> Result<Tensor> {
