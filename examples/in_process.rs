@@ -7,17 +7,22 @@ use checkpoint_engine::{
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
+    // ANCHOR: engines
     let config = CheckpointEngineConfig { backend: "naive".into(), ..Default::default() };
     let registry = registry();
     let mut trainer = registry.create(EngineContext::new(config.clone(), Role::Trainer))?;
     let mut rollout = registry.create(EngineContext::new(config.clone(), Role::Rollout))?;
+    // ANCHOR_END: engines
 
+    // ANCHOR: form
     // The three phases that form a group; `ipc` adds a control plane to the contexts.
     let workers = [trainer.prepare().await?, rollout.prepare().await?];
     let places = registry.get(&config.backend)?.build_topology(&workers)?;
     trainer.init_process_group(places[0].clone()).await?;
     rollout.init_process_group(places[1].clone()).await?;
+    // ANCHOR_END: form
 
+    // ANCHOR: update
     let mut model = TensorMap::new();
     for step in 1..=2_u8 {
         let weights = (0..3).map(|layer| {
@@ -29,6 +34,7 @@ async fn main() -> Result<()> {
         let receive =
             async { rollout.receive_weights(Some(version)).await?.install(&mut model).await };
         let (sent, received) = tokio::try_join!(send, receive)?;
+        // ANCHOR_END: update
         assert_eq!(sent.counts.tensors, received.tensors);
         assert!(model.iter().all(|(_, bytes)| bytes.iter().all(|&byte| byte == step)));
     }

@@ -5,6 +5,7 @@ use checkpoint_engine::{
     ensure_async_iterator, registry,
 };
 
+// ANCHOR: config
 const CONFIG: &str = "
 checkpoint_engine:
   backend: naive
@@ -12,13 +13,16 @@ checkpoint_engine:
   quantization:
     ignored_layers: [model.layers.1]
 ";
+// ANCHOR_END: config
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     let config = CheckpointEngineConfig::from_text(CONFIG, ConfigFormat::Yaml)?;
+    // ANCHOR: contract
     // What a rollout says that it can load; the group does not form if the two contradict.
     let contract = "{quantization: {accepts: fp8, granularity: 128x128}}";
     let contract = CheckpointEngineConfig::from_text(contract, ConfigFormat::Yaml)?;
+    // ANCHOR_END: contract
 
     let registry = registry();
     let mut trainer = registry.create(EngineContext::new(config.clone(), Role::Trainer))?;

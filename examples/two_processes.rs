@@ -77,6 +77,7 @@ async fn rollout(address: &str) -> Result<()> {
     control.close().await
 }
 
+// ANCHOR: form
 /// Prepares an engine, tells the others how to reach it, and joins the group.
 async fn form(control: &ControlPlane, role: Role) -> Result<Box<dyn CheckpointEngine>> {
     let config = CheckpointEngineConfig { backend: "ipc".into(), ..Default::default() };
@@ -99,3 +100,4 @@ async fn form(control: &ControlPlane, role: Role) -> Result<Box<dyn CheckpointEn
     engine.init_process_group(place.ok_or_else(missing)?).await?;
     Ok(engine)
 }
+// ANCHOR_END: form

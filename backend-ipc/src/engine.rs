@@ -21,9 +21,12 @@ use crate::{NAME, shared};
 /// Buckets of the trainer: one is packed while the rollouts read the other.
 const SLOTS: u32 = 2;
 
-/// The size of a bucket unless one is configured. Two of them fit into the last-level cache of a
-/// server, so that the rollouts read from there what the trainer has just written.
-const DEFAULT_BUCKET_MEGABYTES: u64 = 16;
+/// The size of a bucket unless one is configured, for so many threads of the trainer. Two of them fit into
+/// the last-level cache of a server, so that the rollouts read from there what the trainer has just
+/// written; many threads need larger ones to have enough to do in each.
+fn default_bucket_megabytes(threads: usize) -> u64 {
+    (4 * threads as u64).clamp(16, 64)
+}
 
 /// A rank's end of the shared-memory transport.
 #[derive(Debug)]
@@ -75,7 +78,10 @@ impl Buckets {
                 ),
             }
         }
-        Ok(Self::Shared(Arc::new(Segment::create(SLOTS, bytes(DEFAULT_BUCKET_MEGABYTES))?)))
+        Ok(Self::Shared(Arc::new(Segment::create(
+            SLOTS,
+            bytes(default_bucket_megabytes(context.threads())),
+        )?)))
     }
 
     fn offer(&self) -> Offer {

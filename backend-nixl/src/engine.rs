@@ -32,8 +32,9 @@ const DEFAULT_BUCKET_MEGABYTES: u64 = 32;
 const DEFAULT_DEVICE_MEGABYTES: u64 = 512;
 
 /// The transport's options: `engine_kwargs.nixl` of the configuration.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct NixlOptions {
     /// Who fetches from whom.
     pub topology: Topology,
@@ -47,8 +48,9 @@ pub struct NixlOptions {
 }
 
 /// Who fetches from whom.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum Topology {
     /// A ring for two rollouts or more, unless there are so few buckets that its length would show.
     #[default]
@@ -60,8 +62,9 @@ pub enum Topology {
 }
 
 /// What UCX does about peers that fail.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum ErrorHandling {
     /// It notices them, within the transports that can.
     #[default]

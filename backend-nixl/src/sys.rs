@@ -187,17 +187,26 @@ fn prepare_ucx(folder: &Path, kept: &mut Vec<Library>) -> Option<String> {
         unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }.ok()
     };
     let (ucs, ucp) = (open("libucs")?, open("libucp")?);
-    if infiniband_devices().is_empty() && std::env::var_os("UCX_MODULES").is_none() {
-        type Set = unsafe extern "C" fn(*const c_char, *const c_char) -> c_int;
-        // SAFETY: the type is the one that UCX's header ucs/config/global_opts.h declares.
-        if let Ok(set) = unsafe { ucs.get::<Set>("ucs_global_opts_set_value") } {
+    type Set = unsafe extern "C" fn(*const c_char, *const c_char) -> c_int;
+    // SAFETY: the type is the one that UCX's header ucs/config/global_opts.h declares.
+    if let Ok(set) = unsafe { ucs.get::<Set>("ucs_global_opts_set_value") } {
+        let choose = |variable: &str, name: &CStr, value: &CStr| {
+            if std::env::var_os(variable).is_some() {
+                return;
+            }
+            // SAFETY: both strings end with a zero; no other thread uses UCX yet.
+            let status = unsafe { set(name.as_ptr(), value.as_ptr()) };
+            if status != 0 {
+                tracing::debug!(status, variable, "UCX refuses an option");
+            }
+        };
+        // UCX would remember what kind of memory each allocation is, by hooks into the CUDA runtime. It
+        // sees neither what was allocated before, nor anything where its hooks cannot be loaded.
+        choose("UCX_MEMTYPE_CACHE", c"MEMTYPE_CACHE", c"n");
+        if infiniband_devices().is_empty() {
             // UCX's InfiniBand module beside a distribution's drivers for it ends the process with a
             // crash where there is no such device.
-            // SAFETY: both strings end with a zero; no other thread uses UCX yet.
-            let status = unsafe { set(c"MODULES".as_ptr(), c"^ib".as_ptr()) };
-            if status != 0 {
-                tracing::debug!(status, "UCX refuses to leave its InfiniBand module alone");
-            }
+            choose("UCX_MODULES", c"MODULES", c"^ib");
         }
     }
     type Version = unsafe extern "C" fn() -> *const c_char;

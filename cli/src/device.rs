@@ -3,6 +3,8 @@
 
 use checkpoint_engine::{DeviceChoice, Install, Result, Weight};
 
+use crate::bench::quant::{QuantLine, QuantOptions};
+
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(not(feature = "cuda"))]
@@ -43,6 +45,15 @@ pub fn destination(device: &DeviceChoice, bytes: u64) -> Result<Option<Box<dyn I
 /// As [`destination`].
 pub fn copy_gb_per_s(device: &DeviceChoice, bytes: u64) -> Result<f64> {
     cuda::copy_gb_per_s(device, bytes)
+}
+
+/// What quantising on a device reaches, beside the driver's copy of as many bytes.
+///
+/// # Errors
+///
+/// As [`destination`]; a format that the device has no kernel for.
+pub fn quantize_rate(options: &QuantOptions) -> Result<QuantLine> {
+    cuda::quantize_rate(options)
 }
 
 /// Devices of this machine in words, for people who look for what is wrong.

@@ -10,6 +10,7 @@
 pub mod bench;
 pub mod checkpoint;
 pub mod device;
+pub mod exporter;
 mod ffi;
 pub mod memory;
 mod progress;
@@ -18,3 +19,4 @@ pub mod roles;
 pub mod source;
 pub mod sync;
 pub mod synthetic;
+pub mod top;

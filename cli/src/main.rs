@@ -8,6 +8,7 @@ mod commands {
 }
 
 use std::error::Error as StdError;
+use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -23,11 +24,13 @@ use checkpoint_engine::{
 use clap::{Args, Parser, Subcommand};
 use cli::bench::transfer::{TransferLine, TransferOptions, transfer};
 use cli::checkpoint::{Checkpoint, verify};
+use cli::exporter::Exporter;
 use cli::memory::PeakMemory;
 use cli::roles::{Announcement, form_group};
 use cli::source::{ModelSpec, Source, SourceSpec};
 use cli::sync::{RolloutOptions, SyncOptions, Trainer, UpdateLine};
 use cli::synthetic::SyntheticModel;
+use cli::top;
 use commands::fp8::{
     DequantizeArgs, PlanArgs, QuantBenchArgs, QuantizeArgs, dequantize_command, plan_command,
     quant_bench_command, quantize_command,
@@ -55,6 +58,8 @@ enum Command {
     Trainer(TrainerArgs),
     /// Be a rollout of a trainer's group
     Rollout(RolloutArgs),
+    /// Show what the ranks of running updates are doing
+    Top(TopArgs),
     /// Say which backends can run on this machine, and what the others need
     Doctor(DoctorArgs),
     /// Compare two checkpoints tensor by tensor, bit for bit
@@ -165,7 +170,7 @@ struct EngineArgs {
     #[arg(long)]
     no_digests: bool,
     /// Where weights and buckets are: cpu, cuda (one device for each rank), or cuda:N
-    #[arg(long, value_name = "DEVICE")]
+    #[arg(long, value_name = "DEVICE", env = "CKPT_ENGINE_DEVICE")]
     device: Option<DeviceChoice>,
     /// Quantise to FP8 blocks on the trainer, so that half the bytes travel
     #[arg(long)]
@@ -202,7 +207,8 @@ impl EngineArgs {
         if self.threads.is_some() {
             config.threads = self.threads;
         }
-        if let Some(device) = &self.device {
+        // A rollout that `sync` starts is told its own device with everything else.
+        if let Some(device) = self.device.as_ref().filter(|_| self.config_json.is_none()) {
             config.device.clone_from(device);
         }
         config.digests &= !self.no_digests;
@@ -218,6 +224,48 @@ impl EngineArgs {
         registry().get(&config.backend)?;
         Ok(config)
     }
+}
+
+/// What a process tells of itself while it runs.
+#[derive(Debug, Args)]
+struct MetricsArgs {
+    /// Serve metrics for Prometheus and `top` at this address, such as 127.0.0.1:9400; rollout n of a
+    /// `sync` takes the port n higher. Everyone who reaches the address can read them
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<SocketAddr>,
+}
+
+impl MetricsArgs {
+    async fn serve(&self) -> Result<Option<Exporter>, Failure> {
+        let Some(address) = self.metrics else { return Ok(None) };
+        let exporter = Exporter::start(address).await?;
+        eprintln!("metrics at http://{}/metrics", exporter.address());
+        Ok(Some(exporter))
+    }
+}
+
+/// Shows what the ranks of running updates are doing: state, version, rate, and where time goes.
+///
+/// A rank's line has its version and the version's state, the rate of its last update, how many
+/// updates were committed (and aborted: `+1!`), and the mean of each stage. The trainer's endpoint
+/// knows the states of all ranks; stage times come from each rank's own.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  In one shell:
+    ckpt-engine sync --synthetic qwen2.5-0.5b --rollouts 2 --updates 100 --metrics 127.0.0.1:9400
+  In another:
+    ckpt-engine top 127.0.0.1:9400 127.0.0.1:9401 127.0.0.1:9402")]
+struct TopArgs {
+    /// Where processes serve their metrics, as their --metrics says
+    #[arg(required = true, value_name = "ADDRESS")]
+    addresses: Vec<String>,
+    /// Print it once, and end
+    #[arg(long)]
+    once: bool,
+    /// Seconds between two looks
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
+    interval: f64,
 }
 
 /// Starts one trainer and N rollout processes on this machine and updates the rollouts.
@@ -249,6 +297,8 @@ struct SyncArgs {
     /// Print one JSON object a line per update
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    metrics: MetricsArgs,
 }
 
 /// How ranks find each other.
@@ -328,6 +378,8 @@ struct TrainerArgs {
     /// Print one JSON object a line per update
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    metrics: MetricsArgs,
 }
 
 /// Joins a trainer's group as a rollout and receives its updates.
@@ -353,6 +405,8 @@ struct RolloutArgs {
     /// Memory to allocate on the device for the weights before the first update, in bytes
     #[arg(long, value_name = "BYTES")]
     reserve: Option<u64>,
+    #[command(flatten)]
+    metrics: MetricsArgs,
 }
 
 /// Says which backends can run on this machine, and what the others need.
@@ -407,11 +461,14 @@ fn main() -> ExitCode {
                 .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error")),
         )
         .with_writer(std::io::stderr)
+        // A line for each stage with its times, where the filter lets its span through.
+        .with_span_events(tracing_subscriber::fmt::format::FmtSpan::CLOSE)
         .init();
     let result = match Cli::parse().command {
         Command::Sync(args) => until_interrupted(sync_command(&args)),
         Command::Trainer(args) => until_interrupted(trainer_command(&args)),
         Command::Rollout(args) => until_interrupted(rollout_command(&args)),
+        Command::Top(args) => until_interrupted(top_command(&args)),
         Command::Doctor(args) => doctor_command(&args),
         Command::Verify(args) => verify_command(&args),
         Command::Quantize(args) => quantize_command(&args),
@@ -458,7 +515,9 @@ async fn sync_command(args: &SyncArgs) -> Result<ExitCode, Failure> {
         rollouts: args.rollouts,
         verify: args.verify,
         out: args.out.clone(),
+        metrics: args.metrics.metrics,
     };
+    let _exporter = args.metrics.serve().await?;
     if !args.json {
         say_source(&Source::open(options.source.clone())?, &options.config.backend);
     }
@@ -467,6 +526,7 @@ async fn sync_command(args: &SyncArgs) -> Result<ExitCode, Failure> {
 }
 
 async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Failure> {
+    let _exporter = args.metrics.serve().await?;
     let config = args.engine.config()?;
     let interval = Duration::try_from_secs_f64(args.interval)?;
     let registry = registry();
@@ -523,6 +583,7 @@ async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Failure> {
 }
 
 async fn rollout_command(args: &RolloutArgs) -> Result<ExitCode, Failure> {
+    let _exporter = args.metrics.serve().await?;
     let config = args.engine.config()?;
     let meeting = args.rendezvous.meet(false, config.timeout())?;
     let options = RolloutOptions {
@@ -549,6 +610,48 @@ async fn rollout_command(args: &RolloutArgs) -> Result<ExitCode, Failure> {
     };
     cli::sync::rollout(options, print).await?;
     Ok(ExitCode::SUCCESS)
+}
+
+async fn top_command(args: &TopArgs) -> Result<ExitCode, Failure> {
+    let interval = Duration::try_from_secs_f64(args.interval.max(0.1))?;
+    let terminal = console::Term::stdout();
+    let mut shown = 0;
+    loop {
+        let (table, errors) = top::ask(&args.addresses).await;
+        if shown == 0 || args.once {
+            // Later, processes may end while others go on.
+            errors.iter().for_each(|error| report(error));
+            if errors.len() == args.addresses.len() {
+                return Err(
+                    "nothing answers; is there a process with --metrics at this address?".into()
+                );
+            }
+        }
+        let mut text = top::render(&table);
+        if table.is_empty() {
+            text.push_str("no updates yet\n");
+        }
+        if args.once {
+            say(text.trim_end().to_owned())?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        for error in &errors {
+            text.push_str(&format!("{error}\n"));
+        }
+        // Elsewhere than on a terminal, looks follow one another.
+        if terminal.is_term() {
+            let width = usize::from(terminal.size().1);
+            let lines = text.lines().map(|line| console::truncate_str(line, width, "…"));
+            text = lines.map(|line| line.into_owned() + "\n").collect();
+            terminal.clear_last_lines(shown)?;
+        }
+        terminal.write_str(&text)?;
+        shown = text.lines().count();
+        if errors.len() == args.addresses.len() {
+            return Ok(ExitCode::SUCCESS); // All have ended.
+        }
+        tokio::time::sleep(interval).await;
+    }
 }
 
 fn doctor_command(args: &DoctorArgs) -> Result<ExitCode, Failure> {

@@ -1,5 +1,6 @@
 //! One trainer and several rollouts on this machine, and the updates between them.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -38,6 +39,8 @@ pub struct SyncOptions {
     pub verify: bool,
     /// The folder that gets one folder per rollout with its weights.
     pub out: Option<PathBuf>,
+    /// Where the trainer serves its metrics; rollout n does so n ports higher.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// One update, as `--json` prints it.
@@ -428,6 +431,15 @@ async fn start_rollout(
         .args(["--config-json", &config]);
     if !options.config.device.is_cpu() {
         command.args(["--reserve", &reserve(&options.source)?.to_string()]);
+    }
+    if let Some(mut address) = options.metrics {
+        if address.port() != 0 {
+            let port = u16::try_from(rank).ok().and_then(|rank| address.port().checked_add(rank));
+            let message = format!("there is no port {rank} above {}", address.port());
+            let missing = Error::new(ErrorKind::Config, "serving metrics", message);
+            address.set_port(port.ok_or(missing)?);
+        }
+        command.args(["--metrics", &address.to_string()]);
     }
     if options.verify {
         command.arg("--verify");

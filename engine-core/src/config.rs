@@ -53,6 +53,7 @@ const MAX_TIMEOUT_SECONDS: f64 = 1e9;
 /// # Ok::<(), engine_core::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct CheckpointEngineConfig {
     /// The backend's name: `naive` unless set.
     pub backend: String,
@@ -223,6 +224,8 @@ impl CheckpointEngineConfig {
 /// # Ok::<(), engine_core::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(with = "String"))]
 pub struct DeviceChoice {
     kind: String,
     ordinal: Option<u32>,

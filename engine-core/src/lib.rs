@@ -19,6 +19,7 @@ mod registry;
 mod report;
 mod storage;
 mod stream;
+pub mod telemetry;
 pub mod update;
 mod weight;
 

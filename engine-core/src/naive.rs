@@ -16,7 +16,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use crate::memory::Pool;
-use crate::observe::Progress;
+use crate::observe::{Observer as _, Progress};
+use crate::telemetry::{Meter, ReceiveStages};
 use crate::{
     Availability, Backend, CheckpointEngine, EngineContext, Error, ErrorKind, ErrorReport, Outcome,
     Placement, Rank, ReceiveReport, ReceivedBucket, ReceivedWeights, ReceiverReport, Result, Role,
@@ -235,23 +236,27 @@ impl CheckpointEngine for NaiveEngine {
                 Error::new(ErrorKind::PeerLost, "beginning an update", words).version(version)
             );
         }
-        let observer = &self.context.observer;
+        let mut sending = Sending {
+            meter: Meter::new(Rank::LEADER, self.context.observer.clone()),
+            receivers: recipients.iter().map(|recipient| recipient.rank).collect(),
+            committed: false,
+        };
         let receivers = recipients.iter().map(|recipient| recipient.rank).collect();
-        observer.observe(&Progress::Began { version, receivers });
+        sending.meter.observe(&Progress::Began { version, receivers });
         let deadline = self.context.deadline();
-        match send(&self.context, &self.pool, &mut recipients, weights, deadline).await {
+        match send(&sending.meter, &self.pool, &mut recipients, weights, deadline).await {
             Ok((counts, stages, buckets, receivers)) => {
                 for recipient in recipients {
                     // A rollout that left after confirming has the version all the same.
                     if recipient.commit.send(Ok(())).is_err() {
                         tracing::debug!(rank = %recipient.rank, "left before the commit");
                     }
-                    observer.observe(&Progress::State {
+                    sending.meter.observe(&Progress::State {
                         rank: recipient.rank,
                         state: VersionState::Active,
                     });
                 }
-                Ok(SendReport {
+                let report = SendReport {
                     version,
                     counts,
                     buckets,
@@ -261,7 +266,10 @@ impl CheckpointEngine for NaiveEngine {
                     digest: None,
                     receivers,
                     absent: absent.clone(),
-                })
+                };
+                sending.committed = true;
+                sending.meter.sent(&report);
+                Ok(report)
             }
             Err(error) => {
                 let error = error.version(version);
@@ -314,16 +322,30 @@ impl CheckpointEngine for NaiveEngine {
                 _ => break offer,
             }
         };
-        self.context
-            .observer
-            .observe(&Progress::Began { version: offer.version, receivers: vec![rank] });
+        let meter = Meter::new(rank, self.context.observer.clone());
+        meter.observe(&Progress::Began { version: offer.version, receivers: vec![rank] });
         let outcome = Outcome::default();
         let version = offer.version;
         let Offer { items, answer, committed, .. } = offer;
-        let guard = Guard { rank, version, outcome: outcome.clone(), answer: Some(answer) };
+        let guard = Guard {
+            rank,
+            version,
+            meter,
+            committed: false,
+            outcome: outcome.clone(),
+            answer: Some(answer),
+        };
         let deadline = deadline + deadline / 4;
-        let session =
-            Session { items, guard, committed, begun: Instant::now(), deadline, counts: (0, 0, 0) };
+        let session = Session {
+            items,
+            guard,
+            committed,
+            begun: Instant::now(),
+            deadline,
+            counts: (0, 0, 0),
+            stages: ReceiveStages::default(),
+            installing: None,
+        };
         let buckets = futures::stream::try_unfold(session, |mut session| async move {
             match session.next().await {
                 Ok(Some(bucket)) => Ok(Some((bucket, session))),
@@ -349,7 +371,7 @@ impl CheckpointEngine for NaiveEngine {
 type Sent = (TensorCounts, StageTimes, u64, Vec<ReceiverReport>);
 
 async fn send(
-    context: &EngineContext,
+    meter: &Meter,
     pool: &Pool,
     recipients: &mut [Recipient],
     mut weights: WeightStream<'_>,
@@ -384,7 +406,7 @@ async fn send(
                 .map_err(|error| error.bucket(index))?;
         }
         stages.release += started.elapsed();
-        context.observer.observe(&Progress::Bucket { index, bytes });
+        meter.observe(&Progress::Bucket { index, bytes });
         index += 1;
     }
     let started = Instant::now();
@@ -418,6 +440,21 @@ async fn send(
     Ok((counts, stages, index, receivers))
 }
 
+/// Counts the trainer's update as aborted when it is dropped before its end.
+struct Sending {
+    meter: Meter,
+    receivers: Vec<Rank>,
+    committed: bool,
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        if !self.committed {
+            self.meter.aborted(&self.receivers);
+        }
+    }
+}
+
 struct Session {
     items: mpsc::Receiver<Item>,
     guard: Guard,
@@ -426,6 +463,9 @@ struct Session {
     deadline: Duration,
     /// Tensors, bytes, buckets.
     counts: (u64, u64, u64),
+    stages: ReceiveStages,
+    /// Since when the caller has had the last weight.
+    installing: Option<Instant>,
 }
 
 impl Session {
@@ -438,13 +478,23 @@ impl Session {
             let words = format!("nothing within {:.1} s", self.deadline.as_secs_f64());
             Error::new(ErrorKind::Timeout, operation, words).rank(Rank::LEADER)
         };
-        match timeout(self.deadline, self.items.recv()).await {
+        if let Some(begun) = self.installing.take() {
+            self.stages.install += begun.elapsed();
+        }
+        let waiting = Instant::now();
+        let item = timeout(self.deadline, self.items.recv()).await;
+        self.stages.fetch += waiting.elapsed();
+        match item {
             Ok(Some(Item::Bucket(bucket))) => {
+                let before = self.counts.1;
                 for piece in bucket.pieces() {
                     self.counts.0 += 1;
                     self.counts.1 += piece.bytes.len();
                 }
+                let (index, bytes) = (self.counts.2, self.counts.1 - before);
+                self.guard.meter.observe(&Progress::Bucket { index, bytes });
                 self.counts.2 += 1;
+                self.installing = Some(Instant::now());
                 Ok(Some(bucket))
             }
             Ok(None) => {
@@ -469,6 +519,8 @@ impl Session {
                     Err(_) => return Err(late("waiting for the trainer to commit the version")),
                 }
                 let (tensors, bytes, buckets) = self.counts;
+                self.guard.committed = true;
+                self.guard.meter.received(bytes, self.begun.elapsed(), self.stages);
                 self.guard.outcome.complete(ReceiveReport {
                     version: self.guard.version,
                     state: VersionState::Active,
@@ -488,12 +540,17 @@ impl Session {
 struct Guard {
     rank: Rank,
     version: Version,
+    meter: Meter,
+    committed: bool,
     outcome: Outcome,
     answer: Option<oneshot::Sender<Answer>>,
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
+        if !self.committed {
+            self.meter.aborted(&[]);
+        }
         let Some(answer) = self.answer.take() else { return };
         let error = self.outcome.take_failure().unwrap_or_else(|| {
             let words = "the receiver dropped the stream before its end";

@@ -80,6 +80,9 @@ pub struct StageTimes {
     pub release: Duration,
     /// Encoding weights into buckets.
     pub encode: Duration,
+    /// Making filled buckets visible to receivers: transports that push bytes do it here.
+    #[serde(default)]
+    pub publish: Duration,
     /// Waiting for the receivers' confirmation after the last bucket.
     pub confirm: Duration,
 }

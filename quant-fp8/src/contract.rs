@@ -42,6 +42,7 @@ use crate::{Fp8Format, Granularity, Mode, NonFinite, Precast, ScaleName};
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "snake_case")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Quantization {
     /// How scales are computed: `triton` if nobody says.
     pub mode: Option<Mode>,
@@ -64,6 +65,7 @@ pub struct Quantization {
     /// Rollouts: what the rank can load. Nothing stands for both.
     pub accepts: Option<Accepts>,
     /// Rollouts: the exact parameters that it expects.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<serde_json::Map<String, Value>>"))]
     pub manifest: Option<Manifest>,
     /// Rollouts: whether to quantise here what arrives unquantised.
     pub quantize_on_receive: bool,
@@ -72,6 +74,7 @@ pub struct Quantization {
 /// What a rollout can load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum Accepts {
     /// FP8 with scales for what the rules quantise.
     Fp8,

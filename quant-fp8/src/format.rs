@@ -18,6 +18,7 @@ pub(crate) const FP8_MAX: f32 = 448.0;
 /// the same bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum Mode {
     /// `s = max(am, 1e-10) / 448`, `m = 1 / s`: verl's and slime's Triton kernels with IEEE
     /// division. An all-zero block has `s = 2.232143e-13`.
@@ -77,6 +78,8 @@ fn power_of_two_at_least(x: f32) -> f32 {
 /// Written as `128x128`, `per-row` or `per-tensor`, in configuration files and on command lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(with = "String"))]
 pub enum Granularity {
     /// Blocks of `rows` × `cols`; the blocks at the right and bottom edge may be partial. Scales
     /// are `[⌈R/rows⌉, ⌈C/cols⌉]`.
@@ -314,6 +317,7 @@ impl BlockGrid {
 /// What the source is rounded to before anything else happens to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum Precast {
     /// BF16, to nearest even: what verl does, and what the rollout would compute with unquantised.
     /// Changes nothing for BF16 sources.
@@ -348,6 +352,7 @@ impl SourceType {
 /// What happens when a block holds NaN or infinity.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum NonFinite {
     /// [`QuantError::NonFinite`], which names the block.
     #[default]
@@ -361,6 +366,7 @@ pub enum NonFinite {
 /// The name of a weight's scale.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum ScaleName {
     /// `<weight>_scale_inv`: block FP8 checkpoints, vLLM and SGLang.
     #[default]

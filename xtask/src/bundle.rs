@@ -14,7 +14,7 @@ const SCRIPT: &str = include_str!("../tools/gpu.sh");
 
 /// Tests that need a GPU: package, features, and the test.
 const TESTS: [(&str, &str, &str); 3] =
-    [("device-cuda", "", "gpu"), ("backend-ipc", "cuda", "cuda"), ("backend-nixl", "cuda", "cuda")];
+    [("cli", "cuda", "sync"), ("device-cuda", "", "gpu"), ("backend-ipc", "cuda", "cuda")];
 
 /// Builds programs and tests for this machine's architecture and puts them into a folder with a script
 /// that runs them.
@@ -35,7 +35,7 @@ pub(crate) fn build(workspace: &Workspace, folder: Option<&Path>) -> Result<()> 
         let mut command = workspace.cargo();
         command.args(["test", "--release", "--locked", "--no-run", "-p", package]);
         command.args(["--features", features, "--test", test, "--message-format", "json"]);
-        put(&executable(command)?, &folder.join(format!("{package}-{test}")))?;
+        put(&executable(command, test)?, &folder.join(format!("{package}-{test}")))?;
     }
     let mut example = workspace.cargo();
     example.args([
@@ -62,8 +62,8 @@ pub(crate) fn build(workspace: &Workspace, folder: Option<&Path>) -> Result<()> 
     Ok(())
 }
 
-/// The executable that cargo says it made.
-fn executable(mut command: Command) -> Result<PathBuf> {
+/// The executable that cargo says it made of a target.
+fn executable(mut command: Command, target: &str) -> Result<PathBuf> {
     let mut child = command
         .stdout(Stdio::piped())
         .spawn()
@@ -72,7 +72,8 @@ fn executable(mut command: Command) -> Result<PathBuf> {
     if let Some(output) = child.stdout.take() {
         for line in std::io::BufReader::new(output).lines().map_while(std::result::Result::ok) {
             let Ok(message) = serde_json::from_str::<serde_json::Value>(&line) else { continue };
-            if let Some(path) = message["executable"].as_str() {
+            let path = message["executable"].as_str();
+            if let Some(path) = path.filter(|_| message["target"]["name"] == target) {
                 found = Some(PathBuf::from(path));
             }
         }

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a program that reports to its user on standard output")]
 
+mod book;
 mod bundle;
 mod process;
 mod setup;
@@ -54,6 +55,8 @@ enum Task {
         /// Where to; target/gpu-bundle without it
         folder: Option<std::path::PathBuf>,
     },
+    /// Checks the user guide's pages, links and included code, and builds it if mdbook is installed
+    Book,
     /// Runs what a pull request has to pass: `.ci/run`
     Ci,
 }
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
         Task::Test(options) => tests::all(&workspace, options),
         Task::Deny => deny(&workspace),
         Task::GpuBundle { folder } => bundle::build(&workspace, folder.as_deref()),
+        Task::Book => book::build(&workspace),
         Task::Ci => run(Command::new(workspace.root().join(".ci/run"))),
     };
     match result {

@@ -3,9 +3,11 @@
 use std::time::Instant;
 
 use checkpoint_engine::fp8::{Codec, Fp8Format, Source, SourceType, Store, copy_non_temporal};
-use checkpoint_engine::{Error, ErrorKind, Result};
+use checkpoint_engine::{DeviceChoice, Error, ErrorKind, Result};
 use rayon::prelude::*;
 use serde::Serialize;
+
+use crate::device;
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -20,14 +22,19 @@ pub struct QuantOptions {
     pub threads: usize,
     /// Repetitions of each codec.
     pub repeats: usize,
+    /// The device that does it instead of the threads.
+    pub device: DeviceChoice,
+    /// How many such matrices a launch on the device quantises.
+    pub count: usize,
 }
 
 /// One codec's result. Rates are medians of the input's bytes; a ratio is the median of those of
-/// single repetitions, whose copy ran right before, so that a busy machine slows both.
+/// single repetitions, whose copy ran right before, so that a busy machine slows both. On a device, where
+/// reading and writing share one bandwidth, bytes are those read and written, of both.
 #[derive(Clone, Debug, Serialize)]
 pub struct QuantLine {
-    /// The codec: `avx512`, `avx2` or `scalar`.
-    pub codec: &'static str,
+    /// The codec: `avx512`, `avx2` or `scalar`, or the device.
+    pub codec: String,
     /// The type of the source.
     pub dtype: SourceType,
     /// Its shape.
@@ -89,7 +96,7 @@ fn copy(source: &[u8], out: &mut [u8]) {
     });
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+pub(crate) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(0.0)
 }
@@ -100,7 +107,10 @@ fn median(mut values: Vec<f64>) -> f64 {
 ///
 /// Those of the codecs; `Resource` if the threads cannot be started.
 pub fn quant(options: &QuantOptions, mut each: impl FnMut(&QuantLine) -> Result<()>) -> Result<()> {
-    let QuantOptions { shape, ty, format, threads, repeats } = options;
+    if !options.device.is_cpu() {
+        return each(&device::quantize_rate(options)?);
+    }
+    let QuantOptions { shape, ty, format, threads, repeats, .. } = options;
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(*threads)
         .build()
@@ -130,7 +140,7 @@ pub fn quant(options: &QuantOptions, mut each: impl FnMut(&QuantLine) -> Result<
         let ratio = median(ratios.collect());
         let rate = |seconds| len as f64 / seconds / 1e9;
         each(&QuantLine {
-            codec: codec.name(),
+            codec: codec.name().to_owned(),
             dtype: *ty,
             shape: shape.clone(),
             threads: *threads,

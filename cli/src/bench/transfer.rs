@@ -178,6 +178,7 @@ async fn setting<'a>(
         rollouts,
         verify: false,
         out: None,
+        metrics: None,
     };
     let mut group = Processes::start(&run, Arc::new(())).await?;
     let mut engine = group.form(&run.source).await?;

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use checkpoint_engine::DeviceChoice;
 use checkpoint_engine::fp8::rules::{QuantPlan, RulesConfig, Stored};
 use checkpoint_engine::fp8::{Fp8Format, Granularity, Quantization, SourceType};
 use clap::Args;
@@ -94,6 +95,12 @@ pub(crate) struct QuantBenchArgs {
     /// Repetitions of each codec; the scalar one runs once
     #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..10_000))]
     repeats: u32,
+    /// Quantise on a device: cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: DeviceChoice,
+    /// How many such matrices a launch on a device quantises
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..100_000))]
+    count: u32,
     #[command(flatten)]
     format: FormatArgs,
     /// Print one JSON object a line per codec
@@ -206,6 +213,8 @@ pub(crate) fn quant_bench_command(args: &QuantBenchArgs) -> Result<ExitCode, Fai
         format,
         threads: args.threads.unwrap_or(cores).max(1),
         repeats: args.repeats as usize,
+        device: args.device.clone(),
+        count: args.count as usize,
     };
     quant(&options, |line: &QuantLine| {
         if args.json {

@@ -1,10 +1,13 @@
 //! CUDA devices.
 
 use checkpoint_engine::cuda::{
-    self, CudaMemory, CudaSlice, CudaTensorMap, Device, Event, Stream, driver_version,
+    self, CudaMemory, CudaSlice, CudaTensorMap, Device, DeviceJob, Event, Kernels, Launch, Stream,
+    driver_version,
 };
 use checkpoint_engine::{DeviceChoice, Error, ErrorKind, Install, Result, TensorMeta, Weight};
 use rayon::prelude::*;
+
+use crate::bench::quant::{QuantLine, QuantOptions, median};
 
 /// Where tensors begin in memory.
 const ALIGNMENT: usize = 256;
@@ -47,6 +50,67 @@ pub(super) fn copy_gb_per_s(device: &DeviceChoice, bytes: u64) -> Result<f64> {
     }
     rates.sort_by(f64::total_cmp);
     Ok(rates[REPEATS / 2])
+}
+
+pub(super) fn quantize_rate(options: &QuantOptions) -> Result<QuantLine> {
+    let QuantOptions { shape, ty, format, repeats, count, .. } = options;
+    let device = open(&options.device)?;
+    let grid = format.granularity.grid(shape)?;
+    let (elements, scales) = (grid.elements(), grid.scales() * size_of::<f32>());
+    let bytes = elements * ty.size();
+    let memory = |len: usize| CudaMemory::new(&device, len * count);
+    let pitch = |len: usize| len.next_multiple_of(ALIGNMENT);
+    let source = memory(pitch(bytes))?;
+    let (codes, results) = (memory(pitch(elements))?, memory(pitch(scales))?);
+    let stream = Stream::new(&device)?;
+    // Numbers of the size that weights have, in every type.
+    source.all().fill(0x3c, &stream)?;
+    let jobs = (0..*count).map(|index| {
+        Ok(DeviceJob::Fp8 {
+            source: source.slice(index * pitch(bytes), bytes)?,
+            ty: *ty,
+            shape: shape.clone(),
+            codes: codes.slice(index * pitch(elements), elements)?,
+            scales: results.slice(index * pitch(scales), scales)?,
+        })
+    });
+    let jobs: Vec<DeviceJob> = jobs.collect::<Result<_>>()?;
+    let mut kernels = Kernels::load(&device)?;
+    let launch = Launch::Encode { jobs: &jobs, format, summed: None };
+    let prepared = kernels.prepare(&[launch], &stream)?;
+
+    // As many bytes, half of them read and half written.
+    let moved = (bytes + elements + scales) * count;
+    let (from, to) = (CudaMemory::new(&device, moved / 2)?, CudaMemory::new(&device, moved / 2)?);
+    let time = |work: &mut dyn FnMut() -> std::result::Result<(), cuda::CudaError>| {
+        let (before, after) = (Event::new(&device, true)?, Event::new(&device, true)?);
+        before.record(&stream)?;
+        work()?;
+        after.record(&stream)?;
+        stream.synchronize()?;
+        Ok::<_, Error>(after.seconds_since(&before)?.max(1e-9))
+    };
+    let (mut copies, mut encodes) = (Vec::new(), Vec::new());
+    for repeat in 0..repeats + 3 {
+        let copy = time(&mut || to.all().copy_from(&from.all(), &stream))?;
+        let encode = time(&mut || kernels.launch(&prepared, &stream))?;
+        // The first ones find the device asleep.
+        if repeat >= 3 {
+            copies.push(copy);
+            encodes.push(encode);
+        }
+    }
+    let ratios = copies.iter().zip(&encodes).map(|(copy, encode)| copy / encode).collect();
+    let rate = |seconds: Vec<f64>| moved as f64 / median(seconds) / 1e9;
+    Ok(QuantLine {
+        codec: options.device.to_string(),
+        dtype: *ty,
+        shape: shape.clone(),
+        threads: 0,
+        ratio: median(ratios),
+        gb_per_s: rate(encodes),
+        copy_gb_per_s: rate(copies),
+    })
 }
 
 pub(super) fn describe() -> Vec<String> {

@@ -1,5 +1,6 @@
 //! A program that was built without devices.
 
+use crate::bench::quant::{QuantLine, QuantOptions};
 use checkpoint_engine::{DeviceChoice, Error, ErrorKind, Install, Result, Weight};
 
 fn refuse(device: &DeviceChoice) -> Error {
@@ -17,6 +18,10 @@ pub(super) fn destination(device: &DeviceChoice, _: u64) -> Result<Box<dyn Insta
 
 pub(super) fn copy_gb_per_s(device: &DeviceChoice, _: u64) -> Result<f64> {
     Err(refuse(device))
+}
+
+pub(super) fn quantize_rate(options: &QuantOptions) -> Result<QuantLine> {
+    Err(refuse(&options.device))
 }
 
 pub(super) fn describe() -> Vec<String> {

@@ -7,16 +7,17 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::oneshot;
-use tracing::{debug, info, warn};
+use tracing::{Span, debug, debug_span, info, warn};
 
 use super::message::{Layout, ToReceiver, ToSender, decode, encode};
 use super::{arrived_event, next_event, within};
 use crate::control::{ControlPlane, Event};
 use crate::memory::{Pool, Work};
-use crate::observe::{Observer, Progress};
+use crate::observe::{Observer as _, Progress};
 use crate::plan::{BucketLayout, LayoutChecker, Plan};
 use crate::received::{Outcome, ReceivedBucket, ReceivedWeights};
 use crate::report::{ReceiveReport, VersionState};
+use crate::telemetry::{Meter, ReceiveStages};
 use crate::{
     EngineContext, Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Storage, Version, digest,
 };
@@ -107,13 +108,17 @@ pub struct Arrival {
     control: ControlPlane,
     pool: Pool,
     session: oneshot::Sender<Result<Arrived>>,
+    /// The update's stage that ends with the arrival, and when it began.
+    stage: (Span, Instant),
 }
 
 /// The bytes of a bucket, and the digest sum of what they are.
 #[derive(Debug)]
 struct Arrived {
     bytes: Storage,
-    sum: Option<Work<u64>>,
+    sum: Option<Work<(u64, Duration)>>,
+    /// What it took to get them.
+    fetch: Duration,
 }
 
 impl Arrival {
@@ -125,7 +130,9 @@ impl Arrival {
 
     /// The bytes are here, or cannot come.
     pub fn tell(self, result: Result<Storage>) {
-        let Self { update, index, from, routed, check, control, pool, session } = self;
+        let Self { update, index, from, routed, check, control, pool, session, stage } = self;
+        let (span, begun) = stage;
+        let fetch = begun.elapsed();
         let told = match &result {
             Ok(_) if routed => Some(ToSender::Fetched { update, index }),
             Err(error) if routed && from != Rank::LEADER => {
@@ -142,9 +149,14 @@ impl Arrival {
             let bytes = bytes.guarded(release);
             let sum = check.map(|layout| {
                 let (threads, bytes) = (pool.clone(), bytes.clone());
-                pool.start(move || threads.digest(layout.pieces(), &bytes))
+                let verify = debug_span!(parent: &span, "verify", bucket = index);
+                pool.start(move || {
+                    let (_entered, begun) = (verify.entered(), Instant::now());
+                    let sum = threads.digest(layout.pieces(), &bytes)?;
+                    Ok((sum, begun.elapsed()))
+                })
             });
-            Arrived { bytes, sum }
+            Arrived { bytes, sum, fetch }
         });
         if session.send(result).is_err() {
             debug!(index, "a bucket arrived that nobody waits for any more");
@@ -161,7 +173,7 @@ pub struct Receiver<L> {
     /// The layouts of the last complete update.
     plan: Plan,
     deadline: Duration,
-    observer: Arc<dyn Observer>,
+    meter: Meter,
 }
 
 /// The announcement of an update.
@@ -177,14 +189,8 @@ struct Begin {
 impl<L: FetchLink> Receiver<L> {
     /// The receiver of a group that the control plane connects to.
     pub fn new(link: L, context: &EngineContext, control: ControlPlane, pool: Pool) -> Self {
-        Self {
-            link,
-            control,
-            pool,
-            plan: Plan::default(),
-            deadline: context.deadline(),
-            observer: context.observer.clone(),
-        }
+        let meter = Meter::new(control.rank(), context.observer.clone());
+        Self { link, control, pool, plan: Plan::default(), deadline: context.deadline(), meter }
     }
 
     /// Waits for the next update; see
@@ -206,7 +212,7 @@ impl<L: FetchLink> Receiver<L> {
         let Begin { update, version, bucket_bytes, .. } = begin;
         self.control
             .send(Rank::LEADER, encode(&ToSender::Entered { update, card: self.link.card() })?)?;
-        self.observer.observe(&Progress::Began { version, receivers: vec![self.control.rank()] });
+        self.meter.observe(&Progress::Began { version, receivers: vec![self.control.rank()] });
         let outcome = Outcome::default();
         let session = Session {
             begin,
@@ -217,7 +223,16 @@ impl<L: FetchLink> Receiver<L> {
             taken: 0,
             version_digest: 0,
             counts: (0, 0),
-            guard: Guard { control: self.control.clone(), begin, outcome, armed: true },
+            stages: ReceiveStages::default(),
+            installing: None,
+            span: tracing::info_span!("receive", %version),
+            guard: Guard {
+                control: self.control.clone(),
+                meter: self.meter.clone(),
+                begin,
+                outcome,
+                armed: true,
+            },
             receiver: self,
         };
         let outcome = session.guard.outcome.clone();
@@ -327,6 +342,10 @@ struct Session<'a, L> {
     version_digest: u64,
     /// Tensors and bytes so far.
     counts: (u64, u64),
+    stages: ReceiveStages,
+    /// The caller's work on the bucket that it was given last.
+    installing: Option<(Span, Instant)>,
+    span: Span,
     guard: Guard,
 }
 
@@ -348,7 +367,7 @@ enum Stage {
 
 impl Stage {
     /// Waits until the bytes are here and their digest is known.
-    async fn ready(&mut self) -> Result<(Storage, Option<u64>)> {
+    async fn ready(&mut self) -> Result<(Storage, Option<u64>, ReceiveStages)> {
         loop {
             match self {
                 Self::Announced => std::future::pending().await,
@@ -367,11 +386,13 @@ impl Stage {
                     }
                 }
                 Self::Here(arrived) => {
-                    let sum = match &mut arrived.sum {
-                        None => None,
-                        Some(sum) => Some(sum.await?),
+                    let (sum, verify) = match &mut arrived.sum {
+                        None => (None, Duration::ZERO),
+                        Some(sum) => sum.await.map(|(sum, verify)| (Some(sum), verify))?,
                     };
-                    return Ok((arrived.bytes.clone(), sum));
+                    let stages =
+                        ReceiveStages { fetch: arrived.fetch, verify, ..Default::default() };
+                    return Ok((arrived.bytes.clone(), sum, stages));
                 }
             }
         }
@@ -381,6 +402,10 @@ impl Stage {
 impl<L: FetchLink> Session<'_, L> {
     /// The next verified bucket; `None` when the version is active.
     async fn next(&mut self) -> Result<Option<ReceivedBucket>> {
+        if let Some((span, begun)) = self.installing.take() {
+            self.stages.install += begun.elapsed();
+            drop(span);
+        }
         loop {
             self.take_arrived().await?;
             match self.coming.front_mut() {
@@ -390,7 +415,7 @@ impl<L: FetchLink> Session<'_, L> {
                     let Receiver { control, deadline, .. } = &*self.receiver;
                     let operation = "waiting for a bucket's bytes";
                     // What happens meanwhile, happens now: further fetches, or the update's end.
-                    let (bytes, sum) = tokio::select! {
+                    let (bytes, sum, stages) = tokio::select! {
                         biased;
                         ready = stage.ready() => ready.map_err(|error| error.bucket(index))?,
                         event = event_of_update(control, *deadline, operation) => {
@@ -401,9 +426,13 @@ impl<L: FetchLink> Session<'_, L> {
                     };
                     // With the bytes goes this stage's share of them.
                     self.coming.pop_front();
+                    self.stages.fetch += stages.fetch;
+                    self.stages.verify += stages.verify;
                     let bucket = self.verified(index, bytes, digest, sum)?;
                     // The next bucket, if it is announced, comes while the caller works on this one.
                     self.take_arrived().await?;
+                    let span = debug_span!(parent: &self.span, "install", bucket = index);
+                    self.installing = Some((span, Instant::now()));
                     return Ok(Some(bucket));
                 }
                 Some(Coming::End { buckets, digest, plan }) => {
@@ -441,7 +470,7 @@ impl<L: FetchLink> Session<'_, L> {
             self.counts.0 += u64::from(piece.start == 0);
         }
         self.counts.1 += bytes;
-        self.receiver.observer.observe(&Progress::Bucket { index, bytes });
+        self.receiver.meter.observe(&Progress::Bucket { index, bytes });
         Ok(bucket)
     }
 
@@ -479,7 +508,7 @@ impl<L: FetchLink> Session<'_, L> {
                 Ok(())
             }
             Some(ToReceiver::Abort { update, error }) if update == present => {
-                self.guard.armed = false;
+                self.guard.disarm(false);
                 Err(Error::from(error))
             }
             Some(ToReceiver::Begin { update, .. }) if update != present => Err(Error::new(
@@ -561,6 +590,10 @@ impl<L: FetchLink> Session<'_, L> {
             control: self.receiver.control.clone(),
             pool: self.receiver.pool.clone(),
             session,
+            stage: (
+                debug_span!(parent: &self.span, "fetch", bucket = index, %from),
+                Instant::now(),
+            ),
         };
         self.receiver.link.fetch(fetch, arrival).await;
     }
@@ -580,7 +613,7 @@ impl<L: FetchLink> Session<'_, L> {
             );
             return Err(Error::new(ErrorKind::Digest, "verifying a version", message).rank(rank));
         }
-        self.receiver.observer.observe(&Progress::State { rank, state: VersionState::Ready });
+        self.receiver.meter.observe(&Progress::State { rank, state: VersionState::Ready });
         self.receiver.control.send(
             Rank::LEADER,
             encode(&ToSender::Confirm {
@@ -607,9 +640,9 @@ impl<L: FetchLink> Session<'_, L> {
             }
         };
         committed.await.map_err(|error: Error| error.rank(Rank::LEADER))?;
-        self.guard.armed = false;
+        self.guard.disarm(true);
         self.receiver.plan = layouts;
-        self.receiver.observer.observe(&Progress::State { rank, state: VersionState::Active });
+        self.receiver.meter.observe(&Progress::State { rank, state: VersionState::Active });
         let report = ReceiveReport {
             version: self.begin.version,
             state: VersionState::Active,
@@ -619,6 +652,7 @@ impl<L: FetchLink> Session<'_, L> {
             elapsed: self.begun.elapsed(),
             digest: self.begin.digests.then_some(digest),
         };
+        self.receiver.meter.received(report.bytes, report.elapsed, self.stages);
         info!(
             version = %report.version, tensors = report.tensors, bytes = report.bytes,
             "version is active"
@@ -654,16 +688,25 @@ impl Drop for Release {
 /// Tells the trainer, when dropped before the end, that this rank gave up.
 struct Guard {
     control: ControlPlane,
+    meter: Meter,
     begin: Begin,
     outcome: Outcome,
     armed: bool,
 }
 
 impl Guard {
+    /// The update has ended here, with the version or without.
+    fn disarm(&mut self, committed: bool) {
+        if std::mem::take(&mut self.armed) && !committed {
+            self.meter.aborted(&[]);
+        }
+    }
+
     fn fail(&mut self, error: &Error) {
-        if !std::mem::take(&mut self.armed) {
+        if !self.armed {
             return;
         }
+        self.disarm(false);
         warn!(version = %self.begin.version, %error, "update given up");
         let (update, error) = (self.begin.update, ErrorReport::from(error));
         tell_leader(&self.control, &ToSender::Failed { update, error });

@@ -8,16 +8,17 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt};
-use tracing::{debug, info, warn};
+use tracing::{Instrument, debug, debug_span, info, warn};
 
 use super::message::{Layout, ToReceiver, ToSender, decode, encode};
 use super::route::{Due, Gap, Route, Topology};
 use super::{arrived_event, next_event, within};
 use crate::control::{ControlPlane, Event, Role};
 use crate::memory::Job;
-use crate::observe::{Observer, Progress};
+use crate::observe::{Observer as _, Progress};
 use crate::plan::{BucketLayout, BucketPlanner, Piece, Place, Plan};
 use crate::report::{ReceiverReport, SendReport, StageTimes, TensorCounts, VersionState};
+use crate::telemetry::Meter;
 use crate::{
     EngineContext, Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Version, Weight,
     WeightStream, digest,
@@ -113,7 +114,7 @@ pub struct Sender<L> {
     plan: Plan,
     digests: bool,
     deadline: Duration,
-    observer: Arc<dyn Observer>,
+    meter: Meter,
 }
 
 /// The receivers as the trainer sees them.
@@ -132,7 +133,7 @@ struct Group {
     route: Option<Route>,
     /// How receivers fetch from this rank.
     card: Bytes,
-    observer: Arc<dyn Observer>,
+    meter: Meter,
 }
 
 #[derive(Debug, Default)]
@@ -165,6 +166,7 @@ impl<L: SendLink> Sender<L> {
         receivers: impl IntoIterator<Item = Rank>,
     ) -> Self {
         let slots = (0..link.slots()).map(|_| Held::default()).collect();
+        let meter = Meter::new(control.rank(), context.observer.clone());
         Self {
             group: Group {
                 control,
@@ -176,13 +178,13 @@ impl<L: SendLink> Sender<L> {
                 slots,
                 route: None,
                 card: link.card(),
-                observer: context.observer.clone(),
+                meter: meter.clone(),
             },
             link,
             plan: Plan::default(),
             digests: context.config.digests,
             deadline: context.deadline(),
-            observer: context.observer.clone(),
+            meter,
         }
     }
 
@@ -209,17 +211,14 @@ impl<L: SendLink> Sender<L> {
             .topology(receivers, self.plan.buckets.len())
             .map(|topology| Route::new(topology, self.link.slots() as u64, self.group.active()));
         // Until it is disarmed, whatever ends this function ends the update on every rank.
-        let mut guard = AbortGuard { control: self.group.control.clone(), abort: None };
+        let (control, meter) = (self.group.control.clone(), self.meter.clone());
+        let mut guard = AbortGuard { control, meter, abort: None };
         guard.arm(&self.group);
         let result = self.run(weights).await;
         match result {
             Ok(report) => {
                 guard.disarm();
-                metrics::counter!("ckpt_engine_updates_total", "outcome" => "committed")
-                    .increment(1);
-                metrics::counter!("ckpt_engine_sent_bytes_total")
-                    .increment(report.counts.wire_bytes);
-                metrics::histogram!("ckpt_engine_update_seconds").record(report.elapsed);
+                self.meter.sent(&report);
                 info!(
                     tensors = report.counts.tensors,
                     buckets = report.buckets,
@@ -232,7 +231,6 @@ impl<L: SendLink> Sender<L> {
                 let error = error.version(version);
                 guard.abort_with(&error);
                 self.group.end();
-                metrics::counter!("ckpt_engine_updates_total", "outcome" => "aborted").increment(1);
                 warn!(%error, "update aborted");
                 Err(error)
             }
@@ -248,7 +246,9 @@ impl<L: SendLink> Sender<L> {
 
         let started = Instant::now();
         let mut next = {
-            let bucket = collector.next_bucket(&mut weights, self.deadline);
+            let bucket = collector
+                .next_bucket(&mut weights, self.deadline)
+                .instrument(debug_span!("collect", bucket = 0));
             self.group.watch(0, bucket).await??
         };
         stages.source += started.elapsed();
@@ -266,13 +266,15 @@ impl<L: SendLink> Sender<L> {
             let Bucket { jobs, layout, known, source_bytes } = bucket;
             let encoded = Instant::now();
             let mut collected = Duration::ZERO;
-            let fill = self.link.fill(slot, jobs, self.digests);
+            let span = debug_span!("encode", bucket = index);
+            let fill = self.link.fill(slot, jobs, self.digests).instrument(span);
             let collect = async {
                 let started = Instant::now();
                 let bucket = collector.next_bucket(&mut weights, self.deadline).await;
                 collected = started.elapsed();
                 bucket
-            };
+            }
+            .instrument(debug_span!("collect", bucket = index + 1));
             let both = self.group.watch(index, futures::future::try_join(fill, collect)).await?;
             let (sum, following) = both.map_err(|error| error.bucket(index))?;
             next = following;
@@ -281,11 +283,17 @@ impl<L: SendLink> Sender<L> {
             stages.source += collected.min(both);
 
             let filled = layout.filled();
-            self.link.publish(slot, filled).await.map_err(|error| error.bucket(index))?;
+            let published = Instant::now();
+            self.link
+                .publish(slot, filled)
+                .instrument(debug_span!("publish", bucket = index))
+                .await
+                .map_err(|error| error.bucket(index))?;
+            stages.publish += published.elapsed();
             let digest = digest::finish(sum, filled);
             version_digest = digest::chain(version_digest, digest);
             self.group.announce(slot, index, digest, &layout, known)?;
-            self.observer.observe(&Progress::Bucket { index, bytes: source_bytes });
+            self.meter.observe(&Progress::Bucket { index, bytes: source_bytes });
             layouts.push(layout);
         }
 
@@ -296,7 +304,10 @@ impl<L: SendLink> Sender<L> {
         let plan_digest = plan.digest();
         self.plan = plan;
         let confirming = Instant::now();
-        self.group.finish(buckets, version_digest, plan_digest, self.deadline).await?;
+        self.group
+            .finish(buckets, version_digest, plan_digest, self.deadline)
+            .instrument(debug_span!("confirm"))
+            .await?;
         stages.confirm = confirming.elapsed();
         let elapsed = self.group.begun.elapsed();
         let receivers = self.group.commit(plan_digest, self.digests)?;
@@ -348,7 +359,7 @@ impl Group {
         let routed = self.route.is_some();
         self.broadcast(&ToReceiver::Begin { update, version, bucket_bytes, digests, routed })?;
         let receivers = self.active().collect();
-        self.observer.observe(&Progress::Began { version, receivers });
+        self.meter.observe(&Progress::Began { version, receivers });
         Ok(())
     }
 
@@ -546,7 +557,7 @@ impl Group {
                 report.digest = report.digest.filter(|_| digests);
                 reports.push(report);
             }
-            self.observer.observe(&Progress::State { rank, state: VersionState::Active });
+            self.meter.observe(&Progress::State { rank, state: VersionState::Active });
         }
         Ok(reports)
     }
@@ -590,7 +601,7 @@ impl Group {
         if !member.active {
             return Ok(());
         }
-        self.observer.observe(&Progress::State { rank, state: VersionState::Aborted });
+        self.meter.observe(&Progress::State { rank, state: VersionState::Aborted });
         let Some(route) = &mut self.route else { return Err(error) };
         if let Err(Gap { rank: left, bucket }) = route.remove(rank) {
             let message = format!(
@@ -618,7 +629,7 @@ impl Group {
                 member.entered = Some(update);
                 member.card = card;
                 if update == present {
-                    self.observer
+                    self.meter
                         .observe(&Progress::State { rank: from, state: VersionState::Staging });
                 }
             }
@@ -658,12 +669,11 @@ impl Group {
                     digest: Some(digest),
                     notes: serde_json::from_str(&notes).unwrap_or_default(),
                 });
-                self.observer.observe(&Progress::State { rank: from, state: VersionState::Ready });
+                self.meter.observe(&Progress::State { rank: from, state: VersionState::Ready });
             }
             ToSender::Failed { update, error } if update == present && member.active => {
                 member.active = false;
-                self.observer
-                    .observe(&Progress::State { rank: from, state: VersionState::Aborted });
+                self.meter.observe(&Progress::State { rank: from, state: VersionState::Aborted });
                 return Err(Error::from(error).rank(from));
             }
             ToSender::Confirm { .. }
@@ -678,6 +688,7 @@ impl Group {
 /// Tells the receivers that an update is over, however it ends.
 struct AbortGuard {
     control: ControlPlane,
+    meter: Meter,
     abort: Option<(u64, Version, Vec<Rank>)>,
 }
 
@@ -692,6 +703,7 @@ impl AbortGuard {
 
     fn abort_with(&mut self, error: &Error) {
         let Some((update, _, receivers)) = self.abort.take() else { return };
+        self.meter.aborted(&receivers);
         let error = ErrorReport::from(error);
         match encode(&ToReceiver::Abort { update, error }) {
             Ok(body) => {

@@ -1,0 +1,182 @@
+//! The pages of the user guide that are made from the code: they are what the code says.
+//!
+//! `CKPT_ENGINE_WRITE_REFERENCE=1 cargo test -p cli --test reference` writes them.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use checkpoint_engine::CheckpointEngineConfig;
+use checkpoint_engine::fp8::Quantization;
+use checkpoint_engine::nixl::NixlOptions;
+use checkpoint_engine::telemetry::{METRICS, MetricKind};
+use schemars::{JsonSchema, schema_for};
+use serde_json::Value;
+
+/// Compares a page with what it should be, or writes it.
+fn is_up_to_date(name: &str, made: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(name);
+    if std::env::var_os("CKPT_ENGINE_WRITE_REFERENCE").is_some() {
+        std::fs::write(&path, made).expect("the page can be written");
+        return;
+    }
+    let page = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        page == made,
+        "docs/{name} differs from the code; \
+         CKPT_ENGINE_WRITE_REFERENCE=1 cargo test -p cli --test reference writes it anew"
+    );
+}
+
+#[test]
+fn the_configuration_page_is_made_from_the_types() {
+    let mut page = String::from(
+        "# Configuration\n\n\
+         <!-- Made from the types by cli/tests/reference.rs; do not edit. -->\n\n\
+         A `checkpoint_engine` section in TOML, JSON or YAML, alone or where verl has it (under \
+         `checkpoint_engine`, `rollout.checkpoint_engine` or `actor_rollout_ref.rollout.\
+         checkpoint_engine`). Every key is optional, and `null` stands for the default. An unknown \
+         key is an error that lists the known ones.\n\n\
+         ```yaml\n{{#include ../examples/checkpoint_engine.yaml}}\n```\n",
+    );
+    let defaults = |value: Result<Value, serde_json::Error>| value.expect("defaults are JSON");
+    let engine = defaults(serde_json::to_value(CheckpointEngineConfig::default()));
+    table::<CheckpointEngineConfig>(&mut page, "`checkpoint_engine`", &engine);
+    let quantization = defaults(serde_json::to_value(Quantization::default()));
+    table::<Quantization>(&mut page, "`quantization`", &quantization);
+    let nixl = defaults(serde_json::to_value(NixlOptions::default()));
+    table::<NixlOptions>(&mut page, "`engine_kwargs.nixl`", &nixl);
+    page.push_str("\n`naive` and `ipc` have no options of their own.\n");
+    is_up_to_date("configuration.md", &page);
+}
+
+#[test]
+fn the_configuration_that_the_page_shows_is_one() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/checkpoint_engine.yaml");
+    let config = CheckpointEngineConfig::from_path(path).expect("a configuration");
+    assert_ne!(Quantization::of(&config).expect("a section"), Quantization::default());
+    assert_ne!(config.timeout(), CheckpointEngineConfig::default().timeout());
+}
+
+/// A table of a type's keys, and below it the values of keys that have few.
+fn table<T: JsonSchema>(page: &mut String, title: &str, defaults: &Value) {
+    let schema = Value::from(schema_for!(T));
+    let text = |value: &Value| value.as_str().map(plain).unwrap_or_default();
+    write!(page, "\n## {title}\n\n| key | takes | default | |\n|---|---|---|---|\n").expect("text");
+    let mut choices = String::new();
+    for (key, property) in schema["properties"].as_object().expect("a struct") {
+        let (takes, values) = kind(property, &schema);
+        let default = match (&defaults[key], &property["default"]) {
+            (Value::Null, Value::Null) => "",
+            (Value::Null, default) | (default, _) => &format!("`{default}`"),
+        };
+        let default = if ["`{}`", "`[]`", "`\"\"`"].contains(&default) { "" } else { default };
+        let help = text(&property["description"]);
+        writeln!(page, "| `{key}` | {takes} | {default} | {help} |").expect("text");
+        for value in values {
+            let (name, help) =
+                (value["const"].as_str().expect("a name"), text(&value["description"]));
+            writeln!(choices, "| `{key}` | `{name}` | {help} |").expect("text");
+        }
+    }
+    if !choices.is_empty() {
+        write!(page, "\n| key | value | |\n|---|---|---|\n{choices}").expect("text");
+    }
+}
+
+/// What a key takes, and its values if they are few.
+fn kind(property: &Value, schema: &Value) -> (String, Vec<Value>) {
+    if let Some(path) = property["$ref"].as_str() {
+        let name = path.rsplit('/').next().unwrap_or_default();
+        return kind(&schema["$defs"][name], schema);
+    }
+    for alternatives in ["anyOf", "oneOf"] {
+        let Some(all) = property[alternatives].as_array() else { continue };
+        if all.iter().all(|value| value["const"].is_string()) {
+            return ("one of the values below".into(), all.clone());
+        }
+        let other = all.iter().find(|value| value["type"] != "null").expect("an alternative");
+        return kind(other, schema);
+    }
+    let types = match &property["type"] {
+        Value::Array(types) => types.iter().filter_map(Value::as_str).collect(),
+        Value::String(one) => vec![one.as_str()],
+        _ => vec![],
+    };
+    let words = match types.iter().find(|name| **name != "null") {
+        Some(&"boolean") => "true or false",
+        Some(&"integer") => "whole number",
+        Some(&"number") => "number",
+        Some(&"string") => "text",
+        Some(&"array") => "list of text",
+        Some(&"object") | None => "table",
+        Some(other) => other,
+    };
+    (words.into(), vec![])
+}
+
+/// A doc comment's first paragraph in one line of a table, links to other items without the link.
+fn plain(text: &str) -> String {
+    let first = text.split("\n\n").next().unwrap_or_default().replace('\n', " ");
+    let mut out = String::new();
+    let mut rest = first.as_str();
+    while let Some((before, link)) = rest.split_once('[') {
+        out.push_str(before);
+        let Some((name, after)) = link.split_once(']') else { break };
+        out.push_str(name);
+        rest = match after.strip_prefix('(').and_then(|target| target.split_once(')')) {
+            Some((_, after)) => after,
+            None => after,
+        };
+    }
+    out.push_str(rest);
+    out.replace('|', "\\|")
+}
+
+#[test]
+fn the_metrics_page_is_made_from_the_table() {
+    let mut page = String::from(
+        "# Metrics and spans\n\n\
+         <!-- Made from engine_core::telemetry by cli/tests/reference.rs; do not edit. -->\n\n\
+         The library emits metrics through the [`metrics`](https://docs.rs/metrics) crate: install \
+         any recorder in your program, call `telemetry::describe()`, and they are there. The \
+         program serves them itself:\n\n\
+         ```\n\
+         ckpt-engine sync --synthetic qwen2.5-0.5b --rollouts 2 --updates 100 --metrics 127.0.0.1:9400\n\
+         ckpt-engine top 127.0.0.1:9400 127.0.0.1:9401 127.0.0.1:9402\n\
+         ```\n\n\
+         `sync`, `trainer` and `rollout` have `--metrics`; rollout *n* of a `sync` listens *n* ports \
+         higher. Prometheus takes the same addresses. `top` shows each rank's state, version, rate \
+         and the mean of its stages; `--once` prints them and ends. There is no authentication: who \
+         reaches the address can read.\n\n\
+         Every metric has the label `rank`.\n\n\
+         | metric | kind | unit | labels | |\n|---|---|---|---|---|\n",
+    );
+    for metric in METRICS {
+        let kind = match metric.kind {
+            MetricKind::Counter => "counter",
+            MetricKind::Gauge => "gauge",
+            MetricKind::Histogram => "histogram",
+        };
+        let labels: Vec<String> = metric
+            .labels
+            .iter()
+            .map(|(name, values)| format!("`{name}`: {}", values.join(", ")))
+            .collect();
+        let (name, unit, labels, help) = (metric.name, metric.unit, labels.join("; "), metric.help);
+        writeln!(page, "| `{name}` | {kind} | {unit} | {labels} | {help} |").expect("text");
+    }
+    page.push_str(
+        "\n## Spans\n\n\
+         Each update has a [`tracing`](https://docs.rs/tracing) span on every rank, `send` or \
+         `receive`, with its version. Within it are spans of the level `DEBUG` with the bucket's \
+         number: `collect` (waiting for the trainer's own stream), `encode`, `publish` and `confirm` \
+         on the trainer, `fetch`, `verify` and `install` on a rollout. `install` lasts from a bucket \
+         being handed to the caller until the caller asks for the next.\n\n\
+         ```\n\
+         CKPT_ENGINE_LOG=engine_core=debug ckpt-engine sync --synthetic tiny-moe\n\
+         ```\n\n\
+         The engine `naive` hands weights over without buckets; it has the metrics, and no spans of \
+         stages.\n",
+    );
+    is_up_to_date("metrics.md", &page);
+}

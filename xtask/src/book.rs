@@ -1,0 +1,177 @@
+//! `cargo xtask book`: the user guide in docs/.
+//!
+//! mdBook has no wheel and takes minutes to build, so what would break a page is checked here: pages that
+//! are missing, links that lead nowhere, code that is included and not there. Where mdBook is installed,
+//! it builds the book as well.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::Result;
+use crate::process::{stage, succeeds};
+use crate::workspace::Workspace;
+
+/// Checks the book, and builds it if mdBook is there.
+pub(crate) fn build(workspace: &Workspace) -> Result<()> {
+    let docs = workspace.root().join("docs");
+    let problems = problems(workspace.root())?;
+    if !problems.is_empty() {
+        return Err(problems.join("\n"));
+    }
+    println!("docs: all links, anchors and included code are there");
+    if !succeeds(Command::new("mdbook").arg("--version")) {
+        println!("mdbook is not installed; the book is not built (cargo install --locked mdbook)");
+        return Ok(());
+    }
+    let mut mdbook = Command::new("mdbook");
+    mdbook.arg("build").arg(&docs);
+    mdbook.arg("--dest-dir").arg(workspace.target().join("book"));
+    stage("book", mdbook)
+}
+
+/// What is wrong with the book, and with the links of README and CONTRIBUTING.
+fn problems(root: &Path) -> Result<Vec<String>> {
+    let docs = root.join("docs");
+    let summary = docs.join("SUMMARY.md");
+    let mut problems = Vec::new();
+    let listed: BTreeSet<PathBuf> =
+        links(&read(&summary)?).into_iter().map(|link| docs.join(link)).collect();
+    let mut pages = vec![summary.clone(), root.join("README.md"), root.join("CONTRIBUTING.md")];
+    let entries = fs::read_dir(&docs).map_err(|error| format!("{}: {error}", docs.display()))?;
+    for path in entries.flatten().map(|entry| entry.path()) {
+        if path.extension().is_some_and(|extension| extension == "md") && path != summary {
+            if !listed.contains(&path) {
+                problems.push(format!("{}: SUMMARY.md does not list it", path.display()));
+            }
+            pages.push(path);
+        }
+    }
+    pages.sort();
+    for page in &pages {
+        let text = read(page)?;
+        let wrong = links(&text).into_iter().filter_map(|link| broken_link(page, &text, &link));
+        let missing = includes(&text).into_iter().filter_map(|path| broken_include(page, &path));
+        problems
+            .extend(wrong.chain(missing).map(|problem| format!("{}: {problem}", page.display())));
+    }
+    Ok(problems)
+}
+
+fn read(path: &Path) -> Result<String> {
+    fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+/// Lines outside of blocks of code.
+fn prose(text: &str) -> impl Iterator<Item = &str> {
+    let mut code = false;
+    text.lines().filter(move |line| {
+        let fence = line.trim_start().starts_with("```");
+        code ^= fence;
+        !code && !fence
+    })
+}
+
+/// The targets of links.
+fn links(text: &str) -> Vec<String> {
+    let mut links = Vec::new();
+    for line in prose(text) {
+        for rest in line.split("](").skip(1) {
+            if let Some((target, _)) = rest.split_once(')') {
+                links.push(target.to_owned());
+            }
+        }
+    }
+    links
+}
+
+fn broken_link(page: &Path, text: &str, link: &str) -> Option<String> {
+    if link.starts_with("https://") || link.starts_with("http://") {
+        return None;
+    }
+    let (path, anchor) = link.split_once('#').map_or((link, None), |(p, a)| (p, Some(a)));
+    let target = page.parent()?.join(path);
+    if !path.is_empty() && !target.exists() {
+        return Some(format!("the link {link} leads nowhere"));
+    }
+    let anchor = anchor?;
+    let there = match path.is_empty() {
+        true => headings(text).contains(anchor),
+        false => headings(&fs::read_to_string(&target).unwrap_or_default()).contains(anchor),
+    };
+    (!there).then(|| format!("{link}: there is no such heading"))
+}
+
+/// The anchors that mdBook and GitHub give to headings.
+fn headings(text: &str) -> BTreeSet<String> {
+    prose(text)
+        .filter(|line| line.starts_with('#'))
+        .map(|line| {
+            let title = line.trim_start_matches('#').trim().to_lowercase().replace(' ', "-");
+            title.chars().filter(|c| c.is_alphanumeric() || ['-', '_'].contains(c)).collect()
+        })
+        .collect()
+}
+
+/// What mdBook is told to include.
+fn includes(text: &str) -> Vec<String> {
+    let parts = text.split("{{#include ").skip(1);
+    parts.filter_map(|rest| Some(rest.split_once("}}")?.0.to_owned())).collect()
+}
+
+fn broken_include(page: &Path, include: &str) -> Option<String> {
+    let (path, anchor) = include.split_once(':').map_or((include, None), |(p, a)| (p, Some(a)));
+    let Ok(text) = fs::read_to_string(page.parent()?.join(path)) else {
+        return Some(format!("{path}, which it includes, is not there"));
+    };
+    let anchor = anchor?;
+    let line = |mark: &str| {
+        text.lines().position(|line| line.trim_end().ends_with(&format!("{mark}: {anchor}")))
+    };
+    match (line("ANCHOR"), line("ANCHOR_END")) {
+        (Some(start), Some(end)) if start + 1 < end => None,
+        _ => Some(format!("{path} has nothing between ANCHOR and ANCHOR_END: {anchor}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_book_has_no_broken_links_and_no_missing_code() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        assert_eq!(problems(&root), Ok(vec![]));
+    }
+
+    #[test]
+    fn links_includes_and_pages_that_are_missing_are_found() {
+        let root = std::env::temp_dir().join(format!("xtask-book-{}", std::process::id()));
+        let docs = root.join("docs");
+        fs::create_dir_all(&docs).expect("a folder");
+        let write = |path: &str, text: &str| fs::write(root.join(path), text).expect("a file");
+        write("README.md", "[a](docs/a.md#first-one), [b](docs/a.md#second), [c](docs/c.md)");
+        write("CONTRIBUTING.md", "```\n[not a link](nowhere.md)\n```\n[web](https://x.example/y)");
+        write("docs/SUMMARY.md", "- [A](a.md)\n- [Gone](gone.md)");
+        write("docs/a.md", "# First, `one`\n{{#include ../x.rs:full}}{{#include ../x.rs:empty}}");
+        write("docs/lonely.md", "{{#include ../y.rs}}");
+        write(
+            "x.rs",
+            "// ANCHOR: full\n1\n// ANCHOR_END: full\n// ANCHOR: empty\n// ANCHOR_END: empty",
+        );
+        let found = problems(&root).expect("pages").join("\n");
+        fs::remove_dir_all(&root).expect("it was there");
+        for problem in [
+            "README.md: docs/a.md#second: there is no such heading",
+            "README.md: the link docs/c.md leads nowhere",
+            "SUMMARY.md: the link gone.md leads nowhere",
+            "lonely.md: SUMMARY.md does not list it",
+            "lonely.md: ../y.rs, which it includes, is not there",
+            "a.md: ../x.rs has nothing between ANCHOR and ANCHOR_END: empty",
+        ] {
+            assert!(found.contains(problem), "{problem} is not among\n{found}");
+        }
+        assert_eq!(found.lines().count(), 6, "{found}");
+    }
+}
