@@ -22,6 +22,9 @@ pub use engine_core::*;
 pub use backend_ipc as ipc;
 #[cfg(feature = "nixl")]
 pub use backend_nixl as nixl;
+/// Tensors of candle as weights, and received weights as tensors of candle.
+#[cfg(feature = "candle")]
+pub use candle_weights as candle;
 /// CUDA memory and the kernels that fill and read buckets.
 #[cfg(feature = "cuda")]
 pub use device_cuda as cuda;

@@ -239,7 +239,9 @@ impl MetricsArgs {
     async fn serve(&self) -> Result<Option<Exporter>, Failure> {
         let Some(address) = self.metrics else { return Ok(None) };
         let exporter = Exporter::start(address).await?;
-        eprintln!("metrics at http://{}/metrics", exporter.address());
+        // In one piece: rollouts write to the same terminal.
+        let line = format!("metrics at http://{}/metrics\n", exporter.address());
+        std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes())?;
         Ok(Some(exporter))
     }
 }

@@ -1,6 +1,6 @@
 //! A cache of the last complete version, in front of any engine.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 
@@ -34,13 +34,86 @@ use crate::{
 #[derive(Debug)]
 pub struct CachedEngine {
     engine: Box<dyn CheckpointEngine>,
-    cached: Option<(Version, Arc<[Weight]>)>,
+    cache: WeightCache,
 }
 
 impl CachedEngine {
     /// An engine whose cache is empty.
     pub fn new(engine: Box<dyn CheckpointEngine>) -> Self {
-        Self { engine, cached: None }
+        Self { engine, cache: WeightCache::default() }
+    }
+
+    /// Refuses cached weights that are more than so many versions behind the newest one that began
+    /// to arrive: [`max_staleness`](crate::CheckpointEngineConfig::max_staleness) of the
+    /// configuration. `None` refuses none.
+    #[must_use]
+    pub fn with_max_staleness(mut self, versions: Option<u64>) -> Self {
+        self.cache.max_staleness = versions;
+        self
+    }
+
+    /// The cache, for whoever generates while this engine receives.
+    pub fn cache(&self) -> WeightCache {
+        self.cache.clone()
+    }
+}
+
+/// The last complete version at a rollout. Clones are the same cache.
+///
+/// # Contract
+///
+/// What it gives is always a whole version that was verified and committed on every rank: the old
+/// one until the new one is, then the new one. A version that is aborted is never given, and
+/// weights that were given stay as they are for as long as they are held.
+#[derive(Clone, Debug, Default)]
+pub struct WeightCache {
+    state: Arc<Mutex<State>>,
+    max_staleness: Option<u64>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    cached: Option<(Version, Arc<[Weight]>)>,
+    /// The newest version that began to arrive, whether or not it was completed.
+    newest: Version,
+}
+
+impl WeightCache {
+    /// The version that [`get_weights`](Self::get_weights) would give, however old it is.
+    pub fn version(&self) -> Option<Version> {
+        self.state().cached.as_ref().map(|(version, _)| *version)
+    }
+
+    /// The last complete version and its weights, in the order sent; shared, not copied.
+    ///
+    /// # Errors
+    ///
+    /// `State` if no version is complete yet, or if it is further behind than allowed: the trainer
+    /// has begun to send newer ones and they failed.
+    pub fn get_weights(&self) -> Result<(Version, WeightStream<'static>)> {
+        let refuse = |message: String| Error::new(ErrorKind::State, "reading the cache", message);
+        let (version, weights) = {
+            let state = self.state();
+            let cached = state.cached.clone();
+            let cached = cached.ok_or_else(|| refuse("no version is complete yet".into()))?;
+            let behind = state.newest.0.saturating_sub(cached.0.0);
+            if let Some(most) = self.max_staleness.filter(|most| behind > *most) {
+                let newest = state.newest;
+                return Err(refuse(format!(
+                    "the last complete version is {behind} behind version {newest}; \
+                     `max_staleness` is {most}"
+                ))
+                .version(cached.0));
+            }
+            cached
+        };
+        let weights = (0..weights.len()).map(move |index| weights[index].clone());
+        Ok((version, ensure_async_iterator(weights)))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change is one assignment; a panic elsewhere leaves the state whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -76,6 +149,10 @@ impl CheckpointEngineWithCache for CachedEngine {
     async fn update_cache(&mut self, version: Option<Version>) -> Result<Version> {
         let mut received = self.engine.receive_weights(version).await?;
         let version = received.version();
+        {
+            let mut state = self.cache.state();
+            state.newest = state.newest.max(version);
+        }
         let mut weights = Vec::new();
         let mut open: Option<TensorMemory> = None;
         while let Some(bucket) = received.next_bucket().await? {
@@ -97,15 +174,11 @@ impl CheckpointEngineWithCache for CachedEngine {
             }
         }
         received.finish().await?;
-        self.cached = Some((version, weights.into()));
+        self.cache.state().cached = Some((version, weights.into()));
         Ok(version)
     }
 
     fn get_weights(&self) -> Result<(Version, WeightStream<'static>)> {
-        let (version, weights) = self.cached.clone().ok_or_else(|| {
-            Error::new(ErrorKind::State, "reading the cache", "no version is complete yet")
-        })?;
-        let weights = (0..weights.len()).map(move |index| weights[index].clone());
-        Ok((version, ensure_async_iterator(weights)))
+        self.cache.get_weights()
     }
 }

@@ -74,6 +74,9 @@ pub struct CheckpointEngineConfig {
     /// How many threads copy, encode and verify; [`EngineContext::threads`](crate::EngineContext::threads)
     /// says how many unless set.
     pub threads: Option<NonZeroUsize>,
+    /// How many versions a rollout's cache may be behind the newest one before it is refused; any
+    /// number unless set. See [`CachedEngine`](crate::CachedEngine).
+    pub max_staleness: Option<u64>,
 }
 
 impl Default for CheckpointEngineConfig {
@@ -88,6 +91,7 @@ impl Default for CheckpointEngineConfig {
             digests: true,
             device: DeviceChoice::default(),
             threads: None,
+            max_staleness: None,
         }
     }
 }

@@ -15,6 +15,7 @@ timeout_seconds = 5
 digests = false
 device = "cuda:1"
 threads = 3
+max_staleness = 2
 
 [engine_kwargs.ipc]
 socket_folder = "/run/ckpt"
@@ -35,6 +36,7 @@ const JSON: &str = r#"{
   "digests": false,
   "device": "cuda:1",
   "threads": 3,
+  "max_staleness": 2,
   "engine_kwargs": {
     "ipc": {"socket_folder": "/run/ckpt", "depth": 2},
     "nccl": {"rebuild_group": false}
@@ -50,6 +52,7 @@ timeout_seconds: 5
 digests: false
 device: cuda:1
 threads: 3
+max_staleness: 2
 engine_kwargs:
   ipc: {socket_folder: /run/ckpt, depth: 2}
   nccl:
@@ -99,6 +102,7 @@ fn the_same_configuration_reads_alike_from_toml_json_and_yaml() {
         digests: false,
         device: DeviceChoice::new("cuda", 1),
         threads: NonZeroUsize::new(3),
+        max_staleness: Some(2),
     };
     for (format, text) in
         [(ConfigFormat::Toml, TOML), (ConfigFormat::Json, JSON), (ConfigFormat::Yaml, YAML)]
@@ -184,7 +188,7 @@ fn two_sections_in_one_document_are_an_error_that_names_both() {
 fn an_unknown_key_is_named_with_its_line_and_the_known_ones() {
     let known = "unknown key `bucket_mb`; known keys: `backend`, \
         `update_weights_bucket_megabytes`, `engine_kwargs`, `trainer_quantize_fp8`, \
-        `quantization`, `timeout_seconds`, `digests`, `device`, `threads`";
+        `quantization`, `timeout_seconds`, `digests`, `device`, `threads`, `max_staleness`";
     for (format, text) in [
         (ConfigFormat::Toml, "[checkpoint_engine]\nbackend = 'ipc'\nbucket_mb = 4\n"),
         (ConfigFormat::Json, "{\n\"backend\": \"ipc\",\n\"bucket_mb\": 4}"),

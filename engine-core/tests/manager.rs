@@ -184,3 +184,126 @@ async fn the_cache_has_the_last_version_that_was_complete() {
     assert_eq!(version.unwrap(), Version(3));
     assert_eq!(cached(&rollout).await, (Version(3), bytes(3)));
 }
+
+#[tokio::test]
+async fn a_rollout_generates_with_the_old_version_while_a_new_one_arrives_and_then_switches_at_once()
+ {
+    let (mut trainer, mut rollout) = with_cache().await;
+    let cache = rollout.cache();
+    let send = trainer.send_weights(ensure_async_iterator(model(1)), Version(1));
+    futures::future::try_join(send, rollout.update_cache(None)).await.unwrap();
+
+    // Every weight of the next version looks at what a rollout would generate with just then.
+    let during = cache.clone();
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let sees = Arc::clone(&seen);
+    let weights = model(2).into_iter().map(move |weight| {
+        sees.lock().unwrap().push(during.get_weights().unwrap().0);
+        weight
+    });
+    let held = cache.get_weights().unwrap();
+    let send = trainer.send_weights(ensure_async_iterator(weights), Version(2));
+    futures::future::try_join(send, rollout.update_cache(None)).await.unwrap();
+    assert_eq!(*seen.lock().unwrap(), [Version(1); 10]);
+    assert_eq!(cache.get_weights().unwrap().0, Version(2));
+
+    // Who took the old version before the switch still has all of it.
+    let bytes = held.1.map(|weight| weight.unwrap().to_bytes().unwrap());
+    let expected: Vec<_> = model(1).iter().map(|weight| weight.to_bytes().unwrap()).collect();
+    assert_eq!(bytes.collect::<Vec<_>>().await, expected);
+}
+
+#[tokio::test]
+async fn a_cache_that_is_further_behind_than_max_staleness_is_refused_until_a_version_is_complete()
+{
+    let (mut trainer, rollout) = with_cache().await;
+    let mut rollout = rollout.with_max_staleness(Some(1));
+    let cache = rollout.cache();
+    for (version, works) in [(1, true), (2, false), (3, false), (4, true)] {
+        let broken = (!works).then(|| Err(std::io::Error::other("disk")));
+        let weights = model(version).into_iter().map(Ok).chain(broken);
+        let version = Version(version.into());
+        let send = trainer.send_weights(ensure_async_iterator(weights), version);
+        let (sent, received) = futures::future::join(send, rollout.update_cache(None)).await;
+        assert_eq!((sent.is_ok(), received.is_ok()), (works, works), "version {version}");
+        match version.0 {
+            2 => assert_eq!(cache.get_weights().unwrap().0, Version(1), "one behind is allowed"),
+            3 => {
+                let error = cache.get_weights().err().expect("two behind is too much");
+                assert_eq!(error.kind(), ErrorKind::State);
+                assert!(error.to_string().contains("2 behind version 3"), "{error}");
+                assert_eq!(cache.version(), Some(Version(1)), "an aborted version shows");
+            }
+            version => assert_eq!(cache.get_weights().unwrap().0, Version(version)),
+        }
+    }
+}
+
+/// A rollout that generates a token at a time, and notes with which version.
+struct Generating {
+    rollout: LocalRollout<TensorMap>,
+    request: Arc<Mutex<Partial>>,
+}
+
+/// A request in flight.
+#[derive(Default)]
+struct Partial {
+    tokens: Vec<u64>,
+    active: u64,
+    paused: bool,
+}
+
+impl Partial {
+    fn generate(&mut self, count: usize) {
+        assert!(!self.paused, "a token was generated while weights arrive");
+        self.tokens.extend(vec![self.active; count]);
+    }
+}
+
+#[async_trait]
+impl RolloutWorker for Generating {
+    async fn prepare(&mut self) -> Result<WorkerMetadata> {
+        self.rollout.prepare().await
+    }
+
+    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
+        self.rollout.init_process_group(place).await
+    }
+
+    async fn update(&mut self, version: Version) -> Result<ReceiveReport> {
+        assert!(self.request.lock().unwrap().paused, "weights change under a request");
+        self.rollout.update(version).await
+    }
+
+    async fn finalize(&mut self) -> Result<()> {
+        self.rollout.finalize().await
+    }
+
+    async fn pause(&mut self) -> Result<()> {
+        self.request.lock().unwrap().paused = true;
+        Ok(())
+    }
+
+    async fn resume(&mut self, active: Option<Version>) -> Result<()> {
+        let mut request = self.request.lock().unwrap();
+        request.paused = false;
+        request.active = active.map_or(request.active, |version| version.0);
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_request_in_flight_is_set_aside_for_an_update_and_goes_on_where_it_was() {
+    let request = Arc::new(Mutex::new(Partial::default()));
+    let rollout = LocalRollout::new(engine(Role::Rollout), TensorMap::new());
+    let rollout = Generating { rollout, request: Arc::clone(&request) };
+    let rollouts: Vec<Box<dyn RolloutWorker>> = vec![Box::new(rollout)];
+    let mut manager = CheckpointEngineManager::new(naive::BACKEND, engine(Role::Trainer), rollouts);
+    manager.init().await.unwrap();
+    for version in 1..=2 {
+        let weights = ensure_async_iterator(model(version));
+        manager.update_weights(weights, Version(version.into())).await.unwrap();
+        request.lock().unwrap().generate(3);
+    }
+    assert_eq!(request.lock().unwrap().tokens, [1, 1, 1, 2, 2, 2]);
+}

@@ -23,7 +23,7 @@ pub(super) const TIMEOUT: &str =
     "`timeout_seconds` to be a number above 0 and of at most 1000000000";
 
 /// The keys to offer when an unknown one was given, in the order of the struct's fields.
-const KNOWN: [&str; 9] = [
+const KNOWN: [&str; 10] = [
     "backend",
     "update_weights_bucket_megabytes",
     "engine_kwargs",
@@ -33,6 +33,7 @@ const KNOWN: [&str; 9] = [
     "digests",
     "device",
     "threads",
+    "max_staleness",
 ];
 
 /// Keys of verl that have no field.
@@ -112,6 +113,13 @@ impl<'de> Visitor<'de> for Section {
                         Found::Integer(threads) => {
                             NonZeroUsize::new(threads.try_into().ok()?).map(Some)
                         }
+                        _ => None,
+                    })?;
+                }
+                "max_staleness" => {
+                    let expected = "`max_staleness` to be a whole number of at least 0";
+                    scalar(&mut map, expected, &mut config.max_staleness, |found| match found {
+                        Found::Integer(versions) => versions.try_into().ok().map(Some),
                         _ => None,
                     })?;
                 }

@@ -1,0 +1,61 @@
+//! How a rank joins a group: as in examples/two_processes.rs.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use checkpoint_engine::control::{ControlConfig, Token};
+use checkpoint_engine::{
+    CheckpointEngine, CheckpointEngineConfig, ConfigFormat, ControlPlane, EngineContext, Role,
+    WorkerMetadata, registry,
+};
+
+use crate::Failure;
+
+pub(crate) const RANKS: u32 = 3;
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// A rank's engine and its place in a group.
+pub(crate) struct Member {
+    pub(crate) engine: Box<dyn CheckpointEngine>,
+    control: ControlPlane,
+}
+
+impl Member {
+    pub(crate) async fn join(
+        address: &str,
+        secret: &[u8],
+        config: &str,
+        role: Role,
+    ) -> Result<Self, Failure> {
+        let place = ControlConfig::new(address.parse()?, Token::new(secret)?);
+        let control = match role {
+            Role::Trainer => ControlPlane::lead(place).await?,
+            Role::Rollout => ControlPlane::join(place, role, None).await?,
+        };
+        let config = CheckpointEngineConfig::from_text(config, ConfigFormat::Json)?;
+        let registry = registry();
+        let context = EngineContext::new(config.clone(), role).with_control(control.clone());
+        let mut engine = registry.create(context)?;
+        let own = serde_json::to_vec(&engine.prepare().await?)?;
+        let peers = control.gather(RANKS, Bytes::from(own), DEADLINE).await?;
+        let workers: Vec<WorkerMetadata> = peers
+            .iter()
+            .map(|peer| serde_json::from_slice(&peer.payload))
+            .collect::<Result<_, _>>()?;
+        let places = registry.get(&config.backend)?.build_topology(&workers)?;
+        let place = places.into_iter().find(|place| place.rank == control.rank());
+        engine.init_process_group(place.ok_or("no place for this rank")?).await?;
+        Ok(Self { engine, control })
+    }
+
+    /// Leaves, whatever state the group is in.
+    pub(crate) async fn leave(mut self) {
+        if let Err(error) = self.engine.finalize().await {
+            eprintln!("leaving a group: {error}");
+        }
+        drop(self.engine);
+        if let Err(error) = self.control.close().await {
+            eprintln!("leaving a group: {error}");
+        }
+    }
+}
