@@ -41,9 +41,13 @@ pub(crate) fn all(workspace: &Workspace, options: &Options) -> Result<()> {
     }
     stage("tests", tests(workspace, options))?;
     if everything {
-        let mut doctests = workspace.cargo();
-        doctests.args(["test", "--workspace", "--doc"]);
-        stage("doctests", doctests)?;
+        // `cargo test` has run them with the others. It gets no list of targets, because it builds the
+        // examples that a test runs only when it is asked for nothing.
+        if has_nextest(workspace) {
+            let mut doctests = workspace.cargo();
+            doctests.args(["test", "--workspace", "--doc"]);
+            stage("doctests", doctests)?;
+        }
         with_extras(workspace, options)?;
     }
     Ok(())
@@ -103,10 +107,6 @@ fn tests(workspace: &Workspace, options: &Options) -> Command {
     if options.extra.is_empty() {
         // Someone who runs everything wants to hear of every failure.
         command.arg("--no-fail-fast");
-        if !nextest {
-            // The doctests have a stage of their own.
-            command.args(["--lib", "--bins", "--tests", "--examples"]);
-        }
     }
     if require_all && nextest {
         command.args(["--run-ignored", "all"]);

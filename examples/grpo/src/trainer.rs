@@ -290,8 +290,8 @@ impl Rollouts {
     }
 
     fn ask_all(&mut self, mut request: impl FnMut(usize) -> Request) -> Result<(), Failure> {
-        let asked = self.children.iter_mut().enumerate();
-        asked.map(|(index, child)| child.ask(&request(index))).collect()
+        let mut asked = self.children.iter_mut().enumerate();
+        asked.try_for_each(|(index, child)| child.ask(&request(index)))
     }
 
     /// Forms a group of all rollouts. Each has an address and a secret of its own, so that nobody
