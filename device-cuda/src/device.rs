@@ -1,5 +1,6 @@
 //! Devices and what lives on them. Every handle keeps its device's context.
 
+use std::any::Any;
 use std::sync::Arc;
 
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
@@ -282,7 +283,16 @@ struct Allocation {
     device: Device,
     address: u64,
     len: usize,
-    imported: bool,
+    origin: Origin,
+}
+
+/// Where an allocation comes from, and so what becomes of it.
+#[derive(Debug)]
+enum Origin {
+    Own,
+    Imported,
+    /// Another library's, which has it again when this is dropped.
+    Borrowed(#[expect(dead_code, reason = "kept to be dropped")] Arc<dyn Any + Send + Sync>),
 }
 
 /// An allocation as another process of the host can open it.
@@ -297,7 +307,7 @@ impl CudaMemory {
     pub fn new(device: &Device, len: usize) -> Result<Self, CudaError> {
         device.enter()?;
         let address = ffi::alloc(len.max(1))?;
-        Ok(Self(Arc::new(Allocation { device: device.clone(), address, len, imported: false })))
+        Ok(Self::of(device, address, len, Origin::Own))
     }
 
     /// Opens an allocation of so many bytes that another process exported.
@@ -308,7 +318,21 @@ impl CudaMemory {
     pub fn import(device: &Device, handle: IpcHandle, len: usize) -> Result<Self, CudaError> {
         device.enter()?;
         let address = ffi::import(handle)?;
-        Ok(Self(Arc::new(Allocation { device: device.clone(), address, len, imported: true })))
+        Ok(Self::of(device, address, len, Origin::Imported))
+    }
+
+    /// Memory of another library of this process, which gets it back when the last clone is dropped.
+    pub(crate) fn borrowed(
+        device: &Device,
+        address: u64,
+        len: usize,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> Self {
+        Self::of(device, address, len, Origin::Borrowed(owner))
+    }
+
+    fn of(device: &Device, address: u64, len: usize, origin: Origin) -> Self {
+        Self(Arc::new(Allocation { device: device.clone(), address, len, origin }))
     }
 
     /// A handle with which other processes of the host can open it as long as it lives.
@@ -370,7 +394,11 @@ impl CudaMemory {
 impl Drop for Allocation {
     fn drop(&mut self) {
         log(self.device.enter());
-        log(if self.imported { ffi::close_import(self.address) } else { ffi::free(self.address) });
+        log(match &self.origin {
+            Origin::Own => ffi::free(self.address),
+            Origin::Imported => ffi::close_import(self.address),
+            Origin::Borrowed(_) => Ok(()),
+        });
     }
 }
 

@@ -9,6 +9,7 @@
 
 mod bucket;
 mod device;
+pub mod dlpack;
 mod error;
 mod ffi;
 mod kernels;

@@ -514,3 +514,20 @@ fn triton_itself_gives_the_codes_and_scales_of_mode_triton_gpu() {
     }
     assert!(rest.is_empty());
 }
+
+#[test]
+#[ignore = "needs a CUDA device"]
+#[allow(unsafe_code, reason = "an interface of pointers")]
+fn a_tensor_of_the_device_goes_out_and_comes_back_by_dlpack_without_a_copy() {
+    let gpu = Gpu::open();
+    let slice = gpu.put(&(0..200).collect::<Vec<u8>>()).slice(64, 128).unwrap();
+    let weight = Weight::new("w", DType::BF16, [8, 8], slice.storage()).unwrap();
+    let tensor = device_cuda::dlpack::export(weight.meta(), weight.storage().unwrap()).unwrap();
+    let address = slice.address();
+    drop((slice, weight));
+    // SAFETY: just exported, and taken once.
+    let weight = unsafe { device_cuda::dlpack::weight("back", tensor) }.unwrap();
+    assert_eq!((weight.meta().dtype, &*weight.meta().shape), (DType::BF16, &[8, 8][..]));
+    assert_eq!(CudaSlice::of_storage(weight.storage().unwrap()).unwrap().address(), address);
+    assert_eq!(weight.to_bytes().unwrap(), (64..192).collect::<Vec<u8>>());
+}
