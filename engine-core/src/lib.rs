@@ -1,6 +1,7 @@
 //! The contract of a checkpoint engine, and everything of it that no device needs.
 
 mod cache;
+pub mod collective;
 mod config;
 pub mod control;
 pub mod digest;

@@ -19,21 +19,41 @@
 //! ```
 //!
 //! Any failure on any side becomes an `Abort` that every rank receives, with the first cause.
+//!
+//! Several trainers may share the sending ([`CoSender`]): bucket *n* comes from the one at *n* modulo their
+//! number. All of them collect the same buckets from streams of their own; the leader, which hears of
+//! every release, says when a slot is free and announces buckets in order:
+//!
+//! ```text
+//! leading trainer                           another trainer that sends
+//!   Begin(update, version)          ─────▶  Entered
+//!   Fill(1)                         ─────▶  fill its slot, send
+//!   Bucket(0), to the rollouts
+//!                                   ◀─────  Filled(1)
+//!   Bucket(1), to the rollouts
+//!   End(digest of the plan)         ─────▶  compare, Confirm
+//! ```
 
+mod collect;
+mod cosender;
 mod message;
 mod receiver;
 mod route;
 mod sender;
 
+pub use cosender::CoSender;
 pub use receiver::{Arrival, Fetch, FetchLink, ReceiveLink, Receiver};
 pub use route::Topology;
-pub use sender::{SendLink, Sender};
+pub use sender::{Members, Part, SendLink, Sender};
 
 use std::future::Future;
 use std::time::Duration;
 
 use crate::control::{ControlPlane, Event};
 use crate::{Error, ErrorKind, Result};
+
+/// A wait for events that something else ends.
+const LONG: Duration = Duration::from_secs(3600);
 
 /// Awaits with a deadline; the error is completed by the caller, who knows whom it waited for.
 async fn within<T>(

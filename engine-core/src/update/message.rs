@@ -6,18 +6,12 @@ use serde::{Deserialize, Serialize};
 use crate::plan::Piece;
 use crate::{Error, ErrorKind, ErrorReport, Rank, Result, Version};
 
-/// From the trainer to the rollouts. `update` counts the updates of a group, so that what an aborted
-/// update left behind is never taken for a part of the next one, even if that has the same version.
+/// From the leading trainer to the other ranks. `update` counts the updates of a group, so that what an
+/// aborted update left behind is never taken for a part of the next one, even if that has the same
+/// version.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum ToReceiver {
-    /// `routed`: every bucket is announced, and has to be fetched when a `Fetch` says from whom.
-    Begin {
-        update: u64,
-        version: Version,
-        bucket_bytes: u64,
-        digests: bool,
-        routed: bool,
-    },
+    Begin(Begin),
     Bucket {
         update: u64,
         index: u64,
@@ -32,6 +26,14 @@ pub(super) enum ToReceiver {
         index: u64,
         from: Rank,
         card: Bytes,
+    },
+    /// To a trainer that sends a part of the buckets: the slot is free for the next one of its own.
+    Fill {
+        update: u64,
+        index: u64,
+        slot: u32,
+        /// The digest of the layout that the leader has come to.
+        layout: u64,
     },
     End {
         update: u64,
@@ -48,6 +50,37 @@ pub(super) enum ToReceiver {
     },
 }
 
+/// The announcement of an update.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Begin {
+    pub(super) update: u64,
+    pub(super) version: Version,
+    pub(super) bucket_bytes: u64,
+    /// Buckets of every rank.
+    pub(super) slots: u32,
+    pub(super) digests: bool,
+    /// Every bucket is announced, and has to be fetched when a `Fetch` says from whom.
+    pub(super) routed: bool,
+    /// The trainers that send: bucket `n` comes from the one at `n` modulo their number. The leader
+    /// is the first.
+    pub(super) senders: Vec<Rank>,
+    /// What ranks need to join for this update, if the transport has them do that.
+    pub(super) ticket: Option<Bytes>,
+}
+
+impl Begin {
+    /// Who sends a bucket.
+    pub(super) fn sender_of(&self, bucket: u64) -> Rank {
+        sender_of(&self.senders, bucket)
+    }
+}
+
+/// Who of the trainers that send sends a bucket.
+pub(super) fn sender_of(senders: &[Rank], bucket: u64) -> Rank {
+    let at = bucket.checked_rem(senders.len() as u64).unwrap_or(0);
+    senders.get(at as usize).copied().unwrap_or(Rank::LEADER)
+}
+
 /// A bucket's layout: as in the last update of this plan, or written out.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum Layout {
@@ -55,20 +88,22 @@ pub(super) enum Layout {
     Explicit { pieces: Vec<Piece> },
 }
 
-/// From a rollout to the trainer.
+/// From another rank to the leading trainer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum ToSender {
-    /// The rollout is in `receive_weights` of this update. Its card says how to fetch from it.
+    /// The rank is in this update. Its card says how to fetch from it.
     Entered { update: u64, card: Bytes },
     /// A bucket was fetched, and others may fetch it from here.
     Fetched { update: u64, index: u64 },
     /// A bucket could not be fetched from a rank other than the trainer.
     Missed { update: u64, index: u64, from: Rank, error: ErrorReport },
+    /// A trainer that sends a part of the buckets has filled one, and sends it.
+    Filled { update: u64, index: u64, digest: u64 },
     /// The last view of a bucket is gone.
     Release { update: u64, index: u64 },
     /// Everything arrived and was verified. `notes` is JSON.
     Confirm { update: u64, digest: u64, seconds: f64, notes: String },
-    /// The rollout gave up.
+    /// The rank gave up.
     Failed { update: u64, error: ErrorReport },
 }
 

@@ -9,8 +9,8 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 use tracing::{Span, debug, debug_span, info, warn};
 
-use super::message::{Layout, ToReceiver, ToSender, decode, encode};
-use super::{arrived_event, next_event, within};
+use super::message::{Begin, Layout, ToReceiver, ToSender, decode, encode};
+use super::{LONG, arrived_event, next_event, within};
 use crate::control::{ControlPlane, Event};
 use crate::memory::{Pool, Work};
 use crate::observe::{Observer as _, Progress};
@@ -66,6 +66,21 @@ pub trait FetchLink: std::fmt::Debug + Send {
 
     /// Gives up all fetches from a rank that failed; those that have not ended end with an error, soon.
     fn abandon(&mut self, from: Rank);
+
+    /// Joins the update's other ranks, with the ticket that the leader's
+    /// [`SendLink::begin`](super::SendLink::begin) returned, if it did. All of them do at the same time.
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, the rank gives up joining.
+    ///
+    /// # Errors
+    ///
+    /// Those of the transport; `Timeout`.
+    async fn join(&mut self, ticket: &Bytes) -> Result<()> {
+        let _ = ticket;
+        Ok(())
+    }
 }
 
 /// A bucket to be fetched.
@@ -176,16 +191,6 @@ pub struct Receiver<L> {
     meter: Meter,
 }
 
-/// The announcement of an update.
-#[derive(Clone, Copy, Debug)]
-struct Begin {
-    update: u64,
-    version: Version,
-    bucket_bytes: u64,
-    digests: bool,
-    routed: bool,
-}
-
 impl<L: FetchLink> Receiver<L> {
     /// The receiver of a group that the control plane connects to.
     pub fn new(link: L, context: &EngineContext, control: ControlPlane, pool: Pool) -> Self {
@@ -206,7 +211,7 @@ impl<L: FetchLink> Receiver<L> {
     /// `Mismatch` if the update has another version than the one expected.
     pub async fn receive(&mut self, expected: Option<Version>) -> Result<ReceivedWeights<'_>> {
         let operation = "waiting for an update to begin";
-        let begin = within(self.deadline, operation, self.wait_for(expected))
+        let begin = within(self.deadline, operation, wait_for(&self.control, expected))
             .await
             .map_err(|error| error.rank(Rank::LEADER))??;
         let Begin { update, version, bucket_bytes, .. } = begin;
@@ -214,7 +219,17 @@ impl<L: FetchLink> Receiver<L> {
             .send(Rank::LEADER, encode(&ToSender::Entered { update, card: self.link.card() })?)?;
         self.meter.observe(&Progress::Began { version, receivers: vec![self.control.rank()] });
         let outcome = Outcome::default();
+        let guard = Guard {
+            control: self.control.clone(),
+            meter: self.meter.clone(),
+            update,
+            version,
+            outcome,
+            armed: true,
+            unsaid: "the receiver dropped the stream before its end",
+        };
         let session = Session {
+            joining: begin.ticket.clone(),
             begin,
             begun: Instant::now(),
             coming: VecDeque::new(),
@@ -226,13 +241,7 @@ impl<L: FetchLink> Receiver<L> {
             stages: ReceiveStages::default(),
             installing: None,
             span: tracing::info_span!("receive", %version),
-            guard: Guard {
-                control: self.control.clone(),
-                meter: self.meter.clone(),
-                begin,
-                outcome,
-                armed: true,
-            },
+            guard,
             receiver: self,
         };
         let outcome = session.guard.outcome.clone();
@@ -249,54 +258,52 @@ impl<L: FetchLink> Receiver<L> {
         });
         Ok(ReceivedWeights::new(version, outcome, buckets))
     }
+}
 
-    async fn wait_for(&mut self, expected: Option<Version>) -> Result<Begin> {
+/// The announcement of the next update; of this version, if one is expected. What is left of dead
+/// updates is thrown away, their buckets are released.
+pub(super) async fn wait_for(control: &ControlPlane, expected: Option<Version>) -> Result<Begin> {
+    loop {
+        let Some(event) = control.recv(LONG).await? else { continue };
+        let Some(mut begin) = between(control, event)? else { continue };
         loop {
-            let Some(event) = self.control.recv(self.deadline).await? else { continue };
-            let Some(mut begin) = self.between(event)? else { continue };
-            loop {
-                let Some(expected) = expected.filter(|&version| version != begin.version) else {
-                    return Ok(begin);
-                };
-                // The update may have been aborted long ago, while nobody listened here.
-                match arrived_event(&self.control).await? {
-                    Some(event) if is_abort(&event, begin.update) => break,
-                    Some(event) => begin = self.between(event)?.unwrap_or(begin),
-                    None => return Err(self.mismatch(&begin, expected)?),
-                }
+            let Some(expected) = expected.filter(|&version| version != begin.version) else {
+                return Ok(begin);
+            };
+            // The update may have been aborted long ago, while nobody listened here.
+            match arrived_event(control).await? {
+                Some(event) if is_abort(&event, begin.update) => break,
+                Some(event) => begin = between(control, event)?.unwrap_or(begin),
+                None => return Err(mismatch(control, &begin, expected)?),
             }
-        }
-    }
-
-    /// Tells the trainer that this rank expects another version.
-    fn mismatch(&self, begin: &Begin, expected: Version) -> Result<Error> {
-        let message =
-            format!("the trainer sends version {}, this rank expects {expected}", begin.version);
-        let error =
-            Error::new(ErrorKind::Mismatch, "receiving weights", message).rank(self.control.rank());
-        let (update, report) = (begin.update, ErrorReport::from(&error));
-        self.control.send(Rank::LEADER, encode(&ToSender::Failed { update, error: report })?)?;
-        Ok(error)
-    }
-
-    /// Takes in an event while no update is being received: what is left of a dead update is thrown
-    /// away, its buckets are released.
-    fn between(&mut self, event: Event) -> Result<Option<Begin>> {
-        match message(event)? {
-            Some(ToReceiver::Begin { update, version, bucket_bytes, digests, routed }) => {
-                Ok(Some(Begin { update, version, bucket_bytes, digests, routed }))
-            }
-            Some(ToReceiver::Bucket { update, index, .. }) => {
-                self.control.send(Rank::LEADER, encode(&ToSender::Release { update, index })?)?;
-                Ok(None)
-            }
-            _ => Ok(None),
         }
     }
 }
 
+/// Tells the trainer that this rank expects another version.
+fn mismatch(control: &ControlPlane, begin: &Begin, expected: Version) -> Result<Error> {
+    let message =
+        format!("the trainer sends version {}, this rank expects {expected}", begin.version);
+    let error = Error::new(ErrorKind::Mismatch, "entering an update", message).rank(control.rank());
+    let (update, report) = (begin.update, ErrorReport::from(&error));
+    control.send(Rank::LEADER, encode(&ToSender::Failed { update, error: report })?)?;
+    Ok(error)
+}
+
+/// Takes in an event while no update is being received.
+fn between(control: &ControlPlane, event: Event) -> Result<Option<Begin>> {
+    match message(event)? {
+        Some(ToReceiver::Begin(begin)) => Ok(Some(begin)),
+        Some(ToReceiver::Bucket { update, index, .. }) => {
+            control.send(Rank::LEADER, encode(&ToSender::Release { update, index })?)?;
+            Ok(None)
+        }
+        _ => Ok(None),
+    }
+}
+
 /// What the trainer says next within an update.
-async fn event_of_update(
+pub(super) async fn event_of_update(
     control: &ControlPlane,
     deadline: Duration,
     operation: &str,
@@ -307,7 +314,7 @@ async fn event_of_update(
 }
 
 /// The trainer's message of an event; an error if the trainer is gone.
-fn message(event: Event) -> Result<Option<ToReceiver>> {
+pub(super) fn message(event: Event) -> Result<Option<ToReceiver>> {
     match event {
         Event::Message { from: Rank::LEADER, body } => {
             decode(&body).map(Some).map_err(|error| error.rank(Rank::LEADER))
@@ -324,6 +331,11 @@ fn message(event: Event) -> Result<Option<ToReceiver>> {
     }
 }
 
+/// Whether an event ends an update here, before it has come to its end.
+fn ends(event: &Event, update: u64) -> bool {
+    !matches!(event, Event::Message { .. }) || is_abort(event, update)
+}
+
 fn is_abort(event: &Event, of: u64) -> bool {
     let Event::Message { body, .. } = event else { return false };
     matches!(decode(body), Ok(ToReceiver::Abort { update, .. }) if update == of)
@@ -332,6 +344,8 @@ fn is_abort(event: &Event, of: u64) -> bool {
 /// One update, from its announcement to its end.
 struct Session<'a, L> {
     receiver: &'a mut Receiver<L>,
+    /// What it takes to join the other ranks, until that is done.
+    joining: Option<Bytes>,
     begin: Begin,
     begun: Instant,
     /// Buckets that are being fetched and verified, and what came after them.
@@ -367,7 +381,7 @@ enum Stage {
 
 impl Stage {
     /// Waits until the bytes are here and their digest is known.
-    async fn ready(&mut self) -> Result<(Storage, Option<u64>, ReceiveStages)> {
+    async fn ready(&mut self, routed: bool) -> Result<(Storage, Option<u64>, ReceiveStages)> {
         loop {
             match self {
                 Self::Announced => std::future::pending().await,
@@ -378,7 +392,7 @@ impl Stage {
                     };
                     match arrival.await.unwrap_or_else(|_| gone()) {
                         Ok(arrived) => *self = Self::Here(arrived),
-                        Err(error) if *from == Rank::LEADER => return Err(error),
+                        Err(error) if !routed || *from == Rank::LEADER => return Err(error),
                         Err(error) => {
                             debug!(%from, %error, "a bucket could not be fetched");
                             *self = Self::Announced;
@@ -402,6 +416,9 @@ impl Stage {
 impl<L: FetchLink> Session<'_, L> {
     /// The next verified bucket; `None` when the version is active.
     async fn next(&mut self) -> Result<Option<ReceivedBucket>> {
+        if let Some(ticket) = self.joining.take() {
+            self.join(&ticket).await?;
+        }
         if let Some((span, begun)) = self.installing.take() {
             self.stages.install += begun.elapsed();
             drop(span);
@@ -417,7 +434,7 @@ impl<L: FetchLink> Session<'_, L> {
                     // What happens meanwhile, happens now: further fetches, or the update's end.
                     let (bytes, sum, stages) = tokio::select! {
                         biased;
-                        ready = stage.ready() => ready.map_err(|error| error.bucket(index))?,
+                        ready = stage.ready(self.begin.routed) => ready.map_err(|error| error.bucket(index))?,
                         event = event_of_update(control, *deadline, operation) => {
                             let event = event.map_err(|error| error.bucket(index))?;
                             self.take(event).await?;
@@ -442,6 +459,35 @@ impl<L: FetchLink> Session<'_, L> {
                 }
             }
         }
+    }
+
+    /// Joins the other ranks, unless one of them ends the update meanwhile.
+    async fn join(&mut self, ticket: &Bytes) -> Result<()> {
+        let mut early = Vec::new();
+        let Receiver { link, control, .. } = &mut *self.receiver;
+        {
+            let mut joining = std::pin::pin!(link.join(ticket));
+            loop {
+                tokio::select! {
+                    biased;
+                    joined = &mut joining => {
+                        joined?;
+                        break;
+                    }
+                    event = control.recv(LONG) => match event? {
+                        Some(event) if ends(&event, self.begin.update) => {
+                            early.push(event);
+                            break;
+                        }
+                        event => early.extend(event),
+                    }
+                }
+            }
+        }
+        for event in early {
+            self.take(event).await?;
+        }
+        Ok(())
     }
 
     fn verified(
@@ -511,7 +557,7 @@ impl<L: FetchLink> Session<'_, L> {
                 self.guard.disarm(false);
                 Err(Error::from(error))
             }
-            Some(ToReceiver::Begin { update, .. }) if update != present => Err(Error::new(
+            Some(ToReceiver::Begin(begin)) if begin.update != present => Err(Error::new(
                 ErrorKind::Protocol,
                 "receiving weights",
                 "another update began within this one",
@@ -553,7 +599,7 @@ impl<L: FetchLink> Session<'_, L> {
         self.taken += 1;
         self.coming.push_back(Coming::Bucket { index, slot, digest, stage: Stage::Announced });
         if !self.begin.routed {
-            self.fetch(index, Rank::LEADER, Bytes::new()).await;
+            self.fetch(index, self.begin.sender_of(index), Bytes::new()).await;
         }
         Ok(())
     }
@@ -662,7 +708,7 @@ impl<L: FetchLink> Session<'_, L> {
     }
 }
 
-fn tell_leader(control: &ControlPlane, message: &ToSender) {
+pub(super) fn tell_leader(control: &ControlPlane, message: &ToSender) {
     let told = encode(message).and_then(|body| control.send(Rank::LEADER, body));
     if let Err(error) = told {
         // The trainer is gone, and with it the need to tell it.
@@ -685,30 +731,34 @@ impl Drop for Release {
     }
 }
 
-/// Tells the trainer, when dropped before the end, that this rank gave up.
-struct Guard {
-    control: ControlPlane,
-    meter: Meter,
-    begin: Begin,
-    outcome: Outcome,
-    armed: bool,
+/// Tells the leader, when dropped before the end, that this rank gave up.
+pub(super) struct Guard {
+    pub(super) control: ControlPlane,
+    pub(super) meter: Meter,
+    pub(super) update: u64,
+    pub(super) version: Version,
+    /// Where the reason may have been left.
+    pub(super) outcome: Outcome,
+    pub(super) armed: bool,
+    /// The reason, if nobody says one.
+    pub(super) unsaid: &'static str,
 }
 
 impl Guard {
     /// The update has ended here, with the version or without.
-    fn disarm(&mut self, committed: bool) {
+    pub(super) fn disarm(&mut self, committed: bool) {
         if std::mem::take(&mut self.armed) && !committed {
             self.meter.aborted(&[]);
         }
     }
 
-    fn fail(&mut self, error: &Error) {
+    pub(super) fn fail(&mut self, error: &Error) {
         if !self.armed {
             return;
         }
         self.disarm(false);
-        warn!(version = %self.begin.version, %error, "update given up");
-        let (update, error) = (self.begin.update, ErrorReport::from(error));
+        warn!(version = %self.version, %error, "update given up");
+        let (update, error) = (self.update, ErrorReport::from(error));
         tell_leader(&self.control, &ToSender::Failed { update, error });
     }
 }
@@ -718,10 +768,8 @@ impl Drop for Guard {
         if !self.armed {
             return;
         }
-        let error = self.outcome.take_failure().unwrap_or_else(|| {
-            let words = "the receiver dropped the stream before its end";
-            Error::new(ErrorKind::Aborted, "receiving weights", words)
-        });
-        self.fail(&error.rank(self.control.rank()).version(self.begin.version));
+        let unsaid = || Error::new(ErrorKind::Aborted, "in an update", self.unsaid);
+        let error = self.outcome.take_failure().unwrap_or_else(unsaid);
+        self.fail(&error.rank(self.control.rank()).version(self.version));
     }
 }

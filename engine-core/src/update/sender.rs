@@ -1,27 +1,28 @@
 //! The trainer's side of an update.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::{FutureExt, StreamExt};
+use serde::{Deserialize, Serialize};
 use tracing::{Instrument, debug, debug_span, info, warn};
 
-use super::message::{Layout, ToReceiver, ToSender, decode, encode};
+use super::collect::{Bucket, Collector};
+use super::message::{Begin, Layout, ToReceiver, ToSender, decode, encode, sender_of};
 use super::route::{Due, Gap, Route, Topology};
-use super::{arrived_event, next_event, within};
+use super::{LONG, arrived_event, next_event};
 use crate::control::{ControlPlane, Event, Role};
 use crate::memory::Job;
 use crate::observe::{Observer as _, Progress};
-use crate::plan::{BucketLayout, BucketPlanner, Piece, Place, Plan};
-use crate::report::{ReceiverReport, SendReport, StageTimes, TensorCounts, VersionState};
+use crate::plan::{BucketLayout, Plan};
+use crate::report::{ReceiverReport, SendReport, StageTimes, VersionState};
 use crate::telemetry::Meter;
 use crate::{
-    EngineContext, Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Version, Weight,
-    WeightStream, digest,
+    EngineContext, Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Version, WeightStream,
+    digest,
 };
 
 /// A transport's sending side: the memory of its buckets, and how a filled one gets out.
@@ -74,6 +75,58 @@ pub trait SendLink: std::fmt::Debug + Send {
     fn card(&self) -> Bytes {
         Bytes::new()
     }
+
+    /// Begins an update of these ranks, on the leader. A transport whose ranks have to join one another
+    /// for it returns what they need for that, which travels to all of them.
+    ///
+    /// # Errors
+    ///
+    /// Those of the transport.
+    async fn begin(&mut self, members: &Members) -> Result<Option<Bytes>> {
+        let _ = members;
+        Ok(None)
+    }
+
+    /// Joins the others, who do the same now: all of them have entered the update. Called before
+    /// anything is published, if [`begin`](Self::begin) returned this ticket on the leader.
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, the rank gives up joining.
+    ///
+    /// # Errors
+    ///
+    /// Those of the transport; `Timeout`.
+    async fn join(&mut self, ticket: &Bytes) -> Result<()> {
+        let _ = ticket;
+        Ok(())
+    }
+
+    /// The update has ended here, with the version or without.
+    fn end(&mut self, committed: bool) {
+        let _ = committed;
+    }
+}
+
+/// The ranks of an update.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Members {
+    /// The trainers that send, the leader first. Bucket `n` comes from the one at `n` modulo their number.
+    pub senders: Vec<Rank>,
+    /// All others, in the order of their ranks: receivers and relays.
+    pub others: Vec<Rank>,
+}
+
+/// What a rank does in updates, beside the leader.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Part {
+    /// A rollout.
+    #[default]
+    Receiver,
+    /// A trainer that receives, for the transport to pass on from there, and keeps nothing.
+    Relay,
+    /// A trainer that sends a part of the buckets.
+    Sender,
 }
 
 #[async_trait]
@@ -101,10 +154,30 @@ impl<L: SendLink + ?Sized> SendLink for Box<L> {
     fn card(&self) -> Bytes {
         (**self).card()
     }
+
+    async fn begin(&mut self, members: &Members) -> Result<Option<Bytes>> {
+        (**self).begin(members).await
+    }
+
+    async fn join(&mut self, ticket: &Bytes) -> Result<()> {
+        (**self).join(ticket).await
+    }
+
+    fn end(&mut self, committed: bool) {
+        (**self).end(committed);
+    }
 }
 
-/// A wait for events that something else ends.
-const LONG: Duration = Duration::from_secs(3600);
+const FILLING: &str = "waiting for a trainer to fill a bucket";
+
+fn not_entered(operation: &str, deadline: Duration) -> Error {
+    let message = format!(
+        "nothing within {:.1} s: the rank has not called receive_weights, or send_weights if it is a \
+         trainer",
+        deadline.as_secs_f64()
+    );
+    Error::new(ErrorKind::Timeout, operation, message)
+}
 
 /// The trainer's side of the protocol, over a transport's link.
 #[derive(Debug)]
@@ -123,11 +196,19 @@ struct Group {
     control: ControlPlane,
     members: BTreeMap<Rank, Member>,
     absent: BTreeSet<Rank>,
+    /// What trainers other than the leader do, whenever they are there.
+    trainers: BTreeMap<Rank, Part>,
+    /// Those that send in the present update, this rank first.
+    senders: Vec<Rank>,
+    /// Buckets that were begun and not announced yet, in their order.
+    outgoing: VecDeque<Outgoing>,
+    /// Of the buckets that were announced.
+    version_digest: u64,
     /// Counts updates; tags their messages.
     update: u64,
     version: Version,
     begun: Instant,
-    /// Who still reads which slot, and the bucket that is in it. Unused with a route.
+    /// Who may still read which slot, and the bucket that is in it. Unused with a route.
     slots: Vec<Held>,
     /// The way of the present update's buckets, if receivers fetch them.
     route: Option<Route>,
@@ -136,8 +217,21 @@ struct Group {
     meter: Meter,
 }
 
+/// A bucket that is being filled, here or by another trainer.
+#[derive(Debug)]
+struct Outgoing {
+    index: u64,
+    slot: usize,
+    layout: Arc<BucketLayout>,
+    known: Option<u64>,
+    source_bytes: u64,
+    /// Known when it is filled.
+    digest: Option<u64>,
+}
+
 #[derive(Debug, Default)]
 struct Member {
+    part: Part,
     /// The digest of the plan that the receiver knows.
     plan: Option<u64>,
     /// The update that the receiver is in.
@@ -172,6 +266,10 @@ impl<L: SendLink> Sender<L> {
                 control,
                 members: receivers.into_iter().map(|rank| (rank, Member::default())).collect(),
                 absent: BTreeSet::new(),
+                trainers: BTreeMap::new(),
+                senders: vec![Rank::LEADER],
+                outgoing: VecDeque::new(),
+                version_digest: 0,
                 update: 0,
                 version: Version(0),
                 begun: Instant::now(),
@@ -186,6 +284,16 @@ impl<L: SendLink> Sender<L> {
             deadline: context.deadline(),
             meter,
         }
+    }
+
+    /// With other trainers that take part.
+    #[must_use]
+    pub fn with_trainers(mut self, trainers: impl IntoIterator<Item = (Rank, Part)>) -> Self {
+        self.group.trainers = trainers.into_iter().collect();
+        for (&rank, &part) in &self.group.trainers {
+            self.group.members.insert(rank, Member { part, ..Member::default() });
+        }
+        self
     }
 
     /// Sends one update; see
@@ -205,7 +313,7 @@ impl<L: SendLink> Sender<L> {
         version: Version,
     ) -> Result<SendReport> {
         self.group.begin(version).await?;
-        let receivers = self.group.active().count();
+        let receivers = self.group.receivers().count();
         self.group.route = self
             .link
             .topology(receivers, self.plan.buckets.len())
@@ -215,6 +323,7 @@ impl<L: SendLink> Sender<L> {
         let mut guard = AbortGuard { control, meter, abort: None };
         guard.arm(&self.group);
         let result = self.run(weights).await;
+        self.link.end(result.is_ok());
         match result {
             Ok(report) => {
                 guard.disarm();
@@ -238,11 +347,12 @@ impl<L: SendLink> Sender<L> {
     }
 
     async fn run(&mut self, mut weights: WeightStream<'_>) -> Result<SendReport> {
-        self.group.announce_update(self.link.bucket_bytes(), self.digests)?;
+        let ticket = self.link.begin(&self.group.who()).await?;
+        let slots = self.link.slots();
+        self.group.announce_update(&self.link, self.digests, ticket.clone())?;
         let mut stages = StageTimes::default();
         let mut collector = Collector::new(&self.plan, self.link.bucket_bytes())?;
         let mut layouts: Vec<Arc<BucketLayout>> = Vec::new();
-        let mut version_digest = 0;
 
         let started = Instant::now();
         let mut next = {
@@ -252,22 +362,34 @@ impl<L: SendLink> Sender<L> {
             self.group.watch(0, bucket).await??
         };
         stages.source += started.elapsed();
+        if let Some(ticket) = &ticket {
+            let joining = Instant::now();
+            self.group.wait_until_entered(self.deadline).await?;
+            let join = self.link.join(ticket).instrument(debug_span!("join"));
+            self.group.watch(0, join).await??;
+            stages.release += joining.elapsed();
+        }
         while let Some(bucket) = next {
             let index = layouts.len() as u64;
-            let slot = layouts.len() % self.link.slots();
+            let slot = layouts.len() % slots;
             let released = Instant::now();
             self.group.wait_for_slot(slot, index, self.deadline).await?;
             stages.release += released.elapsed();
 
-            if let Some(route) = &mut self.group.route {
-                route.filling(index);
-            }
-            // The next bucket is collected from the trainer's stream while this one is encoded.
             let Bucket { jobs, layout, known, source_bytes } = bucket;
+            let filled = layout.filled();
+            self.group.begin_bucket(Outgoing {
+                index,
+                slot,
+                layout: layout.clone(),
+                known,
+                source_bytes,
+                digest: None,
+            })?;
+            let own = sender_of(&self.group.senders, index) == Rank::LEADER;
+            // The next bucket is collected from the trainer's stream while this one is encoded.
             let encoded = Instant::now();
             let mut collected = Duration::ZERO;
-            let span = debug_span!("encode", bucket = index);
-            let fill = self.link.fill(slot, jobs, self.digests).instrument(span);
             let collect = async {
                 let started = Instant::now();
                 let bucket = collector.next_bucket(&mut weights, self.deadline).await;
@@ -275,27 +397,36 @@ impl<L: SendLink> Sender<L> {
                 bucket
             }
             .instrument(debug_span!("collect", bucket = index + 1));
-            let both = self.group.watch(index, futures::future::try_join(fill, collect)).await?;
-            let (sum, following) = both.map_err(|error| error.bucket(index))?;
+            let fill = async {
+                if !own {
+                    return Ok(None);
+                }
+                self.link.fill(slot, jobs, self.digests).await.map(Some)
+            }
+            .instrument(debug_span!("encode", bucket = index));
+            let both = futures::future::try_join(fill, collect);
+            let (sum, following) =
+                self.group.watch(index, both).await?.map_err(|error| error.bucket(index))?;
             next = following;
             let both = encoded.elapsed();
-            stages.encode += both;
             stages.source += collected.min(both);
 
-            let filled = layout.filled();
-            let published = Instant::now();
-            self.link
-                .publish(slot, filled)
-                .instrument(debug_span!("publish", bucket = index))
-                .await
-                .map_err(|error| error.bucket(index))?;
-            stages.publish += published.elapsed();
-            let digest = digest::finish(sum, filled);
-            version_digest = digest::chain(version_digest, digest);
-            self.group.announce(slot, index, digest, &layout, known)?;
-            self.meter.observe(&Progress::Bucket { index, bytes: source_bytes });
+            if let Some(sum) = sum {
+                stages.encode += both;
+                let published = Instant::now();
+                self.link
+                    .publish(slot, filled)
+                    .instrument(debug_span!("publish", bucket = index))
+                    .await
+                    .map_err(|error| error.bucket(index))?;
+                stages.publish += published.elapsed();
+                self.group.filled(index, digest::finish(sum, filled))?;
+            }
             layouts.push(layout);
         }
+        let filling = Instant::now();
+        self.group.wait_until_filled(self.deadline).await?;
+        stages.encode += filling.elapsed();
 
         let plan_reused = collector.reused(layouts.len());
         let counts = collector.counts;
@@ -305,7 +436,7 @@ impl<L: SendLink> Sender<L> {
         self.plan = plan;
         let confirming = Instant::now();
         self.group
-            .finish(buckets, version_digest, plan_digest, self.deadline)
+            .finish(buckets, plan_digest, self.deadline)
             .instrument(debug_span!("confirm"))
             .await?;
         stages.confirm = confirming.elapsed();
@@ -318,7 +449,7 @@ impl<L: SendLink> Sender<L> {
             plan_reused,
             elapsed,
             stages,
-            digest: self.digests.then_some(version_digest),
+            digest: self.digests.then_some(self.group.version_digest),
             receivers,
             absent: self.group.absent.iter().copied().collect(),
         })
@@ -335,7 +466,7 @@ impl Group {
                 debug!(%error, "before the update");
             }
         }
-        if self.members.is_empty() {
+        if !self.members.values().any(|member| member.part == Part::Receiver) {
             return Err(Error::new(
                 ErrorKind::PeerLost,
                 "beginning an update",
@@ -347,18 +478,43 @@ impl Group {
         self.update += 1;
         self.version = version;
         self.begun = Instant::now();
-        for member in self.members.values_mut() {
+        self.outgoing.clear();
+        self.version_digest = 0;
+        self.senders = vec![Rank::LEADER];
+        for (&rank, member) in &mut self.members {
             member.active = true;
             member.confirmed = None;
+            if member.part == Part::Sender {
+                self.senders.push(rank);
+            }
         }
         Ok(())
     }
 
-    fn announce_update(&self, bucket_bytes: u64, digests: bool) -> Result<()> {
-        let (update, version) = (self.update, self.version);
-        let routed = self.route.is_some();
-        self.broadcast(&ToReceiver::Begin { update, version, bucket_bytes, digests, routed })?;
-        let receivers = self.active().collect();
+    /// The ranks of the present update.
+    fn who(&self) -> Members {
+        let others = self.active().filter(|rank| !self.senders.contains(rank)).collect();
+        Members { senders: self.senders.clone(), others }
+    }
+
+    fn announce_update(
+        &self,
+        link: &impl SendLink,
+        digests: bool,
+        ticket: Option<Bytes>,
+    ) -> Result<()> {
+        let version = self.version;
+        self.broadcast(&ToReceiver::Begin(Begin {
+            update: self.update,
+            version,
+            bucket_bytes: link.bucket_bytes(),
+            slots: link.slots() as u32,
+            digests,
+            routed: self.route.is_some(),
+            senders: self.senders.clone(),
+            ticket,
+        }))?;
+        let receivers = self.receivers().collect();
         self.meter.observe(&Progress::Began { version, receivers });
         Ok(())
     }
@@ -372,6 +528,21 @@ impl Group {
 
     fn active(&self) -> impl Iterator<Item = Rank> + '_ {
         self.members.iter().filter(|(_, member)| member.active).map(|(rank, _)| *rank)
+    }
+
+    /// The rollouts of the present update.
+    fn receivers(&self) -> impl Iterator<Item = Rank> + '_ {
+        self.active_parts().filter(|(_, part)| *part == Part::Receiver).map(|(rank, _)| rank)
+    }
+
+    /// Those that get buckets in the present update: rollouts and relays.
+    fn readers(&self) -> impl Iterator<Item = Rank> + '_ {
+        self.active_parts().filter(|(_, part)| *part != Part::Sender).map(|(rank, _)| rank)
+    }
+
+    fn active_parts(&self) -> impl Iterator<Item = (Rank, Part)> + '_ {
+        let active = self.members.iter().filter(|(_, member)| member.active);
+        active.map(|(rank, member)| (*rank, member.part))
     }
 
     fn broadcast(&self, message: &ToReceiver) -> Result<()> {
@@ -411,14 +582,24 @@ impl Group {
         match &self.route {
             Some(route) if route.may_fill(bucket) => Ok(()),
             Some(_) => Err(self.awaited()),
-            None => self.slots[slot].by.first().map_or(Ok(()), |rank| Err(Some(*rank))),
+            None => match self.slots[slot].by.first() {
+                None => Ok(()),
+                // A bucket that was not announced yet is held by whoever fills it.
+                Some(reader) => Err(Some(self.late_sender().unwrap_or(*reader))),
+            },
         }
+    }
+
+    /// The trainer that the bucket which is announced next is waited for from.
+    fn late_sender(&self) -> Option<Rank> {
+        let rank = sender_of(&self.senders, self.outgoing.front()?.index);
+        (rank != Rank::LEADER).then_some(rank)
     }
 
     /// The receiver that the others wait for.
     fn awaited(&self) -> Option<Rank> {
         let late = self.active().find(|rank| !self.has_entered(*rank));
-        late.or_else(|| self.route.as_ref()?.awaited())
+        late.or_else(|| self.late_sender()).or_else(|| self.route.as_ref()?.awaited())
     }
 
     fn has_entered(&self, rank: Rank) -> bool {
@@ -447,6 +628,7 @@ impl Group {
         while let Err(rank) = self.is_free(slot, bucket) {
             let operation = match self.route {
                 Some(_) => "waiting for a receiver to fetch or release a bucket",
+                None if self.late_sender().is_some() => FILLING,
                 None => "waiting for a receiver to release a bucket",
             };
             match next_event(&self.control, deadline, operation).await {
@@ -454,11 +636,7 @@ impl Group {
                 Err(error) if error.kind() != ErrorKind::Timeout => return Err(error),
                 Err(mut error) => {
                     if rank.is_some_and(|rank| !self.has_entered(rank)) {
-                        let message = format!(
-                            "nothing within {:.1} s: the receiver has not called receive_weights",
-                            deadline.as_secs_f64()
-                        );
-                        error = Error::new(ErrorKind::Timeout, operation, message);
+                        error = not_entered(operation, deadline);
                     }
                     let held = match self.route {
                         Some(_) => bucket.saturating_sub(self.slots.len() as u64),
@@ -471,23 +649,77 @@ impl Group {
         Ok(())
     }
 
+    /// Waits until every rank is in the update.
+    async fn wait_until_entered(&mut self, deadline: Duration) -> Result<()> {
+        let operation = "waiting for every rank to enter the update";
+        loop {
+            let missing = self.active().find(|rank| !self.has_entered(*rank));
+            let Some(rank) = missing else { return Ok(()) };
+            match next_event(&self.control, deadline, operation).await {
+                Ok(event) => self.handle(event, 0)?,
+                Err(error) if error.kind() == ErrorKind::Timeout => {
+                    return Err(not_entered(operation, deadline).rank(rank));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Takes a slot for a bucket, and has it filled if another trainer does that.
+    fn begin_bucket(&mut self, bucket: Outgoing) -> Result<()> {
+        let Outgoing { index, slot, .. } = bucket;
+        match &mut self.route {
+            Some(route) => route.filling(index),
+            None => {
+                let by = self.readers().collect();
+                self.slots[slot] = Held { update: self.update, bucket: index, by };
+            }
+        }
+        let sender = sender_of(&self.senders, index);
+        if sender != Rank::LEADER {
+            let (update, layout) = (self.update, bucket.layout.digest());
+            let fill = ToReceiver::Fill { update, index, slot: slot as u32, layout };
+            self.tell(sender, encode(&fill)?)?;
+        }
+        self.outgoing.push_back(bucket);
+        Ok(())
+    }
+
+    /// A bucket is filled: it is announced, once all before it are.
+    fn filled(&mut self, index: u64, digest: u64) -> Result<()> {
+        if let Some(bucket) = self.outgoing.iter_mut().find(|bucket| bucket.index == index) {
+            bucket.digest = Some(digest);
+        }
+        while let Some(digest) = self.outgoing.front().and_then(|bucket| bucket.digest) {
+            let Some(bucket) = self.outgoing.pop_front() else { break };
+            self.version_digest = digest::chain(self.version_digest, digest);
+            self.announce(&bucket, digest)?;
+            let (index, bytes) = (bucket.index, bucket.source_bytes);
+            self.meter.observe(&Progress::Bucket { index, bytes });
+        }
+        Ok(())
+    }
+
+    /// Waits until all buckets are filled.
+    async fn wait_until_filled(&mut self, deadline: Duration) -> Result<()> {
+        while let Some(bucket) = self.outgoing.front().map(|bucket| bucket.index) {
+            let sender = sender_of(&self.senders, bucket);
+            let event = next_event(&self.control, deadline, FILLING).await;
+            self.handle(event.map_err(|error| error.rank(sender).bucket(bucket))?, bucket)?;
+        }
+        Ok(())
+    }
+
     /// Tells the receivers of a bucket.
-    fn announce(
-        &mut self,
-        slot: usize,
-        index: u64,
-        digest: u64,
-        layout: &BucketLayout,
-        known: Option<u64>,
-    ) -> Result<()> {
+    fn announce(&mut self, bucket: &Outgoing, digest: u64) -> Result<()> {
+        let Outgoing { index, slot, ref layout, known, .. } = *bucket;
         let message = |layout| {
             let (update, slot) = (self.update, slot as u32);
             encode(&ToReceiver::Bucket { update, index, slot, digest, layout })
         };
         let mut short: Option<Bytes> = None;
         let mut full: Option<Bytes> = None;
-        let active: Vec<Rank> = self.active().collect();
-        for &rank in &active {
+        for rank in self.readers() {
             // A receiver that joined later does not know the plan that the others know.
             let knows = known.is_some()
                 && self.members.get(&rank).is_some_and(|member| member.plan == known);
@@ -505,24 +737,15 @@ impl Group {
             };
             self.tell(rank, body)?;
         }
-        match &mut self.route {
-            Some(route) => route.filled(index),
-            None => {
-                let by = active.into_iter().collect();
-                self.slots[slot] = Held { update: self.update, bucket: index, by };
-            }
+        if let Some(route) = &mut self.route {
+            route.filled(index);
         }
         self.route_on()
     }
 
     /// Ends the update's data and waits for every receiver's confirmation.
-    async fn finish(
-        &mut self,
-        buckets: u64,
-        digest: u64,
-        plan: u64,
-        deadline: Duration,
-    ) -> Result<()> {
+    async fn finish(&mut self, buckets: u64, plan: u64, deadline: Duration) -> Result<()> {
+        let digest = self.version_digest;
         self.broadcast(&ToReceiver::End { update: self.update, buckets, digest, plan })?;
         loop {
             let missing = self
@@ -552,7 +775,9 @@ impl Group {
             }
             member.active = false;
             member.plan = Some(plan);
-            if let Some(mut report) = member.confirmed.take() {
+            if let Some(mut report) = member.confirmed.take()
+                && member.part == Part::Receiver
+            {
                 report.state = VersionState::Active;
                 report.digest = report.digest.filter(|_| digests);
                 reports.push(report);
@@ -570,10 +795,14 @@ impl Group {
                 self.route_on()
             }
             Event::Joined(peer) => {
-                if peer.role == Role::Rollout {
-                    info!(rank = %peer.rank, "a rollout joined; it takes part in the next update");
+                let part = match peer.role {
+                    Role::Rollout => Some(Part::Receiver),
+                    Role::Trainer => self.trainers.get(&peer.rank).copied(),
+                };
+                if let Some(part) = part {
+                    info!(rank = %peer.rank, ?part, "a rank joined; it takes part in the next update");
                     self.absent.remove(&peer.rank);
-                    self.members.insert(peer.rank, Member::default());
+                    self.members.insert(peer.rank, Member { part, ..Member::default() });
                 }
                 Ok(())
             }
@@ -645,6 +874,14 @@ impl Group {
                     return Err(Error::from(error).rank(source).bucket(index));
                 }
             }
+            ToSender::Filled { update, index, digest } if update == present => {
+                let expected = self.outgoing.iter().any(|b| b.index == index && b.digest.is_none());
+                if !expected || sender_of(&self.senders, index) != from {
+                    let message = format!("it was not asked to fill bucket {index}");
+                    return Err(Error::new(ErrorKind::Protocol, FILLING, message).rank(from));
+                }
+                self.filled(index, digest)?;
+            }
             ToSender::Release { update, index } if self.route.is_some() => {
                 if let Some(route) = self.route.as_mut().filter(|_| update == present) {
                     route.released(from, index);
@@ -678,6 +915,7 @@ impl Group {
             }
             ToSender::Confirm { .. }
             | ToSender::Failed { .. }
+            | ToSender::Filled { .. }
             | ToSender::Fetched { .. }
             | ToSender::Missed { .. } => {}
         }
@@ -727,197 +965,4 @@ impl Drop for AbortGuard {
             self.abort_with(&error);
         }
     }
-}
-
-/// The weights of one bucket, collected from the trainer's stream.
-struct Bucket {
-    jobs: Vec<Job>,
-    layout: Arc<BucketLayout>,
-    /// The digest of the plan in which the layout stands at this bucket's place.
-    known: Option<u64>,
-    source_bytes: u64,
-}
-
-/// Packs the stream into buckets, following the last update's plan as long as it fits.
-struct Collector {
-    planner: BucketPlanner,
-    last: Plan,
-    last_digest: Option<u64>,
-    buckets: usize,
-    /// The weight that the last bucket had no room for, or no room for all of.
-    pending: Option<(Weight, u64)>,
-    /// All names so far, unless they are those of the last plan, which has no name twice.
-    names: Option<HashSet<Arc<str>>>,
-    differs: bool,
-    counts: TensorCounts,
-}
-
-impl Collector {
-    fn new(last: &Plan, bucket_bytes: u64) -> Result<Self> {
-        let last = last.clone();
-        let last_digest = (!last.buckets.is_empty()).then(|| last.digest());
-        Ok(Self {
-            planner: BucketPlanner::new(bucket_bytes)?,
-            names: last_digest.is_none().then(HashSet::new),
-            last,
-            last_digest,
-            buckets: 0,
-            pending: None,
-            differs: false,
-            counts: TensorCounts::default(),
-        })
-    }
-
-    /// Whether all buckets were those of the last plan.
-    fn reused(&self, buckets: usize) -> bool {
-        !self.differs && self.last_digest.is_some() && self.last.buckets.len() == buckets
-    }
-
-    /// The weights of the next bucket, or `None` at the end of the stream.
-    async fn next_bucket(
-        &mut self,
-        weights: &mut WeightStream<'_>,
-        deadline: Duration,
-    ) -> Result<Option<Bucket>> {
-        let mut jobs: Vec<Job> = Vec::new();
-        let mut source_bytes = 0;
-        loop {
-            let (weight, mut start) = match self.pending.take() {
-                Some(pending) => pending,
-                None => {
-                    let operation = "waiting for the trainer's next weight";
-                    // A timer for each of eighteen thousand weights that are there would be felt.
-                    let weight = match weights.next().now_or_never() {
-                        Some(weight) => weight,
-                        None => within(deadline, operation, weights.next())
-                            .await
-                            .map_err(|error| error.bucket(self.buckets as u64))?,
-                    };
-                    match weight.transpose()? {
-                        Some(weight) => {
-                            self.admit(&weight, jobs.len())?;
-                            self.counts.add(&weight);
-                            (weight, 0)
-                        }
-                        None if jobs.is_empty() => return Ok(None),
-                        None => break,
-                    }
-                }
-            };
-            let total = weight.byte_len();
-            let name = weight.name().len();
-            match self.planner.place(name, total, total - start, weight.granule()) {
-                Some(Place { offset, len }) => {
-                    source_bytes += share(weight.source_bytes(), len, total);
-                    let job = Job { weight: weight.clone(), start, len, offset };
-                    self.compare(&job, jobs.len());
-                    jobs.push(job);
-                    start += len;
-                    if start < total {
-                        self.pending = Some((weight, start));
-                        break;
-                    }
-                }
-                None => {
-                    self.pending = Some((weight, start));
-                    break;
-                }
-            }
-        }
-        self.planner.close();
-        let known = match self.last.buckets.get(self.buckets) {
-            Some(layout) if !self.differs && layout.pieces().len() == jobs.len() => {
-                Some(layout.clone())
-            }
-            _ => None,
-        };
-        if known.is_none() {
-            // What follows stands at another place than in the last plan.
-            self.diverge(jobs.len());
-            if let (Some(names), Some((weight, _))) = (&mut self.names, &self.pending) {
-                names.insert(weight.meta.name.clone());
-            }
-        }
-        self.buckets += 1;
-        let plan = known.is_some().then_some(self.last_digest).flatten();
-        let layout = known.unwrap_or_else(|| {
-            let pieces = jobs.iter().map(|job| Piece {
-                meta: job.weight.meta().clone(),
-                start: job.start,
-                len: job.len,
-                offset: job.offset,
-            });
-            Arc::new(BucketLayout::new(pieces.collect()))
-        });
-        Ok(Some(Bucket { jobs, layout, known: plan, source_bytes }))
-    }
-
-    /// Checks that a weight's name is new.
-    fn admit(&mut self, weight: &Weight, placed: usize) -> Result<()> {
-        if self.names.is_none() {
-            let expected = self.last.buckets.get(self.buckets).and_then(|bucket| {
-                bucket.pieces().get(placed).or_else(|| {
-                    self.last.buckets.get(self.buckets + 1).and_then(|next| next.pieces().first())
-                })
-            });
-            if expected.is_some_and(|piece| piece.meta.name == weight.meta.name) {
-                return Ok(());
-            }
-            self.diverge(placed);
-        }
-        let Some(names) = &mut self.names else { return Ok(()) };
-        if names.insert(weight.meta.name.clone()) {
-            return Ok(());
-        }
-        Err(Error::new(
-            ErrorKind::Weight,
-            "reading the trainer's weights",
-            "the stream has a weight of this name already",
-        )
-        .tensor(weight.name()))
-    }
-
-    fn compare(&mut self, job: &Job, placed: usize) {
-        if self.differs {
-            return;
-        }
-        let same = self
-            .last
-            .buckets
-            .get(self.buckets)
-            .and_then(|bucket| bucket.pieces().get(placed))
-            .is_some_and(|piece| {
-                (piece.start, piece.len, piece.offset) == (job.start, job.len, job.offset)
-                    && piece.meta == *job.weight.meta()
-            });
-        if !same {
-            self.diverge(placed);
-            if let Some(names) = &mut self.names {
-                names.insert(job.weight.meta.name.clone());
-            }
-        }
-    }
-
-    /// Leaves the last plan: from here on every name is compared with all before it.
-    fn diverge(&mut self, placed: usize) {
-        self.differs = true;
-        if self.names.is_some() {
-            return;
-        }
-        let before = self.last.buckets.iter().take(self.buckets);
-        let mut names: HashSet<Arc<str>> =
-            before.flat_map(|bucket| bucket.pieces()).map(|p| p.meta.name.clone()).collect();
-        if let Some(bucket) = self.last.buckets.get(self.buckets) {
-            names.extend(bucket.pieces().iter().take(placed).map(|p| p.meta.name.clone()));
-        }
-        self.names = Some(names);
-    }
-}
-
-/// The part of a weight's source bytes that belongs to `len` of its `total` bytes.
-fn share(source: u64, len: u64, total: u64) -> u64 {
-    if total == 0 {
-        return source;
-    }
-    (u128::from(source) * u128::from(len) / u128::from(total)) as u64
 }

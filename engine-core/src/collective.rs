@@ -1,0 +1,179 @@
+//! Updates by broadcast, over any library of collectives: buckets go from the trainer's slots to the slots
+//! of the same number on all other ranks.
+//!
+//! A backend contributes a [`Library`]: memory for the slots ([`Slots`]), and the library's calls
+//! ([`Communicator`]), all of which one thread makes ([`Thread`]). [`CollectiveEngine`] does the rest, the
+//! same for every library, over the protocol of [`update`](crate::update):
+//!
+//! - **Order.** A broadcast is enqueued by its sender when the bucket is filled, and by each receiver when
+//!   the bucket is announced, in the order of the buckets: within a group all ranks enqueue the same
+//!   broadcasts in the same order, and no receiver waits for one that its sender has not enqueued.
+//! - **Overlap.** While a bucket travels, the trainer fills the next slot, and receivers verify and
+//!   install the one before.
+//! - **Groups.** Ranks join when the membership changes, after an update that failed, or when the
+//!   configuration asks for it each time; all other updates use the groups that are there. What ranks need
+//!   to join travels with the announcement of the update. An update that fails breaks its groups on every
+//!   rank, so that no late broadcast is ever taken for one of the next update.
+//! - **More than one sender.** With `senders` trainers, bucket *n* is filled and sent by the one at *n*
+//!   modulo their number, each in a group of its own with all receivers. Other trainers of the leader's
+//!   host may join as relays, whose network interfaces the library can use.
+//! - **Deadlines.** The thread looks at every broadcast that is under way; one that takes too long breaks
+//!   its group.
+
+mod engine;
+mod group;
+mod thread;
+
+pub use engine::{CollectiveEngine, CollectiveOptions, build_topology};
+pub use thread::{Thread, Wait};
+
+use std::fmt;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::OwnedMutexGuard;
+
+use crate::memory::{Job, Pool};
+use crate::{EngineContext, Result, Storage};
+
+/// A library of collectives, as a backend brings it.
+#[async_trait]
+pub trait Library: fmt::Debug + Send + Sync + 'static {
+    /// Its calls.
+    type Communicator: Communicator;
+
+    /// The backend's name.
+    fn name(&self) -> &'static str;
+
+    /// The size of each of the two buckets unless one is configured, in bytes.
+    fn default_bucket_bytes(&self) -> u64;
+
+    /// Loads the library, allocates the slots on the rank's device, and starts the thread.
+    ///
+    /// # Errors
+    ///
+    /// `Backend` if the library is not there, `Resource` if there is not so much memory, `Config` for a
+    /// device that the library does not know.
+    async fn open(
+        &self,
+        context: &EngineContext,
+        shape: Shape,
+        pool: &Pool,
+    ) -> Result<Opened<Self::Communicator>>;
+}
+
+/// The slots that a rank needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Shape {
+    /// How many.
+    pub slots: u32,
+    /// The size of each in bytes.
+    pub slot_bytes: u64,
+}
+
+/// What a library has opened for a rank.
+#[derive(Debug)]
+pub struct Opened<C> {
+    /// The thread that makes the library's calls.
+    pub thread: Thread<C>,
+    /// The rank's slots.
+    pub slots: Arc<dyn Slots>,
+    /// The library and its version, in words: all ranks need the same.
+    pub version: String,
+}
+
+/// A rank's slots, in whatever memory the library broadcasts from and to.
+#[async_trait]
+pub trait Slots: fmt::Debug + Send + Sync {
+    /// Encodes all jobs into a slot, and returns its digest sum if it is wanted, else 0. The bytes are
+    /// there for the library when this ends.
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, work on the slot may go on; its guard is dropped when that has ended.
+    ///
+    /// # Errors
+    ///
+    /// Those of the weights, naming them; those of the memory.
+    async fn fill(
+        &self,
+        slot: SlotGuard,
+        jobs: Vec<Job>,
+        pool: &Pool,
+        digests: bool,
+    ) -> Result<u64>;
+
+    /// The first bytes of a slot, to be read; the guard is dropped with the last view of them.
+    fn view(&self, slot: SlotGuard, filled: u64) -> Storage;
+}
+
+/// A slot that nobody else of this process uses.
+#[derive(Debug)]
+pub struct SlotGuard {
+    index: u32,
+    _lock: OwnedMutexGuard<()>,
+}
+
+impl SlotGuard {
+    /// The slot's number.
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+}
+
+/// The calls of a library of collectives. One thread makes them, and does nothing else.
+pub trait Communicator: fmt::Debug + 'static {
+    /// What the members of a new group need to find one another. Called on the leader.
+    ///
+    /// # Errors
+    ///
+    /// Those of the library.
+    fn new_group(&mut self) -> Result<Bytes>;
+
+    /// Joins a group, of which this rank is member `place` of `size`; member 0 is the sender. Ends when all
+    /// have joined.
+    ///
+    /// # Errors
+    ///
+    /// `Timeout` if they do not within the wait; those of the library.
+    fn join(
+        &mut self,
+        group: usize,
+        id: &[u8],
+        size: u32,
+        place: u32,
+        wait: &Wait<'_>,
+    ) -> Result<()>;
+
+    /// Whether the library can leave members out of a group without forming it anew.
+    fn can_shrink(&self) -> bool {
+        false
+    }
+
+    /// Leaves the members at these places out of a group in which nothing is under way; all others do the
+    /// same now. They keep their order.
+    ///
+    /// # Errors
+    ///
+    /// As [`join`](Self::join).
+    fn shrink(&mut self, group: usize, gone: &[u32], wait: &Wait<'_>) -> Result<()>;
+
+    /// Enqueues the broadcast of the first `len` bytes of a slot, from member 0 to all others.
+    ///
+    /// # Errors
+    ///
+    /// `State` if the rank is not in the group; those of the library.
+    fn broadcast(&mut self, group: usize, slot: u32, len: u64, wait: &Wait<'_>) -> Result<()>;
+
+    /// How many of the group's broadcasts have ended since it was joined, in their order.
+    ///
+    /// # Errors
+    ///
+    /// Why the group has failed.
+    fn ended(&mut self, group: usize) -> Result<u64>;
+
+    /// Leaves a group, if the rank is in it: what is under way is given up, and has let go of the slots
+    /// when this ends.
+    fn leave(&mut self, group: usize);
+}

@@ -1,0 +1,600 @@
+//! The engine, the same for every library.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::StreamExt;
+use serde::{Deserialize, Serialize};
+use tracing::info;
+
+use super::group::{Change, Joined, Step, Ticket, groups_of};
+use super::thread::{Awaiting, Broadcast};
+use super::{Communicator, Library, Opened, Shape, SlotGuard, Slots, Thread};
+use crate::memory::{Job, Pool};
+use crate::plan::ALIGNMENT;
+use crate::report::TensorCounts;
+use crate::update::{
+    Arrival, CoSender, Fetch, FetchLink, Members, Part, Receiver, SendLink, Sender,
+};
+use crate::{
+    CheckpointEngine, ControlPlane, EngineContext, Error, ErrorKind, ErrorReport, Placement, Rank,
+    ReceivedWeights, Result, Role, SendReport, StageTimes, Version, WeightStream, WorkerMetadata,
+};
+
+/// Slots of a rank with one sender. Together they are as large as the two buckets that the configuration
+/// speaks of: with four, one is filled and one installed while others travel.
+const SLOTS: u32 = 4;
+
+/// Options that all collective backends have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CollectiveOptions {
+    /// How many trainers send, each a part of the buckets: those of the lowest ranks.
+    pub senders: u32,
+    /// Whether other trainers of the leader's host take part, for the library to pass buckets on from
+    /// there.
+    pub relays: bool,
+    /// Whether to form the groups anew for every update.
+    pub rebuild_group: bool,
+}
+
+impl Default for CollectiveOptions {
+    fn default() -> Self {
+        Self { senders: 1, relays: true, rebuild_group: false }
+    }
+}
+
+/// A rank's end of a collective transport.
+pub struct CollectiveEngine<L: Library> {
+    library: L,
+    context: EngineContext,
+    options: CollectiveOptions,
+    control: ControlPlane,
+    pool: Pool,
+    phase: Phase<L::Communicator>,
+}
+
+impl<L: Library> fmt::Debug for CollectiveEngine<L> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CollectiveEngine")
+            .field("library", &self.library)
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}
+
+enum Phase<C> {
+    New,
+    Prepared(Arc<Node<C>>),
+    Sending(Sender<Link<C>>, Arc<Node<C>>),
+    CoSending(CoSender<Link<C>>, Arc<Node<C>>),
+    Relaying(Receiver<Link<C>>, Arc<Node<C>>),
+    /// A trainer that has no part in updates.
+    Idle(Arc<Node<C>>),
+    Receiving(Receiver<Link<C>>, Arc<Node<C>>),
+}
+
+/// What a rank says of itself to the topology.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Details {
+    shape: Shape,
+    version: String,
+    senders: u32,
+}
+
+impl<L: Library> CollectiveEngine<L> {
+    /// The engine of a rank.
+    ///
+    /// # Errors
+    ///
+    /// `Config` for options that cannot be used, or without a control plane; `Resource` if its threads
+    /// cannot be started.
+    pub fn new(library: L, context: EngineContext, options: CollectiveOptions) -> Result<Self> {
+        if options.senders == 0 {
+            let message = "senders: 0: one trainer has to send";
+            return Err(Error::new(ErrorKind::Config, "making an engine", message));
+        }
+        let control = context.require_control()?;
+        let pool = Pool::new(context.threads())?;
+        Ok(Self { library, context, options, control, pool, phase: Phase::New })
+    }
+
+    /// Each sender fills every so manieth slot: it needs two of them to fill one while the other travels.
+    fn shape(&self) -> Result<Shape> {
+        let config = &self.context.config;
+        let bucket = config.bucket_bytes().unwrap_or(self.library.default_bucket_bytes());
+        let slots = self.options.senders.saturating_mul(2).max(SLOTS);
+        let slot_bytes = bucket.saturating_mul(2) / u64::from(slots) / ALIGNMENT * ALIGNMENT;
+        if slot_bytes == 0 {
+            let message = format!("buckets of {bucket} bytes are too small for {slots} slots");
+            return Err(Error::new(ErrorKind::Config, "preparing", message));
+        }
+        Ok(Shape { slots, slot_bytes })
+    }
+}
+
+/// The parts of a group's trainers other than the leader. A pure function.
+fn parts(options: CollectiveOptions, peers: &[WorkerMetadata]) -> Vec<(Rank, Part)> {
+    let trainers = (0..).map(Rank).zip(peers).filter(|(_, peer)| peer.role == Role::Trainer);
+    let host = peers.first().map(|leader| &leader.host);
+    let mut parts = Vec::new();
+    for (at, (rank, peer)) in trainers.enumerate().skip(1) {
+        if at < options.senders as usize {
+            parts.push((rank, Part::Sender));
+        } else if options.relays && Some(&peer.host) == host {
+            parts.push((rank, Part::Relay));
+        }
+    }
+    parts
+}
+
+/// Places the ranks of a collective backend: the start, and most, of
+/// [`Backend::build_topology`](crate::Backend::build_topology). A pure function.
+///
+/// # Errors
+///
+/// `Mismatch`, naming the rank: one whose library is another one, whose slots have another size, or that
+/// counts the senders otherwise; fewer trainers than senders.
+pub fn build_topology(backend: &str, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
+    let places = Placement::for_all(backend, workers)?;
+    let refuse =
+        |message: String| Error::new(ErrorKind::Mismatch, "building the topology", message);
+    let details = |rank: Rank, worker: &WorkerMetadata| -> Result<Details> {
+        serde_json::from_value(worker.details.clone()).map_err(|error| {
+            let message = format!("its metadata are not what {backend} knows: {error}");
+            refuse(message).rank(rank).with_source(error)
+        })
+    };
+    let leader = details(Rank::LEADER, &workers[0])?;
+    for (rank, worker) in (1..).map(Rank).zip(&workers[1..]) {
+        let here = details(rank, worker)?;
+        if here.version != leader.version {
+            return Err(refuse(format!(
+                "it runs {}, rank 0 {}: all ranks need the same version",
+                here.version, leader.version
+            ))
+            .rank(rank));
+        }
+        if (here.shape, here.senders) != (leader.shape, leader.senders) {
+            return Err(refuse(format!(
+                "it has {} slots of {} bytes for {} senders, rank 0 {} of {} for {}: give all ranks the \
+                 same update_weights_bucket_megabytes and senders",
+                here.shape.slots,
+                here.shape.slot_bytes,
+                here.senders,
+                leader.shape.slots,
+                leader.shape.slot_bytes,
+                leader.senders
+            ))
+            .rank(rank));
+        }
+    }
+    let trainers = workers.iter().filter(|worker| worker.role == Role::Trainer).count();
+    if trainers < leader.senders as usize {
+        return Err(refuse(format!("senders: {}: there are {trainers} trainers", leader.senders)));
+    }
+    Ok(places)
+}
+
+fn wrong_phase(operation: &str, message: &str) -> Error {
+    Error::new(ErrorKind::State, operation, message)
+}
+
+#[async_trait]
+impl<L: Library> CheckpointEngine for CollectiveEngine<L> {
+    async fn prepare(&mut self) -> Result<WorkerMetadata> {
+        if !matches!(self.phase, Phase::New | Phase::Prepared(_)) {
+            return Err(wrong_phase("preparing", "it is in a group already"));
+        }
+        let shape = self.shape()?;
+        let Opened { thread, slots, version } =
+            self.library.open(&self.context, shape, &self.pool).await?;
+        let details = Details { shape, version, senders: self.options.senders };
+        let locks = (0..shape.slots).map(|_| Arc::default()).collect();
+        // Shorter than the protocol's, so that a broadcast that hangs is named as what it is.
+        let deadline = self.context.deadline().mul_f64(0.75);
+        let node = Node {
+            thread,
+            slots,
+            shape,
+            locks,
+            rank: self.control.rank(),
+            deadline,
+            joined: Mutex::default(),
+            failed: Mutex::default(),
+        };
+        self.phase = Phase::Prepared(Arc::new(node));
+        let name = self.library.name();
+        Ok(WorkerMetadata::of_this_process(name, self.context.role, serde_json::json!(details)))
+    }
+
+    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
+        let Phase::Prepared(node) = &self.phase else {
+            return Err(wrong_phase("joining the group", "call prepare first, and once"));
+        };
+        let (node, pool, control) = (node.clone(), self.pool.clone(), self.control.clone());
+        let can_shrink =
+            node.thread.run(node.deadline, |library, _| Ok(library.can_shrink())).await?;
+        let link = Link {
+            node: node.clone(),
+            pool: pool.clone(),
+            can_shrink,
+            rebuild: self.options.rebuild_group,
+            clean: true,
+            epochs: 0,
+        };
+        let context = &self.context;
+        let parts = parts(self.options, &place.peers);
+        self.phase = match context.role {
+            Role::Rollout => Phase::Receiving(Receiver::new(link, context, control, pool), node),
+            Role::Trainer if place.rank == Rank::LEADER => {
+                let ranks = (0..).map(Rank).zip(&place.peers);
+                let rollouts = ranks.filter(|(_, peer)| peer.role == Role::Rollout);
+                let rollouts = rollouts.map(|(rank, _)| rank);
+                let sender = Sender::new(link, context, control, rollouts).with_trainers(parts);
+                Phase::Sending(sender, node)
+            }
+            Role::Trainer => match parts.iter().find(|(rank, _)| *rank == place.rank) {
+                Some((_, Part::Sender)) => {
+                    Phase::CoSending(CoSender::new(link, context, control), node)
+                }
+                Some((_, Part::Relay)) => {
+                    Phase::Relaying(Receiver::new(link, context, control, pool), node)
+                }
+                _ => Phase::Idle(node),
+            },
+        };
+        Ok(())
+    }
+
+    async fn send_weights(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        match &mut self.phase {
+            Phase::Sending(sender, _) => sender.send(weights, version).await,
+            Phase::CoSending(sender, _) => sender.send(weights, version).await,
+            Phase::Relaying(receiver, _) => relay(receiver, weights, version).await,
+            Phase::Idle(_) => drain(weights, version).await,
+            Phase::Receiving(..) => Err(wrong_phase("sending weights", "this rank is a rollout")),
+            _ => Err(wrong_phase("sending weights", "call init_process_group first")),
+        }
+    }
+
+    async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
+        match &mut self.phase {
+            Phase::Receiving(receiver, _) => receiver.receive(version).await,
+            Phase::New | Phase::Prepared(_) => {
+                Err(wrong_phase("receiving weights", "call init_process_group first"))
+            }
+            _ => Err(wrong_phase("receiving weights", "this rank is a trainer")),
+        }
+    }
+
+    async fn finalize(&mut self) -> Result<()> {
+        let node = match std::mem::replace(&mut self.phase, Phase::New) {
+            Phase::New => return Err(wrong_phase("finalizing", "it was not prepared")),
+            // The link goes with the protocol's state.
+            Phase::Prepared(node)
+            | Phase::Idle(node)
+            | Phase::Sending(_, node)
+            | Phase::CoSending(_, node)
+            | Phase::Relaying(_, node)
+            | Phase::Receiving(_, node) => node,
+        };
+        node.thread.close().await;
+        Ok(())
+    }
+}
+
+/// The weights of a trainer that sends none of them: its stream may be what gathers those of others.
+async fn drain(mut weights: WeightStream<'_>, version: Version) -> Result<SendReport> {
+    let begun = std::time::Instant::now();
+    let mut counts = TensorCounts::default();
+    while let Some(weight) = weights.next().await {
+        counts.add(&weight?);
+    }
+    Ok(SendReport {
+        version,
+        counts,
+        buckets: 0,
+        plan_reused: false,
+        elapsed: begun.elapsed(),
+        stages: StageTimes::default(),
+        digest: None,
+        receivers: Vec::new(),
+        absent: Vec::new(),
+    })
+}
+
+/// Takes part in an update for the library to pass buckets on from here.
+async fn relay<C: Communicator>(
+    receiver: &mut Receiver<Link<C>>,
+    weights: WeightStream<'_>,
+    version: Version,
+) -> Result<SendReport> {
+    let passed_on = async {
+        let mut received = receiver.receive(Some(version)).await?;
+        while received.next_bucket().await?.is_some() {}
+        received.finish().await
+    };
+    let (mut report, received) =
+        futures::future::try_join(drain(weights, version), passed_on).await?;
+    report.buckets = received.buckets;
+    report.digest = received.digest;
+    report.elapsed = report.elapsed.max(received.elapsed);
+    Ok(report)
+}
+
+/// A rank's slots, and its thread.
+#[derive(Debug)]
+struct Node<C> {
+    thread: Thread<C>,
+    slots: Arc<dyn Slots>,
+    shape: Shape,
+    locks: Vec<Arc<tokio::sync::Mutex<()>>>,
+    rank: Rank,
+    deadline: Duration,
+    joined: Mutex<Joined>,
+    /// Why a broadcast of the present update failed.
+    failed: Mutex<Option<ErrorReport>>,
+}
+
+impl<C: Communicator> Node<C> {
+    fn joined(&self) -> std::sync::MutexGuard<'_, Joined> {
+        // Every change is one assignment.
+        self.joined.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn failure(&self) -> std::sync::MutexGuard<'_, Option<ErrorReport>> {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check(&self) -> Result<()> {
+        self.failure().clone().map_or(Ok(()), |report| Err(report.into()))
+    }
+
+    /// A slot, once nobody else uses it.
+    async fn lock(&self, slot: u32, filled: u64) -> Result<SlotGuard> {
+        let lock = self.locks.get(slot as usize).filter(|_| filled <= self.shape.slot_bytes);
+        let Some(lock) = lock else {
+            let Shape { slots, slot_bytes } = self.shape;
+            let message = format!("bytes 0..{filled} of slot {slot} of {slots} × {slot_bytes}");
+            return Err(Error::new(ErrorKind::Protocol, "using a slot", message));
+        };
+        let lock = tokio::time::timeout(self.deadline, lock.clone().lock_owned()).await;
+        let lock = lock.map_err(|_| {
+            let seconds = self.deadline.as_secs_f64();
+            let message = format!("it is still in use after {seconds:.1} s");
+            Error::new(ErrorKind::Timeout, "using a slot", message).rank(self.rank)
+        })?;
+        Ok(SlotGuard { index: slot, _lock: lock })
+    }
+
+    /// Does what a ticket says, with all other ranks.
+    async fn join(&self, ticket: &[u8]) -> Result<()> {
+        let Ticket { epoch, members, change } = Ticket::from_bytes(ticket)?;
+        let groups = groups_of(&members, self.rank);
+        let refuse = |message: String| {
+            Error::new(ErrorKind::State, JOINING, message)
+                .rank(self.rank)
+                .recovery(crate::Recovery::Retry)
+        };
+        if groups.is_empty() {
+            return Err(refuse("this rank is not among the members".into()));
+        }
+        let joined = self.joined().clone();
+        let size = members.others.len() as u32 + 1;
+        match change {
+            Change::Keep => {
+                if (joined.epoch, &joined.members) != (epoch, &members) {
+                    return Err(refuse("this rank is not in the groups of the others".into()));
+                }
+                return self.check();
+            }
+            Change::Form { ids } => {
+                *self.joined() = Joined::default();
+                *self.failure() = None;
+                info!(%epoch, ranks = size, "joining a group");
+                self.thread
+                    .regroup(self.deadline, true, move |library, wait| {
+                        for &(group, place) in &groups {
+                            library.join(group, &ids[group], size, place, wait)?;
+                        }
+                        Ok(groups.into_iter().map(|(group, _)| group).collect())
+                    })
+                    .await?;
+            }
+            Change::Shrink { gone } => {
+                if joined.epoch + 1 != epoch || joined.members.senders != members.senders {
+                    return Err(refuse("this rank is not in the groups of the others".into()));
+                }
+                let places = joined.places(&gone);
+                *self.joined() = Joined::default();
+                info!(%epoch, ranks = size, ?gone, "leaving ranks out of the group");
+                self.thread
+                    .regroup(self.deadline, false, move |library, wait| {
+                        for &(group, _) in &groups {
+                            library.shrink(group, &places, wait)?;
+                        }
+                        Ok(groups.into_iter().map(|(group, _)| group).collect())
+                    })
+                    .await?;
+            }
+        }
+        *self.joined() = Joined { epoch, members };
+        Ok(())
+    }
+}
+
+const JOINING: &str = "joining the group of an update";
+
+/// A rank's end of the groups, as the update protocol uses it.
+#[derive(Debug)]
+struct Link<C> {
+    node: Arc<Node<C>>,
+    pool: Pool,
+    can_shrink: bool,
+    rebuild: bool,
+    /// Whether the last update was committed. If not, ranks may have enqueued different broadcasts.
+    clean: bool,
+    epochs: u64,
+}
+
+#[async_trait]
+impl<C: Communicator> SendLink for Link<C> {
+    fn slots(&self) -> usize {
+        self.node.shape.slots as usize
+    }
+
+    fn bucket_bytes(&self) -> u64 {
+        self.node.shape.slot_bytes
+    }
+
+    async fn fill(&mut self, slot: usize, jobs: Vec<Job>, digests: bool) -> Result<u64> {
+        self.node.check()?;
+        // Free when the bucket before has left it.
+        let guard = self.node.lock(slot as u32, 0).await?;
+        self.node.slots.fill(guard, jobs, &self.pool, digests).await
+    }
+
+    async fn publish(&mut self, slot: usize, filled: u64) -> Result<()> {
+        let node = &self.node;
+        node.check()?;
+        let guard = node.lock(slot as u32, filled).await?;
+        let groups = groups_of(&node.joined().members, node.rank);
+        let Some(&(group, _)) = groups.first().filter(|_| filled > 0) else { return Ok(()) };
+        let done = Box::new(Sent { node: node.clone(), _slot: guard });
+        let limit = node.deadline;
+        node.thread.broadcast(Broadcast { group, slot: slot as u32, len: filled, limit, done });
+        Ok(())
+    }
+
+    async fn begin(&mut self, members: &Members) -> Result<Option<Bytes>> {
+        let joined = self.node.joined().clone();
+        let reuse = self.clean && !self.rebuild && self.node.failure().is_none();
+        let step = if reuse { joined.step(members, self.can_shrink) } else { Step::Form };
+        let change = match step {
+            Step::Keep => Change::Keep,
+            Step::Shrink => Change::Shrink { gone: joined.gone(members) },
+            Step::Form => {
+                let count = members.senders.len();
+                let ids = move |library: &mut C| (0..count).map(|_| library.new_group()).collect();
+                let limit = self.node.deadline;
+                let ids = self.node.thread.run(limit, move |library, _| ids(library)).await?;
+                Change::Form { ids }
+            }
+        };
+        if step != Step::Keep {
+            self.epochs += 1;
+        }
+        self.clean = false;
+        let ticket = Ticket { epoch: self.epochs, members: members.clone(), change };
+        ticket.to_bytes().map(Some)
+    }
+
+    async fn join(&mut self, ticket: &Bytes) -> Result<()> {
+        let result = self.node.join(ticket).await;
+        if result.is_err() && self.can_shrink && is_shrink(ticket) {
+            tracing::warn!(
+                "members could not be left out of a group; from now on groups form anew"
+            );
+            self.can_shrink = false;
+        }
+        result
+    }
+
+    fn end(&mut self, committed: bool) {
+        self.clean = committed;
+        if !committed {
+            self.node.thread.leave_all();
+        }
+    }
+}
+
+fn is_shrink(ticket: &[u8]) -> bool {
+    let ticket = Ticket::from_bytes(ticket);
+    ticket.is_ok_and(|ticket| matches!(ticket.change, Change::Shrink { .. }))
+}
+
+/// A bucket that is on its way from here.
+struct Sent<C> {
+    node: Arc<Node<C>>,
+    _slot: SlotGuard,
+}
+
+impl<C: Communicator> Awaiting for Sent<C> {
+    fn is_awaited(&self) -> bool {
+        true // The engine leaves the group when the update has failed.
+    }
+
+    fn tell(self: Box<Self>, result: Result<()>) {
+        if let Err(error) = result {
+            let report = ErrorReport::from(&error.rank(self.node.rank));
+            self.node.failure().get_or_insert(report);
+        }
+    }
+}
+
+/// A bucket that is on its way here.
+struct Expected<C> {
+    node: Arc<Node<C>>,
+    slot: SlotGuard,
+    filled: u64,
+    from: Rank,
+    arrival: Arrival,
+}
+
+impl<C: Communicator> Awaiting for Expected<C> {
+    fn is_awaited(&self) -> bool {
+        self.arrival.is_awaited()
+    }
+
+    fn tell(self: Box<Self>, result: Result<()>) {
+        let Self { node, slot, filled, from, arrival } = *self;
+        arrival.tell(match result {
+            Ok(()) => Ok(node.slots.view(slot, filled)),
+            Err(error) => Err(error.rank(from)),
+        });
+    }
+}
+
+#[async_trait]
+impl<C: Communicator> FetchLink for Link<C> {
+    fn card(&self) -> Bytes {
+        Bytes::new()
+    }
+
+    async fn fetch(&mut self, fetch: Fetch, arrival: Arrival) {
+        let Fetch { from, slot, filled, .. } = fetch;
+        let node = &self.node;
+        let group = node.joined().members.senders.iter().position(|sender| *sender == from);
+        let guard = match (group, node.lock(slot, filled).await) {
+            (Some(_), Ok(guard)) => guard,
+            (_, Err(error)) => return arrival.tell(Err(error)),
+            (None, _) => {
+                let message = "the bucket comes from a rank that is no sender of the group";
+                let error = Error::new(ErrorKind::Protocol, "fetching a bucket", message);
+                return arrival.tell(Err(error.rank(from)));
+            }
+        };
+        let done = Box::new(Expected { node: node.clone(), slot: guard, filled, from, arrival });
+        match group.filter(|_| filled > 0) {
+            // Nothing travels of an empty bucket.
+            None => done.tell(Ok(())),
+            Some(group) => {
+                let limit = node.deadline;
+                node.thread.broadcast(Broadcast { group, slot, len: filled, limit, done });
+            }
+        }
+    }
+
+    fn abandon(&mut self, _: Rank) {}
+
+    async fn join(&mut self, ticket: &Bytes) -> Result<()> {
+        self.node.join(ticket).await
+    }
+}

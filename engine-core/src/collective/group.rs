@@ -1,0 +1,170 @@
+//! Who is in which group, and how ranks come from one membership to the next. Pure.
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::update::Members;
+use crate::{Error, ErrorKind, Rank, Result};
+
+/// What ranks do before an update, so that all of them are in the groups that it uses.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Ticket {
+    /// Counts the groups of a leader's life.
+    pub(super) epoch: u64,
+    pub(super) members: Members,
+    pub(super) change: Change,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Change {
+    /// They are in the groups of this epoch.
+    Keep,
+    /// They form new ones, one for each sender, with these ids.
+    Form { ids: Vec<Bytes> },
+    /// They leave members out of those of the epoch before.
+    Shrink { gone: Vec<Rank> },
+}
+
+/// The groups that a rank is in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Joined {
+    pub(super) epoch: u64,
+    pub(super) members: Members,
+}
+
+/// What the leader has ranks do, as far as its library lets it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    Keep,
+    Form,
+    Shrink,
+}
+
+impl Joined {
+    /// How to come from here to the members of the next update.
+    pub(super) fn step(&self, next: &Members, can_shrink: bool) -> Step {
+        let Members { senders, others } = &self.members;
+        if self.epoch == 0 || *senders != next.senders {
+            return Step::Form;
+        }
+        if *others == next.others {
+            return Step::Keep;
+        }
+        let before: BTreeSet<&Rank> = others.iter().collect();
+        let fewer = next.others.iter().all(|rank| before.contains(rank));
+        if fewer && can_shrink { Step::Shrink } else { Step::Form }
+    }
+
+    /// Those that are not among the members of the next update.
+    pub(super) fn gone(&self, next: &Members) -> Vec<Rank> {
+        let stays = |rank: &Rank| next.others.contains(rank);
+        self.members.others.iter().copied().filter(|rank| !stays(rank)).collect()
+    }
+
+    /// The places of ranks in each group; none of them is a sender.
+    pub(super) fn places(&self, ranks: &[Rank]) -> Vec<u32> {
+        let others = (1..).zip(&self.members.others);
+        others.filter(|(_, rank)| ranks.contains(rank)).map(|(place, _)| place).collect()
+    }
+}
+
+/// The groups of a rank: number, and its place in it. Group `n` is that of sender `n`, who is at place 0.
+pub(super) fn groups_of(members: &Members, rank: Rank) -> Vec<(usize, u32)> {
+    if let Some(group) = members.senders.iter().position(|sender| *sender == rank) {
+        return vec![(group, 0)];
+    }
+    let other = (1..).zip(&members.others).find(|(_, other)| **other == rank);
+    let Some((place, _)) = other else { return Vec::new() };
+    (0..members.senders.len()).map(|group| (group, place)).collect()
+}
+
+impl Ticket {
+    pub(super) fn to_bytes(&self) -> Result<Bytes> {
+        postcard::to_stdvec(self).map(Bytes::from).map_err(|error| {
+            Error::new(ErrorKind::Protocol, "writing a ticket", error.to_string())
+                .with_source(error)
+        })
+    }
+
+    /// # Errors
+    ///
+    /// `Protocol` for bytes that are no ticket, or one that contradicts itself.
+    pub(super) fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let refuse = |words: String| {
+            Error::new(ErrorKind::Protocol, "reading a ticket", words).rank(Rank::LEADER)
+        };
+        let (ticket, rest): (Self, _) = postcard::take_from_bytes(bytes)
+            .map_err(|error| refuse(error.to_string()).with_source(error))?;
+        if !rest.is_empty() {
+            return Err(refuse(format!("{} bytes too many", rest.len())));
+        }
+        let Members { senders, others } = &ticket.members;
+        let distinct: BTreeSet<&Rank> = senders.iter().chain(others).collect();
+        if senders.is_empty() || distinct.len() != senders.len() + others.len() {
+            return Err(refuse("its members are no group".into()));
+        }
+        match &ticket.change {
+            Change::Form { ids } if ids.len() != senders.len() => {
+                Err(refuse(format!("{} ids for {} groups", ids.len(), senders.len())))
+            }
+            _ => Ok(ticket),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn members(senders: &[u32], others: &[u32]) -> Members {
+        let ranks = |ranks: &[u32]| ranks.iter().copied().map(Rank).collect();
+        Members { senders: ranks(senders), others: ranks(others) }
+    }
+
+    #[test]
+    fn the_same_members_keep_their_groups_fewer_shrink_them_and_others_form_new_ones() {
+        let joined = Joined { epoch: 3, members: members(&[0, 1], &[2, 3, 4]) };
+        let step = |senders: &[u32], others: &[u32]| joined.step(&members(senders, others), true);
+        assert_eq!(step(&[0, 1], &[2, 3, 4]), Step::Keep);
+        assert_eq!(step(&[0, 1], &[2, 4]), Step::Shrink);
+        assert_eq!(step(&[0, 1], &[2, 4, 5]), Step::Form);
+        assert_eq!(step(&[0], &[2, 3, 4]), Step::Form);
+        assert_eq!(joined.step(&members(&[0, 1], &[2]), false), Step::Form);
+        assert_eq!(Joined::default().step(&Members::default(), true), Step::Form);
+        let next = members(&[0, 1], &[3]);
+        assert_eq!(joined.gone(&next), [Rank(2), Rank(4)]);
+        assert_eq!(joined.places(&joined.gone(&next)), [1, 3]);
+    }
+
+    #[test]
+    fn a_sender_is_first_in_its_own_group_and_a_receiver_has_one_place_in_all() {
+        let members = members(&[0, 2], &[1, 3]);
+        assert_eq!(groups_of(&members, Rank(0)), [(0, 0)]);
+        assert_eq!(groups_of(&members, Rank(2)), [(1, 0)]);
+        assert_eq!(groups_of(&members, Rank(3)), [(0, 2), (1, 2)]);
+        assert_eq!(groups_of(&members, Rank(4)), []);
+    }
+
+    #[test]
+    fn a_ticket_survives_its_way_and_one_that_contradicts_itself_is_refused() {
+        let change = Change::Form { ids: vec![Bytes::from_static(b"id")] };
+        let ticket = Ticket { epoch: 1, members: members(&[0], &[1]), change };
+        assert_eq!(Ticket::from_bytes(&ticket.to_bytes().unwrap()).unwrap(), ticket);
+        let twice = Ticket { members: members(&[0], &[1, 1]), ..ticket.clone() };
+        assert!(Ticket::from_bytes(&twice.to_bytes().unwrap()).is_err());
+        let few = Ticket { members: members(&[0, 2], &[1]), ..ticket };
+        assert!(Ticket::from_bytes(&few.to_bytes().unwrap()).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_are_a_ticket_or_an_error_but_never_a_panic(
+            bytes in proptest::collection::vec(any::<u8>(), 0..200),
+        ) {
+            drop(Ticket::from_bytes(&bytes));
+        }
+    }
+}

@@ -1,0 +1,389 @@
+//! The thread that makes a library's calls, and looks after what is under way.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+use tracing::{debug, warn};
+
+use super::Communicator;
+use crate::{Error, ErrorKind, ErrorReport, Result};
+
+/// How often something under way is looked at without a pause: short broadcasts end meanwhile.
+const SPINS: u32 = 200;
+/// The pause between two looks at a longer one.
+const PAUSE: Duration = Duration::from_micros(30);
+
+/// How long a call may take.
+pub struct Wait<'a> {
+    until: Instant,
+    limit: Duration,
+    awaited: &'a dyn Fn() -> bool,
+}
+
+impl Wait<'_> {
+    /// Whether to go on waiting: an error if it was too long, or if nobody waits any more.
+    ///
+    /// # Errors
+    ///
+    /// `Timeout`, `Aborted`.
+    pub fn check(&self, operation: &str) -> Result<()> {
+        if !(self.awaited)() {
+            let message = "nobody waits for it any more";
+            return Err(Error::new(ErrorKind::Aborted, operation, message));
+        }
+        if Instant::now() >= self.until {
+            return Err(too_late(operation, self.limit));
+        }
+        Ok(())
+    }
+
+    /// What is left of it.
+    pub fn left(&self) -> Duration {
+        self.until.saturating_duration_since(Instant::now())
+    }
+}
+
+impl fmt::Debug for Wait<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Wait").field("left", &self.left()).finish_non_exhaustive()
+    }
+}
+
+fn too_late(operation: &str, limit: Duration) -> Error {
+    let message = format!("nothing within {:.1} s", limit.as_secs_f64());
+    Error::new(ErrorKind::Timeout, operation, message)
+}
+
+fn gone() -> Error {
+    Error::new(ErrorKind::State, "calling a collective library", "its thread has ended")
+}
+
+/// The handle of a library's thread. The thread ends, and leaves all groups, when the last handle is
+/// dropped; [`close`](Self::close) waits for that.
+pub struct Thread<C> {
+    commands: Sender<Command<C>>,
+    ended: Arc<Mutex<Option<oneshot::Receiver<()>>>>,
+}
+
+type Command<C> = Box<dyn FnOnce(&mut Worker<C>) + Send>;
+
+impl<C> Clone for Thread<C> {
+    fn clone(&self) -> Self {
+        Self { commands: self.commands.clone(), ended: self.ended.clone() }
+    }
+}
+
+impl<C> fmt::Debug for Thread<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Thread").finish_non_exhaustive()
+    }
+}
+
+/// Who waits for a broadcast.
+pub(super) trait Awaiting: Send {
+    /// Whether anyone still does. A group is given up that someone waits for no more.
+    fn is_awaited(&self) -> bool;
+
+    /// The broadcast has ended, or cannot.
+    fn tell(self: Box<Self>, result: Result<()>);
+}
+
+/// A broadcast to be made.
+pub(super) struct Broadcast {
+    pub(super) group: usize,
+    pub(super) slot: u32,
+    pub(super) len: u64,
+    pub(super) limit: Duration,
+    pub(super) done: Box<dyn Awaiting>,
+}
+
+impl<C: Communicator> Thread<C> {
+    /// Starts a thread, and makes a communicator on it.
+    ///
+    /// # Errors
+    ///
+    /// Those of `make`; `Resource` if there is no thread.
+    pub async fn start(
+        name: &str,
+        make: impl FnOnce() -> Result<C> + Send + 'static,
+    ) -> Result<Self> {
+        let (commands, inbox) = channel::<Command<C>>();
+        let (ready, started) = oneshot::channel();
+        let (ending, ended) = oneshot::channel::<()>();
+        let main = move || {
+            match make() {
+                Ok(communicator) => {
+                    let mut worker = Worker { communicator, groups: Vec::new(), closing: false };
+                    if ready.send(Ok(())).is_ok() {
+                        worker.run(&inbox);
+                    }
+                }
+                Err(error) => drop(ready.send(Err(error))),
+            }
+            drop(ending);
+        };
+        std::thread::Builder::new().name(name.into()).spawn(main).map_err(|error| {
+            Error::new(ErrorKind::Resource, "starting a thread", error.to_string())
+                .with_source(error)
+        })?;
+        started.await.map_err(|_| gone())??;
+        Ok(Self { commands, ended: Arc::new(Mutex::new(Some(ended))) })
+    }
+
+    /// Has the thread do something with the communicator.
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped before the work began, it never does; otherwise its [`Wait`] ends.
+    ///
+    /// # Errors
+    ///
+    /// Those of the work; `State` if the thread has ended.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        limit: Duration,
+        work: impl FnOnce(&mut C, &Wait<'_>) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (tell, told) = oneshot::channel();
+        self.command(move |worker| {
+            if tell.is_closed() {
+                return;
+            }
+            let awaited = || !tell.is_closed();
+            let wait = Wait { until: Instant::now() + limit, limit, awaited: &awaited };
+            let result = work(&mut worker.communicator, &wait);
+            if tell.send(result).is_err() {
+                debug!("a call ended that nobody waits for any more");
+            }
+        })?;
+        told.await.map_err(|_| gone())?
+    }
+
+    /// As [`run`](Self::run), for callers that block.
+    ///
+    /// # Errors
+    ///
+    /// As [`run`](Self::run).
+    pub fn run_blocking<T: Send + 'static>(
+        &self,
+        limit: Duration,
+        work: impl FnOnce(&mut C, &Wait<'_>) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        futures::executor::block_on(self.run(limit, work))
+    }
+
+    /// Ends the thread, which leaves all groups and drops the communicator, and waits for it.
+    pub async fn close(&self) {
+        if self.command(|worker| worker.closing = true).is_err() {
+            debug!("the thread has ended before");
+        }
+        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(ended) = ended {
+            // The other end is dropped, never used.
+            drop(ended.await);
+        }
+    }
+
+    /// Has a broadcast made; its end is told to `done`.
+    pub(super) fn broadcast(&self, broadcast: Broadcast) {
+        let cell = Arc::new(Mutex::new(Some(broadcast)));
+        let taken = cell.clone();
+        let take = move || taken.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let queued = self.command(move |worker| {
+            if let Some(broadcast) = take() {
+                worker.broadcast(broadcast);
+            }
+        });
+        if let Err(error) = queued
+            && let Some(broadcast) = cell.lock().unwrap_or_else(PoisonError::into_inner).take()
+        {
+            broadcast.done.tell(Err(error));
+        }
+    }
+
+    /// Gives up all groups.
+    pub(super) fn leave_all(&self) {
+        let left = self.command(|worker| {
+            let words = || Error::new(ErrorKind::Aborted, BROADCASTING, "the update has ended");
+            worker.leave_all(words);
+        });
+        if left.is_err() {
+            debug!("the thread has ended, and has left all groups");
+        }
+    }
+
+    /// Leaves all groups and joins others, or changes them.
+    pub(super) async fn regroup(
+        &self,
+        limit: Duration,
+        leave: bool,
+        join: impl FnOnce(&mut C, &Wait<'_>) -> Result<Vec<usize>> + Send + 'static,
+    ) -> Result<()> {
+        let (tell, told) = oneshot::channel();
+        self.command(move |worker| {
+            if tell.is_closed() {
+                return;
+            }
+            if leave {
+                worker.leave_all(|| {
+                    Error::new(ErrorKind::Aborted, BROADCASTING, "the group is formed anew")
+                });
+            }
+            let awaited = || !tell.is_closed();
+            let wait = Wait { until: Instant::now() + limit, limit, awaited: &awaited };
+            let result = join(&mut worker.communicator, &wait).map(|groups| {
+                for group in groups {
+                    worker.enter(group);
+                }
+            });
+            if result.is_err() {
+                worker.leave_all(gone);
+            }
+            if tell.send(result).is_err() {
+                // Whoever wanted the groups is gone: they are of no use.
+                worker.leave_all(gone);
+            }
+        })?;
+        told.await.map_err(|_| gone())?
+    }
+
+    fn command(&self, command: impl FnOnce(&mut Worker<C>) + Send + 'static) -> Result<()> {
+        self.commands.send(Box::new(command)).map_err(|_| gone())
+    }
+}
+
+const BROADCASTING: &str = "broadcasting a bucket";
+
+/// What the thread has.
+struct Worker<C> {
+    communicator: C,
+    groups: Vec<Option<Group>>,
+    closing: bool,
+}
+
+/// A group that the rank is in, and what is under way in it.
+#[derive(Default)]
+struct Group {
+    begun: u64,
+    pending: VecDeque<Pending>,
+}
+
+struct Pending {
+    number: u64,
+    until: Instant,
+    limit: Duration,
+    done: Box<dyn Awaiting>,
+}
+
+impl<C: Communicator> Worker<C> {
+    fn run(&mut self, inbox: &Receiver<Command<C>>) {
+        let mut idle = 0;
+        while !self.closing {
+            let command = if self.groups.iter().flatten().all(|group| group.pending.is_empty()) {
+                idle = 0;
+                inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
+            } else if idle < SPINS {
+                std::thread::yield_now();
+                inbox.try_recv().map_err(|error| match error {
+                    TryRecvError::Empty => RecvTimeoutError::Timeout,
+                    TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
+                })
+            } else {
+                inbox.recv_timeout(PAUSE)
+            };
+            idle += 1;
+            match command {
+                Ok(command) => {
+                    idle = 0;
+                    command(self);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            self.poll();
+        }
+        self.leave_all(gone);
+    }
+
+    fn enter(&mut self, group: usize) {
+        if self.groups.len() <= group {
+            self.groups.resize_with(group + 1, || None);
+        }
+        // A group that only changed its members goes on counting.
+        self.groups[group].get_or_insert_default();
+    }
+
+    fn broadcast(&mut self, broadcast: Broadcast) {
+        let Broadcast { group, slot, len, limit, done } = broadcast;
+        let Some(Some(state)) = self.groups.get_mut(group) else {
+            let message = "the group has failed, or was never joined";
+            return done.tell(Err(Error::new(ErrorKind::State, BROADCASTING, message)));
+        };
+        let until = Instant::now() + limit;
+        let awaited = || done.is_awaited();
+        let wait = Wait { until, limit, awaited: &awaited };
+        let begun = self.communicator.broadcast(group, slot, len, &wait);
+        state.begun += 1;
+        let number = state.begun;
+        state.pending.push_back(Pending { number, until, limit, done });
+        if let Err(error) = begun {
+            self.leave(group, &ErrorReport::from(&error));
+        }
+    }
+
+    /// Looks after everything that is under way.
+    fn poll(&mut self) {
+        for at in 0..self.groups.len() {
+            let Some(group) = self.groups[at].as_mut().filter(|g| !g.pending.is_empty()) else {
+                continue;
+            };
+            let ended = match self.communicator.ended(at) {
+                Ok(ended) => ended,
+                Err(error) => {
+                    self.leave(at, &ErrorReport::from(&error));
+                    continue;
+                }
+            };
+            while group.pending.front().is_some_and(|first| first.number <= ended) {
+                if let Some(first) = group.pending.pop_front() {
+                    first.done.tell(Ok(()));
+                }
+            }
+            let now = Instant::now();
+            let failed = group.pending.iter().find_map(|pending| {
+                if now >= pending.until {
+                    return Some(too_late(BROADCASTING, pending.limit));
+                }
+                let message = "nobody waits for it any more";
+                let aborted = || Error::new(ErrorKind::Aborted, BROADCASTING, message);
+                (!pending.done.is_awaited()).then(aborted)
+            });
+            if let Some(error) = failed {
+                self.leave(at, &ErrorReport::from(&error));
+            }
+        }
+    }
+
+    /// Gives a group up; whoever waits for something in it is told why.
+    fn leave(&mut self, at: usize, why: &ErrorReport) {
+        let Some(group) = self.groups.get_mut(at).and_then(Option::take) else { return };
+        if why.kind != ErrorKind::Aborted {
+            warn!(group = at, error = %Error::from(why.clone()), "a group is given up");
+        }
+        // The library lets go of the slots before anyone is told that they are free.
+        self.communicator.leave(at);
+        for pending in group.pending {
+            pending.done.tell(Err(why.clone().into()));
+        }
+    }
+
+    fn leave_all(&mut self, why: impl Fn() -> Error) {
+        for at in 0..self.groups.len() {
+            self.leave(at, &ErrorReport::from(&why()));
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! Collecting the weights of buckets from a trainer's stream, by the plan of the last update as long as
+//! that fits.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{FutureExt, StreamExt};
+
+use super::within;
+use crate::memory::Job;
+use crate::plan::{BucketLayout, BucketPlanner, Piece, Place, Plan};
+use crate::report::TensorCounts;
+use crate::{Error, ErrorKind, Result, Weight, WeightStream};
+
+/// The weights of one bucket, collected from the trainer's stream.
+pub(super) struct Bucket {
+    pub(super) jobs: Vec<Job>,
+    pub(super) layout: Arc<BucketLayout>,
+    /// The digest of the plan in which the layout stands at this bucket's place.
+    pub(super) known: Option<u64>,
+    pub(super) source_bytes: u64,
+}
+
+/// Packs the stream into buckets, following the last update's plan as long as it fits.
+pub(super) struct Collector {
+    planner: BucketPlanner,
+    last: Plan,
+    last_digest: Option<u64>,
+    buckets: usize,
+    /// The weight that the last bucket had no room for, or no room for all of.
+    pending: Option<(Weight, u64)>,
+    /// All names so far, unless they are those of the last plan, which has no name twice.
+    names: Option<HashSet<Arc<str>>>,
+    differs: bool,
+    pub(super) counts: TensorCounts,
+}
+
+impl Collector {
+    pub(super) fn new(last: &Plan, bucket_bytes: u64) -> Result<Self> {
+        let last = last.clone();
+        let last_digest = (!last.buckets.is_empty()).then(|| last.digest());
+        Ok(Self {
+            planner: BucketPlanner::new(bucket_bytes)?,
+            names: last_digest.is_none().then(HashSet::new),
+            last,
+            last_digest,
+            buckets: 0,
+            pending: None,
+            differs: false,
+            counts: TensorCounts::default(),
+        })
+    }
+
+    /// Whether all buckets were those of the last plan.
+    pub(super) fn reused(&self, buckets: usize) -> bool {
+        !self.differs && self.last_digest.is_some() && self.last.buckets.len() == buckets
+    }
+
+    /// The weights of the next bucket, or `None` at the end of the stream.
+    pub(super) async fn next_bucket(
+        &mut self,
+        weights: &mut WeightStream<'_>,
+        deadline: Duration,
+    ) -> Result<Option<Bucket>> {
+        let mut jobs: Vec<Job> = Vec::new();
+        let mut source_bytes = 0;
+        loop {
+            let (weight, mut start) = match self.pending.take() {
+                Some(pending) => pending,
+                None => {
+                    let operation = "waiting for the trainer's next weight";
+                    // A timer for each of eighteen thousand weights that are there would be felt.
+                    let weight = match weights.next().now_or_never() {
+                        Some(weight) => weight,
+                        None => within(deadline, operation, weights.next())
+                            .await
+                            .map_err(|error| error.bucket(self.buckets as u64))?,
+                    };
+                    match weight.transpose()? {
+                        Some(weight) => {
+                            self.admit(&weight, jobs.len())?;
+                            self.counts.add(&weight);
+                            (weight, 0)
+                        }
+                        None if jobs.is_empty() => return Ok(None),
+                        None => break,
+                    }
+                }
+            };
+            let total = weight.byte_len();
+            let name = weight.name().len();
+            match self.planner.place(name, total, total - start, weight.granule()) {
+                Some(Place { offset, len }) => {
+                    source_bytes += share(weight.source_bytes(), len, total);
+                    let job = Job { weight: weight.clone(), start, len, offset };
+                    self.compare(&job, jobs.len());
+                    jobs.push(job);
+                    start += len;
+                    if start < total {
+                        self.pending = Some((weight, start));
+                        break;
+                    }
+                }
+                None => {
+                    self.pending = Some((weight, start));
+                    break;
+                }
+            }
+        }
+        self.planner.close();
+        let known = match self.last.buckets.get(self.buckets) {
+            Some(layout) if !self.differs && layout.pieces().len() == jobs.len() => {
+                Some(layout.clone())
+            }
+            _ => None,
+        };
+        if known.is_none() {
+            // What follows stands at another place than in the last plan.
+            self.diverge(jobs.len());
+            if let (Some(names), Some((weight, _))) = (&mut self.names, &self.pending) {
+                names.insert(weight.meta.name.clone());
+            }
+        }
+        self.buckets += 1;
+        let plan = known.is_some().then_some(self.last_digest).flatten();
+        let layout = known.unwrap_or_else(|| {
+            let pieces = jobs.iter().map(|job| Piece {
+                meta: job.weight.meta().clone(),
+                start: job.start,
+                len: job.len,
+                offset: job.offset,
+            });
+            Arc::new(BucketLayout::new(pieces.collect()))
+        });
+        Ok(Some(Bucket { jobs, layout, known: plan, source_bytes }))
+    }
+
+    /// Checks that a weight's name is new.
+    fn admit(&mut self, weight: &Weight, placed: usize) -> Result<()> {
+        if self.names.is_none() {
+            let expected = self.last.buckets.get(self.buckets).and_then(|bucket| {
+                bucket.pieces().get(placed).or_else(|| {
+                    self.last.buckets.get(self.buckets + 1).and_then(|next| next.pieces().first())
+                })
+            });
+            if expected.is_some_and(|piece| piece.meta.name == weight.meta.name) {
+                return Ok(());
+            }
+            self.diverge(placed);
+        }
+        let Some(names) = &mut self.names else { return Ok(()) };
+        if names.insert(weight.meta.name.clone()) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Weight,
+            "reading the trainer's weights",
+            "the stream has a weight of this name already",
+        )
+        .tensor(weight.name()))
+    }
+
+    fn compare(&mut self, job: &Job, placed: usize) {
+        if self.differs {
+            return;
+        }
+        let same = self
+            .last
+            .buckets
+            .get(self.buckets)
+            .and_then(|bucket| bucket.pieces().get(placed))
+            .is_some_and(|piece| {
+                (piece.start, piece.len, piece.offset) == (job.start, job.len, job.offset)
+                    && piece.meta == *job.weight.meta()
+            });
+        if !same {
+            self.diverge(placed);
+            if let Some(names) = &mut self.names {
+                names.insert(job.weight.meta.name.clone());
+            }
+        }
+    }
+
+    /// Leaves the last plan: from here on every name is compared with all before it.
+    fn diverge(&mut self, placed: usize) {
+        self.differs = true;
+        if self.names.is_some() {
+            return;
+        }
+        let before = self.last.buckets.iter().take(self.buckets);
+        let mut names: HashSet<Arc<str>> =
+            before.flat_map(|bucket| bucket.pieces()).map(|p| p.meta.name.clone()).collect();
+        if let Some(bucket) = self.last.buckets.get(self.buckets) {
+            names.extend(bucket.pieces().iter().take(placed).map(|p| p.meta.name.clone()));
+        }
+        self.names = Some(names);
+    }
+}
+
+/// The part of a weight's source bytes that belongs to `len` of its `total` bytes.
+fn share(source: u64, len: u64, total: u64) -> u64 {
+    if total == 0 {
+        return source;
+    }
+    (u128::from(source) * u128::from(len) / u128::from(total)) as u64
+}
