@@ -11,6 +11,7 @@
 //! |---|---|---|
 //! | `naive` | always there | tasks of one process |
 //! | `ipc` | `ipc` (default) | processes of one host |
+//! | `nccl` | `nccl` | GPUs of any hosts, by broadcast over NCCL |
 //! | `nixl` | `nixl` | processes of any hosts, over NIXL |
 //!
 //! [`registry`] knows those that are compiled in. The feature `fp8` (default) brings quantisation to
@@ -20,6 +21,8 @@ pub use engine_core::*;
 
 #[cfg(feature = "ipc")]
 pub use backend_ipc as ipc;
+#[cfg(feature = "nccl")]
+pub use backend_nccl as nccl;
 #[cfg(feature = "nixl")]
 pub use backend_nixl as nixl;
 /// Tensors of candle as weights, and received weights as tensors of candle.
@@ -37,6 +40,8 @@ pub fn registry() -> Registry {
     let registry = Registry::new();
     #[cfg(feature = "ipc")]
     let registry = registry.with(backend_ipc::BACKEND);
+    #[cfg(feature = "nccl")]
+    let registry = registry.with(backend_nccl::BACKEND);
     #[cfg(feature = "nixl")]
     let registry = registry.with(backend_nixl::BACKEND);
     #[cfg(feature = "fp8")]

@@ -1,7 +1,5 @@
 //! The memory of a rank's buckets: slots in one piece, registered once.
 
-#[cfg(feature = "cuda")]
-mod cuda;
 mod ffi;
 
 use std::sync::Arc;
@@ -28,7 +26,7 @@ pub(crate) struct Arena {
 enum Memory {
     Host(Arc<Mapping>),
     #[cfg(feature = "cuda")]
-    Cuda(cuda::Memory),
+    Cuda(device_cuda::CudaArena),
 }
 
 impl Arena {
@@ -40,7 +38,7 @@ impl Arena {
     pub(crate) fn on(device: &DeviceChoice, slots: u32, bytes: u64) -> engine_core::Result<Self> {
         #[cfg(feature = "cuda")]
         if !device.is_cpu() {
-            let memory = Memory::Cuda(cuda::Memory::new(device, slots, bytes)?);
+            let memory = Memory::Cuda(device_cuda::CudaArena::new(device, slots, bytes)?);
             let locks = (0..slots).map(|_| Arc::default()).collect();
             return Ok(Self { memory, locks, slot_bytes: bytes as usize });
         }
@@ -89,7 +87,7 @@ impl Arena {
         match &self.memory {
             Memory::Host(_) => None,
             #[cfg(feature = "cuda")]
-            Memory::Cuda(memory) => Some(memory.ordinal()),
+            Memory::Cuda(memory) => Some(memory.device().ordinal().unsigned_abs()),
         }
     }
 
@@ -98,7 +96,8 @@ impl Arena {
         match &self.memory {
             Memory::Host(_) => Ok(()),
             #[cfg(feature = "cuda")]
-            Memory::Cuda(memory) => memory.enter(),
+            // UCX looks for the context when the agent is made.
+            Memory::Cuda(memory) => Ok(memory.device().enter()?),
         }
     }
 
@@ -135,7 +134,7 @@ impl Memory {
         match self {
             Self::Host(mapping) => mapping.address(),
             #[cfg(feature = "cuda")]
-            Self::Cuda(memory) => memory.address(),
+            Self::Cuda(memory) => memory.memory().address() as usize,
         }
     }
 
@@ -143,7 +142,7 @@ impl Memory {
         match self {
             Self::Host(mapping) => mapping.len(),
             #[cfg(feature = "cuda")]
-            Self::Cuda(memory) => memory.len(),
+            Self::Cuda(memory) => memory.memory().len(),
         }
     }
 }

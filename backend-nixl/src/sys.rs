@@ -5,10 +5,11 @@
 //! missing or too old is an error like any other.
 #![allow(unsafe_code, reason = "loading a library and resolving its functions")]
 
-use std::ffi::{CStr, OsStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use engine_core::native;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
 use crate::error::NixlError;
@@ -181,7 +182,8 @@ fn open(path: PathBuf) -> Result<Api, NixlError> {
 fn prepare_ucx(folder: &Path, kept: &mut Vec<Library>) -> Option<String> {
     let beside = ucx_folder(folder)?;
     let open = |stem: &str| {
-        let path = entries(&beside, |name| name.starts_with(stem) && name.contains(".so")).pop()?;
+        let path = native::entries(&beside, |name| name.starts_with(stem) && name.contains(".so"))
+            .pop()?;
         // SAFETY: UCX's constructors expect nothing of the process; NIXL's plugin would load the same
         // file.
         unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }.ok()
@@ -223,16 +225,17 @@ fn prepare_ucx(folder: &Path, kept: &mut Vec<Library>) -> Option<String> {
 
 /// The names of this host's InfiniBand and RoCE devices.
 pub(crate) fn infiniband_devices() -> Vec<String> {
-    let devices = entries(Path::new("/sys/class/infiniband"), |_| true);
+    let devices = native::entries(Path::new("/sys/class/infiniband"), |_| true);
     devices.iter().filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect()
 }
 
 /// Where the UCX that belongs to a NIXL lies: beside it, or in the wheel's folder of libraries.
 fn ucx_folder(folder: &Path) -> Option<PathBuf> {
-    let has_ucx = |folder: &PathBuf| !entries(folder, |name| name.starts_with("libucp")).is_empty();
-    let wheel = folder
-        .parent()
-        .map(|parent| entries(parent, |name| name.starts_with("nixl") && name.ends_with(".libs")));
+    let has_ucx =
+        |folder: &PathBuf| !native::entries(folder, |name| name.starts_with("libucp")).is_empty();
+    let wheel = folder.parent().map(|parent| {
+        native::entries(parent, |name| name.starts_with("nixl") && name.ends_with(".libs"))
+    });
     let mut candidates = vec![folder.to_path_buf()];
     candidates.extend(wheel.into_iter().flatten());
     candidates.into_iter().find(has_ucx)
@@ -240,8 +243,9 @@ fn ucx_folder(folder: &Path) -> Option<PathBuf> {
 
 /// The version in the name of the folder that wheels describe themselves in.
 fn wheel_version(folder: &Path) -> Option<String> {
-    let described =
-        entries(folder.parent()?, |name| name.starts_with("nixl") && name.ends_with(".dist-info"));
+    let described = native::entries(folder.parent()?, |name| {
+        name.starts_with("nixl") && name.ends_with(".dist-info")
+    });
     let flavour = folder.file_name()?.to_str()?.trim_start_matches('.').split('.').next()?;
     described.iter().find_map(|path| {
         let name = path.file_name()?.to_str()?.strip_suffix(".dist-info")?;
@@ -251,7 +255,7 @@ fn wheel_version(folder: &Path) -> Option<String> {
 }
 
 fn plugins(folder: &Path) -> Vec<String> {
-    let files = entries(&folder.join("plugins"), |name| name.starts_with("libplugin_"));
+    let files = native::entries(&folder.join("plugins"), |name| name.starts_with("libplugin_"));
     let name = |path: &PathBuf| {
         Some(
             path.file_name()?.to_str()?.strip_prefix("libplugin_")?.strip_suffix(".so")?.to_owned(),
@@ -274,61 +278,26 @@ fn find(library_dir: Option<&Path>) -> Result<PathBuf, NixlError> {
 fn find_in(folder: &Path) -> Option<PathBuf> {
     let mut places = vec![folder.to_path_buf()];
     let libraries = |name: &str| name.starts_with(".nixl") && name.ends_with(".mesonpy.libs");
-    places.extend(entries(folder, libraries));
+    places.extend(native::entries(folder, libraries));
     let file = places.into_iter().map(|place| place.join(FILE)).find(|path| path.is_file())?;
     file.canonicalize().ok()
 }
 
 /// Where `cargo xtask setup`, Python and packages put libraries.
 fn usual_folders() -> Vec<PathBuf> {
-    let program = std::env::current_exe().unwrap_or_default();
-    // Cargo puts programs, tests and examples one or two folders below its target folder.
-    let mut folders: Vec<PathBuf> = program
-        .ancestors()
-        .skip(2)
-        .take(2)
-        .flat_map(|folder| entries(&folder.join("native"), |name| name.starts_with("nixl")))
+    let native = native::beside_the_program();
+    let mut folders: Vec<PathBuf> = native
+        .iter()
+        .flat_map(|folder| native::entries(folder, |name| name.starts_with("nixl")))
         .collect();
-    let variable = |name| std::env::var_os(name).map(PathBuf::from);
-    let mut prefixes: Vec<PathBuf> =
-        ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(variable).collect();
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    prefixes.extend(std::env::split_paths(&path).filter_map(|bin| {
-        // The prefix of the python3 that a user's shell would start.
-        let python = bin.join("python3").canonicalize().ok()?;
-        Some(python.parent()?.parent()?.to_path_buf())
-    }));
-    prefixes.extend(variable("HOME").map(|home| home.join(".local")));
-    prefixes.extend(["/usr/local", "/usr"].map(PathBuf::from));
-    for prefix in prefixes {
-        let pythons = entries(&prefix.join("lib"), |name| name.starts_with("python3"));
-        for packages in ["site-packages", "dist-packages"] {
-            folders.extend(pythons.iter().map(|python| python.join(packages)));
-        }
-    }
-    let searched = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-    folders.extend(std::env::split_paths(&searched));
+    folders.extend(native::python_packages());
+    folders.extend(native::system_folders());
     let arch = std::env::consts::ARCH;
     folders.extend([
         "/usr/local/nixl/lib".into(),
         format!("/usr/local/nixl/lib/{arch}-linux-gnu").into(),
         format!("/opt/nvidia/nvda_nixl/lib/{arch}-linux-gnu").into(),
         "/opt/nvidia/nvda_nixl/lib64".into(),
-        "/usr/local/lib".into(),
-        format!("/usr/lib/{arch}-linux-gnu").into(),
-        "/usr/lib64".into(),
     ]);
-    folders.retain(|folder| folder.is_absolute());
-    let mut seen = std::collections::HashSet::new();
-    folders.retain(|folder| seen.insert(folder.clone()));
-    folders
-}
-
-/// The entries of a folder whose names are accepted, in order; none if there is no such folder.
-fn entries(folder: &Path, accept: impl Fn(&str) -> bool) -> Vec<PathBuf> {
-    let accepted = |path: &PathBuf| path.file_name().and_then(OsStr::to_str).is_some_and(&accept);
-    let read = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut paths: Vec<PathBuf> = read.map(|entry| entry.path()).filter(accepted).collect();
-    paths.sort();
-    paths
+    native::distinct(folders)
 }

@@ -27,6 +27,25 @@ pub fn of_rank(device: &DeviceChoice, rank: u32) -> Result<DeviceChoice> {
     Ok(DeviceChoice::new(device.kind(), rank % count))
 }
 
+/// Whether so many ranks with a device each would have to share GPUs. Looks at the system only: no library
+/// is loaded.
+pub fn ranks_share_gpus(device: &DeviceChoice, ranks: u32) -> bool {
+    if device.kind() != "cuda" {
+        return false;
+    }
+    if device.ordinal().is_some() {
+        return ranks > 1;
+    }
+    let is_gpu = |name: &str| {
+        let number = name.strip_prefix("nvidia");
+        number.is_some_and(|n| !n.is_empty() && n.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    let gpus = engine_core::native::entries(std::path::Path::new("/dev"), is_gpu).len();
+    let visible = std::env::var("CUDA_VISIBLE_DEVICES").map(|list| list.split(',').count());
+    let gpus = visible.map_or(gpus, |visible| gpus.min(visible));
+    gpus > 0 && (gpus as u64) < u64::from(ranks)
+}
+
 /// Tensors on a device that a rollout copies everything to that it receives, with memory for so many bytes;
 /// nothing for the host, where rollouts read in place.
 ///

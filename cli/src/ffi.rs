@@ -1,4 +1,4 @@
-//! Mapping files into memory: all of this crate's `unsafe`.
+//! Mapping files into memory, and the process's environment: all of this crate's `unsafe`.
 
 use std::fs::File;
 use std::io;
@@ -24,4 +24,16 @@ pub(crate) fn map_private_file_shared(file: &File) -> io::Result<memmap2::MmapMu
     // SAFETY: the caller made the file without a name and shares its descriptor with nobody, so
     // that nothing else can write or truncate it while it is mapped.
     unsafe { memmap2::MmapMut::map_mut(file) }
+}
+
+/// Sets an environment variable of this process, which its children inherit, unless the user has.
+///
+/// # Safety
+///
+/// No other thread of the process runs.
+pub unsafe fn set_variable(name: &str, value: &str) {
+    if std::env::var_os(name).is_none() {
+        // SAFETY: the caller says that no other thread runs, which could read the environment now.
+        unsafe { std::env::set_var(name, value) };
+    }
 }

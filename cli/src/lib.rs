@@ -12,6 +12,7 @@ pub mod checkpoint;
 pub mod device;
 pub mod exporter;
 mod ffi;
+pub use ffi::set_variable;
 pub mod memory;
 mod progress;
 pub mod quantize;

@@ -1,7 +1,7 @@
 //! The `ckpt-engine` program: what its command line says, and exit codes.
 
 #![allow(clippy::print_stdout, reason = "printing results is what the program is for")]
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod commands {
     pub(crate) mod fp8;
@@ -28,7 +28,7 @@ use cli::exporter::Exporter;
 use cli::memory::PeakMemory;
 use cli::roles::{Announcement, form_group};
 use cli::source::{ModelSpec, Source, SourceSpec};
-use cli::sync::{RolloutOptions, SyncOptions, Trainer, UpdateLine};
+use cli::sync::{CoTrainerOptions, RolloutOptions, SyncOptions, Trainer, UpdateLine};
 use cli::synthetic::SyntheticModel;
 use cli::top;
 use commands::fp8::{
@@ -96,9 +96,12 @@ struct VerifyArgs {
 /// The model, and how often it is updated.
 #[derive(Debug, Args)]
 struct SourceArgs {
+    /// The source as JSON, as `sync` gives it to other trainers
+    #[arg(long, value_name = "JSON", hide = true, conflicts_with_all = ["synthetic", "model"])]
+    source_json: Option<String>,
     /// A made-up model with the true names and shapes of qwen2.5-0.5b, qwen2.5-7b, qwen3-30b-a3b, or
     /// a tiny-moe of a few MB
-    #[arg(long, value_name = "NAME", required_unless_present = "model", conflicts_with = "model")]
+    #[arg(long, value_name = "NAME", required_unless_present_any = ["model", "source_json"], conflicts_with = "model")]
     synthetic: Option<SyntheticModel>,
     /// A .safetensors file, or a Hugging Face folder
     #[arg(long, value_name = "PATH")]
@@ -114,6 +117,9 @@ struct SourceArgs {
 
 impl SourceArgs {
     fn spec(&self) -> Result<SourceSpec, Failure> {
+        if let Some(text) = &self.source_json {
+            return Ok(serde_json::from_str(text)?);
+        }
         let model = match (self.synthetic, &self.model) {
             (Some(name), _) => ModelSpec::Synthetic { name, layers: self.layers },
             (None, Some(path)) => ModelSpec::Checkpoint { path: std::path::absolute(path)? },
@@ -153,8 +159,8 @@ impl FormatArgs {
 /// The engine.
 #[derive(Debug, Args)]
 struct EngineArgs {
-    /// The transport: naive (one process), ipc (processes of one host) or nixl (any hosts); see
-    /// `doctor`
+    /// The transport: naive (one process), ipc (processes of one host), nccl (GPUs) or nixl (any
+    /// hosts); see `doctor`
     #[arg(long)]
     backend: Option<String>,
     /// The size of a bucket in MiB; there are two
@@ -180,12 +186,22 @@ struct EngineArgs {
     quantize_on_receive: bool,
     #[command(flatten)]
     format: FormatArgs,
+    /// An option of the transport's own, as its engine_kwargs have it; may be given several times
+    #[arg(long = "engine-kwarg", value_name = "KEY=VALUE", value_parser = engine_kwarg)]
+    engine_kwargs: Vec<(String, serde_json::Value)>,
     /// A configuration file (TOML, JSON or YAML); the options above win over it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// The whole configuration as JSON, as `sync` gives it to its rollouts
     #[arg(long, value_name = "JSON", hide = true, conflicts_with = "config")]
     config_json: Option<String>,
+}
+
+/// KEY=VALUE, where the value is JSON or else a text.
+fn engine_kwarg(text: &str) -> Result<(String, serde_json::Value), String> {
+    let (key, value) = text.split_once('=').ok_or("KEY=VALUE is wanted")?;
+    let value = serde_json::from_str(value).unwrap_or_else(|_| value.into());
+    Ok((key.to_owned(), value))
 }
 
 impl EngineArgs {
@@ -197,6 +213,10 @@ impl EngineArgs {
         };
         if let Some(backend) = &self.backend {
             config.backend.clone_from(backend);
+        }
+        if !self.engine_kwargs.is_empty() {
+            let section = config.engine_kwargs.entry(config.backend.clone()).or_default();
+            section.extend(self.engine_kwargs.iter().cloned());
         }
         if self.bucket_mb.is_some() {
             config.update_weights_bucket_megabytes = self.bucket_mb;
@@ -287,6 +307,9 @@ struct SyncArgs {
     source: SourceArgs,
     #[command(flatten)]
     engine: EngineArgs,
+    /// How many trainers, all of which have the model; transports with several senders use them
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    trainers: u32,
     /// How many rollouts
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     rollouts: u32,
@@ -367,6 +390,17 @@ Example:
 struct TrainerArgs {
     #[command(flatten)]
     source: SourceArgs,
+    /// The rank: 0 leads the group; another one takes part in the updates of a leader that has the same
+    /// model. Without it torchrun's RANK, else 0
+    #[arg(long)]
+    rank: Option<u32>,
+    /// The number of ranks of the group, where other trainers are among them; torchrun's WORLD_SIZE says
+    /// so without it, else the rollouts and this one
+    #[arg(long)]
+    world_size: Option<u32>,
+    /// The weights stay the same from one update to the next
+    #[arg(long, hide = true)]
+    still: bool,
     #[command(flatten)]
     engine: EngineArgs,
     #[command(flatten)]
@@ -445,6 +479,12 @@ struct TransferArgs {
     layers: Option<u32>,
     #[command(flatten)]
     engine: EngineArgs,
+    /// How many trainers, all of which have the model
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    trainers: u32,
+    /// The numbers of rollouts to measure with, comma-separated; without them one, and two on the host
+    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    rollouts: Vec<u32>,
     /// Updates that are measured for each setting
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..1000))]
     repeats: u64,
@@ -456,7 +496,38 @@ struct TransferArgs {
 /// Why a command did not end well.
 type Failure = Box<dyn StdError>;
 
+/// Lets several ranks of NCCL share a GPU, when this machine has fewer than ranks: NCCL asks for variables
+/// to be set for that, before anything else happens in the process.
+#[allow(unsafe_code, reason = "the process's environment changes while no other thread runs")]
+fn allow_shared_gpus(command: &Command) -> Result<(), Failure> {
+    let (engine, ranks) = match command {
+        Command::Sync(args) => (&args.engine, args.trainers + args.rollouts),
+        Command::Bench(BenchArgs { what: Bench::Transfer(args) }) => {
+            (&args.engine, args.trainers + args.rollouts.iter().max().unwrap_or(&1))
+        }
+        _ => return Ok(()),
+    };
+    let config = engine.config()?;
+    if config.backend != "nccl" || !cli::device::ranks_share_gpus(&config.device, ranks) {
+        return Ok(());
+    }
+    eprintln!(
+        "a test configuration: {ranks} ranks of NCCL share fewer GPUs (NCCL_MULTI_RANK_GPU_ENABLE=1, \
+         NCCL_NVLS_ENABLE=0; it takes NCCL 2.30 or later)"
+    );
+    for (name, value) in [("NCCL_MULTI_RANK_GPU_ENABLE", "1"), ("NCCL_NVLS_ENABLE", "0")] {
+        // SAFETY: `main` calls this before it starts a thread, and nothing so far has.
+        unsafe { cli::set_variable(name, value) };
+    }
+    Ok(())
+}
+
 fn main() -> ExitCode {
+    let command = Cli::parse().command;
+    if let Err(error) = allow_shared_gpus(&command) {
+        report(&*error);
+        return ExitCode::FAILURE;
+    }
     tracing_subscriber::fmt()
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env("CKPT_ENGINE_LOG")
@@ -466,7 +537,7 @@ fn main() -> ExitCode {
         // A line for each stage with its times, where the filter lets its span through.
         .with_span_events(tracing_subscriber::fmt::format::FmtSpan::CLOSE)
         .init();
-    let result = match Cli::parse().command {
+    let result = match command {
         Command::Sync(args) => until_interrupted(sync_command(&args)),
         Command::Trainer(args) => until_interrupted(trainer_command(&args)),
         Command::Rollout(args) => until_interrupted(rollout_command(&args)),
@@ -514,11 +585,16 @@ async fn sync_command(args: &SyncArgs) -> Result<ExitCode, Failure> {
     let options = SyncOptions {
         source: args.source.spec()?,
         config: args.engine.config()?,
+        trainers: args.trainers,
+        still: false,
         rollouts: args.rollouts,
         verify: args.verify,
         out: args.out.clone(),
         metrics: args.metrics.metrics,
     };
+    if options.trainers > 1 && options.config.backend == "naive" {
+        return Err("naive has one trainer".into());
+    }
     let _exporter = args.metrics.serve().await?;
     if !args.json {
         say_source(&Source::open(options.source.clone())?, &options.config.backend);
@@ -531,6 +607,25 @@ async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Failure> {
     let _exporter = args.metrics.serve().await?;
     let config = args.engine.config()?;
     let interval = Duration::try_from_secs_f64(args.interval)?;
+    let rank = match args.rank {
+        Some(rank) => Rank(rank),
+        None if args.rendezvous.rendezvous.is_some() => Rank::LEADER,
+        None => from_env()?.map_or(Rank::LEADER, |environment| environment.rank),
+    };
+    let meeting = args.rendezvous.meet(rank == Rank::LEADER, config.timeout())?;
+    let told = args.world_size.or(meeting.world_size);
+    if rank != Rank::LEADER {
+        let options = CoTrainerOptions {
+            control: meeting.control,
+            rank,
+            world_size: told.unwrap_or(args.rollouts.unwrap_or(1) + 2),
+            config,
+            source: args.source.spec()?,
+            still: args.still,
+        };
+        cli::sync::co_trainer(options, |error| report(error)).await?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let registry = registry();
     let device = cli::device::of_rank(&config.device, 0)?;
     let config = CheckpointEngineConfig { device, ..config };
@@ -540,21 +635,19 @@ async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Failure> {
     }
     source.advance(Version(1))?;
     let memory = PeakMemory::start()?;
-    let meeting = args.rendezvous.meet(true, config.timeout())?;
-    if let Some(rank) = meeting.rank.filter(|rank| *rank != Rank::LEADER) {
-        return Err(format!("the trainer is rank 0, RANK says {rank}").into());
-    }
-    let told = meeting.world_size.map(|ranks| ranks - 1);
-    let rollouts = args.rollouts.or(told).unwrap_or(1);
+    let world_size = match (args.rollouts, told) {
+        (Some(rollouts), None) => rollouts + 1,
+        (_, Some(ranks)) => ranks,
+        (None, None) => 2,
+    };
     let control = ControlPlane::lead(meeting.control).await?;
     if !args.json {
-        println!("waiting for {rollouts} rollouts at {}", control.address());
+        println!("waiting for {} other ranks at {}", world_size - 1, control.address());
     }
     let context = EngineContext::new(config.clone(), Role::Trainer).with_control(control.clone());
     let engine = registry.create(context)?;
     let announcement = serde_json::json!(Announcement { source: source.spec().clone() });
     let mut trainer = Trainer { engine, source };
-    let world_size = rollouts + 1;
     let deadline = config.timeout();
     let engine = &mut *trainer.engine;
     form_group(engine, &registry, &control, world_size, announcement, deadline).await?;
@@ -695,6 +788,8 @@ async fn transfer_command(args: &TransferArgs) -> Result<ExitCode, Failure> {
         source: SourceSpec { model, updates: 1 },
         config: args.engine.config()?,
         repeats: usize::try_from(args.repeats)?,
+        trainers: args.trainers,
+        rollouts: args.rollouts.clone(),
     };
     if options.config.backend == "naive" {
         return Err(

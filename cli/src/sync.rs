@@ -33,6 +33,10 @@ pub struct SyncOptions {
     pub source: SourceSpec,
     /// The engine's configuration; its backend says whether rollouts are processes.
     pub config: CheckpointEngineConfig,
+    /// How many trainers; all of them have the model.
+    pub trainers: u32,
+    /// Whether the weights stay the same from one update to the next.
+    pub still: bool,
     /// How many rollouts.
     pub rollouts: u32,
     /// Whether rollouts compare what they receive with the source.
@@ -306,7 +310,7 @@ async fn with_processes(
     stopped
 }
 
-/// A trainer's control plane, and rollouts that run as processes of this machine.
+/// The leading trainer's control plane, and the other ranks, which run as processes of this machine.
 ///
 /// Dropping it ends the processes.
 #[derive(Debug)]
@@ -319,21 +323,21 @@ pub(crate) struct Processes {
 }
 
 impl Processes {
-    /// Starts the rollouts.
+    /// Starts the other ranks.
     pub(crate) async fn start(options: &SyncOptions, observer: Arc<dyn Observer>) -> Result<Self> {
         let (secret, address) = rendezvous()?;
         let token = Token::new(secret.as_bytes())?;
         let control = ControlPlane::lead(ControlConfig::new(address.clone(), token)).await?;
         let mut children = Vec::new();
-        for rank in 1..=options.rollouts {
-            children.push(start_rollout(options, rank, &address, &secret).await?);
+        for rank in 1..options.trainers + options.rollouts {
+            children.push(start_child(options, rank, &address, &secret).await?);
         }
         let device = device::of_rank(&options.config.device, 0)?;
         let config = CheckpointEngineConfig { device, ..options.config.clone() };
         Ok(Self { registry: registry(), config, observer, control, children })
     }
 
-    /// Joins a trainer's engine with the rollouts; an error if one of them ends meanwhile.
+    /// Joins the leading trainer's engine with the others; an error if one of them ends meanwhile.
     pub(crate) async fn form(&mut self, source: &SourceSpec) -> Result<Box<dyn CheckpointEngine>> {
         let context = EngineContext::new(self.config.clone(), Role::Trainer)
             .with_control(self.control.clone())
@@ -360,10 +364,8 @@ impl Processes {
         for (rank, status) in (1..).map(Rank).zip(statuses) {
             let status = status?;
             if !status.success() {
-                let message = format!("the rollout's process failed: {status}");
-                return Err(
-                    Error::new(ErrorKind::Aborted, "ending the rollouts", message).rank(rank)
-                );
+                let message = format!("the rank's process failed: {status}");
+                return Err(Error::new(ErrorKind::Aborted, "ending the ranks", message).rank(rank));
             }
         }
         Ok(())
@@ -375,7 +377,7 @@ fn all_present(report: &SendReport) -> Result<()> {
     match report.absent.first() {
         None => Ok(()),
         Some(&rank) => {
-            let message = "the rollout's process ended between two updates";
+            let message = "the rank's process ended between two updates";
             Err(Error::new(ErrorKind::PeerLost, "updating the rollouts", message)
                 .rank(rank)
                 .version(report.version))
@@ -408,28 +410,37 @@ fn rendezvous() -> Result<(String, Address)> {
     Ok((secret, address))
 }
 
-/// Starts this program as a rollout. The secret goes through its standard input, where no other
+/// Starts this program as another trainer or as a rollout. The secret goes through its standard input, where no other
 /// process can read it.
-async fn start_rollout(
+async fn start_child(
     options: &SyncOptions,
     rank: u32,
     address: &Address,
     secret: &str,
 ) -> Result<Child> {
-    let failed = |error| Error::io("starting a rollout", error).rank(Rank(rank));
+    let failed = |error| Error::io("starting a rank", error).rank(Rank(rank));
     let program = std::env::current_exe().map_err(failed)?;
     let device = device::of_rank(&options.config.device, rank)?;
     let config = CheckpointEngineConfig { device, ..options.config.clone() };
     let config =
         serde_json::to_string(&config).map_err(|error| failed(std::io::Error::other(error)))?;
+    let rollout = rank.checked_sub(options.trainers);
     let mut command = Command::new(program);
     command
-        .arg("rollout")
+        .arg(if rollout.is_some() { "rollout" } else { "trainer" })
         .args(["--rendezvous", &address.to_string(), "--token-stdin"])
         .args(["--rank", &rank.to_string()])
-        .args(["--world-size", &(options.rollouts + 1).to_string()])
+        .args(["--world-size", &(options.trainers + options.rollouts).to_string()])
         .args(["--config-json", &config]);
-    if !options.config.device.is_cpu() {
+    if rollout.is_none() {
+        command.arg("--source-json").arg(
+            serde_json::to_string(&options.source)
+                .map_err(|error| failed(std::io::Error::other(error)))?,
+        );
+        if options.still {
+            command.arg("--still");
+        }
+    } else if !options.config.device.is_cpu() {
         command.args(["--reserve", &reserve(&options.source)?.to_string()]);
     }
     if let Some(mut address) = options.metrics {
@@ -441,11 +452,13 @@ async fn start_rollout(
         }
         command.args(["--metrics", &address.to_string()]);
     }
-    if options.verify {
-        command.arg("--verify");
-    }
-    if let Some(out) = &options.out {
-        command.arg("--out").arg(out.join(format!("rollout-{}", rank - 1)));
+    if let Some(rollout) = rollout {
+        if options.verify {
+            command.arg("--verify");
+        }
+        if let Some(out) = &options.out {
+            command.arg("--out").arg(out.join(format!("rollout-{rollout}")));
+        }
     }
     command.stdin(Stdio::piped()).stdout(Stdio::null()).kill_on_drop(true);
     let mut child = command.spawn().map_err(failed)?;
@@ -461,13 +474,13 @@ fn reserve(source: &SourceSpec) -> Result<u64> {
     Ok(source.byte_len() + source.tensors() as u64 * 1024)
 }
 
-/// The error of the first rollout process that ends, while none should.
+/// The error of the first process that ends, while none should.
 async fn first_end(children: &mut [Child]) -> Error {
     let ends = children.iter_mut().zip(1..).map(|(child, rank)| {
         Box::pin(async move {
             let message = match child.wait().await {
-                Ok(status) => format!("the rollout's process ended: {status}"),
-                Err(error) => format!("the rollout's process cannot be watched: {error}"),
+                Ok(status) => format!("the rank's process ended: {status}"),
+                Err(error) => format!("the rank's process cannot be watched: {error}"),
             };
             Error::new(ErrorKind::PeerLost, "forming the group", message).rank(Rank(rank))
         })
@@ -489,6 +502,62 @@ async fn end(child: &mut Child, grace: Duration) -> Result<std::process::ExitSta
             child.wait().await.map_err(failed)
         }
     }
+}
+
+/// What a trainer process other than the leader was started with.
+#[derive(Clone, Debug)]
+pub struct CoTrainerOptions {
+    /// Where the leader is.
+    pub control: ControlConfig,
+    /// The rank to take.
+    pub rank: Rank,
+    /// The number of ranks of the group.
+    pub world_size: u32,
+    /// The engine's configuration.
+    pub config: CheckpointEngineConfig,
+    /// The model, the same as the leader's.
+    pub source: SourceSpec,
+    /// Whether the weights stay the same from one update to the next.
+    pub still: bool,
+}
+
+/// A trainer process other than the leader: takes part in all of the leader's updates.
+///
+/// # Errors
+///
+/// Those of the group; an update that failed is reported to `failed` and the next one waited for.
+pub async fn co_trainer(options: CoTrainerOptions, mut failed: impl FnMut(&Error)) -> Result<()> {
+    let registry: Registry = registry();
+    let deadline = options.config.timeout();
+    let control = ControlPlane::join(options.control, Role::Trainer, Some(options.rank)).await?;
+    let device = device::of_rank(&options.config.device, options.rank.0)?;
+    let mut source = Source::open(options.source.clone())?.on_device(&device);
+    source.advance(Version(1))?;
+    let config = CheckpointEngineConfig { device, ..options.config };
+    let context = EngineContext::new(config, Role::Trainer).with_control(control.clone());
+    let engine = registry.create(context)?;
+    let mut trainer = Trainer { engine, source };
+    let (engine, world_size) = (&mut *trainer.engine, options.world_size);
+    let none = serde_json::Value::Null;
+    form_group(engine, &registry, &control, world_size, none, deadline).await?;
+    for version in (1..=options.source.updates).map(Version) {
+        let result = if options.still {
+            let weights = ensure_async_iterator(trainer.source.weights(Version(1))?);
+            trainer.engine.send_weights(weights, version).await
+        } else {
+            trainer.update(version).await
+        };
+        match result {
+            Ok(_) => {}
+            // Without a leader there is no next update.
+            Err(error) if error.kind() == ErrorKind::PeerLost && is_trainer(&error) => {
+                return Err(error);
+            }
+            Err(error) => failed(&error),
+        }
+    }
+    trainer.engine.finalize().await?;
+    control.close().await
 }
 
 /// What a rollout process was started with.

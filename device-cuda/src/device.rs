@@ -196,6 +196,11 @@ impl Stream {
     pub(crate) fn raw(&self) -> ffi::RawStream {
         self.stream.0
     }
+
+    /// The driver's handle, for other libraries. It is valid as long as this is.
+    pub fn as_raw(&self) -> *mut std::ffi::c_void {
+        self.stream.0.cast()
+    }
 }
 
 impl Drop for Stream {

@@ -7,6 +7,7 @@
 
 #![deny(unsafe_code)]
 
+mod arena;
 mod bucket;
 mod device;
 pub mod dlpack;
@@ -17,6 +18,7 @@ mod storage;
 mod table;
 mod tensors;
 
+pub use arena::CudaArena;
 pub use bucket::Packer;
 pub use device::{
     CudaMemory, CudaSlice, Device, Event, IpcHandle, PinnedMemory, Stream, count, driver_version,

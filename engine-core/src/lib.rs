@@ -13,6 +13,7 @@ mod isa;
 mod manager;
 pub mod memory;
 pub mod naive;
+pub mod native;
 pub mod observe;
 pub mod plan;
 mod received;

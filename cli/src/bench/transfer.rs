@@ -24,6 +24,10 @@ pub struct TransferOptions {
     pub config: CheckpointEngineConfig,
     /// Updates that are measured for each setting, after two that are not.
     pub repeats: usize,
+    /// How many trainers; all of them have the model.
+    pub trainers: u32,
+    /// The numbers of rollouts to measure with; the usual ones if there are none.
+    pub rollouts: Vec<u32>,
 }
 
 /// One setting's result. Rates and times are medians.
@@ -35,6 +39,8 @@ pub struct TransferLine {
     pub backend: String,
     /// Where weights and buckets were.
     pub device: String,
+    /// Trainers that have the model.
+    pub trainers: u32,
     /// Rollouts. They read the buckets in place; on a device they copy every tensor out.
     pub rollouts: u32,
     /// Whether buckets were guarded by digests.
@@ -75,6 +81,8 @@ pub struct StageSeconds {
     pub release: f64,
     /// Encoding.
     pub encode: f64,
+    /// Handing filled buckets to the transport.
+    pub publish: f64,
     /// Waiting for confirmations.
     pub confirm: f64,
 }
@@ -85,6 +93,7 @@ impl From<StageTimes> for StageSeconds {
             source: stages.source.as_secs_f64(),
             release: stages.release.as_secs_f64(),
             encode: stages.encode.as_secs_f64(),
+            publish: stages.publish.as_secs_f64(),
             confirm: stages.confirm.as_secs_f64(),
         }
     }
@@ -115,12 +124,15 @@ pub async fn transfer(
     // A second rollout on a device would often find no room for its tensors.
     let settings: &[_] =
         if place.is_cpu() { &[(1, true), (1, false), (2, true)] } else { &[(1, true), (1, false)] };
+    let chosen: Vec<_> =
+        options.rollouts.iter().flat_map(|&count| [(count, true), (count, false)]).collect();
+    let settings = if chosen.is_empty() { settings } else { &chosen };
     for &(rollouts, digests) in settings {
         let weights = || Ok(ensure_async_iterator(source.weights(Version(1))?));
         each(&setting(options, "model", rollouts, digests, &baseline, weights).await?)?;
     }
     drop(baseline);
-    if !place.is_cpu() {
+    if !place.is_cpu() || !options.rollouts.is_empty() {
         return Ok(());
     }
     let (count, len) = TINY;
@@ -175,6 +187,8 @@ async fn setting<'a>(
     let run = SyncOptions {
         source: SourceSpec { updates, ..options.source.clone() },
         config,
+        trainers: options.trainers,
+        still: true,
         rollouts,
         verify: false,
         out: None,
@@ -202,6 +216,7 @@ async fn setting<'a>(
         what,
         device: run.config.device.to_string(),
         backend: run.config.backend,
+        trainers: options.trainers,
         rollouts,
         digests,
         bucket_bytes,

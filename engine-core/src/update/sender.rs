@@ -183,7 +183,7 @@ fn not_entered(operation: &str, deadline: Duration) -> Error {
 #[derive(Debug)]
 pub struct Sender<L> {
     link: L,
-    group: Group,
+    group: Box<Group>,
     plan: Plan,
     digests: bool,
     deadline: Duration,
@@ -262,7 +262,7 @@ impl<L: SendLink> Sender<L> {
         let slots = (0..link.slots()).map(|_| Held::default()).collect();
         let meter = Meter::new(control.rank(), context.observer.clone());
         Self {
-            group: Group {
+            group: Box::new(Group {
                 control,
                 members: receivers.into_iter().map(|rank| (rank, Member::default())).collect(),
                 absent: BTreeSet::new(),
@@ -277,7 +277,7 @@ impl<L: SendLink> Sender<L> {
                 route: None,
                 card: link.card(),
                 meter: meter.clone(),
-            },
+            }),
             link,
             plan: Plan::default(),
             digests: context.config.digests,

@@ -1,0 +1,191 @@
+//! NCCL as the communicator of the collective engine: groups, their streams, and what is under way.
+
+use std::collections::{HashMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use device_cuda::{CudaArena, Device, Event, Stream};
+use engine_core::collective::{Communicator, Shape, Wait};
+use engine_core::{Error, Result};
+use tracing::debug;
+
+use crate::error::NcclError;
+use crate::ffi::{RawComm, Registration, unique_id};
+use crate::sys::Api;
+
+/// The pause between two looks at a communicator that is being made.
+const PAUSE: Duration = Duration::from_micros(200);
+/// How long kernels may take to notice that their communicator was aborted.
+const ENDING: Duration = Duration::from_secs(5);
+
+/// What the thread has.
+#[derive(Debug)]
+pub(crate) struct Nccl {
+    api: &'static Api,
+    device: Device,
+    groups: HashMap<usize, Group>,
+    arena: CudaArena,
+    shape: Shape,
+}
+
+#[derive(Debug)]
+struct Group {
+    comm: RawComm,
+    registration: Option<Registration>,
+    /// Broadcasts that have ended.
+    ended: u64,
+    under_way: VecDeque<Event>,
+    /// Events to be used again.
+    spare: Vec<Event>,
+    stream: Stream,
+}
+
+impl Nccl {
+    pub(crate) fn new(api: &'static Api, arena: CudaArena, shape: Shape) -> Result<Self> {
+        let device = arena.device().clone();
+        // NCCL takes the device whose context is current on the thread.
+        device.enter().map_err(NcclError::from)?;
+        Ok(Self { api, device, groups: HashMap::new(), arena, shape })
+    }
+
+    fn group(&mut self, group: usize) -> Result<&mut Group, NcclError> {
+        self.groups.get_mut(&group).ok_or(NcclError::NotJoined)
+    }
+
+    /// Has a communicator know the slots.
+    fn register(&self, comm: &RawComm, wait: &Wait<'_>) -> Result<Option<Registration>, NcclError> {
+        let registration = match comm.register(&self.arena.memory().all()) {
+            Ok(registration) => registration,
+            Err(error) => {
+                debug!(%error, "the slots are not registered: transfers copy once more");
+                None
+            }
+        };
+        await_ready(comm, wait, "registering slots with NCCL")?;
+        Ok(registration)
+    }
+}
+
+/// Waits for what a communicator was told to do.
+fn await_ready(comm: &RawComm, wait: &Wait<'_>, operation: &str) -> Result<(), NcclError> {
+    while !comm.is_ready()? {
+        wait.check(operation)?;
+        std::thread::sleep(PAUSE);
+    }
+    Ok(())
+}
+
+impl Communicator for Nccl {
+    fn new_group(&mut self) -> Result<Bytes> {
+        Ok(Bytes::copy_from_slice(&unique_id(self.api)?))
+    }
+
+    fn join(
+        &mut self,
+        group: usize,
+        id: &[u8],
+        size: u32,
+        place: u32,
+        wait: &Wait<'_>,
+    ) -> Result<()> {
+        let id = id.try_into().map_err(|_| NcclError::Id(id.len()))?;
+        let comm = RawComm::init(self.api, id, size, place)?;
+        await_ready(&comm, wait, "joining a group of NCCL")?;
+        let registration = self.register(&comm, wait)?;
+        let stream = Stream::new(&self.device).map_err(NcclError::from)?;
+        let group_state = Group {
+            comm,
+            registration,
+            ended: 0,
+            under_way: VecDeque::new(),
+            spare: Vec::new(),
+            stream,
+        };
+        self.groups.insert(group, group_state);
+        Ok(())
+    }
+
+    fn can_shrink(&self) -> bool {
+        self.api.shrink.is_some()
+    }
+
+    fn shrink(&mut self, group: usize, gone: &[u32], wait: &Wait<'_>) -> Result<()> {
+        let operation = "leaving ranks out of a group of NCCL";
+        let old = &self.group(group)?.comm;
+        let new = old.shrink(gone)?;
+        // The new communicator is there when the old one is done with making it.
+        await_ready(old, wait, operation)?;
+        await_ready(&new, wait, operation)?;
+        let registration = self.register(&new, wait)?;
+        let state = self.group(group)?;
+        let old = std::mem::replace(&mut state.comm, new);
+        let known = std::mem::replace(&mut state.registration, registration);
+        forget(&old, known);
+        Ok(())
+    }
+
+    fn broadcast(&mut self, group: usize, slot: u32, len: u64, wait: &Wait<'_>) -> Result<()> {
+        let at = u64::from(slot) * self.shape.slot_bytes;
+        let bytes = self.arena.memory().slice(at as usize, len as usize);
+        let bytes = bytes.map_err(NcclError::from)?;
+        let device = self.device.clone();
+        let state = self.group(group)?;
+        state.comm.broadcast(&bytes, &state.stream)?;
+        // Only now is it on the stream, and the event behind it.
+        while !state.comm.is_ready().map_err(Error::from)? {
+            wait.check("enqueueing a broadcast")?;
+            std::hint::spin_loop();
+        }
+        let event = match state.spare.pop() {
+            Some(event) => event,
+            None => Event::new(&device, false).map_err(NcclError::from)?,
+        };
+        event.record(&state.stream).map_err(NcclError::from)?;
+        state.under_way.push_back(event);
+        Ok(())
+    }
+
+    fn ended(&mut self, group: usize) -> Result<u64> {
+        let state = self.group(group)?;
+        state.comm.is_ready()?;
+        while let Some(first) = state.under_way.front() {
+            if !first.is_done().map_err(NcclError::from)? {
+                break;
+            }
+            state.ended += 1;
+            state.spare.extend(state.under_way.pop_front());
+        }
+        Ok(state.ended)
+    }
+
+    fn leave(&mut self, group: usize) {
+        let Some(group) = self.groups.remove(&group) else { return };
+        let Group { comm, registration, under_way, spare, stream, .. } = group;
+        if under_way.is_empty() {
+            forget(&comm, registration);
+        } else {
+            drop(comm);
+        }
+        // Its kernels end when they see that they were aborted; until then they may write to slots.
+        let until = Instant::now() + ENDING;
+        let ended = |event: &Event| event.is_done().unwrap_or(true);
+        while !under_way.iter().all(ended) {
+            if Instant::now() >= until {
+                tracing::error!("broadcasts of an aborted group do not end: the GPU may be lost");
+                // Dropping a stream waits for its work.
+                std::mem::forget((under_way, spare, stream));
+                return;
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
+}
+
+/// Ends a communicator in which nothing is under way.
+fn forget(comm: &RawComm, registration: Option<Registration>) {
+    if let Some(registration) = registration
+        && let Err(error) = comm.deregister(registration)
+    {
+        debug!(%error, "while slots were deregistered");
+    }
+}

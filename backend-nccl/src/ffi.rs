@@ -1,0 +1,179 @@
+//! NCCL's calls: one function for each, status in, `Result` out.
+#![allow(unsafe_code, reason = "calls of a C library")]
+
+use std::ffi::{CStr, c_int, c_void};
+
+use device_cuda::{CudaSlice, Stream};
+
+use crate::error::NcclError;
+use crate::sys::{
+    Api, Comm, Config, IN_PROGRESS, SHRINK_DEFAULT, SUCCESS, Status, UINT8, UNIQUE_ID_BYTES,
+    UniqueId,
+};
+
+/// A communicator, aborted when dropped. Used by the thread that made it.
+pub(crate) struct RawComm {
+    api: &'static Api,
+    comm: Comm,
+}
+
+impl std::fmt::Debug for RawComm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RawComm").finish_non_exhaustive()
+    }
+}
+
+/// Memory that a communicator knows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Registration(*mut c_void);
+
+fn words(api: &Api, status: Status) -> String {
+    // SAFETY: it takes any number and returns a static string.
+    let text = unsafe { (api.error_string)(status) };
+    if text.is_null() {
+        return format!("status {status}");
+    }
+    // SAFETY: a string that ends with a zero and is never freed.
+    let text = unsafe { CStr::from_ptr(text) };
+    format!("{} ({status})", text.to_string_lossy())
+}
+
+/// What the library says of its last failure: of a communicator, or of the process if it is null.
+fn last(api: &Api, comm: Comm) -> String {
+    // SAFETY: the communicator is null, which the function allows, or alive.
+    let text = unsafe { (api.last_error)(comm) };
+    if text.is_null() {
+        return String::new();
+    }
+    // SAFETY: a string that ends with a zero, valid until the next call of this thread.
+    let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
+    text.trim().to_owned()
+}
+
+fn failed(api: &Api, call: &'static str, status: Status, comm: Comm) -> NcclError {
+    NcclError::Call { call, status, words: words(api, status), last: last(api, comm) }
+}
+
+/// A new id, which the calling process answers for.
+pub(crate) fn unique_id(api: &Api) -> Result<[u8; UNIQUE_ID_BYTES], NcclError> {
+    let mut id = UniqueId { internal: [0; UNIQUE_ID_BYTES] };
+    // SAFETY: it writes the id.
+    let status = unsafe { (api.get_unique_id)(&mut id) };
+    match status {
+        SUCCESS => Ok(id.internal),
+        status => Err(failed(api, "ncclGetUniqueId", status, std::ptr::null_mut())),
+    }
+}
+
+impl RawComm {
+    /// Begins to join a communicator, on the device whose context is current.
+    pub(crate) fn init(
+        api: &'static Api,
+        id: [u8; UNIQUE_ID_BYTES],
+        size: u32,
+        place: u32,
+    ) -> Result<Self, NcclError> {
+        let mut comm: Comm = std::ptr::null_mut();
+        let (size, place) = (size as c_int, place as c_int);
+        let (id, config) = (UniqueId { internal: id }, Config::non_blocking());
+        // SAFETY: it writes the communicator, and copies id and configuration.
+        let status = unsafe { (api.init)(&mut comm, size, id, place, &config) };
+        let this = Self { api, comm };
+        match status {
+            SUCCESS | IN_PROGRESS if !comm.is_null() => Ok(this),
+            status => Err(this.failed("ncclCommInitRankConfig", status)),
+        }
+    }
+
+    /// Begins to leave the members at some places out of a communicator; the new one.
+    pub(crate) fn shrink(&self, gone: &[u32]) -> Result<Self, NcclError> {
+        let Some(shrink) = self.api.shrink else {
+            return Err(self.failed("ncclCommShrink", IN_PROGRESS));
+        };
+        let mut gone: Vec<c_int> = gone.iter().map(|place| *place as c_int).collect();
+        let (count, mut comm) = (gone.len() as c_int, std::ptr::null_mut());
+        let (list, config) = (gone.as_mut_ptr(), std::ptr::null());
+        // SAFETY: the communicator is alive; the list has as many places as it says, and is read before
+        // the call returns; without a configuration the new one gets that of the old one.
+        let status = unsafe { shrink(self.comm, list, count, &mut comm, config, SHRINK_DEFAULT) };
+        let new = Self { api: self.api, comm };
+        match status {
+            SUCCESS | IN_PROGRESS => Ok(new),
+            status => Err(self.failed("ncclCommShrink", status)),
+        }
+    }
+
+    /// Whether what was begun is done; an error if the communicator has failed.
+    pub(crate) fn is_ready(&self) -> Result<bool, NcclError> {
+        if self.comm.is_null() {
+            return Ok(false);
+        }
+        let mut state = SUCCESS;
+        // SAFETY: the communicator is alive, or about to be; it writes the state.
+        let status = unsafe { (self.api.async_error)(self.comm, &mut state) };
+        match (status, state) {
+            (SUCCESS, SUCCESS) => Ok(true),
+            (SUCCESS, IN_PROGRESS) => Ok(false),
+            (SUCCESS, state) => Err(self.failed("a call of NCCL", state)),
+            (status, _) => Err(self.failed("ncclCommGetAsyncError", status)),
+        }
+    }
+
+    /// Has the communicator know memory, which makes transfers of it faster on some transports.
+    pub(crate) fn register(&self, memory: &CudaSlice) -> Result<Option<Registration>, NcclError> {
+        let Some(register) = self.api.register else { return Ok(None) };
+        let mut handle = std::ptr::null_mut();
+        let address = memory.address() as *mut c_void;
+        // SAFETY: the communicator is alive; the memory is, until it is deregistered or the
+        // communicator is aborted, since its owner is dropped after that.
+        let status = unsafe { register(self.comm, address, memory.len(), &mut handle) };
+        match status {
+            SUCCESS | IN_PROGRESS if !handle.is_null() => Ok(Some(Registration(handle))),
+            SUCCESS | IN_PROGRESS => Ok(None),
+            status => Err(self.failed("ncclCommRegister", status)),
+        }
+    }
+
+    /// Forgets memory again.
+    pub(crate) fn deregister(&self, registration: Registration) -> Result<(), NcclError> {
+        let Some(deregister) = self.api.deregister else { return Ok(()) };
+        // SAFETY: the handle is one of this communicator, and is not used again.
+        let status = unsafe { deregister(self.comm, registration.0) };
+        match status {
+            SUCCESS | IN_PROGRESS => Ok(()),
+            status => Err(self.failed("ncclCommDeregister", status)),
+        }
+    }
+
+    /// Enqueues a broadcast from member 0, in place on all of them.
+    pub(crate) fn broadcast(&self, bytes: &CudaSlice, stream: &Stream) -> Result<(), NcclError> {
+        let address = bytes.address() as *mut c_void;
+        let stream = stream.as_raw();
+        // SAFETY: the bytes are device memory of that length, which nobody else uses before the stream
+        // is done: the engine holds the slot's guard until then, and the stream outlives it.
+        let status = unsafe {
+            (self.api.broadcast)(address, address, bytes.len(), UINT8, 0, self.comm, stream)
+        };
+        match status {
+            SUCCESS | IN_PROGRESS => Ok(()),
+            status => Err(self.failed("ncclBroadcast", status)),
+        }
+    }
+
+    fn failed(&self, call: &'static str, status: Status) -> NcclError {
+        failed(self.api, call, status, self.comm)
+    }
+}
+
+impl Drop for RawComm {
+    fn drop(&mut self) {
+        if self.comm.is_null() {
+            return;
+        }
+        // SAFETY: the communicator is alive and not used again.
+        let status = unsafe { (self.api.abort)(self.comm) };
+        if status != SUCCESS {
+            tracing::debug!(status, "while a communicator was aborted");
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! A checkpoint engine over NCCL: trainers broadcast buckets to the GPUs of all rollouts.
+//!
+//! Every rank has a few slots on its GPU. The engine is the one that all collective libraries share
+//! ([`engine_core::collective`]); this crate brings NCCL's calls, made by one thread, and slots that are
+//! packed, quantised, digested and copied out by the kernels of `device-cuda`. No call of NCCL blocks
+//! that thread for longer than a deadline: communicators are made without blocking, watched while
+//! anything is under way, and aborted if it takes too long.
+//!
+//! NCCL is not linked. Its library is searched for when an engine is prepared: the file that
+//! [`NcclOptions::library`] or `CKPT_ENGINE_NCCL_LIB` names; else the folder `native` beside the
+//! program's own, installed Python wheels, and where packages put libraries. All ranks need the same
+//! version.
+
+mod comm;
+mod error;
+mod ffi;
+mod library;
+mod sys;
+
+use std::path::PathBuf;
+
+use engine_core::collective::{CollectiveEngine, CollectiveOptions, build_topology};
+use engine_core::{
+    Availability, Backend, CheckpointEngine, EngineContext, Placement, Result, WorkerMetadata,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::library::NcclLibrary;
+
+/// The transport's name in configurations.
+const NAME: &str = "nccl";
+
+/// The transport as a value, to be registered.
+pub static BACKEND: &dyn Backend = &NcclBackend;
+
+/// The transport's options: `engine_kwargs.nccl` of the configuration.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(default)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct NcclOptions {
+    /// How many trainers send, each a part of the buckets: those of the lowest ranks. Each uses the
+    /// network interfaces near its own GPU.
+    pub senders: u32,
+    /// Whether other trainers of the leader's host take part, so that NCCL can pass buckets on over the
+    /// network interfaces near their GPUs.
+    pub relays: bool,
+    /// Whether to make communicators anew for every update.
+    pub rebuild_group: bool,
+    /// The file `libnccl.so.2`; searched for without it.
+    pub library: Option<PathBuf>,
+}
+
+impl Default for NcclOptions {
+    fn default() -> Self {
+        let CollectiveOptions { senders, relays, rebuild_group } = CollectiveOptions::default();
+        Self { senders, relays, rebuild_group, library: None }
+    }
+}
+
+#[derive(Debug)]
+struct NcclBackend;
+
+impl Backend for NcclBackend {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn summary(&self) -> &'static str {
+        "GPUs of any hosts, by broadcast over NCCL"
+    }
+
+    fn devices(&self) -> &'static [&'static str] {
+        &["cuda"]
+    }
+
+    fn probe(&self) -> Availability {
+        let unusable =
+            |reason: String, remedy: &str| Availability::Unusable { reason, remedy: remedy.into() };
+        let api = match sys::load(None) {
+            Ok(api) => api,
+            Err(error) => return unusable(error.to_string(), error::REMEDY),
+        };
+        let found = &api.found;
+        let can = |what: bool| if what { "can" } else { "cannot" };
+        let words = format!(
+            "NCCL {} at {}; it {} leave ranks out of a group, {} register buckets, {} run several \
+             ranks on one GPU",
+            found.version(),
+            found.path.display(),
+            can(api.shrink.is_some()),
+            can(api.register.is_some()),
+            can(found.can_share_gpus()),
+        );
+        match device_cuda::count() {
+            Ok(count) if count > 0 => {
+                Availability::Usable { details: format!("{words}; {count} GPUs") }
+            }
+            Ok(_) => unusable(format!("{words}; there is no GPU"), "run it where a GPU is"),
+            Err(error) => unusable(format!("{words}; {error}"), "install NVIDIA's driver"),
+        }
+    }
+
+    fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
+        let options = context.config.kwargs::<NcclOptions>(NAME)?;
+        let NcclOptions { senders, relays, rebuild_group, library } = options;
+        let common = CollectiveOptions { senders, relays, rebuild_group };
+        Ok(Box::new(CollectiveEngine::new(NcclLibrary { library }, context, common)?))
+    }
+
+    fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
+        build_topology(NAME, workers)
+    }
+}

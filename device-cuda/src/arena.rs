@@ -1,0 +1,76 @@
+//! The memory of a rank's buckets.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use engine_core::memory::{Job, Pool};
+use engine_core::{DeviceChoice, Error, ErrorKind, Result, Storage};
+
+use crate::{CudaMemory, Device, Packer, bucket_storage};
+
+/// Slots for buckets in one piece of a device's memory, and what fills them.
+///
+/// It does not know which slots are in use: backends see to it that a slot which is written is read by
+/// nobody.
+#[derive(Clone, Debug)]
+pub struct CudaArena {
+    memory: CudaMemory,
+    packer: Arc<Mutex<Packer>>,
+}
+
+impl CudaArena {
+    /// Allocates so many slots of so many bytes on a device; on the first one if it has no number.
+    ///
+    /// # Errors
+    ///
+    /// `Config` for more than can be addressed, `Resource` for more than there is, `Backend` without a
+    /// driver or such a device.
+    pub fn new(device: &DeviceChoice, slots: u32, bytes: u64) -> Result<Self> {
+        let ordinal = i32::try_from(device.ordinal().unwrap_or(0)).unwrap_or(i32::MAX);
+        let device = Device::open(ordinal)?;
+        let total = bytes.checked_mul(slots.into()).and_then(|total| usize::try_from(total).ok());
+        let total = total.ok_or_else(|| {
+            let message = format!("{slots} slots of {bytes} bytes are too many");
+            Error::new(ErrorKind::Config, "preparing", message)
+        })?;
+        let memory = CudaMemory::new(&device, total)?;
+        Ok(Self { memory, packer: Arc::new(Mutex::new(Packer::new(&device)?)) })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        self.memory.device()
+    }
+
+    /// All slots.
+    pub fn memory(&self) -> &CudaMemory {
+        &self.memory
+    }
+
+    /// Encodes all jobs into the bytes from `at` on, and returns their digest sum if it is wanted, else 0.
+    /// Blocks until the bytes are there.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Packer::fill`].
+    pub fn fill(
+        &self,
+        at: usize,
+        len: usize,
+        jobs: &[Job],
+        pool: &Pool,
+        digests: bool,
+    ) -> Result<u64> {
+        let slot = self.memory.slice(at, len)?;
+        let mut packer = self.packer.lock().unwrap_or_else(PoisonError::into_inner);
+        packer.fill(jobs, &slot, pool, digests)
+    }
+
+    /// The bytes from `at` on, to be read, and digested on the device.
+    ///
+    /// # Panics
+    ///
+    /// If there are not so many.
+    pub fn storage(&self, at: usize, len: usize) -> Storage {
+        bucket_storage(&self.memory, &self.packer).slice(at as u64..(at + len) as u64)
+    }
+}
