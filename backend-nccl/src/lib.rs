@@ -11,6 +11,7 @@
 //! program's own, installed Python wheels, and where packages put libraries. All ranks need the same
 //! version.
 
+pub mod bare;
 mod comm;
 mod error;
 mod ffi;

@@ -1,0 +1,65 @@
+//! The engine behaves as every engine has to, with NCCL itself, the weights quantised and not, with one
+//! sender and with several.
+//!
+//! All ranks of the suite are in one process and on one GPU, which NCCL allows since 2.30 with
+//! `NCCL_MULTI_RANK_GPU_ENABLE=1` and `NCCL_NVLS_ENABLE=0`.
+
+use std::sync::LazyLock;
+
+use conformance::Suite;
+use device_cuda::{Device, upload};
+use engine_core::{Result, Weight};
+use futures::StreamExt;
+use futures::executor::block_on;
+use quant_fp8::rules::{Rules, RulesConfig};
+use quant_fp8::{QuantizeFp8, with_fp8};
+use serde_json::{Value, json};
+
+/// A weight with the same bytes on the device.
+fn on_the_device(weight: Weight) -> Result<Weight> {
+    static DEVICE: LazyLock<Device> = LazyLock::new(|| Device::open(0).expect("a device"));
+    upload(&DEVICE, &weight)
+}
+
+fn quantized(weights: Vec<Weight>) -> Vec<Weight> {
+    let rules = Rules::new(&RulesConfig::default()).expect("the default rules");
+    block_on(weights.quantize_fp8(rules).map(|weight| weight.expect("a weight")).collect())
+}
+
+fn suite(options: Value) -> Suite {
+    Suite::new(backend_nccl::BACKEND).with_control_plane().with_config(|config| {
+        config.device = "cuda:0".parse().expect("a device");
+        // Contexts, kernels and communicators are made at the beginning of every case.
+        config.timeout_seconds = 8.0;
+        if let Value::Object(options) = options {
+            config.engine_kwargs.insert("nccl".into(), options);
+        }
+    })
+}
+
+mod one_sender {
+    conformance::suite!(
+        super::suite(super::json!({})).with_weights_placed(super::on_the_device),
+        ignored = "needs a CUDA device and NCCL 2.30"
+    );
+}
+
+mod two_senders_quantised {
+    conformance::suite!(
+        super::suite(super::json!({"senders": 2}))
+            .with_trainers(2)
+            .with_quantizer(super::with_fp8, super::quantized)
+            .with_config(|config| config.trainer_quantize_fp8 = true)
+            .with_weights_placed(super::on_the_device),
+        ignored = "needs a CUDA device and NCCL 2.30"
+    );
+}
+
+mod a_relay_and_weights_on_the_host_without_digests {
+    conformance::suite!(
+        super::suite(super::json!({}))
+            .with_trainers(2)
+            .with_config(|config| config.digests = false),
+        ignored = "needs a CUDA device and NCCL 2.30"
+    );
+}

@@ -1,0 +1,73 @@
+//! What there is of NCCL on a machine without a GPU: the library is found, says its version and what it
+//! can do, and why it cannot be used.
+
+use engine_core::{
+    Availability, CheckpointEngineConfig, ControlPlane, EngineContext, ErrorKind, Role,
+};
+
+fn words() -> String {
+    match backend_nccl::BACKEND.probe() {
+        Availability::Usable { details } => details,
+        Availability::Unusable { reason, remedy } => format!("{reason}; {remedy}"),
+    }
+}
+
+async fn prepare(config: CheckpointEngineConfig) -> engine_core::Error {
+    let address = format!("unix:@nccl-library-{}", std::process::id()).parse().expect("one");
+    let token = engine_core::control::Token::generate().expect("a token");
+    let control = engine_core::control::ControlConfig::new(address, token);
+    let control = ControlPlane::lead(control).await.expect("an address");
+    let context = EngineContext::new(config, Role::Trainer).with_control(control);
+    let mut engine = backend_nccl::BACKEND.create(context).expect("an engine");
+    engine.prepare().await.expect_err("it cannot be prepared")
+}
+
+#[tokio::test]
+async fn host_memory_is_refused_in_words() {
+    let config = CheckpointEngineConfig { backend: "nccl".into(), ..Default::default() };
+    let error = prepare(config).await;
+    assert_eq!(error.kind(), ErrorKind::Config);
+    assert!(error.to_string().contains("set `device` to `cuda`"), "{error}");
+}
+
+#[tokio::test]
+async fn a_library_that_is_not_there_is_an_error_that_names_it_and_says_what_to_install() {
+    let text = r#"{"backend": "nccl", "device": "cuda", "engine_kwargs": {
+        "nccl": {"library": "/nowhere/libnccl.so.2"}}}"#;
+    let config = CheckpointEngineConfig::from_text(text, engine_core::ConfigFormat::Json);
+    let error = prepare(config.expect("a configuration")).await;
+    assert_eq!(error.kind(), ErrorKind::Backend, "{error}");
+    assert!(error.to_string().contains("/nowhere/libnccl.so.2"), "{error}");
+    assert!(error.to_string().contains("pip install nvidia-nccl"), "{error}");
+}
+
+#[test]
+fn an_option_that_nobody_knows_is_an_error_that_lists_those_that_are_known() {
+    let text = r#"{"backend": "nccl", "engine_kwargs": {"nccl": {"sender": 2}}}"#;
+    let config = CheckpointEngineConfig::from_text(text, engine_core::ConfigFormat::Json);
+    let context = EngineContext::new(config.expect("a configuration"), Role::Trainer);
+    let error = backend_nccl::BACKEND.create(context).expect_err("an unknown option");
+    assert!(error.to_string().contains("`senders`"), "{error}");
+}
+
+#[test]
+#[ignore = "needs NCCL"]
+fn the_library_says_its_version_and_what_it_can_do() {
+    let words = words();
+    assert!(words.contains("NCCL 2."), "{words}");
+    assert!(words.contains("can leave ranks out of a group"), "{words}");
+}
+
+#[test]
+#[ignore = "needs NCCL"]
+fn an_id_can_be_made_anywhere_and_a_group_without_a_gpu_is_an_error_in_words() {
+    let id = backend_nccl::bare::group_id(None).expect("an id");
+    assert_eq!(id.len(), 128);
+    assert!(id.iter().any(|byte| *byte != 0));
+    if device_cuda::count().is_ok_and(|count| count > 0) {
+        return; // There is a GPU: the other tests are about it.
+    }
+    let error = backend_nccl::bare::join_alone(None).expect_err("no GPU");
+    assert!(error.to_string().contains("ncclCommInitRankConfig"), "{error}");
+    assert!(error.to_string().len() > 40, "no words: {error}");
+}

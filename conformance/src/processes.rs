@@ -1,0 +1,321 @@
+//! Groups whose ranks are processes, some of which are killed within an update.
+//!
+//! The leading trainer is in the test's own process, all others are children that run the same test
+//! program, with the name of one test that becomes a rank when it finds itself to be a child:
+//!
+//! ```no_run
+//! # static BACKEND: &dyn engine_core::Backend = engine_core::naive::BACKEND;
+//! #[test]
+//! fn a_process_of_a_group() {
+//!     conformance::processes::be_a_child(BACKEND);
+//! }
+//! ```
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use engine_core::control::{Address, ControlConfig, Token};
+use engine_core::{
+    Backend, CheckpointEngine, CheckpointEngineConfig, ControlPlane, DType, EngineContext,
+    ErrorKind, Rank, Result, Role, SendReport, Version, Weight, WorkerMetadata,
+    ensure_async_iterator,
+};
+
+const SECRET: &[u8] = b"the secret of a group of tests, long enough";
+const CHILD: &str = "CKPT_ENGINE_TEST_CHILD";
+/// The test that becomes a rank.
+const TEST: &str = "a_process_of_a_group";
+/// How long anything may take before it counts as a hang.
+const LIMIT: Duration = Duration::from_secs(90);
+/// Weights of an update.
+pub const WEIGHTS: usize = 12;
+const WEIGHT_BYTES: usize = 500_000;
+
+/// What a child is told.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+struct Orders {
+    address: String,
+    /// The rank to take; the leader gives one without.
+    rank: Option<Rank>,
+    role: Role,
+    ranks: u32,
+    config: serde_json::Value,
+}
+
+/// A model that says its version in every byte.
+fn model(version: u64) -> Vec<Weight> {
+    let weight = |index: usize| {
+        let bytes = vec![(version * 16 + index as u64) as u8; WEIGHT_BYTES];
+        Weight::new(format!("w{index}"), DType::U8, [WEIGHT_BYTES as u64], bytes)
+            .expect("a small tensor")
+    };
+    (0..WEIGHTS).map(weight).collect()
+}
+
+fn control(address: Address) -> ControlConfig {
+    let mut config = ControlConfig::new(address, Token::new(SECRET).expect("a long token"));
+    config.heartbeat_interval = Duration::from_millis(300);
+    config.heartbeat_timeout = Duration::from_secs(3);
+    config
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(2).enable_all().build().expect("a runtime")
+}
+
+/// Joins an engine with a group of so many ranks, or with one that is there already.
+async fn form(
+    backend: &'static dyn Backend,
+    control: &ControlPlane,
+    config: CheckpointEngineConfig,
+    ranks: u32,
+) -> Result<Box<dyn CheckpointEngine>> {
+    let context = EngineContext::new(config, control.role()).with_control(control.clone());
+    let mut engine = backend.create(context)?;
+    let own = serde_json::to_vec(&engine.prepare().await?).expect("metadata");
+    let peers = control.gather(ranks, own.into(), LIMIT).await?;
+    let workers = peers.iter().map(|peer| serde_json::from_slice(&peer.payload));
+    let workers: Vec<WorkerMetadata> = workers.map(|worker| worker.expect("metadata")).collect();
+    let places = backend.build_topology(&workers)?;
+    let place = places.into_iter().find(|place| place.rank == control.rank());
+    engine.init_process_group(place.expect("a place")).await?;
+    Ok(engine)
+}
+
+/// What a child process does; nothing in a process that is none.
+pub fn be_a_child(backend: &'static dyn Backend) {
+    let Ok(orders) = std::env::var(CHILD) else { return };
+    let orders: Orders = serde_json::from_str(&orders).expect("orders");
+    let text = orders.config.to_string();
+    let config = CheckpointEngineConfig::from_text(&text, engine_core::ConfigFormat::Json);
+    let config = config.expect("a configuration");
+    runtime().block_on(async {
+        let address = orders.address.parse().expect("an address");
+        let joined = ControlPlane::join(control(address), orders.role, orders.rank).await;
+        let plane = joined.expect("the leader");
+        let mut engine = match form(backend, &plane, config, orders.ranks).await {
+            Ok(engine) => engine,
+            Err(error) => return say(&format!("refused {:?}: {error}", error.kind())),
+        };
+        say("joined");
+        for version in 1.. {
+            let result = match orders.role {
+                Role::Rollout => receive(&mut *engine).await,
+                Role::Trainer => {
+                    let weights = ensure_async_iterator(model(version));
+                    let sent = engine.send_weights(weights, Version(version)).await;
+                    sent.map(|report| report.version)
+                }
+            };
+            match result {
+                Ok(version) => say(&format!("active {version}")),
+                Err(error)
+                    if orders.role == Role::Rollout && error.kind() == ErrorKind::Timeout => {}
+                Err(error) => {
+                    say(&format!("failed {:?} {}", error.kind(), rank_in_words(&error)));
+                    if error.kind() == ErrorKind::PeerLost && plane.peers().is_empty()
+                        || error.report().rank == Some(Rank::LEADER)
+                            && error.kind() == ErrorKind::PeerLost
+                    {
+                        return;
+                    }
+                }
+            }
+        }
+    });
+}
+
+fn rank_in_words(error: &engine_core::Error) -> String {
+    error.report().rank.map_or_else(|| "nobody".into(), |rank| rank.to_string())
+}
+
+/// Takes an update, and compares every byte.
+async fn receive(engine: &mut dyn CheckpointEngine) -> Result<Version> {
+    let mut received = engine.receive_weights(None).await?;
+    let version = received.version();
+    let mut index = 0;
+    while let Some(tensor) = received.next_tensor().await? {
+        let expected = (version.0 * 16 + index) as u8;
+        assert!(tensor.to_bytes()?.iter().all(|byte| *byte == expected), "other bytes arrived");
+        index += 1;
+    }
+    assert_eq!(index, WEIGHTS as u64, "tensors are missing");
+    Ok(version)
+}
+
+fn say(line: &str) {
+    let mut output = std::io::stdout().lock();
+    writeln!(output, "\n>{line}").and_then(|()| output.flush()).expect("a parent that listens");
+}
+
+/// A child process, killed when dropped.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    said: Receiver<String>,
+}
+
+impl Process {
+    fn start(orders: &Orders) -> Self {
+        let mut command = Command::new(std::env::current_exe().expect("this program"));
+        command.args(["--exact", TEST, "--nocapture", "--include-ignored"]);
+        command.env(CHILD, serde_json::to_string(orders).expect("orders"));
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("a child");
+        let output = BufReader::new(child.stdout.take().expect("its output"));
+        let (sender, said) = channel();
+        std::thread::spawn(move || {
+            for line in output.lines().map_while(std::io::Result::ok) {
+                let Some(line) = line.strip_prefix('>') else { continue };
+                if sender.send(line.to_owned()).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { child, said }
+    }
+
+    /// Kills it, as the kernel would.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("a child to kill");
+        self.child.wait().expect("its end");
+    }
+
+    /// The next thing that it says.
+    pub fn says(&self) -> String {
+        self.said.recv_timeout(LIMIT).expect("a child that says something")
+    }
+
+    /// Its resident memory, in bytes.
+    pub fn resident_bytes(&self) -> u64 {
+        resident_bytes(&self.child.id().to_string())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// The resident memory of a process, or of this one, whose name is `self`.
+pub fn resident_bytes(process: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).expect("a process");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("its memory");
+    let number = line.split_ascii_whitespace().next().and_then(|number| number.parse::<u64>().ok());
+    number.expect("a number") * 1024
+}
+
+/// A leading trainer in this process, and all other ranks in processes of their own.
+#[derive(Debug)]
+pub struct Processes {
+    runtime: tokio::runtime::Runtime,
+    engine: Box<dyn CheckpointEngine>,
+    orders: Orders,
+    control: ControlPlane,
+    /// In the order of their ranks, from 1 on: trainers, then rollouts.
+    pub children: Vec<Process>,
+}
+
+impl Processes {
+    /// Forms a group.
+    ///
+    /// # Panics
+    ///
+    /// If it does not form.
+    pub fn form(
+        backend: &'static dyn Backend,
+        config: &CheckpointEngineConfig,
+        trainers: u32,
+        rollouts: u32,
+    ) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let address = format!("unix:@processes-{}-{count}", std::process::id());
+        let runtime = runtime();
+        let lead = ControlPlane::lead(control(address.parse().expect("an address")));
+        let plane = runtime.block_on(lead).expect("an address to listen at");
+        let ranks = trainers + rollouts;
+        let config_value = serde_json::to_value(config).expect("a configuration");
+        let mut orders =
+            Orders { address, rank: None, role: Role::Trainer, ranks, config: config_value };
+        let mut children = Vec::new();
+        for rank in 1..ranks {
+            orders.rank = Some(Rank(rank));
+            orders.role = if rank < trainers { Role::Trainer } else { Role::Rollout };
+            children.push(Process::start(&orders));
+        }
+        let engine = runtime.block_on(form(backend, &plane, config.clone(), ranks));
+        let engine = engine.expect("a group");
+        children.iter().for_each(|child| assert_eq!(child.says(), "joined"));
+        Self { runtime, engine, orders, control: plane, children }
+    }
+
+    /// A rollout that joins late; the leader gives it a rank.
+    pub fn join(&mut self) {
+        let orders = Orders { rank: None, role: Role::Rollout, ..self.orders.clone() };
+        let child = Process::start(&orders);
+        assert_eq!(child.says(), "joined");
+        self.children.push(child);
+    }
+
+    /// One update, within which something happens before the weight of a number is given.
+    ///
+    /// # Errors
+    ///
+    /// Why it failed.
+    ///
+    /// # Panics
+    ///
+    /// If it hangs.
+    pub fn update(
+        &mut self,
+        version: u64,
+        before: usize,
+        mut happens: impl FnMut(&mut Vec<Process>) + Send,
+    ) -> Result<SendReport> {
+        let Self { runtime, engine, children, .. } = self;
+        let mut given = 0;
+        let mut weights = model(version).into_iter();
+        let source = std::iter::from_fn(|| {
+            if given == before {
+                happens(children);
+            }
+            given += 1;
+            weights.next()
+        });
+        let sent = engine.send_weights(ensure_async_iterator(source), Version(version));
+        let limited = async { tokio::time::timeout(LIMIT, sent).await };
+        runtime.block_on(limited).expect("no hang")
+    }
+
+    /// An update that has to work, for so many rollouts; every child says so.
+    ///
+    /// # Panics
+    ///
+    /// If it does not.
+    pub fn works(&mut self, version: u64, rollouts: usize) {
+        let report = self.update(version, usize::MAX, |_| {});
+        let report = report.unwrap_or_else(|error| panic!("version {version}: {error}"));
+        assert_eq!(report.receivers.len(), rollouts, "of version {version}");
+        for child in &self.children {
+            assert_eq!(child.says(), format!("active {version}"));
+        }
+    }
+
+    /// Ends the group, as an embedding program does.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be ended.
+    pub fn close(mut self) {
+        self.runtime.block_on(self.engine.finalize()).expect("an end");
+        self.runtime.block_on(self.control.close()).expect("an end");
+    }
+}
