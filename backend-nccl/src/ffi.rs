@@ -7,8 +7,7 @@ use device_cuda::{CudaSlice, Stream};
 
 use crate::error::NcclError;
 use crate::sys::{
-    Api, Comm, Config, IN_PROGRESS, SHRINK_DEFAULT, SUCCESS, Status, UINT8, UNIQUE_ID_BYTES,
-    UniqueId,
+    Api, Comm, Config, IN_PROGRESS, SHRINK_ABORT, SUCCESS, Status, UINT8, UNIQUE_ID_BYTES, UniqueId,
 };
 
 /// A communicator, aborted when dropped. Used by the thread that made it.
@@ -95,7 +94,7 @@ impl RawComm {
         let (list, config) = (gone.as_mut_ptr(), std::ptr::null());
         // SAFETY: the communicator is alive; the list has as many places as it says, and is read before
         // the call returns; without a configuration the new one gets that of the old one.
-        let status = unsafe { shrink(self.comm, list, count, &mut comm, config, SHRINK_DEFAULT) };
+        let status = unsafe { shrink(self.comm, list, count, &mut comm, config, SHRINK_ABORT) };
         let new = Self { api: self.api, comm };
         match status {
             SUCCESS | IN_PROGRESS => Ok(new),

@@ -27,8 +27,8 @@ pub(crate) const IN_PROGRESS: Status = 7;
 
 /// `ncclUint8`.
 pub(crate) const UINT8: c_int = 1;
-/// `NCCL_SHRINK_DEFAULT`.
-pub(crate) const SHRINK_DEFAULT: c_int = 0;
+/// `NCCL_SHRINK_ABORT`: what a member that died has left under way is ended first.
+pub(crate) const SHRINK_ABORT: c_int = 1;
 
 /// A communicator: `ncclComm_t`.
 pub(crate) type Comm = *mut c_void;

@@ -513,9 +513,14 @@ fn allow_shared_gpus(command: &Command) -> Result<(), Failure> {
     }
     eprintln!(
         "a test configuration: {ranks} ranks of NCCL share fewer GPUs (NCCL_MULTI_RANK_GPU_ENABLE=1, \
-         NCCL_NVLS_ENABLE=0; it takes NCCL 2.30 or later)"
+         NCCL_NVLS_ENABLE=0, NCCL_BUFFSIZE=16777216; it takes NCCL 2.30 or later)"
     );
-    for (name, value) in [("NCCL_MULTI_RANK_GPU_ENABLE", "1"), ("NCCL_NVLS_ENABLE", "0")] {
+    // Processes take turns on a GPU, and what NCCL moves in a turn is what its buffers hold.
+    for (name, value) in [
+        ("NCCL_MULTI_RANK_GPU_ENABLE", "1"),
+        ("NCCL_NVLS_ENABLE", "0"),
+        ("NCCL_BUFFSIZE", "16777216"),
+    ] {
         // SAFETY: `main` calls this before it starts a thread, and nothing so far has.
         unsafe { cli::set_variable(name, value) };
     }

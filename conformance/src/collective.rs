@@ -218,6 +218,7 @@ struct Enqueued {
     slot: u32,
     len: u64,
     by: BTreeSet<u32>,
+    corrupt: bool,
     done: bool,
 }
 
@@ -349,7 +350,13 @@ impl Communicator for FakeCommunicator {
         let at = member.enqueued;
         member.enqueued += 1;
         if world.broadcasts.len() == at {
-            world.broadcasts.push(Enqueued { slot, len, by: BTreeSet::new(), done: false });
+            world.broadcasts.push(Enqueued {
+                slot,
+                len,
+                by: BTreeSet::new(),
+                corrupt: false,
+                done: false,
+            });
         }
         let enqueued = &mut world.broadcasts[at];
         if (enqueued.slot, enqueued.len) != (slot, len) {
@@ -360,6 +367,7 @@ impl Communicator for FakeCommunicator {
             world.failed = Some(words.clone());
             return Err(error(ErrorKind::Protocol, words));
         }
+        enqueued.corrupt |= corrupts;
         if !hangs {
             enqueued.by.insert(member.place);
         }
@@ -367,12 +375,13 @@ impl Communicator for FakeCommunicator {
             return Ok(());
         }
         enqueued.done = true;
+        let corrupt = enqueued.corrupt;
         let (slot, len) = (slot as usize, len as usize);
         let source = lock(&world.members[&0].slots[slot])[..len].to_vec();
         for place in &member.places[1..] {
             lock(&world.members[place].slots[slot])[..len].copy_from_slice(&source);
         }
-        let last = member.places.last().filter(|_| corrupts);
+        let last = member.places.last().filter(|_| corrupt);
         if let Some(place) = last {
             lock(&world.members[place].slots[slot])[len / 2] ^= 1;
         }

@@ -47,3 +47,266 @@ mod a_trainer_without_a_part {
 mod groups_formed_anew_for_every_update {
     conformance::suite!(super::suite(super::json!({"rebuild_group": true})));
 }
+
+/// A group whose ranks come and go, in this process.
+mod membership_and_faults {
+    use std::sync::Mutex;
+    use std::time::Duration;
+
+    use conformance::collective::{BACKEND, Counts, counts};
+    use engine_core::control::{ControlConfig, Token};
+    use engine_core::{
+        CheckpointEngine, CheckpointEngineConfig, ControlPlane, DType, EngineContext, Error,
+        ErrorKind, Rank, Result, Role, SendReport, Version, Weight, WorkerMetadata,
+        ensure_async_iterator,
+    };
+    use serde_json::{Value, json};
+
+    /// Tests that count what all groups of the process do run one after the other.
+    static COUNTING: Mutex<()> = Mutex::new(());
+
+    struct Member {
+        control: ControlPlane,
+        engine: Box<dyn CheckpointEngine>,
+    }
+
+    struct Group {
+        at: ControlConfig,
+        config: CheckpointEngineConfig,
+        leader: Member,
+        others: Vec<Member>,
+    }
+
+    const WAIT: Duration = Duration::from_secs(5);
+
+    async fn member(
+        control: ControlPlane,
+        config: &CheckpointEngineConfig,
+        ranks: u32,
+    ) -> Result<Member> {
+        let context = EngineContext::new(config.clone(), control.role());
+        let mut engine = BACKEND.create(context.with_control(control.clone()))?;
+        let own = serde_json::to_vec(&engine.prepare().await?).expect("metadata");
+        let peers = control.gather(ranks, own.into(), WAIT).await?;
+        let workers: Vec<WorkerMetadata> = peers
+            .iter()
+            .map(|peer| serde_json::from_slice(&peer.payload).expect("metadata"))
+            .collect();
+        let places = BACKEND.build_topology(&workers)?;
+        let place = places.into_iter().find(|place| place.rank == control.rank());
+        engine.init_process_group(place.expect("a place")).await?;
+        Ok(Member { control, engine })
+    }
+
+    impl Group {
+        async fn form(options: Value, rollouts: u32) -> Result<Self> {
+            static NUMBER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+            let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let address = format!("unix:@collective-{}-{number}", std::process::id());
+            let at = ControlConfig::new(address.parse()?, Token::generate()?);
+            let mut config = CheckpointEngineConfig {
+                backend: BACKEND.name().into(),
+                update_weights_bucket_megabytes: Some(1),
+                timeout_seconds: 2.0,
+                ..Default::default()
+            };
+            super::with(options)(&mut config);
+            let mut planes = vec![ControlPlane::lead(at.clone()).await?];
+            for rank in 1..=rollouts {
+                let rank = Some(Rank(rank));
+                planes.push(ControlPlane::join(at.clone(), Role::Rollout, rank).await?);
+            }
+            let members = planes.into_iter().map(|plane| member(plane, &config, rollouts + 1));
+            let mut members = futures::future::try_join_all(members).await?;
+            let leader = members.remove(0);
+            Ok(Self { at, config, leader, others: members })
+        }
+
+        async fn update(&mut self, version: u64) -> (Result<SendReport>, Vec<Result<()>>) {
+            let weights = (0..6).map(|index| {
+                let bytes = vec![(version as u8) ^ index; 400_000];
+                Weight::new(format!("w{index}"), DType::U8, [400_000], bytes).expect("a weight")
+            });
+            let weights: Vec<Weight> = weights.collect();
+            let send = ensure_async_iterator(weights.clone());
+            let send = self.leader.engine.send_weights(send, Version(version));
+            let receive = self.others.iter_mut().map(|member| async {
+                let mut received = member.engine.receive_weights(None).await?;
+                let mut sent = weights.iter();
+                while let Some(tensor) = received.next_tensor().await? {
+                    let sent = sent.next().expect("as many as were sent").to_bytes()?;
+                    assert_eq!(tensor.to_bytes()?, sent, "other bytes arrived");
+                }
+                assert!(sent.next().is_none(), "tensors are missing");
+                Ok(())
+            });
+            futures::future::join(send, futures::future::join_all(receive)).await
+        }
+
+        async fn works(&mut self, version: u64) -> SendReport {
+            let (sent, received) = self.update(version).await;
+            let report = sent.unwrap_or_else(|error| panic!("version {version}: {error}"));
+            assert_eq!(report.receivers.len(), self.others.len(), "version {version}");
+            received.into_iter().for_each(|received| received.expect("a complete version"));
+            report
+        }
+
+        /// The leader's error, and those of the others.
+        async fn fails(&mut self, version: u64) -> (Error, Vec<Error>) {
+            let (sent, received) = self.update(version).await;
+            let errors = received.into_iter().map(|result| result.expect_err("a failure"));
+            (sent.expect_err("a failure"), errors.collect())
+        }
+
+        /// A member leaves as a process does that ends.
+        async fn leave(&mut self, at: usize) {
+            let Member { control, mut engine } = self.others.remove(at);
+            engine.finalize().await.expect("an end");
+            drop(engine);
+            control.close().await.expect("an end");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+
+        async fn join(&mut self) {
+            let plane = ControlPlane::join(self.at.clone(), Role::Rollout, None).await;
+            let joined = member(plane.expect("the leader"), &self.config, 9).await;
+            self.others.push(joined.expect("a place"));
+        }
+    }
+
+    fn run(test: impl Future<Output = ()>) {
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        runtime.worker_threads(2).enable_all().build().expect("a runtime").block_on(test);
+    }
+
+    fn since(before: Counts) -> (u64, u64) {
+        let now = counts();
+        (now.joined - before.joined, now.shrunk - before.shrunk)
+    }
+
+    #[test]
+    fn a_group_is_kept_while_its_members_stay_shrinks_when_they_leave_and_forms_anew_when_they_join()
+     {
+        let _counting = COUNTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        run(async {
+            let mut group = Group::form(json!({}), 3).await.expect("a group");
+            let start = counts();
+            for version in 1..5 {
+                group.works(version).await;
+            }
+            assert_eq!(since(start), (4, 0), "four ranks join once");
+            group.leave(1).await;
+            group.works(5).await;
+            group.works(6).await;
+            assert_eq!(since(start), (4, 3), "three ranks go on without the fourth");
+            group.join().await;
+            group.works(7).await;
+            group.works(8).await;
+            assert_eq!(since(start), (8, 3), "four ranks join anew");
+        });
+    }
+
+    #[test]
+    fn a_library_that_cannot_leave_members_out_forms_the_group_anew() {
+        let _counting = COUNTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        run(async {
+            let mut group = Group::form(json!({"shrinks": false}), 2).await.expect("a group");
+            let start = counts();
+            group.works(1).await;
+            group.leave(0).await;
+            group.works(2).await;
+            assert_eq!(since(start), (5, 0));
+        });
+    }
+
+    #[test]
+    fn leaving_members_out_that_fails_is_an_error_and_the_group_forms_anew() {
+        run(async {
+            let options = json!({"fault": "shrink_fails", "fault_rank": 0});
+            let mut group = Group::form(options, 3).await.expect("a group");
+            group.works(1).await;
+            group.leave(2).await;
+            let (error, _) = group.fails(2).await;
+            assert!(error.to_string().contains("leave anyone out"), "{error}");
+            group.works(3).await;
+            group.leave(1).await;
+            group.works(4).await;
+        });
+    }
+
+    #[test]
+    fn a_broadcast_that_never_ends_is_a_timeout_that_names_rank_and_bucket_and_the_next_update_works()
+     {
+        // On the rank that sends, on one that receives, and in the middle of the update's buckets.
+        for (rank, at) in [(0, 1), (1, 3), (2, 5)] {
+            run(async {
+                let options = json!({"fault": "never_ends", "fault_rank": rank, "fault_at": at});
+                let mut group = Group::form(options, 2).await.expect("a group");
+                let (error, others) = group.fails(1).await;
+                for error in others.iter().chain([&error]) {
+                    assert_eq!(error.kind(), ErrorKind::Timeout, "rank {rank} at {at}: {error}");
+                    assert!(error.report().rank.is_some(), "no rank: {error}");
+                    assert!(error.report().bucket.is_some(), "no bucket: {error}");
+                }
+                group.works(2).await;
+                group.works(3).await;
+            });
+        }
+    }
+
+    #[test]
+    fn a_group_that_fails_is_an_error_everywhere_and_the_next_update_works() {
+        for rank in 0..3 {
+            run(async {
+                let options = json!({"fault": "fails", "fault_rank": rank, "fault_at": 2});
+                let mut group = Group::form(options, 2).await.expect("a group");
+                let (error, others) = group.fails(1).await;
+                assert!(error.to_string().contains("an asynchronous error"), "{error}");
+                assert_eq!(others.len(), 2);
+                group.works(2).await;
+            });
+        }
+    }
+
+    #[test]
+    fn a_rank_that_cannot_join_is_a_timeout_everywhere_and_the_next_update_works() {
+        for rank in 0..3 {
+            run(async {
+                let options = json!({"fault": "join_hangs", "fault_rank": rank});
+                let mut group = Group::form(options, 2).await.expect("a group");
+                let (error, _) = group.fails(1).await;
+                assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+                group.works(2).await;
+            });
+        }
+    }
+
+    #[test]
+    fn a_bit_that_changes_on_the_way_is_a_digest_that_differs() {
+        run(async {
+            let options = json!({"fault": "corrupts", "fault_at": 4});
+            let config = |rank: u32| {
+                let mut options = options.clone();
+                options["fault_rank"] = rank.into();
+                options
+            };
+            let mut group = Group::form(config(2), 2).await.expect("a group");
+            let (error, _) = group.fails(1).await;
+            assert_eq!(error.kind(), ErrorKind::Digest, "{error}");
+            assert_eq!(error.report().rank, Some(Rank(2)), "{error}");
+            group.works(2).await;
+        });
+    }
+
+    #[test]
+    fn a_rank_with_another_version_of_the_library_is_a_mismatch_that_says_both() {
+        run(async {
+            let options = json!({"fault": "other_version", "fault_rank": 2});
+            let error = Group::form(options, 2).await.err().expect("a mismatch");
+            assert_eq!(error.kind(), ErrorKind::Mismatch, "{error}");
+            assert_eq!(error.report().rank, Some(Rank(2)), "{error}");
+            let words = error.to_string();
+            assert!(words.contains("in-process 2") && words.contains("in-process 1"), "{words}");
+        });
+    }
+}

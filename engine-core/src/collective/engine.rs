@@ -569,7 +569,9 @@ impl<C: Communicator> Awaiting for Expected<C> {
         let Self { node, slot, filled, from, arrival } = *self;
         arrival.tell(match result {
             Ok(()) => Ok(node.slots.view(slot, filled)),
-            Err(error) => Err(error.rank(from)),
+            // It was waited for; of anything else, nobody knows whose fault it is.
+            Err(error) if error.kind() == ErrorKind::Timeout => Err(error.rank(from)),
+            Err(error) => Err(error),
         });
     }
 }

@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 use tracing::{Span, debug, debug_span, info, warn};
 
 use super::message::{Begin, Layout, ToReceiver, ToSender, decode, encode};
+use super::sender::is_of_transport;
 use super::{LONG, arrived_event, next_event, within};
 use crate::control::{ControlPlane, Event};
 use crate::memory::{Pool, Work};
@@ -436,7 +437,10 @@ impl<L: FetchLink> Session<'_, L> {
                     // What happens meanwhile, happens now: further fetches, or the update's end.
                     let (bytes, sum, stages) = tokio::select! {
                         biased;
-                        ready = stage.ready(self.begin.routed) => ready.map_err(|error| error.bucket(index))?,
+                        ready = stage.ready(self.begin.routed) => match ready {
+                            Ok(ready) => ready,
+                            Err(error) => return Err(self.first_cause(error.bucket(index)).await),
+                        },
                         event = event_of_update(control, *deadline, operation) => {
                             let event = event.map_err(|error| error.bucket(index))?;
                             self.take(event).await?;
@@ -460,6 +464,32 @@ impl<L: FetchLink> Session<'_, L> {
                     return Ok(None);
                 }
             }
+        }
+    }
+
+    /// Why the update failed here: what a transport sees of a rank that died is that something broke,
+    /// and the trainer says which rank it was.
+    async fn first_cause(&mut self, error: Error) -> Error {
+        const MOMENT: Duration = Duration::from_secs(1);
+        if self.begin.routed || !is_of_transport(&error) {
+            return error;
+        }
+        let version = self.begin.version;
+        self.guard.fail(&error.report().clone().into());
+        let cause = async {
+            loop {
+                let event = event_of_update(&self.receiver.control, MOMENT, "hearing of the cause");
+                match message(event.await?)? {
+                    Some(ToReceiver::Abort { update, error }) if update == self.begin.update => {
+                        return Err::<(), _>(Error::from(error));
+                    }
+                    other => debug!(?other, "after the failure"),
+                }
+            }
+        };
+        match tokio::time::timeout(MOMENT, cause).await {
+            Ok(Err(cause)) if cause.kind() != ErrorKind::Timeout => cause.with_source(error),
+            _ => error.version(version),
         }
     }
 

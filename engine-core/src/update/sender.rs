@@ -170,6 +170,11 @@ impl<L: SendLink + ?Sized> SendLink for Box<L> {
 
 const FILLING: &str = "waiting for a trainer to fill a bucket";
 
+/// Whether an error may be what a transport sees of a rank that died.
+pub(super) fn is_of_transport(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::PeerLost | ErrorKind::Io)
+}
+
 fn not_entered(operation: &str, deadline: Duration) -> Error {
     let message = format!(
         "nothing within {:.1} s: the rank has not called receive_weights, or send_weights if it is a \
@@ -324,6 +329,10 @@ impl<L: SendLink> Sender<L> {
         guard.arm(&self.group);
         let result = self.run(weights).await;
         self.link.end(result.is_ok());
+        let result = match result {
+            Err(error) if is_of_transport(&error) => Err(self.group.cause_of(error).await),
+            result => result,
+        };
         match result {
             Ok(report) => {
                 guard.disarm();
@@ -516,6 +525,30 @@ impl Group {
         let receivers = self.receivers().collect();
         self.meter.observe(&Progress::Began { version, receivers });
         Ok(())
+    }
+
+    /// Why an update failed whose transport has failed: what a transport sees of a rank that died is
+    /// that something broke, and the control plane knows which rank it was, a moment later.
+    async fn cause_of(&mut self, error: Error) -> Error {
+        const MOMENT: Duration = Duration::from_millis(300);
+        if error.report().rank.is_some_and(|rank| self.absent.contains(&rank)) {
+            return error;
+        }
+        let until = Instant::now() + MOMENT;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let Ok(Some(event)) = self.control.recv(left).await else { return error };
+            let gone = match &event {
+                Event::Left { rank } | Event::Lost { rank, .. } => Some(*rank),
+                _ => None,
+            };
+            let bucket = error.report().bucket.unwrap_or(0);
+            // A rank without a part in the update is no cause.
+            match self.handle(event, bucket) {
+                Err(cause) if gone.is_some() => return cause.with_source(error),
+                _ => {}
+            }
+        }
     }
 
     fn end(&mut self) {
