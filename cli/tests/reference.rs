@@ -7,6 +7,7 @@ use std::path::Path;
 
 use checkpoint_engine::CheckpointEngineConfig;
 use checkpoint_engine::fp8::Quantization;
+use checkpoint_engine::nccl::NcclOptions;
 use checkpoint_engine::nixl::NixlOptions;
 use checkpoint_engine::telemetry::{METRICS, MetricKind};
 use schemars::{JsonSchema, schema_for};
@@ -43,6 +44,8 @@ fn the_configuration_page_is_made_from_the_types() {
     table::<CheckpointEngineConfig>(&mut page, "`checkpoint_engine`", &engine);
     let quantization = defaults(serde_json::to_value(Quantization::default()));
     table::<Quantization>(&mut page, "`quantization`", &quantization);
+    let nccl = defaults(serde_json::to_value(NcclOptions::default()));
+    table::<NcclOptions>(&mut page, "`engine_kwargs.nccl`", &nccl);
     let nixl = defaults(serde_json::to_value(NixlOptions::default()));
     table::<NixlOptions>(&mut page, "`engine_kwargs.nixl`", &nixl);
     page.push_str("\n`naive` and `ipc` have no options of their own.\n");

@@ -70,6 +70,15 @@ const STEPS: &[Step] = &[
         },
     },
     Step {
+        name: "NCCL",
+        purpose: Purpose::Tests,
+        check: tools::has_nccl,
+        install: Install::Attempted {
+            how: "the wheel that xtask/tools/nccl.txt pins (300 MB)",
+            install: tools::install_nccl,
+        },
+    },
+    Step {
         name: "NIXL",
         purpose: Purpose::Tests,
         check: tools::has_nixl,

