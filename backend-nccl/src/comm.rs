@@ -163,9 +163,9 @@ impl Communicator for Nccl {
         let Group { comm, registration, under_way, spare, stream, .. } = group;
         if under_way.is_empty() {
             forget(&comm, registration);
-        } else {
-            drop(comm);
         }
+        // Before the stream, which the library may be about to use.
+        drop(comm);
         // Its kernels end when they see that they were aborted; until then they may write to slots.
         let until = Instant::now() + ENDING;
         let ended = |event: &Event| event.is_done().unwrap_or(true);

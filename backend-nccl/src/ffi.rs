@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "calls of a C library")]
 
 use std::ffi::{CStr, c_int, c_void};
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 use device_cuda::{CudaSlice, Stream};
 
@@ -13,7 +14,8 @@ use crate::sys::{
 /// A communicator, aborted when dropped. Used by the thread that made it.
 pub(crate) struct RawComm {
     api: &'static Api,
-    comm: Comm,
+    /// Where the library writes it, which may be after the call that makes it: at a place that stays.
+    cell: Box<AtomicPtr<c_void>>,
 }
 
 impl std::fmt::Debug for RawComm {
@@ -65,6 +67,14 @@ pub(crate) fn unique_id(api: &Api) -> Result<[u8; UNIQUE_ID_BYTES], NcclError> {
 }
 
 impl RawComm {
+    fn nothing(api: &'static Api) -> Self {
+        Self { api, cell: Box::new(AtomicPtr::new(std::ptr::null_mut())) }
+    }
+
+    fn comm(&self) -> Comm {
+        self.cell.load(Ordering::Acquire)
+    }
+
     /// Begins to join a communicator, on the device whose context is current.
     pub(crate) fn init(
         api: &'static Api,
@@ -72,14 +82,13 @@ impl RawComm {
         size: u32,
         place: u32,
     ) -> Result<Self, NcclError> {
-        let mut comm: Comm = std::ptr::null_mut();
+        let this = Self::nothing(api);
         let (size, place) = (size as c_int, place as c_int);
         let (id, config) = (UniqueId { internal: id }, Config::non_blocking());
-        // SAFETY: it writes the communicator, and copies id and configuration.
-        let status = unsafe { (api.init)(&mut comm, size, id, place, &config) };
-        let this = Self { api, comm };
+        // SAFETY: it writes the communicator to a place that stays, and copies id and configuration.
+        let status = unsafe { (api.init)(this.cell.as_ptr(), size, id, place, &config) };
         match status {
-            SUCCESS | IN_PROGRESS if !comm.is_null() => Ok(this),
+            SUCCESS | IN_PROGRESS => Ok(this),
             status => Err(this.failed("ncclCommInitRankConfig", status)),
         }
     }
@@ -90,12 +99,13 @@ impl RawComm {
             return Err(self.failed("ncclCommShrink", IN_PROGRESS));
         };
         let mut gone: Vec<c_int> = gone.iter().map(|place| *place as c_int).collect();
-        let (count, mut comm) = (gone.len() as c_int, std::ptr::null_mut());
-        let (list, config) = (gone.as_mut_ptr(), std::ptr::null());
+        let new = Self::nothing(self.api);
+        let (list, count, config) = (gone.as_mut_ptr(), gone.len() as c_int, std::ptr::null());
+        let to = new.cell.as_ptr();
         // SAFETY: the communicator is alive; the list has as many places as it says, and is read before
-        // the call returns; without a configuration the new one gets that of the old one.
-        let status = unsafe { shrink(self.comm, list, count, &mut comm, config, SHRINK_ABORT) };
-        let new = Self { api: self.api, comm };
+        // the call returns; without a configuration the new one gets that of the old one, and is written
+        // to a place that stays.
+        let status = unsafe { shrink(self.comm(), list, count, to, config, SHRINK_ABORT) };
         match status {
             SUCCESS | IN_PROGRESS => Ok(new),
             status => Err(self.failed("ncclCommShrink", status)),
@@ -104,12 +114,12 @@ impl RawComm {
 
     /// Whether what was begun is done; an error if the communicator has failed.
     pub(crate) fn is_ready(&self) -> Result<bool, NcclError> {
-        if self.comm.is_null() {
+        if self.comm().is_null() {
             return Ok(false);
         }
         let mut state = SUCCESS;
         // SAFETY: the communicator is alive, or about to be; it writes the state.
-        let status = unsafe { (self.api.async_error)(self.comm, &mut state) };
+        let status = unsafe { (self.api.async_error)(self.comm(), &mut state) };
         match (status, state) {
             (SUCCESS, SUCCESS) => Ok(true),
             (SUCCESS, IN_PROGRESS) => Ok(false),
@@ -125,7 +135,7 @@ impl RawComm {
         let address = memory.address() as *mut c_void;
         // SAFETY: the communicator is alive; the memory is, until it is deregistered or the
         // communicator is aborted, since its owner is dropped after that.
-        let status = unsafe { register(self.comm, address, memory.len(), &mut handle) };
+        let status = unsafe { register(self.comm(), address, memory.len(), &mut handle) };
         match status {
             SUCCESS | IN_PROGRESS if !handle.is_null() => Ok(Some(Registration(handle))),
             SUCCESS | IN_PROGRESS => Ok(None),
@@ -137,7 +147,7 @@ impl RawComm {
     pub(crate) fn deregister(&self, registration: Registration) -> Result<(), NcclError> {
         let Some(deregister) = self.api.deregister else { return Ok(()) };
         // SAFETY: the handle is one of this communicator, and is not used again.
-        let status = unsafe { deregister(self.comm, registration.0) };
+        let status = unsafe { deregister(self.comm(), registration.0) };
         match status {
             SUCCESS | IN_PROGRESS => Ok(()),
             status => Err(self.failed("ncclCommDeregister", status)),
@@ -151,7 +161,7 @@ impl RawComm {
         // SAFETY: the bytes are device memory of that length, which nobody else uses before the stream
         // is done: the engine holds the slot's guard until then, and the stream outlives it.
         let status = unsafe {
-            (self.api.broadcast)(address, address, bytes.len(), UINT8, 0, self.comm, stream)
+            (self.api.broadcast)(address, address, bytes.len(), UINT8, 0, self.comm(), stream)
         };
         match status {
             SUCCESS | IN_PROGRESS => Ok(()),
@@ -160,17 +170,19 @@ impl RawComm {
     }
 
     fn failed(&self, call: &'static str, status: Status) -> NcclError {
-        failed(self.api, call, status, self.comm)
+        failed(self.api, call, status, self.comm())
     }
 }
 
 impl Drop for RawComm {
     fn drop(&mut self) {
-        if self.comm.is_null() {
+        if self.comm().is_null() {
+            // The library may be about to write it: its place is given up with it.
+            std::mem::forget(std::mem::replace(&mut self.cell, Box::new(AtomicPtr::default())));
             return;
         }
         // SAFETY: the communicator is alive and not used again.
-        let status = unsafe { (self.api.abort)(self.comm) };
+        let status = unsafe { (self.api.abort)(self.comm()) };
         if status != SUCCESS {
             tracing::debug!(status, "while a communicator was aborted");
         }
