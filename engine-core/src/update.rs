@@ -42,6 +42,7 @@ mod route;
 mod sender;
 
 pub use cosender::CoSender;
+pub use message::Ticket;
 pub use receiver::{Arrival, Fetch, FetchLink, ReceiveLink, Receiver};
 pub use route::Topology;
 pub use sender::{Members, Part, SendLink, Sender};

@@ -18,6 +18,7 @@ use crate::plan::ALIGNMENT;
 use crate::report::TensorCounts;
 use crate::update::{
     Arrival, CoSender, Fetch, FetchLink, Members, Part, Receiver, SendLink, Sender,
+    Ticket as JoinTicket,
 };
 use crate::{
     CheckpointEngine, ControlPlane, EngineContext, Error, ErrorKind, ErrorReport, Placement, Rank,
@@ -485,7 +486,7 @@ impl<C: Communicator> SendLink for Link<C> {
         Ok(())
     }
 
-    async fn begin(&mut self, members: &Members) -> Result<Option<Bytes>> {
+    async fn begin(&mut self, members: &Members) -> Result<Option<JoinTicket>> {
         let joined = self.node.joined().clone();
         let reuse = self.clean && !self.rebuild && self.node.failure().is_none();
         let step = if reuse { joined.step(members, self.can_shrink) } else { Step::Form };
@@ -505,12 +506,12 @@ impl<C: Communicator> SendLink for Link<C> {
         }
         self.clean = false;
         let ticket = Ticket { epoch: self.epochs, members: members.clone(), change };
-        ticket.to_bytes().map(Some)
+        Ok(Some(JoinTicket { bytes: ticket.to_bytes()?, together: step != Step::Keep }))
     }
 
-    async fn join(&mut self, ticket: &Bytes) -> Result<()> {
-        let result = self.node.join(ticket).await;
-        if result.is_err() && self.can_shrink && is_shrink(ticket) {
+    async fn join(&mut self, ticket: &JoinTicket) -> Result<()> {
+        let result = self.node.join(&ticket.bytes).await;
+        if result.is_err() && self.can_shrink && is_shrink(&ticket.bytes) {
             tracing::warn!(
                 "members could not be left out of a group; from now on groups form anew"
             );
@@ -608,7 +609,7 @@ impl<C: Communicator> FetchLink for Link<C> {
 
     fn abandon(&mut self, _: Rank) {}
 
-    async fn join(&mut self, ticket: &Bytes) -> Result<()> {
-        self.node.join(ticket).await
+    async fn join(&mut self, ticket: &JoinTicket) -> Result<()> {
+        self.node.join(&ticket.bytes).await
     }
 }

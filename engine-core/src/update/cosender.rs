@@ -116,11 +116,14 @@ impl<L: SendLink> CoSender<L> {
         control.send(Rank::LEADER, encode(&entered)?)?;
         meter.observe(&Progress::Began { version: begin.version, receivers: Vec::new() });
         if let Some(ticket) = &begin.ticket {
-            while !listener.may_join {
+            while ticket.together && !listener.may_join {
                 // The leader says who does not come, and takes a deadline to find out.
                 listener.take(event_of_update(control, deadline * 3, JOINING).await?)?;
             }
             listener.watch(link.join(ticket)).await??;
+            if ticket.together {
+                tell_leader(control, &ToSender::Joined { update: begin.update });
+            }
         }
 
         let mut stages = StageTimes::default();

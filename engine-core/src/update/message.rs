@@ -69,7 +69,17 @@ pub(super) struct Begin {
     /// is the first.
     pub(super) senders: Vec<Rank>,
     /// What ranks need to join for this update, if the transport has them do that.
-    pub(super) ticket: Option<Bytes>,
+    pub(super) ticket: Option<Ticket>,
+}
+
+/// What the ranks of an update need to join one another for it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ticket {
+    /// What only the transport understands.
+    pub bytes: Bytes,
+    /// Whether joining takes all of them at the same time. If so, they begin when all have entered the
+    /// update, and nothing is sent before all have joined; else each of them looks at the ticket for itself.
+    pub together: bool,
 }
 
 impl Begin {
@@ -101,6 +111,8 @@ pub(super) enum ToSender {
     Fetched { update: u64, index: u64 },
     /// A bucket could not be fetched from a rank other than the trainer.
     Missed { update: u64, index: u64, from: Rank, error: ErrorReport },
+    /// The rank has joined the others.
+    Joined { update: u64 },
     /// A trainer that sends a part of the buckets has filled one, and sends it.
     Filled { update: u64, index: u64, digest: u64 },
     /// The last view of a bucket is gone.

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 use tracing::{Span, debug, debug_span, info, warn};
 
-use super::message::{Begin, Layout, ToReceiver, ToSender, decode, encode};
+use super::message::{Begin, Layout, Ticket, ToReceiver, ToSender, decode, encode};
 use super::sender::is_of_transport;
 use super::{LONG, arrived_event, next_event, within};
 use crate::control::{ControlPlane, Event};
@@ -78,7 +78,7 @@ pub trait FetchLink: std::fmt::Debug + Send {
     /// # Errors
     ///
     /// Those of the transport; `Timeout`.
-    async fn join(&mut self, ticket: &Bytes) -> Result<()> {
+    async fn join(&mut self, ticket: &Ticket) -> Result<()> {
         let _ = ticket;
         Ok(())
     }
@@ -294,6 +294,13 @@ fn mismatch(control: &ControlPlane, begin: &Begin, expected: Version) -> Result<
     Ok(error)
 }
 
+/// Releases the bucket that an event tells of, if it does: nothing here will use it.
+fn release(control: &ControlPlane, event: Event) {
+    if let Err(error) = between(control, event) {
+        debug!(%error, "after the failure");
+    }
+}
+
 /// Takes in an event while no update is being received.
 fn between(control: &ControlPlane, event: Event) -> Result<Option<Begin>> {
     match message(event)? {
@@ -349,7 +356,7 @@ fn is_abort(event: &Event, of: u64) -> bool {
 struct Session<'a, L> {
     receiver: &'a mut Receiver<L>,
     /// What it takes to join the other ranks, until that is done.
-    joining: Option<Bytes>,
+    joining: Option<Ticket>,
     /// Whether all of them are in the update: joining may not end before they do, nor before its time.
     may_join: bool,
     begin: Begin,
@@ -426,13 +433,17 @@ impl<L: FetchLink> Session<'_, L> {
     /// The next verified bucket; `None` when the version is active.
     async fn next(&mut self) -> Result<Option<ReceivedBucket>> {
         if let Some(ticket) = self.joining.take() {
-            while !self.may_join {
+            while ticket.together && !self.may_join {
                 // The trainer says who does not come, and takes a deadline to find out.
                 let Receiver { control, deadline, .. } = &*self.receiver;
                 let event = event_of_update(control, *deadline * 3, JOINING).await?;
                 self.take(event).await?;
             }
             self.join(&ticket).await?;
+            if ticket.together {
+                let update = self.begin.update;
+                tell_leader(&self.receiver.control, &ToSender::Joined { update });
+            }
         }
         if let Some((span, begun)) = self.installing.take() {
             self.stages.install += begun.elapsed();
@@ -490,13 +501,15 @@ impl<L: FetchLink> Session<'_, L> {
         self.guard.fail(&error.report().clone().into());
         let cause = async {
             loop {
-                let event = event_of_update(&self.receiver.control, MOMENT, "hearing of the cause");
-                match message(event.await?)? {
-                    Some(ToReceiver::Abort { update, error }) if update == self.begin.update => {
-                        return Err::<(), _>(Error::from(error));
-                    }
-                    other => debug!(?other, "after the failure"),
+                let control = &self.receiver.control;
+                let event = event_of_update(control, MOMENT, "hearing of the cause").await?;
+                if is_abort(&event, self.begin.update)
+                    && let Some(ToReceiver::Abort { error, .. }) = message(event.clone())?
+                {
+                    return Err::<(), _>(Error::from(error));
                 }
+                // The trainer is gone, or it has told of a bucket before it knew.
+                between(control, event)?;
             }
         };
         match tokio::time::timeout(MOMENT, cause).await {
@@ -506,7 +519,7 @@ impl<L: FetchLink> Session<'_, L> {
     }
 
     /// Joins the other ranks, unless one of them ends the update meanwhile.
-    async fn join(&mut self, ticket: &Bytes) -> Result<()> {
+    async fn join(&mut self, ticket: &Ticket) -> Result<()> {
         let mut early = Vec::new();
         let Receiver { link, control, .. } = &mut *self.receiver;
         {
@@ -515,7 +528,10 @@ impl<L: FetchLink> Session<'_, L> {
                 tokio::select! {
                     biased;
                     joined = &mut joining => {
-                        joined?;
+                        if let Err(error) = joined {
+                            early.into_iter().for_each(|event| release(control, event));
+                            return Err(error);
+                        }
                         break;
                     }
                     event = control.recv(LONG) => match event? {

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{Instrument, debug, debug_span, info, warn};
 
 use super::collect::{Bucket, Collector};
-use super::message::{Begin, Layout, ToReceiver, ToSender, decode, encode, sender_of};
+use super::message::{Begin, Layout, Ticket, ToReceiver, ToSender, decode, encode, sender_of};
 use super::route::{Due, Gap, Route, Topology};
 use super::{LONG, arrived_event, next_event};
 use crate::control::{ControlPlane, Event, Role};
@@ -77,18 +77,18 @@ pub trait SendLink: std::fmt::Debug + Send {
     }
 
     /// Begins an update of these ranks, on the leader. A transport whose ranks have to join one another
-    /// for it returns what they need for that, which travels to all of them.
+    /// for it returns a ticket, which travels to all of them.
     ///
     /// # Errors
     ///
     /// Those of the transport.
-    async fn begin(&mut self, members: &Members) -> Result<Option<Bytes>> {
+    async fn begin(&mut self, members: &Members) -> Result<Option<Ticket>> {
         let _ = members;
         Ok(None)
     }
 
-    /// Joins the others, who do the same now: all of them have entered the update. Called before
-    /// anything is published, if [`begin`](Self::begin) returned this ticket on the leader.
+    /// Joins the others, who do the same now. Called before anything is published, if
+    /// [`begin`](Self::begin) returned this ticket on the leader.
     ///
     /// # Cancel safety
     ///
@@ -97,7 +97,7 @@ pub trait SendLink: std::fmt::Debug + Send {
     /// # Errors
     ///
     /// Those of the transport; `Timeout`.
-    async fn join(&mut self, ticket: &Bytes) -> Result<()> {
+    async fn join(&mut self, ticket: &Ticket) -> Result<()> {
         let _ = ticket;
         Ok(())
     }
@@ -155,17 +155,24 @@ impl<L: SendLink + ?Sized> SendLink for Box<L> {
         (**self).card()
     }
 
-    async fn begin(&mut self, members: &Members) -> Result<Option<Bytes>> {
+    async fn begin(&mut self, members: &Members) -> Result<Option<Ticket>> {
         (**self).begin(members).await
     }
 
-    async fn join(&mut self, ticket: &Bytes) -> Result<()> {
+    async fn join(&mut self, ticket: &Ticket) -> Result<()> {
         (**self).join(ticket).await
     }
 
     fn end(&mut self, committed: bool) {
         (**self).end(committed);
     }
+}
+
+/// What all ranks do before anything is sent, where they have to join one another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Enter,
+    Join,
 }
 
 const FILLING: &str = "waiting for a trainer to fill a bucket";
@@ -241,6 +248,8 @@ struct Member {
     plan: Option<u64>,
     /// The update that the receiver is in.
     entered: Option<u64>,
+    /// The update that the receiver has joined the others for.
+    joined: Option<u64>,
     /// Its confirmation of the present update.
     confirmed: Option<ReceiverReport>,
     /// Whether it takes part in the present update.
@@ -373,10 +382,15 @@ impl<L: SendLink> Sender<L> {
         stages.source += started.elapsed();
         if let Some(ticket) = &ticket {
             let joining = Instant::now();
-            self.group.wait_until_entered(self.deadline).await?;
-            self.group.broadcast(&ToReceiver::Join { update: self.group.update })?;
+            self.group.wait_for_all(Step::Enter, self.deadline).await?;
+            if ticket.together {
+                self.group.broadcast(&ToReceiver::Join { update: self.group.update })?;
+            }
             let join = self.link.join(ticket).instrument(debug_span!("join"));
             self.group.watch(0, join).await??;
+            if ticket.together {
+                self.group.wait_for_all(Step::Join, self.deadline).await?;
+            }
             stages.release += joining.elapsed();
         }
         while let Some(bucket) = next {
@@ -510,7 +524,7 @@ impl Group {
         &self,
         link: &impl SendLink,
         digests: bool,
-        ticket: Option<Bytes>,
+        ticket: Option<Ticket>,
     ) -> Result<()> {
         let version = self.version;
         self.broadcast(&ToReceiver::Begin(Begin {
@@ -686,18 +700,24 @@ impl Group {
         Ok(())
     }
 
-    /// Waits until every rank is in the update.
-    async fn wait_until_entered(&mut self, deadline: Duration) -> Result<()> {
-        let operation = "waiting for every rank to enter the update";
+    /// Waits until every rank has taken a step.
+    async fn wait_for_all(&mut self, step: Step, deadline: Duration) -> Result<()> {
+        let operation = match step {
+            Step::Enter => "waiting for every rank to enter the update",
+            Step::Join => "waiting for every rank to join the others",
+        };
         loop {
-            let missing = self.active().find(|rank| !self.has_entered(*rank));
+            let missing = self.active().find(|rank| match step {
+                Step::Enter => !self.has_entered(*rank),
+                Step::Join => self.members.get(rank).is_none_or(|m| m.joined != Some(self.update)),
+            });
             let Some(rank) = missing else { return Ok(()) };
             match next_event(&self.control, deadline, operation).await {
                 Ok(event) => self.handle(event, 0)?,
-                Err(error) if error.kind() == ErrorKind::Timeout => {
+                Err(error) if error.kind() == ErrorKind::Timeout && step == Step::Enter => {
                     return Err(not_entered(operation, deadline).rank(rank));
                 }
-                Err(error) => return Err(error),
+                Err(error) => return Err(error.rank(rank)),
             }
         }
     }
@@ -899,6 +919,7 @@ impl Group {
                         .observe(&Progress::State { rank: from, state: VersionState::Staging });
                 }
             }
+            ToSender::Joined { update } => member.joined = Some(update),
             ToSender::Fetched { update, index } if update == present => {
                 if let Some(route) = &mut self.route {
                     route.arrived(from, index);
