@@ -325,9 +325,7 @@ fn each_profile_has_the_symbols_that_it_should() {
 
 #[test]
 fn whoever_asks_is_told_that_this_is_a_simulator() {
-    for (chip, name) in
-        [("A2", "Ascend910B"), ("A3", "Ascend910_93"), ("950", "Ascend950")]
-    {
+    for (chip, name) in [("A2", "Ascend910B"), ("A3", "Ascend910_93"), ("950", "Ascend950")] {
         if std::env::var("HCCL_SIM_CHIP").is_ok_and(|own| own != chip) {
             continue; // In the process of another round.
         }
