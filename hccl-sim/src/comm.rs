@@ -399,11 +399,11 @@ impl Execution<'_> {
                 "a link failed, as HCCL_SIM_ASYNC_ERROR_AT says",
             ));
         }
-        while self.planned.hang {
-            if self.cancel.is_set() {
-                return Err(Cancel::fault());
+        if self.planned.hang {
+            while !self.cancel.is_set() {
+                std::thread::sleep(TICK);
             }
-            std::thread::sleep(TICK);
+            return Err(Cancel::fault());
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! Communicators whose ranks are processes.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::redundant_closure, reason = "a closure's type names the test that it is in")]
 
 mod support;
 

@@ -4,6 +4,7 @@
 //! declarations is used here.
 
 #![allow(dead_code, reason = "each test program uses a part of it")]
+#![allow(clippy::too_many_arguments, reason = "functions of the C headers have as many")]
 #![allow(non_snake_case, reason = "these are the names of the C headers")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
