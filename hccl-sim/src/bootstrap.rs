@@ -31,6 +31,7 @@ const PAUSE: Duration = Duration::from_millis(5);
 struct Hello {
     nonce: [u8; 16],
     ranks: u32,
+    pid: u32,
     member: Member,
 }
 
@@ -117,6 +118,8 @@ fn serve(listener: &TcpListener, nonce: [u8; 16]) {
             break Ok(members);
         }
     };
+    // This process last: it may end when it has its answer.
+    arrived.sort_by_key(|(hello, _)| hello.pid == std::process::id());
     for (_, stream) in &mut arrived {
         // Whoever has gone meanwhile will be missed by the others.
         drop(wire::send(stream, &answer));
@@ -169,7 +172,7 @@ pub(crate) fn join(info: &RootInfo, ranks: u32, rank: u32, device: i32) -> Resul
     let listener = TcpListener::bind((settings.address, 0)).map_err(system)?;
     let data = listener.local_addr().map_err(system)?;
     let member = Member { rank, machine: settings.machine.clone(), chip, data };
-    let hello = Hello { nonce, ranks, member };
+    let hello = Hello { nonce, ranks, pid: std::process::id(), member };
     let members = loop {
         match ask(root, &hello, deadline) {
             Ok(answer) => {

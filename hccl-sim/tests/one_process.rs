@@ -4,6 +4,7 @@
 mod support;
 
 use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
 use std::ptr;
 use std::time::{Duration, Instant};
 
@@ -212,6 +213,18 @@ fn a_lazy_stream_runs_nothing_before_somebody_asks() {
         process.ok(api.aclrtStreamWaitEvent(other, event));
         process.ok(api.aclrtSynchronizeStream(other));
         assert_eq!(process.bytes(buffer, 64), [3; 64]);
+        // So is what someone queries.
+        process.ok(api.aclrtMemsetAsync(buffer, 64, 4, 64, stream));
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(process.bytes(buffer, 64), [3; 64]);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut status = 1;
+        while status != 0 {
+            assert!(Instant::now() < deadline);
+            process.ok(api.aclrtStreamQuery(stream, &raw mut status));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(process.bytes(buffer, 64), [4; 64]);
     });
 }
 
@@ -340,6 +353,25 @@ fn each_profile_has_the_symbols_that_it_should() {
             assert_eq!(has("libhcomm.so", &OPERATIONS), [false; 3]);
         }
     }
+}
+
+#[test]
+fn the_program_writes_libraries_for_use_by_hand() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = || Command::new(env!("CARGO_BIN_EXE_hccl-sim"));
+    let written = program().arg(folder.path()).args(["--profile", "split"]).status().unwrap();
+    assert!(written.success());
+    let version = text(Api::load(folder.path()).HcclSimVersion());
+    assert!(version.contains("profile split"), "{version}");
+    assert!(folder.path().join("libhcomm.so").is_file());
+    for wrong in [&["/tmp", "--profile", "9.9"][..], &["--help"], &[]] {
+        let output = program().args(wrong).output().unwrap();
+        assert!(!output.status.success(), "{wrong:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("FOLDER"), "{wrong:?}");
+    }
+    let output = program().arg("--declarations").output().unwrap();
+    let declarations = serde_json::from_slice::<hccl_sim::headers::Declarations>(&output.stdout);
+    assert_eq!(declarations.unwrap(), hccl_sim::declarations());
 }
 
 #[test]

@@ -239,14 +239,14 @@ fn the_first_operation_of_a_kind_compares_arguments_on_the_host() {
 
 #[test]
 fn the_first_operation_waits_no_longer_than_joining() {
-    processes(2, &[("HCCL_SIM_TIME_SCALE", "0.03")], |process| {
+    processes(2, &[("HCCL_SIM_TIME_SCALE", "0.05")], |process| {
         process.begin();
         let (api, comm, stream) = (&process.api, process.comm("root"), process.stream());
         let buffer = process.device(&[0; 64]);
         if process.rank == 0 {
             let start = Instant::now();
             assert_eq!(api.HcclBroadcast(buffer, 64, UINT8, 0, comm, stream), 9);
-            assert!(start.elapsed() >= Duration::from_millis(3600));
+            assert!(start.elapsed() >= Duration::from_secs(6));
         }
         process.meet("end");
     });
@@ -254,7 +254,7 @@ fn the_first_operation_waits_no_longer_than_joining() {
 
 #[test]
 fn a_later_mismatch_hangs_until_the_execution_timeout() {
-    let variables = [("HCCL_EXEC_TIMEOUT", "4")];
+    let variables = [("HCCL_EXEC_TIMEOUT", "12")];
     processes(2, &variables, |process| {
         process.begin();
         let (api, comm, stream) = (&process.api, process.comm("root"), process.stream());
@@ -342,6 +342,9 @@ fn a_communicator_is_used_on_its_own_device_and_stream() {
                 assert_eq!(api.HcclCommDestroy(comm.get()), 15, "no device on this thread");
                 process.ok(api.aclrtSetDevice(1));
                 assert_eq!(broadcast(), 15, "another device");
+                let own = process.stream();
+                let mixed = api.HcclBroadcast(buffer.get(), 64, UINT8, 0, comm.get(), own);
+                assert_eq!(mixed, 15, "a stream of this device, a communicator of the other");
             });
         });
         process.ok(broadcast());
@@ -592,7 +595,7 @@ fn a_key_without_a_list_is_for_everyone_but_its_maker_and_other_chips() {
 
 #[test]
 fn a_peer_killed_within_a_broadcast_is_noticed_by_the_timeout_only() {
-    let variables = [("HCCL_EXEC_TIMEOUT", "6"), ("1:HCCL_SIM_KILL_AT", "2")];
+    let variables = [("HCCL_EXEC_TIMEOUT", "12"), ("1:HCCL_SIM_KILL_AT", "2")];
     let outputs = outputs(3, &variables, |process| {
         process.begin();
         let (api, comm, stream) = (&process.api, process.comm("root"), process.stream());
@@ -608,7 +611,7 @@ fn a_peer_killed_within_a_broadcast_is_noticed_by_the_timeout_only() {
         assert_eq!(error, 0, "this is no check of who lives");
         if process.rank == 0 {
             assert_eq!(code, 507048, "{}", process.message());
-            assert!(start.elapsed() >= Duration::from_millis(1500), "{:?}", start.elapsed());
+            assert!(start.elapsed() >= Duration::from_secs(3), "{:?}", start.elapsed());
         } else {
             process.ok(code);
         }
@@ -623,7 +626,7 @@ fn a_peer_killed_within_a_broadcast_is_noticed_by_the_timeout_only() {
 
 #[test]
 fn an_asynchronous_error_is_reported_by_its_communicator() {
-    let variables = [("1:HCCL_SIM_ASYNC_ERROR_AT", "2"), ("HCCL_EXEC_TIMEOUT", "4")];
+    let variables = [("1:HCCL_SIM_ASYNC_ERROR_AT", "2"), ("HCCL_EXEC_TIMEOUT", "12")];
     processes(2, &variables, |process| {
         process.begin();
         let (api, comm, stream) = (&process.api, process.comm("root"), process.stream());
