@@ -300,6 +300,27 @@ fn what_fails_on_a_stream_shows_when_it_is_synchronised() {
 }
 
 #[test]
+fn an_aborted_stream_drops_what_it_has_not_run() {
+    processes(1, &[("HCCL_SIM_LAZY", "1")], |process| {
+        process.begin();
+        let (api, buffer) = (&process.api, process.device(&[1; 64]));
+        let (stream, event) = (process.stream(), process.event());
+        process.ok(api.aclrtMemsetAsync(buffer, 64, 2, 64, stream));
+        process.ok(api.aclrtRecordEvent(event, stream));
+        process.ok(api.aclrtStreamAbort(stream));
+        assert_eq!(api.aclrtSynchronizeEvent(event), 107023);
+        assert_eq!(api.aclrtSynchronizeStream(stream), 107023);
+        assert_eq!(process.bytes(buffer, 64), [1; 64]);
+        // Also if it has nothing to do.
+        let (idle, mut status) = (process.stream(), 9);
+        process.ok(api.aclrtStreamAbort(idle));
+        assert_eq!(api.aclrtSynchronizeStream(idle), 107023);
+        assert_eq!(api.aclrtStreamQuery(idle, &raw mut status), 107023);
+        process.ok(api.aclrtDestroyStream(idle));
+    });
+}
+
+#[test]
 fn a_destroyed_stream_drops_what_it_has_not_run() {
     processes(1, &[("HCCL_SIM_LAZY", "1")], |process| {
         process.begin();
