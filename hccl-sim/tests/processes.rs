@@ -335,11 +335,12 @@ fn a_communicator_is_used_on_its_own_device_and_stream() {
         process.begin();
         let api = &process.api;
         let (comm, stream) = (Sent(process.comm("root")), Sent(process.stream()));
-        let buffer = Sent(process.device(&[0; 64]));
+        let (buffer, info) = (Sent(process.device(&[0; 64])), process.root_info());
         let broadcast = || api.HcclBroadcast(buffer.get(), 64, UINT8, 0, comm.get(), stream.get());
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 assert_eq!(broadcast(), 15, "no device on this thread");
+                assert_eq!(process.init(&info, 0).0, 15, "no device on this thread");
                 assert_eq!(api.HcclCommDestroy(comm.get()), 15, "no device on this thread");
                 process.ok(api.aclrtSetDevice(1));
                 assert_eq!(broadcast(), 15, "another device");
