@@ -118,8 +118,8 @@ pub(crate) fn compare(
     };
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..jobs).map(|_| scope.spawn(work)).collect();
-        let ended = workers.into_iter().map(|worker| worker.join());
-        ended.map(|end| end.map_err(|_| "a thread panicked")?).collect::<Result<(), Failure>>()
+        let mut ended = workers.into_iter().map(|worker| worker.join());
+        ended.try_for_each(|end| end.map_err(|_| "a thread panicked")?)
     })?;
     let read = |fp8| -> Result<Vec<Vec<Step>>, Failure> {
         runs(fp8).map(|run| trainer::read(&run.csv(out))).collect()
