@@ -21,6 +21,12 @@ pub(crate) enum SegmentError {
     Replaced { path: String },
     #[error("bytes 0..{filled} of slot {slot} lie outside a segment of {slots} × {bucket} bytes")]
     Outside { slot: u32, filled: u64, slots: u32, bucket: u64 },
+    #[error("no memory for a version of {needed} bytes or more in the cache")]
+    NoMemory { needed: u64 },
+    #[error("{path} is not the cache any more: its process ended")]
+    CacheGone { path: String },
+    #[error("the cache cannot be read: {0}")]
+    Damaged(String),
     #[error("{0} × {1} bytes of buckets are more than this machine can address")]
     TooLarge(u32, u64),
 }
@@ -28,10 +34,10 @@ pub(crate) enum SegmentError {
 impl From<SegmentError> for engine_core::Error {
     fn from(error: SegmentError) -> Self {
         let kind = match &error {
-            SegmentError::Full { .. } => ErrorKind::Resource,
+            SegmentError::Full { .. } | SegmentError::NoMemory { .. } => ErrorKind::Resource,
             SegmentError::System { .. } | SegmentError::Open { .. } => ErrorKind::Io,
-            SegmentError::Replaced { .. } => ErrorKind::PeerLost,
-            SegmentError::Outside { .. } => ErrorKind::Protocol,
+            SegmentError::Replaced { .. } | SegmentError::CacheGone { .. } => ErrorKind::PeerLost,
+            SegmentError::Outside { .. } | SegmentError::Damaged(_) => ErrorKind::Protocol,
             SegmentError::TooLarge(..) => ErrorKind::Config,
         };
         Self::new(kind, "using shared memory", error.to_string()).with_source(error)

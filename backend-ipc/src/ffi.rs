@@ -51,7 +51,7 @@ impl Drop for Mapping {
     }
 }
 
-/// A part of a mapping that another process does not write to while this lives, to be read.
+/// A part of a mapping that nobody writes to while this lives, to be read.
 #[derive(Debug)]
 pub(crate) struct ReadView {
     mapping: Arc<Mapping>,
@@ -74,8 +74,9 @@ impl AsRef<[u8]> for ReadView {
         // SAFETY: `new` checked that the range is within the mapping.
         let start = unsafe { self.mapping.start.as_ptr().add(self.at) };
         // SAFETY: the bytes are mapped as long as `self.mapping` lives. Nobody writes to them: this
-        // process maps them read-only, and the trainer writes to a slot only after every receiver has
-        // released it, which the protocol ties to the end of this view. Any byte is a valid `u8`.
+        // process maps them read-only, and either the file is sealed against writing (a cache), or the
+        // trainer writes to a slot only after every receiver has released it, which the protocol ties
+        // to the end of this view. Any byte is a valid `u8`.
         unsafe { std::slice::from_raw_parts(start, self.len) }
     }
 }

@@ -5,7 +5,11 @@
 //! packs the other. A segment has no name that could outlive its processes: it is unlinked before it
 //! is used, and the rollouts open it through the trainer's process (`/proc/<pid>/fd`), which takes
 //! the same user and a common PID namespace.
+//!
+//! A [`SharedCache`] keeps the last complete version of a rollout with any backend in shared memory,
+//! for other processes of its host.
 
+mod cache;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod engine;
@@ -19,6 +23,7 @@ use engine_core::{
     Role, WorkerMetadata,
 };
 
+pub use cache::{CacheAddress, SharedCache, SharedCacheReader};
 pub use engine::IpcEngine;
 
 /// The transport's name in configurations.

@@ -158,7 +158,7 @@ fn unnamed() -> Result<OwnedFd, SegmentError> {
 }
 
 /// Memory that can be had without swapping, in bytes.
-fn available_memory() -> Option<u64> {
+pub(crate) fn available_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.split_ascii_whitespace().next()?.parse().ok()?;

@@ -183,6 +183,36 @@ fn buckets_that_shared_memory_has_no_room_for_are_an_error_in_words() {
 }
 
 #[test]
+#[ignore = "needs root or unprivileged user namespaces, to have a /dev/shm of its own"]
+fn shared_memory_that_is_full_is_an_error_in_words_and_with_room_the_next_sync_works() {
+    // 8 MiB of shared memory, in which there is room for two buckets of 1 MiB and not of 16 MiB.
+    let script = "mount -t tmpfs -o size=8m none /dev/shm || exit 77
+        sync() { \"$0\" sync --synthetic tiny-moe --verify \"$@\"; echo \"status $?\"; }
+        sync --bucket-mb 16
+        head -c 7M /dev/zero > /dev/shm/others
+        sync --bucket-mb 1
+        rm /dev/shm/others
+        sync --bucket-mb 1
+        echo \"left: $(ls /dev/shm)\"";
+    let output = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--mount", "bash", "-c", script])
+        .arg(program().get_program())
+        .output()
+        .expect("unshare runs");
+    assert_ne!(output.status.code(), Some(77), "there can be no /dev/shm of its own here");
+    let said = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    let statuses: Vec<&str> = said.lines().filter(|line| line.starts_with("status")).collect();
+    assert_eq!(statuses, ["status 1", "status 1", "status 0"], "{said}{errors}");
+    let errors: Vec<&str> = errors.lines().filter(|line| line.starts_with("error:")).collect();
+    assert!(
+        errors.len() == 2 && errors.iter().all(|error| error.contains("/dev/shm")),
+        "{errors:?}"
+    );
+    assert!(said.ends_with("left: \n"), "{said}");
+}
+
+#[test]
 fn wrong_usage_is_told_with_what_would_be_right() {
     for (args, words) in [
         (&["sync"][..], "--synthetic"),

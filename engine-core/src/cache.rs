@@ -1,19 +1,23 @@
 //! A cache of the last complete version, in front of any engine.
 
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 
 use crate::memory::TensorMemory;
 use crate::{
-    CheckpointEngine, CheckpointEngineWithCache, Error, ErrorKind, Placement, ReceivedWeights,
-    Result, SendReport, Version, Weight, WeightStream, WorkerMetadata, ensure_async_iterator,
+    CheckpointEngine, CheckpointEngineWithCache, Error, ErrorKind, Placement, ReceivedPiece,
+    ReceivedWeights, Result, SendReport, Version, Weight, WeightStream, WorkerMetadata,
+    ensure_async_iterator,
 };
 
 /// An engine whose rollout keeps the last complete version in host memory.
 ///
 /// It works with every transport. The cache takes the memory of one model, and of a second one while
-/// an update arrives: the old version stays whole until the new one is verified.
+/// an update arrives: the old version stays whole until the new one is verified. That memory is this
+/// process's own, or what a [`CacheStore`] has: shared memory, so that other processes of the host
+/// take weights from the same cache.
 ///
 /// # Examples
 ///
@@ -35,12 +39,18 @@ use crate::{
 pub struct CachedEngine {
     engine: Box<dyn CheckpointEngine>,
     cache: WeightCache,
+    store: Arc<dyn CacheStore>,
 }
 
 impl CachedEngine {
     /// An engine whose cache is empty.
     pub fn new(engine: Box<dyn CheckpointEngine>) -> Self {
-        Self { engine, cache: WeightCache::default() }
+        Self::with_store(engine, Arc::new(OwnMemory))
+    }
+
+    /// An engine that keeps what arrives in a store.
+    pub fn with_store(engine: Box<dyn CheckpointEngine>, store: Arc<dyn CacheStore>) -> Self {
+        Self { engine, cache: WeightCache::default(), store }
     }
 
     /// Refuses cached weights that are more than so many versions behind the newest one that began
@@ -55,6 +65,95 @@ impl CachedEngine {
     /// The cache, for whoever generates while this engine receives.
     pub fn cache(&self) -> WeightCache {
         self.cache.clone()
+    }
+}
+
+/// The memory that a [`CachedEngine`] keeps versions in.
+pub trait CacheStore: fmt::Debug + Send + Sync {
+    /// A place for a version that begins to arrive. Dropping it gives the version up.
+    ///
+    /// # Errors
+    ///
+    /// `Resource` if there is no room.
+    fn begin(&self, version: Version) -> Result<Box<dyn CacheWriter>>;
+}
+
+/// A version on its way into a [`CacheStore`].
+pub trait CacheWriter: Send {
+    /// Takes the next part of a weight. The parts of one follow one another, from its beginning.
+    ///
+    /// # Errors
+    ///
+    /// `Resource` if there is no room.
+    fn write(&mut self, piece: &ReceivedPiece) -> Result<()>;
+
+    /// The version is complete and active everywhere: gives its weights in the order of their
+    /// parts, and replaces the version before it wherever the store shows one.
+    ///
+    /// # Errors
+    ///
+    /// `Resource` or `Io`; the version before it stays.
+    fn commit(self: Box<Self>) -> Result<Vec<Weight>>;
+}
+
+/// Whether a cached version may be given: an error if more than `most` newer versions began to
+/// arrive, `newest` the last of them.
+///
+/// # Errors
+///
+/// `State`.
+pub fn ensure_fresh(cached: Version, newest: Version, most: Option<u64>) -> Result<()> {
+    let behind = newest.0.saturating_sub(cached.0);
+    match most {
+        Some(most) if behind > most => {
+            let message = format!(
+                "the last complete version is {behind} behind version {newest}; `max_staleness` \
+                 is {most}"
+            );
+            Err(Error::new(ErrorKind::State, READING, message).version(cached))
+        }
+        _ => Ok(()),
+    }
+}
+
+const READING: &str = "reading the cache";
+
+/// A store of this process alone.
+#[derive(Debug)]
+struct OwnMemory;
+
+impl CacheStore for OwnMemory {
+    fn begin(&self, _: Version) -> Result<Box<dyn CacheWriter>> {
+        Ok(Box::new(Own { weights: Vec::new(), open: None }))
+    }
+}
+
+struct Own {
+    weights: Vec<Weight>,
+    open: Option<TensorMemory>,
+}
+
+impl CacheWriter for Own {
+    fn write(&mut self, piece: &ReceivedPiece) -> Result<()> {
+        let byte_len = piece.meta.byte_len()?;
+        // The chunks of a weight follow one another, which the engine has checked.
+        let mut memory = match self.open.take() {
+            Some(memory) => memory,
+            None => TensorMemory::new(byte_len, "filling the cache")
+                .map_err(|error| error.tensor(&*piece.meta.name))?,
+        };
+        let end = piece.start + piece.bytes.len();
+        piece.bytes.read(0, &mut memory.as_mut()[piece.start as usize..end as usize])?;
+        if end < byte_len {
+            self.open = Some(memory);
+        } else {
+            self.weights.push(Weight::from_meta(piece.meta.clone(), memory.freeze())?);
+        }
+        Ok(())
+    }
+
+    fn commit(self: Box<Self>) -> Result<Vec<Weight>> {
+        Ok(self.weights)
     }
 }
 
@@ -91,20 +190,12 @@ impl WeightCache {
     /// `State` if no version is complete yet, or if it is further behind than allowed: the trainer
     /// has begun to send newer ones and they failed.
     pub fn get_weights(&self) -> Result<(Version, WeightStream<'static>)> {
-        let refuse = |message: String| Error::new(ErrorKind::State, "reading the cache", message);
         let (version, weights) = {
             let state = self.state();
-            let cached = state.cached.clone();
-            let cached = cached.ok_or_else(|| refuse("no version is complete yet".into()))?;
-            let behind = state.newest.0.saturating_sub(cached.0.0);
-            if let Some(most) = self.max_staleness.filter(|most| behind > *most) {
-                let newest = state.newest;
-                return Err(refuse(format!(
-                    "the last complete version is {behind} behind version {newest}; \
-                     `max_staleness` is {most}"
-                ))
-                .version(cached.0));
-            }
+            let cached = state.cached.clone().ok_or_else(|| {
+                Error::new(ErrorKind::State, READING, "no version is complete yet")
+            })?;
+            ensure_fresh(cached.0, state.newest, self.max_staleness)?;
             cached
         };
         let weights = (0..weights.len()).map(move |index| weights[index].clone());
@@ -153,27 +244,14 @@ impl CheckpointEngineWithCache for CachedEngine {
             let mut state = self.cache.state();
             state.newest = state.newest.max(version);
         }
-        let mut weights = Vec::new();
-        let mut open: Option<TensorMemory> = None;
+        let mut writer = self.store.begin(version)?;
         while let Some(bucket) = received.next_bucket().await? {
             for piece in bucket.pieces() {
-                let byte_len = piece.meta.byte_len()?;
-                // The chunks of a weight follow one another, which the engine has checked.
-                let mut memory = match open.take() {
-                    Some(memory) => memory,
-                    None => TensorMemory::new(byte_len, "filling the cache")
-                        .map_err(|error| error.tensor(&*piece.meta.name))?,
-                };
-                let end = piece.start + piece.bytes.len();
-                piece.bytes.read(0, &mut memory.as_mut()[piece.start as usize..end as usize])?;
-                if end < byte_len {
-                    open = Some(memory);
-                } else {
-                    weights.push(Weight::from_meta(piece.meta, memory.freeze())?);
-                }
+                writer.write(&piece)?;
             }
         }
         received.finish().await?;
+        let weights = writer.commit()?;
         self.cache.state().cached = Some((version, weights.into()));
         Ok(version)
     }

@@ -25,7 +25,7 @@ pub mod telemetry;
 pub mod update;
 mod weight;
 
-pub use cache::{CachedEngine, WeightCache};
+pub use cache::{CacheStore, CacheWriter, CachedEngine, WeightCache, ensure_fresh};
 pub use config::{CheckpointEngineConfig, ConfigFormat, DeviceChoice};
 pub use control::{ControlPlane, Role};
 pub use dtype::DType;

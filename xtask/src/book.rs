@@ -1,32 +1,28 @@
 //! `cargo xtask book`: the user guide in docs/.
 //!
-//! mdBook has no wheel and takes minutes to build, so what would break a page is checked here: pages that
-//! are missing, links that lead nowhere, code that is included and not there. Where mdBook is installed,
-//! it builds the book as well.
+//! mdBook builds pages whose links lead nowhere without a word, so these are looked for here: pages that
+//! are missing, broken links and anchors, code that is included and not there.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::Result;
-use crate::process::{stage, succeeds};
+use crate::process::stage;
+use crate::setup::{self, Purpose};
 use crate::workspace::Workspace;
+use crate::{Result, tools};
 
-/// Checks the book, and builds it if mdBook is there.
+/// Checks the book, and builds it into the target folder.
 pub(crate) fn build(workspace: &Workspace) -> Result<()> {
-    let docs = workspace.root().join("docs");
     let problems = problems(workspace.root())?;
     if !problems.is_empty() {
         return Err(problems.join("\n"));
     }
     println!("docs: all links, anchors and included code are there");
-    if !succeeds(Command::new("mdbook").arg("--version")) {
-        println!("mdbook is not installed; the book is not built (cargo install --locked mdbook)");
-        return Ok(());
-    }
-    let mut mdbook = Command::new("mdbook");
-    mdbook.arg("build").arg(&docs);
+    setup::prepare(workspace, &[Purpose::Book])?;
+    let mut mdbook = Command::new(tools::mdbook(workspace));
+    mdbook.arg("build").arg(workspace.root().join("docs"));
     mdbook.arg("--dest-dir").arg(workspace.target().join("book"));
     stage("book", mdbook)
 }

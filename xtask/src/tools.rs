@@ -52,6 +52,34 @@ pub(crate) fn install_cargo_deny(workspace: &Workspace) -> Result<()> {
     run(cargo)
 }
 
+/// As pinned in `xtask/tools/mdbook.txt`.
+const MDBOOK_VERSION: &str = "0.5.4";
+
+/// Where mdBook is, once it is installed.
+pub(crate) fn mdbook(workspace: &Workspace) -> PathBuf {
+    mdbook_folder(workspace).join("bin/mdbook")
+}
+
+fn mdbook_folder(workspace: &Workspace) -> PathBuf {
+    workspace.tool(&format!("mdbook-{MDBOOK_VERSION}"))
+}
+
+/// The wheel takes seconds; the build from source, minutes.
+pub(crate) fn install_mdbook(workspace: &Workspace) -> Result<()> {
+    let folder = mdbook_folder(workspace);
+    remove(&folder)?;
+    if has_pip() {
+        match run(pip_install(workspace, "mdbook.txt", &folder)) {
+            Ok(()) => return Ok(()),
+            Err(error) => println!("no wheel ({error}); building from source"),
+        }
+    }
+    let mut cargo = workspace.cargo();
+    cargo.args(["install", "--quiet", "--locked", "--version", MDBOOK_VERSION, "--root"]);
+    cargo.arg(&folder).arg("mdbook");
+    run(cargo)
+}
+
 /// The environment variable that tells a test of a Python with PyTorch.
 pub(crate) const TORCH_PYTHON: &str = "CKPT_ENGINE_TORCH_PYTHON";
 

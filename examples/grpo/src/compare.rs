@@ -1,19 +1,57 @@
 //! BF16 beside FP8: runs, table, plot.
 
+use std::collections::VecDeque;
 use std::fmt::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use crate::Failure;
-use crate::trainer::{Settings, Step, train};
+use crate::trainer::{self, Settings, Step};
 
 /// The last steps of a run, whose mean is its final reward.
 const FINAL: usize = 10;
 
-/// The settings of one run, with its own CSV file.
-pub(crate) fn one(settings: &Settings, fp8: bool, seed: u64, out: &Path) -> Settings {
-    let kind = if fp8 { "fp8" } else { "bf16" };
-    let csv = Some(out.join(format!("{kind}-{seed}.csv")));
-    Settings { fp8, seed, csv, ..settings.clone() }
+/// One run of a comparison.
+#[derive(Clone, Copy)]
+pub(crate) struct Run {
+    pub(crate) fp8: bool,
+    pub(crate) seed: u64,
+}
+
+impl Run {
+    pub(crate) fn csv(self, out: &Path) -> PathBuf {
+        let kind = if self.fp8 { "fp8" } else { "bf16" };
+        out.join(format!("{kind}-{}.csv", self.seed))
+    }
+
+    /// Runs it as a process of its own, whose memory and threads are nobody else's.
+    fn go(self, settings: &Settings, shown: bool, cores: usize, out: &Path) -> Result<(), Failure> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(settings.arguments()).args(["--seed", &self.seed.to_string()]);
+        if self.fp8 {
+            command.arg("--trainer-quantize-fp8");
+        }
+        command.arg("--out").arg(out).env("RAYON_NUM_THREADS", cores.to_string());
+        command.stdin(Stdio::null());
+        if shown {
+            let status = command.status()?;
+            return if status.success() { Ok(()) } else { Err(format!("{self}: {status}").into()) };
+        }
+        let output = command.output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        if !output.status.success() {
+            return Err(format!("{self}: {}\n{said}", output.status).into());
+        }
+        eprintln!("{}", said.lines().last().unwrap_or_default());
+        Ok(())
+    }
+}
+
+impl fmt::Display for Run {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} seed {}", if self.fp8 { "FP8" } else { "BF16" }, self.seed)
+    }
 }
 
 pub(crate) struct Summary {
@@ -51,18 +89,42 @@ impl fmt::Display for Summary {
     }
 }
 
-pub(crate) async fn compare(settings: &Settings, seeds: u64, out: &Path) -> Result<(), Failure> {
+/// All runs, `jobs` of them at a time; then their table and plot.
+pub(crate) fn compare(
+    settings: &Settings,
+    seeds: u64,
+    jobs: usize,
+    out: &Path,
+) -> Result<(), Failure> {
     std::fs::create_dir_all(out)?;
-    let mut runs = [Vec::new(), Vec::new()];
-    for seed in settings.seed..settings.seed + seeds {
-        for (fp8, runs) in [false, true].into_iter().zip(&mut runs) {
-            let settings = one(settings, fp8, seed, out);
-            let title = format!("{} seed {seed}", if fp8 { "FP8" } else { "BF16" });
-            let steps = train(&settings, &title).await?;
-            eprintln!("{title}: {}", Summary::of(&steps));
-            runs.push(steps);
+    let seeds = settings.seed..settings.seed + seeds;
+    let runs = |fp8| seeds.clone().map(move |seed| Run { fp8, seed });
+    let waiting: VecDeque<Run> =
+        runs(false).zip(runs(true)).flat_map(|(bf16, fp8)| [bf16, fp8]).collect();
+    let jobs = jobs.min(waiting.len());
+    let cores = std::thread::available_parallelism()?.get();
+    let cores = (cores / jobs).max(1);
+    let waiting = Mutex::new(waiting);
+    let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+    let work = || {
+        while let Some(run) = next() {
+            if let Err(error) = run.go(settings, jobs == 1, cores, out) {
+                // Nobody begins another one.
+                waiting.lock().unwrap_or_else(PoisonError::into_inner).clear();
+                return Err(error);
+            }
         }
-    }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..jobs).map(|_| scope.spawn(work)).collect();
+        let mut ended = workers.into_iter().map(|worker| worker.join());
+        ended.try_for_each(|end| end.map_err(|_| "a thread panicked")?)
+    })?;
+    let read = |fp8| -> Result<Vec<Vec<Step>>, Failure> {
+        runs(fp8).map(|run| trainer::read(&run.csv(out))).collect()
+    };
+    let runs = [read(false)?, read(true)?];
     let table = table(&runs)?;
     eprintln!("\n{table}");
     std::fs::write(out.join("table.md"), table)?;

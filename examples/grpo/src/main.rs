@@ -4,7 +4,7 @@
 //! ```text
 //! cargo run --release -p grpo                               # BF16 over shared memory
 //! cargo run --release -p grpo -- --trainer-quantize-fp8     # FP8
-//! cargo run --release -p grpo -- --compare --out target/grpo
+//! cargo run --release -p grpo -- --compare --jobs 4 --out target/grpo
 //! ```
 
 mod child;
@@ -64,6 +64,9 @@ struct Args {
     /// Seeds of a comparison, from `--seed` on.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(2..))]
     seeds: u64,
+    /// Runs of a comparison at a time; each is a trainer and its rollouts, with a share of the cores.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    jobs: u16,
     /// The folder for CSV files, table and plot.
     #[arg(long, default_value = "target/grpo")]
     out: PathBuf,
@@ -81,7 +84,7 @@ async fn main() -> ExitCode {
     let args = Args::parse();
     let result = match (&args.command, args.compare) {
         (Some(Internal::Rollout), _) => rollout::run().await,
-        (None, true) => compare::compare(&args.settings(), args.seeds, &args.out).await,
+        (None, true) => compare::compare(&args.settings(), args.seeds, args.jobs.into(), &args.out),
         (None, false) => single(&args).await,
     };
     match result {
@@ -96,9 +99,10 @@ async fn main() -> ExitCode {
 async fn single(args: &Args) -> Result<(), Failure> {
     std::fs::create_dir_all(&args.out)?;
     let settings = args.settings();
-    let settings = compare::one(&settings, settings.fp8, settings.seed, &args.out);
-    let steps = trainer::train(&settings, "grpo").await?;
-    eprintln!("{}", compare::Summary::of(&steps));
+    let run = compare::Run { fp8: settings.fp8, seed: settings.seed };
+    let settings = trainer::Settings { csv: Some(run.csv(&args.out)), ..settings };
+    let steps = trainer::train(&settings, &run.to_string()).await?;
+    eprintln!("{run}: {}", compare::Summary::of(&steps));
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use candle_core::{D, DType, Tensor, Var};
@@ -38,6 +38,25 @@ pub(crate) struct Settings {
     pub(crate) csv: Option<PathBuf>,
 }
 
+impl Settings {
+    /// The program's options that say the same, without the seed and what travels.
+    pub(crate) fn arguments(&self) -> Vec<String> {
+        let Self { backend, steps, pretrain, prompts, group, learning_rate, truncate, .. } = self;
+        let mut arguments = vec![
+            format!("--backend={backend}"),
+            format!("--steps={steps}"),
+            format!("--pretrain={pretrain}"),
+            format!("--prompts={prompts}"),
+            format!("--group={group}"),
+            format!("--learning-rate={learning_rate}"),
+        ];
+        arguments.extend(truncate.map(|most| format!("--truncate={most}")));
+        arguments
+    }
+}
+
+const HEADER: &str = "step,version,reward,kl,update_seconds,bytes,quantized,restarts";
+
 /// What a step did.
 #[derive(Clone, Copy)]
 pub(crate) struct Step {
@@ -64,7 +83,7 @@ pub(crate) async fn train(settings: &Settings, title: &str) -> Result<Vec<Step>,
         None => None,
     };
     if let Some(csv) = &mut csv {
-        writeln!(csv, "step,version,reward,kl,update_seconds,bytes,quantized,restarts")?;
+        writeln!(csv, "{HEADER}")?;
     }
     let mut rollouts = Rollouts::start(settings)?;
     let bar = progress(settings.steps, title);
@@ -101,6 +120,36 @@ pub(crate) async fn train(settings: &Settings, title: &str) -> Result<Vec<Step>,
     bar.finish();
     rollouts.stop().await?;
     Ok(steps)
+}
+
+/// The steps of a run from its CSV file.
+pub(crate) fn read(csv: &Path) -> Result<Vec<Step>, Failure> {
+    let text = std::fs::read_to_string(csv)?;
+    let mut lines = text.lines();
+    if lines.next() != Some(HEADER) {
+        return Err(format!("{} is not of this program", csv.display()).into());
+    }
+    let step = |line: &str| {
+        let wrong = || Failure::from(format!("{}: {line}", csv.display()));
+        let fields: Vec<&str> = line.split(',').collect();
+        let [step, version, reward, kl, update_seconds, bytes, quantized, restarts] = fields[..]
+        else {
+            return Err(wrong());
+        };
+        let whole = |field: &str| field.parse::<u64>().map_err(|_| wrong());
+        let real = |field: &str| field.parse::<f64>().map_err(|_| wrong());
+        Ok(Step {
+            step: whole(step)?,
+            version: whole(version)?,
+            reward: real(reward)?,
+            kl: real(kl)?,
+            update_seconds: real(update_seconds)?,
+            bytes: whole(bytes)?,
+            quantized: whole(quantized)?,
+            restarts: whole(restarts)?,
+        })
+    };
+    lines.map(step).collect()
 }
 
 fn adam(vars: &HashMap<String, Var>, lr: f64) -> Result<AdamW, Failure> {

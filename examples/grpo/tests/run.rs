@@ -60,6 +60,28 @@ fn a_comparison_of_five_steps_leaves_a_table_a_plot_and_every_run() {
 }
 
 #[test]
+fn runs_side_by_side_are_the_same_runs_as_one_after_the_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let [alone, beside] = ["1", "2"].map(|jobs| {
+        let out = folder.path().join(jobs);
+        end(grpo(&out, &["--compare", "--seeds", "2", "--steps", "2", "--jobs", jobs]));
+        let files = ["bf16-1.csv", "bf16-2.csv", "fp8-1.csv", "fp8-2.csv"];
+        files.map(|file| ["reward", "bytes"].map(|name| column(out.join(file), name)))
+    });
+    assert_eq!(alone, beside);
+}
+
+#[test]
+fn a_run_that_fails_ends_the_comparison_with_its_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let child = grpo(folder.path(), &["--compare", "--steps", "2", "--backend", "carrier-pigeon"]);
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("carrier-pigeon"), "{said}");
+    assert!(!folder.path().join("table.md").exists());
+}
+
+#[test]
 fn training_goes_on_when_a_rollout_is_killed_in_the_middle() {
     let folder = tempfile::tempdir().unwrap();
     let mut child = grpo(folder.path(), &["--steps", "40", "--trainer-quantize-fp8"]);

@@ -1,0 +1,463 @@
+//! A cache of the last complete version that other processes of the host read.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use engine_core::plan::ALIGNMENT;
+use engine_core::{
+    CacheStore, CacheWriter, Error, ErrorKind, ReceivedPiece, Result, TensorMeta, Version, Weight,
+    WeightStream, ensure_async_iterator, ensure_fresh,
+};
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::error::SegmentError;
+use crate::ffi::{Mapping, ReadView};
+use crate::segment::available_memory;
+
+/// How often a reader looks again when the owner changes the cache just then.
+const ATTEMPTS: usize = 1000;
+/// How much is written between two looks at the memory that is left.
+const STRIDE: u64 = 64 << 20;
+
+/// A cache in shared memory, for [`CachedEngine::with_store`](engine_core::CachedEngine::with_store)
+/// with any backend: other processes of the host take weights from it with a [`SharedCacheReader`],
+/// without a copy and without asking anybody.
+///
+/// # Contract
+///
+/// What it shows is always a whole version that was verified and committed on every rank: the old one
+/// until the new one is, then the new one, in one step. A version that is aborted is never shown. The
+/// kernel keeps every process, the owner included, from changing a version that is shown.
+///
+/// # Examples
+///
+/// ```
+/// # fn example(engine: Box<dyn engine_core::CheckpointEngine>) -> engine_core::Result<()> {
+/// use backend_ipc::{SharedCache, SharedCacheReader};
+/// use engine_core::CachedEngine;
+///
+/// let cache = SharedCache::create()?;
+/// let address = cache.address(); // Serialisable: another process of this host opens it.
+/// let receiver = CachedEngine::with_store(engine, std::sync::Arc::new(cache));
+///
+/// let reader = SharedCacheReader::open(address)?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct SharedCache(Arc<Owner>);
+
+/// Where a [`SharedCache`] is, for processes of its host, user and PID namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct CacheAddress {
+    pid: u32,
+    fd: i32,
+    device: u64,
+    inode: u64,
+}
+
+/// Another process's [`SharedCache`].
+#[derive(Debug)]
+pub struct SharedCacheReader {
+    pid: u32,
+    board: File,
+    max_staleness: Option<u64>,
+    mapped: Mutex<Option<(Notice, Arc<[Weight]>)>>,
+}
+
+#[derive(Debug)]
+struct Owner {
+    /// The file that the notice is written to.
+    board: OwnedFd,
+    shown: Mutex<Shown>,
+}
+
+#[derive(Debug)]
+struct Shown {
+    notice: Notice,
+    /// The version's file; readers find it by its descriptor here.
+    _file: Option<OwnedFd>,
+}
+
+impl SharedCache {
+    /// An empty cache.
+    ///
+    /// # Errors
+    ///
+    /// `Io` or `Resource` if the system has no file for it.
+    pub fn create() -> Result<Self> {
+        let board = file("ckpt-engine-board")?;
+        let notice = Notice::default();
+        write(&board, &notice.encode(), 0)?;
+        Ok(Self(Arc::new(Owner { board, shown: Mutex::new(Shown { notice, _file: None }) })))
+    }
+
+    /// What a reader opens it by.
+    pub fn address(&self) -> CacheAddress {
+        let fd = self.0.board.as_raw_fd();
+        // The descriptor is open: there is nothing that this could fail for.
+        let (device, inode) =
+            rustix::fs::fstat(&self.0.board).map_or((0, 0), |stat| (stat.st_dev, stat.st_ino));
+        CacheAddress { pid: std::process::id(), fd, device, inode }
+    }
+}
+
+impl Owner {
+    fn shown(&self) -> MutexGuard<'_, Shown> {
+        // Every change is one assignment; a panic elsewhere leaves it whole.
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Shows a notice, and from then on no other file than its.
+    fn show(&self, shown: &mut Shown, new: Shown) -> Result<(), SegmentError> {
+        write(&self.board, &new.notice.encode(), 0)?;
+        *shown = new;
+        Ok(())
+    }
+}
+
+impl CacheStore for SharedCache {
+    fn begin(&self, version: Version) -> Result<Box<dyn CacheWriter>> {
+        let file = file("ckpt-engine-version")?;
+        let mut shown = self.0.shown();
+        let mut notice = shown.notice;
+        notice.newest = notice.newest.max(version.0);
+        write(&self.0.board, &notice.encode(), 0)?;
+        shown.notice = notice;
+        let owner = self.0.clone();
+        Ok(Box::new(Writer { owner, version, file, end: 0, checked: 0, table: Vec::new() }))
+    }
+}
+
+/// A version that is being written, to a file that nobody else sees yet.
+struct Writer {
+    owner: Arc<Owner>,
+    version: Version,
+    file: OwnedFd,
+    end: u64,
+    /// How far there was memory when it was looked at.
+    checked: u64,
+    table: Vec<Entry>,
+}
+
+/// A weight's place in the file of its version.
+#[derive(Debug, Serialize, Deserialize)]
+struct Entry {
+    meta: TensorMeta,
+    at: u64,
+}
+
+impl Writer {
+    fn append(&mut self, bytes: &[u8], at: u64) -> Result<(), SegmentError> {
+        let end = at + bytes.len() as u64;
+        // There is no limit to such files but memory, and the kernel ends processes when that is
+        // short.
+        if end > self.checked {
+            let needed = end - self.end + STRIDE;
+            if available_memory().is_some_and(|available| needed > available) {
+                return Err(SegmentError::NoMemory { needed: end });
+            }
+            self.checked = end + STRIDE;
+        }
+        write(&self.file, bytes, at)?;
+        self.end = end;
+        Ok(())
+    }
+}
+
+impl CacheWriter for Writer {
+    fn write(&mut self, piece: &ReceivedPiece) -> Result<()> {
+        let named = |error: SegmentError| Error::from(error).tensor(&*piece.meta.name);
+        if piece.start == 0 {
+            let at = self.end.next_multiple_of(ALIGNMENT);
+            self.table.push(Entry { meta: piece.meta.clone(), at });
+        }
+        let Some(entry) = self.table.last() else {
+            return Err(named(SegmentError::Damaged("a weight without its beginning".into())));
+        };
+        let at = entry.at + piece.start;
+        self.append(&piece.bytes.to_host()?, at).map_err(named)
+    }
+
+    fn commit(mut self: Box<Self>) -> Result<Vec<Weight>> {
+        let table = serde_json::to_vec(&self.table)
+            .map_err(|error| SegmentError::Damaged(error.to_string()))?;
+        let at = self.end.next_multiple_of(ALIGNMENT);
+        self.append(&table, at)?;
+        rustix::fs::fcntl_add_seals(&self.file, SEALS | SealFlags::SEAL)
+            .map_err(|errno| SegmentError::System { call: "fcntl(F_ADD_SEALS)", errno })?;
+        let stat = rustix::fs::fstat(&self.file)
+            .map_err(|errno| SegmentError::System { call: "fstat", errno })?;
+        let mut shown = self.owner.shown();
+        let notice = Notice {
+            newest: shown.notice.newest,
+            is_there: 1,
+            version: self.version.0,
+            fd: self.file.as_raw_fd() as u64,
+            device: stat.st_dev,
+            inode: stat.st_ino,
+            len: self.end,
+            table: at,
+        };
+        let weights = map(std::process::id(), &notice)?;
+        self.owner.show(&mut shown, Shown { notice, _file: Some(self.file) })?;
+        Ok(weights)
+    }
+}
+
+impl SharedCacheReader {
+    /// Opens a cache of another process, or of this one.
+    ///
+    /// # Errors
+    ///
+    /// `Io` if it cannot be opened; `PeerLost` if its process is gone.
+    pub fn open(address: CacheAddress) -> Result<Self> {
+        let CacheAddress { pid, fd, device, inode } = address;
+        let board = open(pid, fd, (device, inode))?;
+        let reader = Self { pid, board, max_staleness: None, mapped: Mutex::default() };
+        reader.notice()?;
+        Ok(reader)
+    }
+
+    /// Refuses weights that are more than so many versions behind the newest one that began to
+    /// arrive at the owner. `None` refuses none.
+    #[must_use]
+    pub fn with_max_staleness(mut self, versions: Option<u64>) -> Self {
+        self.max_staleness = versions;
+        self
+    }
+
+    /// The last complete version, however old it is; `None` before the first.
+    ///
+    /// # Errors
+    ///
+    /// `Protocol` if what is there is not a cache.
+    pub fn version(&self) -> Result<Option<Version>> {
+        let notice = self.notice()?;
+        Ok((notice.is_there == 1).then_some(Version(notice.version)))
+    }
+
+    /// The last complete version and its weights, in the order sent: in the owner's memory, which
+    /// stays as long as any of them is held, whatever becomes of the owner.
+    ///
+    /// # Errors
+    ///
+    /// `State` if no version is complete yet, or if it is further behind than allowed; `PeerLost` if
+    /// the owner ended before this reader took the version.
+    pub fn get_weights(&self) -> Result<(Version, WeightStream<'static>)> {
+        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        for _ in 0..ATTEMPTS {
+            let notice = self.notice()?;
+            let version = Version(notice.version);
+            if notice.is_there == 0 {
+                let message = "no version is complete yet";
+                return Err(Error::new(ErrorKind::State, "reading the cache", message));
+            }
+            ensure_fresh(version, Version(notice.newest), self.max_staleness)?;
+            let weights = match mapped.as_ref() {
+                Some((known, weights)) if known.inode == notice.inode => weights.clone(),
+                _ => match map(self.pid, &notice) {
+                    Ok(weights) => mapped.insert((notice, weights.into())).1.clone(),
+                    // The owner may have shown another one meanwhile, and this one is gone.
+                    Err(_) if self.notice()?.inode != notice.inode => continue,
+                    Err(error) => return Err(Error::from(error).version(version)),
+                },
+            };
+            let weights = (0..weights.len()).map(move |index| weights[index].clone());
+            return Ok((version, ensure_async_iterator(weights)));
+        }
+        Err(SegmentError::Damaged("it changes all the time".into()).into())
+    }
+
+    fn notice(&self) -> Result<Notice, SegmentError> {
+        let mut bytes = [0; Notice::BYTES];
+        for _ in 0..ATTEMPTS {
+            let read = rustix::io::pread(&self.board, &mut bytes, 0)
+                .map_err(|errno| SegmentError::System { call: "pread", errno })?;
+            if let Some(notice) = Notice::decode(&bytes[..read]) {
+                return Ok(notice);
+            }
+            std::hint::spin_loop(); // Torn: the owner writes it just now.
+        }
+        Err(SegmentError::Damaged("its notice is damaged".into()))
+    }
+}
+
+/// What the owner shows of its cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Notice {
+    /// The newest version that began to arrive.
+    newest: u64,
+    /// 1 if a version is complete; what follows is about that.
+    is_there: u64,
+    version: u64,
+    /// Its file.
+    fd: u64,
+    device: u64,
+    inode: u64,
+    len: u64,
+    /// Where the table of its weights begins.
+    table: u64,
+}
+
+impl Notice {
+    /// Eight numbers, and a check that notices a notice read while it is written.
+    const BYTES: usize = 9 * 8;
+
+    fn encode(self) -> [u8; Self::BYTES] {
+        let Self { newest, is_there, version, fd, device, inode, len, table } = self;
+        let fields = [newest, is_there, version, fd, device, inode, len, table];
+        let mut bytes = [0; Self::BYTES];
+        let all = fields.into_iter().chain([check(&fields)]);
+        for (bytes, field) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(all) {
+            *bytes = field.to_le_bytes();
+        }
+        bytes
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let bytes: &[u8; Self::BYTES] = bytes.try_into().ok()?;
+        let numbers: Vec<u64> =
+            bytes.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
+        let (sum, fields) = numbers.split_last()?;
+        let [newest, is_there, version, fd, device, inode, len, table] = *fields else {
+            return None;
+        };
+        let notice = Self { newest, is_there, version, fd, device, inode, len, table };
+        (check(fields) == *sum).then_some(notice)
+    }
+}
+
+fn check(fields: &[u64]) -> u64 {
+    fields.iter().fold(0x6368_6563_6b70_7431, |sum: u64, field| {
+        (sum ^ field).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
+    })
+}
+
+const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::WRITE);
+
+/// A file in memory without a name: it goes with the last descriptor and mapping of it.
+fn file(name: &str) -> Result<OwnedFd, SegmentError> {
+    rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+        .map_err(|errno| SegmentError::System { call: "memfd_create", errno })
+}
+
+fn write(file: impl AsFd, mut bytes: &[u8], mut at: u64) -> Result<(), SegmentError> {
+    while !bytes.is_empty() {
+        match rustix::io::pwrite(&file, bytes, at) {
+            Ok(written) => {
+                bytes = &bytes[written..];
+                at += written as u64;
+            }
+            Err(Errno::INTR) => {}
+            Err(Errno::NOSPC | Errno::NOMEM) => {
+                return Err(SegmentError::NoMemory { needed: at + bytes.len() as u64 });
+            }
+            Err(errno) => return Err(SegmentError::System { call: "pwrite", errno }),
+        }
+    }
+    Ok(())
+}
+
+/// Opens a descriptor of a process for reading, if it is still the file that it was.
+fn open(pid: u32, fd: i32, identity: (u64, u64)) -> Result<File, SegmentError> {
+    let path = format!("/proc/{pid}/fd/{fd}");
+    let opened = File::open(&path).and_then(|file| Ok((file.metadata()?, file)));
+    match opened {
+        Ok((metadata, file)) if (metadata.dev(), metadata.ino()) == identity => Ok(file),
+        Ok(_) => Err(SegmentError::CacheGone { path }),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Err(SegmentError::CacheGone { path })
+        }
+        Err(source) => Err(SegmentError::Open { path, source }),
+    }
+}
+
+/// Maps the version of a notice, and finds its weights.
+fn map(pid: u32, notice: &Notice) -> Result<Vec<Weight>, SegmentError> {
+    let damaged = |message: &str| SegmentError::Damaged(message.into());
+    let fd = i32::try_from(notice.fd).map_err(|_| damaged("no such descriptor"))?;
+    let file = open(pid, fd, (notice.device, notice.inode))?;
+    // Sealed, it cannot change under the mapping, nor end before it.
+    let seals = rustix::fs::fcntl_get_seals(&file)
+        .map_err(|errno| SegmentError::System { call: "fcntl(F_GET_SEALS)", errno })?;
+    let len = file.metadata().map_or(0, |metadata| metadata.len());
+    if !seals.contains(SEALS) || len != notice.len || notice.table >= len {
+        return Err(damaged("its file is not a complete version"));
+    }
+    let len = usize::try_from(len).map_err(|_| damaged("too large"))?;
+    let mapping = Mapping::new(file.as_fd(), len, false)
+        .map_err(|errno| SegmentError::System { call: "mmap", errno })?;
+    let mapping = Arc::new(mapping);
+    let table = notice.table as usize;
+    let view = ReadView::new(mapping.clone(), table, len - table);
+    let entries: Vec<Entry> = serde_json::from_slice(view.as_ref())
+        .map_err(|error| SegmentError::Damaged(error.to_string()))?;
+    let weight = |Entry { meta, at }: Entry| {
+        let bytes = meta.validate().map_err(|error| SegmentError::Damaged(error.to_string()))?;
+        let end = at.checked_add(bytes).filter(|end| *end <= notice.table);
+        if end.is_none() {
+            return Err(damaged("a weight lies outside of its file"));
+        }
+        let view = ReadView::new(mapping.clone(), at as usize, bytes as usize);
+        Weight::from_meta(meta, Bytes::from_owner(view))
+            .map_err(|error| SegmentError::Damaged(error.to_string()))
+    };
+    entries.into_iter().map(weight).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_are_no_notice_and_no_panic(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+            prop_assert_eq!(Notice::decode(&bytes), None);
+        }
+
+        #[test]
+        fn a_notice_survives_and_one_whose_halves_are_of_two_does_not(
+            a: [u64; 8],
+            b: [u64; 8],
+            torn in 1..Notice::BYTES,
+        ) {
+            let notice = |[newest, is_there, version, fd, device, inode, len, table]: [u64; 8]| {
+                Notice { newest, is_there, version, fd, device, inode, len, table }
+            };
+            let (a, b) = (notice(a), notice(b));
+            prop_assert_eq!(Notice::decode(&a.encode()), Some(a));
+            let mut bytes = a.encode();
+            bytes[..torn].copy_from_slice(&b.encode()[..torn]);
+            let read = Notice::decode(&bytes);
+            prop_assert!([None, Some(a), Some(b)].contains(&read), "{read:?}");
+        }
+
+        #[test]
+        fn a_notice_that_means_no_good_is_an_error(fields: [u64; 7], len in 0..4096_u64) {
+            let file = file("ckpt-engine-test").expect("a file");
+            write(&file, &vec![b'['; len as usize], 0).expect("room");
+            rustix::fs::fcntl_add_seals(&file, SEALS).expect("seals");
+            let stat = rustix::fs::fstat(&file).expect("its identity");
+            let [newest, is_there, version, table, ..] = fields;
+            let notice = Notice {
+                newest,
+                is_there,
+                version,
+                fd: file.as_raw_fd() as u64,
+                device: stat.st_dev,
+                inode: stat.st_ino,
+                len,
+                table: table % 5000,
+            };
+            prop_assert!(map(std::process::id(), &notice).is_err());
+        }
+    }
+}
