@@ -18,7 +18,7 @@ use engine_core::{
 use serde::{Deserialize, Serialize};
 
 use crate::NAME;
-use crate::agent::{Agent, AgentOptions, Awaiting, Card, Transfer};
+use crate::agent::{self, Agent, AgentOptions, Awaiting, Card};
 use crate::arena::{Arena, Slot};
 use crate::error::NixlError;
 
@@ -38,6 +38,8 @@ const DEFAULT_DEVICE_MEGABYTES: u64 = 512;
 pub struct NixlOptions {
     /// Who fetches from whom.
     pub topology: Topology,
+    /// Who moves the bytes.
+    pub transfer: Transfer,
     /// UCX's transports, as its `UCX_TLS` has them (`tcp`, `rc,sm`, …); all that are there if empty.
     pub transports: String,
     /// What UCX does about peers that fail.
@@ -61,6 +63,19 @@ pub enum Topology {
     Star,
 }
 
+/// Who moves the bytes of a bucket. The same on every rank.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub enum Transfer {
+    /// The rank that wants them reads them.
+    #[default]
+    Read,
+    /// The rank that has them writes them, when it is asked: for fabrics that write faster than they
+    /// read.
+    Write,
+}
+
 /// What UCX does about peers that fail.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -78,6 +93,7 @@ pub enum ErrorHandling {
 pub(crate) struct Details {
     pub(crate) slots: u32,
     pub(crate) slot_bytes: u64,
+    pub(crate) transfer: Transfer,
 }
 
 /// A rank's end of the NIXL transport.
@@ -151,6 +167,7 @@ impl CheckpointEngine for NixlEngine {
                 ErrorHandling::Peer => "peer",
                 ErrorHandling::None => "none",
             },
+            writes: self.options.transfer == Transfer::Write,
         };
         // Two agents of one name would be taken for one another: a rank that starts anew, above all.
         let random = std::hash::BuildHasher::hash_one(
@@ -162,7 +179,11 @@ impl CheckpointEngine for NixlEngine {
         let card = postcard::to_stdvec(agent.card()).map_err(NixlError::Card)?.into();
         // Shorter than the protocol's, so that a transfer that hangs is named as what it is.
         let deadline = self.context.deadline().mul_f64(0.75);
-        let details = Details { slots: arena.slots(), slot_bytes: arena.slot_bytes() };
+        let details = Details {
+            slots: arena.slots(),
+            slot_bytes: arena.slot_bytes(),
+            transfer: self.options.transfer,
+        };
         self.phase = Phase::Prepared(Arc::new(Node { agent, arena, card, deadline }));
         Ok(WorkerMetadata::of_this_process(NAME, self.context.role, serde_json::json!(details)))
     }
@@ -174,7 +195,9 @@ impl CheckpointEngine for NixlEngine {
         let (node, pool, control) = (node.clone(), self.pool.clone(), self.control.clone());
         self.phase = match self.context.role {
             Role::Trainer => {
-                let link = Outgoing { node: node.clone(), pool, topology: self.options.topology };
+                let writes = self.options.transfer == Transfer::Write;
+                let topology = self.options.topology;
+                let link = Outgoing { node: node.clone(), pool, topology, writes };
                 let ranks = (0..).map(Rank).zip(&place.peers);
                 let rollouts = ranks.filter(|(_, peer)| peer.role == Role::Rollout);
                 let rollouts = rollouts.map(|(rank, _)| rank);
@@ -233,6 +256,8 @@ struct Outgoing {
     node: Arc<Node>,
     pool: Pool,
     topology: Topology,
+    /// Whether buckets are written to those who ask for them.
+    writes: bool,
 }
 
 #[async_trait]
@@ -253,7 +278,10 @@ impl SendLink for Outgoing {
     }
 
     async fn publish(&mut self, _: usize, _: u64) -> Result<()> {
-        // The rollouts fetch it.
+        // The rollouts fetch it: they read it, or ask for it.
+        if self.writes {
+            self.node.agent.stir();
+        }
         Ok(())
     }
 
@@ -319,18 +347,17 @@ impl FetchLink for Incoming {
         let Fetch { from, card, slot, filled } = fetch;
         let prepared = async {
             let peer = self.peer(from, card)?;
-            let remote = peer.range(slot, filled)?;
+            peer.range(slot, filled)?;
             let Node { arena, deadline, .. } = &*self.node;
-            let slot = arena.lock(slot, filled, *deadline).await?;
-            Ok((peer, remote, slot))
+            Ok((peer, arena.lock(slot, filled, *deadline).await?))
         };
         let expected = Box::new(Expected { from, arrival });
         match prepared.await {
             Err(error) => expected.tell(Err(error)),
-            Ok((peer, remote, slot)) => self.node.agent.transfer(Transfer {
-                slot,
+            Ok((peer, here)) => self.node.agent.transfer(agent::Transfer {
+                slot: here,
                 peer,
-                remote,
+                from: slot,
                 deadline: self.node.deadline,
                 done: expected,
             }),

@@ -23,7 +23,7 @@ use engine_core::{
     Role, WorkerMetadata,
 };
 
-pub use engine::{ErrorHandling, NixlEngine, NixlOptions, Topology};
+pub use engine::{ErrorHandling, NixlEngine, NixlOptions, Topology, Transfer};
 
 /// The transport's name in configurations.
 const NAME: &str = "nixl";
@@ -83,6 +83,10 @@ impl Backend for Nixl {
                     own.slots, own.slot_bytes, trainer.slots, trainer.slot_bytes
                 ))
                 .rank(place.rank));
+            }
+            if own.transfer != trainer.transfer {
+                let message = "its option `transfer` is not the trainer's: configure the same";
+                return Err(refuse(message.into()).rank(place.rank));
             }
         }
         Ok(places)

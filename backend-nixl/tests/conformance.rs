@@ -1,4 +1,5 @@
-//! The engine behaves as every engine has to, with NIXL itself, as a star and as a ring.
+//! The engine behaves as every engine has to, with NIXL itself, as a star and as a ring,
+//! whoever moves the bytes.
 
 use engine_core::CheckpointEngineConfig;
 use serde_json::{Value, json};
@@ -25,4 +26,12 @@ mod ring {
 
 mod over_tcp {
     conformance::suite!(super::suite(super::json!({"transports": "tcp,self"})));
+}
+
+mod star_that_writes {
+    conformance::suite!(super::suite(super::json!({"topology": "star", "transfer": "write"})));
+}
+
+mod ring_that_writes {
+    conformance::suite!(super::suite(super::json!({"topology": "ring", "transfer": "write"})));
 }

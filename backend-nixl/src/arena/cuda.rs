@@ -8,7 +8,7 @@ use engine_core::{DeviceChoice, Error, ErrorKind, Result, Storage};
 
 /// Memory of a device, and what fills it.
 #[derive(Clone, Debug)]
-pub(super) struct Memory {
+pub(crate) struct Memory {
     memory: CudaMemory,
     packer: Arc<Mutex<Packer>>,
 }
@@ -24,6 +24,12 @@ impl Memory {
         })?;
         let memory = CudaMemory::new(&device, total)?;
         Ok(Self { memory, packer: Arc::new(Mutex::new(Packer::new(&device)?)) })
+    }
+
+    /// Other memory of this device, which the same packer fills.
+    pub(super) fn spare(&self, bytes: usize) -> Result<Self> {
+        let memory = CudaMemory::new(self.memory.device(), bytes)?;
+        Ok(Self { memory, packer: self.packer.clone() })
     }
 
     pub(super) fn ordinal(&self) -> u32 {

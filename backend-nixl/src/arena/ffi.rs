@@ -10,7 +10,7 @@ use tokio::sync::OwnedMutexGuard;
 
 /// Memory of this process. Unmapped when dropped.
 #[derive(Debug)]
-pub(super) struct Mapping {
+pub(crate) struct Mapping {
     start: NonNull<u8>,
     len: usize,
 }
