@@ -6,8 +6,9 @@ use async_trait::async_trait;
 
 use crate::memory::TensorMemory;
 use crate::{
-    CheckpointEngine, CheckpointEngineWithCache, Error, ErrorKind, Placement, ReceivedWeights,
-    Result, SendReport, Version, Weight, WeightStream, WorkerMetadata, ensure_async_iterator,
+    CheckpointEngine, CheckpointEngineWithCache, Error, ErrorKind, Newcomer, Placement,
+    ReceivedWeights, Result, SendReport, Version, Weight, WeightStream, WorkerMetadata,
+    ensure_async_iterator,
 };
 
 /// An engine whose rollout keeps the last complete version in host memory.
@@ -50,6 +51,16 @@ impl CachedEngine {
     pub fn with_max_staleness(mut self, versions: Option<u64>) -> Self {
         self.cache.max_staleness = versions;
         self
+    }
+
+    /// Fills the cache with the version that another rollout holds. A newer one that is here already
+    /// stays.
+    ///
+    /// # Errors
+    ///
+    /// Those of receiving.
+    pub async fn take_over(&mut self, from: &mut Newcomer) -> Result<Version> {
+        self.cache.fill(from.receive().await?, false).await
     }
 
     /// The cache, for whoever generates while this engine receives.
@@ -147,10 +158,21 @@ impl CheckpointEngine for CachedEngine {
 #[async_trait]
 impl CheckpointEngineWithCache for CachedEngine {
     async fn update_cache(&mut self, version: Option<Version>) -> Result<Version> {
-        let mut received = self.engine.receive_weights(version).await?;
+        self.cache.fill(self.engine.receive_weights(version).await?, true).await
+    }
+
+    fn get_weights(&self) -> Result<(Version, WeightStream<'static>)> {
+        self.cache.get_weights()
+    }
+}
+
+impl WeightCache {
+    /// Keeps what arrives, once it is complete. What the trainer sends takes the place of everything, because
+    /// it may go back to an older version.
+    async fn fill(&self, mut received: ReceivedWeights<'_>, of_trainer: bool) -> Result<Version> {
         let version = received.version();
         {
-            let mut state = self.cache.state();
+            let mut state = self.state();
             state.newest = state.newest.max(version);
         }
         let mut weights = Vec::new();
@@ -174,11 +196,11 @@ impl CheckpointEngineWithCache for CachedEngine {
             }
         }
         received.finish().await?;
-        self.cache.state().cached = Some((version, weights.into()));
+        let mut state = self.state();
+        // Only what another rollout held may be older than what is here.
+        if state.cached.as_ref().is_none_or(|(held, _)| *held <= version || of_trainer) {
+            state.cached = Some((version, weights.into()));
+        }
         Ok(version)
-    }
-
-    fn get_weights(&self) -> Result<(Version, WeightStream<'static>)> {
-        self.cache.get_weights()
     }
 }

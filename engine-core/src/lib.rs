@@ -7,6 +7,7 @@ pub mod digest;
 mod dtype;
 mod engine;
 mod error;
+mod handover;
 mod ids;
 mod isa;
 mod manager;
@@ -32,6 +33,7 @@ pub use engine::{
     WorkerMetadata,
 };
 pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
+pub use handover::{Holder, Newcomer};
 pub use ids::{Rank, Version};
 pub use manager::{CheckpointEngineManager, LocalRollout, RolloutWorker};
 pub use received::{Install, Outcome, ReceivedBucket, ReceivedPiece, ReceivedWeights, TensorMap};
