@@ -338,29 +338,7 @@ impl Worker {
         name: String,
         arena: Arc<Arena>,
     ) -> Result<(Self, Card), NixlError> {
-        let api = sys::load(options.library_dir.as_deref())?;
-        let mut config = Vec::new();
-        if !options.transports.is_empty() {
-            config.push(format!("TLS={}", options.transports));
-        }
-        if arena.device().is_some() && std::env::var_os("UCX_CUDA_IPC_ENABLE_GET_ZCOPY").is_none() {
-            // Where it sees no NVLink, UCX would read over TCP what it can map and copy.
-            config.push("CUDA_IPC_ENABLE_GET_ZCOPY=on".into());
-        }
-        let config = config.join(",");
-        let mut parameters = vec![("ucx_error_handling_mode", options.error_handling)];
-        if !config.is_empty() {
-            parameters.push((ENGINE_CONFIG, config.as_str()));
-        }
-        arena.enter().map_err(NixlError::Device)?;
-        let (slots, slot_bytes, device) = (arena.slots(), arena.slot_bytes(), arena.device());
-        let address = arena.memory().address() as u64;
-        let agent = RawAgent::new(api, &name, &parameters, &arena)?;
-        // Not before an agent was made: NIXL and its plugins have registered their own ends by then.
-        static REGISTERED: Once = Once::new();
-        REGISTERED.call_once(|| sys::at_exit(close_all));
-        let metadata = agent.metadata()?;
-        let card = Card { name, metadata, address, slots, slot_bytes, device };
+        let (agent, card) = open(options, name, &arena)?;
         let this = Self {
             agent,
             arena,
@@ -780,6 +758,38 @@ impl Worker {
             warn!(peer, %error, "a peer that failed could not be forgotten");
         }
     }
+}
+
+/// An agent that has registered an arena, and what peers need to reach it.
+pub(crate) fn open(
+    options: &AgentOptions,
+    name: String,
+    arena: &Arena,
+) -> Result<(RawAgent, Card), NixlError> {
+    let api = sys::load(options.library_dir.as_deref())?;
+    let mut config = Vec::new();
+    if !options.transports.is_empty() {
+        config.push(format!("TLS={}", options.transports));
+    }
+    if arena.device().is_some() && std::env::var_os("UCX_CUDA_IPC_ENABLE_GET_ZCOPY").is_none() {
+        // Where it sees no NVLink, UCX would read over TCP what it can map and copy.
+        config.push("CUDA_IPC_ENABLE_GET_ZCOPY=on".into());
+    }
+    let config = config.join(",");
+    let mut parameters = vec![("ucx_error_handling_mode", options.error_handling)];
+    if !config.is_empty() {
+        parameters.push((ENGINE_CONFIG, config.as_str()));
+    }
+    arena.enter().map_err(NixlError::Device)?;
+    let (slots, slot_bytes, device) = (arena.slots(), arena.slot_bytes(), arena.device());
+    let address = arena.memory().address() as u64;
+    let agent = RawAgent::new(api, &name, &parameters, arena)?;
+    // Not before an agent was made: NIXL and its plugins have registered their own ends by then.
+    static REGISTERED: Once = Once::new();
+    REGISTERED.call_once(|| sys::at_exit(close_all));
+    let metadata = agent.metadata()?;
+    let card = Card { name, metadata, address, slots, slot_bytes, device };
+    Ok((agent, card))
 }
 
 /// How long to sleep when nothing was to be done for so long: peers ask when they like, above all soon

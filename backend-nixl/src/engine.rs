@@ -12,8 +12,9 @@ use engine_core::update::{
     Arrival, Fetch, FetchLink, Receiver, SendLink, Sender, Topology as Shape,
 };
 use engine_core::{
-    CheckpointEngine, ControlPlane, EngineContext, Error, ErrorKind, Placement, Rank,
-    ReceivedWeights, Result, Role, SendReport, Version, WeightStream, WorkerMetadata,
+    CheckpointEngine, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind,
+    Placement, Rank, ReceivedWeights, Result, Role, SendReport, Version, WeightStream,
+    WorkerMetadata,
 };
 use serde::{Deserialize, Serialize};
 
@@ -47,6 +48,37 @@ pub struct NixlOptions {
     /// The folder of `libnixl_capi.so`, or one that a wheel of NIXL was unpacked to; searched for
     /// without it.
     pub library_dir: Option<PathBuf>,
+}
+
+impl NixlOptions {
+    pub(crate) fn of_agent(&self) -> AgentOptions {
+        AgentOptions {
+            library_dir: self.library_dir.clone(),
+            transports: self.transports.clone(),
+            error_handling: match self.error_handling {
+                ErrorHandling::Peer => "peer",
+                ErrorHandling::None => "none",
+            },
+            writes: self.transfer == Transfer::Write,
+        }
+    }
+}
+
+/// A rank's slots.
+pub(crate) fn arena(config: &CheckpointEngineConfig) -> Result<Arena> {
+    let default =
+        if config.device.is_cpu() { DEFAULT_BUCKET_MEGABYTES } else { DEFAULT_DEVICE_MEGABYTES };
+    let bucket = config.bucket_bytes().unwrap_or(default << 20);
+    Arena::on(&config.device, SLOTS, bucket / (u64::from(SLOTS) / 2))
+}
+
+/// Two agents of one name would be taken for one another: a rank that starts anew, above all.
+pub(crate) fn unique_name(rank: impl std::fmt::Display) -> String {
+    let random = std::hash::BuildHasher::hash_one(
+        &std::collections::hash_map::RandomState::new(),
+        std::process::id(),
+    );
+    format!("ckpt-{rank}-{random:016x}")
 }
 
 /// Who fetches from whom.
@@ -151,30 +183,8 @@ impl CheckpointEngine for NixlEngine {
         if matches!(self.phase, Phase::Sending(..) | Phase::Receiving(..)) {
             return Err(wrong_phase("preparing", "it is in a group already"));
         }
-        let config = &self.context.config;
-        let default = if config.device.is_cpu() {
-            DEFAULT_BUCKET_MEGABYTES
-        } else {
-            DEFAULT_DEVICE_MEGABYTES
-        };
-        let bucket = config.bucket_bytes().unwrap_or(default << 20);
-        let device = &self.context.config.device;
-        let arena = Arc::new(Arena::on(device, SLOTS, bucket / (u64::from(SLOTS) / 2))?);
-        let options = AgentOptions {
-            library_dir: self.options.library_dir.clone(),
-            transports: self.options.transports.clone(),
-            error_handling: match self.options.error_handling {
-                ErrorHandling::Peer => "peer",
-                ErrorHandling::None => "none",
-            },
-            writes: self.options.transfer == Transfer::Write,
-        };
-        // Two agents of one name would be taken for one another: a rank that starts anew, above all.
-        let random = std::hash::BuildHasher::hash_one(
-            &std::collections::hash_map::RandomState::new(),
-            std::process::id(),
-        );
-        let name = format!("ckpt-{}-{random:016x}", self.control.rank());
+        let arena = Arc::new(arena(&self.context.config)?);
+        let (options, name) = (self.options.of_agent(), unique_name(self.control.rank()));
         let agent = Agent::start(options, name, arena.clone()).await?;
         let card = postcard::to_stdvec(agent.card()).map_err(NixlError::Card)?.into();
         // Shorter than the protocol's, so that a transfer that hangs is named as what it is.

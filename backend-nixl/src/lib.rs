@@ -13,6 +13,7 @@
 
 mod agent;
 mod arena;
+pub mod bare;
 mod engine;
 mod error;
 mod ffi;

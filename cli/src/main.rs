@@ -407,6 +407,13 @@ struct RolloutArgs {
     /// Memory to allocate on the device for the weights before the first update, in bytes
     #[arg(long, value_name = "BYTES")]
     reserve: Option<u64>,
+    /// Keep the last version in memory, and give it at this address (host:port, port 0 for any that is
+    /// free) to rollouts that join later, at once and without the trainer
+    #[arg(long, value_name = "ADDRESS")]
+    hold: Option<Address>,
+    /// Offer memory for bare transfers, as `bench transfer` has it
+    #[arg(long, hide = true)]
+    bare: bool,
     #[command(flatten)]
     metrics: MetricsArgs,
 }
@@ -518,6 +525,7 @@ async fn sync_command(args: &SyncArgs) -> Result<ExitCode, Failure> {
         verify: args.verify,
         out: args.out.clone(),
         metrics: args.metrics.metrics,
+        bare: false,
     };
     let _exporter = args.metrics.serve().await?;
     if !args.json {
@@ -596,6 +604,8 @@ async fn rollout_command(args: &RolloutArgs) -> Result<ExitCode, Failure> {
         verify: args.verify,
         out: args.out.clone(),
         reserve: args.reserve,
+        bare: args.bare,
+        hold: args.hold.clone(),
     };
     let print = |result: &checkpoint_engine::Result<ReceiveReport>| match result {
         Ok(report) => say(format!(
@@ -716,7 +726,14 @@ async fn transfer_command(args: &TransferArgs) -> Result<ExitCode, Failure> {
             line.memcpy_gb_per_s,
             line.us_per_tensor,
             line.extra_peak_bytes as f64 / f64::from(1 << 20)
-        ))
+        ))?;
+        match (line.bare_gb_per_s, line.bare_ratio) {
+            (Some(rate), Some(ratio)) => say(format!(
+                "  {ratio:.2} of bare transfers of as many bytes between the same processes, \
+                 {rate:.2} GB/s"
+            )),
+            _ => Ok(()),
+        }
     };
     transfer(&options, print).await?;
     Ok(ExitCode::SUCCESS)

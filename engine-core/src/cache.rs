@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use crate::memory::TensorMemory;
 use crate::{
     CheckpointEngine, CheckpointEngineWithCache, Error, ErrorKind, Newcomer, Placement,
-    ReceivedWeights, Result, SendReport, Version, Weight, WeightStream, WorkerMetadata,
-    ensure_async_iterator,
+    ReceivedBucket, ReceivedWeights, Result, SendReport, Version, Weight, WeightStream,
+    WorkerMetadata, ensure_async_iterator,
 };
 
 /// An engine whose rollout keeps the last complete version in host memory.
@@ -60,7 +60,7 @@ impl CachedEngine {
     ///
     /// Those of receiving.
     pub async fn take_over(&mut self, from: &mut Newcomer) -> Result<Version> {
-        self.cache.fill(from.receive().await?, false).await
+        Ok(self.cache.fill(from.receive().await?).await?.complete_if_newer())
     }
 
     /// The cache, for whoever generates while this engine receives.
@@ -158,7 +158,8 @@ impl CheckpointEngine for CachedEngine {
 #[async_trait]
 impl CheckpointEngineWithCache for CachedEngine {
     async fn update_cache(&mut self, version: Option<Version>) -> Result<Version> {
-        self.cache.fill(self.engine.receive_weights(version).await?, true).await
+        let received = self.engine.receive_weights(version).await?;
+        Ok(self.cache.fill(received).await?.complete())
     }
 
     fn get_weights(&self) -> Result<(Version, WeightStream<'static>)> {
@@ -167,40 +168,70 @@ impl CheckpointEngineWithCache for CachedEngine {
 }
 
 impl WeightCache {
-    /// Keeps what arrives, once it is complete. What the trainer sends takes the place of everything, because
-    /// it may go back to an older version.
-    async fn fill(&self, mut received: ReceivedWeights<'_>, of_trainer: bool) -> Result<Version> {
-        let version = received.version();
-        {
-            let mut state = self.state();
-            state.newest = state.newest.max(version);
-        }
-        let mut weights = Vec::new();
-        let mut open: Option<TensorMemory> = None;
+    /// Begins to put a version into the cache, bucket by bucket: for a rollout that does other things with
+    /// buckets as well. [`CachedEngine`] does all of it.
+    pub fn begin(&self, version: Version) -> CacheUpdate {
+        let mut state = self.state();
+        state.newest = state.newest.max(version);
+        CacheUpdate { cache: self.clone(), version, weights: Vec::new(), open: None }
+    }
+
+    /// Keeps what arrives, once it is complete.
+    async fn fill(&self, mut received: ReceivedWeights<'_>) -> Result<CacheUpdate> {
+        let mut update = self.begin(received.version());
         while let Some(bucket) = received.next_bucket().await? {
-            for piece in bucket.pieces() {
-                let byte_len = piece.meta.byte_len()?;
-                // The chunks of a weight follow one another, which the engine has checked.
-                let mut memory = match open.take() {
-                    Some(memory) => memory,
-                    None => TensorMemory::new(byte_len, "filling the cache")
-                        .map_err(|error| error.tensor(&*piece.meta.name))?,
-                };
-                let end = piece.start + piece.bytes.len();
-                piece.bytes.read(0, &mut memory.as_mut()[piece.start as usize..end as usize])?;
-                if end < byte_len {
-                    open = Some(memory);
-                } else {
-                    weights.push(Weight::from_meta(piece.meta, memory.freeze())?);
-                }
-            }
+            update.add(&bucket)?;
         }
         received.finish().await?;
-        let mut state = self.state();
-        // Only what another rollout held may be older than what is here.
-        if state.cached.as_ref().is_none_or(|(held, _)| *held <= version || of_trainer) {
-            state.cached = Some((version, weights.into()));
+        Ok(update)
+    }
+}
+
+/// A version on its way into a [`WeightCache`], which is as it was until
+/// [`complete`](Self::complete).
+#[derive(Debug)]
+pub struct CacheUpdate {
+    cache: WeightCache,
+    version: Version,
+    weights: Vec<Weight>,
+    open: Option<TensorMemory>,
+}
+
+impl CacheUpdate {
+    /// Copies a bucket, the next one of the version.
+    ///
+    /// # Errors
+    ///
+    /// `Resource` if there is no memory for its weights.
+    pub fn add(&mut self, bucket: &ReceivedBucket) -> Result<()> {
+        for piece in bucket.pieces() {
+            let byte_len = piece.meta.byte_len()?;
+            // The chunks of a weight follow one another, which the engine has checked.
+            let mut memory = match self.open.take() {
+                Some(memory) => memory,
+                None => TensorMemory::new(byte_len, "filling the cache")
+                    .map_err(|error| error.tensor(&*piece.meta.name))?,
+            };
+            let end = piece.start + piece.bytes.len();
+            piece.bytes.read(0, &mut memory.as_mut()[piece.start as usize..end as usize])?;
+            if end < byte_len {
+                self.open = Some(memory);
+            } else {
+                self.weights.push(Weight::from_meta(piece.meta, memory.freeze())?);
+            }
         }
-        Ok(version)
+        Ok(())
+    }
+
+    /// The version is complete and committed: it takes the place of the one before it.
+    pub fn complete(self) -> Version {
+        self.cache.state().cached = Some((self.version, self.weights.into()));
+        self.version
+    }
+
+    /// The same, unless what is here is newer.
+    fn complete_if_newer(self) -> Version {
+        let held = self.cache.version();
+        if held.is_none_or(|held| held <= self.version) { self.complete() } else { self.version }
     }
 }

@@ -14,8 +14,6 @@ use crate::{
     Rank, ReceivedWeights, Result, SendReport, Version, WeightCache, WorkerMetadata,
 };
 
-/// The attribute of a rank's metadata that says where it gives the version that it holds.
-const HOLDS: &str = "holds";
 /// A wait for somebody who may never come; it begins anew.
 const LONG: Duration = Duration::from_secs(3600);
 /// The pause before a holder that serves somebody else is asked again.
@@ -72,6 +70,10 @@ struct Offer {
 }
 
 impl Holder {
+    /// The attribute of a rank's metadata that says where it gives the version that it holds; see
+    /// [`announce`](Self::announce).
+    pub const ATTRIBUTE: &str = "holds";
+
     /// Listens for newcomers, who are [served](Self::run) from then on what `cache` has.
     ///
     /// The weights travel as they are in the cache; `config` decides on buckets, digests, deadlines
@@ -102,7 +104,7 @@ impl Holder {
         if !own.attributes.is_object() {
             own.attributes = serde_json::json!({});
         }
-        own.attributes[HOLDS] = self.at.address.to_string().into();
+        own.attributes[Self::ATTRIBUTE] = self.at.address.to_string().into();
     }
 
     /// Serves newcomers for as long as it can listen. A newcomer that fails, or that comes before
@@ -172,7 +174,8 @@ pub struct Newcomer {
 impl Newcomer {
     /// Where ranks of a group say that they give the version they hold.
     pub fn holders(workers: &[WorkerMetadata]) -> Vec<Address> {
-        let address = |worker: &WorkerMetadata| worker.attributes[HOLDS].as_str()?.parse().ok();
+        let address =
+            |worker: &WorkerMetadata| worker.attributes[Holder::ATTRIBUTE].as_str()?.parse().ok();
         workers.iter().filter_map(address).collect()
     }
 

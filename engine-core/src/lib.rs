@@ -24,7 +24,7 @@ pub mod telemetry;
 pub mod update;
 mod weight;
 
-pub use cache::{CachedEngine, WeightCache};
+pub use cache::{CacheUpdate, CachedEngine, WeightCache};
 pub use config::{CheckpointEngineConfig, ConfigFormat, DeviceChoice};
 pub use control::{ControlPlane, Role};
 pub use dtype::DType;
