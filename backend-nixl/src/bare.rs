@@ -78,7 +78,9 @@ pub fn seconds(
         let until = Instant::now() + DEADLINE;
         let ended = loop {
             match agent.is_done(&transfer) {
-                Ok(false) if Instant::now() < until => std::hint::spin_loop(),
+                // A pause would slow down what moves on with each look (`cma`); looking without letting
+                // others run, what they move (`tcp`).
+                Ok(false) if Instant::now() < until => std::thread::yield_now(),
                 Ok(false) => break Err(NixlError::Slow(DEADLINE)),
                 Ok(true) => break Ok(()),
                 Err(error) => break Err(error),

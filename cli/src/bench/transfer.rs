@@ -179,7 +179,10 @@ async fn setting<'a>(
     let bucket_bytes = config.bucket_bytes().unwrap_or(default << 20);
     let before = baseline.gb_per_s(bucket_bytes)?;
     let memory = PeakMemory::start()?;
-    let updates = options.repeats as u64 + 2;
+    let measured = 3..options.repeats as u64 + 3;
+    let bare = rollouts == 1 && options.config.backend == "nixl";
+    // The rollout ends after the last update, and bare transfers come after each that counts.
+    let updates = measured.end - 1 + u64::from(bare);
     let run = SyncOptions {
         source: SourceSpec { updates, ..options.source.clone() },
         config,
@@ -187,7 +190,7 @@ async fn setting<'a>(
         verify: false,
         out: None,
         metrics: None,
-        bare: rollouts == 1 && options.config.backend == "nixl",
+        bare,
     };
     let mut group = Processes::start(&run, Arc::new(())).await?;
     let mut engine = group.form(&run.source).await?;
@@ -202,7 +205,7 @@ async fn setting<'a>(
             // Bare transfers take memory of their own.
             engine_peak_bytes = Some(memory.extra_peak_bytes());
         }
-        if version.0 > 2 {
+        if measured.contains(&version.0) {
             if let Some(target) = &target {
                 bare.push(bare_seconds(&run.config, target, report.counts.wire_bytes).await?);
             }
