@@ -93,3 +93,32 @@ impl Backend for Nixl {
         Ok(places)
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+    use engine_core::Rank;
+
+    fn worker(role: Role, slot_bytes: u64, transfer: Transfer) -> WorkerMetadata {
+        let details = engine::Details { slots: 4, slot_bytes, transfer };
+        WorkerMetadata::of_this_process(NAME, role, serde_json::json!(details))
+    }
+
+    #[test]
+    fn ranks_with_other_slots_or_another_way_of_moving_bytes_are_refused_by_their_rank() {
+        let trainer = worker(Role::Trainer, 1 << 20, Transfer::Read);
+        let alike = worker(Role::Rollout, 1 << 20, Transfer::Read);
+        BACKEND.build_topology(&[trainer.clone(), alike.clone()]).unwrap();
+        for other in [
+            worker(Role::Rollout, 2 << 20, Transfer::Read),
+            worker(Role::Rollout, 1 << 20, Transfer::Write),
+            worker(Role::Trainer, 1 << 20, Transfer::Read),
+        ] {
+            let error =
+                BACKEND.build_topology(&[trainer.clone(), alike.clone(), other]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Mismatch, "{error}");
+            assert_eq!(error.report().rank, Some(Rank(2)), "{error}");
+        }
+    }
+}
