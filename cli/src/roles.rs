@@ -67,7 +67,9 @@ pub async fn form_group(
         .collect::<Result<Vec<WorkerMetadata>>>()?;
     let places = backend.build_topology(&workers)?;
     let rank = control.rank();
-    let place = places.into_iter().find(|place| place.rank == rank);
+    // In the order of ranks, which have gaps when some have left, or join at once.
+    let at = peers.iter().position(|peer| peer.rank == rank);
+    let place = at.and_then(|at| places.into_iter().nth(at));
     let place = place.ok_or_else(|| {
         let message = "the topology has no place for this rank";
         Error::new(ErrorKind::Mismatch, "forming the group", message).rank(rank)
