@@ -1,6 +1,6 @@
 //! A rank's agent: one thread that has it, and the handle of that thread.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, Sender, TryRecvError, channel};
@@ -11,15 +11,17 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, warn};
 
-use crate::arena::{Arena, Slot};
+use crate::arena::{Arena, Memory, Slot};
 use crate::error::NixlError;
-use crate::ffi::{ENGINE_CONFIG, RawAgent, RawTransfer};
+use crate::ffi::{ENGINE_CONFIG, RawAgent, RawTransfer, Way};
 use crate::sys;
 
 /// How often a transfer is looked at without a pause: short ones end meanwhile.
 const SPINS: u32 = 200;
 /// The pause between two looks at a longer one.
 const PAUSE: Duration = Duration::from_micros(30);
+/// How long the end of an agent waits for peers that write here.
+const GRACE: Duration = Duration::from_secs(1);
 
 /// What peers need to reach an agent and its slots.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +63,9 @@ pub(crate) struct AgentOptions {
     pub(crate) transports: String,
     /// UCX's way with failures of peers: `peer` notices them.
     pub(crate) error_handling: &'static str,
+    /// Whether agents that have bytes write them, and not those that want them read them. The same for
+    /// all agents of a group.
+    pub(crate) writes: bool,
 }
 
 /// Who waits for a transfer.
@@ -76,7 +81,8 @@ pub(crate) trait Awaiting: Send {
 pub(crate) struct Transfer {
     pub(crate) slot: Slot,
     pub(crate) peer: Arc<Card>,
-    pub(crate) remote: (usize, usize),
+    /// The peer's slot.
+    pub(crate) from: u32,
     pub(crate) deadline: Duration,
     pub(crate) done: Box<dyn Awaiting>,
 }
@@ -84,6 +90,8 @@ pub(crate) struct Transfer {
 enum Command {
     Start(Transfer),
     Forget(String),
+    /// Something is about to happen: peers will ask for what this rank has.
+    Stir,
     Close,
 }
 
@@ -145,6 +153,13 @@ impl Agent {
     pub(crate) fn forget(&self, peer: &Card) {
         if self.commands.send(Command::Forget(peer.name.clone())).is_err() {
             debug!(peer = peer.name, "the agent has ended, and with it what it knew of a peer");
+        }
+    }
+
+    /// Has the agent look more often for what peers ask for, for a while.
+    pub(crate) fn stir(&self) {
+        if self.commands.send(Command::Stir).is_err() {
+            debug!("the agent has ended, and serves nobody any more");
         }
     }
 
@@ -224,20 +239,67 @@ fn in_words(names: &[String]) -> String {
     if names.is_empty() { "none".into() } else { names.join(" ") }
 }
 
+/// What agents say to one another where the one that has the bytes writes them.
+#[derive(Debug, Serialize, Deserialize)]
+enum Notice {
+    /// "Write the first bytes of your slot to there."
+    Ask {
+        id: u64,
+        slot: u32,
+        /// Address and length.
+        target: (u64, u64),
+        device: Option<u32>,
+        /// How to reach the one who asks.
+        metadata: Vec<u8>,
+        /// Counts how often that one has learnt to reach the one it asks: another number says that all
+        /// connections from before are closed.
+        era: u64,
+        /// When it is too late.
+        millis: u64,
+    },
+    /// The bytes are there.
+    Done { id: u64 },
+    /// They are not, and will not be written any more.
+    Refused { id: u64, words: String },
+}
+
 /// What the thread has.
 struct Worker {
     agent: RawAgent,
-    /// The peers whose cards were loaded, by name.
-    loaded: HashSet<String>,
+    arena: Arc<Arena>,
+    /// Whether the agent that has the bytes writes them, and not the one that wants them reads them.
+    writes: bool,
+    /// What peers need to reach this agent and all that it has registered.
+    metadata: Vec<u8>,
+    /// The peers that this agent knows how to reach, by name.
+    loaded: HashMap<String, Loaded>,
     /// Not begun yet. One is under way at a time: of two that share the way here, both would end
     /// late, and those who fetch the first one from here would wait for the second one too.
     waiting: VecDeque<Transfer>,
     /// The one that is under way, and those that have failed and that the library still works on.
     active: Vec<Active>,
+    /// The writes to peers that are under way.
+    serving: Vec<Serving>,
+    /// Counts what was asked for, and how often a peer was learnt to be reached.
+    count: u64,
+    /// Memory that a peer may still write to, by what it was asked for: it answers, unless it is gone.
+    retired: BTreeMap<u64, Memory>,
+    /// Memory that was retired, and is not written to any more.
+    spares: Vec<Memory>,
+    /// When something happened last that others may react to.
+    stirred: Instant,
+}
+
+struct Loaded {
+    metadata: Vec<u8>,
+    /// By this agent's count.
+    era: u64,
+    /// By the peer's count, if it has asked for something.
+    asks: Option<u64>,
 }
 
 struct Active {
-    raw: RawTransfer,
+    work: Work,
     peer: Arc<Card>,
     until: Instant,
     deadline: Duration,
@@ -245,6 +307,21 @@ struct Active {
     slot: Slot,
     /// `None` when the end was told.
     done: Option<Box<dyn Awaiting>>,
+}
+
+enum Work {
+    Read(RawTransfer),
+    /// The peer was asked to write.
+    Asked(u64),
+}
+
+struct Serving {
+    raw: RawTransfer,
+    peer: String,
+    id: u64,
+    until: Instant,
+    /// Why it failed; it is told when the library has let go of it.
+    failed: Option<String>,
 }
 
 impl Active {
@@ -261,49 +338,42 @@ impl Worker {
         name: String,
         arena: Arc<Arena>,
     ) -> Result<(Self, Card), NixlError> {
-        let api = sys::load(options.library_dir.as_deref())?;
-        let mut config = Vec::new();
-        if !options.transports.is_empty() {
-            config.push(format!("TLS={}", options.transports));
-        }
-        if arena.device().is_some() && std::env::var_os("UCX_CUDA_IPC_ENABLE_GET_ZCOPY").is_none() {
-            // Where it sees no NVLink, UCX would read over TCP what it can map and copy.
-            config.push("CUDA_IPC_ENABLE_GET_ZCOPY=on".into());
-        }
-        let config = config.join(",");
-        let mut parameters = vec![("ucx_error_handling_mode", options.error_handling)];
-        if !config.is_empty() {
-            parameters.push((ENGINE_CONFIG, config.as_str()));
-        }
-        arena.enter().map_err(NixlError::Device)?;
-        let (slots, slot_bytes, device) = (arena.slots(), arena.slot_bytes(), arena.device());
-        let address = arena.address() as u64;
-        let agent = RawAgent::new(api, &name, &parameters, arena)?;
-        // Not before an agent was made: NIXL and its plugins have registered their own ends by then.
-        static REGISTERED: Once = Once::new();
-        REGISTERED.call_once(|| sys::at_exit(close_all));
-        let metadata = agent.metadata()?;
-        let card = Card { name, metadata, address, slots, slot_bytes, device };
-        Ok((
-            Self { agent, loaded: HashSet::new(), waiting: VecDeque::new(), active: Vec::new() },
-            card,
-        ))
+        let (agent, card) = open(options, name, &arena)?;
+        let this = Self {
+            agent,
+            arena,
+            writes: options.writes,
+            metadata: card.metadata.clone(),
+            loaded: HashMap::new(),
+            waiting: VecDeque::new(),
+            active: Vec::new(),
+            serving: Vec::new(),
+            count: 0,
+            retired: BTreeMap::new(),
+            spares: Vec::new(),
+            stirred: Instant::now(),
+        };
+        Ok((this, card))
     }
 
     fn run(&mut self, inbox: &Receiver<Command>) {
         let mut idle = 0;
         loop {
-            let command = if self.active.is_empty() {
-                idle = 0;
-                inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
-            } else if idle < SPINS {
+            let busy = !self.active.is_empty() || !self.serving.is_empty();
+            let command = if busy && idle < SPINS {
                 std::thread::yield_now();
                 inbox.try_recv().map_err(|error| match error {
                     TryRecvError::Empty => RecvTimeoutError::Timeout,
                     TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
                 })
-            } else {
+            } else if busy {
                 inbox.recv_timeout(PAUSE)
+            } else if self.writes {
+                idle = 0;
+                inbox.recv_timeout(pause_after(self.stirred.elapsed()))
+            } else {
+                idle = 0;
+                inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
             };
             idle += 1;
             match command {
@@ -312,80 +382,163 @@ impl Worker {
                     self.waiting.push_back(transfer);
                 }
                 Ok(Command::Forget(peer)) => self.forget(&peer),
+                Ok(Command::Stir) => self.stirred = Instant::now(),
                 Err(RecvTimeoutError::Timeout) => {}
                 Ok(Command::Close) | Err(RecvTimeoutError::Disconnected) => break,
             }
-            self.poll();
+            if self.poll() {
+                idle = 0;
+            }
             while self.active.iter().all(|transfer| transfer.done.is_none())
                 && let Some(transfer) = self.waiting.pop_front()
             {
                 self.start(transfer);
             }
         }
+        self.close();
+    }
+
+    fn close(&mut self) {
         for transfer in self.waiting.drain(..) {
             transfer.done.tell(Err(NixlError::Closed));
         }
-        for transfer in &mut self.active {
+        // What peers write here ends soon, or they are gone.
+        let until = Instant::now() + GRACE;
+        while self.active.iter().any(|transfer| matches!(transfer.work, Work::Asked(_)))
+            && Instant::now() < until
+        {
+            self.poll();
+            std::thread::sleep(PAUSE);
+        }
+        for mut transfer in std::mem::take(&mut self.active) {
             transfer.fail(NixlError::Closed);
-            if !self.agent.release(&mut transfer.raw) {
+            let released = match &mut transfer.work {
+                Work::Read(raw) => self.agent.release(raw),
+                Work::Asked(id) => {
+                    self.retired.insert(*id, transfer.slot.into_memory());
+                    true
+                }
+            };
+            if !released {
                 debug!(peer = transfer.peer.name, "the agent is closed within a transfer");
             }
+        }
+        for serving in &mut self.serving {
+            if !self.agent.release(&mut serving.raw) {
+                debug!(peer = serving.peer, "the agent is closed within a transfer to a peer");
+            }
+        }
+        // A peer on this host that was stopped in the middle of a write goes on with it some day. It must
+        // not find other things at the address.
+        for memory in std::mem::take(&mut self.retired).into_values() {
+            warn!(bytes = memory.len(), "memory that a peer may still write to is kept for ever");
+            std::mem::forget(memory);
         }
     }
 
     fn start(&mut self, transfer: Transfer) {
-        let Transfer { slot, peer, remote, deadline, done } = transfer;
-        if !done.is_awaited() {
+        if !transfer.done.is_awaited() {
             // What is left of an update that has ended: its peer may have gone by now.
-            return done.tell(Err(NixlError::Abandoned));
+            return transfer.done.tell(Err(NixlError::Abandoned));
         }
-        if slot.range().1 == 0 {
+        if transfer.slot.range().1 == 0 {
             // An empty bucket; NIXL refuses transfers of nothing.
-            return done.tell(Ok(slot));
+            return transfer.done.tell(Ok(transfer.slot));
         }
-        let started = self
-            .load(&peer)
-            .and_then(|()| self.agent.start(&peer.name, slot.range(), remote, peer.device));
-        match started {
-            Ok(raw) => {
+        self.stirred = Instant::now();
+        match self.begin(&transfer) {
+            Ok(work) => {
+                let Transfer { slot, peer, deadline, done, .. } = transfer;
                 let until = Instant::now() + deadline;
-                self.active.push(Active { raw, peer, until, deadline, slot, done: Some(done) });
+                self.active.push(Active { work, peer, until, deadline, slot, done: Some(done) });
             }
             Err(error) => {
-                done.tell(Err(error));
-                self.forget(&peer.name);
+                transfer.done.tell(Err(error));
+                self.forget(&transfer.peer.name);
             }
         }
     }
 
-    fn load(&mut self, peer: &Card) -> Result<(), NixlError> {
-        if self.loaded.contains(&peer.name) {
-            return Ok(());
+    fn begin(&mut self, transfer: &Transfer) -> Result<Work, NixlError> {
+        let Transfer { slot, peer, from, deadline, .. } = transfer;
+        let remote = peer.range(*from, slot.range().1 as u64)?;
+        let era = self.load(&peer.name, &peer.metadata)?;
+        let device = self.arena.device();
+        if !self.writes {
+            let local = (slot.range(), device);
+            let raw = self.agent.start(Way::Read, &peer.name, local, (remote, peer.device))?;
+            return Ok(Work::Read(raw));
         }
-        let name = self.agent.load_peer(&peer.metadata)?;
-        if name != peer.name {
-            self.agent.forget_peer(&name)?;
-            return Err(NixlError::Unknown);
-        }
-        self.loaded.insert(name);
-        Ok(())
+        self.count += 1;
+        let id = self.count;
+        let (address, len) = slot.range();
+        let ask = Notice::Ask {
+            id,
+            slot: *from,
+            target: (address as u64, len as u64),
+            device,
+            metadata: self.metadata.clone(),
+            era,
+            millis: u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX),
+        };
+        self.say(&peer.name, &ask)?;
+        Ok(Work::Asked(id))
     }
 
-    /// Looks after all transfers.
-    fn poll(&mut self) {
+    fn say(&self, peer: &str, notice: &Notice) -> Result<(), NixlError> {
+        self.agent.notify(peer, &postcard::to_stdvec(notice).map_err(NixlError::Card)?)
+    }
+
+    /// Learns to reach a peer, unless it is known; how often a peer was learnt until then.
+    fn load(&mut self, name: &str, metadata: &[u8]) -> Result<u64, NixlError> {
+        if let Some(loaded) = self.loaded.get(name).filter(|loaded| loaded.metadata == metadata) {
+            return Ok(loaded.era);
+        }
+        // A peer that is known already has registered more.
+        let named = self.agent.load_peer(metadata)?;
+        if named != name {
+            self.agent.forget_peer(&named)?;
+            return Err(NixlError::Unknown);
+        }
+        self.count += 1;
+        let new = Loaded { metadata: Vec::new(), era: self.count, asks: None };
+        let loaded = self.loaded.entry(named).or_insert(new);
+        loaded.metadata = metadata.to_vec();
+        Ok(loaded.era)
+    }
+
+    /// Looks after all transfers; whether anything ended or arrived.
+    fn poll(&mut self) -> bool {
+        let heard = self.writes && self.listen();
+        let served = self.serve();
+        let mut ended = false;
         let mut broken = Vec::new();
         let now = Instant::now();
-        let agent = &self.agent;
         let mut at = 0;
         while let Some(transfer) = self.active.get_mut(at) {
+            let raw = match &mut transfer.work {
+                Work::Read(raw) => raw,
+                Work::Asked(_) => {
+                    if now >= transfer.until {
+                        let error = NixlError::Slow(transfer.deadline);
+                        let transfer = self.active.swap_remove(at);
+                        broken.push(transfer.peer.name.clone());
+                        self.retire(transfer, error);
+                    } else {
+                        at += 1;
+                    }
+                    continue;
+                }
+            };
             if transfer.done.is_some() {
-                match agent.is_done(&transfer.raw) {
+                match self.agent.is_done(raw) {
                     Ok(false) if now < transfer.until => {
                         at += 1;
                         continue;
                     }
                     Ok(true) => {
-                        if agent.release(&mut transfer.raw) {
+                        if self.agent.release(raw) {
+                            ended = true;
                             let Active { slot, done, .. } = self.active.swap_remove(at);
                             if let Some(done) = done {
                                 done.tell(Ok(slot));
@@ -396,13 +549,17 @@ impl Worker {
                         at += 1;
                         continue;
                     }
-                    Ok(false) => transfer.fail(NixlError::Slow(transfer.deadline)),
+                    Ok(false) => {
+                        let error = NixlError::Slow(transfer.deadline);
+                        transfer.fail(error);
+                    }
                     Err(error) => transfer.fail(error),
                 }
                 broken.push(transfer.peer.name.clone());
             }
+            let Work::Read(raw) = &mut transfer.work else { continue };
             // It has failed: it goes when the library lets go of it.
-            if agent.release(&mut transfer.raw) {
+            if self.agent.release(raw) {
                 self.active.swap_remove(at);
             } else {
                 at += 1;
@@ -411,13 +568,179 @@ impl Worker {
         for peer in broken {
             self.forget(&peer);
         }
+        heard || served || ended
+    }
+
+    /// Takes in what peers say; whether they said anything.
+    fn listen(&mut self) -> bool {
+        let notices = match self.agent.notices() {
+            Ok(notices) => notices,
+            Err(error) => {
+                warn!(%error, "messages of peers cannot be taken in");
+                return false;
+            }
+        };
+        let heard = !notices.is_empty();
+        for (peer, bytes) in notices {
+            match postcard::from_bytes::<Notice>(&bytes) {
+                Ok(notice) => self.hear(peer, notice),
+                Err(error) => warn!(peer, %error, "a peer's message cannot be read"),
+            }
+        }
+        if heard {
+            self.stirred = Instant::now();
+        }
+        heard
+    }
+
+    fn hear(&mut self, peer: String, notice: Notice) {
+        let (id, words) = match notice {
+            Notice::Ask { id, slot, target, device, metadata, era, millis } => {
+                let now = Instant::now();
+                let until = now.checked_add(Duration::from_millis(millis)).unwrap_or(now);
+                match self.answer(&peer, slot, (target, device), &metadata, era) {
+                    Ok(raw) => {
+                        self.serving.push(Serving { raw, peer, id, until, failed: None });
+                    }
+                    Err(error) => self.refuse(&peer, id, error.to_string()),
+                }
+                return;
+            }
+            Notice::Done { id } => (id, None),
+            Notice::Refused { id, words } => (id, Some(words)),
+        };
+        if let Some(memory) = self.retired.remove(&id) {
+            self.spares.push(memory);
+            return;
+        }
+        let asked = |active: &Active| matches!(active.work, Work::Asked(asked) if asked == id);
+        let Some(at) = self.active.iter().position(asked) else { return };
+        // The peer has let go of the memory, whichever way it ended.
+        let Active { slot, done, .. } = self.active.swap_remove(at);
+        if let Some(done) = done {
+            done.tell(match words {
+                None => Ok(slot),
+                Some(words) => Err(NixlError::Refused(words)),
+            });
+        }
+    }
+
+    /// Starts to write a slot to where a peer wants it.
+    fn answer(
+        &mut self,
+        peer: &str,
+        slot: u32,
+        ((address, len), device): ((u64, u64), Option<u32>),
+        metadata: &[u8],
+        era: u64,
+    ) -> Result<RawTransfer, NixlError> {
+        if self.loaded.get(peer).is_some_and(|known| known.asks.is_some_and(|asks| asks != era)) {
+            self.forget(peer);
+        }
+        self.load(peer, metadata)?;
+        if let Some(known) = self.loaded.get_mut(peer) {
+            known.asks = Some(era);
+        }
+        // From here on a refusal reaches the peer.
+        let local = (self.arena.range(slot, len)?, self.arena.device());
+        let target = usize::try_from(address).map_err(|_| NixlError::Unknown)?;
+        self.agent.start(Way::Write, peer, local, ((target, len as usize), device))
+    }
+
+    fn refuse(&mut self, peer: &str, id: u64, words: String) {
+        warn!(peer, words, "a bucket could not be written to a peer");
+        if let Err(error) = self.say(peer, &Notice::Refused { id, words }) {
+            debug!(peer, %error, "it could not be told");
+            self.forget(peer);
+        }
+    }
+
+    /// Looks after the writes to peers; whether one ended.
+    fn serve(&mut self) -> bool {
+        let now = Instant::now();
+        let mut ended = Vec::new();
+        let mut at = 0;
+        while let Some(serving) = self.serving.get_mut(at) {
+            let done = match (&serving.failed, self.agent.is_done(&serving.raw)) {
+                (Some(_), _) => true,
+                (None, Ok(true)) => true,
+                (None, Ok(false)) if now < serving.until => false,
+                (None, Ok(false)) => {
+                    serving.failed = Some("it did not end in time".into());
+                    true
+                }
+                (None, Err(error)) => {
+                    serving.failed = Some(error.to_string());
+                    true
+                }
+            };
+            if done && self.agent.release(&mut serving.raw) {
+                ended.push(self.serving.swap_remove(at));
+            } else {
+                at += 1;
+            }
+        }
+        let any = !ended.is_empty();
+        for Serving { peer, id, failed, .. } in ended {
+            match failed {
+                Some(words) => self.refuse(&peer, id, words),
+                None => {
+                    if let Err(error) = self.say(&peer, &Notice::Done { id }) {
+                        warn!(peer, %error, "a peer could not be told that its bucket is there");
+                        self.forget(&peer);
+                    }
+                }
+            }
+        }
+        any
+    }
+
+    /// Gives up what a peer was asked for. It may still write: its target is retired, and the slot gets
+    /// other memory.
+    fn retire(&mut self, transfer: Active, error: NixlError) {
+        let Active { work: Work::Asked(id), slot, done, .. } = transfer else { return };
+        let spare = self.spares.pop().map_or_else(|| self.more(), Ok);
+        match spare {
+            Ok(spare) => {
+                self.retired.insert(id, self.arena.replace(slot, spare));
+            }
+            Err(error) => {
+                warn!(%error, "a slot that a peer may still write to cannot be replaced");
+                // It stays in use, and whoever needs it learns that.
+                self.retired.insert(id, slot.into_memory_for_ever());
+            }
+        }
+        if let Some(done) = done {
+            done.tell(Err(error));
+        }
+    }
+
+    /// More memory for one slot.
+    fn more(&mut self) -> Result<Memory, NixlError> {
+        let memory = self.arena.spare()?;
+        self.agent.register(memory.clone())?;
+        self.metadata = self.agent.metadata()?;
+        Ok(memory)
     }
 
     /// Gives up the transfers with a peer and closes the connections to it: a later transfer begins
     /// with new ones.
     fn forget(&mut self, peer: &str) {
-        for transfer in self.active.iter_mut().filter(|transfer| transfer.peer.name == peer) {
-            transfer.fail(NixlError::Abandoned);
+        let active = std::mem::take(&mut self.active).into_iter();
+        let (gone, left): (Vec<_>, Vec<_>) =
+            active.partition(|transfer| transfer.peer.name == peer);
+        self.active = left;
+        for mut transfer in gone {
+            match &mut transfer.work {
+                Work::Asked(_) => self.retire(transfer, NixlError::Abandoned),
+                Work::Read(raw) => {
+                    let released = self.agent.release(raw);
+                    transfer.fail(NixlError::Abandoned);
+                    if !released {
+                        self.active.push(transfer);
+                    }
+                }
+            }
         }
         let waiting = std::mem::take(&mut self.waiting).into_iter();
         let (gone, left): (VecDeque<_>, _) =
@@ -426,14 +749,58 @@ impl Worker {
         for transfer in gone {
             transfer.done.tell(Err(NixlError::Abandoned));
         }
-        let agent = &self.agent;
-        self.active
-            .retain_mut(|transfer| transfer.peer.name != peer || !agent.release(&mut transfer.raw));
-        if self.loaded.remove(peer)
+        for serving in self.serving.iter_mut().filter(|serving| serving.peer == peer) {
+            serving.failed.get_or_insert_with(|| "the connection was given up".into());
+        }
+        if self.loaded.remove(peer).is_some()
             && let Err(error) = self.agent.forget_peer(peer)
         {
             warn!(peer, %error, "a peer that failed could not be forgotten");
         }
+    }
+}
+
+/// An agent that has registered an arena, and what peers need to reach it.
+pub(crate) fn open(
+    options: &AgentOptions,
+    name: String,
+    arena: &Arena,
+) -> Result<(RawAgent, Card), NixlError> {
+    let api = sys::load(options.library_dir.as_deref())?;
+    let mut config = Vec::new();
+    if !options.transports.is_empty() {
+        config.push(format!("TLS={}", options.transports));
+    }
+    if arena.device().is_some() && std::env::var_os("UCX_CUDA_IPC_ENABLE_GET_ZCOPY").is_none() {
+        // Where it sees no NVLink, UCX would read over TCP what it can map and copy.
+        config.push("CUDA_IPC_ENABLE_GET_ZCOPY=on".into());
+    }
+    let config = config.join(",");
+    let mut parameters = vec![("ucx_error_handling_mode", options.error_handling)];
+    if !config.is_empty() {
+        parameters.push((ENGINE_CONFIG, config.as_str()));
+    }
+    arena.enter().map_err(NixlError::Device)?;
+    let (slots, slot_bytes, device) = (arena.slots(), arena.slot_bytes(), arena.device());
+    let address = arena.memory().address() as u64;
+    let agent = RawAgent::new(api, &name, &parameters, arena)?;
+    // Not before an agent was made: NIXL and its plugins have registered their own ends by then.
+    static REGISTERED: Once = Once::new();
+    REGISTERED.call_once(|| sys::at_exit(close_all));
+    let metadata = agent.metadata()?;
+    let card = Card { name, metadata, address, slots, slot_bytes, device };
+    Ok((agent, card))
+}
+
+/// How long to sleep when nothing was to be done for so long: peers ask when they like, above all soon
+/// after something happened here.
+fn pause_after(quiet: Duration) -> Duration {
+    if quiet < Duration::from_millis(20) {
+        PAUSE
+    } else if quiet < Duration::from_secs(1) {
+        Duration::from_micros(250)
+    } else {
+        Duration::from_millis(5)
     }
 }
 
@@ -458,8 +825,12 @@ mod tests {
     const DEADLINE: Duration = Duration::from_secs(20);
 
     async fn agent(name: &str) -> (Agent, Arc<Arena>) {
+        agent_that(name, false).await
+    }
+
+    async fn agent_that(name: &str, writes: bool) -> (Agent, Arc<Arena>) {
         let arena = Arc::new(Arena::new(2, BYTES).unwrap());
-        let options = AgentOptions { error_handling: "peer", ..Default::default() };
+        let options = AgentOptions { error_handling: "peer", writes, ..Default::default() };
         let name = format!("{name}-{}", std::process::id());
         (Agent::start(options, name, arena.clone()).await.unwrap(), arena)
     }
@@ -468,50 +839,101 @@ mod tests {
         at: &(Agent, Arc<Arena>),
         slot: u32,
         peer: &Arc<Card>,
-        remote: (usize, usize),
+        from: u32,
     ) -> Result<Slot, NixlError> {
         let (tell, told) = tokio::sync::oneshot::channel();
         at.0.transfer(Transfer {
-            slot: at.1.lock(slot, remote.1 as u64, DEADLINE).await?,
+            slot: at.1.lock(slot, BYTES, DEADLINE).await?,
             peer: peer.clone(),
-            remote,
+            from,
             deadline: DEADLINE,
             done: Box::new(tell),
         });
         told.await.unwrap()
     }
 
-    #[tokio::test]
-    async fn bytes_are_read_from_another_agents_slots() {
-        let (one, two) = (agent("one").await, agent("two").await);
-        let pattern = |seed: usize| (0..BYTES as usize).map(move |at| (at * 7 + seed) as u8);
-        let slot = one.1.lock(0, BYTES, DEADLINE).await.unwrap();
-        let weight = Weight::new("w", DType::U8, [BYTES], pattern(1).collect::<Vec<u8>>()).unwrap();
+    fn pattern(seed: usize) -> impl Iterator<Item = u8> {
+        (0..BYTES as usize).map(move |at| (at * 7 + seed) as u8)
+    }
+
+    /// Fills a slot with a pattern.
+    async fn fill(arena: &Arena, slot: u32, seed: usize) {
+        let slot = arena.lock(slot, BYTES, DEADLINE).await.unwrap();
+        let bytes = pattern(seed).collect::<Vec<u8>>();
+        let weight = Weight::new("w", DType::U8, [BYTES], bytes).unwrap();
         let job = Job { weight, start: 0, len: BYTES, offset: 0 };
         slot.fill(&[job], &Pool::new(1).unwrap(), false).unwrap();
+    }
 
+    fn is_pattern(slot: Slot, seed: usize) -> bool {
+        slot.into_storage().to_host().unwrap().iter().copied().eq(pattern(seed))
+    }
+
+    #[tokio::test]
+    async fn bytes_of_another_agents_slots_are_read_or_written_by_it() {
+        for writes in [false, true] {
+            let one = agent_that(&format!("one-{writes}"), writes).await;
+            let two = agent_that(&format!("two-{writes}"), writes).await;
+            let card = Arc::new(one.0.card().clone());
+            for seed in 1..5 {
+                fill(&one.1, 0, seed).await;
+                let slot = transfer(&two, 1, &card, 0).await.unwrap();
+                assert!(is_pattern(slot, seed), "other bytes arrived, {writes}");
+            }
+            two.0.close().await;
+            one.0.close().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_slot_whose_writer_was_given_up_is_elsewhere_and_works() {
+        let (one, two) = (agent_that("given-up", true).await, agent_that("waits", true).await);
+        let three = agent_that("other", true).await;
+        let before = two.1.range(1, BYTES).unwrap();
         let card = Arc::new(one.0.card().clone());
-        let there = card.range(0, BYTES).unwrap();
-        let slot = transfer(&two, 1, &card, there).await.unwrap();
-        let bytes = slot.into_storage().to_host().unwrap();
-        assert!(bytes.iter().copied().eq(pattern(1)), "other bytes were read");
+        fill(&one.1, 0, 1).await;
+        fill(&three.1, 0, 2).await;
+        for round in 0..3 {
+            // The writer is given up as soon as it was asked.
+            let (tell, told) = tokio::sync::oneshot::channel();
+            two.0.transfer(Transfer {
+                slot: two.1.lock(1, BYTES, DEADLINE).await.unwrap(),
+                peer: card.clone(),
+                from: 0,
+                deadline: DEADLINE,
+                done: Box::new(tell),
+            });
+            two.0.forget(&card);
+            let error = told.await.unwrap().unwrap_err();
+            assert!(matches!(error, NixlError::Abandoned), "{error}");
+            assert_ne!(two.1.range(1, BYTES).unwrap(), before, "round {round}");
+            // Another one is asked, which has to learn of the new memory, and then the first one again.
+            let other = Arc::new(three.0.card().clone());
+            assert!(is_pattern(transfer(&two, 1, &other, 0).await.unwrap(), 2), "round {round}");
+            assert!(is_pattern(transfer(&two, 1, &card, 0).await.unwrap(), 1), "round {round}");
+        }
+    }
 
-        two.0.close().await;
-        one.0.close().await;
+    #[tokio::test]
+    async fn an_agent_that_is_asked_for_what_it_does_not_have_refuses_at_once() {
+        let (one, two) = (agent_that("refuses", true).await, agent_that("asks", true).await);
+        let card = Card { slots: 9, ..one.0.card().clone() };
+        let error = transfer(&two, 0, &Arc::new(card), 7).await.unwrap_err();
+        assert!(matches!(error, NixlError::Refused(_)), "{error}");
+        let card = Arc::new(one.0.card().clone());
+        drop(transfer(&two, 0, &card, 1).await.unwrap());
     }
 
     #[tokio::test]
     async fn an_agent_that_is_gone_is_an_error_and_others_still_work() {
         let (one, two, gone) = (agent("a").await, agent("b").await, agent("c").await);
         let card = Arc::new(gone.0.card().clone());
-        let there = card.range(0, BYTES).unwrap();
-        drop(transfer(&one, 0, &card, there).await.unwrap());
+        drop(transfer(&one, 0, &card, 0).await.unwrap());
         gone.0.close().await;
-        let error = transfer(&one, 0, &card, there).await.unwrap_err();
+        let error = transfer(&one, 0, &card, 0).await.unwrap_err();
         assert!(!matches!(error, NixlError::Slow(_)), "{error}");
         let card = Arc::new(two.0.card().clone());
-        let there = card.range(0, BYTES).unwrap();
-        drop(transfer(&one, 0, &card, there).await.unwrap());
+        drop(transfer(&one, 0, &card, 0).await.unwrap());
     }
 
     #[tokio::test]
@@ -519,8 +941,7 @@ mod tests {
         let one = agent("card").await;
         let card = Card { metadata: b"nonsense".to_vec(), ..one.0.card().clone() };
         assert!(card.range(2, 1).is_err() && card.range(0, BYTES + 1).is_err());
-        let there = card.range(0, BYTES).unwrap();
-        let error = transfer(&one, 0, &Arc::new(card), there).await;
+        let error = transfer(&one, 0, &Arc::new(card), 0).await;
         assert!(error.is_err());
     }
 

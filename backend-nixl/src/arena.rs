@@ -2,7 +2,7 @@
 
 mod ffi;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex as Sync, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -17,13 +17,21 @@ use ffi::{Mapping, ReadView, WriteView};
 #[derive(Debug)]
 pub(crate) struct Arena {
     memory: Memory,
+    /// Where each slot is: in that memory, unless it was replaced.
+    places: Sync<Vec<Place>>,
     locks: Vec<Arc<Mutex<()>>>,
     slot_bytes: usize,
 }
 
-/// Where an arena is.
 #[derive(Clone, Debug)]
-enum Memory {
+struct Place {
+    memory: Memory,
+    at: usize,
+}
+
+/// Memory of an arena.
+#[derive(Clone, Debug)]
+pub(crate) enum Memory {
     Host(Arc<Mapping>),
     #[cfg(feature = "cuda")]
     Cuda(device_cuda::CudaArena),
@@ -39,8 +47,7 @@ impl Arena {
         #[cfg(feature = "cuda")]
         if !device.is_cpu() {
             let memory = Memory::Cuda(device_cuda::CudaArena::new(device, slots, bytes)?);
-            let locks = (0..slots).map(|_| Arc::default()).collect();
-            return Ok(Self { memory, locks, slot_bytes: bytes as usize });
+            return Ok(Self::of(memory, slots, bytes as usize));
         }
         // The registry has refused all other devices.
         debug_assert!(device.is_cpu());
@@ -50,20 +57,19 @@ impl Arena {
     /// Allocates the slots in host memory. All of it is there when this returns.
     pub(crate) fn new(slots: u32, bytes: u64) -> Result<Self, NixlError> {
         let too_large = NixlError::TooLarge { slots, bytes };
-        let Some(total) = bytes.checked_mul(slots.into()) else { return Err(too_large) };
-        let (Ok(len), Ok(slot_bytes)) = (usize::try_from(total), usize::try_from(bytes)) else {
+        let len = bytes.checked_mul(slots.into()).and_then(|total| usize::try_from(total).ok());
+        let (Some(len), Ok(slot_bytes)) = (len, usize::try_from(bytes)) else {
             return Err(too_large);
         };
-        // Memory that is not there would not fail here, but end processes of the kernel's choice.
-        if available_memory().is_some_and(|available| total > available) {
-            return Err(NixlError::Full(total));
-        }
-        let mapping = Mapping::new(len).map_err(|errno| match errno {
-            rustix::io::Errno::NOMEM | rustix::io::Errno::AGAIN => NixlError::Full(total),
-            errno => NixlError::System { call: "mmap", errno },
-        })?;
+        Ok(Self::of(Memory::on_host(len)?, slots, slot_bytes))
+    }
+
+    fn of(memory: Memory, slots: u32, slot_bytes: usize) -> Self {
+        let places = (0..slots as usize)
+            .map(|slot| Place { memory: memory.clone(), at: slot * slot_bytes })
+            .collect();
         let locks = (0..slots).map(|_| Arc::default()).collect();
-        Ok(Self { memory: Memory::Host(Arc::new(mapping)), locks, slot_bytes })
+        Self { memory, places: Sync::new(places), locks, slot_bytes }
     }
 
     pub(crate) fn slots(&self) -> u32 {
@@ -74,21 +80,56 @@ impl Arena {
         self.slot_bytes as u64
     }
 
-    pub(crate) fn address(&self) -> usize {
-        self.memory.address()
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.memory.len()
+    /// The memory that all slots were in at first.
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
     }
 
     /// The number of the CUDA device that it is on; `None` for host memory.
     pub(crate) fn device(&self) -> Option<u32> {
-        match &self.memory {
-            Memory::Host(_) => None,
-            #[cfg(feature = "cuda")]
-            Memory::Cuda(memory) => Some(memory.device().ordinal().unsigned_abs()),
+        self.memory.device()
+    }
+
+    /// Where the first bytes of a slot are, address and length, whoever uses it.
+    pub(crate) fn range(&self, slot: u32, filled: u64) -> Result<(usize, usize), NixlError> {
+        let Place { memory, at } = self.place(slot, filled)?;
+        Ok((memory.address() + at, filled as usize))
+    }
+
+    fn place(&self, slot: u32, filled: u64) -> Result<Place, NixlError> {
+        let places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        match places.get(slot as usize).filter(|_| filled <= self.slot_bytes()) {
+            Some(place) => Ok(place.clone()),
+            None => {
+                let (slots, bytes) = (self.slots(), self.slot_bytes());
+                Err(NixlError::Outside { slot, filled, slots, bytes })
+            }
         }
+    }
+
+    /// Memory of the size of a slot, and of the arena's kind.
+    ///
+    /// # Errors
+    ///
+    /// `Full` or what the device reports if there is not so much memory.
+    pub(crate) fn spare(&self) -> Result<Memory, NixlError> {
+        match &self.memory {
+            Memory::Host(_) => Memory::on_host(self.slot_bytes),
+            #[cfg(feature = "cuda")]
+            Memory::Cuda(memory) => {
+                memory.spare(self.slot_bytes).map(Memory::Cuda).map_err(NixlError::Device)
+            }
+        }
+    }
+
+    /// Gives a slot other memory, and lets go of it. A peer that still writes to the old memory, which
+    /// is returned, disturbs nobody as long as that is kept.
+    pub(crate) fn replace(&self, slot: Slot, memory: Memory) -> Memory {
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(place) = places.get_mut(slot.number as usize) {
+            *place = Place { memory, at: 0 };
+        }
+        slot.memory
     }
 
     /// Makes this thread one from which libraries can reach the memory.
@@ -108,21 +149,20 @@ impl Arena {
         filled: u64,
         deadline: Duration,
     ) -> Result<Slot, NixlError> {
-        let lock = self.locks.get(slot as usize).filter(|_| filled <= self.slot_bytes());
-        let Some(lock) = lock else {
-            let (slots, bytes) = (self.slots(), self.slot_bytes());
-            return Err(NixlError::Outside { slot, filled, slots, bytes });
-        };
-        let lock = tokio::time::timeout(deadline, lock.clone().lock_owned()).await;
+        self.place(slot, filled)?;
+        let lock = self.locks[slot as usize].clone().lock_owned();
+        let lock = tokio::time::timeout(deadline, lock).await;
         let lock = lock.map_err(|_| NixlError::InUse { slot, waited: deadline })?;
-        let at = slot as usize * self.slot_bytes;
-        Ok(Slot { memory: self.memory.clone(), at, len: filled as usize, lock })
+        // It may have been replaced while this waited.
+        let Place { memory, at } = self.place(slot, filled)?;
+        Ok(Slot { number: slot, memory, at, len: filled as usize, lock })
     }
 }
 
 /// The first bytes of a slot, which nobody else in this process uses.
 #[derive(Debug)]
 pub(crate) struct Slot {
+    number: u32,
     memory: Memory,
     at: usize,
     len: usize,
@@ -130,7 +170,30 @@ pub(crate) struct Slot {
 }
 
 impl Memory {
-    fn address(&self) -> usize {
+    /// Memory of the host, all of which is there when this returns.
+    fn on_host(len: usize) -> Result<Self, NixlError> {
+        // Memory that is not there would not fail here, but end processes of the kernel's choice.
+        let total = len as u64;
+        if available_memory().is_some_and(|available| total > available) {
+            return Err(NixlError::Full(total));
+        }
+        let mapping = Mapping::new(len).map_err(|errno| match errno {
+            rustix::io::Errno::NOMEM | rustix::io::Errno::AGAIN => NixlError::Full(total),
+            errno => NixlError::System { call: "mmap", errno },
+        })?;
+        Ok(Self::Host(Arc::new(mapping)))
+    }
+
+    /// The number of the CUDA device that it is on; `None` for host memory.
+    pub(crate) fn device(&self) -> Option<u32> {
+        match self {
+            Self::Host(_) => None,
+            #[cfg(feature = "cuda")]
+            Self::Cuda(memory) => Some(memory.device().ordinal().unsigned_abs()),
+        }
+    }
+
+    pub(crate) fn address(&self) -> usize {
         match self {
             Self::Host(mapping) => mapping.address(),
             #[cfg(feature = "cuda")]
@@ -138,7 +201,7 @@ impl Memory {
         }
     }
 
-    fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         match self {
             Self::Host(mapping) => mapping.len(),
             #[cfg(feature = "cuda")]
@@ -155,7 +218,7 @@ impl Slot {
 
     /// Encodes all jobs into it, and returns the digest sum if it is wanted, else 0. Blocks.
     pub(crate) fn fill(self, jobs: &[Job], pool: &Pool, digests: bool) -> engine_core::Result<u64> {
-        let Self { memory, at, len, lock } = self;
+        let Self { memory, at, len, lock, .. } = self;
         match memory {
             Memory::Host(mapping) => {
                 pool.encode(jobs, WriteView::new(mapping, at, len, lock).as_mut(), digests)
@@ -169,9 +232,20 @@ impl Slot {
         }
     }
 
+    /// Its memory; the slot is given back.
+    pub(crate) fn into_memory(self) -> Memory {
+        self.memory
+    }
+
+    /// Its memory; the slot stays in use for ever.
+    pub(crate) fn into_memory_for_ever(self) -> Memory {
+        std::mem::forget(self.lock);
+        self.memory
+    }
+
     /// To be read; the slot is in use until the last of these bytes is dropped.
     pub(crate) fn into_storage(self) -> Storage {
-        let Self { memory, at, len, lock } = self;
+        let Self { memory, at, len, lock, .. } = self;
         match memory {
             Memory::Host(mapping) => {
                 Bytes::from_owner(ReadView::new(mapping, at, len, lock)).into()

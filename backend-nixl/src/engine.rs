@@ -12,13 +12,14 @@ use engine_core::update::{
     Arrival, Fetch, FetchLink, Receiver, SendLink, Sender, Topology as Shape,
 };
 use engine_core::{
-    CheckpointEngine, ControlPlane, EngineContext, Error, ErrorKind, Placement, Rank,
-    ReceivedWeights, Result, Role, SendReport, Version, WeightStream, WorkerMetadata,
+    CheckpointEngine, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind,
+    Placement, Rank, ReceivedWeights, Result, Role, SendReport, Version, WeightStream,
+    WorkerMetadata,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::NAME;
-use crate::agent::{Agent, AgentOptions, Awaiting, Card, Transfer};
+use crate::agent::{self, Agent, AgentOptions, Awaiting, Card};
 use crate::arena::{Arena, Slot};
 use crate::error::NixlError;
 
@@ -38,6 +39,8 @@ const DEFAULT_DEVICE_MEGABYTES: u64 = 512;
 pub struct NixlOptions {
     /// Who fetches from whom.
     pub topology: Topology,
+    /// Who moves the bytes.
+    pub transfer: Transfer,
     /// UCX's transports, as its `UCX_TLS` has them (`tcp`, `rc,sm`, …); all that are there if empty.
     pub transports: String,
     /// What UCX does about peers that fail.
@@ -45,6 +48,37 @@ pub struct NixlOptions {
     /// The folder of `libnixl_capi.so`, or one that a wheel of NIXL was unpacked to; searched for
     /// without it.
     pub library_dir: Option<PathBuf>,
+}
+
+impl NixlOptions {
+    pub(crate) fn of_agent(&self) -> AgentOptions {
+        AgentOptions {
+            library_dir: self.library_dir.clone(),
+            transports: self.transports.clone(),
+            error_handling: match self.error_handling {
+                ErrorHandling::Peer => "peer",
+                ErrorHandling::None => "none",
+            },
+            writes: self.transfer == Transfer::Write,
+        }
+    }
+}
+
+/// A rank's slots.
+pub(crate) fn arena(config: &CheckpointEngineConfig) -> Result<Arena> {
+    let default =
+        if config.device.is_cpu() { DEFAULT_BUCKET_MEGABYTES } else { DEFAULT_DEVICE_MEGABYTES };
+    let bucket = config.bucket_bytes().unwrap_or(default << 20);
+    Arena::on(&config.device, SLOTS, bucket / (u64::from(SLOTS) / 2))
+}
+
+/// Two agents of one name would be taken for one another: a rank that starts anew, above all.
+pub(crate) fn unique_name(rank: impl std::fmt::Display) -> String {
+    let random = std::hash::BuildHasher::hash_one(
+        &std::collections::hash_map::RandomState::new(),
+        std::process::id(),
+    );
+    format!("ckpt-{rank}-{random:016x}")
 }
 
 /// Who fetches from whom.
@@ -59,6 +93,19 @@ pub enum Topology {
     Ring,
     /// All rollouts from the trainer.
     Star,
+}
+
+/// Who moves the bytes of a bucket. The same on every rank.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub enum Transfer {
+    /// The rank that wants them reads them.
+    #[default]
+    Read,
+    /// The rank that has them writes them, when it is asked: for fabrics that write faster than they
+    /// read.
+    Write,
 }
 
 /// What UCX does about peers that fail.
@@ -78,6 +125,7 @@ pub enum ErrorHandling {
 pub(crate) struct Details {
     pub(crate) slots: u32,
     pub(crate) slot_bytes: u64,
+    pub(crate) transfer: Transfer,
 }
 
 /// A rank's end of the NIXL transport.
@@ -135,34 +183,17 @@ impl CheckpointEngine for NixlEngine {
         if matches!(self.phase, Phase::Sending(..) | Phase::Receiving(..)) {
             return Err(wrong_phase("preparing", "it is in a group already"));
         }
-        let config = &self.context.config;
-        let default = if config.device.is_cpu() {
-            DEFAULT_BUCKET_MEGABYTES
-        } else {
-            DEFAULT_DEVICE_MEGABYTES
-        };
-        let bucket = config.bucket_bytes().unwrap_or(default << 20);
-        let device = &self.context.config.device;
-        let arena = Arc::new(Arena::on(device, SLOTS, bucket / (u64::from(SLOTS) / 2))?);
-        let options = AgentOptions {
-            library_dir: self.options.library_dir.clone(),
-            transports: self.options.transports.clone(),
-            error_handling: match self.options.error_handling {
-                ErrorHandling::Peer => "peer",
-                ErrorHandling::None => "none",
-            },
-        };
-        // Two agents of one name would be taken for one another: a rank that starts anew, above all.
-        let random = std::hash::BuildHasher::hash_one(
-            &std::collections::hash_map::RandomState::new(),
-            std::process::id(),
-        );
-        let name = format!("ckpt-{}-{random:016x}", self.control.rank());
+        let arena = Arc::new(arena(&self.context.config)?);
+        let (options, name) = (self.options.of_agent(), unique_name(self.control.rank()));
         let agent = Agent::start(options, name, arena.clone()).await?;
         let card = postcard::to_stdvec(agent.card()).map_err(NixlError::Card)?.into();
         // Shorter than the protocol's, so that a transfer that hangs is named as what it is.
         let deadline = self.context.deadline().mul_f64(0.75);
-        let details = Details { slots: arena.slots(), slot_bytes: arena.slot_bytes() };
+        let details = Details {
+            slots: arena.slots(),
+            slot_bytes: arena.slot_bytes(),
+            transfer: self.options.transfer,
+        };
         self.phase = Phase::Prepared(Arc::new(Node { agent, arena, card, deadline }));
         Ok(WorkerMetadata::of_this_process(NAME, self.context.role, serde_json::json!(details)))
     }
@@ -174,7 +205,9 @@ impl CheckpointEngine for NixlEngine {
         let (node, pool, control) = (node.clone(), self.pool.clone(), self.control.clone());
         self.phase = match self.context.role {
             Role::Trainer => {
-                let link = Outgoing { node: node.clone(), pool, topology: self.options.topology };
+                let writes = self.options.transfer == Transfer::Write;
+                let topology = self.options.topology;
+                let link = Outgoing { node: node.clone(), pool, topology, writes };
                 let ranks = (0..).map(Rank).zip(&place.peers);
                 let rollouts = ranks.filter(|(_, peer)| peer.role == Role::Rollout);
                 let rollouts = rollouts.map(|(rank, _)| rank);
@@ -233,6 +266,8 @@ struct Outgoing {
     node: Arc<Node>,
     pool: Pool,
     topology: Topology,
+    /// Whether buckets are written to those who ask for them.
+    writes: bool,
 }
 
 #[async_trait]
@@ -253,7 +288,10 @@ impl SendLink for Outgoing {
     }
 
     async fn publish(&mut self, _: usize, _: u64) -> Result<()> {
-        // The rollouts fetch it.
+        // The rollouts fetch it: they read it, or ask for it.
+        if self.writes {
+            self.node.agent.stir();
+        }
         Ok(())
     }
 
@@ -319,18 +357,17 @@ impl FetchLink for Incoming {
         let Fetch { from, card, slot, filled } = fetch;
         let prepared = async {
             let peer = self.peer(from, card)?;
-            let remote = peer.range(slot, filled)?;
+            peer.range(slot, filled)?;
             let Node { arena, deadline, .. } = &*self.node;
-            let slot = arena.lock(slot, filled, *deadline).await?;
-            Ok((peer, remote, slot))
+            Ok((peer, arena.lock(slot, filled, *deadline).await?))
         };
         let expected = Box::new(Expected { from, arrival });
         match prepared.await {
             Err(error) => expected.tell(Err(error)),
-            Ok((peer, remote, slot)) => self.node.agent.transfer(Transfer {
-                slot,
+            Ok((peer, here)) => self.node.agent.transfer(agent::Transfer {
+                slot: here,
                 peer,
-                remote,
+                from: slot,
                 deadline: self.node.deadline,
                 done: expected,
             }),

@@ -37,6 +37,8 @@ pub(crate) enum NixlError {
     Slow(Duration),
     #[error("the transfer was given up: its peer is gone")]
     Abandoned,
+    #[error("the peer could not write it: {0}")]
+    Refused(String),
     #[error("this rank's agent has ended")]
     Closed,
     #[error("the system refused {call}: {errno}")]
@@ -90,7 +92,7 @@ impl From<NixlError> for engine_core::Error {
                 ErrorKind::Backend
             }
             E::Another { .. } | E::Transports { .. } | E::TooLarge { .. } => ErrorKind::Config,
-            E::Transfer { .. } | E::Abandoned => ErrorKind::PeerLost,
+            E::Transfer { .. } | E::Refused(_) | E::Abandoned => ErrorKind::PeerLost,
             E::Slow(_) | E::InUse { .. } => ErrorKind::Timeout,
             E::Closed => ErrorKind::State,
             E::Call { .. } | E::System { .. } => ErrorKind::Io,

@@ -3,9 +3,8 @@
 
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::ptr::null_mut;
-use std::sync::Arc;
 
-use crate::arena::Arena;
+use crate::arena::{Arena, Memory};
 use crate::error::NixlError;
 use crate::sys::{self, AgentConfig, Api, Handle, Status};
 
@@ -18,9 +17,19 @@ pub(crate) struct RawAgent {
     agent: Handle,
     backend: Handle,
     options: Handle,
-    registered: Option<Handle>,
-    /// The memory stays as long as NIXL knows it.
-    arena: Arc<Arena>,
+    /// Where messages of peers are taken from.
+    notices: Handle,
+    /// What is registered. The memory stays as long as NIXL knows it.
+    registered: Vec<(Handle, Memory)>,
+}
+
+/// Which way a transfer goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// From the peer to here.
+    Read,
+    /// From here to the peer.
+    Write,
 }
 
 /// A transfer that was started.
@@ -50,7 +59,7 @@ impl RawAgent {
         api: &'static Api,
         name: &str,
         parameters: &[(&str, &str)],
-        arena: Arc<Arena>,
+        arena: &Arena,
     ) -> Result<Self, NixlError> {
         let config = AgentConfig {
             // Peers read from here while this rank computes: the library answers by itself.
@@ -72,10 +81,18 @@ impl RawAgent {
         };
         check("create_agent", status)?;
         // From here on, dropping it frees what was made.
-        let mut this =
-            Self { api, agent, backend: null_mut(), options: null_mut(), registered: None, arena };
+        let mut this = Self {
+            api,
+            agent,
+            backend: null_mut(),
+            options: null_mut(),
+            notices: null_mut(),
+            registered: Vec::new(),
+        };
         this.create_backend(parameters)?;
-        this.register()?;
+        // SAFETY: the call writes the new object to where the pointer points.
+        check("create_notif_map", unsafe { (api.create_notif_map)(&raw mut this.notices) })?;
+        this.register(arena.memory().clone())?;
         Ok(this)
     }
 
@@ -107,23 +124,24 @@ impl RawAgent {
         check("opt_args_add_backend", status)
     }
 
-    fn register(&mut self) -> Result<(), NixlError> {
+    /// Lets peers reach memory that belongs to the arena.
+    pub(crate) fn register(&mut self, memory: Memory) -> Result<(), NixlError> {
         let api = self.api;
         let list = Object::new("create_reg_dlist", api.destroy_reg_dlist, |object| {
             // SAFETY: the call writes the new object to where the pointer points.
-            unsafe { (api.create_reg_dlist)(kind(self.arena.device()), object) }
+            unsafe { (api.create_reg_dlist)(kind(memory.device()), object) }
         })?;
-        let (address, len) = (self.arena.address(), self.arena.len());
-        let device = u64::from(self.arena.device().unwrap_or(0));
+        let (address, len) = (memory.address(), memory.len());
+        let device = u64::from(memory.device().unwrap_or(0));
         // SAFETY: the list is alive; without metadata the pointer is not read.
         let status = unsafe {
             (api.reg_dlist_add_desc)(list.handle, address, len, device, std::ptr::null(), 0)
         };
         check("reg_dlist_add_desc", status)?;
-        // SAFETY: all are alive, and the arena is mapped as long as `self` has it.
+        // SAFETY: all are alive, and the memory stays as long as `self` has it.
         let status = unsafe { (api.register_mem)(self.agent, list.handle, self.options) };
         check("register_mem", status)?;
-        self.registered = Some(list.into_handle());
+        self.registered.push((list.into_handle(), memory));
         Ok(())
     }
 
@@ -162,27 +180,33 @@ impl RawAgent {
         check("invalidate_remote_md", status)
     }
 
-    /// Starts to read from a peer's memory, on the device of that number or the host's, into the arena.
+    /// Starts to copy between memory of a peer and of the arena, each on the device of that number
+    /// or the host's.
     ///
     /// # Contract
     ///
-    /// `local` lies within the arena, and nobody else accesses it until the transfer is released.
+    /// `local` lies within the arena. If it is written to, nobody else accesses it until the transfer
+    /// is released.
     pub(crate) fn start(
         &self,
+        way: Way,
         peer: &str,
-        local: (usize, usize),
-        remote: (usize, usize),
-        remote_device: Option<u32>,
+        (local, local_device): ((usize, usize), Option<u32>),
+        (remote, remote_device): ((usize, usize), Option<u32>),
     ) -> Result<RawTransfer, NixlError> {
-        let here = self.list(local, self.arena.device())?;
+        let here = self.list(local, local_device)?;
         let there = self.list(remote, remote_device)?;
+        let way = match way {
+            Way::Read => sys::READ,
+            Way::Write => sys::WRITE,
+        };
         let peer = c_string(peer);
         let mut request = null_mut();
         // SAFETY: all objects are alive; lists and string are copied; the call writes the request.
         let status = unsafe {
             (self.api.create_xfer_req)(
                 self.agent,
-                sys::READ,
+                way,
                 here.handle,
                 there.handle,
                 peer.as_ptr(),
@@ -218,6 +242,58 @@ impl RawAgent {
         let status = unsafe { (api.xfer_dlist_add_desc)(list.handle, address, len, number) };
         check("xfer_dlist_add_desc", status)?;
         Ok(list)
+    }
+
+    /// Sends a peer a few bytes.
+    pub(crate) fn notify(&self, peer: &str, bytes: &[u8]) -> Result<(), NixlError> {
+        let (peer, data) = (c_string(peer), bytes.as_ptr().cast());
+        // SAFETY: agent and options are alive; string and bytes are copied.
+        let status = unsafe {
+            (self.api.gen_notif)(self.agent, peer.as_ptr(), data, bytes.len(), self.options)
+        };
+        if status < sys::SUCCESS { Err(NixlError::Transfer { status }) } else { Ok(()) }
+    }
+
+    /// What peers have sent since the last call: who, and the bytes.
+    pub(crate) fn notices(&mut self) -> Result<Vec<(String, Vec<u8>)>, NixlError> {
+        let (api, map) = (self.api, self.notices);
+        // SAFETY: all three are alive.
+        check("get_notifs", unsafe { (api.get_notifs)(self.agent, map, self.options) })?;
+        let mut peers = 0;
+        // SAFETY: the map is alive; the call writes a number.
+        check("notif_map_size", unsafe { (api.notif_map_size)(map, &raw mut peers) })?;
+        let mut all = Vec::new();
+        for peer in 0..peers {
+            let mut name = std::ptr::null();
+            // SAFETY: the map is alive; the call writes a pointer.
+            let status = unsafe { (api.notif_map_get_agent_at)(map, peer, &raw mut name) };
+            check("notif_map_get_agent_at", status)?;
+            let mut count = 0;
+            // SAFETY: the name is the map's own; the call writes a number.
+            let status = unsafe { (api.notif_map_get_notifs_size)(map, name, &raw mut count) };
+            check("notif_map_get_notifs_size", status)?;
+            // SAFETY: on success it is a string, which the map keeps until it is cleared.
+            let text = unsafe { CStr::from_ptr(name) }.to_string_lossy();
+            for at in 0..count {
+                let (mut data, mut len) = (std::ptr::null(), 0);
+                // SAFETY: the name is the map's own; the call writes a pointer and a length.
+                let status = unsafe {
+                    (api.notif_map_get_notif)(map, name, at, &raw mut data, &raw mut len)
+                };
+                check("notif_map_get_notif", status)?;
+                if len == 0 {
+                    continue;
+                }
+                // SAFETY: on success that many bytes are there until the map is cleared.
+                let bytes = unsafe { std::slice::from_raw_parts(data.cast::<u8>(), len) };
+                all.push((text.clone().into_owned(), bytes.to_vec()));
+            }
+        }
+        if peers > 0 {
+            // SAFETY: the map is alive, and nothing refers to what is in it any more.
+            check("notif_map_clear", unsafe { (api.notif_map_clear)(map) })?;
+        }
+        Ok(all)
     }
 
     /// Whether a transfer has ended.
@@ -258,11 +334,17 @@ impl Drop for RawAgent {
                 tracing::warn!(%error, "while closing the agent");
             }
         };
-        if let Some(list) = self.registered.take() {
+        for (list, _) in &self.registered {
             // SAFETY: agent, list and options are alive.
-            told("deregister_mem", unsafe { (api.deregister_mem)(self.agent, list, self.options) });
+            told("deregister_mem", unsafe {
+                (api.deregister_mem)(self.agent, *list, self.options)
+            });
             // SAFETY: nobody else has the list.
-            told("destroy_reg_dlist", unsafe { (api.destroy_reg_dlist)(list) });
+            told("destroy_reg_dlist", unsafe { (api.destroy_reg_dlist)(*list) });
+        }
+        if !self.notices.is_null() {
+            // SAFETY: nobody else has the object.
+            told("destroy_notif_map", unsafe { (api.destroy_notif_map)(self.notices) });
         }
         if !self.options.is_null() {
             // SAFETY: nobody else has the object.
@@ -274,7 +356,7 @@ impl Drop for RawAgent {
         }
         // SAFETY: nobody else has the agent; its transfers were released.
         told("destroy_agent", unsafe { (api.destroy_agent)(self.agent) });
-        tracing::trace!(bytes = self.arena.len(), "the agent is closed");
+        tracing::trace!(pieces = self.registered.len(), "the agent is closed");
     }
 }
 

@@ -13,6 +13,7 @@
 
 mod agent;
 mod arena;
+pub mod bare;
 mod engine;
 mod error;
 mod ffi;
@@ -23,7 +24,7 @@ use engine_core::{
     Role, WorkerMetadata,
 };
 
-pub use engine::{ErrorHandling, NixlEngine, NixlOptions, Topology};
+pub use engine::{ErrorHandling, NixlEngine, NixlOptions, Topology, Transfer};
 
 /// The transport's name in configurations.
 const NAME: &str = "nixl";
@@ -84,7 +85,40 @@ impl Backend for Nixl {
                 ))
                 .rank(place.rank));
             }
+            if own.transfer != trainer.transfer {
+                let message = "its option `transfer` is not the trainer's: configure the same";
+                return Err(refuse(message.into()).rank(place.rank));
+            }
         }
         Ok(places)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+    use engine_core::Rank;
+
+    fn worker(role: Role, slot_bytes: u64, transfer: Transfer) -> WorkerMetadata {
+        let details = engine::Details { slots: 4, slot_bytes, transfer };
+        WorkerMetadata::of_this_process(NAME, role, serde_json::json!(details))
+    }
+
+    #[test]
+    fn ranks_with_other_slots_or_another_way_of_moving_bytes_are_refused_by_their_rank() {
+        let trainer = worker(Role::Trainer, 1 << 20, Transfer::Read);
+        let alike = worker(Role::Rollout, 1 << 20, Transfer::Read);
+        BACKEND.build_topology(&[trainer.clone(), alike.clone()]).unwrap();
+        for other in [
+            worker(Role::Rollout, 2 << 20, Transfer::Read),
+            worker(Role::Rollout, 1 << 20, Transfer::Write),
+            worker(Role::Trainer, 1 << 20, Transfer::Read),
+        ] {
+            let error =
+                BACKEND.build_topology(&[trainer.clone(), alike.clone(), other]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Mismatch, "{error}");
+            assert_eq!(error.report().rank, Some(Rank(2)), "{error}");
+        }
     }
 }

@@ -31,6 +31,8 @@ pub(crate) const DRAM: c_int = 0;
 pub(crate) const VRAM: c_int = 1;
 /// From the peer to here, as a kind of transfer.
 pub(crate) const READ: c_int = 0;
+/// From here to the peer, as a kind of transfer.
+pub(crate) const WRITE: c_int = 1;
 
 /// How an agent works: `nixl_capi_agent_config_t`.
 #[repr(C)]
@@ -105,6 +107,15 @@ functions! {
     get_xfer_status(Handle, Handle);
     release_xfer_req(Handle, Handle);
     destroy_xfer_req(Handle);
+    gen_notif(Handle, *const c_char, *const c_void, usize, Handle);
+    create_notif_map(*mut Handle);
+    destroy_notif_map(Handle);
+    get_notifs(Handle, Handle, Handle);
+    notif_map_size(Handle, *mut usize);
+    notif_map_get_agent_at(Handle, usize, *mut *const c_char);
+    notif_map_get_notifs_size(Handle, *const c_char, *mut usize);
+    notif_map_get_notif(Handle, *const c_char, usize, *mut *const c_void, *mut usize);
+    notif_map_clear(Handle);
 }
 
 unsafe extern "C" {

@@ -1,6 +1,11 @@
-//! The engine behaves as every engine has to, with NIXL itself, as a star and as a ring.
+//! The engine behaves as every engine has to, with NIXL itself, as a star and as a ring,
+//! whoever moves the bytes, quantised and not.
 
-use engine_core::CheckpointEngineConfig;
+use engine_core::{CheckpointEngineConfig, Weight};
+use futures::StreamExt;
+use futures::executor::block_on;
+use quant_fp8::rules::{Rules, RulesConfig};
+use quant_fp8::{QuantizeFp8, with_fp8};
 use serde_json::{Value, json};
 
 fn with(options: Value) -> impl FnOnce(&mut CheckpointEngineConfig) {
@@ -15,6 +20,17 @@ fn suite(options: Value) -> conformance::Suite {
     conformance::Suite::new(backend_nixl::BACKEND).with_control_plane().with_config(with(options))
 }
 
+fn quantized(weights: Vec<Weight>) -> Vec<Weight> {
+    let rules = Rules::new(&RulesConfig::default()).expect("the default rules");
+    block_on(weights.quantize_fp8(rules).map(|weight| weight.expect("a weight")).collect())
+}
+
+fn fp8(options: Value) -> conformance::Suite {
+    suite(options)
+        .with_quantizer(with_fp8, quantized)
+        .with_config(|config| config.trainer_quantize_fp8 = true)
+}
+
 mod star {
     conformance::suite!(super::suite(super::json!({"topology": "star"})));
 }
@@ -25,4 +41,20 @@ mod ring {
 
 mod over_tcp {
     conformance::suite!(super::suite(super::json!({"transports": "tcp,self"})));
+}
+
+mod star_that_writes {
+    conformance::suite!(super::suite(super::json!({"topology": "star", "transfer": "write"})));
+}
+
+mod ring_that_writes {
+    conformance::suite!(super::suite(super::json!({"topology": "ring", "transfer": "write"})));
+}
+
+mod ring_quantised {
+    conformance::suite!(super::fp8(super::json!({"topology": "ring"})));
+}
+
+mod star_that_writes_quantised {
+    conformance::suite!(super::fp8(super::json!({"topology": "star", "transfer": "write"})));
 }

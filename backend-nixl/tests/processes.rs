@@ -10,11 +10,12 @@ use std::time::Duration;
 
 use engine_core::control::{Address, ControlConfig, Token};
 use engine_core::{
-    CheckpointEngine, CheckpointEngineConfig, ControlPlane, DType, EngineContext, ErrorKind, Rank,
-    Result, Role, SendReport, Version, Weight, WeightStreamExt, WorkerMetadata,
-    ensure_async_iterator,
+    CachedEngine, CheckpointEngine, CheckpointEngineConfig, CheckpointEngineWithCache,
+    ControlPlane, DType, EngineContext, ErrorKind, Holder, Newcomer, Rank, Result, Role,
+    SendReport, Version, Weight, WeightStreamExt, WorkerMetadata, ensure_async_iterator,
 };
 use futures::StreamExt;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::Barrier;
 
@@ -23,6 +24,8 @@ const ROLE: &str = "CKPT_ENGINE_TEST_ROLE";
 const ADDRESS: &str = "CKPT_ENGINE_TEST_ADDRESS";
 const RANK: &str = "CKPT_ENGINE_TEST_RANK";
 const OPTIONS: &str = "CKPT_ENGINE_TEST_OPTIONS";
+/// The stage of an update at which a rollout kills itself, or up to which a trainer goes.
+const STAGE: &str = "CKPT_ENGINE_TEST_STAGE";
 /// The ranks of a group at its beginning; those that join later may say any number.
 const RANKS: u32 = 4;
 /// How long anything here may take before it counts as a hang.
@@ -85,6 +88,7 @@ fn a_process_of_a_group() {
     runtime().block_on(async {
         match role.as_str() {
             "rollout" => rollout(&address, config).await,
+            "holding rollout" => holding_rollout(&address, config).await,
             "rejoining rollout" => loop {
                 rollout(&address, config.clone()).await;
             },
@@ -94,15 +98,68 @@ fn a_process_of_a_group() {
     });
 }
 
-/// Says on standard output what becomes of every update, until the trainer is gone.
+/// How far a rank is in an update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+enum Stage {
+    /// Between updates.
+    Before,
+    /// The update has begun, the rollout has not entered it.
+    Begun,
+    /// Weights are collected and encoded.
+    Collecting,
+    /// The rollout has entered; it is told of buckets and fetches none.
+    Entered,
+    /// It fetches.
+    Fetching,
+    /// It has a view of a bucket.
+    Viewing,
+    /// It has all buckets and has not confirmed them.
+    Complete,
+    /// It has confirmed them, and another one has not: nothing is committed.
+    Confirmed,
+}
+
+impl Stage {
+    const ALL: [Self; 8] = [
+        Self::Before,
+        Self::Begun,
+        Self::Collecting,
+        Self::Entered,
+        Self::Fetching,
+        Self::Viewing,
+        Self::Complete,
+        Self::Confirmed,
+    ];
+
+    /// What this process was told.
+    fn told() -> Option<Self> {
+        let words = std::env::var(STAGE).ok()?;
+        Some(serde_json::from_str(&words).unwrap())
+    }
+
+    fn words(self) -> String {
+        json!(self).to_string()
+    }
+}
+
+/// The version that rollouts that are not to be killed are slow to confirm.
+const SLOW: Version = Version(77);
+
+/// Says on standard output what becomes of every update, until the trainer is gone. If it was told a
+/// stage, it kills itself there in its first update.
 async fn rollout(address: &Address, config: CheckpointEngineConfig) {
     let rank = std::env::var(RANK).ok().map(|rank| Rank(rank.parse().unwrap()));
     let control = ControlPlane::join(control(address), Role::Rollout, rank).await.unwrap();
     let mut engine = form(&control, config, RANKS).await.unwrap();
     say("joined");
+    let told = Stage::told();
     loop {
-        let result = update(&mut *engine).await;
-        match result {
+        let result = update_with(&mut *engine, async |stage| {
+            if told == Some(stage) {
+                kill_this_process().await;
+            }
+        });
+        match result.await {
             Ok(version) => say(&format!("active {version}")),
             Err(error) if error.kind() == ErrorKind::Timeout => {}
             Err(error) => {
@@ -115,28 +172,133 @@ async fn rollout(address: &Address, config: CheckpointEngineConfig) {
     }
 }
 
+/// A rollout that keeps the last version, holds it for others, and takes over what one of them holds.
+async fn holding_rollout(address: &Address, config: CheckpointEngineConfig) {
+    let plane = ControlPlane::join(control(address), Role::Rollout, None).await.unwrap();
+    let context = EngineContext::new(config.clone(), Role::Rollout).with_control(plane.clone());
+    let backend = backend_nixl::BACKEND;
+    let mut engine = CachedEngine::new(backend.create(context).unwrap());
+    let own_address = format!("unix:@nixl-holder-{}", std::process::id()).parse().unwrap();
+    let at = control(&own_address);
+    let holder = Holder::listen(engine.cache(), backend, config.clone(), at).await.unwrap();
+    let mut own = engine.prepare().await.unwrap();
+    holder.announce(&mut own);
+    tokio::spawn(holder.run());
+    let own = serde_json::to_vec(&own).unwrap();
+    let peers = plane.gather(3, own.into(), LIMIT).await.unwrap();
+    let workers: Vec<WorkerMetadata> =
+        peers.iter().map(|peer| serde_json::from_slice(&peer.payload).unwrap()).collect();
+    let places = backend.build_topology(&workers).unwrap();
+    // Of two that join at once, the second one may be here first: ranks have gaps.
+    let at = peers.iter().position(|peer| peer.rank == plane.rank()).unwrap();
+    engine.init_process_group(places[at].clone()).await.unwrap();
+    say("joined");
+    for other in Newcomer::holders(&workers).iter().filter(|other| **other != own_address) {
+        let newcomer = Newcomer::join(backend, config.clone(), control(other)).await.unwrap();
+        if let Some(mut newcomer) = newcomer {
+            engine.take_over(&mut newcomer).await.unwrap();
+            newcomer.leave().await.unwrap();
+            break;
+        }
+    }
+    loop {
+        if let Ok((version, mut weights)) = engine.get_weights() {
+            let expected = model(version.0);
+            for weight in expected {
+                let here = weights.next().await.unwrap().unwrap();
+                assert_eq!(here.meta(), weight.meta());
+                assert_eq!(here.to_bytes().unwrap(), weight.to_bytes().unwrap());
+            }
+            say(&format!("has {version}"));
+        }
+        match engine.update_cache(None).await {
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::Timeout => {}
+            Err(_) => return,
+        }
+    }
+}
+
+async fn kill_this_process() {
+    let own = rustix::process::getpid();
+    rustix::process::kill_process(own, rustix::process::Signal::KILL).unwrap();
+    std::future::pending().await
+}
+
 /// Receives one version and looks at every byte of it.
 async fn update(engine: &mut dyn CheckpointEngine) -> Result<Version> {
+    update_with(engine, async |_| ()).await
+}
+
+/// The same, and does something at every stage that is reached.
+async fn update_with(
+    engine: &mut dyn CheckpointEngine,
+    mut at: impl AsyncFnMut(Stage),
+) -> Result<Version> {
+    at(Stage::Begun).await;
     let mut received = engine.receive_weights(None).await?;
     let version = received.version();
-    let mut tensors = 0;
-    while let Some(tensor) = received.next_tensor().await? {
-        let expected = (version.0 * 16 + tensors) as u8;
-        assert!(tensor.to_bytes()?.iter().all(|&byte| byte == expected), "other bytes arrived");
-        tensors += 1;
+    at(Stage::Entered).await;
+    // Looking at it once begins what there is to begin.
+    let begun = tokio::time::timeout(Duration::from_micros(50), received.next_bucket()).await;
+    at(Stage::Fetching).await;
+    let mut first = begun.unwrap_or(Ok(None))?;
+    if first.is_none() {
+        first = received.next_bucket().await?;
     }
-    received.finish().await.map(|report| {
+    at(Stage::Viewing).await;
+    let mut bytes = 0;
+    let mut next = first;
+    while let Some(bucket) = next {
+        for piece in bucket.pieces() {
+            let index: u64 = piece.meta.name[1..].parse().unwrap();
+            let expected = (version.0 * 16 + index) as u8;
+            let here = piece.bytes.to_host()?;
+            assert!(here.iter().all(|&byte| byte == expected), "other bytes arrived");
+            bytes += here.len();
+        }
+        drop(bucket);
+        if bytes == 5_000_000 {
+            at(Stage::Complete).await;
+            if version == SLOW && Stage::told() != Some(Stage::Confirmed) {
+                tokio::time::sleep(Duration::from_millis(400)).await;
+            }
+            break;
+        }
+        next = received.next_bucket().await?;
+    }
+    let mut finish = std::pin::pin!(received.finish());
+    let soon = tokio::time::timeout(Duration::from_millis(100), &mut finish).await;
+    let report = match soon {
+        Ok(report) => report,
+        Err(_) => {
+            at(Stage::Confirmed).await;
+            finish.await
+        }
+    };
+    report.map(|report| {
         assert_eq!(report.tensors, 10);
         version
     })
 }
 
-/// Sends one version, and another one that does not end.
+/// Sends one version, and another one as far as it was told.
 async fn trainer(address: &Address, config: CheckpointEngineConfig) {
     let control = ControlPlane::lead(control(address)).await.unwrap();
     let mut engine = form(&control, config, RANKS).await.unwrap();
     engine.send_weights(ensure_async_iterator(model(1)), Version(1)).await.unwrap();
-    let endless = futures::stream::iter(model(2)).chain(futures::stream::pending());
+    let weights = match Stage::told() {
+        None => return,
+        Some(Stage::Before) => std::future::pending().await,
+        Some(Stage::Begun) => 0,
+        Some(Stage::Complete | Stage::Confirmed) => {
+            engine.send_weights(ensure_async_iterator(model(2)), Version(2)).await.unwrap();
+            return;
+        }
+        Some(_) => 10,
+    };
+    let some = model(2).into_iter().take(weights);
+    let endless = futures::stream::iter(some).chain(futures::stream::pending());
     engine.send_weights(ensure_async_iterator(endless), Version(2)).await.unwrap();
 }
 
@@ -180,7 +342,21 @@ struct Process {
 
 impl Process {
     fn start(role: &str, address: &Address, rank: Option<u32>, options: &str) -> Self {
-        let program = Command::new(std::env::current_exe().unwrap());
+        Self::start_to(None, role, address, rank, options)
+    }
+
+    /// A process that goes up to a stage of an update.
+    fn start_to(
+        stage: Option<Stage>,
+        role: &str,
+        address: &Address,
+        rank: Option<u32>,
+        options: &str,
+    ) -> Self {
+        let mut program = Command::new(std::env::current_exe().unwrap());
+        if let Some(stage) = stage {
+            program.env(STAGE, stage.words());
+        }
         Self::start_with(program, role, address, rank, options)
     }
 
@@ -274,6 +450,17 @@ impl Group {
         Self { engine, control, rollouts, options: options.to_owned() }
     }
 
+    /// Waits until the trainer knows that a rank is gone, so that another process can have it.
+    async fn until_gone(&self, rank: u32) {
+        let there = || self.control.peers().iter().any(|peer| peer.rank == Rank(rank));
+        let gone = async {
+            while there() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(LIMIT, gone).await.expect("it was killed");
+    }
+
     /// One update, within which something happens before the weight of a number is given.
     async fn update(
         &mut self,
@@ -299,50 +486,83 @@ fn receivers(report: &SendReport) -> Vec<Rank> {
     report.receivers.iter().map(|receiver| receiver.rank).collect()
 }
 
-/// Kills the rollout of a rank before the weight of a number is given, and lets a new one join.
-async fn survive(options: &str, victim: u32, before: usize) {
+/// At each of some stages of an update the rollout of a rank is killed, and then a new one joins. The
+/// others finish that update, the next one without the rank, and the next one with it.
+async fn survive(options: &str, victim: u32, stages: &[Stage]) {
     let mut group = Group::form(options).await;
-    let what = format!("rank {victim} is killed before weight {before} with {options}");
     let at = victim as usize - 1;
-    assert_eq!(receivers(&group.update(1, 99, |_| {}).await.unwrap()).len(), 3, "{what}");
-    group.rollouts.iter().for_each(|rollout| rollout.says("active 1"));
-
-    let report = group.update(2, before, |rollouts| rollouts[at].kill()).await;
-    let report = report.unwrap_or_else(|error| panic!("{what}: {error}"));
     let left: Vec<Rank> = (1..4).filter(|rank| *rank != victim).map(Rank).collect();
-    assert_eq!(receivers(&report), left, "{what}");
-    assert_eq!(report.absent, [Rank(victim)], "{what}");
-    drop(group.rollouts.remove(at));
-    group.rollouts.iter().for_each(|rollout| rollout.says("active 2"));
-    assert_eq!(receivers(&group.update(3, 99, |_| {}).await.unwrap()), left, "{what}");
-    group.rollouts.iter().for_each(|rollout| rollout.says("active 3"));
+    let mut version = 0;
+    for &stage in stages {
+        let what = format!("rank {victim} is killed when {stage:?} with {options}");
+        // All are there, and those that kill themselves do it from here on.
+        version += 1;
+        let report = group.update(version, 99, |_| {}).await;
+        let report = report.unwrap_or_else(|error| panic!("{what}: before that: {error}"));
+        assert_eq!(receivers(&report), [Rank(1), Rank(2), Rank(3)], "{what}");
+        for rollout in &group.rollouts {
+            rollout.says(&format!("active {version}"));
+        }
 
-    let newcomer = Process::start("rollout", group.control.address(), None, &group.options);
-    newcomer.says("joined");
-    group.rollouts.push(newcomer);
-    let report = group.update(4, 99, |_| {}).await.unwrap();
-    assert_eq!(receivers(&report), [Rank(1), Rank(2), Rank(3)], "{what}");
-    group.rollouts.iter().for_each(|rollout| rollout.says("active 4"));
+        let by_itself = !matches!(stage, Stage::Before | Stage::Collecting);
+        if by_itself {
+            drop(group.rollouts.remove(at));
+            group.until_gone(victim).await;
+            let (address, options) = (group.control.address(), &group.options);
+            let dying = Process::start_to(Some(stage), "rollout", address, None, options);
+            dying.says("joined");
+            group.rollouts.insert(at, dying);
+        }
+        version = if stage == Stage::Confirmed { SLOW.0 } else { version + 1 };
+        let before = if stage == Stage::Collecting { 5 } else { 99 };
+        if stage == Stage::Before {
+            group.rollouts[at].kill();
+        }
+        let report = group.update(version, before, |rollouts| rollouts[at].kill()).await;
+        let report = report.unwrap_or_else(|error| panic!("{what}: {error}"));
+        assert_eq!(receivers(&report), left, "{what}");
+        assert_eq!(report.absent, [Rank(victim)], "{what}");
+        drop(group.rollouts.remove(at));
+        version += 1;
+        let report = group.update(version, 99, |_| {}).await;
+        let report = report.unwrap_or_else(|error| panic!("{what}: after that: {error}"));
+        assert_eq!(receivers(&report), left, "{what}");
+        for rollout in &group.rollouts {
+            rollout.says(&format!("active {}", version - 1));
+            rollout.says(&format!("active {version}"));
+        }
+
+        let newcomer = Process::start("rollout", group.control.address(), None, &group.options);
+        newcomer.says("joined");
+        group.rollouts.insert(at, newcomer);
+    }
 }
 
 macro_rules! deaths {
-    ($($name:ident: $options:expr, $victim:expr;)*) => {$(
+    ($($name:ident: $options:expr, $victim:expr, $stages:expr;)*) => {$(
         #[test]
         fn $name() {
-            for before in [1, 5, 10] {
-                runtime().block_on(survive(&$options.to_string(), $victim, before));
-            }
+            runtime().block_on(survive(&$options.to_string(), $victim, $stages));
         }
     )*};
 }
 
+/// Those at which bytes are under way or held.
+const BYTES: &[Stage] = &[Stage::Collecting, Stage::Fetching, Stage::Viewing, Stage::Complete];
+
 deaths! {
-    a_ring_closes_around_a_killed_first_rollout: json!({"topology": "ring"}), 1;
-    a_ring_closes_around_a_killed_middle_rollout: json!({"topology": "ring"}), 2;
-    a_ring_goes_on_without_a_killed_last_rollout: json!({"topology": "ring"}), 3;
+    a_ring_closes_around_a_killed_first_rollout: json!({"topology": "ring"}), 1, &Stage::ALL;
+    a_ring_closes_around_a_killed_middle_rollout: json!({"topology": "ring"}), 2, &Stage::ALL;
+    a_ring_goes_on_without_a_killed_last_rollout: json!({"topology": "ring"}), 3, &Stage::ALL;
     a_ring_over_tcp_closes_around_a_killed_rollout:
-        json!({"topology": "ring", "transports": "tcp,self"}), 2;
-    a_star_goes_on_without_a_killed_rollout: json!({"topology": "star"}), 1;
+        json!({"topology": "ring", "transports": "tcp,self"}), 2, BYTES;
+    a_ring_that_writes_closes_around_a_killed_first_rollout:
+        json!({"topology": "ring", "transfer": "write"}), 1, BYTES;
+    a_ring_that_writes_closes_around_a_killed_middle_rollout:
+        json!({"topology": "ring", "transfer": "write"}), 2, &Stage::ALL;
+    a_star_goes_on_without_a_killed_rollout: json!({"topology": "star"}), 1, &Stage::ALL;
+    a_star_that_writes_goes_on_without_a_killed_rollout:
+        json!({"topology": "star", "transfer": "write"}), 3, BYTES;
 }
 
 #[test]
@@ -360,35 +580,103 @@ fn an_update_without_any_rollout_left_is_an_error_and_a_newcomer_gets_the_next_o
     });
 }
 
-#[test]
-fn a_killed_trainer_is_an_error_on_every_rollout() {
-    for options in [json!({"topology": "ring"}), json!({"topology": "star"})] {
-        runtime().block_on(async {
-            let (address, options) = (address(), options.to_string());
-            let mut trainer = Process::start("trainer", &address, None, &options);
-            let within = Arc::new(Barrier::new(4));
-            let rollouts = (0..3).map(|_| {
-                let (control, config, within) = (control(&address), config(&options), &within);
-                async move {
-                    let control = ControlPlane::join(control, Role::Rollout, None).await.unwrap();
-                    let mut engine = form(&control, config, RANKS).await.unwrap();
-                    assert_eq!(update(&mut *engine).await.unwrap(), Version(1));
-                    let mut received = engine.receive_weights(None).await.unwrap();
-                    assert!(received.next_tensor().await.unwrap().is_some());
+/// The trainer is killed when every rollout is at a stage of its second update, or one of them at the
+/// stage before that, if they cannot all be there.
+async fn lose_the_trainer(options: &str, stage: Stage) {
+    let address = address();
+    let mut trainer = Process::start_to(Some(stage), "trainer", &address, None, options);
+    let within = Arc::new(Barrier::new(4));
+    let what = format!("{stage:?} with {options}");
+    let rollouts = (1..=3).map(|rank| {
+        let (control, config, within) = (control(&address), config(options), &within);
+        async move {
+            let rank = Some(Rank(rank));
+            let control = ControlPlane::join(control, Role::Rollout, rank).await.unwrap();
+            let mut engine = form(&control, config, RANKS).await.unwrap();
+            assert_eq!(update(&mut *engine).await.unwrap(), Version(1));
+            let here = match stage {
+                // A trainer that has nothing to send is waited for.
+                Stage::Before => Stage::Begun,
+                Stage::Collecting => Stage::Viewing,
+                // Without this one there is no commit.
+                Stage::Confirmed if rank == Some(Rank(2)) => Stage::Complete,
+                stage => stage,
+            };
+            let mut waited = false;
+            let result = update_with(&mut *engine, async |now| {
+                if now == here && !std::mem::replace(&mut waited, true) {
                     within.wait().await;
-                    received.finish().await.unwrap_err()
+                    // Until the trainer is no more.
+                    within.wait().await;
                 }
             });
-            let killer = async {
-                within.wait().await;
-                trainer.kill();
-            };
-            let all = futures::future::join(futures::future::join_all(rollouts), killer);
-            let (errors, ()) = tokio::time::timeout(LIMIT, all).await.expect("no hang");
-            for error in errors {
-                assert_eq!(error.kind(), ErrorKind::PeerLost, "{error}");
-                assert_eq!(error.report().rank, Some(Rank::LEADER), "{error}");
+            let error = result.await.expect_err("there is no trainer");
+            assert!(waited, "the stage was reached");
+            engine.finalize().await.unwrap();
+            error
+        }
+    });
+    let killer = async {
+        within.wait().await;
+        trainer.kill();
+        within.wait().await;
+    };
+    let all = futures::future::join(futures::future::join_all(rollouts), killer);
+    let (errors, ()) = tokio::time::timeout(LIMIT, all).await.expect("no hang");
+    for error in errors {
+        assert_eq!(error.kind(), ErrorKind::PeerLost, "{what}: {error}");
+        assert_eq!(error.report().rank, Some(Rank::LEADER), "{what}: {error}");
+    }
+}
+
+macro_rules! lost_trainers {
+    ($($name:ident: $options:expr;)*) => {$(
+        #[test]
+        fn $name() {
+            for stage in Stage::ALL {
+                runtime().block_on(lose_the_trainer(&$options.to_string(), stage));
             }
+        }
+    )*};
+}
+
+lost_trainers! {
+    a_killed_trainer_of_a_ring_is_an_error_on_every_rollout: json!({"topology": "ring"});
+    a_killed_trainer_of_a_star_is_an_error_on_every_rollout: json!({"topology": "star"});
+    a_killed_trainer_of_a_ring_that_writes_is_an_error_on_every_rollout:
+        json!({"topology": "ring", "transfer": "write"});
+}
+
+#[test]
+fn newcomers_get_the_current_version_from_one_that_holds_it_while_the_trainer_does_nothing() {
+    for options in ["{}", r#"{"transfer": "write"}"#] {
+        runtime().block_on(async {
+            let plane = ControlPlane::lead(control(&address())).await.unwrap();
+            let start = || Process::start("holding rollout", plane.address(), None, options);
+            let mut rollouts = vec![start(), start()];
+            let mut engine = form(&plane, config(options), 3).await.unwrap();
+            rollouts.iter().for_each(|rollout| rollout.says("joined"));
+            let update = engine.send_weights(ensure_async_iterator(model(1)), Version(1));
+            assert_eq!(receivers(&update.await.unwrap()).len(), 2);
+            rollouts.iter().for_each(|rollout| rollout.says("has 1"));
+
+            // Two at once, of whom the holder can serve one.
+            let newcomers = [start(), start()];
+            for newcomer in &newcomers {
+                newcomer.says("joined");
+                newcomer.says("has 1");
+            }
+            // What they took over, they hold as well as anyone.
+            rollouts.drain(..).for_each(drop);
+            let newcomer = start();
+            newcomer.says("joined");
+            newcomer.says("has 1");
+
+            rollouts.extend(newcomers);
+            rollouts.push(newcomer);
+            let update = engine.send_weights(ensure_async_iterator(model(2)), Version(2));
+            assert_eq!(receivers(&update.await.unwrap()).len(), 3);
+            rollouts.iter().for_each(|rollout| rollout.says("has 2"));
         });
     }
 }
@@ -459,8 +747,18 @@ fn a_rollout_that_is_cut_off_is_left_out_and_is_back_in_the_next_update() {
         let ranks: Vec<Rank> = ranks.iter().copied().map(Rank).collect();
         format!("{ranks:?}")
     };
-    for (topology, cut) in [("ring", 1), ("ring", 2), ("ring", 3), ("star", 1)] {
-        let options = json!({"topology": topology, "transports": "tcp,self"}).to_string();
+    for (topology, transfer, cut) in [
+        ("ring", "read", 1),
+        ("ring", "read", 2),
+        ("ring", "read", 3),
+        ("star", "read", 1),
+        ("ring", "write", 1),
+        ("ring", "write", 2),
+    ] {
+        let options = json!({
+            "topology": topology, "transfer": transfer, "transports": "tcp,self"
+        });
+        let options = options.to_string();
         let hosts = Hosts::new(4);
         let mut trainer = hosts.start(0, "halting trainer", &address, &options);
         let start = |host| hosts.start(host, "rejoining rollout", &address, &options);

@@ -441,6 +441,13 @@ struct RolloutArgs {
     /// Memory to allocate on the device for the weights before the first update, in bytes
     #[arg(long, value_name = "BYTES")]
     reserve: Option<u64>,
+    /// Keep the last version in memory, and give it at this address (host:port, port 0 for any that is
+    /// free) to rollouts that join later, at once and without the trainer
+    #[arg(long, value_name = "ADDRESS")]
+    hold: Option<Address>,
+    /// Offer memory for bare transfers, as `bench transfer` has it
+    #[arg(long, hide = true)]
+    bare: bool,
     #[command(flatten)]
     metrics: MetricsArgs,
 }
@@ -596,6 +603,7 @@ async fn sync_command(args: &SyncArgs) -> Result<ExitCode, Failure> {
         verify: args.verify,
         out: args.out.clone(),
         metrics: args.metrics.metrics,
+        bare: false,
     };
     if options.trainers > 1 && options.config.backend == "naive" {
         return Err("naive has one trainer".into());
@@ -694,6 +702,8 @@ async fn rollout_command(args: &RolloutArgs) -> Result<ExitCode, Failure> {
         verify: args.verify,
         out: args.out.clone(),
         reserve: args.reserve,
+        bare: args.bare,
+        hold: args.hold.clone(),
     };
     let print = |result: &checkpoint_engine::Result<ReceiveReport>| match result {
         Ok(report) => say(format!(
@@ -816,7 +826,14 @@ async fn transfer_command(args: &TransferArgs) -> Result<ExitCode, Failure> {
             line.memcpy_gb_per_s,
             line.us_per_tensor,
             line.extra_peak_bytes as f64 / f64::from(1 << 20)
-        ))
+        ))?;
+        match (line.bare_gb_per_s, line.bare_ratio) {
+            (Some(rate), Some(ratio)) => say(format!(
+                "  {ratio:.2} of bare transfers of as many bytes between the same processes, \
+                 {rate:.2} GB/s"
+            )),
+            _ => Ok(()),
+        }
     };
     transfer(&options, print).await?;
     Ok(ExitCode::SUCCESS)

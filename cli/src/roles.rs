@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use checkpoint_engine::{
-    CheckpointEngine, ControlPlane, Error, ErrorKind, ErrorReport, Install, Placement,
+    CacheUpdate, CheckpointEngine, ControlPlane, Error, ErrorKind, ErrorReport, Install, Placement,
     ReceiveReport, ReceivedBucket, ReceivedPiece, ReceivedWeights, Registry, Result, Version,
-    WorkerMetadata,
+    WeightCache, WorkerMetadata,
 };
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -67,7 +67,9 @@ pub async fn form_group(
         .collect::<Result<Vec<WorkerMetadata>>>()?;
     let places = backend.build_topology(&workers)?;
     let rank = control.rank();
-    let place = places.into_iter().find(|place| place.rank == rank);
+    // In the order of ranks, which have gaps when some have left, or join at once.
+    let at = peers.iter().position(|peer| peer.rank == rank);
+    let place = at.and_then(|at| places.into_iter().nth(at));
     let place = place.ok_or_else(|| {
         let message = "the topology has no place for this rank";
         Error::new(ErrorKind::Mismatch, "forming the group", message).rank(rank)
@@ -109,6 +111,8 @@ pub struct Rollout {
     pub memory: Option<Arc<PeakMemory>>,
     /// What everything is copied to that arrives; without one, weights are read in place.
     pub destination: Option<Destination>,
+    /// Where the last version is kept, for those who join later.
+    pub cache: Option<WeightCache>,
 }
 
 /// Tensors that a rollout installs buckets into.
@@ -135,8 +139,14 @@ impl Rollout {
         }
     }
 
-    async fn take(&self, mut received: ReceivedWeights<'_>) -> Result<ReceiveReport> {
+    /// Takes in a version that arrives, whoever sends it.
+    ///
+    /// # Errors
+    ///
+    /// Why it did not arrive, or what is wrong with it.
+    pub async fn take(&self, mut received: ReceivedWeights<'_>) -> Result<ReceiveReport> {
         let version = received.version();
+        let mut kept = self.cache.as_ref().map(|cache| cache.begin(version)).transpose()?;
         let mut notes = RolloutNotes::default();
         let mut writer = match &self.out {
             Some(folder) => Some(CheckpointWriter::in_folder(folder).map_err(Error::from)?),
@@ -148,10 +158,14 @@ impl Rollout {
             }
             received.note(serde_json::json!(notes));
             let Some(bucket) = received.next_bucket().await? else { break };
-            if self.source.is_none() && writer.is_none() && self.destination.is_none() {
+            if self.source.is_none()
+                && writer.is_none()
+                && self.destination.is_none()
+                && kept.is_none()
+            {
                 continue; // The engine has verified its digest; there is nothing more to do.
             }
-            let (source, open) = (self.source.clone(), writer.take());
+            let (source, open, mut keeps) = (self.source.clone(), writer.take(), kept.take());
             let destination = self.destination.clone();
             let examined = move || {
                 if let Some(destination) = destination {
@@ -159,14 +173,17 @@ impl Rollout {
                     let mut to = destination.lock().unwrap_or_else(PoisonError::into_inner);
                     to.install(&bucket).map_err(|error| error.bucket(bucket.index()))?;
                 }
-                examine(&bucket, version, source.as_deref(), open)
+                if let Some(keeps) = &mut keeps {
+                    keeps.add(&bucket)?;
+                }
+                Ok((examine(&bucket, version, source.as_deref(), open)?, keeps))
             };
             let examined = tokio::task::spawn_blocking(examined).await.map_err(|error| {
                 Error::new(ErrorKind::Aborted, "examining a bucket", error.to_string())
             });
             match examined.and_then(|result| result) {
-                Ok((open, tensors, bytes)) => {
-                    writer = open;
+                Ok(((open, tensors, bytes), keeps)) => {
+                    (writer, kept) = (open, keeps);
                     notes.verified_tensors += tensors;
                     notes.verified_bytes += bytes;
                 }
@@ -178,6 +195,7 @@ impl Rollout {
             }
         }
         let report = received.finish().await?;
+        kept.map(CacheUpdate::complete).transpose()?;
         if let Some(writer) = writer {
             let finished = tokio::task::spawn_blocking(move || writer.finish()).await;
             finished

@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 
 use checkpoint_engine::control::{Address, ControlConfig, Token};
 use checkpoint_engine::fp8::agreed_rules;
+use checkpoint_engine::nixl::bare;
 use checkpoint_engine::observe::Observer;
 use checkpoint_engine::{
-    CheckpointEngine, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind, Rank,
-    ReceiveReport, Registry, Result, Role, SendReport, Version, VersionState,
-    ensure_async_iterator, registry,
+    CheckpointEngine, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind,
+    Holder, Newcomer, Rank, ReceiveReport, Registry, Result, Role, SendReport, Version,
+    VersionState, WeightCache, WorkerMetadata, ensure_async_iterator, registry,
 };
 use futures::future::{join, join_all, select_all};
 use serde::Serialize;
@@ -45,6 +46,8 @@ pub struct SyncOptions {
     pub out: Option<PathBuf>,
     /// Where the trainer serves its metrics; rollout n does so n ports higher.
     pub metrics: Option<SocketAddr>,
+    /// Whether rollouts offer memory for bare transfers of NIXL.
+    pub bare: bool,
 }
 
 /// One update, as `--json` prints it.
@@ -248,7 +251,7 @@ async fn in_one_process(
         .map(|(index, engine)| {
             let out = options.out.as_ref().map(|out| out.join(format!("rollout-{index}")));
             let source = checked.clone();
-            (Rollout { source, out, memory: None, destination: None }, engine)
+            (Rollout { source, out, memory: None, destination: None, cache: None }, engine)
         })
         .collect();
     for version in (1..=options.source.updates).map(Version) {
@@ -316,6 +319,8 @@ async fn with_processes(
 #[derive(Debug)]
 pub(crate) struct Processes {
     registry: Registry,
+    /// What each rank said of itself, once the group has formed.
+    pub(crate) workers: Vec<WorkerMetadata>,
     config: CheckpointEngineConfig,
     observer: Arc<dyn Observer>,
     control: ControlPlane,
@@ -334,7 +339,8 @@ impl Processes {
         }
         let device = device::of_rank(&options.config.device, 0)?;
         let config = CheckpointEngineConfig { device, ..options.config.clone() };
-        Ok(Self { registry: registry(), config, observer, control, children })
+        let workers = Vec::new();
+        Ok(Self { registry: registry(), workers, config, observer, control, children })
     }
 
     /// Joins the leading trainer's engine with the others; an error if one of them ends meanwhile.
@@ -349,7 +355,7 @@ impl Processes {
         let (registry, control) = (&self.registry, &self.control);
         let group = form_group(&mut *engine, registry, control, world_size, announcement, deadline);
         tokio::select! {
-            formed = group => formed.map(drop)?,
+            formed = group => self.workers = formed?,
             error = first_end(&mut self.children) => return Err(error),
         }
         Ok(engine)
@@ -453,6 +459,9 @@ async fn start_child(
         command.args(["--metrics", &address.to_string()]);
     }
     if let Some(rollout) = rollout {
+        if options.bare {
+            command.arg("--bare");
+        }
         if options.verify {
             command.arg("--verify");
         }
@@ -577,7 +586,14 @@ pub struct RolloutOptions {
     pub out: Option<PathBuf>,
     /// Memory for the weights, allocated on the device before the group forms.
     pub reserve: Option<u64>,
+    /// Whether to offer memory for bare transfers of NIXL, whose attribute is [`BARE`].
+    pub bare: bool,
+    /// Where to give the last version, which is kept in memory for that, to rollouts that join later.
+    pub hold: Option<Address>,
 }
+
+/// The attribute of a rollout that says how to reach its memory for bare transfers.
+pub const BARE: &str = "bare";
 
 /// A rollout process: joins the trainer's group and receives its updates, to the last one.
 ///
@@ -591,17 +607,37 @@ pub async fn rollout(
     let registry: Registry = registry();
     let deadline = options.config.timeout();
     let memory = PeakMemory::start()?;
-    let control = ControlPlane::join(options.control, Role::Rollout, options.rank).await?;
+    let at = options.control;
+    let control = ControlPlane::join(at.clone(), Role::Rollout, options.rank).await?;
     let device = device::of_rank(&options.config.device, control.rank().0)?;
     // As inference engines have it, before the first update.
     let reserve = options.reserve.unwrap_or(0);
     let destination = device::destination(&device, reserve)?.map(|to| Arc::new(Mutex::new(to)));
     let config = CheckpointEngineConfig { device: device.clone(), ..options.config };
-    let context = EngineContext::new(config, Role::Rollout).with_control(control.clone());
+    let context = EngineContext::new(config.clone(), Role::Rollout).with_control(control.clone());
     let mut engine = registry.create(context)?;
     let world_size = options.world_size;
-    let none = serde_json::Value::Null;
-    let workers = form_group(&mut *engine, &registry, &control, world_size, none, deadline).await?;
+    let target = match options.bare {
+        true => Some(bare::Target::new(&config).await?),
+        false => None,
+    };
+    let mut own = serde_json::json!({});
+    if let Some(target) = &target {
+        own[BARE] = target.card();
+    }
+    let (mut cache, mut holding, mut own_address) = (None, None, None);
+    if let Some(address) = options.hold {
+        let kept = WeightCache::default();
+        cache = Some(kept.clone());
+        let mut at = at.clone();
+        at.address = address;
+        let backend = registry.get(&config.backend)?;
+        let holder = Holder::listen(kept, backend, config.clone(), at).await?;
+        own[Holder::ATTRIBUTE] = holder.address().to_string().into();
+        own_address = Some(holder.address().clone());
+        holding = Some(OnDrop(tokio::spawn(holder.run())));
+    }
+    let workers = form_group(&mut *engine, &registry, &control, world_size, own, deadline).await?;
     let announced = workers.first().map(|trainer| trainer.attributes.clone());
     let announced: Option<Announcement> =
         announced.and_then(|attributes| serde_json::from_value(attributes).ok());
@@ -621,7 +657,15 @@ pub async fn rollout(
         }
     };
     let last = announced.map(|announcement| Version(announcement.source.updates));
-    let rollout = Rollout { source, out: options.out, memory: Some(memory), destination };
+    let rollout = Rollout { source, out: options.out, memory: Some(memory), destination, cache };
+    // Without waiting for the next update, if another rollout holds a version.
+    let others =
+        Newcomer::holders(&workers).into_iter().filter(|at| Some(at) != own_address.as_ref());
+    match take_over(&rollout, &registry, &config, &at, others).await {
+        Ok(Some(report)) => each(&Ok(report))?,
+        Ok(None) => {}
+        Err(error) => tracing::warn!(%error, "no other rollout gave the current version"),
+    }
     let idle = Instant::now();
     loop {
         let result = match rollout.update(&mut *engine).await {
@@ -643,8 +687,48 @@ pub async fn rollout(
             Err(error) => tracing::warn!(%error, "waiting for the next update"),
         }
     }
+    drop(holding);
     engine.finalize().await?;
     control.close().await
+}
+
+/// Gets the version that another rollout holds, if one does.
+async fn take_over(
+    rollout: &Rollout,
+    registry: &Registry,
+    config: &CheckpointEngineConfig,
+    at: &ControlConfig,
+    holders: impl Iterator<Item = Address>,
+) -> Result<Option<ReceiveReport>> {
+    let mut result = Ok(None);
+    for address in holders {
+        let mut at = at.clone();
+        at.address = address;
+        let taken = async {
+            let backend = registry.get(&config.backend)?;
+            let Some(mut newcomer) = Newcomer::join(backend, config.clone(), at).await? else {
+                return Ok(None);
+            };
+            let report = rollout.take(newcomer.receive().await?).await?;
+            newcomer.leave().await?;
+            Ok(Some(report))
+        };
+        match taken.await {
+            Ok(Some(report)) => return Ok(Some(report)),
+            Ok(None) => {}
+            Err(error) => result = Err(error),
+        }
+    }
+    result
+}
+
+/// A task that ends with its handle.
+struct OnDrop(tokio::task::JoinHandle<Result<()>>);
+
+impl Drop for OnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 fn is_trainer(error: &Error) -> bool {

@@ -344,6 +344,43 @@ fn a_rollout_that_joins_later_takes_part_in_the_next_update() {
 }
 
 #[test]
+fn a_rollout_that_joins_later_gets_the_version_at_once_from_one_that_holds_it() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let token = folder.path().join("token");
+    for backend in ["ipc", "nixl"] {
+        let address = format!("unix:@ckpt-engine-held-{backend}-{}", std::process::id());
+        // After the first update the trainer does nothing for as long as this takes.
+        let mut trainer = program()
+            .args(["trainer", "--rendezvous", &address, "--rollouts", "1", "--updates", "2"])
+            .args(["--synthetic", "tiny-moe", "--json", "--timeout", "10", "--backend", backend])
+            .args(["--interval", "600", "--trainer-quantize-fp8", "--token-file"])
+            .arg(&token)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the program starts");
+        eventually("the trainer has made a token", || token.exists());
+        let options = ["--verify", "--backend", backend, "--hold", "127.0.0.1:0"];
+        let mut rollouts = vec![rollout(&address, &token, &options)];
+        let mut first = String::new();
+        let output = trainer.stdout.take().expect("piped");
+        BufReader::new(output).read_line(&mut first).expect("a first update");
+        // The second one gets it from the first, or from the one before it.
+        for _ in 0..2 {
+            let mut late = rollout(&address, &token, &options);
+            let mut line = String::new();
+            let output = late.stdout.take().expect("piped");
+            BufReader::new(output).read_line(&mut line).expect("a line");
+            rollouts.push(late);
+            assert!(line.starts_with("version 1: "), "{line}");
+        }
+        for mut process in rollouts.into_iter().chain([trainer]) {
+            process.kill().expect("it runs");
+            process.wait().expect("it ends");
+        }
+    }
+}
+
+#[test]
 fn torchruns_environment_says_where_and_who() {
     let folder = tempfile::tempdir().expect("a folder");
     let token = folder.path().join("token");

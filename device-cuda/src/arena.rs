@@ -36,6 +36,16 @@ impl CudaArena {
         Ok(Self { memory, packer: Arc::new(Mutex::new(Packer::new(&device)?)) })
     }
 
+    /// Other memory of this device, which the same packer fills.
+    ///
+    /// # Errors
+    ///
+    /// `Resource` if there is not so much.
+    pub fn spare(&self, bytes: usize) -> Result<Self> {
+        let memory = CudaMemory::new(self.memory.device(), bytes)?;
+        Ok(Self { memory, packer: self.packer.clone() })
+    }
+
     /// The device.
     pub fn device(&self) -> &Device {
         self.memory.device()

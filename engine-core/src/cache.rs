@@ -7,9 +7,9 @@ use async_trait::async_trait;
 
 use crate::memory::TensorMemory;
 use crate::{
-    CheckpointEngine, CheckpointEngineWithCache, Error, ErrorKind, Placement, ReceivedPiece,
-    ReceivedWeights, Result, SendReport, Version, Weight, WeightStream, WorkerMetadata,
-    ensure_async_iterator,
+    CheckpointEngine, CheckpointEngineWithCache, Error, ErrorKind, Newcomer, Placement,
+    ReceivedBucket, ReceivedPiece, ReceivedWeights, Result, SendReport, Version, Weight,
+    WeightStream, WorkerMetadata, ensure_async_iterator,
 };
 
 /// An engine whose rollout keeps the last complete version in host memory.
@@ -39,18 +39,17 @@ use crate::{
 pub struct CachedEngine {
     engine: Box<dyn CheckpointEngine>,
     cache: WeightCache,
-    store: Arc<dyn CacheStore>,
 }
 
 impl CachedEngine {
     /// An engine whose cache is empty.
     pub fn new(engine: Box<dyn CheckpointEngine>) -> Self {
-        Self::with_store(engine, Arc::new(OwnMemory))
+        Self { engine, cache: WeightCache::default() }
     }
 
     /// An engine that keeps what arrives in a store.
     pub fn with_store(engine: Box<dyn CheckpointEngine>, store: Arc<dyn CacheStore>) -> Self {
-        Self { engine, cache: WeightCache::default(), store }
+        Self { engine, cache: WeightCache { store, ..WeightCache::default() } }
     }
 
     /// Refuses cached weights that are more than so many versions behind the newest one that began
@@ -60,6 +59,16 @@ impl CachedEngine {
     pub fn with_max_staleness(mut self, versions: Option<u64>) -> Self {
         self.cache.max_staleness = versions;
         self
+    }
+
+    /// Fills the cache with the version that another rollout holds. A newer one that is here already
+    /// stays.
+    ///
+    /// # Errors
+    ///
+    /// Those of receiving, and of the store.
+    pub async fn take_over(&mut self, from: &mut Newcomer) -> Result<Version> {
+        self.cache.fill(from.receive().await?).await?.complete_if_newer()
     }
 
     /// The cache, for whoever generates while this engine receives.
@@ -164,10 +173,17 @@ impl CacheWriter for Own {
 /// What it gives is always a whole version that was verified and committed on every rank: the old
 /// one until the new one is, then the new one. A version that is aborted is never given, and
 /// weights that were given stay as they are for as long as they are held.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct WeightCache {
     state: Arc<Mutex<State>>,
     max_staleness: Option<u64>,
+    store: Arc<dyn CacheStore>,
+}
+
+impl Default for WeightCache {
+    fn default() -> Self {
+        Self { state: Arc::default(), max_staleness: None, store: Arc::new(OwnMemory) }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -238,25 +254,84 @@ impl CheckpointEngine for CachedEngine {
 #[async_trait]
 impl CheckpointEngineWithCache for CachedEngine {
     async fn update_cache(&mut self, version: Option<Version>) -> Result<Version> {
-        let mut received = self.engine.receive_weights(version).await?;
-        let version = received.version();
-        {
-            let mut state = self.cache.state();
-            state.newest = state.newest.max(version);
-        }
-        let mut writer = self.store.begin(version)?;
-        while let Some(bucket) = received.next_bucket().await? {
-            for piece in bucket.pieces() {
-                writer.write(&piece)?;
-            }
-        }
-        received.finish().await?;
-        let weights = writer.commit()?;
-        self.cache.state().cached = Some((version, weights.into()));
-        Ok(version)
+        let received = self.engine.receive_weights(version).await?;
+        self.cache.fill(received).await?.complete()
     }
 
     fn get_weights(&self) -> Result<(Version, WeightStream<'static>)> {
         self.cache.get_weights()
+    }
+}
+
+impl WeightCache {
+    /// Begins to put a version into the cache, bucket by bucket: for a rollout that does other things with
+    /// buckets as well. [`CachedEngine`] does all of it.
+    ///
+    /// # Errors
+    ///
+    /// Those of the store.
+    pub fn begin(&self, version: Version) -> Result<CacheUpdate> {
+        {
+            let mut state = self.state();
+            state.newest = state.newest.max(version);
+        }
+        let writer = self.store.begin(version)?;
+        Ok(CacheUpdate { cache: self.clone(), version, writer })
+    }
+
+    /// Keeps what arrives, once it is complete.
+    async fn fill(&self, mut received: ReceivedWeights<'_>) -> Result<CacheUpdate> {
+        let mut update = self.begin(received.version())?;
+        while let Some(bucket) = received.next_bucket().await? {
+            update.add(&bucket)?;
+        }
+        received.finish().await?;
+        Ok(update)
+    }
+}
+
+/// A version on its way into a [`WeightCache`], which is as it was until
+/// [`complete`](Self::complete).
+pub struct CacheUpdate {
+    cache: WeightCache,
+    version: Version,
+    writer: Box<dyn CacheWriter>,
+}
+
+impl fmt::Debug for CacheUpdate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CacheUpdate").field("version", &self.version).finish_non_exhaustive()
+    }
+}
+
+impl CacheUpdate {
+    /// Copies a bucket, the next one of the version.
+    ///
+    /// # Errors
+    ///
+    /// `Resource` if there is no memory for its weights.
+    pub fn add(&mut self, bucket: &ReceivedBucket) -> Result<()> {
+        bucket.pieces().try_for_each(|piece| self.writer.write(&piece))
+    }
+
+    /// The version is complete and committed: it takes the place of the one before it.
+    ///
+    /// # Errors
+    ///
+    /// Those of the store; the version before it stays.
+    pub fn complete(self) -> Result<Version> {
+        let weights = self.writer.commit()?;
+        self.cache.state().cached = Some((self.version, weights.into()));
+        Ok(self.version)
+    }
+
+    /// The same, unless what is here is newer.
+    fn complete_if_newer(self) -> Result<Version> {
+        let held = self.cache.version();
+        if held.is_none_or(|held| held <= self.version) {
+            self.complete()
+        } else {
+            Ok(self.version)
+        }
     }
 }

@@ -8,6 +8,7 @@ pub mod digest;
 mod dtype;
 mod engine;
 mod error;
+mod handover;
 mod ids;
 mod isa;
 mod manager;
@@ -25,7 +26,7 @@ pub mod telemetry;
 pub mod update;
 mod weight;
 
-pub use cache::{CacheStore, CacheWriter, CachedEngine, WeightCache, ensure_fresh};
+pub use cache::{CacheStore, CacheUpdate, CacheWriter, CachedEngine, WeightCache, ensure_fresh};
 pub use config::{CheckpointEngineConfig, ConfigFormat, DeviceChoice};
 pub use control::{ControlPlane, Role};
 pub use dtype::DType;
@@ -34,6 +35,7 @@ pub use engine::{
     WorkerMetadata,
 };
 pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
+pub use handover::{Holder, Newcomer};
 pub use ids::{Rank, Version};
 pub use manager::{CheckpointEngineManager, LocalRollout, RolloutWorker};
 pub use received::{Install, Outcome, ReceivedBucket, ReceivedPiece, ReceivedWeights, TensorMap};

@@ -13,8 +13,12 @@ use crate::workspace::Workspace;
 const SCRIPT: &str = include_str!("../tools/gpu.sh");
 
 /// Tests that need a GPU: package, features, and the test.
-const TESTS: [(&str, &str, &str); 3] =
-    [("cli", "cuda", "sync"), ("device-cuda", "", "gpu"), ("backend-ipc", "cuda", "cuda")];
+const TESTS: [(&str, &str, &str); 4] = [
+    ("cli", "cuda", "sync"),
+    ("device-cuda", "", "gpu"),
+    ("backend-ipc", "cuda", "cuda"),
+    ("backend-nixl", "cuda", "cuda"),
+];
 
 /// Builds programs and tests for this machine's architecture and puts them into a folder with a script
 /// that runs them.

@@ -108,6 +108,15 @@ const STEPS: &[Step] = &[
         },
     },
     Step {
+        name: "iproute2",
+        purpose: Purpose::Tests,
+        check: |_| tools::has_ip(),
+        install: Install::Attempted {
+            how: "apt-get install iproute2",
+            install: |_| tools::install_ip(),
+        },
+    },
+    Step {
         name: "rustfmt",
         purpose: Purpose::Lints,
         check: |workspace| succeeds(workspace.cargo().args(["fmt", "--version"])),

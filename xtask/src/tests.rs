@@ -74,6 +74,17 @@ fn with_extras(workspace: &Workspace, options: &Options) -> Result<()> {
         with_libraries(&mut command, workspace);
         stage(what, command)?;
     }
+    let hosts = "hosts that are network namespaces";
+    match tools::try_network_namespaces() {
+        Err(error) => println!("\n-- {hosts}: ignored, they cannot be made: {error}"),
+        Ok(()) => {
+            let mut command = workspace.cargo();
+            command.args(["test", "--package", "backend-nixl", "--test", "processes", "--"]);
+            command.arg("--ignored");
+            with_libraries(&mut command, workspace);
+            stage(hosts, command)?;
+        }
+    }
     Ok(())
 }
 

@@ -231,6 +231,42 @@ fn pip_install(workspace: &Workspace, pinned: &str, folder: &Path) -> Command {
     pip
 }
 
+/// Whether there is iproute2's `ip`.
+pub(crate) fn has_ip() -> bool {
+    succeeds(Command::new("ip").arg("-V"))
+}
+
+/// With the distribution's package manager, as root.
+pub(crate) fn install_ip() -> Result<()> {
+    let apt = |arguments: &[&str]| {
+        let mut apt = Command::new("apt-get");
+        apt.arg("--quiet=2").args(arguments).env("DEBIAN_FRONTEND", "noninteractive");
+        run(apt)
+    };
+    let install = ["install", "--no-install-recommends", "iproute2"];
+    apt(&install).or_else(|_| apt(&["update"]).and_then(|()| apt(&install)))
+}
+
+/// Makes what tests with network namespaces need, and removes it again.
+///
+/// # Errors
+///
+/// Why it cannot be made.
+pub(crate) fn try_network_namespaces() -> Result<()> {
+    let name = format!("ckpt-try-{}", std::process::id());
+    let ip = |line: &str| {
+        let output = Command::new("ip").args(line.split_whitespace()).output();
+        let output = output.map_err(|error| format!("ip: {error}"))?;
+        let words = String::from_utf8_lossy(&output.stderr);
+        if output.status.success() { Ok(()) } else { Err(format!("ip {line}: {}", words.trim())) }
+    };
+    ip(&format!("netns add {name}"))?;
+    let made = ip(&format!("-n {name} link add one type veth peer name two"))
+        .and_then(|()| ip(&format!("-n {name} link add three type bridge")));
+    ip(&format!("netns del {name}"))?;
+    made
+}
+
 /// Removes what an interrupted installation left behind.
 fn remove(folder: &Path) -> Result<()> {
     if folder.exists() {

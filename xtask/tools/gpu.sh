@@ -3,7 +3,7 @@
 # beside this script; NIXL is, if its wheel was unpacked to the folder nixl beside it. Prints JSON lines of
 # what was measured, and ends with 1 if anything failed.
 cd "$(dirname "$0")" || exit 1
-chmod +x ckpt-engine throughput device-cuda-gpu backend-ipc-cuda cli-sync 2>/dev/null
+chmod +x ckpt-engine throughput device-cuda-gpu backend-ipc-cuda backend-nixl-cuda cli-sync 2>/dev/null
 [ -d nixl ] && export CKPT_ENGINE_NIXL_DIR=$PWD/nixl
 failed=0
 check() {
@@ -15,6 +15,7 @@ if [ "${1:-tests}" = tests ]; then
     ./ckpt-engine doctor
     check ./device-cuda-gpu --ignored --test-threads 1
     check ./backend-ipc-cuda --ignored --test-threads 4
+    [ -d nixl ] && check ./backend-nixl-cuda --ignored --test-threads 2
     # Processes that are killed, strangers, newcomers: everything that holds on the host holds here.
     CKPT_ENGINE_TEST_PROGRAM=$PWD/ckpt-engine CKPT_ENGINE_DEVICE=cuda \
         check ./cli-sync --test-threads 2 --skip shared_memory_has_no_room

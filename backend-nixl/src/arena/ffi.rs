@@ -10,7 +10,7 @@ use tokio::sync::OwnedMutexGuard;
 
 /// Memory of this process. Unmapped when dropped.
 #[derive(Debug)]
-pub(super) struct Mapping {
+pub(crate) struct Mapping {
     start: NonNull<u8>,
     len: usize,
 }
@@ -86,8 +86,8 @@ impl AsRef<[u8]> for ReadView {
         let start = unsafe { self.mapping.start.as_ptr().add(self.at) };
         // SAFETY: the bytes are mapped as long as `self.mapping` lives. Nobody writes to them: this
         // process writes to a slot only with its lock, which is in this view, and peers write to one
-        // only when the protocol gave it to them, which ends before a view is made. Any byte is a
-        // valid `u8`.
+        // only when the protocol gave it to them, which ends before a view is made: of a write that
+        // was given up, the memory is replaced. Any byte is a valid `u8`.
         unsafe { std::slice::from_raw_parts(start, self.len) }
     }
 }

@@ -4,16 +4,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use checkpoint_engine::nixl::bare;
 use checkpoint_engine::{
-    CheckpointEngineConfig, DType, DeviceChoice, Result, SendReport, StageTimes, Version, Weight,
-    WeightStream, ensure_async_iterator,
+    CheckpointEngineConfig, DType, DeviceChoice, Error, ErrorKind, Result, SendReport, StageTimes,
+    Version, Weight, WeightStream, ensure_async_iterator,
 };
 use serde::Serialize;
 
 use crate::device;
 use crate::memory::{PeakMemory, memcpy_gb_per_s};
 use crate::source::{Source, SourceSpec};
-use crate::sync::{Processes, SyncOptions};
+use crate::sync::{BARE, Processes, SyncOptions};
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -66,6 +67,13 @@ pub struct TransferLine {
     pub memcpy_gb_per_s: f64,
     /// The transfer's rate over the copy's.
     pub ratio: f64,
+    /// With `nixl` and one rollout: what bare transfers of as many bytes as travelled reached, slot by
+    /// slot between the same two processes, one after each update.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bare_gb_per_s: Option<f64>,
+    /// Their time over the update's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bare_ratio: Option<f64>,
     /// Microseconds for each tensor.
     pub us_per_tensor: f64,
     /// The most memory beyond what there was before the engine was prepared.
@@ -183,7 +191,10 @@ async fn setting<'a>(
     let bucket_bytes = config.bucket_bytes().unwrap_or(default << 20);
     let before = baseline.gb_per_s(bucket_bytes)?;
     let memory = PeakMemory::start()?;
-    let updates = options.repeats as u64 + 2;
+    let measured = 3..options.repeats as u64 + 3;
+    let bare = rollouts == 1 && options.config.backend == "nixl";
+    // The rollout ends after the last update, and bare transfers come after each that counts.
+    let updates = measured.end - 1 + u64::from(bare);
     let run = SyncOptions {
         source: SourceSpec { updates, ..options.source.clone() },
         config,
@@ -193,24 +204,37 @@ async fn setting<'a>(
         verify: false,
         out: None,
         metrics: None,
+        bare,
     };
     let mut group = Processes::start(&run, Arc::new(())).await?;
     let mut engine = group.form(&run.source).await?;
-    let (mut reports, mut first) = (Vec::<SendReport>::new(), None);
+    let target = group.workers.last().map(|rollout| rollout.attributes[BARE].clone());
+    let target = target.filter(|_| run.bare);
+    let mut engine_peak_bytes = None;
+    let (mut reports, mut first, mut bare) = (Vec::<SendReport>::new(), None, Vec::new());
     for version in (1..=updates).map(Version) {
         let report = engine.send_weights(weights()?, version).await?;
         first.get_or_insert((report.elapsed.as_secs_f64(), report.stages));
-        if version.0 > 2 {
+        if version.0 == 2 && target.is_some() {
+            // Bare transfers take memory of their own.
+            engine_peak_bytes = Some(memory.extra_peak_bytes());
+        }
+        if measured.contains(&version.0) {
+            if let Some(target) = &target {
+                bare.push(bare_seconds(&run.config, target, report.counts.wire_bytes).await?);
+            }
             reports.push(report);
         }
     }
     engine.finalize().await?;
     group.stop(Duration::from_secs(10)).await?;
-    let extra_peak_bytes = memory.extra_peak_bytes();
+    let extra_peak_bytes = engine_peak_bytes.unwrap_or(memory.extra_peak_bytes());
     let memcpy_gb_per_s = (before + baseline.gb_per_s(bucket_bytes)?) / 2.0;
     reports.sort_by_key(|report| report.elapsed);
     let report = &reports[reports.len() / 2];
     let seconds = report.elapsed.as_secs_f64();
+    bare.sort_by(f64::total_cmp);
+    let bare = bare.get(bare.len() / 2).copied();
     let (first_seconds, first_stages) = first.unwrap_or((seconds, report.stages));
     Ok(TransferLine {
         what,
@@ -229,7 +253,24 @@ async fn setting<'a>(
         gb_per_s: report.gb_per_s(),
         memcpy_gb_per_s,
         ratio: report.gb_per_s() / memcpy_gb_per_s,
+        bare_gb_per_s: bare.map(|bare| report.counts.wire_bytes as f64 / 1e9 / bare),
+        bare_ratio: bare.map(|bare| bare / seconds),
         us_per_tensor: seconds * 1e6 / report.counts.tensors.max(1) as f64,
         extra_peak_bytes,
     })
+}
+
+/// What a bare transfer to or from the rollout's process takes.
+async fn bare_seconds(
+    config: &CheckpointEngineConfig,
+    target: &serde_json::Value,
+    bytes: u64,
+) -> Result<f64> {
+    let device = device::of_rank(&config.device, 0)?;
+    let config = CheckpointEngineConfig { device, ..config.clone() };
+    let target = target.clone();
+    let measured = tokio::task::spawn_blocking(move || bare::seconds(&config, &target, bytes));
+    measured.await.map_err(|error| {
+        Error::new(ErrorKind::Aborted, "measuring bare transfers", error.to_string())
+    })?
 }

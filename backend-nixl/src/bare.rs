@@ -1,0 +1,121 @@
+//! Bare transfers, to compare updates with: the same library, settings, slots and processes, and nothing
+//! else.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use engine_core::{CheckpointEngineConfig, Result};
+
+use crate::NAME;
+use crate::agent::{Agent, Card, open};
+use crate::engine::{NixlOptions, Transfer, arena, unique_name};
+use crate::error::NixlError;
+use crate::ffi::Way;
+
+/// The deadline of a transfer.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// The end of bare transfers that does nothing: an agent and slots beside those of the engine.
+#[derive(Debug)]
+pub struct Target {
+    agent: Agent,
+}
+
+impl Target {
+    /// An agent and slots as an engine of this configuration has them.
+    ///
+    /// # Errors
+    ///
+    /// Those of preparing an engine.
+    pub async fn new(config: &CheckpointEngineConfig) -> Result<Self> {
+        let options = config.kwargs::<NixlOptions>(NAME)?;
+        let arena = Arc::new(arena(config)?);
+        let agent = Agent::start(options.of_agent(), unique_name("target"), arena).await?;
+        Ok(Self { agent })
+    }
+
+    /// How to reach it, for [`seconds`].
+    pub fn card(&self) -> serde_json::Value {
+        serde_json::json!(self.agent.card())
+    }
+}
+
+/// The time that it takes to move so many bytes between slots of this process and of another one's
+/// [`Target`], slot by slot, without anything between: read from there, or written to there, as the
+/// configuration says of transfers. Blocks. The first slots are moved twice, and the first time does not
+/// count.
+///
+/// # Errors
+///
+/// Those of preparing an engine, and of the transfers.
+pub fn seconds(
+    config: &CheckpointEngineConfig,
+    target: &serde_json::Value,
+    bytes: u64,
+) -> Result<f64> {
+    let options = config.kwargs::<NixlOptions>(NAME)?;
+    let target: Card = serde_json::from_value(target.clone()).map_err(|_| NixlError::Unknown)?;
+    let way = match options.transfer {
+        Transfer::Read => Way::Read,
+        Transfer::Write => Way::Write,
+    };
+    let arena = arena(config)?;
+    let (agent, _) = open(&options.of_agent(), unique_name("bare"), &arena)?;
+    agent.load_peer(&target.metadata)?;
+    let mut begun = Instant::now();
+    let warm = i64::from(arena.slots());
+    let mut left = bytes;
+    let mut number = -warm;
+    while left > 0 {
+        if number == 0 {
+            begun = Instant::now();
+        }
+        let len = if number < 0 { arena.slot_bytes() } else { left.min(arena.slot_bytes()) };
+        let slot = number.rem_euclid(warm) as u32;
+        let local = (arena.range(slot, len)?, arena.device());
+        let remote = (target.range(slot, len)?, target.device);
+        let mut transfer = agent.start(way, &target.name, local, remote)?;
+        let until = Instant::now() + DEADLINE;
+        let ended = loop {
+            match agent.is_done(&transfer) {
+                // A pause would slow down what moves on with each look (`cma`); looking without letting
+                // others run, what they move (`tcp`).
+                Ok(false) if Instant::now() < until => std::thread::yield_now(),
+                Ok(false) => break Err(NixlError::Slow(DEADLINE)),
+                Ok(true) => break Ok(()),
+                Err(error) => break Err(error),
+            }
+        };
+        while !agent.release(&mut transfer) && Instant::now() < until {
+            std::thread::yield_now();
+        }
+        ended?;
+        if number >= 0 {
+            left -= len;
+        }
+        number += 1;
+    }
+    Ok(begun.elapsed().as_secs_f64())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn bare_transfers_end_whichever_way_they_go_and_whatever_is_no_target_is_an_error() {
+        for transfer in ["read", "write"] {
+            let mut config = CheckpointEngineConfig {
+                backend: NAME.into(),
+                update_weights_bucket_megabytes: Some(1),
+                ..Default::default()
+            };
+            let options = serde_json::json!({ "transfer": transfer });
+            config.engine_kwargs.insert(NAME.into(), options.as_object().unwrap().clone());
+            let target = Target::new(&config).await.unwrap();
+            assert!(seconds(&config, &target.card(), 3_000_001).unwrap() > 0.0);
+            assert!(seconds(&config, &serde_json::json!("nobody"), 1).is_err());
+        }
+    }
+}

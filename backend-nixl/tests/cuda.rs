@@ -1,0 +1,67 @@
+//! The engine behaves as every engine has to with its buckets on a CUDA device, wherever the weights are,
+//! quantised and not, whoever moves the bytes.
+//!
+//! All ranks of the suite are in one process, where UCX uses no CUDA IPC between them: it goes over
+//! host memory, and what arrives is the same.
+
+#![cfg(feature = "cuda")]
+
+use std::sync::LazyLock;
+
+use conformance::Suite;
+use device_cuda::{Device, upload};
+use engine_core::{Result, Weight};
+use futures::StreamExt;
+use futures::executor::block_on;
+use quant_fp8::rules::{Rules, RulesConfig};
+use quant_fp8::{QuantizeFp8, with_fp8};
+use serde_json::{Value, json};
+
+/// A weight with the same bytes on the device.
+fn on_the_device(weight: Weight) -> Result<Weight> {
+    static DEVICE: LazyLock<Device> = LazyLock::new(|| Device::open(0).expect("a device"));
+    upload(&DEVICE, &weight)
+}
+
+fn quantized(weights: Vec<Weight>) -> Vec<Weight> {
+    let rules = Rules::new(&RulesConfig::default()).expect("the default rules");
+    block_on(weights.quantize_fp8(rules).map(|weight| weight.expect("a weight")).collect())
+}
+
+fn suite(options: Value) -> Suite {
+    Suite::new(backend_nixl::BACKEND).with_control_plane().with_config(|config| {
+        config.device = "cuda:0".parse().expect("a device");
+        // Contexts and kernels are made at the beginning of every case.
+        config.timeout_seconds = 8.0;
+        if let Value::Object(options) = options {
+            config.engine_kwargs.insert("nixl".into(), options);
+        }
+    })
+}
+
+fn fp8(options: Value) -> Suite {
+    suite(options)
+        .with_quantizer(with_fp8, quantized)
+        .with_config(|config| config.trainer_quantize_fp8 = true)
+}
+
+mod star {
+    conformance::suite!(
+        super::suite(super::json!({"topology": "star"})).with_weights_placed(super::on_the_device),
+        ignored = "needs a CUDA device"
+    );
+}
+
+mod ring_that_writes {
+    conformance::suite!(
+        super::suite(super::json!({"topology": "ring", "transfer": "write"})),
+        ignored = "needs a CUDA device"
+    );
+}
+
+mod ring_quantised {
+    conformance::suite!(
+        super::fp8(super::json!({"topology": "ring"})).with_weights_placed(super::on_the_device),
+        ignored = "needs a CUDA device"
+    );
+}
