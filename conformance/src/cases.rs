@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use engine_core::{
-    DType, Error, ErrorKind, Rank, Storage, TensorMap, Treatment, Version, VersionState, Weight,
+    DType, Error, ErrorKind, Storage, TensorMap, Treatment, Version, VersionState, Weight,
     WeightStream, ensure_async_iterator,
 };
 use futures::StreamExt;
@@ -299,26 +299,28 @@ fn long(seed: u64) -> Vec<Weight> {
     (0..8).map(|i| weight(&format!("w{i}"), DType::U8, &[900_000], seed + i)).collect()
 }
 
-/// The update has to fail on the trainer, naming rank 1, and on rank 2; the next one has to work.
+/// The update has to fail on the trainer, naming the first rollout, and on the second one; the next one
+/// has to work.
 async fn fails_and_recovers(
     mut group: Group,
     kind: ErrorKind,
     give_up: impl AsyncFnOnce(engine_core::ReceivedWeights<'_>),
 ) -> Verdict {
+    let first = group.rank_of(0);
     let send = group.trainer.send_weights(ensure_async_iterator(long(1)), Version(1));
     let (one, two) = group.rollouts.split_at_mut(1);
     let one = async {
         let mut received = one[0].receive_weights(None).await.map_err(words)?;
-        let first = received.next_bucket().await.map_err(words)?;
-        ensure!(first.is_some(), "no bucket arrived");
-        drop(first);
+        let bucket = received.next_bucket().await.map_err(words)?;
+        ensure!(bucket.is_some(), "no bucket arrived");
+        drop(bucket);
         give_up(received).await;
         Ok(())
     };
     let (sent, one, two) = futures::future::join3(send, one, collect(&mut *two[0], 1)).await;
     one?;
     let Err(error) = sent else { return Err("the trainer reports success".into()) };
-    ensure!(error.report().rank == Some(Rank(1)), "the error does not name rank 1: {error}");
+    ensure!(error.report().rank == Some(first), "the error does not name rank {first}: {error}");
     ensure!(error.kind() == kind, "the trainer's error is {:?}: {error}", error.kind());
     ensure!(two.is_err(), "the other rollout has a complete version");
     group.exact(long(2), 2).await.map(drop)
@@ -383,12 +385,13 @@ async fn a_send_that_is_dropped_ends_the_update_everywhere(suite: &Suite) -> Ver
 
 async fn a_receiver_that_never_comes_is_a_timeout_that_names_it(suite: &Suite) -> Verdict {
     let mut group = Group::form(suite, 2).await.map_err(words)?;
+    let second = group.rank_of(1);
     let send = group.trainer.send_weights(ensure_async_iterator(long(1)), Version(1));
     let present = collect(&mut *group.rollouts[0], 1);
     let (sent, present) = futures::future::join(send, present).await;
     let Err(error) = sent else { return Err("the trainer reports success".into()) };
     ensure!(error.kind() == ErrorKind::Timeout, "the error is {error}");
-    ensure!(error.report().rank == Some(Rank(2)), "the error does not name rank 2: {error}");
+    ensure!(error.report().rank == Some(second), "the error does not name rank {second}: {error}");
     ensure!(present.is_err(), "the present rollout has a complete version");
     group.exact(long(2), 2).await.map(drop)
 }
@@ -407,6 +410,7 @@ async fn another_version_than_expected_is_a_mismatch(suite: &Suite) -> Verdict {
 
 async fn a_receiver_whose_engine_is_gone_is_an_error(suite: &Suite) -> Verdict {
     let mut group = Group::form(suite, 2).await.map_err(words)?;
+    let second = group.rank_of(1);
     let mut gone = group.rollouts.remove(1);
     let receiving = tokio::spawn(async move {
         if let Ok(mut received) = gone.receive_weights(None).await {
@@ -419,7 +423,7 @@ async fn a_receiver_whose_engine_is_gone_is_an_error(suite: &Suite) -> Verdict {
     let (sent, survivor) = futures::future::join(send, survivor).await;
     receiving.await.map_err(|error| error.to_string())?;
     let Err(error) = sent else { return Err("the trainer reports success".into()) };
-    ensure!(error.report().rank == Some(Rank(2)), "the error does not name rank 2: {error}");
+    ensure!(error.report().rank == Some(second), "the error does not name rank {second}: {error}");
     ensure!(survivor.is_err(), "the survivor has a complete version");
     Ok(())
 }

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use engine_core::control::{ControlConfig, Token};
 use engine_core::{
-    CheckpointEngine, ControlPlane, DType, EngineContext, Error, Placement, ReceivedWeights,
+    CheckpointEngine, ControlPlane, DType, EngineContext, Error, Placement, Rank, ReceivedWeights,
     Result, Role, SendReport, TensorMeta, Version, Weight, WeightStream, WorkerMetadata,
     ensure_async_iterator,
 };
@@ -20,6 +20,7 @@ pub(crate) struct Group {
     suite: Suite,
     pub(crate) trainer: Box<dyn CheckpointEngine>,
     pub(crate) rollouts: Vec<Box<dyn CheckpointEngine>>,
+    trainers: u32,
     _controls: Vec<ControlPlane>,
 }
 
@@ -59,11 +60,84 @@ impl CheckpointEngine for Placed {
     }
 }
 
+/// The engines of all trainers as one: each gets the same weights. What it says is what the leader says.
+#[derive(Debug)]
+struct Trainers {
+    leader: Box<dyn CheckpointEngine>,
+    others: Vec<Box<dyn CheckpointEngine>>,
+}
+
+#[async_trait]
+impl CheckpointEngine for Trainers {
+    async fn prepare(&mut self) -> Result<WorkerMetadata> {
+        self.leader.prepare().await
+    }
+
+    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
+        self.leader.init_process_group(place).await
+    }
+
+    async fn send_weights(
+        &mut self,
+        mut weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        let (feeds, streams): (Vec<_>, Vec<_>) = (0..=self.others.len())
+            .map(|_| futures::channel::mpsc::unbounded::<Result<Weight>>())
+            .unzip();
+        let feed = async move {
+            while let Some(weight) = weights.next().await {
+                for feed in &feeds {
+                    let weight = match &weight {
+                        Ok(weight) => Ok(weight.clone()),
+                        Err(error) => Err(error.report().clone().into()),
+                    };
+                    // A trainer that has given up takes no more of them.
+                    drop(feed.unbounded_send(weight));
+                }
+            }
+        };
+        let engines = std::iter::once(&mut self.leader).chain(&mut self.others);
+        let sends = engines.zip(streams).map(|(engine, stream)| {
+            let stream = ensure_async_iterator(stream);
+            engine.send_weights(stream, version)
+        });
+        let sends = futures::future::join_all(sends);
+        let mut reports = match futures::future::select(Box::pin(feed), sends).await {
+            futures::future::Either::Left(((), sends)) => sends.await,
+            futures::future::Either::Right((reports, _)) => reports,
+        };
+        let others = reports.split_off(1);
+        let leader = reports.pop().expect("the leader's report")?;
+        for other in others {
+            let other = other?;
+            if other.counts != leader.counts {
+                let message = format!("a trainer counted {:?}", other.counts);
+                return Err(Error::new(engine_core::ErrorKind::Mismatch, "comparing", message));
+            }
+        }
+        Ok(leader)
+    }
+
+    async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
+        self.leader.receive_weights(version).await
+    }
+
+    async fn finalize(&mut self) -> Result<()> {
+        for other in &mut self.others {
+            // Where the leader fails, so do these.
+            drop(other.finalize().await);
+        }
+        self.leader.finalize().await
+    }
+}
+
 /// A tensor as it was received.
 pub(crate) type Received = (TensorMeta, Vec<u8>);
 
 impl Group {
     pub(crate) async fn form(suite: &Suite, rollouts: u32) -> Result<Self> {
+        let trainers = suite.trainers;
         static GROUPS: AtomicU32 = AtomicU32::new(0);
         let mut controls = Vec::new();
         if suite.control {
@@ -71,14 +145,14 @@ impl Group {
             let address = format!("unix:@conformance-{}-{number}", std::process::id());
             let config = ControlConfig::new(address.parse()?, Token::generate()?);
             controls.push(ControlPlane::lead(config.clone()).await?);
-            for rank in 1..=rollouts {
-                let rank = Some(engine_core::Rank(rank));
-                controls.push(ControlPlane::join(config.clone(), Role::Rollout, rank).await?);
+            for rank in 1..trainers + rollouts {
+                let role = if rank < trainers { Role::Trainer } else { Role::Rollout };
+                controls.push(ControlPlane::join(config.clone(), role, Some(Rank(rank))).await?);
             }
         }
         let mut engines = Vec::new();
-        for rank in 0..=rollouts {
-            let role = if rank == 0 { Role::Trainer } else { Role::Rollout };
+        for rank in 0..trainers + rollouts {
+            let role = if rank < trainers { Role::Trainer } else { Role::Rollout };
             let mut context = EngineContext::new(suite.config.clone(), role);
             context.control = controls.get(rank as usize).cloned();
             let mut engine = suite.backend.create(context.clone())?;
@@ -95,17 +169,26 @@ impl Group {
             workers.push(engine.prepare().await?);
         }
         if suite.control {
-            let gather = controls
-                .iter()
-                .map(|control| control.gather(rollouts + 1, Bytes::new(), Duration::from_secs(10)));
+            let (world, deadline) = (trainers + rollouts, Duration::from_secs(10));
+            let gather =
+                controls.iter().map(|control| control.gather(world, Bytes::new(), deadline));
             futures::future::try_join_all(gather).await?;
         }
         let places = suite.backend.build_topology(&workers)?;
         for (engine, place) in engines.iter_mut().zip(places) {
             engine.init_process_group(place).await?;
         }
-        let trainer = engines.remove(0);
-        Ok(Self { suite: suite.clone(), trainer, rollouts: engines, _controls: controls })
+        let rollouts = engines.split_off(trainers as usize);
+        let mut trainer = engines.remove(0);
+        if !engines.is_empty() {
+            trainer = Box::new(Trainers { leader: trainer, others: engines });
+        }
+        Ok(Self { suite: suite.clone(), trainer, rollouts, trainers, _controls: controls })
+    }
+
+    /// The rank of a rollout.
+    pub(crate) fn rank_of(&self, rollout: u32) -> Rank {
+        Rank(self.trainers + rollout)
     }
 
     /// One update; what each rank made of it.
@@ -133,7 +216,7 @@ impl Group {
             .map_err(words)?;
         let (sent, received) = self.update(weights, version).await;
         let report = sent.map_err(words)?;
-        for (rank, received) in (1..).zip(received) {
+        for (rank, received) in (self.trainers..).zip(received) {
             compare(&expected, &received.map_err(words)?)
                 .map_err(|w| format!("rank {rank}: {w}"))?;
         }

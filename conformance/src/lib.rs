@@ -6,10 +6,13 @@
 //! conformance::suite!(conformance::Suite::new(engine_core::naive::BACKEND), without buckets);
 //! ```
 //!
-//! [`broken`] has engines with one fault each, which the suite must notice.
+//! [`broken`] has engines with one fault each, which the suite must notice. [`collective`] has a library of
+//! collectives within a process, with faults at will, for the flow control that backends over such
+//! libraries share.
 
 pub mod broken;
 mod cases;
+pub mod collective;
 mod group;
 
 use std::future::Future;
@@ -28,6 +31,7 @@ pub struct Suite {
     pub(crate) control: bool,
     pub(crate) quantizer: Option<Quantizer>,
     pub(crate) place: Option<Place>,
+    pub(crate) trainers: u32,
 }
 
 /// Moves a weight to where the trainer has its weights.
@@ -73,7 +77,7 @@ impl Suite {
             timeout_seconds: 2.0,
             ..Default::default()
         };
-        Self { backend, config, control: false, quantizer: None, place: None }
+        Self { backend, config, control: false, quantizer: None, place: None, trainers: 1 }
     }
 
     /// The backend fills buckets and talks over a control plane.
@@ -99,6 +103,13 @@ impl Suite {
     #[must_use]
     pub fn with_weights_placed(mut self, place: Place) -> Self {
         self.place = Some(place);
+        self
+    }
+
+    /// With so many trainers, all of which have the same weights.
+    #[must_use]
+    pub fn with_trainers(mut self, trainers: u32) -> Self {
+        self.trainers = trainers;
         self
     }
 

@@ -316,13 +316,22 @@ async fn relay<C: Communicator>(
     weights: WeightStream<'_>,
     version: Version,
 ) -> Result<SendReport> {
+    // The leader begins before it reads its stream, which this one's may be gathered together with.
+    let mut received = receiver.receive(Some(version)).await?;
     let passed_on = async {
-        let mut received = receiver.receive(Some(version)).await?;
         while received.next_bucket().await?.is_some() {}
-        received.finish().await
+        Ok(())
     };
-    let (mut report, received) =
-        futures::future::try_join(drain(weights, version), passed_on).await?;
+    let drained = drain(weights, version);
+    let mut report = match futures::future::try_join(drained, passed_on).await {
+        Ok((report, ())) => report,
+        Err(error) => {
+            let report = ErrorReport::from(&error);
+            received.fail(error);
+            return Err(report.into());
+        }
+    };
+    let received = received.finish().await?;
     report.buckets = received.buckets;
     report.digest = received.digest;
     report.elapsed = report.elapsed.max(received.elapsed);
@@ -376,6 +385,9 @@ impl<C: Communicator> Node<C> {
 
     /// Does what a ticket says, with all other ranks.
     async fn join(&self, ticket: &[u8]) -> Result<()> {
+        // The leader joins when all others have entered the update, which may take them as long as any
+        // wait may; if they do not come, it is the leader that says so.
+        let limit = if self.rank == Rank::LEADER { self.deadline } else { self.deadline * 3 };
         let Ticket { epoch, members, change } = Ticket::from_bytes(ticket)?;
         let groups = groups_of(&members, self.rank);
         let refuse = |message: String| {
@@ -400,7 +412,7 @@ impl<C: Communicator> Node<C> {
                 *self.failure() = None;
                 info!(%epoch, ranks = size, "joining a group");
                 self.thread
-                    .regroup(self.deadline, true, move |library, wait| {
+                    .regroup(limit, true, move |library, wait| {
                         for &(group, place) in &groups {
                             library.join(group, &ids[group], size, place, wait)?;
                         }
@@ -416,7 +428,7 @@ impl<C: Communicator> Node<C> {
                 *self.joined() = Joined::default();
                 info!(%epoch, ranks = size, ?gone, "leaving ranks out of the group");
                 self.thread
-                    .regroup(self.deadline, false, move |library, wait| {
+                    .regroup(limit, false, move |library, wait| {
                         for &(group, _) in &groups {
                             library.shrink(group, &places, wait)?;
                         }

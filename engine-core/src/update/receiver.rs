@@ -153,6 +153,8 @@ impl Arrival {
             Err(error) if routed && from != Rank::LEADER => {
                 Some(ToSender::Missed { update, index, from, error: error.into() })
             }
+            // Nothing of it is here, and nothing comes any more.
+            Err(_) if !routed => Some(ToSender::Release { update, index }),
             _ => None,
         };
         if let Some(message) = told {

@@ -478,7 +478,6 @@ impl Group {
         self.update += 1;
         self.version = version;
         self.begun = Instant::now();
-        self.outgoing.clear();
         self.version_digest = 0;
         self.senders = vec![Rank::LEADER];
         for (&rank, member) in &mut self.members {
@@ -521,6 +520,10 @@ impl Group {
 
     fn end(&mut self) {
         self.route = None;
+        // Nobody was told of them, and so nobody will release them.
+        for bucket in self.outgoing.drain(..) {
+            self.slots[bucket.slot].by.clear();
+        }
         for member in self.members.values_mut() {
             member.active = false;
         }

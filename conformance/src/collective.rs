@@ -1,0 +1,404 @@
+//! A library of collectives between the ranks of one process, less forgiving than a real one, with faults
+//! at will.
+//!
+//! It moves bytes by copying them, and refuses what a real library would answer with a hang or with
+//! garbage: broadcasts that ranks enqueue in different orders or with different lengths, calls from other
+//! threads than the one that made it, a group id that is used twice.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use engine_core::collective::{
+    CollectiveEngine, CollectiveOptions, Communicator, Library, Opened, Shape, SlotGuard, Slots,
+    Thread, Wait, build_topology,
+};
+use engine_core::memory::{Job, Pool};
+use engine_core::{
+    Availability, Backend, CheckpointEngine, EngineContext, Error, ErrorKind, Placement, Result,
+    Storage, WorkerMetadata,
+};
+use serde::Deserialize;
+
+/// The name in configurations.
+const NAME: &str = "in-process";
+
+/// The library as a backend: `engine_kwargs.in-process` has the options of every collective backend, and
+/// a `fault`.
+pub static BACKEND: &dyn Backend = &InProcess;
+
+/// What goes wrong, and when.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fault {
+    /// A bit changes on the way to the last member.
+    Corrupts,
+    /// A broadcast never ends.
+    NeverEnds,
+    /// The library reports that the group has failed.
+    Fails,
+    /// A rank that tries to join never does.
+    JoinHangs,
+    /// Leaving members out fails.
+    ShrinkFails,
+    /// It has the version that another rank has not.
+    OtherVersion,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(default)]
+struct Options {
+    senders: u32,
+    relays: bool,
+    rebuild_group: bool,
+    /// Whether members can be left out of a group.
+    shrinks: bool,
+    fault: Option<Fault>,
+    /// The rank that it happens on.
+    fault_rank: u32,
+    /// The broadcast of the rank's life that it happens at, counted from 1. It happens once.
+    fault_at: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let CollectiveOptions { senders, relays, rebuild_group } = CollectiveOptions::default();
+        let (shrinks, fault, fault_rank, fault_at) = (true, None, 0, 1);
+        Self { senders, relays, rebuild_group, shrinks, fault, fault_rank, fault_at }
+    }
+}
+
+/// How often groups were joined and shrunk in this process, by any rank: for tests that compare.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Joins of a new group.
+    pub joined: u64,
+    /// Groups that went on without some of their members.
+    pub shrunk: u64,
+}
+
+static JOINED: AtomicU64 = AtomicU64::new(0);
+static SHRUNK: AtomicU64 = AtomicU64::new(0);
+
+/// What happened so far.
+pub fn counts() -> Counts {
+    Counts { joined: JOINED.load(Ordering::SeqCst), shrunk: SHRUNK.load(Ordering::SeqCst) }
+}
+
+#[derive(Debug)]
+struct InProcess;
+
+impl Backend for InProcess {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn summary(&self) -> &'static str {
+        "a collective library within a process, for tests"
+    }
+
+    fn probe(&self) -> Availability {
+        Availability::Usable { details: "tests".into() }
+    }
+
+    fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
+        let options: Options = context.config.kwargs(NAME)?;
+        let Options { senders, relays, rebuild_group, .. } = options;
+        let common = CollectiveOptions { senders, relays, rebuild_group };
+        let rank = context.require_control()?.rank();
+        let options =
+            Options { fault: options.fault.filter(|_| rank.0 == options.fault_rank), ..options };
+        let library = FakeLibrary { options };
+        Ok(Box::new(CollectiveEngine::new(library, context, common)?))
+    }
+
+    fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
+        build_topology(NAME, workers)
+    }
+}
+
+#[derive(Debug)]
+struct FakeLibrary {
+    options: Options,
+}
+
+#[async_trait]
+impl Library for FakeLibrary {
+    type Communicator = FakeCommunicator;
+
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn default_bucket_bytes(&self) -> u64 {
+        1 << 20
+    }
+
+    async fn open(
+        &self,
+        _: &EngineContext,
+        shape: Shape,
+        _: &Pool,
+    ) -> Result<Opened<FakeCommunicator>> {
+        let memory = Arc::new(FakeMemory::new(shape));
+        let (options, own) = (self.options, memory.clone());
+        let thread = Thread::start("ckpt-fake", move || Ok(FakeCommunicator::new(own, options)));
+        let version = if options.fault == Some(Fault::OtherVersion) { "2" } else { "1" };
+        let version = format!("in-process {version}");
+        Ok(Opened { thread: thread.await?, slots: memory, version })
+    }
+}
+
+/// A rank's slots.
+#[derive(Debug)]
+struct FakeMemory {
+    slots: Vec<Arc<Mutex<Vec<u8>>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl FakeMemory {
+    fn new(shape: Shape) -> Self {
+        let slot = || Arc::new(Mutex::new(vec![0xdb; shape.slot_bytes as usize]));
+        Self { slots: (0..shape.slots).map(|_| slot()).collect() }
+    }
+}
+
+#[async_trait]
+impl Slots for FakeMemory {
+    async fn fill(
+        &self,
+        slot: SlotGuard,
+        jobs: Vec<Job>,
+        pool: &Pool,
+        digests: bool,
+    ) -> Result<u64> {
+        let (memory, threads) = (self.slots[slot.index() as usize].clone(), pool.clone());
+        pool.start(move || {
+            let sum = threads.encode(&jobs, &mut lock(&memory), digests);
+            drop(slot);
+            sum
+        })
+        .await
+    }
+
+    fn view(&self, slot: SlotGuard, filled: u64) -> Storage {
+        let memory = lock(&self.slots[slot.index() as usize]);
+        let bytes = &memory[..filled as usize];
+        let mut aligned = vec![0; bytes.len() + 256];
+        let start = aligned.as_ptr().align_offset(256);
+        aligned[start..start + bytes.len()].copy_from_slice(bytes);
+        let view = Bytes::from(aligned).slice(start..start + bytes.len());
+        Storage::from(view).guarded(slot)
+    }
+}
+
+/// The groups of this process, by their ids.
+static WORLD: LazyLock<Mutex<HashMap<u64, Arc<Mutex<World>>>>> = LazyLock::new(Mutex::default);
+
+/// A group as all of its members see it.
+#[derive(Debug, Default)]
+struct World {
+    members: HashMap<u32, Arc<FakeMemory>>,
+    /// Those that have come to the end of each shrinking.
+    shrunk: HashMap<u64, BTreeSet<u32>>,
+    /// The broadcasts, in their order.
+    broadcasts: Vec<Enqueued>,
+    failed: Option<String>,
+}
+
+#[derive(Debug)]
+struct Enqueued {
+    slot: u32,
+    len: u64,
+    by: BTreeSet<u32>,
+    done: bool,
+}
+
+#[derive(Debug)]
+struct Membership {
+    world: Arc<Mutex<World>>,
+    place: u32,
+    /// The places that are left, the sender's first.
+    places: Vec<u32>,
+    shrinks: u64,
+    enqueued: usize,
+}
+
+#[derive(Debug)]
+struct FakeCommunicator {
+    memory: Arc<FakeMemory>,
+    options: Options,
+    groups: HashMap<usize, Membership>,
+    broadcasts: u64,
+    thread: ThreadId,
+}
+
+fn error(kind: ErrorKind, message: impl Into<String>) -> Error {
+    Error::new(kind, "in the fake library", message)
+}
+
+/// The pause between two looks at what others do.
+const PAUSE: Duration = Duration::from_micros(100);
+
+impl FakeCommunicator {
+    fn new(memory: Arc<FakeMemory>, options: Options) -> Self {
+        let thread = std::thread::current().id();
+        Self { memory, options, groups: HashMap::new(), broadcasts: 0, thread }
+    }
+
+    fn check_thread(&self) {
+        assert_eq!(std::thread::current().id(), self.thread, "called from another thread");
+    }
+
+    fn group(&mut self, group: usize) -> Result<&mut Membership> {
+        let refuse = || error(ErrorKind::State, format!("not in group {group}"));
+        self.groups.get_mut(&group).ok_or_else(refuse)
+    }
+
+    /// Whether the fault happens now.
+    fn strikes(&self, fault: Fault) -> bool {
+        self.options.fault == Some(fault) && self.broadcasts == self.options.fault_at
+    }
+}
+
+impl Communicator for FakeCommunicator {
+    fn new_group(&mut self) -> Result<Bytes> {
+        self.check_thread();
+        static IDS: AtomicU64 = AtomicU64::new(1);
+        let id = IDS.fetch_add(1, Ordering::SeqCst);
+        lock(&WORLD).insert(id, Arc::default());
+        Ok(Bytes::copy_from_slice(&id.to_le_bytes()))
+    }
+
+    fn join(
+        &mut self,
+        group: usize,
+        id: &[u8],
+        size: u32,
+        place: u32,
+        wait: &Wait<'_>,
+    ) -> Result<()> {
+        self.check_thread();
+        let hangs = self.options.fault.take_if(|fault| *fault == Fault::JoinHangs).is_some();
+        let id = id.try_into().map_err(|_| error(ErrorKind::Protocol, "no id of mine"))?;
+        let world = lock(&WORLD).get(&u64::from_le_bytes(id)).cloned();
+        let world = world.ok_or_else(|| error(ErrorKind::State, "an id that is used up"))?;
+        if !hangs && lock(&world).members.insert(place, self.memory.clone()).is_some() {
+            return Err(error(ErrorKind::State, format!("place {place} is taken")));
+        }
+        while hangs || lock(&world).members.len() < size as usize {
+            wait.check("joining a group of the fake library")?;
+            std::thread::sleep(PAUSE);
+        }
+        lock(&WORLD).remove(&u64::from_le_bytes(id));
+        JOINED.fetch_add(1, Ordering::SeqCst);
+        let places = (0..size).collect();
+        let left =
+            self.groups.insert(group, Membership { world, place, places, shrinks: 0, enqueued: 0 });
+        if left.is_some() {
+            return Err(error(ErrorKind::State, format!("group {group} was never left")));
+        }
+        Ok(())
+    }
+
+    fn can_shrink(&self) -> bool {
+        self.options.shrinks
+    }
+
+    fn shrink(&mut self, group: usize, gone: &[u32], wait: &Wait<'_>) -> Result<()> {
+        self.check_thread();
+        if self.options.fault.take_if(|fault| *fault == Fault::ShrinkFails).is_some() {
+            return Err(error(ErrorKind::Backend, "it cannot leave anyone out today"));
+        }
+        let member = self.group(group)?;
+        let gone: Vec<u32> = gone.iter().map(|at| member.places[*at as usize]).collect();
+        member.places.retain(|place| !gone.contains(place));
+        member.shrinks += 1;
+        let number = member.shrinks;
+        lock(&member.world).shrunk.entry(number).or_default().insert(member.place);
+        loop {
+            let world = lock(&member.world);
+            if world.shrunk[&number].len() == member.places.len() {
+                break;
+            }
+            drop(world);
+            wait.check("shrinking a group of the fake library")?;
+            std::thread::sleep(PAUSE);
+        }
+        SHRUNK.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn broadcast(&mut self, group: usize, slot: u32, len: u64, _: &Wait<'_>) -> Result<()> {
+        self.check_thread();
+        self.broadcasts += 1;
+        let (hangs, corrupts) = (self.strikes(Fault::NeverEnds), self.strikes(Fault::Corrupts));
+        let fails = self.strikes(Fault::Fails);
+        let member = self.group(group)?;
+        let mut world = lock(&member.world);
+        if fails {
+            world.failed = Some("an asynchronous error".into());
+        }
+        let at = member.enqueued;
+        member.enqueued += 1;
+        if world.broadcasts.len() == at {
+            world.broadcasts.push(Enqueued { slot, len, by: BTreeSet::new(), done: false });
+        }
+        let enqueued = &mut world.broadcasts[at];
+        if (enqueued.slot, enqueued.len) != (slot, len) {
+            let words = format!(
+                "place {} enqueues {len} bytes of slot {slot}, another one {} of slot {}",
+                member.place, enqueued.len, enqueued.slot
+            );
+            world.failed = Some(words.clone());
+            return Err(error(ErrorKind::Protocol, words));
+        }
+        if !hangs {
+            enqueued.by.insert(member.place);
+        }
+        if !member.places.iter().all(|place| enqueued.by.contains(place)) {
+            return Ok(());
+        }
+        enqueued.done = true;
+        let (slot, len) = (slot as usize, len as usize);
+        let source = lock(&world.members[&0].slots[slot])[..len].to_vec();
+        for place in &member.places[1..] {
+            lock(&world.members[place].slots[slot])[..len].copy_from_slice(&source);
+        }
+        let last = member.places.last().filter(|_| corrupts);
+        if let Some(place) = last {
+            lock(&world.members[place].slots[slot])[len / 2] ^= 1;
+        }
+        Ok(())
+    }
+
+    fn ended(&mut self, group: usize) -> Result<u64> {
+        self.check_thread();
+        let member = self.group(group)?;
+        let world = lock(&member.world);
+        match &world.failed {
+            Some(words) => Err(error(ErrorKind::Backend, words.clone())),
+            None => Ok(world.broadcasts.iter().take_while(|one| one.done).count() as u64),
+        }
+    }
+
+    fn leave(&mut self, group: usize) {
+        self.check_thread();
+        self.groups.remove(&group);
+    }
+}
+
+impl Drop for FakeCommunicator {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            assert!(self.groups.is_empty(), "{} groups were never left", self.groups.len());
+        }
+    }
+}
