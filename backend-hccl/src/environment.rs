@@ -7,14 +7,15 @@ const CONNECT: (u64, u64) = (120, 7200);
 /// The least that makes sense for `HCCL_EXEC_TIMEOUT`: hardware counts in steps of it.
 const EXEC: u64 = 68;
 
-/// HCCL's own timeouts for a deadline, in seconds: as short as they may be, and not shorter than it.
+/// HCCL's own timeouts for a deadline, in seconds: as short as they may be.
 ///
 /// They end the calls that take no limit: joining a communicator, and what is under way where a stream
-/// cannot be aborted.
+/// cannot be aborted. The first to enter an update join before the trainer does, which waits for the last one:
+/// they are to hear from it who that was, and not from HCCL that somebody was missing.
 pub(crate) fn timeouts(deadline: Duration) -> [(&'static str, u64); 2] {
     let seconds = deadline.as_secs_f64().ceil() as u64;
     [
-        ("HCCL_CONNECT_TIMEOUT", seconds.clamp(CONNECT.0, CONNECT.1)),
+        ("HCCL_CONNECT_TIMEOUT", seconds.saturating_mul(3).clamp(CONNECT.0, CONNECT.1)),
         ("HCCL_EXEC_TIMEOUT", seconds.saturating_add(1).clamp(EXEC, 17_340)),
     ]
 }
@@ -124,7 +125,7 @@ mod tests {
     fn timeouts_follow_the_deadline_within_what_the_library_takes() {
         let of = |seconds| timeouts(Duration::from_secs(seconds)).map(|(_, value)| value);
         assert_eq!(of(2), [120, 68]);
-        assert_eq!(of(600), [600, 601]);
+        assert_eq!(of(600), [1800, 601]);
         assert_eq!(of(1_000_000), [7200, 17_340]);
     }
 }
