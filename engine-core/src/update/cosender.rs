@@ -7,7 +7,7 @@ use tracing::{Instrument, debug, debug_span};
 
 use super::collect::{Bucket, Collector};
 use super::message::{Begin, ToReceiver, ToSender, encode};
-use super::receiver::{Guard, event_of_update, message, tell_leader, wait_for};
+use super::receiver::{Guard, JOINING, event_of_update, message, tell_leader, wait_for};
 use super::{LONG, SendLink, within};
 use crate::control::{ControlPlane, Event};
 use crate::observe::{Observer as _, Progress};
@@ -101,6 +101,7 @@ impl<L: SendLink> CoSender<L> {
             deadline,
             fills: Vec::new(),
             end: None,
+            may_join: false,
             committed: false,
         };
         let here = (link.bucket_bytes(), link.slots());
@@ -115,6 +116,10 @@ impl<L: SendLink> CoSender<L> {
         control.send(Rank::LEADER, encode(&entered)?)?;
         meter.observe(&Progress::Began { version: begin.version, receivers: Vec::new() });
         if let Some(ticket) = &begin.ticket {
+            while !listener.may_join {
+                // The leader says who does not come, and takes a deadline to find out.
+                listener.take(event_of_update(control, deadline * 3, JOINING).await?)?;
+            }
             listener.watch(link.join(ticket)).await??;
         }
 
@@ -212,6 +217,8 @@ struct Listener<'a> {
     /// The buckets that it wants filled: their slots and layouts.
     fills: Vec<(u64, u32, u64)>,
     end: Option<End>,
+    /// Whether all ranks are in the update.
+    may_join: bool,
     committed: bool,
 }
 
@@ -287,6 +294,7 @@ impl Listener<'_> {
             Some(ToReceiver::End { update, buckets, digest, plan }) if update == self.update => {
                 self.end = Some((buckets, digest, plan));
             }
+            Some(ToReceiver::Join { update }) if update == self.update => self.may_join = true,
             Some(ToReceiver::Commit { update }) if update == self.update => self.committed = true,
             Some(ToReceiver::Abort { update, error }) if update == self.update => {
                 return Err(Failure::Elsewhere(error.into()));

@@ -48,6 +48,10 @@ pub(super) enum ToReceiver {
         update: u64,
         error: ErrorReport,
     },
+    /// All ranks are in the update, and join one another now.
+    Join {
+        update: u64,
+    },
 }
 
 /// The announcement of an update.

@@ -232,6 +232,7 @@ impl<L: FetchLink> Receiver<L> {
         };
         let session = Session {
             joining: begin.ticket.clone(),
+            may_join: false,
             begin,
             begun: Instant::now(),
             coming: VecDeque::new(),
@@ -348,6 +349,8 @@ struct Session<'a, L> {
     receiver: &'a mut Receiver<L>,
     /// What it takes to join the other ranks, until that is done.
     joining: Option<Bytes>,
+    /// Whether all of them are in the update: joining may not end before they do, nor before its time.
+    may_join: bool,
     begin: Begin,
     begun: Instant,
     /// Buckets that are being fetched and verified, and what came after them.
@@ -415,10 +418,19 @@ impl Stage {
     }
 }
 
+/// What ranks do that wait for all others, before they join them.
+pub(super) const JOINING: &str = "waiting for all ranks to enter the update";
+
 impl<L: FetchLink> Session<'_, L> {
     /// The next verified bucket; `None` when the version is active.
     async fn next(&mut self) -> Result<Option<ReceivedBucket>> {
         if let Some(ticket) = self.joining.take() {
+            while !self.may_join {
+                // The trainer says who does not come, and takes a deadline to find out.
+                let Receiver { control, deadline, .. } = &*self.receiver;
+                let event = event_of_update(control, *deadline * 3, JOINING).await?;
+                self.take(event).await?;
+            }
             self.join(&ticket).await?;
         }
         if let Some((span, begun)) = self.installing.take() {
@@ -553,6 +565,10 @@ impl<L: FetchLink> Session<'_, L> {
             }
             Some(ToReceiver::End { update, buckets, digest, plan }) if update == present => {
                 self.coming.push_back(Coming::End { buckets, digest, plan });
+                Ok(())
+            }
+            Some(ToReceiver::Join { update }) if update == present => {
+                self.may_join = true;
                 Ok(())
             }
             Some(ToReceiver::Abort { update, error }) if update == present => {

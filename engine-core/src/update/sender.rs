@@ -365,6 +365,7 @@ impl<L: SendLink> Sender<L> {
         if let Some(ticket) = &ticket {
             let joining = Instant::now();
             self.group.wait_until_entered(self.deadline).await?;
+            self.group.broadcast(&ToReceiver::Join { update: self.group.update })?;
             let join = self.link.join(ticket).instrument(debug_span!("join"));
             self.group.watch(0, join).await??;
             stages.release += joining.elapsed();
