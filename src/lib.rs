@@ -12,6 +12,7 @@
 //! | `naive` | always there | tasks of one process |
 //! | `ipc` | `ipc` (default) | processes of one host |
 //! | `nixl` | `nixl` | processes of any hosts, over NIXL |
+//! | `hccl` | `hccl` | Ascend NPUs of any hosts, over HCCL |
 //!
 //! [`registry`] knows those that are compiled in. The feature `fp8` (default) brings quantisation to
 //! all of them: with `trainer_quantize_fp8` the trainer sends FP8 blocks and their scales.
@@ -22,6 +23,8 @@ pub use engine_core::*;
 pub use backend_ipc as ipc;
 #[cfg(feature = "nixl")]
 pub use backend_nixl as nixl;
+#[cfg(feature = "hccl")]
+pub use backend_hccl as hccl;
 /// Tensors of candle as weights, and received weights as tensors of candle.
 #[cfg(feature = "candle")]
 pub use candle_weights as candle;
@@ -39,6 +42,8 @@ pub fn registry() -> Registry {
     let registry = registry.with(backend_ipc::BACKEND);
     #[cfg(feature = "nixl")]
     let registry = registry.with(backend_nixl::BACKEND);
+    #[cfg(feature = "hccl")]
+    let registry = registry.with(backend_hccl::BACKEND);
     #[cfg(feature = "fp8")]
     let registry = registry.with_quantizer(quant_fp8::with_fp8);
     registry

@@ -21,9 +21,6 @@ mod mutation;
 mod slots;
 mod sys;
 
-use std::path::Path;
-use std::time::Duration;
-
 use engine_core::collective::build_topology;
 use engine_core::{
     Availability, Backend, CheckpointEngine, EngineContext, Placement, Result, WorkerMetadata,
@@ -56,7 +53,7 @@ impl Backend for Hccl {
     }
 
     fn probe(&self) -> Availability {
-        match doctor::probe(None) {
+        match doctor::probe() {
             Ok(details) => Availability::Usable { details },
             Err(error) => {
                 Availability::Unusable { reason: error.to_string(), remedy: error::REMEDY.into() }
@@ -73,19 +70,8 @@ impl Backend for Hccl {
     }
 }
 
-/// What a simulator says of itself if the libraries are one's, and `None` if they are real. What is found
-/// out with it has to be labelled as simulated.
-///
-/// Loads the libraries, as an engine of this process would.
-///
-/// # Errors
-///
-/// `Backend` if they are not there.
-pub fn simulator(library_dir: Option<&Path>) -> Result<Option<String>> {
-    let api = comm::load(library_dir, Duration::from_secs(60))?;
-    if !comm::is_simulated(api) {
-        return Ok(None);
-    }
-    let words = api.found.simulated.clone().or_else(|| ffi::soc_name(api));
-    Ok(Some(words.unwrap_or_default()))
+/// Whether the libraries that this process has loaded are a simulator's; false if it has loaded none. What is
+/// found out with a simulator has to be labelled as simulated.
+pub fn is_simulated() -> bool {
+    sys::loaded().is_some_and(comm::is_simulated)
 }

@@ -231,6 +231,13 @@ const ACL: &str = "libascendcl.so";
 const HCCL: &str = "libhccl.so";
 const HCOMM: &str = "libhcomm.so";
 
+static LOADED: Mutex<Option<&'static Api>> = Mutex::new(None);
+
+/// The libraries that the process has loaded.
+pub(crate) fn loaded() -> Option<&'static Api> {
+    *LOADED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Loads the libraries, once for the process.
 ///
 /// # Errors
@@ -238,7 +245,6 @@ const HCOMM: &str = "libhcomm.so";
 /// `Missing` if there are none, saying where they were looked for; `Load`, `Foreign` and `Symbols` if
 /// what was found cannot be used; `Another` if the process has loaded them from somewhere else.
 pub(crate) fn load(library_dir: Option<&Path>) -> Result<&'static Api, HcclError> {
-    static LOADED: Mutex<Option<&'static Api>> = Mutex::new(None);
     let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(api) = *loaded {
         let own = api.found.paths.first().map(PathBuf::as_path).unwrap_or(Path::new(""));

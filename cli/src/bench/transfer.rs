@@ -33,6 +33,8 @@ pub struct TransferLine {
     pub what: &'static str,
     /// The transport.
     pub backend: String,
+    /// Whether the transport's devices are simulated: then no figure says anything of hardware.
+    pub simulated: bool,
     /// Where weights and buckets were.
     pub device: String,
     /// Rollouts. They read the buckets in place; on a device they copy every tensor out.
@@ -201,6 +203,7 @@ async fn setting<'a>(
     Ok(TransferLine {
         what,
         device: run.config.device.to_string(),
+        simulated: crate::device::is_simulated(&run.config.backend),
         backend: run.config.backend,
         rollouts,
         digests,
