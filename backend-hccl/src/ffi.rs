@@ -145,6 +145,7 @@ impl Device {
         self.number
     }
 
+    #[cfg(feature = "mutations")]
     pub(crate) fn api(self) -> &'static Api {
         self.api
     }

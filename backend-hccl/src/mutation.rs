@@ -9,6 +9,7 @@ pub(crate) enum Mutation {
     /// A broadcast does not wait for the copy that brings its bytes to the device.
     DroppedSynchronise,
     /// A received bucket is read by whatever thread asks for it.
+    #[cfg(feature = "mutations")]
     CallFromExecutor,
     /// The barrier says that its elements are UINT8.
     WrongEnum,
