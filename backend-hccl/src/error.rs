@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use engine_core::ErrorKind;
+use engine_core::{ErrorKind, Recovery};
 
 use crate::sys::{self, LIBRARY_DIR_VARIABLE, Status};
 
@@ -181,6 +181,16 @@ impl HcclError {
         matches!(self, Self::Acl { status, .. } | Self::Hccl { status, .. } if *status == code)
     }
 
+    /// Whether the next update may work, whose group is another one.
+    fn is_of_a_link(&self) -> bool {
+        match self {
+            Self::Asynchronous(_) => true,
+            Self::Acl { status, .. } => *status == 507_056,
+            Self::Hccl { status, .. } => matches!(*status, 11..=14 | 19 | sys::REMOTE),
+            _ => false,
+        }
+    }
+
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Missing { .. }
@@ -193,7 +203,8 @@ impl HcclError {
             Self::RootInfo(_) | Self::Outside { .. } | Self::TooMany(_) => ErrorKind::Protocol,
             Self::Garbled => ErrorKind::Digest,
             Self::NotJoined(_) | Self::Lingering => ErrorKind::State,
-            Self::Asynchronous(_) => ErrorKind::PeerLost,
+            // Not that a peer is gone: the control plane knows that, and HCCL does not.
+            Self::Asynchronous(_) => ErrorKind::Io,
             Self::Acl { status, .. } => match *status {
                 107_001 => ErrorKind::Config,
                 107_002 | 107_003 => ErrorKind::State,
@@ -201,7 +212,6 @@ impl HcclError {
                 sys::OUT_OF_DEVICE_MEMORY => ErrorKind::Resource,
                 207_000 => ErrorKind::Backend,
                 sys::SYNCHRONISE_TIMEOUT | 507_048 => ErrorKind::Timeout,
-                507_056 => ErrorKind::PeerLost,
                 _ => ErrorKind::Io,
             },
             Self::Hccl { call, status, .. } => match (*call, *status) {
@@ -211,7 +221,6 @@ impl HcclError {
                 }
                 (_, 5) => ErrorKind::Backend,
                 (_, 9) => ErrorKind::Timeout,
-                (_, 11..=14 | 19 | sys::REMOTE) => ErrorKind::PeerLost,
                 _ => ErrorKind::Io,
             },
         }
@@ -220,7 +229,9 @@ impl HcclError {
 
 impl From<HcclError> for engine_core::Error {
     fn from(error: HcclError) -> Self {
-        Self::new(error.kind(), "using HCCL", error.to_string()).with_source(error)
+        let retry = error.is_of_a_link();
+        let this = Self::new(error.kind(), "using HCCL", error.to_string()).with_source(error);
+        if retry { this.recovery(Recovery::Retry) } else { this }
     }
 }
 
@@ -249,10 +260,18 @@ mod tests {
         let hccl = |status| HcclError::Hccl { call: "c", status, detail: String::new() }.kind();
         assert_eq!(acl(207_001), ErrorKind::Resource);
         assert_eq!(acl(507_048), ErrorKind::Timeout);
-        assert_eq!(acl(507_056), ErrorKind::PeerLost);
-        assert_eq!(hccl(21), ErrorKind::PeerLost);
         assert_eq!(hccl(9), ErrorKind::Timeout);
         assert_eq!(hccl(24), ErrorKind::Resource);
         assert_eq!(acl(9), ErrorKind::Io);
+    }
+
+    #[test]
+    fn a_link_that_failed_is_no_lost_peer_and_the_next_update_may_work() {
+        let acl = HcclError::Acl { call: "c", status: 507_056, detail: String::new() };
+        let hccl = HcclError::Hccl { call: "c", status: 19, detail: String::new() };
+        for error in [acl, hccl, HcclError::Asynchronous(sys::REMOTE)] {
+            let error = Error::from(error);
+            assert_eq!((error.kind(), error.report().recovery), (ErrorKind::Io, Recovery::Retry));
+        }
     }
 }

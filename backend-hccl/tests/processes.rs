@@ -292,7 +292,7 @@ fn an_asynchronous_error_of_a_link_ends_the_update_and_the_next_one_works() {
     // HCCL does not say which peer it was: the one that the bucket comes from is named.
     for process in std::iter::once(&group.trainer).chain(&group.rollouts) {
         let line = process.hears();
-        assert!(line.starts_with("failed PeerLost of 0: "), "{line}");
+        assert!(line.starts_with("failed Io of 0: "), "{line}");
         assert!(line.contains("asynchronous error 21") && line.contains("bucket"), "{line}");
     }
     group.works(2, &[1, 2]);
