@@ -414,7 +414,7 @@ pub(crate) unsafe extern "C" fn aclrtSynchronizeStreamWithTimeout(
     milliseconds: i32,
 ) -> aclError {
     code(self::stream(stream).and_then(|stream| {
-        let done = stream.wait(stream.submitted(), limit(milliseconds)?, None)?;
+        let done = stream.wait(stream.submitted()?, limit(milliseconds)?, None)?;
         let message = format!("not done after {milliseconds} ms");
         done.ok_or_else(|| fault(ACL_ERROR_RT_STREAM_SYNC_TIMEOUT, message))
     }))
@@ -425,7 +425,7 @@ pub(crate) unsafe extern "C" fn aclrtStreamQuery(
     status: *mut aclrtStreamStatus,
 ) -> aclError {
     code(self::stream(stream).and_then(|stream| {
-        let done = stream.is_complete(stream.submitted())?;
+        let done = stream.is_complete(stream.submitted()?)?;
         let word = if done { ACL_STREAM_STATUS_COMPLETE } else { ACL_STREAM_STATUS_NOT_READY };
         // SAFETY: valid or null by the function's contract.
         unsafe { put(status, word as i32, ACL_ERROR_RT_PARAM_INVALID) }

@@ -20,6 +20,9 @@ pub(crate) type RootInfo = [u8; HCCL_ROOT_INFO_BYTES as usize];
 /// What a usable root info begins with.
 const MAGIC: &[u8; 8] = b"hcclsim1";
 
+/// How long somebody who has connected may take to say who it is.
+const GREETING: Duration = Duration::from_secs(2);
+
 /// How long to sleep between two looks at a socket.
 const PAUSE: Duration = Duration::from_millis(5);
 
@@ -28,6 +31,7 @@ const PAUSE: Duration = Duration::from_millis(5);
 struct Hello {
     nonce: [u8; 16],
     ranks: u32,
+    pid: u32,
     member: Member,
 }
 
@@ -114,20 +118,22 @@ fn serve(listener: &TcpListener, nonce: [u8; 16]) {
             break Ok(members);
         }
     };
+    // This process last: it may end when it has its answer.
+    arrived.sort_by_key(|(hello, _)| hello.pid == std::process::id());
     for (_, stream) in &mut arrived {
         // Whoever has gone meanwhile will be missed by the others.
         drop(wire::send(stream, &answer));
     }
 }
 
-/// Accepts one connection, on which reading ends at about the deadline too.
+/// Accepts one connection, on which reading ends soon.
 fn accept(listener: &TcpListener, deadline: Instant) -> io::Result<TcpStream> {
     listener.set_nonblocking(true)?;
     loop {
         match listener.accept() {
             Ok((stream, _)) => {
                 stream.set_nonblocking(false)?;
-                limit_reading(&stream, deadline)?;
+                limit_reading(&stream, deadline.min(Instant::now() + GREETING))?;
                 return Ok(stream);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -166,7 +172,7 @@ pub(crate) fn join(info: &RootInfo, ranks: u32, rank: u32, device: i32) -> Resul
     let listener = TcpListener::bind((settings.address, 0)).map_err(system)?;
     let data = listener.local_addr().map_err(system)?;
     let member = Member { rank, machine: settings.machine.clone(), chip, data };
-    let hello = Hello { nonce, ranks, member };
+    let hello = Hello { nonce, ranks, pid: std::process::id(), member };
     let members = loop {
         match ask(root, &hello, deadline) {
             Ok(answer) => {
@@ -221,7 +227,9 @@ fn connect(
         if stream.read_exact(&mut theirs).is_err() || theirs != nonce {
             continue;
         }
-        stream.read_exact(&mut number)?;
+        if stream.read_exact(&mut number).is_err() {
+            continue;
+        }
         stream.set_read_timeout(None)?;
         let number = u32::from_le_bytes(number);
         if let Some(place @ None) = peers.get_mut(number as usize) {

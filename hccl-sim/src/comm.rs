@@ -399,11 +399,11 @@ impl Execution<'_> {
                 "a link failed, as HCCL_SIM_ASYNC_ERROR_AT says",
             ));
         }
-        while self.planned.hang {
-            if self.cancel.is_set() {
-                return Err(Cancel::fault());
+        if self.planned.hang {
+            while !self.cancel.is_set() {
+                std::thread::sleep(TICK);
             }
-            std::thread::sleep(TICK);
+            return Err(Cancel::fault());
         }
         Ok(())
     }
@@ -474,6 +474,10 @@ impl Execution<'_> {
 
     /// Everybody's bytes, by rank.
     pub(crate) fn exchange(&self, own: Vec<u8>) -> Result<Vec<Vec<u8>>, Fault> {
+        if u32::try_from(own.len()).is_err() {
+            let message = "the simulator exchanges no more than 4 GiB";
+            return Err(fault(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, message));
+        }
         self.planned.kill_now();
         for peer in self.comm.others() {
             self.send(peer, Phase::Data, &own);

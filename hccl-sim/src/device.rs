@@ -1,9 +1,8 @@
 //! Devices, and which of them each thread has chosen.
 
 use std::cell::Cell;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Mutex;
-use std::thread::ThreadId;
 
 use crate::abi::*;
 use crate::{Fault, Outcome, fault, lock, sim};
@@ -17,7 +16,8 @@ pub(crate) struct Context {
 
 #[derive(Debug, Default)]
 struct State {
-    live: HashMap<i32, (Context, HashSet<ThreadId>)>,
+    /// With how often each was set and not reset.
+    live: HashMap<i32, (Context, u64)>,
     generations: u64,
 }
 
@@ -47,9 +47,8 @@ impl Devices {
         let generation = state.generations + 1;
         let entry = state.live.entry(device);
         let new = matches!(entry, std::collections::hash_map::Entry::Vacant(_));
-        let (context, threads) =
-            entry.or_insert_with(|| (Context { device, generation }, HashSet::new()));
-        threads.insert(std::thread::current().id());
+        let (context, times) = entry.or_insert((Context { device, generation }, 0));
+        *times += 1;
         CURRENT.set(Some(*context));
         if new {
             state.generations = generation;
@@ -57,23 +56,20 @@ impl Devices {
         Ok(())
     }
 
-    /// The last thread that resets a device ends everything on it.
+    /// Ends everything on a device that was reset, by whatever thread, as often as it was set.
     pub(crate) fn reset(&self, device: i32) -> Outcome {
         chip(device)?;
         let mut state = lock(&self.state);
-        let Some((context, threads)) = state.live.get_mut(&device) else {
+        let Some((context, times)) = state.live.get_mut(&device) else {
             return Err(fault(ACL_ERROR_RT_CONTEXT_NULL, "this device was not set"));
         };
         let context = *context;
-        threads.remove(&std::thread::current().id());
-        let last = threads.is_empty();
+        *times -= 1;
+        let last = *times == 0;
         if last {
             state.live.remove(&device);
         }
         drop(state);
-        if CURRENT.get() == Some(context) {
-            CURRENT.set(None);
-        }
         if last {
             for stream in sim().streams.all() {
                 if stream.context() == context {

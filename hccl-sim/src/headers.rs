@@ -10,6 +10,9 @@ use std::process::Command;
 
 use serde::{Deserialize, Serialize};
 
+/// The environment variable that tells tests where the headers are: the folder `torch_npu/include`.
+pub const INCLUDE: &str = "CKPT_ENGINE_ASCEND_INCLUDE";
+
 /// What a client or a simulator believes the headers to say.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

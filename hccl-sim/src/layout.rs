@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::abi::{ENTRIES, Entry, Library};
 
@@ -78,13 +79,14 @@ pub fn libraries(profile: Profile) -> io::Result<PathBuf> {
     let built = built()?;
     let metadata = fs::metadata(&built)?;
     // A new build gets a new folder: a process may have loaded the libraries of the old one.
-    let build = format!("{}-{:x}-{:x}", profile.name(), metadata.mtime(), metadata.mtime_nsec());
+    let build = format!("{:x}-{:x}", metadata.mtime(), metadata.mtime_nsec());
     let parent = built.with_file_name("hccl-sim-libraries");
-    let folder = parent.join(build);
+    let folder = parent.join(format!("{}-{build}", profile.name()));
     if folder.is_dir() {
         return Ok(folder);
     }
     fs::create_dir_all(&parent)?;
+    remove_old(&parent, &build);
     let temporary = tempfile::tempdir_in(&parent)?;
     lay_out(&built, profile, temporary.path())?;
     match fs::rename(temporary.path(), &folder) {
@@ -95,6 +97,21 @@ pub fn libraries(profile: Profile) -> io::Result<PathBuf> {
         Err(error) => return Err(error),
     }
     Ok(folder)
+}
+
+/// Removes what builds of other days have left.
+fn remove_old(parent: &Path, build: &str) {
+    const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().ends_with(build) {
+            continue;
+        }
+        let modified = entry.metadata().and_then(|metadata| metadata.modified());
+        if modified.is_ok_and(|time| time.elapsed().is_ok_and(|age| age > DAY)) {
+            // Another process may be doing the same.
+            drop(fs::remove_dir_all(entry.path()));
+        }
+    }
 }
 
 /// Writes the libraries of a profile into a folder that is there.

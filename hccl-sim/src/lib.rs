@@ -17,7 +17,7 @@
 //! that communicators take; memory shared between processes; and three [profiles](Profile) of
 //! which library has which symbols. Where documentation leaves something open, the simulator does what is
 //! hardest for a client: it is meant to be harder to please than the hardware. Its settings are
-//! environment variables: see `settings.rs`.
+//! environment variables: see [`settings`].
 //!
 //! Stricter than the hardware, on purpose: nothing works before `aclInit`, or without `aclrtSetDevice` on the thread;
 //! there is no default stream; asynchronous copies take pinned host memory only; a stream that failed or was
@@ -49,7 +49,7 @@ mod ipc;
 mod layout;
 mod memory;
 mod reduce;
-mod settings;
+pub mod settings;
 mod stream;
 mod wire;
 

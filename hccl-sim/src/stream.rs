@@ -94,9 +94,10 @@ impl Stream {
         Ok(queue.submitted)
     }
 
-    /// The number of the last task.
-    pub(crate) fn submitted(&self) -> u64 {
-        lock(&self.queue).submitted
+    /// The number of the last task, unless the stream was aborted.
+    pub(crate) fn submitted(&self) -> Result<u64, Fault> {
+        let submitted = lock(&self.queue).submitted;
+        if self.cancel.is_set() { Err(Cancel::fault()) } else { Ok(submitted) }
     }
 
     /// Whether a task has run; it may run from now on.

@@ -4,6 +4,7 @@
 mod support;
 
 use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
 use std::ptr;
 use std::time::{Duration, Instant};
 
@@ -66,9 +67,16 @@ fn a_reset_device_takes_its_memory_and_streams_with_it() {
     processes(1, &[], |process| {
         process.begin();
         let (stream, buffer) = (process.stream(), process.device(&[1; 64]));
-        process.ok(process.api.aclrtResetDevice(0));
-        assert_eq!(process.api.aclrtSynchronizeStream(stream), 107002);
-        process.ok(process.api.aclrtSetDevice(0));
+        let api = &process.api;
+        process.ok(api.aclrtSetDevice(0));
+        process.ok(api.aclrtResetDevice(0));
+        process.ok(api.aclrtSynchronizeStream(stream));
+        // As often as it was set, by whatever thread.
+        std::thread::scope(|scope| {
+            scope.spawn(|| process.ok(api.aclrtResetDevice(0)));
+        });
+        assert_eq!(api.aclrtSynchronizeStream(stream), 107002);
+        process.ok(api.aclrtSetDevice(0));
         assert_eq!(process.api.aclrtSynchronizeStream(stream), 107003, "of the old context");
         assert_eq!(process.api.aclrtMemset(buffer, 64, 0, 64), 507053, "freed");
     });
@@ -205,26 +213,50 @@ fn a_lazy_stream_runs_nothing_before_somebody_asks() {
         process.ok(api.aclrtStreamWaitEvent(other, event));
         process.ok(api.aclrtSynchronizeStream(other));
         assert_eq!(process.bytes(buffer, 64), [3; 64]);
+        // So is what someone queries.
+        process.ok(api.aclrtMemsetAsync(buffer, 64, 4, 64, stream));
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(process.bytes(buffer, 64), [3; 64]);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut status = 1;
+        while status != 0 {
+            assert!(Instant::now() < deadline);
+            process.ok(api.aclrtStreamQuery(stream, &raw mut status));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(process.bytes(buffer, 64), [4; 64]);
     });
 }
 
 #[test]
-fn an_eager_stream_runs_by_itself_and_after_a_while() {
-    processes(1, &[("HCCL_SIM_DELAY_US", "20000")], |process| {
+fn an_eager_stream_runs_by_itself() {
+    processes(1, &[], |process| {
         process.begin();
         let (api, stream) = (&process.api, process.stream());
         let buffer = process.device(&[1; 64]);
-        let mut late = 0;
-        for value in 2..12 {
-            process.ok(api.aclrtMemsetAsync(buffer, 64, value, 64, stream));
-            late += u32::from(process.bytes(buffer, 64) != [value as u8; 64]);
-            let deadline = Instant::now() + Duration::from_secs(20);
-            while process.bytes(buffer, 64) != [value as u8; 64] {
-                assert!(Instant::now() < deadline);
-                std::thread::sleep(Duration::from_millis(1));
-            }
+        process.ok(api.aclrtMemsetAsync(buffer, 64, 2, 64, stream));
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while process.bytes(buffer, 64) != [2; 64] {
+            assert!(Instant::now() < deadline);
+            std::thread::sleep(Duration::from_millis(1));
         }
-        assert!(late > 0, "a client that does not wait has to be found out");
+    });
+}
+
+#[test]
+fn a_stream_runs_things_after_random_delays() {
+    let variables = [("HCCL_SIM_DELAY_US", "100000"), ("HCCL_SIM_SEED", "7")];
+    processes(1, &variables, |process| {
+        process.begin();
+        let (api, stream) = (&process.api, process.stream());
+        let buffer = process.device(&[1; 64]);
+        let start = Instant::now();
+        for _ in 0..20 {
+            process.ok(api.aclrtMemsetAsync(buffer, 64, 2, 64, stream));
+        }
+        process.ok(api.aclrtSynchronizeStream(stream));
+        // The sum of twenty delays, of which one is 50 ms on average and the seed decides.
+        assert!(start.elapsed() > Duration::from_millis(300), "{:?}", start.elapsed());
     });
 }
 
@@ -264,6 +296,27 @@ fn what_fails_on_a_stream_shows_when_it_is_synchronised() {
         assert_eq!(api.aclrtSynchronizeStream(stream), 507053, "it stays so");
         let mut status = 9;
         assert_eq!(api.aclrtStreamQuery(stream, &raw mut status), 507053);
+    });
+}
+
+#[test]
+fn an_aborted_stream_drops_what_it_has_not_run() {
+    processes(1, &[("HCCL_SIM_LAZY", "1")], |process| {
+        process.begin();
+        let (api, buffer) = (&process.api, process.device(&[1; 64]));
+        let (stream, event) = (process.stream(), process.event());
+        process.ok(api.aclrtMemsetAsync(buffer, 64, 2, 64, stream));
+        process.ok(api.aclrtRecordEvent(event, stream));
+        process.ok(api.aclrtStreamAbort(stream));
+        assert_eq!(api.aclrtSynchronizeEvent(event), 107023);
+        assert_eq!(api.aclrtSynchronizeStream(stream), 107023);
+        assert_eq!(process.bytes(buffer, 64), [1; 64]);
+        // Also if it has nothing to do.
+        let (idle, mut status) = (process.stream(), 9);
+        process.ok(api.aclrtStreamAbort(idle));
+        assert_eq!(api.aclrtSynchronizeStream(idle), 107023);
+        assert_eq!(api.aclrtStreamQuery(idle, &raw mut status), 107023);
+        process.ok(api.aclrtDestroyStream(idle));
     });
 }
 
@@ -324,10 +377,27 @@ fn each_profile_has_the_symbols_that_it_should() {
 }
 
 #[test]
+fn the_program_writes_libraries_for_use_by_hand() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = || Command::new(env!("CARGO_BIN_EXE_hccl-sim"));
+    let written = program().arg(folder.path()).args(["--profile", "split"]).status().unwrap();
+    assert!(written.success());
+    let version = text(Api::load(folder.path()).HcclSimVersion());
+    assert!(version.contains("profile split"), "{version}");
+    assert!(folder.path().join("libhcomm.so").is_file());
+    for wrong in [&["/tmp", "--profile", "9.9"][..], &["--help"], &[]] {
+        let output = program().args(wrong).output().unwrap();
+        assert!(!output.status.success(), "{wrong:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("FOLDER"), "{wrong:?}");
+    }
+    let output = program().arg("--declarations").output().unwrap();
+    let declarations = serde_json::from_slice::<hccl_sim::headers::Declarations>(&output.stdout);
+    assert_eq!(declarations.unwrap(), hccl_sim::declarations());
+}
+
+#[test]
 fn whoever_asks_is_told_that_this_is_a_simulator() {
-    for (chip, name) in
-        [("A2", "Ascend910B"), ("A3", "Ascend910_93"), ("950", "Ascend950")]
-    {
+    for (chip, name) in [("A2", "Ascend910B"), ("A3", "Ascend910_93"), ("950", "Ascend950")] {
         if std::env::var("HCCL_SIM_CHIP").is_ok_and(|own| own != chip) {
             continue; // In the process of another round.
         }

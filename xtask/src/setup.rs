@@ -79,6 +79,24 @@ const STEPS: &[Step] = &[
         },
     },
     Step {
+        name: "CANN's headers",
+        purpose: Purpose::Tests,
+        check: tools::has_ascend_include,
+        install: Install::Attempted {
+            how: "from the wheel that xtask/tools/torch-npu.txt pins",
+            install: tools::install_ascend_include,
+        },
+    },
+    Step {
+        name: "pyhccl",
+        purpose: Purpose::Tests,
+        check: |workspace| tools::pyhccl(workspace).is_file(),
+        install: Install::Attempted {
+            how: "from the source that xtask/tools/vllm-ascend.txt pins",
+            install: tools::install_pyhccl,
+        },
+    },
+    Step {
         name: "rustfmt",
         purpose: Purpose::Lints,
         check: |workspace| succeeds(workspace.cargo().args(["fmt", "--version"])),

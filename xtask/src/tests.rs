@@ -65,6 +65,8 @@ fn with_extras(workspace: &Workspace, options: &Options) -> Result<()> {
     for (what, is_there, package, test) in [
         ("PyTorch", tools::has_torch(workspace), "quant-fp8", "torch"),
         ("NVRTC", tools::has_nvrtc(workspace), "device-cuda", "compile"),
+        ("CANN's headers", tools::has_ascend_include(workspace), "hccl-sim", "headers"),
+        ("pyhccl", tools::pyhccl(workspace).is_file(), "hccl-sim", "foreign"),
     ] {
         if !is_there {
             println!("\n-- {what}: ignored, it is not installed (see above)");
@@ -84,6 +86,12 @@ fn with_libraries(command: &mut Command, workspace: &Workspace) {
     command.env("CKPT_ENGINE_NIXL_DIR", tools::nixl(workspace));
     if tools::has_nvrtc(workspace) {
         command.env("CKPT_ENGINE_NVRTC_DIR", tools::nvrtc(workspace));
+    }
+    if tools::has_ascend_include(workspace) {
+        command.env("CKPT_ENGINE_ASCEND_INCLUDE", tools::ascend_include(workspace));
+    }
+    if tools::pyhccl(workspace).is_file() {
+        command.env("CKPT_ENGINE_PYHCCL_WRAPPER", tools::pyhccl(workspace));
     }
 }
 

