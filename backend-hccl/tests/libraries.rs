@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
@@ -19,10 +20,11 @@ fn probe_here() {
     if std::env::var_os(PROBE).is_none() {
         return;
     }
-    match backend_hccl::BACKEND.probe() {
-        Availability::Usable { details } => println!("\n>usable: {details}"),
-        Availability::Unusable { reason, .. } => println!("\n>unusable: {reason}"),
-    }
+    let said = match backend_hccl::BACKEND.probe() {
+        Availability::Usable { details } => format!("usable: {details}"),
+        Availability::Unusable { reason, .. } => format!("unusable: {reason}"),
+    };
+    writeln!(std::io::stdout(), "\n>{said}").unwrap();
 }
 
 /// What a process says that looks for the libraries with these variables alone.
