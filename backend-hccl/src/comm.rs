@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -66,9 +67,9 @@ struct Group {
     comm: Comm,
     stream: Stream,
     place: u32,
-    /// Of the broadcasts that are under way.
-    events: VecDeque<Event>,
-    spare: Vec<Event>,
+    /// The ends of the broadcasts that are under way, and what each had to wait for: an event stays
+    /// as long as a stream may look at it.
+    events: VecDeque<(Event, Option<Rc<Event>>)>,
     ended: u64,
     asked: Instant,
 }
@@ -77,7 +78,7 @@ struct Group {
 #[derive(Debug)]
 struct Upload {
     slot: u32,
-    done: Event,
+    done: Rc<Event>,
     pinned: Pinned,
 }
 
@@ -267,7 +268,7 @@ impl HcclCommunicator {
         len: u64,
     ) -> engine_core::Result<()> {
         let (at, len) = self.range(slot, len)?;
-        let done = self.device.event()?;
+        let done = Rc::new(self.device.event()?);
         let Some(mut pinned) = lease.pinned.take() else { return Ok(()) };
         self.staging.lent -= 1;
         let copied = self.copies.copy(&mut pinned, &self.memory, at, len);
@@ -324,7 +325,7 @@ impl HcclCommunicator {
     /// go are kept, and hinder every new group.
     fn end(&mut self, group: Group) {
         let until = Instant::now() + self.deadline;
-        let Group { mut comm, stream, place, events, spare, ended, asked } = group;
+        let Group { mut comm, stream, place, events, ended, asked } = group;
         let idle = events.is_empty() && matches!(stream.is_idle(), Ok(true));
         if !idle {
             match stream.abort() {
@@ -345,18 +346,16 @@ impl HcclCommunicator {
             };
             if !error.is(AGAIN) || Instant::now() >= until {
                 warn!(%error, "a communicator is not destroyed");
-                let group = Group { comm, stream, place, events, spare, ended, asked };
+                let group = Group { comm, stream, place, events, ended, asked };
                 self.lingering.push(group);
                 return;
             }
             // It is not in use any longer when its stream has ended; without an abort that may take
             // as long as HCCL waits.
-            if idle || stream.synchronize(pause).is_ok_and(|done| !done) {
-                pause = (pause * 2).min(RETRY);
-            } else {
+            if !matches!(stream.synchronize(pause), Ok(false)) {
                 std::thread::sleep(pause);
-                pause = (pause * 2).min(RETRY);
             }
+            pause = (pause * 2).min(RETRY);
         }
     }
 
@@ -408,15 +407,8 @@ impl Communicator for HcclCommunicator {
             }
         };
         let warm = self.warm_up(&comm, &stream, place, wait);
-        let joined = Group {
-            comm,
-            stream,
-            place,
-            events: VecDeque::new(),
-            spare: Vec::new(),
-            ended: 0,
-            asked: Instant::now(),
-        };
+        let joined =
+            Group { comm, stream, place, events: VecDeque::new(), ended: 0, asked: Instant::now() };
         if let Err(error) = warm {
             self.end(joined);
             return Err(error);
@@ -442,39 +434,34 @@ impl Communicator for HcclCommunicator {
         let (at, len) = self.range(slot, len)?;
         let state = self.groups.get_mut(group).and_then(Option::as_mut);
         let state = state.ok_or(HcclError::NotJoined(group))?;
-        if state.place == 0 {
-            let upload = self.uploads.iter().rev().find(|upload| upload.slot == slot);
-            if let Some(upload) = upload.filter(|_| !Mutation::DroppedSynchronise.is_on()) {
-                state.stream.wait_for(&upload.done)?;
-            }
+        let upload = self.uploads.iter().rev().find(|upload| upload.slot == slot);
+        let upload = upload.filter(|_| state.place == 0);
+        if let Some(upload) = upload.filter(|_| !Mutation::DroppedSynchronise.is_on()) {
+            state.stream.wait_for(&upload.done)?;
+        }
+        let awaited = upload.map(|upload| upload.done.clone());
+        let event = self.device.event()?;
+        match upload {
             #[cfg(feature = "mutations")]
-            if let Some(upload) = upload.filter(|_| Mutation::HostPointer.is_on()) {
+            Some(upload) if Mutation::HostPointer.is_on() => {
                 state.comm.broadcast_host(&upload.pinned, len, &state.stream)?;
             }
-        }
-        let event = match state.spare.pop() {
-            Some(event) => event,
-            None => self.device.event()?,
-        };
-        let given_host = state.place == 0 && Mutation::HostPointer.is_on();
-        if !given_host {
-            state.comm.broadcast(&self.memory, at, len, &state.stream)?;
+            _ => state.comm.broadcast(&self.memory, at, len, &state.stream)?,
         }
         event.record(&state.stream)?;
-        state.events.push_back(event);
+        state.events.push_back((event, awaited));
         Ok(())
     }
 
     fn ended(&mut self, group: usize) -> engine_core::Result<u64> {
         let state = self.groups.get_mut(group).and_then(Option::as_mut);
         let state = state.ok_or(HcclError::NotJoined(group))?;
-        while let Some(event) = state.events.front() {
+        while let Some((event, _)) = state.events.front() {
             match event.is_reached() {
                 Ok(false) => break,
                 Ok(true) => {
                     state.ended += 1;
-                    let event = state.events.pop_front();
-                    state.spare.extend(event);
+                    state.events.pop_front();
                 }
                 Err(error) => {
                     // What HCCL knows of it says more than what the stream does.

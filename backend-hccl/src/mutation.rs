@@ -16,6 +16,7 @@ pub(crate) enum Mutation {
     /// A group that is left keeps its communicator.
     LeakedCommunicator,
     /// A broadcast is given the address of the pinned staging memory.
+    #[cfg(feature = "mutations")]
     HostPointer,
     /// The state of an event is read as if it were a stream's.
     EventAsStream,
