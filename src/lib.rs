@@ -19,12 +19,12 @@
 
 pub use engine_core::*;
 
+#[cfg(feature = "hccl")]
+pub use backend_hccl as hccl;
 #[cfg(feature = "ipc")]
 pub use backend_ipc as ipc;
 #[cfg(feature = "nixl")]
 pub use backend_nixl as nixl;
-#[cfg(feature = "hccl")]
-pub use backend_hccl as hccl;
 /// Tensors of candle as weights, and received weights as tensors of candle.
 #[cfg(feature = "candle")]
 pub use candle_weights as candle;

@@ -522,3 +522,60 @@ impl Drop for HcclCommunicator {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use engine_core::ErrorKind;
+    use engine_core::collective::Thread;
+    use std::process::Command;
+
+    const ALONE: &str = "CKPT_ENGINE_TEST_ALONE";
+
+    /// What a child process does; nothing when the tests are run.
+    #[tokio::test]
+    async fn alone_here() {
+        if std::env::var_os(ALONE).is_none() {
+            return;
+        }
+        let plan = Plan {
+            library_dir: None,
+            device: Some(0),
+            rank: 0,
+            shape: Shape { slots: 1, slot_bytes: 4096 },
+            deadline: Duration::from_secs(10),
+        };
+        let open = move || Ok(HcclCommunicator::open(&plan)?);
+        let thread = Thread::start("ckpt-hccl", open).await.unwrap();
+        let join = |size| {
+            let join = move |own: &mut HcclCommunicator, wait: &Wait<'_>| {
+                let id = own.new_group()?;
+                own.join(0, &id, size, 0, wait)
+            };
+            thread.run(Duration::from_secs(10), join)
+        };
+        let error = join(2).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+        assert!(error.to_string().contains("HCCL_CONNECT_TIMEOUT says how long"), "{error}");
+        let free = |own: &mut HcclCommunicator, _: &Wait<'_>| Ok(own.device().memory_info());
+        let before = thread.run(Duration::from_secs(1), free).await.unwrap();
+        join(1).await.unwrap();
+        let left = |own: &mut HcclCommunicator, _: &Wait<'_>| {
+            own.leave(0);
+            Ok(own.device().memory_info())
+        };
+        assert_eq!(thread.run(Duration::from_secs(5), left).await.unwrap(), before);
+        thread.close().await;
+    }
+
+    #[test]
+    fn a_group_that_nobody_else_joins_is_a_timeout_that_leaves_nothing_behind() {
+        let libraries = hccl_sim::libraries(hccl_sim::Profile::Current).unwrap();
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", "comm::tests::alone_here"]).env(ALONE, "1");
+        child.env(sys::LIBRARY_DIR_VARIABLE, libraries).env("HCCL_SIM_TIME_SCALE", "0.005");
+        let output = child.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    }
+}
