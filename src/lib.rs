@@ -13,12 +13,15 @@
 //! | `ipc` | `ipc` (default) | processes of one host |
 //! | `nccl` | `nccl` | GPUs of any hosts, by broadcast over NCCL |
 //! | `nixl` | `nixl` | processes of any hosts, over NIXL |
+//! | `hccl` | `hccl` | Ascend NPUs of any hosts, over HCCL |
 //!
 //! [`registry`] knows those that are compiled in. The feature `fp8` (default) brings quantisation to
 //! all of them: with `trainer_quantize_fp8` the trainer sends FP8 blocks and their scales.
 
 pub use engine_core::*;
 
+#[cfg(feature = "hccl")]
+pub use backend_hccl as hccl;
 #[cfg(feature = "ipc")]
 pub use backend_ipc as ipc;
 #[cfg(feature = "nccl")]
@@ -44,6 +47,8 @@ pub fn registry() -> Registry {
     let registry = registry.with(backend_nccl::BACKEND);
     #[cfg(feature = "nixl")]
     let registry = registry.with(backend_nixl::BACKEND);
+    #[cfg(feature = "hccl")]
+    let registry = registry.with(backend_hccl::BACKEND);
     #[cfg(feature = "fp8")]
     let registry = registry.with_quantizer(quant_fp8::with_fp8);
     registry

@@ -20,7 +20,8 @@ pub use cuda::DeviceModel;
 ///
 /// `Backend` without a driver; `Config` if the program was built without the device.
 pub fn of_rank(device: &DeviceChoice, rank: u32) -> Result<DeviceChoice> {
-    if device.is_cpu() || device.ordinal().is_some() {
+    // An NPU is chosen by the engine, which counts them on a thread of its own.
+    if !keeps_tensors(device) || device.ordinal().is_some() {
         return Ok(device.clone());
     }
     let count = cuda::count(device)?.max(1);
@@ -46,6 +47,16 @@ pub fn ranks_share_gpus(device: &DeviceChoice, ranks: u32) -> bool {
     gpus > 0 && (gpus as u64) < u64::from(ranks)
 }
 
+/// Whether this program can have tensors on a device: on NPUs it has only the engine's buckets.
+pub fn keeps_tensors(device: &DeviceChoice) -> bool {
+    !device.is_cpu() && device.kind() != "npu"
+}
+
+/// Whether what a transport does in this process it does on simulated devices.
+pub fn is_simulated(backend: &str) -> bool {
+    backend == "hccl" && checkpoint_engine::hccl::is_simulated()
+}
+
 /// Tensors on a device that a rollout copies everything to that it receives, with memory for so many bytes;
 /// nothing for the host, where rollouts read in place.
 ///
@@ -53,7 +64,7 @@ pub fn ranks_share_gpus(device: &DeviceChoice, ranks: u32) -> bool {
 ///
 /// As [`of_rank`], and what the device reports.
 pub fn destination(device: &DeviceChoice, bytes: u64) -> Result<Option<Box<dyn Install>>> {
-    if device.is_cpu() { Ok(None) } else { cuda::destination(device, bytes).map(Some) }
+    if keeps_tensors(device) { cuda::destination(device, bytes).map(Some) } else { Ok(None) }
 }
 
 /// What the driver's copy of `bytes` within the device reaches, counting each byte once; in 10⁹ bytes

@@ -4,6 +4,7 @@
 #![deny(unsafe_code)]
 
 mod commands {
+    pub(crate) mod doctor;
     pub(crate) mod fp8;
 }
 
@@ -178,6 +179,9 @@ struct EngineArgs {
     /// Where weights and buckets are: cpu, cuda (one device for each rank), or cuda:N
     #[arg(long, value_name = "DEVICE", env = "CKPT_ENGINE_DEVICE")]
     device: Option<DeviceChoice>,
+    /// The folder of libascendcl.so and libhccl.so, for the backend hccl: CANN's, or a simulator's
+    #[arg(long, value_name = "PATH")]
+    hccl_lib: Option<PathBuf>,
     /// Quantise to FP8 blocks on the trainer, so that half the bytes travel
     #[arg(long)]
     trainer_quantize_fp8: bool,
@@ -230,6 +234,15 @@ impl EngineArgs {
         // A rollout that `sync` starts is told its own device with everything else.
         if let Some(device) = self.device.as_ref().filter(|_| self.config_json.is_none()) {
             config.device.clone_from(device);
+        }
+        if let Some(folder) = &self.hccl_lib {
+            let folder = std::path::absolute(folder)?;
+            let section = config.engine_kwargs.entry("hccl".into()).or_default();
+            section.insert("library_dir".into(), folder.display().to_string().into());
+        }
+        if config.backend == "hccl" && config.device.is_cpu() {
+            // It has buckets nowhere else; each rank takes the NPU of its number.
+            config.device = "npu".parse()?;
         }
         config.digests &= !self.no_digests;
         config.trainer_quantize_fp8 |= self.trainer_quantize_fp8;
@@ -455,6 +468,15 @@ struct RolloutArgs {
 /// Says which backends can run on this machine, and what the others need.
 #[derive(Debug, Args)]
 struct DoctorArgs {
+    /// Try this backend as thoroughly as can be; only hccl can be tried without a group
+    #[arg(long, value_name = "NAME", value_parser = ["hccl"])]
+    backend: Option<String>,
+    /// The folder of libascendcl.so and libhccl.so: CANN's, or a simulator's
+    #[arg(long, value_name = "PATH", requires = "backend")]
+    hccl_lib: Option<PathBuf>,
+    /// What a process that the doctor starts does
+    #[arg(long, hide = true, requires = "backend")]
+    task: Option<String>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -707,7 +729,8 @@ async fn rollout_command(args: &RolloutArgs) -> Result<ExitCode, Failure> {
     };
     let print = |result: &checkpoint_engine::Result<ReceiveReport>| match result {
         Ok(report) => say(format!(
-            "version {}: {} tensors, {} bytes, {:.3} s",
+            "{}version {}: {} tensors, {} bytes, {:.3} s",
+            if cli::device::is_simulated("hccl") { "simulated: " } else { "" },
             report.version,
             report.tensors,
             report.bytes,
@@ -765,6 +788,14 @@ async fn top_command(args: &TopArgs) -> Result<ExitCode, Failure> {
 }
 
 fn doctor_command(args: &DoctorArgs) -> Result<ExitCode, Failure> {
+    if args.backend.is_some() {
+        let hccl = commands::doctor::HcclArgs {
+            library_dir: args.hccl_lib.clone(),
+            json: args.json,
+            task: args.task.clone(),
+        };
+        return commands::doctor::hccl_command(&hccl);
+    }
     let backends: Vec<(&str, &str, Availability)> = registry()
         .backends()
         .map(|backend| (backend.name(), backend.summary(), backend.probe()))
@@ -816,8 +847,9 @@ async fn transfer_command(args: &TransferArgs) -> Result<ExitCode, Failure> {
             return say(json_line(line)?);
         }
         say(format!(
-            "{}: {} rollouts, digests {}: {:.2} GB/s, {:.2} of memcpy's {:.2}; {:.2} µs a tensor; \
+            "{}{}: {} rollouts, digests {}: {:.2} GB/s, {:.2} of memcpy's {:.2}; {:.2} µs a tensor; \
              {:.1} MiB extra memory",
+            if line.simulated { "simulated: " } else { "" },
             line.what,
             line.rollouts,
             if line.digests { "on" } else { "off" },
@@ -874,8 +906,9 @@ fn print_update(line: &UpdateLine, json: bool) -> checkpoint_engine::Result<()> 
         ),
     };
     say(format!(
-        "version {}: {} tensors{}, {:.3} GB in {:.3} s, {:.2} GB/s (memcpy {:.2}), {:.1} MiB extra \
+        "{}version {}: {} tensors{}, {:.3} GB in {:.3} s, {:.2} GB/s (memcpy {:.2}), {:.1} MiB extra \
          memory{}; rollouts: {}",
+        if line.simulated { "simulated: " } else { "" },
         line.version,
         line.tensors,
         quantised,

@@ -148,7 +148,8 @@ impl Source {
     /// Keeps the weights on a device, as a trainer that trains there does.
     #[must_use]
     pub fn on_device(mut self, device: &DeviceChoice) -> Self {
-        self.device = (!device.is_cpu()).then(|| OnDevice { choice: device.clone(), model: None });
+        self.device = crate::device::keeps_tensors(device)
+            .then(|| OnDevice { choice: device.clone(), model: None });
         self
     }
 

@@ -57,6 +57,8 @@ pub struct UpdateLine {
     pub version: Version,
     /// The transport.
     pub backend: String,
+    /// Whether the transport's devices are simulated: then no figure says anything of hardware.
+    pub simulated: bool,
     /// Tensors sent, scales of quantised ones not counted.
     pub tensors: u64,
     /// Bytes read from the trainer's memory.
@@ -199,6 +201,7 @@ pub fn line(
     UpdateLine {
         version: report.version,
         backend: backend.to_owned(),
+        simulated: device::is_simulated(backend),
         tensors: counts.tensors,
         source_bytes: counts.source_bytes,
         wire_bytes: counts.wire_bytes,

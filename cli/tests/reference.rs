@@ -7,6 +7,7 @@ use std::path::Path;
 
 use checkpoint_engine::CheckpointEngineConfig;
 use checkpoint_engine::fp8::Quantization;
+use checkpoint_engine::hccl::HcclOptions;
 use checkpoint_engine::nccl::NcclOptions;
 use checkpoint_engine::nixl::NixlOptions;
 use checkpoint_engine::telemetry::{METRICS, MetricKind};
@@ -48,6 +49,8 @@ fn the_configuration_page_is_made_from_the_types() {
     table::<NcclOptions>(&mut page, "`engine_kwargs.nccl`", &nccl);
     let nixl = defaults(serde_json::to_value(NixlOptions::default()));
     table::<NixlOptions>(&mut page, "`engine_kwargs.nixl`", &nixl);
+    let hccl = defaults(serde_json::to_value(HcclOptions::default()));
+    table::<HcclOptions>(&mut page, "`engine_kwargs.hccl`", &hccl);
     page.push_str("\n`naive` and `ipc` have no options of their own.\n");
     is_up_to_date("configuration.md", &page);
 }

@@ -218,7 +218,10 @@ fn wrong_usage_is_told_with_what_would_be_right() {
         (&["sync"][..], "--synthetic"),
         (&["sync", "--synthetic", "gpt-9"], "tiny-moe"),
         (&["sync", "--synthetic", "tiny-moe", "--bucket-mb", "0"], "--bucket-mb"),
-        (&["sync", "--synthetic", "tiny-moe", "--backend", "nccl"], "known: naive, ipc, nixl"),
+        (
+            &["sync", "--synthetic", "tiny-moe", "--backend", "pigeons"],
+            "known: naive, ipc, nccl, nixl, hccl",
+        ),
         (&["sync", "--model", "/nowhere/at/all"], "/nowhere/at/all"),
     ] {
         let output = run(args);

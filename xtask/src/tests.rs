@@ -48,6 +48,10 @@ pub(crate) fn all(workspace: &Workspace, options: &Options) -> Result<()> {
             doctests.args(["test", "--workspace", "--doc"]);
             stage("doctests", doctests)?;
         }
+        let mut mutations = workspace.cargo();
+        mutations.args(["test", "--package", "backend-hccl", "--features", "mutations"]);
+        mutations.args(["--test", "conformance", "mutations::"]);
+        stage("mistakes that the tests of backend-hccl notice", mutations)?;
         with_extras(workspace, options)?;
     }
     Ok(())

@@ -38,6 +38,8 @@ pub struct TransferLine {
     pub what: &'static str,
     /// The transport.
     pub backend: String,
+    /// Whether the transport's devices are simulated: then no figure says anything of hardware.
+    pub simulated: bool,
     /// Where weights and buckets were.
     pub device: String,
     /// Trainers that have the model.
@@ -239,6 +241,7 @@ async fn setting<'a>(
     Ok(TransferLine {
         what,
         device: run.config.device.to_string(),
+        simulated: crate::device::is_simulated(&run.config.backend),
         backend: run.config.backend,
         trainers: options.trainers,
         rollouts,

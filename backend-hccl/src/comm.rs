@@ -1,0 +1,581 @@
+//! A rank's device, its slots and its groups: all that the engine's one thread has.
+//!
+//! What is on the device is done in the order of two kinds of streams. Filled buckets are copied from
+//! pinned memory on one stream; each group broadcasts on a stream of its own, which waits for the copy of
+//! the bucket that it is about to send. Nothing waits on the host, except for pinned memory to be
+//! written to again.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use engine_core::collective::{Communicator, Shape, Wait};
+use tokio::sync::OwnedSemaphorePermit;
+use tracing::{debug, warn};
+
+use crate::environment;
+use crate::error::HcclError;
+use crate::ffi::{self, Comm, Device, DeviceMemory, Event, Pinned, Stream};
+use crate::mutation::Mutation;
+use crate::sys::{self, AGAIN, Api};
+
+/// Memory for the first operations of a group.
+const SCRATCH_BYTES: usize = 4096;
+/// The part of it that they use.
+const PROBE_BYTES: usize = 256;
+/// How long the thread is in one call that waits: between two of them it looks whether to go on.
+const SLICE: Duration = Duration::from_millis(50);
+/// How often a group is asked for asynchronous errors while something is under way.
+const ASYNC_ERRORS: Duration = Duration::from_millis(20);
+/// How often a communicator that is in use is tried to be destroyed, at most.
+const RETRY: Duration = Duration::from_millis(5);
+
+/// What an engine asks of the library.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) library_dir: Option<PathBuf>,
+    /// The NPU's number; without one the rank chooses.
+    pub(crate) device: Option<u32>,
+    pub(crate) rank: u32,
+    pub(crate) shape: Shape,
+    /// The deadline of every wait.
+    pub(crate) deadline: Duration,
+}
+
+/// The calls of HCCL, on one device.
+#[derive(Debug)]
+pub(crate) struct HcclCommunicator {
+    groups: Vec<Option<Group>>,
+    /// Communicators that were still in use when their groups were left, which must not be.
+    lingering: Vec<Group>,
+    uploads: VecDeque<Upload>,
+    copies: Stream,
+    staging: Staging,
+    memory: DeviceMemory,
+    shape: Shape,
+    deadline: Duration,
+    version: String,
+    device: Device,
+}
+
+/// A group that the rank is in.
+#[derive(Debug)]
+struct Group {
+    comm: Comm,
+    stream: Stream,
+    place: u32,
+    /// The ends of the broadcasts that are under way, and what each had to wait for: an event stays
+    /// as long as a stream may look at it.
+    events: VecDeque<(Event, Option<Rc<Event>>)>,
+    ended: u64,
+    asked: Instant,
+}
+
+/// A copy of a filled bucket to its slot.
+#[derive(Debug)]
+struct Upload {
+    slot: u32,
+    done: Rc<Event>,
+    pinned: Pinned,
+}
+
+/// Pinned memory for buckets that are being filled: made when needed, used again.
+#[derive(Debug)]
+struct Staging {
+    free: Vec<Pinned>,
+    lent: usize,
+    home: Sender<Pinned>,
+    returned: Receiver<Pinned>,
+}
+
+/// Pinned memory to fill a bucket in. It goes back to where it came from when dropped.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    pinned: Option<Pinned>,
+    home: Sender<Pinned>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Lease {
+    pub(crate) fn as_mut(&mut self) -> &mut [u8] {
+        self.pinned.as_mut().map_or(&mut [], Pinned::as_mut)
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Some(pinned) = self.pinned.take() {
+            // If nobody is there to take it back, it says so itself.
+            drop(self.home.send(pinned));
+        }
+    }
+}
+
+/// How many leases there may be at a time: a bucket is filled while the one before is copied.
+pub(crate) const LEASES: usize = 2;
+
+/// Loads the libraries, after the environment that they read has been looked at.
+pub(crate) fn load(
+    library_dir: Option<&std::path::Path>,
+    deadline: Duration,
+) -> Result<&'static Api, HcclError> {
+    for (name, seconds) in environment::timeouts(deadline) {
+        ffi::default_variable(name, &seconds.to_string());
+    }
+    let api = sys::load(library_dir)?;
+    ffi::initialise(api)?;
+    Ok(api)
+}
+
+impl HcclCommunicator {
+    /// Everything of a rank, on the calling thread, which from now on makes all calls.
+    pub(crate) fn open(plan: &Plan) -> Result<Self, HcclError> {
+        let api = load(plan.library_dir.as_deref(), plan.deadline)?;
+        for warning in environment::warnings(|name| std::env::var(name).ok(), plan.deadline) {
+            warn!("{warning}");
+        }
+        let count = ffi::device_count(api)?;
+        let number = plan.device.unwrap_or_else(|| plan.rank % count.max(1));
+        let device = Device::set(api, number)?;
+        let Shape { slots, slot_bytes } = plan.shape;
+        let full = HcclError::Full { device: device.number(), bytes: usize::MAX, free: None };
+        let bytes = slot_bytes.checked_mul(slots.into()).and_then(|all| usize::try_from(all).ok());
+        let bytes = bytes.and_then(|all| all.checked_add(SCRATCH_BYTES)).ok_or(full)?;
+        // In one piece: whole pages, which is what can be shared.
+        let memory = device.allocate(bytes)?;
+        let (home, returned) = channel();
+        let version = describe(api);
+        debug!(?device, bytes, version, "the slots are allocated");
+        Ok(Self {
+            groups: Vec::new(),
+            lingering: Vec::new(),
+            uploads: VecDeque::new(),
+            copies: device.stream()?,
+            staging: Staging { free: Vec::new(), lent: 0, home, returned },
+            memory,
+            shape: plan.shape,
+            deadline: plan.deadline,
+            version,
+            device,
+        })
+    }
+
+    /// The libraries in words, the same on all ranks that have the same.
+    pub(crate) fn version(&self) -> &str {
+        &self.version
+    }
+
+    pub(crate) fn device(&self) -> Device {
+        self.device
+    }
+
+    pub(crate) fn memory(&self) -> &DeviceMemory {
+        &self.memory
+    }
+
+    /// Where the first bytes of a slot are.
+    fn range(&self, slot: u32, len: u64) -> Result<(usize, usize), HcclError> {
+        let Shape { slots, slot_bytes } = self.shape;
+        let at = slot_bytes.saturating_mul(slot.into());
+        if slot >= slots || len > slot_bytes {
+            let size = slot_bytes.saturating_mul(slots.into());
+            return Err(HcclError::Outside {
+                at: at as usize,
+                len: len as usize,
+                size: size as usize,
+            });
+        }
+        // `open` checked that all slots have addresses.
+        Ok((at as usize, len as usize))
+    }
+
+    /// Copies from a slot to the host.
+    pub(crate) fn read(&self, slot: u32, start: u64, to: &mut [u8]) -> Result<(), HcclError> {
+        let end = start.saturating_add(to.len() as u64);
+        let (at, _) = self.range(slot, end)?;
+        self.memory.read(at + start as usize, to)
+    }
+
+    /// Where bytes of a slot are, for whoever should not know.
+    #[cfg(feature = "mutations")]
+    pub(crate) fn address(&self, slot: u32, start: u64, len: u64) -> Result<usize, HcclError> {
+        let (at, _) = self.range(slot, start.saturating_add(len))?;
+        self.memory.address(at + start as usize, len as usize)
+    }
+
+    /// Pinned memory for a bucket; waits for the oldest copy if there is none left.
+    pub(crate) fn lease(
+        &mut self,
+        permit: OwnedSemaphorePermit,
+        wait: &Wait<'_>,
+    ) -> engine_core::Result<Lease> {
+        let staging = &mut self.staging;
+        while let Ok(pinned) = staging.returned.try_recv() {
+            staging.lent -= 1;
+            staging.free.push(pinned);
+        }
+        if staging.free.is_empty() && staging.lent + self.uploads.len() < LEASES {
+            let bytes = self.shape.slot_bytes as usize;
+            staging.free.push(self.device.allocate_host(bytes)?);
+        }
+        if staging.free.is_empty() {
+            self.finish_upload(wait)?;
+        }
+        let staging = &mut self.staging;
+        let pinned = staging.free.pop();
+        staging.lent += usize::from(pinned.is_some());
+        Ok(Lease { pinned, home: staging.home.clone(), _permit: permit })
+    }
+
+    /// Waits for the oldest copy; its memory is free then.
+    fn finish_upload(&mut self, wait: &Wait<'_>) -> engine_core::Result<()> {
+        let Some(upload) = self.uploads.front() else { return Ok(()) };
+        let result = loop {
+            match upload.done.is_reached() {
+                Ok(true) => break Ok(()),
+                // On a copy behind it as well, which is not far.
+                Ok(false) => match self.copies.synchronize(SLICE.min(wait.left())) {
+                    Ok(_) => wait.check("copying a bucket to the NPU")?,
+                    Err(error) => break Err(error),
+                },
+                Err(error) => break Err(error),
+            }
+        };
+        match result {
+            Ok(()) => {
+                if let Some(Upload { pinned, .. }) = self.uploads.pop_front() {
+                    self.staging.free.push(pinned);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                // A stream that has failed does nothing any more, nor do copies behind.
+                self.copies = self.device.stream()?;
+                self.staging.free.extend(self.uploads.drain(..).map(|upload| upload.pinned));
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Begins to copy the first bytes of a lease to a slot; broadcasts of the slot wait for it.
+    pub(crate) fn upload(
+        &mut self,
+        slot: u32,
+        mut lease: Lease,
+        len: u64,
+    ) -> engine_core::Result<()> {
+        let (at, len) = self.range(slot, len)?;
+        let done = Rc::new(self.device.event()?);
+        let Some(mut pinned) = lease.pinned.take() else { return Ok(()) };
+        self.staging.lent -= 1;
+        let copied = self.copies.copy(&mut pinned, &self.memory, at, len);
+        let recorded = copied.and_then(|()| done.record(&self.copies));
+        // If it was enqueued it is under way, recorded or not.
+        self.uploads.push_back(Upload { slot, done, pinned });
+        if let Err(error) = recorded {
+            self.copies = self.device.stream()?;
+            self.staging.free.extend(self.uploads.drain(..).map(|upload| upload.pinned));
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    /// What a new group does first: the library makes its links now and not within an update, and no
+    /// member goes on before all are there.
+    fn warm_up(
+        &self,
+        comm: &Comm,
+        stream: &Stream,
+        place: u32,
+        wait: &Wait<'_>,
+    ) -> engine_core::Result<()> {
+        const OPERATION: &str = "joining a group";
+        let at = self.memory_of_slots();
+        let sent = |value| if place == 0 { value } else { 0 };
+        let synchronise = || -> engine_core::Result<()> {
+            while !stream.synchronize(SLICE.min(wait.left()))? {
+                wait.check(OPERATION)?;
+            }
+            Ok(())
+        };
+        let arrived = |value: u8| -> Result<(), HcclError> {
+            let mut bytes = [0; PROBE_BYTES];
+            self.memory.read(at, &mut bytes)?;
+            if bytes == [value; PROBE_BYTES] { Ok(()) } else { Err(HcclError::Garbled) }
+        };
+        self.memory.fill(at, PROBE_BYTES, sent(0x5a))?;
+        comm.broadcast(&self.memory, at, PROBE_BYTES, stream)?;
+        synchronise()?;
+        arrived(0x5a)?;
+        self.memory.fill(at, PROBE_BYTES, sent(0x2d))?;
+        comm.all_reduce_max(&self.memory, at, PROBE_BYTES, stream)?;
+        synchronise()?;
+        Ok(arrived(0x2d)?)
+    }
+
+    /// Where the slots end and the scratch memory begins.
+    fn memory_of_slots(&self) -> usize {
+        (self.shape.slot_bytes * u64::from(self.shape.slots)) as usize
+    }
+
+    /// Ends all that a group has under way, and its communicator with it. Communicators that do not let
+    /// go are kept, and hinder every new group.
+    fn end(&mut self, group: Group) {
+        let until = Instant::now() + self.deadline;
+        let Group { mut comm, stream, place, events, ended, asked } = group;
+        let idle = events.is_empty() && matches!(stream.is_idle(), Ok(true));
+        if !idle {
+            match stream.abort() {
+                Ok(true) => {}
+                // HCCL's own timeout ends it.
+                Ok(false) => debug!("the library cannot abort what a group has under way"),
+                Err(error) => warn!(%error, "what a group has under way could not be aborted"),
+            }
+        }
+        let mut pause = Duration::from_micros(50);
+        loop {
+            let error = match comm.destroy() {
+                Ok(()) => return,
+                Err((back, error)) => {
+                    comm = back;
+                    error
+                }
+            };
+            if !error.is(AGAIN) || Instant::now() >= until {
+                warn!(%error, "a communicator is not destroyed");
+                let group = Group { comm, stream, place, events, ended, asked };
+                self.lingering.push(group);
+                return;
+            }
+            // It is not in use any longer when its stream has ended; without an abort that may take
+            // as long as HCCL waits.
+            if !matches!(stream.synchronize(pause), Ok(false)) {
+                std::thread::sleep(pause);
+            }
+            pause = (pause * 2).min(RETRY);
+        }
+    }
+
+    /// Destroys what could not be destroyed before.
+    fn end_lingering(&mut self) -> Result<(), HcclError> {
+        for group in std::mem::take(&mut self.lingering) {
+            self.end(group);
+        }
+        if self.lingering.is_empty() { Ok(()) } else { Err(HcclError::Lingering) }
+    }
+}
+
+/// ACL's version in words.
+pub(crate) fn describe(api: &'static Api) -> String {
+    let version = ffi::version(api).unwrap_or_else(|| "of unknown version".into());
+    let simulated = if is_simulated(api) { " (simulated)" } else { "" };
+    format!("HCCL with ACL {version}{simulated}")
+}
+
+/// Whether the libraries are a simulator's.
+pub(crate) fn is_simulated(api: &'static Api) -> bool {
+    let named = || ffi::soc_name(api).is_some_and(|name| name.contains("simulated"));
+    api.found.simulated.is_some() || named()
+}
+
+impl Communicator for HcclCommunicator {
+    fn new_group(&mut self) -> engine_core::Result<Bytes> {
+        Ok(self.device.root_info()?.into())
+    }
+
+    fn join(
+        &mut self,
+        group: usize,
+        id: &[u8],
+        size: u32,
+        place: u32,
+        wait: &Wait<'_>,
+    ) -> engine_core::Result<()> {
+        self.end_lingering()?;
+        let comm = self.device.join(size, id, place)?;
+        let stream = match self.device.stream() {
+            Ok(stream) => stream,
+            Err(error) => {
+                // Nothing is under way.
+                if let Err((_, destroyed)) = comm.destroy() {
+                    warn!(error = %destroyed, "a communicator is not destroyed");
+                }
+                return Err(error.into());
+            }
+        };
+        let warm = self.warm_up(&comm, &stream, place, wait);
+        let joined =
+            Group { comm, stream, place, events: VecDeque::new(), ended: 0, asked: Instant::now() };
+        if let Err(error) = warm {
+            self.end(joined);
+            return Err(error);
+        }
+        if self.groups.len() <= group {
+            self.groups.resize_with(group + 1, || None);
+        }
+        self.groups[group] = Some(joined);
+        Ok(())
+    }
+
+    fn shrink(&mut self, _: usize, _: &[u32], _: &Wait<'_>) -> engine_core::Result<()> {
+        Err(HcclError::Absent("a way to leave members out", "groups form anew").into())
+    }
+
+    fn broadcast(
+        &mut self,
+        group: usize,
+        slot: u32,
+        len: u64,
+        _: &Wait<'_>,
+    ) -> engine_core::Result<()> {
+        let (at, len) = self.range(slot, len)?;
+        let state = self.groups.get_mut(group).and_then(Option::as_mut);
+        let state = state.ok_or(HcclError::NotJoined(group))?;
+        let upload = self.uploads.iter().rev().find(|upload| upload.slot == slot);
+        let upload = upload.filter(|_| state.place == 0);
+        if let Some(upload) = upload.filter(|_| !Mutation::DroppedSynchronise.is_on()) {
+            state.stream.wait_for(&upload.done)?;
+        }
+        let awaited = upload.map(|upload| upload.done.clone());
+        let event = self.device.event()?;
+        match upload {
+            #[cfg(feature = "mutations")]
+            Some(upload) if Mutation::HostPointer.is_on() => {
+                state.comm.broadcast_host(&upload.pinned, len, &state.stream)?;
+            }
+            _ => state.comm.broadcast(&self.memory, at, len, &state.stream)?,
+        }
+        event.record(&state.stream)?;
+        state.events.push_back((event, awaited));
+        Ok(())
+    }
+
+    fn ended(&mut self, group: usize) -> engine_core::Result<u64> {
+        let state = self.groups.get_mut(group).and_then(Option::as_mut);
+        let state = state.ok_or(HcclError::NotJoined(group))?;
+        while let Some((event, _)) = state.events.front() {
+            match event.is_reached() {
+                Ok(false) => break,
+                Ok(true) => {
+                    state.ended += 1;
+                    state.events.pop_front();
+                }
+                Err(error) => {
+                    // What HCCL knows of it says more than what the stream does.
+                    state.comm.check()?;
+                    return Err(error.into());
+                }
+            }
+        }
+        if !state.events.is_empty() && state.asked.elapsed() >= ASYNC_ERRORS {
+            state.asked = Instant::now();
+            state.comm.check()?;
+        }
+        Ok(state.ended)
+    }
+
+    fn leave(&mut self, group: usize) {
+        let left = self.groups.get_mut(group).and_then(Option::take);
+        let Some(left) = left else { return };
+        if Mutation::LeakedCommunicator.is_on() {
+            std::mem::forget(left);
+            return;
+        }
+        self.end(left);
+    }
+}
+
+impl Drop for HcclCommunicator {
+    fn drop(&mut self) {
+        for group in std::mem::take(&mut self.groups).into_iter().flatten() {
+            self.end(group);
+        }
+        if self.end_lingering().is_err() {
+            warn!("communicators are left behind that are still in use");
+        }
+        let until = Instant::now() + self.deadline;
+        while !self.uploads.is_empty() {
+            match self.copies.synchronize(SLICE) {
+                Ok(false) if Instant::now() < until => {}
+                Ok(true) | Err(_) => {
+                    let pinned = self.uploads.drain(..).map(|upload| upload.pinned);
+                    self.staging.free.extend(pinned);
+                }
+                Ok(false) => {
+                    warn!("copies to the NPU do not end: their memory is not freed");
+                    self.uploads.drain(..).for_each(std::mem::forget);
+                }
+            }
+        }
+        // Buckets of an update that was dropped may still be being filled.
+        while self.staging.lent > 0 {
+            let left = until.saturating_duration_since(Instant::now());
+            let Ok(pinned) = self.staging.returned.recv_timeout(left) else { break };
+            self.staging.lent -= 1;
+            self.staging.free.push(pinned);
+        }
+        for pinned in self.staging.free.drain(..) {
+            self.device.free_host(pinned);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use engine_core::ErrorKind;
+    use engine_core::collective::Thread;
+    use std::process::Command;
+
+    const ALONE: &str = "CKPT_ENGINE_TEST_ALONE";
+
+    /// What a child process does; nothing when the tests are run.
+    #[tokio::test]
+    async fn alone_here() {
+        if std::env::var_os(ALONE).is_none() {
+            return;
+        }
+        let plan = Plan {
+            library_dir: None,
+            device: Some(0),
+            rank: 0,
+            shape: Shape { slots: 1, slot_bytes: 4096 },
+            deadline: Duration::from_secs(10),
+        };
+        let open = move || Ok(HcclCommunicator::open(&plan)?);
+        let thread = Thread::start("ckpt-hccl", open).await.unwrap();
+        let join = |size| {
+            let join = move |own: &mut HcclCommunicator, wait: &Wait<'_>| {
+                let id = own.new_group()?;
+                own.join(0, &id, size, 0, wait)
+            };
+            thread.run(Duration::from_secs(10), join)
+        };
+        let error = join(2).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+        assert!(error.to_string().contains("HCCL_CONNECT_TIMEOUT says how long"), "{error}");
+        let free = |own: &mut HcclCommunicator, _: &Wait<'_>| Ok(own.device().memory_info());
+        let before = thread.run(Duration::from_secs(1), free).await.unwrap();
+        join(1).await.unwrap();
+        let left = |own: &mut HcclCommunicator, _: &Wait<'_>| {
+            own.leave(0);
+            Ok(own.device().memory_info())
+        };
+        assert_eq!(thread.run(Duration::from_secs(5), left).await.unwrap(), before);
+        thread.close().await;
+    }
+
+    #[test]
+    fn a_group_that_nobody_else_joins_is_a_timeout_that_leaves_nothing_behind() {
+        let libraries = hccl_sim::libraries(hccl_sim::Profile::Current).unwrap();
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", "comm::tests::alone_here"]).env(ALONE, "1");
+        child.env(sys::LIBRARY_DIR_VARIABLE, libraries).env("HCCL_SIM_TIME_SCALE", "0.005");
+        let output = child.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    }
+}

@@ -1,0 +1,111 @@
+//! The engine: HCCL as the library of the collective engine.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use engine_core::collective::{
+    CollectiveEngine, CollectiveOptions, Library, Opened, Shape, Thread, Wait,
+};
+use engine_core::memory::Pool;
+use engine_core::{EngineContext, Error, ErrorKind, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::comm::{HcclCommunicator, Plan};
+use crate::slots::HcclSlots;
+use crate::{DEVICE, NAME};
+
+/// The size of each of the two buckets unless one is configured.
+const DEFAULT_BUCKET_BYTES: u64 = 256 << 20;
+
+/// The transport's options: `engine_kwargs.hccl` of the configuration.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(default)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct HcclOptions {
+    /// How many trainers send; HCCL does it from one only.
+    pub senders: u32,
+    /// Whether other trainers of the leader's host take part, for HCCL to pass buckets on from their
+    /// NPUs.
+    pub relays: bool,
+    /// Whether to form the group anew for every update.
+    pub rebuild_group: bool,
+    /// The folder of `libascendcl.so` and `libhccl.so`; searched for without it.
+    pub library_dir: Option<PathBuf>,
+}
+
+impl Default for HcclOptions {
+    fn default() -> Self {
+        let CollectiveOptions { senders, relays, rebuild_group } = CollectiveOptions::default();
+        Self { senders, relays, rebuild_group, library_dir: None }
+    }
+}
+
+/// HCCL, as the collective engine uses it.
+#[derive(Clone, Debug)]
+pub(crate) struct HcclLibrary {
+    options: HcclOptions,
+}
+
+/// A rank's end of the HCCL transport.
+pub(crate) type HcclEngine = CollectiveEngine<HcclLibrary>;
+
+/// The engine of a rank.
+pub(crate) fn engine(context: EngineContext) -> Result<HcclEngine> {
+    let options = context.config.kwargs::<HcclOptions>(NAME)?;
+    let refuse = |message: String| Error::new(ErrorKind::Config, "making an engine", message);
+    if options.senders != 1 {
+        return Err(refuse(format!(
+            "senders: {}: HCCL sends from one trainer: each sender needs a communicator of its own, \
+             which takes twice HCCL_BUFFSIZE of every NPU, and operations of two communicators on one \
+             NPU may wait for one another",
+            options.senders
+        )));
+    }
+    if context.config.device.kind() != DEVICE {
+        return Err(refuse(format!(
+            "device: `{}`: HCCL has its buckets on NPUs: set device to npu (by rank) or npu:N",
+            context.config.device
+        )));
+    }
+    let HcclOptions { senders, relays, rebuild_group, .. } = options;
+    let collective = CollectiveOptions { senders, relays, rebuild_group };
+    CollectiveEngine::new(HcclLibrary { options }, context, collective)
+}
+
+#[async_trait]
+impl Library for HcclLibrary {
+    type Communicator = HcclCommunicator;
+
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn default_bucket_bytes(&self) -> u64 {
+        DEFAULT_BUCKET_BYTES
+    }
+
+    async fn open(
+        &self,
+        context: &EngineContext,
+        shape: Shape,
+        _: &Pool,
+    ) -> Result<Opened<HcclCommunicator>> {
+        let deadline = context.deadline().mul_f64(0.75);
+        let plan = Plan {
+            library_dir: self.options.library_dir.clone(),
+            device: context.config.device.ordinal(),
+            rank: context.require_control()?.rank().0,
+            shape,
+            deadline,
+        };
+        let make = move || Ok(HcclCommunicator::open(&plan)?);
+        let thread = Thread::start("ckpt-hccl", make).await?;
+        let say = |own: &mut HcclCommunicator, _: &Wait<'_>| {
+            Ok((own.version().to_owned(), format!("{DEVICE}:{}", own.device().number())))
+        };
+        let (version, device) = thread.run(deadline, say).await?;
+        let slots = HcclSlots::new(thread.clone(), shape.slot_bytes, deadline, device);
+        Ok(Opened { thread, slots: Arc::new(slots), version })
+    }
+}

@@ -1,0 +1,626 @@
+//! ACL's and HCCL's objects: one function per call, status in, `Result` out.
+//!
+//! All objects belong to the device of the thread that made them, and none of them is `Send`, except
+//! pinned memory, which any thread may write and read. Nothing here waits without a limit, but for the
+//! two calls that the libraries give none: joining a communicator, and the first operation of a kind,
+//! which HCCL's own timeouts end.
+#![allow(unsafe_code, reason = "calling ACL's and HCCL's C interfaces")]
+
+use std::ffi::c_void;
+use std::fmt;
+use std::marker::PhantomData;
+use std::ptr::{NonNull, null, null_mut};
+use std::time::Duration;
+
+use crate::error::HcclError;
+use crate::mutation::Mutation;
+use crate::sys::{self, Api, Handle, SUCCESS, Status};
+
+type Result<T, E = HcclError> = std::result::Result<T, E>;
+
+/// Words of ACL about the last failure of this thread, shortened.
+fn recent(api: &Api) -> String {
+    const MOST: usize = 400;
+    let Some(get) = api.aclGetRecentErrMsg else { return String::new() };
+    // SAFETY: it takes nothing.
+    let text = unsafe { get() };
+    // SAFETY: null, or a string of this thread's that the next call of the library changes.
+    let text = unsafe { sys::words(text) };
+    let mut words = text.split_ascii_whitespace().collect::<Vec<_>>().join(" ");
+    if let Some((end, _)) = words.char_indices().nth(MOST) {
+        words.truncate(end);
+        words.push('…');
+    }
+    words
+}
+
+fn acl(api: &Api, call: &'static str, status: Status) -> Result<()> {
+    if status == SUCCESS {
+        return Ok(());
+    }
+    Err(HcclError::Acl { call, status, detail: recent(api) })
+}
+
+fn hccl(api: &Api, call: &'static str, status: Status) -> Result<()> {
+    if status == SUCCESS {
+        return Ok(());
+    }
+    let mut detail = recent(api);
+    if let Some(words) = api.HcclGetErrorString.filter(|_| detail.is_empty()) {
+        // SAFETY: it takes any code.
+        let text = unsafe { words(status) };
+        // SAFETY: null, or a string that is never freed.
+        detail = unsafe { sys::words(text) };
+    }
+    Err(HcclError::Hccl { call, status, detail })
+}
+
+/// A failure to take something down: told, since nobody can do anything about it.
+fn told(result: Result<()>) {
+    if let Err(error) = result {
+        tracing::warn!(%error, "while closing");
+    }
+}
+
+/// Sets an environment variable that the libraries read, unless it is set.
+///
+/// Called before they are loaded, in the process's first engine.
+pub(crate) fn default_variable(name: &str, value: &str) {
+    if std::env::var_os(name).is_none() {
+        // SAFETY: the standard library's lock keeps all of Rust's accesses apart. Foreign code that
+        // reads the environment at this moment in another thread would be at risk; a program that has
+        // such code sets the variable itself, before it starts threads, and nothing is done here.
+        unsafe { std::env::set_var(name, value) };
+    }
+}
+
+/// Makes ACL ready to be used by this process, if nobody has.
+pub(crate) fn initialise(api: &'static Api) -> Result<()> {
+    // SAFETY: null stands for no configuration file.
+    match unsafe { (api.aclInit)(null()) } {
+        sys::REPEATED_INIT => Ok(()),
+        status => acl(api, "aclInit", status),
+    }
+}
+
+/// How many NPUs this process sees.
+pub(crate) fn device_count(api: &'static Api) -> Result<u32> {
+    let mut count = 0;
+    // SAFETY: the call writes a number to where the pointer points.
+    acl(api, "aclrtGetDeviceCount", unsafe { (api.aclrtGetDeviceCount)(&raw mut count) })?;
+    Ok(count)
+}
+
+/// What kind of NPU the process has; nothing where the library does not say so.
+pub(crate) fn soc_name(api: &'static Api) -> Option<String> {
+    let get = api.aclrtGetSocName?;
+    // SAFETY: it takes nothing.
+    let text = unsafe { get() };
+    // SAFETY: null, or a string that is never freed.
+    Some(unsafe { sys::words(text) }).filter(|name| !name.is_empty())
+}
+
+/// ACL's version.
+pub(crate) fn version(api: &'static Api) -> Option<String> {
+    let get = api.aclrtGetVersion?;
+    let (mut major, mut minor, mut patch) = (0, 0, 0);
+    // SAFETY: the call writes three numbers to where the pointers point.
+    let status = unsafe { get(&raw mut major, &raw mut minor, &raw mut patch) };
+    (status == SUCCESS).then(|| format!("{major}.{minor}.{patch}"))
+}
+
+/// Which options of a communicator's configuration HCCL knows, as bits.
+pub(crate) fn config_capability(api: &'static Api) -> Option<u32> {
+    // SAFETY: it takes nothing.
+    api.HcclGetCommConfigCapability.map(|get| unsafe { get() })
+}
+
+/// A device, chosen on this thread. Not reset when dropped: that would end what others of the process
+/// have on the device.
+#[derive(Clone, Copy)]
+pub(crate) struct Device {
+    api: &'static Api,
+    number: i32,
+    _this_thread: PhantomData<*const ()>,
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "npu:{}", self.number)
+    }
+}
+
+impl Device {
+    /// Chooses the device for this thread.
+    pub(crate) fn set(api: &'static Api, number: u32) -> Result<Self> {
+        let count = device_count(api)?;
+        let no_device = HcclError::NoDevice { device: number, count };
+        let number = i32::try_from(number).ok().filter(|_| number < count).ok_or(no_device)?;
+        // SAFETY: it takes any number.
+        acl(api, "aclrtSetDevice", unsafe { (api.aclrtSetDevice)(number) })?;
+        Ok(Self { api, number, _this_thread: PhantomData })
+    }
+
+    pub(crate) fn number(self) -> i32 {
+        self.number
+    }
+
+    #[cfg(feature = "mutations")]
+    pub(crate) fn api(self) -> &'static Api {
+        self.api
+    }
+
+    /// Free and all bytes of its memory.
+    pub(crate) fn memory_info(self) -> Option<(usize, usize)> {
+        let get = self.api.aclrtGetMemInfo?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: the call writes two numbers to where the pointers point.
+        let status = unsafe { get(sys::HBM_MEMORY, &raw mut free, &raw mut total) };
+        (status == SUCCESS).then_some((free, total))
+    }
+
+    /// Allocates memory of the device, of whole pages.
+    pub(crate) fn allocate(self, len: usize) -> Result<DeviceMemory> {
+        let mut address = null_mut();
+        // SAFETY: the call writes an address to where the pointer points.
+        let status = unsafe { (self.api.aclrtMalloc)(&raw mut address, len, sys::HUGE_FIRST) };
+        let result = acl(self.api, "aclrtMalloc", status);
+        if let Err(error) = result {
+            if error.is(sys::OUT_OF_DEVICE_MEMORY) {
+                let (device, free) = (self.number, self.memory_info());
+                return Err(HcclError::Full { device, bytes: len, free });
+            }
+            return Err(error);
+        }
+        Ok(DeviceMemory { device: self, address, len })
+    }
+
+    /// Allocates pinned memory of the host, of zeros.
+    pub(crate) fn allocate_host(self, len: usize) -> Result<Pinned> {
+        let mut address = null_mut();
+        // SAFETY: the call writes an address to where the pointer points.
+        let status = unsafe { (self.api.aclrtMallocHost)(&raw mut address, len) };
+        let result = acl(self.api, "aclrtMallocHost", status);
+        let none = |detail: String| HcclError::NoPinned { bytes: len, detail };
+        result.map_err(|error| none(error.to_string()))?;
+        let start = NonNull::new(address.cast::<u8>()).ok_or_else(|| none("null".into()))?;
+        // SAFETY: the memory has that length and is nobody else's.
+        unsafe { start.write_bytes(0, len) };
+        Ok(Pinned { start, len })
+    }
+
+    /// Frees pinned memory.
+    pub(crate) fn free_host(self, memory: Pinned) {
+        let memory = std::mem::ManuallyDrop::new(memory);
+        // SAFETY: nobody else has the memory; copies from it have ended, because those that have not
+        // keep it.
+        let status = unsafe { (self.api.aclrtFreeHost)(memory.start.as_ptr().cast()) };
+        told(acl(self.api, "aclrtFreeHost", status));
+    }
+
+    pub(crate) fn stream(self) -> Result<Stream> {
+        let mut stream = null_mut();
+        // SAFETY: the call writes a handle to where the pointer points.
+        let status = unsafe { (self.api.aclrtCreateStream)(&raw mut stream) };
+        acl(self.api, "aclrtCreateStream", status)?;
+        Ok(Stream { device: self, stream })
+    }
+
+    pub(crate) fn event(self) -> Result<Event> {
+        let mut event = null_mut();
+        // SAFETY: the call writes a handle to where the pointer points.
+        let status = unsafe { (self.api.aclrtCreateEvent)(&raw mut event) };
+        acl(self.api, "aclrtCreateEvent", status)?;
+        Ok(Event { device: self, event })
+    }
+
+    /// What the members of a new communicator need; a listener of this process waits for them.
+    pub(crate) fn root_info(self) -> Result<Vec<u8>> {
+        let mut info = vec![0_u8; sys::ROOT_INFO_BYTES];
+        // SAFETY: the call writes at most that many bytes.
+        let status = unsafe { (self.api.HcclGetRootInfo)(info.as_mut_ptr().cast()) };
+        hccl(self.api, "HcclGetRootInfo", status)?;
+        Ok(info)
+    }
+
+    /// Joins a communicator. Blocks until all have joined, or for `HCCL_CONNECT_TIMEOUT`.
+    pub(crate) fn join(self, size: u32, info: &[u8], place: u32) -> Result<Comm> {
+        if info.len() != sys::ROOT_INFO_BYTES {
+            return Err(HcclError::RootInfo(info.len()));
+        }
+        let mut comm = null_mut();
+        // SAFETY: the bytes are as many as the call reads, which writes a handle.
+        let status = unsafe {
+            (self.api.HcclCommInitRootInfo)(size, info.as_ptr().cast(), place, &raw mut comm)
+        };
+        // After a failure the handle means nothing, whatever it is.
+        hccl(self.api, "HcclCommInitRootInfo", status)?;
+        Ok(Comm { device: self, comm })
+    }
+
+    /// Maps memory of another process of the same NPU.
+    pub(crate) fn import(self, key: &IpcKey) -> Result<Imported> {
+        let Some(import) = self.api.aclrtIpcMemImportByKey else {
+            return Err(HcclError::Absent("aclrtIpcMemImportByKey", NO_SHARING));
+        };
+        let mut address = null_mut();
+        // SAFETY: the key ends with a zero; the call writes an address.
+        let status = unsafe { import(&raw mut address, key.0.as_ptr().cast(), 0) };
+        acl(self.api, "aclrtIpcMemImportByKey", status)?;
+        Ok(Imported { device: self, address, key: key.clone() })
+    }
+}
+
+const NO_SHARING: &str = "processes cannot share the memory of an NPU";
+
+/// Memory of a device. Freed when dropped, whatever is still under way in it.
+#[derive(Debug)]
+pub(crate) struct DeviceMemory {
+    device: Device,
+    address: *mut c_void,
+    len: usize,
+}
+
+impl DeviceMemory {
+    fn at(&self, at: usize, len: usize) -> Result<*mut c_void> {
+        let outside = HcclError::Outside { at, len, size: self.len };
+        let end = at.checked_add(len).ok_or(outside)?;
+        if end > self.len {
+            return Err(HcclError::Outside { at, len, size: self.len });
+        }
+        Ok(self.address.wrapping_byte_add(at))
+    }
+
+    /// Fills a part of it with a byte.
+    pub(crate) fn fill(&self, at: usize, len: usize, value: u8) -> Result<()> {
+        let to = self.at(at, len)?;
+        // SAFETY: the range lies within the allocation.
+        let status = unsafe { (self.device.api.aclrtMemset)(to, len, value.into(), len) };
+        acl(self.device.api, "aclrtMemset", status)
+    }
+
+    /// Copies a part of it to the host; blocks until it is there.
+    pub(crate) fn read(&self, at: usize, to: &mut [u8]) -> Result<()> {
+        if to.is_empty() {
+            return Ok(());
+        }
+        copy_to_host(self.device.api, self.at(at, to.len())?, to)
+    }
+
+    /// Where a part of it is, to be read by a thread that has no device.
+    #[cfg(feature = "mutations")]
+    pub(crate) fn address(&self, at: usize, len: usize) -> Result<usize> {
+        self.at(at, len).map(|address| address as usize)
+    }
+
+    /// Copies host memory to it; blocks until it is there.
+    pub(crate) fn write(&self, at: usize, from: &[u8]) -> Result<()> {
+        let (to, len) = (self.at(at, from.len())?, from.len());
+        let from = from.as_ptr().cast();
+        // SAFETY: both have that length.
+        let status =
+            unsafe { (self.device.api.aclrtMemcpy)(to, len, from, len, sys::HOST_TO_DEVICE) };
+        acl(self.device.api, "aclrtMemcpy", status)
+    }
+
+    /// A key by which every process of the NPU can map all of it.
+    pub(crate) fn export(&self) -> Result<IpcKey> {
+        let Some(export) = self.device.api.aclrtIpcMemGetExportKey else {
+            return Err(HcclError::Absent("aclrtIpcMemGetExportKey", NO_SHARING));
+        };
+        let mut key = [0_u8; sys::IPC_KEY_BYTES];
+        let (text, len) = (key.as_mut_ptr().cast(), key.len());
+        // SAFETY: the allocation is alive and of that length; the call writes at most `len` bytes.
+        let status = unsafe { export(self.address, self.len, text, len, sys::EXPORT_TO_ALL) };
+        acl(self.device.api, "aclrtIpcMemGetExportKey", status)?;
+        IpcKey::new(&key)
+    }
+
+    /// Withdraws a key; after all processes that mapped the memory have closed it.
+    pub(crate) fn withdraw(&self, key: &IpcKey) -> Result<()> {
+        close_key(self.device.api, key)
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        // SAFETY: it came from `aclrtMalloc`, and nobody else has it.
+        let status = unsafe { (self.device.api.aclrtFree)(self.address) };
+        told(acl(self.device.api, "aclrtFree", status));
+    }
+}
+
+fn copy_to_host(api: &Api, from: *const c_void, to: &mut [u8]) -> Result<()> {
+    let len = to.len();
+    // SAFETY: the caller found `from` within an allocation, or the library refuses it; `to` has that
+    // length.
+    let status =
+        unsafe { (api.aclrtMemcpy)(to.as_mut_ptr().cast(), len, from, len, sys::DEVICE_TO_HOST) };
+    acl(api, "aclrtMemcpy", status)
+}
+
+/// As [`DeviceMemory::read`], on a thread that has no device.
+#[cfg(feature = "mutations")]
+pub(crate) fn read_anywhere(api: &'static Api, address: usize, to: &mut [u8]) -> Result<()> {
+    copy_to_host(api, address as *const c_void, to)
+}
+
+/// The name of memory that processes share: text that ends with a zero.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct IpcKey([u8; sys::IPC_KEY_BYTES]);
+
+impl IpcKey {
+    pub(crate) fn new(bytes: &[u8]) -> Result<Self> {
+        let mut key = [0; sys::IPC_KEY_BYTES];
+        let text: Vec<u8> = bytes.iter().copied().take_while(|&byte| byte != 0).collect();
+        let outside = HcclError::Outside { at: 0, len: text.len(), size: key.len() - 1 };
+        key[..sys::IPC_KEY_BYTES - 1].get_mut(..text.len()).ok_or(outside)?.copy_from_slice(&text);
+        Ok(Self(key))
+    }
+
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+fn close_key(api: &Api, key: &IpcKey) -> Result<()> {
+    let Some(close) = api.aclrtIpcMemClose else {
+        return Err(HcclError::Absent("aclrtIpcMemClose", NO_SHARING));
+    };
+    // SAFETY: the key ends with a zero.
+    acl(api, "aclrtIpcMemClose", unsafe { close(key.0.as_ptr().cast()) })
+}
+
+/// Memory of another process. Closed when dropped, which has to be before that process withdraws it.
+#[derive(Debug)]
+pub(crate) struct Imported {
+    device: Device,
+    address: *mut c_void,
+    key: IpcKey,
+}
+
+impl Imported {
+    /// Copies the first bytes to the host; blocks until they are there. The library refuses more than
+    /// were shared.
+    pub(crate) fn read(&self, to: &mut [u8]) -> Result<()> {
+        copy_to_host(self.device.api, self.address, to)
+    }
+}
+
+impl Drop for Imported {
+    fn drop(&mut self) {
+        told(close_key(self.device.api, &self.key));
+    }
+}
+
+/// Pinned memory of the host, which [`Device::free_host`] frees.
+#[derive(Debug)]
+pub(crate) struct Pinned {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: it is host memory like any other; who has the value is the only one to access it.
+unsafe impl Send for Pinned {}
+// SAFETY: shared references give no access to the bytes.
+unsafe impl Sync for Pinned {}
+
+impl Pinned {
+    pub(crate) fn as_mut(&mut self) -> &mut [u8] {
+        // SAFETY: the memory has that length and was filled; the value is borrowed mutably, and copies
+        // under way keep the value itself.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        tracing::warn!(bytes = self.len, "pinned memory is not freed: its device's thread is gone");
+    }
+}
+
+/// Work of a device, in order. Destroyed when dropped.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    device: Device,
+    stream: Handle,
+}
+
+impl Stream {
+    /// Waits for all work, but no longer than that; false if there is some left.
+    pub(crate) fn synchronize(&self, limit: Duration) -> Result<bool> {
+        // -1 would be for ever.
+        let limit = i32::try_from(limit.as_millis()).unwrap_or(i32::MAX);
+        let api = self.device.api;
+        // SAFETY: the stream is alive.
+        let status = unsafe { (api.aclrtSynchronizeStreamWithTimeout)(self.stream, limit) };
+        if status == sys::SYNCHRONISE_TIMEOUT {
+            return Ok(false);
+        }
+        acl(api, "aclrtSynchronizeStreamWithTimeout", status).map(|()| true)
+    }
+
+    /// Whether there is no work left.
+    pub(crate) fn is_idle(&self) -> Result<bool> {
+        let mut status = 0;
+        let api = self.device.api;
+        // SAFETY: the stream is alive; the call writes a number.
+        let code = unsafe { (api.aclrtStreamQuery)(self.stream, &raw mut status) };
+        acl(api, "aclrtStreamQuery", code)?;
+        Ok(status == sys::STREAM_COMPLETE)
+    }
+
+    /// Gives all work up; false if the library cannot.
+    pub(crate) fn abort(&self) -> Result<bool> {
+        let Some(abort) = self.device.api.aclrtStreamAbort else { return Ok(false) };
+        // SAFETY: the stream is alive.
+        acl(self.device.api, "aclrtStreamAbort", unsafe { abort(self.stream) }).map(|()| true)
+    }
+
+    /// Has all that comes after it wait for an event.
+    pub(crate) fn wait_for(&self, event: &Event) -> Result<()> {
+        let api = self.device.api;
+        // SAFETY: both are alive.
+        let status = unsafe { (api.aclrtStreamWaitEvent)(self.stream, event.event) };
+        acl(api, "aclrtStreamWaitEvent", status)
+    }
+
+    /// Enqueues a copy from the beginning of pinned memory to a device.
+    ///
+    /// # Contract
+    ///
+    /// The pinned memory is neither changed nor freed until the copy has ended.
+    pub(crate) fn copy(
+        &self,
+        from: &mut Pinned,
+        to: &DeviceMemory,
+        at: usize,
+        len: usize,
+    ) -> Result<()> {
+        if len > from.len {
+            return Err(HcclError::Outside { at: 0, len, size: from.len });
+        }
+        let (to, api) = (to.at(at, len)?, self.device.api);
+        let from = from.start.as_ptr().cast_const().cast();
+        // SAFETY: both ranges lie within allocations that the caller keeps.
+        let status =
+            unsafe { (api.aclrtMemcpyAsync)(to, len, from, len, sys::HOST_TO_DEVICE, self.stream) };
+        acl(api, "aclrtMemcpyAsync", status)
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // SAFETY: nobody else has the stream.
+        let status = unsafe { (self.device.api.aclrtDestroyStream)(self.stream) };
+        told(acl(self.device.api, "aclrtDestroyStream", status));
+    }
+}
+
+/// A point in a stream. Destroyed when dropped.
+#[derive(Debug)]
+pub(crate) struct Event {
+    device: Device,
+    event: Handle,
+}
+
+impl Event {
+    /// Puts it behind all work that a stream has.
+    pub(crate) fn record(&self, stream: &Stream) -> Result<()> {
+        let api = self.device.api;
+        // SAFETY: both are alive.
+        let status = unsafe { (api.aclrtRecordEvent)(self.event, stream.stream) };
+        acl(api, "aclrtRecordEvent", status)
+    }
+
+    /// Whether the work before it has ended.
+    pub(crate) fn is_reached(&self) -> Result<bool> {
+        let mut status = 0;
+        let api = self.device.api;
+        // SAFETY: the event is alive; the call writes a number.
+        let code = unsafe { (api.aclrtQueryEventStatus)(self.event, &raw mut status) };
+        acl(api, "aclrtQueryEventStatus", code)?;
+        if Mutation::EventAsStream.is_on() {
+            return Ok(status == sys::STREAM_COMPLETE);
+        }
+        Ok(status == sys::EVENT_COMPLETE)
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: nobody else has the event.
+        let status = unsafe { (self.device.api.aclrtDestroyEvent)(self.event) };
+        told(acl(self.device.api, "aclrtDestroyEvent", status));
+    }
+}
+
+/// A communicator, which has to be destroyed by [`destroy`](Self::destroy).
+#[derive(Debug)]
+pub(crate) struct Comm {
+    device: Device,
+    comm: Handle,
+}
+
+impl Comm {
+    /// Enqueues the broadcast of a part of device memory, from member 0 to all others.
+    ///
+    /// # Contract
+    ///
+    /// The memory is not freed until the broadcast has ended.
+    pub(crate) fn broadcast(
+        &self,
+        memory: &DeviceMemory,
+        at: usize,
+        len: usize,
+        stream: &Stream,
+    ) -> Result<()> {
+        self.broadcast_from(memory.at(at, len)?, len, stream)
+    }
+
+    /// As [`broadcast`](Self::broadcast), from memory of the host, which no NPU reaches so.
+    #[cfg(feature = "mutations")]
+    pub(crate) fn broadcast_host(
+        &self,
+        memory: &Pinned,
+        len: usize,
+        stream: &Stream,
+    ) -> Result<()> {
+        self.broadcast_from(memory.start.as_ptr().cast(), len, stream)
+    }
+
+    fn broadcast_from(&self, buffer: *mut c_void, len: usize, stream: &Stream) -> Result<()> {
+        let count = len as u64;
+        if count > sys::MOST_ELEMENTS {
+            return Err(HcclError::TooMany(count));
+        }
+        let api = self.device.api;
+        // SAFETY: communicator and stream are alive, and the caller keeps the memory.
+        let status =
+            unsafe { (api.HcclBroadcast)(buffer, count, sys::UINT8, 0, self.comm, stream.stream) };
+        hccl(api, "HcclBroadcast", status)
+    }
+
+    /// Enqueues the maximum over all members of each signed byte of a part of device memory.
+    ///
+    /// # Contract
+    ///
+    /// As for [`broadcast`](Self::broadcast).
+    pub(crate) fn all_reduce_max(
+        &self,
+        memory: &DeviceMemory,
+        at: usize,
+        len: usize,
+        stream: &Stream,
+    ) -> Result<()> {
+        let (buffer, api) = (memory.at(at, len)?, self.device.api);
+        let (count, max) = (len as u64, sys::REDUCE_MAX);
+        // UINT8 is what moves bytes, and what reductions refuse.
+        let dtype = if Mutation::WrongEnum.is_on() { sys::UINT8 } else { sys::INT8 };
+        // SAFETY: communicator and stream are alive, and the caller keeps the memory, which may be both
+        // ends of the operation.
+        let status = unsafe {
+            (api.HcclAllReduce)(buffer, buffer, count, dtype, max, self.comm, stream.stream)
+        };
+        hccl(api, "HcclAllReduce", status)
+    }
+
+    /// The failure of a peer, if HCCL knows of one; that it does not says nothing.
+    pub(crate) fn check(&self) -> Result<()> {
+        let api = self.device.api;
+        let Some(get) = api.HcclGetCommAsyncError else { return Ok(()) };
+        let mut error = SUCCESS;
+        // SAFETY: the communicator is alive; the call writes a number.
+        let status = unsafe { get(self.comm, &raw mut error) };
+        hccl(api, "HcclGetCommAsyncError", status)?;
+        if error == SUCCESS { Ok(()) } else { Err(HcclError::Asynchronous(error)) }
+    }
+
+    /// Destroys it; gives it back if it is still in use.
+    pub(crate) fn destroy(self) -> std::result::Result<(), (Self, HcclError)> {
+        let api = self.device.api;
+        // SAFETY: the communicator is alive, and nobody else has it.
+        let status = unsafe { (api.HcclCommDestroy)(self.comm) };
+        hccl(api, "HcclCommDestroy", status).map_err(|error| (self, error))
+    }
+}

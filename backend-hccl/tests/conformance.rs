@@ -1,0 +1,191 @@
+//! The engine behaves as every engine has to, over the simulated libraries: in all their profiles, with
+//! streams that run at once and with such that run nothing before someone looks, quantised and not.
+//!
+//! The libraries read their settings from the environment once, so that every case is a process of its
+//! own: this program again, running one test.
+
+use std::process::Command;
+
+use conformance::{CASES, Suite};
+use engine_core::Weight;
+use futures::StreamExt;
+use futures::executor::block_on;
+use hccl_sim::Profile;
+use quant_fp8::rules::{Rules, RulesConfig};
+use quant_fp8::{QuantizeFp8, with_fp8};
+
+const CASE: &str = "CKPT_ENGINE_TEST_CASE";
+const LIBRARIES: &str = "CKPT_ENGINE_HCCL_DIR";
+const FP8: &str = "CKPT_ENGINE_TEST_FP8";
+const REBUILD: &str = "CKPT_ENGINE_TEST_REBUILD";
+
+/// When streams run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Execution {
+    Eager,
+    Lazy,
+}
+
+/// What the trainer sends.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Format {
+    Plain,
+    Fp8,
+}
+
+/// The suite, each case in a process with these libraries.
+struct Isolated(Profile, Execution, Format);
+
+impl Isolated {
+    fn test(&self, case: &str) {
+        let Self(profile, execution, format) = *self;
+        let mut child = process(profile, execution, case);
+        if format == Format::Fp8 {
+            child.env(FP8, "1");
+        }
+        let (succeeded, text) = run(&mut child);
+        assert!(succeeded, "{text}");
+        // A process that ran no case has not tested anything.
+        assert!(text.contains("1 passed"), "{text}");
+    }
+}
+
+/// A process that runs one case with these libraries.
+fn process(profile: Profile, execution: Execution, case: &str) -> Command {
+    let libraries = hccl_sim::libraries(profile).expect("the simulated libraries");
+    let mut child = Command::new(std::env::current_exe().expect("this program"));
+    child
+        .args(["--exact", "one_case", "--nocapture"])
+        .env(CASE, case)
+        .env(LIBRARIES, libraries)
+        .env("HCCL_SIM_LAZY", if execution == Execution::Lazy { "1" } else { "0" })
+        // Joining may take 6 s: longer than the suite's deadline, as on hardware.
+        .env("HCCL_SIM_TIME_SCALE", "0.05")
+        .env("HCCL_EXEC_TIMEOUT", "1836")
+        .env("HCCL_HOST_SOCKET_PORT_RANGE", "auto")
+        .env("HCCL_NPU_SOCKET_PORT_RANGE", "auto");
+    child
+}
+
+/// Whether it succeeded, and what it wrote.
+fn run(child: &mut Command) -> (bool, String) {
+    let output = child.output().expect("a process");
+    let text = [&output.stdout[..], &output.stderr[..]].concat();
+    (output.status.success(), String::from_utf8_lossy(&text).into_owned())
+}
+
+fn quantized(weights: Vec<Weight>) -> Vec<Weight> {
+    let rules = Rules::new(&RulesConfig::default()).expect("the default rules");
+    block_on(weights.quantize_fp8(rules).map(|weight| weight.expect("a weight")).collect())
+}
+
+/// What a child process does; nothing when this file's tests are run.
+#[test]
+fn one_case() {
+    let Ok(case) = std::env::var(CASE) else { return };
+    let suite = Suite::new(backend_hccl::BACKEND).with_control_plane().with_config(|config| {
+        // One process has all ranks, each on the NPU of its number.
+        config.device = "npu".parse().expect("a device");
+        config.timeout_seconds = 4.0;
+    });
+    let suite = match std::env::var_os(FP8) {
+        None => suite,
+        Some(_) => suite
+            .with_quantizer(with_fp8, quantized)
+            .with_config(|config| config.trainer_quantize_fp8 = true),
+    };
+    let suite = match std::env::var_os(REBUILD) {
+        None => suite,
+        Some(_) => suite.with_config(|config| {
+            let section = config.engine_kwargs.entry("hccl".into()).or_default();
+            section.insert("rebuild_group".into(), true.into());
+        }),
+    };
+    assert!(CASES.iter().any(|known| known.name == case));
+    suite.test(&case);
+}
+
+macro_rules! suites {
+    ($($name:ident: $profile:ident, $execution:ident, $format:ident;)*) => {$(
+        mod $name {
+            conformance::suite!(super::Isolated(
+                super::Profile::$profile,
+                super::Execution::$execution,
+                super::Format::$format
+            ));
+        }
+    )*};
+}
+
+suites! {
+    current_eager: Current, Eager, Plain;
+    current_eager_fp8: Current, Eager, Fp8;
+    current_lazy: Current, Lazy, Plain;
+    current_lazy_fp8: Current, Lazy, Fp8;
+    split_eager: Split, Eager, Plain;
+    split_eager_fp8: Split, Eager, Fp8;
+    split_lazy: Split, Lazy, Plain;
+    split_lazy_fp8: Split, Lazy, Fp8;
+    cann_8_1_eager: Cann81, Eager, Plain;
+    cann_8_1_eager_fp8: Cann81, Eager, Fp8;
+    cann_8_1_lazy: Cann81, Lazy, Plain;
+    cann_8_1_lazy_fp8: Cann81, Lazy, Fp8;
+}
+
+/// Mistakes that the library makes on purpose where it is built so: each of them turns a case red that is
+/// green without it.
+#[cfg(feature = "mutations")]
+mod mutations {
+    use super::{Execution, Profile, REBUILD, process, run};
+
+    const MUTATION: &str = "CKPT_ENGINE_HCCL_MUTATION";
+
+    fn turns_red(mutation: &str, execution: Execution, case: &str, settings: &[(&str, &str)]) {
+        let child = || {
+            let mut child = process(Profile::Current, execution, case);
+            child.envs(settings.iter().copied());
+            child
+        };
+        let (green, text) = run(&mut child());
+        assert!(green && text.contains("1 passed"), "it is red without the mutation: {text}");
+        let (green, text) = run(child().env(MUTATION, mutation));
+        assert!(!green, "{mutation} goes unnoticed: {text}");
+        // By the engine's behaviour, and not because the mutation does not exist.
+        assert!(text.contains(&format!("hccl does not: {case}")), "{mutation}: {text}");
+    }
+
+    const ARRIVES: &str = "every_weight_arrives_once_in_order_and_bit_for_bit";
+
+    #[test]
+    fn a_dropped_synchronise_turns_the_suite_red() {
+        turns_red("dropped-synchronise", Execution::Lazy, ARRIVES, &[]);
+    }
+
+    #[test]
+    fn a_call_from_an_executor_thread_turns_the_suite_red() {
+        turns_red("call-from-executor", Execution::Eager, ARRIVES, &[]);
+    }
+
+    #[test]
+    fn a_wrong_enum_value_turns_the_suite_red() {
+        turns_red("wrong-enum", Execution::Eager, ARRIVES, &[]);
+    }
+
+    #[test]
+    fn a_leaked_communicator_per_update_turns_the_suite_red() {
+        // Five updates of three ranks, whose groups have six links in this process.
+        let settings = [(REBUILD, "1"), ("HCCL_SIM_LINKS", "24")];
+        let case = "the_same_shapes_again_send_no_metadata";
+        turns_red("leaked-communicator", Execution::Eager, case, &settings);
+    }
+
+    #[test]
+    fn a_host_pointer_passed_as_device_memory_turns_the_suite_red() {
+        turns_red("host-pointer", Execution::Eager, ARRIVES, &[]);
+    }
+
+    #[test]
+    fn an_event_query_read_with_the_streams_meaning_turns_the_suite_red() {
+        turns_red("event-as-stream", Execution::Eager, ARRIVES, &[]);
+    }
+}

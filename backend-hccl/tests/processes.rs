@@ -1,0 +1,375 @@
+//! Groups whose ranks are processes with simulated NPUs, in which things go wrong: every failure is a typed
+//! error that names a rank, nothing is leaked, and the next update works.
+//!
+//! The NPUs have room for one group's communicator, and links for no more than one: a communicator that
+//! was left behind would make the next update fail.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
+
+use engine_core::control::{Address, ControlConfig, Token};
+use engine_core::{
+    CheckpointEngine, CheckpointEngineConfig, ControlPlane, DType, EngineContext, Error, ErrorKind,
+    Rank, Result, Role, Version, Weight, WorkerMetadata, ensure_async_iterator,
+};
+use hccl_sim::Profile;
+
+const SECRET: &[u8] = b"the secret of a group of tests, long enough";
+const ROLE: &str = "CKPT_ENGINE_TEST_ROLE";
+const ADDRESS: &str = "CKPT_ENGINE_TEST_ADDRESS";
+const RANK: &str = "CKPT_ENGINE_TEST_RANK";
+const DEVICE: &str = "CKPT_ENGINE_TEST_DEVICE";
+const REBUILD: &str = "CKPT_ENGINE_TEST_REBUILD";
+/// The ranks of a group at its beginning: a trainer and two rollouts.
+const RANKS: u32 = 3;
+/// How long anything here may take before it counts as a hang.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// What a child process does; nothing when this file's tests are run.
+#[test]
+fn a_process_of_a_group() {
+    let Ok(role) = std::env::var(ROLE) else { return };
+    let address: Address = std::env::var(ADDRESS).unwrap().parse().unwrap();
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let done = runtime.worker_threads(2).enable_all().build().unwrap().block_on(async {
+        match role.as_str() {
+            "trainer" => trainer(address).await,
+            _ => rollout(address).await,
+        }
+    });
+    if let Err(error) = done {
+        say(&in_words(&error));
+    }
+}
+
+fn config() -> CheckpointEngineConfig {
+    let mut config = CheckpointEngineConfig {
+        backend: "hccl".into(),
+        update_weights_bucket_megabytes: Some(1),
+        timeout_seconds: 4.0,
+        threads: std::num::NonZeroUsize::new(1),
+        device: std::env::var(DEVICE).unwrap().parse().unwrap(),
+        ..Default::default()
+    };
+    if std::env::var_os(REBUILD).is_some() {
+        let section = config.engine_kwargs.entry("hccl".into()).or_default();
+        section.insert("rebuild_group".into(), true.into());
+    }
+    config
+}
+
+fn control(address: Address) -> ControlConfig {
+    let mut config = ControlConfig::new(address, Token::new(SECRET).unwrap());
+    config.heartbeat_interval = Duration::from_millis(300);
+    config.heartbeat_timeout = Duration::from_secs(3);
+    config
+}
+
+/// Joins an engine with a group of so many ranks, or with one that is there already.
+async fn form(control: &ControlPlane) -> Result<Box<dyn CheckpointEngine>> {
+    let context = EngineContext::new(config(), control.role()).with_control(control.clone());
+    let mut engine = backend_hccl::BACKEND.create(context)?;
+    let own = serde_json::to_vec(&engine.prepare().await?).unwrap();
+    let peers = control.gather(RANKS, own.into(), LIMIT).await?;
+    let workers: Vec<WorkerMetadata> =
+        peers.iter().map(|peer| serde_json::from_slice(&peer.payload).unwrap()).collect();
+    let places = backend_hccl::BACKEND.build_topology(&workers)?;
+    let place = places.into_iter().find(|place| place.rank == control.rank()).unwrap();
+    engine.init_process_group(place).await?;
+    Ok(engine)
+}
+
+/// A model of ten buckets, which says its version in every byte.
+fn model(version: u64) -> Vec<Weight> {
+    (0..10)
+        .map(|index| {
+            let bytes = vec![(version * 16 + index) as u8; 500_000];
+            Weight::new(format!("w{index}"), DType::U8, [500_000], bytes).unwrap()
+        })
+        .collect()
+}
+
+/// Sends a version whenever a line comes from standard input, and says what became of it.
+async fn trainer(address: Address) -> Result<()> {
+    let control = ControlPlane::lead(control(address)).await?;
+    let mut engine = form(&control).await?;
+    say("ready");
+    for version in 1.. {
+        let mut line = String::new();
+        if tokio::task::block_in_place(|| std::io::stdin().read_line(&mut line)).unwrap() == 0 {
+            break;
+        }
+        match engine.send_weights(ensure_async_iterator(model(version)), Version(version)).await {
+            Ok(report) => {
+                let ranks: Vec<u32> = report.receivers.iter().map(|peer| peer.rank.0).collect();
+                say(&format!("sent {version} to {ranks:?}"));
+            }
+            Err(error) => say(&in_words(&error)),
+        }
+    }
+    engine.finalize().await
+}
+
+/// Says what becomes of every update, until the trainer is gone.
+async fn rollout(address: Address) -> Result<()> {
+    let rank = std::env::var(RANK).ok().map(|rank| Rank(rank.parse().unwrap()));
+    let control = ControlPlane::join(control(address), Role::Rollout, rank).await?;
+    let mut engine = form(&control).await?;
+    say("ready");
+    loop {
+        match update(&mut *engine).await {
+            Ok(version) => say(&format!("active {version}")),
+            Err(error)
+                if error.kind() == ErrorKind::PeerLost
+                    && error.report().rank == Some(Rank::LEADER) =>
+            {
+                // Without a trainer there is no next update.
+                return engine.finalize().await;
+            }
+            // No update has begun yet.
+            Err(error)
+                if error.report().version.is_none() && error.kind() == ErrorKind::Timeout => {}
+            Err(error) => say(&in_words(&error)),
+        }
+    }
+}
+
+async fn update(engine: &mut dyn CheckpointEngine) -> Result<Version> {
+    let mut received = engine.receive_weights(None).await?;
+    let version = received.version();
+    let mut tensors = 0;
+    while let Some(tensor) = received.next_tensor().await? {
+        let expected = (version.0 * 16 + tensors) as u8;
+        assert!(tensor.to_bytes()?.iter().all(|&byte| byte == expected), "other bytes arrived");
+        tensors += 1;
+    }
+    received.finish().await.map(|_| version)
+}
+
+fn in_words(error: &Error) -> String {
+    let report = error.report();
+    let rank = report.rank.map_or("nobody".into(), |rank| rank.to_string());
+    format!("failed {:?} of {rank}: {error}", error.kind()).replace('\n', " ")
+}
+
+fn say(line: &str) {
+    let mut output = std::io::stdout().lock();
+    writeln!(output, "\n>{line}").and_then(|()| output.flush()).unwrap();
+}
+
+/// A child process, killed when dropped.
+struct Process {
+    child: Child,
+    said: Receiver<String>,
+}
+
+/// Variables of a process's environment.
+type Settings<'a> = &'a [(&'a str, &'a str)];
+
+impl Process {
+    fn start(role: &str, address: &str, rank: u32, settings: Settings<'_>) -> Self {
+        let mut program = Command::new(std::env::current_exe().unwrap());
+        let mut child = program
+            .args(["--exact", "a_process_of_a_group", "--nocapture"])
+            .env(ROLE, role)
+            .env(ADDRESS, address)
+            .env(RANK, rank.to_string())
+            .env(DEVICE, format!("npu:{rank}"))
+            .env("CKPT_ENGINE_HCCL_DIR", hccl_sim::libraries(Profile::Current).unwrap())
+            .env("HCCL_SIM_TIME_SCALE", "0.05")
+            .env("HCCL_EXEC_TIMEOUT", "1836")
+            .env("HCCL_HOST_SOCKET_PORT_RANGE", "auto")
+            .env("HCCL_NPU_SOCKET_PORT_RANGE", "auto")
+            // A group takes 20 MB of each NPU, and its slots 4 MB; a rank has two others.
+            .env("HCCL_BUFFSIZE", "10")
+            .env("HCCL_SIM_DEVICE_MB", "40")
+            .env("HCCL_SIM_LINKS", "2")
+            .envs(settings.iter().copied())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let output = BufReader::new(child.stdout.take().unwrap());
+        let (sender, said) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for line in output.lines().map_while(std::io::Result::ok) {
+                let Some(said) = line.strip_prefix('>') else { continue };
+                if sender.send(said.to_owned()).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { child, said }
+    }
+
+    fn hears(&self) -> String {
+        self.said.recv_timeout(LIMIT).expect("a process says something")
+    }
+
+    fn says(&self, what: &str) {
+        assert_eq!(self.hears(), what);
+    }
+
+    /// An error of a kind, naming a rank, with these words.
+    fn fails(&self, kind: &str, rank: u32, words: &str) {
+        let line = self.hears();
+        assert!(line.starts_with(&format!("failed {kind} of {rank}: ")), "{line}");
+        assert!(line.contains(words), "{line}");
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// A trainer and two rollouts, in the order of their ranks.
+struct Group {
+    address: String,
+    trainer: Process,
+    rollouts: Vec<Process>,
+}
+
+fn address() -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    format!("unix:@hccl-processes-{}-{count}", std::process::id())
+}
+
+impl Group {
+    /// A group that is ready; each rank with settings of its own.
+    fn form(settings: [Settings<'_>; 3]) -> Self {
+        let address = address();
+        let trainer = Process::start("trainer", &address, 0, settings[0]);
+        let rollout = |rank| Process::start("rollout", &address, rank, settings[rank as usize]);
+        let rollouts = vec![rollout(1), rollout(2)];
+        let group = Self { address, trainer, rollouts };
+        group.trainer.says("ready");
+        group.rollouts.iter().for_each(|rollout| rollout.says("ready"));
+        group
+    }
+
+    fn begin(&mut self) {
+        writeln!(self.trainer.child.stdin.as_mut().unwrap()).unwrap();
+    }
+
+    /// An update that has to arrive at these rollouts.
+    fn works(&mut self, version: u64, ranks: &[u32]) {
+        self.begin();
+        self.trainer.says(&format!("sent {version} to {ranks:?}"));
+        self.rollouts.iter().for_each(|rollout| rollout.says(&format!("active {version}")));
+    }
+}
+
+#[test]
+fn an_update_goes_on_after_a_peer_is_killed_in_the_middle_of_a_broadcast() {
+    // The first two operations are those that every group begins with.
+    let mut group = Group::form([&[], &[], &[("HCCL_SIM_KILL_AT", "6")]]);
+    group.begin();
+    group.trainer.fails("PeerLost", 2, "version 1");
+    let killed = group.rollouts.pop().unwrap();
+    group.rollouts[0].fails("PeerLost", 2, "version 1");
+    drop(killed);
+    group.works(2, &[1]);
+    let newcomer = Process::start("rollout", &group.address, 2, &[]);
+    newcomer.says("ready");
+    group.rollouts.push(newcomer);
+    group.works(3, &[1, 2]);
+}
+
+#[test]
+fn an_asynchronous_error_of_a_link_ends_the_update_and_the_next_one_works() {
+    let mut group = Group::form([&[], &[("HCCL_SIM_ASYNC_ERROR_AT", "6")], &[]]);
+    group.begin();
+    // HCCL does not say which peer it was: the one that the bucket comes from is named.
+    for process in std::iter::once(&group.trainer).chain(&group.rollouts) {
+        let line = process.hears();
+        assert!(line.starts_with("failed Io of 0: "), "{line}");
+        assert!(line.contains("asynchronous error 21") && line.contains("bucket"), "{line}");
+    }
+    group.works(2, &[1, 2]);
+    group.works(3, &[1, 2]);
+}
+
+#[test]
+fn a_broadcast_that_hangs_is_a_timeout_and_the_next_update_works() {
+    let mut group = Group::form([&[], &[("HCCL_SIM_HANG_AT", "6")], &[]]);
+    group.begin();
+    let line = group.trainer.hears();
+    assert!(line.starts_with("failed Timeout of ") && line.contains("bucket"), "{line}");
+    for rollout in &group.rollouts {
+        let line = rollout.hears();
+        assert!(line.starts_with("failed Timeout of "), "{line}");
+    }
+    group.works(2, &[1, 2]);
+}
+
+#[test]
+fn a_member_that_does_not_come_on_when_a_group_forms_is_a_timeout_and_the_next_update_works() {
+    let mut group = Group::form([&[], &[], &[("HCCL_SIM_HANG_AT", "1")]]);
+    group.begin();
+    let line = group.trainer.hears();
+    assert!(line.starts_with("failed Timeout of ") && line.contains("joining"), "{line}");
+    for rollout in &group.rollouts {
+        let line = rollout.hears();
+        assert!(line.starts_with("failed Timeout of "), "{line}");
+    }
+    group.works(2, &[1, 2]);
+}
+
+#[test]
+fn two_ranks_on_one_chip_are_an_error_that_says_so() {
+    let mut group = Group::form([&[], &[(DEVICE, "npu:0")], &[]]);
+    group.begin();
+    let line = group.trainer.hears();
+    assert!(line.starts_with("failed Config of "), "{line}");
+    assert!(line.contains("two ranks of a group cannot be on one chip"), "{line}");
+}
+
+#[test]
+fn a_port_that_is_in_use_is_an_error_that_says_what_to_set_and_the_next_update_works() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let range = format!("{port}-{port}");
+    let mut group = Group::form([&[("HCCL_HOST_SOCKET_PORT_RANGE", &range)], &[], &[]]);
+    group.begin();
+    let line = group.trainer.hears();
+    assert!(line.starts_with("failed Resource of "), "{line}");
+    assert!(line.contains("set HCCL_HOST_SOCKET_PORT_RANGE=auto"), "{line}");
+    drop(taken);
+    // Nothing of the first one was announced.
+    group.works(2, &[1, 2]);
+}
+
+#[test]
+fn an_npu_without_memory_for_the_slots_is_an_error_that_says_how_much_there_is() {
+    let address = address();
+    let trainer = Process::start("trainer", &address, 0, &[("HCCL_SIM_DEVICE_MB", "1")]);
+    let line = trainer.hears();
+    assert!(line.starts_with("failed Resource of "), "{line}");
+    assert!(line.contains("no memory for 2101248 bytes of buckets on NPU 0"), "{line}");
+}
+
+#[test]
+fn an_npu_without_memory_for_a_communicator_is_an_error_of_its_rank() {
+    let mut group = Group::form([&[], &[("HCCL_SIM_DEVICE_MB", "20")], &[]]);
+    group.begin();
+    group.trainer.fails("Resource", 1, "twice HCCL_BUFFSIZE");
+}
+
+#[test]
+fn groups_that_form_anew_for_every_update_leave_nothing_behind() {
+    let rebuild: Settings<'_> = &[(REBUILD, "1")];
+    let mut group = Group::form([rebuild; 3]);
+    for version in 1..=40 {
+        group.works(version, &[1, 2]);
+    }
+}
