@@ -477,14 +477,14 @@ impl Communicator for HcclCommunicator {
         Ok(state.ended)
     }
 
-    fn leave(&mut self, group: usize) {
-        let left = self.groups.get_mut(group).and_then(Option::take);
-        let Some(left) = left else { return };
-        if Mutation::LeakedCommunicator.is_on() {
-            std::mem::forget(left);
-            return;
+    fn leave(&mut self) {
+        for left in std::mem::take(&mut self.groups).into_iter().flatten() {
+            if Mutation::LeakedCommunicator.is_on() {
+                std::mem::forget(left);
+            } else {
+                self.end(left);
+            }
         }
-        self.end(left);
     }
 }
 
@@ -561,7 +561,7 @@ mod tests {
         let before = thread.run(Duration::from_secs(1), free).await.unwrap();
         join(1).await.unwrap();
         let left = |own: &mut HcclCommunicator, _: &Wait<'_>| {
-            own.leave(0);
+            own.leave();
             Ok(own.device().memory_info())
         };
         assert_eq!(thread.run(Duration::from_secs(5), left).await.unwrap(), before);

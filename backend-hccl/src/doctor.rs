@@ -358,7 +358,7 @@ fn pair_child(library_dir: Option<&Path>, rank: u32, rounds: u32) -> Result<()> 
             }
             let mut here = vec![0; BYTES];
             own.read(0, 0, &mut here)?;
-            own.leave(0);
+            own.leave();
             let free = own.device().memory_info().map_or(0, |(free, _)| free);
             Ok((sum(&here), free))
         };

@@ -289,10 +289,10 @@ fn an_update_goes_on_after_a_peer_is_killed_in_the_middle_of_a_broadcast() {
 fn an_asynchronous_error_of_a_link_ends_the_update_and_the_next_one_works() {
     let mut group = Group::form([&[], &[("HCCL_SIM_ASYNC_ERROR_AT", "6")], &[]]);
     group.begin();
-    // HCCL does not say which peer it was: the one that the bucket comes from is named.
+    // HCCL does not say which peer it was: the rank that it has failed on is named.
     for process in std::iter::once(&group.trainer).chain(&group.rollouts) {
         let line = process.hears();
-        assert!(line.starts_with("failed Io of 0: "), "{line}");
+        assert!(line.starts_with("failed Io of 1: "), "{line}");
         assert!(line.contains("asynchronous error 21") && line.contains("bucket"), "{line}");
     }
     group.works(2, &[1, 2]);

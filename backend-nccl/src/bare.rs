@@ -92,7 +92,7 @@ pub async fn broadcasts(library: Option<&Path>, what: Broadcasts) -> Result<Vec<
                 seconds.push(start.elapsed().as_secs_f64() / f64::from(what.batch));
             }
         }
-        nccl.leave(0);
+        nccl.leave();
         Ok(seconds)
     });
     let seconds = run.await;

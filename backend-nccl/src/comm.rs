@@ -10,7 +10,7 @@ use engine_core::{Error, Result};
 use tracing::debug;
 
 use crate::error::NcclError;
-use crate::ffi::{RawComm, Registration, unique_id};
+use crate::ffi::{RawComm, Registration, abort_all, unique_id};
 use crate::sys::Api;
 
 /// The pause between two looks at a communicator that is being made.
@@ -158,22 +158,26 @@ impl Communicator for Nccl {
         Ok(state.ended)
     }
 
-    fn leave(&mut self, group: usize) {
-        let Some(group) = self.groups.remove(&group) else { return };
-        let Group { comm, registration, under_way, spare, stream, .. } = group;
-        if under_way.is_empty() {
-            forget(&comm, registration);
+    fn leave(&mut self) {
+        let (mut comms, mut rests) = (Vec::new(), Vec::new());
+        for (_, group) in self.groups.drain() {
+            let Group { comm, registration, under_way, spare, stream, .. } = group;
+            if under_way.is_empty() {
+                forget(&comm, registration);
+            }
+            comms.push(comm);
+            rests.push((under_way, spare, stream));
         }
-        // Before the stream, which the library may be about to use.
-        drop(comm);
-        // Its kernels end when they see that they were aborted; until then they may write to slots.
+        // Before the streams, which the library may be about to use.
+        abort_all(comms);
+        // Their kernels end when they see that they were aborted; until then they may write to slots.
         let until = Instant::now() + ENDING;
         let ended = |event: &Event| event.is_done().unwrap_or(true);
-        while !under_way.iter().all(ended) {
+        while !rests.iter().all(|(under_way, ..)| under_way.iter().all(ended)) {
             if Instant::now() >= until {
                 tracing::error!("broadcasts of an aborted group do not end: the GPU may be lost");
                 // Dropping a stream waits for its work.
-                std::mem::forget((under_way, spare, stream));
+                std::mem::forget(rests);
                 return;
             }
             std::thread::sleep(PAUSE);

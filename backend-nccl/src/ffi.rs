@@ -174,6 +174,25 @@ impl RawComm {
     }
 }
 
+/// Aborts communicators, all at once: each of them frees memory, which waits for the device, and so for the
+/// kernels of others that have not been told to end.
+pub(crate) fn abort_all(comms: Vec<RawComm>) {
+    struct Alone(RawComm);
+    // SAFETY: NCCL allows aborting from any thread, and nobody else has the communicator.
+    unsafe impl Send for Alone {}
+    impl Alone {
+        fn abort(self) {
+            drop(self.0);
+        }
+    }
+    std::thread::scope(|scope| {
+        for comm in comms {
+            let comm = Alone(comm);
+            scope.spawn(move || comm.abort());
+        }
+    });
+}
+
 impl Drop for RawComm {
     fn drop(&mut self) {
         if self.comm().is_null() {

@@ -14,7 +14,7 @@ fn config(options: Value) -> CheckpointEngineConfig {
         backend: "nccl".into(),
         update_weights_bucket_megabytes: Some(1),
         timeout_seconds: 10.0,
-        device: "cuda:0".parse().expect("a device"),
+        device: "cuda".parse().expect("a device"),
         ..Default::default()
     };
     if let Value::Object(options) = options {

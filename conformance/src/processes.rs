@@ -19,13 +19,16 @@ use std::time::Duration;
 
 use engine_core::control::{Address, ControlConfig, Token};
 use engine_core::{
-    Backend, CheckpointEngine, CheckpointEngineConfig, ControlPlane, DType, EngineContext,
-    ErrorKind, Rank, Result, Role, SendReport, Version, Weight, WorkerMetadata,
+    Backend, CheckpointEngine, CheckpointEngineConfig, ControlPlane, DType, DeviceChoice,
+    EngineContext, ErrorKind, Rank, Result, Role, SendReport, Version, Weight, WorkerMetadata,
     ensure_async_iterator,
 };
 
 const SECRET: &[u8] = b"the secret of a group of tests, long enough";
 const CHILD: &str = "CKPT_ENGINE_TEST_CHILD";
+/// How many devices there are, where the configuration names a kind and no number: each rank takes the
+/// next one. All share the first one without it.
+const DEVICES: &str = "CKPT_ENGINE_TEST_DEVICES";
 /// The test that becomes a rank.
 const TEST: &str = "a_process_of_a_group";
 /// How long anything may take before it counts as a hang.
@@ -71,9 +74,14 @@ fn runtime() -> tokio::runtime::Runtime {
 async fn form(
     backend: &'static dyn Backend,
     control: &ControlPlane,
-    config: CheckpointEngineConfig,
+    mut config: CheckpointEngineConfig,
     ranks: u32,
 ) -> Result<Box<dyn CheckpointEngine>> {
+    if !config.device.is_cpu() && config.device.ordinal().is_none() {
+        let devices = std::env::var(DEVICES).ok().and_then(|number| number.parse().ok());
+        let number = control.rank().0 % devices.unwrap_or(1).max(1);
+        config.device = DeviceChoice::new(config.device.kind(), number);
+    }
     let context = EngineContext::new(config, control.role()).with_control(control.clone());
     let mut engine = backend.create(context)?;
     let own = serde_json::to_vec(&engine.prepare().await?).expect("metadata");

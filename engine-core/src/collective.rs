@@ -173,7 +173,9 @@ pub trait Communicator: fmt::Debug + 'static {
     /// Why the group has failed.
     fn ended(&mut self, group: usize) -> Result<u64>;
 
-    /// Leaves a group, if the rank is in it: what is under way is given up, and has let go of the slots
-    /// when this ends.
-    fn leave(&mut self, group: usize);
+    /// Leaves all groups: what is under way is given up, and has let go of the slots when this ends.
+    ///
+    /// All at once, because a library that frees what belongs to one of them may wait for the device, and so for
+    /// broadcasts of another one that never end.
+    fn leave(&mut self);
 }

@@ -9,16 +9,24 @@ use crate::Result;
 use crate::process::{run, stage};
 use crate::workspace::Workspace;
 
-/// What runs there.
-const SCRIPT: &str = include_str!("../tools/gpu.sh");
+/// What runs there: on one GPU, and on several of one host.
+const SCRIPTS: [(&str, &str); 2] = [
+    ("run.sh", include_str!("../tools/gpu.sh")),
+    ("several.sh", include_str!("../tools/several-gpus.sh")),
+];
 
 /// Tests that need a GPU: package, features, and the test.
-const TESTS: [(&str, &str, &str); 4] = [
-    ("cli", "cuda", "sync"),
+const TESTS: [(&str, &str, &str); 6] = [
+    ("cli", "", "sync"),
     ("device-cuda", "", "gpu"),
     ("backend-ipc", "cuda", "cuda"),
+    ("backend-nccl", "", "cuda"),
+    ("backend-nccl", "", "processes"),
     ("backend-nixl", "cuda", "cuda"),
 ];
+
+/// Programs that measure what others are compared with: package and example.
+const EXAMPLES: [(&str, &str); 2] = [("device-cuda", "throughput"), ("backend-nccl", "bare")];
 
 /// Builds programs and tests for this machine's architecture and puts them into a folder with a script
 /// that runs them.
@@ -31,7 +39,7 @@ pub(crate) fn build(workspace: &Workspace, folder: Option<&Path>) -> Result<()> 
     fs::create_dir_all(&folder).map_err(failed)?;
 
     let mut program = workspace.cargo();
-    program.args(["build", "--release", "--locked", "-p", "cli", "--features", "cuda"]);
+    program.args(["build", "--release", "--locked", "-p", "cli"]);
     stage("program", program)?;
     let built = workspace.target().join("release/ckpt-engine");
     put(&built, &folder.join("ckpt-engine"))?;
@@ -41,21 +49,16 @@ pub(crate) fn build(workspace: &Workspace, folder: Option<&Path>) -> Result<()> 
         command.args(["--features", features, "--test", test, "--message-format", "json"]);
         put(&executable(command, test)?, &folder.join(format!("{package}-{test}")))?;
     }
-    let mut example = workspace.cargo();
-    example.args([
-        "build",
-        "--release",
-        "--locked",
-        "-p",
-        "device-cuda",
-        "--example",
-        "throughput",
-    ]);
-    stage("throughput", example)?;
-    let built = workspace.target().join("release/examples/throughput");
-    put(&built, &folder.join("throughput"))?;
-    let script = folder.join("run.sh");
-    fs::write(&script, SCRIPT).map_err(failed)?;
+    for (package, example) in EXAMPLES {
+        let mut command = workspace.cargo();
+        command.args(["build", "--release", "--locked", "-p", package, "--example", example]);
+        stage(example, command)?;
+        let built = workspace.target().join("release/examples").join(example);
+        put(&built, &folder.join(example))?;
+    }
+    for (name, script) in SCRIPTS {
+        fs::write(folder.join(name), script).map_err(failed)?;
+    }
     let bytes: u64 = fs::read_dir(&folder)
         .map_err(failed)?
         .flatten()

@@ -1,21 +1,39 @@
 #!/bin/bash
 # Runs what needs a GPU: `run.sh` all of it, `run.sh tests` or `run.sh benches` a part. The programs are
-# beside this script; NIXL is, if its wheel was unpacked to the folder nixl beside it. Prints JSON lines of
-# what was measured, and ends with 1 if anything failed.
+# beside this script; NIXL is, if its wheel was unpacked to the folder nixl beside it, and NCCL (2.30 or
+# later, because all ranks share a GPU), if libnccl.so.2 is. Prints JSON lines of what was measured, and ends
+# with 1 if anything failed.
 cd "$(dirname "$0")" || exit 1
-chmod +x ckpt-engine throughput device-cuda-gpu backend-ipc-cuda backend-nixl-cuda cli-sync 2>/dev/null
+chmod +x ckpt-engine throughput bare cli-sync device-cuda-* backend-* 2>/dev/null
 [ -d nixl ] && export CKPT_ENGINE_NIXL_DIR=$PWD/nixl
+[ -f libnccl.so.2 ] && export CKPT_ENGINE_NCCL_LIB=$PWD/libnccl.so.2
+# What several ranks on one GPU take; processes take turns on it, and move in a turn what the buffers hold.
+export NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_BUFFSIZE=16777216
 failed=0
 check() {
     echo "== $*"
     "$@" || { echo "FAILED: $*"; failed=1; }
 }
 
+# The cases of a suite, each in a process of its own.
+suite() {
+    local cases
+    cases=$("./$1" --list --ignored 2>/dev/null | sed -n 's/: test$//p')
+    check xargs -P 4 -I{} "./$1" --exact {} --ignored --quiet <<<"$cases"
+}
+
 if [ "${1:-tests}" = tests ]; then
     ./ckpt-engine doctor
     check ./device-cuda-gpu --ignored --test-threads 1
     check ./backend-ipc-cuda --ignored --test-threads 4
-    [ -d nixl ] && check ./backend-nixl-cuda --ignored --test-threads 2
+    # A rank on a GPU has to be a process of its own: within one, UCX ends it when a peer does not answer.
+    [ -d nixl ] && check ./backend-nixl-cuda --ignored --test-threads 2 --skip whose_engine_is_gone
+    if [ -f libnccl.so.2 ]; then
+        suite backend-nccl-cuda
+        check ./backend-nccl-processes --ignored --test-threads 2
+        check ./ckpt-engine sync --backend nccl --device cuda --synthetic tiny-moe --trainers 2 \
+            --engine-kwarg senders=2 --rollouts 2 --updates 3 --verify --json --trainer-quantize-fp8
+    fi
     # Processes that are killed, strangers, newcomers: everything that holds on the host holds here.
     CKPT_ENGINE_TEST_PROGRAM=$PWD/ckpt-engine CKPT_ENGINE_DEVICE=cuda \
         check ./cli-sync --test-threads 2 --skip shared_memory_has_no_room
@@ -32,12 +50,20 @@ if [ "${1:-benches}" = benches ]; then
     check ./throughput
     check ./ckpt-engine bench quant --device cuda --json
     check ./ckpt-engine bench quant --device cuda --shape 768x2048 --count 384 --json
+    if [ -f libnccl.so.2 ]; then
+        for ranks in 2 3; do
+            check ./bare $ranks 256
+            check ./bare $ranks 1024
+        done
+    fi
     for model in qwen2.5-7b qwen3-30b-a3b; do
         for quantise in "" --trainer-quantize-fp8; do
             check ./ckpt-engine bench transfer --device cuda --synthetic $model --repeats 15 --json \
                 $quantise
             [ -d nixl ] && check ./ckpt-engine bench transfer --backend nixl --device cuda \
                 --synthetic $model --repeats 15 --bucket-mb 2048 --json $quantise
+            [ -f libnccl.so.2 ] && check ./ckpt-engine bench transfer --backend nccl --device cuda \
+                --synthetic $model --repeats 11 --bucket-mb 2048 --json $quantise
         done
     done
 fi

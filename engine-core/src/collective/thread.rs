@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 use tracing::{debug, warn};
 
 use super::Communicator;
-use crate::{Error, ErrorKind, ErrorReport, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// How often something under way is looked at without a pause: short broadcasts end meanwhile.
 const SPINS: u32 = 200;
@@ -208,8 +208,8 @@ impl<C: Communicator> Thread<C> {
     /// Gives up all groups.
     pub(super) fn leave_all(&self) {
         let left = self.command(|worker| {
-            let words = || Error::new(ErrorKind::Aborted, BROADCASTING, "the update has ended");
-            worker.leave_all(words);
+            let words = "the update has ended";
+            worker.leave(&Error::new(ErrorKind::Aborted, BROADCASTING, words));
         });
         if left.is_err() {
             debug!("the thread has ended, and has left all groups");
@@ -229,9 +229,8 @@ impl<C: Communicator> Thread<C> {
                 return;
             }
             if leave {
-                worker.leave_all(|| {
-                    Error::new(ErrorKind::Aborted, BROADCASTING, "the group is formed anew")
-                });
+                let words = "the group is formed anew";
+                worker.leave(&Error::new(ErrorKind::Aborted, BROADCASTING, words));
             }
             let awaited = || !tell.is_closed();
             let wait = Wait { until: Instant::now() + limit, limit, awaited: &awaited };
@@ -241,11 +240,11 @@ impl<C: Communicator> Thread<C> {
                 }
             });
             if result.is_err() {
-                worker.leave_all(gone);
+                worker.leave_unfinished();
             }
             if tell.send(result).is_err() {
                 // Whoever wanted the groups is gone: they are of no use.
-                worker.leave_all(gone);
+                worker.leave_unfinished();
             }
         })?;
         told.await.map_err(|_| gone())?
@@ -306,7 +305,7 @@ impl<C: Communicator> Worker<C> {
             }
             self.poll();
         }
-        self.leave_all(gone);
+        self.leave(&gone());
     }
 
     fn enter(&mut self, group: usize) {
@@ -331,7 +330,7 @@ impl<C: Communicator> Worker<C> {
         let number = state.begun;
         state.pending.push_back(Pending { number, until, limit, done });
         if let Err(error) = begun {
-            self.leave(group, &ErrorReport::from(&error));
+            self.leave(&error);
         }
     }
 
@@ -343,10 +342,7 @@ impl<C: Communicator> Worker<C> {
             };
             let ended = match self.communicator.ended(at) {
                 Ok(ended) => ended,
-                Err(error) => {
-                    self.leave(at, &ErrorReport::from(&error));
-                    continue;
-                }
+                Err(error) => return self.leave(&error),
             };
             while group.pending.front().is_some_and(|first| first.number <= ended) {
                 if let Some(first) = group.pending.pop_front() {
@@ -363,27 +359,31 @@ impl<C: Communicator> Worker<C> {
                 (!pending.done.is_awaited()).then(aborted)
             });
             if let Some(error) = failed {
-                self.leave(at, &ErrorReport::from(&error));
+                return self.leave(&error);
             }
         }
     }
 
-    /// Gives a group up; whoever waits for something in it is told why.
-    fn leave(&mut self, at: usize, why: &ErrorReport) {
-        let Some(group) = self.groups.get_mut(at).and_then(Option::take) else { return };
-        if why.kind != ErrorKind::Aborted {
-            warn!(group = at, error = %Error::from(why.clone()), "a group is given up");
-        }
-        // The library lets go of the slots before anyone is told that they are free.
-        self.communicator.leave(at);
-        for pending in group.pending {
-            pending.done.tell(Err(why.clone().into()));
-        }
+    /// Gives up groups of which some were joined and others were not.
+    fn leave_unfinished(&mut self) {
+        self.leave(&gone());
+        self.communicator.leave();
     }
 
-    fn leave_all(&mut self, why: impl Fn() -> Error) {
-        for at in 0..self.groups.len() {
-            self.leave(at, &ErrorReport::from(&why()));
+    /// Gives all groups up; whoever waits for something in one is told why. They are those of one update,
+    /// and it has failed.
+    fn leave(&mut self, why: &Error) {
+        let groups = std::mem::take(&mut self.groups);
+        if groups.iter().all(Option::is_none) {
+            return;
+        }
+        if why.kind() != ErrorKind::Aborted {
+            warn!(error = %why, "the groups are given up");
+        }
+        // The library lets go of the slots before anyone is told that they are free.
+        self.communicator.leave();
+        for pending in groups.into_iter().flatten().flat_map(|group| group.pending) {
+            pending.done.tell(Err(why.report().clone().into()));
         }
     }
 }
