@@ -94,9 +94,19 @@ async fn form(
     Ok(engine)
 }
 
+/// Lets `CKPT_ENGINE_LOG` say what of a rank's log is printed, to standard error.
+fn log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("CKPT_ENGINE_LOG");
+    let Ok(filter) = filter else { return };
+    let logger = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Another test of the process may have begun to log.
+    drop(logger.try_init());
+}
+
 /// What a child process does; nothing in a process that is none.
 pub fn be_a_child(backend: &'static dyn Backend) {
     let Ok(orders) = std::env::var(CHILD) else { return };
+    log();
     let orders: Orders = serde_json::from_str(&orders).expect("orders");
     let text = orders.config.to_string();
     let config = CheckpointEngineConfig::from_text(&text, engine_core::ConfigFormat::Json);
@@ -243,6 +253,7 @@ impl Processes {
         trainers: u32,
         rollouts: u32,
     ) -> Self {
+        log();
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let address = format!("unix:@processes-{}-{count}", std::process::id());

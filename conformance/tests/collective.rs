@@ -298,6 +298,58 @@ mod membership_and_faults {
         });
     }
 
+    /// A trainer that sends every other bucket dies within an update, having filled some of its own.
+    #[test]
+    fn a_sender_that_is_gone_ends_the_update_and_the_next_one_is_sent_by_those_that_are_left() {
+        for given in 0..7 {
+            run(async {
+                let address = format!("unix:@collective-sender-{}-{given}", std::process::id());
+                let token = Token::generate().expect("a token");
+                let at = ControlConfig::new(address.parse().expect("an address"), token);
+                let mut config = CheckpointEngineConfig {
+                    backend: BACKEND.name().into(),
+                    update_weights_bucket_megabytes: Some(1),
+                    timeout_seconds: 2.0,
+                    ..Default::default()
+                };
+                super::with(json!({"senders": 2}))(&mut config);
+                let mut planes = vec![ControlPlane::lead(at.clone()).await.expect("a leader")];
+                for (rank, role) in [Role::Trainer, Role::Rollout, Role::Rollout].iter().enumerate()
+                {
+                    let rank = Some(Rank(rank as u32 + 1));
+                    planes
+                        .push(ControlPlane::join(at.clone(), *role, rank).await.expect("a place"));
+                }
+                let members = planes.into_iter().map(|plane| member(plane, &config, 4));
+                let mut members = futures::future::try_join_all(members).await.expect("a group");
+                let (leader, mut other) = (members.remove(0), members.remove(0));
+                let mut group = Group { at, config, leader, others: members };
+
+                // It gives so many weights and is no more.
+                let weights = |version: u8| -> Vec<Weight> {
+                    let weight = |index: u8| {
+                        let bytes = vec![version ^ index; 400_000];
+                        Weight::new(format!("w{index}"), DType::U8, [400_000], bytes)
+                    };
+                    (0..6).map(|index| weight(index).expect("a weight")).collect()
+                };
+                let dying = tokio::spawn(async move {
+                    let some = futures::stream::iter(weights(1).into_iter().take(given));
+                    let some = futures::StreamExt::chain(some, futures::stream::pending());
+                    let send = other.engine.send_weights(ensure_async_iterator(some), Version(1));
+                    drop(tokio::time::timeout(Duration::from_millis(150), send).await);
+                    drop(other);
+                });
+                let (error, _) = group.fails(1).await;
+                assert_eq!(error.report().rank, Some(Rank(1)), "{given}: {error}");
+                dying.await.expect("it ends");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                group.works(2).await;
+                group.works(3).await;
+            });
+        }
+    }
+
     #[test]
     fn a_rank_with_another_version_of_the_library_is_a_mismatch_that_says_both() {
         run(async {

@@ -169,9 +169,12 @@ pub(crate) fn copy_to_pinned(
 }
 
 pub(crate) fn write(target: u64, source: &[u8]) -> Result<(), CudaError> {
-    // SAFETY: the range was checked by the caller; the call returns when the copy is done.
+    // SAFETY: the range was checked by the caller; the call returns when it has read the source.
     let status = unsafe { cu::cuMemcpyHtoD_v2(target, source.as_ptr().cast(), source.len()) };
-    checked("cuMemcpyHtoD", status)
+    checked("cuMemcpyHtoD", status)?;
+    // The last part may still be on its way from the driver's own memory, and no other stream of ours
+    // waits for the default one, which it is on.
+    synchronize(null_mut())
 }
 
 pub(crate) fn read(target: &mut [u8], source: u64) -> Result<(), CudaError> {

@@ -189,7 +189,11 @@ async fn setting<'a>(
     mut weights: impl FnMut() -> Result<WeightStream<'a>>,
 ) -> Result<TransferLine> {
     let config = CheckpointEngineConfig { digests, ..options.config.clone() };
-    let default = if config.device.is_cpu() { 16 } else { 2048 };
+    let default = match (config.device.is_cpu(), config.backend.as_str()) {
+        (true, _) => 16,
+        (false, "ipc") => 2048,
+        (false, _) => 512,
+    };
     let bucket_bytes = config.bucket_bytes().unwrap_or(default << 20);
     let before = baseline.gb_per_s(bucket_bytes)?;
     let memory = PeakMemory::start()?;

@@ -328,6 +328,7 @@ impl<C: Communicator> Worker<C> {
         let begun = self.communicator.broadcast(group, slot, len, &wait);
         state.begun += 1;
         let number = state.begun;
+        debug!(group, number, slot, len, "a broadcast has begun");
         state.pending.push_back(Pending { number, until, limit, done });
         if let Err(error) = begun {
             self.leave(&error);
@@ -346,6 +347,7 @@ impl<C: Communicator> Worker<C> {
             };
             while group.pending.front().is_some_and(|first| first.number <= ended) {
                 if let Some(first) = group.pending.pop_front() {
+                    debug!(group = at, number = first.number, "a broadcast has ended");
                     first.done.tell(Ok(()));
                 }
             }
@@ -381,7 +383,9 @@ impl<C: Communicator> Worker<C> {
             warn!(error = %why, "the groups are given up");
         }
         // The library lets go of the slots before anyone is told that they are free.
+        debug!(%why, "leaving all groups");
         self.communicator.leave();
+        debug!("all groups are left");
         for pending in groups.into_iter().flatten().flat_map(|group| group.pending) {
             pending.done.tell(Err(why.report().clone().into()));
         }
