@@ -39,6 +39,8 @@ pub enum Fault {
     Corrupts,
     /// A broadcast never ends.
     NeverEnds,
+    /// A broadcast never ends, and giving it up takes longer than any deadline.
+    NeverLetsGo,
     /// The library reports that the group has failed.
     Fails,
     /// A rank that tries to join never does.
@@ -340,7 +342,8 @@ impl Communicator for FakeCommunicator {
     fn broadcast(&mut self, group: usize, slot: u32, len: u64, _: &Wait<'_>) -> Result<()> {
         self.check_thread();
         self.broadcasts += 1;
-        let (hangs, corrupts) = (self.strikes(Fault::NeverEnds), self.strikes(Fault::Corrupts));
+        let hangs = self.strikes(Fault::NeverEnds) || self.strikes(Fault::NeverLetsGo);
+        let corrupts = self.strikes(Fault::Corrupts);
         let fails = self.strikes(Fault::Fails);
         let member = self.group(group)?;
         let mut world = lock(&member.world);
@@ -400,6 +403,9 @@ impl Communicator for FakeCommunicator {
 
     fn leave(&mut self) {
         self.check_thread();
+        if self.strikes(Fault::NeverLetsGo) && !self.groups.is_empty() {
+            std::thread::sleep(Duration::from_secs(4));
+        }
         self.groups.clear();
     }
 }

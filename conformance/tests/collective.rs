@@ -255,6 +255,18 @@ mod membership_and_faults {
     }
 
     #[test]
+    fn a_library_that_hangs_while_it_gives_up_hides_no_error() {
+        run(async {
+            let options = json!({"fault": "never_lets_go", "fault_rank": 1, "fault_at": 3});
+            let mut group = Group::form(options, 2).await.expect("a group");
+            let (error, _) = group.fails(1).await;
+            // What the rank says, and not the leader's own wait for it, which is longer.
+            assert!(error.to_string().starts_with("broadcasting a bucket"), "{error}");
+            assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+        });
+    }
+
+    #[test]
     fn a_group_that_fails_is_an_error_everywhere_and_the_next_update_works() {
         for rank in 0..3 {
             run(async {

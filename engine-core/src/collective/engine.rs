@@ -480,7 +480,7 @@ impl<C: Communicator> SendLink for Link<C> {
         let guard = node.lock(slot as u32, filled).await?;
         let groups = groups_of(&node.joined().members, node.rank);
         let Some(&(group, _)) = groups.first().filter(|_| filled > 0) else { return Ok(()) };
-        let done = Box::new(Sent { node: node.clone(), _slot: guard });
+        let done = Box::new(Sent { node: node.clone(), slot: guard });
         let limit = node.deadline;
         node.thread.broadcast(Broadcast { group, slot: slot as u32, len: filled, limit, done });
         Ok(())
@@ -536,7 +536,7 @@ fn is_shrink(ticket: &[u8]) -> bool {
 /// A bucket that is on its way from here.
 struct Sent<C> {
     node: Arc<Node<C>>,
-    _slot: SlotGuard,
+    slot: SlotGuard,
 }
 
 impl<C: Communicator> Awaiting for Sent<C> {
@@ -544,11 +544,12 @@ impl<C: Communicator> Awaiting for Sent<C> {
         true // The engine leaves the group when the update has failed.
     }
 
-    fn tell(self: Box<Self>, result: Result<()>) {
-        if let Err(error) = result {
-            let report = ErrorReport::from(&error.rank(self.node.rank));
-            self.node.failure().get_or_insert(report);
-        }
+    fn arrived(self: Box<Self>) {}
+
+    fn failed(self: Box<Self>, error: Error) -> SlotGuard {
+        let report = ErrorReport::from(&error.rank(self.node.rank));
+        self.node.failure().get_or_insert(report);
+        self.slot
     }
 }
 
@@ -566,14 +567,19 @@ impl<C: Communicator> Awaiting for Expected<C> {
         self.arrival.is_awaited()
     }
 
-    fn tell(self: Box<Self>, result: Result<()>) {
-        let Self { node, slot, filled, from, arrival } = *self;
-        arrival.tell(match result {
-            Ok(()) => Ok(node.slots.view(slot, filled)),
+    fn arrived(self: Box<Self>) {
+        let Self { node, slot, filled, arrival, .. } = *self;
+        arrival.tell(Ok(node.slots.view(slot, filled)));
+    }
+
+    fn failed(self: Box<Self>, error: Error) -> SlotGuard {
+        let Self { slot, from, arrival, .. } = *self;
+        arrival.tell(Err(match error.kind() {
             // It was waited for; of anything else, nobody knows whose fault it is.
-            Err(error) if error.kind() == ErrorKind::Timeout => Err(error.rank(from)),
-            Err(error) => Err(error),
-        });
+            ErrorKind::Timeout => error.rank(from),
+            _ => error,
+        }));
+        slot
     }
 }
 
@@ -599,7 +605,7 @@ impl<C: Communicator> FetchLink for Link<C> {
         let done = Box::new(Expected { node: node.clone(), slot: guard, filled, from, arrival });
         match group.filter(|_| filled > 0) {
             // Nothing travels of an empty bucket.
-            None => done.tell(Ok(())),
+            None => done.arrived(),
             Some(group) => {
                 let limit = node.deadline;
                 node.thread.broadcast(Broadcast { group, slot, len: filled, limit, done });

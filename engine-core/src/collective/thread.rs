@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use tracing::{debug, warn};
 
-use super::Communicator;
+use super::{Communicator, SlotGuard};
 use crate::{Error, ErrorKind, Result};
 
 /// How often something under way is looked at without a pause: short broadcasts end meanwhile.
@@ -88,8 +88,12 @@ pub(super) trait Awaiting: Send {
     /// Whether anyone still does. A group is given up that someone waits for no more.
     fn is_awaited(&self) -> bool;
 
-    /// The broadcast has ended, or cannot.
-    fn tell(self: Box<Self>, result: Result<()>);
+    /// The broadcast has ended.
+    fn arrived(self: Box<Self>);
+
+    /// It cannot. The library may not have let go of the slot: its guard is given back, for the thread to
+    /// keep until it has.
+    fn failed(self: Box<Self>, error: Error) -> SlotGuard;
 }
 
 /// A broadcast to be made.
@@ -201,7 +205,7 @@ impl<C: Communicator> Thread<C> {
         if let Err(error) = queued
             && let Some(broadcast) = cell.lock().unwrap_or_else(PoisonError::into_inner).take()
         {
-            broadcast.done.tell(Err(error));
+            drop(broadcast.done.failed(error));
         }
     }
 
@@ -320,7 +324,7 @@ impl<C: Communicator> Worker<C> {
         let Broadcast { group, slot, len, limit, done } = broadcast;
         let Some(Some(state)) = self.groups.get_mut(group) else {
             let message = "the group has failed, or was never joined";
-            return done.tell(Err(Error::new(ErrorKind::State, BROADCASTING, message)));
+            return drop(done.failed(Error::new(ErrorKind::State, BROADCASTING, message)));
         };
         let until = Instant::now() + limit;
         let awaited = || done.is_awaited();
@@ -348,7 +352,7 @@ impl<C: Communicator> Worker<C> {
             while group.pending.front().is_some_and(|first| first.number <= ended) {
                 if let Some(first) = group.pending.pop_front() {
                     debug!(group = at, number = first.number, "a broadcast has ended");
-                    first.done.tell(Ok(()));
+                    first.done.arrived();
                 }
             }
             let now = Instant::now();
@@ -382,12 +386,14 @@ impl<C: Communicator> Worker<C> {
         if why.kind() != ErrorKind::Aborted {
             warn!(error = %why, "the groups are given up");
         }
-        // The library lets go of the slots before anyone is told that they are free.
+        // Everyone is told at once: a library may take its time to give up what is under way.
+        let fail = |pending: Pending| pending.done.failed(why.report().clone().into());
+        let pending = groups.into_iter().flatten().flat_map(|group| group.pending);
+        let slots: Vec<SlotGuard> = pending.map(fail).collect();
         debug!(%why, "leaving all groups");
         self.communicator.leave();
         debug!("all groups are left");
-        for pending in groups.into_iter().flatten().flat_map(|group| group.pending) {
-            pending.done.tell(Err(why.report().clone().into()));
-        }
+        // Only now nothing writes to them.
+        drop(slots);
     }
 }
