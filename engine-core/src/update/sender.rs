@@ -732,13 +732,14 @@ impl Group {
                 self.slots[slot] = Held { update: self.update, bucket: index, by };
             }
         }
-        let sender = sender_of(&self.senders, index);
+        let (sender, layout) = (sender_of(&self.senders, index), bucket.layout.digest());
+        // First, so that the slot is free again if the sender cannot be told.
+        self.outgoing.push_back(bucket);
         if sender != Rank::LEADER {
-            let (update, layout) = (self.update, bucket.layout.digest());
+            let update = self.update;
             let fill = ToReceiver::Fill { update, index, slot: slot as u32, layout };
             self.tell(sender, encode(&fill)?)?;
         }
-        self.outgoing.push_back(bucket);
         Ok(())
     }
 
@@ -774,25 +775,37 @@ impl Group {
             let (update, slot) = (self.update, slot as u32);
             encode(&ToReceiver::Bucket { update, index, slot, digest, layout })
         };
-        let mut short: Option<Bytes> = None;
-        let mut full: Option<Bytes> = None;
-        for rank in self.readers() {
-            // A receiver that joined later does not know the plan that the others know.
-            let knows = known.is_some()
-                && self.members.get(&rank).is_some_and(|member| member.plan == known);
-            let cached = if knows { &mut short } else { &mut full };
-            let body = match cached {
-                Some(body) => body.clone(),
-                None => {
-                    let layout = if knows {
-                        Layout::Known { digest: layout.digest() }
-                    } else {
-                        Layout::Explicit { pieces: layout.pieces().to_vec() }
-                    };
-                    cached.insert(message(layout)?).clone()
-                }
-            };
-            self.tell(rank, body)?;
+        let (mut short, mut full): (Option<Bytes>, Option<Bytes>) = (None, None);
+        let readers: Vec<Rank> = self.readers().collect();
+        let mut told = 0;
+        let mut tell_all = || {
+            for rank in &readers {
+                // A receiver that joined later does not know the plan that the others know.
+                let knows = known.is_some()
+                    && self.members.get(rank).is_some_and(|member| member.plan == known);
+                let cached = if knows { &mut short } else { &mut full };
+                let body = match cached {
+                    Some(body) => body.clone(),
+                    None => {
+                        let layout = if knows {
+                            Layout::Known { digest: layout.digest() }
+                        } else {
+                            Layout::Explicit { pieces: layout.pieces().to_vec() }
+                        };
+                        cached.insert(message(layout)?).clone()
+                    }
+                };
+                self.tell(*rank, body)?;
+                told += 1;
+            }
+            Ok(())
+        };
+        if let Err(error) = tell_all() {
+            // Those that were not told will not release it.
+            for rank in &readers[told..] {
+                self.slots[slot].by.remove(rank);
+            }
+            return Err(error);
         }
         if let Some(route) = &mut self.route {
             route.filled(index);
