@@ -9,7 +9,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -59,6 +59,9 @@ struct Options {
     rebuild_group: bool,
     /// Whether members can be left out of a group.
     shrinks: bool,
+    /// How long members take to connect when they enqueue the first broadcast of a group, in milliseconds;
+    /// then each waits for all others. Nothing is to be connected without it.
+    connect_ms: u64,
     fault: Option<Fault>,
     /// The rank that it happens on.
     fault_rank: u32,
@@ -69,8 +72,8 @@ struct Options {
 impl Default for Options {
     fn default() -> Self {
         let CollectiveOptions { senders, relays, rebuild_group } = CollectiveOptions::default();
-        let (shrinks, fault, fault_rank, fault_at) = (true, None, 0, 1);
-        Self { senders, relays, rebuild_group, shrinks, fault, fault_rank, fault_at }
+        let (shrinks, connect_ms, fault, fault_rank, fault_at) = (true, 0, None, 0, 1);
+        Self { senders, relays, rebuild_group, shrinks, connect_ms, fault, fault_rank, fault_at }
     }
 }
 
@@ -208,6 +211,8 @@ static WORLD: LazyLock<Mutex<HashMap<u64, Arc<Mutex<World>>>>> = LazyLock::new(M
 #[derive(Debug, Default)]
 struct World {
     members: HashMap<u32, Arc<FakeMemory>>,
+    /// Those that have enqueued a broadcast.
+    connected: BTreeSet<u32>,
     /// Those that have come to the end of each shrinking.
     shrunk: HashMap<u64, BTreeSet<u32>>,
     /// The broadcasts, in their order.
@@ -263,6 +268,26 @@ impl FakeCommunicator {
     fn group(&mut self, group: usize) -> Result<&mut Membership> {
         let refuse = || error(ErrorKind::State, format!("not in group {group}"));
         self.groups.get_mut(&group).ok_or_else(refuse)
+    }
+
+    /// Connects with all members, who have to come to their first broadcast for that.
+    fn connect(&mut self, group: usize, wait: &Wait<'_>) -> Result<()> {
+        let takes = Duration::from_millis(self.options.connect_ms);
+        let member = self.group(group)?;
+        let begun = Instant::now();
+        while member.enqueued == 0 {
+            wait.check("connecting a group of the fake library")?;
+            let mut world = lock(&member.world);
+            if begun.elapsed() >= takes {
+                world.connected.insert(member.place);
+            }
+            if member.places.iter().all(|place| world.connected.contains(place)) {
+                break;
+            }
+            drop(world);
+            std::thread::sleep(PAUSE);
+        }
+        Ok(())
     }
 
     /// Whether the fault happens now.
@@ -339,8 +364,11 @@ impl Communicator for FakeCommunicator {
         Ok(())
     }
 
-    fn broadcast(&mut self, group: usize, slot: u32, len: u64, _: &Wait<'_>) -> Result<()> {
+    fn broadcast(&mut self, group: usize, slot: u32, len: u64, wait: &Wait<'_>) -> Result<()> {
         self.check_thread();
+        if self.options.connect_ms > 0 {
+            self.connect(group, wait)?;
+        }
         self.broadcasts += 1;
         let hangs = self.strikes(Fault::NeverEnds) || self.strikes(Fault::NeverLetsGo);
         let corrupts = self.strikes(Fault::Corrupts);

@@ -32,6 +32,12 @@ mod two_senders {
     conformance::suite!(super::suite(super::json!({"senders": 2})).with_trainers(2));
 }
 
+mod two_senders_and_a_library_that_connects_late {
+    conformance::suite!(
+        super::suite(super::json!({"senders": 2, "connect_ms": 50})).with_trainers(2)
+    );
+}
+
 mod three_senders_and_a_relay {
     conformance::suite!(super::suite(super::json!({"senders": 3})).with_trainers(4));
 }

@@ -30,7 +30,8 @@ if [ "${1:-tests}" = tests ]; then
     [ -d nixl ] && check ./backend-nixl-cuda --ignored --test-threads 2 --skip whose_engine_is_gone
     if [ -f libnccl.so.2 ]; then
         suite backend-nccl-cuda
-        check ./backend-nccl-processes --ignored --test-threads 2
+        # One after the other: a test compares how much memory of the GPU is free.
+        check ./backend-nccl-processes --ignored --test-threads 1
         check ./ckpt-engine sync --backend nccl --device cuda --synthetic tiny-moe --trainers 2 \
             --engine-kwarg senders=2 --rollouts 2 --updates 3 --verify --json --trainer-quantize-fp8
     fi

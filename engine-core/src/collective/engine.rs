@@ -410,7 +410,6 @@ impl<C: Communicator> Node<C> {
             }
             Change::Form { ids } => {
                 *self.joined() = Joined::default();
-                *self.failure() = None;
                 info!(%epoch, ranks = size, "joining a group");
                 self.thread
                     .regroup(limit, true, move |library, wait| {
@@ -420,6 +419,8 @@ impl<C: Communicator> Node<C> {
                         Ok(groups.into_iter().map(|(group, _)| group).collect())
                     })
                     .await?;
+                // Now that the thread has given up all broadcasts of the update before.
+                *self.failure() = None;
             }
             Change::Shrink { gone } => {
                 if joined.epoch + 1 != epoch || joined.members.senders != members.senders {

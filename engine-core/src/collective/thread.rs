@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -66,6 +67,9 @@ fn gone() -> Error {
 /// dropped; [`close`](Self::close) waits for that.
 pub struct Thread<C> {
     commands: Sender<Command<C>>,
+    /// How often all groups were given up. The thread sees it also while it makes a call, which it then
+    /// ends: nobody waits any more for broadcasts from before.
+    given_up: Arc<AtomicU64>,
     ended: Arc<Mutex<Option<oneshot::Receiver<()>>>>,
 }
 
@@ -73,7 +77,8 @@ type Command<C> = Box<dyn FnOnce(&mut Worker<C>) + Send>;
 
 impl<C> Clone for Thread<C> {
     fn clone(&self) -> Self {
-        Self { commands: self.commands.clone(), ended: self.ended.clone() }
+        let Self { commands, given_up, ended } = self;
+        Self { commands: commands.clone(), given_up: given_up.clone(), ended: ended.clone() }
     }
 }
 
@@ -135,7 +140,8 @@ impl<C: Communicator> Thread<C> {
                 .with_source(error)
         })?;
         started.await.map_err(|_| gone())??;
-        Ok(Self { commands, ended: Arc::new(Mutex::new(Some(ended))) })
+        let ended = Arc::new(Mutex::new(Some(ended)));
+        Ok(Self { commands, given_up: Arc::default(), ended })
     }
 
     /// Has the thread do something with the communicator.
@@ -197,9 +203,11 @@ impl<C: Communicator> Thread<C> {
         let cell = Arc::new(Mutex::new(Some(broadcast)));
         let taken = cell.clone();
         let take = move || taken.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let now = self.given_up.load(Ordering::Acquire);
+        let given_up = self.given_up.clone();
         let queued = self.command(move |worker| {
             if let Some(broadcast) = take() {
-                worker.broadcast(broadcast);
+                worker.broadcast(broadcast, &|| given_up.load(Ordering::Acquire) != now);
             }
         });
         if let Err(error) = queued
@@ -211,6 +219,7 @@ impl<C: Communicator> Thread<C> {
 
     /// Gives up all groups.
     pub(super) fn leave_all(&self) {
+        self.given_up.fetch_add(1, Ordering::AcqRel);
         let left = self.command(|worker| {
             let words = "the update has ended";
             worker.leave(&Error::new(ErrorKind::Aborted, BROADCASTING, words));
@@ -228,6 +237,9 @@ impl<C: Communicator> Thread<C> {
         join: impl FnOnce(&mut C, &Wait<'_>) -> Result<Vec<usize>> + Send + 'static,
     ) -> Result<()> {
         let (tell, told) = oneshot::channel();
+        if leave {
+            self.given_up.fetch_add(1, Ordering::AcqRel);
+        }
         self.command(move |worker| {
             if tell.is_closed() {
                 return;
@@ -320,14 +332,14 @@ impl<C: Communicator> Worker<C> {
         self.groups[group].get_or_insert_default();
     }
 
-    fn broadcast(&mut self, broadcast: Broadcast) {
+    fn broadcast(&mut self, broadcast: Broadcast, given_up: &dyn Fn() -> bool) {
         let Broadcast { group, slot, len, limit, done } = broadcast;
         let Some(Some(state)) = self.groups.get_mut(group) else {
             let message = "the group has failed, or was never joined";
             return drop(done.failed(Error::new(ErrorKind::State, BROADCASTING, message)));
         };
         let until = Instant::now() + limit;
-        let awaited = || done.is_awaited();
+        let awaited = || done.is_awaited() && !given_up();
         let wait = Wait { until, limit, awaited: &awaited };
         let begun = self.communicator.broadcast(group, slot, len, &wait);
         state.begun += 1;
