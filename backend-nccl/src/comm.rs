@@ -32,6 +32,8 @@ pub(crate) struct Nccl {
 struct Group {
     comm: RawComm,
     registration: Option<Registration>,
+    /// Whether the library is enqueueing a broadcast, which no event is behind yet.
+    enqueueing: bool,
     /// Broadcasts that have ended.
     ended: u64,
     under_way: VecDeque<Event>,
@@ -96,6 +98,7 @@ impl Communicator for Nccl {
         let group_state = Group {
             comm,
             registration,
+            enqueueing: false,
             ended: 0,
             under_way: VecDeque::new(),
             spare: Vec::new(),
@@ -130,18 +133,15 @@ impl Communicator for Nccl {
         let bytes = bytes.map_err(NcclError::from)?;
         let device = self.device.clone();
         let state = self.group(group)?;
+        state.enqueueing = true;
         state.comm.broadcast(&bytes, &state.stream)?;
         // Only now is it on the stream, and the event behind it.
         while !state.comm.is_ready().map_err(Error::from)? {
             wait.check("enqueueing a broadcast")?;
             std::hint::spin_loop();
         }
-        let event = match state.spare.pop() {
-            Some(event) => event,
-            None => Event::new(&device, false).map_err(NcclError::from)?,
-        };
-        event.record(&state.stream).map_err(NcclError::from)?;
-        state.under_way.push_back(event);
+        mark(&state.stream, &mut state.under_way, state.spare.pop(), &device)?;
+        state.enqueueing = false;
         Ok(())
     }
 
@@ -161,15 +161,22 @@ impl Communicator for Nccl {
     fn leave(&mut self) {
         let (mut comms, mut rests) = (Vec::new(), Vec::new());
         for (_, group) in self.groups.drain() {
-            let Group { comm, registration, under_way, spare, stream, .. } = group;
-            if under_way.is_empty() {
+            let Group { comm, registration, enqueueing, under_way, spare, stream, .. } = group;
+            // While the library is at work with the communicator, nothing but aborting it is allowed.
+            if under_way.is_empty() && !enqueueing {
                 forget(&comm, registration);
             }
             comms.push(comm);
-            rests.push((under_way, spare, stream));
+            rests.push((under_way, spare, stream, enqueueing));
         }
         // Before the streams, which the library may be about to use.
         abort_all(comms);
+        for (under_way, spare, stream, enqueueing) in &mut rests {
+            // What the library has come to enqueue after all.
+            if *enqueueing && let Err(error) = mark(stream, under_way, spare.pop(), &self.device) {
+                debug!(%error, "while the end of an aborted broadcast was marked");
+            }
+        }
         // Their kernels end when they see that they were aborted; until then they may write to slots.
         let until = Instant::now() + ENDING;
         let ended = |event: &Event| event.is_done().unwrap_or(true);
@@ -183,6 +190,22 @@ impl Communicator for Nccl {
             std::thread::sleep(PAUSE);
         }
     }
+}
+
+/// Puts an event behind the work of a stream.
+fn mark(
+    stream: &Stream,
+    under_way: &mut VecDeque<Event>,
+    spare: Option<Event>,
+    device: &Device,
+) -> Result<(), NcclError> {
+    let event = match spare {
+        Some(event) => event,
+        None => Event::new(device, false)?,
+    };
+    event.record(stream)?;
+    under_way.push_back(event);
+    Ok(())
 }
 
 /// Ends a communicator in which nothing is under way.

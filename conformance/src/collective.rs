@@ -77,21 +77,25 @@ impl Default for Options {
     }
 }
 
-/// How often groups were joined and shrunk in this process, by any rank: for tests that compare.
+/// How often groups were joined, shrunk and left in this process, by any rank: for tests that compare.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Joins of a new group.
     pub joined: u64,
     /// Groups that went on without some of their members.
     pub shrunk: u64,
+    /// Groups that were left.
+    pub left: u64,
 }
 
 static JOINED: AtomicU64 = AtomicU64::new(0);
 static SHRUNK: AtomicU64 = AtomicU64::new(0);
+static LEFT: AtomicU64 = AtomicU64::new(0);
 
 /// What happened so far.
 pub fn counts() -> Counts {
-    Counts { joined: JOINED.load(Ordering::SeqCst), shrunk: SHRUNK.load(Ordering::SeqCst) }
+    let count = |counter: &AtomicU64| counter.load(Ordering::SeqCst);
+    Counts { joined: count(&JOINED), shrunk: count(&SHRUNK), left: count(&LEFT) }
 }
 
 #[derive(Debug)]
@@ -275,19 +279,21 @@ impl FakeCommunicator {
         let takes = Duration::from_millis(self.options.connect_ms);
         let member = self.group(group)?;
         let begun = Instant::now();
-        while member.enqueued == 0 {
+        if member.enqueued > 0 {
+            return Ok(());
+        }
+        loop {
             wait.check("connecting a group of the fake library")?;
             let mut world = lock(&member.world);
             if begun.elapsed() >= takes {
                 world.connected.insert(member.place);
             }
             if member.places.iter().all(|place| world.connected.contains(place)) {
-                break;
+                return Ok(());
             }
             drop(world);
             std::thread::sleep(PAUSE);
         }
-        Ok(())
     }
 
     /// Whether the fault happens now.
@@ -434,6 +440,7 @@ impl Communicator for FakeCommunicator {
         if self.strikes(Fault::NeverLetsGo) && !self.groups.is_empty() {
             std::thread::sleep(Duration::from_secs(4));
         }
+        LEFT.fetch_add(self.groups.len() as u64, Ordering::SeqCst);
         self.groups.clear();
     }
 }

@@ -167,6 +167,7 @@ impl Suite {
     ///
     /// If the engine fails the case or does not have what it is about, or if there is no such case.
     pub fn test(&self, name: &str) {
+        log();
         let case = CASES.iter().find(|case| case.name == name).expect("a case of that name");
         match self.run(case) {
             Outcome::Passed => {}
@@ -174,4 +175,13 @@ impl Suite {
             Outcome::Ignored(reason) => panic!("{name}: {reason}"),
         }
     }
+}
+
+/// Lets `CKPT_ENGINE_LOG` say what of the ranks' logs is printed, to standard error.
+pub(crate) fn log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("CKPT_ENGINE_LOG");
+    let Ok(filter) = filter else { return };
+    let logger = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Another test of the process may have begun to log.
+    drop(logger.try_init());
 }

@@ -24,6 +24,8 @@ use engine_core::{
     ensure_async_iterator,
 };
 
+use crate::log;
+
 const SECRET: &[u8] = b"the secret of a group of tests, long enough";
 const CHILD: &str = "CKPT_ENGINE_TEST_CHILD";
 /// How many devices there are, where the configuration names a kind and no number: each rank takes the
@@ -92,15 +94,6 @@ async fn form(
     let place = places.into_iter().find(|place| place.rank == control.rank());
     engine.init_process_group(place.expect("a place")).await?;
     Ok(engine)
-}
-
-/// Lets `CKPT_ENGINE_LOG` say what of a rank's log is printed, to standard error.
-fn log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("CKPT_ENGINE_LOG");
-    let Ok(filter) = filter else { return };
-    let logger = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    // Another test of the process may have begun to log.
-    drop(logger.try_init());
 }
 
 /// What a child process does; nothing in a process that is none.

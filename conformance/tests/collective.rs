@@ -261,6 +261,24 @@ mod membership_and_faults {
     }
 
     #[test]
+    fn an_update_that_is_dropped_while_the_library_connects_is_given_up_at_once() {
+        let _counting = COUNTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        run(async {
+            let mut group = Group::form(json!({"connect_ms": 400}), 2).await.expect("a group");
+            let start = counts();
+            let update = tokio::time::timeout(Duration::from_millis(200), group.update(1));
+            update.await.expect_err("it was dropped");
+            // Neither the deadline nor the next update is what ends it.
+            let until = tokio::time::Instant::now() + Duration::from_secs(1);
+            while counts().left < start.left + 3 {
+                assert!(tokio::time::Instant::now() < until, "{:?}, then {:?}", start, counts());
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            group.works(2).await;
+        });
+    }
+
+    #[test]
     fn a_library_that_hangs_while_it_gives_up_hides_no_error() {
         run(async {
             let options = json!({"fault": "never_lets_go", "fault_rank": 1, "fault_at": 3});

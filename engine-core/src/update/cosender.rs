@@ -8,6 +8,7 @@ use tracing::{Instrument, debug, debug_span};
 use super::collect::{Bucket, Collector};
 use super::message::{Begin, ToReceiver, ToSender, encode};
 use super::receiver::{Guard, JOINING, event_of_update, message, tell_leader, wait_for};
+use super::sender::{Ending, Ends};
 use super::{LONG, SendLink, within};
 use crate::control::{ControlPlane, Event};
 use crate::observe::{Observer as _, Progress};
@@ -67,8 +68,9 @@ impl<L: SendLink> CoSender<L> {
             armed: true,
             unsaid: "the trainer dropped the update",
         };
-        let result = self.run(&begin, weights).await;
-        self.link.end(result.is_ok());
+        let ending = Ending::new(self);
+        let result = ending.sender.run(&begin, weights).await;
+        ending.end(result.is_ok());
         match result {
             Ok(report) => {
                 guard.disarm(true);
@@ -195,6 +197,12 @@ const SENDING: &str = "sending a part of the buckets";
 fn other_stream(rank: Rank) -> Error {
     let message = "its weights, or their order, are not the leader's";
     Error::new(ErrorKind::Mismatch, SENDING, message).rank(rank)
+}
+
+impl<L: SendLink> Ends for CoSender<L> {
+    fn end(&mut self, committed: bool) {
+        self.link.end(committed);
+    }
 }
 
 /// Why an update failed.

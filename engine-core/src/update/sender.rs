@@ -336,8 +336,9 @@ impl<L: SendLink> Sender<L> {
         let (control, meter) = (self.group.control.clone(), self.meter.clone());
         let mut guard = AbortGuard { control, meter, abort: None };
         guard.arm(&self.group);
-        let result = self.run(weights).await;
-        self.link.end(result.is_ok());
+        let ending = Ending::new(self);
+        let result = ending.sender.run(weights).await;
+        ending.end(result.is_ok());
         let result = match result {
             Err(error) if is_of_transport(&error) => Err(self.group.cause_of(error).await),
             result => result,
@@ -991,6 +992,39 @@ impl Group {
             | ToSender::Missed { .. } => {}
         }
         Ok(())
+    }
+}
+
+impl<L: SendLink> Ends for Sender<L> {
+    fn end(&mut self, committed: bool) {
+        self.link.end(committed);
+    }
+}
+
+/// A side of the protocol whose link is told of the end of an update.
+pub(super) trait Ends {
+    fn end(&mut self, committed: bool);
+}
+
+/// Tells a link that an update is over, also when the future that sends it is dropped.
+pub(super) struct Ending<'a, S: Ends> {
+    pub(super) sender: &'a mut S,
+    committed: bool,
+}
+
+impl<'a, S: Ends> Ending<'a, S> {
+    pub(super) fn new(sender: &'a mut S) -> Self {
+        Self { sender, committed: false }
+    }
+
+    pub(super) fn end(mut self, committed: bool) {
+        self.committed = committed;
+    }
+}
+
+impl<S: Ends> Drop for Ending<'_, S> {
+    fn drop(&mut self) {
+        self.sender.end(self.committed);
     }
 }
 
