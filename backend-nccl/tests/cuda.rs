@@ -2,7 +2,8 @@
 //! sender and with several.
 //!
 //! All ranks of the suite are in one process and on one GPU, which NCCL allows since 2.30 with
-//! `NCCL_MULTI_RANK_GPU_ENABLE=1` and `NCCL_NVLS_ENABLE=0`.
+//! `NCCL_MULTI_RANK_GPU_ENABLE=1` and `NCCL_NVLS_ENABLE=0`. They have more streams than the 8 queues that a context
+//! has by default, and streams that share a queue wait for one another: `CUDA_DEVICE_MAX_CONNECTIONS=32`.
 
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicUsize, Ordering};

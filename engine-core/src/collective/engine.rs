@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt;
 use serde::{Deserialize, Serialize};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::group::{Change, Joined, Step, Ticket, groups_of};
 use super::thread::{Awaiting, Broadcast};
@@ -83,6 +83,35 @@ struct Details {
     shape: Shape,
     version: String,
     senders: u32,
+}
+
+/// How long an engine that was not finalized waits for its library when it is dropped.
+const LETTING_GO: Duration = Duration::from_secs(2);
+
+impl<L: Library> Drop for CollectiveEngine<L> {
+    fn drop(&mut self) {
+        // A library that is at work while the process ends may bring it down.
+        if let Some(node) = self.phase.node()
+            && !node.thread.close_within(LETTING_GO)
+        {
+            warn!("the library does not let go of its groups; its thread is left behind");
+        }
+    }
+}
+
+impl<C> Phase<C> {
+    fn node(&self) -> Option<&Arc<Node<C>>> {
+        match self {
+            Self::New => None,
+            // The link goes with the protocol's state.
+            Self::Prepared(node)
+            | Self::Idle(node)
+            | Self::Sending(_, node)
+            | Self::CoSending(_, node)
+            | Self::Relaying(_, node)
+            | Self::Receiving(_, node) => Some(node),
+        }
+    }
 }
 
 impl<L: Library> CollectiveEngine<L> {
@@ -276,16 +305,12 @@ impl<L: Library> CheckpointEngine for CollectiveEngine<L> {
     }
 
     async fn finalize(&mut self) -> Result<()> {
-        let node = match std::mem::replace(&mut self.phase, Phase::New) {
-            Phase::New => return Err(wrong_phase("finalizing", "it was not prepared")),
-            // The link goes with the protocol's state.
-            Phase::Prepared(node)
-            | Phase::Idle(node)
-            | Phase::Sending(_, node)
-            | Phase::CoSending(_, node)
-            | Phase::Relaying(_, node)
-            | Phase::Receiving(_, node) => node,
+        let phase = std::mem::replace(&mut self.phase, Phase::New);
+        let Some(node) = phase.node() else {
+            return Err(wrong_phase("finalizing", "it was not prepared"));
         };
+        let node = node.clone();
+        drop(phase);
         node.thread.close().await;
         Ok(())
     }
@@ -513,9 +538,7 @@ impl<C: Communicator> SendLink for Link<C> {
     async fn join(&mut self, ticket: &JoinTicket) -> Result<()> {
         let result = self.node.join(&ticket.bytes).await;
         if result.is_err() && self.can_shrink && is_shrink(&ticket.bytes) {
-            tracing::warn!(
-                "members could not be left out of a group; from now on groups form anew"
-            );
+            warn!("members could not be left out of a group; from now on groups form anew");
             self.can_shrink = false;
         }
         result

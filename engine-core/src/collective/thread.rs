@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel}
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::oneshot;
+use tokio::sync::oneshot::{self, error::TryRecvError as TryRecv};
 use tracing::{debug, warn};
 
 use super::{Communicator, SlotGuard};
@@ -196,6 +196,24 @@ impl<C: Communicator> Thread<C> {
             // The other end is dropped, never used.
             drop(ended.await);
         }
+    }
+
+    /// As [`close`](Self::close), for those who cannot await; whether it has ended within so long.
+    pub(super) fn close_within(&self, limit: Duration) -> bool {
+        if self.command(|worker| worker.closing = true).is_err() {
+            debug!("the thread has ended before");
+        }
+        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(mut ended) = ended else { return true };
+        let until = Instant::now() + limit;
+        // It is dropped when the thread ends, and never used.
+        while matches!(ended.try_recv(), Err(TryRecv::Empty)) {
+            if Instant::now() >= until {
+                return false;
+            }
+            std::thread::sleep(PAUSE);
+        }
+        true
     }
 
     /// Has a broadcast made; its end is told to `done`.
