@@ -42,8 +42,8 @@ fn quantized(weights: Vec<Weight>) -> Vec<Weight> {
 fn suite(options: Value) -> Suite {
     Suite::new(backend_nccl::BACKEND).with_control_plane().with_config(|config| {
         config.device = "cuda:0".parse().expect("a device");
-        // Contexts, kernels and communicators are made at the beginning of every case.
-        config.timeout_seconds = 8.0;
+        // Contexts, kernels and communicators are made at the beginning of every case, while others do the same.
+        config.timeout_seconds = 20.0;
         if let Value::Object(options) = options {
             config.engine_kwargs.insert("nccl".into(), options);
         }
