@@ -332,6 +332,7 @@ pub fn declarations() -> Declarations {
             .filter(|entry| entry.library != Library::All)
             .map(|entry| Signature::from_rust(entry.name, entry.result, entry.arguments))
             .collect(),
+        calls: Vec::new(),
         constants: CONSTANTS.iter().map(|&(name, value)| (name.to_owned(), value)).collect(),
         types,
     }
