@@ -17,6 +17,8 @@ mod engine;
 mod environment;
 mod error;
 mod ffi;
+#[cfg(test)]
+mod headers;
 mod mutation;
 mod slots;
 mod sys;
