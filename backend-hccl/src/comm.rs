@@ -199,6 +199,18 @@ impl HcclCommunicator {
         self.memory.read(at + start as usize, to)
     }
 
+    /// As [`broadcast`](Communicator::broadcast) of the first slot, from any member of the first group.
+    #[cfg(test)]
+    pub(crate) fn broadcast_of(&mut self, root: u32, len: usize) -> Result<(), HcclError> {
+        let group = self.groups.first_mut().and_then(Option::as_mut);
+        let group = group.ok_or(HcclError::NotJoined(0))?;
+        let event = self.device.event()?;
+        group.comm.broadcast_of(root, &self.memory, len, &group.stream)?;
+        event.record(&group.stream)?;
+        group.events.push_back((event, None));
+        Ok(())
+    }
+
     /// Where bytes of a slot are, for whoever should not know.
     #[cfg(feature = "mutations")]
     pub(crate) fn address(&self, slot: u32, start: u64, len: u64) -> Result<usize, HcclError> {

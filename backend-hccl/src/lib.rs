@@ -18,6 +18,8 @@ mod environment;
 mod error;
 mod ffi;
 #[cfg(test)]
+mod foreign;
+#[cfg(test)]
 mod headers;
 mod mutation;
 mod slots;
