@@ -220,6 +220,7 @@ macro_rules! functions {
 
 functions! {
     All true acl::HcclSimVersion() -> *const c_char;
+    All true acl::HcclSimHeld() -> *const c_char;
 
     Acl true acl::aclInit(config: *const c_char) -> aclError;
     Acl true acl::aclFinalize() -> aclError;
