@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use engine_core::collective::{Communicator, Shape, Wait};
+use engine_core::{ErrorKind, Rank};
 use tokio::sync::OwnedSemaphorePermit;
 use tracing::{debug, warn};
 
@@ -30,6 +31,10 @@ const PROBE_BYTES: usize = 256;
 const SLICE: Duration = Duration::from_millis(50);
 /// How often a group is asked for asynchronous errors while something is under way.
 const ASYNC_ERRORS: Duration = Duration::from_millis(20);
+/// How long after a group could not be formed the next one is begun, at least. Members may still be in the
+/// call that joins, for as long as HCCL waits; the others wait as long for them in the next group, which is
+/// too short unless they begin later than those did.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// How often a communicator that is in use is tried to be destroyed, at most.
 const RETRY: Duration = Duration::from_millis(5);
 
@@ -58,6 +63,9 @@ pub(crate) struct HcclCommunicator {
     shape: Shape,
     deadline: Duration,
     version: String,
+    rank: Rank,
+    /// When this rank failed to join a group last, unless it has joined one since.
+    failed: Option<Instant>,
     device: Device,
 }
 
@@ -159,6 +167,8 @@ impl HcclCommunicator {
             shape: plan.shape,
             deadline: plan.deadline,
             version,
+            rank: Rank(plan.rank),
+            failed: None,
             device,
         })
     }
@@ -295,6 +305,41 @@ impl HcclCommunicator {
         Ok(())
     }
 
+    /// Joins a group, of which nothing is left if that fails.
+    fn try_join(
+        &mut self,
+        group: usize,
+        id: &[u8],
+        size: u32,
+        place: u32,
+        wait: &Wait<'_>,
+    ) -> engine_core::Result<()> {
+        self.end_lingering()?;
+        let comm = self.device.join(size, id, place)?;
+        let stream = match self.device.stream() {
+            Ok(stream) => stream,
+            Err(error) => {
+                // Nothing is under way.
+                if let Err((_, destroyed)) = comm.destroy() {
+                    warn!(error = %destroyed, "a communicator is not destroyed");
+                }
+                return Err(error.into());
+            }
+        };
+        let warm = self.warm_up(&comm, &stream, place, wait);
+        let joined =
+            Group { comm, stream, place, events: VecDeque::new(), ended: 0, asked: Instant::now() };
+        if let Err(error) = warm {
+            self.end(joined);
+            return Err(error);
+        }
+        if self.groups.len() <= group {
+            self.groups.resize_with(group + 1, || None);
+        }
+        self.groups[group] = Some(joined);
+        Ok(())
+    }
+
     /// What a new group does first: the library makes its links now and not within an update, and no
     /// member goes on before all are there.
     fn warm_up(
@@ -305,11 +350,19 @@ impl HcclCommunicator {
         wait: &Wait<'_>,
     ) -> engine_core::Result<()> {
         const OPERATION: &str = "joining a group";
+        // All members are there, which may have taken as long as HCCL waits: one that was in such a call
+        // when the update before failed came out of it only now. What follows has the time of any wait.
+        let until = Instant::now() + self.deadline;
         let at = self.memory_of_slots();
         let sent = |value| if place == 0 { value } else { 0 };
         let synchronise = || -> engine_core::Result<()> {
-            while !stream.synchronize(SLICE.min(wait.left()))? {
-                wait.check(OPERATION)?;
+            while !stream.synchronize(SLICE)? {
+                match wait.check(OPERATION) {
+                    Err(error) if error.kind() != ErrorKind::Timeout || Instant::now() >= until => {
+                        return Err(error);
+                    }
+                    _ => {}
+                }
             }
             Ok(())
         };
@@ -395,7 +448,12 @@ pub(crate) fn is_simulated(api: &'static Api) -> bool {
 
 impl Communicator for HcclCommunicator {
     fn new_group(&mut self) -> engine_core::Result<Bytes> {
-        Ok(self.device.root_info()?.into())
+        if let Some(failed) = self.failed {
+            let patience = PATIENCE.min(self.deadline / 4);
+            std::thread::sleep(patience.saturating_sub(failed.elapsed()));
+        }
+        let info = self.device.root_info();
+        Ok(info.map_err(|error| engine_core::Error::from(error).rank(self.rank))?.into())
     }
 
     fn join(
@@ -406,30 +464,11 @@ impl Communicator for HcclCommunicator {
         place: u32,
         wait: &Wait<'_>,
     ) -> engine_core::Result<()> {
-        self.end_lingering()?;
-        let comm = self.device.join(size, id, place)?;
-        let stream = match self.device.stream() {
-            Ok(stream) => stream,
-            Err(error) => {
-                // Nothing is under way.
-                if let Err((_, destroyed)) = comm.destroy() {
-                    warn!(error = %destroyed, "a communicator is not destroyed");
-                }
-                return Err(error.into());
-            }
-        };
-        let warm = self.warm_up(&comm, &stream, place, wait);
-        let joined =
-            Group { comm, stream, place, events: VecDeque::new(), ended: 0, asked: Instant::now() };
-        if let Err(error) = warm {
-            self.end(joined);
-            return Err(error);
-        }
-        if self.groups.len() <= group {
-            self.groups.resize_with(group + 1, || None);
-        }
-        self.groups[group] = Some(joined);
-        Ok(())
+        // HCCL does not say which of the others it waited for, or which one shares this one's chip: the rank
+        // that it has failed on is named.
+        let joined = self.try_join(group, id, size, place, wait);
+        self.failed = joined.is_err().then(Instant::now);
+        joined.map_err(|error| error.rank(self.rank))
     }
 
     fn shrink(&mut self, _: usize, _: &[u32], _: &Wait<'_>) -> engine_core::Result<()> {
@@ -538,7 +577,6 @@ impl Drop for HcclCommunicator {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use engine_core::ErrorKind;
     use engine_core::collective::Thread;
     use std::process::Command;
 
