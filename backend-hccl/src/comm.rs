@@ -31,7 +31,7 @@ const PROBE_BYTES: usize = 256;
 const SLICE: Duration = Duration::from_millis(50);
 /// How often a group is asked for asynchronous errors while something is under way.
 const ASYNC_ERRORS: Duration = Duration::from_millis(20);
-/// How long after a group could not be formed the next one is begun, at least. Members may still be in the
+/// How long after a group could not be formed the next one is begun. Members may still be in the
 /// call that joins, for as long as HCCL waits; the others wait as long for them in the next group, which is
 /// too short unless they begin later than those did.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -64,8 +64,8 @@ pub(crate) struct HcclCommunicator {
     deadline: Duration,
     version: String,
     rank: Rank,
-    /// When this rank failed to join a group last, unless it has joined one since.
-    failed: Option<Instant>,
+    /// Whether others know of a group that this rank has not joined.
+    announced: bool,
     device: Device,
 }
 
@@ -168,7 +168,7 @@ impl HcclCommunicator {
             deadline: plan.deadline,
             version,
             rank: Rank(plan.rank),
-            failed: None,
+            announced: false,
             device,
         })
     }
@@ -448,11 +448,11 @@ pub(crate) fn is_simulated(api: &'static Api) -> bool {
 
 impl Communicator for HcclCommunicator {
     fn new_group(&mut self) -> engine_core::Result<Bytes> {
-        if let Some(failed) = self.failed {
-            let patience = PATIENCE.min(self.deadline / 4);
-            std::thread::sleep(patience.saturating_sub(failed.elapsed()));
+        if self.announced {
+            std::thread::sleep(PATIENCE.min(self.deadline / 4));
         }
         let info = self.device.root_info();
+        self.announced = info.is_ok();
         Ok(info.map_err(|error| engine_core::Error::from(error).rank(self.rank))?.into())
     }
 
@@ -467,7 +467,7 @@ impl Communicator for HcclCommunicator {
         // HCCL does not say which of the others it waited for, or which one shares this one's chip: the rank
         // that it has failed on is named.
         let joined = self.try_join(group, id, size, place, wait);
-        self.failed = joined.is_err().then(Instant::now);
+        self.announced &= joined.is_err();
         joined.map_err(|error| error.rank(self.rank))
     }
 
