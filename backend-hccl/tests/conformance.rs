@@ -4,7 +4,9 @@
 //! The libraries read their settings from the environment once, so that every case is a process of its
 //! own: this program again, running one test.
 
+use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use conformance::{CASES, Suite};
 use engine_core::Weight;
@@ -103,6 +105,21 @@ fn one_case() {
     };
     assert!(CASES.iter().any(|known| known.name == case));
     suite.test(&case);
+    gives_everything_back();
+}
+
+/// Whether nothing of the libraries is held any more: engines that were dropped end in their own time.
+fn gives_everything_back() {
+    let libraries = PathBuf::from(std::env::var_os(LIBRARIES).expect("the libraries"));
+    let until = Instant::now() + Duration::from_secs(20);
+    loop {
+        let held = hccl_sim::held(&libraries).expect("the simulator");
+        if held.is_empty() {
+            return;
+        }
+        assert!(Instant::now() < until, "after the case the process holds {held}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 macro_rules! suites {
