@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,7 @@ use crate::environment;
 use crate::error::HcclError;
 use crate::ffi::{self, Comm, Device, DeviceMemory, Event, Pinned, Stream};
 use crate::mutation::Mutation;
+use crate::slots::Views;
 use crate::sys::{self, AGAIN, Api};
 
 /// Memory for the first operations of a group.
@@ -66,6 +68,7 @@ pub(crate) struct HcclCommunicator {
     rank: Rank,
     /// Whether others know of a group that this rank has not joined.
     announced: bool,
+    views: Arc<Views>,
     device: Device,
 }
 
@@ -169,6 +172,7 @@ impl HcclCommunicator {
             version,
             rank: Rank(plan.rank),
             announced: false,
+            views: Arc::default(),
             device,
         })
     }
@@ -180,6 +184,11 @@ impl HcclCommunicator {
 
     pub(crate) fn device(&self) -> Device {
         self.device
+    }
+
+    /// What reads the slots.
+    pub(crate) fn views(&self) -> &Arc<Views> {
+        &self.views
     }
 
     pub(crate) fn memory(&self) -> &DeviceMemory {
@@ -547,6 +556,7 @@ impl Drop for HcclCommunicator {
         if self.end_lingering().is_err() {
             warn!("communicators are left behind that are still in use");
         }
+        self.views.clone().keep(self);
         let until = Instant::now() + self.deadline;
         while !self.uploads.is_empty() {
             match self.copies.synchronize(SLICE) {

@@ -25,6 +25,8 @@ const ROLE: &str = "CKPT_ENGINE_TEST_ROLE";
 const ADDRESS: &str = "CKPT_ENGINE_TEST_ADDRESS";
 const RANK: &str = "CKPT_ENGINE_TEST_RANK";
 const DEVICE: &str = "CKPT_ENGINE_TEST_DEVICE";
+const KEEP: &str = "CKPT_ENGINE_TEST_KEEP";
+const BUCKET: &str = "CKPT_ENGINE_TEST_BUCKET";
 const REBUILD: &str = "CKPT_ENGINE_TEST_REBUILD";
 /// The ranks of a group at its beginning: a trainer and two rollouts.
 const RANKS: u32 = 3;
@@ -53,7 +55,8 @@ fn a_process_of_a_group() {
 fn config() -> CheckpointEngineConfig {
     let mut config = CheckpointEngineConfig {
         backend: "hccl".into(),
-        update_weights_bucket_megabytes: Some(1),
+        update_weights_bucket_megabytes: std::env::var(BUCKET)
+            .map_or(Some(1), |megabytes| Some(megabytes.parse().unwrap())),
         timeout_seconds: 4.0,
         threads: std::num::NonZeroUsize::new(1),
         device: std::env::var(DEVICE).unwrap().parse().unwrap(),
@@ -124,15 +127,23 @@ async fn rollout(address: Address) -> Result<()> {
     let control = ControlPlane::join(control(address), Role::Rollout, rank).await?;
     let mut engine = form(&control).await?;
     say("ready");
+    let mut kept = Vec::new();
     loop {
-        match update(&mut *engine).await {
+        match update(&mut *engine, &mut kept).await {
             Ok(version) => say(&format!("active {version}")),
             Err(error)
                 if error.kind() == ErrorKind::PeerLost
                     && error.report().rank == Some(Rank::LEADER) =>
             {
                 // Without a trainer there is no next update.
-                return engine.finalize().await;
+                engine.finalize().await?;
+                if !kept.is_empty() {
+                    let right = kept.iter().all(|(value, tensor)| {
+                        tensor.to_bytes().unwrap().iter().all(|byte| byte == value)
+                    });
+                    say(&format!("kept {} tensors, right: {right}", kept.len()));
+                }
+                return Ok(());
             }
             // No update has begun yet.
             Err(error)
@@ -142,7 +153,11 @@ async fn rollout(address: Address) -> Result<()> {
     }
 }
 
-async fn update(engine: &mut dyn CheckpointEngine) -> Result<Version> {
+/// Takes an update; the tensors of the version that a variable names are kept.
+async fn update(
+    engine: &mut dyn CheckpointEngine,
+    kept: &mut Vec<(u8, Weight)>,
+) -> Result<Version> {
     let mut received = engine.receive_weights(None).await?;
     let version = received.version();
     let mut tensors = 0;
@@ -150,6 +165,9 @@ async fn update(engine: &mut dyn CheckpointEngine) -> Result<Version> {
         let expected = (version.0 * 16 + tensors) as u8;
         assert!(tensor.to_bytes()?.iter().all(|&byte| byte == expected), "other bytes arrived");
         tensors += 1;
+        if std::env::var(KEEP).is_ok_and(|keep| keep == version.to_string()) {
+            kept.push((expected, tensor));
+        }
     }
     received.finish().await.map(|_| version)
 }
@@ -470,5 +488,18 @@ fn groups_that_form_anew_for_every_update_leave_nothing_behind() {
     for version in 1..=40 {
         group.works(version, &[1, 2]);
     }
+    group.ends();
+}
+
+#[test]
+fn tensors_that_are_kept_can_be_read_after_the_end_of_their_engine() {
+    // The whole model is one bucket, of more bytes than are read at a time.
+    let large = [(BUCKET, "12"), ("HCCL_SIM_DEVICE_MB", "80")];
+    let keeping = [large[0], large[1], (KEEP, "2")];
+    let mut group = Group::form([&large, &keeping, &large]);
+    group.works(1, &[1, 2]);
+    group.works(2, &[1, 2]);
+    drop(group.trainer.child.stdin.take());
+    group.rollouts[0].says("kept 10 tensors, right: true");
     group.ends();
 }
