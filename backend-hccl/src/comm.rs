@@ -177,6 +177,11 @@ impl HcclCommunicator {
         })
     }
 
+    /// What reads the slots.
+    pub(crate) fn views(&self) -> &Arc<Views> {
+        &self.views
+    }
+
     /// The libraries in words, the same on all ranks that have the same.
     pub(crate) fn version(&self) -> &str {
         &self.version
@@ -184,11 +189,6 @@ impl HcclCommunicator {
 
     pub(crate) fn device(&self) -> Device {
         self.device
-    }
-
-    /// What reads the slots.
-    pub(crate) fn views(&self) -> &Arc<Views> {
-        &self.views
     }
 
     pub(crate) fn memory(&self) -> &DeviceMemory {
@@ -359,11 +359,11 @@ impl HcclCommunicator {
         wait: &Wait<'_>,
     ) -> engine_core::Result<()> {
         const OPERATION: &str = "joining a group";
+        let at = self.memory_of_slots();
+        let sent = |value| if place == 0 { value } else { 0 };
         // All members are there, which may have taken as long as HCCL waits: one that was in such a call
         // when the update before failed came out of it only now. What follows has the time of any wait.
         let until = Instant::now() + self.deadline;
-        let at = self.memory_of_slots();
-        let sent = |value| if place == 0 { value } else { 0 };
         let synchronise = || -> engine_core::Result<()> {
             while !stream.synchronize(SLICE)? {
                 match wait.check(OPERATION) {
