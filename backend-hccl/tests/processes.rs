@@ -352,16 +352,21 @@ impl Group {
 /// What the simulator's operations are numbered from: the first two are those that every group begins with.
 const FOURTH_BUCKET: &str = "6";
 
+/// Whether a bucket was on its way when the fourth one did not arrive: the one before, whose end was not noticed
+/// yet; four that are in the slots; or one that waits for a slot.
+fn is_on_its_way(bucket: Option<u64>) -> bool {
+    bucket.is_some_and(|bucket| (2..=7).contains(&bucket))
+}
+
 #[test]
 fn an_update_goes_on_after_a_peer_is_killed_in_the_middle_of_a_broadcast() {
     let mut group = Group::form([&[], &[], &[("HCCL_SIM_KILL_AT", FOURTH_BUCKET)]]);
     group.begin();
-    // Four buckets may be on their way, of which the first does not arrive.
     let bucket = group.trainer.fails("PeerLost", 2, "version 1");
-    assert!(bucket.is_some_and(|bucket| (3..=7).contains(&bucket)), "{bucket:?}");
+    assert!(is_on_its_way(bucket), "{bucket:?}");
     group.kill(2);
     let bucket = group.rollouts[0].fails("PeerLost", 2, "version 1");
-    assert!(bucket.is_some_and(|bucket| (3..=7).contains(&bucket)), "{bucket:?}");
+    assert!(is_on_its_way(bucket), "{bucket:?}");
     group.works(2, &[1]);
     group.join(2, &[]);
     group.works(3, &[1, 2]);
@@ -372,7 +377,8 @@ fn an_update_goes_on_after_a_peer_is_killed_in_the_middle_of_a_broadcast() {
 fn an_asynchronous_error_of_a_link_ends_the_update_and_the_next_one_works() {
     let mut group = Group::form([&[], &[("HCCL_SIM_ASYNC_ERROR_AT", FOURTH_BUCKET)], &[]]);
     // HCCL does not say which peer it was: the rank that it has failed on is named.
-    assert_eq!(group.fails("Io", 1, "asynchronous error 21"), [Some(3); 3]);
+    let buckets = group.fails("Io", 1, "asynchronous error 21");
+    assert!(buckets.iter().all(|bucket| is_on_its_way(*bucket)), "{buckets:?}");
     group.works(2, &[1, 2]);
     group.works(3, &[1, 2]);
     group.ends();
@@ -382,7 +388,8 @@ fn an_asynchronous_error_of_a_link_ends_the_update_and_the_next_one_works() {
 fn a_broadcast_that_hangs_is_a_timeout_and_the_next_update_works() {
     let mut group = Group::form([&[], &[("HCCL_SIM_HANG_AT", FOURTH_BUCKET)], &[]]);
     // It was the sender's, as far as anybody knows.
-    assert_eq!(group.fails("Timeout", 0, "broadcasting a bucket"), [Some(3); 3]);
+    let buckets = group.fails("Timeout", 0, "broadcasting a bucket");
+    assert!(buckets.iter().all(|bucket| is_on_its_way(*bucket)), "{buckets:?}");
     group.works(2, &[1, 2]);
     group.ends();
 }
