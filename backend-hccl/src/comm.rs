@@ -8,11 +8,13 @@
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use engine_core::collective::{Communicator, Shape, Wait};
+use engine_core::{ErrorKind, Rank};
 use tokio::sync::OwnedSemaphorePermit;
 use tracing::{debug, warn};
 
@@ -20,6 +22,7 @@ use crate::environment;
 use crate::error::HcclError;
 use crate::ffi::{self, Comm, Device, DeviceMemory, Event, Pinned, Stream};
 use crate::mutation::Mutation;
+use crate::slots::Views;
 use crate::sys::{self, AGAIN, Api};
 
 /// Memory for the first operations of a group.
@@ -30,6 +33,10 @@ const PROBE_BYTES: usize = 256;
 const SLICE: Duration = Duration::from_millis(50);
 /// How often a group is asked for asynchronous errors while something is under way.
 const ASYNC_ERRORS: Duration = Duration::from_millis(20);
+/// How long after a group could not be formed the next one is begun. Members may still be in the
+/// call that joins, for as long as HCCL waits; the others wait as long for them in the next group, which is
+/// too short unless they begin later than those did.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// How often a communicator that is in use is tried to be destroyed, at most.
 const RETRY: Duration = Duration::from_millis(5);
 
@@ -58,6 +65,10 @@ pub(crate) struct HcclCommunicator {
     shape: Shape,
     deadline: Duration,
     version: String,
+    rank: Rank,
+    /// Whether others know of a group that this rank has not joined.
+    announced: bool,
+    views: Arc<Views>,
     device: Device,
 }
 
@@ -159,8 +170,16 @@ impl HcclCommunicator {
             shape: plan.shape,
             deadline: plan.deadline,
             version,
+            rank: Rank(plan.rank),
+            announced: false,
+            views: Arc::default(),
             device,
         })
+    }
+
+    /// What reads the slots.
+    pub(crate) fn views(&self) -> &Arc<Views> {
+        &self.views
     }
 
     /// The libraries in words, the same on all ranks that have the same.
@@ -197,6 +216,18 @@ impl HcclCommunicator {
         let end = start.saturating_add(to.len() as u64);
         let (at, _) = self.range(slot, end)?;
         self.memory.read(at + start as usize, to)
+    }
+
+    /// As [`broadcast`](Communicator::broadcast) of the first slot, from any member of the first group.
+    #[cfg(test)]
+    pub(crate) fn broadcast_of(&mut self, root: u32, len: usize) -> Result<(), HcclError> {
+        let group = self.groups.first_mut().and_then(Option::as_mut);
+        let group = group.ok_or(HcclError::NotJoined(0))?;
+        let event = self.device.event()?;
+        group.comm.broadcast_of(root, &self.memory, len, &group.stream)?;
+        event.record(&group.stream)?;
+        group.events.push_back((event, None));
+        Ok(())
     }
 
     /// Where bytes of a slot are, for whoever should not know.
@@ -283,6 +314,41 @@ impl HcclCommunicator {
         Ok(())
     }
 
+    /// Joins a group, of which nothing is left if that fails.
+    fn try_join(
+        &mut self,
+        group: usize,
+        id: &[u8],
+        size: u32,
+        place: u32,
+        wait: &Wait<'_>,
+    ) -> engine_core::Result<()> {
+        self.end_lingering()?;
+        let comm = self.device.join(size, id, place)?;
+        let stream = match self.device.stream() {
+            Ok(stream) => stream,
+            Err(error) => {
+                // Nothing is under way.
+                if let Err((_, destroyed)) = comm.destroy() {
+                    warn!(error = %destroyed, "a communicator is not destroyed");
+                }
+                return Err(error.into());
+            }
+        };
+        let warm = self.warm_up(&comm, &stream, place, wait);
+        let joined =
+            Group { comm, stream, place, events: VecDeque::new(), ended: 0, asked: Instant::now() };
+        if let Err(error) = warm {
+            self.end(joined);
+            return Err(error);
+        }
+        if self.groups.len() <= group {
+            self.groups.resize_with(group + 1, || None);
+        }
+        self.groups[group] = Some(joined);
+        Ok(())
+    }
+
     /// What a new group does first: the library makes its links now and not within an update, and no
     /// member goes on before all are there.
     fn warm_up(
@@ -295,9 +361,17 @@ impl HcclCommunicator {
         const OPERATION: &str = "joining a group";
         let at = self.memory_of_slots();
         let sent = |value| if place == 0 { value } else { 0 };
+        // All members are there, which may have taken as long as HCCL waits: one that was in such a call
+        // when the update before failed came out of it only now. What follows has the time of any wait.
+        let until = Instant::now() + self.deadline;
         let synchronise = || -> engine_core::Result<()> {
-            while !stream.synchronize(SLICE.min(wait.left()))? {
-                wait.check(OPERATION)?;
+            while !stream.synchronize(SLICE)? {
+                match wait.check(OPERATION) {
+                    Err(error) if error.kind() != ErrorKind::Timeout || Instant::now() >= until => {
+                        return Err(error);
+                    }
+                    _ => {}
+                }
             }
             Ok(())
         };
@@ -383,7 +457,12 @@ pub(crate) fn is_simulated(api: &'static Api) -> bool {
 
 impl Communicator for HcclCommunicator {
     fn new_group(&mut self) -> engine_core::Result<Bytes> {
-        Ok(self.device.root_info()?.into())
+        if self.announced {
+            std::thread::sleep(PATIENCE.min(self.deadline / 4));
+        }
+        let info = self.device.root_info();
+        self.announced = info.is_ok();
+        Ok(info.map_err(|error| engine_core::Error::from(error).rank(self.rank))?.into())
     }
 
     fn join(
@@ -394,30 +473,11 @@ impl Communicator for HcclCommunicator {
         place: u32,
         wait: &Wait<'_>,
     ) -> engine_core::Result<()> {
-        self.end_lingering()?;
-        let comm = self.device.join(size, id, place)?;
-        let stream = match self.device.stream() {
-            Ok(stream) => stream,
-            Err(error) => {
-                // Nothing is under way.
-                if let Err((_, destroyed)) = comm.destroy() {
-                    warn!(error = %destroyed, "a communicator is not destroyed");
-                }
-                return Err(error.into());
-            }
-        };
-        let warm = self.warm_up(&comm, &stream, place, wait);
-        let joined =
-            Group { comm, stream, place, events: VecDeque::new(), ended: 0, asked: Instant::now() };
-        if let Err(error) = warm {
-            self.end(joined);
-            return Err(error);
-        }
-        if self.groups.len() <= group {
-            self.groups.resize_with(group + 1, || None);
-        }
-        self.groups[group] = Some(joined);
-        Ok(())
+        // HCCL does not say which of the others it waited for, or which one shares this one's chip: the rank
+        // that it has failed on is named.
+        let joined = self.try_join(group, id, size, place, wait);
+        self.announced &= joined.is_err();
+        joined.map_err(|error| error.rank(self.rank))
     }
 
     fn shrink(&mut self, _: usize, _: &[u32], _: &Wait<'_>) -> engine_core::Result<()> {
@@ -496,6 +556,7 @@ impl Drop for HcclCommunicator {
         if self.end_lingering().is_err() {
             warn!("communicators are left behind that are still in use");
         }
+        self.views.clone().keep(self);
         let until = Instant::now() + self.deadline;
         while !self.uploads.is_empty() {
             match self.copies.synchronize(SLICE) {
@@ -526,7 +587,6 @@ impl Drop for HcclCommunicator {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use engine_core::ErrorKind;
     use engine_core::collective::Thread;
     use std::process::Command;
 

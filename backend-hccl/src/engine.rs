@@ -92,20 +92,23 @@ impl Library for HcclLibrary {
         _: &Pool,
     ) -> Result<Opened<HcclCommunicator>> {
         let deadline = context.deadline().mul_f64(0.75);
+        let rank = context.require_control()?.rank();
         let plan = Plan {
             library_dir: self.options.library_dir.clone(),
             device: context.config.device.ordinal(),
-            rank: context.require_control()?.rank().0,
+            rank: rank.0,
             shape,
             deadline,
         };
-        let make = move || Ok(HcclCommunicator::open(&plan)?);
+        let make =
+            move || HcclCommunicator::open(&plan).map_err(|error| Error::from(error).rank(rank));
         let thread = Thread::start("ckpt-hccl", make).await?;
         let say = |own: &mut HcclCommunicator, _: &Wait<'_>| {
-            Ok((own.version().to_owned(), format!("{DEVICE}:{}", own.device().number())))
+            let device = format!("{DEVICE}:{}", own.device().number());
+            Ok((own.version().to_owned(), device, own.views().clone()))
         };
-        let (version, device) = thread.run(deadline, say).await?;
-        let slots = HcclSlots::new(thread.clone(), shape.slot_bytes, deadline, device);
+        let (version, device, views) = thread.run(deadline, say).await?;
+        let slots = HcclSlots::new(thread.clone(), shape.slot_bytes, deadline, device, views);
         Ok(Opened { thread, slots: Arc::new(slots), version })
     }
 }

@@ -95,54 +95,54 @@ fn free_in_words(free: Option<(usize, usize)>) -> String {
 /// ACL's codes. Which of them hardware reports for what has not been seen.
 fn acl_in_words(status: Status) -> &'static str {
     match status {
-        100_000 | 107_000 => "an invalid parameter",
-        100_001 => "ACL is not initialised",
-        107_001 => "no such device",
-        107_002 => "no device was set on this thread",
-        107_003 => "a stream of another context",
-        107_008 => "an address that is not aligned",
+        sys::INVALID_PARAMETER | sys::RUNTIME_PARAMETER => "an invalid parameter",
+        sys::NOT_INITIALISED => "ACL is not initialised",
+        sys::INVALID_DEVICE => "no such device",
+        sys::NO_CONTEXT => "no device was set on this thread",
+        sys::STREAM_OF_ANOTHER_CONTEXT => "a stream of another context",
+        sys::UNALIGNED => "an address that is not aligned",
         sys::STREAM_ABORTED => "the stream was aborted",
-        207_000 => "not supported here",
+        sys::UNSUPPORTED => "not supported here",
         sys::OUT_OF_DEVICE_MEMORY => "the device has no memory left",
-        207_006 => "not permitted",
-        507_018 => "an exception on the device's AI CPU",
-        507_022 => "sharing memory between processes failed",
+        sys::NOT_PERMITTED => "not permitted",
+        sys::AI_CPU_EXCEPTION => "an exception on the device's AI CPU",
+        sys::SHARING_FAILED => "sharing memory between processes failed",
         sys::SYNCHRONISE_TIMEOUT => "the stream did not end in time",
-        507_048 => {
+        sys::OPERATION_TIMEOUT => {
             "an operation on the device did not end in time: a peer is gone, or does another one"
         }
-        507_053 => "an error of the device's memory",
-        507_056 => "an error of a link between devices",
+        sys::DEVICE_MEMORY_ERROR => "an error of the device's memory",
+        sys::LINK_ERROR => "an error of a link between devices",
         _ => "an unknown failure",
     }
 }
 
 fn hccl_in_words(status: Status) -> &'static str {
     match status {
-        1 => "an invalid parameter",
-        2 => "a null pointer",
-        3 => "no memory",
-        4 => "an internal error",
-        5 => "not supported",
-        6 => "not found, or no link left",
-        7 => "unavailable",
-        8 => "a system call failed",
-        9 => "it did not happen in time",
-        10 => "a file cannot be opened",
-        11 => "no connection over TCP",
-        12 => "no connection over RoCE",
-        13 => "a transfer over TCP failed",
-        14 => "a transfer over RoCE failed",
-        15 => "an error of the runtime",
-        16 => "an error of the driver",
-        17 => "an error of profiling",
-        18 => "an error of the device's library",
-        19 => "an error of the network",
+        sys::HCCL_PARAMETER => "an invalid parameter",
+        sys::HCCL_NULL_POINTER => "a null pointer",
+        sys::HCCL_MEMORY => "no memory",
+        sys::HCCL_INTERNAL => "an internal error",
+        sys::HCCL_UNSUPPORTED => "not supported",
+        sys::HCCL_NOT_FOUND => "not found, or no link left",
+        sys::HCCL_UNAVAILABLE => "unavailable",
+        sys::HCCL_SYSTEM_CALL => "a system call failed",
+        sys::HCCL_TIMEOUT => "it did not happen in time",
+        sys::HCCL_OPEN_FILE => "a file cannot be opened",
+        sys::HCCL_TCP_CONNECT => "no connection over TCP",
+        sys::HCCL_ROCE_CONNECT => "no connection over RoCE",
+        sys::HCCL_TCP_TRANSFER => "a transfer over TCP failed",
+        sys::HCCL_ROCE_TRANSFER => "a transfer over RoCE failed",
+        sys::HCCL_RUNTIME => "an error of the runtime",
+        sys::HCCL_DRIVER => "an error of the driver",
+        sys::HCCL_PROFILING => "an error of profiling",
+        sys::HCCL_DEVICE_LIBRARY => "an error of the device's library",
+        sys::HCCL_NETWORK => "an error of the network",
         sys::AGAIN => "still in use",
         sys::REMOTE => "a peer failed",
-        22 => "it is being suspended",
-        23 => "an operation could not be repeated",
-        24 => "the device has no memory left",
+        sys::HCCL_SUSPENDING => "it is being suspended",
+        sys::HCCL_NOT_REPEATED => "an operation could not be repeated",
+        sys::HCCL_OUT_OF_MEMORY => "the device has no memory left",
         _ => "an unknown failure",
     }
 }
@@ -150,25 +150,39 @@ fn hccl_in_words(status: Status) -> &'static str {
 /// What usually helps.
 fn advice(call: &str, status: Status) -> &'static str {
     match (call, status) {
-        ("HcclGetRootInfo", 7 | 8 | 11 | 19) => {
+        (
+            "HcclGetRootInfo",
+            sys::HCCL_UNAVAILABLE
+            | sys::HCCL_SYSTEM_CALL
+            | sys::HCCL_TCP_CONNECT
+            | sys::HCCL_NETWORK,
+        ) => {
             "; its ports (60000 to 60031) may be in use: set HCCL_HOST_SOCKET_PORT_RANGE=auto and \
              HCCL_NPU_SOCKET_PORT_RANGE=auto on all ranks; HCCL_IF_IP or HCCL_SOCKET_IFNAME choose \
              the network"
         }
-        ("HcclCommInitRootInfo", 1) => {
+        ("HcclCommInitRootInfo", sys::HCCL_PARAMETER) => {
             "; two ranks of a group cannot be on one chip: give each rank an NPU of its own \
              (device: npu:N)"
         }
-        ("HcclCommInitRootInfo", 6) => {
+        ("HcclCommInitRootInfo", sys::HCCL_NOT_FOUND) => {
             "; communicators that were not destroyed, of this process or of another one on the NPU, \
              may hold all links"
         }
-        ("HcclCommInitRootInfo", 7 | 11 | 12 | 19) => {
+        (
+            "HcclCommInitRootInfo",
+            sys::HCCL_UNAVAILABLE
+            | sys::HCCL_TCP_CONNECT
+            | sys::HCCL_ROCE_CONNECT
+            | sys::HCCL_NETWORK,
+        ) => {
             "; HCCL_IF_IP or HCCL_SOCKET_IFNAME choose the network, and several processes on one NPU \
              need HCCL_HOST_SOCKET_PORT_RANGE=auto and HCCL_NPU_SOCKET_PORT_RANGE=auto"
         }
-        ("HcclCommInitRootInfo", 9) => "; HCCL_CONNECT_TIMEOUT says how long it waits",
-        ("HcclCommInitRootInfo", 3 | 24) => {
+        ("HcclCommInitRootInfo", sys::HCCL_TIMEOUT) => {
+            "; HCCL_CONNECT_TIMEOUT says how long it waits"
+        }
+        ("HcclCommInitRootInfo", sys::HCCL_MEMORY | sys::HCCL_OUT_OF_MEMORY) => {
             "; a communicator takes twice HCCL_BUFFSIZE (200 MB) of its NPU"
         }
         _ => "",
@@ -185,8 +199,11 @@ impl HcclError {
     fn is_of_a_link(&self) -> bool {
         match self {
             Self::Asynchronous(_) => true,
-            Self::Acl { status, .. } => *status == 507_056,
-            Self::Hccl { status, .. } => matches!(*status, 11..=14 | 19 | sys::REMOTE),
+            Self::Acl { status, .. } => *status == sys::LINK_ERROR,
+            Self::Hccl { status, .. } => matches!(
+                *status,
+                sys::HCCL_TCP_CONNECT..=sys::HCCL_ROCE_TRANSFER | sys::HCCL_NETWORK | sys::REMOTE
+            ),
             _ => false,
         }
     }
@@ -206,21 +223,21 @@ impl HcclError {
             // Not that a peer is gone: the control plane knows that, and HCCL does not.
             Self::Asynchronous(_) => ErrorKind::Io,
             Self::Acl { status, .. } => match *status {
-                107_001 => ErrorKind::Config,
-                107_002 | 107_003 => ErrorKind::State,
+                sys::INVALID_DEVICE => ErrorKind::Config,
+                sys::NO_CONTEXT | sys::STREAM_OF_ANOTHER_CONTEXT => ErrorKind::State,
                 sys::STREAM_ABORTED => ErrorKind::Aborted,
                 sys::OUT_OF_DEVICE_MEMORY => ErrorKind::Resource,
-                207_000 => ErrorKind::Backend,
-                sys::SYNCHRONISE_TIMEOUT | 507_048 => ErrorKind::Timeout,
+                sys::UNSUPPORTED => ErrorKind::Backend,
+                sys::SYNCHRONISE_TIMEOUT | sys::OPERATION_TIMEOUT => ErrorKind::Timeout,
                 _ => ErrorKind::Io,
             },
             Self::Hccl { call, status, .. } => match (*call, *status) {
-                ("HcclCommInitRootInfo", 1) => ErrorKind::Config,
-                ("HcclCommInitRootInfo", 6) | ("HcclGetRootInfo", 7) | (_, 3 | 24) => {
-                    ErrorKind::Resource
-                }
-                (_, 5) => ErrorKind::Backend,
-                (_, 9) => ErrorKind::Timeout,
+                ("HcclCommInitRootInfo", sys::HCCL_PARAMETER) => ErrorKind::Config,
+                ("HcclCommInitRootInfo", sys::HCCL_NOT_FOUND)
+                | ("HcclGetRootInfo", sys::HCCL_UNAVAILABLE)
+                | (_, sys::HCCL_MEMORY | sys::HCCL_OUT_OF_MEMORY) => ErrorKind::Resource,
+                (_, sys::HCCL_UNSUPPORTED) => ErrorKind::Backend,
+                (_, sys::HCCL_TIMEOUT) => ErrorKind::Timeout,
                 _ => ErrorKind::Io,
             },
         }

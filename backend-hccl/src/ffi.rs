@@ -555,7 +555,19 @@ impl Comm {
         len: usize,
         stream: &Stream,
     ) -> Result<()> {
-        self.broadcast_from(memory.at(at, len)?, len, stream)
+        self.broadcast_from(0, memory.at(at, len)?, len, stream)
+    }
+
+    /// As [`broadcast`](Self::broadcast), from any member.
+    #[cfg(test)]
+    pub(crate) fn broadcast_of(
+        &self,
+        root: u32,
+        memory: &DeviceMemory,
+        len: usize,
+        stream: &Stream,
+    ) -> Result<()> {
+        self.broadcast_from(root, memory.at(0, len)?, len, stream)
     }
 
     /// As [`broadcast`](Self::broadcast), from memory of the host, which no NPU reaches so.
@@ -566,18 +578,25 @@ impl Comm {
         len: usize,
         stream: &Stream,
     ) -> Result<()> {
-        self.broadcast_from(memory.start.as_ptr().cast(), len, stream)
+        self.broadcast_from(0, memory.start.as_ptr().cast(), len, stream)
     }
 
-    fn broadcast_from(&self, buffer: *mut c_void, len: usize, stream: &Stream) -> Result<()> {
+    fn broadcast_from(
+        &self,
+        root: u32,
+        buffer: *mut c_void,
+        len: usize,
+        stream: &Stream,
+    ) -> Result<()> {
         let count = len as u64;
         if count > sys::MOST_ELEMENTS {
             return Err(HcclError::TooMany(count));
         }
         let api = self.device.api;
         // SAFETY: communicator and stream are alive, and the caller keeps the memory.
-        let status =
-            unsafe { (api.HcclBroadcast)(buffer, count, sys::UINT8, 0, self.comm, stream.stream) };
+        let status = unsafe {
+            (api.HcclBroadcast)(buffer, count, sys::UINT8, root, self.comm, stream.stream)
+        };
         hccl(api, "HcclBroadcast", status)
     }
 

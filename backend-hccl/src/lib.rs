@@ -17,6 +17,10 @@ mod engine;
 mod environment;
 mod error;
 mod ffi;
+#[cfg(test)]
+mod foreign;
+#[cfg(test)]
+mod headers;
 mod mutation;
 mod slots;
 mod sys;

@@ -1,6 +1,6 @@
 //! Slots on an NPU: filled through pinned memory, read through a window.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -9,6 +9,7 @@ use engine_core::memory::{Job, Pool};
 use engine_core::plan::Piece;
 use engine_core::{DeviceBytes, DeviceMemory, Error, ErrorKind, Result, Storage, digest};
 use tokio::sync::Semaphore;
+use tracing::warn;
 
 use crate::comm::{HcclCommunicator, LEASES};
 #[cfg(feature = "mutations")]
@@ -27,6 +28,7 @@ pub(crate) struct HcclSlots {
     pub(crate) deadline: Duration,
     pub(crate) device: String,
     leases: Arc<Semaphore>,
+    views: Arc<Views>,
 }
 
 impl HcclSlots {
@@ -35,9 +37,10 @@ impl HcclSlots {
         slot_bytes: u64,
         deadline: Duration,
         device: String,
+        views: Arc<Views>,
     ) -> Self {
         let leases = Arc::new(Semaphore::new(LEASES));
-        Self { thread, slot_bytes, deadline, device, leases }
+        Self { thread, slot_bytes, deadline, device, leases, views }
     }
 }
 
@@ -94,21 +97,58 @@ impl Slots for HcclSlots {
             deadline: self.deadline,
             device: self.device.clone(),
             window: Mutex::default(),
+            kept: OnceLock::new(),
         };
-        DeviceBytes::new(Arc::new(view)).into()
+        let view = Arc::new(view);
+        self.views.add(&view);
+        DeviceBytes::new(view).into()
     }
 }
 
-/// The first bytes of a slot. The thread reads them for whoever asks; when the engine is finalized, nobody
-/// can any more.
+/// The views that someone may have, for the thread to care for before it ends.
+#[derive(Debug, Default)]
+pub(crate) struct Views(Mutex<Vec<Weak<View>>>);
+
+impl Views {
+    fn all(&self) -> MutexGuard<'_, Vec<Weak<View>>> {
+        // Every change is one assignment, or one insertion.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, view: &Arc<View>) {
+        let mut all = self.all();
+        // No more than one for each slot are left.
+        all.retain(|view| view.strong_count() > 0);
+        all.push(Arc::downgrade(view));
+    }
+
+    /// Copies the slots that views are of to the host, where they are read from now on.
+    pub(crate) fn keep(&self, own: &HcclCommunicator) {
+        let all = std::mem::take(&mut *self.all());
+        for view in all.iter().filter_map(Weak::upgrade) {
+            let mut bytes = vec![0; view.filled as usize];
+            match own.read(view.slot.index(), 0, &mut bytes) {
+                // Nobody else sets it.
+                Ok(()) => drop(view.kept.set(bytes)),
+                Err(error) => {
+                    warn!(%error, "a bucket that is still in use cannot be read any more")
+                }
+            }
+        }
+    }
+}
+
+/// The first bytes of a slot. The thread reads them for whoever asks; when it ends, with its engine, it leaves
+/// a copy here.
 #[derive(Debug)]
-struct View {
+pub(crate) struct View {
     thread: Thread<HcclCommunicator>,
     slot: SlotGuard,
     filled: u64,
     deadline: Duration,
     device: String,
     window: Mutex<Window>,
+    kept: OnceLock<Vec<u8>>,
 }
 
 /// What was read last.
@@ -136,7 +176,10 @@ impl View {
             own.read(slot, start, &mut buffer)?;
             Ok(buffer)
         };
-        self.thread.run_blocking(self.deadline, read)
+        let read = self.thread.run_blocking(self.deadline, read);
+        let kept = || self.kept.get()?.get(start as usize..(start + len) as usize);
+        // The thread is gone, and has left this before it went.
+        read.or_else(|error| kept().map(<[u8]>::to_vec).ok_or(error))
     }
 
     /// The window that has a byte of the slot, with what `window` knows already.

@@ -19,40 +19,111 @@ pub(crate) const LIBRARY_DIR_VARIABLE: &str = "CKPT_ENGINE_HCCL_DIR";
 
 /// What a call returns: `aclError` or `HcclResult`, 0 for success.
 pub(crate) type Status = i32;
-pub(crate) const SUCCESS: Status = 0;
 
 /// A stream, an event or a communicator.
 pub(crate) type Handle = *mut c_void;
 
-/// What ranks need to find the one that asked for it; most of it is never written.
-pub(crate) const ROOT_INFO_BYTES: usize = 4108;
+macro_rules! constants {
+    ($($(#[$doc:meta])* $name:ident: $type:ty = $value:literal, $known:ident($($words:literal),+);)*) => {
+        $($(#[$doc])* pub(crate) const $name: $type = $value;)*
 
-/// `aclInit` was called before, by whoever embeds this.
-pub(crate) const REPEATED_INIT: Status = 100_002;
-pub(crate) const OUT_OF_DEVICE_MEMORY: Status = 207_001;
-pub(crate) const STREAM_ABORTED: Status = 107_023;
-pub(crate) const SYNCHRONISE_TIMEOUT: Status = 507_046;
-/// `HCCL_E_AGAIN`: still in use.
-pub(crate) const AGAIN: Status = 20;
-/// `HCCL_E_REMOTE`: the one asynchronous error that there is.
-pub(crate) const REMOTE: Status = 21;
+        /// All of these, to be compared with the headers.
+        #[cfg(test)]
+        pub(crate) const CONSTANTS: &[Constant] = &[$(Constant {
+            name: stringify!($name),
+            value: $name as i128,
+            known: Known::$known(&[$($words),+]),
+        }),*];
+    };
+}
 
-pub(crate) const HUGE_FIRST: i32 = 0;
-pub(crate) const HOST_TO_DEVICE: i32 = 1;
-pub(crate) const DEVICE_TO_HOST: i32 = 2;
-pub(crate) const STREAM_COMPLETE: i32 = 0;
-/// The other way round than a stream's.
-pub(crate) const EVENT_COMPLETE: i32 = 1;
-pub(crate) const HBM_MEMORY: i32 = 1;
-pub(crate) const INT8: i32 = 0;
-pub(crate) const UINT8: i32 = 7;
-pub(crate) const REDUCE_MAX: i32 = 2;
-/// The most elements of one operation.
-pub(crate) const MOST_ELEMENTS: u64 = 0x7_ffff_ffff;
-/// `ACL_RT_IPC_MEM_EXPORT_FLAG_DISABLE_PID_VALIDATION`.
-pub(crate) const EXPORT_TO_ALL: u64 = 1;
-/// The length of a key, its final zero included.
-pub(crate) const IPC_KEY_BYTES: usize = 65;
+/// A number that the libraries know as well.
+#[cfg(test)]
+#[derive(Debug)]
+pub(crate) struct Constant {
+    pub(crate) name: &'static str,
+    pub(crate) value: i128,
+    pub(crate) known: Known,
+}
+
+/// Where a number comes from.
+#[cfg(test)]
+#[derive(Debug)]
+pub(crate) enum Known {
+    /// What the headers call it.
+    Header(&'static [&'static str]),
+    /// They do not have it: what does.
+    Elsewhere(&'static [&'static str]),
+}
+
+constants! {
+    SUCCESS: Status = 0, Header("ACL_SUCCESS", "HCCL_SUCCESS");
+    /// What ranks need to find the one that asked for it; most of it is never written.
+    ROOT_INFO_BYTES: usize = 4108, Header("HCCL_ROOT_INFO_BYTES", "sizeof(HcclRootInfo)");
+
+    HUGE_FIRST: i32 = 0, Header("ACL_MEM_MALLOC_HUGE_FIRST");
+    HOST_TO_DEVICE: i32 = 1, Header("ACL_MEMCPY_HOST_TO_DEVICE");
+    DEVICE_TO_HOST: i32 = 2, Header("ACL_MEMCPY_DEVICE_TO_HOST");
+    STREAM_COMPLETE: i32 = 0, Header("ACL_STREAM_STATUS_COMPLETE");
+    /// The other way round than a stream's.
+    EVENT_COMPLETE: i32 = 1, Header("ACL_EVENT_RECORDED_STATUS_COMPLETE");
+    HBM_MEMORY: i32 = 1, Header("ACL_HBM_MEM");
+    INT8: i32 = 0, Header("HCCL_DATA_TYPE_INT8");
+    UINT8: i32 = 7, Header("HCCL_DATA_TYPE_UINT8");
+    REDUCE_MAX: i32 = 2, Header("HCCL_REDUCE_MAX");
+    /// The most elements of one operation.
+    MOST_ELEMENTS: u64 = 0x7_ffff_ffff, Elsewhere("HCCL's source checks counts against it");
+    EXPORT_TO_ALL: u64 = 1, Header("ACL_RT_IPC_MEM_EXPORT_FLAG_DISABLE_PID_VALIDATION");
+    /// The length of a key, its final zero included.
+    IPC_KEY_BYTES: usize = 65, Elsewhere("the manual of aclrtIpcMemGetExportKey says it");
+
+    INVALID_PARAMETER: Status = 100_000, Header("ACL_ERROR_INVALID_PARAM");
+    NOT_INITIALISED: Status = 100_001, Header("ACL_ERROR_UNINITIALIZE");
+    /// `aclInit` was called before, by whoever embeds this.
+    REPEATED_INIT: Status = 100_002, Header("ACL_ERROR_REPEAT_INITIALIZE");
+    RUNTIME_PARAMETER: Status = 107_000, Header("ACL_ERROR_RT_PARAM_INVALID");
+    INVALID_DEVICE: Status = 107_001, Header("ACL_ERROR_RT_INVALID_DEVICEID");
+    NO_CONTEXT: Status = 107_002, Header("ACL_ERROR_RT_CONTEXT_NULL");
+    STREAM_OF_ANOTHER_CONTEXT: Status = 107_003, Header("ACL_ERROR_RT_STREAM_CONTEXT");
+    UNALIGNED: Status = 107_008, Header("ACL_ERROR_RT_ADDR_UNALIGNED");
+    STREAM_ABORTED: Status = 107_023, Header("ACL_ERROR_RT_STREAM_ABORT");
+    UNSUPPORTED: Status = 207_000, Header("ACL_ERROR_RT_FEATURE_NOT_SUPPORT");
+    OUT_OF_DEVICE_MEMORY: Status = 207_001, Header("ACL_ERROR_RT_MEMORY_ALLOCATION");
+    NOT_PERMITTED: Status = 207_006, Header("ACL_ERROR_RT_NO_PERMISSION");
+    AI_CPU_EXCEPTION: Status = 507_018, Header("ACL_ERROR_RT_AICPU_EXCEPTION");
+    SHARING_FAILED: Status = 507_022, Header("ACL_ERROR_RT_IPC_ERROR");
+    SYNCHRONISE_TIMEOUT: Status = 507_046, Header("ACL_ERROR_RT_STREAM_SYNC_TIMEOUT");
+    OPERATION_TIMEOUT: Status = 507_048, Header("ACL_ERROR_RT_FFTS_PLUS_TIMEOUT");
+    DEVICE_MEMORY_ERROR: Status = 507_053, Header("ACL_ERROR_RT_DEVICE_MEM_ERROR");
+    LINK_ERROR: Status = 507_056, Header("ACL_ERROR_RT_LINK_ERROR");
+
+    HCCL_PARAMETER: Status = 1, Header("HCCL_E_PARA");
+    HCCL_NULL_POINTER: Status = 2, Header("HCCL_E_PTR");
+    HCCL_MEMORY: Status = 3, Header("HCCL_E_MEMORY");
+    HCCL_INTERNAL: Status = 4, Header("HCCL_E_INTERNAL");
+    HCCL_UNSUPPORTED: Status = 5, Header("HCCL_E_NOT_SUPPORT");
+    HCCL_NOT_FOUND: Status = 6, Header("HCCL_E_NOT_FOUND");
+    HCCL_UNAVAILABLE: Status = 7, Header("HCCL_E_UNAVAIL");
+    HCCL_SYSTEM_CALL: Status = 8, Header("HCCL_E_SYSCALL");
+    HCCL_TIMEOUT: Status = 9, Header("HCCL_E_TIMEOUT");
+    HCCL_OPEN_FILE: Status = 10, Header("HCCL_E_OPEN_FILE_FAILURE");
+    HCCL_TCP_CONNECT: Status = 11, Header("HCCL_E_TCP_CONNECT");
+    HCCL_ROCE_CONNECT: Status = 12, Header("HCCL_E_ROCE_CONNECT");
+    HCCL_TCP_TRANSFER: Status = 13, Header("HCCL_E_TCP_TRANSFER");
+    HCCL_ROCE_TRANSFER: Status = 14, Header("HCCL_E_ROCE_TRANSFER");
+    HCCL_RUNTIME: Status = 15, Header("HCCL_E_RUNTIME");
+    HCCL_DRIVER: Status = 16, Header("HCCL_E_DRV");
+    HCCL_PROFILING: Status = 17, Header("HCCL_E_PROFILING");
+    HCCL_DEVICE_LIBRARY: Status = 18, Header("HCCL_E_CCE");
+    HCCL_NETWORK: Status = 19, Header("HCCL_E_NETWORK");
+    /// Still in use.
+    AGAIN: Status = 20, Header("HCCL_E_AGAIN");
+    /// The one asynchronous error that there is.
+    REMOTE: Status = 21, Header("HCCL_E_REMOTE");
+    HCCL_SUSPENDING: Status = 22, Header("HCCL_E_SUSPENDING");
+    HCCL_NOT_REPEATED: Status = 23, Header("HCCL_E_OPRETRY_FAIL");
+    HCCL_OUT_OF_MEMORY: Status = 24, Header("HCCL_E_OOM");
+}
 
 macro_rules! functions {
     ($($library:ident $need:ident $name:ident($($argument:ty),*) -> $result:ty;)*) => {
@@ -105,6 +176,17 @@ macro_rules! functions {
         /// The names of all functions that are looked for, and whether an engine can do without each.
         pub(crate) const FUNCTIONS: &[(&str, bool)] =
             &[$((stringify!($name), functions!(@optional $need))),*];
+
+        /// The same functions, by what their calls pass: to be compared with the headers.
+        #[cfg(test)]
+        pub(crate) fn calls() -> Vec<hccl_sim::headers::Call> {
+            use hccl_sim::headers::{Abi, Call};
+            vec![$(Call {
+                name: stringify!($name).to_owned(),
+                result: <$result as Abi>::value(),
+                arguments: vec![$(<$argument as Abi>::value()),*],
+            }),*]
+        }
     };
     (@type required $type:ty) => { $type };
     (@type optional $type:ty) => { Option<$type> };

@@ -5,6 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use engine_core::control::{ControlConfig, Token};
 use engine_core::{
@@ -97,7 +98,10 @@ fn libraries_are_found_by_the_variables_that_cann_sets() {
 }
 
 async fn refused(change: impl FnOnce(&mut CheckpointEngineConfig)) -> Error {
-    let address = format!("unix:@hccl-libraries-{}", std::process::id()).parse().unwrap();
+    // The one before may still be being closed.
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let address = format!("unix:@hccl-libraries-{}-{count}", std::process::id()).parse().unwrap();
     let control = ControlConfig::new(address, Token::generate().unwrap());
     let control = ControlPlane::lead(control).await.unwrap();
     let device = "npu".parse().unwrap();

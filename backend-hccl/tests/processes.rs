@@ -1,5 +1,6 @@
 //! Groups whose ranks are processes with simulated NPUs, in which things go wrong: every failure is a typed
-//! error that names a rank, nothing is leaked, and the next update works.
+//! error that names a rank, and the bucket if one was on its way; the next update works; and in the end, no
+//! process holds anything of the libraries any more.
 //!
 //! The NPUs have room for one group's communicator, and links for no more than one: a communicator that
 //! was left behind would make the next update fail.
@@ -8,6 +9,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
@@ -25,6 +27,8 @@ const ADDRESS: &str = "CKPT_ENGINE_TEST_ADDRESS";
 const RANK: &str = "CKPT_ENGINE_TEST_RANK";
 const DEVICE: &str = "CKPT_ENGINE_TEST_DEVICE";
 const REBUILD: &str = "CKPT_ENGINE_TEST_REBUILD";
+/// Another size of buckets.
+const BUCKET: &str = "CKPT_ENGINE_TEST_BUCKET";
 /// The ranks of a group at its beginning: a trainer and two rollouts.
 const RANKS: u32 = 3;
 /// How long anything here may take before it counts as a hang.
@@ -45,12 +49,16 @@ fn a_process_of_a_group() {
     if let Err(error) = done {
         say(&in_words(&error));
     }
+    let held = hccl_sim::held(&hccl_sim::libraries(Profile::Current).unwrap()).unwrap();
+    say(&format!("holds {}", if held.is_empty() { "nothing" } else { &held }));
 }
 
 fn config() -> CheckpointEngineConfig {
     let mut config = CheckpointEngineConfig {
         backend: "hccl".into(),
-        update_weights_bucket_megabytes: Some(1),
+        update_weights_bucket_megabytes: Some(
+            std::env::var(BUCKET).map_or(1, |text| text.parse().unwrap()),
+        ),
         timeout_seconds: 4.0,
         threads: std::num::NonZeroUsize::new(1),
         device: std::env::var(DEVICE).unwrap().parse().unwrap(),
@@ -129,7 +137,8 @@ async fn rollout(address: Address) -> Result<()> {
                     && error.report().rank == Some(Rank::LEADER) =>
             {
                 // Without a trainer there is no next update.
-                return engine.finalize().await;
+                engine.finalize().await?;
+                return say_what_was_kept();
             }
             // No update has begun yet.
             Err(error)
@@ -139,12 +148,30 @@ async fn rollout(address: Address) -> Result<()> {
     }
 }
 
+/// Names a version whose tensors a rollout keeps beyond the end of its engine.
+const KEEP_VERSION: &str = "CKPT_ENGINE_TEST_KEEP_VERSION";
+static KEPT: Mutex<Vec<(u8, Weight)>> = Mutex::new(Vec::new());
+
+fn say_what_was_kept() -> Result<()> {
+    let kept = std::mem::take(&mut *KEPT.lock().unwrap());
+    for (value, tensor) in &kept {
+        assert!(tensor.to_bytes()?.iter().all(|byte| byte == value), "other bytes are there");
+    }
+    if !kept.is_empty() {
+        say(&format!("kept {} tensors", kept.len()));
+    }
+    Ok(())
+}
+
 async fn update(engine: &mut dyn CheckpointEngine) -> Result<Version> {
     let mut received = engine.receive_weights(None).await?;
     let version = received.version();
     let mut tensors = 0;
     while let Some(tensor) = received.next_tensor().await? {
         let expected = (version.0 * 16 + tensors) as u8;
+        if std::env::var(KEEP_VERSION).is_ok_and(|keep| keep == version.to_string()) {
+            KEPT.lock().unwrap().push((expected, tensor.clone()));
+        }
         assert!(tensor.to_bytes()?.iter().all(|&byte| byte == expected), "other bytes arrived");
         tensors += 1;
     }
@@ -215,11 +242,13 @@ impl Process {
         assert_eq!(self.hears(), what);
     }
 
-    /// An error of a kind, naming a rank, with these words.
-    fn fails(&self, kind: &str, rank: u32, words: &str) {
+    /// An error of a kind, naming a rank, with these words; and the bucket that it names.
+    fn fails(&self, kind: &str, rank: u32, words: &str) -> Option<u64> {
         let line = self.hears();
         assert!(line.starts_with(&format!("failed {kind} of {rank}: ")), "{line}");
         assert!(line.contains(words), "{line}");
+        let (_, bucket) = line.rsplit_once(", bucket ")?;
+        bucket.split([',', ')']).next().unwrap().parse().ok()
     }
 }
 
@@ -252,13 +281,64 @@ impl Group {
         let rollout = |rank| Process::start("rollout", &address, rank, settings[rank as usize]);
         let rollouts = vec![rollout(1), rollout(2)];
         let group = Self { address, trainer, rollouts };
-        group.trainer.says("ready");
-        group.rollouts.iter().for_each(|rollout| rollout.says("ready"));
+        group.is_ready();
         group
+    }
+
+    fn is_ready(&self) {
+        self.trainer.says("ready");
+        self.rollouts.iter().for_each(|rollout| rollout.says("ready"));
     }
 
     fn begin(&mut self) {
         writeln!(self.trainer.child.stdin.as_mut().unwrap()).unwrap();
+    }
+
+    /// A rollout that joins late.
+    fn join(&mut self, rank: u32, settings: Settings<'_>) {
+        let newcomer = Process::start("rollout", &self.address, rank, settings);
+        newcomer.says("ready");
+        self.rollouts.push(newcomer);
+    }
+
+    /// The next update fails on all ranks, with an error that names a rank; and the buckets that they name.
+    fn fails(&mut self, kind: &str, rank: u32, words: &str) -> Vec<Option<u64>> {
+        self.begin();
+        let all = std::iter::once(&self.trainer).chain(&self.rollouts);
+        all.map(|process| process.fails(kind, rank, words)).collect()
+    }
+
+    /// Ends a rollout from outside.
+    fn kill(&mut self, rank: u32) {
+        drop(self.rollouts.remove(rank as usize - 1));
+    }
+
+    /// An update that has to arrive at these rollouts; the one before may be the one that notices that a rank is
+    /// gone. What it gives is the version of the next one.
+    fn works_without(&mut self, gone: u32, version: u64, ranks: &[u32]) -> u64 {
+        let noticed = format!("failed PeerLost of {gone}: ");
+        self.begin();
+        let mut sent = version;
+        let mut line = self.trainer.hears();
+        if line.starts_with(&noticed) {
+            sent += 1;
+            self.begin();
+            line = self.trainer.hears();
+        }
+        assert_eq!(line, format!("sent {sent} to {ranks:?}"));
+        for rollout in &self.rollouts {
+            let line = rollout.hears();
+            let line = if line.starts_with(&noticed) { rollout.hears() } else { line };
+            assert_eq!(line, format!("active {sent}"));
+        }
+        sent + 1
+    }
+
+    /// All finalize, and nothing is left of what they had.
+    fn ends(mut self) {
+        drop(self.trainer.child.stdin.take());
+        self.trainer.says("holds nothing");
+        self.rollouts.iter().for_each(|rollout| rollout.says("holds nothing"));
     }
 
     /// An update that has to arrive at these rollouts.
@@ -269,69 +349,96 @@ impl Group {
     }
 }
 
+/// What the simulator's operations are numbered from: the first two are those that every group begins with.
+const FOURTH_BUCKET: &str = "6";
+
+/// Whether a bucket was on its way when the fourth one did not arrive: the one before, whose end was not noticed
+/// yet; four that are in the slots; or one that waits for a slot.
+fn is_on_its_way(bucket: Option<u64>) -> bool {
+    bucket.is_some_and(|bucket| (2..=7).contains(&bucket))
+}
+
 #[test]
 fn an_update_goes_on_after_a_peer_is_killed_in_the_middle_of_a_broadcast() {
-    // The first two operations are those that every group begins with.
-    let mut group = Group::form([&[], &[], &[("HCCL_SIM_KILL_AT", "6")]]);
+    let mut group = Group::form([&[], &[], &[("HCCL_SIM_KILL_AT", FOURTH_BUCKET)]]);
     group.begin();
-    group.trainer.fails("PeerLost", 2, "version 1");
-    let killed = group.rollouts.pop().unwrap();
-    group.rollouts[0].fails("PeerLost", 2, "version 1");
-    drop(killed);
+    let bucket = group.trainer.fails("PeerLost", 2, "version 1");
+    assert!(is_on_its_way(bucket), "{bucket:?}");
+    group.kill(2);
+    let bucket = group.rollouts[0].fails("PeerLost", 2, "version 1");
+    assert!(is_on_its_way(bucket), "{bucket:?}");
     group.works(2, &[1]);
-    let newcomer = Process::start("rollout", &group.address, 2, &[]);
-    newcomer.says("ready");
-    group.rollouts.push(newcomer);
+    group.join(2, &[]);
     group.works(3, &[1, 2]);
+    group.ends();
 }
 
 #[test]
 fn an_asynchronous_error_of_a_link_ends_the_update_and_the_next_one_works() {
-    let mut group = Group::form([&[], &[("HCCL_SIM_ASYNC_ERROR_AT", "6")], &[]]);
-    group.begin();
+    let mut group = Group::form([&[], &[("HCCL_SIM_ASYNC_ERROR_AT", FOURTH_BUCKET)], &[]]);
     // HCCL does not say which peer it was: the rank that it has failed on is named.
-    for process in std::iter::once(&group.trainer).chain(&group.rollouts) {
-        let line = process.hears();
-        assert!(line.starts_with("failed Io of 1: "), "{line}");
-        assert!(line.contains("asynchronous error 21") && line.contains("bucket"), "{line}");
-    }
+    let buckets = group.fails("Io", 1, "asynchronous error 21");
+    assert!(buckets.iter().all(|bucket| is_on_its_way(*bucket)), "{buckets:?}");
     group.works(2, &[1, 2]);
     group.works(3, &[1, 2]);
+    group.ends();
 }
 
 #[test]
 fn a_broadcast_that_hangs_is_a_timeout_and_the_next_update_works() {
-    let mut group = Group::form([&[], &[("HCCL_SIM_HANG_AT", "6")], &[]]);
-    group.begin();
-    let line = group.trainer.hears();
-    assert!(line.starts_with("failed Timeout of ") && line.contains("bucket"), "{line}");
-    for rollout in &group.rollouts {
-        let line = rollout.hears();
-        assert!(line.starts_with("failed Timeout of "), "{line}");
-    }
+    let mut group = Group::form([&[], &[("HCCL_SIM_HANG_AT", FOURTH_BUCKET)], &[]]);
+    // It was the sender's, as far as anybody knows.
+    let buckets = group.fails("Timeout", 0, "broadcasting a bucket");
+    assert!(buckets.iter().all(|bucket| is_on_its_way(*bucket)), "{buckets:?}");
     group.works(2, &[1, 2]);
+    group.ends();
 }
 
 #[test]
 fn a_member_that_does_not_come_on_when_a_group_forms_is_a_timeout_and_the_next_update_works() {
     let mut group = Group::form([&[], &[], &[("HCCL_SIM_HANG_AT", "1")]]);
     group.begin();
-    let line = group.trainer.hears();
-    assert!(line.starts_with("failed Timeout of ") && line.contains("joining"), "{line}");
-    for rollout in &group.rollouts {
-        let line = rollout.hears();
+    // No bucket is on its way yet. All wait for one another, and whose time is over first is named.
+    for process in std::iter::once(&group.trainer).chain(&group.rollouts) {
+        let line = process.hears();
         assert!(line.starts_with("failed Timeout of "), "{line}");
+        assert!(!line.contains("of nobody") && line.contains("joining a group"), "{line}");
     }
     group.works(2, &[1, 2]);
+    group.ends();
 }
 
 #[test]
-fn two_ranks_on_one_chip_are_an_error_that_says_so() {
+fn a_group_that_a_member_does_not_reach_is_a_timeout_of_the_library_and_the_next_update_works() {
+    // HCCL waits for 1.2 s, which is less than the deadline.
+    let short: (&str, &str) = ("HCCL_SIM_TIME_SCALE", "0.01");
+    let mut group = Group::form([&[short], &[short, ("HCCL_SIM_LOST_AT", "1")], &[short]]);
+    group.begin();
+    for process in std::iter::once(&group.trainer).chain(&group.rollouts) {
+        let line = process.hears();
+        assert!(line.starts_with("failed Timeout of "), "{line}");
+        assert!(!line.contains("of nobody"), "{line}");
+        assert!(line.contains("HCCL_CONNECT_TIMEOUT says how long it waits"), "{line}");
+    }
+    group.works(2, &[1, 2]);
+    group.ends();
+}
+
+#[test]
+fn two_ranks_on_one_chip_are_an_error_that_says_so_and_without_one_the_next_update_works() {
     let mut group = Group::form([&[], &[(DEVICE, "npu:0")], &[]]);
     group.begin();
-    let line = group.trainer.hears();
-    assert!(line.starts_with("failed Config of "), "{line}");
-    assert!(line.contains("two ranks of a group cannot be on one chip"), "{line}");
+    for process in std::iter::once(&group.trainer).chain(&group.rollouts) {
+        let line = process.hears();
+        assert!(line.starts_with("failed Config of "), "{line}");
+        assert!(!line.contains("of nobody"), "{line}");
+        assert!(line.contains("two ranks of a group cannot be on one chip"), "{line}");
+    }
+    group.kill(1);
+    let next = group.works_without(1, 2, &[2]);
+    group.join(1, &[]);
+    group.works(next, &[1, 2]);
+    group.ends();
 }
 
 #[test]
@@ -341,28 +448,50 @@ fn a_port_that_is_in_use_is_an_error_that_says_what_to_set_and_the_next_update_w
     let range = format!("{port}-{port}");
     let mut group = Group::form([&[("HCCL_HOST_SOCKET_PORT_RANGE", &range)], &[], &[]]);
     group.begin();
-    let line = group.trainer.hears();
-    assert!(line.starts_with("failed Resource of "), "{line}");
-    assert!(line.contains("set HCCL_HOST_SOCKET_PORT_RANGE=auto"), "{line}");
+    group.trainer.fails("Resource", 0, "set HCCL_HOST_SOCKET_PORT_RANGE=auto");
     drop(taken);
     // Nothing of the first one was announced.
     group.works(2, &[1, 2]);
+    group.ends();
 }
 
 #[test]
 fn an_npu_without_memory_for_the_slots_is_an_error_that_says_how_much_there_is() {
+    let full: Settings<'_> = &[("HCCL_SIM_DEVICE_MB", "1")];
+    let words = |npu| format!("bytes of buckets on NPU {npu}, 1048576 of 1048576 are free");
+    let trainer = Process::start("trainer", &address(), 0, full);
+    trainer.fails("Resource", 0, &words(0));
+    trainer.says("holds nothing");
+    // The group comes about with another process, and updates work.
     let address = address();
-    let trainer = Process::start("trainer", &address, 0, &[("HCCL_SIM_DEVICE_MB", "1")]);
-    let line = trainer.hears();
-    assert!(line.starts_with("failed Resource of "), "{line}");
-    assert!(line.contains("no memory for 2101248 bytes of buckets on NPU 0"), "{line}");
+    let trainer = Process::start("trainer", &address, 0, &[]);
+    let lacking = Process::start("rollout", &address, 1, full);
+    lacking.fails("Resource", 1, &words(1));
+    lacking.says("holds nothing");
+    drop(lacking);
+    let rollouts = [1, 2].map(|rank| Process::start("rollout", &address, rank, &[])).into();
+    let mut group = Group { address, trainer, rollouts };
+    group.is_ready();
+    group.works(1, &[1, 2]);
+    group.ends();
 }
 
 #[test]
-fn an_npu_without_memory_for_a_communicator_is_an_error_of_its_rank() {
-    let mut group = Group::form([&[], &[("HCCL_SIM_DEVICE_MB", "20")], &[]]);
-    group.begin();
-    group.trainer.fails("Resource", 1, "twice HCCL_BUFFSIZE");
+fn an_npu_without_memory_for_a_communicator_is_an_error_of_its_rank_and_the_next_update_works() {
+    let mut group = Group::form([&[], &[("HCCL_SIM_COMM_OOM_AT", "1")], &[]]);
+    assert_eq!(group.fails("Resource", 1, "twice HCCL_BUFFSIZE"), [None; 3]);
+    group.works(2, &[1, 2]);
+    group.ends();
+}
+
+#[test]
+fn ranks_that_wait_for_a_member_in_vain_take_part_in_the_next_update() {
+    // The rollouts are in the call that joins, which nothing ends but HCCL's own timeout: 6 s, twice as long as
+    // any wait may take.
+    let mut group = Group::form([&[("HCCL_SIM_COMM_OOM_AT", "1")], &[], &[]]);
+    assert_eq!(group.fails("Resource", 0, "twice HCCL_BUFFSIZE"), [None; 3]);
+    group.works(2, &[1, 2]);
+    group.ends();
 }
 
 #[test]
@@ -372,4 +501,18 @@ fn groups_that_form_anew_for_every_update_leave_nothing_behind() {
     for version in 1..=40 {
         group.works(version, &[1, 2]);
     }
+    group.ends();
+}
+
+#[test]
+fn tensors_that_are_kept_can_be_read_after_the_end_of_their_engine() {
+    // The whole model is one bucket, of more bytes than are read at a time.
+    let large = [(BUCKET, "12"), ("HCCL_SIM_DEVICE_MB", "80")];
+    let keeping = [large[0], large[1], (KEEP_VERSION, "2")];
+    let mut group = Group::form([&large, &keeping, &large]);
+    group.works(1, &[1, 2]);
+    group.works(2, &[1, 2]);
+    drop(group.trainer.child.stdin.take());
+    group.rollouts[0].says("kept 10 tensors");
+    group.ends();
 }

@@ -220,6 +220,7 @@ macro_rules! functions {
 
 functions! {
     All true acl::HcclSimVersion() -> *const c_char;
+    All true acl::HcclSimHeld() -> *const c_char;
 
     Acl true acl::aclInit(config: *const c_char) -> aclError;
     Acl true acl::aclFinalize() -> aclError;
@@ -332,6 +333,7 @@ pub fn declarations() -> Declarations {
             .filter(|entry| entry.library != Library::All)
             .map(|entry| Signature::from_rust(entry.name, entry.result, entry.arguments))
             .collect(),
+        calls: Vec::new(),
         constants: CONSTANTS.iter().map(|&(name, value)| (name.to_owned(), value)).collect(),
         types,
     }

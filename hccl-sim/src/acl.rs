@@ -109,6 +109,18 @@ pub(crate) unsafe extern "C" fn HcclSimVersion() -> *const c_char {
     version.as_ptr()
 }
 
+/// What no real library has either: what the process holds at this moment, in words; empty if nothing. It stays
+/// until this thread asks again.
+pub(crate) unsafe extern "C" fn HcclSimHeld() -> *const c_char {
+    thread_local! {
+        static HELD: RefCell<CString> = RefCell::default();
+    }
+    HELD.with_borrow_mut(|held| {
+        *held = CString::new(sim().held()).unwrap_or_default();
+        held.as_ptr()
+    })
+}
+
 pub(crate) unsafe extern "C" fn aclInit(_config: *const c_char) -> aclError {
     let life = &sim().life;
     code(match life.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire) {

@@ -1,6 +1,6 @@
 //! How ranks find one another: they all connect to the one that made the root info.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::linux::net::SocketAddrExt;
@@ -101,12 +101,8 @@ fn serve(listener: &TcpListener, nonce: [u8; 16]) {
         }
         deadline = Instant::now() + limit;
         let (ranks, new) = (hello.ranks, hello.member.clone());
-        let conflict = arrived.iter().any(|(other, _)| {
-            let old = &other.member;
-            other.ranks != ranks
-                || old.rank == new.rank
-                || (&old.machine, old.chip) == (&new.machine, new.chip)
-        });
+        let conflict =
+            arrived.iter().any(|(other, _)| other.ranks != ranks || other.member.rank == new.rank);
         arrived.push((hello, stream));
         if conflict || new.rank >= ranks {
             break Err(HCCL_E_PARA as i32);
@@ -115,7 +111,8 @@ fn serve(listener: &TcpListener, nonce: [u8; 16]) {
             let mut members: Vec<Member> =
                 arrived.iter().map(|(hello, _)| hello.member.clone()).collect();
             members.sort_by_key(|member| member.rank);
-            break Ok(members);
+            // Every rank finds it in the list of all, which is made when all have come.
+            break if shares_a_chip(&members) { Err(HCCL_E_PARA as i32) } else { Ok(members) };
         }
     };
     // This process last: it may end when it has its answer.
@@ -124,6 +121,12 @@ fn serve(listener: &TcpListener, nonce: [u8; 16]) {
         // Whoever has gone meanwhile will be missed by the others.
         drop(wire::send(stream, &answer));
     }
+}
+
+/// Whether two ranks are on one chip.
+fn shares_a_chip(members: &[Member]) -> bool {
+    let mut chips = HashSet::new();
+    !members.iter().all(|member| chips.insert((&member.machine, member.chip)))
 }
 
 /// Accepts one connection, on which reading ends soon.

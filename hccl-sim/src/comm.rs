@@ -50,8 +50,8 @@ struct Resources {
 }
 
 impl Resources {
-    fn take(device: i32, bytes: u64, links: u64) -> Result<Self, Fault> {
-        if !sim().memory.charge(device, bytes) {
+    fn take(device: i32, bytes: u64, links: u64, planned_failure: bool) -> Result<Self, Fault> {
+        if planned_failure || !sim().memory.charge(device, bytes) {
             let message = format!("{bytes} bytes for a communicator's buffers");
             return Err(fault(HCCL_E_MEMORY, message));
         }
@@ -267,7 +267,14 @@ impl Comm {
         name: Option<String>,
     ) -> Result<Arc<Self>, Fault> {
         let links = u64::from(ranks.saturating_sub(1));
-        let resources = Resources::take(device, buffer_bytes.saturating_mul(2), links)?;
+        let settings = &sim().settings;
+        let number = Some(sim().joins.fetch_add(1, Ordering::Relaxed) + 1);
+        let bytes = buffer_bytes.saturating_mul(2);
+        let resources = Resources::take(device, bytes, links, settings.comm_oom_at == number)?;
+        if settings.lost_at == number {
+            std::thread::sleep(settings.connect_timeout);
+            return Err(fault(HCCL_E_TIMEOUT, "the other ranks are not to be reached"));
+        }
         let joined = join()?;
         let mailbox = Arc::new(Mailbox::default());
         let mut peers = Vec::new();

@@ -3,7 +3,12 @@
 //! Whoever declares a C interface in Rust can describe its declarations as data, [`Declarations`], which
 //! reads and writes as JSON. [`compare`] turns that into assertions in C++ and has a compiler check
 //! them against the headers of the PyPI package `torch_npu`.
+//!
+//! Functions can be described in two ways. Who has a Rust name for every type of C gives a [`Signature`],
+//! whose types have to be the very same ones. Who declares all handles as one type, and enums as numbers,
+//! gives a [`Call`]: what has to be right for the machine code of the call.
 
+use std::ffi::c_void;
 use std::io;
 use std::path::Path;
 use std::process::Command;
@@ -17,9 +22,12 @@ pub const INCLUDE: &str = "CKPT_ENGINE_ASCEND_INCLUDE";
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Declarations {
-    /// Functions.
+    /// Functions, by the types that they have in C.
     #[serde(default)]
     pub functions: Vec<Signature>,
+    /// Functions, by what their calls pass.
+    #[serde(default)]
+    pub calls: Vec<Call>,
     /// Values of enums, constants and macros.
     #[serde(default)]
     pub constants: Vec<(String, i64)>,
@@ -38,6 +46,88 @@ pub struct Signature {
     pub result: String,
     /// What it is given.
     pub arguments: Vec<String>,
+}
+
+/// A function, as the machine code that calls it has to know it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Call {
+    /// Its name.
+    pub name: String,
+    /// What it returns.
+    pub result: Value,
+    /// What it is given.
+    pub arguments: Vec<Value>,
+}
+
+/// What a call passes or returns, or what is behind an address.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Value {
+    /// `void`.
+    Nothing,
+    /// A number or an enum. Whether an enum has a sign is not compared, because C leaves it to compilers; nor
+    /// is it for a single byte, for `char` the same is true. Behind an address, single bytes are also what
+    /// structs consist of that have no alignment.
+    Number {
+        /// Its size.
+        bytes: usize,
+        /// Whether it has a sign.
+        signed: bool,
+    },
+    /// An address.
+    Address {
+        /// Whether the function may write there.
+        writable: bool,
+        /// What is there.
+        of: Box<Value>,
+    },
+}
+
+/// Rust types that C functions take: what each is for a [`Call`].
+pub trait Abi {
+    /// What a call passes.
+    fn value() -> Value;
+}
+
+macro_rules! numbers {
+    ($($ty:ident)*) => {$(
+        impl Abi for $ty {
+            fn value() -> Value {
+                Value::Number { bytes: size_of::<$ty>(), signed: $ty::MIN != 0 }
+            }
+        }
+    )*};
+}
+
+numbers! { i8 u8 i16 u16 i32 u32 i64 u64 isize usize }
+
+impl Abi for c_void {
+    fn value() -> Value {
+        Value::Nothing
+    }
+}
+
+impl<T: Abi> Abi for *mut T {
+    fn value() -> Value {
+        Value::Address { writable: true, of: Box::new(T::value()) }
+    }
+}
+
+impl<T: Abi> Abi for *const T {
+    fn value() -> Value {
+        Value::Address { writable: false, of: Box::new(T::value()) }
+    }
+}
+
+impl Value {
+    /// The type in [`PRELUDE`] that knows whether a type of C is this.
+    fn in_cpp(&self) -> String {
+        match self {
+            Self::Nothing => "abi::nothing".to_owned(),
+            Self::Number { bytes, signed } => format!("abi::number<{bytes}, {signed}>"),
+            Self::Address { writable, of } => format!("abi::address<{writable}, {}>", of.in_cpp()),
+        }
+    }
 }
 
 /// A type.
@@ -108,13 +198,65 @@ fn in_c(rust: &str) -> String {
     c.to_owned()
 }
 
+/// What the assertions about calls are made of.
+const PRELUDE: &str = r"
+namespace abi {
+struct nothing {
+  static constexpr bool is_byte = false;
+  template <class T> static constexpr bool is() { return std::is_void<T>::value; }
+};
+template <std::size_t Bytes, bool Signed> struct number {
+  static constexpr bool is_byte = Bytes == 1;
+  template <class T> static constexpr bool is() {
+    if constexpr (std::is_enum<T>::value) {
+      return sizeof(T) == Bytes;
+    } else if constexpr (std::is_integral<T>::value) {
+      return sizeof(T) == Bytes && (is_byte || std::is_signed<T>::value == Signed);
+    } else {
+      return false;
+    }
+  }
+};
+template <bool Writable, class Of> struct address {
+  static constexpr bool is_byte = false;
+  template <class T> static constexpr bool is() {
+    if constexpr (std::is_pointer<T>::value) {
+      using Target = std::remove_pointer_t<T>;
+      if (std::is_const<Target>::value == Writable) return false;
+      if constexpr (Of::is_byte && std::is_class<Target>::value) {
+        return alignof(Target) == 1;
+      } else {
+        return Of::template is<std::remove_cv_t<Target>>();
+      }
+    } else {
+      return false;
+    }
+  }
+};
+template <class F> struct function;
+template <class R, class... A> struct function<R (*)(A...)> {
+  static constexpr std::size_t arguments = sizeof...(A);
+  template <class V> static constexpr bool returns() { return V::template is<R>(); }
+  // One that is too many is said by the number.
+  template <std::size_t I, class V> static constexpr bool takes() {
+    if constexpr (I < arguments) {
+      return V::template is<std::tuple_element_t<I, std::tuple<A...>>>();
+    } else {
+      return true;
+    }
+  }
+};
+}
+";
+
 /// The program in C++ that compiles if, and only if, the headers say the same.
 #[must_use]
 pub fn program(declarations: &Declarations) -> String {
     let mut text = String::from(
-        "#include <cstddef>\n#include <cstdint>\n#include <type_traits>\n\
+        "#include <cstddef>\n#include <cstdint>\n#include <tuple>\n#include <type_traits>\n\
          #include \"third_party/hccl/inc/hccl/hccl.h\"\n#include \"acl/acl.h\"\n",
     );
+    text.push_str(PRELUDE);
     let mut line = |arguments: std::fmt::Arguments<'_>| text.push_str(&arguments.to_string());
     for Signature { name, result, arguments } in &declarations.functions {
         let arguments = arguments.join(", ");
@@ -122,6 +264,23 @@ pub fn program(declarations: &Declarations) -> String {
             "static_assert(std::is_same<decltype(&{name}), {result} (*)({arguments})>::value, \
              \"signature of {name}\");\n"
         ));
+    }
+    for Call { name, result, arguments } in &declarations.calls {
+        let (function, count) = (format!("abi::function<decltype(&{name})>"), arguments.len());
+        line(format_args!(
+            "static_assert({function}::arguments == {count}, \"number of arguments of {name}\");\n"
+        ));
+        line(format_args!(
+            "static_assert({function}::returns<{}>(), \"result of {name}\");\n",
+            result.in_cpp()
+        ));
+        for (index, argument) in arguments.iter().enumerate() {
+            line(format_args!(
+                "static_assert({function}::takes<{index}, {}>(), \"argument {} of {name}\");\n",
+                argument.in_cpp(),
+                index + 1
+            ));
+        }
     }
     for (name, value) in &declarations.constants {
         line(format_args!(

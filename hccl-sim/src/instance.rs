@@ -44,6 +44,27 @@ pub(crate) fn fail(reason: &str) -> ! {
     std::process::abort()
 }
 
+/// What this process has not given back to the simulated libraries in a folder, which it uses: communicators,
+/// streams, events, memory and keys, in words. Empty if nothing.
+///
+/// # Errors
+///
+/// If they cannot be loaded from there.
+pub fn held(folder: &Path) -> std::io::Result<String> {
+    // SAFETY: the library has no initialisers of its own.
+    let library =
+        unsafe { Library::open(Some(folder.join("libascendcl.so")), RTLD_NOW | RTLD_LOCAL) };
+    let library = library.map_err(std::io::Error::other)?;
+    type Held = unsafe extern "C" fn() -> *const std::ffi::c_char;
+    // SAFETY: the signature is the one in `abi.rs`.
+    let get = unsafe { library.get::<Held>(b"HcclSimHeld\0") }.map_err(std::io::Error::other)?;
+    // SAFETY: it takes nothing.
+    let words = unsafe { get() };
+    // SAFETY: it is text that stays as it is until this thread asks again.
+    let words = unsafe { std::ffi::CStr::from_ptr(words) };
+    Ok(words.to_string_lossy().into_owned())
+}
+
 fn load(path: &Path) -> Result<&'static Table, libloading::Error> {
     // SAFETY: the core has no initialisers of its own.
     let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }?;

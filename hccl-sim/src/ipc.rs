@@ -105,6 +105,11 @@ impl Sharing {
         Ok(key)
     }
 
+    /// Keys that were not closed, of this process's memory and of that of others.
+    pub(crate) fn held(&self) -> usize {
+        lock(&self.exports).len() + lock(&self.imports).len()
+    }
+
     pub(crate) fn allow(&self, key: &str, pids: &[i32]) -> Outcome {
         let export = lock(&self.exports).get(key).cloned();
         let message = "this process did not export it";

@@ -5,7 +5,8 @@
 //! installed, and no search path leads to them. [`libraries`] gives tests the folder; by hand,
 //! `cargo run -p hccl-sim -- FOLDER --profile current` writes one. Whoever loads them can tell that
 //! they are simulated: each has a function `const char *HcclSimVersion(void)`, and
-//! `aclrtGetSocName` ends with `-simulated`. What is found out with them has to be labelled so.
+//! `aclrtGetSocName` ends with `-simulated`. What is found out with them has to be labelled so. Another one,
+//! `const char *HcclSimHeld(void)`, lists what a process has not given back; [`held`] calls it.
 //!
 //! # What is simulated
 //!
@@ -58,6 +59,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 pub use abi::declarations;
+pub use instance::held;
 pub use layout::{Profile, libraries, write_libraries};
 
 /// Why a call or a task failed: a code of either library, and words for `aclGetRecentErrMsg`.
@@ -131,8 +133,27 @@ pub(crate) struct Sim {
     pub(crate) sharing: ipc::Sharing,
     /// Operations enqueued so far.
     pub(crate) operations: AtomicU64,
+    /// Communicators that were asked for so far.
+    pub(crate) joins: AtomicU64,
     /// 0, or 1 when initialised, or 2 when finalised.
     pub(crate) life: AtomicU8,
+}
+
+impl Sim {
+    /// What the process has not given back, in words.
+    fn held(&self) -> String {
+        let (devices, host) = self.memory.held();
+        let things = [
+            (self.comms.all().len(), "communicators"),
+            (self.streams.all().len(), "streams"),
+            (self.events.all().len(), "events"),
+            (devices, "allocations of devices"),
+            (host, "allocations of the host"),
+            (self.sharing.held(), "keys of shared memory"),
+        ];
+        let held = things.iter().filter(|(count, _)| *count > 0);
+        held.map(|(count, what)| format!("{count} {what}")).collect::<Vec<_>>().join(", ")
+    }
 }
 
 pub(crate) fn sim() -> &'static Sim {
@@ -152,6 +173,7 @@ pub(crate) fn sim() -> &'static Sim {
             links: comm::Links::new(settings.links),
             sharing: ipc::Sharing::default(),
             operations: AtomicU64::new(0),
+            joins: AtomicU64::new(0),
             life: AtomicU8::new(0),
             settings,
         }

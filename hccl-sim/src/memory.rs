@@ -269,6 +269,13 @@ impl Memory {
         Ok(())
     }
 
+    /// Allocations that were not freed: of devices, with imported ones, and of the host.
+    pub(crate) fn held(&self) -> (usize, usize) {
+        let state = lock(&self.state);
+        let devices = state.device.values().filter(|one| one.backing.is_some()).count();
+        (devices, state.pinned.len())
+    }
+
     /// Frees everything of a device that is reset.
     pub(crate) fn reset(&self, device: i32) {
         let mut state = lock(&self.state);

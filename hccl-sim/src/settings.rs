@@ -30,6 +30,8 @@
 //! | `HCCL_SIM_HANG_AT` | | that operation of this process never ends by itself |
 //! | `HCCL_SIM_ASYNC_ERROR_AT` | | that operation of this process fails with 507056, and its communicator has the asynchronous error 21 from then on |
 //! | `HCCL_SIM_OOM_AT` | | that `aclrtMalloc` of this process finds no memory |
+//! | `HCCL_SIM_COMM_OOM_AT` | | that communicator of this process finds no memory |
+//! | `HCCL_SIM_LOST_AT` | | that communicator of this process never reaches the others, nor they it |
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::RangeInclusive;
@@ -89,9 +91,11 @@ pub(crate) struct Settings {
     pub(crate) hang_at: Option<u64>,
     pub(crate) async_error_at: Option<u64>,
     pub(crate) oom_at: Option<u64>,
+    pub(crate) comm_oom_at: Option<u64>,
+    pub(crate) lost_at: Option<u64>,
 }
 
-const OWN: [&str; 13] = [
+const OWN: [&str; 15] = [
     "CHIP",
     "DEVICES",
     "DEVICE_MB",
@@ -105,6 +109,8 @@ const OWN: [&str; 13] = [
     "HANG_AT",
     "ASYNC_ERROR_AT",
     "OOM_AT",
+    "COMM_OOM_AT",
+    "LOST_AT",
 ];
 
 impl Settings {
@@ -150,6 +156,8 @@ impl Settings {
             hang_at: optional("HCCL_SIM_HANG_AT"),
             async_error_at: optional("HCCL_SIM_ASYNC_ERROR_AT"),
             oom_at: optional("HCCL_SIM_OOM_AT"),
+            comm_oom_at: optional("HCCL_SIM_COMM_OOM_AT"),
+            lost_at: optional("HCCL_SIM_LOST_AT"),
         }
     }
 }

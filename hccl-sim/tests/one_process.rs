@@ -145,6 +145,48 @@ fn an_allocation_can_be_made_to_fail() {
 }
 
 #[test]
+fn what_a_process_has_not_given_back_is_listed() {
+    processes(1, &[], |process| {
+        let api = &process.api;
+        let held = || text(api.HcclSimHeld());
+        assert_eq!(held(), "");
+        process.begin();
+        assert_eq!(held(), "", "a device that was chosen is nothing");
+        let (mut event, mut host, mut key) = (ptr::null_mut(), ptr::null_mut(), [0; 65]);
+        let comm = process.comm("root");
+        assert_eq!(held(), "1 communicators");
+        let streams = [process.stream(), process.stream()];
+        process.ok(api.aclrtCreateEvent(&raw mut event));
+        let mut buffer = ptr::null_mut();
+        process.ok(api.aclrtMalloc(&raw mut buffer, 2 << 20, HUGE_FIRST));
+        process.ok(api.aclrtMallocHost(&raw mut host, 100));
+        process.ok(api.aclrtIpcMemGetExportKey(buffer, 2 << 20, key.as_mut_ptr(), 65, 1));
+        let all = "1 communicators, 2 streams, 1 events, 1 allocations of devices, \
+                   1 allocations of the host, 1 keys of shared memory";
+        assert_eq!(held(), all);
+        process.ok(api.aclrtIpcMemClose(key.as_ptr()));
+        process.ok(api.aclrtFree(buffer));
+        process.ok(api.aclrtFreeHost(host));
+        process.ok(api.aclrtDestroyEvent(event));
+        assert_eq!(held(), "1 communicators, 2 streams");
+        streams.iter().for_each(|stream| process.ok(api.aclrtDestroyStream(*stream)));
+        process.ok(api.HcclCommDestroy(comm));
+        assert_eq!(held(), "");
+    });
+}
+
+#[test]
+fn a_communicator_can_be_made_to_find_no_memory() {
+    processes(1, &[("HCCL_SIM_COMM_OOM_AT", "2")], |process| {
+        process.begin();
+        for code in [0, 3, 0] {
+            let info = process.root_info();
+            assert_eq!(process.init(&info, 0).0, code);
+        }
+    });
+}
+
+#[test]
 fn memory_that_was_freed_is_never_used_again() {
     processes(1, &[("HCCL_SIM_LAZY", "1")], |process| {
         process.begin();

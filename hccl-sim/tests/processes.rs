@@ -139,8 +139,21 @@ fn joining_blocks_until_a_timeout_if_a_rank_does_not_come() {
 }
 
 #[test]
+fn a_communicator_can_be_made_to_reach_nobody_and_the_next_one_works() {
+    let variables = [("HCCL_SIM_TIME_SCALE", "0.005"), ("1:HCCL_SIM_LOST_AT", "1")];
+    processes(2, &variables, |process| {
+        process.begin();
+        let start = Instant::now();
+        assert_eq!(process.try_comm("lost").0, 9);
+        assert!(start.elapsed() >= Duration::from_millis(600), "it waits for its time");
+        process.comm("found");
+    });
+}
+
+#[test]
 fn two_ranks_on_one_chip_are_refused() {
-    processes(2, &[("ASCEND_RT_VISIBLE_DEVICES", "3,3")], |process| {
+    // All are told, also the third one.
+    processes(3, &[("ASCEND_RT_VISIBLE_DEVICES", "3,4,3")], |process| {
         process.begin();
         let (code, _) = process.try_comm("root");
         assert_eq!(code, 1, "{}", process.message());

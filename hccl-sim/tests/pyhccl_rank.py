@@ -6,8 +6,13 @@ The wrapper is `pyhccl_wrapper.py` of the PyPI package `vllm_ascend`. What it im
 the few names that it uses; device memory and streams come from `libascendcl.so` by ctypes.
 
 Rank 0 writes the root info to the file (all bytes at once); another rank waits for the file, so any
-program can be rank 0. Then the operations are run in their order, `broadcast` of `--bytes` bytes
-from `--root`, or `allreduce` of a single INT8 as barrier, and the digest of the broadcast buffer is printed as JSON.
+program can be rank 0. Then the operations are run in their order, and the digest of the broadcast buffer is
+printed as JSON:
+
+    broadcast       of `--bytes` bytes from `--root`, which have to be those that a rank of this script has
+    broadcast:R     the same from rank R
+    allreduce       of a single INT8 as barrier
+    join            what a rank of backend-hccl begins with: a broadcast of rank 0, and a reduction
 """
 
 import argparse
@@ -23,6 +28,8 @@ import types
 
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 REPEAT_INITIALIZE = 100002
+# What `join` sends.
+PROBE = 256
 
 
 def stand_in(name, **attributes):
@@ -62,6 +69,11 @@ class Acl:
     def copy(self, to, source, size, kind):
         n = ctypes.c_size_t(size)
         self.call("aclrtMemcpy", to, n, source, n, ctypes.c_int(kind))
+
+    def read(self, source, size):
+        to = ctypes.create_string_buffer(size)
+        self.copy(to, source, size, DEVICE_TO_HOST)
+        return to.raw
 
 
 def root_info(hccl, wrapper, path, rank, deadline):
@@ -104,32 +116,55 @@ def main():
 
     stream = ctypes.c_void_p()
     acl.call("aclrtCreateStream", ctypes.byref(stream))
-    size = options.bytes
-    buffer, flag = acl.allocate(size), acl.allocate(1)
-    # Every rank begins with bytes of its own.
-    period = bytes((7 * i + options.rank) % 251 for i in range(251))
-    own = (period * (size // 251 + 1))[:size]
-    acl.copy(buffer, own, size, HOST_TO_DEVICE)
     types_, reductions = wrapper.hcclDataTypeEnum, wrapper.hcclRedOpTypeEnum
+
+    def broadcast(buffer, given, root):
+        """The bytes that arrive where rank `root` gives its own."""
+        if options.rank == root:
+            acl.copy(buffer, given, len(given), HOST_TO_DEVICE)
+        hccl.hcclBroadcast(buffer, len(given), types_.hcclUint8, root, comm, stream)
+        acl.call("aclrtSynchronizeStream", stream)
+        return acl.read(buffer, len(given))
+
+    def reduce(buffer, given, how):
+        """What becomes of the bytes that all ranks give."""
+        acl.copy(buffer, given, len(given), HOST_TO_DEVICE)
+        hccl.hcclAllReduce(buffer, buffer, len(given), types_.hcclInt8, how, comm, stream)
+        acl.call("aclrtSynchronizeStream", stream)
+        return acl.read(buffer, len(given))
+
+    def check(what, found, expected):
+        if found != expected:
+            differ = sum(a != b for a, b in zip(found, expected))
+            raise RuntimeError(f"{what}: {differ} of {len(expected)} bytes are others")
+
+    size = options.bytes
+    buffer, small = acl.allocate(size), acl.allocate(PROBE)
+
+    def bytes_of(rank):
+        """Every rank has bytes of its own."""
+        period = bytes((7 * i + rank) % 251 for i in range(251))
+        return (period * (size // 251 + 1))[:size]
+
+    own = bytes_of(options.rank)
+    acl.copy(buffer, own, size, HOST_TO_DEVICE)
     for operation in options.operations.split(","):
-        if operation == "broadcast":
-            hccl.hcclBroadcast(buffer, size, types_.hcclUint8, options.root, comm, stream)
-            acl.call("aclrtSynchronizeStream", stream)
+        name, _, root = operation.partition(":")
+        if name == "broadcast":
+            root = int(root) if root else options.root
+            check(operation, broadcast(buffer, own, root), bytes_of(root))
         elif operation == "allreduce":
-            acl.copy(flag, bytes([1]), 1, HOST_TO_DEVICE)
-            hccl.hcclAllReduce(flag, flag, 1, types_.hcclInt8, reductions.hcclSum, comm, stream)
-            acl.call("aclrtSynchronizeStream", stream)
-            sum_ = ctypes.create_string_buffer(1)
-            acl.copy(sum_, flag, 1, DEVICE_TO_HOST)
-            if sum_.raw[0] != options.ranks:
-                raise RuntimeError(f"the sum is {sum_.raw[0]}")
+            check(operation, reduce(small, bytes([1]), reductions.hcclSum), bytes([options.ranks]))
+        elif operation == "join":
+            first, second = bytes([0x5A]) * PROBE, bytes([0x2D]) * PROBE
+            check("broadcast of join", broadcast(small, first, 0), first)
+            given = second if options.rank == 0 else bytes(PROBE)
+            check("reduction of join", reduce(small, given, reductions.hcclMax), second)
         else:
             raise ValueError(operation)
-    result = ctypes.create_string_buffer(size)
-    acl.copy(result, buffer, size, DEVICE_TO_HOST)
+    result = acl.read(buffer, size)
     hccl.hcclCommDestroy(comm)
-    same = result.raw == own
-    print(json.dumps({"sha256": hashlib.sha256(result.raw).hexdigest(), "own": same}), flush=True)
+    print(json.dumps({"sha256": hashlib.sha256(result).hexdigest(), "own": result == own}), flush=True)
 
 
 if __name__ == "__main__":

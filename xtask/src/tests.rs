@@ -69,19 +69,23 @@ fn with_extras(workspace: &Workspace, options: &Options) -> Result<()> {
     if requires_all(options) {
         return Ok(()); // They ran with the others.
     }
-    for (what, is_there, package, test) in [
-        ("PyTorch", tools::has_torch(workspace), "quant-fp8", "torch"),
-        ("NVRTC", tools::has_nvrtc(workspace), "device-cuda", "compile"),
-        ("NCCL", tools::has_nccl(workspace), "backend-nccl", "library"),
-        ("CANN's headers", tools::has_ascend_include(workspace), "hccl-sim", "headers"),
-        ("pyhccl", tools::pyhccl(workspace).is_file(), "hccl-sim", "foreign"),
+    let has_headers = tools::has_ascend_include(workspace);
+    let has_pyhccl = tools::pyhccl(workspace).is_file();
+    for (what, is_there, package, tests) in [
+        ("PyTorch", tools::has_torch(workspace), "quant-fp8", &["--test", "torch"][..]),
+        ("NVRTC", tools::has_nvrtc(workspace), "device-cuda", &["--test", "compile"]),
+        ("NCCL", tools::has_nccl(workspace), "backend-nccl", &["--test", "library"]),
+        ("CANN's headers", has_headers, "hccl-sim", &["--test", "headers"]),
+        ("CANN's headers, of backend-hccl", has_headers, "backend-hccl", &["--lib", "headers::"]),
+        ("pyhccl", has_pyhccl, "hccl-sim", &["--test", "foreign"]),
+        ("pyhccl, with backend-hccl", has_pyhccl, "backend-hccl", &["--lib", "foreign::"]),
     ] {
         if !is_there {
             println!("\n-- {what}: ignored, it is not installed (see above)");
             continue;
         }
         let mut command = workspace.cargo();
-        command.args(["test", "--package", package, "--test", test, "--", "--ignored"]);
+        command.args(["test", "--package", package]).args(tests).args(["--", "--ignored"]);
         with_libraries(&mut command, workspace);
         stage(what, command)?;
     }

@@ -82,6 +82,7 @@ macro_rules! api {
 
 api! {
     acl fn HcclSimVersion() -> *const c_char;
+    acl fn HcclSimHeld() -> *const c_char;
     acl fn aclInit(config: *const c_char) -> i32;
     acl fn aclFinalize() -> i32;
     acl fn aclGetRecentErrMsg() -> *const c_char;

@@ -1,0 +1,148 @@
+//! Groups with a member that others have written: the HCCL wrapper of `vllm_ascend`, in Python.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use engine_core::collective::{Communicator, Shape, Thread, Wait};
+use hccl_sim::Profile;
+
+use crate::comm::{HcclCommunicator, Plan};
+use crate::sys;
+
+const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../hccl-sim/tests/pyhccl_rank.py");
+
+/// Where the wrapper is.
+const WRAPPER: &str = "CKPT_ENGINE_PYHCCL_WRAPPER";
+/// Where the member of this crate finds the root info, and its place in the group.
+const FOLDER: &str = "CKPT_ENGINE_TEST_FOREIGN";
+const PLACE: &str = "CKPT_ENGINE_TEST_PLACE";
+/// No multiple of anything.
+const BYTES: usize = 3_000_001;
+/// How long anything here may take before it counts as a hang.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// What the two members do.
+const OPERATIONS: &str = "join,broadcast:0,broadcast:1,broadcast:0,broadcast:1";
+
+/// What the script's rank of this number broadcasts.
+fn bytes_of(rank: u32) -> Vec<u8> {
+    (0..251).map(|i| ((7 * i + rank) % 251) as u8).cycle().take(BYTES).collect()
+}
+
+/// What a child process does; nothing when the tests are run.
+#[tokio::test]
+async fn member_here() {
+    let Some(folder) = std::env::var_os(FOLDER).map(PathBuf::from) else { return };
+    let place = std::env::var(PLACE).unwrap().parse().unwrap();
+    let plan = Plan {
+        library_dir: None,
+        device: Some(place),
+        rank: place,
+        shape: Shape { slots: 1, slot_bytes: 4 << 20 },
+        deadline: LIMIT,
+    };
+    let open = move || Ok(HcclCommunicator::open(&plan)?);
+    let thread = Thread::start("ckpt-hccl", open).await.unwrap();
+    let member = move |own: &mut HcclCommunicator, wait: &Wait<'_>| {
+        let before = own.device().memory_info();
+        let info = folder.join("root-info");
+        if place == 0 {
+            let part = folder.join("part");
+            fs::write(&part, own.new_group()?).unwrap();
+            fs::rename(&part, &info).unwrap();
+        }
+        while !info.exists() {
+            wait.check("waiting for the root info")?;
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        own.join(0, &fs::read(info).unwrap(), 2, place, wait)?;
+        for (ended, root) in [0, 1, 0, 1].into_iter().enumerate() {
+            let given = if root == place { bytes_of(place) } else { vec![0xee; BYTES] };
+            own.memory().write(0, &given)?;
+            // An engine's broadcast comes from the first member.
+            match root {
+                0 => own.broadcast(0, 0, BYTES as u64, wait)?,
+                _ => own.broadcast_of(root, BYTES)?,
+            }
+            while own.ended(0)? == ended as u64 {
+                wait.check("broadcasting")?;
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let mut here = vec![0; BYTES];
+            own.read(0, 0, &mut here)?;
+            assert!(here == bytes_of(root), "other bytes arrived from member {root}");
+        }
+        own.leave();
+        assert_eq!(own.device().memory_info(), before, "the communicator is still there");
+        Ok(())
+    };
+    thread.run(LIMIT, member).await.unwrap();
+    thread.close().await;
+}
+
+/// Waits for a process, which is killed if it hangs: what it wrote, if it ended well.
+fn end(mut child: Child, what: &str) -> Result<String, String> {
+    let until = Instant::now() + LIMIT + LIMIT;
+    while child.try_wait().unwrap().is_none() {
+        if Instant::now() >= until {
+            child.kill().unwrap();
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let output = child.wait_with_output().unwrap();
+    let text = [&output.stdout[..], &output.stderr[..]].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    if output.status.success() {
+        Ok(text)
+    } else {
+        Err(format!("{what}: {}: {text}", output.status))
+    }
+}
+
+/// A group of two, with the member of this crate at a place.
+fn group(profile: Profile, place: u32) {
+    let wrapper = std::env::var_os(WRAPPER);
+    let wrapper = wrapper.unwrap_or_else(|| panic!("{WRAPPER} is not set; see the reason"));
+    let libraries = hccl_sim::libraries(profile).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let start = |command: &mut Command| {
+        command.env("HCCL_SIM_TIME_SCALE", "0.25").env("HCCL_HOST_SOCKET_PORT_RANGE", "auto");
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let mut own = Command::new(std::env::current_exe().unwrap());
+    own.args(["--exact", "foreign::member_here", "--nocapture"]);
+    own.env(FOLDER, folder.path()).env(PLACE, place.to_string());
+    let own = start(own.env(sys::LIBRARY_DIR_VARIABLE, &libraries));
+    let mut python = Command::new("python3");
+    python.args([Path::new(SCRIPT), Path::new("--wrapper"), Path::new(&wrapper)]);
+    python.arg("--libraries").arg(&libraries);
+    python.arg("--root-info").arg(folder.path().join("root-info"));
+    python.args(["--ranks", "2", "--rank", &(1 - place).to_string()]);
+    python.args(["--bytes", &BYTES.to_string(), "--operations", OPERATIONS]);
+    let python = start(&mut python);
+    let (own, python) = (end(own, "the member of this crate"), end(python, "the other member"));
+    let (own, python) = match (own, python) {
+        (Ok(own), Ok(python)) => (own, python),
+        (own, python) => panic!("{own:?}\n{python:?}"),
+    };
+    assert!(own.contains("1 passed"), "{own}");
+    // The last bytes are those of member 1.
+    assert!(python.contains(&format!("\"own\": {}", place == 0)), "{python}");
+}
+
+#[test]
+#[ignore = "needs python3 and vllm_ascend's wrapper: CKPT_ENGINE_PYHCCL_WRAPPER; `cargo xtask test` installs it"]
+fn it_and_a_member_in_python_broadcast_to_each_other() {
+    group(Profile::Current, 0);
+    group(Profile::Cann81, 0);
+}
+
+#[test]
+#[ignore = "needs python3 and vllm_ascend's wrapper: CKPT_ENGINE_PYHCCL_WRAPPER; `cargo xtask test` installs it"]
+fn it_joins_the_group_of_a_member_in_python_and_they_broadcast_to_each_other() {
+    group(Profile::Current, 1);
+    group(Profile::Cann81, 1);
+}
