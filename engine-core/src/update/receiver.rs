@@ -264,6 +264,9 @@ impl<L: FetchLink> Receiver<L> {
     }
 }
 
+/// How long the end of an update may be on its way here, before a version that nobody expects is an error.
+const IN_TRANSIT: Duration = Duration::from_millis(200);
+
 /// The announcement of the next update; of this version, if one is expected. What is left of dead
 /// updates is thrown away, their buckets are released.
 pub(super) async fn wait_for(control: &ControlPlane, expected: Option<Version>) -> Result<Begin> {
@@ -274,8 +277,8 @@ pub(super) async fn wait_for(control: &ControlPlane, expected: Option<Version>) 
             let Some(expected) = expected.filter(|&version| version != begin.version) else {
                 return Ok(begin);
             };
-            // The update may have been aborted long ago, while nobody listened here.
-            match arrived_event(control).await? {
+            // The update may have been aborted while nobody listened here, even just now.
+            match control.recv(IN_TRANSIT).await? {
                 Some(event) if is_abort(&event, begin.update) => break,
                 Some(event) => begin = between(control, event)?.unwrap_or(begin),
                 None => return Err(mismatch(control, &begin, expected)?),
