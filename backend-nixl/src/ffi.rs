@@ -172,12 +172,14 @@ impl RawAgent {
         Ok(text)
     }
 
-    /// Forgets a peer: its connections are closed, without waiting for it.
+    /// Forgets a peer, if NIXL has not by itself: its connections are closed, without waiting for it.
     pub(crate) fn forget_peer(&self, name: &str) -> Result<(), NixlError> {
         let name = c_string(name);
         // SAFETY: the agent is alive, the string is copied.
-        let status = unsafe { (self.api.invalidate_remote_md)(self.agent, name.as_ptr()) };
-        check("invalidate_remote_md", status)
+        match unsafe { (self.api.invalidate_remote_md)(self.agent, name.as_ptr()) } {
+            sys::NOT_FOUND => Ok(()),
+            status => check("invalidate_remote_md", status),
+        }
     }
 
     /// Starts to copy between memory of a peer and of the arena, each on the device of that number
