@@ -1077,6 +1077,31 @@ mod tests {
         }
     }
 
+    #[test]
+    fn between_hosts_without_rdma_it_is_known_that_nothing_can_be_read_unless_memory_is_a_devices()
+    {
+        let here = Card {
+            name: "peer".into(),
+            metadata: Vec::new(),
+            address: 0,
+            slots: 1,
+            slot_bytes: 1,
+            device: None,
+            host: "here".into(),
+            moves: false,
+        };
+        let elsewhere = Card { host: "elsewhere".into(), ..here.clone() };
+        let on_a_device = Card { device: Some(0), ..elsewhere.clone() };
+        let excluded = |only_tcp, only_tcp_between_hosts, emulates| {
+            let reach = Reach { only_tcp, only_tcp_between_hosts, host: "here".into(), emulates };
+            [&here, &elsewhere, &on_a_device].map(|peer| reach.excludes(peer))
+        };
+        assert_eq!(excluded(false, false, false), [false, false, false]);
+        assert_eq!(excluded(false, true, false), [false, true, false]);
+        assert_eq!(excluded(true, true, false), [true, true, false]);
+        assert_eq!(excluded(true, true, true), [false, false, false]);
+    }
+
     /// An agent that has only these transports.
     async fn agent_over(name: &str, transports: &str) -> (Agent, Arc<Arena>) {
         let arena = Arc::new(Arena::new(2, BYTES).unwrap());

@@ -39,7 +39,9 @@ pub(crate) enum NixlError {
     Abandoned,
     #[error("the peer could not write it: {0}")]
     Refused(String),
-    #[error("a slot had to be moved before the others knew that slots move; they know in the next update")]
+    #[error(
+        "a slot had to be moved before the others knew that slots move; they know in the next update"
+    )]
     Moved,
     #[error("this rank's agent has ended")]
     Closed,
