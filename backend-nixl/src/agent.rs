@@ -75,6 +75,9 @@ pub(crate) struct AgentOptions {
     /// Whether agents that have bytes write them in any case, and not only where those that want them
     /// cannot read them. The same for all agents of a group.
     pub(crate) writes: bool,
+    /// Whether NIXL looks after transfers and peers in a thread of its own as well. An agent of memory of a
+    /// device always has one: transports may be emulated there, so that peers have to be answered.
+    pub(crate) own_thread: bool,
 }
 
 /// From whom an agent can read, as far as that is certain before it is tried.
@@ -986,7 +989,8 @@ pub(crate) fn open(
     arena.enter().map_err(NixlError::Device)?;
     let (slots, slot_bytes, device) = (arena.slots(), arena.slot_bytes(), arena.device());
     let address = arena.memory().address() as u64;
-    let agent = RawAgent::new(api, &name, &parameters, arena)?;
+    let own_thread = options.own_thread || device.is_some();
+    let agent = RawAgent::new(api, &name, &parameters, arena, own_thread)?;
     // Not before an agent was made: NIXL and its plugins have registered their own ends by then.
     static REGISTERED: Once = Once::new();
     REGISTERED.call_once(|| sys::at_exit(close_all));

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use engine_core::{CheckpointEngineConfig, Result};
 
 use crate::NAME;
-use crate::agent::{Agent, Card, Reach, open};
+use crate::agent::{Agent, AgentOptions, Card, Reach, open};
 use crate::engine::{NixlOptions, Transfer, arena, unique_name};
 use crate::error::NixlError;
 use crate::ffi::{RawAgent, Way};
@@ -30,7 +30,7 @@ impl Target {
     pub async fn new(config: &CheckpointEngineConfig) -> Result<Self> {
         let options = config.kwargs::<NixlOptions>(NAME)?;
         let arena = Arc::new(arena(config)?);
-        let agent = Agent::start(options.of_agent(), unique_name("target"), arena).await?;
+        let agent = Agent::start(as_usual(&options), unique_name("target"), arena).await?;
         Ok(Self { agent })
     }
 
@@ -38,6 +38,11 @@ impl Target {
     pub fn card(&self) -> serde_json::Value {
         serde_json::json!(self.agent.card())
     }
+}
+
+/// Agents of these options that work as NIXL has it: in a thread of its own, too.
+fn as_usual(options: &NixlOptions) -> AgentOptions {
+    AgentOptions { own_thread: true, ..options.of_agent() }
 }
 
 /// The time that it takes to move so many bytes between slots of this process and of another one's
@@ -60,7 +65,7 @@ pub fn seconds(
         Transfer::Read if !Reach::new(&options.of_agent(), &arena).excludes(&target) => Way::Read,
         _ => Way::Write,
     };
-    let (agent, _) = open(&options.of_agent(), unique_name("bare"), &arena)?;
+    let (agent, _) = open(&as_usual(&options), unique_name("bare"), &arena)?;
     agent.load_peer(&target.metadata)?;
     let mut begun = Instant::now();
     let warm = i64::from(arena.slots());

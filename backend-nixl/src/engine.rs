@@ -60,6 +60,9 @@ impl NixlOptions {
                 ErrorHandling::None => "none",
             },
             writes: self.transfer == Transfer::Write,
+            // It would spin for the lock that the agent's thread has while that copies, and what peers want of
+            // host memory at other times can wait for the agent's next look.
+            own_thread: false,
         }
     }
 }

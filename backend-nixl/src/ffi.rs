@@ -54,16 +54,18 @@ fn c_string(text: &str) -> CString {
 }
 
 impl RawAgent {
-    /// An agent with a UCX backend of these parameters, which has registered the arena.
+    /// An agent with a UCX backend of these parameters, which has registered the arena. If the library is
+    /// not to look after it in a thread of its own, things go on while calls look for messages or for the
+    /// end of a transfer.
     pub(crate) fn new(
         api: &'static Api,
         name: &str,
         parameters: &[(&str, &str)],
         arena: &Arena,
+        own_thread: bool,
     ) -> Result<Self, NixlError> {
         let config = AgentConfig {
-            // Peers read from here while this rank computes: the library answers by itself.
-            enable_prog_thread: true,
+            enable_prog_thread: own_thread,
             enable_listen_thread: false,
             listen_port: 0,
             thread_sync: 0,
