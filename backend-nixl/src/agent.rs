@@ -1,16 +1,18 @@
 //! A rank's agent: one thread that has it, and the handle of that thread.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, Sender, TryRecvError, channel};
 use std::sync::{Arc, Condvar, Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 
+use engine_core::{Role, WorkerMetadata};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, warn};
 
+use crate::NAME;
 use crate::arena::{Arena, Memory, Slot};
 use crate::error::NixlError;
 use crate::ffi::{ENGINE_CONFIG, RawAgent, RawTransfer, Way};
@@ -20,6 +22,8 @@ use crate::sys;
 const SPINS: u32 = 200;
 /// The pause between two looks at a longer one.
 const PAUSE: Duration = Duration::from_micros(30);
+/// The longest pause between two looks for what peers ask for, soon after something happened here.
+const LISTEN: Duration = Duration::from_millis(5);
 /// How long the end of an agent waits for peers that write here.
 const GRACE: Duration = Duration::from_secs(1);
 
@@ -36,6 +40,11 @@ pub(crate) struct Card {
     pub(crate) slot_bytes: u64,
     /// The number of the CUDA device that they are on; `None` for host memory.
     pub(crate) device: Option<u32>,
+    /// The host's identity.
+    pub(crate) host: String,
+    /// Whether a slot may be elsewhere than the address says, because a peer that had been asked to write
+    /// to it was given up. Only the agent itself knows where it is then.
+    pub(crate) moves: bool,
 }
 
 impl Card {
@@ -63,9 +72,52 @@ pub(crate) struct AgentOptions {
     pub(crate) transports: String,
     /// UCX's way with failures of peers: `peer` notices them.
     pub(crate) error_handling: &'static str,
-    /// Whether agents that have bytes write them, and not those that want them read them. The same for
-    /// all agents of a group.
+    /// Whether agents that have bytes write them in any case, and not only where those that want them
+    /// cannot read them. The same for all agents of a group.
     pub(crate) writes: bool,
+    /// Whether NIXL looks after transfers and peers in a thread of its own as well. An agent of memory of a
+    /// device always has one: transports may be emulated there, so that peers have to be answered.
+    pub(crate) own_thread: bool,
+}
+
+/// From whom an agent can read, as far as that is certain before it is tried.
+#[derive(Debug)]
+pub(crate) struct Reach {
+    /// Whether there is nothing but TCP.
+    only_tcp: bool,
+    /// Whether there is nothing but TCP between hosts.
+    only_tcp_between_hosts: bool,
+    host: String,
+    /// Whether UCX emulates what its transports cannot do: for memory of devices.
+    emulates: bool,
+}
+
+impl Reach {
+    pub(crate) fn new(options: &AgentOptions, arena: &Arena) -> Self {
+        // NIXL prefers the variable as well.
+        let transports = std::env::var("UCX_TLS").unwrap_or_else(|_| options.transports.clone());
+        Self {
+            only_tcp: transports.split(',').all(|name| matches!(name, "tcp" | "self")),
+            only_tcp_between_hosts: sys::infiniband_devices().is_empty(),
+            host: this_host(),
+            emulates: arena.device().is_some(),
+        }
+    }
+
+    /// Whether it is certain that an agent cannot be read from.
+    pub(crate) fn excludes(&self, peer: &Card) -> bool {
+        let only_tcp = self.only_tcp || (self.only_tcp_between_hosts && peer.host != self.host);
+        only_tcp && !self.emulates && peer.device.is_none()
+    }
+
+    /// Whether it is certain that no memory of a host can be read.
+    fn reads_nobody(&self) -> bool {
+        self.only_tcp && !self.emulates
+    }
+}
+
+fn this_host() -> String {
+    WorkerMetadata::of_this_process(NAME, Role::Rollout, serde_json::Value::Null).host
 }
 
 /// Who waits for a transfer.
@@ -101,6 +153,16 @@ pub(crate) struct Agent {
     commands: Sender<Command>,
     ended: tokio::sync::oneshot::Receiver<()>,
     card: Card,
+    moves: Arc<Moves>,
+}
+
+/// What an agent and those who pass on its card know of slots that move.
+#[derive(Debug, Default)]
+struct Moves {
+    /// Whether the agent has asked a peer to write, so that slots may have to move.
+    possible: AtomicBool,
+    /// Whether peers are told so.
+    told: AtomicBool,
 }
 
 impl Agent {
@@ -114,9 +176,11 @@ impl Agent {
         let (ready, card) = tokio::sync::oneshot::channel();
         let (ending, ended) = tokio::sync::oneshot::channel::<()>();
         let running = Running::new(commands.clone());
+        let moves = Arc::<Moves>::default();
+        let known = moves.clone();
         let run = move || {
             let _running = running;
-            match Worker::new(&options, name, arena) {
+            match Worker::new(&options, name, arena, known) {
                 Ok((mut worker, card)) => {
                     // Without someone who waits for the card, there is nobody to work for.
                     if ready.send(Ok(card)).is_ok() {
@@ -133,11 +197,21 @@ impl Agent {
             errno: Errno::from_io_error(&error).unwrap_or(Errno::AGAIN),
         })?;
         let card = card.await.map_err(|_| NixlError::Closed)??;
-        Ok(Self { commands, ended, card })
+        Ok(Self { commands, ended, card, moves })
     }
 
+    /// What peers need to reach it, if none of its slots moves.
     pub(crate) fn card(&self) -> &Card {
         &self.card
+    }
+
+    /// Whether peers have to be told that slots move; they are, from now on.
+    pub(crate) fn moves(&self) -> bool {
+        let possible = self.moves.possible.load(Ordering::SeqCst);
+        if possible {
+            self.moves.told.store(true, Ordering::SeqCst);
+        }
+        possible
     }
 
     /// Has a transfer made; its end is told to `done`.
@@ -221,7 +295,8 @@ extern "C" fn close_all() {
 pub(crate) fn probe() -> Result<String, NixlError> {
     let options = AgentOptions { error_handling: "peer", ..Default::default() };
     let arena = Arc::new(Arena::new(1, 4096)?);
-    let (_, card) = Worker::new(&options, format!("probe-{}", std::process::id()), arena)?;
+    let name = format!("probe-{}", std::process::id());
+    let (_, card) = Worker::new(&options, name, arena, Arc::default())?;
     let found = &sys::load(None)?.found;
     let version = |version: &Option<String>| version.clone().unwrap_or("of unknown version".into());
     Ok(format!(
@@ -267,8 +342,18 @@ enum Notice {
 struct Worker {
     agent: RawAgent,
     arena: Arc<Arena>,
-    /// Whether the agent that has the bytes writes them, and not the one that wants them reads them.
+    /// Whether the agent that has the bytes writes them, even if the one that wants them can read them.
     writes: bool,
+    reach: Reach,
+    /// Those that cannot be read from, as was found when it was tried.
+    unreadable: HashSet<String>,
+    moves: Arc<Moves>,
+    /// Whether a slot has moved before peers were told that slots may.
+    stale: bool,
+    /// Whether a peer has ever asked for something.
+    asked: bool,
+    /// When messages of peers were looked for.
+    listened: Instant,
     /// What peers need to reach this agent and all that it has registered.
     metadata: Vec<u8>,
     /// The peers that this agent knows how to reach, by name.
@@ -296,11 +381,15 @@ struct Loaded {
     era: u64,
     /// By the peer's count, if it has asked for something.
     asks: Option<u64>,
+    /// Whether something was read from it.
+    readable: bool,
 }
 
 struct Active {
     work: Work,
     peer: Arc<Card>,
+    /// The peer's slot.
+    from: u32,
     until: Instant,
     deadline: Duration,
     /// In use until the library has let go of it, even if the transfer has failed.
@@ -337,12 +426,21 @@ impl Worker {
         options: &AgentOptions,
         name: String,
         arena: Arc<Arena>,
+        moves: Arc<Moves>,
     ) -> Result<(Self, Card), NixlError> {
         let (agent, card) = open(options, name, &arena)?;
+        let reach = Reach::new(options, &arena);
+        moves.possible.store(options.writes || reach.reads_nobody(), Ordering::SeqCst);
         let this = Self {
             agent,
             arena,
             writes: options.writes,
+            reach,
+            unreadable: HashSet::new(),
+            moves,
+            stale: false,
+            asked: false,
+            listened: Instant::now(),
             metadata: card.metadata.clone(),
             loaded: HashMap::new(),
             waiting: VecDeque::new(),
@@ -368,12 +466,9 @@ impl Worker {
                 })
             } else if busy {
                 inbox.recv_timeout(PAUSE)
-            } else if self.writes {
-                idle = 0;
-                inbox.recv_timeout(pause_after(self.stirred.elapsed()))
             } else {
                 idle = 0;
-                inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
+                inbox.recv_timeout(self.pause())
             };
             idle += 1;
             match command {
@@ -404,9 +499,7 @@ impl Worker {
         }
         // What peers write here ends soon, or they are gone.
         let until = Instant::now() + GRACE;
-        while self.active.iter().any(|transfer| matches!(transfer.work, Work::Asked(_)))
-            && Instant::now() < until
-        {
+        while self.awaits_peers() && Instant::now() < until {
             self.poll();
             std::thread::sleep(PAUSE);
         }
@@ -441,6 +534,11 @@ impl Worker {
             // What is left of an update that has ended: its peer may have gone by now.
             return transfer.done.tell(Err(NixlError::Abandoned));
         }
+        self.stale &= !self.moves.told.load(Ordering::SeqCst);
+        if self.stale {
+            // Who fetched this from here would read it where the slot was before.
+            return transfer.done.tell(Err(NixlError::Moved));
+        }
         if transfer.slot.range().1 == 0 {
             // An empty bucket; NIXL refuses transfers of nothing.
             return transfer.done.tell(Ok(transfer.slot));
@@ -448,9 +546,10 @@ impl Worker {
         self.stirred = Instant::now();
         match self.begin(&transfer) {
             Ok(work) => {
-                let Transfer { slot, peer, deadline, done, .. } = transfer;
+                let Transfer { slot, peer, from, deadline, done } = transfer;
                 let until = Instant::now() + deadline;
-                self.active.push(Active { work, peer, until, deadline, slot, done: Some(done) });
+                let done = Some(done);
+                self.active.push(Active { work, peer, from, until, deadline, slot, done });
             }
             Err(error) => {
                 transfer.done.tell(Err(error));
@@ -462,21 +561,56 @@ impl Worker {
     fn begin(&mut self, transfer: &Transfer) -> Result<Work, NixlError> {
         let Transfer { slot, peer, from, deadline, .. } = transfer;
         let remote = peer.range(*from, slot.range().1 as u64)?;
-        let era = self.load(&peer.name, &peer.metadata)?;
-        let device = self.arena.device();
-        if !self.writes {
-            let local = (slot.range(), device);
-            let raw = self.agent.start(Way::Read, &peer.name, local, (remote, peer.device))?;
-            return Ok(Work::Read(raw));
+        self.load(&peer.name, &peer.metadata)?;
+        if self.reads_from(peer) {
+            let local = (slot.range(), self.arena.device());
+            let started = self.agent.start(Way::Read, &peer.name, local, (remote, peer.device));
+            match started {
+                Ok(raw) => return Ok(Work::Read(raw)),
+                Err(error) if !self.is_unreadable(&peer.name, &error) => return Err(error),
+                Err(_) => {}
+            }
         }
+        self.ask(peer, slot, *from, *deadline)
+    }
+
+    /// Whether bytes are read from a peer, and it is not asked to write them.
+    fn reads_from(&self, peer: &Card) -> bool {
+        let excluded = self.unreadable.contains(&peer.name) || self.reach.excludes(peer);
+        !(self.writes || peer.moves || excluded)
+    }
+
+    /// Takes note of a read that failed. True if it was the first one from this peer: perhaps UCX has no
+    /// transport here that can read.
+    fn is_unreadable(&mut self, peer: &str, error: &NixlError) -> bool {
+        let first = self.loaded.get(peer).is_some_and(|loaded| !loaded.readable);
+        let unreadable = first && matches!(error, NixlError::Transfer { .. });
+        if unreadable {
+            debug!(peer, "nothing can be read from a peer, it is asked to write");
+            self.disconnect(peer);
+            self.unreadable.insert(peer.to_owned());
+        }
+        unreadable
+    }
+
+    /// Asks a peer to write from its slot to one of this rank.
+    fn ask(
+        &mut self,
+        peer: &Card,
+        slot: &Slot,
+        from: u32,
+        deadline: Duration,
+    ) -> Result<Work, NixlError> {
+        self.moves.possible.store(true, Ordering::SeqCst);
+        let era = self.load(&peer.name, &peer.metadata)?;
         self.count += 1;
         let id = self.count;
         let (address, len) = slot.range();
         let ask = Notice::Ask {
             id,
-            slot: *from,
+            slot: from,
             target: (address as u64, len as u64),
-            device,
+            device: self.arena.device(),
             metadata: self.metadata.clone(),
             era,
             millis: u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX),
@@ -501,7 +635,7 @@ impl Worker {
             return Err(NixlError::Unknown);
         }
         self.count += 1;
-        let new = Loaded { metadata: Vec::new(), era: self.count, asks: None };
+        let new = Loaded { metadata: Vec::new(), era: self.count, asks: None, readable: false };
         let loaded = self.loaded.entry(named).or_insert(new);
         loaded.metadata = metadata.to_vec();
         Ok(loaded.era)
@@ -509,11 +643,13 @@ impl Worker {
 
     /// Looks after all transfers; whether anything ended or arrived.
     fn poll(&mut self) -> bool {
-        let heard = self.writes && self.listen();
+        let now = Instant::now();
+        let listens = self.serves() || now - self.listened >= LISTEN;
+        let heard = listens && self.listen();
         let served = self.serve();
         let mut ended = false;
         let mut broken = Vec::new();
-        let now = Instant::now();
+        let mut again = Vec::new();
         let mut at = 0;
         while let Some(transfer) = self.active.get_mut(at) {
             let raw = match &mut transfer.work {
@@ -539,7 +675,10 @@ impl Worker {
                     Ok(true) => {
                         if self.agent.release(raw) {
                             ended = true;
-                            let Active { slot, done, .. } = self.active.swap_remove(at);
+                            let Active { slot, peer, done, .. } = self.active.swap_remove(at);
+                            if let Some(loaded) = self.loaded.get_mut(&peer.name) {
+                                loaded.readable = true;
+                            }
                             if let Some(done) = done {
                                 done.tell(Ok(slot));
                             }
@@ -553,7 +692,13 @@ impl Worker {
                         let error = NixlError::Slow(transfer.deadline);
                         transfer.fail(error);
                     }
-                    Err(error) => transfer.fail(error),
+                    Err(error) => {
+                        if self.agent.release(raw) {
+                            again.push((self.active.swap_remove(at), error));
+                            continue;
+                        }
+                        transfer.fail(error);
+                    }
                 }
                 broken.push(transfer.peer.name.clone());
             }
@@ -568,11 +713,59 @@ impl Worker {
         for peer in broken {
             self.forget(&peer);
         }
+        for (transfer, error) in again {
+            self.try_again(transfer, error);
+        }
         heard || served || ended
+    }
+
+    /// Goes on after a read that failed, and that the library has let go of.
+    fn try_again(&mut self, mut transfer: Active, error: NixlError) {
+        let Active { peer, from, slot, deadline, .. } = &transfer;
+        let (peer, deadline) = (peer.clone(), *deadline);
+        let error = if self.is_unreadable(&peer.name, &error) {
+            match self.ask(&peer, slot, *from, deadline) {
+                Ok(work) => {
+                    self.active.push(Active { work, ..transfer });
+                    return;
+                }
+                Err(error) => error,
+            }
+        } else {
+            error
+        };
+        transfer.fail(error);
+        self.forget(&peer.name);
+    }
+
+    /// Whether peers ask for what is here.
+    fn serves(&self) -> bool {
+        self.writes || self.asked || !self.serving.is_empty() || self.awaits_peers()
+    }
+
+    fn awaits_peers(&self) -> bool {
+        self.active.iter().any(|transfer| matches!(transfer.work, Work::Asked(_)))
+    }
+
+    /// How long to sleep when there is nothing to be done: peers ask when they like, above all soon after
+    /// something happened here.
+    fn pause(&self) -> Duration {
+        let quiet = self.stirred.elapsed();
+        if !self.serves() {
+            // Nobody has asked yet.
+            if quiet < Duration::from_secs(1) { LISTEN } else { 4 * LISTEN }
+        } else if quiet < Duration::from_millis(20) {
+            PAUSE
+        } else if quiet < Duration::from_secs(1) {
+            Duration::from_micros(250)
+        } else {
+            LISTEN
+        }
     }
 
     /// Takes in what peers say; whether they said anything.
     fn listen(&mut self) -> bool {
+        self.listened = Instant::now();
         let notices = match self.agent.notices() {
             Ok(notices) => notices,
             Err(error) => {
@@ -596,6 +789,7 @@ impl Worker {
     fn hear(&mut self, peer: String, notice: Notice) {
         let (id, words) = match notice {
             Notice::Ask { id, slot, target, device, metadata, era, millis } => {
+                self.asked = true;
                 let now = Instant::now();
                 let until = now.checked_add(Duration::from_millis(millis)).unwrap_or(now);
                 match self.answer(&peer, slot, (target, device), &metadata, era) {
@@ -699,6 +893,7 @@ impl Worker {
     /// other memory.
     fn retire(&mut self, transfer: Active, error: NixlError) {
         let Active { work: Work::Asked(id), slot, done, .. } = transfer else { return };
+        self.stale |= !self.moves.told.load(Ordering::SeqCst);
         let spare = self.spares.pop().map_or_else(|| self.more(), Ok);
         match spare {
             Ok(spare) => {
@@ -752,6 +947,11 @@ impl Worker {
         for serving in self.serving.iter_mut().filter(|serving| serving.peer == peer) {
             serving.failed.get_or_insert_with(|| "the connection was given up".into());
         }
+        self.disconnect(peer);
+    }
+
+    /// Closes the connections to a peer.
+    fn disconnect(&mut self, peer: &str) {
         if self.loaded.remove(peer).is_some()
             && let Err(error) = self.agent.forget_peer(peer)
         {
@@ -768,6 +968,12 @@ pub(crate) fn open(
 ) -> Result<(RawAgent, Card), NixlError> {
     let api = sys::load(options.library_dir.as_deref())?;
     let mut config = Vec::new();
+    if arena.device().is_none() {
+        // Where a transport cannot read or write by itself (TCP cannot read), UCX would have the other side
+        // answer, and that ends its process if the connection breaks at that moment. Without this it says
+        // that it cannot, and the peer is asked to write.
+        config.push("PROTO_EMULATION_ENABLE=n".into());
+    }
     if !options.transports.is_empty() {
         config.push(format!("TLS={}", options.transports));
     }
@@ -783,25 +989,15 @@ pub(crate) fn open(
     arena.enter().map_err(NixlError::Device)?;
     let (slots, slot_bytes, device) = (arena.slots(), arena.slot_bytes(), arena.device());
     let address = arena.memory().address() as u64;
-    let agent = RawAgent::new(api, &name, &parameters, arena)?;
+    let own_thread = options.own_thread || device.is_some();
+    let agent = RawAgent::new(api, &name, &parameters, arena, own_thread)?;
     // Not before an agent was made: NIXL and its plugins have registered their own ends by then.
     static REGISTERED: Once = Once::new();
     REGISTERED.call_once(|| sys::at_exit(close_all));
     let metadata = agent.metadata()?;
-    let card = Card { name, metadata, address, slots, slot_bytes, device };
+    let (host, moves) = (this_host(), false);
+    let card = Card { name, metadata, address, slots, slot_bytes, device, host, moves };
     Ok((agent, card))
-}
-
-/// How long to sleep when nothing was to be done for so long: peers ask when they like, above all soon
-/// after something happened here.
-fn pause_after(quiet: Duration) -> Duration {
-    if quiet < Duration::from_millis(20) {
-        PAUSE
-    } else if quiet < Duration::from_secs(1) {
-        Duration::from_micros(250)
-    } else {
-        Duration::from_millis(5)
-    }
 }
 
 #[cfg(test)]
@@ -885,6 +1081,60 @@ mod tests {
         }
     }
 
+    #[test]
+    fn between_hosts_without_rdma_it_is_known_that_nothing_can_be_read_unless_memory_is_a_devices()
+    {
+        let here = Card {
+            name: "peer".into(),
+            metadata: Vec::new(),
+            address: 0,
+            slots: 1,
+            slot_bytes: 1,
+            device: None,
+            host: "here".into(),
+            moves: false,
+        };
+        let elsewhere = Card { host: "elsewhere".into(), ..here.clone() };
+        let on_a_device = Card { device: Some(0), ..elsewhere.clone() };
+        let excluded = |only_tcp, only_tcp_between_hosts, emulates| {
+            let reach = Reach { only_tcp, only_tcp_between_hosts, host: "here".into(), emulates };
+            [&here, &elsewhere, &on_a_device].map(|peer| reach.excludes(peer))
+        };
+        assert_eq!(excluded(false, false, false), [false, false, false]);
+        assert_eq!(excluded(false, true, false), [false, true, false]);
+        assert_eq!(excluded(true, true, false), [true, true, false]);
+        assert_eq!(excluded(true, true, true), [false, false, false]);
+    }
+
+    /// An agent that has only these transports.
+    async fn agent_over(name: &str, transports: &str) -> (Agent, Arc<Arena>) {
+        let arena = Arc::new(Arena::new(2, BYTES).unwrap());
+        let options = AgentOptions {
+            transports: transports.into(),
+            error_handling: "peer",
+            ..Default::default()
+        };
+        let name = format!("{name}-{}", std::process::id());
+        (Agent::start(options, name, arena.clone()).await.unwrap(), arena)
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_cannot_be_read_from_is_asked_to_write() {
+        // Of the first, that it has only TCP is known; of the second, it is found.
+        for (transports, known) in [("tcp,self", true), ("tcp,tcp,self,", false)] {
+            let one = agent_over("unreadable", transports).await;
+            let two = agent_over("reads", transports).await;
+            assert_eq!(two.0.moves(), known, "{transports}");
+            let card = Arc::new(one.0.card().clone());
+            for seed in 1..4 {
+                fill(&one.1, 0, seed).await;
+                let slot = transfer(&two, 1, &card, 0).await.unwrap();
+                assert!(is_pattern(slot, seed), "other bytes arrived");
+                assert!(two.0.moves(), "{transports}");
+            }
+        }
+    }
+
     #[tokio::test]
     async fn a_slot_whose_writer_was_given_up_is_elsewhere_and_works() {
         let (one, two) = (agent_that("given-up", true).await, agent_that("waits", true).await);
@@ -893,6 +1143,7 @@ mod tests {
         let card = Arc::new(one.0.card().clone());
         fill(&one.1, 0, 1).await;
         fill(&three.1, 0, 2).await;
+        assert!(two.0.moves());
         for round in 0..3 {
             // The writer is given up as soon as it was asked.
             let (tell, told) = tokio::sync::oneshot::channel();
@@ -912,6 +1163,26 @@ mod tests {
             assert!(is_pattern(transfer(&two, 1, &other, 0).await.unwrap(), 2), "round {round}");
             assert!(is_pattern(transfer(&two, 1, &card, 0).await.unwrap(), 1), "round {round}");
         }
+    }
+
+    #[tokio::test]
+    async fn nothing_is_fetched_to_a_slot_that_moved_before_anyone_was_told() {
+        let (one, two) = (agent_that("writes", true).await, agent_that("untold", true).await);
+        let card = Arc::new(one.0.card().clone());
+        let (tell, told) = tokio::sync::oneshot::channel();
+        two.0.transfer(Transfer {
+            slot: two.1.lock(1, BYTES, DEADLINE).await.unwrap(),
+            peer: card.clone(),
+            from: 0,
+            deadline: DEADLINE,
+            done: Box::new(tell),
+        });
+        two.0.forget(&card);
+        assert!(told.await.unwrap().is_err());
+        let error = transfer(&two, 1, &card, 0).await.unwrap_err();
+        assert!(matches!(error, NixlError::Moved), "{error}");
+        assert!(two.0.moves());
+        drop(transfer(&two, 1, &card, 0).await.unwrap());
     }
 
     #[tokio::test]

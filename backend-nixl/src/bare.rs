@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use engine_core::{CheckpointEngineConfig, Result};
 
 use crate::NAME;
-use crate::agent::{Agent, Card, open};
+use crate::agent::{Agent, AgentOptions, Card, Reach, open};
 use crate::engine::{NixlOptions, Transfer, arena, unique_name};
 use crate::error::NixlError;
-use crate::ffi::Way;
+use crate::ffi::{RawAgent, Way};
 
 /// The deadline of a transfer.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -30,7 +30,7 @@ impl Target {
     pub async fn new(config: &CheckpointEngineConfig) -> Result<Self> {
         let options = config.kwargs::<NixlOptions>(NAME)?;
         let arena = Arc::new(arena(config)?);
-        let agent = Agent::start(options.of_agent(), unique_name("target"), arena).await?;
+        let agent = Agent::start(as_usual(&options), unique_name("target"), arena).await?;
         Ok(Self { agent })
     }
 
@@ -40,9 +40,14 @@ impl Target {
     }
 }
 
+/// Agents of these options that work as NIXL has it: in a thread of its own, too.
+fn as_usual(options: &NixlOptions) -> AgentOptions {
+    AgentOptions { own_thread: true, ..options.of_agent() }
+}
+
 /// The time that it takes to move so many bytes between slots of this process and of another one's
 /// [`Target`], slot by slot, without anything between: read from there, or written to there, as the
-/// configuration says of transfers. Blocks. The first slots are moved twice, and the first time does not
+/// configuration says of transfers; written also where nothing can be read. Blocks. The first slots are moved twice, and the first time does not
 /// count.
 ///
 /// # Errors
@@ -55,12 +60,12 @@ pub fn seconds(
 ) -> Result<f64> {
     let options = config.kwargs::<NixlOptions>(NAME)?;
     let target: Card = serde_json::from_value(target.clone()).map_err(|_| NixlError::Unknown)?;
-    let way = match options.transfer {
-        Transfer::Read => Way::Read,
-        Transfer::Write => Way::Write,
-    };
     let arena = arena(config)?;
-    let (agent, _) = open(&options.of_agent(), unique_name("bare"), &arena)?;
+    let mut way = match options.transfer {
+        Transfer::Read if !Reach::new(&options.of_agent(), &arena).excludes(&target) => Way::Read,
+        _ => Way::Write,
+    };
+    let (agent, _) = open(&as_usual(&options), unique_name("bare"), &arena)?;
     agent.load_peer(&target.metadata)?;
     let mut begun = Instant::now();
     let warm = i64::from(arena.slots());
@@ -74,20 +79,13 @@ pub fn seconds(
         let slot = number.rem_euclid(warm) as u32;
         let local = (arena.range(slot, len)?, arena.device());
         let remote = (target.range(slot, len)?, target.device);
-        let mut transfer = agent.start(way, &target.name, local, remote)?;
-        let until = Instant::now() + DEADLINE;
-        let ended = loop {
-            match agent.is_done(&transfer) {
-                // A pause would slow down what moves on with each look (`cma`); looking without letting
-                // others run, what they move (`tcp`).
-                Ok(false) if Instant::now() < until => std::thread::yield_now(),
-                Ok(false) => break Err(NixlError::Slow(DEADLINE)),
-                Ok(true) => break Ok(()),
-                Err(error) => break Err(error),
-            }
-        };
-        while !agent.release(&mut transfer) && Instant::now() < until {
-            std::thread::yield_now();
+        let ended = move_once(&agent, way, &target.name, local, remote);
+        if ended.is_err() && way == Way::Read && number == -warm {
+            // UCX has no transport here that reads.
+            way = Way::Write;
+            agent.forget_peer(&target.name)?;
+            agent.load_peer(&target.metadata)?;
+            continue;
         }
         ended?;
         if number >= 0 {
@@ -96,6 +94,32 @@ pub fn seconds(
         number += 1;
     }
     Ok(begun.elapsed().as_secs_f64())
+}
+
+/// Moves one slot.
+fn move_once(
+    agent: &RawAgent,
+    way: Way,
+    peer: &str,
+    local: ((usize, usize), Option<u32>),
+    remote: ((usize, usize), Option<u32>),
+) -> Result<(), NixlError> {
+    let mut transfer = agent.start(way, peer, local, remote)?;
+    let until = Instant::now() + DEADLINE;
+    let ended = loop {
+        match agent.is_done(&transfer) {
+            // A pause would slow down what moves on with each look (`cma`); looking without letting
+            // others run, what they move (`tcp`).
+            Ok(false) if Instant::now() < until => std::thread::yield_now(),
+            Ok(false) => break Err(NixlError::Slow(DEADLINE)),
+            Ok(true) => break Ok(()),
+            Err(error) => break Err(error),
+        }
+    };
+    while !agent.release(&mut transfer) && Instant::now() < until {
+        std::thread::yield_now();
+    }
+    ended
 }
 
 #[cfg(test)]

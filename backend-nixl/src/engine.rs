@@ -60,6 +60,9 @@ impl NixlOptions {
                 ErrorHandling::None => "none",
             },
             writes: self.transfer == Transfer::Write,
+            // It would spin for the lock that the agent's thread has while that copies, and what peers want of
+            // host memory at other times can wait for the agent's next look.
+            own_thread: false,
         }
     }
 }
@@ -100,7 +103,8 @@ pub enum Topology {
 #[serde(rename_all = "lowercase")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum Transfer {
-    /// The rank that wants them reads them.
+    /// The rank that wants them reads them, where there is a transport that can read; over TCP the rank
+    /// that has them is asked to write them.
     #[default]
     Read,
     /// The rank that has them writes them, when it is asked: for fabrics that write faster than they
@@ -151,8 +155,8 @@ enum Phase {
 struct Node {
     agent: Agent,
     arena: Arc<Arena>,
-    /// The agent's card, as it travels.
-    card: Bytes,
+    /// The agent's card, as it travels if no slot moves, and if slots do.
+    cards: [Bytes; 2],
     deadline: Duration,
 }
 
@@ -186,7 +190,10 @@ impl CheckpointEngine for NixlEngine {
         let arena = Arc::new(arena(&self.context.config)?);
         let (options, name) = (self.options.of_agent(), unique_name(self.control.rank()));
         let agent = Agent::start(options, name, arena.clone()).await?;
-        let card = postcard::to_stdvec(agent.card()).map_err(NixlError::Card)?.into();
+        let still = agent.card();
+        let moving = Card { moves: true, ..still.clone() };
+        let encoded = |card| postcard::to_stdvec(card).map(Bytes::from).map_err(NixlError::Card);
+        let cards = [encoded(still)?, encoded(&moving)?];
         // Shorter than the protocol's, so that a transfer that hangs is named as what it is.
         let deadline = self.context.deadline().mul_f64(0.75);
         let details = Details {
@@ -194,7 +201,7 @@ impl CheckpointEngine for NixlEngine {
             slot_bytes: arena.slot_bytes(),
             transfer: self.options.transfer,
         };
-        self.phase = Phase::Prepared(Arc::new(Node { agent, arena, card, deadline }));
+        self.phase = Phase::Prepared(Arc::new(Node { agent, arena, cards, deadline }));
         Ok(WorkerMetadata::of_this_process(NAME, self.context.role, serde_json::json!(details)))
     }
 
@@ -205,9 +212,8 @@ impl CheckpointEngine for NixlEngine {
         let (node, pool, control) = (node.clone(), self.pool.clone(), self.control.clone());
         self.phase = match self.context.role {
             Role::Trainer => {
-                let writes = self.options.transfer == Transfer::Write;
                 let topology = self.options.topology;
-                let link = Outgoing { node: node.clone(), pool, topology, writes };
+                let link = Outgoing { node: node.clone(), pool, topology };
                 let ranks = (0..).map(Rank).zip(&place.peers);
                 let rollouts = ranks.filter(|(_, peer)| peer.role == Role::Rollout);
                 let rollouts = rollouts.map(|(rank, _)| rank);
@@ -266,8 +272,6 @@ struct Outgoing {
     node: Arc<Node>,
     pool: Pool,
     topology: Topology,
-    /// Whether buckets are written to those who ask for them.
-    writes: bool,
 }
 
 #[async_trait]
@@ -289,9 +293,7 @@ impl SendLink for Outgoing {
 
     async fn publish(&mut self, _: usize, _: u64) -> Result<()> {
         // The rollouts fetch it: they read it, or ask for it.
-        if self.writes {
-            self.node.agent.stir();
-        }
+        self.node.agent.stir();
         Ok(())
     }
 
@@ -305,7 +307,8 @@ impl SendLink for Outgoing {
     }
 
     fn card(&self) -> Bytes {
-        self.node.card.clone()
+        let [still, _] = &self.node.cards;
+        still.clone()
     }
 }
 
@@ -322,9 +325,11 @@ impl Incoming {
         if let Some((_, known)) = self.peers.get(&rank).filter(|(known, _)| *known == card) {
             return Ok(known.clone());
         }
-        // Another process has the rank now.
-        self.abandon(rank);
         let read: Arc<Card> = postcard::from_bytes(&card).map(Arc::new).map_err(NixlError::Card)?;
+        if self.peers.get(&rank).is_some_and(|(_, known)| known.name != read.name) {
+            // Another process has the rank now.
+            self.abandon(rank);
+        }
         self.peers.insert(rank, (card, read.clone()));
         Ok(read)
     }
@@ -350,7 +355,8 @@ impl Awaiting for Expected {
 #[async_trait]
 impl FetchLink for Incoming {
     fn card(&self) -> Bytes {
-        self.node.card.clone()
+        let Node { agent, cards: [still, moving], .. } = &*self.node;
+        if agent.moves() { moving.clone() } else { still.clone() }
     }
 
     async fn fetch(&mut self, fetch: Fetch, arrival: Arrival) {

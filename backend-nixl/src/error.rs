@@ -39,6 +39,10 @@ pub(crate) enum NixlError {
     Abandoned,
     #[error("the peer could not write it: {0}")]
     Refused(String),
+    #[error(
+        "a slot had to be moved before the others knew that slots move; they know in the next update"
+    )]
+    Moved,
     #[error("this rank's agent has ended")]
     Closed,
     #[error("the system refused {call}: {errno}")]
@@ -93,6 +97,7 @@ impl From<NixlError> for engine_core::Error {
             }
             E::Another { .. } | E::Transports { .. } | E::TooLarge { .. } => ErrorKind::Config,
             E::Transfer { .. } | E::Refused(_) | E::Abandoned => ErrorKind::PeerLost,
+            E::Moved => ErrorKind::Aborted,
             E::Slow(_) | E::InUse { .. } => ErrorKind::Timeout,
             E::Closed => ErrorKind::State,
             E::Call { .. } | E::System { .. } => ErrorKind::Io,

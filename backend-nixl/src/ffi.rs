@@ -54,16 +54,18 @@ fn c_string(text: &str) -> CString {
 }
 
 impl RawAgent {
-    /// An agent with a UCX backend of these parameters, which has registered the arena.
+    /// An agent with a UCX backend of these parameters, which has registered the arena. If the library is
+    /// not to look after it in a thread of its own, things go on while calls look for messages or for the
+    /// end of a transfer.
     pub(crate) fn new(
         api: &'static Api,
         name: &str,
         parameters: &[(&str, &str)],
         arena: &Arena,
+        own_thread: bool,
     ) -> Result<Self, NixlError> {
         let config = AgentConfig {
-            // Peers read from here while this rank computes: the library answers by itself.
-            enable_prog_thread: true,
+            enable_prog_thread: own_thread,
             enable_listen_thread: false,
             listen_port: 0,
             thread_sync: 0,
@@ -172,12 +174,14 @@ impl RawAgent {
         Ok(text)
     }
 
-    /// Forgets a peer: its connections are closed, without waiting for it.
+    /// Forgets a peer, if NIXL has not by itself: its connections are closed, without waiting for it.
     pub(crate) fn forget_peer(&self, name: &str) -> Result<(), NixlError> {
         let name = c_string(name);
         // SAFETY: the agent is alive, the string is copied.
-        let status = unsafe { (self.api.invalidate_remote_md)(self.agent, name.as_ptr()) };
-        check("invalidate_remote_md", status)
+        match unsafe { (self.api.invalidate_remote_md)(self.agent, name.as_ptr()) } {
+            sys::NOT_FOUND => Ok(()),
+            status => check("invalidate_remote_md", status),
+        }
     }
 
     /// Starts to copy between memory of a peer and of the arena, each on the device of that number

@@ -48,6 +48,8 @@ struct Orders {
     role: Role,
     ranks: u32,
     config: serde_json::Value,
+    /// The version in whose update a rollout drops its engine.
+    drops_in: Option<Version>,
 }
 
 /// A model that says its version in every byte.
@@ -115,7 +117,16 @@ pub fn be_a_child(backend: &'static dyn Backend) {
         say("joined");
         for version in 1.. {
             let result = match orders.role {
-                Role::Rollout => receive(&mut *engine).await,
+                Role::Rollout => match receive(&mut *engine, orders.drops_in).await {
+                    Ok(None) => {
+                        drop(engine);
+                        say("dropped its engine");
+                        // The process is there, and so are its connections to the leader.
+                        return std::future::pending().await;
+                    }
+                    Ok(Some(version)) => Ok(version),
+                    Err(error) => Err(error),
+                },
                 Role::Trainer => {
                     let weights = ensure_async_iterator(model(version));
                     let sent = engine.send_weights(weights, Version(version)).await;
@@ -144,10 +155,18 @@ fn rank_in_words(error: &engine_core::Error) -> String {
     error.report().rank.map_or_else(|| "nobody".into(), |rank| rank.to_string())
 }
 
-/// Takes an update, and compares every byte.
-async fn receive(engine: &mut dyn CheckpointEngine) -> Result<Version> {
+/// Takes an update, and compares every byte. `None` if this is the version in whose update the engine is to
+/// be dropped: it has one bucket then.
+async fn receive(
+    engine: &mut dyn CheckpointEngine,
+    drops_in: Option<Version>,
+) -> Result<Option<Version>> {
     let mut received = engine.receive_weights(None).await?;
     let version = received.version();
+    if drops_in == Some(version) {
+        drop(received.next_bucket().await?);
+        return Ok(None);
+    }
     let mut index = 0;
     while let Some(tensor) = received.next_tensor().await? {
         let expected = (version.0 * 16 + index) as u8;
@@ -155,7 +174,7 @@ async fn receive(engine: &mut dyn CheckpointEngine) -> Result<Version> {
         index += 1;
     }
     assert_eq!(index, WEIGHTS as u64, "tensors are missing");
-    Ok(version)
+    Ok(Some(version))
 }
 
 fn say(line: &str) {
@@ -255,8 +274,14 @@ impl Processes {
         let plane = runtime.block_on(lead).expect("an address to listen at");
         let ranks = trainers + rollouts;
         let config_value = serde_json::to_value(config).expect("a configuration");
-        let mut orders =
-            Orders { address, rank: None, role: Role::Trainer, ranks, config: config_value };
+        let mut orders = Orders {
+            address,
+            rank: None,
+            role: Role::Trainer,
+            ranks,
+            config: config_value,
+            drops_in: None,
+        };
         let mut children = Vec::new();
         for rank in 1..ranks {
             orders.rank = Some(Rank(rank));
@@ -271,7 +296,13 @@ impl Processes {
 
     /// A rollout that joins late; the leader gives it a rank.
     pub fn join(&mut self) {
-        let orders = Orders { rank: None, role: Role::Rollout, ..self.orders.clone() };
+        self.join_and_drop_in(None);
+    }
+
+    /// The same; it drops its engine in the middle of the update of a version, and its process stays.
+    pub fn join_and_drop_in(&mut self, version: Option<Version>) {
+        let orders =
+            Orders { rank: None, role: Role::Rollout, drops_in: version, ..self.orders.clone() };
         let child = Process::start(&orders);
         assert_eq!(child.says(), "joined");
         self.children.push(child);

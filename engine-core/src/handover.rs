@@ -222,7 +222,10 @@ impl Newcomer {
         deadline: Duration,
     ) -> Result<Option<(Box<dyn CheckpointEngine>, Version)>> {
         control.gather(2, Bytes::new(), deadline).await?;
-        let offer: Offer = answer(control, Rank::LEADER, deadline).await?;
+        let offer: Offer = answer(control, Rank::LEADER, deadline).await.map_err(|error| {
+            // The update of the newcomer before this one is announced to all that are there.
+            if error.kind() == ErrorKind::Protocol { busy() } else { error }
+        })?;
         let Some(version) = offer.version else { return Ok(None) };
         let mut engine = backend.create(context.clone().with_control(control.clone()))?;
         let own = engine.prepare().await?;
@@ -305,9 +308,46 @@ async fn answer<T: DeserializeOwned>(
 /// A rank's place in the group of two.
 fn place(backend: &dyn Backend, workers: [WorkerMetadata; 2], rank: Rank) -> Result<Placement> {
     let place = backend.build_topology(&workers)?.into_iter().find(|place| place.rank == rank);
-    place.ok_or_else(|| {
-        // Another newcomer was faster: its place is the one that there is.
-        Error::new(ErrorKind::PeerLost, "handing a version over", "the holder serves another one")
-            .rank(Rank::LEADER)
-    })
+    // Another newcomer was faster: its place is the one that there is.
+    place.ok_or_else(busy)
+}
+
+fn busy() -> Error {
+    Error::new(ErrorKind::PeerLost, "handing a version over", "the holder serves another one")
+        .rank(Rank::LEADER)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+    use crate::control::Token;
+
+    #[tokio::test]
+    async fn a_newcomer_that_hears_of_an_update_for_another_one_asks_again() {
+        let address = format!("unix:@busy-holder-{}", std::process::id()).parse().unwrap();
+        let token = Token::new(b"a token that is long enough to be one").unwrap();
+        let mut at = ControlConfig::new(address, token);
+        at.heartbeat_interval = Duration::from_millis(100);
+        at.heartbeat_timeout = Duration::from_secs(1);
+        let holder = at.clone();
+        let serving = tokio::spawn(async move {
+            let nothing = written(&Offer { version: None }).unwrap();
+            for message in [Bytes::from_static(b"\x01\x02"), nothing] {
+                let control = lead(holder.clone()).await.unwrap();
+                let joined = control.recv(LONG).await.unwrap();
+                let Some(Event::Joined(newcomer)) = joined else { panic!("{joined:?}") };
+                control.send(newcomer.rank, message).unwrap();
+                while !matches!(
+                    control.recv(LONG).await.unwrap(),
+                    Some(Event::Left { .. } | Event::Lost { .. })
+                ) {}
+                control.close().await.unwrap();
+            }
+        });
+        let config = CheckpointEngineConfig { timeout_seconds: 20.0, ..Default::default() };
+        let joined = Newcomer::join(crate::naive::BACKEND, config, at).await.unwrap();
+        assert!(joined.is_none(), "the second holder has no version");
+        serving.await.unwrap();
+    }
 }

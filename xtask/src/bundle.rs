@@ -16,13 +16,14 @@ const SCRIPTS: [(&str, &str); 2] = [
 ];
 
 /// Tests that need a GPU: package, features, and the test.
-const TESTS: [(&str, &str, &str); 6] = [
+const TESTS: [(&str, &str, &str); 7] = [
     ("cli", "", "sync"),
     ("device-cuda", "", "gpu"),
     ("backend-ipc", "cuda", "cuda"),
     ("backend-nccl", "", "cuda"),
     ("backend-nccl", "", "processes"),
     ("backend-nixl", "cuda", "cuda"),
+    ("backend-nixl", "cuda", "gone"),
 ];
 
 /// Programs that measure what others are compared with: package and example.

@@ -22,13 +22,6 @@ pub(crate) struct Options {
     #[arg(long)]
     require_all: bool,
 
-    /// Also runs the tests whose hosts are network namespaces, which cut links
-    ///
-    /// Not by default: in about half of the runs UCX ends a process whose link was cut ("Fatal: unexpected
-    /// error: Endpoint timeout"), and the test notices.
-    #[arg(long)]
-    hosts: bool,
-
     /// Arguments for `cargo nextest run`, or for `cargo test`: packages, filters, `--release`
     ///
     /// With any, only what they select is run: no doctests, no check of other features. With
@@ -90,18 +83,13 @@ fn with_extras(workspace: &Workspace, options: &Options) -> Result<()> {
         stage(what, command)?;
     }
     let hosts = "hosts that are network namespaces";
-    if !options.hosts {
-        println!(
-            "\n-- {hosts}: ignored, UCX may end a process whose link is cut; --hosts runs them"
-        );
-        return Ok(());
-    }
     match tools::try_network_namespaces() {
         Err(error) => println!("\n-- {hosts}: ignored, they cannot be made: {error}"),
         Ok(()) => {
             let mut command = workspace.cargo();
             command.args(["test", "--package", "backend-nixl", "--test", "processes", "--"]);
-            command.arg("--ignored");
+            // They wait most of the time, for what a link that is cut takes to be noticed.
+            command.args(["--ignored", "--test-threads", "4"]);
             with_libraries(&mut command, workspace);
             stage(hosts, command)?;
         }

@@ -27,8 +27,10 @@ if [ "${1:-tests}" = tests ]; then
     ./ckpt-engine doctor
     check ./device-cuda-gpu --ignored --test-threads 1
     check ./backend-ipc-cuda --ignored --test-threads 4
-    # A rank on a GPU has to be a process of its own: within one, UCX ends it when a peer does not answer.
+    # A rank on a GPU has to be a process of its own: within one, UCX ends it when a peer does not answer. The
+    # cases in which one does not are backend-nixl-gone, which has a process for each rank.
     [ -d nixl ] && check ./backend-nixl-cuda --ignored --test-threads 2 --skip whose_engine_is_gone
+    [ -d nixl ] && check ./backend-nixl-gone --ignored --test-threads 2
     if [ -f libnccl.so.2 ]; then
         suite backend-nccl-cuda
         # One after the other: a test compares how much memory of the GPU is free.
