@@ -106,6 +106,6 @@ impl Library for HcclLibrary {
         };
         let (version, device) = thread.run(deadline, say).await?;
         let slots = HcclSlots::new(thread.clone(), shape.slot_bytes, deadline, device);
-        Ok(Opened { thread, slots: Arc::new(slots), version })
+        Ok(Opened { thread, slots: Arc::new(slots), version, share: None })
     }
 }

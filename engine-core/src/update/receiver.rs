@@ -82,6 +82,9 @@ pub trait FetchLink: std::fmt::Debug + Send {
         let _ = ticket;
         Ok(())
     }
+
+    /// The update has ended here, with the version or without. Its bytes may still be held.
+    fn end(&mut self) {}
 }
 
 /// A bucket to be fetched.
@@ -353,7 +356,7 @@ fn is_abort(event: &Event, of: u64) -> bool {
 }
 
 /// One update, from its announcement to its end.
-struct Session<'a, L> {
+struct Session<'a, L: FetchLink> {
     receiver: &'a mut Receiver<L>,
     /// What it takes to join the other ranks, until that is done.
     joining: Option<Ticket>,
@@ -374,6 +377,12 @@ struct Session<'a, L> {
     installing: Option<(Span, Instant)>,
     span: Span,
     guard: Guard,
+}
+
+impl<L: FetchLink> Drop for Session<'_, L> {
+    fn drop(&mut self) {
+        self.receiver.link.end();
+    }
 }
 
 enum Coming {
