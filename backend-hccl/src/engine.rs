@@ -8,7 +8,7 @@ use engine_core::collective::{
     CollectiveEngine, CollectiveOptions, Library, Opened, Shape, Thread, Wait,
 };
 use engine_core::memory::Pool;
-use engine_core::{EngineContext, Error, ErrorKind, Result};
+use engine_core::{EngineContext, Error, ErrorKind, Rank, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::comm::{HcclCommunicator, Plan};
@@ -92,20 +92,23 @@ impl Library for HcclLibrary {
         _: &Pool,
     ) -> Result<Opened<HcclCommunicator>> {
         let deadline = context.deadline().mul_f64(0.75);
+        let rank = context.require_control()?.rank();
         let plan = Plan {
             library_dir: self.options.library_dir.clone(),
             device: context.config.device.ordinal(),
-            rank: context.require_control()?.rank().0,
+            rank: rank.0,
             shape,
             deadline,
+            shares: rank == Rank::LEADER,
         };
         let make = move || Ok(HcclCommunicator::open(&plan)?);
         let thread = Thread::start("ckpt-hccl", make).await?;
         let say = |own: &mut HcclCommunicator, _: &Wait<'_>| {
-            Ok((own.version().to_owned(), format!("{DEVICE}:{}", own.device().number())))
+            let device = format!("{DEVICE}:{}", own.device().number());
+            Ok((own.version().to_owned(), device, own.share()))
         };
-        let (version, device) = thread.run(deadline, say).await?;
+        let (version, device, share) = thread.run(deadline, say).await?;
         let slots = HcclSlots::new(thread.clone(), shape.slot_bytes, deadline, device);
-        Ok(Opened { thread, slots: Arc::new(slots), version, share: None })
+        Ok(Opened { thread, slots: Arc::new(slots), version, share: Some(share) })
     }
 }

@@ -10,7 +10,7 @@ use engine_core::plan::Piece;
 use engine_core::{DeviceBytes, DeviceMemory, Error, ErrorKind, Result, Storage, digest};
 use tokio::sync::Semaphore;
 
-use crate::comm::{HcclCommunicator, LEASES};
+use crate::comm::{HcclCommunicator, LEASES, Mark};
 #[cfg(feature = "mutations")]
 use crate::mutation::Mutation;
 
@@ -116,11 +116,19 @@ struct View {
 struct Window {
     start: u64,
     bytes: Vec<u8>,
+    /// Of the bucket, if the slot is the leader's.
+    mark: Option<Mark>,
 }
 
 impl View {
     /// Reads a part of the slot to the beginning of a buffer, and gives the buffer back.
-    fn fetch(&self, start: u64, len: u64, mut buffer: Vec<u8>) -> Result<Vec<u8>> {
+    fn fetch(
+        &self,
+        start: u64,
+        len: u64,
+        mut buffer: Vec<u8>,
+        mark: Option<Mark>,
+    ) -> Result<(Vec<u8>, Option<Mark>)> {
         buffer.resize(len as usize, 0);
         let slot = self.slot.index();
         #[cfg(feature = "mutations")]
@@ -130,11 +138,11 @@ impl View {
             };
             let (api, address) = self.thread.run_blocking(self.deadline, find)?;
             crate::ffi::read_anywhere(api, address, &mut buffer)?;
-            return Ok(buffer);
+            return Ok((buffer, mark));
         }
         let read = move |own: &mut HcclCommunicator, _: &Wait<'_>| {
-            own.read(slot, start, &mut buffer)?;
-            Ok(buffer)
+            let mark = own.read(slot, start, &mut buffer, mark)?;
+            Ok((buffer, mark))
         };
         self.thread.run_blocking(self.deadline, read)
     }
@@ -145,7 +153,8 @@ impl View {
         if window.start != start || window.bytes.is_empty() {
             let buffer = std::mem::take(&mut window.bytes);
             let len = WINDOW_BYTES.min(self.filled - start);
-            *window = Window { start, bytes: self.fetch(start, len, buffer)? };
+            let (bytes, mark) = self.fetch(start, len, buffer, window.mark)?;
+            *window = Window { start, bytes, mark };
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt;
 use serde::{Deserialize, Serialize};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::group::{Change, Joined, Step, Ticket, groups_of};
 use super::parts::{Details, Parts};
@@ -30,6 +30,9 @@ use crate::{
 /// Slots of a rank with one sender. Together they are as large as the two buckets that the configuration
 /// speaks of: with four, one is filled and one installed while others travel.
 const SLOTS: u32 = 4;
+
+/// How long the leader waits for colocated rollouts to let go of the last buckets, before it frees them.
+const CLOSING: Duration = Duration::from_secs(2);
 
 /// Options that all collective backends have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -218,9 +221,15 @@ impl<L: Library> CheckpointEngine for CollectiveEngine<L> {
         let node = match std::mem::replace(&mut self.phase, Phase::New) {
             Phase::New => return Err(wrong_phase("finalizing", "it was not prepared")),
             // The link goes with the protocol's state.
+            Phase::Sending(mut sender, node) => {
+                let limit = node.deadline.min(CLOSING);
+                if !sender.wait_until_released(limit).await {
+                    warn!("colocated rollouts hold buckets of the last update, which are gone now");
+                }
+                node
+            }
             Phase::Prepared(node)
             | Phase::Idle(node)
-            | Phase::Sending(_, node)
             | Phase::CoSending(_, node)
             | Phase::Relaying(_, node)
             | Phase::Receiving(_, node) => node,
@@ -479,9 +488,7 @@ impl<C: Communicator> SendLink for Link<C> {
     async fn join(&mut self, ticket: &JoinTicket) -> Result<()> {
         let result = self.node.join(&ticket.bytes).await;
         if result.is_err() && self.can_shrink && is_shrink(&ticket.bytes) {
-            tracing::warn!(
-                "members could not be left out of a group; from now on groups form anew"
-            );
+            warn!("members could not be left out of a group; from now on groups form anew");
             self.can_shrink = false;
         }
         result

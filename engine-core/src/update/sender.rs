@@ -389,6 +389,20 @@ impl<L: SendLink> Sender<L> {
         }
     }
 
+    /// Waits until colocated ranks have released all buckets, but no longer than that; whether they have. After
+    /// the last update: before the slots are freed.
+    pub async fn wait_until_released(&mut self, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        while self.group.is_read_in_place() {
+            let left = until.saturating_duration_since(Instant::now());
+            let Ok(Some(event)) = self.group.control.recv(left).await else { return false };
+            if let Err(error) = self.group.handle(event, 0) {
+                debug!(%error, "after the last update");
+            }
+        }
+        true
+    }
+
     async fn run(&mut self, mut weights: WeightStream<'_>) -> Result<SendReport> {
         let (members, colocated) = self.group.who();
         let ticket = self.link.begin(&members, colocated).await?;
@@ -668,6 +682,12 @@ impl Group {
                 Some(reader) => Err(Some(self.late_sender().unwrap_or(*reader))),
             },
         }
+    }
+
+    /// Whether a colocated rank has not released all buckets.
+    fn is_read_in_place(&self) -> bool {
+        let colocated = |rank| self.members.get(rank).is_some_and(|m| m.part == Part::Colocated);
+        self.slots.iter().any(|slot| slot.by.iter().any(colocated))
     }
 
     /// The trainer that the bucket which is announced next is waited for from.
