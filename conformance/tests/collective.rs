@@ -324,6 +324,38 @@ mod membership_and_faults {
     }
 
     #[test]
+    fn the_leaders_slots_are_freed_after_colocated_rollouts_let_go_or_after_a_while() {
+        for lets_go in [true, false] {
+            run(async {
+                let mut group = Group::on(vec![seat(0), seat(0)], json!({})).await.unwrap();
+                let weight = Weight::new("w", DType::U8, [400_000], vec![7; 400_000]);
+                let weights = ensure_async_iterator([weight.expect("a weight")]);
+                let send = group.leader.engine.send_weights(weights, Version(1));
+                let receive = async {
+                    let mut received = group.others[0].engine.receive_weights(None).await?;
+                    let held = received.next_bucket().await?;
+                    received.finish().await.map(|_| held)
+                };
+                let (sent, held) = futures::future::join(send, receive).await;
+                sent.expect("an update");
+                let (held, begun) = (held.expect("a version"), std::time::Instant::now());
+                let holding = async {
+                    let enough = if lets_go { 300 } else { 3000 };
+                    tokio::time::sleep(Duration::from_millis(enough)).await;
+                    drop(held);
+                };
+                let finalize = async {
+                    group.leader.engine.finalize().await.expect("an end");
+                    begun.elapsed().as_millis()
+                };
+                let (took, ()) = futures::future::join(finalize, holding).await;
+                let expected = if lets_go { 300..1000 } else { 1000..2500 };
+                assert!(expected.contains(&took), "{lets_go}: {took} ms");
+            });
+        }
+    }
+
+    #[test]
     fn a_leader_that_cannot_share_its_slots_refuses_rollouts_of_its_device_and_no_others() {
         run(async {
             let options = json!({"fault": "cannot_share", "fault_rank": 0});
