@@ -256,11 +256,11 @@ static WORLD: LazyLock<Mutex<HashMap<u64, Arc<Mutex<World>>>>> = LazyLock::new(M
 #[derive(Debug, Default)]
 struct World {
     members: HashMap<u32, Arc<FakeMemory>>,
-    devices: BTreeSet<String>,
     /// Those that have come to the end of each shrinking.
     shrunk: HashMap<u64, BTreeSet<u32>>,
     /// The broadcasts, in their order.
     broadcasts: Vec<Enqueued>,
+    devices: BTreeSet<String>,
     failed: Option<String>,
 }
 

@@ -459,8 +459,8 @@ impl<C: Communicator> SendLink for Link<C> {
         if members.others.is_empty() {
             // Nobody is there to form a group with. One that is left from before has members that are gone.
             *self.node.joined() = Joined::default();
+            self.node.thread.regroup(self.node.deadline, true, |_, _| Ok(Vec::new())).await?;
             *self.node.failure() = None;
-            self.node.thread.leave_all();
             return Ok(None);
         }
         let joined = self.node.joined().clone();
