@@ -166,7 +166,7 @@ suites! {
 /// green without it.
 #[cfg(feature = "mutations")]
 mod mutations {
-    use super::{Execution, Profile, REBUILD, process, run};
+    use super::{Execution, NPUS, Profile, REBUILD, process, run};
 
     const MUTATION: &str = "CKPT_ENGINE_HCCL_MUTATION";
 
@@ -189,6 +189,7 @@ mod mutations {
     #[test]
     fn a_dropped_synchronise_turns_the_suite_red() {
         turns_red("dropped-synchronise", Execution::Lazy, ARRIVES, &[]);
+        turns_red("dropped-synchronise", Execution::Lazy, ARRIVES, &[(NPUS, "0")]);
     }
 
     #[test]

@@ -187,7 +187,11 @@ impl<L: Library> CheckpointEngine for CollectiveEngine<L> {
             (Role::Trainer, Some(Part::Relay)) => {
                 Phase::Relaying(Receiver::new(link, context, control, pool), node)
             }
-            (Role::Trainer, _) => Phase::Idle(node),
+            (Role::Trainer, _) => {
+                // Its slots are of no use, and a rollout of the device has use for the memory.
+                node.thread.close().await;
+                Phase::Idle(node)
+            }
         };
         Ok(())
     }
