@@ -176,7 +176,7 @@ struct EngineArgs {
     /// Do not guard buckets with digests
     #[arg(long)]
     no_digests: bool,
-    /// Where weights and buckets are: cpu, cuda (one device for each rank), or cuda:N
+    /// Where weights and buckets are: cpu, cuda or npu (one device for each rank), cuda:N or npu:N
     #[arg(long, value_name = "DEVICE", env = "CKPT_ENGINE_DEVICE")]
     device: Option<DeviceChoice>,
     /// The folder of libascendcl.so and libhccl.so, for the backend hccl: CANN's, or a simulator's

@@ -349,7 +349,7 @@ mod membership_and_faults {
                     begun.elapsed().as_millis()
                 };
                 let (took, ()) = futures::future::join(finalize, holding).await;
-                let expected = if lets_go { 300..1000 } else { 1000..2500 };
+                let expected = if lets_go { 300..1400 } else { 1400..2900 };
                 assert!(expected.contains(&took), "{lets_go}: {took} ms");
             });
         }

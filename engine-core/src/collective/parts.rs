@@ -140,7 +140,9 @@ impl Parts {
 /// # Errors
 ///
 /// `Mismatch`, naming the rank: one whose library is another one, whose slots have another size, or that
-/// counts the senders otherwise; fewer trainers than senders.
+/// counts the senders otherwise; fewer trainers than senders; where a library has room for one rank of a group
+/// on a device, a second one that is not on the leader's, or a rollout that is but cannot read the leader's
+/// slots.
 pub fn build_topology(backend: &str, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
     let places = Placement::for_all(backend, workers)?;
     let refuse =
