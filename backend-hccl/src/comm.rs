@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -233,20 +234,20 @@ impl HcclCommunicator {
         Ok((at as usize, len as usize))
     }
 
-    /// Copies from a slot to the host. Of the leader's slots it returns the mark, which is that of an earlier
-    /// read of the same bucket, or it is an error.
+    /// Copies from a slot to the host. The mark of one of the leader's slots is kept by the first read of a
+    /// bucket; when another one finds it changed, it is an error.
     pub(crate) fn read(
         &self,
         slot: u32,
         start: u64,
         to: &mut [u8],
-        earlier: Option<Mark>,
-    ) -> Result<Option<Mark>, HcclError> {
+        kept: &OnceLock<Mark>,
+    ) -> Result<(), HcclError> {
         let end = start.saturating_add(to.len() as u64);
         let (at, _) = self.range(slot, end)?;
         let at = at + start as usize;
         let memory = match &self.memory {
-            SlotMemory::Own(memory) => return memory.read(at, to).map(|()| None),
+            SlotMemory::Own(memory) => return memory.read(at, to),
             SlotMemory::Leaders(memory) => memory.as_ref().ok_or(HcclError::Detached)?,
         };
         let mark = || -> Result<Mark, HcclError> {
@@ -254,10 +255,12 @@ impl HcclCommunicator {
             memory.read(self.mark_of(slot)?, &mut mark)?;
             Ok(Mark(mark))
         };
-        let before = earlier.map_or_else(mark, Ok)?;
+        // All reads are this thread's: nobody keeps another one meanwhile.
+        let now = kept.get().copied().map_or_else(mark, Ok)?;
+        let before = *kept.get_or_init(|| now);
         memory.read(at, to)?;
         // The leader changes it before it changes any of the slot's bytes.
-        if mark()? != before { Err(HcclError::Overwritten) } else { Ok(Some(before)) }
+        if mark()? == before { Ok(()) } else { Err(HcclError::Overwritten) }
     }
 
     /// Where a slot's mark is.

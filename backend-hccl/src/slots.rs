@@ -1,6 +1,6 @@
 //! Slots on an NPU: filled through pinned memory, read through a window.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -94,6 +94,7 @@ impl Slots for HcclSlots {
             deadline: self.deadline,
             device: self.device.clone(),
             window: Mutex::default(),
+            mark: Arc::default(),
         };
         DeviceBytes::new(Arc::new(view)).into()
     }
@@ -109,6 +110,8 @@ struct View {
     deadline: Duration,
     device: String,
     window: Mutex<Window>,
+    /// Of the bucket, if the slot is the leader's, once some of it was read.
+    mark: Arc<OnceLock<Mark>>,
 }
 
 /// What was read last.
@@ -116,19 +119,11 @@ struct View {
 struct Window {
     start: u64,
     bytes: Vec<u8>,
-    /// Of the bucket, if the slot is the leader's.
-    mark: Option<Mark>,
 }
 
 impl View {
     /// Reads a part of the slot to the beginning of a buffer, and gives the buffer back.
-    fn fetch(
-        &self,
-        start: u64,
-        len: u64,
-        mut buffer: Vec<u8>,
-        mark: Option<Mark>,
-    ) -> Result<(Vec<u8>, Option<Mark>)> {
+    fn fetch(&self, start: u64, len: u64, mut buffer: Vec<u8>) -> Result<Vec<u8>> {
         buffer.resize(len as usize, 0);
         let slot = self.slot.index();
         #[cfg(feature = "mutations")]
@@ -138,11 +133,12 @@ impl View {
             };
             let (api, address) = self.thread.run_blocking(self.deadline, find)?;
             crate::ffi::read_anywhere(api, address, &mut buffer)?;
-            return Ok((buffer, mark));
+            return Ok(buffer);
         }
+        let mark = self.mark.clone();
         let read = move |own: &mut HcclCommunicator, _: &Wait<'_>| {
-            let mark = own.read(slot, start, &mut buffer, mark)?;
-            Ok((buffer, mark))
+            own.read(slot, start, &mut buffer, &mark)?;
+            Ok(buffer)
         };
         self.thread.run_blocking(self.deadline, read)
     }
@@ -153,8 +149,7 @@ impl View {
         if window.start != start || window.bytes.is_empty() {
             let buffer = std::mem::take(&mut window.bytes);
             let len = WINDOW_BYTES.min(self.filled - start);
-            let (bytes, mark) = self.fetch(start, len, buffer, window.mark)?;
-            *window = Window { start, bytes, mark };
+            *window = Window { start, bytes: self.fetch(start, len, buffer)? };
         }
         Ok(())
     }
