@@ -8,27 +8,33 @@
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use engine_core::collective::{Communicator, Shape, Wait};
+use engine_core::collective::{Communicator, Shape, Share, Wait};
 use engine_core::{ErrorKind, Rank};
 use tokio::sync::OwnedSemaphorePermit;
 use tracing::{debug, warn};
 
 use crate::environment;
 use crate::error::HcclError;
-use crate::ffi::{self, Comm, Device, DeviceMemory, Event, Pinned, Stream};
+use crate::ffi::{self, Comm, Device, DeviceMemory, Event, Imported, IpcKey, Pinned, Stream};
 use crate::mutation::Mutation;
 use crate::slots::Views;
 use crate::sys::{self, AGAIN, Api};
 
-/// Memory for the first operations of a group.
+/// Memory behind the slots: for the first operations of a group, and for marks.
 const SCRATCH_BYTES: usize = 4096;
-/// The part of it that they use.
+/// The part of it that the first operations use.
 const PROBE_BYTES: usize = 256;
+/// Where the slots' marks begin within it, and how far they are apart.
+const MARKS: (usize, usize) = (512, 64);
+/// What can be shared is made of pages of this size.
+const PAGE_BYTES: usize = 2 << 20;
+/// How long the leader waits for others to close its memory, before it is left to the process's end.
+const CLOSING: Duration = Duration::from_secs(2);
 /// How long the thread is in one call that waits: between two of them it looks whether to go on.
 const SLICE: Duration = Duration::from_millis(50);
 /// How often a group is asked for asynchronous errors while something is under way.
@@ -50,7 +56,31 @@ pub(crate) struct Plan {
     pub(crate) shape: Shape,
     /// The deadline of every wait.
     pub(crate) deadline: Duration,
+    /// Whether ranks of the same NPU may read the slots.
+    pub(crate) shares: bool,
 }
+
+/// Where a rank's slots are.
+#[derive(Debug)]
+enum SlotMemory {
+    Own(DeviceMemory),
+    /// In the leader's memory, while that is mapped here.
+    Leaders(Option<Imported>),
+}
+
+impl SlotMemory {
+    fn own(&self) -> Result<&DeviceMemory, HcclError> {
+        match self {
+            Self::Own(memory) => Ok(memory),
+            Self::Leaders(_) => Err(HcclError::NoSlots),
+        }
+    }
+}
+
+/// What a slot had been filled with, when it was read: whoever reads the leader's memory sees by it that the
+/// slot is not being filled anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Mark([u8; 8]);
 
 /// The calls of HCCL, on one device.
 #[derive(Debug)]
@@ -61,7 +91,10 @@ pub(crate) struct HcclCommunicator {
     uploads: VecDeque<Upload>,
     copies: Stream,
     staging: Staging,
-    memory: DeviceMemory,
+    memory: SlotMemory,
+    /// How often a slot was filled.
+    fills: u64,
+    key: Result<Bytes, String>,
     shape: Shape,
     deadline: Duration,
     version: String,
@@ -151,22 +184,25 @@ impl HcclCommunicator {
         let count = ffi::device_count(api)?;
         let number = plan.device.unwrap_or_else(|| plan.rank % count.max(1));
         let device = Device::set(api, number)?;
-        let Shape { slots, slot_bytes } = plan.shape;
         let full = HcclError::Full { device: device.number(), bytes: usize::MAX, free: None };
-        let bytes = slot_bytes.checked_mul(slots.into()).and_then(|all| usize::try_from(all).ok());
-        let bytes = bytes.and_then(|all| all.checked_add(SCRATCH_BYTES)).ok_or(full)?;
-        // In one piece: whole pages, which is what can be shared.
-        let memory = device.allocate(bytes)?;
+        let bytes = bytes_of(plan.shape).ok_or(full)?;
+        let mut memory = device.allocate(bytes)?;
+        let key = match plan.shares {
+            true => share(&mut memory),
+            false => Err("only the leader's slots are shared".into()),
+        };
         let (home, returned) = channel();
         let version = describe(api);
-        debug!(?device, bytes, version, "the slots are allocated");
+        debug!(?device, bytes, version, shared = key.is_ok(), "the slots are allocated");
         Ok(Self {
             groups: Vec::new(),
             lingering: Vec::new(),
             uploads: VecDeque::new(),
             copies: device.stream()?,
             staging: Staging { free: Vec::new(), lent: 0, home, returned },
-            memory,
+            memory: SlotMemory::Own(memory),
+            fills: 0,
+            key,
             shape: plan.shape,
             deadline: plan.deadline,
             version,
@@ -191,8 +227,13 @@ impl HcclCommunicator {
         self.device
     }
 
-    pub(crate) fn memory(&self) -> &DeviceMemory {
-        &self.memory
+    pub(crate) fn memory(&self) -> Result<&DeviceMemory, HcclError> {
+        self.memory.own()
+    }
+
+    /// Where the slots are, and what other ranks of the NPU find them by.
+    pub(crate) fn share(&self) -> Share {
+        Share { device: format!("NPU {}", self.device.chip()), key: self.key.clone() }
     }
 
     /// Where the first bytes of a slot are.
@@ -211,11 +252,42 @@ impl HcclCommunicator {
         Ok((at as usize, len as usize))
     }
 
-    /// Copies from a slot to the host.
-    pub(crate) fn read(&self, slot: u32, start: u64, to: &mut [u8]) -> Result<(), HcclError> {
+    /// Copies from a slot to the host. The mark of one of the leader's slots is kept by the first read of a
+    /// bucket; when another one finds it changed, it is an error.
+    pub(crate) fn read(
+        &self,
+        slot: u32,
+        start: u64,
+        to: &mut [u8],
+        kept: &OnceLock<Mark>,
+    ) -> Result<(), HcclError> {
         let end = start.saturating_add(to.len() as u64);
         let (at, _) = self.range(slot, end)?;
-        self.memory.read(at + start as usize, to)
+        let at = at + start as usize;
+        let memory = match &self.memory {
+            SlotMemory::Own(memory) => return memory.read(at, to),
+            SlotMemory::Leaders(memory) => memory.as_ref().ok_or(HcclError::Detached)?,
+        };
+        let mark = || -> Result<Mark, HcclError> {
+            let mut mark = [0; 8];
+            memory.read(self.mark_of(slot)?, &mut mark)?;
+            Ok(Mark(mark))
+        };
+        // All reads are this thread's: nobody keeps another one meanwhile.
+        let now = kept.get().copied().map_or_else(mark, Ok)?;
+        let before = *kept.get_or_init(|| now);
+        memory.read(at, to)?;
+        // The leader changes it before it changes any of the slot's bytes.
+        if mark()? == before { Ok(()) } else { Err(HcclError::Overwritten) }
+    }
+
+    /// Where a slot's mark is.
+    fn mark_of(&self, slot: u32) -> Result<usize, HcclError> {
+        let (at, len) = (MARKS.0 + slot as usize * MARKS.1, size_of::<Mark>());
+        if at + len > SCRATCH_BYTES {
+            return Err(HcclError::Outside { at, len, size: SCRATCH_BYTES });
+        }
+        Ok(self.memory_of_slots() + at)
     }
 
     /// As [`broadcast`](Communicator::broadcast) of the first slot, from any member of the first group.
@@ -224,7 +296,7 @@ impl HcclCommunicator {
         let group = self.groups.first_mut().and_then(Option::as_mut);
         let group = group.ok_or(HcclError::NotJoined(0))?;
         let event = self.device.event()?;
-        group.comm.broadcast_of(root, &self.memory, len, &group.stream)?;
+        group.comm.broadcast_of(root, self.memory.own()?, len, &group.stream)?;
         event.record(&group.stream)?;
         group.events.push_back((event, None));
         Ok(())
@@ -234,7 +306,7 @@ impl HcclCommunicator {
     #[cfg(feature = "mutations")]
     pub(crate) fn address(&self, slot: u32, start: u64, len: u64) -> Result<usize, HcclError> {
         let (at, _) = self.range(slot, start.saturating_add(len))?;
-        self.memory.address(at + start as usize, len as usize)
+        self.memory.own()?.address(at + start as usize, len as usize)
     }
 
     /// Pinned memory for a bucket; waits for the oldest copy if there is none left.
@@ -299,10 +371,15 @@ impl HcclCommunicator {
         len: u64,
     ) -> engine_core::Result<()> {
         let (at, len) = self.range(slot, len)?;
+        let memory = self.memory.own()?;
+        if memory.is_exported() {
+            self.fills += 1;
+            memory.write(self.mark_of(slot)?, &self.fills.to_le_bytes())?;
+        }
         let done = Rc::new(self.device.event()?);
         let Some(mut pinned) = lease.pinned.take() else { return Ok(()) };
         self.staging.lent -= 1;
-        let copied = self.copies.copy(&mut pinned, &self.memory, at, len);
+        let copied = self.copies.copy(&mut pinned, memory, at, len);
         let recorded = copied.and_then(|()| done.record(&self.copies));
         // If it was enqueued it is under way, recorded or not.
         self.uploads.push_back(Upload { slot, done, pinned });
@@ -359,7 +436,7 @@ impl HcclCommunicator {
         wait: &Wait<'_>,
     ) -> engine_core::Result<()> {
         const OPERATION: &str = "joining a group";
-        let at = self.memory_of_slots();
+        let (at, memory) = (self.memory_of_slots(), self.memory.own()?);
         let sent = |value| if place == 0 { value } else { 0 };
         // All members are there, which may have taken as long as HCCL waits: one that was in such a call
         // when the update before failed came out of it only now. What follows has the time of any wait.
@@ -377,15 +454,15 @@ impl HcclCommunicator {
         };
         let arrived = |value: u8| -> Result<(), HcclError> {
             let mut bytes = [0; PROBE_BYTES];
-            self.memory.read(at, &mut bytes)?;
+            memory.read(at, &mut bytes)?;
             if bytes == [value; PROBE_BYTES] { Ok(()) } else { Err(HcclError::Garbled) }
         };
-        self.memory.fill(at, PROBE_BYTES, sent(0x5a))?;
-        comm.broadcast(&self.memory, at, PROBE_BYTES, stream)?;
+        memory.fill(at, PROBE_BYTES, sent(0x5a))?;
+        comm.broadcast(memory, at, PROBE_BYTES, stream)?;
         synchronise()?;
         arrived(0x5a)?;
-        self.memory.fill(at, PROBE_BYTES, sent(0x2d))?;
-        comm.all_reduce_max(&self.memory, at, PROBE_BYTES, stream)?;
+        memory.fill(at, PROBE_BYTES, sent(0x2d))?;
+        comm.all_reduce_max(memory, at, PROBE_BYTES, stream)?;
         synchronise()?;
         Ok(arrived(0x2d)?)
     }
@@ -439,6 +516,21 @@ impl HcclCommunicator {
             self.end(group);
         }
         if self.lingering.is_empty() { Ok(()) } else { Err(HcclError::Lingering) }
+    }
+}
+
+/// What a rank's slots take, in one piece and whole pages, which is what can be shared.
+fn bytes_of(shape: Shape) -> Option<usize> {
+    let bytes = usize::try_from(shape.slot_bytes.checked_mul(shape.slots.into())?).ok()?;
+    bytes.checked_add(SCRATCH_BYTES)?.checked_next_multiple_of(PAGE_BYTES)
+}
+
+/// What other processes of the NPU find memory by, or why they cannot.
+fn share(memory: &mut DeviceMemory) -> Result<Bytes, String> {
+    match memory.export() {
+        Ok(key) => Ok(Bytes::copy_from_slice(key.as_bytes())),
+        Err(error @ HcclError::Absent(..)) => Err(format!("{error} (a later CANN has it)")),
+        Err(error) => Err(error.to_string()),
     }
 }
 
@@ -506,7 +598,7 @@ impl Communicator for HcclCommunicator {
             Some(upload) if Mutation::HostPointer.is_on() => {
                 state.comm.broadcast_host(&upload.pinned, len, &state.stream)?;
             }
-            _ => state.comm.broadcast(&self.memory, at, len, &state.stream)?,
+            _ => state.comm.broadcast(self.memory.own()?, at, len, &state.stream)?,
         }
         event.record(&state.stream)?;
         state.events.push_back((event, awaited));
@@ -535,6 +627,30 @@ impl Communicator for HcclCommunicator {
             state.comm.check()?;
         }
         Ok(state.ended)
+    }
+
+    fn settle(&mut self, slot: u32, wait: &Wait<'_>) -> engine_core::Result<()> {
+        while !Mutation::DroppedSynchronise.is_on()
+            && self.uploads.iter().any(|upload| upload.slot == slot)
+        {
+            self.finish_upload(wait)?;
+        }
+        Ok(())
+    }
+
+    fn attach(&mut self, key: &[u8]) -> engine_core::Result<()> {
+        let outside = HcclError::Outside { at: 0, len: usize::MAX, size: 0 };
+        let bytes = bytes_of(self.shape).ok_or(outside)?;
+        let memory = self.device.import(&IpcKey::new(key)?, bytes)?;
+        // What it had itself is freed: two processes share this NPU's memory.
+        self.memory = SlotMemory::Leaders(Some(memory));
+        Ok(())
+    }
+
+    fn detach(&mut self) {
+        if let SlotMemory::Leaders(memory) = &mut self.memory {
+            *memory = None;
+        }
     }
 
     fn leave(&mut self) {
@@ -581,6 +697,12 @@ impl Drop for HcclCommunicator {
         for pinned in self.staging.free.drain(..) {
             self.device.free_host(pinned);
         }
+        let SlotMemory::Own(memory) = &mut self.memory else { return };
+        let until = Instant::now() + CLOSING.min(self.deadline);
+        // Others close it when their update has ended, which they may hear of a moment later.
+        while memory.withdraw().is_err() && Instant::now() < until {
+            std::thread::sleep(RETRY);
+        }
     }
 }
 
@@ -604,6 +726,7 @@ mod tests {
             rank: 0,
             shape: Shape { slots: 1, slot_bytes: 4096 },
             deadline: Duration::from_secs(10),
+            shares: false,
         };
         let open = move || Ok(HcclCommunicator::open(&plan)?);
         let thread = Thread::start("ckpt-hccl", open).await.unwrap();

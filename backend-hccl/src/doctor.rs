@@ -335,6 +335,7 @@ fn pair_child(library_dir: Option<&Path>, rank: u32, rounds: u32) -> Result<()> 
         rank,
         shape: Shape { slots: 1, slot_bytes: BYTES as u64 },
         deadline: DEADLINE,
+        shares: false,
     };
     let open = move || Ok(HcclCommunicator::open(&plan)?);
     let thread = now(Thread::start("ckpt-hccl", open))?;
@@ -350,14 +351,14 @@ fn pair_child(library_dir: Option<&Path>, rank: u32, rounds: u32) -> Result<()> 
         let work = move |own: &mut HcclCommunicator, wait: &Wait<'_>| {
             own.join(0, &root, 2, rank, wait)?;
             let bytes = if rank == 0 { pattern(round) } else { vec![0; BYTES] };
-            own.memory().write(0, &bytes)?;
+            own.memory()?.write(0, &bytes)?;
             own.broadcast(0, 0, BYTES as u64, wait)?;
             while own.ended(0)? == 0 {
                 wait.check("broadcasting")?;
                 std::thread::sleep(Duration::from_millis(1));
             }
             let mut here = vec![0; BYTES];
-            own.read(0, 0, &mut here)?;
+            own.memory()?.read(0, &mut here)?;
             own.leave();
             let free = own.device().memory_info().map_or(0, |(free, _)| free);
             Ok((sum(&here), free))
@@ -374,20 +375,20 @@ fn pair_child(library_dir: Option<&Path>, rank: u32, rounds: u32) -> Result<()> 
 
 fn export_child(library_dir: Option<&Path>) -> Result<()> {
     let device = Device::set(comm::load(library_dir, DEADLINE)?, 0)?;
-    let memory = device.allocate(BYTES)?;
+    let mut memory = device.allocate(BYTES)?;
     memory.write(0, &pattern(0))?;
     let key = memory.export()?;
     say(&format!("key {}", to_hex(key.as_bytes())))?;
     heard()?;
-    Ok(memory.withdraw(&key)?)
+    Ok(memory.withdraw()?)
 }
 
 fn import_child(library_dir: Option<&Path>) -> Result<()> {
     let device = Device::set(comm::load(library_dir, DEADLINE)?, 0)?;
     let key = IpcKey::new(&from_hex(&heard()?)?)?;
-    let memory = device.import(&key)?;
+    let memory = device.import(&key, BYTES)?;
     let mut bytes = vec![0; BYTES];
-    memory.read(&mut bytes)?;
+    memory.read(0, &mut bytes)?;
     say(&format!("digest {:016x}", sum(&bytes)))?;
     drop(memory);
     say("closed")

@@ -8,7 +8,7 @@ use engine_core::collective::{
     CollectiveEngine, CollectiveOptions, Library, Opened, Shape, Thread, Wait,
 };
 use engine_core::memory::Pool;
-use engine_core::{EngineContext, Error, ErrorKind, Result};
+use engine_core::{EngineContext, Error, ErrorKind, Rank, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::comm::{HcclCommunicator, Plan};
@@ -99,16 +99,17 @@ impl Library for HcclLibrary {
             rank: rank.0,
             shape,
             deadline,
+            shares: rank == Rank::LEADER,
         };
         let make =
             move || HcclCommunicator::open(&plan).map_err(|error| Error::from(error).rank(rank));
         let thread = Thread::start("ckpt-hccl", make).await?;
         let say = |own: &mut HcclCommunicator, _: &Wait<'_>| {
             let device = format!("{DEVICE}:{}", own.device().number());
-            Ok((own.version().to_owned(), device, own.views().clone()))
+            Ok((own.version().to_owned(), device, own.views().clone(), own.share()))
         };
-        let (version, device, views) = thread.run(deadline, say).await?;
+        let (version, device, views, share) = thread.run(deadline, say).await?;
         let slots = HcclSlots::new(thread.clone(), shape.slot_bytes, deadline, device, views);
-        Ok(Opened { thread, slots: Arc::new(slots), version })
+        Ok(Opened { thread, slots: Arc::new(slots), version, share: Some(share) })
     }
 }

@@ -20,6 +20,13 @@ pub(crate) fn timeouts(deadline: Duration) -> [(&'static str, u64); 2] {
     ]
 }
 
+/// The NPU that a device number stands for, with the numbers that `ASCEND_RT_VISIBLE_DEVICES` gives them.
+pub(crate) fn visible(device: i32, list: Option<&str>) -> i32 {
+    let Some(list) = list.filter(|list| !list.trim().is_empty()) else { return device };
+    let number = usize::try_from(device).ok().and_then(|device| list.split(',').nth(device));
+    number.and_then(|number| number.trim().parse().ok()).unwrap_or(device)
+}
+
 /// What is likely to go wrong with an environment, and what to set.
 pub(crate) fn warnings(get: impl Fn(&str) -> Option<String>, deadline: Duration) -> Vec<String> {
     let get = |name: &str| get(name).filter(|value| !value.trim().is_empty());
@@ -119,6 +126,14 @@ mod tests {
         }
         let closed = of(&[base[0], ("HCCL_WHITELIST_DISABLE", "0")]);
         assert!(closed[0].contains("refuses all peers"), "{closed:?}");
+    }
+
+    #[test]
+    fn a_device_is_the_npu_that_stands_at_its_place_in_the_list() {
+        assert_eq!(visible(3, None), 3);
+        assert_eq!(visible(3, Some("")), 3);
+        assert_eq!([0, 1].map(|device| visible(device, Some("5, 2"))), [5, 2]);
+        assert_eq!([0, 1, 2].map(|device| visible(device, Some("x"))), [0, 1, 2]);
     }
 
     #[test]

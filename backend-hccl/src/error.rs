@@ -53,6 +53,16 @@ pub(crate) enum HcclError {
     Outside { at: usize, len: usize, size: usize },
     #[error("{0} elements are more than one operation takes")]
     TooMany(u64),
+    #[error("other ranks still have the memory mapped")]
+    Mapped,
+    #[error("this rank has no slots of its own: it reads the leader's")]
+    NoSlots,
+    #[error("this rank is not attached to the leader's slots")]
+    Detached,
+    #[error(
+        "the leader has filled the slot anew: it has given this rank up, and goes on without it"
+    )]
+    Overwritten,
     #[error("the group's first broadcast brought other bytes than were sent")]
     Garbled,
     #[error("this rank is not in group {0}")]
@@ -219,7 +229,12 @@ impl HcclError {
             Self::Full { .. } | Self::NoPinned { .. } => ErrorKind::Resource,
             Self::RootInfo(_) | Self::Outside { .. } | Self::TooMany(_) => ErrorKind::Protocol,
             Self::Garbled => ErrorKind::Digest,
-            Self::NotJoined(_) | Self::Lingering => ErrorKind::State,
+            Self::NotJoined(_)
+            | Self::Lingering
+            | Self::Mapped
+            | Self::NoSlots
+            | Self::Detached => ErrorKind::State,
+            Self::Overwritten => ErrorKind::Aborted,
             // Not that a peer is gone: the control plane knows that, and HCCL does not.
             Self::Asynchronous(_) => ErrorKind::Io,
             Self::Acl { status, .. } => match *status {

@@ -10,8 +10,10 @@ use std::ffi::c_void;
 use std::fmt;
 use std::marker::PhantomData;
 use std::ptr::{NonNull, null, null_mut};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::environment;
 use crate::error::HcclError;
 use crate::mutation::Mutation;
 use crate::sys::{self, Api, Handle, SUCCESS, Status};
@@ -145,6 +147,24 @@ impl Device {
         self.number
     }
 
+    /// Its number for all processes of the host. `ASCEND_RT_VISIBLE_DEVICES` gives NPUs other numbers in each.
+    pub(crate) fn chip(self) -> i32 {
+        type Map = Option<unsafe extern "C" fn(i32, *mut i32) -> Status>;
+        let map = |map: Map, from: i32| {
+            let mut to = from;
+            // SAFETY: the call writes a number to where the pointer points.
+            let status = unsafe { map?(from, &raw mut to) };
+            (status == SUCCESS).then_some(to)
+        };
+        let listed = || {
+            let list = std::env::var("ASCEND_RT_VISIBLE_DEVICES").ok();
+            environment::visible(self.number, list.as_deref())
+        };
+        let logical = map(self.api.aclrtGetLogicDevIdByUserDevId, self.number);
+        let logical = logical.unwrap_or_else(listed);
+        map(self.api.aclrtGetPhyDevIdByLogicDevId, logical).unwrap_or(logical)
+    }
+
     #[cfg(feature = "mutations")]
     pub(crate) fn api(self) -> &'static Api {
         self.api
@@ -172,7 +192,7 @@ impl Device {
             }
             return Err(error);
         }
-        Ok(DeviceMemory { device: self, address, len })
+        Ok(DeviceMemory { device: self, address, len, exported: None })
     }
 
     /// Allocates pinned memory of the host, of zeros.
@@ -238,8 +258,17 @@ impl Device {
         Ok(Comm { device: self, comm })
     }
 
-    /// Maps memory of another process of the same NPU.
-    pub(crate) fn import(self, key: &IpcKey) -> Result<Imported> {
+    /// Maps memory of another process of the same NPU, or finds that of this one, which the libraries would not
+    /// map.
+    pub(crate) fn import(self, key: &IpcKey, len: usize) -> Result<Imported> {
+        let own = lent().iter().find(|(known, _)| known == key).map(|(_, lent)| lent.clone());
+        if let Some(own) = own {
+            let outside = HcclError::Outside { at: 0, len, size: own.len };
+            let address = own.address as *mut c_void;
+            let imported =
+                Imported { device: self, address, len, key: key.clone(), own: Some(own) };
+            return if imported.is_whole() { Ok(imported) } else { Err(outside) };
+        }
         let Some(import) = self.api.aclrtIpcMemImportByKey else {
             return Err(HcclError::Absent("aclrtIpcMemImportByKey", NO_SHARING));
         };
@@ -247,18 +276,34 @@ impl Device {
         // SAFETY: the key ends with a zero; the call writes an address.
         let status = unsafe { import(&raw mut address, key.0.as_ptr().cast(), 0) };
         acl(self.api, "aclrtIpcMemImportByKey", status)?;
-        Ok(Imported { device: self, address, key: key.clone() })
+        Ok(Imported { device: self, address, len, key: key.clone(), own: None })
     }
 }
 
 const NO_SHARING: &str = "processes cannot share the memory of an NPU";
 
-/// Memory of a device. Freed when dropped, whatever is still under way in it.
+/// Memory of a device. Freed when dropped, whatever is still under way in it; but not while others are known
+/// to have it mapped.
 #[derive(Debug)]
 pub(crate) struct DeviceMemory {
     device: Device,
     address: *mut c_void,
     len: usize,
+    exported: Option<IpcKey>,
+}
+
+/// Memory that this process has exported: it is there as long as anyone has this.
+#[derive(Debug)]
+struct Lent {
+    address: usize,
+    len: usize,
+}
+
+static LENT: Mutex<Vec<(IpcKey, Arc<Lent>)>> = Mutex::new(Vec::new());
+
+fn lent() -> MutexGuard<'static, Vec<(IpcKey, Arc<Lent>)>> {
+    // Every change is one insertion or removal.
+    LENT.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl DeviceMemory {
@@ -304,7 +349,14 @@ impl DeviceMemory {
     }
 
     /// A key by which every process of the NPU can map all of it.
-    pub(crate) fn export(&self) -> Result<IpcKey> {
+    ///
+    /// # Contract
+    ///
+    /// The memory is as long as whole pages of 2 MB.
+    pub(crate) fn export(&mut self) -> Result<IpcKey> {
+        if let Some(key) = &self.exported {
+            return Ok(key.clone());
+        }
         let Some(export) = self.device.api.aclrtIpcMemGetExportKey else {
             return Err(HcclError::Absent("aclrtIpcMemGetExportKey", NO_SHARING));
         };
@@ -313,17 +365,40 @@ impl DeviceMemory {
         // SAFETY: the allocation is alive and of that length; the call writes at most `len` bytes.
         let status = unsafe { export(self.address, self.len, text, len, sys::EXPORT_TO_ALL) };
         acl(self.device.api, "aclrtIpcMemGetExportKey", status)?;
-        IpcKey::new(&key)
+        let key = IpcKey::new(&key)?;
+        let own = Lent { address: self.address as usize, len: self.len };
+        lent().push((key.clone(), Arc::new(own)));
+        self.exported = Some(key.clone());
+        Ok(key)
     }
 
-    /// Withdraws a key; after all processes that mapped the memory have closed it.
-    pub(crate) fn withdraw(&self, key: &IpcKey) -> Result<()> {
-        close_key(self.device.api, key)
+    /// Whether others can map it.
+    pub(crate) fn is_exported(&self) -> bool {
+        self.exported.is_some()
+    }
+
+    /// Withdraws the key, if there is one; an error as long as others have the memory mapped.
+    pub(crate) fn withdraw(&mut self) -> Result<()> {
+        let Some(key) = &self.exported else { return Ok(()) };
+        let mut lent = lent();
+        let own = lent.iter().position(|(known, _)| known == key);
+        if own.is_some_and(|at| Arc::strong_count(&lent[at].1) > 1) {
+            return Err(HcclError::Mapped);
+        }
+        close_key(self.device.api, key)?;
+        own.map(|at| lent.swap_remove(at));
+        self.exported = None;
+        Ok(())
     }
 }
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
+        if let Err(error) = self.withdraw() {
+            let bytes = self.len;
+            tracing::warn!(%error, bytes, "memory that others have mapped is not freed");
+            return;
+        }
         // SAFETY: it came from `aclrtMalloc`, and nobody else has it.
         let status = unsafe { (self.device.api.aclrtFree)(self.address) };
         told(acl(self.device.api, "aclrtFree", status));
@@ -371,25 +446,38 @@ fn close_key(api: &Api, key: &IpcKey) -> Result<()> {
     acl(api, "aclrtIpcMemClose", unsafe { close(key.0.as_ptr().cast()) })
 }
 
-/// Memory of another process. Closed when dropped, which has to be before that process withdraws it.
+/// Memory of another rank. Closed when dropped, which has to be before that one withdraws it.
 #[derive(Debug)]
 pub(crate) struct Imported {
     device: Device,
     address: *mut c_void,
+    len: usize,
     key: IpcKey,
+    /// If it is memory of this process.
+    own: Option<Arc<Lent>>,
 }
 
 impl Imported {
-    /// Copies the first bytes to the host; blocks until they are there. The library refuses more than
-    /// were shared.
-    pub(crate) fn read(&self, to: &mut [u8]) -> Result<()> {
-        copy_to_host(self.device.api, self.address, to)
+    /// Whether so many bytes are there, as far as that is known here: of another process's memory, the library
+    /// knows.
+    fn is_whole(&self) -> bool {
+        self.own.as_ref().is_none_or(|own| self.len <= own.len)
+    }
+
+    /// Copies a part of it to the host; blocks until it is there.
+    pub(crate) fn read(&self, at: usize, to: &mut [u8]) -> Result<()> {
+        if at.checked_add(to.len()).is_none_or(|end| end > self.len) {
+            return Err(HcclError::Outside { at, len: to.len(), size: self.len });
+        }
+        copy_to_host(self.device.api, self.address.wrapping_byte_add(at), to)
     }
 }
 
 impl Drop for Imported {
     fn drop(&mut self) {
-        told(close_key(self.device.api, &self.key));
+        if self.own.is_none() {
+            told(close_key(self.device.api, &self.key));
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use engine_core::collective::{Communicator, Shape, Thread, Wait};
@@ -42,6 +43,7 @@ async fn member_here() {
         rank: place,
         shape: Shape { slots: 1, slot_bytes: 4 << 20 },
         deadline: LIMIT,
+        shares: false,
     };
     let open = move || Ok(HcclCommunicator::open(&plan)?);
     let thread = Thread::start("ckpt-hccl", open).await.unwrap();
@@ -60,7 +62,7 @@ async fn member_here() {
         own.join(0, &fs::read(info).unwrap(), 2, place, wait)?;
         for (ended, root) in [0, 1, 0, 1].into_iter().enumerate() {
             let given = if root == place { bytes_of(place) } else { vec![0xee; BYTES] };
-            own.memory().write(0, &given)?;
+            own.memory()?.write(0, &given)?;
             // An engine's broadcast comes from the first member.
             match root {
                 0 => own.broadcast(0, 0, BYTES as u64, wait)?,
@@ -71,7 +73,7 @@ async fn member_here() {
                 std::thread::sleep(Duration::from_millis(1));
             }
             let mut here = vec![0; BYTES];
-            own.read(0, 0, &mut here)?;
+            own.read(0, 0, &mut here, &OnceLock::new())?;
             assert!(here == bytes_of(root), "other bytes arrived from member {root}");
         }
         own.leave();

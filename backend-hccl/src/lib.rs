@@ -2,7 +2,8 @@
 //!
 //! Every rank has slots for buckets on its NPU. The trainer encodes a bucket on the host, in pinned
 //! memory, copies it to a slot, and HCCL broadcasts it to the slots of all rollouts. One thread for each
-//! engine makes all calls of ACL and HCCL, which bind devices to threads.
+//! engine makes all calls of ACL and HCCL, which bind devices to threads. Rollouts on the trainer's NPU read
+//! its slots there.
 //!
 //! Neither ACL nor HCCL is linked. Their libraries are searched for when an engine is prepared: in the
 //! folder that [`HcclOptions::library_dir`] or `CKPT_ENGINE_HCCL_DIR` names; else where CANN is

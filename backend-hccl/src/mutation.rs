@@ -6,7 +6,8 @@
 /// A mistake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mutation {
-    /// A broadcast does not wait for the copy that brings its bytes to the device.
+    /// Neither a broadcast nor a rollout that reads in place waits for the copy that brings a bucket's bytes to
+    /// the device.
     DroppedSynchronise,
     /// A received bucket is read by whatever thread asks for it.
     #[cfg(feature = "mutations")]

@@ -11,7 +11,7 @@ use engine_core::{DeviceBytes, DeviceMemory, Error, ErrorKind, Result, Storage, 
 use tokio::sync::Semaphore;
 use tracing::warn;
 
-use crate::comm::{HcclCommunicator, LEASES};
+use crate::comm::{HcclCommunicator, LEASES, Mark};
 #[cfg(feature = "mutations")]
 use crate::mutation::Mutation;
 
@@ -98,6 +98,7 @@ impl Slots for HcclSlots {
             device: self.device.clone(),
             window: Mutex::default(),
             kept: OnceLock::new(),
+            mark: Arc::default(),
         };
         let view = Arc::new(view);
         self.views.add(&view);
@@ -127,7 +128,7 @@ impl Views {
         let all = std::mem::take(&mut *self.all());
         for view in all.iter().filter_map(Weak::upgrade) {
             let mut bytes = vec![0; view.filled as usize];
-            match own.read(view.slot.index(), 0, &mut bytes) {
+            match own.read(view.slot.index(), 0, &mut bytes, &view.mark) {
                 // Nobody else sets it.
                 Ok(()) => drop(view.kept.set(bytes)),
                 Err(error) => {
@@ -149,6 +150,8 @@ pub(crate) struct View {
     device: String,
     window: Mutex<Window>,
     kept: OnceLock<Vec<u8>>,
+    /// Of the bucket, if the slot is the leader's, once some of it was read.
+    mark: Arc<OnceLock<Mark>>,
 }
 
 /// What was read last.
@@ -172,8 +175,9 @@ impl View {
             crate::ffi::read_anywhere(api, address, &mut buffer)?;
             return Ok(buffer);
         }
+        let mark = self.mark.clone();
         let read = move |own: &mut HcclCommunicator, _: &Wait<'_>| {
-            own.read(slot, start, &mut buffer)?;
+            own.read(slot, start, &mut buffer, &mark)?;
             Ok(buffer)
         };
         let read = self.thread.run_blocking(self.deadline, read);

@@ -226,6 +226,8 @@ functions! {
     Acl optional aclrtIpcMemGetExportKey(*mut c_void, usize, *mut c_char, usize, u64) -> Status;
     Acl optional aclrtIpcMemImportByKey(*mut *mut c_void, *const c_char, u64) -> Status;
     Acl optional aclrtIpcMemClose(*const c_char) -> Status;
+    Acl optional aclrtGetLogicDevIdByUserDevId(i32, *mut i32) -> Status;
+    Acl optional aclrtGetPhyDevIdByLogicDevId(i32, *mut i32) -> Status;
     Hccl required HcclGetRootInfo(*mut c_char) -> Status;
     Hccl required HcclCommInitRootInfo(u32, *const c_char, u32, *mut Handle) -> Status;
     Hccl required HcclBroadcast(*mut c_void, u64, i32, u32, Handle, Handle) -> Status;

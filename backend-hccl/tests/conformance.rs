@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use conformance::{CASES, Suite};
-use engine_core::Weight;
+use engine_core::{DeviceChoice, Weight};
 use futures::StreamExt;
 use futures::executor::block_on;
 use hccl_sim::Profile;
@@ -20,6 +20,8 @@ const CASE: &str = "CKPT_ENGINE_TEST_CASE";
 const LIBRARIES: &str = "CKPT_ENGINE_HCCL_DIR";
 const FP8: &str = "CKPT_ENGINE_TEST_FP8";
 const REBUILD: &str = "CKPT_ENGINE_TEST_REBUILD";
+/// The ranks' NPUs, separated by commas; all others are on the last one.
+const NPUS: &str = "CKPT_ENGINE_TEST_NPUS";
 
 /// When streams run.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -35,13 +37,29 @@ enum Format {
     Fp8,
 }
 
+/// Where ranks are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Npus {
+    /// Each on one of its own.
+    Own,
+    /// All on one, so that no rank broadcasts to any.
+    One,
+    /// One rollout on the trainer's, and all others on their own.
+    Mixed,
+}
+
 /// The suite, each case in a process with these libraries.
-struct Isolated(Profile, Execution, Format);
+struct Isolated(Profile, Execution, Format, Npus);
 
 impl Isolated {
     fn test(&self, case: &str) {
-        let Self(profile, execution, format) = *self;
+        let Self(profile, execution, format, npus) = *self;
         let mut child = process(profile, execution, case);
+        match npus {
+            Npus::Own => {}
+            Npus::One => drop(child.env(NPUS, "0")),
+            Npus::Mixed => drop(child.env(NPUS, "0,0,1,2,3")),
+        }
         if format == Format::Fp8 {
             child.env(FP8, "1");
         }
@@ -103,6 +121,13 @@ fn one_case() {
             section.insert("rebuild_group".into(), true.into());
         }),
     };
+    let suite = match std::env::var(NPUS) {
+        Err(_) => suite,
+        Ok(npus) => suite.with_devices(
+            npus.split(',')
+                .map(|number| DeviceChoice::new("npu", number.parse().expect("a number"))),
+        ),
+    };
     assert!(CASES.iter().any(|known| known.name == case));
     suite.test(&case);
     gives_everything_back();
@@ -123,37 +148,42 @@ fn gives_everything_back() {
 }
 
 macro_rules! suites {
-    ($($name:ident: $profile:ident, $execution:ident, $format:ident;)*) => {$(
+    ($($name:ident: $profile:ident, $execution:ident, $format:ident, $npus:ident;)*) => {$(
         mod $name {
             conformance::suite!(super::Isolated(
                 super::Profile::$profile,
                 super::Execution::$execution,
-                super::Format::$format
+                super::Format::$format,
+                super::Npus::$npus
             ));
         }
     )*};
 }
 
 suites! {
-    current_eager: Current, Eager, Plain;
-    current_eager_fp8: Current, Eager, Fp8;
-    current_lazy: Current, Lazy, Plain;
-    current_lazy_fp8: Current, Lazy, Fp8;
-    split_eager: Split, Eager, Plain;
-    split_eager_fp8: Split, Eager, Fp8;
-    split_lazy: Split, Lazy, Plain;
-    split_lazy_fp8: Split, Lazy, Fp8;
-    cann_8_1_eager: Cann81, Eager, Plain;
-    cann_8_1_eager_fp8: Cann81, Eager, Fp8;
-    cann_8_1_lazy: Cann81, Lazy, Plain;
-    cann_8_1_lazy_fp8: Cann81, Lazy, Fp8;
+    current_eager: Current, Eager, Plain, Own;
+    current_eager_fp8: Current, Eager, Fp8, Own;
+    current_lazy: Current, Lazy, Plain, Own;
+    current_lazy_fp8: Current, Lazy, Fp8, Own;
+    split_eager: Split, Eager, Plain, Own;
+    split_eager_fp8: Split, Eager, Fp8, Own;
+    split_lazy: Split, Lazy, Plain, Own;
+    split_lazy_fp8: Split, Lazy, Fp8, Own;
+    cann_8_1_eager: Cann81, Eager, Plain, Own;
+    cann_8_1_eager_fp8: Cann81, Eager, Fp8, Own;
+    cann_8_1_lazy: Cann81, Lazy, Plain, Own;
+    cann_8_1_lazy_fp8: Cann81, Lazy, Fp8, Own;
+    one_npu_current_eager: Current, Eager, Plain, One;
+    one_npu_split_lazy_fp8: Split, Lazy, Fp8, One;
+    mixed_current_lazy_fp8: Current, Lazy, Fp8, Mixed;
+    mixed_split_eager: Split, Eager, Plain, Mixed;
 }
 
 /// Mistakes that the library makes on purpose where it is built so: each of them turns a case red that is
 /// green without it.
 #[cfg(feature = "mutations")]
 mod mutations {
-    use super::{Execution, Profile, REBUILD, process, run};
+    use super::{Execution, NPUS, Profile, REBUILD, process, run};
 
     const MUTATION: &str = "CKPT_ENGINE_HCCL_MUTATION";
 
@@ -193,7 +223,9 @@ mod mutations {
 
     #[test]
     fn a_dropped_synchronise_turns_the_suite_red() {
-        fails("dropped-synchronise", Execution::Lazy, ARRIVES, &[], "its digest is");
+        let words = "its digest is";
+        fails("dropped-synchronise", Execution::Lazy, ARRIVES, &[], words);
+        fails("dropped-synchronise", Execution::Lazy, ARRIVES, &[(NPUS, "0")], words);
     }
 
     #[test]

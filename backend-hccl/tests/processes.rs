@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::Receiver;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use engine_core::control::{Address, ControlConfig, Token};
 use engine_core::{
@@ -29,6 +29,11 @@ const DEVICE: &str = "CKPT_ENGINE_TEST_DEVICE";
 const REBUILD: &str = "CKPT_ENGINE_TEST_REBUILD";
 /// Another size of buckets.
 const BUCKET: &str = "CKPT_ENGINE_TEST_BUCKET";
+/// A rollout that has the first tensor says so, and goes on when it is told to.
+const HOLD: &str = "CKPT_ENGINE_TEST_HOLD";
+/// A rollout that keeps the last tensor of its last update.
+const KEEP: &str = "CKPT_ENGINE_TEST_KEEP";
+const LIBRARIES: &str = "CKPT_ENGINE_HCCL_DIR";
 /// The ranks of a group at its beginning: a trainer and two rollouts.
 const RANKS: u32 = 3;
 /// How long anything here may take before it counts as a hang.
@@ -80,16 +85,21 @@ fn control(address: Address) -> ControlConfig {
 
 /// Joins an engine with a group of so many ranks, or with one that is there already.
 async fn form(control: &ControlPlane) -> Result<Box<dyn CheckpointEngine>> {
-    let context = EngineContext::new(config(), control.role()).with_control(control.clone());
-    let mut engine = backend_hccl::BACKEND.create(context)?;
+    let mut engine = create(control)?;
     let own = serde_json::to_vec(&engine.prepare().await?).unwrap();
     let peers = control.gather(RANKS, own.into(), LIMIT).await?;
     let workers: Vec<WorkerMetadata> =
         peers.iter().map(|peer| serde_json::from_slice(&peer.payload).unwrap()).collect();
     let places = backend_hccl::BACKEND.build_topology(&workers)?;
-    let place = places.into_iter().find(|place| place.rank == control.rank()).unwrap();
-    engine.init_process_group(place).await?;
+    // In the order of the ranks, which have gaps when some have left.
+    let at = peers.iter().position(|peer| peer.rank == control.rank()).unwrap();
+    engine.init_process_group(places.into_iter().nth(at).unwrap()).await?;
     Ok(engine)
+}
+
+fn create(control: &ControlPlane) -> Result<Box<dyn CheckpointEngine>> {
+    let context = EngineContext::new(config(), control.role()).with_control(control.clone());
+    backend_hccl::BACKEND.create(context)
 }
 
 /// A model of ten buckets, which says its version in every byte.
@@ -102,7 +112,11 @@ fn model(version: u64) -> Vec<Weight> {
         .collect()
 }
 
-/// Sends a version whenever a line comes from standard input, and says what became of it.
+/// What a trainer is told.
+const ANEW: &str = "anew";
+
+/// Sends a version whenever a line comes from standard input, and says what became of it. When told to, it
+/// ends its engine and prepares another one, which has room only if nothing is left of the first.
 async fn trainer(address: Address) -> Result<()> {
     let control = ControlPlane::lead(control(address)).await?;
     let mut engine = form(&control).await?;
@@ -111,6 +125,12 @@ async fn trainer(address: Address) -> Result<()> {
         let mut line = String::new();
         if tokio::task::block_in_place(|| std::io::stdin().read_line(&mut line)).unwrap() == 0 {
             break;
+        }
+        if line.trim() == ANEW {
+            engine.finalize().await?;
+            create(&control)?.prepare().await?;
+            say("prepared");
+            return Ok(());
         }
         match engine.send_weights(ensure_async_iterator(model(version)), Version(version)).await {
             Ok(report) => {
@@ -129,8 +149,9 @@ async fn rollout(address: Address) -> Result<()> {
     let control = ControlPlane::join(control(address), Role::Rollout, rank).await?;
     let mut engine = form(&control).await?;
     say("ready");
+    let mut kept = None;
     loop {
-        match update(&mut *engine).await {
+        match update(&mut *engine, &mut kept).await {
             Ok(version) => say(&format!("active {version}")),
             Err(error)
                 if error.kind() == ErrorKind::PeerLost
@@ -163,17 +184,23 @@ fn say_what_was_kept() -> Result<()> {
     Ok(())
 }
 
-async fn update(engine: &mut dyn CheckpointEngine) -> Result<Version> {
+async fn update(engine: &mut dyn CheckpointEngine, kept: &mut Option<Weight>) -> Result<Version> {
     let mut received = engine.receive_weights(None).await?;
     let version = received.version();
     let mut tensors = 0;
     while let Some(tensor) = received.next_tensor().await? {
+        if tensors == 0 && std::env::var_os(HOLD).is_some() {
+            say("holding");
+            let mut line = String::new();
+            tokio::task::block_in_place(|| std::io::stdin().read_line(&mut line)).unwrap();
+        }
         let expected = (version.0 * 16 + tensors) as u8;
         if std::env::var(KEEP_VERSION).is_ok_and(|keep| keep == version.to_string()) {
             KEPT.lock().unwrap().push((expected, tensor.clone()));
         }
         assert!(tensor.to_bytes()?.iter().all(|&byte| byte == expected), "other bytes arrived");
         tensors += 1;
+        *kept = std::env::var_os(KEEP).map(|_| tensor);
     }
     received.finish().await.map(|_| version)
 }
@@ -207,7 +234,7 @@ impl Process {
             .env(ADDRESS, address)
             .env(RANK, rank.to_string())
             .env(DEVICE, format!("npu:{rank}"))
-            .env("CKPT_ENGINE_HCCL_DIR", hccl_sim::libraries(Profile::Current).unwrap())
+            .env(LIBRARIES, hccl_sim::libraries(Profile::Current).unwrap())
             .env("HCCL_SIM_TIME_SCALE", "0.05")
             .env("HCCL_EXEC_TIMEOUT", "1836")
             .env("HCCL_HOST_SOCKET_PORT_RANGE", "auto")
@@ -232,6 +259,17 @@ impl Process {
             }
         });
         Self { child, said }
+    }
+
+    fn tell(&mut self, line: &str) {
+        writeln!(self.child.stdin.as_mut().unwrap(), "{line}").unwrap();
+    }
+
+    /// Sends it a signal.
+    fn signal(&self, name: &str) {
+        let mut kill = Command::new("kill");
+        kill.args([format!("-{name}"), self.child.id().to_string()]);
+        assert!(kill.status().unwrap().success());
     }
 
     fn hears(&self) -> String {
@@ -291,7 +329,7 @@ impl Group {
     }
 
     fn begin(&mut self) {
-        writeln!(self.trainer.child.stdin.as_mut().unwrap()).unwrap();
+        self.trainer.tell("");
     }
 
     /// A rollout that joins late.
@@ -311,27 +349,6 @@ impl Group {
     /// Ends a rollout from outside.
     fn kill(&mut self, rank: u32) {
         drop(self.rollouts.remove(rank as usize - 1));
-    }
-
-    /// An update that has to arrive at these rollouts; the one before may be the one that notices that a rank is
-    /// gone. What it gives is the version of the next one.
-    fn works_without(&mut self, gone: u32, version: u64, ranks: &[u32]) -> u64 {
-        let noticed = format!("failed PeerLost of {gone}: ");
-        self.begin();
-        let mut sent = version;
-        let mut line = self.trainer.hears();
-        if line.starts_with(&noticed) {
-            sent += 1;
-            self.begin();
-            line = self.trainer.hears();
-        }
-        assert_eq!(line, format!("sent {sent} to {ranks:?}"));
-        for rollout in &self.rollouts {
-            let line = rollout.hears();
-            let line = if line.starts_with(&noticed) { rollout.hears() } else { line };
-            assert_eq!(line, format!("active {sent}"));
-        }
-        sent + 1
     }
 
     /// All finalize, and nothing is left of what they had.
@@ -425,20 +442,129 @@ fn a_group_that_a_member_does_not_reach_is_a_timeout_of_the_library_and_the_next
 }
 
 #[test]
-fn two_ranks_on_one_chip_are_an_error_that_says_so_and_without_one_the_next_update_works() {
-    let mut group = Group::form([&[], &[(DEVICE, "npu:0")], &[]]);
-    group.begin();
-    for process in std::iter::once(&group.trainer).chain(&group.rollouts) {
-        let line = process.hears();
-        assert!(line.starts_with("failed Config of "), "{line}");
-        assert!(!line.contains("of nobody"), "{line}");
-        assert!(line.contains("two ranks of a group cannot be on one chip"), "{line}");
+fn two_rollouts_on_one_chip_that_is_not_the_trainers_are_an_error_that_says_what_to_do() {
+    let address = address();
+    let start = |(rank, npu)| {
+        let role = if rank == 0 { "trainer" } else { "rollout" };
+        Process::start(role, &address, rank, &[(DEVICE, npu)])
+    };
+    let ranks = [(0, "npu:0"), (1, "npu:1"), (2, "npu:1")].map(start);
+    for process in &ranks {
+        process.fails("Mismatch", 2, "ranks 1 and 2 are both on NPU 1 of one host");
     }
-    group.kill(1);
-    let next = group.works_without(1, 2, &[2]);
-    group.join(1, &[]);
-    group.works(next, &[1, 2]);
-    group.ends();
+}
+
+/// As large as it takes for no NPU to have room for a communicator.
+const NO_ROOM: (&str, &str) = ("HCCL_BUFFSIZE", "100");
+const ON_0: (&str, &str) = (DEVICE, "npu:0");
+
+#[test]
+fn rollouts_on_the_trainers_npu_read_its_buckets_there_and_no_group_forms() {
+    let split = hccl_sim::libraries(Profile::Split).unwrap();
+    let split = (LIBRARIES, split.to_str().unwrap());
+    let mut group =
+        Group::form([&[NO_ROOM, split], &[NO_ROOM, split, ON_0], &[NO_ROOM, split, ON_0]]);
+    group.works(1, &[1, 2]);
+    group.works(2, &[1, 2]);
+    group.join(3, &[NO_ROOM, split, ON_0]);
+    group.works(3, &[1, 2, 3]);
+}
+
+#[test]
+fn a_rollout_on_the_trainers_npu_reads_there_what_the_others_get_by_broadcast() {
+    let mut group = Group::form([&[], &[ON_0, NO_ROOM], &[]]);
+    group.works(1, &[1, 2]);
+    group.join(3, &[ON_0, NO_ROOM]);
+    group.join(4, &[]);
+    // The last one has a link to the trainer, and one to the other member: as many as there are.
+    group.works(2, &[1, 2, 3, 4]);
+    group.works(3, &[1, 2, 3, 4]);
+}
+
+#[test]
+fn an_update_goes_on_after_a_rollout_on_the_trainers_npu_is_killed_while_it_reads() {
+    let mut group = Group::form([&[("HCCL_SIM_DEVICE_MB", "27")], &[ON_0, (HOLD, "1")], &[]]);
+    group.begin();
+    group.rollouts[0].says("holding");
+    drop(group.rollouts.remove(0));
+    group.trainer.fails("PeerLost", 1, "bucket");
+    group.rollouts[0].fails("PeerLost", 1, "version 1");
+    group.works(2, &[2]);
+    group.join(1, &[ON_0]);
+    group.works(3, &[1, 2]);
+    // Nothing keeps the trainer from freeing its memory, not even the one that was killed.
+    group.rollouts.clear();
+    group.trainer.tell(ANEW);
+    group.trainer.says("prepared");
+}
+
+#[test]
+fn a_rollout_on_the_trainers_npu_that_was_given_up_sees_no_bytes_of_another_version() {
+    // All weights are in one bucket, which is not read at once.
+    let large: Settings<'_> = &[(BUCKET, "16"), ("HCCL_SIM_DEVICE_MB", "100")];
+    let mut group = Group::form([large, &[large, &[ON_0, (HOLD, "1")]].concat(), large]);
+    group.begin();
+    group.rollouts[0].says("holding");
+    // Longer than it may be silent.
+    group.rollouts[0].signal("STOP");
+    group.trainer.fails("Timeout", 1, "the peer was silent");
+    let mut stopped = group.rollouts.remove(0);
+    group.rollouts[0].fails("Timeout", 1, "the peer was silent");
+    group.works(2, &[2]);
+    stopped.signal("CONT");
+    stopped.tell("");
+    let line = stopped.hears();
+    assert!(line.contains("the leader has filled the slot anew"), "{line}");
+}
+
+#[test]
+fn the_trainer_frees_its_memory_after_rollouts_have_closed_it_and_waits_for_none_for_long() {
+    let small = ("HCCL_SIM_DEVICE_MB", "5");
+    for (settings, said) in [([ON_0, NO_ROOM], "prepared"), ([ON_0, (KEEP, "1")], "no memory")] {
+        let mut group = Group::form([&[small], &settings, &[ON_0]]);
+        group.works(1, &[1, 2]);
+        let begun = Instant::now();
+        group.trainer.tell(ANEW);
+        let line = group.trainer.hears();
+        assert!(line.contains(said), "{line}");
+        assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    }
+}
+
+#[test]
+fn libraries_that_cannot_share_memory_are_an_error_that_says_what_to_do() {
+    let old = hccl_sim::libraries(Profile::Cann81).unwrap();
+    let old = (LIBRARIES, old.to_str().unwrap());
+    let address = address();
+    let start = |(rank, npu)| {
+        let role = if rank == 0 { "trainer" } else { "rollout" };
+        Process::start(role, &address, rank, &[old, (DEVICE, npu)])
+    };
+    let ranks = [(0, "npu:0"), (1, "npu:1"), (2, "npu:0")].map(start);
+    for process in &ranks {
+        let line = process.hears();
+        assert!(line.starts_with("failed Mismatch of 2: "), "{line}");
+        assert!(line.contains("lack aclrtIpcMemGetExportKey"), "{line}");
+        assert!(line.contains("a later CANN has it"), "{line}");
+        assert!(line.contains("give it a device of its own"), "{line}");
+    }
+}
+
+#[test]
+fn npus_are_the_same_by_what_they_are_and_not_by_the_numbers_that_processes_give_them() {
+    const VISIBLE: &str = "ASCEND_RT_VISIBLE_DEVICES";
+    let mut group = Group::form([
+        &[ON_0, (VISIBLE, "3,1")],
+        &[(DEVICE, "npu:1"), (VISIBLE, "0,3"), NO_ROOM],
+        &[ON_0, (VISIBLE, "0")],
+    ]);
+    group.works(1, &[1, 2]);
+    // Old libraries do not say which NPU it is, but the list does.
+    let old = hccl_sim::libraries(Profile::Cann81).unwrap();
+    let old = (LIBRARIES, old.to_str().unwrap());
+    let on = |list| [ON_0, old, (VISIBLE, list)];
+    let mut group = Group::form([&on("3"), &on("0"), &on("1")]);
+    group.works(1, &[1, 2]);
 }
 
 #[test]

@@ -46,7 +46,7 @@ impl Library for NcclLibrary {
         let own = arena.clone();
         let thread = Thread::start("ckpt-nccl", move || Nccl::new(api, own, shape)).await?;
         let version = format!("NCCL {}", api.found.version());
-        Ok(Opened { thread, slots: Arc::new(CudaSlots { arena, shape }), version })
+        Ok(Opened { thread, slots: Arc::new(CudaSlots { arena, shape }), version, share: None })
     }
 }
 

@@ -176,7 +176,7 @@ struct EngineArgs {
     /// Do not guard buckets with digests
     #[arg(long)]
     no_digests: bool,
-    /// Where weights and buckets are: cpu, cuda (one device for each rank), or cuda:N
+    /// Where weights and buckets are: cpu, cuda or npu (one device for each rank), cuda:N or npu:N
     #[arg(long, value_name = "DEVICE", env = "CKPT_ENGINE_DEVICE")]
     device: Option<DeviceChoice>,
     /// The folder of libascendcl.so and libhccl.so, for the backend hccl: CANN's, or a simulator's
@@ -206,6 +206,13 @@ fn engine_kwarg(text: &str) -> Result<(String, serde_json::Value), String> {
     let (key, value) = text.split_once('=').ok_or("KEY=VALUE is wanted")?;
     let value = serde_json::from_str(value).unwrap_or_else(|_| value.into());
     Ok((key.to_owned(), value))
+}
+
+/// RANK=DEVICE.
+fn rank_device(text: &str) -> Result<(u32, DeviceChoice), String> {
+    let (rank, device) = text.split_once('=').ok_or("RANK=DEVICE is wanted")?;
+    let rank = rank.parse().map_err(|error| format!("`{rank}` is no rank: {error}"))?;
+    Ok((rank, device.parse::<DeviceChoice>().map_err(|error| error.to_string())?))
 }
 
 impl EngineArgs {
@@ -326,6 +333,11 @@ struct SyncArgs {
     /// How many rollouts
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     rollouts: u32,
+    /// The device of one rank, where that is not what --device says; may be given several times. Ranks count
+    /// trainers, then rollouts: of one trainer, rank 1 is the first rollout, and 1=npu:0 puts it on the
+    /// trainer's NPU
+    #[arg(long = "rank-device", value_name = "RANK=DEVICE", value_parser = rank_device)]
+    rank_devices: Vec<(u32, DeviceChoice)>,
     /// Let every rollout compare every tensor with the source, bit for bit
     #[arg(long)]
     verify: bool,
@@ -622,6 +634,7 @@ async fn sync_command(args: &SyncArgs) -> Result<ExitCode, Failure> {
         trainers: args.trainers,
         still: false,
         rollouts: args.rollouts,
+        devices: args.rank_devices.iter().cloned().collect(),
         verify: args.verify,
         out: args.out.clone(),
         metrics: args.metrics.metrics,
@@ -629,6 +642,10 @@ async fn sync_command(args: &SyncArgs) -> Result<ExitCode, Failure> {
     };
     if options.trainers > 1 && options.config.backend == "naive" {
         return Err("naive has one trainer".into());
+    }
+    let ranks = options.trainers + options.rollouts;
+    if let Some((rank, _)) = options.devices.range(ranks..).next() {
+        return Err(format!("--rank-device: there are {ranks} ranks, and no rank {rank}").into());
     }
     let _exporter = args.metrics.serve().await?;
     if !args.json {

@@ -1,5 +1,6 @@
 //! One trainer and several rollouts on this machine, and the updates between them.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -12,8 +13,8 @@ use checkpoint_engine::fp8::agreed_rules;
 use checkpoint_engine::nixl::bare;
 use checkpoint_engine::observe::Observer;
 use checkpoint_engine::{
-    CheckpointEngine, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind,
-    Holder, Newcomer, Rank, ReceiveReport, Registry, Result, Role, SendReport, Version,
+    CheckpointEngine, CheckpointEngineConfig, ControlPlane, DeviceChoice, EngineContext, Error,
+    ErrorKind, Holder, Newcomer, Rank, ReceiveReport, Registry, Result, Role, SendReport, Version,
     VersionState, WeightCache, WorkerMetadata, ensure_async_iterator, registry,
 };
 use futures::future::{join, join_all, select_all};
@@ -40,6 +41,8 @@ pub struct SyncOptions {
     pub still: bool,
     /// How many rollouts.
     pub rollouts: u32,
+    /// The devices of ranks that have another one than the configuration says.
+    pub devices: BTreeMap<u32, DeviceChoice>,
     /// Whether rollouts compare what they receive with the source.
     pub verify: bool,
     /// The folder that gets one folder per rollout with its weights.
@@ -48,6 +51,12 @@ pub struct SyncOptions {
     pub metrics: Option<SocketAddr>,
     /// Whether rollouts offer memory for bare transfers of NIXL.
     pub bare: bool,
+}
+
+impl SyncOptions {
+    fn device_of(&self, rank: u32) -> Result<DeviceChoice> {
+        device::of_rank(self.devices.get(&rank).unwrap_or(&self.config.device), rank)
+    }
 }
 
 /// One update, as `--json` prints it.
@@ -115,7 +124,7 @@ pub async fn run(
     options: &SyncOptions,
     mut each: impl FnMut(&UpdateLine) -> Result<()>,
 ) -> Result<()> {
-    let device = device::of_rank(&options.config.device, 0)?;
+    let device = options.device_of(0)?;
     let mut source = Source::open(options.source.clone())?.on_device(&device);
     // "Training" to the first version is none of the update's time, nor is its memory.
     source.advance(Version(1))?;
@@ -340,7 +349,7 @@ impl Processes {
         for rank in 1..options.trainers + options.rollouts {
             children.push(start_child(options, rank, &address, &secret).await?);
         }
-        let device = device::of_rank(&options.config.device, 0)?;
+        let device = options.device_of(0)?;
         let config = CheckpointEngineConfig { device, ..options.config.clone() };
         let workers = Vec::new();
         Ok(Self { registry: registry(), workers, config, observer, control, children })
@@ -429,7 +438,8 @@ async fn start_child(
 ) -> Result<Child> {
     let failed = |error| Error::io("starting a rank", error).rank(Rank(rank));
     let program = std::env::current_exe().map_err(failed)?;
-    let device = device::of_rank(&options.config.device, rank)?;
+    let device = options.device_of(rank)?;
+    let is_cpu = device.is_cpu();
     let config = CheckpointEngineConfig { device, ..options.config.clone() };
     let config =
         serde_json::to_string(&config).map_err(|error| failed(std::io::Error::other(error)))?;
@@ -449,7 +459,7 @@ async fn start_child(
         if options.still {
             command.arg("--still");
         }
-    } else if !options.config.device.is_cpu() {
+    } else if !is_cpu {
         command.args(["--reserve", &reserve(&options.source)?.to_string()]);
     }
     if let Some(mut address) = options.metrics {

@@ -6,10 +6,14 @@ use std::process::{Command, Output};
 use hccl_sim::Profile;
 
 fn run(profile: Profile, args: &[&str]) -> Output {
+    run_with(profile, args, &[])
+}
+
+fn run_with(profile: Profile, args: &[&str], settings: &[(&str, &str)]) -> Output {
     let folder: PathBuf = hccl_sim::libraries(profile).expect("the simulated libraries");
     let mut program = Command::new(env!("CARGO_BIN_EXE_ckpt-engine"));
     program.args(args).args(["--backend", "hccl", "--hccl-lib"]).arg(folder);
-    program.env("HCCL_SIM_TIME_SCALE", "0.1");
+    program.env("HCCL_SIM_TIME_SCALE", "0.1").envs(settings.iter().copied());
     program.output().expect("the program starts")
 }
 
@@ -48,6 +52,34 @@ fn sync_in_json_says_that_it_was_simulated_and_quantises_on_the_trainers_cpu() {
         assert_eq!(line["verified"], true, "{line}");
         assert!(line["wire_bytes"].as_u64() < line["source_bytes"].as_u64(), "{line}");
     }
+}
+
+/// As large as it takes for no NPU to have room for a communicator.
+const NO_ROOM: [(&str, &str); 2] = [("HCCL_BUFFSIZE", "1000"), ("HCCL_SIM_DEVICE_MB", "1500")];
+
+#[test]
+fn sync_updates_rollouts_on_the_trainers_npu() {
+    let args = [&SYNC[..], &["--device", "npu:0", "--json"]].concat();
+    for line in json(&run_with(Profile::Current, &args, &NO_ROOM)) {
+        assert_eq!(line["verified"], true, "{line}");
+        assert_eq!(line["rollouts"].as_array().map(Vec::len), Some(2), "{line}");
+    }
+}
+
+#[test]
+fn sync_updates_a_rollout_on_the_trainers_npu_and_another_one_elsewhere() {
+    let args = [&SYNC[..], &["--rank-device", "1=npu:0", "--json"]].concat();
+    for line in json(&run(Profile::Current, &args)) {
+        assert_eq!(line["verified"], true, "{line}");
+    }
+    let output = run(Profile::Current, &[&SYNC[..], &["--rank-device", "3=npu:0"]].concat());
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && text.contains("no rank 3"), "{text}");
+    // What it does not do: two rollouts on an NPU that is not the trainer's.
+    let args = [&SYNC[..], &["--rank-device", "1=npu:2"]].concat();
+    let output = run(Profile::Current, &args);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && text.contains("are both on NPU 2"), "{text}");
 }
 
 #[test]

@@ -3,19 +3,20 @@
 //!
 //! It moves bytes by copying them, and refuses what a real library would answer with a hang or with
 //! garbage: broadcasts that ranks enqueue in different orders or with different lengths, calls from other
-//! threads than the one that made it, a group id that is used twice.
+//! threads than the one that made it, a group id that is used twice. Where ranks are on a device of its
+//! kind, it has two of them in no group, and lets all of a device read the slots of one.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use engine_core::collective::{
-    CollectiveEngine, CollectiveOptions, Communicator, Library, Opened, Shape, SlotGuard, Slots,
-    Thread, Wait, build_topology,
+    CollectiveEngine, CollectiveOptions, Communicator, Library, Opened, Shape, Share, SlotGuard,
+    Slots, Thread, Wait, build_topology,
 };
 use engine_core::memory::{Job, Pool};
 use engine_core::{
@@ -26,6 +27,8 @@ use serde::Deserialize;
 
 /// The name in configurations.
 const NAME: &str = "in-process";
+/// The kind of devices that have room for one rank of a group.
+pub const DEVICE: &str = "seat";
 
 /// The library as a backend: `engine_kwargs.in-process` has the options of every collective backend, and
 /// a `fault`.
@@ -49,6 +52,8 @@ pub enum Fault {
     ShrinkFails,
     /// It has the version that another rank has not.
     OtherVersion,
+    /// It cannot share slots between ranks.
+    CannotShare,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]
@@ -86,16 +91,20 @@ pub struct Counts {
     pub shrunk: u64,
     /// Groups that were left.
     pub left: u64,
+    /// How often a rank began to read another one's slots in place.
+    pub attached: u64,
 }
 
 static JOINED: AtomicU64 = AtomicU64::new(0);
 static SHRUNK: AtomicU64 = AtomicU64::new(0);
 static LEFT: AtomicU64 = AtomicU64::new(0);
+static ATTACHED: AtomicU64 = AtomicU64::new(0);
 
 /// What happened so far.
 pub fn counts() -> Counts {
     let count = |counter: &AtomicU64| counter.load(Ordering::SeqCst);
-    Counts { joined: count(&JOINED), shrunk: count(&SHRUNK), left: count(&LEFT) }
+    let (joined, shrunk) = (count(&JOINED), count(&SHRUNK));
+    Counts { joined, shrunk, left: count(&LEFT), attached: count(&ATTACHED) }
 }
 
 #[derive(Debug)]
@@ -108,6 +117,10 @@ impl Backend for InProcess {
 
     fn summary(&self) -> &'static str {
         "a collective library within a process, for tests"
+    }
+
+    fn devices(&self) -> &'static [&'static str] {
+        &[DEVICE]
     }
 
     fn probe(&self) -> Availability {
@@ -149,33 +162,64 @@ impl Library for FakeLibrary {
 
     async fn open(
         &self,
-        _: &EngineContext,
+        context: &EngineContext,
         shape: Shape,
         _: &Pool,
     ) -> Result<Opened<FakeCommunicator>> {
-        let memory = Arc::new(FakeMemory::new(shape));
+        let device = &context.config.device;
+        let device = (device.kind() == DEVICE).then(|| device.to_string());
+        let memory = Arc::new(FakeMemory::new(shape, device.clone()));
         let (options, own) = (self.options, memory.clone());
         let thread = Thread::start("ckpt-fake", move || Ok(FakeCommunicator::new(own, options)));
         let version = if options.fault == Some(Fault::OtherVersion) { "2" } else { "1" };
         let version = format!("in-process {version}");
-        Ok(Opened { thread: thread.await?, slots: memory, version })
+        let key = match self.options.fault {
+            Some(Fault::CannotShare) => Err("this library is too old to share memory".into()),
+            _ => Ok(Bytes::copy_from_slice(&memory.number.to_le_bytes())),
+        };
+        if key.is_ok() && device.is_some() {
+            lock(&SHARED).insert(memory.number, Arc::downgrade(&memory));
+        }
+        let share = device.map(|device| Share { device, key });
+        Ok(Opened { thread: thread.await?, slots: memory, version, share })
     }
 }
 
 /// A rank's slots.
 #[derive(Debug)]
 struct FakeMemory {
-    slots: Vec<Arc<Mutex<Vec<u8>>>>,
+    number: u64,
+    device: Option<String>,
+    /// Empty when they are freed.
+    slots: Mutex<Vec<Arc<Mutex<Vec<u8>>>>>,
+    /// What others see of them: what was filled in before the last time that a slot settled.
+    settled: Mutex<HashMap<u32, Vec<u8>>>,
+    /// Another rank's, which are read instead.
+    attached: Mutex<Option<Arc<FakeMemory>>>,
 }
+
+/// The slots that other ranks may read, by their numbers.
+static SHARED: LazyLock<Mutex<HashMap<u64, Weak<FakeMemory>>>> = LazyLock::new(Mutex::default);
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl FakeMemory {
-    fn new(shape: Shape) -> Self {
+    fn new(shape: Shape, device: Option<String>) -> Self {
+        static NUMBERS: AtomicU64 = AtomicU64::new(1);
         let slot = || Arc::new(Mutex::new(vec![0xdb; shape.slot_bytes as usize]));
-        Self { slots: (0..shape.slots).map(|_| slot()).collect() }
+        Self {
+            number: NUMBERS.fetch_add(1, Ordering::SeqCst),
+            device,
+            slots: Mutex::new((0..shape.slots).map(|_| slot()).collect()),
+            settled: Mutex::default(),
+            attached: Mutex::default(),
+        }
+    }
+
+    fn slot(&self, slot: u32) -> Arc<Mutex<Vec<u8>>> {
+        lock(&self.slots).get(slot as usize).expect("slots that are not freed").clone()
     }
 }
 
@@ -188,7 +232,7 @@ impl Slots for FakeMemory {
         pool: &Pool,
         digests: bool,
     ) -> Result<u64> {
-        let (memory, threads) = (self.slots[slot.index() as usize].clone(), pool.clone());
+        let (memory, threads) = (self.slot(slot.index()), pool.clone());
         pool.start(move || {
             let sum = threads.encode(&jobs, &mut lock(&memory), digests);
             drop(slot);
@@ -198,8 +242,12 @@ impl Slots for FakeMemory {
     }
 
     fn view(&self, slot: SlotGuard, filled: u64) -> Storage {
-        let memory = lock(&self.slots[slot.index() as usize]);
-        let bytes = &memory[..filled as usize];
+        let bytes = match &*lock(&self.attached) {
+            Some(other) => lock(&other.settled).get(&slot.index()).cloned().unwrap_or_default(),
+            None => lock(&self.slot(slot.index())).clone(),
+        };
+        // What never settled is not there.
+        let bytes = &bytes[..bytes.len().min(filled as usize)];
         let mut aligned = vec![0; bytes.len() + 256];
         let start = aligned.as_ptr().align_offset(256);
         aligned[start..start + bytes.len()].copy_from_slice(bytes);
@@ -221,6 +269,7 @@ struct World {
     shrunk: HashMap<u64, BTreeSet<u32>>,
     /// The broadcasts, in their order.
     broadcasts: Vec<Enqueued>,
+    devices: BTreeSet<String>,
     failed: Option<String>,
 }
 
@@ -327,6 +376,14 @@ impl Communicator for FakeCommunicator {
         if !hangs && lock(&world).members.insert(place, self.memory.clone()).is_some() {
             return Err(error(ErrorKind::State, format!("place {place} is taken")));
         }
+        if let Some(device) = self.memory.device.clone()
+            && !lock(&world).devices.insert(device.clone())
+        {
+            return Err(error(
+                ErrorKind::Config,
+                format!("two ranks of the group are on {device}"),
+            ));
+        }
         while hangs || lock(&world).members.len() < size as usize {
             wait.check("joining a group of the fake library")?;
             std::thread::sleep(PAUSE);
@@ -413,16 +470,45 @@ impl Communicator for FakeCommunicator {
         }
         enqueued.done = true;
         let corrupt = enqueued.corrupt;
-        let (slot, len) = (slot as usize, len as usize);
-        let source = lock(&world.members[&0].slots[slot])[..len].to_vec();
+        let len = len as usize;
+        let source = lock(&world.members[&0].slot(slot))[..len].to_vec();
         for place in &member.places[1..] {
-            lock(&world.members[place].slots[slot])[..len].copy_from_slice(&source);
+            lock(&world.members[place].slot(slot))[..len].copy_from_slice(&source);
         }
         let last = member.places.last().filter(|_| corrupt);
         if let Some(place) = last {
-            lock(&world.members[place].slots[slot])[len / 2] ^= 1;
+            lock(&world.members[place].slot(slot))[len / 2] ^= 1;
         }
         Ok(())
+    }
+
+    fn settle(&mut self, slot: u32, _: &Wait<'_>) -> Result<()> {
+        self.check_thread();
+        let bytes = lock(&self.memory.slot(slot)).clone();
+        lock(&self.memory.settled).insert(slot, bytes);
+        Ok(())
+    }
+
+    fn attach(&mut self, key: &[u8]) -> Result<()> {
+        self.check_thread();
+        let number = key.try_into().map(u64::from_le_bytes);
+        let number = number.map_err(|_| error(ErrorKind::Protocol, "no key of mine"))?;
+        let other = lock(&SHARED).get(&number).and_then(Weak::upgrade);
+        let other = other.ok_or_else(|| error(ErrorKind::State, "the slots are gone"))?;
+        if other.device.is_none() || other.device != self.memory.device {
+            return Err(error(ErrorKind::Config, "they are on another device"));
+        }
+        ATTACHED.fetch_add(1, Ordering::SeqCst);
+        lock(&self.memory.slots).clear();
+        if lock(&self.memory.attached).replace(other).is_some() {
+            return Err(error(ErrorKind::State, "it is attached already"));
+        }
+        Ok(())
+    }
+
+    fn detach(&mut self) {
+        self.check_thread();
+        assert!(lock(&self.memory.attached).take().is_some(), "it is not attached");
     }
 
     fn ended(&mut self, group: usize) -> Result<u64> {

@@ -153,7 +153,7 @@ impl Group {
         let mut engines = Vec::new();
         for rank in 0..trainers + rollouts {
             let role = if rank < trainers { Role::Trainer } else { Role::Rollout };
-            let mut context = EngineContext::new(suite.config.clone(), role);
+            let mut context = EngineContext::new(suite.config_of(rank), role);
             context.control = controls.get(rank as usize).cloned();
             let mut engine = suite.backend.create(context.clone())?;
             if let Some(quantizer) = suite.quantizer {

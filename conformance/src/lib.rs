@@ -20,7 +20,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 
-use engine_core::{Backend, CheckpointEngineConfig, QuantizerLayer, Result, Weight};
+use engine_core::{Backend, CheckpointEngineConfig, DeviceChoice, QuantizerLayer, Result, Weight};
 
 pub use cases::CASES;
 
@@ -33,6 +33,7 @@ pub struct Suite {
     pub(crate) quantizer: Option<Quantizer>,
     pub(crate) place: Option<Place>,
     pub(crate) trainers: u32,
+    pub(crate) devices: Vec<DeviceChoice>,
 }
 
 /// Moves a weight to where the trainer has its weights.
@@ -78,7 +79,15 @@ impl Suite {
             timeout_seconds: 2.0,
             ..Default::default()
         };
-        Self { backend, config, control: false, quantizer: None, place: None, trainers: 1 }
+        Self {
+            backend,
+            config,
+            control: false,
+            quantizer: None,
+            place: None,
+            trainers: 1,
+            devices: Vec::new(),
+        }
     }
 
     /// The backend fills buckets and talks over a control plane.
@@ -112,6 +121,24 @@ impl Suite {
     pub fn with_trainers(mut self, trainers: u32) -> Self {
         self.trainers = trainers;
         self
+    }
+
+    /// With these devices, in the order of the ranks; when there are no more, all other ranks are on the last
+    /// one. Without them, all ranks have that of the configuration.
+    #[must_use]
+    pub fn with_devices(mut self, devices: impl IntoIterator<Item = DeviceChoice>) -> Self {
+        self.devices = devices.into_iter().collect();
+        self
+    }
+
+    /// A rank's configuration.
+    pub(crate) fn config_of(&self, rank: u32) -> CheckpointEngineConfig {
+        let mut config = self.config.clone();
+        let device = self.devices.get(rank as usize).or(self.devices.last());
+        if let Some(device) = device {
+            config.device.clone_from(device);
+        }
+        config
     }
 
     /// What has to arrive of weights that are sent.

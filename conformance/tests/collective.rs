@@ -2,8 +2,8 @@
 //! several, with relays, with groups that are formed anew each time, and when its library fails.
 
 use conformance::Suite;
-use conformance::collective::BACKEND;
-use engine_core::CheckpointEngineConfig;
+use conformance::collective::{BACKEND, DEVICE};
+use engine_core::{CheckpointEngineConfig, DeviceChoice};
 use serde_json::{Value, json};
 
 fn with(options: Value) -> impl FnOnce(&mut CheckpointEngineConfig) {
@@ -54,16 +54,33 @@ mod groups_formed_anew_for_every_update {
     conformance::suite!(super::suite(super::json!({"rebuild_group": true})));
 }
 
+/// The suite with these devices, of which a group has one rank each.
+fn on(devices: &[u32]) -> Suite {
+    suite(json!({})).with_devices(devices.iter().map(|&number| DeviceChoice::new(DEVICE, number)))
+}
+
+mod all_rollouts_colocated_with_the_leader {
+    conformance::suite!(super::on(&[0]));
+}
+
+mod one_rollout_colocated_with_the_leader_and_others_elsewhere {
+    conformance::suite!(super::on(&[0, 0, 1, 2, 3]));
+}
+
+mod a_trainer_beside_a_rollout_and_others_colocated_with_the_leader {
+    conformance::suite!(super::on(&[0, 1, 1, 0]).with_trainers(2));
+}
+
 /// A group whose ranks come and go, in this process.
 mod membership_and_faults {
     use std::sync::Mutex;
     use std::time::Duration;
 
-    use conformance::collective::{BACKEND, Counts, counts};
+    use conformance::collective::{BACKEND, Counts, DEVICE, counts};
     use engine_core::control::{ControlConfig, Token};
     use engine_core::{
-        CheckpointEngine, CheckpointEngineConfig, ControlPlane, DType, EngineContext, Error,
-        ErrorKind, Rank, Result, Role, SendReport, Version, Weight, WorkerMetadata,
+        CheckpointEngine, CheckpointEngineConfig, ControlPlane, DType, DeviceChoice, EngineContext,
+        Error, ErrorKind, Rank, Result, Role, SendReport, Version, Weight, WorkerMetadata,
         ensure_async_iterator,
     };
     use serde_json::{Value, json};
@@ -99,13 +116,26 @@ mod membership_and_faults {
             .map(|peer| serde_json::from_slice(&peer.payload).expect("metadata"))
             .collect();
         let places = BACKEND.build_topology(&workers)?;
-        let place = places.into_iter().find(|place| place.rank == control.rank());
+        // In the order of the ranks, which have gaps when some have left.
+        let at = peers.iter().position(|peer| peer.rank == control.rank());
+        let place = places.into_iter().nth(at.expect("this rank"));
         engine.init_process_group(place.expect("a place")).await?;
         Ok(Member { control, engine })
     }
 
+    fn seat(number: u32) -> DeviceChoice {
+        DeviceChoice::new(DEVICE, number)
+    }
+
     impl Group {
         async fn form(options: Value, rollouts: u32) -> Result<Self> {
+            let devices = vec![DeviceChoice::default(); rollouts as usize + 1];
+            Self::on(devices, options).await
+        }
+
+        /// A group of ranks on these devices, the leader's first.
+        async fn on(devices: Vec<DeviceChoice>, options: Value) -> Result<Self> {
+            let rollouts = devices.len() as u32 - 1;
             static NUMBER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
             let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             let address = format!("unix:@collective-{}-{number}", std::process::id());
@@ -122,7 +152,10 @@ mod membership_and_faults {
                 let rank = Some(Rank(rank));
                 planes.push(ControlPlane::join(at.clone(), Role::Rollout, rank).await?);
             }
-            let members = planes.into_iter().map(|plane| member(plane, &config, rollouts + 1));
+            let members = planes.into_iter().zip(devices).map(|(plane, device)| {
+                let config = CheckpointEngineConfig { device, ..config.clone() };
+                async move { member(plane, &config, rollouts + 1).await }
+            });
             let mut members = futures::future::try_join_all(members).await?;
             let leader = members.remove(0);
             Ok(Self { at, config, leader, others: members })
@@ -174,9 +207,14 @@ mod membership_and_faults {
         }
 
         async fn join(&mut self) {
-            let plane = ControlPlane::join(self.at.clone(), Role::Rollout, None).await;
-            let joined = member(plane.expect("the leader"), &self.config, 9).await;
-            self.others.push(joined.expect("a place"));
+            self.join_on(DeviceChoice::default()).await.expect("a place");
+        }
+
+        async fn join_on(&mut self, device: DeviceChoice) -> Result<()> {
+            let plane = ControlPlane::join(self.at.clone(), Role::Rollout, None).await?;
+            let config = CheckpointEngineConfig { device, ..self.config.clone() };
+            self.others.push(member(plane, &config, 9).await?);
+            Ok(())
         }
     }
 
@@ -209,6 +247,134 @@ mod membership_and_faults {
             group.works(7).await;
             group.works(8).await;
             assert_eq!(since(start), (8, 3), "four ranks join anew");
+        });
+    }
+
+    #[test]
+    fn colocated_rollouts_are_in_no_group_and_read_the_leaders_slots_for_the_time_of_an_update() {
+        let _counting = COUNTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        run(async {
+            let start = counts();
+            let attached = || counts().attached - start.attached;
+            let mut group = Group::on(vec![seat(0), seat(0), seat(0)], json!({})).await.unwrap();
+            assert_eq!(attached(), 2, "once each, to see that it works");
+            group.works(1).await;
+            group.works(2).await;
+            assert_eq!((since(start), attached()), ((0, 0), 6), "nobody forms a group");
+            // One that is elsewhere forms one with the leader, and one that is not goes on without.
+            group.join_on(seat(1)).await.expect("a place");
+            group.works(3).await;
+            assert_eq!(since(start), (2, 0));
+            group.join_on(seat(0)).await.expect("a place");
+            group.works(4).await;
+            assert_eq!(since(start), (2, 0), "the group is the same");
+            // The leader alone, and then a rank of the same number as the one that has left.
+            group.leave(2).await;
+            group.works(5).await;
+            group.join_on(seat(2)).await.expect("a place");
+            group.works(6).await;
+            assert_eq!(since(start), (4, 0));
+            assert_eq!(group.others[3].control.rank(), Rank(3), "as before");
+        });
+    }
+
+    #[test]
+    fn the_last_colocated_rollout_that_leaves_hinders_nobody() {
+        run(async {
+            let mut group = Group::on(vec![seat(0), seat(0), seat(1)], json!({})).await.unwrap();
+            group.works(1).await;
+            group.leave(0).await;
+            group.works(2).await;
+            group.leave(0).await;
+            let (sent, _) = group.update(3).await;
+            assert_eq!(sent.expect_err("nobody is left").kind(), ErrorKind::PeerLost);
+        });
+    }
+
+    #[test]
+    fn a_colocated_rollout_that_holds_a_bucket_is_a_timeout_and_its_bytes_stay_until_it_lets_go() {
+        run(async {
+            let mut group = Group::on(vec![seat(0), seat(0), seat(1)], json!({})).await.unwrap();
+            let weights = (0..12).map(|index| {
+                let bytes = vec![index; 400_000];
+                Weight::new(format!("w{index}"), DType::U8, [400_000], bytes).expect("a weight")
+            });
+            let weights = ensure_async_iterator(weights.collect::<Vec<_>>());
+            let send = group.leader.engine.send_weights(weights, Version(1));
+            let (holding, taking) = group.others.split_at_mut(1);
+            let held = std::sync::Mutex::new(None);
+            let hold = async {
+                let mut received = holding[0].engine.receive_weights(None).await?;
+                *held.lock().expect("no panic") = received.next_bucket().await?;
+                while received.next_bucket().await?.is_some() {}
+                Ok::<_, Error>(())
+            };
+            let take = async {
+                let mut received = taking[0].engine.receive_weights(None).await?;
+                while received.next_bucket().await?.is_some() {}
+                Ok::<_, Error>(())
+            };
+            let (sent, received, taken) = futures::future::join3(send, hold, take).await;
+            for error in [sent.map(drop), received, taken].map(|result| result.expect_err("held")) {
+                assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+                assert_eq!((error.report().rank, error.report().bucket), (Some(Rank(1)), Some(0)));
+            }
+            let (error, _) = group.fails(2).await;
+            assert_eq!(error.report().rank, Some(Rank(1)), "{error}");
+            let held = held.into_inner().expect("no panic").expect("a bucket");
+            let bytes = held.pieces().next().expect("a weight").bytes.to_host().expect("bytes");
+            assert!(bytes.iter().all(|byte| *byte == 0), "the bucket was filled anew");
+            drop((held, bytes));
+            group.works(3).await;
+        });
+    }
+
+    #[test]
+    fn the_leaders_slots_are_freed_after_colocated_rollouts_let_go_or_after_a_while() {
+        for lets_go in [true, false] {
+            run(async {
+                let mut group = Group::on(vec![seat(0), seat(0)], json!({})).await.unwrap();
+                let weight = Weight::new("w", DType::U8, [400_000], vec![7; 400_000]);
+                let weights = ensure_async_iterator([weight.expect("a weight")]);
+                let send = group.leader.engine.send_weights(weights, Version(1));
+                let receive = async {
+                    let mut received = group.others[0].engine.receive_weights(None).await?;
+                    let held = received.next_bucket().await?;
+                    received.finish().await.map(|_| held)
+                };
+                let (sent, held) = futures::future::join(send, receive).await;
+                sent.expect("an update");
+                let (held, begun) = (held.expect("a version"), std::time::Instant::now());
+                let holding = async {
+                    let enough = if lets_go { 300 } else { 3000 };
+                    tokio::time::sleep(Duration::from_millis(enough)).await;
+                    drop(held);
+                };
+                let finalize = async {
+                    group.leader.engine.finalize().await.expect("an end");
+                    begun.elapsed().as_millis()
+                };
+                let (took, ()) = futures::future::join(finalize, holding).await;
+                let expected = if lets_go { 300..1400 } else { 1400..2900 };
+                assert!(expected.contains(&took), "{lets_go}: {took} ms");
+            });
+        }
+    }
+
+    #[test]
+    fn a_leader_that_cannot_share_its_slots_refuses_rollouts_of_its_device_and_no_others() {
+        run(async {
+            let options = json!({"fault": "cannot_share", "fault_rank": 0});
+            let error = Group::on(vec![seat(0), seat(1), seat(0)], options.clone()).await;
+            let error = error.err().expect("a mismatch");
+            assert_eq!(error.kind(), ErrorKind::Mismatch, "{error}");
+            assert_eq!(error.report().rank, Some(Rank(2)), "{error}");
+            assert!(error.to_string().contains("too old to share memory"), "{error}");
+
+            let mut group = Group::on(vec![seat(0), seat(1)], options).await.expect("a group");
+            let error = group.join_on(seat(0)).await.expect_err("a mismatch");
+            assert!(error.to_string().contains("too old to share memory"), "{error}");
+            group.works(1).await;
         });
     }
 

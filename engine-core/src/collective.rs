@@ -17,14 +17,20 @@
 //! - **More than one sender.** With `senders` trainers, bucket *n* is filled and sent by the one at *n*
 //!   modulo their number, each in a group of its own with all receivers. Other trainers of the leader's
 //!   host may join as relays, whose network interfaces the library can use.
+//! - **Colocated rollouts.** A library may not let two ranks of a group be on one device. A rollout on the
+//!   leader's device is no member of a group then: it reads the leader's slots where they are, if the
+//!   library can share memory between processes ([`Share`]). All else is as with every rollout: the leader
+//!   fills a slot again when all have released it.
 //! - **Deadlines.** The thread looks at every broadcast that is under way; one that takes too long breaks
 //!   its group.
 
 mod engine;
 mod group;
+mod parts;
 mod thread;
 
-pub use engine::{CollectiveEngine, CollectiveOptions, build_topology};
+pub use engine::{CollectiveEngine, CollectiveOptions};
+pub use parts::build_topology;
 pub use thread::{Thread, Wait};
 
 use std::fmt;
@@ -32,10 +38,11 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use tokio::sync::OwnedMutexGuard;
 
 use crate::memory::{Job, Pool};
-use crate::{EngineContext, Result, Storage};
+use crate::{EngineContext, Error, ErrorKind, Result, Storage};
 
 /// A library of collectives, as a backend brings it.
 #[async_trait]
@@ -64,7 +71,7 @@ pub trait Library: fmt::Debug + Send + Sync + 'static {
 }
 
 /// The slots that a rank needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shape {
     /// How many.
     pub slots: u32,
@@ -81,6 +88,18 @@ pub struct Opened<C> {
     pub slots: Arc<dyn Slots>,
     /// The library and its version, in words: all ranks need the same.
     pub version: String,
+    /// Where the slots are, if the library wants no two ranks of a group on one device.
+    pub share: Option<Share>,
+}
+
+/// Where a rank's slots are, for ranks that are on the same device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// The device, as all processes of the host name it.
+    pub device: String,
+    /// What [`Communicator::attach`] takes to get at the slots; else why they cannot be shared, in words.
+    /// Only the leader's is ever used.
+    pub key: std::result::Result<Bytes, String>,
 }
 
 /// A rank's slots, in whatever memory the library broadcasts from and to.
@@ -172,6 +191,31 @@ pub trait Communicator: fmt::Debug + 'static {
     ///
     /// Why the group has failed.
     fn ended(&mut self, group: usize) -> Result<u64>;
+
+    /// Waits until what [`Slots::fill`] has put into a slot is there for all who are attached to it.
+    ///
+    /// # Errors
+    ///
+    /// Those of the library; `Timeout`.
+    fn settle(&mut self, slot: u32, wait: &Wait<'_>) -> Result<()> {
+        let _ = (slot, wait);
+        Ok(())
+    }
+
+    /// Has this rank's slots be the leader's, by the [`Share::key`] of these: views of them are read from there
+    /// until [`detach`](Self::detach), and broadcast to them is nothing any more. Slots of its own are freed.
+    ///
+    /// # Errors
+    ///
+    /// Those of the library; `Backend` if it cannot share memory.
+    fn attach(&mut self, key: &[u8]) -> Result<()> {
+        let _ = key;
+        let message = "the library cannot share slots between ranks";
+        Err(Error::new(ErrorKind::Backend, "attaching to the leader's slots", message))
+    }
+
+    /// Lets go of the leader's slots, of which no view is left.
+    fn detach(&mut self) {}
 
     /// Leaves all groups: what is under way is given up, and has let go of the slots when this ends.
     ///

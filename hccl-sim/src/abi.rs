@@ -261,6 +261,8 @@ functions! {
     Acl false acl::aclrtIpcMemSetImportPid(key: *const c_char, pids: *mut i32, count: usize) -> aclError;
     Acl false acl::aclrtIpcMemImportByKey(out: *mut *mut c_void, key: *const c_char, flags: u64) -> aclError;
     Acl false acl::aclrtIpcMemClose(key: *const c_char) -> aclError;
+    Acl false acl::aclrtGetLogicDevIdByUserDevId(device: i32, logic: *mut i32) -> aclError;
+    Acl false acl::aclrtGetPhyDevIdByLogicDevId(logic: i32, chip: *mut i32) -> aclError;
 
     Communicators true hccl::HcclGetRootInfo(info: *mut HcclRootInfo) -> HcclResult;
     Communicators true hccl::HcclCommInitRootInfo(ranks: u32, info: *const HcclRootInfo, rank: u32, out: *mut HcclComm) -> HcclResult;

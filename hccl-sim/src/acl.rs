@@ -542,6 +542,30 @@ pub(crate) unsafe extern "C" fn aclrtDeviceGetBareTgid(pid: *mut i32) -> aclErro
     }))
 }
 
+pub(crate) unsafe extern "C" fn aclrtGetLogicDevIdByUserDevId(
+    device: i32,
+    logic: *mut i32,
+) -> aclError {
+    code(ready().and_then(|()| {
+        let chip = chip(device)?;
+        // SAFETY: valid or null by the function's contract.
+        unsafe { put(logic, chip, ACL_ERROR_INVALID_PARAM) }
+    }))
+}
+
+pub(crate) unsafe extern "C" fn aclrtGetPhyDevIdByLogicDevId(
+    logic: i32,
+    out: *mut i32,
+) -> aclError {
+    code(ready().and_then(|()| {
+        if !(0..sim().settings.chips).contains(&logic) {
+            return Err(fault(ACL_ERROR_RT_INVALID_DEVICEID, format!("there is no chip {logic}")));
+        }
+        // SAFETY: valid or null by the function's contract.
+        unsafe { put(out, logic, ACL_ERROR_INVALID_PARAM) }
+    }))
+}
+
 pub(crate) unsafe extern "C" fn aclrtIpcMemGetExportKey(
     address: *mut c_void,
     size: usize,

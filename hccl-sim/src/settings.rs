@@ -71,6 +71,8 @@ pub(crate) enum Ports {
 #[derive(Debug)]
 pub(crate) struct Settings {
     pub(crate) chip: Chip,
+    /// Of the machine.
+    pub(crate) chips: i32,
     /// The chip behind each device number.
     pub(crate) devices: Vec<i32>,
     pub(crate) device_bytes: u64,
@@ -135,9 +137,11 @@ impl Settings {
         if buffer == 0 {
             fail("HCCL_BUFFSIZE has to be at least 1");
         }
+        let chips = parsed("HCCL_SIM_DEVICES", 8);
         Self {
             chip: parsed("HCCL_SIM_CHIP", Chip::A2),
-            devices: devices(parsed("HCCL_SIM_DEVICES", 8)),
+            chips,
+            devices: devices(chips),
             device_bytes: parsed::<u64>("HCCL_SIM_DEVICE_MB", 65536) << 20,
             links: parsed("HCCL_SIM_LINKS", 32),
             connect_timeout: scaled(connect),

@@ -1,5 +1,6 @@
 //! What a transport reaches, beside what the machine can do in the same run.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -207,6 +208,7 @@ async fn setting<'a>(
         trainers: options.trainers,
         still: true,
         rollouts,
+        devices: BTreeMap::new(),
         verify: false,
         out: None,
         metrics: None,

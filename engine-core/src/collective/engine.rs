@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use super::group::{Change, Joined, Step, Ticket, groups_of};
-use super::thread::{Awaiting, Broadcast};
+use super::parts::{Details, Parts};
+use super::thread::{Attachment, Awaiting, Broadcast};
 use super::{Communicator, Library, Opened, Shape, SlotGuard, Slots, Thread};
 use crate::memory::{Job, Pool};
 use crate::plan::ALIGNMENT;
@@ -22,12 +23,16 @@ use crate::update::{
 };
 use crate::{
     CheckpointEngine, ControlPlane, EngineContext, Error, ErrorKind, ErrorReport, Placement, Rank,
-    ReceivedWeights, Result, Role, SendReport, StageTimes, Version, WeightStream, WorkerMetadata,
+    ReceivedWeights, Result, Role, SendReport, StageTimes, Storage, Version, WeightStream,
+    WorkerMetadata,
 };
 
 /// Slots of a rank with one sender. Together they are as large as the two buckets that the configuration
 /// speaks of: with four, one is filled and one installed while others travel.
 const SLOTS: u32 = 4;
+
+/// How long the leader waits for colocated rollouts to let go of the last buckets, before it frees them.
+const CLOSING: Duration = Duration::from_secs(2);
 
 /// Options that all collective backends have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,7 +71,7 @@ impl<L: Library> fmt::Debug for CollectiveEngine<L> {
     }
 }
 
-enum Phase<C> {
+enum Phase<C: Communicator> {
     New,
     Prepared(Arc<Node<C>>),
     Sending(Sender<Link<C>>, Arc<Node<C>>),
@@ -75,14 +80,6 @@ enum Phase<C> {
     /// A trainer that has no part in updates.
     Idle(Arc<Node<C>>),
     Receiving(Receiver<Link<C>>, Arc<Node<C>>),
-}
-
-/// What a rank says of itself to the topology.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Details {
-    shape: Shape,
-    version: String,
-    senders: u32,
 }
 
 /// How long an engine that was not finalized waits for its library when it is dropped.
@@ -99,7 +96,7 @@ impl<L: Library> Drop for CollectiveEngine<L> {
     }
 }
 
-impl<C> Phase<C> {
+impl<C: Communicator> Phase<C> {
     fn node(&self) -> Option<&Arc<Node<C>>> {
         match self {
             Self::New => None,
@@ -145,69 +142,6 @@ impl<L: Library> CollectiveEngine<L> {
     }
 }
 
-/// The parts of a group's trainers other than the leader. A pure function.
-fn parts(options: CollectiveOptions, peers: &[WorkerMetadata]) -> Vec<(Rank, Part)> {
-    let trainers = (0..).map(Rank).zip(peers).filter(|(_, peer)| peer.role == Role::Trainer);
-    let host = peers.first().map(|leader| &leader.host);
-    let mut parts = Vec::new();
-    for (at, (rank, peer)) in trainers.enumerate().skip(1) {
-        if at < options.senders as usize {
-            parts.push((rank, Part::Sender));
-        } else if options.relays && Some(&peer.host) == host {
-            parts.push((rank, Part::Relay));
-        }
-    }
-    parts
-}
-
-/// Places the ranks of a collective backend: the start, and most, of
-/// [`Backend::build_topology`](crate::Backend::build_topology). A pure function.
-///
-/// # Errors
-///
-/// `Mismatch`, naming the rank: one whose library is another one, whose slots have another size, or that
-/// counts the senders otherwise; fewer trainers than senders.
-pub fn build_topology(backend: &str, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
-    let places = Placement::for_all(backend, workers)?;
-    let refuse =
-        |message: String| Error::new(ErrorKind::Mismatch, "building the topology", message);
-    let details = |rank: Rank, worker: &WorkerMetadata| -> Result<Details> {
-        serde_json::from_value(worker.details.clone()).map_err(|error| {
-            let message = format!("its metadata are not what {backend} knows: {error}");
-            refuse(message).rank(rank).with_source(error)
-        })
-    };
-    let leader = details(Rank::LEADER, &workers[0])?;
-    for (rank, worker) in (1..).map(Rank).zip(&workers[1..]) {
-        let here = details(rank, worker)?;
-        if here.version != leader.version {
-            return Err(refuse(format!(
-                "it runs {}, rank 0 {}: all ranks need the same version",
-                here.version, leader.version
-            ))
-            .rank(rank));
-        }
-        if (here.shape, here.senders) != (leader.shape, leader.senders) {
-            return Err(refuse(format!(
-                "it has {} slots of {} bytes for {} senders, rank 0 {} of {} for {}: give all ranks the \
-                 same update_weights_bucket_megabytes and senders",
-                here.shape.slots,
-                here.shape.slot_bytes,
-                here.senders,
-                leader.shape.slots,
-                leader.shape.slot_bytes,
-                leader.senders
-            ))
-            .rank(rank));
-        }
-    }
-    let trainers = workers.iter().filter(|worker| worker.role == Role::Trainer).count();
-    if trainers < leader.senders as usize {
-        return Err(refuse(format!("senders: {}: there are {trainers} trainers", leader.senders)));
-    }
-    Ok(places)
-}
-
 fn wrong_phase(operation: &str, message: &str) -> Error {
     Error::new(ErrorKind::State, operation, message)
 }
@@ -219,9 +153,9 @@ impl<L: Library> CheckpointEngine for CollectiveEngine<L> {
             return Err(wrong_phase("preparing", "it is in a group already"));
         }
         let shape = self.shape()?;
-        let Opened { thread, slots, version } =
+        let Opened { thread, slots, version, share } =
             self.library.open(&self.context, shape, &self.pool).await?;
-        let details = Details { shape, version, senders: self.options.senders };
+        let details = Details { shape, version, senders: self.options.senders, share };
         let locks = (0..shape.slots).map(|_| Arc::default()).collect();
         // Shorter than the protocol's, so that a broadcast that hangs is named as what it is.
         let deadline = self.context.deadline().mul_f64(0.75);
@@ -247,34 +181,46 @@ impl<L: Library> CheckpointEngine for CollectiveEngine<L> {
         let (node, pool, control) = (node.clone(), self.pool.clone(), self.control.clone());
         let can_shrink =
             node.thread.run(node.deadline, |library, _| Ok(library.can_shrink())).await?;
-        let link = Link {
+        let mut link = Link {
             node: node.clone(),
             pool: pool.clone(),
             can_shrink,
             rebuild: self.options.rebuild_group,
             clean: true,
             epochs: 0,
+            is_read: false,
+            leaders: None,
         };
         let context = &self.context;
-        let parts = parts(self.options, &place.peers);
-        self.phase = match context.role {
-            Role::Rollout => Phase::Receiving(Receiver::new(link, context, control, pool), node),
-            Role::Trainer if place.rank == Rank::LEADER => {
-                let ranks = (0..).map(Rank).zip(&place.peers);
-                let rollouts = ranks.filter(|(_, peer)| peer.role == Role::Rollout);
-                let rollouts = rollouts.map(|(rank, _)| rank);
-                let sender = Sender::new(link, context, control, rollouts).with_trainers(parts);
+        let parts = Parts::new(self.options, &place.peers);
+        let part = parts.of(place.rank);
+        if part == Some(Part::Colocated) {
+            let key = parts.key()?;
+            // Now, so that what does not work is known before any update, and its own slots are freed.
+            drop(node.thread.attach(key.clone()).await.map_err(|error| error.rank(node.rank))?);
+            link.leaders = Some(Leaders { key, held: None });
+        }
+        self.phase = match (context.role, part) {
+            (Role::Trainer, _) if place.rank == Rank::LEADER => {
+                let sender = Sender::new(link, context, control, []);
+                let others: Vec<_> = parts.iter().collect();
+                let sender = sender.with_parts(others, move |peer| parts.of_newcomer(peer));
                 Phase::Sending(sender, node)
             }
-            Role::Trainer => match parts.iter().find(|(rank, _)| *rank == place.rank) {
-                Some((_, Part::Sender)) => {
-                    Phase::CoSending(CoSender::new(link, context, control), node)
-                }
-                Some((_, Part::Relay)) => {
-                    Phase::Relaying(Receiver::new(link, context, control, pool), node)
-                }
-                _ => Phase::Idle(node),
-            },
+            (Role::Rollout, _) => {
+                Phase::Receiving(Receiver::new(link, context, control, pool), node)
+            }
+            (Role::Trainer, Some(Part::Sender)) => {
+                Phase::CoSending(CoSender::new(link, context, control), node)
+            }
+            (Role::Trainer, Some(Part::Relay)) => {
+                Phase::Relaying(Receiver::new(link, context, control, pool), node)
+            }
+            (Role::Trainer, _) => {
+                // Its slots are of no use, and a rollout of the device has use for the memory.
+                node.thread.close().await;
+                Phase::Idle(node)
+            }
         };
         Ok(())
     }
@@ -305,11 +251,15 @@ impl<L: Library> CheckpointEngine for CollectiveEngine<L> {
     }
 
     async fn finalize(&mut self) -> Result<()> {
-        let phase = std::mem::replace(&mut self.phase, Phase::New);
-        let Some(node) = phase.node() else {
+        let mut phase = std::mem::replace(&mut self.phase, Phase::New);
+        let Some(node) = phase.node().cloned() else {
             return Err(wrong_phase("finalizing", "it was not prepared"));
         };
-        let node = node.clone();
+        if let Phase::Sending(sender, node) = &mut phase
+            && !sender.wait_until_released(node.deadline.min(CLOSING)).await
+        {
+            warn!("colocated rollouts hold buckets of the last update, which are gone now");
+        }
         drop(phase);
         node.thread.close().await;
         Ok(())
@@ -473,7 +423,7 @@ const JOINING: &str = "joining the group of an update";
 
 /// A rank's end of the groups, as the update protocol uses it.
 #[derive(Debug)]
-struct Link<C> {
+struct Link<C: Communicator> {
     node: Arc<Node<C>>,
     pool: Pool,
     can_shrink: bool,
@@ -481,6 +431,19 @@ struct Link<C> {
     /// Whether the last update was committed. If not, ranks may have enqueued different broadcasts.
     clean: bool,
     epochs: u64,
+    /// Whether colocated ranks read the slots where they are, in the present update.
+    is_read: bool,
+    /// Of a rank that is colocated with the leader.
+    leaders: Option<Leaders<C>>,
+}
+
+/// The leader's slots, as a colocated rank gets at them: anew for every update, so that it has let go of them
+/// when the leader frees them.
+#[derive(Debug)]
+struct Leaders<C: Communicator> {
+    key: Bytes,
+    /// For the time of an update; views hold it longer.
+    held: Option<Arc<Attachment<C>>>,
 }
 
 #[async_trait]
@@ -504,15 +467,30 @@ impl<C: Communicator> SendLink for Link<C> {
         let node = &self.node;
         node.check()?;
         let guard = node.lock(slot as u32, filled).await?;
+        if filled == 0 {
+            return Ok(());
+        }
+        let (limit, slot) = (node.deadline, slot as u32);
         let groups = groups_of(&node.joined().members, node.rank);
-        let Some(&(group, _)) = groups.first().filter(|_| filled > 0) else { return Ok(()) };
-        let done = Box::new(Sent { node: node.clone(), slot: guard });
-        let limit = node.deadline;
-        node.thread.broadcast(Broadcast { group, slot: slot as u32, len: filled, limit, done });
+        if let Some(&(group, _)) = groups.first() {
+            let done = Box::new(Sent { node: node.clone(), slot: guard });
+            node.thread.broadcast(Broadcast { group, slot, len: filled, limit, done });
+        }
+        if self.is_read {
+            node.thread.run(limit, move |library, wait| library.settle(slot, wait)).await?;
+        }
         Ok(())
     }
 
-    async fn begin(&mut self, members: &Members) -> Result<Option<JoinTicket>> {
+    async fn begin(&mut self, members: &Members, colocated: usize) -> Result<Option<JoinTicket>> {
+        self.is_read = colocated > 0;
+        if members.others.is_empty() {
+            // Nobody is there to form a group with. One that is left from before has members that are gone.
+            *self.node.joined() = Joined::default();
+            self.node.thread.regroup(self.node.deadline, true, |_, _| Ok(Vec::new())).await?;
+            *self.node.failure() = None;
+            return Ok(None);
+        }
         let joined = self.node.joined().clone();
         let reuse = self.clean && !self.rebuild && self.node.failure().is_none();
         let step = if reuse { joined.step(members, self.can_shrink) } else { Step::Form };
@@ -615,6 +593,10 @@ impl<C: Communicator> FetchLink for Link<C> {
 
     async fn fetch(&mut self, fetch: Fetch, arrival: Arrival) {
         let Fetch { from, slot, filled, .. } = fetch;
+        if self.leaders.is_some() {
+            let view = self.read_in_place(slot, filled).await;
+            return arrival.tell(view.map_err(|error| error.rank(self.node.rank)));
+        }
         let node = &self.node;
         let group = node.joined().members.senders.iter().position(|sender| *sender == from);
         let guard = match (group, node.lock(slot, filled).await) {
@@ -640,6 +622,38 @@ impl<C: Communicator> FetchLink for Link<C> {
     fn abandon(&mut self, _: Rank) {}
 
     async fn join(&mut self, ticket: &JoinTicket) -> Result<()> {
-        self.node.join(&ticket.bytes).await
+        if self.leaders.is_none() {
+            return self.node.join(&ticket.bytes).await;
+        }
+        let Ticket { members, .. } = Ticket::from_bytes(&ticket.bytes)?;
+        if groups_of(&members, self.node.rank).is_empty() {
+            return Ok(());
+        }
+        let message = "it is on the leader's device, and the leader does not know that: what a rank that joins \
+                       late gives to ControlPlane::gather has to be its metadata";
+        Err(Error::new(ErrorKind::Mismatch, JOINING, message).rank(self.node.rank))
+    }
+
+    fn end(&mut self) {
+        if let Some(leaders) = &mut self.leaders {
+            leaders.held = None;
+        }
+    }
+}
+
+impl<C: Communicator> Link<C> {
+    /// The first bytes of one of the leader's slots.
+    async fn read_in_place(&mut self, slot: u32, filled: u64) -> Result<Storage> {
+        let Self { node, leaders, .. } = self;
+        let Some(Leaders { key, held }) = leaders else {
+            let message = "this rank is not colocated with the leader";
+            return Err(Error::new(ErrorKind::State, "reading a slot in place", message));
+        };
+        let attachment = match held {
+            Some(attachment) => attachment.clone(),
+            None => held.insert(Arc::new(node.thread.attach(key.clone()).await?)).clone(),
+        };
+        let guard = node.lock(slot, filled).await?;
+        Ok(node.slots.view(guard, filled).guarded(attachment))
     }
 }

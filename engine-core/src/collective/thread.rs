@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel}
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use tokio::sync::oneshot::{self, error::TryRecvError as TryRecv};
 use tracing::{debug, warn};
 
@@ -126,7 +127,8 @@ impl<C: Communicator> Thread<C> {
         let main = move || {
             match make() {
                 Ok(communicator) => {
-                    let mut worker = Worker { communicator, groups: Vec::new(), closing: false };
+                    let mut worker =
+                        Worker { communicator, groups: Vec::new(), attached: 0, closing: false };
                     if ready.send(Ok(())).is_ok() {
                         worker.run(&inbox);
                     }
@@ -284,8 +286,41 @@ impl<C: Communicator> Thread<C> {
         told.await.map_err(|_| gone())?
     }
 
+    /// Has the leader's slots be those of this rank, until the last attachment is dropped.
+    pub(super) async fn attach(&self, key: Bytes) -> Result<Attachment<C>> {
+        let (tell, told) = oneshot::channel();
+        let thread = self.clone();
+        self.command(move |worker| {
+            if tell.is_closed() {
+                return;
+            }
+            // If nobody waits any more, it is dropped here.
+            drop(tell.send(worker.attach(&key).map(|()| Attachment { thread })));
+        })?;
+        told.await.map_err(|_| gone())?
+    }
+
     fn command(&self, command: impl FnOnce(&mut Worker<C>) + Send + 'static) -> Result<()> {
         self.commands.send(Box::new(command)).map_err(|_| gone())
+    }
+}
+
+/// The leader's slots are this rank's as long as it lives.
+pub(super) struct Attachment<C: Communicator> {
+    thread: Thread<C>,
+}
+
+impl<C: Communicator> fmt::Debug for Attachment<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Attachment").finish_non_exhaustive()
+    }
+}
+
+impl<C: Communicator> Drop for Attachment<C> {
+    fn drop(&mut self) {
+        if self.thread.command(Worker::detach).is_err() {
+            debug!("the thread has ended, and with it the attachment");
+        }
     }
 }
 
@@ -295,6 +330,8 @@ const BROADCASTING: &str = "broadcasting a bucket";
 struct Worker<C> {
     communicator: C,
     groups: Vec<Option<Group>>,
+    /// How often it is attached to the leader's slots.
+    attached: usize,
     closing: bool,
 }
 
@@ -340,6 +377,21 @@ impl<C: Communicator> Worker<C> {
             self.poll();
         }
         self.leave(&gone());
+    }
+
+    fn attach(&mut self, key: &[u8]) -> Result<()> {
+        if self.attached == 0 {
+            self.communicator.attach(key)?;
+        }
+        self.attached += 1;
+        Ok(())
+    }
+
+    fn detach(&mut self) {
+        self.attached -= 1;
+        if self.attached == 0 {
+            self.communicator.detach();
+        }
     }
 
     fn enter(&mut self, group: usize) {

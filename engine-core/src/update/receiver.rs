@@ -82,6 +82,9 @@ pub trait FetchLink: std::fmt::Debug + Send {
         let _ = ticket;
         Ok(())
     }
+
+    /// The update has ended here, with the version or without. Its bytes may still be held.
+    fn end(&mut self) {}
 }
 
 /// A bucket to be fetched.
@@ -264,21 +267,21 @@ impl<L: FetchLink> Receiver<L> {
     }
 }
 
-/// How long the end of an update may be on its way here, before a version that nobody expects is an error.
-const IN_TRANSIT: Duration = Duration::from_millis(200);
-
 /// The announcement of the next update; of this version, if one is expected. What is left of dead
 /// updates is thrown away, their buckets are released.
 pub(super) async fn wait_for(control: &ControlPlane, expected: Option<Version>) -> Result<Begin> {
+    /// How much later than the leader's next step its abort may come here.
+    const MOMENT: Duration = Duration::from_millis(300);
     loop {
         let Some(event) = control.recv(LONG).await? else { continue };
         let Some(mut begin) = between(control, event)? else { continue };
+        let until = Instant::now() + MOMENT;
         loop {
             let Some(expected) = expected.filter(|&version| version != begin.version) else {
                 return Ok(begin);
             };
-            // The update may have been aborted while nobody listened here, even just now.
-            match control.recv(IN_TRANSIT).await? {
+            // The update may have been aborted long ago, while nobody listened here, or just now.
+            match control.recv(until.saturating_duration_since(Instant::now())).await? {
                 Some(event) if is_abort(&event, begin.update) => break,
                 Some(event) => begin = between(control, event)?.unwrap_or(begin),
                 None => return Err(mismatch(control, &begin, expected)?),
@@ -356,7 +359,7 @@ fn is_abort(event: &Event, of: u64) -> bool {
 }
 
 /// One update, from its announcement to its end.
-struct Session<'a, L> {
+struct Session<'a, L: FetchLink> {
     receiver: &'a mut Receiver<L>,
     /// What it takes to join the other ranks, until that is done.
     joining: Option<Ticket>,
@@ -377,6 +380,12 @@ struct Session<'a, L> {
     installing: Option<(Span, Instant)>,
     span: Span,
     guard: Guard,
+}
+
+impl<L: FetchLink> Drop for Session<'_, L> {
+    fn drop(&mut self) {
+        self.receiver.link.end();
+    }
 }
 
 enum Coming {
@@ -838,5 +847,54 @@ impl Drop for Guard {
         let unsaid = || Error::new(ErrorKind::Aborted, "in an update", self.unsaid);
         let error = self.outcome.take_failure().unwrap_or_else(unsaid);
         self.fail(&error.rank(self.control.rank()).version(self.version));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::{ControlConfig, Role, Token};
+    use crate::update::message::ToReceiver::{Abort, Begin as Beginning};
+
+    fn begin(update: u64) -> Bytes {
+        let begin = Begin {
+            update,
+            version: Version(update),
+            bucket_bytes: 256,
+            slots: 2,
+            digests: true,
+            routed: false,
+            senders: vec![Rank::LEADER],
+            ticket: None,
+        };
+        encode(&Beginning(begin)).unwrap()
+    }
+
+    #[tokio::test]
+    async fn an_update_that_is_over_is_no_mismatch_even_if_its_end_comes_a_little_later() {
+        let limit = Duration::from_secs(10);
+        let address = format!("unix:@receiver-{}", std::process::id()).parse().unwrap();
+        let at = ControlConfig::new(address, Token::generate().unwrap());
+        let leader = ControlPlane::lead(at.clone()).await.unwrap();
+        let rollout = ControlPlane::join(at, Role::Rollout, Some(Rank(1))).await.unwrap();
+        let gather = [&leader, &rollout].map(|plane| plane.gather(2, Bytes::new(), limit));
+        futures::future::try_join_all(gather).await.unwrap();
+
+        leader.send(Rank(1), begin(1)).unwrap();
+        let later = async {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let error = ErrorReport::from(&Error::new(ErrorKind::Timeout, "sending", "too slow"));
+            leader.send(Rank(1), encode(&Abort { update: 1, error }).unwrap()).unwrap();
+            leader.send(Rank(1), begin(2)).unwrap();
+        };
+        let wait = within(limit, "waiting", wait_for(&rollout, Some(Version(2))));
+        let (found, ()) = futures::future::join(wait, later).await;
+        assert_eq!(found.unwrap().unwrap().update, 2);
+
+        // One that goes on is a mismatch, soon.
+        leader.send(Rank(1), begin(3)).unwrap();
+        let wait = within(limit, "waiting", wait_for(&rollout, Some(Version(4))));
+        let error = wait.await.unwrap().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Mismatch, "{error}");
     }
 }

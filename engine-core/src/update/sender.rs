@@ -14,7 +14,7 @@ use super::collect::{Bucket, Collector};
 use super::message::{Begin, Layout, Ticket, ToReceiver, ToSender, decode, encode, sender_of};
 use super::route::{Due, Gap, Route, Topology};
 use super::{LONG, arrived_event, next_event};
-use crate::control::{ControlPlane, Event, Role};
+use crate::control::{ControlPlane, Event, Peer, Role};
 use crate::memory::Job;
 use crate::observe::{Observer as _, Progress};
 use crate::plan::{BucketLayout, Plan};
@@ -76,14 +76,14 @@ pub trait SendLink: std::fmt::Debug + Send {
         Bytes::new()
     }
 
-    /// Begins an update of these ranks, on the leader. A transport whose ranks have to join one another
-    /// for it returns a ticket, which travels to all of them.
+    /// Begins an update of these ranks, on the leader, and of so many [`Part::Colocated`] ones beside them. A
+    /// transport whose ranks have to join one another for it returns a ticket, which travels to all of them.
     ///
     /// # Errors
     ///
     /// Those of the transport.
-    async fn begin(&mut self, members: &Members) -> Result<Option<Ticket>> {
-        let _ = members;
+    async fn begin(&mut self, members: &Members, colocated: usize) -> Result<Option<Ticket>> {
+        let _ = (members, colocated);
         Ok(None)
     }
 
@@ -113,7 +113,7 @@ pub trait SendLink: std::fmt::Debug + Send {
 pub struct Members {
     /// The trainers that send, the leader first. Bucket `n` comes from the one at `n` modulo their number.
     pub senders: Vec<Rank>,
-    /// All others, in the order of their ranks: receivers and relays.
+    /// Those that get buckets from them, in the order of their ranks: receivers and relays.
     pub others: Vec<Rank>,
 }
 
@@ -123,10 +123,30 @@ pub enum Part {
     /// A rollout.
     #[default]
     Receiver,
+    /// A rollout that reads the leader's buckets where they are, because it is on the leader's device. It is
+    /// none of the [`Members`].
+    Colocated,
     /// A trainer that receives, for the transport to pass on from there, and keeps nothing.
     Relay,
     /// A trainer that sends a part of the buckets.
     Sender,
+}
+
+impl Part {
+    fn is_rollout(self) -> bool {
+        matches!(self, Self::Receiver | Self::Colocated)
+    }
+}
+
+/// What a rank does that joins a group which is there; nothing, if it has no part in updates.
+struct Newcomers(Box<PartOf>);
+
+type PartOf = dyn Fn(&Peer) -> Option<Part> + Send + Sync;
+
+impl std::fmt::Debug for Newcomers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Newcomers").finish_non_exhaustive()
+    }
 }
 
 #[async_trait]
@@ -155,8 +175,8 @@ impl<L: SendLink + ?Sized> SendLink for Box<L> {
         (**self).card()
     }
 
-    async fn begin(&mut self, members: &Members) -> Result<Option<Ticket>> {
-        (**self).begin(members).await
+    async fn begin(&mut self, members: &Members, colocated: usize) -> Result<Option<Ticket>> {
+        (**self).begin(members, colocated).await
     }
 
     async fn join(&mut self, ticket: &Ticket) -> Result<()> {
@@ -208,8 +228,7 @@ struct Group {
     control: ControlPlane,
     members: BTreeMap<Rank, Member>,
     absent: BTreeSet<Rank>,
-    /// What trainers other than the leader do, whenever they are there.
-    trainers: BTreeMap<Rank, Part>,
+    newcomers: Newcomers,
     /// Those that send in the present update, this rank first.
     senders: Vec<Rank>,
     /// Buckets that were begun and not announced yet, in their order.
@@ -280,7 +299,9 @@ impl<L: SendLink> Sender<L> {
                 control,
                 members: receivers.into_iter().map(|rank| (rank, Member::default())).collect(),
                 absent: BTreeSet::new(),
-                trainers: BTreeMap::new(),
+                newcomers: Newcomers(Box::new(|peer| {
+                    (peer.role == Role::Rollout).then_some(Part::Receiver)
+                })),
                 senders: vec![Rank::LEADER],
                 outgoing: VecDeque::new(),
                 version_digest: 0,
@@ -300,11 +321,15 @@ impl<L: SendLink> Sender<L> {
         }
     }
 
-    /// With other trainers that take part.
+    /// With what other ranks do that are no mere receivers, and what those do that join later.
     #[must_use]
-    pub fn with_trainers(mut self, trainers: impl IntoIterator<Item = (Rank, Part)>) -> Self {
-        self.group.trainers = trainers.into_iter().collect();
-        for (&rank, &part) in &self.group.trainers {
+    pub fn with_parts(
+        mut self,
+        parts: impl IntoIterator<Item = (Rank, Part)>,
+        newcomers: impl Fn(&Peer) -> Option<Part> + Send + Sync + 'static,
+    ) -> Self {
+        self.group.newcomers = Newcomers(Box::new(newcomers));
+        for (rank, part) in parts {
             self.group.members.insert(rank, Member { part, ..Member::default() });
         }
         self
@@ -365,8 +390,23 @@ impl<L: SendLink> Sender<L> {
         }
     }
 
+    /// Waits until colocated ranks have released all buckets, but no longer than that; whether they have. After
+    /// the last update: before the slots are freed.
+    pub async fn wait_until_released(&mut self, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        while self.group.is_read_in_place() {
+            let left = until.saturating_duration_since(Instant::now());
+            let Ok(Some(event)) = self.group.control.recv(left).await else { return false };
+            if let Err(error) = self.group.handle(event, 0) {
+                debug!(%error, "after the last update");
+            }
+        }
+        true
+    }
+
     async fn run(&mut self, mut weights: WeightStream<'_>) -> Result<SendReport> {
-        let ticket = self.link.begin(&self.group.who()).await?;
+        let (members, colocated) = self.group.who();
+        let ticket = self.link.begin(&members, colocated).await?;
         let slots = self.link.slots();
         self.group.announce_update(&self.link, self.digests, ticket.clone())?;
         let mut stages = StageTimes::default();
@@ -491,7 +531,7 @@ impl Group {
                 debug!(%error, "before the update");
             }
         }
-        if !self.members.values().any(|member| member.part == Part::Receiver) {
+        if !self.members.values().any(|member| member.part.is_rollout()) {
             return Err(Error::new(
                 ErrorKind::PeerLost,
                 "beginning an update",
@@ -515,10 +555,13 @@ impl Group {
         Ok(())
     }
 
-    /// The ranks of the present update.
-    fn who(&self) -> Members {
-        let others = self.active().filter(|rank| !self.senders.contains(rank)).collect();
-        Members { senders: self.senders.clone(), others }
+    /// The ranks of the present update, and how many are colocated with the leader.
+    fn who(&self) -> (Members, usize) {
+        let readers = self.active_parts().filter(|(_, part)| *part != Part::Sender);
+        let (colocated, others): (Vec<_>, Vec<_>) =
+            readers.partition(|(_, part)| *part == Part::Colocated);
+        let others = others.into_iter().map(|(rank, _)| rank).collect();
+        (Members { senders: self.senders.clone(), others }, colocated.len())
     }
 
     fn announce_update(
@@ -584,7 +627,7 @@ impl Group {
 
     /// The rollouts of the present update.
     fn receivers(&self) -> impl Iterator<Item = Rank> + '_ {
-        self.active_parts().filter(|(_, part)| *part == Part::Receiver).map(|(rank, _)| rank)
+        self.active_parts().filter(|(_, part)| part.is_rollout()).map(|(rank, _)| rank)
     }
 
     /// Those that get buckets in the present update: rollouts and relays.
@@ -640,6 +683,12 @@ impl Group {
                 Some(reader) => Err(Some(self.late_sender().unwrap_or(*reader))),
             },
         }
+    }
+
+    /// Whether a colocated rank has not released all buckets.
+    fn is_read_in_place(&self) -> bool {
+        let colocated = |rank| self.members.get(rank).is_some_and(|m| m.part == Part::Colocated);
+        self.slots.iter().any(|slot| slot.by.iter().any(colocated))
     }
 
     /// The trainer that the bucket which is announced next is waited for from.
@@ -847,7 +896,7 @@ impl Group {
             member.active = false;
             member.plan = Some(plan);
             if let Some(mut report) = member.confirmed.take()
-                && member.part == Part::Receiver
+                && member.part.is_rollout()
             {
                 report.state = VersionState::Active;
                 report.digest = report.digest.filter(|_| digests);
@@ -866,11 +915,7 @@ impl Group {
                 self.route_on()
             }
             Event::Joined(peer) => {
-                let part = match peer.role {
-                    Role::Rollout => Some(Part::Receiver),
-                    Role::Trainer => self.trainers.get(&peer.rank).copied(),
-                };
-                if let Some(part) = part {
+                if let Some(part) = (self.newcomers.0)(&peer) {
                     info!(rank = %peer.rank, ?part, "a rank joined; it takes part in the next update");
                     self.absent.remove(&peer.rank);
                     self.members.insert(peer.rank, Member { part, ..Member::default() });
