@@ -54,7 +54,7 @@ fn a_process_of_a_group() {
     if let Err(error) = done {
         say(&in_words(&error));
     }
-    let held = hccl_sim::held(&hccl_sim::libraries(Profile::Current).unwrap()).unwrap();
+    let held = hccl_sim::held(std::env::var_os(LIBRARIES).unwrap().as_ref()).unwrap();
     say(&format!("holds {}", if held.is_empty() { "nothing" } else { &held }));
 }
 
@@ -468,6 +468,7 @@ fn rollouts_on_the_trainers_npu_read_its_buckets_there_and_no_group_forms() {
     group.works(2, &[1, 2]);
     group.join(3, &[NO_ROOM, split, ON_0]);
     group.works(3, &[1, 2, 3]);
+    group.ends();
 }
 
 #[test]
@@ -479,6 +480,7 @@ fn a_rollout_on_the_trainers_npu_reads_there_what_the_others_get_by_broadcast() 
     // The last one has a link to the trainer, and one to the other member: as many as there are.
     group.works(2, &[1, 2, 3, 4]);
     group.works(3, &[1, 2, 3, 4]);
+    group.ends();
 }
 
 #[test]
@@ -496,6 +498,7 @@ fn an_update_goes_on_after_a_rollout_on_the_trainers_npu_is_killed_while_it_read
     group.rollouts.clear();
     group.trainer.tell(ANEW);
     group.trainer.says("prepared");
+    group.trainer.says("holds nothing");
 }
 
 #[test]
