@@ -1006,8 +1006,9 @@ mod tests {
     use super::*;
     use engine_core::memory::{Job, Pool};
     use engine_core::{DType, Weight};
+    use tokio::sync::oneshot;
 
-    impl Awaiting for tokio::sync::oneshot::Sender<Result<Slot, NixlError>> {
+    impl Awaiting for oneshot::Sender<Result<Slot, NixlError>> {
         fn is_awaited(&self) -> bool {
             !self.is_closed()
         }
@@ -1024,11 +1025,33 @@ mod tests {
         agent_that(name, false).await
     }
 
-    async fn agent_that(name: &str, writes: bool) -> (Agent, Arc<Arena>) {
+    async fn agent_with(name: &str, options: AgentOptions) -> (Agent, Arc<Arena>) {
         let arena = Arc::new(Arena::new(2, BYTES).unwrap());
-        let options = AgentOptions { error_handling: "peer", writes, ..Default::default() };
         let name = format!("{name}-{}", std::process::id());
         (Agent::start(options, name, arena.clone()).await.unwrap(), arena)
+    }
+
+    async fn agent_that(name: &str, writes: bool) -> (Agent, Arc<Arena>) {
+        agent_with(name, AgentOptions { error_handling: "peer", writes, ..Default::default() })
+            .await
+    }
+
+    /// Begins a transfer; what comes of it.
+    async fn begin(
+        at: &(Agent, Arc<Arena>),
+        slot: u32,
+        peer: &Arc<Card>,
+        from: u32,
+    ) -> Result<oneshot::Receiver<Result<Slot, NixlError>>, NixlError> {
+        let (tell, told) = oneshot::channel();
+        at.0.transfer(Transfer {
+            slot: at.1.lock(slot, BYTES, DEADLINE).await?,
+            peer: peer.clone(),
+            from,
+            deadline: DEADLINE,
+            done: Box::new(tell),
+        });
+        Ok(told)
     }
 
     async fn transfer(
@@ -1037,15 +1060,7 @@ mod tests {
         peer: &Arc<Card>,
         from: u32,
     ) -> Result<Slot, NixlError> {
-        let (tell, told) = tokio::sync::oneshot::channel();
-        at.0.transfer(Transfer {
-            slot: at.1.lock(slot, BYTES, DEADLINE).await?,
-            peer: peer.clone(),
-            from,
-            deadline: DEADLINE,
-            done: Box::new(tell),
-        });
-        told.await.unwrap()
+        begin(at, slot, peer, from).await?.await.unwrap()
     }
 
     fn pattern(seed: usize) -> impl Iterator<Item = u8> {
@@ -1108,14 +1123,9 @@ mod tests {
 
     /// An agent that has only these transports.
     async fn agent_over(name: &str, transports: &str) -> (Agent, Arc<Arena>) {
-        let arena = Arc::new(Arena::new(2, BYTES).unwrap());
-        let options = AgentOptions {
-            transports: transports.into(),
-            error_handling: "peer",
-            ..Default::default()
-        };
-        let name = format!("{name}-{}", std::process::id());
-        (Agent::start(options, name, arena.clone()).await.unwrap(), arena)
+        let transports = transports.into();
+        let options = AgentOptions { transports, error_handling: "peer", ..Default::default() };
+        agent_with(name, options).await
     }
 
     #[tokio::test]
@@ -1146,14 +1156,7 @@ mod tests {
         assert!(two.0.moves());
         for round in 0..3 {
             // The writer is given up as soon as it was asked.
-            let (tell, told) = tokio::sync::oneshot::channel();
-            two.0.transfer(Transfer {
-                slot: two.1.lock(1, BYTES, DEADLINE).await.unwrap(),
-                peer: card.clone(),
-                from: 0,
-                deadline: DEADLINE,
-                done: Box::new(tell),
-            });
+            let told = begin(&two, 1, &card, 0).await.unwrap();
             two.0.forget(&card);
             let error = told.await.unwrap().unwrap_err();
             assert!(matches!(error, NixlError::Abandoned), "{error}");
@@ -1169,14 +1172,7 @@ mod tests {
     async fn nothing_is_fetched_to_a_slot_that_moved_before_anyone_was_told() {
         let (one, two) = (agent_that("writes", true).await, agent_that("untold", true).await);
         let card = Arc::new(one.0.card().clone());
-        let (tell, told) = tokio::sync::oneshot::channel();
-        two.0.transfer(Transfer {
-            slot: two.1.lock(1, BYTES, DEADLINE).await.unwrap(),
-            peer: card.clone(),
-            from: 0,
-            deadline: DEADLINE,
-            done: Box::new(tell),
-        });
+        let told = begin(&two, 1, &card, 0).await.unwrap();
         two.0.forget(&card);
         assert!(told.await.unwrap().is_err());
         let error = transfer(&two, 1, &card, 0).await.unwrap_err();

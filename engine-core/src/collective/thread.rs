@@ -190,11 +190,7 @@ impl<C: Communicator> Thread<C> {
 
     /// Ends the thread, which leaves all groups and drops the communicator, and waits for it.
     pub async fn close(&self) {
-        if self.command(|worker| worker.closing = true).is_err() {
-            debug!("the thread has ended before");
-        }
-        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(ended) = ended {
+        if let Some(ended) = self.ask_to_end() {
             // The other end is dropped, never used.
             drop(ended.await);
         }
@@ -202,13 +198,8 @@ impl<C: Communicator> Thread<C> {
 
     /// As [`close`](Self::close), for those who cannot await; whether it has ended within so long.
     pub(super) fn close_within(&self, limit: Duration) -> bool {
-        if self.command(|worker| worker.closing = true).is_err() {
-            debug!("the thread has ended before");
-        }
-        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(mut ended) = ended else { return true };
+        let Some(mut ended) = self.ask_to_end() else { return true };
         let until = Instant::now() + limit;
-        // It is dropped when the thread ends, and never used.
         while matches!(ended.try_recv(), Err(TryRecv::Empty)) {
             if Instant::now() >= until {
                 return false;
@@ -216,6 +207,14 @@ impl<C: Communicator> Thread<C> {
             std::thread::sleep(PAUSE);
         }
         true
+    }
+
+    /// What is dropped when the thread has ended, for the first who asks.
+    fn ask_to_end(&self) -> Option<oneshot::Receiver<()>> {
+        if self.command(|worker| worker.closing = true).is_err() {
+            debug!("the thread has ended before");
+        }
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Has a broadcast made; its end is told to `done`.
