@@ -119,7 +119,14 @@ const ANEW: &str = "anew";
 /// ends its engine and prepares another one, which has room only if nothing is left of the first.
 async fn trainer(address: Address) -> Result<()> {
     let control = ControlPlane::lead(control(address)).await?;
-    let mut engine = form(&control).await?;
+    let mut engine = match form(&control).await {
+        Ok(engine) => engine,
+        Err(error) => {
+            // The others find it out for themselves, if they hear of one another before this process ends.
+            control.close().await?;
+            return Err(error);
+        }
+    };
     say("ready");
     for version in 1.. {
         let mut line = String::new();
