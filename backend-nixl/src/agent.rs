@@ -1,6 +1,6 @@
 //! A rank's agent: one thread that has it, and the handle of that thread.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, Sender, TryRecvError, channel};
@@ -80,7 +80,7 @@ pub(crate) struct AgentOptions {
     pub(crate) own_thread: bool,
 }
 
-/// From whom an agent can read, as far as that is certain before it is tried.
+/// From whom an agent can read, as far as that is certain: before it is tried, and after.
 #[derive(Debug)]
 pub(crate) struct Reach {
     /// Whether there is nothing but TCP.
@@ -90,6 +90,8 @@ pub(crate) struct Reach {
     host: String,
     /// Whether UCX emulates what its transports cannot do: for memory of devices.
     emulates: bool,
+    /// What came of reading from an agent for the first time, by its name.
+    tried: HashMap<String, bool>,
 }
 
 impl Reach {
@@ -101,13 +103,24 @@ impl Reach {
             only_tcp_between_hosts: sys::infiniband_devices().is_empty(),
             host: this_host(),
             emulates: arena.device().is_some(),
+            tried: HashMap::new(),
         }
     }
 
     /// Whether it is certain that an agent cannot be read from.
     pub(crate) fn excludes(&self, peer: &Card) -> bool {
         let only_tcp = self.only_tcp || (self.only_tcp_between_hosts && peer.host != self.host);
-        only_tcp && !self.emulates && peer.device.is_none()
+        let known = only_tcp && !self.emulates && peer.device.is_none();
+        known || self.tried.get(&peer.name) == Some(&false)
+    }
+
+    /// Takes note of whether a read succeeded, and says whether that agent can be read from: one that could
+    /// once and cannot any more is gone.
+    fn tried(&mut self, peer: &str, succeeded: bool) -> bool {
+        match self.tried.get(peer) {
+            Some(known) => *known,
+            None => *self.tried.entry(peer.to_owned()).or_insert(succeeded),
+        }
     }
 
     /// Whether it is certain that no memory of a host can be read.
@@ -345,8 +358,6 @@ struct Worker {
     /// Whether the agent that has the bytes writes them, even if the one that wants them can read them.
     writes: bool,
     reach: Reach,
-    /// Those that cannot be read from, as was found when it was tried.
-    unreadable: HashSet<String>,
     moves: Arc<Moves>,
     /// Whether a slot has moved before peers were told that slots may.
     stale: bool,
@@ -381,8 +392,6 @@ struct Loaded {
     era: u64,
     /// By the peer's count, if it has asked for something.
     asks: Option<u64>,
-    /// Whether something was read from it.
-    readable: bool,
 }
 
 struct Active {
@@ -436,7 +445,6 @@ impl Worker {
             arena,
             writes: options.writes,
             reach,
-            unreadable: HashSet::new(),
             moves,
             stale: false,
             asked: false,
@@ -576,19 +584,17 @@ impl Worker {
 
     /// Whether bytes are read from a peer, and it is not asked to write them.
     fn reads_from(&self, peer: &Card) -> bool {
-        let excluded = self.unreadable.contains(&peer.name) || self.reach.excludes(peer);
-        !(self.writes || peer.moves || excluded)
+        !(self.writes || peer.moves || self.reach.excludes(peer))
     }
 
     /// Takes note of a read that failed. True if it was the first one from this peer: perhaps UCX has no
     /// transport here that can read.
     fn is_unreadable(&mut self, peer: &str, error: &NixlError) -> bool {
-        let first = self.loaded.get(peer).is_some_and(|loaded| !loaded.readable);
-        let unreadable = first && matches!(error, NixlError::Transfer { .. });
+        let unreadable =
+            matches!(error, NixlError::Transfer { .. }) && !self.reach.tried(peer, false);
         if unreadable {
             debug!(peer, "nothing can be read from a peer, it is asked to write");
             self.disconnect(peer);
-            self.unreadable.insert(peer.to_owned());
         }
         unreadable
     }
@@ -635,7 +641,7 @@ impl Worker {
             return Err(NixlError::Unknown);
         }
         self.count += 1;
-        let new = Loaded { metadata: Vec::new(), era: self.count, asks: None, readable: false };
+        let new = Loaded { metadata: Vec::new(), era: self.count, asks: None };
         let loaded = self.loaded.entry(named).or_insert(new);
         loaded.metadata = metadata.to_vec();
         Ok(loaded.era)
@@ -676,9 +682,7 @@ impl Worker {
                         if self.agent.release(raw) {
                             ended = true;
                             let Active { slot, peer, done, .. } = self.active.swap_remove(at);
-                            if let Some(loaded) = self.loaded.get_mut(&peer.name) {
-                                loaded.readable = true;
-                            }
+                            self.reach.tried(&peer.name, true);
                             if let Some(done) = done {
                                 done.tell(Ok(slot));
                             }
@@ -1097,8 +1101,7 @@ mod tests {
     }
 
     #[test]
-    fn between_hosts_without_rdma_it_is_known_that_nothing_can_be_read_unless_memory_is_a_devices()
-    {
+    fn what_cannot_be_read_is_known_from_hosts_and_transports_or_from_the_first_attempt() {
         let here = Card {
             name: "peer".into(),
             metadata: Vec::new(),
@@ -1112,13 +1115,23 @@ mod tests {
         let elsewhere = Card { host: "elsewhere".into(), ..here.clone() };
         let on_a_device = Card { device: Some(0), ..elsewhere.clone() };
         let excluded = |only_tcp, only_tcp_between_hosts, emulates| {
-            let reach = Reach { only_tcp, only_tcp_between_hosts, host: "here".into(), emulates };
+            let (host, tried) = ("here".into(), HashMap::new());
+            let reach = Reach { only_tcp, only_tcp_between_hosts, host, emulates, tried };
             [&here, &elsewhere, &on_a_device].map(|peer| reach.excludes(peer))
         };
         assert_eq!(excluded(false, false, false), [false, false, false]);
         assert_eq!(excluded(false, true, false), [false, true, false]);
         assert_eq!(excluded(true, true, false), [true, true, false]);
         assert_eq!(excluded(true, true, true), [false, false, false]);
+
+        // What came of the first attempt stays known, whatever came of later ones.
+        let (host, tried) = ("here".into(), HashMap::new());
+        let (only_tcp, only_tcp_between_hosts, emulates) = (false, false, false);
+        let mut reach = Reach { only_tcp, only_tcp_between_hosts, host, emulates, tried };
+        let never = Card { name: "never".into(), ..here.clone() };
+        assert_eq!([reach.tried("peer", true), reach.tried("never", false)], [true, false]);
+        assert_eq!([reach.tried("peer", false), reach.tried("never", true)], [true, false]);
+        assert_eq!([reach.excludes(&here), reach.excludes(&never)], [false, true]);
     }
 
     /// An agent that has only these transports.
@@ -1197,8 +1210,12 @@ mod tests {
         let card = Arc::new(gone.0.card().clone());
         drop(transfer(&one, 0, &card, 0).await.unwrap());
         gone.0.close().await;
-        let error = transfer(&one, 0, &card, 0).await.unwrap_err();
-        assert!(!matches!(error, NixlError::Slow(_)), "{error}");
+        // However often it is tried: what was once read from is not taken for something that has to write.
+        for _ in 0..3 {
+            let error = transfer(&one, 0, &card, 0).await.unwrap_err();
+            assert!(!matches!(error, NixlError::Slow(_)), "{error}");
+        }
+        assert!(!one.0.moves(), "one that is gone was asked to write");
         let card = Arc::new(two.0.card().clone());
         drop(transfer(&one, 0, &card, 0).await.unwrap());
     }
