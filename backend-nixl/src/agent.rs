@@ -1210,6 +1210,9 @@ mod tests {
         let card = Arc::new(gone.0.card().clone());
         drop(transfer(&one, 0, &card, 0).await.unwrap());
         gone.0.close().await;
+        // Its memory is still there, until the connection's end is noticed.
+        let noticed = async { while transfer(&one, 0, &card, 0).await.is_ok() {} };
+        tokio::time::timeout(DEADLINE, noticed).await.unwrap();
         // However often it is tried: what was once read from is not taken for something that has to write.
         for _ in 0..3 {
             let error = transfer(&one, 0, &card, 0).await.unwrap_err();

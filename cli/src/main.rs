@@ -611,14 +611,12 @@ fn until_interrupted(
     use tokio::signal::unix::{SignalKind, signal};
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(async {
+        let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
         tokio::select! {
             result = command => result,
-            interrupted = tokio::signal::ctrl_c() => {
-                interrupted?;
-                // What a shell expects of a program that an interrupt ended.
-                Ok(ExitCode::from(130))
-            }
+            // What a shell expects of a program that a signal ended.
+            _ = interrupt.recv() => Ok(ExitCode::from(130)),
             _ = terminate.recv() => Ok(ExitCode::from(143)),
         }
     });
@@ -797,8 +795,10 @@ async fn top_command(args: &TopArgs) -> Result<ExitCode, Failure> {
         }
         terminal.write_str(&text)?;
         shown = text.lines().count();
-        if errors.len() == args.addresses.len() {
-            return Ok(ExitCode::SUCCESS); // All have ended.
+        // One that is merely slow to answer has not ended.
+        let ended = errors.iter().filter(|error| error.kind() != ErrorKind::Timeout).count();
+        if ended == args.addresses.len() {
+            return Ok(ExitCode::SUCCESS);
         }
         tokio::time::sleep(interval).await;
     }

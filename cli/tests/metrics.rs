@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use checkpoint_engine::telemetry::{METRICS, MetricKind};
@@ -225,6 +225,22 @@ fn nothing_of_an_endpoints_text_reaches_the_terminal_but_numbers() {
     assert!(text.lines().all(|line| line.len() < 120), "{text}");
 }
 
+/// `top` that looks again and again, and what it prints.
+fn watch(address: SocketAddr) -> (Child, BufReader<ChildStdout>) {
+    let mut child = program()
+        .args(["top", &address.to_string(), "--interval", "0.1"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    let output = BufReader::new(child.stdout.take().expect("piped"));
+    (child, output)
+}
+
+fn interrupt(child: &Child) {
+    let interrupt = Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    assert!(interrupt.expect("kill runs").success());
+}
+
 #[test]
 fn top_ends_with_130_when_it_is_interrupted() {
     let address = endpoint(|mut stream| {
@@ -232,19 +248,36 @@ fn top_ends_with_130_when_it_is_interrupted() {
         drop(stream.read(&mut request));
         drop(stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n"));
     });
-    let mut child = program()
-        .args(["top", &address.to_string(), "--interval", "0.1"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("the program starts");
-    let mut output = BufReader::new(child.stdout.take().expect("piped"));
+    let (mut child, mut output) = watch(address);
     let mut first = String::new();
     output.read_line(&mut first).expect("text");
     assert!(first.contains("rank"), "{first}");
-    let interrupt = Command::new("kill").args(["-INT", &child.id().to_string()]).status();
-    assert!(interrupt.expect("kill runs").success());
+    interrupt(&child);
     // It prints on until it ends.
     let mut rest = String::new();
     output.read_to_string(&mut rest).expect("text");
     assert_eq!(child.wait().expect("it ends").code(), Some(130));
+}
+
+#[test]
+fn top_goes_on_while_a_process_is_too_busy_to_answer_and_ends_with_it() {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("its address");
+    std::thread::spawn(move || {
+        for (look, stream) in listener.incoming().take(3).enumerate() {
+            let mut stream = stream.expect("a connection");
+            let mut request = [0; 64];
+            drop(stream.read(&mut request));
+            if look == 1 {
+                std::thread::sleep(Duration::from_millis(2500));
+            }
+            drop(stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n"));
+        }
+    });
+    let (mut child, mut output) = watch(address);
+    let mut text = String::new();
+    output.read_to_string(&mut text).expect("text");
+    assert_eq!(child.wait().expect("it ends").code(), Some(0), "{text}");
+    assert_eq!(text.matches("within 2 s").count(), 1, "{text}");
+    assert!(text.matches("rank").count() >= 3, "{text}");
 }
