@@ -6,22 +6,22 @@
 //! was left behind would make the next update fail.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use engine_core::control::{Address, ControlConfig, Token};
+use backend_hccl::BACKEND;
+use conformance::processes::{
+    Process, WEIGHTS, address, control, form, model, receivers, runtime, say, value,
+};
+use engine_core::control::Address;
 use engine_core::{
-    CheckpointEngine, CheckpointEngineConfig, ControlPlane, DType, EngineContext, Error, ErrorKind,
-    Rank, Result, Role, Version, Weight, WorkerMetadata, ensure_async_iterator,
+    CheckpointEngine, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind, Rank,
+    Result, Role, Version, Weight, ensure_async_iterator,
 };
 use hccl_sim::Profile;
 
-const SECRET: &[u8] = b"the secret of a group of tests, long enough";
 const ROLE: &str = "CKPT_ENGINE_TEST_ROLE";
 const ADDRESS: &str = "CKPT_ENGINE_TEST_ADDRESS";
 const RANK: &str = "CKPT_ENGINE_TEST_RANK";
@@ -36,16 +36,12 @@ const KEEP: &str = "CKPT_ENGINE_TEST_KEEP";
 const LIBRARIES: &str = "CKPT_ENGINE_HCCL_DIR";
 /// The ranks of a group at its beginning: a trainer and two rollouts.
 const RANKS: u32 = 3;
-/// How long anything here may take before it counts as a hang.
-const LIMIT: Duration = Duration::from_secs(60);
-
 /// What a child process does; nothing when this file's tests are run.
 #[test]
 fn a_process_of_a_group() {
     let Ok(role) = std::env::var(ROLE) else { return };
     let address: Address = std::env::var(ADDRESS).unwrap().parse().unwrap();
-    let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    let done = runtime.worker_threads(2).enable_all().build().unwrap().block_on(async {
+    let done = runtime().block_on(async {
         match role.as_str() {
             "trainer" => trainer(address).await,
             _ => rollout(address).await,
@@ -76,42 +72,6 @@ fn config() -> CheckpointEngineConfig {
     config
 }
 
-fn control(address: Address) -> ControlConfig {
-    let mut config = ControlConfig::new(address, Token::new(SECRET).unwrap());
-    config.heartbeat_interval = Duration::from_millis(300);
-    config.heartbeat_timeout = Duration::from_secs(3);
-    config
-}
-
-/// Joins an engine with a group of so many ranks, or with one that is there already.
-async fn form(control: &ControlPlane) -> Result<Box<dyn CheckpointEngine>> {
-    let mut engine = create(control)?;
-    let own = serde_json::to_vec(&engine.prepare().await?).unwrap();
-    let peers = control.gather(RANKS, own.into(), LIMIT).await?;
-    let workers: Vec<WorkerMetadata> =
-        peers.iter().map(|peer| serde_json::from_slice(&peer.payload).unwrap()).collect();
-    let places = backend_hccl::BACKEND.build_topology(&workers)?;
-    // In the order of the ranks, which have gaps when some have left.
-    let at = peers.iter().position(|peer| peer.rank == control.rank()).unwrap();
-    engine.init_process_group(places.into_iter().nth(at).unwrap()).await?;
-    Ok(engine)
-}
-
-fn create(control: &ControlPlane) -> Result<Box<dyn CheckpointEngine>> {
-    let context = EngineContext::new(config(), control.role()).with_control(control.clone());
-    backend_hccl::BACKEND.create(context)
-}
-
-/// A model of ten buckets, which says its version in every byte.
-fn model(version: u64) -> Vec<Weight> {
-    (0..10)
-        .map(|index| {
-            let bytes = vec![(version * 16 + index) as u8; 500_000];
-            Weight::new(format!("w{index}"), DType::U8, [500_000], bytes).unwrap()
-        })
-        .collect()
-}
-
 /// What a trainer is told.
 const ANEW: &str = "anew";
 
@@ -119,7 +79,7 @@ const ANEW: &str = "anew";
 /// ends its engine and prepares another one, which has room only if nothing is left of the first.
 async fn trainer(address: Address) -> Result<()> {
     let control = ControlPlane::lead(control(address)).await?;
-    let mut engine = match form(&control).await {
+    let mut engine = match form(BACKEND, &control, config(), RANKS).await {
         Ok(engine) => engine,
         Err(error) => {
             // The others find it out for themselves, if they hear of one another before this process ends.
@@ -135,14 +95,15 @@ async fn trainer(address: Address) -> Result<()> {
         }
         if line.trim() == ANEW {
             engine.finalize().await?;
-            create(&control)?.prepare().await?;
+            let context = EngineContext::new(config(), Role::Trainer).with_control(control);
+            BACKEND.create(context)?.prepare().await?;
             say("prepared");
             return Ok(());
         }
         match engine.send_weights(ensure_async_iterator(model(version)), Version(version)).await {
             Ok(report) => {
-                let ranks: Vec<u32> = report.receivers.iter().map(|peer| peer.rank.0).collect();
-                say(&format!("sent {version} to {ranks:?}"));
+                let ranks = receivers(&report).into_iter().map(|rank| rank.0);
+                say(&format!("sent {version} to {:?}", ranks.collect::<Vec<u32>>()));
             }
             Err(error) => say(&in_words(&error)),
         }
@@ -154,7 +115,7 @@ async fn trainer(address: Address) -> Result<()> {
 async fn rollout(address: Address) -> Result<()> {
     let rank = std::env::var(RANK).ok().map(|rank| Rank(rank.parse().unwrap()));
     let control = ControlPlane::join(control(address), Role::Rollout, rank).await?;
-    let mut engine = form(&control).await?;
+    let mut engine = form(BACKEND, &control, config(), RANKS).await?;
     say("ready");
     let mut kept = None;
     loop {
@@ -201,7 +162,7 @@ async fn update(engine: &mut dyn CheckpointEngine, kept: &mut Option<Weight>) ->
             let mut line = String::new();
             tokio::task::block_in_place(|| std::io::stdin().read_line(&mut line)).unwrap();
         }
-        let expected = (version.0 * 16 + tensors) as u8;
+        let expected = value(version, tensors);
         if std::env::var(KEEP_VERSION).is_ok_and(|keep| keep == version.to_string()) {
             KEPT.lock().unwrap().push((expected, tensor.clone()));
         }
@@ -218,112 +179,58 @@ fn in_words(error: &Error) -> String {
     format!("failed {:?} of {rank}: {error}", error.kind()).replace('\n', " ")
 }
 
-fn say(line: &str) {
-    let mut output = std::io::stdout().lock();
-    writeln!(output, "\n>{line}").and_then(|()| output.flush()).unwrap();
-}
-
-/// A child process, killed when dropped.
-struct Process {
-    child: Child,
-    said: Receiver<String>,
-}
-
 /// Variables of a process's environment.
 type Settings<'a> = &'a [(&'a str, &'a str)];
 
-impl Process {
-    fn start(role: &str, address: &str, rank: u32, settings: Settings<'_>) -> Self {
-        let mut program = Command::new(std::env::current_exe().unwrap());
-        let mut child = program
-            .args(["--exact", "a_process_of_a_group", "--nocapture"])
-            .env(ROLE, role)
-            .env(ADDRESS, address)
-            .env(RANK, rank.to_string())
-            .env(DEVICE, format!("npu:{rank}"))
-            .env(LIBRARIES, hccl_sim::libraries(Profile::Current).unwrap())
-            .env("HCCL_SIM_TIME_SCALE", "0.05")
-            .env("HCCL_EXEC_TIMEOUT", "1836")
-            .env("HCCL_HOST_SOCKET_PORT_RANGE", "auto")
-            .env("HCCL_NPU_SOCKET_PORT_RANGE", "auto")
-            // A group takes 20 MB of each NPU, and its slots 4 MB; a rank has two others.
-            .env("HCCL_BUFFSIZE", "10")
-            .env("HCCL_SIM_DEVICE_MB", "40")
-            .env("HCCL_SIM_LINKS", "2")
-            .envs(settings.iter().copied())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let output = BufReader::new(child.stdout.take().unwrap());
-        let (sender, said) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            for line in output.lines().map_while(std::io::Result::ok) {
-                let Some(said) = line.strip_prefix('>') else { continue };
-                if sender.send(said.to_owned()).is_err() {
-                    return;
-                }
-            }
-        });
-        Self { child, said }
-    }
-
-    fn tell(&mut self, line: &str) {
-        writeln!(self.child.stdin.as_mut().unwrap(), "{line}").unwrap();
-    }
-
-    /// Sends it a signal.
-    fn signal(&self, name: &str) {
-        let mut kill = Command::new("kill");
-        kill.args([format!("-{name}"), self.child.id().to_string()]);
-        assert!(kill.status().unwrap().success());
-    }
-
-    fn hears(&self) -> String {
-        self.said.recv_timeout(LIMIT).expect("a process says something")
-    }
-
-    fn says(&self, what: &str) {
-        assert_eq!(self.hears(), what);
-    }
-
-    /// An error of a kind, naming a rank, with these words; and the bucket that it names.
-    fn fails(&self, kind: &str, rank: u32, words: &str) -> Option<u64> {
-        let line = self.hears();
-        assert!(line.starts_with(&format!("failed {kind} of {rank}: ")), "{line}");
-        assert!(line.contains(words), "{line}");
-        let (_, bucket) = line.rsplit_once(", bucket ")?;
-        bucket.split([',', ')']).next().unwrap().parse().ok()
-    }
+fn start(role: &str, address: &Address, rank: u32, settings: Settings<'_>) -> Process {
+    let mut program = Process::program();
+    program
+        .env(ROLE, role)
+        .env(ADDRESS, address.to_string())
+        .env(RANK, rank.to_string())
+        .env(DEVICE, format!("npu:{rank}"))
+        .env(LIBRARIES, hccl_sim::libraries(Profile::Current).unwrap())
+        .env("HCCL_SIM_TIME_SCALE", "0.05")
+        .env("HCCL_EXEC_TIMEOUT", "1836")
+        .env("HCCL_HOST_SOCKET_PORT_RANGE", "auto")
+        .env("HCCL_NPU_SOCKET_PORT_RANGE", "auto")
+        // A group takes 20 MB of each NPU, and its slots 4 MB; a rank has two others.
+        .env("HCCL_BUFFSIZE", "10")
+        .env("HCCL_SIM_DEVICE_MB", "40")
+        .env("HCCL_SIM_LINKS", "2")
+        .envs(settings.iter().copied());
+    Process::start(program)
 }
 
-impl Drop for Process {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
+/// Sends it a signal.
+fn signal(process: &Process, name: &str) {
+    let mut kill = Command::new("kill");
+    kill.args([format!("-{name}"), process.id().to_string()]);
+    assert!(kill.status().unwrap().success());
+}
+
+/// It says an error of a kind, naming a rank, with these words; the bucket that it names.
+fn fails(process: &Process, kind: &str, rank: u32, words: &str) -> Option<u64> {
+    let line = process.next_line();
+    assert!(line.starts_with(&format!("failed {kind} of {rank}: ")), "{line}");
+    assert!(line.contains(words), "{line}");
+    let (_, bucket) = line.rsplit_once(", bucket ")?;
+    bucket.split([',', ')']).next().unwrap().parse().ok()
 }
 
 /// A trainer and two rollouts, in the order of their ranks.
 struct Group {
-    address: String,
+    address: Address,
     trainer: Process,
     rollouts: Vec<Process>,
-}
-
-fn address() -> String {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    format!("unix:@hccl-processes-{}-{count}", std::process::id())
 }
 
 impl Group {
     /// A group that is ready; each rank with settings of its own.
     fn form(settings: [Settings<'_>; 3]) -> Self {
         let address = address();
-        let trainer = Process::start("trainer", &address, 0, settings[0]);
-        let rollout = |rank| Process::start("rollout", &address, rank, settings[rank as usize]);
+        let trainer = start("trainer", &address, 0, settings[0]);
+        let rollout = |rank| start("rollout", &address, rank, settings[rank as usize]);
         let rollouts = vec![rollout(1), rollout(2)];
         let group = Self { address, trainer, rollouts };
         group.is_ready();
@@ -341,7 +248,7 @@ impl Group {
 
     /// A rollout that joins late.
     fn join(&mut self, rank: u32, settings: Settings<'_>) {
-        let newcomer = Process::start("rollout", &self.address, rank, settings);
+        let newcomer = start("rollout", &self.address, rank, settings);
         newcomer.says("ready");
         self.rollouts.push(newcomer);
     }
@@ -350,7 +257,7 @@ impl Group {
     fn fails(&mut self, kind: &str, rank: u32, words: &str) -> Vec<Option<u64>> {
         self.begin();
         let all = std::iter::once(&self.trainer).chain(&self.rollouts);
-        all.map(|process| process.fails(kind, rank, words)).collect()
+        all.map(|process| fails(process, kind, rank, words)).collect()
     }
 
     /// Ends a rollout from outside.
@@ -360,7 +267,7 @@ impl Group {
 
     /// All finalize, and nothing is left of what they had.
     fn ends(mut self) {
-        drop(self.trainer.child.stdin.take());
+        self.trainer.hang_up();
         self.trainer.says("holds nothing");
         self.rollouts.iter().for_each(|rollout| rollout.says("holds nothing"));
     }
@@ -386,10 +293,10 @@ fn is_on_its_way(bucket: Option<u64>) -> bool {
 fn an_update_goes_on_after_a_peer_is_killed_in_the_middle_of_a_broadcast() {
     let mut group = Group::form([&[], &[], &[("HCCL_SIM_KILL_AT", FOURTH_BUCKET)]]);
     group.begin();
-    let bucket = group.trainer.fails("PeerLost", 2, "version 1");
+    let bucket = fails(&group.trainer, "PeerLost", 2, "version 1");
     assert!(is_on_its_way(bucket), "{bucket:?}");
     group.kill(2);
-    let bucket = group.rollouts[0].fails("PeerLost", 2, "version 1");
+    let bucket = fails(&group.rollouts[0], "PeerLost", 2, "version 1");
     assert!(is_on_its_way(bucket), "{bucket:?}");
     group.works(2, &[1]);
     group.join(2, &[]);
@@ -424,7 +331,7 @@ fn a_member_that_does_not_come_on_when_a_group_forms_is_a_timeout_and_the_next_u
     group.begin();
     // No bucket is on its way yet. All wait for one another, and whose time is over first is named.
     for process in std::iter::once(&group.trainer).chain(&group.rollouts) {
-        let line = process.hears();
+        let line = process.next_line();
         assert!(line.starts_with("failed Timeout of "), "{line}");
         assert!(!line.contains("of nobody") && line.contains("joining a group"), "{line}");
     }
@@ -439,7 +346,7 @@ fn a_group_that_a_member_does_not_reach_is_a_timeout_of_the_library_and_the_next
     let mut group = Group::form([&[short], &[short, ("HCCL_SIM_LOST_AT", "1")], &[short]]);
     group.begin();
     for process in std::iter::once(&group.trainer).chain(&group.rollouts) {
-        let line = process.hears();
+        let line = process.next_line();
         assert!(line.starts_with("failed Timeout of "), "{line}");
         assert!(!line.contains("of nobody"), "{line}");
         assert!(line.contains("HCCL_CONNECT_TIMEOUT says how long it waits"), "{line}");
@@ -453,11 +360,11 @@ fn two_rollouts_on_one_chip_that_is_not_the_trainers_are_an_error_that_says_what
     let address = address();
     let start = |(rank, npu)| {
         let role = if rank == 0 { "trainer" } else { "rollout" };
-        Process::start(role, &address, rank, &[(DEVICE, npu)])
+        start(role, &address, rank, &[(DEVICE, npu)])
     };
     let ranks = [(0, "npu:0"), (1, "npu:1"), (2, "npu:1")].map(start);
     for process in &ranks {
-        process.fails("Mismatch", 2, "ranks 1 and 2 are both on NPU 1 of one host");
+        fails(process, "Mismatch", 2, "ranks 1 and 2 are both on NPU 1 of one host");
     }
 }
 
@@ -496,8 +403,8 @@ fn an_update_goes_on_after_a_rollout_on_the_trainers_npu_is_killed_while_it_read
     group.begin();
     group.rollouts[0].says("holding");
     drop(group.rollouts.remove(0));
-    group.trainer.fails("PeerLost", 1, "bucket");
-    group.rollouts[0].fails("PeerLost", 1, "version 1");
+    fails(&group.trainer, "PeerLost", 1, "bucket");
+    fails(&group.rollouts[0], "PeerLost", 1, "version 1");
     group.works(2, &[2]);
     group.join(1, &[ON_0]);
     group.works(3, &[1, 2]);
@@ -516,14 +423,14 @@ fn a_rollout_on_the_trainers_npu_that_was_given_up_sees_no_bytes_of_another_vers
     group.begin();
     group.rollouts[0].says("holding");
     // Longer than it may be silent.
-    group.rollouts[0].signal("STOP");
-    group.trainer.fails("Timeout", 1, "the peer was silent");
+    signal(&group.rollouts[0], "STOP");
+    fails(&group.trainer, "Timeout", 1, "the peer was silent");
     let mut stopped = group.rollouts.remove(0);
-    group.rollouts[0].fails("Timeout", 1, "the peer was silent");
+    fails(&group.rollouts[0], "Timeout", 1, "the peer was silent");
     group.works(2, &[2]);
-    stopped.signal("CONT");
+    signal(&stopped, "CONT");
     stopped.tell("");
-    let line = stopped.hears();
+    let line = stopped.next_line();
     assert!(line.contains("the leader has filled the slot anew"), "{line}");
 }
 
@@ -535,7 +442,7 @@ fn the_trainer_frees_its_memory_after_rollouts_have_closed_it_and_waits_for_none
         group.works(1, &[1, 2]);
         let begun = Instant::now();
         group.trainer.tell(ANEW);
-        let line = group.trainer.hears();
+        let line = group.trainer.next_line();
         assert!(line.contains(said), "{line}");
         assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
     }
@@ -548,11 +455,11 @@ fn libraries_that_cannot_share_memory_are_an_error_that_says_what_to_do() {
     let address = address();
     let start = |(rank, npu)| {
         let role = if rank == 0 { "trainer" } else { "rollout" };
-        Process::start(role, &address, rank, &[old, (DEVICE, npu)])
+        start(role, &address, rank, &[old, (DEVICE, npu)])
     };
     let ranks = [(0, "npu:0"), (1, "npu:1"), (2, "npu:0")].map(start);
     for process in &ranks {
-        let line = process.hears();
+        let line = process.next_line();
         assert!(line.starts_with("failed Mismatch of 2: "), "{line}");
         assert!(line.contains("lack aclrtIpcMemGetExportKey"), "{line}");
         assert!(line.contains("a later CANN has it"), "{line}");
@@ -584,7 +491,7 @@ fn a_port_that_is_in_use_is_an_error_that_says_what_to_set_and_the_next_update_w
     let range = format!("{port}-{port}");
     let mut group = Group::form([&[("HCCL_HOST_SOCKET_PORT_RANGE", &range)], &[], &[]]);
     group.begin();
-    group.trainer.fails("Resource", 0, "set HCCL_HOST_SOCKET_PORT_RANGE=auto");
+    fails(&group.trainer, "Resource", 0, "set HCCL_HOST_SOCKET_PORT_RANGE=auto");
     drop(taken);
     // Nothing of the first one was announced.
     group.works(2, &[1, 2]);
@@ -595,17 +502,17 @@ fn a_port_that_is_in_use_is_an_error_that_says_what_to_set_and_the_next_update_w
 fn an_npu_without_memory_for_the_slots_is_an_error_that_says_how_much_there_is() {
     let full: Settings<'_> = &[("HCCL_SIM_DEVICE_MB", "1")];
     let words = |npu| format!("bytes of buckets on NPU {npu}, 1048576 of 1048576 are free");
-    let trainer = Process::start("trainer", &address(), 0, full);
-    trainer.fails("Resource", 0, &words(0));
+    let trainer = start("trainer", &address(), 0, full);
+    fails(&trainer, "Resource", 0, &words(0));
     trainer.says("holds nothing");
     // The group comes about with another process, and updates work.
     let address = address();
-    let trainer = Process::start("trainer", &address, 0, &[]);
-    let lacking = Process::start("rollout", &address, 1, full);
-    lacking.fails("Resource", 1, &words(1));
+    let trainer = start("trainer", &address, 0, &[]);
+    let lacking = start("rollout", &address, 1, full);
+    fails(&lacking, "Resource", 1, &words(1));
     lacking.says("holds nothing");
     drop(lacking);
-    let rollouts = [1, 2].map(|rank| Process::start("rollout", &address, rank, &[])).into();
+    let rollouts = [1, 2].map(|rank| start("rollout", &address, rank, &[])).into();
     let mut group = Group { address, trainer, rollouts };
     group.is_ready();
     group.works(1, &[1, 2]);
@@ -648,7 +555,7 @@ fn tensors_that_are_kept_can_be_read_after_the_end_of_their_engine() {
     let mut group = Group::form([&large, &keeping, &large]);
     group.works(1, &[1, 2]);
     group.works(2, &[1, 2]);
-    drop(group.trainer.child.stdin.take());
-    group.rollouts[0].says("kept 10 tensors");
+    group.trainer.hang_up();
+    group.rollouts[0].says(&format!("kept {WEIGHTS} tensors"));
     group.ends();
 }

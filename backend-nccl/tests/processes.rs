@@ -40,7 +40,7 @@ fn survives(options: Value, trainers: u32, victim: u32, before: usize) {
     assert_eq!(error.report().rank, Some(Rank(victim)), "{what}: {error}");
     drop(group.children.remove(at));
     for child in &group.children {
-        let said = child.says();
+        let said = child.next_line();
         assert!(said.starts_with("failed PeerLost"), "{what}: {said}");
     }
     let rollouts = if victim < trainers { 2 } else { 1 };
@@ -92,7 +92,7 @@ fn a_killed_leader_is_an_error_on_every_rank() {
     let children = std::mem::take(&mut group.children);
     drop(group);
     for child in &children {
-        let said = child.says();
+        let said = child.next_line();
         assert!(said.starts_with("failed PeerLost 0"), "{said}");
     }
 }

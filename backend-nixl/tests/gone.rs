@@ -34,9 +34,9 @@ fn an_engine_is_dropped(device: &str, options: &Value) {
     let error = sent.expect_err("a rollout that has no engine is no receiver");
     assert_eq!(error.report().rank, Some(Rank(3)), "{options}: {error}");
     let mut gone = group.children.pop().expect("the one that joined");
-    assert_eq!(gone.says(), "dropped its engine", "{options}");
+    gone.says("dropped its engine");
     for child in &group.children {
-        let said = child.says();
+        let said = child.next_line();
         assert!(said.starts_with("failed "), "{options}: {said}");
     }
     gone.kill();
@@ -64,7 +64,7 @@ fn a_rollout_is_killed(device: &str, options: &Value) {
         }
         drop(group.children.remove(at));
         for child in &group.children {
-            assert_eq!(child.says(), "active 2", "{what}");
+            assert_eq!(child.next_line(), "active 2", "{what}");
         }
         group.works(3, 2);
         group.join();

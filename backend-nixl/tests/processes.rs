@@ -1,25 +1,27 @@
 //! Groups whose ranks are processes, some of which are killed or cut off within an update.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::io::{BufRead, BufReader};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
-use engine_core::control::{Address, ControlConfig, Token};
+use backend_nixl::BACKEND;
+use conformance::processes::{
+    LIMIT, Process, WEIGHT_BYTES, WEIGHTS, address, control, form, model, place, receive,
+    receivers, runtime, say, send, value,
+};
+use engine_core::control::Address;
 use engine_core::{
     CachedEngine, CheckpointEngine, CheckpointEngineConfig, CheckpointEngineWithCache,
-    ControlPlane, DType, EngineContext, ErrorKind, Holder, Newcomer, Rank, Result, Role,
-    SendReport, Version, Weight, WeightStreamExt, WorkerMetadata, ensure_async_iterator,
+    ControlPlane, EngineContext, ErrorKind, Holder, Newcomer, Rank, Result, Role, SendReport,
+    Version, WeightStreamExt, ensure_async_iterator,
 };
 use futures::StreamExt;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::Barrier;
 
-const SECRET: &[u8] = b"the secret of a group of tests, long enough";
 const ROLE: &str = "CKPT_ENGINE_TEST_ROLE";
 const ADDRESS: &str = "CKPT_ENGINE_TEST_ADDRESS";
 const RANK: &str = "CKPT_ENGINE_TEST_RANK";
@@ -28,9 +30,6 @@ const OPTIONS: &str = "CKPT_ENGINE_TEST_OPTIONS";
 const STAGE: &str = "CKPT_ENGINE_TEST_STAGE";
 /// The ranks of a group at its beginning; those that join later may say any number.
 const RANKS: u32 = 4;
-/// How long anything here may take before it counts as a hang.
-const LIMIT: Duration = Duration::from_secs(40);
-
 fn config(options: &str) -> CheckpointEngineConfig {
     let mut config = CheckpointEngineConfig {
         backend: "nixl".into(),
@@ -44,41 +43,6 @@ fn config(options: &str) -> CheckpointEngineConfig {
     config
 }
 
-fn control(address: &Address) -> ControlConfig {
-    let mut config = ControlConfig::new(address.clone(), Token::new(SECRET).unwrap());
-    config.heartbeat_interval = Duration::from_millis(300);
-    config.heartbeat_timeout = Duration::from_secs(3);
-    config
-}
-
-/// Joins an engine with a group of so many ranks, or with one that is there already.
-async fn form(
-    control: &ControlPlane,
-    config: CheckpointEngineConfig,
-    ranks: u32,
-) -> Result<Box<dyn CheckpointEngine>> {
-    let context = EngineContext::new(config, control.role()).with_control(control.clone());
-    let mut engine = backend_nixl::BACKEND.create(context)?;
-    let own = serde_json::to_vec(&engine.prepare().await?).unwrap();
-    let peers = control.gather(ranks, own.into(), LIMIT).await?;
-    let workers: Vec<WorkerMetadata> =
-        peers.iter().map(|peer| serde_json::from_slice(&peer.payload).unwrap()).collect();
-    let places = backend_nixl::BACKEND.build_topology(&workers)?;
-    let place = places.into_iter().find(|place| place.rank == control.rank()).unwrap();
-    engine.init_process_group(place).await?;
-    Ok(engine)
-}
-
-/// A model of ten buckets, which says its version in every byte.
-fn model(version: u64) -> Vec<Weight> {
-    (0..10)
-        .map(|index| {
-            let bytes = vec![(version * 16 + index) as u8; 500_000];
-            Weight::new(format!("w{index}"), DType::U8, [500_000], bytes).unwrap()
-        })
-        .collect()
-}
-
 /// What a child process does; nothing when this file's tests are run.
 #[test]
 fn a_process_of_a_group() {
@@ -87,13 +51,13 @@ fn a_process_of_a_group() {
     let config = config(&std::env::var(OPTIONS).unwrap());
     runtime().block_on(async {
         match role.as_str() {
-            "rollout" => rollout(&address, config).await,
-            "holding rollout" => holding_rollout(&address, config).await,
+            "rollout" => rollout(address, config).await,
+            "holding rollout" => holding_rollout(address, config).await,
             "rejoining rollout" => loop {
-                rollout(&address, config.clone()).await;
+                rollout(address.clone(), config.clone()).await;
             },
-            "halting trainer" => halting_trainer(&address, config).await,
-            _ => trainer(&address, config).await,
+            "halting trainer" => halting_trainer(address, config).await,
+            _ => trainer(address, config).await,
         }
     });
 }
@@ -147,10 +111,10 @@ const SLOW: Version = Version(77);
 
 /// Says on standard output what becomes of every update, until the trainer is gone. If it was told a
 /// stage, it kills itself there in its first update.
-async fn rollout(address: &Address, config: CheckpointEngineConfig) {
+async fn rollout(address: Address, config: CheckpointEngineConfig) {
     let rank = std::env::var(RANK).ok().map(|rank| Rank(rank.parse().unwrap()));
     let control = ControlPlane::join(control(address), Role::Rollout, rank).await.unwrap();
-    let mut engine = form(&control, config, RANKS).await.unwrap();
+    let mut engine = form(BACKEND, &control, config, RANKS).await.unwrap();
     say("joined");
     let told = Stage::told();
     loop {
@@ -173,28 +137,24 @@ async fn rollout(address: &Address, config: CheckpointEngineConfig) {
 }
 
 /// A rollout that keeps the last version, holds it for others, and takes over what one of them holds.
-async fn holding_rollout(address: &Address, config: CheckpointEngineConfig) {
+async fn holding_rollout(address: Address, config: CheckpointEngineConfig) {
     let plane = ControlPlane::join(control(address), Role::Rollout, None).await.unwrap();
     let context = EngineContext::new(config.clone(), Role::Rollout).with_control(plane.clone());
-    let backend = backend_nixl::BACKEND;
-    let mut engine = CachedEngine::new(backend.create(context).unwrap());
+    let mut engine = CachedEngine::new(BACKEND.create(context).unwrap());
     let own_address = format!("unix:@nixl-holder-{}", std::process::id()).parse().unwrap();
-    let at = control(&own_address);
-    let holder = Holder::listen(engine.cache(), backend, config.clone(), at).await.unwrap();
+    let at = |address: &Address| control(address.clone());
+    let holder =
+        Holder::listen(engine.cache(), BACKEND, config.clone(), at(&own_address)).await.unwrap();
     let mut own = engine.prepare().await.unwrap();
     holder.announce(&mut own);
     tokio::spawn(holder.run());
-    let own = serde_json::to_vec(&own).unwrap();
-    let peers = plane.gather(3, own.into(), LIMIT).await.unwrap();
-    let workers: Vec<WorkerMetadata> =
-        peers.iter().map(|peer| serde_json::from_slice(&peer.payload).unwrap()).collect();
-    let places = backend.build_topology(&workers).unwrap();
     // Of two that join at once, the second one may be here first: ranks have gaps.
-    let at = peers.iter().position(|peer| peer.rank == plane.rank()).unwrap();
-    engine.init_process_group(places[at].clone()).await.unwrap();
+    let place = place(BACKEND, &plane, &own, 3).await.unwrap();
+    let holders = Newcomer::holders(&place.peers);
+    engine.init_process_group(place).await.unwrap();
     say("joined");
-    for other in Newcomer::holders(&workers).iter().filter(|other| **other != own_address) {
-        let newcomer = Newcomer::join(backend, config.clone(), control(other)).await.unwrap();
+    for other in holders.iter().filter(|other| **other != own_address) {
+        let newcomer = Newcomer::join(BACKEND, config.clone(), at(other)).await.unwrap();
         if let Some(mut newcomer) = newcomer {
             engine.take_over(&mut newcomer).await.unwrap();
             newcomer.leave().await.unwrap();
@@ -225,12 +185,7 @@ async fn kill_this_process() {
     std::future::pending().await
 }
 
-/// Receives one version and looks at every byte of it.
-async fn update(engine: &mut dyn CheckpointEngine) -> Result<Version> {
-    update_with(engine, async |_| ()).await
-}
-
-/// The same, and does something at every stage that is reached.
+/// Receives one version, looks at every byte of it, and does something at every stage that is reached.
 async fn update_with(
     engine: &mut dyn CheckpointEngine,
     mut at: impl AsyncFnMut(Stage),
@@ -251,14 +206,13 @@ async fn update_with(
     let mut next = first;
     while let Some(bucket) = next {
         for piece in bucket.pieces() {
-            let index: u64 = piece.meta.name[1..].parse().unwrap();
-            let expected = (version.0 * 16 + index) as u8;
+            let expected = value(version, piece.meta.name[1..].parse().unwrap());
             let here = piece.bytes.to_host()?;
             assert!(here.iter().all(|&byte| byte == expected), "other bytes arrived");
             bytes += here.len();
         }
         drop(bucket);
-        if bytes == 5_000_000 {
+        if bytes == WEIGHTS * WEIGHT_BYTES {
             at(Stage::Complete).await;
             if version == SLOW && Stage::told() != Some(Stage::Confirmed) {
                 tokio::time::sleep(Duration::from_millis(400)).await;
@@ -277,15 +231,15 @@ async fn update_with(
         }
     };
     report.map(|report| {
-        assert_eq!(report.tensors, 10);
+        assert_eq!(report.tensors, WEIGHTS as u64);
         version
     })
 }
 
 /// Sends one version, and another one as far as it was told.
-async fn trainer(address: &Address, config: CheckpointEngineConfig) {
+async fn trainer(address: Address, config: CheckpointEngineConfig) {
     let control = ControlPlane::lead(control(address)).await.unwrap();
-    let mut engine = form(&control, config, RANKS).await.unwrap();
+    let mut engine = form(BACKEND, &control, config, RANKS).await.unwrap();
     engine.send_weights(ensure_async_iterator(model(1)), Version(1)).await.unwrap();
     let weights = match Stage::told() {
         None => return,
@@ -295,7 +249,7 @@ async fn trainer(address: &Address, config: CheckpointEngineConfig) {
             engine.send_weights(ensure_async_iterator(model(2)), Version(2)).await.unwrap();
             return;
         }
-        Some(_) => 10,
+        Some(_) => WEIGHTS,
     };
     let some = model(2).into_iter().take(weights);
     let endless = futures::stream::iter(some).chain(futures::stream::pending());
@@ -303,9 +257,9 @@ async fn trainer(address: &Address, config: CheckpointEngineConfig) {
 }
 
 /// Sends versions. Halts in the middle of each until a line comes from standard input.
-async fn halting_trainer(address: &Address, config: CheckpointEngineConfig) {
+async fn halting_trainer(address: Address, config: CheckpointEngineConfig) {
     let control = ControlPlane::lead(control(address)).await.unwrap();
-    let mut engine = form(&control, config, RANKS).await.unwrap();
+    let mut engine = form(BACKEND, &control, config, RANKS).await.unwrap();
     for version in 1.. {
         let halting = model(version).into_iter().enumerate().map(move |(index, weight)| {
             if index == 5 {
@@ -324,108 +278,31 @@ async fn halting_trainer(address: &Address, config: CheckpointEngineConfig) {
     }
 }
 
-fn say(line: &str) {
-    use std::io::Write;
-    let mut output = std::io::stdout().lock();
-    writeln!(output, "\n>{line}").and_then(|()| output.flush()).unwrap();
+/// Starts a rank.
+fn start(role: &str, address: &Address, rank: Option<u32>, options: &str) -> Process {
+    start_with(Process::program(), role, address, rank, options)
 }
 
-fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+/// The same, going up to a stage of an update.
+fn start_to(stage: Stage, role: &str, address: &Address, options: &str) -> Process {
+    let mut program = Process::program();
+    program.env(STAGE, stage.words());
+    start_with(program, role, address, None, options)
 }
 
-/// A child process, killed when dropped.
-struct Process {
-    child: Child,
-    said: Receiver<String>,
-}
-
-impl Process {
-    fn start(role: &str, address: &Address, rank: Option<u32>, options: &str) -> Self {
-        Self::start_to(None, role, address, rank, options)
+/// The same, with a program of its own.
+fn start_with(
+    mut program: Command,
+    role: &str,
+    address: &Address,
+    rank: Option<u32>,
+    options: &str,
+) -> Process {
+    if let Some(rank) = rank {
+        program.env(RANK, rank.to_string());
     }
-
-    /// A process that goes up to a stage of an update.
-    fn start_to(
-        stage: Option<Stage>,
-        role: &str,
-        address: &Address,
-        rank: Option<u32>,
-        options: &str,
-    ) -> Self {
-        let mut program = Command::new(std::env::current_exe().unwrap());
-        if let Some(stage) = stage {
-            program.env(STAGE, stage.words());
-        }
-        Self::start_with(program, role, address, rank, options)
-    }
-
-    /// A process that another program may start.
-    fn start_with(
-        mut program: Command,
-        role: &str,
-        address: &Address,
-        rank: Option<u32>,
-        options: &str,
-    ) -> Self {
-        if let Some(rank) = rank {
-            program.env(RANK, rank.to_string());
-        }
-        let mut child = program
-            .args(["--exact", "a_process_of_a_group", "--nocapture"])
-            .env(ROLE, role)
-            .env(ADDRESS, address.to_string())
-            .env(OPTIONS, options)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let output = BufReader::new(child.stdout.take().unwrap());
-        Self { child, said: lines(output) }
-    }
-
-    fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-
-    /// Lets a halting trainer go on.
-    fn go_on(&mut self) {
-        use std::io::Write;
-        self.child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
-    }
-
-    fn says(&self, what: &str) {
-        let line = self.said.recv_timeout(LIMIT);
-        assert_eq!(line.as_deref(), Ok(what));
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
-}
-
-fn lines(output: BufReader<ChildStdout>) -> Receiver<String> {
-    let (sender, receiver) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        for line in output.lines().map_while(std::io::Result::ok) {
-            let Some(said) = line.strip_prefix('>') else { continue };
-            if sender.send(said.to_owned()).is_err() {
-                return;
-            }
-        }
-    });
-    receiver
-}
-
-fn address() -> Address {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    format!("unix:@nixl-processes-{}-{count}", std::process::id()).parse().unwrap()
+    program.env(ROLE, role).env(ADDRESS, address.to_string()).env(OPTIONS, options);
+    Process::start(program)
 }
 
 /// A trainer in this process, and three rollouts in processes of their own, in the order of their
@@ -439,13 +316,13 @@ struct Group {
 
 impl Group {
     async fn form(options: &str) -> Self {
-        let control = ControlPlane::lead(control(&address())).await.unwrap();
+        let control = ControlPlane::lead(control(address())).await.unwrap();
         let mut rollouts = Vec::new();
         for rank in 1..=3 {
-            let rollout = Process::start("rollout", control.address(), Some(rank), options);
+            let rollout = start("rollout", control.address(), Some(rank), options);
             rollouts.push(rollout);
         }
-        let engine = form(&control, config(options), RANKS).await.unwrap();
+        let engine = form(BACKEND, &control, config(options), RANKS).await.unwrap();
         rollouts.iter().for_each(|rollout| rollout.says("joined"));
         Self { engine, control, rollouts, options: options.to_owned() }
     }
@@ -468,22 +345,12 @@ impl Group {
         before: usize,
         mut happens: impl FnMut(&mut Vec<Process>) + Send,
     ) -> Result<SendReport> {
-        let rollouts = &mut self.rollouts;
-        let count = model(version).len();
-        let mut weights = model(version).into_iter();
-        let source = std::iter::from_fn(move || {
-            if count - weights.len() == before {
-                happens(rollouts);
-            }
-            weights.next()
-        });
-        let sent = self.engine.send_weights(ensure_async_iterator(source), Version(version));
-        tokio::time::timeout(LIMIT, sent).await.expect("no hang")
+        let happens = || {
+            happens(&mut self.rollouts);
+            Ok(())
+        };
+        send(&mut *self.engine, version, before, happens).await
     }
-}
-
-fn receivers(report: &SendReport) -> Vec<Rank> {
-    report.receivers.iter().map(|receiver| receiver.rank).collect()
 }
 
 /// At each of some stages of an update the rollout of a rank is killed, and then a new one joins. The
@@ -509,7 +376,7 @@ async fn survive(options: &str, victim: u32, stages: &[Stage]) {
             drop(group.rollouts.remove(at));
             group.until_gone(victim).await;
             let (address, options) = (group.control.address(), &group.options);
-            let dying = Process::start_to(Some(stage), "rollout", address, None, options);
+            let dying = start_to(stage, "rollout", address, options);
             dying.says("joined");
             group.rollouts.insert(at, dying);
         }
@@ -532,7 +399,7 @@ async fn survive(options: &str, victim: u32, stages: &[Stage]) {
             rollout.says(&format!("active {version}"));
         }
 
-        let newcomer = Process::start("rollout", group.control.address(), None, &group.options);
+        let newcomer = start("rollout", group.control.address(), None, &group.options);
         newcomer.says("joined");
         group.rollouts.insert(at, newcomer);
     }
@@ -573,7 +440,7 @@ fn an_update_without_any_rollout_left_is_an_error_and_a_newcomer_gets_the_next_o
         let error = update.await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::PeerLost, "{error}");
         group.rollouts.clear();
-        let newcomer = Process::start("rollout", group.control.address(), None, "{}");
+        let newcomer = start("rollout", group.control.address(), None, "{}");
         newcomer.says("joined");
         assert_eq!(receivers(&group.update(2, 99, |_| {}).await.unwrap()).len(), 1);
         newcomer.says("active 2");
@@ -584,16 +451,16 @@ fn an_update_without_any_rollout_left_is_an_error_and_a_newcomer_gets_the_next_o
 /// stage before that, if they cannot all be there.
 async fn lose_the_trainer(options: &str, stage: Stage) {
     let address = address();
-    let mut trainer = Process::start_to(Some(stage), "trainer", &address, None, options);
+    let mut trainer = start_to(stage, "trainer", &address, options);
     let within = Arc::new(Barrier::new(4));
     let what = format!("{stage:?} with {options}");
     let rollouts = (1..=3).map(|rank| {
-        let (control, config, within) = (control(&address), config(options), &within);
+        let (control, config, within) = (control(address.clone()), config(options), &within);
         async move {
             let rank = Some(Rank(rank));
             let control = ControlPlane::join(control, Role::Rollout, rank).await.unwrap();
-            let mut engine = form(&control, config, RANKS).await.unwrap();
-            assert_eq!(update(&mut *engine).await.unwrap(), Version(1));
+            let mut engine = form(BACKEND, &control, config, RANKS).await.unwrap();
+            assert_eq!(receive(&mut *engine).await.unwrap(), Version(1));
             let here = match stage {
                 // A trainer that has nothing to send is waited for.
                 Stage::Before => Stage::Begun,
@@ -651,24 +518,24 @@ lost_trainers! {
 fn newcomers_get_the_current_version_from_one_that_holds_it_while_the_trainer_does_nothing() {
     for options in ["{}", r#"{"transfer": "write"}"#] {
         runtime().block_on(async {
-            let plane = ControlPlane::lead(control(&address())).await.unwrap();
-            let start = || Process::start("holding rollout", plane.address(), None, options);
-            let mut rollouts = vec![start(), start()];
-            let mut engine = form(&plane, config(options), 3).await.unwrap();
+            let plane = ControlPlane::lead(control(address())).await.unwrap();
+            let holding = || start("holding rollout", plane.address(), None, options);
+            let mut rollouts = vec![holding(), holding()];
+            let mut engine = form(BACKEND, &plane, config(options), 3).await.unwrap();
             rollouts.iter().for_each(|rollout| rollout.says("joined"));
             let update = engine.send_weights(ensure_async_iterator(model(1)), Version(1));
             assert_eq!(receivers(&update.await.unwrap()).len(), 2);
             rollouts.iter().for_each(|rollout| rollout.says("has 1"));
 
             // Two at once, of whom the holder can serve one.
-            let newcomers = [start(), start()];
+            let newcomers = [holding(), holding()];
             for newcomer in &newcomers {
                 newcomer.says("joined");
                 newcomer.says("has 1");
             }
             // What they took over, they hold as well as anyone.
             rollouts.drain(..).for_each(drop);
-            let newcomer = start();
+            let newcomer = holding();
             newcomer.says("joined");
             newcomer.says("has 1");
 
@@ -724,7 +591,7 @@ impl Hosts {
         // For UCX all of them are one host, which is reached by the loopback interface.
         program.env("UCX_NET_DEVICES", "wire");
         let rank = (host > 0).then_some(host as u32);
-        Process::start_with(program, role, address, rank, options)
+        start_with(program, role, address, rank, options)
     }
 
     fn link(&self, host: u32, state: &str) {
@@ -758,13 +625,13 @@ fn cut_off(topology: &str, cut: u32) {
     left.retain(|rank| *rank != cut);
     all.iter().for_each(|rank| says(*rank, "joined"));
     trainer.says("halfway 1");
-    trainer.go_on();
+    trainer.tell("");
     trainer.says(&format!("sent 1 to {}", joined(&all)));
     all.iter().for_each(|rank| says(*rank, "active 1"));
 
     trainer.says("halfway 2");
     hosts.link(cut, "down");
-    trainer.go_on();
+    trainer.tell("");
     trainer.says(&format!("sent 2 to {}", joined(&left)));
     left.iter().for_each(|rank| says(*rank, "active 2"));
     says(cut, "failed PeerLost");
@@ -772,11 +639,11 @@ fn cut_off(topology: &str, cut: u32) {
     trainer.says("halfway 3");
     hosts.link(cut, "up");
     says(cut, "joined");
-    trainer.go_on();
+    trainer.tell("");
     trainer.says(&format!("sent 3 to {}", joined(&left)));
     left.iter().for_each(|rank| says(*rank, "active 3"));
     trainer.says("halfway 4");
-    trainer.go_on();
+    trainer.tell("");
     trainer.says(&format!("sent 4 to {}", joined(&all)));
     all.iter().for_each(|rank| says(*rank, "active 4"));
 }

@@ -10,6 +10,8 @@
 //!     conformance::processes::be_a_child(BACKEND);
 //! }
 //! ```
+//!
+//! Tests whose ranks do other things have them in a program of their own, and use the parts from here.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
@@ -20,8 +22,8 @@ use std::time::Duration;
 use engine_core::control::{Address, ControlConfig, Token};
 use engine_core::{
     Backend, CheckpointEngine, CheckpointEngineConfig, ControlPlane, DType, DeviceChoice,
-    EngineContext, ErrorKind, Rank, Result, Role, SendReport, Version, Weight, WorkerMetadata,
-    ensure_async_iterator,
+    EngineContext, Error, ErrorKind, Placement, Rank, ReceivedWeights, Result, Role, SendReport,
+    Version, Weight, WorkerMetadata, ensure_async_iterator,
 };
 
 use crate::log;
@@ -34,10 +36,11 @@ const DEVICES: &str = "CKPT_ENGINE_TEST_DEVICES";
 /// The test that becomes a rank.
 const TEST: &str = "a_process_of_a_group";
 /// How long anything may take before it counts as a hang.
-const LIMIT: Duration = Duration::from_secs(90);
+pub const LIMIT: Duration = Duration::from_secs(90);
 /// Weights of an update.
 pub const WEIGHTS: usize = 12;
-const WEIGHT_BYTES: usize = 500_000;
+/// Bytes of a weight: two of them are a bucket of 1 MiB.
+pub const WEIGHT_BYTES: usize = 500_000;
 
 /// What a child is told.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
@@ -52,30 +55,76 @@ struct Orders {
     drops_in: Option<Version>,
 }
 
+impl Orders {
+    fn start(&self) -> Process {
+        let mut program = Process::program();
+        program.env(CHILD, serde_json::to_string(self).expect("orders"));
+        Process::start(program)
+    }
+}
+
 /// A model that says its version in every byte.
-fn model(version: u64) -> Vec<Weight> {
+///
+/// # Panics
+///
+/// Never: its tensors are small.
+pub fn model(version: u64) -> Vec<Weight> {
     let weight = |index: usize| {
-        let bytes = vec![(version * 16 + index as u64) as u8; WEIGHT_BYTES];
+        let bytes = vec![value(Version(version), index); WEIGHT_BYTES];
         Weight::new(format!("w{index}"), DType::U8, [WEIGHT_BYTES as u64], bytes)
             .expect("a small tensor")
     };
     (0..WEIGHTS).map(weight).collect()
 }
 
-fn control(address: Address) -> ControlConfig {
+/// Every byte of a model's weight of a number.
+pub fn value(version: Version, index: usize) -> u8 {
+    (version.0 * 16 + index as u64) as u8
+}
+
+/// How ranks of a group talk to its leader: those that fall silent are noticed soon.
+///
+/// # Panics
+///
+/// Never: the token is long enough.
+pub fn control(address: Address) -> ControlConfig {
     let mut config = ControlConfig::new(address, Token::new(SECRET).expect("a long token"));
     config.heartbeat_interval = Duration::from_millis(300);
     config.heartbeat_timeout = Duration::from_secs(3);
     config
 }
 
-fn runtime() -> tokio::runtime::Runtime {
+/// An address of this host that no other group has.
+///
+/// # Panics
+///
+/// Never: it is one.
+pub fn address() -> Address {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    format!("unix:@processes-{}-{count}", std::process::id()).parse().expect("an address")
+}
+
+/// What a rank runs in.
+///
+/// # Panics
+///
+/// If its threads cannot be started.
+pub fn runtime() -> tokio::runtime::Runtime {
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     builder.worker_threads(2).enable_all().build().expect("a runtime")
 }
 
 /// Joins an engine with a group of so many ranks, or with one that is there already.
-async fn form(
+///
+/// # Errors
+///
+/// What the engine or the control plane reports.
+///
+/// # Panics
+///
+/// If what the ranks say of themselves is not metadata.
+pub async fn form(
     backend: &'static dyn Backend,
     control: &ControlPlane,
     mut config: CheckpointEngineConfig,
@@ -88,14 +137,90 @@ async fn form(
     }
     let context = EngineContext::new(config, control.role()).with_control(control.clone());
     let mut engine = backend.create(context)?;
-    let own = serde_json::to_vec(&engine.prepare().await?).expect("metadata");
+    let own = engine.prepare().await?;
+    engine.init_process_group(place(backend, control, &own, ranks).await?).await?;
+    Ok(engine)
+}
+
+/// Tells the others of a group what this rank said of itself; its place among them.
+///
+/// # Errors
+///
+/// What the backend or the control plane reports.
+///
+/// # Panics
+///
+/// If what the ranks say of themselves is not metadata.
+pub async fn place(
+    backend: &'static dyn Backend,
+    control: &ControlPlane,
+    own: &WorkerMetadata,
+    ranks: u32,
+) -> Result<Placement> {
+    let own = serde_json::to_vec(own).expect("metadata");
     let peers = control.gather(ranks, own.into(), LIMIT).await?;
     let workers = peers.iter().map(|peer| serde_json::from_slice(&peer.payload));
     let workers: Vec<WorkerMetadata> = workers.map(|worker| worker.expect("metadata")).collect();
-    let places = backend.build_topology(&workers)?;
-    let place = places.into_iter().find(|place| place.rank == control.rank());
-    engine.init_process_group(place.expect("a place")).await?;
-    Ok(engine)
+    let mut places = backend.build_topology(&workers)?;
+    // In the order of the ranks, which have gaps when some have left.
+    let at = peers.iter().position(|peer| peer.rank == control.rank());
+    Ok(places.swap_remove(at.expect("this rank is one of them")))
+}
+
+/// Sends a version's model; something happens before its weight of a number is given.
+///
+/// # Errors
+///
+/// Why it failed; what happened may be an error too.
+///
+/// # Panics
+///
+/// If it hangs.
+pub async fn send(
+    engine: &mut dyn CheckpointEngine,
+    version: u64,
+    before: usize,
+    mut happens: impl FnMut() -> Result<()> + Send,
+) -> Result<SendReport> {
+    let weights = model(version).into_iter().enumerate().map(|(index, weight)| {
+        if index == before {
+            happens()?;
+        }
+        Ok::<_, Error>(weight)
+    });
+    let sent = engine.send_weights(ensure_async_iterator(weights), Version(version));
+    tokio::time::timeout(LIMIT, sent).await.expect("no hang")
+}
+
+/// The ranks that have what was sent.
+pub fn receivers(report: &SendReport) -> Vec<Rank> {
+    report.receivers.iter().map(|receiver| receiver.rank).collect()
+}
+
+/// Takes the next update, and compares every byte.
+///
+/// # Errors
+///
+/// Why there is none.
+///
+/// # Panics
+///
+/// If other bytes arrived.
+pub async fn receive(engine: &mut dyn CheckpointEngine) -> Result<Version> {
+    check(engine.receive_weights(None).await?).await
+}
+
+async fn check(mut received: ReceivedWeights<'_>) -> Result<Version> {
+    let version = received.version();
+    let mut index = 0;
+    while let Some(tensor) = received.next_tensor().await? {
+        let expected = value(version, index);
+        assert!(tensor.to_bytes()?.iter().all(|byte| *byte == expected), "other bytes arrived");
+        index += 1;
+    }
+    assert_eq!(index, WEIGHTS, "tensors are missing");
+    received.finish().await?;
+    Ok(version)
 }
 
 /// What a child process does; nothing in a process that is none.
@@ -117,7 +242,7 @@ pub fn be_a_child(backend: &'static dyn Backend) {
         say("joined");
         for version in 1.. {
             let result = match orders.role {
-                Role::Rollout => match receive(&mut *engine, orders.drops_in).await {
+                Role::Rollout => match receive_unless(&mut *engine, orders.drops_in).await {
                     Ok(None) => {
                         drop(engine);
                         say("dropped its engine");
@@ -155,29 +280,26 @@ fn rank_in_words(error: &engine_core::Error) -> String {
     error.report().rank.map_or_else(|| "nobody".into(), |rank| rank.to_string())
 }
 
-/// Takes an update, and compares every byte. `None` if this is the version in whose update the engine is to
-/// be dropped: it has one bucket then.
-async fn receive(
+/// Takes the next update. `None` if this is the version in whose update the engine is to be dropped: it has
+/// one bucket then.
+async fn receive_unless(
     engine: &mut dyn CheckpointEngine,
     drops_in: Option<Version>,
 ) -> Result<Option<Version>> {
     let mut received = engine.receive_weights(None).await?;
-    let version = received.version();
-    if drops_in == Some(version) {
+    if drops_in == Some(received.version()) {
         drop(received.next_bucket().await?);
         return Ok(None);
     }
-    let mut index = 0;
-    while let Some(tensor) = received.next_tensor().await? {
-        let expected = (version.0 * 16 + index) as u8;
-        assert!(tensor.to_bytes()?.iter().all(|byte| *byte == expected), "other bytes arrived");
-        index += 1;
-    }
-    assert_eq!(index, WEIGHTS as u64, "tensors are missing");
-    Ok(Some(version))
+    check(received).await.map(Some)
 }
 
-fn say(line: &str) {
+/// Says a line to the process that has started this one.
+///
+/// # Panics
+///
+/// If that listens no more.
+pub fn say(line: &str) {
     let mut output = std::io::stdout().lock();
     writeln!(output, "\n>{line}").and_then(|()| output.flush()).expect("a parent that listens");
 }
@@ -190,11 +312,14 @@ pub struct Process {
 }
 
 impl Process {
-    fn start(orders: &Orders) -> Self {
-        let mut command = Command::new(std::env::current_exe().expect("this program"));
+    /// Starts this test program, or what a command runs it with, as a rank.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be started.
+    pub fn start(mut command: Command) -> Self {
         command.args(["--exact", TEST, "--nocapture", "--include-ignored"]);
-        command.env(CHILD, serde_json::to_string(orders).expect("orders"));
-        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().expect("a child");
         let output = BufReader::new(child.stdout.take().expect("its output"));
         let (sender, said) = channel();
@@ -209,15 +334,63 @@ impl Process {
         Self { child, said }
     }
 
+    /// This test program.
+    ///
+    /// # Panics
+    ///
+    /// If it does not know where it is.
+    pub fn program() -> Command {
+        Command::new(std::env::current_exe().expect("this program"))
+    }
+
+    /// The number that the system has given it.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Kills it, as the kernel would.
+    ///
+    /// # Panics
+    ///
+    /// If that is refused.
     pub fn kill(&mut self) {
         self.child.kill().expect("a child to kill");
         self.child.wait().expect("its end");
     }
 
     /// The next thing that it says.
-    pub fn says(&self) -> String {
+    ///
+    /// # Panics
+    ///
+    /// If it says nothing.
+    #[track_caller]
+    pub fn next_line(&self) -> String {
         self.said.recv_timeout(LIMIT).expect("a child that says something")
+    }
+
+    /// Waits for the next thing that it says.
+    ///
+    /// # Panics
+    ///
+    /// If that is anything else.
+    #[track_caller]
+    pub fn says(&self, what: &str) {
+        assert_eq!(self.next_line(), what);
+    }
+
+    /// Says a line to it.
+    ///
+    /// # Panics
+    ///
+    /// If it listens no more.
+    pub fn tell(&mut self, line: &str) {
+        let input = self.child.stdin.as_mut().expect("it is told things");
+        writeln!(input, "{line}").expect("a child that listens");
+    }
+
+    /// Lets it know that it will be told nothing more.
+    pub fn hang_up(&mut self) {
+        drop(self.child.stdin.take());
     }
 
     /// Its resident memory, in bytes.
@@ -266,16 +439,14 @@ impl Processes {
         rollouts: u32,
     ) -> Self {
         log();
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let address = format!("unix:@processes-{}-{count}", std::process::id());
+        let address = address();
         let runtime = runtime();
-        let lead = ControlPlane::lead(control(address.parse().expect("an address")));
+        let lead = ControlPlane::lead(control(address.clone()));
         let plane = runtime.block_on(lead).expect("an address to listen at");
         let ranks = trainers + rollouts;
         let config_value = serde_json::to_value(config).expect("a configuration");
         let mut orders = Orders {
-            address,
+            address: address.to_string(),
             rank: None,
             role: Role::Trainer,
             ranks,
@@ -286,11 +457,11 @@ impl Processes {
         for rank in 1..ranks {
             orders.rank = Some(Rank(rank));
             orders.role = if rank < trainers { Role::Trainer } else { Role::Rollout };
-            children.push(Process::start(&orders));
+            children.push(orders.start());
         }
         let engine = runtime.block_on(form(backend, &plane, config.clone(), ranks));
         let engine = engine.expect("a group");
-        children.iter().for_each(|child| assert_eq!(child.says(), "joined"));
+        children.iter().for_each(|child| child.says("joined"));
         Self { runtime, engine, orders, control: plane, children }
     }
 
@@ -303,8 +474,8 @@ impl Processes {
     pub fn join_and_drop_in(&mut self, version: Option<Version>) {
         let orders =
             Orders { rank: None, role: Role::Rollout, drops_in: version, ..self.orders.clone() };
-        let child = Process::start(&orders);
-        assert_eq!(child.says(), "joined");
+        let child = orders.start();
+        child.says("joined");
         self.children.push(child);
     }
 
@@ -324,18 +495,11 @@ impl Processes {
         mut happens: impl FnMut(&mut Vec<Process>) + Send,
     ) -> Result<SendReport> {
         let Self { runtime, engine, children, .. } = self;
-        let mut given = 0;
-        let mut weights = model(version).into_iter();
-        let source = std::iter::from_fn(|| {
-            if given == before {
-                happens(children);
-            }
-            given += 1;
-            weights.next()
-        });
-        let sent = engine.send_weights(ensure_async_iterator(source), Version(version));
-        let limited = async { tokio::time::timeout(LIMIT, sent).await };
-        runtime.block_on(limited).expect("no hang")
+        let happens = || {
+            happens(children);
+            Ok(())
+        };
+        runtime.block_on(send(&mut **engine, version, before, happens))
     }
 
     /// An update that has to work, for so many rollouts; every child says so.
@@ -348,7 +512,7 @@ impl Processes {
         let report = report.unwrap_or_else(|error| panic!("version {version}: {error}"));
         assert_eq!(report.receivers.len(), rollouts, "of version {version}");
         for child in &self.children {
-            assert_eq!(child.says(), format!("active {version}"));
+            child.says(&format!("active {version}"));
         }
     }
 
