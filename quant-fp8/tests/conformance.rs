@@ -1,5 +1,6 @@
 //! Engines behave as engines have to with quantisation in front of them, and bring exactly what the
-//! combinator makes of the weights: quantised by the trainer, and quantised by the rollout.
+//! combinator makes of the weights: quantised by the trainer, and quantised by the rollout. Backends over native
+//! libraries have such suites of their own.
 
 use conformance::Suite;
 use engine_core::{Backend, Weight, naive};
@@ -39,8 +40,4 @@ mod naive_with_the_rollout_quantising {
 
 mod ipc_with_the_rollout_quantising {
     conformance::suite!(super::on_the_rollout(backend_ipc::BACKEND).with_control_plane());
-}
-
-mod nixl_with_the_trainer_quantising {
-    conformance::suite!(super::on_the_trainer(backend_nixl::BACKEND).with_control_plane());
 }
