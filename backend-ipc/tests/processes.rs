@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use backend_ipc::{BACKEND, CacheAddress, SharedCache, SharedCacheReader};
 use conformance::processes::{
@@ -216,6 +217,46 @@ fn another_process_reads_the_last_whole_version_while_the_next_arrives_and_none_
         assert_eq!(read(&reader).await.unwrap(), 2, "what was taken goes with its owner");
         let error = SharedCacheReader::open(cache).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::PeerLost, "{error}");
+    });
+}
+
+#[test]
+fn a_version_that_fails_when_all_its_buckets_are_there_does_not_get_into_the_cache() {
+    runtime().block_on(async {
+        let address = address();
+        let owner = start("caching rollout", &address, 3);
+        let (lead, follow) = join(lead(address.clone(), 3), follow(address.clone(), 3)).await;
+        let ((_control, mut engine), mut other) = (lead, follow);
+        let cache: CacheAddress = serde_json::from_str(&owner.next_line()).unwrap();
+        let reader = SharedCacheReader::open(cache).unwrap();
+        let sent = send(&mut *engine, 1, usize::MAX, || Ok(()));
+        let (sent, received) = join(sent, receive(&mut *other)).await;
+        assert_eq!((sent.unwrap().version, received.unwrap()), (Version(1), Version(1)));
+        owner.says("cached 1");
+
+        let fails = async {
+            let mut received = other.receive_weights(None).await.unwrap();
+            for _ in 0..WEIGHTS {
+                assert!(received.next_tensor().await.unwrap().is_some());
+            }
+            // The owner has them as well by then.
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            received.fail(Error::new(
+                ErrorKind::Resource,
+                "installing",
+                "the last layer is missing",
+            ));
+        };
+        let (sent, ()) = join(send(&mut *engine, 2, usize::MAX, || Ok(())), fails).await;
+        assert_eq!(sent.unwrap_err().kind(), ErrorKind::Resource);
+        owner.says("Resource");
+        assert_eq!(read(&reader).await.unwrap(), 1);
+
+        let sent = send(&mut *engine, 3, usize::MAX, || Ok(()));
+        let (sent, received) = join(sent, receive(&mut *other)).await;
+        assert_eq!((sent.unwrap().version, received.unwrap()), (Version(3), Version(3)));
+        owner.says("cached 3");
+        assert_eq!(read(&reader).await.unwrap(), 3);
     });
 }
 
