@@ -90,8 +90,8 @@ pub(crate) struct Reach {
     host: String,
     /// Whether UCX emulates what its transports cannot do: for memory of devices.
     emulates: bool,
-    /// What came of reading from an agent for the first time, by its name.
-    tried: HashMap<String, bool>,
+    /// Whether an agent can be read from, as was found out, by its name.
+    decided: HashMap<String, bool>,
 }
 
 impl Reach {
@@ -103,7 +103,7 @@ impl Reach {
             only_tcp_between_hosts: sys::infiniband_devices().is_empty(),
             host: this_host(),
             emulates: arena.device().is_some(),
-            tried: HashMap::new(),
+            decided: HashMap::new(),
         }
     }
 
@@ -111,15 +111,19 @@ impl Reach {
     pub(crate) fn excludes(&self, peer: &Card) -> bool {
         let only_tcp = self.only_tcp || (self.only_tcp_between_hosts && peer.host != self.host);
         let known = only_tcp && !self.emulates && peer.device.is_none();
-        known || self.tried.get(&peer.name) == Some(&false)
+        known || self.decided.get(&peer.name) == Some(&false)
     }
 
-    /// Takes note of whether a read succeeded, and says whether that agent can be read from: one that could
-    /// once and cannot any more is gone.
-    fn tried(&mut self, peer: &str, succeeded: bool) -> bool {
-        match self.tried.get(peer) {
-            Some(known) => *known,
-            None => *self.tried.entry(peer.to_owned()).or_insert(succeeded),
+    /// Whether nothing was found out of an agent. One that could be read from once, and cannot be any more,
+    /// is gone.
+    fn is_undecided(&self, peer: &str) -> bool {
+        !self.decided.contains_key(peer)
+    }
+
+    /// Takes note of whether an agent can be read from.
+    fn decide(&mut self, peer: &str, readable: bool) {
+        if self.is_undecided(peer) {
+            self.decided.insert(peer.to_owned(), readable);
         }
     }
 
@@ -330,7 +334,7 @@ fn in_words(names: &[String]) -> String {
 /// What agents say to one another where the one that has the bytes writes them.
 #[derive(Debug, Serialize, Deserialize)]
 enum Notice {
-    /// "Write the first bytes of your slot to there."
+    /// "Write the first bytes of your slot to there." No bytes: "are you there?"
     Ask {
         id: u64,
         slot: u32,
@@ -409,6 +413,9 @@ struct Active {
 
 enum Work {
     Read(RawTransfer),
+    /// The peer could not be read from. It was asked whether it is there at all: only then it is told where to
+    /// write to, which would have to be replaced if it was not.
+    Greeted(u64),
     /// The peer was asked to write.
     Asked(u64),
 }
@@ -515,6 +522,7 @@ impl Worker {
             transfer.fail(NixlError::Closed);
             let released = match &mut transfer.work {
                 Work::Read(raw) => self.agent.release(raw),
+                Work::Greeted(_) => true,
                 Work::Asked(id) => {
                     self.retired.insert(*id, transfer.slot.into_memory());
                     true
@@ -567,19 +575,19 @@ impl Worker {
     }
 
     fn begin(&mut self, transfer: &Transfer) -> Result<Work, NixlError> {
-        let Transfer { slot, peer, from, deadline, .. } = transfer;
-        let remote = peer.range(*from, slot.range().1 as u64)?;
+        let &Transfer { ref slot, ref peer, from, deadline, .. } = transfer;
+        let remote = peer.range(from, slot.range().1 as u64)?;
         self.load(&peer.name, &peer.metadata)?;
         if self.reads_from(peer) {
             let local = (slot.range(), self.arena.device());
             let started = self.agent.start(Way::Read, &peer.name, local, (remote, peer.device));
             match started {
                 Ok(raw) => return Ok(Work::Read(raw)),
-                Err(error) if !self.is_unreadable(&peer.name, &error) => return Err(error),
-                Err(_) => {}
+                Err(error) if !self.is_in_doubt(&peer.name, &error) => return Err(error),
+                Err(_) => return self.greet(peer, deadline),
             }
         }
-        self.ask(peer, slot, *from, *deadline)
+        self.ask(peer, from, slot, deadline)
     }
 
     /// Whether bytes are read from a peer, and it is not asked to write them.
@@ -587,34 +595,47 @@ impl Worker {
         !(self.writes || peer.moves || self.reach.excludes(peer))
     }
 
-    /// Takes note of a read that failed. True if it was the first one from this peer: perhaps UCX has no
-    /// transport here that can read.
-    fn is_unreadable(&mut self, peer: &str, error: &NixlError) -> bool {
-        let unreadable =
-            matches!(error, NixlError::Transfer { .. }) && !self.reach.tried(peer, false);
-        if unreadable {
-            debug!(peer, "nothing can be read from a peer, it is asked to write");
+    /// Whether a read that failed may have done so because UCX has no transport here that can read.
+    fn is_in_doubt(&mut self, peer: &str, error: &NixlError) -> bool {
+        let is_in_doubt =
+            matches!(error, NixlError::Transfer { .. }) && self.reach.is_undecided(peer);
+        if is_in_doubt {
             self.disconnect(peer);
         }
-        unreadable
+        is_in_doubt
+    }
+
+    /// Asks a peer whether it is there.
+    fn greet(&mut self, peer: &Card, deadline: Duration) -> Result<Work, NixlError> {
+        self.request(peer, 0, (0, 0), deadline).map(Work::Greeted)
     }
 
     /// Asks a peer to write from its slot to one of this rank.
     fn ask(
         &mut self,
         peer: &Card,
-        slot: &Slot,
         from: u32,
+        slot: &Slot,
         deadline: Duration,
     ) -> Result<Work, NixlError> {
         self.moves.possible.store(true, Ordering::SeqCst);
+        self.request(peer, from, slot.range(), deadline).map(Work::Asked)
+    }
+
+    /// Has a peer write the first bytes of a slot; the number that its answer will have.
+    fn request(
+        &mut self,
+        peer: &Card,
+        slot: u32,
+        (address, len): (usize, usize),
+        deadline: Duration,
+    ) -> Result<u64, NixlError> {
         let era = self.load(&peer.name, &peer.metadata)?;
         self.count += 1;
         let id = self.count;
-        let (address, len) = slot.range();
         let ask = Notice::Ask {
             id,
-            slot: from,
+            slot,
             target: (address as u64, len as u64),
             device: self.arena.device(),
             metadata: self.metadata.clone(),
@@ -622,7 +643,7 @@ impl Worker {
             millis: u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX),
         };
         self.say(&peer.name, &ask)?;
-        Ok(Work::Asked(id))
+        Ok(id)
     }
 
     fn say(&self, peer: &str, notice: &Notice) -> Result<(), NixlError> {
@@ -660,12 +681,12 @@ impl Worker {
         while let Some(transfer) = self.active.get_mut(at) {
             let raw = match &mut transfer.work {
                 Work::Read(raw) => raw,
-                Work::Asked(_) => {
+                Work::Greeted(_) | Work::Asked(_) => {
                     if now >= transfer.until {
                         let error = NixlError::Slow(transfer.deadline);
                         let transfer = self.active.swap_remove(at);
                         broken.push(transfer.peer.name.clone());
-                        self.retire(transfer, error);
+                        self.give_up(transfer, error);
                     } else {
                         at += 1;
                     }
@@ -682,7 +703,7 @@ impl Worker {
                         if self.agent.release(raw) {
                             ended = true;
                             let Active { slot, peer, done, .. } = self.active.swap_remove(at);
-                            self.reach.tried(&peer.name, true);
+                            self.reach.decide(&peer.name, true);
                             if let Some(done) = done {
                                 done.tell(Ok(slot));
                             }
@@ -725,10 +746,9 @@ impl Worker {
 
     /// Goes on after a read that failed, and that the library has let go of.
     fn try_again(&mut self, mut transfer: Active, error: NixlError) {
-        let Active { peer, from, slot, deadline, .. } = &transfer;
-        let (peer, deadline) = (peer.clone(), *deadline);
-        let error = if self.is_unreadable(&peer.name, &error) {
-            match self.ask(&peer, slot, *from, deadline) {
+        let (peer, deadline) = (transfer.peer.clone(), transfer.deadline);
+        let error = if self.is_in_doubt(&peer.name, &error) {
+            match self.greet(&peer, deadline) {
                 Ok(work) => {
                     self.active.push(Active { work, ..transfer });
                     return;
@@ -748,7 +768,7 @@ impl Worker {
     }
 
     fn awaits_peers(&self) -> bool {
-        self.active.iter().any(|transfer| matches!(transfer.work, Work::Asked(_)))
+        self.active.iter().any(|transfer| !matches!(transfer.work, Work::Read(_)))
     }
 
     /// How long to sleep when there is nothing to be done: peers ask when they like, above all soon after
@@ -797,7 +817,8 @@ impl Worker {
                 let now = Instant::now();
                 let until = now.checked_add(Duration::from_millis(millis)).unwrap_or(now);
                 match self.answer(&peer, slot, (target, device), &metadata, era) {
-                    Ok(raw) => {
+                    Ok(None) => self.confirm(&peer, id),
+                    Ok(Some(raw)) => {
                         self.serving.push(Serving { raw, peer, id, until, failed: None });
                     }
                     Err(error) => self.refuse(&peer, id, error.to_string()),
@@ -811,19 +832,33 @@ impl Worker {
             self.spares.push(memory);
             return;
         }
-        let asked = |active: &Active| matches!(active.work, Work::Asked(asked) if asked == id);
+        let asked = |active: &Active| match active.work {
+            Work::Greeted(asked) | Work::Asked(asked) => asked == id,
+            Work::Read(_) => false,
+        };
         let Some(at) = self.active.iter().position(asked) else { return };
-        // The peer has let go of the memory, whichever way it ended.
-        let Active { slot, done, .. } = self.active.swap_remove(at);
-        if let Some(done) = done {
-            done.tell(match words {
-                None => Ok(slot),
-                Some(words) => Err(NixlError::Refused(words)),
-            });
+        let mut transfer = self.active.swap_remove(at);
+        match (words, &transfer.work) {
+            (Some(words), _) => transfer.fail(NixlError::Refused(words)),
+            (None, Work::Greeted(_)) => {
+                let Active { peer, from, slot, deadline, .. } = &transfer;
+                debug!(peer.name, "nothing can be read from a peer, it is asked to write");
+                self.reach.decide(&peer.name, false);
+                match self.ask(&peer.clone(), *from, slot, *deadline) {
+                    Ok(work) => self.active.push(Active { work, ..transfer }),
+                    Err(error) => transfer.fail(error),
+                }
+            }
+            // The peer has let go of the memory.
+            (None, _) => {
+                if let Some(done) = transfer.done {
+                    done.tell(Ok(transfer.slot));
+                }
+            }
         }
     }
 
-    /// Starts to write a slot to where a peer wants it.
+    /// Starts to write a slot to where a peer wants it, if it wants any bytes.
     fn answer(
         &mut self,
         peer: &str,
@@ -831,7 +866,7 @@ impl Worker {
         ((address, len), device): ((u64, u64), Option<u32>),
         metadata: &[u8],
         era: u64,
-    ) -> Result<RawTransfer, NixlError> {
+    ) -> Result<Option<RawTransfer>, NixlError> {
         if self.loaded.get(peer).is_some_and(|known| known.asks.is_some_and(|asks| asks != era)) {
             self.forget(peer);
         }
@@ -839,10 +874,21 @@ impl Worker {
         if let Some(known) = self.loaded.get_mut(peer) {
             known.asks = Some(era);
         }
-        // From here on a refusal reaches the peer.
+        // From here on an answer reaches the peer.
+        if len == 0 {
+            return Ok(None);
+        }
         let local = (self.arena.range(slot, len)?, self.arena.device());
         let target = usize::try_from(address).map_err(|_| NixlError::Unknown)?;
-        self.agent.start(Way::Write, peer, local, ((target, len as usize), device))
+        self.agent.start(Way::Write, peer, local, ((target, len as usize), device)).map(Some)
+    }
+
+    /// Tells a peer that what it asked for is done.
+    fn confirm(&mut self, peer: &str, id: u64) {
+        if let Err(error) = self.say(peer, &Notice::Done { id }) {
+            warn!(peer, %error, "a peer could not be told that its bucket is there");
+            self.forget(peer);
+        }
     }
 
     fn refuse(&mut self, peer: &str, id: u64, words: String) {
@@ -882,12 +928,7 @@ impl Worker {
         for Serving { peer, id, failed, .. } in ended {
             match failed {
                 Some(words) => self.refuse(&peer, id, words),
-                None => {
-                    if let Err(error) = self.say(&peer, &Notice::Done { id }) {
-                        warn!(peer, %error, "a peer could not be told that its bucket is there");
-                        self.forget(&peer);
-                    }
-                }
+                None => self.confirm(&peer, id),
             }
         }
         any
@@ -895,8 +936,9 @@ impl Worker {
 
     /// Gives up what a peer was asked for. It may still write: its target is retired, and the slot gets
     /// other memory.
-    fn retire(&mut self, transfer: Active, error: NixlError) {
-        let Active { work: Work::Asked(id), slot, done, .. } = transfer else { return };
+    fn give_up(&mut self, mut transfer: Active, error: NixlError) {
+        let Work::Asked(id) = transfer.work else { return transfer.fail(error) };
+        let Active { slot, done, .. } = transfer;
         self.stale |= !self.moves.told.load(Ordering::SeqCst);
         let spare = self.spares.pop().map_or_else(|| self.more(), Ok);
         match spare {
@@ -931,7 +973,7 @@ impl Worker {
         self.active = left;
         for mut transfer in gone {
             match &mut transfer.work {
-                Work::Asked(_) => self.retire(transfer, NixlError::Abandoned),
+                Work::Greeted(_) | Work::Asked(_) => self.give_up(transfer, NixlError::Abandoned),
                 Work::Read(raw) => {
                     let released = self.agent.release(raw);
                     transfer.fail(NixlError::Abandoned);
@@ -1101,7 +1143,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_known_from_hosts_and_transports_or_from_the_first_attempt() {
+    fn what_cannot_be_read_is_known_from_hosts_and_transports_or_was_found_out() {
         let here = Card {
             name: "peer".into(),
             metadata: Vec::new(),
@@ -1115,8 +1157,8 @@ mod tests {
         let elsewhere = Card { host: "elsewhere".into(), ..here.clone() };
         let on_a_device = Card { device: Some(0), ..elsewhere.clone() };
         let excluded = |only_tcp, only_tcp_between_hosts, emulates| {
-            let (host, tried) = ("here".into(), HashMap::new());
-            let reach = Reach { only_tcp, only_tcp_between_hosts, host, emulates, tried };
+            let (host, decided) = ("here".into(), HashMap::new());
+            let reach = Reach { only_tcp, only_tcp_between_hosts, host, emulates, decided };
             [&here, &elsewhere, &on_a_device].map(|peer| reach.excludes(peer))
         };
         assert_eq!(excluded(false, false, false), [false, false, false]);
@@ -1124,14 +1166,18 @@ mod tests {
         assert_eq!(excluded(true, true, false), [true, true, false]);
         assert_eq!(excluded(true, true, true), [false, false, false]);
 
-        // What came of the first attempt stays known, whatever came of later ones.
-        let (host, tried) = ("here".into(), HashMap::new());
+        // What was found out of an agent stays, whatever happens to it later.
+        let (host, decided) = ("here".into(), HashMap::new());
         let (only_tcp, only_tcp_between_hosts, emulates) = (false, false, false);
-        let mut reach = Reach { only_tcp, only_tcp_between_hosts, host, emulates, tried };
+        let mut reach = Reach { only_tcp, only_tcp_between_hosts, host, emulates, decided };
         let never = Card { name: "never".into(), ..here.clone() };
-        assert_eq!([reach.tried("peer", true), reach.tried("never", false)], [true, false]);
-        assert_eq!([reach.tried("peer", false), reach.tried("never", true)], [true, false]);
-        assert_eq!([reach.excludes(&here), reach.excludes(&never)], [false, true]);
+        assert!(reach.is_undecided("peer") && !reach.excludes(&here) && !reach.excludes(&never));
+        for readable in [true, false] {
+            reach.decide("peer", readable);
+            reach.decide("never", !readable);
+            assert_eq!([reach.excludes(&here), reach.excludes(&never)], [false, true]);
+            assert!(!reach.is_undecided("peer") && !reach.is_undecided("never"));
+        }
     }
 
     /// An agent that has only these transports.
@@ -1156,6 +1202,31 @@ mod tests {
                 assert!(two.0.moves(), "{transports}");
             }
         }
+    }
+
+    #[tokio::test]
+    async fn one_that_cannot_be_read_from_and_does_not_answer_is_not_told_where_to_write() {
+        let two = agent_over("greets", "tcp,tcp,self,").await;
+        let before = two.1.range(1, BYTES).unwrap();
+        // An agent without a thread, which takes in nothing.
+        let arena = Arena::new(2, BYTES).unwrap();
+        let options = AgentOptions { error_handling: "peer", ..Default::default() };
+        let name = format!("silent-{}", std::process::id());
+        let (_silent, card) = open(&options, name, &arena).unwrap();
+        let card = Arc::new(card);
+        let mut told = begin(&two, 1, &card, 0).await.unwrap();
+        let waited = tokio::time::timeout(Duration::from_millis(300), &mut told).await;
+        assert!(waited.is_err(), "it is still waited for: {waited:?}");
+        two.0.forget(&card);
+        let error = told.await.unwrap().unwrap_err();
+        assert!(matches!(error, NixlError::Abandoned), "{error}");
+        assert!(!two.0.moves());
+        assert_eq!(two.1.range(1, BYTES).unwrap(), before);
+        // The slot is as good as before, in the same update.
+        let other = agent_over("answers", "tcp,tcp,self,").await;
+        fill(&other.1, 0, 1).await;
+        let card = Arc::new(other.0.card().clone());
+        assert!(is_pattern(transfer(&two, 1, &card, 0).await.unwrap(), 1));
     }
 
     #[tokio::test]
