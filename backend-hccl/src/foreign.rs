@@ -1,26 +1,21 @@
 //! Groups with a member that others have written: the HCCL wrapper of `vllm_ascend`, in Python.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::PathBuf;
+use std::process::{Child, Command};
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use engine_core::collective::{Communicator, Shape, Thread, Wait};
 use hccl_sim::Profile;
+use hccl_sim::foreign::{self, BYTES};
 
 use crate::comm::{HcclCommunicator, Plan};
 use crate::sys;
 
-const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../hccl-sim/tests/pyhccl_rank.py");
-
-/// Where the wrapper is.
-const WRAPPER: &str = "CKPT_ENGINE_PYHCCL_WRAPPER";
 /// Where the member of this crate finds the root info, and its place in the group.
 const FOLDER: &str = "CKPT_ENGINE_TEST_FOREIGN";
 const PLACE: &str = "CKPT_ENGINE_TEST_PLACE";
-/// No multiple of anything.
-const BYTES: usize = 3_000_001;
 /// How long anything here may take before it counts as a hang.
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -84,17 +79,9 @@ async fn member_here() {
     thread.close().await;
 }
 
-/// Waits for a process, which is killed if it hangs: what it wrote, if it ended well.
-fn end(mut child: Child, what: &str) -> Result<String, String> {
-    let until = Instant::now() + LIMIT + LIMIT;
-    while child.try_wait().unwrap().is_none() {
-        if Instant::now() >= until {
-            child.kill().unwrap();
-            break;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    let output = child.wait_with_output().unwrap();
+/// Waits for a process: what it wrote, if it ended well.
+fn end(child: Child, what: &str) -> Result<String, String> {
+    let output = foreign::wait(child, LIMIT + LIMIT).map_err(|error| format!("{what}: {error}"))?;
     let text = [&output.stdout[..], &output.stderr[..]].concat();
     let text = String::from_utf8_lossy(&text).into_owned();
     if output.status.success() {
@@ -106,25 +93,17 @@ fn end(mut child: Child, what: &str) -> Result<String, String> {
 
 /// A group of two, with the member of this crate at a place.
 fn group(profile: Profile, place: u32) {
-    let wrapper = std::env::var_os(WRAPPER);
-    let wrapper = wrapper.unwrap_or_else(|| panic!("{WRAPPER} is not set; see the reason"));
     let libraries = hccl_sim::libraries(profile).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let start = |command: &mut Command| {
-        command.env("HCCL_SIM_TIME_SCALE", "0.25").env("HCCL_HOST_SOCKET_PORT_RANGE", "auto");
-        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
-    };
     let mut own = Command::new(std::env::current_exe().unwrap());
     own.args(["--exact", "foreign::member_here", "--nocapture"]);
     own.env(FOLDER, folder.path()).env(PLACE, place.to_string());
-    let own = start(own.env(sys::LIBRARY_DIR_VARIABLE, &libraries));
-    let mut python = Command::new("python3");
-    python.args([Path::new(SCRIPT), Path::new("--wrapper"), Path::new(&wrapper)]);
-    python.arg("--libraries").arg(&libraries);
-    python.arg("--root-info").arg(folder.path().join("root-info"));
-    python.args(["--ranks", "2", "--rank", &(1 - place).to_string()]);
-    python.args(["--bytes", &BYTES.to_string(), "--operations", OPERATIONS]);
-    let python = start(&mut python);
+    own.env(sys::LIBRARY_DIR_VARIABLE, &libraries);
+    let info = folder.path().join("root-info");
+    let python = foreign::python_rank(1 - place, &libraries, &info);
+    let mut python = python.unwrap_or_else(|error| panic!("{error}"));
+    python.args(["--operations", OPERATIONS]);
+    let [own, python] = [own, python].map(|mut rank| foreign::start(&mut rank).unwrap());
     let (own, python) = (end(own, "the member of this crate"), end(python, "the other member"));
     let (own, python) = match (own, python) {
         (Ok(own), Ok(python)) => (own, python),

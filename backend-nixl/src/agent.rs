@@ -596,17 +596,13 @@ impl Worker {
     }
 
     /// Whether a read that failed may have done so because UCX has no transport here that can read.
-    fn is_in_doubt(&mut self, peer: &str, error: &NixlError) -> bool {
-        let is_in_doubt =
-            matches!(error, NixlError::Transfer { .. }) && self.reach.is_undecided(peer);
-        if is_in_doubt {
-            self.disconnect(peer);
-        }
-        is_in_doubt
+    fn is_in_doubt(&self, peer: &str, error: &NixlError) -> bool {
+        matches!(error, NixlError::Transfer { .. }) && self.reach.is_undecided(peer)
     }
 
-    /// Asks a peer whether it is there.
+    /// Asks a peer whether it is there, over a new connection: that of the read has failed.
     fn greet(&mut self, peer: &Card, deadline: Duration) -> Result<Work, NixlError> {
+        self.disconnect(&peer.name);
         self.request(peer, 0, (0, 0), deadline).map(Work::Greeted)
     }
 

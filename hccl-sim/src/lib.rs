@@ -43,6 +43,7 @@ mod acl;
 mod bootstrap;
 mod comm;
 mod device;
+pub mod foreign;
 mod hccl;
 pub mod headers;
 mod instance;

@@ -4,28 +4,15 @@
 mod support;
 
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 
 use hccl_sim::Profile;
+use hccl_sim::foreign::{self, BYTES};
 use support::*;
 
-const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/pyhccl_rank.py");
-
-/// Where the wrapper is.
-const WRAPPER: &str = "CKPT_ENGINE_PYHCCL_WRAPPER";
-
-/// The bytes that a Python rank broadcasts.
-const BYTES: usize = 3_000_001;
-
 fn python(rank: u32, libraries: &Path, root_info: &Path) -> Child {
-    let wrapper = std::env::var_os(WRAPPER);
-    let wrapper = wrapper.unwrap_or_else(|| panic!("{WRAPPER} is not set; see the reason"));
-    let mut command = Command::new("python3");
-    command.arg(SCRIPT).arg("--libraries").arg(libraries).arg("--wrapper").arg(wrapper);
-    command.args(["--ranks", "2", "--rank", &rank.to_string(), "--root-info"]).arg(root_info);
-    command.args(["--bytes", &BYTES.to_string()]);
-    command.env("HCCL_SIM_TIME_SCALE", "0.25").env("HCCL_HOST_SOCKET_PORT_RANGE", "auto");
-    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    let command = foreign::python_rank(rank, libraries, root_info);
+    foreign::start(&mut command.unwrap_or_else(|error| panic!("{error}"))).unwrap()
 }
 
 fn answer(child: Child) -> serde_json::Value {

@@ -26,7 +26,12 @@ pub struct Wait<'a> {
     awaited: &'a dyn Fn() -> bool,
 }
 
-impl Wait<'_> {
+impl<'a> Wait<'a> {
+    /// That long from now, or until nobody waits any more.
+    fn new(limit: Duration, awaited: &'a dyn Fn() -> bool) -> Self {
+        Self { until: Instant::now() + limit, limit, awaited }
+    }
+
     /// Whether to go on waiting: an error if it was too long, or if nobody waits any more.
     ///
     /// # Errors
@@ -160,16 +165,27 @@ impl<C: Communicator> Thread<C> {
         limit: Duration,
         work: impl FnOnce(&mut C, &Wait<'_>) -> Result<T> + Send + 'static,
     ) -> Result<T> {
+        let work = move |worker: &mut Worker<C>, awaited: &dyn Fn() -> bool| {
+            work(&mut worker.communicator, &Wait::new(limit, awaited))
+        };
+        self.ask(work, |_| debug!("a call ended that nobody waits for any more")).await
+    }
+
+    /// Has the thread do something, unless nobody waits for it by then; if nobody does afterwards, something
+    /// else as well.
+    async fn ask<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Worker<C>, &dyn Fn() -> bool) -> Result<T> + Send + 'static,
+        unheard: impl FnOnce(&mut Worker<C>) + Send + 'static,
+    ) -> Result<T> {
         let (tell, told) = oneshot::channel();
         self.command(move |worker| {
             if tell.is_closed() {
                 return;
             }
-            let awaited = || !tell.is_closed();
-            let wait = Wait { until: Instant::now() + limit, limit, awaited: &awaited };
-            let result = work(&mut worker.communicator, &wait);
+            let result = work(worker, &|| !tell.is_closed());
             if tell.send(result).is_err() {
-                debug!("a call ended that nobody waits for any more");
+                unheard(worker);
             }
         })?;
         told.await.map_err(|_| gone())?
@@ -255,21 +271,15 @@ impl<C: Communicator> Thread<C> {
         leave: bool,
         join: impl FnOnce(&mut C, &Wait<'_>) -> Result<Vec<usize>> + Send + 'static,
     ) -> Result<()> {
-        let (tell, told) = oneshot::channel();
         if leave {
             self.given_up.fetch_add(1, Ordering::AcqRel);
         }
-        self.command(move |worker| {
-            if tell.is_closed() {
-                return;
-            }
+        let work = move |worker: &mut Worker<C>, awaited: &dyn Fn() -> bool| {
             if leave {
                 let words = "the group is formed anew";
                 worker.leave(&Error::new(ErrorKind::Aborted, BROADCASTING, words));
             }
-            let awaited = || !tell.is_closed();
-            let wait = Wait { until: Instant::now() + limit, limit, awaited: &awaited };
-            let result = join(&mut worker.communicator, &wait).map(|groups| {
+            let result = join(&mut worker.communicator, &Wait::new(limit, awaited)).map(|groups| {
                 for group in groups {
                     worker.enter(group);
                 }
@@ -277,26 +287,20 @@ impl<C: Communicator> Thread<C> {
             if result.is_err() {
                 worker.leave_unfinished();
             }
-            if tell.send(result).is_err() {
-                // Whoever wanted the groups is gone: they are of no use.
-                worker.leave_unfinished();
-            }
-        })?;
-        told.await.map_err(|_| gone())?
+            result
+        };
+        // Whoever wanted the groups is gone then: they are of no use.
+        self.ask(work, Worker::leave_unfinished).await
     }
 
     /// Has the leader's slots be those of this rank, until the last attachment is dropped.
     pub(super) async fn attach(&self, key: Bytes) -> Result<Attachment<C>> {
-        let (tell, told) = oneshot::channel();
         let thread = self.clone();
-        self.command(move |worker| {
-            if tell.is_closed() {
-                return;
-            }
-            // If nobody waits any more, it is dropped here.
-            drop(tell.send(worker.attach(&key).map(|()| Attachment { thread })));
-        })?;
-        told.await.map_err(|_| gone())?
+        let attach = move |worker: &mut Worker<C>, _: &dyn Fn() -> bool| {
+            worker.attach(&key).map(|()| Attachment { thread })
+        };
+        // If nobody waits any more, it is dropped.
+        self.ask(attach, |_| ()).await
     }
 
     fn command(&self, command: impl FnOnce(&mut Worker<C>) + Send + 'static) -> Result<()> {
@@ -407,9 +411,9 @@ impl<C: Communicator> Worker<C> {
             let message = "the group has failed, or was never joined";
             return drop(done.failed(Error::new(ErrorKind::State, BROADCASTING, message)));
         };
-        let until = Instant::now() + limit;
         let awaited = || done.is_awaited() && !given_up();
-        let wait = Wait { until, limit, awaited: &awaited };
+        let wait = Wait::new(limit, &awaited);
+        let until = wait.until;
         let begun = self.communicator.broadcast(group, slot, len, &wait);
         state.begun += 1;
         let number = state.begun;

@@ -227,19 +227,9 @@ pub(crate) fn outputs<F: Fn(&Process)>(
     outputs
 }
 
-/// Waits for a process, which is killed if it hangs.
-pub(crate) fn end(mut child: Child, what: &str) -> Output {
-    let deadline = Instant::now() + LIMIT;
-    while child.try_wait().unwrap().is_none() {
-        if Instant::now() >= deadline {
-            child.kill().unwrap();
-            let output = child.wait_with_output().unwrap();
-            let words = String::from_utf8_lossy(&output.stderr).into_owned();
-            panic!("{what}: a process hangs\n{words}");
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    child.wait_with_output().unwrap()
+/// Waits for a process, which must not hang.
+pub(crate) fn end(child: Child, what: &str) -> Output {
+    hccl_sim::foreign::wait(child, LIMIT).unwrap_or_else(|error| panic!("{what}: {error}"))
 }
 
 impl Process {
