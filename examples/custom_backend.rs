@@ -112,7 +112,8 @@ impl CheckpointEngine for ShelfEngine {
         static IDS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
         let id = IDS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         self.prepared = Some(id);
-        Ok(WorkerMetadata::of_this_process("shelf", self.context.role, id.into()))
+        let (rank, role) = (self.context.require_control()?.rank(), self.context.role);
+        Ok(WorkerMetadata::of_this_process("shelf", rank, role, id.into()))
     }
 
     async fn init_process_group(&mut self, place: Placement) -> Result<()> {
@@ -122,10 +123,7 @@ impl CheckpointEngine for ShelfEngine {
         if context.role == Role::Trainer {
             let bucket_bytes = context.config.bucket_bytes().unwrap_or(16 << 20);
             let link = Outgoing { id, bucket_bytes, filled: vec![Vec::new(); 2], pool };
-            let peers = (0..).map(Rank).zip(&place.peers);
-            let rollouts =
-                peers.filter(|(_, peer)| peer.role == Role::Rollout).map(|(rank, _)| rank);
-            self.sender = Some(Sender::new(link, context, control, rollouts));
+            self.sender = Some(Sender::new(link, context, control, place.rollouts()));
         } else {
             let id = place.peer(Rank::LEADER)?.details.as_u64().unwrap_or_default();
             self.receiver = Some(Receiver::new(Incoming { id }, context, control, pool));

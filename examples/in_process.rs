@@ -2,7 +2,7 @@
 
 use checkpoint_engine::{
     CheckpointEngineConfig, DType, EngineContext, Result, Role, TensorMap, Version, Weight,
-    ensure_async_iterator, registry,
+    ensure_async_iterator, form_local_group, registry,
 };
 
 #[tokio::main(flavor = "current_thread")]
@@ -15,11 +15,10 @@ async fn main() -> Result<()> {
     // ANCHOR_END: engines
 
     // ANCHOR: form
-    // The three phases that form a group; `ipc` adds a control plane to the contexts.
-    let workers = [trainer.prepare().await?, rollout.prepare().await?];
-    let places = registry.get(&config.backend)?.build_topology(&workers)?;
-    trainer.init_process_group(places[0].clone()).await?;
-    rollout.init_process_group(places[1].clone()).await?;
+    // Prepares both, builds the topology, and joins each in its place; ranks of several processes have
+    // `form_group` for that, and a control plane in their contexts.
+    let backend = registry.get(&config.backend)?;
+    form_local_group(&mut [&mut *trainer, &mut *rollout], backend).await?;
     // ANCHOR_END: form
 
     // ANCHOR: update

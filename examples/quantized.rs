@@ -2,7 +2,7 @@
 
 use checkpoint_engine::{
     CheckpointEngineConfig, ConfigFormat, DType, EngineContext, Result, Role, Version, Weight,
-    ensure_async_iterator, registry,
+    ensure_async_iterator, form_local_group, registry,
 };
 
 // ANCHOR: config
@@ -27,10 +27,8 @@ async fn main() -> Result<()> {
     let registry = registry();
     let mut trainer = registry.create(EngineContext::new(config.clone(), Role::Trainer))?;
     let mut rollout = registry.create(EngineContext::new(contract, Role::Rollout))?;
-    let workers = [trainer.prepare().await?, rollout.prepare().await?];
-    let places = registry.get(&config.backend)?.build_topology(&workers)?;
-    trainer.init_process_group(places[0].clone()).await?;
-    rollout.init_process_group(places[1].clone()).await?;
+    let backend = registry.get(&config.backend)?;
+    form_local_group(&mut [&mut *trainer, &mut *rollout], backend).await?;
 
     let weights = (0..2).map(|layer| {
         let name = format!("model.layers.{layer}.mlp.down_proj.weight");

@@ -7,11 +7,10 @@ use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use bytes::Bytes;
 use checkpoint_engine::control::{ControlConfig, Token};
 use checkpoint_engine::{
     CheckpointEngine, CheckpointEngineConfig, ControlPlane, DType, EngineContext, Error, ErrorKind,
-    Result, Role, TensorMap, Version, Weight, WorkerMetadata, ensure_async_iterator, registry,
+    Result, Role, TensorMap, Version, Weight, ensure_async_iterator, form_group, registry,
 };
 
 const UPDATES: u64 = 3;
@@ -84,20 +83,8 @@ async fn form(control: &ControlPlane, role: Role) -> Result<Box<dyn CheckpointEn
     let registry = registry();
     let context = EngineContext::new(config.clone(), role).with_control(control.clone());
     let mut engine = registry.create(context)?;
-
-    let broken = |error: serde_json::Error| {
-        Error::new(ErrorKind::Protocol, "exchanging metadata", error.to_string())
-    };
-    let own = serde_json::to_vec(&engine.prepare().await?).map_err(broken)?;
-    let peers = control.gather(2, Bytes::from(own), Duration::from_secs(30)).await?;
-    let workers: Vec<WorkerMetadata> = peers
-        .iter()
-        .map(|peer| serde_json::from_slice(&peer.payload).map_err(broken))
-        .collect::<Result<_>>()?;
-    let places = registry.get(&config.backend)?.build_topology(&workers)?;
-    let place = places.into_iter().find(|place| place.rank == control.rank());
-    let missing = || Error::new(ErrorKind::Mismatch, "joining the group", "no place for this rank");
-    engine.init_process_group(place.ok_or_else(missing)?).await?;
+    let (backend, deadline) = (registry.get(&config.backend)?, Duration::from_secs(30));
+    form_group(&mut *engine, backend, control, 2, serde_json::Value::Null, deadline).await?;
     Ok(engine)
 }
 // ANCHOR_END: form

@@ -150,7 +150,8 @@ impl CheckpointEngine for IpcEngine {
             Error::new(ErrorKind::Protocol, "preparing", error.to_string()).with_source(error)
         })?;
         self.phase = Phase::Prepared(buckets);
-        Ok(WorkerMetadata::of_this_process(NAME, self.context.role, details))
+        let (rank, role) = (self.control.rank(), self.context.role);
+        Ok(WorkerMetadata::of_this_process(NAME, rank, role, details))
     }
 
     async fn init_process_group(&mut self, place: Placement) -> Result<()> {
@@ -160,10 +161,8 @@ impl CheckpointEngine for IpcEngine {
         let phase = match buckets {
             Some(buckets) => {
                 let link = buckets.link(self.pool.clone());
-                let rollouts = (0..).map(Rank).zip(&place.peers);
-                let rollouts = rollouts.filter(|(_, peer)| peer.role == Role::Rollout);
-                let rollouts = rollouts.map(|(rank, _)| rank);
-                Phase::Sending(Sender::new(link, &self.context, self.control.clone(), rollouts))
+                let (control, rollouts) = (self.control.clone(), place.rollouts());
+                Phase::Sending(Sender::new(link, &self.context, control, rollouts))
             }
             None => {
                 let details = place.peer(Rank::LEADER)?.details.clone();

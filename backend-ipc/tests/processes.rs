@@ -14,7 +14,7 @@ use engine_core::control::Address;
 use engine_core::{
     CachedEngine, CheckpointEngine, CheckpointEngineConfig, CheckpointEngineWithCache,
     ControlPlane, EngineContext, Error, ErrorKind, Rank, Result, Role, Version, Weight,
-    ensure_async_iterator, naive,
+    ensure_async_iterator, form_local_group, naive,
 };
 use futures::StreamExt;
 use futures::future::{join, join_all, try_join};
@@ -285,10 +285,7 @@ fn a_reader_that_looks_all_the_time_sees_whole_versions_only_and_never_an_older_
         let cache = SharedCache::create().unwrap();
         let reader = SharedCacheReader::open(cache.address()).unwrap();
         let mut rollout = CachedEngine::with_store(rollout, Arc::new(cache));
-        let workers = [trainer.prepare().await.unwrap(), rollout.prepare().await.unwrap()];
-        let mut places = naive::BACKEND.build_topology(&workers).unwrap();
-        rollout.init_process_group(places.remove(1)).await.unwrap();
-        trainer.init_process_group(places.remove(0)).await.unwrap();
+        form_local_group(&mut [&mut *trainer, &mut rollout], naive::BACKEND).await.unwrap();
         let looking = std::thread::spawn(move || {
             let mut seen = vec![0];
             while seen.last() != Some(&20) {

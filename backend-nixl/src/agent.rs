@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, Sender, TryRecvErro
 use std::sync::{Arc, Condvar, Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 
-use engine_core::{Role, WorkerMetadata};
+use engine_core::{Rank, Role, WorkerMetadata};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, warn};
@@ -134,7 +134,8 @@ impl Reach {
 }
 
 fn this_host() -> String {
-    WorkerMetadata::of_this_process(NAME, Role::Rollout, serde_json::Value::Null).host
+    let nothing = serde_json::Value::Null;
+    WorkerMetadata::of_this_process(NAME, Rank::LEADER, Role::Rollout, nothing).host
 }
 
 /// Who waits for a transfer.

@@ -202,7 +202,8 @@ impl CheckpointEngine for NixlEngine {
             transfer: self.options.transfer,
         };
         self.phase = Phase::Prepared(Arc::new(Node { agent, arena, cards, deadline }));
-        Ok(WorkerMetadata::of_this_process(NAME, self.context.role, serde_json::json!(details)))
+        let (rank, role) = (self.control.rank(), self.context.role);
+        Ok(WorkerMetadata::of_this_process(NAME, rank, role, serde_json::json!(details)))
     }
 
     async fn init_process_group(&mut self, place: Placement) -> Result<()> {
@@ -214,10 +215,8 @@ impl CheckpointEngine for NixlEngine {
             Role::Trainer => {
                 let topology = self.options.topology;
                 let link = Outgoing { node: node.clone(), pool, topology };
-                let ranks = (0..).map(Rank).zip(&place.peers);
-                let rollouts = ranks.filter(|(_, peer)| peer.role == Role::Rollout);
-                let rollouts = rollouts.map(|(rank, _)| rank);
-                Phase::Sending(Sender::new(link, &self.context, control, rollouts), node)
+                let sender = Sender::new(link, &self.context, control, place.rollouts());
+                Phase::Sending(sender, node)
             }
             Role::Rollout => {
                 let link = Incoming { node: node.clone(), peers: HashMap::new() };

@@ -100,20 +100,20 @@ mod tests {
     use super::*;
     use engine_core::Rank;
 
-    fn worker(role: Role, slot_bytes: u64, transfer: Transfer) -> WorkerMetadata {
+    fn worker(rank: u32, role: Role, slot_bytes: u64, transfer: Transfer) -> WorkerMetadata {
         let details = engine::Details { slots: 4, slot_bytes, transfer };
-        WorkerMetadata::of_this_process(NAME, role, serde_json::json!(details))
+        WorkerMetadata::of_this_process(NAME, Rank(rank), role, serde_json::json!(details))
     }
 
     #[test]
     fn ranks_with_other_slots_or_another_way_of_moving_bytes_are_refused_by_their_rank() {
-        let trainer = worker(Role::Trainer, 1 << 20, Transfer::Read);
-        let alike = worker(Role::Rollout, 1 << 20, Transfer::Read);
+        let trainer = worker(0, Role::Trainer, 1 << 20, Transfer::Read);
+        let alike = worker(1, Role::Rollout, 1 << 20, Transfer::Read);
         BACKEND.build_topology(&[trainer.clone(), alike.clone()]).unwrap();
         for other in [
-            worker(Role::Rollout, 2 << 20, Transfer::Read),
-            worker(Role::Rollout, 1 << 20, Transfer::Write),
-            worker(Role::Trainer, 1 << 20, Transfer::Read),
+            worker(2, Role::Rollout, 2 << 20, Transfer::Read),
+            worker(2, Role::Rollout, 1 << 20, Transfer::Write),
+            worker(2, Role::Trainer, 1 << 20, Transfer::Read),
         ] {
             let error =
                 BACKEND.build_topology(&[trainer.clone(), alike.clone(), other]).unwrap_err();

@@ -9,7 +9,7 @@ use candle_nn::{VarBuilder, VarMap};
 use candle_weights::{Fp8Weights, tensors, weights};
 use engine_core::{
     CheckpointEngineConfig, EngineContext, ErrorKind, Registry, Role, TensorMap, Version, Weight,
-    ensure_async_iterator,
+    ensure_async_iterator, form_local_group,
 };
 
 const PROJECTION: &str = "model.layers.0.mlp.up_proj.weight";
@@ -23,10 +23,8 @@ async fn sent(
     let registry = Registry::new().with_quantizer(quant_fp8::with_fp8);
     let mut trainer = registry.create(EngineContext::new(config.clone(), Role::Trainer)).unwrap();
     let mut rollout = registry.create(EngineContext::new(config, Role::Rollout)).unwrap();
-    let workers = [trainer.prepare().await.unwrap(), rollout.prepare().await.unwrap()];
-    let places = registry.get("naive").unwrap().build_topology(&workers).unwrap();
-    trainer.init_process_group(places[0].clone()).await.unwrap();
-    rollout.init_process_group(places[1].clone()).await.unwrap();
+    let backend = registry.get("naive").unwrap();
+    form_local_group(&mut [&mut *trainer, &mut *rollout], backend).await.unwrap();
     let mut map = TensorMap::new();
     let send = trainer.send_weights(ensure_async_iterator(weights), Version(1));
     let receive = async { rollout.receive_weights(None).await?.install(&mut map).await };

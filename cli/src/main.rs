@@ -20,14 +20,14 @@ use checkpoint_engine::fp8::rules::parse_ignored_layers;
 use checkpoint_engine::fp8::{Granularity, Mode, Quantization};
 use checkpoint_engine::{
     Availability, CheckpointEngineConfig, ConfigFormat, ControlPlane, DeviceChoice, EngineContext,
-    Error, ErrorKind, Rank, ReceiveReport, Role, Version, registry,
+    Error, ErrorKind, Rank, ReceiveReport, Role, Version, form_group, registry,
 };
 use clap::{Args, Parser, Subcommand};
 use cli::bench::transfer::{TransferLine, TransferOptions, transfer};
 use cli::checkpoint::{Checkpoint, verify};
 use cli::exporter::Exporter;
 use cli::memory::PeakMemory;
-use cli::roles::{Announcement, form_group};
+use cli::roles::Announcement;
 use cli::source::{ModelSpec, Source, SourceSpec};
 use cli::sync::{CoTrainerOptions, RolloutOptions, SyncOptions, Trainer, UpdateLine};
 use cli::synthetic::SyntheticModel;
@@ -700,7 +700,8 @@ async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Failure> {
     let mut trainer = Trainer { engine, source };
     let deadline = config.timeout();
     let engine = &mut *trainer.engine;
-    form_group(engine, &registry, &control, world_size, announcement, deadline).await?;
+    let backend = registry.get(&config.backend)?;
+    form_group(engine, backend, &control, world_size, announcement, deadline).await?;
     let mut failed = 0;
     for version in (1..=args.source.updates).map(Version) {
         match trainer.update(version).await {

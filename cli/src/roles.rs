@@ -1,15 +1,12 @@
-//! What a trainer and a rollout do, whoever starts them: form a group, run updates.
+//! What a trainer and a rollout do, whoever starts them: run updates.
 
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
-use bytes::Bytes;
 use checkpoint_engine::{
-    CacheUpdate, CheckpointEngine, ControlPlane, Error, ErrorKind, ErrorReport, Install, Placement,
-    ReceiveReport, ReceivedBucket, ReceivedPiece, ReceivedWeights, Registry, Result, Version,
-    WeightCache, WorkerMetadata,
+    CacheUpdate, CheckpointEngine, Error, ErrorKind, ErrorReport, Install, ReceiveReport,
+    ReceivedBucket, ReceivedPiece, ReceivedWeights, Result, Version, WeightCache,
 };
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -34,70 +31,6 @@ pub struct RolloutNotes {
     pub verified_bytes: u64,
     /// The most memory that the rollout took beyond what it had before it joined, in bytes.
     pub extra_peak_bytes: u64,
-}
-
-/// Prepares an engine and joins it to the group that the control plane forms.
-///
-/// Ends when `world_size` ranks are there; returns what each said of itself.
-///
-/// # Errors
-///
-/// Those of the phases; `Mismatch` if a rank's metadata cannot be read.
-pub async fn form_group(
-    engine: &mut dyn CheckpointEngine,
-    registry: &Registry,
-    control: &ControlPlane,
-    world_size: u32,
-    attributes: serde_json::Value,
-    deadline: Duration,
-) -> Result<Vec<WorkerMetadata>> {
-    let mut own = engine.prepare().await?;
-    own.attributes = attributes;
-    let backend = registry.get(&own.backend)?;
-    let malformed = |error: serde_json::Error| {
-        Error::new(ErrorKind::Protocol, "forming the group", error.to_string()).with_source(error)
-    };
-    let payload = Bytes::from(serde_json::to_vec(&own).map_err(malformed)?);
-    let peers = control.gather(world_size, payload, deadline).await?;
-    let workers = peers
-        .iter()
-        .map(|peer| {
-            serde_json::from_slice(&peer.payload).map_err(|error| malformed(error).rank(peer.rank))
-        })
-        .collect::<Result<Vec<WorkerMetadata>>>()?;
-    let places = backend.build_topology(&workers)?;
-    let rank = control.rank();
-    // In the order of ranks, which have gaps when some have left, or join at once.
-    let at = peers.iter().position(|peer| peer.rank == rank);
-    let place = at.and_then(|at| places.into_iter().nth(at));
-    let place = place.ok_or_else(|| {
-        let message = "the topology has no place for this rank";
-        Error::new(ErrorKind::Mismatch, "forming the group", message).rank(rank)
-    })?;
-    engine.init_process_group(place).await?;
-    Ok(workers)
-}
-
-/// Prepares a trainer and rollouts of this process, and forms their group; returns what each said
-/// of itself.
-///
-/// # Errors
-///
-/// Those of the phases.
-pub async fn form_local_group(
-    engines: &mut [Box<dyn CheckpointEngine>],
-    registry: &Registry,
-) -> Result<Vec<WorkerMetadata>> {
-    let mut workers = Vec::new();
-    for engine in &mut *engines {
-        workers.push(engine.prepare().await?);
-    }
-    let Some(first) = workers.first() else { return Ok(workers) };
-    let places: Vec<Placement> = registry.get(&first.backend)?.build_topology(&workers)?;
-    for (engine, place) in engines.iter_mut().zip(places) {
-        engine.init_process_group(place).await?;
-    }
-    Ok(workers)
 }
 
 /// A rollout that reads weights in place, compares them with their source, and writes them out, as

@@ -15,7 +15,8 @@ use checkpoint_engine::observe::Observer;
 use checkpoint_engine::{
     CheckpointEngine, CheckpointEngineConfig, ControlPlane, DeviceChoice, EngineContext, Error,
     ErrorKind, Holder, Newcomer, Rank, ReceiveReport, Registry, Result, Role, SendReport, Version,
-    VersionState, WeightCache, WorkerMetadata, ensure_async_iterator, registry,
+    VersionState, WeightCache, WorkerMetadata, ensure_async_iterator, form_group, form_local_group,
+    registry,
 };
 use futures::future::{join, join_all, select_all};
 use serde::Serialize;
@@ -25,7 +26,7 @@ use tokio::process::{Child, Command};
 use crate::device;
 use crate::memory::{PeakMemory, memcpy_gb_per_s};
 use crate::progress::Bar;
-use crate::roles::{Announcement, Rollout, RolloutNotes, form_group, form_local_group};
+use crate::roles::{Announcement, Rollout, RolloutNotes};
 use crate::source::{Source, SourceSpec};
 
 /// What to run.
@@ -239,11 +240,12 @@ async fn in_one_process(
     let mut engines = Vec::new();
     for rank in 0..=options.rollouts {
         let role = if rank == 0 { Role::Trainer } else { Role::Rollout };
-        let context = EngineContext::new(options.config.clone(), role);
+        let context = EngineContext::new(options.config.clone(), role).with_rank(Rank(rank));
         let context = if rank == 0 { context.with_observer(bar.clone()) } else { context };
         engines.push(registry.create(context)?);
     }
-    let workers = form_local_group(&mut engines, &registry).await?;
+    let mut all: Vec<_> = engines.iter_mut().map(|engine| &mut **engine as _).collect();
+    let workers = form_local_group(&mut all, registry.get(&options.config.backend)?).await?;
     let checked = match options.verify {
         false => None,
         true => {
@@ -332,7 +334,7 @@ async fn with_processes(
 pub(crate) struct Processes {
     registry: Registry,
     /// What each rank said of itself, once the group has formed.
-    pub(crate) workers: Vec<WorkerMetadata>,
+    pub(crate) workers: Arc<[WorkerMetadata]>,
     config: CheckpointEngineConfig,
     observer: Arc<dyn Observer>,
     control: ControlPlane,
@@ -351,7 +353,7 @@ impl Processes {
         }
         let device = options.device_of(0)?;
         let config = CheckpointEngineConfig { device, ..options.config.clone() };
-        let workers = Vec::new();
+        let workers = Arc::default();
         Ok(Self { registry: registry(), workers, config, observer, control, children })
     }
 
@@ -364,10 +366,11 @@ impl Processes {
         let announcement = serde_json::json!(Announcement { source: source.clone() });
         let world_size = self.children.len() as u32 + 1;
         let deadline = self.config.timeout();
-        let (registry, control) = (&self.registry, &self.control);
-        let group = form_group(&mut *engine, registry, control, world_size, announcement, deadline);
+        let backend = self.registry.get(&self.config.backend)?;
+        let control = &self.control;
+        let group = form_group(&mut *engine, backend, control, world_size, announcement, deadline);
         tokio::select! {
-            formed = group => self.workers = formed?,
+            formed = group => self.workers = formed?.peers,
             error = first_end(&mut self.children) => return Err(error),
         }
         Ok(engine)
@@ -556,12 +559,13 @@ pub async fn co_trainer(options: CoTrainerOptions, mut failed: impl FnMut(&Error
     let mut source = Source::open(options.source.clone())?.on_device(&device);
     source.advance(Version(1))?;
     let config = CheckpointEngineConfig { device, ..options.config };
+    let backend = registry.get(&config.backend)?;
     let context = EngineContext::new(config, Role::Trainer).with_control(control.clone());
     let engine = registry.create(context)?;
     let mut trainer = Trainer { engine, source };
     let (engine, world_size) = (&mut *trainer.engine, options.world_size);
     let none = serde_json::Value::Null;
-    form_group(engine, &registry, &control, world_size, none, deadline).await?;
+    form_group(engine, backend, &control, world_size, none, deadline).await?;
     for version in (1..=options.source.updates).map(Version) {
         let result = if options.still {
             let weights = ensure_async_iterator(trainer.source.weights(Version(1))?);
@@ -650,15 +654,16 @@ pub async fn rollout(
         own_address = Some(holder.address().clone());
         holding = Some(OnDrop(tokio::spawn(holder.run())));
     }
-    let workers = form_group(&mut *engine, &registry, &control, world_size, own, deadline).await?;
-    let announced = workers.first().map(|trainer| trainer.attributes.clone());
-    let announced: Option<Announcement> =
-        announced.and_then(|attributes| serde_json::from_value(attributes).ok());
+    let backend = registry.get(&config.backend)?;
+    let place = form_group(&mut *engine, backend, &control, world_size, own, deadline).await?;
+    let workers = &*place.peers;
+    let announced = place.peer(Rank::LEADER)?.attributes.clone();
+    let announced: Option<Announcement> = serde_json::from_value(announced).ok();
     let source = match (options.verify, &announced) {
         (false, _) => None,
         (true, Some(announcement)) => {
             let source = Source::open(announcement.source.clone())?;
-            Some(Arc::new(match agreed_rules(&workers, control.rank())? {
+            Some(Arc::new(match agreed_rules(workers, control.rank())? {
                 Some(rules) => source.quantized_by(&rules)?,
                 None => source,
             }))
@@ -673,7 +678,7 @@ pub async fn rollout(
     let rollout = Rollout { source, out: options.out, memory: Some(memory), destination, cache };
     // Without waiting for the next update, if another rollout holds a version.
     let others =
-        Newcomer::holders(&workers).into_iter().filter(|at| Some(at) != own_address.as_ref());
+        Newcomer::holders(workers).into_iter().filter(|at| Some(at) != own_address.as_ref());
     match take_over(&rollout, &registry, &config, &at, others).await {
         Ok(Some(report)) => each(&Ok(report))?,
         Ok(None) => {}

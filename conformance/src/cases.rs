@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use engine_core::{
-    DType, Error, ErrorKind, Storage, TensorMap, Treatment, Version, VersionState, Weight,
+    DType, Error, ErrorKind, Rank, Storage, TensorMap, Treatment, Version, VersionState, Weight,
     WeightStream, ensure_async_iterator,
 };
 use futures::StreamExt;
@@ -97,6 +97,7 @@ cases! {
     a_receiver_whose_engine_is_gone_is_an_error
     a_rollouts_note_reaches_the_report
     phases_out_of_order_are_errors
+    a_group_that_has_gaps_in_its_ranks_is_updated_whole
     a_backend_refuses_a_group_without_a_trainer
 }
 
@@ -458,6 +459,21 @@ async fn phases_out_of_order_are_errors(suite: &Suite) -> Verdict {
     group.trainer.finalize().await.map_err(words)?;
     state(group.trainer.send_weights(nothing(), Version(2)).await.map(drop).err())?;
     state(group.trainer.finalize().await.err())
+}
+
+async fn a_group_that_has_gaps_in_its_ranks_is_updated_whole(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 3).await.map_err(words)?;
+    group.exact(model(1, 1), 1).await?;
+    // The ranks of those that are left have a gap, and each is updated under its own.
+    let mut group = group.without(0).await.map_err(words)?;
+    for version in 2..4 {
+        let report = group.exact(model(1, version), version).await?;
+        let ranks: Vec<Rank> = report.receivers.iter().map(|receiver| receiver.rank).collect();
+        let expected = [group.rank_of(0), group.rank_of(1)];
+        ensure!(ranks == expected, "ranks {ranks:?} were updated, not {expected:?}");
+        ensure!(report.absent.is_empty(), "{:?} are absent", report.absent);
+    }
+    Ok(())
 }
 
 async fn a_backend_refuses_a_group_without_a_trainer(suite: &Suite) -> Verdict {

@@ -20,8 +20,9 @@ pub(crate) struct Group {
     suite: Suite,
     pub(crate) trainer: Box<dyn CheckpointEngine>,
     pub(crate) rollouts: Vec<Box<dyn CheckpointEngine>>,
-    trainers: u32,
-    _controls: Vec<ControlPlane>,
+    /// The ranks of the group, the trainers' first.
+    ranks: Vec<Rank>,
+    controls: Vec<ControlPlane>,
 }
 
 /// A trainer's engine whose weights are put elsewhere before they are sent.
@@ -150,11 +151,34 @@ impl Group {
                 controls.push(ControlPlane::join(config.clone(), role, Some(Rank(rank))).await?);
             }
         }
+        Self::on(suite, (0..trainers + rollouts).map(Rank).collect(), controls).await
+    }
+
+    /// Ends the engines, has a rollout leave, and forms the group anew of all others, over the same control
+    /// planes.
+    pub(crate) async fn without(mut self, rollout: u32) -> Result<Self> {
+        let index = (self.suite.trainers + rollout) as usize;
+        self.trainer.finalize().await?;
+        for engine in &mut self.rollouts {
+            engine.finalize().await?;
+        }
+        let Self { suite, trainer, rollouts, mut ranks, mut controls } = self;
+        drop((trainer, rollouts));
+        ranks.remove(index);
+        if suite.control {
+            controls.remove(index).close().await?;
+        }
+        Self::on(&suite, ranks, controls).await
+    }
+
+    /// Forms a group of these ranks, over their control planes if the suite has any.
+    async fn on(suite: &Suite, ranks: Vec<Rank>, controls: Vec<ControlPlane>) -> Result<Self> {
+        let trainers = suite.trainers as usize;
         let mut engines = Vec::new();
-        for rank in 0..trainers + rollouts {
-            let role = if rank < trainers { Role::Trainer } else { Role::Rollout };
-            let mut context = EngineContext::new(suite.config_of(rank), role);
-            context.control = controls.get(rank as usize).cloned();
+        for (index, rank) in ranks.iter().enumerate() {
+            let role = if index < trainers { Role::Trainer } else { Role::Rollout };
+            let mut context = EngineContext::new(suite.config_of(rank.0), role).with_rank(*rank);
+            context.control = controls.get(index).cloned();
             let mut engine = suite.backend.create(context.clone())?;
             if let Some(quantizer) = suite.quantizer {
                 engine = (quantizer.layer)(engine, &context)?;
@@ -169,26 +193,27 @@ impl Group {
             workers.push(engine.prepare().await?);
         }
         if suite.control {
-            let (world, deadline) = (trainers + rollouts, Duration::from_secs(10));
+            let (world, deadline) = (ranks.len() as u32, Duration::from_secs(10));
             let gather =
                 controls.iter().map(|control| control.gather(world, Bytes::new(), deadline));
             futures::future::try_join_all(gather).await?;
         }
         let places = suite.backend.build_topology(&workers)?;
-        for (engine, place) in engines.iter_mut().zip(places) {
+        for (engine, worker) in engines.iter_mut().zip(&workers) {
+            let place = Placement::of_rank(places.iter().cloned(), worker.rank)?;
             engine.init_process_group(place).await?;
         }
-        let rollouts = engines.split_off(trainers as usize);
+        let rollouts = engines.split_off(trainers);
         let mut trainer = engines.remove(0);
         if !engines.is_empty() {
             trainer = Box::new(Trainers { leader: trainer, others: engines });
         }
-        Ok(Self { suite: suite.clone(), trainer, rollouts, trainers, _controls: controls })
+        Ok(Self { suite: suite.clone(), trainer, rollouts, ranks, controls })
     }
 
     /// The rank of a rollout.
     pub(crate) fn rank_of(&self, rollout: u32) -> Rank {
-        Rank(self.trainers + rollout)
+        self.ranks[(self.suite.trainers + rollout) as usize]
     }
 
     /// One update; what each rank made of it.
@@ -216,7 +241,8 @@ impl Group {
             .map_err(words)?;
         let (sent, received) = self.update(weights, version).await;
         let report = sent.map_err(words)?;
-        for (rank, received) in (self.trainers..).zip(received) {
+        for (rollout, received) in (0..).zip(received) {
+            let rank = self.rank_of(rollout);
             compare(&expected, &received.map_err(words)?)
                 .map_err(|w| format!("rank {rank}: {w}"))?;
         }

@@ -161,10 +161,7 @@ pub async fn place(
     let peers = control.gather(ranks, own.into(), LIMIT).await?;
     let workers = peers.iter().map(|peer| serde_json::from_slice(&peer.payload));
     let workers: Vec<WorkerMetadata> = workers.map(|worker| worker.expect("metadata")).collect();
-    let mut places = backend.build_topology(&workers)?;
-    // In the order of the ranks, which have gaps when some have left.
-    let at = peers.iter().position(|peer| peer.rank == control.rank());
-    Ok(places.swap_remove(at.expect("this rank is one of them")))
+    Placement::of_rank(backend.build_topology(&workers)?, control.rank())
 }
 
 /// Sends a version's model; something happens before its weight of a number is given.

@@ -80,8 +80,8 @@ mod membership_and_faults {
     use engine_core::control::{ControlConfig, Token};
     use engine_core::{
         CheckpointEngine, CheckpointEngineConfig, ControlPlane, DType, DeviceChoice, EngineContext,
-        Error, ErrorKind, Rank, Result, Role, SendReport, Version, Weight, WorkerMetadata,
-        ensure_async_iterator,
+        Error, ErrorKind, Rank, Result, Role, SendReport, Version, Weight, ensure_async_iterator,
+        form_group,
     };
     use serde_json::{Value, json};
 
@@ -109,17 +109,7 @@ mod membership_and_faults {
     ) -> Result<Member> {
         let context = EngineContext::new(config.clone(), control.role());
         let mut engine = BACKEND.create(context.with_control(control.clone()))?;
-        let own = serde_json::to_vec(&engine.prepare().await?).expect("metadata");
-        let peers = control.gather(ranks, own.into(), WAIT).await?;
-        let workers: Vec<WorkerMetadata> = peers
-            .iter()
-            .map(|peer| serde_json::from_slice(&peer.payload).expect("metadata"))
-            .collect();
-        let places = BACKEND.build_topology(&workers)?;
-        // In the order of the ranks, which have gaps when some have left.
-        let at = peers.iter().position(|peer| peer.rank == control.rank());
-        let place = places.into_iter().nth(at.expect("this rank"));
-        engine.init_process_group(place.expect("a place")).await?;
+        form_group(&mut *engine, BACKEND, &control, ranks, Value::Null, WAIT).await?;
         Ok(Member { control, engine })
     }
 

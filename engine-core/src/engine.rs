@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::control::{ControlPlane, Role};
@@ -113,6 +114,8 @@ pub trait CheckpointEngineWithCache: CheckpointEngine {
 pub struct WorkerMetadata {
     /// The backend's name; all ranks of a group have the same.
     pub backend: String,
+    /// The rank that the control plane gave, or the embedding program where there is none.
+    pub rank: Rank,
     /// Whether the rank sends or receives.
     pub role: Role,
     /// The host, unique as long as it is up (its boot id).
@@ -132,9 +135,15 @@ pub struct WorkerMetadata {
 
 impl WorkerMetadata {
     /// The metadata of this process, with a backend's own part.
-    pub fn of_this_process(backend: &str, role: Role, details: serde_json::Value) -> Self {
+    pub fn of_this_process(
+        backend: &str,
+        rank: Rank,
+        role: Role,
+        details: serde_json::Value,
+    ) -> Self {
         Self {
             backend: backend.to_owned(),
+            rank,
             role,
             host: host_id(),
             pid: std::process::id(),
@@ -157,37 +166,77 @@ fn host_id() -> String {
 pub struct Placement {
     /// This rank.
     pub rank: Rank,
-    /// All ranks' metadata, in the order of the ranks.
-    pub peers: Vec<WorkerMetadata>,
+    /// All ranks' metadata, in the order of the ranks. These may have gaps: a position in the list is no
+    /// rank. All places of a group share the list.
+    #[serde(with = "shared")]
+    pub peers: Arc<[WorkerMetadata]>,
+}
+
+/// A shared list, written as any list.
+mod shared {
+    use super::*;
+
+    pub(super) fn serialize<S: serde::Serializer>(
+        peers: &Arc<[WorkerMetadata]>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(peers.iter())
+    }
+
+    pub(super) fn deserialize<'de, D: serde::Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Arc<[WorkerMetadata]>, D::Error> {
+        Vec::deserialize(deserializer).map(Arc::from)
+    }
 }
 
 impl Placement {
     /// The places of a group in which every rank knows every other: the start of a topology.
     ///
+    /// The places are in the order of the ranks, the workers in any order.
+    ///
     /// # Errors
     ///
-    /// `Mismatch` if there is no trainer or no rollout, if rank 0 is not a trainer, or if ranks were
-    /// prepared for different backends; it names the rank.
-    pub fn for_all(backend: &str, peers: &[WorkerMetadata]) -> Result<Vec<Self>> {
+    /// `Mismatch` if there is no trainer or no rollout, if rank 0 is not a trainer, if two workers have one
+    /// rank, or if ranks were prepared for different backends; it names the rank.
+    pub fn for_all(backend: &str, workers: &[WorkerMetadata]) -> Result<Vec<Self>> {
         let refuse =
             |message: String| Error::new(ErrorKind::Mismatch, "building the topology", message);
-        if peers.first().map(|peer| peer.role) != Some(Role::Trainer) {
+        let mut peers = workers.to_vec();
+        peers.sort_by_key(|peer| peer.rank);
+        if let Some(pair) = peers.windows(2).find(|pair| pair[0].rank == pair[1].rank) {
+            let message = format!(
+                "two workers have the rank {}: process {} of {} and process {} of {}; give each a rank of \
+                 its own",
+                pair[0].rank, pair[0].pid, pair[0].host, pair[1].pid, pair[1].host
+            );
+            return Err(refuse(message).rank(pair[0].rank));
+        }
+        let leads = |peer: &WorkerMetadata| (peer.rank, peer.role) == (Rank::LEADER, Role::Trainer);
+        if !peers.first().is_some_and(leads) {
             return Err(refuse("rank 0 is not a trainer".into()));
         }
         if !peers.iter().any(|peer| peer.role == Role::Rollout) {
             return Err(refuse("there is no rollout".into()));
         }
-        for (rank, peer) in (0..).map(Rank).zip(peers) {
-            if peer.backend != backend {
-                return Err(refuse(format!(
-                    "it runs the backend `{}`, the group `{backend}`",
-                    peer.backend
-                ))
-                .rank(rank));
-            }
+        if let Some(peer) = peers.iter().find(|peer| peer.backend != backend) {
+            let message = format!("it runs the backend `{}`, the group `{backend}`", peer.backend);
+            return Err(refuse(message).rank(peer.rank));
         }
-        let places = (0..).map(Rank).zip(peers);
-        Ok(places.map(|(rank, _)| Self { rank, peers: peers.to_vec() }).collect())
+        let peers: Arc<[WorkerMetadata]> = peers.into();
+        Ok(peers.iter().map(|peer| Self { rank: peer.rank, peers: Arc::clone(&peers) }).collect())
+    }
+
+    /// The place of a rank, out of those that [`Backend::build_topology`] made.
+    ///
+    /// # Errors
+    ///
+    /// `Mismatch` if there is none for it.
+    pub fn of_rank(places: impl IntoIterator<Item = Self>, rank: Rank) -> Result<Self> {
+        places.into_iter().find(|place| place.rank == rank).ok_or_else(|| {
+            let message = "the topology has no place for this rank";
+            Error::new(ErrorKind::Mismatch, "joining the group", message).rank(rank)
+        })
     }
 
     /// This rank's own metadata.
@@ -205,11 +254,101 @@ impl Placement {
     ///
     /// `Config` if there is no such rank.
     pub fn peer(&self, rank: Rank) -> Result<&WorkerMetadata> {
-        self.peers.get(rank.index()).ok_or_else(|| {
-            let message = format!("the placement has {} ranks", self.peers.len());
+        self.peers.iter().find(|peer| peer.rank == rank).ok_or_else(|| {
+            let ranks: Vec<String> = self.peers.iter().map(|peer| peer.rank.to_string()).collect();
+            let message = format!("the placement has the ranks {}", ranks.join(", "));
             Error::new(ErrorKind::Config, "reading a placement", message).rank(rank)
         })
     }
+
+    /// The ranks of the group's rollouts.
+    pub fn rollouts(&self) -> impl Iterator<Item = Rank> + '_ {
+        self.peers.iter().filter(|peer| peer.role == Role::Rollout).map(|peer| peer.rank)
+    }
+}
+
+/// Prepares an engine, exchanges metadata with all other ranks over the control plane, and joins the group:
+/// what every rank does before the first update, and again to form a group anew.
+///
+/// Ends when `world_size` ranks are there; `attributes` are what this rank tells the others beside what its
+/// engine says. Returns this rank's place, with the metadata of all ranks.
+///
+/// # Cancel safety
+///
+/// When the future is dropped, the engine has been prepared or not: finalize it, or drop it.
+///
+/// # Errors
+///
+/// Those of [`CheckpointEngine::prepare`], [`ControlPlane::gather`], [`Backend::build_topology`] and
+/// [`CheckpointEngine::init_process_group`]; `Protocol` if a rank's metadata cannot be read; `Mismatch` if a
+/// rank says another rank of itself than the control plane gave it.
+///
+/// # Examples
+///
+/// ```no_run
+/// # use std::time::Duration;
+/// # use engine_core::*;
+/// # async fn example(control: ControlPlane, registry: Registry, config: CheckpointEngineConfig) -> Result<()> {
+/// let backend = registry.get(&config.backend)?;
+/// let context = EngineContext::new(config, control.role()).with_control(control.clone());
+/// let mut engine = registry.create(context)?;
+/// let deadline = Duration::from_secs(30);
+/// form_group(&mut *engine, backend, &control, 3, serde_json::Value::Null, deadline).await?;
+/// # Ok(())
+/// # }
+/// ```
+pub async fn form_group(
+    engine: &mut dyn CheckpointEngine,
+    backend: &dyn Backend,
+    control: &ControlPlane,
+    world_size: u32,
+    attributes: serde_json::Value,
+    deadline: Duration,
+) -> Result<Placement> {
+    let operation = "forming the group";
+    let malformed = |error: serde_json::Error| {
+        Error::new(ErrorKind::Protocol, operation, error.to_string()).with_source(error)
+    };
+    let mut own = engine.prepare().await?;
+    own.attributes = attributes;
+    let payload = Bytes::from(serde_json::to_vec(&own).map_err(malformed)?);
+    let peers = control.gather(world_size, payload, deadline).await?;
+    let mut workers = Vec::with_capacity(peers.len());
+    for peer in &peers {
+        let worker: WorkerMetadata = serde_json::from_slice(&peer.payload)
+            .map_err(|error| malformed(error).rank(peer.rank))?;
+        if worker.rank != peer.rank {
+            let message = format!("its engine says that it is rank {}", worker.rank);
+            return Err(Error::new(ErrorKind::Mismatch, operation, message).rank(peer.rank));
+        }
+        workers.push(worker);
+    }
+    let place = Placement::of_rank(backend.build_topology(&workers)?, control.rank())?;
+    engine.init_process_group(place.clone()).await?;
+    Ok(place)
+}
+
+/// Prepares engines of this process and joins them to one group, whose control plane, if they need one, has
+/// formed; returns the metadata of all, in the order of the engines.
+///
+/// # Errors
+///
+/// Those of [`CheckpointEngine::prepare`], [`Backend::build_topology`] and
+/// [`CheckpointEngine::init_process_group`].
+pub async fn form_local_group(
+    engines: &mut [&mut dyn CheckpointEngine],
+    backend: &dyn Backend,
+) -> Result<Vec<WorkerMetadata>> {
+    let mut workers = Vec::with_capacity(engines.len());
+    for engine in &mut *engines {
+        workers.push(engine.prepare().await?);
+    }
+    let places = backend.build_topology(&workers)?;
+    for (engine, worker) in engines.iter_mut().zip(&workers) {
+        let place = Placement::of_rank(places.iter().cloned(), worker.rank)?;
+        engine.init_process_group(place).await?;
+    }
+    Ok(workers)
 }
 
 /// What an engine is made of: configuration, role, and its connection to the others.
@@ -221,6 +360,8 @@ pub struct EngineContext {
     pub role: Role,
     /// The connection to rank 0. Engines that stay within a process need none.
     pub control: Option<ControlPlane>,
+    /// The rank, where no control plane gives it; see [`rank`](Self::rank).
+    pub rank: Option<Rank>,
     /// Who is told of the progress of updates.
     pub observer: Arc<dyn Observer>,
 }
@@ -228,7 +369,7 @@ pub struct EngineContext {
 impl EngineContext {
     /// A context without control plane and observer.
     pub fn new(config: CheckpointEngineConfig, role: Role) -> Self {
-        Self { config, role, control: None, observer: Arc::new(()) }
+        Self { config, role, control: None, rank: None, observer: Arc::new(()) }
     }
 
     /// With the connection to rank 0.
@@ -236,6 +377,19 @@ impl EngineContext {
     pub fn with_control(mut self, control: ControlPlane) -> Self {
         self.control = Some(control);
         self
+    }
+
+    /// With a rank, for an engine without a control plane. Rank 0 is the trainer that leads the group.
+    #[must_use]
+    pub fn with_rank(mut self, rank: Rank) -> Self {
+        self.rank = Some(rank);
+        self
+    }
+
+    /// The rank of the engine: the one that the control plane gave, else that of
+    /// [`with_rank`](Self::with_rank). Without either, the engine chooses one of its own.
+    pub fn rank(&self) -> Option<Rank> {
+        self.control.as_ref().map(ControlPlane::rank).or(self.rank)
     }
 
     /// With someone to tell of the progress of updates.
@@ -304,11 +458,12 @@ pub trait Backend: fmt::Debug + Send + Sync {
 
     /// Places the ranks: who sends to whom. A pure function; every rank may compute it for itself.
     ///
-    /// `workers` are all ranks' metadata in the order of the ranks, trainers first.
+    /// `workers` are all ranks' metadata, in any order; the places are in the order of the ranks, which may
+    /// have gaps. [`Placement::of_rank`] finds the one of a rank.
     ///
     /// # Errors
     ///
-    /// `Mismatch`, naming the rank that does not fit.
+    /// `Mismatch`, naming the rank that does not fit, or that two workers have.
     fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>>;
 }
 

@@ -307,9 +307,7 @@ async fn answer<T: DeserializeOwned>(
 
 /// A rank's place in the group of two.
 fn place(backend: &dyn Backend, workers: [WorkerMetadata; 2], rank: Rank) -> Result<Placement> {
-    let place = backend.build_topology(&workers)?.into_iter().find(|place| place.rank == rank);
-    // Another newcomer was faster: its place is the one that there is.
-    place.ok_or_else(busy)
+    Placement::of_rank(backend.build_topology(&workers)?, rank)
 }
 
 fn busy() -> Error {

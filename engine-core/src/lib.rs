@@ -32,7 +32,7 @@ pub use control::{ControlPlane, Role};
 pub use dtype::DType;
 pub use engine::{
     Availability, Backend, CheckpointEngine, CheckpointEngineWithCache, EngineContext, Placement,
-    WorkerMetadata,
+    WorkerMetadata, form_group, form_local_group,
 };
 pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
 pub use handover::{Holder, Newcomer};

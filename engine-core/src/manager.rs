@@ -4,8 +4,8 @@ use async_trait::async_trait;
 use futures::future::{join, join_all, try_join_all};
 
 use crate::{
-    Backend, CheckpointEngine, Error, ErrorKind, Install, Placement, ReceiveReport, Result,
-    SendReport, Version, WeightStream, WorkerMetadata,
+    Backend, CheckpointEngine, Install, Placement, ReceiveReport, Result, SendReport, Version,
+    WeightStream, WorkerMetadata,
 };
 
 /// A rollout as the manager drives it: in this process ([`LocalRollout`]), or anywhere, behind the
@@ -90,7 +90,7 @@ pub struct CheckpointEngineManager<'a> {
 }
 
 impl<'a> CheckpointEngineManager<'a> {
-    /// A manager of one trainer and its rollouts, which become ranks 1, 2, ….
+    /// A manager of one trainer and its rollouts, which have the ranks of their engines.
     pub fn new(
         backend: &'static dyn Backend,
         trainer: Box<dyn CheckpointEngine>,
@@ -107,11 +107,12 @@ impl<'a> CheckpointEngineManager<'a> {
     pub async fn init(&mut self) -> Result<()> {
         let mut metadata = vec![self.trainer.prepare().await?];
         metadata.extend(try_join_all(self.rollouts.iter_mut().map(|r| r.prepare())).await?);
-        let mut places = self.backend.build_topology(&metadata)?.into_iter();
-        let missing = || Error::new(ErrorKind::Backend, "building the topology", "too few places");
-        let trainer = self.trainer.init_process_group(places.next().ok_or_else(missing)?);
-        let rollouts = self.rollouts.iter_mut().map(|rollout| {
-            let place = places.next().ok_or_else(missing);
+        let places = self.backend.build_topology(&metadata)?;
+        let place =
+            |worker: &WorkerMetadata| Placement::of_rank(places.iter().cloned(), worker.rank);
+        let trainer = self.trainer.init_process_group(place(&metadata[0])?);
+        let rollouts = self.rollouts.iter_mut().zip(&metadata[1..]).map(|(rollout, worker)| {
+            let place = place(worker);
             async move { rollout.init_process_group(place?).await }
         });
         let (trainer, rollouts) = join(trainer, join_all(rollouts)).await;

@@ -4,7 +4,7 @@
 //! way (cast, quantised) is encoded once, for all rollouts. There are no buckets, and nothing travels
 //! that a digest could guard.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -56,7 +56,8 @@ impl Backend for Naive {
         struct Kwargs {}
         context.config.kwargs::<Kwargs>(NAME)?;
         let pool = Pool::new(context.threads())?;
-        Ok(Box::new(NaiveEngine { context, pool, phase: Phase::New }))
+        let rank = OwnRank::of(&context);
+        Ok(Box::new(NaiveEngine { context, pool, rank, phase: Phase::New }))
     }
 
     fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
@@ -87,7 +88,42 @@ static WAITING: LazyLock<Mutex<HashMap<u64, mpsc::UnboundedSender<Offer>>>> =
 struct NaiveEngine {
     context: EngineContext,
     pool: Pool,
+    rank: OwnRank,
     phase: Phase,
+}
+
+/// The ranks of engines that have them from nobody else, as long as these are there.
+static RANKS: LazyLock<Mutex<BTreeSet<Rank>>> = LazyLock::new(Mutex::default);
+
+/// A naive engine's rank: the one of its context, else one that no other naive engine of the process has
+/// chosen. A trainer leads.
+#[derive(Debug)]
+struct OwnRank {
+    rank: Rank,
+    is_chosen: bool,
+}
+
+impl OwnRank {
+    fn of(context: &EngineContext) -> Self {
+        let given = context.rank().or((context.role == Role::Trainer).then_some(Rank::LEADER));
+        if let Some(rank) = given {
+            return Self { rank, is_chosen: false };
+        }
+        let mut taken = RANKS.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rank = Rank(1);
+        while !taken.insert(rank) {
+            rank.0 += 1;
+        }
+        Self { rank, is_chosen: true }
+    }
+}
+
+impl Drop for OwnRank {
+    fn drop(&mut self) {
+        if self.is_chosen {
+            RANKS.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.rank);
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -175,14 +211,15 @@ impl CheckpointEngine for NaiveEngine {
             }
         };
         self.phase = phase;
-        Ok(WorkerMetadata::of_this_process(NAME, self.context.role, details))
+        Ok(WorkerMetadata::of_this_process(NAME, self.rank.rank, self.context.role, details))
     }
 
     async fn init_process_group(&mut self, place: Placement) -> Result<()> {
         self.phase = match std::mem::replace(&mut self.phase, Phase::New) {
             Phase::PreparedTrainer => {
                 let mut rollouts = Vec::new();
-                for (rank, peer) in (0..).map(Rank).zip(&place.peers).skip(1) {
+                for peer in place.peers.iter().filter(|peer| peer.rank != place.rank) {
+                    let rank = peer.rank;
                     let details: Details =
                         serde_json::from_value(peer.details.clone()).map_err(|error| {
                             let words = "the rollout's metadata is not naive's";

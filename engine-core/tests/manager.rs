@@ -9,7 +9,7 @@ use engine_core::{
     CachedEngine, CheckpointEngine, CheckpointEngineConfig, CheckpointEngineManager,
     CheckpointEngineWithCache, DType, EngineContext, Error, ErrorKind, Install, LocalRollout,
     Placement, ReceiveReport, ReceivedBucket, Result, Role, RolloutWorker, TensorMap, Version,
-    Weight, WorkerMetadata, ensure_async_iterator, naive,
+    Weight, WorkerMetadata, ensure_async_iterator, form_local_group, naive,
 };
 use futures::StreamExt;
 
@@ -146,10 +146,7 @@ async fn rollouts_resume_without_a_version_after_an_update_that_failed_and_the_n
 async fn with_cache() -> (Box<dyn CheckpointEngine>, CachedEngine) {
     let mut trainer = engine(Role::Trainer);
     let mut rollout = CachedEngine::new(engine(Role::Rollout));
-    let workers = [trainer.prepare().await.unwrap(), rollout.prepare().await.unwrap()];
-    let mut places = naive::BACKEND.build_topology(&workers).unwrap();
-    rollout.init_process_group(places.remove(1)).await.unwrap();
-    trainer.init_process_group(places.remove(0)).await.unwrap();
+    form_local_group(&mut [&mut *trainer, &mut rollout], naive::BACKEND).await.unwrap();
     (trainer, rollout)
 }
 

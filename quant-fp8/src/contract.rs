@@ -192,7 +192,11 @@ pub(crate) fn agree(peers: &[WorkerMetadata]) -> Result<Agreement> {
     let (mut mode, mut granularity) = (Choice(None), Choice(None));
     let (mut scale_name, mut manifest) = (Choice(None), Choice(None));
     let mut ignored = Vec::new();
-    for (rank, peer) in (0..).map(Rank).zip(peers) {
+    // The trainer's declaration comes before those that have to fit it.
+    let mut peers: Vec<&WorkerMetadata> = peers.iter().collect();
+    peers.sort_by_key(|peer| peer.rank);
+    for peer in peers {
+        let rank = peer.rank;
         if peer.format.is_null() {
             continue;
         }
@@ -236,7 +240,7 @@ pub(crate) fn agree(peers: &[WorkerMetadata]) -> Result<Agreement> {
 /// `Mismatch` that says which rank wants what: then the group does not form either.
 pub fn agreed_rules(workers: &[WorkerMetadata], rollout: Rank) -> Result<Option<RulesConfig>> {
     let agreement = agree(workers)?;
-    let own = workers.get(rollout.index()).map(|worker| &worker.format);
+    let own = workers.iter().find(|worker| worker.rank == rollout).map(|worker| &worker.format);
     let on_receive = own.is_some_and(|format| format["quantizes"] == true);
     Ok((agreement.trainer_quantizes || on_receive).then_some(agreement.rules))
 }

@@ -3,8 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use engine_core::{
-    CheckpointEngine, CheckpointEngineConfig, DType, EngineContext, Error, ErrorKind, Registry,
-    Result, Role, SendReport, TensorMeta, Version, Weight, ensure_async_iterator, naive,
+    CheckpointEngine, CheckpointEngineConfig, DType, EngineContext, Error, ErrorKind, Placement,
+    Registry, Result, Role, SendReport, TensorMeta, Version, Weight, WorkerMetadata,
+    ensure_async_iterator, form_local_group, naive,
 };
 use futures::future::join;
 use quant_fp8::with_fp8;
@@ -36,9 +37,10 @@ async fn form(quantizes: bool, trainer: Value, rollout: Value) -> Result<Pair> {
         rollout: engine(Role::Rollout, false, &rollout)?,
     };
     let workers = [pair.trainer.prepare().await?, pair.rollout.prepare().await?];
-    let mut places = naive::BACKEND.build_topology(&workers)?;
-    let rollout = pair.rollout.init_process_group(places.remove(1)).await;
-    let trainer = pair.trainer.init_process_group(places.remove(0)).await;
+    let places = naive::BACKEND.build_topology(&workers)?;
+    let place = |worker: &WorkerMetadata| Placement::of_rank(places.clone(), worker.rank).unwrap();
+    let rollout = pair.rollout.init_process_group(place(&workers[1])).await;
+    let trainer = pair.trainer.init_process_group(place(&workers[0])).await;
     match (trainer, rollout) {
         (Ok(()), Ok(())) => Ok(pair),
         (Err(error), Err(other)) => {
@@ -174,10 +176,8 @@ async fn with_a_foreign_trainer(rollout: Value) -> Pair {
         trainer: Registry::new().create(EngineContext::new(config, Role::Trainer)).unwrap(),
         rollout: engine(Role::Rollout, false, &rollout).unwrap(),
     };
-    let workers = [pair.trainer.prepare().await.unwrap(), pair.rollout.prepare().await.unwrap()];
-    let mut places = naive::BACKEND.build_topology(&workers).unwrap();
-    pair.rollout.init_process_group(places.remove(1)).await.unwrap();
-    pair.trainer.init_process_group(places.remove(0)).await.unwrap();
+    let Pair { trainer, rollout } = &mut pair;
+    form_local_group(&mut [&mut **trainer, &mut **rollout], naive::BACKEND).await.unwrap();
     pair
 }
 

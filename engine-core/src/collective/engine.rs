@@ -171,7 +171,8 @@ impl<L: Library> CheckpointEngine for CollectiveEngine<L> {
         };
         self.phase = Phase::Prepared(Arc::new(node));
         let name = self.library.name();
-        Ok(WorkerMetadata::of_this_process(name, self.context.role, serde_json::json!(details)))
+        let (rank, role) = (self.control.rank(), self.context.role);
+        Ok(WorkerMetadata::of_this_process(name, rank, role, serde_json::json!(details)))
     }
 
     async fn init_process_group(&mut self, place: Placement) -> Result<()> {

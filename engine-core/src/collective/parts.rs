@@ -1,6 +1,7 @@
 //! Who does what in a collective backend's updates, by what the ranks say of themselves. Pure.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -50,36 +51,37 @@ pub(super) struct Parts {
 }
 
 impl Parts {
-    /// The parts of a group of these ranks. A trainer without one has no part in updates.
+    /// The parts of a group of these ranks, which are in their order. A trainer without one has no part in updates.
     pub(super) fn new(options: CollectiveOptions, peers: &[WorkerMetadata]) -> Self {
-        let leader = peers.first().and_then(Seat::of);
-        let key = peers.first().and_then(share).map(|share| share.key);
+        let first = peers.iter().find(|peer| peer.rank == Rank::LEADER);
+        let leader = first.and_then(Seat::of);
+        let key = first.and_then(share).map(|share| share.key);
         let key = key.unwrap_or_else(|| Err("the library does not share memory".into()));
         let mut this = Self { parts: BTreeMap::new(), leader, key, trainers: BTreeMap::new() };
-        let ranks = || (0..).map(Rank).zip(peers).skip(1);
+        let ranks = || peers.iter().filter(|peer| peer.rank != Rank::LEADER);
         let mut taken: Vec<Seat> = this.leader.iter().cloned().collect();
-        for (rank, peer) in ranks().filter(|(_, peer)| peer.role == Role::Rollout) {
+        for peer in ranks().filter(|peer| peer.role == Role::Rollout) {
             let seat = Seat::of(peer);
             let part = if this.is_leaders(&seat) { Part::Colocated } else { Part::Receiver };
-            this.parts.insert(rank, part);
+            this.parts.insert(peer.rank, part);
             taken.extend(seat);
         }
-        let host = peers.first().map(|leader| &leader.host);
-        let trainers = ranks().filter(|(_, peer)| peer.role == Role::Trainer);
-        for (at, (rank, peer)) in (1..).zip(trainers) {
+        let host = first.map(|leader| &leader.host);
+        let trainers = ranks().filter(|peer| peer.role == Role::Trainer);
+        for (index, peer) in (1..).zip(trainers) {
             let seat = Seat::of(peer);
             let is_free = seat.as_ref().is_none_or(|seat| !taken.contains(seat));
-            let part = if at < options.senders {
+            let part = if index < options.senders {
                 Part::Sender
             } else if options.relays && Some(&peer.host) == host && is_free {
                 Part::Relay
             } else {
                 continue;
             };
-            this.parts.insert(rank, part);
+            this.parts.insert(peer.rank, part);
             if let Some(seat) = seat {
                 taken.push(seat.clone());
-                this.trainers.insert(seat, rank);
+                this.trainers.insert(seat, peer.rank);
             }
         }
         this
@@ -147,21 +149,23 @@ pub fn build_topology(backend: &str, workers: &[WorkerMetadata]) -> Result<Vec<P
     let places = Placement::for_all(backend, workers)?;
     let refuse =
         |message: String| Error::new(ErrorKind::Mismatch, "building the topology", message);
-    let details = |rank: Rank, worker: &WorkerMetadata| -> Result<Details> {
+    // In the order of the ranks, the leader first.
+    let workers = Arc::clone(&places[0].peers);
+    let details = |worker: &WorkerMetadata| -> Result<Details> {
         serde_json::from_value(worker.details.clone()).map_err(|error| {
             let message = format!("its metadata are not what {backend} knows: {error}");
-            refuse(message).rank(rank).with_source(error)
+            refuse(message).rank(worker.rank).with_source(error)
         })
     };
-    let leader = details(Rank::LEADER, &workers[0])?;
-    for (rank, worker) in (1..).map(Rank).zip(&workers[1..]) {
-        let here = details(rank, worker)?;
+    let leader = details(&workers[0])?;
+    for worker in &workers[1..] {
+        let here = details(worker)?;
         if here.version != leader.version {
             return Err(refuse(format!(
                 "it runs {}, rank 0 {}: all ranks need the same version",
                 here.version, leader.version
             ))
-            .rank(rank));
+            .rank(worker.rank));
         }
         if (here.shape, here.senders) != (leader.shape, leader.senders) {
             return Err(refuse(format!(
@@ -174,14 +178,14 @@ pub fn build_topology(backend: &str, workers: &[WorkerMetadata]) -> Result<Vec<P
                 leader.shape.slot_bytes,
                 leader.senders
             ))
-            .rank(rank));
+            .rank(worker.rank));
         }
     }
     let trainers = workers.iter().filter(|worker| worker.role == Role::Trainer).count();
     if trainers < leader.senders as usize {
         return Err(refuse(format!("senders: {}: there are {trainers} trainers", leader.senders)));
     }
-    check_devices(leader.senders, workers)?;
+    check_devices(leader.senders, &workers)?;
     Ok(places)
 }
 
@@ -205,7 +209,8 @@ fn check_devices(senders: u32, workers: &[WorkerMetadata]) -> Result<()> {
             }
             continue;
         }
-        let Some(seat) = workers.get(rank.index()).and_then(Seat::of) else { continue };
+        let worker = workers.iter().find(|worker| worker.rank == rank);
+        let Some(seat) = worker.and_then(Seat::of) else { continue };
         if let Some(other) = seats.insert(seat.clone(), rank) {
             let message = format!(
                 "ranks {other} and {rank} are both on {} of one host, and the library has room for one \
@@ -232,8 +237,15 @@ mod tests {
         });
         let shape = Shape { slots: 4, slot_bytes: 256 };
         let details = Details { shape, version: "1".into(), senders: 1, share };
-        let worker = WorkerMetadata::of_this_process("test", role, serde_json::json!(details));
+        let details = serde_json::json!(details);
+        let worker = WorkerMetadata::of_this_process("test", Rank::LEADER, role, details);
         WorkerMetadata { host: host.into(), ..worker }
+    }
+
+    /// Workers of the ranks 0, 1, ….
+    fn ranked<const N: usize>(workers: [WorkerMetadata; N]) -> [WorkerMetadata; N] {
+        let mut ranks = (0..).map(Rank);
+        workers.map(|worker| WorkerMetadata { rank: ranks.next().unwrap(), ..worker })
     }
 
     fn trainer(device: u32) -> WorkerMetadata {
@@ -263,20 +275,21 @@ mod tests {
     #[test]
     fn a_rollout_on_the_leaders_device_of_the_leaders_host_is_colocated_and_no_other() {
         let elsewhere = worker(Role::Rollout, "b", Some(0));
-        let workers = [trainer(0), rollout(0), rollout(1), elsewhere, rollout(0)];
+        let workers = ranked([trainer(0), rollout(0), rollout(1), elsewhere, rollout(0)]);
         let (colocated, receiver) = (Some(Part::Colocated), Some(Part::Receiver));
         assert_eq!(parts(&workers), [colocated, receiver, receiver, colocated]);
         build_topology("test", &workers).unwrap();
         // A library that does not say where its slots are has groups with any ranks.
         let workers = [Role::Trainer, Role::Rollout, Role::Rollout];
-        let workers = workers.map(|role| worker(role, "a", None));
+        let workers = ranked(workers.map(|role| worker(role, "a", None)));
         assert_eq!(parts(&workers), [receiver, receiver]);
         build_topology("test", &workers).unwrap();
     }
 
     #[test]
     fn a_trainer_beside_a_rollout_or_the_leader_or_another_relay_is_idle() {
-        let workers = [trainer(0), trainer(0), trainer(1), trainer(2), trainer(2), rollout(1)];
+        let workers =
+            ranked([trainer(0), trainer(0), trainer(1), trainer(2), trainer(2), rollout(1)]);
         let (relay, receiver) = (Some(Part::Relay), Some(Part::Receiver));
         assert_eq!(parts(&workers), [None, None, relay, None, receiver]);
         build_topology("test", &workers).unwrap();
@@ -284,7 +297,7 @@ mod tests {
 
     #[test]
     fn two_rollouts_of_a_device_that_is_not_the_leaders_are_refused_with_what_to_do() {
-        let error = refused(&[trainer(0), rollout(1), rollout(0), rollout(1)]);
+        let error = refused(&ranked([trainer(0), rollout(1), rollout(0), rollout(1)]));
         assert_eq!(error.report().rank, Some(Rank(3)));
         let words = error.to_string();
         assert!(words.contains("ranks 1 and 3 are both on device 1"), "{words}");
@@ -293,7 +306,7 @@ mod tests {
 
     #[test]
     fn a_leader_that_cannot_share_its_slots_or_several_senders_refuse_colocated_rollouts() {
-        let mut workers = [trainer(0), rollout(1), rollout(0)];
+        let mut workers = ranked([trainer(0), rollout(1), rollout(0)]);
         workers[0].details["share"]["key"] = serde_json::json!({"Err": "it is too old"});
         let error = refused(&workers);
         assert_eq!(error.report().rank, Some(Rank(2)));
@@ -301,7 +314,7 @@ mod tests {
         assert!(words.contains("it is too old: give it a device of its own"), "{words}");
         build_topology("test", &workers[..2]).unwrap();
 
-        let mut workers = [trainer(0), trainer(1), rollout(0)];
+        let mut workers = ranked([trainer(0), trainer(1), rollout(0)]);
         workers.iter_mut().for_each(|worker| worker.details["senders"] = 2.into());
         let error = refused(&workers);
         assert!(error.to_string().contains("set senders to 1"), "{error}");
@@ -309,7 +322,7 @@ mod tests {
 
     #[test]
     fn a_rank_that_joins_late_gets_the_part_of_its_place() {
-        let workers = [trainer(0), trainer(1), trainer(2), rollout(2)];
+        let workers = ranked([trainer(0), trainer(1), trainer(2), rollout(2)]);
         let group = Parts::new(CollectiveOptions::default(), &workers);
         let part = |worker: &WorkerMetadata| group.of_newcomer(&peer(9, worker));
         assert_eq!(part(&rollout(0)), Some(Part::Colocated));
@@ -338,7 +351,9 @@ mod tests {
             rollouts in proptest::collection::vec(0_u32..4, 1..5),
         ) {
             let trainers = trainers.into_iter().map(trainer);
-            let workers: Vec<_> = trainers.chain(rollouts.into_iter().map(rollout)).collect();
+            let workers = trainers.chain(rollouts.into_iter().map(rollout));
+            let ranked = |(rank, worker)| WorkerMetadata { rank: Rank(rank), ..worker };
+            let workers: Vec<_> = (0..).zip(workers).map(ranked).collect();
             prop_assume!(build_topology("test", &workers).is_ok());
             let parts = Parts::new(CollectiveOptions::default(), &workers);
             let members = parts.iter().filter(|(_, part)| *part != Part::Colocated);

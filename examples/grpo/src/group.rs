@@ -2,11 +2,10 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
 use checkpoint_engine::control::{ControlConfig, Token};
 use checkpoint_engine::{
     CheckpointEngine, CheckpointEngineConfig, ConfigFormat, ControlPlane, EngineContext, Role,
-    WorkerMetadata, registry,
+    form_group, registry,
 };
 
 use crate::Failure;
@@ -36,15 +35,9 @@ impl Member {
         let registry = registry();
         let context = EngineContext::new(config.clone(), role).with_control(control.clone());
         let mut engine = registry.create(context)?;
-        let own = serde_json::to_vec(&engine.prepare().await?)?;
-        let peers = control.gather(RANKS, Bytes::from(own), DEADLINE).await?;
-        let workers: Vec<WorkerMetadata> = peers
-            .iter()
-            .map(|peer| serde_json::from_slice(&peer.payload))
-            .collect::<Result<_, _>>()?;
-        let places = registry.get(&config.backend)?.build_topology(&workers)?;
-        let place = places.into_iter().find(|place| place.rank == control.rank());
-        engine.init_process_group(place.ok_or("no place for this rank")?).await?;
+        let backend = registry.get(&config.backend)?;
+        let nothing = serde_json::Value::Null;
+        form_group(&mut *engine, backend, &control, RANKS, nothing, DEADLINE).await?;
         Ok(Self { engine, control })
     }
 
