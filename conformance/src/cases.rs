@@ -1,10 +1,14 @@
 //! The cases.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
 use engine_core::{
-    DType, Error, ErrorKind, Rank, Storage, TensorMap, Treatment, Version, VersionState, Weight,
-    WeightStream, ensure_async_iterator,
+    ControlPlane, DType, Encoding, Error, ErrorKind, Rank, ReceivedBucket, Role, Storage,
+    TensorMap, TensorMeta, Treatment, Version, VersionState, Weight, WeightStream,
+    ensure_async_iterator,
 };
 use futures::StreamExt;
 use tokio::time::sleep;
@@ -98,6 +102,16 @@ cases! {
     a_rollouts_note_reaches_the_report
     phases_out_of_order_are_errors
     a_group_that_has_gaps_in_its_ranks_is_updated_whole
+    a_view_of_a_group_that_is_no_more_frees_nothing_of_the_one_that_follows(buckets)
+    a_stream_that_is_dropped_after_the_commit_costs_no_later_update(buckets)
+    an_error_stays_whatever_is_asked_after_it
+    a_wait_for_an_update_that_is_dropped_loses_nothing(buckets)
+    versions_may_go_back
+    ranks_that_come_and_go_keep_no_wait_alive(buckets)
+    a_rollout_that_is_slow_within_the_deadline_is_waited_for_by_all(buckets)
+    nothing_is_read_of_the_weights_when_a_failed_send_has_returned(buckets)
+    other_names_than_before_are_refused_everywhere
+    garbage_of_a_rank_without_a_part_in_updates_is_dropped(buckets)
     a_backend_refuses_a_group_without_a_trainer
 }
 
@@ -295,9 +309,12 @@ async fn installing_fills_a_map_of_tensors(suite: &Suite) -> Verdict {
     Ok(())
 }
 
+/// The number of buckets of a long model.
+const LONG: u64 = 8;
+
 /// A model of several buckets.
 fn long(seed: u64) -> Vec<Weight> {
-    (0..8).map(|i| weight(&format!("w{i}"), DType::U8, &[900_000], seed + i)).collect()
+    (0..LONG).map(|i| weight(&format!("w{i}"), DType::U8, &[900_000], seed + i)).collect()
 }
 
 /// The update has to fail on the trainer, naming the first rollout, and on the second one; the next one
@@ -482,4 +499,335 @@ async fn a_backend_refuses_a_group_without_a_trainer(suite: &Suite) -> Verdict {
         other => Err(format!("not refused: {other:?}")),
     };
     refused(&[])
+}
+
+/// All bytes of a bucket, or why they cannot be read.
+fn content(bucket: &ReceivedBucket) -> engine_core::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    for piece in bucket.pieces() {
+        let start = content.len();
+        content.resize(start + piece.bytes.len() as usize, 0);
+        piece.bytes.read(0, &mut content[start..])?;
+    }
+    Ok(content)
+}
+
+async fn a_view_of_a_group_that_is_no_more_frees_nothing_of_the_one_that_follows(
+    suite: &Suite,
+) -> Verdict {
+    let mut group = Group::form(suite, 1).await.map_err(words)?;
+    let send = group.trainer.send_weights(ensure_async_iterator(long(1)), Version(1));
+    let rollout = &mut group.rollouts[0];
+    let receive = async {
+        let mut received = rollout.receive_weights(None).await.map_err(words)?;
+        let kept = received.next_bucket().await.map_err(words)?.ok_or("no bucket arrived")?;
+        // Given up, with a view of it.
+        drop(received);
+        Ok::<_, String>(kept)
+    };
+    let (sent, kept) = futures::future::join(send, receive).await;
+    ensure!(sent.is_err(), "the trainer reports success");
+    let kept = kept?;
+    let before = content(&kept).map_err(words)?;
+    let mut group = group.anew().await.map_err(words)?;
+    // A backend may end views with their group, but never with other bytes.
+    if let Ok(after) = content(&kept) {
+        ensure!(after == before, "a view changed when its group ended");
+    }
+    let send = group.trainer.send_weights(ensure_async_iterator(long(100)), Version(1));
+    let rollout = &mut group.rollouts[0];
+    let receive = async {
+        let mut received = rollout.receive_weights(None).await.map_err(words)?;
+        let bucket = received.next_bucket().await.map_err(words)?.ok_or("no bucket arrived")?;
+        let before = content(&bucket).map_err(words)?;
+        drop(kept);
+        // The trainer fills every slot that it believes to be free.
+        sleep(Duration::from_millis(300)).await;
+        let after = content(&bucket).map_err(words)?;
+        ensure!(after == before, "a verified bucket was overwritten while it was read");
+        drop(bucket);
+        received.finish().await.map_err(words)
+    };
+    let (sent, received) = futures::future::join(send, receive).await;
+    sent.map_err(words)?;
+    received?;
+    group.exact(long(3), 2).await.map(drop)
+}
+
+async fn a_stream_that_is_dropped_after_the_commit_costs_no_later_update(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 2).await.map_err(words)?;
+    let first = group.rank_of(0);
+    let ready = group.ready.clone();
+    let (one, two) = group.rollouts.split_at_mut(1);
+    let (confirmed, wait) = futures::channel::oneshot::channel();
+    let send = group.trainer.send_weights(ensure_async_iterator(long(1)), Version(1));
+    let (committed, done) = futures::channel::oneshot::channel();
+    let send = async {
+        let sent = send.await;
+        // Nobody listens any more if the update failed.
+        committed.send(()).ok();
+        sent
+    };
+    let one = async {
+        let mut received = one[0].receive_weights(None).await.map_err(words)?;
+        loop {
+            // Until the trainer has its confirmation; what follows it is not looked at.
+            let more = async { received.next_bucket().await.map(|bucket| bucket.is_some()) };
+            let heard = async {
+                while !ready.has(first) {
+                    sleep(Duration::from_millis(5)).await;
+                }
+            };
+            tokio::select! {
+                biased;
+                () = heard => break,
+                more = more => ensure!(more.map_err(words)?, "the version is active too early"),
+            }
+        }
+        confirmed.send(()).ok();
+        done.await.ok();
+        drop(received);
+        Ok(())
+    };
+    let two = async {
+        let mut received = two[0].receive_weights(None).await.map_err(words)?;
+        // It is ready last, because it holds its last bucket until the other one is.
+        for _ in 0..LONG {
+            let bucket = received.next_bucket().await.map_err(words)?.ok_or("it ended early")?;
+            if bucket.index() + 1 == LONG {
+                wait.await.ok();
+                break;
+            }
+        }
+        received.finish().await.map(drop).map_err(words)
+    };
+    let (sent, one, two) = futures::future::join3(send, one, two).await;
+    one?;
+    two?;
+    sent.map_err(words)?;
+    for version in 2..5 {
+        group.exact(long(version), version).await.map_err(|w| format!("update {version}: {w}"))?;
+    }
+    Ok(())
+}
+
+async fn an_error_stays_whatever_is_asked_after_it(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 1).await.map_err(words)?;
+    let broken = long(1).into_iter().map(Ok).chain([Err(std::io::Error::other("shard 3 is gone"))]);
+    let send = group.trainer.send_weights(ensure_async_iterator(broken), Version(1));
+    let rollout = &mut group.rollouts[0];
+    let receive = async {
+        let mut received = rollout.receive_weights(None).await.map_err(words)?;
+        let first = loop {
+            match received.next_tensor().await {
+                Ok(Some(_)) => {}
+                Ok(None) => return Err("the version is complete".to_owned()),
+                Err(error) => break error,
+            }
+        };
+        for _ in 0..2 {
+            let Err(again) = received.next_tensor().await else {
+                return Err("after the error, the version is complete".into());
+            };
+            ensure!(again.kind() == first.kind(), "it was {first}, and then {again}");
+            ensure!(received.next_bucket().await.is_err(), "after the error, there are buckets");
+        }
+        ensure!(received.finish().await.is_err(), "after the error, there is a report");
+        Ok(())
+    };
+    let (sent, received) = futures::future::join(send, receive).await;
+    ensure!(sent.is_err(), "the trainer reports success");
+    received?;
+    group.exact(long(2), 2).await.map(drop)
+}
+
+async fn a_wait_for_an_update_that_is_dropped_loses_nothing(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 1).await.map_err(words)?;
+    // On a busy machine the wait may have ended before it is dropped: then once more.
+    for version in 1..20 {
+        let send = group.trainer.send_weights(ensure_async_iterator(long(1)), Version(version));
+        let rollout = &mut group.rollouts[0];
+        let receive = async {
+            let other = rollout.receive_weights(Some(Version(version + 1000)));
+            if let Ok(ended) = tokio::time::timeout(Duration::from_millis(100), other).await {
+                ensure!(ended.is_err(), "an update of another version was received");
+                return Ok(false);
+            }
+            let received = rollout.receive_weights(None).await.map_err(words)?;
+            let report = received.finish().await.map_err(words)?;
+            ensure!(report.version == Version(version), "version {} came", report.version);
+            Ok(true)
+        };
+        let (sent, received) = futures::future::join(send, receive).await;
+        if received? {
+            return sent.map(drop).map_err(words);
+        }
+    }
+    Err("the wait always ended before it was dropped".into())
+}
+
+async fn versions_may_go_back(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 2).await.map_err(words)?;
+    for (seed, version) in [(1, 150), (2, 100), (3, 100), (4, 101)] {
+        group.exact(model(4, seed), version).await?;
+    }
+    Ok(())
+}
+
+async fn ranks_that_come_and_go_keep_no_wait_alive(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 2).await.map_err(words)?;
+    let first = group.rank_of(0);
+    let Some(at) = group.at.clone() else { return Err("the suite has no control plane".into()) };
+    let flapping = async {
+        loop {
+            let joined = ControlPlane::join(at.clone(), Role::Rollout, None).await;
+            sleep(Duration::from_millis(300)).await;
+            if let Ok(plane) = joined {
+                drop(plane.close().await);
+            }
+        }
+    };
+    let send = group.trainer.send_weights(ensure_async_iterator(long(1)), Version(1));
+    let (one, two) = group.rollouts.split_at_mut(1);
+    let receive = async {
+        let mut received = one[0].receive_weights(None).await?;
+        let kept = received.next_bucket().await?;
+        // It holds a bucket until the update has ended.
+        let ended = received.next_bucket().await;
+        sleep(Duration::from_secs(3600)).await;
+        drop((kept, ended));
+        Ok::<_, Error>(())
+    };
+    let update = async {
+        tokio::select! {
+            sent = send => Some(sent),
+            _ = receive => None,
+            _ = async { drop(collect(&mut *two[0], 1).await); std::future::pending::<()>().await } => None,
+            () = flapping => None,
+        }
+    };
+    let ended = tokio::time::timeout(Duration::from_secs(30), update).await;
+    let Ok(Some(sent)) = ended else { return Err("the wait has no end".into()) };
+    let Err(error) = sent else { return Err("the trainer reports success".into()) };
+    ensure!(error.kind() == ErrorKind::Timeout, "the error is {error}");
+    ensure!(error.report().rank == Some(first), "the error does not name rank {first}: {error}");
+    Ok(())
+}
+
+async fn a_rollout_that_is_slow_within_the_deadline_is_waited_for_by_all(suite: &Suite) -> Verdict {
+    // Two buckets are left when the trainer has sent its last one: together they take longer than any
+    // deadline, and each of them less.
+    let suite = suite.clone().with_config(|config| config.timeout_seconds = 5.0);
+    let mut group = Group::form(&suite, 2).await.map_err(words)?;
+    let weights: Vec<Weight> = long(1).into_iter().take(2).collect();
+    let send = group.trainer.send_weights(ensure_async_iterator(weights), Version(1));
+    let (slow, fast) = group.rollouts.split_at_mut(1);
+    let slow = async {
+        let mut received = slow[0].receive_weights(None).await?;
+        while let Some(bucket) = received.next_bucket().await? {
+            sleep(Duration::from_millis(3300)).await;
+            drop(bucket);
+        }
+        Ok::<_, Error>(())
+    };
+    let (sent, slow, fast) = futures::future::join3(send, slow, collect(&mut *fast[0], 1)).await;
+    sent.map_err(words)?;
+    slow.map_err(words)?;
+    fast.map(drop).map_err(words)
+}
+
+/// Bytes that take a while to be made, and say when that is.
+#[derive(Debug, Default)]
+struct Slow(AtomicU64);
+
+impl Encoding for Slow {
+    fn name(&self) -> &'static str {
+        "slow"
+    }
+
+    fn source_bytes(&self) -> u64 {
+        0
+    }
+
+    fn encode_host(&self, _: std::ops::Range<u64>, to: &mut [u8]) -> engine_core::Result<()> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        std::thread::sleep(Duration::from_millis(50));
+        to.fill(1);
+        self.0.fetch_sub(1, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+async fn nothing_is_read_of_the_weights_when_a_failed_send_has_returned(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 1).await.map_err(words)?;
+    let slow = Arc::new(Slow::default());
+    let weight = |i: u64| {
+        let meta = TensorMeta::new(format!("w{i}"), DType::U8, [900_000]);
+        Weight::encoded(meta, slow.clone(), Treatment::Plain)
+    };
+    // The source fails while the first bucket is filled.
+    let weights = [weight(0), weight(1), Err(Error::new(ErrorKind::Source, "reading", "gone"))];
+    let send = group.trainer.send_weights(ensure_async_iterator(weights), Version(1));
+    let send = async {
+        let sent = send.await;
+        (sent, slow.0.load(Ordering::SeqCst))
+    };
+    let receive = collect(&mut *group.rollouts[0], 1);
+    let ((sent, reading), received) = futures::future::join(send, receive).await;
+    ensure!(sent.is_err() && received.is_err(), "the update did not fail");
+    ensure!(reading == 0, "{reading} threads read weights after the send had returned");
+    group.exact(long(2), 2).await.map(drop)
+}
+
+async fn other_names_than_before_are_refused_everywhere(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 2).await.map_err(words)?;
+    let mut map = TensorMap::new();
+    let mut parts = TensorMap::partial();
+    // Fewer, none, others; then all of them again.
+    let all = model(3, 1);
+    let without = |at: usize| {
+        let mut weights = model(3, 2);
+        weights.remove(at);
+        weights
+    };
+    let updates = [(all.clone(), true), (without(3), false), (Vec::new(), false), (all, true)];
+    for (version, (weights, is_whole)) in (1..).zip(updates) {
+        let send = group.trainer.send_weights(ensure_async_iterator(weights), Version(version));
+        let (one, two) = group.rollouts.split_at_mut(1);
+        let one = async { one[0].receive_weights(None).await?.install(&mut map).await };
+        let two = async { two[0].receive_weights(None).await?.install(&mut parts).await };
+        let (sent, one, two) = futures::future::join3(send, one, two).await;
+        for (who, ended) in [("trainer", sent.err()), ("map", one.err()), ("other", two.err())] {
+            match ended {
+                None => ensure!(is_whole, "update {version}: the {who} has a part of the model"),
+                Some(error) if is_whole => return Err(format!("update {version}: {error}")),
+                Some(error) => {
+                    ensure!(error.kind() == ErrorKind::Mismatch, "the {who} says {error}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn garbage_of_a_rank_without_a_part_in_updates_is_dropped(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 1).await.map_err(words)?;
+    let Some(at) = group.at.clone() else { return Err("the suite has no control plane".into()) };
+    // It has the token, and was never in the group.
+    let stranger = ControlPlane::join(at, Role::Rollout, None).await.map_err(words)?;
+    let send = group.trainer.send_weights(ensure_async_iterator(long(1)), Version(1));
+    let rollout = &mut group.rollouts[0];
+    let receive = async {
+        let mut received = rollout.receive_weights(None).await.map_err(words)?;
+        while let Some(bucket) = received.next_bucket().await.map_err(words)? {
+            let garbage = Bytes::from_static(b"no message of an update");
+            stranger.send(Rank::LEADER, garbage).map_err(words)?;
+            sleep(Duration::from_millis(5)).await;
+            drop(bucket);
+        }
+        Ok::<_, String>(())
+    };
+    let (sent, received) = futures::future::join(send, receive).await;
+    received?;
+    sent.map(drop).map_err(words)
 }

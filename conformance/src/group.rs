@@ -1,16 +1,17 @@
 //! A trainer and its rollouts, as tasks of one process.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use engine_core::control::{ControlConfig, Token};
+use engine_core::observe::{Observer, Progress};
 use engine_core::{
     CheckpointEngine, ControlPlane, DType, EngineContext, Error, Placement, Rank, ReceivedWeights,
-    Result, Role, SendReport, TensorMeta, Version, Weight, WeightStream, WorkerMetadata,
-    ensure_async_iterator,
+    Result, Role, SendReport, TensorMeta, Version, VersionState, Weight, WeightStream,
+    WorkerMetadata, ensure_async_iterator,
 };
 use futures::StreamExt;
 
@@ -22,7 +23,29 @@ pub(crate) struct Group {
     pub(crate) rollouts: Vec<Box<dyn CheckpointEngine>>,
     /// The ranks of the group, the trainers' first.
     ranks: Vec<Rank>,
-    controls: Vec<ControlPlane>,
+    pub(crate) controls: Vec<ControlPlane>,
+    /// Where others join, if the suite has control planes.
+    pub(crate) at: Option<ControlConfig>,
+    /// The ranks whose confirmation the trainer has heard of, in the order in which it did.
+    pub(crate) ready: Arc<Ready>,
+}
+
+/// Notes the ranks that are ready.
+#[derive(Debug, Default)]
+pub(crate) struct Ready(Mutex<Vec<Rank>>);
+
+impl Ready {
+    pub(crate) fn has(&self, rank: Rank) -> bool {
+        self.0.lock().expect("no panic").contains(&rank)
+    }
+}
+
+impl Observer for Ready {
+    fn observe(&self, progress: &Progress) {
+        if let Progress::State { rank, state: VersionState::Ready } = progress {
+            self.0.lock().expect("no panic").push(*rank);
+        }
+    }
 }
 
 /// A trainer's engine whose weights are put elsewhere before they are sent.
@@ -140,7 +163,7 @@ impl Group {
     pub(crate) async fn form(suite: &Suite, rollouts: u32) -> Result<Self> {
         let trainers = suite.trainers;
         static GROUPS: AtomicU32 = AtomicU32::new(0);
-        let mut controls = Vec::new();
+        let (mut controls, mut at) = (Vec::new(), None);
         if suite.control {
             let number = GROUPS.fetch_add(1, Ordering::Relaxed);
             let address = format!("unix:@conformance-{}-{number}", std::process::id());
@@ -150,8 +173,20 @@ impl Group {
                 let role = if rank < trainers { Role::Trainer } else { Role::Rollout };
                 controls.push(ControlPlane::join(config.clone(), role, Some(Rank(rank))).await?);
             }
+            at = Some(config);
         }
-        Self::on(suite, (0..trainers + rollouts).map(Rank).collect(), controls).await
+        Self::on(suite, (0..trainers + rollouts).map(Rank).collect(), controls, at).await
+    }
+
+    /// Ends the engines and forms the group anew, over the same control planes.
+    pub(crate) async fn anew(mut self) -> Result<Self> {
+        self.trainer.finalize().await?;
+        for engine in &mut self.rollouts {
+            engine.finalize().await?;
+        }
+        let Self { suite, trainer, rollouts, ranks, controls, at, .. } = self;
+        drop((trainer, rollouts));
+        Self::on(&suite, ranks, controls, at).await
     }
 
     /// Ends the engines, has a rollout leave, and forms the group anew of all others, over the same control
@@ -162,23 +197,32 @@ impl Group {
         for engine in &mut self.rollouts {
             engine.finalize().await?;
         }
-        let Self { suite, trainer, rollouts, mut ranks, mut controls } = self;
+        let Self { suite, trainer, rollouts, mut ranks, mut controls, at, .. } = self;
         drop((trainer, rollouts));
         ranks.remove(index);
         if suite.control {
             controls.remove(index).close().await?;
         }
-        Self::on(&suite, ranks, controls).await
+        Self::on(&suite, ranks, controls, at).await
     }
 
     /// Forms a group of these ranks, over their control planes if the suite has any.
-    async fn on(suite: &Suite, ranks: Vec<Rank>, controls: Vec<ControlPlane>) -> Result<Self> {
+    async fn on(
+        suite: &Suite,
+        ranks: Vec<Rank>,
+        controls: Vec<ControlPlane>,
+        at: Option<ControlConfig>,
+    ) -> Result<Self> {
         let trainers = suite.trainers as usize;
+        let ready = Arc::new(Ready::default());
         let mut engines = Vec::new();
         for (index, rank) in ranks.iter().enumerate() {
             let role = if index < trainers { Role::Trainer } else { Role::Rollout };
             let mut context = EngineContext::new(suite.config_of(rank.0), role).with_rank(*rank);
             context.control = controls.get(index).cloned();
+            if index == 0 {
+                context = context.with_observer(ready.clone());
+            }
             let mut engine = suite.backend.create(context.clone())?;
             if let Some(quantizer) = suite.quantizer {
                 engine = (quantizer.layer)(engine, &context)?;
@@ -208,7 +252,7 @@ impl Group {
         if !engines.is_empty() {
             trainer = Box::new(Trainers { leader: trainer, others: engines });
         }
-        Ok(Self { suite: suite.clone(), trainer, rollouts, ranks, controls })
+        Ok(Self { suite: suite.clone(), trainer, rollouts, ranks, controls, at, ready })
     }
 
     /// The rank of a rollout.

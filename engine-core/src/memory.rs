@@ -111,6 +111,13 @@ impl Pool {
         Work(receiver)
     }
 
+    /// Runs work of its own division on the threads, and waits for it.
+    ///
+    /// Blocks. The calling thread helps if it is one of them.
+    pub fn install<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        self.0.install(work)
+    }
+
     /// Encodes all jobs of a bucket, in parallel, and returns the bucket's digest sum if it is
     /// wanted, else 0.
     ///

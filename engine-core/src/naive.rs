@@ -543,6 +543,7 @@ impl Session {
             }
             Err(_) => Err(late("waiting for the next weight").bucket(self.counts.2)),
             Ok(Some(Item::End)) => {
+                self.guard.outcome.check()?;
                 let notes = self.guard.outcome.take_notes();
                 let seconds = self.begun.elapsed().as_secs_f64();
                 if let Some(answer) = self.guard.answer.take() {

@@ -10,7 +10,8 @@ use crate::memory::{Job, Pool, TensorMemory};
 use crate::plan::{BucketLayout, Piece};
 use crate::report::ReceiveReport;
 use crate::{
-    Error, ErrorKind, ErrorReport, Result, Storage, TensorMeta, Version, Weight, WeightStream,
+    Error, ErrorKind, ErrorReport, Expected, Result, Storage, TensorMeta, Version, Weight,
+    WeightStream, check_names,
 };
 
 /// The weights of one update, as they arrive.
@@ -113,7 +114,8 @@ impl Outcome {
     /// The receiver's; the version must not be confirmed.
     pub fn check(&self) -> Result<()> {
         let checks = std::mem::take(&mut self.lock().checks);
-        checks.into_iter().try_for_each(|check| check())
+        let checked = checks.into_iter().try_for_each(|check| check());
+        checked.map_err(|error| self.fail_with(error, ()))
     }
 
     /// Ends an update with an error: leaves it as the reason and drops what is left of the update,
@@ -244,11 +246,22 @@ impl<'a> ReceivedWeights<'a> {
     /// As [`next_bucket`](Self::next_bucket), and the destination's own, which abort the update on
     /// every rank.
     pub async fn install(mut self, destination: &mut dyn Install) -> Result<ReceiveReport> {
+        let names = Names::default();
+        if let Some(expected) = destination.expects() {
+            let came = names.clone();
+            self.before_confirm(move || check_names(&expected, &came.lock()));
+        }
         loop {
             let error = match self.next_bucket().await? {
-                None => return self.finish().await,
+                None => {
+                    destination.completed(std::mem::take(&mut *names.lock()));
+                    return self.finish().await;
+                }
                 Some(bucket) => match destination.install(&bucket) {
-                    Ok(()) => continue,
+                    Ok(()) => {
+                        names.add(&bucket);
+                        continue;
+                    }
                     Err(error) => error.bucket(bucket.index()).version(self.version),
                 },
             };
@@ -354,6 +367,22 @@ impl<'a> ReceivedWeights<'a> {
     }
 }
 
+/// The names of the weights that have come so far.
+#[derive(Clone, Debug, Default)]
+struct Names(Arc<Mutex<Vec<Arc<str>>>>);
+
+impl Names {
+    fn add(&self, bucket: &ReceivedBucket) {
+        let pieces = bucket.layout.pieces().iter().filter(|piece| piece.start == 0);
+        self.lock().extend(pieces.map(|piece| piece.meta.name.clone()));
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Arc<str>>> {
+        // Every change is complete before anything can panic.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Open<'_> {
     /// A whole tensor, if this piece completes one.
     fn assemble(&mut self, piece: ReceivedPiece) -> Result<Option<Weight>> {
@@ -394,6 +423,8 @@ pub struct ReceivedBucket {
     index: u64,
     layout: Arc<BucketLayout>,
     bytes: Storage,
+    /// The threads of the engine that it came from.
+    pool: Option<Pool>,
 }
 
 impl ReceivedBucket {
@@ -408,7 +439,19 @@ impl ReceivedBucket {
             let message = format!("{} bytes for a layout of {}", bytes.len(), layout.filled());
             return Err(Error::new(ErrorKind::Protocol, "opening a bucket", message).bucket(index));
         }
-        Ok(Self { index, layout, bytes })
+        Ok(Self { index, layout, bytes, pool: None })
+    }
+
+    /// With the threads of its engine, for a destination to work with.
+    #[must_use]
+    pub fn with_pool(mut self, pool: Pool) -> Self {
+        self.pool = Some(pool);
+        self
+    }
+
+    /// The threads that whatever is done with the bucket may use; without, the caller's has to do.
+    pub fn pool(&self) -> Option<&Pool> {
+        self.pool.as_ref()
     }
 
     /// A weight as a bucket of its own: in place where its bytes are contiguous, else encoded by
@@ -434,7 +477,7 @@ impl ReceivedBucket {
             }
         };
         let layout = Arc::new(BucketLayout::new(vec![Piece { meta, start: 0, len, offset: 0 }]));
-        Self::new(index, layout, bytes)
+        Ok(Self::new(index, layout, bytes)?.with_pool(pool.clone()))
     }
 
     /// Its number within the update, from 0.
@@ -479,64 +522,208 @@ pub trait Install: Send {
     ///
     /// Whatever keeps a tensor from its place; it aborts the update on every rank.
     fn install(&mut self, bucket: &ReceivedBucket) -> Result<()>;
+
+    /// The names that an update has to bring, all of them and no others; `None` for any. An update
+    /// that brings others is refused on every rank, before it is active anywhere.
+    fn expects(&self) -> Option<Arc<[Arc<str>]>> {
+        None
+    }
+
+    /// Everything was installed, and the version is active; these are the names that came.
+    fn completed(&mut self, names: Vec<Arc<str>>) {
+        let _ = names;
+    }
 }
 
 /// A model's tensors in host memory, by name: a destination that grows as weights arrive.
 ///
-/// Memory is allocated at the first update and reused for tensors whose size stays.
+/// Memory is allocated at the first update and reused for tensors whose size stays. An update that
+/// brings other names than the one before is refused, unless the map is [partial](Self::partial).
 #[derive(Debug, Default)]
-pub struct TensorMap(BTreeMap<Arc<str>, (TensorMeta, Vec<u8>)>);
+pub struct TensorMap {
+    tensors: BTreeMap<Arc<str>, (TensorMeta, Vec<u8>)>,
+    expected: Expected,
+    /// The names of the last update that was complete.
+    names: Option<Arc<[Arc<str>]>>,
+}
 
 impl TensorMap {
-    /// A map without tensors.
+    /// A map without tensors, for updates that bring the whole model.
     pub fn new() -> Self {
         Self::default()
     }
 
+    /// A map without tensors, for updates that may each bring a part of the model: what does not come
+    /// stays as it is.
+    pub fn partial() -> Self {
+        Self { expected: Expected::Partial, ..Self::default() }
+    }
+
     /// The number of tensors.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.tensors.len()
     }
 
     /// Whether there is no tensor.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.tensors.is_empty()
     }
 
     /// A tensor's description and bytes.
     pub fn get(&self, name: &str) -> Option<(&TensorMeta, &[u8])> {
-        self.0.get(name).map(|(meta, bytes)| (meta, bytes.as_slice()))
+        self.tensors.get(name).map(|(meta, bytes)| (meta, bytes.as_slice()))
     }
 
     /// All tensors, by name.
     pub fn iter(&self) -> impl Iterator<Item = (&TensorMeta, &[u8])> {
-        self.0.values().map(|(meta, bytes)| (meta, bytes.as_slice()))
+        self.tensors.values().map(|(meta, bytes)| (meta, bytes.as_slice()))
     }
+}
+
+/// Makes memory as long as a tensor.
+///
+/// # Errors
+///
+/// `Resource` if there is none: the size is a peer's word.
+fn resize(bytes: &mut Vec<u8>, meta: &TensorMeta) -> Result<()> {
+    let len = meta.byte_len()?;
+    let refuse = || {
+        let message = format!("no memory for {len} bytes");
+        Error::new(ErrorKind::Resource, "installing a tensor", message).tensor(&*meta.name)
+    };
+    let size = usize::try_from(len).map_err(|_| refuse())?;
+    bytes.try_reserve_exact(size.saturating_sub(bytes.len())).map_err(|_| refuse())?;
+    bytes.resize(size, 0);
+    Ok(())
 }
 
 impl Install for TensorMap {
     fn install(&mut self, bucket: &ReceivedBucket) -> Result<()> {
         use rayon::prelude::*;
 
-        // Each destination is taken out of the map, so that all can be written in parallel.
+        // Each destination is taken out of the map, so that all can be written in parallel, and put
+        // back whether or not they could be.
         let mut places = Vec::with_capacity(bucket.pieces().len());
+        let mut written = Ok(());
         for piece in bucket.pieces() {
             let name = piece.meta.name.clone();
-            let mut bytes = match self.0.remove(&name) {
-                Some((_, bytes)) => bytes,
-                None => Vec::new(),
+            let old = self.tensors.remove(&name);
+            let (bytes, fits) = match old {
+                Some((meta, bytes)) if meta == piece.meta => (bytes, Ok(())),
+                old => {
+                    let mut bytes = old.map(|(_, bytes)| bytes).unwrap_or_default();
+                    let fits = resize(&mut bytes, &piece.meta);
+                    (bytes, fits)
+                }
             };
-            let byte_len = piece.meta.byte_len()? as usize;
-            bytes.resize(byte_len, 0);
-            places.push((name, piece, bytes));
+            written = fits;
+            places.push((piece, bytes));
+            if written.is_err() {
+                break;
+            }
         }
-        places.par_iter_mut().with_min_len(16).try_for_each(|(_, piece, bytes)| {
+        let copy = |(piece, bytes): &mut (ReceivedPiece, Vec<u8>)| {
             let start = piece.start as usize;
             piece.bytes.read(0, &mut bytes[start..start + piece.bytes.len() as usize])
-        })?;
-        for (name, piece, bytes) in places {
-            self.0.insert(name, (piece.meta, bytes));
+        };
+        if written.is_ok() {
+            written = match bucket.pool() {
+                Some(pool) => {
+                    pool.install(|| places.par_iter_mut().with_min_len(16).try_for_each(copy))
+                }
+                None => places.iter_mut().try_for_each(copy),
+            };
         }
-        Ok(())
+        for (piece, bytes) in places {
+            // Without memory for it, a tensor is not there: a shorter one is none.
+            if piece.meta.byte_len().is_ok_and(|len| len == bytes.len() as u64) {
+                self.tensors.insert(piece.meta.name.clone(), (piece.meta, bytes));
+            }
+        }
+        written
+    }
+
+    fn expects(&self) -> Option<Arc<[Arc<str>]>> {
+        self.names.clone().filter(|_| self.expected == Expected::SameNames)
+    }
+
+    fn completed(&mut self, names: Vec<Arc<str>>) {
+        let same = self.names.as_ref().is_some_and(|known| **known == *names);
+        if !same {
+            self.names = Some(names.into());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DType;
+
+    fn bucket(index: u64, pieces: Vec<Piece>) -> Result<ReceivedBucket> {
+        let layout = Arc::new(BucketLayout::new(pieces));
+        let filled = layout.filled() as usize;
+        ReceivedBucket::new(index, layout, vec![index as u8 + 1; filled])
+    }
+
+    fn piece(name: &str, len: u64, start: u64, offset: u64) -> Piece {
+        Piece { meta: TensorMeta::new(name, DType::U8, [len]), start, len: len - start, offset }
+    }
+
+    /// A tensor of 2^60 bytes in two parts, and one that fits.
+    fn too_large() -> ReceivedWeights<'static> {
+        let huge = TensorMeta::new("huge", DType::U8, [1_u64 << 60]);
+        let part = |start| Piece { meta: huge.clone(), start, len: 8, offset: 0 };
+        let buckets =
+            vec![bucket(0, vec![part(0)]), bucket(1, vec![part(8), piece("small", 4, 0, 256)])];
+        ReceivedWeights::new(Version(1), Outcome::default(), futures::stream::iter(buckets))
+    }
+
+    #[tokio::test]
+    async fn a_failed_stream_gives_its_error_whenever_it_is_asked_again() {
+        let lost = Error::new(ErrorKind::Digest, "verifying a bucket", "other bytes").bucket(1);
+        let items = vec![bucket(0, vec![piece("a", 4, 0, 0)]), Err(lost)];
+        let stream = futures::stream::iter(items);
+        let mut received = ReceivedWeights::new(Version(1), Outcome::default(), stream);
+        assert!(received.next_tensor().await.unwrap().is_some());
+        for _ in 0..2 {
+            let error = received.next_tensor().await.unwrap_err();
+            assert_eq!((error.kind(), error.report().bucket), (ErrorKind::Digest, Some(1)));
+            assert_eq!(received.next_bucket().await.unwrap_err().kind(), ErrorKind::Digest);
+        }
+        assert_eq!(received.finish().await.unwrap_err().kind(), ErrorKind::Digest);
+    }
+
+    #[tokio::test]
+    async fn a_tensor_that_finds_no_memory_ends_the_update_and_is_never_left_out() {
+        let mut received = too_large();
+        let outcome = received.outcome.clone();
+        for _ in 0..3 {
+            let error = received.next_tensor().await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Resource, "{error}");
+            assert_eq!(error.report().tensor.as_deref(), Some("huge"));
+        }
+        // The engine tells the others.
+        assert_eq!(outcome.take_failure().map(|error| error.kind()), Some(ErrorKind::Resource));
+    }
+
+    #[tokio::test]
+    async fn a_map_without_room_for_a_tensor_refuses_it_and_keeps_the_others() {
+        let mut map = TensorMap::new();
+        map.install(&bucket(0, vec![piece("small", 4, 0, 0)]).unwrap()).unwrap();
+        let error = too_large().install(&mut map).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Resource, "{error}");
+        assert_eq!(map.len(), 1);
+        assert_eq!(map.get("small").map(|(_, bytes)| bytes), Some(&[1; 4][..]));
+    }
+
+    #[tokio::test]
+    async fn what_the_receiver_checks_before_it_confirms_is_asked_once() {
+        let stream = futures::stream::empty::<Result<ReceivedBucket>>();
+        let outcome = Outcome::default();
+        let received = ReceivedWeights::new(Version(1), outcome.clone(), stream);
+        received.before_confirm(|| Err(Error::new(ErrorKind::Mismatch, "checking", "no")));
+        assert_eq!(outcome.check().unwrap_err().kind(), ErrorKind::Mismatch);
+        assert!(outcome.check().is_ok());
     }
 }

@@ -295,11 +295,12 @@ pub(super) async fn wait_for(
     const MOMENT: Duration = Duration::from_millis(300);
     let mut until = Instant::now() + MOMENT;
     loop {
-        // What is here already is looked at first: it may say that the update is over.
+        let is_other = |begin: &mut Begin| expected.is_some_and(|version| version != begin.version);
+        // One that is over by now is returned as well: the caller hears why it has failed.
+        if let Some(begin) = announced.take_if(|begin| !is_other(begin)) {
+            return Ok(begin);
+        }
         let wait = match announced {
-            Some(begin) if expected.is_none_or(|version| version == begin.version) => {
-                Duration::ZERO
-            }
             // The update may have been aborted long ago, while nobody listened here, or just now.
             Some(_) => until.saturating_duration_since(Instant::now()),
             None => LONG,
@@ -313,13 +314,11 @@ pub(super) async fn wait_for(
                     until = Instant::now() + MOMENT;
                 }
             }
-            None => match (announced.take(), expected) {
-                (None, _) => {}
-                (Some(begin), Some(expected)) if begin.version != expected => {
+            None => {
+                if let (Some(begin), Some(expected)) = (announced.take(), expected) {
                     return Err(mismatch(control, &begin, expected)?);
                 }
-                (Some(begin), _) => return Ok(begin),
-            },
+            }
         }
     }
 }
@@ -612,7 +611,8 @@ impl<L: FetchLink> Session<'_, L> {
         sum: Option<u64>,
     ) -> Result<ReceivedBucket> {
         let layout = self.layouts[index as usize].clone();
-        let bucket = ReceivedBucket::new(index, layout.clone(), bytes)?;
+        let bucket = ReceivedBucket::new(index, layout.clone(), bytes)?
+            .with_pool(self.receiver.pool.clone());
         let (sent, filled) = (digest, layout.filled());
         if let Some(sum) = sum {
             let here = digest::finish(sum, filled);
