@@ -8,6 +8,7 @@ pub mod digest;
 mod dtype;
 mod engine;
 mod error;
+mod expected;
 mod handover;
 mod ids;
 mod isa;
@@ -35,6 +36,7 @@ pub use engine::{
     WorkerMetadata, form_group, form_local_group,
 };
 pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
+pub use expected::{Expected, check_names};
 pub use handover::{Holder, Newcomer};
 pub use ids::{Rank, Version};
 pub use manager::{CheckpointEngineManager, LocalRollout, RolloutWorker};
