@@ -9,7 +9,9 @@ use futures::stream::{BoxStream, Stream, StreamExt};
 use crate::memory::{Job, Pool, TensorMemory};
 use crate::plan::{BucketLayout, Piece};
 use crate::report::ReceiveReport;
-use crate::{Error, ErrorKind, Result, Storage, TensorMeta, Version, Weight, WeightStream};
+use crate::{
+    Error, ErrorKind, ErrorReport, Result, Storage, TensorMeta, Version, Weight, WeightStream,
+};
 
 /// The weights of one update, as they arrive.
 ///
@@ -32,11 +34,22 @@ use crate::{Error, ErrorKind, Result, Storage, TensorMeta, Version, Weight, Weig
 /// and says why.
 pub struct ReceivedWeights<'a> {
     version: Version,
-    buckets: BoxStream<'a, Result<ReceivedBucket>>,
     outcome: Outcome,
+    state: State<'a>,
+}
+
+/// An end is never forgotten: asking again gives the same answer.
+enum State<'a> {
+    Open(Open<'a>),
+    Complete,
+    Failed(ErrorReport),
+}
+
+struct Open<'a> {
+    buckets: BoxStream<'a, Result<ReceivedBucket>>,
+    /// The bucket that tensors are taken from, and the next piece of it.
     current: Option<(ReceivedBucket, usize)>,
     partial: Option<Partial>,
-    ended: bool,
 }
 
 /// A tensor larger than a bucket, of which a part has arrived.
@@ -49,11 +62,26 @@ struct Partial {
 #[derive(Clone, Debug, Default)]
 pub struct Outcome(Arc<Mutex<OutcomeState>>);
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct OutcomeState {
     report: Option<ReceiveReport>,
     failure: Option<Error>,
     notes: serde_json::Value,
+    checks: Vec<Check>,
+}
+
+type Check = Box<dyn FnOnce() -> Result<()> + Send>;
+
+impl fmt::Debug for OutcomeState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { report, failure, notes, checks } = self;
+        f.debug_struct("OutcomeState")
+            .field("report", report)
+            .field("failure", failure)
+            .field("notes", notes)
+            .field("checks", &checks.len())
+            .finish()
+    }
 }
 
 impl Outcome {
@@ -72,10 +100,26 @@ impl Outcome {
         self.lock().notes.take()
     }
 
+    /// What the receiver wants to be asked before its engine confirms the version, as in
+    /// [`ReceivedWeights::before_confirm`].
+    ///
+    /// # Contract
+    ///
+    /// For engines: called when all weights were offered and verified, before the others hear that
+    /// this rank has the version.
+    ///
+    /// # Errors
+    ///
+    /// The receiver's; the version must not be confirmed.
+    pub fn check(&self) -> Result<()> {
+        let checks = std::mem::take(&mut self.lock().checks);
+        checks.into_iter().try_for_each(|check| check())
+    }
+
     /// Ends an update with an error: leaves it as the reason and drops what is left of the update,
     /// so that the engine tells the others.
     fn fail_with(&self, error: Error, rest: impl Sized) -> Error {
-        let report = crate::ErrorReport::from(&error);
+        let report = ErrorReport::from(&error);
         self.lock().failure.get_or_insert_with(|| report.into());
         drop(rest);
         error
@@ -100,8 +144,8 @@ impl<'a> ReceivedWeights<'a> {
         outcome: Outcome,
         buckets: impl Stream<Item = Result<ReceivedBucket>> + Send + 'a,
     ) -> Self {
-        let buckets = buckets.boxed();
-        Self { version, buckets, outcome, current: None, partial: None, ended: false }
+        let open = Open { buckets: buckets.boxed(), current: None, partial: None };
+        Self { version, outcome, state: State::Open(open) }
     }
 
     /// The version that is arriving.
@@ -117,21 +161,21 @@ impl<'a> ReceivedWeights<'a> {
     ///
     /// # Errors
     ///
-    /// Why the update failed. It stays failed.
+    /// Why the update failed; the same again whenever it is asked for more.
     pub async fn next_bucket(&mut self) -> Result<Option<ReceivedBucket>> {
-        if self.ended {
-            return Ok(None);
-        }
-        match self.buckets.next().await {
+        let open = match &mut self.state {
+            State::Open(open) => open,
+            State::Complete => return Ok(None),
+            State::Failed(report) => return Err(report.clone().into()),
+        };
+        match open.buckets.next().await {
             Some(Ok(bucket)) => Ok(Some(bucket)),
             Some(Err(error)) => {
-                self.ended = true;
-                self.current = None;
-                self.partial = None;
+                self.state = State::Failed(ErrorReport::from(&error));
                 Err(error)
             }
             None => {
-                self.ended = true;
+                self.state = State::Complete;
                 Ok(None)
             }
         }
@@ -149,49 +193,44 @@ impl<'a> ReceivedWeights<'a> {
     ///
     /// # Errors
     ///
-    /// As [`next_bucket`](Self::next_bucket); `Resource` if a large tensor finds no memory.
+    /// As [`next_bucket`](Self::next_bucket); `Resource` if a large tensor finds no memory. Either ends
+    /// the update on every rank: no version can be complete without a tensor that could not be had.
     pub async fn next_tensor(&mut self) -> Result<Option<Weight>> {
         loop {
-            if self.current.is_none() {
-                // The exhausted bucket is released before the next one is waited for.
-                match self.next_bucket().await? {
-                    Some(bucket) => self.current = Some((bucket, 0)),
-                    None => return Ok(None),
+            if let State::Open(open) = &mut self.state
+                && let Some((bucket, next)) = &mut open.current
+            {
+                let Some(piece) = bucket.piece(*next) else {
+                    // The exhausted bucket is released before the next one is waited for.
+                    open.current = None;
+                    continue;
+                };
+                *next += 1;
+                match open.assemble(piece) {
+                    Ok(None) => continue,
+                    Ok(weight) => return Ok(weight),
+                    Err(error) => return Err(self.fail_with(error.version(self.version))),
                 }
             }
-            let Some((bucket, next)) = &mut self.current else { continue };
-            let Some(piece) = bucket.piece(*next) else {
-                self.current = None;
-                continue;
-            };
-            *next += 1;
-            if let Some(weight) = self.assemble(piece)? {
-                return Ok(Some(weight));
+            match (self.next_bucket().await?, &mut self.state) {
+                (Some(bucket), State::Open(open)) => open.current = Some((bucket, 0)),
+                _ => return Ok(None),
             }
         }
     }
 
-    fn assemble(&mut self, piece: ReceivedPiece) -> Result<Option<Weight>> {
-        let byte_len = piece.meta.byte_len()?;
-        if piece.bytes.len() == byte_len {
-            return Weight::from_meta(piece.meta, piece.bytes).map(Some);
-        }
-        if piece.start == 0 {
-            let memory = TensorMemory::new(byte_len, "putting a tensor together");
-            let memory = memory.map_err(|error| error.tensor(&*piece.meta.name))?;
-            self.partial = Some(Partial { meta: piece.meta, memory });
-        }
-        // The engine has checked that the chunks of a weight follow one another.
-        let Some(Partial { memory, .. }) = &mut self.partial else { return Ok(None) };
-        let end = piece.start + piece.bytes.len();
-        piece.bytes.read(0, &mut memory.as_mut()[piece.start as usize..end as usize])?;
-        if end != byte_len {
-            return Ok(None);
-        }
-        match self.partial.take() {
-            Some(Partial { meta, memory }) => Weight::from_meta(meta, memory.freeze()).map(Some),
-            None => Ok(None),
-        }
+    /// Ends the update here and everywhere, for a reason that stays.
+    fn fail_with(&mut self, error: Error) -> Error {
+        let failed = State::Failed(ErrorReport::from(&error));
+        let rest = std::mem::replace(&mut self.state, failed);
+        self.outcome.fail_with(error, rest)
+    }
+    /// Has the receiver asked once more when it was offered everything, before this rank confirms the
+    /// version: an error of the function aborts the update on every rank.
+    ///
+    /// It is the last moment at which a receiver can refuse a version for all.
+    pub fn before_confirm(&self, check: impl FnOnce() -> Result<()> + Send + 'static) {
+        self.outcome.lock().checks.push(Box::new(check));
     }
 
     /// Hands every bucket to a destination as a whole, to the end.
@@ -225,7 +264,9 @@ impl<'a> ReceivedWeights<'a> {
     ///
     /// As [`next_bucket`](Self::next_bucket).
     pub async fn finish(mut self) -> Result<ReceiveReport> {
-        self.current = None;
+        if let State::Open(open) = &mut self.state {
+            open.current = None;
+        }
         while self.next_bucket().await?.is_some() {}
         let report = self.outcome.lock().report.take();
         report.ok_or_else(|| {
@@ -310,6 +351,32 @@ impl<'a> ReceivedWeights<'a> {
         WeightStream::new(futures::stream::try_unfold(self, |mut received| async move {
             Ok(received.next_tensor().await?.map(|weight| (weight, received)))
         }))
+    }
+}
+
+impl Open<'_> {
+    /// A whole tensor, if this piece completes one.
+    fn assemble(&mut self, piece: ReceivedPiece) -> Result<Option<Weight>> {
+        let byte_len = piece.meta.byte_len()?;
+        if piece.bytes.len() == byte_len {
+            return Weight::from_meta(piece.meta, piece.bytes).map(Some);
+        }
+        if piece.start == 0 {
+            let memory = TensorMemory::new(byte_len, "putting a tensor together");
+            let memory = memory.map_err(|error| error.tensor(&*piece.meta.name))?;
+            self.partial = Some(Partial { meta: piece.meta, memory });
+        }
+        // The engine has checked that the chunks of a weight follow one another.
+        let Some(Partial { memory, .. }) = &mut self.partial else { return Ok(None) };
+        let end = piece.start + piece.bytes.len();
+        piece.bytes.read(0, &mut memory.as_mut()[piece.start as usize..end as usize])?;
+        if end != byte_len {
+            return Ok(None);
+        }
+        match self.partial.take() {
+            Some(Partial { meta, memory }) => Weight::from_meta(meta, memory.freeze()).map(Some),
+            None => Ok(None),
+        }
     }
 }
 

@@ -9,6 +9,7 @@
 //! ```text
 //! trainer                                   rollout
 //!   Begin(update, version)          ─────▶
+//!                                   ◀─────  Entered(the plan it knows, the buckets it still reads)
 //!   fill slot 0, Bucket(0)          ─────▶  verify, offer views of bucket 0
 //!   fill slot 1, Bucket(1)          ─────▶  verify, offer views of bucket 1
 //!                                   ◀─────  Release(0)      the last view is gone
@@ -19,6 +20,12 @@
 //! ```
 //!
 //! Any failure on any side becomes an `Abort` that every rank receives, with the first cause.
+//!
+//! What the trainer believes of a rank is what the rank said when it entered the update: nothing is
+//! remembered from the one before, so that nothing lost or dropped in that one can be wrong in this one.
+//!
+//! Every wait of the trainer has a deadline, which only steps of the rank that is waited for begin anew.
+//! The others wait as long as the trainer says that it is alive.
 //!
 //! Several trainers may share the sending ([`CoSender`]): bucket *n* comes from the one at *n* modulo their
 //! number. All of them collect the same buckets from streams of their own; the leader, which hears of
@@ -50,8 +57,10 @@ pub use sender::{Members, Part, SendLink, Sender};
 use std::future::Future;
 use std::time::Duration;
 
+use futures::future::FusedFuture;
+
 use crate::control::{ControlPlane, Event};
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Recovery, Result};
 
 /// A wait for events that something else ends.
 const LONG: Duration = Duration::from_secs(3600);
@@ -68,6 +77,26 @@ async fn within<T>(
 fn too_late(deadline: Duration, operation: &str) -> Error {
     let message = format!("nothing within {:.1} s", deadline.as_secs_f64());
     Error::new(ErrorKind::Timeout, operation, message)
+}
+
+/// Waits, after a failure, for the end of work that reads a trainer's weights: they may be changed as
+/// soon as the error is returned. Work that does not end in time is the error then, and says so.
+async fn settle<T>(
+    work: impl Future<Output = T> + FusedFuture,
+    deadline: Duration,
+    error: Error,
+) -> Error {
+    let work = std::pin::pin!(work);
+    if work.is_terminated() || within(deadline, "", work).await.is_ok() {
+        return error;
+    }
+    let message = format!(
+        "it goes on after {:.1} s; the weights of the bucket must not be changed before they are dropped",
+        deadline.as_secs_f64()
+    );
+    Error::new(ErrorKind::Timeout, "encoding a bucket of an update that failed", message)
+        .recovery(Recovery::Abort)
+        .with_source(error)
 }
 
 /// The next event, or an error that the caller completes.

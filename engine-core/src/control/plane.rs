@@ -1,6 +1,7 @@
 //! The handle.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -47,6 +48,8 @@ struct Inner {
     thread: Mutex<Option<JoinHandle<()>>>,
     finished: CancellationToken,
     stop: CancellationToken,
+    /// The number of the last update that this rank began.
+    updates: AtomicU64,
 }
 
 impl ControlPlane {
@@ -202,6 +205,13 @@ impl ControlPlane {
         }
     }
 
+    /// The number of the next update that the leader begins. No number is given twice, whatever
+    /// engines and groups come and go on this control plane: messages about an old update can never
+    /// be taken for messages about a new one.
+    pub(crate) fn next_update(&self) -> u64 {
+        self.inner.updates.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
     /// Queues a message; never blocks. Members may send to rank 0 only.
     ///
     /// # Errors
@@ -312,8 +322,18 @@ impl ControlPlane {
         let stop = cancelled.disarm();
         let Place { shared, address, rank, role } = place;
         let thread = Mutex::new(Some(thread));
-        let inner =
-            Inner { shared, timers, address, rank, role, close_timeout, thread, finished, stop };
+        let inner = Inner {
+            shared,
+            timers,
+            address,
+            rank,
+            role,
+            close_timeout,
+            thread,
+            finished,
+            stop,
+            updates: AtomicU64::new(0),
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 

@@ -3,20 +3,23 @@
 use std::future::Future;
 use std::time::{Duration, Instant};
 
+use futures::FutureExt;
 use tracing::{Instrument, debug, debug_span};
 
 use super::collect::{Bucket, Collector};
 use super::message::{Begin, ToReceiver, ToSender, encode};
 use super::receiver::{Guard, JOINING, event_of_update, message, tell_leader, wait_for};
-use super::sender::{Ending, Ends};
-use super::{LONG, SendLink, within};
+use super::sender::{ENCODING, Ending, Ends};
+use super::{LONG, SendLink, settle, within};
 use crate::control::{ControlPlane, Event};
 use crate::observe::{Observer as _, Progress};
 use crate::plan::Plan;
 use crate::received::Outcome;
 use crate::report::{SendReport, StageTimes, VersionState};
 use crate::telemetry::Meter;
-use crate::{EngineContext, Error, ErrorKind, Rank, Result, Version, WeightStream, digest};
+use crate::{
+    EngineContext, Error, ErrorKind, Rank, Recovery, Result, Version, WeightStream, digest,
+};
 
 /// The side of the protocol of a trainer other than the leader, over a transport's link.
 ///
@@ -26,6 +29,8 @@ pub struct CoSender<L> {
     link: L,
     control: ControlPlane,
     plan: Plan,
+    /// An update that was announced, and that this rank has no part in yet.
+    announced: Option<Begin>,
     deadline: Duration,
     meter: Meter,
 }
@@ -34,7 +39,8 @@ impl<L: SendLink> CoSender<L> {
     /// A sender in a group whose leader counts this rank among the senders.
     pub fn new(link: L, context: &EngineContext, control: ControlPlane) -> Self {
         let meter = Meter::new(control.rank(), context.observer.clone());
-        Self { link, control, plan: Plan::default(), deadline: context.deadline(), meter }
+        let deadline = context.deadline();
+        Self { link, control, plan: Plan::default(), announced: None, deadline, meter }
     }
 
     /// Sends this rank's part of the leader's next update, which has to be of this version.
@@ -56,7 +62,8 @@ impl<L: SendLink> CoSender<L> {
         version: Version,
     ) -> Result<SendReport> {
         let operation = "waiting for the leader to begin the update";
-        let begin = within(self.deadline, operation, wait_for(&self.control, Some(version)))
+        let begun = wait_for(&self.control, &mut self.announced, Some(version));
+        let begin = within(self.deadline, operation, begun)
             .await
             .map_err(|error| error.rank(Rank::LEADER).version(version))??;
         let mut guard = Guard {
@@ -94,7 +101,7 @@ impl<L: SendLink> CoSender<L> {
         begin: &Begin,
         mut weights: WeightStream<'_>,
     ) -> Result<SendReport, Failure> {
-        let Self { link, control, deadline, meter, plan: last } = self;
+        let Self { link, control, announced, deadline, meter, plan: last } = self;
         let (deadline, begun) = (*deadline, Instant::now());
         let rank = control.rank();
         let mut listener = Listener {
@@ -105,6 +112,7 @@ impl<L: SendLink> CoSender<L> {
             end: None,
             may_join: false,
             committed: false,
+            announced,
         };
         let here = (link.bucket_bytes(), link.slots());
         if here != (begin.bucket_bytes, begin.slots as usize) {
@@ -114,7 +122,8 @@ impl<L: SendLink> CoSender<L> {
             );
             return Err(Error::new(ErrorKind::Mismatch, SENDING, message).rank(rank).into());
         }
-        let entered = ToSender::Entered { update: begin.update, card: link.card() };
+        let (update, card) = (begin.update, link.card());
+        let entered = ToSender::Entered { update, card, plan: None, held: Vec::new() };
         control.send(Rank::LEADER, encode(&entered)?)?;
         meter.observe(&Progress::Began { version: begin.version, receivers: Vec::new() });
         if let Some(ticket) = &begin.ticket {
@@ -145,9 +154,24 @@ impl<L: SendLink> CoSender<L> {
                 stages.release += waiting.elapsed();
 
                 let encoding = Instant::now();
-                let fill = link.fill(slot, jobs, begin.digests);
-                let sum = listener.watch(fill.instrument(debug_span!("encode", bucket = index)));
-                let sum = sum.await?.map_err(|error| error.bucket(index))?;
+                let sum = {
+                    let fill = link.fill(slot, jobs, begin.digests);
+                    let fill = fill.instrument(debug_span!("encode", bucket = index)).fuse();
+                    let mut fill = std::pin::pin!(fill);
+                    let in_time = within(deadline, ENCODING, fill.as_mut()).map(Result::flatten);
+                    match listener.watch(in_time).await {
+                        Ok(Ok(sum)) => sum,
+                        Ok(Err(error)) => {
+                            return Err(settle(fill, deadline, error.bucket(index)).await.into());
+                        }
+                        Err(Failure::Here(error)) => {
+                            return Err(settle(fill, deadline, error).await.into());
+                        }
+                        Err(Failure::Elsewhere(error)) => {
+                            return Err(Failure::Elsewhere(settle(fill, deadline, error).await));
+                        }
+                    }
+                };
                 stages.encode += encoding.elapsed();
                 let (publishing, filled) = (Instant::now(), layout.filled());
                 link.publish(slot, filled).await.map_err(|error| error.bucket(index))?;
@@ -231,6 +255,8 @@ struct Listener<'a> {
     /// Whether all ranks are in the update.
     may_join: bool,
     committed: bool,
+    /// Where the announcement of another update is kept.
+    announced: &'a mut Option<Begin>,
 }
 
 /// What ends an update's data: the number of buckets, and the digests of the version and of the plan.
@@ -310,6 +336,16 @@ impl Listener<'_> {
             Some(ToReceiver::Abort { update, error }) if update == self.update => {
                 return Err(Failure::Elsewhere(error.into()));
             }
+            Some(ToReceiver::Begin(begin)) if begin.update != self.update => {
+                // This one has ended at the leader, and its end did not come here.
+                *self.announced = Some(begin);
+                let message = "another update began within this one";
+                return Err(Error::new(ErrorKind::Protocol, SENDING, message)
+                    .rank(Rank::LEADER)
+                    .recovery(Recovery::Retry)
+                    .into());
+            }
+            Some(ToReceiver::Alive { .. }) => {}
             other => debug!(?other, "a message of another update"),
         }
         Ok(())

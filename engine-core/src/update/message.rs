@@ -6,9 +6,12 @@ use serde::{Deserialize, Serialize};
 use crate::plan::Piece;
 use crate::{Error, ErrorKind, ErrorReport, Rank, Result, Version};
 
-/// From the leading trainer to the other ranks. `update` counts the updates of a group, so that what an
-/// aborted update left behind is never taken for a part of the next one, even if that has the same
-/// version.
+/// From the leading trainer to the other ranks. `update` is a number of the leader's control plane
+/// ([`next_update`](crate::control::ControlPlane::next_update)) that is used once, so that what an
+/// aborted update left behind is never taken for a part of another one: not if that has the same
+/// version, and not if the group was formed anew in between.
+///
+/// A rank is sent nothing of an update but its `Begin` and its `Abort` before it has entered it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum ToReceiver {
     Begin(Begin),
@@ -51,6 +54,11 @@ pub(super) enum ToReceiver {
     /// All ranks are in the update, and join one another now.
     Join {
         update: u64,
+    },
+    /// The leader is alive and waits, for this rank if it is a rank; its own waits have deadlines.
+    Alive {
+        update: u64,
+        awaited: Option<Rank>,
     },
 }
 
@@ -105,8 +113,17 @@ pub(super) enum Layout {
 /// From another rank to the leading trainer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum ToSender {
-    /// The rank is in this update. Its card says how to fetch from it.
-    Entered { update: u64, card: Bytes },
+    /// The rank is in this update. What the leader believes of a rank, it believes because of this
+    /// message.
+    Entered {
+        update: u64,
+        /// How to fetch from the rank.
+        card: Bytes,
+        /// The digest of the plan that the rank knows.
+        plan: Option<u64>,
+        /// The buckets that are still read there, of this group's earlier updates: update and index.
+        held: Vec<(u64, u64)>,
+    },
     /// A bucket was fetched, and others may fetch it from here.
     Fetched { update: u64, index: u64 },
     /// A bucket could not be fetched from a rank other than the trainer.

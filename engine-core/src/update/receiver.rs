@@ -1,7 +1,8 @@
 //! A rollout's side of an update.
 
-use std::collections::VecDeque;
-use std::sync::Arc;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -117,14 +118,13 @@ impl<L: ReceiveLink> FetchLink for L {
 /// receiver looks.
 #[derive(Debug)]
 pub struct Arrival {
-    update: u64,
     index: u64,
     from: Rank,
     /// Whether the trainer wants to know.
     routed: bool,
     /// With the layout, if digests are wanted.
     check: Option<Arc<BucketLayout>>,
-    control: ControlPlane,
+    held: Hold,
     pool: Pool,
     session: oneshot::Sender<Result<Arrived>>,
     /// The update's stage that ends with the arrival, and when it began.
@@ -149,25 +149,23 @@ impl Arrival {
 
     /// The bytes are here, or cannot come.
     pub fn tell(self, result: Result<Storage>) {
-        let Self { update, index, from, routed, check, control, pool, session, stage } = self;
+        let Self { index, from, routed, check, held, pool, session, stage } = self;
         let (span, begun) = stage;
         let fetch = begun.elapsed();
+        let update = held.update;
         let told = match &result {
             Ok(_) if routed => Some(ToSender::Fetched { update, index }),
             Err(error) if routed && from != Rank::LEADER => {
                 Some(ToSender::Missed { update, index, from, error: error.into() })
             }
-            // Nothing of it is here, and nothing comes any more.
-            Err(_) if !routed => Some(ToSender::Release { update, index }),
             _ => None,
         };
         if let Some(message) = told {
-            tell_leader(&control, &message);
+            tell_leader(&held.ledger.control, &message);
         }
         let result = result.map(|bytes| {
             // From here on the bucket is released when the last view of it is dropped.
-            let release = Release { control, update, index };
-            let bytes = bytes.guarded(release);
+            let bytes = bytes.guarded(held);
             let sum = check.map(|layout| {
                 let (threads, bytes) = (pool.clone(), bytes.clone());
                 let verify = debug_span!(parent: &span, "verify", bucket = index);
@@ -191,8 +189,12 @@ pub struct Receiver<L> {
     link: L,
     control: ControlPlane,
     pool: Pool,
-    /// The layouts of the last complete update.
+    /// The layouts of the last complete update, and their digest.
     plan: Plan,
+    known: Option<u64>,
+    /// An update that was announced, and that nobody has received yet.
+    announced: Option<Begin>,
+    ledger: Ledger,
     deadline: Duration,
     meter: Meter,
 }
@@ -201,7 +203,17 @@ impl<L: FetchLink> Receiver<L> {
     /// The receiver of a group that the control plane connects to.
     pub fn new(link: L, context: &EngineContext, control: ControlPlane, pool: Pool) -> Self {
         let meter = Meter::new(control.rank(), context.observer.clone());
-        Self { link, control, pool, plan: Plan::default(), deadline: context.deadline(), meter }
+        Self {
+            link,
+            ledger: Ledger { control: control.clone(), held: Arc::default() },
+            control,
+            pool,
+            plan: Plan::default(),
+            known: None,
+            announced: None,
+            deadline: context.deadline(),
+            meter,
+        }
     }
 
     /// Waits for the next update; see
@@ -217,12 +229,12 @@ impl<L: FetchLink> Receiver<L> {
     /// `Mismatch` if the update has another version than the one expected.
     pub async fn receive(&mut self, expected: Option<Version>) -> Result<ReceivedWeights<'_>> {
         let operation = "waiting for an update to begin";
-        let begin = within(self.deadline, operation, wait_for(&self.control, expected))
+        let begun = wait_for(&self.control, &mut self.announced, expected);
+        let begin = within(self.deadline, operation, begun)
             .await
             .map_err(|error| error.rank(Rank::LEADER))??;
         let Begin { update, version, bucket_bytes, .. } = begin;
-        self.control
-            .send(Rank::LEADER, encode(&ToSender::Entered { update, card: self.link.card() })?)?;
+        self.ledger.enter(update, self.link.card(), self.known)?;
         self.meter.observe(&Progress::Began { version, receivers: vec![self.control.rank()] });
         let outcome = Outcome::default();
         let guard = Guard {
@@ -243,6 +255,7 @@ impl<L: FetchLink> Receiver<L> {
             layouts: Vec::new(),
             checker: LayoutChecker::new(bucket_bytes),
             taken: 0,
+            committed: false,
             version_digest: 0,
             counts: (0, 0),
             stages: ReceiveStages::default(),
@@ -269,23 +282,44 @@ impl<L: FetchLink> Receiver<L> {
 
 /// The announcement of the next update; of this version, if one is expected. What is left of dead
 /// updates is thrown away, their buckets are released.
-pub(super) async fn wait_for(control: &ControlPlane, expected: Option<Version>) -> Result<Begin> {
+///
+/// # Cancel safety
+///
+/// An announcement stays in `announced` until it is returned, or known to be over.
+pub(super) async fn wait_for(
+    control: &ControlPlane,
+    announced: &mut Option<Begin>,
+    expected: Option<Version>,
+) -> Result<Begin> {
     /// How much later than the leader's next step its abort may come here.
     const MOMENT: Duration = Duration::from_millis(300);
+    let mut until = Instant::now() + MOMENT;
     loop {
-        let Some(event) = control.recv(LONG).await? else { continue };
-        let Some(mut begin) = between(control, event)? else { continue };
-        let until = Instant::now() + MOMENT;
-        loop {
-            let Some(expected) = expected.filter(|&version| version != begin.version) else {
-                return Ok(begin);
-            };
-            // The update may have been aborted long ago, while nobody listened here, or just now.
-            match control.recv(until.saturating_duration_since(Instant::now())).await? {
-                Some(event) if is_abort(&event, begin.update) => break,
-                Some(event) => begin = between(control, event)?.unwrap_or(begin),
-                None => return Err(mismatch(control, &begin, expected)?),
+        // What is here already is looked at first: it may say that the update is over.
+        let wait = match announced {
+            Some(begin) if expected.is_none_or(|version| version == begin.version) => {
+                Duration::ZERO
             }
+            // The update may have been aborted long ago, while nobody listened here, or just now.
+            Some(_) => until.saturating_duration_since(Instant::now()),
+            None => LONG,
+        };
+        match control.recv(wait).await? {
+            Some(event) => {
+                if announced.as_ref().is_some_and(|begin| is_abort(&event, begin.update)) {
+                    *announced = None;
+                } else if let Some(begin) = between(control, event)? {
+                    *announced = Some(begin);
+                    until = Instant::now() + MOMENT;
+                }
+            }
+            None => match (announced.take(), expected) {
+                (None, _) => {}
+                (Some(begin), Some(expected)) if begin.version != expected => {
+                    return Err(mismatch(control, &begin, expected)?);
+                }
+                (Some(begin), _) => return Ok(begin),
+            },
         }
     }
 }
@@ -301,9 +335,11 @@ fn mismatch(control: &ControlPlane, begin: &Begin, expected: Version) -> Result<
 }
 
 /// Releases the bucket that an event tells of, if it does: nothing here will use it.
-fn release(control: &ControlPlane, event: Event) {
-    if let Err(error) = between(control, event) {
-        debug!(%error, "after the failure");
+fn release(control: &ControlPlane, announced: &mut Option<Begin>, event: Event) {
+    match between(control, event) {
+        Ok(Some(begin)) => *announced = Some(begin),
+        Ok(None) => {}
+        Err(error) => debug!(%error, "after the failure"),
     }
 }
 
@@ -333,9 +369,9 @@ pub(super) async fn event_of_update(
 /// The trainer's message of an event; an error if the trainer is gone.
 pub(super) fn message(event: Event) -> Result<Option<ToReceiver>> {
     match event {
-        Event::Message { from: Rank::LEADER, body } => {
-            decode(&body).map(Some).map_err(|error| error.rank(Rank::LEADER))
-        }
+        Event::Message { from: Rank::LEADER, body } => decode(&body)
+            .map(Some)
+            .map_err(|error| error.rank(Rank::LEADER).recovery(Recovery::Retry)),
         Event::Lost { rank: Rank::LEADER, error } => {
             Err(Error::from(error).rank(Rank::LEADER).recovery(Recovery::Reconnect))
         }
@@ -372,6 +408,8 @@ struct Session<'a, L: FetchLink> {
     layouts: Vec<Arc<BucketLayout>>,
     checker: LayoutChecker,
     taken: u64,
+    /// Whether the leader has made the version active.
+    committed: bool,
     version_digest: u64,
     /// Tensors and bytes so far.
     counts: (u64, u64),
@@ -521,7 +559,9 @@ impl<L: FetchLink> Session<'_, L> {
                     return Err::<(), _>(Error::from(error));
                 }
                 // The trainer is gone, or it has told of a bucket before it knew.
-                between(control, event)?;
+                if let Some(begin) = between(control, event)? {
+                    self.receiver.announced = Some(begin);
+                }
             }
         };
         match tokio::time::timeout(MOMENT, cause).await {
@@ -533,7 +573,7 @@ impl<L: FetchLink> Session<'_, L> {
     /// Joins the other ranks, unless one of them ends the update meanwhile.
     async fn join(&mut self, ticket: &Ticket) -> Result<()> {
         let mut early = Vec::new();
-        let Receiver { link, control, .. } = &mut *self.receiver;
+        let Receiver { link, control, announced, .. } = &mut *self.receiver;
         {
             let mut joining = std::pin::pin!(link.join(ticket));
             loop {
@@ -541,7 +581,9 @@ impl<L: FetchLink> Session<'_, L> {
                     biased;
                     joined = &mut joining => {
                         if let Err(error) = joined {
-                            early.into_iter().for_each(|event| release(control, event));
+                            for event in early {
+                                release(control, announced, event);
+                            }
                             return Err(error);
                         }
                         break;
@@ -613,9 +655,17 @@ impl<L: FetchLink> Session<'_, L> {
             Some(ToReceiver::Bucket { update, index, slot, digest, layout })
                 if update == present =>
             {
-                self.take_bucket(index, slot, digest, layout)
+                // From here on the bucket is released when this is dropped, whatever happens. Where
+                // buckets are routed, that begins with the fetch.
+                let routed = self.begin.routed;
+                let held = (!routed).then(|| self.receiver.ledger.hold(update, index));
+                self.take_bucket(index, slot, digest, layout, held)
                     .await
                     .map_err(|error| error.bucket(index))
+            }
+            Some(ToReceiver::Bucket { update, index, .. }) => {
+                drop(self.receiver.ledger.hold(update, index));
+                Ok(())
             }
             Some(ToReceiver::Fetch { update, index, from, card }) if update == present => {
                 self.fetch(index, from, card).await;
@@ -633,11 +683,18 @@ impl<L: FetchLink> Session<'_, L> {
                 self.guard.disarm(false);
                 Err(Error::from(error))
             }
-            Some(ToReceiver::Begin(begin)) if begin.update != present => Err(Error::new(
-                ErrorKind::Protocol,
-                "receiving weights",
-                "another update began within this one",
-            )),
+            Some(ToReceiver::Commit { update }) if update == present => {
+                self.committed = true;
+                Ok(())
+            }
+            Some(ToReceiver::Begin(begin)) if begin.update != present => {
+                // This one has ended at the trainer, and its end did not come here.
+                self.receiver.announced = Some(begin);
+                let message = "another update began within this one";
+                Err(Error::new(ErrorKind::Protocol, "receiving weights", message)
+                    .recovery(Recovery::Retry))
+            }
+            Some(ToReceiver::Alive { .. }) => Ok(()),
             Some(other) => {
                 debug!(?other, "a message of another update");
                 Ok(())
@@ -652,6 +709,7 @@ impl<L: FetchLink> Session<'_, L> {
         slot: u32,
         digest: u64,
         layout: Layout,
+        held: Option<Hold>,
     ) -> Result<()> {
         let refuse = |message: String| Error::new(ErrorKind::Protocol, "taking a bucket", message);
         if index != self.taken {
@@ -674,14 +732,19 @@ impl<L: FetchLink> Session<'_, L> {
         self.layouts.push(layout);
         self.taken += 1;
         self.coming.push_back(Coming::Bucket { index, slot, digest, stage: Stage::Announced });
-        if !self.begin.routed {
-            self.fetch(index, self.begin.sender_of(index), Bytes::new()).await;
+        if let Some(held) = held {
+            self.start_fetch(index, self.begin.sender_of(index), Bytes::new(), held).await;
         }
         Ok(())
     }
 
-    /// Starts to fetch a bucket, unless it is here already.
+    /// Starts to fetch a bucket from where the trainer says, unless it is here already.
     async fn fetch(&mut self, index: u64, from: Rank, card: Bytes) {
+        let held = self.receiver.ledger.hold(self.begin.update, index);
+        self.start_fetch(index, from, card, held).await;
+    }
+
+    async fn start_fetch(&mut self, index: u64, from: Rank, card: Bytes, held: Hold) {
         let found = self.coming.iter_mut().find_map(|coming| match coming {
             Coming::Bucket { index: at, slot, stage, .. } if *at == index => Some((slot, stage)),
             _ => None,
@@ -704,12 +767,11 @@ impl<L: FetchLink> Session<'_, L> {
         let layout = &self.layouts[index as usize];
         let fetch = Fetch { from, card, slot, filled: layout.filled() };
         let arrival = Arrival {
-            update: self.begin.update,
             index,
             from,
             routed: self.begin.routed,
             check: self.begin.digests.then(|| layout.clone()),
-            control: self.receiver.control.clone(),
+            held,
             pool: self.receiver.pool.clone(),
             session,
             stage: (
@@ -735,6 +797,7 @@ impl<L: FetchLink> Session<'_, L> {
             );
             return Err(Error::new(ErrorKind::Digest, "verifying a version", message).rank(rank));
         }
+        self.guard.outcome.check()?;
         self.receiver.meter.observe(&Progress::State { rank, state: VersionState::Ready });
         self.receiver.control.send(
             Rank::LEADER,
@@ -745,25 +808,15 @@ impl<L: FetchLink> Session<'_, L> {
                 notes: self.guard.outcome.take_notes().to_string(),
             })?,
         )?;
-        let (control, deadline) = (&self.receiver.control, self.receiver.deadline);
-        let committed = async {
-            loop {
-                let operation = "waiting for the trainer to commit the version";
-                let event = event_of_update(control, deadline, operation);
-                match message(event.await?)? {
-                    Some(ToReceiver::Commit { update }) if update == self.begin.update => {
-                        return Ok(());
-                    }
-                    Some(ToReceiver::Abort { update, error }) if update == self.begin.update => {
-                        return Err(Error::from(error));
-                    }
-                    other => debug!(?other, "while waiting for the commit"),
-                }
-            }
-        };
-        committed.await.map_err(|error: Error| error.rank(Rank::LEADER))?;
+        while !self.committed {
+            let operation = "waiting for the trainer to commit the version";
+            let Receiver { control, deadline, .. } = &*self.receiver;
+            let event = event_of_update(control, *deadline, operation).await?;
+            self.take(event).await.map_err(|error| error.rank(Rank::LEADER))?;
+        }
         self.guard.disarm(true);
         self.receiver.plan = layouts;
+        self.receiver.known = Some(plan);
         self.receiver.meter.observe(&Progress::State { rank, state: VersionState::Active });
         let report = ReceiveReport {
             version: self.begin.version,
@@ -792,18 +845,55 @@ pub(super) fn tell_leader(control: &ControlPlane, message: &ToSender) {
     }
 }
 
-/// Releases a bucket, when its last view is dropped.
-#[derive(Debug)]
-struct Release {
+/// The buckets that this rank reads, or may read: those that the trainer must not write to.
+#[derive(Clone, Debug)]
+struct Ledger {
     control: ControlPlane,
+    /// Update and index of each, and how many hold it.
+    held: Arc<Mutex<BTreeMap<(u64, u64), usize>>>,
+}
+
+impl Ledger {
+    /// Holds a bucket that the trainer has told of.
+    fn hold(&self, update: u64, index: u64) -> Hold {
+        *self.lock().entry((update, index)).or_default() += 1;
+        Hold { ledger: self.clone(), update, index }
+    }
+
+    /// Tells the trainer that this rank enters an update, and what it has.
+    fn enter(&self, update: u64, card: Bytes, plan: Option<u64>) -> Result<()> {
+        // Sent under the lock: a release comes before it, or after it and is not among these.
+        let held = self.lock();
+        let buckets = held.keys().copied().collect();
+        let entered = ToSender::Entered { update, card, plan, held: buckets };
+        self.control.send(Rank::LEADER, encode(&entered)?)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<(u64, u64), usize>> {
+        // Every change is complete before anything can panic.
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A bucket that is held, until this and everything that shares it is dropped: then the trainer is told.
+#[derive(Debug)]
+struct Hold {
+    ledger: Ledger,
     update: u64,
     index: u64,
 }
 
-impl Drop for Release {
+impl Drop for Hold {
     fn drop(&mut self) {
         let (update, index) = (self.update, self.index);
-        tell_leader(&self.control, &ToSender::Release { update, index });
+        let mut held = self.ledger.lock();
+        if let Entry::Occupied(mut entry) = held.entry((update, index)) {
+            *entry.get_mut() -= 1;
+            if *entry.get() == 0 {
+                entry.remove();
+                tell_leader(&self.ledger.control, &ToSender::Release { update, index });
+            }
+        }
     }
 }
 
@@ -887,13 +977,15 @@ mod tests {
             leader.send(Rank(1), encode(&Abort { update: 1, error }).unwrap()).unwrap();
             leader.send(Rank(1), begin(2)).unwrap();
         };
-        let wait = within(limit, "waiting", wait_for(&rollout, Some(Version(2))));
+        let mut announced = None;
+        let wait = within(limit, "waiting", wait_for(&rollout, &mut announced, Some(Version(2))));
         let (found, ()) = futures::future::join(wait, later).await;
         assert_eq!(found.unwrap().unwrap().update, 2);
 
         // One that goes on is a mismatch, soon.
         leader.send(Rank(1), begin(3)).unwrap();
-        let wait = within(limit, "waiting", wait_for(&rollout, Some(Version(4))));
+        let mut announced = None;
+        let wait = within(limit, "waiting", wait_for(&rollout, &mut announced, Some(Version(4))));
         let error = wait.await.unwrap().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Mismatch, "{error}");
     }

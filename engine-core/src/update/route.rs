@@ -103,25 +103,24 @@ impl Route {
         }
     }
 
-    /// A receiver has a bucket, and reads it.
-    pub(super) fn arrived(&mut self, rank: Rank, bucket: u64) {
-        let Some(node) = self.nodes.get_mut(&rank) else { return };
+    /// A receiver has a bucket, and reads it; whether that is new.
+    pub(super) fn arrived(&mut self, rank: Rank, bucket: u64) -> bool {
+        let Some(node) = self.nodes.get_mut(&rank) else { return false };
         // What it was never given it cannot have, and what it had it cannot get again.
         if bucket >= node.given || bucket < node.has || !node.early.insert(bucket) {
-            return;
+            return false;
         }
         node.viewed.insert(bucket);
         while node.early.remove(&node.has) {
             node.has += 1;
         }
         node.begun = node.begun.max(node.has);
+        true
     }
 
-    /// A receiver does not read a bucket any more.
-    pub(super) fn released(&mut self, rank: Rank, bucket: u64) {
-        if let Some(node) = self.nodes.get_mut(&rank) {
-            node.viewed.remove(&bucket);
-        }
+    /// A receiver does not read a bucket any more; whether it did.
+    pub(super) fn released(&mut self, rank: Rank, bucket: u64) -> bool {
+        self.nodes.get_mut(&rank).is_some_and(|node| node.viewed.remove(&bucket))
     }
 
     /// A fetch failed. If its source is still the receiver's parent, the receiver goes on at that

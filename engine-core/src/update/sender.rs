@@ -2,18 +2,19 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures::FutureExt;
 use serde::{Deserialize, Serialize};
 use tracing::{Instrument, debug, debug_span, info, warn};
 
 use super::collect::{Bucket, Collector};
 use super::message::{Begin, Layout, Ticket, ToReceiver, ToSender, decode, encode, sender_of};
 use super::route::{Due, Gap, Route, Topology};
-use super::{LONG, arrived_event, next_event};
+use super::{LONG, arrived_event, settle, too_late, within};
 use crate::control::{ControlPlane, Event, Peer, Role};
 use crate::memory::Job;
 use crate::observe::{Observer as _, Progress};
@@ -38,12 +39,13 @@ pub trait SendLink: std::fmt::Debug + Send {
     ///
     /// # Contract
     ///
-    /// Called for a slot only when all receivers have released it.
+    /// Called for a slot only when all receivers have released it. When the future has ended, with
+    /// an error or without, nothing reads the weights of the jobs any more.
     ///
     /// # Cancel safety
     ///
-    /// When the future is dropped, work on the bucket may go on; a later call for the same slot
-    /// waits for its end.
+    /// When the future is dropped, work on the bucket may go on, and keeps clones of its weights until
+    /// it ends; a later call for the same slot waits for its end.
     ///
     /// # Errors
     ///
@@ -196,6 +198,10 @@ enum Step {
 }
 
 const FILLING: &str = "waiting for a trainer to fill a bucket";
+pub(super) const ENCODING: &str = "encoding a bucket";
+
+/// How often the trainer says that it is alive, while it waits for something.
+const ALIVE: Duration = Duration::from_secs(1);
 
 /// Whether an error may be what a transport sees of a rank that died.
 pub(super) fn is_of_transport(error: &Error) -> bool {
@@ -226,6 +232,10 @@ pub struct Sender<L> {
 #[derive(Debug)]
 struct Group {
     control: ControlPlane,
+    /// How long a rank may take for its next step.
+    deadline: Duration,
+    /// When the ranks of the update hear next that this one is alive.
+    next_alive: Instant,
     members: BTreeMap<Rank, Member>,
     absent: BTreeSet<Rank>,
     newcomers: Newcomers,
@@ -235,7 +245,7 @@ struct Group {
     outgoing: VecDeque<Outgoing>,
     /// Of the buckets that were announced.
     version_digest: u64,
-    /// Counts updates; tags their messages.
+    /// The number of the present update, or of the last one; tags its messages.
     update: u64,
     version: Version,
     begun: Instant,
@@ -263,18 +273,78 @@ struct Outgoing {
 #[derive(Debug, Default)]
 struct Member {
     part: Part,
-    /// The digest of the plan that the receiver knows.
-    plan: Option<u64>,
-    /// The update that the receiver is in.
-    entered: Option<u64>,
-    /// The update that the receiver has joined the others for.
-    joined: Option<u64>,
-    /// Its confirmation of the present update.
-    confirmed: Option<ReceiverReport>,
     /// Whether it takes part in the present update.
     active: bool,
+    /// What it said when it entered the present update.
+    entered: Option<Entry>,
+    /// What it will be told when it has entered.
+    unsent: Vec<Unsent>,
+    /// Whether it has joined the others for the present update.
+    joined: bool,
+    /// Its confirmation of the present update.
+    confirmed: Option<ReceiverReport>,
+    /// When it was given its present task, or made its last step: a deadline for it begins there.
+    since: Option<Instant>,
+}
+
+/// What a rank says of itself when it enters an update; nothing of it is remembered for the next one.
+#[derive(Debug)]
+struct Entry {
+    /// The digest of the plan that the rank knows.
+    plan: Option<u64>,
     /// How others fetch from it.
     card: Bytes,
+}
+
+/// A message of an update to a rank that has not entered it.
+#[derive(Clone, Debug)]
+enum Unsent {
+    Bucket(Arc<Announcement>),
+    Other(Bytes),
+}
+
+/// A bucket that is there, as it is announced: in few bytes to those that know the plan.
+#[derive(Debug)]
+struct Announcement {
+    update: u64,
+    index: u64,
+    slot: usize,
+    digest: u64,
+    layout: Arc<BucketLayout>,
+    /// The digest of the plan in which the layout stands at this place.
+    known: Option<u64>,
+    short: OnceLock<Bytes>,
+    full: OnceLock<Bytes>,
+}
+
+impl Announcement {
+    /// The message for a rank that knows this plan.
+    fn body(&self, plan: Option<u64>) -> Result<Bytes> {
+        let knows = self.known.is_some() && plan == self.known;
+        let cached = if knows { &self.short } else { &self.full };
+        if let Some(body) = cached.get() {
+            return Ok(body.clone());
+        }
+        let layout = if knows {
+            Layout::Known { digest: self.layout.digest() }
+        } else {
+            Layout::Explicit { pieces: self.layout.pieces().to_vec() }
+        };
+        let Self { update, index, slot, digest, .. } = *self;
+        let body =
+            encode(&ToReceiver::Bucket { update, index, slot: slot as u32, digest, layout })?;
+        Ok(cached.get_or_init(|| body).clone())
+    }
+}
+
+/// What a wait of the trainer waits for.
+#[derive(Debug)]
+struct Awaited {
+    /// The rank, if it is one.
+    rank: Option<Rank>,
+    /// The bucket, for the error.
+    bucket: Option<u64>,
+    operation: &'static str,
 }
 
 #[derive(Debug, Default)]
@@ -306,6 +376,8 @@ impl<L: SendLink> Sender<L> {
                 outgoing: VecDeque::new(),
                 version_digest: 0,
                 update: 0,
+                deadline: context.deadline(),
+                next_alive: Instant::now(),
                 version: Version(0),
                 begun: Instant::now(),
                 slots,
@@ -362,7 +434,7 @@ impl<L: SendLink> Sender<L> {
         let mut guard = AbortGuard { control, meter, abort: None };
         guard.arm(&self.group);
         let ending = Ending::new(self);
-        let result = ending.sender.run(weights).await;
+        let result = ending.sender.run(weights, &mut guard).await;
         ending.end(result.is_ok());
         let result = match result {
             Err(error) if is_of_transport(&error) => Err(self.group.cause_of(error).await),
@@ -404,7 +476,11 @@ impl<L: SendLink> Sender<L> {
         true
     }
 
-    async fn run(&mut self, mut weights: WeightStream<'_>) -> Result<SendReport> {
+    async fn run(
+        &mut self,
+        mut weights: WeightStream<'_>,
+        guard: &mut AbortGuard,
+    ) -> Result<SendReport> {
         let (members, colocated) = self.group.who();
         let ticket = self.link.begin(&members, colocated).await?;
         let slots = self.link.slots();
@@ -423,14 +499,14 @@ impl<L: SendLink> Sender<L> {
         stages.source += started.elapsed();
         if let Some(ticket) = &ticket {
             let joining = Instant::now();
-            self.group.wait_for_all(Step::Enter, self.deadline).await?;
+            self.group.wait_for_all(Step::Enter).await?;
             if ticket.together {
                 self.group.broadcast(&ToReceiver::Join { update: self.group.update })?;
             }
             let join = self.link.join(ticket).instrument(debug_span!("join"));
             self.group.watch(0, join).await??;
             if ticket.together {
-                self.group.wait_for_all(Step::Join, self.deadline).await?;
+                self.group.wait_for_all(Step::Join).await?;
             }
             stages.release += joining.elapsed();
         }
@@ -438,7 +514,7 @@ impl<L: SendLink> Sender<L> {
             let index = layouts.len() as u64;
             let slot = layouts.len() % slots;
             let released = Instant::now();
-            self.group.wait_for_slot(slot, index, self.deadline).await?;
+            self.group.wait_for_slot(slot, index).await?;
             stages.release += released.elapsed();
 
             let Bucket { jobs, layout, known, source_bytes } = bucket;
@@ -462,16 +538,29 @@ impl<L: SendLink> Sender<L> {
                 bucket
             }
             .instrument(debug_span!("collect", bucket = index + 1));
-            let fill = async {
-                if !own {
-                    return Ok(None);
+            let (sum, following) = {
+                let fill = async {
+                    if !own {
+                        return Ok(None);
+                    }
+                    self.link.fill(slot, jobs, self.digests).await.map(Some)
                 }
-                self.link.fill(slot, jobs, self.digests).await.map(Some)
-            }
-            .instrument(debug_span!("encode", bucket = index));
-            let both = futures::future::try_join(fill, collect);
-            let (sum, following) =
-                self.group.watch(index, both).await?.map_err(|error| error.bucket(index))?;
+                .instrument(debug_span!("encode", bucket = index))
+                .fuse();
+                let mut fill = std::pin::pin!(fill);
+                let filled_in_time =
+                    within(self.deadline, ENCODING, fill.as_mut()).map(Result::flatten);
+                let both = futures::future::try_join(filled_in_time, collect);
+                let both = self.group.watch(index, both).await.flatten();
+                match both.map_err(|error| error.bucket(index)) {
+                    Ok(both) => both,
+                    Err(error) => {
+                        let error = error.version(self.group.version);
+                        guard.abort_with(&error);
+                        return Err(settle(fill, self.deadline, error).await);
+                    }
+                }
+            };
             next = following;
             let both = encoded.elapsed();
             stages.source += collected.min(both);
@@ -479,18 +568,16 @@ impl<L: SendLink> Sender<L> {
             if let Some(sum) = sum {
                 stages.encode += both;
                 let published = Instant::now();
-                self.link
-                    .publish(slot, filled)
-                    .instrument(debug_span!("publish", bucket = index))
-                    .await
-                    .map_err(|error| error.bucket(index))?;
+                let publish = self.link.publish(slot, filled);
+                let publish = publish.instrument(debug_span!("publish", bucket = index));
+                self.group.alive_while(publish).await.map_err(|error| error.bucket(index))?;
                 stages.publish += published.elapsed();
                 self.group.filled(index, digest::finish(sum, filled))?;
             }
             layouts.push(layout);
         }
         let filling = Instant::now();
-        self.group.wait_until_filled(self.deadline).await?;
+        self.group.wait_until_filled().await?;
         stages.encode += filling.elapsed();
 
         let plan_reused = collector.reused(layouts.len());
@@ -500,13 +587,10 @@ impl<L: SendLink> Sender<L> {
         let plan_digest = plan.digest();
         self.plan = plan;
         let confirming = Instant::now();
-        self.group
-            .finish(buckets, plan_digest, self.deadline)
-            .instrument(debug_span!("confirm"))
-            .await?;
+        self.group.finish(buckets, plan_digest).instrument(debug_span!("confirm")).await?;
         stages.confirm = confirming.elapsed();
         let elapsed = self.group.begun.elapsed();
-        let receivers = self.group.commit(plan_digest, self.digests)?;
+        let receivers = self.group.commit(self.digests)?;
         Ok(SendReport {
             version: self.group.version,
             counts,
@@ -540,15 +624,16 @@ impl Group {
             .recovery(Recovery::Reconnect)
             .version(version));
         }
-        self.update += 1;
+        self.update = self.control.next_update();
         self.version = version;
         self.begun = Instant::now();
+        self.next_alive = self.begun;
         self.version_digest = 0;
         self.senders = vec![Rank::LEADER];
         for (&rank, member) in &mut self.members {
-            member.active = true;
-            member.confirmed = None;
-            if member.part == Part::Sender {
+            let part = member.part;
+            *member = Member { part, active: true, since: Some(self.begun), ..Member::default() };
+            if part == Part::Sender {
                 self.senders.push(rank);
             }
         }
@@ -571,7 +656,7 @@ impl Group {
         ticket: Option<Ticket>,
     ) -> Result<()> {
         let version = self.version;
-        self.broadcast(&ToReceiver::Begin(Begin {
+        let begin = encode(&ToReceiver::Begin(Begin {
             update: self.update,
             version,
             bucket_bytes: link.bucket_bytes(),
@@ -581,6 +666,7 @@ impl Group {
             senders: self.senders.clone(),
             ticket,
         }))?;
+        self.active().try_for_each(|rank| self.send(rank, begin.clone()))?;
         let receivers = self.receivers().collect();
         self.meter.observe(&Progress::Began { version, receivers });
         Ok(())
@@ -616,8 +702,13 @@ impl Group {
         for bucket in self.outgoing.drain(..) {
             self.slots[bucket.slot].by.clear();
         }
-        for member in self.members.values_mut() {
+        for (rank, member) in &mut self.members {
             member.active = false;
+            for unsent in member.unsent.drain(..) {
+                if let Unsent::Bucket(bucket) = unsent {
+                    self.slots[bucket.slot].by.remove(rank);
+                }
+            }
         }
     }
 
@@ -640,12 +731,29 @@ impl Group {
         active.map(|(rank, member)| (*rank, member.part))
     }
 
-    fn broadcast(&self, message: &ToReceiver) -> Result<()> {
-        let body = encode(message)?;
-        self.active().try_for_each(|rank| self.tell(rank, body.clone()))
+    fn broadcast(&mut self, message: &ToReceiver) -> Result<()> {
+        let body = Unsent::Other(encode(message)?);
+        let ranks: Vec<Rank> = self.active().collect();
+        ranks.into_iter().try_for_each(|rank| self.tell(rank, body.clone()))
     }
 
-    fn tell(&self, rank: Rank, body: Bytes) -> Result<()> {
+    /// Tells a rank something of the present update, as soon as it has entered it. It is something
+    /// for the rank to do: its deadline begins anew.
+    fn tell(&mut self, rank: Rank, message: Unsent) -> Result<()> {
+        let Some(member) = self.members.get_mut(&rank) else { return Ok(()) };
+        let Some(entry) = &member.entered else {
+            member.unsent.push(message);
+            return Ok(());
+        };
+        member.since = Some(Instant::now());
+        let body = match message {
+            Unsent::Bucket(bucket) => bucket.body(entry.plan)?,
+            Unsent::Other(body) => body,
+        };
+        self.send(rank, body)
+    }
+
+    fn send(&self, rank: Rank, body: Bytes) -> Result<()> {
         match self.control.send(rank, body) {
             // The event that says so is on its way, and tells whether the update survives it.
             Err(error) if self.route.is_some() && error.kind() == ErrorKind::PeerLost => Ok(()),
@@ -661,13 +769,13 @@ impl Group {
             all.push(due);
         }
         for Due { by, from, bucket } in all {
-            let card = match self.members.get(&from) {
+            let card = match self.members.get(&from).and_then(|member| member.entered.as_ref()) {
                 _ if from == Rank::LEADER => self.card.clone(),
-                Some(member) => member.card.clone(),
+                Some(entry) => entry.card.clone(),
                 None => continue,
             };
             let fetch = ToReceiver::Fetch { update: self.update, index: bucket, from, card };
-            self.tell(by, encode(&fetch)?)?;
+            self.tell(by, Unsent::Other(encode(&fetch)?))?;
         }
         Ok(())
     }
@@ -704,7 +812,83 @@ impl Group {
     }
 
     fn has_entered(&self, rank: Rank) -> bool {
-        self.members.get(&rank).is_some_and(|member| member.entered >= Some(self.update))
+        self.members.get(&rank).is_some_and(|member| member.entered.is_some())
+    }
+
+    /// Waits until something is met; `met` says for whom or what until then.
+    ///
+    /// Only steps of the rank that is waited for, and tasks that it was given meanwhile, begin its
+    /// deadline anew: slow is not dead, but others that come and go are no progress. Every rank takes
+    /// a finite number of steps in an update, so that every wait ends.
+    async fn wait(&mut self, met: impl Fn(&Self) -> Result<(), Awaited>) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            let Err(Awaited { rank, bucket, operation }) = met(self) else { return Ok(()) };
+            let since = match rank {
+                Some(rank) => self.members.get(&rank).and_then(|member| member.since),
+                None => self.members.values().filter_map(|member| member.since).max(),
+            };
+            let until = since.map_or(begun, |since| since.max(begun)) + self.deadline;
+            match self.event_until(until, rank).await? {
+                Some(event) => self.handle(event, bucket.unwrap_or(0))?,
+                None => {
+                    let late = match rank {
+                        Some(rank) if !self.has_entered(rank) => {
+                            not_entered(operation, self.deadline)
+                        }
+                        _ => too_late(self.deadline, operation),
+                    };
+                    let late = rank.into_iter().fold(late, Error::rank);
+                    return Err(bucket.into_iter().fold(late, Error::bucket));
+                }
+            }
+        }
+    }
+
+    /// The next event; `None` if there is none until then. Meanwhile the ranks of the update hear that
+    /// this one is alive.
+    async fn event_until(
+        &mut self,
+        until: Instant,
+        awaited: Option<Rank>,
+    ) -> Result<Option<Event>> {
+        loop {
+            let left = |until: Instant| until.saturating_duration_since(Instant::now());
+            let next = until.min(self.next_alive);
+            if let Some(event) = self.control.recv(left(next)).await? {
+                return Ok(Some(event));
+            }
+            if left(self.next_alive).is_zero() {
+                self.tell_alive(awaited);
+            }
+            if left(until).is_zero() {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Tells the ranks that are in the update that this one is alive, and whom it waits for.
+    fn tell_alive(&mut self, awaited: Option<Rank>) {
+        let interval = ALIVE.min(self.deadline / 4);
+        self.next_alive = Instant::now() + interval;
+        let Ok(body) = encode(&ToReceiver::Alive { update: self.update, awaited }) else { return };
+        for rank in self.active().filter(|rank| self.has_entered(*rank)) {
+            if let Err(error) = self.control.send(rank, body.clone()) {
+                debug!(%rank, %error, "could not be told that the trainer is alive");
+            }
+        }
+    }
+
+    /// Awaits work of this rank that has a deadline of its own, and that events do not end.
+    async fn alive_while<T>(&mut self, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        loop {
+            let left = self.next_alive.saturating_duration_since(Instant::now());
+            match within(left, "", work.as_mut()).await {
+                Ok(done) => return done,
+                Err(_) => self.tell_alive(None),
+            }
+        }
     }
 
     /// Awaits work of this rank while listening to the others: the first failure anywhere ends it.
@@ -714,7 +898,7 @@ impl Group {
             tokio::select! {
                 biased;
                 done = &mut work => return Ok(done),
-                event = self.control.recv(LONG) => {
+                event = self.event_until(Instant::now() + LONG, None) => {
                     if let Some(event) = event? {
                         self.handle(event, bucket)?;
                     }
@@ -724,52 +908,40 @@ impl Group {
     }
 
     /// Waits until a slot may be filled with a bucket.
-    async fn wait_for_slot(&mut self, slot: usize, bucket: u64, deadline: Duration) -> Result<()> {
-        // The deadline starts anew with every event: slow is not dead.
-        while let Err(rank) = self.is_free(slot, bucket) {
-            let operation = match self.route {
+    async fn wait_for_slot(&mut self, slot: usize, bucket: u64) -> Result<()> {
+        self.wait(|group| {
+            let Err(rank) = group.is_free(slot, bucket) else { return Ok(()) };
+            let operation = match group.route {
                 Some(_) => "waiting for a receiver to fetch or release a bucket",
-                None if self.late_sender().is_some() => FILLING,
+                None if group.late_sender().is_some() => FILLING,
                 None => "waiting for a receiver to release a bucket",
             };
-            match next_event(&self.control, deadline, operation).await {
-                Ok(event) => self.handle(event, bucket)?,
-                Err(error) if error.kind() != ErrorKind::Timeout => return Err(error),
-                Err(mut error) => {
-                    if rank.is_some_and(|rank| !self.has_entered(rank)) {
-                        error = not_entered(operation, deadline);
-                    }
-                    let held = match self.route {
-                        Some(_) => bucket.saturating_sub(self.slots.len() as u64),
-                        None => self.slots[slot].bucket,
-                    };
-                    return Err(rank.into_iter().fold(error, Error::rank).bucket(held));
-                }
-            }
-        }
-        Ok(())
+            let held = match group.route {
+                Some(_) => bucket.saturating_sub(group.slots.len() as u64),
+                None => group.slots[slot].bucket,
+            };
+            Err(Awaited { rank, bucket: Some(held), operation })
+        })
+        .await
     }
 
     /// Waits until every rank has taken a step.
-    async fn wait_for_all(&mut self, step: Step, deadline: Duration) -> Result<()> {
+    async fn wait_for_all(&mut self, step: Step) -> Result<()> {
         let operation = match step {
             Step::Enter => "waiting for every rank to enter the update",
             Step::Join => "waiting for every rank to join the others",
         };
-        loop {
-            let missing = self.active().find(|rank| match step {
-                Step::Enter => !self.has_entered(*rank),
-                Step::Join => self.members.get(rank).is_none_or(|m| m.joined != Some(self.update)),
+        self.wait(|group| {
+            let missing = group.active().find(|rank| match step {
+                Step::Enter => !group.has_entered(*rank),
+                Step::Join => !group.members.get(rank).is_some_and(|member| member.joined),
             });
-            let Some(rank) = missing else { return Ok(()) };
-            match next_event(&self.control, deadline, operation).await {
-                Ok(event) => self.handle(event, 0)?,
-                Err(error) if error.kind() == ErrorKind::Timeout && step == Step::Enter => {
-                    return Err(not_entered(operation, deadline).rank(rank));
-                }
-                Err(error) => return Err(error.rank(rank)),
+            match missing {
+                None => Ok(()),
+                rank => Err(Awaited { rank, bucket: None, operation }),
             }
-        }
+        })
+        .await
     }
 
     /// Takes a slot for a bucket, and has it filled if another trainer does that.
@@ -788,7 +960,7 @@ impl Group {
         if sender != Rank::LEADER {
             let update = self.update;
             let fill = ToReceiver::Fill { update, index, slot: slot as u32, layout };
-            self.tell(sender, encode(&fill)?)?;
+            self.tell(sender, Unsent::Other(encode(&fill)?))?;
         }
         Ok(())
     }
@@ -801,61 +973,43 @@ impl Group {
         while let Some(digest) = self.outgoing.front().and_then(|bucket| bucket.digest) {
             let Some(bucket) = self.outgoing.pop_front() else { break };
             self.version_digest = digest::chain(self.version_digest, digest);
-            self.announce(&bucket, digest)?;
             let (index, bytes) = (bucket.index, bucket.source_bytes);
+            self.announce(bucket, digest)?;
             self.meter.observe(&Progress::Bucket { index, bytes });
         }
         Ok(())
     }
 
     /// Waits until all buckets are filled.
-    async fn wait_until_filled(&mut self, deadline: Duration) -> Result<()> {
-        while let Some(bucket) = self.outgoing.front().map(|bucket| bucket.index) {
-            let sender = sender_of(&self.senders, bucket);
-            let event = next_event(&self.control, deadline, FILLING).await;
-            self.handle(event.map_err(|error| error.rank(sender).bucket(bucket))?, bucket)?;
-        }
-        Ok(())
+    async fn wait_until_filled(&mut self) -> Result<()> {
+        self.wait(|group| {
+            let Some(bucket) = group.outgoing.front().map(|bucket| bucket.index) else {
+                return Ok(());
+            };
+            let rank = Some(sender_of(&group.senders, bucket));
+            Err(Awaited { rank, bucket: Some(bucket), operation: FILLING })
+        })
+        .await
     }
 
     /// Tells the receivers of a bucket.
-    fn announce(&mut self, bucket: &Outgoing, digest: u64) -> Result<()> {
-        let Outgoing { index, slot, ref layout, known, .. } = *bucket;
-        let message = |layout| {
-            let (update, slot) = (self.update, slot as u32);
-            encode(&ToReceiver::Bucket { update, index, slot, digest, layout })
-        };
-        let (mut short, mut full): (Option<Bytes>, Option<Bytes>) = (None, None);
-        let readers: Vec<Rank> = self.readers().collect();
-        let mut told = 0;
-        let mut tell_all = || {
-            for rank in &readers {
-                // A receiver that joined later does not know the plan that the others know.
-                let knows = known.is_some()
-                    && self.members.get(rank).is_some_and(|member| member.plan == known);
-                let cached = if knows { &mut short } else { &mut full };
-                let body = match cached {
-                    Some(body) => body.clone(),
-                    None => {
-                        let layout = if knows {
-                            Layout::Known { digest: layout.digest() }
-                        } else {
-                            Layout::Explicit { pieces: layout.pieces().to_vec() }
-                        };
-                        cached.insert(message(layout)?).clone()
-                    }
-                };
-                self.tell(*rank, body)?;
-                told += 1;
+    fn announce(&mut self, bucket: Outgoing, digest: u64) -> Result<()> {
+        let Outgoing { index, slot, layout, known, .. } = bucket;
+        let (short, full) = (OnceLock::new(), OnceLock::new());
+        let update = self.update;
+        let bucket =
+            Arc::new(Announcement { update, index, slot, digest, layout, known, short, full });
+        let mut readers: Vec<Rank> = self.readers().collect();
+        readers.reverse();
+        while let Some(rank) = readers.last() {
+            if let Err(error) = self.tell(*rank, Unsent::Bucket(bucket.clone())) {
+                // Those that were not told will not release it.
+                readers.iter().for_each(|rank| {
+                    self.slots[slot].by.remove(rank);
+                });
+                return Err(error);
             }
-            Ok(())
-        };
-        if let Err(error) = tell_all() {
-            // Those that were not told will not release it.
-            for rank in &readers[told..] {
-                self.slots[slot].by.remove(rank);
-            }
-            return Err(error);
+            readers.pop();
         }
         if let Some(route) = &mut self.route {
             route.filled(index);
@@ -864,27 +1018,24 @@ impl Group {
     }
 
     /// Ends the update's data and waits for every receiver's confirmation.
-    async fn finish(&mut self, buckets: u64, plan: u64, deadline: Duration) -> Result<()> {
+    async fn finish(&mut self, buckets: u64, plan: u64) -> Result<()> {
         let digest = self.version_digest;
         self.broadcast(&ToReceiver::End { update: self.update, buckets, digest, plan })?;
-        loop {
-            let missing = self
-                .members
-                .iter()
-                .find(|(_, member)| member.active && member.confirmed.is_none())
-                .map(|(rank, _)| *rank);
-            let Some(missing) = missing else { return Ok(()) };
-            let rank = self.awaited().unwrap_or(missing);
-            let operation = "waiting for a receiver to confirm the version";
-            let event = next_event(&self.control, deadline, operation)
-                .await
-                .map_err(|error| error.rank(rank).bucket(buckets.saturating_sub(1)))?;
-            self.handle(event, buckets.saturating_sub(1))?;
-        }
+        self.wait(|group| {
+            let unconfirmed =
+                |(_, member): &(&Rank, &Member)| member.active && member.confirmed.is_none();
+            let Some((missing, _)) = group.members.iter().find(unconfirmed) else { return Ok(()) };
+            Err(Awaited {
+                rank: group.awaited().or(Some(*missing)),
+                bucket: Some(buckets.saturating_sub(1)),
+                operation: "waiting for a receiver to confirm the version",
+            })
+        })
+        .await
     }
 
     /// Makes the version active everywhere.
-    fn commit(&mut self, plan: u64, digests: bool) -> Result<Vec<ReceiverReport>> {
+    fn commit(&mut self, digests: bool) -> Result<Vec<ReceiverReport>> {
         // From here on the update has happened: a receiver that cannot be told any more is lost, which
         // the next update will see.
         let body = encode(&ToReceiver::Commit { update: self.update })?;
@@ -894,7 +1045,6 @@ impl Group {
                 warn!(%rank, %error, "a receiver left before the commit reached it");
             }
             member.active = false;
-            member.plan = Some(plan);
             if let Some(mut report) = member.confirmed.take()
                 && member.part.is_rollout()
             {
@@ -965,31 +1115,69 @@ impl Group {
         self.route_on()
     }
 
+    /// Takes in what a rank says; its steps begin its deadline anew.
     fn message(&mut self, from: Rank, body: &[u8]) -> Result<()> {
-        let message = decode::<ToSender>(body).map_err(|error| error.rank(from))?;
-        let present = self.update;
-        let Some(member) = self.members.get_mut(&from) else { return Ok(()) };
-        match message {
-            ToSender::Entered { update, card } => {
-                member.entered = Some(update);
-                member.card = card;
-                if update == present {
-                    self.meter
-                        .observe(&Progress::State { rank: from, state: VersionState::Staging });
-                }
+        // A rank without a part in updates can neither help nor disturb them.
+        let Some(active) = self.members.get(&from).map(|member| member.active) else {
+            debug!(rank = %from, "a message of a rank without a part in updates");
+            return Ok(());
+        };
+        let message = match decode::<ToSender>(body) {
+            Ok(message) => message,
+            // Between updates, nothing depends on it: the rank says anew what it has when it enters.
+            Err(error) if !active => {
+                debug!(rank = %from, %error, "a message between updates");
+                return Ok(());
             }
-            ToSender::Joined { update } => member.joined = Some(update),
-            ToSender::Fetched { update, index } if update == present => {
-                if let Some(route) = &mut self.route {
-                    route.arrived(from, index);
+            Err(error) => return Err(error.rank(from).recovery(Recovery::Retry)),
+        };
+        if self.take(from, active, message)?
+            && let Some(member) = self.members.get_mut(&from)
+        {
+            member.since = Some(Instant::now());
+        }
+        Ok(())
+    }
+
+    /// Takes in a message of a member; whether it is a step of the present update.
+    fn take(&mut self, from: Rank, active: bool, message: ToSender) -> Result<bool> {
+        let present = self.update;
+        // A late release of an aborted update frees its slot all the same.
+        if let ToSender::Release { update, index } = message {
+            return Ok(self.released(from, update, index));
+        }
+        let Some(member) = self.members.get_mut(&from).filter(|_| active) else { return Ok(false) };
+        match message {
+            ToSender::Entered { update, card, plan, held } if update == present => {
+                if member.entered.is_some() {
+                    return Ok(false);
                 }
+                member.entered = Some(Entry { plan, card });
+                let unsent = std::mem::take(&mut member.unsent);
+                self.meter.observe(&Progress::State { rank: from, state: VersionState::Staging });
+                // It reads what it says that it reads, whatever was lost on the way; and what it
+                // has not been told of, which follows now.
+                for slot in &mut self.slots {
+                    if slot.update != present && !held.contains(&(slot.update, slot.bucket)) {
+                        slot.by.remove(&from);
+                    }
+                }
+                unsent.into_iter().try_for_each(|unsent| self.tell(from, unsent))?;
+                Ok(true)
+            }
+            ToSender::Joined { update } if update == present => {
+                Ok(!std::mem::replace(&mut member.joined, true))
+            }
+            ToSender::Fetched { update, index } if update == present => {
+                Ok(self.route.as_mut().is_some_and(|route| route.arrived(from, index)))
             }
             ToSender::Missed { update, index, from: source, error } if update == present => {
                 warn!(rank = %from, %source, bucket = index, %error, "a fetch failed");
-                let Some(route) = &mut self.route else { return Ok(()) };
+                let Some(route) = &mut self.route else { return Ok(false) };
                 if route.missed(from, source).is_err() {
                     return Err(Error::from(error).rank(source).bucket(index));
                 }
+                Ok(false)
             }
             ToSender::Filled { update, index, digest } if update == present => {
                 let expected = self.outgoing.iter().any(|b| b.index == index && b.digest.is_none());
@@ -998,45 +1186,38 @@ impl Group {
                     return Err(Error::new(ErrorKind::Protocol, FILLING, message).rank(from));
                 }
                 self.filled(index, digest)?;
-            }
-            ToSender::Release { update, index } if self.route.is_some() => {
-                if let Some(route) = self.route.as_mut().filter(|_| update == present) {
-                    route.released(from, index);
-                }
-            }
-            ToSender::Release { update, index } => {
-                // A late release of an aborted update frees its slot all the same.
-                for slot in &mut self.slots {
-                    if slot.update == update && slot.bucket == index {
-                        slot.by.remove(&from);
-                    }
-                }
+                Ok(true)
             }
             ToSender::Confirm { update, digest, seconds, notes } if update == present => {
-                if !member.active {
-                    return Ok(());
-                }
-                member.confirmed = Some(ReceiverReport {
+                let report = ReceiverReport {
                     rank: from,
                     state: VersionState::Ready,
                     seconds,
                     digest: Some(digest),
                     notes: serde_json::from_str(&notes).unwrap_or_default(),
-                });
+                };
+                let first = member.confirmed.replace(report).is_none();
                 self.meter.observe(&Progress::State { rank: from, state: VersionState::Ready });
+                Ok(first)
             }
-            ToSender::Failed { update, error } if update == present && member.active => {
+            ToSender::Failed { update, error } if update == present => {
                 member.active = false;
                 self.meter.observe(&Progress::State { rank: from, state: VersionState::Aborted });
-                return Err(Error::from(error).rank(from));
+                Err(Error::from(error).rank(from))
             }
-            ToSender::Confirm { .. }
-            | ToSender::Failed { .. }
-            | ToSender::Filled { .. }
-            | ToSender::Fetched { .. }
-            | ToSender::Missed { .. } => {}
+            // Of another update.
+            _ => Ok(false),
         }
-        Ok(())
+    }
+
+    /// A rank does not read a bucket any more; whether it did.
+    fn released(&mut self, rank: Rank, update: u64, bucket: u64) -> bool {
+        if let Some(route) = &mut self.route {
+            return update == self.update && route.released(rank, bucket);
+        }
+        let mut slots = self.slots.iter_mut();
+        let slot = slots.find(|slot| (slot.update, slot.bucket) == (update, bucket));
+        slot.is_some_and(|slot| slot.by.remove(&rank))
     }
 }
 
