@@ -10,7 +10,7 @@ use crate::memory::TensorMemory;
 use crate::{
     CheckpointEngine, CheckpointEngineWithCache, Error, ErrorKind, ErrorReport, Expected, Newcomer,
     Placement, ReceivedBucket, ReceivedPiece, ReceivedWeights, Result, SendReport, Version, Weight,
-    WeightStream, WorkerMetadata, ensure_async_iterator,
+    WeightStream, WorkerMetadata, check_names, ensure_async_iterator,
 };
 
 /// An engine whose rollout keeps the last complete version in host memory.
@@ -327,6 +327,18 @@ impl WeightCache {
         self.begins(version, true)
     }
 
+    /// Whether an update of these names may take the place of what is here.
+    fn check(&self, names: &[Arc<str>]) -> Result<()> {
+        let state = self.state();
+        match (&state.cached, self.expected) {
+            (None, _) | (_, Expected::Partial) => Ok(()),
+            (Some(cached), Expected::SameNames) => {
+                let last = cached.weights.iter().map(|weight| weight.meta().name.clone());
+                check_names(&last.collect::<Vec<_>>(), names)
+            }
+        }
+    }
+
     fn begins(&self, version: Version, is_update: bool) -> Result<CacheUpdate> {
         let begun = {
             let mut state = self.state();
@@ -338,12 +350,18 @@ impl WeightCache {
         };
         let writer = self.store.begin(version, is_update)?;
         let cache = self.clone();
-        Ok(CacheUpdate { cache, version, begun, names: Vec::new(), writer })
+        Ok(CacheUpdate { cache, version, begun, names: Arc::default(), writer })
     }
+}
+
+fn names(names: &Mutex<Vec<Arc<str>>>) -> MutexGuard<'_, Vec<Arc<str>>> {
+    // Names are added one by one.
+    names.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Keeps what arrives, once it is complete.
 async fn fill(mut received: ReceivedWeights<'_>, mut update: CacheUpdate) -> Result<CacheUpdate> {
+    update.check_before(&received);
     while let Some(bucket) = received.next_bucket().await? {
         if let Err(error) = update.add(&bucket) {
             let report = ErrorReport::from(&error);
@@ -363,7 +381,7 @@ pub struct CacheUpdate {
     /// How many updates had begun with this one.
     begun: u64,
     /// The names that have arrived.
-    names: Vec<Arc<str>>,
+    names: Arc<Mutex<Vec<Arc<str>>>>,
     writer: Box<dyn CacheWriter>,
 }
 
@@ -374,6 +392,19 @@ impl fmt::Debug for CacheUpdate {
 }
 
 impl CacheUpdate {
+    /// Has the update refused on every rank if it turns out at its end that it does not bring the tensors
+    /// that are [expected](CachedEngine::with_expected). Without this, they are compared in
+    /// [`complete`](Self::complete), when other ranks have the version.
+    pub fn check_before(&self, received: &ReceivedWeights<'_>) {
+        let (cache, names, version) = (self.cache.clone(), Arc::clone(&self.names), self.version);
+        let check = move || cache.check(&self::names(&names));
+        received.before_confirm(move || check().map_err(|error| error.version(version)));
+    }
+
+    fn check(&self) -> Result<()> {
+        self.cache.check(&names(&self.names))
+    }
+
     /// Copies a bucket, the next one of the version.
     ///
     /// # Errors
@@ -383,7 +414,7 @@ impl CacheUpdate {
         for piece in bucket.pieces() {
             self.writer.write(&piece)?;
             if piece.start == 0 {
-                self.names.push(Arc::clone(&piece.meta.name));
+                names(&self.names).push(Arc::clone(&piece.meta.name));
             }
         }
         Ok(())
@@ -396,13 +427,11 @@ impl CacheUpdate {
     /// `Mismatch` if it has other tensors than are [expected](CachedEngine::with_expected); those of the
     /// store. The version before it stays.
     pub fn complete(mut self) -> Result<Version> {
+        self.check().map_err(|error| error.version(self.version))?;
         let before = self.cache.state().cached.clone();
         if let Some(before) = before {
-            let last = before.weights.iter().map(Weight::name);
-            let names = || self.names.iter().map(|name| &**name);
-            let checked = self.cache.expected.check(last, names());
-            checked.map_err(|error| error.version(self.version))?;
-            let names: HashSet<&str> = names().collect();
+            let names = names(&self.names);
+            let names: HashSet<&str> = names.iter().map(|name| &**name).collect();
             for weight in before.weights.iter().filter(|weight| !names.contains(weight.name())) {
                 self.writer.keep(weight)?;
             }
