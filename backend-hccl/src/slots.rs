@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use engine_core::collective::{SlotGuard, Slots, Thread, Wait};
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::Piece;
-use engine_core::{DeviceBytes, DeviceMemory, Error, ErrorKind, Result, Storage, digest};
+use engine_core::{DeviceBytes, DeviceMemory, Error, ErrorKind, Result, Storage, clock, digest};
 use tokio::sync::Semaphore;
 use tracing::warn;
 
@@ -62,8 +62,8 @@ impl Slots for HcclSlots {
         if filled == 0 {
             return Ok(0);
         }
-        let permit = tokio::time::timeout(self.deadline, self.leases.clone().acquire_owned()).await;
-        let permit = permit.map_err(|_| {
+        let permit = clock::within(self.deadline, self.leases.clone().acquire_owned()).await;
+        let permit = permit.ok_or_else(|| {
             let seconds = self.deadline.as_secs_f64();
             let message = format!("no pinned memory was free for {seconds:.1} s");
             Error::new(ErrorKind::Timeout, OPERATION, message)

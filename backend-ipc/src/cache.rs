@@ -122,15 +122,18 @@ impl Owner {
 }
 
 impl CacheStore for SharedCache {
-    fn begin(&self, version: Version) -> Result<Box<dyn CacheWriter>> {
+    fn begin(&self, version: Version, is_update: bool) -> Result<Box<dyn CacheWriter>> {
         let file = file("ckpt-engine-version")?;
         let mut shown = self.0.shown();
         let mut notice = shown.notice;
-        notice.newest = notice.newest.max(version.0);
-        write(&self.0.board, &notice.encode(), 0)?;
-        shown.notice = notice;
-        let owner = self.0.clone();
-        Ok(Box::new(Writer { owner, version, file, end: 0, checked: 0, table: Vec::new() }))
+        if is_update {
+            notice.newest = version.0;
+            notice.begun += 1;
+            write(&self.0.board, &notice.encode(), 0)?;
+            shown.notice = notice;
+        }
+        let (owner, begun) = (self.0.clone(), notice.begun);
+        Ok(Box::new(Writer { owner, version, begun, file, end: 0, checked: 0, table: Vec::new() }))
     }
 }
 
@@ -138,6 +141,8 @@ impl CacheStore for SharedCache {
 struct Writer {
     owner: Arc<Owner>,
     version: Version,
+    /// How many updates had begun with this one.
+    begun: u64,
     file: OwnedFd,
     end: u64,
     /// How far there was memory when it was looked at.
@@ -196,6 +201,8 @@ impl CacheWriter for Writer {
         let mut shown = self.owner.shown();
         let notice = Notice {
             newest: shown.notice.newest,
+            begun: shown.notice.begun,
+            since: self.begun,
             is_there: 1,
             version: self.version.0,
             fd: self.file.as_raw_fd() as u64,
@@ -224,11 +231,11 @@ impl SharedCacheReader {
         Ok(reader)
     }
 
-    /// Refuses weights that are more than so many versions behind the newest one that began to
-    /// arrive at the owner. `None` refuses none.
+    /// Refuses weights when more than this number of updates have begun to arrive at the owner since
+    /// theirs. `None` refuses none.
     #[must_use]
-    pub fn with_max_staleness(mut self, versions: Option<u64>) -> Self {
-        self.max_staleness = versions;
+    pub fn with_max_staleness(mut self, updates: Option<u64>) -> Self {
+        self.max_staleness = updates;
         self
     }
 
@@ -247,7 +254,7 @@ impl SharedCacheReader {
     ///
     /// # Errors
     ///
-    /// `State` if no version is complete yet, or if it is further behind than allowed; `PeerLost` if
+    /// `State` if no version is complete yet, or if more updates have begun since than allowed; `PeerLost` if
     /// the owner ended before this reader took the version.
     pub fn get_weights(&self) -> Result<(Version, WeightStream<'static>)> {
         let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
@@ -258,7 +265,8 @@ impl SharedCacheReader {
                 let message = "no version is complete yet";
                 return Err(Error::new(ErrorKind::State, "reading the cache", message));
             }
-            ensure_fresh(version, Version(notice.newest), self.max_staleness)?;
+            let since = notice.begun.saturating_sub(notice.since);
+            ensure_fresh(version, since, Version(notice.newest), self.max_staleness)?;
             let weights = match mapped.as_ref() {
                 Some((known, weights)) if known.inode == notice.inode => weights.clone(),
                 _ => match map(self.pid, &notice) {
@@ -291,8 +299,12 @@ impl SharedCacheReader {
 /// What the owner shows of its cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Notice {
-    /// The newest version that began to arrive.
+    /// The version of the last update that began to arrive.
     newest: u64,
+    /// How many updates began to arrive.
+    begun: u64,
+    /// How many had with the version that is complete.
+    since: u64,
     /// 1 if a version is complete; what follows is about that.
     is_there: u64,
     version: u64,
@@ -306,12 +318,12 @@ struct Notice {
 }
 
 impl Notice {
-    /// Eight numbers, and a check that notices a notice read while it is written.
-    const BYTES: usize = 9 * 8;
+    /// Ten numbers, and a check that notices a notice read while it is written.
+    const BYTES: usize = 11 * 8;
 
     fn encode(self) -> [u8; Self::BYTES] {
-        let Self { newest, is_there, version, fd, device, inode, len, table } = self;
-        let fields = [newest, is_there, version, fd, device, inode, len, table];
+        let Self { newest, begun, since, is_there, version, fd, device, inode, len, table } = self;
+        let fields = [newest, begun, since, is_there, version, fd, device, inode, len, table];
         let mut bytes = [0; Self::BYTES];
         let all = fields.into_iter().chain([check(&fields)]);
         for (bytes, field) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(all) {
@@ -325,10 +337,12 @@ impl Notice {
         let numbers: Vec<u64> =
             bytes.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
         let (sum, fields) = numbers.split_last()?;
-        let [newest, is_there, version, fd, device, inode, len, table] = *fields else {
+        let [newest, begun, since, is_there, version, fd, device, inode, len, table] = *fields
+        else {
             return None;
         };
-        let notice = Self { newest, is_there, version, fd, device, inode, len, table };
+        let notice =
+            Self { newest, begun, since, is_there, version, fd, device, inode, len, table };
         (check(fields) == *sum).then_some(notice)
     }
 }
@@ -425,12 +439,13 @@ mod tests {
 
         #[test]
         fn a_notice_survives_and_one_whose_halves_are_of_two_does_not(
-            a: [u64; 8],
-            b: [u64; 8],
+            a: [u64; 10],
+            b: [u64; 10],
             torn in 1..Notice::BYTES,
         ) {
-            let notice = |[newest, is_there, version, fd, device, inode, len, table]: [u64; 8]| {
-                Notice { newest, is_there, version, fd, device, inode, len, table }
+            let notice = |fields: [u64; 10]| {
+                let [newest, begun, since, is_there, version, fd, device, inode, len, table] = fields;
+                Notice { newest, begun, since, is_there, version, fd, device, inode, len, table }
             };
             let (a, b) = (notice(a), notice(b));
             prop_assert_eq!(Notice::decode(&a.encode()), Some(a));
@@ -441,14 +456,16 @@ mod tests {
         }
 
         #[test]
-        fn a_notice_that_means_no_good_is_an_error(fields: [u64; 7], len in 0..4096_u64) {
+        fn a_notice_that_means_no_good_is_an_error(fields: [u64; 6], len in 0..4096_u64) {
             let file = file("ckpt-engine-test").expect("a file");
             write(&file, &vec![b'['; len as usize], 0).expect("room");
             rustix::fs::fcntl_add_seals(&file, SEALS).expect("seals");
             let stat = rustix::fs::fstat(&file).expect("its identity");
-            let [newest, is_there, version, table, ..] = fields;
+            let [newest, begun, since, is_there, version, table] = fields;
             let notice = Notice {
                 newest,
+                begun,
+                since,
                 is_there,
                 version,
                 fd: file.as_raw_fd() as u64,

@@ -13,7 +13,7 @@ use conformance::processes::{
 use engine_core::control::Address;
 use engine_core::{
     CachedEngine, CheckpointEngine, CheckpointEngineConfig, CheckpointEngineWithCache,
-    ControlPlane, EngineContext, Error, ErrorKind, Rank, Result, Role, Version, Weight,
+    ControlPlane, EngineContext, Error, ErrorKind, Expected, Rank, Result, Role, Version, Weight,
     ensure_async_iterator, form_local_group, naive,
 };
 use futures::StreamExt;
@@ -211,7 +211,7 @@ fn another_process_reads_the_last_whole_version_while_the_next_arrives_and_none_
         assert_eq!(read(&reader).await.unwrap(), 2);
         let error = read(&strict).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::State, "{error}");
-        assert!(error.to_string().contains("1 behind version 3"), "{error}");
+        assert!(error.to_string().contains("1 updates have begun since"), "{error}");
 
         owner.kill();
         assert_eq!(read(&reader).await.unwrap(), 2, "what was taken goes with its owner");
@@ -273,6 +273,38 @@ fn a_reader_that_never_took_a_version_hears_that_its_owner_is_gone() {
         owner.kill();
         let error = read(&reader).await.unwrap_err();
         assert_eq!((error.kind(), error.report().version), (ErrorKind::PeerLost, Some(Version(1))));
+    });
+}
+
+#[test]
+fn readers_of_a_shared_cache_see_versions_go_back_as_fresh_and_never_a_part_of_a_model() {
+    runtime().block_on(async {
+        let engine = |role| naive::BACKEND.create(EngineContext::new(config("naive"), role));
+        let mut trainer = engine(Role::Trainer).unwrap();
+        let cache = SharedCache::create().unwrap();
+        let reader = SharedCacheReader::open(cache.address()).unwrap().with_max_staleness(Some(0));
+        let mut rollout = CachedEngine::with_store(engine(Role::Rollout).unwrap(), Arc::new(cache));
+        form_local_group(&mut [&mut *trainer, &mut rollout], naive::BACKEND).await.unwrap();
+        for version in [150, 100] {
+            let sent = send(&mut *trainer, version, usize::MAX, || Ok(()));
+            try_join(sent, rollout.update_cache(None)).await.unwrap();
+            assert_eq!(read(&reader).await.unwrap(), version);
+        }
+        let part = || ensure_async_iterator(model(7).split_off(1));
+        let sent = trainer.send_weights(part(), Version(7));
+        let error = join(sent, rollout.update_cache(None)).await.1.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Mismatch, "{error}");
+        let error = read(&reader).await.unwrap_err();
+        assert!(error.to_string().contains("`max_staleness` is 0"), "{error}");
+
+        let mut rollout = rollout.with_expected(Expected::Partial);
+        let sent = trainer.send_weights(part(), Version(7));
+        try_join(sent, rollout.update_cache(None)).await.unwrap();
+        let (version, weights) = reader.get_weights().unwrap();
+        let firsts = weights.map(|weight| weight.unwrap().to_bytes().unwrap()[0]);
+        let expected = (1..WEIGHTS).map(|index| value(Version(7), index));
+        let expected: Vec<u8> = expected.chain([value(Version(100), 0)]).collect();
+        assert_eq!((version, firsts.collect::<Vec<u8>>().await), (Version(7), expected));
     });
 }
 

@@ -151,8 +151,8 @@ impl Arena {
     ) -> Result<Slot, NixlError> {
         self.place(slot, filled)?;
         let lock = self.locks[slot as usize].clone().lock_owned();
-        let lock = tokio::time::timeout(deadline, lock).await;
-        let lock = lock.map_err(|_| NixlError::InUse { slot, waited: deadline })?;
+        let lock = engine_core::clock::within(deadline, lock).await;
+        let lock = lock.ok_or(NixlError::InUse { slot, waited: deadline })?;
         // It may have been replaced while this waited.
         let Place { memory, at } = self.place(slot, filled)?;
         Ok(Slot { number: slot, memory, at, len: filled as usize, lock })

@@ -80,6 +80,9 @@ impl Rollout {
     pub async fn take(&self, mut received: ReceivedWeights<'_>) -> Result<ReceiveReport> {
         let version = received.version();
         let mut kept = self.cache.as_ref().map(|cache| cache.begin(version)).transpose()?;
+        if let Some(kept) = &kept {
+            kept.check_before(&received);
+        }
         let mut notes = RolloutNotes::default();
         let mut writer = match &self.out {
             Some(folder) => Some(CheckpointWriter::in_folder(folder).map_err(Error::from)?),

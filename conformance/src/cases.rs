@@ -112,6 +112,7 @@ cases! {
     nothing_is_read_of_the_weights_when_a_failed_send_has_returned(buckets)
     other_names_than_before_are_refused_everywhere
     garbage_of_a_rank_without_a_part_in_updates_is_dropped(buckets)
+    an_engine_runs_on_any_executor_and_its_deadlines_with_it
     a_backend_refuses_a_group_without_a_trainer
 }
 
@@ -476,6 +477,26 @@ async fn phases_out_of_order_are_errors(suite: &Suite) -> Verdict {
     group.trainer.finalize().await.map_err(words)?;
     state(group.trainer.send_weights(nothing(), Version(2)).await.map(drop).err())?;
     state(group.trainer.finalize().await.err())
+}
+
+async fn an_engine_runs_on_any_executor_and_its_deadlines_with_it(suite: &Suite) -> Verdict {
+    // On a thread without any runtime.
+    let suite = suite.clone();
+    let updates = async move {
+        let mut group = Group::form(&suite, 1).await.map_err(words)?;
+        group.exact(model(1, 1), 1).await?;
+        let late = group.rollouts[0].receive_weights(None).await.map(drop);
+        let kind = late.as_ref().map_err(Error::kind);
+        ensure!(kind == Err(ErrorKind::Timeout), "nothing was sent, and the rollout got {late:?}");
+        let sent = group.trainer.send_weights(ensure_async_iterator(model(1, 2)), Version(2));
+        let sent = sent.await.map(drop);
+        let kind = sent.as_ref().map_err(Error::kind);
+        ensure!(kind == Err(ErrorKind::Timeout), "nobody received, and the trainer got {sent:?}");
+        Ok(())
+    };
+    let (tell, told) = futures::channel::oneshot::channel();
+    std::thread::spawn(move || drop(tell.send(futures::executor::block_on(updates))));
+    told.await.unwrap_or_else(|_| Err("it panicked".into()))
 }
 
 async fn a_group_that_has_gaps_in_its_ranks_is_updated_whole(suite: &Suite) -> Verdict {

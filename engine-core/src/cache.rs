@@ -1,5 +1,6 @@
 //! A cache of the last complete version, in front of any engine.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -7,9 +8,9 @@ use async_trait::async_trait;
 
 use crate::memory::TensorMemory;
 use crate::{
-    CheckpointEngine, CheckpointEngineWithCache, Error, ErrorKind, Newcomer, Placement,
-    ReceivedBucket, ReceivedPiece, ReceivedWeights, Result, SendReport, Version, Weight,
-    WeightStream, WorkerMetadata, ensure_async_iterator,
+    CheckpointEngine, CheckpointEngineWithCache, Error, ErrorKind, ErrorReport, Expected, Newcomer,
+    Placement, ReceivedBucket, ReceivedPiece, ReceivedWeights, Result, SendReport, Version, Weight,
+    WeightStream, WorkerMetadata, check_names, ensure_async_iterator,
 };
 
 /// An engine whose rollout keeps the last complete version in host memory.
@@ -52,23 +53,32 @@ impl CachedEngine {
         Self { engine, cache: WeightCache { store, ..WeightCache::default() } }
     }
 
-    /// Refuses cached weights that are more than so many versions behind the newest one that began
-    /// to arrive: [`max_staleness`](crate::CheckpointEngineConfig::max_staleness) of the
-    /// configuration. `None` refuses none.
+    /// Refuses cached weights when more than this number of updates have begun to arrive since theirs:
+    /// [`max_staleness`](crate::CheckpointEngineConfig::max_staleness) of the configuration. `None`
+    /// refuses none.
     #[must_use]
-    pub fn with_max_staleness(mut self, versions: Option<u64>) -> Self {
-        self.cache.max_staleness = versions;
+    pub fn with_max_staleness(mut self, updates: Option<u64>) -> Self {
+        self.cache.max_staleness = updates;
         self
     }
 
-    /// Fills the cache with the version that another rollout holds. A newer one that is here already
-    /// stays.
+    /// Says which tensors updates bring: all of the last version's unless this says otherwise.
+    #[must_use]
+    pub fn with_expected(mut self, expected: Expected) -> Self {
+        self.cache.expected = expected;
+        self
+    }
+
+    /// Fills the cache with the version that another rollout holds. One of a higher number that is here
+    /// already stays.
     ///
     /// # Errors
     ///
     /// Those of receiving, and of the store.
     pub async fn take_over(&mut self, from: &mut Newcomer) -> Result<Version> {
-        self.cache.fill(from.receive().await?).await?.complete_if_newer()
+        let received = from.receive().await?;
+        let update = self.cache.begins(received.version(), false)?;
+        fill(received, update).await?.complete_if_newer()
     }
 
     /// The cache, for whoever generates while this engine receives.
@@ -81,10 +91,13 @@ impl CachedEngine {
 pub trait CacheStore: fmt::Debug + Send + Sync {
     /// A place for a version that begins to arrive. Dropping it gives the version up.
     ///
+    /// An update counts for [`max_staleness`](CachedEngine::with_max_staleness) from here on, whether it
+    /// is completed or not; a version taken over from another rollout (`is_update` is false) does not.
+    ///
     /// # Errors
     ///
     /// `Resource` if there is no room.
-    fn begin(&self, version: Version) -> Result<Box<dyn CacheWriter>>;
+    fn begin(&self, version: Version, is_update: bool) -> Result<Box<dyn CacheWriter>>;
 }
 
 /// A version on its way into a [`CacheStore`].
@@ -96,6 +109,16 @@ pub trait CacheWriter: Send {
     /// `Resource` if there is no room.
     fn write(&mut self, piece: &ReceivedPiece) -> Result<()>;
 
+    /// Takes a whole weight of the version before, which stays as it is in this one.
+    ///
+    /// # Errors
+    ///
+    /// `Resource` if there is no room.
+    fn keep(&mut self, weight: &Weight) -> Result<()> {
+        let bytes = weight.to_bytes()?.into();
+        self.write(&ReceivedPiece { meta: weight.meta().clone(), start: 0, bytes })
+    }
+
     /// The version is complete and active everywhere: gives its weights in the order of their
     /// parts, and replaces the version before it wherever the store shows one.
     ///
@@ -105,19 +128,24 @@ pub trait CacheWriter: Send {
     fn commit(self: Box<Self>) -> Result<Vec<Weight>>;
 }
 
-/// Whether a cached version may be given: an error if more than `most` newer versions began to
-/// arrive, `newest` the last of them.
+/// Whether a cached version may be given: an error if more than `most` updates have begun to arrive
+/// since, `newest` the version of the last of them. Versions are names here and no distances: those of
+/// two updates in a row may be far apart, and a trainer that goes back to a checkpoint sends lower ones.
 ///
 /// # Errors
 ///
 /// `State`.
-pub fn ensure_fresh(cached: Version, newest: Version, most: Option<u64>) -> Result<()> {
-    let behind = newest.0.saturating_sub(cached.0);
+pub fn ensure_fresh(
+    cached: Version,
+    begun_since: u64,
+    newest: Version,
+    most: Option<u64>,
+) -> Result<()> {
     match most {
-        Some(most) if behind > most => {
+        Some(most) if begun_since > most => {
             let message = format!(
-                "the last complete version is {behind} behind version {newest}; `max_staleness` \
-                 is {most}"
+                "{begun_since} updates have begun since the last complete version, the last of them \
+                 version {newest}; `max_staleness` is {most}"
             );
             Err(Error::new(ErrorKind::State, READING, message).version(cached))
         }
@@ -132,7 +160,7 @@ const READING: &str = "reading the cache";
 struct OwnMemory;
 
 impl CacheStore for OwnMemory {
-    fn begin(&self, _: Version) -> Result<Box<dyn CacheWriter>> {
+    fn begin(&self, _: Version, _: bool) -> Result<Box<dyn CacheWriter>> {
         Ok(Box::new(Own { weights: Vec::new(), open: None }))
     }
 }
@@ -161,6 +189,11 @@ impl CacheWriter for Own {
         Ok(())
     }
 
+    fn keep(&mut self, weight: &Weight) -> Result<()> {
+        self.weights.push(weight.clone());
+        Ok(())
+    }
+
     fn commit(self: Box<Self>) -> Result<Vec<Weight>> {
         Ok(self.weights)
     }
@@ -172,46 +205,65 @@ impl CacheWriter for Own {
 ///
 /// What it gives is always a whole version that was verified and committed on every rank: the old
 /// one until the new one is, then the new one. A version that is aborted is never given, and
-/// weights that were given stay as they are for as long as they are held.
+/// weights that were given stay as they are for as long as they are held. An update that does not bring
+/// the tensors that are [expected](CachedEngine::with_expected) takes nobody's place: the version before it
+/// stays. With [`Expected::Partial`] weights that did not come follow those that did.
 #[derive(Clone, Debug)]
 pub struct WeightCache {
     state: Arc<Mutex<State>>,
     max_staleness: Option<u64>,
+    expected: Expected,
     store: Arc<dyn CacheStore>,
 }
 
 impl Default for WeightCache {
     fn default() -> Self {
-        Self { state: Arc::default(), max_staleness: None, store: Arc::new(OwnMemory) }
+        Self {
+            state: Arc::default(),
+            max_staleness: None,
+            expected: Expected::default(),
+            store: Arc::new(OwnMemory),
+        }
     }
 }
 
 #[derive(Debug, Default)]
 struct State {
-    cached: Option<(Version, Arc<[Weight]>)>,
-    /// The newest version that began to arrive, whether or not it was completed.
+    cached: Option<Cached>,
+    /// How many updates began to arrive, whether or not they were completed.
+    begun: u64,
+    /// The version of the last of them.
     newest: Version,
+}
+
+#[derive(Clone, Debug)]
+struct Cached {
+    version: Version,
+    weights: Arc<[Weight]>,
+    /// How many updates had begun with its own.
+    begun: u64,
 }
 
 impl WeightCache {
     /// The version that [`get_weights`](Self::get_weights) would give, however old it is.
     pub fn version(&self) -> Option<Version> {
-        self.state().cached.as_ref().map(|(version, _)| *version)
+        self.state().cached.as_ref().map(|cached| cached.version)
     }
 
     /// The last complete version and its weights, in the order sent; shared, not copied.
     ///
     /// # Errors
     ///
-    /// `State` if no version is complete yet, or if it is further behind than allowed: the trainer
-    /// has begun to send newer ones and they failed.
+    /// `State` if no version is complete yet, or if more updates have begun since than is allowed: the
+    /// trainer has begun to send others and they failed.
     pub fn get_weights(&self) -> Result<(Version, WeightStream<'static>)> {
-        let (version, weights) = {
+        let Cached { version, weights, .. } = {
             let state = self.state();
             let cached = state.cached.clone().ok_or_else(|| {
                 Error::new(ErrorKind::State, READING, "no version is complete yet")
             })?;
-            ensure_fresh(cached.0, state.newest, self.max_staleness)?;
+            let since = state.begun - cached.begun;
+            ensure_fresh(cached.version, since, state.newest, self.max_staleness)?;
             cached
         };
         let weights = (0..weights.len()).map(move |index| weights[index].clone());
@@ -255,7 +307,8 @@ impl CheckpointEngine for CachedEngine {
 impl CheckpointEngineWithCache for CachedEngine {
     async fn update_cache(&mut self, version: Option<Version>) -> Result<Version> {
         let received = self.engine.receive_weights(version).await?;
-        self.cache.fill(received).await?.complete()
+        let update = self.cache.begin(received.version())?;
+        fill(received, update).await?.complete()
     }
 
     fn get_weights(&self) -> Result<(Version, WeightStream<'static>)> {
@@ -271,23 +324,53 @@ impl WeightCache {
     ///
     /// Those of the store.
     pub fn begin(&self, version: Version) -> Result<CacheUpdate> {
-        {
-            let mut state = self.state();
-            state.newest = state.newest.max(version);
-        }
-        let writer = self.store.begin(version)?;
-        Ok(CacheUpdate { cache: self.clone(), version, writer })
+        self.begins(version, true)
     }
 
-    /// Keeps what arrives, once it is complete.
-    async fn fill(&self, mut received: ReceivedWeights<'_>) -> Result<CacheUpdate> {
-        let mut update = self.begin(received.version())?;
-        while let Some(bucket) = received.next_bucket().await? {
-            update.add(&bucket)?;
+    /// Whether an update of these names may take the place of what is here.
+    fn check(&self, names: &[Arc<str>]) -> Result<()> {
+        let state = self.state();
+        match (&state.cached, self.expected) {
+            (None, _) | (_, Expected::Partial) => Ok(()),
+            (Some(cached), Expected::SameNames) => {
+                let last = cached.weights.iter().map(|weight| weight.meta().name.clone());
+                check_names(&last.collect::<Vec<_>>(), names)
+            }
         }
-        received.finish().await?;
-        Ok(update)
     }
+
+    fn begins(&self, version: Version, is_update: bool) -> Result<CacheUpdate> {
+        let begun = {
+            let mut state = self.state();
+            if is_update {
+                state.begun += 1;
+                state.newest = version;
+            }
+            state.begun
+        };
+        let writer = self.store.begin(version, is_update)?;
+        let cache = self.clone();
+        Ok(CacheUpdate { cache, version, begun, names: Arc::default(), writer })
+    }
+}
+
+fn names(names: &Mutex<Vec<Arc<str>>>) -> MutexGuard<'_, Vec<Arc<str>>> {
+    // Names are added one by one.
+    names.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Keeps what arrives, once it is complete.
+async fn fill(mut received: ReceivedWeights<'_>, mut update: CacheUpdate) -> Result<CacheUpdate> {
+    update.check_before(&received);
+    while let Some(bucket) = received.next_bucket().await? {
+        if let Err(error) = update.add(&bucket) {
+            let report = ErrorReport::from(&error);
+            received.fail(error);
+            return Err(report.into());
+        }
+    }
+    received.finish().await?;
+    Ok(update)
 }
 
 /// A version on its way into a [`WeightCache`], which is as it was until
@@ -295,6 +378,10 @@ impl WeightCache {
 pub struct CacheUpdate {
     cache: WeightCache,
     version: Version,
+    /// How many updates had begun with this one.
+    begun: u64,
+    /// The names that have arrived.
+    names: Arc<Mutex<Vec<Arc<str>>>>,
     writer: Box<dyn CacheWriter>,
 }
 
@@ -305,27 +392,57 @@ impl fmt::Debug for CacheUpdate {
 }
 
 impl CacheUpdate {
+    /// Has the update refused on every rank if it turns out at its end that it does not bring the tensors
+    /// that are [expected](CachedEngine::with_expected). Without this, they are compared in
+    /// [`complete`](Self::complete), when other ranks have the version.
+    pub fn check_before(&self, received: &ReceivedWeights<'_>) {
+        let (cache, names, version) = (self.cache.clone(), Arc::clone(&self.names), self.version);
+        let check = move || cache.check(&self::names(&names));
+        received.before_confirm(move || check().map_err(|error| error.version(version)));
+    }
+
+    fn check(&self) -> Result<()> {
+        self.cache.check(&names(&self.names))
+    }
+
     /// Copies a bucket, the next one of the version.
     ///
     /// # Errors
     ///
     /// `Resource` if there is no memory for its weights.
     pub fn add(&mut self, bucket: &ReceivedBucket) -> Result<()> {
-        bucket.pieces().try_for_each(|piece| self.writer.write(&piece))
+        for piece in bucket.pieces() {
+            self.writer.write(&piece)?;
+            if piece.start == 0 {
+                names(&self.names).push(Arc::clone(&piece.meta.name));
+            }
+        }
+        Ok(())
     }
 
     /// The version is complete and committed: it takes the place of the one before it.
     ///
     /// # Errors
     ///
-    /// Those of the store; the version before it stays.
-    pub fn complete(self) -> Result<Version> {
-        let weights = self.writer.commit()?;
-        self.cache.state().cached = Some((self.version, weights.into()));
-        Ok(self.version)
+    /// `Mismatch` if it has other tensors than are [expected](CachedEngine::with_expected); those of the
+    /// store. The version before it stays.
+    pub fn complete(mut self) -> Result<Version> {
+        self.check().map_err(|error| error.version(self.version))?;
+        let before = self.cache.state().cached.clone();
+        if let Some(before) = before {
+            let names = names(&self.names);
+            let names: HashSet<&str> = names.iter().map(|name| &**name).collect();
+            for weight in before.weights.iter().filter(|weight| !names.contains(weight.name())) {
+                self.writer.keep(weight)?;
+            }
+        }
+        let weights = self.writer.commit()?.into();
+        let Self { version, begun, .. } = self;
+        self.cache.state().cached = Some(Cached { version, weights, begun });
+        Ok(version)
     }
 
-    /// The same, unless what is here is newer.
+    /// The same, unless what is here has a higher number.
     fn complete_if_newer(self) -> Result<Version> {
         let held = self.cache.version();
         if held.is_none_or(|held| held <= self.version) {

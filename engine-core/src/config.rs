@@ -74,7 +74,7 @@ pub struct CheckpointEngineConfig {
     /// How many threads copy, encode and verify; [`EngineContext::threads`](crate::EngineContext::threads)
     /// says how many unless set.
     pub threads: Option<NonZeroUsize>,
-    /// How many versions a rollout's cache may be behind the newest one before it is refused; any
+    /// How many updates may have begun since the version of a rollout's cache before it is refused; any
     /// number unless set. See [`CachedEngine`](crate::CachedEngine).
     pub max_staleness: Option<u64>,
 }

@@ -208,7 +208,7 @@ impl Newcomer {
                 // It has served another one, and listens anew.
                 Err(error) if error.kind() == ErrorKind::PeerLost && !left.is_zero() => {
                     debug!(%error, "the holder is busy");
-                    tokio::time::sleep(PAUSE).await;
+                    crate::clock::sleep(PAUSE).await;
                 }
                 Err(error) => return Err(error),
             }

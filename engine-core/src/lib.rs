@@ -1,6 +1,7 @@
 //! The contract of a checkpoint engine, and everything of it that no device needs.
 
 mod cache;
+pub mod clock;
 pub mod collective;
 mod config;
 pub mod control;

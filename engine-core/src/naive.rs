@@ -13,8 +13,8 @@ use async_trait::async_trait;
 use futures::StreamExt;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::timeout;
 
+use crate::clock::within;
 use crate::memory::Pool;
 use crate::observe::{Observer as _, Progress};
 use crate::telemetry::{Meter, ReceiveStages};
@@ -174,13 +174,13 @@ impl Recipient {
     /// Hands over an item, or says why that cannot be.
     async fn give(&mut self, item: Item, deadline: Duration) -> Result<()> {
         let operation = "handing over weights";
-        match timeout(deadline, self.items.send(item)).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) => Err(match (&mut self.answer).await {
+        match within(deadline, self.items.send(item)).await {
+            Some(Ok(())) => Ok(()),
+            Some(Err(_)) => Err(match (&mut self.answer).await {
                 Ok(Answer::Failed(report)) => report.into(),
                 _ => Error::new(ErrorKind::PeerLost, operation, "the rollout's engine is gone"),
             }),
-            Err(_) => Err(Error::new(
+            None => Err(Error::new(
                 ErrorKind::Timeout,
                 operation,
                 format!(
@@ -329,15 +329,15 @@ impl CheckpointEngine for NaiveEngine {
         let (rank, deadline) = (*rank, self.context.deadline());
         let operation = "waiting for an update to begin";
         let offer = loop {
-            let offer = match timeout(deadline, offers.recv()).await {
-                Ok(Some(offer)) => offer,
-                Ok(None) => {
+            let offer = match within(deadline, offers.recv()).await {
+                Some(Some(offer)) => offer,
+                Some(None) => {
                     let words = "the trainer's engine is gone";
                     return Err(
                         Error::new(ErrorKind::PeerLost, operation, words).rank(Rank::LEADER)
                     );
                 }
-                Err(_) => {
+                None => {
                     let words = format!("nothing within {:.1} s", deadline.as_secs_f64());
                     return Err(Error::new(ErrorKind::Timeout, operation, words).rank(Rank::LEADER));
                 }
@@ -419,7 +419,7 @@ async fn send(
     let mut index = 0;
     loop {
         let started = Instant::now();
-        let next = timeout(deadline, weights.next()).await.map_err(|_| {
+        let next = within(deadline, weights.next()).await.ok_or_else(|| {
             let words = format!("nothing within {:.1} s", deadline.as_secs_f64());
             Error::new(ErrorKind::Timeout, "waiting for the trainer's next weight", words)
         })?;
@@ -454,7 +454,7 @@ async fn send(
     for recipient in recipients {
         let rank = recipient.rank;
         let operation = "waiting for a receiver to confirm the version";
-        let answer = timeout(deadline, &mut recipient.answer).await.map_err(|_| {
+        let answer = within(deadline, &mut recipient.answer).await.ok_or_else(|| {
             let words = format!("nothing within {:.1} s", deadline.as_secs_f64());
             Error::new(ErrorKind::Timeout, operation, words).rank(rank)
         })?;
@@ -519,10 +519,10 @@ impl Session {
             self.stages.install += begun.elapsed();
         }
         let waiting = Instant::now();
-        let item = timeout(self.deadline, self.items.recv()).await;
+        let item = within(self.deadline, self.items.recv()).await;
         self.stages.fetch += waiting.elapsed();
         match item {
-            Ok(Some(Item::Bucket(bucket))) => {
+            Some(Some(Item::Bucket(bucket))) => {
                 let before = self.counts.1;
                 for piece in bucket.pieces() {
                     self.counts.0 += 1;
@@ -534,27 +534,27 @@ impl Session {
                 self.installing = Some(Instant::now());
                 Ok(Some(bucket))
             }
-            Ok(None) => {
+            Some(None) => {
                 self.guard.answer = None;
                 Err(match self.committed.try_recv() {
                     Ok(Err(report)) => report.into(),
                     _ => dropped(),
                 })
             }
-            Err(_) => Err(late("waiting for the next weight").bucket(self.counts.2)),
-            Ok(Some(Item::End)) => {
+            None => Err(late("waiting for the next weight").bucket(self.counts.2)),
+            Some(Some(Item::End)) => {
                 self.guard.outcome.check()?;
                 let notes = self.guard.outcome.take_notes();
                 let seconds = self.begun.elapsed().as_secs_f64();
                 if let Some(answer) = self.guard.answer.take() {
                     answer.send(Answer::Confirmed { seconds, notes }).map_err(|_| dropped())?;
                 }
-                match timeout(self.deadline, &mut self.committed).await {
-                    Ok(Ok(Ok(()))) => {}
+                match within(self.deadline, &mut self.committed).await {
+                    Some(Ok(Ok(()))) => {}
                     // Another receiver failed after this one confirmed.
-                    Ok(Ok(Err(report))) => return Err(report.into()),
-                    Ok(Err(_)) => return Err(dropped()),
-                    Err(_) => return Err(late("waiting for the trainer to commit the version")),
+                    Some(Ok(Err(report))) => return Err(report.into()),
+                    Some(Err(_)) => return Err(dropped()),
+                    None => return Err(late("waiting for the trainer to commit the version")),
                 }
                 let (tensors, bytes, buckets) = self.counts;
                 self.guard.committed = true;

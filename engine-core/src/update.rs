@@ -60,7 +60,7 @@ use std::time::Duration;
 use futures::future::FusedFuture;
 
 use crate::control::{ControlPlane, Event};
-use crate::{Error, ErrorKind, Recovery, Result};
+use crate::{Error, ErrorKind, Recovery, Result, clock};
 
 /// A wait for events that something else ends.
 const LONG: Duration = Duration::from_secs(3600);
@@ -71,7 +71,7 @@ async fn within<T>(
     operation: &str,
     waiting: impl Future<Output = T>,
 ) -> Result<T> {
-    tokio::time::timeout(deadline, waiting).await.map_err(|_| too_late(deadline, operation))
+    clock::within(deadline, waiting).await.ok_or_else(|| too_late(deadline, operation))
 }
 
 fn too_late(deadline: Duration, operation: &str) -> Error {

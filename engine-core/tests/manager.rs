@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use engine_core::{
     CachedEngine, CheckpointEngine, CheckpointEngineConfig, CheckpointEngineManager,
-    CheckpointEngineWithCache, DType, EngineContext, Error, ErrorKind, Install, LocalRollout,
-    Placement, ReceiveReport, ReceivedBucket, Result, Role, RolloutWorker, TensorMap, Version,
-    Weight, WorkerMetadata, ensure_async_iterator, form_local_group, naive,
+    CheckpointEngineWithCache, DType, EngineContext, Error, ErrorKind, Expected, Install,
+    LocalRollout, Placement, ReceiveReport, ReceivedBucket, Result, Role, RolloutWorker, TensorMap,
+    Version, Weight, WorkerMetadata, ensure_async_iterator, form_local_group, naive,
 };
 use futures::StreamExt;
 
@@ -227,12 +227,73 @@ async fn a_cache_that_is_further_behind_than_max_staleness_is_refused_until_a_ve
             3 => {
                 let error = cache.get_weights().map(|(version, _)| version).unwrap_err();
                 assert_eq!(error.kind(), ErrorKind::State);
-                assert!(error.to_string().contains("2 behind version 3"), "{error}");
+                assert!(error.to_string().contains("2 updates have begun since the last complete version, the last of them version 3"), "{error}");
                 assert_eq!(cache.version(), Some(Version(1)), "an aborted version shows");
             }
             version => assert_eq!(cache.get_weights().unwrap().0, Version(version)),
         }
     }
+}
+
+#[tokio::test]
+async fn staleness_counts_updates_and_not_the_distance_of_versions_which_may_go_back() {
+    let (mut trainer, rollout) = with_cache().await;
+    let mut rollout = rollout.with_max_staleness(Some(1));
+    for version in [150, 100, 5000] {
+        let send = trainer.send_weights(ensure_async_iterator(model(1)), Version(version));
+        futures::future::try_join(send, rollout.update_cache(None)).await.unwrap();
+        assert_eq!(rollout.get_weights().unwrap().0, Version(version));
+    }
+    let broken = || {
+        let broken = Err(std::io::Error::other("disk"));
+        ensure_async_iterator(model(1).into_iter().map(Ok).chain([broken]))
+    };
+    for (version, is_fresh) in [(9000, true), (1, false)] {
+        let send = trainer.send_weights(broken(), Version(version));
+        assert!(futures::future::join(send, rollout.update_cache(None)).await.1.is_err());
+        assert_eq!(rollout.get_weights().is_ok(), is_fresh, "after version {version} failed");
+    }
+}
+
+#[tokio::test]
+async fn an_update_without_some_of_the_tensors_leaves_the_cached_version_unless_it_is_partial() {
+    let (mut trainer, mut rollout) = with_cache().await;
+    let mut other = model(2);
+    other.truncate(8);
+    other.push(Weight::new("new", DType::U8, [1], vec![1]).unwrap());
+    let whole = cached_after(&mut trainer, &mut rollout, model(1), 1).await.unwrap();
+    for weights in [other.clone(), Vec::new(), model(3).split_off(1)] {
+        let error = cached_after(&mut trainer, &mut rollout, weights, 2).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Mismatch, "{error}");
+        assert_eq!(cached(&rollout).await, whole);
+    }
+    cached_after(&mut trainer, &mut rollout, model(4), 4).await.unwrap();
+
+    let mut rollout = rollout.with_expected(Expected::Partial);
+    let (version, merged) = cached_after(&mut trainer, &mut rollout, other, 5).await.unwrap();
+    assert_eq!((version, merged.len()), (Version(5), 11));
+    let bytes = |weight: &Weight| weight.to_bytes().unwrap().to_vec();
+    assert_eq!(merged[..8], model(2)[..8].iter().map(bytes).collect::<Vec<_>>());
+    assert_eq!(merged[8], [1]);
+    assert_eq!(merged[9..], model(4)[8..].iter().map(bytes).collect::<Vec<_>>());
+}
+
+/// What the cache has after an update.
+async fn cached_after(
+    trainer: &mut Box<dyn CheckpointEngine>,
+    rollout: &mut CachedEngine,
+    weights: Vec<Weight>,
+    version: u64,
+) -> Result<(Version, Vec<Vec<u8>>)> {
+    let send = trainer.send_weights(ensure_async_iterator(weights), Version(version));
+    let (sent, received) = futures::future::join(send, rollout.update_cache(None)).await;
+    // What a cache refuses, its rank does not confirm.
+    assert_eq!(
+        sent.map(drop).map_err(|error| error.kind()),
+        received.as_ref().map(drop).map_err(Error::kind)
+    );
+    received?;
+    Ok(cached(rollout).await)
 }
 
 /// A rollout that generates a token at a time, and notes with which version.

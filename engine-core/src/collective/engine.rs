@@ -14,6 +14,7 @@ use super::group::{Change, Joined, Step, Ticket, groups_of};
 use super::parts::{Details, Parts};
 use super::thread::{Attachment, Awaiting, Broadcast};
 use super::{Communicator, Library, Opened, Shape, SlotGuard, Slots, Thread};
+use crate::clock::within;
 use crate::memory::{Job, Pool};
 use crate::plan::ALIGNMENT;
 use crate::report::TensorCounts;
@@ -351,8 +352,8 @@ impl<C: Communicator> Node<C> {
             let message = format!("bytes 0..{filled} of slot {slot} of {slots} × {slot_bytes}");
             return Err(Error::new(ErrorKind::Protocol, "using a slot", message));
         };
-        let lock = tokio::time::timeout(self.deadline, lock.clone().lock_owned()).await;
-        let lock = lock.map_err(|_| {
+        let lock = within(self.deadline, lock.clone().lock_owned()).await;
+        let lock = lock.ok_or_else(|| {
             let seconds = self.deadline.as_secs_f64();
             let message = format!("it is still in use after {seconds:.1} s");
             Error::new(ErrorKind::Timeout, "using a slot", message).rank(self.rank)

@@ -21,7 +21,8 @@ use crate::received::{Outcome, ReceivedBucket, ReceivedWeights};
 use crate::report::{ReceiveReport, VersionState};
 use crate::telemetry::{Meter, ReceiveStages};
 use crate::{
-    EngineContext, Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Storage, Version, digest,
+    EngineContext, Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Storage, Version, clock,
+    digest,
 };
 
 /// A transport's receiving side: how the bytes of a bucket get here.
@@ -563,8 +564,8 @@ impl<L: FetchLink> Session<'_, L> {
                 }
             }
         };
-        match tokio::time::timeout(MOMENT, cause).await {
-            Ok(Err(cause)) if cause.kind() != ErrorKind::Timeout => cause.with_source(error),
+        match clock::within(MOMENT, cause).await {
+            Some(Err(cause)) if cause.kind() != ErrorKind::Timeout => cause.with_source(error),
             _ => error.version(version),
         }
     }
