@@ -47,6 +47,8 @@ mod message;
 mod receiver;
 mod route;
 mod sender;
+#[cfg(test)]
+mod tests;
 
 pub use cosender::CoSender;
 pub use message::Ticket;

@@ -1,0 +1,415 @@
+//! The trainer's side against ranks that speak the protocol by hand, and a rollout's against such a
+//! trainer: for what no well-behaved peer ever does.
+
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::message::{Begin, Layout, ToReceiver, ToSender, decode, encode};
+use super::{ReceiveLink, Receiver, SendLink, Sender};
+use crate::control::{ControlConfig, ControlPlane, Event, Role, Token};
+use crate::memory::{Job, Pool};
+use crate::{
+    CheckpointEngineConfig, DType, Encoding, EngineContext, Error, ErrorKind, ErrorReport, Rank,
+    Recovery, Result, SendReport, Storage, TensorMeta, Treatment, Version, Weight,
+    ensure_async_iterator,
+};
+
+const BUCKET: u64 = 1024;
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// Two buckets of host memory that nobody else sees.
+#[derive(Debug)]
+struct Slots(Pool);
+
+#[async_trait]
+impl SendLink for Slots {
+    fn slots(&self) -> usize {
+        2
+    }
+
+    fn bucket_bytes(&self) -> u64 {
+        BUCKET
+    }
+
+    async fn fill(&mut self, _: usize, jobs: Vec<Job>, digests: bool) -> Result<u64> {
+        let threads = self.0.clone();
+        let mut bucket = vec![0; BUCKET as usize];
+        self.0.start(move || threads.encode(&jobs, &mut bucket, digests)).await
+    }
+
+    async fn publish(&mut self, _: usize, _: u64) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Zeros, whatever was sent.
+#[derive(Debug)]
+struct Zeros;
+
+#[async_trait]
+impl ReceiveLink for Zeros {
+    async fn fetch(&mut self, _: u32, filled: u64) -> Result<Storage> {
+        Ok(vec![0; filled as usize].into())
+    }
+}
+
+/// Control planes of a leader and one rollout.
+async fn planes() -> (ControlPlane, ControlPlane) {
+    static GROUPS: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+    let number = GROUPS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    let address = format!("unix:@update-{}-{number}", std::process::id()).parse().unwrap();
+    let at = ControlConfig::new(address, Token::generate().unwrap());
+    let leader = ControlPlane::lead(at.clone()).await.unwrap();
+    let rollout = ControlPlane::join(at, Role::Rollout, Some(Rank(1))).await.unwrap();
+    let gather = [&leader, &rollout].map(|plane| plane.gather(2, Bytes::new(), LIMIT));
+    futures::future::try_join_all(gather).await.unwrap();
+    (leader, rollout)
+}
+
+fn context(role: Role, timeout: f64) -> EngineContext {
+    let config = CheckpointEngineConfig { timeout_seconds: timeout, ..Default::default() };
+    EngineContext::new(config, role)
+}
+
+fn sender(leader: &ControlPlane, timeout: f64) -> Sender<Slots> {
+    let link = Slots(Pool::new(1).unwrap());
+    Sender::new(link, &context(Role::Trainer, timeout), leader.clone(), [Rank(1)])
+}
+
+/// Weights of a bucket each.
+fn weights(count: u64) -> Vec<Weight> {
+    let weight = |i| Weight::new(format!("w{i}"), DType::U8, [BUCKET], vec![i as u8; 1024]);
+    (0..count).map(|i| weight(i).unwrap()).collect()
+}
+
+async fn send(sender: &mut Sender<Slots>, version: u64) -> Result<SendReport> {
+    sender.send(ensure_async_iterator(weights(3)), Version(version)).await
+}
+
+/// A rollout by hand.
+struct Hand(ControlPlane);
+
+impl Hand {
+    async fn hear(&self) -> ToReceiver {
+        loop {
+            match self.0.recv(LIMIT).await.unwrap().expect("a message") {
+                Event::Message { body, .. } => match decode(&body).unwrap() {
+                    ToReceiver::Alive { .. } => {}
+                    message => return message,
+                },
+                event => panic!("{event:?}"),
+            }
+        }
+    }
+
+    /// Whether nothing comes for a while.
+    async fn hears_nothing(&self) -> bool {
+        self.0.recv(Duration::from_millis(200)).await.unwrap().is_none_or(|event| {
+            let Event::Message { body, .. } = event else { return false };
+            matches!(decode(&body), Ok(ToReceiver::Alive { .. }))
+        })
+    }
+
+    fn say(&self, message: ToSender) {
+        self.0.send(Rank::LEADER, encode(&message).unwrap()).unwrap();
+    }
+
+    /// The next update that begins; what is left of others is passed over.
+    async fn begin(&self) -> Begin {
+        loop {
+            if let ToReceiver::Begin(begin) = self.hear().await {
+                return begin;
+            }
+        }
+    }
+
+    fn enter(&self, update: u64, plan: Option<u64>, held: Vec<(u64, u64)>) {
+        self.say(ToSender::Entered { update, card: Bytes::new(), plan, held });
+    }
+
+    /// The layouts of an update's buckets, which are released at once, and the plan's digest.
+    async fn rest(&self, update: u64) -> (Vec<Layout>, u64) {
+        let mut layouts = Vec::new();
+        loop {
+            match self.hear().await {
+                ToReceiver::Bucket { update: of, index, layout, .. } => {
+                    assert_eq!(of, update);
+                    layouts.push(layout);
+                    self.say(ToSender::Release { update, index });
+                }
+                ToReceiver::End { digest, plan, .. } => {
+                    let notes = "null".to_owned();
+                    self.say(ToSender::Confirm { update, digest, seconds: 0.0, notes });
+                    assert_eq!(self.hear().await, ToReceiver::Commit { update });
+                    return (layouts, plan);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    fn fail(&self, update: u64) {
+        let error = ErrorReport::from(&Error::new(ErrorKind::Resource, "installing", "no room"));
+        self.say(ToSender::Failed { update, error });
+    }
+}
+
+#[tokio::test]
+async fn a_release_that_was_lost_is_made_good_by_what_the_rank_says_when_it_enters() {
+    let (leader, rollout) = planes().await;
+    let (mut sender, hand) = (sender(&leader, 5.0), Hand(rollout));
+    let failing = async {
+        let Begin { update, .. } = hand.begin().await;
+        hand.enter(update, None, Vec::new());
+        assert!(matches!(hand.hear().await, ToReceiver::Bucket { index: 0, .. }));
+        // It holds two buckets, and never says that it does not any more.
+        assert!(matches!(hand.hear().await, ToReceiver::Bucket { index: 1, .. }));
+        hand.fail(update);
+    };
+    let (sent, ()) = futures::future::join(send(&mut sender, 1), failing).await;
+    assert_eq!(sent.unwrap_err().kind(), ErrorKind::Resource);
+    let next = async {
+        let Begin { update, .. } = hand.begin().await;
+        hand.enter(update, None, Vec::new());
+        hand.rest(update).await;
+    };
+    let (sent, ()) = futures::future::join(send(&mut sender, 2), next).await;
+    sent.unwrap();
+}
+
+#[tokio::test]
+async fn a_bucket_that_a_rank_says_it_holds_is_not_written_to() {
+    let (leader, rollout) = planes().await;
+    let (mut sender, hand) = (sender(&leader, 5.0), Hand(rollout));
+    let mut first = 0;
+    let failing = async {
+        first = hand.begin().await.update;
+        hand.enter(first, None, Vec::new());
+        assert!(matches!(hand.hear().await, ToReceiver::Bucket { index: 0, .. }));
+        hand.fail(first);
+    };
+    let (sent, ()) = futures::future::join(send(&mut sender, 1), failing).await;
+    sent.unwrap_err();
+    let next = async {
+        let Begin { update, .. } = hand.begin().await;
+        hand.enter(update, None, vec![(first, 0)]);
+        assert!(hand.hears_nothing().await, "the slot was filled while it is read");
+        hand.say(ToSender::Release { update: first, index: 0 });
+        hand.rest(update).await;
+    };
+    let (sent, ()) = futures::future::join(send(&mut sender, 2), next).await;
+    sent.unwrap();
+}
+
+#[tokio::test]
+async fn a_rank_is_told_layouts_by_what_it_says_that_it_knows() {
+    let (leader, rollout) = planes().await;
+    let (mut sender, hand) = (sender(&leader, 5.0), Hand(rollout));
+    let mut plan = None;
+    // It knows nothing, then has lost what it knew, then knows it.
+    for (version, knows) in [(1, false), (2, false), (3, true)] {
+        let update = async {
+            let Begin { update, .. } = hand.begin().await;
+            hand.enter(update, plan.filter(|_| knows), Vec::new());
+            let (layouts, digest) = hand.rest(update).await;
+            for layout in layouts {
+                assert_eq!(matches!(layout, Layout::Known { .. }), knows, "update {version}");
+            }
+            digest
+        };
+        let (sent, digest) = futures::future::join(send(&mut sender, version), update).await;
+        sent.unwrap();
+        plan = Some(digest);
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_told_of_an_update_to_a_rank_that_has_not_entered_it() {
+    let (leader, rollout) = planes().await;
+    let (mut sender, hand) = (sender(&leader, 5.0), Hand(rollout));
+    let late = async {
+        let Begin { update, .. } = hand.begin().await;
+        assert!(hand.hears_nothing().await);
+        hand.enter(update, None, Vec::new());
+        hand.rest(update).await;
+    };
+    let (sent, ()) = futures::future::join(send(&mut sender, 1), late).await;
+    sent.unwrap();
+}
+
+#[tokio::test]
+async fn no_two_updates_of_a_control_plane_have_one_number_whatever_groups_there_are() {
+    let (leader, rollout) = planes().await;
+    let hand = Hand(rollout);
+    let mut numbers = Vec::new();
+    for version in 1..4 {
+        // A group that is formed anew has a sender of its own.
+        let mut sender = sender(&leader, 5.0);
+        let update = async {
+            let Begin { update, .. } = hand.begin().await;
+            hand.enter(update, None, Vec::new());
+            hand.rest(update).await;
+            update
+        };
+        let (sent, update) = futures::future::join(send(&mut sender, version), update).await;
+        sent.unwrap();
+        assert!(!numbers.contains(&update), "{update} was used before: {numbers:?}");
+        numbers.push(update);
+    }
+}
+
+#[tokio::test]
+async fn garbage_of_a_rank_costs_an_update_and_no_more() {
+    let (leader, rollout) = planes().await;
+    let (mut sender, hand) = (sender(&leader, 5.0), Hand(rollout));
+    let garbage = async {
+        let Begin { update, .. } = hand.begin().await;
+        hand.enter(update, None, Vec::new());
+        hand.0.send(Rank::LEADER, Bytes::from_static(&[0xff; 9])).unwrap();
+    };
+    let (sent, ()) = futures::future::join(send(&mut sender, 1), garbage).await;
+    let error = sent.unwrap_err();
+    assert_eq!((error.kind(), error.report().rank), (ErrorKind::Protocol, Some(Rank(1))));
+    assert_eq!(error.report().recovery, Recovery::Retry);
+    let next = async {
+        let Begin { update, .. } = hand.begin().await;
+        hand.enter(update, None, Vec::new());
+        hand.rest(update).await;
+    };
+    let (sent, ()) = futures::future::join(send(&mut sender, 2), next).await;
+    sent.unwrap();
+}
+
+/// Bytes that do not come before they are allowed to.
+#[derive(Debug, Default)]
+struct Stuck(Mutex<bool>, Condvar);
+
+impl Stuck {
+    fn let_go(&self) {
+        *self.0.lock().unwrap() = true;
+        self.1.notify_all();
+    }
+}
+
+impl Encoding for Stuck {
+    fn name(&self) -> &'static str {
+        "stuck"
+    }
+
+    fn source_bytes(&self) -> u64 {
+        0
+    }
+
+    fn encode_host(&self, _: Range<u64>, _: &mut [u8]) -> Result<()> {
+        let free = self.1.wait_while(self.0.lock().unwrap(), |free| !*free).unwrap();
+        drop(free);
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_bucket_that_is_never_filled_is_a_timeout_that_says_that_its_weights_are_still_read() {
+    let (leader, rollout) = planes().await;
+    let (mut sender, hand) = (sender(&leader, 0.5), Hand(rollout));
+    let stuck = Arc::new(Stuck::default());
+    let meta = TensorMeta::new("stuck", DType::U8, [16]);
+    let weight = Weight::encoded(meta, stuck.clone(), Treatment::Plain);
+    let sending = sender.send(ensure_async_iterator([weight]), Version(1));
+    let entering = async { hand.enter(hand.begin().await.update, None, Vec::new()) };
+    let (sent, ()) =
+        tokio::time::timeout(LIMIT, futures::future::join(sending, entering)).await.unwrap();
+    let error = sent.unwrap_err();
+    assert_eq!((error.kind(), error.report().recovery), (ErrorKind::Timeout, Recovery::Abort));
+    assert!(error.to_string().contains("must not be changed"), "{error}");
+    stuck.let_go();
+    let next = async {
+        let Begin { update, .. } = hand.begin().await;
+        hand.enter(update, None, Vec::new());
+        hand.rest(update).await;
+    };
+    let (sent, ()) = futures::future::join(send(&mut sender, 2), next).await;
+    sent.unwrap();
+}
+
+/// A trainer by hand.
+async fn hear(leader: &ControlPlane) -> ToSender {
+    match leader.recv(LIMIT).await.unwrap().expect("a message") {
+        Event::Message { body, .. } => decode(&body).unwrap(),
+        event => panic!("{event:?}"),
+    }
+}
+
+fn tell(leader: &ControlPlane, message: &ToReceiver) {
+    leader.send(Rank(1), encode(message).unwrap()).unwrap();
+}
+
+fn begin(update: u64) -> ToReceiver {
+    ToReceiver::Begin(Begin {
+        update,
+        version: Version(update),
+        bucket_bytes: BUCKET,
+        slots: 2,
+        digests: false,
+        routed: false,
+        senders: vec![Rank::LEADER],
+        ticket: None,
+    })
+}
+
+#[tokio::test]
+async fn a_bucket_that_is_refused_is_released_and_the_next_update_is_entered_without_it() {
+    let (leader, rollout) = planes().await;
+    let pool = Pool::new(1).unwrap();
+    let mut receiver = Receiver::new(Zeros, &context(Role::Rollout, 5.0), rollout, pool);
+    // A number that is not the next; a layout that nobody knows; no message at all.
+    let refused = |index, layout| {
+        encode(&ToReceiver::Bucket { update: 1, index, slot: 0, digest: 0, layout })
+    };
+    let explicit = Layout::Explicit { pieces: Vec::new() };
+    let cases = [
+        (refused(5, explicit).unwrap(), Some(5)),
+        (refused(0, Layout::Known { digest: 7 }).unwrap(), Some(0)),
+        (Bytes::from_static(&[0xff; 9]), None),
+    ];
+    for (body, index) in cases {
+        tell(&leader, &begin(1));
+        leader.send(Rank(1), body).unwrap();
+        let mut received = receiver.receive(None).await.unwrap();
+        assert_eq!(received.next_bucket().await.unwrap_err().kind(), ErrorKind::Protocol);
+        drop(received);
+        let entered = hear(&leader).await;
+        assert!(
+            matches!(&entered, ToSender::Entered { held, .. } if held.is_empty()),
+            "{entered:?}"
+        );
+        let mut heard = vec![hear(&leader).await];
+        if let Some(index) = index {
+            heard.push(hear(&leader).await);
+            assert!(heard.contains(&ToSender::Release { update: 1, index }), "{heard:?}");
+        }
+        assert!(
+            heard.iter().any(|message| matches!(message, ToSender::Failed { .. })),
+            "{heard:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn an_update_that_begins_within_another_one_is_received_next() {
+    let (leader, rollout) = planes().await;
+    let pool = Pool::new(1).unwrap();
+    let mut receiver = Receiver::new(Zeros, &context(Role::Rollout, 5.0), rollout, pool);
+    tell(&leader, &begin(1));
+    // The end of the first one was lost on the way.
+    tell(&leader, &begin(2));
+    let mut received = receiver.receive(None).await.unwrap();
+    assert_eq!(received.version(), Version(1));
+    let error = received.next_bucket().await.unwrap_err();
+    assert_eq!((error.kind(), error.report().recovery), (ErrorKind::Protocol, Recovery::Retry));
+    drop(received);
+    assert_eq!(receiver.receive(None).await.unwrap().version(), Version(2));
+}
