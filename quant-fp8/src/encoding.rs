@@ -1,9 +1,8 @@
 //! A weight that is quantised while it is encoded into its bucket, and the scales that follow it.
 
-use std::any::Any;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use engine_core::{DType, Encoding, Error, ErrorKind, Result, TensorMeta, Treatment, Weight};
 
@@ -23,7 +22,6 @@ pub struct Fp8Codes {
     codec: Codec,
     /// The bits of the scales, filled in by whoever encodes their blocks.
     scales: Box<[AtomicU32]>,
-    device: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
 /// The encoding of a quantised weight's scales, which exist once its codes do.
@@ -90,8 +88,8 @@ pub(crate) fn quantized(
     codec: Codec,
 ) -> Result<[Weight; 2]> {
     let scales = (0..layout.grid.scales()).map(|_| AtomicU32::new(UNKNOWN)).collect();
-    let (layout, device) = (layout.clone(), OnceLock::new());
-    let codes = Arc::new(Fp8Codes { source: weight, layout, codec, scales, device });
+    let layout = layout.clone();
+    let codes = Arc::new(Fp8Codes { source: weight, layout, codec, scales });
     let (meta, scale_meta) = (codes.layout.codes.clone(), codes.layout.scales.clone());
     Ok([
         Weight::encoded(meta, codes.clone(), Treatment::Quantized)?,
@@ -123,11 +121,6 @@ impl Fp8Codes {
     /// The blocks.
     pub fn grid(&self) -> &BlockGrid {
         &self.layout.grid
-    }
-
-    /// For memory that computes codes by its own means: what it keeps until the scales are asked for.
-    pub fn device_state(&self) -> &OnceLock<Box<dyn Any + Send + Sync>> {
-        &self.device
     }
 
     fn failed(&self, error: QuantError) -> Error {
