@@ -91,9 +91,11 @@ fn main() -> Result<(), Failure> {
                 Ok(DeviceJob::Copy { source, target })
             })
             .collect::<Result<_, CudaError>>()?;
-        let prepared = kernels.prepare(
-            &[Launch::Encode { jobs: &jobs, format: &Fp8Format::default(), summed: None }],
-        )?;
+        let prepared = kernels.prepare(&[Launch::Encode {
+            jobs: &jobs,
+            format: &Fp8Format::default(),
+            summed: None,
+        }])?;
         let seconds = median_seconds(&stream, || kernels.launch(&prepared))?;
         line(&format!("grouped copy of {count}"), 2.0 * (each * count) as f64, seconds)?;
     }

@@ -9,9 +9,7 @@ use quant_fp8::{Fp8Codes, Fp8Format, Fp8Scales, Granularity, NonFinite, QuantErr
 
 use crate::ledger::{Ledger, key};
 use crate::turns::Turns;
-use crate::{
-    CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, Launch, PinnedMemory,
-};
+use crate::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, Launch, PinnedMemory};
 
 /// Packs and quantises the weights of a bucket in one launch, and digests buckets. Clones are the same one.
 ///

@@ -3,8 +3,8 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use crate::ffi::{self, Attribute, Context, Driver};
 use crate::CudaError;
+use crate::ffi::{self, Attribute, Context, Driver};
 
 /// A CUDA device and its primary context.
 #[derive(Clone, Debug)]

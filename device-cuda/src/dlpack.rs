@@ -6,8 +6,8 @@
 
 mod ffi;
 
-use std::ptr::NonNull;
 use engine_core::{DType, Error, ErrorKind, Result, Storage, TensorMeta, Weight};
+use std::ptr::NonNull;
 
 use crate::{CudaSlice, Device};
 use ffi::{Imported, View};

@@ -361,7 +361,8 @@ impl Memory {
         // SAFETY: the out pointer is valid; the driver checks the handle.
         let status = unsafe { cu::cuIpcOpenMemHandle_v2(&mut address, handle, 1) };
         checked("cuIpcOpenMemHandle", status)?;
-        let memory = Self { context: context.clone(), address, len, origin: Origin::Imported(owner) };
+        let memory =
+            Self { context: context.clone(), address, len, origin: Origin::Imported(owner) };
         // The length is the exporter's word; the driver knows better, where it says.
         match memory.mapped() {
             Ok(there) if there < len => {
@@ -519,8 +520,7 @@ impl Pinned {
         stream.keep(source.clone());
         // SAFETY: both ranges are there; the stream keeps the source, and this waits for the stream before
         // anybody sees the bytes and before they are freed.
-        let status =
-            unsafe { cu::cuMemcpyDtoHAsync_v2(to.cast(), from, bytes, stream.0.stream.0) };
+        let status = unsafe { cu::cuMemcpyDtoHAsync_v2(to.cast(), from, bytes, stream.0.stream.0) };
         checked("cuMemcpyDtoHAsync", status)
     }
 
@@ -536,8 +536,7 @@ impl Pinned {
         stream.0.context.enter()?;
         stream.keep(target.clone());
         // SAFETY: as in `copy_from`.
-        let status =
-            unsafe { cu::cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, stream.0.stream.0) };
+        let status = unsafe { cu::cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, stream.0.stream.0) };
         checked("cuMemcpyHtoDAsync", status)
     }
 }
@@ -733,9 +732,8 @@ impl Compiler {
         let mut program = null_mut();
         let (source, name) = (source.as_ptr(), name.as_ptr());
         // SAFETY: the strings end with zeros, there are no headers.
-        let status = unsafe {
-            rtc::nvrtcCreateProgram(&mut program, source, name, 0, null(), null())
-        };
+        let status =
+            unsafe { rtc::nvrtcCreateProgram(&mut program, source, name, 0, null(), null()) };
         compiled("nvrtcCreateProgram", status)?;
         let program = Program(program);
         let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();

@@ -133,10 +133,8 @@ fn recall(file: &Path) -> Option<Image> {
 
 /// Puts an image into a file, whole or not at all.
 fn remember(file: &Path, image: &Image) {
-    let kept = file
-        .parent()
-        .ok_or_else(|| std::io::ErrorKind::InvalidInput.into())
-        .and_then(|folder| {
+    let kept =
+        file.parent().ok_or_else(|| std::io::ErrorKind::InvalidInput.into()).and_then(|folder| {
             std::fs::create_dir_all(folder)?;
             let mut kept = tempfile::NamedTempFile::new_in(folder)?;
             std::io::Write::write_all(&mut kept, &image.to_file())?;

@@ -3,9 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use device_cuda::{
-    CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, Launch, Packer,
-};
+use device_cuda::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, Launch, Packer};
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::BucketPlanner;
 use engine_core::{DType, Weight};
@@ -259,8 +257,7 @@ fn copies_arrive_at_any_alignment_and_the_digest_is_that_of_the_host() {
         sum = sum.wrapping_add(engine_core::digest::sum(at as u64, &bytes[at..at + len]));
         at = (at + len).next_multiple_of(256);
     }
-    let digest =
-        |gpu: &mut Gpu| gpu.kernels.run(&[Launch::Digest(&parts)]).unwrap().sum;
+    let digest = |gpu: &mut Gpu| gpu.kernels.run(&[Launch::Digest(&parts)]).unwrap().sum;
     assert_eq!(digest(&mut gpu), sum);
     source.slice(200_000, 1).unwrap().write(&[bytes[200_000] ^ 1]).unwrap();
     assert_ne!(digest(&mut gpu), sum);
@@ -319,7 +316,8 @@ fn another_process_reads_the_memory_in_place() {
         let text = text.into_string().unwrap();
         let byte = |at: usize| u8::from_str_radix(&text[at * 2..at * 2 + 2], 16).unwrap();
         let handle = std::array::from_fn(byte);
-        let memory = CudaMemory::import(&gpu.device, handle, 1 << 20, std::sync::Arc::new(())).unwrap();
+        let memory =
+            CudaMemory::import(&gpu.device, handle, 1 << 20, std::sync::Arc::new(())).unwrap();
         let mut bytes = vec![0; 1 << 20];
         memory.all().read(&mut bytes).unwrap();
         assert!(bytes.iter().enumerate().all(|(i, &byte)| byte == (i % 251) as u8));

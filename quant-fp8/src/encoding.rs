@@ -1,8 +1,8 @@
 //! A weight that is quantised while it is encoded into its bucket, and the scales that follow it.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use engine_core::{DType, Encoding, Error, ErrorKind, Result, TensorMeta, Treatment, Weight};
 
@@ -155,15 +155,20 @@ impl Fp8Codes {
         const READ: usize = 4 << 20;
         let size = self.layout.ty.size();
         let at_a_time = if self.source.reads_device() { READ / size } else { 0 };
-        let bands: Vec<Range<usize>> =
-            self.layout.grid.bands_of(&elements).map(|band| self.layout.grid.band_elements(band)).collect();
+        let bands: Vec<Range<usize>> = self
+            .layout
+            .grid
+            .bands_of(&elements)
+            .map(|band| self.layout.grid.band_elements(band))
+            .collect();
         let (mut scratch, mut here) = (Vec::new(), 0..0);
         let mut out = out;
         for (index, band) in self.layout.grid.bands_of(&elements).enumerate() {
             let whole = bands[index].clone();
             if whole.end > here.end {
                 let fits = |next: &&Range<usize>| next.end - whole.start <= at_a_time;
-                let end = bands[index..].iter().take_while(fits).last().map_or(whole.end, |b| b.end);
+                let end =
+                    bands[index..].iter().take_while(fits).last().map_or(whole.end, |b| b.end);
                 here = whole.start..end;
                 scratch.resize(here.len() * size, 0);
                 let bytes = (here.start * size) as u64..(here.end * size) as u64;

@@ -125,7 +125,8 @@ exit 0
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
         let script = folder.join("run.sh");
         fs::write(&script, SCRIPTS[0].1).unwrap();
-        let ran = Command::new("bash").arg(&script).args(["suite", "backend-some"]).output().unwrap();
+        let ran =
+            Command::new("bash").arg(&script).args(["suite", "backend-some"]).output().unwrap();
         let said = String::from_utf8(ran.stdout).unwrap();
         let cases = fs::read_to_string(folder.join("ran")).unwrap();
         let mut cases: Vec<_> = cases.lines().collect();

@@ -129,7 +129,10 @@ impl Imported {
     }
 
     fn check(&self, len: usize) {
-        assert!(self.extent().is_some_and(|extent| len <= extent), "more bytes than the tensor has");
+        assert!(
+            self.extent().is_some_and(|extent| len <= extent),
+            "more bytes than the tensor has"
+        );
     }
 
     /// The first bytes of a tensor in host memory, which keep it.
@@ -158,9 +161,8 @@ impl Imported {
         let address = (data as u64).wrapping_add(byte_offset);
         // SAFETY: `take` was promised a valid tensor, whose elements are there until it is given back, which
         // is when this is dropped; `check` has seen that there are so many.
-        let memory = unsafe {
-            crate::ffi::Memory::borrowed(device.context(), address, len, Arc::new(self))
-        };
+        let memory =
+            unsafe { crate::ffi::Memory::borrowed(device.context(), address, len, Arc::new(self)) };
         CudaMemory::of(device, memory)
     }
 }
