@@ -16,10 +16,11 @@ const SCRIPTS: [(&str, &str); 2] = [
 ];
 
 /// Tests that need a GPU: package, features, and the test.
-const TESTS: [(&str, &str, &str); 7] = [
+const TESTS: [(&str, &str, &str); 8] = [
     ("cli", "", "sync"),
     ("device-cuda", "", "gpu"),
     ("backend-ipc", "cuda", "cuda"),
+    ("backend-ipc", "cuda", "cuda_processes"),
     ("backend-nccl", "", "cuda"),
     ("backend-nccl", "", "processes"),
     ("backend-nixl", "cuda", "cuda"),

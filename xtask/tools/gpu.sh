@@ -48,6 +48,7 @@ if [ "${1:-tests}" = tests ]; then
     ./ckpt-engine doctor
     check ./device-cuda-gpu --ignored --test-threads 1
     check ./backend-ipc-cuda --ignored --test-threads 4
+    check ./backend-ipc-cuda_processes --ignored
     # A rank on a GPU has to be a process of its own: within one, UCX ends it when a peer does not answer. The
     # cases in which one does not are backend-nixl-gone, which has a process for each rank.
     [ -d nixl ] && check ./backend-nixl-cuda --ignored --test-threads 2 --skip whose_engine_is_gone
