@@ -329,7 +329,9 @@ impl DeviceMemory {
         if to.is_empty() {
             return Ok(());
         }
-        copy_to_host(self.device.api, self.at(at, to.len())?, to)
+        let from = self.at(at, to.len())?;
+        // SAFETY: the range lies within the allocation.
+        unsafe { copy_to_host(self.device.api, from, to) }
     }
 
     /// Where a part of it is, to be read by a thread that has no device.
@@ -405,10 +407,14 @@ impl Drop for DeviceMemory {
     }
 }
 
-fn copy_to_host(api: &Api, from: *const c_void, to: &mut [u8]) -> Result<()> {
+/// Copies memory of a device; blocks until it is there.
+///
+/// # Safety
+///
+/// As many bytes as `to` has are at `from`, in memory of a device that is alive.
+unsafe fn copy_to_host(api: &Api, from: *const c_void, to: &mut [u8]) -> Result<()> {
     let len = to.len();
-    // SAFETY: the caller found `from` within an allocation, or the library refuses it; `to` has that
-    // length.
+    // SAFETY: the caller's; `to` has that length.
     let status =
         unsafe { (api.aclrtMemcpy)(to.as_mut_ptr().cast(), len, from, len, sys::DEVICE_TO_HOST) };
     acl(api, "aclrtMemcpy", status)
@@ -417,7 +423,9 @@ fn copy_to_host(api: &Api, from: *const c_void, to: &mut [u8]) -> Result<()> {
 /// As [`DeviceMemory::read`], on a thread that has no device.
 #[cfg(feature = "mutations")]
 pub(crate) fn read_anywhere(api: &'static Api, address: usize, to: &mut [u8]) -> Result<()> {
-    copy_to_host(api, address as *const c_void, to)
+    // SAFETY: the address is of memory that the rank still has. That this thread has no device is what a test does
+    // wrong on purpose, and what the library refuses.
+    unsafe { copy_to_host(api, address as *const c_void, to) }
 }
 
 /// The name of memory that processes share: text that ends with a zero.
@@ -469,7 +477,9 @@ impl Imported {
         if at.checked_add(to.len()).is_none_or(|end| end > self.len) {
             return Err(HcclError::Outside { at, len: to.len(), size: self.len });
         }
-        copy_to_host(self.device.api, self.address.wrapping_byte_add(at), to)
+        let from = self.address.wrapping_byte_add(at);
+        // SAFETY: the range lies within the memory that is mapped as long as this lives.
+        unsafe { copy_to_host(self.device.api, from, to) }
     }
 }
 
@@ -643,7 +653,9 @@ impl Comm {
         len: usize,
         stream: &Stream,
     ) -> Result<()> {
-        self.broadcast_from(0, memory.at(at, len)?, len, stream)
+        let buffer = memory.at(at, len)?;
+        // SAFETY: the range lies within the allocation, which the caller keeps, as the contract says.
+        unsafe { self.broadcast_from(0, buffer, len, stream) }
     }
 
     /// As [`broadcast`](Self::broadcast), from any member.
@@ -655,7 +667,9 @@ impl Comm {
         len: usize,
         stream: &Stream,
     ) -> Result<()> {
-        self.broadcast_from(root, memory.at(0, len)?, len, stream)
+        let buffer = memory.at(0, len)?;
+        // SAFETY: as in `broadcast`.
+        unsafe { self.broadcast_from(root, buffer, len, stream) }
     }
 
     /// As [`broadcast`](Self::broadcast), from memory of the host, which no NPU reaches so.
@@ -666,10 +680,18 @@ impl Comm {
         len: usize,
         stream: &Stream,
     ) -> Result<()> {
-        self.broadcast_from(0, memory.start.as_ptr().cast(), len, stream)
+        if len > memory.len {
+            return Err(HcclError::Outside { at: 0, len, size: memory.len });
+        }
+        // SAFETY: so many bytes are there, kept as the contract says. That they are the host's is what a test does
+        // wrong on purpose, and what the library refuses.
+        unsafe { self.broadcast_from(0, memory.start.as_ptr().cast(), len, stream) }
     }
 
-    fn broadcast_from(
+    /// # Safety
+    ///
+    /// As many bytes are at `buffer`, in memory of the device that nobody frees before the broadcast has ended.
+    unsafe fn broadcast_from(
         &self,
         root: u32,
         buffer: *mut c_void,
@@ -681,7 +703,7 @@ impl Comm {
             return Err(HcclError::TooMany(count));
         }
         let api = self.device.api;
-        // SAFETY: communicator and stream are alive, and the caller keeps the memory.
+        // SAFETY: communicator and stream are alive; the memory is the caller's promise.
         let status = unsafe {
             (api.HcclBroadcast)(buffer, count, sys::UINT8, root, self.comm, stream.stream)
         };

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use device_cuda::{CudaError, CudaMemory, Device, Packer, bucket_storage};
@@ -11,6 +12,9 @@ use engine_core::plan::ALIGNMENT;
 use engine_core::update::{ReceiveLink, SendLink};
 use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result, Storage};
 use serde::{Deserialize, Serialize};
+use tracing::warn;
+
+use crate::lease::{Lease, Terms};
 
 /// Slots of the trainer. Together they are as large as the two buckets that the configuration speaks of:
 /// with four, a process seldom waits for the other, and each turn on the GPU finds work.
@@ -25,7 +29,8 @@ pub(crate) const DEFAULT_BUCKET_MEGABYTES: u64 = 2048;
 pub(crate) struct CudaInfo {
     /// The allocation as other processes open it.
     handle: Vec<u8>,
-    pid: u32,
+    /// What they hold as long as they have it open.
+    terms: Terms,
     /// Its number among the exporting process's own.
     export: u64,
     slots: u32,
@@ -40,11 +45,60 @@ fn exports() -> std::sync::MutexGuard<'static, HashMap<u64, CudaMemory>> {
     EXPORTS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Memory that other processes can open. It is freed when they have closed it, and never under them: what
+/// becomes of them then, CUDA does not define.
+#[derive(Debug)]
+struct Exported {
+    memory: CudaMemory,
+    number: u64,
+    /// Taken when it is dropped.
+    lease: Option<Lease>,
+}
+
+/// What was dropped while other processes had it open.
+static LEFT: Mutex<Vec<(CudaMemory, Lease)>> = Mutex::new(Vec::new());
+
+/// Frees what others have closed meanwhile.
+fn sweep() {
+    LEFT.lock().unwrap_or_else(PoisonError::into_inner).retain(|(_, lease)| !lease.is_over());
+}
+
+impl Exported {
+    /// Exports memory; or says why this system does not let other processes open it.
+    fn new(memory: CudaMemory) -> Result<Result<(Self, CudaInfo), CudaError>> {
+        let handle = match memory.export() {
+            Ok(handle) => handle.to_vec(),
+            Err(reason) => return Ok(Err(reason)),
+        };
+        let lease = Lease::new()?;
+        let terms = lease.terms().clone();
+        let mut exports = exports();
+        let number = exports.keys().max().map_or(0, |last| last + 1);
+        exports.insert(number, memory.clone());
+        let info = CudaInfo { handle, terms, export: number, slots: 0, bucket_bytes: 0 };
+        Ok(Ok((Self { memory, number, lease: Some(lease) }, info)))
+    }
+}
+
+impl Drop for Exported {
+    fn drop(&mut self) {
+        exports().remove(&self.number);
+        if let Some(lease) = self.lease.take().filter(|lease| !lease.is_over()) {
+            let bytes = self.memory.len();
+            warn!(bytes, "rollouts have the trainer's buckets open: their memory is not freed yet");
+            let mut left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
+            left.push((self.memory.clone(), lease));
+        }
+    }
+}
+
 /// The trainer's buckets.
 #[derive(Debug)]
 pub(crate) struct Buckets {
-    memory: CudaMemory,
-    packer: Arc<Mutex<Packer>>,
+    memory: Exported,
+    packer: Packer,
+    /// Held while a slot is filled, beyond the future that began it if need be.
+    locks: Vec<Arc<tokio::sync::Mutex<()>>>,
     info: CudaInfo,
 }
 
@@ -57,32 +111,33 @@ impl Buckets {
         let (slots, bucket_bytes) = (SLOTS, (bucket_bytes / u64::from(SLOTS / 2)).max(ALIGNMENT));
         let bucket_bytes = bucket_bytes.next_multiple_of(ALIGNMENT);
         let device = open(device)?;
+        sweep();
         let too_large = || {
             let message = format!("{slots} × {bucket_bytes} bytes of buckets are too many");
             Error::new(ErrorKind::Config, "preparing", message)
         };
         let bytes = bucket_bytes.checked_mul(slots.into()).ok_or_else(too_large)?;
         let memory = CudaMemory::new(&device, usize::try_from(bytes).map_err(|_| too_large())?)?;
-        let handle = match memory.export() {
-            Ok(handle) => handle.to_vec(),
+        let (memory, info) = match Exported::new(memory)? {
+            Ok(exported) => exported,
             Err(reason) => return Ok(Err(reason)),
         };
-        let packer = Arc::new(Mutex::new(Packer::new(&device)?));
-        let mut exports = exports();
-        let export = exports.keys().max().map_or(0, |last| last + 1);
-        exports.insert(export, memory.clone());
-        let info = CudaInfo { handle, pid: std::process::id(), export, slots, bucket_bytes };
-        Ok(Ok(Self { memory, packer, info }))
+        let packer = Packer::new(&device)?;
+        let info = CudaInfo { slots, bucket_bytes, ..info };
+        let locks = (0..slots).map(|_| Arc::default()).collect();
+        Ok(Ok(Self { memory, packer, locks, info }))
     }
 
     pub(crate) fn info(&self) -> &CudaInfo {
         &self.info
     }
-}
 
-impl Drop for Buckets {
-    fn drop(&mut self) {
-        exports().remove(&self.info.export);
+    /// Waits until no other process has the memory open, but no longer than that; whether none has.
+    pub(crate) async fn wait_until_closed(&self, limit: Duration) -> bool {
+        match &self.memory.lease {
+            Some(lease) => lease.wait_until_over(limit).await,
+            None => true,
+        }
     }
 }
 
@@ -110,13 +165,16 @@ impl SendLink for Outgoing {
 
     async fn fill(&mut self, slot: usize, jobs: Vec<Job>, digests: bool) -> Result<u64> {
         let (buckets, pool) = (self.buckets.clone(), self.pool.clone());
+        // Taken before the pool is entered, and held to the end of the work, also if nobody waits for that
+        // any more.
+        let lock = buckets.locks[slot].clone().lock_owned().await;
         self.pool
             .start(move || {
                 let len = buckets.info.bucket_bytes as usize;
-                let bucket = buckets.memory.slice(slot * len, len)?;
-                // Held to the end of the work, also if nobody waits for that any more.
-                let mut packer = buckets.packer.lock().unwrap_or_else(PoisonError::into_inner);
-                packer.fill(&jobs, &bucket, &pool, digests)
+                let bucket = buckets.memory.memory.slice(slot * len, len)?;
+                let sum = buckets.packer.fill(&jobs, &bucket, &pool, digests);
+                drop(lock);
+                sum
             })
             .await
     }
@@ -151,16 +209,19 @@ impl Incoming {
         let Some(len) = bytes.and_then(|bytes| usize::try_from(bytes).ok()) else {
             return Err(refuse(format!("{slots} buckets of {bucket_bytes} bytes")));
         };
-        let memory = if info.pid == std::process::id() {
+        let memory = if info.terms.pid == std::process::id() {
             let memory = exports().get(&info.export).filter(|memory| memory.len() == len).cloned();
             memory.ok_or_else(|| refuse("the trainer's buckets are gone".into()))?
         } else {
             let handle = info.handle.as_slice().try_into();
             let handle = handle.map_err(|_| refuse("a handle of a wrong length".into()))?;
-            CudaMemory::import(&device, handle, len)
+            // Before it is opened, and until it is closed.
+            let borrowed =
+                info.terms.accept().map_err(|error| Error::from(error).rank(Rank::LEADER))?;
+            CudaMemory::import(&device, handle, len, Arc::new(borrowed))
                 .map_err(|error| Error::from(error).rank(Rank::LEADER))?
         };
-        let packer = Arc::new(Mutex::new(Packer::new(&device)?));
+        let packer = Packer::new(&device)?;
         Ok(Self { storage: bucket_storage(&memory, &packer), slots, bucket_bytes })
     }
 }

@@ -1,6 +1,7 @@
 //! The engine: buckets that other processes of the host map, in its memory or on its devices.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 
@@ -17,6 +18,9 @@ use serde::{Deserialize, Serialize};
 use crate::cuda;
 use crate::segment::{MappedSegment, Segment, SegmentInfo};
 use crate::{NAME, shared};
+
+/// How long the trainer waits for rollouts to close its buckets, before it leaves them to them.
+const CLOSING: Duration = Duration::from_secs(2);
 
 /// Buckets of the trainer: one is packed while the rollouts read the other.
 const SLOTS: u32 = 2;
@@ -41,7 +45,7 @@ pub struct IpcEngine {
 enum Phase {
     New,
     Prepared(Option<Buckets>),
-    Sending(Sender<Box<dyn SendLink>>),
+    Sending(Sender<Box<dyn SendLink>>, Buckets),
     Receiving(Receiver<Box<dyn ReceiveLink>>),
 }
 
@@ -92,6 +96,22 @@ impl Buckets {
         }
     }
 
+    /// Gives rollouts time to let go of them, where that matters.
+    async fn close(&self, limit: Duration) {
+        match self {
+            // The memory goes with the last mapping of it, here and at the rollouts.
+            Self::Shared(_) => {
+                let _ = limit;
+            }
+            #[cfg(feature = "cuda")]
+            Self::Cuda(buckets) => {
+                if !buckets.wait_until_closed(limit).await {
+                    tracing::debug!("rollouts have the buckets open after the trainer has closed");
+                }
+            }
+        }
+    }
+
     fn link(&self, pool: Pool) -> Box<dyn SendLink> {
         match self {
             Self::Shared(segment) => Box::new(shared::Outgoing { segment: segment.clone(), pool }),
@@ -138,7 +158,7 @@ struct Kwargs {}
 #[async_trait]
 impl CheckpointEngine for IpcEngine {
     async fn prepare(&mut self) -> Result<WorkerMetadata> {
-        if matches!(self.phase, Phase::Sending(_) | Phase::Receiving(_)) {
+        if matches!(self.phase, Phase::Sending(..) | Phase::Receiving(_)) {
             return Err(wrong_phase("preparing", "it is in a group already"));
         }
         let buckets = match self.context.role {
@@ -162,7 +182,8 @@ impl CheckpointEngine for IpcEngine {
             Some(buckets) => {
                 let link = buckets.link(self.pool.clone());
                 let (control, rollouts) = (self.control.clone(), place.rollouts());
-                Phase::Sending(Sender::new(link, &self.context, control, rollouts))
+                let sender = Sender::new(link, &self.context, control, rollouts);
+                Phase::Sending(sender, buckets.clone())
             }
             None => {
                 let details = place.peer(Rank::LEADER)?.details.clone();
@@ -186,7 +207,7 @@ impl CheckpointEngine for IpcEngine {
         version: Version,
     ) -> Result<SendReport> {
         match &mut self.phase {
-            Phase::Sending(sender) => sender.send(weights, version).await,
+            Phase::Sending(sender, _) => sender.send(weights, version).await,
             Phase::Receiving(_) => Err(wrong_phase("sending weights", "this rank is a rollout")),
             _ => Err(wrong_phase("sending weights", "call init_process_group first")),
         }
@@ -195,16 +216,21 @@ impl CheckpointEngine for IpcEngine {
     async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
         match &mut self.phase {
             Phase::Receiving(receiver) => receiver.receive(version).await,
-            Phase::Sending(_) => Err(wrong_phase("receiving weights", "this rank is a trainer")),
+            Phase::Sending(..) => Err(wrong_phase("receiving weights", "this rank is a trainer")),
             _ => Err(wrong_phase("receiving weights", "call init_process_group first")),
         }
     }
 
     async fn finalize(&mut self) -> Result<()> {
-        // The memory goes with the last view of it, here and at the rollouts.
         match std::mem::replace(&mut self.phase, Phase::New) {
             Phase::New => Err(wrong_phase("finalizing", "it was not prepared")),
-            _ => Ok(()),
+            Phase::Sending(sender, buckets) => {
+                drop(sender);
+                buckets.close(self.context.deadline().min(CLOSING)).await;
+                Ok(())
+            }
+            // The rest goes with the last view of it, here and at the rollouts.
+            Phase::Prepared(_) | Phase::Receiving(_) => Ok(()),
         }
     }
 }

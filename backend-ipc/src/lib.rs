@@ -15,6 +15,8 @@ mod cuda;
 mod engine;
 mod error;
 mod ffi;
+#[cfg(any(feature = "cuda", test))]
+mod lease;
 mod segment;
 mod shared;
 

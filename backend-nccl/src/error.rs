@@ -46,8 +46,6 @@ fn after(last: &str) -> String {
 
 /// `ncclInvalidUsage`: what ranks of different versions get, or two ranks on one GPU.
 const INVALID_USAGE: Status = 5;
-/// `ncclRemoteError`: another rank is gone, or the network to it.
-const REMOTE_ERROR: Status = 6;
 
 impl From<NcclError> for engine_core::Error {
     fn from(error: NcclError) -> Self {
@@ -60,20 +58,37 @@ impl From<NcclError> for engine_core::Error {
             }
             E::Another { .. } => ErrorKind::Config,
             E::Call { status: INVALID_USAGE, .. } => ErrorKind::Mismatch,
-            E::Call { status: REMOTE_ERROR, .. } => ErrorKind::PeerLost,
+            // Also what NCCL calls a remote error: whether a rank is gone or the network to it, it cannot know. Who
+            // is lost, the control plane says.
             E::Call { .. } => ErrorKind::Io,
             E::Id(_) => ErrorKind::Protocol,
             E::NotJoined => ErrorKind::State,
         };
         // Groups are formed anew by the next update.
         let recovery = match kind {
-            ErrorKind::Io | ErrorKind::PeerLost => Some(Recovery::Retry),
+            ErrorKind::Io => Some(Recovery::Retry),
             _ => None,
         };
         let error = Self::new(kind, "using NCCL", error.to_string()).with_source(error);
         match recovery {
             Some(recovery) => error.recovery(recovery),
             None => error,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_answer_of_the_library_says_that_a_rank_is_lost_or_which() {
+        for status in -1..12 {
+            let (words, last) = ("words".into(), String::new());
+            let error = NcclError::Call { call: "ncclBroadcast", status, words, last };
+            let error = engine_core::Error::from(error);
+            assert_ne!(error.kind(), ErrorKind::PeerLost, "{status}");
+            assert_eq!(error.report().rank, None, "{status}");
         }
     }
 }

@@ -1,7 +1,10 @@
-//! NCCL's calls: one function for each, status in, `Result` out.
+//! NCCL's calls: one function for each, status in, `Result` out. A communicator keeps the memory and the streams
+//! that it was told to use until it is aborted.
 #![allow(unsafe_code, reason = "calls of a C library")]
 
+use std::cell::RefCell;
 use std::ffi::{CStr, c_int, c_void};
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 use device_cuda::{CudaSlice, Stream};
@@ -16,6 +19,10 @@ pub(crate) struct RawComm {
     api: &'static Api,
     /// Where the library writes it, which may be after the call that makes it: at a place that stays.
     cell: Box<AtomicPtr<c_void>>,
+    /// What its work uses: streams first, the last clone of which waits for the work.
+    streams: RefCell<Vec<Stream>>,
+    memory: RefCell<Vec<CudaSlice>>,
+    _this_thread: PhantomData<*const ()>,
 }
 
 impl std::fmt::Debug for RawComm {
@@ -25,8 +32,11 @@ impl std::fmt::Debug for RawComm {
 }
 
 /// Memory that a communicator knows.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Registration(*mut c_void);
+#[derive(Debug)]
+pub(crate) struct Registration {
+    handle: *mut c_void,
+    of: Comm,
+}
 
 fn words(api: &Api, status: Status) -> String {
     // SAFETY: it takes any number and returns a static string.
@@ -68,7 +78,27 @@ pub(crate) fn unique_id(api: &Api) -> Result<[u8; UNIQUE_ID_BYTES], NcclError> {
 
 impl RawComm {
     fn nothing(api: &'static Api) -> Self {
-        Self { api, cell: Box::new(AtomicPtr::new(std::ptr::null_mut())) }
+        Self {
+            api,
+            cell: Box::new(AtomicPtr::new(std::ptr::null_mut())),
+            streams: RefCell::default(),
+            memory: RefCell::default(),
+            _this_thread: PhantomData,
+        }
+    }
+
+    /// The communicator, if the library has made it.
+    fn made(&self, call: &'static str) -> Result<Comm, NcclError> {
+        let comm = self.comm();
+        if comm.is_null() { Err(self.failed(call, IN_PROGRESS)) } else { Ok(comm) }
+    }
+
+    /// Keeps memory until it is aborted.
+    fn keep(&self, memory: &CudaSlice) {
+        let mut kept = self.memory.borrow_mut();
+        if !kept.iter().any(|slice| slice.memory().address() == memory.memory().address()) {
+            kept.push(memory.memory().all());
+        }
     }
 
     fn comm(&self) -> Comm {
@@ -98,6 +128,7 @@ impl RawComm {
         let Some(shrink) = self.api.shrink else {
             return Err(self.failed("ncclCommShrink", IN_PROGRESS));
         };
+        let comm = self.made("ncclCommShrink")?;
         let mut gone: Vec<c_int> = gone.iter().map(|place| *place as c_int).collect();
         let new = Self::nothing(self.api);
         let (list, count, config) = (gone.as_mut_ptr(), gone.len() as c_int, std::ptr::null());
@@ -105,7 +136,7 @@ impl RawComm {
         // SAFETY: the communicator is alive; the list has as many places as it says, and is read before
         // the call returns; without a configuration the new one gets that of the old one, and is written
         // to a place that stays.
-        let status = unsafe { shrink(self.comm(), list, count, to, config, SHRINK_ABORT) };
+        let status = unsafe { shrink(comm, list, count, to, config, SHRINK_ABORT) };
         match status {
             SUCCESS | IN_PROGRESS => Ok(new),
             status => Err(self.failed("ncclCommShrink", status)),
@@ -131,13 +162,14 @@ impl RawComm {
     /// Has the communicator know memory, which makes transfers of it faster on some transports.
     pub(crate) fn register(&self, memory: &CudaSlice) -> Result<Option<Registration>, NcclError> {
         let Some(register) = self.api.register else { return Ok(None) };
+        let of = self.made("ncclCommRegister")?;
         let mut handle = std::ptr::null_mut();
         let address = memory.address() as *mut c_void;
-        // SAFETY: the communicator is alive; the memory is, until it is deregistered or the
-        // communicator is aborted, since its owner is dropped after that.
-        let status = unsafe { register(self.comm(), address, memory.len(), &mut handle) };
+        self.keep(memory);
+        // SAFETY: the communicator is alive; so is the memory, which is kept until that is aborted.
+        let status = unsafe { register(of, address, memory.len(), &mut handle) };
         match status {
-            SUCCESS | IN_PROGRESS if !handle.is_null() => Ok(Some(Registration(handle))),
+            SUCCESS | IN_PROGRESS if !handle.is_null() => Ok(Some(Registration { handle, of })),
             SUCCESS | IN_PROGRESS => Ok(None),
             status => Err(self.failed("ncclCommRegister", status)),
         }
@@ -146,8 +178,12 @@ impl RawComm {
     /// Forgets memory again.
     pub(crate) fn deregister(&self, registration: Registration) -> Result<(), NcclError> {
         let Some(deregister) = self.api.deregister else { return Ok(()) };
+        let (comm, Registration { handle, of }) = (self.comm(), registration);
+        if comm != of {
+            return Err(NcclError::NotJoined);
+        }
         // SAFETY: the handle is one of this communicator, and is not used again.
-        let status = unsafe { deregister(self.comm(), registration.0) };
+        let status = unsafe { deregister(comm, handle) };
         match status {
             SUCCESS | IN_PROGRESS => Ok(()),
             status => Err(self.failed("ncclCommDeregister", status)),
@@ -156,13 +192,17 @@ impl RawComm {
 
     /// Enqueues a broadcast from member 0, in place on all of them.
     pub(crate) fn broadcast(&self, bytes: &CudaSlice, stream: &Stream) -> Result<(), NcclError> {
-        let address = bytes.address() as *mut c_void;
+        let comm = self.made("ncclBroadcast")?;
+        let (address, len) = (bytes.address() as *mut c_void, bytes.len());
+        self.keep(bytes);
+        let mut streams = self.streams.borrow_mut();
+        if !streams.iter().any(|kept| kept.as_raw() == stream.as_raw()) {
+            streams.push(stream.clone());
+        }
         let stream = stream.as_raw();
-        // SAFETY: the bytes are device memory of that length, which nobody else uses before the stream
-        // is done: the engine holds the slot's guard until then, and the stream outlives it.
-        let status = unsafe {
-            (self.api.broadcast)(address, address, bytes.len(), UINT8, 0, self.comm(), stream)
-        };
+        // SAFETY: the bytes are device memory of that length, which is kept like the stream until the
+        // communicator is aborted.
+        let status = unsafe { (self.api.broadcast)(address, address, len, UINT8, 0, comm, stream) };
         match status {
             SUCCESS | IN_PROGRESS => Ok(()),
             status => Err(self.failed("ncclBroadcast", status)),
@@ -178,7 +218,8 @@ impl RawComm {
 /// kernels of others that have not been told to end.
 pub(crate) fn abort_all(comms: Vec<RawComm>) {
     struct Alone(RawComm);
-    // SAFETY: NCCL allows aborting from any thread, and nobody else has the communicator.
+    // SAFETY: NCCL allows aborting from any thread, and nobody else has the communicator; what it keeps may be
+    // dropped on any thread.
     unsafe impl Send for Alone {}
     impl Alone {
         fn abort(self) {

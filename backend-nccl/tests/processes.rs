@@ -1,4 +1,6 @@
-//! Groups whose ranks are processes on one GPU, some of which are killed within an update.
+//! Groups whose ranks are processes, some of which are killed within an update: all on one GPU, or each on the
+//! next one of as many as `CKPT_ENGINE_TEST_DEVICES` says. Where there are more ranks than GPUs, NCCL has to be told
+//! by `NCCL_MULTI_RANK_GPU_ENABLE=1` and `NCCL_NVLS_ENABLE=0`.
 
 use conformance::processes::{Processes, be_a_child, resident_bytes};
 use engine_core::{CheckpointEngineConfig, ErrorKind, Rank};
@@ -24,6 +26,14 @@ fn config(options: Value) -> CheckpointEngineConfig {
 }
 
 fn form(options: Value, trainers: u32, rollouts: u32) -> Processes {
+    let gpus = std::env::var("CKPT_ENGINE_TEST_DEVICES").ok();
+    let gpus = gpus.and_then(|gpus| gpus.parse().ok()).unwrap_or(1);
+    let ranks = trainers + rollouts;
+    // NCCL answers two ranks on a GPU with a group that hangs or with an error about another rank.
+    assert!(
+        ranks <= gpus || std::env::var("NCCL_MULTI_RANK_GPU_ENABLE").as_deref() == Ok("1"),
+        "{ranks} ranks on {gpus} GPUs: set NCCL_MULTI_RANK_GPU_ENABLE=1 and NCCL_NVLS_ENABLE=0"
+    );
     Processes::form(backend_nccl::BACKEND, &config(options), trainers, rollouts)
 }
 

@@ -67,6 +67,9 @@ struct Options {
     /// How long members take to connect when they enqueue the first broadcast of a group, in milliseconds;
     /// then each waits for all others. Nothing is to be connected without it.
     connect_ms: u64,
+    /// How long the last member of the process takes to leave a group, in milliseconds: only then everything is
+    /// freed that the group had.
+    leave_ms: u64,
     fault: Option<Fault>,
     /// The rank that it happens on.
     fault_rank: u32,
@@ -77,8 +80,17 @@ struct Options {
 impl Default for Options {
     fn default() -> Self {
         let CollectiveOptions { senders, relays, rebuild_group } = CollectiveOptions::default();
-        let (shrinks, connect_ms, fault, fault_rank, fault_at) = (true, 0, None, 0, 1);
-        Self { senders, relays, rebuild_group, shrinks, connect_ms, fault, fault_rank, fault_at }
+        Self {
+            senders,
+            relays,
+            rebuild_group,
+            shrinks: true,
+            connect_ms: 0,
+            leave_ms: 0,
+            fault: None,
+            fault_rank: 0,
+            fault_at: 1,
+        }
     }
 }
 
@@ -93,18 +105,21 @@ pub struct Counts {
     pub left: u64,
     /// How often a rank began to read another one's slots in place.
     pub attached: u64,
+    /// Threads of a library with `leave_ms` that have ended, and let go of all that it keeps for a thread.
+    pub ended: u64,
 }
 
 static JOINED: AtomicU64 = AtomicU64::new(0);
 static SHRUNK: AtomicU64 = AtomicU64::new(0);
 static LEFT: AtomicU64 = AtomicU64::new(0);
 static ATTACHED: AtomicU64 = AtomicU64::new(0);
+static ENDED: AtomicU64 = AtomicU64::new(0);
 
 /// What happened so far.
 pub fn counts() -> Counts {
     let count = |counter: &AtomicU64| counter.load(Ordering::SeqCst);
     let (joined, shrunk) = (count(&JOINED), count(&SHRUNK));
-    Counts { joined, shrunk, left: count(&LEFT), attached: count(&ATTACHED) }
+    Counts { joined, shrunk, left: count(&LEFT), attached: count(&ATTACHED), ended: count(&ENDED) }
 }
 
 #[derive(Debug)]
@@ -270,6 +285,7 @@ struct World {
     /// The broadcasts, in their order.
     broadcasts: Vec<Enqueued>,
     devices: BTreeSet<String>,
+    left: usize,
     failed: Option<String>,
 }
 
@@ -305,11 +321,29 @@ fn error(kind: ErrorKind, message: impl Into<String>) -> Error {
     Error::new(kind, "in the fake library", message)
 }
 
+/// What a library keeps for each thread that calls it, which goes when the thread has ended.
+struct OfThread;
+
+impl Drop for OfThread {
+    fn drop(&mut self) {
+        // Whoever does not wait for it goes on before.
+        std::thread::sleep(Duration::from_millis(50));
+        ENDED.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+thread_local! {
+    static OF_THREAD: OfThread = const { OfThread };
+}
+
 /// The pause between two looks at what others do.
 const PAUSE: Duration = Duration::from_micros(100);
 
 impl FakeCommunicator {
     fn new(memory: Arc<FakeMemory>, options: Options) -> Self {
+        if options.leave_ms > 0 {
+            OF_THREAD.with(|_| ());
+        }
         let thread = std::thread::current().id();
         Self { memory, options, groups: HashMap::new(), broadcasts: 0, thread }
     }
@@ -526,8 +560,17 @@ impl Communicator for FakeCommunicator {
         if self.strikes(Fault::NeverLetsGo) && !self.groups.is_empty() {
             std::thread::sleep(Duration::from_secs(4));
         }
-        LEFT.fetch_add(self.groups.len() as u64, Ordering::SeqCst);
-        self.groups.clear();
+        for (_, group) in self.groups.drain() {
+            let left = {
+                let mut world = lock(&group.world);
+                world.left += 1;
+                world.left
+            };
+            if left == group.places.len() {
+                std::thread::sleep(Duration::from_millis(self.options.leave_ms));
+            }
+            LEFT.fetch_add(1, Ordering::SeqCst);
+        }
     }
 }
 

@@ -125,6 +125,14 @@ mod membership_and_faults {
 
         /// A group of ranks on these devices, the leader's first.
         async fn on(devices: Vec<DeviceChoice>, options: Value) -> Result<Self> {
+            Self::with_deadline(2.0, devices, options).await
+        }
+
+        async fn with_deadline(
+            timeout_seconds: f64,
+            devices: Vec<DeviceChoice>,
+            options: Value,
+        ) -> Result<Self> {
             let rollouts = devices.len() as u32 - 1;
             static NUMBER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
             let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -133,7 +141,7 @@ mod membership_and_faults {
             let mut config = CheckpointEngineConfig {
                 backend: BACKEND.name().into(),
                 update_weights_bucket_megabytes: Some(1),
-                timeout_seconds: 2.0,
+                timeout_seconds,
                 ..Default::default()
             };
             super::with(options)(&mut config);
@@ -432,6 +440,28 @@ mod membership_and_faults {
             }
             group.works(2).await;
         });
+    }
+
+    #[test]
+    fn an_engine_that_is_finalized_or_dropped_leaves_nothing_of_its_library_at_work() {
+        for finalized in [true, false] {
+            run(async {
+                // Longer than one would wait without a reason, and shorter than the deadline.
+                let devices = vec![DeviceChoice::default(); 3];
+                let group = Group::with_deadline(60.0, devices, json!({"leave_ms": 2500}));
+                let mut group = group.await.expect("a group");
+                group.works(1).await;
+                let start = counts();
+                let Group { leader, others, .. } = group;
+                for mut member in std::iter::once(leader).chain(others) {
+                    if finalized {
+                        member.engine.finalize().await.expect("an end");
+                    }
+                    drop(member.engine);
+                }
+                assert_eq!(counts().ended, start.ended + 3, "finalized: {finalized}");
+            });
+        }
     }
 
     #[test]

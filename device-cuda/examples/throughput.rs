@@ -58,8 +58,8 @@ fn fill(memory: &CudaMemory, stream: &Stream) -> Result<(), CudaError> {
 
 fn main() -> Result<(), Failure> {
     let device = Device::open(0)?;
-    let stream = Stream::new(&device)?;
     let mut kernels = Kernels::load(&device)?;
+    let stream = kernels.stream().clone();
     let mut out = std::io::stdout().lock();
 
     let len = 4_usize << 30;
@@ -91,11 +91,12 @@ fn main() -> Result<(), Failure> {
                 Ok(DeviceJob::Copy { source, target })
             })
             .collect::<Result<_, CudaError>>()?;
-        let prepared = kernels.prepare(
-            &[Launch::Encode { jobs: &jobs, format: &Fp8Format::default(), summed: None }],
-            &stream,
-        )?;
-        let seconds = median_seconds(&stream, || kernels.launch(&prepared, &stream))?;
+        let prepared = kernels.prepare(&[Launch::Encode {
+            jobs: &jobs,
+            format: &Fp8Format::default(),
+            summed: None,
+        }])?;
+        let seconds = median_seconds(&stream, || kernels.launch(&prepared))?;
         line(&format!("grouped copy of {count}"), 2.0 * (each * count) as f64, seconds)?;
     }
 
@@ -136,8 +137,8 @@ fn main() -> Result<(), Failure> {
         let bucket = target.all();
         for (summed, with) in [(None, ""), (Some(&bucket), ", with the digest")] {
             let launch = Launch::Encode { jobs: &jobs, format: &format, summed };
-            let prepared = kernels.prepare(&[launch], &stream)?;
-            let seconds = median_seconds(&stream, || kernels.launch(&prepared, &stream))?;
+            let prepared = kernels.prepare(&[launch])?;
+            let seconds = median_seconds(&stream, || kernels.launch(&prepared))?;
             line(&format!("{what}{with}"), bytes as f64, seconds)?;
         }
     }
@@ -147,8 +148,8 @@ fn main() -> Result<(), Failure> {
         let parts: Vec<_> = (0..count)
             .map(|i| Ok(((i * each) as u64, source.slice(i * each, each)?)))
             .collect::<Result<_, CudaError>>()?;
-        let prepared = kernels.prepare(&[Launch::Digest(&parts)], &stream)?;
-        let seconds = median_seconds(&stream, || kernels.launch(&prepared, &stream))?;
+        let prepared = kernels.prepare(&[Launch::Digest(&parts)])?;
+        let seconds = median_seconds(&stream, || kernels.launch(&prepared))?;
         line(&format!("digest of {count} parts"), (each * count) as f64, seconds)?;
     }
     Ok(())

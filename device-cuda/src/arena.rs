@@ -1,7 +1,5 @@
 //! The memory of a rank's buckets.
 
-use std::sync::{Arc, Mutex, PoisonError};
-
 use engine_core::memory::{Job, Pool};
 use engine_core::{DeviceChoice, Error, ErrorKind, Result, Storage};
 
@@ -14,7 +12,7 @@ use crate::{CudaMemory, Device, Packer, bucket_storage};
 #[derive(Clone, Debug)]
 pub struct CudaArena {
     memory: CudaMemory,
-    packer: Arc<Mutex<Packer>>,
+    packer: Packer,
 }
 
 impl CudaArena {
@@ -33,7 +31,7 @@ impl CudaArena {
             Error::new(ErrorKind::Config, "preparing", message)
         })?;
         let memory = CudaMemory::new(&device, total)?;
-        Ok(Self { memory, packer: Arc::new(Mutex::new(Packer::new(&device)?)) })
+        Ok(Self { memory, packer: Packer::new(&device)? })
     }
 
     /// Other memory of this device, which the same packer fills.
@@ -57,7 +55,8 @@ impl CudaArena {
     }
 
     /// Encodes all jobs into the bytes from `at` on, and returns their digest sum if it is wanted, else 0.
-    /// Blocks until the bytes are there.
+    /// Blocks until the bytes are there; also when this is an error, the device reads none of the weights
+    /// any more.
     ///
     /// # Errors
     ///
@@ -71,8 +70,7 @@ impl CudaArena {
         digests: bool,
     ) -> Result<u64> {
         let slot = self.memory.slice(at, len)?;
-        let mut packer = self.packer.lock().unwrap_or_else(PoisonError::into_inner);
-        packer.fill(jobs, &slot, pool, digests)
+        self.packer.fill(jobs, &slot, pool, digests)
     }
 
     /// The bytes from `at` on, to be read, and digested on the device.

@@ -1,30 +1,37 @@
 //! Filling buckets of a device with weights, wherever these are.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use engine_core::memory::{Job, Pool};
 use engine_core::{Encoding, Error, Result, Weight};
 use quant_fp8::{Fp8Codes, Fp8Format, Fp8Scales, Granularity, NonFinite, QuantError};
 
-use crate::{
-    CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, Launch, PinnedMemory, Stream,
-};
+use crate::ledger::{Ledger, key};
+use crate::turns::Turns;
+use crate::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, Launch, PinnedMemory};
 
-/// Packs and quantises the weights of a bucket in one launch, and digests buckets.
+/// Packs and quantises the weights of a bucket in one launch, and digests buckets. Clones are the same one.
 ///
 /// Weights on the device are encoded where they are. All others (in host memory, of other devices, in
 /// formats that the kernels do not know) are encoded by the CPU and copied, so that a stream may mix
 /// them as it likes.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Packer {
     device: Device,
+    tools: Arc<Turns<Tools>>,
+}
+
+/// What a packer works with.
+#[derive(Debug)]
+struct Tools {
     kernels: Kernels,
-    /// For weights that the CPU encodes; as large as a bucket, once there is one.
+    /// For weights that the CPU encodes; as large as a bucket, once there is one. It is away while the CPU is
+    /// at work.
     staging: Option<PinnedMemory>,
     scratch: Scratch,
-    /// The last to go: it waits for its work.
-    stream: Stream,
+    /// Scales that were not written to their place at once.
+    scales: Ledger<CudaSlice>,
 }
 
 /// The work of one bucket, sorted by who does it.
@@ -40,6 +47,10 @@ struct Work<'a> {
     peers: Vec<(CudaSlice, CudaSlice)>,
     /// What no launch adds to the digest while it writes it.
     unsummed: Vec<(u64, CudaSlice)>,
+    /// The scales that the launches compute and that are not in their place.
+    scales: Ledger<CudaSlice>,
+    /// Codes whose scales have all been asked for.
+    asked: Vec<usize>,
 }
 
 #[derive(Debug)]
@@ -59,13 +70,13 @@ impl Packer {
     ///
     /// Those of [`Kernels::load`].
     pub fn new(device: &Device) -> Result<Self> {
-        Ok(Self {
-            device: device.clone(),
+        let tools = Tools {
             kernels: Kernels::load(device)?,
             staging: None,
             scratch: Scratch::default(),
-            stream: Stream::new(device)?,
-        })
+            scales: Ledger::default(),
+        };
+        Ok(Self { device: device.clone(), tools: Arc::new(Turns::new(tools)) })
     }
 
     /// The device.
@@ -74,7 +85,7 @@ impl Packer {
     }
 
     /// Encodes all jobs of a bucket and returns its digest sum if it is wanted, else 0. Blocks until the
-    /// bytes are there.
+    /// bytes are there; also when this is an error, the device reads none of the weights any more.
     ///
     /// # Contract
     ///
@@ -84,19 +95,93 @@ impl Packer {
     ///
     /// The first error of a weight, naming it; what the driver reports.
     pub fn fill(
-        &mut self,
+        &self,
         jobs: &[Job],
         bucket: &CudaSlice,
         pool: &Pool,
         digests: bool,
     ) -> Result<u64> {
-        let work = self.sort(jobs, bucket, digests)?;
-        if !work.host.is_empty() {
-            self.encode_on_host(&work.host, bucket, pool)?;
+        self.tools.in_steps(
+            |tools| {
+                let work = tools.sort(jobs, bucket, digests)?;
+                let staging = match work.host.is_empty() {
+                    true => None,
+                    false => Some(tools.staging(bucket.len())?),
+                };
+                Ok((work, staging))
+            },
+            |(work, staging)| {
+                let Some(staging) = staging else { return Ok(()) };
+                let own: Vec<Job> = work.host.iter().map(|&job| job.clone()).collect();
+                pool.encode(&own, staging.bytes()?, false).map(drop)
+            },
+            |tools, (work, staging), encoded| {
+                let filled = encoded
+                    .and_then(|()| tools.enqueue(&work, staging.as_ref(), bucket))
+                    .and_then(|()| tools.launch(&work, bucket, digests));
+                if filled.is_err()
+                    && let Err(error) = tools.kernels.stream().synchronize()
+                {
+                    tracing::debug!(%error, "while the filling of a bucket was given up");
+                }
+                tools.staging = staging.or_else(|| tools.staging.take());
+                let sum = filled?;
+                tools.scales.extend(work.scales);
+                work.asked.into_iter().for_each(|codes| tools.scales.forget(codes));
+                Ok(sum)
+            },
+        )
+    }
+
+    /// Copies slices of the device to others, in one launch. Blocks until the bytes are there.
+    ///
+    /// # Errors
+    ///
+    /// `State` if the lengths differ; what the driver reports.
+    pub fn copy(&self, copies: impl IntoIterator<Item = (CudaSlice, CudaSlice)>) -> Result<()> {
+        let copy = |(source, target)| DeviceJob::Copy { source, target };
+        let jobs: Vec<DeviceJob> = copies.into_iter().map(copy).collect();
+        Ok(self.tools.take(|tools| tools.kernels.encode(&jobs, &Fp8Format::default()))?)
+    }
+
+    /// The digest sum of a bucket's parts, each with its offset in the bucket. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// What the driver reports.
+    pub fn digest(&self, parts: &[(u64, CudaSlice)]) -> Result<u64> {
+        Ok(self.tools.take(|tools| tools.kernels.run(&[Launch::Digest(parts)]))?.sum)
+    }
+}
+
+impl Tools {
+    /// Pinned memory of at least so many bytes, which nobody else has.
+    fn staging(&mut self, len: usize) -> Result<PinnedMemory> {
+        match self.staging.take().filter(|staging| staging.len() >= len) {
+            Some(staging) => Ok(staging),
+            None => Ok(PinnedMemory::new(self.kernels.stream(), len)?),
+        }
+    }
+
+    /// Enqueues all copies that the driver makes.
+    fn enqueue(
+        &self,
+        work: &Work<'_>,
+        staging: Option<&PinnedMemory>,
+        bucket: &CudaSlice,
+    ) -> Result<()> {
+        if let Some(staging) = staging {
+            for job in &work.host {
+                staging.copy_to(job.offset as usize, &target(job, bucket)?)?;
+            }
         }
         for (source, target) in &work.peers {
-            target.copy_from(source, &self.stream)?;
+            target.copy_from(source, self.kernels.stream())?;
         }
+        Ok(())
+    }
+
+    fn launch(&mut self, work: &Work<'_>, bucket: &CudaSlice, digests: bool) -> Result<u64> {
         let copies = Fp8Format::default();
         let mut launches: Vec<Launch<'_>> = Vec::new();
         for batch in &work.batches {
@@ -106,7 +191,7 @@ impl Packer {
         launches.push(Launch::Encode { jobs: &work.late, format: &copies, summed: None });
         let unsummed: &[_] = if digests { &work.unsummed } else { &[] };
         launches.push(Launch::Digest(unsummed));
-        let ran = self.kernels.run(&launches, &self.stream)?;
+        let ran = self.kernels.run(&launches)?;
         match ran
             .failed
             .and_then(|(launch, job, block)| Some((work.batches.get(launch)?, job, block)))
@@ -116,35 +201,18 @@ impl Packer {
         }
     }
 
-    /// Copies slices of the device to others, in one launch. Blocks until the bytes are there.
-    ///
-    /// # Errors
-    ///
-    /// `State` if the lengths differ; what the driver reports.
-    pub fn copy(&mut self, copies: impl IntoIterator<Item = (CudaSlice, CudaSlice)>) -> Result<()> {
-        let copy = |(source, target)| DeviceJob::Copy { source, target };
-        let jobs: Vec<DeviceJob> = copies.into_iter().map(copy).collect();
-        Ok(self.kernels.encode(&jobs, &Fp8Format::default(), &self.stream)?)
-    }
-
-    /// The digest sum of a bucket's parts, each with its offset in the bucket. Blocks.
-    ///
-    /// # Errors
-    ///
-    /// What the driver reports.
-    pub fn digest(&mut self, parts: &[(u64, CudaSlice)]) -> Result<u64> {
-        Ok(self.kernels.run(&[Launch::Digest(parts)], &self.stream)?.sum)
-    }
-
     fn sort<'a>(&mut self, jobs: &'a [Job], bucket: &CudaSlice, digests: bool) -> Result<Work<'a>> {
         let mut work = Work::default();
         // Scales that lie in this bucket as a whole can be written to their place at once.
-        let mut scales_here: HashMap<*const Fp8Codes, CudaSlice> = HashMap::new();
+        let mut scales_here: HashMap<usize, CudaSlice> = HashMap::new();
+        // Codes whose scales the launch writes to their place.
+        let mut in_place: HashSet<usize> = HashSet::new();
+        let device = self.kernels.device().clone();
         for job in jobs {
             if let Some(scales) = encoding::<Fp8Scales>(&job.weight)
                 && job.len == job.weight.byte_len()
             {
-                scales_here.insert(Arc::as_ptr(scales.codes()), target(job, bucket)?);
+                scales_here.insert(key(scales.codes()), target(job, bucket)?);
             }
         }
         for job in jobs {
@@ -155,7 +223,7 @@ impl Packer {
             let part = job.start as usize..(job.start + job.len) as usize;
             if let Some(storage) = job.weight.storage() {
                 match CudaSlice::of_storage(storage) {
-                    Some(source) if source.device().ordinal() == self.device.ordinal() => {
+                    Some(source) if source.device().ordinal() == device.ordinal() => {
                         let source = source.slice(part.start, part.len())?;
                         let copy = DeviceJob::Copy { source, target };
                         let batch = work.batch(None, false);
@@ -168,33 +236,37 @@ impl Packer {
                     }
                     None => work.host(job, target),
                 }
-            } else if let Some(codes) = encoding::<Fp8Codes>(&job.weight) {
-                let Some(source) = self.source_of(codes) else {
+            } else if let (Some(of), Some(codes)) =
+                (job.weight.encoding(), encoding::<Fp8Codes>(&job.weight))
+            {
+                let Some(source) = source_of(codes, &device) else {
                     work.host(job, target);
                     continue;
                 };
                 let here = if part.len() == codes.grid().elements() {
-                    scales_here.remove(&std::ptr::from_ref(codes))
+                    scales_here.remove(&key(of))
                 } else {
                     None
                 };
+                let is_here = here.is_some();
                 let scales = match here {
-                    Some(place) => {
-                        // Nothing has to be done for the scales any more.
-                        keep(codes, Kept::InPlace);
-                        place
-                    }
-                    None => self.kept(codes)?,
+                    Some(place) => place,
+                    None => self.kept(&work, of, codes)?,
                 };
                 let quantized = Quantized { codes, source, scales };
                 let covering = covering(codes, &part);
+                if is_here {
+                    in_place.insert(key(of));
+                } else {
+                    work.scales.add(of, &quantized.scales, codes.grid().scales_of(&covering));
+                }
                 if covering == part {
                     let batch = work.batch(Some(*codes.format()), false);
                     let (encode, first) = quantized.job(&part, target)?;
                     work.add(batch, encode, (&job.weight, first), job.offset, digests);
                 } else {
                     // A part that begins or ends within a row of blocks: whole ones are made elsewhere.
-                    let whole = self.scratch.take(&self.device, covering.len())?;
+                    let whole = self.scratch.take(&device, covering.len())?;
                     let batch = work.batch(Some(*codes.format()), true);
                     let (encode, first) = quantized.job(&covering, whole.clone())?;
                     let skipped = part.start - covering.start;
@@ -204,15 +276,20 @@ impl Packer {
                     work.late.push(DeviceJob::Copy { source, target });
                 }
             } else if let Some(scales) = encoding::<Fp8Scales>(&job.weight) {
-                let kept = scales.codes().device_state().get();
-                match kept.and_then(|kept| kept.downcast_ref::<Kept>()) {
-                    Some(Kept::InPlace) => work.unsummed.push((job.offset, target)),
-                    Some(Kept::Elsewhere(scales)) => {
-                        let source = scales.slice(part.start, part.len())?;
-                        work.unsummed.push((job.offset, target.clone()));
-                        work.late.push(DeviceJob::Copy { source, target });
+                let codes = key(scales.codes());
+                let wanted = part.start / SCALE..part.end.div_ceil(SCALE);
+                if in_place.contains(&codes) {
+                    work.unsummed.push((job.offset, target));
+                } else if let Some(kept) = self.scales.covers(&work.scales, codes, &wanted) {
+                    let source = kept.slice(part.start, part.len())?;
+                    work.unsummed.push((job.offset, target.clone()));
+                    work.late.push(DeviceJob::Copy { source, target });
+                    if part.end as u64 == job.weight.byte_len() {
+                        work.asked.push(codes);
                     }
-                    None => work.host(job, target),
+                } else {
+                    // Not all of them were computed on this device: another rank may have sent some of the codes.
+                    work.host(job, target);
                 }
             } else {
                 work.host(job, target);
@@ -221,43 +298,36 @@ impl Packer {
         Ok(work)
     }
 
-    /// Where the source of codes is on this device, if they can be computed there.
-    fn source_of(&self, codes: &Fp8Codes) -> Option<CudaSlice> {
-        let Fp8Format { granularity, non_finite, .. } = codes.format();
-        let known = matches!(granularity, Granularity::Block { .. });
-        if !known || *non_finite == NonFinite::Reproduce {
-            return None;
-        }
-        let source = CudaSlice::of_storage(codes.source().storage()?)?;
-        let here = source.device().ordinal() == self.device.ordinal();
-        // The kernels read whole elements.
-        let aligned = source.address().is_multiple_of(codes.source_type().size() as u64);
-        (here && aligned).then_some(source)
-    }
-
     /// Memory for scales that are not written to their place at once.
-    fn kept(&mut self, codes: &Fp8Codes) -> Result<CudaSlice> {
-        let kept = codes.device_state().get();
-        if let Some(Kept::Elsewhere(scales)) = kept.and_then(|kept| kept.downcast_ref()) {
-            return Ok(scales.clone());
+    fn kept(
+        &mut self,
+        work: &Work<'_>,
+        of: &Arc<dyn Encoding>,
+        codes: &Fp8Codes,
+    ) -> Result<CudaSlice> {
+        let kept = self.scales.place(key(of)).or_else(|| work.scales.place(key(of)));
+        match kept {
+            Some(scales) => Ok(scales.clone()),
+            None => self.scratch.take(self.kernels.device(), codes.grid().scales() * SCALE),
         }
-        let scales = self.scratch.take(&self.device, codes.grid().scales() * size_of::<f32>())?;
-        keep(codes, Kept::Elsewhere(scales.clone()));
-        Ok(scales)
     }
+}
 
-    fn encode_on_host(&mut self, jobs: &[&Job], bucket: &CudaSlice, pool: &Pool) -> Result<()> {
-        let staging = match &mut self.staging {
-            Some(staging) if staging.len() >= bucket.len() => staging,
-            staging => staging.insert(PinnedMemory::new(&self.device, bucket.len())?),
-        };
-        let own: Vec<Job> = jobs.iter().map(|&job| job.clone()).collect();
-        pool.encode(&own, staging.bytes(&self.stream)?, false)?;
-        for job in jobs {
-            staging.copy_to(job.offset as usize, &target(job, bucket)?, &self.stream)?;
-        }
-        Ok(())
+/// Bytes of a scale.
+const SCALE: usize = size_of::<f32>();
+
+/// Where the source of codes is on a device, if they can be computed there.
+fn source_of(codes: &Fp8Codes, device: &Device) -> Option<CudaSlice> {
+    let Fp8Format { granularity, non_finite, .. } = codes.format();
+    let known = matches!(granularity, Granularity::Block { .. });
+    if !known || *non_finite == NonFinite::Reproduce {
+        return None;
     }
+    let source = CudaSlice::of_storage(codes.source().storage()?)?;
+    let here = source.device().ordinal() == device.ordinal();
+    // The kernels read whole elements.
+    let aligned = source.address().is_multiple_of(codes.source_type().size() as u64);
+    (here && aligned).then_some(source)
 }
 
 impl<'a> Work<'a> {
@@ -355,24 +425,10 @@ impl Quantized<'_> {
             ty: codes.source_type(),
             shape,
             codes: target,
-            scales: self.scales.slice(blocks.start * 4, blocks.len() * 4)?,
+            scales: self.scales.slice(blocks.start * SCALE, blocks.len() * SCALE)?,
         };
         Ok((job, blocks.start))
     }
-}
-
-/// Where a weight's scales are until they are asked for.
-#[derive(Debug)]
-enum Kept {
-    /// In the bucket already, where they belong.
-    InPlace,
-    /// To be copied from here.
-    Elsewhere(CudaSlice),
-}
-
-fn keep(codes: &Fp8Codes, kept: Kept) {
-    // One packer encodes a weight, and asks before it keeps something.
-    codes.device_state().get_or_init(|| Box::new(kept));
 }
 
 /// The smallest range of whole granules around a range of codes.

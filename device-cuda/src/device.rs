@@ -3,36 +3,19 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use cudarc::driver::sys::CUdevice_attribute as Attribute;
+use crate::CudaError;
+use crate::ffi::{self, Attribute, Context, Driver};
 
-use crate::{CudaError, ffi};
-
-/// A CUDA device and its primary context, which is released with the last handle.
+/// A CUDA device and its primary context.
 #[derive(Clone, Debug)]
 pub struct Device(Arc<Primary>);
 
 #[derive(Debug)]
 struct Primary {
     ordinal: i32,
-    device: i32,
-    context: Raw<ffi::Context>,
+    context: Context,
     multiprocessors: u32,
     capability: (i32, i32),
-}
-
-/// A handle of the driver, which may be used from any thread.
-#[derive(Clone, Copy, Debug)]
-struct Raw<T>(T);
-
-#[allow(unsafe_code, reason = "the driver's handles are not bound to threads")]
-mod send {
-    use super::Raw;
-
-    // SAFETY: the driver's API is thread-safe for contexts, streams, events and allocations; what
-    // must not overlap (a slice of pinned memory and a stream) is kept apart by `&mut` and events.
-    unsafe impl<T> Send for Raw<T> {}
-    // SAFETY: as above.
-    unsafe impl<T> Sync for Raw<T> {}
 }
 
 impl Device {
@@ -42,30 +25,18 @@ impl Device {
     ///
     /// [`CudaError::NoDriver`], [`CudaError::NoDevice`], and what the driver reports.
     pub fn open(ordinal: i32) -> Result<Self, CudaError> {
-        let count = count()?;
+        let driver = Driver::load()?;
+        let count = driver.device_count()?;
         if !(0..count).contains(&ordinal) {
             return Err(CudaError::NoDevice { ordinal, count });
         }
-        let device = ffi::device(ordinal)?;
-        let context = ffi::retain(device)?;
-        let attribute = |what| ffi::attribute(device, what);
-        let about = || {
-            let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-            let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-            let processors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-            Ok((processors.unsigned_abs(), (major, minor)))
-        };
-        match about() {
-            Ok((multiprocessors, capability)) => {
-                let context = Raw(context);
-                let primary = Primary { ordinal, device, context, multiprocessors, capability };
-                Ok(Self(Arc::new(primary)))
-            }
-            Err(error) => {
-                ffi::release(device)?;
-                Err(error)
-            }
-        }
+        let context = Context::retain(driver, ordinal)?;
+        let attribute = |what| context.attribute(what);
+        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        let processors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let (multiprocessors, capability) = (processors.unsigned_abs(), (major, minor));
+        Ok(Self(Arc::new(Primary { ordinal, context, multiprocessors, capability })))
     }
 
     /// Its number.
@@ -79,7 +50,7 @@ impl Device {
     ///
     /// What the driver reports.
     pub fn name(&self) -> Result<String, CudaError> {
-        ffi::device_name(self.0.device)
+        self.0.context.name()
     }
 
     /// Its compute capability: (9, 0) for Hopper.
@@ -98,8 +69,7 @@ impl Device {
     ///
     /// What the driver reports.
     pub fn memory(&self) -> Result<(usize, usize), CudaError> {
-        self.enter()?;
-        ffi::memory_info()
+        self.0.context.memory_info()
     }
 
     /// Makes the context current on this thread. Every call here does so by itself; other libraries
@@ -109,20 +79,11 @@ impl Device {
     ///
     /// What the driver reports.
     pub fn enter(&self) -> Result<(), CudaError> {
-        ffi::set_current(self.0.context.0)
+        self.0.context.enter()
     }
-}
 
-impl Drop for Primary {
-    fn drop(&mut self) {
-        log(ffi::release(self.device));
-    }
-}
-
-/// What can go wrong while a handle is dropped is the loss of the device; there is nobody to tell.
-fn log(result: Result<(), CudaError>) {
-    if let Err(error) = result {
-        tracing::debug!(%error, "while releasing a CUDA handle");
+    pub(crate) fn context(&self) -> &Context {
+        &self.0.context
     }
 }
 
@@ -132,11 +93,7 @@ fn log(result: Result<(), CudaError>) {
 ///
 /// [`CudaError::NoDriver`], and what the driver reports.
 pub fn count() -> Result<i32, CudaError> {
-    if !ffi::driver_is_present() {
-        return Err(CudaError::NoDriver);
-    }
-    ffi::init()?;
-    ffi::device_count()
+    Driver::load()?.device_count()
 }
 
 /// The newest CUDA that the driver can run, as (major, minor).
@@ -145,16 +102,16 @@ pub fn count() -> Result<i32, CudaError> {
 ///
 /// As [`count`].
 pub fn driver_version() -> Result<(i32, i32), CudaError> {
-    count()?;
-    let version = ffi::driver_version()?;
+    let version = Driver::load()?.version()?;
     Ok((version / 1000, version % 1000 / 10))
 }
 
-/// A stream: work in order, beside that of other streams. Dropping it waits for its work.
-#[derive(Debug)]
+/// A stream: work in order, beside that of other streams. It keeps the memory that its work uses until it
+/// was waited for; dropping the last clone waits.
+#[derive(Clone, Debug)]
 pub struct Stream {
     device: Device,
-    stream: Raw<ffi::RawStream>,
+    stream: ffi::Stream,
 }
 
 impl Stream {
@@ -164,8 +121,7 @@ impl Stream {
     ///
     /// What the driver reports.
     pub fn new(device: &Device) -> Result<Self, CudaError> {
-        device.enter()?;
-        Ok(Self { device: device.clone(), stream: Raw(ffi::stream()?) })
+        Ok(Self { device: device.clone(), stream: ffi::Stream::new(device.context())? })
     }
 
     /// The device.
@@ -179,8 +135,7 @@ impl Stream {
     ///
     /// What the work itself made go wrong.
     pub fn synchronize(&self) -> Result<(), CudaError> {
-        self.device.enter()?;
-        ffi::synchronize(self.stream.0)
+        self.stream.synchronize()
     }
 
     /// Lets later work of this stream wait for what the event was recorded after.
@@ -189,33 +144,24 @@ impl Stream {
     ///
     /// What the driver reports.
     pub fn wait_for(&self, event: &Event) -> Result<(), CudaError> {
-        self.device.enter()?;
-        ffi::wait_for(self.stream.0, event.event.0)
+        self.stream.wait_for(&event.event)
     }
 
-    pub(crate) fn raw(&self) -> ffi::RawStream {
-        self.stream.0
+    pub(crate) fn raw(&self) -> &ffi::Stream {
+        &self.stream
     }
 
-    /// The driver's handle, for other libraries. It is valid as long as this is.
+    /// The driver's handle, for other libraries. It is valid as long as this is, which does not know of the
+    /// memory that their work uses.
     pub fn as_raw(&self) -> *mut std::ffi::c_void {
-        self.stream.0.cast()
-    }
-}
-
-impl Drop for Stream {
-    fn drop(&mut self) {
-        // Nothing that the stream uses may be freed before it is done, and owners may be dropped next.
-        log(self.synchronize());
-        log(ffi::destroy_stream(self.stream.0));
+        self.stream.as_raw()
     }
 }
 
 /// A place in a stream's work.
 #[derive(Debug)]
 pub struct Event {
-    device: Device,
-    event: Raw<ffi::RawEvent>,
+    event: ffi::Event,
 }
 
 impl Event {
@@ -225,8 +171,7 @@ impl Event {
     ///
     /// What the driver reports.
     pub fn new(device: &Device, timing: bool) -> Result<Self, CudaError> {
-        device.enter()?;
-        Ok(Self { device: device.clone(), event: Raw(ffi::event(timing)?) })
+        Ok(Self { event: ffi::Event::new(device.context(), timing)? })
     }
 
     /// Puts it after all work of the stream so far.
@@ -235,8 +180,7 @@ impl Event {
     ///
     /// What the driver reports.
     pub fn record(&self, stream: &Stream) -> Result<(), CudaError> {
-        self.device.enter()?;
-        ffi::record(self.event.0, stream.raw())
+        self.event.record(stream.raw())
     }
 
     /// Whether the work before it is done.
@@ -245,8 +189,7 @@ impl Event {
     ///
     /// What that work made go wrong.
     pub fn is_done(&self) -> Result<bool, CudaError> {
-        self.device.enter()?;
-        ffi::is_done(self.event.0)
+        self.event.is_done()
     }
 
     /// Blocks until the work before it is done.
@@ -255,8 +198,7 @@ impl Event {
     ///
     /// What that work made go wrong.
     pub fn synchronize(&self) -> Result<(), CudaError> {
-        self.device.enter()?;
-        ffi::await_event(self.event.0)
+        self.event.wait()
     }
 
     /// Seconds from an earlier event to this one; both were made with timing, and are done.
@@ -265,39 +207,17 @@ impl Event {
     ///
     /// What the driver reports.
     pub fn seconds_since(&self, earlier: &Self) -> Result<f64, CudaError> {
-        self.device.enter()?;
-        Ok(f64::from(ffi::elapsed_ms(earlier.event.0, self.event.0)?) / 1e3)
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        log(self.device.enter());
-        log(ffi::destroy_event(self.event.0));
+        Ok(f64::from(self.event.milliseconds_since(&earlier.event)?) / 1e3)
     }
 }
 
 /// Memory of a device: its own allocation, or one of another process.
 ///
-/// Freed with the last clone, after all work that the device has by then.
+/// Given back with the last clone; work of a stream that uses it has one.
 #[derive(Clone, Debug)]
-pub struct CudaMemory(Arc<Allocation>);
-
-#[derive(Debug)]
-struct Allocation {
+pub struct CudaMemory {
     device: Device,
-    address: u64,
-    len: usize,
-    origin: Origin,
-}
-
-/// Where an allocation comes from, and so what becomes of it.
-#[derive(Debug)]
-enum Origin {
-    Own,
-    Imported,
-    /// Another library's, which has it again when this is dropped.
-    Borrowed(#[expect(dead_code, reason = "kept to be dropped")] Arc<dyn Any + Send + Sync>),
+    memory: Arc<ffi::Memory>,
 }
 
 /// An allocation as another process of the host can open it.
@@ -310,69 +230,70 @@ impl CudaMemory {
     ///
     /// What the driver reports: out of memory.
     pub fn new(device: &Device, len: usize) -> Result<Self, CudaError> {
-        device.enter()?;
-        let address = ffi::alloc(len.max(1))?;
-        Ok(Self::of(device, address, len, Origin::Own))
+        Ok(Self::of(device, ffi::Memory::new(device.context(), len)?))
     }
 
-    /// Opens an allocation of so many bytes that another process exported.
+    /// Opens an allocation of so many bytes that another process exported. `owner` is dropped when it is closed
+    /// again.
     ///
     /// # Errors
     ///
-    /// What the driver reports: the process is gone, or is this one.
-    pub fn import(device: &Device, handle: IpcHandle, len: usize) -> Result<Self, CudaError> {
-        device.enter()?;
-        let address = ffi::import(handle)?;
-        Ok(Self::of(device, address, len, Origin::Imported))
-    }
-
-    /// Memory of another library of this process, which gets it back when the last clone is dropped.
-    pub(crate) fn borrowed(
+    /// What the driver reports: the process is gone, or is this one. [`CudaError::Range`] if the allocation
+    /// is shorter.
+    pub fn import(
         device: &Device,
-        address: u64,
+        handle: IpcHandle,
         len: usize,
         owner: Arc<dyn Any + Send + Sync>,
-    ) -> Self {
-        Self::of(device, address, len, Origin::Borrowed(owner))
+    ) -> Result<Self, CudaError> {
+        Ok(Self::of(device, ffi::Memory::import(device.context(), handle, len, owner)?))
     }
 
-    fn of(device: &Device, address: u64, len: usize, origin: Origin) -> Self {
-        Self(Arc::new(Allocation { device: device.clone(), address, len, origin }))
+    pub(crate) fn of(device: &Device, memory: ffi::Memory) -> Self {
+        Self { device: device.clone(), memory: Arc::new(memory) }
     }
 
     /// A handle with which other processes of the host can open it as long as it lives.
+    ///
+    /// # Contract
+    ///
+    /// They have closed it before the last clone is dropped: CUDA does not define what becomes of memory that
+    /// is freed while another process has it open.
     ///
     /// # Errors
     ///
     /// What the driver reports: the system does not support it.
     pub fn export(&self) -> Result<IpcHandle, CudaError> {
-        self.0.device.enter()?;
-        ffi::export(self.0.address)
+        self.memory.export()
     }
 
     /// The device.
     pub fn device(&self) -> &Device {
-        &self.0.device
+        &self.device
     }
 
     /// Its length in bytes.
     pub fn len(&self) -> usize {
-        self.0.len
+        self.memory.len()
     }
 
     /// Whether it has no bytes.
     pub fn is_empty(&self) -> bool {
-        self.0.len == 0
+        self.len() == 0
     }
 
     /// Its address on the device.
     pub fn address(&self) -> u64 {
-        self.0.address
+        self.memory.address()
     }
 
-    /// Whether nobody else holds it.
+    /// Whether nobody else holds it, the work of streams included.
     pub(crate) fn is_unshared(&self) -> bool {
-        Arc::strong_count(&self.0) == 1
+        Arc::strong_count(&self.memory) == 1
+    }
+
+    pub(crate) fn raw(&self) -> &Arc<ffi::Memory> {
+        &self.memory
     }
 
     /// A part of it.
@@ -382,28 +303,17 @@ impl CudaMemory {
     /// [`CudaError::Range`] if the part reaches beyond it.
     pub fn slice(&self, start: usize, len: usize) -> Result<CudaSlice, CudaError> {
         match start.checked_add(len) {
-            Some(end) if end <= self.0.len => Ok(CudaSlice { memory: self.clone(), start, len }),
+            Some(end) if end <= self.len() => Ok(CudaSlice { memory: self.clone(), start, len }),
             _ => Err(CudaError::Range(format!(
                 "{len} bytes at {start} of device memory of {}",
-                self.0.len
+                self.len()
             ))),
         }
     }
 
     /// All of it.
     pub fn all(&self) -> CudaSlice {
-        CudaSlice { memory: self.clone(), start: 0, len: self.0.len }
-    }
-}
-
-impl Drop for Allocation {
-    fn drop(&mut self) {
-        log(self.device.enter());
-        log(match &self.origin {
-            Origin::Own => ffi::free(self.address),
-            Origin::Imported => ffi::close_import(self.address),
-            Origin::Borrowed(_) => Ok(()),
-        });
+        CudaSlice { memory: self.clone(), start: 0, len: self.len() }
     }
 }
 
@@ -414,6 +324,16 @@ pub struct CudaSlice {
     start: usize,
     len: usize,
 }
+
+/// The same place, not the same bytes.
+impl PartialEq for CudaSlice {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.memory.memory, &other.memory.memory)
+            && (self.start, self.len) == (other.start, other.len)
+    }
+}
+
+impl Eq for CudaSlice {}
 
 impl CudaSlice {
     /// The allocation that it is a part of.
@@ -469,8 +389,7 @@ impl CudaSlice {
     /// [`CudaError::Range`] if the lengths differ, and what the driver reports.
     pub fn write(&self, bytes: &[u8]) -> Result<(), CudaError> {
         self.fits(bytes.len())?;
-        self.device().enter()?;
-        ffi::write(self.address(), bytes)
+        self.memory.raw().write(self.start, bytes)
     }
 
     /// Reads into host bytes; blocks until they are here.
@@ -480,29 +399,30 @@ impl CudaSlice {
     /// As [`write`](Self::write).
     pub fn read(&self, bytes: &mut [u8]) -> Result<(), CudaError> {
         self.fits(bytes.len())?;
-        self.device().enter()?;
-        ffi::read(bytes, self.address())
+        self.memory.raw().read(self.start, bytes)
     }
 
-    /// Copies another slice of the device here, on a stream, which both have to outlive.
+    /// Copies another slice of the device here, on a stream, which keeps both until it was waited for.
     ///
     /// # Errors
     ///
     /// As [`write`](Self::write).
     pub fn copy_from(&self, source: &Self, stream: &Stream) -> Result<(), CudaError> {
         self.fits(source.len)?;
-        self.device().enter()?;
-        ffi::copy_on_device(self.address(), source.address(), self.len, stream.raw())
+        stream.raw().copy(self.place(), source.place(), self.len)
     }
 
-    /// Fills it with one byte, on a stream.
+    /// Fills it with one byte, on a stream, which keeps it until it was waited for.
     ///
     /// # Errors
     ///
     /// What the driver reports.
     pub fn fill(&self, byte: u8, stream: &Stream) -> Result<(), CudaError> {
-        self.device().enter()?;
-        ffi::fill(self.address(), byte, self.len, stream.raw())
+        stream.raw().fill(self.place(), byte, self.len)
+    }
+
+    fn place(&self) -> (&Arc<ffi::Memory>, usize) {
+        (self.memory.raw(), self.start)
     }
 
     fn fits(&self, len: usize) -> Result<(), CudaError> {
@@ -513,94 +433,54 @@ impl CudaSlice {
     }
 }
 
-/// Host memory that a device copies from at full speed while the host goes on.
+/// Host memory that a stream copies from and to at full speed while the host goes on.
 #[derive(Debug)]
-pub struct PinnedMemory {
-    device: Device,
-    address: Raw<*mut u8>,
-    len: usize,
-}
+pub struct PinnedMemory(ffi::Pinned);
 
 impl PinnedMemory {
-    /// So many bytes, zeroed.
+    /// So many bytes, zeroed, for one stream.
     ///
     /// # Errors
     ///
     /// What the driver reports: out of memory.
-    pub fn new(device: &Device, len: usize) -> Result<Self, CudaError> {
-        device.enter()?;
-        let address = Raw(ffi::alloc_host(len.max(1))?);
-        Ok(Self { device: device.clone(), address, len })
+    pub fn new(stream: &Stream, len: usize) -> Result<Self, CudaError> {
+        Ok(Self(ffi::Pinned::new(stream.raw(), len)?))
     }
 
     /// Its length in bytes.
     pub fn len(&self) -> usize {
-        self.len
+        self.0.len()
     }
 
     /// Whether it has no bytes.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.len() == 0
     }
 
-    /// Its bytes, to be written. Waits for the stream's earlier work, which may still read them.
+    /// Its bytes. Waits for the stream's earlier work, which may still use them.
     ///
     /// # Errors
     ///
     /// What the driver reports.
-    #[allow(unsafe_code, reason = "a slice of memory that this type owns")]
-    pub(crate) fn bytes(&mut self, stream: &Stream) -> Result<&mut [u8], CudaError> {
-        stream.synchronize()?;
-        // SAFETY: `len` bytes of `alloc_host` that live as long as `self`, borrowed for writing; the
-        // stream that reads them has done so.
-        Ok(unsafe { ffi::host_bytes(self.address.0, self.len) })
+    pub fn bytes(&mut self) -> Result<&mut [u8], CudaError> {
+        self.0.bytes()
     }
 
-    /// Copies bytes of the device to its beginning, on the stream that [`bytes`](Self::bytes) is given.
+    /// Copies bytes of the device to its beginning, on the stream.
     ///
     /// # Errors
     ///
     /// [`CudaError::Range`] for more bytes than it has, and what the driver reports.
-    pub(crate) fn copy_from(
-        &mut self,
-        source: &CudaSlice,
-        stream: &Stream,
-    ) -> Result<(), CudaError> {
-        if source.len() > self.len {
-            return Err(CudaError::Range(format!("{} bytes for {}", source.len(), self.len)));
-        }
-        self.device.enter()?;
-        ffi::copy_to_pinned(self.address.0, source.address(), source.len(), stream.raw())
+    pub fn copy_from(&mut self, source: &CudaSlice) -> Result<(), CudaError> {
+        self.0.copy_from(source.place(), source.len)
     }
 
-    /// Copies some of its bytes to the device, on the stream that [`bytes`](Self::bytes) is given.
+    /// Copies some of its bytes to the device, on the stream.
     ///
     /// # Errors
     ///
     /// [`CudaError::Range`] for bytes beyond it, and what the driver reports.
-    pub(crate) fn copy_to(
-        &self,
-        start: usize,
-        target: &CudaSlice,
-        stream: &Stream,
-    ) -> Result<(), CudaError> {
-        let len = target.len();
-        if start.checked_add(len).is_none_or(|end| end > self.len) {
-            return Err(CudaError::Range(format!("{len} bytes at {start} of {}", self.len)));
-        }
-        self.device.enter()?;
-        ffi::copy_from_pinned(
-            target.address(),
-            self.address.0.wrapping_add(start),
-            len,
-            stream.raw(),
-        )
-    }
-}
-
-impl Drop for PinnedMemory {
-    fn drop(&mut self) {
-        log(self.device.enter());
-        log(ffi::free_host(self.address.0));
+    pub fn copy_to(&self, start: usize, target: &CudaSlice) -> Result<(), CudaError> {
+        self.0.copy_to(start, target.place(), target.len)
     }
 }

@@ -6,12 +6,10 @@
 
 mod ffi;
 
-use std::ptr::NonNull;
-use std::sync::Arc;
-
 use engine_core::{DType, Error, ErrorKind, Result, Storage, TensorMeta, Weight};
+use std::ptr::NonNull;
 
-use crate::{CudaMemory, CudaSlice, Device};
+use crate::{CudaSlice, Device};
 use ffi::{Imported, View};
 
 pub use ffi::ManagedTensor;
@@ -96,8 +94,7 @@ pub unsafe fn weight(name: &str, tensor: NonNull<ManagedTensor>) -> Result<Weigh
         }
         ((CUDA, ordinal), None) => {
             let device = Device::open(ordinal)?;
-            let memory = CudaMemory::borrowed(&device, address, len, Arc::new(imported));
-            Weight::from_meta(meta, memory.all().storage())
+            Weight::from_meta(meta, imported.on_device(&device, len).all().storage())
         }
         ((CUDA, _), Some(_)) => {
             Err(refuse(name, "its elements are not contiguous: make it so before it is sent"))
@@ -148,6 +145,7 @@ pub fn export(meta: &TensorMeta, bytes: &Storage) -> Result<NonNull<ManagedTenso
 mod tests {
     use super::*;
     use engine_core::DeviceBytes;
+    use std::sync::Arc;
 
     fn exported(meta: &TensorMeta, bytes: &Storage) -> NonNull<ManagedTensor> {
         export(meta, bytes).unwrap()

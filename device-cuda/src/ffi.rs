@@ -1,22 +1,35 @@
-//! One function for each call of the driver and of NVRTC: status in, `Result` out.
+//! The driver's and NVRTC's objects, each owned by a type: status in, `Result` out.
+//!
+//! Every handle keeps the context that it belongs to, and every range is checked. Work of a stream goes on
+//! after the call that enqueues it: the stream keeps the memory that the work uses until it was waited for.
 #![allow(unsafe_code, reason = "calls into CUDA")]
 
+use std::any::Any;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::Path;
 use std::ptr::{null, null_mut};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys as cu;
 use cudarc::nvrtc::sys as rtc;
+use sha2::{Digest as _, Sha256};
 
 use crate::CudaError;
 
-pub(crate) type Context = cu::CUcontext;
-pub(crate) type RawStream = cu::CUstream;
-pub(crate) type RawEvent = cu::CUevent;
-pub(crate) type Module = cu::CUmodule;
-pub(crate) type Function = cu::CUfunction;
+pub(crate) use cu::CUdevice_attribute as Attribute;
+
 /// An exported allocation; plain bytes.
 pub(crate) const IPC_HANDLE_BYTES: usize = 64;
+
+/// A handle of the driver.
+#[derive(Clone, Copy, Debug)]
+struct Raw<T>(T);
+
+// SAFETY: the driver's API is thread-safe for contexts, streams, events, modules and allocations; what must not
+// overlap, the bytes of pinned memory and a stream's use of them, `Pinned` keeps apart.
+unsafe impl<T> Send for Raw<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for Raw<T> {}
 
 fn checked(call: &'static str, status: cu::CUresult) -> Result<(), CudaError> {
     if status == cu::CUresult::CUDA_SUCCESS {
@@ -34,326 +47,640 @@ fn checked(call: &'static str, status: cu::CUresult) -> Result<(), CudaError> {
     Err(CudaError::Driver { call, code: status as u32, words })
 }
 
-/// Whether there is a driver at all: every other function needs that asked before.
-pub(crate) fn driver_is_present() -> bool {
-    // SAFETY: loads the system's own driver library, which runs its initialisers.
-    unsafe { cu::is_culib_present() }
-}
-
-pub(crate) fn init() -> Result<(), CudaError> {
-    // SAFETY: no arguments but flags, which have to be 0.
-    checked("cuInit", unsafe { cu::cuInit(0) })
-}
-
-pub(crate) fn driver_version() -> Result<i32, CudaError> {
-    let mut version = 0;
-    // SAFETY: the out pointer is valid.
-    checked("cuDriverGetVersion", unsafe { cu::cuDriverGetVersion(&mut version) })?;
-    Ok(version)
-}
-
-pub(crate) fn device_count() -> Result<i32, CudaError> {
-    let mut count = 0;
-    // SAFETY: the out pointer is valid.
-    checked("cuDeviceGetCount", unsafe { cu::cuDeviceGetCount(&mut count) })?;
-    Ok(count)
-}
-
-pub(crate) fn device(ordinal: i32) -> Result<i32, CudaError> {
-    let mut device = 0;
-    // SAFETY: the out pointer is valid; the driver checks the ordinal.
-    checked("cuDeviceGet", unsafe { cu::cuDeviceGet(&mut device, ordinal) })?;
-    Ok(device)
-}
-
-pub(crate) fn device_name(device: i32) -> Result<String, CudaError> {
-    let mut name = [0 as c_char; 256];
-    // SAFETY: the buffer is as long as it is said to be, and the driver ends the name with a zero.
-    let status = unsafe { cu::cuDeviceGetName(name.as_mut_ptr(), 255, device) };
-    checked("cuDeviceGetName", status)?;
-    // SAFETY: the last byte was never written, so there is a zero.
-    Ok(unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned())
-}
-
-pub(crate) fn attribute(device: i32, what: cu::CUdevice_attribute) -> Result<i32, CudaError> {
-    let mut value = 0;
-    // SAFETY: the out pointer is valid.
-    let status = unsafe { cu::cuDeviceGetAttribute(&mut value, what, device) };
-    checked("cuDeviceGetAttribute", status)?;
-    Ok(value)
-}
-
-pub(crate) fn retain(device: i32) -> Result<Context, CudaError> {
-    let mut context = null_mut();
-    // SAFETY: the out pointer is valid; the reference is given back by `release`.
-    let status = unsafe { cu::cuDevicePrimaryCtxRetain(&mut context, device) };
-    checked("cuDevicePrimaryCtxRetain", status)?;
-    Ok(context)
-}
-
-pub(crate) fn release(device: i32) -> Result<(), CudaError> {
-    // SAFETY: pairs with a `retain` of this device.
-    checked("cuDevicePrimaryCtxRelease", unsafe { cu::cuDevicePrimaryCtxRelease_v2(device) })
-}
-
-pub(crate) fn set_current(context: Context) -> Result<(), CudaError> {
-    // SAFETY: the context is one that `retain` gave and that is not released yet.
-    checked("cuCtxSetCurrent", unsafe { cu::cuCtxSetCurrent(context) })
-}
-
-pub(crate) fn memory_info() -> Result<(usize, usize), CudaError> {
-    let (mut free, mut total) = (0, 0);
-    // SAFETY: the out pointers are valid.
-    checked("cuMemGetInfo", unsafe { cu::cuMemGetInfo_v2(&mut free, &mut total) })?;
-    Ok((free, total))
-}
-
-pub(crate) fn alloc(bytes: usize) -> Result<u64, CudaError> {
-    let mut address = 0;
-    // SAFETY: the out pointer is valid.
-    checked("cuMemAlloc", unsafe { cu::cuMemAlloc_v2(&mut address, bytes) })?;
-    Ok(address)
-}
-
-pub(crate) fn free(address: u64) -> Result<(), CudaError> {
-    // SAFETY: the address is one that `alloc` gave; the driver waits for work that uses it.
-    checked("cuMemFree", unsafe { cu::cuMemFree_v2(address) })
-}
-
-/// Pinned host memory, zeroed.
-pub(crate) fn alloc_host(bytes: usize) -> Result<*mut u8, CudaError> {
-    let mut address: *mut c_void = null_mut();
-    // SAFETY: the out pointer is valid.
-    checked("cuMemHostAlloc", unsafe { cu::cuMemHostAlloc(&mut address, bytes, 0) })?;
-    // SAFETY: the driver gave so many bytes at this address.
-    unsafe { std::ptr::write_bytes(address.cast::<u8>(), 0, bytes) };
-    Ok(address.cast())
-}
-
-pub(crate) fn free_host(address: *mut u8) -> Result<(), CudaError> {
-    // SAFETY: the address is one that `alloc_host` gave.
-    checked("cuMemFreeHost", unsafe { cu::cuMemFreeHost(address.cast()) })
-}
-
-/// The bytes of pinned memory.
-///
-/// # Safety
-///
-/// `address` is that of `len` bytes of `alloc_host` that live as long as the slice, which nothing else
-/// writes to meanwhile, a stream included.
-pub(crate) unsafe fn host_bytes<'a>(address: *mut u8, len: usize) -> &'a mut [u8] {
-    // SAFETY: the caller's, word by word.
-    unsafe { std::slice::from_raw_parts_mut(address, len) }
-}
-
-pub(crate) fn copy_from_pinned(
-    target: u64,
-    source: *const u8,
-    bytes: usize,
-    stream: RawStream,
-) -> Result<(), CudaError> {
-    // SAFETY: callers pass ranges that they have checked, and keep both until the stream is done.
-    let status = unsafe { cu::cuMemcpyHtoDAsync_v2(target, source.cast(), bytes, stream) };
-    checked("cuMemcpyHtoDAsync", status)
-}
-
-pub(crate) fn copy_to_pinned(
-    target: *mut u8,
-    source: u64,
-    bytes: usize,
-    stream: RawStream,
-) -> Result<(), CudaError> {
-    // SAFETY: callers pass ranges that they have checked, and keep both until the stream is done.
-    let status = unsafe { cu::cuMemcpyDtoHAsync_v2(target.cast(), source, bytes, stream) };
-    checked("cuMemcpyDtoHAsync", status)
-}
-
-pub(crate) fn write(target: u64, source: &[u8]) -> Result<(), CudaError> {
-    // SAFETY: the range was checked by the caller; the call returns when it has read the source.
-    let status = unsafe { cu::cuMemcpyHtoD_v2(target, source.as_ptr().cast(), source.len()) };
-    checked("cuMemcpyHtoD", status)?;
-    // The last part may still be on its way from the driver's own memory, and no other stream of ours
-    // waits for the default one, which it is on.
-    synchronize(null_mut())
-}
-
-pub(crate) fn read(target: &mut [u8], source: u64) -> Result<(), CudaError> {
-    // SAFETY: as in `write`.
-    let status = unsafe { cu::cuMemcpyDtoH_v2(target.as_mut_ptr().cast(), source, target.len()) };
-    checked("cuMemcpyDtoH", status)
-}
-
-pub(crate) fn copy_on_device(
-    target: u64,
-    source: u64,
-    bytes: usize,
-    stream: RawStream,
-) -> Result<(), CudaError> {
-    // SAFETY: callers pass ranges that they have checked, and keep both until the stream is done.
-    let status = unsafe { cu::cuMemcpyDtoDAsync_v2(target, source, bytes, stream) };
-    checked("cuMemcpyDtoDAsync", status)
-}
-
-pub(crate) fn fill(
-    target: u64,
-    byte: u8,
-    bytes: usize,
-    stream: RawStream,
-) -> Result<(), CudaError> {
-    // SAFETY: as in `copy_on_device`.
-    let status = unsafe { cu::cuMemsetD8Async(target, byte, bytes, stream) };
-    checked("cuMemsetD8Async", status)
-}
-
-pub(crate) fn stream() -> Result<RawStream, CudaError> {
-    let mut stream = null_mut();
-    let flags = cu::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-    // SAFETY: the out pointer is valid.
-    checked("cuStreamCreate", unsafe { cu::cuStreamCreate(&mut stream, flags) })?;
-    Ok(stream)
-}
-
-pub(crate) fn destroy_stream(stream: RawStream) -> Result<(), CudaError> {
-    // SAFETY: the stream is one that `stream` gave, and is not used any more.
-    checked("cuStreamDestroy", unsafe { cu::cuStreamDestroy_v2(stream) })
-}
-
-pub(crate) fn synchronize(stream: RawStream) -> Result<(), CudaError> {
-    // SAFETY: the stream is alive.
-    checked("cuStreamSynchronize", unsafe { cu::cuStreamSynchronize(stream) })
-}
-
-pub(crate) fn wait_for(stream: RawStream, event: RawEvent) -> Result<(), CudaError> {
-    // SAFETY: both are alive.
-    checked("cuStreamWaitEvent", unsafe { cu::cuStreamWaitEvent(stream, event, 0) })
-}
-
-pub(crate) fn event(timing: bool) -> Result<RawEvent, CudaError> {
-    let mut event = null_mut();
-    let flags = match timing {
-        true => cu::CUevent_flags::CU_EVENT_DEFAULT,
-        false => cu::CUevent_flags::CU_EVENT_DISABLE_TIMING,
-    };
-    // SAFETY: the out pointer is valid.
-    checked("cuEventCreate", unsafe { cu::cuEventCreate(&mut event, flags as u32) })?;
-    Ok(event)
-}
-
-pub(crate) fn destroy_event(event: RawEvent) -> Result<(), CudaError> {
-    // SAFETY: the event is one that `event` gave.
-    checked("cuEventDestroy", unsafe { cu::cuEventDestroy_v2(event) })
-}
-
-pub(crate) fn record(event: RawEvent, stream: RawStream) -> Result<(), CudaError> {
-    // SAFETY: both are alive.
-    checked("cuEventRecord", unsafe { cu::cuEventRecord(event, stream) })
-}
-
-/// Whether all that was recorded before is done.
-pub(crate) fn is_done(event: RawEvent) -> Result<bool, CudaError> {
-    // SAFETY: the event is alive.
-    match unsafe { cu::cuEventQuery(event) } {
-        cu::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
-        status => checked("cuEventQuery", status).map(|()| true),
+/// What can go wrong while a handle is dropped is the loss of the device; there is nobody to tell.
+fn log(result: Result<(), CudaError>) {
+    if let Err(error) = result {
+        tracing::debug!(%error, "while releasing a CUDA handle");
     }
 }
 
-pub(crate) fn await_event(event: RawEvent) -> Result<(), CudaError> {
-    // SAFETY: the event is alive.
-    checked("cuEventSynchronize", unsafe { cu::cuEventSynchronize(event) })
+/// The driver, loaded and initialised: what all other calls of it need.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Driver(());
+
+impl Driver {
+    pub(crate) fn load() -> Result<Self, CudaError> {
+        // SAFETY: loads the system's own driver library, which runs its initialisers.
+        if !unsafe { cu::is_culib_present() } {
+            return Err(CudaError::NoDriver);
+        }
+        // SAFETY: no arguments but flags, which have to be 0.
+        checked("cuInit", unsafe { cu::cuInit(0) })?;
+        Ok(Self(()))
+    }
+
+    pub(crate) fn version(self) -> Result<i32, CudaError> {
+        let mut version = 0;
+        // SAFETY: the out pointer is valid.
+        checked("cuDriverGetVersion", unsafe { cu::cuDriverGetVersion(&mut version) })?;
+        Ok(version)
+    }
+
+    pub(crate) fn device_count(self) -> Result<i32, CudaError> {
+        let mut count = 0;
+        // SAFETY: the out pointer is valid.
+        checked("cuDeviceGetCount", unsafe { cu::cuDeviceGetCount(&mut count) })?;
+        Ok(count)
+    }
 }
 
-pub(crate) fn elapsed_ms(start: RawEvent, end: RawEvent) -> Result<f32, CudaError> {
-    let mut milliseconds = 0.0;
-    // SAFETY: the out pointer is valid, the events are alive.
-    let status = unsafe { cu::cuEventElapsedTime_v2(&mut milliseconds, start, end) };
-    checked("cuEventElapsedTime", status)?;
-    Ok(milliseconds)
+/// The primary context of a device.
+#[derive(Clone, Debug)]
+pub(crate) struct Context(Arc<Retained>);
+
+#[derive(Debug)]
+struct Retained {
+    device: i32,
+    context: Raw<cu::CUcontext>,
 }
 
-pub(crate) fn export(address: u64) -> Result<[u8; IPC_HANDLE_BYTES], CudaError> {
-    let mut handle = cu::CUipcMemHandle { reserved: [0; IPC_HANDLE_BYTES] };
-    // SAFETY: the out pointer is valid, the address is the start of an allocation.
-    checked("cuIpcGetMemHandle", unsafe { cu::cuIpcGetMemHandle(&mut handle, address) })?;
-    Ok(handle.reserved.map(|byte| byte as u8))
+impl Context {
+    /// That of device number `ordinal`.
+    pub(crate) fn retain(_: Driver, ordinal: i32) -> Result<Self, CudaError> {
+        let mut device = 0;
+        // SAFETY: the out pointer is valid; the driver checks the ordinal.
+        checked("cuDeviceGet", unsafe { cu::cuDeviceGet(&mut device, ordinal) })?;
+        let mut context = null_mut();
+        // SAFETY: the out pointer is valid; the reference is given back when the last clone is dropped.
+        let status = unsafe { cu::cuDevicePrimaryCtxRetain(&mut context, device) };
+        checked("cuDevicePrimaryCtxRetain", status)?;
+        Ok(Self(Arc::new(Retained { device, context: Raw(context) })))
+    }
+
+    /// Makes it current on this thread.
+    pub(crate) fn enter(&self) -> Result<(), CudaError> {
+        // SAFETY: the context is retained as long as `self` lives.
+        checked("cuCtxSetCurrent", unsafe { cu::cuCtxSetCurrent(self.0.context.0) })
+    }
+
+    pub(crate) fn name(&self) -> Result<String, CudaError> {
+        let mut name = [0 as c_char; 256];
+        // SAFETY: the buffer is longer than it is said to be, and the driver ends the name with a zero.
+        let status = unsafe { cu::cuDeviceGetName(name.as_mut_ptr(), 255, self.0.device) };
+        checked("cuDeviceGetName", status)?;
+        // SAFETY: the last byte was never written, so there is a zero.
+        Ok(unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned())
+    }
+
+    pub(crate) fn attribute(&self, what: Attribute) -> Result<i32, CudaError> {
+        let mut value = 0;
+        // SAFETY: the out pointer is valid.
+        let status = unsafe { cu::cuDeviceGetAttribute(&mut value, what, self.0.device) };
+        checked("cuDeviceGetAttribute", status)?;
+        Ok(value)
+    }
+
+    /// Free and all bytes of the device's memory.
+    pub(crate) fn memory_info(&self) -> Result<(usize, usize), CudaError> {
+        self.enter()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: the out pointers are valid.
+        checked("cuMemGetInfo", unsafe { cu::cuMemGetInfo_v2(&mut free, &mut total) })?;
+        Ok((free, total))
+    }
 }
 
-pub(crate) fn import(handle: [u8; IPC_HANDLE_BYTES]) -> Result<u64, CudaError> {
-    let handle = cu::CUipcMemHandle { reserved: handle.map(|byte| byte as c_char) };
-    let mut address = 0;
-    // SAFETY: the out pointer is valid; the driver checks the handle.
-    let status = unsafe { cu::cuIpcOpenMemHandle_v2(&mut address, handle, 1) };
-    checked("cuIpcOpenMemHandle", status)?;
-    Ok(address)
+impl Drop for Retained {
+    fn drop(&mut self) {
+        // SAFETY: pairs with the `retain` of this device; every handle that uses the context keeps it.
+        let status = unsafe { cu::cuDevicePrimaryCtxRelease_v2(self.device) };
+        log(checked("cuDevicePrimaryCtxRelease", status));
+    }
 }
 
-pub(crate) fn close_import(address: u64) -> Result<(), CudaError> {
-    // SAFETY: the address is one that `import` gave.
-    checked("cuIpcCloseMemHandle", unsafe { cu::cuIpcCloseMemHandle(address) })
+/// What the work of a stream uses.
+pub(crate) type Used = Arc<dyn Any + Send + Sync>;
+
+/// A stream. The last clone waits for its work.
+#[derive(Clone, Debug)]
+pub(crate) struct Stream(Arc<StreamHandle>);
+
+#[derive(Debug)]
+struct StreamHandle {
+    context: Context,
+    stream: Raw<cu::CUstream>,
+    /// What work that was not waited for may use.
+    used: Mutex<Vec<Used>>,
 }
 
-pub(crate) fn load_module(image: &[u8]) -> Result<Module, CudaError> {
-    let mut module = null_mut();
-    // SAFETY: the image is a cubin as NVRTC made it; the driver checks it.
-    let status = unsafe { cu::cuModuleLoadData(&mut module, image.as_ptr().cast()) };
-    checked("cuModuleLoadData", status)?;
-    Ok(module)
+impl Stream {
+    pub(crate) fn new(context: &Context) -> Result<Self, CudaError> {
+        context.enter()?;
+        let mut stream = null_mut();
+        let flags = cu::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: the out pointer is valid.
+        checked("cuStreamCreate", unsafe { cu::cuStreamCreate(&mut stream, flags) })?;
+        let (stream, used) = (Raw(stream), Mutex::default());
+        Ok(Self(Arc::new(StreamHandle { context: context.clone(), stream, used })))
+    }
+
+    /// Waits for all work, and lets go of what it used.
+    pub(crate) fn synchronize(&self) -> Result<(), CudaError> {
+        self.0.synchronize()
+    }
+
+    /// Lets later work wait for what the event was recorded after.
+    pub(crate) fn wait_for(&self, event: &Event) -> Result<(), CudaError> {
+        self.0.context.enter()?;
+        // SAFETY: both are alive; the driver keeps what it needs of the event.
+        let status = unsafe { cu::cuStreamWaitEvent(self.0.stream.0, event.event.0, 0) };
+        checked("cuStreamWaitEvent", status)
+    }
+
+    pub(crate) fn as_raw(&self) -> *mut c_void {
+        self.0.stream.0.cast()
+    }
+
+    /// Keeps something until the work that is enqueued next was waited for.
+    pub(crate) fn keep(&self, used: Used) {
+        self.0.used().push(used);
+    }
+
+    /// Enqueues a copy within the device, or from another one.
+    pub(crate) fn copy(
+        &self,
+        (target, to): (&Arc<Memory>, usize),
+        (source, from): (&Arc<Memory>, usize),
+        bytes: usize,
+    ) -> Result<(), CudaError> {
+        let (to, from) = (target.at(to, bytes)?, source.at(from, bytes)?);
+        self.0.context.enter()?;
+        self.keep(target.clone());
+        self.keep(source.clone());
+        // SAFETY: both ranges lie within allocations, which the stream keeps until it has done the work.
+        let status = unsafe { cu::cuMemcpyDtoDAsync_v2(to, from, bytes, self.0.stream.0) };
+        checked("cuMemcpyDtoDAsync", status)
+    }
+
+    /// Enqueues that a byte is written to all places of a range.
+    pub(crate) fn fill(
+        &self,
+        (target, to): (&Arc<Memory>, usize),
+        byte: u8,
+        bytes: usize,
+    ) -> Result<(), CudaError> {
+        let to = target.at(to, bytes)?;
+        self.0.context.enter()?;
+        self.keep(target.clone());
+        // SAFETY: as in `copy`.
+        let status = unsafe { cu::cuMemsetD8Async(to, byte, bytes, self.0.stream.0) };
+        checked("cuMemsetD8Async", status)
+    }
 }
 
-pub(crate) fn unload(module: Module) -> Result<(), CudaError> {
-    // SAFETY: the module is one that `load_module` gave, none of its kernels runs any more.
-    checked("cuModuleUnload", unsafe { cu::cuModuleUnload(module) })
+impl StreamHandle {
+    fn used(&self) -> std::sync::MutexGuard<'_, Vec<Used>> {
+        // Every change is one push or the taking of all.
+        self.used.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn synchronize(&self) -> Result<(), CudaError> {
+        self.context.enter()?;
+        // What is kept from now on belongs to work that may not be waited for here.
+        let used = std::mem::take(&mut *self.used());
+        // SAFETY: the stream is alive.
+        let status = unsafe { cu::cuStreamSynchronize(self.stream.0) };
+        let result = checked("cuStreamSynchronize", status);
+        if result.is_err() {
+            self.used().extend(used);
+        }
+        result
+    }
 }
 
-pub(crate) fn function(module: Module, name: &CStr) -> Result<Function, CudaError> {
-    let mut function = null_mut();
-    // SAFETY: the out pointer is valid, the module is alive.
-    let status = unsafe { cu::cuModuleGetFunction(&mut function, module, name.as_ptr()) };
-    checked("cuModuleGetFunction", status)?;
-    Ok(function)
+impl Drop for StreamHandle {
+    fn drop(&mut self) {
+        log(self.synchronize());
+        // SAFETY: the stream is one that `new` made, and nobody uses it any more.
+        let status = unsafe { cu::cuStreamDestroy_v2(self.stream.0) };
+        log(checked("cuStreamDestroy", status));
+    }
 }
 
-pub(crate) fn blocks_per_multiprocessor(
-    function: Function,
-    threads: u32,
-) -> Result<i32, CudaError> {
-    let mut blocks = 0;
-    // SAFETY: the out pointer is valid, the function's module is alive.
-    let status = unsafe {
-        cu::cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, function, threads as c_int, 0)
-    };
-    checked("cuOccupancyMaxActiveBlocksPerMultiprocessor", status)?;
-    Ok(blocks)
+/// A place in a stream's work.
+#[derive(Debug)]
+pub(crate) struct Event {
+    context: Context,
+    event: Raw<cu::CUevent>,
 }
 
-/// Launches a kernel whose parameters are 8 bytes each, or fit into 8 little-endian ones.
-pub(crate) fn launch(
-    function: Function,
-    grid: u32,
-    threads: u32,
-    stream: RawStream,
-    parameters: &mut [u64],
-) -> Result<(), CudaError> {
-    let mut pointers: Vec<*mut c_void> =
-        parameters.iter_mut().map(|parameter| std::ptr::from_mut(parameter).cast()).collect();
-    // SAFETY: there is a pointer for each parameter of the kernel, to at least as many bytes as it has;
-    // what the addresses among them point to is kept until the stream is done.
-    let status = unsafe {
-        cu::cuLaunchKernel(
-            function,
-            grid,
-            1,
-            1,
-            threads,
-            1,
-            1,
-            0,
-            stream,
-            pointers.as_mut_ptr(),
-            null_mut(),
-        )
-    };
-    checked("cuLaunchKernel", status)
+impl Event {
+    pub(crate) fn new(context: &Context, timing: bool) -> Result<Self, CudaError> {
+        context.enter()?;
+        let mut event = null_mut();
+        let flags = match timing {
+            true => cu::CUevent_flags::CU_EVENT_DEFAULT,
+            false => cu::CUevent_flags::CU_EVENT_DISABLE_TIMING,
+        };
+        // SAFETY: the out pointer is valid.
+        checked("cuEventCreate", unsafe { cu::cuEventCreate(&mut event, flags as u32) })?;
+        Ok(Self { context: context.clone(), event: Raw(event) })
+    }
+
+    pub(crate) fn record(&self, stream: &Stream) -> Result<(), CudaError> {
+        self.context.enter()?;
+        // SAFETY: both are alive.
+        let status = unsafe { cu::cuEventRecord(self.event.0, stream.0.stream.0) };
+        checked("cuEventRecord", status)
+    }
+
+    /// Whether all that was recorded before is done.
+    pub(crate) fn is_done(&self) -> Result<bool, CudaError> {
+        self.context.enter()?;
+        // SAFETY: the event is alive.
+        match unsafe { cu::cuEventQuery(self.event.0) } {
+            cu::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            status => checked("cuEventQuery", status).map(|()| true),
+        }
+    }
+
+    pub(crate) fn wait(&self) -> Result<(), CudaError> {
+        self.context.enter()?;
+        // SAFETY: the event is alive.
+        checked("cuEventSynchronize", unsafe { cu::cuEventSynchronize(self.event.0) })
+    }
+
+    pub(crate) fn milliseconds_since(&self, earlier: &Self) -> Result<f32, CudaError> {
+        self.context.enter()?;
+        let mut milliseconds = 0.0;
+        let (start, end) = (earlier.event.0, self.event.0);
+        // SAFETY: the out pointer is valid, the events are alive.
+        let status = unsafe { cu::cuEventElapsedTime_v2(&mut milliseconds, start, end) };
+        checked("cuEventElapsedTime", status)?;
+        Ok(milliseconds)
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        log(self.context.enter());
+        // SAFETY: the event is one that `new` made, and nobody uses it any more.
+        log(checked("cuEventDestroy", unsafe { cu::cuEventDestroy_v2(self.event.0) }));
+    }
+}
+
+/// Memory of a device. Given back when dropped.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    context: Context,
+    address: u64,
+    len: usize,
+    origin: Origin,
+}
+
+/// Where an allocation comes from, and so what becomes of it.
+#[derive(Debug)]
+enum Origin {
+    Own,
+    /// Another process's, with what is dropped when it is closed.
+    Imported(#[expect(dead_code, reason = "kept to be dropped")] Used),
+    /// Another library's, which has it again when this is dropped.
+    Borrowed(#[expect(dead_code, reason = "kept to be dropped")] Used),
+}
+
+impl Memory {
+    /// So many bytes, at least 1, aligned to 256.
+    pub(crate) fn new(context: &Context, len: usize) -> Result<Self, CudaError> {
+        context.enter()?;
+        let mut address = 0;
+        // SAFETY: the out pointer is valid.
+        checked("cuMemAlloc", unsafe { cu::cuMemAlloc_v2(&mut address, len.max(1)) })?;
+        Ok(Self { context: context.clone(), address, len, origin: Origin::Own })
+    }
+
+    /// An allocation of another process.
+    pub(crate) fn import(
+        context: &Context,
+        handle: [u8; IPC_HANDLE_BYTES],
+        len: usize,
+        owner: Used,
+    ) -> Result<Self, CudaError> {
+        context.enter()?;
+        let handle = cu::CUipcMemHandle { reserved: handle.map(|byte| byte as c_char) };
+        let mut address = 0;
+        // SAFETY: the out pointer is valid; the driver checks the handle.
+        let status = unsafe { cu::cuIpcOpenMemHandle_v2(&mut address, handle, 1) };
+        checked("cuIpcOpenMemHandle", status)?;
+        let memory =
+            Self { context: context.clone(), address, len, origin: Origin::Imported(owner) };
+        // The length is the exporter's word; the driver knows better, where it says.
+        match memory.mapped() {
+            Ok(there) if there < len => {
+                Err(CudaError::Range(format!("{len} bytes of an allocation of {there}")))
+            }
+            _ => Ok(memory),
+        }
+    }
+
+    /// How many bytes the driver knows to be there from its beginning.
+    fn mapped(&self) -> Result<usize, CudaError> {
+        let (mut base, mut size) = (0, 0);
+        // SAFETY: the out pointers are valid, the driver checks the address.
+        let status = unsafe { cu::cuMemGetAddressRange_v2(&mut base, &mut size, self.address) };
+        checked("cuMemGetAddressRange", status)?;
+        Ok(size.saturating_sub((self.address - base) as usize))
+    }
+
+    /// Memory of another library of this process, which gets it back when this is dropped.
+    ///
+    /// # Safety
+    ///
+    /// `len` bytes of this context's device, or of one that it reaches, are at `address` as long as `owner`
+    /// lives.
+    pub(crate) unsafe fn borrowed(
+        context: &Context,
+        address: u64,
+        len: usize,
+        owner: Used,
+    ) -> Self {
+        Self { context: context.clone(), address, len, origin: Origin::Borrowed(owner) }
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.address
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The address of a range, if it is within.
+    fn at(&self, at: usize, bytes: usize) -> Result<u64, CudaError> {
+        match at.checked_add(bytes) {
+            Some(end) if end <= self.len => Ok(self.address + at as u64),
+            _ => Err(CudaError::Range(format!(
+                "{bytes} bytes at {at} of device memory of {}",
+                self.len
+            ))),
+        }
+    }
+
+    /// Writes host bytes; returns when they are there.
+    pub(crate) fn write(&self, at: usize, source: &[u8]) -> Result<(), CudaError> {
+        let to = self.at(at, source.len())?;
+        self.context.enter()?;
+        // SAFETY: the range lies within the allocation; the call returns when it has read the source.
+        let status = unsafe { cu::cuMemcpyHtoD_v2(to, source.as_ptr().cast(), source.len()) };
+        checked("cuMemcpyHtoD", status)?;
+        // The last part may still be on its way from the driver's own memory, and no other stream of ours
+        // waits for the default one, which it is on.
+        // SAFETY: null is the default stream.
+        checked("cuStreamSynchronize", unsafe { cu::cuStreamSynchronize(null_mut()) })
+    }
+
+    /// Reads into host bytes; returns when they are here.
+    pub(crate) fn read(&self, at: usize, target: &mut [u8]) -> Result<(), CudaError> {
+        let from = self.at(at, target.len())?;
+        self.context.enter()?;
+        // SAFETY: as in `write`.
+        let status = unsafe { cu::cuMemcpyDtoH_v2(target.as_mut_ptr().cast(), from, target.len()) };
+        checked("cuMemcpyDtoH", status)
+    }
+
+    /// A handle by which other processes open it.
+    pub(crate) fn export(&self) -> Result<[u8; IPC_HANDLE_BYTES], CudaError> {
+        self.context.enter()?;
+        let mut handle = cu::CUipcMemHandle { reserved: [0; IPC_HANDLE_BYTES] };
+        // SAFETY: the out pointer is valid; the driver checks the address.
+        let status = unsafe { cu::cuIpcGetMemHandle(&mut handle, self.address) };
+        checked("cuIpcGetMemHandle", status)?;
+        Ok(handle.reserved.map(|byte| byte as u8))
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        log(self.context.enter());
+        log(match &self.origin {
+            Origin::Own => {
+                // SAFETY: the address is one that `new` got; no work uses it, because streams keep what
+                // their work uses.
+                checked("cuMemFree", unsafe { cu::cuMemFree_v2(self.address) })
+            }
+            Origin::Imported(_) => {
+                // SAFETY: the address is one that `import` got; as above.
+                let status = unsafe { cu::cuIpcCloseMemHandle(self.address) };
+                checked("cuIpcCloseMemHandle", status)
+            }
+            Origin::Borrowed(_) => Ok(()),
+        });
+    }
+}
+
+/// Pinned host memory, which one stream reads and writes.
+#[derive(Debug)]
+pub(crate) struct Pinned {
+    stream: Stream,
+    address: Raw<*mut u8>,
+    len: usize,
+}
+
+impl Pinned {
+    /// So many bytes, zeroed.
+    pub(crate) fn new(stream: &Stream, len: usize) -> Result<Self, CudaError> {
+        stream.0.context.enter()?;
+        let mut address: *mut c_void = null_mut();
+        let bytes = len.max(1);
+        // SAFETY: the out pointer is valid.
+        checked("cuMemHostAlloc", unsafe { cu::cuMemHostAlloc(&mut address, bytes, 0) })?;
+        let address = address.cast::<u8>();
+        // SAFETY: the driver gave so many bytes at this address.
+        unsafe { std::ptr::write_bytes(address, 0, bytes) };
+        Ok(Self { stream: stream.clone(), address: Raw(address), len })
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Its bytes. Waits for the stream's work, which may use them.
+    pub(crate) fn bytes(&mut self) -> Result<&mut [u8], CudaError> {
+        self.stream.synchronize()?;
+        // SAFETY: `len` bytes of `new` that live as long as `self`, borrowed for writing; only this stream
+        // was told to use them, and has done so.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.address.0, self.len) })
+    }
+
+    fn at(&self, at: usize, bytes: usize) -> Result<*mut u8, CudaError> {
+        match at.checked_add(bytes) {
+            Some(end) if end <= self.len => Ok(self.address.0.wrapping_add(at)),
+            _ => Err(CudaError::Range(format!("{bytes} bytes at {at} of {}", self.len))),
+        }
+    }
+
+    /// Enqueues a copy of device memory to its beginning.
+    pub(crate) fn copy_from(
+        &mut self,
+        (source, from): (&Arc<Memory>, usize),
+        bytes: usize,
+    ) -> Result<(), CudaError> {
+        let (to, from) = (self.at(0, bytes)?, source.at(from, bytes)?);
+        let stream = &self.stream;
+        stream.0.context.enter()?;
+        stream.keep(source.clone());
+        // SAFETY: both ranges are there; the stream keeps the source, and this waits for the stream before
+        // anybody sees the bytes and before they are freed.
+        let status = unsafe { cu::cuMemcpyDtoHAsync_v2(to.cast(), from, bytes, stream.0.stream.0) };
+        checked("cuMemcpyDtoHAsync", status)
+    }
+
+    /// Enqueues a copy of some of its bytes to device memory.
+    pub(crate) fn copy_to(
+        &self,
+        at: usize,
+        (target, to): (&Arc<Memory>, usize),
+        bytes: usize,
+    ) -> Result<(), CudaError> {
+        let (from, to) = (self.at(at, bytes)?, target.at(to, bytes)?);
+        let stream = &self.stream;
+        stream.0.context.enter()?;
+        stream.keep(target.clone());
+        // SAFETY: as in `copy_from`.
+        let status = unsafe { cu::cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, stream.0.stream.0) };
+        checked("cuMemcpyHtoDAsync", status)
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        log(self.stream.synchronize());
+        // SAFETY: the address is one that `new` got, and the stream has done its work.
+        log(checked("cuMemFreeHost", unsafe { cu::cuMemFreeHost(self.address.0.cast()) }));
+    }
+}
+
+/// Compiled kernels, whole: the driver is given no length.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Image(Vec<u8>);
+
+/// The beginning of a file with an image: what it is, its length and its SHA-256.
+const MAGIC: &[u8; 16] = b"ckpt-engine cub1";
+const HEADER: usize = 16 + 8 + 32;
+
+impl Image {
+    /// An image as a file has it.
+    pub(crate) fn to_file(&self) -> Vec<u8> {
+        let mut file = Vec::with_capacity(HEADER + self.0.len());
+        file.extend(MAGIC);
+        file.extend((self.0.len() as u64).to_le_bytes());
+        file.extend(Sha256::digest(&self.0));
+        file.extend(&self.0);
+        file
+    }
+
+    /// An image out of a file, if it is whole and as it was written.
+    pub(crate) fn from_file(file: &[u8]) -> Option<Self> {
+        let rest = file.strip_prefix(MAGIC)?;
+        let (len, rest) = rest.split_first_chunk::<8>()?;
+        let (sum, image) = rest.split_first_chunk::<32>()?;
+        let is_whole = u64::from_le_bytes(*len) == image.len() as u64 && !image.is_empty();
+        (is_whole && Sha256::digest(image)[..] == sum[..]).then(|| Self(image.to_vec()))
+    }
+
+    pub(crate) fn into_bytes(self) -> Vec<u8> {
+        self.0
+    }
+
+    /// An image that no driver takes.
+    #[cfg(test)]
+    pub(crate) fn of_bytes(bytes: &[u8]) -> Self {
+        Self(bytes.to_vec())
+    }
+}
+
+/// Kernels on a device.
+#[derive(Debug)]
+pub(crate) struct Module {
+    context: Context,
+    module: Raw<cu::CUmodule>,
+}
+
+impl Module {
+    pub(crate) fn load(context: &Context, image: &Image) -> Result<Self, CudaError> {
+        context.enter()?;
+        let mut module = null_mut();
+        // SAFETY: an image is whole, as NVRTC made it; the driver checks the rest.
+        let status = unsafe { cu::cuModuleLoadData(&mut module, image.0.as_ptr().cast()) };
+        checked("cuModuleLoadData", status)?;
+        Ok(Self { context: context.clone(), module: Raw(module) })
+    }
+
+    pub(crate) fn function(self: &Arc<Self>, name: &CStr) -> Result<Function, CudaError> {
+        self.context.enter()?;
+        let mut function = null_mut();
+        // SAFETY: the out pointer is valid, the module is alive.
+        let status =
+            unsafe { cu::cuModuleGetFunction(&mut function, self.module.0, name.as_ptr()) };
+        checked("cuModuleGetFunction", status)?;
+        Ok(Function { module: self.clone(), function: Raw(function) })
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        log(self.context.enter());
+        // SAFETY: none of its kernels runs any more: streams keep the modules that their work uses.
+        log(checked("cuModuleUnload", unsafe { cu::cuModuleUnload(self.module.0) }));
+    }
+}
+
+/// A kernel.
+#[derive(Clone, Debug)]
+pub(crate) struct Function {
+    module: Arc<Module>,
+    function: Raw<cu::CUfunction>,
+}
+
+impl Function {
+    pub(crate) fn blocks_per_multiprocessor(&self, threads: u32) -> Result<i32, CudaError> {
+        self.module.context.enter()?;
+        let (mut blocks, threads) = (0, threads as c_int);
+        let function = self.function.0;
+        // SAFETY: the out pointer is valid, the function's module is alive.
+        let status = unsafe {
+            cu::cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, function, threads, 0)
+        };
+        checked("cuOccupancyMaxActiveBlocksPerMultiprocessor", status)?;
+        Ok(blocks)
+    }
+
+    /// Launches the kernel, with parameters that are 8 bytes each, or fit into 8 little-endian ones.
+    ///
+    /// # Safety
+    ///
+    /// There is a parameter for each one of the kernel. All addresses among them, and those in the memory
+    /// that they point to, are of memory that the kernel may use so, which the stream
+    /// [keeps](Stream::keep).
+    pub(crate) unsafe fn launch(
+        &self,
+        grid: u32,
+        threads: u32,
+        stream: &Stream,
+        parameters: &mut [u64],
+    ) -> Result<(), CudaError> {
+        self.module.context.enter()?;
+        stream.keep(self.module.clone());
+        let mut pointers: Vec<*mut c_void> =
+            parameters.iter_mut().map(|parameter| std::ptr::from_mut(parameter).cast()).collect();
+        // SAFETY: there is a pointer for each parameter of the kernel, to at least as many bytes as it has;
+        // what the addresses among them point to is the caller's promise.
+        let status = unsafe {
+            cu::cuLaunchKernel(
+                self.function.0,
+                grid,
+                1,
+                1,
+                threads,
+                1,
+                1,
+                0,
+                stream.0.stream.0,
+                pointers.as_mut_ptr(),
+                null_mut(),
+            )
+        };
+        checked("cuLaunchKernel", status)
+    }
 }
 
 fn compiled(call: &'static str, status: rtc::nvrtcResult) -> Result<(), CudaError> {
@@ -363,80 +690,99 @@ fn compiled(call: &'static str, status: rtc::nvrtcResult) -> Result<(), CudaErro
     Err(CudaError::Compiler { call, log: format!("{status:?}") })
 }
 
-/// Opens NVRTC by its path, for good, so that it is found under its name.
-pub(crate) fn preload_nvrtc(library: &Path) -> Result<(), CudaError> {
-    // SAFETY: loads NVIDIA's compiler library, which the user named; it runs its initialisers.
-    match unsafe { libloading::Library::new(library) } {
-        Ok(library) => {
-            std::mem::forget(library);
-            Ok(())
+/// NVRTC, loaded: what all calls of it need.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Compiler(());
+
+impl Compiler {
+    /// Opens a library of NVRTC's by its path, for good, so that it is found under its name.
+    pub(crate) fn preload(library: &Path) -> Result<(), CudaError> {
+        // SAFETY: loads NVIDIA's compiler library, which the user named; it runs its initialisers.
+        match unsafe { libloading::Library::new(library) } {
+            Ok(library) => {
+                std::mem::forget(library);
+                Ok(())
+            }
+            Err(error) => {
+                Err(CudaError::NoCompiler { reason: format!("{}: {error}", library.display()) })
+            }
         }
-        Err(error) => {
-            Err(CudaError::NoCompiler { reason: format!("{}: {error}", library.display()) })
+    }
+
+    /// NVRTC, if it can be loaded.
+    pub(crate) fn load() -> Option<Self> {
+        // SAFETY: loads NVIDIA's compiler library, which runs its initialisers.
+        unsafe { rtc::is_culib_present() }.then_some(Self(()))
+    }
+
+    pub(crate) fn version(self) -> Result<(i32, i32), CudaError> {
+        let (mut major, mut minor) = (0, 0);
+        // SAFETY: the out pointers are valid.
+        compiled("nvrtcVersion", unsafe { rtc::nvrtcVersion(&mut major, &mut minor) })?;
+        Ok((major, minor))
+    }
+
+    /// Compiles a source to an image.
+    pub(crate) fn compile(
+        self,
+        source: &CStr,
+        name: &CStr,
+        options: &[CString],
+    ) -> Result<Image, CudaError> {
+        let mut program = null_mut();
+        let (source, name) = (source.as_ptr(), name.as_ptr());
+        // SAFETY: the strings end with zeros, there are no headers.
+        let status =
+            unsafe { rtc::nvrtcCreateProgram(&mut program, source, name, 0, null(), null()) };
+        compiled("nvrtcCreateProgram", status)?;
+        let program = Program(program);
+        let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
+        // SAFETY: the program is alive, and there are as many options as is said.
+        let status = unsafe {
+            rtc::nvrtcCompileProgram(program.0, options.len() as c_int, options.as_ptr())
+        };
+        compiled("nvrtcCompileProgram", status)
+            .map_err(|_| CudaError::Compiler { call: "nvrtcCompileProgram", log: program.log() })?;
+        program.image()
+    }
+}
+
+/// A program of NVRTC's.
+struct Program(rtc::nvrtcProgram);
+
+impl Program {
+    fn image(&self) -> Result<Image, CudaError> {
+        let mut size = 0;
+        // SAFETY: the out pointer is valid, the program is alive.
+        compiled("nvrtcGetCUBINSize", unsafe { rtc::nvrtcGetCUBINSize(self.0, &mut size) })?;
+        let mut image = vec![0_u8; size];
+        // SAFETY: the buffer has the size that was asked for.
+        let status = unsafe { rtc::nvrtcGetCUBIN(self.0, image.as_mut_ptr().cast()) };
+        compiled("nvrtcGetCUBIN", status)?;
+        Ok(Image(image))
+    }
+
+    fn log(&self) -> String {
+        let mut size = 0;
+        // SAFETY: the out pointer is valid, the program is alive.
+        let status = unsafe { rtc::nvrtcGetProgramLogSize(self.0, &mut size) };
+        if compiled("nvrtcGetProgramLogSize", status).is_err() {
+            return "no log".into();
+        }
+        let mut text = vec![0_u8; size];
+        // SAFETY: the buffer has the size that was asked for.
+        let status = unsafe { rtc::nvrtcGetProgramLog(self.0, text.as_mut_ptr().cast()) };
+        match compiled("nvrtcGetProgramLog", status) {
+            Ok(()) => String::from_utf8_lossy(&text).trim_end_matches('\0').to_owned(),
+            Err(_) => "no log".into(),
         }
     }
 }
 
-/// Whether NVRTC can be loaded: `compile` needs that asked before.
-pub(crate) fn nvrtc_is_present() -> bool {
-    // SAFETY: loads NVIDIA's compiler library, which runs its initialisers.
-    unsafe { rtc::is_culib_present() }
-}
-
-pub(crate) fn nvrtc_version() -> Result<(i32, i32), CudaError> {
-    let (mut major, mut minor) = (0, 0);
-    // SAFETY: the out pointers are valid.
-    compiled("nvrtcVersion", unsafe { rtc::nvrtcVersion(&mut major, &mut minor) })?;
-    Ok((major, minor))
-}
-
-/// Compiles a source to a cubin.
-pub(crate) fn compile(
-    source: &CStr,
-    name: &CStr,
-    options: &[CString],
-) -> Result<Vec<u8>, CudaError> {
-    let mut program = null_mut();
-    // SAFETY: the strings end with zeros, there are no headers.
-    let status = unsafe {
-        rtc::nvrtcCreateProgram(&mut program, source.as_ptr(), name.as_ptr(), 0, null(), null())
-    };
-    compiled("nvrtcCreateProgram", status)?;
-    let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
-    // SAFETY: the program is alive, and there are as many options as is said.
-    let status =
-        unsafe { rtc::nvrtcCompileProgram(program, options.len() as c_int, options.as_ptr()) };
-    let result = compiled("nvrtcCompileProgram", status)
-        .map_err(|_| CudaError::Compiler { call: "nvrtcCompileProgram", log: log(program) })
-        .and_then(|()| cubin(program));
-    // SAFETY: the program is alive, and not used after this.
-    compiled("nvrtcDestroyProgram", unsafe { rtc::nvrtcDestroyProgram(&mut program) })?;
-    result
-}
-
-fn cubin(program: rtc::nvrtcProgram) -> Result<Vec<u8>, CudaError> {
-    let mut size = 0;
-    // SAFETY: the out pointer is valid, the program is alive.
-    compiled("nvrtcGetCUBINSize", unsafe { rtc::nvrtcGetCUBINSize(program, &mut size) })?;
-    let mut image = vec![0_u8; size];
-    // SAFETY: the buffer has the size that was asked for.
-    let status = unsafe { rtc::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()) };
-    compiled("nvrtcGetCUBIN", status)?;
-    Ok(image)
-}
-
-fn log(program: rtc::nvrtcProgram) -> String {
-    let mut size = 0;
-    // SAFETY: the out pointer is valid, the program is alive.
-    let status = unsafe { rtc::nvrtcGetProgramLogSize(program, &mut size) };
-    if compiled("nvrtcGetProgramLogSize", status).is_err() {
-        return "no log".into();
-    }
-    let mut text = vec![0_u8; size];
-    // SAFETY: the buffer has the size that was asked for.
-    let status = unsafe { rtc::nvrtcGetProgramLog(program, text.as_mut_ptr().cast()) };
-    match compiled("nvrtcGetProgramLog", status) {
-        Ok(()) => String::from_utf8_lossy(&text).trim_end_matches('\0').to_owned(),
-        Err(_) => "no log".into(),
+impl Drop for Program {
+    fn drop(&mut self) {
+        // SAFETY: the program is alive, and not used after this.
+        let status = unsafe { rtc::nvrtcDestroyProgram(&mut self.0) };
+        log(compiled("nvrtcDestroyProgram", status));
     }
 }

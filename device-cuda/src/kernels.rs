@@ -1,16 +1,20 @@
 //! The kernels: compiled for the device that is there, launched over job tables.
 
+mod ffi;
+
 use std::ffi::{CStr, CString};
 use std::fmt::Write as _;
-use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use engine_core::digest;
 use quant_fp8::Fp8Format;
 use sha2::{Digest as _, Sha256};
 
+use crate::ffi::{Compiler, Function, Image, Module};
 use crate::table::{Table, mode_number};
-use crate::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, PinnedMemory, Stream, ffi};
+use crate::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, PinnedMemory, Stream};
 
 const SOURCE: &str = include_str!("../kernels/bucket.cu");
 
@@ -62,12 +66,15 @@ fn options(capability: (i32, i32)) -> Vec<String> {
 ///
 /// [`CudaError::NoCompiler`], and [`CudaError::Compiler`] with NVRTC's log.
 pub fn compile(capability: (i32, i32)) -> Result<Vec<u8>, CudaError> {
-    nvrtc()?;
+    compiled(capability).map(Image::into_bytes)
+}
+
+fn compiled(capability: (i32, i32)) -> Result<Image, CudaError> {
     let options: Vec<CString> = options(capability)
         .into_iter()
         .map(|option| CString::new(option).unwrap_or_default())
         .collect();
-    ffi::compile(&source()?, c"bucket.cu", &options)
+    compiler()?.compile(&source()?, c"bucket.cu", &options)
 }
 
 /// NVRTC's version, once it is loaded.
@@ -76,7 +83,11 @@ pub fn compile(capability: (i32, i32)) -> Result<Vec<u8>, CudaError> {
 ///
 /// [`CudaError::NoCompiler`].
 pub fn nvrtc() -> Result<(i32, i32), CudaError> {
-    static LOADED: OnceLock<Result<(i32, i32), String>> = OnceLock::new();
+    compiler()?.version().map_err(|error| CudaError::NoCompiler { reason: error.to_string() })
+}
+
+fn compiler() -> Result<Compiler, CudaError> {
+    static LOADED: OnceLock<Result<Compiler, String>> = OnceLock::new();
     let loaded = LOADED.get_or_init(|| {
         if let Some(folder) = std::env::var_os(FOLDER_VARIABLE) {
             let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
@@ -89,45 +100,70 @@ pub fn nvrtc() -> Result<(i32, i32), CudaError> {
                 let Some(library) = files.iter().find(is_it) else {
                     return Err(format!("no {prefix} in {}", folder.display()));
                 };
-                ffi::preload_nvrtc(library).map_err(|error| error.to_string())?;
+                Compiler::preload(library).map_err(|error| error.to_string())?;
             }
         }
-        if !ffi::nvrtc_is_present() {
-            return Err("libnvrtc.so is not on the loader's path".into());
-        }
-        ffi::nvrtc_version().map_err(|error| error.to_string())
+        Compiler::load().ok_or_else(|| "libnvrtc.so is not on the loader's path".into())
     });
     loaded.clone().map_err(|reason| CudaError::NoCompiler { reason })
 }
 
-/// The compiled kernels of this source for a device: from the cache, or compiled and put there.
-fn image(capability: (i32, i32)) -> Result<Vec<u8>, CudaError> {
+/// The file in the cache that has the compiled kernels of this source for a device.
+fn cached_file(capability: (i32, i32)) -> Result<Option<PathBuf>, CudaError> {
     let mut hash = Sha256::new();
     hash.update(source()?.as_bytes());
     hash.update(options(capability).join(" "));
     let name = hash.finalize().iter().fold(String::new(), |mut name, byte| {
+        // Writing to a string cannot fail.
         write!(name, "{byte:02x}").ok();
         name
     });
-    let folder = cache_folder();
-    let path = folder.as_ref().map(|folder| folder.join(format!("{name}.cubin")));
-    if let Some(image) = path.as_ref().and_then(|path| std::fs::read(path).ok()) {
-        return Ok(image);
+    Ok(cache_folder().map(|folder| folder.join(format!("{name}.kernels"))))
+}
+
+/// What a file has, if it is whole.
+fn recall(file: &Path) -> Option<Image> {
+    let bytes = std::fs::read(file).ok()?;
+    let image = Image::from_file(&bytes);
+    if image.is_none() {
+        tracing::warn!(path = %file.display(), "the kernels in the cache are damaged, and compiled anew");
     }
-    let image = compile(capability)?;
-    if let (Some(folder), Some(path)) = (folder, path) {
-        // A cache that cannot be written costs the next start a second; nothing else.
-        let kept = std::fs::create_dir_all(&folder)
-            .and_then(|()| tempfile::NamedTempFile::new_in(&folder))
-            .and_then(|mut file| {
-                std::io::Write::write_all(&mut file, &image)?;
-                file.persist(&path).map_err(|error| error.error)
-            });
-        if let Err(error) = kept {
-            tracing::debug!(%error, path = %path.display(), "the kernels are not cached");
+    image
+}
+
+/// Puts an image into a file, whole or not at all.
+fn remember(file: &Path, image: &Image) {
+    let kept =
+        file.parent().ok_or_else(|| std::io::ErrorKind::InvalidInput.into()).and_then(|folder| {
+            std::fs::create_dir_all(folder)?;
+            let mut kept = tempfile::NamedTempFile::new_in(folder)?;
+            std::io::Write::write_all(&mut kept, &image.to_file())?;
+            kept.persist(file).map_err(|error| error.error)
+        });
+    // A cache that cannot be written costs the next start a second; nothing else.
+    if let Err(error) = kept {
+        tracing::debug!(%error, path = %file.display(), "the kernels are not cached");
+    }
+}
+
+/// What `load` makes of the image in a file; of one that `make` makes, if the file has none that `load` takes.
+fn loaded<T>(
+    file: Option<&Path>,
+    make: impl FnOnce() -> Result<Image, CudaError>,
+    mut load: impl FnMut(&Image) -> Result<T, CudaError>,
+) -> Result<T, CudaError> {
+    if let Some(image) = file.and_then(recall) {
+        match load(&image) {
+            Ok(loaded) => return Ok(loaded),
+            Err(error) => tracing::warn!(%error, "the cached kernels do not load: compiled anew"),
         }
     }
-    Ok(image)
+    let image = make()?;
+    let loaded = load(&image)?;
+    if let Some(file) = file {
+        remember(file, &image);
+    }
+    Ok(loaded)
 }
 
 fn cache_folder() -> Option<PathBuf> {
@@ -137,11 +173,11 @@ fn cache_folder() -> Option<PathBuf> {
     Some(cache.join("ckpt-engine"))
 }
 
-/// The kernels on a device, and the memory that their job tables travel through.
+/// The kernels on a device, and the memory that their job tables travel through. All their work is on one
+/// stream.
 #[derive(Debug)]
 pub struct Kernels {
-    device: Device,
-    module: ffi::Module,
+    stream: Stream,
     encode: Kernel,
     encode_wide: Kernel,
     digest: Kernel,
@@ -150,6 +186,8 @@ pub struct Kernels {
     table: CudaMemory,
     /// What comes back.
     results: PinnedMemory,
+    /// The number of what is in the table.
+    prepared: u64,
 }
 
 /// What a launch does.
@@ -179,17 +217,11 @@ pub struct Ran {
     pub failed: Option<(usize, usize, usize)>,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Kernel {
-    function: ffi::Function,
+    function: Function,
     /// As many blocks as the device runs at a time.
     grid: u32,
-}
-
-#[allow(unsafe_code, reason = "the driver's handles are not bound to threads")]
-mod send {
-    // SAFETY: modules and functions may be used from any thread; launches take `&mut self`.
-    unsafe impl Send for super::Kernels {}
 }
 
 impl Kernels {
@@ -199,44 +231,67 @@ impl Kernels {
     ///
     /// Those of [`compile`], and what the driver reports.
     pub fn load(device: &Device) -> Result<Self, CudaError> {
-        let image = image(device.capability())?;
-        device.enter()?;
-        let module = ffi::load_module(&image)?;
+        let capability = device.capability();
+        let file = cached_file(capability)?;
+        let load = |image: &Image| Module::load(device.context(), image).map(Arc::new);
+        let module = loaded(file.as_deref(), || compiled(capability), load)?;
         let kernel = |name: &CStr| -> Result<Kernel, CudaError> {
-            let function = ffi::function(module, name)?;
-            let blocks = ffi::blocks_per_multiprocessor(function, THREADS)?.unsigned_abs().max(1);
+            let function = module.function(name)?;
+            let blocks = function.blocks_per_multiprocessor(THREADS)?.unsigned_abs().max(1);
             Ok(Kernel { function, grid: blocks * device.multiprocessors() })
         };
         const TABLE: usize = 1 << 20;
+        let stream = Stream::new(device)?;
         Ok(Self {
-            device: device.clone(),
-            module,
             encode: kernel(c"encode")?,
             encode_wide: kernel(c"encode_wide")?,
             digest: kernel(c"digest")?,
-            staging: PinnedMemory::new(device, TABLE)?,
+            staging: PinnedMemory::new(&stream, TABLE)?,
             table: CudaMemory::new(device, TABLE)?,
-            results: PinnedMemory::new(device, (1 + MOST_LAUNCHES) * 8)?,
+            results: PinnedMemory::new(&stream, (1 + MOST_LAUNCHES) * 8)?,
+            stream,
+            prepared: 0,
         })
     }
 
-    /// Runs launches one after the other on a stream, and waits for their end.
+    /// The device.
+    pub fn device(&self) -> &Device {
+        self.stream.device()
+    }
+
+    /// The stream that all launches are on.
+    pub fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    /// Runs launches one after the other, and waits for their end: also if this is an error, nothing is
+    /// under way any more when it returns.
     ///
     /// Everything is handed to the device at once and waited for once: where processes take turns on a
     /// device, every further wait costs a turn.
     ///
     /// # Errors
     ///
-    /// [`CudaError::Range`] for jobs whose sizes contradict each other or for more than eight launches;
-    /// what the driver reports, and what the work made go wrong.
-    pub fn run(&mut self, launches: &[Launch<'_>], stream: &Stream) -> Result<Ran, CudaError> {
-        let prepared = self.prepare(launches, stream)?;
-        self.launch(&prepared, stream)?;
-        let words = 1 + launches.len();
-        let header = self.table.slice(0, words * 8)?;
-        self.results.copy_from(&header, stream)?;
-        let bytes = self.results.bytes(stream)?;
-        let (found, _) = bytes.as_chunks::<8>();
+    /// [`CudaError::Range`] for jobs whose sizes contradict each other, for memory of another device or for
+    /// more than eight launches; what the driver reports, and what the work made go wrong.
+    pub fn run(&mut self, launches: &[Launch<'_>]) -> Result<Ran, CudaError> {
+        let ran = self.prepare(launches).and_then(|prepared| {
+            self.launch(&prepared)?;
+            self.collect(launches.len())
+        });
+        if ran.is_err()
+            && let Err(error) = self.stream.synchronize()
+        {
+            tracing::debug!(%error, "while work that failed was waited for");
+        }
+        ran
+    }
+
+    /// What the launches found, once they are done.
+    fn collect(&mut self, launches: usize) -> Result<Ran, CudaError> {
+        let words = 1 + launches;
+        self.results.copy_from(&self.table.slice(0, words * 8)?)?;
+        let (found, _) = self.results.bytes()?.as_chunks::<8>();
         let mut found = found[..words].iter().map(|word| u64::from_le_bytes(*word));
         let sum = found.next().unwrap_or(0);
         let failed = found.enumerate().find(|(_, word)| *word != u64::MAX);
@@ -251,14 +306,9 @@ impl Kernels {
     /// # Errors
     ///
     /// As [`run`](Self::run), and [`CudaError::NonFinite`] with the first block that has no finite form.
-    pub fn encode(
-        &mut self,
-        jobs: &[DeviceJob],
-        format: &Fp8Format,
-        stream: &Stream,
-    ) -> Result<(), CudaError> {
+    pub fn encode(&mut self, jobs: &[DeviceJob], format: &Fp8Format) -> Result<(), CudaError> {
         let launch = Launch::Encode { jobs, format, summed: None };
-        match self.run(&[launch], stream)?.failed {
+        match self.run(&[launch])?.failed {
             None => Ok(()),
             Some((_, job, block)) => Err(CudaError::NonFinite { job, block }),
         }
@@ -270,11 +320,7 @@ impl Kernels {
     /// # Errors
     ///
     /// As [`run`](Self::run).
-    pub fn prepare(
-        &mut self,
-        launches: &[Launch<'_>],
-        stream: &Stream,
-    ) -> Result<Prepared, CudaError> {
+    pub fn prepare(&mut self, launches: &[Launch<'_>]) -> Result<Prepared, CudaError> {
         if launches.len() > MOST_LAUNCHES {
             return Err(CudaError::Range(format!("{} launches at once", launches.len())));
         }
@@ -282,76 +328,79 @@ impl Kernels {
         let mut bytes = vec![0xff; (1 + launches.len()) * 8];
         bytes[..8].fill(0);
         let mut parts = Vec::new();
+        let mut owners = Owners { ordinal: self.device().ordinal(), ..Owners::default() };
         for launch in launches {
             bytes.resize(bytes.len().next_multiple_of(64), 0);
             let start = bytes.len();
             let (table, mode, base) = match *launch {
                 Launch::Encode { jobs, format, summed } => {
+                    for job in jobs {
+                        job.slices().try_for_each(|(role, slice)| owners.add(role, slice))?;
+                    }
                     let table = Table::of_jobs(&mut bytes, jobs, format, summed.is_some())?;
                     (table, Some(mode_number(format.mode)), summed.map_or(0, CudaSlice::address))
                 }
-                Launch::Digest(parts) => (Table::of_parts(&mut bytes, parts)?, None, 0),
+                Launch::Digest(parts) => {
+                    parts.iter().try_for_each(|(_, slice)| owners.add(0, slice))?;
+                    (Table::of_parts(&mut bytes, parts)?, None, 0)
+                }
             };
             parts.push(Part { start, table, mode, base });
         }
         if bytes.len() > self.staging.len() {
             let len = bytes.len().next_power_of_two();
-            stream.synchronize()?;
-            self.staging = PinnedMemory::new(&self.device, len)?;
-            self.table = CudaMemory::new(&self.device, len)?;
+            self.table = CudaMemory::new(self.stream.device(), len)?;
+            self.staging = PinnedMemory::new(&self.stream, len)?;
         }
-        self.staging.bytes(stream)?[..bytes.len()].copy_from_slice(&bytes);
-        self.staging.copy_to(0, &self.table.slice(0, bytes.len())?, stream)?;
-        Ok(Prepared { memory: self.table.clone(), parts })
+        // Nothing that was prepared before is in the table any more.
+        static NUMBERS: AtomicU64 = AtomicU64::new(1);
+        self.prepared = NUMBERS.fetch_add(1, Ordering::Relaxed);
+        self.staging.bytes()?[..bytes.len()].copy_from_slice(&bytes);
+        self.staging.copy_to(0, &self.table.slice(0, bytes.len())?)?;
+        let used = Used { table: self.table.clone(), _owners: owners.memory };
+        Ok(Prepared { number: self.prepared, used: Arc::new(used), parts })
     }
+}
 
-    /// Launches what was prepared, on a stream, and does not wait.
-    ///
-    /// # Contract
-    ///
-    /// All memory stays allocated until the stream has done the work, and is not written to meanwhile.
-    ///
-    /// # Errors
-    ///
-    /// What the driver reports.
-    pub fn launch(&mut self, prepared: &Prepared, stream: &Stream) -> Result<(), CudaError> {
-        self.device.enter()?;
-        let sum = prepared.memory.address();
-        for (index, part) in (1..).zip(&prepared.parts) {
-            let Part { start, table, mode, base } = part;
-            if table.tiles == 0 {
-                continue;
-            }
-            let jobs = prepared.memory.address() + *start as u64;
-            let firsts = jobs + table.firsts_at as u64;
-            let (count, tiles) = (table.jobs.into(), table.tiles.into());
-            let (kernel, mut parameters) = match mode {
-                Some(mode) => {
-                    let kernel = if table.wide { self.encode_wide } else { self.encode };
-                    (kernel, vec![jobs, firsts, count, tiles, *mode, sum + index * 8, sum, *base])
-                }
-                None => (self.digest, vec![jobs, firsts, count, tiles, sum]),
-            };
-            let grid = kernel.grid.min(table.tiles);
-            ffi::launch(kernel.function, grid, THREADS, stream.raw(), &mut parameters)?;
+/// The allocations that jobs are in, most of them once.
+#[derive(Debug, Default)]
+struct Owners {
+    ordinal: i32,
+    memory: Vec<CudaMemory>,
+    /// The last one of each role.
+    last: [Option<u64>; 3],
+}
+
+impl Owners {
+    fn add(&mut self, role: usize, slice: &CudaSlice) -> Result<(), CudaError> {
+        let memory = slice.memory();
+        let ordinal = memory.device().ordinal();
+        if ordinal != self.ordinal {
+            let words = format!("memory of device {ordinal} for kernels of {}", self.ordinal);
+            return Err(CudaError::Range(words));
+        }
+        // An address is one allocation's as long as the allocation is kept.
+        if self.last[role].replace(memory.address()) != Some(memory.address()) {
+            self.memory.push(memory.clone());
         }
         Ok(())
     }
 }
 
-impl Drop for Kernels {
-    fn drop(&mut self) {
-        if let Err(error) = self.device.enter().and_then(|()| ffi::unload(self.module)) {
-            tracing::debug!(%error, "while unloading kernels");
-        }
-    }
-}
-
-/// Launches whose tables are on the device; of the last [`Kernels::prepare`] only.
+/// Launches whose tables are on the device, with the memory of their jobs; of the last [`Kernels::prepare`]
+/// only.
 #[derive(Debug)]
 pub struct Prepared {
-    memory: CudaMemory,
+    number: u64,
+    used: Arc<Used>,
     parts: Vec<Part>,
+}
+
+/// What launches use.
+#[derive(Debug)]
+struct Used {
+    table: CudaMemory,
+    _owners: Vec<CudaMemory>,
 }
 
 #[derive(Debug)]
@@ -363,4 +412,54 @@ struct Part {
     mode: Option<u64>,
     /// Where the bucket begins, for the digest.
     base: u64,
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+mod tests {
+    use super::*;
+
+    fn image(byte: u8) -> Image {
+        Image::of_bytes(&[byte; 1000])
+    }
+
+    #[test]
+    fn kernels_in_a_cache_that_are_cut_short_or_changed_or_refused_are_made_anew_and_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("deeper").join("some.kernels");
+        let made = std::cell::Cell::new(0);
+        let take = |refused: &Image| {
+            let make = || {
+                made.set(made.get() + 1);
+                Ok(image(made.get()))
+            };
+            let load = |image: &Image| match image == refused {
+                true => Err(CudaError::Range("refused".into())),
+                false => Ok(image.clone()),
+            };
+            loaded(Some(&file), make, load).unwrap()
+        };
+        let nothing = image(0);
+        assert_eq!((take(&nothing), made.get()), (image(1), 1));
+        assert_eq!((take(&nothing), made.get()), (image(1), 1), "it was cached");
+        let whole = std::fs::read(&file).unwrap();
+        let mut made_so_far = 1;
+        for len in [0, 1, 16, 24, 56, 57, whole.len() - 1] {
+            std::fs::write(&file, &whole[..len]).unwrap();
+            made_so_far += 1;
+            assert_eq!(take(&nothing), image(made_so_far), "cut to {len} bytes");
+            assert_eq!(take(&nothing), image(made_so_far), "replaced after {len} bytes");
+        }
+        for at in [0, 20, 30, 500, whole.len() - 1] {
+            let mut changed = whole.clone();
+            changed[at] ^= 1;
+            std::fs::write(&file, changed).unwrap();
+            made_so_far += 1;
+            assert_eq!(take(&nothing), image(made_so_far), "changed at {at}");
+        }
+        let refused = image(made_so_far);
+        assert_eq!(take(&refused), image(made_so_far + 1), "refused by the driver");
+        assert_eq!(take(&nothing), image(made_so_far + 1));
+        assert_eq!(std::fs::read_dir(file.parent().unwrap()).unwrap().count(), 1);
+    }
 }

@@ -14,9 +14,11 @@ pub mod dlpack;
 mod error;
 mod ffi;
 mod kernels;
+mod ledger;
 mod storage;
 mod table;
 mod tensors;
+mod turns;
 
 pub use arena::CudaArena;
 pub use bucket::Packer;

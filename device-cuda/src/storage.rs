@@ -1,6 +1,6 @@
 //! Memory of a device as engine-core and the embedding program see it.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use engine_core::{DeviceBytes, DeviceMemory, Error, Result, Storage, Weight, plan::Piece};
 
@@ -25,7 +25,7 @@ impl DeviceMemory for CudaMemory {
 #[derive(Debug)]
 struct Bucket {
     memory: CudaMemory,
-    packer: Arc<Mutex<Packer>>,
+    packer: Packer,
 }
 
 impl DeviceMemory for Bucket {
@@ -47,8 +47,7 @@ impl DeviceMemory for Bucket {
             Ok::<_, Error>((piece.offset, self.memory.slice(at, piece.len as usize)?))
         };
         let parts: Vec<_> = pieces.iter().map(part).collect::<Result<_>>()?;
-        let mut packer = self.packer.lock().unwrap_or_else(PoisonError::into_inner);
-        packer.digest(&parts)
+        self.packer.digest(&parts)
     }
 }
 
@@ -66,7 +65,7 @@ pub fn upload(device: &Device, weight: &Weight) -> Result<Weight> {
 
 /// Buckets on a device, one after the other in an allocation, as receivers see them: `packer` digests
 /// them.
-pub fn bucket_storage(memory: &CudaMemory, packer: &Arc<Mutex<Packer>>) -> Storage {
+pub fn bucket_storage(memory: &CudaMemory, packer: &Packer) -> Storage {
     let bucket = Bucket { memory: memory.clone(), packer: packer.clone() };
     DeviceBytes::new(Arc::new(bucket)).into()
 }

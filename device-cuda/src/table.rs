@@ -41,6 +41,15 @@ impl DeviceJob {
         }
     }
 
+    /// All memory that it uses, by what for: read, written, written beside it.
+    pub(crate) fn slices(&self) -> impl Iterator<Item = (usize, &CudaSlice)> {
+        let (source, target, beside) = match self {
+            Self::Copy { source, target } => (source, target, None),
+            Self::Fp8 { source, codes, scales, .. } => (source, codes, Some(scales)),
+        };
+        [(0, source), (1, target)].into_iter().chain(beside.map(|scales| (2, scales)))
+    }
+
     /// Whether the launch that writes the target can add it to the digest. Scales never are: two of
     /// them, which different blocks write, share a word.
     pub(crate) fn is_summable(&self, format: &Fp8Format) -> bool {

@@ -3,9 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use device_cuda::{
-    CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, Launch, Packer, Stream,
-};
+use device_cuda::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, Launch, Packer};
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::BucketPlanner;
 use engine_core::{DType, Weight};
@@ -22,16 +20,14 @@ const GOLDEN_GPU: &[u8] = include_bytes!("../../quant-fp8/tests/data/golden_gpu.
 
 struct Gpu {
     device: Device,
-    stream: Stream,
     kernels: Kernels,
 }
 
 impl Gpu {
     fn open() -> Self {
         let device = Device::open(0).unwrap();
-        let stream = Stream::new(&device).unwrap();
         let kernels = Kernels::load(&device).unwrap();
-        Self { device, stream, kernels }
+        Self { device, kernels }
     }
 
     fn put(&self, bytes: &[u8]) -> CudaSlice {
@@ -44,7 +40,7 @@ impl Gpu {
     /// Memory that is not zero, so that what is not written shows.
     fn poisoned(&self, len: usize) -> CudaSlice {
         let slice = CudaMemory::new(&self.device, len).unwrap().slice(0, len).unwrap();
-        slice.fill(0xa5, &self.stream).unwrap();
+        slice.fill(0xa5, self.kernels.stream()).unwrap();
         slice
     }
 
@@ -62,7 +58,7 @@ impl Gpu {
                 }
             })
             .collect();
-        self.kernels.encode(&jobs, format, &self.stream).unwrap();
+        self.kernels.encode(&jobs, format).unwrap();
         let read = |slice: &CudaSlice| {
             let mut bytes = vec![0; slice.len()];
             slice.read(&mut bytes).unwrap();
@@ -250,7 +246,7 @@ fn copies_arrive_at_any_alignment_and_the_digest_is_that_of_the_host() {
             expected[at + to..at + to + len].copy_from_slice(&bytes[at + from..at + from + len]);
             at = (at + len + 16).next_multiple_of(256);
         }
-        gpu.kernels.encode(&jobs, &Fp8Format::default(), &gpu.stream).unwrap();
+        gpu.kernels.encode(&jobs, &Fp8Format::default()).unwrap();
         let mut here = vec![0; bucket.len()];
         bucket.read(&mut here).unwrap();
         assert!(here == expected, "from {from} to {to}");
@@ -261,8 +257,7 @@ fn copies_arrive_at_any_alignment_and_the_digest_is_that_of_the_host() {
         sum = sum.wrapping_add(engine_core::digest::sum(at as u64, &bytes[at..at + len]));
         at = (at + len).next_multiple_of(256);
     }
-    let digest =
-        |gpu: &mut Gpu| gpu.kernels.run(&[Launch::Digest(&parts)], &gpu.stream).unwrap().sum;
+    let digest = |gpu: &mut Gpu| gpu.kernels.run(&[Launch::Digest(&parts)]).unwrap().sum;
     assert_eq!(digest(&mut gpu), sum);
     source.slice(200_000, 1).unwrap().write(&[bytes[200_000] ^ 1]).unwrap();
     assert_ne!(digest(&mut gpu), sum);
@@ -288,7 +283,7 @@ fn the_first_block_that_is_not_finite_is_named_and_the_next_launch_works() {
             scales: gpu.poisoned(if matrix.shape[0] == 256 { 16 } else { 36 }),
         })
         .into();
-    match gpu.kernels.encode(&jobs, &format, &gpu.stream) {
+    match gpu.kernels.encode(&jobs, &format) {
         Err(CudaError::NonFinite { job: 1, block: 5 }) => {}
         other => panic!("{other:?}"),
     }
@@ -321,7 +316,8 @@ fn another_process_reads_the_memory_in_place() {
         let text = text.into_string().unwrap();
         let byte = |at: usize| u8::from_str_radix(&text[at * 2..at * 2 + 2], 16).unwrap();
         let handle = std::array::from_fn(byte);
-        let memory = CudaMemory::import(&gpu.device, handle, 1 << 20).unwrap();
+        let memory =
+            CudaMemory::import(&gpu.device, handle, 1 << 20, std::sync::Arc::new(())).unwrap();
         let mut bytes = vec![0; 1 << 20];
         memory.all().read(&mut bytes).unwrap();
         assert!(bytes.iter().enumerate().all(|(i, &byte)| byte == (i % 251) as u8));
@@ -350,7 +346,7 @@ fn another_process_reads_the_memory_in_place() {
 #[ignore = "needs a CUDA device"]
 fn a_bucket_that_the_device_fills_is_what_the_cpu_fills_digest_included() {
     let device = Device::open(0).unwrap();
-    let mut packer = Packer::new(&device).unwrap();
+    let packer = Packer::new(&device).unwrap();
     let pool = Pool::new(4).unwrap();
     let on_device = |matrix: &Matrix, name: &str, dtype: DType, device: Option<&Device>| {
         let shape: Vec<u64> = matrix.shape.iter().map(|&side| side as u64).collect();
@@ -398,8 +394,9 @@ fn a_bucket_that_the_device_fills_is_what_the_cpu_fills_digest_included() {
         let quantized = weights.quantize_fp8(rules).map(|weight| weight.unwrap());
         futures::executor::block_on(quantized.collect())
     };
-    for bucket_bytes in [4096_u64, 100_096, 1 << 20, 64 << 20] {
-        let (here, there) = (model(None), model(Some(&device)));
+    // The same weights every time: where their scales are differs from one size to the next.
+    let (here, there) = (model(None), model(Some(&device)));
+    for bucket_bytes in [64 << 20, 100_096, 4096_u64, 1 << 20, 100_096, 64 << 20] {
         let bucket = CudaMemory::new(&device, bucket_bytes as usize).unwrap();
         let plans = [plan(&here, bucket_bytes), plan(&there, bucket_bytes)];
         assert_eq!(plans[0].len(), plans[1].len());
@@ -420,6 +417,101 @@ fn a_bucket_that_the_device_fills_is_what_the_cpu_fills_digest_included() {
             assert_eq!(filled, sum, "bucket {index} of {bucket_bytes} bytes");
         }
     }
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn scales_are_right_where_another_rank_fills_every_second_bucket() {
+    let device = Device::open(0).unwrap();
+    let packers = [Packer::new(&device).unwrap(), Packer::new(&device).unwrap()];
+    let pool = Pool::new(4).unwrap();
+    let model = |device: Option<&Device>| -> Vec<Weight> {
+        let weights: Vec<Weight> = (0..6)
+            .map(|index| {
+                let matrix = random(SourceType::Bf16, &[700, 1000], index);
+                let storage = match device {
+                    None => matrix.bytes.into(),
+                    Some(device) => {
+                        let memory = CudaMemory::new(device, matrix.bytes.len()).unwrap();
+                        memory.all().write(&matrix.bytes).unwrap();
+                        memory.all().storage()
+                    }
+                };
+                let name = format!("model.layers.{index}.mlp.up_proj.weight");
+                Weight::new(name, DType::BF16, [700_u64, 1000], storage).unwrap()
+            })
+            .collect();
+        let rules = Rules::new(&RulesConfig::default()).unwrap();
+        let quantized = weights.quantize_fp8(rules).map(|weight| weight.unwrap());
+        futures::executor::block_on(quantized.collect())
+    };
+    // Each of the ranks has the model, and encodes its own buckets of it.
+    let (here, there) = (model(None), [model(Some(&device)), model(Some(&device))]);
+    for bucket_bytes in [200_192_u64, 500_224] {
+        let bucket = CudaMemory::new(&device, bucket_bytes as usize).unwrap();
+        let there = [plan(&there[0], bucket_bytes), plan(&there[1], bucket_bytes)];
+        for (index, here) in plan(&here, bucket_bytes).iter().enumerate() {
+            let mut expected = vec![0xee_u8; bucket_bytes as usize];
+            bucket.all().write(&expected).unwrap();
+            let sum = pool.encode(here, &mut expected, true).unwrap();
+            let jobs = &there[index % 2][index];
+            let filled = packers[index % 2].fill(jobs, &bucket.all(), &pool, true).unwrap();
+            let mut bytes = vec![0; bucket_bytes as usize];
+            bucket.all().read(&mut bytes).unwrap();
+            assert!(bytes == expected, "bucket {index} of {bucket_bytes} bytes");
+            assert_eq!(filled, sum, "bucket {index} of {bucket_bytes} bytes");
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn what_was_prepared_keeps_its_memory_and_is_launched_only_as_long_as_it_is_the_last() {
+    let mut gpu = Gpu::open();
+    let (source, target) = (gpu.put(&[7; 5000]), gpu.poisoned(5000));
+    let jobs = [DeviceJob::Copy { source, target: target.clone() }];
+    let launch = Launch::Encode { jobs: &jobs, format: &Fp8Format::default(), summed: None };
+    let first = gpu.kernels.prepare(&[launch]).unwrap();
+    // The source is now the prepared launch's alone.
+    drop(jobs);
+    gpu.kernels.launch(&first).unwrap();
+    gpu.kernels.stream().synchronize().unwrap();
+    let mut bytes = vec![0; 5000];
+    target.read(&mut bytes).unwrap();
+    assert!(bytes.iter().all(|&byte| byte == 7));
+    let _second = gpu.kernels.prepare(&[Launch::Digest(&[])]).unwrap();
+    match gpu.kernels.launch(&first) {
+        Err(CudaError::Range(_)) => {}
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn memory_that_work_of_a_stream_uses_goes_when_the_work_is_done() {
+    let gpu = Gpu::open();
+    let (free, _) = gpu.device.memory().unwrap();
+    let stream = gpu.kernels.stream();
+    let last = CudaMemory::new(&gpu.device, 256 << 20).unwrap();
+    for round in 0..20_u8 {
+        let (from, to) = (
+            CudaMemory::new(&gpu.device, 256 << 20).unwrap(),
+            CudaMemory::new(&gpu.device, 256 << 20).unwrap(),
+        );
+        from.all().fill(round, stream).unwrap();
+        to.all().copy_from(&from.all(), stream).unwrap();
+        last.all().copy_from(&to.all(), stream).unwrap();
+        drop((from, to));
+        if round % 2 == 1 {
+            stream.synchronize().unwrap();
+        }
+    }
+    let mut bytes = vec![0; 1 << 20];
+    last.slice(255 << 20, 1 << 20).unwrap().read(&mut bytes).unwrap();
+    assert!(bytes.iter().all(|&byte| byte == 19));
+    drop(last);
+    let (now, _) = gpu.device.memory().unwrap();
+    assert!(now + (64 << 20) >= free, "{free} bytes were free, {now} are");
 }
 
 /// The jobs of each bucket of a plan.
@@ -451,7 +543,7 @@ fn plan(weights: &[Weight], bucket_bytes: u64) -> Vec<Vec<Job>> {
 #[ignore = "needs a CUDA device"]
 fn a_weight_that_is_not_finite_is_named_by_the_packer() {
     let device = Device::open(0).unwrap();
-    let mut packer = Packer::new(&device).unwrap();
+    let packer = Packer::new(&device).unwrap();
     let mut matrix = random(SourceType::Bf16, &[300, 300], 2);
     let at = (200 * 300 + 299) * 2;
     matrix.bytes[at..at + 2].copy_from_slice(&0x7fc0_u16.to_le_bytes());

@@ -14,6 +14,8 @@ use crate::{Error, ErrorKind, Result, Storage, Weight, digest};
 
 /// Work below this many bytes is not divided further among threads.
 const GRAIN: u64 = 256 << 10;
+/// The same where every piece is read from a device.
+const DEVICE_GRAIN: u64 = 4 << 20;
 /// Bytes that are written and digested at a time, so that the digest reads them from the cache.
 const IN_CACHE: u64 = 64 << 10;
 
@@ -193,7 +195,9 @@ impl Encoder {
     fn divide(self, jobs: &[Job], base: u64, bucket: &mut [u8]) -> Result<u64> {
         let (Some(first), Some(last)) = (jobs.first(), jobs.last()) else { return Ok(0) };
         let bytes = last.offset + last.len - first.offset;
-        if bytes <= GRAIN {
+        let is_device = jobs.iter().any(|job| job.weight.reads_device());
+        let grain = if is_device { DEVICE_GRAIN } else { GRAIN };
+        if bytes <= grain {
             return jobs.iter().try_fold(0_u64, |sum, job| {
                 Ok(sum.wrapping_add(self.encode(job, job.start, base, bucket)?))
             });
@@ -254,6 +258,7 @@ impl Encoder {
         }
         let granule = job.weight.granule();
         let step = least_common_multiple(granule, ALIGNMENT)
+            .filter(|_| !job.weight.reads_device())
             .map_or(job.len, |step| step.max(IN_CACHE / step * step));
         let (mut sum, mut from) = (0_u64, start);
         let mut offset = job.offset;

@@ -121,6 +121,12 @@ pub trait Encoding: Any + fmt::Debug + Send + Sync {
         false
     }
 
+    /// Whether [`encode_host`](Self::encode_host) reads the memory of a device. Every read of it takes its time
+    /// however short it is: such a weight is asked for in ranges of megabytes, which it reads at once.
+    fn reads_device(&self) -> bool {
+        false
+    }
+
     /// Writes the bytes `range` of the output to `destination`, whose length is that of the range.
     ///
     /// # Errors
@@ -369,6 +375,15 @@ impl Weight {
     /// Whether the weight's bytes exist only after earlier weights were encoded.
     pub fn is_deferred(&self) -> bool {
         self.encoding().is_some_and(|encoding| encoding.is_deferred())
+    }
+
+    /// Whether encoding it in host memory reads the memory of a device.
+    pub fn reads_device(&self) -> bool {
+        match &self.content {
+            Content::Contiguous(storage) => storage.device().is_some(),
+            Content::Strided { .. } => false,
+            Content::Encoded(encoding) => encoding.reads_device(),
+        }
     }
 
     /// Writes the bytes `range` of the tensor, as they travel, to `destination`.

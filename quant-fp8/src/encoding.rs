@@ -1,9 +1,8 @@
 //! A weight that is quantised while it is encoded into its bucket, and the scales that follow it.
 
-use std::any::Any;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, OnceLock};
 
 use engine_core::{DType, Encoding, Error, ErrorKind, Result, TensorMeta, Treatment, Weight};
 
@@ -23,7 +22,6 @@ pub struct Fp8Codes {
     codec: Codec,
     /// The bits of the scales, filled in by whoever encodes their blocks.
     scales: Box<[AtomicU32]>,
-    device: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
 /// The encoding of a quantised weight's scales, which exist once its codes do.
@@ -90,8 +88,8 @@ pub(crate) fn quantized(
     codec: Codec,
 ) -> Result<[Weight; 2]> {
     let scales = (0..layout.grid.scales()).map(|_| AtomicU32::new(UNKNOWN)).collect();
-    let (layout, device) = (layout.clone(), OnceLock::new());
-    let codes = Arc::new(Fp8Codes { source: weight, layout, codec, scales, device });
+    let layout = layout.clone();
+    let codes = Arc::new(Fp8Codes { source: weight, layout, codec, scales });
     let (meta, scale_meta) = (codes.layout.codes.clone(), codes.layout.scales.clone());
     Ok([
         Weight::encoded(meta, codes.clone(), Treatment::Quantized)?,
@@ -125,11 +123,6 @@ impl Fp8Codes {
         &self.layout.grid
     }
 
-    /// For memory that computes codes by its own means: what it keeps until the scales are asked for.
-    pub fn device_state(&self) -> &OnceLock<Box<dyn Any + Send + Sync>> {
-        &self.device
-    }
-
     fn failed(&self, error: QuantError) -> Error {
         Error::from(error.in_tensor(self.source.name()))
     }
@@ -156,23 +149,39 @@ impl Fp8Codes {
         Ok(())
     }
 
-    /// As `quantize`, for a source that has to be encoded itself: a band at a time.
+    /// As `quantize`, for a source that has to be encoded itself: a band at a time, or several of them where
+    /// reading has its price.
     fn quantize_bands(&self, elements: Range<usize>, out: &mut [u8]) -> Result<()> {
+        const READ: usize = 4 << 20;
         let size = self.layout.ty.size();
-        let mut scratch = Vec::new();
+        let at_a_time = if self.source.reads_device() { READ / size } else { 0 };
+        let bands: Vec<Range<usize>> = self
+            .layout
+            .grid
+            .bands_of(&elements)
+            .map(|band| self.layout.grid.band_elements(band))
+            .collect();
+        let (mut scratch, mut here) = (Vec::new(), 0..0);
         let mut out = out;
-        for band in self.layout.grid.bands_of(&elements) {
-            let whole = self.layout.grid.band_elements(band);
-            scratch.resize(whole.len() * size, 0);
-            let bytes = (whole.start * size) as u64..(whole.end * size) as u64;
-            self.source.encode(bytes, &mut scratch)?;
+        for (index, band) in self.layout.grid.bands_of(&elements).enumerate() {
+            let whole = bands[index].clone();
+            if whole.end > here.end {
+                let fits = |next: &&Range<usize>| next.end - whole.start <= at_a_time;
+                let end =
+                    bands[index..].iter().take_while(fits).last().map_or(whole.end, |b| b.end);
+                here = whole.start..end;
+                scratch.resize(here.len() * size, 0);
+                let bytes = (here.start * size) as u64..(here.end * size) as u64;
+                self.source.encode(bytes, &mut scratch)?;
+            }
+            let source = (whole.start - here.start) * size..(whole.end - here.start) * size;
             let part = whole.start.max(elements.start)..whole.end.min(elements.end);
             let (now, rest) = out.split_at_mut(part.len());
             out = rest;
             let cols = self.layout.shape.last().copied().unwrap_or(1).max(1);
             let part = part.start - whole.start..part.end - whole.start;
             let first_scale = band * self.layout.grid.scales_per_band();
-            Source::new(&scratch, self.layout.ty, &[whole.len() / cols, cols])
+            Source::new(&scratch[source], self.layout.ty, &[whole.len() / cols, cols])
                 .and_then(|source| self.quantize(&source, part, first_scale, now))
                 .map_err(|error| self.failed(error.at_band(&self.layout.grid, band)))?;
         }
@@ -219,6 +228,10 @@ impl Encoding for Fp8Codes {
         let granule =
             if experts > 1 && uneven { self.layout.grid.elements() / experts } else { first };
         granule as u64
+    }
+
+    fn reads_device(&self) -> bool {
+        self.source.reads_device()
     }
 
     fn encode_host(&self, range: Range<u64>, destination: &mut [u8]) -> Result<()> {

@@ -16,10 +16,11 @@ const SCRIPTS: [(&str, &str); 2] = [
 ];
 
 /// Tests that need a GPU: package, features, and the test.
-const TESTS: [(&str, &str, &str); 7] = [
+const TESTS: [(&str, &str, &str); 8] = [
     ("cli", "", "sync"),
     ("device-cuda", "", "gpu"),
     ("backend-ipc", "cuda", "cuda"),
+    ("backend-ipc", "cuda", "cuda_processes"),
     ("backend-nccl", "", "cuda"),
     ("backend-nccl", "", "processes"),
     ("backend-nixl", "cuda", "cuda"),
@@ -95,4 +96,54 @@ fn put(from: &Path, to: &Path) -> Result<()> {
     let mut strip = Command::new("strip");
     strip.args([Path::new("-o"), to, from]);
     run(strip)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+mod tests {
+    use super::*;
+
+    /// A suite of four cases: one passes, one fails, and one crashes after it has passed, before the last.
+    const SUITE: &str = r#"#!/bin/bash
+if [ "$1" = --list ]; then
+    printf '%s: test\n' good bad crash last
+    exit
+fi
+echo "$2" >>ran
+echo "the words of $2"
+[ "$2" = bad ] && exit 101
+[ "$2" = crash ] && kill -SEGV $$
+exit 0
+"#;
+
+    #[test]
+    fn a_case_that_crashes_fails_by_its_name_and_all_others_run() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = std::env::temp_dir().join(format!("ckpt-engine-suite-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let program = folder.join("backend-some");
+        fs::write(&program, SUITE).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let script = folder.join("run.sh");
+        fs::write(&script, SCRIPTS[0].1).unwrap();
+        let ran =
+            Command::new("bash").arg(&script).args(["suite", "backend-some"]).output().unwrap();
+        let said = String::from_utf8(ran.stdout).unwrap();
+        let cases = fs::read_to_string(folder.join("ran")).unwrap();
+        let mut cases: Vec<_> = cases.lines().collect();
+        fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(ran.status.code(), Some(1), "{said}");
+        for line in [
+            "== backend-some: 4 cases",
+            "FAILED: backend-some bad: exit status 101",
+            "FAILED: backend-some crash: killed by signal 11",
+            "FAILED: backend-some: 2 cases",
+            "the words of crash",
+        ] {
+            assert!(said.contains(line), "no `{line}` in:\n{said}");
+        }
+        assert!(!said.contains("the words of good"), "{said}");
+        cases.sort_unstable();
+        assert_eq!(cases, ["bad", "crash", "good", "last"]);
+    }
 }

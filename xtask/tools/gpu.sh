@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs what needs a GPU: `run.sh` all of it, `run.sh tests` or `run.sh benches` a part. The programs are
+# Runs what needs a GPU: `run.sh` the tests, `run.sh benches` the benches, `run.sh suite NAME` the cases of one suite. The programs are
 # beside this script; NIXL is, if its wheel was unpacked to the folder nixl beside it, and NCCL (2.30 or
 # later, because all ranks share a GPU), if libnccl.so.2 is. Prints JSON lines of what was measured, and ends
 # with 1 if anything failed.
@@ -15,18 +15,40 @@ check() {
     "$@" || { echo "FAILED: $*"; failed=1; }
 }
 
+# A case of a suite. What it printed is shown if it failed, or if its process ended in another way than by itself,
+# which counts as a failure of the case also when the case had passed before.
+one_case() {
+    local output status how
+    output=$("./$1" --exact "$2" --ignored --quiet 2>&1)
+    status=$?
+    [ $status = 0 ] && return
+    how="exit status $status"
+    [ $status -gt 128 ] && how="killed by signal $((status - 128))"
+    printf '%s\nFAILED: %s %s: %s\n' "$output" "$1" "$2" "$how"
+}
+export -f one_case
+
 # The cases of a suite, each in a process of its own, whose ranks share a context: more streams than the 8 queues
 # that a context has by default. Streams that share one wait for one another, and broadcasts for other ranks.
 suite() {
-    local cases
+    local cases output
     cases=$("./$1" --list --ignored 2>/dev/null | sed -n 's/: test$//p')
-    CUDA_DEVICE_MAX_CONNECTIONS=32 check xargs -P 4 -I{} "./$1" --exact {} --ignored --quiet <<<"$cases"
+    echo "== $1: $(grep -c . <<<"$cases") cases, each in a process of its own"
+    output=$(CUDA_DEVICE_MAX_CONNECTIONS=32 xargs -P 4 -I{} bash -c 'one_case "$0" "$1"' "$1" {} <<<"$cases")
+    printf '%s' "$output${output:+$'\n'}"
+    # Without any there is nothing that could have passed.
+    if [ -n "$output" ] || [ -z "$cases" ]; then
+        echo "FAILED: $1: $(grep -c '^FAILED: ' <<<"$output") cases"
+        failed=1
+    fi
 }
 
+[ "${1:-}" = suite ] && suite "$2"
 if [ "${1:-tests}" = tests ]; then
     ./ckpt-engine doctor
     check ./device-cuda-gpu --ignored --test-threads 1
     check ./backend-ipc-cuda --ignored --test-threads 4
+    check ./backend-ipc-cuda_processes --ignored
     # A rank on a GPU has to be a process of its own: within one, UCX ends it when a peer does not answer. The
     # cases in which one does not are backend-nixl-gone, which has a process for each rank.
     [ -d nixl ] && check ./backend-nixl-cuda --ignored --test-threads 2 --skip whose_engine_is_gone

@@ -61,6 +61,7 @@ for model in $models; do
         measure 1 1 "$model" --backend ipc $quantise
     done
 done
-# Ranks that are killed within an update, on the real fabric.
-CKPT_ENGINE_TEST_DEVICES=$here check ./backend-nccl-processes --ignored --test-threads 1
+# Ranks that are killed within an update, on the real fabric; a group may have more ranks than there are GPUs.
+CKPT_ENGINE_TEST_DEVICES=$here NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_BUFFSIZE=16777216 \
+    check ./backend-nccl-processes --ignored --test-threads 1
 exit $failed

@@ -62,7 +62,8 @@ pub(super) fn quantize_rate(options: &QuantOptions) -> Result<QuantLine> {
     let pitch = |len: usize| len.next_multiple_of(ALIGNMENT);
     let source = memory(pitch(bytes))?;
     let (codes, results) = (memory(pitch(elements))?, memory(pitch(scales))?);
-    let stream = Stream::new(&device)?;
+    let mut kernels = Kernels::load(&device)?;
+    let stream = kernels.stream().clone();
     // Numbers of the size that weights have, in every type.
     source.all().fill(0x3c, &stream)?;
     let jobs = (0..*count).map(|index| {
@@ -75,9 +76,8 @@ pub(super) fn quantize_rate(options: &QuantOptions) -> Result<QuantLine> {
         })
     });
     let jobs: Vec<DeviceJob> = jobs.collect::<Result<_>>()?;
-    let mut kernels = Kernels::load(&device)?;
     let launch = Launch::Encode { jobs: &jobs, format, summed: None };
-    let prepared = kernels.prepare(&[launch], &stream)?;
+    let prepared = kernels.prepare(&[launch])?;
 
     // As many bytes, half of them read and half written.
     let moved = (bytes + elements + scales) * count;
@@ -93,7 +93,7 @@ pub(super) fn quantize_rate(options: &QuantOptions) -> Result<QuantLine> {
     let (mut copies, mut encodes) = (Vec::new(), Vec::new());
     for repeat in 0..repeats + 3 {
         let copy = time(&mut || to.all().copy_from(&from.all(), &stream))?;
-        let encode = time(&mut || kernels.launch(&prepared, &stream))?;
+        let encode = time(&mut || kernels.launch(&prepared))?;
         // The first ones find the device asleep.
         if repeat >= 3 {
             copies.push(copy);

@@ -3,9 +3,12 @@
 
 use std::ffi::c_void;
 use std::ptr::{NonNull, null_mut};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use engine_core::{Storage, TensorMeta};
+
+use crate::{CudaMemory, Device};
 
 /// `DLTensor`, its device and data type written out.
 #[repr(C)]
@@ -22,6 +25,12 @@ pub(super) struct Tensor {
     pub(super) shape: *mut i64,
     pub(super) strides: *mut i64,
     pub(super) byte_offset: u64,
+}
+
+impl Tensor {
+    fn is_on_host(&self) -> bool {
+        matches!(self.device_type, super::CPU | super::CUDA_HOST)
+    }
 }
 
 /// `DLManagedTensor`: a tensor, and how to give it back.
@@ -99,12 +108,62 @@ impl Imported {
         })
     }
 
+    /// How many bytes there are from the first element on, by shape, strides and type.
+    fn extent(&self) -> Option<usize> {
+        let View { bits, lanes, shape, strides, .. } = self.view().ok()?;
+        if shape.contains(&0) {
+            return Some(0);
+        }
+        let last = match &strides {
+            // Contiguous: all elements but the last are before it.
+            None => shape.iter().try_fold(1_u64, |all, &side| all.checked_mul(side))? - 1,
+            Some(strides) => {
+                shape.iter().zip(strides).try_fold(0_u64, |sum, (&side, &stride)| {
+                    let stride = u64::try_from(stride).ok()?;
+                    sum.checked_add(side.saturating_sub(1).checked_mul(stride)?)
+                })?
+            }
+        };
+        let element = usize::from(bits) * usize::from(lanes) / 8;
+        usize::try_from(last.checked_add(1)?).ok()?.checked_mul(element)
+    }
+
+    fn check(&self, len: usize) {
+        assert!(
+            self.extent().is_some_and(|extent| len <= extent),
+            "more bytes than the tensor has"
+        );
+    }
+
     /// The first bytes of a tensor in host memory, which keep it.
+    ///
+    /// # Panics
+    ///
+    /// If it is not in host memory or has fewer bytes.
     pub(super) fn host(self, len: usize) -> Bytes {
         if len == 0 {
             return Bytes::new();
         }
+        self.check(len);
+        assert!(self.tensor().is_on_host(), "the tensor is not in host memory");
         Bytes::from_owner(Host { tensor: self, len })
+    }
+
+    /// The first bytes of a tensor on the device that it names, which keep it.
+    ///
+    /// # Panics
+    ///
+    /// If it is on another device or has fewer bytes.
+    pub(super) fn on_device(self, device: &Device, len: usize) -> CudaMemory {
+        self.check(len);
+        let Tensor { data, byte_offset, device_type, device_id, .. } = *self.tensor();
+        assert_eq!((device_type, device_id), (super::CUDA, device.ordinal()), "another device");
+        let address = (data as u64).wrapping_add(byte_offset);
+        // SAFETY: `take` was promised a valid tensor, whose elements are there until it is given back, which
+        // is when this is dropped; `check` has seen that there are so many.
+        let memory =
+            unsafe { crate::ffi::Memory::borrowed(device.context(), address, len, Arc::new(self)) };
+        CudaMemory::of(device, memory)
     }
 }
 
@@ -128,8 +187,8 @@ impl AsRef<[u8]> for Host {
     fn as_ref(&self) -> &[u8] {
         let Tensor { data, byte_offset, .. } = self.tensor.tensor();
         let start = std::ptr::with_exposed_provenance::<u8>(data + *byte_offset as usize);
-        // SAFETY: `weight` computed the length from shape and strides, whose elements are there and not
-        // written to, as `take` was promised; the tensor lives as long as this.
+        // SAFETY: `host` has seen that there are so many bytes in host memory, which are not written to, as
+        // `take` was promised; the tensor lives as long as this.
         unsafe { std::slice::from_raw_parts(start, self.len) }
     }
 }

@@ -83,14 +83,12 @@ enum Phase<C: Communicator> {
     Receiving(Receiver<Link<C>>, Arc<Node<C>>),
 }
 
-/// How long an engine that was not finalized waits for its library when it is dropped.
-const LETTING_GO: Duration = Duration::from_secs(2);
-
 impl<L: Library> Drop for CollectiveEngine<L> {
     fn drop(&mut self) {
-        // A library that is at work while the process ends may bring it down.
+        // A library that is at work while the process ends brings it down. What the groups have, it may free only
+        // when the last rank of the process leaves them, which then takes its time.
         if let Some(node) = self.phase.node()
-            && !node.thread.close_within(LETTING_GO)
+            && !node.thread.close_within(self.context.deadline())
         {
             warn!("the library does not let go of its groups; its thread is left behind");
         }

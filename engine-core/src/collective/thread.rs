@@ -76,7 +76,24 @@ pub struct Thread<C> {
     /// How often all groups were given up. The thread sees it also while it makes a call, which it then
     /// ends: nobody waits any more for broadcasts from before.
     given_up: Arc<AtomicU64>,
-    ended: Arc<Mutex<Option<oneshot::Receiver<()>>>>,
+    ended: Arc<Mutex<Option<Ending>>>,
+}
+
+/// The end of a thread.
+struct Ending {
+    /// The other end is dropped when the thread has nothing of the library any more.
+    told: oneshot::Receiver<()>,
+    thread: std::thread::JoinHandle<()>,
+}
+
+impl Ending {
+    /// Waits for the thread itself, which has said that it ends: what libraries keep for each of their threads
+    /// goes with it, and must not do so while the process ends.
+    fn join(self) {
+        if self.thread.join().is_err() {
+            warn!("the thread of a collective library has panicked");
+        }
+    }
 }
 
 type Command<C> = Box<dyn FnOnce(&mut Worker<C>) + Send>;
@@ -140,14 +157,17 @@ impl<C: Communicator> Thread<C> {
                 }
                 Err(error) => drop(ready.send(Err(error))),
             }
+            // What was asked for too late has slots of the library as well.
+            drop(inbox);
             drop(ending);
         };
-        std::thread::Builder::new().name(name.into()).spawn(main).map_err(|error| {
+        let thread = std::thread::Builder::new().name(name.into()).spawn(main);
+        let thread = thread.map_err(|error| {
             Error::new(ErrorKind::Resource, "starting a thread", error.to_string())
                 .with_source(error)
         })?;
         started.await.map_err(|_| gone())??;
-        let ended = Arc::new(Mutex::new(Some(ended)));
+        let ended = Arc::new(Mutex::new(Some(Ending { told: ended, thread })));
         Ok(Self { commands, given_up: Arc::default(), ended })
     }
 
@@ -206,27 +226,29 @@ impl<C: Communicator> Thread<C> {
 
     /// Ends the thread, which leaves all groups and drops the communicator, and waits for it.
     pub async fn close(&self) {
-        if let Some(ended) = self.ask_to_end() {
+        if let Some(mut ending) = self.ask_to_end() {
             // The other end is dropped, never used.
-            drop(ended.await);
+            drop((&mut ending.told).await);
+            ending.join();
         }
     }
 
     /// As [`close`](Self::close), for those who cannot await; whether it has ended within so long.
     pub(super) fn close_within(&self, limit: Duration) -> bool {
-        let Some(mut ended) = self.ask_to_end() else { return true };
+        let Some(mut ending) = self.ask_to_end() else { return true };
         let until = Instant::now() + limit;
-        while matches!(ended.try_recv(), Err(TryRecv::Empty)) {
+        while matches!(ending.told.try_recv(), Err(TryRecv::Empty)) {
             if Instant::now() >= until {
                 return false;
             }
             std::thread::sleep(PAUSE);
         }
+        ending.join();
         true
     }
 
     /// What is dropped when the thread has ended, for the first who asks.
-    fn ask_to_end(&self) -> Option<oneshot::Receiver<()>> {
+    fn ask_to_end(&self) -> Option<Ending> {
         if self.command(|worker| worker.closing = true).is_err() {
             debug!("the thread has ended before");
         }

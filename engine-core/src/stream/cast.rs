@@ -1,5 +1,6 @@
 //! `cast`: floating-point weights in another type, converted as they are packed.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -44,6 +45,14 @@ struct Cast {
 /// Elements converted at a time, on the stack.
 const PIECE: usize = 1024;
 
+/// Bytes read from a device at a time, at most.
+const DEVICE_PIECE: usize = 8 << 20;
+
+thread_local! {
+    /// What was read from a device, kept from one range to the next.
+    static READ: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
 impl Encoding for Cast {
     fn name(&self) -> &'static str {
         "cast"
@@ -61,26 +70,42 @@ impl Encoding for Cast {
         self.source.is_deferred()
     }
 
+    fn reads_device(&self) -> bool {
+        self.source.reads_device()
+    }
+
     fn encode_host(&self, range: Range<u64>, destination: &mut [u8]) -> Result<()> {
         let (read, write) = ((self.from.bits() / 8) as usize, (self.to.bits() / 8) as usize);
-        let (mut source, mut output) = ([0; PIECE * 8], [0; PIECE * 8]);
-        let mut first = range.start / write as u64;
+        let (mut first, last) = (range.start / write as u64, range.end.div_ceil(write as u64));
         let mut skip = (range.start % write as u64) as usize;
-        let mut written = 0;
-        while written < destination.len() {
-            let left = (destination.len() - written + skip).div_ceil(write);
-            let count = left.min(PIECE);
-            let source = &mut source[..count * read];
+        let (mut few, mut output) = ([0; PIECE * 8], [0; PIECE * 8]);
+        let mut many = Vec::new();
+        let buffer = match self.reads_device() {
+            false => &mut few[..PIECE * read],
+            true => {
+                let elements = (last - first).min((DEVICE_PIECE / read) as u64) as usize;
+                many = READ.take();
+                many.resize(elements * read, 0);
+                &mut many[..]
+            }
+        };
+        let mut rest = destination;
+        while first < last {
+            let count = (last - first).min((buffer.len() / read) as u64) as usize;
+            let source = &mut buffer[..count * read];
             let start = first * read as u64;
             self.source.encode(start..start + source.len() as u64, source)?;
-            let output = &mut output[..count * write];
-            convert(self.from, source, self.to, output);
-            let take = (output.len() - skip).min(destination.len() - written);
-            destination[written..written + take].copy_from_slice(&output[skip..skip + take]);
-            written += take;
+            for piece in source.chunks(PIECE * read) {
+                let output = &mut output[..piece.len() / read * write];
+                convert(self.from, piece, self.to, output);
+                let take = (output.len() - skip).min(rest.len());
+                let (now, after) = rest.split_at_mut(take);
+                now.copy_from_slice(&output[skip..skip + take]);
+                (rest, skip) = (after, 0);
+            }
             first += count as u64;
-            skip = 0;
         }
+        READ.set(many);
         Ok(())
     }
 }
