@@ -79,15 +79,24 @@ impl Rollout {
     /// Why it did not arrive, or what is wrong with it.
     pub async fn take(&self, mut received: ReceivedWeights<'_>) -> Result<ReceiveReport> {
         let version = received.version();
-        let mut kept = self.cache.as_ref().map(|cache| cache.begin(version)).transpose()?;
+        let begun = || {
+            let kept = self.cache.as_ref().map(|cache| cache.begin(version)).transpose()?;
+            let writer = self.out.as_ref().map(CheckpointWriter::in_folder).transpose();
+            Ok::<_, Error>((kept, writer.map_err(Error::from)?))
+        };
+        let (mut kept, mut writer) = match begun() {
+            Ok(begun) => begun,
+            Err(error) => {
+                // So that the others hear of the cause.
+                let report = ErrorReport::from(&error);
+                received.fail(error);
+                return Err(report.into());
+            }
+        };
         if let Some(kept) = &kept {
             kept.check_before(&received);
         }
         let mut notes = RolloutNotes::default();
-        let mut writer = match &self.out {
-            Some(folder) => Some(CheckpointWriter::in_folder(folder).map_err(Error::from)?),
-            None => None,
-        };
         loop {
             if let Some(memory) = &self.memory {
                 notes.extra_peak_bytes = memory.extra_peak_bytes();

@@ -87,6 +87,8 @@ pub struct CheckpointEngineManager<'a> {
     backend: &'static dyn Backend,
     trainer: Box<dyn CheckpointEngine>,
     rollouts: Vec<Box<dyn RolloutWorker + 'a>>,
+    /// Whether an update has paused rollouts and not resumed them.
+    paused: bool,
 }
 
 impl<'a> CheckpointEngineManager<'a> {
@@ -96,7 +98,7 @@ impl<'a> CheckpointEngineManager<'a> {
         trainer: Box<dyn CheckpointEngine>,
         rollouts: Vec<Box<dyn RolloutWorker + 'a>>,
     ) -> Self {
-        Self { backend, trainer, rollouts }
+        Self { backend, trainer, rollouts, paused: false }
     }
 
     /// Prepares every worker, builds the topology, and forms the group.
@@ -123,6 +125,11 @@ impl<'a> CheckpointEngineManager<'a> {
     /// Runs one update: pauses all rollouts, frees their caches, sends, installs, and resumes them
     /// whatever happened.
     ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future aborts the update on every rank. Rollouts that it has paused stay so until
+    /// [`resume`](Self::resume), which the next update and [`finalize`](Self::finalize) begin with.
+    ///
     /// # Errors
     ///
     /// The trainer's error if it has one, since it names the cause; else the first of a rollout.
@@ -131,12 +138,33 @@ impl<'a> CheckpointEngineManager<'a> {
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<(SendReport, Vec<ReceiveReport>)> {
+        self.resume().await?;
+        self.paused = true;
         let result = self.run(weights, version).await;
-        let active = result.is_ok().then_some(version);
-        let resumed = join_all(self.rollouts.iter_mut().map(|r| r.resume(active))).await;
+        let resumed = self.resume_with(result.as_ref().ok().map(|_| version)).await;
         let result = result?;
-        resumed.into_iter().collect::<Result<()>>()?;
+        resumed?;
         Ok(result)
+    }
+
+    /// Resumes the rollouts that an update has paused whose future was dropped, with the version that they
+    /// had before it; does nothing otherwise.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves rollouts paused; call it again.
+    ///
+    /// # Errors
+    ///
+    /// The first rollout's that fails; all others are resumed all the same.
+    pub async fn resume(&mut self) -> Result<()> {
+        if self.paused { self.resume_with(None).await } else { Ok(()) }
+    }
+
+    async fn resume_with(&mut self, active: Option<Version>) -> Result<()> {
+        let resumed = join_all(self.rollouts.iter_mut().map(|r| r.resume(active))).await;
+        self.paused = false;
+        resumed.into_iter().collect()
     }
 
     async fn run(
@@ -157,9 +185,11 @@ impl<'a> CheckpointEngineManager<'a> {
     ///
     /// The first failure; all workers are finalized all the same.
     pub async fn finalize(&mut self) -> Result<()> {
+        let resumed = self.resume().await;
         let trainer = self.trainer.finalize().await;
         let rollouts = join_all(self.rollouts.iter_mut().map(|rollout| rollout.finalize())).await;
         trainer?;
+        resumed?;
         rollouts.into_iter().collect()
     }
 }

@@ -543,7 +543,14 @@ impl Session {
             }
             None => Err(late("waiting for the next weight").bucket(self.counts.2)),
             Some(Some(Item::End)) => {
-                self.guard.outcome.check()?;
+                if let Err(error) = self.guard.outcome.check() {
+                    let error = error.rank(self.guard.rank);
+                    if let Some(answer) = self.guard.answer.take() {
+                        // A trainer that is gone needs no telling.
+                        drop(answer.send(Answer::Failed(ErrorReport::from(&error))));
+                    }
+                    return Err(error);
+                }
                 let notes = self.guard.outcome.take_notes();
                 let seconds = self.begun.elapsed().as_secs_f64();
                 if let Some(answer) = self.guard.answer.take() {

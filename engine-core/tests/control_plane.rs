@@ -123,6 +123,10 @@ fn other_process() {
     block_on(async {
         let plane = match what {
             "lead" => ControlPlane::lead(config(address)).await.unwrap(),
+            "rank-1" => {
+                let rank = Some(Rank(1));
+                ControlPlane::join(config(address), Role::Rollout, rank).await.unwrap()
+            }
             _ => ControlPlane::join(config(address), Role::Rollout, None).await.unwrap(),
         };
         plane.gather(2, body("other"), DEADLINE).await.unwrap();
@@ -397,8 +401,11 @@ fn foreign_bytes_close_their_connection_and_disturb_nobody() {
 fn strangers_that_say_nothing_keep_nobody_out() {
     block_on(async {
         let leader = lead().await;
-        let silent: Vec<_> = (0..80).map(|_| TcpStream::connect(tcp(&leader)).unwrap()).collect();
-        let member = join(&leader).await;
+        // They are many rounds of those whose silence is waited for at a time.
+        let silent: Vec<_> = (0..400).map(|_| TcpStream::connect(tcp(&leader)).unwrap()).collect();
+        let mut config = config(&leader.address().to_string());
+        config.connect_timeout = Duration::from_secs(15);
+        let member = ControlPlane::join(config, Role::Rollout, None).await.unwrap();
         gather(&[&leader, &member]).await;
         drop(silent);
     });
@@ -408,15 +415,125 @@ fn strangers_that_say_nothing_keep_nobody_out() {
 fn a_taken_rank_is_refused_until_its_process_is_gone() {
     block_on(async {
         let (leader, mut members) = group(2).await;
-        for taken in [Rank(2), Rank(0)] {
-            let error = try_join(&leader, Role::Rollout, Some(taken)).await.unwrap_err();
+        for (taken, is_free_later) in [(Rank(2), true), (Rank(0), false)] {
+            let config = impatient(&leader.address().to_string());
+            let error = ControlPlane::join(config, Role::Rollout, Some(taken)).await.unwrap_err();
             assert_names(&error, ErrorKind::Mismatch, &[&format!("rank {taken}")]);
-            assert_eq!(error.report().recovery, Recovery::Retry);
+            assert_eq!(error.report().recovery == Recovery::Retry, is_free_later);
         }
         members.pop().unwrap().close().await.unwrap();
         assert_eq!(event(&leader).await, Event::Left { rank: Rank(2) });
         let again = try_join(&leader, Role::Rollout, Some(Rank(2))).await.unwrap();
         assert_eq!(again.rank(), Rank(2));
+    });
+}
+
+#[test]
+fn a_process_gets_its_rank_as_soon_as_the_end_of_the_one_before_is_noticed() {
+    block_on(async {
+        let (leader, mut members) = group(1).await;
+        let again = try_join(&leader, Role::Rollout, Some(Rank(1)));
+        let old = async {
+            assert_eq!(leader.recv(Duration::from_secs(1)).await.unwrap(), None);
+            members.pop().unwrap().close().await
+        };
+        let (again, ()) = futures::future::try_join(again, old).await.unwrap();
+        assert_eq!(again.rank(), Rank(1));
+    });
+}
+
+#[test]
+fn a_rank_whose_process_is_killed_is_that_of_its_successor_at_once_every_time() {
+    block_on(async {
+        let leader = lead().await;
+        leader.gather(1, Bytes::new(), DEADLINE).await.unwrap();
+        let address = leader.address().to_string();
+        let mut other = Other::start("rank-1", &address);
+        for round in 0..20 {
+            while !matches!(event(&leader).await, Event::Joined(peer) if peer.rank == Rank(1)) {}
+            other.signal(Signal::KILL);
+            let next = Other::start("rank-1", &address);
+            drop(std::mem::replace(&mut other, next));
+            assert!(matches!(event(&leader).await, Event::Lost { rank: Rank(1), .. }), "{round}");
+        }
+    });
+}
+
+#[test]
+fn a_world_that_is_larger_than_the_leader_allows_is_refused_by_name_and_costs_it_nothing() {
+    block_on(async {
+        let leader = lead().await;
+        let member = join(&leader).await;
+        let error = member.gather(u32::MAX, Bytes::new(), DEADLINE).await.unwrap_err();
+        assert_names(&error, ErrorKind::Mismatch, &["4294967295", "max_world_size", "rank 1"]);
+        let error = leader.gather(65_537, Bytes::new(), DEADLINE).await.unwrap_err();
+        assert_names(&error, ErrorKind::Mismatch, &["65536", "rank 0"]);
+        gather(&[&leader, &member]).await;
+        let error = member.gather(u32::MAX, Bytes::new(), DEADLINE).await.unwrap_err();
+        assert_names(&error, ErrorKind::Mismatch, &["max_world_size"]);
+    });
+}
+
+#[test]
+fn a_member_that_is_cut_for_what_it_said_is_lost_for_that_reason_and_may_join_again() {
+    block_on(async {
+        let (leader, members) = group(2).await;
+        let reason = Error::new(ErrorKind::Protocol, "reading a message", "it is garbage");
+        leader.cut(Rank(1), &reason).unwrap();
+        let Event::Lost { rank, error } = event(&leader).await else { panic!("not lost") };
+        assert_eq!((rank, error.kind, error.rank), (Rank(1), ErrorKind::Protocol, Some(Rank(1))));
+        assert!(error.message.contains("garbage"), "{error}");
+        assert!(matches!(event(&members[0]).await, Event::Lost { rank: Rank(0), .. }));
+        // The other one has nothing to do with it.
+        members[1].send(Rank(0), body("here")).unwrap();
+        assert!(matches!(event(&leader).await, Event::Message { from: Rank(2), .. }));
+        assert_names(&leader.cut(Rank(1), &reason).unwrap_err(), ErrorKind::PeerLost, &["rank 1"]);
+        let again = try_join(&leader, Role::Rollout, Some(Rank(1))).await.unwrap();
+        assert_eq!(again.rank(), Rank(1));
+    });
+}
+
+#[test]
+fn a_member_whose_messages_nobody_reads_is_cut_before_they_fill_the_leaders_memory() {
+    block_on(async {
+        let mut at = config("127.0.0.1:0");
+        at.max_frame_bytes = 64 << 10;
+        let leader = ControlPlane::lead(at).await.unwrap();
+        let member = join(&leader).await;
+        gather(&[&leader, &member]).await;
+        let message = Bytes::from(vec![7; 60_000]);
+        for _ in 0..10 {
+            // Any number of them is in order, as long as they are read.
+            member.send(Rank(0), message.clone()).unwrap();
+            assert!(matches!(event(&leader).await, Event::Message { .. }));
+        }
+        for _ in 0..3 {
+            member.send(Rank(0), message.clone()).unwrap();
+        }
+        assert!(matches!(event(&member).await, Event::Lost { rank: Rank(0), .. }));
+        for _ in 0..2 {
+            assert!(matches!(event(&leader).await, Event::Message { .. }));
+        }
+        let Event::Lost { rank: Rank(1), error } = event(&leader).await else { panic!("not lost") };
+        assert_eq!(error.kind, ErrorKind::Resource, "{error}");
+        assert!(error.message.contains("unread"), "{error}");
+    });
+}
+
+#[test]
+fn a_member_that_is_killed_with_unread_bytes_is_lost_as_any_other() {
+    block_on(async {
+        let leader = lead().await;
+        let other = Other::start("join", &leader.address().to_string());
+        leader.gather(2, Bytes::new(), DEADLINE).await.unwrap();
+        other.signal(Signal::STOP);
+        leader.send(Rank(1), Bytes::from(vec![0; 100_000])).unwrap();
+        // Long enough for some of it to be on its way: the system resets the connection then.
+        assert_eq!(leader.recv(Duration::from_millis(500)).await.unwrap(), None);
+        other.signal(Signal::KILL);
+        let Event::Lost { rank: Rank(1), error } = event(&leader).await else { panic!("not lost") };
+        assert_eq!(error.kind, ErrorKind::PeerLost, "{error}");
+        assert!(error.message.contains("its process died"), "{error}");
     });
 }
 
@@ -638,7 +755,7 @@ fn a_stopped_member_is_lost_for_its_silence_and_a_blocked_one_is_not() {
         assert_eq!(leader.recv(Duration::from_secs(3)).await.unwrap(), None);
         other.signal(Signal::STOP);
         let Event::Lost { rank: Rank(1), error } = event(&leader).await else { panic!("not lost") };
-        assert_eq!(error.kind, ErrorKind::Timeout);
+        assert_eq!(error.kind, ErrorKind::PeerLost);
         assert!(error.message.contains("silent"), "{error}");
     });
 }
@@ -652,7 +769,7 @@ fn a_stopped_leader_is_lost_on_its_members() {
         member.gather(2, Bytes::new(), DEADLINE).await.unwrap();
         other.signal(Signal::STOP);
         let Event::Lost { rank: Rank(0), error } = event(&member).await else { panic!("not lost") };
-        assert_eq!(error.kind, ErrorKind::Timeout);
+        assert_eq!(error.kind, ErrorKind::PeerLost);
         member.close().await.unwrap();
     });
 }

@@ -142,6 +142,32 @@ async fn rollouts_resume_without_a_version_after_an_update_that_failed_and_the_n
     assert_eq!(log.lock().unwrap()[14..], ["a resumes with Some(2)", "b resumes with Some(2)"]);
 }
 
+#[tokio::test]
+async fn rollouts_that_a_dropped_update_has_paused_are_resumed_before_the_next_one() {
+    let log = Log::default();
+    let mut manager = manager(&log, false).await;
+    let never = ensure_async_iterator(futures::stream::pending::<Result<Weight>>());
+    {
+        let mut update = std::pin::pin!(manager.update_weights(never, Version(1)));
+        while !log.lock().unwrap().iter().any(|line| line == "b updates") {
+            assert!(futures::poll!(&mut update).is_pending());
+        }
+    }
+    let before = log.lock().unwrap().len();
+    manager.resume().await.unwrap();
+    assert_eq!(log.lock().unwrap()[before..], ["a resumes with None", "b resumes with None"]);
+    manager.resume().await.unwrap();
+    assert_eq!(log.lock().unwrap().len(), before + 2, "they were not paused");
+
+    let never = ensure_async_iterator(futures::stream::pending::<Result<Weight>>());
+    assert!(futures::poll!(std::pin::pin!(manager.update_weights(never, Version(2)))).is_pending());
+    let before = log.lock().unwrap().len();
+    manager.update_weights(ensure_async_iterator(model(3)), Version(3)).await.unwrap();
+    let log = log.lock().unwrap();
+    assert_eq!(log[before..before + 2], ["a resumes with None", "b resumes with None"]);
+    assert_eq!(log[log.len() - 2..], ["a resumes with Some(3)", "b resumes with Some(3)"]);
+}
+
 /// A trainer and a rollout with a cache, in a group.
 async fn with_cache() -> (Box<dyn CheckpointEngine>, CachedEngine) {
     let mut trainer = engine(Role::Trainer);

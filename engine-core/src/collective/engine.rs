@@ -233,8 +233,10 @@ impl<L: Library> CheckpointEngine for CollectiveEngine<L> {
         match &mut self.phase {
             Phase::Sending(sender, _) => sender.send(weights, version).await,
             Phase::CoSending(sender, _) => sender.send(weights, version).await,
-            Phase::Relaying(receiver, _) => relay(receiver, weights, version).await,
-            Phase::Idle(_) => drain(weights, version).await,
+            Phase::Relaying(receiver, _) => {
+                relay(receiver, weights, version, self.context.deadline()).await
+            }
+            Phase::Idle(_) => drain(weights, version, self.context.deadline()).await,
             Phase::Receiving(..) => Err(wrong_phase("sending weights", "this rank is a rollout")),
             _ => Err(wrong_phase("sending weights", "call init_process_group first")),
         }
@@ -267,10 +269,20 @@ impl<L: Library> CheckpointEngine for CollectiveEngine<L> {
 }
 
 /// The weights of a trainer that sends none of them: its stream may be what gathers those of others.
-async fn drain(mut weights: WeightStream<'_>, version: Version) -> Result<SendReport> {
+async fn drain(
+    mut weights: WeightStream<'_>,
+    version: Version,
+    deadline: Duration,
+) -> Result<SendReport> {
     let begun = std::time::Instant::now();
     let mut counts = TensorCounts::default();
-    while let Some(weight) = weights.next().await {
+    loop {
+        let next = within(deadline, weights.next()).await.ok_or_else(|| {
+            let words = format!("nothing within {:.1} s", deadline.as_secs_f64());
+            Error::new(ErrorKind::Timeout, "waiting for the trainer's next weight", words)
+                .version(version)
+        })?;
+        let Some(weight) = next else { break };
         counts.add(&weight?);
     }
     Ok(SendReport {
@@ -291,6 +303,7 @@ async fn relay<C: Communicator>(
     receiver: &mut Receiver<Link<C>>,
     weights: WeightStream<'_>,
     version: Version,
+    deadline: Duration,
 ) -> Result<SendReport> {
     // The leader begins before it reads its stream, which this one's may be gathered together with.
     let mut received = receiver.receive(Some(version)).await?;
@@ -298,7 +311,7 @@ async fn relay<C: Communicator>(
         while received.next_bucket().await?.is_some() {}
         Ok(())
     };
-    let drained = drain(weights, version);
+    let drained = drain(weights, version, deadline);
     let mut report = match futures::future::try_join(drained, passed_on).await {
         Ok((report, ())) => report,
         Err(error) => {

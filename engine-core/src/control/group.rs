@@ -2,9 +2,11 @@
 //! what happened, and answer by adding frames to outboxes and events to the mailbox.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use tokio::sync::mpsc::UnboundedSender;
+use tokio_util::sync::CancellationToken;
 
 use super::wire::{Call, Control, FRAME_OVERHEAD, Frame, Introduction, Outcome, encode};
 use super::{Event, Peer, Role};
@@ -13,7 +15,9 @@ use crate::{Error, ErrorKind, ErrorReport, Rank, Result};
 /// What this process's own handle waits for.
 #[derive(Debug, Default)]
 pub(super) struct Mailbox {
-    pub(super) events: VecDeque<Event>,
+    events: VecDeque<Event>,
+    /// The bytes of messages in `events`, by their senders.
+    unread: BTreeMap<Rank, usize>,
     /// The calls under way, and how they ended.
     pub(super) calls: BTreeMap<u64, Option<Outcome>>,
     pub(super) next_call: u64,
@@ -22,6 +26,40 @@ pub(super) struct Mailbox {
 }
 
 impl Mailbox {
+    /// Files an event that no peer can cause many of.
+    pub(super) fn tell(&mut self, event: Event) {
+        self.events.push_back(event);
+    }
+
+    /// Files a message, unless so much of its sender is unread that this is no honest rank any more.
+    pub(super) fn deliver(&mut self, from: Rank, body: Bytes, budget: usize) -> Result<()> {
+        let unread = self.unread.entry(from).or_default();
+        *unread += body.len() + FRAME_OVERHEAD;
+        if *unread > budget {
+            let message = format!(
+                "more than {budget} bytes of its messages are unread (twice max_frame_bytes): its \
+                 connection ends"
+            );
+            return Err(Error::new(ErrorKind::Resource, "receiving a message", message).rank(from));
+        }
+        self.events.push_back(Event::Message { from, body });
+        Ok(())
+    }
+
+    /// The next event.
+    pub(super) fn take(&mut self) -> Option<Event> {
+        let event = self.events.pop_front();
+        if let Some(Event::Message { from, body }) = &event
+            && let Some(unread) = self.unread.get_mut(from)
+        {
+            *unread = unread.saturating_sub(body.len() + FRAME_OVERHEAD);
+            if *unread == 0 {
+                self.unread.remove(from);
+            }
+        }
+        event
+    }
+
     /// Files an outcome; one that nobody waits for any more is dropped.
     pub(super) fn settle(&mut self, id: u64, outcome: Outcome) {
         if let Some(slot) = self.calls.get_mut(&id) {
@@ -36,6 +74,29 @@ pub(super) struct Link {
     pub(super) outbox: UnboundedSender<Frame>,
     /// The longest frame that the peer accepts.
     pub(super) limit: usize,
+    /// Ends the connection from this side, for the reason that is left with it.
+    pub(super) cut: Arc<Cut>,
+}
+
+/// An order to end a connection.
+#[derive(Debug, Default)]
+pub(super) struct Cut {
+    reason: OnceLock<ErrorReport>,
+    ordered: CancellationToken,
+}
+
+impl Cut {
+    fn order(&self, reason: ErrorReport) {
+        self.reason.get_or_init(|| reason);
+        self.ordered.cancel();
+    }
+
+    /// Ends when the connection has to.
+    pub(super) async fn ordered(&self) -> Error {
+        self.ordered.cancelled().await;
+        let reason = self.reason.get().cloned();
+        reason.map_or_else(|| gone(Rank::LEADER), Error::from)
+    }
 }
 
 impl Link {
@@ -77,6 +138,8 @@ pub(super) struct Membership {
 #[derive(Debug)]
 pub(super) struct Group {
     slots: BTreeMap<Rank, Slot>,
+    /// The largest group that forms.
+    max_world_size: u32,
     formed: bool,
     pending: BTreeMap<Rank, Pending>,
     /// The ranks that the barrier under way waits for: those in the table when it began.
@@ -115,10 +178,11 @@ impl Pending {
 }
 
 impl Group {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(max_world_size: u32) -> Self {
         let leader = Slot { role: Role::Trainer, link: None, payload: None };
         Self {
             slots: BTreeMap::from([(Rank::LEADER, leader)]),
+            max_world_size,
             formed: false,
             pending: BTreeMap::new(),
             expected: BTreeSet::new(),
@@ -132,14 +196,15 @@ impl Group {
             Some(rank)
                 if rank == Rank::LEADER || self.slots.get(&rank).is_some_and(|s| !free(s)) =>
             {
-                // Retry: a rank whose process died without a word is free once its silence is noticed.
-                return Err(Error::new(
-                    ErrorKind::Mismatch,
-                    "joining the group",
-                    "another live process has the rank",
-                )
-                .rank(rank)
-                .recovery(crate::Recovery::Retry));
+                let message = "another live process has the rank";
+                let error =
+                    Error::new(ErrorKind::Mismatch, "joining the group", message).rank(rank);
+                // Retry: a rank whose process died without a word is free once its end is noticed.
+                let is_free_later = rank != Rank::LEADER;
+                return Err(match is_free_later {
+                    true => error.recovery(crate::Recovery::Retry),
+                    false => error,
+                });
             }
             Some(rank) => rank,
             None => self
@@ -170,7 +235,7 @@ impl Group {
         match end {
             End::Left => {
                 if was_member {
-                    mailbox.events.push_back(Event::Left { rank });
+                    mailbox.tell(Event::Left { rank });
                 }
                 self.try_barrier(mailbox);
             }
@@ -185,10 +250,16 @@ impl Group {
                     self.finish_barrier(&failed(&failure.rank(rank)), mailbox);
                 }
                 if was_member {
-                    mailbox.events.push_back(Event::Lost { rank, error });
+                    mailbox.tell(Event::Lost { rank, error });
                 }
             }
         }
+    }
+
+    /// Ends a member's connection; it is lost, for this reason, and may join again.
+    pub(super) fn cut(&self, rank: Rank, reason: ErrorReport) -> Result<()> {
+        self.link(rank)?.cut.order(reason);
+        Ok(())
     }
 
     pub(super) fn link(&self, to: Rank) -> Result<&Link> {
@@ -223,6 +294,15 @@ impl Group {
             return self.reply_all(&[(rank, id)], &failed(&error.rank(rank)), mailbox);
         }
         match call {
+            Call::Gather { world_size, .. } if world_size > self.max_world_size => {
+                let message = format!(
+                    "a world size of {world_size}: the leader forms groups of up to {} ranks \
+                     (max_world_size)",
+                    self.max_world_size
+                );
+                let error = Error::new(ErrorKind::Mismatch, "gathering the group", message);
+                self.reply_all(&[(rank, id)], &failed(&error.rank(rank)), mailbox);
+            }
             Call::Gather { .. } => {
                 self.pending.insert(rank, Pending { id, call });
                 self.try_gather(mailbox);
@@ -293,10 +373,19 @@ impl Group {
         known.into_iter().take(lacking).collect()
     }
 
+    /// Whether a gather of `world_size` lacks no rank: [`missing`](Self::missing), without the list.
+    fn is_complete(&self, world_size: u32) -> bool {
+        if !self.formed {
+            return (0..world_size).all(|rank| self.gathers(Rank(rank)));
+        }
+        let present = self.pending.values().filter(|pending| pending.gather().is_some()).count();
+        present >= world_size as usize
+    }
+
     fn try_gather(&mut self, mailbox: &mut Mailbox) {
         if let Some((world_size, _)) = self.pending.get(&Rank::LEADER).and_then(Pending::gather) {
             self.refuse_other_worlds(world_size, mailbox);
-            if !self.missing(world_size).is_empty() {
+            if !self.is_complete(world_size) {
                 return;
             }
             let first = !std::mem::replace(&mut self.formed, true);
@@ -309,7 +398,9 @@ impl Group {
                 let entered = self.enter(rank);
                 let table = self.table();
                 let joined = table.iter().find(|peer| peer.rank == rank).cloned();
-                mailbox.events.extend(joined.map(Event::Joined));
+                if let Some(peer) = joined {
+                    mailbox.tell(Event::Joined(peer));
+                }
                 self.reply_all(entered.as_slice(), &Outcome::Table(table), mailbox);
             }
         }

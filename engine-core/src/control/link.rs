@@ -1,24 +1,26 @@
 //! The tasks of the control thread: the leader's door, and the traffic with one peer.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::address::{Listener, connect};
-use super::group::{End, Link, Mailbox, Membership};
+use super::group::{Cut, End, Link, Mailbox, Membership};
 use super::handshake::{PATIENCE, examine, introduce, refuse};
 use super::shared::{Shared, Side};
 use super::wire::{Control, Frame, FrameReader, FrameWriter, Terms, Wire, decode, unexpected};
 use super::{ControlConfig, Event, Role};
-use crate::{Error, ErrorKind, ErrorReport, Rank, Result};
+use crate::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result};
 
-/// How many connections may be in their handshake at once; the others wait in the backlog.
+/// How many connections may be in their handshake at once; the next one takes the place of the oldest.
 const STRANGERS: usize = 64;
+/// The smallest limit of frames that a member may demand: what every update needs has to fit.
+pub(super) const FRAME_FLOOR: u32 = 4096;
 /// The shortest heartbeat interval that a peer's terms can ask for.
 const BEAT_FLOOR: Duration = Duration::from_millis(1);
 /// How long a listener that cannot accept waits before it tries again.
@@ -42,11 +44,7 @@ pub(super) async fn serve(
     stop: CancellationToken,
 ) {
     let mut links = JoinSet::new();
-    let strangers = Arc::new(Semaphore::new(STRANGERS));
-    let accept = async || {
-        let permit = Arc::clone(&strangers).acquire_owned().await.ok();
-        (listener.accept().await, permit)
-    };
+    let strangers = Arc::new(Strangers::default());
     loop {
         tokio::select! {
             () = stop.cancelled() => break,
@@ -55,17 +53,23 @@ pub(super) async fn serve(
                     tracing::error!(%error, "a link of the control plane panicked");
                 }
             }
-            (accepted, permit) = accept() => match accepted {
+            accepted = listener.accept() => match accepted {
                 Ok(wire) => {
+                    let stranger = strangers.enter();
                     let (config, shared, stop) = (config.clone(), shared.clone(), stop.clone());
                     links.spawn(async move {
                         let entered = tokio::select! {
                             () = stop.cancelled() => return,
+                            () = stranger.shed.cancelled() => {
+                                return tracing::debug!("a stranger had to make room for others");
+                            }
                             entered = timeout(PATIENCE, enter(wire, &config, &shared)) => entered,
                         };
-                        drop(permit);
+                        drop(stranger);
                         match entered {
-                            Ok(Ok((rank, traffic))) => attend(rank, traffic, &config, &shared).await,
+                            Ok(Ok((rank, traffic, cut))) => {
+                                attend(rank, traffic, &cut, &config, &shared).await;
+                            }
                             Ok(Err(error)) if error.kind() == ErrorKind::Protocol => {
                                 tracing::debug!(%error, "a stranger knocked");
                             }
@@ -90,6 +94,47 @@ pub(super) async fn serve(
     }
 }
 
+/// The connections that are in their handshake, the oldest first.
+#[derive(Debug, Default)]
+struct Strangers(Mutex<(u64, VecDeque<(u64, CancellationToken)>)>);
+
+/// A connection's place among them.
+#[derive(Debug)]
+struct Stranger {
+    strangers: Arc<Strangers>,
+    number: u64,
+    /// Cancelled when it has to make room.
+    shed: CancellationToken,
+}
+
+impl Strangers {
+    /// Whoever connects gets a place: those that say nothing cannot keep others out.
+    fn enter(self: &Arc<Self>) -> Stranger {
+        let mut state = self.lock();
+        let (number, waiting) = &mut *state;
+        if waiting.len() >= STRANGERS
+            && let Some((_, oldest)) = waiting.pop_front()
+        {
+            oldest.cancel();
+        }
+        *number += 1;
+        let shed = CancellationToken::new();
+        waiting.push_back((*number, shed.clone()));
+        Stranger { strangers: Arc::clone(self), number: *number, shed }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, (u64, VecDeque<(u64, CancellationToken)>)> {
+        // Each change leaves it whole.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        self.strangers.lock().1.retain(|(number, _)| *number != self.number);
+    }
+}
+
 /// An authenticated connection, what is queued for it, and what its peer demands.
 pub(super) struct Traffic {
     wire: Wire,
@@ -98,12 +143,25 @@ pub(super) struct Traffic {
 }
 
 /// Takes a connection through the handshake and gives it a rank.
-async fn enter(mut wire: Wire, config: &ControlConfig, shared: &Shared) -> Result<(Rank, Traffic)> {
+async fn enter(
+    mut wire: Wire,
+    config: &ControlConfig,
+    shared: &Shared,
+) -> Result<(Rank, Traffic, Arc<Cut>)> {
     let guest = examine(&mut wire, &config.token).await?;
     let terms = guest.introduction.terms;
+    if terms.max_frame < FRAME_FLOOR {
+        let message = format!(
+            "it accepts frames of up to {} bytes, and updates need {FRAME_FLOOR} (max_frame_bytes)",
+            terms.max_frame
+        );
+        let error = Error::new(ErrorKind::Config, "joining the group", message);
+        return Err(refuse(&mut wire, error).await);
+    }
     let (outbox, queue) = unbounded_channel();
     let welcome = outbox.clone();
-    let link = Link { outbox, limit: terms.max_frame as usize };
+    let cut = Arc::<Cut>::default();
+    let link = Link { outbox, limit: terms.max_frame as usize, cut: Arc::clone(&cut) };
     let admitted = shared.update(|_, side| match side {
         Side::Leader(group) => group.admit(&guest.introduction, link).and_then(|rank| {
             // Queued under the lock, so that nothing can overtake it.
@@ -118,29 +176,31 @@ async fn enter(mut wire: Wire, config: &ControlConfig, shared: &Shared) -> Resul
     match admitted {
         Ok(rank) => {
             tracing::debug!(%rank, role = ?guest.introduction.role, "a member connected");
-            Ok((rank, Traffic { wire, queue, terms }))
+            Ok((rank, Traffic { wire, queue, terms }, cut))
         }
         Err(error) => Err(refuse(&mut wire, error).await),
     }
 }
 
 /// The leader's traffic with one member, until it ends.
-async fn attend(rank: Rank, traffic: Traffic, config: &ControlConfig, shared: &Shared) {
-    let end = converse(traffic, config, |frame| {
+async fn attend(rank: Rank, traffic: Traffic, cut: &Cut, config: &ControlConfig, shared: &Shared) {
+    let budget = config.max_frame_bytes.saturating_mul(2);
+    let conversation = converse(traffic, config, |frame| {
         shared.update(|mailbox, side| {
             let Side::Leader(group) = side else { return Err(unexpected(&frame)) };
             match frame {
-                Frame::Message(body) => {
-                    mailbox.events.push_back(Event::Message { from: rank, body });
-                }
+                Frame::Message(body) => mailbox.deliver(rank, body, budget)?,
                 Frame::Control(Control::Call { id, call }) => group.call(rank, id, call, mailbox),
                 Frame::Control(Control::Withdraw { id }) => group.withdraw(rank, id, mailbox),
                 other => return Err(unexpected(&other)),
             }
             Ok(())
         })
-    })
-    .await;
+    });
+    let end = tokio::select! {
+        end = conversation => end,
+        reason = cut.ordered() => End::Lost(reason),
+    };
     tracing::debug!(%rank, ?end, "a member's connection ended");
     shared.update(|mailbox, side| {
         if let Side::Leader(group) = side {
@@ -159,6 +219,7 @@ pub(super) async fn knock(
     rank: Option<Rank>,
 ) -> Result<Admission> {
     let mut last = None;
+    let mut taken_until: Option<Instant> = None;
     let attempts = async {
         let mut pause = Duration::from_millis(10);
         loop {
@@ -166,15 +227,23 @@ pub(super) async fn knock(
                 Ok(admission) => return Ok(admission),
                 Err(error) => error,
             };
-            // Only what a leader that starts later would change is worth another attempt.
-            let later = matches!(
-                error.kind(),
-                ErrorKind::Io | ErrorKind::PeerLost | ErrorKind::Timeout | ErrorKind::Resource
-            );
+            // Only what a leader that starts later would change is worth another attempt, and a rank that
+            // may be that of a process before this one, whose end the leader has not noticed yet: that
+            // takes it no longer than the silence after which a peer is lost.
+            let later = match error.kind() {
+                ErrorKind::Io | ErrorKind::PeerLost | ErrorKind::Timeout | ErrorKind::Resource => {
+                    true
+                }
+                _ if error.report().recovery == Recovery::Retry => {
+                    let noticed = config.heartbeat_timeout + config.heartbeat_timeout / 4;
+                    Instant::now() < *taken_until.get_or_insert_with(|| Instant::now() + noticed)
+                }
+                _ => false,
+            };
             if !later {
                 return Err(error);
             }
-            tracing::trace!(%error, "no leader yet");
+            tracing::trace!(%error, "not yet");
             last = Some(error);
             sleep(pause).await;
             pause = (pause * 2).min(Duration::from_millis(500));
@@ -182,6 +251,12 @@ pub(super) async fn knock(
     };
     match timeout(config.connect_timeout, attempts).await {
         Ok(result) => result,
+        // What the leader said is more than that there was no time left.
+        Err(_)
+            if last.as_ref().is_some_and(|error: &Error| error.kind() == ErrorKind::Mismatch) =>
+        {
+            Err(last.unwrap_or_else(|| Error::new(ErrorKind::Timeout, "joining the group", "")))
+        }
         Err(_) => {
             let error = Error::new(
                 ErrorKind::Timeout,
@@ -202,7 +277,7 @@ async fn attempt(config: &ControlConfig, role: Role, rank: Option<Rank>) -> Resu
     let mut wire = connected.map_err(|error| Error::io("connecting to the leader", error))?;
     let (rank, terms) = introduce(&mut wire, &config.token, role, rank, config.terms()).await?;
     let (outbox, queue) = unbounded_channel();
-    let leader = Link { outbox, limit: terms.max_frame as usize };
+    let leader = Link { outbox, limit: terms.max_frame as usize, cut: Arc::default() };
     Ok((rank, Membership { leader, table: Vec::new() }, Traffic { wire, queue, terms }))
 }
 
@@ -216,8 +291,8 @@ pub(super) async fn follow(
     let on_frame = |frame| {
         shared.update(|mailbox, _| match frame {
             Frame::Message(body) => {
-                mailbox.events.push_back(Event::Message { from: Rank::LEADER, body });
-                Ok(())
+                // The leader is believed: rollouts do not read while they generate.
+                mailbox.deliver(Rank::LEADER, body, usize::MAX)
             }
             Frame::Control(Control::Reply { id, outcome }) => {
                 mailbox.settle(id, decode(&outcome)?);
@@ -253,7 +328,7 @@ fn lose_leader(end: End, mailbox: &mut Mailbox) {
             (Event::Lost { rank, error: report }, error)
         }
     };
-    mailbox.events.push_back(event);
+    mailbox.tell(event);
     mailbox.ended.get_or_insert(ErrorReport::from(&error));
 }
 
@@ -267,11 +342,27 @@ async fn converse(
     reader.set_max_frame(config.max_frame_bytes);
     // At least three heartbeats fit into the silence that the peer tolerates.
     let beat = config.heartbeat_interval.min(terms.heartbeat_timeout / 3).max(BEAT_FLOOR);
-    tokio::select! {
+    let end = tokio::select! {
         biased;
         end = listen(reader, config.heartbeat_timeout, on_frame) => end,
         error = speak(writer, queue, beat, config.heartbeat_timeout) => End::Lost(error),
+    };
+    match end {
+        End::Left => End::Left,
+        End::Lost(error) => End::Lost(lost(error)),
     }
+}
+
+/// However the socket says that the other side is gone, its rank is lost.
+fn lost(error: Error) -> Error {
+    let message = &error.report().message;
+    let message = match error.kind() {
+        ErrorKind::Io => format!("the connection broke: its process died ({message})"),
+        ErrorKind::Timeout => message.clone(),
+        _ => return error,
+    };
+    let operation = error.report().operation.clone();
+    Error::new(ErrorKind::PeerLost, operation, message).with_source(error)
 }
 
 async fn listen(
@@ -329,4 +420,44 @@ async fn speak(
     }
     writer.shutdown().await;
     std::future::pending().await
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+    use crate::control::Token;
+
+    fn wire(io: tokio::io::DuplexStream) -> Wire {
+        let (reader, writer) = tokio::io::split(io);
+        Wire::new(Box::new(reader), Box::new(writer))
+    }
+
+    #[tokio::test]
+    async fn a_member_that_accepts_no_frames_to_speak_of_is_refused_in_the_handshake() {
+        let token = Token::generate().unwrap();
+        let config = ControlConfig::new("127.0.0.1:0".parse().unwrap(), token.clone());
+        let shared = Shared::new(Side::Leader(super::super::group::Group::new(8)));
+        for (max_frame, is_welcome) in [(0, false), (FRAME_FLOOR - 1, false), (FRAME_FLOOR, true)] {
+            let (up, down) = tokio::io::duplex(4096);
+            let (mut member, leader) = (wire(up), wire(down));
+            let terms = Terms { max_frame, ..config.terms() };
+            // The welcome is queued for the traffic that follows.
+            let entered = async {
+                let Ok((_, mut traffic, _)) = enter(leader, &config, &shared).await else {
+                    return false;
+                };
+                let Some(Frame::Control(welcome)) = traffic.queue.recv().await else {
+                    return false;
+                };
+                traffic.wire.writer.send(welcome, PATIENCE).await.is_ok()
+            };
+            let joining = introduce(&mut member, &token, Role::Rollout, None, terms);
+            let (joined, entered) = futures::future::join(joining, entered).await;
+            assert_eq!((joined.is_ok(), entered), (is_welcome, is_welcome), "{max_frame}");
+            if let Err(error) = joined {
+                assert!(error.to_string().contains("max_frame_bytes"), "{error}");
+            }
+        }
+    }
 }

@@ -89,8 +89,12 @@ pub struct ControlConfig {
     /// How long a member tries to reach the leader, which may start later. 60 s.
     pub connect_timeout: Duration,
     /// The longest frame that this rank accepts, in bytes: a message, or the metadata of all
-    /// ranks together. 64 MiB.
+    /// ranks together. At least 4096; 64 MiB. A leader ends the connection of a member of which it has
+    /// twice this in messages that nobody has read.
     pub max_frame_bytes: usize,
+    /// The largest group that the leader forms, in ranks: what a member says of the size is not believed
+    /// beyond this. 65 536.
+    pub max_world_size: u32,
 }
 
 impl ControlConfig {
@@ -103,6 +107,7 @@ impl ControlConfig {
             heartbeat_timeout: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(60),
             max_frame_bytes: 64 << 20,
+            max_world_size: 65_536,
         }
     }
 
@@ -115,11 +120,12 @@ impl ControlConfig {
                 self.heartbeat_interval, self.heartbeat_timeout
             ));
         }
-        if !(wire::HANDSHAKE_FRAME..=u32::MAX as usize).contains(&self.max_frame_bytes) {
+        let floor = link::FRAME_FLOOR as usize;
+        if !(floor..=u32::MAX as usize).contains(&self.max_frame_bytes) {
             return refuse(format!(
                 "max_frame_bytes {} must be between {} and {}",
                 self.max_frame_bytes,
-                wire::HANDSHAKE_FRAME,
+                floor,
                 u32::MAX
             ));
         }
@@ -155,7 +161,8 @@ pub enum Event {
         /// Which one.
         rank: Rank,
     },
-    /// A rank of the group died, fell silent or broke the protocol. Members learn it of the leader
+    /// A rank of the group died, fell silent or broke the protocol. The error is `PeerLost`, or what was
+    /// wrong with what it sent. Members learn it of the leader
     /// only.
     Lost {
         /// Which one.

@@ -18,7 +18,7 @@ use super::link::{follow, knock, serve};
 use super::shared::{Shared, Side};
 use super::wire::{Call, Control, Frame, Outcome};
 use super::{Address, ControlConfig, Event, Peer, Role};
-use crate::{Error, ErrorKind, Rank, Result};
+use crate::{Error, ErrorKind, ErrorReport, Rank, Result};
 
 /// How long a rank that gave up waiting listens for the leader's list of the missing ones.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -73,7 +73,7 @@ impl ControlPlane {
                 Ok(bound) => bound,
                 Err(error) => return ready.tell(Err(error)),
             };
-            let shared = Arc::new(Shared::new(Side::Leader(Group::new())));
+            let shared = Arc::new(Shared::new(Side::Leader(Group::new(config.max_world_size))));
             let _ending = Ending(Arc::clone(&shared));
             ready.tell(Ok(Place {
                 shared: Arc::clone(&shared),
@@ -100,7 +100,8 @@ impl ControlPlane {
     ///
     /// `Timeout` when no leader answers, `Authentication` when the tokens differ, `Protocol` when
     /// the leader speaks another version or something else listens there, `Mismatch` when a live
-    /// process has the rank.
+    /// process has the rank and still has it after the heartbeat timeout: one that died is noticed by
+    /// then.
     pub async fn join(config: ControlConfig, role: Role, rank: Option<Rank>) -> Result<Self> {
         Self::start(config, async move |config, stop, ready| {
             let admitted = tokio::select! {
@@ -152,7 +153,7 @@ impl ControlPlane {
     /// # Errors
     ///
     /// `Timeout` naming the ranks that are missing, `Mismatch` naming both world sizes on a member
-    /// whose size differs, `PeerLost` when the leader is gone, `State` when this rank gathers or is
+    /// whose size differs or exceeds the leader's `max_world_size`, `PeerLost` when the leader is gone, `State` when this rank gathers or is
     /// in a barrier already, `Config` when the metadata exceeds `max_frame_bytes`.
     pub async fn gather(
         &self,
@@ -239,6 +240,19 @@ impl ControlPlane {
         })
     }
 
+    /// On the leader: ends the connection to a rank that breaks the rules of what is spoken over the control
+    /// plane. The rank is [lost](Event::Lost) for this reason, and may join again.
+    ///
+    /// # Errors
+    ///
+    /// `PeerLost` when the rank is gone, `State` on a member.
+    pub fn cut(&self, rank: Rank, reason: &Error) -> Result<()> {
+        self.inner.shared.update(|_, side| match side {
+            Side::Leader(group) => group.cut(rank, ErrorReport::from(reason)),
+            Side::Member(_) => Err(misdirected("members do not end connections").rank(rank)),
+        })
+    }
+
     /// The next event; `None` when there is none within the deadline.
     ///
     /// # Cancel safety
@@ -250,7 +264,7 @@ impl ControlPlane {
     /// After all events: `PeerLost` on a member whose leader is gone, `State` when the control
     /// plane is closed.
     pub async fn recv(&self, deadline: Duration) -> Result<Option<Event>> {
-        let event = self.wait(deadline, |mailbox| match mailbox.events.pop_front() {
+        let event = self.wait(deadline, |mailbox| match mailbox.take() {
             Some(event) => Some(Ok(event)),
             None => mailbox.ended.clone().map(|report| Err(report.into())),
         });
