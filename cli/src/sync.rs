@@ -168,6 +168,9 @@ pub struct Trainer {
     pub source: Source,
 }
 
+/// How long the trainer waits for those who still read the weights of the version before.
+const IN_USE: Duration = Duration::from_secs(30);
+
 impl Trainer {
     /// Runs one update.
     ///
@@ -175,7 +178,16 @@ impl Trainer {
     ///
     /// Why it failed.
     pub async fn update(&mut self, version: Version) -> Result<SendReport> {
-        self.source.advance(version)?;
+        let until = Instant::now() + IN_USE;
+        loop {
+            match self.source.advance(version) {
+                // Rollouts let go of an update that failed a little later than the trainer.
+                Err(error) if error.kind() == ErrorKind::State && Instant::now() < until => {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                advanced => break advanced?,
+            }
+        }
         let weights = ensure_async_iterator(self.source.weights(version)?);
         self.engine.send_weights(weights, version).await
     }
@@ -692,16 +704,16 @@ pub async fn rollout(
                 continue;
             }
             Ok(Some(report)) => Ok(report),
+            // Without a trainer there is no next update: this is the error of the command.
+            Err(error) if error.kind() == ErrorKind::PeerLost && is_trainer(&error) => {
+                return Err(error);
+            }
             Err(error) => Err(error),
         };
         each(&result)?;
         match result {
             Ok(report) if Some(report.version) == last => break,
             Ok(_) => {}
-            // Without a trainer there is no next update.
-            Err(error) if error.kind() == ErrorKind::PeerLost && is_trainer(&error) => {
-                return Err(error);
-            }
             Err(error) => tracing::warn!(%error, "waiting for the next update"),
         }
     }

@@ -130,6 +130,16 @@ fn what_rollouts_write_is_what_the_trainer_read() {
 }
 
 #[test]
+fn a_folder_that_rollouts_cannot_write_to_is_the_error_that_everyone_is_told() {
+    let output = run(&["sync", "--synthetic", "tiny-moe", "--backend", "ipc", "--out", "/proc/nope"]);
+    assert!(!output.status.success());
+    let error = String::from_utf8_lossy(&output.stderr);
+    let cause = error.lines().filter(|line| line.contains("/proc/nope")).count();
+    assert!(cause > 0, "{error}");
+    assert!(!error.contains("dropped the stream"), "{error}");
+}
+
+#[test]
 fn a_killed_rollout_is_an_error_that_names_it_and_nothing_is_left() {
     let (child, output) = long_sync("2");
     let pid = child.id();
