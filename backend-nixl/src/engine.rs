@@ -89,13 +89,23 @@ pub(crate) fn unique_name(rank: impl std::fmt::Display) -> String {
 #[serde(rename_all = "lowercase")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum Topology {
-    /// A ring for two rollouts or more, unless there are so few buckets that its length would show.
+    /// A ring: with equal links it is never slower than a star.
     #[default]
     Auto,
     /// Each rollout from the one before it.
     Ring,
     /// All rollouts from the trainer.
     Star,
+}
+
+impl Topology {
+    /// With B buckets that take t each, and R rollouts, a star takes B·R·t and a ring (B+R−1)·t, which is never more.
+    fn shape(self) -> Shape {
+        match self {
+            Self::Star => Shape::Star,
+            Self::Auto | Self::Ring => Shape::Ring,
+        }
+    }
 }
 
 /// Who moves the bytes of a bucket. The same on every rank.
@@ -297,13 +307,8 @@ impl SendLink for Outgoing {
         Ok(())
     }
 
-    fn topology(&self, receivers: usize, buckets: usize) -> Option<Shape> {
-        Some(match self.topology {
-            Topology::Star => Shape::Star,
-            Topology::Ring => Shape::Ring,
-            Topology::Auto if receivers < 2 || (1..=receivers).contains(&buckets) => Shape::Star,
-            Topology::Auto => Shape::Ring,
-        })
+    fn topology(&self, _: usize, _: usize) -> Option<Shape> {
+        Some(self.topology.shape())
     }
 
     fn card(&self) -> Bytes {
@@ -383,6 +388,23 @@ impl FetchLink for Incoming {
     fn abandon(&mut self, from: Rank) {
         if let Some((_, card)) = self.peers.remove(&from) {
             self.node.agent.forget(&card);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_star_is_made_only_for_those_who_choose_it() {
+        assert_eq!(Topology::default(), Topology::Auto);
+        for (chosen, shape) in [
+            (Topology::Auto, Shape::Ring),
+            (Topology::Ring, Shape::Ring),
+            (Topology::Star, Shape::Star),
+        ] {
+            assert_eq!(chosen.shape(), shape);
         }
     }
 }
