@@ -166,6 +166,9 @@ impl RawAgent {
         let (data, len) = (metadata.as_ptr().cast(), metadata.len());
         // SAFETY: the agent is alive, the bytes are copied; the call writes a pointer.
         let status = unsafe { (self.api.load_remote_md)(self.agent, data, len, &raw mut name) };
+        if status == sys::BACKEND_ERROR {
+            return Err(NixlError::Unreachable);
+        }
         check("load_remote_md", status)?;
         // SAFETY: on success it is a string.
         let text = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();

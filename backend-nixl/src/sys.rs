@@ -21,6 +21,7 @@ pub(crate) const LIBRARY_DIR_VARIABLE: &str = "CKPT_ENGINE_NIXL_DIR";
 pub(crate) type Status = c_int;
 pub(crate) const SUCCESS: Status = 0;
 pub(crate) const IN_PROGRESS: Status = 1;
+pub(crate) const BACKEND_ERROR: Status = -2;
 pub(crate) const NOT_FOUND: Status = -6;
 
 /// An object of the library.
