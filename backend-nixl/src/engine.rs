@@ -165,9 +165,23 @@ enum Phase {
 struct Node {
     agent: Agent,
     arena: Arc<Arena>,
-    /// The agent's card, as it travels if no slot moves, and if slots do.
-    cards: [Bytes; 2],
     deadline: Duration,
+}
+
+impl Node {
+    /// The agent's card, as it travels.
+    fn card(&self) -> Bytes {
+        let card = self.agent.card();
+        let encoded = card.and_then(|card| postcard::to_stdvec(&*card).map_err(NixlError::Card));
+        encoded.map_or_else(
+            |error| {
+                // Who reads it says so, and names this rank.
+                tracing::warn!(%error, "this rank cannot say how to reach it");
+                Bytes::new()
+            },
+            Bytes::from,
+        )
+    }
 }
 
 impl NixlEngine {
@@ -198,12 +212,8 @@ impl CheckpointEngine for NixlEngine {
             return Err(wrong_phase("preparing", "it is in a group already"));
         }
         let arena = Arc::new(arena(&self.context.config)?);
-        let (options, name) = (self.options.of_agent(), unique_name(self.control.rank()));
-        let agent = Agent::start(options, name, arena.clone()).await?;
-        let still = agent.card();
-        let moving = Card { moves: true, ..still.clone() };
-        let encoded = |card| postcard::to_stdvec(card).map(Bytes::from).map_err(NixlError::Card);
-        let cards = [encoded(still)?, encoded(&moving)?];
+        let options = self.options.of_agent();
+        let agent = Agent::start(options, unique_name(self.control.rank()), arena.clone()).await?;
         // Shorter than the protocol's, so that a transfer that hangs is named as what it is.
         let deadline = self.context.deadline().mul_f64(0.75);
         let details = Details {
@@ -211,7 +221,7 @@ impl CheckpointEngine for NixlEngine {
             slot_bytes: arena.slot_bytes(),
             transfer: self.options.transfer,
         };
-        self.phase = Phase::Prepared(Arc::new(Node { agent, arena, cards, deadline }));
+        self.phase = Phase::Prepared(Arc::new(Node { agent, arena, deadline }));
         Ok(WorkerMetadata::of_this_process(NAME, self.context.role, serde_json::json!(details)))
     }
 
@@ -230,7 +240,8 @@ impl CheckpointEngine for NixlEngine {
                 Phase::Sending(Sender::new(link, &self.context, control, rollouts), node)
             }
             Role::Rollout => {
-                let link = Incoming { node: node.clone(), peers: HashMap::new() };
+                let rank = control.rank();
+                let link = Incoming { node: node.clone(), rank, peers: HashMap::new() };
                 Phase::Receiving(Receiver::new(link, &self.context, control, pool), node)
             }
         };
@@ -251,7 +262,11 @@ impl CheckpointEngine for NixlEngine {
 
     async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
         match &mut self.phase {
-            Phase::Receiving(receiver, _) => receiver.receive(version).await,
+            Phase::Receiving(receiver, node) => {
+                // The trainer may wait for this rank already.
+                node.agent.renew(self.context.deadline() / 4).await;
+                receiver.receive(version).await
+            }
             Phase::Sending(..) => Err(wrong_phase("receiving weights", "this rank is a trainer")),
             _ => Err(wrong_phase("receiving weights", "call init_process_group first")),
         }
@@ -312,8 +327,7 @@ impl SendLink for Outgoing {
     }
 
     fn card(&self) -> Bytes {
-        let [still, _] = &self.node.cards;
-        still.clone()
+        self.node.card()
     }
 }
 
@@ -321,6 +335,8 @@ impl SendLink for Outgoing {
 #[derive(Debug)]
 struct Incoming {
     node: Arc<Node>,
+    /// This rank.
+    rank: Rank,
     /// Those that it fetched from, with their cards as they travelled.
     peers: HashMap<Rank, (Bytes, Arc<Card>)>,
 }
@@ -343,6 +359,8 @@ impl Incoming {
 /// A bucket that is being fetched.
 struct Expected {
     from: Rank,
+    /// The rank that fetches.
+    by: Rank,
     arrival: Arrival,
 }
 
@@ -352,7 +370,10 @@ impl Awaiting for Expected {
     }
 
     fn tell(self: Box<Self>, result: Result<Slot, NixlError>) {
-        let told = |error| Error::from(error).rank(self.from);
+        let told = |error: NixlError| {
+            let rank = if error.is_of_this_rank() { self.by } else { self.from };
+            Error::from(error).rank(rank)
+        };
         self.arrival.tell(result.map(Slot::into_storage).map_err(told));
     }
 }
@@ -360,19 +381,19 @@ impl Awaiting for Expected {
 #[async_trait]
 impl FetchLink for Incoming {
     fn card(&self) -> Bytes {
-        let Node { agent, cards: [still, moving], .. } = &*self.node;
-        if agent.moves() { moving.clone() } else { still.clone() }
+        self.node.card()
     }
 
     async fn fetch(&mut self, fetch: Fetch, arrival: Arrival) {
         let Fetch { from, card, slot, filled } = fetch;
+        let by = self.rank;
         let prepared = async {
             let peer = self.peer(from, card)?;
             peer.range(slot, filled)?;
             let Node { arena, deadline, .. } = &*self.node;
             Ok((peer, arena.lock(slot, filled, *deadline).await?))
         };
-        let expected = Box::new(Expected { from, arrival });
+        let expected = Box::new(Expected { from, by, arrival });
         match prepared.await {
             Err(error) => expected.tell(Err(error)),
             Ok((peer, here)) => self.node.agent.transfer(agent::Transfer {

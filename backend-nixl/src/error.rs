@@ -61,8 +61,14 @@ pub(crate) enum NixlError {
     TooLarge { slots: u32, bytes: u64 },
     #[error("bytes 0..{filled} of slot {slot} lie outside {slots} slots of {bytes} bytes")]
     Outside { slot: u32, filled: u64, slots: u32, bytes: u64 },
-    #[error("slot {slot} is still in use after {:.1} s: a view of an older bucket is kept", waited.as_secs_f64())]
-    InUse { slot: u32, waited: Duration },
+    #[error("slot {slot} is still in use after {:.1} s: {by}", waited.as_secs_f64())]
+    InUse { slot: u32, waited: Duration, by: String },
+    #[error(
+        "slot {slot} has no memory: peers that were given up may still write to what it had, and there is no other"
+    )]
+    Vacant { slot: u32 },
+    #[error("the memory of {ranges} slots is kept already for peers that may still write to it")]
+    Kept { ranges: usize },
     #[error("this rank was not told how to reach it")]
     Unknown,
     #[error("{0}")]
@@ -94,6 +100,23 @@ fn status_in_words(status: Status) -> String {
     format!("{words} (status {status})")
 }
 
+impl NixlError {
+    /// Whether it says something of this rank, and nothing of a peer.
+    pub(crate) fn is_of_this_rank(&self) -> bool {
+        use NixlError as E;
+        match self {
+            E::Call { .. } | E::Transfer { .. } | E::Slow(_) | E::Abandoned | E::Refused(_) => {
+                false
+            }
+            E::Unreachable | E::Outside { .. } | E::Unknown | E::Card(_) => false,
+            E::Missing { .. } | E::Load { .. } | E::Symbol { .. } | E::Version { .. } => true,
+            E::Another { .. } | E::Transports { .. } | E::TooLarge { .. } | E::Moved => true,
+            E::Closed | E::System { .. } | E::Full(_) | E::InUse { .. } | E::Vacant { .. } => true,
+            E::Kept { .. } | E::Device(_) => true,
+        }
+    }
+}
+
 impl From<NixlError> for engine_core::Error {
     fn from(error: NixlError) -> Self {
         use NixlError as E;
@@ -110,7 +133,7 @@ impl From<NixlError> for engine_core::Error {
             E::Call { .. } | E::Transfer { .. } | E::Unreachable | E::System { .. } => {
                 ErrorKind::Io
             }
-            E::Full(_) => ErrorKind::Resource,
+            E::Full(_) | E::Vacant { .. } | E::Kept { .. } => ErrorKind::Resource,
             E::Device(error) => error.kind(),
             E::Outside { .. } | E::Unknown | E::Card(_) => ErrorKind::Protocol,
         };
