@@ -77,6 +77,8 @@ pub(crate) struct AgentOptions {
     pub(crate) library_dir: Option<PathBuf>,
     /// UCX's transports, in UCX's words; all that are there if it is empty.
     pub(crate) transports: String,
+    /// The network interface that UCX's TCP is to use, unless the environment says which; any if it is empty.
+    pub(crate) interface: String,
     /// UCX's way with failures of peers: `peer` notices them.
     pub(crate) error_handling: &'static str,
     /// Whether agents that have bytes write them in any case, and not only where those that want them
@@ -1303,6 +1305,9 @@ pub(crate) fn open(
     }
     if !options.transports.is_empty() {
         config.push(format!("TLS={}", options.transports));
+    }
+    if !options.interface.is_empty() && std::env::var_os("UCX_NET_DEVICES").is_none() {
+        config.push(format!("NET_DEVICES={}", options.interface));
     }
     if arena.device().is_some() && std::env::var_os("UCX_CUDA_IPC_ENABLE_GET_ZCOPY").is_none() {
         // Where it sees no NVLink, UCX would read over TCP what it can map and copy.

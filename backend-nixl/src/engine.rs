@@ -22,6 +22,7 @@ use crate::NAME;
 use crate::agent::{self, Agent, AgentOptions, Awaiting, Card};
 use crate::arena::{Arena, Slot};
 use crate::error::NixlError;
+use crate::interface;
 
 /// Slots of a rank. Together they are as large as the two buckets that the configuration speaks of:
 /// with four, a bucket can stay until the next two ranks of a ring have it, at no loss of speed.
@@ -59,6 +60,7 @@ impl NixlOptions {
                 ErrorHandling::Peer => "peer",
                 ErrorHandling::None => "none",
             },
+            interface: String::new(),
             writes: self.transfer == Transfer::Write,
             // It would spin for the lock that the agent's thread has while that copies, and what peers want of
             // host memory at other times can wait for the agent's next look.
@@ -212,7 +214,8 @@ impl CheckpointEngine for NixlEngine {
             return Err(wrong_phase("preparing", "it is in a group already"));
         }
         let arena = Arc::new(arena(&self.context.config)?);
-        let options = self.options.of_agent();
+        let interface = interface::towards(self.control.address()).await;
+        let options = AgentOptions { interface, ..self.options.of_agent() };
         let agent = Agent::start(options, unique_name(self.control.rank()), arena.clone()).await?;
         // Shorter than the protocol's, so that a transfer that hangs is named as what it is.
         let deadline = self.context.deadline().mul_f64(0.75);

@@ -17,6 +17,7 @@ pub mod bare;
 mod engine;
 mod error;
 mod ffi;
+mod interface;
 mod lent;
 mod sys;
 
