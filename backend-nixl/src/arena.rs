@@ -1,7 +1,16 @@
 //! The memory of a rank's buckets: slots in one piece, registered once.
+//!
+//! # Who may access a slot's bytes
+//!
+//! A [`Range`] owns the bytes of a slot. It is never copied, and no two of them share a byte, so that two slots
+//! cannot either. It is in its slot's lock, and who has the lock has it: as a [`Slot`], which gives access to the
+//! bytes, or as a [`Lent`] slot, which does not, because a peer was told that it may write there. A lent slot
+//! becomes a `Slot` again with the proof that the peer has [`Quiesced`], and not by any other way; without proof, its
+//! range is taken out of the slot and kept aside.
 
 mod ffi;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex as Sync, PoisonError};
 use std::time::Duration;
 
@@ -11,30 +20,49 @@ use engine_core::{DeviceChoice, Storage};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use crate::error::NixlError;
-use ffi::{Mapping, ReadView, WriteView};
+use crate::lent::{AskId, Quiesced};
+use ffi::{Mapping, Piece};
 
 /// Slots of equal size, each of them with at most one user who may write.
 #[derive(Debug)]
 pub(crate) struct Arena {
-    memory: Memory,
-    /// Where each slot is: in that memory, unless it was replaced.
-    places: Sync<Vec<Place>>,
-    locks: Vec<Arc<Mutex<()>>>,
+    /// The memory that all slots are in at first.
+    home: Memory,
+    slots: Vec<Arc<Mutex<Option<Range>>>>,
+    /// Where the slots are, whoever has their locks; nowhere if a slot has lost its memory. Written where a range
+    /// is put into a slot or taken out of one, and nowhere else.
+    places: Sync<Vec<Option<Place>>>,
+    /// What keeps a slot in use that nobody here uses, in words.
+    holders: Sync<BTreeMap<u32, String>>,
     slot_bytes: usize,
 }
 
-#[derive(Clone, Debug)]
-struct Place {
-    memory: Memory,
-    at: usize,
-}
-
-/// Memory of an arena.
+/// Memory of an arena, as NIXL needs it and as what keeps it there. Gives no access to any byte of it.
 #[derive(Clone, Debug)]
 pub(crate) enum Memory {
     Host(Arc<Mapping>),
     #[cfg(feature = "cuda")]
     Cuda(device_cuda::CudaArena),
+}
+
+/// The bytes of one slot, and the right to access them.
+#[derive(Debug)]
+pub(crate) enum Range {
+    Host(Piece),
+    #[cfg(feature = "cuda")]
+    Cuda {
+        memory: device_cuda::CudaArena,
+        at: usize,
+        len: usize,
+    },
+}
+
+/// Where bytes are, and what keeps them there. No right to access them.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    pub(crate) memory: Memory,
+    pub(crate) address: usize,
+    pub(crate) len: usize,
 }
 
 impl Arena {
@@ -46,8 +74,14 @@ impl Arena {
     pub(crate) fn on(device: &DeviceChoice, slots: u32, bytes: u64) -> engine_core::Result<Self> {
         #[cfg(feature = "cuda")]
         if !device.is_cpu() {
-            let memory = Memory::Cuda(device_cuda::CudaArena::new(device, slots, bytes)?);
-            return Ok(Self::of(memory, slots, bytes as usize));
+            let memory = device_cuda::CudaArena::new(device, slots, bytes)?;
+            let len = bytes as usize;
+            let range = |slot| Range::Cuda { memory: memory.clone(), at: slot as usize * len, len };
+            return Ok(Self::of(
+                (0..slots).map(range).collect(),
+                Memory::Cuda(memory.clone()),
+                len,
+            ));
         }
         // The registry has refused all other devices.
         debug_assert!(device.is_cpu());
@@ -61,80 +95,131 @@ impl Arena {
         let (Some(len), Ok(slot_bytes)) = (len, usize::try_from(bytes)) else {
             return Err(too_large);
         };
-        Ok(Self::of(Memory::on_host(len)?, slots, slot_bytes))
+        let pieces = mapping(len)?.cut(slot_bytes);
+        let home = pieces.first().ok_or(too_large)?.mapping().clone();
+        let ranges = pieces.into_iter().map(Range::Host).collect();
+        Ok(Self::of(ranges, Memory::Host(home), slot_bytes))
     }
 
-    fn of(memory: Memory, slots: u32, slot_bytes: usize) -> Self {
-        let places = (0..slots as usize)
-            .map(|slot| Place { memory: memory.clone(), at: slot * slot_bytes })
-            .collect();
-        let locks = (0..slots).map(|_| Arc::default()).collect();
-        Self { memory, places: Sync::new(places), locks, slot_bytes }
+    fn of(ranges: Vec<Range>, home: Memory, slot_bytes: usize) -> Self {
+        let places = ranges.iter().map(|range| Some(range.place())).collect();
+        let slots = ranges.into_iter().map(|range| Arc::new(Mutex::new(Some(range)))).collect();
+        Self { home, slots, places: Sync::new(places), holders: Sync::default(), slot_bytes }
     }
 
     pub(crate) fn slots(&self) -> u32 {
-        self.locks.len() as u32
+        self.slots.len() as u32
     }
 
     pub(crate) fn slot_bytes(&self) -> u64 {
         self.slot_bytes as u64
     }
 
-    /// The memory that all slots were in at first.
-    pub(crate) fn memory(&self) -> &Memory {
-        &self.memory
+    /// Where the slots begin, as long as none has moved.
+    pub(crate) fn address(&self) -> usize {
+        self.home.address()
+    }
+
+    /// All memory that slots are in, each once.
+    pub(crate) fn memory(&self) -> Vec<Memory> {
+        let places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = places.iter().flatten().map(|place| (place.memory.address(), &place.memory));
+        let distinct: BTreeMap<usize, &Memory> =
+            all.chain([(self.home.address(), &self.home)]).collect();
+        distinct.into_values().cloned().collect()
     }
 
     /// The number of the CUDA device that it is on; `None` for host memory.
     pub(crate) fn device(&self) -> Option<u32> {
-        self.memory.device()
+        self.home.device()
     }
 
-    /// Where the first bytes of a slot are, address and length, whoever uses it.
-    pub(crate) fn range(&self, slot: u32, filled: u64) -> Result<(usize, usize), NixlError> {
-        let Place { memory, at } = self.place(slot, filled)?;
-        Ok((memory.address() + at, filled as usize))
-    }
-
-    fn place(&self, slot: u32, filled: u64) -> Result<Place, NixlError> {
+    /// Where the first bytes of a slot are, whoever uses it.
+    pub(crate) fn place(&self, slot: u32, filled: u64) -> Result<Place, NixlError> {
+        self.check(slot, filled)?;
         let places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
-        match places.get(slot as usize).filter(|_| filled <= self.slot_bytes()) {
-            Some(place) => Ok(place.clone()),
-            None => {
-                let (slots, bytes) = (self.slots(), self.slot_bytes());
-                Err(NixlError::Outside { slot, filled, slots, bytes })
-            }
+        let place = places.get(slot as usize).and_then(Option::as_ref);
+        let place = place.ok_or(NixlError::Vacant { slot })?;
+        Ok(Place { len: filled as usize, ..place.clone() })
+    }
+
+    fn check(&self, slot: u32, filled: u64) -> Result<(), NixlError> {
+        let (slots, bytes) = (self.slots(), self.slot_bytes());
+        if slot < slots && filled <= bytes {
+            Ok(())
+        } else {
+            Err(NixlError::Outside { slot, filled, slots, bytes })
         }
     }
 
-    /// Memory of the size of a slot, and of the arena's kind.
+    /// More memory of the size of a slot, and of the arena's kind.
     ///
     /// # Errors
     ///
     /// `Full` or what the device reports if there is not so much memory.
-    pub(crate) fn spare(&self) -> Result<Memory, NixlError> {
-        match &self.memory {
-            Memory::Host(_) => Memory::on_host(self.slot_bytes),
+    pub(crate) fn spare(&self) -> Result<Range, NixlError> {
+        match &self.home {
+            Memory::Host(_) => {
+                let piece = mapping(self.slot_bytes)?.cut(self.slot_bytes).pop();
+                piece.map(Range::Host).ok_or(NixlError::Full(self.slot_bytes()))
+            }
             #[cfg(feature = "cuda")]
             Memory::Cuda(memory) => {
-                memory.spare(self.slot_bytes).map(Memory::Cuda).map_err(NixlError::Device)
+                let memory = memory.spare(self.slot_bytes).map_err(NixlError::Device)?;
+                Ok(Range::Cuda { memory, at: 0, len: self.slot_bytes })
             }
         }
     }
 
-    /// Gives a slot other memory, and lets go of it. A peer that still writes to the old memory, which
-    /// is returned, disturbs nobody as long as that is kept.
-    pub(crate) fn replace(&self, slot: Slot, memory: Memory) -> Memory {
-        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(place) = places.get_mut(slot.number as usize) {
-            *place = Place { memory, at: 0 };
+    /// Takes the range out of a slot that a peer may still write to, and puts another one into it, if there is one.
+    /// The slot is free again, with other memory or without.
+    pub(crate) fn retire(&self, lent: Lent, other: Option<Range>) -> Option<(AskId, Range)> {
+        let Lent { slot: Slot { number, mut guard, .. }, ask } = lent;
+        let old = guard.take();
+        if let Some(range) = other {
+            self.put(number, &mut guard, range);
+        } else if let Some(place) = self.places().get_mut(number as usize) {
+            *place = None;
         }
-        slot.memory
+        old.map(|range| (ask, range))
+    }
+
+    /// Puts memory into a slot that has none.
+    ///
+    /// # Errors
+    ///
+    /// The range, if the slot has memory, or somebody looks at it just now.
+    pub(crate) fn install(&self, slot: u32, range: Range) -> Result<(), Range> {
+        let guard =
+            self.slots.get(slot as usize).and_then(|lock| lock.clone().try_lock_owned().ok());
+        match guard {
+            Some(mut guard) if guard.is_none() => {
+                self.put(slot, &mut guard, range);
+                Ok(())
+            }
+            _ => Err(range),
+        }
+    }
+
+    fn put(&self, slot: u32, guard: &mut OwnedMutexGuard<Option<Range>>, range: Range) {
+        if let Some(place) = self.places().get_mut(slot as usize) {
+            *place = Some(range.place());
+        }
+        **guard = Some(range);
+    }
+
+    fn places(&self) -> std::sync::MutexGuard<'_, Vec<Option<Place>>> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says what keeps a slot in use, for the error of those who wait for it in vain.
+    pub(crate) fn hold(&self, slot: u32, by: String) {
+        self.holders.lock().unwrap_or_else(PoisonError::into_inner).insert(slot, by);
     }
 
     /// Makes this thread one from which libraries can reach the memory.
     pub(crate) fn enter(&self) -> engine_core::Result<()> {
-        match &self.memory {
+        match &self.home {
             Memory::Host(_) => Ok(()),
             #[cfg(feature = "cuda")]
             // UCX looks for the context when the agent is made.
@@ -143,47 +228,106 @@ impl Arena {
     }
 
     /// The first bytes of a slot, once nobody else uses it.
+    ///
+    /// # Errors
+    ///
+    /// `InUse` if somebody does until the deadline, `Vacant` if the slot has lost its memory, `Outside` if there is no
+    /// such slot.
     pub(crate) async fn lock(
         &self,
         slot: u32,
         filled: u64,
         deadline: Duration,
     ) -> Result<Slot, NixlError> {
-        self.place(slot, filled)?;
-        let lock = self.locks[slot as usize].clone().lock_owned();
-        let lock = engine_core::clock::within(deadline, lock).await;
-        let lock = lock.ok_or(NixlError::InUse { slot, waited: deadline })?;
-        // It may have been replaced while this waited.
-        let Place { memory, at } = self.place(slot, filled)?;
-        Ok(Slot { number: slot, memory, at, len: filled as usize, lock })
+        self.check(slot, filled)?;
+        let lock = self.slots[slot as usize].clone().lock_owned();
+        let Some(guard) = engine_core::clock::within(deadline, lock).await else {
+            let holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
+            let by = holders.get(&slot).cloned();
+            let by = by.unwrap_or_else(|| "a view of an older bucket is kept".into());
+            return Err(NixlError::InUse { slot, waited: deadline, by });
+        };
+        self.locked(slot, filled, guard)
+    }
+
+    /// The first bytes of a slot, if nobody uses it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`lock`](Self::lock).
+    pub(crate) fn try_lock(&self, slot: u32, filled: u64) -> Result<Slot, NixlError> {
+        self.check(slot, filled)?;
+        let lock = self.slots[slot as usize].clone().try_lock_owned();
+        let by = "it was tried once".to_owned();
+        let guard = lock.map_err(|_| NixlError::InUse { slot, waited: Duration::ZERO, by })?;
+        self.locked(slot, filled, guard)
+    }
+
+    fn locked(
+        &self,
+        slot: u32,
+        filled: u64,
+        guard: OwnedMutexGuard<Option<Range>>,
+    ) -> Result<Slot, NixlError> {
+        self.holders.lock().unwrap_or_else(PoisonError::into_inner).remove(&slot);
+        match &*guard {
+            Some(_) => Ok(Slot { number: slot, len: filled as usize, guard }),
+            None => Err(NixlError::Vacant { slot }),
+        }
     }
 }
 
-/// The first bytes of a slot, which nobody else in this process uses.
+/// Maps host memory.
+fn mapping(len: usize) -> Result<Mapping, NixlError> {
+    // Memory that is not there would not fail here, but end processes of the kernel's choice.
+    let total = len as u64;
+    if available_memory().is_some_and(|available| total > available) {
+        return Err(NixlError::Full(total));
+    }
+    Mapping::new(len).map_err(|errno| match errno {
+        rustix::io::Errno::NOMEM | rustix::io::Errno::AGAIN => NixlError::Full(total),
+        errno => NixlError::System { call: "mmap", errno },
+    })
+}
+
+/// The first bytes of a slot, which nobody else in this process uses and no peer writes to.
 #[derive(Debug)]
 pub(crate) struct Slot {
     number: u32,
-    memory: Memory,
-    at: usize,
     len: usize,
-    lock: OwnedMutexGuard<()>,
+    /// With a range: a slot without one is not handed out.
+    guard: OwnedMutexGuard<Option<Range>>,
+}
+
+/// A slot whose address a peer was given to write to. What is in it is out of reach.
+#[derive(Debug)]
+pub(crate) struct Lent {
+    slot: Slot,
+    ask: AskId,
+}
+
+impl Lent {
+    /// The slot, if the proof is one for this very question.
+    ///
+    /// # Errors
+    ///
+    /// The lent slot, if it is the proof for another one.
+    pub(crate) fn back(self, proof: &Quiesced) -> Result<Slot, Self> {
+        if proof.is_for(&self.ask) { Ok(self.slot) } else { Err(self) }
+    }
+
+    /// The question that it was lent for.
+    pub(crate) fn ask(&self) -> &AskId {
+        &self.ask
+    }
+
+    /// The slot's number.
+    pub(crate) fn number(&self) -> u32 {
+        self.slot.number
+    }
 }
 
 impl Memory {
-    /// Memory of the host, all of which is there when this returns.
-    fn on_host(len: usize) -> Result<Self, NixlError> {
-        // Memory that is not there would not fail here, but end processes of the kernel's choice.
-        let total = len as u64;
-        if available_memory().is_some_and(|available| total > available) {
-            return Err(NixlError::Full(total));
-        }
-        let mapping = Mapping::new(len).map_err(|errno| match errno {
-            rustix::io::Errno::NOMEM | rustix::io::Errno::AGAIN => NixlError::Full(total),
-            errno => NixlError::System { call: "mmap", errno },
-        })?;
-        Ok(Self::Host(Arc::new(mapping)))
-    }
-
     /// The number of the CUDA device that it is on; `None` for host memory.
     pub(crate) fn device(&self) -> Option<u32> {
         match self {
@@ -210,49 +354,82 @@ impl Memory {
     }
 }
 
+impl Range {
+    /// Where the bytes are.
+    pub(crate) fn place(&self) -> Place {
+        let (memory, at, len) = match self {
+            Self::Host(piece) => (Memory::Host(piece.mapping().clone()), piece.at(), piece.len()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda { memory, at, len } => (Memory::Cuda(memory.clone()), *at, *len),
+        };
+        Place { address: memory.address() + at, memory, len }
+    }
+}
+
 impl Slot {
-    /// Where the bytes are: address and length.
-    pub(crate) fn range(&self) -> (usize, usize) {
-        (self.memory.address() + self.at, self.len)
+    /// Its number.
+    pub(crate) fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// How many bytes of it are used.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Where the bytes are.
+    pub(crate) fn place(&self) -> Result<Place, NixlError> {
+        let place = self.guard.as_ref().map(Range::place);
+        let place = place.ok_or(NixlError::Vacant { slot: self.number })?;
+        Ok(Place { len: self.len, ..place })
+    }
+
+    /// The slot, out of reach: a peer is about to be told that it may write there.
+    pub(crate) fn lend(self, ask: AskId) -> Lent {
+        Lent { slot: self, ask }
     }
 
     /// Encodes all jobs into it, and returns the digest sum if it is wanted, else 0. Blocks.
-    pub(crate) fn fill(self, jobs: &[Job], pool: &Pool, digests: bool) -> engine_core::Result<u64> {
-        let Self { memory, at, len, lock, .. } = self;
-        match memory {
-            Memory::Host(mapping) => {
-                pool.encode(jobs, WriteView::new(mapping, at, len, lock).as_mut(), digests)
+    pub(crate) fn fill(
+        mut self,
+        jobs: &[Job],
+        pool: &Pool,
+        digests: bool,
+    ) -> engine_core::Result<u64> {
+        let (number, filled) = (self.number, self.len);
+        match &mut *self.guard {
+            None => Err(NixlError::Vacant { slot: number }.into()),
+            Some(Range::Host(piece)) => {
+                let bytes = piece.bytes_mut().get_mut(..filled);
+                pool.encode(jobs, bytes.unwrap_or_default(), digests)
             }
             #[cfg(feature = "cuda")]
-            Memory::Cuda(memory) => {
-                let result = memory.fill(at, len, jobs, pool, digests);
-                drop(lock);
-                result
-            }
+            Some(Range::Cuda { memory, at, .. }) => memory.fill(*at, filled, jobs, pool, digests),
         }
-    }
-
-    /// Its memory; the slot is given back.
-    pub(crate) fn into_memory(self) -> Memory {
-        self.memory
-    }
-
-    /// Its memory; the slot stays in use for ever.
-    pub(crate) fn into_memory_for_ever(self) -> Memory {
-        std::mem::forget(self.lock);
-        self.memory
     }
 
     /// To be read; the slot is in use until the last of these bytes is dropped.
     pub(crate) fn into_storage(self) -> Storage {
-        let Self { memory, at, len, lock, .. } = self;
-        match memory {
-            Memory::Host(mapping) => {
-                Bytes::from_owner(ReadView::new(mapping, at, len, lock)).into()
-            }
-            #[cfg(feature = "cuda")]
-            Memory::Cuda(memory) => memory.storage(at, len).guarded(lock),
+        #[cfg(feature = "cuda")]
+        if let Some(Range::Cuda { memory, at, .. }) = &*self.guard {
+            return memory.storage(*at, self.len).guarded(self.guard);
         }
+        Bytes::from_owner(View(self)).into()
+    }
+}
+
+/// A slot's bytes in host memory, to be read. Peers may read them too.
+struct View(Slot);
+
+impl AsRef<[u8]> for View {
+    fn as_ref(&self) -> &[u8] {
+        let bytes = match &*self.0.guard {
+            Some(Range::Host(piece)) => piece.bytes().get(..self.0.len),
+            _ => None,
+        };
+        // `into_storage` makes views of host memory only, and whoever locks a slot checks its length.
+        debug_assert!(bytes.is_some(), "a view of no bytes");
+        bytes.unwrap_or_default()
     }
 }
 

@@ -10,7 +10,7 @@ use crate::NAME;
 use crate::agent::{Agent, AgentOptions, Card, Reach, open};
 use crate::engine::{NixlOptions, Transfer, arena, unique_name};
 use crate::error::NixlError;
-use crate::ffi::{RawAgent, Way};
+use crate::ffi::{NotStarted, RawAgent, RawTransfer, Remote};
 
 /// The deadline of a transfer.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -36,7 +36,7 @@ impl Target {
 
     /// How to reach it, for [`seconds`].
     pub fn card(&self) -> serde_json::Value {
-        serde_json::json!(self.agent.card())
+        self.agent.card().map_or(serde_json::Value::Null, |card| serde_json::json!(*card))
     }
 }
 
@@ -61,11 +61,9 @@ pub fn seconds(
     let options = config.kwargs::<NixlOptions>(NAME)?;
     let target: Card = serde_json::from_value(target.clone()).map_err(|_| NixlError::Unknown)?;
     let arena = arena(config)?;
-    let mut way = match options.transfer {
-        Transfer::Read if !Reach::new(&options.of_agent(), &arena).excludes(&target) => Way::Read,
-        _ => Way::Write,
-    };
-    let (agent, _) = open(&as_usual(&options), unique_name("bare"), &arena)?;
+    let mut reads = options.transfer == Transfer::Read
+        && !Reach::new(&options.of_agent(), &arena).excludes(&target);
+    let (agent, _) = open(&as_usual(&options), unique_name("bare"), &arena, Vec::new())?;
     agent.load_peer(&target.metadata)?;
     let mut begun = Instant::now();
     let warm = i64::from(arena.slots());
@@ -77,17 +75,22 @@ pub fn seconds(
         }
         let len = if number < 0 { arena.slot_bytes() } else { left.min(arena.slot_bytes()) };
         let slot = number.rem_euclid(warm) as u32;
-        let local = (arena.range(slot, len)?, arena.device());
-        let remote = (target.range(slot, len)?, target.device);
-        let ended = move_once(&agent, way, &target.name, local, remote);
-        if ended.is_err() && way == Way::Read && number == -warm {
+        let remote = Remote { range: target.range(slot, len)?, device: target.device };
+        let started = if reads {
+            let to = arena.try_lock(slot, len)?;
+            agent.read(&target.name, remote, to).map_err(told).and_then(|raw| wait(&agent, raw))
+        } else {
+            let from = arena.place(slot, len)?;
+            agent.write(&target.name, from, remote).map_err(told).and_then(|raw| wait(&agent, raw))
+        };
+        if started.is_err() && reads && number == -warm {
             // UCX has no transport here that reads.
-            way = Way::Write;
+            reads = false;
             agent.forget_peer(&target.name)?;
             agent.load_peer(&target.metadata)?;
             continue;
         }
-        ended?;
+        started?;
         if number >= 0 {
             left -= len;
         }
@@ -96,27 +99,29 @@ pub fn seconds(
     Ok(begun.elapsed().as_secs_f64())
 }
 
-/// Moves one slot.
-fn move_once(
-    agent: &RawAgent,
-    way: Way,
-    peer: &str,
-    local: ((usize, usize), Option<u32>),
-    remote: ((usize, usize), Option<u32>),
-) -> Result<(), NixlError> {
-    let mut transfer = agent.start(way, peer, local, remote)?;
+fn told<M>(not: NotStarted<M>) -> NixlError {
+    not.error
+}
+
+/// Waits for the end of a transfer.
+fn wait<M>(agent: &RawAgent, transfer: RawTransfer<M>) -> Result<(), NixlError> {
     let until = Instant::now() + DEADLINE;
     let ended = loop {
         match agent.is_done(&transfer) {
             // A pause would slow down what moves on with each look (`cma`); looking without letting
             // others run, what they move (`tcp`).
             Ok(false) if Instant::now() < until => std::thread::yield_now(),
-            Ok(false) => break Err(NixlError::Slow(DEADLINE)),
+            Ok(false) => return Err(NixlError::Slow(DEADLINE)),
             Ok(true) => break Ok(()),
             Err(error) => break Err(error),
         }
     };
-    while !agent.release(&mut transfer) && Instant::now() < until {
+    let mut transfer = Some(transfer);
+    while let Some(left) = transfer.take().and_then(|transfer| agent.end(transfer).err()) {
+        if Instant::now() >= until {
+            return Err(NixlError::Slow(DEADLINE));
+        }
+        transfer = Some(left);
         std::thread::yield_now();
     }
     ended

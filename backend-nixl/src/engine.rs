@@ -22,6 +22,7 @@ use crate::NAME;
 use crate::agent::{self, Agent, AgentOptions, Awaiting, Card};
 use crate::arena::{Arena, Slot};
 use crate::error::NixlError;
+use crate::interface;
 
 /// Slots of a rank. Together they are as large as the two buckets that the configuration speaks of:
 /// with four, a bucket can stay until the next two ranks of a ring have it, at no loss of speed.
@@ -59,6 +60,7 @@ impl NixlOptions {
                 ErrorHandling::Peer => "peer",
                 ErrorHandling::None => "none",
             },
+            interface: String::new(),
             writes: self.transfer == Transfer::Write,
             // It would spin for the lock that the agent's thread has while that copies, and what peers want of
             // host memory at other times can wait for the agent's next look.
@@ -89,13 +91,23 @@ pub(crate) fn unique_name(rank: impl std::fmt::Display) -> String {
 #[serde(rename_all = "lowercase")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum Topology {
-    /// A ring for two rollouts or more, unless there are so few buckets that its length would show.
+    /// A ring: with equal links it is never slower than a star.
     #[default]
     Auto,
     /// Each rollout from the one before it.
     Ring,
     /// All rollouts from the trainer.
     Star,
+}
+
+impl Topology {
+    /// With B buckets that take t each, and R rollouts, a star takes B·R·t and a ring (B+R−1)·t, which is never more.
+    fn shape(self) -> Shape {
+        match self {
+            Self::Star => Shape::Star,
+            Self::Auto | Self::Ring => Shape::Ring,
+        }
+    }
 }
 
 /// Who moves the bytes of a bucket. The same on every rank.
@@ -155,9 +167,23 @@ enum Phase {
 struct Node {
     agent: Agent,
     arena: Arc<Arena>,
-    /// The agent's card, as it travels if no slot moves, and if slots do.
-    cards: [Bytes; 2],
     deadline: Duration,
+}
+
+impl Node {
+    /// The agent's card, as it travels.
+    fn card(&self) -> Bytes {
+        let card = self.agent.card();
+        let encoded = card.and_then(|card| postcard::to_stdvec(&*card).map_err(NixlError::Card));
+        encoded.map_or_else(
+            |error| {
+                // Who reads it says so, and names this rank.
+                tracing::warn!(%error, "this rank cannot say how to reach it");
+                Bytes::new()
+            },
+            Bytes::from,
+        )
+    }
 }
 
 impl NixlEngine {
@@ -188,12 +214,9 @@ impl CheckpointEngine for NixlEngine {
             return Err(wrong_phase("preparing", "it is in a group already"));
         }
         let arena = Arc::new(arena(&self.context.config)?);
-        let (options, name) = (self.options.of_agent(), unique_name(self.control.rank()));
-        let agent = Agent::start(options, name, arena.clone()).await?;
-        let still = agent.card();
-        let moving = Card { moves: true, ..still.clone() };
-        let encoded = |card| postcard::to_stdvec(card).map(Bytes::from).map_err(NixlError::Card);
-        let cards = [encoded(still)?, encoded(&moving)?];
+        let interface = interface::towards(self.control.address()).await;
+        let options = AgentOptions { interface, ..self.options.of_agent() };
+        let agent = Agent::start(options, unique_name(self.control.rank()), arena.clone()).await?;
         // Shorter than the protocol's, so that a transfer that hangs is named as what it is.
         let deadline = self.context.deadline().mul_f64(0.75);
         let details = Details {
@@ -201,7 +224,7 @@ impl CheckpointEngine for NixlEngine {
             slot_bytes: arena.slot_bytes(),
             transfer: self.options.transfer,
         };
-        self.phase = Phase::Prepared(Arc::new(Node { agent, arena, cards, deadline }));
+        self.phase = Phase::Prepared(Arc::new(Node { agent, arena, deadline }));
         let (rank, role) = (self.control.rank(), self.context.role);
         Ok(WorkerMetadata::of_this_process(NAME, rank, role, serde_json::json!(details)))
     }
@@ -219,7 +242,8 @@ impl CheckpointEngine for NixlEngine {
                 Phase::Sending(sender, node)
             }
             Role::Rollout => {
-                let link = Incoming { node: node.clone(), peers: HashMap::new() };
+                let rank = control.rank();
+                let link = Incoming { node: node.clone(), rank, peers: HashMap::new() };
                 Phase::Receiving(Receiver::new(link, &self.context, control, pool), node)
             }
         };
@@ -240,7 +264,11 @@ impl CheckpointEngine for NixlEngine {
 
     async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
         match &mut self.phase {
-            Phase::Receiving(receiver, _) => receiver.receive(version).await,
+            Phase::Receiving(receiver, node) => {
+                // The trainer may wait for this rank already.
+                node.agent.renew(self.context.deadline() / 4).await;
+                receiver.receive(version).await
+            }
             Phase::Sending(..) => Err(wrong_phase("receiving weights", "this rank is a trainer")),
             _ => Err(wrong_phase("receiving weights", "call init_process_group first")),
         }
@@ -296,18 +324,12 @@ impl SendLink for Outgoing {
         Ok(())
     }
 
-    fn topology(&self, receivers: usize, buckets: usize) -> Option<Shape> {
-        Some(match self.topology {
-            Topology::Star => Shape::Star,
-            Topology::Ring => Shape::Ring,
-            Topology::Auto if receivers < 2 || (1..=receivers).contains(&buckets) => Shape::Star,
-            Topology::Auto => Shape::Ring,
-        })
+    fn topology(&self, _: usize, _: usize) -> Option<Shape> {
+        Some(self.topology.shape())
     }
 
     fn card(&self) -> Bytes {
-        let [still, _] = &self.node.cards;
-        still.clone()
+        self.node.card()
     }
 }
 
@@ -315,6 +337,8 @@ impl SendLink for Outgoing {
 #[derive(Debug)]
 struct Incoming {
     node: Arc<Node>,
+    /// This rank.
+    rank: Rank,
     /// Those that it fetched from, with their cards as they travelled.
     peers: HashMap<Rank, (Bytes, Arc<Card>)>,
 }
@@ -337,6 +361,8 @@ impl Incoming {
 /// A bucket that is being fetched.
 struct Expected {
     from: Rank,
+    /// The rank that fetches.
+    by: Rank,
     arrival: Arrival,
 }
 
@@ -346,7 +372,10 @@ impl Awaiting for Expected {
     }
 
     fn tell(self: Box<Self>, result: Result<Slot, NixlError>) {
-        let told = |error| Error::from(error).rank(self.from);
+        let told = |error: NixlError| {
+            let rank = if error.is_of_this_rank() { self.by } else { self.from };
+            Error::from(error).rank(rank)
+        };
         self.arrival.tell(result.map(Slot::into_storage).map_err(told));
     }
 }
@@ -354,19 +383,19 @@ impl Awaiting for Expected {
 #[async_trait]
 impl FetchLink for Incoming {
     fn card(&self) -> Bytes {
-        let Node { agent, cards: [still, moving], .. } = &*self.node;
-        if agent.moves() { moving.clone() } else { still.clone() }
+        self.node.card()
     }
 
     async fn fetch(&mut self, fetch: Fetch, arrival: Arrival) {
         let Fetch { from, card, slot, filled } = fetch;
+        let by = self.rank;
         let prepared = async {
             let peer = self.peer(from, card)?;
             peer.range(slot, filled)?;
             let Node { arena, deadline, .. } = &*self.node;
             Ok((peer, arena.lock(slot, filled, *deadline).await?))
         };
-        let expected = Box::new(Expected { from, arrival });
+        let expected = Box::new(Expected { from, by, arrival });
         match prepared.await {
             Err(error) => expected.tell(Err(error)),
             Ok((peer, here)) => self.node.agent.transfer(agent::Transfer {
@@ -382,6 +411,23 @@ impl FetchLink for Incoming {
     fn abandon(&mut self, from: Rank) {
         if let Some((_, card)) = self.peers.remove(&from) {
             self.node.agent.forget(&card);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_star_is_made_only_for_those_who_choose_it() {
+        assert_eq!(Topology::default(), Topology::Auto);
+        for (chosen, shape) in [
+            (Topology::Auto, Shape::Ring),
+            (Topology::Ring, Shape::Ring),
+            (Topology::Star, Shape::Star),
+        ] {
+            assert_eq!(chosen.shape(), shape);
         }
     }
 }

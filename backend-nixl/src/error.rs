@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use engine_core::ErrorKind;
+use engine_core::{ErrorKind, Recovery};
 use rustix::io::Errno;
 
 use crate::sys::{LIBRARY_DIR_VARIABLE, Status};
@@ -35,8 +35,14 @@ pub(crate) enum NixlError {
     Transfer { status: Status },
     #[error("the transfer did not end within {:.1} s", .0.as_secs_f64())]
     Slow(Duration),
-    #[error("the transfer was given up: its peer is gone")]
+    #[error("the transfer was given up")]
     Abandoned,
+    #[error(
+        "UCX cannot connect to it: if the rank is alive, UCX takes an interface that does not lead there, or the two \
+         have no transport in common; the variable UCX_NET_DEVICES names the interfaces, the option `transports` \
+         the transports"
+    )]
+    Unreachable,
     #[error("the peer could not write it: {0}")]
     Refused(String),
     #[error(
@@ -55,8 +61,14 @@ pub(crate) enum NixlError {
     TooLarge { slots: u32, bytes: u64 },
     #[error("bytes 0..{filled} of slot {slot} lie outside {slots} slots of {bytes} bytes")]
     Outside { slot: u32, filled: u64, slots: u32, bytes: u64 },
-    #[error("slot {slot} is still in use after {:.1} s: a view of an older bucket is kept", waited.as_secs_f64())]
-    InUse { slot: u32, waited: Duration },
+    #[error("slot {slot} is still in use after {:.1} s: {by}", waited.as_secs_f64())]
+    InUse { slot: u32, waited: Duration, by: String },
+    #[error(
+        "slot {slot} has no memory: peers that were given up may still write to what it had, and there is no other"
+    )]
+    Vacant { slot: u32 },
+    #[error("the memory of {ranges} slots is kept already for peers that may still write to it")]
+    Kept { ranges: usize },
     #[error("this rank was not told how to reach it")]
     Unknown,
     #[error("{0}")]
@@ -88,23 +100,83 @@ fn status_in_words(status: Status) -> String {
     format!("{words} (status {status})")
 }
 
+impl NixlError {
+    /// Whether it says something of this rank, and nothing of a peer.
+    pub(crate) fn is_of_this_rank(&self) -> bool {
+        use NixlError as E;
+        match self {
+            E::Call { .. } | E::Transfer { .. } | E::Slow(_) | E::Abandoned | E::Refused(_) => {
+                false
+            }
+            E::Unreachable | E::Outside { .. } | E::Unknown | E::Card(_) => false,
+            E::Missing { .. } | E::Load { .. } | E::Symbol { .. } | E::Version { .. } => true,
+            E::Another { .. } | E::Transports { .. } | E::TooLarge { .. } | E::Moved => true,
+            E::Closed | E::System { .. } | E::Full(_) | E::InUse { .. } | E::Vacant { .. } => true,
+            E::Kept { .. } | E::Device(_) => true,
+        }
+    }
+}
+
 impl From<NixlError> for engine_core::Error {
     fn from(error: NixlError) -> Self {
         use NixlError as E;
+        // None is `PeerLost`: that a peer is gone is what the control plane says. Of what happens between this rank
+        // and a peer, the library cannot tell whether it is the peer or the way to it.
         let kind = match &error {
             E::Missing { .. } | E::Load { .. } | E::Symbol { .. } | E::Version { .. } => {
                 ErrorKind::Backend
             }
             E::Another { .. } | E::Transports { .. } | E::TooLarge { .. } => ErrorKind::Config,
-            E::Transfer { .. } | E::Refused(_) | E::Abandoned => ErrorKind::PeerLost,
-            E::Moved => ErrorKind::Aborted,
+            E::Moved | E::Refused(_) | E::Abandoned => ErrorKind::Aborted,
             E::Slow(_) | E::InUse { .. } => ErrorKind::Timeout,
             E::Closed => ErrorKind::State,
-            E::Call { .. } | E::System { .. } => ErrorKind::Io,
-            E::Full(_) => ErrorKind::Resource,
+            E::Call { .. } | E::Transfer { .. } | E::Unreachable | E::System { .. } => {
+                ErrorKind::Io
+            }
+            E::Full(_) | E::Vacant { .. } | E::Kept { .. } => ErrorKind::Resource,
             E::Device(error) => error.kind(),
             E::Outside { .. } | E::Unknown | E::Card(_) => ErrorKind::Protocol,
         };
-        Self::new(kind, "using NIXL", error.to_string()).with_source(error)
+        // The next update connects anew.
+        let retry = matches!(error, E::Transfer { .. } | E::Unreachable);
+        let this = Self::new(kind, "using NIXL", error.to_string()).with_source(error);
+        if retry { this.recovery(Recovery::Retry) } else { this }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_error_of_the_library_or_of_a_peer_says_that_a_peer_is_lost() {
+        for error in [
+            NixlError::Transfer { status: -2 },
+            NixlError::Call { call: "load_remote_md", status: -2 },
+            NixlError::Unreachable,
+            NixlError::Refused("it did not end in time".into()),
+            NixlError::Abandoned,
+            NixlError::Slow(Duration::from_secs(1)),
+        ] {
+            let words = error.to_string();
+            let error = engine_core::Error::from(error);
+            assert_ne!(error.kind(), ErrorKind::PeerLost, "{words}");
+        }
+    }
+
+    #[test]
+    fn after_a_refusal_or_a_transfer_that_failed_the_next_update_may_be_tried() {
+        for error in [
+            NixlError::Transfer { status: -2 },
+            NixlError::Unreachable,
+            NixlError::Refused("a write failed".into()),
+            NixlError::Abandoned,
+            NixlError::Slow(Duration::from_secs(1)),
+        ] {
+            let words = error.to_string();
+            let error = engine_core::Error::from(error);
+            assert_eq!(error.report().recovery, Recovery::Retry, "{words}");
+        }
     }
 }

@@ -3,8 +3,9 @@
 
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::arena::{Arena, Memory};
+use crate::arena::{Memory, Place, Slot};
 use crate::error::NixlError;
 use crate::sys::{self, AgentConfig, Api, Handle, Status};
 
@@ -15,6 +16,8 @@ use crate::sys::{self, AgentConfig, Api, Handle, Status};
 pub(crate) struct RawAgent {
     api: &'static Api,
     agent: Handle,
+    /// No other agent of this process has or had it.
+    number: u64,
     backend: Handle,
     options: Handle,
     /// Where messages of peers are taken from.
@@ -23,19 +26,49 @@ pub(crate) struct RawAgent {
     registered: Vec<(Handle, Memory)>,
 }
 
-/// Which way a transfer goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Way {
-    /// From the peer to here.
-    Read,
-    /// From here to the peer.
-    Write,
+/// A transfer that was started, and the memory of this process that the library accesses for it.
+///
+/// The memory comes back from [`RawAgent::end`] when the library has let go of it, and not before: UCX cannot cancel
+/// a transfer. If this is dropped before, the memory is never used again.
+#[derive(Debug)]
+pub(crate) struct RawTransfer<M> {
+    request: Handle,
+    /// The number of the agent that it belongs to.
+    agent: u64,
+    memory: Option<M>,
 }
 
-/// A transfer that was started.
+impl<M> RawTransfer<M> {
+    /// What it accesses.
+    pub(crate) fn memory(&self) -> Option<&M> {
+        self.memory.as_ref()
+    }
+}
+
+impl<M> Drop for RawTransfer<M> {
+    fn drop(&mut self) {
+        if let Some(memory) = self.memory.take() {
+            tracing::error!("a transfer was dropped before its end; its memory is kept for ever");
+            std::mem::forget(memory);
+        }
+    }
+}
+
+/// Where a peer has bytes, or wants them: address and length, and the device's number if it is not the host.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Remote {
+    pub(crate) range: (usize, usize),
+    pub(crate) device: Option<u32>,
+}
+
+/// Why a transfer could not be started.
 #[derive(Debug)]
-pub(crate) struct RawTransfer {
-    request: Handle,
+pub(crate) struct NotStarted<M> {
+    pub(crate) error: NixlError,
+    /// The memory that it was for.
+    pub(crate) memory: M,
+    /// Whether it is certain that no byte was moved.
+    pub(crate) unmoved: bool,
 }
 
 fn check(call: &'static str, status: Status) -> Result<(), NixlError> {
@@ -54,14 +87,14 @@ fn c_string(text: &str) -> CString {
 }
 
 impl RawAgent {
-    /// An agent with a UCX backend of these parameters, which has registered the arena. If the library is
+    /// An agent with a UCX backend of these parameters, which has registered this memory. If the library is
     /// not to look after it in a thread of its own, things go on while calls look for messages or for the
     /// end of a transfer.
     pub(crate) fn new(
         api: &'static Api,
         name: &str,
         parameters: &[(&str, &str)],
-        arena: &Arena,
+        memory: Vec<Memory>,
         own_thread: bool,
     ) -> Result<Self, NixlError> {
         let config = AgentConfig {
@@ -82,10 +115,12 @@ impl RawAgent {
             (api.create_configured_agent)(name.as_ptr(), &raw const config, &raw mut agent)
         };
         check("create_agent", status)?;
+        static COUNT: AtomicU64 = AtomicU64::new(0);
         // From here on, dropping it frees what was made.
         let mut this = Self {
             api,
             agent,
+            number: COUNT.fetch_add(1, Ordering::Relaxed),
             backend: null_mut(),
             options: null_mut(),
             notices: null_mut(),
@@ -94,16 +129,18 @@ impl RawAgent {
         this.create_backend(parameters)?;
         // SAFETY: the call writes the new object to where the pointer points.
         check("create_notif_map", unsafe { (api.create_notif_map)(&raw mut this.notices) })?;
-        this.register(arena.memory().clone())?;
+        memory.into_iter().try_for_each(|memory| this.register(memory))?;
         Ok(this)
     }
 
     fn create_backend(&mut self, parameters: &[(&str, &str)]) -> Result<(), NixlError> {
         let api = self.api;
-        let params = Object::new("create_params", api.destroy_params, |object| {
+        let create = |object| {
             // SAFETY: the call writes the new object to where the pointer points.
             unsafe { (api.create_params)(object) }
-        })?;
+        };
+        // SAFETY: the function destroys what the other one creates.
+        let params = unsafe { Object::new("create_params", api.destroy_params, create) }?;
         for (key, value) in parameters {
             let (key, value) = (c_string(key), c_string(value));
             // SAFETY: the object is alive; both strings are copied.
@@ -126,13 +163,15 @@ impl RawAgent {
         check("opt_args_add_backend", status)
     }
 
-    /// Lets peers reach memory that belongs to the arena.
+    /// Lets peers reach memory.
     pub(crate) fn register(&mut self, memory: Memory) -> Result<(), NixlError> {
         let api = self.api;
-        let list = Object::new("create_reg_dlist", api.destroy_reg_dlist, |object| {
+        let create = |object| {
             // SAFETY: the call writes the new object to where the pointer points.
             unsafe { (api.create_reg_dlist)(kind(memory.device()), object) }
-        })?;
+        };
+        // SAFETY: the function destroys what the other one creates.
+        let list = unsafe { Object::new("create_reg_dlist", api.destroy_reg_dlist, create) }?;
         let (address, len) = (memory.address(), memory.len());
         let device = u64::from(memory.device().unwrap_or(0));
         // SAFETY: the list is alive; without metadata the pointer is not read.
@@ -166,6 +205,9 @@ impl RawAgent {
         let (data, len) = (metadata.as_ptr().cast(), metadata.len());
         // SAFETY: the agent is alive, the bytes are copied; the call writes a pointer.
         let status = unsafe { (self.api.load_remote_md)(self.agent, data, len, &raw mut name) };
+        if status == sys::BACKEND_ERROR {
+            return Err(NixlError::Unreachable);
+        }
         check("load_remote_md", status)?;
         // SAFETY: on success it is a string.
         let text = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
@@ -184,29 +226,81 @@ impl RawAgent {
         }
     }
 
-    /// Starts to copy between memory of a peer and of the arena, each on the device of that number
-    /// or the host's.
-    ///
-    /// # Contract
-    ///
-    /// `local` lies within the arena. If it is written to, nobody else accesses it until the transfer
-    /// is released.
-    pub(crate) fn start(
+    /// Starts to read bytes of a peer to a slot, which nobody accesses until that has ended.
+    pub(crate) fn read(
         &self,
-        way: Way,
         peer: &str,
-        (local, local_device): ((usize, usize), Option<u32>),
-        (remote, remote_device): ((usize, usize), Option<u32>),
-    ) -> Result<RawTransfer, NixlError> {
-        let here = self.list(local, local_device)?;
-        let there = self.list(remote, remote_device)?;
-        let way = match way {
-            Way::Read => sys::READ,
-            Way::Write => sys::WRITE,
+        from: Remote,
+        to: Slot,
+    ) -> Result<RawTransfer<Slot>, NotStarted<Slot>> {
+        match to.place() {
+            // SAFETY: the slot is the place's, and with it goes the right to access it.
+            Ok(place) => unsafe { self.start(sys::READ, peer, &place, from, to) },
+            Err(error) => Err(NotStarted { error, memory: to, unmoved: true }),
+        }
+    }
+
+    /// Starts to write bytes to where a peer wants them. What happens to be there meanwhile is written.
+    pub(crate) fn write(
+        &self,
+        peer: &str,
+        from: Place,
+        to: Remote,
+    ) -> Result<RawTransfer<Place>, NotStarted<Place>> {
+        let place = from.clone();
+        // SAFETY: a place keeps its memory there, and nothing is written to it.
+        unsafe { self.start(sys::WRITE, peer, &place, to, from) }
+    }
+
+    /// Starts to copy.
+    ///
+    /// # Safety
+    ///
+    /// As long as `memory` is not dropped, the local bytes are there; if they are written to, nobody accesses them
+    /// besides who has `memory`.
+    unsafe fn start<M>(
+        &self,
+        way: std::ffi::c_int,
+        peer: &str,
+        local: &Place,
+        remote: Remote,
+        memory: M,
+    ) -> Result<RawTransfer<M>, NotStarted<M>> {
+        let created = self.create(way, peer, local, remote);
+        let request = match created {
+            Ok(request) => request,
+            Err(error) => return Err(NotStarted { error, memory, unmoved: true }),
         };
+        // SAFETY: agent and request are alive. `memory` goes into the transfer, which gives it back when it has ended.
+        let status = unsafe { (self.api.post_xfer_req)(self.agent, request, null_mut()) };
+        if status < sys::SUCCESS {
+            // SAFETY: the request is this agent's, and nobody has it besides.
+            if !unsafe { self.release(request) } {
+                tracing::error!("a transfer that did not start cannot be released");
+            }
+            // Of several parts, some may have been.
+            return Err(NotStarted {
+                error: NixlError::Transfer { status },
+                memory,
+                unmoved: false,
+            });
+        }
+        Ok(RawTransfer { request, agent: self.number, memory: Some(memory) })
+    }
+
+    fn create(
+        &self,
+        way: std::ffi::c_int,
+        peer: &str,
+        local: &Place,
+        remote: Remote,
+    ) -> Result<Handle, NixlError> {
+        let here = self.list((local.address, local.len), local.memory.device())?;
+        let there = self.list(remote.range, remote.device)?;
         let peer = c_string(peer);
         let mut request = null_mut();
-        // SAFETY: all objects are alive; lists and string are copied; the call writes the request.
+        // SAFETY: all objects are alive; lists and string are copied, and memory that is not registered, here or
+        // at the peer, is refused; the call writes the request.
         let status = unsafe {
             (self.api.create_xfer_req)(
                 self.agent,
@@ -219,16 +313,7 @@ impl RawAgent {
             )
         };
         check("create_xfer_req", status)?;
-        let mut transfer = RawTransfer { request };
-        // SAFETY: agent and request are alive; the caller keeps the local memory.
-        let status = unsafe { (self.api.post_xfer_req)(self.agent, request, null_mut()) };
-        if status < sys::SUCCESS {
-            if !self.release(&mut transfer) {
-                tracing::error!("a transfer that did not start cannot be released");
-            }
-            return Err(NixlError::Transfer { status });
-        }
-        Ok(transfer)
+        Ok(request)
     }
 
     fn list(
@@ -237,10 +322,12 @@ impl RawAgent {
         device: Option<u32>,
     ) -> Result<Object, NixlError> {
         let api = self.api;
-        let list = Object::new("create_xfer_dlist", api.destroy_xfer_dlist, |object| {
+        let create = |object| {
             // SAFETY: the call writes the new object to where the pointer points.
             unsafe { (api.create_xfer_dlist)(kind(device), object) }
-        })?;
+        };
+        // SAFETY: the function destroys what the other one creates.
+        let list = unsafe { Object::new("create_xfer_dlist", api.destroy_xfer_dlist, create) }?;
         let number = u64::from(device.unwrap_or(0));
         // SAFETY: the list is alive.
         let status = unsafe { (api.xfer_dlist_add_desc)(list.handle, address, len, number) };
@@ -301,8 +388,15 @@ impl RawAgent {
     }
 
     /// Whether a transfer has ended.
-    pub(crate) fn is_done(&self, transfer: &RawTransfer) -> Result<bool, NixlError> {
-        // SAFETY: agent and request are alive.
+    ///
+    /// # Errors
+    ///
+    /// `Transfer` if it has failed, which is an end as well; `Unknown` if it belongs to another agent.
+    pub(crate) fn is_done<M>(&self, transfer: &RawTransfer<M>) -> Result<bool, NixlError> {
+        if transfer.agent != self.number {
+            return Err(NixlError::Unknown);
+        }
+        // SAFETY: agent and request are alive, and belong together.
         match unsafe { (self.api.get_xfer_status)(self.agent, transfer.request) } {
             sys::SUCCESS => Ok(true),
             sys::IN_PROGRESS => Ok(false),
@@ -310,19 +404,62 @@ impl RawAgent {
         }
     }
 
-    /// Ends a transfer, if need be before it is done; false if the library still works on it.
-    pub(crate) fn release(&self, transfer: &mut RawTransfer) -> bool {
-        if transfer.request.is_null() {
-            return true;
+    /// The memory of a transfer that has ended, whether well or not: UCX does not access it any more.
+    ///
+    /// # Errors
+    ///
+    /// The transfer, if the library still works on it. That cannot be stopped.
+    pub(crate) fn end<M>(&self, mut transfer: RawTransfer<M>) -> Result<M, RawTransfer<M>> {
+        match self.is_done(&transfer) {
+            Ok(false) | Err(NixlError::Unknown) => return Err(transfer),
+            Ok(true) | Err(_) => {}
         }
-        // SAFETY: agent and request are alive.
-        let status = unsafe { (self.api.release_xfer_req)(self.agent, transfer.request) };
+        // SAFETY: the request is this agent's, and without its memory a transfer is not looked at again.
+        if !unsafe { self.release(transfer.request) } {
+            return Err(transfer);
+        }
+        transfer.memory.take().ok_or(transfer)
+    }
+
+    /// Closes the agent, and ends the transfers under way with it; the memory that was read to.
+    ///
+    /// With its connections goes whatever peers may still send.
+    pub(crate) fn close(
+        self,
+        reads: Vec<RawTransfer<Slot>>,
+        writes: Vec<RawTransfer<Place>>,
+    ) -> Vec<Slot> {
+        let mut kept = (Vec::new(), Vec::new());
+        for mut read in reads {
+            // SAFETY: the request is this agent's, and the transfer ends here.
+            if read.agent == self.number && unsafe { self.release(read.request) } {
+                kept.0.extend(read.memory.take());
+            }
+        }
+        for mut write in writes {
+            // SAFETY: the request is this agent's, and the transfer ends here.
+            if write.agent == self.number && unsafe { self.release(write.request) } {
+                kept.1.extend(write.memory.take());
+            }
+        }
+        // Until here, UCX may access the memory.
+        drop(self);
+        kept.0
+    }
+
+    /// Frees a request; false if the library refuses. If it is under way, the library goes on with it.
+    ///
+    /// # Safety
+    ///
+    /// The request is one of this agent's, and is not used again if this worked.
+    unsafe fn release(&self, request: Handle) -> bool {
+        // SAFETY: the agent is alive, and the caller guarantees that the request is.
+        let status = unsafe { (self.api.release_xfer_req)(self.agent, request) };
         if status != sys::SUCCESS {
             return false;
         }
-        // SAFETY: released, it is only a shell, which nobody has besides.
-        let status = unsafe { (self.api.destroy_xfer_req)(transfer.request) };
-        transfer.request = null_mut();
+        // SAFETY: released, it is only a shell, which the caller does not use again.
+        let status = unsafe { (self.api.destroy_xfer_req)(request) };
         if status != sys::SUCCESS {
             tracing::debug!(status, "a transfer's shell was not freed");
         }
@@ -374,7 +511,11 @@ struct Object {
 }
 
 impl Object {
-    fn new(
+    /// # Safety
+    ///
+    /// `create` writes an object to where it is told, or fails, and `destroy` is the library's function for objects of
+    /// that kind.
+    unsafe fn new(
         call: &'static str,
         destroy: unsafe extern "C" fn(Handle) -> Status,
         create: impl FnOnce(*mut Handle) -> Status,

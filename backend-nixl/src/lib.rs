@@ -17,6 +17,8 @@ pub mod bare;
 mod engine;
 mod error;
 mod ffi;
+mod interface;
+mod lent;
 mod sys;
 
 use engine_core::{

@@ -6,6 +6,7 @@
 #![allow(unsafe_code, reason = "loading a library and resolving its functions")]
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -21,6 +22,7 @@ pub(crate) const LIBRARY_DIR_VARIABLE: &str = "CKPT_ENGINE_NIXL_DIR";
 pub(crate) type Status = c_int;
 pub(crate) const SUCCESS: Status = 0;
 pub(crate) const IN_PROGRESS: Status = 1;
+pub(crate) const BACKEND_ERROR: Status = -2;
 pub(crate) const NOT_FOUND: Status = -6;
 
 /// An object of the library.
@@ -123,6 +125,81 @@ unsafe extern "C" {
     /// Blobs and names that the library returns come from `malloc`.
     pub(crate) fn free(pointer: *mut c_void);
     fn atexit(function: extern "C" fn()) -> c_int;
+    fn getifaddrs(list: *mut *mut InterfaceAddress) -> c_int;
+    fn freeifaddrs(list: *mut InterfaceAddress);
+}
+
+/// An address of an interface: Linux's `struct ifaddrs`.
+#[repr(C)]
+struct InterfaceAddress {
+    next: *mut Self,
+    name: *const c_char,
+    flags: c_uint,
+    address: *const SocketAddress,
+    netmask: *const c_void,
+    peer: *const c_void,
+    data: *const c_void,
+}
+
+/// The beginning of Linux's `struct sockaddr`.
+#[repr(C)]
+struct SocketAddress {
+    family: u16,
+}
+
+/// Linux's `struct sockaddr_in`, as far as it is read.
+#[repr(C)]
+struct SocketAddressV4 {
+    family: u16,
+    port: u16,
+    address: [u8; 4],
+}
+
+/// Linux's `struct sockaddr_in6`, as far as it is read.
+#[repr(C)]
+struct SocketAddressV6 {
+    family: u16,
+    port: u16,
+    flow: u32,
+    address: [u8; 16],
+}
+
+/// The addresses of this host's interfaces, with the interfaces' names; none if the system does not say.
+pub(crate) fn interfaces() -> Vec<(String, IpAddr)> {
+    const INET: u16 = 2;
+    const INET6: u16 = 10;
+    let mut list = std::ptr::null_mut();
+    // SAFETY: the call writes a pointer to a list.
+    if unsafe { getifaddrs(&raw mut list) } != 0 {
+        return Vec::new();
+    }
+    let mut found = Vec::new();
+    let mut next = list;
+    // SAFETY: the list's pointers lead to its entries, and the last one nowhere, until it is freed.
+    while let Some(entry) = unsafe { next.as_ref() } {
+        next = entry.next;
+        // SAFETY: it leads to an address, whose beginning is its family, or nowhere.
+        let family = unsafe { entry.address.as_ref() }.map(|address| address.family);
+        let address = match family {
+            Some(INET) => {
+                // SAFETY: an address of this family is of this type.
+                let address = unsafe { &*entry.address.cast::<SocketAddressV4>() };
+                IpAddr::from(address.address)
+            }
+            Some(INET6) => {
+                // SAFETY: an address of this family is of this type.
+                let address = unsafe { &*entry.address.cast::<SocketAddressV6>() };
+                IpAddr::from(address.address)
+            }
+            _ => continue,
+        };
+        // SAFETY: each entry has a name, which ends with a zero.
+        let name = unsafe { CStr::from_ptr(entry.name) };
+        found.push((name.to_string_lossy().into_owned(), address));
+    }
+    // SAFETY: it is the list from above, of which nothing is left.
+    unsafe { freeifaddrs(list) };
+    found
 }
 
 impl std::fmt::Debug for Api {

@@ -548,8 +548,8 @@ fn newcomers_get_the_current_version_from_one_that_holds_it_while_the_trainer_do
     }
 }
 
-/// Hosts, as far as a network is concerned: namespaces, each with one interface, joined by a bridge.
-/// Removed when dropped.
+/// Hosts, as far as a network is concerned: namespaces, each with one interface that a bridge joins, and one
+/// that leads nowhere. Removed when dropped.
 struct Hosts {
     hub: String,
     hosts: Vec<String>,
@@ -580,6 +580,11 @@ impl Hosts {
             ip(&format!("-n {hub} link set port{index} master bridge up"));
             ip(&format!("-n {host} addr add 10.99.0.{}/24 dev wire", index + 1));
             ip(&format!("-n {host} link set wire up"));
+            // One more, which leads nowhere, in a private network of the same number on all of them.
+            ip(&format!("-n {host} link add further type veth peer name nowhere"));
+            ip(&format!("-n {host} addr add 192.168.50.{}/24 dev further", index + 1));
+            ip(&format!("-n {host} link set further up"));
+            ip(&format!("-n {host} link set nowhere up"));
         }
         this
     }
@@ -588,8 +593,8 @@ impl Hosts {
         let mut program = Command::new("ip");
         program.args(["netns", "exec", &self.hosts[host]]);
         program.arg(std::env::current_exe().unwrap());
-        // For UCX all of them are one host, which is reached by the loopback interface.
-        program.env("UCX_NET_DEVICES", "wire");
+        // The engine finds the interface: for UCX all of these are one host, which the loopback interface leads to.
+        program.env_remove("UCX_NET_DEVICES");
         let rank = (host > 0).then_some(host as u32);
         start_with(program, role, address, rank, options)
     }
@@ -646,6 +651,26 @@ fn cut_off(topology: &str, cut: u32) {
     trainer.tell("");
     trainer.says(&format!("sent 4 to {}", joined(&all)));
     all.iter().for_each(|rank| says(*rank, "active 4"));
+}
+
+#[test]
+#[ignore = "makes network namespaces, which takes root and iproute2"]
+fn hosts_with_a_further_interface_in_one_subnet_are_connected_by_the_one_that_leads_to_the_trainer()
+{
+    // UCX by default, too, which tries more than TCP.
+    for options in [json!({ "transports": "tcp,self" }), json!({})] {
+        let (options, address) = (options.to_string(), "10.99.0.1:18766".parse().unwrap());
+        let hosts = Hosts::new(4);
+        let mut trainer = hosts.start(0, "halting trainer", &address, &options);
+        let rollouts = [1, 2, 3].map(|host| hosts.start(host, "rollout", &address, &options));
+        rollouts.iter().for_each(|rollout| rollout.says("joined"));
+        for version in 1..3 {
+            trainer.says(&format!("halfway {version}"));
+            trainer.tell("");
+            trainer.says(&format!("sent {version} to [Rank(1), Rank(2), Rank(3)]"));
+            rollouts.iter().for_each(|rollout| rollout.says(&format!("active {version}")));
+        }
+    }
 }
 
 macro_rules! cuts {

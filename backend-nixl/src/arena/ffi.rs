@@ -6,19 +6,19 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
-use tokio::sync::OwnedMutexGuard;
 
 /// Memory of this process. Unmapped when dropped.
+///
+/// Nothing here gives access to its bytes: the [`Piece`]s that it is cut into do.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     start: NonNull<u8>,
     len: usize,
 }
 
-// SAFETY: the mapping is memory like any other; who may access which part of it when is up to the
-// views below.
+// SAFETY: the mapping is memory like any other, and it can be unmapped by any thread.
 unsafe impl Send for Mapping {}
-// SAFETY: as above.
+// SAFETY: a shared mapping gives no access to its bytes, only its address and length.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
@@ -32,6 +32,16 @@ impl Mapping {
         NonNull::new(start.cast()).map(|start| Self { start, len }).ok_or(Errno::NOMEM)
     }
 
+    /// Cuts the mapping into pieces of equal size, as many as fit, which do not overlap.
+    ///
+    /// It takes the mapping itself, so that nothing is ever cut twice.
+    pub(super) fn cut(self, piece: usize) -> Vec<Piece> {
+        let count = self.len.checked_div(piece).unwrap_or(0);
+        let mapping = Arc::new(self);
+        let cut = |number| Piece { mapping: mapping.clone(), at: number * piece, len: piece };
+        (0..count).map(cut).collect()
+    }
+
     pub(super) fn address(&self) -> usize {
         // The address leaves the program: to NIXL, and through it to peers.
         self.start.as_ptr().expose_provenance()
@@ -40,87 +50,59 @@ impl Mapping {
     pub(super) fn len(&self) -> usize {
         self.len
     }
-
-    fn check(&self, at: usize, len: usize) {
-        let end = at.checked_add(len);
-        assert!(end.is_some_and(|end| end <= self.len), "a range outside the mapping");
-    }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: nothing refers to the mapping any more: views and agent hold it by `Arc`.
+        // SAFETY: nothing refers to the mapping any more: pieces and agents hold it by `Arc`.
         if let Err(error) = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.len) } {
             tracing::error!(%error, "an arena could not be unmapped");
         }
     }
 }
 
-/// A slot's bytes, to be read. Peers may read them too.
+/// Bytes of a mapping that nobody else in this process has: no other piece has one of them, and a piece
+/// cannot be copied.
+///
+/// NIXL and peers reach the bytes by their address. Who lets them write there keeps the piece out of reach until
+/// they have ended: see [`Lent`](super::Lent) and [`RawTransfer`](crate::ffi::RawTransfer).
 #[derive(Debug)]
-pub(super) struct ReadView {
+pub(crate) struct Piece {
     mapping: Arc<Mapping>,
+    /// `at + len` is at most the mapping's length: `cut` is the only one who makes pieces.
     at: usize,
     len: usize,
-    _lock: OwnedMutexGuard<()>,
 }
 
-impl ReadView {
-    /// # Panics
-    ///
-    /// If the range is not within the mapping.
-    pub(super) fn new(
-        mapping: Arc<Mapping>,
-        at: usize,
-        len: usize,
-        lock: OwnedMutexGuard<()>,
-    ) -> Self {
-        mapping.check(at, len);
-        Self { mapping, at, len, _lock: lock }
+impl Piece {
+    pub(super) fn mapping(&self) -> &Arc<Mapping> {
+        &self.mapping
     }
-}
 
-impl AsRef<[u8]> for ReadView {
-    fn as_ref(&self) -> &[u8] {
-        // SAFETY: `new` checked that the range is within the mapping.
+    /// Where it begins in its mapping.
+    pub(super) fn at(&self) -> usize {
+        self.at
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        // SAFETY: the piece lies within the mapping.
         let start = unsafe { self.mapping.start.as_ptr().add(self.at) };
-        // SAFETY: the bytes are mapped as long as `self.mapping` lives. Nobody writes to them: this
-        // process writes to a slot only with its lock, which is in this view, and peers write to one
-        // only when the protocol gave it to them, which ends before a view is made: of a write that
-        // was given up, the memory is replaced. Any byte is a valid `u8`.
+        // SAFETY: the bytes are mapped as long as `self.mapping` lives. No other piece has them, so that
+        // nothing in this process writes to them while `self` is borrowed, and what a library or a peer writes
+        // there has ended before the piece can be reached again. Any byte is a valid `u8`.
         unsafe { std::slice::from_raw_parts(start, self.len) }
     }
-}
 
-/// A slot's bytes, to be written.
-#[derive(Debug)]
-pub(crate) struct WriteView {
-    mapping: Arc<Mapping>,
-    at: usize,
-    len: usize,
-    _lock: OwnedMutexGuard<()>,
-}
-
-impl WriteView {
-    /// # Panics
-    ///
-    /// If the range is not within the mapping.
-    pub(super) fn new(
-        mapping: Arc<Mapping>,
-        at: usize,
-        len: usize,
-        lock: OwnedMutexGuard<()>,
-    ) -> Self {
-        mapping.check(at, len);
-        Self { mapping, at, len, _lock: lock }
-    }
-
-    pub(crate) fn as_mut(&mut self) -> &mut [u8] {
-        // SAFETY: `new` checked that the range is within the mapping.
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: the piece lies within the mapping.
         let start = unsafe { self.mapping.start.as_ptr().add(self.at) };
-        // SAFETY: the bytes are mapped for writing as long as `self.mapping` lives, and the slot's
-        // lock makes this the only view of them in this process. A peer that reads them meanwhile,
-        // for an update that was aborted, throws away what it reads.
+        // SAFETY: the bytes are mapped for writing as long as `self.mapping` lives, no other piece has them, and
+        // `self` is borrowed for this alone. A peer that reads them meanwhile, for an update that was
+        // aborted, throws away what it reads.
         unsafe { std::slice::from_raw_parts_mut(start, self.len) }
     }
 }

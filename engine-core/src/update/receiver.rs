@@ -544,7 +544,7 @@ impl<L: FetchLink> Session<'_, L> {
     /// and the trainer says which rank it was.
     async fn first_cause(&mut self, error: Error) -> Error {
         const MOMENT: Duration = Duration::from_secs(1);
-        if self.begin.routed || !is_of_transport(&error) {
+        if !is_of_transport(&error) {
             return error;
         }
         let version = self.begin.version;
