@@ -329,7 +329,10 @@ impl Inspector {
             // followed by its norm or its head.
             while let Some((dtype, decision, name)) = self.settled()? {
                 if decision == Decision::Quantize {
-                    return Err(refuse(format!("it is {dtype}, this rank accepts fp8 only"), &name));
+                    return Err(refuse(
+                        format!("it is {dtype}, this rank accepts fp8 only"),
+                        &name,
+                    ));
                 }
             }
         }

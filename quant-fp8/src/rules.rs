@@ -341,13 +341,9 @@ impl Rules {
             Kind::Kept(segment) => Ok((Decision::Keep, Rule::KeptSegment(segment.to_owned()))),
             Kind::Projection => Ok(match self.unfit(name, shape, rows, cols) {
                 Some(rule) => (Decision::Keep, rule),
-                None => {
-                    (Decision::Quantize, Rule::QuantizedSegment(names::part(name).to_owned()))
-                }
+                None => (Decision::Quantize, Rule::QuantizedSegment(names::part(name).to_owned())),
             }),
-            Kind::Unknown if self.strict => {
-                Err(QuantError::Unlisted { tensor: name.to_owned() })
-            }
+            Kind::Unknown if self.strict => Err(QuantError::Unlisted { tensor: name.to_owned() }),
             Kind::Unknown => Ok((Decision::Keep, Rule::Unlisted)),
         }
     }
@@ -397,8 +393,10 @@ impl Rules {
                 }
             }
             // A stack right under `moe` is what receivers call its experts.
-            let experts = names::experts_of(name, shape).filter(|_| names::is_moe_stack(name, shape));
-            found.extend(experts.and_then(|experts| self.ignored.get(&experts)).map(String::as_str));
+            let experts =
+                names::experts_of(name, shape).filter(|_| names::is_moe_stack(name, shape));
+            found
+                .extend(experts.and_then(|experts| self.ignored.get(&experts)).map(String::as_str));
         }
         let patterns = self.patterns.iter().filter(|(_, pattern)| pattern.is_match(name));
         found.into_iter().chain(patterns.map(|(entry, _)| entry.as_str()))

@@ -84,7 +84,8 @@ impl Family {
         while changed {
             changed = false;
             for fused in profile.fused() {
-                changed |= self.parts(fused).is_some_and(|parts| self.fuse(profile, rules, &parts));
+                changed |=
+                    self.parts(fused).is_some_and(|parts| self.fuse(profile, rules, fused, &parts));
             }
         }
         for fused in profile.fused() {
@@ -107,7 +108,7 @@ impl Family {
     }
 
     /// Whether something was kept because parts of the same layer are, or are no whole blocks.
-    fn fuse(&mut self, profile: &Profile, rules: &Rules, parts: &[usize]) -> bool {
+    fn fuse(&mut self, profile: &Profile, rules: &Rules, fused: &Fused, parts: &[usize]) -> bool {
         let mut reason = None;
         // What the user left out is asked about at the end: that alone keeps no other part.
         let kept = parts.iter().find(|&&index| {
@@ -118,8 +119,9 @@ impl Family {
             reason = Some(Rule::Layer(self.members[index].name.clone()));
         }
         let whole = match (profile.whole_rows, parts) {
-            (WholeRows::Parts | WholeRows::All, parts) => parts,
             (WholeRows::PartsButTheLast, [parts @ .., _]) => parts,
+            (WholeRows::Parts, [parts @ .., _]) if fused.one_partition => parts,
+            (WholeRows::Parts | WholeRows::All, parts) => parts,
             _ => &[],
         };
         let block_rows = rules.block.map_or(1, |(rows, _)| rows);
@@ -173,7 +175,8 @@ impl Family {
         if self.find("x_proj").is_some() || self.shape_of("x_proj_weight").is_some() {
             for part in ["in_proj", "x_proj", "dt_proj", "out_proj"] {
                 if let Some(index) = self.find(part).filter(|_| !profile.mamba1) {
-                    let rule = Rule::Receiver(format!("{} has Mamba-1 mixers unquantised", profile.title));
+                    let rule =
+                        Rule::Receiver(format!("{} has Mamba-1 mixers unquantised", profile.title));
                     self.refuse(index, rule);
                 }
             }
@@ -276,18 +279,19 @@ impl Layers {
         if matches!(rule, Rule::Manifest | Rule::IsScale) {
             return; // The receiver has said itself what it makes of which weight.
         }
-        let member = Member {
-            name: name.to_owned(),
-            shape: shape.to_vec(),
-            decision,
-            rule,
-            settled: false,
-        };
+        let member =
+            Member { name: name.to_owned(), shape: shape.to_vec(), decision, rule, settled: false };
         self.families.entry(names::parent(name).to_owned()).or_default().members.push(member);
     }
 
     /// Takes note of a weight that has been passed on.
-    pub(crate) fn add_settled(&mut self, name: &str, shape: &[usize], decision: Decision, rule: Rule) {
+    pub(crate) fn add_settled(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        decision: Decision,
+        rule: Rule,
+    ) {
         self.add(name, shape, decision, rule);
         let family = self.families.get_mut(names::parent(name));
         if let Some(member) = family.and_then(|family| family.members.last_mut()) {
@@ -357,7 +361,9 @@ impl Layers {
                 if member.decision != Decision::Quantize || !member.counts() {
                     continue;
                 }
-                let Some(experts) = names::experts_of(&member.name, &member.shape) else { continue };
+                let Some(experts) = names::experts_of(&member.name, &member.shape) else {
+                    continue;
+                };
                 if let Some(first) = kept.get(&experts) {
                     member.keep(Rule::Layer(first.name.clone()));
                 } else if let Some(first) = left_out.get(&experts) {
@@ -390,10 +396,14 @@ impl Layers {
         let profile = rules.profile;
         // Parts of one shape would all have been refused by themselves, but for their rows.
         let block_rows = rules.block.map_or(1, |(rows, _)| rows);
-        let whole = member.shape[0].is_multiple_of(block_rows) || profile.whole_rows == WholeRows::No;
+        let whole =
+            member.shape[0].is_multiple_of(block_rows) || profile.whole_rows == WholeRows::No;
         let mut fused = profile.fused().filter(|fused| !fused.alike || !whole);
         fused.any(|fused| fused.parts.contains(&part))
-            || matches!(part, "in_proj" | "qkv_proj" | "query_key_value" | "Wqkv" | "wqkv" | "att_proj")
+            || matches!(
+                part,
+                "in_proj" | "qkv_proj" | "query_key_value" | "Wqkv" | "wqkv" | "att_proj"
+            )
             || matches!(part, "dt_proj" | "out_proj") && !profile.mamba1
     }
 }
@@ -486,4 +496,3 @@ impl<T> Window<T> {
         Some((first.item, first.decision, first.rule))
     }
 }
-

@@ -106,7 +106,7 @@ const KEPT_WORDS: [&str; 62] = [
 const KEPT_ENDINGS: [&str; 3] = ["norm", "_bias", "_embeddings"];
 
 /// Last segments of names that are quantised, besides those that end in `_proj`.
-const QUANTIZED_SEGMENTS: [&str; 34] = [
+const QUANTIZED_SEGMENTS: [&str; 33] = [
     "in_proj_qkv",
     "in_proj_qkvz",
     "in_proj_z",
@@ -114,7 +114,6 @@ const QUANTIZED_SEGMENTS: [&str; 34] = [
     "wq",
     "wk",
     "wv",
-    "wo",
     "wqkv",
     "Wqkv",
     "wq_a",
@@ -222,8 +221,8 @@ pub(crate) fn kind<'a>(name: &'a str, shape: &[usize]) -> Kind<'a> {
         // The layers of GPT-2 have the same names and are stored transposed.
         "c_fc" | "c_attn" => wide_or_tall().is_gt(),
         "c_proj" => wide_or_tall().is_lt(),
-        // An encoder's `dense` is below `output` or `intermediate`.
-        "dense" => matches!(above, "attention" | "self_attention" | "self_attn" | "attn"),
+        // An encoder's `dense` is below `output` or `intermediate`, T5's `wo` in a feed-forward layer.
+        "dense" | "wo" => matches!(above, "attention" | "self_attention" | "self_attn" | "attn"),
         // Right under the model it is the head.
         "ff_out" => above == "mlp",
         "input_linear" | "output_linear" => is_moe_stack(name, shape),

@@ -117,8 +117,12 @@ impl QuantPlan {
                 (entry.decision, entry.rule) = (decision, rule);
             }
         }
-        let mut unmatched: Vec<String> =
-            rules.entries.iter().filter(|entry| !matched.contains(entry.as_str())).cloned().collect();
+        let mut unmatched: Vec<String> = rules
+            .entries
+            .iter()
+            .filter(|entry| !matched.contains(entry.as_str()))
+            .cloned()
+            .collect();
         let mut seen = HashSet::new();
         unmatched.retain(|entry| seen.insert(entry.clone()));
         Ok(Self { format: config.format, entries, by_name, unmatched })

@@ -69,9 +69,7 @@ impl FromStr for Receiver {
     fn from_str(text: &str) -> Result<Self, QuantError> {
         Self::ALL.into_iter().find(|receiver| receiver.name() == text).ok_or_else(|| {
             QuantError::InvalidFormat {
-                reason: format!(
-                    "{text} is no receiver: common, vllm, sglang, transformers or any"
-                ),
+                reason: format!("{text} is no receiver: common, vllm, sglang, transformers or any"),
             }
         })
     }
@@ -127,15 +125,22 @@ pub struct Fused {
     pub when: &'static [&'static str],
     /// Whether all parts have the same shape, so that one shows what the others are like.
     pub alike: bool,
+    /// Whether every receiver makes one partition of it, so that its last rows need not fill a block.
+    pub one_partition: bool,
 }
 
 const fn fused(layer: &'static str, parts: &'static [&'static str]) -> Fused {
-    Fused { layer, parts, when: &[], alike: false }
+    Fused { layer, parts, when: &[], alike: false, one_partition: false }
 }
 
 /// Of one shape: their outputs are multiplied with one another.
 const fn alike(layer: &'static str, parts: &'static [&'static str]) -> Fused {
-    Fused { layer, parts, when: &[], alike: true }
+    Fused { layer, parts, when: &[], alike: true, one_partition: false }
+}
+
+/// The projections to latent states, which are replicated and not split.
+const fn latent(layer: &'static str, parts: &'static [&'static str]) -> Fused {
+    Fused { layer, parts, when: &[], alike: false, one_partition: true }
 }
 
 /// Only where all parts of `when` are there.
@@ -144,7 +149,7 @@ const fn only(
     parts: &'static [&'static str],
     when: &'static [&'static str],
 ) -> Fused {
-    Fused { layer, parts, when, alike: false }
+    Fused { layer, parts, when, alike: false, one_partition: false }
 }
 
 /// What vLLM and SGLang both fuse.
@@ -162,14 +167,14 @@ const FUSED: &[Fused] = &[
     alike("w13", &["w1", "w3"]),
     fused("in_proj_qkvz", &["in_proj_qkv", "in_proj_z"]),
     alike("in_proj_ba", &["in_proj_b", "in_proj_a"]),
-    fused("fused_qkv_a_proj", &["q_a_proj", "kv_a_proj_with_mqa"]),
+    latent("fused_qkv_a_proj", &["q_a_proj", "kv_a_proj_with_mqa"]),
     only(
         "fused_qkv_a_g_proj",
         &["q_a_proj", "kv_a_proj_with_mqa", "g_proj"],
         &["q_a_proj", "kv_a_proj_with_mqa", "g_proj"],
     ),
-    fused("fused_wqa_wkv", &["wq_a", "wkv"]),
-    fused("fused_wqa_wkv_a", &["wq_a", "wkv_a_with_mqa"]),
+    latent("fused_wqa_wkv", &["wq_a", "wkv"]),
+    latent("fused_wqa_wkv_a", &["wq_a", "wkv_a_with_mqa"]),
     fused("index_qkv_proj", &["index_q_proj", "index_k_proj"]),
 ];
 
