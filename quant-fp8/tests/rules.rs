@@ -329,7 +329,11 @@ fn formats_that_the_config_cannot_express_are_errors() {
     let base = Fp8Format::default();
     assert!(write(Fp8Format { granularity: Granularity::PerRow, ..base }).is_err());
     assert!(write(Fp8Format { scale_name: ScaleName::WeightScale, ..base }).is_err());
-    let per_tensor = write(Fp8Format { granularity: Granularity::PerTensor, ..base }).unwrap();
+    // Receivers read scales of that name as those of blocks.
+    let per_tensor = Fp8Format { granularity: Granularity::PerTensor, ..base };
+    assert!(write(per_tensor).is_err());
+    let per_tensor = Fp8Format { scale_name: ScaleName::WeightScale, ..per_tensor };
+    let per_tensor = write(per_tensor).unwrap();
     assert!(per_tensor.get("weight_block_size").is_none());
     let ue8m0 = write(Fp8Format { mode: Mode::Ue8m0, ..base }).unwrap();
     assert_eq!(ue8m0["scale_fmt"], "ue8m0");
