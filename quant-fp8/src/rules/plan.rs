@@ -171,15 +171,21 @@ impl QuantPlan {
         share
     }
 
-    /// The `quantization_config` for `config.json` that makes vLLM and SGLang expect exactly this
-    /// plan: every layer with a kept matrix is in `modules_to_not_convert`, by its full name. Experts
-    /// that are all kept are there once, under the name that receivers have for all of them.
-    ///
-    /// # Errors
-    ///
-    /// [`QuantError::Config`] for scales per row, for scales named `weight_scale` on blocks and for
-    /// scales named `weight_scale_inv` on whole tensors: `quant_method` `fp8` cannot say these.
-    pub fn quantization_config(&self) -> Result<Value, QuantError> {
+    /// The layers that are kept because of their shape, of the layer that they are parts of, or of a list
+    /// of layers to ignore: what a stream cannot be expected to find out weight by weight. As
+    /// [`ignored_layers`](RulesConfig::ignored_layers) they make rules decide as this plan, in whatever
+    /// order weights come.
+    pub fn layers_to_ignore(&self) -> Vec<String> {
+        self.modules(|rule| {
+            matches!(
+                rule,
+                Rule::Ignored(_) | Rule::Layer(_) | Rule::Receiver(_) | Rule::Unaligned { .. }
+            )
+        })
+    }
+
+    /// The names of layers with a matrix that is kept by such a rule, as receivers have them.
+    fn modules(&self, by: impl Fn(&Rule) -> bool) -> Vec<String> {
         let mut quantized_experts = HashSet::new();
         for entry in &self.entries {
             if entry.decision != Decision::Keep {
@@ -196,7 +202,8 @@ impl QuantPlan {
         for entry in &self.entries {
             let layer = module(&entry.name);
             let is_bias = split_last(layer).1.ends_with("bias");
-            if entry.decision != Decision::Keep || entry.shape.len() < 2 || is_bias {
+            let is_kept = entry.decision == Decision::Keep && by(&entry.rule);
+            if !is_kept || entry.shape.len() < 2 || is_bias {
                 continue;
             }
             let by_name = matches!(kind(&entry.name, &entry.shape), Kind::Kept(_));
@@ -212,6 +219,19 @@ impl QuantPlan {
                 None => list(layer.to_owned()),
             }
         }
+        kept
+    }
+
+    /// The `quantization_config` for `config.json` that makes vLLM and SGLang expect exactly this
+    /// plan: every layer with a kept matrix is in `modules_to_not_convert`, by its full name. Experts
+    /// that are all kept are there once, under the name that receivers have for all of them.
+    ///
+    /// # Errors
+    ///
+    /// [`QuantError::Config`] for scales per row, for scales named `weight_scale` on blocks and for
+    /// scales named `weight_scale_inv` on whole tensors: `quant_method` `fp8` cannot say these.
+    pub fn quantization_config(&self) -> Result<Value, QuantError> {
+        let kept = self.modules(|_| true);
         let mut config = json!({
             "quant_method": "fp8",
             "fmt": "e4m3",
