@@ -398,6 +398,10 @@ impl Rules {
             found
                 .extend(experts.and_then(|experts| self.ignored.get(&experts)).map(String::as_str));
         }
+        let (parent, last) = split_last(layer);
+        for part in names::packed_parts(last).iter().filter(|_| shape.len() == 2) {
+            found.extend(self.ignored.get(&join(parent, part)).map(String::as_str));
+        }
         let patterns = self.patterns.iter().filter(|(_, pattern)| pattern.is_match(name));
         found.into_iter().chain(patterns.map(|(entry, _)| entry.as_str()))
     }

@@ -526,6 +526,17 @@ fn a_kept_stack_is_listed_under_the_name_that_receivers_have_for_the_experts() {
 }
 
 #[test]
+fn what_a_checkpoint_has_as_one_is_listed_with_the_parts_that_receivers_look_for() {
+    let parameters = [float("a.gate_up_proj.weight", &[384, 256]), matrix("b.gate_up_proj.weight")];
+    let plan = QuantPlan::resolve(parameters.clone(), &RulesConfig::default()).unwrap();
+    let config = plan.quantization_config().unwrap();
+    let list = json!(["a.gate_up_proj", "a.gate_proj", "a.up_proj"]);
+    assert_eq!(config["modules_to_not_convert"], list);
+    let own = RulesConfig { quantization_config: Some(config), ..RulesConfig::default() };
+    assert!(QuantPlan::resolve(parameters, &own).unwrap().unmatched().is_empty());
+}
+
+#[test]
 fn mixers_of_mamba_1_are_kept_and_those_of_mamba_2_if_a_part_is_no_whole_blocks() {
     for x_proj in ["a.mixer.x_proj.weight", "a.mixer.x_proj_weight"] {
         let mamba1: [(&str, &[usize]); 3] = [

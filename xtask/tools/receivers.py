@@ -263,10 +263,12 @@ MODELS = {
 def loads():
     """transformers loads what the program quantised, and computes what the weights mean."""
     import torch
+    import transformers
     from safetensors.torch import load_file, save_file
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, FineGrainedFP8Config
 
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
 
     def tensors(folder):
         return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}

@@ -248,6 +248,15 @@ fn is_mtp_entry(name: &str, last: &str) -> bool {
     matches!(last, "input_proj" | "fc") && module(name).split('.').any(|s| s.starts_with("mtp"))
 }
 
+/// The parts that receivers fuse to what some checkpoints have as one already.
+pub(crate) fn packed_parts(last: &str) -> &'static [&'static str] {
+    match last {
+        "qkv_proj" => &["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj" => &["gate_proj", "up_proj"],
+        _ => &[],
+    }
+}
+
 pub(crate) fn split_last(name: &str) -> (&str, &str) {
     name.rsplit_once('.').unwrap_or(("", name))
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use serde_json::{Value, json};
 
 use super::layers::Layers;
-use super::names::{Kind, experts_of, kind, module, split_last};
+use super::names::{Kind, experts_of, join, kind, module, packed_parts, split_last};
 use super::{Decision, Rule, Rules, RulesConfig, Stored, weight_of_scale};
 use crate::{Fp8Format, Granularity, Mode, QuantError, ScaleName};
 
@@ -216,7 +216,14 @@ impl QuantPlan {
                     list(layer.to_owned());
                 }
                 Some(experts) => list(experts),
-                None => list(layer.to_owned()),
+                None => {
+                    list(layer.to_owned());
+                    // SGLang looks for the parts of what it would fuse, also where the checkpoint has it as one.
+                    let (parent, last) = split_last(layer);
+                    for part in packed_parts(last) {
+                        list(join(parent, part));
+                    }
+                }
             }
         }
         kept
