@@ -138,10 +138,10 @@ const PACKED: [(&str, &[&str], &[&str], bool); 17] = [
 ];
 
 /// The parts of every fused layer of a family.
-fn fused<'a>(
-    family: &'a Family,
+fn fused(
+    family: &Family,
     receiver: Receiver,
-) -> impl Iterator<Item = (String, Vec<&'a Parameter>, &'static [&'static str])> {
+) -> impl Iterator<Item = (String, Vec<&Parameter>, &'static [&'static str])> {
     let mut by_parent: BTreeMap<&str, HashMap<&str, &Parameter>> = BTreeMap::new();
     for p in family.parameters.iter().filter(|p| p.shape.len() == 2) {
         by_parent.entry(p.parent()).or_default().insert(p.last(), p);
