@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use checkpoint_engine::control::{Address, ControlConfig, Token, from_env};
-use checkpoint_engine::fp8::rules::parse_ignored_layers;
+use checkpoint_engine::fp8::rules::{Receiver, parse_ignored_layers};
 use checkpoint_engine::fp8::{Granularity, Mode, Quantization};
 use checkpoint_engine::{
     Availability, CheckpointEngineConfig, ConfigFormat, ControlPlane, DeviceChoice, EngineContext,
@@ -142,6 +142,10 @@ struct FormatArgs {
     /// Layers to leave alone, comma-separated: whole dotted segments, or re: and a regular expression
     #[arg(long, value_name = "LIST")]
     ignored: Option<String>,
+    /// Who has to load the weights: vllm, sglang, transformers, common (vllm and sglang) or any
+    /// [default: common]
+    #[arg(long, value_name = "NAME")]
+    receiver: Option<Receiver>,
 }
 
 /// A mode by its name in configurations.
@@ -153,6 +157,7 @@ impl FormatArgs {
     fn put_into(&self, section: &mut Quantization) {
         section.mode = self.mode.or(section.mode);
         section.granularity = self.block.or(section.granularity);
+        section.receiver = self.receiver.or(section.receiver);
         section.ignored_layers.extend(parse_ignored_layers(self.ignored.as_deref().unwrap_or("")));
     }
 }
@@ -625,10 +630,29 @@ fn until_interrupted(
     result
 }
 
+/// A configuration that quantises a checkpoint as `plan` and `quantize` do: they know all of its weights
+/// before the first one travels, and what its own `config.json` says.
+fn as_planned(
+    mut config: CheckpointEngineConfig,
+    source: &SourceSpec,
+) -> Result<CheckpointEngineConfig, Failure> {
+    let mut section = Quantization::of(&config)?;
+    let ModelSpec::Checkpoint { path } = &source.model else { return Ok(config) };
+    if !(config.trainer_quantize_fp8 || section.quantize_on_receive) || section.manifest.is_some() {
+        return Ok(config);
+    }
+    let plan = cli::quantize::plan_of(&Checkpoint::open(path)?, &section.rules())?;
+    section.ignored_layers.extend(plan.layers_to_ignore());
+    let section = serde_json::to_value(section)?;
+    config.quantization = section.as_object().cloned().unwrap_or_default();
+    Ok(config)
+}
+
 async fn sync_command(args: &SyncArgs) -> Result<ExitCode, Failure> {
+    let source = args.source.spec()?;
     let options = SyncOptions {
-        source: args.source.spec()?,
-        config: args.engine.config()?,
+        config: as_planned(args.engine.config()?, &source)?,
+        source,
         trainers: args.trainers,
         still: false,
         rollouts: args.rollouts,
@@ -655,7 +679,7 @@ async fn sync_command(args: &SyncArgs) -> Result<ExitCode, Failure> {
 
 async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Failure> {
     let _exporter = args.metrics.serve().await?;
-    let config = args.engine.config()?;
+    let config = as_planned(args.engine.config()?, &args.source.spec()?)?;
     let interval = Duration::try_from_secs_f64(args.interval)?;
     let rank = match args.rank {
         Some(rank) => Rank(rank),

@@ -27,7 +27,18 @@ fn fails(args: &[&str], words: &str) {
 
 #[test]
 fn every_backend_brings_verified_fp8_whoever_quantises_and_in_every_mode() {
-    let sync = ["sync", "--synthetic", "tiny-moe", "--rollouts", "2", "--updates", "2"];
+    // No engine would load FP8 of its shapes.
+    let sync = [
+        "sync",
+        "--synthetic",
+        "tiny-moe",
+        "--rollouts",
+        "2",
+        "--updates",
+        "2",
+        "--receiver",
+        "any",
+    ];
     for backend in ["naive", "ipc"] {
         for (extra, on_trainer) in [
             (&["--trainer-quantize-fp8"][..], true),
@@ -96,7 +107,7 @@ fn a_folder_becomes_an_fp8_folder_and_back_with_the_error_of_fp8() {
     let path = |name: &str| folder.path().join(name).display().to_string();
     let (bf16, fp8, back) = (path("bf16"), path("fp8"), path("back"));
     model(Path::new(&bf16));
-    let text = succeeds(&["quantize", &bf16, &fp8]);
+    let text = succeeds(&["quantize", &bf16, &fp8, "--receiver", "any"]);
     assert!(text.contains("3 tensors quantised, 2 kept"), "{text}");
 
     let checkpoint = Checkpoint::open(&fp8).expect("a checkpoint");
@@ -190,4 +201,84 @@ fn plan_says_what_happens_to_names_and_by_which_rule() {
     assert!(config.contains("modules_to_not_convert"), "{config}");
     std::fs::write(&names, "no shape\n").expect("a file");
     fails(&["plan", "--names", &names], "line 1");
+}
+
+/// What the program says on standard error about a plan.
+fn remarks(args: &[&str]) -> String {
+    let output = run(args);
+    assert!(output.status.success(), "{args:?}");
+    String::from_utf8(output.stderr).expect("text")
+}
+
+#[test]
+fn plan_tells_the_share_that_stays_and_what_may_be_a_mistake() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let names = folder.path().join("names");
+    let write = |lines: &str| std::fs::write(&names, lines).expect("a file");
+    let path = names.display().to_string();
+    let attention = "m.self_attn.q_proj.weight\t256x256\nm.self_attn.k_proj.weight\t64x256\n";
+    write(&format!("{attention}m.self_attn.o_proj.weight\t256x256\n"));
+    let text = remarks(&["plan", "--names", &path]);
+    assert!(text.contains("50.0% of what could be FP8 stays as it is: layer 50.0%"), "{text}");
+    assert!(!text.contains("warning"), "{text}");
+    assert!(!remarks(&["plan", "--names", &path, "--receiver", "transformers"]).contains("layer"));
+
+    write(&format!("{attention}m.self_attn.o_proj.weight\t128x256\n"));
+    let text = remarks(&["plan", "--names", &path]);
+    assert!(text.contains("warning: more than half stays as it is for vLLM and SGLang"), "{text}");
+    write(attention);
+    let text = remarks(&["plan", "--names", &path, "--ignored", "o_porj,self_attn"]);
+    assert!(text.contains("warning: nothing is quantised"), "{text}");
+    assert!(text.contains("match no parameter: o_porj\n"), "{text}");
+    assert_eq!(run(&["plan", "--names", &path, "--receiver", "tgi"]).status.code(), Some(2));
+}
+
+/// A checkpoint of two files with a layer that is parted by them, narrow keys, and a list of its own.
+fn parted(folder: &Path) {
+    std::fs::create_dir(folder).expect("a folder");
+    let matrix = |name: &str, rows: u64| {
+        let bytes = (0..rows * 256).flat_map(|i| half::bf16::from_f32(i as f32).to_le_bytes());
+        let name = format!("model.layers.{name}.weight");
+        Weight::new(&*name, DType::BF16, [rows, 256], bytes.collect::<Vec<u8>>()).expect("a weight")
+    };
+    let shards = [
+        vec![matrix("0.self_attn.q_proj", 256), matrix("1.self_attn.o_proj", 256)],
+        vec![matrix("0.self_attn.k_proj", 64), matrix("0.self_attn.o_proj", 256)],
+    ];
+    let mut map = serde_json::Map::new();
+    for (index, shard) in shards.iter().enumerate() {
+        let name = format!("model-{:05}-of-00002.safetensors", index + 1);
+        let mut writer = CheckpointWriter::create(folder.join(&name)).expect("a writer");
+        for weight in shard {
+            writer.write_weight(weight).expect("written");
+            map.insert(weight.name().into(), name.clone().into());
+        }
+        writer.finish().expect("a file");
+    }
+    let write = |name: &str, text: String| std::fs::write(folder.join(name), text).expect("a file");
+    write("model.safetensors.index.json", serde_json::json!({"weight_map": map}).to_string());
+    let own = r#"{"quant_method": "fp8", "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["model.layers.1"]}"#;
+    write("config.json", format!("{{\"quantization_config\": {own}}}"));
+}
+
+#[test]
+fn sync_quantises_a_checkpoint_as_plan_and_quantize_do_whatever_order_its_weights_have() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (model, fp8, out) = (path("model"), path("fp8"), path("out"));
+    parted(Path::new(&model));
+    let plan = succeeds(&["plan", "--model", &model]);
+    let quantized: Vec<&str> = plan.lines().filter(|line| line.contains("\tquantize\t")).collect();
+    assert_eq!(quantized.len(), 1, "{plan}");
+    assert!(quantized[0].starts_with("model.layers.0.self_attn.o_proj.weight\t"), "{plan}");
+    succeeds(&["quantize", &model, &fp8]);
+    for backend in ["naive", "ipc"] {
+        for who in ["--trainer-quantize-fp8", "--quantize-on-receive"] {
+            let sync = ["sync", "--model", &model, "--backend", backend, who];
+            succeeds(&[&sync[..], &["--verify", "--out", &out]].concat());
+            succeeds(&["verify", &fp8, &format!("{out}/rollout-0")]);
+            std::fs::remove_dir_all(&out).expect("removed");
+        }
+    }
 }

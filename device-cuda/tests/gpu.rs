@@ -8,7 +8,7 @@ use engine_core::memory::{Job, Pool};
 use engine_core::plan::BucketPlanner;
 use engine_core::{DType, Weight};
 use futures::StreamExt;
-use quant_fp8::rules::{Rules, RulesConfig};
+use quant_fp8::rules::{Receiver, Rules, RulesConfig};
 use quant_fp8::{
     Codec, Fp8Format, Granularity, Mode, Precast, QuantizeFp8, Source, SourceType, Store,
 };
@@ -390,7 +390,8 @@ fn a_bucket_that_the_device_fills_is_what_the_cpu_fills_digest_included() {
                 weights.push(on_device(&norm, &name, dtype, device));
             }
         }
-        let rules = Rules::new(&RulesConfig::default()).unwrap();
+        let config = RulesConfig { receiver: Receiver::Any, ..RulesConfig::default() };
+        let rules = Rules::new(&config).unwrap();
         let quantized = weights.quantize_fp8(rules).map(|weight| weight.unwrap());
         futures::executor::block_on(quantized.collect())
     };
@@ -551,7 +552,8 @@ fn a_weight_that_is_not_finite_is_named_by_the_packer() {
     memory.all().write(&matrix.bytes).unwrap();
     let name = "model.layers.3.mlp.up_proj.weight";
     let weight = Weight::new(name, DType::BF16, [300, 300], memory.all().storage()).unwrap();
-    let rules = Rules::new(&RulesConfig::default()).unwrap();
+    let config = RulesConfig { receiver: Receiver::Any, ..RulesConfig::default() };
+    let rules = Rules::new(&config).unwrap();
     let weights = vec![weight].quantize_fp8(rules).map(|weight| weight.unwrap());
     let weights: Vec<Weight> = futures::executor::block_on(weights.collect());
     let bucket = CudaMemory::new(&device, 1 << 20).unwrap();

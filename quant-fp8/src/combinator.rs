@@ -9,11 +9,11 @@ use engine_core::{
 use futures::StreamExt;
 
 use crate::encoding::{Fp8Layout, quantized, sizes, source_type};
-use crate::rules::{Consistency, Decision, QuantPlan, Rule, Rules, Stored};
+use crate::rules::{Consistency, Decision, QuantPlan, Rule, Rules, Stored, Window};
 use crate::{Codec, Fp8Format};
 
 /// What decides on the weights of a stream: a [`QuantPlan`], which knows all of them, or [`Rules`],
-/// which look at one after the other.
+/// which look at each and at those that come with it.
 ///
 /// Cheap to clone: one serves all updates.
 #[derive(Clone, Debug)]
@@ -117,6 +117,15 @@ pub trait QuantizeFp8<'a, M>: IntoWeightStream<'a, M> {
     /// Weights that are FP8 already pass through with their scales, also those of another
     /// `quantize_fp8`.
     ///
+    /// # Contract
+    ///
+    /// A layer that the receiver makes of several weights is quantised as a whole or not at all. With
+    /// [`Rules`], the first stream therefore asks for the weights behind one that such a layer begins
+    /// with, before it gives that one away: as long as they belong to the same module, and not more
+    /// than 256 MiB and a weight. Streams that repeat hold nothing back. If the parts of a layer are
+    /// further apart, and one that comes late forbids what happened to the first ones, the stream ends
+    /// with an error. A [`QuantPlan`] needs nothing of this.
+    ///
     /// # Cancel safety
     ///
     /// The stream may be dropped at any time.
@@ -159,7 +168,8 @@ impl<'a, M, S: IntoWeightStream<'a, M>> QuantizeFp8<'a, M> for S {}
 fn quantize(weights: WeightStream<'_>, quantizer: Fp8Quantizer) -> WeightStream<'_> {
     // A panic elsewhere leaves the list as it was.
     let last = quantizer.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    let state = State { weights, quantizer, last, at: 0, anew: None, following: VecDeque::new() };
+    let following = VecDeque::new();
+    let state = State { weights, quantizer, last, at: 0, anew: None, following, ended: false };
     WeightStream::new(futures::stream::try_unfold(state, |mut state| async move {
         Ok(state.next().await?.map(|weight| (weight, state)))
     }))
@@ -175,6 +185,8 @@ struct State<'a> {
     anew: Option<Anew>,
     /// Scales, after their codes.
     following: VecDeque<Weight>,
+    /// Whether there are no more weights.
+    ended: bool,
 }
 
 /// Decisions that were not made before, after those that were.
@@ -182,14 +194,14 @@ struct State<'a> {
 struct Anew {
     decided: Vec<Decided>,
     consistency: Consistency,
+    /// Weights whose layer is not known yet.
+    window: Window<Weight>,
 }
 
 impl Anew {
-    fn push(&mut self, decided: Decided) -> Result<()> {
-        let Decided { meta, decision, rule, .. } = &decided;
-        self.consistency.observe(&meta.name, stored(meta.dtype), *decision, rule)?;
+    fn push(&mut self, decided: Decided) {
+        self.consistency.observe(&decided.meta.name, stored(decided.meta.dtype));
         self.decided.push(decided);
-        Ok(())
     }
 }
 
@@ -198,44 +210,61 @@ impl State<'_> {
         if let Some(scales) = self.following.pop_front() {
             return Ok(Some(scales));
         }
-        match self.weights.next().await.transpose()? {
-            Some(weight) => self.treat(weight).map(Some),
-            None => {
+        loop {
+            if let Some(weight) = self.settled()? {
+                return self.treat(weight).map(Some);
+            }
+            if self.ended {
                 self.end()?;
-                Ok(None)
+                return Ok(None);
+            }
+            match self.weights.next().await.transpose()? {
+                Some(weight) => {
+                    if let Some(becomes) = self.as_before(&weight) {
+                        return self.become_(weight, &becomes).map(Some);
+                    }
+                    self.look_at(weight)?;
+                }
+                None => self.ended = true,
             }
         }
     }
 
-    fn treat(&mut self, weight: Weight) -> Result<Weight> {
-        let as_before = self.last.get(self.at).filter(|decided| {
+    /// What a weight becomes that comes in the same place as in the last stream.
+    fn as_before(&mut self, weight: &Weight) -> Option<Becomes> {
+        let decided = self.last.get(self.at).filter(|decided| {
             let Decided { meta, before, .. } = decided;
             self.anew.is_none() && meta == weight.meta() && before == weight.treatment()
-        });
-        let becomes = match as_before {
-            Some(decided) => {
-                self.at += 1;
-                decided.becomes.clone()
-            }
-            None => self.decide(&weight)?,
-        };
-        match becomes {
-            Becomes::Recorded(treatment) => Ok(weight.with_treatment(treatment)),
-            Becomes::Quantized(layout) => {
-                let [codes, scales] = quantized(weight, &layout, self.quantizer.codec)?;
-                self.following.push_back(scales);
-                Ok(codes)
-            }
-        }
+        })?;
+        self.at += 1;
+        Some(decided.becomes.clone())
     }
 
-    fn decide(&mut self, weight: &Weight) -> Result<Becomes> {
-        let (meta, before) = (weight.meta().clone(), weight.treatment().clone());
-        let (decision, rule) = match before {
+    /// Decides on a weight by itself.
+    fn look_at(&mut self, weight: Weight) -> Result<()> {
+        let shape = sizes(weight.meta())?;
+        let name = weight.meta().name.clone();
+        let by_itself = match weight.treatment() {
             Treatment::Quantized => (Decision::Pass, Rule::AlreadyFp8),
             Treatment::Scale => (Decision::Pass, Rule::IsScale),
-            _ => self.quantizer.decide(&meta.name, &sizes(&meta)?, stored(meta.dtype))?,
+            _ => self.quantizer.decide(&name, &shape, stored(weight.meta().dtype))?,
         };
+        let bytes = weight.source_bytes();
+        self.anew()?.window.push(weight, &name, &shape, bytes, by_itself);
+        Ok(())
+    }
+
+    /// The next weight that the rest of the stream will not change anything about.
+    fn settled(&mut self) -> Result<Option<(Weight, Decision, Rule)>> {
+        let Some(anew) = &mut self.anew else { return Ok(None) };
+        Ok(match &*self.quantizer.decisions {
+            Decisions::Rules(rules) => anew.window.pop(rules, self.ended)?,
+            Decisions::Plan(_) => anew.window.pop_as_it_is(),
+        })
+    }
+
+    fn treat(&mut self, (weight, decision, rule): (Weight, Decision, Rule)) -> Result<Weight> {
+        let (meta, before) = (weight.meta().clone(), weight.treatment().clone());
         let becomes = match (decision, &rule) {
             _ if before != Treatment::Plain => Becomes::Recorded(before.clone()),
             (Decision::Quantize, _) => {
@@ -250,8 +279,19 @@ impl State<'_> {
             (Decision::Keep, rule) => Becomes::Recorded(Treatment::Kept(rule.to_string().into())),
         };
         let decided = Decided { meta, before, decision, rule, becomes: becomes.clone() };
-        self.anew()?.push(decided)?;
-        Ok(becomes)
+        self.anew()?.push(decided);
+        self.become_(weight, &becomes)
+    }
+
+    fn become_(&mut self, weight: Weight, becomes: &Becomes) -> Result<Weight> {
+        match becomes {
+            Becomes::Recorded(treatment) => Ok(weight.with_treatment(treatment.clone())),
+            Becomes::Quantized(layout) => {
+                let [codes, scales] = quantized(weight, layout, self.quantizer.codec)?;
+                self.following.push_back(scales);
+                Ok(codes)
+            }
+        }
     }
 
     /// Leaves the last stream's decisions, which stay true of what came so far.
@@ -259,7 +299,9 @@ impl State<'_> {
         if self.anew.is_none() {
             let mut anew = Anew::default();
             for decided in &self.last[..self.at] {
-                anew.push(decided.clone())?;
+                let Decided { meta, decision, rule, .. } = decided;
+                anew.window.passed(&meta.name, &sizes(meta)?, *decision, rule.clone());
+                anew.push(decided.clone());
             }
             self.anew = Some(anew);
         }
@@ -271,7 +313,7 @@ impl State<'_> {
         if self.anew.is_none() && self.at == self.last.len() {
             return Ok(()); // The last stream was checked, and this one was the same.
         }
-        let Anew { decided, consistency } = std::mem::take(self.anew()?);
+        let Anew { decided, consistency, .. } = std::mem::take(self.anew()?);
         consistency.finish()?;
         // A stream that is asked again at its end compares with itself.
         (self.at, self.last, self.anew) = (decided.len(), decided.into(), None);

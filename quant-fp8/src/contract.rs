@@ -12,7 +12,8 @@ use serde_json::Value;
 use crate::combinator::stored;
 use crate::encoding::sizes;
 use crate::rules::{
-    Decision, Manifest, Rules, RulesConfig, Stored, ignored_layers_from_env, weight_of_scale,
+    Decision, Manifest, Receiver, Rules, RulesConfig, Stored, Window, ignored_layers_from_env,
+    weight_of_scale,
 };
 use crate::{Fp8Format, Granularity, Mode, NonFinite, Precast, ScaleName};
 
@@ -44,11 +45,14 @@ use crate::{Fp8Format, Granularity, Mode, NonFinite, Precast, ScaleName};
 #[serde(default, deny_unknown_fields, rename_all = "snake_case")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Quantization {
+    /// Whom the weights are for: `common` if nobody says.
+    pub receiver: Option<Receiver>,
     /// How scales are computed: `triton` if nobody says.
     pub mode: Option<Mode>,
     /// Which elements share a scale: `128x128` if nobody says.
     pub granularity: Option<Granularity>,
-    /// The name of the scales: `weight_scale_inv` if nobody says.
+    /// The name of the scales: that of the receiver if nobody says, `weight_scale_inv` for blocks and
+    /// `weight_scale` for rows and tensors.
     pub scale_name: Option<ScaleName>,
     /// What the source is rounded to before it is quantised.
     pub precast: Precast,
@@ -108,14 +112,18 @@ impl Quantization {
     pub fn rules(&self) -> RulesConfig {
         let mut ignored_layers = self.ignored_layers.clone();
         ignored_layers.extend(ignored_layers_from_env());
+        let receiver = self.receiver.unwrap_or_default();
+        let granularity = self.granularity.unwrap_or_default();
+        let named = || receiver.profile().scale_name(granularity);
         RulesConfig {
             format: Fp8Format {
                 mode: self.mode.unwrap_or_default(),
-                granularity: self.granularity.unwrap_or_default(),
+                granularity,
                 precast: self.precast,
                 non_finite: self.non_finite,
-                scale_name: self.scale_name.unwrap_or_default(),
+                scale_name: self.scale_name.unwrap_or_else(named),
             },
+            receiver,
             ignored_layers,
             modules_to_not_convert: self.modules_to_not_convert.clone(),
             quantization_config: self.quantization_config.clone(),
@@ -190,6 +198,7 @@ fn disagreement(rank: Rank, message: String) -> Error {
 pub(crate) fn agree(peers: &[WorkerMetadata]) -> Result<Agreement> {
     let mut trainer = Declaration::default();
     let (mut mode, mut granularity) = (Choice(None), Choice(None));
+    let mut receiver = Choice(None);
     let (mut scale_name, mut manifest) = (Choice(None), Choice(None));
     let mut ignored = Vec::new();
     // The trainer's declaration comes before those that have to fit it.
@@ -206,6 +215,7 @@ pub(crate) fn agree(peers: &[WorkerMetadata]) -> Result<Agreement> {
                 disagreement(rank, message).with_source(error)
             })?;
         let Declaration { quantizes, section } = declared.clone();
+        receiver.add("weights for the receiver", rank, section.receiver)?;
         mode.add("scales of mode", rank, section.mode)?;
         granularity.add("blocks of", rank, section.granularity)?;
         scale_name.add("scales named", rank, section.scale_name)?;
@@ -221,11 +231,12 @@ pub(crate) fn agree(peers: &[WorkerMetadata]) -> Result<Agreement> {
             fits(trainer.quantizes, rank, quantizes, section.accepts)?;
         }
     }
-    let mut rules = trainer.section.rules();
-    let value = |choice: Choice<Mode>| choice.0.map(|(value, _)| value);
-    rules.format.mode = value(mode).unwrap_or_default();
-    rules.format.granularity = granularity.0.map(|(value, _)| value).unwrap_or_default();
-    rules.format.scale_name = scale_name.0.map(|(value, _)| value).unwrap_or_default();
+    let mut section = trainer.section.clone();
+    section.receiver = receiver.0.map(|(value, _)| value);
+    section.mode = mode.0.map(|(value, _)| value);
+    section.granularity = granularity.0.map(|(value, _)| value);
+    section.scale_name = scale_name.0.map(|(value, _)| value);
+    let mut rules = section.rules();
     rules.manifest = manifest.0.map(|(value, _)| value);
     rules.ignored_layers = ignored;
     rules.modules_to_not_convert = Vec::new();
@@ -284,6 +295,8 @@ fn fits(
 pub(crate) struct Inspector {
     section: Quantization,
     rules: Rules,
+    /// Unquantised weights whose layer is not known yet.
+    window: Window<(DType, String)>,
     /// The shapes that the scales of FP8 weights have to have, until these arrive.
     scale_shapes: HashMap<String, Vec<usize>>,
 }
@@ -298,6 +311,7 @@ impl Inspector {
         (!anything).then(|| Self {
             section: section.clone(),
             rules: rules.clone(),
+            window: Window::default(),
             scale_shapes: HashMap::new(),
         })
     }
@@ -310,12 +324,28 @@ impl Inspector {
             } else {
                 self.weight(&piece)
             };
-            checked.map_err(|message| {
+            let refuse = |message: String, name: &str| {
                 Error::new(ErrorKind::Mismatch, "checking the format of weights", message)
                     .tensor(name)
-            })?;
+            };
+            checked.map_err(|message| refuse(message, name))?;
+            // What would have been quantised, its whole layer considered. The last layer of a model is
+            // followed by its norm or its head.
+            while let Some((dtype, decision, name)) = self.settled()? {
+                if decision == Decision::Quantize {
+                    return Err(refuse(
+                        format!("it is {dtype}, this rank accepts fp8 only"),
+                        &name,
+                    ));
+                }
+            }
         }
         Ok(())
+    }
+
+    fn settled(&mut self) -> Result<Option<(DType, Decision, String)>> {
+        let settled = self.window.pop(&self.rules, false)?;
+        Ok(settled.map(|((dtype, name), decision, _)| (dtype, decision, name)))
     }
 
     fn weight(&mut self, piece: &ReceivedPiece) -> Result<(), String> {
@@ -325,17 +355,15 @@ impl Inspector {
         let name = &*piece.meta.name;
         let shape = sizes(&piece.meta).map_err(|error| error.to_string())?;
         let stored = stored(piece.meta.dtype);
+        if self.section.accepts == Some(Accepts::Unquantized) && stored == Stored::Fp8 {
+            return Err("it is FP8, this rank accepts unquantized weights only".into());
+        }
         // A manifest is checked by deciding.
-        let (decision, _) =
+        let by_itself =
             self.rules.decide(name, &shape, stored).map_err(|error| error.to_string())?;
-        match (self.section.accepts, decision) {
-            (Some(Accepts::Unquantized), Decision::Pass) if stored == Stored::Fp8 => {
-                return Err("it is FP8, this rank accepts unquantized weights only".into());
-            }
-            (Some(Accepts::Fp8), Decision::Quantize) => {
-                return Err(format!("it is {}, this rank accepts fp8 only", piece.meta.dtype));
-            }
-            _ => {}
+        if self.section.accepts == Some(Accepts::Fp8) {
+            let item = (piece.meta.dtype, name.to_owned());
+            self.window.push(item, name, &shape, 0, by_itself);
         }
         if let (Stored::Fp8, Some(granularity)) = (stored, self.section.granularity) {
             let expected = granularity.scale_shape(&shape).map_err(|error| error.to_string())?;

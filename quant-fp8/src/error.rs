@@ -85,10 +85,11 @@ pub enum QuantError {
         reason: String,
     },
 
-    /// Parts that receivers fuse into one layer were decided differently.
+    /// Parts that receivers fuse into one layer would be treated differently: one of them is ignored
+    /// and others are not, or came in a stream after others had been quantised.
     #[error(
         "{first} ({first_decision}) and {second} ({second_decision}) are parts of one fused \
-         layer and must be treated alike"
+         layer and must be treated alike; to keep all of it, put {layer} into ignored_layers"
     )]
     FusedPartsDisagree {
         /// The part seen first.
@@ -99,6 +100,8 @@ pub enum QuantError {
         second: String,
         /// What was decided for that one, and why.
         second_decision: String,
+        /// The entry that ignores the whole layer.
+        layer: String,
     },
 
     /// An FP8 weight came without its scale.

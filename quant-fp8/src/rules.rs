@@ -1,31 +1,42 @@
 //! Which parameters are quantised.
 //!
-//! Seven rules; the first that applies decides:
+//! Rules look at a parameter by itself; the first that applies decides:
 //!
 //! 1. The receiver's [`Manifest`], if it sent one.
 //! 2. What is FP8 already passes through, with its scale.
 //! 3. Layers that the user or the checkpoint says to ignore are kept.
 //! 4. What is not a matrix (or the stacked matrices of experts), or is narrower than 128, is kept.
-//! 5. What no receiver expects in FP8 is kept: embeddings, heads, norms, routers, vision towers.
-//! 6. What every receiver expects in FP8 is quantised: projections.
+//! 5. What no receiver expects in FP8 is kept: embeddings, heads, norms, routers, towers for other
+//!    kinds of input than text.
+//! 6. Projections are quantised, if their shape is one that the [receiver](Receiver) can load.
 //! 7. Other matrices are kept and reported, or are an error in strict mode.
+//!
+//! Then a layer that the receiver makes of several weights is looked at as a whole: if one of them is
+//! kept, all are.
 //!
 //! Names are compared by whole dotted segments, never by substrings: `gate` is not `gate_proj`.
 //!
-//! [`Rules`] decides on one parameter, for streams; [`QuantPlan`] decides on a model, and writes
+//! [`Rules`] decide on streams; [`QuantPlan`] decides on a model, and writes
 //! the `quantization_config` that tells a receiver exactly what was done.
 
+mod layers;
+mod names;
 mod plan;
+mod profile;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-pub use plan::{Consistency, PlanEntry, QuantPlan};
+pub(crate) use layers::Window;
+pub(crate) use plan::Consistency;
+pub use plan::{PlanEntry, QuantPlan, Share};
+pub use profile::{Fused, Profile, Receiver, WholeRows};
 
+use self::names::{Kind, is_projection, join, kind, module, split_last};
 use crate::{Fp8Format, Granularity, QuantError};
 
 /// The environment variable in which SGLang users name layers to leave alone, comma-separated.
@@ -34,51 +45,6 @@ pub const IGNORED_LAYERS_VARIABLE: &str = "SGLANG_FP8_IGNORED_LAYERS";
 /// Matrices with a side shorter than this are kept: small projections and gates, for which a
 /// receiver has no FP8 kernel and whose error would cost more than their bytes.
 const NARROW: usize = 128;
-
-/// Segments, anywhere in a name, whose parameters are kept.
-const KEPT_SEGMENTS: [&str; 17] = [
-    "embed_tokens",
-    "lm_head",
-    "shared_head",
-    "gate",
-    "router",
-    "shared_expert_gate",
-    "weights_proj",
-    "eh_proj",
-    "conv1d",
-    "lora_A",
-    "lora_B",
-    "visual",
-    "vision_tower",
-    "vision_model",
-    "multi_modal_projector",
-    "audio_tower",
-    "bias",
-];
-
-/// Endings of segments whose parameters are kept. Biases of experts are matrices.
-const KEPT_ENDINGS: [&str; 2] = ["norm", "_bias"];
-
-/// Last segments of names that are quantised, besides those that end in `_proj`.
-const QUANTIZED_SEGMENTS: [&str; 13] = [
-    "in_proj_qkv",
-    "in_proj_qkvz",
-    "in_proj_z",
-    "kv_a_proj_with_mqa",
-    "wq_b",
-    "wk",
-    "w1",
-    "w2",
-    "w3",
-    "wqkv",
-    "wo",
-    "out_proj",
-    "output_gate",
-];
-
-/// Layers that receivers fuse, and the parts that checkpoints have.
-pub(crate) const FUSED: [(&str, &[&str]); 2] =
-    [("qkv_proj", &["q_proj", "k_proj", "v_proj"]), ("gate_up_proj", &["gate_proj", "up_proj"])];
 
 /// What a parameter's elements are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -137,6 +103,19 @@ pub enum Rule {
     KeptSegment(String),
     /// Rule 6: the last segment of its name is always quantised.
     QuantizedSegment(String),
+    /// Rule 6: the receiver needs whole blocks there.
+    Unaligned {
+        /// Which side.
+        side: &'static str,
+        /// Its size.
+        size: usize,
+        /// The size of a block in that direction.
+        block: usize,
+    },
+    /// Rule 6: the receiver does not load it in FP8, for this reason.
+    Receiver(String),
+    /// It is a part of the same layer as this weight, which is kept.
+    Layer(String),
     /// Rule 7: nothing is known about it.
     Unlisted,
 }
@@ -155,6 +134,9 @@ impl Rule {
             Self::Narrow => "narrow",
             Self::KeptSegment(_) => "kept-segment",
             Self::QuantizedSegment(_) => "quantized-segment",
+            Self::Unaligned { .. } => "unaligned",
+            Self::Receiver(_) => "receiver",
+            Self::Layer(_) => "layer",
             Self::Unlisted => "unlisted",
         }
     }
@@ -173,6 +155,11 @@ impl fmt::Display for Rule {
             Self::Narrow => write!(f, "has a side shorter than {NARROW}"),
             Self::KeptSegment(segment) => write!(f, "{segment} is never quantised"),
             Self::QuantizedSegment(segment) => write!(f, "{segment} is always quantised"),
+            Self::Unaligned { side, size, block } => {
+                write!(f, "its {size} {side} are no multiple of {block}")
+            }
+            Self::Receiver(reason) => f.write_str(reason),
+            Self::Layer(other) => write!(f, "is a part of the same layer as {other}"),
             Self::Unlisted => f.write_str("no rule knows it"),
         }
     }
@@ -206,9 +193,11 @@ impl Declared {
 pub struct RulesConfig {
     /// What quantised weights look like.
     pub format: Fp8Format,
+    /// Whom they are for.
+    pub receiver: Receiver,
     /// Layers to keep. An entry is one or more whole dotted segments, found anywhere in a name, or
     /// `re:` and a regular expression, matched from the start of the name. A fused layer
-    /// (`qkv_proj`, `gate_up_proj`) stands for its parts.
+    /// (`qkv_proj`, `gate_up_proj`) stands for its parts, `experts` for all stacks of experts.
     pub ignored_layers: Vec<String>,
     /// The same, under the name that `quantization_config` has for it.
     pub modules_to_not_convert: Vec<String>,
@@ -235,16 +224,21 @@ pub fn parse_ignored_layers(list: &str) -> Vec<String> {
     list.split(',').map(str::trim).filter(|entry| !entry.is_empty()).map(str::to_owned).collect()
 }
 
-/// The rules, ready to decide on parameters one at a time.
+/// The rules, ready to decide on parameters.
 ///
 /// Deciding takes about a microsecond and depends on nothing but the arguments, so that a stream
 /// which repeats every step can keep the answers.
 #[derive(Clone, Debug)]
 pub struct Rules {
     format: Fp8Format,
-    /// Entries without `re:`.
-    ignored: HashSet<String>,
+    profile: &'static Profile,
+    /// The rows and columns of a block, where blocks have a size.
+    block: Option<(usize, usize)>,
+    /// What entries without `re:` stand for, and the entry.
+    ignored: HashMap<String, String>,
     patterns: Vec<(String, Regex)>,
+    /// All entries, as they were given.
+    entries: Vec<String>,
     manifest: Option<Manifest>,
     strict: bool,
 }
@@ -266,8 +260,9 @@ impl Rules {
             .chain(&config.modules_to_not_convert)
             .cloned()
             .chain(own.unwrap_or_default());
-        let (mut ignored, mut patterns) = (HashSet::new(), Vec::new());
+        let (mut ignored, mut patterns, mut all) = (HashMap::new(), Vec::new(), Vec::new());
         for entry in entries {
+            all.push(entry.clone());
             if let Some(pattern) = entry.strip_prefix("re:") {
                 let pattern = Regex::new(&format!("^(?:{pattern})"))
                     .map_err(|source| QuantError::Pattern { entry: entry.clone(), source })?;
@@ -277,16 +272,21 @@ impl Rules {
             // An entry may name the parameter rather than the layer.
             let layer = module(&entry).to_owned();
             let (parent, last) = split_last(&layer);
-            let fused = FUSED.iter().find(|(fused, _)| *fused == last);
-            for part in fused.map_or(&[][..], |(_, parts)| parts) {
-                ignored.insert(join(parent, part));
+            for part in profile::parts_of(last) {
+                ignored.entry(join(parent, part)).or_insert_with(|| entry.clone());
             }
-            ignored.insert(layer);
+            ignored.insert(layer, entry);
         }
         Ok(Self {
             format: config.format,
+            profile: config.receiver.profile(),
+            block: match config.format.granularity {
+                Granularity::Block { rows, cols } => Some((rows, cols)),
+                Granularity::PerRow | Granularity::PerTensor => None,
+            },
             ignored,
             patterns,
+            entries: all,
             manifest: config.manifest.clone(),
             strict: config.strict,
         })
@@ -297,11 +297,11 @@ impl Rules {
         &self.format
     }
 
-    /// What happens to a parameter, and by which rule.
+    /// What happens to a parameter by itself, and by which rule.
     ///
-    /// A stream does not show whether a scale will follow, so [`Rule::HasScale`] is left to
-    /// [`QuantPlan`]; that scales and FP8 weights come in pairs and that parts of fused layers
-    /// agree is checked by [`Consistency`].
+    /// What its layer adds is left to [`QuantPlan`] and to streams: a part of a fused layer is kept if
+    /// another part is. A parameter does not show either whether a scale comes with it, so
+    /// [`Rule::HasScale`] is left to them too.
     ///
     /// # Errors
     ///
@@ -322,60 +322,89 @@ impl Rules {
         if weight_of_scale(name).is_some() {
             return Ok((Decision::Pass, Rule::IsScale));
         }
-        if let Some(entry) = self.ignored_by(name) {
-            return Ok((Decision::Keep, Rule::Ignored(entry)));
+        if let Some(entry) = self.ignored_by(name, shape).next() {
+            return Ok((Decision::Keep, Rule::Ignored(entry.to_owned())));
         }
-        let segments = || module(name).split('.');
         if stored != Stored::Float {
             return Ok((Decision::Keep, Rule::NotFloat));
         }
+        let experts = names::experts_of(name, shape).is_some();
         let (rows, cols) = match *shape {
             [rows, cols] => (rows, cols),
-            [_, rows, cols] if segments().any(|segment| segment == "experts") => (rows, cols),
+            [_, rows, cols] if experts => (rows, cols),
             _ => return Ok((Decision::Keep, Rule::NotAMatrix)),
         };
         if rows < NARROW || cols < NARROW {
             return Ok((Decision::Keep, Rule::Narrow));
         }
-        if let Some(segment) = segments().find(|segment| is_kept(segment)) {
-            return Ok((Decision::Keep, Rule::KeptSegment(segment.to_owned())));
+        match kind(name, shape) {
+            Kind::Kept(segment) => Ok((Decision::Keep, Rule::KeptSegment(segment.to_owned()))),
+            Kind::Projection => Ok(match self.unfit(name, shape, rows, cols) {
+                Some(rule) => (Decision::Keep, rule),
+                None => (Decision::Quantize, Rule::QuantizedSegment(names::part(name).to_owned())),
+            }),
+            Kind::Unknown if self.strict => Err(QuantError::Unlisted { tensor: name.to_owned() }),
+            Kind::Unknown => Ok((Decision::Keep, Rule::Unlisted)),
         }
-        let last = split_last(module(name)).1;
-        if is_quantized(last) {
-            return Ok((Decision::Quantize, Rule::QuantizedSegment(last.to_owned())));
-        }
-        if self.strict {
-            return Err(QuantError::Unlisted { tensor: name.to_owned() });
-        }
-        Ok((Decision::Keep, Rule::Unlisted))
     }
 
-    /// The entry that ignores a parameter.
-    fn ignored_by(&self, name: &str) -> Option<String> {
+    /// Why the receiver cannot load a projection in FP8, if that shows by itself.
+    fn unfit(&self, name: &str, shape: &[usize], rows: usize, cols: usize) -> Option<Rule> {
+        let profile = self.profile;
+        let part = names::part(name);
+        if names::is_moe_stack(name, shape) {
+            let linear = matches!(part, "input_linear" | "output_linear");
+            if !(if linear { profile.linear_stacks } else { profile.moe_stacks }) {
+                let title = profile.title;
+                let reason = format!("{title}: no place for the scales of stacks named {part}");
+                return Some(Rule::Receiver(reason));
+            }
+        }
+        let (block_rows, block_cols) = self.block?;
+        if profile.whole_columns && !cols.is_multiple_of(block_cols) {
+            return Some(Rule::Unaligned { side: "columns", size: cols, block: block_cols });
+        }
+        // What is one in the checkpoint may be two of half the rows.
+        let in_two = part == "gate_up_proj" && shape.len() == 2;
+        let experts = profile.whole_columns && names::experts_of(name, shape).is_some();
+        let parts = !matches!(profile.whole_rows, WholeRows::No | WholeRows::All);
+        let size = if in_two && parts { rows / 2 } else { rows };
+        let whole = profile.whole_rows == WholeRows::All || experts || in_two && parts;
+        (whole && !size.is_multiple_of(block_rows)).then_some(Rule::Unaligned {
+            side: if size < rows { "rows of a part" } else { "rows" },
+            size,
+            block: block_rows,
+        })
+    }
+
+    /// The entries that ignore a parameter, the most specific one first.
+    fn ignored_by<'a>(&'a self, name: &'a str, shape: &[usize]) -> impl Iterator<Item = &'a str> {
         let layer = module(name);
+        let mut found = Vec::new();
         if !self.ignored.is_empty() {
             // All runs of whole segments, longest first: a dozen look-ups, however many entries.
             let starts = std::iter::once(0).chain(layer.match_indices('.').map(|(at, _)| at + 1));
             for start in starts {
                 let mut run = &layer[start..];
                 loop {
-                    if self.ignored.contains(run) {
-                        return Some(run.to_owned());
-                    }
+                    found.extend(self.ignored.get(run).map(String::as_str));
                     let Some((shorter, _)) = run.rsplit_once('.') else { break };
                     run = shorter;
                 }
             }
+            // A stack right under `moe` is what receivers call its experts.
+            let experts =
+                names::experts_of(name, shape).filter(|_| names::is_moe_stack(name, shape));
+            found
+                .extend(experts.and_then(|experts| self.ignored.get(&experts)).map(String::as_str));
         }
-        let pattern = self.patterns.iter().find(|(_, pattern)| pattern.is_match(name));
-        pattern.map(|(entry, _)| entry.clone())
+        let (parent, last) = split_last(layer);
+        for part in names::packed_parts(last).iter().filter(|_| shape.len() == 2) {
+            found.extend(self.ignored.get(&join(parent, part)).map(String::as_str));
+        }
+        let patterns = self.patterns.iter().filter(|(_, pattern)| pattern.is_match(name));
+        found.into_iter().chain(patterns.map(|(entry, _)| entry.as_str()))
     }
-}
-
-/// The layer that a parameter belongs to: its name without a last segment `weight`. Experts fused
-/// into one tensor are parameters without one.
-pub(crate) fn module(name: &str) -> &str {
-    name.strip_suffix(".weight").unwrap_or(name)
 }
 
 /// The weight that a scale belongs to: for `a.weight_scale_inv` and `a.weight_scale` that is
@@ -384,23 +413,7 @@ pub(crate) fn module(name: &str) -> &str {
 pub fn weight_of_scale(name: &str) -> Option<&str> {
     let weight = name.strip_suffix("_scale_inv").or_else(|| name.strip_suffix("_scale"))?;
     let last = split_last(weight).1;
-    (last == "weight" || is_quantized(last)).then_some(weight)
-}
-
-pub(crate) fn split_last(name: &str) -> (&str, &str) {
-    name.rsplit_once('.').unwrap_or(("", name))
-}
-
-fn join(parent: &str, last: &str) -> String {
-    if parent.is_empty() { last.to_owned() } else { format!("{parent}.{last}") }
-}
-
-fn is_kept(segment: &str) -> bool {
-    KEPT_SEGMENTS.contains(&segment) || KEPT_ENDINGS.iter().any(|ending| segment.ends_with(ending))
-}
-
-fn is_quantized(segment: &str) -> bool {
-    segment.ends_with("_proj") || QUANTIZED_SEGMENTS.contains(&segment)
+    (last == "weight" || is_projection(last)).then_some(weight)
 }
 
 /// Rule 1.

@@ -6,7 +6,7 @@ use engine_core::{DType, Error, ErrorKind, Treatment, Weight, WeightStreamExt};
 use futures::StreamExt;
 use futures::executor::block_on;
 use half::bf16;
-use quant_fp8::rules::{QuantPlan, Rules, RulesConfig, Stored};
+use quant_fp8::rules::{QuantPlan, Receiver, Rules, RulesConfig, Stored};
 use quant_fp8::{
     Codec, Fp8Format, Fp8Quantizer, Granularity, QuantizeFp8, Source, SourceType, Store,
 };
@@ -29,8 +29,9 @@ fn matrix(name: &str, shape: &[u64], seed: u64) -> Weight {
     Weight::new(name, DType::BF16, shape, bf16_bytes(&values(count, seed))).unwrap()
 }
 
+/// Rules that quantise whatever blocks can express, partial blocks too.
 fn rules(config: RulesConfig) -> Rules {
-    Rules::new(&config).unwrap()
+    Rules::new(&RulesConfig { receiver: Receiver::Any, ..config }).unwrap()
 }
 
 fn quantized(
@@ -185,25 +186,107 @@ fn what_is_fp8_already_passes_through_with_its_scales_and_is_not_quantised_twice
 }
 
 #[test]
-fn halves_without_their_other_half_and_parts_that_disagree_end_the_stream() {
+fn halves_without_their_other_half_end_the_stream() {
     let codes = Weight::new(NAME, DType::F8_E4M3, [128, 128], vec![0; 128 * 128]).unwrap();
     let scale_name = "model.layers.0.mlp.up_proj.weight_scale_inv";
     let scale = Weight::new(scale_name, DType::F32, [1, 1], vec![0; 4]).unwrap();
-    let parts = || {
-        vec![
-            matrix("model.layers.0.self_attn.q_proj.weight", &[128, 128], 1),
-            matrix("model.layers.0.self_attn.k_proj.weight", &[64, 128], 1),
-        ]
-    };
-    for (weights, tensor) in [
-        (vec![codes], NAME),
-        (vec![scale], scale_name),
-        (parts(), "model.layers.0.self_attn.k_proj.weight"),
-    ] {
+    for (weights, tensor) in [(vec![codes], NAME), (vec![scale], scale_name)] {
         let error = quantized(weights, rules(RulesConfig::default())).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Weight, "{error}");
         assert_eq!(error.report().tensor.as_deref(), Some(tensor), "{error}");
     }
+}
+
+/// What engines load: the rules that are used if nobody says.
+fn for_engines() -> Rules {
+    Rules::new(&RulesConfig::default()).unwrap()
+}
+
+fn attention(parts: &[(&str, u64)]) -> Vec<Weight> {
+    let name = |part: &str| format!("model.layers.0.self_attn.{part}.weight");
+    let weights = parts.iter().map(|&(part, rows)| matrix(&name(part), &[rows, 128], 1));
+    weights.chain([matrix("model.norm.weight", &[128], 1)]).collect()
+}
+
+fn types(weights: &[Weight]) -> Vec<(&str, bool)> {
+    let scale = |weight: &&Weight| *weight.treatment() != Treatment::Scale;
+    let part = |weight: &Weight| weight.meta().dtype == DType::F8_E4M3;
+    weights
+        .iter()
+        .filter(scale)
+        .map(|weight| (weight.name().rsplit('.').nth(1).unwrap(), part(weight)))
+        .collect()
+}
+
+#[test]
+fn a_layer_one_part_of_which_is_kept_is_kept_in_whatever_order_its_parts_come() {
+    let parts = [("q_proj", 256), ("k_proj", 64), ("v_proj", 64), ("o_proj", 128)];
+    for order in [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [0, 3, 2, 1]] {
+        let parts = order.map(|index| parts[index]);
+        let quantizer = Fp8Quantizer::from(for_engines());
+        // The second stream repeats what the first one found out.
+        for _ in 0..2 {
+            let sent = quantized(attention(&parts), &quantizer).unwrap();
+            let expected: Vec<(&str, bool)> =
+                parts.iter().map(|&(part, _)| (part, part == "o_proj")).collect();
+            assert_eq!(types(&sent)[..4], expected);
+            assert_eq!(sent.last().unwrap().name(), "model.norm.weight", "the order stays");
+        }
+    }
+    // The narrow one is not there for every receiver to find.
+    let delta =
+        [("q_proj", 128), ("k_proj", 128), ("v_proj", 128), ("o_proj", 128), ("b_proj", 32)];
+    let sent = quantized(attention(&delta), for_engines()).unwrap();
+    assert_eq!(types(&sent).iter().filter(|(_, fp8)| *fp8).count(), 1, "{:?}", types(&sent));
+}
+
+#[test]
+fn a_stream_and_a_plan_of_the_same_weights_decide_alike() {
+    let weights = attention(&[("q_proj", 256), ("k_proj", 192), ("v_proj", 192), ("o_proj", 128)]);
+    let shapes = weights.iter().map(|weight| {
+        let shape = weight.meta().shape.iter().map(|&side| side as usize).collect();
+        (weight.name().to_owned(), shape, Stored::Float)
+    });
+    let plan = QuantPlan::resolve(shapes, &RulesConfig::default()).unwrap();
+    let (one, other) =
+        (quantized(weights.clone(), plan).unwrap(), quantized(weights, for_engines()).unwrap());
+    assert_eq!(types(&one), types(&other));
+    assert!(types(&one).contains(&("o_proj", true)) && types(&one).contains(&("q_proj", false)));
+}
+
+#[test]
+fn a_layer_whose_parts_are_far_apart_is_an_error_rather_than_quantised_in_part() {
+    let mut weights = attention(&[("q_proj", 256), ("o_proj", 128)]);
+    weights.extend(attention(&[("k_proj", 64), ("v_proj", 64)]));
+    weights.remove(2);
+    weights.insert(2, matrix("model.layers.1.mlp.down_proj.weight", &[128, 128], 1));
+    let error = quantized(weights.clone(), for_engines()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Weight);
+    let text = error.to_string();
+    for word in ["0.self_attn.q_proj", "0.self_attn.k_proj", "ignored_layers"] {
+        assert!(text.contains(word), "{text}");
+    }
+    // As the error says.
+    let config = RulesConfig {
+        ignored_layers: vec!["model.layers.0.self_attn".into()],
+        ..Default::default()
+    };
+    quantized(weights.clone(), Rules::new(&config).unwrap()).unwrap();
+    // The other way round nothing has happened yet that could not be.
+    weights.reverse();
+    let sent = quantized(weights, for_engines()).unwrap();
+    assert!(!types(&sent).contains(&("q_proj", true)));
+}
+
+#[test]
+fn a_stream_that_differs_from_the_last_one_halfway_still_knows_what_went_before() {
+    let quantizer = Fp8Quantizer::from(for_engines());
+    let parts = [("q_proj", 256), ("k_proj", 128), ("v_proj", 128)];
+    let sent = quantized(attention(&parts), &quantizer).unwrap();
+    assert_eq!(types(&sent)[..3], parts.map(|(part, _)| (part, true)));
+    let changed = [("q_proj", 256), ("k_proj", 64), ("v_proj", 64)];
+    let error = quantized(attention(&changed), &quantizer).unwrap_err();
+    assert!(error.to_string().contains("q_proj"), "{error}");
 }
 
 #[test]

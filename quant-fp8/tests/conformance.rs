@@ -6,23 +6,27 @@ use conformance::Suite;
 use engine_core::{Backend, Weight, naive};
 use futures::StreamExt;
 use futures::executor::block_on;
-use quant_fp8::rules::{Rules, RulesConfig};
+use quant_fp8::rules::{Receiver, Rules, RulesConfig};
 use quant_fp8::{QuantizeFp8, with_fp8};
 
 fn quantized(weights: Vec<Weight>) -> Vec<Weight> {
-    let rules = Rules::new(&RulesConfig::default()).expect("the default rules");
+    let config = RulesConfig { receiver: Receiver::Any, ..RulesConfig::default() };
+    let rules = Rules::new(&config).expect("rules");
     block_on(weights.quantize_fp8(rules).map(|weight| weight.expect("a weight")).collect())
 }
 
 fn on_the_trainer(backend: &'static dyn Backend) -> Suite {
-    Suite::new(backend)
-        .with_quantizer(with_fp8, quantized)
-        .with_config(|config| config.trainer_quantize_fp8 = true)
+    Suite::new(backend).with_quantizer(with_fp8, quantized).with_config(|config| {
+        config.trainer_quantize_fp8 = true;
+        // The suite's shapes are no engine's.
+        config.quantization.insert("receiver".into(), "any".into());
+    })
 }
 
 fn on_the_rollout(backend: &'static dyn Backend) -> Suite {
     Suite::new(backend).with_quantizer(with_fp8, quantized).with_config(|config| {
         config.quantization.insert("quantize_on_receive".into(), true.into());
+        config.quantization.insert("receiver".into(), "any".into());
     })
 }
 

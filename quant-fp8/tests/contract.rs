@@ -125,11 +125,32 @@ async fn the_trainer_obeys_what_the_rollout_declares() {
 }
 
 #[tokio::test]
+async fn the_receiver_that_any_rank_names_decides_for_all() {
+    let part = |name: &str, rows: u64| {
+        let name = format!("model.layers.0.self_attn.{name}.weight");
+        Weight::new(name, DType::BF16, [rows, 128], vec![0; rows as usize * 256]).unwrap()
+    };
+    // vLLM lets the last part of a layer end within a block.
+    let weights = || vec![part("q_proj", 256), part("k_proj", 128), part("v_proj", 192)];
+    for (rollout, quantized) in [(json!({}), 0), (json!({"receiver": "vllm"}), 3)] {
+        let mut pair = form(true, json!({}), rollout).await.unwrap();
+        let (report, received) = pair.update(weights()).await;
+        assert_eq!(report.unwrap().counts.quantized, quantized);
+        received.unwrap();
+    }
+    // A rank that accepts FP8 only gets what has no FP8 for its receiver as it is.
+    let contract = json!({"accepts": "fp8", "granularity": "128x128"});
+    let mut pair = form(true, json!({}), contract).await.unwrap();
+    assert_eq!(pair.update(weights()).await.1.unwrap().len(), 3);
+}
+
+#[tokio::test]
 async fn a_group_whose_sides_want_different_formats_does_not_form_and_says_who_wants_what() {
     for (quantizes, trainer, rollout, words) in [
         (true, json!({}), json!({"accepts": "unquantized"}), "unquantized weights only"),
         (false, json!({}), json!({"accepts": "fp8"}), "trainer_quantize_fp8"),
         (true, json!({"mode": "triton"}), json!({"mode": "ue8m0"}), "Ue8m0"),
+        (true, json!({"receiver": "vllm"}), json!({"receiver": "sglang"}), "Sglang"),
         (true, json!({"granularity": "64x64"}), json!({"granularity": "128x128"}), "128"),
         (
             true,

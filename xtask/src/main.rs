@@ -6,6 +6,7 @@
 mod book;
 mod bundle;
 mod process;
+mod receivers;
 mod setup;
 mod tests;
 mod tools;
@@ -57,6 +58,11 @@ enum Task {
     },
     /// Checks the user guide's pages, links and included code, and builds it
     Book,
+    /// Compares FP8 plans and checkpoints with what vLLM, SGLang and transformers say of them
+    ///
+    /// Takes their newest wheels, half a gigabyte, into the target folder, and prints tables: their own
+    /// functions on the plans of all families of models, and what transformers loads of small random models.
+    Receivers,
     /// Runs what a pull request has to pass: `.ci/run`
     Ci,
 }
@@ -71,6 +77,7 @@ fn main() -> ExitCode {
         Task::Deny => deny(&workspace),
         Task::GpuBundle { folder } => bundle::build(&workspace, folder.as_deref()),
         Task::Book => book::build(&workspace),
+        Task::Receivers => receivers::compare(&workspace),
         Task::Ci => run(Command::new(workspace.root().join(".ci/run"))),
     };
     match result {

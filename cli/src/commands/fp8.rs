@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use checkpoint_engine::DeviceChoice;
-use checkpoint_engine::fp8::rules::{QuantPlan, RulesConfig, Stored};
+use checkpoint_engine::fp8::rules::{QuantPlan, Receiver, RulesConfig, Stored};
 use checkpoint_engine::fp8::{Fp8Format, Granularity, Quantization, SourceType};
 use clap::Args;
 use cli::bench::quant::{QuantLine, QuantOptions, quant};
@@ -54,11 +54,15 @@ pub(crate) struct DequantizeArgs {
 
 /// Prints what happens to each parameter, and by which rule: `name, decision, rule`, tab-separated.
 ///
-/// The decision is quantize, keep or pass (what is FP8 already).
+/// The decision is quantize, keep or pass (what is FP8 already). Standard error says how much of what could
+/// be FP8 stays as it is, and by which rules.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
     ckpt-engine plan --model Qwen3-30B-A3B | cut -f2 | sort | uniq -c
+
+  For one receiver alone, which may load more than both vLLM and SGLang do:
+    ckpt-engine plan --model Llama-4-Scout-17B-16E --receiver vllm
 
   From names and shapes alone:
     printf 'model.layers.0.mlp.gate.weight\\t256x1024\\n' > names
@@ -133,8 +137,10 @@ fn rules(format: &FormatArgs) -> RulesConfig {
 
 pub(crate) fn quantize_command(args: &QuantizeArgs) -> Result<ExitCode, Failure> {
     let input = Checkpoint::open(&args.input)?;
+    let rules = rules(&args.format);
+    remark(&plan_of(&input, &rules)?, rules.receiver);
     let bar = byte_bar(input.byte_len());
-    let done = quantize(&input, &args.output, &rules(&args.format), |bytes| bar.inc(bytes));
+    let done = quantize(&input, &args.output, &rules, |bytes| bar.inc(bytes));
     bar.finish_and_clear();
     say_converted("quantised", &done?)
 }
@@ -172,6 +178,7 @@ pub(crate) fn plan_command(args: &PlanArgs) -> Result<ExitCode, Failure> {
         }
         (None, None) => return Err("give --model or --names".into()),
     };
+    remark(&plan, rules.receiver);
     if args.config {
         say(serde_json::to_string_pretty(&plan.quantization_config()?)?)?;
         return Ok(ExitCode::SUCCESS);
@@ -180,6 +187,37 @@ pub(crate) fn plan_command(args: &PlanArgs) -> Result<ExitCode, Failure> {
         say(format!("{}\t{}\t{}", entry.name, entry.decision, entry.rule.id()))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Says on standard error how much of a model stays as it is, and what about a plan may be a mistake.
+fn remark(plan: &QuantPlan, receiver: Receiver) {
+    let share = plan.share();
+    let (part, all) = (share.kept_part(), share.quantized + share.kept.values().sum::<u64>());
+    let rules: Vec<String> = share
+        .kept
+        .iter()
+        .map(|(rule, kept)| format!("{rule} {:.1}%", *kept as f64 / all as f64 * 100.0))
+        .collect();
+    if !rules.is_empty() {
+        let (percent, rules) = (part * 100.0, rules.join(", "));
+        remark_line(&format!("{percent:.1}% of what could be FP8 stays as it is: {rules}"));
+    }
+    if share.quantized == 0 {
+        remark_line("warning: nothing is quantised");
+    } else if part > 0.5 {
+        let title = receiver.profile().title;
+        remark_line(&format!("warning: more than half stays as it is for {title}; see --receiver"));
+    }
+    if !plan.unmatched().is_empty() {
+        let entries = plan.unmatched().join(", ");
+        remark_line(&format!("warning: layers to leave alone that match no parameter: {entries}"));
+    }
+}
+
+/// If standard error is gone, nobody is left to tell.
+fn remark_line(line: &str) {
+    use std::io::Write;
+    let _nobody = writeln!(std::io::stderr().lock(), "{line}");
 }
 
 /// The lines `name<TAB>shape`; empty ones and comments do not count.
