@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use engine_core::memory::{Job, Pool};
-use engine_core::{DeviceChoice, Storage};
+use engine_core::{DeviceChoice, Storage, available_memory};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use crate::error::NixlError;
@@ -254,12 +254,4 @@ impl Slot {
             Memory::Cuda(memory) => memory.storage(at, len).guarded(lock),
         }
     }
-}
-
-/// Memory that can be had without swapping, in bytes.
-fn available_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.split_ascii_whitespace().next()?.parse().ok()?;
-    kib.checked_mul(1024)
 }
