@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use checkpoint_engine::fp8::rules::{Decision, QuantPlan, RulesConfig};
+use checkpoint_engine::fp8::rules::{Decision, QuantPlan, RulesConfig, Stored};
 use checkpoint_engine::fp8::{
     Fp8Format, Fp8Quantizer, Granularity, Mode, QuantizeFp8, ScaleName, SourceType, stored,
 };
@@ -99,6 +99,7 @@ pub fn quantize(
     let mut descriptions = Descriptions::read(input.folder())?;
     let scheme = Scheme::of(input, &descriptions)?;
     let plan = planned(input, &descriptions, &rules)?;
+    let beside = beside(input)?;
     let first = plan.entries().iter().find(|entry| entry.decision == Decision::Quantize);
     let mut notes = Vec::new();
     match (&scheme, first) {
@@ -107,9 +108,13 @@ pub fn quantize(
              input"
                 .into(),
         ),
-        (Scheme::Plain, Some(_)) => describe(&mut descriptions, &plan, &mut notes)?,
+        (Scheme::Plain, Some(_)) => {
+            describe(&mut descriptions, described(&plan, input, &beside)?, &mut notes);
+        }
         (Scheme::Fp8(own), first) => match (own.method, difference(own, &rules.format), first) {
-            (Method::Undescribed, None, _) => describe(&mut descriptions, &plan, &mut notes)?,
+            (Method::Undescribed, None, _) => {
+                describe(&mut descriptions, described(&plan, input, &beside)?, &mut notes);
+            }
             // Its own description says what passes as it is.
             (_, _, None) => {}
             (_, Some(difference), Some(first)) => {
@@ -120,12 +125,14 @@ pub fn quantize(
                 let error = Error::new(ErrorKind::Config, "quantising a checkpoint", message);
                 return Err(error.tensor(&first.name));
             }
-            (_, None, Some(_)) => extend(&mut descriptions, own, &plan)?,
+            (_, None, Some(_)) => {
+                extend(&mut descriptions, own, &described(&plan, input, &beside)?);
+            }
         },
     }
     let quantizer = Fp8Quantizer::from(plan.clone());
     let weights = |weight: Weight| one(weight, &plan, &quantizer);
-    let mut job = Job::new(input, output, descriptions, weights, progress)?;
+    let mut job = Job::new(input, output, descriptions, beside, weights, progress)?;
     job.done.notes.extend(notes);
     job.run()
 }
@@ -163,31 +170,50 @@ fn difference(own: &Fp8Scheme, format: &Fp8Format) -> Option<String> {
     }
 }
 
-/// Puts the plan's `quantization_config` into a `config.json` that has none.
-fn describe(
-    descriptions: &mut Descriptions,
-    plan: &QuantPlan,
-    notes: &mut Vec<String>,
-) -> Result<()> {
-    let quantization = plan.quantization_config()?;
+/// What belongs to the model beside the checkpoint; nothing belongs to a file.
+fn beside(input: &Checkpoint) -> Result<Beside> {
+    if input.is_file() { Ok(Beside::default()) } else { Beside::of(input) }
+}
+
+/// The plan's `quantization_config`, which also leaves alone what is in further files of weights: they are
+/// loaded with the checkpoint, and copied as they are.
+fn described(plan: &QuantPlan, input: &Checkpoint, beside: &Beside) -> Result<Value> {
+    let mut quantization = plan.quantization_config()?;
+    let files = beside.weights.iter().filter(|name| {
+        name.components().count() == 1 && name.to_string_lossy().ends_with(".safetensors")
+    });
+    for name in files {
+        let further = Checkpoint::open(input.folder().join(name)).map_err(Error::from)?;
+        let matrices = further.metas().filter(|meta| meta.shape.len() >= 2);
+        for meta in matrices.filter(|meta| stored(meta.dtype) == Stored::Float) {
+            let layer = json!(meta.name.strip_suffix(".weight").unwrap_or(&meta.name));
+            if let Some(layers) = quantization["modules_to_not_convert"].as_array_mut()
+                && !layers.contains(&layer)
+            {
+                layers.push(layer);
+            }
+        }
+    }
+    Ok(quantization)
+}
+
+/// Puts a `quantization_config` into a `config.json` that has none.
+fn describe(descriptions: &mut Descriptions, quantization: Value, notes: &mut Vec<String>) {
     match &mut descriptions.config {
         // The document is an object.
         Some(config) => drop(config.set(&["quantization_config"], &quantization)),
         None => notes.push(format!(
-            "there is no {CONFIG}: whoever loads the output has to be told the \
-             quantization_config {quantization}"
+            "there is no {CONFIG}; the engine that loads the output needs the quantization_config \
+             {quantization}"
         )),
     }
-    Ok(())
 }
 
-/// Adds what the plan keeps to the layers that a checkpoint's own description leaves alone.
-fn extend(descriptions: &mut Descriptions, own: &Fp8Scheme, plan: &QuantPlan) -> Result<()> {
-    let planned = plan.quantization_config()?;
-    let added = planned["modules_to_not_convert"].as_array().cloned().unwrap_or_default();
-    let places = descriptions.places.clone();
-    let Some(config) = &mut descriptions.config else { return Ok(()) };
-    for place in &places {
+/// Adds the layers that stay as they are to those that a checkpoint's own description leaves alone.
+fn extend(descriptions: &mut Descriptions, own: &Fp8Scheme, quantization: &Value) {
+    let added = quantization["modules_to_not_convert"].as_array().cloned().unwrap_or_default();
+    let Some(config) = &mut descriptions.config else { return };
+    for place in &descriptions.places {
         let at = |key: &'static str| -> Vec<&str> {
             place.iter().map(String::as_str).chain([key]).collect()
         };
@@ -195,15 +221,16 @@ fn extend(descriptions: &mut Descriptions, own: &Fp8Scheme, plan: &QuantPlan) ->
         let keys = ["modules_to_not_convert", "ignored_layers"];
         let key = keys.into_iter().find(|key| list(key).is_some()).unwrap_or(keys[0]);
         let mut layers = list(key).unwrap_or_default();
-        layers.extend(
-            added.iter().filter(|layer| !layers.contains(layer)).cloned().collect::<Vec<_>>(),
-        );
+        for layer in &added {
+            if !layers.contains(layer) {
+                layers.push(layer.clone());
+            }
+        }
         config.set(&at(key), &Value::Array(layers));
-        if own.scale_fmt.is_none() && planned.get("scale_fmt").is_some() {
-            config.set(&at("scale_fmt"), &planned["scale_fmt"]);
+        if own.scale_fmt.is_none() && quantization.get("scale_fmt").is_some() {
+            config.set(&at("scale_fmt"), &quantization["scale_fmt"]);
         }
     }
-    Ok(())
 }
 
 /// A weight as it is in the FP8 checkpoint: itself, or its codes and scales.
@@ -262,7 +289,7 @@ pub fn dequantize(
         vec![Ok(weight.with_treatment(Treatment::Kept("is not FP8".into())))]
     };
     let described = descriptions.hf_quant_config.is_some();
-    let mut job = Job::new(input, output, descriptions, weights, progress)?;
+    let mut job = Job::new(input, output, descriptions, beside(input)?, weights, progress)?;
     if described && job.beside.copied.remove(Path::new(HF_QUANT_CONFIG)) {
         job.beside.left_out.push((HF_QUANT_CONFIG.into(), "it describes the quantisation"));
     }
@@ -287,13 +314,13 @@ impl<'a, W: Fn(Weight) -> Vec<Result<Weight>>, P: FnMut(u64)> Job<'a, W, P> {
         input: &'a Checkpoint,
         output: &'a Path,
         descriptions: Descriptions,
+        beside: Beside,
         weights: W,
         progress: P,
     ) -> Result<Self> {
         if output.symlink_metadata().is_ok() {
             return Err(exists(output));
         }
-        let beside = if input.is_file() { Beside::default() } else { Beside::of(input)? };
         let done = Converted::default();
         Ok(Self { input, output, descriptions, beside, weights, progress, done })
     }

@@ -779,7 +779,6 @@ fn everything_that_belongs_to_a_model_is_copied_and_everything_else_is_named() {
         "additional_chat_templates/rag.jinja",
         "modeling_custom.py",
         ".gitattributes",
-        "projector.safetensors",
         "pytorch_model.bin",
         "consolidated.00.pth",
         "model.gguf",
@@ -787,6 +786,7 @@ fn everything_that_belongs_to_a_model_is_copied_and_everything_else_is_named() {
     ] {
         text(root, name, name);
     }
+    file(&root.join("projector.safetensors"), &[matrix("linear_1", 256, 256)]);
     let blob = folder.path().join("blob");
     fs::write(&blob, "blob").unwrap();
     symlink(&blob, root.join("tokenizer.json")).unwrap();
@@ -798,13 +798,16 @@ fn everything_that_belongs_to_a_model_is_copied_and_everything_else_is_named() {
         "2_Dense/model.safetensors",
         "additional_chat_templates/rag.jinja",
         "modeling_custom.py",
-        "projector.safetensors",
     ];
     for name in copied {
         assert_eq!(read(&output, name), name);
     }
     assert_eq!(read(&output, "tokenizer.json"), "blob");
-    assert_eq!(files(&output).len(), copied.len() + 3);
+    assert_eq!(files(&output).len(), copied.len() + 4);
+    // It is loaded with the model, so that its layers are listed as left alone.
+    assert_eq!(names(&output.join("projector.safetensors")), ["linear_1.weight"]);
+    let config: Value = serde_json::from_str(&read(&output, "config.json")).unwrap();
+    assert_eq!(config["quantization_config"]["modules_to_not_convert"], json!(["linear_1"]));
     for name in ["pytorch_model.bin", "consolidated.00.pth", "model.gguf", ".cache"] {
         assert!(words.contains(&format!("left out: {name}")), "{words}");
     }

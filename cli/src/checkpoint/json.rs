@@ -358,7 +358,7 @@ impl Reader<'_> {
     /// A text's value; one that is no Unicode (half a surrogate pair) as it is written.
     fn text_of(&mut self) -> String {
         let start = self.at;
-        let _ = self.string();
+        let _checked = self.string();
         let written = &self.bytes[start..self.at];
         serde_json::from_slice(written)
             .unwrap_or_else(|_| String::from_utf8_lossy(written).into_owned())
@@ -367,7 +367,7 @@ impl Reader<'_> {
     fn members(&mut self) -> Vec<Member> {
         let mut members = Vec::new();
         if self.peek() == Some(b'{') {
-            let _ = self.list(b'}', |reader| {
+            let _checked = self.list(b'}', |reader| {
                 let at = reader.at;
                 let key = reader.text_of();
                 reader.white();
@@ -394,7 +394,7 @@ impl Reader<'_> {
             }
             Some(b'[') => {
                 let mut items = Vec::new();
-                let _ = self.list(b']', |reader| {
+                let _checked = self.list(b']', |reader| {
                     items.push(reader.value_of());
                     Ok(())
                 });
@@ -403,7 +403,7 @@ impl Reader<'_> {
             Some(b'"') => Value::String(self.text_of()),
             _ => {
                 let start = self.at;
-                let _ = self.word();
+                let _checked = self.word();
                 let word = String::from_utf8_lossy(&self.bytes[start..self.at]).into_owned();
                 serde_json::from_str(&word).unwrap_or(Value::String(word))
             }
