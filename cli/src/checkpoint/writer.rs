@@ -27,9 +27,9 @@ const BUFFER: usize = 1 << 20;
 /// # Contract
 ///
 /// The file appears under its name complete and on disk, or not at all. Whatever happens before —
-/// an error, dropping the writer, a crash — leaves a file of that name as it was. Only a crash
-/// while `finish` copies leaves anything behind: hidden files `.unfinished-…`, which the next writer
-/// in that folder removes.
+/// an error, dropping the writer, a crash — leaves a file of that name as it was. A crash
+/// while `finish` copies, or at any time of a writer that knows its tensors, leaves hidden files
+/// `.unfinished-…`; the next writer in that folder removes them.
 ///
 /// Tensors come one after the other, and the pieces of each in order. In the file they are ordered
 /// by alignment, as the reference implementation does, since loaders cannot view a tensor that is
