@@ -9,7 +9,7 @@ use bytes::Bytes;
 use engine_core::plan::ALIGNMENT;
 use engine_core::{
     CacheStore, CacheWriter, Error, ErrorKind, ReceivedPiece, Result, TensorMeta, Version, Weight,
-    WeightStream, ensure_async_iterator, ensure_fresh,
+    WeightStream, available_memory, ensure_async_iterator, ensure_fresh,
 };
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
@@ -17,7 +17,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::SegmentError;
 use crate::ffi::{Mapping, ReadView};
-use crate::segment::available_memory;
 
 /// How often a reader looks again when the owner changes the cache just then.
 const ATTEMPTS: usize = 1000;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
+use engine_core::available_memory;
 use rustix::fs::{FallocateFlags, Mode};
 use rustix::io::Errno;
 use rustix::shm;
@@ -155,14 +156,6 @@ fn unnamed() -> Result<OwnedFd, SegmentError> {
         shm::unlink(&name).map_err(|errno| SegmentError::System { call: "shm_unlink", errno })?;
         return Ok(file);
     }
-}
-
-/// Memory that can be had without swapping, in bytes.
-pub(crate) fn available_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.split_ascii_whitespace().next()?.parse().ok()?;
-    kib.checked_mul(1024)
 }
 
 /// How much shared memory is free, for people.

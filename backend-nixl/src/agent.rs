@@ -288,7 +288,7 @@ impl Agent {
         }
         let (done, is_done) = tokio::sync::oneshot::channel();
         if self.commands.send(Command::Renew(done)).is_ok()
-            && tokio::time::timeout(limit, is_done).await.is_err()
+            && engine_core::clock::within(limit, is_done).await.is_none()
         {
             debug!("the agent has no time to be replaced");
         }

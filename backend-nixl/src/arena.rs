@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use engine_core::memory::{Job, Pool};
-use engine_core::{DeviceChoice, Storage};
+use engine_core::{DeviceChoice, Storage, available_memory};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use crate::error::NixlError;
@@ -431,12 +431,4 @@ impl AsRef<[u8]> for View {
         debug_assert!(bytes.is_some(), "a view of no bytes");
         bytes.unwrap_or_default()
     }
-}
-
-/// Memory that can be had without swapping, in bytes.
-fn available_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.split_ascii_whitespace().next()?.parse().ok()?;
-    kib.checked_mul(1024)
 }

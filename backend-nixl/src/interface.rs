@@ -4,7 +4,7 @@
 //! have a further interface in the same private subnet (the network of virtual machines, a storage network of one
 //! host) are then connected by one that leads nowhere. The control plane's connection shows one that works.
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _, UdpSocket};
 use std::path::Path;
 use std::time::Duration;
 
@@ -23,8 +23,19 @@ pub(crate) async fn towards(leader: &Address) -> String {
     if !sys::infiniband_devices().is_empty() {
         return String::new();
     }
-    let resolved = tokio::time::timeout(RESOLVE, tokio::net::lookup_host(leader)).await;
-    let found = resolved.ok().and_then(Result::ok).into_iter().flatten().find_map(interface_to);
+    // On a thread of its own: resolving blocks, and there may be no runtime that has threads for that.
+    let (resolved, resolving) = tokio::sync::oneshot::channel();
+    let name = leader.clone();
+    let resolve = move || {
+        let addresses: Vec<_> = name.to_socket_addrs().into_iter().flatten().collect();
+        // Nobody listens any more after the deadline.
+        drop(resolved.send(addresses));
+    };
+    if let Err(error) = std::thread::Builder::new().name("ckpt-resolve".into()).spawn(resolve) {
+        debug!(%error, "no thread to resolve the leader's name");
+    }
+    let resolved = engine_core::clock::within(RESOLVE, resolving).await;
+    let found = resolved.and_then(Result::ok).into_iter().flatten().find_map(interface_to);
     debug!(leader, interface = found, "the way of the control plane");
     found.unwrap_or_default()
 }

@@ -1,14 +1,19 @@
 //! The parts of the `ckpt-engine` program: where weights come from and where they are put.
 //!
 //! - [`checkpoint`] reads, writes and compares safetensors checkpoints;
+//! - [`scheme`] is how a checkpoint's weights are stored, [`quantize`] changes that;
 //! - [`synthetic`] makes models that need no download;
 //! - [`source`] is either of the two, changing from update to update as training would change it;
 //! - [`roles`] is what a trainer and a rollout do, [`sync`] starts one of each and more on this
 //!   machine;
 //! - [mod@bench] measures transports; [`memory`] measures what that takes.
 
+// `println!` and `eprintln!` panic when nobody reads.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod bench;
 pub mod checkpoint;
+mod dequantize;
 pub mod device;
 pub mod exporter;
 mod ffi;
@@ -17,6 +22,7 @@ pub mod memory;
 mod progress;
 pub mod quantize;
 pub mod roles;
+pub mod scheme;
 pub mod source;
 pub mod sync;
 pub mod synthetic;

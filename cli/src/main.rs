@@ -1,7 +1,7 @@
 //! The `ckpt-engine` program: what its command line says, and exit codes.
 
-#![allow(clippy::print_stdout, reason = "printing results is what the program is for")]
-#![deny(unsafe_code)]
+// `println!` and `eprintln!` panic when nobody reads: `say` and `complain` do not.
+#![deny(clippy::print_stdout, clippy::print_stderr, unsafe_code)]
 
 mod commands {
     pub(crate) mod doctor;
@@ -24,7 +24,7 @@ use checkpoint_engine::{
 };
 use clap::{Args, Parser, Subcommand};
 use cli::bench::transfer::{TransferLine, TransferOptions, transfer};
-use cli::checkpoint::{Checkpoint, verify};
+use cli::checkpoint::{Checkpoint, end_unfinished, is_ending, verify};
 use cli::exporter::Exporter;
 use cli::memory::PeakMemory;
 use cli::roles::Announcement;
@@ -88,7 +88,7 @@ Examples:
   Two files:
     ckpt-engine verify a.safetensors b.safetensors && echo the same")]
 struct VerifyArgs {
-    /// A .safetensors file, or a Hugging Face folder
+    /// A .safetensors file, a Hugging Face folder, or the index of one
     a: PathBuf,
     /// The one to compare it with
     b: PathBuf,
@@ -104,7 +104,7 @@ struct SourceArgs {
     /// a tiny-moe of a few MB
     #[arg(long, value_name = "NAME", required_unless_present_any = ["model", "source_json"], conflicts_with = "model")]
     synthetic: Option<SyntheticModel>,
-    /// A .safetensors file, or a Hugging Face folder
+    /// A .safetensors file, a Hugging Face folder, or the index of one
     #[arg(long, value_name = "PATH")]
     model: Option<PathBuf>,
     /// Take only the first LAYERS layers of a synthetic model
@@ -249,8 +249,9 @@ impl EngineArgs {
         }
         if let Some(folder) = &self.hccl_lib {
             let folder = std::path::absolute(folder)?;
+            let text = folder.to_str().ok_or("--hccl-lib: the path is not UTF-8")?.to_owned();
             let section = config.engine_kwargs.entry("hccl".into()).or_default();
-            section.insert("library_dir".into(), folder.display().to_string().into());
+            section.insert("library_dir".into(), text.into());
         }
         if config.backend == "hccl" && config.device.is_cpu() {
             // It has buckets nowhere else; each rank takes the NPU of its number.
@@ -557,10 +558,10 @@ fn allow_shared_gpus(command: &Command) -> Result<(), Failure> {
     if config.backend != "nccl" || !cli::device::ranks_share_gpus(&config.device, ranks) {
         return Ok(());
     }
-    eprintln!(
+    complain(&format!(
         "a test configuration: {ranks} ranks of NCCL share fewer GPUs (NCCL_MULTI_RANK_GPU_ENABLE=1, \
          NCCL_NVLS_ENABLE=0, NCCL_BUFFSIZE=16777216; it takes NCCL 2.30 or later)"
-    );
+    ));
     // Processes take turns on a GPU, and what NCCL moves in a turn is what its buffers hold.
     for (name, value) in [
         ("NCCL_MULTI_RANK_GPU_ENABLE", "1"),
@@ -585,6 +586,8 @@ fn main() -> ExitCode {
                 .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error")),
         )
         .with_writer(std::io::stderr)
+        // It would say with `eprintln!` that it cannot write there.
+        .log_internal_errors(false)
         // A line for each stage with its times, where the filter lets its span through.
         .with_span_events(tracing_subscriber::fmt::format::FmtSpan::CLOSE)
         .init();
@@ -595,8 +598,8 @@ fn main() -> ExitCode {
         Command::Top(args) => until_interrupted(top_command(&args)),
         Command::Doctor(args) => doctor_command(&args),
         Command::Verify(args) => verify_command(&args),
-        Command::Quantize(args) => quantize_command(&args),
-        Command::Dequantize(args) => dequantize_command(&args),
+        Command::Quantize(args) => cleaning_up(|| quantize_command(&args)),
+        Command::Dequantize(args) => cleaning_up(|| dequantize_command(&args)),
         Command::Plan(args) => plan_command(&args),
         Command::Bench(BenchArgs { what: Bench::Quant(args) }) => quant_bench_command(&args),
         Command::Bench(BenchArgs { what: Bench::Transfer(args) }) => {
@@ -613,16 +616,15 @@ fn main() -> ExitCode {
 fn until_interrupted(
     command: impl Future<Output = Result<ExitCode, Failure>>,
 ) -> Result<ExitCode, Failure> {
-    use tokio::signal::unix::{SignalKind, signal};
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(async {
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut terminate = signal(SignalKind::terminate())?;
+        let ended = ending()?;
         tokio::select! {
             result = command => result,
-            // What a shell expects of a program that a signal ended.
-            _ = interrupt.recv() => Ok(ExitCode::from(130)),
-            _ = terminate.recv() => Ok(ExitCode::from(143)),
+            code = ended => {
+                end_unfinished();
+                Ok(ExitCode::from(code))
+            }
         }
     });
     // Work on a bucket that nobody waits for any more must not delay the end.
@@ -648,6 +650,71 @@ fn as_planned(
     Ok(config)
 }
 
+/// Runs a command that writes files on this thread; a signal that ends the program removes what is not
+/// finished first.
+fn cleaning_up(command: impl FnOnce() -> Result<ExitCode, Failure>) -> Result<ExitCode, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let ended = runtime.block_on(async { ending() })?;
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        let code = runtime.block_on(ended);
+        end_unfinished();
+        std::process::exit(code.into());
+    })?;
+    let result = command();
+    // Its files went while it wrote them: that is no failure to tell of.
+    while is_ending() {
+        std::thread::park();
+    }
+    result
+}
+
+/// Waits for a signal that ends the program, and gives the exit code that a shell expects then. From the
+/// call on, such signals end the program in no other way.
+///
+/// Signals that the program was started to ignore, as by `nohup`, stay ignored.
+fn ending() -> Result<impl Future<Output = u8>, Failure> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut waits = Vec::new();
+    for kind in [
+        SignalKind::interrupt(),
+        SignalKind::terminate(),
+        SignalKind::hangup(),
+        SignalKind::quit(),
+        SignalKind::alarm(),
+        SignalKind::user_defined1(),
+        SignalKind::user_defined2(),
+        // Processor time that a limit ends.
+        SignalKind::from_raw(24),
+    ] {
+        let number = kind.as_raw_value();
+        if is_ignored(number) {
+            continue;
+        }
+        let mut signal = signal(kind)?;
+        waits.push(Box::pin(async move {
+            signal.recv().await;
+            128 + u8::try_from(number).unwrap_or(0)
+        }));
+    }
+    // Ignored, so that a limit of the size of files is an error of the write that meets it.
+    let too_large = signal(SignalKind::from_raw(25))?;
+    Ok(async move {
+        let _until_the_end = too_large;
+        match waits.is_empty() {
+            true => std::future::pending().await,
+            false => futures::future::select_all(waits).await.0,
+        }
+    })
+}
+
+/// Whether the program was started with a signal ignored.
+fn is_ignored(number: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    mask >> (number - 1) & 1 == 1
+}
+
 async fn sync_command(args: &SyncArgs) -> Result<ExitCode, Failure> {
     let source = args.source.spec()?;
     let options = SyncOptions {
@@ -671,7 +738,7 @@ async fn sync_command(args: &SyncArgs) -> Result<ExitCode, Failure> {
     }
     let _exporter = args.metrics.serve().await?;
     if !args.json {
-        say_source(&Source::open(options.source.clone())?, &options.config.backend);
+        say_source(&Source::open(options.source.clone())?, &options.config.backend)?;
     }
     cli::sync::run(&options, |line| print_update(line, args.json)).await?;
     Ok(ExitCode::SUCCESS)
@@ -705,7 +772,7 @@ async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Failure> {
     let config = CheckpointEngineConfig { device, ..config };
     let mut source = Source::open(args.source.spec()?)?.on_device(&config.device);
     if !args.json {
-        say_source(&source, &config.backend);
+        say_source(&source, &config.backend)?;
     }
     source.advance(Version(1))?;
     let memory = PeakMemory::start()?;
@@ -716,7 +783,7 @@ async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Failure> {
     };
     let control = ControlPlane::lead(meeting.control).await?;
     if !args.json {
-        println!("waiting for {} other ranks at {}", world_size - 1, control.address());
+        say(format!("waiting for {} other ranks at {}", world_size - 1, control.address()))?;
     }
     let context = EngineContext::new(config.clone(), Role::Trainer).with_control(control.clone());
     let engine = registry.create(context)?;
@@ -852,18 +919,18 @@ fn doctor_command(args: &DoctorArgs) -> Result<ExitCode, Failure> {
             })
             .collect();
         let devices = cli::device::describe();
-        println!("{}", serde_json::json!({ "backends": backends, "devices": devices }));
+        say(serde_json::json!({ "backends": backends, "devices": devices }).to_string())?;
         return Ok(ExitCode::SUCCESS);
     }
     for line in cli::device::describe() {
-        println!("{line}");
+        say(line)?;
     }
     for (name, summary, found) in backends {
-        println!("{name}: {summary}");
+        say(format!("{name}: {summary}"))?;
         match found {
-            Availability::Usable { details } => println!("  usable: {details}"),
+            Availability::Usable { details } => say(format!("  usable: {details}"))?,
             Availability::Unusable { reason, remedy } => {
-                println!("  not usable: {reason}\n  to change that: {remedy}");
+                say(format!("  not usable: {reason}\n  to change that: {remedy}"))?;
             }
         }
     }
@@ -913,15 +980,16 @@ async fn transfer_command(args: &TransferArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn say_source(source: &Source, backend: &str) {
+fn say_source(source: &Source, backend: &str) -> checkpoint_engine::Result<()> {
     let gib = source.byte_len() as f64 / f64::from(1 << 30);
     let words = match &source.spec().model {
         ModelSpec::Synthetic { name, .. } => name.to_string(),
         ModelSpec::Checkpoint { path } => path.display().to_string(),
     };
-    println!("{words}: {} tensors, {gib:.2} GiB, over {backend}", source.tensors());
-    if let Some(residency) = source.residency() {
-        println!("{residency}");
+    say(format!("{words}: {} tensors, {gib:.2} GiB, over {backend}", source.tensors()))?;
+    match source.residency() {
+        Some(residency) => say(residency.to_string()),
+        None => Ok(()),
     }
 }
 
@@ -988,7 +1056,13 @@ fn report(error: &dyn StdError) {
         }
         source = cause.source();
     }
-    eprintln!("{text}");
+    complain(&text);
+}
+
+/// Writes a line to standard error. If that is gone, too, there is nobody left to tell.
+fn complain(line: &str) {
+    use std::io::Write;
+    let _nobody = writeln!(std::io::stderr().lock(), "{line}");
 }
 
 fn verify_command(args: &VerifyArgs) -> Result<ExitCode, Failure> {
@@ -998,9 +1072,9 @@ fn verify_command(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     let report = verify(&a, &b, |bytes| bar.inc(bytes));
     bar.finish_and_clear();
     for difference in &report.differences {
-        println!("{difference}");
+        say(difference.to_string())?;
     }
-    println!("{report}");
+    say(report.to_string())?;
     Ok(if report.is_equal() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

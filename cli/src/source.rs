@@ -41,8 +41,56 @@ pub enum ModelSpec {
     /// A file or a folder.
     Checkpoint {
         /// Where it is. Rollouts that check must reach it under the same path.
+        #[serde(with = "any_path")]
         path: PathBuf,
     },
+}
+
+/// Paths as text, and those that are no UTF-8 as the list of their bytes: no file is one that ranks cannot
+/// tell each other of.
+mod any_path {
+    use std::ffi::OsString;
+    use std::fmt;
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    use std::path::{Path, PathBuf};
+
+    use serde::de::{SeqAccess, Visitor};
+    use serde::{Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+        match path.to_str() {
+            Some(text) => serializer.serialize_str(text),
+            None => serializer.collect_seq(path.as_os_str().as_bytes()),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<PathBuf, D::Error> {
+        struct Any;
+
+        impl<'de> Visitor<'de> for Any {
+            type Value = PathBuf;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a path, or its bytes")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<PathBuf, E> {
+                Ok(text.into())
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<PathBuf, A::Error> {
+                let mut bytes = Vec::new();
+                while let Some(byte) = list.next_element()? {
+                    bytes.push(byte);
+                }
+                Ok(OsString::from_vec(bytes).into())
+            }
+        }
+
+        deserializer.deserialize_any(Any)
+    }
 }
 
 /// A model whose weights change between updates as training would change them.

@@ -18,6 +18,7 @@ use checkpoint_engine::{
     VersionState, WeightCache, WorkerMetadata, ensure_async_iterator, form_group, form_local_group,
     registry,
 };
+use engine_core::available_memory;
 use futures::future::{join, join_all, select_all};
 use serde::Serialize;
 use tokio::io::AsyncWriteExt;
@@ -142,16 +143,28 @@ pub async fn run(
     result
 }
 
-/// What one thread copies into shared memory, measured with up to 1 GiB of the model itself.
+/// What one thread copies into shared memory, measured with up to 1 GiB of the model itself, and no more
+/// than an eighth of the memory that is to be had: weights that are made as they are sent take some.
 fn measure_memcpy(source: &mut Source, bucket_bytes: u64) -> Result<f64> {
-    const ENOUGH: usize = 1 << 30;
+    let enough = available_memory().map_or(1 << 30, |available| (available / 8).min(1 << 30));
     let mut parts = Vec::new();
-    let mut bytes = 0;
+    let mut left = enough;
     for weight in source.weights(Version(1))? {
-        let weight = weight?.to_bytes()?;
-        bytes += weight.len();
-        parts.push(weight);
-        if bytes >= ENOUGH {
+        let weight = weight?;
+        let part = match weight.contiguous_bytes() {
+            Some(_) => weight.to_bytes()?,
+            None => {
+                // Whole granules; a tensor of which not one fits is passed over.
+                let granule = weight.granule().max(1);
+                let len = weight.byte_len().min(left / granule * granule);
+                let mut part = vec![0; len as usize];
+                weight.encode(0..len, &mut part)?;
+                part.into()
+            }
+        };
+        left = left.saturating_sub(part.len() as u64);
+        parts.push(part);
+        if left == 0 {
             break;
         }
     }

@@ -503,3 +503,44 @@ fn every_difference_is_found_and_said() {
     assert_eq!(report.compared, 2);
     assert_eq!(report.to_string(), "different: 5 tensors differ; 2 compared, 8388609 bytes");
 }
+
+#[test]
+fn a_writer_that_knows_its_tensors_writes_the_same_file_and_takes_no_others() {
+    let folder = folder();
+    let metas = [
+        TensorMeta::new("codes", DType::F8_E4M3, [5]),
+        TensorMeta::new("scales", DType::F32, [2]),
+        TensorMeta::new("norm", DType::BF16, [3]),
+    ];
+    let bytes = |meta: &TensorMeta| vec![meta.name.len() as u8; meta.byte_len().unwrap() as usize];
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    let planned = |name: &str, metas: &[TensorMeta]| {
+        let path = folder.path().join(name);
+        CheckpointWriter::with_tensors(path, metadata.clone(), metas)
+    };
+    let mut gathered = CheckpointWriter::create(folder.path().join("a.safetensors")).unwrap();
+    let mut placed = planned("b.safetensors", &metas).unwrap();
+    for writer in [&mut gathered, &mut placed] {
+        for meta in &metas {
+            writer.write_chunk(meta, 0, &bytes(meta)[..1]).unwrap();
+            writer.write_chunk(meta, 1, &bytes(meta)[1..]).unwrap();
+        }
+    }
+    let files = [gathered.finish().unwrap(), placed.finish().unwrap()];
+    assert_eq!(fs::read(&files[0]).unwrap(), fs::read(&files[1]).unwrap());
+
+    let twice = [metas[0].clone(), metas[0].clone()];
+    let error = planned("c.safetensors", &twice).unwrap_err();
+    assert!(matches!(error, CheckpointError::Duplicate { .. }), "{error}");
+    let mut writer = planned("c.safetensors", &metas[..1]).unwrap();
+    let error = writer.write_chunk(&metas[1], 0, &bytes(&metas[1])).unwrap_err();
+    assert!(matches!(error, CheckpointError::OutOfOrder { .. }), "{error}");
+    drop(writer);
+    let writer = planned("c.safetensors", &metas[..1]).unwrap();
+    let error = writer.finish().unwrap_err();
+    assert!(error.to_string().contains("`codes`"), "{error}");
+    let mut writer = planned("b.safetensors", &metas[..1]).unwrap().without_replacing();
+    writer.write_chunk(&metas[0], 0, &bytes(&metas[0])).unwrap();
+    writer.finish().unwrap_err();
+    assert_eq!(entries(folder.path()), ["a.safetensors", "b.safetensors"]);
+}

@@ -58,3 +58,97 @@ fn wrong_usage_exits_2_and_help_has_examples() {
     assert_eq!(help.status.code(), Some(0));
     assert!(String::from_utf8_lossy(&help.stdout).contains("ckpt-engine verify"));
 }
+
+/// Every command, with arguments with which it prints something.
+fn commands(folder: &Path) -> Vec<Vec<String>> {
+    let [a, b, out] = ["a", "b", "out"].map(|name| folder.join(name).display().to_string());
+    checkpoint(Path::new(&a), 4);
+    checkpoint(Path::new(&b), 5);
+    let names = folder.join("names").display().to_string();
+    std::fs::write(&names, "model.norm.weight\t1024\n").unwrap();
+    let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<String>>();
+    vec![
+        words("--help"),
+        words("--version"),
+        words("sync --synthetic tiny-moe --backend naive"),
+        words("sync --synthetic tiny-moe --backend naive --json"),
+        words(&format!("sync --model {a} --backend naive")),
+        words(&format!("verify {a} {a}")),
+        words(&format!("verify {a} {b}")),
+        words(&format!("quantize {a} {out}")),
+        words(&format!("dequantize {a} {out}")),
+        words(&format!("plan --model {a}")),
+        words(&format!("plan --names {names}")),
+        words(&format!("plan --names {names} --config")),
+        words("doctor"),
+        words("doctor --json"),
+        words("bench quant --shape 128x128 --repeats 1"),
+        words("top --once 127.0.0.1:1"),
+        words(&format!(
+            "trainer --rendezvous unix:{out}.s --token-file {out}.t --synthetic tiny-moe --timeout 1"
+        )),
+        words(&format!("rollout --rendezvous unix:{out}.r --token-file {out}.t --timeout 1")),
+    ]
+}
+
+#[test]
+fn no_command_panics_when_nobody_can_read_what_it_says() {
+    use std::fs::File;
+    use std::io::{PipeReader, pipe};
+    use std::process::Stdio;
+
+    let gone = || {
+        let (reader, writer): (PipeReader, _) = pipe().unwrap();
+        drop(reader);
+        Stdio::from(writer)
+    };
+    let full = || Stdio::from(File::options().write(true).open("/dev/full").unwrap());
+    let sinks: [(&str, &dyn Fn() -> Stdio); 2] = [("a closed pipe", &gone), ("/dev/full", &full)];
+    for (sink, stdio) in sinks {
+        for both in [false, true] {
+            let folder = tempfile::tempdir().unwrap();
+            for arguments in commands(folder.path()) {
+                let mut command = Command::new(env!("CARGO_BIN_EXE_ckpt-engine"));
+                command.args(&arguments).stdin(Stdio::null()).stdout(stdio());
+                command.env("CKPT_ENGINE_LOG", "trace");
+                command.stderr(if both { stdio() } else { Stdio::piped() });
+                let done = command.output().unwrap();
+                let errors = String::from_utf8_lossy(&done.stderr);
+                let code = done.status.code();
+                assert!(matches!(code, Some(0 | 1)), "{sink}, {arguments:?}: {code:?} {errors}");
+                assert!(!errors.contains("panicked"), "{sink}, {arguments:?}: {errors}");
+                for output in ["out", "out.s", "out.r"] {
+                    let output = folder.path().join(output);
+                    let _there = std::fs::remove_dir_all(&output);
+                    let _there = std::fs::remove_file(&output);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_path_that_is_not_utf_8_is_a_path() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &[u8]| folder.path().join(OsStr::from_bytes(name));
+    let (model, out) = (path(b"mod\xe9l"), path(b"\xffout"));
+    checkpoint(&model, 4);
+    for backend in ["naive", "ipc"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ckpt-engine"));
+        command.arg("sync").arg("--model").arg(&model).arg("--out").arg(&out);
+        let done = command.args(["--verify", "--backend", backend]).output().unwrap();
+        let errors = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success(), "{backend}: {errors}");
+    }
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ckpt-engine"));
+    let done = command.arg("verify").arg(&model).arg(out.join("rollout-0")).output().unwrap();
+    assert!(done.status.success());
+    for conversion in ["quantize", "dequantize"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ckpt-engine"));
+        let done = command.arg(conversion).args([&model, &path(conversion.as_bytes())]).output();
+        assert!(done.unwrap().status.success());
+    }
+}

@@ -1,5 +1,6 @@
 //! The contract of a checkpoint engine, and everything of it that no device needs.
 
+mod available;
 mod cache;
 pub mod clock;
 pub mod collective;
@@ -28,6 +29,7 @@ pub mod telemetry;
 pub mod update;
 mod weight;
 
+pub use available::available_memory;
 pub use cache::{CacheStore, CacheUpdate, CacheWriter, CachedEngine, WeightCache, ensure_fresh};
 pub use config::{CheckpointEngineConfig, ConfigFormat, DeviceChoice};
 pub use control::{ControlPlane, Role};

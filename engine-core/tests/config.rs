@@ -353,3 +353,27 @@ fn a_backends_unknown_or_wrong_option_is_an_error_that_names_it() {
     let error = config.kwargs::<NoOptions>("c").expect_err("it has none");
     assert_has(&error.to_string(), &["unknown key `x`; this backend has no options"]);
 }
+
+#[test]
+fn brackets_within_one_another_are_refused_before_a_parser_takes_minutes_for_them() {
+    for (format, start) in [
+        (ConfigFormat::Yaml, "quantization: "),
+        (ConfigFormat::Json, "{\"quantization\": "),
+        (ConfigFormat::Toml, "quantization = "),
+    ] {
+        // A parser whose time grows with the square of the depth would take hours.
+        let text = format!("{start}{}", "[".repeat(2_000_000));
+        let error = read(format, &text).expect_err("too deep");
+        assert_eq!(error.kind(), ErrorKind::Config);
+    }
+    // One after the other they are not deep.
+    let text = format!("quantization: {{ignored_layers: [{}]}}", "'re:[a]{1}', ".repeat(10_000));
+    read(ConfigFormat::Yaml, &text).expect("valid");
+}
+
+#[test]
+fn a_large_number_is_shown_as_it_was_written() {
+    let error = read(ConfigFormat::Json, r#"{"timeout_seconds": 1e300}"#).expect_err("too long");
+    let text = error.to_string();
+    assert!(text.contains("`1e300`") && text.len() < 200, "{text}");
+}

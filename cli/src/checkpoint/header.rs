@@ -24,6 +24,9 @@ use super::CheckpointError;
 /// The longest header that is read or written, as in the reference implementation.
 pub(super) const MAX_HEADER_BYTES: u64 = 100_000_000;
 
+/// How a file begins that stands for one in Git's large file storage.
+const LFS_POINTER: &[u8] = b"version https://git-lfs";
+
 const METADATA: &str = "__metadata__";
 
 /// A header whose tensors are known to lie within the file.
@@ -43,6 +46,11 @@ impl Header {
             return Err(not(format!("{} bytes; the length of the header takes 8", file.len())));
         };
         let length = u64::from_le_bytes(*length);
+        if file.starts_with(LFS_POINTER) {
+            return Err(not("it is a Git LFS pointer: the file itself was not downloaded; \
+                 run `git lfs pull` in its repository"
+                .into()));
+        }
         if length > MAX_HEADER_BYTES {
             return Err(not(format!(
                 "its first 8 bytes announce a header of {length} bytes; \
@@ -86,9 +94,11 @@ impl Header {
                 });
             }
             if name == METADATA {
-                metadata = serde_json::from_value(value).map_err(|error| {
+                // The reference implementation takes `null` for none.
+                let given: Option<_> = serde_json::from_value(value).map_err(|error| {
                     CheckpointError::header(path, format!("its {METADATA} is invalid: {error}"))
                 })?;
+                metadata = given.unwrap_or_default();
                 continue;
             }
             let info: TensorInfo = serde_json::from_value(value)

@@ -14,6 +14,7 @@ use super::CheckpointError;
 use super::header::{Entries, Header};
 
 const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
 const SUFFIX: &str = ".safetensors";
 const INDEX_SUFFIX: &str = ".safetensors.index.json";
 /// An index of a million tensors takes about 100 MB.
@@ -30,6 +31,7 @@ const MAX_INDEX_BYTES: u64 = 256 << 20;
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
+    index: Option<PathBuf>,
     shards: Vec<Shard>,
     entries: Vec<Entry>,
     by_name: HashMap<Arc<str>, usize>,
@@ -39,6 +41,7 @@ pub struct Checkpoint {
 #[derive(Debug)]
 pub struct Shard {
     path: PathBuf,
+    name: PathBuf,
     metadata: BTreeMap<String, String>,
     bytes: Bytes,
 }
@@ -56,6 +59,11 @@ impl Shard {
         &self.path
     }
 
+    /// Its name in the checkpoint's [folder](Checkpoint::folder), which may have folders in it.
+    pub fn name(&self) -> &Path {
+        &self.name
+    }
+
     /// The `__metadata__` of its header, such as `format: pt`.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
@@ -66,7 +74,9 @@ impl Checkpoint {
     /// Opens a `.safetensors` file, or a Hugging Face folder.
     ///
     /// Of a folder it takes, as `transformers` does, `model.safetensors` if there is one, else the
-    /// shards that the `*.safetensors.index.json` names, else the only `.safetensors` file.
+    /// shards that `model.safetensors.index.json` names. Where there is neither, it takes the shards
+    /// of the only other `*.safetensors.index.json`, else the only `.safetensors` file. The path of an
+    /// index stands for the shards that it names.
     ///
     /// # Errors
     ///
@@ -89,6 +99,7 @@ impl Checkpoint {
             std::fs::metadata(path).map_err(|error| CheckpointError::io(path, "open", error))?;
         let mut checkpoint = Self {
             path: path.to_owned(),
+            index: None,
             shards: Vec::new(),
             entries: Vec::new(),
             by_name: HashMap::new(),
@@ -111,6 +122,27 @@ impl Checkpoint {
     /// The file or folder that was opened.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The folder that has the model: its shards, its `config.json` and everything else.
+    pub fn folder(&self) -> &Path {
+        if self.path.is_dir() {
+            return &self.path;
+        }
+        match self.path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        }
+    }
+
+    /// The index that names the shards, where there is one.
+    pub fn index(&self) -> Option<&Path> {
+        self.index.as_deref()
+    }
+
+    /// Whether it is a single file that was opened by its own name, and not as what a folder has.
+    pub fn is_file(&self) -> bool {
+        self.index.is_none() && !self.path.is_dir()
     }
 
     /// The number of tensors.
@@ -172,6 +204,11 @@ impl Checkpoint {
     }
 
     fn add_shard(&mut self, path: PathBuf) -> Result<(), CheckpointError> {
+        let name = path.file_name().map(PathBuf::from).unwrap_or_default();
+        self.add_named(path, name)
+    }
+
+    fn add_named(&mut self, path: PathBuf, name: PathBuf) -> Result<(), CheckpointError> {
         // Opening a pipe would wait for its writer.
         let about =
             std::fs::metadata(&path).map_err(|error| CheckpointError::io(&path, "open", error))?;
@@ -198,7 +235,7 @@ impl Checkpoint {
             self.entries.push(Entry { meta, shard, range });
         }
         let bytes = Bytes::from_owner(map);
-        self.shards.push(Shard { path, metadata: header.metadata, bytes });
+        self.shards.push(Shard { path, name, metadata: header.metadata, bytes });
         Ok(())
     }
 
@@ -216,8 +253,9 @@ impl Checkpoint {
             return Err(CheckpointError::MissingShards { path: index.into(), missing, total });
         }
         for file in files {
-            self.add_shard(folder.join(file))?;
+            self.add_named(folder.join(file), file.into())?;
         }
+        self.index = Some(index.to_owned());
         for (tensor, file) in &weight_map {
             let shard = folder.join(file);
             let there = self.shard_of(tensor).is_some_and(|holder| holder.path == shard);
@@ -259,13 +297,18 @@ fn find(folder: &Path) -> Result<Found, CheckpointError> {
     if files.contains(&single) {
         return Ok(Found::Single(single));
     }
+    // Repositories also have `consolidated.safetensors.index.json`, of the same weights by other names.
+    let index = folder.join(INDEX);
+    if indices.contains(&index) {
+        return Ok(Found::Index(index));
+    }
     match (indices.len(), files.len()) {
         (1, _) => Ok(Found::Index(indices.remove(0))),
         (0, 1) => Ok(Found::Single(files.remove(0))),
         (indices, files) => Err(CheckpointError::NoCheckpoint {
             path: folder.into(),
             found: format!(
-                "looked for {SINGLE}, for one *{INDEX_SUFFIX} and for one *{SUFFIX}; \
+                "looked for {SINGLE}, for {INDEX} or one *{INDEX_SUFFIX}, and for one *{SUFFIX}; \
                  found {indices} indices and {files} {SUFFIX} files"
             ),
         }),
@@ -287,8 +330,16 @@ fn read_index(path: &Path) -> Result<Vec<(String, String)>, CheckpointError> {
         return Err(invalid(format!("{len} bytes; at most {MAX_INDEX_BYTES} are read")));
     }
     let text = std::io::read_to_string(file).map_err(io)?;
-    let Index { weight_map: Entries(entries) } =
+    let Index { weight_map: Entries(mut entries) } =
         serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?;
+    // `./a//b` and `a/b` are one file.
+    for (_, file) in &mut entries {
+        let plain: PathBuf =
+            Path::new(file).components().filter(|part| *part != Component::CurDir).collect();
+        if let Some(plain) = plain.to_str().filter(|plain| !plain.is_empty()) {
+            *file = plain.to_owned();
+        }
+    }
     let mut seen = BTreeMap::new();
     for (tensor, file) in &entries {
         let inside = Path::new(file).components().all(|part| matches!(part, Component::Normal(_)));

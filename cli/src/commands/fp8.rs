@@ -15,8 +15,9 @@ use crate::{Failure, FormatArgs, byte_bar, json_line, say};
 
 /// Writes a checkpoint in FP8 blocks, as vLLM and SGLang load it.
 ///
-/// A folder keeps its shards; index and config.json are written anew, everything else is copied.
-/// OUT appears when it is complete.
+/// A folder keeps its shards; index and config.json say what is new, everything else is copied.
+/// OUT appears when it is complete. What is FP8 already passes as it is; a checkpoint that is quantised in
+/// a way that is not understood completely is refused by name.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -29,7 +30,7 @@ Examples:
 What would be quantised, and why:
     ckpt-engine plan --model Qwen2.5-7B-Instruct")]
 pub(crate) struct QuantizeArgs {
-    /// A .safetensors file, or a Hugging Face folder
+    /// A .safetensors file, a Hugging Face folder, or the index of one
     input: PathBuf,
     /// The file or folder to write
     output: PathBuf,
@@ -37,13 +38,16 @@ pub(crate) struct QuantizeArgs {
     format: FormatArgs,
 }
 
-/// Writes an FP8 checkpoint in a wider type again.
+/// Writes an FP8 checkpoint in a wider type again: scales by blocks, by channel, by tensor, in F32, BF16,
+/// F16 or E8M0, as DeepSeek, Qwen, compressed-tensors, FBGEMM and ModelOpt write them.
+///
+/// Anything else is refused by name, and so is a value that the type cannot hold.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
     ckpt-engine dequantize Qwen3-8B-FP8 Qwen3-8B-BF16")]
 pub(crate) struct DequantizeArgs {
-    /// A .safetensors file, or a Hugging Face folder
+    /// A .safetensors file, a Hugging Face folder, or the index of one
     input: PathBuf,
     /// The file or folder to write
     output: PathBuf,
@@ -68,7 +72,7 @@ Examples:
     printf 'model.layers.0.mlp.gate.weight\\t256x1024\\n' > names
     ckpt-engine plan --names names")]
 pub(crate) struct PlanArgs {
-    /// A .safetensors file, or a Hugging Face folder
+    /// A .safetensors file, a Hugging Face folder, or the index of one
     #[arg(long, value_name = "PATH", required_unless_present = "names", conflicts_with = "names")]
     model: Option<PathBuf>,
     /// A file of lines NAME<TAB>SHAPE, the shape as 256x1024
@@ -163,6 +167,12 @@ fn say_converted(what: &str, done: &Converted) -> Result<ExitCode, Failure> {
     ))?;
     for (reason, count) in &done.kept {
         say(format!("  kept {count}: {reason}"))?;
+    }
+    if done.removed > 0 {
+        say(format!("  removed {}: scales of what is not FP8 any more", done.removed))?;
+    }
+    for note in &done.notes {
+        say(format!("  {note}"))?;
     }
     Ok(ExitCode::SUCCESS)
 }

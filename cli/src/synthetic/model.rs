@@ -1,12 +1,13 @@
 //! Synthetic models as trainers have them: in memory, or made as they are sent.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use engine_core::{Encoding, Error, ErrorKind, Result, TensorMeta, Treatment, Version, Weight};
+use engine_core::{
+    Encoding, Error, ErrorKind, Result, TensorMeta, Treatment, Version, Weight, available_memory,
+};
 use memmap2::MmapMut;
 use rayon::prelude::*;
 
@@ -210,21 +211,4 @@ impl fmt::Display for Residency {
             ),
         }
     }
-}
-
-/// `MemAvailable` of the kernel, or what the control group leaves if that is less.
-fn available_memory() -> Option<u64> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let fields: HashMap<&str, &str> =
-        meminfo.lines().filter_map(|line| line.split_once(':')).collect();
-    let kib = fields.get("MemAvailable")?.trim().strip_suffix("kB")?.trim();
-    let machine = kib.parse::<u64>().ok()?.checked_mul(1024)?;
-    let group = || {
-        let read = |name| {
-            let text = std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?;
-            text.trim().parse::<u64>().ok()
-        };
-        Some(read("memory.max")?.saturating_sub(read("memory.current")?))
-    };
-    Some(group().map_or(machine, |group| group.min(machine)))
 }

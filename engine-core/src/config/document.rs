@@ -55,6 +55,10 @@ fn run<T>(
                     }
                 })
         }
+        ConfigFormat::Yaml if is_too_deep(text) => Err(Problem {
+            line: None,
+            message: format!("more than {DEEPEST} brackets within one another"),
+        }),
         ConfigFormat::Yaml => seed.deserialize(serde_norway::Deserializer::from_str(text)).map_err(
             |error| match error.location() {
                 Some(place) => Problem {
@@ -65,6 +69,25 @@ fn run<T>(
             },
         ),
     }
+}
+
+/// The most brackets within one another, as in JSON.
+const DEEPEST: usize = 128;
+
+/// Whether brackets are nested so deeply that the YAML parser, which looks at all open ones at each
+/// character, would take minutes before it refuses them.
+///
+/// Brackets in texts count, too; those that no other closes are few there.
+fn is_too_deep(text: &str) -> bool {
+    let mut depth: usize = 0;
+    text.bytes().any(|byte| {
+        match byte {
+            b'[' | b'{' => depth += 1,
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        depth > DEEPEST
+    })
 }
 
 fn line_at(text: &str, offset: usize) -> Option<usize> {

@@ -257,7 +257,9 @@ impl<T, F: FnOnce(Found<'_>) -> Option<T>> Visitor<'_> for Scalar<F> {
     }
 
     fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Option<T>, E> {
-        self.take(Found::Float(value), Unexpected::Float(value))
+        // `Unexpected::Float` writes 1e300 with three hundred digits.
+        let words = format!("floating point `{value:?}`");
+        self.take(Found::Float(value), Unexpected::Other(&words))
     }
 
     fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<Option<T>, E> {

@@ -1,0 +1,152 @@
+"""Compares `ckpt-engine quantize` with a script of PyTorch that quantises tensor by tensor.
+
+    python quantize_bench.py PROGRAM FOLDER [--layers 28] [--rounds 3]
+
+Needs torch and safetensors. FOLDER gets a random BF16 checkpoint with the shapes of Qwen2.5-1.5B (3.1 GB with
+28 layers) and the outputs. Both write the same tensors, which is checked; they take turns, after all input was
+read once, and the outputs go in between.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+HIDDEN, INNER, VOCABULARY, KV = 1536, 8960, 151936, 256
+MATRICES = {
+    "mlp.gate_proj": (INNER, HIDDEN),
+    "mlp.up_proj": (INNER, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INNER),
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (KV, HIDDEN),
+    "self_attn.v_proj": (KV, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+}
+
+
+def make(folder, layers):
+    import torch
+    from safetensors.torch import save_file
+
+    os.makedirs(folder)
+    torch.manual_seed(0)
+    shards = [{} for _ in range(3)]
+    for layer in range(layers):
+        shard = shards[layer * 3 // layers]
+        for name, shape in MATRICES.items():
+            shard[f"model.layers.{layer}.{name}.weight"] = (torch.randn(*shape) * 0.02).bfloat16()
+        shard[f"model.layers.{layer}.input_layernorm.weight"] = torch.ones(HIDDEN).bfloat16()
+    shards[0]["model.embed_tokens.weight"] = (torch.randn(VOCABULARY, HIDDEN) * 0.02).bfloat16()
+    places = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-00003.safetensors"
+        save_file(shard, f"{folder}/{name}", metadata={"format": "pt"})
+        places.update(dict.fromkeys(shard, name))
+    with open(f"{folder}/model.safetensors.index.json", "w") as file:
+        json.dump({"metadata": {}, "weight_map": places}, file)
+    with open(f"{folder}/config.json", "w") as file:
+        json.dump({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, file)
+
+
+def quantize(weight):
+    """Blocks of 128x128: s = max(amax, 1e-10) / 448, and codes of x / s by its reciprocal."""
+    import torch
+
+    rows, cols = weight.shape
+    padded = torch.zeros(-(-rows // 128) * 128, -(-cols // 128) * 128)
+    padded[:rows, :cols] = weight.float()
+    blocks = padded.view(padded.shape[0] // 128, 128, padded.shape[1] // 128, 128)
+    scale = blocks.abs().amax(dim=(1, 3)).clamp(min=1e-10) / 448.0
+    codes = (blocks * (1.0 / scale)[:, None, :, None]).clamp(-448, 448)
+    return codes.view(padded.shape)[:rows, :cols].to(torch.float8_e4m3fn).contiguous(), scale
+
+
+def by_script(source, target):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    os.makedirs(target)
+    for name in sorted(os.listdir(source)):
+        if not name.endswith(".safetensors"):
+            shutil.copy(f"{source}/{name}", target)
+            continue
+        tensors = {}
+        with safe_open(f"{source}/{name}", "pt") as file:
+            for key in file.keys():
+                tensor = file.get_tensor(key)
+                if key.endswith("_proj.weight"):
+                    tensor, tensors[f"{key}_scale_inv"] = quantize(tensor)
+                tensors[key] = tensor
+        save_file(tensors, f"{target}/{name}", metadata={"format": "pt"})
+
+
+def tensors_of(folder):
+    from safetensors import safe_open
+
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".safetensors"):
+            with safe_open(f"{folder}/{name}", "pt") as file:
+                for key in sorted(file.keys()):
+                    yield key, file.get_tensor(key)
+
+
+def same(a, b):
+    import torch
+
+    for (name, x), (other, y) in zip(tensors_of(a), tensors_of(b), strict=True):
+        equal = name == other and x.dtype == y.dtype and x.shape == y.shape
+        if not equal or not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
+            return f"different: {name}"
+    return "the same tensors, bit for bit"
+
+
+def main():
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("program")
+    arguments.add_argument("folder")
+    arguments.add_argument("--layers", type=int, default=28)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--script", nargs=2, help=argparse.SUPPRESS)
+    arguments.add_argument("--make", help=argparse.SUPPRESS)
+    options = arguments.parse_args()
+    if options.script:
+        return by_script(*options.script)
+    if options.make:
+        return make(options.make, options.layers)
+    source = f"{options.folder}/source"
+    # Not in this process: what it has in memory would be counted for those that it starts.
+    again = [sys.executable, __file__, options.program, options.folder]
+    subprocess.run([*again, "--layers", str(options.layers), "--make", source], check=True)
+    for name in os.listdir(source):
+        with open(f"{source}/{name}", "rb") as file:
+            while file.read(1 << 24):
+                pass
+    outputs = {who: f"{options.folder}/{who}" for who in ("ckpt-engine", "script")}
+    commands = {
+        "ckpt-engine": [options.program, "quantize", source, outputs["ckpt-engine"]],
+        "script": [*again, "--script", source, outputs["script"]],
+    }
+    measured = {who: [] for who in commands}
+    for _ in range(options.rounds):
+        for who, command in commands.items():
+            shutil.rmtree(outputs[who], ignore_errors=True)
+            os.sync()
+            start = time.monotonic()
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds = time.monotonic() - start
+            if status != 0:
+                sys.exit(f"{who} failed")
+            measured[who].append((seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6))
+    for who, runs in measured.items():
+        wall, cpu, memory = (statistics.median(column) for column in zip(*runs))
+        every = " ".join(f"{run[0]:.2f}" for run in runs)
+        print(f"{who}: {wall:.2f} s ({every}), CPU {cpu:.2f} s, {memory:.2f} GB resident")
+    print(same(outputs["ckpt-engine"], outputs["script"]))
+
+
+main()
