@@ -84,7 +84,7 @@ fn too_late(deadline: Duration, operation: &str) -> Error {
 /// Waits, after a failure, for the end of work that reads a trainer's weights: they may be changed as
 /// soon as the error is returned. Work that does not end in time is the error then, and says so.
 async fn settle<T>(
-    work: impl Future<Output = T> + FusedFuture,
+    work: impl FusedFuture<Output = T>,
     deadline: Duration,
     error: Error,
 ) -> Error {
