@@ -131,7 +131,8 @@ fn what_rollouts_write_is_what_the_trainer_read() {
 
 #[test]
 fn a_folder_that_rollouts_cannot_write_to_is_the_error_that_everyone_is_told() {
-    let output = run(&["sync", "--synthetic", "tiny-moe", "--backend", "ipc", "--out", "/proc/nope"]);
+    let output =
+        run(&["sync", "--synthetic", "tiny-moe", "--backend", "ipc", "--out", "/proc/nope"]);
     assert!(!output.status.success());
     let error = String::from_utf8_lossy(&output.stderr);
     let cause = error.lines().filter(|line| line.contains("/proc/nope")).count();
