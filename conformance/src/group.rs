@@ -132,7 +132,14 @@ impl CheckpointEngine for Trainers {
             futures::future::Either::Right((reports, _)) => reports,
         };
         let others = reports.split_off(1);
-        let leader = reports.pop().expect("the leader's report")?;
+        let leader = reports.pop().expect("the leader's report");
+        let leader = match leader {
+            Err(error) if others.iter().any(Result::is_ok) => {
+                let message = format!("a trainer reports success where the leader says: {error}");
+                return Err(Error::new(engine_core::ErrorKind::State, "comparing", message));
+            }
+            leader => leader?,
+        };
         for other in others {
             let other = other?;
             if other.counts != leader.counts {

@@ -49,12 +49,15 @@ mod route;
 mod sender;
 #[cfg(test)]
 mod tests;
+mod witness;
 
 pub use cosender::CoSender;
 pub use message::Ticket;
 pub use receiver::{Arrival, Fetch, FetchLink, ReceiveLink, Receiver};
 pub use route::Topology;
 pub use sender::{Members, Part, SendLink, Sender};
+pub use witness::Witness;
+pub(crate) use witness::drain;
 
 use std::future::Future;
 use std::time::Duration;
@@ -83,11 +86,7 @@ fn too_late(deadline: Duration, operation: &str) -> Error {
 
 /// Waits, after a failure, for the end of work that reads a trainer's weights: they may be changed as
 /// soon as the error is returned. Work that does not end in time is the error then, and says so.
-async fn settle<T>(
-    work: impl FusedFuture<Output = T>,
-    deadline: Duration,
-    error: Error,
-) -> Error {
+async fn settle<T>(work: impl FusedFuture<Output = T>, deadline: Duration, error: Error) -> Error {
     let work = std::pin::pin!(work);
     if work.is_terminated() || within(deadline, "", work).await.is_ok() {
         return error;

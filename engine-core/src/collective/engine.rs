@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::StreamExt;
+
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
@@ -17,15 +17,13 @@ use super::{Communicator, Library, Opened, Shape, SlotGuard, Slots, Thread};
 use crate::clock::within;
 use crate::memory::{Job, Pool};
 use crate::plan::ALIGNMENT;
-use crate::report::TensorCounts;
 use crate::update::{
     Arrival, CoSender, Fetch, FetchLink, Members, Part, Receiver, SendLink, Sender,
-    Ticket as JoinTicket,
+    Ticket as JoinTicket, Witness, drain,
 };
 use crate::{
     CheckpointEngine, ControlPlane, EngineContext, Error, ErrorKind, ErrorReport, Placement, Rank,
-    ReceivedWeights, Result, Role, SendReport, StageTimes, Storage, Version, WeightStream,
-    WorkerMetadata,
+    ReceivedWeights, Result, Role, SendReport, Storage, Version, WeightStream, WorkerMetadata,
 };
 
 /// Slots of a rank with one sender. Together they are as large as the two buckets that the configuration
@@ -78,8 +76,8 @@ enum Phase<C: Communicator> {
     Sending(Sender<Link<C>>, Arc<Node<C>>),
     CoSending(CoSender<Link<C>>, Arc<Node<C>>),
     Relaying(Receiver<Link<C>>, Arc<Node<C>>),
-    /// A trainer that has no part in updates.
-    Idle(Arc<Node<C>>),
+    /// A trainer that hears of updates only.
+    Idle(Witness, Arc<Node<C>>),
     Receiving(Receiver<Link<C>>, Arc<Node<C>>),
 }
 
@@ -101,7 +99,7 @@ impl<C: Communicator> Phase<C> {
             Self::New => None,
             // The link goes with the protocol's state.
             Self::Prepared(node)
-            | Self::Idle(node)
+            | Self::Idle(_, node)
             | Self::Sending(_, node)
             | Self::CoSending(_, node)
             | Self::Relaying(_, node)
@@ -219,7 +217,7 @@ impl<L: Library> CheckpointEngine for CollectiveEngine<L> {
             (Role::Trainer, _) => {
                 // Its slots are of no use, and a rollout of the device has use for the memory.
                 node.thread.close().await;
-                Phase::Idle(node)
+                Phase::Idle(Witness::new(context, control), node)
             }
         };
         Ok(())
@@ -236,7 +234,7 @@ impl<L: Library> CheckpointEngine for CollectiveEngine<L> {
             Phase::Relaying(receiver, _) => {
                 relay(receiver, weights, version, self.context.deadline()).await
             }
-            Phase::Idle(_) => drain(weights, version, self.context.deadline()).await,
+            Phase::Idle(witness, _) => witness.send(weights, version).await,
             Phase::Receiving(..) => Err(wrong_phase("sending weights", "this rank is a rollout")),
             _ => Err(wrong_phase("sending weights", "call init_process_group first")),
         }
@@ -266,36 +264,6 @@ impl<L: Library> CheckpointEngine for CollectiveEngine<L> {
         node.thread.close().await;
         Ok(())
     }
-}
-
-/// The weights of a trainer that sends none of them: its stream may be what gathers those of others.
-async fn drain(
-    mut weights: WeightStream<'_>,
-    version: Version,
-    deadline: Duration,
-) -> Result<SendReport> {
-    let begun = std::time::Instant::now();
-    let mut counts = TensorCounts::default();
-    loop {
-        let next = within(deadline, weights.next()).await.ok_or_else(|| {
-            let words = format!("nothing within {:.1} s", deadline.as_secs_f64());
-            Error::new(ErrorKind::Timeout, "waiting for the trainer's next weight", words)
-                .version(version)
-        })?;
-        let Some(weight) = next else { break };
-        counts.add(&weight?);
-    }
-    Ok(SendReport {
-        version,
-        counts,
-        buckets: 0,
-        plan_reused: false,
-        elapsed: begun.elapsed(),
-        stages: StageTimes::default(),
-        digest: None,
-        receivers: Vec::new(),
-        absent: Vec::new(),
-    })
 }
 
 /// Takes part in an update for the library to pass buckets on from here.

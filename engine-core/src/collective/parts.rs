@@ -51,7 +51,7 @@ pub(super) struct Parts {
 }
 
 impl Parts {
-    /// The parts of a group of these ranks, which are in their order. A trainer without one has no part in updates.
+    /// The parts of a group of these ranks, which are in their order. Trainers that neither send nor relay are idle.
     pub(super) fn new(options: CollectiveOptions, peers: &[WorkerMetadata]) -> Self {
         let first = peers.iter().find(|peer| peer.rank == Rank::LEADER);
         let leader = first.and_then(Seat::of);
@@ -76,6 +76,7 @@ impl Parts {
             } else if options.relays && Some(&peer.host) == host && is_free {
                 Part::Relay
             } else {
+                this.parts.insert(peer.rank, Part::Idle);
                 continue;
             };
             this.parts.insert(peer.rank, part);

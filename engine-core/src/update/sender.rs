@@ -132,6 +132,9 @@ pub enum Part {
     Relay,
     /// A trainer that sends a part of the buckets.
     Sender,
+    /// A trainer that neither sends nor receives: it hears of updates and how they end
+    /// ([`Witness`](super::Witness)), and nobody waits for it. It is none of the [`Members`].
+    Idle,
 }
 
 impl Part {
@@ -210,8 +213,8 @@ pub(super) fn is_of_transport(error: &Error) -> bool {
 
 fn not_entered(operation: &str, deadline: Duration) -> Error {
     let message = format!(
-        "nothing within {:.1} s: the rank has not called receive_weights, or send_weights if it is a \
-         trainer",
+        "nothing within {:.1} s: the rank has not called receive_weights (send_weights, if it is a \
+         trainer), or its process is stopped",
         deadline.as_secs_f64()
     );
     Error::new(ErrorKind::Timeout, operation, message)
@@ -237,6 +240,8 @@ struct Group {
     /// When the ranks of the update hear next that this one is alive.
     next_alive: Instant,
     members: BTreeMap<Rank, Member>,
+    /// The ranks that hear of updates and have no other part in them.
+    idle: BTreeSet<Rank>,
     absent: BTreeSet<Rank>,
     newcomers: Newcomers,
     /// Those that send in the present update, this rank first.
@@ -368,6 +373,7 @@ impl<L: SendLink> Sender<L> {
             group: Box::new(Group {
                 control,
                 members: receivers.into_iter().map(|rank| (rank, Member::default())).collect(),
+                idle: BTreeSet::new(),
                 absent: BTreeSet::new(),
                 newcomers: Newcomers(Box::new(|peer| {
                     (peer.role == Role::Rollout).then_some(Part::Receiver)
@@ -402,7 +408,7 @@ impl<L: SendLink> Sender<L> {
     ) -> Self {
         self.group.newcomers = Newcomers(Box::new(newcomers));
         for (rank, part) in parts {
-            self.group.members.insert(rank, Member { part, ..Member::default() });
+            self.group.admit(rank, part);
         }
         self
     }
@@ -606,6 +612,23 @@ impl<L: SendLink> Sender<L> {
 }
 
 impl Group {
+    fn admit(&mut self, rank: Rank, part: Part) {
+        if part == Part::Idle {
+            self.idle.insert(rank);
+        } else {
+            self.members.insert(rank, Member { part, ..Member::default() });
+        }
+    }
+
+    /// Tells the ranks that only hear of updates.
+    fn tell_idle(&self, body: &Bytes) {
+        for rank in &self.idle {
+            if let Err(error) = self.control.send(*rank, body.clone()) {
+                debug!(%rank, %error, "an idle trainer could not be told");
+            }
+        }
+    }
+
     /// Starts an update with the receivers that are there.
     async fn begin(&mut self, version: Version) -> Result<()> {
         self.end();
@@ -667,6 +690,7 @@ impl Group {
             ticket,
         }))?;
         self.active().try_for_each(|rank| self.send(rank, begin.clone()))?;
+        self.tell_idle(&begin);
         let receivers = self.receivers().collect();
         self.meter.observe(&Progress::Began { version, receivers });
         Ok(())
@@ -877,6 +901,7 @@ impl Group {
                 debug!(%rank, %error, "could not be told that the trainer is alive");
             }
         }
+        self.tell_idle(&body);
     }
 
     /// Awaits work of this rank that has a deadline of its own, and that events do not end.
@@ -1039,6 +1064,7 @@ impl Group {
         // From here on the update has happened: a receiver that cannot be told any more is lost, which
         // the next update will see.
         let body = encode(&ToReceiver::Commit { update: self.update })?;
+        self.tell_idle(&body);
         let mut reports = Vec::new();
         for (&rank, member) in self.members.iter_mut().filter(|(_, member)| member.active) {
             if let Err(error) = self.control.send(rank, body.clone()) {
@@ -1068,7 +1094,7 @@ impl Group {
                 if let Some(part) = (self.newcomers.0)(&peer) {
                     info!(rank = %peer.rank, ?part, "a rank joined; it takes part in the next update");
                     self.absent.remove(&peer.rank);
-                    self.members.insert(peer.rank, Member { part, ..Member::default() });
+                    self.admit(peer.rank, part);
                 }
                 Ok(())
             }
@@ -1091,6 +1117,7 @@ impl Group {
         for slot in &mut self.slots {
             slot.by.remove(&rank);
         }
+        self.idle.remove(&rank);
         let Some(member) = self.members.remove(&rank) else { return Ok(()) };
         self.absent.insert(rank);
         if !member.active {
@@ -1263,7 +1290,8 @@ struct AbortGuard {
 
 impl AbortGuard {
     fn arm(&mut self, group: &Group) {
-        self.abort = Some((group.update, group.version, group.active().collect()));
+        let ranks = group.active().chain(group.idle.iter().copied()).collect();
+        self.abort = Some((group.update, group.version, ranks));
     }
 
     fn disarm(&mut self) {
