@@ -70,7 +70,7 @@ impl Lease {
             if Instant::now() >= until {
                 return false;
             }
-            tokio::time::sleep(PAUSE).await;
+            engine_core::clock::sleep(PAUSE).await;
         }
         true
     }

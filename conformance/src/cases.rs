@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use engine_core::{
-    ControlPlane, DType, Encoding, Error, ErrorKind, Rank, ReceivedBucket, Role, Storage,
-    TensorMap, TensorMeta, Treatment, Version, VersionState, Weight, WeightStream,
+    ControlPlane, DType, Encoding, Error, ErrorKind, Rank, ReceivedBucket, ReceivedPiece, Role,
+    Storage, TensorMap, TensorMeta, Treatment, Version, VersionState, Weight, WeightStream,
     ensure_async_iterator,
 };
 use futures::StreamExt;
@@ -613,9 +613,14 @@ async fn a_stream_that_is_dropped_after_the_commit_costs_no_later_update(suite: 
     let two = async {
         let mut received = two[0].receive_weights(None).await.map_err(words)?;
         // It is ready last, because it holds its last bucket until the other one is.
-        for _ in 0..LONG {
+        loop {
             let bucket = received.next_bucket().await.map_err(words)?.ok_or("it ended early")?;
-            if bucket.index() + 1 == LONG {
+            let is_last = |piece: ReceivedPiece| {
+                let end = piece.start + piece.bytes.len();
+                *piece.meta.name == *format!("w{}", LONG - 1)
+                    && piece.meta.byte_len().is_ok_and(|len| len == end)
+            };
+            if bucket.pieces().any(is_last) {
                 wait.await.ok();
                 break;
             }
@@ -811,7 +816,7 @@ async fn other_names_than_before_are_refused_everywhere(suite: &Suite) -> Verdic
         weights.remove(at);
         weights
     };
-    let updates = [(all.clone(), true), (without(3), false), (Vec::new(), false), (all, true)];
+    let updates = [(all.clone(), true), (without(1), false), (Vec::new(), false), (all, true)];
     for (version, (weights, is_whole)) in (1..).zip(updates) {
         let send = group.trainer.send_weights(ensure_async_iterator(weights), Version(version));
         let (one, two) = group.rollouts.split_at_mut(1);

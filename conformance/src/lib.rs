@@ -144,7 +144,10 @@ impl Suite {
     /// What has to arrive of weights that are sent.
     pub(crate) fn expected(&self, weights: Vec<Weight>) -> Vec<Weight> {
         match self.quantizer {
-            Some(quantizer) => (quantizer.expected)(weights),
+            // On a thread of its own, because it may run an executor, and the caller's may be one.
+            Some(quantizer) => std::thread::scope(|scope| {
+                scope.spawn(|| (quantizer.expected)(weights)).join().expect("no panic")
+            }),
             None => weights,
         }
     }
