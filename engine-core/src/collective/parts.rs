@@ -198,7 +198,7 @@ fn check_devices(senders: u32, workers: &[WorkerMetadata]) -> Result<()> {
     let parts = Parts::new(CollectiveOptions { senders, ..CollectiveOptions::default() }, workers);
     let mut seats: BTreeMap<Seat, Rank> = BTreeMap::new();
     seats.extend(parts.leader.clone().map(|seat| (seat, Rank::LEADER)));
-    for (rank, part) in parts.iter() {
+    for (rank, part) in parts.iter().filter(|(_, part)| *part != Part::Idle) {
         if part == Part::Colocated {
             parts.key().map_err(|error| error.rank(rank))?;
             if senders > 1 {
@@ -292,7 +292,8 @@ mod tests {
         let workers =
             ranked([trainer(0), trainer(0), trainer(1), trainer(2), trainer(2), rollout(1)]);
         let (relay, receiver) = (Some(Part::Relay), Some(Part::Receiver));
-        assert_eq!(parts(&workers), [None, None, relay, None, receiver]);
+        let idle = Some(Part::Idle);
+        assert_eq!(parts(&workers), [idle, idle, relay, idle, receiver]);
         build_topology("test", &workers).unwrap();
     }
 
@@ -357,7 +358,8 @@ mod tests {
             let workers: Vec<_> = (0..).zip(workers).map(ranked).collect();
             prop_assume!(build_topology("test", &workers).is_ok());
             let parts = Parts::new(CollectiveOptions::default(), &workers);
-            let members = parts.iter().filter(|(_, part)| *part != Part::Colocated);
+            let is_member = |part| !matches!(part, Part::Colocated | Part::Idle);
+            let members = parts.iter().filter(|(_, part)| is_member(*part));
             let ranks = members.map(|(rank, _)| rank).chain([Rank::LEADER]);
             let mut seats: Vec<_> = ranks.map(|rank| Seat::of(&workers[rank.index()])).collect();
             let all = seats.len();
