@@ -357,7 +357,10 @@ async fn converse(
 fn lost(error: Error) -> Error {
     let message = &error.report().message;
     let message = match error.kind() {
-        ErrorKind::Io => format!("the connection broke: its process died ({message})"),
+        // With the system's error as its source: a reset is `PeerLost` already, but says no more.
+        ErrorKind::Io | ErrorKind::PeerLost if std::error::Error::source(&error).is_some() => {
+            format!("the connection broke: its process died ({message})")
+        }
         ErrorKind::Timeout => message.clone(),
         _ => return error,
     };
