@@ -743,7 +743,10 @@ async fn ranks_that_come_and_go_keep_no_wait_alive(suite: &Suite) -> Verdict {
 async fn a_rollout_that_is_slow_within_the_deadline_is_waited_for_by_all(suite: &Suite) -> Verdict {
     // Two buckets are left when the trainer has sent its last one: together they take longer than any
     // deadline, and each of them less.
-    let suite = suite.clone().with_config(|config| config.timeout_seconds = 5.0);
+    let suite = suite.clone().with_config(|config| {
+        config.timeout_seconds = config.timeout_seconds.max(5.0);
+    });
+    let pause = Duration::from_secs_f64(0.66 * suite.config.timeout_seconds);
     let mut group = Group::form(&suite, 2).await.map_err(words)?;
     let weights: Vec<Weight> = long(1).into_iter().take(2).collect();
     let send = group.trainer.send_weights(ensure_async_iterator(weights), Version(1));
@@ -751,7 +754,7 @@ async fn a_rollout_that_is_slow_within_the_deadline_is_waited_for_by_all(suite: 
     let slow = async {
         let mut received = slow[0].receive_weights(None).await?;
         while let Some(bucket) = received.next_bucket().await? {
-            sleep(Duration::from_millis(3300)).await;
+            sleep(pause).await;
             drop(bucket);
         }
         Ok::<_, Error>(())
