@@ -424,9 +424,9 @@ fn a_rollout_on_the_trainers_npu_that_was_given_up_sees_no_bytes_of_another_vers
     group.rollouts[0].says("holding");
     // Longer than it may be silent.
     signal(&group.rollouts[0], "STOP");
-    fails(&group.trainer, "Timeout", 1, "the peer was silent");
+    fails(&group.trainer, "PeerLost", 1, "the peer was silent");
     let mut stopped = group.rollouts.remove(0);
-    fails(&group.rollouts[0], "Timeout", 1, "the peer was silent");
+    fails(&group.rollouts[0], "PeerLost", 1, "the peer was silent");
     group.works(2, &[2]);
     signal(&stopped, "CONT");
     stopped.tell("");
