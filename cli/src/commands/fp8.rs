@@ -142,11 +142,14 @@ fn rules(format: &FormatArgs) -> RulesConfig {
 pub(crate) fn quantize_command(args: &QuantizeArgs) -> Result<ExitCode, Failure> {
     let input = Checkpoint::open(&args.input)?;
     let rules = rules(&args.format);
-    remark(&plan_of(&input, &rules)?, rules.receiver);
+    // What the conversion refuses, it refuses in its own words, which name the scheme.
+    let plan = plan_of(&input, &rules);
     let bar = byte_bar(input.byte_len());
     let done = quantize(&input, &args.output, &rules, |bytes| bar.inc(bytes));
     bar.finish_and_clear();
-    say_converted("quantised", &done?)
+    let done = done?;
+    remark(&plan?, rules.receiver);
+    say_converted("quantised", &done)
 }
 
 pub(crate) fn dequantize_command(args: &DequantizeArgs) -> Result<ExitCode, Failure> {

@@ -55,6 +55,8 @@ pub use address::{Address, UnixAddress};
 pub use env::{TorchrunEnv, from_env, from_lookup};
 pub use plane::ControlPlane;
 pub use token::Token;
+#[cfg(test)]
+pub(crate) use wire::PROTOCOL_VERSION;
 
 use std::time::Duration;
 

@@ -17,8 +17,8 @@ use super::token::{Nonce, Proof};
 use super::{Peer, Role};
 use crate::{Error, ErrorKind, ErrorReport, Rank, Result};
 
-/// The version of everything below; peers of different versions refuse each other.
-pub(super) const PROTOCOL_VERSION: u32 = 1;
+/// The version of everything below and of the messages of updates; peers of different versions refuse each other.
+pub(crate) const PROTOCOL_VERSION: u32 = 2;
 pub(super) const MAGIC: [u8; 8] = *b"ckpt-eng";
 /// The longest frame of a peer that has not authenticated itself.
 pub(super) const HANDSHAKE_FRAME: usize = 1024;

@@ -164,6 +164,7 @@ pub(super) fn decode<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::PROTOCOL_VERSION;
     use crate::{DType, TensorMeta};
     use proptest::prelude::*;
 
@@ -175,6 +176,67 @@ mod tests {
             drop(decode::<ToReceiver>(&bytes));
             drop(decode::<ToSender>(&bytes));
         }
+    }
+
+    /// Ranks of two builds must not decode each other's messages into other ones: where this fails, the version
+    /// of the control plane's protocol has to become another as well.
+    #[test]
+    fn messages_are_encoded_as_this_protocol_version_encodes_them() {
+        let error = ErrorReport::from(&Error::new(ErrorKind::Timeout, "a", "b"));
+        let begin = Begin {
+            update: 1,
+            version: Version(2),
+            bucket_bytes: 3,
+            slots: 4,
+            digests: true,
+            routed: false,
+            senders: vec![Rank(5)],
+            ticket: Some(Ticket { bytes: Bytes::from_static(b"t"), together: true }),
+        };
+        let meta = TensorMeta::new("n", DType::BF16, [6]);
+        let pieces = vec![Piece { meta, start: 7, len: 8, offset: 9 }];
+        let to_receiver = [
+            ToReceiver::Begin(begin),
+            ToReceiver::Bucket {
+                update: 1,
+                index: 2,
+                slot: 3,
+                digest: 4,
+                layout: Layout::Explicit { pieces },
+            },
+            ToReceiver::Bucket {
+                update: 1,
+                index: 2,
+                slot: 3,
+                digest: 4,
+                layout: Layout::Known { digest: 5 },
+            },
+            ToReceiver::Fetch { update: 1, index: 2, from: Rank(3), card: Bytes::new() },
+            ToReceiver::Fill { update: 1, index: 2, slot: 3, layout: 4 },
+            ToReceiver::End { update: 1, buckets: 2, digest: 3, plan: 4 },
+            ToReceiver::Commit { update: 1 },
+            ToReceiver::Abort { update: 1, error: error.clone() },
+            ToReceiver::Join { update: 1 },
+            ToReceiver::Alive { update: 1, awaited: Some(Rank(2)) },
+        ];
+        let to_sender = [
+            ToSender::Entered { update: 1, card: Bytes::new(), plan: Some(2), held: vec![(3, 4)] },
+            ToSender::Fetched { update: 1, index: 2 },
+            ToSender::Missed { update: 1, index: 2, from: Rank(3), error: error.clone() },
+            ToSender::Joined { update: 1 },
+            ToSender::Filled { update: 1, index: 2, digest: 3 },
+            ToSender::Release { update: 1, index: 2 },
+            ToSender::Confirm { update: 1, digest: 2, seconds: 0.5, notes: "n".into() },
+            ToSender::Failed { update: 1, error },
+        ];
+        let mut all = Vec::new();
+        for bytes in to_receiver.iter().map(encode).chain(to_sender.iter().map(encode)) {
+            let bytes = bytes.unwrap();
+            all.push(bytes.len() as u8);
+            all.extend(bytes);
+        }
+        let sum = crate::digest::sum(0, &all);
+        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (2, 147, 13_694_082_232_816_405_489));
     }
 
     #[test]
