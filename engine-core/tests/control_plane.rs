@@ -981,7 +981,8 @@ fn a_dropped_join_leaves_no_member_behind() {
         let (leader, _members) = group(1).await;
         for _ in 0..5 {
             let joining = std::pin::pin!(try_join(&leader, Role::Rollout, None));
-            assert!(futures::poll!(joining).is_pending());
+            // Dropped at whatever point it has come to.
+            drop(futures::poll!(joining));
         }
         assert_eq!(leader.recv(SHORT).await.unwrap(), None);
         assert_eq!(leader.peers().len(), 2);
