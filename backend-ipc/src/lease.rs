@@ -1,4 +1,4 @@
-//! How a process knows whether others still use what it lends them: whoever uses it holds a lock on a file of
+//! How a process knows whether others still use what it lends them: each user of it holds a lock on a file of
 //! the lender's, which the system releases when that process ends, however it does.
 
 use std::fs::File;

@@ -134,7 +134,7 @@ impl Arena {
         self.home.device()
     }
 
-    /// Where the first bytes of a slot are, whoever uses it.
+    /// Where the first bytes of a slot are, whether or not it is in use.
     pub(crate) fn place(&self, slot: u32, filled: u64) -> Result<Place, NixlError> {
         self.check(slot, filled)?;
         let places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
@@ -427,7 +427,7 @@ impl AsRef<[u8]> for View {
             Some(Range::Host(piece)) => piece.bytes().get(..self.0.len),
             _ => None,
         };
-        // `into_storage` makes views of host memory only, and whoever locks a slot checks its length.
+        // `into_storage` makes views of host memory only, and the lock of a slot checks its length.
         debug_assert!(bytes.is_some(), "a view of no bytes");
         bytes.unwrap_or_default()
     }

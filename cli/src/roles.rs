@@ -1,4 +1,4 @@
-//! What a trainer and a rollout do, whoever starts them: run updates.
+//! What a trainer and a rollout do, in a process of their own or as a child: run updates.
 
 use std::fmt;
 use std::path::PathBuf;

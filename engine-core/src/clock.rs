@@ -1,7 +1,7 @@
 //! Deadlines that work on every executor.
 //!
 //! tokio's timers need one of its runtimes to turn them, and panic where there is none. So those of engines
-//! are turned by a thread of their own, which sleeps until the next deadline; whoever waits may run anywhere.
+//! are turned by a thread of their own, which sleeps until the next deadline; a wait may run on any executor.
 
 use std::future::Future;
 use std::sync::LazyLock;
