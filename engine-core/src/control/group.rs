@@ -2,10 +2,11 @@
 //! what happened, and answer by adding frames to outboxes and events to the mailbox.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 
 use super::wire::{Call, Control, FRAME_OVERHEAD, Frame, Introduction, Outcome, encode};
@@ -68,10 +69,83 @@ impl Mailbox {
     }
 }
 
+/// Where frames for a peer wait until its socket takes them. A peer that reads takes them at once; one
+/// that does not may cost no more memory than `budget`.
+#[derive(Clone, Debug)]
+pub(super) struct Outbox {
+    frames: UnboundedSender<Frame>,
+    /// The bytes that wait.
+    waiting: Arc<AtomicUsize>,
+    budget: usize,
+}
+
+/// The other end of an [`Outbox`].
+#[derive(Debug)]
+pub(super) struct Queue {
+    frames: UnboundedReceiver<Frame>,
+    waiting: Arc<AtomicUsize>,
+}
+
+/// Why an [`Outbox`] did not take a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NotQueued {
+    /// The connection has ended.
+    Closed,
+    /// The peer does not read.
+    Full,
+}
+
+impl Outbox {
+    pub(super) fn new(budget: usize) -> (Self, Queue) {
+        let (frames, queue) = unbounded_channel();
+        let waiting = Arc::<AtomicUsize>::default();
+        let outbox = Self { frames, waiting: Arc::clone(&waiting), budget };
+        (outbox, Queue { frames: queue, waiting })
+    }
+
+    pub(super) fn send(&self, frame: Frame) -> std::result::Result<(), NotQueued> {
+        let cost = frame.cost();
+        // No other memory is read because of this number, so its order does not matter.
+        if self.waiting.fetch_add(cost, Ordering::Relaxed).saturating_add(cost) > self.budget {
+            self.waiting.fetch_sub(cost, Ordering::Relaxed);
+            return Err(NotQueued::Full);
+        }
+        self.frames.send(frame).map_err(|_| NotQueued::Closed)
+    }
+
+    /// The last frame, whatever waits before it: nothing can be sent after it.
+    pub(super) fn close_with(self, frame: Frame) -> std::result::Result<(), NotQueued> {
+        self.frames.send(frame).map_err(|_| NotQueued::Closed)
+    }
+}
+
+impl Queue {
+    /// The next frame, or `None` when the outbox is gone and empty.
+    pub(super) async fn recv(&mut self) -> Option<Frame> {
+        let frame = self.frames.recv().await;
+        self.took(frame)
+    }
+
+    pub(super) fn try_recv(&mut self) -> Option<Frame> {
+        let frame = self.frames.try_recv().ok();
+        self.took(frame)
+    }
+
+    fn took(&self, frame: Option<Frame>) -> Option<Frame> {
+        if let Some(frame) = &frame {
+            let cost = frame.cost();
+            let less = |waiting: usize| Some(waiting.saturating_sub(cost));
+            // It never fails: the closure always gives a value.
+            self.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).ok();
+        }
+        frame
+    }
+}
+
 /// The way to a peer.
 #[derive(Debug)]
 pub(super) struct Link {
-    pub(super) outbox: UnboundedSender<Frame>,
+    pub(super) outbox: Outbox,
     /// The longest frame that the peer accepts.
     pub(super) limit: usize,
     /// Ends the connection from this side, for the reason that is left with it.
@@ -110,13 +184,34 @@ impl Link {
             )
             .rank(to));
         }
-        self.outbox.send(frame).map_err(|_| gone(to))
+        self.queue(frame).map_err(|why| match why {
+            NotQueued::Closed => gone(to),
+            NotQueued::Full => self.unread().rank(to),
+        })
     }
 
     fn control(&self, frame: Control) {
-        if self.outbox.send(Frame::Control(frame)).is_err() {
-            tracing::trace!("the peer's link ended before this frame");
+        if let Err(why) = self.queue(Frame::Control(frame)) {
+            tracing::trace!(?why, "the peer's link ended before this frame");
         }
+    }
+
+    /// Queues a frame, or ends the connection to a peer that does not read.
+    fn queue(&self, frame: Frame) -> std::result::Result<(), NotQueued> {
+        let result = self.outbox.send(frame);
+        if result == Err(NotQueued::Full) {
+            self.cut.order(ErrorReport::from(&self.unread()));
+        }
+        result
+    }
+
+    fn unread(&self) -> Error {
+        let message = format!(
+            "more than {} bytes wait for it, as it does not read (twice max_frame_bytes): its \
+             connection ends",
+            self.outbox.budget
+        );
+        Error::new(ErrorKind::Resource, "sending a message", message)
     }
 }
 

@@ -4,13 +4,12 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::address::{Listener, connect};
-use super::group::{Cut, End, Link, Mailbox, Membership};
+use super::group::{Cut, End, Link, Mailbox, Membership, Outbox, Queue};
 use super::handshake::{PATIENCE, examine, introduce, refuse};
 use super::shared::{Shared, Side};
 use super::wire::{Control, Frame, FrameReader, FrameWriter, Terms, Wire, decode, unexpected};
@@ -27,6 +26,11 @@ const BEAT_FLOOR: Duration = Duration::from_millis(1);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 impl ControlConfig {
+    /// How many bytes of one peer's messages may wait to be read here, and of ours to be written to it.
+    fn budget(&self) -> usize {
+        self.max_frame_bytes.saturating_mul(2)
+    }
+
     fn terms(&self) -> Terms {
         Terms {
             // Checked by `validate`.
@@ -67,8 +71,8 @@ pub(super) async fn serve(
                         };
                         drop(stranger);
                         match entered {
-                            Ok(Ok((rank, traffic, cut))) => {
-                                attend(rank, traffic, &cut, &config, &shared).await;
+                            Ok(Ok((rank, traffic))) => {
+                                attend(rank, traffic, &config, &shared).await;
                             }
                             Ok(Err(error)) if error.kind() == ErrorKind::Protocol => {
                                 tracing::debug!(%error, "a stranger knocked");
@@ -138,16 +142,13 @@ impl Drop for Stranger {
 /// An authenticated connection, what is queued for it, and what its peer demands.
 pub(super) struct Traffic {
     wire: Wire,
-    queue: UnboundedReceiver<Frame>,
+    queue: Queue,
     terms: Terms,
+    cut: Arc<Cut>,
 }
 
 /// Takes a connection through the handshake and gives it a rank.
-async fn enter(
-    mut wire: Wire,
-    config: &ControlConfig,
-    shared: &Shared,
-) -> Result<(Rank, Traffic, Arc<Cut>)> {
+async fn enter(mut wire: Wire, config: &ControlConfig, shared: &Shared) -> Result<(Rank, Traffic)> {
     let guest = examine(&mut wire, &config.token).await?;
     let terms = guest.introduction.terms;
     if terms.max_frame < FRAME_FLOOR {
@@ -158,10 +159,8 @@ async fn enter(
         let error = Error::new(ErrorKind::Config, "joining the group", message);
         return Err(refuse(&mut wire, error).await);
     }
-    let (outbox, queue) = unbounded_channel();
-    let welcome = outbox.clone();
-    let cut = Arc::<Cut>::default();
-    let link = Link { outbox, limit: terms.max_frame as usize, cut: Arc::clone(&cut) };
+    let (link, queue) = link(config, terms);
+    let (welcome, cut) = (link.outbox.clone(), Arc::clone(&link.cut));
     let admitted = shared.update(|_, side| match side {
         Side::Leader(group) => group.admit(&guest.introduction, link).and_then(|rank| {
             // Queued under the lock, so that nothing can overtake it.
@@ -176,16 +175,16 @@ async fn enter(
     match admitted {
         Ok(rank) => {
             tracing::debug!(%rank, role = ?guest.introduction.role, "a member connected");
-            Ok((rank, Traffic { wire, queue, terms }, cut))
+            Ok((rank, Traffic { wire, queue, terms, cut }))
         }
         Err(error) => Err(refuse(&mut wire, error).await),
     }
 }
 
 /// The leader's traffic with one member, until it ends.
-async fn attend(rank: Rank, traffic: Traffic, cut: &Cut, config: &ControlConfig, shared: &Shared) {
-    let budget = config.max_frame_bytes.saturating_mul(2);
-    let conversation = converse(traffic, config, |frame| {
+async fn attend(rank: Rank, traffic: Traffic, config: &ControlConfig, shared: &Shared) {
+    let budget = config.budget();
+    let end = converse(traffic, config, |frame| {
         shared.update(|mailbox, side| {
             let Side::Leader(group) = side else { return Err(unexpected(&frame)) };
             match frame {
@@ -196,11 +195,8 @@ async fn attend(rank: Rank, traffic: Traffic, cut: &Cut, config: &ControlConfig,
             }
             Ok(())
         })
-    });
-    let end = tokio::select! {
-        end = conversation => end,
-        reason = cut.ordered() => End::Lost(reason),
-    };
+    })
+    .await;
     tracing::debug!(%rank, ?end, "a member's connection ended");
     shared.update(|mailbox, side| {
         if let Side::Leader(group) = side {
@@ -276,9 +272,17 @@ async fn attempt(config: &ControlConfig, role: Role, rank: Option<Rank>) -> Resu
     let connected = connect(&config.address).await;
     let mut wire = connected.map_err(|error| Error::io("connecting to the leader", error))?;
     let (rank, terms) = introduce(&mut wire, &config.token, role, rank, config.terms()).await?;
-    let (outbox, queue) = unbounded_channel();
-    let leader = Link { outbox, limit: terms.max_frame as usize, cut: Arc::default() };
-    Ok((rank, Membership { leader, table: Vec::new() }, Traffic { wire, queue, terms }))
+    let (leader, queue) = link(config, terms);
+    let cut = Arc::clone(&leader.cut);
+    Ok((rank, Membership { leader, table: Vec::new() }, Traffic { wire, queue, terms, cut }))
+}
+
+/// The way to a peer with these terms, and what is queued on it.
+fn link(config: &ControlConfig, terms: Terms) -> (Link, Queue) {
+    let (outbox, queue) = Outbox::new(config.budget());
+    // What this side does not accept, it does not send: a peer with larger frames costs no more memory.
+    let limit = config.max_frame_bytes.min(terms.max_frame as usize);
+    (Link { outbox, limit, cut: Arc::default() }, queue)
 }
 
 /// A member's traffic with the leader, until it ends or `stop`.
@@ -338,12 +342,13 @@ async fn converse(
     config: &ControlConfig,
     on_frame: impl FnMut(Frame) -> Result<()>,
 ) -> End {
-    let Traffic { wire: Wire { mut reader, writer }, queue, terms } = traffic;
+    let Traffic { wire: Wire { mut reader, writer }, queue, terms, cut } = traffic;
     reader.set_max_frame(config.max_frame_bytes);
     // At least three heartbeats fit into the silence that the peer tolerates.
     let beat = config.heartbeat_interval.min(terms.heartbeat_timeout / 3).max(BEAT_FLOOR);
     let end = tokio::select! {
         biased;
+        reason = cut.ordered() => End::Lost(reason),
         end = listen(reader, config.heartbeat_timeout, on_frame) => end,
         error = speak(writer, queue, beat, config.heartbeat_timeout) => End::Lost(error),
     };
@@ -394,7 +399,7 @@ async fn listen(
 /// Ends with an error only; after the last frame it leaves the socket to the reader.
 async fn speak(
     mut writer: FrameWriter,
-    mut queue: UnboundedReceiver<Frame>,
+    mut queue: Queue,
     beat: Duration,
     patience: Duration,
 ) -> Error {
@@ -405,7 +410,7 @@ async fn speak(
                 while let Some(frame) = next {
                     next = match writer.push(&frame) {
                         Ok(true) => None,
-                        Ok(false) => queue.try_recv().ok(),
+                        Ok(false) => queue.try_recv(),
                         Err(error) => return error,
                     };
                 }
@@ -437,6 +442,46 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_peer_that_does_not_read_costs_two_frames_of_memory_and_its_connection() {
+        let token = Token::generate().unwrap();
+        let mut config = ControlConfig::new("127.0.0.1:0".parse().unwrap(), token);
+        config.max_frame_bytes = FRAME_FLOOR as usize;
+        let terms = Terms { max_frame: u32::MAX, ..config.terms() };
+        let (link, queue) = link(&config, terms);
+        // The socket takes one byte, and nobody takes that.
+        let (near, _far) = tokio::io::duplex(1);
+        let traffic = Traffic { wire: wire(near), queue, terms, cut: Arc::clone(&link.cut) };
+        let body = bytes::Bytes::from(vec![0; 1000]);
+        let mut taken = 0;
+        let refused = loop {
+            match link.send(Rank(1), body.len(), Frame::Message(body.clone())) {
+                Ok(()) => taken += 1,
+                Err(error) => break error,
+            }
+        };
+        assert_eq!((taken, refused.kind()), (7, ErrorKind::Resource), "{refused}");
+        let End::Lost(error) = converse(traffic, &config, |_| Ok(())).await else { panic!() };
+        assert_eq!(error.kind(), ErrorKind::Resource, "{error}");
+        assert!(error.to_string().contains("does not read"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_reads_is_sent_any_number_of_frames() {
+        let token = Token::generate().unwrap();
+        let mut config = ControlConfig::new("127.0.0.1:0".parse().unwrap(), token);
+        config.max_frame_bytes = FRAME_FLOOR as usize;
+        let (link, mut queue) = link(&config, config.terms());
+        let body = bytes::Bytes::from(vec![0; 3000]);
+        for _ in 0..100 {
+            link.send(Rank(1), body.len(), Frame::Message(body.clone())).unwrap();
+            link.send(Rank(1), body.len(), Frame::Message(body.clone())).unwrap();
+            assert!(queue.recv().await.is_some() && queue.try_recv().is_some());
+        }
+        let error = link.send(Rank(1), 5000, Frame::Message(body)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    }
+
+    #[tokio::test]
     async fn a_member_that_accepts_no_frames_to_speak_of_is_refused_in_the_handshake() {
         let token = Token::generate().unwrap();
         let config = ControlConfig::new("127.0.0.1:0".parse().unwrap(), token.clone());
@@ -447,7 +492,7 @@ mod tests {
             let terms = Terms { max_frame, ..config.terms() };
             // The welcome is queued for the traffic that follows.
             let entered = async {
-                let Ok((_, mut traffic, _)) = enter(leader, &config, &shared).await else {
+                let Ok((_, mut traffic)) = enter(leader, &config, &shared).await else {
                     return false;
                 };
                 let Some(Frame::Control(welcome)) = traffic.queue.recv().await else {

@@ -4,7 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use tokio::sync::Notify;
 
-use super::group::{Group, Mailbox, Membership};
+use super::group::{Group, Mailbox, Membership, Outbox};
 use super::wire::{Control, Frame};
 use crate::{Error, ErrorKind, ErrorReport};
 
@@ -49,9 +49,9 @@ impl Shared {
                 Side::Leader(group) => group.dissolve(),
                 Side::Member(membership) => {
                     // The replacement's receiver is gone, so the real outbox closes here.
-                    let (nowhere, _) = tokio::sync::mpsc::unbounded_channel();
+                    let (nowhere, _) = Outbox::new(0);
                     let outbox = std::mem::replace(&mut membership.leader.outbox, nowhere);
-                    if outbox.send(Frame::Control(Control::Goodbye)).is_err() {
+                    if outbox.close_with(Frame::Control(Control::Goodbye)).is_err() {
                         tracing::trace!("the leader is gone already");
                     }
                 }

@@ -109,6 +109,18 @@ pub(super) enum Outcome {
 }
 
 impl Frame {
+    /// The bytes of memory that it takes while it waits, about.
+    pub(super) fn cost(&self) -> usize {
+        let body = match self {
+            Self::Message(body) | Self::Control(Control::Reply { outcome: body, .. }) => body.len(),
+            Self::Control(Control::Call { call: Call::Gather { payload, .. }, .. }) => {
+                payload.len()
+            }
+            Self::Control(_) => 0,
+        };
+        body + FRAME_OVERHEAD
+    }
+
     pub(super) fn decode(mut bytes: BytesMut) -> Result<Self> {
         match bytes.first() {
             Some(&MESSAGE) => {
