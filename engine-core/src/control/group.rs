@@ -106,7 +106,9 @@ impl Outbox {
     pub(super) fn send(&self, frame: Frame) -> std::result::Result<(), NotQueued> {
         let cost = frame.cost();
         // No other memory is read because of this number, so its order does not matter.
-        if self.waiting.fetch_add(cost, Ordering::Relaxed).saturating_add(cost) > self.budget {
+        let before = self.waiting.fetch_add(cost, Ordering::Relaxed);
+        // A frame that is larger than the budget passes alone.
+        if before > 0 && before.saturating_add(cost) > self.budget {
             self.waiting.fetch_sub(cost, Ordering::Relaxed);
             return Err(NotQueued::Full);
         }

@@ -280,9 +280,7 @@ async fn attempt(config: &ControlConfig, role: Role, rank: Option<Rank>) -> Resu
 /// The way to a peer with these terms, and what is queued on it.
 fn link(config: &ControlConfig, terms: Terms) -> (Link, Queue) {
     let (outbox, queue) = Outbox::new(config.budget());
-    // What this side does not accept, it does not send: a peer with larger frames costs no more memory.
-    let limit = config.max_frame_bytes.min(terms.max_frame as usize);
-    (Link { outbox, limit, cut: Arc::default() }, queue)
+    (Link { outbox, limit: terms.max_frame as usize, cut: Arc::default() }, queue)
 }
 
 /// A member's traffic with the leader, until it ends or `stop`.
@@ -477,8 +475,14 @@ mod tests {
             link.send(Rank(1), body.len(), Frame::Message(body.clone())).unwrap();
             assert!(queue.recv().await.is_some() && queue.try_recv().is_some());
         }
-        let error = link.send(Rank(1), 5000, Frame::Message(body)).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+        // One that is larger than the budget, as the peer accepts larger ones than this side.
+        let terms = Terms { max_frame: u32::MAX, ..config.terms() };
+        let (link, mut queue) = super::link(&config, terms);
+        let large = bytes::Bytes::from(vec![0; 10_000]);
+        for _ in 0..3 {
+            link.send(Rank(1), large.len(), Frame::Message(large.clone())).unwrap();
+            assert!(queue.recv().await.is_some());
+        }
     }
 
     #[tokio::test]

@@ -90,7 +90,7 @@ pub struct ControlConfig {
     pub heartbeat_timeout: Duration,
     /// How long a member tries to reach the leader, which may start later. 60 s.
     pub connect_timeout: Duration,
-    /// The longest frame that this rank accepts or sends, in bytes: a message, or the metadata of all
+    /// The longest frame that this rank accepts, in bytes: a message, or the metadata of all
     /// ranks together. At least 4096; 64 MiB. A leader ends the connection of a member of which it has
     /// twice this in messages that nobody has read, and every rank ends the connection to a peer for which
     /// twice this waits because it does not read.
