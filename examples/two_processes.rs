@@ -24,9 +24,9 @@ async fn main() -> Result<()> {
 }
 
 async fn trainer() -> Result<()> {
-    let secret = format!("{:032x}", std::process::id());
+    let token = Token::generate()?;
     let address = format!("unix:@two-processes-{}", std::process::id());
-    let config = ControlConfig::new(address.parse()?, Token::new(secret.as_bytes())?);
+    let config = ControlConfig::new(address.parse()?, token.clone());
     let control = ControlPlane::lead(config).await?;
     let failed = |error| Error::io("starting the rollout", error);
     let program = std::env::current_exe().map_err(failed)?;
@@ -34,7 +34,7 @@ async fn trainer() -> Result<()> {
         Command::new(program).arg(&address).stdin(Stdio::piped()).spawn().map_err(failed)?;
     // The secret travels where no other process can read it.
     if let Some(mut input) = child.stdin.take() {
-        input.write_all(secret.as_bytes()).map_err(failed)?;
+        input.write_all(token.expose()).map_err(failed)?;
     }
 
     let mut engine = form(&control, Role::Trainer).await?;

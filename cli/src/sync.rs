@@ -369,12 +369,13 @@ pub(crate) struct Processes {
 impl Processes {
     /// Starts the other ranks.
     pub(crate) async fn start(options: &SyncOptions, observer: Arc<dyn Observer>) -> Result<Self> {
-        let (secret, address) = rendezvous()?;
-        let token = Token::new(secret.as_bytes())?;
-        let control = ControlPlane::lead(ControlConfig::new(address.clone(), token)).await?;
+        let token = Token::generate()?;
+        let address = rendezvous()?;
+        let control =
+            ControlPlane::lead(ControlConfig::new(address.clone(), token.clone())).await?;
         let mut children = Vec::new();
         for rank in 1..options.trainers + options.rollouts {
-            children.push(start_child(options, rank, &address, &secret).await?);
+            children.push(start_child(options, rank, &address, &token).await?);
         }
         let device = options.device_of(0)?;
         let config = CheckpointEngineConfig { device, ..options.config.clone() };
@@ -442,18 +443,11 @@ fn check(line: &UpdateLine, verify: bool) -> Result<()> {
     Ok(())
 }
 
-/// A secret for this run, and an address that leaves no file behind.
-fn rendezvous() -> Result<(String, Address)> {
+/// An address for this run, which leaves no file behind.
+fn rendezvous() -> Result<Address> {
     static RUNS: AtomicU32 = AtomicU32::new(0);
-    let mut random = [0; 32];
-    let operation = "getting random bytes";
-    std::fs::File::open("/dev/urandom")
-        .and_then(|mut file| std::io::Read::read_exact(&mut file, &mut random))
-        .map_err(|error| Error::io(operation, error))?;
-    let secret: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
     let run = RUNS.fetch_add(1, Ordering::Relaxed);
-    let address = format!("unix:@ckpt-engine-{}-{run}", std::process::id()).parse()?;
-    Ok((secret, address))
+    format!("unix:@ckpt-engine-{}-{run}", std::process::id()).parse()
 }
 
 /// Starts this program as another trainer or as a rollout. The secret goes through its standard input, where no other
@@ -462,7 +456,7 @@ async fn start_child(
     options: &SyncOptions,
     rank: u32,
     address: &Address,
-    secret: &str,
+    token: &Token,
 ) -> Result<Child> {
     let failed = |error| Error::io("starting a rank", error).rank(Rank(rank));
     let program = std::env::current_exe().map_err(failed)?;
@@ -513,7 +507,7 @@ async fn start_child(
     command.stdin(Stdio::piped()).stdout(Stdio::null()).kill_on_drop(true);
     let mut child = command.spawn().map_err(failed)?;
     if let Some(mut input) = child.stdin.take() {
-        input.write_all(secret.as_bytes()).await.map_err(failed)?;
+        input.write_all(token.expose()).await.map_err(failed)?;
     }
     Ok(child)
 }

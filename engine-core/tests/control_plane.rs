@@ -3,10 +3,12 @@
 #![allow(clippy::unwrap_used, reason = "the helpers of tests may panic as tests do")]
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -326,9 +328,9 @@ fn flip_last(frame: &mut [u8]) {
 fn a_leader_without_the_token_is_refused_by_the_member() {
     block_on(async {
         let leader = lead().await;
-        // The Welcome ends with the leader's proof.
+        // The leader's first frame ends with what only a key made of the token can seal.
         let forge = |step, frame: &mut Vec<u8>| {
-            if step == 1 {
+            if step == 0 {
                 flip_last(frame);
             }
         };
@@ -342,7 +344,7 @@ fn a_leader_without_the_token_is_refused_by_the_member() {
 fn a_greeting_that_was_changed_on_the_way_proves_nothing() {
     block_on(async {
         let leader = lead().await;
-        // The Hello ends with the member's terms.
+        // The Hello ends with what only a key made of the token can seal.
         let change = |step, frame: &mut Vec<u8>| {
             if step == 0 {
                 flip_last(frame);
@@ -361,15 +363,123 @@ fn a_member_of_another_protocol_version_learns_both_versions() {
         let change = |step, frame: &mut Vec<u8>| {
             if step == 0 {
                 // Kind, the Hello's tag and eight bytes of magic precede the version.
-                assert_eq!((&frame[2..10], frame[10]), (&b"ckpt-eng"[..], 2));
+                assert_eq!((&frame[2..10], frame[10]), (&b"ckpt-eng"[..], 3));
                 frame[10] = 77;
             }
         };
         let config = between(&leader, change, |_, _| ());
         let error = ControlPlane::join(config, Role::Rollout, None).await.unwrap_err();
-        assert_names(&error, ErrorKind::Protocol, &["version 2", "version 77"]);
+        assert_names(&error, ErrorKind::Protocol, &["version 3", "version 77"]);
         let member = join(&leader).await;
         gather(&[&leader, &member]).await;
+    });
+}
+
+/// A leader, a member that reaches it through a relay, and everything that the relay passed on, both ways
+/// together. While `flip` is set, the next bytes towards the leader lose one bit.
+struct Relayed {
+    leader: ControlPlane,
+    member: ControlPlane,
+    passed: Arc<Mutex<Vec<u8>>>,
+    flip: Arc<AtomicBool>,
+}
+
+async fn relayed() -> Relayed {
+    let leader = lead().await;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (passed, flip) = (Arc::<Mutex<Vec<u8>>>::default(), Arc::<AtomicBool>::default());
+    let (seen, spoil, to) = (Arc::clone(&passed), Arc::clone(&flip), tcp(&leader));
+    std::thread::spawn(move || {
+        let (member, _) = listener.accept().unwrap();
+        let leader = TcpStream::connect(to).unwrap();
+        let ways = [
+            (member.try_clone().unwrap(), leader.try_clone().unwrap(), spoil),
+            (leader, member, Arc::default()),
+        ];
+        for (mut from, mut to, spoil) in ways {
+            let seen = Arc::clone(&seen);
+            std::thread::spawn(move || {
+                let mut bytes = [0; 4096];
+                while let Ok(length @ 1..) = from.read(&mut bytes) {
+                    seen.lock().unwrap().extend(&bytes[..length]);
+                    if spoil.swap(false, Ordering::Relaxed) {
+                        bytes[length - 1] ^= 1;
+                    }
+                    if to.write_all(&bytes[..length]).is_err() {
+                        break;
+                    }
+                }
+                // The other way ends as well: its reads do, at least.
+                from.shutdown(Shutdown::Both).ok();
+                to.shutdown(Shutdown::Both).ok();
+            });
+        }
+    });
+    let member = ControlPlane::join(config(&address), Role::Rollout, None).await.unwrap();
+    gather(&[&leader, &member]).await;
+    Relayed { leader, member, passed, flip }
+}
+
+#[test]
+fn what_ranks_say_to_each_other_crosses_the_network_encrypted() {
+    block_on(async {
+        let Relayed { leader, member, passed, .. } = relayed().await;
+        let secret = body("the digest of a model that nobody has published");
+        member.send(Rank(0), secret.clone()).unwrap();
+        leader.send(Rank(1), secret.clone()).unwrap();
+        assert_eq!(event(&leader).await, Event::Message { from: Rank(1), body: secret.clone() });
+        assert_eq!(event(&member).await, Event::Message { from: Rank(0), body: secret.clone() });
+        let passed = passed.lock().unwrap();
+        assert!(passed.len() > 2 * secret.len());
+        assert!(passed.windows(10).all(|bytes| bytes != &secret[..10]));
+    });
+}
+
+#[test]
+fn one_bit_that_changes_on_the_way_ends_the_connection_and_says_so() {
+    block_on(async {
+        let Relayed { leader, member, flip, .. } = relayed().await;
+        flip.store(true, Ordering::Relaxed);
+        member.send(Rank(0), body("one bit of this will be another")).unwrap();
+        let Event::Lost { rank, error } = event(&leader).await else { panic!() };
+        assert_eq!(rank, Rank(1));
+        assert_names(&Error::from(error), ErrorKind::Protocol, &["changed on the way"]);
+        // The member's rank is free for whoever comes next, and the group goes on.
+        let next = try_join(&leader, Role::Rollout, Some(Rank(1))).await.unwrap();
+        gather(&[&leader, &next]).await;
+    });
+}
+
+#[test]
+fn a_recorded_greeting_takes_no_rank() {
+    block_on(async {
+        let Relayed { leader, passed, .. } = relayed().await;
+        let recorded = passed.lock().unwrap().clone();
+        let length = 4 + u32::from_be_bytes(*recorded.first_chunk().unwrap()) as usize;
+        let mut stream = TcpStream::connect(tcp(&leader)).unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        stream.write_all(&recorded[..length]).unwrap();
+        assert!(read_frame(&mut stream).is_some(), "the leader answers a greeting");
+        // All that was ever sealed with the keys of the recorded connection.
+        stream.write_all(&recorded[length..]).ok();
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest).ok();
+        assert!(rest.is_empty(), "{} bytes", rest.len());
+        let next = join(&leader).await;
+        assert_eq!(next.rank(), Rank(2), "the recording took no rank");
+    });
+}
+
+#[test]
+fn a_token_can_be_handed_to_a_child() {
+    let token = Token::generate().unwrap();
+    let copy = Token::new(token.expose()).unwrap();
+    block_on(async {
+        let leader = ControlPlane::lead(ControlConfig::new("127.0.0.1:0".parse().unwrap(), token));
+        let leader = leader.await.unwrap();
+        let config = ControlConfig::new(leader.address().clone(), copy);
+        assert_eq!(ControlPlane::join(config, Role::Rollout, None).await.unwrap().rank(), Rank(1));
     });
 }
 

@@ -1,22 +1,24 @@
 //! How two peers find out that they belong together.
 //!
 //! ```text
-//! member                                   leader
-//!   Hello { magic, version, introduction }  →
-//!                                           ←  Challenge(nonce)      or Refused
-//!   Proof("member", hello, nonce)           →
-//!                                           ←  Welcome { rank, terms, proof }  or Refused
+//! member                                            leader
+//!   Hello { magic, version, first Noise message }    →
+//!                                                    ←  Answer(second Noise message)  or Refused
+//!                  everything after this is encrypted
+//!   Introduction { role, rank, terms }               →
+//!                                                    ←  Welcome { rank, terms }       or Refused
 //! ```
 //!
-//! The member proves first, so that a stranger obtains nothing from the leader. The leader's proof
-//! covers everything the member heard, the rank included.
+//! The member's first message shows that it knows the token, so that a stranger obtains nothing from the
+//! leader; a recording of it is worth nothing, because the leader gives no rank before the introduction,
+//! which only the one who made the message can encrypt.
 
 use std::time::Duration;
 
-use super::token::{Prover, random};
+use super::seal::Handshake;
 use super::wire::{
-    Control, Frame, Hello, Introduction, MAGIC, PROTOCOL_VERSION, Terms, Wire, decode, encode,
-    malformed, unexpected,
+    Control, Frame, Hello, Introduction, MAGIC, PROTOCOL_VERSION, Terms, Wire, malformed,
+    unexpected,
 };
 use super::{Role, Token};
 use crate::{Error, ErrorKind, ErrorReport, Rank, Result};
@@ -32,42 +34,30 @@ pub(super) async fn introduce(
     rank: Option<Rank>,
     terms: Terms,
 ) -> Result<(Rank, Terms)> {
-    let introduction = Introduction { role, rank, nonce: random()?, terms };
-    let body = encode(&introduction)?.into();
+    let mut handshake = Handshake::of_member(token)?;
+    let body = handshake.speak()?.into();
     let hello = Hello { magic: MAGIC, version: PROTOCOL_VERSION, body };
-    wire.writer.send(Control::Hello(hello.clone()), PATIENCE).await?;
-    let nonce = match next(wire).await? {
-        Control::Challenge(nonce) => nonce,
+    wire.writer.send(Control::Hello(hello), PATIENCE).await?;
+    let answer = match next(wire).await? {
+        Control::Answer(answer) => answer,
         other => return Err(refusal(other)),
     };
-    let transcript = encode(&(&hello, nonce))?;
-    wire.writer.send(Control::Proof(token.prove(Prover::Member, &transcript)?), PATIENCE).await?;
+    if !handshake.hear(&answer) {
+        let message = "the leader does not know this member's token";
+        let error = Error::new(ErrorKind::Authentication, "joining the group", message);
+        return Err(error.rank(Rank::LEADER));
+    }
+    wire.seal(handshake)?;
+    let introduction = Introduction { role, rank, terms };
+    wire.writer.send(Control::Introduction(introduction), PATIENCE).await?;
     match next(wire).await? {
-        Control::Welcome { rank, terms, proof } => {
-            let transcript = encode(&(&hello, nonce, rank, terms))?;
-            if !token.verify(Prover::Leader, &transcript, &proof)? {
-                return Err(Error::new(
-                    ErrorKind::Authentication,
-                    "joining the group",
-                    "the leader does not know this member's token",
-                )
-                .rank(Rank::LEADER));
-            }
-            Ok((rank, terms))
-        }
+        Control::Welcome { rank, terms } => Ok((rank, terms)),
         other => Err(refusal(other)),
     }
 }
 
-/// A member that proved that it knows the token, and waits to be welcomed.
-#[derive(Debug)]
-pub(super) struct Guest {
-    pub(super) introduction: Introduction,
-    transcript: (Hello, super::token::Nonce),
-}
-
-/// The leader's side, up to the member's proof.
-pub(super) async fn examine(wire: &mut Wire, token: &Token) -> Result<Guest> {
+/// The leader's side, up to what the member says of itself.
+pub(super) async fn examine(wire: &mut Wire, token: &Token) -> Result<Introduction> {
     let hello = match next(wire).await? {
         Control::Hello(hello) if hello.magic == MAGIC => hello,
         Control::Hello(_) => return Err(malformed("another program's greeting")),
@@ -84,30 +74,17 @@ pub(super) async fn examine(wire: &mut Wire, token: &Token) -> Result<Guest> {
         );
         return Err(refuse(wire, error).await);
     }
-    let introduction: Introduction = decode(&hello.body)?;
-    let nonce = random()?;
-    wire.writer.send(Control::Challenge(nonce), PATIENCE).await?;
-    let proof = match next(wire).await? {
-        Control::Proof(proof) => proof,
-        other => return Err(unexpected(&Frame::Control(other))),
-    };
-    if !token.verify(Prover::Member, &encode(&(&hello, nonce))?, &proof)? {
-        let error = Error::new(
-            ErrorKind::Authentication,
-            "joining the group",
-            "the member does not know the leader's token",
-        );
+    let mut handshake = Handshake::of_leader(token)?;
+    if !handshake.hear(&hello.body) {
+        let message = "the member does not know the leader's token";
+        let error = Error::new(ErrorKind::Authentication, "joining the group", message);
         return Err(refuse(wire, error).await);
     }
-    Ok(Guest { introduction, transcript: (hello, nonce) })
-}
-
-impl Guest {
-    /// The frame that ends the handshake.
-    pub(super) fn welcome(&self, token: &Token, rank: Rank, terms: Terms) -> Result<Control> {
-        let (hello, nonce) = &self.transcript;
-        let transcript = encode(&(hello, nonce, rank, terms))?;
-        Ok(Control::Welcome { rank, terms, proof: token.prove(Prover::Leader, &transcript)? })
+    wire.writer.send(Control::Answer(handshake.speak()?.into()), PATIENCE).await?;
+    wire.seal(handshake)?;
+    match next(wire).await? {
+        Control::Introduction(introduction) => Ok(introduction),
+        other => Err(unexpected(&Frame::Control(other))),
     }
 }
 

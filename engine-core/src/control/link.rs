@@ -149,8 +149,8 @@ pub(super) struct Traffic {
 
 /// Takes a connection through the handshake and gives it a rank.
 async fn enter(mut wire: Wire, config: &ControlConfig, shared: &Shared) -> Result<(Rank, Traffic)> {
-    let guest = examine(&mut wire, &config.token).await?;
-    let terms = guest.introduction.terms;
+    let introduction = examine(&mut wire, &config.token).await?;
+    let terms = introduction.terms;
     if terms.max_frame < FRAME_FLOOR {
         let message = format!(
             "it accepts frames of up to {} bytes, and updates need {FRAME_FLOOR} (max_frame_bytes)",
@@ -162,9 +162,9 @@ async fn enter(mut wire: Wire, config: &ControlConfig, shared: &Shared) -> Resul
     let (link, queue) = link(config, terms);
     let (welcome, cut) = (link.outbox.clone(), Arc::clone(&link.cut));
     let admitted = shared.update(|_, side| match side {
-        Side::Leader(group) => group.admit(&guest.introduction, link).and_then(|rank| {
+        Side::Leader(group) => group.admit(&introduction, link).and_then(|rank| {
             // Queued under the lock, so that nothing can overtake it.
-            let frame = Frame::Control(guest.welcome(&config.token, rank, config.terms())?);
+            let frame = Frame::Control(Control::Welcome { rank, terms: config.terms() });
             welcome.send(frame).map_err(|_| Error::new(ErrorKind::State, "welcoming", "gone"))?;
             Ok(rank)
         }),
@@ -174,7 +174,7 @@ async fn enter(mut wire: Wire, config: &ControlConfig, shared: &Shared) -> Resul
     });
     match admitted {
         Ok(rank) => {
-            tracing::debug!(%rank, role = ?guest.introduction.role, "a member connected");
+            tracing::debug!(%rank, role = ?introduction.role, "a member connected");
             Ok((rank, Traffic { wire, queue, terms, cut }))
         }
         Err(error) => Err(refuse(&mut wire, error).await),

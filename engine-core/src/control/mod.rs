@@ -1,8 +1,8 @@
 //! The control plane: metadata, barriers, messages and the news of who is alive.
 //!
 //! Every rank has one reliable connection to rank 0, the leader. Frames on it are
-//! length-delimited, versioned in the first one, bounded in size and authenticated with a shared
-//! [`Token`]; nothing is encrypted. A peer that dies closes its connection and is lost at once; one
+//! length-delimited, versioned in the first one, bounded in size, and encrypted with keys that only
+//! those who know a shared [`Token`] can agree on (Noise `NNpsk0`). A peer that dies closes its connection and is lost at once; one
 //! that is stopped or cut off is lost after [`ControlConfig::heartbeat_timeout`].
 //!
 //! All sockets live on one thread of the control plane's own, so heartbeats go on while the
@@ -47,6 +47,7 @@ mod group;
 mod handshake;
 mod link;
 mod plane;
+mod seal;
 mod shared;
 mod token;
 mod wire;

@@ -1,4 +1,4 @@
-//! The shared secret of a group, and the proofs that a peer knows it.
+//! The shared secret of a group.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -7,30 +7,17 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use hmac::{Hmac, KeyInit, Mac as _};
 use rustix::rand::{GetRandomFlags, getrandom};
-use sha2::Sha256;
+use sha2::{Digest as _, Sha256};
 
 use crate::{Error, ErrorKind, Result};
 
-/// What a peer picked at random for one handshake.
-pub(super) type Nonce = [u8; 32];
-/// An HMAC-SHA256 over a handshake.
-pub(super) type Proof = [u8; 32];
-
 /// The secret that every rank of a group knows.
 ///
-/// It never travels: both sides of a connection prove that they know it. It authenticates the
-/// peers; what they say afterwards is neither encrypted nor signed.
+/// It never travels: both sides of a connection prove that they know it, and what they say afterwards is
+/// encrypted with keys that nobody else has, also not one who learns the secret later.
 #[derive(Clone)]
 pub struct Token(Arc<[u8]>);
-
-/// Who proves. A proof made in one direction is worthless in the other.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Prover {
-    Member,
-    Leader,
-}
 
 impl Token {
     /// The shortest secret that is accepted, in bytes.
@@ -120,27 +107,18 @@ impl Token {
         Ok(token)
     }
 
-    /// The proof of `prover` for one handshake.
-    pub(super) fn prove(&self, prover: Prover, transcript: &[u8]) -> Result<Proof> {
-        Ok(self.mac(prover, transcript)?.finalize().into_bytes().into())
+    /// The secret itself, to hand it to a process that joins the group: on its standard input or in a file
+    /// that only its owner can read, never on a command line or in a log.
+    pub fn expose(&self) -> &[u8] {
+        &self.0
     }
 
-    /// Whether `proof` is that of `prover`, compared in constant time.
-    pub(super) fn verify(&self, prover: Prover, transcript: &[u8], proof: &Proof) -> Result<bool> {
-        Ok(self.mac(prover, transcript)?.verify_slice(proof).is_ok())
-    }
-
-    fn mac(&self, prover: Prover, transcript: &[u8]) -> Result<Hmac<Sha256>> {
-        let mut mac = Hmac::<Sha256>::new_from_slice(&self.0).map_err(|error| {
-            Error::new(ErrorKind::Config, "keying the handshake", error.to_string())
-        })?;
-        // Both labels have the same length, so that neither can be the other's prefix.
-        mac.update(match prover {
-            Prover::Member => b"checkpoint-engine control: member",
-            Prover::Leader => b"checkpoint-engine control: leader",
-        });
-        mac.update(transcript);
-        Ok(mac)
+    /// The key that both sides of a connection mix into its handshake.
+    pub(super) fn key(&self) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        hash.update(b"checkpoint-engine: the pre-shared key of its control plane\0");
+        hash.update(&self.0);
+        hash.finalize().into()
     }
 }
 
@@ -151,8 +129,8 @@ impl fmt::Debug for Token {
 }
 
 /// 32 random bytes of the operating system.
-pub(super) fn random() -> Result<Nonce> {
-    let mut bytes = Nonce::default();
+fn random() -> Result<[u8; 32]> {
+    let mut bytes = [0; 32];
     let mut filled = 0;
     while filled < bytes.len() {
         match getrandom(&mut bytes[filled..], GetRandomFlags::empty()) {
@@ -162,20 +140,4 @@ pub(super) fn random() -> Result<Nonce> {
         }
     }
     Ok(bytes)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_proof_of_one_side_does_not_serve_the_other() {
-        let token = Token::generate().unwrap();
-        let proof = token.prove(Prover::Member, b"transcript").unwrap();
-        assert!(token.verify(Prover::Member, b"transcript", &proof).unwrap());
-        assert!(!token.verify(Prover::Leader, b"transcript", &proof).unwrap());
-        assert!(!token.verify(Prover::Member, b"transcripT", &proof).unwrap());
-        let other = Token::generate().unwrap();
-        assert!(!other.verify(Prover::Member, b"transcript", &proof).unwrap());
-    }
 }

@@ -1,7 +1,8 @@
 //! Frames, and how they cross a socket.
 //!
 //! A frame is a big-endian `u32` length and that many bytes: a kind, then the rest. The rest of a
-//! message is the caller's body as it is; the rest of everything else is a [`Control`] in postcard.
+//! message is the caller's body as it is; the rest of everything else is a [`Control`] in postcard. The
+//! first frame of each side crosses the socket as it is, all others in sealed records.
 
 use std::io;
 use std::pin::Pin;
@@ -13,12 +14,12 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 use tokio_util::codec::{Decoder, LengthDelimitedCodec};
 
-use super::token::{Nonce, Proof};
+use super::seal::{Handshake, Opener, Sealer};
 use super::{Peer, Role};
 use crate::{Error, ErrorKind, ErrorReport, Rank, Result};
 
 /// The version of everything below and of the messages of updates; peers of different versions refuse each other.
-pub(crate) const PROTOCOL_VERSION: u32 = 2;
+pub(crate) const PROTOCOL_VERSION: u32 = 3;
 pub(super) const MAGIC: [u8; 8] = *b"ckpt-eng";
 /// The longest frame of a peer that has not authenticated itself.
 pub(super) const HANDSHAKE_FRAME: usize = 1024;
@@ -43,12 +44,12 @@ pub(super) enum Frame {
 pub(super) enum Control {
     Hello(Hello),
     Refused(ErrorReport),
-    Challenge(Nonce),
-    Proof(Proof),
+    /// The second message of the Noise handshake.
+    Answer(Bytes),
+    Introduction(Introduction),
     Welcome {
         rank: Rank,
         terms: Terms,
-        proof: Proof,
     },
     Call {
         id: u64,
@@ -66,7 +67,8 @@ pub(super) enum Control {
     Goodbye,
 }
 
-/// The first frame: what every version understands, and a body that only the same version does.
+/// The first frame: what every version understands, and a body that only the same version does (the first
+/// message of the Noise handshake).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Hello {
     pub(super) magic: [u8; 8],
@@ -78,7 +80,6 @@ pub(super) struct Hello {
 pub(super) struct Introduction {
     pub(super) role: Role,
     pub(super) rank: Option<Rank>,
-    pub(super) nonce: Nonce,
     pub(super) terms: Terms,
 }
 
@@ -192,13 +193,19 @@ pub(super) struct Wire {
 
 pub(super) struct FrameReader {
     io: Pin<Box<dyn AsyncRead + Send>>,
+    /// Frames, or the beginning of one.
     buffer: BytesMut,
+    /// Records, or the beginning of one.
+    sealed: BytesMut,
+    opener: Option<Opener>,
     codec: LengthDelimitedCodec,
 }
 
 pub(super) struct FrameWriter {
     io: Pin<Box<dyn AsyncWrite + Send>>,
     buffer: BytesMut,
+    sealed: BytesMut,
+    sealer: Option<Sealer>,
 }
 
 impl Wire {
@@ -208,9 +215,29 @@ impl Wire {
     ) -> Self {
         let codec = LengthDelimitedCodec::builder().max_frame_length(HANDSHAKE_FRAME).new_codec();
         Self {
-            reader: FrameReader { io: reader.into(), buffer: BytesMut::new(), codec },
-            writer: FrameWriter { io: writer.into(), buffer: BytesMut::new() },
+            reader: FrameReader {
+                io: reader.into(),
+                buffer: BytesMut::new(),
+                sealed: BytesMut::new(),
+                opener: None,
+                codec,
+            },
+            writer: FrameWriter {
+                io: writer.into(),
+                buffer: BytesMut::new(),
+                sealed: BytesMut::new(),
+                sealer: None,
+            },
         }
+    }
+
+    /// Encrypts both directions from here on.
+    pub(super) fn seal(&mut self, handshake: Handshake) -> Result<()> {
+        let (sealer, opener) = handshake.finish()?;
+        // What came behind the last frame of the handshake is sealed already.
+        self.reader.sealed = self.reader.buffer.split();
+        (self.writer.sealer, self.reader.opener) = (Some(sealer), Some(opener));
+        self.reader.unseal()
     }
 }
 
@@ -235,19 +262,27 @@ impl FrameReader {
                     .with_source(error));
                 }
             }
-            if self.buffer.capacity() - self.buffer.len() < CHUNK / 16 {
-                self.buffer.reserve(CHUNK);
+            let arriving = if self.opener.is_some() { &mut self.sealed } else { &mut self.buffer };
+            if arriving.capacity() - arriving.len() < CHUNK / 16 {
+                arriving.reserve(CHUNK);
             }
-            match timeout(patience, self.io.read_buf(&mut self.buffer)).await {
-                Ok(Ok(0)) if self.buffer.is_empty() => return Ok(None),
+            match timeout(patience, self.io.read_buf(arriving)).await {
+                Ok(Ok(0)) if self.buffer.is_empty() && self.sealed.is_empty() => return Ok(None),
                 Ok(Ok(0)) => {
                     let error = io::Error::from(io::ErrorKind::UnexpectedEof);
                     return Err(Error::io("reading a frame", error));
                 }
-                Ok(Ok(_)) => {}
+                Ok(Ok(_)) => self.unseal()?,
                 Ok(Err(error)) => return Err(Error::io("reading a frame", error)),
                 Err(_) => return Err(silent("reading a frame", patience)),
             }
+        }
+    }
+
+    fn unseal(&mut self) -> Result<()> {
+        match &mut self.opener {
+            Some(opener) => opener.open(&mut self.sealed, &mut self.buffer),
+            None => Ok(()),
         }
     }
 }
@@ -261,8 +296,14 @@ impl FrameWriter {
 
     /// Writes what was pushed. A peer that accepts nothing for `patience` is a timeout.
     pub(super) async fn flush(&mut self, patience: Duration) -> Result<()> {
-        while self.buffer.has_remaining() {
-            match timeout(patience, self.io.write_buf(&mut self.buffer)).await {
+        while self.buffer.has_remaining() || self.sealed.has_remaining() {
+            if let Some(sealer) = &mut self.sealer
+                && self.sealed.is_empty()
+            {
+                sealer.seal(&mut self.buffer, &mut self.sealed)?;
+            }
+            let leaving = if self.sealer.is_some() { &mut self.sealed } else { &mut self.buffer };
+            match timeout(patience, self.io.write_buf(leaving)).await {
                 Ok(Ok(0)) => {
                     let error = io::Error::from(io::ErrorKind::BrokenPipe);
                     return Err(Error::io("writing a frame", error));
@@ -304,7 +345,6 @@ mod tests {
         let introduction = Introduction {
             role: Role::Rollout,
             rank: Some(Rank(3)),
-            nonce: [7; 32],
             terms: Terms { max_frame: 1 << 20, heartbeat_timeout: Duration::from_secs(10) },
         };
         let body = Bytes::from(encode(&introduction).unwrap());
@@ -316,13 +356,9 @@ mod tests {
             Frame::Message(Bytes::from_static(b"body")),
             Frame::Control(Control::Hello(Hello { magic: MAGIC, version: 1, body })),
             Frame::Control(Control::Refused(ErrorReport::from(&error))),
-            Frame::Control(Control::Challenge([1; 32])),
-            Frame::Control(Control::Proof([2; 32])),
-            Frame::Control(Control::Welcome {
-                rank: Rank(3),
-                terms: introduction.terms,
-                proof: [9; 32],
-            }),
+            Frame::Control(Control::Answer(Bytes::from_static(&[1; 48]))),
+            Frame::Control(Control::Introduction(introduction.clone())),
+            Frame::Control(Control::Welcome { rank: Rank(3), terms: introduction.terms }),
             Frame::Control(Control::Call {
                 id: 1,
                 call: Call::Gather { world_size: 2, payload: Bytes::from_static(b"x") },

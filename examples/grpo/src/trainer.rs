@@ -3,11 +3,13 @@
 use std::collections::HashMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use candle_core::{D, DType, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use checkpoint_engine::candle::weights;
+use checkpoint_engine::control::Token;
 use checkpoint_engine::{Role, SendReport, Version, ensure_async_iterator};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -346,11 +348,10 @@ impl Rollouts {
     /// Forms a group of all rollouts. Each has an address and a secret of its own, so that nobody
     /// takes part in two.
     async fn form(&mut self) -> Result<(), Failure> {
-        let mut secret = [0; 32];
-        std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut secret)?;
-        let name = u64::from_le_bytes(std::array::from_fn(|at| secret[at]));
-        let address = format!("unix:@grpo-{}-{name:016x}", std::process::id());
-        let secret = secret[8..].to_vec();
+        static GROUPS: AtomicU32 = AtomicU32::new(0);
+        let group = GROUPS.fetch_add(1, Ordering::Relaxed);
+        let address = format!("unix:@grpo-{}-{group}", std::process::id());
+        let secret = Token::generate()?.expose().to_vec();
         let config = self.config.clone();
         self.ask_all(|_| Request::Form {
             address: address.clone(),
