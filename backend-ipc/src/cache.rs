@@ -1,8 +1,7 @@
 //! A cache of the last complete version that other processes of the host read.
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -11,12 +10,13 @@ use engine_core::{
     CacheStore, CacheWriter, Error, ErrorKind, ReceivedPiece, Result, TensorMeta, Version, Weight,
     WeightStream, available_memory, ensure_async_iterator, ensure_fresh,
 };
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::fs::SealFlags;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::error::SegmentError;
 use crate::ffi::{Mapping, ReadView};
+use crate::memfile::{FileAddress, MemFile};
 
 /// How often a reader looks again when the owner changes the cache just then.
 const ATTEMPTS: usize = 1000;
@@ -53,12 +53,8 @@ pub struct SharedCache(Arc<Owner>);
 
 /// Where a [`SharedCache`] is, for processes of its host, user and PID namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct CacheAddress {
-    pid: u32,
-    fd: i32,
-    device: u64,
-    inode: u64,
-}
+#[serde(transparent)]
+pub struct CacheAddress(FileAddress);
 
 /// Another process's [`SharedCache`].
 #[derive(Debug)]
@@ -72,7 +68,7 @@ pub struct SharedCacheReader {
 #[derive(Debug)]
 struct Owner {
     /// The file that the notice is written to.
-    board: OwnedFd,
+    board: MemFile,
     shown: Mutex<Shown>,
 }
 
@@ -80,7 +76,7 @@ struct Owner {
 struct Shown {
     notice: Notice,
     /// The version's file; readers find it by its descriptor here.
-    _file: Option<OwnedFd>,
+    _file: Option<MemFile>,
 }
 
 impl SharedCache {
@@ -90,7 +86,7 @@ impl SharedCache {
     ///
     /// `Io` or `Resource` if the system has no file for it.
     pub fn create() -> Result<Self> {
-        let board = file("ckpt-engine-board")?;
+        let board = MemFile::create("ckpt-engine-board")?;
         let notice = Notice::default();
         write(&board, &notice.encode(), 0)?;
         Ok(Self(Arc::new(Owner { board, shown: Mutex::new(Shown { notice, _file: None }) })))
@@ -98,11 +94,7 @@ impl SharedCache {
 
     /// What a reader opens it by.
     pub fn address(&self) -> CacheAddress {
-        let fd = self.0.board.as_raw_fd();
-        // The descriptor is open: there is nothing that this could fail for.
-        let (device, inode) =
-            rustix::fs::fstat(&self.0.board).map_or((0, 0), |stat| (stat.st_dev, stat.st_ino));
-        CacheAddress { pid: std::process::id(), fd, device, inode }
+        CacheAddress(self.0.board.address())
     }
 }
 
@@ -122,7 +114,7 @@ impl Owner {
 
 impl CacheStore for SharedCache {
     fn begin(&self, version: Version, is_update: bool) -> Result<Box<dyn CacheWriter>> {
-        let file = file("ckpt-engine-version")?;
+        let file = MemFile::create("ckpt-engine-version")?;
         let mut shown = self.0.shown();
         let mut notice = shown.notice;
         if is_update {
@@ -142,7 +134,7 @@ struct Writer {
     version: Version,
     /// How many updates had begun with this one.
     begun: u64,
-    file: OwnedFd,
+    file: MemFile,
     end: u64,
     /// How far there was memory when it was looked at.
     checked: u64,
@@ -193,10 +185,8 @@ impl CacheWriter for Writer {
             .map_err(|error| SegmentError::Damaged(error.to_string()))?;
         let at = self.end.next_multiple_of(ALIGNMENT);
         self.append(&table, at)?;
-        rustix::fs::fcntl_add_seals(&self.file, SEALS | SealFlags::SEAL)
-            .map_err(|errno| SegmentError::System { call: "fcntl(F_ADD_SEALS)", errno })?;
-        let stat = rustix::fs::fstat(&self.file)
-            .map_err(|errno| SegmentError::System { call: "fstat", errno })?;
+        self.file.seal(SEALS | SealFlags::SEAL)?;
+        let FileAddress { pid, fd, device, inode } = self.file.address();
         let mut shown = self.owner.shown();
         let notice = Notice {
             newest: shown.notice.newest,
@@ -204,13 +194,13 @@ impl CacheWriter for Writer {
             since: self.begun,
             is_there: 1,
             version: self.version.0,
-            fd: self.file.as_raw_fd() as u64,
-            device: stat.st_dev,
-            inode: stat.st_ino,
+            fd: fd as u64,
+            device,
+            inode,
             len: self.end,
             table: at,
         };
-        let weights = map(std::process::id(), &notice)?;
+        let weights = map(pid, &notice)?;
         self.owner.show(&mut shown, Shown { notice, _file: Some(self.file) })?;
         Ok(weights)
     }
@@ -223,8 +213,8 @@ impl SharedCacheReader {
     ///
     /// `Io` if it cannot be opened; `PeerLost` if its process is gone.
     pub fn open(address: CacheAddress) -> Result<Self> {
-        let CacheAddress { pid, fd, device, inode } = address;
-        let board = open(pid, fd, (device, inode))?;
+        let CacheAddress(file) = address;
+        let (pid, board) = (file.pid, open(file)?);
         let reader = Self { pid, board, max_staleness: None, mapped: Mutex::default() };
         reader.notice()?;
         Ok(reader)
@@ -354,12 +344,6 @@ fn check(fields: &[u64]) -> u64 {
 
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::WRITE);
 
-/// A file in memory without a name: it goes with the last descriptor and mapping of it.
-fn file(name: &str) -> Result<OwnedFd, SegmentError> {
-    rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
-        .map_err(|errno| SegmentError::System { call: "memfd_create", errno })
-}
-
 fn write(file: impl AsFd, mut bytes: &[u8], mut at: u64) -> Result<(), SegmentError> {
     while !bytes.is_empty() {
         match rustix::io::pwrite(&file, bytes, at) {
@@ -377,25 +361,22 @@ fn write(file: impl AsFd, mut bytes: &[u8], mut at: u64) -> Result<(), SegmentEr
     Ok(())
 }
 
-/// Opens a descriptor of a process for reading, if it is still the file that it was.
-fn open(pid: u32, fd: i32, identity: (u64, u64)) -> Result<File, SegmentError> {
-    let path = format!("/proc/{pid}/fd/{fd}");
-    let opened = File::open(&path).and_then(|file| Ok((file.metadata()?, file)));
-    match opened {
-        Ok((metadata, file)) if (metadata.dev(), metadata.ino()) == identity => Ok(file),
-        Ok(_) => Err(SegmentError::CacheGone { path }),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            Err(SegmentError::CacheGone { path })
+/// Opens a file of a cache for reading, if its process still has it.
+fn open(address: FileAddress) -> Result<File, SegmentError> {
+    address.open().map_err(|error| match error {
+        SegmentError::Replaced { path } => SegmentError::CacheGone { path },
+        SegmentError::Open { path, source } if source.kind() == std::io::ErrorKind::NotFound => {
+            SegmentError::CacheGone { path }
         }
-        Err(source) => Err(SegmentError::Open { path, source }),
-    }
+        error => error,
+    })
 }
 
 /// Maps the version of a notice, and finds its weights.
 fn map(pid: u32, notice: &Notice) -> Result<Vec<Weight>, SegmentError> {
     let damaged = |message: &str| SegmentError::Damaged(message.into());
     let fd = i32::try_from(notice.fd).map_err(|_| damaged("no such descriptor"))?;
-    let file = open(pid, fd, (notice.device, notice.inode))?;
+    let file = open(FileAddress { pid, fd, device: notice.device, inode: notice.inode })?;
     // Sealed, it cannot change under the mapping, nor end before it.
     let seals = rustix::fs::fcntl_get_seals(&file)
         .map_err(|errno| SegmentError::System { call: "fcntl(F_GET_SEALS)", errno })?;
@@ -404,9 +385,7 @@ fn map(pid: u32, notice: &Notice) -> Result<Vec<Weight>, SegmentError> {
         return Err(damaged("its file is not a complete version"));
     }
     let len = usize::try_from(len).map_err(|_| damaged("too large"))?;
-    let mapping = Mapping::new(file.as_fd(), len, false)
-        .map_err(|errno| SegmentError::System { call: "mmap", errno })?;
-    let mapping = Arc::new(mapping);
+    let mapping = Arc::new(Mapping::new(&file, len, false)?);
     let table = notice.table as usize;
     let view = ReadView::new(mapping.clone(), table, len - table);
     let entries: Vec<Entry> = serde_json::from_slice(view.as_ref())
@@ -456,10 +435,10 @@ mod tests {
 
         #[test]
         fn a_notice_that_means_no_good_is_an_error(fields: [u64; 6], len in 0..4096_u64) {
-            let file = file("ckpt-engine-test").expect("a file");
+            let file = MemFile::create("ckpt-engine-test").expect("a file");
             write(&file, &vec![b'['; len as usize], 0).expect("room");
-            rustix::fs::fcntl_add_seals(&file, SEALS).expect("seals");
-            let stat = rustix::fs::fstat(&file).expect("its identity");
+            file.seal(SEALS).expect("seals");
+            let FileAddress { pid, fd, device, inode } = file.address();
             let [newest, begun, since, is_there, version, table] = fields;
             let notice = Notice {
                 newest,
@@ -467,13 +446,13 @@ mod tests {
                 since,
                 is_there,
                 version,
-                fd: file.as_raw_fd() as u64,
-                device: stat.st_dev,
-                inode: stat.st_ino,
+                fd: fd as u64,
+                device,
+                inode,
                 len,
                 table: table % 5000,
             };
-            prop_assert!(map(std::process::id(), &notice).is_err());
+            prop_assert!(map(pid, &notice).is_err());
         }
     }
 }

@@ -71,7 +71,7 @@ impl Exported {
             Err(reason) => return Ok(Err(reason)),
         };
         let lease = Lease::new()?;
-        let terms = lease.terms().clone();
+        let terms = lease.terms();
         let mut exports = exports();
         let number = exports.keys().max().map_or(0, |last| last + 1);
         exports.insert(number, memory.clone());
@@ -209,7 +209,7 @@ impl Incoming {
         let Some(len) = bytes.and_then(|bytes| usize::try_from(bytes).ok()) else {
             return Err(refuse(format!("{slots} buckets of {bucket_bytes} bytes")));
         };
-        let memory = if info.terms.pid == std::process::id() {
+        let memory = if info.terms.pid() == std::process::id() {
             let memory = exports().get(&info.export).filter(|memory| memory.len() == len).cloned();
             memory.ok_or_else(|| refuse("the trainer's buckets are gone".into()))?
         } else {

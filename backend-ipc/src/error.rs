@@ -6,8 +6,8 @@ use rustix::io::Errno;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SegmentError {
     #[error(
-        "no room for {needed} bytes of buckets in /dev/shm ({available}); use smaller buckets \
-             (update_weights_bucket_megabytes) or a larger /dev/shm"
+        "no memory for {needed} bytes of buckets ({available}); use smaller buckets \
+             (update_weights_bucket_megabytes)"
     )]
     Full { needed: u64, available: String },
     #[error("the system refused {call}: {errno}")]
@@ -19,6 +19,12 @@ pub(crate) enum SegmentError {
     Open { path: String, source: std::io::Error },
     #[error("{path} is not the trainer's segment any more: its process ended")]
     Replaced { path: String },
+    #[error(
+        "shared memory that another process could shorten is not mapped: reading it could end this process"
+    )]
+    Unsealed,
+    #[error("shared memory of {size} bytes was said to have {len}")]
+    Short { len: usize, size: i64 },
     #[error("bytes 0..{filled} of slot {slot} lie outside a segment of {slots} × {bucket} bytes")]
     Outside { slot: u32, filled: u64, slots: u32, bucket: u64 },
     #[error("no memory for a version of {needed} bytes or more in the cache")]
@@ -37,7 +43,10 @@ impl From<SegmentError> for engine_core::Error {
             SegmentError::Full { .. } | SegmentError::NoMemory { .. } => ErrorKind::Resource,
             SegmentError::System { .. } | SegmentError::Open { .. } => ErrorKind::Io,
             SegmentError::Replaced { .. } | SegmentError::CacheGone { .. } => ErrorKind::PeerLost,
-            SegmentError::Outside { .. } | SegmentError::Damaged(_) => ErrorKind::Protocol,
+            SegmentError::Unsealed
+            | SegmentError::Short { .. }
+            | SegmentError::Outside { .. }
+            | SegmentError::Damaged(_) => ErrorKind::Protocol,
             SegmentError::TooLarge(..) => ErrorKind::Config,
         };
         Self::new(kind, "using shared memory", error.to_string()).with_source(error)

@@ -1,14 +1,18 @@
 //! Mapped memory: all of the crate's `unsafe`.
 #![allow(unsafe_code, reason = "mapping memory that processes share")]
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use rustix::fs::SealFlags;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
-/// A shared mapping of a whole file. Unmapped when dropped.
+use crate::error::SegmentError;
+
+/// A shared mapping of the beginning of a file that cannot become shorter: to read a byte of it is never a
+/// bus error, whatever other processes do. Unmapped when dropped.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     start: NonNull<u8>,
@@ -23,16 +27,34 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Maps `len` bytes, for reading alone or for writing too, with all pages present.
-    pub(crate) fn new(file: BorrowedFd<'_>, len: usize, writable: bool) -> Result<Self, Errno> {
+    ///
+    /// # Errors
+    ///
+    /// `Unsealed` if somebody could make the file shorter, `Short` if it is.
+    pub(crate) fn new(file: impl AsFd, len: usize, writable: bool) -> Result<Self, SegmentError> {
+        let system = |call| move |errno| SegmentError::System { call, errno };
+        // Files that cannot be sealed at all, and have no seals to get, are `INVAL`.
+        let seals = match rustix::fs::fcntl_get_seals(&file) {
+            Err(Errno::INVAL) => SealFlags::empty(),
+            seals => seals.map_err(system("fcntl(F_GET_SEALS)"))?,
+        };
+        if !seals.contains(SealFlags::SHRINK) {
+            return Err(SegmentError::Unsealed);
+        }
+        let stat = rustix::fs::fstat(&file).map_err(system("fstat"))?;
+        if !usize::try_from(stat.st_size).is_ok_and(|size| size >= len) {
+            return Err(SegmentError::Short { len, size: stat.st_size });
+        }
         let protection =
             if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
         let flags = MapFlags::SHARED | MapFlags::POPULATE;
         // SAFETY: a new mapping at an address that the kernel chooses aliases nothing.
         let start =
-            unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection, flags, file, 0) }?;
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection, flags, file, 0) }
+                .map_err(system("mmap"))?;
         match NonNull::new(start.cast()) {
             Some(start) => Ok(Self { start, len }),
-            None => Err(Errno::NOMEM),
+            None => Err(SegmentError::System { call: "mmap", errno: Errno::NOMEM }),
         }
     }
 
@@ -73,10 +95,11 @@ impl AsRef<[u8]> for ReadView {
     fn as_ref(&self) -> &[u8] {
         // SAFETY: `new` checked that the range is within the mapping.
         let start = unsafe { self.mapping.start.as_ptr().add(self.at) };
-        // SAFETY: the bytes are mapped as long as `self.mapping` lives. Nobody writes to them: this
-        // process maps them read-only, and either the file is sealed against writing (a cache), or the
-        // trainer writes to a slot only after every receiver has released it, which the protocol ties
-        // to the end of this view. Any byte is a valid `u8`.
+        // SAFETY: the bytes are mapped as long as `self.mapping` lives, and the file does not become
+        // shorter. Nobody writes to them: this process maps them read-only, and either the file is sealed
+        // against writing (a cache), or it is against all writing but the trainer's, which writes to a slot
+        // only after every receiver has released it, which the protocol ties to the end of this view. Any
+        // byte is a valid `u8`.
         unsafe { std::slice::from_raw_parts(start, self.len) }
     }
 }

@@ -2,36 +2,26 @@
 //! the lender's, which the system releases when that process ends, however it does.
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FlockOperation, MemfdFlags, flock};
+use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::error::SegmentError;
+use crate::memfile::{FileAddress, MemFile};
 
 /// The pause between two looks at whether others have let go.
 const PAUSE: Duration = Duration::from_millis(5);
 
 /// The lender's end.
 #[derive(Debug)]
-pub(crate) struct Lease {
-    file: OwnedFd,
-    terms: Terms,
-}
+pub(crate) struct Lease(MemFile);
 
 /// What a borrower needs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Terms {
-    /// The lender's process, and the file's descriptor there.
-    pub(crate) pid: u32,
-    fd: i32,
-    /// The file's identity, so that another file behind the same number is noticed.
-    device: u64,
-    inode: u64,
-}
+#[serde(transparent)]
+pub(crate) struct Terms(FileAddress);
 
 /// A borrower's end: what was lent is in use as long as it lives.
 #[derive(Debug)]
@@ -39,21 +29,16 @@ pub(crate) struct Borrowed(#[expect(dead_code, reason = "kept open")] File);
 
 impl Lease {
     pub(crate) fn new() -> Result<Self, SegmentError> {
-        let system = |call| move |errno| SegmentError::System { call, errno };
-        let file = rustix::fs::memfd_create("ckpt-engine-lease", MemfdFlags::CLOEXEC)
-            .map_err(system("memfd_create"))?;
-        let stat = rustix::fs::fstat(&file).map_err(system("fstat"))?;
-        let (pid, fd) = (std::process::id(), file.as_raw_fd());
-        Ok(Self { file, terms: Terms { pid, fd, device: stat.st_dev, inode: stat.st_ino } })
+        MemFile::create("ckpt-engine-lease").map(Self)
     }
 
-    pub(crate) fn terms(&self) -> &Terms {
-        &self.terms
+    pub(crate) fn terms(&self) -> Terms {
+        Terms(self.0.address())
     }
 
     /// Whether nobody uses what was lent; nobody can begin to any more if so.
     pub(crate) fn is_over(&self) -> bool {
-        match flock(&self.file, FlockOperation::NonBlockingLockExclusive) {
+        match flock(&self.0, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => true,
             Err(Errno::WOULDBLOCK) => false,
             Err(error) => {
@@ -77,22 +62,22 @@ impl Lease {
 }
 
 impl Terms {
+    /// The lender's process.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn pid(&self) -> u32 {
+        self.0.pid
+    }
+
     /// Begins to use what was lent.
     ///
     /// # Errors
     ///
     /// `Open` without access to the lender's process, `Replaced` if it has ended or lends it no more.
     pub(crate) fn accept(&self) -> Result<Borrowed, SegmentError> {
-        let path = format!("/proc/{}/fd/{}", self.pid, self.fd);
-        let opened = File::open(&path).and_then(|file| Ok((file.metadata()?, file)));
-        let (metadata, file) =
-            opened.map_err(|source| SegmentError::Open { path: path.clone(), source })?;
-        if (metadata.dev(), metadata.ino()) != (self.device, self.inode) {
-            return Err(SegmentError::Replaced { path });
-        }
+        let file = self.0.open()?;
         match flock(&file, FlockOperation::NonBlockingLockShared) {
             Ok(()) => Ok(Borrowed(file)),
-            Err(Errno::WOULDBLOCK) => Err(SegmentError::Replaced { path }),
+            Err(Errno::WOULDBLOCK) => Err(SegmentError::Replaced { path: self.0.path() }),
             Err(errno) => Err(SegmentError::System { call: "flock", errno }),
         }
     }
@@ -122,8 +107,7 @@ mod tests {
     #[test]
     fn a_borrower_that_is_killed_has_let_go() {
         let lease = Lease::new().unwrap();
-        let Terms { pid, fd, .. } = lease.terms();
-        let path = format!("/proc/{pid}/fd/{fd}");
+        let path = lease.0.address().path();
         // `flock` of util-linux and of busybox alike: a lock, and a program that holds it.
         let mut other = std::process::Command::new("sh")
             .args(["-c", r#"exec 9<"$0" && flock -s 9 && echo held && exec sleep 600"#, &path])
@@ -143,7 +127,7 @@ mod tests {
     #[test]
     fn terms_of_a_lender_that_is_gone_are_refused() {
         let lease = Lease::new().unwrap();
-        let terms = lease.terms().clone();
+        let terms = lease.terms();
         drop(lease);
         let _other = File::open("/proc/self/cmdline").unwrap();
         assert!(terms.accept().is_err());

@@ -1,10 +1,11 @@
-//! A checkpoint engine between processes of one host: buckets in POSIX shared memory, or with the
+//! A checkpoint engine between processes of one host: buckets in shared memory, or with the
 //! feature `cuda` on a CUDA device, which the rollouts map and read in place.
 //!
 //! The trainer has two buckets, however many rollouts there are: while all of them read one, it
-//! packs the other. A segment has no name that could outlive its processes: it is unlinked before it
-//! is used, and the rollouts open it through the trainer's process (`/proc/<pid>/fd`), which takes
-//! the same user and a common PID namespace.
+//! packs the other. Shared memory is a file without a name (`memfd_create`), which does not outlive its
+//! processes, is not in `/dev/shm` and so not bound by its size, and is sealed: no process can shorten it under
+//! another's feet, and none but the trainer can write to it. The rollouts open it through the trainer's process
+//! (`/proc/<pid>/fd`), which takes the same user and a common PID namespace.
 //!
 //! A [`SharedCache`] keeps the last complete version of a rollout with any backend in shared memory,
 //! for other processes of its host.
@@ -17,6 +18,7 @@ mod error;
 mod ffi;
 #[cfg(any(feature = "cuda", test))]
 mod lease;
+mod memfile;
 mod segment;
 mod shared;
 
@@ -52,10 +54,11 @@ impl Backend for Ipc {
 
     fn probe(&self) -> Availability {
         match segment::Segment::create(1, 4096) {
-            Ok(_) => Availability::Usable { details: segment::shared_memory_in_words() },
+            Ok(_) => Availability::Usable { details: segment::memory_in_words() },
             Err(error) => Availability::Unusable {
                 reason: Error::from(error).to_string(),
-                remedy: "mount a tmpfs at /dev/shm with room for two buckets".into(),
+                remedy: "it takes Linux, memory and `memfd_create`, which a sandbox may forbid"
+                    .into(),
             },
         }
     }

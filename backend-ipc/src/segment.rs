@@ -1,32 +1,23 @@
 //! The shared memory of a trainer's buckets.
 
-use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use engine_core::available_memory;
-use rustix::fs::{FallocateFlags, Mode};
+use rustix::fs::{FallocateFlags, SealFlags};
 use rustix::io::Errno;
-use rustix::shm;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 
 use crate::error::SegmentError;
 use crate::ffi::{Mapping, ReadView, WriteView};
+use crate::memfile::{FileAddress, MemFile};
 
 /// What a rollout needs to map a trainer's segment.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SegmentInfo {
-    /// The trainer's process.
-    pub(crate) pid: u32,
-    /// The segment's file descriptor there.
-    pub(crate) fd: i32,
-    /// The file's identity, so that another file behind the same number is noticed.
-    pub(crate) device: u64,
-    pub(crate) inode: u64,
+    /// The segment in the trainer's process.
+    file: FileAddress,
     pub(crate) slots: u32,
     pub(crate) bucket_bytes: u64,
 }
@@ -38,8 +29,8 @@ pub(crate) struct Segment {
     info: SegmentInfo,
     /// Held while a slot is written, beyond the future that began it if need be.
     locks: Vec<Arc<Mutex<()>>>,
-    /// Keeps `/proc/<pid>/fd/<fd>` there for rollouts that join later.
-    _file: OwnedFd,
+    /// Keeps its address good for rollouts that join later.
+    _file: MemFile,
 }
 
 impl Segment {
@@ -48,33 +39,24 @@ impl Segment {
         let too_large = SegmentError::TooLarge(slots, bucket_bytes);
         let Some(len) = bucket_bytes.checked_mul(slots.into()) else { return Err(too_large) };
         let Ok(map_len) = usize::try_from(len) else { return Err(too_large) };
-        // Shared memory may be larger than memory: taking what is not there would not fail here, but
+        let full = || SegmentError::Full { needed: len, available: memory_in_words() };
+        // There is no limit to such files but memory: taking what is not there would not fail here, but
         // end processes of the kernel's choice.
         if available_memory().is_some_and(|available| len > available) {
-            return Err(SegmentError::Full { needed: len, available: shared_memory_in_words() });
+            return Err(full());
         }
-        let file = unnamed()?;
-        // Without it, a full /dev/shm would show as a bus error at the first write.
+        let file = MemFile::create("ckpt-engine-buckets")?;
+        // Without it, memory that is short would show as a bus error at the first write.
         rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, len).map_err(
             |errno| match errno {
-                Errno::NOSPC | Errno::NOMEM | Errno::DQUOT | Errno::FBIG => {
-                    SegmentError::Full { needed: len, available: shared_memory_in_words() }
-                }
+                Errno::NOSPC | Errno::NOMEM | Errno::DQUOT | Errno::FBIG => full(),
                 errno => SegmentError::System { call: "fallocate", errno },
             },
         )?;
-        let mapping = Mapping::new(file.as_fd(), map_len, true)
-            .map_err(|errno| SegmentError::System { call: "mmap", errno })?;
-        let stat = rustix::fs::fstat(&file)
-            .map_err(|errno| SegmentError::System { call: "fstat", errno })?;
-        let info = SegmentInfo {
-            pid: std::process::id(),
-            fd: file.as_raw_fd(),
-            device: stat.st_dev,
-            inode: stat.st_ino,
-            slots,
-            bucket_bytes,
-        };
+        file.seal(SealFlags::SHRINK | SealFlags::GROW)?;
+        let mapping = Mapping::new(&file, map_len, true)?;
+        close_to_others(&file)?;
+        let info = SegmentInfo { file: file.address(), slots, bucket_bytes };
         let locks = (0..slots).map(|_| Arc::default()).collect();
         Ok(Self { mapping: Arc::new(mapping), info, locks, _file: file })
     }
@@ -106,18 +88,7 @@ impl MappedSegment {
         let Some(len) = len.and_then(|len| usize::try_from(len).ok()) else {
             return Err(too_large);
         };
-        let path = format!("/proc/{}/fd/{}", info.pid, info.fd);
-        let opened = File::open(&path).and_then(|file| Ok((file.metadata()?, file)));
-        let (metadata, file) =
-            opened.map_err(|source| SegmentError::Open { path: path.clone(), source })?;
-        // A mapping longer than the file would be a bus error later.
-        if (metadata.dev(), metadata.ino()) != (info.device, info.inode)
-            || metadata.len() < len as u64
-        {
-            return Err(SegmentError::Replaced { path });
-        }
-        let mapping = Mapping::new(file.as_fd(), len, false)
-            .map_err(|errno| SegmentError::System { call: "mmap", errno })?;
+        let mapping = Mapping::new(&info.file.open()?, len, false)?;
         Ok(Self { mapping: Arc::new(mapping), info })
     }
 
@@ -132,39 +103,59 @@ impl MappedSegment {
     }
 }
 
-/// A file in shared memory without a name: it goes when the last process that has it open ends.
-fn unnamed() -> Result<OwnedFd, SegmentError> {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let flags = shm::OFlags::CREATE | shm::OFlags::EXCL | shm::OFlags::RDWR;
-    loop {
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("/ckpt-engine-{}-{count}", std::process::id());
-        let file = match shm::open(&name, flags, Mode::RUSR | Mode::WUSR) {
-            Ok(file) => file,
-            // The name of a process that had this id before and died between these two calls.
-            Err(Errno::EXIST) => {
-                shm::unlink(&name)
-                    .map_err(|errno| SegmentError::System { call: "shm_unlink", errno })?;
-                continue;
-            }
-            Err(Errno::NOSPC) => {
-                let available = shared_memory_in_words();
-                return Err(SegmentError::Full { needed: 0, available });
-            }
-            Err(errno) => return Err(SegmentError::System { call: "shm_open", errno }),
-        };
-        shm::unlink(&name).map_err(|errno| SegmentError::System { call: "shm_unlink", errno })?;
-        return Ok(file);
+/// Seals a file so that no mapping or descriptor that is made from now on can be written through.
+fn close_to_others(file: &MemFile) -> Result<(), SegmentError> {
+    match file.seal(SealFlags::FUTURE_WRITE | SealFlags::SEAL) {
+        // Linux before 5.1, and gVisor, do not know the seal. Rollouts map for reading alone there too.
+        Err(SegmentError::System { errno: Errno::INVAL, .. }) => file.seal(SealFlags::SEAL),
+        sealed => sealed,
     }
 }
 
-/// How much shared memory is free, for people.
-pub(crate) fn shared_memory_in_words() -> String {
-    match rustix::fs::statvfs("/dev/shm") {
-        Ok(stat) => {
-            let mib = |blocks: u64| blocks.saturating_mul(stat.f_frsize) >> 20;
-            format!("{} of {} MiB of shared memory free", mib(stat.f_bavail), mib(stat.f_blocks))
+/// How much memory there is for buckets, for people.
+pub(crate) fn memory_in_words() -> String {
+    match available_memory() {
+        Some(bytes) => format!("{} MiB of memory available", bytes >> 20),
+        None => "the system does not say how much memory is available".into(),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+mod tests {
+    use std::fs::OpenOptions;
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn a_process_that_opens_a_segment_can_neither_shorten_nor_change_it() {
+        let segment = Segment::create(2, 4096).unwrap();
+        let mapped = MappedSegment::open(segment.info().clone()).unwrap();
+        let held = mapped.read(1, 4096).unwrap();
+        let other =
+            OpenOptions::new().read(true).write(true).open(segment.info().file.path()).unwrap();
+        for len in [0, 4096, 1 << 20] {
+            assert_eq!(other.set_len(len).unwrap_err().raw_os_error(), Some(1), "{len}");
         }
-        Err(errno) => format!("/dev/shm cannot be examined: {errno}"),
+        assert_eq!(other.write_at(b"other", 4096).unwrap_err().raw_os_error(), Some(1));
+        assert!(Mapping::new(&other, 4096, true).is_err(), "a mapping to write through");
+        assert!(held.iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn memory_that_could_become_shorter_or_is_shorter_than_said_is_not_mapped() {
+        let file = MemFile::create("ckpt-engine-test").unwrap();
+        rustix::fs::ftruncate(&file, 8192).unwrap();
+        let info = |slots| SegmentInfo { file: file.address(), slots, bucket_bytes: 4096 };
+        let error = MappedSegment::open(info(2)).unwrap_err();
+        assert!(matches!(error, SegmentError::Unsealed), "{error}");
+        file.seal(SealFlags::SHRINK).unwrap();
+        let error = MappedSegment::open(info(3)).unwrap_err();
+        assert!(matches!(error, SegmentError::Short { len: 12288, size: 8192 }), "{error}");
+        MappedSegment::open(info(2)).unwrap();
+        let not_in_memory = std::fs::File::open("/proc/self/exe").unwrap();
+        let error = Mapping::new(&not_in_memory, 1, false).unwrap_err();
+        assert!(matches!(error, SegmentError::Unsealed), "{error}");
     }
 }

@@ -1,11 +1,11 @@
 //! What the process's memory and the machine's memory bandwidth are.
 
-use std::io::{self, Write};
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use checkpoint_engine::{Error, ErrorKind, Result};
+use checkpoint_engine::{Error, Result};
 
 /// How often the memory is looked at.
 const INTERVAL: Duration = Duration::from_millis(5);
@@ -83,30 +83,16 @@ fn resident() -> Result<u64> {
 ///
 /// # Errors
 ///
-/// `Io` or `Resource` if the shared memory cannot be had.
+/// `Io` if the shared memory cannot be had.
 pub fn memcpy_gb_per_s(source: &[&[u8]], bucket_bytes: u64, repeats: usize) -> Result<f64> {
     // Beyond the caches' size, a larger ring is no slower; it would only take memory.
     let len = 2 * bucket_bytes.min(64 << 20) as usize;
-    let failed = |error: io::Error| {
-        let operation = "measuring the bandwidth of a copy";
-        if error.kind() != io::ErrorKind::StorageFull {
-            return Error::io(operation, error);
-        }
-        let message = format!(
-            "no room for {len} bytes in /dev/shm; use smaller buckets \
-             (update_weights_bucket_megabytes) or a larger /dev/shm"
-        );
-        Error::new(ErrorKind::Resource, operation, message).with_source(error)
-    };
-    let mut file = tempfile::tempfile_in("/dev/shm").map_err(failed)?;
-    // Writing, rather than setting the length, makes a full /dev/shm an error and not a signal.
-    let zeros = vec![0; 1 << 20];
-    let mut left = len;
-    while left > 0 {
-        let now = left.min(zeros.len());
-        file.write_all(&zeros[..now]).map_err(failed)?;
-        left -= now;
-    }
+    let failed = |error: io::Error| Error::io("measuring the bandwidth of a copy", error);
+    // Memory as that of the buckets of `ipc`, which `/dev/shm` does not limit either.
+    let flags = rustix::fs::MemfdFlags::CLOEXEC;
+    let file = rustix::fs::memfd_create("ckpt-engine-copy", flags);
+    let file = std::fs::File::from(file.map_err(|errno| failed(errno.into()))?);
+    file.set_len(len as u64).map_err(failed)?;
     let mut ring = crate::ffi::map_private_file_shared(&file).map_err(failed)?;
     let mut rates: Vec<f64> = (0..=repeats)
         .map(|_| {

@@ -26,13 +26,6 @@ fn json_lines(output: &Output) -> Vec<serde_json::Value> {
     text.lines().map(|line| serde_json::from_str(line).expect("a JSON object a line")).collect()
 }
 
-/// What the processes of this test file may leave in shared memory: nothing.
-fn segments() -> Vec<String> {
-    let entries = std::fs::read_dir("/dev/shm").expect("/dev/shm");
-    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    names.filter(|name| name.contains("ckpt-engine")).collect()
-}
-
 fn children_of(pid: u32) -> Vec<u32> {
     let path = format!("/proc/{pid}/task/{pid}/children");
     let text = std::fs::read_to_string(path).unwrap_or_default();
@@ -154,12 +147,11 @@ fn a_killed_rollout_is_an_error_that_names_it_and_nothing_is_left() {
     assert_eq!(status.code(), Some(1), "{errors}");
     assert!(errors.contains("rank 1") || errors.contains("rank 2"), "{errors}");
     eventually("the other rollout ends", || !rollouts.iter().any(|pid| is_alive(*pid)));
-    assert_eq!(segments(), Vec::<String>::new());
     json_lines(&run(&["sync", "--synthetic", "tiny-moe", "--verify", "--json"]));
 }
 
 #[test]
-fn rollouts_of_a_killed_trainer_end_by_themselves_and_leave_nothing() {
+fn rollouts_of_a_killed_trainer_end_by_themselves() {
     let (mut child, output) = long_sync("2");
     let rollouts = children_of(child.id());
     assert_eq!(rollouts.len(), 2);
@@ -167,7 +159,6 @@ fn rollouts_of_a_killed_trainer_end_by_themselves_and_leave_nothing() {
     drop(output);
     child.wait().expect("it was killed");
     eventually("the rollouts end", || !rollouts.iter().any(|pid| is_alive(*pid)));
-    assert_eq!(segments(), Vec::<String>::new());
     json_lines(&run(&["sync", "--synthetic", "tiny-moe", "--verify", "--json"]));
 }
 
@@ -181,30 +172,25 @@ fn an_interrupt_ends_all_processes() {
     let (status, errors) = end_of(child);
     assert_eq!(status.code(), Some(130), "{errors}");
     eventually("the rollout ends", || !rollouts.iter().any(|pid| is_alive(*pid)));
-    assert_eq!(segments(), Vec::<String>::new());
 }
 
 #[test]
-fn buckets_that_shared_memory_has_no_room_for_are_an_error_in_words() {
+fn buckets_that_there_is_no_memory_for_are_an_error_in_words() {
     let output = run(&["sync", "--synthetic", "tiny-moe", "--bucket-mb", "4000000"]);
     let errors = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{errors}");
-    assert!(errors.contains("/dev/shm"), "{errors}");
-    assert_eq!(segments(), Vec::<String>::new());
+    assert!(errors.contains("no memory for"), "{errors}");
+    assert!(errors.contains("update_weights_bucket_megabytes"), "{errors}");
 }
 
 #[test]
 #[ignore = "needs root or unprivileged user namespaces, to have a /dev/shm of its own"]
-fn shared_memory_that_is_full_is_an_error_in_words_and_with_room_the_next_sync_works() {
-    // 8 MiB of shared memory, in which there is room for two buckets of 1 MiB and not of 16 MiB.
-    let script = "mount -t tmpfs -o size=8m none /dev/shm || exit 77
-        sync() { \"$0\" sync --synthetic tiny-moe --verify \"$@\"; echo \"status $?\"; }
-        sync --bucket-mb 16
-        head -c 7M /dev/zero > /dev/shm/others
-        sync --bucket-mb 1
-        rm /dev/shm/others
-        sync --bucket-mb 1
-        echo \"left: $(ls /dev/shm)\"";
+fn a_sync_needs_no_room_in_dev_shm() {
+    // As small as Docker makes it, and full.
+    let script = "mount -t tmpfs -o size=1m none /dev/shm || exit 77
+        head -c 1M /dev/zero > /dev/shm/others
+        \"$0\" sync --synthetic tiny-moe --verify --bucket-mb 16
+        echo \"status $?, in it: $(ls /dev/shm)\"";
     let output = Command::new("unshare")
         .args(["--user", "--map-root-user", "--mount", "bash", "-c", script])
         .arg(program().get_program())
@@ -213,14 +199,7 @@ fn shared_memory_that_is_full_is_an_error_in_words_and_with_room_the_next_sync_w
     assert_ne!(output.status.code(), Some(77), "there can be no /dev/shm of its own here");
     let said = String::from_utf8_lossy(&output.stdout);
     let errors = String::from_utf8_lossy(&output.stderr);
-    let statuses: Vec<&str> = said.lines().filter(|line| line.starts_with("status")).collect();
-    assert_eq!(statuses, ["status 1", "status 1", "status 0"], "{said}{errors}");
-    let errors: Vec<&str> = errors.lines().filter(|line| line.starts_with("error:")).collect();
-    assert!(
-        errors.len() == 2 && errors.iter().all(|error| error.contains("/dev/shm")),
-        "{errors:?}"
-    );
-    assert!(said.ends_with("left: \n"), "{said}");
+    assert!(said.ends_with("status 0, in it: others\n"), "{said}{errors}");
 }
 
 #[test]

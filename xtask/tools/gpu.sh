@@ -62,7 +62,7 @@ if [ "${1:-tests}" = tests ]; then
     fi
     # Processes that are killed, strangers, newcomers: everything that holds on the host holds here.
     CKPT_ENGINE_TEST_PROGRAM=$PWD/ckpt-engine CKPT_ENGINE_DEVICE=cuda \
-        check ./cli-sync --test-threads 2 --skip shared_memory_has_no_room
+        check ./cli-sync --test-threads 2 --skip there_is_no_memory
     for quantise in "" --trainer-quantize-fp8; do
         check ./ckpt-engine sync --device cuda --synthetic tiny-moe --rollouts 2 --updates 3 \
             --verify --json $quantise

@@ -1,0 +1,88 @@
+//! Files in memory that processes of one host share.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use serde::{Deserialize, Serialize};
+
+use crate::error::SegmentError;
+
+/// A file in memory that this process owns.
+///
+/// It has no name: it goes with the last descriptor and mapping of it, however their processes end. It is not
+/// in `/dev/shm`, so that only memory limits its size, and it can be sealed, which no process undoes.
+#[derive(Debug)]
+pub(crate) struct MemFile {
+    file: OwnedFd,
+    address: FileAddress,
+}
+
+/// Where a [`MemFile`] is, for processes of its host, user and PID namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub(crate) struct FileAddress {
+    /// The process that owns it.
+    pub(crate) pid: u32,
+    /// Its descriptor there.
+    pub(crate) fd: i32,
+    /// The file's identity, so that another file behind the same number is noticed.
+    pub(crate) device: u64,
+    pub(crate) inode: u64,
+}
+
+impl MemFile {
+    /// An empty file. The name is for people who look into `/proc`.
+    pub(crate) fn create(name: &str) -> Result<Self, SegmentError> {
+        let system = |call| move |errno| SegmentError::System { call, errno };
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = rustix::fs::memfd_create(name, flags).map_err(system("memfd_create"))?;
+        let stat = rustix::fs::fstat(&file).map_err(system("fstat"))?;
+        let (pid, fd) = (std::process::id(), file.as_raw_fd());
+        let address = FileAddress { pid, fd, device: stat.st_dev, inode: stat.st_ino };
+        Ok(Self { file, address })
+    }
+
+    /// What another process opens it by, as long as this lives.
+    pub(crate) fn address(&self) -> FileAddress {
+        self.address
+    }
+
+    /// Forbids something to every process from now on, this one included.
+    pub(crate) fn seal(&self, seals: SealFlags) -> Result<(), SegmentError> {
+        rustix::fs::fcntl_add_seals(&self.file, seals)
+            .map_err(|errno| SegmentError::System { call: "fcntl(F_ADD_SEALS)", errno })
+    }
+}
+
+impl AsFd for MemFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl FileAddress {
+    /// The path that it is opened by.
+    pub(crate) fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", self.pid, self.fd)
+    }
+
+    /// Opens the file for reading.
+    ///
+    /// # Errors
+    ///
+    /// `Open` without access to its process, `Replaced` if another file has its descriptor meanwhile.
+    pub(crate) fn open(&self) -> Result<File, SegmentError> {
+        let path = self.path();
+        let opened = File::open(&path).and_then(|file| Ok((file.metadata()?, file)));
+        match opened {
+            Ok((metadata, file))
+                if (metadata.dev(), metadata.ino()) == (self.device, self.inode) =>
+            {
+                Ok(file)
+            }
+            Ok(_) => Err(SegmentError::Replaced { path }),
+            Err(source) => Err(SegmentError::Open { path, source }),
+        }
+    }
+}
