@@ -7,7 +7,6 @@
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
-use std::rc::Rc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -20,7 +19,9 @@ use tracing::{debug, warn};
 
 use crate::environment;
 use crate::error::HcclError;
-use crate::ffi::{self, Comm, Device, DeviceMemory, Event, Imported, IpcKey, Pinned, Stream};
+use crate::ffi::{
+    self, Comm, Copying, Device, DeviceMemory, Event, Imported, IpcKey, Pinned, Stream,
+};
 use crate::mutation::Mutation;
 use crate::slots::Views;
 use crate::sys::{self, AGAIN, Api};
@@ -111,9 +112,8 @@ struct Group {
     comm: Comm,
     stream: Stream,
     place: u32,
-    /// The ends of the broadcasts that are under way, and what each had to wait for: an event stays
-    /// as long as a stream may look at it.
-    events: VecDeque<(Event, Option<Rc<Event>>)>,
+    /// The ends of the broadcasts that are under way.
+    events: VecDeque<Event>,
     ended: u64,
     asked: Instant,
 }
@@ -122,8 +122,7 @@ struct Group {
 #[derive(Debug)]
 struct Upload {
     slot: u32,
-    done: Rc<Event>,
-    pinned: Pinned,
+    copying: Copying,
 }
 
 /// Pinned memory for buckets that are being filled: made when needed, used again.
@@ -186,9 +185,9 @@ impl HcclCommunicator {
         let device = Device::set(api, number)?;
         let full = HcclError::Full { device: device.number(), bytes: usize::MAX, free: None };
         let bytes = bytes_of(plan.shape).ok_or(full)?;
-        let mut memory = device.allocate(bytes)?;
+        let memory = device.allocate(bytes)?;
         let key = match plan.shares {
-            true => share(&mut memory),
+            true => share(&memory),
             false => Err("only the leader's slots are shared".into()),
         };
         let (home, returned) = channel();
@@ -296,17 +295,22 @@ impl HcclCommunicator {
         let group = self.groups.first_mut().and_then(Option::as_mut);
         let group = group.ok_or(HcclError::NotJoined(0))?;
         let event = self.device.event()?;
-        group.comm.broadcast_of(root, self.memory.own()?, len, &group.stream)?;
+        group.comm.broadcast_from(root, self.memory.own()?, 0, len, &group.stream)?;
         event.record(&group.stream)?;
-        group.events.push_back((event, None));
+        group.events.push_back(event);
         Ok(())
     }
 
     /// Where bytes of a slot are, for whoever should not know.
     #[cfg(feature = "mutations")]
-    pub(crate) fn address(&self, slot: u32, start: u64, len: u64) -> Result<usize, HcclError> {
+    pub(crate) fn escape(
+        &self,
+        slot: u32,
+        start: u64,
+        len: u64,
+    ) -> Result<ffi::Escaped, HcclError> {
         let (at, _) = self.range(slot, start.saturating_add(len))?;
-        self.memory.own()?.address(at + start as usize, len as usize)
+        self.memory.own()?.escape(at + start as usize, len as usize)
     }
 
     /// Pinned memory for a bucket; waits for the oldest copy if there is none left.
@@ -335,30 +339,45 @@ impl HcclCommunicator {
 
     /// Waits for the oldest copy; its memory is free then.
     fn finish_upload(&mut self, wait: &Wait<'_>) -> engine_core::Result<()> {
-        let Some(upload) = self.uploads.front() else { return Ok(()) };
-        let result = loop {
-            match upload.done.is_reached() {
-                Ok(true) => break Ok(()),
-                // On a copy behind it as well, which is not far.
-                Ok(false) => match self.copies.synchronize(SLICE.min(wait.left())) {
-                    Ok(_) => wait.check("copying a bucket to the NPU")?,
-                    Err(error) => break Err(error),
-                },
-                Err(error) => break Err(error),
+        let Some(Upload { slot, copying }) = self.uploads.pop_front() else { return Ok(()) };
+        let mut copying = copying;
+        let error: engine_core::Error = loop {
+            copying = match copying.end() {
+                Ok(pinned) => {
+                    self.staging.free.push(pinned);
+                    return Ok(());
+                }
+                Err(copying) => copying,
+            };
+            // On a copy behind it as well, which is not far.
+            match self.copies.synchronize(SLICE.min(wait.left())) {
+                Ok(_) => {
+                    if let Err(error) = wait.check("copying a bucket to the NPU") {
+                        self.uploads.push_front(Upload { slot, copying });
+                        return Err(error);
+                    }
+                }
+                Err(error) => break error.into(),
             }
         };
-        match result {
-            Ok(()) => {
-                if let Some(Upload { pinned, .. }) = self.uploads.pop_front() {
-                    self.staging.free.push(pinned);
-                }
-                Ok(())
-            }
-            Err(error) => {
-                // A stream that has failed does nothing any more, nor do copies behind.
-                self.copies = self.device.stream()?;
-                self.staging.free.extend(self.uploads.drain(..).map(|upload| upload.pinned));
-                Err(error.into())
+        self.uploads.push_front(Upload { slot, copying });
+        self.begin_copies_anew()?;
+        Err(error)
+    }
+
+    /// Gives up a stream that has failed: it does nothing any more, nor do the copies that are behind.
+    fn begin_copies_anew(&mut self) -> Result<(), HcclError> {
+        self.copies = self.device.stream()?;
+        self.take_ended();
+        Ok(())
+    }
+
+    /// Takes back the memory of copies that have ended. One that has not, on a stream that is given up, is not
+    /// looked at again, nor is its memory.
+    fn take_ended(&mut self) {
+        for Upload { copying, .. } in self.uploads.drain(..) {
+            if let Ok(pinned) = copying.end() {
+                self.staging.free.push(pinned);
             }
         }
     }
@@ -376,16 +395,12 @@ impl HcclCommunicator {
             self.fills += 1;
             memory.write(self.mark_of(slot)?, &self.fills.to_le_bytes())?;
         }
-        let done = Rc::new(self.device.event()?);
-        let Some(mut pinned) = lease.pinned.take() else { return Ok(()) };
+        let Some(pinned) = lease.pinned.take() else { return Ok(()) };
         self.staging.lent -= 1;
-        let copied = self.copies.copy(&mut pinned, memory, at, len);
-        let recorded = copied.and_then(|()| done.record(&self.copies));
-        // If it was enqueued it is under way, recorded or not.
-        self.uploads.push_back(Upload { slot, done, pinned });
-        if let Err(error) = recorded {
-            self.copies = self.device.stream()?;
-            self.staging.free.extend(self.uploads.drain(..).map(|upload| upload.pinned));
+        let (copying, copied) = self.copies.copy(pinned, memory, at, len);
+        self.uploads.push_back(Upload { slot, copying });
+        if let Err(error) = copied {
+            self.begin_copies_anew()?;
             return Err(error.into());
         }
         Ok(())
@@ -526,7 +541,7 @@ fn bytes_of(shape: Shape) -> Option<usize> {
 }
 
 /// What other processes of the NPU find memory by, or why they cannot.
-fn share(memory: &mut DeviceMemory) -> Result<Bytes, String> {
+fn share(memory: &DeviceMemory) -> Result<Bytes, String> {
     match memory.export() {
         Ok(key) => Ok(Bytes::copy_from_slice(key.as_bytes())),
         Err(error @ HcclError::Absent(..)) => Err(format!("{error} (a later CANN has it)")),
@@ -588,27 +603,27 @@ impl Communicator for HcclCommunicator {
         let state = state.ok_or(HcclError::NotJoined(group))?;
         let upload = self.uploads.iter().rev().find(|upload| upload.slot == slot);
         let upload = upload.filter(|_| state.place == 0);
-        if let Some(upload) = upload.filter(|_| !Mutation::DroppedSynchronise.is_on()) {
-            state.stream.wait_for(&upload.done)?;
+        let awaited = upload.filter(|_| !Mutation::DroppedSynchronise.is_on());
+        if let Some(done) = awaited.and_then(|upload| upload.copying.done()) {
+            state.stream.wait_for(done)?;
         }
-        let awaited = upload.map(|upload| upload.done.clone());
         let event = self.device.event()?;
         match upload {
             #[cfg(feature = "mutations")]
-            Some(upload) if Mutation::HostPointer.is_on() => {
-                state.comm.broadcast_host(&upload.pinned, len, &state.stream)?;
+            Some(_) if Mutation::HostPointer.is_on() => {
+                state.comm.broadcast_host(len, &state.stream)?;
             }
             _ => state.comm.broadcast(self.memory.own()?, at, len, &state.stream)?,
         }
         event.record(&state.stream)?;
-        state.events.push_back((event, awaited));
+        state.events.push_back(event);
         Ok(())
     }
 
     fn ended(&mut self, group: usize) -> engine_core::Result<u64> {
         let state = self.groups.get_mut(group).and_then(Option::as_mut);
         let state = state.ok_or(HcclError::NotJoined(group))?;
-        while let Some((event, _)) = state.events.front() {
+        while let Some(event) = state.events.front() {
             match event.is_reached() {
                 Ok(false) => break,
                 Ok(true) => {
@@ -677,13 +692,16 @@ impl Drop for HcclCommunicator {
         while !self.uploads.is_empty() {
             match self.copies.synchronize(SLICE) {
                 Ok(false) if Instant::now() < until => {}
-                Ok(true) | Err(_) => {
-                    let pinned = self.uploads.drain(..).map(|upload| upload.pinned);
-                    self.staging.free.extend(pinned);
+                Ok(true) => self.take_ended(),
+                Err(_) => {
+                    if let Err(error) = self.begin_copies_anew() {
+                        warn!(%error, "copies to the NPU have failed: their memory is not freed");
+                        self.uploads.clear();
+                    }
                 }
                 Ok(false) => {
                     warn!("copies to the NPU do not end: their memory is not freed");
-                    self.uploads.drain(..).for_each(std::mem::forget);
+                    self.uploads.clear();
                 }
             }
         }
@@ -697,7 +715,7 @@ impl Drop for HcclCommunicator {
         for pinned in self.staging.free.drain(..) {
             self.device.free_host(pinned);
         }
-        let SlotMemory::Own(memory) = &mut self.memory else { return };
+        let SlotMemory::Own(memory) = &self.memory else { return };
         let until = Instant::now() + CLOSING.min(self.deadline);
         // Others close it when their update has ended, which they may hear of a moment later.
         while memory.withdraw().is_err() && Instant::now() < until {

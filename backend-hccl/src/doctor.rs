@@ -375,7 +375,7 @@ fn pair_child(library_dir: Option<&Path>, rank: u32, rounds: u32) -> Result<()> 
 
 fn export_child(library_dir: Option<&Path>) -> Result<()> {
     let device = Device::set(comm::load(library_dir, DEADLINE)?, 0)?;
-    let mut memory = device.allocate(BYTES)?;
+    let memory = device.allocate(BYTES)?;
     memory.write(0, &pattern(0))?;
     let key = memory.export()?;
     say(&format!("key {}", to_hex(key.as_bytes())))?;

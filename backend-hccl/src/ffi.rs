@@ -1,15 +1,19 @@
 //! ACL's and HCCL's objects: one function per call, status in, `Result` out.
 //!
 //! All objects belong to the device of the thread that made them, and none of them is `Send`, except
-//! pinned memory, which any thread may write and read. Nothing here waits without a limit, but for the
+//! pinned memory, which any thread may write and read. What work uses is kept by the stream that it is on until
+//! that is gone, and given to a copy until it has ended: nobody has to promise that. Nothing here waits without a limit, but for the
 //! two calls that the libraries give none: joining a communicator, and the first operation of a kind,
 //! which HCCL's own timeouts end.
 #![allow(unsafe_code, reason = "calling ACL's and HCCL's C interfaces")]
 
+use std::cell::{Cell, RefCell};
 use std::ffi::c_void;
 use std::fmt;
 use std::marker::PhantomData;
+use std::mem::{ManuallyDrop, forget};
 use std::ptr::{NonNull, null, null_mut};
+use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -192,7 +196,8 @@ impl Device {
             }
             return Err(error);
         }
-        Ok(DeviceMemory { device: self, address, len, exported: None })
+        let exported = RefCell::new(None);
+        Ok(DeviceMemory(Rc::new(Allocation { device: self, address, len, exported })))
     }
 
     /// Allocates pinned memory of the host, of zeros.
@@ -211,9 +216,9 @@ impl Device {
 
     /// Frees pinned memory.
     pub(crate) fn free_host(self, memory: Pinned) {
-        let memory = std::mem::ManuallyDrop::new(memory);
+        let memory = ManuallyDrop::new(memory);
         // SAFETY: nobody else has the memory; copies from it have ended, because those that have not
-        // keep it.
+        // have it themselves.
         let status = unsafe { (self.api.aclrtFreeHost)(memory.start.as_ptr().cast()) };
         told(acl(self.api, "aclrtFreeHost", status));
     }
@@ -223,7 +228,7 @@ impl Device {
         // SAFETY: the call writes a handle to where the pointer points.
         let status = unsafe { (self.api.aclrtCreateStream)(&raw mut stream) };
         acl(self.api, "aclrtCreateStream", status)?;
-        Ok(Stream { device: self, stream })
+        Ok(Stream { device: self, stream, work: Rc::default() })
     }
 
     pub(crate) fn event(self) -> Result<Event> {
@@ -231,7 +236,7 @@ impl Device {
         // SAFETY: the call writes a handle to where the pointer points.
         let status = unsafe { (self.api.aclrtCreateEvent)(&raw mut event) };
         acl(self.api, "aclrtCreateEvent", status)?;
-        Ok(Event { device: self, event })
+        Ok(Event { device: self, event, behind: RefCell::new(None) })
     }
 
     /// What the members of a new communicator need; a listener of this process waits for them.
@@ -282,14 +287,17 @@ impl Device {
 
 const NO_SHARING: &str = "processes cannot share the memory of an NPU";
 
-/// Memory of a device. Freed when dropped, whatever is still under way in it; but not while others are known
-/// to have it mapped.
+/// Memory of a device. Freed when it is dropped and every stream is gone that had work in it; but not while
+/// others are known to have it mapped.
 #[derive(Debug)]
-pub(crate) struct DeviceMemory {
+pub(crate) struct DeviceMemory(Rc<Allocation>);
+
+#[derive(Debug)]
+struct Allocation {
     device: Device,
     address: *mut c_void,
     len: usize,
-    exported: Option<IpcKey>,
+    exported: RefCell<Option<IpcKey>>,
 }
 
 /// Memory that this process has exported: it is there as long as anyone has this.
@@ -308,20 +316,18 @@ fn lent() -> MutexGuard<'static, Vec<(IpcKey, Arc<Lent>)>> {
 
 impl DeviceMemory {
     fn at(&self, at: usize, len: usize) -> Result<*mut c_void> {
-        let outside = HcclError::Outside { at, len, size: self.len };
-        let end = at.checked_add(len).ok_or(outside)?;
-        if end > self.len {
-            return Err(HcclError::Outside { at, len, size: self.len });
+        if at.checked_add(len).is_none_or(|end| end > self.0.len) {
+            return Err(HcclError::Outside { at, len, size: self.0.len });
         }
-        Ok(self.address.wrapping_byte_add(at))
+        Ok(self.0.address.wrapping_byte_add(at))
     }
 
     /// Fills a part of it with a byte.
     pub(crate) fn fill(&self, at: usize, len: usize, value: u8) -> Result<()> {
         let to = self.at(at, len)?;
         // SAFETY: the range lies within the allocation.
-        let status = unsafe { (self.device.api.aclrtMemset)(to, len, value.into(), len) };
-        acl(self.device.api, "aclrtMemset", status)
+        let status = unsafe { (self.0.device.api.aclrtMemset)(to, len, value.into(), len) };
+        acl(self.0.device.api, "aclrtMemset", status)
     }
 
     /// Copies a part of it to the host; blocks until it is there.
@@ -331,13 +337,15 @@ impl DeviceMemory {
         }
         let from = self.at(at, to.len())?;
         // SAFETY: the range lies within the allocation.
-        unsafe { copy_to_host(self.device.api, from, to) }
+        unsafe { copy_to_host(self.0.device.api, from, to) }
     }
 
-    /// Where a part of it is, to be read by a thread that has no device.
+    /// Where a part of it is, to be read by a thread that has no device. It is never freed from then on.
     #[cfg(feature = "mutations")]
-    pub(crate) fn address(&self, at: usize, len: usize) -> Result<usize> {
-        self.at(at, len).map(|address| address as usize)
+    pub(crate) fn escape(&self, at: usize, len: usize) -> Result<Escaped> {
+        let address = self.at(at, len)? as usize;
+        forget(self.0.clone());
+        Ok(Escaped { address, len })
     }
 
     /// Copies host memory to it; blocks until it is there.
@@ -346,8 +354,8 @@ impl DeviceMemory {
         let from = from.as_ptr().cast();
         // SAFETY: both have that length.
         let status =
-            unsafe { (self.device.api.aclrtMemcpy)(to, len, from, len, sys::HOST_TO_DEVICE) };
-        acl(self.device.api, "aclrtMemcpy", status)
+            unsafe { (self.0.device.api.aclrtMemcpy)(to, len, from, len, sys::HOST_TO_DEVICE) };
+        acl(self.0.device.api, "aclrtMemcpy", status)
     }
 
     /// A key by which every process of the NPU can map all of it.
@@ -355,33 +363,40 @@ impl DeviceMemory {
     /// # Contract
     ///
     /// The memory is as long as whole pages of 2 MB.
-    pub(crate) fn export(&mut self) -> Result<IpcKey> {
-        if let Some(key) = &self.exported {
+    pub(crate) fn export(&self) -> Result<IpcKey> {
+        if let Some(key) = &*self.0.exported.borrow() {
             return Ok(key.clone());
         }
-        let Some(export) = self.device.api.aclrtIpcMemGetExportKey else {
+        let Some(export) = self.0.device.api.aclrtIpcMemGetExportKey else {
             return Err(HcclError::Absent("aclrtIpcMemGetExportKey", NO_SHARING));
         };
         let mut key = [0_u8; sys::IPC_KEY_BYTES];
         let (text, len) = (key.as_mut_ptr().cast(), key.len());
         // SAFETY: the allocation is alive and of that length; the call writes at most `len` bytes.
-        let status = unsafe { export(self.address, self.len, text, len, sys::EXPORT_TO_ALL) };
-        acl(self.device.api, "aclrtIpcMemGetExportKey", status)?;
+        let status = unsafe { export(self.0.address, self.0.len, text, len, sys::EXPORT_TO_ALL) };
+        acl(self.0.device.api, "aclrtIpcMemGetExportKey", status)?;
         let key = IpcKey::new(&key)?;
-        let own = Lent { address: self.address as usize, len: self.len };
+        let own = Lent { address: self.0.address as usize, len: self.0.len };
         lent().push((key.clone(), Arc::new(own)));
-        self.exported = Some(key.clone());
+        *self.0.exported.borrow_mut() = Some(key.clone());
         Ok(key)
     }
 
     /// Whether others can map it.
     pub(crate) fn is_exported(&self) -> bool {
-        self.exported.is_some()
+        self.0.exported.borrow().is_some()
     }
 
     /// Withdraws the key, if there is one; an error as long as others have the memory mapped.
-    pub(crate) fn withdraw(&mut self) -> Result<()> {
-        let Some(key) = &self.exported else { return Ok(()) };
+    pub(crate) fn withdraw(&self) -> Result<()> {
+        self.0.withdraw()
+    }
+}
+
+impl Allocation {
+    fn withdraw(&self) -> Result<()> {
+        let mut exported = self.exported.borrow_mut();
+        let Some(key) = &*exported else { return Ok(()) };
         let mut lent = lent();
         let own = lent.iter().position(|(known, _)| known == key);
         if own.is_some_and(|at| Arc::strong_count(&lent[at].1) > 1) {
@@ -389,19 +404,19 @@ impl DeviceMemory {
         }
         close_key(self.device.api, key)?;
         own.map(|at| lent.swap_remove(at));
-        self.exported = None;
+        *exported = None;
         Ok(())
     }
 }
 
-impl Drop for DeviceMemory {
+impl Drop for Allocation {
     fn drop(&mut self) {
         if let Err(error) = self.withdraw() {
             let bytes = self.len;
             tracing::warn!(%error, bytes, "memory that others have mapped is not freed");
             return;
         }
-        // SAFETY: it came from `aclrtMalloc`, and nobody else has it.
+        // SAFETY: it came from `aclrtMalloc`, and nobody has it any more: streams keep what their work uses.
         let status = unsafe { (self.device.api.aclrtFree)(self.address) };
         told(acl(self.device.api, "aclrtFree", status));
     }
@@ -420,12 +435,25 @@ unsafe fn copy_to_host(api: &Api, from: *const c_void, to: &mut [u8]) -> Result<
     acl(api, "aclrtMemcpy", status)
 }
 
-/// As [`DeviceMemory::read`], on a thread that has no device.
+/// Memory of a device that is never freed.
 #[cfg(feature = "mutations")]
-pub(crate) fn read_anywhere(api: &'static Api, address: usize, to: &mut [u8]) -> Result<()> {
-    // SAFETY: the address is of memory that the rank still has. That this thread has no device is what a test does
-    // wrong on purpose, and what the library refuses.
-    unsafe { copy_to_host(api, address as *const c_void, to) }
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Escaped {
+    address: usize,
+    len: usize,
+}
+
+#[cfg(feature = "mutations")]
+impl Escaped {
+    /// As [`DeviceMemory::read`], on a thread that has no device.
+    pub(crate) fn read(self, api: &'static Api, to: &mut [u8]) -> Result<()> {
+        if to.len() > self.len {
+            return Err(HcclError::Outside { at: 0, len: to.len(), size: self.len });
+        }
+        // SAFETY: so many bytes are there for ever. That this thread has no device is what a test does wrong on
+        // purpose, and what the library refuses.
+        unsafe { copy_to_host(api, self.address as *const c_void, to) }
+    }
 }
 
 /// The name of memory that processes share: text that ends with a zero.
@@ -506,22 +534,69 @@ unsafe impl Sync for Pinned {}
 impl Pinned {
     pub(crate) fn as_mut(&mut self) -> &mut [u8] {
         // SAFETY: the memory has that length and was filled; the value is borrowed mutably, and copies
-        // under way keep the value itself.
+        // under way have the value itself.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
 }
 
 impl Drop for Pinned {
     fn drop(&mut self) {
+        // Nor may it be, if a copy from it is under way.
         tracing::warn!(bytes = self.len, "pinned memory is not freed: its device's thread is gone");
     }
 }
 
-/// Work of a device, in order. Destroyed when dropped.
+/// Work of a device, in order. Destroyed when dropped, unless work is left that has not ended: then the stream stays,
+/// and all that its work uses.
 #[derive(Debug)]
 pub(crate) struct Stream {
     device: Device,
     stream: Handle,
+    work: Rc<Work>,
+}
+
+/// What the work of a stream uses.
+#[derive(Debug, Default)]
+struct Work {
+    memory: RefCell<Vec<Rc<Allocation>>>,
+    /// Events that it waits for, as far as no event of its own is known to be behind them.
+    awaited: RefCell<Vec<Rc<Event>>>,
+    /// Whether the stream is gone, and all of its work with it.
+    gone: Cell<bool>,
+}
+
+impl Work {
+    fn keep(&self, memory: &DeviceMemory) {
+        let mut kept = self.memory.borrow_mut();
+        if !kept.iter().any(|known| Rc::ptr_eq(known, &memory.0)) {
+            kept.push(memory.0.clone());
+        }
+    }
+}
+
+/// A copy from pinned memory, which it has until it has ended.
+#[derive(Debug)]
+pub(crate) struct Copying {
+    pinned: Pinned,
+    /// Behind the copy, if it could be put there.
+    done: Option<Rc<Event>>,
+    work: Rc<Work>,
+}
+
+impl Copying {
+    /// What is reached when the copy has ended.
+    pub(crate) fn done(&self) -> Option<&Rc<Event>> {
+        self.done.as_ref()
+    }
+
+    /// The memory, if the copy has ended: its event is reached, or its stream is gone.
+    pub(crate) fn end(self) -> std::result::Result<Pinned, Self> {
+        let is_reached = |event: &Rc<Event>| matches!(event.is_reached(), Ok(true));
+        if self.work.gone.get() || self.done.as_ref().is_some_and(is_reached) {
+            return Ok(self.pinned);
+        }
+        Err(self)
+    }
 }
 
 impl Stream {
@@ -556,42 +631,73 @@ impl Stream {
     }
 
     /// Has all that comes after it wait for an event.
-    pub(crate) fn wait_for(&self, event: &Event) -> Result<()> {
+    pub(crate) fn wait_for(&self, event: &Rc<Event>) -> Result<()> {
         let api = self.device.api;
-        // SAFETY: both are alive.
+        self.work.awaited.borrow_mut().push(event.clone());
+        // SAFETY: both are alive, and the event stays as long as the stream may look at it.
         let status = unsafe { (api.aclrtStreamWaitEvent)(self.stream, event.event) };
         acl(api, "aclrtStreamWaitEvent", status)
     }
 
-    /// Enqueues a copy from the beginning of pinned memory to a device.
-    ///
-    /// # Contract
-    ///
-    /// The pinned memory is neither changed nor freed until the copy has ended.
+    /// Enqueues a copy from the beginning of pinned memory to a device. After an error it may be under way all the
+    /// same, as long as the stream is there.
     pub(crate) fn copy(
         &self,
-        from: &mut Pinned,
+        from: Pinned,
+        to: &DeviceMemory,
+        at: usize,
+        len: usize,
+    ) -> (Copying, Result<()>) {
+        let mut copying = Copying { pinned: from, done: None, work: self.work.clone() };
+        let result = self.enqueue(&mut copying, to, at, len);
+        (copying, result)
+    }
+
+    fn enqueue(
+        &self,
+        copying: &mut Copying,
         to: &DeviceMemory,
         at: usize,
         len: usize,
     ) -> Result<()> {
-        if len > from.len {
-            return Err(HcclError::Outside { at: 0, len, size: from.len });
+        let Pinned { start, len: size } = copying.pinned;
+        if len > size {
+            return Err(HcclError::Outside { at: 0, len, size });
         }
-        let (to, api) = (to.at(at, len)?, self.device.api);
-        let from = from.start.as_ptr().cast_const().cast();
-        // SAFETY: both ranges lie within allocations that the caller keeps.
-        let status =
-            unsafe { (api.aclrtMemcpyAsync)(to, len, from, len, sys::HOST_TO_DEVICE, self.stream) };
-        acl(api, "aclrtMemcpyAsync", status)
+        let (address, api) = (to.at(at, len)?, self.device.api);
+        let from = start.as_ptr().cast_const().cast();
+        let done = self.device.event()?;
+        self.work.keep(to);
+        // SAFETY: both ranges lie within allocations: the stream keeps one, the copy has the other.
+        let status = unsafe {
+            (api.aclrtMemcpyAsync)(address, len, from, len, sys::HOST_TO_DEVICE, self.stream)
+        };
+        acl(api, "aclrtMemcpyAsync", status)?;
+        done.record(self)?;
+        copying.done = Some(Rc::new(done));
+        Ok(())
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        // SAFETY: nobody else has the stream.
+        if let Ok(false) = self.is_idle() {
+            tracing::warn!(
+                "a stream whose work does not end is left behind, with the memory that it uses"
+            );
+            forget(self.work.clone());
+            return;
+        }
+        // SAFETY: nobody else has the stream. It has no work, or has failed and does none any more.
         let status = unsafe { (self.device.api.aclrtDestroyStream)(self.stream) };
-        told(acl(self.device.api, "aclrtDestroyStream", status));
+        let destroyed = acl(self.device.api, "aclrtDestroyStream", status);
+        if destroyed.is_err() {
+            forget(self.work.clone());
+            return told(destroyed);
+        }
+        self.work.gone.set(true);
+        self.work.memory.take();
+        self.work.awaited.take();
     }
 }
 
@@ -600,6 +706,15 @@ impl Drop for Stream {
 pub(crate) struct Event {
     device: Device,
     event: Handle,
+    behind: RefCell<Option<Behind>>,
+}
+
+/// Where an event is.
+#[derive(Debug)]
+struct Behind {
+    work: Rc<Work>,
+    /// What the stream waits for before it reaches the event.
+    awaited: Vec<Rc<Event>>,
 }
 
 impl Event {
@@ -608,7 +723,11 @@ impl Event {
         let api = self.device.api;
         // SAFETY: both are alive.
         let status = unsafe { (api.aclrtRecordEvent)(self.event, stream.stream) };
-        acl(api, "aclrtRecordEvent", status)
+        acl(api, "aclrtRecordEvent", status)?;
+        let awaited = stream.work.awaited.take();
+        self.release();
+        *self.behind.borrow_mut() = Some(Behind { work: stream.work.clone(), awaited });
+        Ok(())
     }
 
     /// Whether the work before it has ended.
@@ -625,8 +744,19 @@ impl Event {
     }
 }
 
+impl Event {
+    /// Lets go of the events that its stream has waited for; what the stream may still wait for goes back to it.
+    fn release(&self) {
+        let Some(Behind { work, awaited }) = self.behind.take() else { return };
+        if !awaited.is_empty() && !work.gone.get() && !matches!(self.is_reached(), Ok(true)) {
+            work.awaited.borrow_mut().extend(awaited);
+        }
+    }
+}
+
 impl Drop for Event {
     fn drop(&mut self) {
+        self.release();
         // SAFETY: nobody else has the event.
         let status = unsafe { (self.device.api.aclrtDestroyEvent)(self.event) };
         told(acl(self.device.api, "aclrtDestroyEvent", status));
@@ -642,10 +772,6 @@ pub(crate) struct Comm {
 
 impl Comm {
     /// Enqueues the broadcast of a part of device memory, from member 0 to all others.
-    ///
-    /// # Contract
-    ///
-    /// The memory is not freed until the broadcast has ended.
     pub(crate) fn broadcast(
         &self,
         memory: &DeviceMemory,
@@ -653,45 +779,37 @@ impl Comm {
         len: usize,
         stream: &Stream,
     ) -> Result<()> {
-        let buffer = memory.at(at, len)?;
-        // SAFETY: the range lies within the allocation, which the caller keeps, as the contract says.
-        unsafe { self.broadcast_from(0, buffer, len, stream) }
+        self.broadcast_from(0, memory, at, len, stream)
     }
 
     /// As [`broadcast`](Self::broadcast), from any member.
-    #[cfg(test)]
-    pub(crate) fn broadcast_of(
+    pub(crate) fn broadcast_from(
         &self,
         root: u32,
         memory: &DeviceMemory,
+        at: usize,
         len: usize,
         stream: &Stream,
     ) -> Result<()> {
-        let buffer = memory.at(0, len)?;
-        // SAFETY: as in `broadcast`.
-        unsafe { self.broadcast_from(root, buffer, len, stream) }
+        let buffer = memory.at(at, len)?;
+        stream.work.keep(memory);
+        // SAFETY: the range lies within the allocation, which the stream keeps.
+        unsafe { self.broadcast_at(root, buffer, len, stream) }
     }
 
     /// As [`broadcast`](Self::broadcast), from memory of the host, which no NPU reaches so.
     #[cfg(feature = "mutations")]
-    pub(crate) fn broadcast_host(
-        &self,
-        memory: &Pinned,
-        len: usize,
-        stream: &Stream,
-    ) -> Result<()> {
-        if len > memory.len {
-            return Err(HcclError::Outside { at: 0, len, size: memory.len });
-        }
-        // SAFETY: so many bytes are there, kept as the contract says. That they are the host's is what a test does
-        // wrong on purpose, and what the library refuses.
-        unsafe { self.broadcast_from(0, memory.start.as_ptr().cast(), len, stream) }
+    pub(crate) fn broadcast_host(&self, len: usize, stream: &Stream) -> Result<()> {
+        let buffer = ManuallyDrop::new(self.device.allocate_host(len)?);
+        // SAFETY: so many bytes are there for ever. That they are the host's is what a test does wrong on purpose,
+        // and what the library refuses.
+        unsafe { self.broadcast_at(0, buffer.start.as_ptr().cast(), len, stream) }
     }
 
     /// # Safety
     ///
-    /// As many bytes are at `buffer`, in memory of the device that nobody frees before the broadcast has ended.
-    unsafe fn broadcast_from(
+    /// As many bytes are at `buffer`, in memory of the device that nobody frees before the stream is gone.
+    unsafe fn broadcast_at(
         &self,
         root: u32,
         buffer: *mut c_void,
@@ -711,10 +829,6 @@ impl Comm {
     }
 
     /// Enqueues the maximum over all members of each signed byte of a part of device memory.
-    ///
-    /// # Contract
-    ///
-    /// As for [`broadcast`](Self::broadcast).
     pub(crate) fn all_reduce_max(
         &self,
         memory: &DeviceMemory,
@@ -726,8 +840,9 @@ impl Comm {
         let (count, max) = (len as u64, sys::REDUCE_MAX);
         // UINT8 is what moves bytes, and what reductions refuse.
         let dtype = if Mutation::WrongEnum.is_on() { sys::UINT8 } else { sys::INT8 };
-        // SAFETY: communicator and stream are alive, and the caller keeps the memory, which may be both
-        // ends of the operation.
+        stream.work.keep(memory);
+        // SAFETY: communicator and stream are alive; the stream keeps the memory, which may be both ends of
+        // the operation.
         let status = unsafe {
             (api.HcclAllReduce)(buffer, buffer, count, dtype, max, self.comm, stream.stream)
         };
@@ -751,5 +866,71 @@ impl Comm {
         // SAFETY: the communicator is alive, and nobody else has it.
         let status = unsafe { (api.HcclCommDestroy)(self.comm) };
         hccl(api, "HcclCommDestroy", status).map_err(|error| (self, error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    const ALONE: &str = "CKPT_ENGINE_TEST_ALONE";
+    const BYTES: usize = 2 << 20;
+
+    /// What a child process does; nothing when the tests are run.
+    #[test]
+    fn work_here() {
+        if std::env::var_os(ALONE).is_none() {
+            return;
+        }
+        let api = sys::load(None).unwrap();
+        initialise(api).unwrap();
+        let device = Device::set(api, 0).unwrap();
+        let free = || device.memory_info().unwrap().0;
+        let before = free();
+        let (stream, memory) = (device.stream().unwrap(), device.allocate(BYTES).unwrap());
+        let pinned = device.allocate_host(BYTES).unwrap();
+        let (copying, copied) = stream.copy(pinned, &memory, 0, BYTES);
+        copied.unwrap();
+        drop(memory);
+        assert!(free() < before, "freed under the copy to it");
+        while !stream.synchronize(Duration::from_secs(1)).unwrap() {}
+        device.free_host(copying.end().unwrap());
+        drop(stream);
+        assert_eq!(free(), before);
+
+        // A stream that is gone has ended its copies; one that waits for an event of another keeps it.
+        let (stream, other) = (device.stream().unwrap(), device.stream().unwrap());
+        let memory = device.allocate(BYTES).unwrap();
+        let (copying, copied) =
+            stream.copy(device.allocate_host(BYTES).unwrap(), &memory, 0, BYTES);
+        copied.unwrap();
+        let done = Rc::downgrade(copying.done().unwrap());
+        other.wait_for(copying.done().unwrap()).unwrap();
+        let behind = device.event().unwrap();
+        behind.record(&other).unwrap();
+        while !stream.synchronize(Duration::from_secs(1)).unwrap() {}
+        drop(stream);
+        device.free_host(copying.end().unwrap());
+        assert_eq!(done.strong_count(), 1, "it may still be looked at");
+        while !behind.is_reached().unwrap() {}
+        drop(behind);
+        assert_eq!(done.strong_count(), 0);
+        let (copying, outside) = other.copy(device.allocate_host(1).unwrap(), &memory, 0, BYTES);
+        assert!(matches!(outside, Err(HcclError::Outside { .. })));
+        drop(other);
+        device.free_host(copying.end().unwrap());
+    }
+
+    #[test]
+    fn what_work_uses_stays_until_the_work_has_ended() {
+        let libraries = hccl_sim::libraries(hccl_sim::Profile::Current).unwrap();
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", "ffi::tests::work_here"]).env(ALONE, "1");
+        child.env(sys::LIBRARY_DIR_VARIABLE, libraries).env("HCCL_SIM_LAZY", "1");
+        let output = child.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("1 passed"), "{text}");
     }
 }

@@ -169,10 +169,10 @@ impl View {
         #[cfg(feature = "mutations")]
         if Mutation::CallFromExecutor.is_on() {
             let find = move |own: &mut HcclCommunicator, _: &Wait<'_>| {
-                Ok((own.device().api(), own.address(slot, start, len)?))
+                Ok((own.device().api(), own.escape(slot, start, len)?))
             };
-            let (api, address) = self.thread.run_blocking(self.deadline, find)?;
-            crate::ffi::read_anywhere(api, address, &mut buffer)?;
+            let (api, escaped) = self.thread.run_blocking(self.deadline, find)?;
+            escaped.read(api, &mut buffer)?;
             return Ok(buffer);
         }
         let mark = self.mark.clone();

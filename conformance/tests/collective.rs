@@ -83,6 +83,7 @@ mod membership_and_faults {
         Error, ErrorKind, Rank, Result, Role, SendReport, Version, Weight, ensure_async_iterator,
         form_group,
     };
+    use futures::FutureExt;
     use serde_json::{Value, json};
 
     /// Tests that count what all groups of the process do run one after the other.
@@ -444,23 +445,41 @@ mod membership_and_faults {
 
     #[test]
     fn an_engine_that_is_finalized_or_dropped_leaves_nothing_of_its_library_at_work() {
-        for finalized in [true, false] {
+        // Longer than one would wait without a reason, and shorter than the deadline.
+        let leaving = Duration::from_millis(2500);
+        for way in ["finalized", "dropped", "dropped while it finalizes", "dropped at the end"] {
+            let (mut start, mut kept) = (0, Vec::new());
             run(async {
-                // Longer than one would wait without a reason, and shorter than the deadline.
                 let devices = vec![DeviceChoice::default(); 3];
-                let group = Group::with_deadline(60.0, devices, json!({"leave_ms": 2500}));
+                let options = json!({"leave_ms": leaving.as_millis() as u64});
+                let group = Group::with_deadline(60.0, devices, options);
                 let mut group = group.await.expect("a group");
                 group.works(1).await;
-                let start = counts();
+                start = counts().ended;
                 let Group { leader, others, .. } = group;
+                let begun = std::time::Instant::now();
                 for mut member in std::iter::once(leader).chain(others) {
-                    if finalized {
-                        member.engine.finalize().await.expect("an end");
+                    match way {
+                        "finalized" => member.engine.finalize().await.expect("an end"),
+                        "dropped while it finalizes" => {
+                            assert!(member.engine.finalize().now_or_never().is_none());
+                        }
+                        "dropped at the end" => {
+                            kept.push(member.engine);
+                            continue;
+                        }
+                        _ => {}
                     }
                     drop(member.engine);
                 }
-                assert_eq!(counts().ended, start.ended + 3, "finalized: {finalized}");
+                match way {
+                    "finalized" => assert_eq!(counts().ended, start + 3),
+                    _ => assert!(begun.elapsed() < leaving, "{way}: it blocked an executor"),
+                }
             });
+            // The runtime has ended.
+            drop(kept);
+            assert_eq!(counts().ended, start + 3, "{way}");
         }
     }
 

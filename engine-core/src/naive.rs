@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use futures::StreamExt;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::clock::within;
 use crate::memory::Pool;
@@ -25,6 +25,9 @@ use crate::{
 };
 
 const NAME: &str = "naive";
+
+/// How often the trainer says that it is alive.
+const ALIVE: Duration = Duration::from_secs(1);
 
 /// The transport as a value, to be registered.
 pub static BACKEND: &dyn Backend = &Naive;
@@ -146,6 +149,8 @@ struct Offer {
     version: Version,
     items: mpsc::Receiver<Item>,
     answer: oneshot::Sender<Answer>,
+    /// Changes whenever the trainer says that it is alive.
+    alive: watch::Receiver<()>,
     /// How the update ended.
     committed: oneshot::Receiver<Result<(), ErrorReport>>,
 }
@@ -254,11 +259,13 @@ impl CheckpointEngine for NaiveEngine {
         };
         let begun = Instant::now();
         let mut recipients = Vec::new();
+        let (alive, hears) = watch::channel(());
         rollouts.retain(|(rank, offers)| {
             let (items, for_items) = mpsc::channel(1);
             let (for_answer, answer) = oneshot::channel();
             let (commit, committed) = oneshot::channel();
-            let offer = Offer { version, items: for_items, answer: for_answer, committed };
+            let alive = hears.clone();
+            let offer = Offer { version, items: for_items, answer: for_answer, alive, committed };
             let there = offers.send(offer).is_ok();
             if there {
                 recipients.push(Recipient { rank: *rank, items, answer, commit });
@@ -281,7 +288,17 @@ impl CheckpointEngine for NaiveEngine {
         let receivers = recipients.iter().map(|recipient| recipient.rank).collect();
         sending.meter.observe(&Progress::Began { version, receivers });
         let deadline = self.context.deadline();
-        match send(&sending.meter, &self.pool, &mut recipients, weights, deadline).await {
+        let sent = {
+            let work = send(&sending.meter, &self.pool, &mut recipients, weights, deadline);
+            let mut work = std::pin::pin!(work);
+            loop {
+                match within(ALIVE.min(deadline / 4), work.as_mut()).await {
+                    Some(sent) => break sent,
+                    None => alive.send_replace(()),
+                }
+            }
+        };
+        match sent {
             Ok((counts, stages, buckets, receivers)) => {
                 for recipient in recipients {
                     // A rollout that left after confirming has the version all the same.
@@ -363,7 +380,7 @@ impl CheckpointEngine for NaiveEngine {
         meter.observe(&Progress::Began { version: offer.version, receivers: vec![rank] });
         let outcome = Outcome::default();
         let version = offer.version;
-        let Offer { items, answer, committed, .. } = offer;
+        let Offer { items, answer, alive, committed, .. } = offer;
         let guard = Guard {
             rank,
             version,
@@ -376,6 +393,7 @@ impl CheckpointEngine for NaiveEngine {
         let session = Session {
             items,
             guard,
+            alive,
             committed,
             begun: Instant::now(),
             deadline,
@@ -495,6 +513,7 @@ impl Drop for Sending {
 struct Session {
     items: mpsc::Receiver<Item>,
     guard: Guard,
+    alive: watch::Receiver<()>,
     committed: oneshot::Receiver<Result<(), ErrorReport>>,
     begun: Instant,
     deadline: Duration,
@@ -519,7 +538,7 @@ impl Session {
             self.stages.install += begun.elapsed();
         }
         let waiting = Instant::now();
-        let item = within(self.deadline, self.items.recv()).await;
+        let item = while_alive(self.deadline, &mut self.alive, self.items.recv()).await;
         self.stages.fetch += waiting.elapsed();
         match item {
             Some(Some(Item::Bucket(bucket))) => {
@@ -556,7 +575,7 @@ impl Session {
                 if let Some(answer) = self.guard.answer.take() {
                     answer.send(Answer::Confirmed { seconds, notes }).map_err(|_| dropped())?;
                 }
-                match within(self.deadline, &mut self.committed).await {
+                match while_alive(self.deadline, &mut self.alive, &mut self.committed).await {
                     Some(Ok(Ok(()))) => {}
                     // Another receiver failed after this one confirmed.
                     Some(Ok(Err(report))) => return Err(report.into()),
@@ -577,6 +596,29 @@ impl Session {
                 });
                 Ok(None)
             }
+        }
+    }
+}
+
+/// What the trainer does, as long as it says that it is alive: its own waits have deadlines, and other rollouts may be
+/// slow within theirs. `None` once it has been silent for so long.
+async fn while_alive<T>(
+    deadline: Duration,
+    alive: &mut watch::Receiver<()>,
+    work: impl Future<Output = T>,
+) -> Option<T> {
+    let mut work = std::pin::pin!(work);
+    loop {
+        let wait = async {
+            tokio::select! {
+                biased;
+                done = &mut work => Some(done),
+                // If the trainer is gone, the work says so.
+                Ok(()) = alive.changed() => None,
+            }
+        };
+        if let Some(done) = within(deadline, wait).await? {
+            return Some(done);
         }
     }
 }

@@ -52,6 +52,13 @@ impl Default for CollectiveOptions {
 }
 
 /// A rank's end of a collective transport.
+///
+/// # Contract
+///
+/// A library that is at work while the process ends may bring it down. So somebody waits until it has let go of its
+/// groups, which it may do only when the last rank of the process leaves them: `finalize`, without blocking. If the
+/// engine is dropped without, a task of the tokio runtime waits, up to `timeout_seconds`, and the runtime waits for
+/// that task when it ends (not with `shutdown_background`); outside of a runtime, the drop itself blocks as long.
 pub struct CollectiveEngine<L: Library> {
     library: L,
     context: EngineContext,
@@ -83,12 +90,8 @@ enum Phase<C: Communicator> {
 
 impl<L: Library> Drop for CollectiveEngine<L> {
     fn drop(&mut self) {
-        // A library that is at work while the process ends brings it down. What the groups have, it may free only
-        // when the last rank of the process leaves them, which then takes its time.
-        if let Some(node) = self.phase.node()
-            && !node.thread.close_within(self.context.deadline())
-        {
-            warn!("the library does not let go of its groups; its thread is left behind");
+        if let Some(node) = self.phase.node() {
+            node.thread.close_later(self.context.deadline());
         }
     }
 }
@@ -255,14 +258,28 @@ impl<L: Library> CheckpointEngine for CollectiveEngine<L> {
         let Some(node) = phase.node().cloned() else {
             return Err(wrong_phase("finalizing", "it was not prepared"));
         };
+        // Should this future be dropped.
+        let closing = Closing { node, limit: self.context.deadline() };
         if let Phase::Sending(sender, node) = &mut phase
             && !sender.wait_until_released(node.deadline.min(CLOSING)).await
         {
             warn!("colocated rollouts hold buckets of the last update, which are gone now");
         }
         drop(phase);
-        node.thread.close().await;
+        closing.node.thread.close().await;
         Ok(())
+    }
+}
+
+/// A rank's thread, which ends when this is dropped.
+struct Closing<C: Communicator> {
+    node: Arc<Node<C>>,
+    limit: Duration,
+}
+
+impl<C: Communicator> Drop for Closing<C> {
+    fn drop(&mut self) {
+        self.node.thread.close_later(self.limit);
     }
 }
 

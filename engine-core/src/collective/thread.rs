@@ -4,11 +4,13 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tokio::sync::oneshot::{self, error::TryRecvError as TryRecv};
+use futures::FutureExt;
+use futures::future::Shared;
+use tokio::sync::oneshot;
 use tracing::{debug, warn};
 
 use super::{Communicator, SlotGuard};
@@ -82,8 +84,30 @@ pub struct Thread<C> {
 /// The end of a thread.
 struct Ending {
     /// The other end is dropped when the thread has nothing of the library any more.
-    told: oneshot::Receiver<()>,
+    told: Shared<oneshot::Receiver<()>>,
     thread: std::thread::JoinHandle<()>,
+}
+
+/// The end of a thread that is waited for when this is dropped, wherever that is, but no longer than the limit.
+struct Awaited {
+    ending: Option<Ending>,
+    limit: Duration,
+}
+
+impl Drop for Awaited {
+    fn drop(&mut self) {
+        let Some(ending) = self.ending.take() else { return };
+        let until = Instant::now() + self.limit;
+        while ending.told.clone().now_or_never().is_none() {
+            if Instant::now() >= until {
+                return warn!(
+                    "the library does not let go of its groups; its thread is left behind"
+                );
+            }
+            std::thread::sleep(PAUSE);
+        }
+        ending.join();
+    }
 }
 
 impl Ending {
@@ -167,7 +191,8 @@ impl<C: Communicator> Thread<C> {
                 .with_source(error)
         })?;
         started.await.map_err(|_| gone())??;
-        let ended = Arc::new(Mutex::new(Some(Ending { told: ended, thread })));
+        let told = ended.shared();
+        let ended = Arc::new(Mutex::new(Some(Ending { told, thread })));
         Ok(Self { commands, given_up: Arc::default(), ended })
     }
 
@@ -225,34 +250,44 @@ impl<C: Communicator> Thread<C> {
     }
 
     /// Ends the thread, which leaves all groups and drops the communicator, and waits for it.
+    ///
+    /// # Cancel safety
+    ///
+    /// The thread ends all the same when the future is dropped. The next call waits for it.
     pub async fn close(&self) {
-        if let Some(mut ending) = self.ask_to_end() {
+        self.ask_to_end();
+        let told = self.ending().as_ref().map(|ending| ending.told.clone());
+        if let Some(told) = told {
             // The other end is dropped, never used.
-            drop((&mut ending.told).await);
+            drop(told.await);
+        }
+        if let Some(ending) = self.ending().take() {
             ending.join();
         }
     }
 
-    /// As [`close`](Self::close), for those who cannot await; whether it has ended within so long.
-    pub(super) fn close_within(&self, limit: Duration) -> bool {
-        let Some(mut ending) = self.ask_to_end() else { return true };
-        let until = Instant::now() + limit;
-        while matches!(ending.told.try_recv(), Err(TryRecv::Empty)) {
-            if Instant::now() >= until {
-                return false;
-            }
-            std::thread::sleep(PAUSE);
+    /// As [`close`](Self::close), for those who cannot await. On a tokio runtime the waiting is a task of it that
+    /// may block, and which the runtime waits for when it ends; elsewhere the caller waits, no longer than that.
+    pub(super) fn close_later(&self, limit: Duration) {
+        self.ask_to_end();
+        let awaited = Awaited { ending: self.ending().take(), limit };
+        if awaited.ending.is_some()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            // A runtime that is ending drops what it does not begin any more, and waits by that.
+            drop(runtime.spawn_blocking(move || drop(awaited)));
         }
-        ending.join();
-        true
     }
 
-    /// What is dropped when the thread has ended, for the first who asks.
-    fn ask_to_end(&self) -> Option<Ending> {
+    fn ask_to_end(&self) {
         if self.command(|worker| worker.closing = true).is_err() {
             debug!("the thread has ended before");
         }
-        self.ended.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// The end of the thread, until someone has waited for it.
+    fn ending(&self) -> MutexGuard<'_, Option<Ending>> {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has a broadcast made; its end is told to `done`.

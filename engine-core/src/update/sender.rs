@@ -1151,12 +1151,10 @@ impl Group {
         };
         let message = match decode::<ToSender>(body) {
             Ok(message) => message,
-            // Between updates, nothing depends on it: the rank says anew what it has when it enters.
-            Err(error) if !active => {
-                debug!(rank = %from, %error, "a message between updates");
+            Err(error) => {
+                self.cut(from, &error.rank(from));
                 return Ok(());
             }
-            Err(error) => return Err(error.rank(from).recovery(Recovery::Retry)),
         };
         if self.take(from, active, message)?
             && let Some(member) = self.members.get_mut(&from)
@@ -1164,6 +1162,16 @@ impl Group {
             member.since = Some(Instant::now());
         }
         Ok(())
+    }
+
+    /// Ends the connection to a member that does not keep to the protocol: nothing that it says can be relied on.
+    /// That it is lost, for this reason, is an event as of any other rank. It ends the update, or leaves the rank out
+    /// where that can be.
+    fn cut(&self, rank: Rank, reason: &Error) {
+        warn!(%rank, error = %reason, "a rank does not keep to the protocol: its connection is ended");
+        if let Err(error) = self.control.cut(rank, reason) {
+            debug!(%rank, %error, "it is gone already");
+        }
     }
 
     /// Takes in a message of a member; whether it is a step of the present update.
@@ -1210,7 +1218,8 @@ impl Group {
                 let expected = self.outgoing.iter().any(|b| b.index == index && b.digest.is_none());
                 if !expected || sender_of(&self.senders, index) != from {
                     let message = format!("it was not asked to fill bucket {index}");
-                    return Err(Error::new(ErrorKind::Protocol, FILLING, message).rank(from));
+                    self.cut(from, &Error::new(ErrorKind::Protocol, FILLING, message).rank(from));
+                    return Ok(false);
                 }
                 self.filled(index, digest)?;
                 Ok(true)

@@ -59,12 +59,23 @@ impl ReceiveLink for Zeros {
 
 /// Control planes of a leader and one rollout.
 async fn planes() -> (ControlPlane, ControlPlane) {
+    planes_at(&somewhere()).await
+}
+
+fn somewhere() -> ControlConfig {
     static GROUPS: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
     let number = GROUPS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     let address = format!("unix:@update-{}-{number}", std::process::id()).parse().unwrap();
-    let at = ControlConfig::new(address, Token::generate().unwrap());
+    ControlConfig::new(address, Token::generate().unwrap())
+}
+
+async fn join_at(at: &ControlConfig) -> ControlPlane {
+    ControlPlane::join(at.clone(), Role::Rollout, Some(Rank(1))).await.unwrap()
+}
+
+async fn planes_at(at: &ControlConfig) -> (ControlPlane, ControlPlane) {
     let leader = ControlPlane::lead(at.clone()).await.unwrap();
-    let rollout = ControlPlane::join(at, Role::Rollout, Some(Rank(1))).await.unwrap();
+    let rollout = join_at(at).await;
     let gather = [&leader, &rollout].map(|plane| plane.gather(2, Bytes::new(), LIMIT));
     futures::future::try_join_all(gather).await.unwrap();
     (leader, rollout)
@@ -152,10 +163,32 @@ impl Hand {
         }
     }
 
+    /// An update from its beginning to its end.
+    async fn receive(&self) {
+        let Begin { update, .. } = self.begin().await;
+        self.enter(update, None, Vec::new());
+        self.rest(update).await;
+    }
+
     fn fail(&self, update: u64) {
         let error = ErrorReport::from(&Error::new(ErrorKind::Resource, "installing", "no room"));
         self.say(ToSender::Failed { update, error });
     }
+}
+
+/// An update that reaches everyone.
+async fn works(sender: &mut Sender<Slots>, version: u64, hand: &Hand) {
+    let (sent, ()) = futures::future::join(send(sender, version), hand.receive()).await;
+    sent.unwrap();
+}
+
+/// An update that what the rollout does ends with an error.
+async fn fails(
+    sender: &mut Sender<Slots>,
+    version: u64,
+    rollout: impl Future<Output = ()>,
+) -> Error {
+    futures::future::join(send(sender, version), rollout).await.0.unwrap_err()
 }
 
 #[tokio::test]
@@ -170,15 +203,8 @@ async fn a_release_that_was_lost_is_made_good_by_what_the_rank_says_when_it_ente
         assert!(matches!(hand.hear().await, ToReceiver::Bucket { index: 1, .. }));
         hand.fail(update);
     };
-    let (sent, ()) = futures::future::join(send(&mut sender, 1), failing).await;
-    assert_eq!(sent.unwrap_err().kind(), ErrorKind::Resource);
-    let next = async {
-        let Begin { update, .. } = hand.begin().await;
-        hand.enter(update, None, Vec::new());
-        hand.rest(update).await;
-    };
-    let (sent, ()) = futures::future::join(send(&mut sender, 2), next).await;
-    sent.unwrap();
+    assert_eq!(fails(&mut sender, 1, failing).await.kind(), ErrorKind::Resource);
+    works(&mut sender, 2, &hand).await;
 }
 
 #[tokio::test]
@@ -192,8 +218,7 @@ async fn a_bucket_that_a_rank_says_it_holds_is_not_written_to() {
         assert!(matches!(hand.hear().await, ToReceiver::Bucket { index: 0, .. }));
         hand.fail(first);
     };
-    let (sent, ()) = futures::future::join(send(&mut sender, 1), failing).await;
-    sent.unwrap_err();
+    fails(&mut sender, 1, failing).await;
     let next = async {
         let Begin { update, .. } = hand.begin().await;
         hand.enter(update, None, vec![(first, 0)]);
@@ -263,25 +288,47 @@ async fn no_two_updates_of_a_control_plane_have_one_number_whatever_groups_there
 }
 
 #[tokio::test]
-async fn garbage_of_a_rank_costs_an_update_and_no_more() {
-    let (leader, rollout) = planes().await;
+async fn a_rank_that_does_not_keep_to_the_protocol_is_cut_off_and_may_join_again() {
+    let unasked = encode(&ToSender::Filled { update: 1, index: 0, digest: 0 }).unwrap();
+    for (garbage, words) in [
+        (Bytes::from_static(&[0xff; 9]), "reading a message"),
+        (unasked, "it was not asked to fill bucket 0"),
+    ] {
+        let at = somewhere();
+        let (leader, rollout) = planes_at(&at).await;
+        let (mut sender, hand) = (sender(&leader, 5.0), Hand(rollout));
+        let failing = async {
+            let Begin { update, .. } = hand.begin().await;
+            hand.enter(update, None, Vec::new());
+            hand.0.send(Rank::LEADER, garbage.clone()).unwrap();
+            while let Ok(Some(_)) = hand.0.recv(LIMIT).await {}
+        };
+        let error = tokio::time::timeout(LIMIT, fails(&mut sender, 1, failing)).await.unwrap();
+        let told = error.report();
+        assert_eq!((told.kind, told.rank), (ErrorKind::Protocol, Some(Rank(1))), "{error}");
+        assert_eq!(told.recovery, Recovery::Retry);
+        assert!(error.to_string().contains(words), "{error}");
+
+        let again = Hand(join_at(&at).await);
+        again.0.gather(2, Bytes::new(), LIMIT).await.unwrap();
+        works(&mut sender, 2, &again).await;
+    }
+}
+
+#[tokio::test]
+async fn a_rank_that_says_what_nobody_understands_between_updates_is_cut_off_as_well() {
+    let at = somewhere();
+    let (leader, rollout) = planes_at(&at).await;
     let (mut sender, hand) = (sender(&leader, 5.0), Hand(rollout));
-    let garbage = async {
-        let Begin { update, .. } = hand.begin().await;
-        hand.enter(update, None, Vec::new());
-        hand.0.send(Rank::LEADER, Bytes::from_static(&[0xff; 9])).unwrap();
-    };
-    let (sent, ()) = futures::future::join(send(&mut sender, 1), garbage).await;
-    let error = sent.unwrap_err();
-    assert_eq!((error.kind(), error.report().rank), (ErrorKind::Protocol, Some(Rank(1))));
-    assert_eq!(error.report().recovery, Recovery::Retry);
-    let next = async {
-        let Begin { update, .. } = hand.begin().await;
-        hand.enter(update, None, Vec::new());
-        hand.rest(update).await;
-    };
-    let (sent, ()) = futures::future::join(send(&mut sender, 2), next).await;
-    sent.unwrap();
+    works(&mut sender, 1, &hand).await;
+    hand.0.send(Rank::LEADER, Bytes::from_static(&[0xff; 9])).unwrap();
+    // The trainer listens when the next update begins.
+    let ended = async { while let Ok(Some(_)) = hand.0.recv(LIMIT).await {} };
+    let sent = tokio::time::timeout(LIMIT, fails(&mut sender, 2, ended)).await.unwrap();
+    assert_eq!((sent.kind(), sent.report().rank), (ErrorKind::Protocol, Some(Rank(1))), "{sent}");
+    let again = Hand(join_at(&at).await);
+    again.0.gather(2, Bytes::new(), LIMIT).await.unwrap();
+    works(&mut sender, 3, &again).await;
 }
 
 /// Bytes that do not come before they are allowed to.
@@ -326,13 +373,7 @@ async fn a_bucket_that_is_never_filled_is_a_timeout_that_says_that_its_weights_a
     assert_eq!((error.kind(), error.report().recovery), (ErrorKind::Timeout, Recovery::Abort));
     assert!(error.to_string().contains("must not be changed"), "{error}");
     stuck.let_go();
-    let next = async {
-        let Begin { update, .. } = hand.begin().await;
-        hand.enter(update, None, Vec::new());
-        hand.rest(update).await;
-    };
-    let (sent, ()) = futures::future::join(send(&mut sender, 2), next).await;
-    sent.unwrap();
+    works(&mut sender, 2, &hand).await;
 }
 
 /// A trainer by hand.
