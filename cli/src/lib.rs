@@ -26,4 +26,5 @@ pub mod scheme;
 pub mod source;
 pub mod sync;
 pub mod synthetic;
+mod threads;
 pub mod top;

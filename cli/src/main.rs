@@ -655,11 +655,13 @@ fn as_planned(
 fn cleaning_up(command: impl FnOnce() -> Result<ExitCode, Failure>) -> Result<ExitCode, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let ended = runtime.block_on(async { ending() })?;
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
+    let wait = move || {
         let code = runtime.block_on(ended);
         end_unfinished();
         std::process::exit(code.into());
-    })?;
+    };
+    let waits = std::thread::Builder::new().name("signals".into()).spawn(wait);
+    waits.map_err(|error| Error::io("starting the thread that waits for signals", error))?;
     let result = command();
     // Its files went while it wrote them: that is no failure to tell of.
     while is_ending() {
@@ -1071,6 +1073,7 @@ fn verify_command(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     let bar = byte_bar(a.byte_len());
     let report = verify(&a, &b, |bytes| bar.inc(bytes));
     bar.finish_and_clear();
+    let report = report?;
     for difference in &report.differences {
         say(difference.to_string())?;
     }

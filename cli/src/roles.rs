@@ -8,12 +8,12 @@ use checkpoint_engine::{
     CacheUpdate, CheckpointEngine, Error, ErrorKind, ErrorReport, Install, ReceiveReport,
     ReceivedBucket, ReceivedPiece, ReceivedWeights, Result, Version, WeightCache,
 };
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::CheckpointWriter;
 use crate::memory::PeakMemory;
 use crate::source::{Checked, Source, SourceSpec};
+use crate::threads::pool;
 
 /// What the trainer tells the rollouts of the weights that will come.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -167,11 +167,11 @@ fn examine(
         let (scales, weights): (Vec<_>, Vec<_>) =
             pieces.iter().partition(|piece| source.follows_a_weight(&piece.meta.name));
         for group in [weights, scales] {
-            let check = |piece: &&ReceivedPiece| {
+            let check = |piece: &ReceivedPiece| {
                 source.check(&piece.meta, version, piece.start, &piece.bytes.to_host()?)
             };
-            let checked: Vec<Checked> = group.par_iter().map(check).collect::<Result<_>>()?;
-            for Checked { source_bytes, ends_tensor } in checked {
+            for checked in pool()?.map(group, check) {
+                let Checked { source_bytes, ends_tensor } = checked?;
                 bytes += source_bytes;
                 tensors += u64::from(ends_tensor);
             }

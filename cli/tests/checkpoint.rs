@@ -448,6 +448,7 @@ fn checkpoints_are_equal_whatever_their_shards_and_order() {
     let report = verify(&a, &Checkpoint::open(b.path()).unwrap(), |bytes| {
         progress.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed);
     });
+    let report = report.unwrap();
     assert!(report.is_equal());
     assert_eq!((report.compared, report.bytes), (3, 12));
     assert_eq!(progress.into_inner(), 12);
@@ -484,6 +485,7 @@ fn every_difference_is_found_and_said() {
         ],
     );
     let report = verify(&Checkpoint::open(x).unwrap(), &Checkpoint::open(y).unwrap(), |_| {});
+    let report = report.unwrap();
     let mut lines: Vec<String> = report.differences.iter().map(ToString::to_string).collect();
     lines.sort();
     assert_eq!(

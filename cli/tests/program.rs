@@ -128,6 +128,29 @@ fn no_command_panics_when_nobody_can_read_what_it_says() {
 }
 
 #[test]
+fn threads_that_cannot_be_started_are_an_error_in_words() {
+    let folder = tempfile::tempdir().unwrap();
+    let [a, out] = ["a", "out"].map(|name| folder.path().join(name).display().to_string());
+    checkpoint(Path::new(&a), 4);
+    let commands: [&[&str]; 4] = [
+        &["verify", &a, &a],
+        &["quantize", &a, &out],
+        &["dequantize", &a, &out],
+        &["bench", "quant", "--shape", "128x128", "--repeats", "1"],
+    ];
+    for arguments in commands {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ckpt-engine"));
+        // No address space has room for such a stack.
+        command.args(arguments).env("RUST_MIN_STACK", (1_u64 << 47).to_string());
+        let done = command.output().unwrap();
+        let errors = String::from_utf8_lossy(&done.stderr);
+        assert_eq!(done.status.code(), Some(1), "{arguments:?}: {errors}");
+        assert!(errors.contains("thread"), "{arguments:?}: {errors}");
+        assert!(!errors.contains("panicked"), "{arguments:?}: {errors}");
+    }
+}
+
+#[test]
 fn a_path_that_is_not_utf_8_is_a_path() {
     use std::ffi::OsStr;
     use std::os::unix::ffi::OsStrExt;

@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+use std::sync::LazyLock;
+
 use device_cuda::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, Launch, Packer};
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::BucketPlanner;
@@ -12,7 +14,6 @@ use quant_fp8::rules::{Receiver, Rules, RulesConfig};
 use quant_fp8::{
     Codec, Fp8Format, Granularity, Mode, Precast, QuantizeFp8, Source, SourceType, Store,
 };
-use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 
 const GOLDEN: &[u8] = include_bytes!("../../quant-fp8/tests/data/golden.safetensors");
@@ -120,11 +121,17 @@ fn golden_inputs_give_the_golden_codes_and_scales_in_every_mode() {
     }
 }
 
+/// The threads that make matrices and quantise them for comparison.
+fn pool() -> &'static Pool {
+    static POOL: LazyLock<Pool> = LazyLock::new(|| Pool::new(8).unwrap());
+    &POOL
+}
+
 /// Finite numbers of many magnitudes, zeros and subnormal ones among them.
 fn random(ty: SourceType, shape: &[usize], seed: u64) -> Matrix {
     let count: usize = shape.iter().product();
     let mut bytes = vec![0; count * ty.size()];
-    bytes.par_chunks_mut(1 << 16).enumerate().for_each(|(chunk, bytes)| {
+    pool().map(bytes.chunks_mut(1 << 16).enumerate(), |(chunk, bytes)| {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (chunk as u64) << 20 | 1;
         for element in bytes.chunks_exact_mut(ty.size()) {
             state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
@@ -152,9 +159,8 @@ fn on_the_cpu(matrix: &Matrix, format: &Fp8Format) -> (Vec<u8>, Vec<u8>) {
     let source = Source::new(&matrix.bytes, matrix.ty, &matrix.shape).unwrap();
     let grid = format.granularity.grid(&matrix.shape).unwrap();
     let (mut codes, mut scales) = (vec![0; grid.elements()], vec![0_f32; grid.scales()]);
-    let all = 0..grid.elements();
-    let codec = Codec::best();
-    codec.quantize_parallel(&source, format, all, &mut codes, &mut scales, Store::Cached).unwrap();
+    let (codec, store) = (Codec::best(), Store::Cached);
+    codec.quantize_parallel(pool(), &source, format, &mut codes, &mut scales, store).unwrap();
     (codes, scales.iter().flat_map(|scale| scale.to_le_bytes()).collect())
 }
 

@@ -8,6 +8,7 @@ use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use rayon::ThreadPool;
+use rayon::prelude::*;
 
 use crate::plan::{ALIGNMENT, Piece};
 use crate::{Error, ErrorKind, Result, Storage, Weight, digest};
@@ -88,8 +89,14 @@ impl Pool {
             .build()
             .map(|pool| Self(Arc::new(pool)))
             .map_err(|error| {
-                Error::new(ErrorKind::Resource, "starting the packing threads", error.to_string())
+                let message = format!("{} threads cannot be started: {error}", threads.max(1));
+                Error::new(ErrorKind::Resource, "starting the packing threads", message)
             })
+    }
+
+    /// How many threads it has.
+    pub fn threads(&self) -> usize {
+        self.0.current_num_threads()
     }
 
     /// Starts work on the pool, without blocking the executor; the future is its result.
@@ -118,6 +125,46 @@ impl Pool {
     /// Blocks. The calling thread helps if it is one of them.
     pub fn install<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         self.0.install(work)
+    }
+
+    /// Does the same with each of some items, in parallel, and returns the results in the order of the
+    /// items.
+    ///
+    /// Blocks, as [`install`](Self::install). It may be called within itself.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use engine_core::memory::Pool;
+    ///
+    /// # fn main() -> engine_core::Result<()> {
+    /// let pool = Pool::new(2)?;
+    /// let mut bytes = [1, 2, 3, 4, 5];
+    /// let sums = pool.map(bytes.chunks_mut(2), |part| part.iter().sum::<u8>());
+    /// assert_eq!(sums, [3, 7, 5]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn map<I, T>(&self, items: I, each: impl Fn(I::Item) -> T + Sync + Send) -> Vec<T>
+    where
+        I: IntoIterator<Item: Send>,
+        T: Send,
+    {
+        let items: Vec<I::Item> = items.into_iter().collect();
+        #[expect(clippy::disallowed_methods, reason = "it runs within the pool")]
+        let all = move || items.into_par_iter().map(each).collect();
+        self.0.install(all)
+    }
+
+    /// Does two things at the same time where a thread is free for the second.
+    ///
+    /// Blocks, as [`install`](Self::install).
+    pub fn join<A: Send, B: Send>(
+        &self,
+        a: impl FnOnce() -> A + Send,
+        b: impl FnOnce() -> B + Send,
+    ) -> (A, B) {
+        self.0.join(a, b)
     }
 
     /// Encodes all jobs of a bucket, in parallel, and returns the bucket's digest sum if it is
@@ -210,8 +257,7 @@ impl Encoder {
         let (left, right) = jobs.split_at(at);
         let split = right[0].offset;
         let (low, high) = bucket.split_at_mut((split - base) as usize);
-        let (a, b) =
-            rayon::join(|| self.divide(left, base, low), || self.divide(right, split, high));
+        let (a, b) = join(|| self.divide(left, base, low), || self.divide(right, split, high));
         Ok(a?.wrapping_add(b?))
     }
 
@@ -238,7 +284,7 @@ impl Encoder {
             weight: job.weight.clone(),
         };
         let (low, high) = bucket.split_at_mut((right.offset - base) as usize);
-        let (a, b) = rayon::join(
+        let (a, b) = join(
             || self.divide(std::slice::from_ref(&left), base, low),
             || self.divide(std::slice::from_ref(&right), right.offset, high),
         );
@@ -272,6 +318,12 @@ impl Encoder {
     }
 }
 
+/// Divides work among the threads of the pool that it runs on.
+#[expect(clippy::disallowed_methods, reason = "it is called within the pool only")]
+fn join<A: Send, B: Send>(a: impl FnOnce() -> A + Send, b: impl FnOnce() -> B + Send) -> (A, B) {
+    rayon::join(a, b)
+}
+
 fn sum_pieces(pieces: &[Piece], bucket: &[u8]) -> u64 {
     let (Some(first), Some(last)) = (pieces.first(), pieces.last()) else { return 0 };
     let bytes = last.offset + last.len - first.offset;
@@ -288,7 +340,7 @@ fn sum_pieces(pieces: &[Piece], bucket: &[u8]) -> u64 {
     let middle = first.offset + bytes / 2;
     let at = pieces.partition_point(|piece| piece.offset < middle).clamp(1, pieces.len() - 1);
     let (left, right) = pieces.split_at(at);
-    let (a, b) = rayon::join(|| sum_pieces(left, bucket), || sum_pieces(right, bucket));
+    let (a, b) = join(|| sum_pieces(left, bucket), || sum_pieces(right, bucket));
     a.wrapping_add(b)
 }
 
@@ -298,7 +350,7 @@ fn sum_bytes(offset: u64, bytes: &[u8]) -> u64 {
     }
     let cut = (bytes.len() / 2).next_multiple_of(ALIGNMENT as usize);
     let (low, high) = bytes.split_at(cut);
-    let (a, b) = rayon::join(|| sum_bytes(offset, low), || sum_bytes(offset + cut as u64, high));
+    let (a, b) = join(|| sum_bytes(offset, low), || sum_bytes(offset + cut as u64, high));
     a.wrapping_add(b)
 }
 

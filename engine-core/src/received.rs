@@ -599,8 +599,6 @@ fn resize(bytes: &mut Vec<u8>, meta: &TensorMeta) -> Result<()> {
 
 impl Install for TensorMap {
     fn install(&mut self, bucket: &ReceivedBucket) -> Result<()> {
-        use rayon::prelude::*;
-
         // Each destination is taken out of the map, so that all can be written in parallel, and put
         // back whether or not they could be.
         let mut places = Vec::with_capacity(bucket.pieces().len());
@@ -629,7 +627,9 @@ impl Install for TensorMap {
         if written.is_ok() {
             written = match bucket.pool() {
                 Some(pool) => {
-                    pool.install(|| places.par_iter_mut().with_min_len(16).try_for_each(copy))
+                    let copied =
+                        pool.map(places.chunks_mut(16), |some| some.iter_mut().try_for_each(copy));
+                    copied.into_iter().collect()
                 }
                 None => places.iter_mut().try_for_each(copy),
             };

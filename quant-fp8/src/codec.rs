@@ -19,8 +19,8 @@ mod x86;
 use std::fmt::Debug;
 use std::ops::Range;
 
+use engine_core::memory::Pool;
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 use crate::{BlockGrid, BlockScale, Fp8Format, Granularity, Mode, Precast, QuantError, SourceType};
 use panel::{MOST_BLOCKS, Panel, Target};
@@ -178,18 +178,17 @@ impl Codec {
         result
     }
 
-    /// As [`quantize`](Self::quantize), on the threads of the current `rayon` pool: wrap the call
-    /// in [`rayon::ThreadPool::install`] to choose another. The unit of work is a row of blocks, so
-    /// per-tensor scales gain nothing.
+    /// Quantises a whole tensor as [`quantize`](Self::quantize) does, on the threads of a pool. The unit
+    /// of work is a row of blocks, so per-tensor scales gain nothing.
     ///
     /// # Errors
     ///
     /// As [`quantize`](Self::quantize).
     pub fn quantize_parallel(
         &self,
+        pool: &Pool,
         source: &Source<'_>,
         format: &Fp8Format,
-        elements: Range<usize>,
         mut out: &mut [u8],
         mut scales: &mut [f32],
         store: Store,
@@ -198,6 +197,7 @@ impl Codec {
         /// together.
         const PIECE: usize = 1 << 18;
 
+        let elements = 0..format.granularity.grid(source.shape())?.elements();
         let grid = check(source, format, &elements, out, scales)?;
         let mut pieces = Vec::new();
         for piece in grid.split(elements, PIECE) {
@@ -206,12 +206,9 @@ impl Codec {
             (piece_scales, scales) = scales.split_at_mut(grid.scales_of(&piece).len());
             pieces.push((piece, codes, piece_scales));
         }
-        let results: Vec<_> = pieces
-            .into_par_iter()
-            .map(|(piece, codes, scales)| {
-                self.quantize(source, format, piece, codes, scales, store)
-            })
-            .collect();
+        let results = pool.map(pieces, |(piece, codes, scales)| {
+            self.quantize(source, format, piece, codes, scales, store)
+        });
         // In order, so that the same block is named whichever thread was first.
         results.into_iter().collect()
     }

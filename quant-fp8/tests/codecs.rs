@@ -5,6 +5,7 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
+use engine_core::memory::Pool;
 use half::{bf16, f16};
 use proptest::prelude::*;
 use quant_fp8::{
@@ -348,10 +349,11 @@ proptest! {
         prop_assert!(pieced == codes);
         prop_assert!(all.iter().map(|s| s.to_bits()).eq(scales.iter().copied()));
 
+        let pool = Pool::new(3).unwrap();
         let mut threaded = vec![0xaa; n];
         let mut all = vec![-1f32; grid.scales()];
         codec
-            .quantize_parallel(&source, &format, 0..n, &mut threaded, &mut all, Store::default())
+            .quantize_parallel(&pool, &source, &format, &mut threaded, &mut all, Store::default())
             .unwrap();
         prop_assert!(threaded == codes);
         prop_assert!(all.iter().map(|s| s.to_bits()).eq(scales));
@@ -578,13 +580,14 @@ fn sizes_that_contradict_each_other_are_errors() {
 #[test]
 fn empty_tensors_and_empty_ranges_are_quantised_to_nothing() {
     let store = Store::NonTemporal;
+    let pool = Pool::new(2).unwrap();
     for codec in Codec::available() {
         for granularity in [Granularity::default(), Granularity::PerRow, Granularity::PerTensor] {
             let format = Fp8Format { granularity, ..Fp8Format::default() };
             for shape in [[0, 5], [5, 0], [0, 0]] {
                 let source = Source::new(&[], SourceType::F32, &shape).unwrap();
                 codec.quantize(&source, &format, 0..0, &mut [], &mut [], store).unwrap();
-                codec.quantize_parallel(&source, &format, 0..0, &mut [], &mut [], store).unwrap();
+                codec.quantize_parallel(&pool, &source, &format, &mut [], &mut [], store).unwrap();
             }
             let bytes = [0; 16];
             let source = Source::new(&bytes, SourceType::F32, &[2, 2]).unwrap();

@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use checkpoint_engine::fp8::{Codec, Fp8Format, Source, SourceType, Store, copy_non_temporal};
-use checkpoint_engine::{DeviceChoice, Error, ErrorKind, Result};
-use rayon::prelude::*;
+use checkpoint_engine::memory::Pool;
+use checkpoint_engine::{DeviceChoice, Result};
 use serde::Serialize;
 
 use crate::device;
@@ -89,11 +89,10 @@ fn fill(out: &mut [u8], ty: SourceType) {
     }
 }
 
-fn copy(source: &[u8], out: &mut [u8]) {
+fn copy(pool: &Pool, source: &[u8], out: &mut [u8]) {
     const PIECE: usize = 1 << 19;
-    source.par_chunks(PIECE).zip(out.par_chunks_mut(PIECE)).for_each(|(a, b)| {
-        copy_non_temporal(a, b);
-    });
+    let pieces = source.chunks(PIECE).zip(out.chunks_mut(PIECE));
+    pool.map(pieces, |(a, b)| copy_non_temporal(a, b));
 }
 
 pub(crate) fn median(mut values: Vec<f64>) -> f64 {
@@ -111,10 +110,7 @@ pub fn quant(options: &QuantOptions, mut each: impl FnMut(&QuantLine) -> Result<
         return each(&device::quantize_rate(options)?);
     }
     let QuantOptions { shape, ty, format, threads, repeats, .. } = options;
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(*threads)
-        .build()
-        .map_err(|error| Error::new(ErrorKind::Resource, "starting threads", error.to_string()))?;
+    let pool = Pool::new(*threads)?;
     let grid = format.granularity.grid(shape)?;
     let len = grid.elements() * ty.size();
     let (mut source, mut copied) = (Pages::new(len), Pages::new(len));
@@ -128,12 +124,11 @@ pub fn quant(options: &QuantOptions, mut each: impl FnMut(&QuantLine) -> Result<
         let (mut copies, mut codecs) = (Vec::new(), Vec::new());
         for _ in 0..repeats {
             let started = Instant::now();
-            pool.install(|| copy(bytes, copied.get()));
+            copy(&pool, bytes, copied.get());
             copies.push(started.elapsed().as_secs_f64().max(1e-9));
-            let (all, store) = (0..grid.elements(), Store::NonTemporal);
-            let (codes, scales) = (codes.get(), &mut scales[..]);
+            let (codes, scales, store) = (codes.get(), &mut scales[..], Store::NonTemporal);
             let started = Instant::now();
-            pool.install(|| codec.quantize_parallel(&matrix, format, all, codes, scales, store))?;
+            codec.quantize_parallel(&pool, &matrix, format, codes, scales, store)?;
             codecs.push(started.elapsed().as_secs_f64().max(1e-9));
         }
         let ratios = copies.iter().zip(&codecs).map(|(copy, codec)| copy / codec);

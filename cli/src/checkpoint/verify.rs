@@ -2,11 +2,12 @@
 
 use std::fmt;
 
-use engine_core::{DType, TensorMeta};
+use engine_core::memory::Pool;
+use engine_core::{DType, Result, TensorMeta};
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 use super::Checkpoint;
+use crate::threads::pool;
 
 /// Bytes compared at a time: whole elements of every type, packed 6-bit ones included.
 const PIECE: usize = 3 << 20;
@@ -128,27 +129,33 @@ impl fmt::Display for Difference {
 /// `progress` is told, from any thread, how many bytes more were compared.
 ///
 /// Values are equal when their bits are: 0 and −0 differ, and a NaN equals itself.
-pub fn verify(a: &Checkpoint, b: &Checkpoint, progress: impl Fn(u64) + Sync) -> VerifyReport {
-    let metas: Vec<&TensorMeta> = a.metas().collect();
-    let results: Vec<(Option<u64>, Option<Difference>)> = metas
-        .par_iter()
-        .map(|meta| match b.meta(&meta.name) {
-            None => (None, Some(Difference::OnlyIn { side: Side::A, meta: (*meta).clone() })),
-            Some(other) => match describe(meta, other) {
-                Some(difference) => (None, Some(difference)),
-                None => {
-                    let left = a.bytes(&meta.name).unwrap_or_default();
-                    let right = b.bytes(&meta.name).unwrap_or_default();
-                    (Some(left.len() as u64), values(meta, left, right, &progress))
-                }
-            },
-        })
-        .collect();
+///
+/// # Errors
+///
+/// `Resource` if the threads cannot be started.
+pub fn verify(
+    a: &Checkpoint,
+    b: &Checkpoint,
+    progress: impl Fn(u64) + Sync,
+) -> Result<VerifyReport> {
+    let pool = pool()?;
+    let compare = |meta: &TensorMeta| match b.meta(&meta.name) {
+        None => (None, Some(Difference::OnlyIn { side: Side::A, meta: meta.clone() })),
+        Some(other) => match describe(meta, other) {
+            Some(difference) => (None, Some(difference)),
+            None => {
+                let left = a.bytes(&meta.name).unwrap_or_default();
+                let right = b.bytes(&meta.name).unwrap_or_default();
+                (Some(left.len() as u64), values(&pool, meta, left, right, &progress))
+            }
+        },
+    };
+    let results = pool.map(a.metas(), compare);
     let only_in_b = b
         .metas()
         .filter(|meta| a.meta(&meta.name).is_none())
         .map(|meta| Difference::OnlyIn { side: Side::B, meta: meta.clone() });
-    VerifyReport {
+    Ok(VerifyReport {
         compared: results.iter().filter(|(bytes, _)| bytes.is_some()).count() as u64,
         bytes: results.iter().filter_map(|(bytes, _)| *bytes).sum(),
         differences: results
@@ -156,7 +163,7 @@ pub fn verify(a: &Checkpoint, b: &Checkpoint, progress: impl Fn(u64) + Sync) -> 
             .filter_map(|(_, difference)| difference.clone())
             .chain(only_in_b)
             .collect(),
-    }
+    })
 }
 
 fn describe(a: &TensorMeta, b: &TensorMeta) -> Option<Difference> {
@@ -169,6 +176,7 @@ fn describe(a: &TensorMeta, b: &TensorMeta) -> Option<Difference> {
 }
 
 fn values(
+    pool: &Pool,
     meta: &TensorMeta,
     a: &[u8],
     b: &[u8],
@@ -177,16 +185,14 @@ fn values(
     let bits = meta.dtype.bits();
     let per_piece = PIECE as u64 * 8 / bits;
     // The number of differing elements, and the index of the first.
-    let (count, first) = a
-        .par_chunks(PIECE)
-        .zip(b.par_chunks(PIECE))
-        .enumerate()
-        .map(|(piece, (a, b))| {
-            let found = if a == b { (0, None) } else { differing(bits, a, b) };
-            progress(a.len() as u64);
-            (found.0, found.1.map(|first| piece as u64 * per_piece + first))
-        })
-        .reduce(|| (0, None), |x, y| (x.0 + y.0, least(x.1, y.1)));
+    let compare = |(piece, (a, b)): (usize, (&[u8], &[u8]))| {
+        let found = if a == b { (0, None) } else { differing(bits, a, b) };
+        progress(a.len() as u64);
+        (found.0, found.1.map(|first| piece as u64 * per_piece + first))
+    };
+    let pieces = a.chunks(PIECE).zip(b.chunks(PIECE)).enumerate();
+    let found = pool.map(pieces, compare).into_iter();
+    let (count, first) = found.fold((0, None), |x, y| (x.0 + y.0, x.1.or(y.1)));
     let first = first?;
     Some(Difference::Values {
         name: meta.name.to_string(),
@@ -195,13 +201,6 @@ fn values(
         first: coordinates(first, &meta.shape),
         values: [a, b].map(|bytes| show(meta.dtype, element(bits, bytes, first))),
     })
-}
-
-fn least(x: Option<u64>, y: Option<u64>) -> Option<u64> {
-    match (x, y) {
-        (Some(x), Some(y)) => Some(x.min(y)),
-        (x, y) => x.or(y),
-    }
 }
 
 fn differing(bits: u64, a: &[u8], b: &[u8]) -> (u64, Option<u64>) {

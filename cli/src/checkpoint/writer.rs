@@ -9,11 +9,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use engine_core::{TensorMeta, Weight};
-use rayon::prelude::*;
 
 use super::CheckpointError;
 use super::header::serialize;
 use super::staging::{Staging, sync_folder};
+use crate::threads::pool;
 
 /// Bytes gathered before they are written: small tensors share a system call.
 const BUFFER: usize = 1 << 20;
@@ -220,12 +220,13 @@ impl CheckpointWriter {
         Ok(())
     }
 
-    /// Adds a whole tensor; an encoded one in pieces of a few MiB, made by all threads of the current
-    /// `rayon` pool, so that it is never whole in memory.
+    /// Adds a whole tensor; an encoded one in pieces of a few MiB, made by all threads of the
+    /// program, so that it is never whole in memory.
     ///
     /// # Errors
     ///
-    /// As [`write_chunk`](Self::write_chunk), and what its encoding reports.
+    /// As [`write_chunk`](Self::write_chunk), and what its encoding reports; `Resource` if the threads cannot
+    /// be started.
     pub fn write_weight(&mut self, weight: &Weight) -> Result<(), engine_core::Error> {
         if let Some(bytes) = weight.contiguous_bytes() {
             return Ok(self.write_chunk(weight.meta(), 0, bytes)?);
@@ -233,17 +234,16 @@ impl CheckpointWriter {
         let len = weight.byte_len();
         let granule = weight.granule();
         let step = (4_u64 << 20).next_multiple_of(granule).min(len).max(1);
-        let jobs = rayon::current_num_threads().max(1) as u64;
+        let pool = pool()?;
+        let jobs = pool.threads() as u64;
         let encode = |offset: u64| -> Result<Vec<u8>, engine_core::Error> {
             let batch = (step * jobs).min(len - offset);
             let mut bytes = vec![0; batch as usize];
-            let pieces = bytes.par_chunks_mut(step as usize).enumerate();
-            let results: Vec<_> = pieces
-                .map(|(index, piece)| {
-                    let start = offset + index as u64 * step;
-                    weight.encode(start..start + piece.len() as u64, piece)
-                })
-                .collect();
+            let pieces = bytes.chunks_mut(step as usize).enumerate();
+            let results = pool.map(pieces, |(index, piece)| {
+                let start = offset + index as u64 * step;
+                weight.encode(start..start + piece.len() as u64, piece)
+            });
             // In order, so that the same place is named whichever thread was first.
             results.into_iter().collect::<Result<(), _>>()?;
             Ok(bytes)
@@ -253,7 +253,7 @@ impl CheckpointWriter {
         loop {
             let next = offset + batch.len() as u64;
             // The next pieces are made while these are written.
-            let (encoded, written) = rayon::join(
+            let (encoded, written) = pool.join(
                 || if next < len { encode(next).map(Some) } else { Ok(None) },
                 || self.write_chunk(weight.meta(), offset, &batch),
             );

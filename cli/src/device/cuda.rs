@@ -5,9 +5,9 @@ use checkpoint_engine::cuda::{
     driver_version,
 };
 use checkpoint_engine::{DeviceChoice, Error, ErrorKind, Install, Result, TensorMeta, Weight};
-use rayon::prelude::*;
 
 use crate::bench::quant::{QuantLine, QuantOptions, median};
+use crate::threads::pool;
 
 /// Where tensors begin in memory.
 const ALIGNMENT: usize = 256;
@@ -176,7 +176,7 @@ impl DeviceModel {
 
     /// Puts other values there.
     pub(crate) fn refill(&mut self, weights: super::HostWeights<'_>) -> Result<()> {
-        let mut staging = vec![0; STAGE];
+        let (pool, mut staging) = (pool()?, vec![0; STAGE]);
         for ((meta, memory), weight) in self.tensors.iter().zip(weights) {
             let weight = weight?;
             if weight.meta() != meta {
@@ -187,10 +187,12 @@ impl DeviceModel {
             for start in (0..memory.len()).step_by(STAGE) {
                 let len = STAGE.min(memory.len() - start);
                 let part = &mut staging[..len];
-                part.par_chunks_mut(JOB).enumerate().try_for_each(|(index, bytes)| {
+                let encode = |(index, bytes): (usize, &mut [u8])| {
                     let from = (start + index * JOB) as u64;
                     weight.encode(from..from + bytes.len() as u64, bytes)
-                })?;
+                };
+                let encoded = pool.map(part.chunks_mut(JOB).enumerate(), encode);
+                encoded.into_iter().collect::<Result<()>>()?;
                 memory.slice(start, len)?.write(part)?;
             }
         }

@@ -7,7 +7,8 @@ use std::sync::{Mutex, PoisonError};
 use checkpoint_engine::fp8::rules::{Decision, QuantPlan, RulesConfig};
 use checkpoint_engine::fp8::{BlockGrid, Codec, Source as Matrix, SourceType, Store, stored};
 use engine_core::{DType, Error, Result, TensorMeta, Version};
-use rayon::prelude::*;
+
+use crate::threads::pool;
 
 /// Makes bytes of a source's tensor.
 pub(super) type Make<'a> = dyn Fn(&TensorMeta, Range<u64>, &mut [u8]) + Sync + 'a;
@@ -100,18 +101,17 @@ impl Quantized {
         let Some(planned) = self.planned(Some(source)) else { return Ok(Err(offset)) };
         let elements = offset as usize..offset as usize + codes.len();
         let bands = planned.grid.bands_of(&elements);
-        let checked: Vec<(usize, Option<u64>, Vec<f32>)> = bands
-            .into_par_iter()
-            .map(|band| {
-                let (made, scales) = self.band(&planned, band, make)?;
-                let whole = planned.grid.band_elements(band);
-                let part = whole.start.max(elements.start)..whole.end.min(elements.end);
-                let here = &codes[part.start - elements.start..part.end - elements.start];
-                let there = &made[part.start - whole.start..part.end - whole.start];
-                let differs = here.iter().zip(there).position(|(a, b)| a != b);
-                Ok((band, differs.map(|at| (part.start + at) as u64), scales))
-            })
-            .collect::<Result<_>>()?;
+        let check = |band| {
+            let (made, scales) = self.band(&planned, band, make)?;
+            let whole = planned.grid.band_elements(band);
+            let part = whole.start.max(elements.start)..whole.end.min(elements.end);
+            let here = &codes[part.start - elements.start..part.end - elements.start];
+            let there = &made[part.start - whole.start..part.end - whole.start];
+            let differs = here.iter().zip(there).position(|(a, b)| a != b);
+            Ok((band, differs.map(|at| (part.start + at) as u64), scales))
+        };
+        let checked: Vec<(usize, Option<u64>, Vec<f32>)> =
+            pool()?.map(bands, check).into_iter().collect::<Result<_>>()?;
         if let Some(at) = checked.iter().find_map(|(_, differs, _)| *differs) {
             return Ok(Err(at));
         }

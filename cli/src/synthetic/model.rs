@@ -9,9 +9,9 @@ use engine_core::{
     Encoding, Error, ErrorKind, Result, TensorMeta, Treatment, Version, Weight, available_memory,
 };
 use memmap2::MmapMut;
-use rayon::prelude::*;
 
 use super::fill;
+use crate::threads::pool;
 
 /// Where tensors begin in memory: at multiples of a cache line, and of what every device wants.
 const ALIGNMENT: u64 = 256;
@@ -69,7 +69,8 @@ impl ResidentModel {
     ///
     /// # Errors
     ///
-    /// `State` while any [`Weight`] of the model is alive, since it would change under its reader.
+    /// `State` while any [`Weight`] of the model is alive, since it would change under its reader;
+    /// `Resource` if the threads cannot be started.
     pub fn advance(&mut self, version: Version) -> Result<()> {
         let memory = Arc::get_mut(&mut self.memory).ok_or_else(|| {
             Error::new(
@@ -88,7 +89,7 @@ impl ResidentModel {
             let starts = (0_u64..).step_by(JOB);
             jobs.extend(starts.zip(tensor.chunks_mut(JOB)).map(|job| (meta, job)));
         }
-        jobs.into_par_iter().for_each(|(meta, (start, output))| {
+        pool()?.map(jobs, |(meta, (start, output))| {
             fill(meta, version, start..start + output.len() as u64, output);
         });
         self.version = version;
