@@ -765,9 +765,10 @@ async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Failure> {
             config,
             source: args.source.spec()?,
             still: args.still,
+            is_child: args.rendezvous.token_stdin,
         };
-        cli::sync::co_trainer(options, |error| report(error)).await?;
-        return Ok(ExitCode::SUCCESS);
+        let is_whole = cli::sync::co_trainer(options, |error| report(error)).await?;
+        return Ok(if is_whole { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     let registry = registry();
     let device = cli::device::of_rank(&config.device, 0)?;
@@ -835,6 +836,7 @@ async fn rollout_command(args: &RolloutArgs) -> Result<ExitCode, Failure> {
         reserve: args.reserve,
         bare: args.bare,
         hold: args.hold.clone(),
+        is_child: args.rendezvous.token_stdin,
     };
     let print = |result: &checkpoint_engine::Result<ReceiveReport>| match result {
         Ok(report) => say(format!(
@@ -850,8 +852,8 @@ async fn rollout_command(args: &RolloutArgs) -> Result<ExitCode, Failure> {
             Ok(())
         }
     };
-    cli::sync::rollout(options, print).await?;
-    Ok(ExitCode::SUCCESS)
+    let is_whole = cli::sync::rollout(options, print).await?;
+    Ok(if is_whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 async fn top_command(args: &TopArgs) -> Result<ExitCode, Failure> {

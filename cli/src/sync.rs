@@ -563,14 +563,40 @@ pub struct CoTrainerOptions {
     pub source: SourceSpec,
     /// Whether the weights stay the same from one update to the next.
     pub still: bool,
+    /// Whether the leader's process has started this one.
+    pub is_child: bool,
 }
 
-/// A trainer process other than the leader: takes part in all of the leader's updates.
+/// The leader's process, if it has started this one: it says once why updates failed, and before what follows from that.
+#[derive(Clone, Copy, Debug)]
+struct Parent(Option<u32>);
+
+impl Parent {
+    fn new(is_child: bool) -> Self {
+        Self(is_child.then(std::os::unix::process::parent_id))
+    }
+
+    /// Whether it says what an update failed with, which all ranks hear. What happened here alone names no rank.
+    fn tells(self, error: &Error) -> bool {
+        self.0.is_some() && error.report().rank.is_some()
+    }
+
+    /// Whether it is there to say why it left the group.
+    async fn is_there(self) -> bool {
+        // The connection of a process that dies ends a moment before it has no children any more.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        self.0.is_some_and(|parent| std::os::unix::process::parent_id() == parent)
+    }
+}
+
+/// A trainer process other than the leader: takes part in all of the leader's updates. Whether it took part in the last
+/// one; if not, the leader's process says why.
 ///
 /// # Errors
 ///
 /// Those of the group; an update that failed is reported to `failed` and the next one waited for.
-pub async fn co_trainer(options: CoTrainerOptions, mut failed: impl FnMut(&Error)) -> Result<()> {
+pub async fn co_trainer(options: CoTrainerOptions, mut failed: impl FnMut(&Error)) -> Result<bool> {
+    let parent = Parent::new(options.is_child);
     let registry: Registry = registry();
     let deadline = options.config.timeout();
     let control = ControlPlane::join(options.control, Role::Trainer, Some(options.rank)).await?;
@@ -596,13 +622,15 @@ pub async fn co_trainer(options: CoTrainerOptions, mut failed: impl FnMut(&Error
             Ok(_) => {}
             // Without a leader there is no next update.
             Err(error) if error.kind() == ErrorKind::PeerLost && is_trainer(&error) => {
-                return Err(error);
+                return if parent.is_there().await { Ok(false) } else { Err(error) };
             }
+            Err(error) if parent.tells(&error) => {}
             Err(error) => failed(&error),
         }
     }
     trainer.engine.finalize().await?;
-    control.close().await
+    control.close().await?;
+    Ok(true)
 }
 
 /// What a rollout process was started with.
@@ -626,12 +654,15 @@ pub struct RolloutOptions {
     pub bare: bool,
     /// Where to give the last version, which is kept in memory for that, to rollouts that join later.
     pub hold: Option<Address>,
+    /// Whether the trainer's process has started this one.
+    pub is_child: bool,
 }
 
 /// The attribute of a rollout that says how to reach its memory for bare transfers.
 pub const BARE: &str = "bare";
 
-/// A rollout process: joins the trainer's group and receives its updates, to the last one.
+/// A rollout process: joins the trainer's group and receives its updates, to the last one. Whether it received that; if
+/// not, the trainer's process says why.
 ///
 /// # Errors
 ///
@@ -639,7 +670,8 @@ pub const BARE: &str = "bare";
 pub async fn rollout(
     options: RolloutOptions,
     mut each: impl FnMut(&Result<ReceiveReport>) -> Result<()>,
-) -> Result<()> {
+) -> Result<bool> {
+    let parent = Parent::new(options.is_child);
     let registry: Registry = registry();
     let deadline = options.config.timeout();
     let memory = PeakMemory::start()?;
@@ -713,11 +745,13 @@ pub async fn rollout(
             Ok(Some(report)) => Ok(report),
             // Without a trainer there is no next update: this is the error of the command.
             Err(error) if error.kind() == ErrorKind::PeerLost && is_trainer(&error) => {
-                return Err(error);
+                return if parent.is_there().await { Ok(false) } else { Err(error) };
             }
             Err(error) => Err(error),
         };
-        each(&result)?;
+        if !result.as_ref().is_err_and(|error| parent.tells(error)) {
+            each(&result)?;
+        }
         match result {
             Ok(report) if Some(report.version) == last => break,
             Ok(_) => {}
@@ -726,7 +760,8 @@ pub async fn rollout(
     }
     drop(holding);
     engine.finalize().await?;
-    control.close().await
+    control.close().await?;
+    Ok(true)
 }
 
 /// Gets the version that another rollout holds, if one does.

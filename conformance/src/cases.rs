@@ -816,14 +816,35 @@ async fn nothing_is_read_of_the_weights_when_a_failed_send_has_returned(suite: &
     // The source fails while the first bucket is filled.
     let weights = [weight(0), weight(1), Err(Error::new(ErrorKind::Source, "reading", "gone"))];
     let send = group.trainer.send_weights(ensure_async_iterator(weights), Version(1));
+    // A trainer that changes its weights in place needs to be the only one who has them.
     let send = async {
         let sent = send.await;
-        (sent, slow.0.load(Ordering::SeqCst))
+        (sent, slow.0.load(Ordering::SeqCst), Arc::strong_count(&slow) - 1)
     };
     let receive = collect(&mut *group.rollouts[0], 1);
-    let ((sent, reading), received) = futures::future::join(send, receive).await;
+    let ((sent, reading, kept), received) = futures::future::join(send, receive).await;
     ensure!(sent.is_err() && received.is_err(), "the update did not fail");
     ensure!(reading == 0, "{reading} threads read weights after the send had returned");
+    ensure!(kept == 0, "{kept} weights were kept after the send had returned");
+    // The same when a rollout gives up.
+    let send = group
+        .trainer
+        .send_weights(ensure_async_iterator((0..6).map(weight).collect::<Vec<_>>()), Version(1));
+    let send = async {
+        let sent = send.await;
+        (sent, Arc::strong_count(&slow) - 1)
+    };
+    let rollout = &mut group.rollouts[0];
+    let give_up = async {
+        let mut received = rollout.receive_weights(None).await?;
+        received.next_bucket().await?;
+        received.fail(Error::new(ErrorKind::Resource, "installing", "no room"));
+        Ok::<_, Error>(())
+    };
+    let ((sent, kept), gave_up) = futures::future::join(send, give_up).await;
+    gave_up.map_err(words)?;
+    ensure!(sent.is_err(), "an update that a rollout gave up was sent");
+    ensure!(kept == 0, "{kept} weights were kept after the send had returned");
     group.exact(long(2), 2).await.map(drop)
 }
 
