@@ -1373,6 +1373,19 @@ mod tests {
             .await
     }
 
+    #[tokio::test]
+    async fn interfaces_that_are_not_there_are_named_and_no_peer_is_blamed() {
+        let interface = "nowhere9".to_owned();
+        let transports = "tcp,self".to_owned();
+        let options =
+            AgentOptions { error_handling: "peer", interface, transports, ..Default::default() };
+        let arena = Arc::new(Arena::new(2, BYTES).unwrap());
+        let error = Agent::start(options, "nowhere".into(), arena).await.unwrap_err().to_string();
+        assert!(error.contains("NET_DEVICES=nowhere9"), "{error}");
+        assert!(error.contains("TLS=tcp,self"), "{error}");
+        assert!(!error.contains("peer"), "{error}");
+    }
+
     /// Begins a transfer; what comes of it.
     async fn begin(
         at: &(Agent, Arc<Arena>),

@@ -29,8 +29,10 @@ pub(crate) enum NixlError {
     Another { wanted: PathBuf, loaded: PathBuf },
     #[error("NIXL's {call} failed: {}", status_in_words(*status))]
     Call { call: &'static str, status: Status },
-    #[error("no UCX transport is usable with `{transports}`: {}", status_in_words(*status))]
-    Transports { transports: String, status: Status },
+    #[error(
+        "UCX finds no transport or no network interface that it can use with {settings} (status {status})"
+    )]
+    Transports { settings: String, status: Status },
     #[error("the transfer failed: {}", status_in_words(*status))]
     Transfer { status: Status },
     #[error("the transfer did not end within {:.1} s", .0.as_secs_f64())]

@@ -152,9 +152,7 @@ impl RawAgent {
             (api.create_backend)(self.agent, c"UCX".as_ptr(), params.handle, &raw mut self.backend)
         };
         if status != sys::SUCCESS {
-            let transports = parameters.iter().find(|(key, _)| *key == ENGINE_CONFIG);
-            let transports = transports.map_or("all", |(_, value)| value).to_owned();
-            return Err(NixlError::Transports { transports, status });
+            return Err(NixlError::Transports { settings: settings(parameters), status });
         }
         // SAFETY: the call writes the new object to where the pointer points.
         check("create_opt_args", unsafe { (api.create_opt_args)(&raw mut self.options) })?;
@@ -503,6 +501,18 @@ impl Drop for RawAgent {
 
 /// The UCX plugin's parameter that takes UCX's own options.
 pub(crate) const ENGINE_CONFIG: &str = "engine_config";
+
+/// What limits UCX's choice of transports and interfaces, in words.
+fn settings(parameters: &[(&str, &str)]) -> String {
+    let of_engine = parameters.iter().find(|(key, _)| *key == ENGINE_CONFIG);
+    let of_engine = of_engine.map(|(_, value)| (*value).to_owned());
+    let of_environment = ["UCX_TLS", "UCX_NET_DEVICES"].into_iter().filter_map(|name| {
+        let value = std::env::var_os(name)?;
+        Some(format!("{name}={}", value.display()))
+    });
+    let all: Vec<String> = of_engine.into_iter().chain(of_environment).collect();
+    if all.is_empty() { "its own choice".into() } else { all.join(", ") }
+}
 
 /// A small object of the library, destroyed when dropped.
 struct Object {

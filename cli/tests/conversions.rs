@@ -707,6 +707,25 @@ fn one_scale_a_tensor_has_the_name_that_receivers_know() {
 }
 
 #[test]
+fn scales_per_row_cannot_be_described_and_the_error_says_what_can() {
+    let input = model(&[matrix(O, 256, 256)], None);
+    let parent = tempfile::tempdir().unwrap();
+    let output = parent.path().join("out");
+    let quantize = [Path::new("quantize"), input.path(), &output];
+    let plan = [Path::new("plan"), Path::new("--config"), Path::new("--model"), input.path()];
+    for command in [&quantize[..], &plan] {
+        let block = [Path::new("--block"), Path::new("per-row")];
+        let done = run(&[command, &block].concat());
+        let errors = String::from_utf8_lossy(&done.stderr);
+        assert_eq!(done.status.code(), Some(1), "{errors}");
+        for words in ["scales per row", "128x128", "per-tensor"] {
+            assert!(errors.contains(words), "`{words}` in {errors}");
+        }
+    }
+    assert_eq!(files(parent.path()), [""; 0]);
+}
+
+#[test]
 fn json_passes_unharmed() {
     let config = "{\n  \"time_step_limit\": [0.0, Infinity],\n  \"zeta\": -Infinity,\n  \"alpha\": NaN,\n  \
                   \"big\": 123456789012345678901234567890,\n  \"eps\": 1e-05,\n  \"x\": 1.0\n}\n";

@@ -1,10 +1,14 @@
-"""Compares `ckpt-engine quantize` with a script of PyTorch that quantises tensor by tensor.
+"""Compares `ckpt-engine quantize` with a script of PyTorch that quantises tensor by tensor, with llm-compressor,
+and with the disk.
 
-    python quantize_bench.py PROGRAM FOLDER [--layers 28] [--rounds 3]
+    python quantize_bench.py PROGRAM FOLDER [--layers 28] [--rounds 3] [--llm-compressor PYTHON]
 
-Needs torch and safetensors. FOLDER gets a random BF16 checkpoint with the shapes of Qwen2.5-1.5B (3.1 GB with
-28 layers) and the outputs. Both write the same tensors, which is checked; they take turns, after all input was
-read once, and the outputs go in between.
+Needs torch and safetensors; PYTHON is that of an environment with llm-compressor, which wants other versions of
+them. FOLDER gets a random BF16 checkpoint with the shapes of Qwen2.5-1.5B (3.1 GB with 28 layers) and the
+outputs. The program and the script write the same tensors, which is checked; llm-compressor (FP8_BLOCK) names
+its scales otherwise and stores them in BF16. All take turns, after all input was read once, and the outputs go in
+between. `disk` writes as many bytes as the program does, to as many files, and waits until they are on the disk.
+With --cold the pages of the input are dropped before every run (that takes root), and `disk` reads it first.
 """
 
 import argparse
@@ -84,6 +88,40 @@ def by_script(source, target):
         save_file(tensors, f"{target}/{name}", metadata={"format": "pt"})
 
 
+def by_llm_compressor(source, target):
+    from llmcompressor import model_free_ptq
+
+    model_free_ptq(
+        model_stub=source,
+        save_directory=target,
+        scheme="FP8_BLOCK",
+        ignore=["re:.*embed_tokens.*"],
+        max_workers=os.cpu_count(),
+        device="cpu",
+    )
+
+
+def by_disk(source, target, count, cold):
+    """Reads all input if it is not in memory, and writes as many bytes as a conversion does."""
+    os.makedirs(target)
+    buffer = bytearray(os.urandom(1 << 23))
+    names = [name for name in sorted(os.listdir(source)) if name.endswith(".safetensors")]
+    for name in names if cold else ():
+        with open(f"{source}/{name}", "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    for name in names:
+        with open(f"{target}/{name}", "wb", buffering=0) as file:
+            left = count // len(names)
+            while left > 0:
+                left -= file.write(memoryview(buffer)[: min(left, len(buffer))])
+            os.fsync(file.fileno())
+
+
+def size(folder):
+    return sum(os.path.getsize(f"{folder}/{name}") for name in os.listdir(folder))
+
+
 def tensors_of(folder):
     from safetensors import safe_open
 
@@ -110,11 +148,20 @@ def main():
     arguments.add_argument("folder")
     arguments.add_argument("--layers", type=int, default=28)
     arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--llm-compressor", metavar="PYTHON")
+    arguments.add_argument("--cold", action="store_true")
     arguments.add_argument("--script", nargs=2, help=argparse.SUPPRESS)
+    arguments.add_argument("--compress", nargs=2, help=argparse.SUPPRESS)
+    arguments.add_argument("--disk", nargs=3, help=argparse.SUPPRESS)
     arguments.add_argument("--make", help=argparse.SUPPRESS)
     options = arguments.parse_args()
     if options.script:
         return by_script(*options.script)
+    if options.compress:
+        return by_llm_compressor(*options.compress)
+    if options.disk:
+        source, target, count = options.disk
+        return by_disk(source, target, int(count), options.cold)
     if options.make:
         return make(options.make, options.layers)
     source = f"{options.folder}/source"
@@ -125,27 +172,42 @@ def main():
         with open(f"{source}/{name}", "rb") as file:
             while file.read(1 << 24):
                 pass
-    outputs = {who: f"{options.folder}/{who}" for who in ("ckpt-engine", "script")}
-    commands = {
-        "ckpt-engine": [options.program, "quantize", source, outputs["ckpt-engine"]],
-        "script": [*again, "--script", source, outputs["script"]],
-    }
+    arguments = [__file__, options.program, options.folder]
+    program = [options.program, "quantize"]
+    commands = {"ckpt-engine": program, "script": [sys.executable, *arguments, "--script"]}
+    if options.llm_compressor:
+        commands["llm-compressor"] = [options.llm_compressor, *arguments, "--compress"]
+    # After the program, whose output says how much there is to write.
+    commands["disk"] = [sys.executable, *arguments, *["--cold"] * options.cold, "--disk"]
+    outputs = {who: f"{options.folder}/{who}" for who in commands}
     measured = {who: [] for who in commands}
     for _ in range(options.rounds):
+        count = 0
         for who, command in commands.items():
             shutil.rmtree(outputs[who], ignore_errors=True)
             os.sync()
+            if options.cold:
+                with open("/proc/sys/vm/drop_caches", "w") as file:
+                    file.write("1")
+            command = [*command, source, outputs[who], *[str(count)] * (who == "disk")]
             start = time.monotonic()
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            errors = process.stderr.read()
             _, status, usage = os.wait4(process.pid, 0)
             seconds = time.monotonic() - start
             if status != 0:
-                sys.exit(f"{who} failed")
+                sys.exit(f"{who} failed: {errors.decode(errors='replace')}")
+            if who == "ckpt-engine":
+                count = size(outputs[who])
             measured[who].append((seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6))
+    read, written = size(source), size(outputs["ckpt-engine"])
+    print(f"{read / 1e9:.2f} GB to read, {written / 1e9:.2f} GB to write, {os.cpu_count()} cores")
     for who, runs in measured.items():
         wall, cpu, memory = (statistics.median(column) for column in zip(*runs))
         every = " ".join(f"{run[0]:.2f}" for run in runs)
-        print(f"{who}: {wall:.2f} s ({every}), CPU {cpu:.2f} s, {memory:.2f} GB resident")
+        pairs = zip(runs, measured["ckpt-engine"])
+        ratio = statistics.median(run[0] / own[0] for run, own in pairs)
+        print(f"{who}: {wall:.2f} s ({every}), {ratio:.2f} of ckpt-engine's, CPU {cpu:.2f} s, {memory:.2f} GB resident")
     print(same(outputs["ckpt-engine"], outputs["script"]))
 
 

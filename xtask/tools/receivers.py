@@ -101,6 +101,40 @@ NOT_ASKED = {
 }
 
 
+class Accepted(Exception):
+    """A function went on to make its tensors."""
+
+
+def experts_of_sglang(layers):
+    """SGLang's check of experts, which is the beginning of the function that makes their tensors."""
+
+    def empty(*_, **__):
+        raise Accepted
+
+    torch = types.SimpleNamespace(empty=empty, nn=types.SimpleNamespace(Parameter=None), float8_e4m3fn=None)
+    namespace = {**base(), "torch": torch, "os": os, "_use_aiter": False, "_is_hip": False, "_use_hip_int4": False}
+    sizes = {"get_moe_padding_size", "get_moe_weight_sizes", "TRITON_PADDING_SIZE", "AITER_PADDING_SIZE"}
+    take(layers / "moe/utils.py", sizes, namespace)
+    make = method(layers / "quantization/fp8.py", "Fp8MoEMethod", "create_fp8_moe_weight_", namespace)
+    fused = types.ModuleType("sglang.srt.layers.moe.fused_moe_triton")
+    fused.FusedMoeWeightScaleSupported = None
+    parts = fused.__name__.split(".")
+    for end in range(1, len(parts)):
+        sys.modules[".".join(parts[:end])] = types.ModuleType(".".join(parts[:end]))
+    sys.modules[fused.__name__] = fused
+    layer = types.SimpleNamespace(moe_tp_size=1, moe_runner_config=types.SimpleNamespace(is_gated=True))
+    config = types.SimpleNamespace(weight_block_size=BLOCK)
+
+    def check(inner):
+        try:
+            make(layer, 2, 256, inner, True, config, False, True, False, None)
+        except Accepted:
+            return
+        raise AssertionError("the check of experts is elsewhere now")
+
+    return check
+
+
 class Engine:
     def __init__(self, name, root):
         inner = root / ("vllm" if name == "vllm" else "sglang/srt")
@@ -124,7 +158,7 @@ class Engine:
             one = types.SimpleNamespace(tp_group=None)
             config = types.SimpleNamespace(weight_block_size=BLOCK)
             self.linear = lambda rows, cols: check(one, config, cols, cols, sum(rows), sum(rows), rows)
-            self.moe = None
+            self.moe = experts_of_sglang(layers)
         read = method(quantization / "fp8.py", "Fp8Config", "from_config", base())
         self.config = lambda config: read(Keys, config).values
 
@@ -174,7 +208,7 @@ class Engine:
             for name in of:
                 inner = weights[name][-1] if re.search(r"(down_proj|w2)(\.weight)?$", name) else None
                 try:
-                    if True in fp8 and inner and self.moe:
+                    if True in fp8 and inner:
                         self.moe(inner)
                 except ValueError as error:
                     wrong.append(f"{layer}: {error}")

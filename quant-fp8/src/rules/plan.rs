@@ -249,7 +249,11 @@ impl QuantPlan {
             reason: format!("quant_method fp8 cannot express {what}"),
         };
         match (self.format.granularity, self.format.scale_name) {
-            (Granularity::PerRow, _) => return Err(unsayable("scales per row")),
+            (Granularity::PerRow, _) => {
+                return Err(unsayable(
+                    "scales per row; blocks such as 128x128 it can, and per-tensor",
+                ));
+            }
             (Granularity::Block { .. }, ScaleName::WeightScale) => {
                 return Err(unsayable("block scales named weight_scale"));
             }
