@@ -382,21 +382,23 @@ impl Rules {
         let layer = module(name);
         let mut found = Vec::new();
         if !self.ignored.is_empty() {
+            // A stack right under `moe` is what receivers call its experts.
+            let experts =
+                names::experts_of(name, shape).filter(|_| names::is_moe_stack(name, shape));
             // All runs of whole segments, longest first: a dozen look-ups, however many entries.
             let starts = std::iter::once(0).chain(layer.match_indices('.').map(|(at, _)| at + 1));
-            for start in starts {
-                let mut run = &layer[start..];
+            // Of a receiver's own name only those from its beginning: a short entry means the checkpoint's.
+            let other = names::alias(layer);
+            for mut run in starts.map(|start| &layer[start..]).chain(other.as_deref()) {
                 loop {
                     found.extend(self.ignored.get(run).map(String::as_str));
                     let Some((shorter, _)) = run.rsplit_once('.') else { break };
                     run = shorter;
                 }
             }
-            // A stack right under `moe` is what receivers call its experts.
-            let experts =
-                names::experts_of(name, shape).filter(|_| names::is_moe_stack(name, shape));
-            found
-                .extend(experts.and_then(|experts| self.ignored.get(&experts)).map(String::as_str));
+            let of_experts = experts.as_deref().and_then(names::alias);
+            let of_experts = experts.into_iter().chain(of_experts);
+            found.extend(of_experts.filter_map(|e| self.ignored.get(&e)).map(String::as_str));
         }
         let (parent, last) = split_last(layer);
         for part in names::packed_parts(last).iter().filter(|_| shape.len() == 2) {

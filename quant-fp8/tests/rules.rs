@@ -513,8 +513,11 @@ fn a_kept_stack_is_listed_under_the_name_that_receivers_have_for_the_experts() {
         config["modules_to_not_convert"],
         json!([
             "m.0.block_sparse_moe.experts",
+            "m.0.mlp.experts",
             "m.0.block_sparse_moe.input_linear",
+            "m.0.mlp.input_linear",
             "m.0.block_sparse_moe.output_linear",
+            "m.0.mlp.output_linear",
             "m.1.mlp.experts",
         ])
     );
@@ -560,6 +563,28 @@ fn mixers_of_mamba_1_are_kept_and_those_of_mamba_2_if_a_part_is_no_whole_blocks(
         for receiver in ENGINES {
             assert_eq!(quantized(receiver, &mamba2), expected, "{receiver}");
         }
+    }
+}
+
+#[test]
+fn a_kept_mixer_is_listed_under_the_name_that_vllm_builds_it_with_as_well() {
+    let parameters = [
+        float("l.0.mamba.conv1d.weight", &[1280, 1, 4]),
+        float("l.0.mamba.in_proj.weight", &[2320, 512]),
+        float("l.0.mamba.A_log", &[16]),
+        matrix("l.0.mamba.out_proj.weight"),
+    ];
+    let plan = QuantPlan::resolve(parameters.clone(), &RulesConfig::default()).unwrap();
+    let config = plan.quantization_config().unwrap();
+    let list =
+        json!(["l.0.mamba.conv1d", "l.0.mixer.conv1d", "l.0.mamba.in_proj", "l.0.mixer.in_proj"]);
+    assert_eq!(config["modules_to_not_convert"], list);
+    // Read back, every entry means something, and means the same.
+    let own = RulesConfig { quantization_config: Some(config), ..RulesConfig::default() };
+    let again = QuantPlan::resolve(parameters, &own).unwrap();
+    assert_eq!(again.unmatched(), [] as [&str; 0]);
+    for (entry, before) in again.entries().iter().zip(plan.entries()) {
+        assert_eq!(entry.decision, before.decision, "{}", entry.name);
     }
 }
 

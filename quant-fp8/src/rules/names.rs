@@ -196,6 +196,22 @@ pub(crate) fn experts_of(name: &str, shape: &[usize]) -> Option<String> {
     is_moe_stack(name, shape).then(|| join(parent(name), "experts"))
 }
 
+/// Modules that vLLM looks up in the list of ignored layers under another name than the checkpoint's: it
+/// builds the state space mixers of Falcon-H1, Granite 4, Jamba and Zamba 2 as `mixer`, and MiniMax M2's
+/// experts below `mlp`. Where only the checkpoint's name is listed it makes an FP8 layer, and casts into it
+/// what is not FP8, without a scale and without an error.
+const ALIASES: [(&str, &str); 2] = [("mamba", "mixer"), ("block_sparse_moe", "mlp")];
+
+/// The name that a receiver may look a layer up by instead of the checkpoint's, if there is one.
+pub(crate) fn alias(layer: &str) -> Option<String> {
+    ALIASES.iter().find_map(|(own, other)| {
+        let mut segments: Vec<&str> = layer.split('.').collect();
+        let at = segments.iter().rposition(|segment| segment == own)?;
+        segments[at] = other;
+        Some(segments.join("."))
+    })
+}
+
 /// Whether a parameter is a stack of experts right under `moe` or `block_sparse_moe`.
 pub(crate) fn is_moe_stack(name: &str, shape: &[usize]) -> bool {
     shape.len() == 3 && MOE.contains(&split_last(parent(name)).1)

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use serde_json::{Value, json};
 
 use super::layers::Layers;
-use super::names::{Kind, experts_of, join, kind, module, packed_parts, split_last};
+use super::names::{Kind, alias, experts_of, join, kind, module, packed_parts, split_last};
 use super::{Decision, Rule, Rules, RulesConfig, Stored, weight_of_scale};
 use crate::{Fp8Format, Granularity, Mode, QuantError, ScaleName};
 
@@ -195,8 +195,11 @@ impl QuantPlan {
         let mut kept: Vec<String> = Vec::new();
         let mut listed = HashSet::new();
         let mut list = |layer: String| {
-            if listed.insert(layer.clone()) {
-                kept.push(layer);
+            let alias = alias(&layer);
+            for name in std::iter::once(layer).chain(alias) {
+                if listed.insert(name.clone()) {
+                    kept.push(name);
+                }
             }
         };
         for entry in &self.entries {
