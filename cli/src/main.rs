@@ -16,11 +16,11 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use checkpoint_engine::control::{Address, ControlConfig, Token, from_env};
-use checkpoint_engine::fp8::rules::{Receiver, parse_ignored_layers};
-use checkpoint_engine::fp8::{Granularity, Mode, Quantization};
+use checkpoint_engine::fp8::rules::{QuantPlan, Receiver, parse_ignored_layers};
+use checkpoint_engine::fp8::{Granularity, Mode, Quantization, stored};
 use checkpoint_engine::{
     Availability, CheckpointEngineConfig, ConfigFormat, ControlPlane, DeviceChoice, EngineContext,
-    Error, ErrorKind, Rank, ReceiveReport, Role, Version, form_group, registry,
+    Error, ErrorKind, Rank, ReceiveReport, Role, TensorMeta, Version, form_group, registry,
 };
 use clap::{Args, Parser, Subcommand};
 use cli::bench::transfer::{TransferLine, TransferOptions, transfer};
@@ -34,7 +34,7 @@ use cli::synthetic::SyntheticModel;
 use cli::top;
 use commands::fp8::{
     DequantizeArgs, PlanArgs, QuantBenchArgs, QuantizeArgs, dequantize_command, plan_command,
-    quant_bench_command, quantize_command,
+    quant_bench_command, quantize_command, warn_of,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -639,11 +639,22 @@ fn as_planned(
     source: &SourceSpec,
 ) -> Result<CheckpointEngineConfig, Failure> {
     let mut section = Quantization::of(&config)?;
-    let ModelSpec::Checkpoint { path } = &source.model else { return Ok(config) };
     if !(config.trainer_quantize_fp8 || section.quantize_on_receive) || section.manifest.is_some() {
         return Ok(config);
     }
+    let path = match &source.model {
+        ModelSpec::Checkpoint { path } => path,
+        ModelSpec::Synthetic { name, layers } => {
+            let shape = |meta: &TensorMeta| meta.shape.iter().map(|&side| side as usize).collect();
+            let metas = name.metas(*layers)?;
+            let parameters =
+                metas.iter().map(|meta| (&*meta.name, shape(meta), stored(meta.dtype)));
+            warn_of(&QuantPlan::resolve(parameters, &section.rules())?);
+            return Ok(config);
+        }
+    };
     let plan = cli::quantize::plan_of(&Checkpoint::open(path)?, &section.rules())?;
+    warn_of(&plan);
     section.ignored_layers.extend(plan.layers_to_ignore());
     let section = serde_json::to_value(section)?;
     config.quantization = section.as_object().cloned().unwrap_or_default();

@@ -233,6 +233,28 @@ fn plan_tells_the_share_that_stays_and_what_may_be_a_mistake() {
     assert_eq!(run(&["plan", "--names", &path, "--receiver", "tgi"]).status.code(), Some(2));
 }
 
+#[test]
+fn an_update_that_quantises_warns_of_what_plan_warns_of() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let model = folder.path().join("model");
+    parted(&model);
+    let model = model.display().to_string();
+    let sync = |source: &[&str], who: &str| {
+        let options = ["--backend", "naive", who, "--ignored", "o_porj,q_proj"];
+        remarks(&[&["sync"], source, &options].concat())
+    };
+    for who in ["--trainer-quantize-fp8", "--quantize-on-receive"] {
+        let text = sync(&["--model", &model], who);
+        assert!(text.contains("match no parameter: o_porj\n"), "{text}");
+        assert!(!text.contains("nothing"), "{text}");
+        let text = sync(&["--synthetic", "tiny-moe"], who);
+        assert!(text.contains("warning: nothing is quantised\n"), "{text}");
+        assert!(text.contains("match no parameter: o_porj\n"), "{text}");
+    }
+    let text = remarks(&["sync", "--synthetic", "tiny-moe", "--backend", "naive"]);
+    assert!(!text.contains("warning"), "{text}");
+}
+
 /// A checkpoint of two files with a layer that is parted by them, narrow keys, and a list of its own.
 fn parted(folder: &Path) {
     std::fs::create_dir(folder).expect("a folder");

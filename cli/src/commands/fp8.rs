@@ -215,11 +215,17 @@ fn remark(plan: &QuantPlan, receiver: Receiver) {
         let (percent, rules) = (part * 100.0, rules.join(", "));
         remark_line(&format!("{percent:.1}% of what could be FP8 stays as it is: {rules}"));
     }
-    if share.quantized == 0 {
-        remark_line("warning: nothing is quantised");
-    } else if part > 0.5 {
+    if share.quantized > 0 && part > 0.5 {
         let title = receiver.profile().title;
         remark_line(&format!("warning: more than half stays as it is for {title}; see --receiver"));
+    }
+    warn_of(plan);
+}
+
+/// Says on standard error what about a plan is most likely a mistake.
+pub(crate) fn warn_of(plan: &QuantPlan) {
+    if plan.share().quantized == 0 {
+        remark_line("warning: nothing is quantised");
     }
     if !plan.unmatched().is_empty() {
         let entries = plan.unmatched().join(", ");
