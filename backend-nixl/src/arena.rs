@@ -74,7 +74,9 @@ impl Arena {
     pub(crate) fn on(device: &DeviceChoice, slots: u32, bytes: u64) -> engine_core::Result<Self> {
         #[cfg(feature = "cuda")]
         if !device.is_cpu() {
-            let memory = device_cuda::CudaArena::new(device, slots, bytes)?;
+            // UCX keeps what it mapped of a peer's GPU until its process ends, also when that peer has left; CUDA
+            // does not define what becomes of memory that is freed meanwhile.
+            let memory = device_cuda::CudaArena::for_life(device, slots, bytes)?;
             let len = bytes as usize;
             let range = |slot| Range::Cuda { memory: memory.clone(), at: slot as usize * len, len };
             return Ok(Self::of(

@@ -3,7 +3,7 @@
 use engine_core::memory::{Job, Pool};
 use engine_core::{DeviceChoice, Error, ErrorKind, Result, Storage};
 
-use crate::{CudaMemory, Device, Packer, bucket_storage};
+use crate::{CudaError, CudaMemory, Device, Packer, bucket_storage};
 
 /// Slots for buckets in one piece of a device's memory, and what fills them.
 ///
@@ -23,6 +23,24 @@ impl CudaArena {
     /// `Config` for more than can be addressed, `Resource` for more than there is, `Backend` without a
     /// driver or such a device.
     pub fn new(device: &DeviceChoice, slots: u32, bytes: u64) -> Result<Self> {
+        Self::of(device, slots, bytes, CudaMemory::new)
+    }
+
+    /// As [`new`](Self::new), in memory that is [never given back](CudaMemory::for_life).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`new`](Self::new).
+    pub fn for_life(device: &DeviceChoice, slots: u32, bytes: u64) -> Result<Self> {
+        Self::of(device, slots, bytes, CudaMemory::for_life)
+    }
+
+    fn of(
+        device: &DeviceChoice,
+        slots: u32,
+        bytes: u64,
+        allocate: impl FnOnce(&Device, usize) -> Result<CudaMemory, CudaError>,
+    ) -> Result<Self> {
         let ordinal = i32::try_from(device.ordinal().unwrap_or(0)).unwrap_or(i32::MAX);
         let device = Device::open(ordinal)?;
         let total = bytes.checked_mul(slots.into()).and_then(|total| usize::try_from(total).ok());
@@ -30,17 +48,18 @@ impl CudaArena {
             let message = format!("{slots} slots of {bytes} bytes are too many");
             Error::new(ErrorKind::Config, "preparing", message)
         })?;
-        let memory = CudaMemory::new(&device, total)?;
+        let memory = allocate(&device, total)?;
         Ok(Self { memory, packer: Packer::new(&device)? })
     }
 
-    /// Other memory of this device, which the same packer fills.
+    /// Other memory of this device that is [never given back](CudaMemory::for_life), which the same packer
+    /// fills.
     ///
     /// # Errors
     ///
     /// `Resource` if there is not so much.
     pub fn spare(&self, bytes: usize) -> Result<Self> {
-        let memory = CudaMemory::new(self.memory.device(), bytes)?;
+        let memory = CudaMemory::for_life(self.memory.device(), bytes)?;
         Ok(Self { memory, packer: self.packer.clone() })
     }
 

@@ -1,7 +1,7 @@
 //! Devices and what lives on them. Every handle keeps its device's context.
 
 use std::any::Any;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::CudaError;
 use crate::ffi::{self, Attribute, Context, Driver};
@@ -231,6 +231,34 @@ impl CudaMemory {
     /// What the driver reports: out of memory.
     pub fn new(device: &Device, len: usize) -> Result<Self, CudaError> {
         Ok(Self::of(device, ffi::Memory::new(device.context(), len)?))
+    }
+
+    /// As [`new`](Self::new), but never given back to the driver while this process lives: for memory that a
+    /// library of another process may map, and keep mapped for as long as it likes. What nobody here uses any
+    /// more is given out again to whoever asks for as many bytes of the device.
+    ///
+    /// # Errors
+    ///
+    /// What the driver reports: out of memory.
+    pub fn for_life(device: &Device, len: usize) -> Result<Self, CudaError> {
+        static ALL: Mutex<Vec<CudaMemory>> = Mutex::new(Vec::new());
+        // Each change leaves the list whole. It is held for the allocation as well: whoever asks at the same time
+        // may find what is given out here.
+        let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |memory: &&Self| {
+            memory.len() == len && memory.device.ordinal() == device.ordinal() && memory.is_unused()
+        };
+        if let Some(unused) = all.iter().find(fits) {
+            return Ok(unused.clone());
+        }
+        let memory = Self::new(device, len)?;
+        all.push(memory.clone());
+        Ok(memory)
+    }
+
+    /// Whether nobody has it but the list of what is never given back.
+    fn is_unused(&self) -> bool {
+        Arc::strong_count(&self.memory) == 1
     }
 
     /// Opens an allocation of so many bytes that another process exported. `owner` is dropped when it is closed

@@ -311,6 +311,23 @@ fn memory_that_there_is_not_is_an_error_and_what_there_was_is_given_back() {
     assert!(after + (64 << 20) >= before, "{before} bytes were free, {after} are");
 }
 
+#[test]
+#[ignore = "needs a CUDA device"]
+fn memory_for_life_is_given_out_again_when_nobody_has_it_and_to_nobody_else_before() {
+    let gpu = Gpu::open();
+    // No other test has this length.
+    let get = || CudaMemory::for_life(&gpu.device, 3 << 20).unwrap();
+    let (first, second) = (get(), get());
+    assert_ne!(first.address(), second.address());
+    let address = first.address();
+    let clone = first.clone();
+    drop(first);
+    let third = get();
+    assert_ne!(third.address(), address, "a clone of the first is still there");
+    drop(clone);
+    assert_eq!(get().address(), address);
+}
+
 const CHILD: &str = "CKPT_ENGINE_TEST_IPC";
 
 #[test]
