@@ -589,6 +589,37 @@ fn a_kept_mixer_is_listed_under_the_name_that_vllm_builds_it_with_as_well() {
 }
 
 #[test]
+fn a_kept_mixer_beside_attention_is_listed_under_the_number_that_vllm_gives_it() {
+    let layer = |number: usize| {
+        [
+            float(&format!("model.layers.{number}.mamba.in_proj.weight"), &[2320, 512]),
+            float(&format!("model.layers.{number}.mamba.conv1d.weight"), &[1280, 1, 4]),
+            float(&format!("model.layers.{number}.mamba.A_log"), &[16]),
+            matrix(&format!("model.layers.{number}.mamba.out_proj.weight")),
+            matrix(&format!("model.layers.{number}.self_attn.o_proj.weight")),
+        ]
+    };
+    let parameters = layer(0).into_iter().chain(layer(1));
+    let plan = QuantPlan::resolve(parameters, &RulesConfig::default()).unwrap();
+    let config = plan.quantization_config().unwrap();
+    let list: Vec<_> = config["modules_to_not_convert"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|name| name.as_str().unwrap().ends_with("in_proj"))
+        .collect();
+    let expected = [
+        "model.layers.0.mamba.in_proj",
+        "model.layers.0.mixer.in_proj",
+        "model.2.mixer.in_proj",
+        "model.layers.1.mamba.in_proj",
+        "model.layers.1.mixer.in_proj",
+        "model.3.mixer.in_proj",
+    ];
+    assert_eq!(list, expected);
+}
+
+#[test]
 fn names_are_read_through_what_adapters_put_around_layers() {
     let plan = QuantPlan::resolve(
         [

@@ -212,6 +212,14 @@ pub(crate) fn alias(layer: &str) -> Option<String> {
     })
 }
 
+/// The state space mixer of a layer that has attention beside it: the model, the layer and the rest of the
+/// name, of `model.layers.3.mamba.in_proj`.
+pub(crate) fn parallel_mixer(layer: &str) -> Option<(&str, usize, &str)> {
+    let (model, rest) = layer.split_once(".layers.")?;
+    let (number, rest) = rest.split_once('.')?;
+    Some((model, number.parse().ok()?, rest.strip_prefix("mamba.")?))
+}
+
 /// Whether a parameter is a stack of experts right under `moe` or `block_sparse_moe`.
 pub(crate) fn is_moe_stack(name: &str, shape: &[usize]) -> bool {
     shape.len() == 3 && MOE.contains(&split_last(parent(name)).1)

@@ -1,11 +1,13 @@
 //! The decisions on a whole model.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use serde_json::{Value, json};
 
 use super::layers::Layers;
-use super::names::{Kind, alias, experts_of, join, kind, module, packed_parts, split_last};
+use super::names::{
+    Kind, alias, experts_of, join, kind, module, packed_parts, parallel_mixer, split_last,
+};
 use super::{Decision, Rule, Rules, RulesConfig, Stored, weight_of_scale};
 use crate::{Fp8Format, Granularity, Mode, QuantError, ScaleName};
 
@@ -192,11 +194,19 @@ impl QuantPlan {
                 quantized_experts.extend(experts_of(&entry.name, &entry.shape));
             }
         }
+        let layers = self.parallel_layers();
         let mut kept: Vec<String> = Vec::new();
         let mut listed = HashSet::new();
         let mut list = |layer: String| {
+            // Of layers with attention and a mixer vLLM counts the mixers on behind the last layer, and leaves
+            // out what they are in.
+            let counted =
+                parallel_mixer(&layer).filter(|_| layers > 0).map(|(model, layer, rest)| {
+                    let model = model.split('.').next().unwrap_or(model);
+                    format!("{model}.{}.mixer.{rest}", layers + layer)
+                });
             let alias = alias(&layer);
-            for name in std::iter::once(layer).chain(alias) {
+            for name in std::iter::once(layer).chain(alias).chain(counted) {
                 if listed.insert(name.clone()) {
                     kept.push(name);
                 }
@@ -230,6 +240,24 @@ impl QuantPlan {
             }
         }
         kept
+    }
+
+    /// How many layers the model has, if they have attention and a state space mixer side by side (Falcon-H1).
+    fn parallel_layers(&self) -> usize {
+        let mixers: BTreeSet<(&str, usize)> = self
+            .entries
+            .iter()
+            .filter_map(|entry| parallel_mixer(&entry.name))
+            .map(|(model, layer, _)| (model, layer))
+            .collect();
+        let has_attention = |&(model, layer): &(&str, usize)| {
+            let attention = format!("{model}.layers.{layer}.self_attn.");
+            self.entries.iter().any(|entry| entry.name.starts_with(&attention))
+        };
+        match mixers.last() {
+            Some(last) if has_attention(last) => last.1 + 1,
+            _ => 0,
+        }
     }
 
     /// The `quantization_config` for `config.json` that makes vLLM and SGLang expect exactly this
