@@ -454,7 +454,7 @@ fn one_bit_that_changes_on_the_way_ends_the_connection_and_says_so() {
 #[test]
 fn a_recorded_greeting_takes_no_rank() {
     block_on(async {
-        let Relayed { leader, passed, .. } = relayed().await;
+        let Relayed { leader, member: _has_rank_1, passed, .. } = relayed().await;
         let recorded = passed.lock().unwrap().clone();
         let length = 4 + u32::from_be_bytes(*recorded.first_chunk().unwrap()) as usize;
         let mut stream = TcpStream::connect(tcp(&leader)).unwrap();
