@@ -233,17 +233,17 @@ impl CudaMemory {
         Ok(Self::of(device, ffi::Memory::new(device.context(), len)?))
     }
 
-    /// As [`new`](Self::new), but never given back to the driver while this process lives: for memory that a
-    /// library of another process may map, and keep mapped for as long as it likes. What nobody here uses any
-    /// more is given out again to whoever asks for as many bytes of the device.
+    /// As [`new`](Self::new), but never given back to the driver while this process lives. It is for memory that
+    /// a library of another process may keep mapped. When its last clone is dropped, the next call for as many
+    /// bytes of the same device gets it.
     ///
     /// # Errors
     ///
     /// What the driver reports: out of memory.
     pub fn for_life(device: &Device, len: usize) -> Result<Self, CudaError> {
         static ALL: Mutex<Vec<CudaMemory>> = Mutex::new(Vec::new());
-        // Each change leaves the list whole. It is held for the allocation as well: whoever asks at the same time
-        // may find what is given out here.
+        // A panic leaves the list whole: pushing is the only change. The lock is held until memory is taken, so
+        // that two callers do not take the same.
         let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
         let fits = |memory: &&Self| {
             memory.len() == len && memory.device.ordinal() == device.ordinal() && memory.is_unused()
@@ -256,7 +256,7 @@ impl CudaMemory {
         Ok(memory)
     }
 
-    /// Whether nobody has it but the list of what is never given back.
+    /// Whether the list in `for_life` has the only clone.
     fn is_unused(&self) -> bool {
         Arc::strong_count(&self.memory) == 1
     }

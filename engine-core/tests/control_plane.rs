@@ -445,7 +445,7 @@ fn one_bit_that_changes_on_the_way_ends_the_connection_and_says_so() {
         let Event::Lost { rank, error } = event(&leader).await else { panic!() };
         assert_eq!(rank, Rank(1));
         assert_names(&Error::from(error), ErrorKind::Protocol, &["changed on the way"]);
-        // The member's rank is free for whoever comes next, and the group goes on.
+        // The rank is free for the next member, and the group goes on.
         let next = try_join(&leader, Role::Rollout, Some(Rank(1))).await.unwrap();
         gather(&[&leader, &next]).await;
     });

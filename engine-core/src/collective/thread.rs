@@ -266,8 +266,8 @@ impl<C: Communicator> Thread<C> {
         }
     }
 
-    /// As [`close`](Self::close), for those who cannot await. On a tokio runtime the waiting is a task of it that
-    /// may block, and which the runtime waits for when it ends; elsewhere the caller waits, no longer than that.
+    /// As [`close`](Self::close), for callers that cannot await. On a tokio runtime a blocking task waits, and the
+    /// runtime waits for that task when it ends. Elsewhere the caller waits. Neither waits longer than `limit`.
     pub(super) fn close_later(&self, limit: Duration) {
         self.ask_to_end();
         let awaited = Awaited { ending: self.ending().take(), limit };

@@ -15,7 +15,7 @@ use crate::{Error, ErrorKind, Result};
 /// The secret that every rank of a group knows.
 ///
 /// It never travels: both sides of a connection prove that they know it, and what they say afterwards is
-/// encrypted with keys that nobody else has, also not one who learns the secret later.
+/// encrypted with keys of this connection alone, so that a recording stays secret if the token becomes known.
 #[derive(Clone)]
 pub struct Token(Arc<[u8]>);
 
