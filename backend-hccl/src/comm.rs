@@ -727,15 +727,13 @@ impl Drop for HcclCommunicator {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::alone;
     use engine_core::collective::Thread;
-    use std::process::Command;
-
-    const ALONE: &str = "CKPT_ENGINE_TEST_ALONE";
 
     /// What a child process does; nothing when the tests are run.
     #[tokio::test]
     async fn alone_here() {
-        if std::env::var_os(ALONE).is_none() {
+        if !alone::is_alone() {
             return;
         }
         let plan = Plan {
@@ -771,12 +769,6 @@ mod tests {
 
     #[test]
     fn a_group_that_nobody_else_joins_is_a_timeout_that_leaves_nothing_behind() {
-        let libraries = hccl_sim::libraries(hccl_sim::Profile::Current).unwrap();
-        let mut child = Command::new(std::env::current_exe().unwrap());
-        child.args(["--exact", "comm::tests::alone_here"]).env(ALONE, "1");
-        child.env(sys::LIBRARY_DIR_VARIABLE, libraries).env("HCCL_SIM_TIME_SCALE", "0.005");
-        let output = child.output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success() && text.contains("1 passed"), "{text}");
+        alone::run("comm::tests::alone_here", ("HCCL_SIM_TIME_SCALE", "0.005"));
     }
 }

@@ -871,17 +871,16 @@ impl Comm {
 
 #[cfg(test)]
 mod tests {
-    use std::process::Command;
+    use crate::alone;
 
     use super::*;
 
-    const ALONE: &str = "CKPT_ENGINE_TEST_ALONE";
     const BYTES: usize = 2 << 20;
 
     /// What a child process does; nothing when the tests are run.
     #[test]
     fn work_here() {
-        if std::env::var_os(ALONE).is_none() {
+        if !alone::is_alone() {
             return;
         }
         let api = sys::load(None).unwrap();
@@ -925,12 +924,6 @@ mod tests {
 
     #[test]
     fn what_work_uses_stays_until_the_work_has_ended() {
-        let libraries = hccl_sim::libraries(hccl_sim::Profile::Current).unwrap();
-        let mut child = Command::new(std::env::current_exe().unwrap());
-        child.args(["--exact", "ffi::tests::work_here"]).env(ALONE, "1");
-        child.env(sys::LIBRARY_DIR_VARIABLE, libraries).env("HCCL_SIM_LAZY", "1");
-        let output = child.output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success() && text.contains("1 passed"), "{text}");
+        alone::run("ffi::tests::work_here", ("HCCL_SIM_LAZY", "1"));
     }
 }

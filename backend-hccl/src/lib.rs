@@ -12,6 +12,8 @@
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("CANN's libraries are for 64-bit Linux");
 
+#[cfg(test)]
+mod alone;
 mod comm;
 pub mod doctor;
 mod engine;
