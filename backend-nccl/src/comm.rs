@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use device_cuda::{CudaArena, Device, Event, Stream};
+use device_cuda::{CollectiveUnderWay, CudaArena, Device, Event, Stream};
 use engine_core::collective::{Communicator, Shape, Wait};
 use engine_core::{Error, Result};
 use tracing::debug;
@@ -32,11 +32,11 @@ pub(crate) struct Nccl {
 struct Group {
     comm: RawComm,
     registration: Option<Registration>,
-    /// Whether the library is enqueueing a broadcast, which no event is behind yet.
-    enqueueing: bool,
+    /// The broadcast that the library is enqueueing, which no event is behind yet.
+    enqueueing: Option<CollectiveUnderWay>,
     /// Broadcasts that have ended.
     ended: u64,
-    under_way: VecDeque<Event>,
+    under_way: VecDeque<(Event, CollectiveUnderWay)>,
     /// Events to be used again.
     spare: Vec<Event>,
     stream: Stream,
@@ -98,7 +98,7 @@ impl Communicator for Nccl {
         let group_state = Group {
             comm,
             registration,
-            enqueueing: false,
+            enqueueing: None,
             ended: 0,
             under_way: VecDeque::new(),
             spare: Vec::new(),
@@ -133,27 +133,27 @@ impl Communicator for Nccl {
         let bytes = bytes.map_err(NcclError::from)?;
         let device = self.device.clone();
         let state = self.group(group)?;
-        state.enqueueing = true;
+        state.enqueueing = Some(CollectiveUnderWay::new());
         state.comm.broadcast(&bytes, &state.stream)?;
         // Only now is it on the stream, and the event behind it.
         while !state.comm.is_ready().map_err(Error::from)? {
             wait.check("enqueueing a broadcast")?;
             std::hint::spin_loop();
         }
-        mark(&state.stream, &mut state.under_way, state.spare.pop(), &device)?;
-        state.enqueueing = false;
+        let event = mark(&state.stream, state.spare.pop(), &device)?;
+        state.under_way.extend(state.enqueueing.take().map(|under_way| (event, under_way)));
         Ok(())
     }
 
     fn ended(&mut self, group: usize) -> Result<u64> {
         let state = self.group(group)?;
         state.comm.is_ready()?;
-        while let Some(first) = state.under_way.front() {
+        while let Some((first, _)) = state.under_way.front() {
             if !first.is_done().map_err(NcclError::from)? {
                 break;
             }
             state.ended += 1;
-            state.spare.extend(state.under_way.pop_front());
+            state.spare.extend(state.under_way.pop_front().map(|(event, _)| event));
         }
         Ok(state.ended)
     }
@@ -163,7 +163,7 @@ impl Communicator for Nccl {
         for (_, group) in self.groups.drain() {
             let Group { comm, registration, enqueueing, under_way, spare, stream, .. } = group;
             // While the library is at work with the communicator, nothing but aborting it is allowed.
-            if under_way.is_empty() && !enqueueing {
+            if under_way.is_empty() && enqueueing.is_none() {
                 forget(&comm, registration);
             }
             comms.push(comm);
@@ -173,13 +173,15 @@ impl Communicator for Nccl {
         abort_all(comms);
         for (under_way, spare, stream, enqueueing) in &mut rests {
             // What the library has come to enqueue after all.
-            if *enqueueing && let Err(error) = mark(stream, under_way, spare.pop(), &self.device) {
-                debug!(%error, "while the end of an aborted broadcast was marked");
+            let Some(enqueued) = enqueueing.take() else { continue };
+            match mark(stream, spare.pop(), &self.device) {
+                Ok(event) => under_way.push_back((event, enqueued)),
+                Err(error) => debug!(%error, "while the end of an aborted broadcast was marked"),
             }
         }
         // Their kernels end when they see that they were aborted; until then they may write to slots.
         let until = Instant::now() + ENDING;
-        let ended = |event: &Event| event.is_done().unwrap_or(true);
+        let ended = |(event, _): &(Event, _)| event.is_done().unwrap_or(true);
         while !rests.iter().all(|(under_way, ..)| under_way.iter().all(ended)) {
             if Instant::now() >= until {
                 tracing::error!("broadcasts of an aborted group do not end: the GPU may be lost");
@@ -193,19 +195,13 @@ impl Communicator for Nccl {
 }
 
 /// Puts an event behind the work of a stream.
-fn mark(
-    stream: &Stream,
-    under_way: &mut VecDeque<Event>,
-    spare: Option<Event>,
-    device: &Device,
-) -> Result<(), NcclError> {
+fn mark(stream: &Stream, spare: Option<Event>, device: &Device) -> Result<Event, NcclError> {
     let event = match spare {
         Some(event) => event,
         None => Event::new(device, false)?,
     };
     event.record(stream)?;
-    under_way.push_back(event);
-    Ok(())
+    Ok(event)
 }
 
 /// Ends a communicator in which nothing is under way.

@@ -62,7 +62,6 @@ mod two_senders_quantised {
     conformance::suite!(
         super::suite(super::json!({"senders": 2}))
             .with_trainers(2)
-            .without_freeing_within_updates()
             .with_quantizer(super::with_fp8, super::quantized)
             .with_config(|config| {
                 config.trainer_quantize_fp8 = true;
@@ -78,7 +77,6 @@ mod a_relay_and_weights_on_the_host_without_digests {
     conformance::suite!(
         super::suite(super::json!({}))
             .with_trainers(2)
-            .without_freeing_within_updates()
             .with_config(|config| config.digests = false),
         ignored = "needs a CUDA device and NCCL 2.30"
     );

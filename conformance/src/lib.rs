@@ -33,7 +33,6 @@ pub struct Suite {
     pub(crate) quantizer: Option<Quantizer>,
     pub(crate) place: Option<Place>,
     pub(crate) trainers: u32,
-    pub(crate) frees_within_updates: bool,
     pub(crate) devices: Vec<DeviceChoice>,
 }
 
@@ -87,7 +86,6 @@ impl Suite {
             quantizer: None,
             place: None,
             trainers: 1,
-            frees_within_updates: true,
             devices: Vec::new(),
         }
     }
@@ -122,15 +120,6 @@ impl Suite {
     #[must_use]
     pub fn with_trainers(mut self, trainers: u32) -> Self {
         self.trainers = trainers;
-        self
-    }
-
-    /// Without giving memory of an earlier group back while an update runs. Freeing memory of a device waits for
-    /// all work of the process on it. Where one process has all ranks on one device, that can be a broadcast
-    /// which waits for a rank that the same thread drives.
-    #[must_use]
-    pub fn without_freeing_within_updates(mut self) -> Self {
-        self.frees_within_updates = false;
         self
     }
 

@@ -15,6 +15,7 @@ use cudarc::nvrtc::sys as rtc;
 use sha2::{Digest as _, Sha256};
 
 use crate::CudaError;
+use crate::release::release;
 
 pub(crate) use cu::CUdevice_attribute as Attribute;
 
@@ -333,7 +334,7 @@ pub(crate) struct Memory {
 enum Origin {
     Own,
     /// Another process's, with what is dropped when it is closed.
-    Imported(#[expect(dead_code, reason = "kept to be dropped")] Used),
+    Imported(Used),
     /// Another library's, which has it again when this is dropped.
     Borrowed(#[expect(dead_code, reason = "kept to be dropped")] Used),
 }
@@ -450,20 +451,24 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        log(self.context.enter());
-        log(match &self.origin {
-            Origin::Own => {
+        let (context, address) = (self.context.clone(), self.address);
+        match std::mem::replace(&mut self.origin, Origin::Borrowed(Arc::new(()))) {
+            Origin::Own => release(move || {
+                log(context.enter());
                 // SAFETY: the address is one that `new` got; no work uses it, because streams keep what
                 // their work uses.
-                checked("cuMemFree", unsafe { cu::cuMemFree_v2(self.address) })
-            }
-            Origin::Imported(_) => {
+                log(checked("cuMemFree", unsafe { cu::cuMemFree_v2(address) }));
+                None
+            }),
+            Origin::Imported(owner) => release(move || {
+                log(context.enter());
                 // SAFETY: the address is one that `import` got; as above.
-                let status = unsafe { cu::cuIpcCloseMemHandle(self.address) };
-                checked("cuIpcCloseMemHandle", status)
-            }
-            Origin::Borrowed(_) => Ok(()),
-        });
+                let status = unsafe { cu::cuIpcCloseMemHandle(address) };
+                log(checked("cuIpcCloseMemHandle", status));
+                Some(owner)
+            }),
+            Origin::Borrowed(_) => {}
+        }
     }
 }
 
@@ -544,8 +549,15 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         log(self.stream.synchronize());
-        // SAFETY: the address is one that `new` got, and the stream has done its work.
-        log(checked("cuMemFreeHost", unsafe { cu::cuMemFreeHost(self.address.0.cast()) }));
+        let (address, context) = (self.address, self.stream.0.context.clone());
+        release(move || {
+            log(context.enter());
+            // The whole, so that the closure has what may be sent.
+            let address: Raw<*mut u8> = address;
+            // SAFETY: the address is one that `new` got, and the stream has done its work.
+            log(checked("cuMemFreeHost", unsafe { cu::cuMemFreeHost(address.0.cast()) }));
+            None
+        });
     }
 }
 

@@ -15,6 +15,7 @@ mod error;
 mod ffi;
 mod kernels;
 mod ledger;
+mod release;
 mod storage;
 mod table;
 mod tensors;
@@ -27,6 +28,7 @@ pub use device::{
 };
 pub use error::CudaError;
 pub use kernels::{Kernels, Launch, Prepared, Ran, compile, nvrtc};
+pub use release::CollectiveUnderWay;
 pub use storage::{bucket_storage, upload};
 pub use table::DeviceJob;
 pub use tensors::CudaTensorMap;
