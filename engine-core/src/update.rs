@@ -41,31 +41,34 @@
 //!   End(digest of the plan)         ─────▶  compare, Confirm
 //! ```
 
+mod announced;
 mod collect;
-mod cosender;
+mod follower;
+mod leader;
+mod link;
 mod message;
 mod receiver;
 mod route;
+mod secondary;
 mod sender;
 #[cfg(test)]
 mod tests;
 mod witness;
+mod work;
 
-pub use cosender::CoSender;
+pub use link::{Fetch, FetchLink, Members, Part, ReceiveLink, SendLink};
 pub use message::Ticket;
-pub use receiver::{Arrival, Fetch, FetchLink, ReceiveLink, Receiver};
+pub use receiver::{Arrival, Receiver};
 pub use route::Topology;
-pub use sender::{Members, Part, SendLink, Sender};
+pub use sender::{CoSender, Sender};
 pub use witness::Witness;
 pub(crate) use witness::drain;
 
 use std::future::Future;
 use std::time::Duration;
 
-use futures::future::FusedFuture;
-
 use crate::control::{ControlPlane, Event};
-use crate::{Error, ErrorKind, Recovery, Result, clock};
+use crate::{Error, ErrorKind, Result, clock};
 
 /// A wait for events that something else ends.
 const LONG: Duration = Duration::from_secs(3600);
@@ -84,25 +87,12 @@ fn too_late(deadline: Duration, operation: &str) -> Error {
     Error::new(ErrorKind::Timeout, operation, message)
 }
 
-/// Waits, after a failure, for the end of work that reads a trainer's weights: they may be changed as
-/// soon as the error is returned. Work that does not end in time is the error then, and says so.
-async fn settle<T>(work: impl FusedFuture<Output = T>, deadline: Duration, error: Error) -> Error {
-    let work = std::pin::pin!(work);
-    if work.is_terminated() || within(deadline, "", work).await.is_ok() {
-        return error;
-    }
-    let message = format!(
-        "it goes on after {:.1} s; the weights of the bucket must not be changed before they are dropped",
-        deadline.as_secs_f64()
-    );
-    Error::new(ErrorKind::Timeout, "encoding a bucket of an update that failed", message)
-        .recovery(Recovery::Abort)
-        .with_source(error)
-}
+/// What a trainer does with its own weights, in errors.
+const ENCODING: &str = "encoding a bucket";
 
-/// The next event, or an error that the caller completes.
-async fn next_event(control: &ControlPlane, deadline: Duration, operation: &str) -> Result<Event> {
-    control.recv(deadline).await?.ok_or_else(|| too_late(deadline, operation))
+/// Whether an error may be what a transport sees of a rank that died.
+fn is_of_transport(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::PeerLost | ErrorKind::Io)
 }
 
 /// The next event if it is here already.

@@ -407,17 +407,17 @@ async fn a_bucket_that_is_refused_is_released_and_the_next_update_is_entered_wit
     let pool = Pool::new(1).unwrap();
     let mut receiver = Receiver::new(Zeros, &context(Role::Rollout, 5.0), rollout, pool);
     // A number that is not the next; a layout that nobody knows; no message at all.
-    let refused = |index, layout| {
-        encode(&ToReceiver::Bucket { update: 1, index, slot: 0, digest: 0, layout })
+    let refused = |update, index, layout| {
+        encode(&ToReceiver::Bucket { update, index, slot: 0, digest: 0, layout })
     };
     let explicit = Layout::Explicit { pieces: Vec::new() };
     let cases = [
-        (refused(5, explicit).unwrap(), Some(5)),
-        (refused(0, Layout::Known { digest: 7 }).unwrap(), Some(0)),
+        (refused(1, 5, explicit).unwrap(), Some(5)),
+        (refused(2, 0, Layout::Known { digest: 7 }).unwrap(), Some(0)),
         (Bytes::from_static(&[0xff; 9]), None),
     ];
-    for (body, index) in cases {
-        tell(&leader, &begin(1));
+    for (update, (body, index)) in (1..).zip(cases) {
+        tell(&leader, &begin(update));
         leader.send(Rank(1), body).unwrap();
         let mut received = receiver.receive(None).await.unwrap();
         assert_eq!(received.next_bucket().await.unwrap_err().kind(), ErrorKind::Protocol);
@@ -430,7 +430,7 @@ async fn a_bucket_that_is_refused_is_released_and_the_next_update_is_entered_wit
         let mut heard = vec![hear(&leader).await];
         if let Some(index) = index {
             heard.push(hear(&leader).await);
-            assert!(heard.contains(&ToSender::Release { update: 1, index }), "{heard:?}");
+            assert!(heard.contains(&ToSender::Release { update, index }), "{heard:?}");
         }
         assert!(
             heard.iter().any(|message| matches!(message, ToSender::Failed { .. })),

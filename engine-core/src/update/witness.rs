@@ -4,26 +4,26 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 
-use super::message::{Begin, ToReceiver};
-use super::receiver::{event_of_update, message, wait_for};
-use super::within;
+use super::follower::{Act, Follower};
+use super::{LONG, within};
 use crate::control::ControlPlane;
 use crate::report::{SendReport, StageTimes, TensorCounts};
-use crate::{EngineContext, Error, ErrorKind, Rank, Recovery, Result, Version, WeightStream};
+use crate::{EngineContext, Result, Version, WeightStream};
 
 /// The side of the protocol of an idle trainer: it takes its stream to the end, which may be what
 /// gathers the weights of others, and hears from the leader whether the update has happened.
 #[derive(Debug)]
 pub struct Witness {
     control: ControlPlane,
-    announced: Option<Begin>,
+    follower: Follower,
     deadline: Duration,
 }
 
 impl Witness {
     /// A trainer that the leader counts among the [idle](super::Part::Idle) ones.
     pub fn new(context: &EngineContext, control: ControlPlane) -> Self {
-        Self { control, announced: None, deadline: context.deadline() }
+        let deadline = context.deadline();
+        Self { follower: Follower::idle(control.rank(), deadline), control, deadline }
     }
 
     /// Takes part in the leader's next update, which has to be of this version.
@@ -43,32 +43,51 @@ impl Witness {
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport> {
-        let Self { control, announced, deadline } = self;
-        let deadline = *deadline;
-        let end = async {
-            let operation = "waiting for the leader to begin the update";
-            let begin = within(deadline, operation, wait_for(control, announced, Some(version)));
-            let begin = begin.await.map_err(|error| error.rank(Rank::LEADER))??;
-            loop {
-                let operation = "waiting for the leader to commit the version";
-                match message(event_of_update(control, deadline, operation).await?)? {
-                    Some(ToReceiver::Commit { update }) if update == begin.update => return Ok(()),
-                    Some(ToReceiver::Abort { update, error }) if update == begin.update => {
-                        return Err(Error::from(error));
-                    }
-                    Some(ToReceiver::Begin(other)) if other.update != begin.update => {
-                        *announced = Some(other);
-                        let message = "another update began within this one";
-                        return Err(Error::new(ErrorKind::Protocol, "sending weights", message)
-                            .rank(Rank::LEADER)
-                            .recovery(Recovery::Retry));
-                    }
-                    _ => {}
+        let drained = drain(weights, version, self.deadline);
+        let operation = "waiting for the leader to begin the update";
+        self.follower.wait(Some(version), operation, Instant::now());
+        let witnessed = Witnessed(&mut self.follower);
+        let both = futures::future::try_join(drained, witnessed.end(&self.control)).await;
+        both.map(|(report, ())| report).map_err(|error| error.version(version))
+    }
+}
+
+/// An update that this rank hears of, until this is dropped.
+struct Witnessed<'a>(&'a mut Follower);
+
+impl Witnessed<'_> {
+    async fn end(self, control: &ControlPlane) -> Result<()> {
+        let follower = &mut *self.0;
+        loop {
+            while let Some(act) = follower.act() {
+                if let Act::Send(message) = act {
+                    super::receiver::tell_leader(control, &message);
                 }
             }
-        };
-        let both = futures::future::try_join(drain(weights, version, deadline), end).await;
-        both.map(|(report, ())| report).map_err(|error| error.version(version))
+            if let Some(entered) = follower.entered() {
+                entered?;
+            }
+            if let Some(end) = follower.end() {
+                return end.map(drop);
+            }
+            let timer = follower.timer();
+            let left = timer.map_or(LONG, |at| at.saturating_duration_since(Instant::now()));
+            match control.recv(left).await {
+                Ok(Some(event)) => follower.event(event, Instant::now()),
+                Ok(None) => {}
+                Err(error) => follower.lost(error),
+            }
+            let now = Instant::now();
+            if follower.timer().is_some_and(|at| now >= at) {
+                follower.tick(now);
+            }
+        }
+    }
+}
+
+impl Drop for Witnessed<'_> {
+    fn drop(&mut self) {
+        self.0.stop();
     }
 }
 

@@ -1,0 +1,1327 @@
+//! The leader of an update, as a state machine: no IO, no clock, no tasks.
+//!
+//! It is told what happens and when ([`Leader::event`], [`Leader::done`], [`Leader::tick`]) and says what is to be
+//! done ([`Leader::act`]) and when it wants to be asked again at the latest ([`Leader::timer`]). `sender.rs` does what
+//! it says.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tracing::{debug, info, warn};
+
+use super::link::{Members, Part};
+use super::message::{Begin, Layout, Ticket, ToReceiver, ToSender, decode, encode, sender_of};
+use super::route::{Due, Gap, Route, Topology};
+use super::work::{Act, Collected, Done, Machine, Work};
+use super::{ENCODING, is_of_transport, too_late};
+use crate::control::{Event, Peer};
+use crate::observe::Progress;
+use crate::plan::{BucketLayout, Plan};
+use crate::report::{ReceiverReport, StageTimes, VersionState};
+use crate::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Version, digest};
+
+const FILLING: &str = "waiting for a trainer to fill a bucket";
+
+/// How often the leader says that it is alive, while it waits for something.
+const ALIVE: Duration = Duration::from_secs(1);
+
+/// How much later than a transport's error the control plane may say which rank has died.
+const MOMENT: Duration = Duration::from_millis(300);
+
+/// What a rank does that joins a group which is there; nothing, if it has no part in updates.
+pub(super) type PartOf = dyn Fn(&Peer) -> Option<Part> + Send + Sync;
+
+/// What does not change between updates.
+#[derive(Clone, Debug)]
+pub(super) struct Settings {
+    /// How long a rank may take for its next step.
+    pub(super) deadline: Duration,
+    pub(super) slots: usize,
+    pub(super) bucket_bytes: u64,
+    pub(super) digests: bool,
+    /// How receivers fetch from this rank.
+    pub(super) card: Bytes,
+}
+
+/// The leader and the other ranks as it sees them.
+pub(super) struct Leader {
+    settings: Settings,
+    members: BTreeMap<Rank, Member>,
+    /// The ranks that hear of updates and have no other part in them.
+    idle: BTreeSet<Rank>,
+    absent: BTreeSet<Rank>,
+    newcomers: Box<PartOf>,
+    /// Who may still read which slot, and the bucket that is in it. Unused with a route.
+    slots: Vec<Held>,
+    /// The layouts of the last update that came to its last bucket.
+    plan: Plan,
+    update: Option<Box<Update>>,
+    acts: VecDeque<Act>,
+}
+
+impl std::fmt::Debug for Leader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { settings, members, update, .. } = self;
+        f.debug_struct("Leader")
+            .field("settings", settings)
+            .field("members", members)
+            .field("update", update)
+            .finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Member {
+    part: Part,
+    /// Whether it takes part in the present update.
+    active: bool,
+    /// What it said when it entered the present update.
+    entered: Option<Entry>,
+    /// What it will be told when it has entered.
+    unsent: Vec<Unsent>,
+    /// Whether it has joined the others for the present update.
+    joined: bool,
+    /// Its confirmation of the present update.
+    confirmed: Option<ReceiverReport>,
+    /// When it was given its present task, or made its last step: a deadline for it begins there.
+    since: Option<Instant>,
+}
+
+/// What a rank says of itself when it enters an update; nothing of it is remembered for the next one.
+#[derive(Debug)]
+struct Entry {
+    /// The digest of the plan that the rank knows.
+    plan: Option<u64>,
+    /// How others fetch from it.
+    card: Bytes,
+}
+
+/// A message of an update to a rank that has not entered it.
+#[derive(Clone, Debug)]
+enum Unsent {
+    Bucket(Arc<Announcement>),
+    Other(Bytes),
+}
+
+/// A slot's bucket and its readers.
+#[derive(Debug, Default)]
+struct Held {
+    update: u64,
+    bucket: u64,
+    by: BTreeSet<Rank>,
+}
+
+/// The present update.
+#[derive(Debug)]
+struct Update {
+    /// Tags all messages of the update.
+    number: u64,
+    version: Version,
+    begun: Instant,
+    stage: Stage,
+    /// The trainers that send, this rank first.
+    senders: Vec<Rank>,
+    /// All that are told how the update ends.
+    told: BTreeSet<Rank>,
+    ticket: Option<Ticket>,
+    topology: Option<Topology>,
+    /// The way of the buckets, if receivers fetch them.
+    route: Option<Route>,
+    /// What comes next of the stream.
+    next: Next,
+    /// What the link is at.
+    link: Option<Linked>,
+    /// Buckets that were begun and not announced yet, in their order.
+    outgoing: VecDeque<Outgoing>,
+    layouts: Vec<Arc<BucketLayout>>,
+    /// Of the buckets that were announced.
+    version_digest: u64,
+    /// What is waited for, and since when.
+    wait: Option<(Wait, Instant)>,
+    /// When the ranks of the update hear next that this one is alive.
+    next_alive: Instant,
+    stages: StageTimes,
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// The link begins the update.
+    Beginning,
+    /// Ranks enter; they have to join one another.
+    Entering,
+    /// This rank joins.
+    Joining,
+    /// The others join.
+    Joined,
+    /// Buckets are filled and announced.
+    Streaming,
+    /// The last buckets are filled.
+    Draining,
+    /// Ranks confirm the version.
+    Confirming,
+    Failing(Failing),
+    Over(Option<Result<Ended>>),
+}
+
+/// The end of an update that failed: its cause is looked for, and work of this rank is waited for.
+#[derive(Debug)]
+struct Failing {
+    error: Error,
+    /// Until then the control plane may name the rank that died.
+    cause_until: Option<Instant>,
+    /// Until then the link's work is waited for.
+    work_until: Option<Instant>,
+    /// Whether the others know.
+    told: bool,
+}
+
+/// A version that is active.
+#[derive(Debug)]
+pub(super) struct Ended {
+    pub(super) version: Version,
+    pub(super) buckets: u64,
+    pub(super) elapsed: Duration,
+    pub(super) stages: StageTimes,
+    pub(super) digest: u64,
+    pub(super) receivers: Vec<ReceiverReport>,
+    pub(super) absent: Vec<Rank>,
+}
+
+#[derive(Debug)]
+enum Next {
+    /// It is being collected since then.
+    Pending(Instant),
+    /// It is here since then.
+    Bucket(Collected, Instant),
+    End,
+}
+
+/// What the link is at, since when.
+#[derive(Debug)]
+struct Linked {
+    work: Work,
+    since: Instant,
+}
+
+/// A bucket that is being filled, here or by another trainer.
+#[derive(Debug)]
+struct Outgoing {
+    index: u64,
+    slot: usize,
+    layout: Arc<BucketLayout>,
+    known: Option<u64>,
+    source_bytes: u64,
+    /// Known when it is filled.
+    digest: Option<u64>,
+}
+
+/// What the leader waits for: another one has a deadline of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wait {
+    Enter,
+    Join,
+    /// That the slot of a bucket is free.
+    Slot(u64),
+    /// That the last buckets are filled.
+    Filled,
+    Confirm,
+    /// That this rank encodes a bucket.
+    Encode(u64),
+}
+
+/// Whom or what a wait waits for at the moment.
+#[derive(Debug)]
+struct Awaited {
+    /// The rank, if it is one.
+    rank: Option<Rank>,
+    /// The bucket, for the error.
+    bucket: Option<u64>,
+    operation: &'static str,
+}
+
+/// A bucket that is there, as it is announced: in few bytes to those that know the plan.
+#[derive(Debug)]
+struct Announcement {
+    update: u64,
+    index: u64,
+    slot: usize,
+    digest: u64,
+    layout: Arc<BucketLayout>,
+    /// The digest of the plan in which the layout stands at this place.
+    known: Option<u64>,
+    short: OnceLock<Bytes>,
+    full: OnceLock<Bytes>,
+}
+
+impl Announcement {
+    /// The message for a rank that knows this plan.
+    fn body(&self, plan: Option<u64>) -> Result<Bytes> {
+        let knows = self.known.is_some() && plan == self.known;
+        let cached = if knows { &self.short } else { &self.full };
+        if let Some(body) = cached.get() {
+            return Ok(body.clone());
+        }
+        let layout = if knows {
+            Layout::Known { digest: self.layout.digest() }
+        } else {
+            Layout::Explicit { pieces: self.layout.pieces().to_vec() }
+        };
+        let Self { update, index, slot, digest, .. } = *self;
+        let body =
+            encode(&ToReceiver::Bucket { update, index, slot: slot as u32, digest, layout })?;
+        Ok(cached.get_or_init(|| body).clone())
+    }
+}
+
+impl Leader {
+    pub(super) fn new(settings: Settings, newcomers: Box<PartOf>) -> Self {
+        Self {
+            slots: (0..settings.slots).map(|_| Held::default()).collect(),
+            settings,
+            members: BTreeMap::new(),
+            idle: BTreeSet::new(),
+            absent: BTreeSet::new(),
+            newcomers,
+            plan: Plan::default(),
+            update: None,
+            acts: VecDeque::new(),
+        }
+    }
+
+    /// What ranks do that join later.
+    pub(super) fn set_newcomers(&mut self, newcomers: Box<PartOf>) {
+        self.newcomers = newcomers;
+    }
+
+    /// Counts a rank among those of the next update.
+    pub(super) fn admit(&mut self, rank: Rank, part: Part) {
+        self.absent.remove(&rank);
+        if part == Part::Idle {
+            self.idle.insert(rank);
+        } else {
+            self.members.insert(rank, Member { part, ..Member::default() });
+        }
+    }
+
+    /// How many rollouts the next update has.
+    pub(super) fn rollouts(&self) -> usize {
+        self.members.values().filter(|member| member.part.is_rollout()).count()
+    }
+
+    /// The plan of the last update.
+    pub(super) fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Whether a colocated rank has not released all buckets.
+    pub(super) fn is_read_in_place(&self) -> bool {
+        let colocated = |rank| self.members.get(rank).is_some_and(|m| m.part == Part::Colocated);
+        self.slots.iter().any(|slot| slot.by.iter().any(colocated))
+    }
+
+    /// Starts an update of the ranks that are there, with a number that no other has.
+    ///
+    /// # Errors
+    ///
+    /// `PeerLost` if there is no rollout.
+    pub(super) fn begin(
+        &mut self,
+        number: u64,
+        version: Version,
+        topology: Option<Topology>,
+        now: Instant,
+    ) -> Result<()> {
+        self.close();
+        if self.rollouts() == 0 {
+            let message = "no receiver is left in the group";
+            return Err(Error::new(ErrorKind::PeerLost, "beginning an update", message)
+                .recovery(Recovery::Reconnect)
+                .version(version));
+        }
+        let mut senders = vec![Rank::LEADER];
+        for (&rank, member) in &mut self.members {
+            let part = member.part;
+            *member = Member { part, active: true, since: Some(now), ..Member::default() };
+            if part == Part::Sender {
+                senders.push(rank);
+            }
+        }
+        let told = self.members.keys().chain(&self.idle).copied().collect();
+        let work = Work::Begin;
+        self.update = Some(Box::new(Update {
+            number,
+            version,
+            begun: now,
+            stage: Stage::Beginning,
+            senders,
+            told,
+            ticket: None,
+            topology,
+            route: None,
+            next: Next::Pending(now),
+            link: Some(Linked { work, since: now }),
+            outgoing: VecDeque::new(),
+            layouts: Vec::new(),
+            version_digest: 0,
+            wait: None,
+            next_alive: now,
+            stages: StageTimes::default(),
+        }));
+        let (members, colocated) = self.who();
+        self.acts.push_back(Act::Begin { members, colocated });
+        Ok(())
+    }
+
+    /// The end of the present update, once it has come. Nothing is left of it then but the slots that are read.
+    pub(super) fn end(&mut self) -> Option<Result<Ended>> {
+        match &mut self.update.as_mut()?.stage {
+            Stage::Over(result) => {
+                let result = result.take();
+                self.close();
+                result
+            }
+            _ => None,
+        }
+    }
+
+    /// The ranks of the present update, and how many are colocated with the leader.
+    fn who(&self) -> (Members, usize) {
+        let readers = self.active_parts().filter(|(_, part)| *part != Part::Sender);
+        let (colocated, others): (Vec<_>, Vec<_>) =
+            readers.partition(|(_, part)| *part == Part::Colocated);
+        let others = others.into_iter().map(|(rank, _)| rank).collect();
+        let senders = self.update.as_ref().map(|update| update.senders.clone());
+        (Members { senders: senders.unwrap_or_default(), others }, colocated.len())
+    }
+
+    /// Forgets the update. What nobody was told of, nobody will release.
+    fn close(&mut self) {
+        let Some(update) = self.update.take() else { return };
+        if update.route.is_none() {
+            for bucket in &update.outgoing {
+                self.slots[bucket.slot].by.clear();
+            }
+        }
+        for (rank, member) in &mut self.members {
+            member.active = false;
+            for unsent in member.unsent.drain(..) {
+                if let Unsent::Bucket(bucket) = unsent {
+                    self.slots[bucket.slot].by.remove(rank);
+                }
+            }
+        }
+    }
+
+    fn active(&self) -> impl Iterator<Item = Rank> + '_ {
+        self.active_parts().map(|(rank, _)| rank)
+    }
+
+    /// The rollouts of the present update.
+    fn receivers(&self) -> impl Iterator<Item = Rank> + '_ {
+        self.active_parts().filter(|(_, part)| part.is_rollout()).map(|(rank, _)| rank)
+    }
+
+    /// Those that get buckets in the present update: rollouts and relays.
+    fn readers(&self) -> impl Iterator<Item = Rank> + '_ {
+        self.active_parts().filter(|(_, part)| *part != Part::Sender).map(|(rank, _)| rank)
+    }
+
+    fn active_parts(&self) -> impl Iterator<Item = (Rank, Part)> + '_ {
+        let active = self.members.iter().filter(|(_, member)| member.active);
+        active.map(|(rank, member)| (*rank, member.part))
+    }
+
+    fn has_entered(&self, rank: Rank) -> bool {
+        self.members.get(&rank).is_some_and(|member| member.entered.is_some())
+    }
+
+    fn observe(&mut self, progress: Progress) {
+        self.acts.push_back(Act::Observe(progress));
+    }
+
+    fn send(&mut self, to: Rank, body: Bytes) {
+        self.acts.push_back(Act::Send { to, body });
+    }
+
+    /// Tells the ranks that only hear of updates.
+    fn tell_idle(&mut self, body: &Bytes) {
+        for rank in self.idle.clone() {
+            self.send(rank, body.clone());
+        }
+    }
+
+    fn broadcast(&mut self, message: &ToReceiver, now: Instant) -> Result<()> {
+        let body = Unsent::Other(encode(message)?);
+        let ranks: Vec<Rank> = self.active().collect();
+        ranks.into_iter().try_for_each(|rank| self.tell(rank, body.clone(), now))
+    }
+
+    /// Tells a rank something of the present update, as soon as it has entered it. It is something
+    /// for the rank to do: its deadline begins anew.
+    fn tell(&mut self, rank: Rank, message: Unsent, now: Instant) -> Result<()> {
+        let Some(member) = self.members.get_mut(&rank) else { return Ok(()) };
+        let Some(entry) = &member.entered else {
+            member.unsent.push(message);
+            return Ok(());
+        };
+        member.since = Some(now);
+        let body = match message {
+            Unsent::Bucket(bucket) => bucket.body(entry.plan)?,
+            Unsent::Other(body) => body,
+        };
+        self.send(rank, body);
+        Ok(())
+    }
+
+    /// The link has begun the update: the others hear of it.
+    fn announce_update(&mut self, ticket: Option<Ticket>, now: Instant) -> Result<()> {
+        let receivers: Vec<Rank> = self.receivers().collect();
+        let active: Vec<Rank> = self.active().collect();
+        let Some(update) = &mut self.update else { return Ok(()) };
+        let topology = update.topology;
+        update.route = topology
+            .map(|topology| Route::new(topology, self.settings.slots as u64, active.clone()));
+        update.ticket.clone_from(&ticket);
+        update.stage = if ticket.is_some() { Stage::Entering } else { Stage::Streaming };
+        update.next = Next::Pending(now);
+        let begin = encode(&ToReceiver::Begin(Begin {
+            update: update.number,
+            version: update.version,
+            bucket_bytes: self.settings.bucket_bytes,
+            slots: self.settings.slots as u32,
+            digests: self.settings.digests,
+            routed: update.route.is_some(),
+            senders: update.senders.clone(),
+            ticket,
+        }))?;
+        let version = update.version;
+        for rank in active {
+            self.send(rank, begin.clone());
+        }
+        self.tell_idle(&begin);
+        self.observe(Progress::Began { version, receivers });
+        self.acts.push_back(Act::Collect { index: 0 });
+        Ok(())
+    }
+
+    /// Does what can be done by now.
+    fn advance(&mut self, now: Instant) {
+        if let Err(error) = self.try_advance(now) {
+            self.fail(error, now);
+        }
+        self.mind_wait(now);
+    }
+
+    fn try_advance(&mut self, now: Instant) -> Result<()> {
+        self.route_on(now)?;
+        loop {
+            let Some(update) = &mut self.update else { return Ok(()) };
+            let link_is_free = update.link.is_none();
+            match &update.stage {
+                Stage::Beginning | Stage::Joining | Stage::Over(_) => return Ok(()),
+                Stage::Failing(_) => {
+                    self.settle(now);
+                    return Ok(());
+                }
+                Stage::Entering => {
+                    if self.active().any(|rank| !self.has_entered(rank)) {
+                        return Ok(());
+                    }
+                    self.begin_joining(now)?;
+                }
+                Stage::Joined => {
+                    if self.active_members().any(|member| !member.joined) {
+                        return Ok(());
+                    }
+                    self.to(Stage::Streaming);
+                }
+                Stage::Streaming => {
+                    if !link_is_free {
+                        return Ok(());
+                    }
+                    match &update.next {
+                        Next::Pending(_) => return Ok(()),
+                        Next::End => self.to(Stage::Draining),
+                        Next::Bucket(..) => {
+                            let index = update.layouts.len() as u64;
+                            if self.is_free(index).is_err() {
+                                return Ok(());
+                            }
+                            self.begin_bucket(now)?;
+                        }
+                    }
+                }
+                Stage::Draining => {
+                    if !update.outgoing.is_empty() {
+                        return Ok(());
+                    }
+                    self.finish(now)?;
+                }
+                Stage::Confirming => {
+                    if self.active_members().any(|member| member.confirmed.is_none()) {
+                        return Ok(());
+                    }
+                    self.commit(now)?;
+                }
+            }
+        }
+    }
+
+    fn to(&mut self, stage: Stage) {
+        if let Some(update) = &mut self.update {
+            update.stage = stage;
+        }
+    }
+
+    fn active_members(&self) -> impl Iterator<Item = &Member> {
+        self.members.values().filter(|member| member.active)
+    }
+
+    /// All ranks are in the update: they join one another.
+    fn begin_joining(&mut self, now: Instant) -> Result<()> {
+        let Some(update) = &mut self.update else { return Ok(()) };
+        let Some(ticket) = update.ticket.clone() else { return Ok(()) };
+        update.link = Some(Linked { work: Work::Join, since: now });
+        update.stage = Stage::Joining;
+        update.stages.release += now.saturating_duration_since(update.begun);
+        let number = update.number;
+        if ticket.together {
+            self.broadcast(&ToReceiver::Join { update: number }, now)?;
+        }
+        self.acts.push_back(Act::Join(ticket));
+        Ok(())
+    }
+
+    /// Takes the slot for the bucket that was collected, and has it filled.
+    fn begin_bucket(&mut self, now: Instant) -> Result<()> {
+        let readers: BTreeSet<Rank> = self.readers().collect();
+        let Some(update) = &mut self.update else { return Ok(()) };
+        let pending = Next::Pending(now);
+        let Next::Bucket(bucket, since) = std::mem::replace(&mut update.next, pending) else {
+            return Ok(());
+        };
+        update.stages.release += now.saturating_duration_since(since);
+        let Collected { layout, known, source_bytes } = bucket;
+        let (number, index) = (update.number, update.layouts.len() as u64);
+        let slot = index as usize % self.settings.slots;
+        match &mut update.route {
+            Some(route) => route.filling(index),
+            None => self.slots[slot] = Held { update: number, bucket: index, by: readers },
+        }
+        let (sender, digest) = (sender_of(&update.senders, index), layout.digest());
+        update.layouts.push(layout.clone());
+        let outgoing = Outgoing { index, slot, layout, known, source_bytes, digest: None };
+        // First, so that the slot is free again if the sender cannot be told.
+        update.outgoing.push_back(outgoing);
+        if sender == Rank::LEADER {
+            update.link = Some(Linked { work: Work::Fill { index }, since: now });
+            self.acts.push_back(Act::Fill { index, slot, digests: self.settings.digests });
+        } else {
+            let slot = slot as u32;
+            let fill = ToReceiver::Fill { update: number, index, slot, layout: digest };
+            self.tell(sender, Unsent::Other(encode(&fill)?), now)?;
+            self.acts.push_back(Act::Skip);
+        }
+        self.acts.push_back(Act::Collect { index: index + 1 });
+        Ok(())
+    }
+
+    /// A bucket is filled: it is announced, once all before it are.
+    fn filled(&mut self, index: u64, digest: u64, now: Instant) -> Result<()> {
+        let Some(update) = &mut self.update else { return Ok(()) };
+        if let Some(bucket) = update.outgoing.iter_mut().find(|bucket| bucket.index == index) {
+            bucket.digest = Some(digest);
+        }
+        loop {
+            let Some(update) = &mut self.update else { return Ok(()) };
+            let Some(digest) = update.outgoing.front().and_then(|bucket| bucket.digest) else {
+                return Ok(());
+            };
+            let Some(bucket) = update.outgoing.pop_front() else { return Ok(()) };
+            update.version_digest = digest::chain(update.version_digest, digest);
+            let (index, bytes) = (bucket.index, bucket.source_bytes);
+            self.announce(bucket, digest, now)?;
+            self.observe(Progress::Bucket { index, bytes });
+        }
+    }
+
+    /// Tells the receivers of a bucket.
+    fn announce(&mut self, bucket: Outgoing, digest: u64, now: Instant) -> Result<()> {
+        let Outgoing { index, slot, layout, known, .. } = bucket;
+        let Some(update) = &self.update else { return Ok(()) };
+        let (short, full) = (OnceLock::new(), OnceLock::new());
+        let update = update.number;
+        let bucket =
+            Arc::new(Announcement { update, index, slot, digest, layout, known, short, full });
+        let mut readers: Vec<Rank> = self.readers().collect();
+        readers.reverse();
+        while let Some(rank) = readers.last() {
+            if let Err(error) = self.tell(*rank, Unsent::Bucket(bucket.clone()), now) {
+                // Those that were not told will not release it.
+                for rank in &readers {
+                    self.slots[slot].by.remove(rank);
+                }
+                return Err(error);
+            }
+            readers.pop();
+        }
+        if let Some(route) = self.update.as_mut().and_then(|update| update.route.as_mut()) {
+            route.filled(index);
+        }
+        self.route_on(now)
+    }
+
+    /// Tells receivers to fetch what they can by now.
+    fn route_on(&mut self, now: Instant) -> Result<()> {
+        let Some(update) = &mut self.update else { return Ok(()) };
+        let number = update.number;
+        if matches!(update.stage, Stage::Failing(_) | Stage::Over(_)) {
+            return Ok(());
+        }
+        let Some(route) = &mut update.route else { return Ok(()) };
+        let mut all = Vec::new();
+        while let Some(due) = route.next_due() {
+            all.push(due);
+        }
+        for Due { by, from, bucket } in all {
+            let card = match self.members.get(&from).and_then(|member| member.entered.as_ref()) {
+                _ if from == Rank::LEADER => self.settings.card.clone(),
+                Some(entry) => entry.card.clone(),
+                None => continue,
+            };
+            let fetch = ToReceiver::Fetch { update: number, index: bucket, from, card };
+            self.tell(by, Unsent::Other(encode(&fetch)?), now)?;
+        }
+        Ok(())
+    }
+
+    /// Whether a bucket's slot may be filled with it; if not, whom that waits for.
+    fn is_free(&self, bucket: u64) -> Result<(), Option<Rank>> {
+        let route = self.update.as_ref().and_then(|update| update.route.as_ref());
+        match route {
+            Some(route) if route.may_fill(bucket) => Ok(()),
+            Some(_) => Err(self.awaited_elsewhere()),
+            None => match self.slots[bucket as usize % self.settings.slots].by.first() {
+                None => Ok(()),
+                // A bucket that was not announced yet is held by whoever fills it.
+                Some(reader) => Err(Some(self.late_sender().unwrap_or(*reader))),
+            },
+        }
+    }
+
+    /// The trainer that the bucket which is announced next is waited for from.
+    fn late_sender(&self) -> Option<Rank> {
+        let update = self.update.as_ref()?;
+        let rank = sender_of(&update.senders, update.outgoing.front()?.index);
+        (rank != Rank::LEADER).then_some(rank)
+    }
+
+    /// The rank that the others wait for.
+    fn awaited_elsewhere(&self) -> Option<Rank> {
+        let late = self.active().find(|rank| !self.has_entered(*rank));
+        let routed = || self.update.as_ref()?.route.as_ref()?.awaited();
+        late.or_else(|| self.late_sender()).or_else(routed)
+    }
+
+    /// What is waited for now.
+    fn waiting(&self) -> Option<Wait> {
+        let update = self.update.as_ref()?;
+        match &update.stage {
+            Stage::Entering => Some(Wait::Enter),
+            Stage::Joined => Some(Wait::Join),
+            Stage::Streaming => match (&update.link, &update.next) {
+                (Some(Linked { work: Work::Fill { index }, .. }), _) => Some(Wait::Encode(*index)),
+                (None, Next::Bucket(..)) => Some(Wait::Slot(update.layouts.len() as u64)),
+                _ => None,
+            },
+            Stage::Draining => Some(Wait::Filled),
+            Stage::Confirming => Some(Wait::Confirm),
+            Stage::Beginning | Stage::Joining | Stage::Failing(_) | Stage::Over(_) => None,
+        }
+    }
+
+    /// Begins the deadline of a wait that is another one than before.
+    fn mind_wait(&mut self, now: Instant) {
+        let waiting = self.waiting();
+        if let Some(update) = &mut self.update
+            && update.wait.map(|(wait, _)| wait) != waiting
+        {
+            update.wait = waiting.map(|wait| (wait, now));
+        }
+    }
+
+    /// Whom a wait waits for now.
+    fn awaited(&self, wait: Wait) -> Awaited {
+        let update = self.update.as_ref();
+        let front = update.and_then(|update| update.outgoing.front()).map(|bucket| bucket.index);
+        match wait {
+            Wait::Enter => Awaited {
+                rank: self.active().find(|rank| !self.has_entered(*rank)),
+                bucket: None,
+                operation: "waiting for every rank to enter the update",
+            },
+            Wait::Join => Awaited {
+                rank: self.members.iter().find(|(_, m)| m.active && !m.joined).map(|(r, _)| *r),
+                bucket: None,
+                operation: "waiting for every rank to join the others",
+            },
+            Wait::Slot(bucket) => {
+                let route = update.and_then(|update| update.route.as_ref());
+                let held = match route {
+                    Some(_) => bucket.saturating_sub(self.settings.slots as u64),
+                    None => self.slots[bucket as usize % self.settings.slots].bucket,
+                };
+                let operation = match route {
+                    Some(_) => "waiting for a receiver to fetch or release a bucket",
+                    None if self.late_sender().is_some() => FILLING,
+                    None => "waiting for a receiver to release a bucket",
+                };
+                let rank = self.is_free(bucket).err().flatten();
+                Awaited { rank, bucket: Some(held), operation }
+            }
+            Wait::Filled => {
+                let rank = front
+                    .and_then(|bucket| update.map(|update| sender_of(&update.senders, bucket)));
+                Awaited { rank, bucket: front, operation: FILLING }
+            }
+            Wait::Confirm => {
+                let missing = self.members.iter().find(|(_, m)| m.active && m.confirmed.is_none());
+                let last = update.map(|update| (update.layouts.len() as u64).saturating_sub(1));
+                Awaited {
+                    rank: self.awaited_elsewhere().or(missing.map(|(rank, _)| *rank)),
+                    bucket: last,
+                    operation: "waiting for a receiver to confirm the version",
+                }
+            }
+            Wait::Encode(bucket) => {
+                Awaited { rank: None, bucket: Some(bucket), operation: ENCODING }
+            }
+        }
+    }
+
+    /// Until when the present wait may last. Only steps of the rank that is waited for, and tasks that it was given
+    /// meanwhile, begin its deadline anew: slow is not dead, but others that come and go are no progress.
+    /// Every rank takes a finite number of steps in an update, so that every wait ends.
+    fn wait_until(&self) -> Option<Instant> {
+        let update = self.update.as_ref()?;
+        let (wait, begun) = update.wait?;
+        let since = match (wait, self.awaited(wait).rank) {
+            (Wait::Encode(_), _) => None,
+            (_, Some(rank)) => self.members.get(&rank).and_then(|member| member.since),
+            (_, None) => self.members.values().filter_map(|member| member.since).max(),
+        };
+        Some(since.map_or(begun, |since| since.max(begun)) + self.settings.deadline)
+    }
+
+    /// A wait was too long.
+    fn late(&self, wait: Wait) -> Error {
+        let Awaited { rank, bucket, operation } = self.awaited(wait);
+        let late = match rank {
+            Some(rank) if !self.has_entered(rank) && self.members.contains_key(&rank) => {
+                not_entered(operation, self.settings.deadline)
+            }
+            _ => too_late(self.settings.deadline, operation),
+        };
+        let late = rank.into_iter().fold(late, Error::rank);
+        bucket.into_iter().fold(late, Error::bucket)
+    }
+
+    /// Tells the ranks that are in the update that this one is alive, and whom it waits for.
+    fn tell_alive(&mut self, now: Instant) {
+        let awaited = self.waiting().and_then(|wait| self.awaited(wait).rank);
+        let entered: Vec<Rank> = self.active().filter(|rank| self.has_entered(*rank)).collect();
+        let Some(update) = &mut self.update else { return };
+        update.next_alive = now + ALIVE.min(self.settings.deadline / 4);
+        let Ok(body) = encode(&ToReceiver::Alive { update: update.number, awaited }) else {
+            return;
+        };
+        for rank in entered {
+            self.send(rank, body.clone());
+        }
+        self.tell_idle(&body);
+    }
+
+    /// Ends the update's data.
+    fn finish(&mut self, now: Instant) -> Result<()> {
+        let Some(update) = &mut self.update else { return Ok(()) };
+        let plan = Plan { buckets: update.layouts.clone() };
+        update.stage = Stage::Confirming;
+        let end = ToReceiver::End {
+            update: update.number,
+            buckets: plan.buckets.len() as u64,
+            digest: update.version_digest,
+            plan: plan.digest(),
+        };
+        self.plan = plan;
+        self.broadcast(&end, now)?;
+        self.mind_wait(now);
+        Ok(())
+    }
+
+    /// Makes the version active everywhere.
+    fn commit(&mut self, now: Instant) -> Result<()> {
+        let Some(update) = &mut self.update else { return Ok(()) };
+        if let Some((Wait::Confirm, since)) = update.wait {
+            update.stages.confirm = now.saturating_duration_since(since);
+        }
+        let (version, elapsed) = (update.version, now.saturating_duration_since(update.begun));
+        let (buckets, digest) = (update.layouts.len() as u64, update.version_digest);
+        let stages = update.stages;
+        // From here on the update has happened: a receiver that cannot be told any more is lost, which
+        // the next update will see.
+        let body = encode(&ToReceiver::Commit { update: update.number })?;
+        self.tell_idle(&body);
+        let mut receivers = Vec::new();
+        for rank in self.active().collect::<Vec<_>>() {
+            self.send(rank, body.clone());
+            let Some(member) = self.members.get_mut(&rank) else { continue };
+            member.active = false;
+            if let Some(mut report) = member.confirmed.take()
+                && member.part.is_rollout()
+            {
+                report.state = VersionState::Active;
+                report.digest = report.digest.filter(|_| self.settings.digests);
+                receivers.push(report);
+            }
+            self.observe(Progress::State { rank, state: VersionState::Active });
+        }
+        let absent = self.absent.iter().copied().collect();
+        let ended = Ended { version, buckets, elapsed, stages, digest, receivers, absent };
+        self.to(Stage::Over(Some(Ok(ended))));
+        Ok(())
+    }
+
+    /// The update fails here. What a transport sees of a rank that died is that something broke; the control plane
+    /// knows which rank it was, a moment later.
+    fn fail(&mut self, error: Error, now: Instant) {
+        let Some(update) = &mut self.update else { return };
+        if matches!(update.stage, Stage::Failing(_) | Stage::Over(_)) {
+            return;
+        }
+        let error = error.version(update.version);
+        let is_named = error.report().rank.is_some_and(|rank| self.absent.contains(&rank));
+        let cause_until = (is_of_transport(&error) && !is_named).then_some(now + MOMENT);
+        let work_until = match &update.link {
+            None => None,
+            Some(Linked { work: Work::Join, .. }) => {
+                // Its future may be dropped.
+                update.link = None;
+                self.acts.push_back(Act::Cancel);
+                None
+            }
+            Some(_) => Some(now + self.settings.deadline),
+        };
+        update.stage = Stage::Failing(Failing { error, cause_until, work_until, told: false });
+        update.wait = None;
+        self.settle(now);
+    }
+
+    /// The update has failed: its end is told when the cause is known, and comes when this rank's work has ended.
+    fn settle(&mut self, now: Instant) {
+        let Some(update) = &mut self.update else { return };
+        let Stage::Failing(failing) = &mut update.stage else { return };
+        if failing.cause_until.is_some_and(|until| now < until) {
+            return;
+        }
+        failing.cause_until = None;
+        self.tell_abort();
+        let Some(update) = &mut self.update else { return };
+        let Stage::Failing(failing) = &mut update.stage else { return };
+        let late = match (&update.link, failing.work_until) {
+            (Some(_), Some(until)) if now < until => return,
+            (Some(Linked { work, .. }), _) => Some(*work),
+            (None, _) => None,
+        };
+        let dropped = Error::new(ErrorKind::Aborted, "sending weights", "the update has failed");
+        let mut error = std::mem::replace(&mut failing.error, dropped);
+        if let Some(work) = late {
+            update.link = None;
+            self.acts.push_back(Act::Cancel);
+            if let Work::Fill { .. } = work {
+                error = still_read(error, self.settings.deadline);
+            }
+        }
+        self.to(Stage::Over(Some(Err(error))));
+    }
+
+    /// Tells all ranks of the update that it has failed, once.
+    fn tell_abort(&mut self) {
+        let Some(update) = &mut self.update else { return };
+        let (number, told) = (update.number, update.told.clone());
+        let Stage::Failing(failing) = &mut update.stage else { return };
+        if std::mem::replace(&mut failing.told, true) {
+            return;
+        }
+        let error = ErrorReport::from(&failing.error);
+        self.acts.push_back(Act::Aborted(told.iter().copied().collect()));
+        match encode(&ToReceiver::Abort { update: number, error }) {
+            Ok(body) => {
+                for rank in told {
+                    self.send(rank, body.clone());
+                }
+            }
+            Err(error) => warn!(%error, "the abort could not be written"),
+        }
+    }
+
+    /// Takes in what happened to other ranks; an error if it ends the present update.
+    fn take_event(&mut self, event: Event, now: Instant) -> Result<()> {
+        let bucket = self.update.as_ref().map_or(0, |update| update.present_bucket());
+        match event {
+            Event::Message { from, body } => self.message(from, &body, now),
+            Event::Joined(peer) => {
+                if let Some(part) = (self.newcomers)(&peer) {
+                    info!(rank = %peer.rank, ?part, "a rank joined; it takes part in the next update");
+                    self.admit(peer.rank, part);
+                }
+                Ok(())
+            }
+            Event::Left { rank } => {
+                let error = Error::new(
+                    ErrorKind::PeerLost,
+                    "sending weights",
+                    "the receiver left the group",
+                );
+                self.remove(rank, error.rank(rank).bucket(bucket))
+            }
+            Event::Lost { rank, error } => {
+                let error = Error::from(error).recovery(Recovery::Retry);
+                self.remove(rank, error.rank(rank).bucket(bucket))
+            }
+        }
+    }
+
+    fn remove(&mut self, rank: Rank, error: Error) -> Result<()> {
+        for slot in &mut self.slots {
+            slot.by.remove(&rank);
+        }
+        self.idle.remove(&rank);
+        if let Some(update) = &mut self.update {
+            update.told.remove(&rank);
+        }
+        let Some(member) = self.members.remove(&rank) else { return Ok(()) };
+        self.absent.insert(rank);
+        if !member.active {
+            return Ok(());
+        }
+        self.observe(Progress::State { rank, state: VersionState::Aborted });
+        let bucket = error.report().bucket.unwrap_or(0);
+        let update = self.update.as_mut();
+        let Some(route) = update.and_then(|update| update.route.as_mut()) else {
+            return Err(error);
+        };
+        if let Err(Gap { rank: left, bucket: gap }) = route.remove(rank) {
+            let message = format!(
+                "rank {rank} was lost, and with it bucket {gap}, which rank {left} needs and no \
+                 other rank has any more"
+            );
+            return Err(Error::new(ErrorKind::PeerLost, "sending weights", message)
+                .rank(rank)
+                .bucket(bucket)
+                .with_source(error));
+        }
+        if self.active().next().is_none() {
+            return Err(error);
+        }
+        warn!(%rank, %error, "a receiver was lost; the update goes on without it");
+        Ok(())
+    }
+
+    /// Takes in what a rank says; its steps begin its deadline anew.
+    fn message(&mut self, from: Rank, body: &[u8], now: Instant) -> Result<()> {
+        // A rank without a part in updates can neither help nor disturb them.
+        let Some(active) = self.members.get(&from).map(|member| member.active) else {
+            debug!(rank = %from, "a message of a rank without a part in updates");
+            return Ok(());
+        };
+        let message = match decode::<ToSender>(body) {
+            Ok(message) => message,
+            Err(error) => {
+                self.cut(from, error.rank(from));
+                return Ok(());
+            }
+        };
+        if self.take(from, active, message, now)?
+            && let Some(member) = self.members.get_mut(&from)
+        {
+            member.since = Some(now);
+        }
+        Ok(())
+    }
+
+    /// Ends the connection to a member that does not keep to the protocol: nothing that it says can be relied on.
+    /// That it is lost, for this reason, is an event as of any other rank. It ends the update, or leaves the rank out
+    /// where that can be.
+    fn cut(&mut self, rank: Rank, reason: Error) {
+        warn!(%rank, error = %reason, "a rank does not keep to the protocol: its connection is ended");
+        self.acts.push_back(Act::Cut { rank, reason });
+    }
+
+    /// Takes in a message of a member; whether it is a step of the present update.
+    fn take(&mut self, from: Rank, active: bool, message: ToSender, now: Instant) -> Result<bool> {
+        // A late release of an aborted update frees its slot all the same.
+        if let ToSender::Release { update, index } = message {
+            return Ok(self.released(from, update, index));
+        }
+        let Some(present) = &mut self.update else { return Ok(false) };
+        let Some(member) = self.members.get_mut(&from).filter(|_| active) else { return Ok(false) };
+        let number = present.number;
+        match message {
+            ToSender::Entered { update, card, plan, held } if update == number => {
+                if member.entered.is_some() {
+                    return Ok(false);
+                }
+                member.entered = Some(Entry { plan, card });
+                let unsent = std::mem::take(&mut member.unsent);
+                self.observe(Progress::State { rank: from, state: VersionState::Staging });
+                // It reads what it says that it reads, whatever was lost on the way; and what it
+                // has not been told of, which follows now.
+                for slot in &mut self.slots {
+                    if slot.update != number && !held.contains(&(slot.update, slot.bucket)) {
+                        slot.by.remove(&from);
+                    }
+                }
+                unsent.into_iter().try_for_each(|unsent| self.tell(from, unsent, now))?;
+                Ok(true)
+            }
+            ToSender::Joined { update } if update == number => {
+                Ok(!std::mem::replace(&mut member.joined, true))
+            }
+            ToSender::Fetched { update, index } if update == number => {
+                Ok(present.route.as_mut().is_some_and(|route| route.arrived(from, index)))
+            }
+            ToSender::Missed { update, index, from: source, error } if update == number => {
+                warn!(rank = %from, %source, bucket = index, %error, "a fetch failed");
+                let Some(route) = &mut present.route else { return Ok(false) };
+                if route.missed(from, source).is_err() {
+                    return Err(Error::from(error).rank(source).bucket(index));
+                }
+                Ok(false)
+            }
+            ToSender::Filled { update, index, digest } if update == number => {
+                let is_asked =
+                    present.outgoing.iter().any(|b| b.index == index && b.digest.is_none());
+                if !is_asked || sender_of(&present.senders, index) != from {
+                    let message = format!("it was not asked to fill bucket {index}");
+                    self.cut(from, Error::new(ErrorKind::Protocol, FILLING, message).rank(from));
+                    return Ok(false);
+                }
+                self.filled(index, digest, now)?;
+                Ok(true)
+            }
+            ToSender::Confirm { update, digest, seconds, notes } if update == number => {
+                let report = ReceiverReport {
+                    rank: from,
+                    state: VersionState::Ready,
+                    seconds,
+                    digest: Some(digest),
+                    notes: serde_json::from_str(&notes).unwrap_or_default(),
+                };
+                let first = member.confirmed.replace(report).is_none();
+                self.observe(Progress::State { rank: from, state: VersionState::Ready });
+                Ok(first)
+            }
+            ToSender::Failed { update, error } if update == number => {
+                member.active = false;
+                self.observe(Progress::State { rank: from, state: VersionState::Aborted });
+                Err(Error::from(error).rank(from))
+            }
+            // Of another update.
+            _ => Ok(false),
+        }
+    }
+
+    /// A rank does not read a bucket any more; whether it did.
+    fn released(&mut self, rank: Rank, number: u64, bucket: u64) -> bool {
+        if let Some(update) = &mut self.update
+            && let Some(route) = &mut update.route
+        {
+            return number == update.number && route.released(rank, bucket);
+        }
+        let mut slots = self.slots.iter_mut();
+        let slot = slots.find(|slot| (slot.update, slot.bucket) == (number, bucket));
+        slot.is_some_and(|slot| slot.by.remove(&rank))
+    }
+
+    fn take_done(&mut self, done: Done, now: Instant) -> Result<()> {
+        let Some(update) = &mut self.update else { return Ok(()) };
+        if let Done::Collected(collected) = done {
+            let since = match &update.next {
+                Next::Pending(since) => *since,
+                _ => now,
+            };
+            // Nothing but the stream was waited for.
+            if update.link.is_none() {
+                update.stages.source += now.saturating_duration_since(since);
+            }
+            update.next = match collected? {
+                Some(bucket) => Next::Bucket(bucket, now),
+                None => Next::End,
+            };
+            return Ok(());
+        }
+        let Some(Linked { work, since }) = update.link.take() else { return Ok(()) };
+        let took = now.saturating_duration_since(since);
+        match (work, done) {
+            (Work::Begin, Done::Begun(ticket)) => {
+                let ticket = ticket?;
+                if matches!(update.stage, Stage::Beginning) {
+                    self.announce_update(ticket, now)?;
+                }
+            }
+            (Work::Join, Done::Joined(joined)) => {
+                joined?;
+                update.stages.release += took;
+                let together = update.ticket.as_ref().is_some_and(|ticket| ticket.together);
+                if matches!(update.stage, Stage::Joining) {
+                    update.stage = if together { Stage::Joined } else { Stage::Streaming };
+                }
+            }
+            (Work::Fill { index }, Done::Filled(sum)) => {
+                let sum = sum.map_err(|error| error.bucket(index))?;
+                update.stages.encode += took;
+                if matches!(update.stage, Stage::Failing(_)) {
+                    return Ok(());
+                }
+                let Some(bucket) = update.outgoing.iter().find(|bucket| bucket.index == index)
+                else {
+                    return Ok(());
+                };
+                let (slot, filled) = (bucket.slot, bucket.layout.filled());
+                let digest = digest::finish(sum, filled);
+                update.link = Some(Linked { work: Work::Publish { index, digest }, since: now });
+                self.acts.push_back(Act::Publish { index, slot, filled });
+            }
+            (Work::Publish { index, digest }, Done::Published(published)) => {
+                published.map_err(|error| error.bucket(index))?;
+                update.stages.publish += took;
+                if !matches!(update.stage, Stage::Failing(_)) {
+                    self.filled(index, digest, now)?;
+                }
+            }
+            (work, done) => debug!(?work, ?done, "work that nobody asked for"),
+        }
+        Ok(())
+    }
+}
+
+impl Update {
+    /// The bucket that is at work, for errors.
+    fn present_bucket(&self) -> u64 {
+        (self.layouts.len() as u64).saturating_sub(1)
+    }
+}
+
+impl Machine for Leader {
+    fn act(&mut self) -> Option<Act> {
+        self.acts.pop_front()
+    }
+
+    fn timer(&self) -> Option<Instant> {
+        let update = self.update.as_ref()?;
+        match &update.stage {
+            Stage::Over(_) => None,
+            Stage::Failing(failing) => {
+                failing.cause_until.into_iter().chain(failing.work_until).min()
+            }
+            _ => {
+                Some(self.wait_until().map_or(update.next_alive, |end| end.min(update.next_alive)))
+            }
+        }
+    }
+
+    fn tick(&mut self, now: Instant) {
+        let Some(update) = &self.update else { return };
+        match &update.stage {
+            Stage::Over(_) => return,
+            Stage::Failing(_) => return self.settle(now),
+            _ => {}
+        }
+        if now >= update.next_alive {
+            self.tell_alive(now);
+        }
+        if self.wait_until().is_some_and(|until| now >= until)
+            && let Some((wait, _)) = self.update.as_ref().and_then(|update| update.wait)
+        {
+            let late = self.late(wait);
+            self.fail(late, now);
+        }
+    }
+
+    fn event(&mut self, event: Event, now: Instant) {
+        let names_a_rank = matches!(event, Event::Left { .. } | Event::Lost { .. });
+        if let Err(error) = self.take_event(event, now) {
+            let failing = match self.update.as_mut().map(|update| &mut update.stage) {
+                Some(Stage::Failing(failing)) => Some(failing),
+                _ => None,
+            };
+            match failing {
+                // A rank without a part in the update is no cause.
+                Some(failing) if names_a_rank && failing.cause_until.is_some() => {
+                    failing.cause_until = None;
+                    let version = failing.error.report().version;
+                    let broke = std::mem::replace(&mut failing.error, error);
+                    let cause = std::mem::replace(&mut failing.error, lost_in_words());
+                    let cause = version.into_iter().fold(cause, Error::version);
+                    failing.error = cause.with_source(broke);
+                }
+                Some(_) => debug!(%error, "after the failure"),
+                None => self.fail(error, now),
+            }
+        }
+        self.advance(now);
+    }
+
+    fn done(&mut self, done: Done, now: Instant) {
+        if let Err(error) = self.take_done(done, now) {
+            self.fail(error, now);
+        }
+        self.advance(now);
+    }
+
+    fn refused(&mut self, error: Error, now: Instant) {
+        self.fail(error, now);
+        self.advance(now);
+    }
+
+    fn is_over(&self) -> bool {
+        self.update.as_ref().is_none_or(|update| matches!(update.stage, Stage::Over(_)))
+    }
+
+    fn abandon(&mut self, now: Instant) {
+        let Some(update) = &self.update else { return };
+        let words = "the trainer dropped the update";
+        let error =
+            Error::new(ErrorKind::Aborted, "sending weights", words).version(update.version);
+        self.fail(error, now);
+        self.tell_abort();
+        self.close();
+    }
+}
+
+/// Stands for an error for a moment, while it is put together.
+fn lost_in_words() -> Error {
+    Error::new(ErrorKind::PeerLost, "sending weights", "a rank was lost")
+}
+
+/// The error of an update that failed while this rank encodes a bucket, and goes on with it.
+pub(super) fn still_read(error: Error, deadline: Duration) -> Error {
+    let message = format!(
+        "it goes on after {:.1} s; the weights of the bucket must not be changed before they are dropped",
+        deadline.as_secs_f64()
+    );
+    Error::new(ErrorKind::Timeout, "encoding a bucket of an update that failed", message)
+        .recovery(Recovery::Abort)
+        .with_source(error)
+}
+
+fn not_entered(operation: &str, deadline: Duration) -> Error {
+    let message = format!(
+        "nothing within {:.1} s: the rank has not called receive_weights (send_weights, if it is a \
+         trainer), or its process is stopped",
+        deadline.as_secs_f64()
+    );
+    Error::new(ErrorKind::Timeout, operation, message)
+}

@@ -1,0 +1,104 @@
+//! What a trainer's state machine asks of its surroundings, and what it is told.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+
+use super::link::Members;
+use super::message::Ticket;
+use crate::control::Event;
+use crate::observe::Progress;
+use crate::plan::BucketLayout;
+use crate::{Error, Rank, Result};
+
+/// Something to be done.
+#[derive(Debug)]
+pub(super) enum Act {
+    /// Queue a message. If the rank is gone, that is an event.
+    Send { to: Rank, body: Bytes },
+    /// End the connection to a rank.
+    Cut { rank: Rank, reason: Error },
+    /// Have the link begin an update: answered by [`Done::Begun`].
+    Begin { members: Members, colocated: usize },
+    /// Have the link join the others: answered by [`Done::Joined`].
+    Join(Ticket),
+    /// Read the stream up to the end of a bucket: answered by [`Done::Collected`].
+    Collect { index: u64 },
+    /// Have the link encode the bucket that was collected last: answered by [`Done::Filled`].
+    Fill { index: u64, slot: usize, digests: bool },
+    /// Drop the bucket that was collected last: another trainer fills it.
+    Skip,
+    /// Have the link make the bucket visible to receivers: answered by [`Done::Published`].
+    Publish { index: u64, slot: usize, filled: u64 },
+    /// Drop the link's work; there is no answer any more.
+    Cancel,
+    /// Tell the observer.
+    Observe(Progress),
+    /// The update has failed for these ranks.
+    Aborted(Vec<Rank>),
+}
+
+/// The link's work: it does one thing at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Work {
+    Begin,
+    Join,
+    Fill {
+        index: u64,
+    },
+    /// With the digest of the bucket.
+    Publish {
+        index: u64,
+        digest: u64,
+    },
+}
+
+/// Work that has ended.
+#[derive(Debug)]
+pub(super) enum Done {
+    /// With what other ranks need to join, if they have to.
+    Begun(Result<Option<Ticket>>),
+    Joined(Result<()>),
+    /// The next bucket of the stream, or its end.
+    Collected(Result<Option<Collected>>),
+    /// With the digest sum of the bucket.
+    Filled(Result<u64>),
+    Published(Result<()>),
+}
+
+/// The weights of a bucket, without their memory.
+#[derive(Clone, Debug)]
+pub(super) struct Collected {
+    pub(super) layout: Arc<BucketLayout>,
+    /// The digest of the plan in which the layout stands at this bucket's place.
+    pub(super) known: Option<u64>,
+    pub(super) source_bytes: u64,
+}
+
+/// A trainer's side of an update.
+pub(super) trait Machine {
+    /// The next thing to be done.
+    fn act(&mut self) -> Option<Act>;
+
+    /// When to [`tick`](Self::tick) if nothing else happens before.
+    fn timer(&self) -> Option<Instant>;
+
+    /// Time has passed.
+    fn tick(&mut self, now: Instant);
+
+    /// Something came over the control plane.
+    fn event(&mut self, event: Event, now: Instant);
+
+    /// Work of this rank has ended.
+    fn done(&mut self, done: Done, now: Instant);
+
+    /// A message could not be sent although its receiver is there, or the control plane has ended.
+    fn refused(&mut self, error: Error, now: Instant);
+
+    /// Whether the update has come to its end.
+    fn is_over(&self) -> bool;
+
+    /// Nobody waits for the update any more.
+    fn abandon(&mut self, now: Instant);
+}
