@@ -49,6 +49,8 @@ mod link;
 mod message;
 mod receiver;
 mod route;
+#[cfg(test)]
+mod schedules;
 mod secondary;
 mod sender;
 #[cfg(test)]

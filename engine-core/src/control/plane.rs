@@ -213,6 +213,12 @@ impl ControlPlane {
         self.inner.updates.fetch_add(1, Ordering::Relaxed) + 1
     }
 
+    /// How many updates had begun on the leader when this rank's group was formed: what comes of those belongs to
+    /// another group.
+    pub(crate) fn updates(&self) -> u64 {
+        self.inner.updates.load(Ordering::Relaxed)
+    }
+
     /// Queues a message; never blocks. Members may send to rank 0 only.
     ///
     /// # Errors

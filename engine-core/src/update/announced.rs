@@ -46,6 +46,12 @@ pub(super) enum Found {
 }
 
 impl Announced {
+    /// Of a group that was formed when so many updates had begun on its control plane: these are another group's,
+    /// whose messages may still come.
+    pub(super) fn after(updates: u64) -> Self {
+        Self { newest: updates, ..Self::default() }
+    }
+
     /// Waits for the next update; of this version, if one is given.
     pub(super) fn wait(
         &mut self,

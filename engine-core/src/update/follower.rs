@@ -185,12 +185,13 @@ pub(super) fn message(event: Event) -> Result<Option<ToReceiver>> {
 }
 
 impl Follower {
-    pub(super) fn new(rank: Rank, deadline: Duration) -> Self {
+    /// A rank of a group that was formed when so many updates had begun on the control plane.
+    pub(super) fn new(rank: Rank, deadline: Duration, updates: u64) -> Self {
         Self {
             rank,
             deadline,
             is_idle: false,
-            announced: Announced::default(),
+            announced: Announced::after(updates),
             plan: Plan::default(),
             known: None,
             session: None,
@@ -200,8 +201,8 @@ impl Follower {
     }
 
     /// One that only hears of updates and how they end.
-    pub(super) fn idle(rank: Rank, deadline: Duration) -> Self {
-        Self { is_idle: true, ..Self::new(rank, deadline) }
+    pub(super) fn idle(rank: Rank, deadline: Duration, updates: u64) -> Self {
+        Self { is_idle: true, ..Self::new(rank, deadline, updates) }
     }
 
     /// The next thing to be done.

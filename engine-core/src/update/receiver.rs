@@ -106,7 +106,7 @@ impl<L: FetchLink> Receiver<L> {
         let meter = Meter::new(control.rank(), context.observer.clone());
         Self {
             link,
-            follower: Follower::new(control.rank(), context.deadline()),
+            follower: Follower::new(control.rank(), context.deadline(), control.updates()),
             ledger: Ledger { control: control.clone(), held: Arc::default() },
             control,
             pool,
@@ -164,10 +164,13 @@ impl<L: FetchLink> Waiting<'_, L> {
         loop {
             while let Some(act) = receiver.follower.act() {
                 match act {
-                    Act::Enter { update, plan } => receiver.enter(update, plan),
+                    Act::Enter { update, plan } => {
+                        receiver.enter(update, plan);
+                        // What follows belongs to the update.
+                        break;
+                    }
                     Act::Send(message) => tell_leader(&receiver.control, &message),
                     Act::Unread(unread) => receiver.ledger.pass_over(unread),
-                    Act::Observe(progress) => receiver.meter.observe(&progress),
                     act => debug!(?act, "nothing that is done before an update"),
                 }
             }

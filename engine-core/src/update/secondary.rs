@@ -98,10 +98,11 @@ enum Stage {
 }
 
 impl Secondary {
-    pub(super) fn new(settings: Settings) -> Self {
+    /// A trainer of a group that was formed when so many updates had begun on the control plane.
+    pub(super) fn new(settings: Settings, updates: u64) -> Self {
         Self {
             settings,
-            announced: Announced::default(),
+            announced: Announced::after(updates),
             plan: Plan::default(),
             update: None,
             end: None,

@@ -164,7 +164,13 @@ impl<L: SendLink> CoSender<L> {
             bucket_bytes: link.bucket_bytes(),
             card: link.card(),
         };
-        Self { link, secondary: Secondary::new(settings), control, deadline, meter }
+        Self {
+            link,
+            secondary: Secondary::new(settings, control.updates()),
+            control,
+            deadline,
+            meter,
+        }
     }
 
     /// Sends this rank's part of the leader's next update, which has to be of this version.

@@ -23,7 +23,11 @@ impl Witness {
     /// A trainer that the leader counts among the [idle](super::Part::Idle) ones.
     pub fn new(context: &EngineContext, control: ControlPlane) -> Self {
         let deadline = context.deadline();
-        Self { follower: Follower::idle(control.rank(), deadline), control, deadline }
+        Self {
+            follower: Follower::idle(control.rank(), deadline, control.updates()),
+            control,
+            deadline,
+        }
     }
 
     /// Takes part in the leader's next update, which has to be of this version.
