@@ -630,9 +630,15 @@ impl Module {
 
 impl Drop for Module {
     fn drop(&mut self) {
-        log(self.context.enter());
-        // SAFETY: none of its kernels runs any more: streams keep the modules that their work uses.
-        log(checked("cuModuleUnload", unsafe { cu::cuModuleUnload(self.module.0) }));
+        let (context, module) = (self.context.clone(), self.module);
+        release(move || {
+            log(context.enter());
+            // The whole, so that the closure has what may be sent.
+            let module: Raw<cu::CUmodule> = module;
+            // SAFETY: none of its kernels runs any more: streams keep the modules that their work uses.
+            log(checked("cuModuleUnload", unsafe { cu::cuModuleUnload(module.0) }));
+            None
+        });
     }
 }
 

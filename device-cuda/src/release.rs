@@ -1,7 +1,7 @@
-//! Memory is given back to the driver while no collective of this process is under way.
+//! Memory and modules are given back to the driver while no collective of this process is under way.
 //!
-//! The driver waits for all work on a device before it frees memory of it, and holds a lock of the process
-//! meanwhile. A collective ends when every rank has come to it. If one of those ranks is of this process and needs
+//! The driver waits for all work on a device before it frees memory of it or unloads a module, and holds a lock of
+//! the process meanwhile. A collective ends when every rank has come to it. If one of those ranks is of this process and needs
 //! the lock, all of them wait for ever.
 
 use std::any::Any;
@@ -57,15 +57,15 @@ impl Gate {
     }
 }
 
-/// Gives memory back now, or when the last collective of this process has ended.
+/// Gives something back now, or when the last collective of this process has ended.
 pub(crate) fn release(release: impl FnOnce() -> Owner + Send + 'static) {
     PROCESS.release(Box::new(release));
 }
 
 /// A collective that a rank of this process has begun, until this is dropped.
 ///
-/// Device memory that is dropped meanwhile is given back to the driver when the last of them has ended: freeing it
-/// would wait for the collective, and keep other ranks of the process from coming to it.
+/// Device memory and kernels that are dropped meanwhile are given back to the driver when the last of them has ended:
+/// freeing them would wait for the collective, and keep other ranks of the process from coming to it.
 #[derive(Debug)]
 #[must_use = "the collective counts as ended when this is dropped"]
 pub struct CollectiveUnderWay(());
