@@ -18,6 +18,8 @@
 //! [`registry`] knows those that are compiled in. The feature `fp8` (default) brings quantisation to
 //! all of them: with `trainer_quantize_fp8` the trainer sends FP8 blocks and their scales.
 
+/// Reads configurations from TOML, JSON and YAML: `config::load("engine.yaml")`.
+pub use engine_config as config;
 pub use engine_core::*;
 
 #[cfg(feature = "hccl")]

@@ -8,7 +8,7 @@ use std::time::Duration;
 use checkpoint_engine::control::{Address, ControlConfig, Token, from_env};
 use checkpoint_engine::fp8::rules::{Receiver, RulesConfig, parse_ignored_layers};
 use checkpoint_engine::fp8::{Granularity, Mode, Quantization, SourceType};
-use checkpoint_engine::{CheckpointEngineConfig, ConfigFormat, DeviceChoice, Rank, registry};
+use checkpoint_engine::{CheckpointEngineConfig, DeviceChoice, Rank, config, registry};
 use clap::Args;
 use cli::exporter::Exporter;
 use cli::source::{ModelSpec, SourceSpec};
@@ -168,8 +168,8 @@ pub(crate) fn rank_device(text: &str) -> Result<(u32, DeviceChoice), String> {
 impl EngineArgs {
     pub(crate) fn config(&self) -> Result<CheckpointEngineConfig, Failure> {
         let mut config = match (&self.config, &self.config_json) {
-            (Some(path), _) => CheckpointEngineConfig::from_path(path)?,
-            (None, Some(text)) => CheckpointEngineConfig::from_text(text, ConfigFormat::Json)?,
+            (Some(path), _) => config::load(path)?,
+            (None, Some(text)) => config::parse(text, config::Format::Json)?,
             (None, None) => CheckpointEngineConfig { backend: "ipc".into(), ..Default::default() },
         };
         if let Some(backend) = &self.backend {

@@ -58,7 +58,7 @@ fn the_configuration_page_is_made_from_the_types() {
 #[test]
 fn the_configuration_that_the_page_shows_is_one() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/checkpoint_engine.yaml");
-    let config = CheckpointEngineConfig::from_path(path).expect("a configuration");
+    let config = checkpoint_engine::config::load(path).expect("a configuration");
     assert_ne!(Quantization::of(&config).expect("a section"), Quantization::default());
     assert_ne!(config.timeout(), CheckpointEngineConfig::default().timeout());
 }

@@ -1,20 +1,16 @@
 //! The configuration of an engine, in the words of verl's `checkpoint_engine` section.
 
-mod document;
 mod kwargs;
 mod section;
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
-use std::path::Path;
 use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::{Error, ErrorKind, Result};
-
-const READING: &str = "reading the configuration";
 
 /// The longest wait that can be configured, about thirty years: a larger number of seconds is a
 /// slip, and would overflow the clock.
@@ -25,10 +21,9 @@ const MAX_TIMEOUT_SECONDS: f64 = 1e9;
 /// The keys are those of verl's `checkpoint_engine` section, so that a section moves over as it is,
 /// and a few of this engine's own. Every key is optional, and a `null` stands for the default.
 ///
-/// It is read from TOML, JSON or YAML, either as the bare section or as a document that has the
-/// section where verl has it: under `checkpoint_engine`, `rollout.checkpoint_engine` or
-/// `actor_rollout_ref.rollout.checkpoint_engine`. What else such a document says is not looked at.
-/// Within the section nothing is ignored: an unknown key and a value out of range are errors.
+/// A program fills the fields in, or deserialises a section with any of serde's formats; the crate
+/// `engine-config` reads files of TOML, JSON and YAML, also verl's whole documents. Nothing is ignored:
+/// an unknown key and a value out of range are errors.
 ///
 /// Two keys of verl are understood without having a field here. `custom_backend_module` may be null
 /// or empty; with a value it is refused, because a program registers its own backends in Rust.
@@ -37,20 +32,16 @@ const MAX_TIMEOUT_SECONDS: f64 = 1e9;
 /// # Examples
 ///
 /// ```
-/// use engine_core::{CheckpointEngineConfig, ConfigFormat};
+/// use engine_core::CheckpointEngineConfig;
 ///
-/// let text = "
-/// checkpoint_engine:
-///   backend: ipc
-///   update_weights_bucket_megabytes: 512
-/// ";
-/// let config = CheckpointEngineConfig::from_text(text, ConfigFormat::Yaml)?;
+/// let text = r#"{"backend": "ipc", "update_weights_bucket_megabytes": 512}"#;
+/// let config: CheckpointEngineConfig = serde_json::from_str(text)?;
 /// assert_eq!(config.backend, "ipc");
 /// assert_eq!(config.bucket_bytes(), Some(512 << 20));
 ///
-/// let error = CheckpointEngineConfig::from_text("bakend = 'ipc'", ConfigFormat::Toml).unwrap_err();
-/// assert!(error.to_string().contains("line 1: unknown key `bakend`; known keys: `backend`, "));
-/// # Ok::<(), engine_core::Error>(())
+/// let error = serde_json::from_str::<CheckpointEngineConfig>(r#"{"bakend": "ipc"}"#).unwrap_err();
+/// assert!(error.to_string().contains("unknown key `bakend`; known keys: `backend`, "));
+/// # Ok::<(), serde_json::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -97,38 +88,6 @@ impl Default for CheckpointEngineConfig {
 }
 
 impl CheckpointEngineConfig {
-    /// Reads a file; its extension (`toml`, `json`, `yaml`, `yml`) says how.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::Io`] if the file cannot be read, otherwise as [`from_text`](Self::from_text),
-    /// with the file's name before the line.
-    pub fn from_path(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        let format = ConfigFormat::from_path(path)?;
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| Error::io(format!("{READING} {}", path.display()), error))?;
-        document::read(&text, format).map_err(|problem| {
-            let line = problem.line.map(|line| format!(":{line}")).unwrap_or_default();
-            config_error(format!("{}{line}: {}", path.display(), problem.message))
-        })
-    }
-
-    /// Reads a text.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::Config`] with the line: a text that is not of this format; an unknown key (the
-    /// message lists the known ones), a key that is there twice, a value of a wrong type or out of
-    /// range (the message names the key and what it takes); more than one `checkpoint_engine`
-    /// section.
-    pub fn from_text(text: &str, format: ConfigFormat) -> Result<Self> {
-        document::read(text, format).map_err(|problem| {
-            let line = problem.line.map(|line| format!("line {line}: ")).unwrap_or_default();
-            config_error(format!("{line}{}", problem.message))
-        })
-    }
-
     /// Checks the ranges that the fields' types do not express.
     ///
     /// Reading checks them already; this is for a configuration that a program filled in.
@@ -165,7 +124,7 @@ impl CheckpointEngineConfig {
     /// # Examples
     ///
     /// ```
-    /// use engine_core::{CheckpointEngineConfig, ConfigFormat};
+    /// use engine_core::CheckpointEngineConfig;
     ///
     /// #[derive(Default, serde::Deserialize)]
     /// #[serde(default)]
@@ -174,10 +133,10 @@ impl CheckpointEngineConfig {
     /// }
     ///
     /// let text = r#"{"engine_kwargs": {"ipc": {"huge_pages": true}}}"#;
-    /// let config = CheckpointEngineConfig::from_text(text, ConfigFormat::Json)?;
+    /// let config: CheckpointEngineConfig = serde_json::from_str(text)?;
     /// assert!(config.kwargs::<Options>("ipc")?.huge_pages);
     /// assert!(!config.kwargs::<Options>("nccl")?.huge_pages);
-    /// # Ok::<(), engine_core::Error>(())
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn kwargs<T: DeserializeOwned + Default>(&self, backend: &str) -> Result<T> {
         let Some(section) = self.engine_kwargs.get(backend) else { return Ok(T::default()) };
@@ -272,7 +231,11 @@ impl std::str::FromStr for DeviceChoice {
             Ok(ordinal) if named && (kind != "cpu" || ordinal.is_none()) => {
                 Ok(Self { kind: kind.into(), ordinal })
             }
-            _ => Err(config_error(format!("expected {}, found `{text}`", section::DEVICE))),
+            _ => Err(Error::new(
+                ErrorKind::Config,
+                "reading the name of a device",
+                format!("expected {}, found `{text}`", section::DEVICE),
+            )),
         }
     }
 }
@@ -292,44 +255,7 @@ impl Serialize for DeviceChoice {
     }
 }
 
-/// The format of a configuration's text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ConfigFormat {
-    /// TOML 1.
-    Toml,
-    /// JSON.
-    Json,
-    /// YAML 1.2, one document.
-    Yaml,
-}
-
-impl ConfigFormat {
-    /// The format that a file's extension stands for.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::Config`] for any other than `toml`, `json`, `yaml` and `yml`, in any case.
-    pub fn from_path(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        let extension = path.extension().unwrap_or_default().to_ascii_lowercase();
-        match extension.to_str() {
-            Some("toml") => Ok(Self::Toml),
-            Some("json") => Ok(Self::Json),
-            Some("yaml" | "yml") => Ok(Self::Yaml),
-            _ => Err(config_error(format!(
-                "{}: the extension has to be one of `toml`, `json`, `yaml`, `yml`",
-                path.display()
-            ))),
-        }
-    }
-}
-
 /// Written so that NaN is not valid either.
 fn valid_timeout(seconds: f64) -> bool {
     seconds > 0.0 && seconds <= MAX_TIMEOUT_SECONDS
-}
-
-fn config_error(message: String) -> Error {
-    Error::new(ErrorKind::Config, READING, message)
 }

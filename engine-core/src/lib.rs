@@ -31,7 +31,7 @@ mod weight;
 
 pub use available::available_memory;
 pub use cache::{CacheStore, CacheUpdate, CacheWriter, CachedEngine, WeightCache, ensure_fresh};
-pub use config::{CheckpointEngineConfig, ConfigFormat, DeviceChoice};
+pub use config::{CheckpointEngineConfig, DeviceChoice};
 pub use control::{ControlPlane, Role};
 pub use dtype::DType;
 pub use engine::{

@@ -25,7 +25,7 @@ use crate::{Fp8Format, Granularity, Mode, NonFinite, Precast, ScaleName};
 /// # Examples
 ///
 /// ```
-/// use engine_core::{CheckpointEngineConfig, ConfigFormat};
+/// use engine_config::Format;
 /// use quant_fp8::Quantization;
 ///
 /// let text = "
@@ -36,7 +36,7 @@ use crate::{Fp8Format, Granularity, Mode, NonFinite, Precast, ScaleName};
 ///   granularity: 128x128
 ///   ignored_layers: [model.layers.0, 're:.*shared_expert']
 /// ";
-/// let config = CheckpointEngineConfig::from_text(text, ConfigFormat::Yaml)?;
+/// let config = engine_config::parse(text, Format::Yaml)?;
 /// let section = Quantization::of(&config)?;
 /// assert_eq!(section.ignored_layers.len(), 2);
 /// # Ok::<(), engine_core::Error>(())
