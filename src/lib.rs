@@ -52,6 +52,6 @@ pub fn registry() -> Registry {
     #[cfg(feature = "hccl")]
     let registry = registry.with(backend_hccl::BACKEND);
     #[cfg(feature = "fp8")]
-    let registry = registry.with_quantizer(quant_fp8::with_fp8);
+    let registry = registry.with_layer(quant_fp8::LAYER);
     registry
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use checkpoint_engine::control::{Address, ControlConfig, Token, from_env};
 use checkpoint_engine::fp8::rules::{Receiver, RulesConfig, parse_ignored_layers};
-use checkpoint_engine::fp8::{Granularity, Mode, Quantization, SourceType};
+use checkpoint_engine::fp8::{Fp8Config, Granularity, Mode, Quantization, SourceType};
 use checkpoint_engine::{CheckpointEngineConfig, DeviceChoice, Rank, config, registry};
 use clap::Args;
 use cli::exporter::Exporter;
@@ -203,14 +203,11 @@ impl EngineArgs {
             config.device = "npu".parse()?;
         }
         config.digests &= !self.no_digests;
-        config.trainer_quantize_fp8 |= self.trainer_quantize_fp8;
-        let mut section = Quantization::of(&config)?;
-        self.format.put_into(&mut section);
-        section.quantize_on_receive |= self.quantize_on_receive;
-        if section != Quantization::default() {
-            let section = serde_json::to_value(section)?;
-            config.quantization = section.as_object().cloned().unwrap_or_default();
-        }
+        let mut fp8 = Fp8Config::of(&config)?;
+        fp8.trainer_quantize_fp8 |= self.trainer_quantize_fp8;
+        self.format.put_into(&mut fp8.quantization);
+        fp8.quantization.quantize_on_receive |= self.quantize_on_receive;
+        fp8.put_into(&mut config)?;
         config.validate()?;
         registry().get(&config.backend)?;
         Ok(config)

@@ -5,12 +5,12 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use checkpoint_engine::CheckpointEngineConfig;
-use checkpoint_engine::fp8::Quantization;
+use checkpoint_engine::fp8::{Fp8Config, Quantization};
 use checkpoint_engine::hccl::HcclOptions;
 use checkpoint_engine::nccl::NcclOptions;
 use checkpoint_engine::nixl::NixlOptions;
 use checkpoint_engine::telemetry::{METRICS, MetricKind};
+use checkpoint_engine::{CheckpointEngineConfig, config};
 use schemars::{JsonSchema, schema_for};
 use serde_json::Value;
 
@@ -43,6 +43,8 @@ fn the_configuration_page_is_made_from_the_types() {
     let defaults = |value: Result<Value, serde_json::Error>| value.expect("defaults are JSON");
     let engine = defaults(serde_json::to_value(CheckpointEngineConfig::default()));
     table::<CheckpointEngineConfig>(&mut page, "`checkpoint_engine`", &engine);
+    let layer = serde_json::json!({"trainer_quantize_fp8": false, "quantization": {}});
+    table::<Fp8Config>(&mut page, "`checkpoint_engine`, with the feature `fp8`", &layer);
     let quantization = defaults(serde_json::to_value(Quantization::default()));
     table::<Quantization>(&mut page, "`quantization`", &quantization);
     let nccl = defaults(serde_json::to_value(NcclOptions::default()));
@@ -58,8 +60,8 @@ fn the_configuration_page_is_made_from_the_types() {
 #[test]
 fn the_configuration_that_the_page_shows_is_one() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/checkpoint_engine.yaml");
-    let config = checkpoint_engine::config::load(path).expect("a configuration");
-    assert_ne!(Quantization::of(&config).expect("a section"), Quantization::default());
+    let config = config::load(path).expect("a configuration");
+    assert_ne!(Fp8Config::of(&config).expect("a section"), Fp8Config::default());
     assert_ne!(config.timeout(), CheckpointEngineConfig::default().timeout());
 }
 

@@ -3,12 +3,12 @@
 use std::fmt;
 
 use engine_core::CheckpointEngineConfig;
-use serde::Deserialize;
 use serde::de::{
     DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor,
 };
 
 use crate::Format;
+use crate::section::Section;
 use crate::text::{Problem, run};
 
 /// Reads twice: where the section lies decides whether a key beside it is an unknown key or none of
@@ -124,7 +124,7 @@ impl<'de> DeserializeSeed<'de> for Descend<'_> {
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
         if self.0.is_empty() {
-            CheckpointEngineConfig::deserialize(deserializer)
+            Section.deserialize(deserializer)
         } else {
             deserializer.deserialize_map(self)
         }

@@ -5,7 +5,11 @@
 //! section or a document that has the section where verl has it: under `checkpoint_engine`,
 //! `rollout.checkpoint_engine` or `actor_rollout_ref.rollout.checkpoint_engine`. What else such a
 //! document says is not looked at. Within the section nothing is ignored: an unknown key and a value
-//! out of range are errors, which say the line.
+//! out of range are errors, which say the line. `null` stands for the default.
+//!
+//! Two keys of verl are understood and mean nothing here: `_target_` names a Python class for Hydra, and
+//! `custom_backend_module` may be null or empty; with a value it is refused, because a program registers its
+//! own backends in Rust.
 //!
 //! # Examples
 //!
@@ -29,6 +33,7 @@
 #![forbid(unsafe_code)]
 
 mod document;
+mod section;
 mod text;
 
 use std::path::Path;

@@ -96,8 +96,10 @@ fn the_same_configuration_reads_alike_from_toml_json_and_yaml() {
             ),
             ("nccl".to_owned(), object(serde_json::json!({"rebuild_group": false}))),
         ]),
-        trainer_quantize_fp8: true,
-        quantization: object(serde_json::json!({"mode": "ue8m0"})),
+        layers: object(serde_json::json!({
+            "trainer_quantize_fp8": true,
+            "quantization": {"mode": "ue8m0"},
+        })),
         timeout_seconds: 5.0,
         digests: false,
         device: DeviceChoice::new("cuda", 1),
@@ -124,7 +126,7 @@ fn an_empty_text_gives_the_defaults() {
     assert_eq!(default.backend, "naive");
     assert_eq!(default.bucket_bytes(), None);
     assert_eq!(default.timeout(), Duration::from_secs(60));
-    assert!(default.digests && !default.trainer_quantize_fp8);
+    assert!(default.digests && default.layers.is_empty());
     for (format, text) in [
         (Format::Toml, ""),
         (Format::Toml, "# nothing yet\n"),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use checkpoint_engine::fp8::rules::{QuantPlan, Receiver, RulesConfig, Stored};
-use checkpoint_engine::fp8::{Quantization, stored};
+use checkpoint_engine::fp8::{Fp8Config, stored};
 use checkpoint_engine::{CheckpointEngineConfig, TensorMeta};
 use clap::Args;
 use cli::checkpoint::Checkpoint;
@@ -75,8 +75,9 @@ pub(crate) fn as_planned(
     mut config: CheckpointEngineConfig,
     source: &SourceSpec,
 ) -> Result<CheckpointEngineConfig, Failure> {
-    let mut section = Quantization::of(&config)?;
-    if !(config.trainer_quantize_fp8 || section.quantize_on_receive) || section.manifest.is_some() {
+    let mut fp8 = Fp8Config::of(&config)?;
+    let section = &mut fp8.quantization;
+    if !(fp8.trainer_quantize_fp8 || section.quantize_on_receive) || section.manifest.is_some() {
         return Ok(config);
     }
     let path = match &source.model {
@@ -93,8 +94,7 @@ pub(crate) fn as_planned(
     let plan = plan_of(&Checkpoint::open(path)?, &section.rules())?;
     warn_of(&plan);
     section.ignored_layers.extend(plan.layers_to_ignore());
-    let section = serde_json::to_value(section)?;
-    config.quantization = section.as_object().cloned().unwrap_or_default();
+    fp8.put_into(&mut config)?;
     Ok(config)
 }
 
