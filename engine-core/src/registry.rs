@@ -90,10 +90,12 @@ impl Registry {
     ///
     /// # Errors
     ///
-    /// Those of [`get`](Self::get), of [`Backend::create`] and of the layers; `Config` if the configuration
+    /// Those of [`validate`](crate::CheckpointEngineConfig::validate), of [`get`](Self::get), of
+    /// [`Backend::create`] and of the layers; `Config` if the configuration
     /// asks for something that no layer understands, or for a device that the backend does not know.
     pub fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
         let refuse = |message: String| Error::new(ErrorKind::Config, "making an engine", message);
+        context.config.validate()?;
         let backend = self.get(&context.config.backend)?;
         let device = &context.config.device;
         if !device.is_cpu() && !backend.devices().has(device.kind()) {
@@ -107,7 +109,7 @@ impl Registry {
                 false => format!("its layers know `{}`", known.join("`, `")),
             };
             return Err(refuse(format!(
-                "`{key}` asks for something that this program was built without: {known}"
+                "nothing in this program understands the key `{key}`: {known}"
             )));
         }
         let engine = backend.create(context.clone())?;
@@ -192,7 +194,12 @@ mod tests {
         {
             let error = Registry::new().create(config_with(json!({ key: asks }))).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Config);
-            assert!(error.to_string().contains(&format!("`{key}` asks for something")), "{error}");
+            assert!(
+                error
+                    .to_string()
+                    .contains(&format!("understands the key `{key}`: it has no layers")),
+                "{error}"
+            );
         }
         for nothing in [json!({}), json!({"quantize": false}), json!({"how": {}, "n": null})] {
             Registry::new().create(config_with(nothing)).unwrap();

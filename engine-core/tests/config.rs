@@ -1,6 +1,6 @@
 //! The configuration's values, and the options of backends. How texts are read is tested where they are.
 
-use engine_core::{CheckpointEngineConfig, ErrorKind};
+use engine_core::{CheckpointEngineConfig, EngineContext, ErrorKind, Registry, Role};
 use serde::Deserialize;
 
 /// Options are checked by whoever knows them, and not here.
@@ -70,4 +70,21 @@ fn a_backends_unknown_or_wrong_option_is_an_error_that_names_it() {
     assert_has(&message("b"), &["`engine_kwargs.b`: `depth`: ", "\"deep\""]);
     let error = config.kwargs::<NoOptions>("c").expect_err("it has none");
     assert_has(&error.to_string(), &["unknown key `x`; this backend has no options"]);
+}
+
+#[test]
+fn what_serde_alone_reads_is_checked_when_an_engine_is_made() {
+    for (json, words) in [
+        (r#"{"timeout_seconds": 0}"#, "`timeout_seconds` to be a number above 0"),
+        (r#"{"backend": ""}"#, "`backend` to be the name of a backend"),
+        (r#"{"bakend": "ipc"}"#, "nothing in this program understands the key `bakend`"),
+    ] {
+        let error = Registry::new().create(EngineContext::new(read(json), Role::Trainer));
+        let error = error.expect_err("it is not valid");
+        assert_eq!(error.kind(), ErrorKind::Config);
+        assert_has(&error.to_string(), &[words]);
+    }
+    for json in [r#"{"device": "cuda:x"}"#, r#"{"threads": 0}"#, r#"{"digests": "yes"}"#] {
+        serde_json::from_str::<CheckpointEngineConfig>(json).expect_err("a wrong type");
+    }
 }
