@@ -1,8 +1,8 @@
 //! The trainer quantises to FP8 what it sends: one flag, and what the rollout then sees.
 
 use checkpoint_engine::{
-    CheckpointEngineConfig, ConfigFormat, DType, EngineContext, Result, Role, Version, Weight,
-    ensure_async_iterator, form_local_group, registry,
+    DType, EngineContext, Result, Role, Version, Weight, config, ensure_async_iterator,
+    form_local_group, registry,
 };
 
 // ANCHOR: config
@@ -17,11 +17,11 @@ checkpoint_engine:
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
-    let config = CheckpointEngineConfig::from_text(CONFIG, ConfigFormat::Yaml)?;
+    let config = config::parse(CONFIG, config::Format::Yaml)?;
     // ANCHOR: contract
     // What a rollout says that it can load; the group does not form if the two contradict.
     let contract = "{quantization: {accepts: fp8, granularity: 128x128}}";
-    let contract = CheckpointEngineConfig::from_text(contract, ConfigFormat::Yaml)?;
+    let contract = config::parse(contract, config::Format::Yaml)?;
     // ANCHOR_END: contract
 
     let registry = registry();

@@ -18,6 +18,8 @@
 //! [`registry`] knows those that are compiled in. The feature `fp8` (default) brings quantisation to
 //! all of them: with `trainer_quantize_fp8` the trainer sends FP8 blocks and their scales.
 
+/// Reads configurations from TOML, JSON and YAML: `config::load("engine.yaml")`.
+pub use engine_config as config;
 pub use engine_core::*;
 
 #[cfg(feature = "hccl")]
@@ -50,6 +52,6 @@ pub fn registry() -> Registry {
     #[cfg(feature = "hccl")]
     let registry = registry.with(backend_hccl::BACKEND);
     #[cfg(feature = "fp8")]
-    let registry = registry.with_quantizer(quant_fp8::with_fp8);
+    let registry = registry.with_layer(quant_fp8::LAYER);
     registry
 }

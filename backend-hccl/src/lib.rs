@@ -30,7 +30,8 @@ mod sys;
 
 use engine_core::collective::build_topology;
 use engine_core::{
-    Availability, Backend, CheckpointEngine, EngineContext, Placement, Result, WorkerMetadata,
+    Availability, Backend, CheckpointEngine, Devices, EngineContext, Placement, Result,
+    WorkerMetadata,
 };
 
 pub use engine::HcclOptions;
@@ -55,8 +56,8 @@ impl Backend for Hccl {
         "Ascend NPUs of any hosts, by broadcast over HCCL"
     }
 
-    fn devices(&self) -> &'static [&'static str] {
-        &[DEVICE]
+    fn devices(&self) -> Devices {
+        Devices::Kinds(&[DEVICE])
     }
 
     fn probe(&self) -> Availability {

@@ -9,12 +9,12 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use conformance::{CASES, Suite};
-use engine_core::{DeviceChoice, Weight};
+use engine_core::{DeviceChoice, Role, Weight};
 use futures::StreamExt;
 use futures::executor::block_on;
 use hccl_sim::Profile;
 use quant_fp8::rules::{Receiver, Rules, RulesConfig};
-use quant_fp8::{QuantizeFp8, with_fp8};
+use quant_fp8::{LAYER, QuantizeFp8};
 
 const CASE: &str = "CKPT_ENGINE_TEST_CASE";
 const LIBRARIES: &str = "CKPT_ENGINE_HCCL_DIR";
@@ -111,10 +111,10 @@ fn one_case() {
     });
     let suite = match std::env::var_os(FP8) {
         None => suite,
-        Some(_) => suite.with_quantizer(with_fp8, quantized).with_config(|config| {
-            config.trainer_quantize_fp8 = true;
+        Some(_) => suite.with_layer(LAYER, Role::Trainer, quantized).with_config(|config| {
+            config.layers.insert("trainer_quantize_fp8".into(), true.into());
             // The suite's shapes are no engine's.
-            config.quantization.insert("receiver".into(), "any".into());
+            config.layers.insert("quantization".into(), serde_json::json!({"receiver": "any"}));
         }),
     };
     let suite = match std::env::var_os(REBUILD) {

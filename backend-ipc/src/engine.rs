@@ -159,7 +159,7 @@ struct Kwargs {}
 impl CheckpointEngine for IpcEngine {
     async fn prepare(&mut self) -> Result<WorkerMetadata> {
         if matches!(self.phase, Phase::Sending(..) | Phase::Receiving(_)) {
-            return Err(wrong_phase("preparing", "it is in a group already"));
+            return Err(Error::wrong_phase("preparing", "it is in a group already"));
         }
         let buckets = match self.context.role {
             Role::Rollout => None,
@@ -176,7 +176,7 @@ impl CheckpointEngine for IpcEngine {
 
     async fn init_process_group(&mut self, place: Placement) -> Result<()> {
         let Phase::Prepared(buckets) = &self.phase else {
-            return Err(wrong_phase("joining the group", "call prepare first, and once"));
+            return Err(Error::wrong_phase("joining the group", "call prepare first, and once"));
         };
         let phase = match buckets {
             Some(buckets) => {
@@ -208,22 +208,26 @@ impl CheckpointEngine for IpcEngine {
     ) -> Result<SendReport> {
         match &mut self.phase {
             Phase::Sending(sender, _) => sender.send(weights, version).await,
-            Phase::Receiving(_) => Err(wrong_phase("sending weights", "this rank is a rollout")),
-            _ => Err(wrong_phase("sending weights", "call init_process_group first")),
+            Phase::Receiving(_) => {
+                Err(Error::wrong_phase("sending weights", "this rank is a rollout"))
+            }
+            _ => Err(Error::wrong_phase("sending weights", "call init_process_group first")),
         }
     }
 
     async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
         match &mut self.phase {
             Phase::Receiving(receiver) => receiver.receive(version).await,
-            Phase::Sending(..) => Err(wrong_phase("receiving weights", "this rank is a trainer")),
-            _ => Err(wrong_phase("receiving weights", "call init_process_group first")),
+            Phase::Sending(..) => {
+                Err(Error::wrong_phase("receiving weights", "this rank is a trainer"))
+            }
+            _ => Err(Error::wrong_phase("receiving weights", "call init_process_group first")),
         }
     }
 
     async fn finalize(&mut self) -> Result<()> {
         match std::mem::replace(&mut self.phase, Phase::New) {
-            Phase::New => Err(wrong_phase("finalizing", "it was not prepared")),
+            Phase::New => Err(Error::wrong_phase("finalizing", "it was not prepared")),
             Phase::Sending(sender, buckets) => {
                 drop(sender);
                 buckets.close(self.context.deadline().min(CLOSING)).await;
@@ -233,8 +237,4 @@ impl CheckpointEngine for IpcEngine {
             Phase::Prepared(_) | Phase::Receiving(_) => Ok(()),
         }
     }
-}
-
-fn wrong_phase(operation: &str, message: &str) -> Error {
-    Error::new(ErrorKind::State, operation, message)
 }

@@ -23,8 +23,8 @@ mod segment;
 mod shared;
 
 use engine_core::{
-    Availability, Backend, CheckpointEngine, EngineContext, Error, ErrorKind, Placement, Result,
-    Role, WorkerMetadata,
+    Availability, Backend, CheckpointEngine, Devices, EngineContext, Error, ErrorKind, Placement,
+    Result, Role, WorkerMetadata,
 };
 
 pub use cache::{CacheAddress, SharedCache, SharedCacheReader};
@@ -48,8 +48,8 @@ impl Backend for Ipc {
         "other processes of this host, over shared memory"
     }
 
-    fn devices(&self) -> &'static [&'static str] {
-        if cfg!(feature = "cuda") { &["cuda"] } else { &[] }
+    fn devices(&self) -> Devices {
+        Devices::Kinds(if cfg!(feature = "cuda") { &["cuda"] } else { &[] })
     }
 
     fn probe(&self) -> Availability {

@@ -22,7 +22,8 @@ use std::path::PathBuf;
 
 use engine_core::collective::{CollectiveEngine, CollectiveOptions, build_topology};
 use engine_core::{
-    Availability, Backend, CheckpointEngine, EngineContext, Placement, Result, WorkerMetadata,
+    Availability, Backend, CheckpointEngine, Devices, EngineContext, Placement, Result,
+    WorkerMetadata,
 };
 use serde::{Deserialize, Serialize};
 
@@ -70,8 +71,8 @@ impl Backend for NcclBackend {
         "GPUs of any hosts, by broadcast over NCCL"
     }
 
-    fn devices(&self) -> &'static [&'static str] {
-        &["cuda"]
+    fn devices(&self) -> Devices {
+        Devices::Kinds(&["cuda"])
     }
 
     fn probe(&self) -> Availability {

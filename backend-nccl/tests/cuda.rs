@@ -10,11 +10,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use conformance::Suite;
 use device_cuda::{CudaMemory, Device};
-use engine_core::{Result, Weight};
+use engine_core::{Result, Role, Weight};
 use futures::StreamExt;
 use futures::executor::block_on;
 use quant_fp8::rules::{Receiver, Rules, RulesConfig};
-use quant_fp8::{QuantizeFp8, with_fp8};
+use quant_fp8::{LAYER, QuantizeFp8};
 use serde_json::{Value, json};
 
 /// A weight with the same bytes on the device.
@@ -62,11 +62,11 @@ mod two_senders_quantised {
     conformance::suite!(
         super::suite(super::json!({"senders": 2}))
             .with_trainers(2)
-            .with_quantizer(super::with_fp8, super::quantized)
+            .with_layer(super::LAYER, super::Role::Trainer, super::quantized)
             .with_config(|config| {
-                config.trainer_quantize_fp8 = true;
+                config.layers.insert("trainer_quantize_fp8".into(), true.into());
                 // The suite's shapes are no engine's.
-                config.quantization.insert("receiver".into(), "any".into());
+                config.layers.insert("quantization".into(), serde_json::json!({"receiver": "any"}));
             })
             .with_weights_placed(super::on_the_device),
         ignored = "needs a CUDA device and NCCL 2.30"

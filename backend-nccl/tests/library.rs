@@ -34,7 +34,7 @@ async fn host_memory_is_refused_in_words() {
 async fn a_library_that_is_not_there_is_an_error_that_names_it_and_says_what_to_install() {
     let text = r#"{"backend": "nccl", "device": "cuda", "engine_kwargs": {
         "nccl": {"library": "/nowhere/libnccl.so.2"}}}"#;
-    let config = CheckpointEngineConfig::from_text(text, engine_core::ConfigFormat::Json);
+    let config = serde_json::from_str(text);
     let error = prepare(config.expect("a configuration")).await;
     assert_eq!(error.kind(), ErrorKind::Backend, "{error}");
     assert!(error.to_string().contains("/nowhere/libnccl.so.2"), "{error}");
@@ -44,7 +44,7 @@ async fn a_library_that_is_not_there_is_an_error_that_names_it_and_says_what_to_
 #[test]
 fn an_option_that_nobody_knows_is_an_error_that_lists_those_that_are_known() {
     let text = r#"{"backend": "nccl", "engine_kwargs": {"nccl": {"sender": 2}}}"#;
-    let config = CheckpointEngineConfig::from_text(text, engine_core::ConfigFormat::Json);
+    let config = serde_json::from_str(text);
     let context = EngineContext::new(config.expect("a configuration"), Role::Trainer);
     let error = backend_nccl::BACKEND.create(context).expect_err("an unknown option");
     assert!(error.to_string().contains("`senders`"), "{error}");

@@ -211,7 +211,7 @@ impl NixlEngine {
 impl CheckpointEngine for NixlEngine {
     async fn prepare(&mut self) -> Result<WorkerMetadata> {
         if matches!(self.phase, Phase::Sending(..) | Phase::Receiving(..)) {
-            return Err(wrong_phase("preparing", "it is in a group already"));
+            return Err(Error::wrong_phase("preparing", "it is in a group already"));
         }
         let arena = Arc::new(arena(&self.context.config)?);
         let interface = interface::towards(self.control.address()).await;
@@ -231,7 +231,7 @@ impl CheckpointEngine for NixlEngine {
 
     async fn init_process_group(&mut self, place: Placement) -> Result<()> {
         let Phase::Prepared(node) = &self.phase else {
-            return Err(wrong_phase("joining the group", "call prepare first, and once"));
+            return Err(Error::wrong_phase("joining the group", "call prepare first, and once"));
         };
         let (node, pool, control) = (node.clone(), self.pool.clone(), self.control.clone());
         self.phase = match self.context.role {
@@ -257,8 +257,10 @@ impl CheckpointEngine for NixlEngine {
     ) -> Result<SendReport> {
         match &mut self.phase {
             Phase::Sending(sender, _) => sender.send(weights, version).await,
-            Phase::Receiving(..) => Err(wrong_phase("sending weights", "this rank is a rollout")),
-            _ => Err(wrong_phase("sending weights", "call init_process_group first")),
+            Phase::Receiving(..) => {
+                Err(Error::wrong_phase("sending weights", "this rank is a rollout"))
+            }
+            _ => Err(Error::wrong_phase("sending weights", "call init_process_group first")),
         }
     }
 
@@ -269,14 +271,16 @@ impl CheckpointEngine for NixlEngine {
                 node.agent.renew(self.context.deadline() / 4).await;
                 receiver.receive(version).await
             }
-            Phase::Sending(..) => Err(wrong_phase("receiving weights", "this rank is a trainer")),
-            _ => Err(wrong_phase("receiving weights", "call init_process_group first")),
+            Phase::Sending(..) => {
+                Err(Error::wrong_phase("receiving weights", "this rank is a trainer"))
+            }
+            _ => Err(Error::wrong_phase("receiving weights", "call init_process_group first")),
         }
     }
 
     async fn finalize(&mut self) -> Result<()> {
         let node = match std::mem::replace(&mut self.phase, Phase::New) {
-            Phase::New => return Err(wrong_phase("finalizing", "it was not prepared")),
+            Phase::New => return Err(Error::wrong_phase("finalizing", "it was not prepared")),
             Phase::Prepared(node) => node,
             // The link goes with the protocol's state.
             Phase::Sending(_, node) | Phase::Receiving(_, node) => node,
@@ -287,10 +291,6 @@ impl CheckpointEngine for NixlEngine {
         }
         Ok(())
     }
-}
-
-fn wrong_phase(operation: &str, message: &str) -> Error {
-    Error::new(ErrorKind::State, operation, message)
 }
 
 /// The trainer's buckets.

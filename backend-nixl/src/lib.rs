@@ -22,8 +22,8 @@ mod lent;
 mod sys;
 
 use engine_core::{
-    Availability, Backend, CheckpointEngine, EngineContext, Error, ErrorKind, Placement, Result,
-    Role, WorkerMetadata,
+    Availability, Backend, CheckpointEngine, Devices, EngineContext, Error, ErrorKind, Placement,
+    Result, Role, WorkerMetadata,
 };
 
 pub use engine::{ErrorHandling, NixlEngine, NixlOptions, Topology, Transfer};
@@ -46,8 +46,8 @@ impl Backend for Nixl {
         "processes of any hosts, one-sided over NIXL and UCX (RDMA, TCP, shared memory)"
     }
 
-    fn devices(&self) -> &'static [&'static str] {
-        if cfg!(feature = "cuda") { &["cuda"] } else { &[] }
+    fn devices(&self) -> Devices {
+        Devices::Kinds(if cfg!(feature = "cuda") { &["cuda"] } else { &[] })
     }
 
     fn probe(&self) -> Availability {

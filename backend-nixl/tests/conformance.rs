@@ -1,11 +1,11 @@
 //! The engine behaves as every engine has to, with NIXL itself, as a star and as a ring,
 //! whoever moves the bytes, quantised and not.
 
-use engine_core::{CheckpointEngineConfig, Weight};
+use engine_core::{CheckpointEngineConfig, Role, Weight};
 use futures::StreamExt;
 use futures::executor::block_on;
 use quant_fp8::rules::{Receiver, Rules, RulesConfig};
-use quant_fp8::{QuantizeFp8, with_fp8};
+use quant_fp8::{LAYER, QuantizeFp8};
 use serde_json::{Value, json};
 
 fn with(options: Value) -> impl FnOnce(&mut CheckpointEngineConfig) {
@@ -27,10 +27,10 @@ fn quantized(weights: Vec<Weight>) -> Vec<Weight> {
 }
 
 fn fp8(options: Value) -> conformance::Suite {
-    suite(options).with_quantizer(with_fp8, quantized).with_config(|config| {
-        config.trainer_quantize_fp8 = true;
+    suite(options).with_layer(LAYER, Role::Trainer, quantized).with_config(|config| {
+        config.layers.insert("trainer_quantize_fp8".into(), true.into());
         // The suite's shapes are no engine's.
-        config.quantization.insert("receiver".into(), "any".into());
+        config.layers.insert("quantization".into(), serde_json::json!({"receiver": "any"}));
     })
 }
 

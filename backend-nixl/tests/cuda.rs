@@ -10,11 +10,11 @@ use std::sync::LazyLock;
 
 use conformance::Suite;
 use device_cuda::{Device, upload};
-use engine_core::{Result, Weight};
+use engine_core::{Result, Role, Weight};
 use futures::StreamExt;
 use futures::executor::block_on;
 use quant_fp8::rules::{Receiver, Rules, RulesConfig};
-use quant_fp8::{QuantizeFp8, with_fp8};
+use quant_fp8::{LAYER, QuantizeFp8};
 use serde_json::{Value, json};
 
 /// A weight with the same bytes on the device.
@@ -41,10 +41,10 @@ fn suite(options: Value) -> Suite {
 }
 
 fn fp8(options: Value) -> Suite {
-    suite(options).with_quantizer(with_fp8, quantized).with_config(|config| {
-        config.trainer_quantize_fp8 = true;
+    suite(options).with_layer(LAYER, Role::Trainer, quantized).with_config(|config| {
+        config.layers.insert("trainer_quantize_fp8".into(), true.into());
         // The suite's shapes are no engine's.
-        config.quantization.insert("receiver".into(), "any".into());
+        config.layers.insert("quantization".into(), serde_json::json!({"receiver": "any"}));
     })
 }
 

@@ -19,8 +19,11 @@ async fn sent(
     weights: impl Iterator<Item = engine_core::Result<Weight>> + Send,
     fp8: bool,
 ) -> TensorMap {
-    let config = CheckpointEngineConfig { trainer_quantize_fp8: fp8, ..Default::default() };
-    let registry = Registry::new().with_quantizer(quant_fp8::with_fp8);
+    let config = CheckpointEngineConfig {
+        layers: [("trainer_quantize_fp8".to_owned(), fp8.into())].into_iter().collect(),
+        ..Default::default()
+    };
+    let registry = Registry::new().with_layer(quant_fp8::LAYER);
     let mut trainer = registry.create(EngineContext::new(config.clone(), Role::Trainer)).unwrap();
     let mut rollout = registry.create(EngineContext::new(config, Role::Rollout)).unwrap();
     let backend = registry.get("naive").unwrap();

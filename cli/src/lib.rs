@@ -5,7 +5,7 @@
 //! - [`synthetic`] makes models that need no download;
 //! - [`source`] is either of the two, changing from update to update as training would change it;
 //! - [`roles`] is what a trainer and a rollout do, [`sync`] starts one of each and more on this
-//!   machine;
+//!   machine, [`report_line`] is what it tells of an update;
 //! - [mod@bench] measures transports; [`memory`] measures what that takes.
 
 // `println!` and `eprintln!` panic when nobody reads.
@@ -19,8 +19,10 @@ pub mod exporter;
 mod ffi;
 pub use ffi::set_variable;
 pub mod memory;
+mod processes;
 mod progress;
 pub mod quantize;
+pub mod report_line;
 pub mod roles;
 pub mod scheme;
 pub mod source;

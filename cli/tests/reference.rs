@@ -5,12 +5,12 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use checkpoint_engine::CheckpointEngineConfig;
-use checkpoint_engine::fp8::Quantization;
+use checkpoint_engine::fp8::{Fp8Config, Quantization};
 use checkpoint_engine::hccl::HcclOptions;
 use checkpoint_engine::nccl::NcclOptions;
 use checkpoint_engine::nixl::NixlOptions;
 use checkpoint_engine::telemetry::{METRICS, MetricKind};
+use checkpoint_engine::{CheckpointEngineConfig, config, registry};
 use schemars::{JsonSchema, schema_for};
 use serde_json::Value;
 
@@ -43,6 +43,8 @@ fn the_configuration_page_is_made_from_the_types() {
     let defaults = |value: Result<Value, serde_json::Error>| value.expect("defaults are JSON");
     let engine = defaults(serde_json::to_value(CheckpointEngineConfig::default()));
     table::<CheckpointEngineConfig>(&mut page, "`checkpoint_engine`", &engine);
+    let layer = serde_json::json!({"trainer_quantize_fp8": false, "quantization": {}});
+    table::<Fp8Config>(&mut page, "`checkpoint_engine`, with the feature `fp8`", &layer);
     let quantization = defaults(serde_json::to_value(Quantization::default()));
     table::<Quantization>(&mut page, "`quantization`", &quantization);
     let nccl = defaults(serde_json::to_value(NcclOptions::default()));
@@ -58,9 +60,38 @@ fn the_configuration_page_is_made_from_the_types() {
 #[test]
 fn the_configuration_that_the_page_shows_is_one() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/checkpoint_engine.yaml");
-    let config = CheckpointEngineConfig::from_path(path).expect("a configuration");
-    assert_ne!(Quantization::of(&config).expect("a section"), Quantization::default());
+    let config = config::load(path).expect("a configuration");
+    assert_ne!(Fp8Config::of(&config).expect("a section"), Fp8Config::default());
     assert_ne!(config.timeout(), CheckpointEngineConfig::default().timeout());
+}
+
+#[test]
+fn what_the_page_for_those_who_come_from_verl_says_is_so() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let page = std::fs::read_to_string(root.join("docs/from-verl.md")).expect("the page");
+    let shown = config::load(root.join("examples/from_verl.yaml")).expect("verl's section");
+    assert_eq!((&*shown.backend, shown.bucket_bytes()), ("nccl", Some(2048 << 20)));
+    assert_eq!(shown.kwargs::<NcclOptions>("nccl").expect("options"), NcclOptions::default());
+
+    let refused = |section: &str, words: &str| {
+        assert!(page.contains(&format!("`{section}`")), "the page does not show {section}");
+        let words = page.lines().find(|line| line.contains(words)).expect("the page's words");
+        let (_, words) = words.trim_end_matches(" |").rsplit_once(" | ").expect("a row");
+        let error = config::parse(section, config::Format::Yaml).and_then(|config| {
+            config.kwargs::<NcclOptions>("nccl")?;
+            registry().get(&config.backend).map(|_| ())
+        });
+        let error = error.expect_err("verl has it, and this engine has not").to_string();
+        let words = words.trim_end_matches(", …");
+        assert!(error.contains(words), "{error}\nis not what the page says:\n{words}");
+    };
+    refused("backend: kimi_ckpt_engine", "there is no backend");
+    refused("engine_kwargs: {nccl: {multi_sender: true}}", "unknown key `multi_sender`");
+    refused("custom_backend_module: my.backends", "expected `custom_backend_module`");
+    refused("checkpoint_manager_class: my.Manager", "unknown key `checkpoint_manager_class`");
+    for name in ["mooncake", "delta_sharded"] {
+        assert!(page.contains(name) && registry().get(name).is_err(), "{name}");
+    }
 }
 
 /// A table of a type's keys, and below it the values of keys that have few.

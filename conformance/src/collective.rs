@@ -20,8 +20,8 @@ use engine_core::collective::{
 };
 use engine_core::memory::{Job, Pool};
 use engine_core::{
-    Availability, Backend, CheckpointEngine, EngineContext, Error, ErrorKind, Placement, Result,
-    Storage, WorkerMetadata,
+    Availability, Backend, CheckpointEngine, Devices, EngineContext, Error, ErrorKind, Placement,
+    Result, Storage, WorkerMetadata,
 };
 use serde::Deserialize;
 
@@ -134,8 +134,8 @@ impl Backend for InProcess {
         "a collective library within a process, for tests"
     }
 
-    fn devices(&self) -> &'static [&'static str] {
-        &[DEVICE]
+    fn devices(&self) -> Devices {
+        Devices::Kinds(&[DEVICE])
     }
 
     fn probe(&self) -> Availability {

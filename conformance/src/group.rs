@@ -231,8 +231,8 @@ impl Group {
                 context = context.with_observer(ready.clone());
             }
             let mut engine = suite.backend.create(context.clone())?;
-            if let Some(quantizer) = suite.quantizer {
-                engine = (quantizer.layer)(engine, &context)?;
+            if let Some(layered) = suite.layer {
+                engine = (layered.layer.put)(engine, &context)?;
             }
             if let Some(place) = suite.place.filter(|_| role == Role::Trainer) {
                 engine = Box::new(Placed { engine, place });

@@ -20,7 +20,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 
-use engine_core::{Backend, CheckpointEngineConfig, DeviceChoice, QuantizerLayer, Result, Weight};
+use engine_core::{Backend, CheckpointEngineConfig, DeviceChoice, Layer, Result, Role, Weight};
 
 pub use cases::CASES;
 
@@ -30,7 +30,7 @@ pub struct Suite {
     pub(crate) backend: &'static dyn Backend,
     pub(crate) config: CheckpointEngineConfig,
     pub(crate) control: bool,
-    pub(crate) quantizer: Option<Quantizer>,
+    pub(crate) layer: Option<Layered>,
     pub(crate) place: Option<Place>,
     pub(crate) trainers: u32,
     pub(crate) devices: Vec<DeviceChoice>,
@@ -39,10 +39,11 @@ pub struct Suite {
 /// Moves a weight to where the trainer has its weights.
 pub type Place = fn(Weight) -> Result<Weight>;
 
-/// Quantisation in front of the engines, and what it makes of weights.
+/// A layer in front of the engines, and what it makes of weights.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Quantizer {
-    pub(crate) layer: QuantizerLayer,
+pub(crate) struct Layered {
+    pub(crate) layer: Layer,
+    pub(crate) at: Role,
     pub(crate) expected: fn(Vec<Weight>) -> Vec<Weight>,
 }
 
@@ -83,7 +84,7 @@ impl Suite {
             backend,
             config,
             control: false,
-            quantizer: None,
+            layer: None,
             place: None,
             trainers: 1,
             devices: Vec::new(),
@@ -97,15 +98,16 @@ impl Suite {
         self
     }
 
-    /// With quantisation in front of every engine; `expected` is what has to arrive of weights that
-    /// are sent, in order.
+    /// With a layer in front of every engine, which changes weights at the ranks of this role; `expected` is
+    /// what a rollout has to get of weights that are sent, in order.
     #[must_use]
-    pub fn with_quantizer(
+    pub fn with_layer(
         mut self,
-        layer: QuantizerLayer,
+        layer: Layer,
+        at: Role,
         expected: fn(Vec<Weight>) -> Vec<Weight>,
     ) -> Self {
-        self.quantizer = Some(Quantizer { layer, expected });
+        self.layer = Some(Layered { layer, at, expected });
         self
     }
 
@@ -143,18 +145,19 @@ impl Suite {
 
     /// What has to arrive of weights that are sent.
     pub(crate) fn expected(&self, weights: Vec<Weight>) -> Vec<Weight> {
-        match self.quantizer {
+        match self.layer {
             // On a thread of its own, because it may run an executor, and the caller's may be one.
-            Some(quantizer) => std::thread::scope(|scope| {
-                scope.spawn(|| (quantizer.expected)(weights)).join().expect("no panic")
+            Some(layered) => std::thread::scope(|scope| {
+                scope.spawn(|| (layered.expected)(weights)).join().expect("no panic")
             }),
             None => weights,
         }
     }
 
-    /// What has to travel for weights that are sent: a rollout may quantise what arrives.
+    /// What has to travel for weights that are sent: a rollout's layer may change what arrives.
     pub(crate) fn on_the_wire(&self, weights: Vec<Weight>) -> Vec<Weight> {
-        if self.config.trainer_quantize_fp8 { self.expected(weights) } else { weights }
+        let changed = self.layer.is_some_and(|layered| layered.at == Role::Trainer);
+        if changed { self.expected(weights) } else { weights }
     }
 
     /// With another configuration than the suite's own, which has buckets of 1 MiB and deadlines of

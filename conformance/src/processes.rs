@@ -225,9 +225,7 @@ pub fn be_a_child(backend: &'static dyn Backend) {
     let Ok(orders) = std::env::var(CHILD) else { return };
     log();
     let orders: Orders = serde_json::from_str(&orders).expect("orders");
-    let text = orders.config.to_string();
-    let config = CheckpointEngineConfig::from_text(&text, engine_core::ConfigFormat::Json);
-    let config = config.expect("a configuration");
+    let config = serde_json::from_value(orders.config).expect("a configuration");
     runtime().block_on(async {
         let address = orders.address.parse().expect("an address");
         let joined = ControlPlane::join(control(address), orders.role, orders.rank).await;

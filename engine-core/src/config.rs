@@ -1,58 +1,40 @@
 //! The configuration of an engine, in the words of verl's `checkpoint_engine` section.
 
-mod document;
 mod kwargs;
-mod section;
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
-use std::path::Path;
 use std::time::Duration;
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value};
 
 use crate::{Error, ErrorKind, Result};
-
-const READING: &str = "reading the configuration";
-
-/// The longest wait that can be configured, about thirty years: a larger number of seconds is a
-/// slip, and would overflow the clock.
-const MAX_TIMEOUT_SECONDS: f64 = 1e9;
 
 /// Which backend moves the weights, and how.
 ///
 /// The keys are those of verl's `checkpoint_engine` section, so that a section moves over as it is,
 /// and a few of this engine's own. Every key is optional, and a `null` stands for the default.
 ///
-/// It is read from TOML, JSON or YAML, either as the bare section or as a document that has the
-/// section where verl has it: under `checkpoint_engine`, `rollout.checkpoint_engine` or
-/// `actor_rollout_ref.rollout.checkpoint_engine`. What else such a document says is not looked at.
-/// Within the section nothing is ignored: an unknown key and a value out of range are errors.
-///
-/// Two keys of verl are understood without having a field here. `custom_backend_module` may be null
-/// or empty; with a value it is refused, because a program registers its own backends in Rust.
-/// `_target_` names a Python class for Hydra and says nothing to a Rust program.
+/// A program fills the fields in; the crate `engine-config` reads them from TOML, JSON and YAML, also from
+/// verl's whole documents, and refuses unknown keys and values out of range with their line. What serde
+/// alone reads, [`validate`](Self::validate) and [`Registry::create`](crate::Registry::create) check:
+/// nothing that asks for something is ignored.
 ///
 /// # Examples
 ///
 /// ```
-/// use engine_core::{CheckpointEngineConfig, ConfigFormat};
+/// use engine_core::CheckpointEngineConfig;
 ///
-/// let text = "
-/// checkpoint_engine:
-///   backend: ipc
-///   update_weights_bucket_megabytes: 512
-/// ";
-/// let config = CheckpointEngineConfig::from_text(text, ConfigFormat::Yaml)?;
+/// let text = r#"{"backend": "ipc", "update_weights_bucket_megabytes": 512}"#;
+/// let config: CheckpointEngineConfig = serde_json::from_str(text)?;
 /// assert_eq!(config.backend, "ipc");
 /// assert_eq!(config.bucket_bytes(), Some(512 << 20));
-///
-/// let error = CheckpointEngineConfig::from_text("bakend = 'ipc'", ConfigFormat::Toml).unwrap_err();
-/// assert!(error.to_string().contains("line 1: unknown key `bakend`; known keys: `backend`, "));
-/// # Ok::<(), engine_core::Error>(())
+/// # Ok::<(), serde_json::Error>(())
 /// ```
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct CheckpointEngineConfig {
     /// The backend's name: `naive` unless set.
@@ -60,11 +42,7 @@ pub struct CheckpointEngineConfig {
     /// The size of a bucket in MiB, at least 1; each backend has a default of its own.
     pub update_weights_bucket_megabytes: Option<u32>,
     /// Options of single backends, by the backend's name; [`kwargs`](Self::kwargs) gives them types.
-    pub engine_kwargs: BTreeMap<String, serde_json::Map<String, serde_json::Value>>,
-    /// Whether the trainer quantises to FP8 what it sends.
-    pub trainer_quantize_fp8: bool,
-    /// How to quantise; the crate that does it knows the keys.
-    pub quantization: serde_json::Map<String, serde_json::Value>,
+    pub engine_kwargs: BTreeMap<String, Map<String, Value>>,
     /// The deadline of every wait, in seconds: 60 unless set.
     pub timeout_seconds: f64,
     /// Whether buckets carry digests that receivers verify: yes unless set.
@@ -77,6 +55,10 @@ pub struct CheckpointEngineConfig {
     /// How many updates may have begun since the version of a rollout's cache before it is refused; any
     /// number unless set. See [`CachedEngine`](crate::CachedEngine).
     pub max_staleness: Option<u64>,
+    /// All other keys: those of the layers in front of the engine. [`Layer::keys`](crate::Layer) are the ones
+    /// that a layer knows, and [`layer`](Self::layer) gives them types.
+    #[serde(flatten)]
+    pub layers: Map<String, Value>,
 }
 
 impl Default for CheckpointEngineConfig {
@@ -85,64 +67,35 @@ impl Default for CheckpointEngineConfig {
             backend: "naive".to_owned(),
             update_weights_bucket_megabytes: None,
             engine_kwargs: BTreeMap::new(),
-            trainer_quantize_fp8: false,
-            quantization: serde_json::Map::new(),
             timeout_seconds: 60.0,
             digests: true,
             device: DeviceChoice::default(),
             threads: None,
             max_staleness: None,
+            layers: Map::new(),
         }
     }
 }
 
 impl CheckpointEngineConfig {
-    /// Reads a file; its extension (`toml`, `json`, `yaml`, `yml`) says how.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::Io`] if the file cannot be read, otherwise as [`from_text`](Self::from_text),
-    /// with the file's name before the line.
-    pub fn from_path(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        let format = ConfigFormat::from_path(path)?;
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| Error::io(format!("{READING} {}", path.display()), error))?;
-        document::read(&text, format).map_err(|problem| {
-            let line = problem.line.map(|line| format!(":{line}")).unwrap_or_default();
-            config_error(format!("{}{line}: {}", path.display(), problem.message))
-        })
-    }
-
-    /// Reads a text.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::Config`] with the line: a text that is not of this format; an unknown key (the
-    /// message lists the known ones), a key that is there twice, a value of a wrong type or out of
-    /// range (the message names the key and what it takes); more than one `checkpoint_engine`
-    /// section.
-    pub fn from_text(text: &str, format: ConfigFormat) -> Result<Self> {
-        document::read(text, format).map_err(|problem| {
-            let line = problem.line.map(|line| format!("line {line}: ")).unwrap_or_default();
-            config_error(format!("{line}{}", problem.message))
-        })
-    }
+    /// The longest wait that can be configured, about thirty years: a larger number of seconds is a
+    /// slip, and would overflow the clock.
+    pub const MAX_TIMEOUT_SECONDS: f64 = 1e9;
 
     /// Checks the ranges that the fields' types do not express.
     ///
-    /// Reading checks them already; this is for a configuration that a program filled in.
+    /// The crate that reads texts checks them already; this is for a configuration that a program filled in.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Config`], naming the key.
     pub fn validate(&self) -> Result<()> {
         let problem = if self.backend.is_empty() {
-            section::BACKEND
+            "`backend` to be the name of a backend"
         } else if self.update_weights_bucket_megabytes == Some(0) {
-            section::BUCKET
+            "`update_weights_bucket_megabytes` to be at least 1"
         } else if !valid_timeout(self.timeout_seconds) {
-            section::TIMEOUT
+            "`timeout_seconds` to be a number above 0 and of at most 1000000000"
         } else {
             return Ok(());
         };
@@ -151,6 +104,32 @@ impl CheckpointEngineConfig {
             "checking the configuration",
             format!("expected {problem}"),
         ))
+    }
+
+    /// What a layer is asked for: its keys, with their types; the defaults where they are not there or null.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Config`], naming the key.
+    pub fn layer<T: DeserializeOwned>(&self, keys: &[&str]) -> Result<T> {
+        let given =
+            self.layers.iter().filter(|(key, value)| keys.contains(&&***key) && !value.is_null());
+        let given: Map<String, Value> =
+            given.map(|(key, value)| (key.clone(), value.clone())).collect();
+        kwargs::typed(&given).map_err(|error| {
+            Error::new(ErrorKind::Config, "reading the configuration", error.to_string())
+        })
+    }
+
+    /// The first key that asks for something and is not among those that somebody knows.
+    pub(crate) fn not_understood(&self, known: &[&str]) -> Option<&str> {
+        let asks = |value: &Value| match value {
+            Value::Null | Value::Bool(false) => false,
+            Value::Object(table) => !table.is_empty(),
+            _ => true,
+        };
+        let mut keys = self.layers.iter().filter(|(_, value)| asks(value)).map(|(key, _)| &**key);
+        keys.find(|key| !known.contains(key))
     }
 
     /// The options of one backend, from its section of `engine_kwargs`; the defaults if it has none.
@@ -165,7 +144,7 @@ impl CheckpointEngineConfig {
     /// # Examples
     ///
     /// ```
-    /// use engine_core::{CheckpointEngineConfig, ConfigFormat};
+    /// use engine_core::CheckpointEngineConfig;
     ///
     /// #[derive(Default, serde::Deserialize)]
     /// #[serde(default)]
@@ -174,10 +153,10 @@ impl CheckpointEngineConfig {
     /// }
     ///
     /// let text = r#"{"engine_kwargs": {"ipc": {"huge_pages": true}}}"#;
-    /// let config = CheckpointEngineConfig::from_text(text, ConfigFormat::Json)?;
+    /// let config: CheckpointEngineConfig = serde_json::from_str(text)?;
     /// assert!(config.kwargs::<Options>("ipc")?.huge_pages);
     /// assert!(!config.kwargs::<Options>("nccl")?.huge_pages);
-    /// # Ok::<(), engine_core::Error>(())
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn kwargs<T: DeserializeOwned + Default>(&self, backend: &str) -> Result<T> {
         let Some(section) = self.engine_kwargs.get(backend) else { return Ok(T::default()) };
@@ -238,6 +217,9 @@ impl Default for DeviceChoice {
 }
 
 impl DeviceChoice {
+    /// What a name of a device looks like, in words.
+    const EXPECTED: &str = "`cpu`, or a kind of device in lower case, and its number after a colon";
+
     /// A device of a kind by its number.
     pub fn new(kind: impl Into<String>, ordinal: u32) -> Self {
         Self { kind: kind.into(), ordinal: Some(ordinal) }
@@ -272,7 +254,11 @@ impl std::str::FromStr for DeviceChoice {
             Ok(ordinal) if named && (kind != "cpu" || ordinal.is_none()) => {
                 Ok(Self { kind: kind.into(), ordinal })
             }
-            _ => Err(config_error(format!("expected {}, found `{text}`", section::DEVICE))),
+            _ => Err(Error::new(
+                ErrorKind::Config,
+                "reading the name of a device",
+                format!("expected {}, found `{text}`", Self::EXPECTED),
+            )),
         }
     }
 }
@@ -292,44 +278,14 @@ impl Serialize for DeviceChoice {
     }
 }
 
-/// The format of a configuration's text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ConfigFormat {
-    /// TOML 1.
-    Toml,
-    /// JSON.
-    Json,
-    /// YAML 1.2, one document.
-    Yaml,
-}
-
-impl ConfigFormat {
-    /// The format that a file's extension stands for.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::Config`] for any other than `toml`, `json`, `yaml` and `yml`, in any case.
-    pub fn from_path(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        let extension = path.extension().unwrap_or_default().to_ascii_lowercase();
-        match extension.to_str() {
-            Some("toml") => Ok(Self::Toml),
-            Some("json") => Ok(Self::Json),
-            Some("yaml" | "yml") => Ok(Self::Yaml),
-            _ => Err(config_error(format!(
-                "{}: the extension has to be one of `toml`, `json`, `yaml`, `yml`",
-                path.display()
-            ))),
-        }
+impl<'de> Deserialize<'de> for DeviceChoice {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(|error: Error| D::Error::custom(&error.report().message))
     }
 }
 
 /// Written so that NaN is not valid either.
 fn valid_timeout(seconds: f64) -> bool {
-    seconds > 0.0 && seconds <= MAX_TIMEOUT_SECONDS
-}
-
-fn config_error(message: String) -> Error {
-    Error::new(ErrorKind::Config, READING, message)
+    seconds > 0.0 && seconds <= CheckpointEngineConfig::MAX_TIMEOUT_SECONDS
 }

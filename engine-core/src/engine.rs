@@ -445,8 +445,8 @@ pub trait Backend: fmt::Debug + Send + Sync {
     fn probe(&self) -> Availability;
 
     /// The kinds of devices that it can have buckets on, beside the host's memory.
-    fn devices(&self) -> &'static [&'static str] {
-        &[]
+    fn devices(&self) -> Devices {
+        Devices::Kinds(&[])
     }
 
     /// Makes one rank's engine.
@@ -465,6 +465,36 @@ pub trait Backend: fmt::Debug + Send + Sync {
     ///
     /// `Mismatch`, naming the rank that does not fit, or that two workers have.
     fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>>;
+}
+
+/// On which devices a backend can have buckets, beside the host's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Devices {
+    /// On those of these kinds.
+    Kinds(&'static [&'static str]),
+    /// It has no buckets: weights stay where they are, on whatever device.
+    Any,
+}
+
+impl Devices {
+    /// Whether devices of a kind are among them.
+    pub fn has(&self, kind: &str) -> bool {
+        match self {
+            Self::Kinds(kinds) => kinds.contains(&kind),
+            Self::Any => true,
+        }
+    }
+}
+
+impl fmt::Display for Devices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kinds(kinds) => {
+                write!(f, "these here: {}", [&["cpu"], *kinds].concat().join(", "))
+            }
+            Self::Any => f.write_str("any device"),
+        }
+    }
 }
 
 /// Whether a backend can run on this machine.

@@ -155,6 +155,11 @@ impl Error {
         Self::new(kind, operation, error.to_string()).with_source(error)
     }
 
+    /// A call that does not fit the engine's phase, or the rank's role.
+    pub fn wrong_phase(operation: &str, message: &str) -> Self {
+        Self::new(ErrorKind::State, operation, message)
+    }
+
     /// Names the rank that the failure concerns, unless one is named already.
     #[must_use]
     pub fn rank(mut self, rank: Rank) -> Self {

@@ -31,12 +31,12 @@ mod weight;
 
 pub use available::available_memory;
 pub use cache::{CacheStore, CacheUpdate, CacheWriter, CachedEngine, WeightCache, ensure_fresh};
-pub use config::{CheckpointEngineConfig, ConfigFormat, DeviceChoice};
+pub use config::{CheckpointEngineConfig, DeviceChoice};
 pub use control::{ControlPlane, Role};
 pub use dtype::DType;
 pub use engine::{
-    Availability, Backend, CheckpointEngine, CheckpointEngineWithCache, EngineContext, Placement,
-    WorkerMetadata, form_group, form_local_group,
+    Availability, Backend, CheckpointEngine, CheckpointEngineWithCache, Devices, EngineContext,
+    Placement, WorkerMetadata, form_group, form_local_group,
 };
 pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
 pub use expected::{Expected, check_names};
@@ -44,7 +44,7 @@ pub use handover::{Holder, Newcomer};
 pub use ids::{Rank, Version};
 pub use manager::{CheckpointEngineManager, LocalRollout, RolloutWorker};
 pub use received::{Install, Outcome, ReceivedBucket, ReceivedPiece, ReceivedWeights, TensorMap};
-pub use registry::{QuantizerLayer, Registry};
+pub use registry::{Layer, PutLayer, Registry};
 pub use report::{
     ReceiveReport, ReceiverReport, SendReport, StageTimes, TensorCounts, VersionState,
 };

@@ -1,7 +1,7 @@
 //! The engine for trainers and rollouts of one process: hands the weights over without a copy.
 //!
 //! A weight that is contiguous in memory arrives as that memory, shared; one that is encoded on the
-//! way (cast, quantised) is encoded once, for all rollouts. There are no buckets, and nothing travels
+//! way (cast, say) is encoded once, for all rollouts. There are no buckets, and nothing travels
 //! that a digest could guard.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -19,9 +19,10 @@ use crate::memory::Pool;
 use crate::observe::{Observer as _, Progress};
 use crate::telemetry::{Meter, ReceiveStages};
 use crate::{
-    Availability, Backend, CheckpointEngine, EngineContext, Error, ErrorKind, ErrorReport, Outcome,
-    Placement, Rank, ReceiveReport, ReceivedBucket, ReceivedWeights, ReceiverReport, Result, Role,
-    SendReport, StageTimes, TensorCounts, Version, VersionState, WeightStream, WorkerMetadata,
+    Availability, Backend, CheckpointEngine, Devices, EngineContext, Error, ErrorKind, ErrorReport,
+    Outcome, Placement, Rank, ReceiveReport, ReceivedBucket, ReceivedWeights, ReceiverReport,
+    Result, Role, SendReport, StageTimes, TensorCounts, Version, VersionState, WeightStream,
+    WorkerMetadata,
 };
 
 const NAME: &str = "naive";
@@ -44,9 +45,8 @@ impl Backend for Naive {
         "trainer and rollouts in one process, without a copy"
     }
 
-    fn devices(&self) -> &'static [&'static str] {
-        // It has no buckets: weights stay where they are.
-        &["cuda"]
+    fn devices(&self) -> Devices {
+        Devices::Any
     }
 
     fn probe(&self) -> Availability {
@@ -204,7 +204,7 @@ impl CheckpointEngine for NaiveEngine {
     async fn prepare(&mut self) -> Result<WorkerMetadata> {
         let (phase, details) = match (&self.phase, self.context.role) {
             (Phase::Sending { .. } | Phase::Receiving { .. }, _) => {
-                return Err(wrong_phase("preparing", "it is in a group already"));
+                return Err(Error::wrong_phase("preparing", "it is in a group already"));
             }
             (_, Role::Trainer) => (Phase::PreparedTrainer, serde_json::Value::Null),
             (_, Role::Rollout) => {
@@ -243,7 +243,10 @@ impl CheckpointEngine for NaiveEngine {
             Phase::PreparedRollout { offers, .. } => Phase::Receiving { rank: place.rank, offers },
             other => {
                 self.phase = other;
-                return Err(wrong_phase("joining the group", "call prepare first, and once"));
+                return Err(Error::wrong_phase(
+                    "joining the group",
+                    "call prepare first, and once",
+                ));
             }
         };
         Ok(())
@@ -255,7 +258,10 @@ impl CheckpointEngine for NaiveEngine {
         version: Version,
     ) -> Result<SendReport> {
         let Phase::Sending { rollouts, absent } = &mut self.phase else {
-            return Err(wrong_phase("sending weights", "this rank is not a trainer of a group"));
+            return Err(Error::wrong_phase(
+                "sending weights",
+                "this rank is not a trainer of a group",
+            ));
         };
         let begun = Instant::now();
         let mut recipients = Vec::new();
@@ -341,7 +347,10 @@ impl CheckpointEngine for NaiveEngine {
 
     async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
         let Phase::Receiving { rank, offers } = &mut self.phase else {
-            return Err(wrong_phase("receiving weights", "this rank is not a rollout of a group"));
+            return Err(Error::wrong_phase(
+                "receiving weights",
+                "this rank is not a rollout of a group",
+            ));
         };
         let (rank, deadline) = (*rank, self.context.deadline());
         let operation = "waiting for an update to begin";
@@ -413,7 +422,7 @@ impl CheckpointEngine for NaiveEngine {
 
     async fn finalize(&mut self) -> Result<()> {
         match std::mem::replace(&mut self.phase, Phase::New) {
-            Phase::New => return Err(wrong_phase("finalizing", "it was not prepared")),
+            Phase::New => return Err(Error::wrong_phase("finalizing", "it was not prepared")),
             Phase::PreparedRollout { id, .. } => {
                 waiting().remove(&id);
             }
@@ -652,8 +661,4 @@ impl Drop for Guard {
 fn waiting() -> std::sync::MutexGuard<'static, HashMap<u64, mpsc::UnboundedSender<Offer>>> {
     // Insertions and removals are all that happens to the map.
     WAITING.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn wrong_phase(operation: &str, message: &str) -> Error {
-    Error::new(ErrorKind::State, operation, message)
 }

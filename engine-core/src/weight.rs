@@ -103,7 +103,7 @@ impl TensorMeta {
 /// in any order, on any number of threads, gives the same bytes as one call for the whole. That is
 /// what lets a weight larger than a bucket be split anywhere.
 pub trait Encoding: Any + fmt::Debug + Send + Sync {
-    /// A short name for reports and errors: `cast`, `fp8`.
+    /// A short name for reports and errors: `cast`.
     fn name(&self) -> &'static str;
 
     /// Bytes read from the trainer's memory to produce the whole output.

@@ -25,8 +25,8 @@ use crate::{Fp8Format, Granularity, Mode, NonFinite, Precast, ScaleName};
 /// # Examples
 ///
 /// ```
-/// use engine_core::{CheckpointEngineConfig, ConfigFormat};
-/// use quant_fp8::Quantization;
+/// use engine_config::Format;
+/// use quant_fp8::Fp8Config;
 ///
 /// let text = "
 /// backend: ipc
@@ -36,8 +36,8 @@ use crate::{Fp8Format, Granularity, Mode, NonFinite, Precast, ScaleName};
 ///   granularity: 128x128
 ///   ignored_layers: [model.layers.0, 're:.*shared_expert']
 /// ";
-/// let config = CheckpointEngineConfig::from_text(text, ConfigFormat::Yaml)?;
-/// let section = Quantization::of(&config)?;
+/// let config = engine_config::parse(text, Format::Yaml)?;
+/// let section = Fp8Config::of(&config)?.quantization;
 /// assert_eq!(section.ignored_layers.len(), 2);
 /// # Ok::<(), engine_core::Error>(())
 /// ```
@@ -94,19 +94,54 @@ pub(crate) struct Declaration {
     pub(crate) section: Quantization,
 }
 
-impl Quantization {
-    /// The section of a configuration.
+/// What a configuration says of FP8: the keys that [`LAYER`](crate::LAYER) understands.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct Fp8Config {
+    /// Whether the trainer quantises to FP8 what it sends.
+    pub trainer_quantize_fp8: bool,
+    /// How to quantise, and what a rollout takes.
+    pub quantization: Quantization,
+}
+
+impl Fp8Config {
+    pub(crate) const KEYS: [&'static str; 2] = ["trainer_quantize_fp8", "quantization"];
+
+    /// Those keys of a configuration.
     ///
     /// # Errors
     ///
-    /// `Config`, naming the key; for an unknown one the message lists the known ones.
+    /// `Config`, naming the key; for an unknown one within `quantization` the message lists the known ones.
     pub fn of(config: &CheckpointEngineConfig) -> Result<Self> {
-        serde_json::from_value(Value::Object(config.quantization.clone())).map_err(|error| {
-            let message = format!("`quantization`: {error}");
-            Error::new(ErrorKind::Config, "reading the configuration", message)
-        })
+        config.layer(&Self::KEYS)
     }
 
+    /// Puts the keys into a configuration; those that say nothing are left out.
+    ///
+    /// # Errors
+    ///
+    /// `Config` for a section that cannot be written.
+    pub fn put_into(&self, config: &mut CheckpointEngineConfig) -> Result<()> {
+        for key in Self::KEYS {
+            config.layers.remove(key);
+        }
+        let [on_send, section] = Self::KEYS;
+        if self.trainer_quantize_fp8 {
+            config.layers.insert(on_send.into(), true.into());
+        }
+        if self.quantization != Quantization::default() {
+            let value = serde_json::to_value(&self.quantization).map_err(|error| {
+                Error::new(ErrorKind::Config, "writing the configuration", error.to_string())
+                    .with_source(error)
+            })?;
+            config.layers.insert(section.into(), value);
+        }
+        Ok(())
+    }
+}
+
+impl Quantization {
     /// The rules that the section gives by itself, with the layers that
     /// [`SGLANG_FP8_IGNORED_LAYERS`](crate::rules::IGNORED_LAYERS_VARIABLE) names.
     pub fn rules(&self) -> RulesConfig {
@@ -136,11 +171,11 @@ impl Quantization {
 impl Declaration {
     /// What a rank declares.
     pub(crate) fn of(config: &CheckpointEngineConfig, role: Role) -> Result<Self> {
-        let mut section = Quantization::of(config)?;
+        let Fp8Config { trainer_quantize_fp8, quantization: mut section } = Fp8Config::of(config)?;
         // What the environment of a rank says is part of what it declares.
         section.ignored_layers.extend(ignored_layers_from_env());
         let quantizes = match role {
-            Role::Trainer => config.trainer_quantize_fp8,
+            Role::Trainer => trainer_quantize_fp8,
             Role::Rollout => section.quantize_on_receive,
         };
         Ok(Self { quantizes, section })

@@ -2,27 +2,25 @@
 
 use async_trait::async_trait;
 use engine_core::{
-    CheckpointEngine, EngineContext, Placement, ReceivedWeights, Result, Role, SendReport, Version,
-    WeightStream, WorkerMetadata, memory::Pool,
+    CheckpointEngine, EngineContext, Layer, Placement, ReceivedWeights, Result, Role, SendReport,
+    Version, WeightStream, WorkerMetadata, memory::Pool,
 };
 
-use crate::contract::{Declaration, Inspector, agree};
+use crate::contract::{Declaration, Fp8Config, Inspector, agree};
 use crate::rules::Rules;
 use crate::{Fp8Quantizer, QuantizeFp8};
 
-/// Puts quantisation in front of an engine, as its configuration says: the function to give to
-/// [`Registry::with_quantizer`](engine_core::Registry::with_quantizer).
+/// Quantisation in front of an engine, as its configuration says: to be given to
+/// [`Registry::with_layer`](engine_core::Registry::with_layer). [`Fp8Config`] has its keys.
 ///
 /// On every rank the engine then declares a format contract in [`prepare`](CheckpointEngine::prepare)
 /// and compares it with the others' in
 /// [`init_process_group`](CheckpointEngine::init_process_group). A trainer with
 /// `trainer_quantize_fp8` quantises what it sends; a rollout with `quantize_on_receive` what arrives
-/// unquantised.
-///
-/// # Errors
-///
-/// `Config` for a `quantization` section that cannot be used.
-pub fn with_fp8(
+/// unquantised. A `quantization` section that cannot be used is an error of the engine's making.
+pub const LAYER: Layer = Layer { name: "fp8", keys: &Fp8Config::KEYS, put: with_fp8 };
+
+fn with_fp8(
     engine: Box<dyn CheckpointEngine>,
     context: &EngineContext,
 ) -> Result<Box<dyn CheckpointEngine>> {

@@ -9,7 +9,7 @@
 //!   the `quantization_config` of `config.json`.
 //! - [`Codec`] does it, at the speed of memory, on whole tensors or on any range of their elements,
 //!   straight from the source into the buffer that is sent.
-//! - [`QuantizeFp8`] quantises a stream of weights while they are packed, and [`with_fp8`] puts that
+//! - [`QuantizeFp8`] quantises a stream of weights while they are packed, and [`LAYER`] puts that
 //!   in front of any engine whose configuration asks for it, once all ranks agree on the format.
 
 #![deny(unsafe_code)]
@@ -25,9 +25,9 @@ pub mod rules;
 
 pub use codec::{Codec, Source, Store, copy_non_temporal};
 pub use combinator::{Fp8Quantizer, QuantizeFp8, stored};
-pub use contract::{Accepts, Quantization, agreed_rules};
+pub use contract::{Accepts, Fp8Config, Quantization, agreed_rules};
 pub use encoding::{Fp8Codes, Fp8Scales};
-pub use engine::with_fp8;
+pub use engine::LAYER;
 pub use error::QuantError;
 pub use format::{
     BlockGrid, BlockScale, Fp8Format, Granularity, Mode, NonFinite, Precast, ScaleName, SourceType,

@@ -3,11 +3,11 @@
 //! libraries have such suites of their own.
 
 use conformance::Suite;
-use engine_core::{Backend, Weight, naive};
+use engine_core::{Backend, Role, Weight, naive};
 use futures::StreamExt;
 use futures::executor::block_on;
 use quant_fp8::rules::{Receiver, Rules, RulesConfig};
-use quant_fp8::{QuantizeFp8, with_fp8};
+use quant_fp8::{LAYER, QuantizeFp8};
 
 fn quantized(weights: Vec<Weight>) -> Vec<Weight> {
     let config = RulesConfig { receiver: Receiver::Any, ..RulesConfig::default() };
@@ -16,17 +16,17 @@ fn quantized(weights: Vec<Weight>) -> Vec<Weight> {
 }
 
 fn on_the_trainer(backend: &'static dyn Backend) -> Suite {
-    Suite::new(backend).with_quantizer(with_fp8, quantized).with_config(|config| {
-        config.trainer_quantize_fp8 = true;
+    Suite::new(backend).with_layer(LAYER, Role::Trainer, quantized).with_config(|config| {
+        config.layers.insert("trainer_quantize_fp8".into(), true.into());
         // The suite's shapes are no engine's.
-        config.quantization.insert("receiver".into(), "any".into());
+        config.layers.insert("quantization".into(), serde_json::json!({"receiver": "any"}));
     })
 }
 
 fn on_the_rollout(backend: &'static dyn Backend) -> Suite {
-    Suite::new(backend).with_quantizer(with_fp8, quantized).with_config(|config| {
-        config.quantization.insert("quantize_on_receive".into(), true.into());
-        config.quantization.insert("receiver".into(), "any".into());
+    Suite::new(backend).with_layer(LAYER, Role::Rollout, quantized).with_config(|config| {
+        let section = serde_json::json!({"quantize_on_receive": true, "receiver": "any"});
+        config.layers.insert("quantization".into(), section);
     })
 }
 

@@ -4,11 +4,11 @@
 
 use engine_core::{
     CheckpointEngine, CheckpointEngineConfig, DType, EngineContext, Error, ErrorKind, Placement,
-    Registry, Result, Role, SendReport, TensorMeta, Version, Weight, WorkerMetadata,
+    Rank, Registry, Result, Role, SendReport, TensorMeta, Version, Weight, WorkerMetadata,
     ensure_async_iterator, form_local_group, naive,
 };
 use futures::future::join;
-use quant_fp8::with_fp8;
+use quant_fp8::LAYER;
 use serde_json::{Value, json};
 
 fn engine(
@@ -17,12 +17,16 @@ fn engine(
     section: &Value,
 ) -> Result<Box<dyn CheckpointEngine>> {
     let config = CheckpointEngineConfig {
-        trainer_quantize_fp8: trainer_quantizes,
-        quantization: section.as_object().unwrap().clone(),
+        layers: json!({"trainer_quantize_fp8": trainer_quantizes, "quantization": section})
+            .as_object()
+            .unwrap()
+            .clone(),
         timeout_seconds: 5.0,
         ..Default::default()
     };
-    Registry::new().with_quantizer(with_fp8).create(EngineContext::new(config, role))
+    // Tests run beside one another: without a number each engine takes the lowest that is free in the process.
+    let rank = Rank(u32::from(role == Role::Rollout));
+    Registry::new().with_layer(LAYER).create(EngineContext::new(config, role).with_rank(rank))
 }
 
 struct Pair {

@@ -14,8 +14,10 @@ use serde::Serialize;
 
 use crate::device;
 use crate::memory::{PeakMemory, memcpy_gb_per_s};
+use crate::processes::Processes;
+use crate::roles::BARE;
 use crate::source::{Source, SourceSpec};
-use crate::sync::{BARE, Processes, SyncOptions};
+use crate::sync::SyncOptions;
 
 /// What to measure.
 #[derive(Clone, Debug)]

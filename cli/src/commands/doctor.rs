@@ -1,22 +1,83 @@
-//! `ckpt-engine doctor --backend hccl`: tries HCCL, without a group of engines.
+//! `ckpt-engine doctor`: which backends can run here. HCCL is tried in full, without a group of engines.
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use checkpoint_engine::hccl::doctor;
+use checkpoint_engine::{Availability, registry};
+use clap::Args;
 
-use crate::{Failure, json_line, say};
+use crate::Failure;
+use crate::output::{json_line, say};
+
+/// Says which backends can run on this machine, and what the others need.
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// Try this backend as thoroughly as can be; only hccl can be tried without a group
+    #[arg(long, value_name = "NAME", value_parser = ["hccl"])]
+    backend: Option<String>,
+    /// The folder of libascendcl.so and libhccl.so: CANN's, or a simulator's
+    #[arg(long, value_name = "PATH", requires = "backend")]
+    hccl_lib: Option<PathBuf>,
+    /// What a process that the doctor starts does
+    #[arg(long, hide = true, requires = "backend")]
+    task: Option<String>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn doctor_command(args: &DoctorArgs) -> Result<ExitCode, Failure> {
+    if args.backend.is_some() {
+        let hccl = HcclArgs {
+            library_dir: args.hccl_lib.clone(),
+            json: args.json,
+            task: args.task.clone(),
+        };
+        return hccl_command(&hccl);
+    }
+    let backends: Vec<(&str, &str, Availability)> = registry()
+        .backends()
+        .map(|backend| (backend.name(), backend.summary(), backend.probe()))
+        .collect();
+    if args.json {
+        let backends: serde_json::Map<String, serde_json::Value> = backends
+            .iter()
+            .map(|(name, summary, found)| {
+                let mut value = serde_json::json!(found);
+                value["summary"] = (*summary).into();
+                ((*name).to_owned(), value)
+            })
+            .collect();
+        let devices = cli::device::describe();
+        say(serde_json::json!({ "backends": backends, "devices": devices }).to_string())?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    for line in cli::device::describe() {
+        say(line)?;
+    }
+    for (name, summary, found) in backends {
+        say(format!("{name}: {summary}"))?;
+        match found {
+            Availability::Usable { details } => say(format!("  usable: {details}"))?,
+            Availability::Unusable { reason, remedy } => {
+                say(format!("  not usable: {reason}\n  to change that: {remedy}"))?;
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
 
 /// What to try.
 #[derive(Debug)]
-pub(crate) struct HcclArgs {
-    pub(crate) library_dir: Option<PathBuf>,
-    pub(crate) json: bool,
+struct HcclArgs {
+    library_dir: Option<PathBuf>,
+    json: bool,
     /// Set in the processes that it starts.
-    pub(crate) task: Option<String>,
+    task: Option<String>,
 }
 
-pub(crate) fn hccl_command(args: &HcclArgs) -> Result<ExitCode, Failure> {
+fn hccl_command(args: &HcclArgs) -> Result<ExitCode, Failure> {
     let library_dir = args.library_dir.as_ref().map(std::path::absolute).transpose()?;
     if let Some(task) = &args.task {
         doctor::child(library_dir.as_deref(), task)?;

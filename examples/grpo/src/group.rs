@@ -4,8 +4,7 @@ use std::time::Duration;
 
 use checkpoint_engine::control::{ControlConfig, Token};
 use checkpoint_engine::{
-    CheckpointEngine, CheckpointEngineConfig, ConfigFormat, ControlPlane, EngineContext, Role,
-    form_group, registry,
+    CheckpointEngine, ControlPlane, EngineContext, Role, config, form_group, registry,
 };
 
 use crate::Failure;
@@ -31,7 +30,7 @@ impl Member {
             Role::Trainer => ControlPlane::lead(place).await?,
             Role::Rollout => ControlPlane::join(place, role, None).await?,
         };
-        let config = CheckpointEngineConfig::from_text(config, ConfigFormat::Json)?;
+        let config = config::parse(config, config::Format::Json)?;
         let registry = registry();
         let context = EngineContext::new(config.clone(), role).with_control(control.clone());
         let mut engine = registry.create(context)?;

@@ -1,4 +1,4 @@
-//! The keys of the section, and what each of them takes.
+//! The keys of the section, those of layers among them, and what each of them takes.
 //!
 //! Written by hand rather than derived: each check runs inside the visitor that is handed the value,
 //! because that is where a format's parser still knows the line, and each message names its key.
@@ -8,21 +8,18 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroUsize;
 
-use serde::de::{
-    Deserialize, DeserializeSeed, Deserializer, Error as _, MapAccess, Unexpected, Visitor,
-};
+use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, Unexpected, Visitor};
 use serde_json::{Map, Value};
 
-use super::{CheckpointEngineConfig, valid_timeout};
+use engine_core::CheckpointEngineConfig;
 
-pub(super) const BACKEND: &str = "`backend` to be the name of a backend";
-pub(super) const BUCKET: &str =
+const BACKEND: &str = "`backend` to be the name of a backend";
+const BUCKET: &str =
     "`update_weights_bucket_megabytes` to be a whole number of at least 1 and below 2^32";
-pub(super) const DEVICE: &str = "`device` to be `cpu`, or a kind of device and a number: `cuda:0`";
-pub(super) const TIMEOUT: &str =
-    "`timeout_seconds` to be a number above 0 and of at most 1000000000";
+const DEVICE: &str = "`device` to be `cpu`, or a kind of device and a number: `cuda:0`";
+const TIMEOUT: &str = "`timeout_seconds` to be a number above 0 and of at most 1000000000";
 
-/// The keys to offer when an unknown one was given, in the order of the struct's fields.
+/// The keys to offer when an unknown one was given.
 const KNOWN: [&str; 10] = [
     "backend",
     "update_weights_bucket_megabytes",
@@ -36,16 +33,33 @@ const KNOWN: [&str; 10] = [
     "max_staleness",
 ];
 
-/// Keys of verl that have no field.
-const UNDERSTOOD: [&str; 2] = ["custom_backend_module", "_target_"];
+/// Those of them that layers in front of the engine have, with what they take.
+const OF_LAYERS: [(&str, Takes); 2] =
+    [("trainer_quantize_fp8", Takes::Flag), ("quantization", Takes::Table)];
 
-impl<'de> Deserialize<'de> for CheckpointEngineConfig {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(Section)
-    }
+/// What a layer's key takes.
+#[derive(Clone, Copy)]
+enum Takes {
+    Flag,
+    Table,
 }
 
-struct Section;
+/// Keys of verl that stand for nothing here.
+///
+/// `custom_backend_module` may be null or empty; with a value it is refused, because a program registers its own
+/// backends in Rust. `_target_` names a Python class for Hydra.
+const UNDERSTOOD: [&str; 2] = ["custom_backend_module", "_target_"];
+
+/// Reads the section.
+pub(crate) struct Section;
+
+impl<'de> DeserializeSeed<'de> for Section {
+    type Value = CheckpointEngineConfig;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
 
 impl<'de> Visitor<'de> for Section {
     type Value = CheckpointEngineConfig;
@@ -81,13 +95,6 @@ impl<'de> Visitor<'de> for Section {
                 "engine_kwargs" => {
                     config.engine_kwargs = map.next_value_seed(Tables)?;
                 }
-                "trainer_quantize_fp8" => {
-                    let field = &mut config.trainer_quantize_fp8;
-                    scalar(&mut map, "`trainer_quantize_fp8` to be true or false", field, flag)?;
-                }
-                "quantization" => {
-                    config.quantization = map.next_value_seed(Table("quantization"))?;
-                }
                 "timeout_seconds" => {
                     scalar(&mut map, TIMEOUT, &mut config.timeout_seconds, |found| {
                         let seconds = match found {
@@ -95,7 +102,8 @@ impl<'de> Visitor<'de> for Section {
                             Found::Float(seconds) => seconds,
                             _ => return None,
                         };
-                        valid_timeout(seconds).then_some(seconds)
+                        let most = CheckpointEngineConfig::MAX_TIMEOUT_SECONDS;
+                        (seconds > 0.0 && seconds <= most).then_some(seconds)
                     })?;
                 }
                 "digests" => {
@@ -132,9 +140,25 @@ impl<'de> Visitor<'de> for Section {
                         _ => None,
                     })?;
                 }
-                _ => {
-                    map.next_value::<serde::de::IgnoredAny>()?;
-                }
+                _ => match OF_LAYERS.iter().find(|(name, _)| *name == key) {
+                    Some((_, Takes::Flag)) => {
+                        let mut given = false;
+                        let expected = format!("`{key}` to be true or false");
+                        scalar(&mut map, &expected, &mut given, flag)?;
+                        if given {
+                            config.layers.insert(key.to_owned(), given.into());
+                        }
+                    }
+                    Some((_, Takes::Table)) => {
+                        let table = map.next_value_seed(Table(key))?;
+                        if !table.is_empty() {
+                            config.layers.insert(key.to_owned(), table.into());
+                        }
+                    }
+                    None => {
+                        map.next_value::<serde::de::IgnoredAny>()?;
+                    }
+                },
             }
         }
         Ok(config)
@@ -194,7 +218,7 @@ fn flag(found: Found<'_>) -> Option<bool> {
 /// Reads the next value into a field, which keeps its default when the value is null.
 fn scalar<'de, A: MapAccess<'de>, T>(
     map: &mut A,
-    expected: &'static str,
+    expected: &str,
     field: &mut T,
     check: impl FnOnce(Found<'_>) -> Option<T>,
 ) -> Result<(), A::Error> {
@@ -204,12 +228,12 @@ fn scalar<'de, A: MapAccess<'de>, T>(
     Ok(())
 }
 
-struct Scalar<F> {
-    expected: &'static str,
+struct Scalar<'a, F> {
+    expected: &'a str,
     check: F,
 }
 
-impl<'de, T, F: FnOnce(Found<'_>) -> Option<T>> DeserializeSeed<'de> for Scalar<F> {
+impl<'de, T, F: FnOnce(Found<'_>) -> Option<T>> DeserializeSeed<'de> for Scalar<'_, F> {
     type Value = Option<T>;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Option<T>, D::Error> {
@@ -217,7 +241,7 @@ impl<'de, T, F: FnOnce(Found<'_>) -> Option<T>> DeserializeSeed<'de> for Scalar<
     }
 }
 
-impl<F> Scalar<F> {
+impl<F> Scalar<'_, F> {
     fn take<T, E: serde::de::Error>(
         self,
         found: Found<'_>,
@@ -233,7 +257,7 @@ impl<F> Scalar<F> {
     }
 }
 
-impl<T, F: FnOnce(Found<'_>) -> Option<T>> Visitor<'_> for Scalar<F> {
+impl<T, F: FnOnce(Found<'_>) -> Option<T>> Visitor<'_> for Scalar<'_, F> {
     type Value = Option<T>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

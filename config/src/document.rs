@@ -1,23 +1,19 @@
-//! Finds the section in a document, and turns three parsers' errors into one form.
+//! Finds the section in a document.
 
 use std::fmt;
 
-use serde::Deserialize;
+use engine_core::CheckpointEngineConfig;
 use serde::de::{
     DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor,
 };
 
-use super::{CheckpointEngineConfig, ConfigFormat};
-
-/// What is wrong with a text, and where.
-pub(super) struct Problem {
-    pub(super) line: Option<usize>,
-    pub(super) message: String,
-}
+use crate::Format;
+use crate::section::Section;
+use crate::text::{Problem, run};
 
 /// Reads twice: where the section lies decides whether a key beside it is an unknown key or none of
 /// our business, and that has to be known when the key is met, while the parser can say the line.
-pub(super) fn read(text: &str, format: ConfigFormat) -> Result<CheckpointEngineConfig, Problem> {
+pub(crate) fn read(text: &str, format: Format) -> Result<CheckpointEngineConfig, Problem> {
     if text.trim().is_empty() {
         return Ok(CheckpointEngineConfig::default());
     }
@@ -29,77 +25,6 @@ pub(super) fn read(text: &str, format: ConfigFormat) -> Result<CheckpointEngineC
     }
     let path = sections.into_iter().next().unwrap_or_default();
     run(text, format, Descend(&path))
-}
-
-fn run<T>(
-    text: &str,
-    format: ConfigFormat,
-    seed: impl for<'de> DeserializeSeed<'de, Value = T>,
-) -> Result<T, Problem> {
-    match format {
-        ConfigFormat::Toml => toml::Deserializer::parse(text)
-            .and_then(|deserializer| seed.deserialize(deserializer))
-            .map_err(|error| Problem {
-                line: error.span().and_then(|span| line_at(text, span.start)),
-                message: error.message().to_owned(),
-            }),
-        ConfigFormat::Json => {
-            let mut deserializer = serde_json::Deserializer::from_str(text);
-            seed.deserialize(&mut deserializer)
-                .and_then(|value| deserializer.end().map(|()| value))
-                .map_err(|error| {
-                    let (line, column) = (error.line(), error.column());
-                    Problem {
-                        line: (line > 0).then_some(line),
-                        message: without_place(error.to_string(), line, column),
-                    }
-                })
-        }
-        ConfigFormat::Yaml if is_too_deep(text) => Err(Problem {
-            line: None,
-            message: format!("more than {DEEPEST} brackets within one another"),
-        }),
-        ConfigFormat::Yaml => seed.deserialize(serde_norway::Deserializer::from_str(text)).map_err(
-            |error| match error.location() {
-                Some(place) => Problem {
-                    line: Some(place.line()),
-                    message: without_place(error.to_string(), place.line(), place.column()),
-                },
-                None => Problem { line: None, message: error.to_string() },
-            },
-        ),
-    }
-}
-
-/// The most brackets within one another, as in JSON.
-const DEEPEST: usize = 128;
-
-/// Whether brackets are nested so deeply that the YAML parser, which looks at all open ones at each
-/// character, would take minutes before it refuses them.
-///
-/// Brackets in texts count, too; those that no other closes are few there.
-fn is_too_deep(text: &str) -> bool {
-    let mut depth: usize = 0;
-    text.bytes().any(|byte| {
-        match byte {
-            b'[' | b'{' => depth += 1,
-            b']' | b'}' => depth = depth.saturating_sub(1),
-            _ => {}
-        }
-        depth > DEEPEST
-    })
-}
-
-fn line_at(text: &str, offset: usize) -> Option<usize> {
-    Some(text.get(..offset)?.matches('\n').count() + 1)
-}
-
-/// The line stands before the message already.
-fn without_place(message: String, line: usize, column: usize) -> String {
-    match message.strip_suffix(&format!(" at line {line} column {column}")) {
-        Some(message) => message.to_owned(),
-        None => message,
-    }
 }
 
 /// The key of the section in verl's documents.
@@ -199,7 +124,7 @@ impl<'de> DeserializeSeed<'de> for Descend<'_> {
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
         if self.0.is_empty() {
-            CheckpointEngineConfig::deserialize(deserializer)
+            Section.deserialize(deserializer)
         } else {
             deserializer.deserialize_map(self)
         }

@@ -1,0 +1,44 @@
+//! The end of the process: no agent may be alive when UCX takes down what its workers use.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::handle::Command;
+
+/// The threads that have agents.
+static RUNNING: Mutex<BTreeMap<u64, Sender<Command>>> = Mutex::new(BTreeMap::new());
+
+static ENDED: Condvar = Condvar::new();
+
+/// A thread's entry in the list of those that have agents, until its end.
+pub(super) struct Running(u64);
+
+impl Running {
+    pub(super) fn new(commands: Sender<Command>) -> Self {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        RUNNING.lock().unwrap_or_else(PoisonError::into_inner).insert(number, commands);
+        Self(number)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        RUNNING.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.0);
+        ENDED.notify_all();
+    }
+}
+
+/// Closes all agents and waits for it, but not for long: called when the process ends, before UCX
+/// takes down what its workers use. An agent that was alive after that would crash the process.
+pub(super) extern "C" fn close_all() {
+    let running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+    for commands in running.values() {
+        // One that has ended meanwhile leaves the list by itself.
+        drop(commands.send(Command::Close));
+    }
+    drop(ENDED.wait_timeout_while(running, Duration::from_secs(3), |running| !running.is_empty()));
+}

@@ -1,0 +1,184 @@
+//! The handle of an agent's thread, and what it has the thread do.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{SendError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rustix::io::Errno;
+use tracing::debug;
+
+use super::exit::Running;
+use super::worker::Worker;
+use super::{AgentOptions, Card};
+use crate::arena::{Arena, Slot};
+use crate::error::NixlError;
+
+/// Who waits for a transfer.
+pub(crate) trait Awaiting: Send {
+    /// Whether it still does.
+    fn is_awaited(&self) -> bool;
+
+    /// Takes the slot with its bytes, from the agent's thread.
+    fn tell(self: Box<Self>, result: Result<Slot, NixlError>);
+}
+
+/// A transfer to a slot of this rank from one of a peer.
+pub(crate) struct Transfer {
+    pub(crate) slot: Slot,
+    pub(crate) peer: Arc<Card>,
+    /// The peer's slot.
+    pub(crate) from: u32,
+    pub(crate) deadline: Duration,
+    pub(crate) done: Box<dyn Awaiting>,
+}
+
+/// What the handle asks the thread for.
+pub(super) enum Command {
+    Start(Transfer),
+    Forget(String),
+    /// Something is about to happen: peers will ask for what this rank has.
+    Stir,
+    /// No update is going on: replace the agent, if that frees memory.
+    Renew(tokio::sync::oneshot::Sender<()>),
+    Close,
+}
+
+/// The handle of an agent's thread. Closed when dropped, without waiting; [`close`](Self::close) waits.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    commands: Sender<Command>,
+    ended: tokio::sync::oneshot::Receiver<()>,
+    pub(super) known: Arc<Known>,
+}
+
+/// What an agent and those who pass on its card know.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    /// How to reach the agent, if none of its slots moves.
+    pub(super) card: Mutex<Option<Arc<Card>>>,
+    /// Whether the agent has asked a peer to write, so that slots may have to move.
+    pub(super) moves: AtomicBool,
+    /// Whether peers are told so.
+    pub(super) told: AtomicBool,
+    /// How many slots' memory is kept for peers that may still write to it.
+    pub(super) retired: AtomicUsize,
+}
+
+impl Known {
+    pub(super) fn card(&self) -> MutexGuard<'_, Option<Arc<Card>>> {
+        self.card.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Agent {
+    /// Starts a thread, an agent on it, and registers the arena.
+    pub(crate) async fn start(
+        options: AgentOptions,
+        name: String,
+        arena: Arc<Arena>,
+    ) -> Result<Self, NixlError> {
+        let (commands, inbox) = channel();
+        let (ready, is_ready) = tokio::sync::oneshot::channel();
+        let (ending, ended) = tokio::sync::oneshot::channel::<()>();
+        let running = Running::new(commands.clone());
+        let known = Arc::<Known>::default();
+        let theirs = known.clone();
+        let run = move || {
+            let _running = running;
+            match Worker::new(options, name, arena, theirs) {
+                Ok(worker) => {
+                    // Without someone who waits for it, there is nobody to work for.
+                    if ready.send(Ok(())).is_ok() {
+                        worker.run(&inbox);
+                    }
+                }
+                Err(error) => drop(ready.send(Err(error))),
+            }
+            drop(ending);
+        };
+        let thread = std::thread::Builder::new().name("ckpt-nixl".into()).spawn(run);
+        thread.map_err(|error| NixlError::System {
+            call: "clone",
+            errno: Errno::from_io_error(&error).unwrap_or(Errno::AGAIN),
+        })?;
+        is_ready.await.map_err(|_| NixlError::Closed)??;
+        Ok(Self { commands, ended, known })
+    }
+
+    /// What peers need to reach it. If it says that slots move, they are told so from now on.
+    pub(crate) fn card(&self) -> Result<Arc<Card>, NixlError> {
+        let card = self.known.card().clone().ok_or(NixlError::Closed)?;
+        Ok(if self.moves() { Arc::new(Card { moves: true, ..(*card).clone() }) } else { card })
+    }
+
+    /// Whether peers have to be told that slots move; they are, from now on.
+    pub(super) fn moves(&self) -> bool {
+        let possible = self.known.moves.load(Ordering::SeqCst);
+        if possible {
+            self.known.told.store(true, Ordering::SeqCst);
+        }
+        possible
+    }
+
+    /// Between updates: if memory is kept for peers that were given up, and the end of the agent's connections
+    /// proves that they cannot write any more, another agent takes its place, with another card, and the memory is
+    /// used again.
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, the agent is not replaced any more.
+    pub(crate) async fn renew(&self, limit: Duration) {
+        if self.known.retired.load(Ordering::SeqCst) == 0 {
+            return;
+        }
+        let (done, is_done) = tokio::sync::oneshot::channel();
+        if self.commands.send(Command::Renew(done)).is_ok()
+            && engine_core::clock::within(limit, is_done).await.is_none()
+        {
+            debug!("the agent has no time to be replaced");
+        }
+    }
+
+    /// Has a transfer made; its end is told to `done`.
+    pub(crate) fn transfer(&self, transfer: Transfer) {
+        if let Err(SendError(Command::Start(transfer))) =
+            self.commands.send(Command::Start(transfer))
+        {
+            transfer.done.tell(Err(NixlError::Closed));
+        }
+    }
+
+    /// Gives up all transfers with a peer, and forgets it.
+    pub(crate) fn forget(&self, peer: &Card) {
+        if self.commands.send(Command::Forget(peer.name.clone())).is_err() {
+            debug!(peer = peer.name, "the agent has ended, and with it what it knew of a peer");
+        }
+    }
+
+    /// Has the agent look more often for what peers ask for, for a while.
+    pub(crate) fn stir(&self) {
+        if self.commands.send(Command::Stir).is_err() {
+            debug!("the agent has ended, and serves nobody any more");
+        }
+    }
+
+    /// Ends the thread: transfers under way are given up, the memory is not registered any more.
+    pub(crate) async fn close(mut self) {
+        self.begin_to_close();
+        // The thread drops its end when it has nothing left to do.
+        drop((&mut self.ended).await);
+    }
+
+    fn begin_to_close(&self) {
+        if self.commands.send(Command::Close).is_err() {
+            debug!("the agent has ended before");
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.begin_to_close();
+    }
+}

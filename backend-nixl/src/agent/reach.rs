@@ -1,0 +1,178 @@
+//! From whom an agent can read, and who can write to it after its end.
+
+use std::collections::{HashMap, VecDeque};
+
+use engine_core::{Rank, Role, WorkerMetadata};
+
+use super::{AgentOptions, Card};
+use crate::NAME;
+use crate::arena::Arena;
+use crate::lent::Writer;
+use crate::sys;
+
+/// Of how many agents it is remembered whether they can be read from: each start of a process is another agent.
+const DECISIONS: usize = 1024;
+
+/// From whom an agent can read, as far as that is certain: before it is tried, and after.
+#[derive(Debug)]
+pub(crate) struct Reach {
+    /// Whether there is nothing but TCP.
+    only_tcp: bool,
+    /// Whether there is nothing but TCP between hosts.
+    only_tcp_between_hosts: bool,
+    host: String,
+    /// Whether UCX emulates what its transports cannot do: for memory of devices.
+    emulates: bool,
+    /// Whether an agent can be read from, as was found out, by its name.
+    decided: HashMap<String, bool>,
+    /// Those names, in the order in which it was.
+    order: VecDeque<String>,
+}
+
+impl Reach {
+    pub(crate) fn new(options: &AgentOptions, arena: &Arena) -> Self {
+        // NIXL prefers the variable as well.
+        let transports = std::env::var("UCX_TLS").unwrap_or_else(|_| options.transports.clone());
+        Self {
+            only_tcp: transports.split(',').all(|name| matches!(name, "tcp" | "self")),
+            only_tcp_between_hosts: sys::infiniband_devices().is_empty(),
+            host: this_host(),
+            emulates: arena.device().is_some(),
+            decided: HashMap::new(),
+            order: VecDeque::new(),
+        }
+    }
+
+    /// What is known of a peer that was told to write here.
+    pub(super) fn writer(&self, peer: &Card) -> Writer {
+        let here = is_same_machine(&self.host, &peer.host);
+        let ends_with_agent = self.reads_nobody() || !(here || self.emulates);
+        Writer { ends_with_agent, process: peer.process.clone().filter(|_| here) }
+    }
+
+    /// Whether it is certain that an agent cannot be read from.
+    pub(crate) fn excludes(&self, peer: &Card) -> bool {
+        let only_tcp = self.only_tcp || (self.only_tcp_between_hosts && peer.host != self.host);
+        let known = only_tcp && !self.emulates && peer.device.is_none();
+        known || self.decided.get(&peer.name) == Some(&false)
+    }
+
+    /// Whether nothing was found out of an agent. One that could be read from once, and cannot be any more,
+    /// is gone.
+    pub(super) fn is_undecided(&self, peer: &str) -> bool {
+        !self.decided.contains_key(peer)
+    }
+
+    /// Takes note of whether an agent can be read from.
+    pub(super) fn decide(&mut self, peer: &str, readable: bool) {
+        if self.is_undecided(peer) {
+            self.decided.insert(peer.to_owned(), readable);
+            self.order.push_back(peer.to_owned());
+            if self.order.len() > DECISIONS
+                && let Some(oldest) = self.order.pop_front()
+            {
+                self.decided.remove(&oldest);
+            }
+        }
+    }
+
+    /// Whether it is certain that no memory of a host can be read.
+    pub(super) fn reads_nobody(&self) -> bool {
+        self.only_tcp && !self.emulates
+    }
+}
+
+pub(super) fn this_host() -> String {
+    let nothing = serde_json::Value::Null;
+    WorkerMetadata::of_this_process(NAME, Rank::LEADER, Role::Rollout, nothing).host
+}
+
+/// Whether two identities of hosts may be of one machine: containers of one have names of their own.
+fn is_same_machine(one: &str, other: &str) -> bool {
+    let boot = |host: &str| host.rsplit('/').next().unwrap_or_default().to_owned();
+    boot(one) == boot(other) || boot(one).is_empty() || boot(other).is_empty()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lent::Process;
+
+    fn reach(only_tcp: bool, only_tcp_between_hosts: bool, emulates: bool) -> Reach {
+        let (host, decided, order) = ("here".into(), HashMap::new(), VecDeque::new());
+        Reach { only_tcp, only_tcp_between_hosts, host, emulates, decided, order }
+    }
+
+    #[test]
+    fn of_agents_that_came_and_went_only_the_last_ones_are_remembered() {
+        let mut reach = reach(false, false, false);
+        for agent in 0..3 * DECISIONS {
+            reach.decide(&agent.to_string(), true);
+        }
+        assert_eq!((reach.decided.len(), reach.order.len()), (DECISIONS, DECISIONS));
+        assert!(reach.is_undecided("0") && !reach.is_undecided(&(3 * DECISIONS - 1).to_string()));
+    }
+
+    #[test]
+    fn what_can_still_write_after_this_agents_end_is_what_is_on_this_machine_or_on_a_device() {
+        let card = |host: &str| Card {
+            name: "peer".into(),
+            metadata: Vec::new(),
+            address: 0,
+            slots: 1,
+            slot_bytes: 1,
+            device: None,
+            host: host.into(),
+            process: Process::this(),
+            moves: false,
+        };
+        let ends = |host, only_tcp, emulates| {
+            let mut reach = reach(only_tcp, true, emulates);
+            reach.host = "here/boot".into();
+            let writer = reach.writer(&card(host));
+            (writer.ends_with_agent, writer.process.is_some())
+        };
+        assert_eq!(ends("here/boot", false, false), (false, true));
+        assert_eq!(ends("a-container/boot", false, false), (false, true));
+        assert_eq!(ends("unknown/", false, false), (false, true));
+        assert_eq!(ends("elsewhere/other", false, false), (true, false));
+        assert_eq!(ends("here/boot", true, false), (true, true));
+        assert_eq!(ends("elsewhere/other", true, true), (false, false));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_known_from_hosts_and_transports_or_was_found_out() {
+        let here = Card {
+            name: "peer".into(),
+            metadata: Vec::new(),
+            address: 0,
+            slots: 1,
+            slot_bytes: 1,
+            device: None,
+            host: "here".into(),
+            process: None,
+            moves: false,
+        };
+        let elsewhere = Card { host: "elsewhere".into(), ..here.clone() };
+        let on_a_device = Card { device: Some(0), ..elsewhere.clone() };
+        let excluded = |only_tcp, only_tcp_between_hosts, emulates| {
+            let reach = reach(only_tcp, only_tcp_between_hosts, emulates);
+            [&here, &elsewhere, &on_a_device].map(|peer| reach.excludes(peer))
+        };
+        assert_eq!(excluded(false, false, false), [false, false, false]);
+        assert_eq!(excluded(false, true, false), [false, true, false]);
+        assert_eq!(excluded(true, true, false), [true, true, false]);
+        assert_eq!(excluded(true, true, true), [false, false, false]);
+
+        // What was found out of an agent stays, whatever happens to it later.
+        let mut reach = reach(false, false, false);
+        let never = Card { name: "never".into(), ..here.clone() };
+        assert!(reach.is_undecided("peer") && !reach.excludes(&here) && !reach.excludes(&never));
+        for readable in [true, false] {
+            reach.decide("peer", readable);
+            reach.decide("never", !readable);
+            assert_eq!([reach.excludes(&here), reach.excludes(&never)], [false, true]);
+            assert!(!reach.is_undecided("peer") && !reach.is_undecided("never"));
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! The end of the agent: for good, or because another one takes its place.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tracing::{debug, info, warn};
+
+use super::{PAUSE, Work, Worker};
+use crate::agent::open::open;
+use crate::arena::Slot;
+use crate::error::NixlError;
+use crate::ffi::RawTransfer;
+
+/// How long the end of an agent waits for peers that write here.
+const GRACE: Duration = Duration::from_secs(1);
+
+impl Worker {
+    pub(super) fn close(mut self) {
+        *self.known.card() = None;
+        for transfer in self.waiting.drain(..) {
+            transfer.done.tell(Err(NixlError::Closed));
+        }
+        // What peers write here ends soon, or they are gone.
+        let until = Instant::now() + GRACE;
+        while self.awaits_peers() && Instant::now() < until {
+            self.poll();
+            std::thread::sleep(PAUSE);
+        }
+        let reads = self.end_all(|| NixlError::Closed);
+        let writes = self.serving.into_iter().map(|serving| serving.raw).collect();
+        let read_to = self.agent.close(reads, writes);
+        // What the agent was connected by is gone.
+        drop(read_to);
+        self.retired.agent_ended(&self.arena);
+        // A peer on this host that was stopped in the middle of a write goes on with it some day. It must
+        // not find other things at the address.
+        for range in self.retired.into_kept() {
+            let bytes = range.place().len;
+            warn!(bytes, "memory that a peer may still write to is kept for ever");
+            std::mem::forget(range);
+        }
+    }
+
+    /// Ends all transfers to this rank, as far as it can; those that the library still works on.
+    fn end_all(&mut self, error: impl Fn() -> NixlError) -> Vec<RawTransfer<Slot>> {
+        let mut reads = Vec::new();
+        for mut transfer in std::mem::take(&mut self.active) {
+            transfer.fail(error());
+            match transfer.work {
+                Work::Read(raw) => reads.push(raw),
+                Work::Greeted(..) => {}
+                Work::Asked(lent) => {
+                    let (ask, writer) = (lent.ask().clone(), self.reach.writer(&transfer.peer));
+                    let none = || Err(NixlError::Closed);
+                    if self.retired.give_up(&self.arena, lent, writer, none).is_err() {
+                        debug!(
+                            peer = ask.peer,
+                            "a peer may still write to a slot at the agent's end"
+                        );
+                    }
+                }
+            }
+        }
+        reads
+    }
+
+    /// Replaces the agent by another one, if that frees memory, and if somebody still waits for it.
+    pub(super) fn renew(&mut self, done: tokio::sync::oneshot::Sender<()>) {
+        if !self.retired.is_worth_an_end() || done.is_closed() {
+            return;
+        }
+        let begun = Instant::now();
+        let spares = self.retired.memory();
+        self.count += 1;
+        let Some(name) = self.known.card().as_ref().map(|card| card.name.clone()) else { return };
+        let name = format!("{}+{}", name.split('+').next().unwrap_or_default(), self.count);
+        let (agent, card) = match open(&self.options, name, &self.arena, spares) {
+            Ok(opened) => opened,
+            Err(error) => return warn!(%error, "an agent could not be replaced by another one"),
+        };
+        {
+            // Whoever stops waiting takes the card that is there, so that it must not change afterwards.
+            let mut known = self.known.card();
+            if done.is_closed() {
+                return debug!("an agent is not replaced: an update has begun");
+            }
+            self.metadata = card.metadata.clone();
+            *known = Some(Arc::new(card));
+        }
+        // No update is going on, so that nobody waits for any of it.
+        let reads = self.end_all(|| NixlError::Abandoned);
+        let writes = self.serving.drain(..).map(|serving| serving.raw).collect();
+        let old = std::mem::replace(&mut self.agent, agent);
+        drop(old.close(reads, writes));
+        self.loaded.clear();
+        self.closing.clear();
+        self.postponed.clear();
+        let freed = self.retired.agent_ended(&self.arena);
+        self.retired.keep_spares(self.arena.slots() as usize);
+        self.count_retired();
+        info!(
+            freed,
+            kept = self.retired.len(),
+            seconds = begun.elapsed().as_secs_f64(),
+            "memory that peers might have written to is used again: this rank's connections were closed"
+        );
+        drop(done);
+    }
+}

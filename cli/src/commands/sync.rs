@@ -1,0 +1,84 @@
+//! `ckpt-engine sync`: a trainer and its rollouts on this machine.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use checkpoint_engine::DeviceChoice;
+use clap::Args;
+use cli::source::Source;
+use cli::sync::SyncOptions;
+
+use crate::Failure;
+use crate::args::{EngineArgs, MetricsArgs, SourceArgs, rank_device};
+use crate::commands::plan::as_planned;
+use crate::commands::update_line::{print_update, say_source};
+
+/// Starts one trainer and N rollout processes on this machine and updates the rollouts.
+///
+/// With the backend naive, all of them are tasks of one process.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  Two rollouts get a made-up model and compare every byte:
+    ckpt-engine sync --synthetic qwen2.5-0.5b --rollouts 2 --verify
+
+  A real model, written out by the rollout, compared:
+    ckpt-engine sync --model model.safetensors --out received --verify
+    ckpt-engine verify model.safetensors received/rollout-0")]
+pub(crate) struct SyncArgs {
+    #[command(flatten)]
+    pub(crate) source: SourceArgs,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+    /// How many trainers, all of which have the model; transports with several senders use them
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) trainers: u32,
+    /// How many rollouts
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) rollouts: u32,
+    /// The device of one rank, where that is not what --device says; may be given several times. Ranks count
+    /// trainers, then rollouts: of one trainer, rank 1 is the first rollout, and 1=npu:0 puts it on the
+    /// trainer's NPU
+    #[arg(long = "rank-device", value_name = "RANK=DEVICE", value_parser = rank_device)]
+    pub(crate) rank_devices: Vec<(u32, DeviceChoice)>,
+    /// Let every rollout compare every tensor with the source, bit for bit
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// Write what rollout n received to DIR/rollout-<n>/model.safetensors
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// Print one JSON object a line per update
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) metrics: MetricsArgs,
+}
+
+pub(crate) async fn sync_command(args: &SyncArgs) -> Result<ExitCode, Failure> {
+    let source = args.source.spec()?;
+    let options = SyncOptions {
+        config: as_planned(args.engine.config()?, &source)?,
+        source,
+        trainers: args.trainers,
+        still: false,
+        rollouts: args.rollouts,
+        devices: args.rank_devices.iter().cloned().collect(),
+        verify: args.verify,
+        out: args.out.clone(),
+        metrics: args.metrics.metrics,
+        bare: false,
+    };
+    if options.trainers > 1 && options.config.backend == "naive" {
+        return Err("naive has one trainer".into());
+    }
+    let ranks = options.trainers + options.rollouts;
+    if let Some((rank, _)) = options.devices.range(ranks..).next() {
+        return Err(format!("--rank-device: there are {ranks} ranks, and no rank {rank}").into());
+    }
+    let _exporter = args.metrics.serve().await?;
+    if !args.json {
+        say_source(&Source::open(options.source.clone())?, &options.config.backend)?;
+    }
+    cli::sync::run(&options, |line| print_update(line, args.json)).await?;
+    Ok(ExitCode::SUCCESS)
+}

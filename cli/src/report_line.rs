@@ -1,0 +1,106 @@
+//! What is told of an update, in one line.
+
+use checkpoint_engine::{SendReport, Version, VersionState};
+use serde::Serialize;
+
+use crate::device;
+use crate::roles::RolloutNotes;
+
+/// One update, as `--json` prints it.
+#[derive(Clone, Debug, Serialize)]
+pub struct UpdateLine {
+    /// The update's version.
+    pub version: Version,
+    /// The transport.
+    pub backend: String,
+    /// Whether the transport's devices are simulated: then no figure says anything of hardware.
+    pub simulated: bool,
+    /// Tensors sent, scales of quantised ones not counted.
+    pub tensors: u64,
+    /// Bytes read from the trainer's memory.
+    pub source_bytes: u64,
+    /// Bytes of weights that travelled.
+    pub wire_bytes: u64,
+    /// Tensors that were quantised.
+    pub quantized: u64,
+    /// Tensors left alone although quantisation is on.
+    pub kept: u64,
+    /// Tensors that were quantised already.
+    pub passed_through: u64,
+    /// From the beginning to the last confirmation.
+    pub seconds: f64,
+    /// Source bytes per second.
+    pub gb_per_s: f64,
+    /// What one thread's copy of the same bytes into shared memory reached, in the same run.
+    pub memcpy_gb_per_s: f64,
+    /// The most memory that the trainer took beyond what it had before it prepared.
+    pub extra_peak_bytes: u64,
+    /// Whether every rollout compared every byte with the source.
+    pub verified: bool,
+    /// Whether names and shapes equalled the last update's, so that no metadata travelled.
+    pub plan_reused: bool,
+    /// The rollouts.
+    pub rollouts: Vec<RolloutLine>,
+}
+
+/// A rollout's end of an update.
+#[derive(Clone, Debug, Serialize)]
+pub struct RolloutLine {
+    /// Its rank.
+    pub rank: u32,
+    /// From the announcement to its confirmation, by its own clock.
+    pub seconds: f64,
+    /// The version's state there.
+    pub state: VersionState,
+    /// The digest of the whole version, in hexadecimal.
+    pub digest: Option<String>,
+    /// The most memory that it took beyond what it had before it prepared.
+    pub extra_peak_bytes: u64,
+}
+
+/// An update's line from its report.
+///
+/// `tensors` are those of the source: a rollout that verified saw every one of them.
+pub fn line(
+    report: &SendReport,
+    tensors: usize,
+    backend: &str,
+    memcpy: f64,
+    extra: u64,
+) -> UpdateLine {
+    let counts = &report.counts;
+    let notes: Vec<RolloutNotes> = report
+        .receivers
+        .iter()
+        .map(|receiver| serde_json::from_value(receiver.notes.clone()).unwrap_or_default())
+        .collect();
+    let verified = !notes.is_empty()
+        && notes.iter().all(|notes| {
+            notes.verified_bytes == counts.source_bytes && notes.verified_tensors == tensors as u64
+        });
+    let rollouts = report.receivers.iter().zip(&notes).map(|(receiver, notes)| RolloutLine {
+        rank: receiver.rank.0,
+        seconds: receiver.seconds,
+        state: receiver.state,
+        digest: receiver.digest.map(|digest| format!("{digest:016x}")),
+        extra_peak_bytes: notes.extra_peak_bytes,
+    });
+    UpdateLine {
+        version: report.version,
+        backend: backend.to_owned(),
+        simulated: device::is_simulated(backend),
+        tensors: counts.tensors,
+        source_bytes: counts.source_bytes,
+        wire_bytes: counts.wire_bytes,
+        quantized: counts.quantized,
+        kept: counts.kept,
+        passed_through: counts.passed_through,
+        seconds: report.elapsed.as_secs_f64(),
+        gb_per_s: report.gb_per_s(),
+        memcpy_gb_per_s: memcpy,
+        extra_peak_bytes: extra,
+        verified,
+        plan_reused: report.plan_reused,
+        rollouts: rollouts.collect(),
+    }
+}

@@ -1,0 +1,110 @@
+//! A trainer that runs updates, and what a trainer's process other than the leader's does.
+
+use std::time::{Duration, Instant};
+
+use checkpoint_engine::control::ControlConfig;
+use checkpoint_engine::{
+    CheckpointEngine, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind, Rank,
+    Registry, Result, Role, SendReport, Version, ensure_async_iterator, form_group, registry,
+};
+
+use super::parent::{Parent, is_trainer};
+use crate::device;
+use crate::source::{Source, SourceSpec};
+
+/// A trainer that leads its group: what `sync` and `trainer` have in common.
+#[derive(Debug)]
+pub struct Trainer {
+    /// Its engine, in a group.
+    pub engine: Box<dyn CheckpointEngine>,
+    /// Where the weights come from.
+    pub source: Source,
+}
+
+/// How long the trainer waits for those who still read the weights of the version before.
+const IN_USE: Duration = Duration::from_secs(30);
+
+impl Trainer {
+    /// Runs one update.
+    ///
+    /// # Errors
+    ///
+    /// Why it failed.
+    pub async fn update(&mut self, version: Version) -> Result<SendReport> {
+        let until = Instant::now() + IN_USE;
+        loop {
+            match self.source.advance(version) {
+                // Rollouts let go of an update that failed a little later than the trainer.
+                Err(error) if error.kind() == ErrorKind::State && Instant::now() < until => {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                advanced => break advanced?,
+            }
+        }
+        let weights = ensure_async_iterator(self.source.weights(version)?);
+        self.engine.send_weights(weights, version).await
+    }
+}
+
+/// What a trainer process other than the leader was started with.
+#[derive(Clone, Debug)]
+pub struct CoTrainerOptions {
+    /// Where the leader is.
+    pub control: ControlConfig,
+    /// The rank to take.
+    pub rank: Rank,
+    /// The number of ranks of the group.
+    pub world_size: u32,
+    /// The engine's configuration.
+    pub config: CheckpointEngineConfig,
+    /// The model, the same as the leader's.
+    pub source: SourceSpec,
+    /// Whether the weights stay the same from one update to the next.
+    pub still: bool,
+    /// Whether the leader's process has started this one.
+    pub is_child: bool,
+}
+
+/// A trainer process other than the leader: takes part in all of the leader's updates. Whether it took part in the last
+/// one; if not, the leader's process says why.
+///
+/// # Errors
+///
+/// Those of the group; an update that failed is reported to `failed` and the next one waited for.
+pub async fn co_trainer(options: CoTrainerOptions, mut failed: impl FnMut(&Error)) -> Result<bool> {
+    let parent = Parent::new(options.is_child);
+    let registry: Registry = registry();
+    let deadline = options.config.timeout();
+    let control = ControlPlane::join(options.control, Role::Trainer, Some(options.rank)).await?;
+    let device = device::of_rank(&options.config.device, options.rank.0)?;
+    let mut source = Source::open(options.source.clone())?.on_device(&device);
+    source.advance(Version(1))?;
+    let config = CheckpointEngineConfig { device, ..options.config };
+    let backend = registry.get(&config.backend)?;
+    let context = EngineContext::new(config, Role::Trainer).with_control(control.clone());
+    let engine = registry.create(context)?;
+    let mut trainer = Trainer { engine, source };
+    let (engine, world_size) = (&mut *trainer.engine, options.world_size);
+    let none = serde_json::Value::Null;
+    form_group(engine, backend, &control, world_size, none, deadline).await?;
+    for version in (1..=options.source.updates).map(Version) {
+        let result = if options.still {
+            let weights = ensure_async_iterator(trainer.source.weights(Version(1))?);
+            trainer.engine.send_weights(weights, version).await
+        } else {
+            trainer.update(version).await
+        };
+        match result {
+            Ok(_) => {}
+            // Without a leader there is no next update.
+            Err(error) if error.kind() == ErrorKind::PeerLost && is_trainer(&error) => {
+                return if parent.is_there().await { Ok(false) } else { Err(error) };
+            }
+            Err(error) if parent.tells(&error) => {}
+            Err(error) => failed(&error),
+        }
+    }
+    trainer.engine.finalize().await?;
+    control.close().await?;
+    Ok(true)
+}
