@@ -22,6 +22,7 @@ pub mod memory;
 mod progress;
 pub mod quantize;
 pub mod roles;
+pub mod runtime;
 pub mod scheme;
 pub mod source;
 pub mod sync;

@@ -28,6 +28,7 @@ use cli::checkpoint::{Checkpoint, end_unfinished, is_ending, verify};
 use cli::exporter::Exporter;
 use cli::memory::PeakMemory;
 use cli::roles::Announcement;
+use cli::runtime::Runtime;
 use cli::source::{ModelSpec, Source, SourceSpec};
 use cli::sync::{CoTrainerOptions, RolloutOptions, SyncOptions, Trainer, UpdateLine};
 use cli::synthetic::SyntheticModel;
@@ -616,7 +617,7 @@ fn main() -> ExitCode {
 fn until_interrupted(
     command: impl Future<Output = Result<ExitCode, Failure>>,
 ) -> Result<ExitCode, Failure> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime = Runtime::start()?;
     let result = runtime.block_on(async {
         let ended = ending()?;
         tokio::select! {
@@ -627,8 +628,7 @@ fn until_interrupted(
             }
         }
     });
-    // Work on a bucket that nobody waits for any more must not delay the end.
-    runtime.shutdown_timeout(Duration::from_millis(200));
+    runtime.end();
     result
 }
 

@@ -129,6 +129,9 @@ fn other_process() {
                 let rank = Some(Rank(1));
                 ControlPlane::join(config(address), Role::Rollout, rank).await.unwrap()
             }
+            "join-impatient" => {
+                ControlPlane::join(impatient(address), Role::Rollout, None).await.unwrap()
+            }
             _ => ControlPlane::join(config(address), Role::Rollout, None).await.unwrap(),
         };
         plane.gather(2, body("other"), DEADLINE).await.unwrap();
@@ -363,13 +366,13 @@ fn a_member_of_another_protocol_version_learns_both_versions() {
         let change = |step, frame: &mut Vec<u8>| {
             if step == 0 {
                 // Kind, the Hello's tag and eight bytes of magic precede the version.
-                assert_eq!((&frame[2..10], frame[10]), (&b"ckpt-eng"[..], 3));
+                assert_eq!((&frame[2..10], frame[10]), (&b"ckpt-eng"[..], 4));
                 frame[10] = 77;
             }
         };
         let config = between(&leader, change, |_, _| ());
         let error = ControlPlane::join(config, Role::Rollout, None).await.unwrap_err();
-        assert_names(&error, ErrorKind::Protocol, &["version 3", "version 77"]);
+        assert_names(&error, ErrorKind::Protocol, &["version 4", "version 77"]);
         let member = join(&leader).await;
         gather(&[&leader, &member]).await;
     });
@@ -866,7 +869,25 @@ fn a_stopped_member_is_lost_for_its_silence_and_a_blocked_one_is_not() {
         other.signal(Signal::STOP);
         let Event::Lost { rank: Rank(1), error } = event(&leader).await else { panic!("not lost") };
         assert_eq!(error.kind, ErrorKind::PeerLost);
-        assert!(error.message.contains("silent"), "{error}");
+        assert_eq!(error.message.matches("silent").count(), 1, "{error}");
+    });
+}
+
+#[test]
+fn the_leader_knows_of_whom_heartbeats_come_and_since_when_they_do_not() {
+    block_on(async {
+        let leader = ControlPlane::lead(config("127.0.0.1:0")).await.unwrap();
+        let address = leader.address().to_string();
+        let other = Other::start("join-impatient", &address);
+        leader.gather(2, Bytes::new(), DEADLINE).await.unwrap();
+        let idle = ControlPlane::join(impatient(&address), Role::Rollout, None).await.unwrap();
+        other.signal(Signal::STOP);
+        assert_eq!(leader.recv(Duration::from_secs(2)).await.unwrap(), None);
+        assert_eq!(leader.silence(idle.rank()), Some(Duration::ZERO));
+        let silence = leader.silence(Rank(1)).unwrap();
+        assert!(silence > Duration::from_millis(1500), "{silence:?}");
+        assert_eq!((leader.silence(Rank(9)), idle.silence(Rank(0))), (None, None));
+        other.signal(Signal::CONT);
     });
 }
 

@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use crate::device;
 use crate::memory::{PeakMemory, memcpy_gb_per_s};
+use crate::runtime::aside;
 use crate::source::{Source, SourceSpec};
 use crate::sync::{BARE, Processes, SyncOptions};
 
@@ -278,8 +279,5 @@ async fn bare_seconds(
     let device = device::of_rank(&config.device, 0)?;
     let config = CheckpointEngineConfig { device, ..config.clone() };
     let target = target.clone();
-    let measured = tokio::task::spawn_blocking(move || bare::seconds(&config, &target, bytes));
-    measured.await.map_err(|error| {
-        Error::new(ErrorKind::Aborted, "measuring bare transfers", error.to_string())
-    })?
+    aside(move || bare::seconds(&config, &target, bytes)).await?
 }

@@ -4,12 +4,13 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 
-use super::wire::{Call, Control, FRAME_OVERHEAD, Frame, Introduction, Outcome, encode};
+use super::wire::{Call, Control, FRAME_OVERHEAD, Frame, Heard, Introduction, Outcome, encode};
 use super::{Event, Peer, Role};
 use crate::{Error, ErrorKind, ErrorReport, Rank, Result};
 
@@ -150,6 +151,10 @@ pub(super) struct Link {
     pub(super) outbox: Outbox,
     /// The longest frame that the peer accepts.
     pub(super) limit: usize,
+    /// When the peer was heard last.
+    pub(super) heard: Heard,
+    /// How often the peer says something.
+    pub(super) beat: Duration,
     /// Ends the connection from this side, for the reason that is left with it.
     pub(super) cut: Arc<Cut>,
 }
@@ -205,6 +210,12 @@ impl Link {
             self.cut.order(ErrorReport::from(&self.unread()));
         }
         result
+    }
+
+    /// How long the peer is silent although it should have said something twice; zero while it is not.
+    pub(super) fn silence(&self) -> Duration {
+        let silence = self.heard.ago();
+        if silence > self.beat * 2 { silence } else { Duration::ZERO }
     }
 
     fn unread(&self) -> Error {

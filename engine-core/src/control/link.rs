@@ -12,7 +12,9 @@ use super::address::{Listener, connect};
 use super::group::{Cut, End, Link, Mailbox, Membership, Outbox, Queue};
 use super::handshake::{PATIENCE, examine, introduce, refuse};
 use super::shared::{Shared, Side};
-use super::wire::{Control, Frame, FrameReader, FrameWriter, Terms, Wire, decode, unexpected};
+use super::wire::{
+    Control, Frame, FrameReader, FrameWriter, Heard, Terms, Wire, decode, unexpected,
+};
 use super::{ControlConfig, Event, Role};
 use crate::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result};
 
@@ -35,6 +37,7 @@ impl ControlConfig {
         Terms {
             // Checked by `validate`.
             max_frame: u32::try_from(self.max_frame_bytes).unwrap_or(u32::MAX),
+            heartbeat_interval: self.heartbeat_interval,
             heartbeat_timeout: self.heartbeat_timeout,
         }
     }
@@ -159,7 +162,7 @@ async fn enter(mut wire: Wire, config: &ControlConfig, shared: &Shared) -> Resul
         let error = Error::new(ErrorKind::Config, "joining the group", message);
         return Err(refuse(&mut wire, error).await);
     }
-    let (link, queue) = link(config, terms);
+    let (link, queue) = link(config, terms, wire.reader.heard.clone());
     let (welcome, cut) = (link.outbox.clone(), Arc::clone(&link.cut));
     let admitted = shared.update(|_, side| match side {
         Side::Leader(group) => group.admit(&introduction, link).and_then(|rank| {
@@ -272,15 +275,23 @@ async fn attempt(config: &ControlConfig, role: Role, rank: Option<Rank>) -> Resu
     let connected = connect(&config.address).await;
     let mut wire = connected.map_err(|error| Error::io("connecting to the leader", error))?;
     let (rank, terms) = introduce(&mut wire, &config.token, role, rank, config.terms()).await?;
-    let (leader, queue) = link(config, terms);
+    let (leader, queue) = link(config, terms, wire.reader.heard.clone());
     let cut = Arc::clone(&leader.cut);
     Ok((rank, Membership { leader, table: Vec::new() }, Traffic { wire, queue, terms, cut }))
 }
 
 /// The way to a peer with these terms, and what is queued on it.
-fn link(config: &ControlConfig, terms: Terms) -> (Link, Queue) {
+fn link(config: &ControlConfig, terms: Terms, heard: Heard) -> (Link, Queue) {
     let (outbox, queue) = Outbox::new(config.budget());
-    (Link { outbox, limit: terms.max_frame as usize, cut: Arc::default() }, queue)
+    let beat = beat(terms.heartbeat_interval, config.heartbeat_timeout);
+    let limit = terms.max_frame as usize;
+    (Link { outbox, limit, heard, beat, cut: Arc::default() }, queue)
+}
+
+/// How often a side with this interval says something to one that tolerates so much silence: at least three
+/// heartbeats fit into that.
+fn beat(interval: Duration, tolerated: Duration) -> Duration {
+    interval.min(tolerated / 3).max(BEAT_FLOOR)
 }
 
 /// A member's traffic with the leader, until it ends or `stop`.
@@ -342,8 +353,7 @@ async fn converse(
 ) -> End {
     let Traffic { wire: Wire { mut reader, writer }, queue, terms, cut } = traffic;
     reader.set_max_frame(config.max_frame_bytes);
-    // At least three heartbeats fit into the silence that the peer tolerates.
-    let beat = config.heartbeat_interval.min(terms.heartbeat_timeout / 3).max(BEAT_FLOOR);
+    let beat = beat(config.heartbeat_interval, terms.heartbeat_timeout);
     let end = tokio::select! {
         biased;
         reason = cut.ordered() => End::Lost(reason),
@@ -356,19 +366,21 @@ async fn converse(
     }
 }
 
-/// However the socket says that the other side is gone, its rank is lost.
+/// However the socket says that the other side is gone, its rank is lost. What the socket said is the cause, and said
+/// once: an error on its way to other ranks carries the words of its causes.
 fn lost(error: Error) -> Error {
-    let message = &error.report().message;
-    let message = match error.kind() {
+    match error.kind() {
         // With the system's error as its source: a reset is `PeerLost` already, but says no more.
         ErrorKind::Io | ErrorKind::PeerLost if std::error::Error::source(&error).is_some() => {
-            format!("the connection broke: its process died ({message})")
+            let message = "the connection broke: its process died";
+            Error::new(ErrorKind::PeerLost, "keeping a connection", message).with_source(error)
         }
-        ErrorKind::Timeout => message.clone(),
-        _ => return error,
-    };
-    let operation = error.report().operation.clone();
-    Error::new(ErrorKind::PeerLost, operation, message).with_source(error)
+        ErrorKind::Timeout => {
+            let ErrorReport { operation, message, .. } = error.report().clone();
+            Error::new(ErrorKind::PeerLost, operation, message)
+        }
+        _ => error,
+    }
 }
 
 async fn listen(
@@ -439,13 +451,28 @@ mod tests {
         Wire::new(Box::new(reader), Box::new(writer))
     }
 
+    #[test]
+    fn a_connection_that_ends_says_its_cause_once() {
+        let reset = || std::io::Error::from_raw_os_error(104);
+        let words = reset().to_string();
+        let silent = Error::new(ErrorKind::Timeout, "reading a frame", "silent for 1 s");
+        for (error, cause) in [(Error::io("reading a frame", reset()), &*words), (silent, "silent")]
+        {
+            let lost = lost(error);
+            assert_eq!(lost.kind(), ErrorKind::PeerLost, "{lost}");
+            let told = ErrorReport::from(&lost).to_string();
+            assert_eq!(told.matches(cause).count(), 1, "{told}");
+            assert_eq!(told.matches("reading a frame").count(), 1, "{told}");
+        }
+    }
+
     #[tokio::test]
     async fn a_peer_that_does_not_read_costs_two_frames_of_memory_and_its_connection() {
         let token = Token::generate().unwrap();
         let mut config = ControlConfig::new("127.0.0.1:0".parse().unwrap(), token);
         config.max_frame_bytes = FRAME_FLOOR as usize;
         let terms = Terms { max_frame: u32::MAX, ..config.terms() };
-        let (link, queue) = link(&config, terms);
+        let (link, queue) = link(&config, terms, Heard::default());
         // The socket takes one byte, and nobody takes that.
         let (near, _far) = tokio::io::duplex(1);
         let traffic = Traffic { wire: wire(near), queue, terms, cut: Arc::clone(&link.cut) };
@@ -468,7 +495,7 @@ mod tests {
         let token = Token::generate().unwrap();
         let mut config = ControlConfig::new("127.0.0.1:0".parse().unwrap(), token);
         config.max_frame_bytes = FRAME_FLOOR as usize;
-        let (link, mut queue) = link(&config, config.terms());
+        let (link, mut queue) = link(&config, config.terms(), Heard::default());
         let body = bytes::Bytes::from(vec![0; 3000]);
         for _ in 0..100 {
             link.send(Rank(1), body.len(), Frame::Message(body.clone())).unwrap();
@@ -477,7 +504,7 @@ mod tests {
         }
         // One that is larger than the budget, as the peer accepts larger ones than this side.
         let terms = Terms { max_frame: u32::MAX, ..config.terms() };
-        let (link, mut queue) = super::link(&config, terms);
+        let (link, mut queue) = super::link(&config, terms, Heard::default());
         let large = bytes::Bytes::from(vec![0; 10_000]);
         for _ in 0..3 {
             link.send(Rank(1), large.len(), Frame::Message(large.clone())).unwrap();

@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use super::address::Listener;
-use super::group::{Group, Mailbox};
+use super::group::{Group, Link, Mailbox};
 use super::link::{follow, knock, serve};
 use super::shared::{Shared, Side};
 use super::wire::{Call, Control, Frame, Outcome};
@@ -250,6 +250,15 @@ impl ControlPlane {
         self.inner.shared.update(|_, side| match side {
             Side::Leader(group) => group.cut(rank, ErrorReport::from(reason)),
             Side::Member(_) => Err(misdirected("members do not end connections").rank(rank)),
+        })
+    }
+
+    /// On the leader: how long nothing was heard of a rank although its heartbeats were due, two of them or more; zero
+    /// while they come. `None` for a rank that there is no connection to, and on a member.
+    pub fn silence(&self, rank: Rank) -> Option<Duration> {
+        self.inner.shared.read(|_, side| match side {
+            Side::Leader(group) => group.link(rank).ok().map(Link::silence),
+            Side::Member(_) => None,
         })
     }
 

@@ -6,7 +6,8 @@
 
 use std::io;
 use std::pin::Pin;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -19,7 +20,7 @@ use super::{Peer, Role};
 use crate::{Error, ErrorKind, ErrorReport, Rank, Result};
 
 /// The version of everything below and of the messages of updates; peers of different versions refuse each other.
-pub(crate) const PROTOCOL_VERSION: u32 = 3;
+pub(crate) const PROTOCOL_VERSION: u32 = 4;
 pub(super) const MAGIC: [u8; 8] = *b"ckpt-eng";
 /// The longest frame of a peer that has not authenticated itself.
 pub(super) const HANDSHAKE_FRAME: usize = 1024;
@@ -88,6 +89,8 @@ pub(super) struct Introduction {
 pub(super) struct Terms {
     /// The longest frame that it accepts.
     pub(super) max_frame: u32,
+    /// How often it says something itself, if the other side does not need it more often.
+    pub(super) heartbeat_interval: Duration,
     /// The silence after which it gives the other side up.
     pub(super) heartbeat_timeout: Duration,
 }
@@ -191,7 +194,28 @@ pub(super) struct Wire {
     pub(super) writer: FrameWriter,
 }
 
+/// When bytes of a peer came last.
+#[derive(Clone, Debug)]
+pub(super) struct Heard(Arc<Mutex<Instant>>);
+
+impl Default for Heard {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(Instant::now())))
+    }
+}
+
+impl Heard {
+    fn note(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    pub(super) fn ago(&self) -> Duration {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+}
+
 pub(super) struct FrameReader {
+    pub(super) heard: Heard,
     io: Pin<Box<dyn AsyncRead + Send>>,
     /// Frames, or the beginning of one.
     buffer: BytesMut,
@@ -216,6 +240,7 @@ impl Wire {
         let codec = LengthDelimitedCodec::builder().max_frame_length(HANDSHAKE_FRAME).new_codec();
         Self {
             reader: FrameReader {
+                heard: Heard::default(),
                 io: reader.into(),
                 buffer: BytesMut::new(),
                 sealed: BytesMut::new(),
@@ -266,7 +291,11 @@ impl FrameReader {
             if arriving.capacity() - arriving.len() < CHUNK / 16 {
                 arriving.reserve(CHUNK);
             }
-            match timeout(patience, self.io.read_buf(arriving)).await {
+            let read = timeout(patience, self.io.read_buf(arriving)).await;
+            if matches!(read, Ok(Ok(1..))) {
+                self.heard.note();
+            }
+            match read {
                 Ok(Ok(0)) if self.buffer.is_empty() && self.sealed.is_empty() => return Ok(None),
                 Ok(Ok(0)) => {
                     let error = io::Error::from(io::ErrorKind::UnexpectedEof);
@@ -345,7 +374,11 @@ mod tests {
         let introduction = Introduction {
             role: Role::Rollout,
             rank: Some(Rank(3)),
-            terms: Terms { max_frame: 1 << 20, heartbeat_timeout: Duration::from_secs(10) },
+            terms: Terms {
+                max_frame: 1 << 20,
+                heartbeat_interval: Duration::from_secs(1),
+                heartbeat_timeout: Duration::from_secs(10),
+            },
         };
         let body = Bytes::from(encode(&introduction).unwrap());
         let error = Error::new(ErrorKind::Mismatch, "joining", "rank 3 is taken").rank(Rank(3));

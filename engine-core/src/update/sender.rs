@@ -211,12 +211,20 @@ pub(super) fn is_of_transport(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::PeerLost | ErrorKind::Io)
 }
 
-fn not_entered(operation: &str, deadline: Duration) -> Error {
-    let message = format!(
-        "nothing within {:.1} s: the rank has not called receive_weights (send_weights, if it is a \
-         trainer), or its process is stopped",
-        deadline.as_secs_f64()
-    );
+/// `silence` is that of [`ControlPlane::silence`].
+fn not_entered(operation: &str, deadline: Duration, silence: Option<Duration>) -> Error {
+    let why = match silence {
+        Some(Duration::ZERO) => "its process lives, as its heartbeats come, and has not called receive_weights \
+             (send_weights, if it is a trainer)"
+            .to_owned(),
+        Some(silence) => format!(
+            "not even a heartbeat came from the rank for {:.1} s: its process is stopped, or the network \
+             between is cut",
+            silence.as_secs_f64()
+        ),
+        None => "the connection to the rank has ended".to_owned(),
+    };
+    let message = format!("nothing within {:.1} s: {why}", deadline.as_secs_f64());
     Error::new(ErrorKind::Timeout, operation, message)
 }
 
@@ -858,7 +866,7 @@ impl Group {
                 None => {
                     let late = match rank {
                         Some(rank) if !self.has_entered(rank) => {
-                            not_entered(operation, self.deadline)
+                            not_entered(operation, self.deadline, self.control.silence(rank))
                         }
                         _ => too_late(self.deadline, operation),
                     };
@@ -1332,5 +1340,19 @@ impl Drop for AbortGuard {
             let error = Error::new(ErrorKind::Aborted, "sending weights", words).version(*version);
             self.abort_with(&error);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rank_that_has_not_entered_is_told_apart_from_one_that_is_stopped() {
+        let words = |silence| not_entered("waiting", Duration::from_secs(5), silence).to_string();
+        let (lives, silent) = (words(Some(Duration::ZERO)), words(Some(Duration::from_secs(3))));
+        assert!(lives.contains("receive_weights") && !lives.contains("stopped"), "{lives}");
+        assert!(silent.contains("for 3.0 s: its process is stopped"), "{silent}");
+        assert!(!silent.contains("receive_weights"), "{silent}");
     }
 }
