@@ -66,17 +66,19 @@ fn without_threads(args: &[&str]) -> Output {
 
 #[test]
 fn a_command_that_gets_no_thread_is_an_error_in_words_and_exits_1() {
-    for args in [
-        &["sync", "--synthetic", "tiny-moe"][..],
-        &["sync", "--synthetic", "tiny-moe", "--backend", "naive"],
-        &["trainer", "--synthetic", "tiny-moe", "--rendezvous", "unix:@no-threads"],
-        &["rollout", "--rendezvous", "unix:@no-threads"],
-        &["top", "--once", "127.0.0.1:1"],
-        &["bench", "transfer", "--synthetic", "tiny-moe"],
+    let meeting = "--rendezvous unix:@no-threads --token-file /nonexistent";
+    for line in [
+        "sync --synthetic tiny-moe",
+        "sync --synthetic tiny-moe --backend naive",
+        &format!("trainer --synthetic tiny-moe {meeting}"),
+        &format!("rollout {meeting}"),
+        "top --once 127.0.0.1:1",
+        "bench transfer --synthetic tiny-moe",
     ] {
-        let output = without_threads(args);
+        let args: Vec<&str> = line.split(' ').collect();
+        let output = without_threads(&args);
         let text = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(1), "{args:?}: {text}");
+        assert_eq!(output.status.code(), Some(1), "{line}: {text}");
         assert!(text.contains("no further thread") && !text.contains("panicked"), "{text}");
     }
 }
