@@ -60,11 +60,12 @@ pub use witness::Witness;
 pub(crate) use witness::drain;
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::FusedFuture;
 
-use crate::control::{ControlPlane, Event};
+use crate::control::{Control, Event};
 use crate::{Error, ErrorKind, Recovery, Result, clock};
 
 /// A wait for events that something else ends.
@@ -101,11 +102,11 @@ async fn settle<T>(work: impl FusedFuture<Output = T>, deadline: Duration, error
 }
 
 /// The next event, or an error that the caller completes.
-async fn next_event(control: &ControlPlane, deadline: Duration, operation: &str) -> Result<Event> {
+async fn next_event(control: &Arc<dyn Control>, deadline: Duration, operation: &str) -> Result<Event> {
     control.recv(deadline).await?.ok_or_else(|| too_late(deadline, operation))
 }
 
 /// The next event if it is here already.
-async fn arrived_event(control: &ControlPlane) -> Result<Option<Event>> {
+async fn arrived_event(control: &Arc<dyn Control>) -> Result<Option<Event>> {
     control.recv(Duration::ZERO).await
 }

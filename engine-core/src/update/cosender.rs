@@ -1,6 +1,7 @@
 //! A trainer that sends a part of the buckets, beside the leader.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::FutureExt;
@@ -11,7 +12,7 @@ use super::message::{Begin, ToReceiver, ToSender, encode};
 use super::receiver::{Guard, JOINING, event_of_update, message, tell_leader, wait_for};
 use super::sender::{ENCODING, Ending, Ends};
 use super::{LONG, SendLink, settle, within};
-use crate::control::{ControlPlane, Event};
+use crate::control::{Control, Event};
 use crate::observe::{Observer as _, Progress};
 use crate::plan::Plan;
 use crate::received::Outcome;
@@ -27,7 +28,7 @@ use crate::{
 #[derive(Debug)]
 pub struct CoSender<L> {
     link: L,
-    control: ControlPlane,
+    control: Arc<dyn Control>,
     plan: Plan,
     /// An update that was announced, and that this rank has no part in yet.
     announced: Option<Begin>,
@@ -37,7 +38,7 @@ pub struct CoSender<L> {
 
 impl<L: SendLink> CoSender<L> {
     /// A sender in a group whose leader counts this rank among the senders.
-    pub fn new(link: L, context: &EngineContext, control: ControlPlane) -> Self {
+    pub fn new(link: L, context: &EngineContext, control: Arc<dyn Control>) -> Self {
         let meter = Meter::new(control.rank(), context.observer.clone());
         let deadline = context.deadline();
         Self { link, control, plan: Plan::default(), announced: None, deadline, meter }
@@ -246,7 +247,7 @@ impl From<Error> for Failure {
 
 /// Hears what the leader says within an update.
 struct Listener<'a> {
-    control: &'a ControlPlane,
+    control: &'a Arc<dyn Control>,
     update: u64,
     deadline: Duration,
     /// The buckets that it wants filled: their slots and layouts.

@@ -13,7 +13,7 @@ use tracing::{Span, debug, debug_span, info, warn};
 use super::message::{Begin, Layout, Ticket, ToReceiver, ToSender, decode, encode};
 use super::sender::is_of_transport;
 use super::{LONG, arrived_event, next_event, within};
-use crate::control::{ControlPlane, Event};
+use crate::control::{Control, Event};
 use crate::memory::{Pool, Work};
 use crate::observe::{Observer as _, Progress};
 use crate::plan::{BucketLayout, LayoutChecker, Plan};
@@ -188,7 +188,7 @@ impl Arrival {
 #[derive(Debug)]
 pub struct Receiver<L> {
     link: L,
-    control: ControlPlane,
+    control: Arc<dyn Control>,
     pool: Pool,
     /// The layouts of the last complete update, and their digest.
     plan: Plan,
@@ -202,7 +202,7 @@ pub struct Receiver<L> {
 
 impl<L: FetchLink> Receiver<L> {
     /// The receiver of a group that the control plane connects to.
-    pub fn new(link: L, context: &EngineContext, control: ControlPlane, pool: Pool) -> Self {
+    pub fn new(link: L, context: &EngineContext, control: Arc<dyn Control>, pool: Pool) -> Self {
         let meter = Meter::new(control.rank(), context.observer.clone());
         Self {
             link,
@@ -288,7 +288,7 @@ impl<L: FetchLink> Receiver<L> {
 ///
 /// An announcement stays in `announced` until it is returned, or known to be over.
 pub(super) async fn wait_for(
-    control: &ControlPlane,
+    control: &Arc<dyn Control>,
     announced: &mut Option<Begin>,
     expected: Option<Version>,
 ) -> Result<Begin> {
@@ -325,7 +325,7 @@ pub(super) async fn wait_for(
 }
 
 /// Tells the trainer that this rank expects another version.
-fn mismatch(control: &ControlPlane, begin: &Begin, expected: Version) -> Result<Error> {
+fn mismatch(control: &Arc<dyn Control>, begin: &Begin, expected: Version) -> Result<Error> {
     let message =
         format!("the trainer sends version {}, this rank expects {expected}", begin.version);
     let error = Error::new(ErrorKind::Mismatch, "entering an update", message).rank(control.rank());
@@ -335,7 +335,7 @@ fn mismatch(control: &ControlPlane, begin: &Begin, expected: Version) -> Result<
 }
 
 /// Releases the bucket that an event tells of, if it does: nothing here will use it.
-fn release(control: &ControlPlane, announced: &mut Option<Begin>, event: Event) {
+fn release(control: &Arc<dyn Control>, announced: &mut Option<Begin>, event: Event) {
     match between(control, event) {
         Ok(Some(begin)) => *announced = Some(begin),
         Ok(None) => {}
@@ -344,7 +344,7 @@ fn release(control: &ControlPlane, announced: &mut Option<Begin>, event: Event) 
 }
 
 /// Takes in an event while no update is being received.
-fn between(control: &ControlPlane, event: Event) -> Result<Option<Begin>> {
+fn between(control: &Arc<dyn Control>, event: Event) -> Result<Option<Begin>> {
     match message(event)? {
         Some(ToReceiver::Begin(begin)) => Ok(Some(begin)),
         Some(ToReceiver::Bucket { update, index, .. }) => {
@@ -357,7 +357,7 @@ fn between(control: &ControlPlane, event: Event) -> Result<Option<Begin>> {
 
 /// What the trainer says next within an update.
 pub(super) async fn event_of_update(
-    control: &ControlPlane,
+    control: &Arc<dyn Control>,
     deadline: Duration,
     operation: &str,
 ) -> Result<Event> {
@@ -838,7 +838,7 @@ impl<L: FetchLink> Session<'_, L> {
     }
 }
 
-pub(super) fn tell_leader(control: &ControlPlane, message: &ToSender) {
+pub(super) fn tell_leader(control: &Arc<dyn Control>, message: &ToSender) {
     let told = encode(message).and_then(|body| control.send(Rank::LEADER, body));
     if let Err(error) = told {
         // The trainer is gone, and with it the need to tell it.
@@ -849,7 +849,7 @@ pub(super) fn tell_leader(control: &ControlPlane, message: &ToSender) {
 /// The buckets that this rank reads, or may read: those that the trainer must not write to.
 #[derive(Clone, Debug)]
 struct Ledger {
-    control: ControlPlane,
+    control: Arc<dyn Control>,
     /// Update and index of each, and how many hold it.
     held: Arc<Mutex<BTreeMap<(u64, u64), usize>>>,
 }
@@ -900,7 +900,7 @@ impl Drop for Hold {
 
 /// Tells the leader, when dropped before the end, that this rank gave up.
 pub(super) struct Guard {
-    pub(super) control: ControlPlane,
+    pub(super) control: Arc<dyn Control>,
     pub(super) meter: Meter,
     pub(super) update: u64,
     pub(super) version: Version,
@@ -944,7 +944,7 @@ impl Drop for Guard {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::{ControlConfig, Role, Token};
+    use crate::control::memory::Group;
     use crate::update::message::ToReceiver::{Abort, Begin as Beginning};
 
     fn begin(update: u64) -> Bytes {
@@ -964,12 +964,8 @@ mod tests {
     #[tokio::test]
     async fn an_update_that_is_over_is_no_mismatch_even_if_its_end_comes_a_little_later() {
         let limit = Duration::from_secs(10);
-        let address = format!("unix:@receiver-{}", std::process::id()).parse().unwrap();
-        let at = ControlConfig::new(address, Token::generate().unwrap());
-        let leader = ControlPlane::lead(at.clone()).await.unwrap();
-        let rollout = ControlPlane::join(at, Role::Rollout, Some(Rank(1))).await.unwrap();
-        let gather = [&leader, &rollout].map(|plane| plane.gather(2, Bytes::new(), limit));
-        futures::future::try_join_all(gather).await.unwrap();
+        let group = Group::default();
+        let (leader, rollout) = (group.lead(), group.enter(Rank(1)));
 
         leader.send(Rank(1), begin(1)).unwrap();
         let later = async {

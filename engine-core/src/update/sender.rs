@@ -15,7 +15,7 @@ use super::collect::{Bucket, Collector};
 use super::message::{Begin, Layout, Ticket, ToReceiver, ToSender, decode, encode, sender_of};
 use super::route::{Due, Gap, Route, Topology};
 use super::{LONG, arrived_event, settle, too_late, within};
-use crate::control::{ControlPlane, Event, Peer, Role};
+use crate::control::{Control, Event, Peer, Role};
 use crate::memory::Job;
 use crate::observe::{Observer as _, Progress};
 use crate::plan::{BucketLayout, Plan};
@@ -211,7 +211,7 @@ pub(super) fn is_of_transport(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::PeerLost | ErrorKind::Io)
 }
 
-/// `silence` is that of [`ControlPlane::silence`].
+/// `silence` is that of [`Control::silence`].
 fn not_entered(operation: &str, deadline: Duration, silence: Option<Duration>) -> Error {
     let why = match silence {
         Some(Duration::ZERO) => "its process lives, as its heartbeats come, and has not called receive_weights \
@@ -242,7 +242,7 @@ pub struct Sender<L> {
 /// The receivers as the trainer sees them.
 #[derive(Debug)]
 struct Group {
-    control: ControlPlane,
+    control: Arc<dyn Control>,
     /// How long a rank may take for its next step.
     deadline: Duration,
     /// When the ranks of the update hear next that this one is alive.
@@ -372,7 +372,7 @@ impl<L: SendLink> Sender<L> {
     pub fn new(
         link: L,
         context: &EngineContext,
-        control: ControlPlane,
+        control: Arc<dyn Control>,
         receivers: impl IntoIterator<Item = Rank>,
     ) -> Self {
         let slots = (0..link.slots()).map(|_| Held::default()).collect();
@@ -1300,7 +1300,7 @@ impl<S: Ends> Drop for Ending<'_, S> {
 
 /// Tells the receivers that an update is over, however it ends.
 struct AbortGuard {
-    control: ControlPlane,
+    control: Arc<dyn Control>,
     meter: Meter,
     abort: Option<(u64, Version, Vec<Rank>)>,
 }

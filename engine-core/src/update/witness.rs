@@ -1,5 +1,6 @@
 //! A trainer that sends none of the weights and receives none.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -7,7 +8,7 @@ use futures::StreamExt;
 use super::message::{Begin, ToReceiver};
 use super::receiver::{event_of_update, message, wait_for};
 use super::within;
-use crate::control::ControlPlane;
+use crate::control::Control;
 use crate::report::{SendReport, StageTimes, TensorCounts};
 use crate::{EngineContext, Error, ErrorKind, Rank, Recovery, Result, Version, WeightStream};
 
@@ -15,14 +16,14 @@ use crate::{EngineContext, Error, ErrorKind, Rank, Recovery, Result, Version, We
 /// gathers the weights of others, and hears from the leader whether the update has happened.
 #[derive(Debug)]
 pub struct Witness {
-    control: ControlPlane,
+    control: Arc<dyn Control>,
     announced: Option<Begin>,
     deadline: Duration,
 }
 
 impl Witness {
     /// A trainer that the leader counts among the [idle](super::Part::Idle) ones.
-    pub fn new(context: &EngineContext, control: ControlPlane) -> Self {
+    pub fn new(context: &EngineContext, control: Arc<dyn Control>) -> Self {
         Self { control, announced: None, deadline: context.deadline() }
     }
 

@@ -9,8 +9,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
-use super::wire::Wire;
-use crate::{Error, ErrorKind, Result};
+use crate::wire::Wire;
+use engine_core::{Error, ErrorKind, Result};
 
 /// Where the leader of a group listens.
 ///
@@ -20,7 +20,7 @@ use crate::{Error, ErrorKind, Result};
 /// # Examples
 ///
 /// ```
-/// use engine_core::control::Address;
+/// use control_plane::Address;
 ///
 /// let address: Address = "trainer-0:29500".parse()?;
 /// assert_eq!(address.to_string(), "tcp://trainer-0:29500");
@@ -45,6 +45,16 @@ pub enum UnixAddress {
     Path(PathBuf),
     /// A name in Linux's abstract namespace (of the network namespace).
     Abstract(String),
+}
+
+impl Address {
+    /// The host and port, if it is one of TCP.
+    pub fn as_tcp(&self) -> Option<&str> {
+        match self {
+            Self::Tcp(tcp) => Some(tcp),
+            Self::Unix(_) => None,
+        }
+    }
 }
 
 impl FromStr for Address {

@@ -12,13 +12,13 @@ use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use super::address::Listener;
-use super::group::{Group, Link, Mailbox};
-use super::link::{follow, knock, serve};
-use super::shared::{Shared, Side};
-use super::wire::{Call, Control, Frame, Outcome};
-use super::{Address, ControlConfig, Event, Peer, Role};
-use crate::{Error, ErrorKind, ErrorReport, Rank, Result};
+use crate::address::Listener;
+use crate::group::{Group, Link, Mailbox};
+use crate::link::{follow, knock, serve};
+use crate::shared::{Shared, Side};
+use crate::wire::{Call, Signal, Frame, Outcome};
+use crate::{Address, Channel, ChannelId, ControlConfig, Event, Peer, Role};
+use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result};
 
 /// How long a rank that gave up waiting listens for the leader's list of the missing ones.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -30,9 +30,8 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 ///
 /// # Contract
 ///
-/// Messages from one rank arrive in the order in which it sent them, exactly once, until it is
-/// lost. A rank has one call of [`gather`](Self::gather) or [`barrier`](Self::barrier) under way at
-/// a time, and one consumer of [`recv`](Self::recv).
+/// Messages travel on [channels](Self::channel), on which that is promised. A rank has one call of
+/// [`gather`](Self::gather) or [`barrier`](Self::barrier) under way at a time.
 #[derive(Clone)]
 pub struct ControlPlane {
     inner: Arc<Inner>,
@@ -73,7 +72,8 @@ impl ControlPlane {
                 Ok(bound) => bound,
                 Err(error) => return ready.tell(Err(error)),
             };
-            let shared = Arc::new(Shared::new(Side::Leader(Group::new(config.max_world_size))));
+            let shared = Side::Leader(Group::new(config.max_world_size));
+            let shared = Arc::new(Shared::new(shared, config.budget()));
             let _ending = Ending(Arc::clone(&shared));
             ready.tell(Ok(Place {
                 shared: Arc::clone(&shared),
@@ -112,7 +112,7 @@ impl ControlPlane {
                 Ok(admission) => admission,
                 Err(error) => return ready.tell(Err(error)),
             };
-            let shared = Arc::new(Shared::new(Side::Member(membership)));
+            let shared = Arc::new(Shared::new(Side::Member(membership), config.budget()));
             let _ending = Ending(Arc::clone(&shared));
             let address = config.address.clone();
             ready.tell(Ok(Place { shared: Arc::clone(&shared), address, rank, role }));
@@ -213,29 +213,26 @@ impl ControlPlane {
         self.inner.updates.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    /// Queues a message; never blocks. Members may send to rank 0 only.
-    ///
-    /// # Errors
-    ///
-    /// `PeerLost` when the rank is gone, `Config` when the body exceeds the receiver's
-    /// `max_frame_bytes`, `State` for a rank that this one has no connection to, or when the
-    /// control plane is closed. A message that was queued may still be lost with its receiver.
-    pub fn send(&self, to: Rank, body: Bytes) -> Result<()> {
+    /// Opens a channel. Opened again, it is the same one; it stays open as long as the control plane.
+    pub fn channel(&self, id: ChannelId) -> Channel {
+        self.inner.shared.read(|mailbox, _| mailbox.open(id));
+        Channel::new(self.clone(), id)
+    }
+
+    pub(crate) fn send(&self, channel: ChannelId, to: Rank, body: Bytes) -> Result<()> {
         self.inner.shared.read(|mailbox, side| {
             if let Some(report) = &mailbox.ended {
                 return Err(report.clone().into());
             }
-            let size = body.len();
-            let frame = Frame::Message(body);
             match side {
                 Side::Leader(_) if to == Rank::LEADER => {
                     Err(misdirected("the leader cannot send to itself").rank(to))
                 }
-                Side::Leader(group) => group.link(to)?.send(to, size, frame),
+                Side::Leader(group) => group.link_mut(to)?.message(to, channel, body),
                 Side::Member(_) if to != Rank::LEADER => {
                     Err(misdirected("members have a connection to rank 0 only").rank(to))
                 }
-                Side::Member(membership) => membership.leader.send(to, size, frame),
+                Side::Member(membership) => membership.leader.message(to, channel, body),
             }
         })
     }
@@ -262,19 +259,21 @@ impl ControlPlane {
         })
     }
 
-    /// The next event; `None` when there is none within the deadline.
-    ///
-    /// # Cancel safety
-    ///
-    /// Dropping the future loses no event.
-    ///
-    /// # Errors
-    ///
-    /// After all events: `PeerLost` on a member whose leader is gone, `State` when the control
-    /// plane is closed.
-    pub async fn recv(&self, deadline: Duration) -> Result<Option<Event>> {
-        let event = self.wait(deadline, |mailbox| match mailbox.take() {
-            Some(event) => Some(Ok(event)),
+    pub(crate) async fn recv(
+        &self,
+        channel: ChannelId,
+        deadline: Duration,
+    ) -> Result<Option<Event>> {
+        let event = self.wait(deadline, |mailbox, side| match mailbox.take(channel) {
+            Some((event, told)) => {
+                // One that is gone needs no telling.
+                if let Some((from, bytes)) = told
+                    && let Some(link) = side.link_mut(from)
+                {
+                    link.signal(Signal::Read { bytes });
+                }
+                Some(Ok(event))
+            }
             None => mailbox.ended.clone().map(|report| Err(report.into())),
         });
         event.await.transpose()
@@ -371,7 +370,7 @@ impl ControlPlane {
         let id = self.begin(call, size)?;
         let under_way = UnderWay { shared: &self.inner.shared, id };
         let outcome =
-            |mailbox: &mut Mailbox| match mailbox.calls.get_mut(&id).and_then(Option::take) {
+            |mailbox: &mut Mailbox, _: &mut Side| match mailbox.calls.get_mut(&id).and_then(Option::take) {
                 Some(Outcome::Failed(report)) => Some(Err(report.into())),
                 Some(outcome) => Some(Ok(outcome)),
                 None => mailbox.ended.clone().map(|report| Err(Error::from(report))),
@@ -415,7 +414,7 @@ impl ControlPlane {
             let id = mailbox.next_call;
             mailbox.next_call += 1;
             if let Side::Member(membership) = &*side {
-                let frame = Frame::Control(Control::Call { id, call: call.clone() });
+                let frame = Frame::Signal(Signal::Call { id, call: call.clone() });
                 membership.leader.send(Rank::LEADER, size, frame)?;
             }
             mailbox.calls.insert(id, None);
@@ -430,14 +429,14 @@ impl ControlPlane {
     async fn wait<T>(
         &self,
         deadline: Duration,
-        mut ready: impl FnMut(&mut Mailbox) -> Option<T>,
+        mut ready: impl FnMut(&mut Mailbox, &mut Side) -> Option<T>,
     ) -> Option<T> {
         let shared = &self.inner.shared;
         let waiting = async {
             loop {
                 // Made before the look, so that no change between the two is missed.
                 let changed = shared.changed.notified();
-                if let Some(found) = shared.read(|mailbox, _| ready(mailbox)) {
+                if let Some(found) = shared.read(&mut ready) {
                     return found;
                 }
                 changed.await;
@@ -503,7 +502,7 @@ impl UnderWay<'_> {
         self.shared.update(|mailbox, side| match side {
             Side::Leader(group) => group.withdraw(Rank::LEADER, id, mailbox),
             Side::Member(membership) => {
-                let frame = Frame::Control(Control::Withdraw { id });
+                let frame = Frame::Signal(Signal::Withdraw { id });
                 if membership.leader.send(Rank::LEADER, 0, frame).is_err() {
                     tracing::trace!("the leader is gone; there is nothing to withdraw");
                 }

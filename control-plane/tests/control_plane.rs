@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use engine_core::control::{
-    Address, ControlConfig, ControlPlane, Event, Peer, Role, Token, from_lookup,
+use control_plane::{
+    Address, ChannelId, ControlConfig, ControlPlane, Event, Peer, Role, Token, UPDATES, from_lookup,
 };
 use engine_core::{Error, ErrorKind, Rank, Recovery, Result};
 use futures::executor::block_on;
@@ -43,6 +43,23 @@ fn abstract_name(test: &str) -> String {
 
 fn body(text: &str) -> Bytes {
     Bytes::copy_from_slice(text.as_bytes())
+}
+
+/// What most tests say and hear is on the channel of updates.
+#[allow(async_fn_in_trait, reason = "of these tests alone")]
+trait Talk {
+    fn send(&self, to: Rank, body: Bytes) -> Result<()>;
+    async fn recv(&self, deadline: Duration) -> Result<Option<Event>>;
+}
+
+impl Talk for ControlPlane {
+    fn send(&self, to: Rank, body: Bytes) -> Result<()> {
+        self.channel(UPDATES).send(to, body)
+    }
+
+    async fn recv(&self, deadline: Duration) -> Result<Option<Event>> {
+        self.channel(UPDATES).recv(deadline).await
+    }
 }
 
 async fn lead() -> ControlPlane {
@@ -492,7 +509,7 @@ fn foreign_bytes_close_their_connection_and_disturb_nobody() {
         let (leader, members) = group(1).await;
         let giant = [&u32::MAX.to_be_bytes()[..], &[0; 64]].concat();
         let oversized = [&1025u32.to_be_bytes()[..], &[0; 1025]].concat();
-        let message = [0, 0, 0, 2, 0, b'x'];
+        let message = [0, 0, 0, 4, 0, 0, 0, b'x'];
         let goodbye = [0, 0, 0, 2, 1, 9];
         let http = b"GET / HTTP/1.1\r\nHost: trainer\r\n\r\n";
         for bytes in [&giant[..], &oversized, &message, &goodbye, http, &[0; 4], &[0xff; 300]] {
@@ -607,7 +624,7 @@ fn a_member_that_is_cut_for_what_it_said_is_lost_for_that_reason_and_may_join_ag
 }
 
 #[test]
-fn a_member_whose_messages_nobody_reads_is_cut_before_they_fill_the_leaders_memory() {
+fn a_member_whose_messages_of_updates_nobody_reads_is_cut_before_they_fill_the_leaders_memory() {
     block_on(async {
         let mut at = config("127.0.0.1:0");
         at.max_frame_bytes = 64 << 10;
@@ -993,6 +1010,156 @@ fn a_table_beyond_a_members_limit_is_an_error_on_that_member() {
             ErrorKind::Config,
             &["4096", "max_frame_bytes"],
         );
+    });
+}
+
+const TALK: ChannelId = ChannelId::FIRST_FREE;
+const OTHER: ChannelId = ChannelId(700);
+
+async fn said(plane: &ControlPlane, channel: ChannelId) -> Event {
+    plane.channel(channel).recv(DEADLINE).await.unwrap().expect("an event before the deadline")
+}
+
+#[test]
+fn channels_do_not_see_each_others_messages_and_all_hear_who_leaves() {
+    block_on(async {
+        let (leader, mut members) = group(1).await;
+        let member = members.pop().unwrap();
+        let [talk, other] = [TALK, OTHER].map(|id| leader.channel(id));
+        for (channel, text) in [(OTHER, "o1"), (TALK, "t1"), (UPDATES, "u1"), (TALK, "t2")] {
+            member.channel(channel).send(Rank(0), body(text)).unwrap();
+            leader.channel(channel).send(Rank(1), body(text)).unwrap();
+        }
+        for (plane, from) in [(&leader, Rank(1)), (&member, Rank(0))] {
+            for (channel, text) in [(UPDATES, "u1"), (TALK, "t1"), (TALK, "t2"), (OTHER, "o1")] {
+                let message = Event::Message { from, body: body(text) };
+                assert_eq!(said(plane, channel).await, message, "{channel}");
+            }
+        }
+        member.close().await.unwrap();
+        for channel in [&talk, &other, &leader.channel(UPDATES)] {
+            let left = channel.recv(DEADLINE).await.unwrap();
+            assert_eq!(left, Some(Event::Left { rank: Rank(1) }));
+        }
+    });
+}
+
+#[test]
+fn a_message_to_a_channel_that_nobody_has_opened_waits_for_that() {
+    block_on(async {
+        let (leader, members) = group(1).await;
+        members[0].channel(TALK).send(Rank(0), body("early")).unwrap();
+        members[0].send(Rank(0), body("afterwards")).unwrap();
+        assert!(matches!(event(&leader).await, Event::Message { .. }));
+        let early = Event::Message { from: Rank(1), body: body("early") };
+        assert_eq!(said(&leader, TALK).await, early);
+    });
+}
+
+/// A leader and a member that accept frames of so many bytes.
+async fn pair(max_frame_bytes: usize) -> (ControlPlane, ControlPlane) {
+    let mut at = config("127.0.0.1:0");
+    at.max_frame_bytes = max_frame_bytes;
+    let leader = ControlPlane::lead(at.clone()).await.unwrap();
+    at.address = leader.address().clone();
+    let member = ControlPlane::join(at, Role::Rollout, None).await.unwrap();
+    gather(&[&leader, &member]).await;
+    (leader, member)
+}
+
+/// Sends until the channel is full; how many messages it took, and what it said then.
+async fn fill(from: &ControlPlane, to: Rank, channel: ChannelId, message: &Bytes) -> (u32, Error) {
+    let mut sent = 0;
+    loop {
+        match from.channel(channel).send(to, message.clone()) {
+            Ok(()) => sent += 1,
+            // Only what waits for the socket goes away by itself.
+            Err(error) if error.to_string().contains("wait for the connection") => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Err(error) => return (sent, error),
+        }
+    }
+}
+
+#[test]
+fn a_channel_that_nobody_reads_is_its_senders_error_and_disturbs_no_other_one() {
+    block_on(async {
+        let (leader, member) = pair(64 << 10).await;
+        let message = Bytes::from(vec![7; 10_000]);
+        for (from, to) in [(&member, &leader), (&leader, &member)] {
+            // Opened on one side, and on the other one not.
+            member.channel(TALK);
+            let (sent, error) = fill(from, to.rank(), TALK, &message).await;
+            assert_eq!(sent, 6, "as many as max_frame_bytes hold");
+            assert_names(&error, ErrorKind::Resource, &["channel 16 is full"]);
+            assert_eq!(error.report().recovery, Recovery::Retry);
+            // The second one fills what all of them may have together, and both are named.
+            let (sent, _) = fill(from, to.rank(), OTHER, &message).await;
+            assert!((6..=7).contains(&sent), "{sent}");
+            let third = from.channel(ChannelId(701)).send(to.rank(), message.clone()).unwrap_err();
+            assert_names(&third, ErrorKind::Resource, &["channel 701"]);
+            // Updates go on, however many there are.
+            for _ in 0..50 {
+                from.send(to.rank(), message.clone()).unwrap();
+                assert!(matches!(event(to).await, Event::Message { .. }));
+            }
+        }
+        // What is read makes room, and nothing was lost.
+        for _ in 0..6 {
+            assert!(matches!(said(&leader, TALK).await, Event::Message { from: Rank(1), .. }));
+        }
+        while member.channel(TALK).send(Rank(0), message.clone()).is_err() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(matches!(said(&leader, TALK).await, Event::Message { from: Rank(1), .. }));
+    });
+}
+
+#[test]
+fn any_number_of_messages_passes_a_channel_that_is_read() {
+    block_on(async {
+        let (leader, member) = pair(64 << 10).await;
+        for round in 0..200_usize {
+            // Up to the largest one that fits.
+            let message = Bytes::from(vec![1; round * 7919 % ((64 << 10) - 64)]);
+            for (from, to) in [(&member, &leader), (&leader, &member)] {
+                for channel in [TALK, OTHER] {
+                    let until = Instant::now() + DEADLINE;
+                    while let Err(error) = from.channel(channel).send(to.rank(), message.clone()) {
+                        assert_names(&error, ErrorKind::Resource, &["channel"]);
+                        assert!(Instant::now() < until, "no room: {error}");
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                    assert!(matches!(said(to, channel).await, Event::Message { .. }));
+                }
+            }
+        }
+        let large = Bytes::from(vec![1; 64 << 10]);
+        let error = member.channel(TALK).send(Rank(0), large).unwrap_err();
+        assert_names(&error, ErrorKind::Config, &["max_frame_bytes"]);
+    });
+}
+
+#[test]
+fn a_process_that_follows_another_one_on_a_rank_has_the_room_that_was_left_to_it() {
+    block_on(async {
+        let (leader, member) = pair(64 << 10).await;
+        let message = Bytes::from(vec![7; 10_000]);
+        assert_eq!(fill(&member, Rank(0), TALK, &message).await.0, 6);
+        let mut at = config(&leader.address().to_string());
+        at.max_frame_bytes = 64 << 10;
+        member.close().await.unwrap();
+        assert_eq!(event(&leader).await, Event::Left { rank: Rank(1) });
+        let next = ControlPlane::join(at, Role::Rollout, Some(Rank(1))).await.unwrap();
+        let error = next.channel(TALK).send(Rank(0), message.clone()).unwrap_err();
+        assert_names(&error, ErrorKind::Resource, &["channel 16 is full"]);
+        for _ in 0..6 {
+            assert!(matches!(said(&leader, TALK).await, Event::Message { from: Rank(1), .. }));
+        }
+        while next.channel(TALK).send(Rank(0), message.clone()).is_err() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     });
 }
 
