@@ -18,7 +18,11 @@
 //! [`registry`] knows those that are compiled in. The feature `fp8` (default) brings quantisation to
 //! all of them: with `trainer_quantize_fp8` the trainer sends FP8 blocks and their scales.
 
+/// Connections between ranks, and what an engine needs of one.
+pub use control_plane as control;
+pub use control_plane::{Channel, ChannelId, ControlPlane, form_group};
 pub use engine_core::*;
+pub use serving::{Holder, Newcomer};
 
 #[cfg(feature = "hccl")]
 pub use backend_hccl as hccl;

@@ -261,7 +261,7 @@ fn roles_started_by_hand_find_each_other_and_a_stranger_is_kept_out() {
         .spawn()
         .expect("the program starts");
     eventually("the trainer has made a token", || token.exists());
-    engine_core::control::Token::create(&other).expect("another token");
+    control_plane::Token::create(&other).expect("another token");
     let stranger = rollout(&address, &other, &["--world-size", "3"]);
     let (status, errors) = end_of(stranger);
     assert_eq!(status.code(), Some(1));
@@ -390,7 +390,7 @@ fn a_rollout_that_joins_later_gets_the_version_at_once_from_one_that_holds_it() 
 fn torchruns_environment_says_where_and_who() {
     let folder = tempfile::tempdir().expect("a folder");
     let token = folder.path().join("token");
-    engine_core::control::Token::create(&token).expect("a token");
+    control_plane::Token::create(&token).expect("a token");
     let port = std::net::TcpListener::bind("127.0.0.1:0")
         .and_then(|listener| listener.local_addr())
         .expect("a port")

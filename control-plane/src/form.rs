@@ -3,9 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use engine_core::{
-    Backend, CheckpointEngine, Error, ErrorKind, Placement, Result, WorkerMetadata,
-};
+use engine_core::{Backend, CheckpointEngine, Error, ErrorKind, Placement, Result, WorkerMetadata};
 
 use crate::ControlPlane;
 

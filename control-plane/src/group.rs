@@ -10,7 +10,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 
-use crate::wire::{Call, Signal, FRAME_OVERHEAD, Frame, Heard, Introduction, Outcome, encode};
+use crate::wire::{Call, FRAME_OVERHEAD, Frame, Heard, Introduction, Outcome, Signal, encode};
 use crate::{ChannelId, Event, Peer, Role, UPDATES};
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result};
 

@@ -16,10 +16,7 @@
 use std::time::Duration;
 
 use crate::seal::Handshake;
-use crate::wire::{
-    Signal, Frame, Hello, Introduction, MAGIC, Terms, Wire, malformed,
-    unexpected,
-};
+use crate::wire::{Frame, Hello, Introduction, MAGIC, Signal, Terms, Wire, malformed, unexpected};
 use crate::{ChannelId, Role, Token};
 use engine_core::control::PROTOCOL_VERSION;
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result};

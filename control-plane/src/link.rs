@@ -13,7 +13,7 @@ use crate::group::{Cut, End, Link, Mailbox, Membership, Outbox, Queue};
 use crate::handshake::{PATIENCE, Welcome, examine, introduce, refuse};
 use crate::shared::{Shared, Side};
 use crate::wire::{
-    Signal, Frame, FrameReader, FrameWriter, Heard, Terms, Wire, decode, unexpected,
+    Frame, FrameReader, FrameWriter, Heard, Signal, Terms, Wire, decode, unexpected,
 };
 use crate::{ControlConfig, Event, Role};
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result};
@@ -278,7 +278,8 @@ async fn attempt(config: &ControlConfig, role: Role, rank: Option<Rank>) -> Resu
     let welcome = introduce(&mut wire, &config.token, role, rank, config.terms()).await?;
     let Welcome { rank, terms, unread } = welcome;
     let (mut leader, queue) = link(config, terms, wire.reader.heard.clone());
-    let unread = unread.into_iter().map(|(id, bytes)| (id, usize::try_from(bytes).unwrap_or(usize::MAX)));
+    let unread =
+        unread.into_iter().map(|(id, bytes)| (id, usize::try_from(bytes).unwrap_or(usize::MAX)));
     leader.unread = unread.collect();
     let cut = Arc::clone(&leader.cut);
     Ok((rank, Membership { leader, table: Vec::new() }, Traffic { wire, queue, terms, cut }))

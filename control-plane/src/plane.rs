@@ -16,7 +16,7 @@ use crate::address::Listener;
 use crate::group::{Group, Link, Mailbox};
 use crate::link::{follow, knock, serve};
 use crate::shared::{Shared, Side};
-use crate::wire::{Call, Signal, Frame, Outcome};
+use crate::wire::{Call, Frame, Outcome, Signal};
 use crate::{Address, Channel, ChannelId, ControlConfig, Event, Peer, Role};
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result};
 
@@ -369,12 +369,15 @@ impl ControlPlane {
     ) -> Result<Outcome> {
         let id = self.begin(call, size)?;
         let under_way = UnderWay { shared: &self.inner.shared, id };
-        let outcome =
-            |mailbox: &mut Mailbox, _: &mut Side| match mailbox.calls.get_mut(&id).and_then(Option::take) {
-                Some(Outcome::Failed(report)) => Some(Err(report.into())),
-                Some(outcome) => Some(Ok(outcome)),
-                None => mailbox.ended.clone().map(|report| Err(Error::from(report))),
-            };
+        let outcome = |mailbox: &mut Mailbox, _: &mut Side| match mailbox
+            .calls
+            .get_mut(&id)
+            .and_then(Option::take)
+        {
+            Some(Outcome::Failed(report)) => Some(Err(report.into())),
+            Some(outcome) => Some(Ok(outcome)),
+            None => mailbox.ended.clone().map(|report| Err(Error::from(report))),
+        };
         if let Some(result) = self.wait(deadline, outcome).await {
             return result;
         }

@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use tokio::sync::Notify;
 
 use crate::group::{Bounds, Group, Link, Mailbox, Membership, Outbox};
-use crate::wire::{Signal, Frame};
+use crate::wire::{Frame, Signal};
 use engine_core::{Error, ErrorKind, ErrorReport, Rank};
 
 /// Locked for moments only, never across a wait.

@@ -127,9 +127,7 @@ impl Frame {
             Self::Message { body, .. } | Self::Signal(Signal::Reply { outcome: body, .. }) => {
                 body.len()
             }
-            Self::Signal(Signal::Call { call: Call::Gather { payload, .. }, .. }) => {
-                payload.len()
-            }
+            Self::Signal(Signal::Call { call: Call::Gather { payload, .. }, .. }) => payload.len(),
             Self::Signal(_) => 0,
         };
         body + FRAME_OVERHEAD
@@ -139,7 +137,8 @@ impl Frame {
         match bytes.first() {
             Some(&MESSAGE) => {
                 bytes.advance(1);
-                let number = bytes.try_get_u16().map_err(|_| malformed("a message of no channel"))?;
+                let number =
+                    bytes.try_get_u16().map_err(|_| malformed("a message of no channel"))?;
                 Ok(Self::Message { channel: ChannelId(number), body: bytes.freeze() })
             }
             Some(&SIGNAL) => Ok(Self::Signal(decode(&bytes[1..])?)),
@@ -422,7 +421,9 @@ mod tests {
             Frame::Signal(Signal::Reply { id: 1, outcome }),
             Frame::Signal(Signal::Heartbeat),
             Frame::Signal(Signal::Goodbye),
-            Frame::Signal(Signal::Read { bytes: vec![(ChannelId(16), 80), (ChannelId(17), 1 << 40)] }),
+            Frame::Signal(Signal::Read {
+                bytes: vec![(ChannelId(16), 80), (ChannelId(17), 1 << 40)],
+            }),
         ]
     }
 

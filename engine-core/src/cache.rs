@@ -8,8 +8,8 @@ use async_trait::async_trait;
 
 use crate::memory::TensorMemory;
 use crate::{
-    CheckpointEngine, CheckpointEngineWithCache, Error, ErrorKind, ErrorReport, Expected, Placement,
-    ReceivedBucket, ReceivedPiece, ReceivedWeights, Result, SendReport, Version, Weight,
+    CheckpointEngine, CheckpointEngineWithCache, Error, ErrorKind, ErrorReport, Expected,
+    Placement, ReceivedBucket, ReceivedPiece, ReceivedWeights, Result, SendReport, Version, Weight,
     WeightStream, WorkerMetadata, check_names, ensure_async_iterator,
 };
 

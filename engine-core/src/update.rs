@@ -102,7 +102,11 @@ async fn settle<T>(work: impl FusedFuture<Output = T>, deadline: Duration, error
 }
 
 /// The next event, or an error that the caller completes.
-async fn next_event(control: &Arc<dyn Control>, deadline: Duration, operation: &str) -> Result<Event> {
+async fn next_event(
+    control: &Arc<dyn Control>,
+    deadline: Duration,
+    operation: &str,
+) -> Result<Event> {
     control.recv(deadline).await?.ok_or_else(|| too_late(deadline, operation))
 }
 

@@ -214,9 +214,11 @@ pub(super) fn is_of_transport(error: &Error) -> bool {
 /// `silence` is that of [`Control::silence`].
 fn not_entered(operation: &str, deadline: Duration, silence: Option<Duration>) -> Error {
     let why = match silence {
-        Some(Duration::ZERO) => "its process lives, as its heartbeats come, and has not called receive_weights \
+        Some(Duration::ZERO) => {
+            "its process lives, as its heartbeats come, and has not called receive_weights \
              (send_weights, if it is a trainer)"
-            .to_owned(),
+                .to_owned()
+        }
         Some(silence) => format!(
             "not even a heartbeat came from the rank for {:.1} s: its process is stopped, or the network \
              between is cut",
