@@ -1082,6 +1082,16 @@ async fn fill(from: &ControlPlane, to: Rank, channel: ChannelId, message: &Bytes
     }
 }
 
+/// Sends as soon as there is room.
+fn send_soon(from: &ControlPlane, to: Rank, channel: ChannelId, message: &Bytes) {
+    let until = Instant::now() + DEADLINE;
+    while let Err(error) = from.channel(channel).send(to, message.clone()) {
+        assert_names(&error, ErrorKind::Resource, &["channel"]);
+        assert!(Instant::now() < until, "no room: {error}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 #[test]
 fn a_channel_that_nobody_reads_is_its_senders_error_and_disturbs_no_other_one() {
     block_on(async {
@@ -1109,9 +1119,7 @@ fn a_channel_that_nobody_reads_is_its_senders_error_and_disturbs_no_other_one() 
         for _ in 0..6 {
             assert!(matches!(said(&leader, TALK).await, Event::Message { from: Rank(1), .. }));
         }
-        while member.channel(TALK).send(Rank(0), message.clone()).is_err() {
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        send_soon(&member, Rank(0), TALK, &message);
         assert!(matches!(said(&leader, TALK).await, Event::Message { from: Rank(1), .. }));
     });
 }
@@ -1125,12 +1133,7 @@ fn any_number_of_messages_passes_a_channel_that_is_read() {
             let message = Bytes::from(vec![1; round * 7919 % ((64 << 10) - 64)]);
             for (from, to) in [(&member, &leader), (&leader, &member)] {
                 for channel in [TALK, OTHER] {
-                    let until = Instant::now() + DEADLINE;
-                    while let Err(error) = from.channel(channel).send(to.rank(), message.clone()) {
-                        assert_names(&error, ErrorKind::Resource, &["channel"]);
-                        assert!(Instant::now() < until, "no room: {error}");
-                        std::thread::sleep(Duration::from_millis(1));
-                    }
+                    send_soon(from, to.rank(), channel, &message);
                     assert!(matches!(said(to, channel).await, Event::Message { .. }));
                 }
             }
@@ -1157,9 +1160,7 @@ fn a_process_that_follows_another_one_on_a_rank_has_the_room_that_was_left_to_it
         for _ in 0..6 {
             assert!(matches!(said(&leader, TALK).await, Event::Message { from: Rank(1), .. }));
         }
-        while next.channel(TALK).send(Rank(0), message.clone()).is_err() {
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        send_soon(&next, Rank(0), TALK, &message);
     });
 }
 
