@@ -2,12 +2,14 @@
 
 use std::fmt;
 use std::io;
+use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::oneshot;
 
 use crate::wire::Wire;
 use engine_core::{Error, ErrorKind, Result};
@@ -125,10 +127,25 @@ impl UnixAddress {
     }
 }
 
+/// The addresses of a host and port. A name is looked up on a thread of its own: tokio panics where it gets none for that.
+async fn look_up(tcp: &str) -> io::Result<Vec<SocketAddr>> {
+    if let Ok(address) = tcp.parse() {
+        return Ok(vec![address]);
+    }
+    let (tell, told) = oneshot::channel();
+    let name = tcp.to_owned();
+    let look = move || {
+        // Nobody waits any more after the connect timeout.
+        drop(tell.send(name.to_socket_addrs().map(Iterator::collect)));
+    };
+    std::thread::Builder::new().name("ckpt-resolve".into()).spawn(look)?;
+    told.await.map_err(|_| io::Error::other("the look-up of the name panicked"))?
+}
+
 /// One attempt to reach the leader.
 pub(super) async fn connect(address: &Address) -> io::Result<Wire> {
     match address {
-        Address::Tcp(tcp) => tcp_wire(TcpStream::connect(tcp).await?),
+        Address::Tcp(tcp) => tcp_wire(TcpStream::connect(&*look_up(tcp).await?).await?),
         Address::Unix(unix) => Ok(unix_wire(UnixStream::connect(unix.as_path()).await?)),
     }
 }
@@ -151,7 +168,8 @@ impl Listener {
         let failed = |error| Error::io(format!("listening on {address}"), error);
         match address {
             Address::Tcp(tcp) => {
-                let socket = Socket::Tcp(TcpListener::bind(tcp).await.map_err(failed)?);
+                let addresses = look_up(tcp).await.map_err(failed)?;
+                let socket = Socket::Tcp(TcpListener::bind(&*addresses).await.map_err(failed)?);
                 Ok(Self { socket, _file: None })
             }
             Address::Unix(unix) => {

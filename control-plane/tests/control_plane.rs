@@ -184,6 +184,18 @@ fn a_group_forms_over_tcp() {
 }
 
 #[test]
+fn a_group_forms_at_the_name_of_a_host_and_an_unknown_name_is_an_error() {
+    block_on(async {
+        let leader = ControlPlane::lead(config("localhost:0")).await.unwrap();
+        assert!(leader.address().to_string().starts_with("tcp://localhost:"));
+        let member = join(&leader).await;
+        gather(&[&leader, &member]).await;
+        let error = ControlPlane::lead(config("no-such-host.invalid:0")).await.unwrap_err();
+        assert_names(&error, ErrorKind::Io, &["no-such-host.invalid"]);
+    });
+}
+
+#[test]
 fn a_group_forms_over_an_abstract_socket() {
     block_on(async {
         let address = abstract_name("forms");
