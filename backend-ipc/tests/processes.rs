@@ -253,6 +253,24 @@ fn a_version_that_fails_when_all_its_buckets_are_there_does_not_get_into_the_cac
 }
 
 #[test]
+fn a_rollout_that_is_stopped_is_a_timeout_that_says_so() {
+    let config = CheckpointEngineConfig { timeout_seconds: 1.5, ..config("ipc") };
+    let mut group = Processes::form(BACKEND, &config, 1, 1);
+    group.works(1, 1);
+    let signal = |signal: &str, pid: u32| {
+        let sent = std::process::Command::new("kill").args([signal, &pid.to_string()]).status();
+        assert!(sent.unwrap().success());
+    };
+    let rollout = group.children[0].id();
+    signal("-STOP", rollout);
+    // It is lost for its silence a little later: after 3 s.
+    let error = group.update(2, usize::MAX, |_| {}).unwrap_err();
+    signal("-CONT", rollout);
+    assert_eq!((error.kind(), error.report().rank), (ErrorKind::Timeout, Some(Rank(1))), "{error}");
+    assert!(error.to_string().contains("its process is stopped"), "{error}");
+}
+
+#[test]
 fn messages_of_the_embedding_program_do_not_disturb_updates() {
     const TALK: ChannelId = ChannelId::FIRST_FREE;
     const UNREAD: ChannelId = ChannelId(17);
