@@ -274,6 +274,8 @@ impl Newcomer {
 async fn lead(at: ControlConfig) -> Result<ControlPlane> {
     let deadline = at.heartbeat_timeout;
     let control = ControlPlane::lead(at).await?;
+    // Open before anyone can join, so that no newcomer is missed.
+    control.channel(HANDOVER);
     control.gather(1, Bytes::new(), deadline).await?;
     Ok(control)
 }
@@ -416,6 +418,23 @@ mod tests {
         let joined = Newcomer::join(engine_core::naive::BACKEND, config, at).await.unwrap();
         assert!(joined.is_none(), "the second holder has no version");
         serving.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_newcomer_that_comes_before_the_holder_serves_anyone_is_served() {
+        let at = place_of("early-newcomer");
+        let config = CheckpointEngineConfig { timeout_seconds: 5.0, ..Default::default() };
+        let backend = engine_core::naive::BACKEND;
+        let cache = WeightCache::default();
+        let holder = Holder::listen(cache, backend, config.clone(), at.clone()).await.unwrap();
+        let joining = tokio::spawn(Newcomer::join(backend, config, at));
+        let two = |control: &ControlPlane| control.peers().len() == 2;
+        while !holder.control.as_ref().is_some_and(two) {
+            clock::sleep(Duration::from_millis(1)).await;
+        }
+        let serving = tokio::spawn(holder.run());
+        assert!(joining.await.unwrap().unwrap().is_none(), "there is no version yet");
+        serving.abort();
     }
 
     #[tokio::test]
