@@ -214,6 +214,9 @@ impl ControlPlane {
     }
 
     /// Opens a channel. Opened again, it is the same one; it stays open as long as the control plane.
+    ///
+    /// It hears of ranks that come and go from then on: who has to hear of all of them opens it before the first
+    /// [`gather`](Self::gather).
     pub fn channel(&self, id: ChannelId) -> Channel {
         self.inner.shared.read(|mailbox, _| mailbox.open(id));
         Channel::new(self.clone(), id)
