@@ -7,13 +7,21 @@ use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use checkpoint_engine::control::{ControlConfig, Token};
+use bytes::Bytes;
+use checkpoint_engine::control::{Channel, ControlConfig, Event, Token};
 use checkpoint_engine::{
-    CheckpointEngine, CheckpointEngineConfig, ControlPlane, DType, EngineContext, Error, ErrorKind,
-    Result, Role, TensorMap, Version, Weight, ensure_async_iterator, form_group, registry,
+    ChannelId, CheckpointEngine, CheckpointEngineConfig, ControlPlane, DType, EngineContext, Error,
+    ErrorKind, Rank, Result, Role, TensorMap, Version, Weight, ensure_async_iterator, form_group,
+    registry,
 };
 
 const UPDATES: u64 = 3;
+const DEADLINE: Duration = Duration::from_secs(30);
+
+// ANCHOR: channel
+/// The channel on which rollouts say how well a version does.
+const REWARDS: ChannelId = ChannelId::FIRST_FREE;
+// ANCHOR_END: channel
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
@@ -38,13 +46,15 @@ async fn trainer() -> Result<()> {
     }
 
     let mut engine = form(&control, Role::Trainer).await?;
+    let rewards = control.channel(REWARDS);
     for step in 1..=UPDATES {
         let weights = (0..8).map(|layer| {
             let bytes = vec![step as u8; 512 * 512 * 2];
             Weight::new(format!("layers.{layer}.weight"), DType::BF16, [512, 512], bytes)
         });
         let report = engine.send_weights(ensure_async_iterator(weights), Version(step)).await?;
-        eprintln!("version {step}: {:.1} GB/s", report.gb_per_s());
+        let reward = next_reward(&rewards).await?;
+        eprintln!("version {step}: {:.1} GB/s, reward {reward}", report.gb_per_s());
     }
     engine.finalize().await?;
     control.close().await?;
@@ -57,6 +67,22 @@ async fn trainer() -> Result<()> {
     }
 }
 
+// ANCHOR: hear
+/// Waits for what a rollout says; news of ranks that come and go arrive on the same channel.
+async fn next_reward(rewards: &Channel) -> Result<f32> {
+    let refuse = |kind, why: &str| Err(Error::new(kind, "waiting for a reward", why));
+    match rewards.recv(DEADLINE).await? {
+        Some(Event::Message { from, body }) => match body[..].try_into() {
+            Ok(reward) => Ok(f32::from_le_bytes(reward)),
+            Err(_) => refuse(ErrorKind::Protocol, "it is no number").map_err(|e| e.rank(from)),
+        },
+        Some(Event::Lost { error, .. }) => Err(error.into()),
+        Some(event) => refuse(ErrorKind::PeerLost, &format!("{event:?}")),
+        None => refuse(ErrorKind::Timeout, "no rollout has said anything"),
+    }
+}
+// ANCHOR_END: hear
+
 async fn rollout(address: &str) -> Result<()> {
     let mut secret = Vec::new();
     std::io::stdin()
@@ -65,12 +91,17 @@ async fn rollout(address: &str) -> Result<()> {
     let config = ControlConfig::new(address.parse()?, Token::new(&secret)?);
     let control = ControlPlane::join(config, Role::Rollout, None).await?;
     let mut engine = form(&control, Role::Rollout).await?;
+    let rewards = control.channel(REWARDS);
     let mut model = TensorMap::new();
     for step in 1..=UPDATES {
         // Every bucket is copied to its tensors as it arrives; the version is complete after that.
         let received = engine.receive_weights(Some(Version(step))).await?;
         received.install(&mut model).await?;
         assert!(model.iter().all(|(_, bytes)| bytes.iter().all(|&byte| u64::from(byte) == step)));
+        // ANCHOR: say
+        let reward = step as f32 / UPDATES as f32;
+        rewards.send(Rank::LEADER, Bytes::copy_from_slice(&reward.to_le_bytes()))?;
+        // ANCHOR_END: say
     }
     engine.finalize().await?;
     control.close().await
@@ -83,8 +114,8 @@ async fn form(control: &ControlPlane, role: Role) -> Result<Box<dyn CheckpointEn
     let registry = registry();
     let context = EngineContext::new(config.clone(), role).with_control(control.clone());
     let mut engine = registry.create(context)?;
-    let (backend, deadline) = (registry.get(&config.backend)?, Duration::from_secs(30));
-    form_group(&mut *engine, backend, control, 2, serde_json::Value::Null, deadline).await?;
+    let backend = registry.get(&config.backend)?;
+    form_group(&mut *engine, backend, control, 2, serde_json::Value::Null, DEADLINE).await?;
     Ok(engine)
 }
 // ANCHOR_END: form

@@ -18,9 +18,13 @@
 //! [`registry`] knows those that are compiled in. The feature `fp8` (default) brings quantisation to
 //! all of them: with `trainer_quantize_fp8` the trainer sends FP8 blocks and their scales.
 
+/// Connections between ranks, and what an engine needs of one.
+pub use control_plane as control;
+pub use control_plane::{Channel, ChannelId, ControlPlane, form_group};
 /// Reads configurations from TOML, JSON and YAML: `config::load("engine.yaml")`.
 pub use engine_config as config;
 pub use engine_core::*;
+pub use serving::{Holder, Newcomer};
 
 #[cfg(feature = "hccl")]
 pub use backend_hccl as hccl;

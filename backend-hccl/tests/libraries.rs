@@ -7,10 +7,8 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use engine_core::control::{ControlConfig, Token};
-use engine_core::{
-    Availability, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind, Role,
-};
+use control_plane::{ControlConfig, ControlPlane, Token};
+use engine_core::{Availability, CheckpointEngineConfig, EngineContext, Error, ErrorKind, Role};
 use hccl_sim::Profile;
 
 const PROBE: &str = "CKPT_ENGINE_TEST_PROBE";

@@ -15,10 +15,10 @@ use backend_hccl::BACKEND;
 use conformance::processes::{
     Process, WEIGHTS, address, control, form, model, receivers, runtime, say, value,
 };
-use engine_core::control::Address;
+use control_plane::{Address, ControlPlane};
 use engine_core::{
-    CheckpointEngine, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind, Rank,
-    Result, Role, Version, Weight, ensure_async_iterator,
+    CheckpointEngine, CheckpointEngineConfig, EngineContext, Error, ErrorKind, Rank, Result, Role,
+    Version, Weight, ensure_async_iterator,
 };
 use hccl_sim::Profile;
 

@@ -8,8 +8,8 @@ use async_trait::async_trait;
 use engine_core::memory::Pool;
 use engine_core::update::{ReceiveLink, Receiver, SendLink, Sender};
 use engine_core::{
-    CheckpointEngine, ControlPlane, EngineContext, Error, ErrorKind, Placement, Rank,
-    ReceivedWeights, Result, Role, SendReport, Version, WeightStream, WorkerMetadata,
+    CheckpointEngine, Control, EngineContext, Error, ErrorKind, Placement, Rank, ReceivedWeights,
+    Result, Role, SendReport, Version, WeightStream, WorkerMetadata,
 };
 
 use serde::{Deserialize, Serialize};
@@ -36,7 +36,7 @@ fn default_bucket_megabytes(threads: usize) -> u64 {
 #[derive(Debug)]
 pub struct IpcEngine {
     context: EngineContext,
-    control: ControlPlane,
+    control: Arc<dyn Control>,
     pool: Pool,
     phase: Phase,
 }

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use backend_ipc::BACKEND;
-use engine_core::control::{ControlConfig, Token};
+use control_plane::{ControlConfig, ControlPlane, Token, form_group};
 use engine_core::{
-    CheckpointEngine, CheckpointEngineConfig, ControlPlane, DType, EngineContext, ErrorKind,
-    Result, Role, TensorMap, Version, Weight, ensure_async_iterator, form_group,
+    CheckpointEngine, CheckpointEngineConfig, DType, EngineContext, ErrorKind, Result, Role,
+    TensorMap, Version, Weight, ensure_async_iterator,
 };
 use futures::executor::block_on;
 

@@ -6,14 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use backend_ipc::{BACKEND, CacheAddress, SharedCache, SharedCacheReader};
+use bytes::Bytes;
 use conformance::processes::{
     LIMIT, Process, Processes, WEIGHTS, address, be_a_child, control, form, model, receive,
     receivers, runtime, say, send, value,
 };
-use engine_core::control::Address;
+use control_plane::{Address, ChannelId, ControlPlane, Event};
 use engine_core::{
     CachedEngine, CheckpointEngine, CheckpointEngineConfig, CheckpointEngineWithCache,
-    ControlPlane, EngineContext, Error, ErrorKind, Expected, Rank, Result, Role, Version, Weight,
+    EngineContext, Error, ErrorKind, Expected, Rank, Result, Role, Version, Weight,
     ensure_async_iterator, form_local_group, naive,
 };
 use futures::StreamExt;
@@ -248,6 +249,70 @@ fn a_version_that_fails_when_all_its_buckets_are_there_does_not_get_into_the_cac
         assert_eq!((sent.unwrap().version, received.unwrap()), (Version(3), Version(3)));
         owner.says("cached 3");
         assert_eq!(read(&reader).await.unwrap(), 3);
+    });
+}
+
+#[test]
+fn a_rollout_that_is_stopped_is_a_timeout_that_says_so() {
+    let config = CheckpointEngineConfig { timeout_seconds: 1.5, ..config("ipc") };
+    let mut group = Processes::form(BACKEND, &config, 1, 1);
+    group.works(1, 1);
+    let signal = |signal: &str, pid: u32| {
+        let sent = std::process::Command::new("kill").args([signal, &pid.to_string()]).status();
+        assert!(sent.unwrap().success());
+    };
+    let rollout = group.children[0].id();
+    signal("-STOP", rollout);
+    // It is lost for its silence a little later: after 3 s.
+    let error = group.update(2, usize::MAX, |_| {}).unwrap_err();
+    signal("-CONT", rollout);
+    assert_eq!((error.kind(), error.report().rank), (ErrorKind::Timeout, Some(Rank(1))), "{error}");
+    assert!(error.to_string().contains("its process is stopped"), "{error}");
+}
+
+#[test]
+fn messages_of_the_embedding_program_do_not_disturb_updates() {
+    const TALK: ChannelId = ChannelId::FIRST_FREE;
+    const UNREAD: ChannelId = ChannelId(17);
+    runtime().block_on(async {
+        let address = address();
+        let follow = async {
+            let plane = ControlPlane::join(control(address.clone()), Role::Rollout, None).await;
+            let plane = plane.unwrap();
+            let engine = form(BACKEND, &plane, config("ipc"), 2).await.unwrap();
+            (plane, engine)
+        };
+        let (lead, follow) = join(lead(address.clone(), 2), follow).await;
+        let ((trainer, mut engine), (rollout, mut other)) = (lead, follow);
+        // One channel is full in both directions, and nobody ever reads it.
+        let message = Bytes::from(vec![7; 1 << 20]);
+        for (from, to) in [(&trainer, Rank(1)), (&rollout, Rank(0))] {
+            let channel = from.channel(UNREAD);
+            let is_full = |error: &Error| error.to_string().contains("channel 17 is full");
+            while !channel.send(to, message.clone()).is_err_and(|error| is_full(&error)) {}
+        }
+        // On another one, both sides talk all the time.
+        let talk = async {
+            let [ours, theirs] = [&trainer, &rollout].map(|plane| plane.channel(TALK));
+            for number in 0..1000_u32 {
+                let body = Bytes::copy_from_slice(&number.to_le_bytes());
+                ours.send(Rank(1), body.clone()).unwrap();
+                let heard = theirs.recv(LIMIT).await.unwrap();
+                assert_eq!(heard, Some(Event::Message { from: Rank(0), body: body.clone() }));
+                theirs.send(Rank(0), body.clone()).unwrap();
+                let heard = ours.recv(LIMIT).await.unwrap();
+                assert_eq!(heard, Some(Event::Message { from: Rank(1), body }));
+            }
+        };
+        let updates = async {
+            for version in 1..=5 {
+                let sent = send(&mut *engine, version, usize::MAX, || Ok(()));
+                let (sent, received) = join(sent, receive(&mut *other)).await;
+                let both = (sent.unwrap().version, received.unwrap());
+                assert_eq!(both, (Version(version), Version(version)));
+            }
+        };
+        join(talk, updates).await;
     });
 }
 

@@ -1,9 +1,8 @@
 //! What there is of NCCL on a machine without a GPU: the library is found, says its version and what it
 //! can do, and why it cannot be used.
 
-use engine_core::{
-    Availability, CheckpointEngineConfig, ControlPlane, EngineContext, ErrorKind, Role,
-};
+use control_plane::ControlPlane;
+use engine_core::{Availability, CheckpointEngineConfig, EngineContext, ErrorKind, Role};
 
 fn words() -> String {
     match backend_nccl::BACKEND.probe() {
@@ -14,8 +13,8 @@ fn words() -> String {
 
 async fn prepare(config: CheckpointEngineConfig) -> engine_core::Error {
     let address = format!("unix:@nccl-library-{}", std::process::id()).parse().expect("one");
-    let token = engine_core::control::Token::generate().expect("a token");
-    let control = engine_core::control::ControlConfig::new(address, token);
+    let token = control_plane::Token::generate().expect("a token");
+    let control = control_plane::ControlConfig::new(address, token);
     let control = ControlPlane::lead(control).await.expect("an address");
     let context = EngineContext::new(config, Role::Trainer).with_control(control);
     let mut engine = backend_nccl::BACKEND.create(context).expect("an engine");

@@ -12,9 +12,8 @@ use engine_core::update::{
     Arrival, Fetch, FetchLink, Receiver, SendLink, Sender, Topology as Shape,
 };
 use engine_core::{
-    CheckpointEngine, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind,
-    Placement, Rank, ReceivedWeights, Result, Role, SendReport, Version, WeightStream,
-    WorkerMetadata,
+    CheckpointEngine, CheckpointEngineConfig, Control, EngineContext, Error, ErrorKind, Placement,
+    Rank, ReceivedWeights, Result, Role, SendReport, Version, WeightStream, WorkerMetadata,
 };
 use serde::{Deserialize, Serialize};
 
@@ -149,7 +148,7 @@ pub(crate) struct Details {
 pub struct NixlEngine {
     context: EngineContext,
     options: NixlOptions,
-    control: ControlPlane,
+    control: Arc<dyn Control>,
     pool: Pool,
     phase: Phase,
 }
@@ -214,7 +213,7 @@ impl CheckpointEngine for NixlEngine {
             return Err(Error::wrong_phase("preparing", "it is in a group already"));
         }
         let arena = Arc::new(arena(&self.context.config)?);
-        let interface = interface::towards(self.control.address()).await;
+        let interface = interface::towards(self.control.leader_address()).await;
         let options = AgentOptions { interface, ..self.options.of_agent() };
         let agent = Agent::start(options, unique_name(self.control.rank()), arena.clone()).await?;
         // Shorter than the protocol's, so that a transfer that hangs is named as what it is.

@@ -11,15 +11,16 @@ use conformance::processes::{
     LIMIT, Process, WEIGHT_BYTES, WEIGHTS, address, control, form, model, place, receive,
     receivers, runtime, say, send, value,
 };
-use engine_core::control::Address;
+use control_plane::{Address, ControlPlane};
 use engine_core::{
     CachedEngine, CheckpointEngine, CheckpointEngineConfig, CheckpointEngineWithCache,
-    ControlPlane, EngineContext, ErrorKind, Holder, Newcomer, Rank, Result, Role, SendReport,
-    Version, WeightStreamExt, ensure_async_iterator,
+    EngineContext, ErrorKind, Rank, Result, Role, SendReport, Version, WeightStreamExt,
+    ensure_async_iterator,
 };
 use futures::StreamExt;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use serving::{Holder, Newcomer};
 use tokio::sync::Barrier;
 
 const ROLE: &str = "CKPT_ENGINE_TEST_ROLE";
@@ -156,7 +157,7 @@ async fn holding_rollout(address: Address, config: CheckpointEngineConfig) {
     for other in holders.iter().filter(|other| **other != own_address) {
         let newcomer = Newcomer::join(BACKEND, config.clone(), at(other)).await.unwrap();
         if let Some(mut newcomer) = newcomer {
-            engine.take_over(&mut newcomer).await.unwrap();
+            engine.take_over(newcomer.receive().await.unwrap()).await.unwrap();
             newcomer.leave().await.unwrap();
             break;
         }

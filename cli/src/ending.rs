@@ -1,10 +1,10 @@
 //! How a command ends: by itself, or by a signal, which it survives only to clean up.
 
 use std::process::ExitCode;
-use std::time::Duration;
 
 use checkpoint_engine::Error;
 use cli::checkpoint::{end_unfinished, is_ending};
+use cli::runtime::Runtime;
 
 use crate::Failure;
 
@@ -12,7 +12,7 @@ use crate::Failure;
 pub(crate) fn until_interrupted(
     command: impl Future<Output = Result<ExitCode, Failure>>,
 ) -> Result<ExitCode, Failure> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime = Runtime::start()?;
     let result = runtime.block_on(async {
         let ended = ending()?;
         tokio::select! {
@@ -23,8 +23,7 @@ pub(crate) fn until_interrupted(
             }
         }
     });
-    // Work on a bucket that nobody waits for any more must not delay the end.
-    runtime.shutdown_timeout(Duration::from_millis(200));
+    runtime.end();
     result
 }
 

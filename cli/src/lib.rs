@@ -24,6 +24,7 @@ mod progress;
 pub mod quantize;
 pub mod report_line;
 pub mod roles;
+pub mod runtime;
 pub mod scheme;
 pub mod source;
 pub mod sync;

@@ -50,6 +50,39 @@ fn an_error_names_its_cause_once_and_exits_1() {
     assert_eq!(text.matches("No such file").count(), 1, "{text}");
 }
 
+/// The program, when the system gives it no thread beside the first one.
+fn without_threads(args: &[&str]) -> Output {
+    let mut command = Command::new("prlimit");
+    command.args(["--nproc=1:1", "--"]);
+    if rustix::process::getuid().is_root() {
+        // The limit is none of root's, and counts all threads of a user: one that has no others.
+        let uid = 1_000_000 + std::process::id();
+        command.arg("setpriv").arg(format!("--reuid={uid}")).arg("--clear-groups");
+        command.arg("--bounding-set=-all").arg("--inh-caps=-all");
+    }
+    command.arg(env!("CARGO_BIN_EXE_ckpt-engine")).args(args);
+    command.output().expect("prlimit and setpriv of util-linux run")
+}
+
+#[test]
+fn a_command_that_gets_no_thread_is_an_error_in_words_and_exits_1() {
+    let meeting = "--rendezvous unix:@no-threads --token-file /nonexistent";
+    for line in [
+        "sync --synthetic tiny-moe",
+        "sync --synthetic tiny-moe --backend naive",
+        &format!("trainer --synthetic tiny-moe {meeting}"),
+        &format!("rollout {meeting}"),
+        "top --once 127.0.0.1:1",
+        "bench transfer --synthetic tiny-moe",
+    ] {
+        let args: Vec<&str> = line.split(' ').collect();
+        let output = without_threads(&args);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{line}: {text}");
+        assert!(text.contains("no further thread") && !text.contains("panicked"), "{text}");
+    }
+}
+
 #[test]
 fn wrong_usage_exits_2_and_help_has_examples() {
     assert_eq!(run(&["verify", "only-one"]).status.code(), Some(2));

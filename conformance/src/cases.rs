@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use control_plane::{ControlPlane, UPDATES};
 use engine_core::{
-    ControlPlane, DType, Encoding, Error, ErrorKind, Rank, ReceivedBucket, ReceivedPiece, Role,
-    Storage, TensorMap, TensorMeta, Treatment, Version, VersionState, Weight, WeightStream,
+    DType, Encoding, Error, ErrorKind, Rank, ReceivedBucket, ReceivedPiece, Role, Storage,
+    TensorMap, TensorMeta, Treatment, Version, VersionState, Weight, WeightStream,
     ensure_async_iterator,
 };
 use futures::StreamExt;
@@ -885,7 +886,7 @@ async fn garbage_of_a_rank_without_a_part_in_updates_is_dropped(suite: &Suite) -
         let mut received = rollout.receive_weights(None).await.map_err(words)?;
         while let Some(bucket) = received.next_bucket().await.map_err(words)? {
             let garbage = Bytes::from_static(b"no message of an update");
-            stranger.send(Rank::LEADER, garbage).map_err(words)?;
+            stranger.channel(UPDATES).send(Rank::LEADER, garbage).map_err(words)?;
             sleep(Duration::from_millis(5)).await;
             drop(bucket);
         }

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use engine_core::control::{ControlConfig, Token};
+use control_plane::{ControlConfig, ControlPlane, Token};
 use engine_core::observe::{Observer, Progress};
 use engine_core::{
-    CheckpointEngine, ControlPlane, DType, EngineContext, Error, Placement, Rank, ReceivedWeights,
-    Result, Role, SendReport, TensorMeta, Version, VersionState, Weight, WeightStream,
-    WorkerMetadata, ensure_async_iterator,
+    CheckpointEngine, DType, EngineContext, Error, Placement, Rank, ReceivedWeights, Result, Role,
+    SendReport, TensorMeta, Version, VersionState, Weight, WeightStream, WorkerMetadata,
+    ensure_async_iterator,
 };
 use futures::StreamExt;
 
@@ -226,7 +226,7 @@ impl Group {
         for (index, rank) in ranks.iter().enumerate() {
             let role = if index < trainers { Role::Trainer } else { Role::Rollout };
             let mut context = EngineContext::new(suite.config_of(rank.0), role).with_rank(*rank);
-            context.control = controls.get(index).cloned();
+            context.control = controls.get(index).cloned().map(Into::into);
             if index == 0 {
                 context = context.with_observer(ready.clone());
             }

@@ -19,11 +19,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use engine_core::control::{Address, ControlConfig, Token};
+use control_plane::{Address, ControlConfig, ControlPlane, Token};
 use engine_core::{
-    Backend, CheckpointEngine, CheckpointEngineConfig, ControlPlane, DType, DeviceChoice,
-    EngineContext, Error, ErrorKind, Placement, Rank, ReceivedWeights, Result, Role, SendReport,
-    Version, Weight, WorkerMetadata, ensure_async_iterator,
+    Backend, CheckpointEngine, CheckpointEngineConfig, DType, DeviceChoice, EngineContext, Error,
+    ErrorKind, Placement, Rank, ReceivedWeights, Result, Role, SendReport, Version, Weight,
+    WorkerMetadata, ensure_async_iterator,
 };
 
 use crate::log;

@@ -77,11 +77,10 @@ mod membership_and_faults {
     use std::time::Duration;
 
     use conformance::collective::{BACKEND, Counts, DEVICE, counts};
-    use engine_core::control::{ControlConfig, Token};
+    use control_plane::{ControlConfig, ControlPlane, Token, form_group};
     use engine_core::{
-        CheckpointEngine, CheckpointEngineConfig, ControlPlane, DType, DeviceChoice, EngineContext,
-        Error, ErrorKind, Rank, Result, Role, SendReport, Version, Weight, ensure_async_iterator,
-        form_group,
+        CheckpointEngine, CheckpointEngineConfig, DType, DeviceChoice, EngineContext, Error,
+        ErrorKind, Rank, Result, Role, SendReport, Version, Weight, ensure_async_iterator,
     };
     use futures::FutureExt;
     use serde_json::{Value, json};

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 
 use crate::memory::TensorMemory;
 use crate::{
-    CheckpointEngine, CheckpointEngineWithCache, Error, ErrorKind, ErrorReport, Expected, Newcomer,
+    CheckpointEngine, CheckpointEngineWithCache, Error, ErrorKind, ErrorReport, Expected,
     Placement, ReceivedBucket, ReceivedPiece, ReceivedWeights, Result, SendReport, Version, Weight,
     WeightStream, WorkerMetadata, check_names, ensure_async_iterator,
 };
@@ -69,14 +69,13 @@ impl CachedEngine {
         self
     }
 
-    /// Fills the cache with the version that another rollout holds. One of a higher number that is here
+    /// Fills the cache with the version that another rollout holds and gives. One of a higher number that is here
     /// already stays.
     ///
     /// # Errors
     ///
     /// Those of receiving, and of the store.
-    pub async fn take_over(&mut self, from: &mut Newcomer) -> Result<Version> {
-        let received = from.receive().await?;
+    pub async fn take_over(&mut self, received: ReceivedWeights<'_>) -> Result<Version> {
         let update = self.cache.begins(received.version(), false)?;
         fill(received, update).await?.complete_if_newer()
     }

@@ -5,10 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::control::{ControlPlane, Role};
+use crate::control::{Control, Role};
 use crate::observe::Observer;
 use crate::received::ReceivedWeights;
 use crate::report::SendReport;
@@ -109,7 +108,7 @@ pub trait CheckpointEngineWithCache: CheckpointEngine {
 }
 
 /// What peers need to know of a rank: made by [`CheckpointEngine::prepare`], carried by the
-/// embedding program or by [`ControlPlane::gather`].
+/// embedding program or by the control plane.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WorkerMetadata {
     /// The backend's name; all ranks of a group have the same.
@@ -267,67 +266,6 @@ impl Placement {
     }
 }
 
-/// Prepares an engine, exchanges metadata with all other ranks over the control plane, and joins the group:
-/// what every rank does before the first update, and again to form a group anew.
-///
-/// Ends when `world_size` ranks are there; `attributes` are what this rank tells the others beside what its
-/// engine says. Returns this rank's place, with the metadata of all ranks.
-///
-/// # Cancel safety
-///
-/// When the future is dropped, the engine has been prepared or not: finalize it, or drop it.
-///
-/// # Errors
-///
-/// Those of [`CheckpointEngine::prepare`], [`ControlPlane::gather`], [`Backend::build_topology`] and
-/// [`CheckpointEngine::init_process_group`]; `Protocol` if a rank's metadata cannot be read; `Mismatch` if a
-/// rank says another rank of itself than the control plane gave it.
-///
-/// # Examples
-///
-/// ```no_run
-/// # use std::time::Duration;
-/// # use engine_core::*;
-/// # async fn example(control: ControlPlane, registry: Registry, config: CheckpointEngineConfig) -> Result<()> {
-/// let backend = registry.get(&config.backend)?;
-/// let context = EngineContext::new(config, control.role()).with_control(control.clone());
-/// let mut engine = registry.create(context)?;
-/// let deadline = Duration::from_secs(30);
-/// form_group(&mut *engine, backend, &control, 3, serde_json::Value::Null, deadline).await?;
-/// # Ok(())
-/// # }
-/// ```
-pub async fn form_group(
-    engine: &mut dyn CheckpointEngine,
-    backend: &dyn Backend,
-    control: &ControlPlane,
-    world_size: u32,
-    attributes: serde_json::Value,
-    deadline: Duration,
-) -> Result<Placement> {
-    let operation = "forming the group";
-    let malformed = |error: serde_json::Error| {
-        Error::new(ErrorKind::Protocol, operation, error.to_string()).with_source(error)
-    };
-    let mut own = engine.prepare().await?;
-    own.attributes = attributes;
-    let payload = Bytes::from(serde_json::to_vec(&own).map_err(malformed)?);
-    let peers = control.gather(world_size, payload, deadline).await?;
-    let mut workers = Vec::with_capacity(peers.len());
-    for peer in &peers {
-        let worker: WorkerMetadata = serde_json::from_slice(&peer.payload)
-            .map_err(|error| malformed(error).rank(peer.rank))?;
-        if worker.rank != peer.rank {
-            let message = format!("its engine says that it is rank {}", worker.rank);
-            return Err(Error::new(ErrorKind::Mismatch, operation, message).rank(peer.rank));
-        }
-        workers.push(worker);
-    }
-    let place = Placement::of_rank(backend.build_topology(&workers)?, control.rank())?;
-    engine.init_process_group(place.clone()).await?;
-    Ok(place)
-}
-
 /// Prepares engines of this process and joins them to one group, whose control plane, if they need one, has
 /// formed; returns the metadata of all, in the order of the engines.
 ///
@@ -359,7 +297,7 @@ pub struct EngineContext {
     /// Whether this rank sends or receives.
     pub role: Role,
     /// The connection to rank 0. Engines that stay within a process need none.
-    pub control: Option<ControlPlane>,
+    pub control: Option<Arc<dyn Control>>,
     /// The rank, where no control plane gives it; see [`rank`](Self::rank).
     pub rank: Option<Rank>,
     /// Who is told of the progress of updates.
@@ -372,10 +310,10 @@ impl EngineContext {
         Self { config, role, control: None, rank: None, observer: Arc::new(()) }
     }
 
-    /// With the connection to rank 0.
+    /// With the connection to rank 0: a control plane, or a [`Control`] of any kind.
     #[must_use]
-    pub fn with_control(mut self, control: ControlPlane) -> Self {
-        self.control = Some(control);
+    pub fn with_control(mut self, control: impl Into<Arc<dyn Control>>) -> Self {
+        self.control = Some(control.into());
         self
     }
 
@@ -389,7 +327,7 @@ impl EngineContext {
     /// The rank of the engine: the one that the control plane gave, else that of
     /// [`with_rank`](Self::with_rank). Without either, the engine chooses one of its own.
     pub fn rank(&self) -> Option<Rank> {
-        self.control.as_ref().map(ControlPlane::rank).or(self.rank)
+        self.control.as_ref().map(|control| control.rank()).or(self.rank)
     }
 
     /// With someone to tell of the progress of updates.
@@ -404,7 +342,7 @@ impl EngineContext {
     /// # Errors
     ///
     /// `Config` if the context has none.
-    pub fn require_control(&self) -> Result<ControlPlane> {
+    pub fn require_control(&self) -> Result<Arc<dyn Control>> {
         self.control.clone().ok_or_else(|| {
             Error::new(
                 ErrorKind::Config,

@@ -11,7 +11,6 @@ mod dtype;
 mod engine;
 mod error;
 mod expected;
-mod handover;
 mod ids;
 mod isa;
 mod manager;
@@ -32,15 +31,14 @@ mod weight;
 pub use available::available_memory;
 pub use cache::{CacheStore, CacheUpdate, CacheWriter, CachedEngine, WeightCache, ensure_fresh};
 pub use config::{CheckpointEngineConfig, DeviceChoice};
-pub use control::{ControlPlane, Role};
+pub use control::{Control, Role};
 pub use dtype::DType;
 pub use engine::{
     Availability, Backend, CheckpointEngine, CheckpointEngineWithCache, Devices, EngineContext,
-    Placement, WorkerMetadata, form_group, form_local_group,
+    Placement, WorkerMetadata, form_local_group,
 };
 pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
 pub use expected::{Expected, check_names};
-pub use handover::{Holder, Newcomer};
 pub use ids::{Rank, Version};
 pub use manager::{CheckpointEngineManager, LocalRollout, RolloutWorker};
 pub use received::{Install, Outcome, ReceivedBucket, ReceivedPiece, ReceivedWeights, TensorMap};

@@ -69,7 +69,7 @@ pub(crate) use witness::drain;
 use std::future::Future;
 use std::time::Duration;
 
-use crate::control::{ControlPlane, Event};
+use crate::control::{Control, Event};
 use crate::{Error, ErrorKind, Result, clock};
 
 /// A wait for events that something else ends.
@@ -98,6 +98,6 @@ fn is_of_transport(error: &Error) -> bool {
 }
 
 /// The next event if it is here already.
-async fn arrived_event(control: &ControlPlane) -> Result<Option<Event>> {
+async fn arrived_event(control: &dyn Control) -> Result<Option<Event>> {
     control.recv(Duration::ZERO).await
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use checkpoint_engine::nixl::bare;
 use checkpoint_engine::{
-    CheckpointEngineConfig, DType, DeviceChoice, Error, ErrorKind, Result, SendReport, StageTimes,
-    Version, Weight, WeightStream, ensure_async_iterator,
+    CheckpointEngineConfig, DType, DeviceChoice, Result, SendReport, StageTimes, Version, Weight,
+    WeightStream, ensure_async_iterator,
 };
 use serde::Serialize;
 
@@ -16,6 +16,7 @@ use crate::device;
 use crate::memory::{PeakMemory, memcpy_gb_per_s};
 use crate::processes::Processes;
 use crate::roles::BARE;
+use crate::runtime::aside;
 use crate::source::{Source, SourceSpec};
 use crate::sync::SyncOptions;
 
@@ -280,8 +281,5 @@ async fn bare_seconds(
     let device = device::of_rank(&config.device, 0)?;
     let config = CheckpointEngineConfig { device, ..config.clone() };
     let target = target.clone();
-    let measured = tokio::task::spawn_blocking(move || bare::seconds(&config, &target, bytes));
-    measured.await.map_err(|error| {
-        Error::new(ErrorKind::Aborted, "measuring bare transfers", error.to_string())
-    })?
+    aside(move || bare::seconds(&config, &target, bytes)).await?
 }

@@ -12,6 +12,7 @@ use checkpoint_engine::{
 use super::RolloutNotes;
 use crate::checkpoint::CheckpointWriter;
 use crate::memory::PeakMemory;
+use crate::runtime::aside;
 use crate::source::{Checked, Source};
 use crate::threads::pool;
 
@@ -105,10 +106,7 @@ impl Rollout {
                 }
                 Ok((examine(&bucket, version, source.as_deref(), open)?, keeps))
             };
-            let examined = tokio::task::spawn_blocking(examined).await.map_err(|error| {
-                Error::new(ErrorKind::Aborted, "examining a bucket", error.to_string())
-            });
-            match examined.and_then(|result| result) {
+            match aside(examined).await.flatten() {
                 Ok(((open, tensors, bytes), keeps)) => {
                     (writer, kept) = (open, keeps);
                     notes.verified_tensors += tensors;
@@ -124,10 +122,7 @@ impl Rollout {
         let report = received.finish().await?;
         kept.map(CacheUpdate::complete).transpose()?;
         if let Some(writer) = writer {
-            let finished = tokio::task::spawn_blocking(move || writer.finish()).await;
-            finished
-                .map_err(|error| Error::new(ErrorKind::Io, "writing weights", error.to_string()))?
-                .map_err(Error::from)?;
+            aside(move || writer.finish()).await?.map_err(Error::from)?;
         }
         Ok(report)
     }

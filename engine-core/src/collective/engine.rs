@@ -22,7 +22,7 @@ use crate::update::{
     Ticket as JoinTicket, Witness, drain,
 };
 use crate::{
-    CheckpointEngine, ControlPlane, EngineContext, Error, ErrorKind, ErrorReport, Placement, Rank,
+    CheckpointEngine, Control, EngineContext, Error, ErrorKind, ErrorReport, Placement, Rank,
     ReceivedWeights, Result, Role, SendReport, Storage, Version, WeightStream, WorkerMetadata,
 };
 
@@ -63,7 +63,7 @@ pub struct CollectiveEngine<L: Library> {
     library: L,
     context: EngineContext,
     options: CollectiveOptions,
-    control: ControlPlane,
+    control: Arc<dyn Control>,
     pool: Pool,
     phase: Phase<L::Communicator>,
 }
@@ -628,7 +628,7 @@ impl<C: Communicator> FetchLink for Link<C> {
             return Ok(());
         }
         let message = "it is on the leader's device, and the leader does not know that: what a rank that joins \
-                       late gives to ControlPlane::gather has to be its metadata";
+                       late gives to the control plane has to be its metadata";
         Err(Error::new(ErrorKind::Mismatch, JOINING, message).rank(self.node.rank))
     }
 

@@ -74,7 +74,8 @@ impl Announced {
     pub(super) fn take(&mut self, message: ToReceiver, now: Instant) -> Option<Unread> {
         match message {
             ToReceiver::Begin(begin) => self.keep(begin, now),
-            ToReceiver::Abort { update, .. } => {
+            // It went on without this rank, which wants another version.
+            ToReceiver::Abort { update, .. } | ToReceiver::Commit { update } => {
                 self.begin.take_if(|begin| begin.update == update);
             }
             ToReceiver::Bucket { update, index, .. } => return Some(Unread { update, index }),
@@ -178,6 +179,17 @@ mod tests {
         assert!(announced.found(Rank(1), now).is_none(), "its abort may be on its way");
         let error = ErrorReport::from(&Error::new(ErrorKind::Timeout, "sending", "too slow"));
         announced.take(ToReceiver::Abort { update: 1, error }, now);
+        announced.take(begin(2), now);
+        let found = announced.found(Rank(1), now);
+        assert!(matches!(found, Some(Found::Update(begin)) if begin.update == 2));
+    }
+
+    #[test]
+    fn an_update_that_was_committed_without_this_rank_is_passed_over_as_well() {
+        let now = Instant::now();
+        let mut announced = waiting(2, now);
+        announced.take(begin(1), now);
+        announced.take(ToReceiver::Commit { update: 1 }, now);
         announced.take(begin(2), now);
         let found = announced.found(Rank(1), now);
         assert!(matches!(found, Some(Found::Update(begin)) if begin.update == 2));

@@ -33,6 +33,9 @@ const MOMENT: Duration = Duration::from_millis(300);
 /// What a rank does that joins a group which is there; nothing, if it has no part in updates.
 pub(super) type PartOf = dyn Fn(&Peer) -> Option<Part> + Send + Sync;
 
+/// How long nothing was heard of a rank: [`Control::silence`](crate::control::Control::silence).
+pub(super) type Silence = dyn Fn(Rank) -> Option<Duration> + Send + Sync;
+
 /// What does not change between updates.
 #[derive(Clone, Debug)]
 pub(super) struct Settings {
@@ -53,6 +56,7 @@ pub(super) struct Leader {
     idle: BTreeSet<Rank>,
     absent: BTreeSet<Rank>,
     newcomers: Box<PartOf>,
+    silence: Box<Silence>,
     /// Who may still read which slot, and the bucket that is in it. Unused with a route.
     slots: Vec<Held>,
     /// The layouts of the last update that came to its last bucket.
@@ -276,7 +280,7 @@ impl Announcement {
 }
 
 impl Leader {
-    pub(super) fn new(settings: Settings, newcomers: Box<PartOf>) -> Self {
+    pub(super) fn new(settings: Settings, newcomers: Box<PartOf>, silence: Box<Silence>) -> Self {
         Self {
             slots: (0..settings.slots).map(|_| Held::default()).collect(),
             settings,
@@ -284,6 +288,7 @@ impl Leader {
             idle: BTreeSet::new(),
             absent: BTreeSet::new(),
             newcomers,
+            silence,
             plan: Plan::default(),
             update: None,
             acts: VecDeque::new(),
@@ -820,7 +825,7 @@ impl Leader {
         let Awaited { rank, bucket, operation } = self.awaited(wait);
         let late = match rank {
             Some(rank) if !self.has_entered(rank) && self.members.contains_key(&rank) => {
-                not_entered(operation, self.settings.deadline)
+                not_entered(operation, self.settings.deadline, (self.silence)(rank))
             }
             _ => too_late(self.settings.deadline, operation),
         };
@@ -1317,11 +1322,34 @@ pub(super) fn still_read(error: Error, deadline: Duration) -> Error {
         .with_source(error)
 }
 
-fn not_entered(operation: &str, deadline: Duration) -> Error {
-    let message = format!(
-        "nothing within {:.1} s: the rank has not called receive_weights (send_weights, if it is a \
-         trainer), or its process is stopped",
-        deadline.as_secs_f64()
-    );
+fn not_entered(operation: &str, deadline: Duration, silence: Option<Duration>) -> Error {
+    let why = match silence {
+        Some(Duration::ZERO) => {
+            "its process lives, as its heartbeats come, and has not called receive_weights \
+             (send_weights, if it is a trainer)"
+                .to_owned()
+        }
+        Some(silence) => format!(
+            "not even a heartbeat came from the rank for {:.1} s: its process is stopped, or the network \
+             between is cut",
+            silence.as_secs_f64()
+        ),
+        None => "the connection to the rank has ended".to_owned(),
+    };
+    let message = format!("nothing within {:.1} s: {why}", deadline.as_secs_f64());
     Error::new(ErrorKind::Timeout, operation, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rank_that_has_not_entered_is_told_apart_from_one_that_is_stopped() {
+        let words = |silence| not_entered("waiting", Duration::from_secs(5), silence).to_string();
+        let (lives, silent) = (words(Some(Duration::ZERO)), words(Some(Duration::from_secs(3))));
+        assert!(lives.contains("receive_weights") && !lives.contains("stopped"), "{lives}");
+        assert!(silent.contains("for 3.0 s: its process is stopped"), "{silent}");
+        assert!(!silent.contains("receive_weights"), "{silent}");
+    }
 }

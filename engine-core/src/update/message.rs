@@ -7,7 +7,7 @@ use crate::plan::Piece;
 use crate::{Error, ErrorKind, ErrorReport, Rank, Result, Version};
 
 /// From the leading trainer to the other ranks. `update` is a number of the leader's control plane
-/// ([`next_update`](crate::control::ControlPlane::next_update)) that is used once, so that what an
+/// ([`next_update`](crate::control::Control::next_update)) that is used once, so that what an
 /// aborted update left behind is never taken for a part of another one: not if that has the same
 /// version, and not if the group was formed anew in between.
 ///
@@ -236,7 +236,7 @@ mod tests {
             all.extend(bytes);
         }
         let sum = crate::digest::sum(0, &all);
-        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (3, 147, 13_694_082_232_816_405_489));
+        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (4, 147, 13_694_082_232_816_405_489));
     }
 
     #[test]

@@ -19,7 +19,7 @@ use super::follower::{Act, Follower, told_of_fetch};
 use super::link::{Fetch, FetchLink};
 use super::message::{Begin, ToSender, encode};
 use super::{LONG, arrived_event};
-use crate::control::{ControlPlane, Event};
+use crate::control::{Control, Event};
 use crate::memory::{Pool, Work};
 use crate::observe::Observer as _;
 use crate::plan::BucketLayout;
@@ -67,7 +67,7 @@ impl Arrival {
         let fetch = begun.elapsed();
         let update = held.update;
         if let Some(message) = told_of_fetch(routed, update, index, from, &result) {
-            tell_leader(&held.ledger.control, &message);
+            tell_leader(&*held.ledger.control, &message);
         }
         let result = result.map(|bytes| {
             // From here on the bucket is released when the last view of it is dropped.
@@ -94,7 +94,7 @@ impl Arrival {
 pub struct Receiver<L> {
     link: L,
     follower: Follower,
-    control: ControlPlane,
+    control: Arc<dyn Control>,
     pool: Pool,
     ledger: Ledger,
     meter: Meter,
@@ -102,7 +102,7 @@ pub struct Receiver<L> {
 
 impl<L: FetchLink> Receiver<L> {
     /// The receiver of a group that the control plane connects to.
-    pub fn new(link: L, context: &EngineContext, control: ControlPlane, pool: Pool) -> Self {
+    pub fn new(link: L, context: &EngineContext, control: Arc<dyn Control>, pool: Pool) -> Self {
         let meter = Meter::new(control.rank(), context.observer.clone());
         Self {
             link,
@@ -169,7 +169,7 @@ impl<L: FetchLink> Waiting<'_, L> {
                         // What follows belongs to the update.
                         break;
                     }
-                    Act::Send(message) => tell_leader(&receiver.control, &message),
+                    Act::Send(message) => tell_leader(&*receiver.control, &message),
                     Act::Unread(unread) => receiver.ledger.pass_over(unread),
                     act => debug!(?act, "nothing that is done before an update"),
                 }
@@ -243,6 +243,7 @@ impl<L: FetchLink> Session<'_, L> {
         }
         let Self { begin, arrivals, here, stages, span, outcome, receiver, .. } = self;
         let Receiver { link, follower, control, pool, ledger, meter } = &mut **receiver;
+        let control: &dyn Control = &**control;
         let mut link = Link::Idle(link);
         let mut given = None;
         while let Some(event) = arrived_event(control).await? {
@@ -389,6 +390,7 @@ async fn came(index: u64, arrival: oneshot::Receiver<Result<Arrived>>) -> Came {
 impl<L: FetchLink> Drop for Session<'_, L> {
     fn drop(&mut self) {
         let Receiver { link, follower, control, ledger, meter, .. } = &mut *self.receiver;
+        let control: &dyn Control = &**control;
         link.end();
         follower.abandon(|| {
             let words = "the receiver dropped the stream before its end";
@@ -407,7 +409,7 @@ impl<L: FetchLink> Drop for Session<'_, L> {
     }
 }
 
-pub(super) fn tell_leader(control: &ControlPlane, message: &ToSender) {
+pub(super) fn tell_leader(control: &dyn Control, message: &ToSender) {
     let told = encode(message).and_then(|body| control.send(Rank::LEADER, body));
     if let Err(error) = told {
         // The trainer is gone, and with it the need to tell it.
@@ -418,7 +420,7 @@ pub(super) fn tell_leader(control: &ControlPlane, message: &ToSender) {
 /// The buckets that this rank reads, or may read: those that the trainer must not write to.
 #[derive(Clone, Debug)]
 struct Ledger {
-    control: ControlPlane,
+    control: Arc<dyn Control>,
     /// Update and index of each, and how many hold it.
     held: Arc<Mutex<BTreeMap<(u64, u64), usize>>>,
 }
@@ -466,7 +468,7 @@ impl Drop for Hold {
             *entry.get_mut() -= 1;
             if *entry.get() == 0 {
                 entry.remove();
-                tell_leader(&self.ledger.control, &ToSender::Release { update, index });
+                tell_leader(&*self.ledger.control, &ToSender::Release { update, index });
             }
         }
     }

@@ -2,6 +2,7 @@
 //! here.
 
 use std::future::poll_fn;
+use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ use super::link::{Part, SendLink};
 use super::secondary::{self, Secondary};
 use super::work::{Act, Collected, Done, Machine};
 use super::{LONG, arrived_event};
-use crate::control::{ControlPlane, Event, Peer, Role};
+use crate::control::{Control, Event, Peer, Role};
 use crate::memory::Job;
 use crate::observe::Observer as _;
 use crate::report::SendReport;
@@ -27,7 +28,7 @@ use crate::{EngineContext, Error, ErrorKind, ErrorReport, Rank, Result, Version,
 pub struct Sender<L> {
     link: L,
     leader: Leader,
-    control: ControlPlane,
+    control: Arc<dyn Control>,
     digests: bool,
     deadline: Duration,
     meter: Meter,
@@ -38,7 +39,7 @@ impl<L: SendLink> Sender<L> {
     pub fn new(
         link: L,
         context: &EngineContext,
-        control: ControlPlane,
+        control: Arc<dyn Control>,
         receivers: impl IntoIterator<Item = Rank>,
     ) -> Self {
         let digests = context.config.digests;
@@ -50,7 +51,9 @@ impl<L: SendLink> Sender<L> {
             card: link.card(),
         };
         let newcomers = |peer: &Peer| (peer.role == Role::Rollout).then_some(Part::Receiver);
-        let mut leader = Leader::new(settings, Box::new(newcomers));
+        let heartbeats = control.clone();
+        let silence = move |rank| heartbeats.silence(rank);
+        let mut leader = Leader::new(settings, Box::new(newcomers), Box::new(silence));
         for rank in receivers {
             leader.admit(rank, Part::Receiver);
         }
@@ -89,6 +92,7 @@ impl<L: SendLink> Sender<L> {
         version: Version,
     ) -> Result<SendReport> {
         let Self { link, leader, control, digests, deadline, meter } = self;
+        let control: &dyn Control = &**control;
         // Losses between updates are no failure: the rank takes no part in this one.
         while let Some(event) = arrived_event(control).await? {
             leader.event(event, Instant::now());
@@ -134,7 +138,7 @@ impl<L: SendLink> Sender<L> {
             let left = until.saturating_duration_since(Instant::now());
             let Ok(Some(event)) = self.control.recv(left).await else { return false };
             self.leader.event(event, Instant::now());
-            flush(&mut self.leader, &self.control, &self.meter);
+            flush(&mut self.leader, &*self.control, &self.meter);
         }
         true
     }
@@ -147,14 +151,14 @@ impl<L: SendLink> Sender<L> {
 pub struct CoSender<L> {
     link: L,
     secondary: Secondary,
-    control: ControlPlane,
+    control: Arc<dyn Control>,
     deadline: Duration,
     meter: Meter,
 }
 
 impl<L: SendLink> CoSender<L> {
     /// A sender in a group whose leader counts this rank among the senders.
-    pub fn new(link: L, context: &EngineContext, control: ControlPlane) -> Self {
+    pub fn new(link: L, context: &EngineContext, control: Arc<dyn Control>) -> Self {
         let meter = Meter::new(control.rank(), context.observer.clone());
         let deadline = context.deadline();
         let settings = secondary::Settings {
@@ -192,6 +196,7 @@ impl<L: SendLink> CoSender<L> {
         version: Version,
     ) -> Result<SendReport> {
         let Self { link, secondary, control, deadline, meter } = self;
+        let control: &dyn Control = &**control;
         let mut collector = Collector::new(secondary.plan(), link.bucket_bytes())?;
         secondary.begin(version, Instant::now());
         let mut ending = Ending { link, committed: false };
@@ -235,7 +240,7 @@ impl<L: SendLink> Drop for Ending<'_, L> {
 
 /// What a trainer's machine needs to be driven, beside its link and its stream.
 struct Trainer<'a> {
-    control: &'a ControlPlane,
+    control: &'a dyn Control,
     meter: &'a Meter,
     deadline: Duration,
 }
@@ -419,7 +424,7 @@ impl<'a, L: SendLink> Link<'a, L> {
 /// A machine that is driven. If that ends before its update does, everyone hears that the update was dropped.
 struct Driven<'a, M: Machine> {
     machine: &'a mut M,
-    control: &'a ControlPlane,
+    control: &'a dyn Control,
     meter: &'a Meter,
 }
 
@@ -439,13 +444,13 @@ impl<M: Machine> Drop for Driven<'_, M> {
 }
 
 /// Does what needs neither a link nor a stream.
-fn flush(machine: &mut impl Machine, control: &ControlPlane, meter: &Meter) {
+fn flush(machine: &mut impl Machine, control: &dyn Control, meter: &Meter) {
     while let Some(act) = machine.act() {
         perform(machine, act, control, meter);
     }
 }
 
-fn perform(machine: &mut impl Machine, act: Act, control: &ControlPlane, meter: &Meter) {
+fn perform(machine: &mut impl Machine, act: Act, control: &dyn Control, meter: &Meter) {
     match act {
         Act::Send { to, body } => match control.send(to, body) {
             Ok(()) => {}

@@ -10,7 +10,8 @@ use bytes::Bytes;
 
 use super::message::{Begin, Layout, ToReceiver, ToSender, decode, encode};
 use super::{ReceiveLink, Receiver, SendLink, Sender};
-use crate::control::{ControlConfig, ControlPlane, Event, Role, Token};
+use crate::control::memory::Group;
+use crate::control::{Control, Event, Role};
 use crate::memory::{Job, Pool};
 use crate::{
     CheckpointEngineConfig, DType, Encoding, EngineContext, Error, ErrorKind, ErrorReport, Rank,
@@ -57,28 +58,13 @@ impl ReceiveLink for Zeros {
     }
 }
 
-/// Control planes of a leader and one rollout.
-async fn planes() -> (ControlPlane, ControlPlane) {
-    planes_at(&somewhere()).await
+/// Connections of a leader and one rollout.
+fn planes() -> (Arc<dyn Control>, Arc<dyn Control>) {
+    planes_at(&Group::default())
 }
 
-fn somewhere() -> ControlConfig {
-    static GROUPS: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-    let number = GROUPS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    let address = format!("unix:@update-{}-{number}", std::process::id()).parse().unwrap();
-    ControlConfig::new(address, Token::generate().unwrap())
-}
-
-async fn join_at(at: &ControlConfig) -> ControlPlane {
-    ControlPlane::join(at.clone(), Role::Rollout, Some(Rank(1))).await.unwrap()
-}
-
-async fn planes_at(at: &ControlConfig) -> (ControlPlane, ControlPlane) {
-    let leader = ControlPlane::lead(at.clone()).await.unwrap();
-    let rollout = join_at(at).await;
-    let gather = [&leader, &rollout].map(|plane| plane.gather(2, Bytes::new(), LIMIT));
-    futures::future::try_join_all(gather).await.unwrap();
-    (leader, rollout)
+fn planes_at(at: &Group) -> (Arc<dyn Control>, Arc<dyn Control>) {
+    (at.lead(), at.enter(Rank(1)))
 }
 
 fn context(role: Role, timeout: f64) -> EngineContext {
@@ -86,7 +72,7 @@ fn context(role: Role, timeout: f64) -> EngineContext {
     EngineContext::new(config, role)
 }
 
-fn sender(leader: &ControlPlane, timeout: f64) -> Sender<Slots> {
+fn sender(leader: &Arc<dyn Control>, timeout: f64) -> Sender<Slots> {
     let link = Slots(Pool::new(1).unwrap());
     Sender::new(link, &context(Role::Trainer, timeout), leader.clone(), [Rank(1)])
 }
@@ -102,7 +88,7 @@ async fn send(sender: &mut Sender<Slots>, version: u64) -> Result<SendReport> {
 }
 
 /// A rollout by hand.
-struct Hand(ControlPlane);
+struct Hand(Arc<dyn Control>);
 
 impl Hand {
     async fn hear(&self) -> ToReceiver {
@@ -193,7 +179,7 @@ async fn fails(
 
 #[tokio::test]
 async fn a_release_that_was_lost_is_made_good_by_what_the_rank_says_when_it_enters() {
-    let (leader, rollout) = planes().await;
+    let (leader, rollout) = planes();
     let (mut sender, hand) = (sender(&leader, 5.0), Hand(rollout));
     let failing = async {
         let Begin { update, .. } = hand.begin().await;
@@ -209,7 +195,7 @@ async fn a_release_that_was_lost_is_made_good_by_what_the_rank_says_when_it_ente
 
 #[tokio::test]
 async fn a_bucket_that_a_rank_says_it_holds_is_not_written_to() {
-    let (leader, rollout) = planes().await;
+    let (leader, rollout) = planes();
     let (mut sender, hand) = (sender(&leader, 5.0), Hand(rollout));
     let mut first = 0;
     let failing = async {
@@ -232,7 +218,7 @@ async fn a_bucket_that_a_rank_says_it_holds_is_not_written_to() {
 
 #[tokio::test]
 async fn a_rank_is_told_layouts_by_what_it_says_that_it_knows() {
-    let (leader, rollout) = planes().await;
+    let (leader, rollout) = planes();
     let (mut sender, hand) = (sender(&leader, 5.0), Hand(rollout));
     let mut plan = None;
     // It knows nothing, then has lost what it knew, then knows it.
@@ -254,7 +240,7 @@ async fn a_rank_is_told_layouts_by_what_it_says_that_it_knows() {
 
 #[tokio::test]
 async fn nothing_is_told_of_an_update_to_a_rank_that_has_not_entered_it() {
-    let (leader, rollout) = planes().await;
+    let (leader, rollout) = planes();
     let (mut sender, hand) = (sender(&leader, 5.0), Hand(rollout));
     let late = async {
         let Begin { update, .. } = hand.begin().await;
@@ -268,7 +254,7 @@ async fn nothing_is_told_of_an_update_to_a_rank_that_has_not_entered_it() {
 
 #[tokio::test]
 async fn no_two_updates_of_a_control_plane_have_one_number_whatever_groups_there_are() {
-    let (leader, rollout) = planes().await;
+    let (leader, rollout) = planes();
     let hand = Hand(rollout);
     let mut numbers = Vec::new();
     for version in 1..4 {
@@ -294,8 +280,8 @@ async fn a_rank_that_does_not_keep_to_the_protocol_is_cut_off_and_may_join_again
         (Bytes::from_static(&[0xff; 9]), "reading a message"),
         (unasked, "it was not asked to fill bucket 0"),
     ] {
-        let at = somewhere();
-        let (leader, rollout) = planes_at(&at).await;
+        let at = Group::default();
+        let (leader, rollout) = planes_at(&at);
         let (mut sender, hand) = (sender(&leader, 5.0), Hand(rollout));
         let failing = async {
             let Begin { update, .. } = hand.begin().await;
@@ -309,16 +295,15 @@ async fn a_rank_that_does_not_keep_to_the_protocol_is_cut_off_and_may_join_again
         assert_eq!(told.recovery, Recovery::Retry);
         assert!(error.to_string().contains(words), "{error}");
 
-        let again = Hand(join_at(&at).await);
-        again.0.gather(2, Bytes::new(), LIMIT).await.unwrap();
+        let again = Hand(at.join(Rank(1)));
         works(&mut sender, 2, &again).await;
     }
 }
 
 #[tokio::test]
 async fn a_rank_that_says_what_nobody_understands_between_updates_is_cut_off_as_well() {
-    let at = somewhere();
-    let (leader, rollout) = planes_at(&at).await;
+    let at = Group::default();
+    let (leader, rollout) = planes_at(&at);
     let (mut sender, hand) = (sender(&leader, 5.0), Hand(rollout));
     works(&mut sender, 1, &hand).await;
     hand.0.send(Rank::LEADER, Bytes::from_static(&[0xff; 9])).unwrap();
@@ -326,8 +311,7 @@ async fn a_rank_that_says_what_nobody_understands_between_updates_is_cut_off_as_
     let ended = async { while let Ok(Some(_)) = hand.0.recv(LIMIT).await {} };
     let sent = tokio::time::timeout(LIMIT, fails(&mut sender, 2, ended)).await.unwrap();
     assert_eq!((sent.kind(), sent.report().rank), (ErrorKind::Protocol, Some(Rank(1))), "{sent}");
-    let again = Hand(join_at(&at).await);
-    again.0.gather(2, Bytes::new(), LIMIT).await.unwrap();
+    let again = Hand(at.join(Rank(1)));
     works(&mut sender, 3, &again).await;
 }
 
@@ -360,7 +344,7 @@ impl Encoding for Stuck {
 
 #[tokio::test]
 async fn a_bucket_that_is_never_filled_is_a_timeout_that_says_that_its_weights_are_still_read() {
-    let (leader, rollout) = planes().await;
+    let (leader, rollout) = planes();
     let (mut sender, hand) = (sender(&leader, 0.5), Hand(rollout));
     let stuck = Arc::new(Stuck::default());
     let meta = TensorMeta::new("stuck", DType::U8, [16]);
@@ -377,14 +361,14 @@ async fn a_bucket_that_is_never_filled_is_a_timeout_that_says_that_its_weights_a
 }
 
 /// A trainer by hand.
-async fn hear(leader: &ControlPlane) -> ToSender {
+async fn hear(leader: &Arc<dyn Control>) -> ToSender {
     match leader.recv(LIMIT).await.unwrap().expect("a message") {
         Event::Message { body, .. } => decode(&body).unwrap(),
         event => panic!("{event:?}"),
     }
 }
 
-fn tell(leader: &ControlPlane, message: &ToReceiver) {
+fn tell(leader: &Arc<dyn Control>, message: &ToReceiver) {
     leader.send(Rank(1), encode(message).unwrap()).unwrap();
 }
 
@@ -403,7 +387,7 @@ fn begin(update: u64) -> ToReceiver {
 
 #[tokio::test]
 async fn a_bucket_that_is_refused_is_released_and_the_next_update_is_entered_without_it() {
-    let (leader, rollout) = planes().await;
+    let (leader, rollout) = planes();
     let pool = Pool::new(1).unwrap();
     let mut receiver = Receiver::new(Zeros, &context(Role::Rollout, 5.0), rollout, pool);
     // A number that is not the next; a layout that nobody knows; no message at all.
@@ -441,7 +425,7 @@ async fn a_bucket_that_is_refused_is_released_and_the_next_update_is_entered_wit
 
 #[tokio::test]
 async fn an_update_that_begins_within_another_one_is_received_next() {
-    let (leader, rollout) = planes().await;
+    let (leader, rollout) = planes();
     let pool = Pool::new(1).unwrap();
     let mut receiver = Receiver::new(Zeros, &context(Role::Rollout, 5.0), rollout, pool);
     tell(&leader, &begin(1));

@@ -1,12 +1,13 @@
 //! A trainer that sends none of the weights and receives none.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 
 use super::follower::{Act, Follower};
 use super::{LONG, within};
-use crate::control::ControlPlane;
+use crate::control::Control;
 use crate::report::{SendReport, StageTimes, TensorCounts};
 use crate::{EngineContext, Result, Version, WeightStream};
 
@@ -14,14 +15,14 @@ use crate::{EngineContext, Result, Version, WeightStream};
 /// gathers the weights of others, and hears from the leader whether the update has happened.
 #[derive(Debug)]
 pub struct Witness {
-    control: ControlPlane,
+    control: Arc<dyn Control>,
     follower: Follower,
     deadline: Duration,
 }
 
 impl Witness {
     /// A trainer that the leader counts among the [idle](super::Part::Idle) ones.
-    pub fn new(context: &EngineContext, control: ControlPlane) -> Self {
+    pub fn new(context: &EngineContext, control: Arc<dyn Control>) -> Self {
         let deadline = context.deadline();
         Self {
             follower: Follower::idle(control.rank(), deadline, control.updates()),
@@ -51,7 +52,7 @@ impl Witness {
         let operation = "waiting for the leader to begin the update";
         self.follower.wait(Some(version), operation, Instant::now());
         let witnessed = Witnessed(&mut self.follower);
-        let both = futures::future::try_join(drained, witnessed.end(&self.control)).await;
+        let both = futures::future::try_join(drained, witnessed.end(&*self.control)).await;
         both.map(|(report, ())| report).map_err(|error| error.version(version))
     }
 }
@@ -60,7 +61,7 @@ impl Witness {
 struct Witnessed<'a>(&'a mut Follower);
 
 impl Witnessed<'_> {
-    async fn end(self, control: &ControlPlane) -> Result<()> {
+    async fn end(self, control: &dyn Control) -> Result<()> {
         let follower = &mut *self.0;
         loop {
             while let Some(act) = follower.act() {

@@ -1,7 +1,7 @@
 //! What torchrun says about the group, in environment variables.
 
-use super::Address;
-use crate::{Error, ErrorKind, Rank, Result};
+use crate::Address;
+use engine_core::{Error, ErrorKind, Rank, Result};
 
 /// A process's place in the group, as torchrun tells it.
 ///

@@ -1,7 +1,6 @@
 //! The handle.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -12,13 +11,13 @@ use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use super::address::Listener;
-use super::group::{Group, Mailbox};
-use super::link::{follow, knock, serve};
-use super::shared::{Shared, Side};
-use super::wire::{Call, Control, Frame, Outcome};
-use super::{Address, ControlConfig, Event, Peer, Role};
-use crate::{Error, ErrorKind, ErrorReport, Rank, Result};
+use crate::address::Listener;
+use crate::group::{Group, Link, Mailbox};
+use crate::link::{follow, knock, serve};
+use crate::shared::{Shared, Side};
+use crate::wire::{Call, Frame, Outcome, Signal};
+use crate::{Address, Channel, ChannelId, ControlConfig, Event, Peer, Role};
+use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result};
 
 /// How long a rank that gave up waiting listens for the leader's list of the missing ones.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -30,9 +29,8 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 ///
 /// # Contract
 ///
-/// Messages from one rank arrive in the order in which it sent them, exactly once, until it is
-/// lost. A rank has one call of [`gather`](Self::gather) or [`barrier`](Self::barrier) under way at
-/// a time, and one consumer of [`recv`](Self::recv).
+/// Messages travel on [channels](Self::channel), on which that is promised. A rank has one call of
+/// [`gather`](Self::gather) or [`barrier`](Self::barrier) under way at a time.
 #[derive(Clone)]
 pub struct ControlPlane {
     inner: Arc<Inner>,
@@ -48,8 +46,6 @@ struct Inner {
     thread: Mutex<Option<JoinHandle<()>>>,
     finished: CancellationToken,
     stop: CancellationToken,
-    /// The number of the last update that this rank began.
-    updates: AtomicU64,
 }
 
 impl ControlPlane {
@@ -73,7 +69,8 @@ impl ControlPlane {
                 Ok(bound) => bound,
                 Err(error) => return ready.tell(Err(error)),
             };
-            let shared = Arc::new(Shared::new(Side::Leader(Group::new(config.max_world_size))));
+            let shared = Side::Leader(Group::new(config.max_world_size));
+            let shared = Arc::new(Shared::new(shared, config.budget()));
             let _ending = Ending(Arc::clone(&shared));
             ready.tell(Ok(Place {
                 shared: Arc::clone(&shared),
@@ -112,7 +109,7 @@ impl ControlPlane {
                 Ok(admission) => admission,
                 Err(error) => return ready.tell(Err(error)),
             };
-            let shared = Arc::new(Shared::new(Side::Member(membership)));
+            let shared = Arc::new(Shared::new(Side::Member(membership), config.budget()));
             let _ending = Ending(Arc::clone(&shared));
             let address = config.address.clone();
             ready.tell(Ok(Place { shared: Arc::clone(&shared), address, rank, role }));
@@ -165,10 +162,11 @@ impl ControlPlane {
         let size = payload.len();
         let call = Call::Gather { world_size, payload };
         match self.call(operation, call, size, deadline).await? {
-            Outcome::Table(table) => {
+            Outcome::Table { peers: table, updates } => {
                 self.inner.shared.read(|_, side| {
                     if let Side::Member(membership) = side {
                         membership.table.clone_from(&table);
+                        membership.updates = updates;
                     }
                 });
                 Ok(table)
@@ -210,38 +208,47 @@ impl ControlPlane {
     /// engines and groups come and go on this control plane: messages about an old update can never
     /// be taken for messages about a new one.
     pub(crate) fn next_update(&self) -> u64 {
-        self.inner.updates.fetch_add(1, Ordering::Relaxed) + 1
+        self.inner.shared.read(|_, side| match side {
+            Side::Leader(group) => {
+                group.updates += 1;
+                group.updates
+            }
+            Side::Member(membership) => membership.updates,
+        })
     }
 
     /// How many updates had begun on the leader when this rank's group was formed: what comes of those belongs to
     /// another group.
     pub(crate) fn updates(&self) -> u64 {
-        self.inner.updates.load(Ordering::Relaxed)
+        self.inner.shared.read(|_, side| match side {
+            Side::Leader(group) => group.updates,
+            Side::Member(membership) => membership.updates,
+        })
     }
 
-    /// Queues a message; never blocks. Members may send to rank 0 only.
+    /// Opens a channel. Opened again, it is the same one; it stays open as long as the control plane.
     ///
-    /// # Errors
-    ///
-    /// `PeerLost` when the rank is gone, `Config` when the body exceeds the receiver's
-    /// `max_frame_bytes`, `State` for a rank that this one has no connection to, or when the
-    /// control plane is closed. A message that was queued may still be lost with its receiver.
-    pub fn send(&self, to: Rank, body: Bytes) -> Result<()> {
+    /// It hears of ranks that come and go from then on: who has to hear of all of them opens it before the first
+    /// [`gather`](Self::gather).
+    pub fn channel(&self, id: ChannelId) -> Channel {
+        self.inner.shared.read(|mailbox, _| mailbox.open(id));
+        Channel::new(self.clone(), id)
+    }
+
+    pub(crate) fn send(&self, channel: ChannelId, to: Rank, body: Bytes) -> Result<()> {
         self.inner.shared.read(|mailbox, side| {
             if let Some(report) = &mailbox.ended {
                 return Err(report.clone().into());
             }
-            let size = body.len();
-            let frame = Frame::Message(body);
             match side {
                 Side::Leader(_) if to == Rank::LEADER => {
                     Err(misdirected("the leader cannot send to itself").rank(to))
                 }
-                Side::Leader(group) => group.link(to)?.send(to, size, frame),
+                Side::Leader(group) => group.link_mut(to)?.message(to, channel, body),
                 Side::Member(_) if to != Rank::LEADER => {
                     Err(misdirected("members have a connection to rank 0 only").rank(to))
                 }
-                Side::Member(membership) => membership.leader.send(to, size, frame),
+                Side::Member(membership) => membership.leader.message(to, channel, body),
             }
         })
     }
@@ -259,19 +266,30 @@ impl ControlPlane {
         })
     }
 
-    /// The next event; `None` when there is none within the deadline.
-    ///
-    /// # Cancel safety
-    ///
-    /// Dropping the future loses no event.
-    ///
-    /// # Errors
-    ///
-    /// After all events: `PeerLost` on a member whose leader is gone, `State` when the control
-    /// plane is closed.
-    pub async fn recv(&self, deadline: Duration) -> Result<Option<Event>> {
-        let event = self.wait(deadline, |mailbox| match mailbox.take() {
-            Some(event) => Some(Ok(event)),
+    /// On the leader: how long nothing was heard of a rank although its heartbeats were due, two of them or more; zero
+    /// while they come. `None` for a rank that there is no connection to, and on a member.
+    pub fn silence(&self, rank: Rank) -> Option<Duration> {
+        self.inner.shared.read(|_, side| match side {
+            Side::Leader(group) => group.link(rank).ok().map(Link::silence),
+            Side::Member(_) => None,
+        })
+    }
+
+    pub(crate) async fn recv(
+        &self,
+        channel: ChannelId,
+        deadline: Duration,
+    ) -> Result<Option<Event>> {
+        let event = self.wait(deadline, |mailbox, side| match mailbox.take(channel) {
+            Some((event, told)) => {
+                // One that is gone needs no telling.
+                if let Some((from, bytes)) = told
+                    && let Some(link) = side.link_mut(from)
+                {
+                    link.signal(Signal::Read { bytes });
+                }
+                Some(Ok(event))
+            }
             None => mailbox.ended.clone().map(|report| Err(report.into())),
         });
         event.await.transpose()
@@ -342,18 +360,8 @@ impl ControlPlane {
         let stop = cancelled.disarm();
         let Place { shared, address, rank, role } = place;
         let thread = Mutex::new(Some(thread));
-        let inner = Inner {
-            shared,
-            timers,
-            address,
-            rank,
-            role,
-            close_timeout,
-            thread,
-            finished,
-            stop,
-            updates: AtomicU64::new(0),
-        };
+        let inner =
+            Inner { shared, timers, address, rank, role, close_timeout, thread, finished, stop };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -367,12 +375,15 @@ impl ControlPlane {
     ) -> Result<Outcome> {
         let id = self.begin(call, size)?;
         let under_way = UnderWay { shared: &self.inner.shared, id };
-        let outcome =
-            |mailbox: &mut Mailbox| match mailbox.calls.get_mut(&id).and_then(Option::take) {
-                Some(Outcome::Failed(report)) => Some(Err(report.into())),
-                Some(outcome) => Some(Ok(outcome)),
-                None => mailbox.ended.clone().map(|report| Err(Error::from(report))),
-            };
+        let outcome = |mailbox: &mut Mailbox, _: &mut Side| match mailbox
+            .calls
+            .get_mut(&id)
+            .and_then(Option::take)
+        {
+            Some(Outcome::Failed(report)) => Some(Err(report.into())),
+            Some(outcome) => Some(Ok(outcome)),
+            None => mailbox.ended.clone().map(|report| Err(Error::from(report))),
+        };
         if let Some(result) = self.wait(deadline, outcome).await {
             return result;
         }
@@ -412,7 +423,7 @@ impl ControlPlane {
             let id = mailbox.next_call;
             mailbox.next_call += 1;
             if let Side::Member(membership) = &*side {
-                let frame = Frame::Control(Control::Call { id, call: call.clone() });
+                let frame = Frame::Signal(Signal::Call { id, call: call.clone() });
                 membership.leader.send(Rank::LEADER, size, frame)?;
             }
             mailbox.calls.insert(id, None);
@@ -427,14 +438,14 @@ impl ControlPlane {
     async fn wait<T>(
         &self,
         deadline: Duration,
-        mut ready: impl FnMut(&mut Mailbox) -> Option<T>,
+        mut ready: impl FnMut(&mut Mailbox, &mut Side) -> Option<T>,
     ) -> Option<T> {
         let shared = &self.inner.shared;
         let waiting = async {
             loop {
                 // Made before the look, so that no change between the two is missed.
                 let changed = shared.changed.notified();
-                if let Some(found) = shared.read(|mailbox, _| ready(mailbox)) {
+                if let Some(found) = shared.read(&mut ready) {
                     return found;
                 }
                 changed.await;
@@ -500,7 +511,7 @@ impl UnderWay<'_> {
         self.shared.update(|mailbox, side| match side {
             Side::Leader(group) => group.withdraw(Rank::LEADER, id, mailbox),
             Side::Member(membership) => {
-                let frame = Frame::Control(Control::Withdraw { id });
+                let frame = Frame::Signal(Signal::Withdraw { id });
                 if membership.leader.send(Rank::LEADER, 0, frame).is_err() {
                     tracing::trace!("the leader is gone; there is nothing to withdraw");
                 }

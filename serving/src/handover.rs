@@ -1,18 +1,24 @@
 //! The current version for a rollout that joins late: from one that holds it, while the trainer is
 //! busy with something else.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
 use bytes::Bytes;
+use control_plane::{
+    Address, Channel, ChannelId, Control, ControlConfig, ControlPlane, Event, Role, UPDATES,
+};
+use engine_core::{
+    Backend, CheckpointEngine, CheckpointEngineConfig, EngineContext, Error, ErrorKind, Placement,
+    Rank, ReceivedWeights, Result, SendReport, Version, WeightCache, WorkerMetadata, clock,
+};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
-use crate::control::{Address, ControlConfig, ControlPlane, Event, Role};
-use crate::{
-    Backend, CheckpointEngine, CheckpointEngineConfig, EngineContext, Error, ErrorKind, Placement,
-    Rank, ReceivedWeights, Result, SendReport, Version, WeightCache, WorkerMetadata,
-};
+/// What a holder and a newcomer say to each other, beside the messages of the update.
+const HANDOVER: ChannelId = ChannelId(1);
 
 /// A wait for somebody who may never come; it begins anew.
 const LONG: Duration = Duration::from_secs(3600);
@@ -33,8 +39,9 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// # Examples
 ///
 /// ```
-/// # use engine_core::control::{ControlConfig, Token};
-/// # use engine_core::{Backend, CachedEngine, CheckpointEngineConfig, Holder, Newcomer, Result};
+/// # use control_plane::{ControlConfig, Token};
+/// # use engine_core::{Backend, CachedEngine, CheckpointEngineConfig, Result};
+/// # use serving::{Holder, Newcomer};
 /// # async fn example(
 /// #     backend: &'static dyn Backend, config: CheckpointEngineConfig, token: Token,
 /// #     mut rollout: CachedEngine, mut late: CachedEngine,
@@ -48,7 +55,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// // On a rollout that has joined the group and does not want to wait for the next update:
 /// let at = ControlConfig::new(address, token);
 /// if let Some(mut newcomer) = Newcomer::join(backend, config, at).await? {
-///     late.take_over(&mut newcomer).await?;
+///     late.take_over(newcomer.receive().await?).await?;
 ///     newcomer.leave().await?;
 /// }
 /// # Ok(())
@@ -90,7 +97,8 @@ impl Holder {
     ) -> Result<Self> {
         let control = lead(at.clone()).await?;
         // Port 0 is a port now, and has to be the same whenever this listens again.
-        let at = ControlConfig { address: control.address().clone(), ..at };
+        let mut at = at;
+        at.address = control.address().clone();
         Ok(Self { cache, backend, config, at, control: Some(control) })
     }
 
@@ -137,23 +145,25 @@ impl Holder {
 
     /// Waits for a newcomer and gives it the cached version.
     async fn serve(&self, control: &ControlPlane) -> Result<Option<SendReport>> {
+        let channel = control.channel(HANDOVER);
         let newcomer = loop {
-            match control.recv(LONG).await? {
+            match channel.recv(LONG).await? {
                 Some(Event::Joined(peer)) => break peer.rank,
                 other => debug!(?other, "while waiting for a newcomer"),
             }
         };
         let held = self.cache.get_weights().ok();
         let offer = Offer { version: held.as_ref().map(|(version, _)| *version) };
-        control.send(newcomer, written(&offer)?)?;
+        channel.send(newcomer, written(&offer)?)?;
         let Some((version, weights)) = held else { return Ok(None) };
         let context = EngineContext::new(self.config.clone(), Role::Trainer);
         let deadline = context.deadline();
-        let mut engine = self.backend.create(context.with_control(control.clone()))?;
+        let updates = Arc::new(OnlyWith { channel: control.channel(UPDATES), peer: newcomer });
+        let mut engine = self.backend.create(context.with_control(updates as Arc<dyn Control>))?;
         let own = engine.prepare().await?;
-        control.send(newcomer, written(&own)?)?;
+        channel.send(newcomer, written(&own)?)?;
         let given = async {
-            let its = answer(control, newcomer, deadline).await?;
+            let its = answer(&channel, newcomer, deadline).await?;
             engine.init_process_group(place(self.backend, [own, its], Rank::LEADER)?).await?;
             engine.send_weights(weights, version).await
         };
@@ -199,7 +209,8 @@ impl Newcomer {
         let until = Instant::now() + deadline;
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            let at = ControlConfig { connect_timeout: at.connect_timeout.min(left), ..at.clone() };
+            let mut at = at.clone();
+            at.connect_timeout = at.connect_timeout.min(left);
             let control = ControlPlane::join(at, Role::Rollout, None).await?;
             match Self::enter(backend, &context, &control, left).await {
                 Ok(entered) => {
@@ -208,7 +219,7 @@ impl Newcomer {
                 // It has served another one, and listens anew.
                 Err(error) if error.kind() == ErrorKind::PeerLost && !left.is_zero() => {
                     debug!(%error, "the holder is busy");
-                    crate::clock::sleep(PAUSE).await;
+                    clock::sleep(PAUSE).await;
                 }
                 Err(error) => return Err(error),
             }
@@ -221,16 +232,15 @@ impl Newcomer {
         control: &ControlPlane,
         deadline: Duration,
     ) -> Result<Option<(Box<dyn CheckpointEngine>, Version)>> {
+        let channel = control.channel(HANDOVER);
         control.gather(2, Bytes::new(), deadline).await?;
-        let offer: Offer = answer(control, Rank::LEADER, deadline).await.map_err(|error| {
-            // The update of the newcomer before this one is announced to all that are there.
-            if error.kind() == ErrorKind::Protocol { busy() } else { error }
-        })?;
+        // One that serves another newcomer says nothing, and leaves when it has.
+        let offer: Offer = answer(&channel, Rank::LEADER, deadline).await?;
         let Some(version) = offer.version else { return Ok(None) };
         let mut engine = backend.create(context.clone().with_control(control.clone()))?;
         let own = engine.prepare().await?;
-        control.send(Rank::LEADER, written(&own)?)?;
-        let its = answer(control, Rank::LEADER, deadline).await?;
+        channel.send(Rank::LEADER, written(&own)?)?;
+        let its = answer(&channel, Rank::LEADER, deadline).await?;
         engine.init_process_group(place(backend, [its, own], control.rank())?).await?;
         Ok(Some((engine, version)))
     }
@@ -264,6 +274,8 @@ impl Newcomer {
 async fn lead(at: ControlConfig) -> Result<ControlPlane> {
     let deadline = at.heartbeat_timeout;
     let control = ControlPlane::lead(at).await?;
+    // Open before anyone can join, so that no newcomer is missed.
+    control.channel(HANDOVER);
     control.gather(1, Bytes::new(), deadline).await?;
     Ok(control)
 }
@@ -278,7 +290,7 @@ fn malformed(error: serde_json::Error) -> Error {
 
 /// What a peer says next.
 async fn answer<T: DeserializeOwned>(
-    control: &ControlPlane,
+    channel: &Channel,
     peer: Rank,
     deadline: Duration,
 ) -> Result<T> {
@@ -286,7 +298,7 @@ async fn answer<T: DeserializeOwned>(
     let until = Instant::now() + deadline;
     loop {
         let left = until.saturating_duration_since(Instant::now());
-        match control.recv(left).await? {
+        match channel.recv(left).await? {
             Some(Event::Message { from, body }) if from == peer => {
                 return serde_json::from_slice(&body).map_err(malformed);
             }
@@ -310,42 +322,141 @@ fn place(backend: &dyn Backend, workers: [WorkerMetadata; 2], rank: Rank) -> Res
     Placement::of_rank(backend.build_topology(&workers)?, rank)
 }
 
-fn busy() -> Error {
-    Error::new(ErrorKind::PeerLost, "handing a version over", "the holder serves another one")
-        .rank(Rank::LEADER)
+/// The channel of updates as the engine of a holder sees it: others that join meanwhile wait for the next one.
+#[derive(Debug)]
+struct OnlyWith {
+    channel: Channel,
+    peer: Rank,
+}
+
+#[async_trait]
+impl Control for OnlyWith {
+    fn rank(&self) -> Rank {
+        self.channel.rank()
+    }
+
+    fn role(&self) -> Role {
+        self.channel.role()
+    }
+
+    fn send(&self, to: Rank, body: Bytes) -> Result<()> {
+        self.channel.send(to, body)
+    }
+
+    async fn recv(&self, deadline: Duration) -> Result<Option<Event>> {
+        let until = Instant::now() + deadline;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let event = self.channel.recv(left).await?;
+            let of = match &event {
+                Some(Event::Message { from: rank, .. } | Event::Left { rank }) => *rank,
+                Some(Event::Lost { rank, .. }) => *rank,
+                // What the engine knows of its peer is in its placement.
+                Some(Event::Joined(_)) => continue,
+                None => return Ok(None),
+            };
+            if of == self.peer {
+                return Ok(event);
+            }
+        }
+    }
+
+    fn cut(&self, rank: Rank, reason: &Error) -> Result<()> {
+        self.channel.cut(rank, reason)
+    }
+
+    fn silence(&self, rank: Rank) -> Option<Duration> {
+        self.channel.silence(rank)
+    }
+
+    fn next_update(&self) -> u64 {
+        self.channel.next_update()
+    }
+
+    fn updates(&self) -> u64 {
+        self.channel.updates()
+    }
+
+    fn leader_address(&self) -> Option<String> {
+        self.channel.leader_address()
+    }
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
-    use crate::control::Token;
+    use control_plane::Token;
 
-    #[tokio::test]
-    async fn a_newcomer_that_hears_of_an_update_for_another_one_asks_again() {
-        let address = format!("unix:@busy-holder-{}", std::process::id()).parse().unwrap();
+    fn place_of(test: &str) -> ControlConfig {
+        let address = format!("unix:@{test}-{}", std::process::id()).parse().unwrap();
         let token = Token::new(b"a token that is long enough to be one").unwrap();
         let mut at = ControlConfig::new(address, token);
         at.heartbeat_interval = Duration::from_millis(100);
         at.heartbeat_timeout = Duration::from_secs(1);
+        at
+    }
+
+    #[tokio::test]
+    async fn a_newcomer_whose_holder_serves_another_one_asks_again_when_that_is_over() {
+        let at = place_of("busy-holder");
         let holder = at.clone();
         let serving = tokio::spawn(async move {
-            let nothing = written(&Offer { version: None }).unwrap();
-            for message in [Bytes::from_static(b"\x01\x02"), nothing] {
+            for answers in [false, true] {
                 let control = lead(holder.clone()).await.unwrap();
-                let joined = control.recv(LONG).await.unwrap();
+                let channel = control.channel(HANDOVER);
+                let joined = channel.recv(LONG).await.unwrap();
                 let Some(Event::Joined(newcomer)) = joined else { panic!("{joined:?}") };
-                control.send(newcomer.rank, message).unwrap();
-                while !matches!(
-                    control.recv(LONG).await.unwrap(),
-                    Some(Event::Left { .. } | Event::Lost { .. })
-                ) {}
+                if answers {
+                    let nothing = written(&Offer { version: None }).unwrap();
+                    channel.send(newcomer.rank, nothing).unwrap();
+                    while !matches!(
+                        channel.recv(LONG).await.unwrap(),
+                        Some(Event::Left { .. } | Event::Lost { .. })
+                    ) {}
+                }
                 control.close().await.unwrap();
             }
         });
         let config = CheckpointEngineConfig { timeout_seconds: 20.0, ..Default::default() };
-        let joined = Newcomer::join(crate::naive::BACKEND, config, at).await.unwrap();
+        let joined = Newcomer::join(engine_core::naive::BACKEND, config, at).await.unwrap();
         assert!(joined.is_none(), "the second holder has no version");
         serving.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_newcomer_that_comes_before_the_holder_serves_anyone_is_served() {
+        let at = place_of("early-newcomer");
+        let config = CheckpointEngineConfig { timeout_seconds: 5.0, ..Default::default() };
+        let backend = engine_core::naive::BACKEND;
+        let cache = WeightCache::default();
+        let holder = Holder::listen(cache, backend, config.clone(), at.clone()).await.unwrap();
+        let joining = tokio::spawn(Newcomer::join(backend, config, at));
+        let two = |control: &ControlPlane| control.peers().len() == 2;
+        while !holder.control.as_ref().is_some_and(two) {
+            clock::sleep(Duration::from_millis(1)).await;
+        }
+        let serving = tokio::spawn(holder.run());
+        assert!(joining.await.unwrap().unwrap().is_none(), "there is no version yet");
+        serving.abort();
+    }
+
+    #[tokio::test]
+    async fn the_engine_of_a_holder_hears_of_the_newcomer_that_is_served_and_of_no_other() {
+        let at = place_of("only-with");
+        let control = lead(at.clone()).await.unwrap();
+        let mut newcomers = Vec::new();
+        for _ in 0..2 {
+            let newcomer = ControlPlane::join(at.clone(), Role::Rollout, None).await.unwrap();
+            newcomer.gather(1, Bytes::new(), LONG).await.unwrap();
+            newcomers.push(newcomer);
+        }
+        let only = OnlyWith { channel: control.channel(UPDATES), peer: Rank(2) };
+        for newcomer in &newcomers {
+            newcomer.channel(UPDATES).send(Rank::LEADER, Bytes::from_static(b"hello")).unwrap();
+        }
+        let said = only.recv(LONG).await.unwrap();
+        assert!(matches!(said, Some(Event::Message { from: Rank(2), .. })), "{said:?}");
+        assert_eq!(only.recv(Duration::from_millis(100)).await.unwrap(), None);
     }
 }

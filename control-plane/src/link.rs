@@ -1,6 +1,6 @@
 //! The tasks of the control thread: the leader's door, and the traffic with one peer.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -8,13 +8,15 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::address::{Listener, connect};
-use super::group::{Cut, End, Link, Mailbox, Membership, Outbox, Queue};
-use super::handshake::{PATIENCE, examine, introduce, refuse};
-use super::shared::{Shared, Side};
-use super::wire::{Control, Frame, FrameReader, FrameWriter, Terms, Wire, decode, unexpected};
-use super::{ControlConfig, Event, Role};
-use crate::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result};
+use crate::address::{Listener, connect};
+use crate::group::{Cut, End, Link, Mailbox, Membership, Outbox, Queue};
+use crate::handshake::{PATIENCE, Welcome, examine, introduce, refuse};
+use crate::shared::{Shared, Side};
+use crate::wire::{
+    Frame, FrameReader, FrameWriter, Heard, Signal, Terms, Wire, decode, unexpected,
+};
+use crate::{ControlConfig, Event, Role};
+use engine_core::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result};
 
 /// How many connections may be in their handshake at once; the next one takes the place of the oldest.
 const STRANGERS: usize = 64;
@@ -27,7 +29,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 impl ControlConfig {
     /// How many bytes of one peer's messages may wait to be read here, and of ours to be written to it.
-    fn budget(&self) -> usize {
+    pub(super) fn budget(&self) -> usize {
         self.max_frame_bytes.saturating_mul(2)
     }
 
@@ -35,6 +37,7 @@ impl ControlConfig {
         Terms {
             // Checked by `validate`.
             max_frame: u32::try_from(self.max_frame_bytes).unwrap_or(u32::MAX),
+            heartbeat_interval: self.heartbeat_interval,
             heartbeat_timeout: self.heartbeat_timeout,
         }
     }
@@ -159,12 +162,13 @@ async fn enter(mut wire: Wire, config: &ControlConfig, shared: &Shared) -> Resul
         let error = Error::new(ErrorKind::Config, "joining the group", message);
         return Err(refuse(&mut wire, error).await);
     }
-    let (link, queue) = link(config, terms);
+    let (link, queue) = link(config, terms, wire.reader.heard.clone());
     let (welcome, cut) = (link.outbox.clone(), Arc::clone(&link.cut));
-    let admitted = shared.update(|_, side| match side {
-        Side::Leader(group) => group.admit(&introduction, link).and_then(|rank| {
+    let admitted = shared.update(|mailbox, side| match side {
+        Side::Leader(group) => group.admit(&introduction, link, mailbox).and_then(|admitted| {
+            let (rank, unread) = admitted;
             // Queued under the lock, so that nothing can overtake it.
-            let frame = Frame::Control(Control::Welcome { rank, terms: config.terms() });
+            let frame = Frame::Signal(Signal::Welcome { rank, terms: config.terms(), unread });
             welcome.send(frame).map_err(|_| Error::new(ErrorKind::State, "welcoming", "gone"))?;
             Ok(rank)
         }),
@@ -183,14 +187,14 @@ async fn enter(mut wire: Wire, config: &ControlConfig, shared: &Shared) -> Resul
 
 /// The leader's traffic with one member, until it ends.
 async fn attend(rank: Rank, traffic: Traffic, config: &ControlConfig, shared: &Shared) {
-    let budget = config.budget();
     let end = converse(traffic, config, |frame| {
         shared.update(|mailbox, side| {
             let Side::Leader(group) = side else { return Err(unexpected(&frame)) };
             match frame {
-                Frame::Message(body) => mailbox.deliver(rank, body, budget)?,
-                Frame::Control(Control::Call { id, call }) => group.call(rank, id, call, mailbox),
-                Frame::Control(Control::Withdraw { id }) => group.withdraw(rank, id, mailbox),
+                Frame::Message { channel, body } => mailbox.deliver(rank, channel, body)?,
+                Frame::Signal(Signal::Read { bytes }) => group.link_mut(rank)?.was_read(&bytes),
+                Frame::Signal(Signal::Call { id, call }) => group.call(rank, id, call, mailbox),
+                Frame::Signal(Signal::Withdraw { id }) => group.withdraw(rank, id, mailbox),
                 other => return Err(unexpected(&other)),
             }
             Ok(())
@@ -271,16 +275,33 @@ pub(super) async fn knock(
 async fn attempt(config: &ControlConfig, role: Role, rank: Option<Rank>) -> Result<Admission> {
     let connected = connect(&config.address).await;
     let mut wire = connected.map_err(|error| Error::io("connecting to the leader", error))?;
-    let (rank, terms) = introduce(&mut wire, &config.token, role, rank, config.terms()).await?;
-    let (leader, queue) = link(config, terms);
+    let welcome = introduce(&mut wire, &config.token, role, rank, config.terms()).await?;
+    let Welcome { rank, terms, unread } = welcome;
+    let (mut leader, queue) = link(config, terms, wire.reader.heard.clone());
+    let unread =
+        unread.into_iter().map(|(id, bytes)| (id, usize::try_from(bytes).unwrap_or(usize::MAX)));
+    leader.unread = unread.collect();
     let cut = Arc::clone(&leader.cut);
-    Ok((rank, Membership { leader, table: Vec::new() }, Traffic { wire, queue, terms, cut }))
+    Ok((
+        rank,
+        Membership { leader, table: Vec::new(), updates: 0 },
+        Traffic { wire, queue, terms, cut },
+    ))
 }
 
 /// The way to a peer with these terms, and what is queued on it.
-fn link(config: &ControlConfig, terms: Terms) -> (Link, Queue) {
+fn link(config: &ControlConfig, terms: Terms, heard: Heard) -> (Link, Queue) {
     let (outbox, queue) = Outbox::new(config.budget());
-    (Link { outbox, limit: terms.max_frame as usize, cut: Arc::default() }, queue)
+    let beat = beat(terms.heartbeat_interval, config.heartbeat_timeout);
+    let limit = terms.max_frame as usize;
+    let (unread, cut) = (BTreeMap::new(), Arc::default());
+    (Link { outbox, limit, unread, heard, beat, cut }, queue)
+}
+
+/// How often a side with this interval says something to one that tolerates so much silence: at least three
+/// heartbeats fit into that.
+fn beat(interval: Duration, tolerated: Duration) -> Duration {
+    interval.min(tolerated / 3).max(BEAT_FLOOR)
 }
 
 /// A member's traffic with the leader, until it ends or `stop`.
@@ -291,12 +312,15 @@ pub(super) async fn follow(
     stop: CancellationToken,
 ) {
     let on_frame = |frame| {
-        shared.update(|mailbox, _| match frame {
-            Frame::Message(body) => {
-                // The leader is believed: rollouts do not read while they generate.
-                mailbox.deliver(Rank::LEADER, body, usize::MAX)
+        shared.update(|mailbox, side| match frame {
+            Frame::Message { channel, body } => mailbox.deliver(Rank::LEADER, channel, body),
+            Frame::Signal(Signal::Read { bytes }) => {
+                if let Some(link) = side.link_mut(Rank::LEADER) {
+                    link.was_read(&bytes);
+                }
+                Ok(())
             }
-            Frame::Control(Control::Reply { id, outcome }) => {
+            Frame::Signal(Signal::Reply { id, outcome }) => {
                 mailbox.settle(id, decode(&outcome)?);
                 Ok(())
             }
@@ -330,7 +354,7 @@ fn lose_leader(end: End, mailbox: &mut Mailbox) {
             (Event::Lost { rank, error: report }, error)
         }
     };
-    mailbox.tell(event);
+    mailbox.tell(&event);
     mailbox.ended.get_or_insert(ErrorReport::from(&error));
 }
 
@@ -342,8 +366,7 @@ async fn converse(
 ) -> End {
     let Traffic { wire: Wire { mut reader, writer }, queue, terms, cut } = traffic;
     reader.set_max_frame(config.max_frame_bytes);
-    // At least three heartbeats fit into the silence that the peer tolerates.
-    let beat = config.heartbeat_interval.min(terms.heartbeat_timeout / 3).max(BEAT_FLOOR);
+    let beat = beat(config.heartbeat_interval, terms.heartbeat_timeout);
     let end = tokio::select! {
         biased;
         reason = cut.ordered() => End::Lost(reason),
@@ -356,19 +379,21 @@ async fn converse(
     }
 }
 
-/// However the socket says that the other side is gone, its rank is lost.
+/// However the socket says that the other side is gone, its rank is lost. What the socket said is the cause, and said
+/// once: an error on its way to other ranks carries the words of its causes.
 fn lost(error: Error) -> Error {
-    let message = &error.report().message;
-    let message = match error.kind() {
+    match error.kind() {
         // With the system's error as its source: a reset is `PeerLost` already, but says no more.
         ErrorKind::Io | ErrorKind::PeerLost if std::error::Error::source(&error).is_some() => {
-            format!("the connection broke: its process died ({message})")
+            let message = "the connection broke: its process died";
+            Error::new(ErrorKind::PeerLost, "keeping a connection", message).with_source(error)
         }
-        ErrorKind::Timeout => message.clone(),
-        _ => return error,
-    };
-    let operation = error.report().operation.clone();
-    Error::new(ErrorKind::PeerLost, operation, message).with_source(error)
+        ErrorKind::Timeout => {
+            let ErrorReport { operation, message, .. } = error.report().clone();
+            Error::new(ErrorKind::PeerLost, operation, message)
+        }
+        _ => error,
+    }
 }
 
 async fn listen(
@@ -378,8 +403,8 @@ async fn listen(
 ) -> End {
     loop {
         let result = match reader.next(patience).await {
-            Ok(Some(Frame::Control(Control::Heartbeat))) => Ok(()),
-            Ok(Some(Frame::Control(Control::Goodbye))) => return End::Left,
+            Ok(Some(Frame::Signal(Signal::Heartbeat))) => Ok(()),
+            Ok(Some(Frame::Signal(Signal::Goodbye))) => return End::Left,
             Ok(Some(frame)) => on_frame(frame),
             Ok(None) => Err(Error::new(
                 ErrorKind::PeerLost,
@@ -415,7 +440,7 @@ async fn speak(
             }
             Ok(None) => break,
             Err(_) => {
-                if let Err(error) = writer.push(&Frame::Control(Control::Heartbeat)) {
+                if let Err(error) = writer.push(&Frame::Signal(Signal::Heartbeat)) {
                     return error;
                 }
             }
@@ -432,11 +457,30 @@ async fn speak(
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
-    use crate::control::Token;
+    use crate::{Token, UPDATES};
 
     fn wire(io: tokio::io::DuplexStream) -> Wire {
         let (reader, writer) = tokio::io::split(io);
         Wire::new(Box::new(reader), Box::new(writer))
+    }
+
+    fn said(body: &bytes::Bytes) -> Frame {
+        Frame::Message { channel: UPDATES, body: body.clone() }
+    }
+
+    #[test]
+    fn a_connection_that_ends_says_its_cause_once() {
+        let reset = || std::io::Error::from_raw_os_error(104);
+        let words = reset().to_string();
+        let silent = Error::new(ErrorKind::Timeout, "reading a frame", "silent for 1 s");
+        for (error, cause) in [(Error::io("reading a frame", reset()), &*words), (silent, "silent")]
+        {
+            let lost = lost(error);
+            assert_eq!(lost.kind(), ErrorKind::PeerLost, "{lost}");
+            let told = ErrorReport::from(&lost).to_string();
+            assert_eq!(told.matches(cause).count(), 1, "{told}");
+            assert_eq!(told.matches("reading a frame").count(), 1, "{told}");
+        }
     }
 
     #[tokio::test]
@@ -445,14 +489,14 @@ mod tests {
         let mut config = ControlConfig::new("127.0.0.1:0".parse().unwrap(), token);
         config.max_frame_bytes = FRAME_FLOOR as usize;
         let terms = Terms { max_frame: u32::MAX, ..config.terms() };
-        let (link, queue) = link(&config, terms);
+        let (link, queue) = link(&config, terms, Heard::default());
         // The socket takes one byte, and nobody takes that.
         let (near, _far) = tokio::io::duplex(1);
         let traffic = Traffic { wire: wire(near), queue, terms, cut: Arc::clone(&link.cut) };
         let body = bytes::Bytes::from(vec![0; 1000]);
         let mut taken = 0;
         let refused = loop {
-            match link.send(Rank(1), body.len(), Frame::Message(body.clone())) {
+            match link.send(Rank(1), body.len(), said(&body)) {
                 Ok(()) => taken += 1,
                 Err(error) => break error,
             }
@@ -468,19 +512,19 @@ mod tests {
         let token = Token::generate().unwrap();
         let mut config = ControlConfig::new("127.0.0.1:0".parse().unwrap(), token);
         config.max_frame_bytes = FRAME_FLOOR as usize;
-        let (link, mut queue) = link(&config, config.terms());
+        let (link, mut queue) = link(&config, config.terms(), Heard::default());
         let body = bytes::Bytes::from(vec![0; 3000]);
         for _ in 0..100 {
-            link.send(Rank(1), body.len(), Frame::Message(body.clone())).unwrap();
-            link.send(Rank(1), body.len(), Frame::Message(body.clone())).unwrap();
+            link.send(Rank(1), body.len(), said(&body)).unwrap();
+            link.send(Rank(1), body.len(), said(&body)).unwrap();
             assert!(queue.recv().await.is_some() && queue.try_recv().is_some());
         }
         // One that is larger than the budget, as the peer accepts larger ones than this side.
         let terms = Terms { max_frame: u32::MAX, ..config.terms() };
-        let (link, mut queue) = super::link(&config, terms);
+        let (link, mut queue) = super::link(&config, terms, Heard::default());
         let large = bytes::Bytes::from(vec![0; 10_000]);
         for _ in 0..3 {
-            link.send(Rank(1), large.len(), Frame::Message(large.clone())).unwrap();
+            link.send(Rank(1), large.len(), said(&large)).unwrap();
             assert!(queue.recv().await.is_some());
         }
     }
@@ -489,7 +533,7 @@ mod tests {
     async fn a_member_that_accepts_no_frames_to_speak_of_is_refused_in_the_handshake() {
         let token = Token::generate().unwrap();
         let config = ControlConfig::new("127.0.0.1:0".parse().unwrap(), token.clone());
-        let shared = Shared::new(Side::Leader(super::super::group::Group::new(8)));
+        let shared = Shared::new(Side::Leader(crate::group::Group::new(8)), config.budget());
         for (max_frame, is_welcome) in [(0, false), (FRAME_FLOOR - 1, false), (FRAME_FLOOR, true)] {
             let (up, down) = tokio::io::duplex(4096);
             let (mut member, leader) = (wire(up), wire(down));
@@ -499,7 +543,7 @@ mod tests {
                 let Ok((_, mut traffic)) = enter(leader, &config, &shared).await else {
                     return false;
                 };
-                let Some(Frame::Control(welcome)) = traffic.queue.recv().await else {
+                let Some(Frame::Signal(welcome)) = traffic.queue.recv().await else {
                     return false;
                 };
                 traffic.wire.writer.send(welcome, PATIENCE).await.is_ok()

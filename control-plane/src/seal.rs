@@ -15,9 +15,10 @@ use std::sync::Arc;
 use bytes::{Buf, BufMut, BytesMut};
 use snow::{HandshakeState, StatelessTransportState};
 
-use super::Token;
-use super::wire::{MAGIC, PROTOCOL_VERSION, malformed};
-use crate::{Error, ErrorKind, Result};
+use crate::Token;
+use crate::wire::{MAGIC, malformed};
+use engine_core::control::PROTOCOL_VERSION;
+use engine_core::{Error, ErrorKind, Result};
 
 const PATTERN: &str = "Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s";
 /// The longest record, without its length.

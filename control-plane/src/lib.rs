@@ -1,9 +1,12 @@
-//! The control plane: metadata, barriers, messages and the news of who is alive.
+//! The control plane of a checkpoint engine: metadata, barriers, messages and the news of who is alive.
 //!
 //! Every rank has one reliable connection to rank 0, the leader. Frames on it are
 //! length-delimited, versioned in the first one, bounded in size, and encrypted with keys that only
 //! those who know a shared [`Token`] can agree on (Noise `NNpsk0`). A peer that dies closes its connection and is lost at once; one
 //! that is stopped or cut off is lost after [`ControlConfig::heartbeat_timeout`].
+//!
+//! What engines say of updates and what the embedding program says travels on [channels](Channel) of that one
+//! connection, which do not meet.
 //!
 //! All sockets live on one thread of the control plane's own, so heartbeats go on while the
 //! embedder's executor is blocked, and any executor will do.
@@ -14,7 +17,7 @@
 //! use std::time::Duration;
 //!
 //! use bytes::Bytes;
-//! use engine_core::control::{ControlConfig, ControlPlane, Event, Role, Token};
+//! use control_plane::{ChannelId, ControlConfig, ControlPlane, Event, Role, Token};
 //! use engine_core::Rank;
 //!
 //! # futures::executor::block_on(async {
@@ -32,8 +35,10 @@
 //! .await?;
 //! assert_eq!(table, same_table);
 //!
-//! trainer.send(Rank(1), Bytes::from_static(b"bucket 0 is full"))?;
-//! let event = rollout.recv(deadline).await?;
+//! // A channel for messages of the program's own.
+//! let [of_trainer, of_rollout] = [&trainer, &rollout].map(|plane| plane.channel(ChannelId::FIRST_FREE));
+//! of_trainer.send(Rank(1), Bytes::from_static(b"the reward model is there"))?;
+//! let event = of_rollout.recv(deadline).await?;
 //! assert!(matches!(event, Some(Event::Message { from: Rank(0), .. })));
 //! rollout.close().await?;
 //! trainer.close().await?;
@@ -42,7 +47,9 @@
 //! ```
 
 mod address;
+mod channel;
 mod env;
+mod form;
 mod group;
 mod handshake;
 mod link;
@@ -53,28 +60,16 @@ mod token;
 mod wire;
 
 pub use address::{Address, UnixAddress};
+pub use channel::{Channel, ChannelId, UPDATES};
+pub use engine_core::control::{Control, Event, Peer, Role};
 pub use env::{TorchrunEnv, from_env, from_lookup};
+pub use form::form_group;
 pub use plane::ControlPlane;
 pub use token::Token;
-#[cfg(test)]
-pub(crate) use wire::PROTOCOL_VERSION;
 
 use std::time::Duration;
 
-use bytes::Bytes;
-use serde::{Deserialize, Serialize};
-
-use crate::{Error, ErrorKind, ErrorReport, Rank, Result};
-
-/// What a process of the group does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    /// It has the weights.
-    Trainer,
-    /// It generates with them.
-    Rollout,
-}
+use engine_core::{Error, ErrorKind, Result};
 
 /// How to reach the group, and what counts as dead.
 #[derive(Clone, Debug)]
@@ -93,8 +88,9 @@ pub struct ControlConfig {
     pub connect_timeout: Duration,
     /// The longest frame that this rank accepts, in bytes: a message, or the metadata of all
     /// ranks together. At least 4096; 64 MiB. A leader ends the connection of a member of which it has
-    /// twice this in messages that nobody has read, and every rank ends the connection to a peer for which
-    /// twice this waits because it does not read.
+    /// twice this in messages of updates that nobody has read, and every rank ends the connection to a peer for which
+    /// twice this waits because it does not read. Of all other channels of a peer together twice this can be
+    /// unread: see [`Channel`].
     pub max_frame_bytes: usize,
     /// The largest group that the leader forms, in ranks: what a member says of the size is not believed
     /// beyond this. 65 536.
@@ -135,43 +131,4 @@ impl ControlConfig {
         }
         Ok(())
     }
-}
-
-/// A rank of the group and the metadata that it contributed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Peer {
-    /// Its rank.
-    pub rank: Rank,
-    /// What it does.
-    pub role: Role,
-    /// What it gave to [`ControlPlane::gather`].
-    pub payload: Bytes,
-}
-
-/// What [`ControlPlane::recv`] yields.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Event {
-    /// A message, in the order in which its sender sent it.
-    Message {
-        /// Who sent it.
-        from: Rank,
-        /// What was given to [`ControlPlane::send`].
-        body: Bytes,
-    },
-    /// A rank joined a group that exists. On the leader only.
-    Joined(Peer),
-    /// A rank of the group closed its control plane. Members learn it of the leader only.
-    Left {
-        /// Which one.
-        rank: Rank,
-    },
-    /// A rank of the group died, fell silent or broke the protocol. The error is `PeerLost`, or what was
-    /// wrong with what it sent. Members learn it of the leader
-    /// only.
-    Lost {
-        /// Which one.
-        rank: Rank,
-        /// How that was noticed.
-        error: ErrorReport,
-    },
 }

@@ -2,15 +2,17 @@
 
 use std::fmt;
 use std::io;
+use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::oneshot;
 
-use super::wire::Wire;
-use crate::{Error, ErrorKind, Result};
+use crate::wire::Wire;
+use engine_core::{Error, ErrorKind, Result};
 
 /// Where the leader of a group listens.
 ///
@@ -20,7 +22,7 @@ use crate::{Error, ErrorKind, Result};
 /// # Examples
 ///
 /// ```
-/// use engine_core::control::Address;
+/// use control_plane::Address;
 ///
 /// let address: Address = "trainer-0:29500".parse()?;
 /// assert_eq!(address.to_string(), "tcp://trainer-0:29500");
@@ -45,6 +47,16 @@ pub enum UnixAddress {
     Path(PathBuf),
     /// A name in Linux's abstract namespace (of the network namespace).
     Abstract(String),
+}
+
+impl Address {
+    /// The host and port, if it is one of TCP.
+    pub fn as_tcp(&self) -> Option<&str> {
+        match self {
+            Self::Tcp(tcp) => Some(tcp),
+            Self::Unix(_) => None,
+        }
+    }
 }
 
 impl FromStr for Address {
@@ -115,10 +127,25 @@ impl UnixAddress {
     }
 }
 
+/// The addresses of a host and port. A name is looked up on a thread of its own: tokio panics where it gets none for that.
+async fn look_up(tcp: &str) -> io::Result<Vec<SocketAddr>> {
+    if let Ok(address) = tcp.parse() {
+        return Ok(vec![address]);
+    }
+    let (tell, told) = oneshot::channel();
+    let name = tcp.to_owned();
+    let look = move || {
+        // Nobody waits any more after the connect timeout.
+        drop(tell.send(name.to_socket_addrs().map(Iterator::collect)));
+    };
+    std::thread::Builder::new().name("ckpt-resolve".into()).spawn(look)?;
+    told.await.map_err(|_| io::Error::other("the look-up of the name panicked"))?
+}
+
 /// One attempt to reach the leader.
 pub(super) async fn connect(address: &Address) -> io::Result<Wire> {
     match address {
-        Address::Tcp(tcp) => tcp_wire(TcpStream::connect(tcp).await?),
+        Address::Tcp(tcp) => tcp_wire(TcpStream::connect(&*look_up(tcp).await?).await?),
         Address::Unix(unix) => Ok(unix_wire(UnixStream::connect(unix.as_path()).await?)),
     }
 }
@@ -141,7 +168,8 @@ impl Listener {
         let failed = |error| Error::io(format!("listening on {address}"), error);
         match address {
             Address::Tcp(tcp) => {
-                let socket = Socket::Tcp(TcpListener::bind(tcp).await.map_err(failed)?);
+                let addresses = look_up(tcp).await.map_err(failed)?;
+                let socket = Socket::Tcp(TcpListener::bind(&*addresses).await.map_err(failed)?);
                 Ok(Self { socket, _file: None })
             }
             Address::Unix(unix) => {

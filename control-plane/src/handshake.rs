@@ -6,7 +6,7 @@
 //!                                                    ←  Answer(second Noise message)  or Refused
 //!                  everything after this is encrypted
 //!   Introduction { role, rank, terms }               →
-//!                                                    ←  Welcome { rank, terms }       or Refused
+//!                                                    ←  Welcome { rank, terms, … }    or Refused
 //! ```
 //!
 //! The member's first message shows that it knows the token, so that a stranger obtains nothing from the
@@ -15,31 +15,37 @@
 
 use std::time::Duration;
 
-use super::seal::Handshake;
-use super::wire::{
-    Control, Frame, Hello, Introduction, MAGIC, PROTOCOL_VERSION, Terms, Wire, malformed,
-    unexpected,
-};
-use super::{Role, Token};
-use crate::{Error, ErrorKind, ErrorReport, Rank, Result};
+use crate::seal::Handshake;
+use crate::wire::{Frame, Hello, Introduction, MAGIC, Signal, Terms, Wire, malformed, unexpected};
+use crate::{ChannelId, Role, Token};
+use engine_core::control::PROTOCOL_VERSION;
+use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result};
 
 /// How long either side waits for the other's next step.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The member's side: the rank that it was given, and the leader's terms.
+/// What the leader says to a member that it lets in.
+pub(super) struct Welcome {
+    pub(super) rank: Rank,
+    pub(super) terms: Terms,
+    /// What a process which had the rank before has sent and nobody has read.
+    pub(super) unread: Vec<(ChannelId, u64)>,
+}
+
+/// The member's side.
 pub(super) async fn introduce(
     wire: &mut Wire,
     token: &Token,
     role: Role,
     rank: Option<Rank>,
     terms: Terms,
-) -> Result<(Rank, Terms)> {
+) -> Result<Welcome> {
     let mut handshake = Handshake::of_member(token)?;
     let body = handshake.speak()?.into();
     let hello = Hello { magic: MAGIC, version: PROTOCOL_VERSION, body };
-    wire.writer.send(Control::Hello(hello), PATIENCE).await?;
+    wire.writer.send(Signal::Hello(hello), PATIENCE).await?;
     let answer = match next(wire).await? {
-        Control::Answer(answer) => answer,
+        Signal::Answer(answer) => answer,
         other => return Err(refusal(other)),
     };
     if !handshake.hear(&answer) {
@@ -49,9 +55,9 @@ pub(super) async fn introduce(
     }
     wire.seal(handshake)?;
     let introduction = Introduction { role, rank, terms };
-    wire.writer.send(Control::Introduction(introduction), PATIENCE).await?;
+    wire.writer.send(Signal::Introduction(introduction), PATIENCE).await?;
     match next(wire).await? {
-        Control::Welcome { rank, terms } => Ok((rank, terms)),
+        Signal::Welcome { rank, terms, unread } => Ok(Welcome { rank, terms, unread }),
         other => Err(refusal(other)),
     }
 }
@@ -59,9 +65,9 @@ pub(super) async fn introduce(
 /// The leader's side, up to what the member says of itself.
 pub(super) async fn examine(wire: &mut Wire, token: &Token) -> Result<Introduction> {
     let hello = match next(wire).await? {
-        Control::Hello(hello) if hello.magic == MAGIC => hello,
-        Control::Hello(_) => return Err(malformed("another program's greeting")),
-        other => return Err(unexpected(&Frame::Control(other))),
+        Signal::Hello(hello) if hello.magic == MAGIC => hello,
+        Signal::Hello(_) => return Err(malformed("another program's greeting")),
+        other => return Err(unexpected(&Frame::Signal(other))),
     };
     if hello.version != PROTOCOL_VERSION {
         let error = Error::new(
@@ -80,17 +86,17 @@ pub(super) async fn examine(wire: &mut Wire, token: &Token) -> Result<Introducti
         let error = Error::new(ErrorKind::Authentication, "joining the group", message);
         return Err(refuse(wire, error).await);
     }
-    wire.writer.send(Control::Answer(handshake.speak()?.into()), PATIENCE).await?;
+    wire.writer.send(Signal::Answer(handshake.speak()?.into()), PATIENCE).await?;
     wire.seal(handshake)?;
     match next(wire).await? {
-        Control::Introduction(introduction) => Ok(introduction),
-        other => Err(unexpected(&Frame::Control(other))),
+        Signal::Introduction(introduction) => Ok(introduction),
+        other => Err(unexpected(&Frame::Signal(other))),
     }
 }
 
 /// Tells the peer why it is refused, and returns the reason.
 pub(super) async fn refuse(wire: &mut Wire, error: Error) -> Error {
-    let told = wire.writer.send(Control::Refused(ErrorReport::from(&error)), PATIENCE).await;
+    let told = wire.writer.send(Signal::Refused(ErrorReport::from(&error)), PATIENCE).await;
     if let Err(error) = told {
         tracing::debug!(%error, "the refused peer is gone");
     }
@@ -98,9 +104,9 @@ pub(super) async fn refuse(wire: &mut Wire, error: Error) -> Error {
     error
 }
 
-async fn next(wire: &mut Wire) -> Result<Control> {
+async fn next(wire: &mut Wire) -> Result<Signal> {
     match wire.reader.next(PATIENCE).await? {
-        Some(Frame::Control(control)) => Ok(control),
+        Some(Frame::Signal(control)) => Ok(control),
         Some(frame) => Err(unexpected(&frame)),
         None => Err(Error::new(
             ErrorKind::PeerLost,
@@ -110,9 +116,9 @@ async fn next(wire: &mut Wire) -> Result<Control> {
     }
 }
 
-fn refusal(frame: Control) -> Error {
+fn refusal(frame: Signal) -> Error {
     match frame {
-        Control::Refused(report) => Error::from(report),
-        other => unexpected(&Frame::Control(other)),
+        Signal::Refused(report) => Error::from(report),
+        other => unexpected(&Frame::Signal(other)),
     }
 }

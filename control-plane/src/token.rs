@@ -10,7 +10,7 @@ use std::sync::Arc;
 use rustix::rand::{GetRandomFlags, getrandom};
 use sha2::{Digest as _, Sha256};
 
-use crate::{Error, ErrorKind, Result};
+use engine_core::{Error, ErrorKind, Result};
 
 /// The secret that every rank of a group knows.
 ///

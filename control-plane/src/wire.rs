@@ -1,12 +1,14 @@
 //! Frames, and how they cross a socket.
 //!
 //! A frame is a big-endian `u32` length and that many bytes: a kind, then the rest. The rest of a
-//! message is the caller's body as it is; the rest of everything else is a [`Control`] in postcard. The
+//! message is the number of its channel, a big-endian `u16`, and the caller's body as it is; the rest of everything
+//! else is a [`Signal`] in postcard. The
 //! first frame of each side crosses the socket as it is, all others in sealed records.
 
 use std::io;
 use std::pin::Pin;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -14,12 +16,10 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 use tokio_util::codec::{Decoder, LengthDelimitedCodec};
 
-use super::seal::{Handshake, Opener, Sealer};
-use super::{Peer, Role};
-use crate::{Error, ErrorKind, ErrorReport, Rank, Result};
+use crate::seal::{Handshake, Opener, Sealer};
+use crate::{ChannelId, Peer, Role};
+use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result};
 
-/// The version of everything below and of the messages of updates; peers of different versions refuse each other.
-pub(crate) const PROTOCOL_VERSION: u32 = 3;
 pub(super) const MAGIC: [u8; 8] = *b"ckpt-eng";
 /// The longest frame of a peer that has not authenticated itself.
 pub(super) const HANDSHAKE_FRAME: usize = 1024;
@@ -27,21 +27,24 @@ pub(super) const HANDSHAKE_FRAME: usize = 1024;
 pub(super) const FRAME_OVERHEAD: usize = 64;
 
 const MESSAGE: u8 = 0;
-const CONTROL: u8 = 1;
+const SIGNAL: u8 = 1;
 /// How much is read or gathered for writing at once.
 const CHUNK: usize = 64 * 1024;
 
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Frame {
-    /// The embedder's own bytes, which no serialiser touches.
-    Message(Bytes),
-    Control(Control),
+    /// Bytes of the one who uses the channel, which no serialiser touches.
+    Message {
+        channel: ChannelId,
+        body: Bytes,
+    },
+    Signal(Signal),
 }
 
 /// `Hello` and `Refused` keep their place and shape in every version of the protocol, so that any
 /// two versions can tell each other that they differ.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(super) enum Control {
+pub(super) enum Signal {
     Hello(Hello),
     Refused(ErrorReport),
     /// The second message of the Noise handshake.
@@ -50,6 +53,8 @@ pub(super) enum Control {
     Welcome {
         rank: Rank,
         terms: Terms,
+        /// The bytes that a process which had the rank before has sent and nobody has read yet.
+        unread: Vec<(ChannelId, u64)>,
     },
     Call {
         id: u64,
@@ -65,6 +70,10 @@ pub(super) enum Control {
     },
     Heartbeat,
     Goodbye,
+    /// So many bytes of the receiver's messages on these channels were read.
+    Read {
+        bytes: Vec<(ChannelId, u64)>,
+    },
 }
 
 /// The first frame: what every version understands, and a body that only the same version does (the first
@@ -88,6 +97,8 @@ pub(super) struct Introduction {
 pub(super) struct Terms {
     /// The longest frame that it accepts.
     pub(super) max_frame: u32,
+    /// How often it says something itself, if the other side does not need it more often.
+    pub(super) heartbeat_interval: Duration,
     /// The silence after which it gives the other side up.
     pub(super) heartbeat_timeout: Duration,
 }
@@ -102,7 +113,11 @@ pub(super) enum Call {
 /// How a call ended.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum Outcome {
-    Table(Vec<Peer>),
+    /// The ranks of the group, and how many updates have begun on the leader.
+    Table {
+        peers: Vec<Peer>,
+        updates: u64,
+    },
     Passed,
     /// It was withdrawn while these ranks were missing.
     Missing(Vec<Rank>),
@@ -113,11 +128,11 @@ impl Frame {
     /// The bytes of memory that it takes while it waits, about.
     pub(super) fn cost(&self) -> usize {
         let body = match self {
-            Self::Message(body) | Self::Control(Control::Reply { outcome: body, .. }) => body.len(),
-            Self::Control(Control::Call { call: Call::Gather { payload, .. }, .. }) => {
-                payload.len()
+            Self::Message { body, .. } | Self::Signal(Signal::Reply { outcome: body, .. }) => {
+                body.len()
             }
-            Self::Control(_) => 0,
+            Self::Signal(Signal::Call { call: Call::Gather { payload, .. }, .. }) => payload.len(),
+            Self::Signal(_) => 0,
         };
         body + FRAME_OVERHEAD
     }
@@ -126,28 +141,34 @@ impl Frame {
         match bytes.first() {
             Some(&MESSAGE) => {
                 bytes.advance(1);
-                Ok(Self::Message(bytes.freeze()))
+                let number =
+                    bytes.try_get_u16().map_err(|_| malformed("a message of no channel"))?;
+                Ok(Self::Message { channel: ChannelId(number), body: bytes.freeze() })
             }
-            Some(&CONTROL) => Ok(Self::Control(decode(&bytes[1..])?)),
+            Some(&SIGNAL) => Ok(Self::Signal(decode(&bytes[1..])?)),
             Some(kind) => Err(malformed(format!("frames of kind {kind} do not exist"))),
             None => Err(malformed("an empty frame")),
         }
     }
 
     pub(super) fn encode(&self, out: &mut BytesMut) -> Result<()> {
-        let control;
-        let (kind, rest) = match self {
-            Self::Message(body) => (MESSAGE, &body[..]),
-            Self::Control(frame) => {
-                control = encode(frame)?;
-                (CONTROL, &control[..])
+        let signal;
+        let (kind, channel, rest) = match self {
+            Self::Message { channel, body } => (MESSAGE, Some(channel.0), &body[..]),
+            Self::Signal(frame) => {
+                signal = encode(frame)?;
+                (SIGNAL, None, &signal[..])
             }
         };
-        let length = u32::try_from(rest.len() + 1)
+        let head = 1 + channel.map_or(0, |_| size_of::<u16>());
+        let length = u32::try_from(rest.len() + head)
             .map_err(|_| malformed(format!("a frame of {} bytes is too long", rest.len())))?;
-        out.reserve(rest.len() + 5);
+        out.reserve(rest.len() + head + size_of::<u32>());
         out.put_u32(length);
         out.put_u8(kind);
+        if let Some(channel) = channel {
+            out.put_u16(channel);
+        }
         out.put_slice(rest);
         Ok(())
     }
@@ -176,9 +197,9 @@ pub(super) fn malformed(why: impl Into<String>) -> Error {
 /// A frame where another one was due.
 pub(super) fn unexpected(frame: &Frame) -> Error {
     malformed(match frame {
-        Frame::Message(_) => "a message was not due".to_owned(),
-        Frame::Control(control) => {
-            let text = format!("{control:?}");
+        Frame::Message { .. } => "a message was not due".to_owned(),
+        Frame::Signal(signal) => {
+            let text = format!("{signal:?}");
             let name = text.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default();
             format!("`{name}` was not due")
         }
@@ -191,7 +212,28 @@ pub(super) struct Wire {
     pub(super) writer: FrameWriter,
 }
 
+/// When bytes of a peer came last.
+#[derive(Clone, Debug)]
+pub(super) struct Heard(Arc<Mutex<Instant>>);
+
+impl Default for Heard {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(Instant::now())))
+    }
+}
+
+impl Heard {
+    fn note(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    pub(super) fn ago(&self) -> Duration {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+}
+
 pub(super) struct FrameReader {
+    pub(super) heard: Heard,
     io: Pin<Box<dyn AsyncRead + Send>>,
     /// Frames, or the beginning of one.
     buffer: BytesMut,
@@ -216,6 +258,7 @@ impl Wire {
         let codec = LengthDelimitedCodec::builder().max_frame_length(HANDSHAKE_FRAME).new_codec();
         Self {
             reader: FrameReader {
+                heard: Heard::default(),
                 io: reader.into(),
                 buffer: BytesMut::new(),
                 sealed: BytesMut::new(),
@@ -266,7 +309,11 @@ impl FrameReader {
             if arriving.capacity() - arriving.len() < CHUNK / 16 {
                 arriving.reserve(CHUNK);
             }
-            match timeout(patience, self.io.read_buf(arriving)).await {
+            let read = timeout(patience, self.io.read_buf(arriving)).await;
+            if matches!(read, Ok(Ok(1..))) {
+                self.heard.note();
+            }
+            match read {
                 Ok(Ok(0)) if self.buffer.is_empty() && self.sealed.is_empty() => return Ok(None),
                 Ok(Ok(0)) => {
                     let error = io::Error::from(io::ErrorKind::UnexpectedEof);
@@ -319,8 +366,8 @@ impl FrameWriter {
         Ok(())
     }
 
-    pub(super) async fn send(&mut self, control: Control, patience: Duration) -> Result<()> {
-        self.push(&Frame::Control(control))?;
+    pub(super) async fn send(&mut self, signal: Signal, patience: Duration) -> Result<()> {
+        self.push(&Frame::Signal(signal))?;
         self.flush(patience).await
     }
 
@@ -340,34 +387,48 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::UPDATES;
+    use engine_core::control::PROTOCOL_VERSION;
 
     fn frames() -> Vec<Frame> {
         let introduction = Introduction {
             role: Role::Rollout,
             rank: Some(Rank(3)),
-            terms: Terms { max_frame: 1 << 20, heartbeat_timeout: Duration::from_secs(10) },
+            terms: Terms {
+                max_frame: 1 << 20,
+                heartbeat_interval: Duration::from_secs(1),
+                heartbeat_timeout: Duration::from_secs(10),
+            },
         };
         let body = Bytes::from(encode(&introduction).unwrap());
         let error = Error::new(ErrorKind::Mismatch, "joining", "rank 3 is taken").rank(Rank(3));
         let peer = Peer { rank: Rank(1), role: Role::Rollout, payload: Bytes::from_static(b"p") };
-        let outcome = Bytes::from(encode(&Outcome::Table(vec![peer])).unwrap());
+        let outcome =
+            Bytes::from(encode(&Outcome::Table { peers: vec![peer], updates: 0 }).unwrap());
         vec![
-            Frame::Message(Bytes::new()),
-            Frame::Message(Bytes::from_static(b"body")),
-            Frame::Control(Control::Hello(Hello { magic: MAGIC, version: 1, body })),
-            Frame::Control(Control::Refused(ErrorReport::from(&error))),
-            Frame::Control(Control::Answer(Bytes::from_static(&[1; 48]))),
-            Frame::Control(Control::Introduction(introduction.clone())),
-            Frame::Control(Control::Welcome { rank: Rank(3), terms: introduction.terms }),
-            Frame::Control(Control::Call {
+            Frame::Message { channel: UPDATES, body: Bytes::new() },
+            Frame::Message { channel: ChannelId(700), body: Bytes::from_static(b"body") },
+            Frame::Signal(Signal::Hello(Hello { magic: MAGIC, version: 1, body })),
+            Frame::Signal(Signal::Refused(ErrorReport::from(&error))),
+            Frame::Signal(Signal::Answer(Bytes::from_static(&[1; 48]))),
+            Frame::Signal(Signal::Introduction(introduction.clone())),
+            Frame::Signal(Signal::Welcome {
+                rank: Rank(3),
+                terms: introduction.terms,
+                unread: vec![(ChannelId(16), 80)],
+            }),
+            Frame::Signal(Signal::Call {
                 id: 1,
                 call: Call::Gather { world_size: 2, payload: Bytes::from_static(b"x") },
             }),
-            Frame::Control(Control::Call { id: 2, call: Call::Barrier { name: "b".into() } }),
-            Frame::Control(Control::Withdraw { id: 2 }),
-            Frame::Control(Control::Reply { id: 1, outcome }),
-            Frame::Control(Control::Heartbeat),
-            Frame::Control(Control::Goodbye),
+            Frame::Signal(Signal::Call { id: 2, call: Call::Barrier { name: "b".into() } }),
+            Frame::Signal(Signal::Withdraw { id: 2 }),
+            Frame::Signal(Signal::Reply { id: 1, outcome }),
+            Frame::Signal(Signal::Heartbeat),
+            Frame::Signal(Signal::Goodbye),
+            Frame::Signal(Signal::Read {
+                bytes: vec![(ChannelId(16), 80), (ChannelId(17), 1 << 40)],
+            }),
         ]
     }
 
@@ -385,10 +446,27 @@ mod tests {
         assert!(bytes.is_empty());
     }
 
+    /// Ranks of two builds must not take each other's frames for other ones: where this fails, the version of the
+    /// protocol has to become another as well.
+    #[test]
+    fn frames_are_encoded_as_this_protocol_version_encodes_them() {
+        let encoded = |frame: Frame| {
+            let mut bytes = BytesMut::new();
+            frame.encode(&mut bytes).unwrap();
+            bytes.to_vec()
+        };
+        assert_eq!(PROTOCOL_VERSION, 4);
+        let message = Frame::Message { channel: ChannelId(0x0102), body: Bytes::from_static(b"x") };
+        assert_eq!(encoded(message), [0, 0, 0, 4, 0, 1, 2, b'x']);
+        let read = Signal::Read { bytes: vec![(ChannelId(16), 80)] };
+        assert_eq!(encoded(Frame::Signal(read)), [0, 0, 0, 5, 1, 10, 1, 16, 80]);
+        assert_eq!(encoded(Frame::Signal(Signal::Goodbye)), [0, 0, 0, 2, 1, 9]);
+    }
+
     #[test]
     fn bytes_after_the_end_of_a_frame_are_refused() {
         let mut bytes = BytesMut::new();
-        Frame::Control(Control::Goodbye).encode(&mut bytes).unwrap();
+        Frame::Signal(Signal::Goodbye).encode(&mut bytes).unwrap();
         bytes.put_u8(0);
         bytes.advance(4);
         assert_eq!(Frame::decode(bytes).unwrap_err().kind(), ErrorKind::Protocol);
@@ -398,7 +476,7 @@ mod tests {
     fn feed(bytes: &[u8]) {
         let refused = |error: Error| assert_eq!(error.kind(), ErrorKind::Protocol);
         let _frame = Frame::decode(BytesMut::from(bytes)).map_err(refused);
-        let _control = decode::<Control>(bytes).map_err(refused);
+        let _signal = decode::<Signal>(bytes).map_err(refused);
         let _introduction = decode::<Introduction>(bytes).map_err(refused);
         let _outcome = decode::<Outcome>(bytes).map_err(refused);
     }
@@ -411,7 +489,7 @@ mod tests {
 
         #[test]
         fn damaged_frames_decode_or_are_refused(
-            which in 0..13usize,
+            which in 0..14usize,
             at in any::<prop::sample::Index>(),
             to in any::<u8>(),
             cut in any::<prop::sample::Index>(),

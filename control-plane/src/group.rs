@@ -4,21 +4,35 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 
-use super::wire::{Call, Control, FRAME_OVERHEAD, Frame, Introduction, Outcome, encode};
-use super::{Event, Peer, Role};
-use crate::{Error, ErrorKind, ErrorReport, Rank, Result};
+use crate::wire::{Call, FRAME_OVERHEAD, Frame, Heard, Introduction, Outcome, Signal, encode};
+use crate::{ChannelId, Event, Peer, Role, UPDATES};
+use engine_core::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result};
 
-/// What this process's own handle waits for.
-#[derive(Debug, Default)]
+/// The most channels of one peer on which messages can be unread, [`UPDATES`] not counted.
+const CHANNELS: usize = 64;
+
+/// How much of a peer's messages may be unread.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bounds {
+    /// On the channel of updates.
+    pub(super) updates: usize,
+    /// On all other channels together.
+    pub(super) others: usize,
+}
+
+/// What this process's own handles wait for.
+#[derive(Debug)]
 pub(super) struct Mailbox {
-    events: VecDeque<Event>,
-    /// The bytes of messages in `events`, by their senders.
-    unread: BTreeMap<Rank, usize>,
+    inboxes: BTreeMap<ChannelId, Inbox>,
+    /// The messages in them, by their senders.
+    unread: BTreeMap<Rank, Unread>,
+    bounds: Bounds,
     /// The calls under way, and how they ended.
     pub(super) calls: BTreeMap<u64, Option<Outcome>>,
     pub(super) next_call: u64,
@@ -26,39 +40,114 @@ pub(super) struct Mailbox {
     pub(super) ended: Option<ErrorReport>,
 }
 
+/// A channel's events; until it is opened, the messages that wait for that.
+#[derive(Debug, Default)]
+struct Inbox {
+    events: VecDeque<Event>,
+    is_open: bool,
+}
+
+/// The bytes of a peer's messages.
+#[derive(Debug, Default)]
+struct Unread {
+    updates: usize,
+    others: BTreeMap<ChannelId, usize>,
+    /// What was read since the peer was told.
+    read: BTreeMap<ChannelId, u64>,
+}
+
+/// What a peer is told of its messages that were read.
+pub(super) type Read = Vec<(ChannelId, u64)>;
+
+fn cost_of(body: &Bytes) -> usize {
+    body.len() + FRAME_OVERHEAD
+}
+
 impl Mailbox {
-    /// Files an event that no peer can cause many of.
-    pub(super) fn tell(&mut self, event: Event) {
-        self.events.push_back(event);
+    pub(super) fn new(bounds: Bounds) -> Self {
+        let updates = Inbox { is_open: true, ..Inbox::default() };
+        Self {
+            inboxes: BTreeMap::from([(UPDATES, updates)]),
+            unread: BTreeMap::new(),
+            bounds,
+            calls: BTreeMap::new(),
+            next_call: 0,
+            ended: None,
+        }
     }
 
-    /// Files a message, unless so much of its sender is unread that this is no honest rank any more.
-    pub(super) fn deliver(&mut self, from: Rank, body: Bytes, budget: usize) -> Result<()> {
+    pub(super) fn open(&mut self, channel: ChannelId) {
+        self.inboxes.entry(channel).or_default().is_open = true;
+    }
+
+    /// Files an event that no peer can cause many of.
+    pub(super) fn tell(&mut self, event: &Event) {
+        for inbox in self.inboxes.values_mut().filter(|inbox| inbox.is_open) {
+            inbox.events.push_back(event.clone());
+        }
+    }
+
+    /// Files a message, unless so much of its sender is unread that this is no honest rank any more: on the channel of
+    /// updates it reads what it is told before it says so much, on others it knows what was read.
+    pub(super) fn deliver(&mut self, from: Rank, channel: ChannelId, body: Bytes) -> Result<()> {
         let unread = self.unread.entry(from).or_default();
-        *unread += body.len() + FRAME_OVERHEAD;
-        if *unread > budget {
+        let bound = if channel == UPDATES {
+            unread.updates = unread.updates.saturating_add(cost_of(&body));
+            (unread.updates > self.bounds.updates).then_some(self.bounds.updates)
+        } else {
+            *unread.others.entry(channel).or_default() += cost_of(&body);
+            let all: usize = unread.others.values().sum();
+            let is_over = all > self.bounds.others || unread.others.len() > CHANNELS;
+            is_over.then_some(self.bounds.others)
+        };
+        if let Some(bound) = bound {
             let message = format!(
-                "more than {budget} bytes of its messages are unread (twice max_frame_bytes): its \
-                 connection ends"
+                "more than {bound} bytes of its messages are unread (twice max_frame_bytes), the last on \
+                 {channel}: its connection ends"
             );
             return Err(Error::new(ErrorKind::Resource, "receiving a message", message).rank(from));
         }
-        self.events.push_back(Event::Message { from, body });
+        let inbox = self.inboxes.entry(channel).or_default();
+        inbox.events.push_back(Event::Message { from, body });
         Ok(())
     }
 
-    /// The next event.
-    pub(super) fn take(&mut self) -> Option<Event> {
-        let event = self.events.pop_front();
-        if let Some(Event::Message { from, body }) = &event
-            && let Some(unread) = self.unread.get_mut(from)
-        {
-            *unread = unread.saturating_sub(body.len() + FRAME_OVERHEAD);
-            if *unread == 0 {
-                self.unread.remove(from);
+    /// The next event of a channel, and what the one who sent it is told, if it is time for that.
+    pub(super) fn take(&mut self, channel: ChannelId) -> Option<(Event, Option<(Rank, Read)>)> {
+        let event = self.inboxes.get_mut(&channel)?.events.pop_front()?;
+        let told = match &event {
+            Event::Message { from, body } => {
+                self.read(*from, channel, cost_of(body)).map(|read| (*from, read))
+            }
+            _ => None,
+        };
+        Some((event, told))
+    }
+
+    fn read(&mut self, from: Rank, channel: ChannelId, cost: usize) -> Option<Read> {
+        let unread = self.unread.get_mut(&from)?;
+        if channel == UPDATES {
+            unread.updates = unread.updates.saturating_sub(cost);
+            return None;
+        }
+        if let Some(bytes) = unread.others.get_mut(&channel) {
+            *bytes = bytes.saturating_sub(cost);
+            if *bytes == 0 {
+                unread.others.remove(&channel);
             }
         }
-        event
+        *unread.read.entry(channel).or_default() += cost as u64;
+        // Not for each message, but before the peer waits for it.
+        let enough = (self.bounds.others / 8) as u64;
+        let is_due = unread.others.is_empty() || unread.read.values().sum::<u64>() >= enough;
+        is_due.then(|| std::mem::take(&mut unread.read).into_iter().collect())
+    }
+
+    /// A new process has a rank: what is unread of the one before it.
+    fn succeed(&mut self, rank: Rank) -> Read {
+        let Some(unread) = self.unread.get_mut(&rank) else { return Read::new() };
+        unread.read.clear();
+        unread.others.iter().map(|(channel, bytes)| (*channel, *bytes as u64)).collect()
     }
 
     /// Files an outcome; one that nobody waits for any more is dropped.
@@ -104,11 +193,16 @@ impl Outbox {
     }
 
     pub(super) fn send(&self, frame: Frame) -> std::result::Result<(), NotQueued> {
+        self.send_within(self.budget, frame)
+    }
+
+    /// Queues a frame if it does not wait behind more than a part of the budget.
+    fn send_within(&self, part: usize, frame: Frame) -> std::result::Result<(), NotQueued> {
         let cost = frame.cost();
         // No other memory is read because of this number, so its order does not matter.
         let before = self.waiting.fetch_add(cost, Ordering::Relaxed);
         // A frame that is larger than the budget passes alone.
-        if before > 0 && before.saturating_add(cost) > self.budget {
+        if before > 0 && before.saturating_add(cost) > part {
             self.waiting.fetch_sub(cost, Ordering::Relaxed);
             return Err(NotQueued::Full);
         }
@@ -150,6 +244,12 @@ pub(super) struct Link {
     pub(super) outbox: Outbox,
     /// The longest frame that the peer accepts.
     pub(super) limit: usize,
+    /// What this side has sent and the peer has not read, on channels other than that of updates.
+    pub(super) unread: BTreeMap<ChannelId, usize>,
+    /// When the peer was heard last.
+    pub(super) heard: Heard,
+    /// How often the peer says something.
+    pub(super) beat: Duration,
     /// Ends the connection from this side, for the reason that is left with it.
     pub(super) cut: Arc<Cut>,
 }
@@ -176,15 +276,63 @@ impl Cut {
 }
 
 impl Link {
+    /// Queues a message, if the peer has room for it: on channels other than that of updates, nothing happens to the
+    /// connection where it has none.
+    pub(super) fn message(&mut self, to: Rank, channel: ChannelId, body: Bytes) -> Result<()> {
+        let (size, cost) = (body.len(), cost_of(&body));
+        let frame = Frame::Message { channel, body };
+        if channel == UPDATES {
+            return self.send(to, size, frame);
+        }
+        // One half of what may wait for the peer is the updates' own.
+        let share = self.outbox.budget / 2;
+        let limit = self.limit.min(share);
+        if cost > limit {
+            return Err(too_large(size, limit).rank(to));
+        }
+        let later = |message: String| {
+            let error = Error::new(ErrorKind::Resource, "sending a message", message);
+            Err(error.recovery(Recovery::Retry).rank(to))
+        };
+        let here = self.unread.get(&channel).copied().unwrap_or(0);
+        if here + cost > self.limit || here == 0 && self.unread.len() >= CHANNELS {
+            return later(format!("{channel} is full: {here} bytes on it wait to be read there"));
+        }
+        let all: usize = self.unread.values().sum();
+        if all + cost > self.limit.saturating_mul(2) {
+            let fullest = self.unread.iter().max_by_key(|(_, bytes)| **bytes);
+            let (fullest, bytes) = fullest.map_or((channel, 0), |(id, bytes)| (*id, *bytes));
+            return later(format!(
+                "no room for {channel}: {all} bytes wait to be read there, {bytes} of them on {fullest}"
+            ));
+        }
+        match self.outbox.send_within(share, frame) {
+            Ok(()) => {
+                *self.unread.entry(channel).or_default() += cost;
+                Ok(())
+            }
+            Err(NotQueued::Closed) => Err(gone(to)),
+            Err(NotQueued::Full) => {
+                later(format!("no room for {channel}: other messages wait for the connection"))
+            }
+        }
+    }
+
+    /// The peer has read messages.
+    pub(super) fn was_read(&mut self, read: &Read) {
+        for (channel, bytes) in read {
+            let Some(unread) = self.unread.get_mut(channel) else { continue };
+            *unread = unread.saturating_sub(usize::try_from(*bytes).unwrap_or(usize::MAX));
+            if *unread == 0 {
+                self.unread.remove(channel);
+            }
+        }
+    }
+
     /// Queues a frame that carries `size` bytes of the caller's.
     pub(super) fn send(&self, to: Rank, size: usize, frame: Frame) -> Result<()> {
         if size.saturating_add(FRAME_OVERHEAD) > self.limit {
-            return Err(Error::new(
-                ErrorKind::Config,
-                "sending a message",
-                format!("{size} bytes do not fit the limit of {} (max_frame_bytes)", self.limit),
-            )
-            .rank(to));
+            return Err(too_large(size, self.limit).rank(to));
         }
         self.queue(frame).map_err(|why| match why {
             NotQueued::Closed => gone(to),
@@ -192,8 +340,8 @@ impl Link {
         })
     }
 
-    fn control(&self, frame: Control) {
-        if let Err(why) = self.queue(Frame::Control(frame)) {
+    pub(super) fn signal(&self, frame: Signal) {
+        if let Err(why) = self.queue(Frame::Signal(frame)) {
             tracing::trace!(?why, "the peer's link ended before this frame");
         }
     }
@@ -205,6 +353,12 @@ impl Link {
             self.cut.order(ErrorReport::from(&self.unread()));
         }
         result
+    }
+
+    /// How long the peer is silent although it should have said something twice; zero while it is not.
+    pub(super) fn silence(&self) -> Duration {
+        let silence = self.heard.ago();
+        if silence > self.beat * 2 { silence } else { Duration::ZERO }
     }
 
     fn unread(&self) -> Error {
@@ -229,6 +383,8 @@ pub(super) enum End {
 pub(super) struct Membership {
     pub(super) leader: Link,
     pub(super) table: Vec<Peer>,
+    /// How many updates had begun on the leader at the last gather.
+    pub(super) updates: u64,
 }
 
 /// The leader's side.
@@ -241,6 +397,8 @@ pub(super) struct Group {
     pending: BTreeMap<Rank, Pending>,
     /// The ranks that the barrier under way waits for: those in the table when it began.
     expected: BTreeSet<Rank>,
+    /// How many updates have begun.
+    pub(super) updates: u64,
 }
 
 #[derive(Debug)]
@@ -283,11 +441,17 @@ impl Group {
             formed: false,
             pending: BTreeMap::new(),
             expected: BTreeSet::new(),
+            updates: 0,
         }
     }
 
-    /// Gives a newcomer its rank and takes its link.
-    pub(super) fn admit(&mut self, who: &Introduction, link: Link) -> Result<Rank> {
+    /// Gives a newcomer its rank and takes its link; with what is unread of the process that had the rank before.
+    pub(super) fn admit(
+        &mut self,
+        who: &Introduction,
+        link: Link,
+        mailbox: &mut Mailbox,
+    ) -> Result<(Rank, Read)> {
         let free = |slot: &Slot| slot.link.is_none();
         let rank = match who.rank {
             Some(rank)
@@ -299,7 +463,7 @@ impl Group {
                 // Retry: a rank whose process died without a word is free once its end is noticed.
                 let is_free_later = rank != Rank::LEADER;
                 return Err(match is_free_later {
-                    true => error.recovery(crate::Recovery::Retry),
+                    true => error.recovery(Recovery::Retry),
                     false => error,
                 });
             }
@@ -315,7 +479,7 @@ impl Group {
                 })?,
         };
         self.slots.insert(rank, Slot { role: who.role, link: Some(link), payload: None });
-        Ok(rank)
+        Ok((rank, mailbox.succeed(rank)))
     }
 
     /// A member's link ended: its calls are void, and those who wait for it learn it.
@@ -332,7 +496,7 @@ impl Group {
         match end {
             End::Left => {
                 if was_member {
-                    mailbox.tell(Event::Left { rank });
+                    mailbox.tell(&Event::Left { rank });
                 }
                 self.try_barrier(mailbox);
             }
@@ -347,7 +511,7 @@ impl Group {
                     self.finish_barrier(&failed(&failure.rank(rank)), mailbox);
                 }
                 if was_member {
-                    mailbox.tell(Event::Lost { rank, error });
+                    mailbox.tell(&Event::Lost { rank, error });
                 }
             }
         }
@@ -357,6 +521,10 @@ impl Group {
     pub(super) fn cut(&self, rank: Rank, reason: ErrorReport) -> Result<()> {
         self.link(rank)?.cut.order(reason);
         Ok(())
+    }
+
+    pub(super) fn link_mut(&mut self, to: Rank) -> Result<&mut Link> {
+        self.slots.get_mut(&to).and_then(|slot| slot.link.as_mut()).ok_or_else(|| gone(to))
     }
 
     pub(super) fn link(&self, to: Rank) -> Result<&Link> {
@@ -375,7 +543,7 @@ impl Group {
     pub(super) fn dissolve(&mut self) {
         for slot in self.slots.values_mut() {
             if let Some(link) = slot.link.take() {
-                link.control(Control::Goodbye);
+                link.signal(Signal::Goodbye);
             }
         }
     }
@@ -488,7 +656,11 @@ impl Group {
             let first = !std::mem::replace(&mut self.formed, true);
             let round = self.gathering(|rank, _| !first || rank.0 < world_size);
             let entered: Vec<_> = round.into_iter().filter_map(|rank| self.enter(rank)).collect();
-            self.reply_all(&entered, &Outcome::Table(self.table()), mailbox);
+            self.reply_all(
+                &entered,
+                &Outcome::Table { peers: self.table(), updates: self.updates },
+                mailbox,
+            );
         }
         if self.formed && !self.gathers(Rank::LEADER) {
             for rank in self.gathering(|_, slot| slot.payload.is_none()) {
@@ -496,9 +668,13 @@ impl Group {
                 let table = self.table();
                 let joined = table.iter().find(|peer| peer.rank == rank).cloned();
                 if let Some(peer) = joined {
-                    mailbox.tell(Event::Joined(peer));
+                    mailbox.tell(&Event::Joined(peer));
                 }
-                self.reply_all(entered.as_slice(), &Outcome::Table(table), mailbox);
+                self.reply_all(
+                    entered.as_slice(),
+                    &Outcome::Table { peers: table, updates: self.updates },
+                    mailbox,
+                );
             }
         }
     }
@@ -584,20 +760,25 @@ impl Group {
             let Some(link) = self.slots.get(&rank).and_then(|slot| slot.link.as_ref()) else {
                 continue;
             };
-            let reply = |outcome| Control::Reply { id, outcome };
+            let reply = |outcome| Signal::Reply { id, outcome };
             let sent = encoded.as_ref().map_err(ErrorReport::from).and_then(|bytes| {
-                let frame = Frame::Control(reply(bytes.clone()));
+                let frame = Frame::Signal(reply(bytes.clone()));
                 link.send(rank, bytes.len(), frame).map_err(|error| ErrorReport::from(&error))
             });
             if let Err(report) = sent {
                 tracing::warn!(%rank, error = %report, "the answer to a call does not fit");
                 match encode(&Outcome::Failed(report)) {
-                    Ok(bytes) => link.control(reply(bytes.into())),
+                    Ok(bytes) => link.signal(reply(bytes.into())),
                     Err(error) => tracing::error!(%error, "an error report does not encode"),
                 }
             }
         }
     }
+}
+
+fn too_large(size: usize, limit: usize) -> Error {
+    let message = format!("{size} bytes do not fit the limit of {limit} (max_frame_bytes)");
+    Error::new(ErrorKind::Config, "sending a message", message)
 }
 
 fn gone(rank: Rank) -> Error {

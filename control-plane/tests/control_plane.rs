@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use engine_core::control::{
-    Address, ControlConfig, ControlPlane, Event, Peer, Role, Token, from_lookup,
+use control_plane::{
+    Address, ChannelId, ControlConfig, ControlPlane, Event, Peer, Role, Token, UPDATES, from_lookup,
 };
 use engine_core::{Error, ErrorKind, Rank, Recovery, Result};
 use futures::executor::block_on;
@@ -43,6 +43,23 @@ fn abstract_name(test: &str) -> String {
 
 fn body(text: &str) -> Bytes {
     Bytes::copy_from_slice(text.as_bytes())
+}
+
+/// What most tests say and hear is on the channel of updates.
+#[allow(async_fn_in_trait, reason = "of these tests alone")]
+trait Talk {
+    fn send(&self, to: Rank, body: Bytes) -> Result<()>;
+    async fn recv(&self, deadline: Duration) -> Result<Option<Event>>;
+}
+
+impl Talk for ControlPlane {
+    fn send(&self, to: Rank, body: Bytes) -> Result<()> {
+        self.channel(UPDATES).send(to, body)
+    }
+
+    async fn recv(&self, deadline: Duration) -> Result<Option<Event>> {
+        self.channel(UPDATES).recv(deadline).await
+    }
 }
 
 async fn lead() -> ControlPlane {
@@ -129,6 +146,9 @@ fn other_process() {
                 let rank = Some(Rank(1));
                 ControlPlane::join(config(address), Role::Rollout, rank).await.unwrap()
             }
+            "join-impatient" => {
+                ControlPlane::join(impatient(address), Role::Rollout, None).await.unwrap()
+            }
             _ => ControlPlane::join(config(address), Role::Rollout, None).await.unwrap(),
         };
         plane.gather(2, body("other"), DEADLINE).await.unwrap();
@@ -160,6 +180,18 @@ fn a_group_forms_over_tcp() {
         for plane in [rollout, trainer, leader] {
             plane.close().await.unwrap();
         }
+    });
+}
+
+#[test]
+fn a_group_forms_at_the_name_of_a_host_and_an_unknown_name_is_an_error() {
+    block_on(async {
+        let leader = ControlPlane::lead(config("localhost:0")).await.unwrap();
+        assert!(leader.address().to_string().starts_with("tcp://localhost:"));
+        let member = join(&leader).await;
+        gather(&[&leader, &member]).await;
+        let error = ControlPlane::lead(config("no-such-host.invalid:0")).await.unwrap_err();
+        assert_names(&error, ErrorKind::Io, &["no-such-host.invalid"]);
     });
 }
 
@@ -363,13 +395,13 @@ fn a_member_of_another_protocol_version_learns_both_versions() {
         let change = |step, frame: &mut Vec<u8>| {
             if step == 0 {
                 // Kind, the Hello's tag and eight bytes of magic precede the version.
-                assert_eq!((&frame[2..10], frame[10]), (&b"ckpt-eng"[..], 3));
+                assert_eq!((&frame[2..10], frame[10]), (&b"ckpt-eng"[..], 4));
                 frame[10] = 77;
             }
         };
         let config = between(&leader, change, |_, _| ());
         let error = ControlPlane::join(config, Role::Rollout, None).await.unwrap_err();
-        assert_names(&error, ErrorKind::Protocol, &["version 3", "version 77"]);
+        assert_names(&error, ErrorKind::Protocol, &["version 4", "version 77"]);
         let member = join(&leader).await;
         gather(&[&leader, &member]).await;
     });
@@ -489,7 +521,7 @@ fn foreign_bytes_close_their_connection_and_disturb_nobody() {
         let (leader, members) = group(1).await;
         let giant = [&u32::MAX.to_be_bytes()[..], &[0; 64]].concat();
         let oversized = [&1025u32.to_be_bytes()[..], &[0; 1025]].concat();
-        let message = [0, 0, 0, 2, 0, b'x'];
+        let message = [0, 0, 0, 4, 0, 0, 0, b'x'];
         let goodbye = [0, 0, 0, 2, 1, 9];
         let http = b"GET / HTTP/1.1\r\nHost: trainer\r\n\r\n";
         for bytes in [&giant[..], &oversized, &message, &goodbye, http, &[0; 4], &[0xff; 300]] {
@@ -604,7 +636,7 @@ fn a_member_that_is_cut_for_what_it_said_is_lost_for_that_reason_and_may_join_ag
 }
 
 #[test]
-fn a_member_whose_messages_nobody_reads_is_cut_before_they_fill_the_leaders_memory() {
+fn a_member_whose_messages_of_updates_nobody_reads_is_cut_before_they_fill_the_leaders_memory() {
     block_on(async {
         let mut at = config("127.0.0.1:0");
         at.max_frame_bytes = 64 << 10;
@@ -866,7 +898,25 @@ fn a_stopped_member_is_lost_for_its_silence_and_a_blocked_one_is_not() {
         other.signal(Signal::STOP);
         let Event::Lost { rank: Rank(1), error } = event(&leader).await else { panic!("not lost") };
         assert_eq!(error.kind, ErrorKind::PeerLost);
-        assert!(error.message.contains("silent"), "{error}");
+        assert_eq!(error.message.matches("silent").count(), 1, "{error}");
+    });
+}
+
+#[test]
+fn the_leader_knows_of_whom_heartbeats_come_and_since_when_they_do_not() {
+    block_on(async {
+        let leader = ControlPlane::lead(config("127.0.0.1:0")).await.unwrap();
+        let address = leader.address().to_string();
+        let other = Other::start("join-impatient", &address);
+        leader.gather(2, Bytes::new(), DEADLINE).await.unwrap();
+        let idle = ControlPlane::join(impatient(&address), Role::Rollout, None).await.unwrap();
+        other.signal(Signal::STOP);
+        assert_eq!(leader.recv(Duration::from_secs(2)).await.unwrap(), None);
+        assert_eq!(leader.silence(idle.rank()), Some(Duration::ZERO));
+        let silence = leader.silence(Rank(1)).unwrap();
+        assert!(silence > Duration::from_millis(1500), "{silence:?}");
+        assert_eq!((leader.silence(Rank(9)), idle.silence(Rank(0))), (None, None));
+        other.signal(Signal::CONT);
     });
 }
 
@@ -972,6 +1022,157 @@ fn a_table_beyond_a_members_limit_is_an_error_on_that_member() {
             ErrorKind::Config,
             &["4096", "max_frame_bytes"],
         );
+    });
+}
+
+const TALK: ChannelId = ChannelId::FIRST_FREE;
+const OTHER: ChannelId = ChannelId(700);
+
+async fn said(plane: &ControlPlane, channel: ChannelId) -> Event {
+    plane.channel(channel).recv(DEADLINE).await.unwrap().expect("an event before the deadline")
+}
+
+#[test]
+fn channels_do_not_see_each_others_messages_and_all_hear_who_leaves() {
+    block_on(async {
+        let (leader, mut members) = group(1).await;
+        let member = members.pop().unwrap();
+        let [talk, other] = [TALK, OTHER].map(|id| leader.channel(id));
+        for (channel, text) in [(OTHER, "o1"), (TALK, "t1"), (UPDATES, "u1"), (TALK, "t2")] {
+            member.channel(channel).send(Rank(0), body(text)).unwrap();
+            leader.channel(channel).send(Rank(1), body(text)).unwrap();
+        }
+        for (plane, from) in [(&leader, Rank(1)), (&member, Rank(0))] {
+            for (channel, text) in [(UPDATES, "u1"), (TALK, "t1"), (TALK, "t2"), (OTHER, "o1")] {
+                let message = Event::Message { from, body: body(text) };
+                assert_eq!(said(plane, channel).await, message, "{channel}");
+            }
+        }
+        member.close().await.unwrap();
+        for channel in [&talk, &other, &leader.channel(UPDATES)] {
+            let left = channel.recv(DEADLINE).await.unwrap();
+            assert_eq!(left, Some(Event::Left { rank: Rank(1) }));
+        }
+    });
+}
+
+#[test]
+fn a_message_to_a_channel_that_nobody_has_opened_waits_for_that() {
+    block_on(async {
+        let (leader, members) = group(1).await;
+        members[0].channel(TALK).send(Rank(0), body("early")).unwrap();
+        members[0].send(Rank(0), body("afterwards")).unwrap();
+        assert!(matches!(event(&leader).await, Event::Message { .. }));
+        let early = Event::Message { from: Rank(1), body: body("early") };
+        assert_eq!(said(&leader, TALK).await, early);
+    });
+}
+
+/// A leader and a member that accept frames of so many bytes.
+async fn pair(max_frame_bytes: usize) -> (ControlPlane, ControlPlane) {
+    let mut at = config("127.0.0.1:0");
+    at.max_frame_bytes = max_frame_bytes;
+    let leader = ControlPlane::lead(at.clone()).await.unwrap();
+    at.address = leader.address().clone();
+    let member = ControlPlane::join(at, Role::Rollout, None).await.unwrap();
+    gather(&[&leader, &member]).await;
+    (leader, member)
+}
+
+/// Sends until the channel is full; how many messages it took, and what it said then.
+async fn fill(from: &ControlPlane, to: Rank, channel: ChannelId, message: &Bytes) -> (u32, Error) {
+    let mut sent = 0;
+    loop {
+        match from.channel(channel).send(to, message.clone()) {
+            Ok(()) => sent += 1,
+            // Only what waits for the socket goes away by itself.
+            Err(error) if error.to_string().contains("wait for the connection") => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Err(error) => return (sent, error),
+        }
+    }
+}
+
+/// Sends as soon as there is room.
+fn send_soon(from: &ControlPlane, to: Rank, channel: ChannelId, message: &Bytes) {
+    let until = Instant::now() + DEADLINE;
+    while let Err(error) = from.channel(channel).send(to, message.clone()) {
+        assert_names(&error, ErrorKind::Resource, &["channel"]);
+        assert!(Instant::now() < until, "no room: {error}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_channel_that_nobody_reads_is_its_senders_error_and_disturbs_no_other_one() {
+    block_on(async {
+        let (leader, member) = pair(64 << 10).await;
+        let message = Bytes::from(vec![7; 10_000]);
+        for (from, to) in [(&member, &leader), (&leader, &member)] {
+            // Opened on one side, and on the other one not.
+            member.channel(TALK);
+            let (sent, error) = fill(from, to.rank(), TALK, &message).await;
+            assert_eq!(sent, 6, "as many as max_frame_bytes hold");
+            assert_names(&error, ErrorKind::Resource, &["channel 16 is full"]);
+            assert_eq!(error.report().recovery, Recovery::Retry);
+            // Further ones share what all of them may have together, and the error names where it is.
+            assert_eq!(fill(from, to.rank(), OTHER, &message).await.0, 6);
+            let (sent, error) = fill(from, to.rank(), ChannelId(701), &message).await;
+            assert_eq!(sent, 1, "{error}");
+            assert_names(&error, ErrorKind::Resource, &["no room for channel 701", "of them on"]);
+            // Updates go on, however many there are.
+            for _ in 0..50 {
+                from.send(to.rank(), message.clone()).unwrap();
+                assert!(matches!(event(to).await, Event::Message { .. }));
+            }
+        }
+        // What is read makes room, and nothing was lost.
+        for _ in 0..6 {
+            assert!(matches!(said(&leader, TALK).await, Event::Message { from: Rank(1), .. }));
+        }
+        send_soon(&member, Rank(0), TALK, &message);
+        assert!(matches!(said(&leader, TALK).await, Event::Message { from: Rank(1), .. }));
+    });
+}
+
+#[test]
+fn any_number_of_messages_passes_a_channel_that_is_read() {
+    block_on(async {
+        let (leader, member) = pair(64 << 10).await;
+        for round in 0..200_usize {
+            // Up to the largest one that fits.
+            let message = Bytes::from(vec![1; round * 7919 % ((64 << 10) - 64)]);
+            for (from, to) in [(&member, &leader), (&leader, &member)] {
+                for channel in [TALK, OTHER] {
+                    send_soon(from, to.rank(), channel, &message);
+                    assert!(matches!(said(to, channel).await, Event::Message { .. }));
+                }
+            }
+        }
+        let large = Bytes::from(vec![1; 64 << 10]);
+        let error = member.channel(TALK).send(Rank(0), large).unwrap_err();
+        assert_names(&error, ErrorKind::Config, &["max_frame_bytes"]);
+    });
+}
+
+#[test]
+fn a_process_that_follows_another_one_on_a_rank_has_the_room_that_was_left_to_it() {
+    block_on(async {
+        let (leader, member) = pair(64 << 10).await;
+        let message = Bytes::from(vec![7; 10_000]);
+        assert_eq!(fill(&member, Rank(0), TALK, &message).await.0, 6);
+        let mut at = config(&leader.address().to_string());
+        at.max_frame_bytes = 64 << 10;
+        member.close().await.unwrap();
+        assert_eq!(event(&leader).await, Event::Left { rank: Rank(1) });
+        let next = ControlPlane::join(at, Role::Rollout, Some(Rank(1))).await.unwrap();
+        let error = next.channel(TALK).send(Rank(0), message.clone()).unwrap_err();
+        assert_names(&error, ErrorKind::Resource, &["channel 16 is full"]);
+        for _ in 0..6 {
+            assert!(matches!(said(&leader, TALK).await, Event::Message { from: Rank(1), .. }));
+        }
+        send_soon(&next, Rank(0), TALK, &message);
     });
 }
 

@@ -4,9 +4,9 @@ use std::sync::{Mutex, PoisonError};
 
 use tokio::sync::Notify;
 
-use super::group::{Group, Mailbox, Membership, Outbox};
-use super::wire::{Control, Frame};
-use crate::{Error, ErrorKind, ErrorReport};
+use crate::group::{Bounds, Group, Link, Mailbox, Membership, Outbox};
+use crate::wire::{Frame, Signal};
+use engine_core::{Error, ErrorKind, ErrorReport, Rank};
 
 /// Locked for moments only, never across a wait.
 #[derive(Debug)]
@@ -21,9 +21,26 @@ pub(super) enum Side {
     Member(Membership),
 }
 
+impl Side {
+    /// The way to a rank; `None` if there is none.
+    pub(super) fn link_mut(&mut self, to: Rank) -> Option<&mut Link> {
+        match self {
+            Self::Leader(group) => group.link_mut(to).ok(),
+            Self::Member(membership) => (to == Rank::LEADER).then_some(&mut membership.leader),
+        }
+    }
+}
+
 impl Shared {
-    pub(super) fn new(side: Side) -> Self {
-        Self { state: Mutex::new((Mailbox::default(), side)), changed: Notify::new() }
+    /// `bound` is how many bytes of a peer's messages may be unread.
+    pub(super) fn new(side: Side, bound: usize) -> Self {
+        let updates = match side {
+            Side::Leader(_) => bound,
+            // The leader is believed: rollouts do not read while they generate.
+            Side::Member(_) => usize::MAX,
+        };
+        let mailbox = Mailbox::new(Bounds { updates, others: bound });
+        Self { state: Mutex::new((mailbox, side)), changed: Notify::new() }
     }
 
     pub(super) fn read<T>(&self, f: impl FnOnce(&mut Mailbox, &mut Side) -> T) -> T {
@@ -51,7 +68,7 @@ impl Shared {
                     // The replacement's receiver is gone, so the real outbox closes here.
                     let (nowhere, _) = Outbox::new(0);
                     let outbox = std::mem::replace(&mut membership.leader.outbox, nowhere);
-                    if outbox.close_with(Frame::Control(Control::Goodbye)).is_err() {
+                    if outbox.close_with(Frame::Signal(Signal::Goodbye)).is_err() {
                         tracing::trace!("the leader is gone already");
                     }
                 }

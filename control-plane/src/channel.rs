@@ -1,0 +1,141 @@
+//! Channels: what different parts of a program say to each other on one connection.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use engine_core::control::Control;
+use engine_core::{Error, Rank, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::{ControlPlane, Event, Role};
+
+/// The number of a channel, the same on both sides. Those below [`ChannelId::FIRST_FREE`] are this library's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ChannelId(pub u16);
+
+/// The channel on which engines say what belongs to updates.
+pub const UPDATES: ChannelId = ChannelId(0);
+
+impl ChannelId {
+    /// The first number that embedding programs may use.
+    pub const FIRST_FREE: Self = Self(16);
+}
+
+impl fmt::Display for ChannelId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            UPDATES => f.write_str("the channel of updates"),
+            Self(number) => write!(f, "channel {number}"),
+        }
+    }
+}
+
+/// One of the channels of a [control plane](ControlPlane): messages, and the news of who is alive.
+///
+/// It is a handle, which keeps the connection open; clones of it, and further ones of the same number, are the same
+/// channel.
+///
+/// # Contract
+///
+/// Messages from one rank arrive on the channel on which it sent them, in their order, exactly once, until it is lost.
+/// There is no order between channels. A channel has one consumer of [`recv`](Self::recv).
+///
+/// A message for a channel that was not opened yet waits for that. The news ([`Event::Joined`], [`Event::Left`],
+/// [`Event::Lost`]) reach every channel that is open when they happen, and those of updates always.
+///
+/// What a rank has sent on channels other than [`UPDATES`] and the other side has not read is bounded: by the
+/// `max_frame_bytes` of the other side on each of them, and by twice that on all of them together. At the bound
+/// [`send`](Self::send) fails, and nothing else does: a channel that nobody reads does not disturb updates.
+#[derive(Clone, Debug)]
+pub struct Channel {
+    plane: ControlPlane,
+    id: ChannelId,
+}
+
+impl Channel {
+    pub(crate) fn new(plane: ControlPlane, id: ChannelId) -> Self {
+        Self { plane, id }
+    }
+
+    /// Its number.
+    pub fn id(&self) -> ChannelId {
+        self.id
+    }
+
+    /// Queues a message; never blocks. Members may send to rank 0 only.
+    ///
+    /// # Errors
+    ///
+    /// `PeerLost` when the rank is gone, `State` for a rank that this one has no connection to, or when the control
+    /// plane is closed. `Config` when the body does not fit the receiver's `max_frame_bytes`, nor, on channels other
+    /// than [`UPDATES`], this side's. A message that was queued may still be lost with its receiver.
+    ///
+    /// On channels other than [`UPDATES`], `Resource` when too much waits to be sent or to be read, naming the channel:
+    /// nothing was queued, and the same message can be sent later. On [`UPDATES`], `Resource` when twice
+    /// `max_frame_bytes` wait for a rank that does not read: its connection ends.
+    pub fn send(&self, to: Rank, body: Bytes) -> Result<()> {
+        self.plane.send(self.id, to, body)
+    }
+
+    /// The next event; `None` when there is none within the deadline.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses no event.
+    ///
+    /// # Errors
+    ///
+    /// After all events: `PeerLost` on a member whose leader is gone, `State` when the control plane is closed.
+    pub async fn recv(&self, deadline: Duration) -> Result<Option<Event>> {
+        self.plane.recv(self.id, deadline).await
+    }
+}
+
+#[async_trait]
+impl Control for Channel {
+    fn rank(&self) -> Rank {
+        self.plane.rank()
+    }
+
+    fn role(&self) -> Role {
+        self.plane.role()
+    }
+
+    fn send(&self, to: Rank, body: Bytes) -> Result<()> {
+        Self::send(self, to, body)
+    }
+
+    async fn recv(&self, deadline: Duration) -> Result<Option<Event>> {
+        Self::recv(self, deadline).await
+    }
+
+    fn cut(&self, rank: Rank, reason: &Error) -> Result<()> {
+        self.plane.cut(rank, reason)
+    }
+
+    fn silence(&self, rank: Rank) -> Option<Duration> {
+        self.plane.silence(rank)
+    }
+
+    fn next_update(&self) -> u64 {
+        self.plane.next_update()
+    }
+
+    fn updates(&self) -> u64 {
+        self.plane.updates()
+    }
+
+    fn leader_address(&self) -> Option<String> {
+        self.plane.address().as_tcp().map(str::to_owned)
+    }
+}
+
+/// What an engine is given: the channel of updates.
+impl From<ControlPlane> for Arc<dyn Control> {
+    fn from(plane: ControlPlane) -> Self {
+        Arc::new(plane.channel(UPDATES))
+    }
+}

@@ -1,0 +1,5 @@
+//! How rollouts of a checkpoint engine get a version that others have.
+
+mod handover;
+
+pub use handover::{Holder, Newcomer};
