@@ -11,7 +11,7 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 use async_trait::async_trait;
 use bytes::Bytes;
 use checkpoint_engine::memory::{Job, Pool};
-use checkpoint_engine::update::{ReceiveLink, Receiver, SendLink, Sender};
+use checkpoint_engine::protocol::{ReceiveLink, Receiver, SendLink, Sender};
 use checkpoint_engine::{
     Availability, Backend, CheckpointEngine, EngineContext, Error, ErrorKind, Placement, Rank,
     ReceivedWeights, Registry, Result, Role, SendReport, Storage, Version, WeightStream,

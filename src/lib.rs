@@ -24,6 +24,8 @@ pub use control_plane::{Channel, ChannelId, ControlPlane, form_group};
 /// Reads configurations from TOML, JSON and YAML: `config::load("engine.yaml")`.
 pub use engine_config as config;
 pub use engine_core::*;
+/// The protocol of updates, for authors of backends.
+pub use protocol;
 pub use serving::{Holder, Newcomer};
 
 #[cfg(feature = "hccl")]

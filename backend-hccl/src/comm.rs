@@ -12,7 +12,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use engine_core::collective::{Communicator, Shape, Share, Wait};
+use collective::{Communicator, Shape, Share, Wait};
 use engine_core::{ErrorKind, Rank};
 use tokio::sync::OwnedSemaphorePermit;
 use tracing::{debug, warn};
@@ -728,7 +728,7 @@ impl Drop for HcclCommunicator {
 mod tests {
     use super::*;
     use crate::alone;
-    use engine_core::collective::Thread;
+    use collective::Thread;
 
     /// What a child process does; nothing when the tests are run.
     #[tokio::test]

@@ -10,7 +10,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use engine_core::collective::{Communicator, Shape, Thread, Wait};
+use collective::{Communicator, Shape, Thread, Wait};
 use engine_core::{Error, ErrorKind, Result, digest};
 use serde::Serialize;
 

@@ -4,9 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use engine_core::collective::{
-    CollectiveEngine, CollectiveOptions, Library, Opened, Shape, Thread, Wait,
-};
+use collective::{CollectiveEngine, CollectiveOptions, Library, Opened, Shape, Thread, Wait};
 use engine_core::memory::Pool;
 use engine_core::{EngineContext, Error, ErrorKind, Rank, Result};
 use serde::{Deserialize, Serialize};

@@ -6,7 +6,7 @@ use std::process::{Child, Command};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use engine_core::collective::{Communicator, Shape, Thread, Wait};
+use collective::{Communicator, Shape, Thread, Wait};
 use hccl_sim::Profile;
 use hccl_sim::foreign::{self, BYTES};
 

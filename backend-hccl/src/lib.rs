@@ -28,7 +28,7 @@ mod mutation;
 mod slots;
 mod sys;
 
-use engine_core::collective::build_topology;
+use collective::build_topology;
 use engine_core::{
     Availability, Backend, CheckpointEngine, Devices, EngineContext, Placement, Result,
     WorkerMetadata,

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use engine_core::collective::{SlotGuard, Slots, Thread, Wait};
+use collective::{SlotGuard, Slots, Thread, Wait};
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::Piece;
 use engine_core::{DeviceBytes, DeviceMemory, Error, ErrorKind, Result, Storage, clock, digest};

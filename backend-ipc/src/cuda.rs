@@ -9,8 +9,8 @@ use async_trait::async_trait;
 use device_cuda::{CudaError, CudaMemory, Device, Packer, bucket_storage};
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::ALIGNMENT;
-use engine_core::update::{ReceiveLink, SendLink};
 use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result, Storage};
+use protocol::{ReceiveLink, SendLink};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 

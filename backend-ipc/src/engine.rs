@@ -6,11 +6,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use engine_core::memory::Pool;
-use engine_core::update::{ReceiveLink, Receiver, SendLink, Sender};
 use engine_core::{
     CheckpointEngine, Control, EngineContext, Error, ErrorKind, Placement, Rank, ReceivedWeights,
     Result, Role, SendReport, Version, WeightStream, WorkerMetadata,
 };
+use protocol::{ReceiveLink, Receiver, SendLink, Sender};
 
 use serde::{Deserialize, Serialize};
 

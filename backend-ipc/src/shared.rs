@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use engine_core::memory::{Job, Pool};
-use engine_core::update::{ReceiveLink, SendLink};
 use engine_core::{Error, Rank, Result, Storage};
+use protocol::{ReceiveLink, SendLink};
 
 use crate::segment::{MappedSegment, Segment};
 

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use collective::{Communicator, Shape, Thread};
 use device_cuda::CudaArena;
-use engine_core::collective::{Communicator, Shape, Thread};
 use engine_core::{DeviceChoice, Result};
 
 use crate::comm::Nccl;

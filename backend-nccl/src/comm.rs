@@ -4,8 +4,8 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use collective::{Communicator, Shape, Wait};
 use device_cuda::{CollectiveUnderWay, CudaArena, Device, Event, Stream};
-use engine_core::collective::{Communicator, Shape, Wait};
 use engine_core::{Error, Result};
 use tracing::debug;
 

@@ -1,7 +1,7 @@
 //! A checkpoint engine over NCCL: trainers broadcast buckets to the GPUs of all rollouts.
 //!
 //! Every rank has a few slots on its GPU. The engine is the one that all collective libraries share
-//! ([`engine_core::collective`]); this crate brings NCCL's calls, made by one thread, and slots that are
+//! ([`collective`]); this crate brings NCCL's calls, made by one thread, and slots that are
 //! packed, quantised, digested and copied out by the kernels of `device-cuda`. No call of NCCL blocks
 //! that thread for longer than a deadline: communicators are made without blocking, watched while
 //! anything is under way, and aborted if it takes too long.
@@ -20,7 +20,7 @@ mod sys;
 
 use std::path::PathBuf;
 
-use engine_core::collective::{CollectiveEngine, CollectiveOptions, build_topology};
+use collective::{CollectiveEngine, CollectiveOptions, build_topology};
 use engine_core::{
     Availability, Backend, CheckpointEngine, Devices, EngineContext, Placement, Result,
     WorkerMetadata,

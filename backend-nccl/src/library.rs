@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use async_trait::async_trait;
+use collective::{Library, Opened, Shape, SlotGuard, Slots, Thread};
 use device_cuda::CudaArena;
-use engine_core::collective::{Library, Opened, Shape, SlotGuard, Slots, Thread};
 use engine_core::memory::{Job, Pool};
 use engine_core::{EngineContext, Error, ErrorKind, Result, Storage};
 use std::sync::Arc;

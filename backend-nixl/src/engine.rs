@@ -8,13 +8,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use engine_core::memory::{Job, Pool};
-use engine_core::update::{
-    Arrival, Fetch, FetchLink, Receiver, SendLink, Sender, Topology as Shape,
-};
 use engine_core::{
     CheckpointEngine, CheckpointEngineConfig, Control, EngineContext, Error, ErrorKind, Placement,
     Rank, ReceivedWeights, Result, Role, SendReport, Version, WeightStream, WorkerMetadata,
 };
+use protocol::{Arrival, Fetch, FetchLink, Receiver, SendLink, Sender, Topology as Shape};
 use serde::{Deserialize, Serialize};
 
 use crate::NAME;

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use engine_core::collective::{
+use collective::{
     CollectiveEngine, CollectiveOptions, Communicator, Library, Opened, Shape, Share, SlotGuard,
     Slots, Thread, Wait, build_topology,
 };

@@ -1,9 +1,6 @@
 //! What an engine needs of its connection to the other ranks. The connections themselves are elsewhere: an engine takes
 //! any [`Control`].
 
-#[cfg(test)]
-pub(crate) mod memory;
-
 use std::fmt;
 use std::time::Duration;
 

@@ -3,7 +3,6 @@
 mod available;
 mod cache;
 pub mod clock;
-pub mod collective;
 mod config;
 pub mod control;
 pub mod digest;
@@ -25,7 +24,6 @@ mod report;
 mod storage;
 mod stream;
 pub mod telemetry;
-pub mod update;
 mod weight;
 
 pub use available::available_memory;

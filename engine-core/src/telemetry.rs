@@ -142,29 +142,30 @@ pub fn describe() {
 
 /// Time that an update's stages took on a rollout.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct ReceiveStages {
+pub struct ReceiveStages {
     /// Until buckets were here.
-    pub(crate) fetch: Duration,
+    pub fetch: Duration,
     /// Computing digests.
-    pub(crate) verify: Duration,
+    pub verify: Duration,
     /// The receiver's own work on buckets.
-    pub(crate) install: Duration,
+    pub install: Duration,
 }
 
 /// A rank's metrics: what its observer is told, and how its updates ended.
 #[derive(Clone, Debug)]
-pub(crate) struct Meter {
+pub struct Meter {
     rank: Rank,
     observer: Arc<dyn Observer>,
 }
 
 impl Meter {
-    pub(crate) fn new(rank: Rank, observer: Arc<dyn Observer>) -> Self {
+    /// The meter of a rank, which tells an observer as well.
+    pub fn new(rank: Rank, observer: Arc<dyn Observer>) -> Self {
         Self { rank, observer }
     }
 
     /// A trainer's update that was committed.
-    pub(crate) fn sent(&self, report: &SendReport) {
+    pub fn sent(&self, report: &SendReport) {
         let counts = &report.counts;
         counter!(SENT_BYTES, "rank" => self.label()).increment(counts.wire_bytes);
         let treated = counts.quantized + counts.kept + counts.passed_through;
@@ -188,14 +189,14 @@ impl Meter {
     }
 
     /// A rollout's update that was committed.
-    pub(crate) fn received(&self, bytes: u64, elapsed: Duration, stages: ReceiveStages) {
+    pub fn received(&self, bytes: u64, elapsed: Duration, stages: ReceiveStages) {
         let ReceiveStages { fetch, verify, install } = stages;
         self.stages([("fetch", fetch), ("verify", verify), ("install", install)]);
         self.committed(bytes, elapsed);
     }
 
     /// An update that failed here or anywhere, and the other ranks that were in it.
-    pub(crate) fn aborted(&self, others: &[Rank]) {
+    pub fn aborted(&self, others: &[Rank]) {
         counter!(UPDATES, "rank" => self.label(), "outcome" => "aborted").increment(1);
         for &rank in others.iter().chain([&self.rank]) {
             state(rank, VersionState::Aborted);

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::update::Members;
-use crate::{Error, ErrorKind, Rank, Result};
+use engine_core::{Error, ErrorKind, Rank, Result};
+use protocol::Members;
 
 /// What ranks do before an update, so that all of them are in the groups that it uses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

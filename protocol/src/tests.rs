@@ -10,10 +10,10 @@ use bytes::Bytes;
 
 use super::message::{Begin, Layout, ToReceiver, ToSender, decode, encode};
 use super::{ReceiveLink, Receiver, SendLink, Sender};
-use crate::control::memory::Group;
-use crate::control::{Control, Event, Role};
-use crate::memory::{Job, Pool};
-use crate::{
+use crate::ranks::Group;
+use engine_core::control::{Control, Event, Role};
+use engine_core::memory::{Job, Pool};
+use engine_core::{
     CheckpointEngineConfig, DType, Encoding, EngineContext, Error, ErrorKind, ErrorReport, Rank,
     Recovery, Result, SendReport, Storage, TensorMeta, Treatment, Version, Weight,
     ensure_async_iterator,

@@ -14,11 +14,11 @@ use tracing::{debug, warn};
 use super::announced::{Announced, Found, Unread, another_began};
 use super::message::{Begin, Layout, Ticket, ToReceiver, ToSender, decode};
 use super::{is_of_transport, too_late};
-use crate::control::Event;
-use crate::observe::Progress;
-use crate::plan::{BucketLayout, LayoutChecker, Plan};
-use crate::report::{ReceiveReport, VersionState};
-use crate::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Version, digest};
+use engine_core::control::Event;
+use engine_core::observe::Progress;
+use engine_core::plan::{BucketLayout, LayoutChecker, Plan};
+use engine_core::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Version, digest};
+use engine_core::{ReceiveReport, VersionState};
 
 /// What ranks do that wait for all others, before they join them.
 pub(super) const JOINING: &str = "waiting for all ranks to enter the update";

@@ -7,10 +7,10 @@ use bytes::Bytes;
 
 use super::link::Members;
 use super::message::Ticket;
-use crate::control::Event;
-use crate::observe::Progress;
-use crate::plan::BucketLayout;
-use crate::{Error, Rank, Result};
+use engine_core::control::Event;
+use engine_core::observe::Progress;
+use engine_core::plan::BucketLayout;
+use engine_core::{Error, Rank, Result};
 
 /// Something to be done.
 #[derive(Debug)]

@@ -9,8 +9,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::Notify;
 
-use super::{Control, Event, Peer, Role};
-use crate::{Error, ErrorKind, ErrorReport, Rank, Result, clock};
+use engine_core::control::{Control, Event, Peer, Role};
+use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result, clock};
 
 /// A leader and members, all of them rollouts.
 #[derive(Clone, Debug, Default)]

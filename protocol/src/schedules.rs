@@ -28,9 +28,9 @@ use super::message::{Ticket, ToReceiver, ToSender, decode, encode};
 use super::route::Topology;
 use super::secondary::{self, Secondary};
 use super::work::{Act, Collected, Done, Machine};
-use crate::control::{Event, Peer, Role};
-use crate::plan::{BucketLayout, Piece, Plan};
-use crate::{DType, Error, ErrorKind, ErrorReport, Rank, Result, TensorMeta, Version};
+use engine_core::control::{Event, Peer, Role};
+use engine_core::plan::{BucketLayout, Piece, Plan};
+use engine_core::{DType, Error, ErrorKind, ErrorReport, Rank, Result, TensorMeta, Version};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 /// How long things may take in a group that has no faults: short ones, work of a trainer, and a caller.
@@ -1145,10 +1145,10 @@ impl<'a> World<'a> {
         }
         for rank in self.nodes.keys().copied().collect::<Vec<_>>() {
             match self.nodes.get_mut(&rank) {
-                Some(Node::Sender(sender)) => {
-                    if sender.machine.timer().is_some_and(|at| now >= at) {
-                        sender.machine.tick(now);
-                    }
+                Some(Node::Sender(sender))
+                    if sender.machine.timer().is_some_and(|at| now >= at) =>
+                {
+                    sender.machine.tick(now);
                 }
                 Some(Node::Rollout(rollout)) if !rollout.mute => {
                     let is_polled = matches!(rollout.caller, Caller::Waiting | Caller::Asking);
@@ -1469,9 +1469,8 @@ fn search(
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[seed; 32]);
     let mut runner = TestRunner::new_with_rng(config, rng);
     let schedules = proptest::collection::vec(proptest::num::u16::ANY, 8..240);
-    let run = |numbers: Vec<u16>| {
-        run(&numbers, faults, planted, false).map_err(|broken| TestCaseError::fail(broken))
-    };
+    let run =
+        |numbers: Vec<u16>| run(&numbers, faults, planted, false).map_err(TestCaseError::fail);
     match runner.run(&schedules, run) {
         Ok(()) => None,
         Err(TestError::Fail(broken, numbers)) => Some((numbers, broken.to_string())),

@@ -16,11 +16,11 @@ use super::leader::still_read;
 use super::message::{Begin, Ticket, ToReceiver, ToSender, encode};
 use super::work::{Act, Collected, Done, Machine, Work};
 use super::{ENCODING, too_late};
-use crate::control::Event;
-use crate::observe::Progress;
-use crate::plan::{BucketLayout, Plan};
-use crate::report::{StageTimes, VersionState};
-use crate::{Error, ErrorKind, ErrorReport, Rank, Result, Version, digest};
+use engine_core::control::Event;
+use engine_core::observe::Progress;
+use engine_core::plan::{BucketLayout, Plan};
+use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result, Version, digest};
+use engine_core::{StageTimes, VersionState};
 
 const SENDING: &str = "sending a part of the buckets";
 

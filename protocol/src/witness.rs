@@ -7,9 +7,9 @@ use futures::StreamExt;
 
 use super::follower::{Act, Follower};
 use super::{LONG, within};
-use crate::control::Control;
-use crate::report::{SendReport, StageTimes, TensorCounts};
-use crate::{EngineContext, Result, Version, WeightStream};
+use engine_core::control::Control;
+use engine_core::{EngineContext, Result, Version, WeightStream};
+use engine_core::{SendReport, StageTimes, TensorCounts};
 
 /// The side of the protocol of an idle trainer: it takes its stream to the end, which may be what
 /// gathers the weights of others, and hears from the leader whether the update has happened.
@@ -97,7 +97,7 @@ impl Drop for Witnessed<'_> {
 }
 
 /// The weights of a trainer that sends none of them: its stream may be what gathers those of others.
-pub(crate) async fn drain(
+pub async fn drain(
     mut weights: WeightStream<'_>,
     version: Version,
     deadline: Duration,

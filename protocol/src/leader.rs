@@ -16,11 +16,11 @@ use super::message::{Begin, Layout, Ticket, ToReceiver, ToSender, decode, encode
 use super::route::{Due, Gap, Route, Topology};
 use super::work::{Act, Collected, Done, Machine, Work};
 use super::{ENCODING, is_of_transport, too_late};
-use crate::control::{Event, Peer};
-use crate::observe::Progress;
-use crate::plan::{BucketLayout, Plan};
-use crate::report::{ReceiverReport, StageTimes, VersionState};
-use crate::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Version, digest};
+use engine_core::control::{Event, Peer};
+use engine_core::observe::Progress;
+use engine_core::plan::{BucketLayout, Plan};
+use engine_core::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Version, digest};
+use engine_core::{ReceiverReport, StageTimes, VersionState};
 
 const FILLING: &str = "waiting for a trainer to fill a bucket";
 
@@ -33,7 +33,7 @@ const MOMENT: Duration = Duration::from_millis(300);
 /// What a rank does that joins a group which is there; nothing, if it has no part in updates.
 pub(super) type PartOf = dyn Fn(&Peer) -> Option<Part> + Send + Sync;
 
-/// How long nothing was heard of a rank: [`Control::silence`](crate::control::Control::silence).
+/// How long nothing was heard of a rank: [`Control::silence`](engine_core::control::Control::silence).
 pub(super) type Silence = dyn Fn(Rank) -> Option<Duration> + Send + Sync;
 
 /// What does not change between updates.

@@ -19,13 +19,13 @@ use super::follower::{Act, Follower, told_of_fetch};
 use super::link::{Fetch, FetchLink};
 use super::message::{Begin, ToSender, encode};
 use super::{LONG, arrived_event};
-use crate::control::{Control, Event};
-use crate::memory::{Pool, Work};
-use crate::observe::Observer as _;
-use crate::plan::BucketLayout;
-use crate::received::{Outcome, ReceivedBucket, ReceivedWeights};
-use crate::telemetry::{Meter, ReceiveStages};
-use crate::{EngineContext, Error, ErrorKind, Rank, Result, Storage, Version};
+use engine_core::control::{Control, Event};
+use engine_core::memory::{Pool, Work};
+use engine_core::observe::Observer as _;
+use engine_core::plan::BucketLayout;
+use engine_core::telemetry::{Meter, ReceiveStages};
+use engine_core::{EngineContext, Error, ErrorKind, Rank, Result, Storage, Version};
+use engine_core::{Outcome, ReceivedBucket, ReceivedWeights};
 
 /// The end of a fetch, to be told: the rest of the protocol happens by itself, whether or not the
 /// receiver looks.
@@ -93,7 +93,7 @@ impl Arrival {
 #[derive(Debug)]
 pub struct Receiver<L> {
     link: L,
-    follower: Follower,
+    follower: Box<Follower>,
     control: Arc<dyn Control>,
     pool: Pool,
     ledger: Ledger,
@@ -106,7 +106,11 @@ impl<L: FetchLink> Receiver<L> {
         let meter = Meter::new(control.rank(), context.observer.clone());
         Self {
             link,
-            follower: Follower::new(control.rank(), context.deadline(), control.updates()),
+            follower: Box::new(Follower::new(
+                control.rank(),
+                context.deadline(),
+                control.updates(),
+            )),
             ledger: Ledger { control: control.clone(), held: Arc::default() },
             control,
             pool,
@@ -115,7 +119,7 @@ impl<L: FetchLink> Receiver<L> {
     }
 
     /// Waits for the next update; see
-    /// [`CheckpointEngine::receive_weights`](crate::CheckpointEngine::receive_weights).
+    /// [`CheckpointEngine::receive_weights`](engine_core::CheckpointEngine::receive_weights).
     ///
     /// # Cancel safety
     ///

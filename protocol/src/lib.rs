@@ -19,6 +19,9 @@
 //!   all have confirmed: Commit      ─────▶  Active
 //! ```
 //!
+//! Every rank's part is a state machine without IO: [`Sender`], [`CoSender`], [`Receiver`] and [`Witness`] are loops
+//! that drive one each.
+//!
 //! Any failure on any side becomes an `Abort` that every rank receives, with the first cause.
 //!
 //! What the trainer believes of a rank is what the rank said when it entered the update: nothing is
@@ -47,6 +50,8 @@ mod follower;
 mod leader;
 mod link;
 mod message;
+#[cfg(test)]
+mod ranks;
 mod receiver;
 mod route;
 #[cfg(test)]
@@ -64,13 +69,13 @@ pub use receiver::{Arrival, Receiver};
 pub use route::Topology;
 pub use sender::{CoSender, Sender};
 pub use witness::Witness;
-pub(crate) use witness::drain;
+pub use witness::drain;
 
 use std::future::Future;
 use std::time::Duration;
 
-use crate::control::{Control, Event};
-use crate::{Error, ErrorKind, Result, clock};
+use engine_core::control::{Control, Event};
+use engine_core::{Error, ErrorKind, Result, clock};
 
 /// A wait for events that something else ends.
 const LONG: Duration = Duration::from_secs(3600);

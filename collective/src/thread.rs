@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 use tracing::{debug, warn};
 
 use super::{Communicator, SlotGuard};
-use crate::{Error, ErrorKind, Result};
+use engine_core::{Error, ErrorKind, Result};
 
 /// How often something under way is looked at without a pause: short broadcasts end meanwhile.
 const SPINS: u32 = 200;

@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use super::{CollectiveOptions, Shape, Share};
-use crate::control::Peer;
-use crate::update::Part;
-use crate::{Error, ErrorKind, Placement, Rank, Result, Role, WorkerMetadata};
+use engine_core::control::Peer;
+use engine_core::{Error, ErrorKind, Placement, Rank, Result, Role, WorkerMetadata};
+use protocol::Part;
 
 /// What a rank says of itself to the topology.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -138,7 +138,7 @@ impl Parts {
 }
 
 /// Places the ranks of a collective backend: the start, and most, of
-/// [`Backend::build_topology`](crate::Backend::build_topology). A pure function.
+/// [`Backend::build_topology`](engine_core::Backend::build_topology). A pure function.
 ///
 /// # Errors
 ///

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::message::{Begin, ToReceiver};
 use super::too_late;
-use crate::{Error, ErrorKind, Rank, Result, Version};
+use engine_core::{Error, ErrorKind, Rank, Result, Version};
 
 /// How much later than the leader's next step its abort may come here.
 const MOMENT: Duration = Duration::from_millis(300);
@@ -142,13 +142,13 @@ pub(super) fn another_began(operation: &str) -> Result<()> {
     let message = "another update began within this one";
     Err(Error::new(ErrorKind::Protocol, operation, message)
         .rank(Rank::LEADER)
-        .recovery(crate::Recovery::Retry))
+        .recovery(engine_core::Recovery::Retry))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ErrorReport;
+    use engine_core::ErrorReport;
 
     const LIMIT: Duration = Duration::from_secs(30);
 

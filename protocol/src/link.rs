@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::message::Ticket;
 use super::receiver::Arrival;
 use super::route::Topology;
-use crate::memory::Job;
-use crate::{Rank, Result, Storage};
+use engine_core::memory::Job;
+use engine_core::{Rank, Result, Storage};
 
 /// A transport's sending side: the memory of its buckets, and how a filled one gets out.
 #[async_trait]

@@ -16,18 +16,20 @@ use super::link::{Part, SendLink};
 use super::secondary::{self, Secondary};
 use super::work::{Act, Collected, Done, Machine};
 use super::{LONG, arrived_event};
-use crate::control::{Control, Event, Peer, Role};
-use crate::memory::Job;
-use crate::observe::Observer as _;
-use crate::report::SendReport;
-use crate::telemetry::Meter;
-use crate::{EngineContext, Error, ErrorKind, ErrorReport, Rank, Result, Version, WeightStream};
+use engine_core::SendReport;
+use engine_core::control::{Control, Event, Peer, Role};
+use engine_core::memory::Job;
+use engine_core::observe::Observer as _;
+use engine_core::telemetry::Meter;
+use engine_core::{
+    EngineContext, Error, ErrorKind, ErrorReport, Rank, Result, Version, WeightStream,
+};
 
 /// The leader's side of the protocol, over a transport's link.
 #[derive(Debug)]
 pub struct Sender<L> {
     link: L,
-    leader: Leader,
+    leader: Box<Leader>,
     control: Arc<dyn Control>,
     digests: bool,
     deadline: Duration,
@@ -58,6 +60,7 @@ impl<L: SendLink> Sender<L> {
             leader.admit(rank, Part::Receiver);
         }
         let meter = Meter::new(control.rank(), context.observer.clone());
+        let leader = Box::new(leader);
         Self { link, leader, control, digests, deadline: context.deadline(), meter }
     }
 
@@ -76,7 +79,7 @@ impl<L: SendLink> Sender<L> {
     }
 
     /// Sends one update; see
-    /// [`CheckpointEngine::send_weights`](crate::CheckpointEngine::send_weights).
+    /// [`CheckpointEngine::send_weights`](engine_core::CheckpointEngine::send_weights).
     ///
     /// # Cancel safety
     ///
@@ -96,7 +99,7 @@ impl<L: SendLink> Sender<L> {
         // Losses between updates are no failure: the rank takes no part in this one.
         while let Some(event) = arrived_event(control).await? {
             leader.event(event, Instant::now());
-            flush(leader, control, meter);
+            flush(&mut **leader, control, meter);
         }
         let buckets = leader.plan().buckets.len();
         let topology = link.topology(leader.rollouts(), buckets);
@@ -104,7 +107,7 @@ impl<L: SendLink> Sender<L> {
         leader.begin(control.next_update(), version, topology, Instant::now())?;
         let mut ending = Ending { link, committed: false };
         let work = Trainer { control, meter, deadline: *deadline };
-        work.drive(leader, ending.link, &mut collector, weights).await;
+        work.drive(&mut **leader, ending.link, &mut collector, weights).await;
         let result = leader.end().unwrap_or_else(|| Err(never_ended()));
         ending.committed = result.is_ok();
         drop(ending);
@@ -138,7 +141,7 @@ impl<L: SendLink> Sender<L> {
             let left = until.saturating_duration_since(Instant::now());
             let Ok(Some(event)) = self.control.recv(left).await else { return false };
             self.leader.event(event, Instant::now());
-            flush(&mut self.leader, &*self.control, &self.meter);
+            flush(&mut *self.leader, &*self.control, &self.meter);
         }
         true
     }
@@ -318,7 +321,7 @@ impl Trainer<'_> {
             let is_deaf = has_ended;
             let mut listening = std::pin::pin!(async move {
                 if is_deaf {
-                    crate::clock::sleep(left).await;
+                    engine_core::clock::sleep(left).await;
                     return Ok(None);
                 }
                 self.control.recv(left).await

@@ -14,16 +14,16 @@ use super::group::{Change, Joined, Step, Ticket, groups_of};
 use super::parts::{Details, Parts};
 use super::thread::{Attachment, Awaiting, Broadcast};
 use super::{Communicator, Library, Opened, Shape, SlotGuard, Slots, Thread};
-use crate::clock::within;
-use crate::memory::{Job, Pool};
-use crate::plan::ALIGNMENT;
-use crate::update::{
-    Arrival, CoSender, Fetch, FetchLink, Members, Part, Receiver, SendLink, Sender,
-    Ticket as JoinTicket, Witness, drain,
-};
-use crate::{
+use engine_core::clock::within;
+use engine_core::memory::{Job, Pool};
+use engine_core::plan::ALIGNMENT;
+use engine_core::{
     CheckpointEngine, Control, EngineContext, Error, ErrorKind, ErrorReport, Placement, Rank,
     ReceivedWeights, Result, Role, SendReport, Storage, Version, WeightStream, WorkerMetadata,
+};
+use protocol::{
+    Arrival, CoSender, Fetch, FetchLink, Members, Part, Receiver, SendLink, Sender,
+    Ticket as JoinTicket, Witness, drain,
 };
 
 /// Slots of a rank with one sender. Together they are as large as the two buckets that the configuration
@@ -367,7 +367,7 @@ impl<C: Communicator> Node<C> {
         let refuse = |message: String| {
             Error::new(ErrorKind::State, JOINING, message)
                 .rank(self.rank)
-                .recovery(crate::Recovery::Retry)
+                .recovery(engine_core::Recovery::Retry)
         };
         if groups.is_empty() {
             return Err(refuse("this rank is not among the members".into()));

@@ -8,10 +8,10 @@ use std::time::Duration;
 use futures::{FutureExt, StreamExt};
 
 use super::within;
-use crate::memory::Job;
-use crate::plan::{BucketLayout, BucketPlanner, Piece, Place, Plan};
-use crate::report::TensorCounts;
-use crate::{Error, ErrorKind, Result, Weight, WeightStream};
+use engine_core::TensorCounts;
+use engine_core::memory::Job;
+use engine_core::plan::{BucketLayout, BucketPlanner, Piece, Place, Plan};
+use engine_core::{Error, ErrorKind, Result, Weight, WeightStream};
 
 /// The weights of one bucket, collected from the trainer's stream.
 pub(super) struct Bucket {
@@ -119,7 +119,7 @@ impl Collector {
             // What follows stands at another place than in the last plan.
             self.diverge(jobs.len());
             if let (Some(names), Some((weight, _))) = (&mut self.names, &self.pending) {
-                names.insert(weight.meta.name.clone());
+                names.insert(weight.meta().name.clone());
             }
         }
         self.buckets += 1;
@@ -144,13 +144,13 @@ impl Collector {
                     self.last.buckets.get(self.buckets + 1).and_then(|next| next.pieces().first())
                 })
             });
-            if expected.is_some_and(|piece| piece.meta.name == weight.meta.name) {
+            if expected.is_some_and(|piece| piece.meta.name == weight.meta().name) {
                 return Ok(());
             }
             self.diverge(placed);
         }
         let Some(names) = &mut self.names else { return Ok(()) };
-        if names.insert(weight.meta.name.clone()) {
+        if names.insert(weight.meta().name.clone()) {
             return Ok(());
         }
         Err(Error::new(
@@ -177,7 +177,7 @@ impl Collector {
         if !same {
             self.diverge(placed);
             if let Some(names) = &mut self.names {
-                names.insert(job.weight.meta.name.clone());
+                names.insert(job.weight.meta().name.clone());
             }
         }
     }

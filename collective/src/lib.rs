@@ -3,7 +3,7 @@
 //!
 //! A backend contributes a [`Library`]: memory for the slots ([`Slots`]), and the library's calls
 //! ([`Communicator`]), all of which one thread makes ([`Thread`]). [`CollectiveEngine`] does the rest, the
-//! same for every library, over the protocol of [`update`](crate::update):
+//! same for every library, over the protocol of [`update`](protocol):
 //!
 //! - **Order.** A broadcast is enqueued by its sender when the bucket is filled, and by each receiver when
 //!   the bucket is announced, in the order of the buckets: within a group all ranks enqueue the same
@@ -41,8 +41,8 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use tokio::sync::OwnedMutexGuard;
 
-use crate::memory::{Job, Pool};
-use crate::{EngineContext, Error, ErrorKind, Result, Storage};
+use engine_core::memory::{Job, Pool};
+use engine_core::{EngineContext, Error, ErrorKind, Result, Storage};
 
 /// A library of collectives, as a backend brings it.
 #[async_trait]

@@ -3,11 +3,11 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::plan::Piece;
-use crate::{Error, ErrorKind, ErrorReport, Rank, Result, Version};
+use engine_core::plan::Piece;
+use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result, Version};
 
 /// From the leading trainer to the other ranks. `update` is a number of the leader's control plane
-/// ([`next_update`](crate::control::Control::next_update)) that is used once, so that what an
+/// ([`next_update`](engine_core::control::Control::next_update)) that is used once, so that what an
 /// aborted update left behind is never taken for a part of another one: not if that has the same
 /// version, and not if the group was formed anew in between.
 ///
@@ -164,8 +164,8 @@ pub(super) fn decode<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::PROTOCOL_VERSION;
-    use crate::{DType, TensorMeta};
+    use engine_core::control::PROTOCOL_VERSION;
+    use engine_core::{DType, TensorMeta};
     use proptest::prelude::*;
 
     proptest! {
@@ -235,7 +235,7 @@ mod tests {
             all.push(bytes.len() as u8);
             all.extend(bytes);
         }
-        let sum = crate::digest::sum(0, &all);
+        let sum = engine_core::digest::sum(0, &all);
         assert_eq!((PROTOCOL_VERSION, all.len(), sum), (4, 147, 13_694_082_232_816_405_489));
     }
 
