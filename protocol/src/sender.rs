@@ -153,7 +153,7 @@ impl<L: SendLink> Sender<L> {
 #[derive(Debug)]
 pub struct CoSender<L> {
     link: L,
-    secondary: Secondary,
+    secondary: Box<Secondary>,
     control: Arc<dyn Control>,
     deadline: Duration,
     meter: Meter,
@@ -173,7 +173,7 @@ impl<L: SendLink> CoSender<L> {
         };
         Self {
             link,
-            secondary: Secondary::new(settings, control.updates()),
+            secondary: Box::new(Secondary::new(settings, control.updates())),
             control,
             deadline,
             meter,
@@ -204,7 +204,7 @@ impl<L: SendLink> CoSender<L> {
         secondary.begin(version, Instant::now());
         let mut ending = Ending { link, committed: false };
         let work = Trainer { control, meter, deadline: *deadline };
-        work.drive(secondary, ending.link, &mut collector, weights).await;
+        work.drive(&mut **secondary, ending.link, &mut collector, weights).await;
         let result = secondary.end().unwrap_or_else(|| Err(never_ended()));
         ending.committed = result.is_ok();
         drop(ending);
