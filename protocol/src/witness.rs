@@ -16,7 +16,7 @@ use engine_core::{SendReport, StageTimes, TensorCounts};
 #[derive(Debug)]
 pub struct Witness {
     control: Arc<dyn Control>,
-    follower: Follower,
+    follower: Box<Follower>,
     deadline: Duration,
 }
 
@@ -25,7 +25,7 @@ impl Witness {
     pub fn new(context: &EngineContext, control: Arc<dyn Control>) -> Self {
         let deadline = context.deadline();
         Self {
-            follower: Follower::idle(control.rank(), deadline, control.updates()),
+            follower: Box::new(Follower::idle(control.rank(), deadline, control.updates())),
             control,
             deadline,
         }
