@@ -1286,6 +1286,15 @@ impl Machine for Leader {
         self.advance(now);
     }
 
+    fn unreachable(&mut self, rank: Rank, error: Error, now: Instant) {
+        // Where receivers fetch buckets, the event tells whether the update survives it.
+        let routed = self.update.as_ref().is_some_and(|update| update.route.is_some());
+        if !routed && self.members.get(&rank).is_some_and(|member| member.active) {
+            self.fail(error.rank(rank), now);
+        }
+        self.advance(now);
+    }
+
     fn refused(&mut self, error: Error, now: Instant) {
         self.fail(error, now);
         self.advance(now);

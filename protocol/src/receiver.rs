@@ -365,10 +365,9 @@ impl<L: FetchLink> Session<'_, L> {
                 Step::Joined(joined) => follower.joined(joined, now),
                 Step::Event(event) => follower.event(event, now),
                 Step::Ended(error) => follower.lost(error),
+                // Nobody is late while there is something to be taken in.
+                Step::Nothing if timer.is_some_and(|at| now >= at) => follower.tick(now),
                 Step::Nothing => {}
-            }
-            if follower.timer().is_some_and(|at| now >= at) {
-                follower.tick(now);
             }
         }
     }

@@ -502,6 +502,10 @@ impl Machine for Secondary {
         self.advance(now);
     }
 
+    fn unreachable(&mut self, rank: Rank, error: Error, now: Instant) {
+        self.refused(error.rank(rank), now);
+    }
+
     fn refused(&mut self, error: Error, now: Instant) {
         self.fail(error, true, now);
         self.advance(now);

@@ -21,9 +21,7 @@ use engine_core::control::{Control, Event, Peer, Role};
 use engine_core::memory::Job;
 use engine_core::observe::Observer as _;
 use engine_core::telemetry::Meter;
-use engine_core::{
-    EngineContext, Error, ErrorKind, ErrorReport, Rank, Result, Version, WeightStream,
-};
+use engine_core::{EngineContext, Error, ErrorKind, Rank, Result, Version, WeightStream};
 
 /// The leader's side of the protocol, over a transport's link.
 #[derive(Debug)]
@@ -359,10 +357,9 @@ impl Trainer<'_> {
                     has_ended = true;
                     driven.machine.refused(error, now);
                 }
+                // Nobody is late while there is something to be taken in.
+                Step::Nothing if timer.is_some_and(|at| now >= at) => driven.machine.tick(now),
                 Step::Nothing => {}
-            }
-            if driven.machine.timer().is_some_and(|at| now >= at) {
-                driven.machine.tick(now);
             }
         }
     }
@@ -457,10 +454,8 @@ fn perform(machine: &mut impl Machine, act: Act, control: &dyn Control, meter: &
     match act {
         Act::Send { to, body } => match control.send(to, body) {
             Ok(()) => {}
-            // The event that says so may be on its way; it will find that this was known.
             Err(error) if error.kind() == ErrorKind::PeerLost => {
-                let error = ErrorReport::from(&error);
-                machine.event(Event::Lost { rank: to, error }, Instant::now());
+                machine.unreachable(to, error, Instant::now());
             }
             Err(error) => machine.refused(error, Instant::now()),
         },

@@ -315,6 +315,16 @@ async fn a_rank_that_says_what_nobody_understands_between_updates_is_cut_off_as_
     works(&mut sender, 3, &again).await;
 }
 
+#[tokio::test]
+async fn a_stream_that_blocks_its_thread_for_longer_than_a_deadline_makes_nobody_late() {
+    let (leader, rollout) = planes();
+    let (mut sender, hand) = (sender(&leader, 0.3), Hand(rollout));
+    let blocking = weights(3).into_iter().inspect(|_| std::thread::sleep(LIMIT / 60));
+    let sending = sender.send(ensure_async_iterator(blocking), Version(1));
+    let (sent, ()) = futures::future::join(sending, hand.receive()).await;
+    sent.unwrap();
+}
+
 /// Bytes that do not come before they are allowed to.
 #[derive(Debug, Default)]
 struct Stuck(Mutex<bool>, Condvar);

@@ -93,6 +93,9 @@ pub(super) trait Machine {
     /// Work of this rank has ended.
     fn done(&mut self, done: Done, now: Instant);
 
+    /// A message could not be sent because its receiver is gone. Why it is gone is an event, which may be on its way.
+    fn unreachable(&mut self, rank: Rank, error: Error, now: Instant);
+
     /// A message could not be sent although its receiver is there, or the control plane has ended.
     fn refused(&mut self, error: Error, now: Instant);
 
