@@ -52,7 +52,13 @@ impl Member {
 #[derive(Clone, Debug, Default)]
 struct Family {
     members: Vec<Member>,
+    /// How many of them were looked at for whether the module has layers of several weights.
+    seen: usize,
+    has_layers: bool,
 }
+
+/// Projections to queries, keys and values as one.
+const PACKED: [&str; 5] = ["qkv_proj", "query_key_value", "Wqkv", "wqkv", "att_proj"];
 
 impl Family {
     fn find(&self, part: &str) -> Option<usize> {
@@ -71,9 +77,26 @@ impl Family {
         (all_there && parts.len() > 1).then_some(parts)
     }
 
+    /// Whether a weight is here that the decision on another one can depend on.
+    fn has_layers(&mut self, profile: &Profile) -> bool {
+        let new = self.members.get(self.seen..).unwrap_or_default();
+        let of_layer = |part: &str| {
+            matches!(part, "in_proj" | "gate_up_proj")
+                || PACKED.contains(&part)
+                || profile.fused().any(|fused| fused.parts.contains(&part))
+        };
+        self.has_layers |= new.iter().any(|member| of_layer(member.part()));
+        self.seen = self.members.len();
+        self.has_layers
+    }
+
     /// Keeps whatever cannot be quantised because of what else is in the module, until nothing
     /// changes any more.
     fn decide(&mut self, profile: &Profile, rules: &Rules) -> Result<(), QuantError> {
+        // A module without any is as large as its model may be: what is below looks at all of its weights.
+        if !self.has_layers(profile) {
+            return Ok(());
+        }
         let before = self.members.clone();
         if let Some((rows, cols)) = rules.block {
             self.mixers(profile, rows);
@@ -204,9 +227,8 @@ impl Family {
         if matches!(profile.whole_rows, WholeRows::No | WholeRows::All) {
             return;
         }
-        let packed = ["qkv_proj", "query_key_value", "Wqkv", "wqkv", "att_proj"];
         let out = ["o_proj", "dense", "out_proj", "wo", "attn_out"];
-        let Some(index) = packed.into_iter().find_map(|part| self.find(part)) else { return };
+        let Some(index) = PACKED.into_iter().find_map(|part| self.find(part)) else { return };
         let Some(queries) = out.into_iter().find_map(|part| self.shape_of(part)) else { return };
         let (rows, &[_, queries]) = (self.members[index].shape[0], queries) else { return };
         let keys = rows.saturating_sub(queries) / 2;
@@ -315,7 +337,9 @@ impl Layers {
     ) -> Result<Option<(Decision, Rule)>, QuantError> {
         let Some(family) = self.families.get_mut(names::parent(name)) else { return Ok(None) };
         family.decide(rules.profile, rules)?;
-        let Some(member) = family.members.iter_mut().find(|member| member.name == name) else {
+        // It is one of the latest.
+        let Some(member) = family.members.iter_mut().rev().find(|member| member.name == name)
+        else {
             return Ok(None);
         };
         if let Some(experts) = names::experts_of(name, shape).filter(|_| member.counts()) {
@@ -384,8 +408,8 @@ impl Layers {
     /// has the weights of a module together.
     fn is_open(&self, rules: &Rules, name: &str) -> bool {
         let family = self.families.get(names::parent(name));
-        let member =
-            family.and_then(|family| family.members.iter().find(|member| member.name == name));
+        let member = family
+            .and_then(|family| family.members.iter().rev().find(|member| member.name == name));
         let Some(member) = member.filter(|member| member.decision == Decision::Quantize) else {
             return false;
         };
