@@ -13,7 +13,7 @@ use tracing::{debug, warn};
 
 use super::announced::{Announced, Found, Unread, another_began};
 use super::message::{Begin, Layout, Ticket, ToReceiver, ToSender, decode};
-use super::{is_of_transport, too_late};
+use super::{because, is_of_transport, too_late};
 use engine_core::control::Event;
 use engine_core::observe::Progress;
 use engine_core::plan::{BucketLayout, LayoutChecker, Plan};
@@ -676,7 +676,7 @@ impl Follower {
                 error
             }
             // What the transport saw was the consequence.
-            End::Seeking(seen, _) => error.with_source(seen),
+            End::Seeking(seen, _) => because(error, seen),
             over @ End::Over(_) => {
                 session.end = over;
                 return;
@@ -691,7 +691,7 @@ impl Follower {
             Some(session) if matches!(session.end, End::Seeking(..)) => {
                 if let End::Seeking(seen, _) = std::mem::replace(&mut session.end, End::Over(None))
                 {
-                    session.end = End::Over(Some(Err(error.with_source(seen))));
+                    session.end = End::Over(Some(Err(because(error, seen))));
                 }
             }
             Some(_) => self.fail(error),

@@ -15,7 +15,7 @@ use super::link::{Members, Part};
 use super::message::{Begin, Layout, Ticket, ToReceiver, ToSender, decode, encode, sender_of};
 use super::route::{Due, Gap, Route, Topology};
 use super::work::{Act, Collected, Done, Machine, Work};
-use super::{ENCODING, is_of_transport, too_late};
+use super::{ENCODING, because, is_of_transport, too_late};
 use engine_core::control::{Event, Peer};
 use engine_core::observe::Progress;
 use engine_core::plan::{BucketLayout, Plan};
@@ -1270,7 +1270,7 @@ impl Machine for Leader {
                     let broke = std::mem::replace(&mut failing.error, error);
                     let cause = std::mem::replace(&mut failing.error, lost_in_words());
                     let cause = version.into_iter().fold(cause, Error::version);
-                    failing.error = cause.with_source(broke);
+                    failing.error = because(cause, broke);
                 }
                 Some(_) => debug!(%error, "after the failure"),
                 None => self.fail(error, now),

@@ -102,6 +102,17 @@ fn is_of_transport(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::PeerLost | ErrorKind::Io)
 }
 
+/// The cause of a failure, with what this rank saw of it before. That nothing could be sent to a lost rank, or that its
+/// connection broke, is the loss itself and not said again.
+fn because(cause: Error, seen: Error) -> Error {
+    let lost = |error: &Error| (error.kind() == ErrorKind::PeerLost).then(|| error.report().rank);
+    if lost(&cause).is_some() && lost(&cause) == lost(&seen) {
+        cause
+    } else {
+        cause.with_source(seen)
+    }
+}
+
 /// The next event if it is here already.
 async fn arrived_event(control: &dyn Control) -> Result<Option<Event>> {
     control.recv(Duration::ZERO).await

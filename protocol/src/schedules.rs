@@ -10,6 +10,7 @@
 //! 3. Every wait ends, as long as the ranks that are waited for are given time; nobody is late who is within its
 //!    deadline.
 //! 4. After any failure the next update with those that are left succeeds.
+//! 5. An error of the leader does not say twice that a rank is lost.
 //!
 //! A schedule that breaks one is made as short as it can be and printed; `CKPT_ENGINE_SCHEDULE` replays it.
 
@@ -259,6 +260,26 @@ fn lost(rank: Rank) -> Event {
     Event::Lost { rank, error: ErrorReport::from(&error) }
 }
 
+fn unreachable(rank: Rank) -> Error {
+    Error::new(ErrorKind::PeerLost, "in a schedule", "there is no connection to it").rank(rank)
+}
+
+fn says_a_loss_once<T>(ended: &Result<T>) -> Checked {
+    let mut lost = BTreeSet::new();
+    let mut error = ended.as_ref().err().map(|error| error as &dyn std::error::Error);
+    while let Some(one) = error {
+        if let Some(one) = one.downcast_ref::<Error>().filter(|e| e.kind() == ErrorKind::PeerLost) {
+            keep!(
+                lost.insert(one.report().rank),
+                "a loss is said twice: {:?}",
+                ended.as_ref().err()
+            );
+        }
+        error = one.source();
+    }
+    Ok(())
+}
+
 fn broke<T>() -> Result<T> {
     Err(Error::new(ErrorKind::Io, "in a schedule", "the transport broke"))
 }
@@ -490,6 +511,10 @@ impl<'a> World<'a> {
         while let Some(act) = self.leader.machine.act() {
             self.note(|| format!("leader: {act:?}"));
             match act {
+                Act::Send { to, .. } if self.gone.contains(&to) => {
+                    let now = self.leader_now();
+                    self.leader.machine.unreachable(to, unreachable(to), now);
+                }
                 Act::Send { to, body } => self.post(to, body),
                 Act::Cut { rank, .. } => {
                     if !self.gone.contains(&rank) {
@@ -515,6 +540,7 @@ impl<'a> World<'a> {
                 }
             } else {
                 keep!(self.faulty, "an update without a fault failed: {ended:?}");
+                says_a_loss_once(&ended)?;
             }
             self.sent = Some(ended);
         }
