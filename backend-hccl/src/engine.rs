@@ -6,7 +6,9 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use collective::{CollectiveEngine, CollectiveOptions, Library, Opened, Shape, Thread, Wait};
 use engine_core::memory::Pool;
-use engine_core::{EngineContext, Error, ErrorKind, Rank, Result};
+use engine_core::{
+    EngineContext, Error, ErrorKind, PreparedRollout, PreparedTrainer, Rank, Result,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::comm::{HcclCommunicator, Plan};
@@ -45,13 +47,20 @@ pub(crate) struct HcclLibrary {
     options: HcclOptions,
 }
 
-/// A rank's end of the HCCL transport.
-pub(crate) type HcclEngine = CollectiveEngine<HcclLibrary>;
+pub(crate) async fn prepare_trainer(context: EngineContext) -> Result<PreparedTrainer> {
+    let (library, options) = library(&context)?;
+    CollectiveEngine::prepare_trainer(library, context, options).await
+}
 
-/// The engine of a rank.
-pub(crate) fn engine(context: EngineContext) -> Result<HcclEngine> {
+pub(crate) async fn prepare_rollout(context: EngineContext) -> Result<PreparedRollout> {
+    let (library, options) = library(&context)?;
+    CollectiveEngine::prepare_rollout(library, context, options).await
+}
+
+/// The library and its options, as the configuration has them.
+fn library(context: &EngineContext) -> Result<(HcclLibrary, CollectiveOptions)> {
     let options = context.config.kwargs::<HcclOptions>(NAME)?;
-    let refuse = |message: String| Error::new(ErrorKind::Config, "making an engine", message);
+    let refuse = |message: String| Error::new(ErrorKind::Config, "preparing", message);
     if options.senders != 1 {
         return Err(refuse(format!(
             "senders: {}: HCCL sends from one trainer: each sender needs a communicator of its own, \
@@ -68,7 +77,7 @@ pub(crate) fn engine(context: EngineContext) -> Result<HcclEngine> {
     }
     let HcclOptions { senders, relays, rebuild_group, .. } = options;
     let collective = CollectiveOptions { senders, relays, rebuild_group };
-    CollectiveEngine::new(HcclLibrary { options }, context, collective)
+    Ok((HcclLibrary { options }, collective))
 }
 
 #[async_trait]

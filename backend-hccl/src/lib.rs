@@ -30,8 +30,8 @@ mod sys;
 
 use collective::build_topology;
 use engine_core::{
-    Availability, Backend, CheckpointEngine, Devices, EngineContext, Placement, Result,
-    WorkerMetadata,
+    Availability, Backend, Devices, EngineContext, Placement, PreparedRollout, PreparedTrainer,
+    Result, WorkerMetadata,
 };
 
 pub use engine::HcclOptions;
@@ -47,6 +47,7 @@ pub static BACKEND: &dyn Backend = &Hccl;
 #[derive(Debug)]
 struct Hccl;
 
+#[async_trait::async_trait]
 impl Backend for Hccl {
     fn name(&self) -> &'static str {
         NAME
@@ -69,8 +70,12 @@ impl Backend for Hccl {
         }
     }
 
-    fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
-        Ok(Box::new(engine::engine(context)?))
+    async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
+        engine::prepare_trainer(context).await
+    }
+
+    async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
+        engine::prepare_rollout(context).await
     }
 
     fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {

@@ -179,6 +179,12 @@ impl SendLink for Outgoing {
             .await
     }
 
+    async fn close(&mut self, limit: Duration) {
+        if !self.buckets.wait_until_closed(limit).await {
+            tracing::debug!("rollouts have the buckets open after the trainer has closed");
+        }
+    }
+
     async fn publish(&mut self, _: usize, _: u64) -> Result<()> {
         // The rollouts see the same memory, and `fill` has waited for the device.
         Ok(())

@@ -1,14 +1,11 @@
 //! The engine: buckets that other processes of the host map, in its memory or on its devices.
 
 use std::sync::Arc;
-use std::time::Duration;
-
-use async_trait::async_trait;
 
 use engine_core::memory::Pool;
 use engine_core::{
-    CheckpointEngine, Control, EngineContext, Error, ErrorKind, Placement, Rank, ReceivedWeights,
-    Result, Role, SendReport, Version, WeightStream, WorkerMetadata,
+    DeviceChoice, EngineContext, Error, ErrorKind, Placement, Prepared, PreparedRollout,
+    PreparedTrainer, Rank, Result, Role, RolloutEngine, TrainerEngine, WorkerMetadata,
 };
 use protocol::{ReceiveLink, Receiver, SendLink, Sender};
 
@@ -18,9 +15,6 @@ use serde::{Deserialize, Serialize};
 use crate::cuda;
 use crate::segment::{MappedSegment, Segment, SegmentInfo};
 use crate::{NAME, shared};
-
-/// How long the trainer waits for rollouts to close its buckets, before it leaves them to them.
-const CLOSING: Duration = Duration::from_secs(2);
 
 /// Buckets of the trainer: one is packed while the rollouts read the other.
 const SLOTS: u32 = 2;
@@ -32,25 +26,8 @@ fn default_bucket_megabytes(threads: usize) -> u64 {
     (4 * threads as u64).clamp(16, 64)
 }
 
-/// A rank's end of the shared-memory transport.
-#[derive(Debug)]
-pub struct IpcEngine {
-    context: EngineContext,
-    control: Arc<dyn Control>,
-    pool: Pool,
-    phase: Phase,
-}
-
-#[derive(Debug)]
-enum Phase {
-    New,
-    Prepared(Option<Buckets>),
-    Sending(Sender<Box<dyn SendLink>>, Buckets),
-    Receiving(Receiver<Box<dyn ReceiveLink>>),
-}
-
 /// The trainer's buckets.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 enum Buckets {
     Shared(Arc<Segment>),
     #[cfg(feature = "cuda")]
@@ -84,7 +61,7 @@ impl Buckets {
         }
         Ok(Self::Shared(Arc::new(Segment::create(
             SLOTS,
-            bytes(default_bucket_megabytes(context.threads())),
+            bytes(default_bucket_megabytes(context.threads(Role::Trainer))),
         )?)))
     }
 
@@ -96,57 +73,33 @@ impl Buckets {
         }
     }
 
-    /// Gives rollouts time to let go of them, where that matters.
-    async fn close(&self, limit: Duration) {
+    fn into_link(self, pool: Pool) -> Box<dyn SendLink> {
         match self {
-            // The memory goes with the last mapping of it, here and at the rollouts.
-            Self::Shared(_) => {
-                let _ = limit;
-            }
+            Self::Shared(segment) => Box::new(shared::Outgoing { segment, pool }),
             #[cfg(feature = "cuda")]
-            Self::Cuda(buckets) => {
-                if !buckets.wait_until_closed(limit).await {
-                    tracing::debug!("rollouts have the buckets open after the trainer has closed");
-                }
-            }
-        }
-    }
-
-    fn link(&self, pool: Pool) -> Box<dyn SendLink> {
-        match self {
-            Self::Shared(segment) => Box::new(shared::Outgoing { segment: segment.clone(), pool }),
-            #[cfg(feature = "cuda")]
-            Self::Cuda(buckets) => Box::new(cuda::Outgoing { buckets: buckets.clone(), pool }),
+            Self::Cuda(buckets) => Box::new(cuda::Outgoing { buckets, pool }),
         }
     }
 }
 
-impl IpcEngine {
-    /// The receiving end of the trainer's buckets.
-    fn open(&self, offer: Offer) -> Result<Box<dyn ReceiveLink>> {
-        match offer {
-            Offer::Shared(info) => {
-                let segment = MappedSegment::open(info)
-                    .map_err(|error| Error::from(error).rank(Rank::LEADER))?;
-                Ok(Box::new(shared::Incoming { segment }))
-            }
-            #[cfg(feature = "cuda")]
-            Offer::Cuda(info) => {
-                Ok(Box::new(cuda::Incoming::open(&info, &self.context.config.device)?))
-            }
+/// The receiving end of the trainer's buckets.
+fn open(place: &Placement, device: &DeviceChoice) -> Result<Box<dyn ReceiveLink>> {
+    let details = place.peer(Rank::LEADER)?.details.clone();
+    let offer = serde_json::from_value(details).map_err(|error| {
+        let words = format!("the trainer's buckets are not what ipc knows: {error}");
+        Error::new(ErrorKind::Protocol, "joining the group", words)
+            .rank(Rank::LEADER)
+            .with_source(error)
+    })?;
+    match offer {
+        Offer::Shared(info) => {
+            let _ = device;
+            let segment =
+                MappedSegment::open(info).map_err(|error| Error::from(error).rank(Rank::LEADER))?;
+            Ok(Box::new(shared::Incoming { segment }))
         }
-    }
-
-    /// The engine of a rank.
-    ///
-    /// # Errors
-    ///
-    /// `Config` without a control plane; `Resource` if its threads cannot be started.
-    pub fn new(context: EngineContext) -> Result<Self> {
-        context.config.kwargs::<Kwargs>(NAME)?;
-        let control = context.require_control()?;
-        let pool = Pool::new(context.threads())?;
-        Ok(Self { context, control, pool, phase: Phase::New })
+        #[cfg(feature = "cuda")]
+        Offer::Cuda(info) => Ok(Box::new(cuda::Incoming::open(&info, device)?)),
     }
 }
 
@@ -155,86 +108,31 @@ impl IpcEngine {
 #[serde(deny_unknown_fields)]
 struct Kwargs {}
 
-#[async_trait]
-impl CheckpointEngine for IpcEngine {
-    async fn prepare(&mut self) -> Result<WorkerMetadata> {
-        if matches!(self.phase, Phase::Sending(..) | Phase::Receiving(_)) {
-            return Err(Error::wrong_phase("preparing", "it is in a group already"));
-        }
-        let buckets = match self.context.role {
-            Role::Rollout => None,
-            Role::Trainer => Some(Buckets::create(&self.context)?),
-        };
-        let offer = buckets.as_ref().map(Buckets::offer);
-        let details = serde_json::to_value(offer).map_err(|error| {
-            Error::new(ErrorKind::Protocol, "preparing", error.to_string()).with_source(error)
-        })?;
-        self.phase = Phase::Prepared(buckets);
-        let (rank, role) = (self.control.rank(), self.context.role);
-        Ok(WorkerMetadata::of_this_process(NAME, rank, role, details))
-    }
+pub(crate) async fn prepare_trainer(context: EngineContext) -> Result<PreparedTrainer> {
+    context.config.kwargs::<Kwargs>(NAME)?;
+    let control = context.require_control()?;
+    let pool = Pool::new(context.threads(Role::Trainer))?;
+    let buckets = Buckets::create(&context)?;
+    let offer = serde_json::to_value(buckets.offer()).map_err(|error| {
+        Error::new(ErrorKind::Protocol, "preparing", error.to_string()).with_source(error)
+    })?;
+    let metadata = WorkerMetadata::of_this_process(NAME, control.rank(), Role::Trainer, offer);
+    Ok(Prepared::new(metadata, move |place| async move {
+        let link = buckets.into_link(pool);
+        let engine = Sender::new(link, &context, control, place.rollouts());
+        Ok(Box::new(engine) as Box<dyn TrainerEngine>)
+    }))
+}
 
-    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
-        let Phase::Prepared(buckets) = &self.phase else {
-            return Err(Error::wrong_phase("joining the group", "call prepare first, and once"));
-        };
-        let phase = match buckets {
-            Some(buckets) => {
-                let link = buckets.link(self.pool.clone());
-                let (control, rollouts) = (self.control.clone(), place.rollouts());
-                let sender = Sender::new(link, &self.context, control, rollouts);
-                Phase::Sending(sender, buckets.clone())
-            }
-            None => {
-                let details = place.peer(Rank::LEADER)?.details.clone();
-                let offer = serde_json::from_value(details).map_err(|error| {
-                    let words = format!("the trainer's buckets are not what ipc knows: {error}");
-                    Error::new(ErrorKind::Protocol, "joining the group", words)
-                        .rank(Rank::LEADER)
-                        .with_source(error)
-                })?;
-                let (link, pool) = (self.open(offer)?, self.pool.clone());
-                Phase::Receiving(Receiver::new(link, &self.context, self.control.clone(), pool))
-            }
-        };
-        self.phase = phase;
-        Ok(())
-    }
-
-    async fn send_weights(
-        &mut self,
-        weights: WeightStream<'_>,
-        version: Version,
-    ) -> Result<SendReport> {
-        match &mut self.phase {
-            Phase::Sending(sender, _) => sender.send(weights, version).await,
-            Phase::Receiving(_) => {
-                Err(Error::wrong_phase("sending weights", "this rank is a rollout"))
-            }
-            _ => Err(Error::wrong_phase("sending weights", "call init_process_group first")),
-        }
-    }
-
-    async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
-        match &mut self.phase {
-            Phase::Receiving(receiver) => receiver.receive(version).await,
-            Phase::Sending(..) => {
-                Err(Error::wrong_phase("receiving weights", "this rank is a trainer"))
-            }
-            _ => Err(Error::wrong_phase("receiving weights", "call init_process_group first")),
-        }
-    }
-
-    async fn finalize(&mut self) -> Result<()> {
-        match std::mem::replace(&mut self.phase, Phase::New) {
-            Phase::New => Err(Error::wrong_phase("finalizing", "it was not prepared")),
-            Phase::Sending(sender, buckets) => {
-                drop(sender);
-                buckets.close(self.context.deadline().min(CLOSING)).await;
-                Ok(())
-            }
-            // The rest goes with the last view of it, here and at the rollouts.
-            Phase::Prepared(_) | Phase::Receiving(_) => Ok(()),
-        }
-    }
+pub(crate) async fn prepare_rollout(context: EngineContext) -> Result<PreparedRollout> {
+    context.config.kwargs::<Kwargs>(NAME)?;
+    let control = context.require_control()?;
+    let pool = Pool::new(context.threads(Role::Rollout))?;
+    let nothing = serde_json::Value::Null;
+    let metadata = WorkerMetadata::of_this_process(NAME, control.rank(), Role::Rollout, nothing);
+    Ok(Prepared::new(metadata, move |place| async move {
+        let link = open(&place, &context.config.device)?;
+        let engine = Receiver::new(link, &context, control, pool);
+        Ok(Box::new(engine) as Box<dyn RolloutEngine>)
+    }))
 }

@@ -23,12 +23,11 @@ mod segment;
 mod shared;
 
 use engine_core::{
-    Availability, Backend, CheckpointEngine, Devices, EngineContext, Error, ErrorKind, Placement,
-    Result, Role, WorkerMetadata,
+    Availability, Backend, Devices, EngineContext, Error, ErrorKind, Placement, PreparedRollout,
+    PreparedTrainer, Result, Role, WorkerMetadata,
 };
 
 pub use cache::{CacheAddress, SharedCache, SharedCacheReader};
-pub use engine::IpcEngine;
 
 /// The transport's name in configurations.
 const NAME: &str = "ipc";
@@ -39,6 +38,7 @@ pub static BACKEND: &dyn Backend = &Ipc;
 #[derive(Debug)]
 struct Ipc;
 
+#[async_trait::async_trait]
 impl Backend for Ipc {
     fn name(&self) -> &'static str {
         NAME
@@ -63,8 +63,12 @@ impl Backend for Ipc {
         }
     }
 
-    fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
-        Ok(Box::new(IpcEngine::new(context)?))
+    async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
+        engine::prepare_trainer(context).await
+    }
+
+    async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
+        engine::prepare_rollout(context).await
     }
 
     fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {

@@ -22,8 +22,8 @@ use std::path::PathBuf;
 
 use collective::{CollectiveEngine, CollectiveOptions, build_topology};
 use engine_core::{
-    Availability, Backend, CheckpointEngine, Devices, EngineContext, Placement, Result,
-    WorkerMetadata,
+    Availability, Backend, Devices, EngineContext, Placement, PreparedRollout, PreparedTrainer,
+    Result, WorkerMetadata,
 };
 use serde::{Deserialize, Serialize};
 
@@ -59,9 +59,17 @@ impl Default for NcclOptions {
     }
 }
 
+/// The library and its options, as the configuration has them.
+fn library(context: &EngineContext) -> Result<(NcclLibrary, CollectiveOptions)> {
+    let options = context.config.kwargs::<NcclOptions>(NAME)?;
+    let NcclOptions { senders, relays, rebuild_group, library } = options;
+    Ok((NcclLibrary { library }, CollectiveOptions { senders, relays, rebuild_group }))
+}
+
 #[derive(Debug)]
 struct NcclBackend;
 
+#[async_trait::async_trait]
 impl Backend for NcclBackend {
     fn name(&self) -> &'static str {
         NAME
@@ -102,11 +110,14 @@ impl Backend for NcclBackend {
         }
     }
 
-    fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
-        let options = context.config.kwargs::<NcclOptions>(NAME)?;
-        let NcclOptions { senders, relays, rebuild_group, library } = options;
-        let common = CollectiveOptions { senders, relays, rebuild_group };
-        Ok(Box::new(CollectiveEngine::new(NcclLibrary { library }, context, common)?))
+    async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
+        let (library, options) = library(&context)?;
+        CollectiveEngine::prepare_trainer(library, context, options).await
+    }
+
+    async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
+        let (library, options) = library(&context)?;
+        CollectiveEngine::prepare_rollout(library, context, options).await
     }
 
     fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {

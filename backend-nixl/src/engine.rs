@@ -9,8 +9,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use engine_core::memory::{Job, Pool};
 use engine_core::{
-    CheckpointEngine, CheckpointEngineConfig, Control, EngineContext, Error, ErrorKind, Placement,
-    Rank, ReceivedWeights, Result, Role, SendReport, Version, WeightStream, WorkerMetadata,
+    CheckpointEngineConfig, Control, EngineContext, Error, ErrorKind, Prepared, PreparedRollout,
+    PreparedTrainer, Rank, Result, Role, RolloutEngine, TrainerEngine, WorkerMetadata,
 };
 use protocol::{Arrival, Fetch, FetchLink, Receiver, SendLink, Sender, Topology as Shape};
 use serde::{Deserialize, Serialize};
@@ -141,24 +141,6 @@ pub(crate) struct Details {
     pub(crate) transfer: Transfer,
 }
 
-/// A rank's end of the NIXL transport.
-#[derive(Debug)]
-pub struct NixlEngine {
-    context: EngineContext,
-    options: NixlOptions,
-    control: Arc<dyn Control>,
-    pool: Pool,
-    phase: Phase,
-}
-
-#[derive(Debug)]
-enum Phase {
-    New,
-    Prepared(Arc<Node>),
-    Sending(Sender<Outgoing>, Arc<Node>),
-    Receiving(Receiver<Incoming>, Arc<Node>),
-}
-
 /// A rank's memory and its agent.
 #[derive(Debug)]
 struct Node {
@@ -168,6 +150,34 @@ struct Node {
 }
 
 impl Node {
+    /// Starts a rank's agent over its slots; and what it says of itself to the topology.
+    async fn start(
+        context: &EngineContext,
+        options: &NixlOptions,
+        control: &dyn Control,
+    ) -> Result<(Arc<Self>, serde_json::Value)> {
+        let arena = Arc::new(arena(&context.config)?);
+        let interface = interface::towards(control.leader_address()).await;
+        let of_agent = AgentOptions { interface, ..options.of_agent() };
+        let agent = Agent::start(of_agent, unique_name(control.rank()), arena.clone()).await?;
+        // Shorter than the protocol's, so that a transfer that hangs is named as what it is.
+        let deadline = context.deadline().mul_f64(0.75);
+        let details = Details {
+            slots: arena.slots(),
+            slot_bytes: arena.slot_bytes(),
+            transfer: options.transfer,
+        };
+        Ok((Arc::new(Self { agent, arena, deadline }), serde_json::json!(details)))
+    }
+
+    /// Ends the agent of a rank that leaves the group.
+    async fn close(self: &mut Arc<Self>) {
+        // Views that are kept keep the memory, which nobody outside can reach any more.
+        if let Some(node) = Arc::get_mut(self) {
+            node.agent.close().await;
+        }
+    }
+
     /// The agent's card, as it travels.
     fn card(&self) -> Bytes {
         let card = self.agent.card();
@@ -183,111 +193,43 @@ impl Node {
     }
 }
 
-impl NixlEngine {
-    /// The engine of a rank.
-    ///
-    /// # Errors
-    ///
-    /// `Config` for options that cannot be used, or without a control plane; `Resource` if its
-    /// threads cannot be started.
-    pub fn new(context: EngineContext) -> Result<Self> {
-        let options = context.config.kwargs::<NixlOptions>(NAME)?;
-        // UCX reads the list to its end or to the next option, whichever comes first.
-        let fit = |c: char| c.is_ascii_alphanumeric() || "_,:^/\\".contains(c);
-        if !options.transports.chars().all(fit) {
-            let message = format!("transports: `{}` is no list of names", options.transports);
-            return Err(Error::new(ErrorKind::Config, "making an engine", message));
-        }
-        let control = context.require_control()?;
-        let pool = Pool::new(context.threads())?;
-        Ok(Self { context, options, control, pool, phase: Phase::New })
+/// The options of a configuration, if they can be used.
+fn options(context: &EngineContext) -> Result<NixlOptions> {
+    let options = context.config.kwargs::<NixlOptions>(NAME)?;
+    // UCX reads the list to its end or to the next option, whichever comes first.
+    let fit = |c: char| c.is_ascii_alphanumeric() || "_,:^/\\".contains(c);
+    if !options.transports.chars().all(fit) {
+        let message = format!("transports: `{}` is no list of names", options.transports);
+        return Err(Error::new(ErrorKind::Config, "preparing", message));
     }
+    Ok(options)
 }
 
-#[async_trait]
-impl CheckpointEngine for NixlEngine {
-    async fn prepare(&mut self) -> Result<WorkerMetadata> {
-        if matches!(self.phase, Phase::Sending(..) | Phase::Receiving(..)) {
-            return Err(Error::wrong_phase("preparing", "it is in a group already"));
-        }
-        let arena = Arc::new(arena(&self.context.config)?);
-        let interface = interface::towards(self.control.leader_address()).await;
-        let options = AgentOptions { interface, ..self.options.of_agent() };
-        let agent = Agent::start(options, unique_name(self.control.rank()), arena.clone()).await?;
-        // Shorter than the protocol's, so that a transfer that hangs is named as what it is.
-        let deadline = self.context.deadline().mul_f64(0.75);
-        let details = Details {
-            slots: arena.slots(),
-            slot_bytes: arena.slot_bytes(),
-            transfer: self.options.transfer,
-        };
-        self.phase = Phase::Prepared(Arc::new(Node { agent, arena, deadline }));
-        let (rank, role) = (self.control.rank(), self.context.role);
-        Ok(WorkerMetadata::of_this_process(NAME, rank, role, serde_json::json!(details)))
-    }
+pub(crate) async fn prepare_trainer(context: EngineContext) -> Result<PreparedTrainer> {
+    let options = options(&context)?;
+    let control = context.require_control()?;
+    let pool = Pool::new(context.threads(Role::Trainer))?;
+    let (node, details) = Node::start(&context, &options, &*control).await?;
+    let metadata = WorkerMetadata::of_this_process(NAME, control.rank(), Role::Trainer, details);
+    Ok(Prepared::new(metadata, move |place| async move {
+        let link = Outgoing { node, pool, topology: options.topology };
+        let engine = Sender::new(link, &context, control, place.rollouts());
+        Ok(Box::new(engine) as Box<dyn TrainerEngine>)
+    }))
+}
 
-    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
-        let Phase::Prepared(node) = &self.phase else {
-            return Err(Error::wrong_phase("joining the group", "call prepare first, and once"));
-        };
-        let (node, pool, control) = (node.clone(), self.pool.clone(), self.control.clone());
-        self.phase = match self.context.role {
-            Role::Trainer => {
-                let topology = self.options.topology;
-                let link = Outgoing { node: node.clone(), pool, topology };
-                let sender = Sender::new(link, &self.context, control, place.rollouts());
-                Phase::Sending(sender, node)
-            }
-            Role::Rollout => {
-                let rank = control.rank();
-                let link = Incoming { node: node.clone(), rank, peers: HashMap::new() };
-                Phase::Receiving(Receiver::new(link, &self.context, control, pool), node)
-            }
-        };
-        Ok(())
-    }
-
-    async fn send_weights(
-        &mut self,
-        weights: WeightStream<'_>,
-        version: Version,
-    ) -> Result<SendReport> {
-        match &mut self.phase {
-            Phase::Sending(sender, _) => sender.send(weights, version).await,
-            Phase::Receiving(..) => {
-                Err(Error::wrong_phase("sending weights", "this rank is a rollout"))
-            }
-            _ => Err(Error::wrong_phase("sending weights", "call init_process_group first")),
-        }
-    }
-
-    async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
-        match &mut self.phase {
-            Phase::Receiving(receiver, node) => {
-                // The trainer may wait for this rank already.
-                node.agent.renew(self.context.deadline() / 4).await;
-                receiver.receive(version).await
-            }
-            Phase::Sending(..) => {
-                Err(Error::wrong_phase("receiving weights", "this rank is a trainer"))
-            }
-            _ => Err(Error::wrong_phase("receiving weights", "call init_process_group first")),
-        }
-    }
-
-    async fn finalize(&mut self) -> Result<()> {
-        let node = match std::mem::replace(&mut self.phase, Phase::New) {
-            Phase::New => return Err(Error::wrong_phase("finalizing", "it was not prepared")),
-            Phase::Prepared(node) => node,
-            // The link goes with the protocol's state.
-            Phase::Sending(_, node) | Phase::Receiving(_, node) => node,
-        };
-        // Views that are kept keep the memory, which nobody outside can reach any more.
-        if let Some(node) = Arc::into_inner(node) {
-            node.agent.close().await;
-        }
-        Ok(())
-    }
+pub(crate) async fn prepare_rollout(context: EngineContext) -> Result<PreparedRollout> {
+    let options = options(&context)?;
+    let control = context.require_control()?;
+    let pool = Pool::new(context.threads(Role::Rollout))?;
+    let (node, details) = Node::start(&context, &options, &*control).await?;
+    let rank = control.rank();
+    let metadata = WorkerMetadata::of_this_process(NAME, rank, Role::Rollout, details);
+    Ok(Prepared::new(metadata, move |_| async move {
+        let link = Incoming { node, rank, peers: HashMap::new() };
+        let engine = Receiver::new(link, &context, control, pool);
+        Ok(Box::new(engine) as Box<dyn RolloutEngine>)
+    }))
 }
 
 /// The trainer's buckets.
@@ -327,6 +269,10 @@ impl SendLink for Outgoing {
 
     fn card(&self) -> Bytes {
         self.node.card()
+    }
+
+    async fn close(&mut self, _: Duration) {
+        self.node.close().await;
     }
 }
 
@@ -409,6 +355,14 @@ impl FetchLink for Incoming {
         if let Some((_, card)) = self.peers.remove(&from) {
             self.node.agent.forget(&card);
         }
+    }
+
+    async fn listen(&mut self, limit: Duration) {
+        self.node.agent.renew(limit).await;
+    }
+
+    async fn close(&mut self) {
+        self.node.close().await;
     }
 }
 

@@ -22,11 +22,11 @@ mod lent;
 mod sys;
 
 use engine_core::{
-    Availability, Backend, CheckpointEngine, Devices, EngineContext, Error, ErrorKind, Placement,
-    Result, Role, WorkerMetadata,
+    Availability, Backend, Devices, EngineContext, Error, ErrorKind, Placement, PreparedRollout,
+    PreparedTrainer, Result, Role, WorkerMetadata,
 };
 
-pub use engine::{ErrorHandling, NixlEngine, NixlOptions, Topology, Transfer};
+pub use engine::{ErrorHandling, NixlOptions, Topology, Transfer};
 
 /// The transport's name in configurations.
 const NAME: &str = "nixl";
@@ -37,6 +37,7 @@ pub static BACKEND: &dyn Backend = &Nixl;
 #[derive(Debug)]
 struct Nixl;
 
+#[async_trait::async_trait]
 impl Backend for Nixl {
     fn name(&self) -> &'static str {
         NAME
@@ -59,8 +60,12 @@ impl Backend for Nixl {
         }
     }
 
-    fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
-        Ok(Box::new(NixlEngine::new(context)?))
+    async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
+        engine::prepare_trainer(context).await
+    }
+
+    async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
+        engine::prepare_rollout(context).await
     }
 
     fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {

@@ -1,6 +1,6 @@
 //! The engine, the same for every library.
 
-use std::fmt;
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -18,20 +18,17 @@ use engine_core::clock::within;
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::ALIGNMENT;
 use engine_core::{
-    CheckpointEngine, Control, EngineContext, Error, ErrorKind, ErrorReport, Placement, Rank,
-    ReceivedWeights, Result, Role, SendReport, Storage, Version, WeightStream, WorkerMetadata,
+    Control, EngineContext, Error, ErrorKind, ErrorReport, Placement, Prepared, PreparedRollout,
+    PreparedTrainer, Rank, Result, Role, RolloutEngine, Storage, TrainerEngine, WorkerMetadata,
 };
 use protocol::{
-    Arrival, CoSender, Fetch, FetchLink, Members, Part, Receiver, SendLink, Sender,
-    Ticket as JoinTicket, Witness, drain,
+    Arrival, CoSender, Fetch, FetchLink, Members, Part, Receiver, Relay, SendLink, Sender,
+    Ticket as JoinTicket, Witness,
 };
 
 /// Slots of a rank with one sender. Together they are as large as the two buckets that the configuration
 /// speaks of: with four, one is filled and one installed while others travel.
 const SLOTS: u32 = 4;
-
-/// How long the leader waits for colocated rollouts to let go of the last buckets, before it frees them.
-const CLOSING: Duration = Duration::from_secs(2);
 
 /// Options that all collective backends have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,7 +48,7 @@ impl Default for CollectiveOptions {
     }
 }
 
-/// A rank's end of a collective transport.
+/// What a rank of a collective transport is made of.
 ///
 /// # Contract
 ///
@@ -59,76 +56,65 @@ impl Default for CollectiveOptions {
 /// groups, which it may do only when the last rank of the process leaves them: `finalize`, without blocking. If the
 /// engine is dropped without, a task of the tokio runtime waits, up to `timeout_seconds`, and the runtime waits for
 /// that task when it ends (not with `shutdown_background`); outside of a runtime, the drop itself blocks as long.
-pub struct CollectiveEngine<L: Library> {
+#[derive(Debug)]
+pub struct CollectiveEngine<L> {
     library: L,
     context: EngineContext,
     options: CollectiveOptions,
     control: Arc<dyn Control>,
+    role: Role,
     pool: Pool,
-    phase: Phase<L::Communicator>,
-}
-
-impl<L: Library> fmt::Debug for CollectiveEngine<L> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("CollectiveEngine")
-            .field("library", &self.library)
-            .field("options", &self.options)
-            .finish_non_exhaustive()
-    }
-}
-
-enum Phase<C: Communicator> {
-    New,
-    Prepared(Arc<Node<C>>),
-    Sending(Sender<Link<C>>, Arc<Node<C>>),
-    CoSending(CoSender<Link<C>>, Arc<Node<C>>),
-    Relaying(Receiver<Link<C>>, Arc<Node<C>>),
-    /// A trainer that hears of updates only.
-    Idle(Witness, Arc<Node<C>>),
-    Receiving(Receiver<Link<C>>, Arc<Node<C>>),
-}
-
-impl<L: Library> Drop for CollectiveEngine<L> {
-    fn drop(&mut self) {
-        if let Some(node) = self.phase.node() {
-            node.thread.close_later(self.context.deadline());
-        }
-    }
-}
-
-impl<C: Communicator> Phase<C> {
-    fn node(&self) -> Option<&Arc<Node<C>>> {
-        match self {
-            Self::New => None,
-            // The link goes with the protocol's state.
-            Self::Prepared(node)
-            | Self::Idle(_, node)
-            | Self::Sending(_, node)
-            | Self::CoSending(_, node)
-            | Self::Relaying(_, node)
-            | Self::Receiving(_, node) => Some(node),
-        }
-    }
 }
 
 impl<L: Library> CollectiveEngine<L> {
-    /// The engine of a rank.
+    /// Prepares a trainer.
     ///
     /// # Errors
     ///
     /// `Config` for options that cannot be used, or without a control plane; `Resource` if its threads
-    /// cannot be started.
-    pub fn new(library: L, context: EngineContext, options: CollectiveOptions) -> Result<Self> {
-        if options.senders == 0 {
-            let message = "senders: 0: one trainer has to send";
-            return Err(Error::new(ErrorKind::Config, "making an engine", message));
-        }
-        let control = context.require_control()?;
-        let pool = Pool::new(context.threads())?;
-        Ok(Self { library, context, options, control, pool, phase: Phase::New })
+    /// cannot be started; those of [`Library::open`].
+    pub async fn prepare_trainer(
+        library: L,
+        context: EngineContext,
+        options: CollectiveOptions,
+    ) -> Result<PreparedTrainer> {
+        let engine = Self::new(library, context, options, Role::Trainer)?;
+        let (node, metadata) = engine.open().await?;
+        Ok(Prepared::new(metadata, move |place| engine.join_trainer(node, place)))
     }
 
-    /// Each sender fills every so manieth slot: it needs two of them to fill one while the other travels.
+    /// Prepares a rollout.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`prepare_trainer`](Self::prepare_trainer).
+    pub async fn prepare_rollout(
+        library: L,
+        context: EngineContext,
+        options: CollectiveOptions,
+    ) -> Result<PreparedRollout> {
+        let engine = Self::new(library, context, options, Role::Rollout)?;
+        let (node, metadata) = engine.open().await?;
+        Ok(Prepared::new(metadata, move |place| engine.join_rollout(node, place)))
+    }
+
+    fn new(
+        library: L,
+        context: EngineContext,
+        options: CollectiveOptions,
+        role: Role,
+    ) -> Result<Self> {
+        if options.senders == 0 {
+            let message = "senders: 0: one trainer has to send";
+            return Err(Error::new(ErrorKind::Config, "preparing", message));
+        }
+        let control = context.require_control()?;
+        let pool = Pool::new(context.threads(role))?;
+        Ok(Self { library, context, options, control, role, pool })
+    }
+
+    /// The number and the size of a rank's slots. Each sender needs two slots for itself: it fills one while the other
+    /// travels.
     fn shape(&self) -> Result<Shape> {
         let config = &self.context.config;
         let bucket = config.bucket_bytes().unwrap_or(self.library.default_bucket_bytes());
@@ -140,176 +126,113 @@ impl<L: Library> CollectiveEngine<L> {
         }
         Ok(Shape { slots, slot_bytes })
     }
-}
 
-fn wrong_phase(operation: &str, message: &str) -> Error {
-    Error::new(ErrorKind::State, operation, message)
-}
-
-#[async_trait]
-impl<L: Library> CheckpointEngine for CollectiveEngine<L> {
-    async fn prepare(&mut self) -> Result<WorkerMetadata> {
-        if !matches!(self.phase, Phase::New | Phase::Prepared(_)) {
-            return Err(wrong_phase("preparing", "it is in a group already"));
-        }
+    async fn open(&self) -> Result<(Owned<L::Communicator>, WorkerMetadata)> {
         let shape = self.shape()?;
         let Opened { thread, slots, version, share } =
             self.library.open(&self.context, shape, &self.pool).await?;
         let details = Details { shape, version, senders: self.options.senders, share };
         let locks = (0..shape.slots).map(|_| Arc::default()).collect();
-        // Shorter than the protocol's, so that a broadcast that hangs is named as what it is.
-        let deadline = self.context.deadline().mul_f64(0.75);
+        let rank = self.control.rank();
         let node = Node {
             thread,
             slots,
             shape,
             locks,
-            rank: self.control.rank(),
-            deadline,
+            rank,
+            // Shorter than the protocol's, so that a broadcast that hangs is named as what it is.
+            deadline: self.context.deadline().mul_f64(0.75),
             joined: Mutex::default(),
             failed: Mutex::default(),
         };
-        self.phase = Phase::Prepared(Arc::new(node));
-        let name = self.library.name();
-        let (rank, role) = (self.control.rank(), self.context.role);
-        Ok(WorkerMetadata::of_this_process(name, rank, role, serde_json::json!(details)))
+        let node = Owned { node: Arc::new(node), limit: self.context.deadline() };
+        let (name, details) = (self.library.name(), serde_json::json!(details));
+        Ok((node, WorkerMetadata::of_this_process(name, rank, self.role, details)))
     }
 
-    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
-        let Phase::Prepared(node) = &self.phase else {
-            return Err(wrong_phase("joining the group", "call prepare first, and once"));
-        };
-        let (node, pool, control) = (node.clone(), self.pool.clone(), self.control.clone());
+    /// A rank's end of the groups, and what the ranks of the group do.
+    async fn link(
+        &self,
+        node: Owned<L::Communicator>,
+        place: &Placement,
+    ) -> Result<(Link<L::Communicator>, Parts)> {
         let can_shrink =
             node.thread.run(node.deadline, |library, _| Ok(library.can_shrink())).await?;
-        let mut link = Link {
-            node: node.clone(),
-            pool: pool.clone(),
+        let parts = Parts::new(self.options, &place.peers);
+        let mut leaders = None;
+        if parts.of(place.rank) == Some(Part::Colocated) {
+            let key = parts.key()?;
+            // Now, so that what does not work is known before any update, and its own slots are freed.
+            drop(node.thread.attach(key.clone()).await.map_err(|error| error.rank(node.rank))?);
+            leaders = Some(Leaders { key, held: None });
+        }
+        let link = Link {
+            node,
+            pool: self.pool.clone(),
             can_shrink,
             rebuild: self.options.rebuild_group,
             clean: true,
             epochs: 0,
             is_read: false,
-            leaders: None,
+            leaders,
         };
-        let context = &self.context;
-        let parts = Parts::new(self.options, &place.peers);
-        let part = parts.of(place.rank);
-        if part == Some(Part::Colocated) {
-            let key = parts.key()?;
-            // Now, so that what does not work is known before any update, and its own slots are freed.
-            drop(node.thread.attach(key.clone()).await.map_err(|error| error.rank(node.rank))?);
-            link.leaders = Some(Leaders { key, held: None });
+        Ok((link, parts))
+    }
+
+    async fn join_trainer(
+        self,
+        node: Owned<L::Communicator>,
+        place: Placement,
+    ) -> Result<Box<dyn TrainerEngine>> {
+        let (mut link, parts) = self.link(node, &place).await?;
+        let Self { context, control, pool, .. } = self;
+        let context = &context;
+        if place.rank == Rank::LEADER {
+            let others: Vec<_> = parts.iter().collect();
+            let sender = Sender::new(link, context, control, []);
+            let sender = sender.with_parts(others, move |peer| parts.of_newcomer(peer));
+            return Ok(Box::new(sender));
         }
-        self.phase = match (context.role, part) {
-            (Role::Trainer, _) if place.rank == Rank::LEADER => {
-                let sender = Sender::new(link, context, control, []);
-                let others: Vec<_> = parts.iter().collect();
-                let sender = sender.with_parts(others, move |peer| parts.of_newcomer(peer));
-                Phase::Sending(sender, node)
-            }
-            (Role::Rollout, _) => {
-                Phase::Receiving(Receiver::new(link, context, control, pool), node)
-            }
-            (Role::Trainer, Some(Part::Sender)) => {
-                Phase::CoSending(CoSender::new(link, context, control), node)
-            }
-            (Role::Trainer, Some(Part::Relay)) => {
-                Phase::Relaying(Receiver::new(link, context, control, pool), node)
-            }
-            (Role::Trainer, _) => {
+        Ok(match parts.of(place.rank) {
+            Some(Part::Sender) => Box::new(CoSender::new(link, context, control)),
+            Some(Part::Relay) => Box::new(Relay::new(link, context, control, pool)),
+            _ => {
                 // Its slots are of no use, and a rollout of the device has use for the memory.
-                node.thread.close().await;
-                Phase::Idle(Witness::new(context, control), node)
+                FetchLink::close(&mut link).await;
+                Box::new(Witness::new(context, control))
             }
-        };
-        Ok(())
+        })
     }
 
-    async fn send_weights(
-        &mut self,
-        weights: WeightStream<'_>,
-        version: Version,
-    ) -> Result<SendReport> {
-        match &mut self.phase {
-            Phase::Sending(sender, _) => sender.send(weights, version).await,
-            Phase::CoSending(sender, _) => sender.send(weights, version).await,
-            Phase::Relaying(receiver, _) => {
-                relay(receiver, weights, version, self.context.deadline()).await
-            }
-            Phase::Idle(witness, _) => witness.send(weights, version).await,
-            Phase::Receiving(..) => Err(wrong_phase("sending weights", "this rank is a rollout")),
-            _ => Err(wrong_phase("sending weights", "call init_process_group first")),
-        }
-    }
-
-    async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
-        match &mut self.phase {
-            Phase::Receiving(receiver, _) => receiver.receive(version).await,
-            Phase::New | Phase::Prepared(_) => {
-                Err(wrong_phase("receiving weights", "call init_process_group first"))
-            }
-            _ => Err(wrong_phase("receiving weights", "this rank is a trainer")),
-        }
-    }
-
-    async fn finalize(&mut self) -> Result<()> {
-        let mut phase = std::mem::replace(&mut self.phase, Phase::New);
-        let Some(node) = phase.node().cloned() else {
-            return Err(wrong_phase("finalizing", "it was not prepared"));
-        };
-        // Should this future be dropped.
-        let closing = Closing { node, limit: self.context.deadline() };
-        if let Phase::Sending(sender, node) = &mut phase
-            && !sender.wait_until_released(node.deadline.min(CLOSING)).await
-        {
-            warn!("colocated rollouts hold buckets of the last update, which are gone now");
-        }
-        drop(phase);
-        closing.node.thread.close().await;
-        Ok(())
+    async fn join_rollout(
+        self,
+        node: Owned<L::Communicator>,
+        place: Placement,
+    ) -> Result<Box<dyn RolloutEngine>> {
+        let (link, _) = self.link(node, &place).await?;
+        Ok(Box::new(Receiver::new(link, &self.context, self.control, self.pool)))
     }
 }
 
-/// A rank's thread, which ends when this is dropped.
-struct Closing<C: Communicator> {
+/// A rank's slots and its thread, which ends when this is dropped.
+#[derive(Debug)]
+struct Owned<C: Communicator> {
     node: Arc<Node<C>>,
     limit: Duration,
 }
 
-impl<C: Communicator> Drop for Closing<C> {
-    fn drop(&mut self) {
-        self.node.thread.close_later(self.limit);
+impl<C: Communicator> Deref for Owned<C> {
+    type Target = Arc<Node<C>>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.node
     }
 }
 
-/// Takes part in an update for the library to pass buckets on from here.
-async fn relay<C: Communicator>(
-    receiver: &mut Receiver<Link<C>>,
-    weights: WeightStream<'_>,
-    version: Version,
-    deadline: Duration,
-) -> Result<SendReport> {
-    // The leader begins before it reads its stream, which this one's may be gathered together with.
-    let mut received = receiver.receive(Some(version)).await?;
-    let passed_on = async {
-        while received.next_bucket().await?.is_some() {}
-        Ok(())
-    };
-    let drained = drain(weights, version, deadline);
-    let mut report = match futures::future::try_join(drained, passed_on).await {
-        Ok((report, ())) => report,
-        Err(error) => {
-            let report = ErrorReport::from(&error);
-            received.fail(error);
-            return Err(report.into());
-        }
-    };
-    let received = received.finish().await?;
-    report.buckets = received.buckets;
-    report.digest = received.digest;
-    report.elapsed = report.elapsed.max(received.elapsed);
-    Ok(report)
+impl<C: Communicator> Drop for Owned<C> {
+    fn drop(&mut self) {
+        self.node.thread.close_later(self.limit);
+    }
 }
 
 /// A rank's slots, and its thread.
@@ -422,7 +345,7 @@ const JOINING: &str = "joining the group of an update";
 /// A rank's end of the groups, as the update protocol uses it.
 #[derive(Debug)]
 struct Link<C: Communicator> {
-    node: Arc<Node<C>>,
+    node: Owned<C>,
     pool: Pool,
     can_shrink: bool,
     rebuild: bool,
@@ -471,7 +394,7 @@ impl<C: Communicator> SendLink for Link<C> {
         let (limit, slot) = (node.deadline, slot as u32);
         let groups = groups_of(&node.joined().members, node.rank);
         if let Some(&(group, _)) = groups.first() {
-            let done = Box::new(Sent { node: node.clone(), slot: guard });
+            let done = Box::new(Sent { node: Arc::clone(node), slot: guard });
             node.thread.broadcast(Broadcast { group, slot, len: filled, limit, done });
         }
         if self.is_read {
@@ -525,6 +448,10 @@ impl<C: Communicator> SendLink for Link<C> {
         if !committed {
             self.node.thread.leave_all();
         }
+    }
+
+    async fn close(&mut self, _: Duration) {
+        self.node.thread.close().await;
     }
 }
 
@@ -606,7 +533,7 @@ impl<C: Communicator> FetchLink for Link<C> {
                 return arrival.tell(Err(error.rank(from)));
             }
         };
-        let done = Box::new(Expected { node: node.clone(), slot: guard, filled, from, arrival });
+        let done = Box::new(Expected { node: Arc::clone(node), slot: guard, filled, from, arrival });
         match group.filter(|_| filled > 0) {
             // Nothing travels of an empty bucket.
             None => done.arrived(),
@@ -636,6 +563,10 @@ impl<C: Communicator> FetchLink for Link<C> {
         if let Some(leaders) = &mut self.leaders {
             leaders.held = None;
         }
+    }
+
+    async fn close(&mut self) {
+        self.node.thread.close().await;
     }
 }
 

@@ -424,7 +424,7 @@ impl Pending {
         }
     }
 
-    fn gather(&self) -> Option<(u32, &Bytes)> {
+    fn gather(&self) -> Option<(Option<u32>, &Bytes)> {
         match &self.call {
             Call::Gather { world_size, payload } => Some((*world_size, payload)),
             Call::Barrier { .. } => None,
@@ -559,7 +559,14 @@ impl Group {
             return self.reply_all(&[(rank, id)], &failed(&error.rank(rank)), mailbox);
         }
         match call {
-            Call::Gather { world_size, .. } if world_size > self.max_world_size => {
+            Call::Gather { world_size: None, .. } if rank == Rank::LEADER => {
+                let message = "the leader has to say how many ranks the group has";
+                let error = Error::new(ErrorKind::Config, "gathering the group", message);
+                self.reply_all(&[(rank, id)], &failed(&error.rank(rank)), mailbox);
+            }
+            Call::Gather { world_size: Some(world_size), .. }
+                if world_size > self.max_world_size =>
+            {
                 let message = format!(
                     "a world size of {world_size}: the leader forms groups of up to {} ranks \
                      (max_world_size)",
@@ -597,10 +604,9 @@ impl Group {
         }
         let Some(pending) = self.pending.remove(&rank) else { return };
         let mut missing: Vec<Rank> = match pending.gather() {
-            Some((world_size, _)) => {
-                // The leader knows the world better than a member that gives up.
-                let leader = self.pending.get(&Rank::LEADER).and_then(Pending::gather);
-                self.missing(leader.map_or(world_size, |(world_size, _)| world_size))
+            Some((own, _)) => {
+                // The leader knows the world better than a member that gives up; that one may know of the leader only.
+                self.missing(self.leaders_world().or(own).unwrap_or(1))
             }
             None => self.expected.iter().copied().filter(|r| !self.waits_in_barrier(*r)).collect(),
         };
@@ -648,7 +654,7 @@ impl Group {
     }
 
     fn try_gather(&mut self, mailbox: &mut Mailbox) {
-        if let Some((world_size, _)) = self.pending.get(&Rank::LEADER).and_then(Pending::gather) {
+        if let Some(world_size) = self.leaders_world() {
             self.refuse_other_worlds(world_size, mailbox);
             if !self.is_complete(world_size) {
                 return;
@@ -687,16 +693,18 @@ impl Group {
         self.slots.iter().filter_map(selected).collect()
     }
 
+    /// How many ranks the leader wants in the round that it gathers.
+    fn leaders_world(&self) -> Option<u32> {
+        self.pending.get(&Rank::LEADER).and_then(Pending::gather).and_then(|(size, _)| size)
+    }
+
     /// The leader's world size decides; a newcomer to a group that exists may not know it.
     fn refuse_other_worlds(&mut self, world_size: u32, mailbox: &mut Mailbox) {
         let newcomers_count = !self.formed;
         for rank in self.gathering(|_, slot| newcomers_count || slot.payload.is_some()) {
-            let Some((other, _)) = self.pending.get(&rank).and_then(Pending::gather) else {
-                continue;
-            };
-            if other == world_size {
-                continue;
-            }
+            let other =
+                self.pending.get(&rank).and_then(Pending::gather).and_then(|(size, _)| size);
+            let Some(other) = other.filter(|other| *other != world_size) else { continue };
             let error = Error::new(
                 ErrorKind::Mismatch,
                 "gathering the group",

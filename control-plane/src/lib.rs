@@ -63,7 +63,7 @@ pub use address::{Address, UnixAddress};
 pub use channel::{Channel, ChannelId, UPDATES};
 pub use engine_core::control::{Control, Event, Peer, Role};
 pub use env::{TorchrunEnv, from_env, from_lookup};
-pub use form::form_group;
+pub use form::{FormGroup, form_group, join_group};
 pub use plane::ControlPlane;
 pub use token::Token;
 

@@ -138,7 +138,8 @@ impl ControlPlane {
     ///
     /// # Contract
     ///
-    /// The first gather needs the ranks below `world_size`, and the leader's `world_size` decides.
+    /// The first gather needs the ranks below `world_size`, and the leader's `world_size` decides. Members may say
+    /// `None`: whatever it is; one that says another is refused.
     /// A member that joins after that gets the current table at once, whatever size it says, and
     /// the leader an [`Event::Joined`]. Ranks of the group may gather again: that takes
     /// `world_size` contributions, the leader's among them, and replaces their metadata.
@@ -149,17 +150,17 @@ impl ControlPlane {
     ///
     /// # Errors
     ///
-    /// `Timeout` naming the ranks that are missing, `Mismatch` naming both world sizes on a member
+    /// `Timeout` naming the ranks that are missing, `Config` on a leader without a world size, `Mismatch` naming both on a member
     /// whose size differs or exceeds the leader's `max_world_size`, `PeerLost` when the leader is gone, `State` when this rank gathers or is
     /// in a barrier already, `Config` when the metadata exceeds `max_frame_bytes`.
     pub async fn gather(
         &self,
-        world_size: u32,
+        world_size: impl Into<Option<u32>>,
         payload: Bytes,
         deadline: Duration,
     ) -> Result<Vec<Peer>> {
         let operation = "gathering the group";
-        let size = payload.len();
+        let (size, world_size) = (payload.len(), world_size.into());
         let call = Call::Gather { world_size, payload };
         match self.call(operation, call, size, deadline).await? {
             Outcome::Table { peers: table, updates } => {

@@ -106,8 +106,14 @@ pub(super) struct Terms {
 /// Something that ends when other ranks take part too.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum Call {
-    Gather { world_size: u32, payload: Bytes },
-    Barrier { name: String },
+    /// Members may leave the size to the leader.
+    Gather {
+        world_size: Option<u32>,
+        payload: Bytes,
+    },
+    Barrier {
+        name: String,
+    },
 }
 
 /// How a call ended.
@@ -419,7 +425,7 @@ mod tests {
             }),
             Frame::Signal(Signal::Call {
                 id: 1,
-                call: Call::Gather { world_size: 2, payload: Bytes::from_static(b"x") },
+                call: Call::Gather { world_size: Some(2), payload: Bytes::from_static(b"x") },
             }),
             Frame::Signal(Signal::Call { id: 2, call: Call::Barrier { name: "b".into() } }),
             Frame::Signal(Signal::Withdraw { id: 2 }),

@@ -9,8 +9,8 @@ use async_trait::async_trait;
 use crate::memory::TensorMemory;
 use crate::{
     CheckpointEngine, CheckpointEngineWithCache, Error, ErrorKind, ErrorReport, Expected,
-    Placement, ReceivedBucket, ReceivedPiece, ReceivedWeights, Result, SendReport, Version, Weight,
-    WeightStream, WorkerMetadata, check_names, ensure_async_iterator,
+    ReceivedBucket, ReceivedPiece, ReceivedWeights, Result, RolloutEngine, Version, Weight,
+    WeightStream, check_names, ensure_async_iterator,
 };
 
 /// An engine whose rollout keeps the last complete version in host memory.
@@ -23,8 +23,8 @@ use crate::{
 /// # Examples
 ///
 /// ```
-/// # use engine_core::{CachedEngine, CheckpointEngine, CheckpointEngineWithCache, Result, Weight};
-/// # async fn example(engine: Box<dyn CheckpointEngine>) -> Result<()> {
+/// # use engine_core::{CachedEngine, CheckpointEngineWithCache, Result, RolloutEngine};
+/// # async fn example(engine: Box<dyn RolloutEngine>) -> Result<()> {
 /// use futures::StreamExt;
 ///
 /// let mut rollout = CachedEngine::new(engine);
@@ -38,18 +38,18 @@ use crate::{
 /// ```
 #[derive(Debug)]
 pub struct CachedEngine {
-    engine: Box<dyn CheckpointEngine>,
+    engine: Box<dyn RolloutEngine>,
     cache: WeightCache,
 }
 
 impl CachedEngine {
     /// An engine whose cache is empty.
-    pub fn new(engine: Box<dyn CheckpointEngine>) -> Self {
+    pub fn new(engine: Box<dyn RolloutEngine>) -> Self {
         Self { engine, cache: WeightCache::default() }
     }
 
     /// An engine that keeps what arrives in a store.
-    pub fn with_store(engine: Box<dyn CheckpointEngine>, store: Arc<dyn CacheStore>) -> Self {
+    pub fn with_store(engine: Box<dyn RolloutEngine>, store: Arc<dyn CacheStore>) -> Self {
         Self { engine, cache: WeightCache { store, ..WeightCache::default() } }
     }
 
@@ -277,28 +277,15 @@ impl WeightCache {
 
 #[async_trait]
 impl CheckpointEngine for CachedEngine {
-    async fn prepare(&mut self) -> Result<WorkerMetadata> {
-        self.engine.prepare().await
+    async fn finalize(self: Box<Self>) -> Result<()> {
+        self.engine.finalize().await
     }
+}
 
-    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
-        self.engine.init_process_group(place).await
-    }
-
-    async fn send_weights(
-        &mut self,
-        weights: WeightStream<'_>,
-        version: Version,
-    ) -> Result<SendReport> {
-        self.engine.send_weights(weights, version).await
-    }
-
+#[async_trait]
+impl RolloutEngine for CachedEngine {
     async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
         self.engine.receive_weights(version).await
-    }
-
-    async fn finalize(&mut self) -> Result<()> {
-        self.engine.finalize().await
     }
 }
 

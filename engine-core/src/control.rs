@@ -12,7 +12,7 @@ use crate::{Error, ErrorReport, Rank, Result};
 
 /// The version of what ranks say to one another: of the connection's frames, and of the messages of updates. Peers of
 /// different versions refuse each other.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// What a process of the group does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -22,6 +22,15 @@ pub enum Role {
     Trainer,
     /// It generates with them.
     Rollout,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Trainer => "trainer",
+            Self::Rollout => "rollout",
+        })
+    }
 }
 
 /// A rank of the group and the metadata that it contributed.

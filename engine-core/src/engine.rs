@@ -1,10 +1,12 @@
 //! The contract that every transport fulfils.
 
 use std::fmt;
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures::future::{BoxFuture, try_join_all};
 use serde::{Deserialize, Serialize};
 
 use crate::control::{Control, Role};
@@ -13,39 +15,43 @@ use crate::received::ReceivedWeights;
 use crate::report::SendReport;
 use crate::{CheckpointEngineConfig, Error, ErrorKind, Rank, Result, Version, WeightStream};
 
-/// Moves weights between a trainer and its rollouts: the contract of every transport.
+/// One rank's end of a group: what a trainer's and a rollout's have in common. It is the contract of every transport.
 ///
-/// An engine is one rank's end of a group. Its life has five phases:
+/// Each phase of its life is a type of its own, so that nothing can be called too early, too late, or on the wrong
+/// side:
 ///
-/// 1. [`prepare`](Self::prepare) on every rank: allocate, and say how to be reached;
-/// 2. [`Backend::build_topology`], a pure function of all ranks' metadata: who sends to whom;
-/// 3. [`init_process_group`](Self::init_process_group) on every rank, with its place;
-/// 4. any number of updates: [`send_weights`](Self::send_weights) on the trainer while
-///    [`receive_weights`](Self::receive_weights) runs on the rollouts;
-/// 5. [`finalize`](Self::finalize).
+/// 1. [`Backend::prepare_trainer`] and [`Backend::prepare_rollout`] allocate, and say how the rank is reached:
+///    [`Prepared`], with its [`metadata`](Prepared::metadata);
+/// 2. [`Backend::build_topology`], a pure function of all ranks' metadata, gives each its [place](Placement);
+/// 3. [`Prepared::join`] joins the group: a [`TrainerEngine`] or a [`RolloutEngine`];
+/// 4. any number of updates: [`send_weights`](TrainerEngine::send_weights) on the trainer while
+///    [`receive_weights`](RolloutEngine::receive_weights) runs on the rollouts;
+/// 5. [`finalize`](Self::finalize). A group that has to be formed anew is prepared anew.
+///
+/// Engines are owned values that may be moved into a task.
 ///
 /// # Contract
 ///
-/// Every transport passes the suite of the `conformance` crate. In short: a receiver gets every
-/// weight exactly once, in the order sent, bit for bit; the stream of an update that failed ends
-/// with an error, on every rank, within the configured deadline; the next update works.
+/// Every transport passes the suite of the `conformance` crate. In short: a receiver gets every weight exactly once, in
+/// the order sent, bit for bit; the stream of an update that failed ends with an error, on every rank, within the
+/// configured deadline; the next update works.
 #[async_trait]
 pub trait CheckpointEngine: fmt::Debug + Send {
-    /// Allocates buckets, registers memory, and returns what peers need to reach this rank.
+    /// Frees buckets, and leaves the group.
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, or the engine without it, the same happens without anybody who waits for it.
     ///
     /// # Errors
     ///
-    /// `Resource` if the buckets do not fit into the memory they should be in, and whatever the
-    /// transport's library reports.
-    async fn prepare(&mut self) -> Result<WorkerMetadata>;
+    /// Whatever the transport's library reports.
+    async fn finalize(self: Box<Self>) -> Result<()>;
+}
 
-    /// Joins the group in the place that [`Backend::build_topology`] gave this rank.
-    ///
-    /// # Errors
-    ///
-    /// `State` before `prepare`; `Timeout`, naming the ranks, if others do not arrive.
-    async fn init_process_group(&mut self, place: Placement) -> Result<()>;
-
+/// A trainer's end of a group.
+#[async_trait]
+pub trait TrainerEngine: CheckpointEngine {
     /// Sends every weight of the stream, in order, to all receivers; ends when all have confirmed.
     ///
     /// # Cancel safety
@@ -61,7 +67,11 @@ pub trait CheckpointEngine: fmt::Debug + Send {
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport>;
+}
 
+/// A rollout's end of a group.
+#[async_trait]
+pub trait RolloutEngine: CheckpointEngine {
     /// The weights of the next update, in the order they were sent.
     ///
     /// Ends when the trainer begins an update. If a version is given, it has to be that one.
@@ -76,27 +86,20 @@ pub trait CheckpointEngine: fmt::Debug + Send {
     /// `Timeout` if no update begins within the deadline (call again to go on waiting);
     /// `PeerLost` if the trainer is gone; `Mismatch` if the update has another version.
     async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>>;
-
-    /// Frees buckets, and leaves the group.
-    ///
-    /// # Errors
-    ///
-    /// `State` before `prepare`, and whatever the transport's library reports.
-    async fn finalize(&mut self) -> Result<()>;
 }
 
-/// An engine whose rollouts keep the last complete version in a local cache.
+/// A rollout's end that keeps the last complete version in a local cache.
 ///
 /// A rollout that starts anew, or that takes weights when it has time, reads the cache without
 /// interrupting the trainer.
 #[async_trait]
-pub trait CheckpointEngineWithCache: CheckpointEngine {
+pub trait CheckpointEngineWithCache: RolloutEngine {
     /// Receives the next update into the cache; it replaces the cached version when it is complete
     /// and verified, and leaves it untouched otherwise.
     ///
     /// # Errors
     ///
-    /// Those of [`receive_weights`](CheckpointEngine::receive_weights).
+    /// Those of [`receive_weights`](RolloutEngine::receive_weights).
     async fn update_cache(&mut self, version: Option<Version>) -> Result<Version>;
 
     /// The last complete version and its weights, in the order sent; shared, not copied.
@@ -107,7 +110,80 @@ pub trait CheckpointEngineWithCache: CheckpointEngine {
     fn get_weights(&self) -> Result<(Version, WeightStream<'static>)>;
 }
 
-/// What peers need to know of a rank: made by [`CheckpointEngine::prepare`], carried by the
+/// A rank that has allocated what it needs, and says how it is reached; [`join`](Self::join) makes its engine of it.
+///
+/// Dropped instead, it frees what it has allocated.
+pub struct Prepared<E> {
+    metadata: WorkerMetadata,
+    join: Join<E>,
+}
+
+type Join<E> = Box<dyn FnOnce(Placement) -> BoxFuture<'static, Result<E>> + Send>;
+
+/// A trainer that has not joined its group.
+pub type PreparedTrainer = Prepared<Box<dyn TrainerEngine>>;
+/// A rollout that has not joined its group.
+pub type PreparedRollout = Prepared<Box<dyn RolloutEngine>>;
+
+impl<E> Prepared<E> {
+    /// A rank that is reached as `metadata` says, and joins by what `join` does.
+    pub fn new<Joining>(
+        metadata: WorkerMetadata,
+        join: impl FnOnce(Placement) -> Joining + Send + 'static,
+    ) -> Self
+    where
+        Joining: Future<Output = Result<E>> + Send + 'static,
+    {
+        Self { metadata, join: Box::new(move |place| Box::pin(join(place))) }
+    }
+
+    /// What peers need to know of the rank.
+    pub fn metadata(&self) -> &WorkerMetadata {
+        &self.metadata
+    }
+
+    /// With something that the embedding program tells other ranks of this one, beside what is there already: the
+    /// keys of an object.
+    #[must_use]
+    pub fn with_attributes(mut self, attributes: serde_json::Value) -> Self {
+        match (&mut self.metadata.attributes, attributes) {
+            (_, serde_json::Value::Null) => {}
+            (serde_json::Value::Object(have), serde_json::Value::Object(more)) => have.extend(more),
+            (have, more) => *have = more,
+        }
+        self
+    }
+
+    /// The same rank, whose engine is then made into something else.
+    pub fn map<Other: 'static>(
+        self,
+        into: impl FnOnce(E) -> Other + Send + 'static,
+    ) -> Prepared<Other>
+    where
+        E: 'static,
+    {
+        let Self { metadata, join } = self;
+        Prepared::new(metadata, move |place| async move { join(place).await.map(into) })
+    }
+
+    /// Joins the group in the place that [`Backend::build_topology`] gave this rank.
+    ///
+    /// # Errors
+    ///
+    /// `Timeout`, naming the ranks, if others do not arrive; `Mismatch` if they want other formats; whatever the
+    /// transport's library reports.
+    pub async fn join(self, place: Placement) -> Result<E> {
+        (self.join)(place).await
+    }
+}
+
+impl<E> fmt::Debug for Prepared<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Prepared").field("metadata", &self.metadata).finish_non_exhaustive()
+    }
+}
+
+/// What peers need to know of a rank: made by [`Backend`]s, carried by the
 /// embedding program or by the control plane.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WorkerMetadata {
@@ -266,36 +342,35 @@ impl Placement {
     }
 }
 
-/// Prepares engines of this process and joins them to one group, whose control plane, if they need one, has
-/// formed; returns the metadata of all, in the order of the engines.
+/// Joins ranks that were prepared in this process to one group, whose control plane, if they need one, has formed.
 ///
 /// # Errors
 ///
-/// Those of [`CheckpointEngine::prepare`], [`Backend::build_topology`] and
-/// [`CheckpointEngine::init_process_group`].
+/// Those of [`Backend::build_topology`] and [`Prepared::join`].
 pub async fn form_local_group(
-    engines: &mut [&mut dyn CheckpointEngine],
     backend: &dyn Backend,
-) -> Result<Vec<WorkerMetadata>> {
-    let mut workers = Vec::with_capacity(engines.len());
-    for engine in &mut *engines {
-        workers.push(engine.prepare().await?);
-    }
+    trainers: Vec<PreparedTrainer>,
+    rollouts: Vec<PreparedRollout>,
+) -> Result<(Vec<Box<dyn TrainerEngine>>, Vec<Box<dyn RolloutEngine>>)> {
+    let all =
+        trainers.iter().map(Prepared::metadata).chain(rollouts.iter().map(Prepared::metadata));
+    let workers: Vec<WorkerMetadata> = all.cloned().collect();
     let places = backend.build_topology(&workers)?;
-    for (engine, worker) in engines.iter_mut().zip(&workers) {
-        let place = Placement::of_rank(places.iter().cloned(), worker.rank)?;
-        engine.init_process_group(place).await?;
+    async fn join<E>(prepared: Prepared<E>, places: &[Placement]) -> Result<E> {
+        let place = Placement::of_rank(places.iter().cloned(), prepared.metadata().rank)?;
+        prepared.join(place).await
     }
-    Ok(workers)
+    // At the same time: a transport may have them wait for one another.
+    let trainers = try_join_all(trainers.into_iter().map(|trainer| join(trainer, &places)));
+    let rollouts = try_join_all(rollouts.into_iter().map(|rollout| join(rollout, &places)));
+    futures::future::try_join(trainers, rollouts).await
 }
 
-/// What an engine is made of: configuration, role, and its connection to the others.
+/// What an engine is made of: configuration, and its connection to the others.
 #[derive(Clone, Debug)]
 pub struct EngineContext {
     /// The configuration, common to all ranks.
     pub config: CheckpointEngineConfig,
-    /// Whether this rank sends or receives.
-    pub role: Role,
     /// The connection to rank 0. Engines that stay within a process need none.
     pub control: Option<Arc<dyn Control>>,
     /// The rank, where no control plane gives it; see [`rank`](Self::rank).
@@ -306,8 +381,8 @@ pub struct EngineContext {
 
 impl EngineContext {
     /// A context without control plane and observer.
-    pub fn new(config: CheckpointEngineConfig, role: Role) -> Self {
-        Self { config, role, control: None, rank: None, observer: Arc::new(()) }
+    pub fn new(config: CheckpointEngineConfig) -> Self {
+        Self { config, control: None, rank: None, observer: Arc::new(()) }
     }
 
     /// With the connection to rank 0: a control plane, or a [`Control`] of any kind.
@@ -346,19 +421,19 @@ impl EngineContext {
         self.control.clone().ok_or_else(|| {
             Error::new(
                 ErrorKind::Config,
-                "making an engine",
+                "preparing",
                 format!("the backend `{}` needs a control plane", self.config.backend),
             )
         })
     }
 
-    /// How many threads the rank packs or checks with: those of the configuration, else on a trainer
+    /// How many threads a rank of this role packs or checks with: those of the configuration, else on a trainer
     /// one for every core, which packing and quantising can use, and on a rollout one for every
     /// second, since verifying takes less and several rollouts may share a host; at most 16, because
     /// memory bandwidth is used up before more are.
-    pub fn threads(&self) -> usize {
+    pub fn threads(&self, role: Role) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-        match (self.config.threads, self.role) {
+        match (self.config.threads, role) {
             (Some(threads), _) => threads.get(),
             (None, Role::Trainer) => cores().min(16),
             (None, Role::Rollout) => cores().div_ceil(2).min(16),
@@ -371,7 +446,9 @@ impl EngineContext {
     }
 }
 
-/// A transport, as a value: each backend crate exports one as `BACKEND`.
+/// A transport, as a value: each backend crate exports one as `BACKEND`. One may have a state of its own, a client or
+/// credentials.
+#[async_trait]
 pub trait Backend: fmt::Debug + Send + Sync {
     /// Its name in configurations.
     fn name(&self) -> &'static str;
@@ -387,12 +464,20 @@ pub trait Backend: fmt::Debug + Send + Sync {
         Devices::Kinds(&[])
     }
 
-    /// Makes one rank's engine.
+    /// Prepares a trainer: allocates buckets, registers memory, and says how the rank is reached.
     ///
     /// # Errors
     ///
-    /// `Config` for a configuration that the backend cannot use; `Backend` if it cannot run here.
-    fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>>;
+    /// `Config` for a configuration that the backend cannot use; `Backend` if it cannot run here; `Resource` if the
+    /// buckets do not fit into the memory they should be in; whatever the transport's library reports.
+    async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer>;
+
+    /// Prepares a rollout, as a trainer.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`prepare_trainer`](Self::prepare_trainer).
+    async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout>;
 
     /// Places the ranks: who sends to whom. A pure function; every rank may compute it for itself.
     ///
@@ -404,6 +489,43 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// `Mismatch`, naming the rank that does not fit, or that two workers have.
     fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>>;
 }
+
+macro_rules! delegate {
+    ($($to:ty),*) => {$(
+        #[async_trait]
+        impl<B: Backend + ?Sized> Backend for $to {
+            fn name(&self) -> &'static str {
+                (**self).name()
+            }
+
+            fn summary(&self) -> &'static str {
+                (**self).summary()
+            }
+
+            fn probe(&self) -> Availability {
+                (**self).probe()
+            }
+
+            fn devices(&self) -> Devices {
+                (**self).devices()
+            }
+
+            async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
+                (**self).prepare_trainer(context).await
+            }
+
+            async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
+                (**self).prepare_rollout(context).await
+            }
+
+            fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
+                (**self).build_topology(workers)
+            }
+        }
+    )*};
+}
+
+delegate!(&B, Arc<B>);
 
 /// On which devices a backend can have buckets, beside the host's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -33,14 +33,15 @@ pub use control::{Control, Role};
 pub use dtype::DType;
 pub use engine::{
     Availability, Backend, CheckpointEngine, CheckpointEngineWithCache, Devices, EngineContext,
-    Placement, WorkerMetadata, form_local_group,
+    Placement, Prepared, PreparedRollout, PreparedTrainer, RolloutEngine, TrainerEngine,
+    WorkerMetadata, form_local_group,
 };
 pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
 pub use expected::{Expected, check_names};
 pub use ids::{Rank, Version};
-pub use manager::{CheckpointEngineManager, LocalRollout, RolloutWorker};
+pub use manager::{CheckpointEngineManager, LocalRollout, PreparedWorker, RolloutWorker};
 pub use received::{Install, Outcome, ReceivedBucket, ReceivedPiece, ReceivedWeights, TensorMap};
-pub use registry::{Layer, PutLayer, Registry};
+pub use registry::{Layer, Registry};
 pub use report::{
     ReceiveReport, ReceiverReport, SendReport, StageTimes, TensorCounts, VersionState,
 };

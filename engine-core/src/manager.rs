@@ -1,11 +1,11 @@
 //! Drives all phases for a whole set of workers.
 
 use async_trait::async_trait;
-use futures::future::{join, join_all, try_join_all};
+use futures::future::{join, join_all, try_join, try_join_all};
 
 use crate::{
-    Backend, CheckpointEngine, Install, Placement, ReceiveReport, Result, SendReport, Version,
-    WeightStream, WorkerMetadata,
+    Backend, Install, Placement, Prepared, PreparedTrainer, ReceiveReport, Result, RolloutEngine,
+    SendReport, TrainerEngine, Version, WeightStream, WorkerMetadata,
 };
 
 /// A rollout as the manager drives it: in this process ([`LocalRollout`]), or anywhere, behind the
@@ -14,17 +14,11 @@ use crate::{
 /// The hooks do nothing unless they are implemented.
 #[async_trait]
 pub trait RolloutWorker: Send {
-    /// See [`CheckpointEngine::prepare`].
-    async fn prepare(&mut self) -> Result<WorkerMetadata>;
-
-    /// See [`CheckpointEngine::init_process_group`].
-    async fn init_process_group(&mut self, place: Placement) -> Result<()>;
-
     /// Receives a version and installs it.
     async fn update(&mut self, version: Version) -> Result<ReceiveReport>;
 
-    /// See [`CheckpointEngine::finalize`].
-    async fn finalize(&mut self) -> Result<()>;
+    /// See [`CheckpointEngine::finalize`](crate::CheckpointEngine::finalize).
+    async fn finalize(self: Box<Self>) -> Result<()>;
 
     /// Before an update: finish or set aside the requests in flight.
     async fn pause(&mut self) -> Result<()> {
@@ -43,16 +37,20 @@ pub trait RolloutWorker: Send {
     }
 }
 
+/// A rollout that has not joined its group. [`Prepared::map`] makes one of a rollout of this process; one behind remote
+/// calls is made by [`Prepared::new`], of the metadata that it has said and of the call that joins it.
+pub type PreparedWorker = Prepared<Box<dyn RolloutWorker>>;
+
 /// A rollout of this process: an engine, and where the weights go.
 #[derive(Debug)]
 pub struct LocalRollout<D> {
-    engine: Box<dyn CheckpointEngine>,
+    engine: Box<dyn RolloutEngine>,
     destination: D,
 }
 
 impl<D: Install> LocalRollout<D> {
     /// A rollout that installs into a destination.
-    pub fn new(engine: Box<dyn CheckpointEngine>, destination: D) -> Self {
+    pub fn new(engine: Box<dyn RolloutEngine>, destination: D) -> Self {
         Self { engine, destination }
     }
 
@@ -64,62 +62,48 @@ impl<D: Install> LocalRollout<D> {
 
 #[async_trait]
 impl<D: Install> RolloutWorker for LocalRollout<D> {
-    async fn prepare(&mut self) -> Result<WorkerMetadata> {
-        self.engine.prepare().await
-    }
-
-    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
-        self.engine.init_process_group(place).await
-    }
-
     async fn update(&mut self, version: Version) -> Result<ReceiveReport> {
         let received = self.engine.receive_weights(Some(version)).await?;
         received.install(&mut self.destination).await
     }
 
-    async fn finalize(&mut self) -> Result<()> {
+    async fn finalize(self: Box<Self>) -> Result<()> {
         self.engine.finalize().await
     }
 }
 
-/// A trainer and its rollouts, driven through all phases together.
-pub struct CheckpointEngineManager<'a> {
-    backend: &'static dyn Backend,
-    trainer: Box<dyn CheckpointEngine>,
-    rollouts: Vec<Box<dyn RolloutWorker + 'a>>,
+/// A trainer and its rollouts, driven together.
+pub struct CheckpointEngineManager {
+    trainer: Box<dyn TrainerEngine>,
+    rollouts: Vec<Box<dyn RolloutWorker>>,
     /// Whether an update has paused rollouts and not resumed them.
     paused: bool,
 }
 
-impl<'a> CheckpointEngineManager<'a> {
-    /// A manager of one trainer and its rollouts, which have the ranks of their engines.
-    pub fn new(
-        backend: &'static dyn Backend,
-        trainer: Box<dyn CheckpointEngine>,
-        rollouts: Vec<Box<dyn RolloutWorker + 'a>>,
-    ) -> Self {
-        Self { backend, trainer, rollouts, paused: false }
-    }
-
-    /// Prepares every worker, builds the topology, and forms the group.
+impl CheckpointEngineManager {
+    /// Builds the topology of a trainer and its rollouts, and joins all of them to the group.
     ///
     /// # Errors
     ///
-    /// The first worker's that fails.
-    pub async fn init(&mut self) -> Result<()> {
-        let mut metadata = vec![self.trainer.prepare().await?];
-        metadata.extend(try_join_all(self.rollouts.iter_mut().map(|r| r.prepare())).await?);
-        let places = self.backend.build_topology(&metadata)?;
+    /// Those of [`Backend::build_topology`]; the trainer's, or the first rollout's that fails.
+    pub async fn form(
+        backend: &dyn Backend,
+        trainer: PreparedTrainer,
+        rollouts: Vec<PreparedWorker>,
+    ) -> Result<Self> {
+        let all =
+            std::iter::once(trainer.metadata()).chain(rollouts.iter().map(Prepared::metadata));
+        let workers: Vec<WorkerMetadata> = all.cloned().collect();
+        let places = backend.build_topology(&workers)?;
         let place =
             |worker: &WorkerMetadata| Placement::of_rank(places.iter().cloned(), worker.rank);
-        let trainer = self.trainer.init_process_group(place(&metadata[0])?);
-        let rollouts = self.rollouts.iter_mut().zip(&metadata[1..]).map(|(rollout, worker)| {
-            let place = place(worker);
-            async move { rollout.init_process_group(place?).await }
+        let own = place(trainer.metadata())?;
+        let rollouts = rollouts.into_iter().map(|rollout| {
+            let place = place(rollout.metadata());
+            async move { rollout.join(place?).await }
         });
-        let (trainer, rollouts) = join(trainer, join_all(rollouts)).await;
-        trainer?;
-        rollouts.into_iter().collect()
+        let (trainer, rollouts) = try_join(trainer.join(own), try_join_all(rollouts)).await?;
+        Ok(Self { trainer, rollouts, paused: false })
     }
 
     /// Runs one update: pauses all rollouts, frees their caches, sends, installs, and resumes them
@@ -184,20 +168,21 @@ impl<'a> CheckpointEngineManager<'a> {
     /// # Errors
     ///
     /// The first failure; all workers are finalized all the same.
-    pub async fn finalize(&mut self) -> Result<()> {
+    pub async fn finalize(mut self) -> Result<()> {
         let resumed = self.resume().await;
         let trainer = self.trainer.finalize().await;
-        let rollouts = join_all(self.rollouts.iter_mut().map(|rollout| rollout.finalize())).await;
+        let rollouts = self.rollouts.into_iter().map(|rollout| rollout.finalize());
+        let rollouts = join_all(rollouts).await;
         trainer?;
         resumed?;
         rollouts.into_iter().collect()
     }
 }
 
-impl std::fmt::Debug for CheckpointEngineManager<'_> {
+impl std::fmt::Debug for CheckpointEngineManager {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("CheckpointEngineManager")
-            .field("backend", &self.backend)
+            .field("trainer", &self.trainer)
             .field("rollouts", &self.rollouts.len())
             .finish_non_exhaustive()
     }

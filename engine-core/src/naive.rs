@@ -20,9 +20,9 @@ use crate::observe::{Observer as _, Progress};
 use crate::telemetry::{Meter, ReceiveStages};
 use crate::{
     Availability, Backend, CheckpointEngine, Devices, EngineContext, Error, ErrorKind, ErrorReport,
-    Outcome, Placement, Rank, ReceiveReport, ReceivedBucket, ReceivedWeights, ReceiverReport,
-    Result, Role, SendReport, StageTimes, TensorCounts, Version, VersionState, WeightStream,
-    WorkerMetadata,
+    Outcome, Placement, Prepared, PreparedRollout, PreparedTrainer, Rank, ReceiveReport,
+    ReceivedBucket, ReceivedWeights, ReceiverReport, Result, Role, RolloutEngine, SendReport,
+    StageTimes, TensorCounts, TrainerEngine, Version, VersionState, WeightStream, WorkerMetadata,
 };
 
 const NAME: &str = "naive";
@@ -36,6 +36,7 @@ pub static BACKEND: &dyn Backend = &Naive;
 #[derive(Debug)]
 struct Naive;
 
+#[async_trait]
 impl Backend for Naive {
     fn name(&self) -> &'static str {
         NAME
@@ -53,14 +54,49 @@ impl Backend for Naive {
         Availability::Usable { details: "always".into() }
     }
 
-    fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
-        #[derive(Default, Deserialize)]
-        #[serde(deny_unknown_fields)]
-        struct Kwargs {}
-        context.config.kwargs::<Kwargs>(NAME)?;
-        let pool = Pool::new(context.threads())?;
-        let rank = OwnRank::of(&context);
-        Ok(Box::new(NaiveEngine { context, pool, rank, phase: Phase::New }))
+    async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
+        check_options(&context)?;
+        let pool = Pool::new(context.threads(Role::Trainer))?;
+        let rank = OwnRank::of(&context, Role::Trainer);
+        let details = serde_json::Value::Null;
+        let metadata = WorkerMetadata::of_this_process(NAME, rank.rank, Role::Trainer, details);
+        Ok(Prepared::new(metadata, move |place| async move {
+            let mut rollouts = Vec::new();
+            for peer in place.peers.iter().filter(|peer| peer.rank != place.rank) {
+                let rank = peer.rank;
+                let details: Details =
+                    serde_json::from_value(peer.details.clone()).map_err(|error| {
+                        let words = "the rollout's metadata is not naive's";
+                        Error::new(ErrorKind::Protocol, "joining the group", words)
+                            .rank(rank)
+                            .with_source(error)
+                    })?;
+                let offers = waiting().remove(&details.id).ok_or_else(|| {
+                    let words = "the rollout is gone, or in another group";
+                    Error::new(ErrorKind::PeerLost, "joining the group", words).rank(rank)
+                })?;
+                rollouts.push((rank, offers));
+            }
+            let engine = NaiveTrainer { context, pool, _rank: rank, rollouts, absent: Vec::new() };
+            Ok(Box::new(engine) as Box<dyn TrainerEngine>)
+        }))
+    }
+
+    async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        check_options(&context)?;
+        let rank = OwnRank::of(&context, Role::Rollout);
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        let (sender, offers) = mpsc::unbounded_channel();
+        waiting().insert(id, sender);
+        let waits = Waits(id);
+        let details = serde_json::json!(Details { id });
+        let metadata = WorkerMetadata::of_this_process(NAME, rank.rank, Role::Rollout, details);
+        Ok(Prepared::new(metadata, move |place| async move {
+            let engine =
+                NaiveRollout { context, _own: rank, rank: place.rank, offers, _waits: waits };
+            Ok(Box::new(engine) as Box<dyn RolloutEngine>)
+        }))
     }
 
     fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
@@ -88,11 +124,39 @@ static WAITING: LazyLock<Mutex<HashMap<u64, mpsc::UnboundedSender<Offer>>>> =
     LazyLock::new(Mutex::default);
 
 #[derive(Debug)]
-struct NaiveEngine {
+struct NaiveTrainer {
     context: EngineContext,
     pool: Pool,
-    rank: OwnRank,
-    phase: Phase,
+    _rank: OwnRank,
+    rollouts: Vec<(Rank, mpsc::UnboundedSender<Offer>)>,
+    absent: Vec<Rank>,
+}
+
+#[derive(Debug)]
+struct NaiveRollout {
+    context: EngineContext,
+    _own: OwnRank,
+    rank: Rank,
+    offers: mpsc::UnboundedReceiver<Offer>,
+    _waits: Waits,
+}
+
+/// A rollout in [`WAITING`], until this is dropped.
+#[derive(Debug)]
+struct Waits(u64);
+
+impl Drop for Waits {
+    fn drop(&mut self) {
+        waiting().remove(&self.0);
+    }
+}
+
+/// The transport has no options of its own.
+fn check_options(context: &EngineContext) -> Result<()> {
+    #[derive(Default, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Kwargs {}
+    context.config.kwargs::<Kwargs>(NAME).map(drop)
 }
 
 /// The ranks of engines that have them from nobody else, as long as these are there.
@@ -107,8 +171,8 @@ struct OwnRank {
 }
 
 impl OwnRank {
-    fn of(context: &EngineContext) -> Self {
-        let given = context.rank().or((context.role == Role::Trainer).then_some(Rank::LEADER));
+    fn of(context: &EngineContext, role: Role) -> Self {
+        let given = context.rank().or((role == Role::Trainer).then_some(Rank::LEADER));
         if let Some(rank) = given {
             return Self { rank, is_chosen: false };
         }
@@ -127,15 +191,6 @@ impl Drop for OwnRank {
             RANKS.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.rank);
         }
     }
-}
-
-#[derive(Debug)]
-enum Phase {
-    New,
-    PreparedTrainer,
-    PreparedRollout { id: u64, offers: mpsc::UnboundedReceiver<Offer> },
-    Sending { rollouts: Vec<(Rank, mpsc::UnboundedSender<Offer>)>, absent: Vec<Rank> },
-    Receiving { rank: Rank, offers: mpsc::UnboundedReceiver<Offer> },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -200,69 +255,20 @@ impl Recipient {
 }
 
 #[async_trait]
-impl CheckpointEngine for NaiveEngine {
-    async fn prepare(&mut self) -> Result<WorkerMetadata> {
-        let (phase, details) = match (&self.phase, self.context.role) {
-            (Phase::Sending { .. } | Phase::Receiving { .. }, _) => {
-                return Err(Error::wrong_phase("preparing", "it is in a group already"));
-            }
-            (_, Role::Trainer) => (Phase::PreparedTrainer, serde_json::Value::Null),
-            (_, Role::Rollout) => {
-                static NEXT: AtomicU64 = AtomicU64::new(0);
-                let id = NEXT.fetch_add(1, Ordering::Relaxed);
-                let (sender, offers) = mpsc::unbounded_channel();
-                waiting().insert(id, sender);
-                (Phase::PreparedRollout { id, offers }, serde_json::json!(Details { id }))
-            }
-        };
-        self.phase = phase;
-        Ok(WorkerMetadata::of_this_process(NAME, self.rank.rank, self.context.role, details))
-    }
-
-    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
-        self.phase = match std::mem::replace(&mut self.phase, Phase::New) {
-            Phase::PreparedTrainer => {
-                let mut rollouts = Vec::new();
-                for peer in place.peers.iter().filter(|peer| peer.rank != place.rank) {
-                    let rank = peer.rank;
-                    let details: Details =
-                        serde_json::from_value(peer.details.clone()).map_err(|error| {
-                            let words = "the rollout's metadata is not naive's";
-                            Error::new(ErrorKind::Protocol, "joining the group", words)
-                                .rank(rank)
-                                .with_source(error)
-                        })?;
-                    let offers = waiting().remove(&details.id).ok_or_else(|| {
-                        let words = "the rollout is gone, or in another group";
-                        Error::new(ErrorKind::PeerLost, "joining the group", words).rank(rank)
-                    })?;
-                    rollouts.push((rank, offers));
-                }
-                Phase::Sending { rollouts, absent: Vec::new() }
-            }
-            Phase::PreparedRollout { offers, .. } => Phase::Receiving { rank: place.rank, offers },
-            other => {
-                self.phase = other;
-                return Err(Error::wrong_phase(
-                    "joining the group",
-                    "call prepare first, and once",
-                ));
-            }
-        };
+impl CheckpointEngine for NaiveTrainer {
+    async fn finalize(self: Box<Self>) -> Result<()> {
         Ok(())
     }
+}
 
+#[async_trait]
+impl TrainerEngine for NaiveTrainer {
     async fn send_weights(
         &mut self,
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport> {
-        let Phase::Sending { rollouts, absent } = &mut self.phase else {
-            return Err(Error::wrong_phase(
-                "sending weights",
-                "this rank is not a trainer of a group",
-            ));
-        };
+        let Self { rollouts, absent, .. } = self;
         let begun = Instant::now();
         let mut recipients = Vec::new();
         let (alive, hears) = watch::channel(());
@@ -344,15 +350,20 @@ impl CheckpointEngine for NaiveEngine {
             }
         }
     }
+}
 
+#[async_trait]
+impl CheckpointEngine for NaiveRollout {
+    async fn finalize(self: Box<Self>) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl RolloutEngine for NaiveRollout {
     async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
-        let Phase::Receiving { rank, offers } = &mut self.phase else {
-            return Err(Error::wrong_phase(
-                "receiving weights",
-                "this rank is not a rollout of a group",
-            ));
-        };
-        let (rank, deadline) = (*rank, self.context.deadline());
+        let Self { offers, .. } = self;
+        let (rank, deadline) = (self.rank, self.context.deadline());
         let operation = "waiting for an update to begin";
         let offer = loop {
             let offer = match within(deadline, offers.recv()).await {
@@ -418,17 +429,6 @@ impl CheckpointEngine for NaiveEngine {
             }
         });
         Ok(ReceivedWeights::new(version, outcome, buckets))
-    }
-
-    async fn finalize(&mut self) -> Result<()> {
-        match std::mem::replace(&mut self.phase, Phase::New) {
-            Phase::New => return Err(Error::wrong_phase("finalizing", "it was not prepared")),
-            Phase::PreparedRollout { id, .. } => {
-                waiting().remove(&id);
-            }
-            _ => {}
-        }
-        Ok(())
     }
 }
 

@@ -1,6 +1,10 @@
 //! Backends by name.
 
-use crate::{Backend, CheckpointEngine, EngineContext, Error, ErrorKind, Result};
+use std::sync::Arc;
+
+use crate::{
+    Backend, EngineContext, Error, ErrorKind, PreparedRollout, PreparedTrainer, Result, Role,
+};
 
 /// The backends that a program knows. `naive` is always among them.
 ///
@@ -9,16 +13,17 @@ use crate::{Backend, CheckpointEngine, EngineContext, Error, ErrorKind, Result};
 /// # Examples
 ///
 /// ```
-/// use engine_core::{CheckpointEngineConfig, EngineContext, Registry, Role};
-///
+/// # use engine_core::{CheckpointEngineConfig, EngineContext, Registry, Result};
+/// # async fn example() -> Result<()> {
 /// let registry = Registry::new();
 /// let config = CheckpointEngineConfig { backend: "naive".into(), ..Default::default() };
-/// let engine = registry.create(EngineContext::new(config, Role::Trainer))?;
-/// # Ok::<(), engine_core::Error>(())
+/// let trainer = registry.prepare_trainer(EngineContext::new(config)).await?;
+/// # Ok(())
+/// # }
 /// ```
 #[derive(Clone, Debug)]
 pub struct Registry {
-    backends: Vec<&'static dyn Backend>,
+    backends: Vec<Arc<dyn Backend>>,
     layers: Vec<Layer>,
 }
 
@@ -31,13 +36,11 @@ pub struct Layer {
     /// The keys of the configuration that it understands, beside those of
     /// [`CheckpointEngineConfig`](crate::CheckpointEngineConfig) itself.
     pub keys: &'static [&'static str],
-    /// Puts it in front of an engine.
-    pub put: PutLayer,
+    /// Puts it in front of a trainer's engine, as the context's configuration says.
+    pub trainer: fn(PreparedTrainer, &EngineContext) -> Result<PreparedTrainer>,
+    /// Puts it in front of a rollout's engine, as the context's configuration says.
+    pub rollout: fn(PreparedRollout, &EngineContext) -> Result<PreparedRollout>,
 }
-
-/// Puts a layer in front of an engine, as the context's configuration says.
-pub type PutLayer =
-    fn(Box<dyn CheckpointEngine>, &EngineContext) -> Result<Box<dyn CheckpointEngine>>;
 
 impl Default for Registry {
     fn default() -> Self {
@@ -48,14 +51,14 @@ impl Default for Registry {
 impl Registry {
     /// A registry of `naive` alone.
     pub fn new() -> Self {
-        Self { backends: vec![crate::naive::BACKEND], layers: Vec::new() }
+        Self { backends: vec![Arc::new(crate::naive::BACKEND)], layers: Vec::new() }
     }
 
     /// Adds a backend; one of the same name is replaced.
     #[must_use]
-    pub fn with(mut self, backend: &'static dyn Backend) -> Self {
+    pub fn with(mut self, backend: impl Backend + 'static) -> Self {
         self.backends.retain(|other| other.name() != backend.name());
-        self.backends.push(backend);
+        self.backends.push(Arc::new(backend));
         self
     }
 
@@ -69,8 +72,8 @@ impl Registry {
     }
 
     /// All backends.
-    pub fn backends(&self) -> impl Iterator<Item = &'static dyn Backend> + '_ {
-        self.backends.iter().copied()
+    pub fn backends(&self) -> impl Iterator<Item = &Arc<dyn Backend>> + '_ {
+        self.backends.iter()
     }
 
     /// A backend by its name.
@@ -78,25 +81,51 @@ impl Registry {
     /// # Errors
     ///
     /// `Backend`, listing the names that there are.
-    pub fn get(&self, name: &str) -> Result<&'static dyn Backend> {
+    pub fn get(&self, name: &str) -> Result<&Arc<dyn Backend>> {
         self.backends().find(|backend| backend.name() == name).ok_or_else(|| {
-            let known: Vec<&str> = self.backends().map(Backend::name).collect();
+            let known: Vec<&str> = self.backends().map(|backend| backend.name()).collect();
             let message = format!("there is no backend `{name}`; known: {}", known.join(", "));
             Error::new(ErrorKind::Backend, "choosing a backend", message)
         })
     }
 
-    /// Makes the engine that a configuration names.
+    /// Prepares a trainer with the backend that a configuration names, behind all layers.
     ///
     /// # Errors
     ///
     /// Those of [`validate`](crate::CheckpointEngineConfig::validate), of [`get`](Self::get), of
-    /// [`Backend::create`] and of the layers; `Config` if the configuration
-    /// asks for something that no layer understands, or for a device that the backend does not know.
-    pub fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
-        let refuse = |message: String| Error::new(ErrorKind::Config, "making an engine", message);
+    /// [`Backend::prepare_trainer`] and of the layers; `Config` if the configuration asks for something that no layer
+    /// understands, or for a device that the backend does not know, or if the control plane has the rank as a rollout.
+    pub async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
+        let backend = self.checked(&context, Role::Trainer)?;
+        let prepared = backend.prepare_trainer(context.clone()).await?;
+        self.layers.iter().try_fold(prepared, |prepared, layer| (layer.trainer)(prepared, &context))
+    }
+
+    /// Prepares a rollout, as a trainer.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`prepare_trainer`](Self::prepare_trainer).
+    pub async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
+        let backend = self.checked(&context, Role::Rollout)?;
+        let prepared = backend.prepare_rollout(context.clone()).await?;
+        self.layers.iter().try_fold(prepared, |prepared, layer| (layer.rollout)(prepared, &context))
+    }
+
+    /// The backend of a context that can be used.
+    fn checked(&self, context: &EngineContext, role: Role) -> Result<&Arc<dyn Backend>> {
+        let refuse = |message: String| Error::new(ErrorKind::Config, PREPARING, message);
         context.config.validate()?;
         let backend = self.get(&context.config.backend)?;
+        if let Some(control) = &context.control
+            && control.role() != role
+        {
+            let its = control.role();
+            let message =
+                format!("a {role} is prepared, and the control plane has the rank as {its}");
+            return Err(refuse(message).rank(control.rank()));
+        }
         let device = &context.config.device;
         if !device.is_cpu() && !backend.devices().has(device.kind()) {
             let (name, devices) = (backend.name(), backend.devices());
@@ -112,17 +141,19 @@ impl Registry {
                 "nothing in this program understands the key `{key}`: {known}"
             )));
         }
-        let engine = backend.create(context.clone())?;
-        self.layers.iter().try_fold(engine, |engine, layer| (layer.put)(engine, &context))
+        Ok(backend)
     }
 }
 
+const PREPARING: &str = "preparing";
+
 #[cfg(test)]
 mod tests {
+    use futures::executor::block_on;
     use serde_json::json;
 
     use super::*;
-    use crate::{Availability, CheckpointEngineConfig, Devices, Placement, Role, WorkerMetadata};
+    use crate::{Availability, CheckpointEngineConfig, Devices, Placement, WorkerMetadata};
 
     #[test]
     fn an_unknown_backend_is_an_error_that_lists_the_known_ones() {
@@ -134,6 +165,7 @@ mod tests {
     #[derive(Debug)]
     struct OnAbacuses;
 
+    #[async_trait::async_trait]
     impl Backend for OnAbacuses {
         fn name(&self) -> &'static str {
             "abacuses"
@@ -151,8 +183,12 @@ mod tests {
             Availability::Usable { details: "always".into() }
         }
 
-        fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
-            crate::naive::BACKEND.create(context)
+        async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
+            crate::naive::BACKEND.prepare_trainer(context).await
+        }
+
+        async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
+            crate::naive::BACKEND.prepare_rollout(context).await
         }
 
         fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
@@ -160,11 +196,11 @@ mod tests {
         }
     }
 
-    fn create(backend: &str, device: &str) -> Result<Box<dyn CheckpointEngine>> {
+    fn create(backend: &str, device: &str) -> Result<PreparedTrainer> {
         let (backend, device) = (backend.into(), device.parse().unwrap());
         let config = CheckpointEngineConfig { backend, device, ..Default::default() };
-        let registry = Registry::new().with(&OnAbacuses);
-        registry.create(EngineContext::new(config, Role::Trainer))
+        let registry = Registry::new().with(OnAbacuses);
+        block_on(registry.prepare_trainer(EngineContext::new(config)))
     }
 
     #[test]
@@ -185,14 +221,16 @@ mod tests {
     fn config_with(layers: serde_json::Value) -> EngineContext {
         let layers = layers.as_object().cloned().unwrap();
         let config = CheckpointEngineConfig { layers, ..Default::default() };
-        EngineContext::new(config, Role::Trainer)
+        EngineContext::new(config)
     }
 
     #[test]
     fn asking_for_quantisation_where_there_is_none_is_an_error() {
         for (key, asks) in [("quantize", json!(true)), ("how", json!({"mode": 1})), ("n", json!(0))]
         {
-            let error = Registry::new().create(config_with(json!({ key: asks }))).unwrap_err();
+            let error =
+                block_on(Registry::new().prepare_trainer(config_with(json!({ key: asks }))))
+                    .unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Config);
             assert!(
                 error
@@ -202,7 +240,7 @@ mod tests {
             );
         }
         for nothing in [json!({}), json!({"quantize": false}), json!({"how": {}, "n": null})] {
-            Registry::new().create(config_with(nothing)).unwrap();
+            block_on(Registry::new().prepare_trainer(config_with(nothing))).unwrap();
         }
     }
 
@@ -222,19 +260,23 @@ mod tests {
         let first = Layer {
             name: "first",
             keys: &["first"],
-            put: |engine, context| match context.config.layers.contains_key("first") {
+            trainer: |prepared, context| match context.config.layers.contains_key("first") {
                 true => Err(wants("first", context).unwrap_err()),
-                false => Ok(engine),
+                false => Ok(prepared),
             },
+            rollout: |prepared, _| Ok(prepared),
         };
         let second = Layer {
             name: "second",
             keys: &["second"],
-            put: |_, context| Err(wants("second", context).unwrap_err()),
+            trainer: |_, context| Err(wants("second", context).unwrap_err()),
+            rollout: |prepared, _| Ok(prepared),
         };
         let registry = Registry::new().with_layer(first).with_layer(second);
-        let message =
-            |layers| registry.create(config_with(layers)).unwrap_err().report().message.clone();
+        let message = |layers| {
+            let prepared = block_on(registry.prepare_trainer(config_with(layers)));
+            prepared.unwrap_err().report().message.clone()
+        };
         assert_eq!(message(json!({"first": [1], "second": true})), "first: [1] false");
         assert_eq!(message(json!({"second": true})), "second: [] true");
         assert!(message(json!({"third": 1})).contains("its layers know `first`, `second`"));

@@ -1,6 +1,6 @@
 //! The configuration's values, and the options of backends. How texts are read is tested where they are.
 
-use engine_core::{CheckpointEngineConfig, EngineContext, ErrorKind, Registry, Role};
+use engine_core::{CheckpointEngineConfig, EngineContext, ErrorKind, Registry};
 use serde::Deserialize;
 
 /// Options are checked by whoever knows them, and not here.
@@ -79,8 +79,9 @@ fn what_serde_alone_reads_is_checked_when_an_engine_is_made() {
         (r#"{"backend": ""}"#, "`backend` to be the name of a backend"),
         (r#"{"bakend": "ipc"}"#, "nothing in this program understands the key `bakend`"),
     ] {
-        let error = Registry::new().create(EngineContext::new(read(json), Role::Trainer));
-        let error = error.expect_err("it is not valid");
+        let registry = Registry::new();
+        let prepared = registry.prepare_trainer(EngineContext::new(read(json)));
+        let error = futures::executor::block_on(prepared).expect_err("it is not valid");
         assert_eq!(error.kind(), ErrorKind::Config);
         assert_has(&error.to_string(), &[words]);
     }

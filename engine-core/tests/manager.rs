@@ -6,20 +6,29 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use engine_core::{
-    CachedEngine, CheckpointEngine, CheckpointEngineConfig, CheckpointEngineManager,
+    CachedEngine, CheckpointEngineConfig, CheckpointEngineManager,
     CheckpointEngineWithCache, DType, EngineContext, Error, ErrorKind, Expected, Install,
-    LocalRollout, Placement, ReceiveReport, ReceivedBucket, Result, Role, RolloutWorker, TensorMap,
-    Version, Weight, WorkerMetadata, ensure_async_iterator, form_local_group, naive,
+    LocalRollout, PreparedRollout, PreparedTrainer, PreparedWorker, ReceiveReport, ReceivedBucket,
+    Result, RolloutWorker, TensorMap, TrainerEngine, Version, Weight, ensure_async_iterator,
+    form_local_group, naive,
 };
 use futures::StreamExt;
 
-fn engine(role: Role) -> Box<dyn CheckpointEngine> {
+fn context() -> EngineContext {
     let config = CheckpointEngineConfig {
         backend: "naive".into(),
         timeout_seconds: 2.0,
         ..Default::default()
     };
-    naive::BACKEND.create(EngineContext::new(config, role)).unwrap()
+    EngineContext::new(config)
+}
+
+async fn trainer() -> PreparedTrainer {
+    naive::BACKEND.prepare_trainer(context()).await.unwrap()
+}
+
+async fn rollout() -> PreparedRollout {
+    naive::BACKEND.prepare_rollout(context()).await.unwrap()
 }
 
 fn model(seed: u8) -> Vec<Weight> {
@@ -53,10 +62,12 @@ impl Install for Fragile {
 }
 
 impl Logged {
-    fn new(name: &'static str, log: &Log, refuses: bool) -> Self {
-        let destination = Fragile { refuses, ..Default::default() };
-        let rollout = LocalRollout::new(engine(Role::Rollout), destination);
-        Self { rollout, name, log: log.clone() }
+    async fn prepared(name: &'static str, log: &Log, refuses: bool) -> PreparedWorker {
+        let log = log.clone();
+        rollout().await.map(move |engine| {
+            let rollout = LocalRollout::new(engine, Fragile { refuses, ..Default::default() });
+            Box::new(Self { rollout, name, log }) as Box<dyn RolloutWorker>
+        })
     }
 
     fn say(&self, what: &str) {
@@ -66,21 +77,13 @@ impl Logged {
 
 #[async_trait]
 impl RolloutWorker for Logged {
-    async fn prepare(&mut self) -> Result<WorkerMetadata> {
-        self.rollout.prepare().await
-    }
-
-    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
-        self.rollout.init_process_group(place).await
-    }
-
     async fn update(&mut self, version: Version) -> Result<ReceiveReport> {
         self.say("updates");
         self.rollout.update(version).await
     }
 
-    async fn finalize(&mut self) -> Result<()> {
-        self.rollout.finalize().await
+    async fn finalize(self: Box<Self>) -> Result<()> {
+        Box::new(self.rollout).finalize().await
     }
 
     async fn pause(&mut self) -> Result<()> {
@@ -99,13 +102,10 @@ impl RolloutWorker for Logged {
     }
 }
 
-async fn manager(log: &Log, refuses: bool) -> CheckpointEngineManager<'static> {
-    let rollouts: Vec<Box<dyn RolloutWorker>> =
-        vec![Box::new(Logged::new("a", log, refuses)), Box::new(Logged::new("b", log, false))];
-    let trainer = engine(Role::Trainer);
-    let mut manager = CheckpointEngineManager::new(naive::BACKEND, trainer, rollouts);
-    manager.init().await.unwrap();
-    manager
+async fn manager(log: &Log, refuses: bool) -> CheckpointEngineManager {
+    let rollouts =
+        vec![Logged::prepared("a", log, refuses).await, Logged::prepared("b", log, false).await];
+    CheckpointEngineManager::form(naive::BACKEND, trainer().await, rollouts).await.unwrap()
 }
 
 #[tokio::test]
@@ -169,11 +169,11 @@ async fn rollouts_that_a_dropped_update_has_paused_are_resumed_before_the_next_o
 }
 
 /// A trainer and a rollout with a cache, in a group.
-async fn with_cache() -> (Box<dyn CheckpointEngine>, CachedEngine) {
-    let mut trainer = engine(Role::Trainer);
-    let mut rollout = CachedEngine::new(engine(Role::Rollout));
-    form_local_group(&mut [&mut *trainer, &mut rollout], naive::BACKEND).await.unwrap();
-    (trainer, rollout)
+async fn with_cache() -> (Box<dyn TrainerEngine>, CachedEngine) {
+    let (trainers, rollouts) = (vec![trainer().await], vec![rollout().await]);
+    let formed = form_local_group(naive::BACKEND, trainers, rollouts).await.unwrap();
+    let (mut trainers, mut rollouts) = formed;
+    (trainers.remove(0), CachedEngine::new(rollouts.remove(0)))
 }
 
 async fn cached(rollout: &CachedEngine) -> (Version, Vec<Vec<u8>>) {
@@ -306,7 +306,7 @@ async fn an_update_without_some_of_the_tensors_leaves_the_cached_version_unless_
 
 /// What the cache has after an update.
 async fn cached_after(
-    trainer: &mut Box<dyn CheckpointEngine>,
+    trainer: &mut Box<dyn TrainerEngine>,
     rollout: &mut CachedEngine,
     weights: Vec<Weight>,
     version: u64,
@@ -345,21 +345,13 @@ impl Partial {
 
 #[async_trait]
 impl RolloutWorker for Generating {
-    async fn prepare(&mut self) -> Result<WorkerMetadata> {
-        self.rollout.prepare().await
-    }
-
-    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
-        self.rollout.init_process_group(place).await
-    }
-
     async fn update(&mut self, version: Version) -> Result<ReceiveReport> {
         assert!(self.request.lock().unwrap().paused, "weights change under a request");
         self.rollout.update(version).await
     }
 
-    async fn finalize(&mut self) -> Result<()> {
-        self.rollout.finalize().await
+    async fn finalize(self: Box<Self>) -> Result<()> {
+        Box::new(self.rollout).finalize().await
     }
 
     async fn pause(&mut self) -> Result<()> {
@@ -378,11 +370,14 @@ impl RolloutWorker for Generating {
 #[tokio::test]
 async fn a_request_in_flight_is_set_aside_for_an_update_and_goes_on_where_it_was() {
     let request = Arc::new(Mutex::new(Partial::default()));
-    let rollout = LocalRollout::new(engine(Role::Rollout), TensorMap::new());
-    let rollout = Generating { rollout, request: Arc::clone(&request) };
-    let rollouts: Vec<Box<dyn RolloutWorker>> = vec![Box::new(rollout)];
-    let mut manager = CheckpointEngineManager::new(naive::BACKEND, engine(Role::Trainer), rollouts);
-    manager.init().await.unwrap();
+    let generates = Arc::clone(&request);
+    let rollouts = vec![rollout().await.map(|engine| {
+        let rollout = LocalRollout::new(engine, TensorMap::new());
+        Box::new(Generating { rollout, request: generates }) as Box<dyn RolloutWorker>
+    })];
+    let trainer = trainer().await;
+    let formed = CheckpointEngineManager::form(naive::BACKEND, trainer, rollouts).await;
+    let mut manager = formed.unwrap();
     for version in 1..=2 {
         let weights = ensure_async_iterator(model(version));
         manager.update_weights(weights, Version(version.into())).await.unwrap();

@@ -14,7 +14,7 @@ use tracing::{debug, info, warn};
 use super::link::{Members, Part};
 use super::message::{Begin, Layout, Ticket, ToReceiver, ToSender, decode, encode, sender_of};
 use super::route::{Due, Gap, Route, Topology};
-use super::work::{Act, Collected, Done, Machine, Work};
+use super::work::{Act, Collected, Done, Ended, Machine, Work};
 use super::{ENCODING, because, is_of_transport, too_late};
 use engine_core::control::{Event, Peer};
 use engine_core::observe::Progress;
@@ -181,18 +181,6 @@ struct Failing {
     told: bool,
 }
 
-/// A version that is active.
-#[derive(Debug)]
-pub(super) struct Ended {
-    pub(super) version: Version,
-    pub(super) buckets: u64,
-    pub(super) elapsed: Duration,
-    pub(super) stages: StageTimes,
-    pub(super) digest: u64,
-    pub(super) receivers: Vec<ReceiverReport>,
-    pub(super) absent: Vec<Rank>,
-}
-
 #[derive(Debug)]
 enum Next {
     /// It is being collected since then.
@@ -315,11 +303,6 @@ impl Leader {
         self.members.values().filter(|member| member.part.is_rollout()).count()
     }
 
-    /// The plan of the last update.
-    pub(super) fn plan(&self) -> &Plan {
-        &self.plan
-    }
-
     /// Whether a colocated rank has not released all buckets.
     pub(super) fn is_read_in_place(&self) -> bool {
         let colocated = |rank| self.members.get(rank).is_some_and(|m| m.part == Part::Colocated);
@@ -377,18 +360,6 @@ impl Leader {
         let (members, colocated) = self.who();
         self.acts.push_back(Act::Begin { members, colocated });
         Ok(())
-    }
-
-    /// The end of the present update, once it has come. Nothing is left of it then but the slots that are read.
-    pub(super) fn end(&mut self) -> Option<Result<Ended>> {
-        match &mut self.update.as_mut()?.stage {
-            Stage::Over(result) => {
-                let result = result.take();
-                self.close();
-                result
-            }
-            _ => None,
-        }
     }
 
     /// The ranks of the present update, and how many are colocated with the leader.
@@ -893,6 +864,7 @@ impl Leader {
             self.observe(Progress::State { rank, state: VersionState::Active });
         }
         let absent = self.absent.iter().copied().collect();
+        let digest = self.settings.digests.then_some(digest);
         let ended = Ended { version, buckets, elapsed, stages, digest, receivers, absent };
         self.to(Stage::Over(Some(Ok(ended))));
         Ok(())
@@ -1220,6 +1192,22 @@ impl Update {
 }
 
 impl Machine for Leader {
+    fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    fn end(&mut self) -> Option<Result<Ended>> {
+        match &mut self.update.as_mut()?.stage {
+            Stage::Over(result) => {
+                let result = result.take();
+                // Nothing is left of it but the slots that are read.
+                self.close();
+                result
+            }
+            _ => None,
+        }
+    }
+
     fn act(&mut self) -> Option<Act> {
         self.acts.pop_front()
     }

@@ -68,8 +68,7 @@ pub use message::Ticket;
 pub use receiver::{Arrival, Receiver};
 pub use route::Topology;
 pub use sender::{CoSender, Sender};
-pub use witness::Witness;
-pub use witness::drain;
+pub use witness::{Relay, Witness};
 
 use std::future::Future;
 use std::time::Duration;

@@ -1,5 +1,7 @@
 //! What a transport contributes: memory for buckets, and how a filled one gets to the other side.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -12,7 +14,7 @@ use engine_core::{Rank, Result, Storage};
 
 /// A transport's sending side: the memory of its buckets, and how a filled one gets out.
 #[async_trait]
-pub trait SendLink: std::fmt::Debug + Send {
+pub trait SendLink: std::fmt::Debug + Send + 'static {
     /// The number of buckets: two for double buffering.
     fn slots(&self) -> usize;
 
@@ -92,6 +94,12 @@ pub trait SendLink: std::fmt::Debug + Send {
     fn end(&mut self, committed: bool) {
         let _ = committed;
     }
+
+    /// The rank leaves the group: ends what the link has opened, and gives rollouts up to `limit` to let go of what they
+    /// have open of it, where that matters. A link that is dropped without does the same, unawaited.
+    async fn close(&mut self, limit: Duration) {
+        let _ = limit;
+    }
 }
 
 /// The ranks of an update.
@@ -164,11 +172,15 @@ impl<L: SendLink + ?Sized> SendLink for Box<L> {
     fn end(&mut self, committed: bool) {
         (**self).end(committed);
     }
+
+    async fn close(&mut self, limit: Duration) {
+        (**self).close(limit).await;
+    }
 }
 
 /// A transport's receiving side: how the bytes of a bucket get here.
 #[async_trait]
-pub trait ReceiveLink: std::fmt::Debug + Send {
+pub trait ReceiveLink: std::fmt::Debug + Send + 'static {
     /// The first `filled` bytes of a slot, in place.
     ///
     /// # Contract
@@ -194,7 +206,7 @@ impl<L: ReceiveLink + ?Sized> ReceiveLink for Box<L> {
 ///
 /// Every [`ReceiveLink`] is one: it takes all buckets from the trainer.
 #[async_trait]
-pub trait FetchLink: std::fmt::Debug + Send {
+pub trait FetchLink: std::fmt::Debug + Send + 'static {
     /// What others need to fetch from this rank.
     fn card(&self) -> Bytes;
 
@@ -228,6 +240,15 @@ pub trait FetchLink: std::fmt::Debug + Send {
 
     /// The update has ended here, with the version or without. Its bytes may still be held.
     fn end(&mut self) {}
+
+    /// The rank begins to wait for an update. Takes no longer than `limit`.
+    async fn listen(&mut self, limit: Duration) {
+        let _ = limit;
+    }
+
+    /// The rank leaves the group: ends what the link has opened. A link that is dropped without does the same,
+    /// unawaited. Bytes that are still held stay.
+    async fn close(&mut self) {}
 }
 
 /// A bucket to be fetched.

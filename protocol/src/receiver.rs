@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
@@ -24,6 +25,7 @@ use engine_core::memory::{Pool, Work};
 use engine_core::observe::Observer as _;
 use engine_core::plan::BucketLayout;
 use engine_core::telemetry::{Meter, ReceiveStages};
+use engine_core::{CheckpointEngine, RolloutEngine};
 use engine_core::{EngineContext, Error, ErrorKind, Rank, Result, Storage, Version};
 use engine_core::{Outcome, ReceivedBucket, ReceivedWeights};
 
@@ -97,6 +99,7 @@ pub struct Receiver<L> {
     control: Arc<dyn Control>,
     pool: Pool,
     ledger: Ledger,
+    deadline: Duration,
     meter: Meter,
 }
 
@@ -114,12 +117,13 @@ impl<L: FetchLink> Receiver<L> {
             ledger: Ledger { control: control.clone(), held: Arc::default() },
             control,
             pool,
+            deadline: context.deadline(),
             meter,
         }
     }
 
     /// Waits for the next update; see
-    /// [`CheckpointEngine::receive_weights`](engine_core::CheckpointEngine::receive_weights).
+    /// [`RolloutEngine::receive_weights`].
     ///
     /// # Cancel safety
     ///
@@ -130,6 +134,8 @@ impl<L: FetchLink> Receiver<L> {
     /// `Timeout` if no update begins within the deadline, `PeerLost` if the trainer is gone,
     /// `Mismatch` if the update has another version than the one expected.
     pub async fn receive(&mut self, expected: Option<Version>) -> Result<ReceivedWeights<'_>> {
+        // The trainer may wait for this rank already.
+        self.link.listen(self.deadline / 4).await;
         self.follower.wait(expected, "waiting for an update to begin", Instant::now());
         let begin = Waiting(self).until_entered().await?;
         let version = begin.version;
@@ -156,6 +162,21 @@ impl<L: FetchLink> Receiver<L> {
         if let Err(error) = self.ledger.enter(update, self.link.card(), plan) {
             self.follower.lost(error);
         }
+    }
+}
+
+#[async_trait]
+impl<L: FetchLink> CheckpointEngine for Receiver<L> {
+    async fn finalize(mut self: Box<Self>) -> Result<()> {
+        self.link.close().await;
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl<L: FetchLink> RolloutEngine for Receiver<L> {
+    async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
+        self.receive(version).await
     }
 }
 
@@ -246,7 +267,7 @@ impl<L: FetchLink> Session<'_, L> {
             drop(span);
         }
         let Self { begin, arrivals, here, stages, span, outcome, receiver, .. } = self;
-        let Receiver { link, follower, control, pool, ledger, meter } = &mut **receiver;
+        let Receiver { link, follower, control, pool, ledger, meter, .. } = &mut **receiver;
         let control: &dyn Control = &**control;
         let mut link = Link::Idle(link);
         let mut given = None;

@@ -28,7 +28,7 @@ use super::link::Part;
 use super::message::{Ticket, ToReceiver, ToSender, decode, encode};
 use super::route::Topology;
 use super::secondary::{self, Secondary};
-use super::work::{Act, Collected, Done, Machine};
+use super::work::{Act, Collected, Done, Ended, Machine};
 use engine_core::control::{Event, Peer, Role};
 use engine_core::plan::{BucketLayout, Piece, Plan};
 use engine_core::{DType, Error, ErrorKind, ErrorReport, Rank, Result, TensorMeta, Version};
@@ -233,7 +233,7 @@ struct World<'a> {
     unreleased: BTreeMap<Rank, BTreeSet<Content>>,
     lag: Duration,
     saw: Instant,
-    sent: Option<Result<leader::Ended>>,
+    sent: Option<Result<Ended>>,
     received: BTreeMap<Rank, Result<u64>>,
     log: Option<Vec<String>>,
 }

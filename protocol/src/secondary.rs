@@ -14,7 +14,7 @@ use super::announced::{Announced, Found, another_began};
 use super::follower::{JOINING, message, patience, patience_to_join};
 use super::leader::still_read;
 use super::message::{Begin, Ticket, ToReceiver, ToSender, encode};
-use super::work::{Act, Collected, Done, Machine, Work};
+use super::work::{Act, Collected, Done, Ended, Machine, Work};
 use super::{ENCODING, too_late};
 use engine_core::control::Event;
 use engine_core::observe::Progress;
@@ -46,17 +46,6 @@ pub(super) struct Secondary {
     /// The end of the last update, or of the wait for one.
     end: Option<Result<Ended>>,
     acts: VecDeque<Act>,
-}
-
-/// An update that is complete.
-#[derive(Debug)]
-pub(super) struct Ended {
-    pub(super) version: Version,
-    pub(super) buckets: u64,
-    pub(super) elapsed: Duration,
-    pub(super) stages: StageTimes,
-    /// Of the whole version, if digests are on.
-    pub(super) digest: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -110,22 +99,12 @@ impl Secondary {
         }
     }
 
-    /// The plan of the last update.
-    pub(super) fn plan(&self) -> &Plan {
-        &self.plan
-    }
-
     /// Takes part in the next update, which has to be of this version.
     pub(super) fn begin(&mut self, version: Version, now: Instant) {
         let operation = "waiting for the leader to begin the update";
         self.end = None;
         self.announced.wait(Some(version), self.settings.deadline, operation, now);
         self.look(now);
-    }
-
-    /// The end of the update, once it has come.
-    pub(super) fn end(&mut self) -> Option<Result<Ended>> {
-        self.end.take()
     }
 
     /// Whether the update has failed, and the link is still at work.
@@ -319,6 +298,8 @@ impl Secondary {
             elapsed: now.saturating_duration_since(update.begun),
             stages: update.stages,
             digest: update.begin.digests.then_some(digest),
+            receivers: Vec::new(),
+            absent: Vec::new(),
         }));
     }
 
@@ -456,6 +437,14 @@ impl Secondary {
 }
 
 impl Machine for Secondary {
+    fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    fn end(&mut self) -> Option<Result<Ended>> {
+        self.end.take()
+    }
+
     fn act(&mut self) -> Option<Act> {
         self.acts.pop_front()
     }

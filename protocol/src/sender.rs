@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use tracing::{Instrument, debug, debug_span, info, warn};
@@ -21,7 +22,13 @@ use engine_core::control::{Control, Event, Peer, Role};
 use engine_core::memory::Job;
 use engine_core::observe::Observer as _;
 use engine_core::telemetry::Meter;
-use engine_core::{EngineContext, Error, ErrorKind, Rank, Result, Version, WeightStream};
+use engine_core::{
+    CheckpointEngine, EngineContext, Error, ErrorKind, Rank, Result, TrainerEngine, Version,
+    WeightStream,
+};
+
+/// How long a trainer that leaves the group waits for rollouts to let go of its buckets, before it frees them.
+const CLOSING: Duration = Duration::from_secs(2);
 
 /// The leader's side of the protocol, over a transport's link.
 #[derive(Debug)]
@@ -29,7 +36,6 @@ pub struct Sender<L> {
     link: L,
     leader: Box<Leader>,
     control: Arc<dyn Control>,
-    digests: bool,
     deadline: Duration,
     meter: Meter,
 }
@@ -59,7 +65,7 @@ impl<L: SendLink> Sender<L> {
         }
         let meter = Meter::new(control.rank(), context.observer.clone());
         let leader = Box::new(leader);
-        Self { link, leader, control, digests, deadline: context.deadline(), meter }
+        Self { link, leader, control, deadline: context.deadline(), meter }
     }
 
     /// Sets what each rank does that is no plain receiver, and what those do that join later.
@@ -77,7 +83,7 @@ impl<L: SendLink> Sender<L> {
     }
 
     /// Sends one update; see
-    /// [`CheckpointEngine::send_weights`](engine_core::CheckpointEngine::send_weights).
+    /// [`TrainerEngine::send_weights`].
     ///
     /// # Cancel safety
     ///
@@ -92,7 +98,7 @@ impl<L: SendLink> Sender<L> {
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport> {
-        let Self { link, leader, control, digests, deadline, meter } = self;
+        let Self { link, leader, control, deadline, meter } = self;
         let control: &dyn Control = &**control;
         // Losses between updates are no failure: the rank takes no part in this one.
         while let Some(event) = arrived_event(control).await? {
@@ -101,27 +107,11 @@ impl<L: SendLink> Sender<L> {
         }
         let buckets = leader.plan().buckets.len();
         let topology = link.topology(leader.rollouts(), buckets);
-        let mut collector = Collector::new(leader.plan(), link.bucket_bytes())?;
+        let collector = Collector::new(leader.plan(), link.bucket_bytes())?;
         leader.begin(control.next_update(), version, topology, Instant::now())?;
-        let mut ending = Ending { link, committed: false };
         let work = Trainer { control, meter, deadline: *deadline };
-        work.drive(&mut **leader, ending.link, &mut collector, weights).await;
-        let result = leader.end().unwrap_or_else(|| Err(never_ended()));
-        ending.committed = result.is_ok();
-        drop(ending);
-        let ended = result.inspect_err(|error| warn!(%error, "update aborted"))?;
-        let report = SendReport {
-            version: ended.version,
-            plan_reused: collector.reused(ended.buckets as usize),
-            counts: collector.counts,
-            buckets: ended.buckets,
-            elapsed: ended.elapsed,
-            stages: ended.stages,
-            digest: digests.then_some(ended.digest),
-            receivers: ended.receivers,
-            absent: ended.absent,
-        };
-        meter.sent(&report);
+        let sent = work.update(&mut **leader, link, collector, weights).await;
+        let report = sent.inspect_err(|error| warn!(%error, "update aborted"))?;
         info!(
             tensors = report.counts.tensors,
             buckets = report.buckets,
@@ -133,7 +123,7 @@ impl<L: SendLink> Sender<L> {
 
     /// Waits until colocated ranks have released all buckets, but no longer than that; whether they have. After
     /// the last update: before the slots are freed.
-    pub async fn wait_until_released(&mut self, limit: Duration) -> bool {
+    async fn wait_until_released(&mut self, limit: Duration) -> bool {
         let until = Instant::now() + limit;
         while self.leader.is_read_in_place() {
             let left = until.saturating_duration_since(Instant::now());
@@ -142,6 +132,29 @@ impl<L: SendLink> Sender<L> {
             flush(&mut *self.leader, &*self.control, &self.meter);
         }
         true
+    }
+}
+
+#[async_trait]
+impl<L: SendLink> CheckpointEngine for Sender<L> {
+    async fn finalize(mut self: Box<Self>) -> Result<()> {
+        let limit = self.deadline.min(CLOSING);
+        if !self.wait_until_released(limit).await {
+            warn!("colocated rollouts hold buckets of the last update, which are gone now");
+        }
+        self.link.close(limit).await;
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl<L: SendLink> TrainerEngine for Sender<L> {
+    async fn send_weights(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        self.send(weights, version).await
     }
 }
 
@@ -198,33 +211,30 @@ impl<L: SendLink> CoSender<L> {
     ) -> Result<SendReport> {
         let Self { link, secondary, control, deadline, meter } = self;
         let control: &dyn Control = &**control;
-        let mut collector = Collector::new(secondary.plan(), link.bucket_bytes())?;
+        let collector = Collector::new(secondary.plan(), link.bucket_bytes())?;
         secondary.begin(version, Instant::now());
-        let mut ending = Ending { link, committed: false };
         let work = Trainer { control, meter, deadline: *deadline };
-        work.drive(&mut **secondary, ending.link, &mut collector, weights).await;
-        let result = secondary.end().unwrap_or_else(|| Err(never_ended()));
-        ending.committed = result.is_ok();
-        drop(ending);
-        let ended = result?;
-        let report = SendReport {
-            version: ended.version,
-            plan_reused: collector.reused(ended.buckets as usize),
-            counts: collector.counts,
-            buckets: ended.buckets,
-            elapsed: ended.elapsed,
-            stages: ended.stages,
-            digest: ended.digest,
-            receivers: Vec::new(),
-            absent: Vec::new(),
-        };
-        meter.sent(&report);
-        Ok(report)
+        work.update(&mut **secondary, link, collector, weights).await
     }
 }
 
-fn never_ended() -> Error {
-    Error::new(ErrorKind::State, "sending weights", "the update has no end")
+#[async_trait]
+impl<L: SendLink> CheckpointEngine for CoSender<L> {
+    async fn finalize(mut self: Box<Self>) -> Result<()> {
+        self.link.close(self.deadline.min(CLOSING)).await;
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl<L: SendLink> TrainerEngine for CoSender<L> {
+    async fn send_weights(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        self.send(weights, version).await
+    }
 }
 
 /// Tells a link that an update is over, also when the future that sends it is dropped.
@@ -273,16 +283,32 @@ enum Stream<'a, 'w> {
 
 impl Trainer<'_> {
     /// Drives a machine to the end of its update.
-    async fn drive<'a, L: SendLink>(
+    async fn update<L: SendLink>(
         &self,
         machine: &mut impl Machine,
-        link: &'a mut L,
-        collector: &'a mut Collector,
-        weights: WeightStream<'_>,
-    ) {
-        let mut weights = weights;
+        link: &mut L,
+        mut collector: Collector,
+        mut weights: WeightStream<'_>,
+    ) -> Result<SendReport> {
+        let ending = &mut Ending { link, committed: false };
         let mut driven = Driven { machine, control: self.control, meter: self.meter };
-        self.run(&mut driven, link, collector, &mut weights).await;
+        self.run(&mut driven, ending.link, &mut collector, &mut weights).await;
+        let never = || Error::new(ErrorKind::State, "sending weights", "the update has no end");
+        let ended = driven.machine.end().unwrap_or_else(|| Err(never()))?;
+        ending.committed = true;
+        let report = SendReport {
+            version: ended.version,
+            plan_reused: collector.reused(ended.buckets as usize),
+            counts: collector.counts,
+            buckets: ended.buckets,
+            elapsed: ended.elapsed,
+            stages: ended.stages,
+            digest: ended.digest,
+            receivers: ended.receivers,
+            absent: ended.absent,
+        };
+        self.meter.sent(&report);
+        Ok(report)
     }
 
     async fn run<'a, L: SendLink, M: Machine>(

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use super::message::{Begin, Layout, ToReceiver, ToSender, decode, encode};
 use super::{ReceiveLink, Receiver, SendLink, Sender};
 use crate::ranks::Group;
-use engine_core::control::{Control, Event, Role};
+use engine_core::control::{Control, Event};
 use engine_core::memory::{Job, Pool};
 use engine_core::{
     CheckpointEngineConfig, DType, Encoding, EngineContext, Error, ErrorKind, ErrorReport, Rank,
@@ -67,14 +67,14 @@ fn planes_at(at: &Group) -> (Arc<dyn Control>, Arc<dyn Control>) {
     (at.lead(), at.enter(Rank(1)))
 }
 
-fn context(role: Role, timeout: f64) -> EngineContext {
+fn context(timeout: f64) -> EngineContext {
     let config = CheckpointEngineConfig { timeout_seconds: timeout, ..Default::default() };
-    EngineContext::new(config, role)
+    EngineContext::new(config)
 }
 
 fn sender(leader: &Arc<dyn Control>, timeout: f64) -> Sender<Slots> {
     let link = Slots(Pool::new(1).unwrap());
-    Sender::new(link, &context(Role::Trainer, timeout), leader.clone(), [Rank(1)])
+    Sender::new(link, &context(timeout), leader.clone(), [Rank(1)])
 }
 
 /// Weights of a bucket each.
@@ -399,7 +399,7 @@ fn begin(update: u64) -> ToReceiver {
 async fn a_bucket_that_is_refused_is_released_and_the_next_update_is_entered_without_it() {
     let (leader, rollout) = planes();
     let pool = Pool::new(1).unwrap();
-    let mut receiver = Receiver::new(Zeros, &context(Role::Rollout, 5.0), rollout, pool);
+    let mut receiver = Receiver::new(Zeros, &context(5.0), rollout, pool);
     // A number that is not the next; a layout that nobody knows; no message at all.
     let refused = |update, index, layout| {
         encode(&ToReceiver::Bucket { update, index, slot: 0, digest: 0, layout })
@@ -437,7 +437,7 @@ async fn a_bucket_that_is_refused_is_released_and_the_next_update_is_entered_wit
 async fn an_update_that_begins_within_another_one_is_received_next() {
     let (leader, rollout) = planes();
     let pool = Pool::new(1).unwrap();
-    let mut receiver = Receiver::new(Zeros, &context(Role::Rollout, 5.0), rollout, pool);
+    let mut receiver = Receiver::new(Zeros, &context(5.0), rollout, pool);
     tell(&leader, &begin(1));
     // The end of the first one was lost on the way.
     tell(&leader, &begin(2));

@@ -1,15 +1,22 @@
-//! A trainer that sends none of the weights and receives none.
+//! Trainers that send none of the weights: those that only hear of updates, and those that pass buckets on.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
 use futures::StreamExt;
+use futures::future::try_join;
 
 use super::follower::{Act, Follower};
+use super::link::FetchLink;
+use super::receiver::Receiver;
 use super::{LONG, within};
 use engine_core::control::Control;
-use engine_core::{EngineContext, Result, Version, WeightStream};
-use engine_core::{SendReport, StageTimes, TensorCounts};
+use engine_core::memory::Pool;
+use engine_core::{
+    CheckpointEngine, EngineContext, ErrorReport, Result, SendReport, StageTimes, TensorCounts,
+    TrainerEngine, Version, WeightStream,
+};
 
 /// The side of the protocol of an idle trainer: it takes its stream to the end, which may be what
 /// gathers the weights of others, and hears from the leader whether the update has happened.
@@ -52,8 +59,78 @@ impl Witness {
         let operation = "waiting for the leader to begin the update";
         self.follower.wait(Some(version), operation, Instant::now());
         let witnessed = Witnessed(&mut self.follower);
-        let both = futures::future::try_join(drained, witnessed.end(&*self.control)).await;
+        let both = try_join(drained, witnessed.end(&*self.control)).await;
         both.map(|(report, ())| report).map_err(|error| error.version(version))
+    }
+}
+
+#[async_trait]
+impl CheckpointEngine for Witness {
+    async fn finalize(self: Box<Self>) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl TrainerEngine for Witness {
+    async fn send_weights(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        self.send(weights, version).await
+    }
+}
+
+/// A trainer that receives what the leader sends, for the transport to pass on from there, and keeps nothing of it.
+#[derive(Debug)]
+pub struct Relay<L> {
+    receiver: Receiver<L>,
+    deadline: Duration,
+}
+
+impl<L: FetchLink> Relay<L> {
+    /// A trainer that the leader counts among the [relays](super::Part::Relay).
+    pub fn new(link: L, context: &EngineContext, control: Arc<dyn Control>, pool: Pool) -> Self {
+        let receiver = Receiver::new(link, context, control, pool);
+        Self { receiver, deadline: context.deadline() }
+    }
+}
+
+#[async_trait]
+impl<L: FetchLink> CheckpointEngine for Relay<L> {
+    async fn finalize(self: Box<Self>) -> Result<()> {
+        Box::new(self.receiver).finalize().await
+    }
+}
+
+#[async_trait]
+impl<L: FetchLink> TrainerEngine for Relay<L> {
+    async fn send_weights(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        // The leader begins before it reads its stream, which this one's may be gathered together with.
+        let mut received = self.receiver.receive(Some(version)).await?;
+        let passed_on = async {
+            while received.next_bucket().await?.is_some() {}
+            Ok(())
+        };
+        let drained = drain(weights, version, self.deadline);
+        let mut report = match try_join(drained, passed_on).await {
+            Ok((report, ())) => report,
+            Err(error) => {
+                let report = ErrorReport::from(&error);
+                received.fail(error);
+                return Err(report.into());
+            }
+        };
+        let received = received.finish().await?;
+        report.buckets = received.buckets;
+        report.digest = received.digest;
+        report.elapsed = report.elapsed.max(received.elapsed);
+        Ok(report)
     }
 }
 
@@ -97,7 +174,7 @@ impl Drop for Witnessed<'_> {
 }
 
 /// The weights of a trainer that sends none of them: its stream may be what gathers those of others.
-pub async fn drain(
+async fn drain(
     mut weights: WeightStream<'_>,
     version: Version,
     deadline: Duration,

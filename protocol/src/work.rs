@@ -1,7 +1,7 @@
 //! What a trainer's state machine asks of its surroundings, and what it is told.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
@@ -9,8 +9,8 @@ use super::link::Members;
 use super::message::Ticket;
 use engine_core::control::Event;
 use engine_core::observe::Progress;
-use engine_core::plan::BucketLayout;
-use engine_core::{Error, Rank, Result};
+use engine_core::plan::{BucketLayout, Plan};
+use engine_core::{Error, Rank, ReceiverReport, Result, StageTimes, Version};
 
 /// Something to be done.
 #[derive(Debug)]
@@ -76,8 +76,28 @@ pub(super) struct Collected {
     pub(super) source_bytes: u64,
 }
 
+/// An update that is complete, as one of its trainers knows it.
+#[derive(Debug)]
+pub(super) struct Ended {
+    pub(super) version: Version,
+    pub(super) buckets: u64,
+    pub(super) elapsed: Duration,
+    pub(super) stages: StageTimes,
+    /// Of the whole version, if digests are on.
+    pub(super) digest: Option<u64>,
+    /// Those that reported to this rank.
+    pub(super) receivers: Vec<ReceiverReport>,
+    pub(super) absent: Vec<Rank>,
+}
+
 /// A trainer's side of an update.
 pub(super) trait Machine {
+    /// The plan of the last update.
+    fn plan(&self) -> &Plan;
+
+    /// The end of the present update, once it has come; afterwards there is none.
+    fn end(&mut self) -> Option<Result<Ended>>;
+
     /// The next thing to be done.
     fn act(&mut self) -> Option<Act>;
 

@@ -91,6 +91,9 @@ pub enum Accepts {
 pub(crate) struct Declaration {
     /// Whether the rank quantises: a trainer what it sends, a rollout what it receives.
     pub(crate) quantizes: bool,
+    /// Whether it is a rollout whose configuration has it that the trainer quantises.
+    #[serde(default)]
+    pub(crate) expects_fp8: bool,
     pub(crate) section: Quantization,
 }
 
@@ -178,7 +181,9 @@ impl Declaration {
             Role::Trainer => trainer_quantize_fp8,
             Role::Rollout => section.quantize_on_receive,
         };
-        Ok(Self { quantizes, section })
+        // A rollout that is told that the trainer quantises wants it to.
+        let expects_fp8 = role == Role::Rollout && trainer_quantize_fp8;
+        Ok(Self { quantizes, expects_fp8, section })
     }
 
     pub(crate) fn to_value(&self) -> Result<Value> {
@@ -249,7 +254,7 @@ pub(crate) fn agree(peers: &[WorkerMetadata]) -> Result<Agreement> {
                 let message = format!("rank {rank}'s declaration cannot be read: {error}");
                 disagreement(rank, message).with_source(error)
             })?;
-        let Declaration { quantizes, section } = declared.clone();
+        let Declaration { quantizes, expects_fp8, section } = declared.clone();
         receiver.add("weights for the receiver", rank, section.receiver)?;
         mode.add("scales of mode", rank, section.mode)?;
         granularity.add("blocks of", rank, section.granularity)?;
@@ -263,7 +268,7 @@ pub(crate) fn agree(peers: &[WorkerMetadata]) -> Result<Agreement> {
         if rank == Rank::LEADER {
             trainer = declared;
         } else if peer.role == Role::Rollout {
-            fits(trainer.quantizes, rank, quantizes, section.accepts)?;
+            fits(trainer.quantizes, rank, quantizes, section.accepts, expects_fp8)?;
         }
     }
     let mut section = trainer.section.clone();
@@ -297,8 +302,16 @@ fn fits(
     rank: Rank,
     on_receive: bool,
     accepts: Option<Accepts>,
+    expects_fp8: bool,
 ) -> Result<()> {
     match accepts {
+        None if expects_fp8 && !trainer_quantizes && !on_receive => Err(disagreement(
+            rank,
+            format!(
+                "rank {rank} has trainer_quantize_fp8, which the trainer has not: set it on the trainer, or \
+                 quantize_on_receive on the rollout"
+            ),
+        )),
         Some(Accepts::Unquantized) if trainer_quantizes => Err(disagreement(
             rank,
             format!(

@@ -2,8 +2,9 @@
 
 use async_trait::async_trait;
 use engine_core::{
-    CheckpointEngine, EngineContext, Layer, Placement, ReceivedWeights, Result, Role, SendReport,
-    Version, WeightStream, WorkerMetadata, memory::Pool,
+    CheckpointEngine, EngineContext, Layer, Prepared, PreparedRollout, PreparedTrainer,
+    ReceivedWeights, Result, Role, RolloutEngine, SendReport, TrainerEngine, Version, WeightStream,
+    WorkerMetadata, memory::Pool,
 };
 
 use crate::contract::{Declaration, Fp8Config, Inspector, agree};
@@ -13,92 +14,120 @@ use crate::{Fp8Quantizer, QuantizeFp8};
 /// Quantisation in front of an engine, as its configuration says: to be given to
 /// [`Registry::with_layer`](engine_core::Registry::with_layer). [`Fp8Config`] has its keys.
 ///
-/// On every rank the engine then declares a format contract in [`prepare`](CheckpointEngine::prepare)
-/// and compares it with the others' in
-/// [`init_process_group`](CheckpointEngine::init_process_group). A trainer with
+/// Every rank declares a format contract in its metadata, and compares it with the others' when it
+/// [joins](Prepared::join). A trainer with
 /// `trainer_quantize_fp8` quantises what it sends; a rollout with `quantize_on_receive` what arrives
-/// unquantised. A `quantization` section that cannot be used is an error of the engine's making.
-pub const LAYER: Layer = Layer { name: "fp8", keys: &Fp8Config::KEYS, put: with_fp8 };
+/// unquantised. A `quantization` section that cannot be used is an error of preparing.
+pub const LAYER: Layer = Layer {
+    name: "fp8",
+    keys: &Fp8Config::KEYS,
+    trainer: in_front_of_trainer,
+    rollout: in_front_of_rollout,
+};
 
-fn with_fp8(
-    engine: Box<dyn CheckpointEngine>,
+fn in_front_of_trainer(
+    prepared: PreparedTrainer,
     context: &EngineContext,
-) -> Result<Box<dyn CheckpointEngine>> {
-    let declaration = Declaration::of(&context.config, context.role)?;
-    let (role, threads) = (context.role, context.threads());
-    Ok(Box::new(Fp8Engine { engine, role, declaration, threads, task: Task::Pass }))
+) -> Result<PreparedTrainer> {
+    let declaration = Declaration::of(&context.config, Role::Trainer)?;
+    let metadata = declared(&prepared, &declaration)?;
+    Ok(Prepared::new(metadata, move |place| async move {
+        let agreement = agree(&place.peers)?;
+        if !agreement.trainer_quantizes {
+            return prepared.join(place).await;
+        }
+        let rules = Rules::new(&agreement.rules)?;
+        tracing::info!(format = ?agreement.rules.format, "quantising to FP8 on the trainer");
+        let engine = prepared.join(place).await?;
+        let quantizing = QuantizingTrainer { engine, quantizer: rules.into() };
+        Ok(Box::new(quantizing) as Box<dyn TrainerEngine>)
+    }))
 }
 
-#[derive(Debug)]
-struct Fp8Engine {
-    engine: Box<dyn CheckpointEngine>,
-    role: Role,
-    declaration: Declaration,
-    threads: usize,
-    task: Task,
-}
-
-/// What this rank does to the weights, once the group has agreed.
-#[derive(Debug)]
-enum Task {
-    /// They pass as they are.
-    Pass,
-    /// They pass if they are what this rank declared.
-    Inspect(Rules),
-    /// It quantises what it sends.
-    OnSend(Fp8Quantizer),
-    /// It quantises what it receives.
-    OnReceive(Fp8Quantizer, Pool),
-}
-
-#[async_trait]
-impl CheckpointEngine for Fp8Engine {
-    async fn prepare(&mut self) -> Result<WorkerMetadata> {
-        let mut metadata = self.engine.prepare().await?;
-        metadata.format = self.declaration.to_value()?;
-        Ok(metadata)
-    }
-
-    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
+fn in_front_of_rollout(
+    prepared: PreparedRollout,
+    context: &EngineContext,
+) -> Result<PreparedRollout> {
+    let declaration = Declaration::of(&context.config, Role::Rollout)?;
+    let metadata = declared(&prepared, &declaration)?;
+    let threads = context.threads(Role::Rollout);
+    Ok(Prepared::new(metadata, move |place| async move {
         let agreement = agree(&place.peers)?;
         let rules = Rules::new(&agreement.rules)?;
         let format = agreement.rules.format;
-        self.task = match (self.role, agreement.trainer_quantizes) {
-            (Role::Trainer, true) => {
-                tracing::info!(?format, "quantising to FP8 on the trainer");
-                Task::OnSend(rules.into())
+        let task = if declaration.quantizes && !agreement.trainer_quantizes {
+            tracing::info!(?format, "quantising to FP8 on the rollout");
+            Task::Quantize(rules.into(), Pool::new(threads)?)
+        } else {
+            if agreement.trainer_quantizes {
+                tracing::info!(?format, "weights arrive as FP8, quantised by the trainer");
             }
-            (Role::Trainer, false) => Task::Pass,
-            (Role::Rollout, false) if self.declaration.quantizes => {
-                tracing::info!(?format, "quantising to FP8 on the rollout");
-                Task::OnReceive(rules.into(), Pool::new(self.threads)?)
-            }
-            (Role::Rollout, quantized) => {
-                if quantized {
-                    tracing::info!(?format, "weights arrive as FP8, quantised by the trainer");
-                }
-                Task::Inspect(rules)
-            }
+            Task::Inspect(rules)
         };
-        self.engine.init_process_group(place).await
-    }
+        let engine = prepared.join(place).await?;
+        Ok(Box::new(Fp8Rollout { engine, declaration, task }) as Box<dyn RolloutEngine>)
+    }))
+}
 
+/// The metadata of a rank, with its declaration.
+fn declared<E>(prepared: &Prepared<E>, declaration: &Declaration) -> Result<WorkerMetadata> {
+    Ok(WorkerMetadata { format: declaration.to_value()?, ..prepared.metadata().clone() })
+}
+
+/// A trainer that quantises what it sends.
+#[derive(Debug)]
+struct QuantizingTrainer {
+    engine: Box<dyn TrainerEngine>,
+    quantizer: Fp8Quantizer,
+}
+
+#[async_trait]
+impl CheckpointEngine for QuantizingTrainer {
+    async fn finalize(self: Box<Self>) -> Result<()> {
+        self.engine.finalize().await
+    }
+}
+
+#[async_trait]
+impl TrainerEngine for QuantizingTrainer {
     async fn send_weights(
         &mut self,
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport> {
-        let weights = match &self.task {
-            Task::OnSend(quantizer) => weights.quantize_fp8(quantizer),
-            _ => weights,
-        };
-        self.engine.send_weights(weights, version).await
+        self.engine.send_weights(weights.quantize_fp8(&self.quantizer), version).await
     }
+}
 
+#[derive(Debug)]
+struct Fp8Rollout {
+    engine: Box<dyn RolloutEngine>,
+    declaration: Declaration,
+    task: Task,
+}
+
+/// What a rollout does to the weights.
+#[derive(Debug)]
+enum Task {
+    /// They pass if they are what this rank declared.
+    Inspect(Rules),
+    /// It quantises what it receives.
+    Quantize(Fp8Quantizer, Pool),
+}
+
+#[async_trait]
+impl CheckpointEngine for Fp8Rollout {
+    async fn finalize(self: Box<Self>) -> Result<()> {
+        self.engine.finalize().await
+    }
+}
+
+#[async_trait]
+impl RolloutEngine for Fp8Rollout {
     async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
         let received = self.engine.receive_weights(version).await?;
         Ok(match &self.task {
-            Task::OnReceive(quantizer, pool) => {
+            Task::Quantize(quantizer, pool) => {
                 received.map_weights(pool.clone(), |weights| weights.quantize_fp8(quantizer))
             }
             Task::Inspect(rules) => match Inspector::new(&self.declaration.section, rules) {
@@ -107,12 +136,6 @@ impl CheckpointEngine for Fp8Engine {
                 }
                 None => received,
             },
-            _ => received,
         })
-    }
-
-    async fn finalize(&mut self) -> Result<()> {
-        self.task = Task::Pass;
-        self.engine.finalize().await
     }
 }

@@ -164,7 +164,7 @@ impl Agent {
     }
 
     /// Ends the thread: transfers under way are given up, the memory is not registered any more.
-    pub(crate) async fn close(mut self) {
+    pub(crate) async fn close(&mut self) {
         self.begin_to_close();
         // The thread drops its end when it has nothing left to do.
         drop((&mut self.ended).await);
