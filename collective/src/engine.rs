@@ -533,7 +533,8 @@ impl<C: Communicator> FetchLink for Link<C> {
                 return arrival.tell(Err(error.rank(from)));
             }
         };
-        let done = Box::new(Expected { node: Arc::clone(node), slot: guard, filled, from, arrival });
+        let done =
+            Box::new(Expected { node: Arc::clone(node), slot: guard, filled, from, arrival });
         match group.filter(|_| filled > 0) {
             // Nothing travels of an empty bucket.
             None => done.arrived(),

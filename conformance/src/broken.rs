@@ -2,9 +2,9 @@
 
 use async_trait::async_trait;
 use engine_core::{
-    Availability, Backend, CheckpointEngine, EngineContext, Placement, ReceivedWeights, Result,
-    SendReport, TensorCounts, Version, Weight, WeightStream, WorkerMetadata, ensure_async_iterator,
-    naive,
+    Availability, Backend, CheckpointEngine, EngineContext, Placement, PreparedRollout,
+    PreparedTrainer, Result, SendReport, TensorCounts, TrainerEngine, Version, Weight,
+    WeightStream, WorkerMetadata, ensure_async_iterator, naive,
 };
 use futures::StreamExt;
 
@@ -35,6 +35,7 @@ pub static BACKENDS: &[&dyn Backend] = &[
 #[derive(Debug)]
 struct Broken(Fault);
 
+#[async_trait]
 impl Backend for Broken {
     fn name(&self) -> &'static str {
         naive::BACKEND.name()
@@ -48,9 +49,14 @@ impl Backend for Broken {
         naive::BACKEND.probe()
     }
 
-    fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
-        let inner = naive::BACKEND.create(context)?;
-        Ok(Box::new(BrokenEngine { inner, fault: self.0 }))
+    async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
+        let fault = self.0;
+        let prepared = naive::BACKEND.prepare_trainer(context).await?;
+        Ok(prepared.map(move |inner| Box::new(BrokenTrainer { inner, fault }) as Box<_>))
+    }
+
+    async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
+        naive::BACKEND.prepare_rollout(context).await
     }
 
     fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
@@ -59,21 +65,20 @@ impl Backend for Broken {
 }
 
 #[derive(Debug)]
-struct BrokenEngine {
-    inner: Box<dyn CheckpointEngine>,
+struct BrokenTrainer {
+    inner: Box<dyn TrainerEngine>,
     fault: Fault,
 }
 
 #[async_trait]
-impl CheckpointEngine for BrokenEngine {
-    async fn prepare(&mut self) -> Result<WorkerMetadata> {
-        self.inner.prepare().await
+impl CheckpointEngine for BrokenTrainer {
+    async fn finalize(self: Box<Self>) -> Result<()> {
+        self.inner.finalize().await
     }
+}
 
-    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
-        self.inner.init_process_group(place).await
-    }
-
+#[async_trait]
+impl TrainerEngine for BrokenTrainer {
     async fn send_weights(
         &mut self,
         weights: WeightStream<'_>,
@@ -102,14 +107,6 @@ impl CheckpointEngine for BrokenEngine {
             Fault::HidesADeadPeer => Ok(result.unwrap_or_else(|_| success(version))),
             _ => result,
         }
-    }
-
-    async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
-        self.inner.receive_weights(version).await
-    }
-
-    async fn finalize(&mut self) -> Result<()> {
-        self.inner.finalize().await
     }
 }
 

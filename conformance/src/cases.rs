@@ -8,8 +8,7 @@ use bytes::Bytes;
 use control_plane::{ControlPlane, UPDATES};
 use engine_core::{
     DType, Encoding, Error, ErrorKind, Rank, ReceivedBucket, ReceivedPiece, Role, Storage,
-    TensorMap, TensorMeta, Treatment, Version, VersionState, Weight, WeightStream,
-    ensure_async_iterator,
+    TensorMap, TensorMeta, Treatment, Version, VersionState, Weight, ensure_async_iterator,
 };
 use futures::StreamExt;
 use tokio::time::sleep;
@@ -101,7 +100,6 @@ cases! {
     another_version_than_expected_is_a_mismatch
     a_receiver_whose_engine_is_gone_is_an_error
     a_rollouts_note_reaches_the_report
-    phases_out_of_order_are_errors
     a_group_that_has_gaps_in_its_ranks_is_updated_whole
     a_view_of_a_group_that_is_no_more_frees_nothing_of_the_one_that_follows(buckets)
     a_stream_that_is_dropped_after_the_commit_costs_no_later_update(buckets)
@@ -462,22 +460,6 @@ async fn a_rollouts_note_reaches_the_report(suite: &Suite) -> Verdict {
     let report = sent.map_err(words)?;
     ensure!(report.receivers[0].notes == "installed in 3 ms", "the report is {report:?}");
     Ok(())
-}
-
-async fn phases_out_of_order_are_errors(suite: &Suite) -> Verdict {
-    let mut group = Group::form(suite, 1).await.map_err(words)?;
-    let nothing = || WeightStream::new(futures::stream::empty());
-    let state = |error: Option<Error>| {
-        let kind = error.as_ref().map(Error::kind);
-        if kind == Some(ErrorKind::State) { Ok(()) } else { Err(format!("not refused: {error:?}")) }
-    };
-    state(group.rollouts[0].send_weights(nothing(), Version(1)).await.map(drop).err())?;
-    state(group.trainer.receive_weights(None).await.map(drop).err())?;
-    state(group.trainer.prepare().await.map(drop).err())?;
-    group.exact(model(1, 1), 1).await?;
-    group.trainer.finalize().await.map_err(words)?;
-    state(group.trainer.send_weights(nothing(), Version(2)).await.map(drop).err())?;
-    state(group.trainer.finalize().await.err())
 }
 
 async fn an_engine_runs_on_any_executor_and_its_deadlines_with_it(suite: &Suite) -> Verdict {

@@ -20,8 +20,8 @@ use collective::{
 };
 use engine_core::memory::{Job, Pool};
 use engine_core::{
-    Availability, Backend, CheckpointEngine, Devices, EngineContext, Error, ErrorKind, Placement,
-    Result, Storage, WorkerMetadata,
+    Availability, Backend, Devices, EngineContext, Error, ErrorKind, Placement, PreparedRollout,
+    PreparedTrainer, Result, Storage, WorkerMetadata,
 };
 use serde::Deserialize;
 
@@ -125,6 +125,7 @@ pub fn counts() -> Counts {
 #[derive(Debug)]
 struct InProcess;
 
+#[async_trait]
 impl Backend for InProcess {
     fn name(&self) -> &'static str {
         NAME
@@ -142,20 +143,28 @@ impl Backend for InProcess {
         Availability::Usable { details: "tests".into() }
     }
 
-    fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
-        let options: Options = context.config.kwargs(NAME)?;
-        let Options { senders, relays, rebuild_group, .. } = options;
-        let common = CollectiveOptions { senders, relays, rebuild_group };
-        let rank = context.require_control()?.rank();
-        let options =
-            Options { fault: options.fault.filter(|_| rank.0 == options.fault_rank), ..options };
-        let library = FakeLibrary { options };
-        Ok(Box::new(CollectiveEngine::new(library, context, common)?))
+    async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
+        let (library, options) = library(&context)?;
+        CollectiveEngine::prepare_trainer(library, context, options).await
+    }
+
+    async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
+        let (library, options) = library(&context)?;
+        CollectiveEngine::prepare_rollout(library, context, options).await
     }
 
     fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
         build_topology(NAME, workers)
     }
+}
+
+fn library(context: &EngineContext) -> Result<(FakeLibrary, CollectiveOptions)> {
+    let options: Options = context.config.kwargs(NAME)?;
+    let Options { senders, relays, rebuild_group, .. } = options;
+    let rank = context.require_control()?.rank();
+    let options =
+        Options { fault: options.fault.filter(|_| rank.0 == options.fault_rank), ..options };
+    Ok((FakeLibrary { options }, CollectiveOptions { senders, relays, rebuild_group }))
 }
 
 #[derive(Debug)]

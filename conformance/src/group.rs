@@ -9,9 +9,9 @@ use bytes::Bytes;
 use control_plane::{ControlConfig, ControlPlane, Token};
 use engine_core::observe::{Observer, Progress};
 use engine_core::{
-    CheckpointEngine, DType, EngineContext, Error, Placement, Rank, ReceivedWeights, Result, Role,
-    SendReport, TensorMeta, Version, VersionState, Weight, WeightStream, WorkerMetadata,
-    ensure_async_iterator,
+    CheckpointEngine, DType, EngineContext, Error, Rank, Result, Role, RolloutEngine, SendReport,
+    TensorMeta, TrainerEngine, Version, VersionState, Weight, WeightStream, ensure_async_iterator,
+    form_local_group,
 };
 use futures::StreamExt;
 
@@ -19,8 +19,8 @@ use crate::{Place, Suite};
 
 pub(crate) struct Group {
     suite: Suite,
-    pub(crate) trainer: Box<dyn CheckpointEngine>,
-    pub(crate) rollouts: Vec<Box<dyn CheckpointEngine>>,
+    pub(crate) trainer: Box<dyn TrainerEngine>,
+    pub(crate) rollouts: Vec<Box<dyn RolloutEngine>>,
     /// The ranks of the group, the trainers' first.
     ranks: Vec<Rank>,
     pub(crate) controls: Vec<ControlPlane>,
@@ -51,20 +51,19 @@ impl Observer for Ready {
 /// A trainer's engine whose weights are put elsewhere before they are sent.
 #[derive(Debug)]
 struct Placed {
-    engine: Box<dyn CheckpointEngine>,
+    engine: Box<dyn TrainerEngine>,
     place: Place,
 }
 
 #[async_trait]
 impl CheckpointEngine for Placed {
-    async fn prepare(&mut self) -> Result<WorkerMetadata> {
-        self.engine.prepare().await
+    async fn finalize(self: Box<Self>) -> Result<()> {
+        self.engine.finalize().await
     }
+}
 
-    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
-        self.engine.init_process_group(place).await
-    }
-
+#[async_trait]
+impl TrainerEngine for Placed {
     async fn send_weights(
         &mut self,
         weights: WeightStream<'_>,
@@ -74,33 +73,28 @@ impl CheckpointEngine for Placed {
         let placed = weights.map(move |weight| weight.and_then(place));
         self.engine.send_weights(WeightStream::new(placed), version).await
     }
-
-    async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
-        self.engine.receive_weights(version).await
-    }
-
-    async fn finalize(&mut self) -> Result<()> {
-        self.engine.finalize().await
-    }
 }
 
 /// The engines of all trainers as one: each gets the same weights. What it says is what the leader says.
 #[derive(Debug)]
 struct Trainers {
-    leader: Box<dyn CheckpointEngine>,
-    others: Vec<Box<dyn CheckpointEngine>>,
+    leader: Box<dyn TrainerEngine>,
+    others: Vec<Box<dyn TrainerEngine>>,
 }
 
 #[async_trait]
 impl CheckpointEngine for Trainers {
-    async fn prepare(&mut self) -> Result<WorkerMetadata> {
-        self.leader.prepare().await
+    async fn finalize(self: Box<Self>) -> Result<()> {
+        for other in self.others {
+            // Where the leader fails, so do these.
+            drop(other.finalize().await);
+        }
+        self.leader.finalize().await
     }
+}
 
-    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
-        self.leader.init_process_group(place).await
-    }
-
+#[async_trait]
+impl TrainerEngine for Trainers {
     async fn send_weights(
         &mut self,
         mut weights: WeightStream<'_>,
@@ -149,18 +143,6 @@ impl CheckpointEngine for Trainers {
         }
         Ok(leader)
     }
-
-    async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
-        self.leader.receive_weights(version).await
-    }
-
-    async fn finalize(&mut self) -> Result<()> {
-        for other in &mut self.others {
-            // Where the leader fails, so do these.
-            drop(other.finalize().await);
-        }
-        self.leader.finalize().await
-    }
 }
 
 /// A tensor as it was received.
@@ -186,31 +168,34 @@ impl Group {
     }
 
     /// Ends the engines and forms the group anew, over the same control planes.
-    pub(crate) async fn anew(mut self) -> Result<Self> {
-        self.trainer.finalize().await?;
-        for engine in &mut self.rollouts {
-            engine.finalize().await?;
-        }
+    pub(crate) async fn anew(self) -> Result<Self> {
         let Self { suite, trainer, rollouts, ranks, controls, at, .. } = self;
-        drop((trainer, rollouts));
+        Self::end(trainer, rollouts).await?;
         Self::on(&suite, ranks, controls, at).await
     }
 
     /// Ends the engines, has a rollout leave, and forms the group anew of all others, over the same control
     /// planes.
-    pub(crate) async fn without(mut self, rollout: u32) -> Result<Self> {
+    pub(crate) async fn without(self, rollout: u32) -> Result<Self> {
         let index = (self.suite.trainers + rollout) as usize;
-        self.trainer.finalize().await?;
-        for engine in &mut self.rollouts {
-            engine.finalize().await?;
-        }
         let Self { suite, trainer, rollouts, mut ranks, mut controls, at, .. } = self;
-        drop((trainer, rollouts));
+        Self::end(trainer, rollouts).await?;
         ranks.remove(index);
         if suite.control {
             controls.remove(index).close().await?;
         }
         Self::on(&suite, ranks, controls, at).await
+    }
+
+    async fn end(
+        trainer: Box<dyn TrainerEngine>,
+        rollouts: Vec<Box<dyn RolloutEngine>>,
+    ) -> Result<()> {
+        trainer.finalize().await?;
+        for rollout in rollouts {
+            rollout.finalize().await?;
+        }
+        Ok(())
     }
 
     /// Forms a group of these ranks, over their control planes if the suite has any.
@@ -222,26 +207,29 @@ impl Group {
     ) -> Result<Self> {
         let trainers = suite.trainers as usize;
         let ready = Arc::new(Ready::default());
-        let mut engines = Vec::new();
+        let (mut leading, mut receiving) = (Vec::new(), Vec::new());
         for (index, rank) in ranks.iter().enumerate() {
-            let role = if index < trainers { Role::Trainer } else { Role::Rollout };
-            let mut context = EngineContext::new(suite.config_of(rank.0), role).with_rank(*rank);
+            let mut context = EngineContext::new(suite.config_of(rank.0)).with_rank(*rank);
             context.control = controls.get(index).cloned().map(Into::into);
             if index == 0 {
                 context = context.with_observer(ready.clone());
             }
-            let mut engine = suite.backend.create(context.clone())?;
+            if index >= trainers {
+                let mut prepared = suite.backend.prepare_rollout(context.clone()).await?;
+                if let Some(layered) = suite.layer {
+                    prepared = (layered.layer.rollout)(prepared, &context)?;
+                }
+                receiving.push(prepared);
+                continue;
+            }
+            let mut prepared = suite.backend.prepare_trainer(context.clone()).await?;
             if let Some(layered) = suite.layer {
-                engine = (layered.layer.put)(engine, &context)?;
+                prepared = (layered.layer.trainer)(prepared, &context)?;
             }
-            if let Some(place) = suite.place.filter(|_| role == Role::Trainer) {
-                engine = Box::new(Placed { engine, place });
+            if let Some(place) = suite.place {
+                prepared = prepared.map(move |engine| Box::new(Placed { engine, place }) as Box<_>);
             }
-            engines.push(engine);
-        }
-        let mut workers = Vec::new();
-        for engine in &mut engines {
-            workers.push(engine.prepare().await?);
+            leading.push(prepared);
         }
         if suite.control {
             let (world, deadline) = (ranks.len() as u32, Duration::from_secs(10));
@@ -249,15 +237,10 @@ impl Group {
                 controls.iter().map(|control| control.gather(world, Bytes::new(), deadline));
             futures::future::try_join_all(gather).await?;
         }
-        let places = suite.backend.build_topology(&workers)?;
-        for (engine, worker) in engines.iter_mut().zip(&workers) {
-            let place = Placement::of_rank(places.iter().cloned(), worker.rank)?;
-            engine.init_process_group(place).await?;
-        }
-        let rollouts = engines.split_off(trainers);
-        let mut trainer = engines.remove(0);
-        if !engines.is_empty() {
-            trainer = Box::new(Trainers { leader: trainer, others: engines });
+        let (mut trainers, rollouts) = form_local_group(suite.backend, leading, receiving).await?;
+        let mut trainer = trainers.remove(0);
+        if !trainers.is_empty() {
+            trainer = Box::new(Trainers { leader: trainer, others: trainers });
         }
         Ok(Self { suite: suite.clone(), trainer, rollouts, ranks, controls, at, ready })
     }
@@ -319,10 +302,7 @@ fn compare(expected: &[Received], received: &[Received]) -> Result<(), String> {
     Err(format!("{} tensors arrived, {} were sent", received.len(), expected.len()))
 }
 
-pub(crate) async fn collect(
-    engine: &mut dyn CheckpointEngine,
-    version: u64,
-) -> Result<Vec<Received>> {
+pub(crate) async fn collect(engine: &mut dyn RolloutEngine, version: u64) -> Result<Vec<Received>> {
     let mut received = engine.receive_weights(Some(Version(version))).await?;
     let mut tensors = Vec::new();
     while let Some(tensor) = received.next_tensor().await? {

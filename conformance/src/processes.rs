@@ -19,11 +19,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use control_plane::{Address, ControlConfig, ControlPlane, Token};
+use control_plane::{Address, ControlConfig, ControlPlane, Token, join_group};
 use engine_core::{
-    Backend, CheckpointEngine, CheckpointEngineConfig, DType, DeviceChoice, EngineContext, Error,
-    ErrorKind, Placement, Rank, ReceivedWeights, Result, Role, SendReport, Version, Weight,
-    WorkerMetadata, ensure_async_iterator,
+    Backend, CheckpointEngineConfig, DType, DeviceChoice, EngineContext, Error, ErrorKind, Rank,
+    ReceivedWeights, Result, Role, RolloutEngine, SendReport, TrainerEngine, Version, Weight,
+    ensure_async_iterator,
 };
 
 use crate::log;
@@ -115,53 +115,44 @@ pub fn runtime() -> tokio::runtime::Runtime {
     builder.worker_threads(2).enable_all().build().expect("a runtime")
 }
 
-/// Joins an engine with a group of so many ranks, or with one that is there already.
+/// Joins a trainer to a group of so many ranks.
 ///
 /// # Errors
 ///
 /// What the engine or the control plane reports.
-///
-/// # Panics
-///
-/// If what the ranks say of themselves is not metadata.
-pub async fn form(
-    backend: &'static dyn Backend,
+pub async fn trainer(
+    backend: &dyn Backend,
     control: &ControlPlane,
-    mut config: CheckpointEngineConfig,
+    config: CheckpointEngineConfig,
     ranks: u32,
-) -> Result<Box<dyn CheckpointEngine>> {
+) -> Result<Box<dyn TrainerEngine>> {
+    let prepared = backend.prepare_trainer(context(control, config)).await?;
+    Ok(join_group(prepared, backend, control, Some(ranks), LIMIT).await?.0)
+}
+
+/// Joins a rollout to a group of so many ranks, or to one that is there already.
+///
+/// # Errors
+///
+/// What the engine or the control plane reports.
+pub async fn rollout(
+    backend: &dyn Backend,
+    control: &ControlPlane,
+    config: CheckpointEngineConfig,
+    ranks: u32,
+) -> Result<Box<dyn RolloutEngine>> {
+    let prepared = backend.prepare_rollout(context(control, config)).await?;
+    Ok(join_group(prepared, backend, control, Some(ranks), LIMIT).await?.0)
+}
+
+/// A rank's context; without a number of the device in the configuration, each rank takes the next device.
+pub fn context(control: &ControlPlane, mut config: CheckpointEngineConfig) -> EngineContext {
     if !config.device.is_cpu() && config.device.ordinal().is_none() {
         let devices = std::env::var(DEVICES).ok().and_then(|number| number.parse().ok());
         let number = control.rank().0 % devices.unwrap_or(1).max(1);
         config.device = DeviceChoice::new(config.device.kind(), number);
     }
-    let context = EngineContext::new(config, control.role()).with_control(control.clone());
-    let mut engine = backend.create(context)?;
-    let own = engine.prepare().await?;
-    engine.init_process_group(place(backend, control, &own, ranks).await?).await?;
-    Ok(engine)
-}
-
-/// Tells the others of a group what this rank said of itself; its place among them.
-///
-/// # Errors
-///
-/// What the backend or the control plane reports.
-///
-/// # Panics
-///
-/// If what the ranks say of themselves is not metadata.
-pub async fn place(
-    backend: &'static dyn Backend,
-    control: &ControlPlane,
-    own: &WorkerMetadata,
-    ranks: u32,
-) -> Result<Placement> {
-    let own = serde_json::to_vec(own).expect("metadata");
-    let peers = control.gather(ranks, own.into(), LIMIT).await?;
-    let workers = peers.iter().map(|peer| serde_json::from_slice(&peer.payload));
-    let workers: Vec<WorkerMetadata> = workers.map(|worker| worker.expect("metadata")).collect();
-    Placement::of_rank(backend.build_topology(&workers)?, control.rank())
+    EngineContext::new(config).with_control(control.clone())
 }
 
 /// Sends a version's model; something happens before its weight of a number is given.
@@ -174,7 +165,7 @@ pub async fn place(
 ///
 /// If it hangs.
 pub async fn send(
-    engine: &mut dyn CheckpointEngine,
+    engine: &mut dyn TrainerEngine,
     version: u64,
     before: usize,
     mut happens: impl FnMut() -> Result<()> + Send,
@@ -203,7 +194,7 @@ pub fn receivers(report: &SendReport) -> Vec<Rank> {
 /// # Panics
 ///
 /// If other bytes arrived.
-pub async fn receive(engine: &mut dyn CheckpointEngine) -> Result<Version> {
+pub async fn receive(engine: &mut dyn RolloutEngine) -> Result<Version> {
     check(engine.receive_weights(None).await?).await
 }
 
@@ -220,6 +211,11 @@ async fn check(mut received: ReceivedWeights<'_>) -> Result<Version> {
     Ok(version)
 }
 
+enum Joined {
+    Trainer(Box<dyn TrainerEngine>),
+    Rollout(Box<dyn RolloutEngine>),
+}
+
 /// What a child process does; nothing in a process that is none.
 pub fn be_a_child(backend: &'static dyn Backend) {
     let Ok(orders) = std::env::var(CHILD) else { return };
@@ -230,24 +226,34 @@ pub fn be_a_child(backend: &'static dyn Backend) {
         let address = orders.address.parse().expect("an address");
         let joined = ControlPlane::join(control(address), orders.role, orders.rank).await;
         let plane = joined.expect("the leader");
-        let mut engine = match form(backend, &plane, config, orders.ranks).await {
-            Ok(engine) => engine,
+        let joined = match orders.role {
+            Role::Trainer => {
+                trainer(backend, &plane, config, orders.ranks).await.map(Joined::Trainer)
+            }
+            Role::Rollout => {
+                rollout(backend, &plane, config, orders.ranks).await.map(Joined::Rollout)
+            }
+        };
+        let mut joined = match joined {
+            Ok(joined) => joined,
             Err(error) => return say(&format!("refused {:?}: {error}", error.kind())),
         };
         say("joined");
         for version in 1.. {
-            let result = match orders.role {
-                Role::Rollout => match receive_unless(&mut *engine, orders.drops_in).await {
-                    Ok(None) => {
-                        drop(engine);
-                        say("dropped its engine");
-                        // The process is there, and so are its connections to the leader.
-                        return std::future::pending().await;
+            let result = match &mut joined {
+                Joined::Rollout(engine) => {
+                    match receive_unless(&mut **engine, orders.drops_in).await {
+                        Ok(None) => {
+                            drop(joined);
+                            say("dropped its engine");
+                            // The process is there, and so are its connections to the leader.
+                            return std::future::pending().await;
+                        }
+                        Ok(Some(version)) => Ok(version),
+                        Err(error) => Err(error),
                     }
-                    Ok(Some(version)) => Ok(version),
-                    Err(error) => Err(error),
-                },
-                Role::Trainer => {
+                }
+                Joined::Trainer(engine) => {
                     let weights = ensure_async_iterator(model(version));
                     let sent = engine.send_weights(weights, Version(version)).await;
                     sent.map(|report| report.version)
@@ -278,7 +284,7 @@ fn rank_in_words(error: &engine_core::Error) -> String {
 /// Takes the next update. `None` if this is the version in whose update the engine is to be dropped: it has
 /// one bucket then.
 async fn receive_unless(
-    engine: &mut dyn CheckpointEngine,
+    engine: &mut dyn RolloutEngine,
     drops_in: Option<Version>,
 ) -> Result<Option<Version>> {
     let mut received = engine.receive_weights(None).await?;
@@ -414,7 +420,7 @@ pub fn resident_bytes(process: &str) -> u64 {
 #[derive(Debug)]
 pub struct Processes {
     runtime: tokio::runtime::Runtime,
-    engine: Box<dyn CheckpointEngine>,
+    engine: Box<dyn TrainerEngine>,
     orders: Orders,
     control: ControlPlane,
     /// In the order of their ranks, from 1 on: trainers, then rollouts.
@@ -454,7 +460,7 @@ impl Processes {
             orders.role = if rank < trainers { Role::Trainer } else { Role::Rollout };
             children.push(orders.start());
         }
-        let engine = runtime.block_on(form(backend, &plane, config.clone(), ranks));
+        let engine = runtime.block_on(trainer(backend, &plane, config.clone(), ranks));
         let engine = engine.expect("a group");
         children.iter().for_each(|child| child.says("joined"));
         Self { runtime, engine, orders, control: plane, children }
@@ -516,7 +522,7 @@ impl Processes {
     /// # Panics
     ///
     /// If it cannot be ended.
-    pub fn close(mut self) {
+    pub fn close(self) {
         self.runtime.block_on(self.engine.finalize()).expect("an end");
         self.runtime.block_on(self.control.close()).expect("an end");
     }

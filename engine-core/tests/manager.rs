@@ -6,11 +6,10 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use engine_core::{
-    CachedEngine, CheckpointEngineConfig, CheckpointEngineManager,
-    CheckpointEngineWithCache, DType, EngineContext, Error, ErrorKind, Expected, Install,
-    LocalRollout, PreparedRollout, PreparedTrainer, PreparedWorker, ReceiveReport, ReceivedBucket,
-    Result, RolloutWorker, TensorMap, TrainerEngine, Version, Weight, ensure_async_iterator,
-    form_local_group, naive,
+    CachedEngine, CheckpointEngineConfig, CheckpointEngineManager, CheckpointEngineWithCache,
+    DType, EngineContext, Error, ErrorKind, Expected, Install, LocalRollout, PreparedRollout,
+    PreparedTrainer, PreparedWorker, ReceiveReport, ReceivedBucket, Result, RolloutWorker,
+    TensorMap, TrainerEngine, Version, Weight, ensure_async_iterator, form_local_group, naive,
 };
 use futures::StreamExt;
 

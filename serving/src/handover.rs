@@ -10,8 +10,9 @@ use control_plane::{
     Address, Channel, ChannelId, Control, ControlConfig, ControlPlane, Event, Role, UPDATES,
 };
 use engine_core::{
-    Backend, CheckpointEngine, CheckpointEngineConfig, EngineContext, Error, ErrorKind, Placement,
-    Rank, ReceivedWeights, Result, SendReport, Version, WeightCache, WorkerMetadata, clock,
+    Backend, CheckpointEngineConfig, EngineContext, Error, ErrorKind, Placement, Rank,
+    ReceivedWeights, Result, RolloutEngine, SendReport, Version, WeightCache, WorkerMetadata,
+    clock,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -33,28 +34,29 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// served one after the other.
 ///
 /// The holder listens at an address that others learn from its metadata
-/// ([`announce`](Self::announce)), and a newcomer, which gets the metadata of all when it joins the
+/// ([`announcement`](Self::announcement)), and a newcomer, which gets the metadata of all when it joins the
 /// group, finds it by [`Newcomer::holders`].
 ///
 /// # Examples
 ///
 /// ```
+/// # use std::sync::Arc;
 /// # use control_plane::{ControlConfig, Token};
 /// # use engine_core::{Backend, CachedEngine, CheckpointEngineConfig, Result};
 /// # use serving::{Holder, Newcomer};
 /// # async fn example(
-/// #     backend: &'static dyn Backend, config: CheckpointEngineConfig, token: Token,
+/// #     backend: Arc<dyn Backend>, config: CheckpointEngineConfig, token: Token,
 /// #     mut rollout: CachedEngine, mut late: CachedEngine,
 /// # ) -> Result<()> {
 /// // On a rollout that has a cache, before it tells the others of itself:
 /// let at = ControlConfig::new("10.0.0.2:0".parse()?, token.clone());
-/// let holder = Holder::listen(rollout.cache(), backend, config.clone(), at).await?;
+/// let holder = Holder::listen(rollout.cache(), backend.clone(), config.clone(), at).await?;
 /// let address = holder.address().clone();
 /// tokio::spawn(holder.run());
 ///
 /// // On a rollout that has joined the group and does not want to wait for the next update:
 /// let at = ControlConfig::new(address, token);
-/// if let Some(mut newcomer) = Newcomer::join(backend, config, at).await? {
+/// if let Some(mut newcomer) = Newcomer::join(&*backend, config, at).await? {
 ///     late.take_over(newcomer.receive().await?).await?;
 ///     newcomer.leave().await?;
 /// }
@@ -64,7 +66,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub struct Holder {
     cache: WeightCache,
-    backend: &'static dyn Backend,
+    backend: Arc<dyn Backend>,
     config: CheckpointEngineConfig,
     at: ControlConfig,
     control: Option<ControlPlane>,
@@ -78,7 +80,7 @@ struct Offer {
 
 impl Holder {
     /// The attribute of a rank's metadata that says where it gives the version that it holds; see
-    /// [`announce`](Self::announce).
+    /// [`announcement`](Self::announcement).
     pub const ATTRIBUTE: &str = "holds";
 
     /// Listens for newcomers, who are [served](Self::run) from then on what `cache` has.
@@ -91,7 +93,7 @@ impl Holder {
     /// Those of [`ControlPlane::lead`].
     pub async fn listen(
         cache: WeightCache,
-        backend: &'static dyn Backend,
+        backend: Arc<dyn Backend>,
         config: CheckpointEngineConfig,
         at: ControlConfig,
     ) -> Result<Self> {
@@ -107,12 +109,10 @@ impl Holder {
         &self.at.address
     }
 
-    /// Adds the address to what this rank tells the others of itself.
-    pub fn announce(&self, own: &mut WorkerMetadata) {
-        if !own.attributes.is_object() {
-            own.attributes = serde_json::json!({});
-        }
-        own.attributes[Self::ATTRIBUTE] = self.at.address.to_string().into();
+    /// What this rank tells the others of itself, for
+    /// [`Prepared::with_attributes`](engine_core::Prepared::with_attributes).
+    pub fn announcement(&self) -> serde_json::Value {
+        serde_json::json!({ Self::ATTRIBUTE: self.at.address.to_string() })
     }
 
     /// Serves newcomers for as long as it can listen. A newcomer that fails, or that comes before
@@ -156,18 +156,17 @@ impl Holder {
         let offer = Offer { version: held.as_ref().map(|(version, _)| *version) };
         channel.send(newcomer, written(&offer)?)?;
         let Some((version, weights)) = held else { return Ok(None) };
-        let context = EngineContext::new(self.config.clone(), Role::Trainer);
+        let context = EngineContext::new(self.config.clone());
         let deadline = context.deadline();
         let updates = Arc::new(OnlyWith { channel: control.channel(UPDATES), peer: newcomer });
-        let mut engine = self.backend.create(context.with_control(updates as Arc<dyn Control>))?;
-        let own = engine.prepare().await?;
+        let context = context.with_control(updates as Arc<dyn Control>);
+        let prepared = self.backend.prepare_trainer(context).await?;
+        let own = prepared.metadata().clone();
         channel.send(newcomer, written(&own)?)?;
-        let given = async {
-            let its = answer(&channel, newcomer, deadline).await?;
-            engine.init_process_group(place(self.backend, [own, its], Rank::LEADER)?).await?;
-            engine.send_weights(weights, version).await
-        };
-        let given = given.await;
+        let its = answer(&channel, newcomer, deadline).await?;
+        let place = place(&self.backend, [own, its], Rank::LEADER)?;
+        let mut engine = prepared.join(place).await?;
+        let given = engine.send_weights(weights, version).await;
         engine.finalize().await?;
         given.map(Some)
     }
@@ -177,7 +176,7 @@ impl Holder {
 #[derive(Debug)]
 pub struct Newcomer {
     control: ControlPlane,
-    engine: Box<dyn CheckpointEngine>,
+    engine: Box<dyn RolloutEngine>,
     version: Version,
 }
 
@@ -200,11 +199,11 @@ impl Newcomer {
     /// `Timeout` if the holder does not answer within the configuration's deadline, or is busy with
     /// others for that long; those of joining a group.
     pub async fn join(
-        backend: &'static dyn Backend,
+        backend: &dyn Backend,
         config: CheckpointEngineConfig,
         at: ControlConfig,
     ) -> Result<Option<Self>> {
-        let context = EngineContext::new(config, Role::Rollout);
+        let context = EngineContext::new(config);
         let deadline = context.deadline();
         let until = Instant::now() + deadline;
         loop {
@@ -227,21 +226,22 @@ impl Newcomer {
     }
 
     async fn enter(
-        backend: &'static dyn Backend,
+        backend: &dyn Backend,
         context: &EngineContext,
         control: &ControlPlane,
         deadline: Duration,
-    ) -> Result<Option<(Box<dyn CheckpointEngine>, Version)>> {
+    ) -> Result<Option<(Box<dyn RolloutEngine>, Version)>> {
         let channel = control.channel(HANDOVER);
         control.gather(2, Bytes::new(), deadline).await?;
         // One that serves another newcomer says nothing, and leaves when it has.
         let offer: Offer = answer(&channel, Rank::LEADER, deadline).await?;
         let Some(version) = offer.version else { return Ok(None) };
-        let mut engine = backend.create(context.clone().with_control(control.clone()))?;
-        let own = engine.prepare().await?;
+        let prepared =
+            backend.prepare_rollout(context.clone().with_control(control.clone())).await?;
+        let own = prepared.metadata().clone();
         channel.send(Rank::LEADER, written(&own)?)?;
         let its = answer(&channel, Rank::LEADER, deadline).await?;
-        engine.init_process_group(place(backend, [its, own], control.rank())?).await?;
+        let engine = prepared.join(place(backend, [its, own], control.rank())?).await?;
         Ok(Some((engine, version)))
     }
 
@@ -254,7 +254,7 @@ impl Newcomer {
     ///
     /// # Errors
     ///
-    /// Those of [`CheckpointEngine::receive_weights`].
+    /// Those of [`RolloutEngine::receive_weights`].
     pub async fn receive(&mut self) -> Result<ReceivedWeights<'_>> {
         self.engine.receive_weights(Some(self.version)).await
     }
@@ -263,8 +263,8 @@ impl Newcomer {
     ///
     /// # Errors
     ///
-    /// Those of [`CheckpointEngine::finalize`] and [`ControlPlane::close`].
-    pub async fn leave(mut self) -> Result<()> {
+    /// Those of [`finalize`](engine_core::CheckpointEngine::finalize) and [`ControlPlane::close`].
+    pub async fn leave(self) -> Result<()> {
         self.engine.finalize().await?;
         self.control.close().await
     }
