@@ -2,8 +2,8 @@
 //! training step.
 //!
 //! A trainer makes a [`WeightStream`] of its weights ([`ensure_async_iterator`] takes any iterator or
-//! stream) and [sends](CheckpointEngine::send_weights) it; every rollout
-//! [receives](CheckpointEngine::receive_weights) the same weights, verified, or an error. Which
+//! stream) and [sends](TrainerEngine::send_weights) it; every rollout
+//! [receives](RolloutEngine::receive_weights) the same weights, verified, or an error. Which
 //! transport carries them is a name in the [configuration](CheckpointEngineConfig) and a Cargo
 //! feature of this crate:
 //!
@@ -17,15 +17,50 @@
 //!
 //! [`registry`] knows those that are compiled in. The feature `fp8` (default) brings quantisation to
 //! all of them: with `trainer_quantize_fp8` the trainer sends FP8 blocks and their scales.
+//!
+//! Programs that embed an engine need what [`prelude`] has, and sometimes more of this module. Whoever writes a
+//! backend, an encoding or a kind of memory finds the rest in [`backend`].
 
-/// Connections between ranks, and what an engine needs of one.
+/// What most programs that embed an engine use: `use checkpoint_engine::prelude::*`.
+pub mod prelude {
+    pub use crate::control::{ControlConfig, Token};
+    pub use crate::{
+        CachedEngine, CheckpointEngine as _, CheckpointEngineConfig, CheckpointEngineWithCache as _,
+        ControlPlane, DType, Error, ErrorKind, Rank, Result, Role, RolloutEngine, TensorMap,
+        TrainerEngine, Version, Weight, WeightCache, WeightStream, WeightStreamExt as _,
+        ensure_async_iterator, form_group, registry,
+    };
+}
+
+/// For authors of backends, of encodings, of layers and of kinds of memory.
+pub mod backend {
+    pub use engine_core::control::Control;
+    pub use engine_core::{
+        Availability, Backend, Devices, Encoding, EngineContext, Layer, Prepared, PreparedRollout,
+        PreparedTrainer, Storage,
+    };
+    pub use engine_core::{DeviceBytes, DeviceMemory};
+    pub use engine_core::{clock, digest, memory, native, plan, telemetry};
+    /// The protocol of updates, over a transport's links.
+    pub use protocol;
+}
+
+/// Connections between ranks.
 pub use control_plane as control;
-pub use control_plane::{Channel, ChannelId, ControlPlane, form_group};
+pub use control_plane::{Channel, ChannelId, ControlPlane, FormGroup, form_group, join_group};
 /// Reads configurations from TOML, JSON and YAML: `config::load("engine.yaml")`.
 pub use engine_config as config;
-pub use engine_core::*;
-/// The protocol of updates, for authors of backends.
-pub use protocol;
+pub use engine_core::{
+    CacheStore, CacheUpdate, CacheWriter, CachedEngine, CheckpointEngine, CheckpointEngineConfig,
+    CheckpointEngineManager, CheckpointEngineWithCache, DType, DeviceChoice, EngineContext, Error,
+    ErrorKind, ErrorReport, Expected, FromIterator, FromStream, Install, IntoWeight,
+    IntoWeightStream, LocalRollout, Outcome, Placement, Prepared, PreparedRollout, PreparedTrainer,
+    PreparedWorker, Rank, ReceiveReport, ReceivedBucket, ReceivedPiece, ReceivedWeights,
+    ReceiverReport, Recovery, Registry, Result, Role, RolloutEngine, RolloutWorker, SendReport,
+    StageTimes, TensorCounts, TensorMap, TensorMeta, TrainerEngine, Treatment, Version,
+    VersionState, Weight, WeightCache, WeightStream, WeightStreamExt, WorkerMetadata,
+    ensure_async_iterator, ensure_fresh, form_local_group, naive, observe,
+};
 pub use serving::{Holder, Newcomer};
 
 #[cfg(feature = "hccl")]

@@ -4,7 +4,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use checkpoint_engine::{Error, ErrorKind, Result, telemetry};
+use checkpoint_engine::backend::telemetry;
+use checkpoint_engine::{Error, ErrorKind, Result};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};

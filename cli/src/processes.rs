@@ -8,8 +8,8 @@ use std::time::Duration;
 use checkpoint_engine::control::{Address, ControlConfig, Token};
 use checkpoint_engine::observe::Observer;
 use checkpoint_engine::{
-    CheckpointEngine, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind, Rank,
-    Registry, Result, Role, WorkerMetadata, form_group, registry,
+    CheckpointEngineConfig, ControlPlane, Error, ErrorKind, Rank, Registry, Result, TrainerEngine,
+    WorkerMetadata, form_group, registry,
 };
 use futures::future::{join_all, select_all};
 use tokio::io::AsyncWriteExt;
@@ -51,22 +51,21 @@ impl Processes {
     }
 
     /// Joins the leading trainer's engine with the others; an error if one of them ends meanwhile.
-    pub(crate) async fn form(&mut self, source: &SourceSpec) -> Result<Box<dyn CheckpointEngine>> {
-        let context = EngineContext::new(self.config.clone(), Role::Trainer)
-            .with_control(self.control.clone())
-            .with_observer(self.observer.clone());
-        let mut engine = self.registry.create(context)?;
+    pub(crate) async fn form(&mut self, source: &SourceSpec) -> Result<Box<dyn TrainerEngine>> {
         let announcement = serde_json::json!(Announcement { source: source.clone() });
-        let world_size = self.children.len() as u32 + 1;
-        let deadline = self.config.timeout();
-        let backend = self.registry.get(&self.config.backend)?;
-        let control = &self.control;
-        let group = form_group(&mut *engine, backend, control, world_size, announcement, deadline);
+        let group = form_group(&self.registry, self.config.clone(), &self.control)
+            .world_size(self.children.len() as u32 + 1)
+            .attributes(announcement)
+            .observer(self.observer.clone())
+            .trainer();
         tokio::select! {
-            formed = group => self.workers = formed?.peers,
-            error = first_end(&mut self.children) => return Err(error),
+            formed = group => {
+                let (engine, place) = formed?;
+                self.workers = place.peers;
+                Ok(engine)
+            }
+            error = first_end(&mut self.children) => Err(error),
         }
-        Ok(engine)
     }
 
     /// Ends the group. The rollouts see that and end by themselves; those that do not within the

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use checkpoint_engine::fp8::agreed_rules;
 use checkpoint_engine::{
-    CheckpointEngine, CheckpointEngineConfig, DeviceChoice, EngineContext, Error, ErrorKind, Rank,
-    Result, Role, SendReport, Version, form_local_group, registry,
+    CheckpointEngineConfig, DeviceChoice, EngineContext, Error, ErrorKind, Rank, Result,
+    RolloutEngine, SendReport, Version, form_local_group, registry,
 };
 use engine_core::available_memory;
 use futures::future::{join, join_all};
@@ -121,15 +121,18 @@ async fn in_one_process(
     each: &mut impl FnMut(&UpdateLine) -> Result<()>,
 ) -> Result<()> {
     let registry = registry();
-    let mut engines = Vec::new();
-    for rank in 0..=options.rollouts {
-        let role = if rank == 0 { Role::Trainer } else { Role::Rollout };
-        let context = EngineContext::new(options.config.clone(), role).with_rank(Rank(rank));
-        let context = if rank == 0 { context.with_observer(bar.clone()) } else { context };
-        engines.push(registry.create(context)?);
+    let context = |rank| EngineContext::new(options.config.clone()).with_rank(Rank(rank));
+    let leads = registry.prepare_trainer(context(0).with_observer(bar.clone())).await?;
+    let mut workers = vec![leads.metadata().clone()];
+    let mut receive = Vec::new();
+    for rank in 1..=options.rollouts {
+        let prepared = registry.prepare_rollout(context(rank)).await?;
+        workers.push(prepared.metadata().clone());
+        receive.push(prepared);
     }
-    let mut all: Vec<_> = engines.iter_mut().map(|engine| &mut **engine as _).collect();
-    let workers = form_local_group(&mut all, registry.get(&options.config.backend)?).await?;
+    let backend = registry.get(&options.config.backend)?;
+    let (mut trainers, engines) = form_local_group(backend, vec![leads], receive).await?;
+    let engine = trainers.remove(0);
     let checked = match options.verify {
         false => None,
         true => {
@@ -141,10 +144,8 @@ async fn in_one_process(
             }))
         }
     };
-    let mut engines = engines.into_iter();
-    let Some(engine) = engines.next() else { return Ok(()) };
     let mut trainer = Trainer { engine, source };
-    let mut rollouts: Vec<(Rollout, Box<dyn CheckpointEngine>)> = (0..)
+    let mut rollouts: Vec<(Rollout, Box<dyn RolloutEngine>)> = (0..)
         .zip(engines)
         .map(|(index, engine)| {
             let out = options.out.as_ref().map(|out| out.join(format!("rollout-{index}")));

@@ -7,7 +7,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use checkpoint_engine::telemetry::{METRICS, MetricKind};
+use checkpoint_engine::backend::telemetry::{METRICS, MetricKind};
 
 fn program() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ckpt-engine"));

@@ -5,11 +5,11 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
+use checkpoint_engine::backend::telemetry::{METRICS, MetricKind};
 use checkpoint_engine::fp8::{Fp8Config, Quantization};
 use checkpoint_engine::hccl::HcclOptions;
 use checkpoint_engine::nccl::NcclOptions;
 use checkpoint_engine::nixl::NixlOptions;
-use checkpoint_engine::telemetry::{METRICS, MetricKind};
 use checkpoint_engine::{CheckpointEngineConfig, config, registry};
 use schemars::{JsonSchema, schema_for};
 use serde_json::Value;

@@ -430,7 +430,8 @@ mod tests {
         let config = CheckpointEngineConfig { timeout_seconds: 5.0, ..Default::default() };
         let backend = engine_core::naive::BACKEND;
         let cache = WeightCache::default();
-        let holder = Holder::listen(cache, backend, config.clone(), at.clone()).await.unwrap();
+        let holder = Holder::listen(cache, Arc::new(backend), config.clone(), at.clone());
+        let holder = holder.await.unwrap();
         let joining = tokio::spawn(Newcomer::join(backend, config, at));
         let two = |control: &ControlPlane| control.peers().len() == 2;
         while !holder.control.as_ref().is_some_and(two) {

@@ -2,8 +2,8 @@
 
 use std::time::Instant;
 
+use checkpoint_engine::backend::memory::Pool;
 use checkpoint_engine::fp8::{Codec, Fp8Format, Source, SourceType, Store, copy_non_temporal};
-use checkpoint_engine::memory::Pool;
 use checkpoint_engine::{DeviceChoice, Result};
 use serde::Serialize;
 

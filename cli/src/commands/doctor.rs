@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
+use checkpoint_engine::backend::Availability;
 use checkpoint_engine::hccl::doctor;
-use checkpoint_engine::{Availability, registry};
+use checkpoint_engine::registry;
 use clap::Args;
 
 use crate::Failure;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use checkpoint_engine::control::from_env;
 use checkpoint_engine::{
-    CheckpointEngineConfig, ControlPlane, EngineContext, Rank, Role, Version, form_group, registry,
+    CheckpointEngineConfig, ControlPlane, Rank, Role, Version, form_group, registry,
 };
 use clap::Args;
 use cli::memory::PeakMemory;
@@ -101,14 +101,10 @@ pub(crate) async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Fail
     if !args.json {
         say(format!("waiting for {} other ranks at {}", world_size - 1, control.address()))?;
     }
-    let context = EngineContext::new(config.clone(), Role::Trainer).with_control(control.clone());
-    let engine = registry.create(context)?;
     let announcement = serde_json::json!(Announcement { source: source.spec().clone() });
+    let group = form_group(&registry, config.clone(), &control).attributes(announcement);
+    let (engine, _) = group.world_size(world_size).trainer().await?;
     let mut trainer = Trainer { engine, source };
-    let deadline = config.timeout();
-    let engine = &mut *trainer.engine;
-    let backend = registry.get(&config.backend)?;
-    form_group(engine, backend, &control, world_size, announcement, deadline).await?;
     let mut failed = 0;
     for version in (1..=args.source.updates).map(Version) {
         match trainer.update(version).await {

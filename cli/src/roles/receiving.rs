@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use checkpoint_engine::{
-    CacheUpdate, CheckpointEngine, Error, ErrorKind, ErrorReport, Install, ReceiveReport,
-    ReceivedBucket, ReceivedPiece, ReceivedWeights, Result, Version, WeightCache,
+    CacheUpdate, Error, ErrorKind, ErrorReport, Install, ReceiveReport, ReceivedBucket,
+    ReceivedPiece, ReceivedWeights, Result, RolloutEngine, Version, WeightCache,
 };
 
 use super::RolloutNotes;
@@ -47,7 +47,7 @@ impl Rollout {
     /// # Errors
     ///
     /// Why the update failed; `PeerLost` if the trainer is gone.
-    pub async fn update(&self, engine: &mut dyn CheckpointEngine) -> Result<Option<ReceiveReport>> {
+    pub async fn update(&self, engine: &mut dyn RolloutEngine) -> Result<Option<ReceiveReport>> {
         match engine.receive_weights(None).await {
             Ok(received) => self.take(received).await.map(Some),
             Err(error) if error.kind() == ErrorKind::Timeout => Ok(None),

@@ -8,8 +8,8 @@ use checkpoint_engine::control::{Address, ControlConfig};
 use checkpoint_engine::fp8::agreed_rules;
 use checkpoint_engine::nixl::bare;
 use checkpoint_engine::{
-    CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind, Holder, Newcomer, Rank,
-    ReceiveReport, Registry, Result, Role, Version, WeightCache, form_group, registry,
+    CheckpointEngineConfig, ControlPlane, Error, ErrorKind, Holder, Newcomer, Rank, ReceiveReport,
+    Registry, Result, Role, Version, WeightCache, form_group, registry,
 };
 
 use super::parent::{Parent, is_trainer};
@@ -58,7 +58,6 @@ pub async fn rollout(
 ) -> Result<bool> {
     let parent = Parent::new(options.is_child);
     let registry: Registry = registry();
-    let deadline = options.config.timeout();
     let memory = PeakMemory::start()?;
     let at = options.control;
     let control = ControlPlane::join(at.clone(), Role::Rollout, options.rank).await?;
@@ -67,9 +66,6 @@ pub async fn rollout(
     let reserve = options.reserve.unwrap_or(0);
     let destination = device::destination(&device, reserve)?.map(|to| Arc::new(Mutex::new(to)));
     let config = CheckpointEngineConfig { device: device.clone(), ..options.config };
-    let context = EngineContext::new(config.clone(), Role::Rollout).with_control(control.clone());
-    let mut engine = registry.create(context)?;
-    let world_size = options.world_size;
     let target = match options.bare {
         true => Some(bare::Target::new(&config).await?),
         false => None,
@@ -84,14 +80,14 @@ pub async fn rollout(
         cache = Some(kept.clone());
         let mut at = at.clone();
         at.address = address;
-        let backend = registry.get(&config.backend)?;
+        let backend = registry.get(&config.backend)?.clone();
         let holder = Holder::listen(kept, backend, config.clone(), at).await?;
         own[Holder::ATTRIBUTE] = holder.address().to_string().into();
         own_address = Some(holder.address().clone());
         holding = Some(OnDrop(tokio::spawn(holder.run())));
     }
-    let backend = registry.get(&config.backend)?;
-    let place = form_group(&mut *engine, backend, &control, world_size, own, deadline).await?;
+    let group = form_group(&registry, config.clone(), &control).attributes(own);
+    let (mut engine, place) = group.world_size(options.world_size).rollout().await?;
     let workers = &*place.peers;
     let announced = place.peer(Rank::LEADER)?.attributes.clone();
     let announced: Option<Announcement> = serde_json::from_value(announced).ok();

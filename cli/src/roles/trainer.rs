@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use checkpoint_engine::control::ControlConfig;
 use checkpoint_engine::{
-    CheckpointEngine, CheckpointEngineConfig, ControlPlane, EngineContext, Error, ErrorKind, Rank,
-    Registry, Result, Role, SendReport, Version, ensure_async_iterator, form_group, registry,
+    CheckpointEngineConfig, ControlPlane, Error, ErrorKind, Rank, Registry, Result, Role,
+    SendReport, TrainerEngine, Version, ensure_async_iterator, form_group, registry,
 };
 
 use super::parent::{Parent, is_trainer};
@@ -16,7 +16,7 @@ use crate::source::{Source, SourceSpec};
 #[derive(Debug)]
 pub struct Trainer {
     /// Its engine, in a group.
-    pub engine: Box<dyn CheckpointEngine>,
+    pub engine: Box<dyn TrainerEngine>,
     /// Where the weights come from.
     pub source: Source,
 }
@@ -74,19 +74,14 @@ pub struct CoTrainerOptions {
 pub async fn co_trainer(options: CoTrainerOptions, mut failed: impl FnMut(&Error)) -> Result<bool> {
     let parent = Parent::new(options.is_child);
     let registry: Registry = registry();
-    let deadline = options.config.timeout();
     let control = ControlPlane::join(options.control, Role::Trainer, Some(options.rank)).await?;
     let device = device::of_rank(&options.config.device, options.rank.0)?;
     let mut source = Source::open(options.source.clone())?.on_device(&device);
     source.advance(Version(1))?;
     let config = CheckpointEngineConfig { device, ..options.config };
-    let backend = registry.get(&config.backend)?;
-    let context = EngineContext::new(config, Role::Trainer).with_control(control.clone());
-    let engine = registry.create(context)?;
+    let group = form_group(&registry, config, &control).world_size(options.world_size);
+    let (engine, _) = group.trainer().await?;
     let mut trainer = Trainer { engine, source };
-    let (engine, world_size) = (&mut *trainer.engine, options.world_size);
-    let none = serde_json::Value::Null;
-    form_group(engine, backend, &control, world_size, none, deadline).await?;
     for version in (1..=options.source.updates).map(Version) {
         let result = if options.still {
             let weights = ensure_async_iterator(trainer.source.weights(Version(1))?);
