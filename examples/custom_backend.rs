@@ -6,17 +6,18 @@
 //! around it (plan, digests, deadlines, aborts) is the library's.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use checkpoint_engine::memory::{Job, Pool};
-use checkpoint_engine::protocol::{ReceiveLink, Receiver, SendLink, Sender};
-use checkpoint_engine::{
-    Availability, Backend, CheckpointEngine, EngineContext, Error, ErrorKind, Placement, Rank,
-    ReceivedWeights, Registry, Result, Role, SendReport, Storage, Version, WeightStream,
-    WorkerMetadata,
+use checkpoint_engine::backend::memory::{Job, Pool};
+use checkpoint_engine::backend::protocol::{ReceiveLink, Receiver, SendLink, Sender};
+use checkpoint_engine::backend::{
+    Availability, Backend, EngineContext, Prepared, PreparedRollout, PreparedTrainer, Storage,
 };
+use checkpoint_engine::prelude::*;
+use checkpoint_engine::{Placement, Registry, WorkerMetadata};
 
 /// Filled buckets, by trainer and slot.
 type Shelf = Mutex<HashMap<(u64, u32), Bytes>>;
@@ -65,6 +66,12 @@ impl SendLink for Outgoing {
     }
 }
 
+impl Drop for Outgoing {
+    fn drop(&mut self) {
+        shelf().retain(|(owner, _), _| *owner != self.id);
+    }
+}
+
 /// The same bytes where a view of any type may begin.
 fn aligned(bytes: &[u8]) -> Bytes {
     let mut memory = vec![0; bytes.len() + 256];
@@ -90,75 +97,14 @@ impl ReceiveLink for Incoming {
     }
 }
 
-/// One rank's engine: the phases around the two ends.
-#[derive(Debug)]
-struct ShelfEngine {
-    context: EngineContext,
-    prepared: Option<u64>,
-    sender: Option<Sender<Outgoing>>,
-    receiver: Option<Receiver<Incoming>>,
-}
-
-fn wrong_phase(operation: &str) -> Error {
-    Error::new(ErrorKind::State, operation, "not in this phase, or not in this role")
-}
-
-#[async_trait]
-impl CheckpointEngine for ShelfEngine {
-    async fn prepare(&mut self) -> Result<WorkerMetadata> {
-        if self.sender.is_some() || self.receiver.is_some() {
-            return Err(wrong_phase("preparing"));
-        }
-        static IDS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
-        let id = IDS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        self.prepared = Some(id);
-        let (rank, role) = (self.context.require_control()?.rank(), self.context.role);
-        Ok(WorkerMetadata::of_this_process("shelf", rank, role, id.into()))
-    }
-
-    async fn init_process_group(&mut self, place: Placement) -> Result<()> {
-        let id = self.prepared.ok_or_else(|| wrong_phase("joining the group"))?;
-        let (context, control) = (&self.context, self.context.require_control()?);
-        let pool = Pool::new(context.threads())?;
-        if context.role == Role::Trainer {
-            let bucket_bytes = context.config.bucket_bytes().unwrap_or(16 << 20);
-            let link = Outgoing { id, bucket_bytes, filled: vec![Vec::new(); 2], pool };
-            self.sender = Some(Sender::new(link, context, control, place.rollouts()));
-        } else {
-            let id = place.peer(Rank::LEADER)?.details.as_u64().unwrap_or_default();
-            self.receiver = Some(Receiver::new(Incoming { id }, context, control, pool));
-        }
-        Ok(())
-    }
-
-    async fn send_weights(
-        &mut self,
-        weights: WeightStream<'_>,
-        version: Version,
-    ) -> Result<SendReport> {
-        let sender = self.sender.as_mut().ok_or_else(|| wrong_phase("sending weights"))?;
-        sender.send(weights, version).await
-    }
-
-    async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
-        let receiver = self.receiver.as_mut().ok_or_else(|| wrong_phase("receiving weights"))?;
-        receiver.receive(version).await
-    }
-
-    async fn finalize(&mut self) -> Result<()> {
-        (self.sender, self.receiver) = (None, None);
-        let id = self.prepared.take().ok_or_else(|| wrong_phase("finalizing"))?;
-        shelf().retain(|(owner, _), _| *owner != id);
-        Ok(())
-    }
-}
-
+/// The transport. A value may have a state of its own: a client, say, or credentials.
 #[derive(Debug)]
 struct ShelfBackend;
 
 /// What the crate would export.
 static BACKEND: &dyn Backend = &ShelfBackend;
 
+#[async_trait]
 impl Backend for ShelfBackend {
     fn name(&self) -> &'static str {
         "shelf"
@@ -172,9 +118,31 @@ impl Backend for ShelfBackend {
         Availability::Usable { details: "always".into() }
     }
 
-    fn create(&self, context: EngineContext) -> Result<Box<dyn CheckpointEngine>> {
-        let engine = ShelfEngine { context, prepared: None, sender: None, receiver: None };
-        Ok(Box::new(engine))
+    async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
+        static IDS: AtomicU64 = AtomicU64::new(0);
+        let id = IDS.fetch_add(1, Ordering::Relaxed);
+        let control = context.require_control()?;
+        let pool = Pool::new(context.threads(Role::Trainer))?;
+        let (rank, details) = (control.rank(), id.into());
+        let metadata = WorkerMetadata::of_this_process("shelf", rank, Role::Trainer, details);
+        Ok(Prepared::new(metadata, move |place| async move {
+            let bucket_bytes = context.config.bucket_bytes().unwrap_or(16 << 20);
+            let link = Outgoing { id, bucket_bytes, filled: vec![Vec::new(); 2], pool };
+            let engine = Sender::new(link, &context, control, place.rollouts());
+            Ok(Box::new(engine) as Box<dyn TrainerEngine>)
+        }))
+    }
+
+    async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
+        let control = context.require_control()?;
+        let pool = Pool::new(context.threads(Role::Rollout))?;
+        let (rank, details) = (control.rank(), serde_json::Value::Null);
+        let metadata = WorkerMetadata::of_this_process("shelf", rank, Role::Rollout, details);
+        Ok(Prepared::new(metadata, move |place| async move {
+            let id = place.peer(Rank::LEADER)?.details.as_u64().unwrap_or_default();
+            let engine = Receiver::new(Incoming { id }, &context, control, pool);
+            Ok(Box::new(engine) as Box<dyn RolloutEngine>)
+        }))
     }
 
     fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {

@@ -1,24 +1,24 @@
 //! The smallest use: a trainer and a rollout in one process, two updates.
 
-use checkpoint_engine::{
-    CheckpointEngineConfig, DType, EngineContext, Result, Role, TensorMap, Version, Weight,
-    ensure_async_iterator, form_local_group, registry,
-};
+use checkpoint_engine::prelude::*;
+use checkpoint_engine::{EngineContext, form_local_group};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     // ANCHOR: engines
     let config = CheckpointEngineConfig { backend: "naive".into(), ..Default::default() };
     let registry = registry();
-    let mut trainer = registry.create(EngineContext::new(config.clone(), Role::Trainer))?;
-    let mut rollout = registry.create(EngineContext::new(config.clone(), Role::Rollout))?;
+    let trainer = registry.prepare_trainer(EngineContext::new(config.clone())).await?;
+    let rollout = registry.prepare_rollout(EngineContext::new(config.clone())).await?;
     // ANCHOR_END: engines
 
     // ANCHOR: form
-    // Prepares both, builds the topology, and joins each in its place; ranks of several processes have
-    // `form_group` for that, and a control plane in their contexts.
+    // Builds the topology and joins each rank in its place. Ranks of several processes have `form_group`, which prepares
+    // and joins in one call.
     let backend = registry.get(&config.backend)?;
-    form_local_group(&mut [&mut *trainer, &mut *rollout], backend).await?;
+    let (mut trainers, mut rollouts) =
+        form_local_group(backend, vec![trainer], vec![rollout]).await?;
+    let (trainer, rollout) = (&mut trainers[0], &mut rollouts[0]);
     // ANCHOR_END: form
 
     // ANCHOR: update

@@ -1,9 +1,7 @@
 //! The trainer quantises to FP8 what it sends: one flag, and what the rollout then sees.
 
-use checkpoint_engine::{
-    DType, EngineContext, Result, Role, Version, Weight, config, ensure_async_iterator,
-    form_local_group, registry,
-};
+use checkpoint_engine::prelude::*;
+use checkpoint_engine::{EngineContext, config, form_local_group};
 
 // ANCHOR: config
 const CONFIG: &str = "
@@ -25,10 +23,12 @@ async fn main() -> Result<()> {
     // ANCHOR_END: contract
 
     let registry = registry();
-    let mut trainer = registry.create(EngineContext::new(config.clone(), Role::Trainer))?;
-    let mut rollout = registry.create(EngineContext::new(contract, Role::Rollout))?;
+    let trainer = registry.prepare_trainer(EngineContext::new(config.clone())).await?;
+    let rollout = registry.prepare_rollout(EngineContext::new(contract)).await?;
     let backend = registry.get(&config.backend)?;
-    form_local_group(&mut [&mut *trainer, &mut *rollout], backend).await?;
+    let (mut trainers, mut rollouts) =
+        form_local_group(backend, vec![trainer], vec![rollout]).await?;
+    let (trainer, rollout) = (&mut trainers[0], &mut rollouts[0]);
 
     let weights = (0..2).map(|layer| {
         let name = format!("model.layers.{layer}.mlp.down_proj.weight");

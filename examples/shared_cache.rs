@@ -2,24 +2,25 @@
 
 use std::sync::Arc;
 
-use checkpoint_engine::{
-    CachedEngine, CheckpointEngineConfig, CheckpointEngineWithCache, DType, EngineContext, Result,
-    Role, Version, Weight, ensure_async_iterator, form_local_group, ipc, registry,
-};
+use checkpoint_engine::prelude::*;
+use checkpoint_engine::{EngineContext, form_local_group, ipc};
 use futures::TryStreamExt;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     let config = CheckpointEngineConfig { backend: "naive".into(), ..Default::default() };
     let registry = registry();
-    let mut trainer = registry.create(EngineContext::new(config.clone(), Role::Trainer))?;
-    let engine = registry.create(EngineContext::new(config.clone(), Role::Rollout))?;
+    let trainer = registry.prepare_trainer(EngineContext::new(config.clone())).await?;
+    let rollout = registry.prepare_rollout(EngineContext::new(config.clone())).await?;
+    let backend = registry.get(&config.backend)?;
+    let (mut trainers, mut rollouts) =
+        form_local_group(backend, vec![trainer], vec![rollout]).await?;
+    let (trainer, engine) = (&mut trainers[0], rollouts.remove(0));
     // ANCHOR: receiver
     let cache = ipc::SharedCache::create()?;
     let address = cache.address(); // serialisable
     let mut receiver = CachedEngine::with_store(engine, Arc::new(cache));
     // ANCHOR_END: receiver
-    form_local_group(&mut [&mut *trainer, &mut receiver], registry.get(&config.backend)?).await?;
 
     let weights = [Weight::new("layers.0.weight", DType::BF16, [4, 4], vec![7; 32])];
     let send = trainer.send_weights(ensure_async_iterator(weights), Version(1));

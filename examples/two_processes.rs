@@ -8,12 +8,9 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use bytes::Bytes;
-use checkpoint_engine::control::{Channel, ControlConfig, Event, Token};
-use checkpoint_engine::{
-    ChannelId, CheckpointEngine, CheckpointEngineConfig, ControlPlane, DType, EngineContext, Error,
-    ErrorKind, Rank, Result, Role, TensorMap, Version, Weight, ensure_async_iterator, form_group,
-    registry,
-};
+use checkpoint_engine::control::Event;
+use checkpoint_engine::prelude::*;
+use checkpoint_engine::{Channel, ChannelId};
 
 const UPDATES: u64 = 3;
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -45,7 +42,12 @@ async fn trainer() -> Result<()> {
         input.write_all(token.expose()).map_err(failed)?;
     }
 
-    let mut engine = form(&control, Role::Trainer).await?;
+    // ANCHOR: form
+    // Prepares an engine, tells the other rank how to reach it, and joins the group of two.
+    let config = CheckpointEngineConfig { backend: "ipc".into(), ..Default::default() };
+    let group = form_group(&registry(), config, &control).world_size(2).trainer().await?;
+    let (mut engine, _place) = group;
+    // ANCHOR_END: form
     let rewards = control.channel(REWARDS);
     for step in 1..=UPDATES {
         let weights = (0..8).map(|layer| {
@@ -90,7 +92,9 @@ async fn rollout(address: &str) -> Result<()> {
         .map_err(|error| Error::io("reading the secret", error))?;
     let config = ControlConfig::new(address.parse()?, Token::new(&secret)?);
     let control = ControlPlane::join(config, Role::Rollout, None).await?;
-    let mut engine = form(&control, Role::Rollout).await?;
+    let config = CheckpointEngineConfig { backend: "ipc".into(), ..Default::default() };
+    // The trainer alone has to know how many ranks there are.
+    let (mut engine, _place) = form_group(&registry(), config, &control).rollout().await?;
     let rewards = control.channel(REWARDS);
     let mut model = TensorMap::new();
     for step in 1..=UPDATES {
@@ -106,16 +110,3 @@ async fn rollout(address: &str) -> Result<()> {
     engine.finalize().await?;
     control.close().await
 }
-
-// ANCHOR: form
-/// Prepares an engine, tells the others how to reach it, and joins the group.
-async fn form(control: &ControlPlane, role: Role) -> Result<Box<dyn CheckpointEngine>> {
-    let config = CheckpointEngineConfig { backend: "ipc".into(), ..Default::default() };
-    let registry = registry();
-    let context = EngineContext::new(config.clone(), role).with_control(control.clone());
-    let mut engine = registry.create(context)?;
-    let backend = registry.get(&config.backend)?;
-    form_group(&mut *engine, backend, control, 2, serde_json::Value::Null, DEADLINE).await?;
-    Ok(engine)
-}
-// ANCHOR_END: form

@@ -2,52 +2,58 @@
 
 use std::time::Duration;
 
-use checkpoint_engine::control::{ControlConfig, Token};
-use checkpoint_engine::{
-    CheckpointEngine, ControlPlane, EngineContext, Role, config, form_group, registry,
-};
+use checkpoint_engine::config;
+use checkpoint_engine::prelude::*;
 
 use crate::Failure;
 
 pub(crate) const RANKS: u32 = 3;
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// A rank's engine and its place in a group.
-pub(crate) struct Member {
-    pub(crate) engine: Box<dyn CheckpointEngine>,
+/// A rank's engine, and its connection to the others.
+pub(crate) struct Member<E> {
+    pub(crate) engine: E,
     control: ControlPlane,
 }
 
-impl Member {
-    pub(crate) async fn join(
-        address: &str,
-        secret: &[u8],
-        config: &str,
-        role: Role,
-    ) -> Result<Self, Failure> {
-        let place = ControlConfig::new(address.parse()?, Token::new(secret)?);
-        let control = match role {
-            Role::Trainer => ControlPlane::lead(place).await?,
-            Role::Rollout => ControlPlane::join(place, role, None).await?,
-        };
+impl Member<Box<dyn TrainerEngine>> {
+    pub(crate) async fn lead(address: &str, secret: &[u8], config: &str) -> Result<Self, Failure> {
+        let at = ControlConfig::new(address.parse()?, Token::new(secret)?);
+        let control = ControlPlane::lead(at).await?;
         let config = config::parse(config, config::Format::Json)?;
         let registry = registry();
-        let context = EngineContext::new(config.clone(), role).with_control(control.clone());
-        let mut engine = registry.create(context)?;
-        let backend = registry.get(&config.backend)?;
-        let nothing = serde_json::Value::Null;
-        form_group(&mut *engine, backend, &control, RANKS, nothing, DEADLINE).await?;
+        let group = form_group(&registry, config, &control).world_size(RANKS).deadline(DEADLINE);
+        let (engine, _) = group.trainer().await?;
         Ok(Self { engine, control })
     }
 
     /// Leaves, whatever state the group is in.
-    pub(crate) async fn leave(mut self) {
-        if let Err(error) = self.engine.finalize().await {
-            eprintln!("leaving a group: {error}");
-        }
-        drop(self.engine);
-        if let Err(error) = self.control.close().await {
-            eprintln!("leaving a group: {error}");
-        }
+    pub(crate) async fn leave(self) {
+        note(self.engine.finalize().await);
+        note(self.control.close().await);
+    }
+}
+
+impl Member<Box<dyn RolloutEngine>> {
+    pub(crate) async fn join(address: &str, secret: &[u8], config: &str) -> Result<Self, Failure> {
+        let at = ControlConfig::new(address.parse()?, Token::new(secret)?);
+        let control = ControlPlane::join(at, Role::Rollout, None).await?;
+        let config = config::parse(config, config::Format::Json)?;
+        let registry = registry();
+        let group = form_group(&registry, config, &control).deadline(DEADLINE);
+        let (engine, _) = group.rollout().await?;
+        Ok(Self { engine, control })
+    }
+
+    /// Leaves, whatever state the group is in.
+    pub(crate) async fn leave(self) {
+        note(self.engine.finalize().await);
+        note(self.control.close().await);
+    }
+}
+
+fn note(left: Result<()>) {
+    if let Err(error) = left {
+        eprintln!("leaving a group: {error}");
     }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
 use checkpoint_engine::candle::{Fp8Weights, tensors};
-use checkpoint_engine::{Role, TensorMap, Version};
+use checkpoint_engine::{RolloutEngine, TensorMap, Version};
 
 use crate::Failure;
 use crate::group::Member;
@@ -29,7 +29,7 @@ pub(crate) async fn run() -> Result<(), Failure> {
 }
 
 struct Rollout {
-    member: Option<Member>,
+    member: Option<Member<Box<dyn RolloutEngine>>>,
     installed: TensorMap,
     model: Option<(u64, Model)>,
 }
@@ -41,7 +41,7 @@ impl Rollout {
                 if let Some(member) = self.member.take() {
                     member.leave().await;
                 }
-                self.member = Some(Member::join(&address, &secret, &config, Role::Rollout).await?);
+                self.member = Some(Member::join(&address, &secret, &config).await?);
                 Ok(Reply::Formed)
             }
             Request::Update { version } => {

@@ -10,7 +10,7 @@ use candle_core::{D, DType, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use checkpoint_engine::candle::weights;
 use checkpoint_engine::control::Token;
-use checkpoint_engine::{Role, SendReport, Version, ensure_async_iterator};
+use checkpoint_engine::{SendReport, TrainerEngine, Version, ensure_async_iterator};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::Failure;
@@ -252,7 +252,7 @@ fn learn(
 /// The rollout processes and the trainer's place in the group with them.
 struct Rollouts {
     children: Vec<Child>,
-    member: Option<Member>,
+    member: Option<Member<Box<dyn TrainerEngine>>>,
     config: String,
     version: u64,
     restarts: u64,
@@ -358,7 +358,7 @@ impl Rollouts {
             secret: secret.clone(),
             config: config.clone(),
         })?;
-        self.member = Some(Member::join(&address, &secret, &config, Role::Trainer).await?);
+        self.member = Some(Member::lead(&address, &secret, &config).await?);
         for child in &mut self.children {
             match child.answer(DEADLINE)? {
                 Reply::Formed => {}
