@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use control_plane::{ControlConfig, ControlPlane, Token};
-use engine_core::{Availability, CheckpointEngineConfig, EngineContext, Error, ErrorKind, Role};
+use engine_core::{Availability, CheckpointEngineConfig, EngineContext, Error, ErrorKind};
 use hccl_sim::Profile;
 
 const PROBE: &str = "CKPT_ENGINE_TEST_PROBE";
@@ -106,8 +106,8 @@ async fn refused(change: impl FnOnce(&mut CheckpointEngineConfig)) -> Error {
     let mut config =
         CheckpointEngineConfig { backend: "hccl".into(), device, ..Default::default() };
     change(&mut config);
-    let context = EngineContext::new(config, Role::Trainer).with_control(control);
-    backend_hccl::BACKEND.create(context).map(drop).unwrap_err()
+    let context = EngineContext::new(config).with_control(control);
+    backend_hccl::BACKEND.prepare_trainer(context).await.unwrap_err()
 }
 
 #[tokio::test]

@@ -13,12 +13,12 @@ use std::time::{Duration, Instant};
 
 use backend_hccl::BACKEND;
 use conformance::processes::{
-    Process, WEIGHTS, address, control, form, model, receivers, runtime, say, value,
+    self, Process, WEIGHTS, address, context, control, model, receivers, runtime, say, value,
 };
 use control_plane::{Address, ControlPlane};
 use engine_core::{
-    CheckpointEngine, CheckpointEngineConfig, EngineContext, Error, ErrorKind, Rank, Result, Role,
-    Version, Weight, ensure_async_iterator,
+    CheckpointEngineConfig, Error, ErrorKind, Rank, Result, Role, RolloutEngine, Version, Weight,
+    ensure_async_iterator,
 };
 use hccl_sim::Profile;
 
@@ -79,7 +79,7 @@ const ANEW: &str = "anew";
 /// ends its engine and prepares another one, which has room only if nothing is left of the first.
 async fn trainer(address: Address) -> Result<()> {
     let control = ControlPlane::lead(control(address)).await?;
-    let mut engine = match form(BACKEND, &control, config(), RANKS).await {
+    let mut engine = match processes::trainer(BACKEND, &control, config(), RANKS).await {
         Ok(engine) => engine,
         Err(error) => {
             // The others find it out for themselves, if they hear of one another before this process ends.
@@ -95,8 +95,7 @@ async fn trainer(address: Address) -> Result<()> {
         }
         if line.trim() == ANEW {
             engine.finalize().await?;
-            let context = EngineContext::new(config(), Role::Trainer).with_control(control);
-            BACKEND.create(context)?.prepare().await?;
+            BACKEND.prepare_trainer(context(&control, config())).await?;
             say("prepared");
             return Ok(());
         }
@@ -115,7 +114,7 @@ async fn trainer(address: Address) -> Result<()> {
 async fn rollout(address: Address) -> Result<()> {
     let rank = std::env::var(RANK).ok().map(|rank| Rank(rank.parse().unwrap()));
     let control = ControlPlane::join(control(address), Role::Rollout, rank).await?;
-    let mut engine = form(BACKEND, &control, config(), RANKS).await?;
+    let mut engine = processes::rollout(BACKEND, &control, config(), RANKS).await?;
     say("ready");
     let mut kept = None;
     loop {
@@ -152,7 +151,7 @@ fn say_what_was_kept() -> Result<()> {
     Ok(())
 }
 
-async fn update(engine: &mut dyn CheckpointEngine, kept: &mut Option<Weight>) -> Result<Version> {
+async fn update(engine: &mut dyn RolloutEngine, kept: &mut Option<Weight>) -> Result<Version> {
     let mut received = engine.receive_weights(None).await?;
     let version = received.version();
     let mut tensors = 0;

@@ -5,29 +5,27 @@ use std::time::Duration;
 use backend_ipc::BACKEND;
 use control_plane::{ControlConfig, ControlPlane, Token, form_group};
 use engine_core::{
-    CheckpointEngine, CheckpointEngineConfig, DType, EngineContext, ErrorKind, Result, Role,
-    TensorMap, Version, Weight, ensure_async_iterator,
+    CheckpointEngineConfig, DType, ErrorKind, Registry, Result, Role, TensorMap, Version, Weight,
+    ensure_async_iterator,
 };
 use futures::executor::block_on;
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
-async fn form(control: &ControlPlane, role: Role) -> Result<Box<dyn CheckpointEngine>> {
-    let config = CheckpointEngineConfig {
+fn config() -> CheckpointEngineConfig {
+    CheckpointEngineConfig {
         backend: "ipc".into(),
         update_weights_bucket_megabytes: Some(1),
         timeout_seconds: 1.0,
         ..Default::default()
-    };
-    let context = EngineContext::new(config, role).with_control(control.clone());
-    let mut engine = BACKEND.create(context)?;
-    form_group(&mut *engine, BACKEND, control, 2, serde_json::Value::Null, DEADLINE).await?;
-    Ok(engine)
+    }
 }
 
 async fn trainer(at: ControlConfig) -> Result<()> {
     let control = ControlPlane::lead(at).await?;
-    let mut engine = form(&control, Role::Trainer).await?;
+    let registry = Registry::new().with(BACKEND);
+    let group = form_group(&registry, config(), &control).world_size(2).deadline(DEADLINE);
+    let (mut engine, _) = group.trainer().await?;
     let weights = [Weight::new("w", DType::U8, [3 << 20], vec![7; 3 << 20])];
     engine.send_weights(ensure_async_iterator(weights), Version(1)).await?;
     engine.finalize().await
@@ -35,7 +33,9 @@ async fn trainer(at: ControlConfig) -> Result<()> {
 
 async fn rollout(at: ControlConfig) -> Result<()> {
     let control = ControlPlane::join(at, Role::Rollout, None).await?;
-    let mut engine = form(&control, Role::Rollout).await?;
+    let registry = Registry::new().with(BACKEND);
+    let group = form_group(&registry, config(), &control).deadline(DEADLINE);
+    let (mut engine, _) = group.rollout().await?;
     let mut model = TensorMap::new();
     engine.receive_weights(None).await?.install(&mut model).await?;
     assert!(model.iter().all(|(_, bytes)| bytes.iter().all(|&byte| byte == 7)));

@@ -8,13 +8,13 @@ use std::time::Duration;
 use backend_ipc::{BACKEND, CacheAddress, SharedCache, SharedCacheReader};
 use bytes::Bytes;
 use conformance::processes::{
-    LIMIT, Process, Processes, WEIGHTS, address, be_a_child, control, form, model, receive,
+    self, LIMIT, Process, Processes, WEIGHTS, address, be_a_child, control, model, receive,
     receivers, runtime, say, send, value,
 };
 use control_plane::{Address, ChannelId, ControlPlane, Event};
 use engine_core::{
-    CachedEngine, CheckpointEngine, CheckpointEngineConfig, CheckpointEngineWithCache,
-    EngineContext, Error, ErrorKind, Expected, Rank, Result, Role, Version, Weight,
+    CachedEngine, CheckpointEngineConfig, CheckpointEngineWithCache, EngineContext, Error,
+    ErrorKind, Expected, Rank, Result, Role, RolloutEngine, TrainerEngine, Version, Weight,
     ensure_async_iterator, form_local_group, naive,
 };
 use futures::StreamExt;
@@ -36,15 +36,15 @@ fn config(backend: &str) -> CheckpointEngineConfig {
     }
 }
 
-async fn lead(address: Address, ranks: u32) -> (ControlPlane, Box<dyn CheckpointEngine>) {
+async fn lead(address: Address, ranks: u32) -> (ControlPlane, Box<dyn TrainerEngine>) {
     let control = ControlPlane::lead(control(address)).await.unwrap();
-    let engine = form(BACKEND, &control, config("ipc"), ranks).await.unwrap();
+    let engine = processes::trainer(BACKEND, &control, config("ipc"), ranks).await.unwrap();
     (control, engine)
 }
 
-async fn follow(address: Address, ranks: u32) -> Box<dyn CheckpointEngine> {
+async fn follow(address: Address, ranks: u32) -> Box<dyn RolloutEngine> {
     let control = ControlPlane::join(control(address), Role::Rollout, None).await.unwrap();
-    form(BACKEND, &control, config("ipc"), ranks).await.unwrap()
+    processes::rollout(BACKEND, &control, config("ipc"), ranks).await.unwrap()
 }
 
 /// What a child process does; nothing when this file's tests are run.
@@ -77,7 +77,7 @@ async fn trainer(address: Address, ranks: u32) {
 }
 
 /// A rollout whose cache others read.
-async fn caching_rollout(engine: Box<dyn CheckpointEngine>) {
+async fn caching_rollout(engine: Box<dyn RolloutEngine>) {
     let cache = SharedCache::create().unwrap();
     say(&serde_json::to_string(&cache.address()).unwrap());
     let mut engine = CachedEngine::with_store(engine, Arc::new(cache));
@@ -279,7 +279,7 @@ fn messages_of_the_embedding_program_do_not_disturb_updates() {
         let follow = async {
             let plane = ControlPlane::join(control(address.clone()), Role::Rollout, None).await;
             let plane = plane.unwrap();
-            let engine = form(BACKEND, &plane, config("ipc"), 2).await.unwrap();
+            let engine = processes::rollout(BACKEND, &plane, config("ipc"), 2).await.unwrap();
             (plane, engine)
         };
         let (lead, follow) = join(lead(address.clone(), 2), follow).await;
@@ -332,15 +332,22 @@ fn a_reader_that_never_took_a_version_hears_that_its_owner_is_gone() {
     });
 }
 
+/// A trainer and a rollout of this process, whose weights others read.
+async fn in_one_process(cache: SharedCache) -> (Box<dyn TrainerEngine>, CachedEngine) {
+    let context = EngineContext::new(config("naive"));
+    let trainer = naive::BACKEND.prepare_trainer(context.clone()).await.unwrap();
+    let rollout = naive::BACKEND.prepare_rollout(context).await.unwrap();
+    let formed = form_local_group(naive::BACKEND, vec![trainer], vec![rollout]).await;
+    let (mut trainers, mut rollouts) = formed.unwrap();
+    (trainers.remove(0), CachedEngine::with_store(rollouts.remove(0), Arc::new(cache)))
+}
+
 #[test]
 fn readers_of_a_shared_cache_see_versions_go_back_as_fresh_and_never_a_part_of_a_model() {
     runtime().block_on(async {
-        let engine = |role| naive::BACKEND.create(EngineContext::new(config("naive"), role));
-        let mut trainer = engine(Role::Trainer).unwrap();
         let cache = SharedCache::create().unwrap();
         let reader = SharedCacheReader::open(cache.address()).unwrap().with_max_staleness(Some(0));
-        let mut rollout = CachedEngine::with_store(engine(Role::Rollout).unwrap(), Arc::new(cache));
-        form_local_group(&mut [&mut *trainer, &mut rollout], naive::BACKEND).await.unwrap();
+        let (mut trainer, mut rollout) = in_one_process(cache).await;
         for version in [150, 100] {
             let sent = send(&mut *trainer, version, usize::MAX, || Ok(()));
             try_join(sent, rollout.update_cache(None)).await.unwrap();
@@ -367,13 +374,9 @@ fn readers_of_a_shared_cache_see_versions_go_back_as_fresh_and_never_a_part_of_a
 #[test]
 fn a_reader_that_looks_all_the_time_sees_whole_versions_only_and_never_an_older_one() {
     runtime().block_on(async {
-        let engine = |role| naive::BACKEND.create(EngineContext::new(config("naive"), role));
-        let (mut trainer, rollout) =
-            (engine(Role::Trainer).unwrap(), engine(Role::Rollout).unwrap());
         let cache = SharedCache::create().unwrap();
         let reader = SharedCacheReader::open(cache.address()).unwrap();
-        let mut rollout = CachedEngine::with_store(rollout, Arc::new(cache));
-        form_local_group(&mut [&mut *trainer, &mut rollout], naive::BACKEND).await.unwrap();
+        let (mut trainer, mut rollout) = in_one_process(cache).await;
         let looking = std::thread::spawn(move || {
             let mut seen = vec![0];
             while seen.last() != Some(&20) {

@@ -2,7 +2,7 @@
 //! can do, and why it cannot be used.
 
 use control_plane::ControlPlane;
-use engine_core::{Availability, CheckpointEngineConfig, EngineContext, ErrorKind, Role};
+use engine_core::{Availability, CheckpointEngineConfig, EngineContext, ErrorKind};
 
 fn words() -> String {
     match backend_nccl::BACKEND.probe() {
@@ -16,9 +16,8 @@ async fn prepare(config: CheckpointEngineConfig) -> engine_core::Error {
     let token = control_plane::Token::generate().expect("a token");
     let control = control_plane::ControlConfig::new(address, token);
     let control = ControlPlane::lead(control).await.expect("an address");
-    let context = EngineContext::new(config, Role::Trainer).with_control(control);
-    let mut engine = backend_nccl::BACKEND.create(context).expect("an engine");
-    engine.prepare().await.expect_err("it cannot be prepared")
+    let context = EngineContext::new(config).with_control(control);
+    backend_nccl::BACKEND.prepare_trainer(context).await.expect_err("it cannot be prepared")
 }
 
 #[tokio::test]
@@ -40,12 +39,15 @@ async fn a_library_that_is_not_there_is_an_error_that_names_it_and_says_what_to_
     assert!(error.to_string().contains("pip install nvidia-nccl"), "{error}");
 }
 
-#[test]
-fn an_option_that_nobody_knows_is_an_error_that_lists_those_that_are_known() {
+#[tokio::test]
+async fn an_option_that_nobody_knows_is_an_error_that_lists_those_that_are_known() {
     let text = r#"{"backend": "nccl", "engine_kwargs": {"nccl": {"sender": 2}}}"#;
     let config = serde_json::from_str(text);
-    let context = EngineContext::new(config.expect("a configuration"), Role::Trainer);
-    let error = backend_nccl::BACKEND.create(context).expect_err("an unknown option");
+    let context = EngineContext::new(config.expect("a configuration"));
+    let prepared = backend_nccl::BACKEND.prepare_trainer(context.clone()).await;
+    let error = prepared.expect_err("an unknown option");
+    assert!(error.to_string().contains("`senders`"), "{error}");
+    let error = backend_nccl::BACKEND.prepare_rollout(context).await.expect_err("on a rollout too");
     assert!(error.to_string().contains("`senders`"), "{error}");
 }
 

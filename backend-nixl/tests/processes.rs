@@ -6,22 +6,23 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use backend_nixl::BACKEND;
 use conformance::processes::{
-    LIMIT, Process, WEIGHT_BYTES, WEIGHTS, address, control, form, model, place, receive,
+    self, LIMIT, Process, WEIGHT_BYTES, WEIGHTS, address, context, control, model, receive,
     receivers, runtime, say, send, value,
 };
-use control_plane::{Address, ControlPlane};
+use control_plane::{Address, ControlPlane, join_group};
 use engine_core::{
-    CachedEngine, CheckpointEngine, CheckpointEngineConfig, CheckpointEngineWithCache,
-    EngineContext, ErrorKind, Rank, Result, Role, SendReport, Version, WeightStreamExt,
-    ensure_async_iterator,
+    CachedEngine, CheckpointEngine, CheckpointEngineConfig, CheckpointEngineWithCache, ErrorKind,
+    Rank, ReceivedWeights, Result, Role, RolloutEngine, SendReport, TrainerEngine, Version,
+    WeightStreamExt, ensure_async_iterator,
 };
 use futures::StreamExt;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use serving::{Holder, Newcomer};
-use tokio::sync::Barrier;
+use tokio::sync::{Barrier, oneshot};
 
 const ROLE: &str = "CKPT_ENGINE_TEST_ROLE";
 const ADDRESS: &str = "CKPT_ENGINE_TEST_ADDRESS";
@@ -115,7 +116,7 @@ const SLOW: Version = Version(77);
 async fn rollout(address: Address, config: CheckpointEngineConfig) {
     let rank = std::env::var(RANK).ok().map(|rank| Rank(rank.parse().unwrap()));
     let control = ControlPlane::join(control(address), Role::Rollout, rank).await.unwrap();
-    let mut engine = form(BACKEND, &control, config, RANKS).await.unwrap();
+    let mut engine = processes::rollout(BACKEND, &control, config, RANKS).await.unwrap();
     say("joined");
     let told = Stage::told();
     loop {
@@ -137,22 +138,51 @@ async fn rollout(address: Address, config: CheckpointEngineConfig) {
     }
 }
 
+/// An engine that comes when its rank has joined: what it will receive is announced to others before.
+#[derive(Debug)]
+struct Coming {
+    engine: Option<Box<dyn RolloutEngine>>,
+    comes: oneshot::Receiver<Box<dyn RolloutEngine>>,
+}
+
+#[async_trait]
+impl CheckpointEngine for Coming {
+    async fn finalize(self: Box<Self>) -> Result<()> {
+        match self.engine {
+            Some(engine) => engine.finalize().await,
+            None => Ok(()),
+        }
+    }
+}
+
+#[async_trait]
+impl RolloutEngine for Coming {
+    async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
+        if self.engine.is_none() {
+            self.engine = Some((&mut self.comes).await.unwrap());
+        }
+        self.engine.as_mut().unwrap().receive_weights(version).await
+    }
+}
+
 /// A rollout that keeps the last version, holds it for others, and takes over what one of them holds.
 async fn holding_rollout(address: Address, config: CheckpointEngineConfig) {
     let plane = ControlPlane::join(control(address), Role::Rollout, None).await.unwrap();
-    let context = EngineContext::new(config.clone(), Role::Rollout).with_control(plane.clone());
-    let mut engine = CachedEngine::new(BACKEND.create(context).unwrap());
+    let (joined, comes) = oneshot::channel();
+    let mut engine = CachedEngine::new(Box::new(Coming { engine: None, comes }));
     let own_address = format!("unix:@nixl-holder-{}", std::process::id()).parse().unwrap();
     let at = |address: &Address| control(address.clone());
-    let holder =
-        Holder::listen(engine.cache(), BACKEND, config.clone(), at(&own_address)).await.unwrap();
-    let mut own = engine.prepare().await.unwrap();
-    holder.announce(&mut own);
+    let backend = Arc::new(BACKEND);
+    let holder = Holder::listen(engine.cache(), backend, config.clone(), at(&own_address));
+    let holder = holder.await.unwrap();
+    let prepared = BACKEND.prepare_rollout(context(&plane, config.clone())).await.unwrap();
+    let prepared = prepared.with_attributes(holder.announcement());
     tokio::spawn(holder.run());
     // Of two that join at once, the second one may be here first: ranks have gaps.
-    let place = place(BACKEND, &plane, &own, 3).await.unwrap();
+    let group = join_group(prepared, BACKEND, &plane, None, LIMIT).await;
+    let (received, place) = group.unwrap();
+    joined.send(received).unwrap();
     let holders = Newcomer::holders(&place.peers);
-    engine.init_process_group(place).await.unwrap();
     say("joined");
     for other in holders.iter().filter(|other| **other != own_address) {
         let newcomer = Newcomer::join(BACKEND, config.clone(), at(other)).await.unwrap();
@@ -188,7 +218,7 @@ async fn kill_this_process() {
 
 /// Receives one version, looks at every byte of it, and does something at every stage that is reached.
 async fn update_with(
-    engine: &mut dyn CheckpointEngine,
+    engine: &mut dyn RolloutEngine,
     mut at: impl AsyncFnMut(Stage),
 ) -> Result<Version> {
     at(Stage::Begun).await;
@@ -240,7 +270,7 @@ async fn update_with(
 /// Sends one version, and another one as far as it was told.
 async fn trainer(address: Address, config: CheckpointEngineConfig) {
     let control = ControlPlane::lead(control(address)).await.unwrap();
-    let mut engine = form(BACKEND, &control, config, RANKS).await.unwrap();
+    let mut engine = processes::trainer(BACKEND, &control, config, RANKS).await.unwrap();
     engine.send_weights(ensure_async_iterator(model(1)), Version(1)).await.unwrap();
     let weights = match Stage::told() {
         None => return,
@@ -260,7 +290,7 @@ async fn trainer(address: Address, config: CheckpointEngineConfig) {
 /// Sends versions. Halts in the middle of each until a line comes from standard input.
 async fn halting_trainer(address: Address, config: CheckpointEngineConfig) {
     let control = ControlPlane::lead(control(address)).await.unwrap();
-    let mut engine = form(BACKEND, &control, config, RANKS).await.unwrap();
+    let mut engine = processes::trainer(BACKEND, &control, config, RANKS).await.unwrap();
     for version in 1.. {
         let halting = model(version).into_iter().enumerate().map(move |(index, weight)| {
             if index == 5 {
@@ -309,7 +339,7 @@ fn start_with(
 /// A trainer in this process, and three rollouts in processes of their own, in the order of their
 /// ranks.
 struct Group {
-    engine: Box<dyn CheckpointEngine>,
+    engine: Box<dyn TrainerEngine>,
     control: ControlPlane,
     rollouts: Vec<Process>,
     options: String,
@@ -323,7 +353,7 @@ impl Group {
             let rollout = start("rollout", control.address(), Some(rank), options);
             rollouts.push(rollout);
         }
-        let engine = form(BACKEND, &control, config(options), RANKS).await.unwrap();
+        let engine = processes::trainer(BACKEND, &control, config(options), RANKS).await.unwrap();
         rollouts.iter().for_each(|rollout| rollout.says("joined"));
         Self { engine, control, rollouts, options: options.to_owned() }
     }
@@ -460,7 +490,7 @@ async fn lose_the_trainer(options: &str, stage: Stage) {
         async move {
             let rank = Some(Rank(rank));
             let control = ControlPlane::join(control, Role::Rollout, rank).await.unwrap();
-            let mut engine = form(BACKEND, &control, config, RANKS).await.unwrap();
+            let mut engine = processes::rollout(BACKEND, &control, config, RANKS).await.unwrap();
             assert_eq!(receive(&mut *engine).await.unwrap(), Version(1));
             let here = match stage {
                 // A trainer that has nothing to send is waited for.
@@ -522,7 +552,7 @@ fn newcomers_get_the_current_version_from_one_that_holds_it_while_the_trainer_do
             let plane = ControlPlane::lead(control(address())).await.unwrap();
             let holding = || start("holding rollout", plane.address(), None, options);
             let mut rollouts = vec![holding(), holding()];
-            let mut engine = form(BACKEND, &plane, config(options), 3).await.unwrap();
+            let mut engine = processes::trainer(BACKEND, &plane, config(options), 3).await.unwrap();
             rollouts.iter().for_each(|rollout| rollout.says("joined"));
             let update = engine.send_weights(ensure_async_iterator(model(1)), Version(1));
             assert_eq!(receivers(&update.await.unwrap()).len(), 2);

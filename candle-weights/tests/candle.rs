@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use candle_weights::{Fp8Weights, tensors, weights};
 use engine_core::{
-    CheckpointEngineConfig, EngineContext, ErrorKind, Registry, Role, TensorMap, Version, Weight,
+    CheckpointEngineConfig, EngineContext, ErrorKind, Registry, TensorMap, Version, Weight,
     ensure_async_iterator, form_local_group,
 };
 
@@ -24,10 +24,13 @@ async fn sent(
         ..Default::default()
     };
     let registry = Registry::new().with_layer(quant_fp8::LAYER);
-    let mut trainer = registry.create(EngineContext::new(config.clone(), Role::Trainer)).unwrap();
-    let mut rollout = registry.create(EngineContext::new(config, Role::Rollout)).unwrap();
+    let context = EngineContext::new(config);
+    let trainer = registry.prepare_trainer(context.clone()).await.unwrap();
+    let rollout = registry.prepare_rollout(context).await.unwrap();
     let backend = registry.get("naive").unwrap();
-    form_local_group(&mut [&mut *trainer, &mut *rollout], backend).await.unwrap();
+    let formed = form_local_group(backend, vec![trainer], vec![rollout]).await.unwrap();
+    let (mut trainers, mut rollouts) = formed;
+    let (trainer, rollout) = (&mut trainers[0], &mut rollouts[0]);
     let mut map = TensorMap::new();
     let send = trainer.send_weights(ensure_async_iterator(weights), Version(1));
     let receive = async { rollout.receive_weights(None).await?.install(&mut map).await };

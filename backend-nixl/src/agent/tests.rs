@@ -117,8 +117,8 @@ pub(super) fn is_pattern(slot: Slot, seed: usize) -> bool {
 #[tokio::test]
 async fn bytes_of_another_agents_slots_are_read_or_written_by_it() {
     for writes in [false, true] {
-        let one = agent_that(&format!("one-{writes}"), writes).await;
-        let two = agent_that(&format!("two-{writes}"), writes).await;
+        let mut one = agent_that(&format!("one-{writes}"), writes).await;
+        let mut two = agent_that(&format!("two-{writes}"), writes).await;
         let card = one.0.card().unwrap();
         for seed in 1..5 {
             fill(&one.1, 0, seed).await;
@@ -223,7 +223,7 @@ async fn an_agent_that_is_asked_for_what_it_does_not_have_refuses_at_once() {
 
 #[tokio::test]
 async fn an_agent_that_is_gone_is_an_error_and_others_still_work() {
-    let (one, two, gone) = (agent("a").await, agent("b").await, agent("c").await);
+    let (one, two, mut gone) = (agent("a").await, agent("b").await, agent("c").await);
     let card = gone.0.card().unwrap();
     drop(transfer(&one, 0, &card, 0).await.unwrap());
     gone.0.close().await;
