@@ -77,10 +77,11 @@ mod membership_and_faults {
     use std::time::Duration;
 
     use conformance::collective::{BACKEND, Counts, DEVICE, counts};
-    use control_plane::{ControlConfig, ControlPlane, Token, form_group};
+    use control_plane::{ControlConfig, ControlPlane, Token, join_group};
     use engine_core::{
         CheckpointEngine, CheckpointEngineConfig, DType, DeviceChoice, EngineContext, Error,
-        ErrorKind, Rank, Result, Role, SendReport, Version, Weight, ensure_async_iterator,
+        ErrorKind, Rank, Result, Role, RolloutEngine, SendReport, TrainerEngine, Version, Weight,
+        ensure_async_iterator,
     };
     use futures::FutureExt;
     use serde_json::{Value, json};
@@ -88,28 +89,40 @@ mod membership_and_faults {
     /// Tests that count what all groups of the process do run one after the other.
     static COUNTING: Mutex<()> = Mutex::new(());
 
-    struct Member {
+    struct Member<E: ?Sized> {
         control: ControlPlane,
-        engine: Box<dyn CheckpointEngine>,
+        engine: Box<E>,
     }
+
+    type Trainer = Member<dyn TrainerEngine>;
+    type Rollout = Member<dyn RolloutEngine>;
 
     struct Group {
         at: ControlConfig,
         config: CheckpointEngineConfig,
-        leader: Member,
-        others: Vec<Member>,
+        leader: Trainer,
+        others: Vec<Rollout>,
     }
 
     const WAIT: Duration = Duration::from_secs(5);
 
-    async fn member(
+    fn context(control: &ControlPlane, config: &CheckpointEngineConfig) -> EngineContext {
+        EngineContext::new(config.clone()).with_control(control.clone())
+    }
+
+    async fn trainer(
         control: ControlPlane,
         config: &CheckpointEngineConfig,
         ranks: u32,
-    ) -> Result<Member> {
-        let context = EngineContext::new(config.clone(), control.role());
-        let mut engine = BACKEND.create(context.with_control(control.clone()))?;
-        form_group(&mut *engine, BACKEND, &control, ranks, Value::Null, WAIT).await?;
+    ) -> Result<Trainer> {
+        let prepared = BACKEND.prepare_trainer(context(&control, config)).await?;
+        let (engine, _) = join_group(prepared, BACKEND, &control, Some(ranks), WAIT).await?;
+        Ok(Member { control, engine })
+    }
+
+    async fn rollout(control: ControlPlane, config: &CheckpointEngineConfig) -> Result<Rollout> {
+        let prepared = BACKEND.prepare_rollout(context(&control, config)).await?;
+        let (engine, _) = join_group(prepared, BACKEND, &control, None, WAIT).await?;
         Ok(Member { control, engine })
     }
 
@@ -145,18 +158,22 @@ mod membership_and_faults {
                 ..Default::default()
             };
             super::with(options)(&mut config);
-            let mut planes = vec![ControlPlane::lead(at.clone()).await?];
+            let leading = ControlPlane::lead(at.clone()).await?;
+            let mut planes = Vec::new();
             for rank in 1..=rollouts {
                 let rank = Some(Rank(rank));
                 planes.push(ControlPlane::join(at.clone(), Role::Rollout, rank).await?);
             }
-            let members = planes.into_iter().zip(devices).map(|(plane, device)| {
-                let config = CheckpointEngineConfig { device, ..config.clone() };
-                async move { member(plane, &config, rollouts + 1).await }
-            });
-            let mut members = futures::future::try_join_all(members).await?;
-            let leader = members.remove(0);
-            Ok(Self { at, config, leader, others: members })
+            let mut configs = devices
+                .into_iter()
+                .map(|device| CheckpointEngineConfig { device, ..config.clone() });
+            let leaders = configs.next().expect("the leader's device");
+            let others = planes.into_iter().zip(configs);
+            let others = others.map(|(plane, config)| async move { rollout(plane, &config).await });
+            let others = futures::future::try_join_all(others);
+            let leader = trainer(leading, &leaders, rollouts + 1);
+            let (leader, others) = futures::future::try_join(leader, others).await?;
+            Ok(Self { at, config, leader, others })
         }
 
         async fn update(&mut self, version: u64) -> (Result<SendReport>, Vec<Result<()>>) {
@@ -197,9 +214,8 @@ mod membership_and_faults {
 
         /// A member leaves as a process does that ends.
         async fn leave(&mut self, at: usize) {
-            let Member { control, mut engine } = self.others.remove(at);
+            let Member { control, engine } = self.others.remove(at);
             engine.finalize().await.expect("an end");
-            drop(engine);
             control.close().await.expect("an end");
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
@@ -211,7 +227,7 @@ mod membership_and_faults {
         async fn join_on(&mut self, device: DeviceChoice) -> Result<()> {
             let plane = ControlPlane::join(self.at.clone(), Role::Rollout, None).await?;
             let config = CheckpointEngineConfig { device, ..self.config.clone() };
-            self.others.push(member(plane, &config, 9).await?);
+            self.others.push(rollout(plane, &config).await?);
             Ok(())
         }
     }
@@ -457,22 +473,20 @@ mod membership_and_faults {
                 start = counts().ended;
                 let Group { leader, others, .. } = group;
                 let begun = std::time::Instant::now();
-                for mut member in std::iter::once(leader).chain(others) {
+                let leader: Box<dyn CheckpointEngine> = leader.engine;
+                let others = others.into_iter().map(|member| member.engine as _);
+                for engine in std::iter::once(leader).chain(others) {
                     match way {
-                        "finalized" => member.engine.finalize().await.expect("an end"),
+                        "finalized" => engine.finalize().await.expect("an end"),
                         "dropped while it finalizes" => {
                             // A rank that is not the last one may have left by now.
-                            if let Some(left) = member.engine.finalize().now_or_never() {
+                            if let Some(left) = engine.finalize().now_or_never() {
                                 left.expect("an end");
                             }
                         }
-                        "dropped at the end" => {
-                            kept.push(member.engine);
-                            continue;
-                        }
-                        _ => {}
+                        "dropped at the end" => kept.push(engine),
+                        _ => drop(engine),
                     }
-                    drop(member.engine);
                 }
                 match way {
                     "finalized" => assert_eq!(counts().ended, start + 3),
@@ -556,17 +570,21 @@ mod membership_and_faults {
                     ..Default::default()
                 };
                 super::with(json!({"senders": 2}))(&mut config);
-                let mut planes = vec![ControlPlane::lead(at.clone()).await.expect("a leader")];
-                for (rank, role) in [Role::Trainer, Role::Rollout, Role::Rollout].iter().enumerate()
-                {
-                    let rank = Some(Rank(rank as u32 + 1));
-                    planes
-                        .push(ControlPlane::join(at.clone(), *role, rank).await.expect("a place"));
-                }
-                let members = planes.into_iter().map(|plane| member(plane, &config, 4));
-                let mut members = futures::future::try_join_all(members).await.expect("a group");
-                let (leader, mut other) = (members.remove(0), members.remove(0));
-                let mut group = Group { at, config, leader, others: members };
+                let leader = ControlPlane::lead(at.clone()).await.expect("a leader");
+                let join = async |role, rank| {
+                    let rank = Some(Rank(rank));
+                    ControlPlane::join(at.clone(), role, rank).await.expect("a place")
+                };
+                let other = join(Role::Trainer, 1).await;
+                let planes = [join(Role::Rollout, 2).await, join(Role::Rollout, 3).await];
+                let rollouts = planes.map(|plane| rollout(plane, &config));
+                let members = futures::future::try_join3(
+                    trainer(leader, &config, 4),
+                    trainer(other, &config, 4),
+                    futures::future::try_join_all(rollouts),
+                );
+                let (leader, mut other, others) = members.await.expect("a group");
+                let mut group = Group { at, config, leader, others };
 
                 // It gives so many weights and is no more.
                 let weights = |version: u8| -> Vec<Weight> {

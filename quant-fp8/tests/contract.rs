@@ -3,19 +3,18 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use engine_core::{
-    CheckpointEngine, CheckpointEngineConfig, DType, EngineContext, Error, ErrorKind, Placement,
-    Rank, Registry, Result, Role, SendReport, TensorMeta, Version, Weight, WorkerMetadata,
-    ensure_async_iterator, form_local_group, naive,
+    CheckpointEngineConfig, DType, EngineContext, Error, ErrorKind, Placement, PreparedRollout,
+    PreparedTrainer, Rank, Registry, Result, RolloutEngine, SendReport, TensorMeta, TrainerEngine,
+    Version, Weight, WorkerMetadata, ensure_async_iterator, naive,
 };
 use futures::future::join;
 use quant_fp8::LAYER;
 use serde_json::{Value, json};
 
-fn engine(
-    role: Role,
-    trainer_quantizes: bool,
-    section: &Value,
-) -> Result<Box<dyn CheckpointEngine>> {
+/// A rank with its flag and its section.
+///
+/// Tests run beside one another: without a number each engine takes the lowest that is free in the process.
+fn context(rank: u32, trainer_quantizes: bool, section: &Value) -> EngineContext {
     let config = CheckpointEngineConfig {
         layers: json!({"trainer_quantize_fp8": trainer_quantizes, "quantization": section})
             .as_object()
@@ -24,29 +23,39 @@ fn engine(
         timeout_seconds: 5.0,
         ..Default::default()
     };
-    // Tests run beside one another: without a number each engine takes the lowest that is free in the process.
-    let rank = Rank(u32::from(role == Role::Rollout));
-    Registry::new().with_layer(LAYER).create(EngineContext::new(config, role).with_rank(rank))
+    EngineContext::new(config).with_rank(Rank(rank))
 }
 
+async fn trainer(quantizes: bool, section: &Value) -> Result<PreparedTrainer> {
+    let context = context(0, quantizes, section);
+    Registry::new().with_layer(LAYER).prepare_trainer(context).await
+}
+
+async fn rollout(trainer_quantizes: bool, section: &Value) -> Result<PreparedRollout> {
+    let context = context(1, trainer_quantizes, section);
+    Registry::new().with_layer(LAYER).prepare_rollout(context).await
+}
+
+#[derive(Debug)]
 struct Pair {
-    trainer: Box<dyn CheckpointEngine>,
-    rollout: Box<dyn CheckpointEngine>,
+    trainer: Box<dyn TrainerEngine>,
+    rollout: Box<dyn RolloutEngine>,
 }
 
 /// A group of a trainer and a rollout; the same verdict on both.
-async fn form(quantizes: bool, trainer: Value, rollout: Value) -> Result<Pair> {
-    let mut pair = Pair {
-        trainer: engine(Role::Trainer, quantizes, &trainer)?,
-        rollout: engine(Role::Rollout, false, &rollout)?,
-    };
-    let workers = [pair.trainer.prepare().await?, pair.rollout.prepare().await?];
+async fn form(quantizes: bool, trainers: Value, rollouts: Value) -> Result<Pair> {
+    let rollout = rollout(false, &rollouts).await?;
+    joined(trainer(quantizes, &trainers).await?, rollout).await
+}
+
+async fn joined(trainer: PreparedTrainer, rollout: PreparedRollout) -> Result<Pair> {
+    let workers = [trainer.metadata().clone(), rollout.metadata().clone()];
     let places = naive::BACKEND.build_topology(&workers)?;
     let place = |worker: &WorkerMetadata| Placement::of_rank(places.clone(), worker.rank).unwrap();
-    let rollout = pair.rollout.init_process_group(place(&workers[1])).await;
-    let trainer = pair.trainer.init_process_group(place(&workers[0])).await;
+    let rollout = rollout.join(place(&workers[1])).await;
+    let trainer = trainer.join(place(&workers[0])).await;
     match (trainer, rollout) {
-        (Ok(()), Ok(())) => Ok(pair),
+        (Ok(trainer), Ok(rollout)) => Ok(Pair { trainer, rollout }),
         (Err(error), Err(other)) => {
             assert_eq!(error.to_string(), other.to_string());
             Err(error)
@@ -171,6 +180,23 @@ async fn a_group_whose_sides_want_different_formats_does_not_form_and_says_who_w
 }
 
 #[tokio::test]
+async fn a_rollout_alone_that_has_it_that_the_trainer_quantises_is_refused_and_told_what_to_do() {
+    let (alone, nothing) = (rollout(true, &json!({})).await.unwrap(), json!({}));
+    let error = joined(trainer(false, &nothing).await.unwrap(), alone).await.unwrap_err();
+    assert_eq!((error.kind(), error.report().rank), (ErrorKind::Mismatch, Some(Rank(1))));
+    for words in ["rank 1", "set it on the trainer", "quantize_on_receive on the rollout"] {
+        assert!(error.to_string().contains(words), "{error}");
+    }
+    // What it is told to do helps.
+    for (quantizes, section) in [(true, json!({})), (false, json!({"quantize_on_receive": true}))] {
+        let rollout = rollout(true, &section).await.unwrap();
+        let pair = joined(trainer(quantizes, &nothing).await.unwrap(), rollout).await;
+        let received = pair.unwrap().update(model()).await.1.unwrap();
+        assert_eq!(received[0].0.dtype, DType::F8_E4M3, "{section}");
+    }
+}
+
+#[tokio::test]
 async fn a_rollouts_manifest_is_the_truth() {
     let declared = |dtype: &str, shape: &[u64]| json!({"dtype": dtype, "shape": shape});
     let manifest = |up: &str| {
@@ -195,15 +221,12 @@ async fn a_rollouts_manifest_is_the_truth() {
 }
 
 /// A trainer of a program without quantisation, whose checkpoint is FP8 already.
-async fn with_a_foreign_trainer(rollout: Value) -> Pair {
+async fn with_a_foreign_trainer(section: Value) -> Pair {
     let config = CheckpointEngineConfig { timeout_seconds: 5.0, ..Default::default() };
-    let mut pair = Pair {
-        trainer: Registry::new().create(EngineContext::new(config, Role::Trainer)).unwrap(),
-        rollout: engine(Role::Rollout, false, &rollout).unwrap(),
-    };
-    let Pair { trainer, rollout } = &mut pair;
-    form_local_group(&mut [&mut **trainer, &mut **rollout], naive::BACKEND).await.unwrap();
-    pair
+    let context = EngineContext::new(config).with_rank(Rank(0));
+    let trainer = Registry::new().prepare_trainer(context).await.unwrap();
+    let rollout = rollout(false, &section).await.unwrap();
+    joined(trainer, rollout).await.unwrap()
 }
 
 #[tokio::test]
@@ -233,11 +256,11 @@ async fn what_arrives_in_another_format_than_declared_is_an_error_on_both_sides(
     }
 }
 
-#[test]
-fn an_unknown_key_of_the_section_is_an_error_that_lists_the_known_ones() {
-    let error = engine(Role::Trainer, true, &json!({"modus": "triton"})).unwrap_err();
+#[tokio::test]
+async fn an_unknown_key_of_the_section_is_an_error_that_lists_the_known_ones() {
+    let error = trainer(true, &json!({"modus": "triton"})).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Config);
     assert!(error.to_string().contains("`mode`"), "{error}");
-    let error = engine(Role::Trainer, true, &json!({"granularity": "100x100"})).unwrap_err();
+    let error = trainer(true, &json!({"granularity": "100x100"})).await.unwrap_err();
     assert!(error.to_string().contains("32"), "{error}");
 }
