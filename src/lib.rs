@@ -25,10 +25,10 @@
 pub mod prelude {
     pub use crate::control::{ControlConfig, Token};
     pub use crate::{
-        CachedEngine, CheckpointEngine as _, CheckpointEngineConfig, CheckpointEngineWithCache as _,
-        ControlPlane, DType, Error, ErrorKind, Rank, Result, Role, RolloutEngine, TensorMap,
-        TrainerEngine, Version, Weight, WeightCache, WeightStream, WeightStreamExt as _,
-        ensure_async_iterator, form_group, registry,
+        CachedEngine, CheckpointEngine as _, CheckpointEngineConfig,
+        CheckpointEngineWithCache as _, ControlPlane, DType, Error, ErrorKind, Rank, Result, Role,
+        RolloutEngine, TensorMap, TrainerEngine, Version, Weight, WeightCache, WeightStream,
+        WeightStreamExt as _, ensure_async_iterator, form_group, registry,
     };
 }
 
@@ -51,17 +51,18 @@ pub use control_plane::{Channel, ChannelId, ControlPlane, FormGroup, form_group,
 /// Reads configurations from TOML, JSON and YAML: `config::load("engine.yaml")`.
 pub use engine_config as config;
 pub use engine_core::{
-    CacheStore, CacheUpdate, CacheWriter, CachedEngine, CheckpointEngine, CheckpointEngineConfig,
-    CheckpointEngineManager, CheckpointEngineWithCache, DType, DeviceChoice, EngineContext, Error,
-    ErrorKind, ErrorReport, Expected, FromIterator, FromStream, Install, IntoWeight,
-    IntoWeightStream, LocalRollout, Outcome, Placement, Prepared, PreparedRollout, PreparedTrainer,
-    PreparedWorker, Rank, ReceiveReport, ReceivedBucket, ReceivedPiece, ReceivedWeights,
-    ReceiverReport, Recovery, Registry, Result, Role, RolloutEngine, RolloutWorker, SendReport,
-    StageTimes, TensorCounts, TensorMap, TensorMeta, TrainerEngine, Treatment, Version,
-    VersionState, Weight, WeightCache, WeightStream, WeightStreamExt, WorkerMetadata,
-    ensure_async_iterator, ensure_fresh, form_local_group, naive, observe,
+    CacheStore, CacheUpdate, CacheWriter, CachedEngine, CachedVersion, CheckpointEngine,
+    CheckpointEngineConfig, CheckpointEngineManager, CheckpointEngineWithCache, DType,
+    DeviceChoice, Element, EngineContext, Error, ErrorKind, ErrorReport, Expected, FromIterator,
+    FromStream, Install, IntoWeight, IntoWeightStream, LocalRollout, Numbers, Outcome, Placement,
+    Prepared, PreparedRollout, PreparedTrainer, PreparedWorker, Rank, ReceiveReport,
+    ReceivedBucket, ReceivedPiece, ReceivedWeights, ReceiverReport, Recovery, Registry, Result,
+    Role, RolloutEngine, RolloutWorker, SendReport, StageTimes, TensorCounts, TensorMap,
+    TensorMeta, TrainerEngine, Treatment, Version, VersionState, Weight, WeightCache, WeightStream,
+    WeightStreamExt, WorkerMetadata, ensure_async_iterator, ensure_fresh, form_local_group, naive,
+    observe,
 };
-pub use serving::{Holder, Newcomer};
+pub use serving::{Holder, Newcomer, Replica};
 
 #[cfg(feature = "hccl")]
 pub use backend_hccl as hccl;

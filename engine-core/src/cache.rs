@@ -1,8 +1,8 @@
 //! A cache of the last complete version, in front of any engine.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use async_trait::async_trait;
 
@@ -25,13 +25,13 @@ use crate::{
 /// ```
 /// # use engine_core::{CachedEngine, CheckpointEngineWithCache, Result, RolloutEngine};
 /// # async fn example(engine: Box<dyn RolloutEngine>) -> Result<()> {
-/// use futures::StreamExt;
-///
 /// let mut rollout = CachedEngine::new(engine);
+/// // A clone of the cache serves whoever generates, while this task receives.
+/// let cache = rollout.cache();
 /// rollout.update_cache(None).await?;
-/// let (version, mut weights) = rollout.get_weights()?;
-/// while let Some(weight) = weights.next().await {
-///     println!("{version}: {}", weight?.name());
+/// let current = cache.current()?;
+/// for weight in current.weights() {
+///     println!("{}: {}", current.version(), weight.name());
 /// }
 /// # Ok(())
 /// # }
@@ -76,8 +76,7 @@ impl CachedEngine {
     ///
     /// Those of receiving, and of the store.
     pub async fn take_over(&mut self, received: ReceivedWeights<'_>) -> Result<Version> {
-        let update = self.cache.begins(received.version(), false)?;
-        fill(received, update).await?.complete_if_newer()
+        self.cache.take_over(received).await
     }
 
     /// The cache, for whoever generates while this engine receives.
@@ -237,35 +236,81 @@ struct State {
 
 #[derive(Clone, Debug)]
 struct Cached {
-    version: Version,
-    weights: Arc<[Weight]>,
+    version: CachedVersion,
     /// How many updates had begun with its own.
     begun: u64,
+}
+
+/// A complete version that a cache gave. Clones share it; it stays as it is for as long as it is held.
+#[derive(Clone, Debug)]
+pub struct CachedVersion(Arc<Whole>);
+
+#[derive(Debug)]
+struct Whole {
+    version: Version,
+    weights: Vec<Weight>,
+    /// Where the weight of a name is, once somebody has asked for one.
+    index: OnceLock<HashMap<Arc<str>, usize>>,
+}
+
+impl CachedVersion {
+    fn new(version: Version, weights: Vec<Weight>) -> Self {
+        Self(Arc::new(Whole { version, weights, index: OnceLock::new() }))
+    }
+
+    /// Its number.
+    pub fn version(&self) -> Version {
+        self.0.version
+    }
+
+    /// All weights, in the order sent.
+    pub fn weights(&self) -> &[Weight] {
+        &self.0.weights
+    }
+
+    /// The weight of a name.
+    pub fn get(&self, name: &str) -> Option<&Weight> {
+        let Whole { weights, index, .. } = &*self.0;
+        let index = index.get_or_init(|| {
+            let names = weights.iter().map(|weight| Arc::clone(&weight.meta().name));
+            names.zip(0..).collect()
+        });
+        index.get(name).map(|&at| &weights[at])
+    }
 }
 
 impl WeightCache {
     /// The version that [`get_weights`](Self::get_weights) would give, however old it is.
     pub fn version(&self) -> Option<Version> {
-        self.state().cached.as_ref().map(|cached| cached.version)
+        self.state().cached.as_ref().map(|cached| cached.version.version())
     }
 
-    /// The last complete version and its weights, in the order sent; shared, not copied.
+    /// The last complete version; shared, not copied.
     ///
     /// # Errors
     ///
     /// `State` if no version is complete yet, or if more updates have begun since than is allowed: the
     /// trainer has begun to send others and they failed.
+    pub fn current(&self) -> Result<CachedVersion> {
+        let state = self.state();
+        let cached = state
+            .cached
+            .clone()
+            .ok_or_else(|| Error::new(ErrorKind::State, READING, "no version is complete yet"))?;
+        let since = state.begun - cached.begun;
+        ensure_fresh(cached.version.version(), since, state.newest, self.max_staleness)?;
+        Ok(cached.version)
+    }
+
+    /// The last complete version and its weights as a stream, in the order sent; shared, not copied.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`current`](Self::current).
     pub fn get_weights(&self) -> Result<(Version, WeightStream<'static>)> {
-        let Cached { version, weights, .. } = {
-            let state = self.state();
-            let cached = state.cached.clone().ok_or_else(|| {
-                Error::new(ErrorKind::State, READING, "no version is complete yet")
-            })?;
-            let since = state.begun - cached.begun;
-            ensure_fresh(cached.version, since, state.newest, self.max_staleness)?;
-            cached
-        };
-        let weights = (0..weights.len()).map(move |index| weights[index].clone());
+        let current = self.current()?;
+        let version = current.version();
+        let weights = (0..current.weights().len()).map(move |at| current.weights()[at].clone());
         Ok((version, ensure_async_iterator(weights)))
     }
 
@@ -292,9 +337,7 @@ impl RolloutEngine for CachedEngine {
 #[async_trait]
 impl CheckpointEngineWithCache for CachedEngine {
     async fn update_cache(&mut self, version: Option<Version>) -> Result<Version> {
-        let received = self.engine.receive_weights(version).await?;
-        let update = self.cache.begin(received.version())?;
-        fill(received, update).await?.complete()
+        self.cache.fill(self.engine.receive_weights(version).await?).await
     }
 
     fn get_weights(&self) -> Result<(Version, WeightStream<'static>)> {
@@ -303,6 +346,35 @@ impl CheckpointEngineWithCache for CachedEngine {
 }
 
 impl WeightCache {
+    /// Takes an update; it replaces the cached version when it is complete and verified, and leaves it untouched
+    /// otherwise.
+    ///
+    /// # Errors
+    ///
+    /// Those of receiving, and of the store; `Mismatch` if it does not bring the tensors that are expected.
+    pub async fn fill(&self, received: ReceivedWeights<'_>) -> Result<Version> {
+        let update = self.begin(received.version())?;
+        fill(received, update).await?.complete()
+    }
+
+    /// Takes the version that another rollout holds and gives. One of a higher number that is here already stays.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`fill`](Self::fill).
+    pub async fn take_over(&self, received: ReceivedWeights<'_>) -> Result<Version> {
+        let update = self.begins(received.version(), false)?;
+        fill(received, update).await?.complete_if_newer()
+    }
+
+    /// Refuses cached weights when more than this number of updates have begun to arrive since theirs; `None`
+    /// refuses none. It holds for this handle and its clones.
+    #[must_use]
+    pub fn with_max_staleness(mut self, updates: Option<u64>) -> Self {
+        self.max_staleness = updates;
+        self
+    }
+
     /// Begins to put a version into the cache, bucket by bucket: for a rollout that does other things with
     /// buckets as well. [`CachedEngine`] does all of it.
     ///
@@ -319,7 +391,7 @@ impl WeightCache {
         match (&state.cached, self.expected) {
             (None, _) | (_, Expected::Partial) => Ok(()),
             (Some(cached), Expected::SameNames) => {
-                let last = cached.weights.iter().map(|weight| weight.meta().name.clone());
+                let last = cached.version.weights().iter().map(|weight| weight.meta().name.clone());
                 check_names(&last.collect::<Vec<_>>(), names)
             }
         }
@@ -418,13 +490,16 @@ impl CacheUpdate {
         if let Some(before) = before {
             let names = names(&self.names);
             let names: HashSet<&str> = names.iter().map(|name| &**name).collect();
-            for weight in before.weights.iter().filter(|weight| !names.contains(weight.name())) {
+            for weight in
+                before.version.weights().iter().filter(|weight| !names.contains(weight.name()))
+            {
                 self.writer.keep(weight)?;
             }
         }
-        let weights = self.writer.commit()?.into();
+        let weights = self.writer.commit()?;
         let Self { version, begun, .. } = self;
-        self.cache.state().cached = Some(Cached { version, weights, begun });
+        let cached = Cached { version: CachedVersion::new(version, weights), begun };
+        self.cache.state().cached = Some(cached);
         Ok(version)
     }
 

@@ -38,8 +38,10 @@ pub enum ErrorKind {
     Mismatch,
     /// Nothing happened within the deadline of a wait.
     Timeout,
-    /// The connection to a peer ended: its process died or left.
+    /// The connection to a peer ended, and not in order: its process died, say.
     PeerLost,
+    /// The trainer ended its part in the group in order: there will be no more updates of it.
+    TrainerLeft,
     /// Bytes arrived that are not the bytes that were sent.
     Digest,
     /// The update was given up, by this rank or by another one.
@@ -57,9 +59,11 @@ impl ErrorKind {
             Self::Timeout | Self::PeerLost | Self::Digest | Self::Aborted | Self::Source => {
                 Recovery::Retry
             }
-            Self::Authentication | Self::Protocol | Self::Io | Self::Resource => {
-                Recovery::Reconnect
-            }
+            Self::Authentication
+            | Self::Protocol
+            | Self::Io
+            | Self::Resource
+            | Self::TrainerLeft => Recovery::Reconnect,
             Self::Config | Self::Backend | Self::Weight | Self::State | Self::Mismatch => {
                 Recovery::Abort
             }

@@ -7,6 +7,7 @@ mod config;
 pub mod control;
 pub mod digest;
 mod dtype;
+mod elements;
 mod engine;
 mod error;
 mod expected;
@@ -27,10 +28,13 @@ pub mod telemetry;
 mod weight;
 
 pub use available::available_memory;
-pub use cache::{CacheStore, CacheUpdate, CacheWriter, CachedEngine, WeightCache, ensure_fresh};
+pub use cache::{
+    CacheStore, CacheUpdate, CacheWriter, CachedEngine, CachedVersion, WeightCache, ensure_fresh,
+};
 pub use config::{CheckpointEngineConfig, DeviceChoice};
 pub use control::{Control, Role};
 pub use dtype::DType;
+pub use elements::{Element, Numbers};
 pub use engine::{
     Availability, Backend, CheckpointEngine, CheckpointEngineWithCache, Devices, EngineContext,
     Placement, Prepared, PreparedRollout, PreparedTrainer, RolloutEngine, TrainerEngine,

@@ -175,11 +175,12 @@ pub(super) fn message(event: Event) -> Result<Option<ToReceiver>> {
         Event::Lost { rank: Rank::LEADER, error } => {
             Err(Error::from(error).rank(Rank::LEADER).recovery(Recovery::Reconnect))
         }
-        Event::Left { rank: Rank::LEADER } => {
-            Err(Error::new(ErrorKind::PeerLost, "receiving weights", "the trainer left the group")
-                .rank(Rank::LEADER)
-                .recovery(Recovery::Reconnect))
-        }
+        Event::Left { rank: Rank::LEADER } => Err(Error::new(
+            ErrorKind::TrainerLeft,
+            "receiving weights",
+            "the trainer left the group",
+        )
+        .rank(Rank::LEADER)),
         _ => Ok(None),
     }
 }

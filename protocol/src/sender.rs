@@ -480,7 +480,7 @@ fn perform(machine: &mut impl Machine, act: Act, control: &dyn Control, meter: &
     match act {
         Act::Send { to, body } => match control.send(to, body) {
             Ok(()) => {}
-            Err(error) if error.kind() == ErrorKind::PeerLost => {
+            Err(error) if matches!(error.kind(), ErrorKind::PeerLost | ErrorKind::TrainerLeft) => {
                 machine.unreachable(to, error, Instant::now());
             }
             Err(error) => machine.refused(error, Instant::now()),

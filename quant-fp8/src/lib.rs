@@ -21,6 +21,7 @@ mod encoding;
 mod engine;
 mod error;
 mod format;
+mod numbers;
 pub mod rules;
 
 pub use codec::{Codec, Source, Store, copy_non_temporal};
@@ -32,3 +33,4 @@ pub use error::QuantError;
 pub use format::{
     BlockGrid, BlockScale, Fp8Format, Granularity, Mode, NonFinite, Precast, ScaleName, SourceType,
 };
+pub use numbers::dequantize;

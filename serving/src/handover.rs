@@ -216,7 +216,7 @@ impl Newcomer {
                     return Ok(entered.map(|(engine, version)| Self { control, engine, version }));
                 }
                 // It has served another one, and listens anew.
-                Err(error) if error.kind() == ErrorKind::PeerLost && !left.is_zero() => {
+                Err(error) if is_gone(&error) && !left.is_zero() => {
                     debug!(%error, "the holder is busy");
                     clock::sleep(PAUSE).await;
                 }
@@ -282,6 +282,11 @@ async fn lead(at: ControlConfig) -> Result<ControlPlane> {
 
 fn written(message: &impl Serialize) -> Result<Bytes> {
     serde_json::to_vec(message).map(Bytes::from).map_err(malformed)
+}
+
+/// Whether the peer's end of the connection is what failed.
+fn is_gone(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::PeerLost | ErrorKind::TrainerLeft)
 }
 
 fn malformed(error: serde_json::Error) -> Error {

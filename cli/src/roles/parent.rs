@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use checkpoint_engine::{Error, Rank};
+use checkpoint_engine::{Error, ErrorKind, Rank};
 
 /// The leader's process, if it has started this one: it says once why updates failed, and before what follows from that.
 #[derive(Clone, Copy, Debug)]
@@ -26,7 +26,8 @@ impl Parent {
     }
 }
 
-/// Whether an error says that it was the trainer.
-pub(super) fn is_trainer(error: &Error) -> bool {
-    error.report().rank == Some(Rank::LEADER)
+/// Whether an error says that the trainer is gone, in order or not: there is no next update.
+pub(super) fn is_gone(error: &Error) -> bool {
+    let gone = matches!(error.kind(), ErrorKind::PeerLost | ErrorKind::TrainerLeft);
+    gone && error.report().rank == Some(Rank::LEADER)
 }
