@@ -604,10 +604,11 @@ impl Group {
         }
         let Some(pending) = self.pending.remove(&rank) else { return };
         let mut missing: Vec<Rank> = match pending.gather() {
-            Some((own, _)) => {
-                // The leader knows the world better than a member that gives up; that one may know of the leader only.
-                self.missing(self.leaders_world().or(own).unwrap_or(1))
-            }
+            // The leader knows the world better than a member that gives up.
+            Some((own, _)) => match self.leaders_world().or(own) {
+                Some(world_size) => self.missing(world_size),
+                None => vec![Rank::LEADER],
+            },
             None => self.expected.iter().copied().filter(|r| !self.waits_in_barrier(*r)).collect(),
         };
         missing.retain(|other| *other != rank);

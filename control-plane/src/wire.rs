@@ -461,11 +461,19 @@ mod tests {
             frame.encode(&mut bytes).unwrap();
             bytes.to_vec()
         };
-        assert_eq!(PROTOCOL_VERSION, 4);
+        assert_eq!(PROTOCOL_VERSION, 5);
         let message = Frame::Message { channel: ChannelId(0x0102), body: Bytes::from_static(b"x") };
         assert_eq!(encoded(message), [0, 0, 0, 4, 0, 1, 2, b'x']);
         let read = Signal::Read { bytes: vec![(ChannelId(16), 80)] };
         assert_eq!(encoded(Frame::Signal(read)), [0, 0, 0, 5, 1, 10, 1, 16, 80]);
+        let payload = Bytes::from_static(b"x");
+        let gather = |world_size| Signal::Call {
+            id: 1,
+            call: Call::Gather { world_size, payload: payload.clone() },
+        };
+        let (told, untold) = (encoded(Frame::Signal(gather(Some(2)))), gather(None));
+        assert_eq!(told, [0, 0, 0, 8, 1, 5, 1, 0, 1, 2, 1, b'x']);
+        assert_eq!(encoded(Frame::Signal(untold)), [0, 0, 0, 7, 1, 5, 1, 0, 0, 1, b'x']);
         assert_eq!(encoded(Frame::Signal(Signal::Goodbye)), [0, 0, 0, 2, 1, 9]);
     }
 

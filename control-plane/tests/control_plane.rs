@@ -13,9 +13,13 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use control_plane::{
-    Address, ChannelId, ControlConfig, ControlPlane, Event, Peer, Role, Token, UPDATES, from_lookup,
+    Address, ChannelId, ControlConfig, ControlPlane, Event, Peer, Role, Token, UPDATES, form_group,
+    from_lookup,
 };
-use engine_core::{Error, ErrorKind, Rank, Recovery, Result};
+use engine_core::{
+    CheckpointEngineConfig, DType, Error, ErrorKind, Rank, Recovery, Registry, Result, TensorMap,
+    Version, Weight, ensure_async_iterator,
+};
 use futures::executor::block_on;
 use futures::future::{join_all, try_join_all};
 use rustix::process::Signal;
@@ -395,13 +399,13 @@ fn a_member_of_another_protocol_version_learns_both_versions() {
         let change = |step, frame: &mut Vec<u8>| {
             if step == 0 {
                 // Kind, the Hello's tag and eight bytes of magic precede the version.
-                assert_eq!((&frame[2..10], frame[10]), (&b"ckpt-eng"[..], 4));
+                assert_eq!((&frame[2..10], frame[10]), (&b"ckpt-eng"[..], 5));
                 frame[10] = 77;
             }
         };
         let config = between(&leader, change, |_, _| ());
         let error = ControlPlane::join(config, Role::Rollout, None).await.unwrap_err();
-        assert_names(&error, ErrorKind::Protocol, &["version 4", "version 77"]);
+        assert_names(&error, ErrorKind::Protocol, &["version 5", "version 77"]);
         let member = join(&leader).await;
         gather(&[&leader, &member]).await;
     });
@@ -730,6 +734,119 @@ fn a_member_of_another_world_size_learns_both_sizes() {
             })
             .await;
         assert_eq!(of_leader.unwrap(), of_member.unwrap());
+    });
+}
+
+#[test]
+fn a_member_that_says_no_world_size_joins_whatever_the_leader_says_and_so_it_does_again() {
+    block_on(async {
+        let leader = lead().await;
+        let mut members = vec![join(&leader).await, join(&leader).await];
+        let round = async |size: u32, members: &[ControlPlane]| {
+            let gathers = members.iter().map(|member| member.gather(None, body("m"), DEADLINE));
+            let all = futures::future::try_join(
+                leader.gather(size, body("l"), DEADLINE),
+                try_join_all(gathers),
+            );
+            let (table, tables) = all.await.unwrap();
+            assert!(tables.iter().all(|other| *other == table), "{table:?} and {tables:?}");
+            table.iter().map(|peer| peer.rank.0).collect::<Vec<u32>>()
+        };
+        assert_eq!(round(3, &members).await, [0, 1, 2]);
+        // One that joins the group that exists, which the leader then gathers anew: larger, and smaller again.
+        let late = join(&leader).await;
+        assert_eq!(late.gather(None, body("late"), DEADLINE).await.unwrap().len(), 4);
+        assert!(matches!(event(&leader).await, Event::Joined(_)));
+        members.push(late);
+        assert_eq!(round(4, &members).await, [0, 1, 2, 3]);
+        members.remove(0).close().await.unwrap();
+        assert_eq!(event(&leader).await, Event::Left { rank: Rank(1) });
+        assert_eq!(round(3, &members).await, [0, 2, 3]);
+    });
+}
+
+#[test]
+fn a_leader_without_a_world_size_is_refused_and_the_group_forms_when_it_says_one() {
+    block_on(async {
+        let leader = lead().await;
+        let member = join(&leader).await;
+        let words = &["rank 0", "the leader has to say how many ranks the group has"];
+        let error = leader.gather(None, Bytes::new(), DEADLINE).await.unwrap_err();
+        assert_names(&error, ErrorKind::Config, words);
+        gather(&[&leader, &member]).await;
+        let error = leader.gather(None, Bytes::new(), DEADLINE).await.unwrap_err();
+        assert_names(&error, ErrorKind::Config, words);
+        gather(&[&leader, &member]).await;
+    });
+}
+
+#[test]
+fn members_without_a_world_size_that_wait_in_vain_name_the_leader() {
+    block_on(async {
+        let leader = lead().await;
+        let members = [join(&leader).await, join(&leader).await];
+        let in_vain = async || {
+            let gathers = members.each_ref().map(|m| m.gather(None, Bytes::new(), SHORT));
+            for error in join_all(gathers).await.into_iter().map(Result::unwrap_err) {
+                assert_names(
+                    &error,
+                    ErrorKind::Timeout,
+                    &["gathering", "a rank is missing", "(rank 0)"],
+                );
+            }
+        };
+        in_vain().await;
+        gather(&[&leader, &members[0], &members[1]]).await;
+        in_vain().await;
+    });
+}
+
+#[test]
+fn a_trainer_and_a_rollout_form_a_group_and_each_knows_what_the_other_says_of_itself() {
+    block_on(async {
+        let leader = lead().await;
+        let member = join(&leader).await;
+        let (registry, config) = (Registry::new(), CheckpointEngineConfig::default());
+        let trainer = form_group(&registry, config.clone(), &leader)
+            .world_size(2)
+            .attributes(serde_json::json!({"source": "a disk"}))
+            .trainer();
+        let rollout = form_group(&registry, config, &member)
+            .attributes(serde_json::json!({"holds": [1, 2]}))
+            .rollout();
+        let formed = futures::future::try_join(trainer, rollout).await.unwrap();
+        let ((mut trainer, on_trainer), (mut rollout, on_rollout)) = formed;
+        assert_eq!((on_trainer.rank, on_rollout.rank), (Rank(0), Rank(1)));
+        assert_eq!(on_trainer.peers, on_rollout.peers);
+        assert_eq!(on_rollout.peer(Rank(0)).unwrap().attributes["source"], "a disk");
+        assert_eq!(on_trainer.peer(Rank(1)).unwrap().attributes["holds"][1], 2);
+
+        let weight = Weight::new("w", DType::U8, [3], vec![1, 2, 3]).unwrap();
+        let mut model = TensorMap::new();
+        let sent = trainer.send_weights(ensure_async_iterator([weight]), Version(1));
+        let installed = async { rollout.receive_weights(None).await?.install(&mut model).await };
+        futures::future::try_join(sent, installed).await.unwrap();
+        assert_eq!(model.iter().count(), 1);
+        trainer.finalize().await.unwrap();
+        rollout.finalize().await.unwrap();
+    });
+}
+
+#[test]
+fn a_rank_that_is_formed_in_another_role_than_the_control_plane_has_it_in_is_refused() {
+    block_on(async {
+        let leader = lead().await;
+        let trainer = try_join(&leader, Role::Trainer, None).await.unwrap();
+        let rollout = join(&leader).await;
+        let (registry, config) = (Registry::new(), CheckpointEngineConfig::default());
+        for plane in [&leader, &trainer] {
+            let formed = form_group(&registry, config.clone(), plane).world_size(2).rollout();
+            let words = ["a rollout is prepared", "has the rank as trainer"];
+            assert_names(&formed.await.unwrap_err(), ErrorKind::Config, &words);
+        }
+        let formed = form_group(&registry, config, &rollout).trainer();
+        let words = ["a trainer is prepared", "has the rank as rollout", "rank 2"];
+        assert_names(&formed.await.unwrap_err(), ErrorKind::Config, &words);
     });
 }
 
