@@ -29,7 +29,8 @@ fn default_bucket_megabytes(threads: usize) -> u64 {
 /// The trainer's buckets.
 #[derive(Debug)]
 enum Buckets {
-    Shared(Arc<Segment>),
+    /// With the reason, if they should be on a device.
+    Shared(Arc<Segment>, Option<String>),
     #[cfg(feature = "cuda")]
     Cuda(Arc<cuda::Buckets>),
 }
@@ -47,27 +48,32 @@ impl Buckets {
     fn create(context: &EngineContext) -> Result<Self> {
         let config = &context.config;
         let bytes = |default: u64| config.bucket_bytes().unwrap_or(default << 20);
+        #[cfg_attr(not(feature = "cuda"), expect(unused_mut, reason = "nothing can fall back"))]
+        let mut slower = None;
         #[cfg(feature = "cuda")]
         if !config.device.is_cpu() {
             let bytes = bytes(cuda::DEFAULT_BUCKET_MEGABYTES);
             match cuda::Buckets::create(&config.device, bytes)? {
                 Ok(buckets) => return Ok(Self::Cuda(Arc::new(buckets))),
-                Err(reason) => tracing::warn!(
-                    %reason,
-                    "other processes cannot open this device's memory here: weights go through \
-                     shared memory of the host instead, which is slower"
-                ),
+                Err(reason) => {
+                    slower = Some(format!(
+                        "weights go through shared memory of the host, because other processes cannot open \
+                         this device's memory: {reason}"
+                    ));
+                }
             }
         }
-        Ok(Self::Shared(Arc::new(Segment::create(
-            SLOTS,
-            bytes(default_bucket_megabytes(context.threads(Role::Trainer))),
-        )?)))
+        if let Some(why) = &slower {
+            tracing::warn!("{why}");
+        }
+        let default = default_bucket_megabytes(context.threads(Role::Trainer));
+        let segment = Segment::create(SLOTS, bytes(default))?;
+        Ok(Self::Shared(Arc::new(segment), slower))
     }
 
     fn offer(&self) -> Offer {
         match self {
-            Self::Shared(segment) => Offer::Shared(segment.info().clone()),
+            Self::Shared(segment, _) => Offer::Shared(segment.info().clone()),
             #[cfg(feature = "cuda")]
             Self::Cuda(buckets) => Offer::Cuda(buckets.info().clone()),
         }
@@ -75,7 +81,7 @@ impl Buckets {
 
     fn into_link(self, pool: Pool) -> Box<dyn SendLink> {
         match self {
-            Self::Shared(segment) => Box::new(shared::Outgoing { segment, pool }),
+            Self::Shared(segment, slower) => Box::new(shared::Outgoing { segment, slower, pool }),
             #[cfg(feature = "cuda")]
             Self::Cuda(buckets) => Box::new(cuda::Outgoing { buckets, pool }),
         }

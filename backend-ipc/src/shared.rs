@@ -13,6 +13,8 @@ use crate::segment::{MappedSegment, Segment};
 #[derive(Debug)]
 pub(crate) struct Outgoing {
     pub(crate) segment: Arc<Segment>,
+    /// Why they are here, if they should be on a device.
+    pub(crate) slower: Option<String>,
     pub(crate) pool: Pool,
 }
 
@@ -35,6 +37,10 @@ impl SendLink for Outgoing {
     async fn publish(&mut self, _: usize, _: u64) -> Result<()> {
         // The rollouts see the same memory.
         Ok(())
+    }
+
+    fn slower(&self) -> Vec<String> {
+        self.slower.iter().cloned().collect()
     }
 }
 

@@ -170,6 +170,7 @@ impl<L: Library> CollectiveEngine<L> {
             node,
             pool: self.pool.clone(),
             can_shrink,
+            slower: None,
             rebuild: self.options.rebuild_group,
             clean: true,
             epochs: 0,
@@ -348,6 +349,8 @@ struct Link<C: Communicator> {
     node: Owned<C>,
     pool: Pool,
     can_shrink: bool,
+    /// Why it cannot any more, if the library could.
+    slower: Option<String>,
     rebuild: bool,
     /// Whether the last update was committed. If not, ranks may have enqueued different broadcasts.
     clean: bool,
@@ -437,7 +440,9 @@ impl<C: Communicator> SendLink for Link<C> {
     async fn join(&mut self, ticket: &JoinTicket) -> Result<()> {
         let result = self.node.join(&ticket.bytes).await;
         if result.is_err() && self.can_shrink && is_shrink(&ticket.bytes) {
-            warn!("members could not be left out of a group; from now on groups form anew");
+            let why = "members could not be left out of a group: from now on groups form anew when members go";
+            warn!("{why}");
+            self.slower = Some(why.to_owned());
             self.can_shrink = false;
         }
         result
@@ -448,6 +453,10 @@ impl<C: Communicator> SendLink for Link<C> {
         if !committed {
             self.node.thread.leave_all();
         }
+    }
+
+    fn slower(&self) -> Vec<String> {
+        self.slower.iter().cloned().collect()
     }
 
     async fn close(&mut self, _: Duration) {

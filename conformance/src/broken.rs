@@ -121,5 +121,6 @@ fn success(version: Version) -> SendReport {
         digest: None,
         receivers: Vec::new(),
         absent: Vec::new(),
+        slower: Vec::new(),
     }
 }

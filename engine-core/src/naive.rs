@@ -332,6 +332,7 @@ impl TrainerEngine for NaiveTrainer {
                     digest: None,
                     receivers,
                     absent: absent.clone(),
+                    slower: Vec::new(),
                 };
                 sending.committed = true;
                 sending.meter.sent(&report);

@@ -124,6 +124,9 @@ pub struct SendReport {
     pub receivers: Vec<ReceiverReport>,
     /// Ranks of the group that took no part because their processes died or left.
     pub absent: Vec<Rank>,
+    /// What fell back to something slower than was asked for, each in words that say why. Empty where nothing did.
+    #[serde(default)]
+    pub slower: Vec<String>,
 }
 
 impl SendReport {

@@ -95,6 +95,13 @@ pub trait SendLink: std::fmt::Debug + Send + 'static {
         let _ = committed;
     }
 
+    /// What fell back to something slower than was asked for, in words for [`SendReport::slower`].
+    ///
+    /// [`SendReport::slower`]: engine_core::SendReport::slower
+    fn slower(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// The rank leaves the group: ends what the link has opened, and gives rollouts up to `limit` to let go of what they
     /// have open of it, where that matters. A link that is dropped without does the same, unawaited.
     async fn close(&mut self, limit: Duration) {
@@ -171,6 +178,10 @@ impl<L: SendLink + ?Sized> SendLink for Box<L> {
 
     fn end(&mut self, committed: bool) {
         (**self).end(committed);
+    }
+
+    fn slower(&self) -> Vec<String> {
+        (**self).slower()
     }
 
     async fn close(&mut self, limit: Duration) {

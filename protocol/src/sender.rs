@@ -306,6 +306,7 @@ impl Trainer<'_> {
             digest: ended.digest,
             receivers: ended.receivers,
             absent: ended.absent,
+            slower: ending.link.slower(),
         };
         self.meter.sent(&report);
         Ok(report)

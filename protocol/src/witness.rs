@@ -195,5 +195,6 @@ async fn drain(
         digest: None,
         receivers: Vec::new(),
         absent: Vec::new(),
+        slower: Vec::new(),
     })
 }
