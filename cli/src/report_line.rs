@@ -39,6 +39,8 @@ pub struct UpdateLine {
     pub verified: bool,
     /// Whether names and shapes equalled the last update's, so that no metadata travelled.
     pub plan_reused: bool,
+    /// What fell back to something slower than was asked for, and why.
+    pub slower: Vec<String>,
     /// The rollouts.
     pub rollouts: Vec<RolloutLine>,
 }
@@ -101,6 +103,7 @@ pub fn line(
         extra_peak_bytes: extra,
         verified,
         plan_reused: report.plan_reused,
+        slower: report.slower.clone(),
         rollouts: rollouts.collect(),
     }
 }

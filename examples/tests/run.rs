@@ -23,4 +23,4 @@ macro_rules! examples {
 }
 
 // custom_backend is run by its own tests: the whole conformance suite.
-examples! { in_process iterators_and_streams two_processes quantized shared_cache }
+examples! { in_process iterators_and_streams two_processes server quantized shared_cache }

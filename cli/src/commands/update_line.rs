@@ -54,5 +54,6 @@ pub(crate) fn print_update(line: &UpdateLine, json: bool) -> checkpoint_engine::
         line.extra_peak_bytes as f64 / f64::from(1 << 20),
         if line.verified { ", every byte verified" } else { "" },
         rollouts.join(", ")
-    ))
+    ))?;
+    line.slower.iter().try_for_each(|why| say(format!("  slower than it could be: {why}")))
 }
