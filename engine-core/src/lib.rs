@@ -15,7 +15,6 @@ mod ids;
 mod isa;
 mod manager;
 pub mod memory;
-pub mod naive;
 pub mod native;
 pub mod observe;
 pub mod plan;
@@ -44,7 +43,9 @@ pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
 pub use expected::{Expected, check_names};
 pub use ids::{Rank, Version};
 pub use manager::{CheckpointEngineManager, LocalRollout, PreparedWorker, RolloutWorker};
-pub use received::{Install, Outcome, ReceivedBucket, ReceivedPiece, ReceivedWeights, TensorMap};
+pub use received::{
+    BucketContent, Install, Outcome, ReceivedBucket, ReceivedPiece, ReceivedWeights, TensorMap,
+};
 pub use registry::{Layer, Registry};
 pub use report::{
     ReceiveReport, ReceiverReport, SendReport, StageTimes, TensorCounts, VersionState,
