@@ -132,12 +132,10 @@ impl<L: FetchLink> Receiver<L> {
     /// The receiver of a group that the control plane connects to.
     pub fn new(link: L, context: &EngineContext, control: Arc<dyn Control>, pool: Pool) -> Self {
         let meter = Meter::new(control.rank(), context.observer.clone());
+        let follower = Follower::new(control.rank(), context.deadline(), control.updates());
         Self {
+            follower: Box::new(follower.of_kind(link.bucket_kind())),
             link,
-            follower: Box::new(
-                Follower::new(control.rank(), context.deadline(), control.updates())
-                    .of_kind(link.bucket_kind()),
-            ),
             ledger: Ledger { control: control.clone(), held: Arc::default() },
             control,
             pool,
