@@ -36,7 +36,7 @@ const STRIDE: u64 = 64 << 20;
 /// # Examples
 ///
 /// ```
-/// # fn example(engine: Box<dyn engine_core::CheckpointEngine>) -> engine_core::Result<()> {
+/// # fn example(engine: Box<dyn engine_core::RolloutEngine>) -> engine_core::Result<()> {
 /// use backend_ipc::{SharedCache, SharedCacheReader};
 /// use engine_core::CachedEngine;
 ///
