@@ -1336,7 +1336,7 @@ fn a_leader_that_closes_is_gone_for_its_members() {
         assert!(matches!(event(&members[0]).await, Event::Message { .. }));
         assert_eq!(event(&members[0]).await, Event::Left { rank: Rank(0) });
         let error = members[0].recv(DEADLINE).await.unwrap_err();
-        assert_names(&error, ErrorKind::PeerLost, &["rank 0"]);
+        assert_names(&error, ErrorKind::TrainerLeft, &["rank 0"]);
     });
 }
 
