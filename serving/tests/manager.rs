@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use engine_core::{
-    CachedEngine, CheckpointEngineConfig, CheckpointEngineManager, CheckpointEngineWithCache,
-    DType, EngineContext, Error, ErrorKind, Expected, Install, LocalRollout, PreparedRollout,
-    PreparedTrainer, PreparedWorker, ReceiveReport, ReceivedBucket, Result, RolloutWorker,
+    CheckpointEngineConfig, CheckpointEngineWithCache, DType, EngineContext, Error, ErrorKind,
+    Expected, Install, PreparedRollout, PreparedTrainer, ReceiveReport, ReceivedBucket, Result,
     TensorMap, TrainerEngine, Version, Weight, ensure_async_iterator, form_local_group, naive,
 };
 use futures::StreamExt;
+use serving::{CachedEngine, CheckpointEngineManager, LocalRollout, PreparedWorker, RolloutWorker};
 
 fn context() -> EngineContext {
     let config = CheckpointEngineConfig {
