@@ -43,6 +43,7 @@ async fn trainer() -> Result<()> {
         }
         let weights = [Weight::of(NAME, [SIDE, SIDE], layer.clone())];
         engine.send_weights(ensure_async_iterator(weights), Version(step)).await?;
+        tokio::time::sleep(Duration::from_millis(50)).await; // a step of training
     }
     engine.finalize().await?;
     control.close().await?;
@@ -75,12 +76,14 @@ async fn server(address: &str) -> Result<()> {
         Err(error) => eprintln!("still the version before: {error}"),
     }));
     // ANCHOR_END: replica
-    let mut seen = None;
+    let mut answered_by = None;
     while !updates.is_finished() {
         // ANCHOR: read
         // Whenever a request comes:
         if let Ok(current) = cache.current() {
-            seen = Some((current.version(), generate(&current)?));
+            let answer = generate(&current)?;
+            assert_eq!(answer, current.version().0 as f32, "of a whole version");
+            answered_by = Some(current.version());
         }
         // ANCHOR_END: read
         tokio::time::sleep(Duration::from_millis(5)).await;
@@ -91,7 +94,7 @@ async fn server(address: &str) -> Result<()> {
     }
     let current = cache.current()?;
     assert_eq!((current.version(), generate(&current)?), (Version(UPDATES), UPDATES as f32));
-    eprintln!("the last request was answered by {seen:?}");
+    eprintln!("the last request was answered by {answered_by:?}");
     Ok(())
 }
 

@@ -39,7 +39,7 @@ pub mod backend {
         Availability, Backend, Devices, Encoding, EngineContext, Layer, Prepared, PreparedRollout,
         PreparedTrainer, Storage,
     };
-    pub use engine_core::{DeviceBytes, DeviceMemory};
+    pub use engine_core::{CacheStore, CacheWriter, DeviceBytes, DeviceMemory, ensure_fresh};
     pub use engine_core::{clock, digest, memory, native, plan, telemetry};
     /// The protocol of updates, over a transport's links.
     pub use protocol;
@@ -51,18 +51,19 @@ pub use control_plane::{Channel, ChannelId, ControlPlane, FormGroup, form_group,
 /// Reads configurations from TOML, JSON and YAML: `config::load("engine.yaml")`.
 pub use engine_config as config;
 pub use engine_core::{
-    CacheStore, CacheUpdate, CacheWriter, CachedEngine, CachedVersion, CheckpointEngine,
-    CheckpointEngineConfig, CheckpointEngineManager, CheckpointEngineWithCache, DType,
-    DeviceChoice, Element, EngineContext, Error, ErrorKind, ErrorReport, Expected, FromIterator,
-    FromStream, Install, IntoWeight, IntoWeightStream, LocalRollout, Numbers, Outcome, Placement,
-    Prepared, PreparedRollout, PreparedTrainer, PreparedWorker, Rank, ReceiveReport,
-    ReceivedBucket, ReceivedPiece, ReceivedWeights, ReceiverReport, Recovery, Registry, Result,
-    Role, RolloutEngine, RolloutWorker, SendReport, StageTimes, TensorCounts, TensorMap,
-    TensorMeta, TrainerEngine, Treatment, Version, VersionState, Weight, WeightCache, WeightStream,
-    WeightStreamExt, WorkerMetadata, ensure_async_iterator, ensure_fresh, form_local_group,
+    CheckpointEngine, CheckpointEngineConfig, CheckpointEngineWithCache, DType, DeviceChoice,
+    Element, EngineContext, Error, ErrorKind, ErrorReport, Expected, FromIterator, FromStream,
+    Install, IntoWeight, IntoWeightStream, Numbers, Outcome, Placement, Prepared, PreparedRollout,
+    PreparedTrainer, Rank, ReceiveReport, ReceivedBucket, ReceivedPiece, ReceivedWeights,
+    ReceiverReport, Recovery, Registry, Result, Role, RolloutEngine, SendReport, StageTimes,
+    TensorCounts, TensorMap, TensorMeta, TrainerEngine, Treatment, Version, VersionState, Weight,
+    WeightStream, WeightStreamExt, WorkerMetadata, ensure_async_iterator, form_local_group,
     observe,
 };
-pub use serving::{Holder, Newcomer, Replica};
+pub use serving::{
+    CacheUpdate, CachedEngine, CachedVersion, CheckpointEngineManager, Holder, LocalRollout,
+    Newcomer, PreparedWorker, Replica, RolloutWorker, WeightCache,
+};
 
 #[cfg(feature = "hccl")]
 pub use backend_hccl as hccl;

@@ -36,9 +36,9 @@ const STRIDE: u64 = 64 << 20;
 /// # Examples
 ///
 /// ```
-/// # fn example(engine: Box<dyn engine_core::CheckpointEngine>) -> engine_core::Result<()> {
+/// # fn example(engine: Box<dyn engine_core::RolloutEngine>) -> engine_core::Result<()> {
 /// use backend_ipc::{SharedCache, SharedCacheReader};
-/// use engine_core::CachedEngine;
+/// use serving::CachedEngine;
 ///
 /// let cache = SharedCache::create()?;
 /// let address = cache.address(); // Serialisable: another process of this host opens it.

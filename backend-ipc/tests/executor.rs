@@ -39,9 +39,9 @@ async fn rollout(at: ControlConfig) -> Result<()> {
     let mut model = TensorMap::new();
     engine.receive_weights(None).await?.install(&mut model).await?;
     assert!(model.iter().all(|(_, bytes)| bytes.iter().all(|&byte| byte == 7)));
-    // Nothing comes any more: a deadline ends this, or the trainer's going.
+    // Nothing comes any more: a deadline ends this, or the trainer's leaving.
     let error = engine.receive_weights(None).await.expect_err("there is no second update");
-    assert!(matches!(error.kind(), ErrorKind::Timeout | ErrorKind::PeerLost), "{error}");
+    assert!(matches!(error.kind(), ErrorKind::Timeout | ErrorKind::TrainerLeft), "{error}");
     Ok(())
 }
 

@@ -13,12 +13,13 @@ use conformance::processes::{
 };
 use control_plane::{Address, ChannelId, ControlPlane, Event};
 use engine_core::{
-    CachedEngine, CheckpointEngineConfig, CheckpointEngineWithCache, EngineContext, Error,
-    ErrorKind, Expected, Rank, Result, Role, RolloutEngine, TrainerEngine, Version, Weight,
-    ensure_async_iterator, form_local_group,
+    CheckpointEngineConfig, CheckpointEngineWithCache, EngineContext, Error, ErrorKind, Expected,
+    Rank, Result, Role, RolloutEngine, TrainerEngine, Version, Weight, ensure_async_iterator,
+    form_local_group,
 };
 use futures::StreamExt;
 use futures::future::{join, join_all, try_join};
+use serving::CachedEngine;
 use tokio::sync::Barrier;
 
 const ROLE: &str = "CKPT_ENGINE_TEST_ROLE";

@@ -14,14 +14,14 @@ use conformance::processes::{
 };
 use control_plane::{Address, ControlPlane, join_group};
 use engine_core::{
-    CachedEngine, CheckpointEngine, CheckpointEngineConfig, CheckpointEngineWithCache, ErrorKind,
-    Rank, ReceivedWeights, Result, Role, RolloutEngine, SendReport, TrainerEngine, Version,
+    CheckpointEngine, CheckpointEngineConfig, CheckpointEngineWithCache, ErrorKind, Rank,
+    ReceivedWeights, Result, Role, RolloutEngine, SendReport, TrainerEngine, Version,
     WeightStreamExt, ensure_async_iterator,
 };
 use futures::StreamExt;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use serving::{Holder, Newcomer};
+use serving::{CachedEngine, Holder, Newcomer};
 use tokio::sync::{Barrier, oneshot};
 
 const ROLE: &str = "CKPT_ENGINE_TEST_ROLE";

@@ -265,9 +265,9 @@ pub fn be_a_child(backend: &'static dyn Backend) {
                     if orders.role == Role::Rollout && error.kind() == ErrorKind::Timeout => {}
                 Err(error) => {
                     say(&format!("failed {:?} {}", error.kind(), rank_in_words(&error)));
-                    if error.kind() == ErrorKind::PeerLost && plane.peers().is_empty()
-                        || error.report().rank == Some(Rank::LEADER)
-                            && error.kind() == ErrorKind::PeerLost
+                    let gone = matches!(error.kind(), ErrorKind::PeerLost | ErrorKind::TrainerLeft);
+                    if gone
+                        && (plane.peers().is_empty() || error.report().rank == Some(Rank::LEADER))
                     {
                         return;
                     }

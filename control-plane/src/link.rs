@@ -344,7 +344,7 @@ fn lose_leader(end: End, mailbox: &mut Mailbox) {
     let (event, error) = match end {
         End::Left => (
             Event::Left { rank },
-            Error::new(ErrorKind::PeerLost, "being in the group", "the leader closed it")
+            Error::new(ErrorKind::TrainerLeft, "being in the group", "the leader closed it")
                 .rank(rank),
         ),
         End::Lost(error) => {

@@ -53,7 +53,7 @@ pub struct CheckpointEngineConfig {
     /// says how many unless set.
     pub threads: Option<NonZeroUsize>,
     /// How many updates may have begun since the version of a rollout's cache before it is refused; any
-    /// number unless set. See [`CachedEngine`](crate::CachedEngine).
+    /// number unless set. The cache of a rollout obeys it.
     pub max_staleness: Option<u64>,
     /// All other keys: those of the layers in front of the engine. [`Layer::keys`](crate::Layer) are the ones
     /// that a layer knows, and [`layer`](Self::layer) gives them types.

@@ -30,6 +30,22 @@ use crate::{CheckpointEngineConfig, Error, ErrorKind, Rank, Result, Version, Wei
 ///
 /// Engines are owned values that may be moved into a task.
 ///
+/// ```compile_fail,E0599
+/// # use engine_core::{RolloutEngine, Version, WeightStream};
+/// # async fn example(mut rollout: Box<dyn RolloutEngine>, weights: WeightStream<'_>) {
+/// rollout.send_weights(weights, Version(1)).await; // a rollout does not send
+/// # }
+/// ```
+///
+/// ```compile_fail,E0382
+/// # use engine_core::{Result, TrainerEngine, Version, WeightStream};
+/// # async fn example(mut trainer: Box<dyn TrainerEngine>, weights: WeightStream<'_>) -> Result<()> {
+/// trainer.finalize().await?;
+/// trainer.send_weights(weights, Version(1)).await?; // it is gone
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Contract
 ///
 /// Every transport passes the suite of the `conformance` crate. In short: a receiver gets every weight exactly once, in

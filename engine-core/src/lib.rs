@@ -1,7 +1,6 @@
 //! The contract of a checkpoint engine, and everything of it that no device needs.
 
 mod available;
-mod cache;
 pub mod clock;
 mod config;
 pub mod control;
@@ -13,7 +12,6 @@ mod error;
 mod expected;
 mod ids;
 mod isa;
-mod manager;
 pub mod memory;
 pub mod native;
 pub mod observe;
@@ -22,14 +20,12 @@ mod received;
 mod registry;
 mod report;
 mod storage;
+mod store;
 mod stream;
 pub mod telemetry;
 mod weight;
 
 pub use available::available_memory;
-pub use cache::{
-    CacheStore, CacheUpdate, CacheWriter, CachedEngine, CachedVersion, WeightCache, ensure_fresh,
-};
 pub use config::{CheckpointEngineConfig, DeviceChoice};
 pub use control::{Control, Role};
 pub use dtype::DType;
@@ -42,7 +38,6 @@ pub use engine::{
 pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
 pub use expected::{Expected, check_names};
 pub use ids::{Rank, Version};
-pub use manager::{CheckpointEngineManager, LocalRollout, PreparedWorker, RolloutWorker};
 pub use received::{
     BucketContent, Install, Outcome, ReceivedBucket, ReceivedPiece, ReceivedWeights, TensorMap,
 };
@@ -51,6 +46,7 @@ pub use report::{
     ReceiveReport, ReceiverReport, SendReport, StageTimes, TensorCounts, VersionState,
 };
 pub use storage::{DeviceBytes, DeviceMemory, Storage};
+pub use store::{CacheStore, CacheWriter, ensure_fresh};
 pub use stream::{
     FromIterator, FromStream, IntoWeight, IntoWeightStream, WeightStream, WeightStreamExt,
     ensure_async_iterator,

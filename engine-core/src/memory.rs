@@ -35,7 +35,7 @@ pub struct Job {
 
 /// Host memory of a tensor's own, aligned as in a bucket.
 #[derive(Debug)]
-pub(crate) struct TensorMemory {
+pub struct TensorMemory {
     bytes: Vec<u8>,
     start: usize,
     len: usize,
@@ -47,7 +47,7 @@ impl TensorMemory {
     /// # Errors
     ///
     /// `Resource` if there is none.
-    pub(crate) fn new(len: u64, operation: &str) -> Result<Self> {
+    pub fn new(len: u64, operation: &str) -> Result<Self> {
         let alignment = ALIGNMENT as usize;
         let refuse = || {
             let message = format!("no memory for {len} bytes");
@@ -62,12 +62,13 @@ impl TensorMemory {
         Ok(Self { bytes, start, len: size - alignment })
     }
 
-    pub(crate) fn as_mut(&mut self) -> &mut [u8] {
+    /// The bytes, to be written.
+    pub fn as_mut(&mut self) -> &mut [u8] {
         &mut self.bytes[self.start..self.start + self.len]
     }
 
     /// Ends writing.
-    pub(crate) fn freeze(self) -> Bytes {
+    pub fn freeze(self) -> Bytes {
         Bytes::from(self.bytes).slice(self.start..self.start + self.len)
     }
 }

@@ -115,6 +115,16 @@ impl Registry {
     fn checked(&self, context: &EngineContext, role: Role) -> Result<&Arc<dyn Backend>> {
         let refuse = |message: String| Error::new(ErrorKind::Config, PREPARING, message);
         context.config.validate()?;
+        let known: Vec<&str> = self.layers.iter().flat_map(|layer| layer.keys).copied().collect();
+        if let Some(key) = context.config.not_understood(&known) {
+            let known = match known.is_empty() {
+                true => "it has no layers".to_owned(),
+                false => format!("its layers know `{}`", known.join("`, `")),
+            };
+            return Err(refuse(format!(
+                "nothing in this program understands the key `{key}`: {known}"
+            )));
+        }
         let backend = self.get(&context.config.backend)?;
         if let Some(control) = &context.control
             && control.role() != role
@@ -128,16 +138,6 @@ impl Registry {
         if !device.is_cpu() && !backend.devices().has(device.kind()) {
             let (name, devices) = (backend.name(), backend.devices());
             return Err(refuse(format!("device: `{device}`: {name} has buckets on {devices}")));
-        }
-        let known: Vec<&str> = self.layers.iter().flat_map(|layer| layer.keys).copied().collect();
-        if let Some(key) = context.config.not_understood(&known) {
-            let known = match known.is_empty() {
-                true => "it has no layers".to_owned(),
-                false => format!("its layers know `{}`", known.join("`, `")),
-            };
-            return Err(refuse(format!(
-                "nothing in this program understands the key `{key}`: {known}"
-            )));
         }
         Ok(backend)
     }

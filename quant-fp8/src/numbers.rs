@@ -16,17 +16,13 @@ use crate::{Codec, Granularity, SourceType};
 /// # Examples
 ///
 /// ```
-/// # use engine_core::{CachedVersion, Result};
+/// use engine_core::{DType, Weight};
 /// use quant_fp8::{Granularity, dequantize};
 ///
-/// # fn example(current: CachedVersion) -> Result<()> {
-/// let name = "model.layers.0.mlp.up_proj.weight";
-/// let scales = format!("{name}_scale_inv");
-/// if let (Some(codes), Some(scales)) = (current.get(name), current.get(&scales)) {
-///     let numbers: Vec<f32> = dequantize(codes, scales, Granularity::default())?;
-/// }
-/// # Ok(())
-/// # }
+/// let codes = Weight::new("w", DType::F8_E4M3, [1, 2], vec![0x38, 0xb8])?; // 1 and -1
+/// let scales = Weight::of("w_scale_inv", [1, 1], vec![0.5_f32])?;
+/// assert_eq!(dequantize(&codes, &scales, Granularity::default())?, [0.5, -0.5]);
+/// # Ok::<(), engine_core::Error>(())
 /// ```
 pub fn dequantize(codes: &Weight, scales: &Weight, granularity: Granularity) -> Result<Vec<f32>> {
     let refuse = |message: String| {

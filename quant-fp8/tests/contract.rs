@@ -224,7 +224,8 @@ async fn a_rollouts_manifest_is_the_truth() {
 async fn with_a_foreign_trainer(section: Value) -> Pair {
     let config = CheckpointEngineConfig { timeout_seconds: 5.0, ..Default::default() };
     let context = EngineContext::new(config).with_rank(Rank(0));
-    let trainer = Registry::new().with(backend_naive::BACKEND).prepare_trainer(context).await.unwrap();
+    let trainer =
+        Registry::new().with(backend_naive::BACKEND).prepare_trainer(context).await.unwrap();
     let rollout = rollout(false, &section).await.unwrap();
     joined(trainer, rollout).await.unwrap()
 }

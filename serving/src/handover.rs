@@ -11,12 +11,13 @@ use control_plane::{
 };
 use engine_core::{
     Backend, CheckpointEngineConfig, EngineContext, Error, ErrorKind, Placement, Rank,
-    ReceivedWeights, Result, RolloutEngine, SendReport, Version, WeightCache, WorkerMetadata,
-    clock,
+    ReceivedWeights, Result, RolloutEngine, SendReport, Version, WorkerMetadata, clock,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
+
+use crate::WeightCache;
 
 /// What a holder and a newcomer say to each other, beside the messages of the update.
 const HANDOVER: ChannelId = ChannelId(1);
@@ -42,8 +43,8 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// ```
 /// # use std::sync::Arc;
 /// # use control_plane::{ControlConfig, Token};
-/// # use engine_core::{Backend, CachedEngine, CheckpointEngineConfig, Result};
-/// # use serving::{Holder, Newcomer};
+/// # use engine_core::{Backend, CheckpointEngineConfig, Result};
+/// # use serving::{CachedEngine, Holder, Newcomer};
 /// # async fn example(
 /// #     backend: Arc<dyn Backend>, config: CheckpointEngineConfig, token: Token,
 /// #     mut rollout: CachedEngine, mut late: CachedEngine,

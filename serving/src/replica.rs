@@ -6,12 +6,12 @@ use std::time::Duration;
 use control_plane::{Address, ControlConfig, ControlPlane, form_group};
 use engine_core::{
     CheckpointEngineConfig, Error, ErrorKind, Placement, Rank, Recovery, Registry, Result, Role,
-    RolloutEngine, Version, WeightCache, clock,
+    RolloutEngine, Version, clock,
 };
 use futures::future::{Either, select};
 use tracing::{info, warn};
 
-use crate::{Holder, Newcomer};
+use crate::{Holder, Newcomer, WeightCache};
 
 /// The pause before a trainer is looked for again.
 const PAUSE: Duration = Duration::from_millis(500);

@@ -9,9 +9,9 @@ use std::time::Duration;
 use control_plane::{ControlConfig, ControlPlane, Token, form_group};
 use engine_core::{
     CheckpointEngineConfig, ErrorKind, Rank, Registry, Result, TrainerEngine, Version, Weight,
-    WeightCache, ensure_async_iterator,
+    ensure_async_iterator,
 };
-use serving::Replica;
+use serving::{Replica, WeightCache};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinHandle;
 

@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use async_trait::async_trait;
 
-use crate::memory::TensorMemory;
-use crate::{
-    CheckpointEngine, CheckpointEngineWithCache, Error, ErrorKind, ErrorReport, Expected,
-    ReceivedBucket, ReceivedPiece, ReceivedWeights, Result, RolloutEngine, Version, Weight,
-    WeightStream, check_names, ensure_async_iterator,
+use engine_core::memory::TensorMemory;
+use engine_core::{
+    CacheStore, CacheWriter, CheckpointEngine, CheckpointEngineWithCache, Error, ErrorKind,
+    ErrorReport, Expected, ReceivedBucket, ReceivedPiece, ReceivedWeights, Result, RolloutEngine,
+    Version, Weight, WeightStream, check_names, ensure_async_iterator, ensure_fresh,
 };
 
 /// An engine whose rollout keeps the last complete version in host memory.
@@ -23,7 +23,8 @@ use crate::{
 /// # Examples
 ///
 /// ```
-/// # use engine_core::{CachedEngine, CheckpointEngineWithCache, Result, RolloutEngine};
+/// # use engine_core::{CheckpointEngineWithCache, Result, RolloutEngine};
+/// # use serving::CachedEngine;
 /// # async fn example(engine: Box<dyn RolloutEngine>) -> Result<()> {
 /// let mut rollout = CachedEngine::new(engine);
 /// // A clone of the cache serves whoever generates, while this task receives.
@@ -54,7 +55,7 @@ impl CachedEngine {
     }
 
     /// Refuses cached weights when more than this number of updates have begun to arrive since theirs:
-    /// [`max_staleness`](crate::CheckpointEngineConfig::max_staleness) of the configuration. `None`
+    /// [`max_staleness`](engine_core::CheckpointEngineConfig::max_staleness) of the configuration. `None`
     /// refuses none.
     #[must_use]
     pub fn with_max_staleness(mut self, updates: Option<u64>) -> Self {
@@ -84,74 +85,6 @@ impl CachedEngine {
         self.cache.clone()
     }
 }
-
-/// The memory that a [`CachedEngine`] keeps versions in.
-pub trait CacheStore: fmt::Debug + Send + Sync {
-    /// A place for a version that begins to arrive. Dropping it gives the version up.
-    ///
-    /// An update counts for [`max_staleness`](CachedEngine::with_max_staleness) from here on, whether it
-    /// is completed or not; a version taken over from another rollout (`is_update` is false) does not.
-    ///
-    /// # Errors
-    ///
-    /// `Resource` if there is no room.
-    fn begin(&self, version: Version, is_update: bool) -> Result<Box<dyn CacheWriter>>;
-}
-
-/// A version on its way into a [`CacheStore`].
-pub trait CacheWriter: Send {
-    /// Takes the next part of a weight. The parts of one follow one another, from its beginning.
-    ///
-    /// # Errors
-    ///
-    /// `Resource` if there is no room.
-    fn write(&mut self, piece: &ReceivedPiece) -> Result<()>;
-
-    /// Takes a whole weight of the version before, which stays as it is in this one.
-    ///
-    /// # Errors
-    ///
-    /// `Resource` if there is no room.
-    fn keep(&mut self, weight: &Weight) -> Result<()> {
-        let bytes = weight.to_bytes()?.into();
-        self.write(&ReceivedPiece { meta: weight.meta().clone(), start: 0, bytes })
-    }
-
-    /// The version is complete and active everywhere: gives its weights in the order of their
-    /// parts, and replaces the version before it wherever the store shows one.
-    ///
-    /// # Errors
-    ///
-    /// `Resource` or `Io`; the version before it stays.
-    fn commit(self: Box<Self>) -> Result<Vec<Weight>>;
-}
-
-/// Whether a cached version may be given: an error if more than `most` updates have begun to arrive
-/// since, `newest` the version of the last of them. Versions are names here and no distances: those of
-/// two updates in a row may be far apart, and a trainer that goes back to a checkpoint sends lower ones.
-///
-/// # Errors
-///
-/// `State`.
-pub fn ensure_fresh(
-    cached: Version,
-    begun_since: u64,
-    newest: Version,
-    most: Option<u64>,
-) -> Result<()> {
-    match most {
-        Some(most) if begun_since > most => {
-            let message = format!(
-                "{begun_since} updates have begun since the last complete version, the last of them \
-                 version {newest}; `max_staleness` is {most}"
-            );
-            Err(Error::new(ErrorKind::State, READING, message).version(cached))
-        }
-        _ => Ok(()),
-    }
-}
-
-const READING: &str = "reading the cache";
 
 /// A store of this process alone.
 #[derive(Debug)]
@@ -293,10 +226,9 @@ impl WeightCache {
     /// trainer has begun to send others and they failed.
     pub fn current(&self) -> Result<CachedVersion> {
         let state = self.state();
-        let cached = state
-            .cached
-            .clone()
-            .ok_or_else(|| Error::new(ErrorKind::State, READING, "no version is complete yet"))?;
+        let cached = state.cached.clone().ok_or_else(|| {
+            Error::new(ErrorKind::State, "reading the cache", "no version is complete yet")
+        })?;
         let since = state.begun - cached.begun;
         ensure_fresh(cached.version.version(), since, state.newest, self.max_staleness)?;
         Ok(cached.version)

@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use futures::future::{join, join_all, try_join, try_join_all};
 
-use crate::{
+use engine_core::{
     Backend, Install, Placement, Prepared, PreparedTrainer, ReceiveReport, Result, RolloutEngine,
     SendReport, TrainerEngine, Version, WeightStream, WorkerMetadata,
 };
@@ -17,7 +17,7 @@ pub trait RolloutWorker: Send {
     /// Receives a version and installs it.
     async fn update(&mut self, version: Version) -> Result<ReceiveReport>;
 
-    /// See [`CheckpointEngine::finalize`](crate::CheckpointEngine::finalize).
+    /// See [`CheckpointEngine::finalize`](engine_core::CheckpointEngine::finalize).
     async fn finalize(self: Box<Self>) -> Result<()>;
 
     /// Before an update: finish or set aside the requests in flight.
