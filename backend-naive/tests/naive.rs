@@ -102,7 +102,8 @@ fn weights_arrive_as_the_memory_that_they_are_and_stay_as_long_as_they_are_kept(
 }
 
 #[test]
-fn a_rollout_that_keeps_its_buckets_gets_all_of_them_and_one_that_asks_for_no_more_stops_the_trainer() {
+fn a_rollout_that_keeps_its_buckets_gets_all_of_them_and_one_that_asks_for_no_more_stops_the_trainer()
+ {
     block_on(async {
         let (mut trainer, mut rollouts) = form(1.0, 1).await;
         let send = trainer.send_weights(ensure_async_iterator(weights(20)), Version(1));
@@ -132,7 +133,10 @@ fn a_rollout_that_keeps_its_buckets_gets_all_of_them_and_one_that_asks_for_no_mo
         let sent = futures::future::select(&mut send, &mut receive).await;
         let futures::future::Either::Left((Err(error), _)) = sent else { panic!("it is sent") };
         assert_eq!((error.kind(), error.report().rank), (ErrorKind::Timeout, Some(Rank(1))));
-        assert!(taken.load(std::sync::atomic::Ordering::SeqCst) <= 4, "the stream was read far ahead");
+        assert!(
+            taken.load(std::sync::atomic::Ordering::SeqCst) <= 4,
+            "the stream was read far ahead"
+        );
     });
 }
 

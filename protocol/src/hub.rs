@@ -349,3 +349,114 @@ fn closed() -> Error {
 fn not_for_members(operation: &str) -> Error {
     Error::new(ErrorKind::State, operation, "only the leader does that")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn member(hub: &Hub, rank: u32) -> Member {
+        let member = Member::new(Rank(rank), Role::Rollout);
+        hub.admit(&member).unwrap();
+        member
+    }
+
+    async fn next(control: &Arc<dyn Control>) -> Option<Event> {
+        control.recv(Duration::ZERO).await.unwrap()
+    }
+
+    fn message(from: u32, body: &'static [u8]) -> Option<Event> {
+        Some(Event::Message { from: Rank(from), body: Bytes::from_static(body) })
+    }
+
+    #[tokio::test]
+    async fn what_a_rank_said_comes_before_the_news_that_it_has_left_and_nothing_after_that() {
+        let hub = Hub::new();
+        let (leader, one, two) = (hub.control(), member(&hub, 1), member(&hub, 2));
+        let said = one.control();
+        said.send(Rank::LEADER, Bytes::from_static(b"a")).unwrap();
+        one.leave();
+        // Whoever is gone is not gone for another reason later.
+        one.lose("twice");
+        // A view that is dropped later.
+        assert!(said.send(Rank::LEADER, Bytes::from_static(b"b")).is_err());
+        two.lose("its engine is gone");
+        assert_eq!(next(&leader).await, message(1, b"a"));
+        assert_eq!(next(&leader).await, Some(Event::Left { rank: Rank(1) }));
+        let lost = next(&leader).await;
+        assert!(matches!(&lost, Some(Event::Lost { rank: Rank(2), .. })), "{lost:?}");
+        assert_eq!(next(&leader).await, None);
+        for rank in [1, 2, 3] {
+            let error = leader.send(Rank(rank), Bytes::new()).unwrap_err();
+            assert_eq!(
+                (error.kind(), error.report().rank),
+                (ErrorKind::PeerLost, Some(Rank(rank)))
+            );
+            assert_eq!(leader.silence(Rank(rank)), None);
+        }
+    }
+
+    #[tokio::test]
+    async fn members_hear_what_their_leader_said_and_that_it_has_left_and_then_nothing_else() {
+        for in_order in [false, true] {
+            let hub = Hub::new();
+            let heard = member(&hub, 1).control();
+            hub.control().send(Rank(1), Bytes::from_static(b"a")).unwrap();
+            match in_order {
+                true => hub.leave(),
+                false => hub.lose("its engine is gone"),
+            }
+            assert_eq!(next(&heard).await, message(0, b"a"));
+            let last = next(&heard).await;
+            assert_eq!(last == Some(Event::Left { rank: Rank::LEADER }), in_order, "{last:?}");
+            let kind = if in_order { ErrorKind::TrainerLeft } else { ErrorKind::PeerLost };
+            for _ in 0..2 {
+                let error = heard.recv(Duration::from_secs(60)).await.unwrap_err();
+                let told = error.report();
+                assert_eq!((told.kind, told.rank), (kind, Some(Rank::LEADER)), "{error}");
+                assert_eq!(told.recovery, Recovery::Reconnect, "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_rank_is_in_one_group_once_and_never_after_it_was_lost() {
+        let (hub, other) = (Hub::new(), Hub::new());
+        let one = member(&hub, 1);
+        let refused = |hub: &Hub, member: &Member| hub.admit(member).unwrap_err().kind();
+        assert_eq!(refused(&other, &one), ErrorKind::Mismatch);
+        assert_eq!(refused(&hub, &Member::new(Rank(1), Role::Rollout)), ErrorKind::Mismatch);
+        assert_eq!(refused(&hub, &Member::new(Rank::LEADER, Role::Rollout)), ErrorKind::Mismatch);
+        let gone = Member::new(Rank(2), Role::Rollout);
+        gone.lose("its engine is gone");
+        assert_eq!(refused(&hub, &gone), ErrorKind::PeerLost);
+        hub.leave();
+        assert_eq!(refused(&hub, &Member::new(Rank(3), Role::Rollout)), ErrorKind::Mismatch);
+    }
+
+    #[tokio::test]
+    async fn a_wait_ends_with_what_comes_and_one_that_is_dropped_loses_nothing() {
+        let hub = Hub::new();
+        let heard = member(&hub, 1).control();
+        {
+            let mut dropped = std::pin::pin!(heard.recv(Duration::from_secs(60)));
+            assert!(futures::poll!(&mut dropped).is_pending());
+            hub.control().send(Rank(1), Bytes::from_static(b"a")).unwrap();
+        }
+        let heard_next = async || heard.recv(Duration::from_secs(60)).await.unwrap();
+        assert_eq!(heard_next().await, message(0, b"a"));
+        let send = async {
+            hub.control().send(Rank(1), Bytes::from_static(b"b")).unwrap();
+            hub.control().send(Rank(1), Bytes::from_static(b"c")).unwrap();
+        };
+        let (event, ()) = futures::future::join(heard_next(), send).await;
+        assert_eq!((event, heard_next().await), (message(0, b"b"), message(0, b"c")));
+        assert_eq!(heard.recv(Duration::from_millis(1)).await.unwrap(), None);
+    }
+
+    #[test]
+    fn no_two_updates_of_a_hub_have_one_number() {
+        let hub = Hub::new();
+        let (leader, again) = (hub.control(), hub.control());
+        assert_eq!([leader.next_update(), again.next_update(), leader.next_update()], [1, 2, 3]);
+    }
+}
