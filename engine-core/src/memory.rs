@@ -63,7 +63,7 @@ impl TensorMemory {
     }
 
     /// The bytes, to be written.
-    pub fn as_mut(&mut self) -> &mut [u8] {
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.bytes[self.start..self.start + self.len]
     }
 

@@ -117,7 +117,7 @@ impl CacheWriter for Own {
                 .map_err(|error| error.tensor(&*piece.meta.name))?,
         };
         let end = piece.start + piece.bytes.len();
-        piece.bytes.read(0, &mut memory.as_mut()[piece.start as usize..end as usize])?;
+        piece.bytes.read(0, &mut memory.bytes_mut()[piece.start as usize..end as usize])?;
         if end < byte_len {
             self.open = Some(memory);
         } else {
