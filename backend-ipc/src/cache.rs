@@ -23,7 +23,7 @@ const ATTEMPTS: usize = 1000;
 /// How much is written between two looks at the memory that is left.
 const STRIDE: u64 = 64 << 20;
 
-/// A cache in shared memory, for [`CachedEngine::with_store`](engine_core::CachedEngine::with_store)
+/// A cache in shared memory: a [`CacheStore`] for `WeightCache::in_store`
 /// with any backend: other processes of the host take weights from it with a [`SharedCacheReader`],
 /// without a copy and without asking anybody.
 ///

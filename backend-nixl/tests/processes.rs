@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use async_trait::async_trait;
 use backend_nixl::BACKEND;
 use conformance::processes::{
     self, LIMIT, Process, WEIGHT_BYTES, WEIGHTS, address, context, control, model, receive,
@@ -14,15 +13,14 @@ use conformance::processes::{
 };
 use control_plane::{Address, ControlPlane, join_group};
 use engine_core::{
-    CheckpointEngine, CheckpointEngineConfig, CheckpointEngineWithCache, ErrorKind, Rank,
-    ReceivedWeights, Result, Role, RolloutEngine, SendReport, TrainerEngine, Version,
-    WeightStreamExt, ensure_async_iterator,
+    CheckpointEngineConfig, CheckpointEngineWithCache, ErrorKind, Rank, Result, Role,
+    RolloutEngine, SendReport, TrainerEngine, Version, WeightStreamExt, ensure_async_iterator,
 };
 use futures::StreamExt;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use serving::{CachedEngine, Holder, Newcomer};
-use tokio::sync::{Barrier, oneshot};
+use serving::{CachedEngine, Holder, Newcomer, WeightCache};
+use tokio::sync::Barrier;
 
 const ROLE: &str = "CKPT_ENGINE_TEST_ROLE";
 const ADDRESS: &str = "CKPT_ENGINE_TEST_ADDRESS";
@@ -138,50 +136,22 @@ async fn rollout(address: Address, config: CheckpointEngineConfig) {
     }
 }
 
-/// An engine that comes when its rank has joined: what it will receive is announced to others before.
-#[derive(Debug)]
-struct Coming {
-    engine: Option<Box<dyn RolloutEngine>>,
-    comes: oneshot::Receiver<Box<dyn RolloutEngine>>,
-}
-
-#[async_trait]
-impl CheckpointEngine for Coming {
-    async fn finalize(self: Box<Self>) -> Result<()> {
-        match self.engine {
-            Some(engine) => engine.finalize().await,
-            None => Ok(()),
-        }
-    }
-}
-
-#[async_trait]
-impl RolloutEngine for Coming {
-    async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
-        if self.engine.is_none() {
-            self.engine = Some((&mut self.comes).await.unwrap());
-        }
-        self.engine.as_mut().unwrap().receive_weights(version).await
-    }
-}
-
 /// A rollout that keeps the last version, holds it for others, and takes over what one of them holds.
 async fn holding_rollout(address: Address, config: CheckpointEngineConfig) {
     let plane = ControlPlane::join(control(address), Role::Rollout, None).await.unwrap();
-    let (joined, comes) = oneshot::channel();
-    let mut engine = CachedEngine::new(Box::new(Coming { engine: None, comes }));
+    let cache = WeightCache::default();
     let own_address = format!("unix:@nixl-holder-{}", std::process::id()).parse().unwrap();
     let at = |address: &Address| control(address.clone());
     let backend = Arc::new(BACKEND);
-    let holder = Holder::listen(engine.cache(), backend, config.clone(), at(&own_address));
+    let holder = Holder::listen(cache.clone(), backend, config.clone(), at(&own_address));
     let holder = holder.await.unwrap();
     let prepared = BACKEND.prepare_rollout(context(&plane, config.clone())).await.unwrap();
     let prepared = prepared.with_attributes(holder.announcement());
     tokio::spawn(holder.run());
     // Of two that join at once, the second one may be here first: ranks have gaps.
     let group = join_group(prepared, BACKEND, &plane, None, LIMIT).await;
-    let (received, place) = group.unwrap();
-    joined.send(received).unwrap();
+    let (engine, place) = group.unwrap();
+    let mut engine = CachedEngine::with_cache(engine, cache);
     let holders = Newcomer::holders(&place.peers);
     say("joined");
     for other in holders.iter().filter(|other| **other != own_address) {

@@ -266,8 +266,7 @@ fn roles_started_by_hand_find_each_other_and_a_stranger_is_kept_out() {
     let (status, errors) = end_of(stranger);
     assert_eq!(status.code(), Some(1));
     assert!(errors.contains("token"), "{errors}");
-    let rollouts: Vec<Child> =
-        (0..2).map(|_| rollout(&address, &token, &["--verify", "--world-size", "3"])).collect();
+    let rollouts: Vec<Child> = (0..2).map(|_| rollout(&address, &token, &["--verify"])).collect();
     let output = trainer.wait_with_output().expect("it ends");
     for line in json_lines(&output) {
         assert_eq!(line["verified"], true);

@@ -54,8 +54,8 @@ pub struct FormGroup<'a> {
 
 impl FormGroup<'_> {
     /// How many ranks the group has, this one counted. The leader has to say it; others need not know it.
-    pub fn world_size(mut self, ranks: u32) -> Self {
-        self.world_size = Some(ranks);
+    pub fn world_size(mut self, ranks: impl Into<Option<u32>>) -> Self {
+        self.world_size = ranks.into();
         self
     }
 

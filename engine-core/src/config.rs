@@ -19,7 +19,7 @@ use crate::{Error, ErrorKind, Result};
 ///
 /// A program fills the fields in; the crate `engine-config` reads them from TOML, JSON and YAML, also from
 /// verl's whole documents, and refuses unknown keys and values out of range with their line. What serde
-/// alone reads, [`validate`](Self::validate) and [`Registry::create`](crate::Registry::create) check:
+/// alone reads, [`validate`](Self::validate) and [`Registry::prepare_trainer`](crate::Registry::prepare_trainer) check:
 /// nothing that asks for something is ignored.
 ///
 /// # Examples

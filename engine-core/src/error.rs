@@ -28,7 +28,7 @@ pub enum ErrorKind {
     Weight,
     /// The caller's stream of weights ended with an error.
     Source,
-    /// A call made in the wrong phase of an engine's life.
+    /// A call that what it is made on is not ready for: a cache without a version, say.
     State,
     /// A peer that could not prove that it knows the shared token.
     Authentication,
@@ -158,12 +158,6 @@ impl Error {
         };
         Self::new(kind, operation, error.to_string()).with_source(error)
     }
-
-    /// A call that does not fit the engine's phase, or the rank's role.
-    pub fn wrong_phase(operation: &str, message: &str) -> Self {
-        Self::new(ErrorKind::State, operation, message)
-    }
-
     /// Names the rank that the failure concerns, unless one is named already.
     #[must_use]
     pub fn rank(mut self, rank: Rank) -> Self {

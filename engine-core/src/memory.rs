@@ -63,7 +63,7 @@ impl TensorMemory {
     }
 
     /// The bytes, to be written.
-    pub fn as_mut(&mut self) -> &mut [u8] {
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.bytes[self.start..self.start + self.len]
     }
 
@@ -234,7 +234,7 @@ impl Pool {
         let memory = TensorMemory::new(len, "encoding a weight");
         let mut memory = memory.map_err(|error| error.tensor(weight.name()))?;
         let job = Job { weight: weight.clone(), start: 0, len, offset: 0 };
-        self.encode(&[job], memory.as_mut(), false)?;
+        self.encode(&[job], memory.bytes_mut(), false)?;
         Ok(memory.freeze().into())
     }
 

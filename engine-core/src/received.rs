@@ -399,7 +399,7 @@ impl Open<'_> {
         // The engine has checked that the chunks of a weight follow one another.
         let Some(Partial { memory, .. }) = &mut self.partial else { return Ok(None) };
         let end = piece.start + piece.bytes.len();
-        piece.bytes.read(0, &mut memory.as_mut()[piece.start as usize..end as usize])?;
+        piece.bytes.read(0, &mut memory.bytes_mut()[piece.start as usize..end as usize])?;
         if end != byte_len {
             return Ok(None);
         }

@@ -64,7 +64,7 @@ impl Storage {
             Self::Host(bytes) => Ok(bytes.clone()),
             Self::Device(bytes) => {
                 let mut memory = TensorMemory::new(bytes.len, "copying from a device")?;
-                bytes.read(0, memory.as_mut())?;
+                bytes.read(0, memory.bytes_mut())?;
                 Ok(memory.freeze())
             }
         }

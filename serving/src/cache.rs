@@ -46,12 +46,18 @@ pub struct CachedEngine {
 impl CachedEngine {
     /// An engine whose cache is empty.
     pub fn new(engine: Box<dyn RolloutEngine>) -> Self {
-        Self { engine, cache: WeightCache::default() }
+        Self::with_cache(engine, WeightCache::default())
+    }
+
+    /// An engine that fills a cache which is there already: one that others read, or that is
+    /// [held](crate::Holder) for others.
+    pub fn with_cache(engine: Box<dyn RolloutEngine>, cache: WeightCache) -> Self {
+        Self { engine, cache }
     }
 
     /// An engine that keeps what arrives in a store.
     pub fn with_store(engine: Box<dyn RolloutEngine>, store: Arc<dyn CacheStore>) -> Self {
-        Self { engine, cache: WeightCache { store, ..WeightCache::default() } }
+        Self::with_cache(engine, WeightCache::in_store(store))
     }
 
     /// Refuses cached weights when more than this number of updates have begun to arrive since theirs:
@@ -111,7 +117,7 @@ impl CacheWriter for Own {
                 .map_err(|error| error.tensor(&*piece.meta.name))?,
         };
         let end = piece.start + piece.bytes.len();
-        piece.bytes.read(0, &mut memory.as_mut()[piece.start as usize..end as usize])?;
+        piece.bytes.read(0, &mut memory.bytes_mut()[piece.start as usize..end as usize])?;
         if end < byte_len {
             self.open = Some(memory);
         } else {
@@ -278,6 +284,11 @@ impl CheckpointEngineWithCache for CachedEngine {
 }
 
 impl WeightCache {
+    /// A cache that keeps versions in a store: in shared memory, say.
+    pub fn in_store(store: Arc<dyn CacheStore>) -> Self {
+        Self { store, ..Self::default() }
+    }
+
     /// Takes an update; it replaces the cached version when it is complete and verified, and leaves it untouched
     /// otherwise.
     ///

@@ -44,16 +44,17 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// # use std::sync::Arc;
 /// # use control_plane::{ControlConfig, Token};
 /// # use engine_core::{Backend, CheckpointEngineConfig, Result};
-/// # use serving::{CachedEngine, Holder, Newcomer};
+/// # use serving::{CachedEngine, Holder, Newcomer, WeightCache};
 /// # async fn example(
-/// #     backend: Arc<dyn Backend>, config: CheckpointEngineConfig, token: Token,
-/// #     mut rollout: CachedEngine, mut late: CachedEngine,
+/// #     backend: Arc<dyn Backend>, config: CheckpointEngineConfig, token: Token, late: WeightCache,
 /// # ) -> Result<()> {
-/// // On a rollout that has a cache, before it tells the others of itself:
+/// // On a rollout, before it joins, so that it can tell the others of it:
+/// let cache = WeightCache::default();
 /// let at = ControlConfig::new("10.0.0.2:0".parse()?, token.clone());
-/// let holder = Holder::listen(rollout.cache(), backend.clone(), config.clone(), at).await?;
-/// let address = holder.address().clone();
+/// let holder = Holder::listen(cache.clone(), backend.clone(), config.clone(), at).await?;
+/// let (address, announcement) = (holder.address().clone(), holder.announcement());
 /// tokio::spawn(holder.run());
+/// // It joins with `announcement` among its attributes, and fills the cache: `CachedEngine::with_cache(engine, cache)`.
 ///
 /// // On a rollout that has joined the group and does not want to wait for the next update:
 /// let at = ControlConfig::new(address, token);

@@ -22,8 +22,8 @@ pub(crate) struct RolloutArgs {
     /// The rank to take; without it torchrun's RANK, else the trainer gives the next free one
     #[arg(long)]
     rank: Option<u32>,
-    /// The number of ranks of the group, the trainer included; any number joins a group that has
-    /// formed already; torchrun's WORLD_SIZE says so without it, else 2
+    /// The number of ranks of the group, the trainer included, to be refused if it is another one;
+    /// torchrun's WORLD_SIZE says so without it, else the trainer alone knows
     #[arg(long)]
     world_size: Option<u32>,
     /// Compare every tensor with the trainer's source, bit for bit
@@ -53,7 +53,7 @@ pub(crate) async fn rollout_command(args: &RolloutArgs) -> Result<ExitCode, Fail
     let options = RolloutOptions {
         control: meeting.control,
         rank: args.rank.map(Rank).or(meeting.rank),
-        world_size: args.world_size.or(meeting.world_size).unwrap_or(2),
+        world_size: args.world_size.or(meeting.world_size),
         config,
         verify: args.verify,
         out: args.out.clone(),

@@ -27,7 +27,7 @@ Example:
     ckpt-engine trainer --rendezvous localhost:29600 --token-file token --rollouts 2 \\
       --synthetic tiny-moe --updates 3
   In two others:
-    ckpt-engine rollout --rendezvous localhost:29600 --token-file token --verify --world-size 3")]
+    ckpt-engine rollout --rendezvous localhost:29600 --token-file token --verify")]
 pub(crate) struct TrainerArgs {
     #[command(flatten)]
     source: SourceArgs,

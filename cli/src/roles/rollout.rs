@@ -25,8 +25,8 @@ pub struct RolloutOptions {
     pub control: ControlConfig,
     /// The rank to take; the trainer gives one without.
     pub rank: Option<Rank>,
-    /// The number of ranks of the group; any number joins one that has formed already.
-    pub world_size: u32,
+    /// The number of ranks of the group, to be refused if the trainer has another one; the trainer's without it.
+    pub world_size: Option<u32>,
     /// The engine's configuration.
     pub config: CheckpointEngineConfig,
     /// Whether to compare what is received with its source.
