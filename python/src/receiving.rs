@@ -50,11 +50,14 @@ pub(crate) struct State {
     closed: Option<ErrorReport>,
     waker: Option<Waker>,
     done: Option<Result<ReceiveReport>>,
+    /// The last tensor that came; see `receive`.
+    held: Option<Weight>,
 }
 
 impl State {
     fn has(&self) -> bool {
-        !self.current.is_empty() || !self.next.is_empty() || self.done.is_some()
+        let next = self.next.iter().any(|tensors| !tensors.is_empty());
+        next || !self.current.is_empty() || self.done.is_some()
     }
 
     /// Whether another bucket may be fetched. A large one waits alone; of small ones several do, so that not
@@ -63,14 +66,19 @@ impl State {
         self.next.len() < MOST && self.next_bytes < MOST_BYTES
     }
 
-    fn push(&mut self, tensors: VecDeque<Weight>) {
+    /// Adds the tensors of a bucket, but for the last one, which waits for the next bucket.
+    fn push(&mut self, mut tensors: VecDeque<Weight>) {
         self.asked = false;
+        let last = tensors.pop_back();
+        if let Some(held) = std::mem::replace(&mut self.held, last) {
+            tensors.push_front(held);
+        }
         self.next_bytes += tensors.iter().map(Weight::byte_len).sum::<u64>();
         self.next.push_back(tensors);
     }
 
     fn pop(&mut self) -> Option<Weight> {
-        if self.current.is_empty() {
+        while self.current.is_empty() {
             self.current = self.next.pop_front()?;
             self.next_bytes -= self.current.iter().map(Weight::byte_len).sum::<u64>();
         }
@@ -132,6 +140,22 @@ fn tensors(
     Ok(tensors)
 }
 
+/// The same tensor in memory of its own, where it is in the host's.
+fn own(weight: Weight) -> Result<Weight> {
+    match weight.contiguous_bytes() {
+        None => Ok(weight),
+        Some(bytes) => {
+            let mut copy = Vec::new();
+            let large = |_| Error::new(ErrorKind::Resource, WHAT, "no memory for a copy");
+            copy.try_reserve_exact(bytes.len())
+                .map_err(large)
+                .map_err(|e| e.tensor(weight.name()))?;
+            copy.extend_from_slice(bytes);
+            Weight::from_meta(weight.meta().clone(), copy)
+        }
+    }
+}
+
 async fn receive(
     engine: &mut Engine,
     how: How,
@@ -150,6 +174,16 @@ async fn receive(
             && let Some(expected) = &*lock(&names)
         {
             check_names(expected, &lock(&came))?;
+        }
+        // The last tensor gets memory of its own: the variable of a loop keeps it when the loop has ended, and
+        // would keep its bucket from the next update.
+        if let Some(last) = shared.with(|state| state.held.take()) {
+            let last = own(last)?;
+            shared.change(|state| {
+                state.asked = false;
+                state.next_bytes += last.byte_len();
+                state.next.push_back(VecDeque::from([last]));
+            });
         }
         // The version is one when Python has taken all of it. This thread is the update's own, and whoever
         // closes it says so here.

@@ -24,6 +24,9 @@ const MOST_BYTES: u64 = 64 << 20;
 /// For so long weights of a device are gathered whose producer is waited for once.
 const GATHER: Duration = Duration::from_millis(2);
 
+/// The engine is not woken more often than this.
+const WAKE: Duration = Duration::from_micros(200);
+
 #[derive(Default)]
 pub(crate) struct State {
     queue: VecDeque<Result<Weight>>,
@@ -114,13 +117,20 @@ impl Sending {
 
 impl Inner {
     fn push(&self, weights: impl IntoIterator<Item = Result<Weight>>) {
-        let waker = self.shared.with(|state| {
+        self.add(weights);
+        self.wake();
+    }
+
+    fn add(&self, weights: impl IntoIterator<Item = Result<Weight>>) {
+        self.shared.with(|state| {
             if state.done.is_none() {
                 weights.into_iter().for_each(|weight| state.push(weight));
             }
-            state.waker.take()
         });
-        if let Some(waker) = waker {
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = self.shared.with(|state| state.waker.take()) {
             waker.wake();
         }
     }
@@ -195,6 +205,7 @@ impl Sending {
         let mut gathered = Vec::new();
         let mut gathered_bytes = 0;
         let mut since = Instant::now();
+        let mut woken: Option<Instant> = None;
         loop {
             let enough = gathered.len() >= MOST || gathered_bytes >= MOST_BYTES;
             if enough || !gathered.is_empty() && since.elapsed() > GATHER {
@@ -203,6 +214,7 @@ impl Sending {
             }
             if inner.is_full() {
                 inner.flush(py, &mut gathered);
+                inner.wake();
                 return Ok(true);
             }
             match iterator
@@ -211,7 +223,12 @@ impl Sending {
                 .and_then(|item| item.map(|item| inner.weight(py, &item)).transpose())
             {
                 Ok(Some(weight)) if gathered.is_empty() && !weight.reads_device() => {
-                    inner.push([Ok(weight)]);
+                    inner.add([Ok(weight)]);
+                    // Not for every weight of a fast iterator, at once for those of a slow one.
+                    if woken.is_none_or(|woken| woken.elapsed() > WAKE) {
+                        inner.wake();
+                        woken = Some(Instant::now());
+                    }
                 }
                 Ok(Some(weight)) => {
                     if gathered.is_empty() {
@@ -227,6 +244,7 @@ impl Sending {
                 }
                 Err(error) => {
                     inner.flush(py, &mut gathered);
+                    inner.wake();
                     return Err(error);
                 }
             }
