@@ -156,6 +156,22 @@ fn own(weight: Weight) -> Result<Weight> {
     }
 }
 
+/// Gives Python the last tensor that came, in memory of its own.
+///
+/// The variable of a loop keeps a tensor, and so its bucket, until the next tensor comes. Where the next bucket
+/// has no whole tensor, or there is none, that would stop the update, or the next one.
+fn give_held(shared: &Shared<State>) -> Result<()> {
+    if let Some(held) = shared.with(|state| state.held.take()) {
+        let held = own(held)?;
+        shared.change(|state| {
+            state.asked = false;
+            state.next_bytes += held.byte_len();
+            state.next.push_back(VecDeque::from([held]));
+        });
+    }
+    Ok(())
+}
+
 async fn receive(
     engine: &mut Engine,
     how: How,
@@ -175,16 +191,7 @@ async fn receive(
         {
             check_names(expected, &lock(&came))?;
         }
-        // The last tensor gets memory of its own: the variable of a loop keeps it when the loop has ended, and
-        // would keep its bucket from the next update.
-        if let Some(last) = shared.with(|state| state.held.take()) {
-            let last = own(last)?;
-            shared.change(|state| {
-                state.asked = false;
-                state.next_bytes += last.byte_len();
-                state.next.push_back(VecDeque::from([last]));
-            });
-        }
+        give_held(&shared)?;
         // The version is one when Python has taken all of it. This thread is the update's own, and whoever
         // closes it says so here.
         let over = |state: &State| state.closed.is_some() || state.asked && !state.has();
@@ -219,7 +226,7 @@ async fn receive(
         let taken = tensors(&bucket, &mut partial, how.copy);
         drop(bucket);
         match taken {
-            Ok(tensors) if tensors.is_empty() => {}
+            Ok(tensors) if tensors.is_empty() => give_held(shared)?,
             Ok(tensors) => shared.change(|state| state.push(tensors)),
             Err(error) => {
                 let error = error.version(version);

@@ -206,7 +206,12 @@ impl Sending {
         let mut gathered_bytes = 0;
         let mut since = Instant::now();
         let mut woken: Option<Instant> = None;
+        let mut unseen = 0;
         loop {
+            if unseen >= MOST_BYTES / 4 {
+                // Tensors that the engine has done with are given back when a thread gets the interpreter.
+                py.detach(|| unseen = 0);
+            }
             let enough = gathered.len() >= MOST || gathered_bytes >= MOST_BYTES;
             if enough || !gathered.is_empty() && since.elapsed() > GATHER {
                 inner.flush(py, &mut gathered);
@@ -223,6 +228,7 @@ impl Sending {
                 .and_then(|item| item.map(|item| inner.weight(py, &item)).transpose())
             {
                 Ok(Some(weight)) if gathered.is_empty() && !weight.reads_device() => {
+                    unseen += weight.source_bytes();
                     inner.add([Ok(weight)]);
                     // Not for every weight of a fast iterator, at once for those of a slow one.
                     if woken.is_none_or(|woken| woken.elapsed() > WAKE) {
