@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import time
+import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Union
@@ -530,18 +531,14 @@ class RolloutEngine(_Engine):
         rank: This rank's number.
         peers: All ranks, as they were when the group was formed.
         control: The control plane; ``None`` within one process.
-        version: The last version that is complete here; ``None`` before the first.
     """
 
-    _last: ReceivedWeights | None = None
-    _version: int | None = None
+    _last: weakref.ref[ReceivedWeights] | None = None
 
     @property
     def version(self) -> int | None:
         """The last version that is complete here."""
-        if self._last is not None and self._last.report is not None:
-            self._version, self._last = self._last.version, None
-        return self._version
+        return self._native.version
 
     def receive_weights(
         self,
@@ -566,7 +563,7 @@ class RolloutEngine(_Engine):
             MismatchError: If the update has another version.
         """
         convert = _conversion(framework)
-        receiving = self._native.receive(version, copy, partial)
+        receiving = self._begin(version, copy, partial)
         try:
             block(receiving.wait_begun)
         except BaseException:
@@ -584,7 +581,7 @@ class RolloutEngine(_Engine):
     ) -> ReceivedWeights:
         """As :meth:`receive_weights`, for an event loop."""
         convert = _conversion(framework)
-        receiving = self._native.receive(version, copy, partial)
+        receiving = self._begin(version, copy, partial)
         try:
             await until(receiving.when_begun)
         except BaseException:
@@ -597,9 +594,16 @@ class RolloutEngine(_Engine):
     ) -> ReceivedWeights:
         if receiving.version is None:
             receiving.result()
-        self._version = self.version
-        self._last = ReceivedWeights(receiving, convert)
-        return self._last
+        received = ReceivedWeights(receiving, convert)
+        self._last = weakref.ref(received)
+        return received
+
+    def _begin(self, version: int | None, copy: bool, partial: bool) -> Any:
+        """Begins to receive; what was received before and not to its end is given up."""
+        last = self._last() if self._last is not None else None
+        if last is not None and last.report is None:
+            last._receiving.fail("the rollout begins to receive another update")
+        return self._native.receive(version, copy, partial)
 
     def __enter__(self) -> RolloutEngine:
         return self

@@ -18,7 +18,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use engine_core::{Error, ErrorKind, Result};
-use futures::future::AbortHandle;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
@@ -26,7 +25,7 @@ use crate::engines::{Control, Messages, Reach};
 use crate::errors::{OrRaise, exception};
 use crate::receiving::{How, Names, Receiving};
 use crate::sending::Sending;
-use crate::work::{Own, Shared, Slot, check_process, spawn};
+use crate::work::{Own, Owner, Shared, Slot, check_process, spawn};
 
 type Answer = Box<dyn FnOnce(Python<'_>) -> PyResult<Py<PyAny>> + Send>;
 
@@ -36,26 +35,26 @@ type Answered = Arc<Shared<Option<Result<Answer>>>>;
 #[pyclass(frozen)]
 #[derive(Debug)]
 struct Job {
-    own: Own<(Answered, AbortHandle)>,
+    own: Own<(Answered, Owner)>,
 }
 
 impl Job {
     fn start<T: Send + 'static>(
         what: &'static str,
-        work: impl AsyncFnOnce(&AbortHandle) -> Result<T> + Send + 'static,
+        work: impl AsyncFnOnce(&Owner) -> Result<T> + Send + 'static,
         answer: impl FnOnce(Python<'_>, T) -> PyResult<Py<PyAny>> + Send + 'static,
     ) -> Result<Self> {
         check_process()?;
         let shared = Arc::new(Shared::new(None));
-        let (handle, registration) = AbortHandle::new_pair();
+        let (owner, registration) = Owner::new();
         let finished = Arc::clone(&shared);
         let finish = move |result: Result<T>| {
             let result =
                 result.map(|value| Box::new(move |py: Python<'_>| answer(py, value)) as Answer);
             finished.change(|state| *state = Some(result));
         };
-        spawn(what, (handle.clone(), registration), work, finish)?;
-        Ok(Self { own: Own::new((shared, handle)) })
+        spawn(what, (owner.clone(), registration), work, finish)?;
+        Ok(Self { own: Own::new((shared, owner)) })
     }
 }
 
@@ -125,7 +124,7 @@ impl PyControl {
         heartbeat_timeout: Option<f64>,
     ) -> PyResult<Job> {
         let reach = reach(address, token, None, heartbeat_timeout).or_raise(py)?;
-        let work = async move |_: &AbortHandle| Control::lead(reach).await;
+        let work = async move |_: &Owner| Control::lead(reach).await;
         Job::start("leading a group", work, control_answer).or_raise(py)
     }
 
@@ -140,7 +139,7 @@ impl PyControl {
         heartbeat_timeout: Option<f64>,
     ) -> PyResult<Job> {
         let reach = reach(address, token, connect_timeout, heartbeat_timeout).or_raise(py)?;
-        let work = async move |_: &AbortHandle| Control::join(reach, trainer, rank).await;
+        let work = async move |_: &Owner| Control::join(reach, trainer, rank).await;
         Job::start("joining a group", work, control_answer).or_raise(py)
     }
 
@@ -167,7 +166,7 @@ impl PyControl {
     fn barrier(&self, py: Python<'_>, name: String, timeout: f64) -> PyResult<Job> {
         let control = self.own.get().or_raise(py)?.clone();
         let timeout = seconds("timeout", timeout).or_raise(py)?;
-        let work = async move |_: &AbortHandle| control.barrier(&name, timeout).await;
+        let work = async move |_: &Owner| control.barrier(&name, timeout).await;
         Job::start("waiting in a barrier", work, |py, ()| Ok(py.None())).or_raise(py)
     }
 
@@ -178,7 +177,7 @@ impl PyControl {
 
     fn close(&self, py: Python<'_>) -> PyResult<Job> {
         let control = self.own.get().or_raise(py)?.clone();
-        let work = async move |_: &AbortHandle| control.close().await;
+        let work = async move |_: &Owner| control.close().await;
         Job::start("closing the control plane", work, |py, ()| Ok(py.None())).or_raise(py)
     }
 }
@@ -199,7 +198,7 @@ impl PyChannel {
     fn recv(&self, py: Python<'_>, timeout: f64) -> PyResult<Job> {
         let channel = Arc::clone(self.own.get().or_raise(py)?);
         let timeout = seconds("timeout", timeout).or_raise(py)?;
-        let work = async move |_: &AbortHandle| channel.recv(timeout).await;
+        let work = async move |_: &Owner| channel.recv(timeout).await;
         let answer = |py: Python<'_>, message: Option<(u32, bytes::Bytes)>| {
             let message = message.map(|(from, body)| (from, PyBytes::new(py, &body)));
             Ok(message.into_pyobject(py)?.into_any().unbind())
@@ -240,7 +239,7 @@ impl PyEngine {
             Error::new(ErrorKind::Config, "reading the attributes", error.to_string())
         });
         let attributes = attributes.or_raise(py)?;
-        let work = async move |_: &AbortHandle| {
+        let work = async move |_: &Owner| {
             engines::Engine::form(&control, config, world_size, attributes, timeout).await
         };
         let answer = |py: Python<'_>, (engine, peers): (_, Vec<_>)| {
@@ -259,7 +258,7 @@ impl PyEngine {
         rollouts: usize,
     ) -> PyResult<Job> {
         let config = engines::read_config(config, path).or_raise(py)?;
-        let work = async move |_: &AbortHandle| engines::Engine::form_local(config, rollouts).await;
+        let work = async move |_: &Owner| engines::Engine::form_local(config, rollouts).await;
         let answer = |py: Python<'_>, (trainer, rollouts): (_, Vec<_>)| {
             let rollouts: Vec<Self> = rollouts.into_iter().map(Self::new).collect();
             Ok((Self::new(trainer), rollouts).into_pyobject(py)?.into_any().unbind())
@@ -284,12 +283,24 @@ impl PyEngine {
         Receiving::start(Arc::clone(slot), Arc::clone(names), how).or_raise(py)
     }
 
+    /// The last version that is complete here, on a rollout.
+    #[getter]
+    fn version(&self, py: Python<'_>) -> PyResult<Option<u64>> {
+        let (_, names) = self.own.get().or_raise(py)?;
+        Ok(work::lock(names).as_ref().map(|(version, _)| *version))
+    }
+
     fn finalize(&self, py: Python<'_>) -> PyResult<Job> {
         const WHAT: &str = "finalizing an engine";
         let slot = Arc::clone(&self.own.get().or_raise(py)?.0);
-        let work = async move |owner: &AbortHandle| match slot.take(WHAT, owner)?.keep() {
-            Some(engine) => engine.finalize().await,
-            None => Ok(()),
+        let work = async move |owner: &Owner| {
+            if slot.is_gone() {
+                return Ok(());
+            }
+            match slot.take(WHAT, owner)?.keep() {
+                Some(engine) => engine.finalize().await,
+                None => Ok(()),
+            }
         };
         Job::start(WHAT, work, |py, ()| Ok(py.None())).or_raise(py)
     }

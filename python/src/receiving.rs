@@ -10,13 +10,12 @@ use engine_core::{
     Error, ErrorKind, ErrorReport, ReceiveReport, ReceivedBucket, Result, Storage, TensorMeta,
     Weight, check_names,
 };
-use futures::future::AbortHandle;
 use pyo3::prelude::*;
 
 use crate::engines::Engine;
 use crate::errors::OrRaise;
 use crate::tensor::Tensor;
-use crate::work::{Own, Shared, Slot, lock, spawn};
+use crate::work::{Own, Owner, Shared, Slot, lock, spawn};
 
 const WHAT: &str = "receiving weights";
 
@@ -24,8 +23,8 @@ const WHAT: &str = "receiving weights";
 const MOST: usize = 256;
 const MOST_BYTES: u64 = 32 << 20;
 
-/// The names of the version that a rollout has.
-pub(crate) type Names = Arc<Mutex<Option<Vec<Arc<str>>>>>;
+/// The version that a rollout has, and its names.
+pub(crate) type Names = Arc<Mutex<Option<(u64, Vec<Arc<str>>)>>>;
 
 /// How an update is received.
 #[derive(Clone, Copy, Debug)]
@@ -177,7 +176,7 @@ async fn receive(
     how: How,
     names: &Names,
     shared: &Arc<Shared<State>>,
-    owner: &AbortHandle,
+    owner: &Owner,
 ) -> Result<ReceiveReport> {
     let mut received = engine.receive(how.version).await?;
     let version = received.version();
@@ -187,7 +186,7 @@ async fn receive(
     received.before_confirm(move || {
         let (shared, owner, names, came) = check;
         if !how.partial
-            && let Some(expected) = &*lock(&names)
+            && let Some((_, expected)) = &*lock(&names)
         {
             check_names(expected, &lock(&came))?;
         }
@@ -237,7 +236,7 @@ async fn receive(
         }
     }
     let report = received.finish().await?;
-    *lock(names) = Some(std::mem::take(&mut *lock(&came)));
+    *lock(names) = Some((version.0, std::mem::take(&mut *lock(&came))));
     Ok(report)
 }
 
@@ -250,15 +249,15 @@ pub(crate) struct Receiving {
 
 struct Inner {
     shared: Arc<Shared<State>>,
-    handle: AbortHandle,
+    owner: Owner,
 }
 
 impl Receiving {
     pub(crate) fn start(slot: Arc<Slot<Engine>>, names: Names, how: How) -> Result<Self> {
         let shared = Arc::new(Shared::new(State::default()));
-        let (handle, registration) = AbortHandle::new_pair();
+        let (owner, registration) = Owner::new();
         let (state, finished) = (Arc::clone(&shared), Arc::clone(&shared));
-        let work = async move |owner: &AbortHandle| {
+        let work = async move |owner: &Owner| {
             let mut engine = slot.take(WHAT, owner)?;
             receive(engine.get()?, how, &names, &state, owner).await
         };
@@ -272,8 +271,8 @@ impl Receiving {
             });
             drop(rest);
         };
-        spawn(WHAT, (handle.clone(), registration), work, finish)?;
-        Ok(Self { own: Own::new(Inner { shared, handle }) })
+        spawn(WHAT, (owner.clone(), registration), work, finish)?;
+        Ok(Self { own: Own::new(Inner { shared, owner }) })
     }
 }
 
@@ -282,13 +281,14 @@ impl Drop for Inner {
         self.close(Error::new(ErrorKind::Aborted, WHAT, "the rollout gave the update up"));
         // One that waits for its beginning is not wanted either.
         if self.shared.with(|state| state.version.is_none()) {
-            self.handle.abort();
+            self.owner.abort();
         }
     }
 }
 
 impl Inner {
     fn close(&self, reason: Error) {
+        self.owner.end();
         if let Some(waker) = self.shared.change(|state| state.close(reason)) {
             waker.wake();
         }
@@ -380,7 +380,7 @@ impl Receiving {
     fn cancel(&self, py: Python<'_>) -> PyResult<()> {
         let inner = self.own.get().or_raise(py)?;
         inner.close(Error::new(ErrorKind::Aborted, WHAT, "it was cancelled here"));
-        inner.handle.abort();
+        inner.owner.abort();
         Ok(())
     }
 

@@ -8,14 +8,13 @@ use std::time::{Duration, Instant};
 
 use engine_core::{Error, ErrorKind, Result, SendReport, Weight, WeightStream};
 use futures::Stream;
-use futures::future::AbortHandle;
 use pyo3::prelude::*;
 use pyo3::types::PyIterator;
 
 use crate::engines::Engine;
 use crate::errors::OrRaise;
 use crate::tensor::{self, Reader};
-use crate::work::{Own, Shared, Slot, lock, spawn};
+use crate::work::{Own, Owner, Shared, Slot, lock, spawn};
 
 /// So many weights wait for the engine, and not more than so many bytes unless a single one is larger.
 const MOST: usize = 256;
@@ -87,7 +86,7 @@ pub(crate) struct Sending {
 
 struct Inner {
     shared: Arc<Shared<State>>,
-    handle: AbortHandle,
+    owner: Owner,
     reader: Mutex<Reader>,
 }
 
@@ -95,9 +94,9 @@ impl Sending {
     pub(crate) fn start(slot: Arc<Slot<Engine>>, version: u64) -> Result<Self> {
         const WHAT: &str = "sending weights";
         let shared = Arc::new(Shared::new(State::default()));
-        let (handle, registration) = AbortHandle::new_pair();
+        let (owner, registration) = Owner::new();
         let (queue, finished) = (Queue(Arc::clone(&shared)), Arc::clone(&shared));
-        let work = async move |owner: &AbortHandle| {
+        let work = async move |owner: &Owner| {
             let mut engine = slot.take(WHAT, owner)?;
             engine.get()?.send(WeightStream::new(queue), version).await
         };
@@ -109,9 +108,9 @@ impl Sending {
             });
             drop(rest);
         };
-        spawn(WHAT, (handle.clone(), registration), work, finish)?;
+        spawn(WHAT, (owner.clone(), registration), work, finish)?;
         let reader = Mutex::default();
-        Ok(Self { own: Own::new(Inner { shared, handle, reader }) })
+        Ok(Self { own: Own::new(Inner { shared, owner, reader }) })
     }
 }
 
@@ -284,7 +283,7 @@ impl Sending {
 
     /// Aborts the update.
     fn cancel(&self, py: Python<'_>) -> PyResult<()> {
-        self.own.get().or_raise(py)?.handle.abort();
+        self.own.get().or_raise(py)?.owner.abort();
         Ok(())
     }
 
@@ -305,6 +304,6 @@ impl Sending {
 impl Drop for Inner {
     fn drop(&mut self) {
         // Nobody can hear of it any more.
-        self.handle.abort();
+        self.owner.abort();
     }
 }

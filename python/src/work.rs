@@ -6,8 +6,8 @@
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use engine_core::{Error, ErrorKind, Result};
@@ -109,8 +109,40 @@ fn call(callbacks: Vec<Py<PyAny>>) {
     }
 }
 
+/// Who works on something: how to abort it, and whether it is about to end anyway.
+#[derive(Clone, Debug)]
+pub(crate) struct Owner {
+    handle: AbortHandle,
+    ending: Arc<AtomicBool>,
+}
+
+impl Owner {
+    pub(crate) fn new() -> (Self, AbortRegistration) {
+        let (handle, registration) = AbortHandle::new_pair();
+        (Self { handle, ending: Arc::default() }, registration)
+    }
+
+    pub(crate) fn abort(&self) {
+        self.end();
+        self.handle.abort();
+    }
+
+    pub(crate) fn is_aborted(&self) -> bool {
+        self.handle.is_aborted()
+    }
+
+    /// It was told to end by itself.
+    pub(crate) fn end(&self) {
+        self.ending.store(true, Ordering::Release);
+    }
+
+    fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire)
+    }
+}
+
 /// The work under way: what an interpreter that ends has to abort.
-static RUNNING: Mutex<BTreeMap<u64, AbortHandle>> = Mutex::new(BTreeMap::new());
+static RUNNING: Mutex<BTreeMap<u64, Owner>> = Mutex::new(BTreeMap::new());
 static ENDED: Condvar = Condvar::new();
 static NEXT: AtomicU64 = AtomicU64::new(0);
 
@@ -127,7 +159,7 @@ impl Drop for Registered {
 pub(crate) fn end_all(timeout: Duration) -> bool {
     let deadline = Instant::now() + timeout;
     let mut running = lock(&RUNNING);
-    running.values().for_each(AbortHandle::abort);
+    running.values().for_each(Owner::abort);
     while !running.is_empty() {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -141,17 +173,16 @@ pub(crate) fn end_all(timeout: Duration) -> bool {
 /// Runs a future on a thread of its own, and hands its result to `finish` there; `Aborted` if it was aborted.
 pub(crate) fn spawn<T: Send + 'static>(
     what: &'static str,
-    (handle, registration): (AbortHandle, AbortRegistration),
-    work: impl AsyncFnOnce(&AbortHandle) -> Result<T> + Send + 'static,
+    (owner, registration): (Owner, AbortRegistration),
+    work: impl AsyncFnOnce(&Owner) -> Result<T> + Send + 'static,
     finish: impl FnOnce(Result<T>) + Send + 'static,
 ) -> Result<()> {
     let id = NEXT.fetch_add(1, Ordering::Relaxed);
-    lock(&RUNNING).insert(id, handle.clone());
+    lock(&RUNNING).insert(id, owner.clone());
     let registered = Registered(id);
     let run = move || {
-        let result = catch_unwind(AssertUnwindSafe(|| {
-            block_on(Abortable::new(work(&handle), registration))
-        }));
+        let result =
+            catch_unwind(AssertUnwindSafe(|| block_on(Abortable::new(work(&owner), registration))));
         finish(match result {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(Error::new(ErrorKind::Aborted, what, "it was cancelled here")),
@@ -180,7 +211,7 @@ pub(crate) struct Slot<T> {
 struct SlotState<T> {
     value: Option<T>,
     /// Of the work that has it.
-    owner: Option<AbortHandle>,
+    owner: Option<Owner>,
 }
 
 pub(crate) struct Taken<'a, T> {
@@ -196,8 +227,14 @@ impl<T> Slot<T> {
         }
     }
 
-    /// Takes the engine; waits for work that was aborted and has not ended yet.
-    pub(crate) fn take(&self, what: &str, owner: &AbortHandle) -> Result<Taken<'_, T>> {
+    /// Whether there will never be an engine here again.
+    pub(crate) fn is_gone(&self) -> bool {
+        let state = lock(&self.state);
+        state.value.is_none() && state.owner.is_none()
+    }
+
+    /// Takes the engine; waits for work that is about to end.
+    pub(crate) fn take(&self, what: &str, owner: &Owner) -> Result<Taken<'_, T>> {
         let mut state = lock(&self.state);
         loop {
             if let Some(value) = state.value.take() {
@@ -209,7 +246,7 @@ impl<T> Slot<T> {
             }
             match &state.owner {
                 None => return Err(Error::wrong_phase(what, "the engine was finalized")),
-                Some(other) if !other.is_aborted() => {
+                Some(other) if !other.is_ending() => {
                     let message = "the engine is at work on another call";
                     return Err(Error::wrong_phase(what, message));
                 }

@@ -61,10 +61,21 @@ def test_an_update_that_nobody_reads_ends_when_it_is_dropped(local):
     sending = in_thread(trainer.send_weights, WEIGHTS, 1)
     received = rollout.receive_weights()
     del received
-    rollout._last = None
     with pytest.raises(ckpt_engine.AbortedError):
         sending.result(10)
     update(trainer, rollout, 2)
+
+
+def test_an_update_that_was_left_without_a_word_ends_when_the_next_one_is_waited_for(local):
+    trainer, rollout = local
+    sending = in_thread(trainer.send_weights, WEIGHTS, 1)
+    left = rollout.receive_weights()
+    next(left)
+    receiving = in_thread(lambda: dict(rollout.receive_weights(2, copy=True)))
+    with pytest.raises(ckpt_engine.AbortedError, match="another update"):
+        sending.result(10)
+    trainer.send_weights(WEIGHTS, 2)
+    assert list(receiving.result(10)) == list(WEIGHTS)
 
 
 def test_both_ends_run_on_one_event_loop(local):
@@ -123,6 +134,7 @@ def test_a_finalized_engine_says_so():
     trainer.finalize()
     with pytest.raises(ckpt_engine.StateError, match="finalized"):
         trainer.send_weights(WEIGHTS, 1)
+    rollout.finalize()
     rollout.finalize()
 
 
@@ -197,7 +209,7 @@ def test_reports_are_data(local):
         report.version = 6
 
 
-def test_what_the_engine_logs_reaches_logging(caplog, local):
+def test_what_the_engine_logs_reaches_logging(caplog, trainer):
     import time
 
     ckpt_engine.enable_logging("debug")
@@ -205,8 +217,11 @@ def test_what_the_engine_logs_reaches_logging(caplog, local):
     with pytest.raises(ValueError, match="loud"):
         ckpt_engine.enable_logging("loud")
     with caplog.at_level(logging.DEBUG, "ckpt_engine"):
-        update(*local, 1)
+        with pytest.raises(ckpt_engine.AuthenticationError):
+            secret = b"another secret of no use"
+            ckpt_engine.ControlPlane.join(trainer.address, secret, connect_timeout=2)
         end = time.monotonic() + 5
         while not caplog.records and time.monotonic() < end:
             time.sleep(0.05)
-    assert caplog.records and all(record.name.startswith("ckpt_engine") for record in caplog.records)
+    assert caplog.records
+    assert all(record.name.startswith("ckpt_engine.") for record in caplog.records)
