@@ -1,7 +1,8 @@
 //! An update on a rollout: buckets as they come, their tensors as Python takes them.
 
 use std::collections::VecDeque;
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Poll, Waker};
 use std::time::Duration;
@@ -203,23 +204,29 @@ async fn receive(
     });
     let mut partial = None;
     loop {
-        let closed = poll_fn(|cx| {
-            shared.with(|state| {
-                if let Some(reason) = &state.closed {
-                    return Poll::Ready(Some(reason.clone()));
+        let step = {
+            let mut next = pin!(received.next_bucket());
+            poll_fn(|cx| {
+                let (closed, has_room) = shared.with(|state| {
+                    state.waker = Some(cx.waker().clone());
+                    (state.closed.clone(), state.has_room())
+                });
+                match closed {
+                    Some(reason) => Poll::Ready(Err(reason)),
+                    None if has_room => next.as_mut().poll(cx).map(Ok),
+                    None => Poll::Pending,
                 }
-                if state.has_room() {
-                    return Poll::Ready(None);
-                }
-                state.waker = Some(cx.waker().clone());
-                Poll::Pending
             })
-        });
-        if let Some(reason) = closed.await {
-            received.fail(reason.clone().into());
-            return Err(reason.into());
-        }
-        let Some(bucket) = received.next_bucket().await? else { break };
+            .await
+        };
+        let bucket = match step {
+            Ok(bucket) => bucket?,
+            Err(reason) => {
+                received.fail(reason.clone().into());
+                return Err(reason.into());
+            }
+        };
+        let Some(bucket) = bucket else { break };
         lock(&came)
             .extend(bucket.pieces().filter(|piece| piece.start == 0).map(|piece| piece.meta.name));
         let taken = tensors(&bucket, &mut partial, how.copy);

@@ -52,14 +52,16 @@ class Rollout:
     def version(self):
         return self.engine.version
 
-    def raise_within(self):
+    def raise_within(self, pause=0):
         with self.engine.receive_weights() as weights:
             next(weights)
+            time.sleep(pause)
             raise RuntimeError("the model does not want it")
 
-    def stop_early(self):
+    def stop_early(self, pause=0):
         with self.engine.receive_weights() as weights:
             next(weights)
+            time.sleep(pause)
 
     def hold_first(self):
         """Takes one tensor and never another."""

@@ -198,6 +198,23 @@ def test_what_a_rollout_raises_is_an_error_of_the_trainer_that_names_the_rank(gr
     assert group.update(weights, 2).version == 2
 
 
+def test_a_rollout_that_leaves_while_the_trainer_waits_for_its_bucket_is_heard_at_once(group):
+    import time
+
+    group = group()
+    # Many buckets: the trainer cannot go on while the rollout has the first two.
+    weights = {f"w.{i}": torch.zeros(1024, 128) for i in range(16)}
+    for version, method in [(1, "raise_within"), (2, "stop_early")]:
+        start = time.monotonic()
+        group.rollouts[0].start(method, pause=0.5)
+        with pytest.raises(ckpt_engine.AbortedError):
+            group.engine.send_weights(weights, version)
+        assert time.monotonic() - start < 5
+        with pytest.raises((RuntimeError, ckpt_engine.AbortedError)):
+            group.rollouts[0].answer()
+    group.update(weights, 3)
+
+
 def test_a_rollout_that_is_killed_is_named_and_the_others_get_the_next_update(group):
     import time
 
