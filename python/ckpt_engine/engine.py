@@ -8,6 +8,7 @@ task, end a wait at once and abort the update on every rank; the next update wor
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import time
@@ -17,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Union
 
 from . import _native
-from ._waiting import block, run, run_async, settle, until
-from .errors import AbortedError, Error, SourceError
+from ._waiting import SETTLE, block, run, run_async, settle, until
+from .errors import AbortedError, Error, SourceError, StateError
 from .reports import (
     Peer,
     ReceiveReport,
@@ -561,6 +562,7 @@ class RolloutEngine(_Engine):
             TimeoutError: If no update begins within ``timeout_seconds``; call again to go on waiting.
             PeerLost: If the trainer is gone.
             MismatchError: If the update has another version.
+            StateError: If tensors of an earlier update are still used.
         """
         convert = _conversion(framework)
         receiving = self._begin(version, copy, partial)
@@ -603,6 +605,17 @@ class RolloutEngine(_Engine):
         last = self._last() if self._last is not None else None
         if last is not None and last.report is None:
             last._receiving.fail("the rollout begins to receive another update")
+            last._receiving.wait_done(SETTLE)
+        if self.control is not None and self._native.held:
+            # The traceback of an update that failed keeps tensors, often in a cycle.
+            gc.collect()
+            if held := self._native.held:
+                raise StateError(
+                    f"{held} tensors of an earlier update are still used, and their buckets cannot be filled "
+                    "again: copy what has to stay (copy=True), and drop the others, exceptions that have them "
+                    "in their tracebacks included",
+                    operation="receiving weights",
+                )
         return self._native.receive(version, copy, partial)
 
     def __enter__(self) -> RolloutEngine:

@@ -23,7 +23,7 @@ use pyo3::types::{PyBytes, PyDict};
 
 use crate::engines::{Control, Messages, Reach};
 use crate::errors::{OrRaise, exception};
-use crate::receiving::{How, Names, Receiving};
+use crate::receiving::{How, Lease, Names, Receiving};
 use crate::sending::Sending;
 use crate::work::{Own, Owner, Shared, Slot, check_process, spawn};
 
@@ -210,12 +210,20 @@ impl PyChannel {
 #[pyclass(frozen, name = "Engine")]
 #[derive(Debug)]
 struct PyEngine {
-    own: Own<(Arc<Slot<engines::Engine>>, Names)>,
+    own: Own<Rank>,
+}
+
+/// An engine, and what Python's end of it knows.
+struct Rank {
+    slot: Arc<Slot<engines::Engine>>,
+    names: Names,
+    lease: Lease,
 }
 
 impl PyEngine {
     fn new(engine: engines::Engine) -> Self {
-        Self { own: Own::new((Arc::new(Slot::new(engine)), Names::default())) }
+        let slot = Arc::new(Slot::new(engine));
+        Self { own: Own::new(Rank { slot, names: Names::default(), lease: Lease::default() }) }
     }
 }
 
@@ -267,8 +275,8 @@ impl PyEngine {
     }
 
     fn send(&self, py: Python<'_>, version: u64) -> PyResult<Sending> {
-        let (slot, _) = self.own.get().or_raise(py)?;
-        Sending::start(Arc::clone(slot), version).or_raise(py)
+        let rank = self.own.get().or_raise(py)?;
+        Sending::start(Arc::clone(&rank.slot), version).or_raise(py)
     }
 
     fn receive(
@@ -278,21 +286,28 @@ impl PyEngine {
         copy: bool,
         partial: bool,
     ) -> PyResult<Receiving> {
-        let (slot, names) = self.own.get().or_raise(py)?;
+        let rank = self.own.get().or_raise(py)?;
         let how = How { version, copy, partial };
-        Receiving::start(Arc::clone(slot), Arc::clone(names), how).or_raise(py)
+        let (slot, names) = (Arc::clone(&rank.slot), Arc::clone(&rank.names));
+        Receiving::start(slot, names, Arc::clone(&rank.lease), how).or_raise(py)
+    }
+
+    /// How many tensors that are in buckets Python still has.
+    #[getter]
+    fn held(&self, py: Python<'_>) -> PyResult<usize> {
+        Ok(Arc::strong_count(&self.own.get().or_raise(py)?.lease) - 1)
     }
 
     /// The last version that is complete here, on a rollout.
     #[getter]
     fn version(&self, py: Python<'_>) -> PyResult<Option<u64>> {
-        let (_, names) = self.own.get().or_raise(py)?;
-        Ok(work::lock(names).as_ref().map(|(version, _)| *version))
+        let rank = self.own.get().or_raise(py)?;
+        Ok(work::lock(&rank.names).as_ref().map(|(version, _)| *version))
     }
 
     fn finalize(&self, py: Python<'_>) -> PyResult<Job> {
         const WHAT: &str = "finalizing an engine";
-        let slot = Arc::clone(&self.own.get().or_raise(py)?.0);
+        let slot = Arc::clone(&self.own.get().or_raise(py)?.slot);
         let work = async move |owner: &Owner| {
             if slot.is_gone() {
                 return Ok(());

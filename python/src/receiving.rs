@@ -27,6 +27,9 @@ const MOST_BYTES: u64 = 32 << 20;
 /// The version that a rollout has, and its names.
 pub(crate) type Names = Arc<Mutex<Option<(u64, Vec<Arc<str>>)>>>;
 
+/// Something that every tensor in a bucket keeps: how many there are is how many are still used.
+pub(crate) type Lease = Arc<()>;
+
 /// How an update is received.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct How {
@@ -102,12 +105,14 @@ fn tensors(
     bucket: &ReceivedBucket,
     partial: &mut Option<Partial>,
     copy: bool,
+    lease: &Lease,
 ) -> Result<VecDeque<Weight>> {
     let mut tensors = VecDeque::with_capacity(bucket.pieces().len());
     for piece in bucket.pieces() {
         let len = piece.meta.byte_len()?;
         if piece.bytes.len() == len && !copy {
-            tensors.push_back(Weight::from_meta(piece.meta, piece.bytes)?);
+            tensors
+                .push_back(Weight::from_meta(piece.meta, piece.bytes.guarded(Arc::clone(lease)))?);
             continue;
         }
         if piece.start == 0 {
@@ -176,6 +181,7 @@ async fn receive(
     engine: &mut Engine,
     how: How,
     names: &Names,
+    lease: &Lease,
     shared: &Arc<Shared<State>>,
     owner: &Owner,
 ) -> Result<ReceiveReport> {
@@ -229,7 +235,7 @@ async fn receive(
         let Some(bucket) = bucket else { break };
         lock(&came)
             .extend(bucket.pieces().filter(|piece| piece.start == 0).map(|piece| piece.meta.name));
-        let taken = tensors(&bucket, &mut partial, how.copy);
+        let taken = tensors(&bucket, &mut partial, how.copy, lease);
         drop(bucket);
         match taken {
             Ok(tensors) if tensors.is_empty() => give_held(shared)?,
@@ -260,13 +266,18 @@ struct Inner {
 }
 
 impl Receiving {
-    pub(crate) fn start(slot: Arc<Slot<Engine>>, names: Names, how: How) -> Result<Self> {
+    pub(crate) fn start(
+        slot: Arc<Slot<Engine>>,
+        names: Names,
+        lease: Lease,
+        how: How,
+    ) -> Result<Self> {
         let shared = Arc::new(Shared::new(State::default()));
         let (owner, registration) = Owner::new();
         let (state, finished) = (Arc::clone(&shared), Arc::clone(&shared));
         let work = async move |owner: &Owner| {
             let mut engine = slot.take(WHAT, owner)?;
-            receive(engine.get()?, how, &names, &state, owner).await
+            receive(engine.get()?, how, &names, &lease, &state, owner).await
         };
         let finish = move |result: Result<ReceiveReport>| {
             let failed = result.is_err();

@@ -63,6 +63,14 @@ class Rollout:
             next(weights)
             time.sleep(pause)
 
+    def keep(self, name):
+        """One update, of which a tensor is kept in its bucket."""
+        with self.engine.receive_weights() as weights:
+            self.kept = [tensor for each, tensor in weights if each == name]
+
+    def drop(self):
+        del self.kept
+
     def hold_first(self):
         """Takes one tensor and never another."""
         weights = self.engine.receive_weights()

@@ -256,6 +256,18 @@ def test_a_rollout_that_keeps_a_tensor_ends_the_update_with_its_rank_at_the_dead
     assert isinstance(raised.value, TimeoutError), "it is Python's own as well"
 
 
+def test_a_rollout_that_still_has_tensors_of_the_version_before_is_told_so_at_once(group):
+    group = group()
+    weights = {f"layers.{i}.weight": torch.randn(64, 96) for i in range(5)}
+    group.rollouts[0].start("keep", "layers.1.weight")
+    group.engine.send_weights(weights, 1)
+    group.rollouts[0].answer()
+    with pytest.raises(ckpt_engine.StateError, match="1 tensors of an earlier update are still used"):
+        group.rollouts[0].call("receive", 2)
+    group.rollouts[0].call("drop")
+    group.update(weights, 2)
+
+
 def test_an_update_without_all_names_is_refused_unless_the_rollout_takes_parts(group):
     group = group()
     weights = model(1, 5)

@@ -59,7 +59,8 @@ enum Task {
     },
     /// Builds the wheel of the Python package into target/wheels
     ///
-    /// It is tagged for the oldest C library that it runs with (manylinux), and for all Pythons from 3.10 on.
+    /// It is tagged for the oldest C library that it runs with (manylinux), which this machine's decides, and for all
+    /// Pythons from 3.10 on.
     Wheel,
     /// Runs the tests of the Python package alone, as `test` does with all others
     Python {
