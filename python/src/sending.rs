@@ -57,16 +57,18 @@ impl Stream for Queue {
     type Item = Result<Weight>;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let polled = self.0.with(|state| match state.queue.pop_front() {
-            Some(weight) => {
-                let wanted = state.wants();
-                state.bytes -= weight.as_ref().map_or(0, Weight::source_bytes);
-                (Poll::Ready(Some(weight)), !wanted && state.wants())
-            }
-            None if state.ended => (Poll::Ready(None), false),
-            None => {
-                state.waker = Some(cx.waker().clone());
-                (Poll::Pending, false)
+        let polled = self.0.with(|state| {
+            let wanted = state.wants();
+            match state.queue.pop_front() {
+                Some(weight) => {
+                    state.bytes -= weight.as_ref().map_or(0, Weight::source_bytes);
+                    (Poll::Ready(Some(weight)), !wanted && state.wants())
+                }
+                None if state.ended => (Poll::Ready(None), false),
+                None => {
+                    state.waker = Some(cx.waker().clone());
+                    (Poll::Pending, false)
+                }
             }
         });
         if let (polled, true) = polled {

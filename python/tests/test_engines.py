@@ -119,6 +119,21 @@ def test_a_cancelled_task_aborts_its_update_and_the_next_one_works(local):
     update(trainer, rollout, 2)
 
 
+def test_whoever_waits_is_woken_and_does_not_wait_for_the_next_look_at_signals(local, monkeypatch):
+    import time
+
+    trainer, rollout = local
+    monkeypatch.setattr("ckpt_engine._waiting.TICK", 15.0)
+    # More than wait for the engine at a time, by their number and by their size.
+    for version, (count, size) in enumerate([(2000, 8), (40, 8 << 20)], 1):
+        weights = {f"w.{i}": bytes(size) for i in range(count)}
+        start = time.monotonic()
+        receiving = in_thread(lambda: rollout.receive_weights(version, partial=True).finish())
+        trainer.send_weights(weights, version)
+        receiving.result(10)
+        assert time.monotonic() - start < 10
+
+
 def test_two_updates_at_once_on_one_engine_are_refused(local):
     trainer, rollout = local
     sending = in_thread(trainer.send_weights, WEIGHTS, 1)
