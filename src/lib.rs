@@ -57,7 +57,7 @@ pub use engine_core::{
     PreparedTrainer, Rank, ReceiveReport, ReceivedBucket, ReceivedPiece, ReceivedWeights,
     ReceiverReport, Recovery, Registry, Result, Role, RolloutEngine, SendReport, StageTimes,
     TensorCounts, TensorMap, TensorMeta, TrainerEngine, Treatment, Version, VersionState, Weight,
-    WeightStream, WeightStreamExt, WorkerMetadata, ensure_async_iterator, form_local_group, naive,
+    WeightStream, WeightStreamExt, WorkerMetadata, ensure_async_iterator, form_local_group,
     observe,
 };
 pub use serving::{
@@ -69,6 +69,7 @@ pub use serving::{
 pub use backend_hccl as hccl;
 #[cfg(feature = "ipc")]
 pub use backend_ipc as ipc;
+pub use backend_naive as naive;
 #[cfg(feature = "nccl")]
 pub use backend_nccl as nccl;
 #[cfg(feature = "nixl")]
@@ -83,9 +84,9 @@ pub use device_cuda as cuda;
 #[cfg(feature = "fp8")]
 pub use quant_fp8 as fp8;
 
-/// The backends that the features of this crate bring.
+/// The backends that this crate brings: `naive`, and those of its features.
 pub fn registry() -> Registry {
-    let registry = Registry::new();
+    let registry = Registry::new().with(backend_naive::BACKEND);
     #[cfg(feature = "ipc")]
     let registry = registry.with(backend_ipc::BACKEND);
     #[cfg(feature = "nccl")]

@@ -15,7 +15,7 @@ use control_plane::{Address, ChannelId, ControlPlane, Event};
 use engine_core::{
     CheckpointEngineConfig, CheckpointEngineWithCache, EngineContext, Error, ErrorKind, Expected,
     Rank, Result, Role, RolloutEngine, TrainerEngine, Version, Weight, ensure_async_iterator,
-    form_local_group, naive,
+    form_local_group,
 };
 use futures::StreamExt;
 use futures::future::{join, join_all, try_join};
@@ -336,9 +336,9 @@ fn a_reader_that_never_took_a_version_hears_that_its_owner_is_gone() {
 /// A trainer and a rollout of this process, whose weights others read.
 async fn in_one_process(cache: SharedCache) -> (Box<dyn TrainerEngine>, CachedEngine) {
     let context = EngineContext::new(config("naive"));
-    let trainer = naive::BACKEND.prepare_trainer(context.clone()).await.unwrap();
-    let rollout = naive::BACKEND.prepare_rollout(context).await.unwrap();
-    let formed = form_local_group(naive::BACKEND, vec![trainer], vec![rollout]).await;
+    let trainer = backend_naive::BACKEND.prepare_trainer(context.clone()).await.unwrap();
+    let rollout = backend_naive::BACKEND.prepare_rollout(context).await.unwrap();
+    let formed = form_local_group(backend_naive::BACKEND, vec![trainer], vec![rollout]).await;
     let (mut trainers, mut rollouts) = formed.unwrap();
     (trainers.remove(0), CachedEngine::with_store(rollouts.remove(0), Arc::new(cache)))
 }

@@ -23,7 +23,7 @@ async fn sent(
         layers: [("trainer_quantize_fp8".to_owned(), fp8.into())].into_iter().collect(),
         ..Default::default()
     };
-    let registry = Registry::new().with_layer(quant_fp8::LAYER);
+    let registry = Registry::new().with(backend_naive::BACKEND).with_layer(quant_fp8::LAYER);
     let context = EngineContext::new(config);
     let trainer = registry.prepare_trainer(context.clone()).await.unwrap();
     let rollout = registry.prepare_rollout(context).await.unwrap();

@@ -211,9 +211,7 @@ fn the_metrics_page_is_made_from_the_table() {
          being handed to the caller until the caller asks for the next.\n\n\
          ```\n\
          CKPT_ENGINE_LOG=engine_core=debug ckpt-engine sync --synthetic tiny-moe\n\
-         ```\n\n\
-         The engine `naive` hands weights over without buckets; it has the metrics, and no spans of \
-         stages.\n",
+         ```\n",
     );
     is_up_to_date("metrics.md", &page);
 }

@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use engine_core::{
     Availability, Backend, CheckpointEngine, EngineContext, Placement, PreparedRollout,
     PreparedTrainer, Result, SendReport, TensorCounts, TrainerEngine, Version, Weight,
-    WeightStream, WorkerMetadata, ensure_async_iterator, naive,
+    WeightStream, WorkerMetadata, ensure_async_iterator,
 };
 use futures::StreamExt;
 
@@ -38,7 +38,7 @@ struct Broken(Fault);
 #[async_trait]
 impl Backend for Broken {
     fn name(&self) -> &'static str {
-        naive::BACKEND.name()
+        backend_naive::BACKEND.name()
     }
 
     fn summary(&self) -> &'static str {
@@ -46,21 +46,21 @@ impl Backend for Broken {
     }
 
     fn probe(&self) -> Availability {
-        naive::BACKEND.probe()
+        backend_naive::BACKEND.probe()
     }
 
     async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
         let fault = self.0;
-        let prepared = naive::BACKEND.prepare_trainer(context).await?;
+        let prepared = backend_naive::BACKEND.prepare_trainer(context).await?;
         Ok(prepared.map(move |inner| Box::new(BrokenTrainer { inner, fault }) as Box<_>))
     }
 
     async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
-        naive::BACKEND.prepare_rollout(context).await
+        backend_naive::BACKEND.prepare_rollout(context).await
     }
 
     fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
-        naive::BACKEND.build_topology(workers)
+        backend_naive::BACKEND.build_topology(workers)
     }
 }
 

@@ -27,32 +27,33 @@ macro_rules! ensure {
 }
 
 macro_rules! cases {
-    ($($name:ident $(($buckets:ident))?)*) => {
+    ($($name:ident $(($lacking:ident))?)*) => {
         /// All cases.
         pub static CASES: &[Case] = &[$(Case {
             name: stringify!($name),
-            buckets: cases!(@ $($buckets)?),
+            lacking: cases!(@ $($lacking)?),
             run: |suite| Box::pin($name(suite)),
         }),*];
 
-        /// Makes a test of every case, for the suite that the expression gives. With `without
-        /// buckets` after it, for an engine that hands memory over, the cases about buckets are
-        /// ignored; with `ignored = "reason"` all are, because most machines cannot run them.
+        /// Makes a test of every case, for the suite that the expression gives. With `within a process`
+        /// after it, for an engine that hands memory over there, the cases about buffers and control planes
+        /// are ignored; with `ignored = "reason"` all are, because most machines cannot run them.
         #[macro_export]
         macro_rules! suite {
             ($suite:expr) => {
                 $($crate::case!([] $name, $suite);)*
             };
-            ($suite:expr, without buckets) => {
-                $($crate::case!([$($buckets)?] $name, $suite);)*
+            ($suite:expr, within a process) => {
+                $($crate::case!([$($lacking)?] $name, $suite);)*
             };
             ($suite:expr, ignored = $reason:literal) => {
                 $($crate::case!([$reason] $name, $suite);)*
             };
         }
     };
-    (@ buckets) => { true };
-    (@) => { false };
+    (@ buffers) => { Some($crate::Lacking::Buffers) };
+    (@ control) => { Some($crate::Lacking::ControlPlane) };
+    (@) => { None };
 }
 
 /// A test of one case.
@@ -65,8 +66,11 @@ macro_rules! case {
             $suite.test(stringify!($name));
         }
     };
-    ([buckets] $name:ident, $suite:expr) => {
-        $crate::case!(["this engine hands memory over and has no buckets"] $name, $suite);
+    ([buffers] $name:ident, $suite:expr) => {
+        $crate::case!(["this engine hands memory over and has no buffers"] $name, $suite);
+    };
+    ([control] $name:ident, $suite:expr) => {
+        $crate::case!(["this engine stays within a process"] $name, $suite);
     };
     ([$reason:literal] $name:ident, $suite:expr) => {
         #[test]
@@ -85,9 +89,9 @@ cases! {
     a_tensor_larger_than_a_bucket_arrives_whole
     thousands_of_tiny_tensors_arrive
     strided_and_cast_weights_arrive_as_contiguous_ones
-    the_same_shapes_again_send_no_metadata(buckets)
+    the_same_shapes_again_send_no_metadata
     other_shapes_in_the_next_update_arrive
-    views_are_aligned(buckets)
+    views_are_aligned(buffers)
     a_slow_receiver_gets_everything
     a_slow_trainer_sends_everything
     installing_fills_a_map_of_tensors
@@ -101,16 +105,16 @@ cases! {
     a_receiver_whose_engine_is_gone_is_an_error
     a_rollouts_note_reaches_the_report
     a_group_that_has_gaps_in_its_ranks_is_updated_whole
-    a_view_of_a_group_that_is_no_more_frees_nothing_of_the_one_that_follows(buckets)
-    a_stream_that_is_dropped_after_the_commit_costs_no_later_update(buckets)
+    a_view_of_a_group_that_is_no_more_frees_nothing_of_the_one_that_follows
+    a_stream_that_is_dropped_after_the_commit_costs_no_later_update
     an_error_stays_whatever_is_asked_after_it
     a_wait_for_an_update_that_is_dropped_loses_nothing
     versions_may_go_back
-    ranks_that_come_and_go_keep_no_wait_alive(buckets)
+    ranks_that_come_and_go_keep_no_wait_alive(control)
     a_rollout_that_is_slow_within_the_deadline_is_waited_for_by_all
-    nothing_is_read_of_the_weights_when_a_failed_send_has_returned(buckets)
+    nothing_is_read_of_the_weights_when_a_failed_send_has_returned
     other_names_than_before_are_refused_everywhere
-    garbage_of_a_rank_without_a_part_in_updates_is_dropped(buckets)
+    garbage_of_a_rank_without_a_part_in_updates_is_dropped(control)
     an_engine_runs_on_any_executor_and_its_deadlines_with_it
     a_backend_refuses_a_group_without_a_trainer
 }

@@ -3,7 +3,7 @@
 //! A backend's tests name the suite once, and [`suite!`] makes a test of every case:
 //!
 //! ```
-//! conformance::suite!(conformance::Suite::new(engine_core::naive::BACKEND), without buckets);
+//! conformance::suite!(conformance::Suite::new(backend_naive::BACKEND), within a process);
 //! ```
 //!
 //! [`broken`] has engines with one fault each, which the suite must notice. [`collective`] has a library of
@@ -66,13 +66,22 @@ pub type Running<'a> = Pin<Box<dyn Future<Output = Result<(), String>> + Send + 
 pub struct Case {
     /// The behaviour as a sentence.
     pub name: &'static str,
-    /// Whether it is about buckets, which an engine that hands memory over has none of.
-    pub buckets: bool,
+    /// What an engine that hands memory over within a process does not have, if the case is about that.
+    pub lacking: Option<Lacking>,
     pub(crate) run: for<'a> fn(&'a Suite) -> Running<'a>,
 }
 
+/// What an engine that hands memory over within a process does not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lacking {
+    /// Memory of its own that weights are packed into.
+    Buffers,
+    /// Connections that others than its ranks can have.
+    ControlPlane,
+}
+
 impl Suite {
-    /// The suite for a backend that needs no control plane and has no buckets.
+    /// The suite for a backend that hands memory over within a process, and needs no control plane.
     pub fn new(backend: &'static dyn Backend) -> Self {
         let config = CheckpointEngineConfig {
             backend: backend.name().into(),
@@ -174,8 +183,14 @@ impl Suite {
     ///
     /// If the runtime cannot be made.
     pub fn run(&self, case: &Case) -> Outcome {
-        if case.buckets && !self.control {
-            return Outcome::Ignored("this engine hands memory over and has no buckets");
+        match case.lacking {
+            Some(Lacking::Buffers) if !self.control => {
+                return Outcome::Ignored("this engine hands memory over and has no buffers");
+            }
+            Some(Lacking::ControlPlane) if !self.control => {
+                return Outcome::Ignored("this engine stays within a process");
+            }
+            _ => {}
         }
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(4)

@@ -4,7 +4,7 @@
 //! program, with the name of one test that becomes a rank when it finds itself to be a child:
 //!
 //! ```no_run
-//! # static BACKEND: &dyn engine_core::Backend = engine_core::naive::BACKEND;
+//! # static BACKEND: &dyn engine_core::Backend = backend_naive::BACKEND;
 //! #[test]
 //! fn a_process_of_a_group() {
 //!     conformance::processes::be_a_child(BACKEND);

@@ -806,7 +806,8 @@ fn a_trainer_and_a_rollout_form_a_group_and_each_knows_what_the_other_says_of_it
     block_on(async {
         let leader = lead().await;
         let member = join(&leader).await;
-        let (registry, config) = (Registry::new(), CheckpointEngineConfig::default());
+        let (registry, config) =
+            (Registry::new().with(backend_naive::BACKEND), CheckpointEngineConfig::default());
         let trainer = form_group(&registry, config.clone(), &leader)
             .world_size(2)
             .attributes(serde_json::json!({"source": "a disk"}))
@@ -838,7 +839,8 @@ fn a_rank_that_is_formed_in_another_role_than_the_control_plane_has_it_in_is_ref
         let leader = lead().await;
         let trainer = try_join(&leader, Role::Trainer, None).await.unwrap();
         let rollout = join(&leader).await;
-        let (registry, config) = (Registry::new(), CheckpointEngineConfig::default());
+        let (registry, config) =
+            (Registry::new().with(backend_naive::BACKEND), CheckpointEngineConfig::default());
         for plane in [&leader, &trainer] {
             let formed = form_group(&registry, config.clone(), plane).world_size(2).rollout();
             let words = ["a rollout is prepared", "has the rank as trainer"];

@@ -548,7 +548,7 @@ delegate!(&B, Arc<B>);
 pub enum Devices {
     /// On those of these kinds.
     Kinds(&'static [&'static str]),
-    /// It has no buckets: weights stay where they are, on whatever device.
+    /// It hands memory over: weights stay where they are, on whatever device.
     Any,
 }
 

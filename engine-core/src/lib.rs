@@ -13,7 +13,6 @@ mod expected;
 mod ids;
 mod isa;
 pub mod memory;
-pub mod naive;
 pub mod native;
 pub mod observe;
 pub mod plan;
@@ -39,7 +38,9 @@ pub use engine::{
 pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
 pub use expected::{Expected, check_names};
 pub use ids::{Rank, Version};
-pub use received::{Install, Outcome, ReceivedBucket, ReceivedPiece, ReceivedWeights, TensorMap};
+pub use received::{
+    BucketContent, Install, Outcome, ReceivedBucket, ReceivedPiece, ReceivedWeights, TensorMap,
+};
 pub use registry::{Layer, Registry};
 pub use report::{
     ReceiveReport, ReceiverReport, SendReport, StageTimes, TensorCounts, VersionState,

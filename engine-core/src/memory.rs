@@ -195,6 +195,49 @@ impl Pool {
         if deferred { Ok(sum.wrapping_add(pass(true)?)) } else { Ok(sum) }
     }
 
+    /// Each weight as memory of its own, in their order: the memory that it is where its bytes lie contiguous, shared;
+    /// new memory that it is encoded into where they do not, in parallel.
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, encoding may go on, and keeps clones of its weights until it ends.
+    ///
+    /// # Errors
+    ///
+    /// The first error of a weight, naming it; `Resource` if there is no memory for one.
+    pub async fn hand_over(&self, weights: Vec<Weight>) -> Result<Vec<Storage>> {
+        if weights.iter().all(|weight| weight.storage().is_some()) {
+            return Ok(weights.iter().filter_map(Weight::storage).cloned().collect());
+        }
+        let pool = self.clone();
+        let work = self.start(move || {
+            let mut handed: Vec<Option<Storage>> =
+                weights.iter().map(|weight| weight.storage().cloned()).collect();
+            for deferred in [false, true] {
+                let encoded = weights.iter().zip(&mut handed).filter(|(weight, storage)| {
+                    storage.is_none() && weight.is_deferred() == deferred
+                });
+                let encode = |(weight, storage): (&Weight, &mut Option<Storage>)| {
+                    *storage = Some(pool.encode_whole(weight)?);
+                    Ok(())
+                };
+                pool.map(encoded, encode).into_iter().collect::<Result<()>>()?;
+            }
+            Ok(handed.into_iter().flatten().collect())
+        });
+        work.await
+    }
+
+    /// A weight in new memory. Blocks, as [`encode`](Self::encode).
+    fn encode_whole(&self, weight: &Weight) -> Result<Storage> {
+        let len = weight.byte_len();
+        let memory = TensorMemory::new(len, "encoding a weight");
+        let mut memory = memory.map_err(|error| error.tensor(weight.name()))?;
+        let job = Job { weight: weight.clone(), start: 0, len, offset: 0 };
+        self.encode(&[job], memory.bytes_mut(), false)?;
+        Ok(memory.freeze().into())
+    }
+
     /// The digest sum of a bucket with these parts: by the threads in host memory, by the device on a
     /// device.
     ///
@@ -466,6 +509,24 @@ mod tests {
         pool.encode(&jobs, &mut bucket, true).unwrap();
         assert_eq!(bucket[..8], (1_u64 << 20).to_le_bytes());
         assert!(bucket[256..].iter().all(|&byte| byte == 1));
+    }
+
+    #[tokio::test]
+    async fn weights_are_handed_over_as_the_memory_that_they_are_or_encoded_deferred_ones_last() {
+        let pool = Pool::new(2).unwrap();
+        let counter = Arc::new(Mutex::new(0));
+        let encoded = |name: &str, len, encoding: Arc<dyn Encoding>| {
+            let meta = TensorMeta::new(name, DType::U8, [len]);
+            Weight::encoded(meta, encoding, Treatment::Plain).unwrap()
+        };
+        let late = encoded("late", 8, Arc::new(Late(counter.clone())));
+        let plain = job("plain", bytes(5000, 1), 0).weight;
+        let early = encoded("early", 1 << 20, Arc::new(Early(counter)));
+        let handed = pool.hand_over(vec![late, plain.clone(), early]).await.unwrap();
+        let handed: Vec<Bytes> = handed.iter().map(|each| each.to_host().unwrap()).collect();
+        assert_eq!(handed[0], (1_u64 << 20).to_le_bytes()[..]);
+        assert_eq!(handed[1].as_ptr(), plain.contiguous_bytes().unwrap().as_ptr());
+        assert!(handed[2].len() == 1 << 20 && handed[2].iter().all(|&byte| byte == 1));
     }
 
     #[tokio::test]

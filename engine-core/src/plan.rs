@@ -3,6 +3,8 @@
 //! Pure functions. A weight that fits into a bucket is never split, so that a receiver can view it
 //! in place; a larger one is cut in chunks that fill the buckets. Every part begins at a multiple
 //! of [`ALIGNMENT`] bytes, so that a tensor of any type can be viewed in place on any device.
+//!
+//! Where weights are handed over ([`BucketKind::List`]), none is split, and a bucket's size is only when it ends.
 
 use std::sync::Arc;
 
@@ -18,6 +20,17 @@ pub const ALIGNMENT: u64 = 256;
 /// describes a bucket.
 const MAX_PIECES: usize = 1 << 16;
 const MAX_NAME_BYTES: usize = 8 << 20;
+
+/// What a bucket is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BucketKind {
+    /// Memory of a fixed size that weights are packed into.
+    #[default]
+    Buffer,
+    /// A list of whole weights, each in memory of its own. It ends when it has the size of a bucket; a weight that is
+    /// larger has one to itself. A piece's offset says where it would lie in a buffer.
+    List,
+}
 
 /// A part of a weight that lies in a bucket: the whole weight, or a chunk of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,13 +99,20 @@ impl BucketLayout {
 #[derive(Debug)]
 pub struct LayoutChecker {
     bucket_bytes: u64,
+    kind: BucketKind,
     open: Option<(TensorMeta, u64)>,
 }
 
 impl LayoutChecker {
     /// A checker for buckets of a size, before the first of an update.
     pub fn new(bucket_bytes: u64) -> Self {
-        Self { bucket_bytes, open: None }
+        Self { bucket_bytes, kind: BucketKind::Buffer, open: None }
+    }
+
+    /// For buckets of a kind.
+    #[must_use]
+    pub fn of_kind(self, kind: BucketKind) -> Self {
+        Self { kind, ..self }
     }
 
     /// Checks the next bucket's parts: sizes, alignment, no overlap, chunks without gaps.
@@ -113,8 +133,12 @@ impl LayoutChecker {
             else {
                 return refuse("a place that overflows");
             };
-            if end > self.bucket_bytes || part_end > byte_len {
+            let is_alone = self.kind == BucketKind::List && pieces.len() == 1 && piece.offset == 0;
+            if (end > self.bucket_bytes && !is_alone) || part_end > byte_len {
                 return refuse("a part outside its bucket or its tensor");
+            }
+            if self.kind == BucketKind::List && piece.len != byte_len {
+                return refuse("a part of a weight where all are whole");
             }
             if piece.offset < free_from || !piece.offset.is_multiple_of(ALIGNMENT) {
                 return refuse("a part that overlaps another or is not aligned");
@@ -157,6 +181,7 @@ impl LayoutChecker {
 #[derive(Debug)]
 pub struct BucketPlanner {
     bucket_bytes: u64,
+    kind: BucketKind,
     filled: u64,
     pieces: usize,
     name_bytes: usize,
@@ -185,14 +210,21 @@ impl BucketPlanner {
                 format!("a bucket of {bucket_bytes} bytes: give a multiple of {ALIGNMENT} above 0"),
             ));
         }
-        Ok(Self { bucket_bytes, filled: 0, pieces: 0, name_bytes: 0 })
+        let kind = BucketKind::Buffer;
+        Ok(Self { bucket_bytes, kind, filled: 0, pieces: 0, name_bytes: 0 })
+    }
+
+    /// For buckets of a kind.
+    #[must_use]
+    pub fn of_kind(self, kind: BucketKind) -> Self {
+        Self { kind, ..self }
     }
 
     /// Places the next part of a weight of which `remaining` of `total` bytes are not yet placed,
     /// or returns `None` if the bucket has to be [closed](Self::close) first.
     ///
     /// A weight that fits into a bucket is placed whole. Of a larger one, as much as fits, cut at a
-    /// multiple of `granule` bytes if the bucket has room for one.
+    /// multiple of `granule` bytes if the bucket has room for one; all of it where buckets are lists, alone in one.
     pub fn place(
         &mut self,
         name_bytes: usize,
@@ -205,11 +237,12 @@ impl BucketPlanner {
         {
             return None;
         }
-        let offset = self.filled.next_multiple_of(ALIGNMENT);
+        let offset = self.filled.checked_next_multiple_of(ALIGNMENT)?;
         let space = self.bucket_bytes.checked_sub(offset)?;
-        let len = if remaining <= space {
+        let is_whole = self.kind == BucketKind::List && self.pieces == 0;
+        let len = if remaining <= space || is_whole {
             remaining
-        } else if total <= self.bucket_bytes {
+        } else if self.kind == BucketKind::List || total <= self.bucket_bytes {
             return None;
         } else {
             let granules = space / granule * granule;
@@ -264,7 +297,11 @@ mod tests {
     use proptest::prelude::*;
 
     fn plan(bucket: u64, sizes: &[u64], granule: u64) -> Vec<Vec<Piece>> {
-        let mut planner = BucketPlanner::new(bucket).unwrap();
+        plan_of(BucketKind::Buffer, bucket, sizes, granule)
+    }
+
+    fn plan_of(kind: BucketKind, bucket: u64, sizes: &[u64], granule: u64) -> Vec<Vec<Piece>> {
+        let mut planner = BucketPlanner::new(bucket).unwrap().of_kind(kind);
         let (mut buckets, mut current) = (Vec::new(), Vec::new());
         for (index, &size) in sizes.iter().enumerate() {
             let meta = TensorMeta::new(format!("w{index}"), DType::U8, [size]);
@@ -313,6 +350,57 @@ mod tests {
             checker.finish().unwrap();
             prop_assert_eq!(buckets.iter().flatten().map(|p| p.len).sum::<u64>(), sizes.iter().sum::<u64>());
         }
+
+        #[test]
+        fn a_list_has_whole_weights_and_one_that_is_larger_than_a_bucket_is_alone_in_it(
+            sizes in proptest::collection::vec(
+                prop_oneof![0_u64..9, 0_u64..3000, 0_u64..30_000], 0..40),
+            bucket in 1_u64..20,
+        ) {
+            let bucket = bucket * ALIGNMENT;
+            let buckets = plan_of(BucketKind::List, bucket, &sizes, 8);
+            let mut checker = LayoutChecker::new(bucket).of_kind(BucketKind::List);
+            for pieces in &buckets {
+                checker.check(pieces).unwrap();
+                prop_assert!(pieces.iter().all(|piece| piece.len == piece.meta.shape[0]));
+                let filled = pieces.last().map_or(0, |piece| piece.offset + piece.len);
+                prop_assert!(filled <= bucket || pieces.len() == 1);
+            }
+            checker.finish().unwrap();
+            prop_assert_eq!(buckets.iter().flatten().count(), sizes.len());
+        }
+    }
+
+    #[test]
+    fn a_list_refuses_a_part_of_a_weight_and_a_buffer_one_that_is_larger_than_it() {
+        let piece = |len, offset| Piece {
+            meta: TensorMeta::new("a", DType::U8, [5000]),
+            start: 0,
+            len,
+            offset,
+        };
+        let check = |kind, pieces: &[Piece]| LayoutChecker::new(4096).of_kind(kind).check(pieces);
+        check(BucketKind::List, &[piece(5000, 0)]).unwrap();
+        check(BucketKind::Buffer, &[piece(4096, 0)]).unwrap();
+        let small =
+            Piece { meta: TensorMeta::new("b", DType::U8, [8]), start: 0, len: 8, offset: 5120 };
+        for (kind, pieces) in [
+            (BucketKind::Buffer, vec![piece(5000, 0)]),
+            (BucketKind::List, vec![piece(4096, 0)]),
+            (BucketKind::List, vec![piece(5000, 256)]),
+            (BucketKind::List, vec![piece(5000, 0), small]),
+        ] {
+            let error = check(kind, &pieces).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Protocol, "{kind:?} {pieces:?}");
+        }
+    }
+
+    #[test]
+    fn a_weight_that_claims_all_bytes_there_could_be_overflows_nothing() {
+        let mut planner = BucketPlanner::new(4096).unwrap().of_kind(BucketKind::List);
+        let all = u64::MAX;
+        assert_eq!(planner.place(1, all, all, 1), Some(Place { offset: 0, len: all }));
+        assert_eq!(planner.place(1, 1, 1, 1), None);
     }
 
     #[test]

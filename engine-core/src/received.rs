@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::stream::{BoxStream, Stream, StreamExt};
 
-use crate::memory::{Job, Pool, TensorMemory};
+use crate::memory::{Pool, TensorMemory};
 use crate::plan::{BucketLayout, Piece};
 use crate::report::ReceiveReport;
 use crate::{
@@ -24,7 +24,8 @@ use crate::{
 ///
 /// Views keep their bucket: the trainer does not write to it before the last view is dropped, and
 /// an update has two buckets. A receiver that keeps views therefore stops the update, until the
-/// trainer's deadline ends it with an error that names this rank. Copy what has to stay.
+/// trainer's deadline ends it with an error that names this rank. Copy what has to stay. (Of an engine within the
+/// process, `naive`, views are the trainer's own memory and may stay as long as they like.)
 ///
 /// The version is complete when the end was reached without an error: every receiver has then
 /// verified it. Until then it must not be used.
@@ -415,6 +416,35 @@ impl fmt::Debug for ReceivedWeights<'_> {
     }
 }
 
+/// The memory of a bucket, by its [kind](crate::plan::BucketKind).
+#[derive(Clone, Debug)]
+pub enum BucketContent {
+    /// Of a buffer: its filled bytes.
+    Buffer(Storage),
+    /// Of a list: each weight's own.
+    List(Arc<[Storage]>),
+}
+
+impl BucketContent {
+    /// Whether it is what a layout describes.
+    fn fits(&self, layout: &BucketLayout) -> bool {
+        match self {
+            Self::Buffer(bytes) => bytes.len() == layout.filled(),
+            Self::List(all) => {
+                let pieces = layout.pieces();
+                let lens = all.iter().map(Storage::len);
+                all.len() == pieces.len() && lens.eq(pieces.iter().map(|piece| piece.len))
+            }
+        }
+    }
+}
+
+impl<S: Into<Storage>> From<S> for BucketContent {
+    fn from(bytes: S) -> Self {
+        Self::Buffer(bytes.into())
+    }
+}
+
 /// A bucket whose bytes arrived and were verified.
 ///
 /// The trainer does not write to it before this and all views into it are dropped.
@@ -422,24 +452,33 @@ impl fmt::Debug for ReceivedWeights<'_> {
 pub struct ReceivedBucket {
     index: u64,
     layout: Arc<BucketLayout>,
-    bytes: Storage,
+    content: BucketContent,
     /// The threads of the engine that it came from.
     pool: Option<Pool>,
 }
 
 impl ReceivedBucket {
-    /// A bucket of an engine: its number, its layout, and its filled bytes.
+    /// A bucket of an engine: its number, its layout, and its memory.
     ///
     /// # Errors
     ///
-    /// `Protocol` if the layout describes other than the bytes.
-    pub fn new(index: u64, layout: Arc<BucketLayout>, bytes: impl Into<Storage>) -> Result<Self> {
-        let bytes = bytes.into();
-        if layout.filled() != bytes.len() {
-            let message = format!("{} bytes for a layout of {}", bytes.len(), layout.filled());
+    /// `Protocol` if the layout describes other than the memory.
+    pub fn new(
+        index: u64,
+        layout: Arc<BucketLayout>,
+        content: impl Into<BucketContent>,
+    ) -> Result<Self> {
+        let content = content.into();
+        if !content.fits(&layout) {
+            let message = match &content {
+                BucketContent::Buffer(bytes) => {
+                    format!("{} bytes for a layout of {}", bytes.len(), layout.filled())
+                }
+                BucketContent::List(_) => "other weights than its layout has".to_owned(),
+            };
             return Err(Error::new(ErrorKind::Protocol, "opening a bucket", message).bucket(index));
         }
-        Ok(Self { index, layout, bytes, pool: None })
+        Ok(Self { index, layout, content, pool: None })
     }
 
     /// With the threads of its engine, for a destination to work with.
@@ -462,22 +501,9 @@ impl ReceivedBucket {
     /// Those of the weight's encoding; `Resource` if there is no memory for it.
     pub async fn of_weight(weight: Weight, index: u64, pool: &Pool) -> Result<Self> {
         let (meta, len) = (weight.meta().clone(), weight.byte_len());
-        let bytes = match weight.storage() {
-            Some(bytes) => bytes.clone(),
-            None => {
-                let memory = TensorMemory::new(len, "encoding a weight");
-                let mut memory = memory.map_err(|error| error.tensor(weight.name()))?;
-                let threads = pool.clone();
-                let job = Job { weight, start: 0, len, offset: 0 };
-                let encoded = pool.start(move || {
-                    threads.encode(&[job], memory.bytes_mut(), false)?;
-                    Ok(memory)
-                });
-                encoded.await?.freeze().into()
-            }
-        };
+        let bytes = pool.hand_over(vec![weight]).await?;
         let layout = Arc::new(BucketLayout::new(vec![Piece { meta, start: 0, len, offset: 0 }]));
-        Ok(Self::new(index, layout, bytes)?.with_pool(pool.clone()))
+        Ok(Self::new(index, layout, BucketContent::List(bytes.into()))?.with_pool(pool.clone()))
     }
 
     /// Its number within the update, from 0.
@@ -487,19 +513,19 @@ impl ReceivedBucket {
 
     /// The parts of weights in it, in the order sent.
     pub fn pieces(&self) -> impl ExactSizeIterator<Item = ReceivedPiece> + '_ {
-        self.layout.pieces().iter().map(|piece| self.view(piece))
+        self.layout.pieces().iter().enumerate().map(|(at, piece)| self.view(at, piece))
     }
 
     fn piece(&self, index: usize) -> Option<ReceivedPiece> {
-        self.layout.pieces().get(index).map(|piece| self.view(piece))
+        self.layout.pieces().get(index).map(|piece| self.view(index, piece))
     }
 
-    fn view(&self, piece: &crate::plan::Piece) -> ReceivedPiece {
-        ReceivedPiece {
-            meta: piece.meta.clone(),
-            start: piece.start,
-            bytes: self.bytes.slice(piece.offset..piece.offset + piece.len),
-        }
+    fn view(&self, index: usize, piece: &Piece) -> ReceivedPiece {
+        let bytes = match &self.content {
+            BucketContent::Buffer(bytes) => bytes.slice(piece.offset..piece.offset + piece.len),
+            BucketContent::List(all) => all[index].clone(),
+        };
+        ReceivedPiece { meta: piece.meta.clone(), start: piece.start, bytes }
     }
 }
 
@@ -692,6 +718,21 @@ mod tests {
             assert_eq!(received.next_bucket().await.unwrap_err().kind(), ErrorKind::Digest);
         }
         assert_eq!(received.finish().await.unwrap_err().kind(), ErrorKind::Digest);
+    }
+
+    #[test]
+    fn a_list_is_a_bucket_only_with_the_weights_of_its_layout() {
+        let layout = Arc::new(BucketLayout::new(vec![piece("a", 4, 0, 0), piece("b", 8, 0, 256)]));
+        let list = |lens: &[usize]| -> BucketContent {
+            BucketContent::List(lens.iter().map(|len| vec![*len as u8; *len].into()).collect())
+        };
+        let bucket = ReceivedBucket::new(0, layout.clone(), list(&[4, 8])).unwrap();
+        let bytes: Vec<_> = bucket.pieces().map(|p| p.bytes.to_host().unwrap().to_vec()).collect();
+        assert_eq!(bytes, [vec![4; 4], vec![8; 8]]);
+        for lens in [&[4][..], &[4, 9], &[8, 4], &[4, 8, 1], &[]] {
+            let error = ReceivedBucket::new(3, layout.clone(), list(lens)).unwrap_err();
+            assert_eq!((error.kind(), error.report().bucket), (ErrorKind::Protocol, Some(3)));
+        }
     }
 
     #[tokio::test]

@@ -6,22 +6,22 @@ use crate::{
     Backend, EngineContext, Error, ErrorKind, PreparedRollout, PreparedTrainer, Result, Role,
 };
 
-/// The backends that a program knows. `naive` is always among them.
+/// The backends that a program knows.
 ///
 /// There is no registration before `main`: a program lists what it has, and adds what it likes.
 ///
 /// # Examples
 ///
 /// ```
-/// # use engine_core::{CheckpointEngineConfig, EngineContext, Registry, Result};
-/// # async fn example() -> Result<()> {
-/// let registry = Registry::new();
+/// # use engine_core::{Backend, CheckpointEngineConfig, EngineContext, Registry, Result};
+/// # async fn example(naive: &'static dyn Backend) -> Result<()> {
+/// let registry = Registry::new().with(naive);
 /// let config = CheckpointEngineConfig { backend: "naive".into(), ..Default::default() };
 /// let trainer = registry.prepare_trainer(EngineContext::new(config)).await?;
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Registry {
     backends: Vec<Arc<dyn Backend>>,
     layers: Vec<Layer>,
@@ -42,16 +42,10 @@ pub struct Layer {
     pub rollout: fn(PreparedRollout, &EngineContext) -> Result<PreparedRollout>,
 }
 
-impl Default for Registry {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Registry {
-    /// A registry of `naive` alone.
+    /// A registry without backends and layers.
     pub fn new() -> Self {
-        Self { backends: vec![Arc::new(crate::naive::BACKEND)], layers: Vec::new() }
+        Self::default()
     }
 
     /// Adds a backend; one of the same name is replaced.
@@ -84,7 +78,11 @@ impl Registry {
     pub fn get(&self, name: &str) -> Result<&Arc<dyn Backend>> {
         self.backends().find(|backend| backend.name() == name).ok_or_else(|| {
             let known: Vec<&str> = self.backends().map(|backend| backend.name()).collect();
-            let message = format!("there is no backend `{name}`; known: {}", known.join(", "));
+            let known = match known.is_empty() {
+                true => "this registry has none".to_owned(),
+                false => format!("known: {}", known.join(", ")),
+            };
+            let message = format!("there is no backend `{name}`; {known}");
             Error::new(ErrorKind::Backend, "choosing a backend", message)
         })
     }
@@ -117,6 +115,16 @@ impl Registry {
     fn checked(&self, context: &EngineContext, role: Role) -> Result<&Arc<dyn Backend>> {
         let refuse = |message: String| Error::new(ErrorKind::Config, PREPARING, message);
         context.config.validate()?;
+        let known: Vec<&str> = self.layers.iter().flat_map(|layer| layer.keys).copied().collect();
+        if let Some(key) = context.config.not_understood(&known) {
+            let known = match known.is_empty() {
+                true => "it has no layers".to_owned(),
+                false => format!("its layers know `{}`", known.join("`, `")),
+            };
+            return Err(refuse(format!(
+                "nothing in this program understands the key `{key}`: {known}"
+            )));
+        }
         let backend = self.get(&context.config.backend)?;
         if let Some(control) = &context.control
             && control.role() != role
@@ -131,16 +139,6 @@ impl Registry {
             let (name, devices) = (backend.name(), backend.devices());
             return Err(refuse(format!("device: `{device}`: {name} has buckets on {devices}")));
         }
-        let known: Vec<&str> = self.layers.iter().flat_map(|layer| layer.keys).copied().collect();
-        if let Some(key) = context.config.not_understood(&known) {
-            let known = match known.is_empty() {
-                true => "it has no layers".to_owned(),
-                false => format!("its layers know `{}`", known.join("`, `")),
-            };
-            return Err(refuse(format!(
-                "nothing in this program understands the key `{key}`: {known}"
-            )));
-        }
         Ok(backend)
     }
 }
@@ -153,54 +151,70 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::{Availability, CheckpointEngineConfig, Devices, Placement, WorkerMetadata};
+    use crate::{
+        Availability, CheckpointEngineConfig, Devices, Placement, Prepared, Rank, WorkerMetadata,
+    };
 
     #[test]
     fn an_unknown_backend_is_an_error_that_lists_the_known_ones() {
-        let error = Registry::new().get("nccl").unwrap_err();
+        let error = stubs().get("nccl").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Backend);
-        assert!(error.to_string().contains("known: naive"), "{error}");
+        assert!(error.to_string().contains("known: naive, abacuses"), "{error}");
+        let error = Registry::new().get("naive").unwrap_err();
+        assert!(error.to_string().contains("this registry has none"), "{error}");
     }
 
+    /// A backend of which nobody joins a group.
     #[derive(Debug)]
-    struct OnAbacuses;
+    struct Stub(&'static str, Devices);
+
+    fn prepared<E>(name: &str, rank: Rank, role: Role) -> Result<Prepared<E>> {
+        let metadata = WorkerMetadata::of_this_process(name, rank, role, json!(null));
+        let join = |_| async { Err(Error::new(ErrorKind::State, "joining the group", "a stub")) };
+        Ok(Prepared::new(metadata, join))
+    }
 
     #[async_trait::async_trait]
-    impl Backend for OnAbacuses {
+    impl Backend for Stub {
         fn name(&self) -> &'static str {
-            "abacuses"
+            self.0
         }
 
         fn summary(&self) -> &'static str {
-            "a backend with buckets on abacuses"
+            "a stub"
         }
 
         fn devices(&self) -> Devices {
-            Devices::Kinds(&["abacus"])
+            self.1
         }
 
         fn probe(&self) -> Availability {
             Availability::Usable { details: "always".into() }
         }
 
-        async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
-            crate::naive::BACKEND.prepare_trainer(context).await
+        async fn prepare_trainer(&self, _: EngineContext) -> Result<PreparedTrainer> {
+            prepared(self.0, Rank::LEADER, Role::Trainer)
         }
 
-        async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
-            crate::naive::BACKEND.prepare_rollout(context).await
+        async fn prepare_rollout(&self, _: EngineContext) -> Result<PreparedRollout> {
+            prepared(self.0, Rank(1), Role::Rollout)
         }
 
         fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
-            crate::naive::BACKEND.build_topology(workers)
+            Placement::for_all(self.0, workers)
         }
+    }
+
+    /// Backends for any device, and for abacuses.
+    fn stubs() -> Registry {
+        let abacuses = Stub("abacuses", Devices::Kinds(&["abacus"]));
+        Registry::new().with(Stub("naive", Devices::Any)).with(abacuses)
     }
 
     fn create(backend: &str, device: &str) -> Result<PreparedTrainer> {
         let (backend, device) = (backend.into(), device.parse().unwrap());
         let config = CheckpointEngineConfig { backend, device, ..Default::default() };
-        let registry = Registry::new().with(OnAbacuses);
-        block_on(registry.prepare_trainer(EngineContext::new(config)))
+        block_on(stubs().prepare_trainer(EngineContext::new(config)))
     }
 
     #[test]
@@ -214,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn a_backend_without_buckets_takes_any_device() {
+    fn a_backend_that_hands_memory_over_takes_any_device() {
         create("naive", "quipu:1").unwrap();
     }
 
@@ -229,8 +243,7 @@ mod tests {
         for (key, asks) in [("quantize", json!(true)), ("how", json!({"mode": 1})), ("n", json!(0))]
         {
             let error =
-                block_on(Registry::new().prepare_trainer(config_with(json!({ key: asks }))))
-                    .unwrap_err();
+                block_on(stubs().prepare_trainer(config_with(json!({ key: asks })))).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Config);
             assert!(
                 error
@@ -240,7 +253,7 @@ mod tests {
             );
         }
         for nothing in [json!({}), json!({"quantize": false}), json!({"how": {}, "n": null})] {
-            block_on(Registry::new().prepare_trainer(config_with(nothing))).unwrap();
+            block_on(stubs().prepare_trainer(config_with(nothing))).unwrap();
         }
     }
 
@@ -272,7 +285,7 @@ mod tests {
             trainer: |_, context| Err(wants("second", context).unwrap_err()),
             rollout: |prepared, _| Ok(prepared),
         };
-        let registry = Registry::new().with_layer(first).with_layer(second);
+        let registry = stubs().with_layer(first).with_layer(second);
         let message = |layers| {
             let prepared = block_on(registry.prepare_trainer(config_with(layers)));
             prepared.unwrap_err().report().message.clone()

@@ -37,11 +37,11 @@ pub(super) struct Collector {
 }
 
 impl Collector {
-    pub(super) fn new(last: &Plan, bucket_bytes: u64) -> Result<Self> {
+    pub(super) fn new(last: &Plan, planner: BucketPlanner) -> Self {
         let last = last.clone();
         let last_digest = (!last.buckets.is_empty()).then(|| last.digest());
-        Ok(Self {
-            planner: BucketPlanner::new(bucket_bytes)?,
+        Self {
+            planner,
             names: last_digest.is_none().then(HashSet::new),
             last,
             last_digest,
@@ -49,7 +49,7 @@ impl Collector {
             pending: None,
             differs: false,
             counts: TensorCounts::default(),
-        })
+        }
     }
 
     /// Whether all buckets were those of the last plan.

@@ -16,7 +16,7 @@ use super::message::{Begin, Layout, Ticket, ToReceiver, ToSender, decode};
 use super::{because, is_of_transport, too_late};
 use engine_core::control::Event;
 use engine_core::observe::Progress;
-use engine_core::plan::{BucketLayout, LayoutChecker, Plan};
+use engine_core::plan::{BucketKind, BucketLayout, LayoutChecker, Plan};
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Version, digest};
 use engine_core::{ReceiveReport, VersionState};
 
@@ -68,6 +68,7 @@ pub(super) enum Act {
 pub(super) struct Follower {
     rank: Rank,
     deadline: Duration,
+    kind: BucketKind,
     /// Whether the rank only hears of updates: it enters none, and gets nothing.
     is_idle: bool,
     announced: Announced,
@@ -191,6 +192,7 @@ impl Follower {
         Self {
             rank,
             deadline,
+            kind: BucketKind::Buffer,
             is_idle: false,
             announced: Announced::after(updates),
             plan: Plan::default(),
@@ -199,6 +201,11 @@ impl Follower {
             entered: None,
             acts: VecDeque::new(),
         }
+    }
+
+    /// With buckets of a kind.
+    pub(super) fn of_kind(self, kind: BucketKind) -> Self {
+        Self { kind, ..self }
     }
 
     /// One that only hears of updates and how they end.
@@ -413,7 +420,7 @@ impl Follower {
             begun: now,
             coming: VecDeque::new(),
             layouts: Vec::new(),
-            checker: LayoutChecker::new(begin.bucket_bytes),
+            checker: LayoutChecker::new(begin.bucket_bytes).of_kind(self.kind),
             taken: 0,
             wants: false,
             since: now,
@@ -622,7 +629,7 @@ impl Follower {
     /// Verifies the version as a whole.
     fn complete(&mut self, sent: (u64, u64, u64), now: Instant) -> Result<()> {
         let Some(session) = &mut self.session else { return Ok(()) };
-        let next = LayoutChecker::new(session.begin.bucket_bytes);
+        let next = LayoutChecker::new(session.begin.bucket_bytes).of_kind(self.kind);
         std::mem::replace(&mut session.checker, next).finish()?;
         let plan = Plan { buckets: session.layouts.clone() }.digest();
         let here = (session.taken, session.version_digest, plan);

@@ -30,6 +30,11 @@
 //! Every wait of the trainer has a deadline, which only steps of the rank that is waited for begin anew.
 //! The others wait as long as the trainer says that it is alive.
 //!
+//! Where nothing travels ([`BucketKind::List`]), a bucket is a list of whole weights, each in memory that the rollout
+//! may keep. Its `Release` says that the rollout asks for more, so that there are two buckets on the way at most.
+//!
+//! [`BucketKind::List`]: engine_core::plan::BucketKind::List
+//!
 //! Several trainers may share the sending ([`CoSender`]): bucket *n* comes from the one at *n* modulo their
 //! number. All of them collect the same buckets from streams of their own; the leader, which hears of
 //! every release, says when a slot is free and announces buckets in order:
@@ -47,6 +52,7 @@
 mod announced;
 mod collect;
 mod follower;
+pub mod hub;
 mod leader;
 mod link;
 mod message;

@@ -10,6 +10,7 @@ use super::message::Ticket;
 use super::receiver::Arrival;
 use super::route::Topology;
 use engine_core::memory::Job;
+use engine_core::plan::BucketKind;
 use engine_core::{Rank, Result, Storage};
 
 /// A transport's sending side: the memory of its buckets, and how a filled one gets out.
@@ -18,8 +19,16 @@ pub trait SendLink: std::fmt::Debug + Send + 'static {
     /// The number of buckets: two for double buffering.
     fn slots(&self) -> usize;
 
-    /// The size of each in bytes.
+    /// The size of each in bytes. A list ends when it has it.
     fn bucket_bytes(&self) -> u64;
+
+    /// What a bucket is. Those of a kind are filled and fetched by links of the same kind.
+    ///
+    /// Where buckets are lists, [`fill`](Self::fill) makes each job's weight memory of its own, of which receivers may keep
+    /// what they like, and digests nothing.
+    fn bucket_kind(&self) -> BucketKind {
+        BucketKind::Buffer
+    }
 
     /// Encodes all jobs into a bucket, and returns its digest sum if it is wanted, else 0.
     ///
@@ -152,6 +161,10 @@ impl<L: SendLink + ?Sized> SendLink for Box<L> {
         (**self).bucket_bytes()
     }
 
+    fn bucket_kind(&self) -> BucketKind {
+        (**self).bucket_kind()
+    }
+
     async fn fill(&mut self, slot: usize, jobs: Vec<Job>, digests: bool) -> Result<u64> {
         (**self).fill(slot, jobs, digests).await
     }
@@ -220,6 +233,11 @@ impl<L: ReceiveLink + ?Sized> ReceiveLink for Box<L> {
 pub trait FetchLink: std::fmt::Debug + Send + 'static {
     /// What others need to fetch from this rank.
     fn card(&self) -> Bytes;
+
+    /// What a bucket is, as its [`SendLink`] says. A list is told by [`Arrival::tell_list`].
+    fn bucket_kind(&self) -> BucketKind {
+        BucketKind::Buffer
+    }
 
     /// Starts to fetch a bucket into the slot of the same number.
     ///

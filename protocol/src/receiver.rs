@@ -25,9 +25,9 @@ use engine_core::memory::{Pool, Work};
 use engine_core::observe::Observer as _;
 use engine_core::plan::BucketLayout;
 use engine_core::telemetry::{Meter, ReceiveStages};
+use engine_core::{BucketContent, Outcome, ReceivedBucket, ReceivedWeights};
 use engine_core::{CheckpointEngine, RolloutEngine};
 use engine_core::{EngineContext, Error, ErrorKind, Rank, Result, Storage, Version};
-use engine_core::{Outcome, ReceivedBucket, ReceivedWeights};
 
 /// The end of a fetch, to be told: the rest of the protocol happens by itself, whether or not the
 /// receiver looks.
@@ -46,13 +46,22 @@ pub struct Arrival {
     stage: (Span, Instant),
 }
 
-/// The bytes of a bucket, and the digest sum of what they are.
+/// The memory of a bucket, and the digest sum of what is in it.
 #[derive(Debug)]
 struct Arrived {
-    bytes: Storage,
+    content: BucketContent,
+    /// Of a list, whose memory does not hold the bucket.
+    held: Option<Hold>,
     sum: Option<Work<(u64, Duration)>>,
-    /// What it took to get them.
+    /// What it took to get it.
     fetch: Duration,
+}
+
+/// A bucket that is here.
+struct Here {
+    content: BucketContent,
+    held: Option<Hold>,
+    took: ReceiveStages,
 }
 
 impl Arrival {
@@ -64,6 +73,17 @@ impl Arrival {
 
     /// The bytes are here, or cannot come.
     pub fn tell(self, result: Result<Storage>) {
+        self.end(result.map(BucketContent::Buffer));
+    }
+
+    /// Each weight of a list is here, or they cannot come.
+    ///
+    /// The bucket is held until the receiver asks for the next one, however long it keeps the weights.
+    pub fn tell_list(self, result: Result<Arc<[Storage]>>) {
+        self.end(result.map(BucketContent::List));
+    }
+
+    fn end(self, result: Result<BucketContent>) {
         let Self { index, from, routed, check, held, pool, session, stage } = self;
         let (span, begun) = stage;
         let fetch = begun.elapsed();
@@ -71,9 +91,14 @@ impl Arrival {
         if let Some(message) = told_of_fetch(routed, update, index, from, &result) {
             tell_leader(&*held.ledger.control, &message);
         }
-        let result = result.map(|bytes| {
-            // From here on the bucket is released when the last view of it is dropped.
-            let bytes = bytes.guarded(held);
+        let result = result.map(|content| {
+            let bytes = match content {
+                // From here on the bucket is released when the last view of it is dropped.
+                BucketContent::Buffer(bytes) => bytes.guarded(held),
+                content @ BucketContent::List(_) => {
+                    return Arrived { content, held: Some(held), sum: None, fetch };
+                }
+            };
             let sum = check.map(|layout| {
                 let (threads, bytes) = (pool.clone(), bytes.clone());
                 let verify = debug_span!(parent: &span, "verify", bucket = index);
@@ -83,7 +108,7 @@ impl Arrival {
                     Ok((sum, begun.elapsed()))
                 })
             });
-            Arrived { bytes, sum, fetch }
+            Arrived { content: bytes.into(), held: None, sum, fetch }
         });
         if session.send(result).is_err() {
             debug!(index, "a bucket arrived that nobody waits for any more");
@@ -107,13 +132,10 @@ impl<L: FetchLink> Receiver<L> {
     /// The receiver of a group that the control plane connects to.
     pub fn new(link: L, context: &EngineContext, control: Arc<dyn Control>, pool: Pool) -> Self {
         let meter = Meter::new(control.rank(), context.observer.clone());
+        let follower = Follower::new(control.rank(), context.deadline(), control.updates());
         Self {
+            follower: Box::new(follower.of_kind(link.bucket_kind())),
             link,
-            follower: Box::new(Follower::new(
-                control.rank(),
-                context.deadline(),
-                control.updates(),
-            )),
             ledger: Ledger { control: control.clone(), held: Arc::default() },
             control,
             pool,
@@ -144,6 +166,7 @@ impl<L: FetchLink> Receiver<L> {
             begin,
             arrivals: FuturesUnordered::new(),
             here: BTreeMap::new(),
+            at_work: None,
             stages: ReceiveStages::default(),
             installing: None,
             span: tracing::info_span!("receive", %version),
@@ -224,15 +247,18 @@ impl<L: FetchLink> Drop for Waiting<'_, L> {
     }
 }
 
-/// A bucket whose bytes are here, with their digest sum, or why they are not.
-type Came = (u64, Result<(Storage, Option<u64>, ReceiveStages)>);
+/// A bucket that is here, with its digest sum, or why it is not.
+type Came = (u64, Result<(Here, Option<u64>)>);
 
 /// One update, from entering it to its end.
 struct Session<'a, L: FetchLink> {
     begin: Begin,
     arrivals: FuturesUnordered<BoxFuture<'static, Came>>,
     /// Buckets that have not been handed over yet.
-    here: BTreeMap<u64, (Storage, ReceiveStages)>,
+    here: BTreeMap<u64, Here>,
+    /// The list that the caller was given last: the trainer goes on when the caller asks for more, so that no more
+    /// buckets are on the way than there are slots.
+    at_work: Option<Hold>,
     stages: ReceiveStages,
     /// The caller's work on the bucket that it was given last.
     installing: Option<(Span, Instant)>,
@@ -266,6 +292,7 @@ impl<L: FetchLink> Session<'_, L> {
             self.stages.install += begun.elapsed();
             drop(span);
         }
+        self.at_work = None;
         let Self { begin, arrivals, here, stages, span, outcome, receiver, .. } = self;
         let Receiver { link, follower, control, pool, ledger, meter, .. } = &mut **receiver;
         let control: &dyn Control = &**control;
@@ -317,10 +344,13 @@ impl<L: FetchLink> Session<'_, L> {
                     }
                     Act::Cancel => link = Link::Gone,
                     Act::Give { index, layout } => {
-                        let Some((bytes, took)) = here.remove(&index) else { continue };
+                        let Some(Here { content, held, took }) = here.remove(&index) else {
+                            continue;
+                        };
                         stages.fetch += took.fetch;
                         stages.verify += took.verify;
-                        let bucket = ReceivedBucket::new(index, layout, bytes)?;
+                        let bucket = ReceivedBucket::new(index, layout, content)?;
+                        self.at_work = held;
                         given = Some(bucket.with_pool(pool.clone()));
                     }
                     Act::Check => {
@@ -377,8 +407,8 @@ impl<L: FetchLink> Session<'_, L> {
             let (step, now) = (step.await, Instant::now());
             match step {
                 Step::Came((index, came)) => {
-                    let sum = came.map(|(bytes, sum, took)| {
-                        here.insert(index, (bytes, took));
+                    let sum = came.map(|(bucket, sum)| {
+                        here.insert(index, bucket);
                         sum
                     });
                     follower.arrived(index, sum, now);
@@ -401,12 +431,13 @@ async fn came(index: u64, arrival: oneshot::Receiver<Result<Arrived>>) -> Came {
             let message = "the transport dropped the fetch";
             Err(Error::new(ErrorKind::Aborted, "fetching a bucket", message))
         };
-        let Arrived { bytes, sum, fetch } = arrival.await.unwrap_or_else(|_| gone())?;
+        let Arrived { content, held, sum, fetch } = arrival.await.unwrap_or_else(|_| gone())?;
         let (sum, verify) = match sum {
             None => (None, Duration::ZERO),
             Some(sum) => sum.await.map(|(sum, verify)| (Some(sum), verify))?,
         };
-        Ok((bytes, sum, ReceiveStages { fetch, verify, ..Default::default() }))
+        let took = ReceiveStages { fetch, verify, ..Default::default() };
+        Ok((Here { content, held, took }, sum))
     };
     (index, came.await)
 }

@@ -21,6 +21,7 @@ use engine_core::SendReport;
 use engine_core::control::{Control, Event, Peer, Role};
 use engine_core::memory::Job;
 use engine_core::observe::Observer as _;
+use engine_core::plan::{BucketKind, BucketPlanner};
 use engine_core::telemetry::Meter;
 use engine_core::{
     CheckpointEngine, EngineContext, Error, ErrorKind, Rank, Result, TrainerEngine, Version,
@@ -48,7 +49,8 @@ impl<L: SendLink> Sender<L> {
         control: Arc<dyn Control>,
         receivers: impl IntoIterator<Item = Rank>,
     ) -> Self {
-        let digests = context.config.digests;
+        // Nothing travels where buckets are lists.
+        let digests = context.config.digests && link.bucket_kind() == BucketKind::Buffer;
         let settings = leader::Settings {
             deadline: context.deadline(),
             slots: link.slots(),
@@ -107,7 +109,7 @@ impl<L: SendLink> Sender<L> {
         }
         let buckets = leader.plan().buckets.len();
         let topology = link.topology(leader.rollouts(), buckets);
-        let collector = Collector::new(leader.plan(), link.bucket_bytes())?;
+        let collector = Collector::new(leader.plan(), planner(link)?);
         leader.begin(control.next_update(), version, topology, Instant::now())?;
         let work = Trainer { control, meter, deadline: *deadline };
         let sent = work.update(&mut **leader, link, collector, weights).await;
@@ -211,7 +213,7 @@ impl<L: SendLink> CoSender<L> {
     ) -> Result<SendReport> {
         let Self { link, secondary, control, deadline, meter } = self;
         let control: &dyn Control = &**control;
-        let collector = Collector::new(secondary.plan(), link.bucket_bytes())?;
+        let collector = Collector::new(secondary.plan(), planner(link)?);
         secondary.begin(version, Instant::now());
         let work = Trainer { control, meter, deadline: *deadline };
         work.update(&mut **secondary, link, collector, weights).await
@@ -235,6 +237,11 @@ impl<L: SendLink> TrainerEngine for CoSender<L> {
     ) -> Result<SendReport> {
         self.send(weights, version).await
     }
+}
+
+/// What places weights into a link's buckets.
+fn planner(link: &impl SendLink) -> Result<BucketPlanner> {
+    Ok(BucketPlanner::new(link.bucket_bytes())?.of_kind(link.bucket_kind()))
 }
 
 /// Tells a link that an update is over, also when the future that sends it is dropped.

@@ -9,10 +9,11 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::message::{Begin, Layout, ToReceiver, ToSender, decode, encode};
-use super::{ReceiveLink, Receiver, SendLink, Sender};
+use super::{Arrival, Fetch, FetchLink, ReceiveLink, Receiver, SendLink, Sender};
 use crate::ranks::Group;
 use engine_core::control::{Control, Event};
 use engine_core::memory::{Job, Pool};
+use engine_core::plan::{BucketKind, Piece};
 use engine_core::{
     CheckpointEngineConfig, DType, Encoding, EngineContext, Error, ErrorKind, ErrorReport, Rank,
     Recovery, Result, SendReport, Storage, TensorMeta, Treatment, Version, Weight,
@@ -431,6 +432,79 @@ async fn a_bucket_that_is_refused_is_released_and_the_next_update_is_entered_wit
             "{heard:?}"
         );
     }
+}
+
+/// Lists of weights of zeros, whatever was sent.
+#[derive(Debug)]
+struct Lists(Vec<u64>);
+
+#[async_trait]
+impl FetchLink for Lists {
+    fn card(&self) -> Bytes {
+        Bytes::new()
+    }
+
+    fn bucket_kind(&self) -> BucketKind {
+        BucketKind::List
+    }
+
+    async fn fetch(&mut self, _: Fetch, arrival: Arrival) {
+        arrival.tell_list(Ok(self.0.iter().map(|len| vec![0; *len as usize].into()).collect()));
+    }
+
+    fn abandon(&mut self, _: Rank) {}
+}
+
+fn whole(name: &str, len: u64, offset: u64) -> Piece {
+    Piece { meta: TensorMeta::new(name, DType::U8, [len]), start: 0, len, offset }
+}
+
+fn bucket(update: u64, index: u64, pieces: Vec<Piece>) -> ToReceiver {
+    let slot = (index % 2) as u32;
+    ToReceiver::Bucket { update, index, slot, digest: 0, layout: Layout::Explicit { pieces } }
+}
+
+#[tokio::test]
+async fn a_weight_that_is_larger_than_a_bucket_is_whole_where_buckets_are_lists_and_nowhere_else() {
+    let larger = || vec![whole("larger", 2 * BUCKET, 0)];
+    let (leader, rollout) = planes();
+    let mut receiver = Receiver::new(Zeros, &context(5.0), rollout, Pool::new(1).unwrap());
+    tell(&leader, &begin(1));
+    tell(&leader, &bucket(1, 0, larger()));
+    let mut received = receiver.receive(None).await.unwrap();
+    assert_eq!(received.next_bucket().await.unwrap_err().kind(), ErrorKind::Protocol);
+
+    let (leader, rollout) = planes();
+    let link = Lists(vec![2 * BUCKET]);
+    let mut receiver = Receiver::new(link, &context(5.0), rollout, Pool::new(1).unwrap());
+    tell(&leader, &begin(1));
+    tell(&leader, &bucket(1, 0, larger()));
+    let mut received = receiver.receive(None).await.unwrap();
+    let bucket = received.next_bucket().await.unwrap().unwrap();
+    assert_eq!(bucket.pieces().next().unwrap().bytes.len(), 2 * BUCKET);
+}
+
+#[tokio::test]
+async fn a_list_is_released_when_more_is_asked_for_whatever_of_it_is_kept() {
+    let (leader, rollout) = planes();
+    let link = Lists(vec![8, 16]);
+    let mut receiver = Receiver::new(link, &context(5.0), rollout, Pool::new(1).unwrap());
+    let pieces = || vec![whole("a", 8, 0), whole("b", 16, 256)];
+    tell(&leader, &begin(1));
+    tell(&leader, &bucket(1, 0, pieces()));
+    tell(&leader, &bucket(1, 1, pieces()));
+    let mut received = receiver.receive(None).await.unwrap();
+    assert!(matches!(hear(&leader).await, ToSender::Entered { .. }));
+    let first = received.next_bucket().await.unwrap().unwrap();
+    assert_eq!(leader.recv(Duration::ZERO).await.unwrap(), None, "it is at work on it");
+    let second = received.next_bucket().await.unwrap().unwrap();
+    assert_eq!(hear(&leader).await, ToSender::Release { update: 1, index: 0 });
+    assert_eq!(leader.recv(Duration::ZERO).await.unwrap(), None);
+    assert_eq!((first.index(), second.index()), (0, 1));
+    drop(received);
+    let mut heard = [hear(&leader).await, hear(&leader).await];
+    heard.sort_by_key(|message| matches!(message, ToSender::Failed { .. }));
+    assert_eq!(heard[0], ToSender::Release { update: 1, index: 1 });
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 //! libraries have such suites of their own.
 
 use conformance::Suite;
-use engine_core::{Backend, Role, Weight, naive};
+use engine_core::{Backend, Role, Weight};
 use futures::StreamExt;
 use futures::executor::block_on;
 use quant_fp8::rules::{Receiver, Rules, RulesConfig};
@@ -31,7 +31,7 @@ fn on_the_rollout(backend: &'static dyn Backend) -> Suite {
 }
 
 mod naive_with_the_trainer_quantising {
-    conformance::suite!(super::on_the_trainer(super::naive::BACKEND), without buckets);
+    conformance::suite!(super::on_the_trainer(backend_naive::BACKEND), within a process);
 }
 
 mod ipc_with_the_trainer_quantising {
@@ -39,7 +39,7 @@ mod ipc_with_the_trainer_quantising {
 }
 
 mod naive_with_the_rollout_quantising {
-    conformance::suite!(super::on_the_rollout(super::naive::BACKEND), without buckets);
+    conformance::suite!(super::on_the_rollout(backend_naive::BACKEND), within a process);
 }
 
 mod ipc_with_the_rollout_quantising {

@@ -5,7 +5,7 @@
 use engine_core::{
     CheckpointEngineConfig, DType, EngineContext, Error, ErrorKind, Placement, PreparedRollout,
     PreparedTrainer, Rank, Registry, Result, RolloutEngine, SendReport, TensorMeta, TrainerEngine,
-    Version, Weight, WorkerMetadata, ensure_async_iterator, naive,
+    Version, Weight, WorkerMetadata, ensure_async_iterator,
 };
 use futures::future::join;
 use quant_fp8::LAYER;
@@ -28,12 +28,12 @@ fn context(rank: u32, trainer_quantizes: bool, section: &Value) -> EngineContext
 
 async fn trainer(quantizes: bool, section: &Value) -> Result<PreparedTrainer> {
     let context = context(0, quantizes, section);
-    Registry::new().with_layer(LAYER).prepare_trainer(context).await
+    Registry::new().with(backend_naive::BACKEND).with_layer(LAYER).prepare_trainer(context).await
 }
 
 async fn rollout(trainer_quantizes: bool, section: &Value) -> Result<PreparedRollout> {
     let context = context(1, trainer_quantizes, section);
-    Registry::new().with_layer(LAYER).prepare_rollout(context).await
+    Registry::new().with(backend_naive::BACKEND).with_layer(LAYER).prepare_rollout(context).await
 }
 
 #[derive(Debug)]
@@ -50,7 +50,7 @@ async fn form(quantizes: bool, trainers: Value, rollouts: Value) -> Result<Pair>
 
 async fn joined(trainer: PreparedTrainer, rollout: PreparedRollout) -> Result<Pair> {
     let workers = [trainer.metadata().clone(), rollout.metadata().clone()];
-    let places = naive::BACKEND.build_topology(&workers)?;
+    let places = backend_naive::BACKEND.build_topology(&workers)?;
     let place = |worker: &WorkerMetadata| Placement::of_rank(places.clone(), worker.rank).unwrap();
     let rollout = rollout.join(place(&workers[1])).await;
     let trainer = trainer.join(place(&workers[0])).await;
@@ -224,7 +224,8 @@ async fn a_rollouts_manifest_is_the_truth() {
 async fn with_a_foreign_trainer(section: Value) -> Pair {
     let config = CheckpointEngineConfig { timeout_seconds: 5.0, ..Default::default() };
     let context = EngineContext::new(config).with_rank(Rank(0));
-    let trainer = Registry::new().prepare_trainer(context).await.unwrap();
+    let trainer =
+        Registry::new().with(backend_naive::BACKEND).prepare_trainer(context).await.unwrap();
     let rollout = rollout(false, &section).await.unwrap();
     joined(trainer, rollout).await.unwrap()
 }

@@ -426,7 +426,7 @@ mod tests {
             }
         });
         let config = CheckpointEngineConfig { timeout_seconds: 20.0, ..Default::default() };
-        let joined = Newcomer::join(engine_core::naive::BACKEND, config, at).await.unwrap();
+        let joined = Newcomer::join(backend_naive::BACKEND, config, at).await.unwrap();
         assert!(joined.is_none(), "the second holder has no version");
         serving.await.unwrap();
     }
@@ -435,7 +435,7 @@ mod tests {
     async fn a_newcomer_that_comes_before_the_holder_serves_anyone_is_served() {
         let at = place_of("early-newcomer");
         let config = CheckpointEngineConfig { timeout_seconds: 5.0, ..Default::default() };
-        let backend = engine_core::naive::BACKEND;
+        let backend = backend_naive::BACKEND;
         let cache = WeightCache::default();
         let holder = Holder::listen(cache, Arc::new(backend), config.clone(), at.clone());
         let holder = holder.await.unwrap();

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use engine_core::{
     CheckpointEngineConfig, CheckpointEngineWithCache, DType, EngineContext, Error, ErrorKind,
     Expected, Install, PreparedRollout, PreparedTrainer, ReceiveReport, ReceivedBucket, Result,
-    TensorMap, TrainerEngine, Version, Weight, ensure_async_iterator, form_local_group, naive,
+    TensorMap, TrainerEngine, Version, Weight, ensure_async_iterator, form_local_group,
 };
 use futures::StreamExt;
 use serving::{CachedEngine, CheckpointEngineManager, LocalRollout, PreparedWorker, RolloutWorker};
@@ -23,11 +23,11 @@ fn context() -> EngineContext {
 }
 
 async fn trainer() -> PreparedTrainer {
-    naive::BACKEND.prepare_trainer(context()).await.unwrap()
+    backend_naive::BACKEND.prepare_trainer(context()).await.unwrap()
 }
 
 async fn rollout() -> PreparedRollout {
-    naive::BACKEND.prepare_rollout(context()).await.unwrap()
+    backend_naive::BACKEND.prepare_rollout(context()).await.unwrap()
 }
 
 fn model(seed: u8) -> Vec<Weight> {
@@ -104,7 +104,7 @@ impl RolloutWorker for Logged {
 async fn manager(log: &Log, refuses: bool) -> CheckpointEngineManager {
     let rollouts =
         vec![Logged::prepared("a", log, refuses).await, Logged::prepared("b", log, false).await];
-    CheckpointEngineManager::form(naive::BACKEND, trainer().await, rollouts).await.unwrap()
+    CheckpointEngineManager::form(backend_naive::BACKEND, trainer().await, rollouts).await.unwrap()
 }
 
 #[tokio::test]
@@ -170,7 +170,7 @@ async fn rollouts_that_a_dropped_update_has_paused_are_resumed_before_the_next_o
 /// A trainer and a rollout with a cache, in a group.
 async fn with_cache() -> (Box<dyn TrainerEngine>, CachedEngine) {
     let (trainers, rollouts) = (vec![trainer().await], vec![rollout().await]);
-    let formed = form_local_group(naive::BACKEND, trainers, rollouts).await.unwrap();
+    let formed = form_local_group(backend_naive::BACKEND, trainers, rollouts).await.unwrap();
     let (mut trainers, mut rollouts) = formed;
     (trainers.remove(0), CachedEngine::new(rollouts.remove(0)))
 }
@@ -375,7 +375,7 @@ async fn a_request_in_flight_is_set_aside_for_an_update_and_goes_on_where_it_was
         Box::new(Generating { rollout, request: generates }) as Box<dyn RolloutWorker>
     })];
     let trainer = trainer().await;
-    let formed = CheckpointEngineManager::form(naive::BACKEND, trainer, rollouts).await;
+    let formed = CheckpointEngineManager::form(backend_naive::BACKEND, trainer, rollouts).await;
     let mut manager = formed.unwrap();
     for version in 1..=2 {
         let weights = ensure_async_iterator(model(version));

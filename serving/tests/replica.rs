@@ -39,7 +39,7 @@ struct Trainer {
 impl Trainer {
     async fn lead(at: &ControlConfig, ranks: u32) -> Self {
         let control = ControlPlane::lead(at.clone()).await.unwrap();
-        let registry = Registry::new();
+        let registry = Registry::new().with(backend_naive::BACKEND);
         let group = form_group(&registry, config(), &control).world_size(ranks).deadline(LIMIT);
         let (engine, _) = group.trainer().await.unwrap();
         Self { control, engine }
@@ -87,7 +87,7 @@ impl Running {
 }
 
 fn replica(at: &ControlConfig) -> Replica {
-    Replica::new(Registry::new(), config(), at.clone())
+    Replica::new(Registry::new().with(backend_naive::BACKEND), config(), at.clone())
 }
 
 #[tokio::test]

@@ -1,0 +1,72 @@
+//! A checkpoint engine for trainers and rollouts of one process: hands the weights over without a copy.
+//!
+//! A weight that is contiguous in memory arrives as that memory, shared, on whatever device it is; one that is encoded
+//! on the way (cast, strided, quantised) is encoded once, for all rollouts. A rollout may keep what it received for as
+//! long as it likes. Nothing travels that a digest could guard.
+//!
+//! The ranks say the same to one another as those of any other engine, through queues: it needs no control plane.
+
+mod buckets;
+mod engine;
+mod rank;
+
+use async_trait::async_trait;
+use engine_core::{
+    Availability, Backend, Devices, EngineContext, Error, ErrorKind, Placement, PreparedRollout,
+    PreparedTrainer, Result, Role, WorkerMetadata,
+};
+
+/// The transport's name in configurations.
+const NAME: &str = "naive";
+
+/// The transport as a value, to be registered.
+pub static BACKEND: &dyn Backend = &Naive;
+
+#[derive(Debug)]
+struct Naive;
+
+#[async_trait]
+impl Backend for Naive {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn summary(&self) -> &'static str {
+        "trainer and rollouts in one process, without a copy"
+    }
+
+    fn devices(&self) -> Devices {
+        Devices::Any
+    }
+
+    fn probe(&self) -> Availability {
+        Availability::Usable { details: "always".into() }
+    }
+
+    async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
+        engine::prepare_trainer(context)
+    }
+
+    async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
+        engine::prepare_rollout(context)
+    }
+
+    fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
+        let places = Placement::for_all(NAME, workers)?;
+        let trainer = places[0].own()?;
+        for place in &places[1..] {
+            let peer = place.own()?;
+            let message = if peer.role == Role::Trainer {
+                "naive has one trainer rank"
+            } else if (&peer.host, peer.pid) != (&trainer.host, trainer.pid) {
+                "it is another process than the trainer's: naive stays within one, use ipc"
+            } else {
+                continue;
+            };
+            return Err(
+                Error::new(ErrorKind::Mismatch, "building the topology", message).rank(place.rank)
+            );
+        }
+        Ok(places)
+    }
+}
