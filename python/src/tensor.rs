@@ -1,0 +1,589 @@
+//! Tensors of Python's libraries as weights, and weights as tensors for them. Nothing is copied.
+
+use std::collections::HashMap;
+
+use bytes::Bytes;
+use engine_core::{DType, Error, ErrorKind, Result, Storage, TensorMeta, Weight};
+use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList, PyTuple, PyType};
+
+use crate::errors::{OrRaise, exception};
+use crate::ffi;
+
+/// Types by the names that torch, numpy, ml_dtypes and jax give them, DLPack's code and bits, and the
+/// character of `__array_interface__`; 0 where there is none.
+const TYPES: [(DType, &[&str], u8, char); 20] = [
+    (DType::BOOL, &["bool"], 6, 'b'),
+    (DType::U8, &["uint8"], 1, 'u'),
+    (DType::I8, &["int8"], 0, 'i'),
+    (DType::F8_E5M2, &["float8_e5m2"], 12, ' '),
+    (DType::F8_E4M3, &["float8_e4m3fn"], 10, ' '),
+    (DType::F8_E8M0, &["float8_e8m0fnu"], 14, ' '),
+    (DType::F8_E4M3FNUZ, &["float8_e4m3fnuz"], 11, ' '),
+    (DType::F8_E5M2FNUZ, &["float8_e5m2fnuz"], 13, ' '),
+    (DType::I16, &["int16"], 0, 'i'),
+    (DType::U16, &["uint16"], 1, 'u'),
+    (DType::F16, &["float16"], 2, 'f'),
+    (DType::BF16, &["bfloat16"], 4, ' '),
+    (DType::I32, &["int32"], 0, 'i'),
+    (DType::U32, &["uint32"], 1, 'u'),
+    (DType::F32, &["float32"], 2, 'f'),
+    (DType::C64, &["complex64"], 5, 'c'),
+    (DType::F64, &["float64"], 2, 'f'),
+    (DType::I64, &["int64"], 0, 'i'),
+    (DType::U64, &["uint64"], 1, 'u'),
+    (DType::F4, &["float4_e2m1fn_x2"], 0, ' '),
+];
+
+fn named(name: &str) -> Option<DType> {
+    let name = name.strip_prefix("torch.").unwrap_or(name);
+    let known =
+        TYPES.iter().find(|(dtype, names, ..)| names.contains(&name) || dtype.name() == name);
+    // Packed types have another number of elements than bytes; nothing here says which.
+    known.map(|known| known.0).filter(|dtype| dtype.bytes().is_some())
+}
+
+fn refuse(name: &str, message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Weight, "taking a tensor", message).tensor(name)
+}
+
+/// How a class of tensors is read.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    /// One of ours.
+    Own,
+    /// torch, by its attributes: faster than DLPack, and knows FP8 and parameters in every version.
+    Torch,
+    /// Parts of a tensor, which have no memory of the whole.
+    Distributed,
+    /// numpy, also with the types of `ml_dtypes`.
+    Array,
+    Dlpack,
+    Buffer,
+}
+
+/// What is remembered of classes and types, which are few.
+#[derive(Debug, Default)]
+pub(crate) struct Reader {
+    ways: HashMap<usize, (Way, Py<PyType>)>,
+    dtypes: HashMap<usize, (Option<DType>, Py<PyAny>)>,
+    /// One for each device whose tensors came.
+    #[cfg(feature = "cuda")]
+    streams: HashMap<i32, device_cuda::Stream>,
+}
+
+impl Reader {
+    /// A named tensor as a weight; the inner error is the tensor's.
+    ///
+    /// Of a tensor on a device the work that fills it may not be done: [`synchronize`](Self::synchronize).
+    pub(crate) fn weight(&mut self, name: &str, tensor: &Bound<'_, PyAny>) -> Result<Weight> {
+        let way = self.way(tensor);
+        let raised = |error: PyErr| {
+            let message = format!("{} cannot be read: {error}", class_name(tensor));
+            refuse(name, message)
+        };
+        match way.map_err(raised)? {
+            Way::Own => {
+                let own = tensor.cast::<Tensor>().map_err(|error| raised(error.into()))?;
+                Ok(own.get().weight.clone().with_name(name))
+            }
+            Way::Torch => self.torch(name, tensor).map_err(raised)?,
+            Way::Array => self.array(name, tensor).map_err(raised)?,
+            Way::Dlpack => self.dlpack(name, tensor).map_err(raised)?,
+            Way::Buffer => self.buffer(name, tensor).map_err(raised)?,
+            Way::Distributed => Err(refuse(
+                name,
+                "it is a DTensor, of which this rank has a part: send `tensor.full_tensor()`",
+            )),
+        }
+    }
+
+    fn way(&mut self, tensor: &Bound<'_, PyAny>) -> PyResult<Way> {
+        let class = tensor.get_type();
+        let key = class.as_ptr() as usize;
+        if let Some((way, _)) = self.ways.get(&key) {
+            return Ok(*way);
+        }
+        let way = if class.is_subclass_of::<Tensor>()? {
+            Way::Own
+        } else if class.hasattr("data_ptr")? && class.hasattr("untyped_storage")? {
+            if class.hasattr("full_tensor")? { Way::Distributed } else { Way::Torch }
+        } else if class.hasattr("__array_interface__")? && class.hasattr("dtype")? {
+            Way::Array
+        } else if class.hasattr("__dlpack__")? {
+            Way::Dlpack
+        } else {
+            Way::Buffer
+        };
+        self.ways.insert(key, (way, class.unbind()));
+        Ok(way)
+    }
+
+    fn dtype(&mut self, dtype: &Bound<'_, PyAny>) -> PyResult<Option<DType>> {
+        let key = dtype.as_ptr() as usize;
+        if let Some((known, _)) = self.dtypes.get(&key) {
+            return Ok(*known);
+        }
+        // numpy's types have a name, torch's only words.
+        let name = match dtype.getattr_opt("name")? {
+            Some(name) => name.extract::<String>()?,
+            None => dtype.str()?.to_string(),
+        };
+        let known = named(&name);
+        self.dtypes.insert(key, (known, dtype.clone().unbind()));
+        Ok(known)
+    }
+
+    fn torch(&mut self, name: &str, tensor: &Bound<'_, PyAny>) -> PyResult<Result<Weight>> {
+        let py = tensor.py();
+        if !tensor.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
+            return self.dlpack(name, &tensor.call_method0(intern!(py, "detach"))?);
+        }
+        let dtype = tensor.getattr(intern!(py, "dtype"))?;
+        let Some(known) = self.dtype(&dtype)? else {
+            return Ok(Err(refuse(name, format!("no checkpoint has the type {dtype}"))));
+        };
+        let flagged = |flag| tensor.call_method0(flag)?.is_truthy();
+        if flagged(intern!(py, "is_neg"))?
+            || known == DType::C64 && flagged(intern!(py, "is_conj"))?
+        {
+            let message =
+                "it is a lazy negation or conjugation: send `tensor.resolve_neg().resolve_conj()`";
+            return Ok(Err(refuse(name, message)));
+        }
+        let shape: Vec<u64> = tensor.getattr(intern!(py, "shape"))?.extract()?;
+        let strides = if flagged(intern!(py, "is_contiguous"))? {
+            None
+        } else {
+            Some(tensor.call_method0(intern!(py, "stride"))?.extract::<Vec<i64>>()?)
+        };
+        let address: usize = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        Ok(of_memory(name, known, shape, strides, address, tensor))
+    }
+
+    fn array(&mut self, name: &str, array: &Bound<'_, PyAny>) -> PyResult<Result<Weight>> {
+        let py = array.py();
+        let dtype = array.getattr(intern!(py, "dtype"))?;
+        let Some(known) = self.dtype(&dtype)? else {
+            return Ok(Err(refuse(name, format!("no checkpoint has the type {dtype}"))));
+        };
+        let interface = array.getattr(intern!(py, "__array_interface__"))?;
+        let typestr: String = interface.get_item(intern!(py, "typestr"))?.extract()?;
+        if typestr.starts_with('>') {
+            return Ok(Err(refuse(name, "its bytes are in big-endian order")));
+        }
+        let shape: Vec<u64> = interface.get_item(intern!(py, "shape"))?.extract()?;
+        let (address, _): (usize, bool) = interface.get_item(intern!(py, "data"))?.extract()?;
+        let strides: Option<Vec<i64>> = interface.get_item(intern!(py, "strides"))?.extract()?;
+        // `named` knows types of whole bytes only.
+        let size = known.bytes().unwrap_or(1) as i64;
+        let strides = match strides {
+            Some(strides) if strides.iter().any(|stride| stride % size != 0) => {
+                return Ok(Err(refuse(name, "its elements do not lie on whole elements")));
+            }
+            strides => strides.map(|strides| strides.into_iter().map(|s| s / size).collect()),
+        };
+        Ok(of_memory(name, known, shape, strides, address, array))
+    }
+
+    fn dlpack(&mut self, name: &str, tensor: &Bound<'_, PyAny>) -> PyResult<Result<Weight>> {
+        let py = tensor.py();
+        let device = tensor.call_method0(intern!(py, "__dlpack_device__"))?;
+        let (kind, number): (i32, i32) = device.extract()?;
+        let export = intern!(py, "__dlpack__");
+        const CUDA: i32 = 2;
+        let capsule = if kind == CUDA {
+            let stream = match self.stream(number) {
+                Ok(stream) => stream,
+                Err(error) => return Ok(Err(error.tensor(name))),
+            };
+            let arguments = PyDict::new(py);
+            arguments.set_item("stream", stream)?;
+            tensor.call_method(export, (), Some(&arguments))?
+        } else {
+            tensor.call_method0(export)?
+        };
+        ffi::of_capsule(name, &capsule)
+    }
+
+    fn buffer(&self, name: &str, object: &Bound<'_, PyAny>) -> PyResult<Result<Weight>> {
+        let view = object.py().import("builtins")?.getattr("memoryview")?.call1((object,))?;
+        let format: String = view.getattr("format")?.extract()?;
+        let size: u64 = view.getattr("itemsize")?.extract()?;
+        let kind = match format.trim_start_matches(['@', '=', '<']) {
+            "?" => 'b',
+            "e" | "f" | "d" => 'f',
+            "b" | "h" | "i" | "l" | "q" => 'i',
+            "c" | "B" | "H" | "I" | "L" | "Q" => 'u',
+            _ => ' ',
+        };
+        let known = TYPES.iter().find(|(dtype, .., known)| {
+            kind != ' ' && *known == kind && dtype.bytes() == Some(size)
+        });
+        let Some(&(dtype, ..)) = known else {
+            let message = format!(
+                "no checkpoint has the type `{format}` of {}: give it one with `ckpt_engine.Tensor(data, dtype, \
+                 shape)`",
+                class_name(object)
+            );
+            return Ok(Err(refuse(name, message)));
+        };
+        let shape: Vec<u64> = view.getattr("shape")?.extract()?;
+        let bytes = ffi::buffer(object)?;
+        Ok(Weight::new(name, dtype, shape, bytes))
+    }
+
+    /// The stream that waits for the work that fills tensors of a device.
+    #[cfg(feature = "cuda")]
+    fn stream(&mut self, ordinal: i32) -> Result<usize> {
+        use std::collections::hash_map::Entry;
+        let stream = match self.streams.entry(ordinal) {
+            Entry::Occupied(stream) => stream.into_mut(),
+            Entry::Vacant(place) => {
+                let device = device_cuda::Device::open(ordinal)?;
+                place.insert(device_cuda::Stream::new(&device)?)
+            }
+        };
+        Ok(stream.as_raw().expose_provenance())
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn stream(&mut self, _: i32) -> Result<usize> {
+        let message = "it is on a CUDA device, and this package was built without `cuda`";
+        Err(Error::new(ErrorKind::Backend, "taking a tensor", message))
+    }
+
+    /// Waits until the tensors of devices that were read are filled: for their producers' streams, not for the
+    /// devices.
+    pub(crate) fn synchronize(&self, py: Python<'_>) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        py.detach(|| self.streams.values().try_for_each(device_cuda::Stream::synchronize))?;
+        #[cfg(not(feature = "cuda"))]
+        let _: Python<'_> = py;
+        Ok(())
+    }
+}
+
+fn class_name(object: &Bound<'_, PyAny>) -> String {
+    object.get_type().fully_qualified_name().map_or("an object".into(), |name| name.to_string())
+}
+
+/// Host memory that an object keeps, as a weight.
+fn of_memory(
+    name: &str,
+    dtype: DType,
+    shape: Vec<u64>,
+    strides: Option<Vec<i64>>,
+    address: usize,
+    owner: &Bound<'_, PyAny>,
+) -> Result<Weight> {
+    let meta = TensorMeta::new(name, dtype, shape);
+    let len = meta.validate()?;
+    // `named` knows types of whole bytes only.
+    let size = dtype.bytes().unwrap_or(1);
+    let too_large = || refuse(name, "it is too large");
+    let extent = match &strides {
+        None => Some(len),
+        Some(_) if len == 0 => Some(0),
+        Some(strides) => {
+            if strides.len() != meta.shape.len() || strides.iter().any(|&stride| stride < 0) {
+                return Err(refuse(name, "it has negative strides: send a copy"));
+            }
+            let last = meta.shape.iter().zip(strides).try_fold(0_u64, |last, (&side, &stride)| {
+                last.checked_add((side - 1).checked_mul(stride.unsigned_abs())?)
+            });
+            last.and_then(|last| last.checked_add(1)?.checked_mul(size))
+        }
+    };
+    let extent = extent.and_then(|extent| usize::try_from(extent).ok()).ok_or_else(too_large)?;
+    if address == 0 && extent > 0 {
+        let message =
+            "it has no memory of its own (a fake, lazy or distributed tensor?): send a real one";
+        return Err(refuse(name, message));
+    }
+    let bytes = ffi::host_memory(address, extent, owner);
+    match strides {
+        None => Weight::from_meta(meta, bytes),
+        Some(strides) => Weight::strided(name, dtype, meta.shape, strides, 0, bytes),
+    }
+}
+
+/// A tensor that owns its memory, read-only: one that was received, or bytes of any object with a type and a
+/// shape.
+#[pyclass(frozen, module = "ckpt_engine")]
+#[derive(Debug)]
+pub(crate) struct Tensor {
+    weight: Weight,
+}
+
+impl Tensor {
+    pub(crate) fn new(weight: Weight) -> Self {
+        Self { weight }
+    }
+
+    fn dtype(&self) -> DType {
+        self.weight.meta().dtype
+    }
+
+    fn bytes(&self, py: Python<'_>) -> PyResult<Storage> {
+        match self.weight.storage() {
+            Some(storage) => Ok(storage.clone()),
+            // Strided: packed for whoever asks.
+            None => py.detach(|| self.weight.to_bytes()).or_raise(py).map(Storage::from),
+        }
+    }
+
+    fn host(&self, py: Python<'_>) -> PyResult<Bytes> {
+        match self.bytes(py)? {
+            Storage::Host(bytes) => Ok(bytes),
+            Storage::Device(bytes) => {
+                let device = bytes.memory().device();
+                Err(PyBufferError::new_err(format!("the tensor is on {device}: use DLPack")))
+            }
+        }
+    }
+
+    fn device(&self) -> PyResult<(i32, i32)> {
+        let Some(Storage::Device(_)) = self.weight.storage() else { return Ok((1, 0)) };
+        let slice = self.weight.storage().and_then(device_cuda::CudaSlice::of_storage);
+        let slice = slice.ok_or_else(|| PyBufferError::new_err("its device has no number"))?;
+        Ok((2, slice.device().ordinal()))
+    }
+
+    fn sides(&self) -> PyResult<Vec<i64>> {
+        let sides = self.weight.meta().shape.iter().map(|&side| i64::try_from(side));
+        sides.collect::<std::result::Result<_, _>>().map_err(|_| PyValueError::new_err("too large"))
+    }
+
+    fn typestr(&self) -> Option<String> {
+        let &(dtype, .., kind) = TYPES.iter().find(|known| known.0 == self.dtype())?;
+        let size = dtype.bytes()?;
+        let order = if size == 1 { '|' } else { '<' };
+        (kind != ' ').then(|| format!("{order}{kind}{size}"))
+    }
+}
+
+#[pymethods]
+impl Tensor {
+    /// A view of an object's memory, with another type and shape where they are given.
+    #[new]
+    #[pyo3(signature = (data, dtype=None, shape=None))]
+    fn make(
+        py: Python<'_>,
+        data: &Bound<'_, PyAny>,
+        dtype: Option<&str>,
+        shape: Option<Vec<u64>>,
+    ) -> PyResult<Self> {
+        let name = "tensor";
+        let known = |text: &str| {
+            named(text).ok_or_else(|| PyValueError::new_err(format!("no type is named {text:?}")))
+        };
+        let dtype = dtype.map(known).transpose()?;
+        if let (Some(dtype), true) = (dtype, is_plain_buffer(data)?) {
+            let bytes = ffi::buffer(data)?;
+            let size = dtype.bytes().unwrap_or(1);
+            let shape = shape.unwrap_or_else(|| vec![bytes.len() as u64 / size]);
+            return Ok(Self::new(Weight::new(name, dtype, shape, bytes).or_raise(py)?));
+        }
+        let mut reader = Reader::default();
+        let weight = reader.weight(name, data).or_raise(py)?;
+        reader.synchronize(py).or_raise(py)?;
+        if dtype.is_none() && shape.is_none() {
+            return Ok(Self::new(weight));
+        }
+        let Some(storage) = weight.storage() else {
+            return Err(PyValueError::new_err("a tensor that is not contiguous has no other view"));
+        };
+        let dtype = dtype.unwrap_or(weight.meta().dtype);
+        let shape = shape.unwrap_or_else(|| weight.meta().shape.to_vec());
+        Ok(Self::new(Weight::new(name, dtype, shape, storage.clone()).or_raise(py)?))
+    }
+
+    /// The name that it was received by.
+    #[getter]
+    fn name(&self) -> &str {
+        self.weight.name()
+    }
+
+    #[getter(dtype)]
+    fn dtype_name(&self) -> &'static str {
+        self.dtype().name()
+    }
+
+    #[getter]
+    fn shape<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, self.weight.meta().shape.iter())
+    }
+
+    #[getter]
+    fn nbytes(&self) -> u64 {
+        self.weight.byte_len()
+    }
+
+    /// `cpu`, or `cuda:0`.
+    #[getter(device)]
+    fn device_name(&self) -> String {
+        match self.weight.storage() {
+            Some(Storage::Device(bytes)) => bytes.memory().device(),
+            _ => "cpu".into(),
+        }
+    }
+
+    fn __repr__(&self) -> String {
+        let meta = self.weight.meta();
+        format!("<ckpt_engine.Tensor {} {:?} on {}>", meta.dtype, meta.shape, self.device_name())
+    }
+
+    fn __dlpack_device__(&self) -> PyResult<(i32, i32)> {
+        self.device()
+    }
+
+    #[pyo3(signature = (*, stream=None, max_version=None, dl_device=None, copy=None))]
+    fn __dlpack__<'py>(
+        &self,
+        py: Python<'py>,
+        stream: Option<&Bound<'py, PyAny>>,
+        max_version: Option<(u32, u32)>,
+        dl_device: Option<(i32, i32)>,
+        copy: Option<bool>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        // Whatever wrote the bytes was waited for before they were verified: every stream may read them.
+        let _: Option<&Bound<'_, PyAny>> = stream;
+        let device = self.device()?;
+        if dl_device.is_some_and(|wanted| wanted != device) {
+            return Err(PyBufferError::new_err("the tensor is on another device; copy it there"));
+        }
+        let known = TYPES.iter().find(|known| known.0 == self.dtype());
+        let Some(&(dtype, _, code, _)) = known else {
+            let message = format!("DLPack has no code for {}", self.dtype());
+            return Err(PyBufferError::new_err(message));
+        };
+        let mut bytes = self.bytes(py)?;
+        if copy == Some(true) {
+            let host = self.host(py)?;
+            bytes = py.detach(|| Storage::from(host.to_vec()));
+        }
+        let address = match &bytes {
+            Storage::Host(bytes) => bytes.as_ptr().expose_provenance() as u64,
+            Storage::Device(_) => device_cuda::CudaSlice::of_storage(&bytes)
+                .ok_or_else(|| PyBufferError::new_err("its device is not known"))?
+                .address(),
+        };
+        let (bits, shape) = (dtype.bits() as u8, self.sides()?);
+        let description = ffi::Description { address, device, code, bits, shape };
+        let versioned = max_version.is_some_and(|(major, _)| major >= 1);
+        ffi::export(py, bytes, description, versioned)
+    }
+
+    /// What numpy reads without a copy; not there for types that numpy does not have.
+    #[getter]
+    fn __array_interface__<'py>(
+        slf: &Bound<'py, Self>,
+        py: Python<'py>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let this = slf.get();
+        let Some(typestr) = this.typestr() else {
+            let message = format!(
+                "numpy has no type for {}: use `.torch()`, or `.numpy()` with the package ml_dtypes",
+                this.dtype()
+            );
+            return Err(pyo3::exceptions::PyAttributeError::new_err(message));
+        };
+        if this.weight.storage().is_none() {
+            return Err(pyo3::exceptions::PyAttributeError::new_err("it is not contiguous"));
+        }
+        let bytes = this.host(py)?;
+        let interface = PyDict::new(py);
+        interface.set_item("version", 3)?;
+        interface.set_item("typestr", typestr)?;
+        interface.set_item("shape", this.shape(py)?)?;
+        interface.set_item("data", (bytes.as_ptr().expose_provenance(), true))?;
+        Ok(interface)
+    }
+
+    /// A tensor of torch over the same memory, which it keeps. torch knows no read-only memory: do not write to it.
+    fn torch<'py>(slf: &Bound<'py, Self>, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let torch = py.import(intern!(py, "torch"))?;
+        let known = TYPES.iter().find(|known| known.0 == slf.get().dtype());
+        // Older versions of torch take no FP8 by DLPack, all of them bytes.
+        if let Some((dtype, names, code @ 10.., _)) = known
+            && dtype.bits() == 8
+        {
+            let _: &u8 = code;
+            let this = slf.get();
+            let storage = this.bytes(py)?;
+            let shape = this.weight.meta().shape.clone();
+            let weight = Weight::new(this.weight.name(), DType::U8, shape, storage).or_raise(py)?;
+            let bytes = Bound::new(py, Self::new(weight))?;
+            let tensor = torch.call_method1(intern!(py, "from_dlpack"), (bytes,))?;
+            return tensor.call_method1(intern!(py, "view"), (torch.getattr(names[0])?,));
+        }
+        torch.call_method1(intern!(py, "from_dlpack"), (slf,))
+    }
+
+    /// An array of numpy over the same memory, read-only, which it keeps. BF16 and FP8 need the package ml_dtypes.
+    fn numpy<'py>(slf: &Bound<'py, Self>, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let numpy = py.import(intern!(py, "numpy"))?;
+        let this = slf.get();
+        if this.typestr().is_some() {
+            return numpy.call_method1(intern!(py, "asarray"), (slf,));
+        }
+        let known = TYPES.iter().find(|known| known.0 == this.dtype());
+        let name = known.map_or("", |known| known.1[0]);
+        let types = py.import("ml_dtypes").map_err(|_| {
+            let dtype = this.dtype();
+            PyTypeError::new_err(format!("numpy has {dtype} only with the package ml_dtypes"))
+        })?;
+        let (bytes, shape) = (this.bytes(py)?, vec![this.nbytes()]);
+        let weight = Weight::new(this.weight.name(), DType::U8, shape, bytes).or_raise(py)?;
+        let bytes = Bound::new(py, Self::new(weight))?;
+        let array = numpy.call_method1(intern!(py, "asarray"), (bytes,))?;
+        let array = array.call_method1("view", (types.getattr(name)?,))?;
+        array.call_method1("reshape", (this.shape(py)?,))
+    }
+
+    /// A copy of its bytes.
+    fn tobytes(&self, py: Python<'_>) -> PyResult<Py<pyo3::types::PyBytes>> {
+        let bytes = self.host(py)?;
+        Ok(pyo3::types::PyBytes::new(py, &bytes).unbind())
+    }
+}
+
+/// Whether an object has a buffer and no types of its own: `bytes`, `bytearray`, `memoryview`, `mmap`.
+fn is_plain_buffer(object: &Bound<'_, PyAny>) -> PyResult<bool> {
+    let class = object.get_type();
+    Ok(!class.hasattr("__dlpack__")? && !class.hasattr("dtype")?)
+}
+
+/// Splits an item of a program's stream.
+pub(crate) fn item<'py>(
+    item: &Bound<'py, PyAny>,
+) -> PyResult<(Bound<'py, pyo3::types::PyString>, Bound<'py, PyAny>)> {
+    let wrong = || {
+        let message =
+            format!("the stream has to yield (name, tensor), and yielded {}", class_name(item));
+        PyTypeError::new_err(message)
+    };
+    let pair = if let Ok(pair) = item.cast::<PyTuple>() {
+        (pair.len() == 2).then(|| Ok::<_, PyErr>((pair.get_item(0)?, pair.get_item(1)?)))
+    } else if let Ok(pair) = item.cast::<PyList>() {
+        (pair.len() == 2).then(|| Ok((pair.get_item(0)?, pair.get_item(1)?)))
+    } else {
+        None
+    };
+    let (name, tensor) = pair.ok_or_else(wrong)??;
+    Ok((name.cast_into().map_err(|_| wrong())?, tensor))
+}
+
+/// A weight made of an item of a program's stream.
+pub(crate) fn weight(
+    reader: &mut Reader,
+    py: Python<'_>,
+    name: &Bound<'_, pyo3::types::PyString>,
+    tensor: &Bound<'_, PyAny>,
+) -> PyResult<Weight> {
+    let name = name.to_str()?;
+    reader.weight(name, tensor).map_err(|error| exception(py, &error))
+}
