@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::BucketKind;
 use engine_core::{Error, ErrorKind, Rank, Result, Storage};
@@ -94,8 +95,8 @@ pub(crate) struct Incoming {
 
 #[async_trait]
 impl FetchLink for Incoming {
-    fn card(&self) -> bytes::Bytes {
-        bytes::Bytes::new()
+    fn card(&self) -> Bytes {
+        Bytes::new()
     }
 
     fn bucket_kind(&self) -> BucketKind {
