@@ -210,7 +210,7 @@ fn the_metrics_page_is_made_from_the_table() {
          on the trainer, `fetch`, `verify` and `install` on a rollout. `install` lasts from a bucket \
          being handed to the caller until the caller asks for the next.\n\n\
          ```\n\
-         CKPT_ENGINE_LOG=engine_core=debug ckpt-engine sync --synthetic tiny-moe\n\
+         CKPT_ENGINE_LOG=protocol=debug ckpt-engine sync --synthetic tiny-moe\n\
          ```\n",
     );
     is_up_to_date("metrics.md", &page);
