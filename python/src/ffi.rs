@@ -39,7 +39,7 @@ impl AsRef<[u8]> for OfObject {
 ///
 /// There are `len` bytes at `address` as long as `owner` lives, and nobody writes to them until the last
 /// view is dropped. A program that sends weights promises the second: they are unchanged while they are sent.
-unsafe fn of_object(address: usize, len: usize, owner: Py<PyAny>) -> Bytes {
+pub(crate) unsafe fn of_object(address: usize, len: usize, owner: Py<PyAny>) -> Bytes {
     if len == 0 {
         Bytes::new()
     } else {
@@ -306,11 +306,4 @@ fn capsule<'py, M: Managed>(
     }
     // SAFETY: a new reference to an object, not null.
     Ok(unsafe { Bound::from_owned_ptr(py, capsule) })
-}
-
-/// Host memory at an address that an object says is its own.
-pub(crate) fn host_memory(address: usize, len: usize, owner: &Bound<'_, PyAny>) -> Bytes {
-    // SAFETY: the object is a tensor that said where its memory is and how large, and its library keeps that as
-    // long as the object lives. A program that sends weights promises that they are unchanged meanwhile.
-    unsafe { of_object(address, len, owner.clone().unbind()) }
 }

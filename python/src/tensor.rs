@@ -303,7 +303,10 @@ fn of_memory(
             "it has no memory of its own (a fake, lazy or distributed tensor?): send a real one";
         return Err(refuse(name, message));
     }
-    let bytes = ffi::host_memory(address, extent, owner);
+    #[expect(unsafe_code, reason = "an object is believed what it says of its own memory")]
+    // SAFETY: the object is a tensor that said where its memory is, of which type and shape; its library keeps that as
+    // long as the object lives. One that lies could as well lie to torch.
+    let bytes = unsafe { ffi::of_object(address, extent, owner.clone().unbind()) };
     match strides {
         None => Weight::from_meta(meta, bytes),
         Some(strides) => Weight::strided(name, dtype, meta.shape, strides, 0, bytes),
