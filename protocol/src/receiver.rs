@@ -144,42 +144,6 @@ impl<L: FetchLink> Receiver<L> {
         }
     }
 
-    /// Waits for the next update; see
-    /// [`RolloutEngine::receive_weights`].
-    ///
-    /// # Cancel safety
-    ///
-    /// Dropping the future loses nothing.
-    ///
-    /// # Errors
-    ///
-    /// `Timeout` if no update begins within the deadline, `PeerLost` if the trainer is gone,
-    /// `Mismatch` if the update has another version than the one expected.
-    pub async fn receive(&mut self, expected: Option<Version>) -> Result<ReceivedWeights<'_>> {
-        // The trainer may wait for this rank already.
-        self.link.listen(self.deadline / 4).await;
-        self.follower.wait(expected, "waiting for an update to begin", Instant::now());
-        let begin = Waiting(self).until_entered().await?;
-        let version = begin.version;
-        let outcome = Outcome::default();
-        let session = Session {
-            begin,
-            arrivals: FuturesUnordered::new(),
-            here: BTreeMap::new(),
-            at_work: None,
-            stages: ReceiveStages::default(),
-            installing: None,
-            span: tracing::info_span!("receive", %version),
-            outcome: outcome.clone(),
-            receiver: self,
-        };
-        let buckets = futures::stream::try_unfold(session, |mut session| async move {
-            let bucket = session.next().await?;
-            Ok(bucket.map(|bucket| (bucket, session)))
-        });
-        Ok(ReceivedWeights::new(version, outcome, buckets))
-    }
-
     /// Tells the leader that this rank enters an update.
     fn enter(&mut self, update: u64, plan: Option<u64>) {
         if let Err(error) = self.ledger.enter(update, self.link.card(), plan) {
@@ -199,7 +163,28 @@ impl<L: FetchLink> CheckpointEngine for Receiver<L> {
 #[async_trait]
 impl<L: FetchLink> RolloutEngine for Receiver<L> {
     async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
-        self.receive(version).await
+        // The trainer may wait for this rank already.
+        self.link.listen(self.deadline / 4).await;
+        self.follower.wait(version, "waiting for an update to begin", Instant::now());
+        let begin = Waiting(self).until_entered().await?;
+        let version = begin.version;
+        let outcome = Outcome::default();
+        let session = Session {
+            begin,
+            arrivals: FuturesUnordered::new(),
+            here: BTreeMap::new(),
+            at_work: None,
+            stages: ReceiveStages::default(),
+            installing: None,
+            span: tracing::info_span!("receive", %version),
+            outcome: outcome.clone(),
+            receiver: self,
+        };
+        let buckets = futures::stream::try_unfold(session, |mut session| async move {
+            let bucket = session.next().await?;
+            Ok(bucket.map(|bucket| (bucket, session)))
+        });
+        Ok(ReceivedWeights::new(version, outcome, buckets))
     }
 }
 

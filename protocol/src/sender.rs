@@ -84,45 +84,6 @@ impl<L: SendLink> Sender<L> {
         self
     }
 
-    /// Sends one update; see
-    /// [`TrainerEngine::send_weights`].
-    ///
-    /// # Cancel safety
-    ///
-    /// Dropping the future aborts the update on every rank; the next one works.
-    ///
-    /// # Errors
-    ///
-    /// The first failure of any rank, naming rank, bucket and version.
-    #[tracing::instrument(skip_all, fields(version = %version))]
-    pub async fn send(
-        &mut self,
-        weights: WeightStream<'_>,
-        version: Version,
-    ) -> Result<SendReport> {
-        let Self { link, leader, control, deadline, meter } = self;
-        let control: &dyn Control = &**control;
-        // Losses between updates are no failure: the rank takes no part in this one.
-        while let Some(event) = arrived_event(control).await? {
-            leader.event(event, Instant::now());
-            flush(&mut **leader, control, meter);
-        }
-        let buckets = leader.plan().buckets.len();
-        let topology = link.topology(leader.rollouts(), buckets);
-        let collector = Collector::new(leader.plan(), planner(link)?);
-        leader.begin(control.next_update(), version, topology, Instant::now())?;
-        let work = Trainer { control, meter, deadline: *deadline };
-        let sent = work.update(&mut **leader, link, collector, weights).await;
-        let report = sent.inspect_err(|error| warn!(%error, "update aborted"))?;
-        info!(
-            tensors = report.counts.tensors,
-            buckets = report.buckets,
-            gb_per_s = report.gb_per_s(),
-            "update committed"
-        );
-        Ok(report)
-    }
-
     /// Waits until colocated ranks have released all buckets, but no longer than that; whether they have. After
     /// the last update: before the slots are freed.
     async fn wait_until_released(&mut self, limit: Duration) -> bool {
@@ -151,18 +112,41 @@ impl<L: SendLink> CheckpointEngine for Sender<L> {
 
 #[async_trait]
 impl<L: SendLink> TrainerEngine for Sender<L> {
+    #[tracing::instrument(name = "send", skip_all, fields(version = %version))]
     async fn send_weights(
         &mut self,
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport> {
-        self.send(weights, version).await
+        let Self { link, leader, control, deadline, meter } = self;
+        let control: &dyn Control = &**control;
+        // Losses between updates are no failure: the rank takes no part in this one.
+        while let Some(event) = arrived_event(control).await? {
+            leader.event(event, Instant::now());
+            flush(&mut **leader, control, meter);
+        }
+        let buckets = leader.plan().buckets.len();
+        let topology = link.topology(leader.rollouts(), buckets);
+        let collector = Collector::new(leader.plan(), planner(link)?);
+        leader.begin(control.next_update(), version, topology, Instant::now())?;
+        let work = Trainer { control, meter, deadline: *deadline };
+        let sent = work.update(&mut **leader, link, collector, weights).await;
+        let report = sent.inspect_err(|error| warn!(%error, "update aborted"))?;
+        info!(
+            tensors = report.counts.tensors,
+            buckets = report.buckets,
+            gb_per_s = report.gb_per_s(),
+            "update committed"
+        );
+        Ok(report)
     }
 }
 
 /// The side of the protocol of a trainer other than the leader, over a transport's link.
 ///
-/// Its stream has the same weights as the leader's, in the same order.
+/// Its stream has the same weights as the leader's, in the same order, and it sends a part of the buckets of the leader's
+/// next update, which has to be of its version. `Mismatch` if the leader has another stream. The report counts the
+/// weights of the whole stream, and has no receivers: they report to the leader.
 #[derive(Debug)]
 pub struct CoSender<L> {
     link: L,
@@ -192,32 +176,6 @@ impl<L: SendLink> CoSender<L> {
             meter,
         }
     }
-
-    /// Sends this rank's part of the leader's next update, which has to be of this version.
-    ///
-    /// The report counts the weights of the whole stream, and has no receivers: they report to the leader.
-    ///
-    /// # Cancel safety
-    ///
-    /// Dropping the future aborts the update on every rank; the next one works.
-    ///
-    /// # Errors
-    ///
-    /// The first failure of any rank; `Mismatch` if the leader sends another version or has another
-    /// stream.
-    #[tracing::instrument(skip_all, fields(version = %version))]
-    pub async fn send(
-        &mut self,
-        weights: WeightStream<'_>,
-        version: Version,
-    ) -> Result<SendReport> {
-        let Self { link, secondary, control, deadline, meter } = self;
-        let control: &dyn Control = &**control;
-        let collector = Collector::new(secondary.plan(), planner(link)?);
-        secondary.begin(version, Instant::now());
-        let work = Trainer { control, meter, deadline: *deadline };
-        work.update(&mut **secondary, link, collector, weights).await
-    }
 }
 
 #[async_trait]
@@ -230,12 +188,18 @@ impl<L: SendLink> CheckpointEngine for CoSender<L> {
 
 #[async_trait]
 impl<L: SendLink> TrainerEngine for CoSender<L> {
+    #[tracing::instrument(name = "send", skip_all, fields(version = %version))]
     async fn send_weights(
         &mut self,
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport> {
-        self.send(weights, version).await
+        let Self { link, secondary, control, deadline, meter } = self;
+        let control: &dyn Control = &**control;
+        let collector = Collector::new(secondary.plan(), planner(link)?);
+        secondary.begin(version, Instant::now());
+        let work = Trainer { control, meter, deadline: *deadline };
+        work.update(&mut **secondary, link, collector, weights).await
     }
 }
 

@@ -16,8 +16,8 @@ use engine_core::memory::{Job, Pool};
 use engine_core::plan::{BucketKind, Piece};
 use engine_core::{
     CheckpointEngineConfig, DType, Encoding, EngineContext, Error, ErrorKind, ErrorReport, Rank,
-    Recovery, Result, SendReport, Storage, TensorMeta, Treatment, Version, Weight,
-    ensure_async_iterator,
+    Recovery, Result, RolloutEngine as _, SendReport, Storage, TensorMeta, TrainerEngine as _,
+    Treatment, Version, Weight, ensure_async_iterator,
 };
 
 const BUCKET: u64 = 1024;
@@ -85,7 +85,7 @@ fn weights(count: u64) -> Vec<Weight> {
 }
 
 async fn send(sender: &mut Sender<Slots>, version: u64) -> Result<SendReport> {
-    sender.send(ensure_async_iterator(weights(3)), Version(version)).await
+    sender.send_weights(ensure_async_iterator(weights(3)), Version(version)).await
 }
 
 /// A rollout by hand.
@@ -321,7 +321,7 @@ async fn a_stream_that_blocks_its_thread_for_longer_than_a_deadline_makes_nobody
     let (leader, rollout) = planes();
     let (mut sender, hand) = (sender(&leader, 0.3), Hand(rollout));
     let blocking = weights(3).into_iter().inspect(|_| std::thread::sleep(LIMIT / 60));
-    let sending = sender.send(ensure_async_iterator(blocking), Version(1));
+    let sending = sender.send_weights(ensure_async_iterator(blocking), Version(1));
     let (sent, ()) = futures::future::join(sending, hand.receive()).await;
     sent.unwrap();
 }
@@ -360,7 +360,7 @@ async fn a_bucket_that_is_never_filled_is_a_timeout_that_says_that_its_weights_a
     let stuck = Arc::new(Stuck::default());
     let meta = TensorMeta::new("stuck", DType::U8, [16]);
     let weight = Weight::encoded(meta, stuck.clone(), Treatment::Plain);
-    let sending = sender.send(ensure_async_iterator([weight]), Version(1));
+    let sending = sender.send_weights(ensure_async_iterator([weight]), Version(1));
     let entering = async { hand.enter(hand.begin().await.update, None, Vec::new()) };
     let (sent, ()) =
         tokio::time::timeout(LIMIT, futures::future::join(sending, entering)).await.unwrap();
@@ -414,7 +414,7 @@ async fn a_bucket_that_is_refused_is_released_and_the_next_update_is_entered_wit
     for (update, (body, index)) in (1..).zip(cases) {
         tell(&leader, &begin(update));
         leader.send(Rank(1), body).unwrap();
-        let mut received = receiver.receive(None).await.unwrap();
+        let mut received = receiver.receive_weights(None).await.unwrap();
         assert_eq!(received.next_bucket().await.unwrap_err().kind(), ErrorKind::Protocol);
         drop(received);
         let entered = hear(&leader).await;
@@ -471,7 +471,7 @@ async fn a_weight_that_is_larger_than_a_bucket_is_whole_where_buckets_are_lists_
     let mut receiver = Receiver::new(Zeros, &context(5.0), rollout, Pool::new(1).unwrap());
     tell(&leader, &begin(1));
     tell(&leader, &bucket(1, 0, larger()));
-    let mut received = receiver.receive(None).await.unwrap();
+    let mut received = receiver.receive_weights(None).await.unwrap();
     assert_eq!(received.next_bucket().await.unwrap_err().kind(), ErrorKind::Protocol);
 
     let (leader, rollout) = planes();
@@ -479,7 +479,7 @@ async fn a_weight_that_is_larger_than_a_bucket_is_whole_where_buckets_are_lists_
     let mut receiver = Receiver::new(link, &context(5.0), rollout, Pool::new(1).unwrap());
     tell(&leader, &begin(1));
     tell(&leader, &bucket(1, 0, larger()));
-    let mut received = receiver.receive(None).await.unwrap();
+    let mut received = receiver.receive_weights(None).await.unwrap();
     let bucket = received.next_bucket().await.unwrap().unwrap();
     assert_eq!(bucket.pieces().next().unwrap().bytes.len(), 2 * BUCKET);
 }
@@ -493,7 +493,7 @@ async fn a_list_is_released_when_more_is_asked_for_whatever_of_it_is_kept() {
     tell(&leader, &begin(1));
     tell(&leader, &bucket(1, 0, pieces()));
     tell(&leader, &bucket(1, 1, pieces()));
-    let mut received = receiver.receive(None).await.unwrap();
+    let mut received = receiver.receive_weights(None).await.unwrap();
     assert!(matches!(hear(&leader).await, ToSender::Entered { .. }));
     let first = received.next_bucket().await.unwrap().unwrap();
     assert_eq!(leader.recv(Duration::ZERO).await.unwrap(), None, "it is at work on it");
@@ -515,10 +515,10 @@ async fn an_update_that_begins_within_another_one_is_received_next() {
     tell(&leader, &begin(1));
     // The end of the first one was lost on the way.
     tell(&leader, &begin(2));
-    let mut received = receiver.receive(None).await.unwrap();
+    let mut received = receiver.receive_weights(None).await.unwrap();
     assert_eq!(received.version(), Version(1));
     let error = received.next_bucket().await.unwrap_err();
     assert_eq!((error.kind(), error.report().recovery), (ErrorKind::Protocol, Recovery::Retry));
     drop(received);
-    assert_eq!(receiver.receive(None).await.unwrap().version(), Version(2));
+    assert_eq!(receiver.receive_weights(None).await.unwrap().version(), Version(2));
 }

@@ -14,12 +14,13 @@ use super::{LONG, within};
 use engine_core::control::Control;
 use engine_core::memory::Pool;
 use engine_core::{
-    CheckpointEngine, EngineContext, ErrorReport, Result, SendReport, StageTimes, TensorCounts,
-    TrainerEngine, Version, WeightStream,
+    CheckpointEngine, EngineContext, ErrorReport, Result, RolloutEngine as _, SendReport,
+    StageTimes, TensorCounts, TrainerEngine, Version, WeightStream,
 };
 
 /// The side of the protocol of an idle trainer: it takes its stream to the end, which may be what
-/// gathers the weights of others, and hears from the leader whether the update has happened.
+/// gathers the weights of others, and hears from the leader whether the update has happened, which has to be of its
+/// version. The report counts the weights of this rank's stream, and has no receivers: they report to the leader.
 #[derive(Debug)]
 pub struct Witness {
     control: Arc<dyn Control>,
@@ -37,31 +38,6 @@ impl Witness {
             deadline,
         }
     }
-
-    /// Takes part in the leader's next update, which has to be of this version.
-    ///
-    /// The report counts the weights of this rank's stream, and has no receivers: they report to the leader.
-    ///
-    /// # Cancel safety
-    ///
-    /// Dropping the future changes nothing for other ranks, unless they need this rank's stream.
-    ///
-    /// # Errors
-    ///
-    /// The first failure of any rank, or of this rank's stream; `Timeout` if the leader begins no update;
-    /// `Mismatch` if it begins one of another version.
-    pub async fn send(
-        &mut self,
-        weights: WeightStream<'_>,
-        version: Version,
-    ) -> Result<SendReport> {
-        let drained = drain(weights, version, self.deadline);
-        let operation = "waiting for the leader to begin the update";
-        self.follower.wait(Some(version), operation, Instant::now());
-        let witnessed = Witnessed(&mut self.follower);
-        let both = try_join(drained, witnessed.end(&*self.control)).await;
-        both.map(|(report, ())| report).map_err(|error| error.version(version))
-    }
 }
 
 #[async_trait]
@@ -78,7 +54,12 @@ impl TrainerEngine for Witness {
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport> {
-        self.send(weights, version).await
+        let drained = drain(weights, version, self.deadline);
+        let operation = "waiting for the leader to begin the update";
+        self.follower.wait(Some(version), operation, Instant::now());
+        let witnessed = Witnessed(&mut self.follower);
+        let both = try_join(drained, witnessed.end(&*self.control)).await;
+        both.map(|(report, ())| report).map_err(|error| error.version(version))
     }
 }
 
@@ -112,7 +93,7 @@ impl<L: FetchLink> TrainerEngine for Relay<L> {
         version: Version,
     ) -> Result<SendReport> {
         // The leader begins before it reads its stream, which this one's may be gathered together with.
-        let mut received = self.receiver.receive(Some(version)).await?;
+        let mut received = self.receiver.receive_weights(Some(version)).await?;
         let passed_on = async {
             while received.next_bucket().await?.is_some() {}
             Ok(())
