@@ -120,10 +120,7 @@ async fn rollout(address: Address) -> Result<()> {
     loop {
         match update(&mut *engine, &mut kept).await {
             Ok(version) => say(&format!("active {version}")),
-            Err(error)
-                if error.kind() == ErrorKind::PeerLost
-                    && error.report().rank == Some(Rank::LEADER) =>
-            {
+            Err(error) if error.says_trainer_is_gone() => {
                 // Without a trainer there is no next update.
                 engine.finalize().await?;
                 return say_what_was_kept();

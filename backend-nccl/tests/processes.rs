@@ -95,15 +95,15 @@ fn rollouts_leave_and_join_between_updates() {
 
 #[test]
 #[ignore = "needs a CUDA device and NCCL 2.30"]
-fn a_killed_leader_is_an_error_on_every_rank() {
+fn a_leader_that_is_gone_is_an_error_on_every_rank() {
     let mut group = form(json!({}), 2, 2);
     group.works(1, 2);
-    // The leader is this process: its connections end with it, as those of a killed one do.
+    // The leader is this process, which says goodbye: it is not killed.
     let children = std::mem::take(&mut group.children);
     drop(group);
     for child in &children {
         let said = child.next_line();
-        assert!(said.starts_with("failed PeerLost 0"), "{said}");
+        assert!(said.starts_with("failed TrainerLeft 0"), "{said}");
     }
 }
 

@@ -128,7 +128,7 @@ async fn rollout(address: Address, config: CheckpointEngineConfig) {
             Err(error) if error.kind() == ErrorKind::Timeout => {}
             Err(error) => {
                 say(&format!("failed {:?}", error.kind()));
-                if error.kind() == ErrorKind::PeerLost {
+                if error.says_trainer_is_gone() || error.kind() == ErrorKind::PeerLost {
                     return;
                 }
             }

@@ -265,9 +265,8 @@ pub fn be_a_child(backend: &'static dyn Backend) {
                     if orders.role == Role::Rollout && error.kind() == ErrorKind::Timeout => {}
                 Err(error) => {
                     say(&format!("failed {:?} {}", error.kind(), rank_in_words(&error)));
-                    let gone = matches!(error.kind(), ErrorKind::PeerLost | ErrorKind::TrainerLeft);
-                    if gone
-                        && (plane.peers().is_empty() || error.report().rank == Some(Rank::LEADER))
+                    if error.says_trainer_is_gone()
+                        || error.kind() == ErrorKind::PeerLost && plane.peers().is_empty()
                     {
                         return;
                     }

@@ -410,11 +410,12 @@ mod membership_and_faults {
         run(async {
             let options = json!({"fault": "shrink_fails", "fault_rank": 0});
             let mut group = Group::form(options, 3).await.expect("a group");
-            group.works(1).await;
+            assert_eq!(group.works(1).await.slower, [""; 0]);
             group.leave(2).await;
             let (error, _) = group.fails(2).await;
             assert!(error.to_string().contains("leave anyone out"), "{error}");
-            group.works(3).await;
+            let slower = group.works(3).await.slower;
+            assert!(slower.len() == 1 && slower[0].contains("groups form anew"), "{slower:?}");
             group.leave(1).await;
             group.works(4).await;
         });

@@ -88,7 +88,7 @@ impl Channel {
     ///
     /// # Errors
     ///
-    /// After all events: `PeerLost` on a member whose leader is gone, `State` when the control plane is closed.
+    /// After all events: `PeerLost` or `TrainerLeft` on a member whose leader is gone, `State` when the control plane is closed.
     pub async fn recv(&self, deadline: Duration) -> Result<Option<Event>> {
         self.plane.recv(self.id, deadline).await
     }

@@ -151,7 +151,7 @@ impl ControlPlane {
     /// # Errors
     ///
     /// `Timeout` naming the ranks that are missing, `Config` on a leader without a world size, `Mismatch` naming both on a member
-    /// whose size differs or exceeds the leader's `max_world_size`, `PeerLost` when the leader is gone, `State` when this rank gathers or is
+    /// whose size differs or exceeds the leader's `max_world_size`, `PeerLost` or `TrainerLeft` when the leader is gone, `State` when this rank gathers or is
     /// in a barrier already, `Config` when the metadata exceeds `max_frame_bytes`.
     pub async fn gather(
         &self,

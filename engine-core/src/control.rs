@@ -104,7 +104,7 @@ pub trait Control: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// After all events: `PeerLost` on a member whose leader is gone, `State` when the connection was closed here.
+    /// After all events: `PeerLost` or `TrainerLeft` on a member whose leader is gone, `State` when the connection was closed here.
     async fn recv(&self, deadline: Duration) -> Result<Option<Event>>;
 
     /// On the leader: ends the connection to a rank that does not keep to the protocol. The rank is

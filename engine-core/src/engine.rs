@@ -100,7 +100,7 @@ pub trait RolloutEngine: CheckpointEngine {
     /// # Errors
     ///
     /// `Timeout` if no update begins within the deadline (call again to go on waiting);
-    /// `PeerLost` if the trainer is gone; `Mismatch` if the update has another version.
+    /// `PeerLost` if the trainer is gone, `TrainerLeft` if it left in order; `Mismatch` if the update has another version.
     async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>>;
 }
 

@@ -193,6 +193,12 @@ impl Error {
         self
     }
 
+    /// Whether it says that the leading trainer is gone, in order or not: then there is no next update in this group.
+    pub fn says_trainer_is_gone(&self) -> bool {
+        let gone = matches!(self.kind(), ErrorKind::PeerLost | ErrorKind::TrainerLeft);
+        gone && self.report().rank == Some(Rank::LEADER)
+    }
+
     /// Attaches the error that caused this one.
     #[must_use]
     pub fn with_source(mut self, source: impl Into<Cause>) -> Self {

@@ -218,7 +218,7 @@ impl Newcomer {
                     return Ok(entered.map(|(engine, version)| Self { control, engine, version }));
                 }
                 // It has served another one, and listens anew.
-                Err(error) if is_gone(&error) && !left.is_zero() => {
+                Err(error) if error.says_trainer_is_gone() && !left.is_zero() => {
                     debug!(%error, "the holder is busy");
                     clock::sleep(PAUSE).await;
                 }
@@ -284,11 +284,6 @@ async fn lead(at: ControlConfig) -> Result<ControlPlane> {
 
 fn written(message: &impl Serialize) -> Result<Bytes> {
     serde_json::to_vec(message).map(Bytes::from).map_err(malformed)
-}
-
-/// Whether the peer's end of the connection is what failed.
-fn is_gone(error: &Error) -> bool {
-    matches!(error.kind(), ErrorKind::PeerLost | ErrorKind::TrainerLeft)
 }
 
 fn malformed(error: serde_json::Error) -> Error {

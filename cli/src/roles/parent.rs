@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use checkpoint_engine::{Error, ErrorKind, Rank};
+use checkpoint_engine::Error;
 
 /// The leader's process, if it has started this one: it says once why updates failed, and before what follows from that.
 #[derive(Clone, Copy, Debug)]
@@ -24,10 +24,4 @@ impl Parent {
         tokio::time::sleep(Duration::from_millis(100)).await;
         self.0.is_some_and(|parent| std::os::unix::process::parent_id() == parent)
     }
-}
-
-/// Whether an error says that the trainer is gone, in order or not: there is no next update.
-pub(super) fn is_gone(error: &Error) -> bool {
-    let gone = matches!(error.kind(), ErrorKind::PeerLost | ErrorKind::TrainerLeft);
-    gone && error.report().rank == Some(Rank::LEADER)
 }

@@ -46,7 +46,7 @@ impl Rollout {
     ///
     /// # Errors
     ///
-    /// Why the update failed; `PeerLost` if the trainer is gone.
+    /// Why the update failed; `PeerLost` or `TrainerLeft` if the trainer is gone.
     pub async fn update(&self, engine: &mut dyn RolloutEngine) -> Result<Option<ReceiveReport>> {
         match engine.receive_weights(None).await {
             Ok(received) => self.take(received).await.map(Some),

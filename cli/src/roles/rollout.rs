@@ -12,7 +12,7 @@ use checkpoint_engine::{
     Registry, Result, Role, Version, WeightCache, form_group, registry,
 };
 
-use super::parent::{Parent, is_gone};
+use super::parent::Parent;
 use super::{Announcement, Rollout};
 use crate::device;
 use crate::memory::PeakMemory;
@@ -125,7 +125,7 @@ pub async fn rollout(
             }
             Ok(Some(report)) => Ok(report),
             // Without a trainer there is no next update: this is the error of the command.
-            Err(error) if is_gone(&error) => {
+            Err(error) if error.says_trainer_is_gone() => {
                 return if parent.is_there().await { Ok(false) } else { Err(error) };
             }
             Err(error) => Err(error),

@@ -8,7 +8,7 @@ use checkpoint_engine::{
     SendReport, TrainerEngine, Version, ensure_async_iterator, form_group, registry,
 };
 
-use super::parent::{Parent, is_gone};
+use super::parent::Parent;
 use crate::device;
 use crate::source::{Source, SourceSpec};
 
@@ -92,7 +92,7 @@ pub async fn co_trainer(options: CoTrainerOptions, mut failed: impl FnMut(&Error
         match result {
             Ok(_) => {}
             // Without a leader there is no next update.
-            Err(error) if is_gone(&error) => {
+            Err(error) if error.says_trainer_is_gone() => {
                 return if parent.is_there().await { Ok(false) } else { Err(error) };
             }
             Err(error) if parent.tells(&error) => {}
