@@ -491,14 +491,15 @@ mod tests {
         }
     }
 
+    fn encoded(name: &str, len: u64, encoding: Arc<dyn Encoding>) -> Weight {
+        let meta = TensorMeta::new(name, DType::U8, [len]);
+        Weight::encoded(meta, encoding, Treatment::Plain).unwrap()
+    }
+
     #[test]
     fn deferred_weights_are_encoded_after_all_others_and_weights_split_at_granules() {
         let pool = Pool::new(2).unwrap();
         let counter = Arc::new(Mutex::new(0));
-        let encoded = |name: &str, len, encoding: Arc<dyn Encoding>| {
-            let meta = TensorMeta::new(name, DType::U8, [len]);
-            Weight::encoded(meta, encoding, Treatment::Plain).unwrap()
-        };
         let late = encoded("late", 8, Arc::new(Late(counter.clone())));
         let early = encoded("early", 1 << 20, Arc::new(Early(counter)));
         let jobs = [
@@ -515,10 +516,6 @@ mod tests {
     async fn weights_are_handed_over_as_the_memory_that_they_are_or_encoded_deferred_ones_last() {
         let pool = Pool::new(2).unwrap();
         let counter = Arc::new(Mutex::new(0));
-        let encoded = |name: &str, len, encoding: Arc<dyn Encoding>| {
-            let meta = TensorMeta::new(name, DType::U8, [len]);
-            Weight::encoded(meta, encoding, Treatment::Plain).unwrap()
-        };
         let late = encoded("late", 8, Arc::new(Late(counter.clone())));
         let plain = job("plain", bytes(5000, 1), 0).weight;
         let early = encoded("early", 1 << 20, Arc::new(Early(counter)));

@@ -1,8 +1,8 @@
 //! A group within a process: a [`Control`] of queues, without connections, tasks or heartbeats.
 //!
 //! The leader has a [`Hub`]. Every other rank has a [`Member`], which may be there before its leader is: its messages
-//! go nowhere until [`Hub::admit`] connects the two. Ranks live as long as nobody says otherwise: whoever owns one says
-//! when it leaves or is lost, because controls may live longer than their ranks.
+//! go nowhere until [`Hub::admit`] connects the two. The owner of a rank has to say when that leaves or is lost: dropping
+//! its control says nothing, because a control may live longer than its rank.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -375,7 +375,7 @@ mod tests {
         let said = one.control();
         said.send(Rank::LEADER, Bytes::from_static(b"a")).unwrap();
         one.leave();
-        // Whoever is gone is not gone for another reason later.
+        // A rank that has left cannot be lost later.
         one.lose("twice");
         // A view that is dropped later.
         assert!(said.send(Rank::LEADER, Bytes::from_static(b"b")).is_err());

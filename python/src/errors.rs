@@ -1,9 +1,10 @@
 //! Errors of engines as exceptions.
 
-use engine_core::{Error, ErrorKind, ErrorReport};
+use engine_core::{Error, ErrorKind, ErrorReport, Result};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyDict;
+use serde::Serialize;
 
 static RAISE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
 
@@ -33,6 +34,16 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
 /// A call that the state of an engine does not allow: Python's objects have all phases.
 pub(crate) fn not_now(operation: &str, message: &str) -> Error {
     Error::new(ErrorKind::State, operation, message)
+}
+
+/// The report of an update as JSON, once it is over.
+pub(crate) fn written<R: Serialize>(operation: &str, done: Option<&Result<R>>) -> Result<String> {
+    match done {
+        Some(Ok(report)) => serde_json::to_string(report)
+            .map_err(|error| Error::new(ErrorKind::State, "writing a report", error.to_string())),
+        Some(Err(error)) => Err(ErrorReport::from(error).into()),
+        None => Err(not_now(operation, "the update is not over")),
+    }
 }
 
 /// Results of engines as results of Python.

@@ -14,7 +14,7 @@ use engine_core::{
 use pyo3::prelude::*;
 
 use crate::engines::Engine;
-use crate::errors::{OrRaise, not_now};
+use crate::errors::{OrRaise, written};
 use crate::tensor::Tensor;
 use crate::work::{Own, Owner, Shared, Slot, lock, spawn};
 
@@ -405,13 +405,6 @@ impl Receiving {
     /// The report as JSON, once it is done.
     fn result(&self, py: Python<'_>) -> PyResult<String> {
         let inner = self.own.get().or_raise(py)?;
-        let json = inner.shared.with(|state| match &state.done {
-            Some(Ok(report)) => serde_json::to_string(report).map_err(|error| {
-                Error::new(ErrorKind::State, "writing a report", error.to_string())
-            }),
-            Some(Err(error)) => Err(ErrorReport::from(error).into()),
-            None => Err(not_now(WHAT, "the update is not over")),
-        });
-        json.or_raise(py)
+        inner.shared.with(|state| written(WHAT, state.done.as_ref())).or_raise(py)
     }
 }

@@ -12,7 +12,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyIterator;
 
 use crate::engines::Engine;
-use crate::errors::{OrRaise, not_now};
+use crate::errors::{OrRaise, written};
 use crate::tensor::{self, Reader};
 use crate::work::{Own, Owner, Shared, Slot, lock, spawn};
 
@@ -292,14 +292,7 @@ impl Sending {
     /// The report as JSON, once it is done.
     fn result(&self, py: Python<'_>) -> PyResult<String> {
         let inner = self.own.get().or_raise(py)?;
-        let json = inner.shared.with(|state| match &state.done {
-            Some(Ok(report)) => serde_json::to_string(report).map_err(|error| {
-                Error::new(ErrorKind::State, "writing a report", error.to_string())
-            }),
-            Some(Err(error)) => Err(engine_core::ErrorReport::from(error).into()),
-            None => Err(not_now("sending weights", "the update is not over")),
-        });
-        json.or_raise(py)
+        inner.shared.with(|state| written("sending weights", state.done.as_ref())).or_raise(py)
     }
 }
 

@@ -333,7 +333,7 @@ impl Tensor {
     fn bytes(&self, py: Python<'_>) -> PyResult<Storage> {
         match self.weight.storage() {
             Some(storage) => Ok(storage.clone()),
-            // Strided: packed for whoever asks.
+            // It is strided: the caller gets a packed copy.
             None => py.detach(|| self.weight.to_bytes()).or_raise(py).map(Storage::from),
         }
     }

@@ -27,7 +27,7 @@ use engine_core::{
 /// # use serving::CachedEngine;
 /// # async fn example(engine: Box<dyn RolloutEngine>) -> Result<()> {
 /// let mut rollout = CachedEngine::new(engine);
-/// // A clone of the cache serves whoever generates, while this task receives.
+/// // The inference server reads a clone of the cache, while this task receives.
 /// let cache = rollout.cache();
 /// rollout.update_cache(None).await?;
 /// let current = cache.current()?;

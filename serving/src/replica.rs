@@ -35,7 +35,7 @@ const PAUSE: Duration = Duration::from_millis(500);
 ///     Ok(version) => println!("version {version} is here"),
 ///     Err(error) => println!("still the version before: {error}"),
 /// }));
-/// // Whenever the server looks:
+/// // For each request:
 /// let current = cache.current()?;
 /// # Ok(())
 /// # }
@@ -66,7 +66,7 @@ impl Replica {
         Self { registry, config, at, rank: None, cache, hold: None, outlives_trainers: false }
     }
 
-    /// Takes this rank whenever it joins, rather than one that the trainer gives.
+    /// Takes this rank each time it joins, rather than one that the trainer gives.
     #[must_use]
     pub fn with_rank(mut self, rank: Rank) -> Self {
         self.rank = Some(rank);
@@ -95,7 +95,7 @@ impl Replica {
         self
     }
 
-    /// The cache, for whoever generates.
+    /// The cache, for the inference server to read.
     pub fn cache(&self) -> WeightCache {
         self.cache.clone()
     }
