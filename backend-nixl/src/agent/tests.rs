@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use engine_core::memory::{Job, Pool};
 use engine_core::{DType, Weight};
@@ -440,4 +440,38 @@ async fn memory_is_kept_for_a_peer_on_this_host_that_may_write_by_itself() {
     two.0.renew(DEADLINE).await;
     assert_eq!(two.0.known.retired.load(Ordering::SeqCst), 1);
     assert_eq!(two.0.card().unwrap(), before);
+}
+
+#[tokio::test]
+async fn an_end_waits_for_a_write_that_nobody_waits_for_any_more() {
+    let mut two = agent_over("ends", "tcp,self").await;
+    let (mut one, card, _arena) = bare("still-writes", "tcp,self");
+    let mut told = begin(&two, 1, &card, 0).await.unwrap();
+    let (_, ask) = soon(asked(&mut one)).await;
+    two.0.forget(&card);
+    assert!(soon(&mut told).await.unwrap().is_err());
+    until_kept(&two, 1, &mut one).await;
+    let own = two.0.card().unwrap();
+    let written = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        answer(&one, &own, &Notice::Done { id: ask.id });
+        let begun = Instant::now();
+        // It goes on with what it has begun, as one that has a thread.
+        while begun.elapsed() < Duration::from_millis(400) {
+            one.notices().unwrap();
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let begun = Instant::now();
+    let closed = async {
+        two.0.close().await;
+        begun.elapsed()
+    };
+    let (took, ()) = tokio::join!(closed, written);
+    assert!(took >= Duration::from_millis(300), "it ended within the write, after {took:?}");
+    assert_eq!(
+        two.0.known.retired.load(Ordering::SeqCst),
+        0,
+        "the write ended, and was not waited for"
+    );
 }

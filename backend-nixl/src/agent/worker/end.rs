@@ -11,21 +11,30 @@ use crate::arena::Slot;
 use crate::error::NixlError;
 use crate::ffi::RawTransfer;
 
-/// How long the end of an agent waits for peers that write here.
+/// How long the end of an agent waits for what goes over its connections.
 const GRACE: Duration = Duration::from_secs(1);
 
 impl Worker {
+    /// Waits, but not for long, until no write goes over this agent's connections: none to a peer, and none from one,
+    /// also if nobody here waits for it any more. Most end soon, and those that do not are of peers that are gone.
+    /// A writer whose peer closes its agent in the middle gets an error from UCX at best: a write by way of the host, from memory
+    /// of a device, may end the writer's process ("unexpected error: Endpoint timeout").
+    fn settle(&mut self, is_worth_it: impl Fn(&Self) -> bool) {
+        let until = Instant::now() + GRACE;
+        let writes =
+            |this: &Self| this.awaits_peers() || this.retired.len() > 0 || !this.serving.is_empty();
+        while writes(self) && is_worth_it(self) && Instant::now() < until {
+            self.poll();
+            std::thread::sleep(PAUSE);
+        }
+    }
+
     pub(super) fn close(mut self) {
         *self.known.card() = None;
         for transfer in self.waiting.drain(..) {
             transfer.done.tell(Err(NixlError::Closed));
         }
-        // What peers write here ends soon, or they are gone.
-        let until = Instant::now() + GRACE;
-        while self.awaits_peers() && Instant::now() < until {
-            self.poll();
-            std::thread::sleep(PAUSE);
-        }
+        self.settle(|_| true);
         let reads = self.end_all(|| NixlError::Closed);
         let writes = self.serving.into_iter().map(|serving| serving.raw).collect();
         let read_to = self.agent.close(reads, writes);
@@ -70,6 +79,10 @@ impl Worker {
             return;
         }
         let begun = Instant::now();
+        self.settle(|this| this.retired.is_worth_an_end() && !done.is_closed());
+        if !self.retired.is_worth_an_end() || done.is_closed() {
+            return;
+        }
         let spares = self.retired.memory();
         self.count += 1;
         let Some(name) = self.known.card().as_ref().map(|card| card.name.clone()) else { return };
