@@ -179,6 +179,10 @@ impl SendLink for Outgoing {
             .await
     }
 
+    fn slower(&self) -> Vec<String> {
+        self.buckets.packer.slower()
+    }
+
     async fn close(&mut self, limit: Duration) {
         if !self.buckets.wait_until_closed(limit).await {
             tracing::debug!("rollouts have the buckets open after the trainer has closed");

@@ -82,6 +82,10 @@ impl Slots for CudaSlots {
         .await
     }
 
+    fn slower(&self) -> Vec<String> {
+        self.arena.slower()
+    }
+
     fn view(&self, slot: SlotGuard, filled: u64) -> Storage {
         self.arena.storage(self.start(&slot), filled as usize).guarded(slot)
     }

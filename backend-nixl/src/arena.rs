@@ -103,6 +103,15 @@ impl Arena {
         Ok(Self::of(ranges, Memory::Host(home), slot_bytes))
     }
 
+    /// What of filling the slots was slower than it could be since the last call.
+    pub(crate) fn slower(&self) -> Vec<String> {
+        match &self.home {
+            Memory::Host(_) => Vec::new(),
+            #[cfg(feature = "cuda")]
+            Memory::Cuda(memory) => memory.slower(),
+        }
+    }
+
     fn of(ranges: Vec<Range>, home: Memory, slot_bytes: usize) -> Self {
         let places = ranges.iter().map(|range| Some(range.place())).collect();
         let slots = ranges.into_iter().map(|range| Arc::new(Mutex::new(Some(range)))).collect();

@@ -271,6 +271,10 @@ impl SendLink for Outgoing {
         self.node.card()
     }
 
+    fn slower(&self) -> Vec<String> {
+        self.node.arena.slower()
+    }
+
     async fn close(&mut self, _: Duration) {
         self.node.close().await;
     }

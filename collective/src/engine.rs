@@ -456,7 +456,7 @@ impl<C: Communicator> SendLink for Link<C> {
     }
 
     fn slower(&self) -> Vec<String> {
-        self.slower.iter().cloned().collect()
+        self.slower.iter().cloned().chain(self.node.slots.slower()).collect()
     }
 
     async fn close(&mut self, _: Duration) {

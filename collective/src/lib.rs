@@ -125,6 +125,13 @@ pub trait Slots: fmt::Debug + Send + Sync {
 
     /// The first bytes of a slot, to be read; the guard is dropped with the last view of them.
     fn view(&self, slot: SlotGuard, filled: u64) -> Storage;
+
+    /// What of filling the slots was slower than it could be since the last call, in words for [`SendReport::slower`].
+    ///
+    /// [`SendReport::slower`]: engine_core::SendReport::slower
+    fn slower(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// A slot that nobody else of this process uses.

@@ -92,6 +92,11 @@ impl CudaArena {
         self.packer.fill(jobs, &slot, pool, digests)
     }
 
+    /// As [`Packer::slower`], for all slots and spares.
+    pub fn slower(&self) -> Vec<String> {
+        self.packer.slower()
+    }
+
     /// The bytes from `at` on, to be read, and digested on the device.
     ///
     /// # Panics

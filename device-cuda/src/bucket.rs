@@ -1,6 +1,6 @@
 //! Filling buckets of a device with weights, wherever these are.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use engine_core::memory::{Job, Pool};
@@ -32,6 +32,8 @@ struct Tools {
     scratch: Scratch,
     /// Scales that were not written to their place at once.
     scales: Ledger<CudaSlice>,
+    /// Weights of devices that the CPU had to encode, by their encoding, since somebody asked.
+    over_the_host: BTreeMap<&'static str, u64>,
 }
 
 /// The work of one bucket, sorted by who does it.
@@ -75,6 +77,7 @@ impl Packer {
             staging: None,
             scratch: Scratch::default(),
             scales: Ledger::default(),
+            over_the_host: BTreeMap::new(),
         };
         Ok(Self { device: device.clone(), tools: Arc::new(Turns::new(tools)) })
     }
@@ -127,10 +130,29 @@ impl Packer {
                 tools.staging = staging.or_else(|| tools.staging.take());
                 let sum = filled?;
                 tools.scales.extend(work.scales);
+                for job in work.host.iter().filter(|job| job.start == 0) {
+                    if let Some(encoding) = job.weight.encoding().filter(|it| it.reads_device()) {
+                        *tools.over_the_host.entry(encoding.name()).or_default() += 1;
+                    }
+                }
                 work.asked.into_iter().for_each(|codes| tools.scales.forget(codes));
                 Ok(sum)
             },
         )
+    }
+
+    /// What was slower than it could be since the last call, in words for [`SendReport::slower`]: weights in memory of a
+    /// device for whose encoding there is no kernel, so that the CPU had to fetch and encode them.
+    ///
+    /// [`SendReport::slower`]: engine_core::SendReport::slower
+    pub fn slower(&self) -> Vec<String> {
+        let counted = self.tools.take(|tools| std::mem::take(&mut tools.over_the_host));
+        let words = |(encoding, count)| {
+            format!(
+                "{count} weights on a device were encoded by the CPU: `{encoding}` has no kernel for what they are"
+            )
+        };
+        counted.into_iter().map(words).collect()
     }
 
     /// Copies slices of the device to others, in one launch. Blocks until the bytes are there.

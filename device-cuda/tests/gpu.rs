@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 use device_cuda::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, Launch, Packer};
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::BucketPlanner;
-use engine_core::{DType, Weight};
+use engine_core::{DType, Weight, WeightStreamExt};
 use futures::StreamExt;
 use quant_fp8::rules::{Receiver, Rules, RulesConfig};
 use quant_fp8::{
@@ -441,6 +441,37 @@ fn a_bucket_that_the_device_fills_is_what_the_cpu_fills_digest_included() {
             assert_eq!(filled, sum, "bucket {index} of {bucket_bytes} bytes");
         }
     }
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn weights_of_a_device_that_the_cpu_has_to_encode_are_said_once() {
+    let device = Device::open(0).unwrap();
+    let packer = Packer::new(&device).unwrap();
+    let pool = Pool::new(2).unwrap();
+    let bucket = CudaMemory::new(&device, 1 << 20).unwrap();
+    let weight = |name: &str| {
+        let memory = CudaMemory::new(&device, 2 * 128 * 256).unwrap();
+        memory.all().write(&[0; 2 * 128 * 256]).unwrap();
+        let name = format!("model.layers.0.mlp.{name}.weight");
+        Weight::new(name, DType::BF16, [128_u64, 256], memory.all().storage()).unwrap()
+    };
+    let fill = |weights: Vec<Weight>| {
+        for jobs in plan(&weights, 1 << 20) {
+            packer.fill(&jobs, &bucket.all(), &pool, true).unwrap();
+        }
+        packer.slower()
+    };
+    let rules = Rules::new(&RulesConfig::default()).unwrap();
+    let quantized = vec![weight("up_proj")].quantize_fp8(rules).map(|weight| weight.unwrap());
+    let quantized = futures::executor::block_on(quantized.collect());
+    assert_eq!(fill(quantized), [""; 0], "there is a kernel for it");
+    let weights = vec![weight("up_proj"), weight("down_proj"), weight("gate_proj")];
+    let cast = weights.cast(DType::F32).map(|weight| weight.unwrap());
+    let said = fill(futures::executor::block_on(cast.collect()));
+    assert_eq!(said.len(), 1, "{said:?}");
+    assert!(said[0].starts_with("3 weights on a device") && said[0].contains("`cast`"), "{said:?}");
+    assert_eq!(packer.slower(), [""; 0], "it was said");
 }
 
 #[test]
