@@ -52,7 +52,7 @@ async fn main() -> Result<()> {
     assert_eq!(seen[0], (DType::F8_E4M3, vec![256, 384]));
     assert_eq!(seen[1], (DType::F32, vec![2, 3]));
     assert_eq!(seen[2], (DType::BF16, vec![256, 384]));
-    assert_eq!((report.counts.quantized, report.counts.kept), (1, 1));
+    assert_eq!((report.counts.converted, report.counts.kept), (1, 1));
     eprintln!("kept: {:?}", report.counts.kept_reasons);
     Ok(())
 }

@@ -47,7 +47,7 @@ pub(crate) fn wide(
         codec: Codec::best(),
         row: row.max(1),
     };
-    Weight::encoded(TensorMeta { dtype, ..meta }, Arc::new(wide), Treatment::Quantized)
+    Weight::encoded(TensorMeta { dtype, ..meta }, Arc::new(wide), Treatment::Converted)
 }
 
 /// `2^(exponent - 127)`, where 255 is NaN.

@@ -430,7 +430,7 @@ impl<'a, W: Fn(Weight) -> Vec<Result<Weight>>, P: FnMut(u64)> Job<'a, W, P> {
         let mut names = Vec::new();
         for (before, weight) in &weights {
             match weight.treatment() {
-                Treatment::Quantized => self.done.converted += 1,
+                Treatment::Converted => self.done.converted += 1,
                 Treatment::Kept(reason) => {
                     *self.done.kept.entry(reason.to_string()).or_default() += 1;
                 }

@@ -94,7 +94,7 @@ pub fn line(
         tensors: counts.tensors,
         source_bytes: counts.source_bytes,
         wire_bytes: counts.wire_bytes,
-        quantized: counts.quantized,
+        quantized: counts.converted,
         kept: counts.kept,
         passed_through: counts.passed_through,
         seconds: report.elapsed.as_secs_f64(),

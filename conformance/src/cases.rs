@@ -124,7 +124,7 @@ async fn every_weight_arrives_once_in_order_and_bit_for_bit(suite: &Suite) -> Ve
     let report = group.exact(model(20, 1), 1).await?;
     ensure!(report.version == Version(1), "the report is of version {}", report.version);
     let tensors = suite.on_the_wire(model(20, 1));
-    let tensors = tensors.iter().filter(|weight| *weight.treatment() != Treatment::Scale).count();
+    let tensors = tensors.iter().filter(|weight| *weight.treatment() != Treatment::Added).count();
     let counted = report.counts.tensors;
     ensure!(counted == tensors as u64, "{counted} of {tensors} tensors were counted");
     let active = report.receivers.iter().all(|receiver| receiver.state == VersionState::Active);

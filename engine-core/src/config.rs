@@ -187,7 +187,7 @@ impl CheckpointEngineConfig {
     }
 }
 
-/// A kind of device, and which one of it: `cpu`, `cuda`, `cuda:1`.
+/// A kind of device, by the name that its backends have for it, and which one of it: `cpu`, `gpu`, `gpu:1`.
 ///
 /// What kinds there are, backends say ([`Backend::devices`](crate::Backend::devices)).
 ///
@@ -196,9 +196,9 @@ impl CheckpointEngineConfig {
 /// ```
 /// use engine_core::DeviceChoice;
 ///
-/// let device: DeviceChoice = "cuda:1".parse()?;
-/// assert_eq!((device.kind(), device.ordinal()), ("cuda", Some(1)));
-/// assert!("cuda:-1".parse::<DeviceChoice>().is_err());
+/// let device: DeviceChoice = "gpu:1".parse()?;
+/// assert_eq!((device.kind(), device.ordinal()), ("gpu", Some(1)));
+/// assert!("gpu:-1".parse::<DeviceChoice>().is_err());
 /// assert!(DeviceChoice::default().is_cpu());
 /// # Ok::<(), engine_core::Error>(())
 /// ```
@@ -225,7 +225,7 @@ impl DeviceChoice {
         Self { kind: kind.into(), ordinal: Some(ordinal) }
     }
 
-    /// What kind of device: `cpu`, `cuda`.
+    /// What kind of device: `cpu`, or a name of backends.
     pub fn kind(&self) -> &str {
         &self.kind
     }

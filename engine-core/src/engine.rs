@@ -444,7 +444,7 @@ impl EngineContext {
     }
 
     /// How many threads a rank of this role packs or checks with: those of the configuration, else on a trainer
-    /// one for every core, which packing and quantising can use, and on a rollout one for every
+    /// one for every core, which packing and encoding can use, and on a rollout one for every
     /// second, since verifying takes less and several rollouts may share a host; at most 16, because
     /// memory bandwidth is used up before more are.
     pub fn threads(&self, role: Role) -> usize {

@@ -73,7 +73,7 @@ impl TensorMemory {
     }
 }
 
-/// The threads that pack, quantise and check buckets: started once, kept for all updates.
+/// The threads that pack, encode and check buckets: started once, kept for all updates.
 #[derive(Clone, Debug)]
 pub struct Pool(Arc<ThreadPool>);
 

@@ -239,8 +239,8 @@ mod tests {
     }
 
     #[test]
-    fn asking_for_quantisation_where_there_is_none_is_an_error() {
-        for (key, asks) in [("quantize", json!(true)), ("how", json!({"mode": 1})), ("n", json!(0))]
+    fn asking_for_a_layer_where_there_is_none_is_an_error() {
+        for (key, asks) in [("convert", json!(true)), ("how", json!({"mode": 1})), ("n", json!(0))]
         {
             let error =
                 block_on(stubs().prepare_trainer(config_with(json!({ key: asks })))).unwrap_err();
@@ -252,7 +252,7 @@ mod tests {
                 "{error}"
             );
         }
-        for nothing in [json!({}), json!({"quantize": false}), json!({"how": {}, "n": null})] {
+        for nothing in [json!({}), json!({"convert": false}), json!({"how": {}, "n": null})] {
             block_on(stubs().prepare_trainer(config_with(nothing))).unwrap();
         }
     }

@@ -25,13 +25,13 @@ pub enum VersionState {
 /// The tensors of an update by what happened to them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TensorCounts {
-    /// Weights of the stream, scales of quantised ones not counted.
+    /// Weights of the stream; what layers added to them is not counted.
     pub tensors: u64,
-    /// Weights that were quantised.
-    pub quantized: u64,
-    /// Weights that were left as they are although quantisation is on.
+    /// Weights that a layer converted.
+    pub converted: u64,
+    /// Weights that a layer which converts others left as they are.
     pub kept: u64,
-    /// Weights that were quantised already.
+    /// Weights that were in the layer's format already.
     pub passed_through: u64,
     /// Why weights were kept: the reason, and how many.
     pub kept_reasons: BTreeMap<String, u64>,
@@ -48,10 +48,10 @@ impl TensorCounts {
         self.wire_bytes += weight.byte_len();
         match weight.treatment() {
             Treatment::Plain => self.tensors += 1,
-            Treatment::Scale => {}
-            Treatment::Quantized => {
+            Treatment::Added => {}
+            Treatment::Converted => {
                 self.tensors += 1;
-                self.quantized += 1;
+                self.converted += 1;
             }
             Treatment::PassedThrough => {
                 self.tensors += 1;

@@ -165,7 +165,7 @@ impl From<DeviceBytes> for Storage {
 /// The memory does not change while anyone holds it. All work that fills it was done before it was put
 /// into a [`DeviceBytes`], or is ordered before whatever these methods do.
 pub trait DeviceMemory: Any + fmt::Debug + Send + Sync {
-    /// Which device it is on: `cuda:0`.
+    /// Which device it is on: its kind and number, as in `gpu:0`.
     fn device(&self) -> String;
 
     /// Its length in bytes.

@@ -62,7 +62,7 @@ pub const METRICS: [Metric; 10] = [
         name: TENSORS,
         kind: MetricKind::Counter,
         unit: "tensors",
-        labels: &[("treatment", &["plain", "quantized", "kept", "passed_through"])],
+        labels: &[("treatment", &["plain", "converted", "kept", "passed_through"])],
         help: "Trainer: tensors of committed updates, by what happened to them.",
     },
     Metric {
@@ -168,10 +168,10 @@ impl Meter {
     pub fn sent(&self, report: &SendReport) {
         let counts = &report.counts;
         counter!(SENT_BYTES, "rank" => self.label()).increment(counts.wire_bytes);
-        let treated = counts.quantized + counts.kept + counts.passed_through;
+        let treated = counts.converted + counts.kept + counts.passed_through;
         for (treatment, tensors) in [
             ("plain", counts.tensors.saturating_sub(treated)),
-            ("quantized", counts.quantized),
+            ("converted", counts.converted),
             ("kept", counts.kept),
             ("passed_through", counts.passed_through),
         ] {

@@ -92,7 +92,7 @@ impl TensorMeta {
 
 /// How a weight is turned into the bytes that travel, when it is not simply copied.
 ///
-/// An encoding is *data* that describes the work (cast these elements; quantise these blocks) and
+/// An encoding is *data* that describes the work (cast these elements; scale these blocks) and
 /// holds its own source. The kind of memory that the bucket lives in carries it out, all weights of
 /// a bucket at once: host memory through [`encode_host`](Self::encode_host), another kind of memory
 /// by recognising the concrete type (`&dyn Encoding` upcasts to `&dyn Any`).
@@ -116,7 +116,7 @@ pub trait Encoding: Any + fmt::Debug + Send + Sync {
     }
 
     /// Whether this weight's bytes exist only after other weights of the stream were encoded (the
-    /// scales of a quantised weight). Such a weight follows the ones that it needs in the stream.
+    /// scales of a converted one). Such a weight follows the ones that it needs in the stream.
     fn is_deferred(&self) -> bool {
         false
     }
@@ -142,13 +142,13 @@ pub enum Treatment {
     /// Nothing: it travels as the trainer has it, and nobody was asked to change it.
     #[default]
     Plain,
-    /// It was quantised.
-    Quantized,
-    /// The scales of a quantised weight. Not counted as a tensor of its own.
-    Scale,
-    /// It was left as it is although quantisation is on, for the reason given.
+    /// A layer converted it to another format, as it was asked to.
+    Converted,
+    /// A layer added it, because a converted weight needs it. Not counted as a tensor of its own.
+    Added,
+    /// A layer that converts others left it as it is, for the reason given.
     Kept(Arc<str>),
-    /// It was quantised already when it arrived.
+    /// It was in the layer's format already when it came.
     PassedThrough,
 }
 

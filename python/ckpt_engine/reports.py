@@ -17,7 +17,7 @@ class TensorCounts:
 
     Attributes:
         tensors: Weights sent; the scales of quantised ones do not count.
-        quantized: Weights that were quantised.
+        converted: Weights that were quantised.
         kept: Weights that were left as they are although quantisation is on.
         passed_through: Weights that were quantised already.
         kept_reasons: Why weights were kept: the reason, and how many.
@@ -26,7 +26,7 @@ class TensorCounts:
     """
 
     tensors: int = 0
-    quantized: int = 0
+    converted: int = 0
     kept: int = 0
     passed_through: int = 0
     kept_reasons: dict[str, int] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class SendReport:
             "seconds": self.elapsed,
             "gb_per_s": self.gb_per_s,
             "tensors": self.counts.tensors,
-            "quantized": self.counts.quantized,
+            "converted": self.counts.converted,
             "kept": self.counts.kept,
             "source_bytes": self.counts.source_bytes,
             "wire_bytes": self.counts.wire_bytes,

@@ -94,7 +94,7 @@ def test_fp8_blocks_and_their_scales_are_what_the_trainer_was_asked_to_send(grou
     kept = "model.norm.weight"
     for version in (1, 2):
         report = group.update({name: weight, kept: torch.ones(384, dtype=torch.bfloat16)}, version)
-        assert (report.counts.quantized, report.counts.kept) == (1, 1)
+        assert (report.counts.converted, report.counts.kept) == (1, 1)
         dtype, shape, codes = group.rollouts[0].call("look", name)
         assert (dtype, shape) == ("torch.float8_e4m3fn", (256, 384))
         codes = torch.frombuffer(bytearray(codes), dtype=torch.float8_e4m3fn).view(shape)

@@ -225,7 +225,7 @@ def test_updates_reach_all_rollouts_and_the_group_is_kept(manager):
 def test_rollouts_get_fp8_where_the_trainer_is_asked_to_quantise(manager):
     manager = manager(actors=1, rollouts=1, trainer_quantize_fp8=True)
     ((metrics, _),), (loaded,) = manager.update(1)
-    assert metrics["checkpoint_engine/quantized"] == 20
+    assert metrics["checkpoint_engine/converted"] == 20
     assert loaded[:2] == (40, "torch.float8_e4m3fn")
 
 

@@ -245,8 +245,8 @@ impl State<'_> {
         let shape = sizes(weight.meta())?;
         let name = weight.meta().name.clone();
         let by_itself = match weight.treatment() {
-            Treatment::Quantized => (Decision::Pass, Rule::AlreadyFp8),
-            Treatment::Scale => (Decision::Pass, Rule::IsScale),
+            Treatment::Converted => (Decision::Pass, Rule::AlreadyFp8),
+            Treatment::Added => (Decision::Pass, Rule::IsScale),
             _ => self.quantizer.decide(&name, &shape, stored(weight.meta().dtype))?,
         };
         let bytes = weight.source_bytes();
@@ -270,7 +270,7 @@ impl State<'_> {
             (Decision::Quantize, _) => {
                 Becomes::Quantized(Arc::new(Fp8Layout::new(&meta, *self.quantizer.format())?))
             }
-            (Decision::Pass, Rule::IsScale) => Becomes::Recorded(Treatment::Scale),
+            (Decision::Pass, Rule::IsScale) => Becomes::Recorded(Treatment::Added),
             (Decision::Pass, _) => Becomes::Recorded(Treatment::PassedThrough),
             // Worth a look by name: it may be a projection under a new one.
             (Decision::Keep, Rule::Unlisted) => {

@@ -92,8 +92,8 @@ pub(crate) fn quantized(
     let codes = Arc::new(Fp8Codes { source: weight, layout, codec, scales });
     let (meta, scale_meta) = (codes.layout.codes.clone(), codes.layout.scales.clone());
     Ok([
-        Weight::encoded(meta, codes.clone(), Treatment::Quantized)?,
-        Weight::encoded(scale_meta, Arc::new(Fp8Scales(codes)), Treatment::Scale)?,
+        Weight::encoded(meta, codes.clone(), Treatment::Converted)?,
+        Weight::encoded(scale_meta, Arc::new(Fp8Scales(codes)), Treatment::Added)?,
     ])
 }
 

@@ -87,8 +87,8 @@ fn a_weight_becomes_its_codes_followed_by_its_scales() {
         assert_eq!(codes.to_bytes().unwrap(), expected.0);
         assert_eq!(scales.to_bytes().unwrap(), expected.1);
         assert_eq!(codes.source_bytes() + scales.source_bytes(), weight.byte_len());
-        assert_eq!(*codes.treatment(), Treatment::Quantized);
-        assert_eq!(*scales.treatment(), Treatment::Scale);
+        assert_eq!(*codes.treatment(), Treatment::Converted);
+        assert_eq!(*scales.treatment(), Treatment::Added);
     }
 }
 
@@ -176,7 +176,7 @@ fn what_is_fp8_already_passes_through_with_its_scales_and_is_not_quantised_twice
         .collect();
     let passed = quantized(plain, rules(RulesConfig::default())).unwrap();
     assert_eq!(*passed[0].treatment(), Treatment::PassedThrough);
-    assert_eq!(*passed[1].treatment(), Treatment::Scale);
+    assert_eq!(*passed[1].treatment(), Treatment::Added);
     for twice in [passed, quantized(once, rules(RulesConfig::default())).unwrap()] {
         assert_eq!(twice.len(), 3);
         for (weight, bytes) in twice.iter().zip(&bytes) {
@@ -209,7 +209,7 @@ fn attention(parts: &[(&str, u64)]) -> Vec<Weight> {
 }
 
 fn types(weights: &[Weight]) -> Vec<(&str, bool)> {
-    let scale = |weight: &&Weight| *weight.treatment() != Treatment::Scale;
+    let scale = |weight: &&Weight| *weight.treatment() != Treatment::Added;
     let part = |weight: &Weight| weight.meta().dtype == DType::F8_E4M3;
     weights
         .iter()

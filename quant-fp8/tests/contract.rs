@@ -107,12 +107,12 @@ async fn trainer_and_rollout_quantise_to_the_same_bytes_and_the_report_counts() 
     let mut on_trainer = form(true, json!({}), json!({})).await.unwrap();
     let (report, a) = on_trainer.update(model()).await;
     let counts = report.unwrap().counts;
-    assert_eq!((counts.tensors, counts.quantized, counts.kept), (3, 2, 1));
+    assert_eq!((counts.tensors, counts.converted, counts.kept), (3, 2, 1));
     assert!(counts.wire_bytes < counts.source_bytes * 52 / 100, "{counts:?}");
     let mut on_rollout =
         form(false, json!({}), json!({"quantize_on_receive": true})).await.unwrap();
     let (report, b) = on_rollout.update(model()).await;
-    assert_eq!(report.unwrap().counts.quantized, 0);
+    assert_eq!(report.unwrap().counts.converted, 0);
     let (a, b) = (a.unwrap(), b.unwrap());
     assert_eq!(names(&a).len(), 5);
     assert!(a == b, "{:?} and {:?}", names(&a), names(&b));
@@ -148,7 +148,7 @@ async fn the_receiver_that_any_rank_names_decides_for_all() {
     for (rollout, quantized) in [(json!({}), 0), (json!({"receiver": "vllm"}), 3)] {
         let mut pair = form(true, json!({}), rollout).await.unwrap();
         let (report, received) = pair.update(weights()).await;
-        assert_eq!(report.unwrap().counts.quantized, quantized);
+        assert_eq!(report.unwrap().counts.converted, quantized);
         received.unwrap();
     }
     // A rank that accepts FP8 only gets what has no FP8 for its receiver as it is.

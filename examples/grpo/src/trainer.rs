@@ -103,7 +103,7 @@ pub(crate) async fn train(settings: &Settings, title: &str) -> Result<Vec<Step>,
             kl: learned.kl,
             update_seconds: report.elapsed.as_secs_f64(),
             bytes: report.counts.wire_bytes,
-            quantized: report.counts.quantized,
+            quantized: report.counts.converted,
             restarts: rollouts.restarts,
         };
         if let Some(csv) = &mut csv {
