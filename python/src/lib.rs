@@ -9,6 +9,7 @@ mod engines;
 mod errors;
 mod ffi;
 mod logs;
+mod readers;
 mod receiving;
 mod sending;
 mod tensor;
