@@ -157,13 +157,15 @@ pub(crate) struct Current(Option<cu::CUcontext>);
 
 impl Current {
     pub(crate) fn keep() -> Self {
+        // SAFETY: loads the system's own driver library, if that was not done before.
+        if !unsafe { cu::is_culib_present() } {
+            return Self(None);
+        }
         let mut context = null_mut();
-        // SAFETY: the out pointer is valid. Without a driver nothing was entered, and nothing will be.
-        let status = unsafe {
-            cu::is_culib_present()
-                .then(|| checked("cuCtxGetCurrent", cu::cuCtxGetCurrent(&mut context)))
-        };
-        Self(matches!(status, Some(Ok(()))).then_some(context))
+        // SAFETY: the out pointer is valid.
+        let got = checked("cuCtxGetCurrent", unsafe { cu::cuCtxGetCurrent(&mut context) });
+        // Where the driver was never initialised nothing was entered.
+        Self(got.is_ok().then_some(context))
     }
 }
 

@@ -1,7 +1,7 @@
 //! Tensors of Python's libraries as weights, and weights as tensors for them. Nothing is copied.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use device_cuda::{CudaMemory, CudaSlice, Device, ForeignStream, Stream, keeping_current};
@@ -15,6 +15,7 @@ use pyo3::types::{PyDict, PyList, PyTuple, PyType};
 use crate::errors::{OrRaise, exception};
 use crate::ffi;
 use crate::readers::Readers;
+use crate::work::lock;
 
 /// Types by the names that torch, numpy, ml_dtypes and jax give them, DLPack's code and bits, and the
 /// character of `__array_interface__`; 0 where there is none.
@@ -194,16 +195,14 @@ impl Reader {
             return Err(refuse(&meta.name, message));
         }
         let device = self.device(number).map_err(|error| error.tensor(&*meta.name))?.0.clone();
+        let owner = Arc::new(owner.clone().unbind());
         #[expect(unsafe_code, reason = "torch is believed what it says of its own memory")]
-        // SAFETY: torch said that the tensor, which this keeps, has so many bytes there. Its streams live as long
-        // as the process: they come from a pool, or their owner keeps them while they are current.
-        let (memory, producer) = unsafe {
-            let owner = Arc::new(owner.clone().unbind());
-            (
-                CudaMemory::borrowed(&device, address as u64, len, owner),
-                ForeignStream::new(&device, Some(stream)),
-            )
-        };
+        // SAFETY: torch said that the tensor, which this keeps, has so many bytes there.
+        let memory = unsafe { CudaMemory::borrowed(&device, address as u64, len, owner) };
+        #[expect(unsafe_code, reason = "torch is believed what it says of its own streams")]
+        // SAFETY: streams that torch makes current live as long as the process: they come from a pool, or their owner
+        // keeps them.
+        let producer = unsafe { ForeignStream::new(&device, Some(stream)) };
         if !self.producers.iter().any(|known| known.is(&device, Some(stream))) {
             self.producers.push(producer);
         }
@@ -635,14 +634,26 @@ impl Tensor {
         if let (2, number) = this.device()? {
             this.read_by(Some(torch_stream(py, number)?));
         }
-        // Older versions of torch take no FP8 by DLPack, all of them bytes.
+        let convert = |of_bytes| {
+            let capsule = this.capsule(py, this.bytes(py)?, of_bytes, false)?;
+            from_capsule.call1((capsule,))
+        };
         let known = TYPES.iter().find(|known| known.0 == this.dtype());
-        let fp8 = known.filter(|(dtype, _, code, _)| dtype.bits() == 8 && *code >= 10);
-        let capsule = this.capsule(py, this.bytes(py)?, fp8.is_some(), false)?;
-        let tensor = from_capsule.call1((capsule,))?;
-        let Some((_, names, ..)) = fp8 else { return Ok(tensor) };
+        let Some((dtype, names, ..)) =
+            known.filter(|(dtype, _, code, _)| dtype.bits() == 8 && *code >= 10)
+        else {
+            return convert(false);
+        };
+        // Older versions of torch take some types by DLPack as bytes only.
+        static AS_BYTES: Mutex<Vec<DType>> = Mutex::new(Vec::new());
+        if !lock(&AS_BYTES).contains(dtype) {
+            match convert(false) {
+                Ok(tensor) => return Ok(tensor),
+                Err(_) => lock(&AS_BYTES).push(*dtype),
+            }
+        }
         let dtype = py.import(intern!(py, "torch"))?.getattr(names[0])?;
-        tensor.call_method1(intern!(py, "view"), (dtype,))
+        convert(true)?.call_method1(intern!(py, "view"), (dtype,))
     }
 
     /// An array of numpy over the same memory, read-only, which it keeps. BF16 and FP8 need the package ml_dtypes.
