@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .engine import ControlPlane, RolloutEngine, TrainerEngine, form_group
-from .errors import StateError
+from .errors import Error, StateError
 from .reports import SendReport
 
 #: The name in vLLM's factories.
@@ -184,10 +184,7 @@ def _worker_class() -> type:
             """Leaves the group."""
             engine, control = self._engine, self._control
             self._engine = self._control = None
-            if engine is not None:
-                engine.finalize()
-            if control is not None:
-                control.close()
+            _leave(engine, control)
 
         @staticmethod
         def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
@@ -318,12 +315,19 @@ def _trainer_class() -> type:
             """Leaves the group."""
             engine, control = self._engine, self._control
             self._engine = self._control = None
-            if engine is not None:
-                engine.finalize()
-            if control is not None:
-                control.close()
+            _leave(engine, control)
 
     return CkptTrainerEngine
+
+
+def _leave(engine: TrainerEngine | RolloutEngine | None, control: ControlPlane | None) -> None:
+    """Ends this process's part in its group; what fails in it is over all the same."""
+    for end in (engine and engine.finalize, control and control.close):
+        try:
+            if end is not None:
+                end()
+        except Error:
+            _LOGGER.debug("leaving a group", exc_info=True)
 
 
 def _beside(call: Any, argument: Any) -> Future[Any]:
