@@ -13,6 +13,7 @@ use engine_core::{
     Weight, check_names,
 };
 use pyo3::prelude::*;
+use pyo3::types::PyString;
 
 use crate::engines::Engine;
 use crate::errors::{OrRaise, written};
@@ -40,6 +41,8 @@ pub(crate) struct How {
     pub(crate) copy: bool,
     /// Whether it may have other names than the version before.
     pub(crate) partial: bool,
+    /// Whether Python gets tensors of torch, and not our own.
+    pub(crate) torch: bool,
 }
 
 #[derive(Default)]
@@ -82,12 +85,13 @@ impl State {
         self.next.push_back(tensors);
     }
 
-    fn pop(&mut self) -> Option<Tensor> {
+    /// The tensors of the bucket that Python takes from, if there are any.
+    fn current(&mut self) -> Option<&mut VecDeque<Tensor>> {
         while self.current.is_empty() {
             self.current = self.next.pop_front()?;
             self.next_bytes -= self.current.iter().map(Tensor::byte_len).sum::<u64>();
         }
-        self.current.pop_front()
+        Some(&mut self.current)
     }
 
     fn close(&mut self, reason: Error) -> Option<Waker> {
@@ -312,6 +316,7 @@ pub(crate) struct Receiving {
 struct Inner {
     shared: Arc<Shared<State>>,
     owner: Owner,
+    torch: bool,
 }
 
 impl Receiving {
@@ -342,7 +347,7 @@ impl Receiving {
             drop(rest);
         };
         spawn(WHAT, (owner.clone(), registration), work, finish)?;
-        Ok(Self { own: Own::new(Inner { shared, owner }) })
+        Ok(Self { own: Own::new(Inner { shared, owner, torch: how.torch }) })
     }
 }
 
@@ -362,6 +367,42 @@ impl Inner {
         if let Some(waker) = self.shared.change(|state| state.close(reason)) {
             waker.wake();
         }
+    }
+}
+
+/// A tensor and its name, as Python has them.
+type Named<'py> = (Bound<'py, PyString>, Bound<'py, PyAny>);
+
+impl Inner {
+    /// Takes of the tensors of a bucket that are here, if there are any.
+    fn take<T>(&self, take: impl FnOnce(&mut VecDeque<Tensor>) -> T) -> Option<T> {
+        let (taken, asked, waker) = self.shared.with(|state| {
+            let full = !state.has_room();
+            if let Some(tensors) = state.current() {
+                let taken = take(tensors);
+                let waker = if full && state.has_room() { state.waker.take() } else { None };
+                return (Some(taken), false, waker);
+            }
+            let first = !state.asked;
+            state.asked = true;
+            (None, first, state.waker.take())
+        });
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+        if asked {
+            self.shared.change(|_| ());
+        }
+        taken
+    }
+
+    fn named<'py>(&self, py: Python<'py>, tensor: Tensor) -> PyResult<Named<'py>> {
+        let name = PyString::new(py, tensor.weight().name());
+        let tensor = match self.torch {
+            true => tensor.torch(py)?,
+            false => Bound::new(py, tensor)?.into_any(),
+        };
+        Ok((name, tensor))
     }
 }
 
@@ -413,30 +454,20 @@ impl Receiving {
     }
 
     /// The next tensor that is here; without one, the engine is told that all before it were taken.
-    fn take<'py>(
-        &self,
-        py: Python<'py>,
-    ) -> PyResult<Option<(Bound<'py, pyo3::types::PyString>, Py<Tensor>)>> {
+    fn take<'py>(&self, py: Python<'py>) -> PyResult<Option<Named<'py>>> {
         let inner = self.own.get().or_raise(py)?;
-        let (tensor, asked, waker) = inner.shared.with(|state| {
-            let full = !state.has_room();
-            if let Some(tensor) = state.pop() {
-                let waker = if full && state.has_room() { state.waker.take() } else { None };
-                return (Some(tensor), false, waker);
-            }
-            let first = !state.asked;
-            state.asked = true;
-            (None, first, state.waker.take())
-        });
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-        if asked {
-            inner.shared.change(|_| ());
-        }
-        let Some(tensor) = tensor else { return Ok(None) };
-        let name = pyo3::types::PyString::new(py, tensor.weight().name());
-        Ok(Some((name, Py::new(py, tensor)?)))
+        let tensor = inner.take(VecDeque::pop_front);
+        tensor.flatten().map(|tensor| inner.named(py, tensor)).transpose()
+    }
+
+    /// As `take`, all that are here of one bucket.
+    fn take_bucket<'py>(&self, py: Python<'py>) -> PyResult<Option<Vec<Named<'py>>>> {
+        let inner = self.own.get().or_raise(py)?;
+        let tensors = inner.take(std::mem::take);
+        let named = |tensors: VecDeque<Tensor>| {
+            tensors.into_iter().map(|tensor| inner.named(py, tensor)).collect()
+        };
+        tensors.map(named).transpose()
     }
 
     /// Gives the update up, on every rank.

@@ -450,6 +450,39 @@ impl Tensor {
         ffi::export(py, bytes, description, versioned)
     }
 
+    /// A tensor of torch over the same memory, which it keeps.
+    pub(crate) fn torch<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        // The function that takes capsules: a tenth of the time of `torch.from_dlpack`, which asks an object for one.
+        static FROM_CAPSULE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+        let from_capsule = FROM_CAPSULE.get_or_try_init(py, || {
+            py.import("torch.utils.dlpack")?.getattr("from_dlpack").map(Bound::unbind)
+        })?;
+        let from_capsule = from_capsule.bind(py);
+        if let (2, number) = self.device()? {
+            self.read_by(Some(torch_stream(py, number)?));
+        }
+        let convert = |of_bytes| {
+            let capsule = self.capsule(py, self.bytes(py)?, of_bytes, false)?;
+            from_capsule.call1((capsule,))
+        };
+        let known = TYPES.iter().find(|known| known.0 == self.dtype());
+        let Some((dtype, names, ..)) =
+            known.filter(|(dtype, _, code, _)| dtype.bits() == 8 && *code >= 10)
+        else {
+            return convert(false);
+        };
+        // Older versions of torch take some types by DLPack as bytes only.
+        static AS_BYTES: Mutex<Vec<DType>> = Mutex::new(Vec::new());
+        if !lock(&AS_BYTES).contains(dtype) {
+            match convert(false) {
+                Ok(tensor) => return Ok(tensor),
+                Err(_) => lock(&AS_BYTES).push(*dtype),
+            }
+        }
+        let dtype = py.import(intern!(py, "torch"))?.getattr(names[0])?;
+        convert(true)?.call_method1(intern!(py, "view"), (dtype,))
+    }
+
     fn dtype(&self) -> DType {
         self.weight.meta().dtype
     }
@@ -623,37 +656,9 @@ impl Tensor {
     }
 
     /// A tensor of torch over the same memory, which it keeps. torch knows no read-only memory: do not write to it.
-    fn torch<'py>(slf: &Bound<'py, Self>, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        // The function that takes capsules: a tenth of the time of `torch.from_dlpack`, which asks an object for one.
-        static FROM_CAPSULE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-        let from_capsule = FROM_CAPSULE.get_or_try_init(py, || {
-            py.import("torch.utils.dlpack")?.getattr("from_dlpack").map(Bound::unbind)
-        })?;
-        let from_capsule = from_capsule.bind(py);
-        let this = slf.get();
-        if let (2, number) = this.device()? {
-            this.read_by(Some(torch_stream(py, number)?));
-        }
-        let convert = |of_bytes| {
-            let capsule = this.capsule(py, this.bytes(py)?, of_bytes, false)?;
-            from_capsule.call1((capsule,))
-        };
-        let known = TYPES.iter().find(|known| known.0 == this.dtype());
-        let Some((dtype, names, ..)) =
-            known.filter(|(dtype, _, code, _)| dtype.bits() == 8 && *code >= 10)
-        else {
-            return convert(false);
-        };
-        // Older versions of torch take some types by DLPack as bytes only.
-        static AS_BYTES: Mutex<Vec<DType>> = Mutex::new(Vec::new());
-        if !lock(&AS_BYTES).contains(dtype) {
-            match convert(false) {
-                Ok(tensor) => return Ok(tensor),
-                Err(_) => lock(&AS_BYTES).push(*dtype),
-            }
-        }
-        let dtype = py.import(intern!(py, "torch"))?.getattr(names[0])?;
-        convert(true)?.call_method1(intern!(py, "view"), (dtype,))
+    #[pyo3(name = "torch")]
+    fn to_torch<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.torch(py)
     }
 
     /// An array of numpy over the same memory, read-only, which it keeps. BF16 and FP8 need the package ml_dtypes.

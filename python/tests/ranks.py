@@ -27,6 +27,13 @@ class Rollout:
                 self.model[name] = tensor.clone() if hasattr(tensor, "clone") else tensor
         return weights.report
 
+    def receive_buckets(self, version=None, **how):
+        """The same, a bucket at a time."""
+        with self.engine.receive_weights(version, framework="torch", **how) as weights:
+            for bucket in weights.buckets():
+                self.model.update((name, tensor.clone()) for name, tensor in bucket)
+        return weights.report
+
     def receive_async(self, version=None):
         """The same on an event loop."""
         import asyncio
