@@ -139,6 +139,7 @@ impl Partial {
                 bytes.resize(start + part.len() as usize, 0);
                 part.read(0, &mut bytes[start..])?;
             }
+            (Filling::Device { .. }, Some(part)) if part.is_empty() => {}
             (Filling::Device { memory, stream, filled }, Some(part)) => {
                 memory.slice(*filled, part.len())?.copy_from(&part, stream)?;
                 // The bucket may be filled again when this returns.
