@@ -132,6 +132,8 @@ def _worker_class() -> type:
 
         _control: ControlPlane | None = None
         _engine: RolloutEngine | None = None
+        # Whether all weights of the update that was begun have come.
+        _complete = False
 
         def init_transfer_engine(self, init_info: InitInfo) -> None:
             """Joins the group; a group of before is left."""
@@ -146,6 +148,7 @@ def _worker_class() -> type:
             """Prepares the model's layers for weights in the checkpoint's layout."""
             # One that was begun and not finished, because another worker failed, left parts of its weights.
             self._forget()
+            self._complete = False
             initialize_layerwise_reload(self.model)
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
@@ -159,12 +162,15 @@ def _worker_class() -> type:
                     self.model.load_weights(_copies(weights, self.device))
                     # A loader that stops early would leave the version incomplete.
                     weights.finish()
+                self._complete = True
             except BaseException:
                 self._restore()
                 raise
 
         def finish_weight_update(self) -> None:
-            """Processes the layers that came."""
+            """Processes the layers that came; those of an update that never came get their weights back."""
+            if not self._complete:
+                self._forget()
             finalize_layerwise_reload(self.model, self.model_config)
 
         def _forget(self) -> None:
@@ -299,7 +305,14 @@ def _trainer_class() -> type:
             if self._engine is None:
                 raise StateError("trainer_init has not been called", operation="sending weights")
             self.version += 1
-            self.client.start_weight_update()
+            try:
+                self.client.start_weight_update()
+            except Exception:
+                if self.version > 1:
+                    raise
+                # A trainer before this one may have died after it began an update, which vLLM still waits for.
+                self.client.finish_weight_update()
+                self.client.start_weight_update()
             updating = _beside(self.client.update_weights, {"version": self.version})
             try:
                 self.report = self._engine.send_weights(weights, self.version)

@@ -316,6 +316,19 @@ def test_an_update_that_was_begun_and_left_is_forgotten_by_the_next_one(trained)
     check(server, source.weights)
 
 
+def test_what_another_trainer_began_before_it_died_is_given_up_by_the_next_one(trained):
+    trainer, server, source = trained
+    server.start_weight_update()
+    load(server.model.layers[0], "q", torch.ones(256, 512))
+    for version in (1, 2):
+        source.weights = model(version)
+        trainer.send_weights()
+        check(server, source.weights)
+    server.start_weight_update()
+    with pytest.raises(AssertionError):
+        trainer.send_weights()
+
+
 def test_a_trainer_that_drives_vllm_itself(vllm):
     server, token = Server(vllm), ckpt_engine.generate_token()
     with ckpt_engine.ControlPlane.lead("127.0.0.1:0", token) as control:

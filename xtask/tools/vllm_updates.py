@@ -128,6 +128,7 @@ def make_source():
             for number, (name, tensor) in enumerate(self.weights.items()):
                 if number == self.stop_at:
                     if self.how == "die":
+                        time.sleep(1)  # Until vLLM receives.
                         os.kill(os.getpid(), 9)
                     raise RuntimeError("the trainer's shard is gone")
                 yield name, tensor
@@ -137,18 +138,20 @@ def make_source():
     return Source()
 
 
-def trainer(pipe, work, family, config, number):
+def trainer(pipe, work, family, config):
     """A trainer's process: sends versions as it is told."""
     import torch
 
-    torch.cuda.set_device(number)
+    device = torch.device(config["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     from safetensors.torch import load_file
     from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 
     import ckpt_engine.vllm as plugin
 
     plugin.register()
-    device, source = torch.device("cuda", number), make_source()
+    source = make_source()
     models = {}
     for version in VERSIONS:
         files = sorted(checkpoint(work, family, False, version).glob("*.safetensors"))
@@ -185,7 +188,7 @@ class Case:
             "backend": self.transport, "device": f"cuda:{int(apart)}", "timeout_seconds": 30,
             "update_weights_bucket_megabytes": 4, "trainer_quantize_fp8": self.fp8,
         }
-        self.number, self.failed = int(apart), 0
+        self.failed = 0
 
     def check(self, what, good, more=""):
         self.failed += not good
@@ -194,7 +197,7 @@ class Case:
     def start(self):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        arguments = (theirs, self.work, self.family, self.config, self.number)
+        arguments = (theirs, self.work, self.family, self.config)
         process = context.Process(target=trainer, args=arguments, daemon=True)
         process.start()
         theirs.close()
