@@ -381,6 +381,29 @@ def test_a_model_of_fp8_blocks_gets_no_group_with_a_trainer_that_sends_bf16(vllm
         vllm.trainers.trainer_init(*first, client=server, source=Source26())
 
 
+def test_a_model_in_bf16_gets_no_group_with_a_trainer_that_sends_fp8(vllm):
+    info = vllm.plugin.TrainerInitInfo(rank=0, config={**CONFIG, "trainer_quantize_fp8": True})
+    first = ("ckpt_engine", None, info) if vllm.old else (info,)
+    with pytest.raises(ckpt_engine.MismatchError, match="(?i)fp8"):
+        vllm.trainers.trainer_init(*first, client=Server(vllm), source=Source26())
+
+
+def test_a_worker_whose_loader_fails_tells_the_trainer_and_takes_the_next_update(trained, monkeypatch):
+    trainer, server, source = trained
+
+    def load_weights(weights):
+        next(weights)
+        raise KeyError("layers.0.q is not mine")
+
+    source.weights = model(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(server.model, "load_weights", load_weights)
+        with pytest.raises(ckpt_engine.AbortedError, match="layers.0.q is not mine"):
+            trainer.send_weights()
+    trainer.send_weights()
+    check(server, source.weights)
+
+
 def test_a_worker_takes_its_own_gpu_and_says_what_its_model_loads(vllm):
     worker_config = vllm.plugin._worker_config
     cuda, blocks = torch.device("cuda", 3), {"weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
