@@ -338,7 +338,9 @@ def main():
         for done in concurrent.futures.as_completed(running):
             code, log = done.result()
             lines = log.read_text(errors="replace").splitlines()
-            print(*[line for line in lines if line.startswith(("OK  ", "FAIL", "fresh "))], sep="\n")
+            for line in lines:
+                if line.startswith(("OK  ", "FAIL", "fresh ")):
+                    print(line)
             print(f"{' '.join(running[done])}: exit {code} after {time.time() - began:.0f} s", flush=True)
             failed |= code != 0
     sys.exit(int(failed))
