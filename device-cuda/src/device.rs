@@ -158,6 +158,48 @@ impl Stream {
     }
 }
 
+/// A stream that another library of this process made, such as the current one of a tensor's.
+#[derive(Clone, Debug)]
+pub struct ForeignStream {
+    device: Device,
+    stream: Option<usize>,
+}
+
+impl ForeignStream {
+    /// A stream by the driver's handle, 0 or 1 for the default stream; without one, all of the device's.
+    ///
+    /// # Safety
+    ///
+    /// It is a stream of this device, and is not destroyed before the last clone is dropped.
+    #[allow(unsafe_code, reason = "hands the caller's promise on")]
+    pub unsafe fn new(device: &Device, stream: Option<usize>) -> Self {
+        Self { device: device.clone(), stream }
+    }
+
+    /// Whether it is this one.
+    pub fn is(&self, device: &Device, stream: Option<usize>) -> bool {
+        (self.device.ordinal(), self.stream) == (device.ordinal(), stream)
+    }
+
+    /// Blocks until all work so far is done. The thread's current context stays what it is.
+    ///
+    /// # Errors
+    ///
+    /// What the work itself made go wrong.
+    #[allow(unsafe_code, reason = "hands the caller's promise on")]
+    pub fn synchronize(&self) -> Result<(), CudaError> {
+        // SAFETY: `new` was promised that the stream is this device's and lives.
+        unsafe { ffi::wait_for_foreign(self.device.context(), self.stream) }
+    }
+}
+
+/// Runs something on a thread of a program that may have chosen its device: the context that is current stays
+/// what it is.
+pub fn keeping_current<R>(run: impl FnOnce() -> R) -> R {
+    let _current = ffi::Current::keep();
+    run()
+}
+
 /// A place in a stream's work.
 #[derive(Debug)]
 pub struct Event {
@@ -275,6 +317,22 @@ impl CudaMemory {
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Result<Self, CudaError> {
         Ok(Self::of(device, ffi::Memory::import(device.context(), handle, len, owner)?))
+    }
+
+    /// Memory that another library of this process has, which keeps it: nothing is copied.
+    ///
+    /// # Safety
+    ///
+    /// There are `len` bytes of the device, or of one that it reaches, at `address` as long as `owner` lives.
+    #[allow(unsafe_code, reason = "hands the caller's promise on")]
+    pub unsafe fn borrowed(
+        device: &Device,
+        address: u64,
+        len: usize,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> Self {
+        // SAFETY: the caller's.
+        Self::of(device, unsafe { ffi::Memory::borrowed(device.context(), address, len, owner) })
     }
 
     pub(crate) fn of(device: &Device, memory: ffi::Memory) -> Self {

@@ -149,6 +149,57 @@ impl Drop for Retained {
     }
 }
 
+/// The context that was current on this thread, which is current again when this is dropped.
+///
+/// Other libraries take the current context for the device that their caller chose.
+#[derive(Debug)]
+pub(crate) struct Current(Option<cu::CUcontext>);
+
+impl Current {
+    pub(crate) fn keep() -> Self {
+        // SAFETY: loads the system's own driver library, if that was not done before.
+        if !unsafe { cu::is_culib_present() } {
+            return Self(None);
+        }
+        let mut context = null_mut();
+        // SAFETY: the out pointer is valid.
+        let got = checked("cuCtxGetCurrent", unsafe { cu::cuCtxGetCurrent(&mut context) });
+        // Where the driver was never initialised nothing was entered.
+        Self(got.is_ok().then_some(context))
+    }
+}
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        if let Some(context) = self.0 {
+            // SAFETY: it was current on this thread, or none was.
+            log(checked("cuCtxSetCurrent", unsafe { cu::cuCtxSetCurrent(context) }));
+        }
+    }
+}
+
+/// Waits for the work so far of a stream that another library made, or of the whole context without one.
+///
+/// # Safety
+///
+/// The stream is one of this context, or 0 or 1 for its default stream, and lives until this returns.
+pub(crate) unsafe fn wait_for_foreign(
+    context: &Context,
+    stream: Option<usize>,
+) -> Result<(), CudaError> {
+    let _current = Current::keep();
+    context.enter()?;
+    let Some(stream) = stream else {
+        // SAFETY: the context is current.
+        return checked("cuCtxSynchronize", unsafe { cu::cuCtxSynchronize() });
+    };
+    let event = Event::new(context, false)?;
+    let stream: cu::CUstream = std::ptr::with_exposed_provenance_mut(stream);
+    // SAFETY: the event is alive, and so is the stream, as the caller promised.
+    checked("cuEventRecord", unsafe { cu::cuEventRecord(event.event.0, stream) })?;
+    event.wait()
+}
+
 /// What the work of a stream uses.
 pub(crate) type Used = Arc<dyn Any + Send + Sync>;
 
@@ -251,6 +302,7 @@ impl StreamHandle {
 
 impl Drop for StreamHandle {
     fn drop(&mut self) {
+        let _current = Current::keep();
         log(self.synchronize());
         // SAFETY: the stream is one that `new` made, and nobody uses it any more.
         let status = unsafe { cu::cuStreamDestroy_v2(self.stream.0) };
@@ -314,6 +366,7 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
+        let _current = Current::keep();
         log(self.context.enter());
         // SAFETY: the event is one that `new` made, and nobody uses it any more.
         log(checked("cuEventDestroy", unsafe { cu::cuEventDestroy_v2(self.event.0) }));
@@ -454,6 +507,7 @@ impl Drop for Memory {
         let (context, address) = (self.context.clone(), self.address);
         match std::mem::replace(&mut self.origin, Origin::Borrowed(Arc::new(()))) {
             Origin::Own => release(move || {
+                let _current = Current::keep();
                 log(context.enter());
                 // SAFETY: the address is one that `new` got; no work uses it, because streams keep what
                 // their work uses.
@@ -461,6 +515,7 @@ impl Drop for Memory {
                 None
             }),
             Origin::Imported(owner) => release(move || {
+                let _current = Current::keep();
                 log(context.enter());
                 // SAFETY: the address is one that `import` got; as above.
                 let status = unsafe { cu::cuIpcCloseMemHandle(address) };

@@ -33,7 +33,8 @@ Config = Union[Mapping[str, Any], str, "os.PathLike[str]", None]
 
 _CONVERSIONS: dict[str | None, Callable[[Any], Any] | None] = {
     None: None,
-    "torch": _native.Tensor.torch,
+    # The native module makes them.
+    "torch": None,
     "numpy": _native.Tensor.numpy,
 }
 
@@ -269,7 +270,7 @@ class TrainerEngine(_Engine):
     ) -> SendReport:
         """Sends every weight to all rollouts; returns when all of them have confirmed.
 
-        The iterator runs on the calling thread, ahead of the engine by at most 256 tensors and 64 MiB (or one
+        The iterator runs on the calling thread, ahead of the engine by at most 256 tensors and 64 MiB, 256 on a GPU (or one
         tensor, where it is larger). Tensors are read in place: keep them unchanged until this returns, with an
         error or without. Every update has the names of the update before.
 
@@ -423,7 +424,6 @@ class ReceivedWeights:
 
     def __init__(self, receiving: Any, convert: Callable[[Any], Any] | None) -> None:
         self._receiving = receiving
-        self._take = receiving.take
         self._convert = convert
         self._left = False
         #: The version that is arriving.
@@ -464,13 +464,38 @@ class ReceivedWeights:
                 raise
 
     def _next(self) -> tuple[str, Any] | None:
-        item = self._take()
-        if item is not None:
-            convert = self._convert
-            return item if convert is None else (item[0], convert(item[1]))
+        item = self._receiving.take()
+        if item is None:
+            self._see()
+            return None
+        convert = self._convert
+        return item if convert is None else (item[0], convert(item[1]))
+
+    def _see(self) -> None:
+        """Nothing is here: is the update over?"""
         if self.report is None and self._receiving.done:
             self.report = _receive_report(self._receiving.result())
-        return None
+
+    def buckets(self) -> Iterator[list[tuple[str, Any]]]:
+        """The same, as lists of what has come together: for work that is done at once for many tensors.
+
+        A list keeps its bucket, as each of its tensors does: drop it before the next one, or with it.
+        """
+        while True:
+            items = self._receiving.take_bucket()
+            if items is not None:
+                convert = self._convert
+                yield items if convert is None else [(name, convert(item)) for name, item in items]
+                del items
+                continue
+            self._see()
+            if self.report is not None:
+                return
+            try:
+                block(self._receiving.wait_more)
+            except BaseException:
+                settle(self._receiving)
+                raise
 
     def finish(self) -> ReceiveReport:
         """Takes the rest, ignoring it, and returns the report."""
@@ -566,7 +591,7 @@ class RolloutEngine(_Engine):
             StateError: If tensors of an earlier update are still used.
         """
         convert = _conversion(framework)
-        receiving = self._begin(version, copy, partial)
+        receiving = self._begin(version, copy, partial, framework == "torch")
         try:
             block(receiving.wait_begun)
         except BaseException:
@@ -584,7 +609,7 @@ class RolloutEngine(_Engine):
     ) -> ReceivedWeights:
         """As :meth:`receive_weights`, for an event loop."""
         convert = _conversion(framework)
-        receiving = self._begin(version, copy, partial)
+        receiving = self._begin(version, copy, partial, framework == "torch")
         try:
             await until(receiving.when_begun)
         except BaseException:
@@ -601,7 +626,7 @@ class RolloutEngine(_Engine):
         self._last = weakref.ref(received)
         return received
 
-    def _begin(self, version: int | None, copy: bool, partial: bool) -> Any:
+    def _begin(self, version: int | None, copy: bool, partial: bool, torch: bool) -> Any:
         """Begins to receive; what was received before and not to its end is given up."""
         last = self._last() if self._last is not None else None
         if last is not None and last.report is None:
@@ -617,7 +642,7 @@ class RolloutEngine(_Engine):
                     "in their tracebacks included",
                     operation="receiving weights",
                 )
-        return self._native.receive(version, copy, partial)
+        return self._native.receive(version, copy, partial, torch)
 
     def __enter__(self) -> RolloutEngine:
         return self

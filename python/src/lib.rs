@@ -9,6 +9,7 @@ mod engines;
 mod errors;
 mod ffi;
 mod logs;
+mod readers;
 mod receiving;
 mod sending;
 mod tensor;
@@ -285,9 +286,10 @@ impl PyEngine {
         version: Option<u64>,
         copy: bool,
         partial: bool,
+        torch: bool,
     ) -> PyResult<Receiving> {
         let rank = self.own.get().or_raise(py)?;
-        let how = How { version, copy, partial };
+        let how = How { version, copy, partial, torch };
         let (slot, names) = (Arc::clone(&rank.slot), Arc::clone(&rank.names));
         Receiving::start(slot, names, Arc::clone(&rank.lease), how).or_raise(py)
     }

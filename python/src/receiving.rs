@@ -7,14 +7,17 @@ use std::sync::{Arc, Mutex};
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
+use device_cuda::{CudaMemory, CudaSlice, Stream};
 use engine_core::{
     Error, ErrorKind, ErrorReport, ReceiveReport, ReceivedBucket, Result, Storage, TensorMeta,
     Weight, check_names,
 };
 use pyo3::prelude::*;
+use pyo3::types::PyString;
 
 use crate::engines::Engine;
 use crate::errors::{OrRaise, written};
+use crate::readers::Readers;
 use crate::tensor::Tensor;
 use crate::work::{Own, Owner, Shared, Slot, lock, spawn};
 
@@ -38,15 +41,17 @@ pub(crate) struct How {
     pub(crate) copy: bool,
     /// Whether it may have other names than the version before.
     pub(crate) partial: bool,
+    /// Whether Python gets tensors of torch, and not our own.
+    pub(crate) torch: bool,
 }
 
 #[derive(Default)]
 pub(crate) struct State {
     version: Option<u64>,
     /// The tensors of the bucket that Python takes from.
-    current: VecDeque<Weight>,
+    current: VecDeque<Tensor>,
     /// Those of buckets after it, which wait for Python.
-    next: VecDeque<VecDeque<Weight>>,
+    next: VecDeque<VecDeque<Tensor>>,
     next_bytes: u64,
     /// Whether Python has taken all that there was, and asked for more.
     asked: bool,
@@ -54,7 +59,7 @@ pub(crate) struct State {
     waker: Option<Waker>,
     done: Option<Result<ReceiveReport>>,
     /// The last tensor that came; see `receive`.
-    held: Option<Weight>,
+    held: Option<Tensor>,
 }
 
 impl State {
@@ -70,22 +75,23 @@ impl State {
     }
 
     /// Adds the tensors of a bucket, but for the last one, which waits for the next bucket.
-    fn push(&mut self, mut tensors: VecDeque<Weight>) {
+    fn push(&mut self, mut tensors: VecDeque<Tensor>) {
         self.asked = false;
         let last = tensors.pop_back();
         if let Some(held) = std::mem::replace(&mut self.held, last) {
             tensors.push_front(held);
         }
-        self.next_bytes += tensors.iter().map(Weight::byte_len).sum::<u64>();
+        self.next_bytes += tensors.iter().map(Tensor::byte_len).sum::<u64>();
         self.next.push_back(tensors);
     }
 
-    fn pop(&mut self) -> Option<Weight> {
+    /// The tensors of the bucket that Python takes from, if there are any.
+    fn current(&mut self) -> Option<&mut VecDeque<Tensor>> {
         while self.current.is_empty() {
             self.current = self.next.pop_front()?;
-            self.next_bytes -= self.current.iter().map(Weight::byte_len).sum::<u64>();
+            self.next_bytes -= self.current.iter().map(Tensor::byte_len).sum::<u64>();
         }
-        self.current.pop_front()
+        Some(&mut self.current)
     }
 
     fn close(&mut self, reason: Error) -> Option<Waker> {
@@ -94,10 +100,75 @@ impl State {
     }
 }
 
-/// A tensor larger than a bucket, of which a part has come.
+/// A tensor in memory of its own, where its buckets' memory is, of which a part has come.
 struct Partial {
     meta: TensorMeta,
-    bytes: Vec<u8>,
+    bytes: Filling,
+}
+
+enum Filling {
+    Host(Vec<u8>),
+    Device { memory: CudaMemory, stream: Stream, filled: usize },
+}
+
+impl Partial {
+    fn new(meta: TensorMeta, like: &Storage) -> Result<Self> {
+        let len = usize::try_from(meta.byte_len()?).unwrap_or(usize::MAX);
+        let bytes = match CudaSlice::of_storage(like) {
+            Some(slice) => Filling::Device {
+                memory: CudaMemory::new(slice.device(), len)?,
+                stream: Stream::new(slice.device())?,
+                filled: 0,
+            },
+            None => {
+                let mut bytes = Vec::new();
+                let large =
+                    |_| Error::new(ErrorKind::Resource, WHAT, format!("no memory for {len} bytes"));
+                bytes.try_reserve_exact(len).map_err(large).map_err(|e| e.tensor(&*meta.name))?;
+                Filling::Host(bytes)
+            }
+        };
+        Ok(Self { meta, bytes })
+    }
+
+    /// Adds what comes next of it.
+    fn push(&mut self, part: &Storage) -> Result<()> {
+        match (&mut self.bytes, CudaSlice::of_storage(part)) {
+            (Filling::Host(bytes), _) => {
+                let start = bytes.len();
+                bytes.resize(start + part.len() as usize, 0);
+                part.read(0, &mut bytes[start..])?;
+            }
+            (Filling::Device { .. }, Some(part)) if part.is_empty() => {}
+            (Filling::Device { memory, stream, filled }, Some(part)) => {
+                memory.slice(*filled, part.len())?.copy_from(&part, stream)?;
+                // The bucket may be filled again when this returns.
+                stream.synchronize()?;
+                *filled += part.len();
+            }
+            (Filling::Device { .. }, None) => {
+                let message = "a part of it is not where the others are";
+                return Err(Error::new(ErrorKind::Protocol, WHAT, message).tensor(&*self.meta.name));
+            }
+        }
+        Ok(())
+    }
+
+    fn is_whole(&self) -> Result<bool> {
+        let filled = match &self.bytes {
+            Filling::Host(bytes) => bytes.len(),
+            Filling::Device { filled, .. } => *filled,
+        };
+        Ok(filled as u64 == self.meta.byte_len()?)
+    }
+
+    fn finish(self) -> Result<Tensor> {
+        let bytes = match self.bytes {
+            Filling::Host(bytes) => Storage::from(bytes),
+            Filling::Device { memory, .. } => memory.all().storage(),
+        };
+        Weight::from_meta(self.meta, bytes).map(Tensor::new)
+    }
 }
 
 /// The tensors that a bucket completes.
@@ -106,59 +177,42 @@ fn tensors(
     partial: &mut Option<Partial>,
     copy: bool,
     lease: &Lease,
-) -> Result<VecDeque<Weight>> {
+) -> Result<VecDeque<Tensor>> {
     let mut tensors = VecDeque::with_capacity(bucket.pieces().len());
+    let readers = Arc::new(Readers::default());
     for piece in bucket.pieces() {
         let len = piece.meta.byte_len()?;
         if piece.bytes.len() == len && !copy {
-            tensors
-                .push_back(Weight::from_meta(piece.meta, piece.bytes.guarded(Arc::clone(lease)))?);
+            let readers = piece.bytes.device().is_some().then(|| Arc::clone(&readers));
+            if let Some(readers) = &readers {
+                readers.keep(piece.bytes.clone());
+            }
+            let guard = (Arc::clone(lease), readers.clone());
+            let weight = Weight::from_meta(piece.meta, piece.bytes.guarded(guard))?;
+            tensors.push_back(Tensor::in_bucket(weight, readers));
             continue;
         }
         if piece.start == 0 {
-            let mut bytes = Vec::new();
-            let large =
-                |_| Error::new(ErrorKind::Resource, WHAT, format!("no memory for {len} bytes"));
-            let capacity = usize::try_from(len).unwrap_or(usize::MAX);
-            bytes
-                .try_reserve_exact(capacity)
-                .map_err(large)
-                .map_err(|e| e.tensor(&*piece.meta.name))?;
-            *partial = Some(Partial { meta: piece.meta, bytes });
+            *partial = Some(Partial::new(piece.meta, &piece.bytes)?);
         }
         // The engine has checked that the chunks of a weight follow one another.
-        let Some(Partial { bytes, .. }) = partial else { continue };
-        match &piece.bytes {
-            Storage::Host(part) => bytes.extend_from_slice(part),
-            Storage::Device(part) => {
-                let start = bytes.len();
-                bytes.resize(start + part.len() as usize, 0);
-                part.read(0, &mut bytes[start..])?;
-            }
-        }
-        if bytes.len() as u64 == len
-            && let Some(Partial { meta, bytes }) = partial.take()
+        let Some(whole) = partial else { continue };
+        whole.push(&piece.bytes)?;
+        if whole.is_whole()?
+            && let Some(whole) = partial.take()
         {
-            tensors.push_back(Weight::from_meta(meta, bytes)?);
+            tensors.push_back(whole.finish()?);
         }
     }
     Ok(tensors)
 }
 
-/// The same tensor in memory of its own, where it is in the host's.
-fn own(weight: Weight) -> Result<Weight> {
-    match weight.contiguous_bytes() {
-        None => Ok(weight),
-        Some(bytes) => {
-            let mut copy = Vec::new();
-            let large = |_| Error::new(ErrorKind::Resource, WHAT, "no memory for a copy");
-            copy.try_reserve_exact(bytes.len())
-                .map_err(large)
-                .map_err(|e| e.tensor(weight.name()))?;
-            copy.extend_from_slice(bytes);
-            Weight::from_meta(weight.meta().clone(), copy)
-        }
-    }
+/// The same tensor in memory of its own.
+fn own(tensor: Tensor) -> Result<Tensor> {
+    let Some(bytes) = tensor.weight().storage() else { return Ok(tensor) };
+    let mut copy = Partial::new(tensor.weight().meta().clone(), bytes)?;
+    copy.push(bytes)?;
+    copy.finish()
 }
 
 /// Gives Python the last tensor that came, in memory of its own.
@@ -263,6 +317,7 @@ pub(crate) struct Receiving {
 struct Inner {
     shared: Arc<Shared<State>>,
     owner: Owner,
+    torch: bool,
 }
 
 impl Receiving {
@@ -284,13 +339,16 @@ impl Receiving {
             let rest = finished.change(|state| {
                 state.done = Some(result);
                 // Tensors of a version that will never be one are not given out.
-                failed
-                    .then(|| (std::mem::take(&mut state.current), std::mem::take(&mut state.next)))
+                failed.then(|| {
+                    let rest =
+                        (std::mem::take(&mut state.current), std::mem::take(&mut state.next));
+                    (rest, state.held.take())
+                })
             });
             drop(rest);
         };
         spawn(WHAT, (owner.clone(), registration), work, finish)?;
-        Ok(Self { own: Own::new(Inner { shared, owner }) })
+        Ok(Self { own: Own::new(Inner { shared, owner, torch: how.torch }) })
     }
 }
 
@@ -310,6 +368,42 @@ impl Inner {
         if let Some(waker) = self.shared.change(|state| state.close(reason)) {
             waker.wake();
         }
+    }
+}
+
+/// A tensor and its name, as Python has them.
+type Named<'py> = (Bound<'py, PyString>, Bound<'py, PyAny>);
+
+impl Inner {
+    /// Takes of the tensors of a bucket that are here, if there are any.
+    fn take<T>(&self, take: impl FnOnce(&mut VecDeque<Tensor>) -> T) -> Option<T> {
+        let (taken, asked, waker) = self.shared.with(|state| {
+            let full = !state.has_room();
+            if let Some(tensors) = state.current() {
+                let taken = take(tensors);
+                let waker = if full && state.has_room() { state.waker.take() } else { None };
+                return (Some(taken), false, waker);
+            }
+            let first = !state.asked;
+            state.asked = true;
+            (None, first, state.waker.take())
+        });
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+        if asked {
+            self.shared.change(|_| ());
+        }
+        taken
+    }
+
+    fn named<'py>(&self, py: Python<'py>, tensor: Tensor) -> PyResult<Named<'py>> {
+        let name = PyString::new(py, tensor.weight().name());
+        let tensor = match self.torch {
+            true => tensor.torch(py)?,
+            false => Bound::new(py, tensor)?.into_any(),
+        };
+        Ok((name, tensor))
     }
 }
 
@@ -361,30 +455,20 @@ impl Receiving {
     }
 
     /// The next tensor that is here; without one, the engine is told that all before it were taken.
-    fn take<'py>(
-        &self,
-        py: Python<'py>,
-    ) -> PyResult<Option<(Bound<'py, pyo3::types::PyString>, Py<Tensor>)>> {
+    fn take<'py>(&self, py: Python<'py>) -> PyResult<Option<Named<'py>>> {
         let inner = self.own.get().or_raise(py)?;
-        let (weight, asked, waker) = inner.shared.with(|state| {
-            let full = !state.has_room();
-            if let Some(weight) = state.pop() {
-                let waker = if full && state.has_room() { state.waker.take() } else { None };
-                return (Some(weight), false, waker);
-            }
-            let first = !state.asked;
-            state.asked = true;
-            (None, first, state.waker.take())
-        });
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-        if asked {
-            inner.shared.change(|_| ());
-        }
-        let Some(weight) = weight else { return Ok(None) };
-        let name = pyo3::types::PyString::new(py, weight.name());
-        Ok(Some((name, Py::new(py, Tensor::new(weight))?)))
+        let tensor = inner.take(VecDeque::pop_front);
+        tensor.flatten().map(|tensor| inner.named(py, tensor)).transpose()
+    }
+
+    /// As `take`, all that are here of one bucket.
+    fn take_bucket<'py>(&self, py: Python<'py>) -> PyResult<Option<Vec<Named<'py>>>> {
+        let inner = self.own.get().or_raise(py)?;
+        let tensors = inner.take(std::mem::take);
+        let named = |tensors: VecDeque<Tensor>| {
+            tensors.into_iter().map(|tensor| inner.named(py, tensor)).collect()
+        };
+        tensors.map(named).transpose()
     }
 
     /// Gives the update up, on every rank.

@@ -20,6 +20,9 @@ use crate::work::{Own, Owner, Shared, Slot, lock, spawn};
 const MOST: usize = 256;
 const MOST_BYTES: u64 = 64 << 20;
 
+/// The same on devices, which are as many times faster: each change of threads costs as much as there.
+const MOST_DEVICE_BYTES: u64 = 256 << 20;
+
 /// For so long weights of a device are gathered whose producer is waited for once.
 const GATHER: Duration = Duration::from_millis(2);
 
@@ -30,6 +33,8 @@ const WAKE: Duration = Duration::from_micros(200);
 pub(crate) struct State {
     queue: VecDeque<Result<Weight>>,
     bytes: u64,
+    /// Whether the last one is on a device.
+    on_device: bool,
     ended: bool,
     waker: Option<Waker>,
     done: Option<Result<SendReport>>,
@@ -37,16 +42,23 @@ pub(crate) struct State {
 
 impl State {
     fn is_full(&self) -> bool {
-        self.queue.len() >= MOST || self.bytes >= MOST_BYTES
+        self.queue.len() >= MOST || self.bytes >= self.most_bytes()
+    }
+
+    fn most_bytes(&self) -> u64 {
+        if self.on_device { MOST_DEVICE_BYTES } else { MOST_BYTES }
     }
 
     /// Whether it is worth a change of threads to fill it.
     fn wants(&self) -> bool {
-        self.done.is_some() || self.queue.len() <= MOST / 2 && self.bytes <= MOST_BYTES / 2
+        self.done.is_some() || self.queue.len() <= MOST / 2 && self.bytes <= self.most_bytes() / 2
     }
 
     fn push(&mut self, weight: Result<Weight>) {
-        self.bytes += weight.as_ref().map_or(0, Weight::source_bytes);
+        if let Ok(weight) = &weight {
+            self.bytes += weight.source_bytes();
+            self.on_device = weight.reads_device();
+        }
         self.queue.push_back(weight);
     }
 }
@@ -213,7 +225,7 @@ impl Sending {
                 // Tensors that the engine has done with are given back when a thread gets the interpreter.
                 py.detach(|| unseen = 0);
             }
-            let enough = gathered.len() >= MOST || gathered_bytes >= MOST_BYTES;
+            let enough = gathered.len() >= MOST || gathered_bytes >= MOST_DEVICE_BYTES;
             if enough || !gathered.is_empty() && since.elapsed() > GATHER {
                 inner.flush(py, &mut gathered);
                 gathered_bytes = 0;

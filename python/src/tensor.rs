@@ -1,16 +1,21 @@
 //! Tensors of Python's libraries as weights, and weights as tensors for them. Nothing is copied.
 
 use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
+use device_cuda::{CudaMemory, CudaSlice, Device, ForeignStream, Stream, keeping_current};
 use engine_core::{DType, Error, ErrorKind, Result, Storage, TensorMeta, Weight};
 use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyList, PyTuple, PyType};
 
 use crate::errors::{OrRaise, exception};
 use crate::ffi;
+use crate::readers::Readers;
+use crate::work::lock;
 
 /// Types by the names that torch, numpy, ml_dtypes and jax give them, DLPack's code and bits, and the
 /// character of `__array_interface__`; 0 where there is none.
@@ -69,9 +74,10 @@ enum Way {
 pub(crate) struct Reader {
     ways: HashMap<usize, (Way, Py<PyType>)>,
     dtypes: HashMap<usize, (Option<DType>, Py<PyAny>)>,
-    /// One for each device whose tensors came.
-    #[cfg(feature = "cuda")]
-    streams: HashMap<i32, device_cuda::Stream>,
+    /// The devices whose tensors came, by number; with a stream where DLPack lets one wait for producers.
+    devices: HashMap<i32, (Device, Option<Stream>)>,
+    /// Streams that were torch's current ones when tensors came: they may be filling them.
+    producers: Vec<ForeignStream>,
 }
 
 impl Reader {
@@ -138,7 +144,8 @@ impl Reader {
 
     fn torch(&mut self, name: &str, tensor: &Bound<'_, PyAny>) -> PyResult<Result<Weight>> {
         let py = tensor.py();
-        if !tensor.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
+        let on_host = tensor.getattr(intern!(py, "is_cpu"))?.is_truthy()?;
+        if !on_host && !tensor.getattr(intern!(py, "is_cuda"))?.is_truthy()? {
             return self.dlpack(name, &tensor.call_method0(intern!(py, "detach"))?);
         }
         let dtype = tensor.getattr(intern!(py, "dtype"))?;
@@ -160,7 +167,46 @@ impl Reader {
             Some(tensor.call_method0(intern!(py, "stride"))?.extract::<Vec<i64>>()?)
         };
         let address: usize = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
-        Ok(of_memory(name, known, shape, strides, address, tensor))
+        if on_host {
+            return Ok(of_memory(name, known, shape, strides, address, tensor));
+        }
+        if strides.is_some() {
+            let message = "its elements are not contiguous: send `tensor.contiguous()`";
+            return Ok(Err(refuse(name, message)));
+        }
+        let number: i32 = tensor.call_method0(intern!(py, "get_device"))?.extract()?;
+        let stream = torch_stream(py, number)?;
+        Ok(self.of_device(TensorMeta::new(name, known, shape), address, (number, stream), tensor))
+    }
+
+    /// Memory of a device that a tensor of torch keeps, and which work of a stream may be filling.
+    fn of_device(
+        &mut self,
+        meta: TensorMeta,
+        address: usize,
+        (number, stream): (i32, usize),
+        owner: &Bound<'_, PyAny>,
+    ) -> Result<Weight> {
+        let len = meta.validate()?;
+        let too_large = |_| refuse(&meta.name, "it is too large");
+        let len = usize::try_from(len).map_err(too_large)?;
+        if address == 0 && len > 0 {
+            let message = "it has no memory of its own (a fake or lazy tensor?): send a real one";
+            return Err(refuse(&meta.name, message));
+        }
+        let device = self.device(number).map_err(|error| error.tensor(&*meta.name))?.0.clone();
+        let owner = Arc::new(owner.clone().unbind());
+        #[expect(unsafe_code, reason = "torch is believed what it says of its own memory")]
+        // SAFETY: torch said that the tensor, which this keeps, has so many bytes there.
+        let memory = unsafe { CudaMemory::borrowed(&device, address as u64, len, owner) };
+        #[expect(unsafe_code, reason = "torch is believed what it says of its own streams")]
+        // SAFETY: streams that torch makes current live as long as the process: they come from a pool, or their owner
+        // keeps them.
+        let producer = unsafe { ForeignStream::new(&device, Some(stream)) };
+        if !self.producers.iter().any(|known| known.is(&device, Some(stream))) {
+            self.producers.push(producer);
+        }
+        Weight::from_meta(meta, memory.all().storage())
     }
 
     fn array(&mut self, name: &str, array: &Bound<'_, PyAny>) -> PyResult<Result<Weight>> {
@@ -235,35 +281,58 @@ impl Reader {
         Ok(Weight::new(name, dtype, shape, bytes))
     }
 
-    /// The stream that waits for the work that fills tensors of a device.
     #[cfg(feature = "cuda")]
-    fn stream(&mut self, ordinal: i32) -> Result<usize> {
+    fn device(&mut self, number: i32) -> Result<&mut (Device, Option<Stream>)> {
         use std::collections::hash_map::Entry;
-        let stream = match self.streams.entry(ordinal) {
-            Entry::Occupied(stream) => stream.into_mut(),
-            Entry::Vacant(place) => {
-                let device = device_cuda::Device::open(ordinal)?;
-                place.insert(device_cuda::Stream::new(&device)?)
-            }
-        };
-        Ok(stream.as_raw().expose_provenance())
+        Ok(match self.devices.entry(number) {
+            Entry::Occupied(device) => device.into_mut(),
+            Entry::Vacant(place) => place.insert((Device::open(number)?, None)),
+        })
     }
 
     #[cfg(not(feature = "cuda"))]
-    fn stream(&mut self, _: i32) -> Result<usize> {
+    fn device(&mut self, _: i32) -> Result<&mut (Device, Option<Stream>)> {
         let message = "it is on a CUDA device, and this package was built without `cuda`";
         Err(Error::new(ErrorKind::Backend, "taking a tensor", message))
     }
 
+    /// The stream that waits for the work that fills tensors of a device.
+    fn stream(&mut self, number: i32) -> Result<usize> {
+        let (device, stream) = self.device(number)?;
+        let stream = match stream {
+            Some(stream) => stream,
+            None => stream.insert(keeping_current(|| Stream::new(device))?),
+        };
+        Ok(stream.as_raw().expose_provenance())
+    }
+
     /// Waits until the tensors of devices that were read are filled: for their producers' streams, not for the
     /// devices.
-    pub(crate) fn synchronize(&self, py: Python<'_>) -> Result<()> {
-        #[cfg(feature = "cuda")]
-        py.detach(|| self.streams.values().try_for_each(device_cuda::Stream::synchronize))?;
-        #[cfg(not(feature = "cuda"))]
-        let _: Python<'_> = py;
+    pub(crate) fn synchronize(&mut self, py: Python<'_>) -> Result<()> {
+        let producers = std::mem::take(&mut self.producers);
+        let streams = self.devices.values().filter_map(|(_, stream)| stream.as_ref());
+        py.detach(|| {
+            producers.iter().try_for_each(ForeignStream::synchronize)?;
+            keeping_current(|| streams.into_iter().try_for_each(Stream::synchronize))
+        })?;
         Ok(())
     }
+}
+
+/// The handle of the stream of a device that is torch's current one on this thread.
+fn torch_stream(py: Python<'_>, number: i32) -> PyResult<usize> {
+    static CURRENT: PyOnceLock<Option<Py<PyAny>>> = PyOnceLock::new();
+    // What torch's compilers call for each kernel; `torch.cuda.current_stream` makes an object first.
+    let fast = CURRENT.get_or_try_init(py, || {
+        let inner = py.import("torch._C")?;
+        let found = inner.getattr_opt("_cuda_getCurrentRawStream")?;
+        PyResult::Ok(found.map(Bound::unbind))
+    })?;
+    if let Some(fast) = fast {
+        return fast.bind(py).call1((number,))?.extract();
+    }
+    let stream = py.import("torch.cuda")?.call_method1("current_stream", (number,))?;
+    stream.getattr("cuda_stream")?.extract()
 }
 
 fn class_name(object: &Bound<'_, PyAny>) -> String {
@@ -319,11 +388,99 @@ fn of_memory(
 #[derive(Debug)]
 pub(crate) struct Tensor {
     weight: Weight,
+    /// Of its bucket, if that is on a device.
+    readers: Option<Arc<Readers>>,
 }
 
 impl Tensor {
     pub(crate) fn new(weight: Weight) -> Self {
-        Self { weight }
+        Self { weight, readers: None }
+    }
+
+    /// A tensor in a bucket, which keeps it.
+    pub(crate) fn in_bucket(weight: Weight, readers: Option<Arc<Readers>>) -> Self {
+        Self { weight, readers }
+    }
+
+    pub(crate) fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
+    pub(crate) fn byte_len(&self) -> u64 {
+        self.weight.byte_len()
+    }
+
+    /// Work of a stream of its device will read it, or of any stream without one.
+    fn read_by(&self, stream: Option<usize>) {
+        let slice = self.weight.storage().and_then(CudaSlice::of_storage);
+        if let (Some(readers), Some(slice)) = (&self.readers, slice) {
+            #[expect(unsafe_code, reason = "a library is believed which stream it reads on")]
+            // SAFETY: DLPack and torch say that it is one of the device's, and those that libraries make current
+            // come from pools, or live as long as they are used.
+            unsafe {
+                readers.add(slice.device(), stream);
+            }
+        }
+    }
+
+    /// A capsule of DLPack with the tensor, or with its bytes, which keeps it.
+    fn capsule<'py>(
+        &self,
+        py: Python<'py>,
+        bytes: Storage,
+        of_bytes: bool,
+        versioned: bool,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let known = TYPES.iter().find(|known| known.0 == self.dtype());
+        let Some(&(dtype, _, code, _)) = known else {
+            let message = format!("DLPack has no code for {}", self.dtype());
+            return Err(PyBufferError::new_err(message));
+        };
+        const UNSIGNED: u8 = 1;
+        let (code, bits) = if of_bytes { (UNSIGNED, 8) } else { (code, dtype.bits() as u8) };
+        let (address, device) = match &bytes {
+            Storage::Host(bytes) => (bytes.as_ptr().expose_provenance() as u64, (1, 0)),
+            Storage::Device(_) => {
+                let slice = CudaSlice::of_storage(&bytes)
+                    .ok_or_else(|| PyBufferError::new_err("its device is not known"))?;
+                (slice.address(), (2, slice.device().ordinal()))
+            }
+        };
+        let description = ffi::Description { address, device, code, bits, shape: self.sides()? };
+        ffi::export(py, bytes, description, versioned)
+    }
+
+    /// A tensor of torch over the same memory, which it keeps.
+    pub(crate) fn torch<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        // The function that takes capsules: a tenth of the time of `torch.from_dlpack`, which asks an object for one.
+        static FROM_CAPSULE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+        let from_capsule = FROM_CAPSULE.get_or_try_init(py, || {
+            py.import("torch.utils.dlpack")?.getattr("from_dlpack").map(Bound::unbind)
+        })?;
+        let from_capsule = from_capsule.bind(py);
+        if let (2, number) = self.device()? {
+            self.read_by(Some(torch_stream(py, number)?));
+        }
+        let convert = |of_bytes| {
+            let capsule = self.capsule(py, self.bytes(py)?, of_bytes, false)?;
+            from_capsule.call1((capsule,))
+        };
+        let known = TYPES.iter().find(|known| known.0 == self.dtype());
+        let Some((dtype, names, ..)) =
+            known.filter(|(dtype, _, code, _)| dtype.bits() == 8 && *code >= 10)
+        else {
+            return convert(false);
+        };
+        // Older versions of torch take some types by DLPack as bytes only.
+        static AS_BYTES: Mutex<Vec<DType>> = Mutex::new(Vec::new());
+        if !lock(&AS_BYTES).contains(dtype) {
+            match convert(false) {
+                Ok(tensor) => return Ok(tensor),
+                Err(_) => lock(&AS_BYTES).push(*dtype),
+            }
+        }
+        let dtype = py.import(intern!(py, "torch"))?.getattr(names[0])?;
+        convert(true)?.call_method1(intern!(py, "view"), (dtype,))
     }
 
     fn dtype(&self) -> DType {
@@ -350,7 +507,7 @@ impl Tensor {
 
     fn device(&self) -> PyResult<(i32, i32)> {
         let Some(Storage::Device(_)) = self.weight.storage() else { return Ok((1, 0)) };
-        let slice = self.weight.storage().and_then(device_cuda::CudaSlice::of_storage);
+        let slice = self.weight.storage().and_then(CudaSlice::of_storage);
         let slice = slice.ok_or_else(|| PyBufferError::new_err("its device has no number"))?;
         Ok((2, slice.device().ordinal()))
     }
@@ -452,32 +609,24 @@ impl Tensor {
         dl_device: Option<(i32, i32)>,
         copy: Option<bool>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        // Whatever wrote the bytes was waited for before they were verified: every stream may read them.
-        let _: Option<&Bound<'_, PyAny>> = stream;
         let device = self.device()?;
         if dl_device.is_some_and(|wanted| wanted != device) {
             return Err(PyBufferError::new_err("the tensor is on another device; copy it there"));
         }
-        let known = TYPES.iter().find(|known| known.0 == self.dtype());
-        let Some(&(dtype, _, code, _)) = known else {
-            let message = format!("DLPack has no code for {}", self.dtype());
-            return Err(PyBufferError::new_err(message));
-        };
+        // Whatever wrote the bytes was waited for before they were verified: every stream may read them. When the
+        // bucket goes back depends on the stream.
+        self.read_by(match stream.map(|stream| stream.extract::<i64>()).transpose()? {
+            None => Some(1), // DLPack's words for it: the default stream.
+            Some(stream @ (0 | 1 | 3..)) => Some(stream as usize),
+            Some(_) => None, // Unknown, or the calling thread's own.
+        });
         let mut bytes = self.bytes(py)?;
         if copy == Some(true) {
             let host = self.host(py)?;
             bytes = py.detach(|| Storage::from(host.to_vec()));
         }
-        let address = match &bytes {
-            Storage::Host(bytes) => bytes.as_ptr().expose_provenance() as u64,
-            Storage::Device(_) => device_cuda::CudaSlice::of_storage(&bytes)
-                .ok_or_else(|| PyBufferError::new_err("its device is not known"))?
-                .address(),
-        };
-        let (bits, shape) = (dtype.bits() as u8, self.sides()?);
-        let description = ffi::Description { address, device, code, bits, shape };
         let versioned = max_version.is_some_and(|(major, _)| major >= 1);
-        ffi::export(py, bytes, description, versioned)
+        self.capsule(py, bytes, false, versioned)
     }
 
     /// What numpy reads without a copy; not there for types that numpy does not have.
@@ -507,23 +656,9 @@ impl Tensor {
     }
 
     /// A tensor of torch over the same memory, which it keeps. torch knows no read-only memory: do not write to it.
-    fn torch<'py>(slf: &Bound<'py, Self>, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let torch = py.import(intern!(py, "torch"))?;
-        let known = TYPES.iter().find(|known| known.0 == slf.get().dtype());
-        // Older versions of torch take no FP8 by DLPack, all of them bytes.
-        if let Some((dtype, names, code @ 10.., _)) = known
-            && dtype.bits() == 8
-        {
-            let _: &u8 = code;
-            let this = slf.get();
-            let storage = this.bytes(py)?;
-            let shape = this.weight.meta().shape.clone();
-            let weight = Weight::new(this.weight.name(), DType::U8, shape, storage).or_raise(py)?;
-            let bytes = Bound::new(py, Self::new(weight))?;
-            let tensor = torch.call_method1(intern!(py, "from_dlpack"), (bytes,))?;
-            return tensor.call_method1(intern!(py, "view"), (torch.getattr(names[0])?,));
-        }
-        torch.call_method1(intern!(py, "from_dlpack"), (slf,))
+    #[pyo3(name = "torch")]
+    fn to_torch<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.torch(py)
     }
 
     /// An array of numpy over the same memory, read-only, which it keeps. BF16 and FP8 need the package ml_dtypes.

@@ -27,6 +27,13 @@ class Rollout:
                 self.model[name] = tensor.clone() if hasattr(tensor, "clone") else tensor
         return weights.report
 
+    def receive_buckets(self, version=None, **how):
+        """The same, a bucket at a time."""
+        with self.engine.receive_weights(version, framework="torch", **how) as weights:
+            for bucket in weights.buckets():
+                self.model.update((name, tensor.clone()) for name, tensor in bucket)
+        return weights.report
+
     def receive_async(self, version=None):
         """The same on an event loop."""
         import asyncio
@@ -70,6 +77,10 @@ class Rollout:
 
     def drop(self):
         del self.kept
+
+    def run(self, function, *arguments):
+        """What a test has to do here: a function of its module."""
+        return function(self, *arguments)
 
     def hold_first(self):
         """Takes one tensor and never another."""
@@ -131,7 +142,8 @@ class Remote:
 class Group:
     """A trainer of this process, and its rollouts."""
 
-    def __init__(self, rollouts=1, method="forkserver", **config):
+    def __init__(self, rollouts=1, method="forkserver", theirs=None, **config):
+        """Rollouts have the trainer's configuration, but for what `theirs` says."""
         self.config = {**CONFIG, **config}
         context = multiprocessing.get_context(method)
         if method == "forkserver":
@@ -146,11 +158,11 @@ class Group:
             self.control = ckpt_engine.ControlPlane.lead("127.0.0.1:0", token)
             address = self.control.address
         for _ in range(rollouts):
-            ours, theirs = context.Pipe()
-            arguments = (address, token, self.config, rollouts + 1, theirs)
+            ours, end = context.Pipe()
+            arguments = (address, token, {**self.config, **(theirs or {})}, rollouts + 1, end)
             process = context.Process(target=serve, args=arguments, daemon=True)
             process.start()
-            theirs.close()
+            end.close()
             self.rollouts.append(Remote(process, ours))
         if method == "fork":
             self.control = ckpt_engine.ControlPlane.lead(address, token)

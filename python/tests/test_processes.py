@@ -66,6 +66,14 @@ def test_every_type_and_layout_of_torch_arrives_bit_for_bit_in_every_update(grou
     assert report.plan_reused
 
 
+def test_tensors_can_be_taken_a_bucket_at_a_time(group):
+    group = group(rollouts=2)
+    for version in (1, 2, 3):
+        weights = model(version)
+        group.update(weights, version, method="receive_buckets")
+        check(group, weights)
+
+
 def test_a_generator_is_pulled_lazily_and_its_tensors_are_given_back(group):
     import weakref
 

@@ -170,13 +170,13 @@ ENVIRONMENT = {
 }
 
 
-def make(name, folder):
+def make(name, folder, seed=7):
     """Writes a model of random weights that all matter: projections keep the size of what they are given."""
     import torch
     import transformers
 
     _, kind, values, _, _ = FAMILIES[name]
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     config = transformers.CONFIG_MAPPING[kind](**values)
     auto = transformers.AutoModelForImageTextToText if "vision_config" in values else transformers.AutoModelForCausalLM
     model = auto.from_config(config)
