@@ -175,21 +175,23 @@ impl Partial {
 fn tensors(
     bucket: &ReceivedBucket,
     partial: &mut Option<Partial>,
-    copy: bool,
+    how: How,
     lease: &Lease,
 ) -> Result<VecDeque<Tensor>> {
     let mut tensors = VecDeque::with_capacity(bucket.pieces().len());
     let readers = Arc::new(Readers::default());
     for piece in bucket.pieces() {
         let len = piece.meta.byte_len()?;
-        if piece.bytes.len() == len && !copy {
-            let readers = piece.bytes.device().is_some().then(|| Arc::clone(&readers));
+        let on_device = piece.bytes.device().is_some();
+        if piece.bytes.len() == len && (!how.copy || how.torch && on_device) {
+            let readers = on_device.then(|| Arc::clone(&readers));
             if let Some(readers) = &readers {
                 readers.keep(piece.bytes.clone());
             }
             let guard = (Arc::clone(lease), readers.clone());
             let weight = Weight::from_meta(piece.meta, piece.bytes.guarded(guard))?;
-            tensors.push_back(Tensor::in_bucket(weight, readers));
+            let tensor = Tensor::in_bucket(weight, readers);
+            tensors.push_back(if how.copy { tensor.lent() } else { tensor });
             continue;
         }
         if piece.start == 0 {
@@ -219,9 +221,9 @@ fn own(tensor: Tensor) -> Result<Tensor> {
 ///
 /// The variable of a loop keeps a tensor, and so its bucket, until the next tensor comes. Where the next bucket
 /// has no whole tensor, or there is none, that would stop the update, or the next one.
-fn give_held(shared: &Shared<State>) -> Result<()> {
+fn give_held(shared: &Shared<State>, torch: bool) -> Result<()> {
     if let Some(held) = shared.with(|state| state.held.take()) {
-        let held = own(held)?;
+        let held = if torch && held.is_on_device() { held.lent() } else { own(held)? };
         shared.change(|state| {
             state.asked = false;
             state.next_bytes += held.byte_len();
@@ -251,7 +253,7 @@ async fn receive(
         {
             check_names(expected, &lock(&came))?;
         }
-        give_held(&shared)?;
+        give_held(&shared, how.torch)?;
         // The version is one when Python has taken all of it. This thread is the update's own, and whoever
         // closes it says so here.
         let over = |state: &State| state.closed.is_some() || state.asked && !state.has();
@@ -289,10 +291,10 @@ async fn receive(
         let Some(bucket) = bucket else { break };
         lock(&came)
             .extend(bucket.pieces().filter(|piece| piece.start == 0).map(|piece| piece.meta.name));
-        let taken = tensors(&bucket, &mut partial, how.copy, lease);
+        let taken = tensors(&bucket, &mut partial, how, lease);
         drop(bucket);
         match taken {
-            Ok(tensors) if tensors.is_empty() => give_held(shared)?,
+            Ok(tensors) if tensors.is_empty() => give_held(shared, how.torch)?,
             Ok(tensors) => shared.change(|state| state.push(tensors)),
             Err(error) => {
                 let error = error.version(version);

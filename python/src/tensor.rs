@@ -390,16 +390,28 @@ pub(crate) struct Tensor {
     weight: Weight,
     /// Of its bucket, if that is on a device.
     readers: Option<Arc<Readers>>,
+    /// Whether torch is to copy it where Python takes it.
+    is_lent: bool,
 }
 
 impl Tensor {
     pub(crate) fn new(weight: Weight) -> Self {
-        Self { weight, readers: None }
+        Self { weight, readers: None, is_lent: false }
     }
 
     /// A tensor in a bucket, which keeps it.
     pub(crate) fn in_bucket(weight: Weight, readers: Option<Arc<Readers>>) -> Self {
-        Self { weight, readers }
+        Self { weight, readers, is_lent: false }
+    }
+
+    /// The same, as a copy that torch makes where it is on a device: in the order of the stream that reads it, out of memory that
+    /// torch has already. Memory from the driver, and giving it back, would wait for all work of the device.
+    pub(crate) fn lent(self) -> Self {
+        Self { is_lent: true, ..self }
+    }
+
+    pub(crate) fn is_on_device(&self) -> bool {
+        self.weight.storage().is_some_and(|bytes| bytes.device().is_some())
     }
 
     pub(crate) fn weight(&self) -> &Weight {
@@ -450,8 +462,13 @@ impl Tensor {
         ffi::export(py, bytes, description, versioned)
     }
 
-    /// A tensor of torch over the same memory, which it keeps.
+    /// A tensor of torch over the same memory, which it keeps, or a copy of one that is [lent](Self::lent).
     pub(crate) fn torch<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let tensor = self.torch_in_place(py)?;
+        if self.is_lent { tensor.call_method0(intern!(py, "clone")) } else { Ok(tensor) }
+    }
+
+    fn torch_in_place<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         // The function that takes capsules: a tenth of the time of `torch.from_dlpack`, which asks an object for one.
         static FROM_CAPSULE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
         let from_capsule = FROM_CAPSULE.get_or_try_init(py, || {

@@ -26,7 +26,7 @@ DTYPES = [
 ]
 
 #: About as many cycles of a GPU as half a second has.
-LONG = 800_000_000
+LONG = 2_000_000_000
 
 
 def need(is_there, what):

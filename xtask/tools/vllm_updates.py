@@ -214,7 +214,7 @@ class Case:
         while True:
             try:
                 kind, *rest = pipe.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):
                 return "died", None, errors
             if kind != "call":
                 return kind, rest[0], errors
