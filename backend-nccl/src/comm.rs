@@ -54,6 +54,28 @@ impl Nccl {
         self.groups.get_mut(&group).ok_or(NcclError::NotJoined)
     }
 
+    /// Has a communicator enqueue a collective, and puts an event behind it.
+    fn enqueue(
+        &mut self,
+        group: usize,
+        wait: &Wait<'_>,
+        operation: &str,
+        call: impl FnOnce(&RawComm, &Stream) -> Result<(), NcclError>,
+    ) -> Result<()> {
+        let device = self.device.clone();
+        let state = self.group(group)?;
+        state.enqueueing = Some(CollectiveUnderWay::new());
+        call(&state.comm, &state.stream)?;
+        // Only now is it on the stream, and the event behind it.
+        while !state.comm.is_ready().map_err(Error::from)? {
+            wait.check(operation)?;
+            std::hint::spin_loop();
+        }
+        let event = mark(&state.stream, state.spare.pop(), &device)?;
+        state.under_way.extend(state.enqueueing.take().map(|under_way| (event, under_way)));
+        Ok(())
+    }
+
     /// Has a communicator know the slots.
     fn register(&self, comm: &RawComm, wait: &Wait<'_>) -> Result<Option<Registration>, NcclError> {
         let registration = match comm.register(&self.arena.memory().all()) {
@@ -127,22 +149,29 @@ impl Communicator for Nccl {
         Ok(())
     }
 
+    fn warm_up(&mut self, group: usize, wait: &Wait<'_>) -> Result<()> {
+        // What is in the slot is of no version yet.
+        let float = self.arena.memory().slice(0, size_of::<f32>()).map_err(NcclError::from)?;
+        self.enqueue(group, wait, "enqueueing a warm-up", |comm, stream| {
+            comm.all_reduce(&float, stream)
+        })?;
+        while !self.group(group)?.under_way.is_empty() {
+            self.ended(group)?;
+            wait.check("warming up a group of NCCL")?;
+            std::thread::sleep(PAUSE);
+        }
+        // It is no broadcast.
+        self.group(group)?.ended = 0;
+        Ok(())
+    }
+
     fn broadcast(&mut self, group: usize, slot: u32, len: u64, wait: &Wait<'_>) -> Result<()> {
         let at = u64::from(slot) * self.shape.slot_bytes;
         let bytes = self.arena.memory().slice(at as usize, len as usize);
         let bytes = bytes.map_err(NcclError::from)?;
-        let device = self.device.clone();
-        let state = self.group(group)?;
-        state.enqueueing = Some(CollectiveUnderWay::new());
-        state.comm.broadcast(&bytes, &state.stream)?;
-        // Only now is it on the stream, and the event behind it.
-        while !state.comm.is_ready().map_err(Error::from)? {
-            wait.check("enqueueing a broadcast")?;
-            std::hint::spin_loop();
-        }
-        let event = mark(&state.stream, state.spare.pop(), &device)?;
-        state.under_way.extend(state.enqueueing.take().map(|under_way| (event, under_way)));
-        Ok(())
+        self.enqueue(group, wait, "enqueueing a broadcast", |comm, stream| {
+            comm.broadcast(&bytes, stream)
+        })
     }
 
     fn ended(&mut self, group: usize) -> Result<u64> {

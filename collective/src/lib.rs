@@ -39,7 +39,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use tokio::sync::OwnedMutexGuard;
+use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use engine_core::memory::{Job, Pool};
 use engine_core::{EngineContext, Error, ErrorKind, Result, Storage};
@@ -127,6 +127,23 @@ pub trait Slots: fmt::Debug + Send + Sync {
     fn view(&self, slot: SlotGuard, filled: u64) -> Storage;
 }
 
+/// Who uses which slot: one at a time.
+#[derive(Debug)]
+pub struct SlotLocks(Vec<Arc<Mutex<()>>>);
+
+impl SlotLocks {
+    /// For so many slots, which nobody uses.
+    pub fn new(slots: u32) -> Self {
+        Self((0..slots).map(|_| Arc::default()).collect())
+    }
+
+    /// A slot, once nobody else uses it; `None` if there is none of this number.
+    pub async fn lock(&self, slot: u32) -> Option<SlotGuard> {
+        let lock = self.0.get(slot as usize)?.clone().lock_owned().await;
+        Some(SlotGuard { index: slot, _lock: lock })
+    }
+}
+
 /// A slot that nobody else of this process uses.
 #[derive(Debug)]
 pub struct SlotGuard {
@@ -177,6 +194,18 @@ pub trait Communicator: fmt::Debug + 'static {
     ///
     /// As [`join`](Self::join).
     fn shrink(&mut self, group: usize, gone: &[u32], wait: &Wait<'_>) -> Result<()>;
+
+    /// Does what members that are not this project's own begin a group with: an all-reduce of one 32-bit float, of
+    /// whatever value, before any broadcast. All members do the same now.
+    ///
+    /// # Errors
+    ///
+    /// `Backend` if the library has no such call; as [`join`](Self::join).
+    fn warm_up(&mut self, group: usize, wait: &Wait<'_>) -> Result<()> {
+        let _ = (group, wait);
+        let message = "the library is used for broadcasts alone";
+        Err(Error::new(ErrorKind::Backend, "warming up a group", message))
+    }
 
     /// Enqueues the broadcast of the first `len` bytes of a slot, from member 0 to all others.
     ///
