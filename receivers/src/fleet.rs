@@ -105,6 +105,8 @@ struct Server {
     weights: String,
     /// Whether its workers are in the present world.
     is_member: bool,
+    /// Whether it has confirmed a version since it joined. Until then what it says does not tell it from another process.
+    is_marked: bool,
     /// Whether its workers may be in some world of this trainer, present or past.
     has_joined: bool,
     /// Whether it has begun to load a version and not confirmed it.
@@ -150,6 +152,7 @@ impl Fleet {
             workers: 0,
             weights: String::new(),
             is_member: false,
+            is_marked: false,
             has_joined: false,
             half_loaded: false,
             is_reset: false,
@@ -169,6 +172,8 @@ impl Fleet {
     pub(crate) fn begin(&mut self, version: Version) {
         self.version = version;
         (self.has_ended, self.failure, self.first) = (false, None, None);
+        // A world is whole as long as each of its members is the process that joined it.
+        self.has_world &= self.servers.iter().all(|server| !server.is_member || server.is_marked);
         for server in &mut self.servers {
             server.is_member &= self.has_world;
             server.standing = Standing::Unknown;
@@ -273,6 +278,7 @@ impl Fleet {
                 if has == version.to_string() {
                     server.progress = Progress::Confirmed;
                     (server.weights, server.half_loaded) = (has, false);
+                    server.is_marked = true;
                 } else {
                     let words = format!("it says that it has version `{has}` after the update");
                     self.out(
@@ -319,6 +325,7 @@ impl Fleet {
         for &(index, _) in &answers {
             let server = &mut self.servers[index];
             (server.is_member, server.has_joined) = (own.is_ok(), true);
+            server.is_marked = false;
         }
         self.has_world = own.is_ok();
         self.together(own, answers, false);
