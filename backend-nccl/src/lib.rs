@@ -16,6 +16,7 @@ mod comm;
 mod error;
 mod ffi;
 mod library;
+mod slots;
 mod sys;
 
 use std::path::PathBuf;

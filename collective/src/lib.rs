@@ -123,6 +123,17 @@ pub trait Slots: fmt::Debug + Send + Sync {
         digests: bool,
     ) -> Result<u64>;
 
+    /// Has a slot be of at least so many bytes from now on, for engines whose peers take a weight by one broadcast however
+    /// large it is. What was in the slot is gone.
+    ///
+    /// # Errors
+    ///
+    /// `Resource` if there is not so much memory; `Config` where slots keep their size.
+    async fn enlarge(&self, slot: SlotGuard, bytes: u64) -> Result<SlotGuard> {
+        let message = format!("slot {} keeps its size; {bytes} bytes are wanted", slot.index());
+        Err(Error::new(ErrorKind::Config, "enlarging a slot", message))
+    }
+
     /// The first bytes of a slot, to be read; the guard is dropped with the last view of them.
     fn view(&self, slot: SlotGuard, filled: u64) -> Storage;
 }
@@ -201,10 +212,10 @@ pub trait Communicator: fmt::Debug + 'static {
     /// # Errors
     ///
     /// `Backend` if the library has no such call; as [`join`](Self::join).
-    fn warm_up(&mut self, group: usize, wait: &Wait<'_>) -> Result<()> {
+    fn greet(&mut self, group: usize, wait: &Wait<'_>) -> Result<()> {
         let _ = (group, wait);
         let message = "the library is used for broadcasts alone";
-        Err(Error::new(ErrorKind::Backend, "warming up a group", message))
+        Err(Error::new(ErrorKind::Backend, "greeting a group", message))
     }
 
     /// Enqueues the broadcast of the first `len` bytes of a slot, from member 0 to all others.

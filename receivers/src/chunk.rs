@@ -1,7 +1,7 @@
 //! Which weights travel together: one bucket of the trainer, one call of `update_weights` on every server.
 //!
 //! A bucket is what the receivers call a chunk: the bytes of its weights one behind the other, without a gap. A weight is
-//! never split, because a receiver takes it by one broadcast. Within a bucket the weights are sorted by the size of their
+//! never split, because a receiver takes it by one broadcast; one that is larger than a bucket travels alone. Within a bucket the weights are sorted by the size of their
 //! elements, the largest first: then each begins at a multiple of its own element size, without which torch refuses to
 //! view it.
 
@@ -30,7 +30,7 @@ pub(crate) struct Chunk {
 /// Makes chunks of a stream.
 #[derive(Debug)]
 pub(crate) struct Chunks {
-    /// The most bytes of a chunk.
+    /// The most bytes of a chunk, unless that is one weight.
     limit: u64,
     pending: Option<Weight>,
     names: HashSet<Arc<str>>,
@@ -55,10 +55,7 @@ impl Chunks {
                 None => self.read(weights, deadline).await?,
             };
             let Some(weight) = weight else { break };
-            if weight.byte_len() > self.limit {
-                return Err(self.too_large(&weight));
-            }
-            if !taken.is_empty() && weight.byte_len() > self.limit - len {
+            if !taken.is_empty() && weight.byte_len() > self.limit.saturating_sub(len) {
                 self.pending = Some(weight);
                 break;
             }
@@ -89,16 +86,6 @@ impl Chunks {
         }
         self.counts.add(&weight);
         Ok(Some(weight))
-    }
-
-    fn too_large(&self, weight: &Weight) -> Error {
-        let (len, limit) = (weight.byte_len(), self.limit);
-        let message = format!(
-            "it has {len} bytes, a bucket {limit}, and the receivers take a weight by one broadcast: set \
-             update_weights_bucket_megabytes to {} or more",
-            len.div_ceil(1 << 20)
-        );
-        Error::new(ErrorKind::Config, COLLECTING, message).tensor(weight.name())
     }
 }
 
@@ -209,11 +196,12 @@ mod tests {
     }
 
     #[test]
-    fn a_weight_that_is_larger_than_a_bucket_is_an_error_that_says_how_large_a_bucket_has_to_be() {
-        let error = chunks(1 << 20, vec![weight("head", DType::F32, 1 << 20)]).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config);
-        assert!(error.to_string().contains("update_weights_bucket_megabytes to 4"), "{error}");
-        assert_eq!(error.report().tensor.as_deref(), Some("head"));
+    fn a_weight_that_is_larger_than_a_bucket_is_alone_in_one() {
+        let sizes = [("a", 3), ("b", 100), ("c", 3), ("d", 3)];
+        let weights = sizes.map(|(name, len)| weight(name, DType::U8, len));
+        let all = chunks(64, weights.to_vec()).unwrap();
+        let lens: Vec<u64> = all.iter().map(|chunk| chunk.len).collect();
+        assert_eq!(lens, [3, 100, 6]);
     }
 
     #[test]

@@ -148,8 +148,14 @@ impl<C: Communicator> Sending<C> {
             let message = "its slot is still in use";
             Error::new(ErrorKind::Timeout, "filling a bucket", message).bucket(index)
         })?;
-        let filled = self.slots.fill(guard, chunk.jobs, &self.pool, false).await;
-        filled.map_err(|error| error.bucket(index))?;
+        let filled = async {
+            let guard = match len > self.shape.slot_bytes {
+                true => self.slots.enlarge(guard, len).await?,
+                false => guard,
+            };
+            self.slots.fill(guard, chunk.jobs, &self.pool, false).await
+        };
+        filled.await.map_err(|error| error.bucket(index))?;
         feed.stages.encode += begun.elapsed();
         feed.filled += 1;
         Ok(Some(Bucket { slot, len, source_bytes, info }))
@@ -162,7 +168,7 @@ impl<C: Communicator> Sending<C> {
             let work = thread.run(limit, move |library, wait| {
                 library.leave();
                 let joined = library.join(WORLD, &id, size, 0, wait);
-                let ready = joined.and_then(|()| library.warm_up(WORLD, wait));
+                let ready = joined.and_then(|()| library.greet(WORLD, wait));
                 ready.inspect_err(|_| library.leave())
             });
             work.await

@@ -299,3 +299,14 @@ fn servers_leave_one_world_before_they_join_the_next_one() {
     });
     assert_eq!((act, left), (Act::Form(vec![0]), vec![0]));
 }
+
+#[test]
+fn a_broadcast_that_failed_at_the_trainer_alone_is_followed_by_a_new_world() {
+    let mut fleet = Fleet::new(1, false);
+    fleet.begin(Version(1));
+    answered(&mut fleet, |_, ask| Some(good(ask, "1")));
+    fleet.formed(Ok(()), vec![(0, Some(Ok(())))]);
+    assert_eq!(answered(&mut fleet, |_, ask| Some(good(ask, "1"))), Act::Send(vec![0]));
+    fleet.sent(Err(failed()), vec![(0, Some(Ok(())))]);
+    assert_eq!(answered(&mut fleet, |_, ask| Some(good(ask, "1"))), Act::Form(vec![0]));
+}

@@ -84,6 +84,14 @@ impl Slots for HostSlots {
         .await
     }
 
+    async fn enlarge(&self, slot: SlotGuard, bytes: u64) -> Result<SlotGuard> {
+        let mut memory = lock(&self.0[slot.index() as usize]);
+        let len = memory.len().max(bytes as usize);
+        memory.resize(len, 0);
+        drop(memory);
+        Ok(slot)
+    }
+
     fn view(&self, _: SlotGuard, _: u64) -> Storage {
         unreachable!("trainers look at nothing")
     }
@@ -141,7 +149,7 @@ impl Communicator for Trainer {
         unreachable!("worlds are formed anew")
     }
 
-    fn warm_up(&mut self, _: usize, wait: &Wait<'_>) -> Result<()> {
+    fn greet(&mut self, _: usize, wait: &Wait<'_>) -> Result<()> {
         lock(&*self.world()?).warm.insert(0);
         self.until(wait, "warming up", |world| world.warm.len() == world.size as usize)
     }
