@@ -11,9 +11,9 @@ use engine_core::observe::{Observer, Progress};
 use engine_core::plan::ALIGNMENT;
 use engine_core::telemetry::Meter;
 use engine_core::{
-    CheckpointEngine, EngineContext, Error, ErrorKind, ErrorReport, Prepared, PreparedTrainer,
-    Rank, ReceiverReport, Result, Role, SendReport, StageTimes, TrainerEngine, Version,
-    VersionState, WeightStream, WorkerMetadata,
+    CheckpointEngine, EngineContext, Error, ErrorKind, Prepared, PreparedTrainer, Rank,
+    ReceiverReport, Result, Role, SendReport, StageTimes, TrainerEngine, Version, VersionState,
+    WeightStream, WorkerMetadata,
 };
 use futures::future::{join, join_all};
 use futures::stream::{FuturesUnordered, StreamExt};
@@ -22,7 +22,7 @@ use tokio::task::JoinHandle;
 use tracing::info;
 
 use crate::chunk::{Chunk, Chunks};
-use crate::fleet::{Act, Answers, Fleet, Outcome, rank_of};
+use crate::fleet::{Act, Answers, Ask, Fleet, Outcome, rank_of};
 use crate::vllm::{Pause, Vllm, World, update_info};
 use crate::{NAME, VllmOptions};
 
@@ -86,7 +86,14 @@ pub async fn prepare_vllm<L: Library>(
             servers: options.servers.iter().map(server).collect(),
             meter: Meter::new(rank, context.observer.clone()),
             deadline: long,
-            sending: Sending { thread, slots, locks: Arc::new(SlotLocks::new(SLOTS)), shape, pool },
+            sending: Sending {
+                thread,
+                slots,
+                locks: Arc::new(SlotLocks::new(SLOTS)),
+                shape,
+                pool,
+                limit: long,
+            },
         };
         Ok(Box::new(engine) as Box<dyn TrainerEngine>)
     }))
@@ -110,6 +117,14 @@ struct Sending<C: Communicator> {
     locks: Arc<SlotLocks>,
     shape: Shape,
     pool: Pool,
+    /// How long somebody waits for the library to let go of the world.
+    limit: Duration,
+}
+
+impl<C: Communicator> Drop for Sending<C> {
+    fn drop(&mut self) {
+        self.thread.close_later(self.limit);
+    }
 }
 
 /// A bucket that is filled.
@@ -326,14 +341,12 @@ impl<C: Communicator> ServersEngine<C> {
                 Some((index, answer)) = theirs.next(), if !theirs.is_empty() => {
                     let failed = answer.is_err();
                     // That the time is up is no answer.
-                    let is_silent = |error: &Error| error.kind() == ErrorKind::Timeout;
-                    let answer = Some(answer).filter(|a| !a.as_ref().is_err_and(is_silent));
-                    answers.iter_mut().filter(|(of, _)| *of == index).for_each(|(_, place)| {
-                        *place = answer.as_ref().map(|answer| match answer {
-                            Ok(()) => Ok(()),
-                            Err(error) => Err(ErrorReport::from(error).into()),
-                        });
-                    });
+                    let is_silence =
+                        answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::Timeout);
+                    let place = answers.iter_mut().find(|(of, _)| *of == index);
+                    if let Some((_, place)) = place.filter(|_| !is_silence) {
+                        *place = Some(answer);
+                    }
                     failed
                 }
                 () = sleep(left) => break,
@@ -393,6 +406,16 @@ impl<C: Communicator> ServersEngine<C> {
 #[async_trait]
 impl<C: Communicator> CheckpointEngine for ServersEngine<C> {
     async fn finalize(self: Box<Self>) -> Result<()> {
+        // A server that cannot leave now joins anew all the same when somebody sends to it.
+        let leaving = self.fleet.members().into_iter().map(|index| {
+            let server = Vllm { long: SHORT.min(self.deadline), ..self.servers[index].clone() };
+            async move { server.ask(Ask::Leave, Version(0)).await }
+        });
+        for left in join_all(leaving).await {
+            if let Err(error) = left {
+                tracing::debug!(%error, "while the world was left");
+            }
+        }
         self.sending.thread.close().await;
         Ok(())
     }

@@ -187,6 +187,12 @@ impl Fleet {
         self.servers[server].workers
     }
 
+    /// The servers whose workers are in the present world.
+    pub(crate) fn members(&self) -> Vec<usize> {
+        let is_member = |index: &usize| self.has_world && self.servers[*index].is_member;
+        (0..self.servers.len()).filter(is_member).collect()
+    }
+
     /// Those that are not out.
     fn usable(&self) -> Vec<usize> {
         let usable = |server: &Server| !matches!(server.standing, Standing::Out(_));

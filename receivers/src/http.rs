@@ -64,8 +64,8 @@ impl FromStr for ServerUrl {
         }
         let host = uri.host().filter(|host| !host.is_empty());
         let host = host.ok_or_else(|| refuse("it has no host"))?.to_owned();
-        if uri.query().is_some() {
-            return Err(refuse("it has a query"));
+        if uri.query().is_some() || uri.authority().is_some_and(|all| all.as_str().contains('@')) {
+            return Err(refuse("a query and a user's name have no meaning here"));
         }
         let path = uri.path().trim_end_matches('/').to_owned();
         Ok(Self { host, port: uri.port_u16().unwrap_or(80), path })
@@ -204,5 +204,39 @@ async fn exchange(
     match select(exchange.boxed(), connection.boxed()).await {
         Either::Left((answer, _)) => answer,
         Either::Right((_, exchange)) => exchange.await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn an_address_is_what_it_was_written_as() {
+        for (text, url) in [
+            ("http://10.0.0.7:8000", "http://10.0.0.7:8000"),
+            ("http://host/", "http://host:80"),
+            ("http://[::1]:8000/replica/1/", "http://[::1]:8000/replica/1"),
+        ] {
+            assert_eq!(text.parse::<ServerUrl>().unwrap().to_string(), url);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_an_address_or_an_error_that_repeats_it(text in ".{0,40}", http in any::<bool>()) {
+            let text = if http { format!("http://{text}") } else { text };
+            match text.parse::<ServerUrl>() {
+                Ok(url) => prop_assert_eq!(url.to_string().parse::<ServerUrl>().unwrap(), url),
+                Err(error) => prop_assert!(error.to_string().contains(&*text)),
+            }
+        }
+
+        #[test]
+        fn whatever_a_server_answers_its_words_are_short(body in proptest::collection::vec(any::<u8>(), 0..3000)) {
+            let answer = Answer { status: 500, body: body.into() };
+            prop_assert!(answer.words().chars().count() <= MAX_WORDS + 1);
+        }
     }
 }

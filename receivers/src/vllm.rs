@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use engine_core::{Error, ErrorKind, Result, Version};
+use engine_core::{Error, ErrorKind, Recovery, Result, Version};
 use hyper::Method;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -215,9 +215,12 @@ impl Vllm {
                 message = format!("{message}: {part}");
             }
         }
-        // A server that refuses because of how it was started refuses again.
-        let kind = if remedy.is_empty() { ErrorKind::Io } else { ErrorKind::Config };
-        Error::new(kind, self.operation(path), message)
+        let operation = self.operation(path);
+        match remedy.is_empty() {
+            true => Error::new(ErrorKind::Io, operation, message).recovery(Recovery::Retry),
+            // A server that refuses because of how it was started refuses again.
+            false => Error::new(ErrorKind::Config, operation, message),
+        }
     }
 
     fn odd(&self, path: &str, answer: &Answer) -> Error {

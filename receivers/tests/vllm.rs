@@ -4,10 +4,13 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use engine_core::{ErrorKind, Rank, Version, VersionState, ensure_async_iterator};
+use engine_core::{DType, ErrorKind, Rank, Version, VersionState, Weight, ensure_async_iterator};
+use futures::TryStreamExt;
+use quant_fp8::QuantizeFp8;
+use quant_fp8::rules::{Receiver, Rules, RulesConfig};
 use serde_json::json;
 use support::server::{Server, Started, Wrong, tensors};
-use support::{model, plain, trainer, trainer_with};
+use support::{config, join, model, plain, trainer, trainer_with};
 
 /// A server that generates with a version, and with every byte of it.
 fn has(server: &Server, version: u64) {
@@ -30,7 +33,10 @@ async fn a_server_gets_every_byte_of_every_update_and_says_its_version() {
         assert_eq!(report.counts.tensors, model(version).len() as u64);
         assert!(report.buckets > 2, "one bucket shows nothing of the next");
     }
+    server.asked();
     trainer.finalize().await.expect("an end");
+    assert_eq!(server.asked(), ["/shutdown_weight_transfer_engine"]);
+    has(&server, 3);
 }
 
 #[tokio::test]
@@ -306,4 +312,52 @@ async fn a_doctor_says_of_a_server_what_it_is_and_what_it_lacks() {
     let checks = examine(&server).await;
     assert!(checks[0].passed && !checks[1].passed, "{checks:?}");
     assert!(checks[1].details.contains("VLLM_SERVER_DEV_MODE"), "{checks:?}");
+}
+
+#[tokio::test]
+async fn a_server_with_an_fp8_model_gets_the_codes_and_the_scales_that_the_layer_in_front_makes() {
+    let source = |version: u64| {
+        let tensor = |name: String, shape: &[u64]| {
+            let numbers =
+                (0..shape.iter().product::<u64>()).map(|at| (at * version % 253) as f32 - 100.0);
+            let bytes: Vec<u8> =
+                numbers.flat_map(|number| half::bf16::from_f32(number).to_le_bytes()).collect();
+            Weight::new(name, DType::BF16, shape, bytes).expect("a weight")
+        };
+        let mut weights = vec![tensor("model.embed_tokens.weight".into(), &[64, 128])];
+        for layer in 0..3 {
+            let name = |part: &str| format!("model.layers.{layer}.{part}");
+            weights.push(tensor(name("mlp.down_proj.weight"), &[128, 256]));
+            weights.push(tensor(name("input_layernorm.weight"), &[127]));
+        }
+        weights
+    };
+    let rules = RulesConfig { receiver: Receiver::Vllm, ..RulesConfig::default() };
+    let rules = Rules::new(&rules).expect("rules");
+    let quantized = async |version| -> Vec<Weight> {
+        source(version).quantize_fp8(rules.clone()).try_collect().await.expect("weights")
+    };
+    let server = Server::start(&quantized(1).await, Started::default()).await;
+    let mut config = config(&[&server], plain());
+    config.layers.insert("trainer_quantize_fp8".into(), true.into());
+    config.layers.insert("quantization".into(), json!({ "receiver": "vllm" }));
+    let mut trainer = join(config).await.expect("a trainer");
+    let report = trainer.send_weights(ensure_async_iterator(source(2)), Version(2)).await;
+    assert_eq!(report.expect("an update").counts.quantized, 3);
+    let (version, weights) = server.generate().expect("it generates");
+    assert!(version == "2" && weights == tensors(&quantized(2).await));
+}
+
+#[tokio::test]
+async fn whoever_wants_another_group_than_one_trainer_is_told_so() {
+    let error =
+        receivers::VLLM.prepare_rollout(engine_core::EngineContext::new(Default::default()));
+    let error = error.await.expect_err("there are no rollouts");
+    assert!(error.to_string().contains("engine_kwargs.vllm.servers"), "{error}");
+    let rank = |rank| {
+        let role = engine_core::Role::Trainer;
+        engine_core::WorkerMetadata::of_this_process("vllm", Rank(rank), role, json!(null))
+    };
+    let error = receivers::VLLM.build_topology(&[rank(0), rank(1)]).expect_err("two trainers");
+    assert_eq!(error.kind(), ErrorKind::Mismatch);
 }

@@ -6,8 +6,11 @@
 pub(crate) mod collectives;
 pub(crate) mod server;
 
+use async_trait::async_trait;
 use engine_core::{
-    CheckpointEngineConfig, DType, EngineContext, Placement, Result, TrainerEngine, Weight,
+    Availability, Backend, CheckpointEngineConfig, DType, EngineContext, Placement,
+    PreparedRollout, PreparedTrainer, Registry, Result, TrainerEngine, Weight, WorkerMetadata,
+    form_local_group,
 };
 use serde_json::json;
 
@@ -32,7 +35,42 @@ pub(crate) fn model(version: u64) -> Vec<Weight> {
     weights
 }
 
-/// A trainer that sends to these servers, in buckets of a MiB at most, over the library within the process.
+/// The backend, with a library of collectives within the process in the place of NCCL.
+#[derive(Debug)]
+struct OverTheProcess;
+
+#[async_trait]
+impl Backend for OverTheProcess {
+    fn name(&self) -> &'static str {
+        receivers::VLLM.name()
+    }
+
+    fn summary(&self) -> &'static str {
+        "for tests"
+    }
+
+    fn probe(&self) -> Availability {
+        Availability::Usable { details: "always".into() }
+    }
+
+    async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
+        let library = collectives::InProcess { bucket_bytes: BUCKET_BYTES };
+        receivers::prepare_vllm(library, context).await
+    }
+
+    async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
+        receivers::VLLM.prepare_rollout(context).await
+    }
+
+    fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
+        receivers::VLLM.build_topology(workers)
+    }
+}
+
+/// So small that an update of a small model has several buckets.
+const BUCKET_BYTES: u64 = 16 << 10;
+
+/// A trainer that sends to these servers.
 pub(crate) async fn trainer(
     servers: &[&server::Server],
     options: serde_json::Value,
@@ -40,27 +78,36 @@ pub(crate) async fn trainer(
     trainer_with(servers, options, 4.0).await.expect("a trainer")
 }
 
+/// The same with a deadline of its own.
 pub(crate) async fn trainer_with(
     servers: &[&server::Server],
-    mut options: serde_json::Value,
+    options: serde_json::Value,
     seconds: f64,
 ) -> Result<Box<dyn TrainerEngine>> {
+    join(CheckpointEngineConfig { timeout_seconds: seconds, ..config(servers, options) }).await
+}
+
+/// What a trainer's configuration is.
+pub(crate) fn config(
+    servers: &[&server::Server],
+    mut options: serde_json::Value,
+) -> CheckpointEngineConfig {
     options["servers"] = servers.iter().map(|server| server.url()).collect();
     let mut config = CheckpointEngineConfig {
         backend: "vllm".into(),
-        timeout_seconds: seconds,
-        update_weights_bucket_megabytes: Some(1),
+        timeout_seconds: 4.0,
         threads: std::num::NonZeroUsize::new(1),
         ..Default::default()
     };
     config.engine_kwargs.insert("vllm".into(), options.as_object().cloned().unwrap_or_default());
-    let library = collectives::InProcess { bucket_bytes: 16 << 10 };
-    // Smaller buckets than the configuration has, so that an update has several.
-    config.update_weights_bucket_megabytes = None;
-    let prepared = receivers::prepare_vllm(library, EngineContext::new(config)).await?;
-    let workers = [prepared.metadata().clone()];
-    let place = Placement::of_rank(receivers::VLLM.build_topology(&workers)?, workers[0].rank)?;
-    prepared.join(place).await
+    config
+}
+
+pub(crate) async fn join(config: CheckpointEngineConfig) -> Result<Box<dyn TrainerEngine>> {
+    let registry = Registry::new().with(OverTheProcess).with_layer(quant_fp8::LAYER);
+    let prepared = registry.prepare_trainer(EngineContext::new(config)).await?;
+    let (mut trainers, _) = form_local_group(&OverTheProcess, vec![prepared], Vec::new()).await?;
+    Ok(trainers.remove(0))
 }
 
 /// Options without any.
