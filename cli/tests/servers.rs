@@ -61,7 +61,7 @@ fn servers_that_cannot_be_are_errors_in_words() {
             &["sync", "--synthetic", "tiny-moe", "--backend", "ipc", "--server", "http://a"],
             "ipc has rollouts of its own",
         ),
-        (&["sync", "--synthetic", "tiny-moe", "--backend", "vllm", "--device", "cuda"], "servers"),
+        (&["sync", "--synthetic", "tiny-moe", "--backend", "vllm"], "give --server URL"),
         (
             &[
                 "sync",

@@ -195,6 +195,34 @@ async fn a_server_that_dies_within_a_broadcast_is_an_end_in_time_and_those_that_
 }
 
 #[tokio::test]
+async fn servers_that_hang_because_another_one_died_are_named_and_no_update_waits_for_them() {
+    let hangs = Server::start(&model(0), Started::default()).await;
+    let dies = Server::start(&model(0), Started::default()).await;
+    let mut config = config(&[&hangs, &dies], plain());
+    config.timeout_seconds = 1.0;
+    let mut trainer = join(config, true).await.expect("a trainer");
+    let sent = trainer.send_weights(ensure_async_iterator(model(1)), Version(1)).await;
+    assert!(sent.expect("an update").absent.is_empty());
+    dies.wrong("/update_weights", 1, Wrong::Dies);
+    let begun = Instant::now();
+    let sent = trainer.send_weights(ensure_async_iterator(model(2)), Version(2)).await;
+    let error = sent.expect_err("nobody has it");
+    // The first cause, not what follows from it.
+    assert_eq!((error.kind(), error.report().rank), (ErrorKind::PeerLost, Some(Rank(2))));
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    hangs.generate().expect_err("it is half loaded");
+    let dies = dies.start_anew(&model(0)).await;
+    let sent = trainer.send_weights(ensure_async_iterator(model(3)), Version(3)).await;
+    assert_eq!(sent.expect("an update").absent, [Rank(1)]);
+    has(&dies, 3);
+    let hangs = hangs.start_anew(&model(0)).await;
+    let sent = trainer.send_weights(ensure_async_iterator(model(4)), Version(4)).await;
+    assert!(sent.expect("an update").absent.is_empty());
+    has(&dies, 4);
+    has(&hangs, 4);
+}
+
+#[tokio::test]
 async fn a_server_that_never_joins_is_an_end_in_time_and_the_others_are_not_believed_to_be_in_order()
  {
     let good = Server::start(&model(0), Started::default()).await;
@@ -341,7 +369,7 @@ async fn a_server_with_an_fp8_model_gets_the_codes_and_the_scales_that_the_layer
     let mut config = config(&[&server], plain());
     config.layers.insert("trainer_quantize_fp8".into(), true.into());
     config.layers.insert("quantization".into(), json!({ "receiver": "vllm" }));
-    let mut trainer = join(config).await.expect("a trainer");
+    let mut trainer = join(config, false).await.expect("a trainer");
     let report = trainer.send_weights(ensure_async_iterator(source(2)), Version(2)).await;
     assert_eq!(report.expect("an update").counts.quantized, 3);
     let (version, weights) = server.generate().expect("it generates");

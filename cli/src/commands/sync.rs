@@ -71,6 +71,13 @@ pub(crate) async fn sync_command(args: &SyncArgs) -> Result<ExitCode, Failure> {
         }
         let section = config.engine_kwargs.entry(SENDS_ONLY.into()).or_default();
         section.insert("servers".into(), args.servers.clone().into());
+    } else if config.backend == SENDS_ONLY
+        && !config
+            .engine_kwargs
+            .get(SENDS_ONLY)
+            .is_some_and(|section| section.contains_key("servers"))
+    {
+        return Err("vllm sends to servers that run already: give --server URL".into());
     }
     let options = SyncOptions {
         config: as_planned(config, &source)?,

@@ -24,11 +24,14 @@ struct World {
     joined: BTreeSet<u32>,
     warm: BTreeSet<u32>,
     casts: Vec<Cast>,
+    /// Whether bytes go from member to member, so that nobody has them before all take part.
+    is_ring: bool,
 }
 
 #[derive(Debug)]
 struct Cast {
     bytes: Vec<u8>,
+    begun: BTreeSet<u32>,
     received: BTreeSet<u32>,
 }
 
@@ -36,6 +39,7 @@ struct Cast {
 #[derive(Clone, Debug)]
 pub(crate) struct InProcess {
     pub(crate) bucket_bytes: u64,
+    pub(crate) is_ring: bool,
 }
 
 #[async_trait]
@@ -54,7 +58,8 @@ impl Library for InProcess {
         let slot = || Arc::new(Mutex::new(vec![0; shape.slot_bytes as usize]));
         let slots: Vec<_> = (0..shape.slots).map(|_| slot()).collect();
         let own = slots.clone();
-        let start = move || Ok(Trainer { slots: own, world: None, ended: 0 });
+        let is_ring = self.is_ring;
+        let start = move || Ok(Trainer { slots: own, world: None, ended: 0, is_ring });
         let thread = Thread::start("ckpt-fake", start).await?;
         let slots = Arc::new(HostSlots(slots));
         Ok(Opened { thread, slots, version: "in-process".into(), share: None })
@@ -103,6 +108,7 @@ pub(crate) struct Trainer {
     slots: Vec<Slot>,
     world: Option<Arc<Mutex<World>>>,
     ended: u64,
+    is_ring: bool,
 }
 
 impl Trainer {
@@ -136,7 +142,7 @@ impl Communicator for Trainer {
         let world = lock(&WORLDS).get(id).cloned().expect("an id of this library");
         {
             let mut world = lock(&world);
-            world.size = size;
+            (world.size, world.is_ring) = (size, self.is_ring);
             world.joined.insert(place);
         }
         (self.world, self.ended) = (Some(world), 0);
@@ -156,7 +162,11 @@ impl Communicator for Trainer {
 
     fn broadcast(&mut self, _: usize, slot: u32, len: u64, _: &Wait<'_>) -> Result<()> {
         let bytes = lock(&self.slots[slot as usize])[..len as usize].to_vec();
-        lock(&*self.world()?).casts.push(Cast { bytes, received: BTreeSet::new() });
+        lock(&*self.world()?).casts.push(Cast {
+            bytes,
+            begun: BTreeSet::new(),
+            received: BTreeSet::new(),
+        });
         Ok(())
     }
 
@@ -211,8 +221,13 @@ impl Member {
         let (at, place) = (self.received, self.place);
         self.received += 1;
         until(&self.world, |world| {
+            let (others, is_ring) = (world.size as usize - 1, world.is_ring);
             let cast = world.casts.get_mut(at)?;
             assert_eq!(cast.bytes.len(), len, "the trainer broadcasts another length");
+            cast.begun.insert(place);
+            if is_ring && cast.begun.len() < others {
+                return None;
+            }
             cast.received.insert(place);
             Some(cast.bytes.clone())
         })

@@ -37,7 +37,9 @@ pub(crate) fn model(version: u64) -> Vec<Weight> {
 
 /// The backend, with a library of collectives within the process in the place of NCCL.
 #[derive(Debug)]
-struct OverTheProcess;
+struct OverTheProcess {
+    is_ring: bool,
+}
 
 #[async_trait]
 impl Backend for OverTheProcess {
@@ -54,7 +56,8 @@ impl Backend for OverTheProcess {
     }
 
     async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
-        let library = collectives::InProcess { bucket_bytes: BUCKET_BYTES };
+        let (bucket_bytes, is_ring) = (BUCKET_BYTES, self.is_ring);
+        let library = collectives::InProcess { bucket_bytes, is_ring };
         receivers::prepare_vllm(library, context).await
     }
 
@@ -84,7 +87,8 @@ pub(crate) async fn trainer_with(
     options: serde_json::Value,
     seconds: f64,
 ) -> Result<Box<dyn TrainerEngine>> {
-    join(CheckpointEngineConfig { timeout_seconds: seconds, ..config(servers, options) }).await
+    let config = CheckpointEngineConfig { timeout_seconds: seconds, ..config(servers, options) };
+    join(config, false).await
 }
 
 /// What a trainer's configuration is.
@@ -103,10 +107,15 @@ pub(crate) fn config(
     config
 }
 
-pub(crate) async fn join(config: CheckpointEngineConfig) -> Result<Box<dyn TrainerEngine>> {
-    let registry = Registry::new().with(OverTheProcess).with_layer(quant_fp8::LAYER);
+/// A trainer of a configuration; its broadcasts go round a ring if that is asked for.
+pub(crate) async fn join(
+    config: CheckpointEngineConfig,
+    is_ring: bool,
+) -> Result<Box<dyn TrainerEngine>> {
+    let registry = Registry::new().with(OverTheProcess { is_ring }).with_layer(quant_fp8::LAYER);
     let prepared = registry.prepare_trainer(EngineContext::new(config)).await?;
-    let (mut trainers, _) = form_local_group(&OverTheProcess, vec![prepared], Vec::new()).await?;
+    let backend = registry.get("vllm")?;
+    let (mut trainers, _) = form_local_group(backend, vec![prepared], Vec::new()).await?;
     Ok(trainers.remove(0))
 }
 
