@@ -150,9 +150,9 @@ impl Communicator for Nccl {
     }
 
     fn greet(&mut self, group: usize, wait: &Wait<'_>) -> Result<()> {
-        // What is in the slot is of no version yet.
-        let float =
-            self.slots.arena().memory().slice(0, size_of::<f32>()).map_err(NcclError::from)?;
+        // The slots may be filled already.
+        let own = self.slots.arena().another(size_of::<f32>())?;
+        let float = own.memory().all();
         self.enqueue(group, wait, "enqueueing an all-reduce", |comm, stream| {
             comm.all_reduce(&float, stream)
         })?;

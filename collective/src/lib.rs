@@ -207,7 +207,7 @@ pub trait Communicator: fmt::Debug + 'static {
     fn shrink(&mut self, group: usize, gone: &[u32], wait: &Wait<'_>) -> Result<()>;
 
     /// Does what members that are not this project's own begin a group with: an all-reduce of one 32-bit float, of
-    /// whatever value, before any broadcast. All members do the same now.
+    /// whatever value, before any broadcast. All members do the same now. The slots keep what they have.
     ///
     /// # Errors
     ///

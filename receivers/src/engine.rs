@@ -152,11 +152,9 @@ impl<C: Communicator> Sending<C> {
         let begun = Instant::now();
         let chunk = feed.chunks.next(feed.weights, deadline).await;
         feed.stages.source += begun.elapsed();
-        let Some(Chunk { jobs, len, source_bytes }) = chunk.map_err(|e| e.bucket(index))? else {
-            return Ok(None);
-        };
-        let chunk = Chunk { jobs, len, source_bytes };
+        let Some(chunk) = chunk.map_err(|error| error.bucket(index))? else { return Ok(None) };
         let info = update_info(&chunk)?;
+        let Chunk { jobs, len, source_bytes } = chunk;
         let slot = (index % u64::from(SLOTS)) as u32;
         let begun = Instant::now();
         let guard = within(deadline, self.locks.lock(slot)).await.flatten().ok_or_else(|| {
@@ -168,12 +166,17 @@ impl<C: Communicator> Sending<C> {
                 true => self.slots.enlarge(guard, len).await?,
                 false => guard,
             };
-            self.slots.fill(guard, chunk.jobs, &self.pool, false).await
+            self.slots.fill(guard, jobs, &self.pool, false).await
         };
         filled.await.map_err(|error| error.bucket(index))?;
         feed.stages.encode += begun.elapsed();
         feed.filled += 1;
         Ok(Some(Bucket { slot, len, source_bytes, info }))
+    }
+
+    /// Whether the world is in order. Waits for a broadcast that an update has left under way.
+    async fn is_joined(&self, limit: Duration) -> bool {
+        self.thread.run(limit, |library, _| library.ended(WORLD)).await.is_ok()
     }
 
     /// Joins a world of so many members, as the first of them, and does what they begin with.
@@ -431,7 +434,8 @@ impl<C: Communicator> TrainerEngine for ServersEngine<C> {
     ) -> Result<SendReport> {
         let begun = Instant::now();
         let ranks: Vec<Rank> = (0..self.servers.len()).map(rank_of).collect();
-        self.fleet.begin(version);
+        let has_world = self.sending.is_joined(self.deadline).await;
+        self.fleet.begin(version, has_world);
         self.meter.observe(&Progress::Began { version, receivers: ranks.clone() });
         let chunks = Chunks::new(self.sending.shape.slot_bytes);
         let stages = StageTimes::default();

@@ -168,9 +168,11 @@ impl Fleet {
         }
     }
 
-    /// Begins an update. One that did not come to its end is over.
-    pub(crate) fn begin(&mut self, version: Version) {
+    /// Begins an update. One that did not come to its end is over. The trainer says whether its own end of the world is in
+    /// order.
+    pub(crate) fn begin(&mut self, version: Version, has_world: bool) {
         self.version = version;
+        self.has_world &= has_world;
         (self.has_ended, self.failure, self.first) = (false, None, None);
         // A world is whole as long as each of its members is the process that joined it.
         self.has_world &= self.servers.iter().all(|server| !server.is_member || server.is_marked);

@@ -293,6 +293,22 @@ async fn dropping_an_update_at_any_moment_leaves_the_next_one_whole() {
 }
 
 #[tokio::test]
+async fn a_broadcast_that_a_dropped_update_left_to_fail_costs_the_next_one_no_server() {
+    let good = Server::start(&model(0), Started::default()).await;
+    let dies = Server::start(&model(0), Started::default()).await;
+    let mut trainer = trainer_with(&[&good, &dies], plain(), 1.0).await.expect("a trainer");
+    let sent = trainer.send_weights(ensure_async_iterator(model(1)), Version(1)).await;
+    assert!(sent.expect("an update").absent.is_empty());
+    dies.wrong("/update_weights", 1, Wrong::Dies);
+    let sent = trainer.send_weights(ensure_async_iterator(model(2)), Version(2));
+    drop(tokio::time::timeout(Duration::from_millis(200), sent).await);
+    dies.generate().expect_err("it has died within the update");
+    let sent = trainer.send_weights(ensure_async_iterator(model(3)), Version(3)).await;
+    assert_eq!(sent.expect("an update").absent, [Rank(2)]);
+    has(&good, 3);
+}
+
+#[tokio::test]
 async fn a_slow_server_is_waited_for() {
     let server = Server::start(&model(0), Started::default()).await;
     let mut trainer = trainer(&[&server], plain()).await;

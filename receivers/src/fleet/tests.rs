@@ -121,7 +121,7 @@ impl Group {
         steps: usize,
     ) -> Option<Result<Outcome>> {
         let version = Version(version);
-        self.fleet.begin(version);
+        self.fleet.begin(version, true);
         let mut left = BUCKETS;
         for _ in 0..steps {
             match self.fleet.next() {
@@ -254,7 +254,7 @@ fn good(ask: Ask, has: &str) -> Result<Said> {
 #[test]
 fn a_server_that_says_another_version_after_the_update_is_out_and_never_told_to_generate() {
     let mut fleet = Fleet::new(1, true);
-    fleet.begin(Version(7));
+    fleet.begin(Version(7), true);
     assert_eq!(answered(&mut fleet, |_, ask| Some(good(ask, "6"))), Act::Form(vec![0]));
     fleet.formed(Ok(()), vec![(0, Some(Ok(())))]);
     assert_eq!(answered(&mut fleet, |_, ask| Some(good(ask, "6"))), Act::Send(vec![0]));
@@ -271,7 +271,7 @@ fn a_server_that_says_another_version_after_the_update_is_out_and_never_told_to_
 #[test]
 fn servers_that_were_stopped_for_an_update_that_began_nowhere_generate_again() {
     let mut fleet = Fleet::new(2, true);
-    fleet.begin(Version(1));
+    fleet.begin(Version(1), true);
     assert_eq!(answered(&mut fleet, |_, ask| Some(good(ask, ""))), Act::Form(vec![0, 1]));
     fleet.formed(Err(failed()), Vec::new());
     let resumes = Act::Ask(vec![(0, Ask::Resume), (1, Ask::Resume)]);
@@ -283,13 +283,13 @@ fn servers_that_were_stopped_for_an_update_that_began_nowhere_generate_again() {
 #[test]
 fn servers_leave_one_world_before_they_join_the_next_one() {
     let mut fleet = Fleet::new(2, true);
-    fleet.begin(Version(1));
+    fleet.begin(Version(1), true);
     answered(&mut fleet, |_, ask| Some(good(ask, "1")));
     fleet.formed(Ok(()), vec![(0, Some(Ok(()))), (1, Some(Ok(())))]);
     answered(&mut fleet, |_, ask| Some(good(ask, "1")));
     fleet.end_of_stream(Ok(()));
     assert_eq!(answered(&mut fleet, |_, ask| Some(good(ask, "1"))), Act::End);
-    fleet.begin(Version(2));
+    fleet.begin(Version(2), true);
     let mut left = Vec::new();
     let act = answered(&mut fleet, |index, ask| {
         if ask == Ask::Leave {
@@ -303,10 +303,30 @@ fn servers_leave_one_world_before_they_join_the_next_one() {
 #[test]
 fn a_broadcast_that_failed_at_the_trainer_alone_is_followed_by_a_new_world() {
     let mut fleet = Fleet::new(1, false);
-    fleet.begin(Version(1));
+    fleet.begin(Version(1), true);
     answered(&mut fleet, |_, ask| Some(good(ask, "1")));
     fleet.formed(Ok(()), vec![(0, Some(Ok(())))]);
     assert_eq!(answered(&mut fleet, |_, ask| Some(good(ask, "1"))), Act::Send(vec![0]));
     fleet.sent(Err(failed()), vec![(0, Some(Ok(())))]);
+    assert_eq!(answered(&mut fleet, |_, ask| Some(good(ask, "1"))), Act::Form(vec![0]));
+}
+
+#[test]
+fn a_trainer_whose_own_end_of_the_world_is_gone_forms_another_one_before_it_sends() {
+    let mut fleet = Fleet::new(1, false);
+    let loads = |fleet: &mut Fleet| {
+        fleet.formed(Ok(()), vec![(0, Some(Ok(())))]);
+        answered(fleet, |_, ask| Some(good(ask, "1")));
+        fleet.end_of_stream(Ok(()));
+        assert_eq!(answered(fleet, |_, ask| Some(good(ask, "1"))), Act::End);
+    };
+    fleet.begin(Version(1), true);
+    answered(&mut fleet, |_, ask| Some(good(ask, "1")));
+    loads(&mut fleet);
+    fleet.begin(Version(1), true);
+    assert_eq!(answered(&mut fleet, |_, ask| Some(good(ask, "1"))), Act::Send(vec![0]));
+    fleet.end_of_stream(Ok(()));
+    answered(&mut fleet, |_, ask| Some(good(ask, "1")));
+    fleet.begin(Version(1), false);
     assert_eq!(answered(&mut fleet, |_, ask| Some(good(ask, "1"))), Act::Form(vec![0]));
 }

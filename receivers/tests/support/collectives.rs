@@ -16,7 +16,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// The worlds that were begun in this process, by their ids.
-static WORLDS: LazyLock<Mutex<HashMap<Vec<u8>, Arc<Mutex<World>>>>> = LazyLock::new(Mutex::default);
+static WORLDS: LazyLock<Mutex<Worlds>> = LazyLock::new(Mutex::default);
+
+type Worlds = HashMap<Vec<u8>, Arc<Mutex<World>>>;
 
 #[derive(Debug, Default)]
 struct World {
