@@ -294,18 +294,30 @@ async fn dropping_an_update_at_any_moment_leaves_the_next_one_whole() {
 
 #[tokio::test]
 async fn a_broadcast_that_a_dropped_update_left_to_fail_costs_the_next_one_no_server() {
-    let good = Server::start(&model(0), Started::default()).await;
-    let dies = Server::start(&model(0), Started::default()).await;
-    let mut trainer = trainer_with(&[&good, &dies], plain(), 1.0).await.expect("a trainer");
+    let server = Server::start(&model(0), Started::default()).await;
+    let mut trainer = trainer_with(&[&server], plain(), 1.0).await.expect("a trainer");
     let sent = trainer.send_weights(ensure_async_iterator(model(1)), Version(1)).await;
     assert!(sent.expect("an update").absent.is_empty());
-    dies.wrong("/update_weights", 1, Wrong::Dies);
+    // Nobody hears that it takes no part.
+    server.wrong("/update_weights", 1, Wrong::Refuses("CUDA out of memory"));
     let sent = trainer.send_weights(ensure_async_iterator(model(2)), Version(2));
     drop(tokio::time::timeout(Duration::from_millis(200), sent).await);
-    dies.generate().expect_err("it has died within the update");
     let sent = trainer.send_weights(ensure_async_iterator(model(3)), Version(3)).await;
+    sent.expect("an update");
+    has(&server, 3);
+}
+
+#[tokio::test]
+async fn a_server_that_refuses_a_bucket_costs_the_others_seconds_and_no_deadline() {
+    let good = Server::start(&model(0), Started::default()).await;
+    let bad = Server::start(&model(0), Started::default()).await;
+    let mut trainer = trainer_with(&[&good, &bad], plain(), 30.0).await.expect("a trainer");
+    bad.wrong("/update_weights", 1, Wrong::Refuses("CUDA out of memory"));
+    let begun = Instant::now();
+    let sent = trainer.send_weights(ensure_async_iterator(model(1)), Version(1)).await;
     assert_eq!(sent.expect("an update").absent, [Rank(2)]);
-    has(&good, 3);
+    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+    has(&good, 1);
 }
 
 #[tokio::test]
