@@ -336,42 +336,43 @@ impl Fleet {
             server.is_marked = false;
         }
         self.has_world = own.is_ok();
-        self.together(own, answers, false);
+        match own {
+            Err(error) if answers.iter().all(|(_, answer)| matches!(answer, Some(Ok(())))) => {
+                self.fail(error);
+            }
+            own => self.together(own, answers),
+        }
     }
 
     /// A bucket was sent, or not: how the trainer's broadcast ended, and how the servers answered.
     pub(crate) fn sent(&mut self, own: Result<()>, answers: Answers) {
         // Those that have answered have the bucket, whatever became of the broadcast to others.
         self.has_world &= own.is_ok();
-        self.together(own, answers, true);
+        self.together(own, answers);
     }
 
-    /// Those that failed are out, those that did not answer as well. Whoever said something is the cause, before what
-    /// follows from it.
-    fn together(&mut self, own: Result<()>, answers: Answers, one_answer_is_enough: bool) {
-        let (answered, silent): (Vec<_>, Vec<_>) =
-            answers.into_iter().partition(|(_, answer)| answer.is_some());
+    /// Leaves out those that failed and those that did not answer. What somebody said is the cause; without that, what the
+    /// trainer saw itself.
+    fn together(&mut self, own: Result<()>, answers: Answers) {
+        let mut silent = Vec::new();
         let mut somebody_failed = false;
-        let mut somebody_did_not = false;
-        for (index, answer) in answered {
+        for (index, answer) in answers {
             match answer {
+                Some(Ok(())) => {}
                 Some(Err(error)) => {
                     somebody_failed = true;
                     self.out(index, error);
                 }
-                _ => somebody_did_not = true,
+                None => silent.push(index),
             }
         }
         if let Err(error) = own
             && !somebody_failed
         {
             let report = ErrorReport::from(&error.version(self.version));
-            self.first.get_or_insert_with(|| report.clone());
-            if silent.is_empty() && !(one_answer_is_enough && somebody_did_not) {
-                self.failure = Some(report);
-            }
+            self.first.get_or_insert(report);
         }
-        for (index, _) in silent {
+        for index in silent {
             let words = "no answer, while others failed or were as silent: its workers may wait in NCCL without an \
                          end, and then it has to be started anew";
             self.out(index, Error::new(ErrorKind::Timeout, "waiting for a server", words));

@@ -1,7 +1,7 @@
 //! Backends that only send: to inference servers as they are, by their own protocols.
 //!
 //! The trainer is a rank of this project's; the receivers are not. They have no deadlines and no digests, a failed update
-//! leaves them half loaded with a healthy face, and one that waits in a collective waits without an end. So this side is
+//! leaves them half loaded while they say that they are healthy, and one that waits in a collective waits without an end. So this side is
 //! the one that never hangs, and that says what happened.
 //!
 //! # vLLM over NCCL
@@ -13,7 +13,7 @@
 //!   `update_weights` with the names, types and shapes of its weights, and one broadcast. So the stream need not be known
 //!   before it is sent, and nothing is outstanding in NCCL while the trainer waits for its next weight: a trainer whose
 //!   stream fails leaves no server hanging. vLLM can also take a whole update by one call that reuses the names of the
-//!   last; that saves 2 MB of names an update, and costs this property.
+//!   last; that saves the names and a request for each bucket, and costs this property.
 //! - **Weights get into slots** by what `backend-nccl` does it with: packed and quantised by one launch where they are on the
 //!   device, by the CPU where they are not. One of two slots is filled while the other travels.
 //! - **Calls that can hang** are made by the thread of [`collective`], which gives a world up when a deadline passes: joining,
@@ -25,7 +25,7 @@
 //! - **FP8** is none of this crate's business: the layer in front of the engine quantises the stream, in which a weight's scales
 //!   follow its codes.
 //!
-//! Its ranks are one trainer. [`SendReport::receivers`] has the servers as the ranks 1, 2, … in the order of the
+//! Its group has one rank, the trainer. [`SendReport::receivers`] has the servers as the ranks 1, 2, … in the order of the
 //! configuration, and their addresses in the notes.
 //!
 //! [`SendReport::receivers`]: engine_core::SendReport::receivers
