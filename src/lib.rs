@@ -14,6 +14,7 @@
 //! | `nccl` | `nccl` | GPUs of any hosts, by broadcast over NCCL |
 //! | `nixl` | `nixl` | processes of any hosts, over NIXL |
 //! | `hccl` | `hccl` | Ascend NPUs of any hosts, over HCCL |
+//! | `vllm` | `receivers` | a trainer and vLLM's servers as they are, by broadcast over NCCL |
 //!
 //! [`registry`] knows those that are compiled in. The feature `fp8` (default) brings quantisation to
 //! all of them: with `trainer_quantize_fp8` the trainer sends FP8 blocks and their scales.
@@ -83,6 +84,9 @@ pub use device_cuda as cuda;
 /// FP8 block quantisation: rules, codecs, and the combinator on streams.
 #[cfg(feature = "fp8")]
 pub use quant_fp8 as fp8;
+/// Backends that only send: to inference servers as they are.
+#[cfg(feature = "receivers")]
+pub use receivers;
 
 /// The backends that this crate brings: `naive`, and those of its features.
 pub fn registry() -> Registry {
@@ -95,6 +99,8 @@ pub fn registry() -> Registry {
     let registry = registry.with(backend_nixl::BACKEND);
     #[cfg(feature = "hccl")]
     let registry = registry.with(backend_hccl::BACKEND);
+    #[cfg(feature = "receivers")]
+    let registry = registry.with(receivers::VLLM);
     #[cfg(feature = "fp8")]
     let registry = registry.with_layer(quant_fp8::LAYER);
     registry

@@ -10,6 +10,7 @@ use engine_core::{DeviceChoice, Result};
 use crate::comm::Nccl;
 use crate::error::NcclError;
 use crate::ffi::{RawComm, unique_id};
+use crate::slots::CudaSlots;
 use crate::sys;
 
 /// What to broadcast.
@@ -72,7 +73,8 @@ pub async fn broadcasts(library: Option<&Path>, what: Broadcasts) -> Result<Vec<
     let shape = Shape { slots: 2, slot_bytes: what.bytes };
     let arena = CudaArena::new(&what.device, shape.slots, shape.slot_bytes)?;
     let own = arena.clone();
-    let thread = Thread::start("ckpt-nccl", move || Nccl::new(api, own, shape)).await?;
+    let thread =
+        Thread::start("ckpt-nccl", move || Nccl::new(api, CudaSlots::new(own, shape))).await?;
     let run = thread.run(DEADLINE, move |nccl, wait| {
         let id: [u8; sys::UNIQUE_ID_BYTES] =
             what.id.as_slice().try_into().map_err(|_| NcclError::Id(what.id.len()))?;

@@ -4,13 +4,14 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use collective::{Communicator, Shape, Wait};
-use device_cuda::{CollectiveUnderWay, CudaArena, Device, Event, Stream};
+use collective::{Communicator, Wait};
+use device_cuda::{CollectiveUnderWay, Device, Event, Stream};
 use engine_core::{Error, Result};
 use tracing::debug;
 
 use crate::error::NcclError;
 use crate::ffi::{RawComm, Registration, abort_all, unique_id};
+use crate::slots::CudaSlots;
 use crate::sys::Api;
 
 /// The pause between two looks at a communicator that is being made.
@@ -24,8 +25,7 @@ pub(crate) struct Nccl {
     api: &'static Api,
     device: Device,
     groups: HashMap<usize, Group>,
-    arena: CudaArena,
-    shape: Shape,
+    slots: CudaSlots,
 }
 
 #[derive(Debug)]
@@ -43,20 +43,42 @@ struct Group {
 }
 
 impl Nccl {
-    pub(crate) fn new(api: &'static Api, arena: CudaArena, shape: Shape) -> Result<Self> {
-        let device = arena.device().clone();
+    pub(crate) fn new(api: &'static Api, slots: CudaSlots) -> Result<Self> {
+        let device = slots.arena().device().clone();
         // NCCL takes the device whose context is current on the thread.
         device.enter().map_err(NcclError::from)?;
-        Ok(Self { api, device, groups: HashMap::new(), arena, shape })
+        Ok(Self { api, device, groups: HashMap::new(), slots })
     }
 
     fn group(&mut self, group: usize) -> Result<&mut Group, NcclError> {
         self.groups.get_mut(&group).ok_or(NcclError::NotJoined)
     }
 
+    /// Has a communicator enqueue a collective, and puts an event behind it.
+    fn enqueue(
+        &mut self,
+        group: usize,
+        wait: &Wait<'_>,
+        operation: &str,
+        call: impl FnOnce(&RawComm, &Stream) -> Result<(), NcclError>,
+    ) -> Result<()> {
+        let device = self.device.clone();
+        let state = self.group(group)?;
+        state.enqueueing = Some(CollectiveUnderWay::new());
+        call(&state.comm, &state.stream)?;
+        // Only now is it on the stream, and the event behind it.
+        while !state.comm.is_ready().map_err(Error::from)? {
+            wait.check(operation)?;
+            std::hint::spin_loop();
+        }
+        let event = mark(&state.stream, state.spare.pop(), &device)?;
+        state.under_way.extend(state.enqueueing.take().map(|under_way| (event, under_way)));
+        Ok(())
+    }
+
     /// Has a communicator know the slots.
     fn register(&self, comm: &RawComm, wait: &Wait<'_>) -> Result<Option<Registration>, NcclError> {
-        let registration = match comm.register(&self.arena.memory().all()) {
+        let registration = match comm.register(&self.slots.arena().memory().all()) {
             Ok(registration) => registration,
             Err(error) => {
                 debug!(%error, "the slots are not registered: transfers copy once more");
@@ -127,22 +149,29 @@ impl Communicator for Nccl {
         Ok(())
     }
 
-    fn broadcast(&mut self, group: usize, slot: u32, len: u64, wait: &Wait<'_>) -> Result<()> {
-        let at = u64::from(slot) * self.shape.slot_bytes;
-        let bytes = self.arena.memory().slice(at as usize, len as usize);
-        let bytes = bytes.map_err(NcclError::from)?;
-        let device = self.device.clone();
-        let state = self.group(group)?;
-        state.enqueueing = Some(CollectiveUnderWay::new());
-        state.comm.broadcast(&bytes, &state.stream)?;
-        // Only now is it on the stream, and the event behind it.
-        while !state.comm.is_ready().map_err(Error::from)? {
-            wait.check("enqueueing a broadcast")?;
-            std::hint::spin_loop();
+    fn greet(&mut self, group: usize, wait: &Wait<'_>) -> Result<()> {
+        // The slots may be filled already.
+        let own = self.slots.arena().another(size_of::<f32>())?;
+        let float = own.memory().all();
+        self.enqueue(group, wait, "enqueueing an all-reduce", |comm, stream| {
+            comm.all_reduce(&float, stream)
+        })?;
+        while !self.group(group)?.under_way.is_empty() {
+            self.ended(group)?;
+            wait.check("greeting a group of NCCL")?;
+            std::thread::sleep(PAUSE);
         }
-        let event = mark(&state.stream, state.spare.pop(), &device)?;
-        state.under_way.extend(state.enqueueing.take().map(|under_way| (event, under_way)));
+        // It is no broadcast.
+        self.group(group)?.ended = 0;
         Ok(())
+    }
+
+    fn broadcast(&mut self, group: usize, slot: u32, len: u64, wait: &Wait<'_>) -> Result<()> {
+        let (arena, at) = self.slots.of(slot);
+        let bytes = arena.memory().slice(at, len as usize).map_err(NcclError::from)?;
+        self.enqueue(group, wait, "enqueueing a broadcast", |comm, stream| {
+            comm.broadcast(&bytes, stream)
+        })
     }
 
     fn ended(&mut self, group: usize) -> Result<u64> {

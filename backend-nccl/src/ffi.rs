@@ -11,7 +11,8 @@ use device_cuda::{CudaSlice, Stream};
 
 use crate::error::NcclError;
 use crate::sys::{
-    Api, Comm, Config, IN_PROGRESS, SHRINK_ABORT, SUCCESS, Status, UINT8, UNIQUE_ID_BYTES, UniqueId,
+    Api, Comm, Config, FLOAT32, IN_PROGRESS, RawStream, SHRINK_ABORT, SUCCESS, SUM, Status, UINT8,
+    UNIQUE_ID_BYTES, UniqueId,
 };
 
 /// A communicator, aborted when dropped. Used by the thread that made it.
@@ -194,12 +195,7 @@ impl RawComm {
     pub(crate) fn broadcast(&self, bytes: &CudaSlice, stream: &Stream) -> Result<(), NcclError> {
         let comm = self.made("ncclBroadcast")?;
         let (address, len) = (bytes.address() as *mut c_void, bytes.len());
-        self.keep(bytes);
-        let mut streams = self.streams.borrow_mut();
-        if !streams.iter().any(|kept| kept.as_raw() == stream.as_raw()) {
-            streams.push(stream.clone());
-        }
-        let stream = stream.as_raw();
+        let stream = self.keep_both(bytes, stream);
         // SAFETY: the bytes are device memory of that length, which is kept like the stream until the
         // communicator is aborted.
         let status = unsafe { (self.api.broadcast)(address, address, len, UINT8, 0, comm, stream) };
@@ -207,6 +203,31 @@ impl RawComm {
             SUCCESS | IN_PROGRESS => Ok(()),
             status => Err(self.failed("ncclBroadcast", status)),
         }
+    }
+
+    /// Enqueues the sum of 32-bit floats over all members, in place on all of them.
+    pub(crate) fn all_reduce(&self, floats: &CudaSlice, stream: &Stream) -> Result<(), NcclError> {
+        let comm = self.made("ncclAllReduce")?;
+        let address = floats.address() as *mut c_void;
+        let count = floats.len() / size_of::<f32>();
+        let stream = self.keep_both(floats, stream);
+        let all_reduce = self.api.all_reduce;
+        // SAFETY: as for a broadcast; the floats are no more than the bytes.
+        let status = unsafe { all_reduce(address, address, count, FLOAT32, SUM, comm, stream) };
+        match status {
+            SUCCESS | IN_PROGRESS => Ok(()),
+            status => Err(self.failed("ncclAllReduce", status)),
+        }
+    }
+
+    /// Keeps the memory and the stream of a call until it is aborted; the stream as the library takes it.
+    fn keep_both(&self, memory: &CudaSlice, stream: &Stream) -> RawStream {
+        self.keep(memory);
+        let mut streams = self.streams.borrow_mut();
+        if !streams.iter().any(|kept| kept.as_raw() == stream.as_raw()) {
+            streams.push(stream.clone());
+        }
+        stream.as_raw()
     }
 
     fn failed(&self, call: &'static str, status: Status) -> NcclError {

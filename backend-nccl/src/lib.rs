@@ -16,11 +16,12 @@ mod comm;
 mod error;
 mod ffi;
 mod library;
+mod slots;
 mod sys;
 
 use std::path::PathBuf;
 
-use collective::{CollectiveEngine, CollectiveOptions, build_topology};
+use collective::{CollectiveEngine, CollectiveOptions, Library, build_topology};
 use engine_core::{
     Availability, Backend, Devices, EngineContext, Placement, PreparedRollout, PreparedTrainer,
     Result, WorkerMetadata,
@@ -64,6 +65,12 @@ fn library(context: &EngineContext) -> Result<(NcclLibrary, CollectiveOptions)> 
     let options = context.config.kwargs::<NcclOptions>(NAME)?;
     let NcclOptions { senders, relays, rebuild_group, library } = options;
     Ok((NcclLibrary { library }, CollectiveOptions { senders, relays, rebuild_group }))
+}
+
+/// NCCL as a library of collectives, for engines that send to members which are not this project's own. Its file is
+/// searched for unless it is named.
+pub fn collectives(library: Option<PathBuf>) -> impl Library {
+    NcclLibrary { library }
 }
 
 #[derive(Debug)]

@@ -3,13 +3,14 @@
 use std::path::PathBuf;
 
 use async_trait::async_trait;
-use collective::{Library, Opened, Shape, SlotGuard, Slots, Thread};
+use collective::{Library, Opened, Shape, Thread};
 use device_cuda::CudaArena;
-use engine_core::memory::{Job, Pool};
-use engine_core::{EngineContext, Error, ErrorKind, Result, Storage};
+use engine_core::memory::Pool;
+use engine_core::{EngineContext, Error, ErrorKind, Result};
 use std::sync::Arc;
 
 use crate::comm::Nccl;
+use crate::slots::CudaSlots;
 use crate::{NAME, sys};
 
 /// The size of each of the two buckets unless one is configured: a bucket's time has to be long beside
@@ -43,50 +44,10 @@ impl Library for NcclLibrary {
         }
         let api = sys::load(self.library.as_deref())?;
         let arena = CudaArena::new(device, shape.slots, shape.slot_bytes)?;
-        let own = arena.clone();
-        let thread = Thread::start("ckpt-nccl", move || Nccl::new(api, own, shape)).await?;
+        let slots = CudaSlots::new(arena, shape);
+        let own = slots.clone();
+        let thread = Thread::start("ckpt-nccl", move || Nccl::new(api, own)).await?;
         let version = format!("NCCL {}", api.found.version());
-        Ok(Opened { thread, slots: Arc::new(CudaSlots { arena, shape }), version, share: None })
-    }
-}
-
-/// Slots on a GPU, filled and digested there.
-#[derive(Debug)]
-struct CudaSlots {
-    arena: CudaArena,
-    shape: Shape,
-}
-
-impl CudaSlots {
-    fn start(&self, slot: &SlotGuard) -> usize {
-        (u64::from(slot.index()) * self.shape.slot_bytes) as usize
-    }
-}
-
-#[async_trait]
-impl Slots for CudaSlots {
-    async fn fill(
-        &self,
-        slot: SlotGuard,
-        jobs: Vec<Job>,
-        pool: &Pool,
-        digests: bool,
-    ) -> Result<u64> {
-        let (arena, threads) = (self.arena.clone(), pool.clone());
-        let (at, len) = (self.start(&slot), self.shape.slot_bytes as usize);
-        pool.start(move || {
-            let sum = arena.fill(at, len, &jobs, &threads, digests);
-            drop(slot);
-            sum
-        })
-        .await
-    }
-
-    fn slower(&self) -> Vec<String> {
-        self.arena.slower()
-    }
-
-    fn view(&self, slot: SlotGuard, filled: u64) -> Storage {
-        self.arena.storage(self.start(&slot), filled as usize).guarded(slot)
+        Ok(Opened { thread, slots: Arc::new(slots), version, share: None })
     }
 }

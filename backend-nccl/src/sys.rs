@@ -27,6 +27,10 @@ pub(crate) const IN_PROGRESS: Status = 7;
 
 /// `ncclUint8`.
 pub(crate) const UINT8: c_int = 1;
+/// `ncclFloat32`.
+pub(crate) const FLOAT32: c_int = 7;
+/// `ncclSum`.
+pub(crate) const SUM: c_int = 0;
 /// `NCCL_SHRINK_ABORT`: what a member that died has left under way is ended first.
 pub(crate) const SHRINK_ABORT: c_int = 1;
 
@@ -132,6 +136,8 @@ functions! {
         async_error = "ncclCommGetAsyncError": fn(Comm, *mut Status) -> Status;
         abort = "ncclCommAbort": fn(Comm) -> Status;
         broadcast = "ncclBroadcast":
+            fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, RawStream) -> Status;
+        all_reduce = "ncclAllReduce":
             fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, RawStream) -> Status;
     }
     optional {

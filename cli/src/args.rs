@@ -12,6 +12,7 @@ use checkpoint_engine::{CheckpointEngineConfig, DeviceChoice, Rank, config, regi
 use clap::Args;
 use cli::exporter::Exporter;
 use cli::source::{ModelSpec, SourceSpec};
+use cli::sync::SENDS_ONLY;
 use cli::synthetic::SyntheticModel;
 
 use crate::Failure;
@@ -110,8 +111,8 @@ pub(crate) fn shape(text: &str) -> Result<Shape, String> {
 /// The engine.
 #[derive(Debug, Args)]
 pub(crate) struct EngineArgs {
-    /// The transport: naive (one process), ipc (processes of one host), nccl (GPUs) or nixl (any
-    /// hosts); see `doctor`
+    /// The transport: naive (one process), ipc (processes of one host), nccl (GPUs), nixl (any hosts)
+    /// or vllm (servers that run already); see `doctor`
     #[arg(long)]
     backend: Option<String>,
     /// The size of a bucket in MiB; there are two
@@ -201,6 +202,9 @@ impl EngineArgs {
         if config.backend == "hccl" && config.device.is_cpu() {
             // It has buckets nowhere else; each rank takes the NPU of its number.
             config.device = "npu".parse()?;
+        }
+        if config.backend == SENDS_ONLY && config.device.is_cpu() {
+            config.device = "cuda".parse()?;
         }
         config.digests &= !self.no_digests;
         let mut fp8 = Fp8Config::of(&config)?;

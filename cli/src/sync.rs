@@ -22,6 +22,9 @@ use crate::report_line::{UpdateLine, line};
 use crate::roles::{Rollout, Trainer};
 use crate::source::{Source, SourceSpec};
 
+/// The backend whose rollouts are servers that run already.
+pub const SENDS_ONLY: &str = "vllm";
+
 /// What to run.
 #[derive(Clone, Debug)]
 pub struct SyncOptions {
@@ -74,10 +77,10 @@ pub async fn run(
     let memcpy = measure_memcpy(&mut source, bucket_bytes)?;
     let memory = PeakMemory::start()?;
     let bar = Arc::new(Bar::new(source.byte_len()));
-    let result = if options.config.backend == "naive" {
-        in_one_process(options, source, memcpy, &memory, &bar, &mut each).await
-    } else {
-        with_processes(options, source, memcpy, &memory, &bar, &mut each).await
+    let result = match &*options.config.backend {
+        "naive" => in_one_process(options, source, memcpy, &memory, &bar, &mut each).await,
+        SENDS_ONLY => to_servers(options, source, memcpy, &memory, &bar, &mut each).await,
+        _ => with_processes(options, source, memcpy, &memory, &bar, &mut each).await,
     };
     bar.clear();
     result
@@ -175,6 +178,53 @@ async fn in_one_process(
     trainer.engine.finalize().await
 }
 
+async fn to_servers(
+    options: &SyncOptions,
+    source: Source,
+    memcpy: f64,
+    memory: &PeakMemory,
+    bar: &Arc<Bar>,
+    each: &mut impl FnMut(&UpdateLine) -> Result<()>,
+) -> Result<()> {
+    let registry = registry();
+    let mut config = options.config.clone();
+    config.device = options.device_of(0)?;
+    let context = EngineContext::new(config).with_rank(Rank::LEADER).with_observer(bar.clone());
+    let prepared = registry.prepare_trainer(context).await?;
+    let backend = registry.get(&options.config.backend)?;
+    let (mut trainers, _) = form_local_group(backend, vec![prepared], Vec::new()).await?;
+    let mut trainer = Trainer { engine: trainers.remove(0), source };
+    let result = send_all(options, &mut trainer, memcpy, memory, bar, each).await;
+    trainer.engine.finalize().await?;
+    result
+}
+
+/// Sends all versions, each to all rollouts.
+async fn send_all(
+    options: &SyncOptions,
+    trainer: &mut Trainer,
+    memcpy: f64,
+    memory: &PeakMemory,
+    bar: &Arc<Bar>,
+    each: &mut impl FnMut(&UpdateLine) -> Result<()>,
+) -> Result<()> {
+    for version in (1..=options.source.updates).map(Version) {
+        let report = trainer.update(version).await?;
+        all_present(&report)?;
+        let line = line(
+            &report,
+            trainer.source.tensors(),
+            &options.config.backend,
+            memcpy,
+            memory.extra_peak_bytes(),
+        );
+        check(&line, options.verify)?;
+        bar.clear();
+        each(&line)?;
+    }
+    Ok(())
+}
+
 async fn with_processes(
     options: &SyncOptions,
     source: Source,
@@ -187,20 +237,7 @@ async fn with_processes(
     let updates = async {
         let engine = group.form(&options.source).await?;
         let mut trainer = Trainer { engine, source };
-        for version in (1..=options.source.updates).map(Version) {
-            let report = trainer.update(version).await?;
-            all_present(&report)?;
-            let line = line(
-                &report,
-                trainer.source.tensors(),
-                &options.config.backend,
-                memcpy,
-                memory.extra_peak_bytes(),
-            );
-            check(&line, options.verify)?;
-            bar.clear();
-            each(&line)?;
-        }
+        send_all(options, &mut trainer, memcpy, memory, bar, each).await?;
         trainer.engine.finalize().await
     };
     let result = updates.await;
@@ -214,15 +251,13 @@ async fn with_processes(
 
 /// An engine goes on with the rollouts that are left; a `sync` was asked for all of them.
 fn all_present(report: &SendReport) -> Result<()> {
-    match report.absent.first() {
-        None => Ok(()),
-        Some(&rank) => {
-            let message = "the rank's process ended between two updates";
-            Err(Error::new(ErrorKind::PeerLost, "updating the rollouts", message)
-                .rank(rank)
-                .version(report.version))
-        }
-    }
+    let Some(&rank) = report.absent.first() else { return Ok(()) };
+    let receiver = report.receivers.iter().find(|receiver| receiver.rank == rank);
+    let said = receiver.and_then(|receiver| receiver.notes["error"].as_str());
+    let message = said.unwrap_or("the rank's process ended between two updates");
+    Err(Error::new(ErrorKind::PeerLost, "updating the rollouts", message)
+        .rank(rank)
+        .version(report.version))
 }
 
 /// Whether an update did what was asked for.

@@ -13,7 +13,7 @@ use tracing::{info, warn};
 use super::group::{Change, Joined, Step, Ticket, groups_of};
 use super::parts::{Details, Parts};
 use super::thread::{Attachment, Awaiting, Broadcast};
-use super::{Communicator, Library, Opened, Shape, SlotGuard, Slots, Thread};
+use super::{Communicator, Library, Opened, Shape, SlotGuard, SlotLocks, Slots, Thread};
 use engine_core::clock::within;
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::ALIGNMENT;
@@ -132,13 +132,12 @@ impl<L: Library> CollectiveEngine<L> {
         let Opened { thread, slots, version, share } =
             self.library.open(&self.context, shape, &self.pool).await?;
         let details = Details { shape, version, senders: self.options.senders, share };
-        let locks = (0..shape.slots).map(|_| Arc::default()).collect();
         let rank = self.control.rank();
         let node = Node {
             thread,
             slots,
             shape,
-            locks,
+            locks: SlotLocks::new(shape.slots),
             rank,
             // Shorter than the protocol's, so that a broadcast that hangs is named as what it is.
             deadline: self.context.deadline().mul_f64(0.75),
@@ -242,7 +241,7 @@ struct Node<C> {
     thread: Thread<C>,
     slots: Arc<dyn Slots>,
     shape: Shape,
-    locks: Vec<Arc<tokio::sync::Mutex<()>>>,
+    locks: SlotLocks,
     rank: Rank,
     deadline: Duration,
     joined: Mutex<Joined>,
@@ -266,19 +265,17 @@ impl<C: Communicator> Node<C> {
 
     /// A slot, once nobody else uses it.
     async fn lock(&self, slot: u32, filled: u64) -> Result<SlotGuard> {
-        let lock = self.locks.get(slot as usize).filter(|_| filled <= self.shape.slot_bytes);
-        let Some(lock) = lock else {
-            let Shape { slots, slot_bytes } = self.shape;
+        let Shape { slots, slot_bytes } = self.shape;
+        if slot >= slots || filled > slot_bytes {
             let message = format!("bytes 0..{filled} of slot {slot} of {slots} × {slot_bytes}");
             return Err(Error::new(ErrorKind::Protocol, "using a slot", message));
-        };
-        let lock = within(self.deadline, lock.clone().lock_owned()).await;
-        let lock = lock.ok_or_else(|| {
+        }
+        let lock = within(self.deadline, self.locks.lock(slot)).await.flatten();
+        lock.ok_or_else(|| {
             let seconds = self.deadline.as_secs_f64();
             let message = format!("it is still in use after {seconds:.1} s");
             Error::new(ErrorKind::Timeout, "using a slot", message).rank(self.rank)
-        })?;
-        Ok(SlotGuard { index: slot, _lock: lock })
+        })
     }
 
     /// Does what a ticket says, with all other ranks.

@@ -39,7 +39,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use tokio::sync::OwnedMutexGuard;
+use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use engine_core::memory::{Job, Pool};
 use engine_core::{EngineContext, Error, ErrorKind, Result, Storage};
@@ -123,6 +123,17 @@ pub trait Slots: fmt::Debug + Send + Sync {
         digests: bool,
     ) -> Result<u64>;
 
+    /// Has a slot be of at least so many bytes from now on, for engines whose peers take a weight by one broadcast however
+    /// large it is. What was in the slot is gone.
+    ///
+    /// # Errors
+    ///
+    /// `Resource` if there is not so much memory; `Config` where slots keep their size.
+    async fn enlarge(&self, slot: SlotGuard, bytes: u64) -> Result<SlotGuard> {
+        let message = format!("slot {} keeps its size; {bytes} bytes are wanted", slot.index());
+        Err(Error::new(ErrorKind::Config, "enlarging a slot", message))
+    }
+
     /// The first bytes of a slot, to be read; the guard is dropped with the last view of them.
     fn view(&self, slot: SlotGuard, filled: u64) -> Storage;
 
@@ -131,6 +142,23 @@ pub trait Slots: fmt::Debug + Send + Sync {
     /// [`SendReport::slower`]: engine_core::SendReport::slower
     fn slower(&self) -> Vec<String> {
         Vec::new()
+    }
+}
+
+/// Who uses which slot: one at a time.
+#[derive(Debug)]
+pub struct SlotLocks(Vec<Arc<Mutex<()>>>);
+
+impl SlotLocks {
+    /// For so many slots, which nobody uses.
+    pub fn new(slots: u32) -> Self {
+        Self((0..slots).map(|_| Arc::default()).collect())
+    }
+
+    /// A slot, once nobody else uses it; `None` if there is none of this number.
+    pub async fn lock(&self, slot: u32) -> Option<SlotGuard> {
+        let lock = self.0.get(slot as usize)?.clone().lock_owned().await;
+        Some(SlotGuard { index: slot, _lock: lock })
     }
 }
 
@@ -184,6 +212,18 @@ pub trait Communicator: fmt::Debug + 'static {
     ///
     /// As [`join`](Self::join).
     fn shrink(&mut self, group: usize, gone: &[u32], wait: &Wait<'_>) -> Result<()>;
+
+    /// Does what members that are not this project's own begin a group with: an all-reduce of one 32-bit float, of
+    /// whatever value, before any broadcast. All members do the same now. The slots keep what they have.
+    ///
+    /// # Errors
+    ///
+    /// `Backend` if the library has no such call; as [`join`](Self::join).
+    fn greet(&mut self, group: usize, wait: &Wait<'_>) -> Result<()> {
+        let _ = (group, wait);
+        let message = "the library is used for broadcasts alone";
+        Err(Error::new(ErrorKind::Backend, "greeting a group", message))
+    }
 
     /// Enqueues the broadcast of the first `len` bytes of a slot, from member 0 to all others.
     ///

@@ -268,7 +268,7 @@ impl<C: Communicator> Thread<C> {
 
     /// As [`close`](Self::close), for callers that cannot await. On a tokio runtime a blocking task waits, and the
     /// runtime waits for that task when it ends. Elsewhere the caller waits. Neither waits longer than `limit`.
-    pub(super) fn close_later(&self, limit: Duration) {
+    pub fn close_later(&self, limit: Duration) {
         self.ask_to_end();
         let awaited = Awaited { ending: self.ending().take(), limit };
         if awaited.ending.is_some()

@@ -52,6 +52,16 @@ impl CudaArena {
         Ok(Self { memory, packer: Packer::new(&device)? })
     }
 
+    /// Other memory of this device, which the same packer fills.
+    ///
+    /// # Errors
+    ///
+    /// `Resource` if there is not so much.
+    pub fn another(&self, bytes: usize) -> Result<Self> {
+        let memory = CudaMemory::new(self.memory.device(), bytes)?;
+        Ok(Self { memory, packer: self.packer.clone() })
+    }
+
     /// Other memory of this device that is [never given back](CudaMemory::for_life), which the same packer
     /// fills.
     ///

@@ -1,4 +1,5 @@
-//! `ckpt-engine doctor`: which backends can run here. HCCL is tried in full, without a group of engines.
+//! `ckpt-engine doctor`: which backends can run here, and whether servers can be sent to. HCCL is tried in full, without a
+//! group of engines.
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
@@ -9,11 +10,18 @@ use checkpoint_engine::registry;
 use clap::Args;
 
 use crate::Failure;
+#[cfg(feature = "cuda")]
+use crate::ending::until_interrupted;
 use crate::output::{json_line, say};
 
 /// Says which backends can run on this machine, and what the others need.
 #[derive(Debug, Args)]
 pub(crate) struct DoctorArgs {
+    /// Ask an inference server whether it can be sent to, such as http://127.0.0.1:8000; may be given several
+    /// times. Nothing is changed there
+    #[cfg(feature = "cuda")]
+    #[arg(long = "server", value_name = "URL", conflicts_with = "backend")]
+    servers: Vec<checkpoint_engine::receivers::ServerUrl>,
     /// Try this backend as thoroughly as can be; only hccl can be tried without a group
     #[arg(long, value_name = "NAME", value_parser = ["hccl"])]
     backend: Option<String>,
@@ -29,6 +37,10 @@ pub(crate) struct DoctorArgs {
 }
 
 pub(crate) fn doctor_command(args: &DoctorArgs) -> Result<ExitCode, Failure> {
+    #[cfg(feature = "cuda")]
+    if !args.servers.is_empty() {
+        return until_interrupted(servers_command(args));
+    }
     if args.backend.is_some() {
         let hccl = HcclArgs {
             library_dir: args.hccl_lib.clone(),
@@ -67,6 +79,29 @@ pub(crate) fn doctor_command(args: &DoctorArgs) -> Result<ExitCode, Failure> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Looks at servers.
+#[cfg(feature = "cuda")]
+async fn servers_command(args: &DoctorArgs) -> Result<ExitCode, Failure> {
+    const LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
+    let mut passed = true;
+    let mut all = serde_json::Map::new();
+    for server in &args.servers {
+        let checks = checkpoint_engine::receivers::vllm::examine(server, LIMIT).await;
+        passed &= checks.iter().all(|check| check.passed);
+        if !args.json {
+            for check in &checks {
+                let verdict = if check.passed { "ok" } else { "failed" };
+                say(format!("{server}: {verdict} {}: {}", check.name, check.details))?;
+            }
+        }
+        all.insert(server.to_string(), serde_json::json!(checks));
+    }
+    if args.json {
+        say(serde_json::json!({ "servers": all }).to_string())?;
+    }
+    Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// What to try.

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use checkpoint_engine::DeviceChoice;
 use clap::Args;
 use cli::source::Source;
-use cli::sync::SyncOptions;
+use cli::sync::{SENDS_ONLY, SyncOptions};
 
 use crate::Failure;
 use crate::args::{EngineArgs, MetricsArgs, SourceArgs, rank_device};
@@ -15,7 +15,7 @@ use crate::commands::update_line::{print_update, say_source};
 
 /// Starts one trainer and N rollout processes on this machine and updates the rollouts.
 ///
-/// With the backend naive, all of them are tasks of one process.
+/// With the backend naive, all of them are tasks of one process. With vllm, the rollouts are servers that run already.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -24,12 +24,20 @@ Examples:
 
   A real model, written out by the rollout, compared:
     ckpt-engine sync --model model.safetensors --out received --verify
-    ckpt-engine verify model.safetensors received/rollout-0")]
+    ckpt-engine verify model.safetensors received/rollout-0
+
+  A real model for a server of vLLM that runs, on another GPU:
+    ckpt-engine doctor --server http://127.0.0.1:8000
+    ckpt-engine sync --backend vllm --server http://127.0.0.1:8000 --model PATH")]
 pub(crate) struct SyncArgs {
     #[command(flatten)]
     pub(crate) source: SourceArgs,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
+    /// An inference server that runs already, such as http://127.0.0.1:8000; may be given several times
+    #[arg(long = "server", value_name = "URL", requires = "backend",
+          conflicts_with_all = ["trainers", "rollouts", "rank_devices", "verify", "out"])]
+    pub(crate) servers: Vec<String>,
     /// How many trainers, all of which have the model; transports with several senders use them
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) trainers: u32,
@@ -56,8 +64,23 @@ pub(crate) struct SyncArgs {
 
 pub(crate) async fn sync_command(args: &SyncArgs) -> Result<ExitCode, Failure> {
     let source = args.source.spec()?;
+    let mut config = args.engine.config()?;
+    if !args.servers.is_empty() {
+        if config.backend != SENDS_ONLY {
+            return Err(format!("--server: {} has rollouts of its own", config.backend).into());
+        }
+        let section = config.engine_kwargs.entry(SENDS_ONLY.into()).or_default();
+        section.insert("servers".into(), args.servers.clone().into());
+    } else if config.backend == SENDS_ONLY
+        && !config
+            .engine_kwargs
+            .get(SENDS_ONLY)
+            .is_some_and(|section| section.contains_key("servers"))
+    {
+        return Err("vllm sends to servers that run already: give --server URL".into());
+    }
     let options = SyncOptions {
-        config: as_planned(args.engine.config()?, &source)?,
+        config: as_planned(config, &source)?,
         source,
         trainers: args.trainers,
         still: false,

@@ -1,0 +1,219 @@
+//! Which weights travel together: one bucket of the trainer, one call of `update_weights` on every server.
+//!
+//! A bucket is what the receivers call a chunk: the bytes of its weights one behind the other, without a gap. A weight is
+//! never split, because a receiver takes it by one broadcast; one that is larger than a bucket travels alone. Within a bucket the weights are sorted by the size of their
+//! elements, the largest first: then each begins at a multiple of its own element size, without which torch refuses to
+//! view it.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use engine_core::clock::within;
+use engine_core::memory::Job;
+use engine_core::{DType, Error, ErrorKind, Result, TensorCounts, Weight, WeightStream};
+use futures::{FutureExt, StreamExt};
+
+const COLLECTING: &str = "reading the trainer's weights";
+
+/// The weights of one bucket.
+#[derive(Debug)]
+pub(crate) struct Chunk {
+    /// Sorted by offset.
+    pub(crate) jobs: Vec<Job>,
+    /// How many bytes they have.
+    pub(crate) len: u64,
+    /// Bytes of the trainer's memory that they are made of.
+    pub(crate) source_bytes: u64,
+}
+
+/// Makes chunks of a stream.
+#[derive(Debug)]
+pub(crate) struct Chunks {
+    /// The most bytes of a chunk, unless that is one weight.
+    limit: u64,
+    pending: Option<Weight>,
+    names: HashSet<Arc<str>>,
+    pub(crate) counts: TensorCounts,
+}
+
+impl Chunks {
+    pub(crate) fn new(limit: u64) -> Self {
+        Self { limit, pending: None, names: HashSet::new(), counts: TensorCounts::default() }
+    }
+
+    /// The next chunk, or `None` at the end of the stream.
+    pub(crate) async fn next(
+        &mut self,
+        weights: &mut WeightStream<'_>,
+        deadline: Duration,
+    ) -> Result<Option<Chunk>> {
+        let (mut taken, mut len) = (Vec::new(), 0);
+        loop {
+            let weight = match self.pending.take() {
+                Some(weight) => Some(weight),
+                None => self.read(weights, deadline).await?,
+            };
+            let Some(weight) = weight else { break };
+            if !taken.is_empty() && weight.byte_len() > self.limit.saturating_sub(len) {
+                self.pending = Some(weight);
+                break;
+            }
+            len += weight.byte_len();
+            taken.push(weight);
+        }
+        Ok((!taken.is_empty()).then(|| packed(taken)))
+    }
+
+    async fn read(
+        &mut self,
+        weights: &mut WeightStream<'_>,
+        deadline: Duration,
+    ) -> Result<Option<Weight>> {
+        // A timer for each of thousands of weights that are there would be felt.
+        let weight = match weights.next().now_or_never() {
+            Some(weight) => weight,
+            None => within(deadline, weights.next()).await.ok_or_else(|| {
+                let message = format!("no weight within {:.1} s", deadline.as_secs_f64());
+                Error::new(ErrorKind::Timeout, COLLECTING, message)
+            })?,
+        };
+        let Some(weight) = weight.transpose()? else { return Ok(None) };
+        torch_name(&weight)?;
+        if !self.names.insert(weight.meta().name.clone()) {
+            let message = "the stream has a weight of this name already";
+            return Err(Error::new(ErrorKind::Weight, COLLECTING, message).tensor(weight.name()));
+        }
+        self.counts.add(&weight);
+        Ok(Some(weight))
+    }
+}
+
+/// Puts weights one behind the other.
+fn packed(mut weights: Vec<Weight>) -> Chunk {
+    // Stable: weights of one element size stay in the order of the stream.
+    weights.sort_by_key(|weight| std::cmp::Reverse(weight.meta().dtype.bits()));
+    let (mut jobs, mut len, mut source_bytes) = (Vec::with_capacity(weights.len()), 0, 0);
+    for weight in weights {
+        source_bytes += weight.source_bytes();
+        let job = Job { start: 0, len: weight.byte_len(), offset: len, weight };
+        len += job.len;
+        jobs.push(job);
+    }
+    Chunk { jobs, len, source_bytes }
+}
+
+/// What torch calls the type of a weight's elements.
+///
+/// # Errors
+///
+/// `Weight` if torch has no such type.
+pub(crate) fn torch_name(weight: &Weight) -> Result<&'static str> {
+    Ok(match weight.meta().dtype {
+        DType::BOOL => "bool",
+        DType::U8 => "uint8",
+        DType::I8 => "int8",
+        DType::F8_E5M2 => "float8_e5m2",
+        DType::F8_E4M3 => "float8_e4m3fn",
+        DType::F8_E8M0 => "float8_e8m0fnu",
+        DType::F8_E4M3FNUZ => "float8_e4m3fnuz",
+        DType::F8_E5M2FNUZ => "float8_e5m2fnuz",
+        DType::I16 => "int16",
+        DType::U16 => "uint16",
+        DType::F16 => "float16",
+        DType::BF16 => "bfloat16",
+        DType::I32 => "int32",
+        DType::U32 => "uint32",
+        DType::F32 => "float32",
+        DType::C64 => "complex64",
+        DType::F64 => "float64",
+        DType::I64 => "int64",
+        DType::U64 => "uint64",
+        other => {
+            let message = format!("the receivers' torch has no type {other} of this shape");
+            return Err(Error::new(ErrorKind::Weight, COLLECTING, message).tensor(weight.name()));
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use engine_core::ensure_async_iterator;
+    use futures::executor::block_on;
+    use proptest::prelude::*;
+
+    const TYPES: [DType; 6] =
+        [DType::F8_E4M3, DType::F32, DType::BF16, DType::U8, DType::I64, DType::F16];
+
+    fn weight(name: &str, dtype: DType, elements: u64) -> Weight {
+        let bytes = vec![0_u8; (elements * dtype.bits() / 8) as usize];
+        Weight::new(name, dtype, [elements], bytes).unwrap()
+    }
+
+    fn chunks(limit: u64, weights: Vec<Weight>) -> Result<Vec<Chunk>> {
+        let mut stream = ensure_async_iterator(weights);
+        let mut chunks = Chunks::new(limit);
+        let mut all = Vec::new();
+        while let Some(chunk) = block_on(chunks.next(&mut stream, Duration::from_secs(1)))? {
+            all.push(chunk);
+        }
+        Ok(all)
+    }
+
+    proptest! {
+        #[test]
+        fn every_weight_is_whole_in_one_chunk_without_gaps_and_begins_at_a_multiple_of_its_elements(
+            sizes in proptest::collection::vec((0..TYPES.len(), 0_u64..40), 0..60),
+            limit in 320_u64..2000,
+        ) {
+            let named = |(index, &(ty, len)): (usize, &(usize, u64))| {
+                weight(&format!("w{index}"), TYPES[ty], len)
+            };
+            let all = chunks(limit, sizes.iter().enumerate().map(named).collect()).unwrap();
+            let mut seen = Vec::new();
+            for chunk in &all {
+                let mut at = 0;
+                prop_assert!(chunk.len <= limit && !chunk.jobs.is_empty());
+                for Job { weight, start, len, offset } in &chunk.jobs {
+                    prop_assert_eq!((*start, *len, *offset), (0, weight.byte_len(), at));
+                    prop_assert!(offset.is_multiple_of(weight.meta().dtype.bytes().unwrap()));
+                    at += len;
+                    seen.push(weight.name()[1..].parse::<usize>().unwrap());
+                }
+                prop_assert_eq!(at, chunk.len);
+            }
+            // A chunk never has a weight that the stream has after those of the next one.
+            let mut firsts = 0;
+            for chunk in &all {
+                let mut here = seen[firsts..firsts + chunk.jobs.len()].to_vec();
+                here.sort_unstable();
+                prop_assert_eq!(here, (firsts..firsts + chunk.jobs.len()).collect::<Vec<_>>());
+                firsts += chunk.jobs.len();
+            }
+            prop_assert_eq!(firsts, sizes.len());
+        }
+    }
+
+    #[test]
+    fn a_weight_that_is_larger_than_a_bucket_is_alone_in_one() {
+        let sizes = [("a", 3), ("b", 100), ("c", 3), ("d", 3)];
+        let weights = sizes.map(|(name, len)| weight(name, DType::U8, len));
+        let all = chunks(64, weights.to_vec()).unwrap();
+        let lens: Vec<u64> = all.iter().map(|chunk| chunk.len).collect();
+        assert_eq!(lens, [3, 100, 6]);
+    }
+
+    #[test]
+    fn a_name_that_comes_twice_is_an_error() {
+        let twice =
+            vec![weight("a", DType::U8, 1), weight("b", DType::U8, 1), weight("a", DType::U8, 1)];
+        assert_eq!(chunks(1 << 20, twice).unwrap_err().kind(), ErrorKind::Weight);
+    }
+
+    #[test]
+    fn a_type_that_torch_does_not_have_is_an_error_that_names_the_weight() {
+        let error = chunks(64, vec![weight("q", DType::F4, 2)]).unwrap_err();
+        assert_eq!(error.report().tensor.as_deref(), Some("q"));
+    }
+}

@@ -1,0 +1,457 @@
+//! The trainer's engine: does what the [machine](crate::fleet) says, and decides nothing but how long to wait.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use collective::{Communicator, Library, Opened, Shape, SlotLocks, Slots, Thread};
+use engine_core::clock::{sleep, within};
+use engine_core::memory::Pool;
+use engine_core::observe::{Observer, Progress};
+use engine_core::plan::ALIGNMENT;
+use engine_core::telemetry::Meter;
+use engine_core::{
+    CheckpointEngine, EngineContext, Error, ErrorKind, Prepared, PreparedTrainer, Rank,
+    ReceiverReport, Result, Role, SendReport, StageTimes, TrainerEngine, Version, VersionState,
+    WeightStream, WorkerMetadata,
+};
+use futures::future::{join, join_all};
+use futures::stream::{FuturesUnordered, StreamExt};
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+use tracing::info;
+
+use crate::chunk::{Chunk, Chunks};
+use crate::fleet::{Act, Answers, Ask, Fleet, Outcome, rank_of};
+use crate::vllm::{Pause, Vllm, World, update_info};
+use crate::{NAME, VllmOptions};
+
+/// One is filled while the other travels.
+const SLOTS: u32 = 2;
+/// The world's place in the library: there is one at a time.
+const WORLD: usize = 0;
+/// The longest that questions about what is there already may take.
+const SHORT: Duration = Duration::from_secs(10);
+/// How long the others may take once one has failed.
+const GRACE: Duration = Duration::from_secs(5);
+/// The pause between two looks at a broadcast.
+const PAUSE: Duration = Duration::from_micros(30);
+
+/// Prepares a trainer that sends to vLLM's servers over a library of collectives.
+///
+/// The backend `vllm` does it with NCCL; another library is for tests.
+///
+/// # Errors
+///
+/// `Config` for options that cannot be used; `State` outside of a tokio runtime; those of [`Library::open`].
+pub async fn prepare_vllm<L: Library>(
+    library: L,
+    context: EngineContext,
+) -> Result<PreparedTrainer> {
+    let options = context.config.kwargs::<VllmOptions>(NAME)?;
+    let refuse = |kind, message: &str| Err(Error::new(kind, "preparing", message));
+    if options.servers.is_empty() {
+        let message =
+            "engine_kwargs.vllm.servers is empty: list the servers, such as http://10.0.0.7:8000";
+        return refuse(ErrorKind::Config, message);
+    }
+    if let Some(twice) = options
+        .servers
+        .iter()
+        .enumerate()
+        .find_map(|(index, server)| options.servers[..index].contains(server).then_some(server))
+    {
+        return refuse(ErrorKind::Config, &format!("{twice} is listed twice"));
+    }
+    if tokio::runtime::Handle::try_current().is_err() {
+        return refuse(ErrorKind::State, "servers are asked on a tokio runtime, and here is none");
+    }
+    let rank = context.rank().unwrap_or(Rank::LEADER);
+    let bucket = context.config.bucket_bytes().unwrap_or(library.default_bucket_bytes());
+    let shape = Shape { slots: SLOTS, slot_bytes: bucket / ALIGNMENT * ALIGNMENT };
+    let pool = Pool::new(context.threads(Role::Trainer))?;
+    let Opened { thread, slots, version, .. } = library.open(&context, shape, &pool).await?;
+    let details = json!({ "library": version, "servers": options.servers });
+    let metadata = WorkerMetadata::of_this_process(NAME, rank, Role::Trainer, details);
+    Ok(Prepared::new(metadata, move |_| async move {
+        let long = context.deadline();
+        let server = |url: &crate::ServerUrl| Vllm {
+            url: url.clone(),
+            pause: options.pause,
+            short: SHORT.min(long),
+            long,
+        };
+        let engine = ServersEngine {
+            fleet: Fleet::new(options.servers.len(), options.pause != Pause::None),
+            servers: options.servers.iter().map(server).collect(),
+            meter: Meter::new(rank, context.observer.clone()),
+            deadline: long,
+            sending: Sending {
+                thread,
+                slots,
+                locks: Arc::new(SlotLocks::new(SLOTS)),
+                shape,
+                pool,
+                limit: long,
+            },
+        };
+        Ok(Box::new(engine) as Box<dyn TrainerEngine>)
+    }))
+}
+
+/// A trainer's end of the world that it forms with the workers of servers.
+#[derive(Debug)]
+struct ServersEngine<C: Communicator> {
+    fleet: Fleet,
+    servers: Vec<Vllm>,
+    meter: Meter,
+    deadline: Duration,
+    sending: Sending<C>,
+}
+
+/// The trainer's slots, and the thread that makes the library's calls.
+#[derive(Debug)]
+struct Sending<C: Communicator> {
+    thread: Thread<C>,
+    slots: Arc<dyn Slots>,
+    locks: Arc<SlotLocks>,
+    shape: Shape,
+    pool: Pool,
+    /// How long somebody waits for the library to let go of the world.
+    limit: Duration,
+}
+
+impl<C: Communicator> Drop for Sending<C> {
+    fn drop(&mut self) {
+        self.thread.close_later(self.limit);
+    }
+}
+
+/// A bucket that is filled.
+struct Bucket {
+    slot: u32,
+    len: u64,
+    source_bytes: u64,
+    /// What servers are told of it.
+    info: Value,
+}
+
+/// What is read from the trainer's stream.
+struct Feed<'a, 'w> {
+    chunks: Chunks,
+    weights: &'a mut WeightStream<'w>,
+    /// Buckets that were filled.
+    filled: u64,
+    stages: StageTimes,
+}
+
+impl<C: Communicator> Sending<C> {
+    /// Fills the next bucket; `None` at the end of the stream.
+    async fn fill(&self, feed: &mut Feed<'_, '_>, deadline: Duration) -> Result<Option<Bucket>> {
+        let index = feed.filled;
+        let begun = Instant::now();
+        let chunk = feed.chunks.next(feed.weights, deadline).await;
+        feed.stages.source += begun.elapsed();
+        let Some(chunk) = chunk.map_err(|error| error.bucket(index))? else { return Ok(None) };
+        let info = update_info(&chunk)?;
+        let Chunk { jobs, len, source_bytes } = chunk;
+        let slot = (index % u64::from(SLOTS)) as u32;
+        let begun = Instant::now();
+        let guard = within(deadline, self.locks.lock(slot)).await.flatten().ok_or_else(|| {
+            let message = "its slot is still in use";
+            Error::new(ErrorKind::Timeout, "filling a bucket", message).bucket(index)
+        })?;
+        let filled = async {
+            let guard = match len > self.shape.slot_bytes {
+                true => self.slots.enlarge(guard, len).await?,
+                false => guard,
+            };
+            self.slots.fill(guard, jobs, &self.pool, false).await
+        };
+        filled.await.map_err(|error| error.bucket(index))?;
+        feed.stages.encode += begun.elapsed();
+        feed.filled += 1;
+        Ok(Some(Bucket { slot, len, source_bytes, info }))
+    }
+
+    /// Whether the world is in order. Waits for a broadcast that an update has left under way.
+    async fn is_joined(&self, limit: Duration) -> bool {
+        self.thread.run(limit, |library, _| library.ended(WORLD)).await.is_ok()
+    }
+
+    /// Joins a world of so many members, as the first of them, and does what they begin with.
+    fn join(&self, id: Vec<u8>, size: u32, limit: Duration) -> JoinHandle<Result<()>> {
+        let thread = self.thread.clone();
+        tokio::spawn(async move {
+            let work = thread.run(limit, move |library, wait| {
+                library.leave();
+                let joined = library.join(WORLD, &id, size, 0, wait);
+                let ready = joined.and_then(|()| library.greet(WORLD, wait));
+                ready.inspect_err(|_| library.leave())
+            });
+            work.await
+        })
+    }
+
+    /// Broadcasts a bucket to the world. Goes on when nobody waits for it any more: members that have begun a broadcast
+    /// wait for it without an end.
+    fn broadcast(&self, bucket: &Bucket, limit: Duration) -> JoinHandle<Result<()>> {
+        let (slot, len) = (bucket.slot, bucket.len);
+        let (thread, locks) = (self.thread.clone(), self.locks.clone());
+        tokio::spawn(async move {
+            if len == 0 {
+                return Ok(());
+            }
+            let guard = locks.lock(slot).await;
+            let work = thread.run(limit, move |library, wait| {
+                let done = (|| {
+                    let before = library.ended(WORLD)?;
+                    library.broadcast(WORLD, slot, len, wait)?;
+                    while library.ended(WORLD)? == before {
+                        wait.check("broadcasting a bucket")?;
+                        std::thread::sleep(PAUSE);
+                    }
+                    Ok(())
+                })();
+                let done = done.inspect_err(|_| library.leave());
+                // Only now nothing reads the slot.
+                drop(guard);
+                done
+            });
+            work.await
+        })
+    }
+}
+
+impl<C: Communicator> ServersEngine<C> {
+    /// Does what the machine says until the update is over. The buckets that were sent.
+    async fn run(&mut self, feed: &mut Feed<'_, '_>, version: Version) -> u64 {
+        // A stream that has nothing, or fails at once, is none of the servers' business.
+        let first = self.sending.fill(feed, self.deadline).await;
+        let (mut ready, mut sent) = (None, 0);
+        match first {
+            Ok(Some(bucket)) => ready = Some(bucket),
+            Ok(None) => {
+                let message = "the stream has no weights";
+                self.fleet.fail(Error::new(ErrorKind::Weight, "sending weights", message));
+            }
+            Err(error) => self.fleet.fail(error),
+        }
+        loop {
+            match self.fleet.next() {
+                Act::Ask(asks) => {
+                    let (begun, is_last) = (Instant::now(), sent > 0 && ready.is_none());
+                    let servers = &self.servers;
+                    let asked = asks.into_iter().map(|(index, ask)| async move {
+                        (index, ask, servers[index].ask(ask, version).await)
+                    });
+                    for (index, ask, said) in join_all(asked).await {
+                        tracing::debug!(server = index + 1, ?ask, ?said, "asked");
+                        self.fleet.answer(index, ask, said);
+                    }
+                    if is_last {
+                        feed.stages.confirm += begun.elapsed();
+                    }
+                }
+                Act::Form(members) => {
+                    let (own, answers) = self.form(&members).await;
+                    self.fleet.formed(own, answers);
+                }
+                Act::Send(members) => {
+                    let Some(bucket) = ready.take() else {
+                        self.fleet.end_of_stream(Ok(()));
+                        continue;
+                    };
+                    let begun = Instant::now();
+                    let sending = self.send(&members, &bucket);
+                    let filling = self.sending.fill(feed, self.deadline);
+                    let ((own, answers), next) = join(sending, filling).await;
+                    feed.stages.publish += begun.elapsed();
+                    self.fleet.sent(own, answers);
+                    let bytes = bucket.source_bytes;
+                    self.meter.observe(&Progress::Bucket { index: sent, bytes });
+                    sent += 1;
+                    match next {
+                        Ok(next) => ready = next,
+                        Err(error) => self.fleet.end_of_stream(Err(error)),
+                    }
+                }
+                Act::End => return sent,
+            }
+        }
+    }
+
+    /// Forms a world with the workers of servers, each of which joins at the same time.
+    async fn form(&self, members: &[usize]) -> (Result<()>, Answers) {
+        let limit = self.deadline;
+        let id = self.sending.thread.run(limit, |library, _| library.new_group()).await;
+        let id = match id {
+            Ok(id) => id.to_vec(),
+            // Nobody was asked.
+            Err(error) => return (Err(error), Vec::new()),
+        };
+        let workers: u32 = members.iter().map(|&index| self.fleet.workers(index)).sum();
+        let size = workers + 1;
+        info!(servers = members.len(), ranks = size, "forming a world");
+        let mut first = 1;
+        let theirs: FuturesUnordered<_> = members
+            .iter()
+            .map(|&index| {
+                let (id, bucket_bytes) = (id.clone(), self.sending.shape.slot_bytes);
+                let world = World { id, size, first, bucket_bytes };
+                first += self.fleet.workers(index);
+                async move { (index, self.servers[index].join(&world).await) }
+            })
+            .collect();
+        let own = self.sending.join(id, size, limit);
+        self.together(own, theirs, members).await
+    }
+
+    /// Sends a bucket to servers, each of which is told of it at the same time.
+    async fn send(&self, members: &[usize], bucket: &Bucket) -> (Result<()>, Answers) {
+        let info = &bucket.info;
+        let theirs: FuturesUnordered<_> = members
+            .iter()
+            .map(|&index| async move { (index, self.servers[index].update(info).await) })
+            .collect();
+        let own = self.sending.broadcast(bucket, self.deadline);
+        self.together(own, theirs, members).await
+    }
+
+    /// Waits for the trainer's own part of a call and for those of the servers, all of which end together or not at all.
+    async fn together(
+        &self,
+        mut own: JoinHandle<Result<()>>,
+        mut theirs: FuturesUnordered<impl Future<Output = (usize, Result<()>)>>,
+        members: &[usize],
+    ) -> (Result<()>, Answers) {
+        let begun = Instant::now();
+        let grace = GRACE.min(self.deadline / 4);
+        let mut until = begun + self.deadline;
+        let mut ended: Option<Result<()>> = None;
+        let mut answers: Answers = members.iter().map(|&index| (index, None)).collect();
+        while ended.is_none() || !theirs.is_empty() {
+            let left = until.saturating_duration_since(Instant::now());
+            let failed = tokio::select! {
+                done = &mut own, if ended.is_none() => {
+                    let done = done.unwrap_or_else(|error| {
+                        Err(Error::new(ErrorKind::Aborted, "calling NCCL", error.to_string()))
+                    });
+                    let failed = done.is_err();
+                    ended = Some(done);
+                    failed
+                }
+                Some((index, answer)) = theirs.next(), if !theirs.is_empty() => {
+                    let failed = answer.is_err();
+                    // That the time is up is no answer.
+                    let is_silence =
+                        answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::Timeout);
+                    let place = answers.iter_mut().find(|(of, _)| *of == index);
+                    if let Some((_, place)) = place.filter(|_| !is_silence) {
+                        *place = Some(answer);
+                    }
+                    failed
+                }
+                () = sleep(left) => break,
+            };
+            if failed {
+                until = until.min(Instant::now() + grace);
+            }
+        }
+        let ended = ended.unwrap_or_else(|| {
+            own.abort();
+            let seconds = begun.elapsed().as_secs_f64();
+            let message = format!("the world was given up after {seconds:.1} s");
+            Err(Error::new(ErrorKind::Timeout, "waiting for the servers' workers in NCCL", message))
+        });
+        (ended, answers)
+    }
+
+    fn report(
+        &self,
+        outcome: &Outcome,
+        feed: Feed<'_, '_>,
+        version: Version,
+        buckets: u64,
+        elapsed: Duration,
+    ) -> SendReport {
+        let line = |index: usize, state, error: Option<String>| {
+            let url = &self.servers[index].url;
+            let workers = self.fleet.workers(index);
+            ReceiverReport {
+                rank: rank_of(index),
+                state,
+                seconds: elapsed.as_secs_f64(),
+                digest: None,
+                notes: json!({ "server": url, "workers": workers, "error": error }),
+            }
+        };
+        let loaded = outcome.loaded.iter().map(|&index| line(index, VersionState::Active, None));
+        let out = outcome.out.iter().map(|(index, report)| {
+            let error = Error::from(report.clone()).to_string();
+            line(*index, VersionState::Aborted, Some(error))
+        });
+        SendReport {
+            version,
+            counts: feed.chunks.counts,
+            buckets,
+            plan_reused: false,
+            elapsed,
+            stages: feed.stages,
+            digest: None,
+            receivers: loaded.chain(out).collect(),
+            absent: outcome.out.iter().map(|(index, _)| rank_of(*index)).collect(),
+            slower: Vec::new(),
+        }
+    }
+}
+
+#[async_trait]
+impl<C: Communicator> CheckpointEngine for ServersEngine<C> {
+    async fn finalize(self: Box<Self>) -> Result<()> {
+        // A server that cannot leave now joins anew all the same when somebody sends to it.
+        let leaving = self.fleet.members().into_iter().map(|index| {
+            let server = Vllm { long: SHORT.min(self.deadline), ..self.servers[index].clone() };
+            async move { server.ask(Ask::Leave, Version(0)).await }
+        });
+        for left in join_all(leaving).await {
+            if let Err(error) = left {
+                tracing::debug!(%error, "while the world was left");
+            }
+        }
+        self.sending.thread.close().await;
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl<C: Communicator> TrainerEngine for ServersEngine<C> {
+    #[tracing::instrument(name = "send", skip_all, fields(version = %version))]
+    async fn send_weights(
+        &mut self,
+        mut weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        let begun = Instant::now();
+        let ranks: Vec<Rank> = (0..self.servers.len()).map(rank_of).collect();
+        let has_world = self.sending.is_joined(self.deadline).await;
+        self.fleet.begin(version, has_world);
+        self.meter.observe(&Progress::Began { version, receivers: ranks.clone() });
+        let chunks = Chunks::new(self.sending.shape.slot_bytes);
+        let stages = StageTimes::default();
+        let mut feed = Feed { chunks, weights: &mut weights, filled: 0, stages };
+        let buckets = self.run(&mut feed, version).await;
+        let outcome = self.fleet.outcome().inspect_err(|error| {
+            tracing::warn!(%error, "update failed");
+            self.meter.aborted(&ranks);
+        })?;
+        for &index in &outcome.loaded {
+            let state = VersionState::Active;
+            self.meter.observe(&Progress::State { rank: rank_of(index), state });
+        }
+        let report = self.report(&outcome, feed, version, buckets, begun.elapsed());
+        self.meter.sent(&report);
+        info!(servers = outcome.loaded.len(), left_out = outcome.out.len(), "update loaded");
+        Ok(report)
+    }
+}

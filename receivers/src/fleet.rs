@@ -1,0 +1,431 @@
+//! The servers of a trainer, and what is asked of them next: a state machine without IO.
+//!
+//! A server's way through an update:
+//!
+//! ```text
+//! unknown ─Look─▶ known ─Pause─▶ paused ─Form─▶ in the world ─Start─▶ started ─Bucket…─▶ ─Finish─▶ finished
+//!    ▲                                                                  ─Recall─▶ confirmed ─Resume─▶ generating
+//!    └── the next update ◀── out: the first failure, wherever
+//! ```
+//!
+//! Its rules:
+//!
+//! - All servers are at the same step; whoever fails is *out* of this update, with its error. The others go on, in a
+//!   world without it.
+//! - What a server has, it says itself. One whose weights have another version than this trainer left there was started
+//!   anew, or is sent to by somebody else: it is asked everything again, and its workers join again.
+//! - A server is *half loaded* from the moment that it is told to start until it has confirmed the version. It is never
+//!   told to generate before that, however many updates fail in between, and what it began is ended (`Reset`) before it
+//!   begins anew: it counts what it has loaded of a layer, and would count what it has of the old version.
+//! - No server is asked to take part in a broadcast that some member of the world is known not to take part in.
+
+use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result, Version};
+
+/// A question to a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ask {
+    /// Whether it is there, what it is and whether it can be sent to: answered by [`Said::Facts`].
+    Look,
+    /// Which version it has: answered by [`Said::Version`].
+    Recall,
+    /// To stop generating.
+    Pause,
+    /// To end what an update has left half done.
+    Reset,
+    /// To leave the world that its workers are in.
+    Leave,
+    /// To begin an update: answered by [`Said::Done`] or [`Said::Open`].
+    Start,
+    /// To end it, with its version.
+    Finish,
+    /// To generate again.
+    Resume,
+}
+
+/// A server's answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Said {
+    Done,
+    Facts(Facts),
+    /// The version of the weights that it has.
+    Version(String),
+    /// It is within an update that somebody began and did not end.
+    Open,
+}
+
+/// What a server is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Facts {
+    /// How many workers it has, each a member of the world.
+    pub(crate) workers: u32,
+    /// The version of the weights that it has.
+    pub(crate) weights: String,
+}
+
+/// What is to be done next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Act {
+    /// Ask these servers, all at once; each is answered by [`Fleet::answer`].
+    Ask(Vec<(usize, Ask)>),
+    /// Form a world of these servers' workers: answered by [`Fleet::formed`].
+    Form(Vec<usize>),
+    /// Send the next bucket to these servers: answered by [`Fleet::sent`], or by [`Fleet::end_of_stream`].
+    Send(Vec<usize>),
+    /// The update is over; [`Fleet::outcome`] says how.
+    End,
+}
+
+/// How servers answered a call that only ends when all of them and the trainer take part. `None` if one did not.
+pub(crate) type Answers = Vec<(usize, Option<Result<()>>)>;
+
+/// How far a server is within an update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Progress {
+    Idle,
+    Paused,
+    Started,
+    Finished,
+    Confirmed,
+    Resumed,
+}
+
+#[derive(Debug)]
+enum Standing {
+    Unknown,
+    Known,
+    Out(ErrorReport),
+}
+
+#[derive(Debug)]
+struct Server {
+    standing: Standing,
+    progress: Progress,
+    workers: u32,
+    /// The version that it has, as it said last.
+    weights: String,
+    /// Whether its workers are in the present world.
+    is_member: bool,
+    /// Whether it has confirmed a version since it joined. Until then what it says does not tell it from another process.
+    is_marked: bool,
+    /// Whether its workers may be in some world of this trainer, present or past.
+    has_joined: bool,
+    /// Whether it has begun to load a version and not confirmed it.
+    half_loaded: bool,
+    /// Whether what it began before is ended.
+    is_reset: bool,
+}
+
+/// All servers.
+#[derive(Debug)]
+pub(crate) struct Fleet {
+    servers: Vec<Server>,
+    pauses: bool,
+    version: Version,
+    /// Whether the present world is whole.
+    has_world: bool,
+    has_ended: bool,
+    /// The trainer's own failure, which ends the update.
+    failure: Option<ErrorReport>,
+    /// What failed first.
+    first: Option<ErrorReport>,
+}
+
+/// How an update ended.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    /// The servers that have the version.
+    pub(crate) loaded: Vec<usize>,
+    /// Those that were left out, and why.
+    pub(crate) out: Vec<(usize, ErrorReport)>,
+}
+
+/// A server as a rank of the report: they are counted from 1, as the configuration lists them.
+pub(crate) fn rank_of(server: usize) -> Rank {
+    Rank(server as u32 + 1)
+}
+
+impl Fleet {
+    pub(crate) fn new(servers: usize, pauses: bool) -> Self {
+        let server = || Server {
+            standing: Standing::Unknown,
+            progress: Progress::Idle,
+            workers: 0,
+            weights: String::new(),
+            is_member: false,
+            is_marked: false,
+            has_joined: false,
+            half_loaded: false,
+            is_reset: false,
+        };
+        Self {
+            servers: (0..servers).map(|_| server()).collect(),
+            pauses,
+            version: Version(0),
+            has_world: false,
+            has_ended: false,
+            failure: None,
+            first: None,
+        }
+    }
+
+    /// Begins an update. One that did not come to its end is over. The trainer says whether its own end of the world is in
+    /// order.
+    pub(crate) fn begin(&mut self, version: Version, has_world: bool) {
+        self.version = version;
+        self.has_world &= has_world;
+        (self.has_ended, self.failure, self.first) = (false, None, None);
+        // A world is whole as long as each of its members is the process that joined it.
+        self.has_world &= self.servers.iter().all(|server| !server.is_member || server.is_marked);
+        for server in &mut self.servers {
+            server.is_member &= self.has_world;
+            server.standing = Standing::Unknown;
+            server.progress = Progress::Idle;
+            server.is_reset = false;
+        }
+    }
+
+    /// The number of a server's workers.
+    pub(crate) fn workers(&self, server: usize) -> u32 {
+        self.servers[server].workers
+    }
+
+    /// The servers whose workers are in the present world.
+    pub(crate) fn members(&self) -> Vec<usize> {
+        let is_member = |index: &usize| self.has_world && self.servers[*index].is_member;
+        (0..self.servers.len()).filter(is_member).collect()
+    }
+
+    /// Those that are not out.
+    fn usable(&self) -> Vec<usize> {
+        let usable = |server: &Server| !matches!(server.standing, Standing::Out(_));
+        (0..self.servers.len()).filter(|&index| usable(&self.servers[index])).collect()
+    }
+
+    /// What is to be done next. The same until it is answered.
+    pub(crate) fn next(&self) -> Act {
+        let usable = self.usable();
+        let all = |ask: Ask, wanted: &dyn Fn(&Server) -> bool| {
+            let asked = usable.iter().copied().filter(|&index| wanted(&self.servers[index]));
+            let asks: Vec<_> = asked.map(|index| (index, ask)).collect();
+            (!asks.is_empty()).then_some(Act::Ask(asks))
+        };
+        let is_at = |progress: Progress| move |server: &Server| server.progress == progress;
+        if self.failure.is_some() {
+            // Those that were stopped for nothing generate again, with what they had.
+            let stopped = |server: &Server| {
+                self.pauses && server.progress == Progress::Paused && !server.half_loaded
+            };
+            return all(Ask::Resume, &stopped).unwrap_or(Act::End);
+        }
+        let unknown = |server: &Server| matches!(server.standing, Standing::Unknown);
+        let rejoins = !self.has_ended && !self.has_whole_world(&usable);
+        let before = all(Ask::Recall, &|server| unknown(server) && server.is_member)
+            .or_else(|| all(Ask::Look, &unknown))
+            .or_else(|| self.pauses.then(|| all(Ask::Pause, &is_at(Progress::Idle))).flatten())
+            .or_else(|| all(Ask::Reset, &|server| self.needs_reset(server)))
+            .or_else(|| {
+                // A server refuses to leave within an update; joining another world replaces the old one.
+                let leaves = |server: &Server| server.has_joined && !self.has_started(server);
+                rejoins.then(|| all(Ask::Leave, &leaves)).flatten()
+            });
+        if let Some(act) = before {
+            return act;
+        }
+        if usable.is_empty() {
+            return Act::End;
+        }
+        if rejoins {
+            return Act::Form(usable);
+        }
+        if let Some(act) = all(Ask::Start, &|server| !self.has_started(server)) {
+            return act;
+        }
+        if !self.has_ended {
+            return Act::Send(usable);
+        }
+        all(Ask::Finish, &is_at(Progress::Started))
+            .or_else(|| all(Ask::Recall, &is_at(Progress::Finished)))
+            .or_else(|| {
+                self.pauses.then(|| all(Ask::Resume, &is_at(Progress::Confirmed))).flatten()
+            })
+            .unwrap_or(Act::End)
+    }
+
+    fn has_started(&self, server: &Server) -> bool {
+        server.progress >= Progress::Started
+    }
+
+    fn needs_reset(&self, server: &Server) -> bool {
+        server.half_loaded && !server.is_reset && !self.has_started(server)
+    }
+
+    /// Whether the present world has these servers' workers and no others.
+    fn has_whole_world(&self, usable: &[usize]) -> bool {
+        let is_member = |index: usize| self.servers[index].is_member;
+        self.has_world && (0..self.servers.len()).all(|at| is_member(at) == usable.contains(&at))
+    }
+
+    /// A server has answered, or not.
+    pub(crate) fn answer(&mut self, index: usize, ask: Ask, said: Result<Said>) {
+        let version = self.version;
+        let server = &mut self.servers[index];
+        let said = match said {
+            Ok(said) => said,
+            Err(error) => {
+                // It may have done what it was asked for all the same.
+                server.half_loaded |= matches!(ask, Ask::Start | Ask::Reset | Ask::Finish);
+                return self.out(index, error);
+            }
+        };
+        match (ask, said) {
+            (Ask::Look, Said::Facts(Facts { workers, weights })) => {
+                server.standing = Standing::Known;
+                (server.workers, server.weights) = (workers, weights);
+            }
+            (Ask::Recall, Said::Version(has)) if server.progress == Progress::Finished => {
+                if has == version.to_string() {
+                    server.progress = Progress::Confirmed;
+                    (server.weights, server.half_loaded) = (has, false);
+                    server.is_marked = true;
+                } else {
+                    let words = format!("it says that it has version `{has}` after the update");
+                    self.out(
+                        index,
+                        Error::new(ErrorKind::Mismatch, "confirming the version", words),
+                    );
+                }
+            }
+            (Ask::Recall, Said::Version(has)) => {
+                if has == server.weights {
+                    server.standing = Standing::Known;
+                } else {
+                    // Its workers are not where they were; neither is the world.
+                    server.is_member = false;
+                    self.has_world = false;
+                }
+            }
+            (Ask::Pause, _) => server.progress = Progress::Paused,
+            (Ask::Reset, _) => server.is_reset = true,
+            (Ask::Leave, _) => (server.is_member, server.has_joined) = (false, false),
+            (Ask::Start, Said::Open) if server.is_reset => {
+                let words = "it is still within an update that could not be ended; it has to be started anew";
+                self.out(index, Error::new(ErrorKind::State, "beginning an update", words));
+            }
+            (Ask::Start, Said::Open) => server.half_loaded = true,
+            (Ask::Start, _) => {
+                server.progress = Progress::Started;
+                server.half_loaded = true;
+            }
+            (Ask::Finish, _) => server.progress = Progress::Finished,
+            (Ask::Resume, _) => server.progress = Progress::Resumed,
+            (Ask::Look | Ask::Recall, said) => {
+                let words = format!("an answer to another question: {said:?}");
+                self.out(index, Error::new(ErrorKind::Protocol, "asking a server", words));
+            }
+        }
+    }
+
+    /// A world was formed, or not: how the trainer joined it, and how the servers answered.
+    pub(crate) fn formed(&mut self, own: Result<()>, answers: Answers) {
+        for server in &mut self.servers {
+            server.is_member = false;
+        }
+        for &(index, _) in &answers {
+            let server = &mut self.servers[index];
+            (server.is_member, server.has_joined) = (own.is_ok(), true);
+            server.is_marked = false;
+        }
+        self.has_world = own.is_ok();
+        match own {
+            Err(error) if answers.iter().all(|(_, answer)| matches!(answer, Some(Ok(())))) => {
+                self.fail(error);
+            }
+            own => self.together(own, answers),
+        }
+    }
+
+    /// A bucket was sent, or not: how the trainer's broadcast ended, and how the servers answered.
+    pub(crate) fn sent(&mut self, own: Result<()>, answers: Answers) {
+        // Those that have answered have the bucket, whatever became of the broadcast to others.
+        self.has_world &= own.is_ok();
+        self.together(own, answers);
+    }
+
+    /// Leaves out those that failed and those that did not answer. What somebody said is the cause; without that, what the
+    /// trainer saw itself.
+    fn together(&mut self, own: Result<()>, answers: Answers) {
+        let mut silent = Vec::new();
+        let mut somebody_failed = false;
+        for (index, answer) in answers {
+            match answer {
+                Some(Ok(())) => {}
+                Some(Err(error)) => {
+                    somebody_failed = true;
+                    self.out(index, error);
+                }
+                None => silent.push(index),
+            }
+        }
+        if let Err(error) = own
+            && !somebody_failed
+        {
+            let report = ErrorReport::from(&error.version(self.version));
+            self.first.get_or_insert(report);
+        }
+        for index in silent {
+            let words = "no answer, while others failed or were as silent: its workers may wait in NCCL without an \
+                         end, and then it has to be started anew";
+            self.out(index, Error::new(ErrorKind::Timeout, "waiting for a server", words));
+        }
+    }
+
+    /// The stream of weights has ended; with an error, so has the update.
+    pub(crate) fn end_of_stream(&mut self, ended: Result<()>) {
+        self.has_ended = true;
+        if let Err(error) = ended {
+            self.fail(error);
+        }
+    }
+
+    /// The trainer itself cannot go on.
+    pub(crate) fn fail(&mut self, error: Error) {
+        self.failure.get_or_insert_with(|| ErrorReport::from(&error.version(self.version)));
+    }
+
+    fn out(&mut self, index: usize, error: Error) {
+        let error = error.rank(rank_of(index)).version(self.version);
+        tracing::warn!(server = index + 1, %error, "a server is left out of the update");
+        let report = ErrorReport::from(&error);
+        let server = &mut self.servers[index];
+        server.half_loaded |= server.progress == Progress::Started;
+        server.standing = Standing::Out(report.clone());
+        // A world with a member that takes no part is of no use to the others.
+        self.has_world &= !server.is_member;
+        self.first.get_or_insert(report);
+    }
+
+    /// How the update ended.
+    ///
+    /// # Errors
+    ///
+    /// The trainer's own failure; what failed first, if no server has the version.
+    pub(crate) fn outcome(&self) -> Result<Outcome> {
+        if let Some(report) = &self.failure {
+            return Err(report.clone().into());
+        }
+        let mut outcome = Outcome { loaded: Vec::new(), out: Vec::new() };
+        for (index, server) in self.servers.iter().enumerate() {
+            match &server.standing {
+                Standing::Out(report) => outcome.out.push((index, report.clone())),
+                _ => outcome.loaded.push(index),
+            }
+        }
+        match &self.first {
+            Some(report) if outcome.loaded.is_empty() => Err(report.clone().into()),
+            _ => Ok(outcome),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,242 @@
+//! One question to a server, and its answer: HTTP/1.1 without TLS, a connection for each question, a deadline for all
+//! of it.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use engine_core::clock::within;
+use engine_core::{Error, ErrorKind, Result};
+use futures::FutureExt;
+use futures::future::{Either, select};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::header::{CONTENT_TYPE, HOST};
+use hyper::{Method, Request, Uri};
+use hyper_util::rt::TokioIo;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tokio::net::TcpStream;
+
+/// The longest answer that is read.
+const MAX_ANSWER_BYTES: usize = 16 << 20;
+/// The longest part of a server's own words that is repeated.
+const MAX_WORDS: usize = 600;
+
+/// Where a server is: `http://HOST:PORT`, and a path before its own ones if there is one.
+///
+/// # Examples
+///
+/// ```
+/// use receivers::ServerUrl;
+///
+/// let url: ServerUrl = "http://10.0.0.7:8000/".parse()?;
+/// assert_eq!(url.to_string(), "http://10.0.0.7:8000");
+/// assert!("https://10.0.0.7".parse::<ServerUrl>().is_err());
+/// # Ok::<(), engine_core::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ServerUrl {
+    host: String,
+    port: u16,
+    path: String,
+}
+
+impl FromStr for ServerUrl {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let refuse = |problem: &str| {
+            let message = format!("`{text}`: {problem}");
+            Error::new(ErrorKind::Config, "reading a server's address", message)
+        };
+        let uri: Uri = text.parse().map_err(|error| refuse(&format!("{error}")))?;
+        match uri.scheme_str() {
+            Some("http") => {}
+            Some("https") => {
+                return Err(refuse(
+                    "https is not spoken here: name the server's own http address, on the network that \
+                     the weights travel by",
+                ));
+            }
+            _ => return Err(refuse("http://HOST:PORT is wanted")),
+        }
+        let host = uri.host().filter(|host| !host.is_empty());
+        let host = host.ok_or_else(|| refuse("it has no host"))?.to_owned();
+        if uri.query().is_some() || uri.authority().is_some_and(|all| all.as_str().contains('@')) {
+            return Err(refuse("a query and a user's name have no meaning here"));
+        }
+        let path = uri.path().trim_end_matches('/').to_owned();
+        Ok(Self { host, port: uri.port_u16().unwrap_or(80), path })
+    }
+}
+
+impl TryFrom<String> for ServerUrl {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self> {
+        text.parse()
+    }
+}
+
+impl From<ServerUrl> for String {
+    fn from(url: ServerUrl) -> Self {
+        url.to_string()
+    }
+}
+
+impl fmt::Display for ServerUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "http://{}:{}{}", self.host, self.port, self.path)
+    }
+}
+
+#[cfg(feature = "schema")]
+impl schemars::JsonSchema for ServerUrl {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "ServerUrl".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({ "type": "string" })
+    }
+}
+
+/// What a server answered.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    body: Bytes,
+}
+
+impl Answer {
+    pub(crate) fn is_success(&self) -> bool {
+        (200..300).contains(&self.status)
+    }
+
+    /// The answer as JSON; null if it is none.
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_default()
+    }
+
+    /// What it says went wrong: the message of the forms that servers have for errors, else its text.
+    pub(crate) fn words(&self) -> String {
+        let json = self.json();
+        let message = [&json["error"]["message"], &json["error"], &json["detail"]];
+        let words = match message.into_iter().find_map(Value::as_str) {
+            Some(text) => text.to_owned(),
+            None => String::from_utf8_lossy(&self.body).into_owned(),
+        };
+        let words = words.split_whitespace().collect::<Vec<_>>().join(" ");
+        match words.char_indices().nth(MAX_WORDS) {
+            Some((end, _)) => format!("{}…", &words[..end]),
+            None => words,
+        }
+    }
+}
+
+/// Asks a server; any answer is one, whatever its status.
+///
+/// # Errors
+///
+/// `Timeout` if there is none within the limit, `PeerLost` if the server is not there or goes away, `Protocol` if it
+/// speaks something else.
+pub(crate) async fn ask(
+    url: &ServerUrl,
+    limit: Duration,
+    method: Method,
+    path: &str,
+    body: Option<&Value>,
+) -> Result<Answer> {
+    let operation = format!("{method} {url}{path}");
+    let answer = within(limit, exchange(url, &operation, method, path, body)).await;
+    answer.unwrap_or_else(|| Err(no_answer(&operation, limit)))
+}
+
+/// The error of a question that was not answered in time.
+pub(crate) fn no_answer(operation: &str, limit: Duration) -> Error {
+    let message = format!("no answer within {:.1} s", limit.as_secs_f64());
+    Error::new(ErrorKind::Timeout, operation, message)
+}
+
+async fn exchange(
+    url: &ServerUrl,
+    operation: &str,
+    method: Method,
+    path: &str,
+    body: Option<&Value>,
+) -> Result<Answer> {
+    let lost = |message: String| Error::new(ErrorKind::PeerLost, operation, message);
+    let host = url.host.trim_start_matches('[').trim_end_matches(']');
+    let stream = TcpStream::connect((host, url.port)).await;
+    let stream =
+        stream.map_err(|error| lost(format!("not reached: {error}")).with_source(error))?;
+    // A question is one write; without this the end of a long one may wait for an acknowledgement.
+    stream.set_nodelay(true).map_err(|error| Error::io(operation, error))?;
+    let malformed = |error: hyper::Error| {
+        let kind = match error.is_parse() {
+            true => ErrorKind::Protocol,
+            false => ErrorKind::PeerLost,
+        };
+        Error::new(kind, operation, format!("the connection failed: {error}")).with_source(error)
+    };
+    let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream));
+    let (mut sender, connection) = handshake.await.map_err(malformed)?;
+    let body = body.map(|body| Bytes::from(body.to_string()));
+    let request = Request::builder()
+        .method(method)
+        .uri(format!("{}{path}", url.path))
+        .header(HOST, format!("{}:{}", url.host, url.port))
+        .header(CONTENT_TYPE, "application/json")
+        .body(Full::new(body.unwrap_or_default()));
+    let request = request.map_err(|error| {
+        Error::new(ErrorKind::Config, operation, error.to_string()).with_source(error)
+    })?;
+    let exchange = async {
+        let response = sender.send_request(request).await.map_err(malformed)?;
+        let status = response.status().as_u16();
+        let body = Limited::new(response.into_body(), MAX_ANSWER_BYTES).collect().await;
+        let body = body.map_err(|error| lost(format!("the answer broke off: {error}")))?;
+        Ok(Answer { status, body: body.to_bytes() })
+    };
+    // The connection does its work while it is polled; when it has ended, so has the exchange.
+    match select(exchange.boxed(), connection.boxed()).await {
+        Either::Left((answer, _)) => answer,
+        Either::Right((_, exchange)) => exchange.await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn an_address_is_what_it_was_written_as() {
+        for (text, url) in [
+            ("http://10.0.0.7:8000", "http://10.0.0.7:8000"),
+            ("http://host/", "http://host:80"),
+            ("http://[::1]:8000/replica/1/", "http://[::1]:8000/replica/1"),
+        ] {
+            assert_eq!(text.parse::<ServerUrl>().unwrap().to_string(), url);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_an_address_or_an_error_that_repeats_it(text in ".{0,40}", http in any::<bool>()) {
+            let text = if http { format!("http://{text}") } else { text };
+            match text.parse::<ServerUrl>() {
+                Ok(url) => prop_assert_eq!(url.to_string().parse::<ServerUrl>().unwrap(), url),
+                Err(error) => prop_assert!(error.to_string().contains(&*text)),
+            }
+        }
+
+        #[test]
+        fn whatever_a_server_answers_its_words_are_short(body in proptest::collection::vec(any::<u8>(), 0..3000)) {
+            let answer = Answer { status: 500, body: body.into() };
+            prop_assert!(answer.words().chars().count() <= MAX_WORDS + 1);
+        }
+    }
+}

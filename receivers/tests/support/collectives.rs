@@ -1,0 +1,238 @@
+//! A library of collectives between the tasks of a process, with what is inconvenient about NCCL: members find one another
+//! by an id of 128 bytes, a call ends when all have made it and not before, and nothing but the trainer has a deadline.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use collective::{Communicator, Library, Opened, Shape, SlotGuard, Slots, Thread, Wait};
+use engine_core::memory::{Job, Pool};
+use engine_core::{EngineContext, Error, ErrorKind, Result, Storage};
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The worlds that were begun in this process, by their ids.
+static WORLDS: LazyLock<Mutex<Worlds>> = LazyLock::new(Mutex::default);
+
+type Worlds = HashMap<Vec<u8>, Arc<Mutex<World>>>;
+
+#[derive(Debug, Default)]
+struct World {
+    size: u32,
+    joined: BTreeSet<u32>,
+    warm: BTreeSet<u32>,
+    casts: Vec<Cast>,
+    /// Whether bytes go from member to member, so that nobody has them before all take part.
+    is_ring: bool,
+}
+
+#[derive(Debug)]
+struct Cast {
+    bytes: Vec<u8>,
+    begun: BTreeSet<u32>,
+    received: BTreeSet<u32>,
+}
+
+/// The library, as the trainer uses it.
+#[derive(Clone, Debug)]
+pub(crate) struct InProcess {
+    pub(crate) bucket_bytes: u64,
+    pub(crate) is_ring: bool,
+}
+
+#[async_trait]
+impl Library for InProcess {
+    type Communicator = Trainer;
+
+    fn name(&self) -> &'static str {
+        "in-process"
+    }
+
+    fn default_bucket_bytes(&self) -> u64 {
+        self.bucket_bytes
+    }
+
+    async fn open(&self, _: &EngineContext, shape: Shape, _: &Pool) -> Result<Opened<Trainer>> {
+        let slot = || Arc::new(Mutex::new(vec![0; shape.slot_bytes as usize]));
+        let slots: Vec<_> = (0..shape.slots).map(|_| slot()).collect();
+        let own = slots.clone();
+        let is_ring = self.is_ring;
+        let start = move || Ok(Trainer { slots: own, world: None, ended: 0, is_ring });
+        let thread = Thread::start("ckpt-fake", start).await?;
+        let slots = Arc::new(HostSlots(slots));
+        Ok(Opened { thread, slots, version: "in-process".into(), share: None })
+    }
+}
+
+type Slot = Arc<Mutex<Vec<u8>>>;
+
+#[derive(Debug)]
+struct HostSlots(Vec<Slot>);
+
+#[async_trait]
+impl Slots for HostSlots {
+    async fn fill(
+        &self,
+        slot: SlotGuard,
+        jobs: Vec<Job>,
+        pool: &Pool,
+        digests: bool,
+    ) -> Result<u64> {
+        let (memory, threads) = (self.0[slot.index() as usize].clone(), pool.clone());
+        pool.start(move || {
+            let sum = threads.encode(&jobs, &mut lock(&memory), digests);
+            drop(slot);
+            sum
+        })
+        .await
+    }
+
+    async fn enlarge(&self, slot: SlotGuard, bytes: u64) -> Result<SlotGuard> {
+        let mut memory = lock(&self.0[slot.index() as usize]);
+        let len = memory.len().max(bytes as usize);
+        memory.resize(len, 0);
+        drop(memory);
+        Ok(slot)
+    }
+
+    fn view(&self, _: SlotGuard, _: u64) -> Storage {
+        unreachable!("trainers look at nothing")
+    }
+}
+
+/// Member 0 of a world.
+#[derive(Debug)]
+pub(crate) struct Trainer {
+    slots: Vec<Slot>,
+    world: Option<Arc<Mutex<World>>>,
+    ended: u64,
+    is_ring: bool,
+}
+
+impl Trainer {
+    fn world(&self) -> Result<Arc<Mutex<World>>> {
+        let refuse = || Error::new(ErrorKind::State, "in the fake library", "in no world");
+        self.world.clone().ok_or_else(refuse)
+    }
+
+    fn until(&self, wait: &Wait<'_>, what: &str, done: impl Fn(&World) -> bool) -> Result<()> {
+        let world = self.world()?;
+        while !done(&lock(&world)) {
+            wait.check(what)?;
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        Ok(())
+    }
+}
+
+impl Communicator for Trainer {
+    fn new_group(&mut self) -> Result<Bytes> {
+        static NUMBERS: Mutex<u64> = Mutex::new(0);
+        let mut number = lock(&NUMBERS);
+        *number += 1;
+        let mut id = vec![0x5a; 128];
+        id[..8].copy_from_slice(&number.to_le_bytes());
+        lock(&WORLDS).insert(id.clone(), Arc::default());
+        Ok(id.into())
+    }
+
+    fn join(&mut self, _: usize, id: &[u8], size: u32, place: u32, wait: &Wait<'_>) -> Result<()> {
+        let world = lock(&WORLDS).get(id).cloned().expect("an id of this library");
+        {
+            let mut world = lock(&world);
+            (world.size, world.is_ring) = (size, self.is_ring);
+            world.joined.insert(place);
+        }
+        (self.world, self.ended) = (Some(world), 0);
+        self.until(wait, "joining a world of the fake library", |world| {
+            world.joined.len() == size as usize
+        })
+    }
+
+    fn shrink(&mut self, _: usize, _: &[u32], _: &Wait<'_>) -> Result<()> {
+        unreachable!("worlds are formed anew")
+    }
+
+    fn greet(&mut self, _: usize, wait: &Wait<'_>) -> Result<()> {
+        lock(&*self.world()?).warm.insert(0);
+        self.until(wait, "warming up", |world| world.warm.len() == world.size as usize)
+    }
+
+    fn broadcast(&mut self, _: usize, slot: u32, len: u64, _: &Wait<'_>) -> Result<()> {
+        let bytes = lock(&self.slots[slot as usize])[..len as usize].to_vec();
+        lock(&*self.world()?).casts.push(Cast {
+            bytes,
+            begun: BTreeSet::new(),
+            received: BTreeSet::new(),
+        });
+        Ok(())
+    }
+
+    fn ended(&mut self, _: usize) -> Result<u64> {
+        let world = self.world()?;
+        let world = lock(&world);
+        let all = world.size as usize - 1;
+        let done = world.casts.iter().take_while(|cast| cast.received.len() == all);
+        self.ended = done.count() as u64;
+        Ok(self.ended)
+    }
+
+    fn leave(&mut self) {
+        // The others wait on: nobody tells them.
+        self.world = None;
+    }
+}
+
+/// A worker's end of a world.
+#[derive(Clone, Debug)]
+pub(crate) struct Member {
+    world: Arc<Mutex<World>>,
+    place: u32,
+    received: usize,
+}
+
+async fn until<T>(world: &Mutex<World>, mut found: impl FnMut(&mut World) -> Option<T>) -> T {
+    loop {
+        if let Some(found) = found(&mut lock(world)) {
+            return found;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+impl Member {
+    /// Joins, with the all-reduce that vLLM's workers begin with. Waits as long as it takes.
+    pub(crate) async fn join(id: &[u8], place: u32, size: u32) -> Self {
+        let world = lock(&WORLDS).get(id).cloned();
+        // Nobody answers for another id: that is a wait without an end.
+        let Some(world) = world else { return std::future::pending().await };
+        assert!(lock(&world).joined.insert(place), "two workers are member {place}");
+        until(&world, |world| (world.joined.len() == size as usize).then_some(())).await;
+        assert_eq!(lock(&world).size, size, "the trainer counts other members");
+        lock(&world).warm.insert(place);
+        until(&world, |world| (world.warm.len() == size as usize).then_some(())).await;
+        Self { world, place, received: 0 }
+    }
+
+    /// Takes part in the next broadcast.
+    pub(crate) async fn receive(&mut self, len: usize) -> Vec<u8> {
+        let (at, place) = (self.received, self.place);
+        self.received += 1;
+        until(&self.world, |world| {
+            let (others, is_ring) = (world.size as usize - 1, world.is_ring);
+            let cast = world.casts.get_mut(at)?;
+            assert_eq!(cast.bytes.len(), len, "the trainer broadcasts another length");
+            cast.begun.insert(place);
+            if is_ring && cast.begun.len() < others {
+                return None;
+            }
+            cast.received.insert(place);
+            Some(cast.bytes.clone())
+        })
+        .await
+    }
+}

@@ -1,0 +1,125 @@
+//! What the tests have instead of GPUs and servers: a library of collectives within the process, and a server that keeps
+//! to vLLM's contract to the letter.
+
+#![allow(dead_code, reason = "each test program uses a part")]
+
+pub(crate) mod collectives;
+pub(crate) mod server;
+
+use async_trait::async_trait;
+use engine_core::{
+    Availability, Backend, CheckpointEngineConfig, DType, EngineContext, Placement,
+    PreparedRollout, PreparedTrainer, Registry, Result, TrainerEngine, Weight, WorkerMetadata,
+    form_local_group,
+};
+use serde_json::json;
+
+/// The weights of a small model at a version: layers of several types, of sizes that fit no alignment, and one weight that
+/// is larger than a bucket.
+pub(crate) fn model(version: u64) -> Vec<Weight> {
+    let tensor = |name: &str, dtype: DType, shape: &[u64]| {
+        let len = shape.iter().product::<u64>() * dtype.bits() / 8;
+        let seed = name.bytes().map(u64::from).sum::<u64>() + version * 7919;
+        let bytes: Vec<u8> = (0..len).map(|at| (seed + at * 31) as u8).collect();
+        Weight::new(name, dtype, shape, bytes).expect("a weight")
+    };
+    let mut weights = vec![tensor("embed.weight", DType::BF16, &[151, 64])];
+    for layer in 0..6 {
+        let name = |part: &str| format!("layers.{layer}.{part}");
+        weights.push(tensor(&name("proj.weight"), DType::F8_E4M3, &[33, 129]));
+        weights.push(tensor(&name("proj.weight_scale_inv"), DType::F32, &[1, 2]));
+        weights.push(tensor(&name("proj.bias"), DType::BF16, &[33]));
+        weights.push(tensor(&name("norm.weight"), DType::F32, &[129]));
+    }
+    weights.push(tensor("head.weight", DType::BF16, &[101, 64]));
+    weights
+}
+
+/// The backend, with a library of collectives within the process in the place of NCCL.
+#[derive(Debug)]
+struct OverTheProcess {
+    is_ring: bool,
+}
+
+#[async_trait]
+impl Backend for OverTheProcess {
+    fn name(&self) -> &'static str {
+        receivers::VLLM.name()
+    }
+
+    fn summary(&self) -> &'static str {
+        "for tests"
+    }
+
+    fn probe(&self) -> Availability {
+        Availability::Usable { details: "always".into() }
+    }
+
+    async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
+        let (bucket_bytes, is_ring) = (BUCKET_BYTES, self.is_ring);
+        let library = collectives::InProcess { bucket_bytes, is_ring };
+        receivers::prepare_vllm(library, context).await
+    }
+
+    async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
+        receivers::VLLM.prepare_rollout(context).await
+    }
+
+    fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
+        receivers::VLLM.build_topology(workers)
+    }
+}
+
+/// So small that an update of a small model has several buckets.
+const BUCKET_BYTES: u64 = 16 << 10;
+
+/// A trainer that sends to these servers.
+pub(crate) async fn trainer(
+    servers: &[&server::Server],
+    options: serde_json::Value,
+) -> Box<dyn TrainerEngine> {
+    trainer_with(servers, options, 4.0).await.expect("a trainer")
+}
+
+/// The same with a deadline of its own.
+pub(crate) async fn trainer_with(
+    servers: &[&server::Server],
+    options: serde_json::Value,
+    seconds: f64,
+) -> Result<Box<dyn TrainerEngine>> {
+    let config = CheckpointEngineConfig { timeout_seconds: seconds, ..config(servers, options) };
+    join(config, false).await
+}
+
+/// What a trainer's configuration is.
+pub(crate) fn config(
+    servers: &[&server::Server],
+    mut options: serde_json::Value,
+) -> CheckpointEngineConfig {
+    options["servers"] = servers.iter().map(|server| server.url()).collect();
+    let mut config = CheckpointEngineConfig {
+        backend: "vllm".into(),
+        timeout_seconds: 4.0,
+        threads: std::num::NonZeroUsize::new(1),
+        ..Default::default()
+    };
+    config.engine_kwargs.insert("vllm".into(), options.as_object().cloned().unwrap_or_default());
+    config
+}
+
+/// A trainer of a configuration; its broadcasts go round a ring if that is asked for.
+pub(crate) async fn join(
+    config: CheckpointEngineConfig,
+    is_ring: bool,
+) -> Result<Box<dyn TrainerEngine>> {
+    let registry = Registry::new().with(OverTheProcess { is_ring }).with_layer(quant_fp8::LAYER);
+    let prepared = registry.prepare_trainer(EngineContext::new(config)).await?;
+    let backend = registry.get("vllm")?;
+    let (mut trainers, _) = form_local_group(backend, vec![prepared], Vec::new()).await?;
+    Ok(trainers.remove(0))
+}
+
+/// Options without any.
+pub(crate) fn plain() -> serde_json::Value {
+    json!({})
+}
