@@ -1,22 +1,33 @@
 """Runs the package as a backend of the real verl, on the CPU: its manager, its workers and Ray, nothing stood in for.
 
-    verl_cpu.py WORK [TRANSPORT ...]
+    verl_cpu.py TRANSPORT ...
 
-Two trainers hold a small random Qwen3 in halves (FSDP2 over gloo) and two rollouts receive it. WORK is a folder for
-the model and for Ray. Prints a table; the exit code is 1 if anything was not as it has to be.
+Two trainers hold a small random Qwen3 in halves (FSDP2 over gloo) and two rollouts receive it. Prints a table; the
+exit code is 1 if anything was not as it has to be.
 
 Ours are the trainer, because verl registers its FSDP engine for CUDA and NPUs alone, and what a rollout does with the
 weights, because its inference engines need a GPU.
 """
 
 import asyncio
-import logging
 import os
-import pathlib
 import signal
 import sys
+import tempfile
 import threading
 import time
+from importlib.metadata import version
+
+# Failures are a part of this; what is said of them is printed below. verl knows no CPU, and warns that it takes it for
+# a GPU's.
+os.environ |= {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VERL_LOGGING_LEVEL": "ERROR",
+}
 
 import ray
 import torch
@@ -36,7 +47,7 @@ from verl.workers.config import CheckpointEngineConfig, HFModelConfig, RolloutCo
 
 BACKEND, MODULE = "ckpt_engine", "ckpt_engine.verl"
 TRAINERS, ROLLOUTS, SPARES = 2, 2, 2
-BUCKET_MB = 16
+UPDATES, BUCKET_MB = 5, 16
 # What a dead process is noticed by is its connection; this bounds the test if that does not happen.
 TIMEOUT = 20
 
@@ -96,15 +107,16 @@ class Trainer(Worker):
 class Adapter(MockServerAdapter):
     """Keeps what arrives, and compares it byte for byte, where verl's asks `torch.allclose`."""
 
-    pause = 0.0
+    trouble = None
 
     async def update_weights(self, weights, **kwargs):
         self.received_weights = {}
         async for name, weight in weights:
-            if self.pause and self.received_weights:
-                # On the event loop, as a load that takes its time.
-                time.sleep(self.pause)
             self.received_weights[name] = weight.clone()
+            if self.trouble == "slow":
+                time.sleep(0.2)
+            if self.trouble == "raises" and len(self.received_weights) == 50:
+                raise RuntimeError("cannot load")
 
     def compare(self, step):
         """How many weights arrived, their bytes, the names of those that are wrong, and the largest FP8 error."""
@@ -152,8 +164,8 @@ class Rollout(CheckpointEngineWorker):
         return os.getpid()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def take_your_time(self, pause):
-        self.server_adapter.pause = pause
+    def have(self, trouble):
+        self.server_adapter.trouble = trouble
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def what_it_heard(self):
@@ -197,15 +209,18 @@ class Run:
         ray.get([worker.process.remote() for worker in group.workers])
         self.manager.add_replicas(replicas)
         self.groups.append(group)
-        self.replicas.append(replicas)
+        self.replicas.extend(replicas)
 
-    def update(self, of=None):
+    def rollouts(self):
+        return [worker for replica in self.replicas for worker in replica.workers]
+
+    def update(self):
         """An update, and what all rollouts say of it: its seconds, metrics, bytes and the largest FP8 error."""
         self.step += 1
         start = time.perf_counter()
         metrics = self.manager.update_weights(global_steps=self.step)
         seconds = time.perf_counter() - start
-        workers = [worker for replica in self.manager.replicas for worker in replica.workers]
+        workers = self.rollouts()
         answers = ray.get([worker.compare.remote(self.step) for worker in workers])
         for rank, (_, _, wrong, _) in enumerate(answers):
             assert not wrong, f"update {self.step}, rollout {rank}: {len(wrong)} weights differ: {wrong[:3]}"
@@ -213,14 +228,15 @@ class Run:
         assert metrics["checkpoint_engine/rollouts"] == len(workers), metrics
         return seconds, metrics, answers[0][1], max(answer[3] for answer in answers)
 
-    def fails(self, row, kill):
-        """A rollout is killed with -9, in an update or before it: what is seen, and that its successor works."""
-        group, (*kept, dead) = self.groups[-1], self.replicas[-1]
-        pid = ray.get(dead.workers[0].process.remote())
-        if kill == "within":
-            ray.get(dead.workers[0].take_your_time.remote(0.2))
+    def fails(self, row, title, trouble):
+        """An update that the last rollout fails: what is seen on each side, and that the next one works."""
+        replica = self.replicas[-1]
+        *others, worker = self.rollouts()
+        pid = ray.get(worker.process.remote())
+        ray.get(worker.have.remote(trouble))
+        if trouble == "slow":
             threading.Timer(1.5, os.kill, (pid, signal.SIGKILL)).start()
-        else:
+        elif trouble is None:
             os.kill(pid, signal.SIGKILL)
             time.sleep(1)
         self.step += 1
@@ -229,20 +245,21 @@ class Run:
             self.manager.update_weights(global_steps=self.step)
         except Exception as error:
             seconds = time.perf_counter() - start
-            row(f"a rollout killed {kill} updates: the manager", seconds, type(error).__name__)
+            row(title, seconds, f"the manager raises {type(error).__name__}")
         else:
-            raise AssertionError(f"update {self.step} had one rollout that was dead, and succeeded")
+            raise AssertionError(f"update {self.step} had a rollout that failed, and succeeded")
         assert seconds < TIMEOUT, f"it took {seconds:.0f} s to notice"
-        for name, workers in (("trainer", self.actors.workers[:1]), ("other rollout", [w for r in kept for w in r.workers])):
-            for heard in ray.get([worker.what_it_heard.remote() for worker in workers]):
-                row(f"  the {name}", None, heard or "is not in the update")
-        # The manager's own way; what it does not do is start the successor.
-        self.manager.remove_replicas([dead])
-        self.start(self.spares.pop())
-        for worker in (worker for replica in self.manager.replicas for worker in replica.workers):
-            ray.get(worker.take_your_time.remote(0.0))
+        for name, side in (("trainer", self.actors.workers[0]), ("other rollout", others[0])):
+            row(f"  what the {name} has heard", None, ray.get(side.what_it_heard.remote()) or "nothing")
+        if trouble == "raises":
+            ray.get(worker.have.remote(None))
+        else:
+            # The manager's own way; starting the successor is its embedder's.
+            self.manager.remove_replicas([replica])
+            self.replicas.remove(replica)
+            self.start(self.spares.pop())
         seconds, metrics, size, _ = self.update()
-        row("  its successor, in the next update", seconds, said(metrics, size))
+        row("  the next update", seconds, said(metrics, size))
 
     def end(self):
         for group in (self.actors, *self.groups):
@@ -255,43 +272,50 @@ def said(metrics, size):
     return f"{count} weights, {size / 2**20:.0f} MiB, {int(metrics['checkpoint_engine/rollouts'])} rollouts, equal"
 
 
-def main(work, transports):
-    work = pathlib.Path(work).resolve()
-    path = work / "qwen3"
+def main(transports):
+    with tempfile.TemporaryDirectory() as work:
+        table(work, transports)
+        ray.shutdown()
+
+
+def table(work, transports):
+    path = f"{work}/qwen3"
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=16384, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
         num_attention_heads=8, num_key_value_heads=4, head_dim=64, tie_word_embeddings=False,
     )  # fmt: skip
     Qwen3ForCausalLM(config).bfloat16().save_pretrained(path)
-    logging.getLogger("verl").setLevel(logging.ERROR)
-    # Logical ones: a bundle of a worker group takes one.
-    ray.init(num_cpus=32, include_dashboard=False, log_to_driver=False, _temp_dir=str(work / "ray"), logging_level="error")
+    # So many only in name: a bundle of a worker group takes one.
+    ray.init(
+        num_cpus=32, include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=f"{work}/ray"
+    )
 
     def row(what, seconds, result):
-        print(f"{what:<50} {'' if seconds is None else f'{seconds:6.2f} s':>8}  {result}", flush=True)
+        print(f"{what:<42} {'' if seconds is None else f'{seconds:.2f} s':>8}  {result}", flush=True)
 
+    print(f"\nverl {version('verl')}, Ray {ray.__version__}, torch {torch.__version__}, transformers {version('transformers')}")
     for transport in transports:
         run = Run(path, transport=transport)
-        for i in range(5):
+        for i in range(UPDATES):
             seconds, metrics, size, _ = run.update()
             row(f"{transport}: update {i + 1}", seconds, said(metrics, size))
-        run.fails(row, "between")
-        run.fails(row, "within")
+        run.fails(row, f"{transport}: a rollout's load raises", "raises")
+        run.fails(row, f"{transport}: a rollout killed between updates", None)
+        run.fails(row, f"{transport}: a rollout killed within an update", "slow")
         run.end()
     run = Run(path, transport=transports[0], trainer_quantize_fp8=True)
     for i in range(2):
         seconds, metrics, size, error = run.update()
-        assert metrics["checkpoint_engine/quantized"] > 0 and error > 0
-        row(f"{transports[0]}, FP8 from the trainer: update {i + 1}", seconds,
-            f"{int(metrics['checkpoint_engine/quantized'])} quantised, {size / 2**20:.0f} MiB, "
-            f"error up to {error:.1%} of a block's largest")  # fmt: skip
-    print("\nmetrics of the last update:")
+        quantized = int(metrics["checkpoint_engine/quantized"])
+        assert quantized > 0 and error > 0, f"{quantized} weights were quantised"
+        what = f"{quantized} weights as FP8, {size / 2**20:.0f} MiB, off by up to {error:.1%} of a block's largest"
+        row(f"{transports[0]}, FP8: update {i + 1}", seconds, what)
+    print("\nits metrics:")
     for key, value in sorted(metrics.items()):
-        print(f"  {key} {value}")
+        print(f"  {key} {value:.6g}")
     run.end()
-    ray.shutdown()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:] or ["ipc"])
+    main(sys.argv[1:] or ["ipc"])
