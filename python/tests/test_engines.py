@@ -242,7 +242,6 @@ def test_reports_are_data(local):
 
 
 def test_what_the_engine_logs_reaches_logging(caplog, trainer):
-
     ckpt_engine.enable_logging("debug")
     assert not ckpt_engine.enable_logging(logging.DEBUG), "once in a process"
     with pytest.raises(ValueError, match="loud"):
