@@ -25,7 +25,7 @@ pub(crate) fn update(workspace: &Workspace) -> Result<()> {
     script.arg(workspace.root().join("xtask/tools/verl_cpu.py"));
     script.arg("ipc");
     if tools::has_nixl(workspace) {
-        script.arg("nixl");
+        script.arg("nixl").env("CKPT_ENGINE_NIXL_DIR", tools::nixl(workspace));
     }
     script.env("PYTHONPATH", path).env("PYTHONDONTWRITEBYTECODE", "1");
     stage("verl", script)

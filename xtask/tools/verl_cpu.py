@@ -250,7 +250,11 @@ class Run:
             raise AssertionError(f"update {self.step} had a rollout that failed, and succeeded")
         assert seconds < TIMEOUT, f"it took {seconds:.0f} s to notice"
         for name, side in (("trainer", self.actors.workers[0]), ("other rollout", others[0])):
-            row(f"  what the {name} has heard", None, ray.get(side.what_it_heard.remote()) or "nothing")
+            # The manager goes on at the first error, before the others have theirs.
+            while not (heard := ray.get(side.what_it_heard.remote())) and trouble:
+                assert time.perf_counter() - start < TIMEOUT, f"the {name} is not told"
+                time.sleep(0.05)
+            row(f"  what the {name} has heard", None, heard or "nothing: it was not in the update")
         if trouble == "raises":
             ray.get(worker.have.remote(None))
         else:
@@ -311,7 +315,7 @@ def table(work, transports):
         assert quantized > 0 and error > 0, f"{quantized} weights were quantised"
         what = f"{quantized} weights as FP8, {size / 2**20:.0f} MiB, off by up to {error:.1%} of a block's largest"
         row(f"{transports[0]}, FP8: update {i + 1}", seconds, what)
-    print("\nits metrics:")
+    print("\nmetrics of the last:")
     for key, value in sorted(metrics.items()):
         print(f"  {key} {value:.6g}")
     run.end()
