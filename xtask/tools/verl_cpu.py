@@ -90,7 +90,9 @@ class Trainer(Worker):
         self.heard = None
         try:
             weights = ((name, param.full_tensor()) for name, param in params.items())
-            return await self.checkpoint_engine.send_weights(weights, global_steps=global_steps) or {}
+            metrics = await self.checkpoint_engine.send_weights(weights, global_steps=global_steps) or {}
+            self.heard = f"nothing: it ended, with {metrics.get('checkpoint_engine/rollouts', 0):.0f} rollouts"
+            return metrics
         except Exception as error:
             self.heard = f"{type(error).__name__}: {error}"
             raise
@@ -151,6 +153,7 @@ class Rollout(CheckpointEngineWorker):
         self.heard = None
         try:
             await super().update_weights(global_steps=global_steps)
+            self.heard = "nothing: it has all weights"
         except Exception as error:
             self.heard = f"{type(error).__name__}: {error}"
             raise
@@ -250,11 +253,11 @@ class Run:
             raise AssertionError(f"update {self.step} had a rollout that failed, and succeeded")
         assert seconds < TIMEOUT, f"it took {seconds:.0f} s to notice"
         for name, side in (("trainer", self.actors.workers[0]), ("other rollout", others[0])):
-            # The manager goes on at the first error, before the others have theirs.
+            # The manager goes on at the first error, before the others are through.
             while not (heard := ray.get(side.what_it_heard.remote())) and trouble:
                 assert time.perf_counter() - start < TIMEOUT, f"the {name} is not told"
                 time.sleep(0.05)
-            row(f"  what the {name} has heard", None, heard or "nothing: it was not in the update")
+            row(f"  what the {name} has heard", None, heard if trouble else "nothing: it had not begun")
         if trouble == "raises":
             ray.get(worker.have.remote(None))
         else:
