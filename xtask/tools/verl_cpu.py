@@ -301,7 +301,7 @@ def table(work, transports):
     def row(what, seconds, result):
         print(f"{what:<42} {'' if seconds is None else f'{seconds:.2f} s':>8}  {result}", flush=True)
 
-    print(f"\nverl {version('verl')}, Ray {ray.__version__}, torch {torch.__version__}, transformers {version('transformers')}")
+    print("\n" + ", ".join(f"{name} {version(name)}" for name in ("verl", "ray", "torch", "transformers")))
     for transport in transports:
         run = Run(path, transport=transport)
         for i in range(UPDATES):
