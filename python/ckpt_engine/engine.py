@@ -520,7 +520,8 @@ class ReceivedWeights:
     def _reason(self, error: BaseException | None) -> str | None:
         if self.report is not None or self._left:
             return None
-        if error is not None:
+        # A generator that is closed around this says nothing of why.
+        if error is not None and not isinstance(error, GeneratorExit):
             return f"{type(error).__name__}: {error}"
         return "the rollout left the update before its end"
 

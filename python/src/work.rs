@@ -26,8 +26,14 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 ///
 /// No thread asks for the interpreter while it has the lock.
 pub(crate) struct Shared<T> {
-    state: Mutex<(T, Vec<Py<PyAny>>)>,
+    state: Mutex<(T, Vec<Waiter<T>>)>,
     changed: Condvar,
+}
+
+/// A function of Python, and what it waits for.
+struct Waiter<T> {
+    callback: Py<PyAny>,
+    ready: fn(&T) -> bool,
 }
 
 impl<T: Send> Shared<T> {
@@ -40,12 +46,14 @@ impl<T: Send> Shared<T> {
         look(&mut lock(&self.state).0)
     }
 
-    /// Changes it, and tells all who wait.
+    /// Changes it, and tells all who wait for what it is now.
     pub(crate) fn change<R>(&self, change: impl FnOnce(&mut T) -> R) -> R {
         let (result, callbacks) = {
             let mut state = lock(&self.state);
-            let result = change(&mut state.0);
-            (result, std::mem::take(&mut state.1))
+            let (state, waiters) = &mut *state;
+            let result = change(state);
+            let ready = waiters.extract_if(.., |waiter| (waiter.ready)(state));
+            (result, ready.map(|waiter| waiter.callback).collect())
         };
         self.changed.notify_all();
         call(callbacks);
@@ -81,12 +89,12 @@ impl<T: Send> Shared<T> {
         true
     }
 
-    /// Has a function called once, from another thread or at once, when it changes or is ready.
-    pub(crate) fn call_back(&self, callback: Py<PyAny>, ready: impl Fn(&T) -> bool) {
+    /// Has a function called once, from another thread or at once, when it is ready.
+    pub(crate) fn call_back(&self, callback: Py<PyAny>, ready: fn(&T) -> bool) {
         {
             let mut state = lock(&self.state);
             if !ready(&state.0) {
-                state.1.push(callback);
+                state.1.push(Waiter { callback, ready });
                 return;
             }
         }

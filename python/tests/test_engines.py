@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
+import time
 
 import pytest
 
@@ -93,6 +94,24 @@ def test_both_ends_run_on_one_event_loop(local):
         assert asyncio.run(run(version)) == (version, list(WEIGHTS))
 
 
+def test_a_trainer_on_an_event_loop_waits_for_the_end_of_its_update_however_slow_the_rollout():
+    config = {"backend": "naive", "update_weights_bucket_megabytes": 1}
+    trainer, (rollout,) = ckpt_engine.form_local_group(config)
+    # As many as may wait for the engine when the iterator has ended, in many buckets.
+    weights = {f"w.{i}": bytes(64 << 10) for i in range(250)}
+
+    def receive():
+        names = []
+        for name, _ in rollout.receive_weights():
+            names.append(name)
+            time.sleep(0.002)
+        return names
+
+    receiving = in_thread(receive)
+    assert asyncio.run(trainer.send_weights_async(weights, 1)).version == 1
+    assert receiving.result(10) == list(weights)
+
+
 def test_a_cancelled_task_aborts_its_update_and_the_next_one_works(local):
     trainer, rollout = local
 
@@ -120,8 +139,6 @@ def test_a_cancelled_task_aborts_its_update_and_the_next_one_works(local):
 
 
 def test_whoever_waits_is_woken_and_does_not_wait_for_the_next_look_at_signals(local, monkeypatch):
-    import time
-
     trainer, rollout = local
     monkeypatch.setattr("ckpt_engine._waiting.TICK", 15.0)
     # More than wait for the engine at a time, by their number and by their size.
@@ -225,8 +242,6 @@ def test_reports_are_data(local):
 
 
 def test_what_the_engine_logs_reaches_logging(caplog, trainer):
-    import time
-
     ckpt_engine.enable_logging("debug")
     assert not ckpt_engine.enable_logging(logging.DEBUG), "once in a process"
     with pytest.raises(ValueError, match="loud"):

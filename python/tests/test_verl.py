@@ -232,7 +232,7 @@ def test_rollouts_get_fp8_where_the_trainer_is_asked_to_quantise(manager):
 def test_an_update_that_a_rollout_fails_is_an_error_drains_the_actors_and_the_next_one_works(manager):
     manager = manager(actors=2, rollouts=2)
     manager.update(1)
-    with pytest.raises(ckpt_engine.AbortedError):
+    with pytest.raises(ckpt_engine.AbortedError, match="left the update before its end"):
         manager.update(2, fails={1})
     (_, drained), (_, drained_too) = manager.update(3)[0]
     assert drained == drained_too == [1, 2, 3]

@@ -5,7 +5,7 @@ Reads cases from a folder, one `NAME.in` each: a line `MODE TYPE ROWS COLS` and 
 
 Run with `--prepare` once after installing torch: wheels for Linux are linked with CUDA libraries
 that a comparison on the CPU never calls, and that are ten times as large as torch. This puts
-libraries of their names and with empty functions beside torch's own.
+libraries of their names beside torch's own, whose functions say that there is no device.
 """
 
 import pathlib
@@ -40,7 +40,8 @@ def prepare():
         # Nothing tells which library a function without a version comes from: any will do.
         for version in versions.get(name, [""]):
             names = sorted(functions.get(version, ()))
-            code += "".join(f"void {function}(void) {{}}\n" for function in names)
+            # 100 is "no device" to CUDA's runtime and to its driver: torch asks, and goes on without.
+            code += "".join(f"int {function}(void) {{ return 100; }}\n" for function in names)
             if version:
                 script += f"{version} {{ {' '.join(f'{n};' for n in names)} }};\n"
         command = ["cc", "-w", "-shared", "-x", "c", "-", "-o", lib / name]

@@ -11,6 +11,7 @@ mod receivers;
 mod setup;
 mod tests;
 mod tools;
+mod verl;
 mod workspace;
 
 use std::process::{Command, ExitCode};
@@ -75,6 +76,11 @@ enum Task {
     /// Takes their newest wheels, half a gigabyte, into the target folder, and prints tables: their own
     /// functions on the plans of all families of models, and what transformers loads of small random models.
     Receivers,
+    /// Runs the Python package as a backend of the real verl, on the CPU
+    ///
+    /// Takes verl, Ray and what they import into the target folder, 210 MB, and prints a table: updates through verl's
+    /// own manager and workers, compared byte for byte, with rollouts that die.
+    Verl,
     /// Runs what a pull request has to pass: `.ci/run`
     Ci,
 }
@@ -92,6 +98,7 @@ fn main() -> ExitCode {
         Task::Python { arguments } => python::prepare_and_test(&workspace, arguments),
         Task::Book => book::build(&workspace),
         Task::Receivers => receivers::compare(&workspace),
+        Task::Verl => verl::update(&workspace),
         Task::Ci => run(Command::new(workspace.root().join(".ci/run"))),
     };
     match result {

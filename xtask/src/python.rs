@@ -26,10 +26,7 @@ pub(crate) fn test(workspace: &Workspace, arguments: &[String]) -> Result<()> {
         );
         return Ok(());
     }
-    let mut build = workspace.cargo();
-    build.args(["build", "--package", PACKAGE]);
-    stage("the Python package", build)?;
-    let folder = lay_out(workspace, "debug")?;
+    let folder = build(workspace)?;
     let tools = tools::pytest(workspace);
     let path = std::env::join_paths([&folder, &tools])
         .map_err(|error| format!("{}: {error}", folder.display()))?;
@@ -45,15 +42,18 @@ pub(crate) fn test(workspace: &Workspace, arguments: &[String]) -> Result<()> {
     stage("tests of the Python package", pytest)
 }
 
-/// The package as it is installed: its modules, and the native one.
-fn lay_out(workspace: &Workspace, profile: &str) -> Result<PathBuf> {
+/// The folder with the package as it is installed: its modules, and the native one.
+pub(crate) fn build(workspace: &Workspace) -> Result<PathBuf> {
+    let mut build = workspace.cargo();
+    build.args(["build", "--package", PACKAGE]);
+    stage("the Python package", build)?;
     let folder = workspace.target().join("python");
     let package = folder.join("ckpt_engine");
     if package.exists() {
         fs::remove_dir_all(&package).map_err(|error| format!("{}: {error}", package.display()))?;
     }
     copy(&workspace.root().join("python/ckpt_engine"), &package)?;
-    let library = workspace.target().join(profile).join("lib_native.so");
+    let library = workspace.target().join("debug/lib_native.so");
     let module = package.join("_native.abi3.so");
     fs::copy(&library, module).map_err(|error| format!("{}: {error}", library.display()))?;
     Ok(folder)

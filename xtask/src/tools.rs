@@ -85,6 +85,9 @@ pub(crate) const TORCH_PYTHON: &str = "CKPT_ENGINE_TORCH_PYTHON";
 
 const TORCH_VERSION: &str = "2.15.0";
 
+/// A file whose name says what was done to the wheel; another preparation takes another name.
+const TORCH_COMPLETE: &str = "complete-without-devices";
+
 /// What PyTorch imports, and not what its wheel declares: that is gigabytes of CUDA.
 const TORCH_NEEDS: [&str; 8] = [
     "typing-extensions",
@@ -108,7 +111,7 @@ pub(crate) fn torch_python(workspace: &Workspace) -> PathBuf {
 
 pub(crate) fn has_torch(workspace: &Workspace) -> bool {
     // Written last.
-    torch_folder(workspace).join("complete").is_file()
+    torch_folder(workspace).join(TORCH_COMPLETE).is_file()
 }
 
 pub(crate) fn install_torch(workspace: &Workspace) -> Result<()> {
@@ -124,7 +127,7 @@ pub(crate) fn install_torch(workspace: &Workspace) -> Result<()> {
     let mut prepare = Command::new(&python);
     prepare.arg(workspace.root().join("quant-fp8/tests/torch_reference.py")).arg("--prepare");
     run(prepare)?;
-    let complete = folder.join("complete");
+    let complete = folder.join(TORCH_COMPLETE);
     fs::write(&complete, TORCH_VERSION).map_err(|error| format!("{}: {error}", complete.display()))
 }
 
@@ -142,14 +145,34 @@ pub(crate) fn has_pytest(workspace: &Workspace) -> bool {
     ["pytest", "numpy", "ml_dtypes"].iter().all(|name| folder.join(name).is_dir())
 }
 
-/// By PyTorch's Python, for which the wheels have to be.
 pub(crate) fn install_pytest(workspace: &Workspace) -> Result<()> {
-    let folder = pytest(workspace);
-    remove(&folder)?;
+    install_for_torch(workspace, "pytest.txt", &pytest(workspace))
+}
+
+/// By PyTorch's Python, for which the wheels have to be.
+fn install_for_torch(workspace: &Workspace, pinned: &str, folder: &Path) -> Result<()> {
+    remove(folder)?;
     let mut pip = Command::new(torch_python(workspace));
-    pip.args(PIP_PINNED).arg(workspace.root().join("xtask/tools/pytest.txt"));
+    pip.args(PIP_PINNED).arg(workspace.root().join("xtask/tools").join(pinned));
     pip.arg("--target").arg(folder);
     run(pip)
+}
+
+/// As pinned in `xtask/tools/verl.txt`.
+const VERL_VERSION: &str = "0.9.1";
+
+/// The folder with verl, Ray and what they import, once they are installed: beside PyTorch's environment, not in it.
+pub(crate) fn verl(workspace: &Workspace) -> PathBuf {
+    workspace.tool(&format!("verl-{VERL_VERSION}"))
+}
+
+pub(crate) fn has_verl(workspace: &Workspace) -> bool {
+    let folder = verl(workspace);
+    ["verl", "ray", "transformers", "datasets"].iter().all(|name| folder.join(name).is_dir())
+}
+
+pub(crate) fn install_verl(workspace: &Workspace) -> Result<()> {
+    install_for_torch(workspace, "verl.txt", &verl(workspace))
 }
 
 /// As pinned in `xtask/tools/maturin.txt`.
