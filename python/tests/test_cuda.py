@@ -200,7 +200,7 @@ def test_fp8_blocks_that_a_gpu_makes_are_those_of_the_cpu(group):
         torch.manual_seed(version)
         weight = torch.randn(256, 384).to(torch.bfloat16)
         report = group.update({name: weight.cuda(), "model.norm.weight": torch.ones(384).cuda()}, version)
-        assert (report.counts.quantized, report.counts.kept) == (1, 1)
+        assert (report.counts.converted, report.counts.kept) == (1, 1)
         receiving = in_thread(receive)
         host.send_weights({name: weight, "model.norm.weight": torch.ones(384)}, version)
         for each, tensor in receiving.result(10).items():

@@ -314,7 +314,7 @@ def table(work, transports):
     run = Run(path, transport=transports[0], trainer_quantize_fp8=True)
     for i in range(2):
         seconds, metrics, size, error = run.update()
-        quantized = int(metrics["checkpoint_engine/quantized"])
+        quantized = int(metrics["checkpoint_engine/converted"])
         assert quantized > 0 and error > 0, f"{quantized} weights were quantised"
         what = f"{quantized} weights as FP8, {size / 2**20:.0f} MiB, off by up to {error:.1%} of a block's largest"
         row(f"{transports[0]}, FP8: update {i + 1}", seconds, what)
