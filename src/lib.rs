@@ -81,12 +81,12 @@ pub use candle_weights as candle;
 /// CUDA memory and the kernels that fill and read buckets.
 #[cfg(feature = "cuda")]
 pub use device_cuda as cuda;
-/// Backends that only send: to inference servers as they are.
-#[cfg(feature = "receivers")]
-pub use receivers;
 /// FP8 block quantisation: rules, codecs, and the combinator on streams.
 #[cfg(feature = "fp8")]
 pub use quant_fp8 as fp8;
+/// Backends that only send: to inference servers as they are.
+#[cfg(feature = "receivers")]
+pub use receivers;
 
 /// The backends that this crate brings: `naive`, and those of its features.
 pub fn registry() -> Registry {
