@@ -10,7 +10,7 @@ use quant_fp8::QuantizeFp8;
 use quant_fp8::rules::{Receiver, Rules, RulesConfig};
 use serde_json::json;
 use support::server::{Server, Started, Wrong, tensors};
-use support::{config, join, model, plain, trainer, trainer_with};
+use support::{config, join, model, plain, registry, trainer, trainer_with};
 
 /// A server that generates with a version, and with every byte of it.
 fn has(server: &Server, version: u64) {
@@ -402,6 +402,21 @@ async fn a_server_with_an_fp8_model_gets_the_codes_and_the_scales_that_the_layer
     assert_eq!(report.expect("an update").counts.converted, 3);
     let (version, weights) = server.generate().expect("it generates");
     assert!(version == "2" && weights == tensors(&quantized(2).await));
+}
+
+#[tokio::test]
+async fn a_trainer_with_a_control_plane_forms_a_group_of_one() {
+    let server = Server::start(&model(0), Started::default()).await;
+    let address = format!("unix:@receivers-{}", std::process::id()).parse().expect("an address");
+    let token = control_plane::Token::generate().expect("a token");
+    let control = control_plane::ControlConfig::new(address, token);
+    let control = control_plane::ControlPlane::lead(control).await.expect("a control plane");
+    let (registry, config) = (registry(false), config(&[&server], plain()));
+    let formed = control_plane::form_group(&registry, config, &control).world_size(1).trainer();
+    let (mut trainer, _) = formed.await.expect("a group");
+    let sent = trainer.send_weights(ensure_async_iterator(model(1)), Version(1)).await;
+    sent.expect("an update");
+    has(&server, 1);
 }
 
 #[tokio::test]

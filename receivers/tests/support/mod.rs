@@ -107,12 +107,17 @@ pub(crate) fn config(
     config
 }
 
+/// The backend and the layer in front of it.
+pub(crate) fn registry(is_ring: bool) -> Registry {
+    Registry::new().with(OverTheProcess { is_ring }).with_layer(quant_fp8::LAYER)
+}
+
 /// A trainer of a configuration; its broadcasts go round a ring if that is asked for.
 pub(crate) async fn join(
     config: CheckpointEngineConfig,
     is_ring: bool,
 ) -> Result<Box<dyn TrainerEngine>> {
-    let registry = Registry::new().with(OverTheProcess { is_ring }).with_layer(quant_fp8::LAYER);
+    let registry = registry(is_ring);
     let prepared = registry.prepare_trainer(EngineContext::new(config)).await?;
     let backend = registry.get("vllm")?;
     let (mut trainers, _) = form_local_group(backend, vec![prepared], Vec::new()).await?;
