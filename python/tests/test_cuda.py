@@ -7,6 +7,10 @@ import os
 
 import pytest
 
+# Streams that share one of a GPU's queues wait for one another, also for a long kernel, and there are eight of them unless this
+# says more. For this process and those that it starts.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
 torch = pytest.importorskip("torch")
 
 import ckpt_engine
@@ -25,7 +29,7 @@ DTYPES = [
     torch.bool,
 ]
 
-#: About as many cycles of a GPU as half a second has.
+#: As many cycles of a GPU as a second has, about.
 LONG = 2_000_000_000
 
 
@@ -244,6 +248,9 @@ def test_nccl_between_processes_on_two_gpus(group, gpus, fp8):
     )
     for version in (1, 2):
         weights = model(version)
+        if fp8:
+            # FP8 without scales is refused where weights are to become FP8.
+            weights = {name: tensor for name, tensor in weights.items() if "float8" not in name}
         report = group.update(weights, version)
         assert report.version == version
         if not fp8:
