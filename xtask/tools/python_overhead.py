@@ -70,9 +70,11 @@ def consume(engine, how, own):
                 for name, tensor in bucket:
                     if name not in own:
                         own[name] = torch.empty_like(tensor)
-                    to, of = kinds.setdefault(tensor.dtype, ([], []))
-                    to.append(own[name])
-                    of.append(tensor)
+                    # Of FP8 torch copies one tensor after the other, of bytes all by one launch.
+                    kind = torch.uint8 if tensor.element_size() == 1 else tensor.dtype
+                    to, of = kinds.setdefault(kind, ([], []))
+                    to.append(own[name].view(kind))
+                    of.append(tensor.view(kind))
                 for to, of in kinds.values():
                     torch._foreach_copy_(to, of)
                 if tensor.is_cuda:
