@@ -65,25 +65,47 @@ impl SyncOptions {
 /// # Errors
 ///
 /// The first failure. The rollouts have ended when this returns.
-pub async fn run(
-    options: &SyncOptions,
-    mut each: impl FnMut(&UpdateLine) -> Result<()>,
-) -> Result<()> {
+pub async fn run(options: &SyncOptions, each: impl FnMut(&UpdateLine) -> Result<()>) -> Result<()> {
     let device = options.device_of(0)?;
     let mut source = Source::open(options.source.clone())?.on_device(&device);
     // "Training" to the first version is none of the update's time, nor is its memory.
     source.advance(Version(1))?;
     let bucket_bytes = options.config.bucket_bytes().unwrap_or(16 << 20);
     let memcpy = measure_memcpy(&mut source, bucket_bytes)?;
-    let memory = PeakMemory::start()?;
     let bar = Arc::new(Bar::new(source.byte_len()));
+    let mut lines = Lines { options, memcpy, memory: PeakMemory::start()?, bar, each };
     let result = match &*options.config.backend {
-        "naive" => in_one_process(options, source, memcpy, &memory, &bar, &mut each).await,
-        SENDS_ONLY => to_servers(options, source, memcpy, &memory, &bar, &mut each).await,
-        _ => with_processes(options, source, memcpy, &memory, &bar, &mut each).await,
+        "naive" => in_one_process(options, source, &mut lines).await,
+        SENDS_ONLY => to_servers(options, source, &mut lines).await,
+        _ => with_processes(options, source, &mut lines).await,
     };
-    bar.clear();
+    lines.bar.clear();
     result
+}
+
+/// What is said after each update.
+struct Lines<'a, F> {
+    options: &'a SyncOptions,
+    /// What one thread's copy reached, in GB/s.
+    memcpy: f64,
+    memory: Arc<PeakMemory>,
+    bar: Arc<Bar>,
+    each: F,
+}
+
+impl<F: FnMut(&UpdateLine) -> Result<()>> Lines<'_, F> {
+    /// Says how an update went.
+    ///
+    /// # Errors
+    ///
+    /// `Digest` if it did not do what was asked for; those of whoever is told.
+    fn say(&mut self, report: &SendReport, source: &Source) -> Result<()> {
+        let (tensors, peak) = (source.tensors(), self.memory.extra_peak_bytes());
+        let line = line(report, tensors, &self.options.config.backend, self.memcpy, peak);
+        check(&line, self.options.verify)?;
+        self.bar.clear();
+        (self.each)(&line)
+    }
 }
 
 /// What one thread copies into shared memory, measured with up to 1 GiB of the model itself, and no more
@@ -118,14 +140,11 @@ fn measure_memcpy(source: &mut Source, bucket_bytes: u64) -> Result<f64> {
 async fn in_one_process(
     options: &SyncOptions,
     source: Source,
-    memcpy: f64,
-    memory: &PeakMemory,
-    bar: &Arc<Bar>,
-    each: &mut impl FnMut(&UpdateLine) -> Result<()>,
+    lines: &mut Lines<'_, impl FnMut(&UpdateLine) -> Result<()>>,
 ) -> Result<()> {
     let registry = registry();
     let context = |rank| EngineContext::new(options.config.clone()).with_rank(Rank(rank));
-    let leads = registry.prepare_trainer(context(0).with_observer(bar.clone())).await?;
+    let leads = registry.prepare_trainer(context(0).with_observer(lines.bar.clone())).await?;
     let mut workers = vec![leads.metadata().clone()];
     let mut receive = Vec::new();
     for rank in 1..=options.rollouts {
@@ -164,16 +183,7 @@ async fn in_one_process(
         for result in received {
             result?;
         }
-        let line = line(
-            &report,
-            trainer.source.tensors(),
-            &options.config.backend,
-            memcpy,
-            memory.extra_peak_bytes(),
-        );
-        check(&line, options.verify)?;
-        bar.clear();
-        each(&line)?;
+        lines.say(&report, &trainer.source)?;
     }
     trainer.engine.finalize().await
 }
@@ -181,46 +191,33 @@ async fn in_one_process(
 async fn to_servers(
     options: &SyncOptions,
     source: Source,
-    memcpy: f64,
-    memory: &PeakMemory,
-    bar: &Arc<Bar>,
-    each: &mut impl FnMut(&UpdateLine) -> Result<()>,
+    lines: &mut Lines<'_, impl FnMut(&UpdateLine) -> Result<()>>,
 ) -> Result<()> {
     let registry = registry();
     let mut config = options.config.clone();
     config.device = options.device_of(0)?;
-    let context = EngineContext::new(config).with_rank(Rank::LEADER).with_observer(bar.clone());
+    let context =
+        EngineContext::new(config).with_rank(Rank::LEADER).with_observer(lines.bar.clone());
     let prepared = registry.prepare_trainer(context).await?;
     let backend = registry.get(&options.config.backend)?;
     let (mut trainers, _) = form_local_group(backend, vec![prepared], Vec::new()).await?;
     let mut trainer = Trainer { engine: trainers.remove(0), source };
-    let result = send_all(options, &mut trainer, memcpy, memory, bar, each).await;
-    trainer.engine.finalize().await?;
-    result
+    let result = send_all(options, &mut trainer, lines).await;
+    let ended = trainer.engine.finalize().await;
+    // The first failure is the cause of those that follow.
+    result.and(ended)
 }
 
 /// Sends all versions, each to all rollouts.
 async fn send_all(
     options: &SyncOptions,
     trainer: &mut Trainer,
-    memcpy: f64,
-    memory: &PeakMemory,
-    bar: &Arc<Bar>,
-    each: &mut impl FnMut(&UpdateLine) -> Result<()>,
+    lines: &mut Lines<'_, impl FnMut(&UpdateLine) -> Result<()>>,
 ) -> Result<()> {
     for version in (1..=options.source.updates).map(Version) {
         let report = trainer.update(version).await?;
         all_present(&report)?;
-        let line = line(
-            &report,
-            trainer.source.tensors(),
-            &options.config.backend,
-            memcpy,
-            memory.extra_peak_bytes(),
-        );
-        check(&line, options.verify)?;
-        bar.clear();
-        each(&line)?;
+        lines.say(&report, &trainer.source)?;
     }
     Ok(())
 }
@@ -228,16 +225,13 @@ async fn send_all(
 async fn with_processes(
     options: &SyncOptions,
     source: Source,
-    memcpy: f64,
-    memory: &PeakMemory,
-    bar: &Arc<Bar>,
-    each: &mut impl FnMut(&UpdateLine) -> Result<()>,
+    lines: &mut Lines<'_, impl FnMut(&UpdateLine) -> Result<()>>,
 ) -> Result<()> {
-    let mut group = Processes::start(options, bar.clone()).await?;
+    let mut group = Processes::start(options, lines.bar.clone()).await?;
     let updates = async {
         let engine = group.form(&options.source).await?;
         let mut trainer = Trainer { engine, source };
-        send_all(options, &mut trainer, memcpy, memory, bar, each).await?;
+        send_all(options, &mut trainer, lines).await?;
         trainer.engine.finalize().await
     };
     let result = updates.await;
