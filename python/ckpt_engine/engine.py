@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 import os
 import time
 import weakref
@@ -28,6 +29,8 @@ from .reports import (
     _receive_report,
     _send_report,
 )
+
+_LOGGER = logging.getLogger("ckpt_engine.engine")
 
 Config = Union[Mapping[str, Any], str, "os.PathLike[str]", None]
 
@@ -719,6 +722,16 @@ async def form_group_async(
         control._native, *_config(config), world_size, json.dumps(attributes), timeout
     )
     return _formed(control, await run_async(job))
+
+
+def leave(engine: TrainerEngine | RolloutEngine | None, control: ControlPlane | None) -> None:
+    """Ends this process's part in its group; what fails in it is over all the same."""
+    for end in (engine and engine.finalize, control and control.close):
+        try:
+            if end is not None:
+                end()
+        except Error:
+            _LOGGER.debug("leaving a group", exc_info=True)
 
 
 def form_local_group(

@@ -24,7 +24,6 @@ others than before, or when an update has failed with an error that says so.
 
 from __future__ import annotations
 
-import logging
 import socket
 import uuid
 from typing import Any, AsyncIterator
@@ -38,13 +37,12 @@ from .engine import (
     TrainerEngine,
     check_config,
     form_group,
+    leave,
 )
 from .errors import Error, StateError
 
 #: The name in verl's registry.
 BACKEND = "ckpt_engine"
-
-_LOGGER = logging.getLogger("ckpt_engine.verl")
 
 
 @CheckpointEngineRegistry.register(BACKEND)
@@ -178,12 +176,7 @@ class CkptEngine(CheckpointEngine):
         """Ends this worker's part in its group; what fails in it is over all the same."""
         engine, control = self._engine, self._control
         self._engine, self._group, self._control = None, None, None
-        for end in (engine and engine.finalize, control and control.close):
-            try:
-                if end is not None:
-                    end()
-            except Error:
-                _LOGGER.debug("leaving a group", exc_info=True)
+        leave(engine, control)
 
     def finalize(self) -> None:
         """Nothing, after every update: the group and its buckets stay for the next one."""

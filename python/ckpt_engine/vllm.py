@@ -18,8 +18,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .engine import ControlPlane, RolloutEngine, TrainerEngine, form_group
-from .errors import Error, StateError
+from .engine import ControlPlane, RolloutEngine, TrainerEngine, form_group, leave
+from .errors import StateError
 from .reports import SendReport
 
 #: The name in vLLM's factories.
@@ -190,7 +190,7 @@ def _worker_class() -> type:
             """Leaves the group."""
             engine, control = self._engine, self._control
             self._engine = self._control = None
-            _leave(engine, control)
+            leave(engine, control)
 
         @staticmethod
         def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
@@ -328,19 +328,9 @@ def _trainer_class() -> type:
             """Leaves the group."""
             engine, control = self._engine, self._control
             self._engine = self._control = None
-            _leave(engine, control)
+            leave(engine, control)
 
     return CkptTrainerEngine
-
-
-def _leave(engine: TrainerEngine | RolloutEngine | None, control: ControlPlane | None) -> None:
-    """Ends this process's part in its group; what fails in it is over all the same."""
-    for end in (engine and engine.finalize, control and control.close):
-        try:
-            if end is not None:
-                end()
-        except Error:
-            _LOGGER.debug("leaving a group", exc_info=True)
 
 
 def _beside(call: Any, argument: Any) -> Future[Any]:
