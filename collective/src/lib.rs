@@ -123,8 +123,8 @@ pub trait Slots: fmt::Debug + Send + Sync {
         digests: bool,
     ) -> Result<u64>;
 
-    /// Has a slot be of at least so many bytes from now on, for engines whose peers take a weight by one broadcast however
-    /// large it is. What was in the slot is gone.
+    /// Makes a slot at least so many bytes large, from now on. What was in it is gone. Some peers take a weight by one
+    /// broadcast however large it is: the engines that send to them need this.
     ///
     /// # Errors
     ///

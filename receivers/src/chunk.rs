@@ -1,9 +1,9 @@
 //! Which weights travel together: one bucket of the trainer, one call of `update_weights` on every server.
 //!
 //! A bucket is what the receivers call a chunk: the bytes of its weights one behind the other, without a gap. A weight is
-//! never split, because a receiver takes it by one broadcast; one that is larger than a bucket travels alone. Within a bucket the weights are sorted by the size of their
-//! elements, the largest first: then each begins at a multiple of its own element size, without which torch refuses to
-//! view it.
+//! never split, because a receiver takes it by one broadcast. One that is larger than a bucket travels alone. Within a
+//! bucket the weights are sorted by the size of their elements, the largest first. So each begins at a multiple of its
+//! own element size; torch refuses to view it otherwise.
 
 use std::collections::HashSet;
 use std::sync::Arc;

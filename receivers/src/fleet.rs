@@ -10,8 +10,8 @@
 //!
 //! Its rules:
 //!
-//! - All servers are at the same step; whoever fails is *out* of this update, with its error. The others go on, in a
-//!   world without it.
+//! - All servers take each step together. One that fails is *out* of this update, with its error. The others go on, in
+//!   a world without it.
 //! - What a server has, it says itself. One whose weights have another version than this trainer left there was started
 //!   anew, or is sent to by somebody else: it is asked everything again, and its workers join again.
 //! - A server is *half loaded* from the moment that it is told to start until it has confirmed the version. It is never

@@ -184,7 +184,7 @@ impl Server {
         format!("http://{}", self.address)
     }
 
-    /// Has it be wrong at the nth request of a path from now on, counted from 0.
+    /// Makes it wrong at one request of a path: `nth` counts those that come from now on, from 0.
     pub(crate) fn wrong(&self, path: &str, nth: usize, wrong: Wrong) {
         lock(&self.shared.state).wrong.push((path.to_owned(), nth, wrong));
     }
