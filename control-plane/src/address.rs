@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::oneshot;
 
+use crate::fork::{Kept, halves};
 use crate::wire::Wire;
 use engine_core::{Error, ErrorKind, Result};
 
@@ -153,6 +154,7 @@ pub(super) async fn connect(address: &Address) -> io::Result<Wire> {
 /// A bound socket. Dropping it removes its file.
 #[derive(Debug)]
 pub(super) struct Listener {
+    _kept: Kept,
     socket: Socket,
     _file: Option<SocketFile>,
 }
@@ -169,8 +171,9 @@ impl Listener {
         match address {
             Address::Tcp(tcp) => {
                 let addresses = look_up(tcp).await.map_err(failed)?;
-                let socket = Socket::Tcp(TcpListener::bind(&*addresses).await.map_err(failed)?);
-                Ok(Self { socket, _file: None })
+                let listener = TcpListener::bind(&*addresses).await.map_err(failed)?;
+                let _kept = Kept::from_children(&listener);
+                Ok(Self { _kept, socket: Socket::Tcp(listener), _file: None })
             }
             Address::Unix(unix) => {
                 let path = unix.as_path();
@@ -189,7 +192,8 @@ impl Listener {
                     UnixAddress::Path(path) => Some(SocketFile::new(path).map_err(failed)?),
                     UnixAddress::Abstract(_) => None,
                 };
-                Ok(Self { socket: Socket::Unix(listener), _file: file })
+                let _kept = Kept::from_children(&listener);
+                Ok(Self { _kept, socket: Socket::Unix(listener), _file: file })
             }
         }
     }
@@ -218,13 +222,14 @@ impl Listener {
 }
 
 fn tcp_wire(stream: TcpStream) -> io::Result<Wire> {
+    let kept = Kept::from_children(&stream);
     stream.set_nodelay(true)?;
-    let (reader, writer) = stream.into_split();
+    let (reader, writer) = halves(kept, stream.into_split());
     Ok(Wire::new(Box::new(reader), Box::new(writer)))
 }
 
 fn unix_wire(stream: UnixStream) -> Wire {
-    let (reader, writer) = stream.into_split();
+    let (reader, writer) = halves(Kept::from_children(&stream), stream.into_split());
     Wire::new(Box::new(reader), Box::new(writer))
 }
 

@@ -49,6 +49,8 @@
 mod address;
 mod channel;
 mod env;
+mod ffi;
+mod fork;
 mod form;
 mod group;
 mod handshake;

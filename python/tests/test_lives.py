@@ -155,6 +155,76 @@ def test_a_process_forked_after_the_first_use_is_told_why_it_cannot_and_the_pare
     assert ended(script(text)) == "fine\n"
 
 
+KILLED_WITH_A_CHILD = """
+    import os, signal, sys, time
+    import ckpt_engine
+
+    address, token = sys.argv[1], bytes.fromhex(sys.argv[2])
+    if address == "lead":
+        control = ckpt_engine.ControlPlane.lead("127.0.0.1:0", token)
+        print(control.address, flush=True)
+    else:
+        control = ckpt_engine.ControlPlane.join(address, token)
+    engine = ckpt_engine.form_group(control, {"backend": "ipc"}, world_size=2)
+    child = os.fork()
+    if child == 0:
+        time.sleep(120)
+        os._exit(0)
+    print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def rank_with_a_child():
+    """Starts a rank that forks; gives its process."""
+    started, children = [], []
+
+    def start(*arguments):
+        code = textwrap.dedent(KILLED_WITH_A_CHILD)
+        process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    def kill(process):
+        children.append(int(process.stdout.readline()))
+        process.kill()
+        process.wait()
+
+    yield start, kill
+    for process in started:
+        process.kill()
+        process.wait()
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_rank_that_is_killed_is_lost_at_once_though_a_child_that_it_forked_lives(rank_with_a_child):
+    start, kill = rank_with_a_child
+    token = ckpt_engine.generate_token()
+    # Heartbeats would take longer than the update's deadline.
+    with ckpt_engine.ControlPlane.lead("127.0.0.1:0", token, heartbeat_timeout=40) as control:
+        rank = start(control.address, token.hex())
+        with ckpt_engine.form_group(control, {"backend": "ipc", "timeout_seconds": 20}, world_size=2) as engine:
+            kill(rank)
+            with pytest.raises(ckpt_engine.PeerLost):
+                engine.send_weights({"w": b"1"}, 1)
+
+
+def test_a_leader_that_is_killed_leaves_its_port_to_its_successor_though_a_child_that_it_forked_lives(rank_with_a_child):
+    start, kill = rank_with_a_child
+    token = ckpt_engine.generate_token()
+    leader = start("lead", token.hex())
+    address = leader.stdout.readline().strip()
+    with ckpt_engine.ControlPlane.join(address, token, heartbeat_timeout=40) as control:
+        with ckpt_engine.form_group(control, {"backend": "ipc", "timeout_seconds": 20}) as engine:
+            kill(leader)
+            with pytest.raises(ckpt_engine.PeerLost):
+                engine.receive_weights().finish()
+    with ckpt_engine.ControlPlane.lead(address, token):
+        pass
+
+
 def test_an_interpreter_that_ends_within_an_update_aborts_it_and_its_peer_hears_of_it(trainer):
     token = ckpt_engine.generate_token()
     with ckpt_engine.ControlPlane.lead("127.0.0.1:0", token) as control:
