@@ -24,7 +24,7 @@ pub enum Expected {
 /// How many names an error spells out.
 const NAMED: usize = 3;
 
-/// Compares the names that came with those of the version before.
+/// Compares the names that came with those that had to: of the version before, or of a destination.
 ///
 /// # Errors
 ///
@@ -52,8 +52,8 @@ pub fn check_names(expected: &[Arc<str>], came: &[Arc<str>]) -> Result<()> {
         return Ok(());
     }
     let message = format!(
-        "its names are not those of the version before: of {}, {}; a receiver that wants parts of a \
-         model has to say so (`partial`)",
+        "its names are not the expected ones, of the version before or of the destination: of {}, {}; a \
+         receiver that wants parts of a model has to say so (`partial`)",
         before.len(),
         differences.join(" and "),
     );

@@ -493,6 +493,29 @@ impl ReceivedBucket {
         self.pool.as_ref()
     }
 
+    /// Copies bytes of the bucket to where they belong in host memory, on all threads of its pool.
+    ///
+    /// # Panics
+    ///
+    /// If a source and its destination do not have one size.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Storage::read`], where they are on a device.
+    pub fn copy_out(&self, mut copies: Vec<(&Storage, &mut [u8])>) -> Result<()> {
+        let copy = |(source, target): &mut (&Storage, &mut [u8])| {
+            assert_eq!(source.len(), target.len() as u64, "a copy into another size");
+            source.read(0, target)
+        };
+        match &self.pool {
+            Some(pool) => {
+                let each = |some: &mut [_]| some.iter_mut().try_for_each(copy);
+                pool.map(copies.chunks_mut(16), each).into_iter().collect()
+            }
+            None => copies.iter_mut().try_for_each(copy),
+        }
+    }
+
     /// A weight as a bucket of its own: in place where its bytes are contiguous, else encoded by
     /// all threads of the pool.
     ///
@@ -646,19 +669,12 @@ impl Install for TensorMap {
                 break;
             }
         }
-        let copy = |(piece, bytes): &mut (ReceivedPiece, Vec<u8>)| {
-            let start = piece.start as usize;
-            piece.bytes.read(0, &mut bytes[start..start + piece.bytes.len() as usize])
-        };
         if written.is_ok() {
-            written = match bucket.pool() {
-                Some(pool) => {
-                    let copied =
-                        pool.map(places.chunks_mut(16), |some| some.iter_mut().try_for_each(copy));
-                    copied.into_iter().collect()
-                }
-                None => places.iter_mut().try_for_each(copy),
-            };
+            let copies = places.iter_mut().map(|(piece, bytes)| {
+                let start = piece.start as usize;
+                (&piece.bytes, &mut bytes[start..start + piece.bytes.len() as usize])
+            });
+            written = bucket.copy_out(copies.collect());
         }
         for (piece, bytes) in places {
             // Without memory for it, a tensor is not there: a shorter one is none.

@@ -26,6 +26,7 @@ from ._native import Tensor, build_info, generate_token, read_token
 from .engine import (
     Channel,
     ControlPlane,
+    Destination,
     ReceivedWeights,
     RolloutEngine,
     TrainerEngine,
@@ -71,6 +72,7 @@ __all__ = [
     "Channel",
     "ConfigError",
     "ControlPlane",
+    "Destination",
     "DigestError",
     "Error",
     "IoError",

@@ -554,6 +554,28 @@ class ReceivedWeights:
         return f"<ckpt_engine.ReceivedWeights of version {self.version}>"
 
 
+class Destination:
+    """Tensors of a program's own that updates are copied into: for :meth:`RolloutEngine.receive_into`.
+
+    Their memory is read once, here, and stays: tensors of torch keep their storage (do not resize it), arrays of numpy
+    themselves. One destination serves one update at a time, of any engine.
+
+    Args:
+        tensors: Pairs of a checkpoint's name and a tensor, or a mapping of them (a ``state_dict()``). Contiguous tensors of
+            torch, on the CPU or CUDA devices, also several, or writable arrays of numpy. No two of them share memory: of tied
+            weights give the one that travels.
+        partial: Whether an update may bring only some of them; the others stay as they are.
+
+    Raises:
+        WeightError: For a tensor that cannot be written to, with its name.
+    """
+
+    def __init__(
+        self, tensors: Iterable[tuple[str, Any]] | Mapping[str, Any], *, partial: bool = False
+    ) -> None:
+        self._native = _native.Destination(_iterator(tensors), partial)
+
+
 class RolloutEngine(_Engine):
     """The end that receives: made by :func:`form_group`.
 
@@ -621,6 +643,41 @@ class RolloutEngine(_Engine):
             raise
         return self._received(receiving, convert)
 
+    def receive_into(
+        self, destination: Destination, version: int | None = None
+    ) -> ReceiveReport:
+        """Waits for the next update, and copies all of it into tensors of the program's own.
+
+        A bucket is copied at once: on a GPU by one launch, on the CPU by all threads of the engine. From the call until
+        it returns the tensors are the engine's: nothing else may write or read them. An error, or leaving by Ctrl-C, leaves
+        a mixture of two versions in them, which the next update that works replaces.
+
+        Args:
+            destination: The tensors, made once.
+            version: The version that it has to be; any unless set.
+
+        Returns:
+            What was received; the version is active on all ranks.
+
+        Raises:
+            MismatchError: If a weight has no tensor of its name, dtype and shape, or a tensor got no weight; on every
+                rank, and the version is active nowhere. Also if the update has another version.
+            StateError: If tensors of an earlier update are still used, or `destination` is in use by another call.
+            TimeoutError: If no update begins within ``timeout_seconds``; call again to go on waiting.
+            TrainerLeft: If the trainer left in order.
+            PeerLost: If it is gone otherwise.
+        """
+        self._let_go()
+        return _receive_report(run(self._native.receive_into(destination._native, version)))
+
+    async def receive_into_async(
+        self, destination: Destination, version: int | None = None
+    ) -> ReceiveReport:
+        """As :meth:`receive_into`, for an event loop."""
+        self._let_go()
+        job = self._native.receive_into(destination._native, version)
+        return _receive_report(await run_async(job))
+
     def _received(
         self, receiving: Any, convert: Callable[[Any], Any] | None
     ) -> ReceivedWeights:
@@ -631,7 +688,12 @@ class RolloutEngine(_Engine):
         return received
 
     def _begin(self, version: int | None, copy: bool, partial: bool, torch: bool) -> Any:
-        """Begins to receive; what was received before and not to its end is given up."""
+        """Begins to receive."""
+        self._let_go()
+        return self._native.receive(version, copy, partial, torch)
+
+    def _let_go(self) -> None:
+        """Gives up what was received before and not to its end; raises where its tensors are still used."""
         last = self._last() if self._last is not None else None
         if last is not None and last.report is None:
             last._receiving.fail("the rollout begins to receive another update")
@@ -646,7 +708,6 @@ class RolloutEngine(_Engine):
                     "in their tracebacks included",
                     operation="receiving weights",
                 )
-        return self._native.receive(version, copy, partial, torch)
 
     def __enter__(self) -> RolloutEngine:
         return self

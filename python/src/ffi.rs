@@ -47,6 +47,38 @@ pub(crate) unsafe fn of_object(address: usize, len: usize, owner: Py<PyAny>) -> 
     }
 }
 
+/// Host memory of a Python object, which it keeps, to be written to.
+#[derive(Debug)]
+pub(crate) struct Writable {
+    address: usize,
+    len: usize,
+    _owner: Py<PyAny>,
+}
+
+impl Writable {
+    /// # Safety
+    ///
+    /// There are `len` bytes at `address` as long as `owner` lives, and they may be written to. Nobody else uses them while a
+    /// slice of [`bytes`](Self::bytes) lives.
+    pub(crate) unsafe fn new(address: usize, len: usize, owner: Py<PyAny>) -> Self {
+        Self { address, len, _owner: owner }
+    }
+
+    /// The addresses that it has.
+    pub(crate) fn range(&self) -> std::ops::Range<u64> {
+        self.address as u64..(self.address + self.len) as u64
+    }
+
+    pub(crate) fn bytes(&mut self) -> &mut [u8] {
+        if self.len == 0 {
+            return &mut [];
+        }
+        let start = std::ptr::with_exposed_provenance_mut::<u8>(self.address);
+        // SAFETY: `new` was promised that there are so many bytes which nobody else uses, and the slice borrows this.
+        unsafe { std::slice::from_raw_parts_mut(start, self.len) }
+    }
+}
+
 /// `Py_buffer`, as it has been since Python 3.3. The stable ABI has it from 3.11 on, the interpreters
 /// before that have it all the same.
 #[repr(C)]

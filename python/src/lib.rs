@@ -5,6 +5,7 @@
 
 #![deny(unsafe_code)]
 
+mod destination;
 mod engines;
 mod errors;
 mod ffi;
@@ -22,8 +23,9 @@ use engine_core::{Error, ErrorKind, Result};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
+use crate::destination::Destination;
 use crate::engines::{Control, Messages, Reach};
-use crate::errors::{OrRaise, exception};
+use crate::errors::{OrRaise, exception, written};
 use crate::receiving::{How, Lease, Names, Receiving};
 use crate::sending::Sending;
 use crate::work::{Own, Owner, Shared, Slot, check_process, spawn};
@@ -223,7 +225,7 @@ struct Rank {
 
 impl PyEngine {
     fn new(engine: engines::Engine) -> Self {
-        let slot = Arc::new(Slot::new(engine));
+        let slot = Arc::new(Slot::new("engine", engine));
         Self { own: Own::new(Rank { slot, names: Names::default(), lease: Lease::default() }) }
     }
 }
@@ -292,6 +294,25 @@ impl PyEngine {
         let how = How { version, copy, partial, torch };
         let (slot, names) = (Arc::clone(&rank.slot), Arc::clone(&rank.names));
         Receiving::start(slot, names, Arc::clone(&rank.lease), how).or_raise(py)
+    }
+
+    /// Receives an update into tensors; the job's result is the report as JSON.
+    fn receive_into(
+        &self,
+        py: Python<'_>,
+        destination: &Destination,
+        version: Option<u64>,
+    ) -> PyResult<Job> {
+        let rank = self.own.get().or_raise(py)?;
+        let (slot, names) = (Arc::clone(&rank.slot), Arc::clone(&rank.names));
+        let tensors = destination.tensors(py)?;
+        let work = async move |owner: &Owner| {
+            let report = destination::receive(&slot, &names, &tensors, version, owner).await;
+            written(destination::WHAT, Some(&report))
+        };
+        let answer =
+            |py: Python<'_>, report: String| Ok(report.into_pyobject(py)?.into_any().unbind());
+        Job::start(destination::WHAT, work, answer).or_raise(py)
     }
 
     /// How many tensors that are in buckets Python still has.
@@ -370,6 +391,8 @@ mod _native {
         Job, PyChannel, PyControl, PyEngine, build_info, check_config, end_all, generate_token,
         read_token,
     };
+    #[pymodule_export]
+    use crate::destination::Destination;
     #[pymodule_export]
     use crate::logs::{collect_logs, next_logs};
     #[pymodule_export]

@@ -54,6 +54,35 @@ fn refuse(name: &str, message: impl Into<String>) -> Error {
     Error::new(ErrorKind::Weight, "taking a tensor", message).tensor(name)
 }
 
+const NO_MEMORY: &str =
+    "it has no memory of its own (a fake, lazy or distributed tensor?): give a real one";
+
+const APART: &str = "its elements are not contiguous";
+
+/// What an object says of its memory.
+struct Described {
+    meta: TensorMeta,
+    /// In elements; none where they are contiguous.
+    strides: Option<Vec<i64>>,
+    address: usize,
+    /// The number of its CUDA device, and the stream whose work may be filling it.
+    device: Option<(i32, usize)>,
+    is_writable: bool,
+}
+
+/// A program's own tensor, which weights are copied into.
+#[derive(Debug)]
+pub(crate) struct Target {
+    pub(crate) meta: TensorMeta,
+    pub(crate) place: Place,
+}
+
+#[derive(Debug)]
+pub(crate) enum Place {
+    Host(ffi::Writable),
+    Device(CudaSlice),
+}
+
 /// How a class of tensors is read.
 #[derive(Clone, Copy, Debug)]
 enum Way {
@@ -95,8 +124,17 @@ impl Reader {
                 let own = tensor.cast::<Tensor>().map_err(|error| raised(error.into()))?;
                 Ok(own.get().weight.clone().with_name(name))
             }
-            Way::Torch => self.torch(name, tensor).map_err(raised)?,
-            Way::Array => self.array(name, tensor).map_err(raised)?,
+            Way::Torch => match self.torch(name, tensor).map_err(raised)?? {
+                Some(described) => self.described(described, tensor),
+                None => {
+                    let detached = tensor.call_method0(intern!(tensor.py(), "detach"));
+                    self.dlpack(name, &detached.map_err(raised)?).map_err(raised)?
+                }
+            },
+            Way::Array => {
+                let described = self.array(name, tensor).map_err(raised)??;
+                self.described(described, tensor)
+            }
             Way::Dlpack => self.dlpack(name, tensor).map_err(raised)?,
             Way::Buffer => self.buffer(name, tensor).map_err(raised)?,
             Way::Distributed => Err(refuse(
@@ -142,11 +180,16 @@ impl Reader {
         Ok(known)
     }
 
-    fn torch(&mut self, name: &str, tensor: &Bound<'_, PyAny>) -> PyResult<Result<Weight>> {
+    /// What a tensor of torch says of its memory; `None` where only DLPack knows its device.
+    fn torch(
+        &mut self,
+        name: &str,
+        tensor: &Bound<'_, PyAny>,
+    ) -> PyResult<Result<Option<Described>>> {
         let py = tensor.py();
         let on_host = tensor.getattr(intern!(py, "is_cpu"))?.is_truthy()?;
         if !on_host && !tensor.getattr(intern!(py, "is_cuda"))?.is_truthy()? {
-            return self.dlpack(name, &tensor.call_method0(intern!(py, "detach"))?);
+            return Ok(Ok(None));
         }
         let dtype = tensor.getattr(intern!(py, "dtype"))?;
         let Some(known) = self.dtype(&dtype)? else {
@@ -167,32 +210,31 @@ impl Reader {
             Some(tensor.call_method0(intern!(py, "stride"))?.extract::<Vec<i64>>()?)
         };
         let address: usize = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
-        if on_host {
-            return Ok(of_memory(name, known, shape, strides, address, tensor));
-        }
-        if strides.is_some() {
-            let message = "its elements are not contiguous: send `tensor.contiguous()`";
-            return Ok(Err(refuse(name, message)));
-        }
-        let number: i32 = tensor.call_method0(intern!(py, "get_device"))?.extract()?;
-        let stream = torch_stream(py, number)?;
-        Ok(self.of_device(TensorMeta::new(name, known, shape), address, (number, stream), tensor))
+        let device = match on_host {
+            true => None,
+            false => {
+                let number: i32 = tensor.call_method0(intern!(py, "get_device"))?.extract()?;
+                Some((number, torch_stream(py, number)?))
+            }
+        };
+        let meta = TensorMeta::new(name, known, shape);
+        let is_writable = true; // torch has no other.
+        Ok(Ok(Some(Described { meta, strides, address, device, is_writable })))
     }
 
     /// Memory of a device that a tensor of torch keeps, and which work of a stream may be filling.
     fn of_device(
         &mut self,
-        meta: TensorMeta,
+        meta: &TensorMeta,
         address: usize,
         (number, stream): (i32, usize),
         owner: &Bound<'_, PyAny>,
-    ) -> Result<Weight> {
+    ) -> Result<CudaSlice> {
         let len = meta.validate()?;
         let too_large = |_| refuse(&meta.name, "it is too large");
         let len = usize::try_from(len).map_err(too_large)?;
         if address == 0 && len > 0 {
-            let message = "it has no memory of its own (a fake or lazy tensor?): send a real one";
-            return Err(refuse(&meta.name, message));
+            return Err(refuse(&meta.name, NO_MEMORY));
         }
         let device = self.device(number).map_err(|error| error.tensor(&*meta.name))?.0.clone();
         let owner = Arc::new(owner.clone().unbind());
@@ -206,10 +248,76 @@ impl Reader {
         if !self.producers.iter().any(|known| known.is(&device, Some(stream))) {
             self.producers.push(producer);
         }
-        Weight::from_meta(meta, memory.all().storage())
+        Ok(memory.all())
     }
 
-    fn array(&mut self, name: &str, array: &Bound<'_, PyAny>) -> PyResult<Result<Weight>> {
+    /// A described tensor as a weight.
+    fn described(&mut self, tensor: Described, owner: &Bound<'_, PyAny>) -> Result<Weight> {
+        let Described { meta, strides, address, device, .. } = tensor;
+        match device {
+            None => of_memory(meta, strides, address, owner),
+            Some(_) if strides.is_some() => {
+                Err(refuse(&meta.name, format!("{APART}: send `tensor.contiguous()`")))
+            }
+            Some(device) => {
+                let memory = self.of_device(&meta, address, device, owner)?;
+                Weight::from_meta(meta, memory.storage())
+            }
+        }
+    }
+
+    /// A program's own tensor, to be written to: of torch, or an array of numpy.
+    ///
+    /// Work that reads or writes a tensor on a device may not be done: [`synchronize`](Self::synchronize).
+    pub(crate) fn target(&mut self, name: &str, tensor: &Bound<'_, PyAny>) -> Result<Target> {
+        let raised = |error: PyErr| {
+            let message = format!("{} cannot be written to: {error}", class_name(tensor));
+            refuse(name, message)
+        };
+        let py = tensor.py();
+        let mut owner = tensor.clone();
+        let described = match self.way(tensor).map_err(raised)? {
+            Way::Torch => {
+                // Another tensor of the same memory: the program may give the tensor another one.
+                owner = tensor.call_method0(intern!(py, "detach")).map_err(raised)?;
+                self.torch(name, &owner).map_err(raised)??
+            }
+            Way::Array => Some(self.array(name, tensor).map_err(raised)??),
+            Way::Distributed => {
+                return Err(refuse(name, "it is a DTensor, of which this rank has a part"));
+            }
+            Way::Own | Way::Dlpack | Way::Buffer => None,
+        };
+        let Some(Described { meta, strides, address, device, is_writable }) = described else {
+            let message = format!(
+                "weights are copied into tensors of torch, on the CPU or a CUDA device, and into arrays of numpy; this is {}",
+                class_name(tensor)
+            );
+            return Err(refuse(name, message));
+        };
+        if strides.is_some() {
+            return Err(refuse(name, APART));
+        }
+        if !is_writable {
+            return Err(refuse(name, "it is read-only"));
+        }
+        let len = meta.validate()?;
+        if let Some(device) = device {
+            let memory = self.of_device(&meta, address, device, &owner)?;
+            return Ok(Target { meta, place: Place::Device(memory) });
+        }
+        let len = usize::try_from(len).map_err(|_| refuse(name, "it is too large"))?;
+        if address == 0 && len > 0 {
+            return Err(refuse(name, NO_MEMORY));
+        }
+        #[expect(unsafe_code, reason = "an object is believed what it says of its own memory")]
+        // SAFETY: as for `of_memory`, of an object that says that it can be written to. A program that makes a
+        // destination of it promises that nothing else uses it while an update is received into it.
+        let memory = unsafe { ffi::Writable::new(address, len, owner.unbind()) };
+        Ok(Target { meta, place: Place::Host(memory) })
+    }
+
+    fn array(&mut self, name: &str, array: &Bound<'_, PyAny>) -> PyResult<Result<Described>> {
         let py = array.py();
         let dtype = array.getattr(intern!(py, "dtype"))?;
         let Some(known) = self.dtype(&dtype)? else {
@@ -221,7 +329,8 @@ impl Reader {
             return Ok(Err(refuse(name, "its bytes are in big-endian order")));
         }
         let shape: Vec<u64> = interface.get_item(intern!(py, "shape"))?.extract()?;
-        let (address, _): (usize, bool) = interface.get_item(intern!(py, "data"))?.extract()?;
+        let (address, is_read_only): (usize, bool) =
+            interface.get_item(intern!(py, "data"))?.extract()?;
         let strides: Option<Vec<i64>> = interface.get_item(intern!(py, "strides"))?.extract()?;
         // `named` knows types of whole bytes only.
         let size = known.bytes().unwrap_or(1) as i64;
@@ -231,7 +340,8 @@ impl Reader {
             }
             strides => strides.map(|strides| strides.into_iter().map(|s| s / size).collect()),
         };
-        Ok(of_memory(name, known, shape, strides, address, array))
+        let meta = TensorMeta::new(name, known, shape);
+        Ok(Ok(Described { meta, strides, address, device: None, is_writable: !is_read_only }))
     }
 
     fn dlpack(&mut self, name: &str, tensor: &Bound<'_, PyAny>) -> PyResult<Result<Weight>> {
@@ -319,6 +429,19 @@ impl Reader {
     }
 }
 
+/// Waits for the work that this thread has given devices through torch, not for the devices.
+pub(crate) fn synchronize_torch(py: Python<'_>, devices: &[Device]) -> PyResult<()> {
+    let mut streams = Vec::new();
+    for device in devices {
+        let stream = torch_stream(py, device.ordinal())?;
+        #[expect(unsafe_code, reason = "torch is believed what it says of its own streams")]
+        // SAFETY: it is current on this thread, which waits here.
+        streams.push(unsafe { ForeignStream::new(device, Some(stream)) });
+    }
+    let done = py.detach(|| streams.iter().try_for_each(ForeignStream::synchronize));
+    done.map_err(Error::from).or_raise(py)
+}
+
 /// The handle of the stream of a device that is torch's current one on this thread.
 fn torch_stream(py: Python<'_>, number: i32) -> PyResult<usize> {
     static CURRENT: PyOnceLock<Option<Py<PyAny>>> = PyOnceLock::new();
@@ -341,24 +464,22 @@ fn class_name(object: &Bound<'_, PyAny>) -> String {
 
 /// Host memory that an object keeps, as a weight.
 fn of_memory(
-    name: &str,
-    dtype: DType,
-    shape: Vec<u64>,
+    meta: TensorMeta,
     strides: Option<Vec<i64>>,
     address: usize,
     owner: &Bound<'_, PyAny>,
 ) -> Result<Weight> {
-    let meta = TensorMeta::new(name, dtype, shape);
+    let (name, dtype) = (Arc::clone(&meta.name), meta.dtype);
     let len = meta.validate()?;
     // `named` knows types of whole bytes only.
     let size = dtype.bytes().unwrap_or(1);
-    let too_large = || refuse(name, "it is too large");
+    let too_large = || refuse(&name, "it is too large");
     let extent = match &strides {
         None => Some(len),
         Some(_) if len == 0 => Some(0),
         Some(strides) => {
             if strides.len() != meta.shape.len() || strides.iter().any(|&stride| stride < 0) {
-                return Err(refuse(name, "it has negative strides: send a copy"));
+                return Err(refuse(&name, "it has negative strides: send a copy"));
             }
             let last = meta.shape.iter().zip(strides).try_fold(0_u64, |last, (&side, &stride)| {
                 last.checked_add((side - 1).checked_mul(stride.unsigned_abs())?)
@@ -368,9 +489,7 @@ fn of_memory(
     };
     let extent = extent.and_then(|extent| usize::try_from(extent).ok()).ok_or_else(too_large)?;
     if address == 0 && extent > 0 {
-        let message =
-            "it has no memory of its own (a fake, lazy or distributed tensor?): send a real one";
-        return Err(refuse(name, message));
+        return Err(refuse(&name, NO_MEMORY));
     }
     #[expect(unsafe_code, reason = "an object is believed what it says of its own memory")]
     // SAFETY: the object is a tensor that said where its memory is, of which type and shape; its library keeps that as

@@ -212,8 +212,10 @@ fn words(panic: &(dyn Any + Send)) -> String {
     format!("a bug: {}", words.unwrap_or("it panicked without words"))
 }
 
-/// One engine, which one piece of work has at a time.
+/// An engine, or something else that one piece of work has at a time.
 pub(crate) struct Slot<T> {
+    /// What it is called in errors.
+    what: &'static str,
     state: Mutex<SlotState<T>>,
     free: Condvar,
 }
@@ -230,21 +232,22 @@ pub(crate) struct Taken<'a, T> {
 }
 
 impl<T> Slot<T> {
-    pub(crate) fn new(value: T) -> Self {
+    pub(crate) fn new(what: &'static str, value: T) -> Self {
         Self {
+            what,
             state: Mutex::new(SlotState { value: Some(value), owner: None }),
             free: Condvar::new(),
         }
     }
 
-    /// Whether there will never be an engine here again.
+    /// Whether there will never be one here again.
     pub(crate) fn is_gone(&self) -> bool {
         let state = lock(&self.state);
         state.value.is_none() && state.owner.is_none()
     }
 
-    /// Takes the engine; waits for work that is about to end.
-    pub(crate) fn take(&self, what: &str, owner: &Owner) -> Result<Taken<'_, T>> {
+    /// Takes it; waits for work that is about to end.
+    pub(crate) fn take(&self, operation: &str, owner: &Owner) -> Result<Taken<'_, T>> {
         let mut state = lock(&self.state);
         loop {
             if let Some(value) = state.value.take() {
@@ -252,13 +255,15 @@ impl<T> Slot<T> {
                 return Ok(Taken { slot: self, value: Some(value) });
             }
             if owner.is_aborted() {
-                return Err(Error::new(ErrorKind::Aborted, what, "it was cancelled here"));
+                return Err(Error::new(ErrorKind::Aborted, operation, "it was cancelled here"));
             }
             match &state.owner {
-                None => return Err(not_now(what, "the engine was finalized")),
+                None => {
+                    return Err(not_now(operation, &format!("the {} was finalized", self.what)));
+                }
                 Some(other) if !other.is_ending() => {
-                    let message = "the engine is at work on another call";
-                    return Err(not_now(what, message));
+                    let message = format!("the {} is at work on another call", self.what);
+                    return Err(not_now(operation, &message));
                 }
                 Some(_) => {}
             }

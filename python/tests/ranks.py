@@ -34,6 +34,20 @@ class Rollout:
                 self.model.update((name, tensor.clone()) for name, tensor in bucket)
         return weights.report
 
+    def receive_into(self, version=None, partial=False):
+        """The same, into the tensors of the model as they are."""
+        destination = self.__dict__.get("destination")
+        if destination is None:
+            self.destination = destination = ckpt_engine.Destination(self.model, partial=partial)
+        return self.engine.receive_into(destination, version)
+
+    def make(self, shapes):
+        """Makes the model: zeros, by name the dtype and the shape of each."""
+        import torch
+
+        self.model = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in shapes.items()}
+        self.destination = None
+
     def receive_async(self, version=None):
         """The same on an event loop."""
         import asyncio

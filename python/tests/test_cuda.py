@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 
 import ckpt_engine
 
+from test_destinations import made_for
 from test_processes import as_seen
 
 DTYPES = [
@@ -87,6 +88,50 @@ def test_every_type_on_a_gpu_arrives_there_bit_for_bit_in_every_update(group, co
         report = group.update(weights, version, copy=copy)
         assert report.counts.tensors == len(weights)
         check(group, weights)
+
+
+def make(rollout, shapes):
+    rollout.model = {
+        name: torch.zeros(shape, dtype=getattr(torch, dtype), device="cpu" if name == "on.the.host" else "cuda:0")
+        for name, (dtype, shape) in shapes.items()
+    }
+    rollout.addresses = {name: tensor.data_ptr() for name, tensor in rollout.model.items()}
+    return True
+
+
+def are_where_they_were(rollout):
+    return all(tensor.data_ptr() == rollout.addresses[name] for name, tensor in rollout.model.items())
+
+
+def test_an_update_is_copied_into_tensors_on_a_gpu_and_on_the_host(group):
+    group = group(rollouts=2, device="cuda:0")
+    for rollout in group.rollouts:
+        assert rollout.call("run", make, made_for(model(0)))
+    for version in (1, 2, 3):
+        weights = model(version)
+        group.update(weights, version, method="receive_into")
+        for rollout in group.rollouts:
+            assert rollout.call("run", are_where_they_were)
+            for name, tensor in weights.items():
+                assert rollout.call("run", look, name) == as_seen(tensor.cpu()), name
+
+
+def read_before(rollout, version):
+    """Has a tensor read behind a long kernel, and then written by an update; what was read."""
+    own, copy = rollout.model["w"], torch.zeros_like(rollout.model["w"])
+    torch.cuda._sleep(LONG)
+    copy.copy_(own)
+    rollout.receive_into(version)
+    return copy.unique().tolist(), own.unique().tolist()
+
+
+def test_an_update_waits_for_the_work_that_reads_the_tensors_it_is_copied_into(group):
+    group = group(device="cuda:0")
+    assert group.rollouts[0].call("run", make, {"w": ("float32", (1 << 18,))})
+    for version in (1, 2, 3):
+        group.rollouts[0].start("run", read_before, version)
+        group.engine.send_weights({"w": torch.full((1 << 18,), float(version), device="cuda:0")}, version)
+        assert group.rollouts[0].answer() == ([float(version - 1)], [float(version)])
 
 
 def test_tensors_of_torch_and_arrays_of_cupy_are_read_where_they_are(group):

@@ -1,10 +1,10 @@
 """What an update through Python takes beside one of the program: the same weights, buckets and processes.
 
     python_overhead.py PROGRAM [--synthetic NAME] [--layers N] [--device cuda|cpu] [--fp8] [--bucket-mb M] [--threads N]
-                               [--repeats N] [--consume copy,drop,each]
+                               [--repeats N] [--consume into,copy,drop,each]
 
 PROGRAM is ckpt-engine, whose `bench transfer` is the other side. A trainer's process sends a model's state dict, a rollout's takes
-it: `copy` copies every tensor to one of its own, a bucket at a time, as the program's rollout does on a device; `each` copies tensor
+it: `into` has every tensor copied to one of its own by the engine, as the program's rollout does on a device; `copy` copies every tensor to one of its own, a bucket at a time, by torch; `each` copies tensor
 by tensor; `drop` takes them and lets go, as the program's rollout does on the host. Prints a line for each; times are those
 that the trainer waits, medians of the updates from the third on.
 """
@@ -53,11 +53,17 @@ def shapes(name, layers):
 
 
 def consume(engine, how, own):
-    """One update of a rollout; `own` are its tensors, made in the first one."""
+    """One update of a rollout; `own` are its tensors, made in the first one, and `own[None]` all of them as a destination."""
     import torch
 
+    if how == "into" and own:
+        if None not in own:
+            own[None] = ckpt_engine.Destination((name, tensor) for name, tensor in own.items())
+        engine.receive_into(own[None])
+        return
     with engine.receive_weights(framework="torch") as weights:
-        if how == "each":
+        # The first update of `into` tells what the tensors are.
+        if how in ("each", "into"):
             for name, tensor in weights:
                 if name not in own:
                     own[name] = torch.empty_like(tensor)
@@ -124,7 +130,7 @@ def main():
     parser.add_argument("--bucket-mb", type=int)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--consume", default="copy,drop,each")
+    parser.add_argument("--consume", default="into,copy,drop,each")
     parser.add_argument("--timeout", type=int, default=120)
     options = parser.parse_args()
     import torch
