@@ -485,13 +485,11 @@ class ReceivedWeights:
         A list keeps its bucket, as each of its tensors does: drop it before the next one, or with it.
         """
         while True:
-            items = self._receiving.take_bucket()
+            items = self._next_bucket()
             if items is not None:
-                convert = self._convert
-                yield items if convert is None else [(name, convert(item)) for name, item in items]
+                yield items
                 del items
                 continue
-            self._see()
             if self.report is not None:
                 return
             try:
@@ -499,6 +497,30 @@ class ReceivedWeights:
             except BaseException:
                 settle(self._receiving)
                 raise
+
+    async def buckets_async(self) -> AsyncIterator[list[tuple[str, Any]]]:
+        """As :meth:`buckets`, for an event loop."""
+        while True:
+            items = self._next_bucket()
+            if items is not None:
+                yield items
+                del items
+                continue
+            if self.report is not None:
+                return
+            try:
+                await until(self._receiving.when_more)
+            except BaseException:
+                settle(self._receiving)
+                raise
+
+    def _next_bucket(self) -> list[tuple[str, Any]] | None:
+        items = self._receiving.take_bucket()
+        if items is None:
+            self._see()
+            return None
+        convert = self._convert
+        return items if convert is None else [(name, convert(item)) for name, item in items]
 
     def finish(self) -> ReceiveReport:
         """Takes the rest, ignoring it, and returns the report."""

@@ -24,22 +24,12 @@ others than before, or when an update has failed with an error that says so.
 
 from __future__ import annotations
 
-import socket
-import uuid
 from typing import Any, AsyncIterator
 
 from verl.checkpoint_engine import CheckpointEngine, CheckpointEngineRegistry
 
-from . import generate_token
-from .engine import (
-    ControlPlane,
-    RolloutEngine,
-    TrainerEngine,
-    check_config,
-    form_group,
-    leave,
-)
-from .errors import Error, StateError
+from ._worker import Worker, drain, group_of
+from .errors import Error
 
 #: The name in verl's registry.
 BACKEND = "ckpt_engine"
@@ -63,23 +53,10 @@ class CkptEngine(CheckpointEngine):
     wire_format = "named_tensors"
 
     def __init__(self, bucket_size: int, is_master: bool = False, **kwargs: Any) -> None:
-        options = dict(kwargs)
         self.is_master = is_master
-        self._address = str(options.pop("address", None) or socket.gethostname())
-        self._heartbeat = options.pop("heartbeat_timeout", None)
-        self._copy = bool(options.pop("copy", False))
-        options["backend"] = options.pop("transport", None) or "ipc"
-        options["update_weights_bucket_megabytes"] = max(1, bucket_size >> 20)
-        self._config = options
-        check_config(options)
-        # This worker, to those who form the group.
-        self._worker = uuid.uuid4().hex
-        # The connection to the group, and on the master the secret and the place of the next one.
-        self._control: ControlPlane | None = None
-        self._next: tuple[ControlPlane, bytes] | None = None
-        self._engine: TrainerEngine | RolloutEngine | None = None
-        # The group that this worker is in.
-        self._group: str | None = None
+        self._copy = bool(kwargs.pop("copy", False))
+        self._worker = Worker(bucket_size, kwargs)
+        self._steps = 0
 
     def prepare(self) -> dict[str, Any]:
         """What the driver has to know of this worker: whether it is in a group, and how to reach the trainer.
@@ -87,22 +64,7 @@ class CkptEngine(CheckpointEngine):
         Returns:
             Picklable metadata. The master's has the group's secret; it travels as verl's own does.
         """
-        metadata: dict[str, Any] = {
-            "worker": self._worker,
-            "group": self._group,
-            "is_master": self.is_master,
-        }
-        if self.is_master:
-            # Every group has a control plane of its own: nobody of an old one can meet it.
-            if self._next is None:
-                token = generate_token()
-                control = ControlPlane.lead(
-                    f"{self._address}:0", token, heartbeat_timeout=self._heartbeat
-                )
-                self._next = control, token
-            control, token = self._next
-            metadata.update(address=control.address, token=token)
-        return metadata
+        return {**self._worker.prepare(self.is_master), "is_master": self.is_master}
 
     @classmethod
     def build_topology(
@@ -128,30 +90,20 @@ class CkptEngine(CheckpointEngine):
         if len(masters) != 1:
             raise ValueError(f"one actor is the master, not {len(masters)}")
         master = masters[0]
-        group = master["group"]
-        # The group's name has its members in it: it fits only those that formed it.
-        members = ",".join(worker["worker"] for worker in [master, *rollouts])
-        kept = (
-            group is not None
-            and group.split(":")[0] == members
-            and all(worker["group"] == group for worker in rollouts)
-        )
-        if not kept:
-            group = f"{members}:{uuid.uuid4().hex}"
+        group = group_of(master, rollouts)
 
         def arguments(workers: list[dict[str, Any]], sends: bool) -> dict[str, list[Any]]:
             joins = [not sends or worker is master for worker in workers]
             return {
                 "group": [group if join else None for join in joins],
-                "address": [master["address"] if join else None for join in joins],
-                "token": [master["token"] if join else None for join in joins],
+                "leader": [master] * len(workers),
                 "world_size": [1 + rollout_world_size] * len(workers),
             }
 
         return arguments(actors, True), arguments(rollouts, False)
 
     def init_process_group(
-        self, group: str | None, address: str | None, token: bytes | None, world_size: int
+        self, group: str | None, leader: dict[str, Any], world_size: int
     ) -> None:
         """Joins the group, unless this worker is in it already.
 
@@ -159,39 +111,14 @@ class CkptEngine(CheckpointEngine):
             TimeoutError: Naming the ranks that are missing.
             Error: What :func:`ckpt_engine.form_group` raises.
         """
-        if group is None or group == self._group:
-            return
-        self._leave()
-        if self.is_master:
-            if self._next is None:
-                raise StateError("prepare has not been called", operation="forming the group")
-            (self._control, _), self._next = self._next, None
-        else:
-            assert address is not None and token is not None
-            self._control = ControlPlane.join(address, token, heartbeat_timeout=self._heartbeat)
-        self._engine = form_group(self._control, self._config, world_size=world_size)
-        self._group = group
-
-    def _leave(self) -> None:
-        """Ends this worker's part in its group; what fails in it is over all the same."""
-        engine, control = self._engine, self._control
-        self._engine, self._group, self._control = None, None, None
-        leave(engine, control)
+        self._worker.connect(group, leader, world_size)
 
     def finalize(self) -> None:
         """Nothing, after every update: the group and its buckets stay for the next one."""
 
     def close(self) -> None:
         """Leaves the group, frees the buckets and ends the connections."""
-        self._leave()
-        if self._next is not None:
-            (control, _), self._next = self._next, None
-            control.close()
-
-    def _failed(self, error: Error) -> None:
-        """An engine that is not in order is not used again."""
-        if error.recovery == "Reconnect":
-            self._group = None
+        self._worker.close()
 
     async def send_weights(
         self, weights: Any, global_steps: int | None = None
@@ -208,25 +135,10 @@ class CkptEngine(CheckpointEngine):
             The update's metrics on the master, ``None`` on the others.
         """
         if not self.is_master:
-            await _drain(weights)
+            await drain(weights)
             return None
-        engine = self._engine
-        if not isinstance(engine, TrainerEngine):
-            raise StateError("init_process_group has not been called", operation="sending weights")
-        version = self._version(global_steps)
-        try:
-            report = await engine.send_weights_async(weights, version)
-        except Error as error:
-            self._failed(error)
-            await _drain(weights)
-            raise
-        return report.metrics()
-
-    _steps = 0
-
-    def _version(self, global_steps: int | None) -> int:
         self._steps = self._steps + 1 if global_steps is None else int(global_steps)
-        return self._steps
+        return (await self._worker.send(weights, self._steps)).metrics()
 
     async def receive_weights(
         self, global_steps: int | None = None
@@ -239,27 +151,12 @@ class CkptEngine(CheckpointEngine):
         Args:
             global_steps: The version that it has to be; any unless set.
         """
-        engine = self._engine
-        if not isinstance(engine, RolloutEngine):
-            raise StateError("init_process_group has not been called", operation="receiving weights")
         try:
-            received = await engine.receive_weights_async(
-                global_steps, framework="torch", copy=self._copy
-            )
+            received = await self._worker.receive(global_steps, self._copy)
             async with received:
                 async for item in received:
                     yield item
                     del item
         except Error as error:
-            self._failed(error)
+            self._worker.failed(error)
             raise
-
-
-async def _drain(weights: Any) -> None:
-    """Takes part in what is left of a generator's collectives."""
-    if hasattr(weights, "__aiter__"):
-        async for _ in weights:
-            pass
-    else:
-        for _ in weights:
-            pass

@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from . import generate_token
 from .engine import ControlPlane, RolloutEngine, TrainerEngine, form_group, leave
 from .errors import StateError
 from .reports import SendReport
@@ -64,9 +65,6 @@ def init_info(
         "world_size": world_size,
         "config": dict(config or {"backend": "ipc"}),
     }
-
-
-_request = init_info
 
 
 @dataclass
@@ -231,10 +229,84 @@ def _default_config() -> dict[str, Any]:
     return {"backend": "ipc", "device": device}
 
 
+class Updates:
+    """A trainer that has vLLM's workers load what it sends. It is vLLM's own interface without its base classes.
+
+    Args:
+        client: How vLLM is reached: an object with ``init_weight_transfer_engine(dict)``, ``start_weight_update()``,
+            ``update_weights(dict)`` and ``finish_weight_update()``, as vLLM's own clients are.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+        #: The last version that was begun.
+        self.version = 0
+        #: What became of the last update that worked.
+        self.report: SendReport | None = None
+        self._control: ControlPlane | None = None
+        self._engine: TrainerEngine | None = None
+
+    def join(self, workers: int, address: str, config: Mapping[str, Any] | None = None) -> None:
+        """Forms the group with so many workers, over all replicas.
+
+        Args:
+            workers: How many workers vLLM has: each is a rollout.
+            address: Where this trainer listens, and how workers reach it: ``host:port``, port 0 for any that is free.
+            config: The engine's configuration, as for :func:`ckpt_engine.form_group`: ``ipc``, with buckets on this
+                process's GPU where it has one, unless set.
+        """
+        token, world_size = generate_token(), 1 + workers
+        config = dict(config or _default_config())
+        control = self._control = ControlPlane.lead(address, token)
+        request = init_info(control, token, world_size, config)
+        joining = _beside(self.client.init_weight_transfer_engine, request)
+        # Workers that cannot join are not waited for.
+        joining.add_done_callback(lambda done: control.close() if done.exception() else None)
+        try:
+            engine = form_group(control, config, world_size=world_size)
+        except Exception:
+            if joining.done():
+                joining.result()
+            control.close()
+            raise
+        joining.result()
+        assert isinstance(engine, TrainerEngine)
+        self._engine = engine
+
+    def send(self, weights: Iterable[Any]) -> SendReport:
+        """Sends one version, numbered from 1, and has all workers load it."""
+        if self._engine is None:
+            raise StateError("no group was formed", operation="sending weights")
+        self.version += 1
+        try:
+            self.client.start_weight_update()
+        except Exception:
+            if self.version > 1:
+                raise
+            # A trainer before this one may have died after it began an update, which vLLM still waits for.
+            self.client.finish_weight_update()
+            self.client.start_weight_update()
+        updating = _beside(self.client.update_weights, {"version": self.version})
+        try:
+            self.report = self._engine.send_weights(weights, self.version)
+        except Exception:
+            # What ends an update ends it on every rank.
+            if failed := updating.exception():
+                _LOGGER.warning("version %s in vLLM: %s", self.version, failed)
+            raise
+        updating.result()
+        self.client.finish_weight_update()
+        return self.report
+
+    def leave(self) -> None:
+        """Leaves the group."""
+        engine, control = self._engine, self._control
+        self._engine = self._control = None
+        leave(engine, control)
+
+
 def _trainer_class() -> type:
     from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine
-
-    from . import generate_token
 
     class CkptTrainerEngine(TrainerWeightTransferEngine):  # type: ignore[misc,valid-type]
         """A trainer's end, for vLLM's ``WeightTransferTrainerFactory``."""
@@ -245,11 +317,17 @@ def _trainer_class() -> type:
             # The base class takes other arguments in each version of vLLM, and keeps these.
             self.client, self.source = client, source
             self.rank, self.is_sender = init_info.rank, init_info.is_sender
-            self.version = 0
-            #: What became of the last update.
-            self.report: SendReport | None = None
-            self._control: ControlPlane | None = None
-            self._engine: TrainerEngine | None = None
+            self._updates = Updates(client)
+
+        @property
+        def version(self) -> int:
+            """The last version that was begun, on the trainer that sends."""
+            return self._updates.version
+
+        @property
+        def report(self) -> SendReport | None:
+            """What became of the last update that worked, on the trainer that sends."""
+            return self._updates.report
 
         @classmethod
         def trainer_init(
@@ -268,23 +346,7 @@ def _trainer_class() -> type:
             self = cls(init_info, client, source)
             if not self.is_sender:
                 return self
-            token, world_size = generate_token(), 1 + init_info.workers
-            config = dict(init_info.config or _default_config())
-            control = self._control = ControlPlane.lead(init_info.address, token)
-            request = _request(control, token, world_size, config)
-            joining = _beside(client.init_weight_transfer_engine, request)
-            # Workers that cannot join are not waited for.
-            joining.add_done_callback(lambda done: control.close() if done.exception() else None)
-            try:
-                engine = form_group(control, config, world_size=world_size)
-            except Exception:
-                if joining.done():
-                    joining.result()
-                control.close()
-                raise
-            joining.result()
-            assert isinstance(engine, TrainerEngine)
-            self._engine = engine
+            self._updates.join(init_info.workers, init_info.address, init_info.config)
             return self
 
         def send_weights(self) -> None:
@@ -295,40 +357,15 @@ def _trainer_class() -> type:
             )
             try:
                 if self.is_sender:
-                    self._send(weights)
+                    self._updates.send(weights)
             finally:
                 # Items may be gathered by all trainers together.
                 for _ in weights:
                     pass
 
-        def _send(self, weights: Iterable[Any]) -> None:
-            if self._engine is None:
-                raise StateError("trainer_init has not been called", operation="sending weights")
-            self.version += 1
-            try:
-                self.client.start_weight_update()
-            except Exception:
-                if self.version > 1:
-                    raise
-                # A trainer before this one may have died after it began an update, which vLLM still waits for.
-                self.client.finish_weight_update()
-                self.client.start_weight_update()
-            updating = _beside(self.client.update_weights, {"version": self.version})
-            try:
-                self.report = self._engine.send_weights(weights, self.version)
-            except Exception:
-                # What ends an update ends it on every rank.
-                if failed := updating.exception():
-                    _LOGGER.warning("version %s in vLLM: %s", self.version, failed)
-                raise
-            updating.result()
-            self.client.finish_weight_update()
-
         def shutdown(self) -> None:
             """Leaves the group."""
-            engine, control = self._engine, self._control
-            self._engine = self._control = None
-            leave(engine, control)
+            self._updates.leave()
 
     return CkptTrainerEngine
 

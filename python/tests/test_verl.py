@@ -82,7 +82,7 @@ class Worker:
         return getattr(self.engine, method)(**kwargs)
 
     def group(self):
-        return self.engine._group
+        return self.engine._worker.group
 
     def update_actor(self, global_steps):
         sent = self.engine.send_weights(weights(global_steps, self.drained), global_steps=global_steps)
