@@ -26,6 +26,12 @@ fn digests(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::new("sum", len), |bencher| {
             bencher.iter(|| digest::sum(0, black_box(&source)));
         });
+        for (unit, sum) in digest::units() {
+            let rows = source.as_chunks().0;
+            group.bench_function(BenchmarkId::new(unit, len), |bencher| {
+                bencher.iter(|| sum(0, black_box(rows)));
+            });
+        }
         group.bench_function(BenchmarkId::new("copy", len), |bencher| {
             bencher.iter(|| copy.copy_from_slice(black_box(&source)));
         });

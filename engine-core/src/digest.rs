@@ -107,6 +107,16 @@ pub fn sum(offset: u64, bytes: &[u8]) -> u64 {
     total
 }
 
+/// The sum over rows of 64 bytes, the first of which has the number that is passed.
+#[doc(hidden)]
+pub type Rows = fn(u32, &[[u8; ROW]]) -> u64;
+
+/// For benchmarks: what each vector unit of this CPU computes sums with, by name.
+#[doc(hidden)]
+pub fn units() -> Vec<(&'static str, Rows)> {
+    crate::isa::units()
+}
+
 /// The digest of a bucket, from the sum over all its weights and its filled length in bytes.
 pub fn finish(sum: u64, filled: u64) -> u64 {
     mix(sum.wrapping_add(filled.wrapping_mul(GOLDEN)))
@@ -152,47 +162,44 @@ fn products(row: u32, bytes: &[u8; ROW]) -> [u64; LANES] {
     })
 }
 
-/// The keys of a row, and how they advance to the next.
-///
-/// They are kept in 64-bit lanes, of which only the lower halves enter the products.
+/// The keys of a row, and how they advance to the next: of each word the key of the lower half in the lower half, that of
+/// the upper half in the upper one. Halves are added to halves, without a carry between them.
 #[derive(Clone, Copy)]
 pub(crate) struct Keys {
-    pub(crate) low: [u64; LANES],
-    pub(crate) high: [u64; LANES],
-    pub(crate) low_step: [u64; LANES],
-    pub(crate) high_step: [u64; LANES],
+    pub(crate) row: [u64; LANES],
+    pub(crate) step: [u64; LANES],
 }
 
 impl Keys {
     #[inline]
     pub(crate) fn at(row: u32) -> Self {
-        let key = |base: &[u32; LANES], step: &[u32; LANES]| {
-            std::array::from_fn(|l| u64::from(base[l].wrapping_add(row.wrapping_mul(step[l]))))
-        };
+        let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+        let key = |base: u32, step: u32| base.wrapping_add(row.wrapping_mul(step));
         Self {
-            low: key(&LOW, &LOW_STEP),
-            high: key(&HIGH, &HIGH_STEP),
-            low_step: LOW_STEP.map(u64::from),
-            high_step: HIGH_STEP.map(u64::from),
+            row: std::array::from_fn(|l| {
+                pair(key(LOW[l], LOW_STEP[l]), key(HIGH[l], HIGH_STEP[l]))
+            }),
+            step: std::array::from_fn(|l| pair(LOW_STEP[l], HIGH_STEP[l])),
         }
     }
 }
 
-/// The sum over whole rows, written so that the compiler makes vector code of it.
+/// The sum over whole rows, for CPUs whose vector unit has no code of its own; the compiler makes some of it.
 #[inline(always)]
 pub(crate) fn nh_rows(row: u32, rows: &[[u8; ROW]]) -> u64 {
-    const HALF: u64 = 0xffff_ffff;
-    let Keys { mut low, mut high, low_step, high_step } = Keys::at(row);
+    let key = |base: u32, step: u32| base.wrapping_add(row.wrapping_mul(step));
+    let mut low: [u32; LANES] = std::array::from_fn(|l| key(LOW[l], LOW_STEP[l]));
+    let mut high: [u32; LANES] = std::array::from_fn(|l| key(HIGH[l], HIGH_STEP[l]));
     let mut sums = [0_u64; LANES];
     for bytes in rows {
         let (words, _) = bytes.as_chunks::<8>();
         for lane in 0..LANES {
             let word = u64::from_le_bytes(words[lane]);
-            let left = word.wrapping_add(low[lane]) & HALF;
-            let right = (word >> 32).wrapping_add(high[lane]) & HALF;
-            sums[lane] = sums[lane].wrapping_add(left.wrapping_mul(right));
-            low[lane] = low[lane].wrapping_add(low_step[lane]);
-            high[lane] = high[lane].wrapping_add(high_step[lane]);
+            let left = (word as u32).wrapping_add(low[lane]);
+            let right = ((word >> 32) as u32).wrapping_add(high[lane]);
+            sums[lane] = sums[lane].wrapping_add(u64::from(left) * u64::from(right));
+            low[lane] = low[lane].wrapping_add(LOW_STEP[lane]);
+            high[lane] = high[lane].wrapping_add(HIGH_STEP[lane]);
         }
     }
     sums.iter().fold(0, |sum, lane| sum.wrapping_add(*lane))
