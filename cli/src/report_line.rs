@@ -31,8 +31,8 @@ pub struct UpdateLine {
     pub seconds: f64,
     /// Source bytes per second.
     pub gb_per_s: f64,
-    /// What one thread's copy of the same bytes into shared memory reached, in the same run.
-    pub memcpy_gb_per_s: f64,
+    /// What one thread's copy of the same bytes into shared memory reached, in the same run, where that was measured.
+    pub memcpy_gb_per_s: Option<f64>,
     /// The most memory that the trainer took beyond what it had before it prepared.
     pub extra_peak_bytes: u64,
     /// Whether every rollout compared every byte with the source.
@@ -67,7 +67,7 @@ pub fn line(
     report: &SendReport,
     tensors: usize,
     backend: &str,
-    memcpy: f64,
+    memcpy: Option<f64>,
     extra: u64,
 ) -> UpdateLine {
     let counts = &report.counts;

@@ -101,7 +101,7 @@ impl<F: FnMut(&UpdateLine) -> Result<()>> Lines<'_, F> {
     /// `Digest` if it did not do what was asked for; those of whoever is told.
     fn say(&mut self, report: &SendReport, source: &Source) -> Result<()> {
         let (tensors, peak) = (source.tensors(), self.memory.extra_peak_bytes());
-        let line = line(report, tensors, &self.options.config.backend, self.memcpy, peak);
+        let line = line(report, tensors, &self.options.config.backend, Some(self.memcpy), peak);
         check(&line, self.options.verify)?;
         self.bar.clear();
         (self.each)(&line)

@@ -111,7 +111,7 @@ pub(crate) async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Fail
             Ok(report) => {
                 let extra = memory.extra_peak_bytes();
                 let tensors = trainer.source.tensors();
-                let line = line(&report, tensors, &config.backend, 0.0, extra);
+                let line = line(&report, tensors, &config.backend, None, extra);
                 print_update(&line, args.json)?;
             }
             // The engine is in order: the next update goes to the rollouts that are left.

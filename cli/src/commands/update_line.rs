@@ -40,8 +40,10 @@ pub(crate) fn print_update(line: &UpdateLine, json: bool) -> checkpoint_engine::
             line.wire_bytes as f64 / 1e9
         ),
     };
+    let memcpy =
+        line.memcpy_gb_per_s.map(|rate| format!(" (memcpy {rate:.2})")).unwrap_or_default();
     say(format!(
-        "{}version {}: {} tensors{}, {:.3} GB in {:.3} s, {:.2} GB/s (memcpy {:.2}), {:.1} MiB extra \
+        "{}version {}: {} tensors{}, {:.3} GB in {:.3} s, {:.2} GB/s{memcpy}, {:.1} MiB extra \
          memory{}; rollouts: {}",
         if line.simulated { "simulated: " } else { "" },
         line.version,
@@ -50,7 +52,6 @@ pub(crate) fn print_update(line: &UpdateLine, json: bool) -> checkpoint_engine::
         line.source_bytes as f64 / 1e9,
         line.seconds,
         line.gb_per_s,
-        line.memcpy_gb_per_s,
         line.extra_peak_bytes as f64 / f64::from(1 << 20),
         if line.verified { ", every byte verified" } else { "" },
         rollouts.join(", ")
