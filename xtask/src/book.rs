@@ -1,7 +1,7 @@
 //! `cargo xtask book`: the user guide in docs/.
 //!
 //! mdBook builds pages whose links lead nowhere without a word, so these are looked for here: pages that
-//! are missing, broken links and anchors, code that is included and not there.
+//! are missing, broken links and anchors, code that is included and not there, errors that no code says.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,7 +19,7 @@ pub(crate) fn build(workspace: &Workspace) -> Result<()> {
     if !problems.is_empty() {
         return Err(problems.join("\n"));
     }
-    println!("docs: all links, anchors and included code are there");
+    println!("docs: all links, anchors, included code and quoted errors are there");
     setup::prepare(workspace, &[Purpose::Book])?;
     let mut mdbook = Command::new(tools::mdbook(workspace));
     mdbook.arg("build").arg(workspace.root().join("docs"));
@@ -52,7 +52,49 @@ fn problems(root: &Path) -> Result<Vec<String>> {
         problems
             .extend(wrong.chain(missing).map(|problem| format!("{}: {problem}", page.display())));
     }
+    problems.extend(errors_that_nobody_says(root)?);
     Ok(problems)
+}
+
+/// The page that leads from an error's text to its remedy.
+const TROUBLESHOOTING: &str = "docs/troubleshooting.md";
+
+/// Texts in the first columns of that page's tables that are nowhere in the code.
+fn errors_that_nobody_says(root: &Path) -> Result<Vec<String>> {
+    let page = root.join(TROUBLESHOOTING);
+    let Ok(text) = fs::read_to_string(&page) else { return Ok(Vec::new()) };
+    let mut code = String::new();
+    gather_code(root, &mut code)?;
+    let first_columns = text.lines().filter_map(|line| line.strip_prefix('|')?.split('|').next());
+    let quoted = first_columns.flat_map(|cell| cell.split('`').skip(1).step_by(2));
+    let unsaid = quoted.filter(|quoted| !code.contains(*quoted));
+    Ok(unsaid.map(|quoted| format!("{}: no code says `{quoted}`", page.display())).collect())
+}
+
+/// The code of all crates, with texts that go on in the next line put together.
+fn gather_code(folder: &Path, code: &mut String) -> Result<()> {
+    let failed = |error| format!("{}: {error}", folder.display());
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if path.is_dir() {
+            if name != "target" && name != "tests" && !name.starts_with('.') {
+                gather_code(&path, code)?;
+            }
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let text = read(&path)?;
+            let mut goes_on = false;
+            for line in text.lines() {
+                let line = if goes_on { line.trim_start() } else { line };
+                goes_on = line.ends_with('\\');
+                code.push_str(line.trim_end_matches('\\'));
+                if !goes_on {
+                    code.push('\n');
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 fn read(path: &Path) -> Result<String> {
@@ -149,9 +191,14 @@ mod tests {
         let write = |path: &str, text: &str| fs::write(root.join(path), text).expect("a file");
         write("README.md", "[a](docs/a.md#first-one), [b](docs/a.md#second), [c](docs/c.md)");
         write("CONTRIBUTING.md", "```\n[not a link](nowhere.md)\n```\n[web](https://x.example/y)");
-        write("docs/SUMMARY.md", "- [A](a.md)\n- [Gone](gone.md)");
+        write("docs/SUMMARY.md", "- [A](a.md)\n- [Gone](gone.md)\n- [T](troubleshooting.md)");
         write("docs/a.md", "# First, `one`\n{{#include ../x.rs:full}}{{#include ../x.rs:empty}}");
         write("docs/lonely.md", "{{#include ../y.rs}}");
+        write(
+            TROUBLESHOOTING,
+            "| `one of two`, `a long one` | why |\n|---|---|\n| x `unsaid` | `y` |",
+        );
+        write("crate.rs", "const A: &str = \"one of two\"; const B: &str = \"a long \\\n   one\";");
         write(
             "x.rs",
             "// ANCHOR: full\n1\n// ANCHOR_END: full\n// ANCHOR: empty\n// ANCHOR_END: empty",
@@ -164,10 +211,11 @@ mod tests {
             "SUMMARY.md: the link gone.md leads nowhere",
             "lonely.md: SUMMARY.md does not list it",
             "lonely.md: ../y.rs, which it includes, is not there",
+            "troubleshooting.md: no code says `unsaid`",
             "a.md: ../x.rs has nothing between ANCHOR and ANCHOR_END: empty",
         ] {
             assert!(found.contains(problem), "{problem} is not among\n{found}");
         }
-        assert_eq!(found.lines().count(), 6, "{found}");
+        assert_eq!(found.lines().count(), 7, "{found}");
     }
 }
