@@ -188,6 +188,8 @@ fn the_metrics_page_is_made_from_the_table() {
          higher. Prometheus takes the same addresses. `top` shows each rank's state, version, rate \
          and the mean of its stages; `--once` prints them and ends. There is no authentication: who \
          reaches the address can read.\n\n\
+         [grafana.json](grafana.json) is a dashboard for Grafana: versions and states of all ranks, what an \
+         update takes and where its time goes, rates, what was aborted. [Tuning](tuning.md) reads it.\n\n\
          Every metric has the label `rank`.\n\n\
          | metric | kind | unit | labels | |\n|---|---|---|---|---|\n",
     );
@@ -217,4 +219,46 @@ fn the_metrics_page_is_made_from_the_table() {
          ```\n",
     );
     is_up_to_date("metrics.md", &page);
+}
+
+#[test]
+fn the_dashboard_asks_for_metrics_and_labels_that_are_there() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/grafana.json");
+    let dashboard = std::fs::read_to_string(path).expect("the dashboard");
+    let dashboard: Value = serde_json::from_str(&dashboard).expect("JSON");
+    let panels = dashboard["panels"].as_array().expect("panels");
+    let queries: Vec<&str> = panels
+        .iter()
+        .flat_map(|panel| panel["targets"].as_array().expect("targets"))
+        .map(|target| target["expr"].as_str().expect("a query"))
+        .collect();
+    let mut shown = std::collections::BTreeSet::new();
+    for query in &queries {
+        for rest in query.split("ckpt_engine_").skip(1) {
+            let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+            let (name, rest) = rest.split_at(end.expect("a selector"));
+            let name = format!("ckpt_engine_{name}");
+            let metric = METRICS.iter().find(|metric| match metric.kind {
+                MetricKind::Histogram => ["_bucket", "_sum", "_count"]
+                    .iter()
+                    .any(|suffix| name.strip_suffix(suffix) == Some(metric.name)),
+                _ => name == metric.name,
+            });
+            let metric = metric.unwrap_or_else(|| panic!("there is no {name}: {query}"));
+            shown.insert(metric.name);
+            let selector = rest.split(['{', '}']).nth(1).expect("a selector");
+            for matcher in selector.split(", ") {
+                let (label, values) = matcher.split_once('=').expect("a matcher");
+                if ["job", "rank"].contains(&label) {
+                    continue;
+                }
+                let known = metric.labels.iter().find(|(name, _)| *name == label);
+                let (_, known) = known.unwrap_or_else(|| panic!("{name} has no label {label}"));
+                for value in values.trim_matches(['~', '"']).split('|') {
+                    assert!(known.contains(&value), "{label} of {name} is never {value}");
+                }
+            }
+        }
+    }
+    assert!(shown.len() >= 7, "only {shown:?}");
 }
