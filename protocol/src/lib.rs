@@ -56,6 +56,7 @@ pub mod hub;
 mod leader;
 mod link;
 mod message;
+mod paths;
 #[cfg(test)]
 mod ranks;
 mod receiver;
@@ -66,6 +67,7 @@ mod secondary;
 mod sender;
 #[cfg(test)]
 mod tests;
+mod tree;
 mod witness;
 mod work;
 

@@ -293,6 +293,7 @@ impl<'a> World<'a> {
         let routed = match choices.of(4) {
             0 if senders == 0 => Some(Topology::Ring),
             1 if senders == 0 => Some(Topology::Star),
+            2 if senders == 0 => Some(Topology::Fastest),
             _ => None,
         };
         let idle = usize::from(choices.of(4) == 3);
