@@ -19,6 +19,7 @@ mod error;
 mod ffi;
 mod interface;
 mod lent;
+mod room;
 mod sys;
 
 use engine_core::{
