@@ -17,6 +17,8 @@ pub mod bare;
 mod engine;
 mod error;
 mod ffi;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod interface;
 mod lent;
 mod room;

@@ -50,6 +50,8 @@ mod address;
 mod channel;
 mod env;
 mod form;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod group;
 mod handshake;
 mod link;

@@ -52,6 +52,8 @@
 mod announced;
 mod collect;
 mod follower;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod hub;
 mod leader;
 mod link;
@@ -61,7 +63,7 @@ mod paths;
 mod ranks;
 mod receiver;
 mod route;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 mod schedules;
 mod secondary;
 mod sender;

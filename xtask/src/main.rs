@@ -5,6 +5,7 @@
 
 mod book;
 mod bundle;
+mod fuzz;
 mod process;
 mod python;
 mod receivers;
@@ -81,6 +82,10 @@ enum Task {
     /// Takes verl, Ray and what they import into the target folder, 210 MB, and prints a table: updates through verl's
     /// own manager and workers, compared byte for byte, with rollouts that die.
     Verl,
+    /// Fuzzes what decodes bytes from outside, with libFuzzer
+    ///
+    /// What is found goes to the target folder; inputs that matter are kept in `fuzz/corpus`.
+    Fuzz(fuzz::Options),
     /// Runs what a pull request has to pass: `.ci/run`
     Ci,
 }
@@ -99,6 +104,7 @@ fn main() -> ExitCode {
         Task::Book => book::build(&workspace),
         Task::Receivers => receivers::compare(&workspace),
         Task::Verl => verl::update(&workspace),
+        Task::Fuzz(options) => fuzz::run(&workspace, options),
         Task::Ci => run(Command::new(workspace.root().join(".ci/run"))),
     };
     match result {
