@@ -100,7 +100,7 @@ fn with_extras(workspace: &Workspace, options: &Options) -> Result<()> {
 /// Tells tests where the libraries are.
 fn with_libraries(command: &mut Command, workspace: &Workspace) {
     command.env(tools::TORCH_PYTHON, tools::torch_python(workspace));
-    command.env("CKPT_ENGINE_NIXL_DIR", tools::nixl(workspace));
+    command.env(tools::NIXL_DIR, tools::nixl(workspace));
     if tools::has_nvrtc(workspace) {
         command.env("CKPT_ENGINE_NVRTC_DIR", tools::nvrtc(workspace));
     }
