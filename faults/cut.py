@@ -23,11 +23,11 @@ def run(lab, case, seconds=None, kind=None):
         raise CannotRun('its hosts are joined by TCP alone, and need the backend nixl-tcp')
     kind = kind or case.random.choice([*BETWEEN_ROLLOUTS * 3, *OTHERS, *BAD])
     seconds = seconds or case.random.choice([3, 7, 13])
-    case.about(f'{kind}, {seconds} s')
-    with Switch(3, case.random.random()) as switch:
-        port = case.random.randrange(20000, 40000)
-        address = f'{switch.hosts[0].address()}:{port}'
-        with Group(lab, case, 'nixl-tcp', hosts=switch.hosts, address=address, interval=0.1, layers=1) as group:
+    rollouts = case.random.choice([2, 3])
+    case.about(f'{kind}, {seconds:g} s, {rollouts} rollouts')
+    with Switch(1 + rollouts, case.random.random()) as switch:
+        address = f'{switch.hosts[0].address()}:{case.random.randrange(20000, 40000)}'
+        with Group(lab, case, 'nixl-tcp', rollouts, hosts=switch.hosts, address=address, interval=0.1, layers=1) as group:
             group.comes_up()
             time.sleep(case.random.uniform(0.1, 0.5))
             case.faults += 1
@@ -45,7 +45,7 @@ def disturb(case, group, switch, kind, seconds):
             time.sleep(0.01)
         begun = switch.cut_at or time.monotonic()
     else:
-        switch.weather = Weather(cut=pairs(kind, victim))
+        switch.weather = Weather(cut=pairs(kind, victim, len(switch.hosts)))
     time.sleep(max(0.0, begun + seconds - time.monotonic()))
     healed = time.monotonic()
     if kind not in BAD:
@@ -58,14 +58,14 @@ def disturb(case, group, switch, kind, seconds):
         case.problem(STUCK, f'not all are active 40 s after it healed: {group.describe()}')
 
 
-def pairs(kind, victim):
-    other = 3 - victim
+def pairs(kind, victim, hosts):
+    others = set(range(hosts)) - {victim}
     return {
         'between rollouts': both(1, 2),
-        'from 1 to 2': {(1, 2)},
-        'from 2 to 1': {(2, 1)},
-        'trainer to rollout': {(0, victim)},
-        'rollout gone': both(victim, 0) | both(victim, other),
+        'from 1 to 2': frozenset({(1, 2)}),
+        'from 2 to 1': frozenset({(2, 1)}),
+        'trainer to rollout': frozenset({(0, victim)}),
+        'rollout gone': frozenset().union(*(both(victim, other) for other in others)),
     }[kind]
 
 
