@@ -45,7 +45,7 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
-    setup::prepare(workspace, &[Purpose::Tests])?;
+    setup::prepare(workspace, &[Purpose::Faults])?;
     let mut build = workspace.cargo();
     build.args(["build", "--locked", "--package", "cli"]);
     if options.release {

@@ -31,7 +31,7 @@ pub(crate) struct Options {
 
 /// Few combinations of features, all in one target folder: each one more builds dependencies anew.
 pub(crate) fn all(workspace: &Workspace, options: &Options) -> Result<()> {
-    setup::prepare(workspace, &[Purpose::Tests])?;
+    setup::prepare(workspace, &[Purpose::Tests, Purpose::Faults])?;
     let everything = options.extra.is_empty();
     if everything {
         let mut check = workspace.cargo();
