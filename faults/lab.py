@@ -38,6 +38,13 @@ class Case:
     what: list = dataclasses.field(default_factory=list)
     faults: int = 0
     problems: list = dataclasses.field(default_factory=list)
+    has_group: bool = True
+    seconds: float = 0.0
+
+    def is_late(self):
+        """Whether it has failed, and by nothing but time."""
+        kinds = {kind for kind, _ in self.problems}
+        return bool(kinds) and not kinds & {WRONG, LEAK}
 
     def about(self, text):
         self.what.append(text)
