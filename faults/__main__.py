@@ -53,6 +53,9 @@ def main():
     lab = Lab(chosen)
     print(f'seed {chosen.seed}, {chosen.minutes} minutes, {lab.program}', flush=True)
     cases, ignored = [], {}
+    if not lab.nixl:
+        ignored['nixl'] = 'CKPT_ENGINE_NIXL_DIR names no folder'
+        print(f'-- the transport nixl: ignored: {ignored["nixl"]}', flush=True)
     try:
         for at, cls in enumerate(chosen.classes):
             # What a class leaves of its time is for the others.
