@@ -14,6 +14,8 @@ mod worker;
 
 pub(crate) use card::Card;
 pub(crate) use handle::{Agent, Awaiting, Transfer};
+#[cfg(fuzzing)]
+pub(crate) use notice::Notice;
 pub(crate) use open::{AgentOptions, open, probe};
 pub(crate) use reach::Reach;
 

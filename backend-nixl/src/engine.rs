@@ -88,7 +88,7 @@ pub(crate) fn unique_name(rank: impl std::fmt::Display) -> String {
 #[serde(rename_all = "lowercase")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum Topology {
-    /// A ring: with equal links it is never slower than a star.
+    /// A ring for many buckets, a tree for few, within hosts wherever it can be: by how long an update would take.
     #[default]
     Auto,
     /// Each rollout from the one before it.
@@ -98,11 +98,11 @@ pub enum Topology {
 }
 
 impl Topology {
-    /// With B buckets that take t each, and R rollouts, a star takes B·R·t and a ring (B+R−1)·t, which is never more.
     fn shape(self) -> Shape {
         match self {
+            Self::Auto => Shape::Fastest,
             Self::Star => Shape::Star,
-            Self::Auto | Self::Ring => Shape::Ring,
+            Self::Ring => Shape::Ring,
         }
     }
 }
@@ -213,7 +213,8 @@ pub(crate) async fn prepare_trainer(context: EngineContext) -> Result<PreparedTr
     let metadata = WorkerMetadata::of_this_process(NAME, control.rank(), Role::Trainer, details);
     Ok(Prepared::new(metadata, move |place| async move {
         let link = Outgoing { node, pool, topology: options.topology };
-        let engine = Sender::new(link, &context, control, place.rollouts());
+        let hosts = place.peers.iter().map(|peer| (peer.rank, &*peer.host));
+        let engine = Sender::new(link, &context, control, place.rollouts()).with_hosts(hosts);
         Ok(Box::new(engine) as Box<dyn TrainerEngine>)
     }))
 }
@@ -375,10 +376,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_star_is_made_only_for_those_who_choose_it() {
+    fn the_shape_of_a_group_is_the_fastest_one_unless_another_is_chosen() {
         assert_eq!(Topology::default(), Topology::Auto);
         for (chosen, shape) in [
-            (Topology::Auto, Shape::Ring),
+            (Topology::Auto, Shape::Fastest),
             (Topology::Ring, Shape::Ring),
             (Topology::Star, Shape::Star),
         ] {

@@ -59,6 +59,15 @@ pub(crate) enum NixlError {
         "no memory for {0} bytes of buckets; use smaller ones (update_weights_bucket_megabytes)"
     )]
     Full(u64),
+    #[error(
+        "this process may open {left} more files, and an agent of NIXL opens up to {wanted}: raise its limit (ulimit -n)"
+    )]
+    Descriptors { left: u64, wanted: u64 },
+    #[error(
+        "this process may map {} MB more, and an agent of NIXL maps up to {} MB: raise its limit (ulimit -v)",
+        left >> 20, wanted >> 20
+    )]
+    Addresses { left: u64, wanted: u64 },
     #[error("{slots} slots of {bytes} bytes are more than this machine can address")]
     TooLarge { slots: u32, bytes: u64 },
     #[error("bytes 0..{filled} of slot {slot} lie outside {slots} slots of {bytes} bytes")]
@@ -115,6 +124,7 @@ impl NixlError {
             E::Another { .. } | E::Transports { .. } | E::TooLarge { .. } | E::Moved => true,
             E::Closed | E::System { .. } | E::Full(_) | E::InUse { .. } | E::Vacant { .. } => true,
             E::Kept { .. } | E::Device(_) => true,
+            E::Descriptors { .. } | E::Addresses { .. } => true,
         }
     }
 }
@@ -136,6 +146,7 @@ impl From<NixlError> for engine_core::Error {
                 ErrorKind::Io
             }
             E::Full(_) | E::Vacant { .. } | E::Kept { .. } => ErrorKind::Resource,
+            E::Descriptors { .. } | E::Addresses { .. } => ErrorKind::Resource,
             E::Device(error) => error.kind(),
             E::Outside { .. } | E::Unknown | E::Card(_) => ErrorKind::Protocol,
         };

@@ -17,8 +17,11 @@ pub mod bare;
 mod engine;
 mod error;
 mod ffi;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod interface;
 mod lent;
+mod room;
 mod sys;
 
 use engine_core::{

@@ -25,6 +25,8 @@
 //!   its group.
 
 mod engine;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod group;
 mod parts;
 mod thread;

@@ -52,6 +52,8 @@ mod env;
 mod ffi;
 mod fork;
 mod form;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod group;
 mod handshake;
 mod link;

@@ -13,14 +13,16 @@ use tracing::{debug, info, warn};
 
 use super::link::{Members, Part};
 use super::message::{Begin, Layout, Ticket, ToReceiver, ToSender, decode, encode, sender_of};
+use super::paths::Paths;
 use super::route::{Due, Gap, Route, Topology};
+use super::tree::{self, Site};
 use super::work::{Act, Collected, Done, Ended, Machine, Work};
 use super::{ENCODING, because, is_of_transport, too_late};
 use engine_core::control::{Event, Peer};
 use engine_core::observe::Progress;
 use engine_core::plan::{BucketLayout, Plan};
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Version, digest};
-use engine_core::{ReceiverReport, StageTimes, VersionState};
+use engine_core::{ReceiverReport, StageTimes, VersionState, WorkerMetadata};
 
 const FILLING: &str = "waiting for a trainer to fill a bucket";
 
@@ -55,6 +57,10 @@ pub(super) struct Leader {
     /// The ranks that hear of updates and have no other part in them.
     idle: BTreeSet<Rank>,
     absent: BTreeSet<Rank>,
+    /// The hosts of ranks, where they are known.
+    hosts: BTreeMap<Rank, String>,
+    /// Between receivers, where fetches failed.
+    paths: Paths,
     newcomers: Box<PartOf>,
     silence: Box<Silence>,
     /// Who may still read which slot, and the bucket that is in it. Unused with a route.
@@ -275,6 +281,8 @@ impl Leader {
             members: BTreeMap::new(),
             idle: BTreeSet::new(),
             absent: BTreeSet::new(),
+            hosts: BTreeMap::new(),
+            paths: Paths::default(),
             newcomers,
             silence,
             plan: Plan::default(),
@@ -296,6 +304,28 @@ impl Leader {
         } else {
             self.members.insert(rank, Member { part, ..Member::default() });
         }
+    }
+
+    /// Where a rank is, by a name that all ranks of its host have.
+    pub(super) fn locate(&mut self, rank: Rank, host: &str) {
+        self.hosts.insert(rank, host.to_owned());
+    }
+
+    /// The way of buckets to receivers in an update of a topology.
+    fn route(&self, topology: Topology, receivers: &[Rank], now: Instant) -> Route {
+        let mut numbers = BTreeMap::new();
+        let mut site = |rank: Rank| {
+            // A rank of which nothing is known is on a host of its own.
+            let host = self.hosts.get(&rank).map(String::as_str).ok_or(rank);
+            let next = numbers.len() as u32;
+            Site { rank, host: *numbers.entry(host).or_insert(next) }
+        };
+        let here = site(Rank::LEADER).host;
+        let sites: Vec<Site> = receivers.iter().map(|rank| site(*rank)).collect();
+        let (buckets, failed) = (self.plan.buckets.len() as u64, self.paths.avoided(now));
+        let tree = tree::plan(topology, buckets, here, &sites, &failed);
+        debug!(?topology, buckets, ?tree, ?failed, "who fetches from whom");
+        Route::new(self.settings.slots as u64, tree)
     }
 
     /// How many rollouts the next update has.
@@ -455,10 +485,10 @@ impl Leader {
     fn announce_update(&mut self, ticket: Option<Ticket>, now: Instant) -> Result<()> {
         let receivers: Vec<Rank> = self.receivers().collect();
         let active: Vec<Rank> = self.active().collect();
+        let topology = self.update.as_ref().and_then(|update| update.topology);
+        let route = topology.map(|topology| self.route(topology, &active, now));
         let Some(update) = &mut self.update else { return Ok(()) };
-        let topology = update.topology;
-        update.route = topology
-            .map(|topology| Route::new(topology, self.settings.slots as u64, active.clone()));
+        update.route = route;
         update.ticket.clone_from(&ticket);
         update.stage = if ticket.is_some() { Stage::Entering } else { Stage::Streaming };
         update.next = Next::Pending(now);
@@ -951,6 +981,10 @@ impl Leader {
             Event::Joined(peer) => {
                 if let Some(part) = (self.newcomers)(&peer) {
                     info!(rank = %peer.rank, ?part, "a rank joined; it takes part in the next update");
+                    // Ranks whose metadata travel by another way than the control plane's count as alone on their hosts.
+                    if let Ok(worker) = serde_json::from_slice::<WorkerMetadata>(&peer.payload) {
+                        self.locate(peer.rank, &worker.host);
+                    }
                     self.admit(peer.rank, part);
                 }
                 Ok(())
@@ -975,6 +1009,8 @@ impl Leader {
             slot.by.remove(&rank);
         }
         self.idle.remove(&rank);
+        self.hosts.remove(&rank);
+        self.paths.forget(rank);
         if let Some(update) = &mut self.update {
             update.told.remove(&rank);
         }
@@ -1072,6 +1108,7 @@ impl Leader {
             ToSender::Missed { update, index, from: source, error } if update == number => {
                 warn!(rank = %from, %source, bucket = index, %error, "a fetch failed");
                 let Some(route) = &mut present.route else { return Ok(false) };
+                self.paths.fail(from, source, self.settings.deadline, now);
                 if route.missed(from, source).is_err() {
                     return Err(Error::from(error).rank(source).bucket(index));
                 }
@@ -1340,6 +1377,122 @@ fn not_entered(operation: &str, deadline: Duration, silence: Option<Duration>) -
 #[cfg(test)]
 mod tests {
     use super::*;
+    use engine_core::plan::Piece;
+    use engine_core::{DType, TensorMeta};
+
+    /// A leader with receivers 1 to 3 in a ring, and its clock.
+    struct Ring {
+        leader: Leader,
+        now: Instant,
+        updates: u64,
+    }
+
+    impl Ring {
+        fn new() -> Self {
+            let settings = Settings {
+                deadline: Duration::from_secs(5),
+                slots: 4,
+                bucket_bytes: 256,
+                digests: false,
+                card: Bytes::new(),
+            };
+            let mut leader = Leader::new(settings, Box::new(|_| None), Box::new(|_| None));
+            (1..=3).for_each(|rank| leader.admit(Rank(rank), Part::Receiver));
+            Self { leader, now: Instant::now(), updates: 0 }
+        }
+
+        fn hear(&mut self, from: u32, message: &ToSender) {
+            let body = encode(message).expect("a message");
+            self.leader.event(Event::Message { from: Rank(from), body }, self.now);
+        }
+
+        /// Does what the leader asks for; whom it told to fetch from whom.
+        fn told(&mut self) -> Vec<(u32, u32)> {
+            let mut fetches = Vec::new();
+            while let Some(act) = self.leader.act() {
+                let done = match act {
+                    Act::Send { to, body } => {
+                        if let Ok(ToReceiver::Fetch { from, .. }) = decode(&body) {
+                            fetches.push((to.0, from.0));
+                        }
+                        continue;
+                    }
+                    Act::Begin { .. } => Done::Begun(Ok(None)),
+                    Act::Collect { index: 0 } => {
+                        let meta = TensorMeta::new("weight", DType::U8, [8]);
+                        let piece = Piece { meta, start: 0, len: 8, offset: 0 };
+                        let layout = Arc::new(BucketLayout::new(vec![piece]));
+                        Done::Collected(Ok(Some(Collected {
+                            layout,
+                            known: None,
+                            source_bytes: 8,
+                        })))
+                    }
+                    Act::Collect { .. } => Done::Collected(Ok(None)),
+                    Act::Fill { .. } => Done::Filled(Ok(0)),
+                    Act::Publish { .. } => Done::Published(Ok(())),
+                    _ => continue,
+                };
+                self.leader.done(done, self.now);
+            }
+            fetches
+        }
+
+        /// An update of one bucket, in which a fetch may fail; who fetched from whom.
+        fn update(&mut self, fails: Option<(u32, u32)>) -> Vec<(u32, u32)> {
+            self.updates += 1;
+            let update = self.updates;
+            self.leader
+                .begin(update, Version(update), Some(Topology::Ring), self.now)
+                .expect("there are receivers");
+            let (mut all, mut due) = (Vec::new(), VecDeque::new());
+            for rank in 1..=3 {
+                due.extend(self.told());
+                let (card, plan, held) = (Bytes::new(), None, Vec::new());
+                self.hear(rank, &ToSender::Entered { update, card, plan, held });
+            }
+            loop {
+                due.extend(self.told());
+                let Some((by, from)) = due.pop_front() else { break };
+                all.push((by, from));
+                if fails == Some((by, from)) {
+                    let error = ErrorReport::from(&too_late(Duration::ZERO, "fetching"));
+                    let message = ToSender::Missed { update, index: 0, from: Rank(from), error };
+                    self.hear(by, &message);
+                } else {
+                    self.hear(by, &ToSender::Fetched { update, index: 0 });
+                    self.hear(by, &ToSender::Release { update, index: 0 });
+                }
+            }
+            for rank in 1..=3 {
+                let (digest, seconds, notes) = (0, 0.0, "{}".to_owned());
+                self.hear(rank, &ToSender::Confirm { update, digest, seconds, notes });
+            }
+            drop(self.told());
+            assert!(self.leader.end().is_some_and(|ended| ended.is_ok()), "update {update}");
+            all
+        }
+    }
+
+    #[test]
+    fn the_updates_after_a_fetch_that_failed_go_around_its_path_for_a_while() {
+        let mut ring = Ring::new();
+        assert_eq!(ring.update(None), [(1, 0), (2, 1), (3, 2)]);
+        assert_eq!(ring.update(Some((3, 2))), [(1, 0), (2, 1), (3, 2), (3, 1)]);
+        assert_eq!(ring.update(None), [(1, 0), (2, 1), (3, 1)]);
+        ring.now += Duration::from_secs(5 * 16);
+        assert_eq!(ring.update(None), [(1, 0), (2, 1), (3, 2)]);
+    }
+
+    #[test]
+    fn a_path_that_failed_is_forgotten_with_its_rank() {
+        let mut ring = Ring::new();
+        ring.update(Some((3, 2)));
+        let error = ErrorReport::from(&lost_in_words());
+        ring.leader.event(Event::Lost { rank: Rank(2), error }, ring.now);
+        ring.leader.admit(Rank(2), Part::Receiver);
+        assert_eq!(ring.update(None), [(1, 0), (2, 1), (3, 2)]);
+    }
 
     #[test]
     fn a_rank_that_has_not_entered_is_told_apart_from_one_that_is_stopped() {

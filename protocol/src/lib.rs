@@ -52,20 +52,24 @@
 mod announced;
 mod collect;
 mod follower;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod hub;
 mod leader;
 mod link;
 mod message;
+mod paths;
 #[cfg(test)]
 mod ranks;
 mod receiver;
 mod route;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 mod schedules;
 mod secondary;
 mod sender;
 #[cfg(test)]
 mod tests;
+mod tree;
 mod witness;
 mod work;
 

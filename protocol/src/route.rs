@@ -3,8 +3,8 @@
 //!
 //! No IO and no clock: it is told what happened, and says what is to be done.
 //!
-//! The ranks are a tree with the trainer at its root: a star, or a chain, which is what a ring is to
-//! bytes that have one origin. A bucket lies in the same slot on every rank. A rank keeps it until
+//! The ranks are a tree with the trainer at its root (`tree.rs`): a star, a chain, which is what a ring is to
+//! bytes that have one origin, or one in between. A bucket lies in the same slot on every rank. A rank keeps it until
 //! nobody here reads it any more and its children *and their children* have it. So when a rank dies,
 //! its children find what they lack at its parent, and go on there.
 
@@ -23,6 +23,9 @@ pub enum Topology {
     /// Every receiver fetches from the one before it, the first from the trainer: the time of an
     /// update hardly grows with the number of receivers.
     Ring,
+    /// As a model of an update's time has it, from the number of buckets in the last update, the receivers and their
+    /// hosts: a chain for many buckets, a tree for few, within hosts wherever it can be.
+    Fastest,
 }
 
 /// A fetch that is due.
@@ -65,20 +68,13 @@ struct Node {
 }
 
 impl Route {
-    pub(super) fn new(
-        topology: Topology,
-        slots: u64,
-        receivers: impl IntoIterator<Item = Rank>,
-    ) -> Self {
+    /// Along a tree: receivers and from whom they fetch, parents first.
+    pub(super) fn new(slots: u64, tree: impl IntoIterator<Item = (Rank, Rank)>) -> Self {
         let mut nodes = BTreeMap::from([(Rank::LEADER, Node::default())]);
-        let mut parent = Rank::LEADER;
-        for rank in receivers {
+        for (rank, parent) in tree {
             nodes.insert(rank, Node { parent: Some(parent), ..Node::default() });
             if let Some(node) = nodes.get_mut(&parent) {
                 node.children.push(rank);
-            }
-            if topology == Topology::Ring {
-                parent = rank;
             }
         }
         Self { slots, nodes }
@@ -216,9 +212,20 @@ impl Route {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tree::{Site, plan};
     use proptest::prelude::*;
 
     const SLOTS: u64 = 4;
+
+    fn any_topology() -> impl Strategy<Value = Topology> {
+        prop_oneof![Just(Topology::Star), Just(Topology::Ring), Just(Topology::Fastest)]
+    }
+
+    fn route(topology: Topology, slots: u64, buckets: u64, receivers: u32) -> Route {
+        let sites = (1..=receivers).map(|rank| Site { rank: Rank(rank), host: rank % 3 });
+        let sites: Vec<Site> = sites.collect();
+        Route::new(slots, plan(topology, buckets, 0, &sites, &BTreeSet::new()))
+    }
 
     /// Ranks with slots: every fetch copies the number of a bucket, and finds out whether it is the
     /// one that was announced.
@@ -232,10 +239,10 @@ mod tests {
     }
 
     impl World {
-        fn new(topology: Topology, receivers: u32) -> Self {
+        fn new(topology: Topology, buckets: u64, receivers: u32) -> Self {
             let ranks = || (0..=receivers).map(Rank);
             Self {
-                route: Route::new(topology, SLOTS, ranks().skip(1)),
+                route: route(topology, SLOTS, buckets, receivers),
                 slots: ranks().map(|rank| (rank, vec![None; SLOTS as usize])).collect(),
                 received: ranks().skip(1).map(|rank| (rank, Vec::new())).collect(),
                 under_way: Vec::new(),
@@ -312,25 +319,24 @@ mod tests {
     proptest! {
         #[test]
         fn every_receiver_gets_every_bucket_once_whatever_the_order_of_events(
-            ring in any::<bool>(),
+            topology in any_topology(),
             receivers in 1_u32..6,
             buckets in 0_u64..20,
             choices in proptest::collection::vec(any::<usize>(), 0..300),
         ) {
-            let topology = if ring { Topology::Ring } else { Topology::Star };
-            World::new(topology, receivers).finish(choices.into_iter(), buckets);
+            World::new(topology, buckets, receivers).finish(choices.into_iter(), buckets);
         }
 
         #[test]
         fn survivors_of_a_death_get_every_bucket_whenever_it_happens(
-            ring in any::<bool>(),
+            topology in any_topology(),
+            planned in 1_u64..20,
             receivers in 2_u32..7,
             dead in 1_u32..7,
             after in 0_usize..150,
             choices in proptest::collection::vec(any::<usize>(), 0..400),
         ) {
-            let topology = if ring { Topology::Ring } else { Topology::Star };
-            let mut world = World::new(topology, receivers);
+            let mut world = World::new(topology, planned, receivers);
             let mut choices = choices.into_iter();
             for _ in 0..after {
                 world.step(choices.next().unwrap_or(0), 16);
@@ -341,12 +347,14 @@ mod tests {
 
         #[test]
         fn a_second_death_is_survived_or_is_a_gap_but_never_other_bytes(
+            topology in any_topology(),
+            planned in 1_u64..20,
             receivers in 3_u32..7,
             dead in (1_u32..7, 1_u32..7),
             pause in (0_usize..100, 0_usize..30),
             choices in proptest::collection::vec(any::<usize>(), 0..400),
         ) {
-            let mut world = World::new(Topology::Ring, receivers);
+            let mut world = World::new(topology, planned, receivers);
             let mut choices = choices.into_iter();
             for (dead, pause) in [(dead.0, pause.0), (dead.1, pause.1)] {
                 for _ in 0..pause {
@@ -362,7 +370,7 @@ mod tests {
 
     #[test]
     fn a_fetch_that_fails_goes_on_one_rank_further_up_and_at_the_trainer_it_ends() {
-        let mut route = Route::new(Topology::Ring, 2, [Rank(1), Rank(2)]);
+        let mut route = route(Topology::Ring, 2, 2, 2);
         route.filling(0);
         route.filled(0);
         assert_eq!(route.next_due(), Some(Due { by: Rank(1), from: Rank(0), bucket: 0 }));
@@ -379,7 +387,7 @@ mod tests {
 
     #[test]
     fn a_reader_that_keeps_a_bucket_is_the_one_that_is_awaited() {
-        let mut route = Route::new(Topology::Star, 1, [Rank(1), Rank(2)]);
+        let mut route = route(Topology::Star, 1, 2, 2);
         route.filling(0);
         route.filled(0);
         while let Some(due) = route.next_due() {

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
+#[cfg(test)]
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
 
 use super::follower::{self, Follower, told_of_fetch};
@@ -47,6 +48,7 @@ const STRANGER: Rank = Rank(99);
 const MODELS: [u64; 5] = [3, 5, 1, 0, 8];
 
 /// A fault of the past, put back at the seams of the machines.
+#[cfg_attr(fuzzing, expect(dead_code, reason = "tests plant them"))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Planted {
     /// Numbers of updates begin anew with every group.
@@ -88,8 +90,8 @@ type Content = (u64, u64);
 /// A slot: its group, its owner where every rank has slots of its own, and its number.
 type SlotId = (u64, Option<Rank>, u32);
 /// A promise that was broken, in words.
-type Broken = String;
-type Checked<T = ()> = std::result::Result<T, Broken>;
+pub(super) type Broken = String;
+pub(super) type Checked<T = ()> = std::result::Result<T, Broken>;
 
 macro_rules! keep {
     ($holds:expr, $($words:tt)*) => {
@@ -293,6 +295,7 @@ impl<'a> World<'a> {
         let routed = match choices.of(4) {
             0 if senders == 0 => Some(Topology::Ring),
             1 if senders == 0 => Some(Topology::Star),
+            2 if senders == 0 => Some(Topology::Fastest),
             _ => None,
         };
         let idle = usize::from(choices.of(4) == 3);
@@ -1483,7 +1486,14 @@ fn run(numbers: &[u16], faults: bool, planted: Option<Planted>, log: bool) -> Ch
     result
 }
 
+/// Whether a group keeps its promises in a schedule; the first that it breaks.
+#[cfg(fuzzing)]
+pub(super) fn keeps_promises(numbers: &[u16], faults: bool) -> Checked {
+    run(numbers, faults, None, false)
+}
+
 /// Runs so many schedules; the first that breaks a promise, as short as it can be.
+#[cfg(test)]
 fn search(
     cases: u32,
     seed: u8,
@@ -1504,6 +1514,7 @@ fn search(
     }
 }
 
+#[cfg(test)]
 #[track_caller]
 fn promises_hold(seed: u8, faults: bool) {
     let cases = std::env::var("CKPT_ENGINE_SCHEDULES").ok().and_then(|n| n.parse().ok());
@@ -1514,6 +1525,7 @@ fn promises_hold(seed: u8, faults: bool) {
 }
 
 /// For each of the tests below.
+#[cfg(test)]
 const CASES: u32 = 25_000;
 
 #[test]
@@ -1536,6 +1548,7 @@ fn groups_keep_their_promises_through_still_other_faults() {
     promises_hold(4, true);
 }
 
+#[cfg(test)]
 #[track_caller]
 fn is_found(planted: Planted, faults: bool, words: &str) {
     let (numbers, broken) = search(20_000, 5, faults, Some(planted)).expect("it is not found");

@@ -84,6 +84,18 @@ impl<L: SendLink> Sender<L> {
         self
     }
 
+    /// Says where ranks are, this one too, by names that all ranks of a host have: for [`Topology::Fastest`]. Those of
+    /// ranks that join later are in their metadata.
+    ///
+    /// [`Topology::Fastest`]: super::Topology::Fastest
+    #[must_use]
+    pub fn with_hosts<'a>(mut self, hosts: impl IntoIterator<Item = (Rank, &'a str)>) -> Self {
+        for (rank, host) in hosts {
+            self.leader.locate(rank, host);
+        }
+        self
+    }
+
     /// Waits until colocated ranks have released all buckets, but no longer than that; whether they have. After
     /// the last update: before the slots are freed.
     async fn wait_until_released(&mut self, limit: Duration) -> bool {

@@ -21,7 +21,7 @@ use tokio::net::TcpStream;
 /// The longest answer that is read.
 const MAX_ANSWER_BYTES: usize = 16 << 20;
 /// The longest part of a server's own words that is repeated.
-const MAX_WORDS: usize = 600;
+pub(crate) const MAX_WORDS: usize = 600;
 
 /// Where a server is: `http://HOST:PORT`, and a path before its own ones if there is one.
 ///
@@ -64,6 +64,11 @@ impl FromStr for ServerUrl {
         }
         let host = uri.host().filter(|host| !host.is_empty());
         let host = host.ok_or_else(|| refuse("it has no host"))?.to_owned();
+        let inside = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+        if inside.unwrap_or(&host).contains(['[', ']']) || (inside.is_none() && host.contains(':'))
+        {
+            return Err(refuse("an IPv6 address stands in brackets: `http://[::1]:8000`"));
+        }
         if uri.query().is_some() || uri.authority().is_some_and(|all| all.as_str().contains('@')) {
             return Err(refuse("a query and a user's name have no meaning here"));
         }
@@ -107,7 +112,7 @@ impl schemars::JsonSchema for ServerUrl {
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
-    body: Bytes,
+    pub(crate) body: Bytes,
 }
 
 impl Answer {
@@ -221,6 +226,13 @@ mod tests {
         ] {
             assert_eq!(text.parse::<ServerUrl>().unwrap().to_string(), url);
         }
+    }
+
+    #[test]
+    fn brackets_within_a_host_are_refused() {
+        // `33[:` would be its host, which is none when it is read again.
+        let error = "http://33[:]:03".parse::<ServerUrl>().unwrap_err();
+        assert!(error.to_string().contains("brackets"), "{error}");
     }
 
     proptest! {

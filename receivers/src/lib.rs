@@ -34,6 +34,8 @@
 mod chunk;
 mod engine;
 mod fleet;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod http;
 pub mod vllm;
 

@@ -5,6 +5,8 @@
 
 mod book;
 mod bundle;
+mod faults;
+mod fuzz;
 mod process;
 mod python;
 mod receivers;
@@ -81,6 +83,16 @@ enum Task {
     /// Takes verl, Ray and what they import into the target folder, 210 MB, and prints a table: updates through verl's
     /// own manager and workers, compared byte for byte, with rollouts that die.
     Verl,
+    /// Kills, stops, cuts off and starves groups of the real program, and judges what they do
+    ///
+    /// Prints a line for each case, and a table of hangs, leaks, wrong bytes and groups that did not recover. Ends with 1 if
+    /// there is any. What needs namespaces (root, or those of users) or network devices (root) is ignored with its
+    /// reason where there are none, and a failure with CKPT_ENGINE_REQUIRE_ALL=1.
+    Faults(faults::Options),
+    /// Fuzzes what decodes bytes from outside, with libFuzzer
+    ///
+    /// What is found goes to the target folder; inputs that matter are kept in `fuzz/corpus`.
+    Fuzz(fuzz::Options),
     /// Runs what a pull request has to pass: `.ci/run`
     Ci,
 }
@@ -99,6 +111,8 @@ fn main() -> ExitCode {
         Task::Book => book::build(&workspace),
         Task::Receivers => receivers::compare(&workspace),
         Task::Verl => verl::update(&workspace),
+        Task::Faults(options) => faults::run(&workspace, options),
+        Task::Fuzz(options) => fuzz::run(&workspace, options),
         Task::Ci => run(Command::new(workspace.root().join(".ci/run"))),
     };
     match result {

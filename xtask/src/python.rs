@@ -12,7 +12,7 @@ use crate::{Result, tools};
 const PACKAGE: &str = "checkpoint-engine-python";
 
 pub(crate) fn prepare_and_test(workspace: &Workspace, arguments: &[String]) -> Result<()> {
-    setup::prepare(workspace, &[Purpose::Tests])?;
+    setup::prepare(workspace, &[Purpose::Tests, Purpose::Faults])?;
     test(workspace, arguments)
 }
 

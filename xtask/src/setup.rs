@@ -15,6 +15,8 @@ use crate::{Result, tests};
 pub(crate) enum Purpose {
     /// The tests.
     Tests,
+    /// What tests need, and faults do as well.
+    Faults,
     /// Formatting and lints.
     Lints,
     /// The check of the dependencies.
@@ -26,8 +28,8 @@ pub(crate) enum Purpose {
 }
 
 impl Purpose {
-    pub(crate) const ALL: [Self; 5] =
-        [Self::Tests, Self::Lints, Self::Deny, Self::Book, Self::Wheel];
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Tests, Self::Faults, Self::Lints, Self::Deny, Self::Book, Self::Wheel];
 }
 
 /// One thing that has to be there.
@@ -94,7 +96,7 @@ const STEPS: &[Step] = &[
     },
     Step {
         name: "NIXL",
-        purpose: Purpose::Tests,
+        purpose: Purpose::Faults,
         check: tools::has_nixl,
         install: Install::Automatic {
             how: "the wheel that xtask/tools/nixl.txt pins",
@@ -121,7 +123,7 @@ const STEPS: &[Step] = &[
     },
     Step {
         name: "iproute2",
-        purpose: Purpose::Tests,
+        purpose: Purpose::Faults,
         check: |_| tools::has_ip(),
         install: Install::Attempted {
             how: "apt-get install iproute2",

@@ -31,7 +31,7 @@ pub(crate) struct Options {
 
 /// Few combinations of features, all in one target folder: each one more builds dependencies anew.
 pub(crate) fn all(workspace: &Workspace, options: &Options) -> Result<()> {
-    setup::prepare(workspace, &[Purpose::Tests])?;
+    setup::prepare(workspace, &[Purpose::Tests, Purpose::Faults])?;
     let everything = options.extra.is_empty();
     if everything {
         let mut check = workspace.cargo();
@@ -100,7 +100,7 @@ fn with_extras(workspace: &Workspace, options: &Options) -> Result<()> {
 /// Tells tests where the libraries are.
 fn with_libraries(command: &mut Command, workspace: &Workspace) {
     command.env(tools::TORCH_PYTHON, tools::torch_python(workspace));
-    command.env("CKPT_ENGINE_NIXL_DIR", tools::nixl(workspace));
+    command.env(tools::NIXL_DIR, tools::nixl(workspace));
     if tools::has_nvrtc(workspace) {
         command.env("CKPT_ENGINE_NVRTC_DIR", tools::nvrtc(workspace));
     }

@@ -80,6 +80,9 @@ pub(crate) fn install_mdbook(workspace: &Workspace) -> Result<()> {
     run(cargo)
 }
 
+/// The environment variable that tells the engine where NIXL is.
+pub(crate) const NIXL_DIR: &str = "CKPT_ENGINE_NIXL_DIR";
+
 /// The environment variable that tells a test of a Python with PyTorch.
 pub(crate) const TORCH_PYTHON: &str = "CKPT_ENGINE_TORCH_PYTHON";
 

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// A message from one agent to another.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum Notice {
+pub(crate) enum Notice {
     /// "Write the first bytes of your slot to there." No bytes: "are you there?"
     Ask(Ask),
     /// The bytes are there. Nothing is written any more.
@@ -15,17 +15,17 @@ pub(super) enum Notice {
 
 /// What an agent wants written to its memory.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Ask {
-    pub(super) id: u64,
-    pub(super) slot: u32,
+pub(crate) struct Ask {
+    pub(crate) id: u64,
+    pub(crate) slot: u32,
     /// Address and length.
-    pub(super) target: (u64, u64),
-    pub(super) device: Option<u32>,
+    pub(crate) target: (u64, u64),
+    pub(crate) device: Option<u32>,
     /// How to reach the one who asks.
-    pub(super) metadata: Vec<u8>,
+    pub(crate) metadata: Vec<u8>,
     /// Counts how often that one has learnt to reach the one it asks: another number says that all
     /// connections from before are closed.
-    pub(super) era: u64,
+    pub(crate) era: u64,
     /// When it is too late.
-    pub(super) millis: u64,
+    pub(crate) millis: u64,
 }

@@ -10,7 +10,7 @@ use crate::arena::{Arena, Memory};
 use crate::error::NixlError;
 use crate::ffi::{ENGINE_CONFIG, RawAgent};
 use crate::lent::Process;
-use crate::sys;
+use crate::{room, sys};
 
 /// How an agent reaches others.
 #[derive(Clone, Debug, Default)]
@@ -38,6 +38,7 @@ pub(crate) fn open(
     arena: &Arena,
     spares: Vec<Memory>,
 ) -> Result<(RawAgent, Card), NixlError> {
+    room::check()?;
     let api = sys::load(options.library_dir.as_deref())?;
     let mut config = Vec::new();
     if arena.device().is_none() {
@@ -46,8 +47,17 @@ pub(crate) fn open(
         // that it cannot, and the peer is asked to write.
         config.push("PROTO_EMULATION_ENABLE=n".into());
     }
+    if std::env::var_os("UCX_TCP_CONN_NB").is_none() {
+        // UCX would wait within connect(2) for a host that does not answer, for as long as the kernel repeats its
+        // question (two minutes), and nothing else of this agent would go on meanwhile.
+        config.push("TCP_CONN_NB=y".into());
+    }
     if !options.transports.is_empty() {
         config.push(format!("TLS={}", options.transports));
+    } else if arena.device().is_none() && std::env::var_os("UCX_TLS").is_none() {
+        // A process that is killed as it begins would leave their files in /dev/shm. Bytes of other processes' memory
+        // do not travel by them.
+        config.push("TLS=^posix,sysv".into());
     }
     if !options.interface.is_empty() && std::env::var_os("UCX_NET_DEVICES").is_none() {
         config.push(format!("NET_DEVICES={}", options.interface));

@@ -58,6 +58,15 @@ async fn interfaces_that_are_not_there_are_named_and_no_peer_is_blamed() {
     assert!(!error.contains("peer"), "{error}");
 }
 
+#[tokio::test]
+async fn an_agent_of_host_memory_has_no_file_in_dev_shm_that_a_kill_could_leave() {
+    let agents = (agent("one").await, agent("other").await);
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    assert!(maps.contains("libucp"), "UCX is not mapped");
+    assert!(!maps.contains("ucx_shm_posix"), "{maps}");
+    drop(agents);
+}
+
 /// Begins a transfer; what comes of it.
 async fn begin(
     at: &(Agent, Arc<Arena>),

@@ -1,0 +1,22 @@
+//! What other agents say, for the targets of `fuzz/`. It is there in builds for fuzzing alone.
+
+use crate::agent::{Card, Notice};
+
+/// How another rank says that it is reached, and whether one of its slots is within its memory.
+pub fn card(bytes: &[u8], slot: u32, filled: u64) {
+    let Ok(card) = postcard::from_bytes::<Card>(bytes) else { return };
+    if let Ok((at, len)) = card.range(slot, filled) {
+        assert!(slot < card.slots && len as u64 <= card.slot_bytes);
+        assert!(at as u64 >= card.address);
+    }
+    let again = postcard::to_stdvec(&card).expect("what was read can be written");
+    assert_eq!(postcard::from_bytes::<Card>(&again).expect("what was written can be read"), card);
+}
+
+/// A message of another agent.
+pub fn notice(bytes: &[u8]) {
+    let Ok(notice) = postcard::from_bytes::<Notice>(bytes) else { return };
+    let again = postcard::to_stdvec(&notice).expect("what was read can be written");
+    let again: Notice = postcard::from_bytes(&again).expect("what was written can be read");
+    assert_eq!(format!("{again:?}"), format!("{notice:?}"));
+}

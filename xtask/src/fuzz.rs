@@ -1,0 +1,119 @@
+//! `cargo xtask fuzz`: libFuzzer on everything that decodes bytes from outside.
+//!
+//! libFuzzer needs counters in the code, which the pinned stable compiler can add; a sanitizer of memory it cannot,
+//! and the decoders have no unsafe code. `cargo fuzz run TARGET -s none` does the same.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clap::Args;
+
+use crate::Result;
+use crate::process::stage;
+use crate::workspace::Workspace;
+
+/// What has the compiler add libFuzzer's counters.
+const COVERAGE: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+     -Cllvm-args=-sanitizer-coverage-trace-compares";
+
+/// No answer to so few bytes takes longer, also on a busy machine.
+const SECONDS_OF_AN_INPUT: u32 = 25;
+const MEGABYTES: u32 = 2048;
+const LONGEST_INPUT: u32 = 4096;
+
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// A target of `fuzz/fuzz_targets`; all of them, one after the other, without it
+    target: Option<String>,
+
+    /// How long each target runs; with 0, only what is in its corpus does
+    #[arg(long, default_value_t = 10)]
+    seconds: u32,
+
+    /// What the inputs depend on; the time of day without it
+    #[arg(long)]
+    seed: Option<u32>,
+}
+
+pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
+    let all = targets(workspace)?;
+    let chosen: Vec<&String> = match &options.target {
+        None => all.iter().collect(),
+        Some(name) => all.iter().filter(|target| *target == name).collect(),
+    };
+    if chosen.is_empty() {
+        return Err(format!("the targets are {}", all.join(", ")));
+    }
+    let host = host(workspace)?;
+    let target_dir = workspace.target().join("fuzz");
+    let manifest = workspace.root().join("fuzz/Cargo.toml");
+    let mut build = workspace.cargo();
+    // For a named machine, so that build scripts and macros get no counters.
+    build.args(["build", "--release", "--locked", "--target", &host]);
+    build.arg("--manifest-path").arg(&manifest).arg("--target-dir").arg(&target_dir);
+    if let Some(name) = &options.target {
+        build.args(["--bin", name]);
+    }
+    build.env("RUSTFLAGS", COVERAGE);
+    stage("building", build)?;
+
+    let seed = options.seed.unwrap_or_else(|| {
+        SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.subsec_nanos().max(1))
+    });
+    for name in chosen {
+        // What is found goes to the first folder; the others are read.
+        let found = target_dir.join("corpus").join(name);
+        let kept = workspace.root().join("fuzz/corpus").join(name);
+        let artifacts = target_dir.join("artifacts").join(name);
+        for folder in [&found, &artifacts] {
+            std::fs::create_dir_all(folder)
+                .map_err(|error| format!("{}: {error}", folder.display()))?;
+        }
+        let mut fuzz = Command::new(target_dir.join(&host).join("release").join(name));
+        fuzz.arg(&found).args(Some(kept).filter(|folder| folder.is_dir()));
+        match options.seconds {
+            0 => fuzz.arg("-runs=0"),
+            seconds => fuzz.arg(format!("-max_total_time={seconds}")),
+        };
+        fuzz.arg(format!("-seed={seed}"));
+        fuzz.arg(format!("-timeout={SECONDS_OF_AN_INPUT}"));
+        fuzz.arg(format!("-rss_limit_mb={MEGABYTES}"));
+        fuzz.arg(format!("-max_len={LONGEST_INPUT}"));
+        fuzz.arg(format!("-artifact_prefix={}/", artifacts.display()));
+        fuzz.args(["-print_final_stats=1", "-verbosity=0"]);
+        fuzz.current_dir(workspace.root());
+        stage(name, fuzz).map_err(|error| {
+            format!(
+                "{error}\n{name}: the input is above, and in {}; keep it in fuzz/corpus/{name} with the fix",
+                artifacts.display()
+            )
+        })?;
+    }
+    Ok(())
+}
+
+/// The names of all targets.
+fn targets(workspace: &Workspace) -> Result<Vec<String>> {
+    let folder = workspace.root().join("fuzz/fuzz_targets");
+    let entries =
+        std::fs::read_dir(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    let mut names: Vec<String> = entries
+        .filter_map(|entry| Some(PathBuf::from(entry.ok()?.file_name())))
+        .filter(|name| name.extension().is_some_and(|extension| extension == "rs"))
+        .filter_map(|name| Some(name.file_stem()?.to_str()?.to_owned()))
+        .collect();
+    names.sort();
+    Ok(names)
+}
+
+/// The kind of machine that the compiler builds for by itself.
+fn host(workspace: &Workspace) -> Result<String> {
+    let mut version = Command::new("rustc");
+    let output = version.arg("-vV").current_dir(workspace.root()).output();
+    let output = output.map_err(|error| format!("rustc: {error}"))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let host = text.lines().find_map(|line| line.strip_prefix("host: "));
+    host.map(str::to_owned).ok_or_else(|| "rustc does not say what it builds for".into())
+}
