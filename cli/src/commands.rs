@@ -5,6 +5,7 @@ pub(crate) mod convert;
 pub(crate) mod doctor;
 pub(crate) mod plan;
 pub(crate) mod rollout;
+pub(crate) mod scale;
 pub(crate) mod sync;
 pub(crate) mod top;
 pub(crate) mod trainer;

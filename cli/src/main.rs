@@ -17,6 +17,7 @@ use commands::convert::{DequantizeArgs, QuantizeArgs, dequantize_command, quanti
 use commands::doctor::{DoctorArgs, doctor_command};
 use commands::plan::{PlanArgs, plan_command};
 use commands::rollout::{RolloutArgs, rollout_command};
+use commands::scale::scale_command;
 use commands::sync::{SyncArgs, sync_command};
 use commands::top::{TopArgs, top_command};
 use commands::trainer::{TrainerArgs, trainer_command};
@@ -125,6 +126,9 @@ fn main() -> ExitCode {
         Command::Bench(BenchArgs { what: Bench::Quant(args) }) => quant_bench_command(&args),
         Command::Bench(BenchArgs { what: Bench::Transfer(args) }) => {
             until_interrupted(transfer_command(&args))
+        }
+        Command::Bench(BenchArgs { what: Bench::Scale(args) }) => {
+            until_interrupted(scale_command(&args))
         }
     };
     result.unwrap_or_else(|error| {

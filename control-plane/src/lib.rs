@@ -66,6 +66,7 @@ pub use env::{TorchrunEnv, from_env, from_lookup};
 pub use form::{FormGroup, form_group, join_group};
 pub use plane::ControlPlane;
 pub use token::Token;
+pub use wire::TrafficCounts;
 
 use std::time::Duration;
 

@@ -61,7 +61,8 @@ pub(super) async fn serve(
                 }
             }
             accepted = listener.accept() => match accepted {
-                Ok(wire) => {
+                Ok(mut wire) => {
+                    wire.count(&shared.counters);
                     let stranger = strangers.enter();
                     let (config, shared, stop) = (config.clone(), shared.clone(), stop.clone());
                     links.spawn(async move {
@@ -306,11 +307,12 @@ fn beat(interval: Duration, tolerated: Duration) -> Duration {
 
 /// A member's traffic with the leader, until it ends or `stop`.
 pub(super) async fn follow(
-    traffic: Traffic,
+    mut traffic: Traffic,
     config: Arc<ControlConfig>,
     shared: Arc<Shared>,
     stop: CancellationToken,
 ) {
+    traffic.wire.count(&shared.counters);
     let on_frame = |frame| {
         shared.update(|mailbox, side| match frame {
             Frame::Message { channel, body } => mailbox.deliver(Rank::LEADER, channel, body),

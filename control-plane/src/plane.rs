@@ -16,7 +16,7 @@ use crate::group::{Group, Link, Mailbox};
 use crate::link::{follow, knock, serve};
 use crate::shared::{Shared, Side};
 use crate::wire::{Call, Frame, Outcome, Signal};
-use crate::{Address, Channel, ChannelId, ControlConfig, Event, Peer, Role};
+use crate::{Address, Channel, ChannelId, ControlConfig, Event, Peer, Role, TrafficCounts};
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result};
 
 /// How long a rank that gave up waiting listens for the leader's list of the missing ones.
@@ -131,6 +131,11 @@ impl ControlPlane {
     /// This process's role; the leader is a trainer.
     pub fn role(&self) -> Role {
         self.inner.role
+    }
+
+    /// What crossed this process's connections so far. On a member, what it said before it was admitted is not counted.
+    pub fn traffic(&self) -> TrafficCounts {
+        self.inner.shared.counters.read()
     }
 
     /// Forms the group: contributes this rank's metadata, and ends on every rank with the metadata

@@ -7,6 +7,7 @@
 
 use std::io;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -238,8 +239,48 @@ impl Heard {
     }
 }
 
+/// What crossed the connections of a control plane so far, both ways.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct TrafficCounts {
+    /// Frames: messages, and what the control plane says itself.
+    pub frames_sent: u64,
+    /// As `frames_sent`, the other way.
+    pub frames_received: u64,
+    /// Bytes on the wire.
+    pub bytes_sent: u64,
+    /// As `bytes_sent`, the other way.
+    pub bytes_received: u64,
+}
+
+/// Counts what crosses connections. The numbers are read for reports only, so their order does not matter.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    frames_sent: AtomicU64,
+    frames_received: AtomicU64,
+    bytes_sent: AtomicU64,
+    bytes_received: AtomicU64,
+}
+
+impl Counters {
+    pub(super) fn read(&self) -> TrafficCounts {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        TrafficCounts {
+            frames_sent: read(&self.frames_sent),
+            frames_received: read(&self.frames_received),
+            bytes_sent: read(&self.bytes_sent),
+            bytes_received: read(&self.bytes_received),
+        }
+    }
+}
+
+fn count(counter: &AtomicU64, by: usize) {
+    counter.fetch_add(by as u64, Ordering::Relaxed);
+}
+
 pub(super) struct FrameReader {
     pub(super) heard: Heard,
+    counters: Arc<Counters>,
     io: Pin<Box<dyn AsyncRead + Send>>,
     /// Frames, or the beginning of one.
     buffer: BytesMut,
@@ -250,6 +291,7 @@ pub(super) struct FrameReader {
 }
 
 pub(super) struct FrameWriter {
+    counters: Arc<Counters>,
     io: Pin<Box<dyn AsyncWrite + Send>>,
     buffer: BytesMut,
     sealed: BytesMut,
@@ -265,6 +307,7 @@ impl Wire {
         Self {
             reader: FrameReader {
                 heard: Heard::default(),
+                counters: Arc::default(),
                 io: reader.into(),
                 buffer: BytesMut::new(),
                 sealed: BytesMut::new(),
@@ -272,12 +315,19 @@ impl Wire {
                 codec,
             },
             writer: FrameWriter {
+                counters: Arc::default(),
                 io: writer.into(),
                 buffer: BytesMut::new(),
                 sealed: BytesMut::new(),
                 sealer: None,
             },
         }
+    }
+
+    /// Counts what crosses it from here on.
+    pub(super) fn count(&mut self, counters: &Arc<Counters>) {
+        self.reader.counters = Arc::clone(counters);
+        self.writer.counters = Arc::clone(counters);
     }
 
     /// Encrypts both directions from here on.
@@ -301,7 +351,10 @@ impl FrameReader {
         loop {
             // The codec compares the length with its limit before it reserves room for the frame.
             match self.codec.decode(&mut self.buffer) {
-                Ok(Some(bytes)) => return Frame::decode(bytes).map(Some),
+                Ok(Some(bytes)) => {
+                    count(&self.counters.frames_received, 1);
+                    return Frame::decode(bytes).map(Some);
+                }
                 Ok(None) => {}
                 Err(error) => {
                     return Err(malformed(format!(
@@ -316,7 +369,8 @@ impl FrameReader {
                 arriving.reserve(CHUNK);
             }
             let read = timeout(patience, self.io.read_buf(arriving)).await;
-            if matches!(read, Ok(Ok(1..))) {
+            if let Ok(Ok(bytes @ 1..)) = read {
+                count(&self.counters.bytes_received, bytes);
                 self.heard.note();
             }
             match read {
@@ -344,6 +398,7 @@ impl FrameWriter {
     /// Adds a frame to what the next flush writes; says whether it is time for one.
     pub(super) fn push(&mut self, frame: &Frame) -> Result<bool> {
         frame.encode(&mut self.buffer)?;
+        count(&self.counters.frames_sent, 1);
         Ok(self.buffer.len() >= CHUNK)
     }
 
@@ -361,7 +416,7 @@ impl FrameWriter {
                     let error = io::Error::from(io::ErrorKind::BrokenPipe);
                     return Err(Error::io("writing a frame", error));
                 }
-                Ok(Ok(_)) => {}
+                Ok(Ok(bytes)) => count(&self.counters.bytes_sent, bytes),
                 Ok(Err(error)) => return Err(Error::io("writing a frame", error)),
                 Err(_) => return Err(silent("writing a frame", patience)),
             }
