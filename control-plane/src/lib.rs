@@ -54,6 +54,7 @@ mod group;
 mod handshake;
 mod link;
 mod plane;
+mod relay;
 mod seal;
 mod shared;
 mod token;
@@ -65,6 +66,7 @@ pub use engine_core::control::{Control, Event, Peer, Role};
 pub use env::{TorchrunEnv, from_env, from_lookup};
 pub use form::{FormGroup, form_group, join_group};
 pub use plane::ControlPlane;
+pub use relay::Relay;
 pub use token::Token;
 pub use wire::TrafficCounts;
 
