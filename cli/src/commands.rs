@@ -4,6 +4,7 @@ pub(crate) mod bench;
 pub(crate) mod convert;
 pub(crate) mod doctor;
 pub(crate) mod plan;
+pub(crate) mod relay;
 pub(crate) mod rollout;
 pub(crate) mod scale;
 pub(crate) mod sync;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::address::{Listener, connect};
@@ -18,7 +18,7 @@ use crate::wire::{
     Counters, Frame, FrameReader, FrameWriter, Heard, Introduction, SEATS, SEATS_ROOM, Signal,
     Terms, Wire, decode, unexpected,
 };
-use crate::{ChannelId, ControlConfig, Event, Role};
+use crate::{ChannelId, ControlConfig, Event, Role, UPDATES};
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result};
 
 /// How many connections may be in their handshake at once, and how many of them from one address; the next one takes
@@ -31,6 +31,8 @@ pub(super) const FRAME_FLOOR: u32 = 4096;
 const BEAT_FLOOR: Duration = Duration::from_millis(1);
 /// How many frames are looked at together, before they are written.
 const BATCH: usize = 4096;
+/// How long a relay keeps what not all of its ranks have said.
+const LINGER: Duration = Duration::from_millis(2);
 /// How long a listener that cannot accept waits before it tries again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -256,7 +258,7 @@ fn admit(
 
 /// The leader's traffic with one member, until it ends.
 async fn attend(rank: Rank, traffic: Traffic, config: &ControlConfig, shared: &Shared) {
-    let end = converse(traffic, config, 0, |frame| {
+    let end = converse(traffic, config, Kind::OfARank, |frame| {
         shared.update(|mailbox, side| {
             let Side::Leader(group) = side else { return Err(unexpected(&frame)) };
             take_in(rank, frame, group, mailbox)
@@ -298,7 +300,7 @@ async fn attend_relay(mut wire: Wire, terms: Terms, config: &ControlConfig, shar
     });
     let traffic = Traffic { wire, queue, terms, cut: Arc::clone(&way.cut) };
     let mut seated = BTreeMap::<u32, Rank>::new();
-    let end = converse(traffic, config, SEATS_ROOM, |frame| {
+    let end = converse(traffic, config, Kind::OfARelay, |frame| {
         let Frame::Carried { seats, frame } = frame else { return Err(unexpected(&frame)) };
         shared.update(|mailbox, side| {
             let Side::Leader(group) = side else { return Err(unexpected(&frame)) };
@@ -500,7 +502,7 @@ pub(super) async fn follow(
             other => Err(unexpected(&other)),
         })
     };
-    let mut conversation = Box::pin(converse(traffic, &config, 0, on_frame));
+    let mut conversation = Box::pin(converse(traffic, &config, Kind::OfARank, on_frame));
     tokio::select! {
         end = &mut conversation => shared.update(|mailbox, _| lose_leader(end, mailbox)),
         () = stop.cancelled() => {
@@ -531,23 +533,32 @@ fn lose_leader(end: End, mailbox: &mut Mailbox) {
     mailbox.ended.get_or_insert(ErrorReport::from(&error));
 }
 
-/// Carries frames both ways until one side says goodbye, dies, breaks the protocol or is silent. Frames of the peer may
-/// have so much room beyond the limit.
+/// Whose a connection is.
+#[derive(Clone, Copy)]
+pub(super) enum Kind<'a> {
+    OfARank,
+    /// A relay's, on the side of who is above it.
+    OfARelay,
+    /// The same, on the relay's side, where so many ranks are behind it.
+    Upwards(&'a (dyn Fn() -> usize + Sync)),
+}
+
+/// Carries frames both ways until one side says goodbye, dies, breaks the protocol or is silent.
 pub(super) async fn converse(
     traffic: Traffic,
     config: &ControlConfig,
-    room: usize,
+    kind: Kind<'_>,
     on_frame: impl FnMut(Frame) -> Result<()>,
 ) -> End {
     let Traffic { wire: Wire { mut reader, writer }, queue, terms, cut } = traffic;
-    let carries = room > 0;
+    let room = if matches!(kind, Kind::OfARank) { 0 } else { SEATS_ROOM };
     reader.set_max_frame(config.max_frame_bytes.saturating_add(room));
     let beat = beat(config.heartbeat_interval, terms.heartbeat_timeout);
     let end = tokio::select! {
         biased;
         reason = cut.ordered() => End::Lost(reason),
         end = listen(reader, config.heartbeat_timeout, on_frame) => end,
-        error = speak(writer, queue, beat, config.heartbeat_timeout, carries) => End::Lost(error),
+        error = speak(writer, queue, beat, config.heartbeat_timeout, kind) => End::Lost(error),
     };
     match end {
         End::Left => End::Left,
@@ -596,14 +607,14 @@ async fn listen(
     }
 }
 
-/// Ends with an error only; after the last frame it leaves the socket to the reader. On the connection of a relay,
-/// equal frames of several ranks travel as one.
+/// Ends with an error only; after the last frame it leaves the socket to the reader. What ranks behind a relay say alike
+/// travels as one frame.
 async fn speak(
     mut writer: FrameWriter,
     mut queue: Queue,
     beat: Duration,
     patience: Duration,
-    carries: bool,
+    kind: Kind<'_>,
 ) -> Error {
     let mut batch = VecDeque::new();
     loop {
@@ -612,8 +623,8 @@ async fn speak(
                 batch.push_back(first);
                 while !batch.is_empty() {
                     batch.extend(std::iter::from_fn(|| queue.try_recv()).take(BATCH - 1));
-                    if carries {
-                        merge(&mut batch);
+                    if let Kind::Upwards(ranks) = kind {
+                        gather(&mut batch, &mut queue, ranks).await;
                     }
                     while let Some(frame) = batch.pop_front() {
                         let is_time = match writer.push(&frame) {
@@ -640,6 +651,34 @@ async fn speak(
     }
     writer.shutdown().await;
     std::future::pending().await
+}
+
+/// Puts together what ranks say alike, and waits a moment for those that have not said it yet: what all ranks say in an
+/// update, the leader waits for from all of them.
+async fn gather(
+    batch: &mut VecDeque<Frame>,
+    queue: &mut Queue,
+    ranks: &(dyn Fn() -> usize + Sync),
+) {
+    let until = Instant::now() + LINGER;
+    loop {
+        merge(batch);
+        let is_partial = |frame: &Frame| match frame {
+            Frame::Carried { seats, frame } => {
+                matches!(**frame, Frame::Message { channel: UPDATES, .. }) && seats.len() < ranks()
+            }
+            _ => false,
+        };
+        // Anything else is urgent, and what comes before it as well.
+        if batch.len() >= BATCH || !batch.iter().all(is_partial) {
+            return;
+        }
+        match timeout_at(until, queue.recv()).await {
+            Ok(Some(frame)) => batch.push_back(frame),
+            Ok(None) | Err(_) => return,
+        }
+        batch.extend(std::iter::from_fn(|| queue.try_recv()).take(BATCH));
+    }
 }
 
 /// Puts equal messages of several seats into one frame. What each seat says stays in its order.
@@ -679,8 +718,10 @@ fn merge(batch: &mut VecDeque<Frame>) {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
-    use crate::{Token, UPDATES};
+    use crate::Token;
 
     fn wire(io: tokio::io::DuplexStream) -> Wire {
         let (reader, writer) = tokio::io::split(io);
@@ -725,7 +766,9 @@ mod tests {
             }
         };
         assert_eq!((taken, refused.kind()), (7, ErrorKind::Resource), "{refused}");
-        let End::Lost(error) = converse(traffic, &config, 0, |_| Ok(())).await else { panic!() };
+        let End::Lost(error) = converse(traffic, &config, Kind::OfARank, |_| Ok(())).await else {
+            panic!()
+        };
         assert_eq!(error.kind(), ErrorKind::Resource, "{error}");
         assert!(error.to_string().contains("does not read"), "{error}");
     }
@@ -781,6 +824,59 @@ mod tests {
             if let Err(error) = joined {
                 assert!(error.to_string().contains("max_frame_bytes"), "{error}");
             }
+        }
+    }
+
+    #[test]
+    fn strangers_of_one_address_shed_their_own_oldest_and_nobody_else() {
+        let strangers = Arc::new(Strangers::default());
+        let address = |last| Some(IpAddr::from([10, 0, 0, last]));
+        let honest = strangers.enter(address(1));
+        let many: Vec<_> = (0..2 * STRANGERS_OF_ONE).map(|_| strangers.enter(address(2))).collect();
+        assert!(!honest.shed.is_cancelled());
+        let shed = many.iter().take_while(|stranger| stranger.shed.is_cancelled()).count();
+        assert_eq!(shed, STRANGERS_OF_ONE);
+        assert!(many.iter().skip(shed).all(|stranger| !stranger.shed.is_cancelled()));
+        // Those of many addresses shed the oldest of all.
+        let crowd: Vec<_> =
+            (0..STRANGERS).map(|at| strangers.enter(address(3 + (at / 32) as u8))).collect();
+        assert!(honest.shed.is_cancelled());
+        assert!(crowd.iter().all(|stranger| !stranger.shed.is_cancelled()));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_merged_is_what_every_rank_said_in_its_order(
+            said in prop::collection::vec((0..4_u32, 0..3_u8, any::<bool>()), 0..40),
+        ) {
+            let frame = |&(seat, body, is_message): &(u32, u8, bool)| Frame::Carried {
+                seats: vec![seat],
+                frame: Box::new(match is_message {
+                    true => self::said(&Bytes::from(vec![body])),
+                    false => Frame::Signal(Signal::Withdraw { id: body.into() }),
+                }),
+            };
+            let mut merged: VecDeque<Frame> = said.iter().map(frame).collect();
+            merge(&mut merged);
+            for seat in 0..4 {
+                let of_seat = |frames: &mut dyn Iterator<Item = Frame>| -> Vec<Frame> {
+                    frames
+                        .filter_map(|carried| match carried {
+                            Frame::Carried { seats, frame } if seats.contains(&seat) => Some(*frame),
+                            _ => None,
+                        })
+                        .collect()
+                };
+                let (before, after) = (
+                    of_seat(&mut said.iter().map(frame)),
+                    of_seat(&mut merged.iter().cloned()),
+                );
+                prop_assert_eq!(before, after);
+            }
+            // A message of all seats that stands alone is one frame.
+            let mut alike: VecDeque<Frame> = (0..4).map(|seat| frame(&(seat, 1, true))).collect();
+            merge(&mut alike);
+            prop_assert_eq!(alike.len(), 1);
         }
     }
 }

@@ -12,8 +12,8 @@ use tokio_util::sync::CancellationToken;
 use crate::address::{Listener, connect};
 use crate::group::{End, Link, Outbox};
 use crate::handshake::{Newcomer, introduce_relay, refuse};
-use crate::link::{Traffic, acceptable, converse, knock, link, open_door};
-use crate::wire::{Frame, Introduction, SEATS_ROOM, Signal, Terms, Wire, unexpected};
+use crate::link::{Kind, Traffic, acceptable, converse, knock, link, open_door};
+use crate::wire::{Frame, Introduction, Signal, Terms, Wire, unexpected};
 use crate::{Address, ControlConfig};
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result};
 
@@ -322,7 +322,9 @@ async fn carry(
             carried.say_who_is_silent();
         }
     };
-    let mut conversation = Box::pin(converse(traffic, &config, SEATS_ROOM, |frame| match frame {
+    let ranks = || carried.lock().down.len();
+    let upwards = Kind::Upwards(&ranks);
+    let mut conversation = Box::pin(converse(traffic, &config, upwards, |frame| match frame {
         Frame::Carried { seats, frame } => {
             carried.pass_down(&seats, &frame, own);
             Ok(())
@@ -380,7 +382,7 @@ async fn attend(mut wire: Wire, who: Introduction, carried: &Carried, config: &C
     let traffic = Traffic { wire, queue, terms, cut: Arc::clone(&way.cut) };
     let seat = carried.seat(Arc::new(way));
     carried.say(seat, Frame::Signal(Signal::Introduction(who)));
-    let end = converse(traffic, config, 0, |frame| match frame {
+    let end = converse(traffic, config, Kind::OfARank, |frame| match frame {
         Frame::Message { .. }
         | Frame::Signal(Signal::Read { .. } | Signal::Call { .. } | Signal::Withdraw { .. }) => {
             carried.say(seat, frame);
@@ -402,7 +404,7 @@ async fn attend_relay(mut wire: Wire, terms: Terms, carried: &Carried, config: &
     carried.lock().relays.push(way.outbox.clone());
     let traffic = Traffic { wire, queue, terms, cut: Arc::clone(&way.cut) };
     let mut seated = BTreeMap::<u32, u32>::new();
-    let end = converse(traffic, config, SEATS_ROOM, |frame| {
+    let end = converse(traffic, config, Kind::OfARelay, |frame| {
         let Frame::Carried { seats, frame } = frame else { return Err(unexpected(&frame)) };
         if matches!(*frame, Frame::Carried { .. } | Frame::Reply { .. }) {
             return Err(unexpected(&frame));

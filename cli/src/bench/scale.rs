@@ -30,6 +30,8 @@ pub struct Setting {
     pub tensors: u32,
     /// Buckets of an update, at most as many as tensors.
     pub buckets: u32,
+    /// How many rollouts share a relay; 0 without relays.
+    pub behind: u32,
     /// Updates that are measured after the first.
     pub repeats: u32,
 }

@@ -27,6 +27,9 @@ Examples:
   An update of 500 buckets to 1000 rollouts:
     ckpt-engine bench scale --rollouts 1000 --tensors 500 --buckets 500
 
+  The same with a relay for each 64 of them:
+    ckpt-engine bench scale --rollouts 1000 --tensors 500 --buckets 500 --behind 64
+
   A million tensors:
     ckpt-engine bench scale --rollouts 1 --tensors 1000000 --buckets 16
 
@@ -42,6 +45,9 @@ pub(crate) struct ScaleArgs {
     /// The numbers of buckets of an update; of settings with fewer tensors than buckets, as many as tensors
     #[arg(long, value_name = "N,N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=100_000))]
     buckets: Vec<u32>,
+    /// How many rollouts share a relay's connection to rank 0, as those of one host would; 0 without relays
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=4096))]
+    behind: u32,
     /// Updates that are measured after the first
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..1000))]
     repeats: u32,
@@ -62,7 +68,7 @@ impl ScaleArgs {
     fn settings(&self) -> Vec<Setting> {
         let setting = |rollouts, tensors: u32, buckets: u32| {
             let buckets = buckets.min(tensors);
-            Setting { rollouts, tensors, buckets, repeats: self.repeats }
+            Setting { rollouts, tensors, buckets, behind: self.behind, repeats: self.repeats }
         };
         if self.rollouts.is_empty() && self.tensors.is_empty() && self.buckets.is_empty() {
             let rollouts = [1, 4, 16, 64, 256, 1024].map(|n| setting(n, 100, 1));
@@ -95,7 +101,7 @@ pub(crate) async fn scale_command(args: &ScaleArgs) -> Result<ExitCode, Failure>
         let mut secret = Vec::new();
         let input = std::io::Read::take(std::io::stdin(), Token::MAX_BYTES as u64);
         std::io::Read::read_to_end(&mut { input }, &mut secret)?;
-        members(count, at.clone(), Token::new(&secret)?).await?;
+        members(count, args.behind, at.clone(), Token::new(&secret)?).await?;
         return Ok(ExitCode::SUCCESS);
     }
     let settings = args.settings();

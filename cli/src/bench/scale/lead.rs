@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use checkpoint_engine::backend::memory::Pool;
-use checkpoint_engine::control::{Address, ControlConfig, Token};
+use checkpoint_engine::control::{Address, ControlConfig, Relay, Token};
 use checkpoint_engine::{
     CheckpointEngineConfig, ControlPlane, DType, Rank, Registry, Result, Role, Version, Weight,
     ensure_async_iterator, form_group,
@@ -14,7 +14,7 @@ use rustix::time::{ClockId, clock_gettime};
 use tokio::process::Child;
 
 use super::tiny::{NAME, Tiny};
-use super::{Cost, MEASURING, ScaleLine, Setting, child, failed, read};
+use super::{Cost, ScaleLine, Setting, child, failed, read};
 
 /// The size of a tensor, and the room that it takes in a bucket.
 const TENSOR: (usize, u64) = (8, 256);
@@ -127,7 +127,9 @@ pub async fn lead(setting: Setting) -> Result<ScaleLine> {
     let token = Token::generate()?;
     let control = ControlPlane::lead(control_config("127.0.0.1:0".parse()?, token.clone())).await?;
     let (address, count) = (control.address().to_string(), setting.rollouts.to_string());
-    let mut rollouts = child(&["--members", &count, "--at", &address], Some(&token)).await?;
+    let behind = setting.behind.to_string();
+    let rollouts = ["--members", &count, "--behind", &behind, "--at", &address];
+    let mut rollouts = child(&rollouts, Some(&token)).await?;
     let mut meter = Meter::new(&control, &rollouts);
     let registry = Registry::new().with(Tiny { bucket_bytes, pool });
     let group = form_group(&registry, config(), &control).deadline(PATIENCE);
@@ -156,16 +158,24 @@ pub async fn lead(setting: Setting) -> Result<ScaleLine> {
     Ok(ScaleLine { setting, forming, first, steady, forming_memory, memory, rollout_memory })
 }
 
-/// Runs so many rollouts as tasks of this process, until their trainer leaves.
+/// Runs so many rollouts as tasks of this process, until their trainer leaves; of each relay so many, or without relays
+/// if that is 0.
 ///
 /// # Errors
 ///
 /// The first failure of any of them.
-pub async fn members(count: u32, at: Address, token: Token) -> Result<()> {
+pub async fn members(count: u32, behind: u32, at: Address, token: Token) -> Result<()> {
     let pool = Pool::new(1)?;
     let registry = Registry::new().with(Tiny { bucket_bytes: TENSOR.1, pool });
     let registry = std::sync::Arc::new(registry);
+    let relays = count.checked_div(behind).map_or(0, |_| count.div_ceil(behind));
+    let listen: Address = "127.0.0.1:0".parse()?;
+    let starting = (0..relays)
+        .map(|_| Relay::start(control_config(at.clone(), token.clone()), listen.clone()));
+    let relays = try_join_all(starting).await?;
     let member = |rank: u32| {
+        let relay = (rank - 1).checked_div(behind).and_then(|at| relays.get(at as usize));
+        let at = relay.map_or(&at, Relay::address);
         let (registry, config, at) =
             (registry.clone(), config(), control_config(at.clone(), token.clone()));
         async move {
@@ -190,6 +200,8 @@ pub async fn members(count: u32, at: Address, token: Token) -> Result<()> {
     let panicked =
         |error: tokio::task::JoinError| super::failed(std::io::Error::other(error.to_string()));
     let ended = try_join_all(members).await.map_err(panicked)?;
-    tracing::debug!("{MEASURING}: the group has ended");
+    for relay in relays {
+        relay.close().await?;
+    }
     ended.into_iter().collect()
 }
