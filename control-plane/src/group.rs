@@ -215,6 +215,11 @@ impl Outbox {
         Arc::as_ptr(&self.waiting)
     }
 
+    /// Whether so much waits that who adds to it has to stop.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > self.budget / 2
+    }
+
     pub(super) fn seat(&self) -> Option<u32> {
         self.seat
     }

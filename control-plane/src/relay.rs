@@ -385,6 +385,11 @@ async fn attend(mut wire: Wire, who: Introduction, carried: &Carried, config: &C
     let end = converse(traffic, config, Kind::OfARank, |frame| match frame {
         Frame::Message { .. }
         | Frame::Signal(Signal::Read { .. } | Signal::Call { .. } | Signal::Withdraw { .. }) => {
+            if carried.up.outbox.is_crowded() {
+                // Rather one rank that says too much than all ranks.
+                let message = "its relay has no room for what it says: its connection ends";
+                return Err(Error::new(ErrorKind::Resource, "relaying a message", message));
+            }
             carried.say(seat, frame);
             Ok(())
         }

@@ -8,6 +8,7 @@
 
 mod fit;
 mod lead;
+mod simulated;
 mod tiny;
 
 use std::process::Stdio;
@@ -20,6 +21,7 @@ use tokio::process::{Child, Command};
 
 pub use fit::{Exponent, exponents};
 pub use lead::{lead, members};
+pub use simulated::{SimulatedLine, simulated};
 
 /// What to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -4,7 +4,9 @@ use std::process::ExitCode;
 
 use checkpoint_engine::control::{Address, Token};
 use clap::Args;
-use cli::bench::scale::{Cost, ScaleLine, Setting, exponents, lead, members, scale};
+use cli::bench::scale::{
+    Cost, ScaleLine, Setting, SimulatedLine, exponents, lead, members, scale, simulated,
+};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::Failure;
@@ -30,6 +32,9 @@ Examples:
   The same with a relay for each 64 of them:
     ckpt-engine bench scale --rollouts 1000 --tensors 500 --buckets 500 --behind 64
 
+  What 10 000 rollouts would cost, simulated:
+    ckpt-engine bench scale --simulate 10000 --buckets 500 --behind 64
+
   A million tensors:
     ckpt-engine bench scale --rollouts 1 --tensors 1000000 --buckets 16
 
@@ -48,6 +53,11 @@ pub(crate) struct ScaleArgs {
     /// How many rollouts share a relay's connection to rank 0, as those of one host would; 0 without relays
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=4096))]
     behind: u32,
+    /// Run the state machines of a group of N rollouts instead, with the costs of frames and messages that a real
+    /// one of 64 has here; of --buckets and --behind the first counts
+    #[arg(long, value_name = "N", conflicts_with_all = ["rollouts", "tensors"],
+          value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    simulate: Option<u32>,
     /// Updates that are measured after the first
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..1000))]
     repeats: u32,
@@ -104,6 +114,12 @@ pub(crate) async fn scale_command(args: &ScaleArgs) -> Result<ExitCode, Failure>
         members(count, args.behind, at.clone(), Token::new(&secret)?).await?;
         return Ok(ExitCode::SUCCESS);
     }
+    if let Some(rollouts) = args.simulate {
+        let buckets = args.buckets.first().copied().unwrap_or(500);
+        let line = simulated(rollouts, args.behind, buckets).await?;
+        say(if args.json { json_line(&line)? } else { simulated_row(&line) })?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let settings = args.settings();
     let bar = ProgressBar::new(settings.len() as u64);
     let bar = match ProgressStyle::with_template("{wide_bar} {pos}/{len} settings, {elapsed}") {
@@ -137,6 +153,23 @@ pub(crate) async fn scale_command(args: &ScaleArgs) -> Result<ExitCode, Failure>
 }
 
 const HEAD: &str = "rollouts tensors buckets | phase: seconds, CPU of rank 0, CPU of all rollouts, frames and bytes at rank 0";
+
+fn simulated_row(line: &SimulatedLine) -> String {
+    format!(
+        "simulated: {} rollouts, {} behind a relay, {} buckets: {:.2} s of CPU at rank 0 for an update\n  \
+         {} frames of {:.1} µs and {} messages of {:.2} µs as measured here with 64 rollouts, and {:.2} s of the state \
+         machine",
+        line.rollouts,
+        line.behind,
+        line.buckets,
+        line.cpu,
+        line.frames,
+        line.frame_us,
+        line.messages,
+        line.message_us,
+        line.machine
+    )
+}
 
 fn row(line: &ScaleLine) -> String {
     let Setting { rollouts, tensors, buckets, .. } = line.setting;
