@@ -570,6 +570,13 @@ impl Group {
                     Error::new(ErrorKind::Resource, "joining the group", "no rank is left")
                 })?,
         };
+        // A relay needs no socket for a rank, so sockets bound nothing.
+        let is_known = self.slots.contains_key(&rank);
+        if !is_known && self.slots.len() >= self.max_world_size as usize {
+            let message =
+                format!("the group has {} ranks already (max_world_size)", self.max_world_size);
+            return Err(Error::new(ErrorKind::Resource, "joining the group", message));
+        }
         self.slots.insert(rank, Slot { role: who.role, link: Some(link), payload: None });
         Ok((rank, mailbox.succeed(rank)))
     }

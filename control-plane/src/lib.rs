@@ -96,7 +96,7 @@ pub struct ControlConfig {
     /// unread: see [`Channel`].
     pub max_frame_bytes: usize,
     /// The largest group that the leader forms, in ranks: what a member says of the size is not believed
-    /// beyond this. 65 536.
+    /// beyond this, and no rank that would be one more is let in. 65 536.
     pub max_world_size: u32,
 }
 

@@ -178,3 +178,27 @@ fn a_relay_with_another_token_is_refused() {
         assert_eq!(error.kind(), ErrorKind::Authentication, "{error}");
     });
 }
+
+#[test]
+fn a_group_takes_no_more_ranks_than_it_may_have_whatever_way_they_come() {
+    block_on(async {
+        let mut config = config(&any());
+        config.max_world_size = 3;
+        let leader = ControlPlane::lead(config).await.unwrap();
+        let relay = relay(leader.address()).await;
+        let mut members = group(&leader, &[relay.address(), leader.address()]).await;
+        for at in [relay.address(), leader.address()] {
+            let mut config = self::config(at);
+            config.connect_timeout = Duration::from_millis(300);
+            let refused = ControlPlane::join(config, Role::Rollout, None).await.unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::Timeout, "{refused}");
+            let source = std::error::Error::source(&refused).unwrap().to_string();
+            assert!(source.contains("max_world_size"), "{source}");
+        }
+        // The place of one that has left is free.
+        let rank = members[0].rank();
+        members.remove(0).close().await.unwrap();
+        assert_eq!(event(&leader).await, Event::Left { rank });
+        assert_eq!(join(relay.address(), None).await.unwrap().rank(), rank);
+    });
+}

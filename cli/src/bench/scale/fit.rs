@@ -19,6 +19,7 @@ pub struct Exponent {
 /// largest such family of at least three settings.
 pub fn exponents(lines: &[ScaleLine]) -> Vec<Exponent> {
     type Of = fn(&ScaleLine) -> u32;
+    type Phase = fn(&ScaleLine) -> &Cost;
     let quantities: [(&str, Of, [Of; 2]); 3] = [
         ("rollouts", |l| l.setting.rollouts, [|l| l.setting.tensors, |l| l.setting.buckets]),
         ("tensors", |l| l.setting.tensors, [|l| l.setting.rollouts, |l| l.setting.buckets]),
@@ -42,7 +43,7 @@ pub fn exponents(lines: &[ScaleLine]) -> Vec<Exponent> {
                 fitted.push(Exponent { cost: cost.to_owned(), with, exponent, points });
             }
         };
-        let phases: [(&str, fn(&ScaleLine) -> &Cost); 3] = [
+        let phases: [(&str, Phase); 3] = [
             ("forming", |line| &line.forming),
             ("first update", |line| &line.first),
             ("later updates", |line| &line.steady),
