@@ -16,7 +16,9 @@ use commands::bench::{Bench, BenchArgs, quant_bench_command, transfer_command};
 use commands::convert::{DequantizeArgs, QuantizeArgs, dequantize_command, quantize_command};
 use commands::doctor::{DoctorArgs, doctor_command};
 use commands::plan::{PlanArgs, plan_command};
+use commands::relay::{RelayArgs, relay_command};
 use commands::rollout::{RolloutArgs, rollout_command};
+use commands::scale::scale_command;
 use commands::sync::{SyncArgs, sync_command};
 use commands::top::{TopArgs, top_command};
 use commands::trainer::{TrainerArgs, trainer_command};
@@ -45,6 +47,8 @@ enum Command {
     Trainer(TrainerArgs),
     /// Be a rollout of a trainer's group
     Rollout(RolloutArgs),
+    /// Carry the control traffic of a host's rollouts on one connection to the trainer
+    Relay(RelayArgs),
     /// Show what the ranks of running updates are doing
     Top(TopArgs),
     /// Say which backends can run on this machine, and what the others need
@@ -116,6 +120,7 @@ fn main() -> ExitCode {
         Command::Sync(args) => until_interrupted(sync_command(&args)),
         Command::Trainer(args) => until_interrupted(trainer_command(&args)),
         Command::Rollout(args) => until_interrupted(rollout_command(&args)),
+        Command::Relay(args) => until_interrupted(relay_command(&args)),
         Command::Top(args) => until_interrupted(top_command(&args)),
         Command::Doctor(args) => doctor_command(&args),
         Command::Verify(args) => verify_command(&args),
@@ -125,6 +130,9 @@ fn main() -> ExitCode {
         Command::Bench(BenchArgs { what: Bench::Quant(args) }) => quant_bench_command(&args),
         Command::Bench(BenchArgs { what: Bench::Transfer(args) }) => {
             until_interrupted(transfer_command(&args))
+        }
+        Command::Bench(BenchArgs { what: Bench::Scale(args) }) => {
+            until_interrupted(scale_command(&args))
         }
     };
     result.unwrap_or_else(|error| {

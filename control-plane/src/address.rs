@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::net::IpAddr;
 use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -213,10 +214,14 @@ impl Listener {
         }
     }
 
-    pub(super) async fn accept(&self) -> io::Result<Wire> {
+    /// The next connection, and the host that it comes from; of this host by a Unix socket, none is named.
+    pub(super) async fn accept(&self) -> io::Result<(Wire, Option<IpAddr>)> {
         match &self.socket {
-            Socket::Tcp(listener) => tcp_wire(listener.accept().await?.0),
-            Socket::Unix(listener) => Ok(unix_wire(listener.accept().await?.0)),
+            Socket::Tcp(listener) => {
+                let (stream, from) = listener.accept().await?;
+                Ok((tcp_wire(stream)?, Some(from.ip())))
+            }
+            Socket::Unix(listener) => Ok((unix_wire(listener.accept().await?.0), None)),
         }
     }
 }

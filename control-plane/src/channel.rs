@@ -112,6 +112,10 @@ impl Control for Channel {
         Self::recv(self, deadline).await
     }
 
+    fn send_all(&self, to: &[Rank], body: Bytes) -> Vec<(Rank, Error)> {
+        self.plane.send_all(self.id, to, &body)
+    }
+
     fn cut(&self, rank: Rank, reason: &Error) -> Result<()> {
         self.plane.cut(rank, reason)
     }

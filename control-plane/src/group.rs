@@ -4,13 +4,15 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 
-use crate::wire::{Call, FRAME_OVERHEAD, Frame, Heard, Introduction, Outcome, Signal, encode};
+use crate::wire::{
+    Call, FRAME_OVERHEAD, Frame, Heard, Introduction, Outcome, SEATS, Signal, encode,
+};
 use crate::{ChannelId, Event, Peer, Role, UPDATES};
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result};
 
@@ -166,6 +168,8 @@ pub(super) struct Outbox {
     /// The bytes that wait.
     waiting: Arc<AtomicUsize>,
     budget: usize,
+    /// The peer's seat, if the connection is that of a relay, which it shares with others.
+    seat: Option<u32>,
 }
 
 /// The other end of an [`Outbox`].
@@ -188,16 +192,61 @@ impl Outbox {
     pub(super) fn new(budget: usize) -> (Self, Queue) {
         let (frames, queue) = unbounded_channel();
         let waiting = Arc::<AtomicUsize>::default();
-        let outbox = Self { frames, waiting: Arc::clone(&waiting), budget };
+        let outbox = Self { frames, waiting: Arc::clone(&waiting), budget, seat: None };
         (outbox, Queue { frames: queue, waiting })
+    }
+
+    /// The way to the one who has a seat, on the connection of a relay.
+    pub(super) fn of_seat(&self, seat: u32) -> Self {
+        Self { seat: Some(seat), ..self.clone() }
     }
 
     pub(super) fn send(&self, frame: Frame) -> std::result::Result<(), NotQueued> {
         self.send_within(self.budget, frame)
     }
 
+    /// Whether both are ways on one connection.
+    pub(super) fn is_of(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.waiting, &other.waiting)
+    }
+
+    /// What is the same of all ways on one connection, and of no other one.
+    pub(super) fn connection(&self) -> *const AtomicUsize {
+        Arc::as_ptr(&self.waiting)
+    }
+
+    /// Whether so much waits that who adds to it has to stop.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > self.budget / 2
+    }
+
+    pub(super) fn seat(&self) -> Option<u32> {
+        self.seat
+    }
+
+    /// Queues a frame for several seats of the connection.
+    pub(super) fn send_to_seats(
+        &self,
+        seats: &[u32],
+        frame: &Frame,
+    ) -> std::result::Result<(), NotQueued> {
+        let connection = Self { seat: None, ..self.clone() };
+        seats.chunks(SEATS).try_for_each(|seats| {
+            let frame = Box::new(frame.clone());
+            connection.send(Frame::Carried { seats: seats.to_vec(), frame })
+        })
+    }
+
+    fn carried(&self, frame: Frame) -> Frame {
+        match self.seat {
+            Some(seat) => Frame::Carried { seats: vec![seat], frame: Box::new(frame) },
+            None => frame,
+        }
+    }
+
     /// Queues a frame if it does not wait behind more than a part of the budget.
     fn send_within(&self, part: usize, frame: Frame) -> std::result::Result<(), NotQueued> {
+        let frame = self.carried(frame);
         let cost = frame.cost();
         // No other memory is read because of this number, so its order does not matter.
         let before = self.waiting.fetch_add(cost, Ordering::Relaxed);
@@ -211,6 +260,7 @@ impl Outbox {
 
     /// The last frame, whatever waits before it: nothing can be sent after it.
     pub(super) fn close_with(self, frame: Frame) -> std::result::Result<(), NotQueued> {
+        let frame = self.carried(frame);
         self.frames.send(frame).map_err(|_| NotQueued::Closed)
     }
 }
@@ -250,7 +300,10 @@ pub(super) struct Link {
     pub(super) heard: Heard,
     /// How often the peer says something.
     pub(super) beat: Duration,
-    /// Ends the connection from this side, for the reason that is left with it.
+    /// What a relay says of the peer's silence, and when it did.
+    pub(super) silent: Option<(Duration, Instant)>,
+    /// Ends the connection from this side, for the reason that is left with it; that of a relay, if the peer has a
+    /// seat there.
     pub(super) cut: Arc<Cut>,
 }
 
@@ -262,7 +315,7 @@ pub(super) struct Cut {
 }
 
 impl Cut {
-    fn order(&self, reason: ErrorReport) {
+    pub(super) fn order(&self, reason: ErrorReport) {
         self.reason.get_or_init(|| reason);
         self.ordered.cancel();
     }
@@ -341,8 +394,39 @@ impl Link {
     }
 
     pub(super) fn signal(&self, frame: Signal) {
-        if let Err(why) = self.queue(Frame::Signal(frame)) {
+        self.tell(Frame::Signal(frame));
+    }
+
+    /// The way to the one who has a seat, on the connection of a relay.
+    pub(super) fn of_seat(&self, seat: u32) -> Self {
+        Self {
+            outbox: self.outbox.of_seat(seat),
+            limit: self.limit,
+            unread: BTreeMap::new(),
+            heard: self.heard.clone(),
+            silent: None,
+            beat: self.beat,
+            cut: Arc::clone(&self.cut),
+        }
+    }
+
+    /// Says something on another way of the connection.
+    pub(super) fn tell_by(&self, way: &Outbox, frame: Frame) {
+        if way.send(frame) == Err(NotQueued::Full) {
+            self.cut.order(ErrorReport::from(&self.unread()));
+        }
+    }
+
+    pub(super) fn tell(&self, frame: Frame) {
+        if let Err(why) = self.queue(frame) {
             tracing::trace!(?why, "the peer's link ended before this frame");
+        }
+    }
+
+    /// Queues a frame for several seats of the connection. Where that has ended, the end of each rank is on its way.
+    pub(super) fn send_to_seats(&self, seats: &[u32], frame: &Frame) {
+        if self.outbox.send_to_seats(seats, frame) == Err(NotQueued::Full) {
+            self.cut.order(ErrorReport::from(&self.unread()));
         }
     }
 
@@ -357,6 +441,11 @@ impl Link {
 
     /// How long the peer is silent although it should have said something twice; zero while it is not.
     pub(super) fn silence(&self) -> Duration {
+        if self.outbox.seat.is_some() {
+            // A relay says it anew with each of its heartbeats.
+            let told = self.silent.filter(|(_, at)| at.elapsed() < self.beat * 3);
+            return told.map_or(Duration::ZERO, |(silence, at)| silence + at.elapsed());
+        }
         let silence = self.heard.ago();
         if silence > self.beat * 2 { silence } else { Duration::ZERO }
     }
@@ -399,6 +488,8 @@ pub(super) struct Group {
     expected: BTreeSet<Rank>,
     /// How many updates have begun.
     pub(super) updates: u64,
+    /// The connections of relays.
+    relays: Vec<Outbox>,
 }
 
 #[derive(Debug)]
@@ -442,6 +533,7 @@ impl Group {
             pending: BTreeMap::new(),
             expected: BTreeSet::new(),
             updates: 0,
+            relays: Vec::new(),
         }
     }
 
@@ -478,6 +570,13 @@ impl Group {
                     Error::new(ErrorKind::Resource, "joining the group", "no rank is left")
                 })?,
         };
+        // A relay needs no socket for a rank, so sockets bound nothing.
+        let is_known = self.slots.contains_key(&rank);
+        if !is_known && self.slots.len() >= self.max_world_size as usize {
+            let message =
+                format!("the group has {} ranks already (max_world_size)", self.max_world_size);
+            return Err(Error::new(ErrorKind::Resource, "joining the group", message));
+        }
         self.slots.insert(rank, Slot { role: who.role, link: Some(link), payload: None });
         Ok((rank, mailbox.succeed(rank)))
     }
@@ -518,9 +617,53 @@ impl Group {
     }
 
     /// Ends a member's connection; it is lost, for this reason, and may join again.
-    pub(super) fn cut(&self, rank: Rank, reason: ErrorReport) -> Result<()> {
-        self.link(rank)?.cut.order(reason);
+    pub(super) fn cut(
+        &mut self,
+        rank: Rank,
+        reason: ErrorReport,
+        mailbox: &mut Mailbox,
+    ) -> Result<()> {
+        let link = self.link(rank)?;
+        if link.outbox.seat.is_some() {
+            link.signal(Signal::Lost(reason.clone()));
+            self.end(rank, End::Lost(reason.into()), mailbox);
+        } else {
+            link.cut.order(reason);
+        }
         Ok(())
+    }
+
+    /// Queues the same message of updates for several ranks, once for each connection. The ranks that it could not be
+    /// queued for, and why.
+    pub(super) fn message_all(
+        &mut self,
+        to: &[Rank],
+        channel: ChannelId,
+        body: &Bytes,
+    ) -> Vec<(Rank, Error)> {
+        let mut refused = Vec::new();
+        // By the address of what the seats of one connection share.
+        let mut relays: BTreeMap<*const AtomicUsize, (Rank, Vec<u32>)> = BTreeMap::new();
+        for &rank in to {
+            let sent = self.link_mut(rank).and_then(|link| match link.outbox.seat {
+                Some(seat) if channel == UPDATES => {
+                    if body.len().saturating_add(FRAME_OVERHEAD) > link.limit {
+                        return Err(too_large(body.len(), link.limit).rank(rank));
+                    }
+                    let connection = link.outbox.connection();
+                    relays.entry(connection).or_insert((rank, Vec::new())).1.push(seat);
+                    Ok(())
+                }
+                _ => link.message(rank, channel, body.clone()),
+            });
+            refused.extend(sent.err().map(|error| (rank, error)));
+        }
+        let frame = Frame::Message { channel, body: body.clone() };
+        for (first, seats) in relays.into_values() {
+            let Ok(link) = self.link(first) else { continue };
+            link.send_to_seats(&seats, &frame);
+        }
+        refused
     }
 
     pub(super) fn link_mut(&mut self, to: Rank) -> Result<&mut Link> {
@@ -539,11 +682,31 @@ impl Group {
         self.slots.iter().filter_map(peer).collect()
     }
 
+    /// A relay has connected.
+    pub(super) fn add_relay(&mut self, connection: Outbox) {
+        self.relays.push(connection);
+    }
+
+    /// A relay's connection has ended.
+    pub(super) fn remove_relay(&mut self, connection: &Outbox) {
+        self.relays.retain(|relay| !relay.is_of(connection));
+    }
+
+    /// Whether a rank has this seat, and not another one meanwhile.
+    pub(super) fn sits(&self, rank: Rank, seat: &Outbox) -> bool {
+        self.link(rank).is_ok_and(|link| link.outbox.seat == seat.seat && link.outbox.is_of(seat))
+    }
+
     /// Says goodbye to everyone.
     pub(super) fn dissolve(&mut self) {
         for slot in self.slots.values_mut() {
             if let Some(link) = slot.link.take() {
                 link.signal(Signal::Goodbye);
+            }
+        }
+        for relay in self.relays.drain(..) {
+            if relay.close_with(Frame::Signal(Signal::Goodbye)).is_err() {
+                tracing::trace!("the relay is gone already");
             }
         }
     }
@@ -760,27 +923,37 @@ impl Group {
 
     fn reply_all(&self, to: &[(Rank, u64)], outcome: &Outcome, mailbox: &mut Mailbox) {
         let encoded = encode(outcome).map(Bytes::from);
+        // Ranks that share a connection are sent the same reply once.
+        let mut relays: BTreeMap<(*const AtomicUsize, u64), (&Link, Vec<u32>)> = BTreeMap::new();
         for (rank, id) in to.iter().copied() {
             if rank == Rank::LEADER {
                 mailbox.settle(id, outcome.clone());
                 continue;
             }
             // A link that ended meanwhile has nobody to tell.
-            let Some(link) = self.slots.get(&rank).and_then(|slot| slot.link.as_ref()) else {
-                continue;
-            };
-            let reply = |outcome| Signal::Reply { id, outcome };
+            let Ok(link) = self.link(rank) else { continue };
+            let reply = |outcome| Frame::Reply { id, outcome };
             let sent = encoded.as_ref().map_err(ErrorReport::from).and_then(|bytes| {
-                let frame = Frame::Signal(reply(bytes.clone()));
+                let fits = bytes.len().saturating_add(FRAME_OVERHEAD) <= link.limit;
+                if let Some(seat) = link.outbox.seat.filter(|_| fits) {
+                    let connection = link.outbox.connection();
+                    relays.entry((connection, id)).or_insert((link, Vec::new())).1.push(seat);
+                    return Ok(());
+                }
+                let frame = reply(bytes.clone());
                 link.send(rank, bytes.len(), frame).map_err(|error| ErrorReport::from(&error))
             });
             if let Err(report) = sent {
                 tracing::warn!(%rank, error = %report, "the answer to a call does not fit");
                 match encode(&Outcome::Failed(report)) {
-                    Ok(bytes) => link.signal(reply(bytes.into())),
+                    Ok(bytes) => link.tell(reply(bytes.into())),
                     Err(error) => tracing::error!(%error, "an error report does not encode"),
                 }
             }
+        }
+        let Ok(bytes) = encoded else { return };
+        for ((_, id), (link, seats)) in relays {
+            link.send_to_seats(&seats, &Frame::Reply { id, outcome: bytes.clone() });
         }
     }
 }

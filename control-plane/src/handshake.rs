@@ -9,6 +9,8 @@
 //!                                                    ←  Welcome { rank, terms, … }    or Refused
 //! ```
 //!
+//! A relay says `Relay(terms)` instead of its introduction, and is answered by the same.
+//!
 //! The member's first message shows that it knows the token, so that a stranger obtains nothing from the
 //! leader; a recording of it is worth nothing, because the leader gives no rank before the introduction,
 //! which only the one who made the message can encrypt.
@@ -40,6 +42,17 @@ pub(super) async fn introduce(
     rank: Option<Rank>,
     terms: Terms,
 ) -> Result<Welcome> {
+    greet(wire, token).await?;
+    let introduction = Introduction { role, rank, terms };
+    wire.writer.send(Signal::Introduction(introduction), PATIENCE).await?;
+    match next(wire).await? {
+        Signal::Welcome { rank, terms, unread } => Ok(Welcome { rank, terms, unread }),
+        other => Err(refusal(other)),
+    }
+}
+
+/// Shows the other side that this one knows the token, and the other way; all that follows is encrypted.
+async fn greet(wire: &mut Wire, token: &Token) -> Result<()> {
     let mut handshake = Handshake::of_member(token)?;
     let body = handshake.speak()?.into();
     let hello = Hello { magic: MAGIC, version: PROTOCOL_VERSION, body };
@@ -53,17 +66,27 @@ pub(super) async fn introduce(
         let error = Error::new(ErrorKind::Authentication, "joining the group", message);
         return Err(error.rank(Rank::LEADER));
     }
-    wire.seal(handshake)?;
-    let introduction = Introduction { role, rank, terms };
-    wire.writer.send(Signal::Introduction(introduction), PATIENCE).await?;
+    wire.seal(handshake)
+}
+
+/// A relay's side; the terms of the one that it connects to.
+pub(super) async fn introduce_relay(wire: &mut Wire, token: &Token, terms: Terms) -> Result<Terms> {
+    greet(wire, token).await?;
+    wire.writer.send(Signal::Relay(terms), PATIENCE).await?;
     match next(wire).await? {
-        Signal::Welcome { rank, terms, unread } => Ok(Welcome { rank, terms, unread }),
+        Signal::Relay(terms) => Ok(terms),
         other => Err(refusal(other)),
     }
 }
 
-/// The leader's side, up to what the member says of itself.
-pub(super) async fn examine(wire: &mut Wire, token: &Token) -> Result<Introduction> {
+/// Who has shown that it knows the token.
+pub(super) enum Newcomer {
+    Rank(Introduction),
+    Relay(Terms),
+}
+
+/// The leader's side, up to what the newcomer says of itself.
+pub(super) async fn examine(wire: &mut Wire, token: &Token) -> Result<Newcomer> {
     let hello = match next(wire).await? {
         Signal::Hello(hello) if hello.magic == MAGIC => hello,
         Signal::Hello(_) => return Err(malformed("another program's greeting")),
@@ -89,7 +112,8 @@ pub(super) async fn examine(wire: &mut Wire, token: &Token) -> Result<Introducti
     wire.writer.send(Signal::Answer(handshake.speak()?.into()), PATIENCE).await?;
     wire.seal(handshake)?;
     match next(wire).await? {
-        Signal::Introduction(introduction) => Ok(introduction),
+        Signal::Introduction(introduction) => Ok(Newcomer::Rank(introduction)),
+        Signal::Relay(terms) => Ok(Newcomer::Relay(terms)),
         other => Err(unexpected(&Frame::Signal(other))),
     }
 }

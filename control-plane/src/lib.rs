@@ -58,6 +58,7 @@ mod group;
 mod handshake;
 mod link;
 mod plane;
+mod relay;
 mod seal;
 mod shared;
 mod token;
@@ -69,7 +70,9 @@ pub use engine_core::control::{Control, Event, Peer, Role};
 pub use env::{TorchrunEnv, from_env, from_lookup};
 pub use form::{FormGroup, form_group, join_group};
 pub use plane::ControlPlane;
+pub use relay::Relay;
 pub use token::Token;
+pub use wire::TrafficCounts;
 
 use std::time::Duration;
 
@@ -97,7 +100,7 @@ pub struct ControlConfig {
     /// unread: see [`Channel`].
     pub max_frame_bytes: usize,
     /// The largest group that the leader forms, in ranks: what a member says of the size is not believed
-    /// beyond this. 65 536.
+    /// beyond this, and no rank that would be one more is let in. 65 536.
     pub max_world_size: u32,
 }
 

@@ -1,29 +1,38 @@
 //! The tasks of the control thread: the leader's door, and the traffic with one peer.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::address::{Listener, connect};
-use crate::group::{Cut, End, Link, Mailbox, Membership, Outbox, Queue};
-use crate::handshake::{PATIENCE, Welcome, examine, introduce, refuse};
+use crate::group::{Cut, End, Group, Link, Mailbox, Membership, Outbox, Queue};
+use crate::handshake::{Newcomer, PATIENCE, Welcome, examine, introduce, refuse};
 use crate::shared::{Shared, Side};
 use crate::wire::{
-    Frame, FrameReader, FrameWriter, Heard, Signal, Terms, Wire, decode, unexpected,
+    Counters, Frame, FrameReader, FrameWriter, Heard, Introduction, SEATS, SEATS_ROOM, Signal,
+    Terms, Wire, decode, unexpected,
 };
-use crate::{ControlConfig, Event, Role};
+use crate::{ChannelId, ControlConfig, Event, Role, UPDATES};
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result};
 
-/// How many connections may be in their handshake at once; the next one takes the place of the oldest.
-const STRANGERS: usize = 64;
+/// How many connections may be in their handshake at once, and how many of them from one address; the next one takes
+/// the place of the oldest.
+const STRANGERS: usize = 256;
+const STRANGERS_OF_ONE: usize = 64;
 /// The smallest limit of frames that a member may demand: what every update needs has to fit.
 pub(super) const FRAME_FLOOR: u32 = 4096;
 /// The shortest heartbeat interval that a peer's terms can ask for.
 const BEAT_FLOOR: Duration = Duration::from_millis(1);
+/// How many frames are looked at together, before they are written.
+const BATCH: usize = 4096;
+/// How long a relay keeps what not all of its ranks have said.
+const LINGER: Duration = Duration::from_millis(2);
 /// How long a listener that cannot accept waits before it tries again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -33,7 +42,7 @@ impl ControlConfig {
         self.max_frame_bytes.saturating_mul(2)
     }
 
-    fn terms(&self) -> Terms {
+    pub(super) fn terms(&self) -> Terms {
         Terms {
             // Checked by `validate`.
             max_frame: u32::try_from(self.max_frame_bytes).unwrap_or(u32::MAX),
@@ -50,33 +59,66 @@ pub(super) async fn serve(
     shared: Arc<Shared>,
     stop: CancellationToken,
 ) {
+    let host = {
+        let (config, shared) = (config.clone(), shared.clone());
+        move |wire, newcomer| {
+            let (config, shared) = (config.clone(), shared.clone());
+            async move {
+                match newcomer {
+                    Newcomer::Rank(introduction) => {
+                        match enter(wire, &introduction, &config, &shared).await {
+                            Ok((rank, traffic)) => attend(rank, traffic, &config, &shared).await,
+                            Err(error) => tracing::warn!(%error, "a connection was refused"),
+                        }
+                    }
+                    Newcomer::Relay(terms) => attend_relay(wire, terms, &config, &shared).await,
+                }
+            }
+        }
+    };
+    let mut links = open_door(listener, &config, &shared.counters, &stop, host).await;
+    shared.close();
+    let farewells = async { while links.join_next().await.is_some() {} };
+    if timeout(config.heartbeat_timeout, farewells).await.is_err() {
+        tracing::debug!("a member did not close its connection; it is cut");
+        links.shutdown().await;
+    }
+}
+
+/// Accepts connections until `stop`, and gives those that know the token to the host. The tasks of those that are there.
+pub(super) async fn open_door<F: Future<Output = ()> + Send + 'static>(
+    listener: Listener,
+    config: &Arc<ControlConfig>,
+    counters: &Arc<Counters>,
+    stop: &CancellationToken,
+    host: impl Fn(Wire, Newcomer) -> F + Clone + Send + Sync + 'static,
+) -> JoinSet<()> {
     let mut links = JoinSet::new();
     let strangers = Arc::new(Strangers::default());
     loop {
         tokio::select! {
-            () = stop.cancelled() => break,
+            () = stop.cancelled() => return links,
             Some(done) = links.join_next() => {
                 if let Err(error) = done {
                     tracing::error!(%error, "a link of the control plane panicked");
                 }
             }
             accepted = listener.accept() => match accepted {
-                Ok(wire) => {
-                    let stranger = strangers.enter();
-                    let (config, shared, stop) = (config.clone(), shared.clone(), stop.clone());
+                Ok((mut wire, from)) => {
+                    wire.count(counters);
+                    let stranger = strangers.enter(from);
+                    let (config, stop, host) = (config.clone(), stop.clone(), host.clone());
                     links.spawn(async move {
-                        let entered = tokio::select! {
+                        let examined = tokio::select! {
                             () = stop.cancelled() => return,
                             () = stranger.shed.cancelled() => {
                                 return tracing::debug!("a stranger had to make room for others");
                             }
-                            entered = timeout(PATIENCE, enter(wire, &config, &shared)) => entered,
+                            examined = timeout(PATIENCE, examine(&mut wire, &config.token)) => examined,
                         };
                         drop(stranger);
-                        match entered {
-                            Ok(Ok((rank, traffic))) => {
-                                attend(rank, traffic, &config, &shared).await;
-                            }
+                        match examined {
+                            Ok(Ok(newcomer)) => host(wire, newcomer).await,
                             Ok(Err(error)) if error.kind() == ErrorKind::Protocol => {
                                 tracing::debug!(%error, "a stranger knocked");
                             }
@@ -92,18 +134,18 @@ pub(super) async fn serve(
             }
         }
     }
-    drop(listener);
-    shared.close();
-    let farewells = async { while links.join_next().await.is_some() {} };
-    if timeout(config.heartbeat_timeout, farewells).await.is_err() {
-        tracing::debug!("a member did not close its connection; it is cut");
-        links.shutdown().await;
-    }
 }
 
 /// The connections that are in their handshake, the oldest first.
 #[derive(Debug, Default)]
-struct Strangers(Mutex<(u64, VecDeque<(u64, CancellationToken)>)>);
+struct Strangers(Mutex<(u64, VecDeque<Waiting>)>);
+
+#[derive(Debug)]
+struct Waiting {
+    number: u64,
+    from: Option<IpAddr>,
+    shed: CancellationToken,
+}
 
 /// A connection's place among them.
 #[derive(Debug)]
@@ -115,22 +157,27 @@ struct Stranger {
 }
 
 impl Strangers {
-    /// Whoever connects gets a place: those that say nothing cannot keep others out.
-    fn enter(self: &Arc<Self>) -> Stranger {
+    /// Whoever connects gets a place: those that say nothing cannot keep others out, and those of one address not even
+    /// shorten the time that others have.
+    fn enter(self: &Arc<Self>, from: Option<IpAddr>) -> Stranger {
         let mut state = self.lock();
         let (number, waiting) = &mut *state;
-        if waiting.len() >= STRANGERS
-            && let Some((_, oldest)) = waiting.pop_front()
-        {
-            oldest.cancel();
+        let of_one = waiting.iter().filter(|other| other.from == from).count();
+        let oldest = match waiting.len() {
+            _ if of_one >= STRANGERS_OF_ONE => waiting.iter().position(|other| other.from == from),
+            STRANGERS.. => Some(0),
+            _ => None,
+        };
+        if let Some(oldest) = oldest.and_then(|at| waiting.remove(at)) {
+            oldest.shed.cancel();
         }
         *number += 1;
         let shed = CancellationToken::new();
-        waiting.push_back((*number, shed.clone()));
+        waiting.push_back(Waiting { number: *number, from, shed: shed.clone() });
         Stranger { strangers: Arc::clone(self), number: *number, shed }
     }
 
-    fn lock(&self) -> MutexGuard<'_, (u64, VecDeque<(u64, CancellationToken)>)> {
+    fn lock(&self) -> MutexGuard<'_, (u64, VecDeque<Waiting>)> {
         // Each change leaves it whole.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -138,40 +185,49 @@ impl Strangers {
 
 impl Drop for Stranger {
     fn drop(&mut self) {
-        self.strangers.lock().1.retain(|(number, _)| *number != self.number);
+        self.strangers.lock().1.retain(|waiting| waiting.number != self.number);
     }
 }
 
 /// An authenticated connection, what is queued for it, and what its peer demands.
 pub(super) struct Traffic {
-    wire: Wire,
-    queue: Queue,
-    terms: Terms,
-    cut: Arc<Cut>,
+    pub(super) wire: Wire,
+    pub(super) queue: Queue,
+    pub(super) terms: Terms,
+    pub(super) cut: Arc<Cut>,
 }
 
-/// Takes a connection through the handshake and gives it a rank.
-async fn enter(mut wire: Wire, config: &ControlConfig, shared: &Shared) -> Result<(Rank, Traffic)> {
-    let introduction = examine(&mut wire, &config.token).await?;
+/// What a member may demand.
+///
+/// # Errors
+///
+/// `Config` if it accepts less than updates need.
+pub(super) fn acceptable(terms: Terms) -> Result<()> {
+    if terms.max_frame >= FRAME_FLOOR {
+        return Ok(());
+    }
+    let message = format!(
+        "it accepts frames of up to {} bytes, and updates need {FRAME_FLOOR} (max_frame_bytes)",
+        terms.max_frame
+    );
+    Err(Error::new(ErrorKind::Config, "joining the group", message))
+}
+
+/// Gives a newcomer a rank.
+async fn enter(
+    mut wire: Wire,
+    introduction: &Introduction,
+    config: &ControlConfig,
+    shared: &Shared,
+) -> Result<(Rank, Traffic)> {
     let terms = introduction.terms;
-    if terms.max_frame < FRAME_FLOOR {
-        let message = format!(
-            "it accepts frames of up to {} bytes, and updates need {FRAME_FLOOR} (max_frame_bytes)",
-            terms.max_frame
-        );
-        let error = Error::new(ErrorKind::Config, "joining the group", message);
+    if let Err(error) = acceptable(terms) {
         return Err(refuse(&mut wire, error).await);
     }
     let (link, queue) = link(config, terms, wire.reader.heard.clone());
-    let (welcome, cut) = (link.outbox.clone(), Arc::clone(&link.cut));
+    let cut = Arc::clone(&link.cut);
     let admitted = shared.update(|mailbox, side| match side {
-        Side::Leader(group) => group.admit(&introduction, link, mailbox).and_then(|admitted| {
-            let (rank, unread) = admitted;
-            // Queued under the lock, so that nothing can overtake it.
-            let frame = Frame::Signal(Signal::Welcome { rank, terms: config.terms(), unread });
-            welcome.send(frame).map_err(|_| Error::new(ErrorKind::State, "welcoming", "gone"))?;
-            Ok(rank)
-        }),
+        Side::Leader(group) => admit(introduction, link, config, group, mailbox),
         Side::Member(_) => {
             Err(Error::new(ErrorKind::State, "admitting a member", "not the leader"))
         }
@@ -185,19 +241,27 @@ async fn enter(mut wire: Wire, config: &ControlConfig, shared: &Shared) -> Resul
     }
 }
 
+fn admit(
+    introduction: &Introduction,
+    link: Link,
+    config: &ControlConfig,
+    group: &mut Group,
+    mailbox: &mut Mailbox,
+) -> Result<Rank> {
+    let welcome = link.outbox.clone();
+    let (rank, unread) = group.admit(introduction, link, mailbox)?;
+    // Queued under the lock, so that nothing can overtake it.
+    let frame = Frame::Signal(Signal::Welcome { rank, terms: config.terms(), unread });
+    welcome.send(frame).map_err(|_| Error::new(ErrorKind::State, "welcoming", "gone"))?;
+    Ok(rank)
+}
+
 /// The leader's traffic with one member, until it ends.
 async fn attend(rank: Rank, traffic: Traffic, config: &ControlConfig, shared: &Shared) {
-    let end = converse(traffic, config, |frame| {
+    let end = converse(traffic, config, Kind::OfARank, |frame| {
         shared.update(|mailbox, side| {
             let Side::Leader(group) = side else { return Err(unexpected(&frame)) };
-            match frame {
-                Frame::Message { channel, body } => mailbox.deliver(rank, channel, body)?,
-                Frame::Signal(Signal::Read { bytes }) => group.link_mut(rank)?.was_read(&bytes),
-                Frame::Signal(Signal::Call { id, call }) => group.call(rank, id, call, mailbox),
-                Frame::Signal(Signal::Withdraw { id }) => group.withdraw(rank, id, mailbox),
-                other => return Err(unexpected(&other)),
-            }
-            Ok(())
+            take_in(rank, frame, group, mailbox)
         })
     })
     .await;
@@ -209,21 +273,126 @@ async fn attend(rank: Rank, traffic: Traffic, config: &ControlConfig, shared: &S
     });
 }
 
+/// What a member says to the leader.
+fn take_in(rank: Rank, frame: Frame, group: &mut Group, mailbox: &mut Mailbox) -> Result<()> {
+    match frame {
+        Frame::Message { channel, body } => mailbox.deliver(rank, channel, body)?,
+        Frame::Signal(Signal::Read { bytes }) => group.link_mut(rank)?.was_read(&bytes),
+        Frame::Signal(Signal::Call { id, call }) => group.call(rank, id, call, mailbox),
+        Frame::Signal(Signal::Withdraw { id }) => group.withdraw(rank, id, mailbox),
+        other => return Err(unexpected(&other)),
+    }
+    Ok(())
+}
+
+/// The leader's traffic with a relay, until it ends.
+async fn attend_relay(mut wire: Wire, terms: Terms, config: &ControlConfig, shared: &Shared) {
+    if let Err(error) = acceptable(terms) {
+        let error = refuse(&mut wire, error).await;
+        return tracing::warn!(%error, "a relay was refused");
+    }
+    let (way, queue) = link(config, terms, wire.reader.heard.clone());
+    let way = &way;
+    let welcomed = way.outbox.send(Frame::Signal(Signal::Relay(config.terms())));
+    shared.update(|_, side| match side {
+        Side::Leader(group) if welcomed.is_ok() => group.add_relay(way.outbox.clone()),
+        _ => {}
+    });
+    let traffic = Traffic { wire, queue, terms, cut: Arc::clone(&way.cut) };
+    let mut seated = BTreeMap::<u32, Rank>::new();
+    let end = converse(traffic, config, Kind::OfARelay, |frame| {
+        let Frame::Carried { seats, frame } = frame else { return Err(unexpected(&frame)) };
+        shared.update(|mailbox, side| {
+            let Side::Leader(group) = side else { return Err(unexpected(&frame)) };
+            for seat in seats {
+                let own = way.outbox.of_seat(seat);
+                if let Frame::Signal(Signal::Introduction(introduction)) = &*frame {
+                    match seat_of(introduction, way.of_seat(seat), config, group, mailbox) {
+                        Ok(rank) => drop(seated.insert(seat, rank)),
+                        Err(error) => {
+                            tracing::warn!(%error, "a connection was refused");
+                            let refused = Signal::Refused(ErrorReport::from(&error));
+                            way.tell_by(&own, Frame::Signal(refused));
+                        }
+                    }
+                    continue;
+                }
+                // One that lost its rank meanwhile has nothing to say any more.
+                let rank = seated.get(&seat).copied();
+                let Some(rank) = rank.filter(|rank| group.sits(*rank, &own)) else { continue };
+                match &*frame {
+                    Frame::Signal(Signal::Goodbye) => group.end(rank, End::Left, mailbox),
+                    Frame::Signal(Signal::Lost(report)) => {
+                        group.end(rank, End::Lost(report.clone().into()), mailbox);
+                    }
+                    Frame::Signal(Signal::Silent(silence)) => {
+                        if let Ok(link) = group.link_mut(rank) {
+                            link.silent = Some((*silence, std::time::Instant::now()));
+                        }
+                    }
+                    said => {
+                        // What a rank says against the rules is not its relay's fault.
+                        if let Err(error) = take_in(rank, said.clone(), group, mailbox)
+                            && let Err(error) = group.cut(rank, ErrorReport::from(&error), mailbox)
+                        {
+                            tracing::debug!(%rank, %error, "it is gone already");
+                        }
+                    }
+                }
+                if group.link(rank).is_err() {
+                    seated.remove(&seat);
+                }
+            }
+            Ok(())
+        })
+    })
+    .await;
+    tracing::debug!(?end, "a relay's connection ended");
+    let why = match end {
+        End::Left => "its relay has closed".to_owned(),
+        End::Lost(error) => format!("its relay was lost: {}", error.report().message),
+    };
+    shared.update(|mailbox, side| {
+        let Side::Leader(group) = side else { return };
+        group.remove_relay(&way.outbox);
+        for (seat, rank) in seated {
+            if group.sits(rank, &way.outbox.of_seat(seat)) {
+                let error = Error::new(ErrorKind::PeerLost, "keeping a connection", &*why);
+                group.end(rank, End::Lost(error), mailbox);
+            }
+        }
+    });
+}
+
+/// Gives the one who has a seat on a relay a rank.
+fn seat_of(
+    introduction: &Introduction,
+    seat: Link,
+    config: &ControlConfig,
+    group: &mut Group,
+    mailbox: &mut Mailbox,
+) -> Result<Rank> {
+    let terms = introduction.terms;
+    acceptable(terms)?;
+    let limit = seat.limit.min(terms.max_frame as usize);
+    let beat = beat(terms.heartbeat_interval, config.heartbeat_timeout);
+    admit(introduction, Link { limit, beat, ..seat }, config, group, mailbox)
+}
+
 /// What a member gets when it is admitted.
 pub(super) type Admission = (Rank, Membership, Traffic);
 
 /// Connects to the leader and is admitted, however often it takes within the connect timeout.
-pub(super) async fn knock(
+pub(super) async fn knock<T>(
     config: &ControlConfig,
-    role: Role,
-    rank: Option<Rank>,
-) -> Result<Admission> {
+    mut attempt: impl AsyncFnMut() -> Result<T>,
+) -> Result<T> {
     let mut last = None;
     let mut taken_until: Option<Instant> = None;
     let attempts = async {
         let mut pause = Duration::from_millis(10);
         loop {
-            let error = match attempt(config, role, rank).await {
+            let error = match attempt().await {
                 Ok(admission) => return Ok(admission),
                 Err(error) => error,
             };
@@ -272,7 +441,12 @@ pub(super) async fn knock(
     }
 }
 
-async fn attempt(config: &ControlConfig, role: Role, rank: Option<Rank>) -> Result<Admission> {
+/// Connects to the leader as a rank, once.
+pub(super) async fn join(
+    config: &ControlConfig,
+    role: Role,
+    rank: Option<Rank>,
+) -> Result<Admission> {
     let connected = connect(&config.address).await;
     let mut wire = connected.map_err(|error| Error::io("connecting to the leader", error))?;
     let welcome = introduce(&mut wire, &config.token, role, rank, config.terms()).await?;
@@ -290,12 +464,12 @@ async fn attempt(config: &ControlConfig, role: Role, rank: Option<Rank>) -> Resu
 }
 
 /// The way to a peer with these terms, and what is queued on it.
-fn link(config: &ControlConfig, terms: Terms, heard: Heard) -> (Link, Queue) {
+pub(super) fn link(config: &ControlConfig, terms: Terms, heard: Heard) -> (Link, Queue) {
     let (outbox, queue) = Outbox::new(config.budget());
     let beat = beat(terms.heartbeat_interval, config.heartbeat_timeout);
     let limit = terms.max_frame as usize;
     let (unread, cut) = (BTreeMap::new(), Arc::default());
-    (Link { outbox, limit, unread, heard, beat, cut }, queue)
+    (Link { outbox, limit, unread, heard, silent: None, beat, cut }, queue)
 }
 
 /// How often a side with this interval says something to one that tolerates so much silence: at least three
@@ -306,11 +480,12 @@ fn beat(interval: Duration, tolerated: Duration) -> Duration {
 
 /// A member's traffic with the leader, until it ends or `stop`.
 pub(super) async fn follow(
-    traffic: Traffic,
+    mut traffic: Traffic,
     config: Arc<ControlConfig>,
     shared: Arc<Shared>,
     stop: CancellationToken,
 ) {
+    traffic.wire.count(&shared.counters);
     let on_frame = |frame| {
         shared.update(|mailbox, side| match frame {
             Frame::Message { channel, body } => mailbox.deliver(Rank::LEADER, channel, body),
@@ -320,14 +495,14 @@ pub(super) async fn follow(
                 }
                 Ok(())
             }
-            Frame::Signal(Signal::Reply { id, outcome }) => {
+            Frame::Reply { id, outcome } => {
                 mailbox.settle(id, decode(&outcome)?);
                 Ok(())
             }
             other => Err(unexpected(&other)),
         })
     };
-    let mut conversation = Box::pin(converse(traffic, &config, on_frame));
+    let mut conversation = Box::pin(converse(traffic, &config, Kind::OfARank, on_frame));
     tokio::select! {
         end = &mut conversation => shared.update(|mailbox, _| lose_leader(end, mailbox)),
         () = stop.cancelled() => {
@@ -358,20 +533,32 @@ fn lose_leader(end: End, mailbox: &mut Mailbox) {
     mailbox.ended.get_or_insert(ErrorReport::from(&error));
 }
 
+/// Whose a connection is.
+#[derive(Clone, Copy)]
+pub(super) enum Kind<'a> {
+    OfARank,
+    /// A relay's, on the side of who is above it.
+    OfARelay,
+    /// The same, on the relay's side, where so many ranks are behind it.
+    Upwards(&'a (dyn Fn() -> usize + Sync)),
+}
+
 /// Carries frames both ways until one side says goodbye, dies, breaks the protocol or is silent.
-async fn converse(
+pub(super) async fn converse(
     traffic: Traffic,
     config: &ControlConfig,
+    kind: Kind<'_>,
     on_frame: impl FnMut(Frame) -> Result<()>,
 ) -> End {
     let Traffic { wire: Wire { mut reader, writer }, queue, terms, cut } = traffic;
-    reader.set_max_frame(config.max_frame_bytes);
+    let room = if matches!(kind, Kind::OfARank) { 0 } else { SEATS_ROOM };
+    reader.set_max_frame(config.max_frame_bytes.saturating_add(room));
     let beat = beat(config.heartbeat_interval, terms.heartbeat_timeout);
     let end = tokio::select! {
         biased;
         reason = cut.ordered() => End::Lost(reason),
         end = listen(reader, config.heartbeat_timeout, on_frame) => end,
-        error = speak(writer, queue, beat, config.heartbeat_timeout) => End::Lost(error),
+        error = speak(writer, queue, beat, config.heartbeat_timeout, kind) => End::Lost(error),
     };
     match end {
         End::Left => End::Left,
@@ -405,6 +592,7 @@ async fn listen(
         let result = match reader.next(patience).await {
             Ok(Some(Frame::Signal(Signal::Heartbeat))) => Ok(()),
             Ok(Some(Frame::Signal(Signal::Goodbye))) => return End::Left,
+            Ok(Some(Frame::Signal(Signal::Lost(report)))) => return End::Lost(report.into()),
             Ok(Some(frame)) => on_frame(frame),
             Ok(None) => Err(Error::new(
                 ErrorKind::PeerLost,
@@ -419,23 +607,35 @@ async fn listen(
     }
 }
 
-/// Ends with an error only; after the last frame it leaves the socket to the reader.
+/// Ends with an error only; after the last frame it leaves the socket to the reader. What ranks behind a relay say alike
+/// travels as one frame.
 async fn speak(
     mut writer: FrameWriter,
     mut queue: Queue,
     beat: Duration,
     patience: Duration,
+    kind: Kind<'_>,
 ) -> Error {
+    let mut batch = VecDeque::new();
     loop {
         match timeout(beat, queue.recv()).await {
             Ok(Some(first)) => {
-                let mut next = Some(first);
-                while let Some(frame) = next {
-                    next = match writer.push(&frame) {
-                        Ok(true) => None,
-                        Ok(false) => queue.try_recv(),
-                        Err(error) => return error,
-                    };
+                batch.push_back(first);
+                while !batch.is_empty() {
+                    batch.extend(std::iter::from_fn(|| queue.try_recv()).take(BATCH - 1));
+                    if let Kind::Upwards(ranks) = kind {
+                        gather(&mut batch, &mut queue, ranks).await;
+                    }
+                    while let Some(frame) = batch.pop_front() {
+                        let is_time = match writer.push(&frame) {
+                            Ok(is_time) => is_time,
+                            Err(error) => return error,
+                        };
+                        if is_time && let Err(error) = writer.flush(patience).await {
+                            return error;
+                        }
+                    }
+                    batch.extend(queue.try_recv());
                 }
             }
             Ok(None) => break,
@@ -453,11 +653,75 @@ async fn speak(
     std::future::pending().await
 }
 
+/// Puts together what ranks say alike, and waits a moment for those that have not said it yet: what all ranks say in an
+/// update, the leader waits for from all of them.
+async fn gather(
+    batch: &mut VecDeque<Frame>,
+    queue: &mut Queue,
+    ranks: &(dyn Fn() -> usize + Sync),
+) {
+    let until = Instant::now() + LINGER;
+    loop {
+        merge(batch);
+        let is_partial = |frame: &Frame| match frame {
+            Frame::Carried { seats, frame } => {
+                matches!(**frame, Frame::Message { channel: UPDATES, .. }) && seats.len() < ranks()
+            }
+            _ => false,
+        };
+        // Anything else is urgent, and what comes before it as well.
+        if batch.len() >= BATCH || !batch.iter().all(is_partial) {
+            return;
+        }
+        match timeout_at(until, queue.recv()).await {
+            Ok(Some(frame)) => batch.push_back(frame),
+            Ok(None) | Err(_) => return,
+        }
+        batch.extend(std::iter::from_fn(|| queue.try_recv()).take(BATCH));
+    }
+}
+
+/// Puts equal messages of several seats into one frame. What each seat says stays in its order.
+fn merge(batch: &mut VecDeque<Frame>) {
+    if batch.len() < 2 {
+        return;
+    }
+    let mut merged = VecDeque::<Frame>::with_capacity(batch.len());
+    // Where a message stands, and where each seat said something last.
+    let mut places = HashMap::<(ChannelId, Bytes), usize>::new();
+    let mut last = HashMap::<u32, usize>::new();
+    for frame in batch.drain(..) {
+        let at = merged.len();
+        if let Frame::Carried { seats, frame: inner } = &frame {
+            if let Frame::Message { channel, body } = &**inner {
+                let key = (*channel, body.clone());
+                let place = places.get(&key).copied().filter(|place| {
+                    seats.iter().all(|seat| last.get(seat).is_none_or(|last| last < place))
+                });
+                if let Some(place) = place
+                    && let Some(Frame::Carried { seats: others, .. }) = merged.get_mut(place)
+                    && others.len() + seats.len() <= SEATS
+                {
+                    last.extend(seats.iter().map(|seat| (*seat, place)));
+                    others.extend(seats);
+                    continue;
+                }
+                places.insert(key, at);
+            }
+            last.extend(seats.iter().map(|seat| (*seat, at)));
+        }
+        merged.push_back(frame);
+    }
+    *batch = merged;
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
-    use crate::{Token, UPDATES};
+    use crate::Token;
 
     fn wire(io: tokio::io::DuplexStream) -> Wire {
         let (reader, writer) = tokio::io::split(io);
@@ -502,7 +766,9 @@ mod tests {
             }
         };
         assert_eq!((taken, refused.kind()), (7, ErrorKind::Resource), "{refused}");
-        let End::Lost(error) = converse(traffic, &config, |_| Ok(())).await else { panic!() };
+        let End::Lost(error) = converse(traffic, &config, Kind::OfARank, |_| Ok(())).await else {
+            panic!()
+        };
         assert_eq!(error.kind(), ErrorKind::Resource, "{error}");
         assert!(error.to_string().contains("does not read"), "{error}");
     }
@@ -540,7 +806,11 @@ mod tests {
             let terms = Terms { max_frame, ..config.terms() };
             // The welcome is queued for the traffic that follows.
             let entered = async {
-                let Ok((_, mut traffic)) = enter(leader, &config, &shared).await else {
+                let mut leader = leader;
+                let Ok(Newcomer::Rank(who)) = examine(&mut leader, &token).await else {
+                    return false;
+                };
+                let Ok((_, mut traffic)) = enter(leader, &who, &config, &shared).await else {
                     return false;
                 };
                 let Some(Frame::Signal(welcome)) = traffic.queue.recv().await else {
@@ -554,6 +824,59 @@ mod tests {
             if let Err(error) = joined {
                 assert!(error.to_string().contains("max_frame_bytes"), "{error}");
             }
+        }
+    }
+
+    #[test]
+    fn strangers_of_one_address_shed_their_own_oldest_and_nobody_else() {
+        let strangers = Arc::new(Strangers::default());
+        let address = |last| Some(IpAddr::from([10, 0, 0, last]));
+        let honest = strangers.enter(address(1));
+        let many: Vec<_> = (0..2 * STRANGERS_OF_ONE).map(|_| strangers.enter(address(2))).collect();
+        assert!(!honest.shed.is_cancelled());
+        let shed = many.iter().take_while(|stranger| stranger.shed.is_cancelled()).count();
+        assert_eq!(shed, STRANGERS_OF_ONE);
+        assert!(many.iter().skip(shed).all(|stranger| !stranger.shed.is_cancelled()));
+        // Those of many addresses shed the oldest of all.
+        let crowd: Vec<_> =
+            (0..STRANGERS).map(|at| strangers.enter(address(3 + (at / 32) as u8))).collect();
+        assert!(honest.shed.is_cancelled());
+        assert!(crowd.iter().all(|stranger| !stranger.shed.is_cancelled()));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_merged_is_what_every_rank_said_in_its_order(
+            said in prop::collection::vec((0..4_u32, 0..3_u8, any::<bool>()), 0..40),
+        ) {
+            let frame = |&(seat, body, is_message): &(u32, u8, bool)| Frame::Carried {
+                seats: vec![seat],
+                frame: Box::new(match is_message {
+                    true => self::said(&Bytes::from(vec![body])),
+                    false => Frame::Signal(Signal::Withdraw { id: body.into() }),
+                }),
+            };
+            let mut merged: VecDeque<Frame> = said.iter().map(frame).collect();
+            merge(&mut merged);
+            for seat in 0..4 {
+                let of_seat = |frames: &mut dyn Iterator<Item = Frame>| -> Vec<Frame> {
+                    frames
+                        .filter_map(|carried| match carried {
+                            Frame::Carried { seats, frame } if seats.contains(&seat) => Some(*frame),
+                            _ => None,
+                        })
+                        .collect()
+                };
+                let (before, after) = (
+                    of_seat(&mut said.iter().map(frame)),
+                    of_seat(&mut merged.iter().cloned()),
+                );
+                prop_assert_eq!(before, after);
+            }
+            // A message of all seats that stands alone is one frame.
+            let mut alike: VecDeque<Frame> = (0..4).map(|seat| frame(&(seat, 1, true))).collect();
+            merge(&mut alike);
+            prop_assert_eq!(alike.len(), 1);
         }
     }
 }

@@ -13,10 +13,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::address::Listener;
 use crate::group::{Group, Link, Mailbox};
-use crate::link::{follow, knock, serve};
+use crate::link::{follow, join, knock, serve};
 use crate::shared::{Shared, Side};
 use crate::wire::{Call, Frame, Outcome, Signal};
-use crate::{Address, Channel, ChannelId, ControlConfig, Event, Peer, Role};
+use crate::{Address, Channel, ChannelId, ControlConfig, Event, Peer, Role, TrafficCounts};
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result};
 
 /// How long a rank that gave up waiting listens for the leader's list of the missing ones.
@@ -103,7 +103,7 @@ impl ControlPlane {
         Self::start(config, async move |config, stop, ready| {
             let admitted = tokio::select! {
                 () = stop.cancelled() => return,
-                admitted = knock(&config, role, rank) => admitted,
+                admitted = knock(&config, async || join(&config, role, rank).await) => admitted,
             };
             let (rank, membership, traffic) = match admitted {
                 Ok(admission) => admission,
@@ -131,6 +131,11 @@ impl ControlPlane {
     /// This process's role; the leader is a trainer.
     pub fn role(&self) -> Role {
         self.inner.role
+    }
+
+    /// What crossed this process's connections so far. On a member, what it said before it was admitted is not counted.
+    pub fn traffic(&self) -> TrafficCounts {
+        self.inner.shared.counters.read()
     }
 
     /// Forms the group: contributes this rank's metadata, and ends on every rank with the metadata
@@ -254,6 +259,21 @@ impl ControlPlane {
         })
     }
 
+    /// Queues the same message for several ranks. Those that it could not be queued for, and why.
+    pub(crate) fn send_all(
+        &self,
+        channel: ChannelId,
+        to: &[Rank],
+        body: &Bytes,
+    ) -> Vec<(Rank, Error)> {
+        let all = |error: &dyn Fn() -> Error| to.iter().map(|rank| (*rank, error())).collect();
+        self.inner.shared.read(|mailbox, side| match (&mailbox.ended, side) {
+            (Some(report), _) => all(&|| report.clone().into()),
+            (None, Side::Leader(group)) => group.message_all(to, channel, body),
+            (None, Side::Member(_)) => all(&|| misdirected("members have no members")),
+        })
+    }
+
     /// On the leader: ends the connection to a rank that breaks the rules of what is spoken over the control
     /// plane. The rank is [lost](Event::Lost) for this reason, and may join again.
     ///
@@ -261,8 +281,8 @@ impl ControlPlane {
     ///
     /// `PeerLost` when the rank is gone, `State` on a member.
     pub fn cut(&self, rank: Rank, reason: &Error) -> Result<()> {
-        self.inner.shared.update(|_, side| match side {
-            Side::Leader(group) => group.cut(rank, ErrorReport::from(reason)),
+        self.inner.shared.update(|mailbox, side| match side {
+            Side::Leader(group) => group.cut(rank, ErrorReport::from(reason), mailbox),
             Side::Member(_) => Err(misdirected("members do not end connections").rank(rank)),
         })
     }

@@ -1,11 +1,11 @@
 //! The state that handles and the control thread share.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::Notify;
 
 use crate::group::{Bounds, Group, Link, Mailbox, Membership, Outbox};
-use crate::wire::{Frame, Signal};
+use crate::wire::{Counters, Frame, Signal};
 use engine_core::{Error, ErrorKind, ErrorReport, Rank};
 
 /// Locked for moments only, never across a wait.
@@ -13,6 +13,7 @@ use engine_core::{Error, ErrorKind, ErrorReport, Rank};
 pub(super) struct Shared {
     state: Mutex<(Mailbox, Side)>,
     pub(super) changed: Notify,
+    pub(super) counters: Arc<Counters>,
 }
 
 #[derive(Debug)]
@@ -40,7 +41,8 @@ impl Shared {
             Side::Member(_) => usize::MAX,
         };
         let mailbox = Mailbox::new(Bounds { updates, others: bound });
-        Self { state: Mutex::new((mailbox, side)), changed: Notify::new() }
+        let state = Mutex::new((mailbox, side));
+        Self { state, changed: Notify::new(), counters: Arc::default() }
     }
 
     pub(super) fn read<T>(&self, f: impl FnOnce(&mut Mailbox, &mut Side) -> T) -> T {

@@ -1,12 +1,14 @@
 //! Frames, and how they cross a socket.
 //!
 //! A frame is a big-endian `u32` length and that many bytes: a kind, then the rest. The rest of a
-//! message is the number of its channel, a big-endian `u16`, and the caller's body as it is; the rest of everything
-//! else is a [`Signal`] in postcard. The
+//! message is the number of its channel, a big-endian `u16`, and the caller's body as it is. That of a reply is the number
+//! of its call, a big-endian `u64`, and the outcome. That of a carried frame is the list of its seats in postcard, and the
+//! frame, without its length. The rest of everything else is a [`Signal`] in postcard. The
 //! first frame of each side crosses the socket as it is, all others in sealed records.
 
 use std::io;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -28,8 +30,16 @@ pub(super) const FRAME_OVERHEAD: usize = 64;
 
 const MESSAGE: u8 = 0;
 const SIGNAL: u8 = 1;
+const REPLY: u8 = 2;
+const CARRIED: u8 = 3;
 /// How much is read or gathered for writing at once.
 const CHUNK: usize = 64 * 1024;
+/// How much of a long body is copied for a connection at once: what many ranks are sent is in memory once.
+const PIECE: usize = 16 * 1024;
+/// The room that the seats of a carried frame need, at most.
+pub(super) const SEATS_ROOM: usize = 64 * 1024;
+/// The most seats of one carried frame.
+pub(super) const SEATS: usize = 8 * 1024;
 
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Frame {
@@ -39,6 +49,16 @@ pub(super) enum Frame {
         body: Bytes,
     },
     Signal(Signal),
+    /// How a call ended. `outcome` is an [`Outcome`], encoded once for all ranks that receive it.
+    Reply {
+        id: u64,
+        outcome: Bytes,
+    },
+    /// The same frame of several ranks, or for them, on the connection of the relay that they are connected to.
+    Carried {
+        seats: Vec<u32>,
+        frame: Box<Self>,
+    },
 }
 
 /// `Hello` and `Refused` keep their place and shape in every version of the protocol, so that any
@@ -63,17 +83,25 @@ pub(super) enum Signal {
     Withdraw {
         id: u64,
     },
-    /// `outcome` is an [`Outcome`], encoded once for all ranks that receive it.
-    Reply {
-        id: u64,
-        outcome: Bytes,
-    },
     Heartbeat,
     Goodbye,
     /// So many bytes of the receiver's messages on these channels were read.
     Read {
         bytes: Vec<(ChannelId, u64)>,
     },
+    /// A relay introduces itself instead of a rank, and is answered by the same.
+    Relay(Terms),
+    /// From a relay: the connection of a rank has ended, for this reason. To a relay: end it.
+    Lost(ErrorReport),
+    /// From a relay: for so long nothing was heard of a rank, although its heartbeats were due.
+    Silent(Duration),
+}
+
+impl Signal {
+    /// Whether nothing of a seat follows it.
+    pub(super) fn is_last(&self) -> bool {
+        matches!(self, Self::Refused(_) | Self::Goodbye | Self::Lost(_))
+    }
 }
 
 /// The first frame: what every version understands, and a body that only the same version does (the first
@@ -134,16 +162,27 @@ impl Frame {
     /// The bytes of memory that it takes while it waits, about.
     pub(super) fn cost(&self) -> usize {
         let body = match self {
-            Self::Message { body, .. } | Self::Signal(Signal::Reply { outcome: body, .. }) => {
-                body.len()
-            }
+            Self::Message { body, .. } | Self::Reply { outcome: body, .. } => body.len(),
             Self::Signal(Signal::Call { call: Call::Gather { payload, .. }, .. }) => payload.len(),
             Self::Signal(_) => 0,
+            Self::Carried { seats, frame } => size_of_val(&**seats) + frame.cost(),
         };
         body + FRAME_OVERHEAD
     }
 
     pub(super) fn decode(mut bytes: BytesMut) -> Result<Self> {
+        if bytes.first() != Some(&CARRIED) {
+            return Self::decode_plain(bytes);
+        }
+        let decoded = postcard::take_from_bytes(&bytes[1..]);
+        let (seats, frame) =
+            decoded.map_err(|error| malformed("it does not decode").with_source(error))?;
+        bytes.advance(bytes.len() - frame.len());
+        Ok(Self::Carried { seats, frame: Box::new(Self::decode_plain(bytes)?) })
+    }
+
+    /// Any frame but a carried one: these do not nest.
+    fn decode_plain(mut bytes: BytesMut) -> Result<Self> {
         match bytes.first() {
             Some(&MESSAGE) => {
                 bytes.advance(1);
@@ -152,30 +191,58 @@ impl Frame {
                 Ok(Self::Message { channel: ChannelId(number), body: bytes.freeze() })
             }
             Some(&SIGNAL) => Ok(Self::Signal(decode(&bytes[1..])?)),
+            Some(&REPLY) => {
+                bytes.advance(1);
+                let id = bytes.try_get_u64().map_err(|_| malformed("a reply to no call"))?;
+                Ok(Self::Reply { id, outcome: bytes.freeze() })
+            }
             Some(kind) => Err(malformed(format!("frames of kind {kind} do not exist"))),
             None => Err(malformed("an empty frame")),
         }
     }
 
-    pub(super) fn encode(&self, out: &mut BytesMut) -> Result<()> {
-        let signal;
-        let (kind, channel, rest) = match self {
-            Self::Message { channel, body } => (MESSAGE, Some(channel.0), &body[..]),
-            Self::Signal(frame) => {
-                signal = encode(frame)?;
-                (SIGNAL, None, &signal[..])
+    /// Writes the frame but for its body, which is shared and not copied.
+    fn put(&self, out: &mut BytesMut) -> Result<Bytes> {
+        match self {
+            Self::Message { channel, body } => {
+                out.put_u8(MESSAGE);
+                out.put_u16(channel.0);
+                Ok(body.clone())
             }
-        };
-        let head = 1 + channel.map_or(0, |_| size_of::<u16>());
-        let length = u32::try_from(rest.len() + head)
-            .map_err(|_| malformed(format!("a frame of {} bytes is too long", rest.len())))?;
-        out.reserve(rest.len() + head + size_of::<u32>());
-        out.put_u32(length);
-        out.put_u8(kind);
-        if let Some(channel) = channel {
-            out.put_u16(channel);
+            Self::Reply { id, outcome } => {
+                out.put_u8(REPLY);
+                out.put_u64(*id);
+                Ok(outcome.clone())
+            }
+            Self::Signal(signal) => {
+                out.put_u8(SIGNAL);
+                out.put_slice(&encode(signal)?);
+                Ok(Bytes::new())
+            }
+            Self::Carried { seats, frame } => {
+                out.put_u8(CARRIED);
+                out.put_slice(&encode(seats)?);
+                frame.put(out)
+            }
         }
-        out.put_slice(rest);
+    }
+
+    /// Writes the frame with its length but without its body, which is returned.
+    pub(super) fn encode_head(&self, out: &mut BytesMut) -> Result<Bytes> {
+        let start = out.len();
+        out.put_u32(0);
+        let body = self.put(out)?;
+        let length = out.len() - start - size_of::<u32>() + body.len();
+        let length = u32::try_from(length)
+            .map_err(|_| malformed(format!("a frame of {length} bytes is too long")))?;
+        out[start..start + size_of::<u32>()].copy_from_slice(&length.to_be_bytes());
+        Ok(body)
+    }
+
+    #[cfg(test)]
+    pub(super) fn encode(&self, out: &mut BytesMut) -> Result<()> {
+        let body = self.encode_head(out)?;
+        out.put_slice(&body);
         Ok(())
     }
 }
@@ -204,6 +271,8 @@ pub(super) fn malformed(why: impl Into<String>) -> Error {
 pub(super) fn unexpected(frame: &Frame) -> Error {
     malformed(match frame {
         Frame::Message { .. } => "a message was not due".to_owned(),
+        Frame::Reply { .. } => "a reply was not due".to_owned(),
+        Frame::Carried { .. } => "a carried frame was not due".to_owned(),
         Frame::Signal(signal) => {
             let text = format!("{signal:?}");
             let name = text.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default();
@@ -238,8 +307,48 @@ impl Heard {
     }
 }
 
+/// What crossed the connections of a control plane so far, both ways.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct TrafficCounts {
+    /// Frames: messages, and what the control plane says itself.
+    pub frames_sent: u64,
+    /// As `frames_sent`, the other way.
+    pub frames_received: u64,
+    /// Bytes on the wire.
+    pub bytes_sent: u64,
+    /// As `bytes_sent`, the other way.
+    pub bytes_received: u64,
+}
+
+/// Counts what crosses connections. The numbers are read for reports only, so their order does not matter.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    frames_sent: AtomicU64,
+    frames_received: AtomicU64,
+    bytes_sent: AtomicU64,
+    bytes_received: AtomicU64,
+}
+
+impl Counters {
+    pub(super) fn read(&self) -> TrafficCounts {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        TrafficCounts {
+            frames_sent: read(&self.frames_sent),
+            frames_received: read(&self.frames_received),
+            bytes_sent: read(&self.bytes_sent),
+            bytes_received: read(&self.bytes_received),
+        }
+    }
+}
+
+fn count(counter: &AtomicU64, by: usize) {
+    counter.fetch_add(by as u64, Ordering::Relaxed);
+}
+
 pub(super) struct FrameReader {
     pub(super) heard: Heard,
+    counters: Arc<Counters>,
     io: Pin<Box<dyn AsyncRead + Send>>,
     /// Frames, or the beginning of one.
     buffer: BytesMut,
@@ -250,8 +359,11 @@ pub(super) struct FrameReader {
 }
 
 pub(super) struct FrameWriter {
+    counters: Arc<Counters>,
     io: Pin<Box<dyn AsyncWrite + Send>>,
     buffer: BytesMut,
+    /// What follows the buffer: the rest of a long body.
+    rest: Bytes,
     sealed: BytesMut,
     sealer: Option<Sealer>,
 }
@@ -265,6 +377,7 @@ impl Wire {
         Self {
             reader: FrameReader {
                 heard: Heard::default(),
+                counters: Arc::default(),
                 io: reader.into(),
                 buffer: BytesMut::new(),
                 sealed: BytesMut::new(),
@@ -272,12 +385,20 @@ impl Wire {
                 codec,
             },
             writer: FrameWriter {
+                counters: Arc::default(),
                 io: writer.into(),
                 buffer: BytesMut::new(),
+                rest: Bytes::new(),
                 sealed: BytesMut::new(),
                 sealer: None,
             },
         }
+    }
+
+    /// Counts what crosses it from here on.
+    pub(super) fn count(&mut self, counters: &Arc<Counters>) {
+        self.reader.counters = Arc::clone(counters);
+        self.writer.counters = Arc::clone(counters);
     }
 
     /// Encrypts both directions from here on.
@@ -301,7 +422,10 @@ impl FrameReader {
         loop {
             // The codec compares the length with its limit before it reserves room for the frame.
             match self.codec.decode(&mut self.buffer) {
-                Ok(Some(bytes)) => return Frame::decode(bytes).map(Some),
+                Ok(Some(bytes)) => {
+                    count(&self.counters.frames_received, 1);
+                    return Frame::decode(bytes).map(Some);
+                }
                 Ok(None) => {}
                 Err(error) => {
                     return Err(malformed(format!(
@@ -316,7 +440,8 @@ impl FrameReader {
                 arriving.reserve(CHUNK);
             }
             let read = timeout(patience, self.io.read_buf(arriving)).await;
-            if matches!(read, Ok(Ok(1..))) {
+            if let Ok(Ok(bytes @ 1..)) = read {
+                count(&self.counters.bytes_received, bytes);
                 self.heard.note();
             }
             match read {
@@ -341,15 +466,28 @@ impl FrameReader {
 }
 
 impl FrameWriter {
-    /// Adds a frame to what the next flush writes; says whether it is time for one.
+    /// Adds a frame to what the next flush writes; says whether that has to come before the next frame.
     pub(super) fn push(&mut self, frame: &Frame) -> Result<bool> {
-        frame.encode(&mut self.buffer)?;
-        Ok(self.buffer.len() >= CHUNK)
+        debug_assert!(self.rest.is_empty(), "a long body was not flushed");
+        let body = frame.encode_head(&mut self.buffer)?;
+        if body.len() > PIECE {
+            self.rest = body;
+        } else {
+            self.buffer.put_slice(&body);
+        }
+        count(&self.counters.frames_sent, 1);
+        Ok(!self.rest.is_empty() || self.buffer.len() >= CHUNK)
     }
 
     /// Writes what was pushed. A peer that accepts nothing for `patience` is a timeout.
     pub(super) async fn flush(&mut self, patience: Duration) -> Result<()> {
-        while self.buffer.has_remaining() || self.sealed.has_remaining() {
+        loop {
+            if self.buffer.is_empty() && !self.rest.is_empty() {
+                self.buffer.put_slice(&self.rest.split_to(self.rest.len().min(PIECE)));
+            }
+            if self.buffer.is_empty() && self.sealed.is_empty() {
+                break;
+            }
             if let Some(sealer) = &mut self.sealer
                 && self.sealed.is_empty()
             {
@@ -361,13 +499,16 @@ impl FrameWriter {
                     let error = io::Error::from(io::ErrorKind::BrokenPipe);
                     return Err(Error::io("writing a frame", error));
                 }
-                Ok(Ok(_)) => {}
+                Ok(Ok(bytes)) => count(&self.counters.bytes_sent, bytes),
                 Ok(Err(error)) => return Err(Error::io("writing a frame", error)),
                 Err(_) => return Err(silent("writing a frame", patience)),
             }
         }
-        if self.buffer.capacity() > 16 * CHUNK {
-            self.buffer = BytesMut::new();
+        // There is one of each connection.
+        for buffer in [&mut self.buffer, &mut self.sealed] {
+            if buffer.capacity() > PIECE {
+                *buffer = BytesMut::new();
+            }
         }
         Ok(())
     }
@@ -429,7 +570,15 @@ mod tests {
             }),
             Frame::Signal(Signal::Call { id: 2, call: Call::Barrier { name: "b".into() } }),
             Frame::Signal(Signal::Withdraw { id: 2 }),
-            Frame::Signal(Signal::Reply { id: 1, outcome }),
+            Frame::Reply { id: 1, outcome: outcome.clone() },
+            Frame::Carried {
+                seats: vec![0, 300],
+                frame: Box::new(Frame::Message { channel: UPDATES, body: outcome.clone() }),
+            },
+            Frame::Carried { seats: vec![7], frame: Box::new(Frame::Reply { id: 1, outcome }) },
+            Frame::Signal(Signal::Relay(introduction.terms)),
+            Frame::Signal(Signal::Lost(ErrorReport::from(&error))),
+            Frame::Signal(Signal::Silent(Duration::from_secs(3))),
             Frame::Signal(Signal::Heartbeat),
             Frame::Signal(Signal::Goodbye),
             Frame::Signal(Signal::Read {
@@ -461,11 +610,11 @@ mod tests {
             frame.encode(&mut bytes).unwrap();
             bytes.to_vec()
         };
-        assert_eq!(PROTOCOL_VERSION, 5);
+        assert_eq!(PROTOCOL_VERSION, 6);
         let message = Frame::Message { channel: ChannelId(0x0102), body: Bytes::from_static(b"x") };
         assert_eq!(encoded(message), [0, 0, 0, 4, 0, 1, 2, b'x']);
         let read = Signal::Read { bytes: vec![(ChannelId(16), 80)] };
-        assert_eq!(encoded(Frame::Signal(read)), [0, 0, 0, 5, 1, 10, 1, 16, 80]);
+        assert_eq!(encoded(Frame::Signal(read)), [0, 0, 0, 5, 1, 9, 1, 16, 80]);
         let payload = Bytes::from_static(b"x");
         let gather = |world_size| Signal::Call {
             id: 1,
@@ -474,7 +623,13 @@ mod tests {
         let (told, untold) = (encoded(Frame::Signal(gather(Some(2)))), gather(None));
         assert_eq!(told, [0, 0, 0, 8, 1, 5, 1, 0, 1, 2, 1, b'x']);
         assert_eq!(encoded(Frame::Signal(untold)), [0, 0, 0, 7, 1, 5, 1, 0, 0, 1, b'x']);
-        assert_eq!(encoded(Frame::Signal(Signal::Goodbye)), [0, 0, 0, 2, 1, 9]);
+        assert_eq!(encoded(Frame::Signal(Signal::Goodbye)), [0, 0, 0, 2, 1, 8]);
+        let reply = Frame::Reply { id: 0x0102, outcome: payload.clone() };
+        let bytes = [0, 0, 0, 10, 2, 0, 0, 0, 0, 0, 0, 1, 2, b'x'];
+        assert_eq!(encoded(reply.clone()), bytes);
+        let carried = Frame::Carried { seats: vec![1, 200], frame: Box::new(reply) };
+        let bytes = [0, 0, 0, 15, 3, 2, 1, 200, 1, 2, 0, 0, 0, 0, 0, 0, 1, 2, b'x'];
+        assert_eq!(encoded(carried), bytes);
     }
 
     #[test]
@@ -503,7 +658,7 @@ mod tests {
 
         #[test]
         fn damaged_frames_decode_or_are_refused(
-            which in 0..14usize,
+            which in 0..19usize,
             at in any::<prop::sample::Index>(),
             to in any::<u8>(),
             cut in any::<prop::sample::Index>(),

@@ -12,7 +12,7 @@ use crate::{Error, ErrorReport, Rank, Result};
 
 /// The version of what ranks say to one another: of the connection's frames, and of the messages of updates. Peers of
 /// different versions refuse each other.
-pub const PROTOCOL_VERSION: u32 = 5;
+pub const PROTOCOL_VERSION: u32 = 6;
 
 /// What a process of the group does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -95,6 +95,14 @@ pub trait Control: fmt::Debug + Send + Sync {
     /// that this one has no connection to, or when the connection was closed here. A message that was queued may still
     /// be lost with its receiver.
     fn send(&self, to: Rank, body: Bytes) -> Result<()>;
+
+    /// Queues the same message for several ranks, in less than [`send`](Self::send) takes for each. On the leader only.
+    ///
+    /// The ranks that it could not be queued for, with the errors of [`send`](Self::send).
+    fn send_all(&self, to: &[Rank], body: Bytes) -> Vec<(Rank, Error)> {
+        let sent = to.iter().map(|rank| (*rank, self.send(*rank, body.clone())));
+        sent.filter_map(|(rank, sent)| Some((rank, sent.err()?))).collect()
+    }
 
     /// The next event; `None` when there is none within the deadline.
     ///

@@ -29,6 +29,9 @@ const FILLING: &str = "waiting for a trainer to fill a bucket";
 /// How often the leader says that it is alive, while it waits for something.
 const ALIVE: Duration = Duration::from_secs(1);
 
+/// How many updates may fail because of the same rank before it is expelled.
+const PATIENCE: u32 = 3;
+
 /// How much later than a transport's error the control plane may say which rank has died.
 const MOMENT: Duration = Duration::from_millis(300);
 
@@ -61,6 +64,8 @@ pub(super) struct Leader {
     hosts: BTreeMap<Rank, String>,
     /// Between receivers, where fetches failed.
     paths: Paths,
+    /// How many updates have failed because of a rank since it was last part of one that did not.
+    blamed: BTreeMap<Rank, u32>,
     newcomers: Box<PartOf>,
     silence: Box<Silence>,
     /// Who may still read which slot, and the bucket that is in it. Unused with a route.
@@ -254,9 +259,18 @@ struct Announcement {
 }
 
 impl Announcement {
+    /// Whether the bucket's layout is one of this plan.
+    fn is_known(&self, plan: Option<u64>) -> bool {
+        self.known.is_some() && plan == self.known
+    }
+
     /// The message for a rank that knows this plan.
     fn body(&self, plan: Option<u64>) -> Result<Bytes> {
-        let knows = self.known.is_some() && plan == self.known;
+        self.encoded(self.is_known(plan))
+    }
+
+    /// The message, with the layout's digest or with the layout.
+    fn encoded(&self, knows: bool) -> Result<Bytes> {
         let cached = if knows { &self.short } else { &self.full };
         if let Some(body) = cached.get() {
             return Ok(body.clone());
@@ -283,6 +297,7 @@ impl Leader {
             absent: BTreeSet::new(),
             hosts: BTreeMap::new(),
             paths: Paths::default(),
+            blamed: BTreeMap::new(),
             newcomers,
             silence,
             plan: Plan::default(),
@@ -451,17 +466,50 @@ impl Leader {
         self.acts.push_back(Act::Send { to, body });
     }
 
-    /// Tells the ranks that only hear of updates.
-    fn tell_idle(&mut self, body: &Bytes) {
-        for rank in self.idle.clone() {
-            self.send(rank, body.clone());
+    fn send_all(&mut self, to: Vec<Rank>, body: Bytes) {
+        if !to.is_empty() {
+            self.acts.push_back(Act::SendAll { to, body });
         }
+    }
+
+    /// These ranks, and those that only hear of updates.
+    fn with_idle(&self, ranks: impl IntoIterator<Item = Rank>) -> Vec<Rank> {
+        ranks.into_iter().chain(self.idle.iter().copied()).collect()
     }
 
     fn broadcast(&mut self, message: &ToReceiver, now: Instant) -> Result<()> {
         let body = Unsent::Other(encode(message)?);
         let ranks: Vec<Rank> = self.active().collect();
-        ranks.into_iter().try_for_each(|rank| self.tell(rank, body.clone(), now))
+        self.tell_all(&ranks, &body, now)
+    }
+
+    /// [`tell`](Self::tell)s several ranks the same. After an error, none of those that are in the update was told.
+    fn tell_all(&mut self, ranks: &[Rank], message: &Unsent, now: Instant) -> Result<()> {
+        // Of a bucket there are two messages: those that know the plan get the short one.
+        let (mut short, mut full) = (Vec::with_capacity(ranks.len()), Vec::new());
+        for &rank in ranks {
+            let Some(member) = self.members.get_mut(&rank) else { continue };
+            let Some(entry) = &member.entered else {
+                member.unsent.push(message.clone());
+                continue;
+            };
+            member.since = Some(now);
+            let is_full = matches!(message, Unsent::Bucket(bucket) if !bucket.is_known(entry.plan));
+            if is_full { &mut full } else { &mut short }.push(rank);
+        }
+        let bodies = [(short, true), (full, false)].map(|(ranks, is_short)| {
+            let body = match message {
+                _ if ranks.is_empty() => Ok(Bytes::new()),
+                Unsent::Bucket(bucket) => bucket.encoded(is_short),
+                Unsent::Other(body) => Ok(body.clone()),
+            };
+            (ranks, body)
+        });
+        let [(short, short_body), (full, full_body)] = bodies;
+        let (short_body, full_body) = (short_body?, full_body?);
+        self.send_all(short, short_body);
+        self.send_all(full, full_body);
+        Ok(())
     }
 
     /// Tells a rank something of the present update, as soon as it has entered it. It is something
@@ -503,10 +551,8 @@ impl Leader {
             ticket,
         }))?;
         let version = update.version;
-        for rank in active {
-            self.send(rank, begin.clone());
-        }
-        self.tell_idle(&begin);
+        let all = self.with_idle(active);
+        self.send_all(all, begin);
         self.observe(Progress::Began { version, receivers });
         self.acts.push_back(Act::Collect { index: 0 });
         Ok(())
@@ -661,17 +707,11 @@ impl Leader {
         let update = update.number;
         let bucket =
             Arc::new(Announcement { update, index, slot, digest, layout, known, short, full });
-        let mut readers: Vec<Rank> = self.readers().collect();
-        readers.reverse();
-        while let Some(rank) = readers.last() {
-            if let Err(error) = self.tell(*rank, Unsent::Bucket(bucket.clone()), now) {
-                // Those that were not told will not release it.
-                for rank in &readers {
-                    self.slots[slot].by.remove(rank);
-                }
-                return Err(error);
-            }
-            readers.pop();
+        let readers: Vec<Rank> = self.readers().collect();
+        if let Err(error) = self.tell_all(&readers, &Unsent::Bucket(bucket), now) {
+            // Those that were not told will not release it.
+            self.slots[slot].by.clear();
+            return Err(error);
         }
         if let Some(route) = self.update.as_mut().and_then(|update| update.route.as_mut()) {
             route.filled(index);
@@ -843,10 +883,8 @@ impl Leader {
         let Ok(body) = encode(&ToReceiver::Alive { update: update.number, awaited }) else {
             return;
         };
-        for rank in entered {
-            self.send(rank, body.clone());
-        }
-        self.tell_idle(&body);
+        let all = self.with_idle(entered);
+        self.send_all(all, body);
     }
 
     /// Ends the update's data.
@@ -878,10 +916,12 @@ impl Leader {
         // From here on the update has happened: a receiver that cannot be told any more is lost, which
         // the next update will see.
         let body = encode(&ToReceiver::Commit { update: update.number })?;
-        self.tell_idle(&body);
+        let active: Vec<Rank> = self.active().collect();
+        let all = self.with_idle(active.iter().copied());
+        self.send_all(all, body);
         let mut receivers = Vec::new();
-        for rank in self.active().collect::<Vec<_>>() {
-            self.send(rank, body.clone());
+        for rank in active {
+            self.blamed.remove(&rank);
             let Some(member) = self.members.get_mut(&rank) else { continue };
             member.active = false;
             if let Some(mut report) = member.confirmed.take()
@@ -908,6 +948,8 @@ impl Leader {
             return;
         }
         let error = error.version(update.version);
+        self.blame(&error);
+        let Some(update) = &mut self.update else { return };
         let is_named = error.report().rank.is_some_and(|rank| self.absent.contains(&rank));
         let cause_until = (is_of_transport(&error) && !is_named).then_some(now + MOMENT);
         let work_until = match &update.link {
@@ -923,6 +965,32 @@ impl Leader {
         update.stage = Stage::Failing(Failing { error, cause_until, work_until, told: false });
         update.wait = None;
         self.settle(now);
+    }
+
+    /// Counts a failure against the rank that it is the fault of, if one is there that it is. A rank that is there and
+    /// fails one update after the other would keep all others from theirs: it is expelled, and may join again. Then one more
+    /// failure is enough, until an update with it succeeds.
+    fn blame(&mut self, error: &Error) {
+        let Some(rank) = error.report().rank.filter(|rank| self.members.contains_key(rank)) else {
+            return;
+        };
+        let is_its_fault = matches!(
+            error.kind(),
+            ErrorKind::Timeout
+                | ErrorKind::Digest
+                | ErrorKind::Io
+                | ErrorKind::Resource
+                | ErrorKind::Backend
+        );
+        if !is_its_fault {
+            return;
+        }
+        let failures = self.blamed.entry(rank).or_default();
+        *failures = (*failures + 1).min(PATIENCE);
+        if *failures == PATIENCE {
+            let words = format!("updates fail because of it, one after the other: {error}");
+            self.cut(rank, Error::new(error.kind(), "expelling a rank", words).rank(rank));
+        }
     }
 
     /// The update has failed: its end is told when the cause is known, and comes when this rank's work has ended.
@@ -965,9 +1033,7 @@ impl Leader {
         self.acts.push_back(Act::Aborted(told.iter().copied().collect()));
         match encode(&ToReceiver::Abort { update: number, error }) {
             Ok(body) => {
-                for rank in told {
-                    self.send(rank, body.clone());
-                }
+                self.send_all(told.into_iter().collect(), body);
             }
             Err(error) => warn!(%error, "the abort could not be written"),
         }
@@ -1064,11 +1130,12 @@ impl Leader {
         Ok(())
     }
 
-    /// Ends the connection to a member that does not keep to the protocol: nothing that it says can be relied on.
+    /// Ends the connection to a member that does not keep to the protocol, or fails every update: nothing that it says can
+    /// be relied on.
     /// That it is lost, for this reason, is an event as of any other rank. It ends the update, or leaves the rank out
     /// where that can be.
     fn cut(&mut self, rank: Rank, reason: Error) {
-        warn!(%rank, error = %reason, "a rank does not keep to the protocol: its connection is ended");
+        warn!(%rank, error = %reason, "a rank is expelled: its connection is ended");
         self.acts.push_back(Act::Cut { rank, reason });
     }
 

@@ -67,6 +67,7 @@ mod route;
 mod schedules;
 mod secondary;
 mod sender;
+mod simulate;
 #[cfg(test)]
 mod tests;
 mod tree;
@@ -78,6 +79,7 @@ pub use message::Ticket;
 pub use receiver::{Arrival, Receiver};
 pub use route::Topology;
 pub use sender::{CoSender, Sender};
+pub use simulate::{Simulated, Simulation, simulate};
 pub use witness::{Relay, Witness};
 
 use std::future::Future;

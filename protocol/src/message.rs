@@ -236,7 +236,7 @@ mod tests {
             all.extend(bytes);
         }
         let sum = engine_core::digest::sum(0, &all);
-        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (5, 147, 13_694_082_232_816_405_489));
+        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (6, 147, 13_694_082_232_816_405_489));
     }
 
     #[test]

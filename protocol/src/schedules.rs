@@ -519,6 +519,17 @@ impl<'a> World<'a> {
                     self.leader.machine.unreachable(to, unreachable(to), now);
                 }
                 Act::Send { to, body } => self.post(to, body),
+                Act::SendAll { to, body } => {
+                    for to in to {
+                        match self.gone.contains(&to) {
+                            true => {
+                                let now = self.leader_now();
+                                self.leader.machine.unreachable(to, unreachable(to), now);
+                            }
+                            false => self.post(to, body.clone()),
+                        }
+                    }
+                }
                 Act::Cut { rank, .. } => {
                     if !self.gone.contains(&rank) {
                         self.disconnect(rank, false);

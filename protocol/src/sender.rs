@@ -469,6 +469,16 @@ fn perform(machine: &mut impl Machine, act: Act, control: &dyn Control, meter: &
             }
             Err(error) => machine.refused(error, Instant::now()),
         },
+        Act::SendAll { to, body } => {
+            for (rank, error) in control.send_all(&to, body) {
+                match error.kind() {
+                    ErrorKind::PeerLost | ErrorKind::TrainerLeft => {
+                        machine.unreachable(rank, error, Instant::now());
+                    }
+                    _ => machine.refused(error, Instant::now()),
+                }
+            }
+        }
         Act::Cut { rank, reason } => {
             if let Err(error) = control.cut(rank, &reason) {
                 debug!(%rank, %error, "it is gone already");

@@ -316,6 +316,79 @@ async fn a_rank_that_says_what_nobody_understands_between_updates_is_cut_off_as_
     works(&mut sender, 3, &again).await;
 }
 
+/// A rollout that does what it should, whatever becomes of updates.
+async fn behave(hand: &Hand) {
+    loop {
+        match hand.hear().await {
+            ToReceiver::Begin(Begin { update, .. }) => hand.enter(update, None, Vec::new()),
+            ToReceiver::Bucket { update, index, .. } => {
+                hand.say(ToSender::Release { update, index });
+            }
+            ToReceiver::End { update, digest, .. } => {
+                let notes = "null".to_owned();
+                hand.say(ToSender::Confirm { update, digest, seconds: 0.0, notes });
+            }
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_rank_that_fails_one_update_after_the_other_is_expelled_with_the_reason_and_the_others_go_on()
+ {
+    let at = Group::default();
+    let (leader, good) = planes_at(&at);
+    let (good, stuck) = (Hand(good), at.enter(Rank(2)));
+    let link = Slots(Pool::new(1).unwrap());
+    let ranks = [Rank(1), Rank(2)];
+    let mut sender = Sender::new(link, &context(0.2), leader, ranks);
+    let trainer = async {
+        for version in 1..=3 {
+            let error = send(&mut sender, version).await.unwrap_err();
+            let told = error.report();
+            assert_eq!((told.kind, told.rank), (ErrorKind::Timeout, Some(Rank(2))), "{error}");
+        }
+        // Its connection is being ended: that may be heard of only now.
+        let sent = match send(&mut sender, 4).await {
+            Err(error) if error.report().rank == Some(Rank(2)) => send(&mut sender, 5).await,
+            sent => sent,
+        };
+        assert_eq!(sent.unwrap().absent, [Rank(2)]);
+        // One that comes back and goes on like that is not given as much time again.
+        let again = at.join(Rank(2));
+        assert!(send(&mut sender, 6).await.is_err());
+        let sent = match send(&mut sender, 7).await {
+            Err(error) if error.report().rank == Some(Rank(2)) => send(&mut sender, 8).await,
+            sent => sent,
+        };
+        assert_eq!(sent.unwrap().absent, [Rank(2)]);
+        drop(again);
+    };
+    tokio::select! {
+        () = behave(&good) => unreachable!("it goes on for ever"),
+        ended = tokio::time::timeout(LIMIT, trainer) => ended.unwrap(),
+    }
+    drop(stuck);
+}
+
+#[tokio::test]
+async fn a_rank_whose_caller_gives_updates_up_is_not_expelled() {
+    let (leader, rollout) = planes();
+    let (mut sender, hand) = (sender(&leader, 5.0), Hand(rollout));
+    for version in 1..=4 {
+        let failing = async {
+            let Begin { update, .. } = hand.begin().await;
+            hand.enter(update, None, Vec::new());
+            let error =
+                Error::new(ErrorKind::Aborted, "receiving", "the caller has changed its mind");
+            hand.say(ToSender::Failed { update, error: ErrorReport::from(&error) });
+        };
+        let error = fails(&mut sender, version, failing).await;
+        assert_eq!(error.kind(), ErrorKind::Aborted, "{error}");
+    }
+    works(&mut sender, 5, &hand).await;
+}
+
 #[tokio::test]
 async fn a_stream_that_blocks_its_thread_for_longer_than_a_deadline_makes_nobody_late() {
     let (leader, rollout) = planes();

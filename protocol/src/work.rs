@@ -17,6 +17,8 @@ use engine_core::{Error, Rank, ReceiverReport, Result, StageTimes, Version};
 pub(super) enum Act {
     /// Queue a message. If the rank is gone, that is an event.
     Send { to: Rank, body: Bytes },
+    /// Queue the same message for several ranks. If one is gone, that is an event.
+    SendAll { to: Vec<Rank>, body: Bytes },
     /// End the connection to a rank.
     Cut { rank: Rank, reason: Error },
     /// Have the link begin an update: answered by [`Done::Begun`].

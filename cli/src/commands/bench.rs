@@ -12,6 +12,7 @@ use cli::synthetic::SyntheticModel;
 
 use crate::Failure;
 use crate::args::{EngineArgs, FormatArgs, Shape, shape, source_type};
+use crate::commands::scale::ScaleArgs;
 use crate::output::{json_line, say};
 
 /// Measures transports and codecs beside what the machine can do in the same run.
@@ -28,6 +29,8 @@ pub(crate) enum Bench {
     Transfer(TransferArgs),
     /// The FP8 codecs, beside a copy of the same input
     Quant(QuantBenchArgs),
+    /// What a group costs beside the bytes of its weights: how that grows with ranks, tensors and buckets
+    Scale(ScaleArgs),
 }
 
 #[derive(Debug, Args)]

@@ -1,0 +1,90 @@
+//! Groups that are larger than a machine can run.
+
+use std::time::Duration;
+
+use checkpoint_engine::backend::protocol::{Simulation, simulate};
+use checkpoint_engine::{Error, ErrorKind, Result};
+use serde::Serialize;
+
+use super::{MEASURING, ScaleLine, Setting, scale};
+
+/// What an update of a simulated group would cost rank 0.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct SimulatedLine {
+    /// Ranks beside the trainer.
+    pub rollouts: u32,
+    /// How many of them share a relay; 0 without relays.
+    pub behind: u32,
+    /// Buckets of the update.
+    pub buckets: u32,
+    /// Microseconds of processor time for a frame of a connection, as measured.
+    pub frame_us: f64,
+    /// Microseconds for a message in it, without the state machine, as measured.
+    pub message_us: f64,
+    /// Frames of the simulated update at rank 0.
+    pub frames: u64,
+    /// Messages of the simulated update at rank 0, each counted for each rank.
+    pub messages: u64,
+    /// Seconds of processor time of the leader's state machine, measured while it ran.
+    pub machine: f64,
+    /// Seconds of processor time of rank 0: all of these together.
+    pub cpu: f64,
+}
+
+/// The real groups that costs are measured with.
+const ROLLOUTS: u32 = 64;
+const BUCKETS: u32 = 100;
+
+/// Measures what a frame and a message cost, with a real group of 64 rollouts, and runs the state machines of a larger
+/// one.
+///
+/// # Cancel safety
+///
+/// Dropping the future ends the processes.
+///
+/// # Errors
+///
+/// The first failure of an update.
+pub async fn simulated(rollouts: u32, behind: u32, buckets: u32) -> Result<SimulatedLine> {
+    let setting = |behind| Setting {
+        rollouts: ROLLOUTS,
+        tensors: BUCKETS,
+        buckets: BUCKETS,
+        behind,
+        repeats: 5,
+    };
+    let mut lines: Vec<ScaleLine> = Vec::new();
+    scale(&[setting(0), setting(ROLLOUTS)], |line| {
+        lines.push(line.clone());
+        Ok(())
+    })
+    .await?;
+    let [alone, shared] = &lines[..] else {
+        return Err(Error::new(ErrorKind::State, MEASURING, "a measurement is missing"));
+    };
+    let run = |rollouts, behind, buckets: u32| {
+        let (latency, fill) = (Duration::from_micros(50), Duration::from_millis(1));
+        simulate(Simulation { rollouts, behind, buckets: buckets.into(), latency, fill })
+    };
+    let small = [run(ROLLOUTS, 0, BUCKETS)?, run(ROLLOUTS, ROLLOUTS, BUCKETS)?];
+    // Two measurements, two unknowns: the cost of a frame, and that of a message.
+    let rest = |line: &ScaleLine, machine: Duration| line.steady.cpu - machine.as_secs_f64();
+    let (alone_rest, shared_rest) = (rest(alone, small[0].machine), rest(shared, small[1].machine));
+    let frames = alone.steady.frames.saturating_sub(shared.steady.frames).max(1);
+    let frame = (alone_rest - shared_rest) / frames as f64;
+    let message = shared_rest - frame * shared.steady.frames as f64;
+    let message = (message / small[1].messages.max(1) as f64).max(0.0);
+    let took = run(rollouts, behind, buckets)?;
+    let machine = took.machine.as_secs_f64();
+    Ok(SimulatedLine {
+        rollouts,
+        behind,
+        buckets,
+        frame_us: frame * 1e6,
+        message_us: message * 1e6,
+        frames: took.frames,
+        messages: took.messages,
+        machine,
+        cpu: took.frames as f64 * frame + took.messages as f64 * message + machine,
+    })
+}
