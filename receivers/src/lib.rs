@@ -35,24 +35,43 @@ mod chunk;
 mod engine;
 mod fleet;
 mod http;
+mod server;
+pub mod sglang;
+mod store;
 pub mod vllm;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use collective::Library;
 use engine_core::{
     Availability, Backend, Devices, EngineContext, Error, ErrorKind, Placement, PreparedRollout,
     PreparedTrainer, Result, Role, WorkerMetadata,
 };
 use serde::{Deserialize, Serialize};
 
-pub use engine::prepare_vllm;
-pub use http::ServerUrl;
+use crate::engine::{Receivers, limits, prepare};
+use crate::http::Client;
+use crate::server::{Meets, Server};
+use crate::sglang::Sglang;
+use crate::vllm::Vllm;
 
-/// The name in configurations of what sends to vLLM.
-const NAME: &str = "vllm";
+pub use http::ServerUrl;
+pub use server::{Check, ServerKind, examine};
 
 /// What sends to vLLM, as a value to be registered.
-pub static VLLM: &dyn Backend = &VllmBackend;
+pub static VLLM: &dyn Backend = &Sends {
+    name: "vllm",
+    summary: "vLLM's servers as they are, by broadcast over NCCL",
+    kind: ServerKind::Vllm,
+};
+
+/// What sends to SGLang, as a value to be registered.
+pub static SGLANG: &dyn Backend = &Sends {
+    name: "sglang",
+    summary: "SGLang's servers as they are, by broadcast over NCCL",
+    kind: ServerKind::Sglang,
+};
 
 /// Options of the backend `vllm`: `engine_kwargs.vllm` of the configuration.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -69,6 +88,26 @@ pub struct VllmOptions {
     pub library: Option<PathBuf>,
 }
 
+/// Options of the backend `sglang`: `engine_kwargs.sglang` of the configuration.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct SglangOptions {
+    /// The servers: `http://HOST:PORT` each.
+    pub servers: Vec<ServerUrl>,
+    /// How the weights get there.
+    pub transport: Transport,
+    /// What happens to requests that a server is at work on when an update begins.
+    pub pause: sglang::Pause,
+    /// The trainer's address, at which the servers' workers meet it; without it the one by which the trainer reaches each
+    /// server.
+    pub master_address: Option<String>,
+    /// The port there; any that is free with 0.
+    pub master_port: u16,
+    /// The file `libnccl.so.2`; searched for without it.
+    pub library: Option<PathBuf>,
+}
+
 /// How weights get to servers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -79,17 +118,78 @@ pub enum Transport {
     Nccl,
 }
 
+/// Prepares a trainer that sends to vLLM's servers over a library of collectives.
+///
+/// The backend `vllm` does it with NCCL; another library is for tests.
+///
+/// # Errors
+///
+/// `Config` for options that cannot be used; `State` outside of a tokio runtime; those of [`Library::open`].
+pub async fn prepare_vllm<L: Library>(
+    library: L,
+    context: EngineContext,
+) -> Result<PreparedTrainer> {
+    let backend = VLLM.name();
+    let VllmOptions { servers, pause, .. } = context.config.kwargs(backend)?;
+    let (short, long) = limits(&context);
+    let server = |url| -> Arc<dyn Server> {
+        Arc::new(Vllm { client: Client { url, short, long, kind: vllm::KIND }, pause })
+    };
+    let receivers = Receivers {
+        backend,
+        servers: servers.into_iter().map(server).collect(),
+        pauses: pause != vllm::Pause::None,
+        meets: Meets::AtOnce,
+    };
+    prepare(library, context, receivers).await
+}
+
+/// Prepares a trainer that sends to SGLang's servers over a library of collectives.
+///
+/// The backend `sglang` does it with NCCL; another library is for tests.
+///
+/// # Errors
+///
+/// As [`prepare_vllm`].
+pub async fn prepare_sglang<L: Library>(
+    library: L,
+    context: EngineContext,
+) -> Result<PreparedTrainer> {
+    let backend = SGLANG.name();
+    let options: SglangOptions = context.config.kwargs(backend)?;
+    let (short, long) = limits(&context);
+    let server = |url| -> Arc<dyn Server> {
+        let client = Client { url, short, long, kind: sglang::KIND };
+        Arc::new(Sglang::new(client, options.pause))
+    };
+    let receivers = Receivers {
+        backend,
+        servers: options.servers.into_iter().map(server).collect(),
+        pauses: options.pause != sglang::Pause::None,
+        meets: Meets::AtFirstBroadcast {
+            address: options.master_address,
+            port: options.master_port,
+        },
+    };
+    prepare(library, context, receivers).await
+}
+
+/// A backend that only sends, to one kind of servers.
 #[derive(Debug)]
-struct VllmBackend;
+struct Sends {
+    name: &'static str,
+    summary: &'static str,
+    kind: ServerKind,
+}
 
 #[async_trait::async_trait]
-impl Backend for VllmBackend {
+impl Backend for Sends {
     fn name(&self) -> &'static str {
-        NAME
+        self.name
     }
 
     fn summary(&self) -> &'static str {
-        "vLLM's servers as they are, by broadcast over NCCL"
+        self.summary
     }
 
     fn devices(&self) -> Devices {
@@ -101,25 +201,35 @@ impl Backend for VllmBackend {
     }
 
     async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
-        let VllmOptions { library, .. } = context.config.kwargs(NAME)?;
-        prepare_vllm(backend_nccl::collectives(library), context).await
+        match self.kind {
+            ServerKind::Vllm => {
+                let VllmOptions { library, .. } = context.config.kwargs(self.name)?;
+                prepare_vllm(backend_nccl::collectives(library), context).await
+            }
+            ServerKind::Sglang => {
+                let SglangOptions { library, .. } = context.config.kwargs(self.name)?;
+                prepare_sglang(backend_nccl::collectives(library), context).await
+            }
+        }
     }
 
     async fn prepare_rollout(&self, _: EngineContext) -> Result<PreparedRollout> {
-        let message = "vllm only sends: its rollouts are the servers of engine_kwargs.vllm.servers";
+        let name = self.name;
+        let message = format!("{name} only sends: its rollouts are the servers of engine_kwargs.{name}.servers");
         Err(Error::new(ErrorKind::Config, "preparing", message))
     }
 
     fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
+        let name = self.name;
         let [worker] = workers else {
             let message = format!(
-                "{} ranks: vllm has one, the trainer that sends; gather the weights of others there",
+                "{} ranks: {name} has one, the trainer that sends; gather the weights of others there",
                 workers.len()
             );
             return Err(Error::new(ErrorKind::Mismatch, "building the topology", message));
         };
-        if worker.role != Role::Trainer || worker.backend != NAME {
-            let message = "vllm's only rank is a trainer that was prepared for it";
+        if worker.role != Role::Trainer || worker.backend != name {
+            let message = format!("{name}'s only rank is a trainer that was prepared for it");
             return Err(
                 Error::new(ErrorKind::Mismatch, "building the topology", message).rank(worker.rank)
             );
