@@ -483,9 +483,11 @@ impl<C: Communicator> CheckpointEngine for ServersEngine<C> {
     async fn finalize(self: Box<Self>) -> Result<()> {
         // A server that cannot leave now joins anew all the same when somebody sends to it.
         let limit = SHORT.min(self.deadline);
-        let leaving = self.fleet.members().into_iter().map(|index| {
-            within(limit, self.servers[index].ask(Ask::Leave, Version(0)))
-        });
+        let leaving = self
+            .fleet
+            .members()
+            .into_iter()
+            .map(|index| within(limit, self.servers[index].ask(Ask::Leave, Version(0))));
         for left in join_all(leaving).await {
             if !matches!(left, Some(Ok(_))) {
                 tracing::debug!(?left, "while the world was left");

@@ -197,7 +197,9 @@ impl Client {
     pub(crate) fn done(&self, path: &str, answer: &Answer) -> Result<()> {
         match answer.status {
             200..300 => Ok(()),
-            401 | 403 => Err(self.refusal(path, answer, "it asks for a key, and none is sent from here")),
+            401 | 403 => {
+                Err(self.refusal(path, answer, "it asks for a key, and none is sent from here"))
+            }
             404 => Err(self.refusal(path, answer, self.kind.no_route)),
             _ => Err(self.refusal(path, answer, "")),
         }

@@ -215,7 +215,9 @@ impl Backend for Sends {
 
     async fn prepare_rollout(&self, _: EngineContext) -> Result<PreparedRollout> {
         let name = self.name;
-        let message = format!("{name} only sends: its rollouts are the servers of engine_kwargs.{name}.servers");
+        let message = format!(
+            "{name} only sends: its rollouts are the servers of engine_kwargs.{name}.servers"
+        );
         Err(Error::new(ErrorKind::Config, "preparing", message))
     }
 

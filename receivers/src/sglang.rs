@@ -48,10 +48,8 @@ impl Pause {
 }
 
 /// What is said of these servers.
-pub(crate) const KIND: Kind = Kind {
-    name: "SGLang",
-    no_route: "there is no such route: use SGLang 0.5.23 or later",
-};
+pub(crate) const KIND: Kind =
+    Kind { name: "SGLang", no_route: "there is no such route: use SGLang 0.5.23 or later" };
 
 /// A server of SGLang.
 #[derive(Debug)]
@@ -211,7 +209,8 @@ impl Server for Sglang {
 pub(crate) async fn examine(client: Client) -> (Result<String>, Result<String>) {
     match Sglang::new(client, Pause::None).look().await {
         Ok((version, Facts { workers, weights })) => {
-            let words = format!("{workers} workers take weights over NCCL; they have version `{weights}`");
+            let words =
+                format!("{workers} workers take weights over NCCL; they have version `{weights}`");
             (Ok(format!("SGLang {version}")), Ok(words))
         }
         Err(error) => (Ok("SGLang".into()), Err(error)),

@@ -351,3 +351,151 @@ async fn wait(wire: &mut Wire, shared: &Shared, keys: &[Vec<u8>]) -> io::Result<
     }
     wire.say(&[STOP_WAITING]).await
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use tokio::time::{Duration, timeout};
+
+    fn block_on<T>(future: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.expect("a runtime").block_on(future)
+    }
+
+    async fn connected(store: &TorchStore) -> TcpStream {
+        TcpStream::connect(("127.0.0.1", store.port())).await.expect("a connection")
+    }
+
+    fn greeting() -> Vec<u8> {
+        [&[ask::VALIDATE][..], &MAGIC.to_le_bytes()].concat()
+    }
+
+    fn text(bytes: &[u8]) -> Vec<u8> {
+        [&(bytes.len() as u64).to_le_bytes()[..], bytes].concat()
+    }
+
+    #[test]
+    fn a_client_that_waits_for_a_key_goes_on_when_it_has_a_value_and_fails_when_the_store_ends() {
+        block_on(async {
+            let store = TorchStore::open(0).await.unwrap();
+            let mut stream = connected(&store).await;
+            let wait = [&[ask::WAIT][..], &1_u64.to_le_bytes(), &text(b"/a")].concat();
+            stream.write_all(&[greeting(), wait.clone()].concat()).await.unwrap();
+            let mut byte = [9];
+            let early = timeout(Duration::from_millis(50), stream.read_exact(&mut byte)).await;
+            assert!(early.is_err(), "{early:?}");
+            store.set("a", b"value");
+            stream.read_exact(&mut byte).await.unwrap();
+            assert_eq!(byte, [STOP_WAITING]);
+            stream.write_all(&[&[ask::GET][..], &text(b"/a")].concat()).await.unwrap();
+            let mut value = [0; 13];
+            stream.read_exact(&mut value).await.unwrap();
+            assert_eq!(value.to_vec(), text(b"value"));
+            let other = [&[ask::WAIT][..], &1_u64.to_le_bytes(), &text(b"/b")].concat();
+            stream.write_all(&other).await.unwrap();
+            drop(store);
+            let ended = timeout(Duration::from_secs(5), stream.read(&mut byte)).await;
+            assert!(matches!(ended.expect("an end"), Ok(0) | Err(_)));
+        });
+    }
+
+    #[test]
+    fn a_client_that_cancels_its_wait_is_told_so_and_goes_on() {
+        block_on(async {
+            let store = TorchStore::open(0).await.unwrap();
+            let mut stream = connected(&store).await;
+            let wait = [&[ask::WAIT][..], &1_u64.to_le_bytes(), &text(b"/a")].concat();
+            let check = [&[ask::CHECK][..], &1_u64.to_le_bytes(), &text(b"/a")].concat();
+            let all = [greeting(), wait, vec![ask::CANCEL_WAIT], check].concat();
+            stream.write_all(&all).await.unwrap();
+            let mut answers = [9; 2];
+            stream.read_exact(&mut answers).await.unwrap();
+            assert_eq!(answers, [WAIT_CANCELED, NOT_READY]);
+        });
+    }
+
+    #[test]
+    fn a_port_that_somebody_has_is_an_error_that_says_which() {
+        block_on(async {
+            let store = TorchStore::open(0).await.unwrap();
+            let error = TorchStore::open(store.port()).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Io);
+            assert!(error.to_string().contains(&store.port().to_string()), "{error}");
+        });
+    }
+
+    /// All that torch's client can be made to ask, and what it has to hear.
+    const CLIENT: &str = r#"
+import datetime, sys
+from torch.distributed import DistStoreError, TCPStore
+
+seconds = lambda count: datetime.timedelta(seconds=count)
+store = TCPStore("127.0.0.1", int(sys.argv[1]), 2, False, timeout=seconds(30))
+other = TCPStore("127.0.0.1", int(sys.argv[1]), 2, False, timeout=seconds(30))
+assert store.get("ours") == b"from Rust"
+store.set("a", "1")
+assert other.get("a") == b"1" and other.check(["a", "ours"]) and not other.check(["b"])
+assert store.add("n", 5) == 5 and other.add("n", -2) == 3
+assert store.compare_set("c", "", "x") == b"x" and store.compare_set("c", "y", "z") == b"x"
+assert store.compare_set("c", "x", "z") == b"z"
+store.append("a", "23")
+assert store.get("a") == b"123"
+store.multi_set(["p", "q"], ["7", "8"])
+assert other.multi_get(["p", "q"]) == [b"7", b"8"]
+assert store.delete_key("p") and not store.delete_key("p") and not other.check(["p"])
+# The two of them have counted themselves.
+assert store.num_keys() == 6, store.num_keys()
+try:
+    store.wait(["late"], seconds(0.2))
+    raise SystemExit("a key that nobody has set")
+except DistStoreError:
+    pass
+assert store.get("q") == b"8"
+other.set("late", "1")
+store.wait(["late", "a"])
+print("done")
+"#;
+
+    #[test]
+    #[ignore = "needs a Python with PyTorch, named by CKPT_ENGINE_TORCH_PYTHON"]
+    fn torchs_own_client_hears_what_torchs_own_store_would_say() {
+        let name = "CKPT_ENGINE_TORCH_PYTHON";
+        let python = std::env::var_os(name);
+        let python = python.unwrap_or_else(|| panic!("{name} is not set: run `cargo xtask test`"));
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+        let runtime = runtime.expect("a runtime");
+        let store = runtime.block_on(TorchStore::open(0)).unwrap();
+        store.set("ours", b"from Rust");
+        let port = store.port().to_string();
+        let mut command = std::process::Command::new(python);
+        let ended = command.args(["-c", CLIENT, &port]).output().expect("a process");
+        let errors = String::from_utf8_lossy(&ended.stderr);
+        assert!(ended.status.success() && ended.stdout == b"done\n", "{errors}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+        #[test]
+        fn whatever_a_client_says_the_store_answers_others(
+            polite in any::<bool>(),
+            asks in proptest::collection::vec(0_u8..16, 0..4),
+            bytes in proptest::collection::vec(any::<u8>(), 0..60),
+        ) {
+            block_on(async {
+                let store = TorchStore::open(0).await.unwrap();
+                store.set("a", b"1");
+                let mut odd = connected(&store).await;
+                let start = if polite { greeting() } else { Vec::new() };
+                // Whether it is still listened to is its own affair.
+                drop(odd.write_all(&[start, asks, bytes].concat()).await);
+                let mut good = connected(&store).await;
+                let get = [&[ask::GET][..], &text(b"/a")].concat();
+                good.write_all(&[greeting(), get].concat()).await.unwrap();
+                let mut value = [0; 9];
+                let read = timeout(Duration::from_secs(5), good.read_exact(&mut value)).await;
+                read.expect("an answer").unwrap();
+            });
+        }
+    }
+}

@@ -66,7 +66,8 @@ impl Server for Vllm {
     }
 
     async fn ask(&self, question: Ask, version: Version) -> Result<Said> {
-        let tell = async |path: &str, body: Option<Value>| self.client.tell(path, body.as_ref()).await;
+        let tell =
+            async |path: &str, body: Option<Value>| self.client.tell(path, body.as_ref()).await;
         match question {
             Ask::Look => return self.look().await.map(Said::Facts),
             Ask::Recall => return self.weights().await.map(Said::Version),

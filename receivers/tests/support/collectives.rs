@@ -205,16 +205,18 @@ async fn until<T>(world: &Mutex<World>, mut found: impl FnMut(&mut World) -> Opt
 }
 
 impl Member {
-    /// Joins, with the all-reduce that vLLM's workers begin with. Waits as long as it takes.
-    pub(crate) async fn join(id: &[u8], place: u32, size: u32) -> Self {
+    /// Joins, with the all-reduce that vLLM's workers begin with if it is asked for. Waits as long as it takes.
+    pub(crate) async fn join(id: &[u8], place: u32, size: u32, warms: bool) -> Self {
         let world = lock(&WORLDS).get(id).cloned();
         // Nobody answers for another id: that is a wait without an end.
         let Some(world) = world else { return std::future::pending().await };
         assert!(lock(&world).joined.insert(place), "two workers are member {place}");
         until(&world, |world| (world.joined.len() == size as usize).then_some(())).await;
         assert_eq!(lock(&world).size, size, "the trainer counts other members");
-        lock(&world).warm.insert(place);
-        until(&world, |world| (world.warm.len() == size as usize).then_some(())).await;
+        if warms {
+            lock(&world).warm.insert(place);
+            until(&world, |world| (world.warm.len() == size as usize).then_some(())).await;
+        }
         Self { world, place, received: 0 }
     }
 
