@@ -9,6 +9,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use collective::SharedSlot;
 use engine_core::clock::within;
 use engine_core::memory::Job;
 use engine_core::{DType, Error, ErrorKind, Result, TensorCounts, Weight, WeightStream};
@@ -110,6 +111,10 @@ pub(crate) struct Tensors {
     /// As torch calls them.
     pub(crate) types: Vec<&'static str>,
     pub(crate) shapes: Vec<Vec<u64>>,
+    /// In bytes.
+    pub(crate) sizes: Vec<u64>,
+    /// Where servers read the bucket, if they read it where it is.
+    pub(crate) shared: Option<SharedSlot>,
 }
 
 impl Chunk {
@@ -125,6 +130,8 @@ impl Chunk {
             names: metas().map(|meta| meta.name.clone()).collect(),
             types: types?,
             shapes: metas().map(|meta| meta.shape.to_vec()).collect(),
+            sizes: self.jobs.iter().map(|job| job.len).collect(),
+            shared: None,
         })
     }
 }

@@ -99,6 +99,7 @@ pub(crate) async fn prepare<L: Library>(
     let metadata = WorkerMetadata::of_this_process(backend, rank, Role::Trainer, details);
     Ok(Prepared::new(metadata, move |_| async move {
         let deadline = context.deadline();
+        let is_shared = meets == Meets::Nowhere;
         let engine = ServersEngine {
             fleet: Fleet::new(servers.len(), pauses),
             servers,
@@ -111,6 +112,7 @@ pub(crate) async fn prepare<L: Library>(
                 slots,
                 locks: Arc::new(SlotLocks::new(SLOTS)),
                 awaited: Arc::default(),
+                is_shared,
                 shape,
                 pool,
                 limit: deadline,
@@ -139,8 +141,10 @@ struct Sending<C: Communicator> {
     thread: Thread<C>,
     slots: Arc<dyn Slots>,
     locks: Arc<SlotLocks>,
-    /// The id and the size of a world whose other members join at the first broadcast.
-    awaited: Arc<Mutex<Option<(Vec<u8>, u32)>>>,
+    /// A world whose other members join at the first broadcast.
+    awaited: Arc<Mutex<Option<Awaited>>>,
+    /// Whether servers read the slots where they are.
+    is_shared: bool,
     shape: Shape,
     pool: Pool,
     /// How long somebody waits for the library to let go of the world.
@@ -151,6 +155,13 @@ impl<C: Communicator> Drop for Sending<C> {
     fn drop(&mut self) {
         self.thread.close_later(self.limit);
     }
+}
+
+/// A world that has to be joined yet.
+#[derive(Debug)]
+struct Awaited {
+    id: Vec<u8>,
+    size: u32,
 }
 
 /// A bucket that is filled.
@@ -178,7 +189,7 @@ impl<C: Communicator> Sending<C> {
         let chunk = feed.chunks.next(feed.weights, deadline).await;
         feed.stages.source += begun.elapsed();
         let Some(chunk) = chunk.map_err(|error| error.bucket(index))? else { return Ok(None) };
-        let tensors = chunk.tensors()?;
+        let mut tensors = chunk.tensors()?;
         let Chunk { jobs, len, source_bytes } = chunk;
         let slot = (index % u64::from(SLOTS)) as u32;
         let begun = Instant::now();
@@ -191,17 +202,19 @@ impl<C: Communicator> Sending<C> {
                 true => self.slots.enlarge(guard, len).await?,
                 false => guard,
             };
-            self.slots.fill(guard, jobs, &self.pool, false).await
+            let shared = self.is_shared.then(|| self.slots.shared(&guard)).transpose()?;
+            self.slots.fill(guard, jobs, &self.pool, false).await?;
+            Ok::<_, Error>(shared)
         };
-        filled.await.map_err(|error| error.bucket(index))?;
+        tensors.shared = filled.await.map_err(|error| error.bucket(index))?;
         feed.stages.encode += begun.elapsed();
         feed.filled += 1;
         Ok(Some(Bucket { slot, len, source_bytes, tensors }))
     }
 
-    /// Whether the world is in order. Waits for a broadcast that an update has left under way.
+    /// Whether the world is in order, if there has to be one. Waits for a broadcast that an update has left under way.
     async fn is_joined(&self, limit: Duration) -> bool {
-        self.thread.run(limit, |library, _| library.ended(WORLD)).await.is_ok()
+        self.is_shared || self.thread.run(limit, |library, _| library.ended(WORLD)).await.is_ok()
     }
 
     /// Joins a world of so many members, as the first of them, and does what they begin with.
@@ -223,7 +236,7 @@ impl<C: Communicator> Sending<C> {
         let awaited = self.awaited.clone();
         let work = self.thread.run(limit, move |library, _| {
             library.leave();
-            *lock(&awaited) = Some((id, size));
+            *lock(&awaited) = Some(Awaited { id, size });
             Ok(())
         });
         work.await
@@ -239,7 +252,7 @@ impl<C: Communicator> Sending<C> {
             let guard = locks.lock(slot).await;
             let work = thread.run(limit, move |library, wait| {
                 let done = (|| {
-                    if let Some((id, size)) = lock(&awaited).take() {
+                    if let Some(Awaited { id, size }) = lock(&awaited).take() {
                         library.join(WORLD, &id, size, 0, wait)?;
                     }
                     if len == 0 {
@@ -324,9 +337,15 @@ impl<C: Communicator> ServersEngine<C> {
     /// Forms a world with the workers of servers, each of which joins at the same time.
     async fn form(&mut self, members: &[usize]) -> (Result<()>, Answers) {
         let limit = self.deadline;
-        let id = self.sending.thread.run(limit, |library, _| library.new_group()).await;
+        let id = match self.meets {
+            Meets::Nowhere => Ok(Vec::new()),
+            _ => {
+                let id = self.sending.thread.run(limit, |library, _| library.new_group()).await;
+                id.map(|id| id.to_vec())
+            }
+        };
         let id = match id {
-            Ok(id) => id.to_vec(),
+            Ok(id) => id,
             // Nobody was asked.
             Err(error) => return (Err(error), Vec::new()),
         };
@@ -349,6 +368,7 @@ impl<C: Communicator> ServersEngine<C> {
             })
             .collect();
         let own = match self.meets {
+            Meets::Nowhere => tokio::spawn(async { Ok(()) }),
             Meets::AtOnce => self.sending.join(id, size, limit),
             Meets::AtFirstBroadcast { .. } => {
                 let ready = self.sending.join_later(id, size, limit).await;
@@ -386,7 +406,10 @@ impl<C: Communicator> ServersEngine<C> {
             .iter()
             .map(|&index| async move { (index, self.servers[index].update(body).await) })
             .collect();
-        let own = self.sending.broadcast(bucket, self.deadline);
+        let own = match self.sending.is_shared {
+            true => tokio::spawn(async { Ok(()) }),
+            false => self.sending.broadcast(bucket, self.deadline),
+        };
         self.together(own, theirs, members).await
     }
 

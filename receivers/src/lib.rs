@@ -35,8 +35,10 @@ mod chunk;
 mod engine;
 mod fleet;
 mod http;
+mod pickle;
 mod server;
 pub mod sglang;
+mod shared;
 mod store;
 pub mod vllm;
 
@@ -116,6 +118,41 @@ pub enum Transport {
     /// By broadcast over NCCL, to GPUs of any hosts other than the trainer's own.
     #[default]
     Nccl,
+    /// By CUDA IPC: a server's one worker is on the trainer's own GPU, and reads buckets where they are.
+    Ipc,
+}
+
+impl std::fmt::Display for Transport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Nccl => "nccl",
+            Self::Ipc => "ipc",
+        })
+    }
+}
+
+impl Transport {
+    /// Whether it reaches all workers of a server.
+    ///
+    /// # Errors
+    ///
+    /// `Config`, in words, if it does not.
+    fn reaches(self, client: &Client, workers: u32) -> Result<()> {
+        if self == Self::Nccl || workers == 1 {
+            return Ok(());
+        }
+        let message = format!(
+            "{workers} workers; with `transport: ipc` a server has one, on the trainer's own GPU"
+        );
+        Err(Error::new(ErrorKind::Config, client.url.to_string(), message))
+    }
+
+    fn meets(self, over_nccl: Meets) -> Meets {
+        match self {
+            Self::Nccl => over_nccl,
+            Self::Ipc => Meets::Nowhere,
+        }
+    }
 }
 
 /// Prepares a trainer that sends to vLLM's servers over a library of collectives.
@@ -130,16 +167,16 @@ pub async fn prepare_vllm<L: Library>(
     context: EngineContext,
 ) -> Result<PreparedTrainer> {
     let backend = VLLM.name();
-    let VllmOptions { servers, pause, .. } = context.config.kwargs(backend)?;
+    let VllmOptions { servers, transport, pause, .. } = context.config.kwargs(backend)?;
     let (short, long) = limits(&context);
     let server = |url| -> Arc<dyn Server> {
-        Arc::new(Vllm { client: Client { url, short, long, kind: vllm::KIND }, pause })
+        Arc::new(Vllm { client: Client { url, short, long, kind: vllm::KIND }, transport, pause })
     };
     let receivers = Receivers {
         backend,
         servers: servers.into_iter().map(server).collect(),
         pauses: pause != vllm::Pause::None,
-        meets: Meets::AtOnce,
+        meets: transport.meets(Meets::AtOnce),
     };
     prepare(library, context, receivers).await
 }
@@ -160,16 +197,16 @@ pub async fn prepare_sglang<L: Library>(
     let (short, long) = limits(&context);
     let server = |url| -> Arc<dyn Server> {
         let client = Client { url, short, long, kind: sglang::KIND };
-        Arc::new(Sglang::new(client, options.pause))
+        Arc::new(Sglang::new(client, options.transport, options.pause))
     };
     let receivers = Receivers {
         backend,
         servers: options.servers.into_iter().map(server).collect(),
         pauses: options.pause != sglang::Pause::None,
-        meets: Meets::AtFirstBroadcast {
+        meets: options.transport.meets(Meets::AtFirstBroadcast {
             address: options.master_address,
             port: options.master_port,
-        },
+        }),
     };
     prepare(library, context, receivers).await
 }
@@ -203,12 +240,22 @@ impl Backend for Sends {
     async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
         match self.kind {
             ServerKind::Vllm => {
-                let VllmOptions { library, .. } = context.config.kwargs(self.name)?;
-                prepare_vllm(backend_nccl::collectives(library), context).await
+                let options: VllmOptions = context.config.kwargs(self.name)?;
+                match options.transport {
+                    Transport::Nccl => {
+                        prepare_vllm(backend_nccl::collectives(options.library), context).await
+                    }
+                    Transport::Ipc => prepare_vllm(backend_nccl::shared_slots(), context).await,
+                }
             }
             ServerKind::Sglang => {
-                let SglangOptions { library, .. } = context.config.kwargs(self.name)?;
-                prepare_sglang(backend_nccl::collectives(library), context).await
+                let options: SglangOptions = context.config.kwargs(self.name)?;
+                match options.transport {
+                    Transport::Nccl => {
+                        prepare_sglang(backend_nccl::collectives(options.library), context).await
+                    }
+                    Transport::Ipc => prepare_sglang(backend_nccl::shared_slots(), context).await,
+                }
             }
         }
     }

@@ -44,6 +44,8 @@ pub(crate) struct Meeting {
 /// How workers get to know a world.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Meets {
+    /// They do not: they read the trainer's slots where they are, and joining only tells a server so.
+    Nowhere,
     /// Each server is told the id; its workers join at once, and all members warm the world up.
     AtOnce,
     /// The id is in a store of torch's kind, and workers look for it at their first broadcast.

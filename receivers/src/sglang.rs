@@ -8,14 +8,20 @@
 use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use collective::SharedSlot;
 use engine_core::{Error, ErrorKind, Result, Version};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::Transport;
 use crate::chunk::Tensors;
 use crate::fleet::{Ask, Facts, Said};
 use crate::http::{Client, Kind, ServerUrl};
+use crate::pickle::Pickle;
 use crate::server::{Server, World};
+use crate::shared::arguments;
 
 /// The longest that a server may take to have nothing under way when its caches are emptied, in seconds.
 const FLUSH_SECONDS: u64 = 30;
@@ -55,14 +61,15 @@ pub(crate) const KIND: Kind =
 #[derive(Debug)]
 pub(crate) struct Sglang {
     client: Client,
+    transport: Transport,
     pause: Pause,
     /// The name in torch of the world that its workers joined last.
     group: Mutex<String>,
 }
 
 impl Sglang {
-    pub(crate) fn new(client: Client, pause: Pause) -> Self {
-        Self { client, pause, group: Mutex::default() }
+    pub(crate) fn new(client: Client, transport: Transport, pause: Pause) -> Self {
+        Self { client, transport, pause, group: Mutex::default() }
     }
 
     fn group(&self) -> String {
@@ -131,6 +138,7 @@ impl Sglang {
                 return refuse(format!("--weight-cache-mode {mode}"), remedy);
             }
         }
+        self.transport.reaches(&self.client, workers)?;
         Ok((version, Facts { workers, weights: self.weights().await? }))
     }
 }
@@ -153,6 +161,7 @@ impl Server for Sglang {
                 self.begin().await?;
                 self.tell("/end_weight_update", json!({})).await?;
             }
+            Ask::Leave if self.transport == Transport::Ipc => {}
             Ask::Leave => {
                 let path = "/destroy_weights_update_group";
                 let body = json!({ "group_name": self.group() });
@@ -169,6 +178,9 @@ impl Server for Sglang {
     }
 
     async fn join(&self, world: &World) -> Result<()> {
+        if self.transport == Transport::Ipc {
+            return Ok(());
+        }
         let Some(meeting) = &world.meeting else {
             let message = "it takes a world whose members meet at a store";
             return Err(Error::new(ErrorKind::State, "forming a world", message));
@@ -190,6 +202,14 @@ impl Server for Sglang {
     }
 
     fn describe(&self, tensors: &Tensors) -> Value {
+        if let Some(slot) = &tensors.shared {
+            let bucket = STANDARD.encode(bucket(tensors, slot).to_bytes());
+            return json!({
+                "serialized_named_tensors": [bucket],
+                "load_format": "flattened_bucket",
+                "flush_cache": false,
+            });
+        }
         json!({
             "names": tensors.names,
             "dtypes": tensors.types,
@@ -201,16 +221,52 @@ impl Server for Sglang {
     }
 
     async fn update(&self, body: &Value) -> Result<()> {
-        self.client.tell("/update_weights_from_distributed", Some(body)).await
+        let path = match self.transport {
+            Transport::Nccl => "/update_weights_from_distributed",
+            Transport::Ipc => "/update_weights_from_tensor",
+        };
+        self.client.tell(path, Some(body)).await
     }
+}
+
+/// A bucket where it is, as SGLang's workers rebuild it: its bytes, and what lies where in them.
+///
+/// A worker reads it before it answers: when it drops what it rebuilt, torch waits for what reads it.
+fn bucket(tensors: &Tensors, slot: &SharedSlot) -> Pickle {
+    let rebuild = Pickle::Global("torch.multiprocessing.reductions", "rebuild_cuda_tensor");
+    let mut at = 0;
+    let metas = (0..tensors.names.len()).map(|index| {
+        let size = tensors.sizes[index];
+        let shape = tensors.shapes[index].iter().map(|side| Pickle::size(*side)).collect();
+        let (start, end) = (at, at + size);
+        at = end;
+        Pickle::Call(
+            Box::new(Pickle::Global(
+                "sglang.srt.weight_sync.tensor_bucket",
+                "FlattenedTensorMetadata",
+            )),
+            vec![
+                Pickle::text(&*tensors.names[index]),
+                Pickle::Tuple(shape),
+                Pickle::Global("torch", tensors.types[index]),
+                Pickle::size(start),
+                Pickle::size(end),
+                Pickle::size(size),
+            ],
+        )
+    });
+    let metas = metas.collect();
+    Pickle::Dict(vec![
+        (Pickle::text("flattened_tensor"), Pickle::Call(Box::new(rebuild), arguments(slot))),
+        (Pickle::text("metadata"), Pickle::List(metas)),
+    ])
 }
 
 /// Looks at a server of SGLang, without changing anything there: its version, and what it is, in words.
 pub(crate) async fn examine(client: Client) -> (Result<String>, Result<String>) {
-    match Sglang::new(client, Pause::None).look().await {
+    match Sglang::new(client, Transport::Nccl, Pause::None).look().await {
         Ok((version, Facts { workers, weights })) => {
-            let words =
-                format!("{workers} workers take weights over NCCL; they have version `{weights}`");
+            let words = format!("{workers} workers take weights; they have version `{weights}`");
             (Ok(format!("SGLang {version}")), Ok(words))
         }
         Err(error) => (Ok("SGLang".into()), Err(error)),

@@ -5,18 +5,18 @@
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use engine_core::{Result, Version};
+use engine_core::{Error, ErrorKind, Result, Version};
 use hyper::Method;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::Transport;
 use crate::chunk::Tensors;
 use crate::fleet::{Ask, Facts, Said};
 use crate::http::{Client, Kind, ServerUrl, ask};
+use crate::pickle::Pickle;
 use crate::server::{Server, World};
-
-/// What a server's `--weight-transfer-config` has to be.
-const CONFIG: &str = "start it with --weight-transfer-config '{\"backend\": \"nccl\"}'";
+use crate::shared::arguments;
 
 /// What happens to requests that a server is at work on when an update begins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -49,6 +49,7 @@ impl Pause {
 #[derive(Clone, Debug)]
 pub(crate) struct Vllm {
     pub(crate) client: Client,
+    pub(crate) transport: Transport,
     pub(crate) pause: Pause,
 }
 
@@ -69,7 +70,22 @@ impl Server for Vllm {
         let tell =
             async |path: &str, body: Option<Value>| self.client.tell(path, body.as_ref()).await;
         match question {
-            Ask::Look => return self.look().await.map(Said::Facts),
+            Ask::Look => {
+                let (transport, facts) = self.look().await?;
+                self.transport.reaches(&self.client, facts.workers)?;
+                if transport != self.transport {
+                    let message = format!(
+                        "it was started for {transport}: {}, or configure `transport: {transport}`",
+                        config(self.transport)
+                    );
+                    return Err(Error::new(
+                        ErrorKind::Config,
+                        self.client.url.to_string(),
+                        message,
+                    ));
+                }
+                return Ok(Said::Facts(facts));
+            }
             Ask::Recall => return self.weights().await.map(Said::Version),
             Ask::Pause => tell(&format!("/pause?mode={}", self.pause.name()), None).await?,
             Ask::Reset => {
@@ -89,18 +105,34 @@ impl Server for Vllm {
     }
 
     async fn join(&self, world: &World) -> Result<()> {
-        let info = init_info(&STANDARD.encode(&world.id), world);
+        let info = match self.transport {
+            Transport::Nccl => init_info(&STANDARD.encode(&world.id), world),
+            Transport::Ipc => ipc_info(),
+        };
         let body = json!({ "init_info": info });
         self.client.tell("/init_weight_transfer_engine", Some(&body)).await
     }
 
     fn describe(&self, tensors: &Tensors) -> Value {
-        let Tensors { names, types, shapes } = tensors;
-        json!({ "update_info": { "names": names, "dtype_names": types, "shapes": shapes } })
+        let Tensors { names, types, shapes, sizes, shared } = tensors;
+        let mut info = json!({ "names": names, "dtype_names": types, "shapes": shapes });
+        if let Some(slot) = shared {
+            let place = Pickle::Tuple(arguments(slot));
+            let places = Pickle::Dict(vec![(Pickle::text(&slot.device), place)]);
+            info["ipc_handles_pickled"] = STANDARD.encode(places.to_bytes()).into();
+            info["tensor_sizes"] = json!(sizes);
+        }
+        json!({ "update_info": info })
     }
 
     async fn update(&self, body: &Value) -> Result<()> {
-        self.client.tell("/update_weights", Some(body)).await
+        let path = "/update_weights";
+        let answer = self.client.post(path, Some(body), self.client.long).await?;
+        if !answer.is_success() && answer.words().contains("VLLM_ALLOW_INSECURE_SERIALIZATION") {
+            let remedy = "set VLLM_ALLOW_INSECURE_SERIALIZATION=1 where the server is started";
+            return Err(self.client.refusal(path, &answer, remedy));
+        }
+        self.client.done(path, &answer)
     }
 }
 
@@ -122,8 +154,8 @@ impl Vllm {
         version.ok_or_else(|| self.client.odd(path, &answer))
     }
 
-    /// Whether it is there, and all that it needs to be sent to.
-    async fn look(&self) -> Result<Facts> {
+    /// Whether it is there, and all that it needs to be sent to; what it was started for, and what it is.
+    async fn look(&self) -> Result<(Transport, Facts)> {
         let Client { url, short, .. } = &self.client;
         let health = ask(url, *short, Method::GET, "/health", None).await?;
         if !health.is_success() {
@@ -136,13 +168,12 @@ impl Vllm {
         let workers = workers.filter(|workers| *workers > 0);
         let workers = workers.ok_or_else(|| self.client.odd(path, &size))?;
         let weights = self.weights().await?;
-        self.is_configured().await?;
-        Ok(Facts { workers, weights })
+        Ok((self.configured().await?, Facts { workers, weights }))
     }
 
-    /// Whether the server was started for this transport. It says so when it is asked to join a world that cannot be:
-    /// nothing else does without side effects.
-    async fn is_configured(&self) -> Result<()> {
+    /// What the server was started for. It says so when it is asked to join a world that cannot be: nothing else does
+    /// without side effects.
+    async fn configured(&self) -> Result<Transport> {
         let path = "/init_weight_transfer_engine";
         let world = World { id: Vec::new(), size: 2, first: 1, bucket_bytes: 1, meeting: None };
         let body = json!({ "init_info": init_info("", &world) });
@@ -152,21 +183,30 @@ impl Vllm {
             return Err(self.client.odd(path, &answer));
         }
         if words.contains("need nccl_unique_id_b64") {
-            return Ok(());
+            return Ok(Transport::Nccl);
         }
+        if words.contains("Invalid init_info for IPCWeightTransferEngine") {
+            return Ok(Transport::Ipc);
+        }
+        let wanted = config(self.transport);
         let remedy = if words.contains("not configured") {
-            CONFIG.to_owned()
+            wanted
         } else if words.contains("unexpected keyword argument 'nccl_unique_id_b64'") {
             format!(
-                "its --weight-transfer-config has another backend, or it is older than 0.33: {CONFIG}"
+                "its --weight-transfer-config has another backend, or it is older than 0.33: {wanted}"
             )
         } else if words.contains("unexpected keyword") || words.contains("missing") {
-            format!("its --weight-transfer-config has another backend: {CONFIG}")
+            format!("its --weight-transfer-config has another backend: {wanted}")
         } else {
-            return self.client.done(path, &answer);
+            return self.client.done(path, &answer).and(Err(self.client.odd(path, &answer)));
         };
         Err(self.client.refusal(path, &answer, &remedy))
     }
+}
+
+/// What a server's `--weight-transfer-config` has to be, in words.
+fn config(transport: Transport) -> String {
+    format!("start it with --weight-transfer-config '{{\"backend\": \"{transport}\"}}'")
 }
 
 /// How workers meet the trainer. With a bucket that never exceeds the buffer size, or is a single weight, they take every
@@ -182,12 +222,18 @@ fn init_info(id: &str, world: &World) -> Value {
     })
 }
 
+/// What servers that read buckets where they are need to know.
+fn ipc_info() -> Value {
+    json!({ "packed": true })
+}
+
 /// Looks at a server of vLLM, of this version, without changing anything there: what it is, in words.
 ///
 /// # Errors
 ///
 /// What it lacks to be sent to.
 pub(crate) async fn examine(client: Client) -> Result<String> {
-    let Facts { workers, weights } = Vllm { client, pause: Pause::None }.look().await?;
-    Ok(format!("{workers} workers take weights over NCCL; they have version `{weights}`"))
+    let server = Vllm { client, transport: Transport::Nccl, pause: Pause::None };
+    let (transport, Facts { workers, weights }) = server.look().await?;
+    Ok(format!("{workers} workers take weights by {transport}; they have version `{weights}`"))
 }

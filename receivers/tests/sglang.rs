@@ -250,6 +250,37 @@ async fn an_address_that_workers_do_not_reach_is_an_error_of_the_server_in_its_o
 }
 
 #[tokio::test]
+async fn a_server_on_the_trainers_gpu_reads_every_byte_of_every_update_where_it_is() {
+    let server = start().await;
+    let mut trainer = trainer(&[&server], json!({ "transport": "ipc" })).await;
+    for version in 1..=3 {
+        let sent = trainer.send_weights(ensure_async_iterator(model(version)), Version(version));
+        assert!(sent.await.expect("an update").buckets > 2);
+        has(&server, version);
+    }
+    assert!(!server.asked().iter().any(|path| path.contains("group")));
+    server.wrong("/update_weights_from_tensor", 1, Wrong::Refuses("CUDA out of memory"));
+    let sent = trainer.send_weights(ensure_async_iterator(model(4)), Version(4)).await;
+    assert!(sent.expect_err("nobody has it").to_string().contains("CUDA out of memory"));
+    server.generate().expect_err("it is half loaded");
+    let sent = trainer.send_weights(ensure_async_iterator(model(5)), Version(5)).await;
+    assert!(sent.expect("an update").absent.is_empty());
+    has(&server, 5);
+}
+
+#[tokio::test]
+async fn a_server_of_several_workers_is_none_that_the_trainers_gpu_reaches() {
+    let server = Server::start(&model(0), Started { workers: 2, ..Started::sglang() }).await;
+    let mut trainer = trainer(&[&server], json!({ "transport": "ipc" })).await;
+    let sent = trainer.send_weights(ensure_async_iterator(model(1)), Version(1)).await;
+    let error = sent.expect_err("it cannot be sent to");
+    assert!(
+        error.kind() == ErrorKind::Config && error.to_string().contains("2 workers"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
 async fn a_doctor_tells_the_kinds_of_servers_apart_and_says_what_they_are() {
     let limit = Duration::from_secs(1);
     let server = Server::start(&model(0), Started { workers: 4, ..Started::sglang() }).await;

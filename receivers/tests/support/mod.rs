@@ -6,6 +6,7 @@
 pub(crate) mod collectives;
 pub(crate) mod server;
 mod sglang_contract;
+mod unpickle;
 mod vllm_contract;
 
 use async_trait::async_trait;

@@ -68,12 +68,14 @@ pub(crate) struct Started {
     pub(crate) workers: u32,
     /// SGLang's `--dp-size`.
     pub(crate) replicas: u32,
+    /// vLLM's `VLLM_ALLOW_INSECURE_SERIALIZATION`.
+    pub(crate) insecure: bool,
 }
 
 impl Default for Started {
     fn default() -> Self {
         let (contract, backend) = (Contract::Vllm, Some("nccl"));
-        Self { contract, dev_mode: true, backend, workers: 1, replicas: 1 }
+        Self { contract, dev_mode: true, backend, workers: 1, replicas: 1, insecure: true }
     }
 }
 
@@ -105,6 +107,8 @@ pub(super) struct State {
     pub(super) version: String,
     pub(super) members: Option<Vec<Member>>,
     pub(super) limit: u64,
+    /// Whether vLLM was told that a bucket is one tensor.
+    pub(super) packed: bool,
     /// The groups of SGLang's workers, by their names in torch.
     pub(super) groups: BTreeMap<String, Group>,
     wrong: Vec<(String, usize, Wrong)>,
@@ -182,6 +186,7 @@ impl Server {
             version: "default".into(),
             members: None,
             limit: 0,
+            packed: false,
             groups: BTreeMap::new(),
             wrong: Vec::new(),
             asked: Vec::new(),

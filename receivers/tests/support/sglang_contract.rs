@@ -6,13 +6,16 @@
 
 use std::collections::BTreeSet;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use futures::future::{join_all, try_join_all};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::collectives::Member;
+use super::collectives::{Member, rebuilt};
 use super::server::{Answer, Shared, item_size, lock, say};
+use super::unpickle::{Said, unpickle};
 
 /// A group of torch, as all of the server's workers have it.
 #[derive(Debug)]
@@ -66,6 +69,9 @@ pub(super) async fn done(
         "/update_weight_version" => &["new_version", "abort_all_requests"],
         "/update_weights_from_distributed" => {
             &["names", "dtypes", "shapes", "group_name", "load_format", "flush_cache"]
+        }
+        "/update_weights_from_tensor" => {
+            &["serialized_named_tensors", "load_format", "flush_cache"]
         }
         _ => return say(404, json!({ "detail": "Not Found" })),
     };
@@ -141,6 +147,7 @@ pub(super) async fn done(
             let group = lock(&shared.state).groups.remove(name);
             group.map(drop).ok_or_else(|| "The group to be destroyed does not exist.".to_owned())
         }
+        "/update_weights_from_tensor" => read(&told, shared),
         _ => update(&told, shared).await,
     };
     match done {
@@ -266,8 +273,61 @@ async fn update(told: &Value, shared: &Shared) -> Result<(), String> {
         None => unreachable!(),
     };
     assert!(received.windows(2).all(|pair| pair[0] == pair[1]));
+    lock(&shared.state).groups.insert(group.name.clone(), group);
+    load(bucket, &received[0], shared)
+}
+
+/// Reads a bucket where it is.
+fn read(told: &Value, shared: &Shared) -> Result<(), String> {
+    if !lock(&shared.state).active {
+        return Err("update_weights_from_tensor must run between begin_weight_update() and \
+                    end_weight_update()"
+            .into());
+    }
+    if told["load_format"] != "flattened_bucket" || told["flush_cache"] != false {
+        return Err("this server is told of buckets only, and to flush once".into());
+    }
+    let payload = &told["serialized_named_tensors"];
+    if payload.as_array().is_none_or(|ranks| ranks.len() != shared.started.workers as usize) {
+        return Err("one payload for each worker".into());
+    }
+    let payload = STANDARD.decode(payload[0].as_str().unwrap_or_default());
+    let payload = payload.map_err(|error| error.to_string())?;
+    let said = unpickle(&payload).ok_or("no pickle")?;
+    let Some(Said::Call(rebuild, arguments)) = said.get("flattened_tensor") else {
+        return Err("no flattened_tensor".into());
+    };
+    if rebuild != "torch.multiprocessing.reductions.rebuild_cuda_tensor" {
+        return Err(format!("Blocked unsafe global ({rebuild})"));
+    }
+    let bytes = rebuilt(arguments)?;
+    let mut bucket = Vec::new();
+    for meta in said.get("metadata").and_then(Said::items).ok_or("no metadata")? {
+        let Said::Call(class, meta) = meta else { return Err("no metadata of a tensor".into()) };
+        if class != "sglang.srt.weight_sync.tensor_bucket.FlattenedTensorMetadata" {
+            return Err(format!("Blocked unsafe global ({class})"));
+        }
+        let name = meta[0].text().ok_or("a name")?.to_owned();
+        let shape = meta[1].items().ok_or("a shape")?.iter().filter_map(Said::int).collect();
+        let dtype = meta[2].text().and_then(|dtype| dtype.strip_prefix("torch."));
+        let dtype = dtype.ok_or("a type")?.to_owned();
+        let [Some(start), Some(end), Some(numel)] = [3, 4, 5].map(|at| meta[at].int()) else {
+            return Err("a place".into());
+        };
+        let item = item_size(&dtype).ok_or("torch has no such type")?;
+        if numel != end - start || start % item != 0 {
+            return Err("self.storage_offset() must be divisible by the size of an element".into());
+        }
+        bucket.push((name, (dtype, shape), start as usize..end as usize));
+    }
+    load(bucket, &bytes, shared)
+}
+
+type Tensor = (String, (String, Vec<u64>), std::ops::Range<usize>);
+
+/// Copies what arrived into the model.
+fn load(bucket: Vec<Tensor>, bytes: &[u8], shared: &Shared) -> Result<(), String> {
     let mut state = lock(&shared.state);
-    state.groups.insert(group.name.clone(), group);
     for (name, described, place) in bucket {
         if state.expected.get(&name) != Some(&described) {
             return Err(format!(
@@ -275,7 +335,7 @@ async fn update(told: &Value, shared: &Shared) -> Result<(), String> {
                  ModelRunner are partially updated. Please discard the whole weights."
             ));
         }
-        state.weights.insert(name, received[0][place].to_vec());
+        state.weights.insert(name, bytes[place].to_vec());
     }
     Ok(())
 }

@@ -8,8 +8,9 @@ use base64::engine::general_purpose::STANDARD;
 use futures::future::join_all;
 use serde_json::{Value, json};
 
-use super::collectives::Member;
+use super::collectives::{DEVICE, Member, rebuilt};
 use super::server::{Answer, Layer, Shared, State, Tensors, item_size, lock, say};
+use super::unpickle::{Said, unpickle};
 
 /// The layer that a tensor is a part of.
 fn layer_of(name: &str) -> String {
@@ -108,8 +109,16 @@ async fn init(info: &Value, shared: &Shared) -> Result<(), String> {
             return Err("Weight transfer not configured. Please set weight_transfer_config".into());
         }
         Some("nccl") => {}
-        Some(_) => {
-            return Err("Invalid init_info: got an unexpected keyword argument 'packed'".into());
+        Some(other) => {
+            let other =
+                format!("Invalid init_info for {}WeightTransferEngine", other.to_uppercase());
+            let known = |key: &String| key == "packed";
+            let odd = info.as_object().and_then(|info| info.keys().find(|key| !known(key)));
+            if let Some(key) = odd {
+                return Err(format!("{other}: got an unexpected keyword argument '{key}'"));
+            }
+            lock(&shared.state).packed = info["packed"] == true;
+            return Ok(());
         }
     }
     let info = info.as_object().ok_or("no init_info")?;
@@ -175,11 +184,14 @@ async fn update(info: &Value, shared: &Shared) -> Result<(), String> {
     if names.len() != types.len() || names.len() != shapes.len() {
         return Err("`dtype_names` should be of the same size as `names`".into());
     }
+    if !lock(&shared.state).active {
+        return Err("start_weight_update must be called before update_weights.".into());
+    }
+    if shared.started.backend == Some("ipc") {
+        return read(info, &names, &types, &shapes, shared);
+    }
     let (members, limit) = {
         let state = lock(&shared.state);
-        if !state.active {
-            return Err("start_weight_update must be called before update_weights.".into());
-        }
         (state.members.clone(), state.limit)
     };
     let mut members = members.ok_or("NCCL weight transfer not initialized.")?;
@@ -203,6 +215,42 @@ async fn update(info: &Value, shared: &Shared) -> Result<(), String> {
     }
     lock(&shared.state).members = Some(members);
     Ok(())
+}
+
+/// Reads a bucket where it is.
+fn read(
+    info: &Value,
+    names: &[Value],
+    types: &[Value],
+    shapes: &[Value],
+    shared: &Shared,
+) -> Result<(), String> {
+    let pickled = info["ipc_handles_pickled"].as_str().ok_or("no ipc_handles_pickled")?;
+    if !shared.started.insecure {
+        return Err("Refusing to deserialize `ipc_handles_pickled` without \
+                    VLLM_ALLOW_INSECURE_SERIALIZATION=1"
+            .into());
+    }
+    if !lock(&shared.state).packed {
+        return Err("one handle for a bucket, and it was not told so".into());
+    }
+    let places = STANDARD.decode(pickled).map_err(|error| error.to_string())?;
+    let places = unpickle(&places).ok_or("no pickle")?;
+    let place = places.get(DEVICE).and_then(Said::items);
+    let bytes = rebuilt(place.ok_or("IPC handle not found for GPU UUID")?)?;
+    let sizes: Vec<u64> =
+        serde_json::from_value(info["tensor_sizes"].clone()).map_err(|error| error.to_string())?;
+    let mut chunk = Vec::new();
+    for (((name, dtype), shape), len) in names.iter().zip(types).zip(shapes).zip(sizes) {
+        let (name, dtype) = (name.as_str().ok_or("a name")?, dtype.as_str().ok_or("a type")?);
+        let shape: Vec<u64> = serde_json::from_value(shape.clone()).map_err(|e| e.to_string())?;
+        let item = item_size(dtype).ok_or_else(|| format!("torch has no {dtype}"))?;
+        if len != shape.iter().product::<u64>() * item {
+            return Err(format!("{name}: {len} bytes"));
+        }
+        chunk.push((name.to_owned(), dtype.to_owned(), shape, item, len));
+    }
+    load(chunk, &bytes, shared)
 }
 
 type Tensor = (String, String, Vec<u64>, u64, u64);
