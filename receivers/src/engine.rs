@@ -19,6 +19,7 @@ use engine_core::{
 };
 use futures::future::{join, join_all};
 use futures::stream::{FuturesUnordered, StreamExt};
+use serde::Serialize;
 use serde_json::json;
 use tokio::task::JoinHandle;
 use tracing::info;
@@ -102,6 +103,7 @@ pub(crate) async fn prepare<L: Library>(
         let is_shared = meets == Meets::Nowhere;
         let engine = ServersEngine {
             fleet: Fleet::new(servers.len(), pauses),
+            loaded: vec![Loaded::default(); servers.len()],
             servers,
             meets,
             store: None,
@@ -128,6 +130,8 @@ struct ServersEngine<C: Communicator> {
     fleet: Fleet,
     servers: Vec<Arc<dyn Server>>,
     meets: Meets,
+    /// What each server has said that it loaded, in this update.
+    loaded: Vec<Loaded>,
     /// Where the present world's workers find its id.
     store: Option<TorchStore>,
     meter: Meter,
@@ -155,6 +159,14 @@ impl<C: Communicator> Drop for Sending<C> {
     fn drop(&mut self) {
         self.thread.close_later(self.limit);
     }
+}
+
+/// What a server has loaded of an update.
+#[derive(Clone, Debug, Default, Serialize)]
+struct Loaded {
+    buckets: u64,
+    tensors: u64,
+    bytes: u64,
 }
 
 /// A world that has to be joined yet.
@@ -320,6 +332,14 @@ impl<C: Communicator> ServersEngine<C> {
                     let filling = self.sending.fill(feed, self.deadline);
                     let ((own, answers), next) = join(sending, filling).await;
                     feed.stages.publish += begun.elapsed();
+                    let loaded =
+                        answers.iter().filter(|(_, answer)| matches!(answer, Some(Ok(()))));
+                    for (index, _) in loaded {
+                        let loaded = &mut self.loaded[*index];
+                        loaded.buckets += 1;
+                        loaded.tensors += bucket.tensors.names.len() as u64;
+                        loaded.bytes += bucket.len;
+                    }
                     self.fleet.sent(own, answers);
                     let bytes = bucket.source_bytes;
                     self.meter.observe(&Progress::Bucket { index: sent, bytes });
@@ -478,7 +498,12 @@ impl<C: Communicator> ServersEngine<C> {
                 state,
                 seconds: elapsed.as_secs_f64(),
                 digest: None,
-                notes: json!({ "server": url, "workers": workers, "error": error }),
+                notes: json!({
+                    "server": url,
+                    "workers": workers,
+                    "loaded": self.loaded[index],
+                    "error": error,
+                }),
             }
         };
         let loaded = outcome.loaded.iter().map(|&index| line(index, VersionState::Active, None));
@@ -533,6 +558,7 @@ impl<C: Communicator> TrainerEngine for ServersEngine<C> {
         let ranks: Vec<Rank> = (0..self.servers.len()).map(rank_of).collect();
         let has_world = self.sending.is_joined(self.deadline).await;
         self.fleet.begin(version, has_world);
+        self.loaded.fill(Loaded::default());
         self.meter.observe(&Progress::Began { version, receivers: ranks.clone() });
         let chunks = Chunks::new(self.sending.shape.slot_bytes);
         let stages = StageTimes::default();

@@ -4,13 +4,13 @@
 //! leaves them half loaded while they say that they are healthy, and one that waits in a collective waits without an end. So this side is
 //! the one that never hangs, and that says what happened.
 //!
-//! # vLLM over NCCL
+//! # Over NCCL
 //!
-//! The backend `vllm` drives vLLM's HTTP routes for weight transfer, and broadcasts over NCCL. The trainer and all workers of all
-//! servers are one world, of which the trainer is member 0.
+//! The backends `vllm` and `sglang` drive the servers' HTTP routes for weight transfer, and broadcast over NCCL. The trainer and
+//! all workers of all servers are one world, of which the trainer is member 0.
 //!
-//! - **The stream becomes buckets** (`chunk.rs`): whole weights, one behind the other. A bucket is one call of
-//!   `update_weights` with the names, types and shapes of its weights, and one broadcast. So the stream need not be known
+//! - **The stream becomes buckets** (`chunk.rs`): whole weights, one behind the other. A bucket is one request
+//!   to each server with the names, types and shapes of its weights, and one broadcast. So the stream need not be known
 //!   before it is sent, and nothing is outstanding in NCCL while the trainer waits for its next weight: a trainer whose
 //!   stream fails leaves no server hanging. vLLM can also take a whole update by one call that reuses the names of the
 //!   last; that saves the names and a request for each bucket, and costs this property.
@@ -24,9 +24,17 @@
 //!   everything about it is asked anew, and it generates only once it has confirmed a version.
 //! - **FP8** is none of this crate's business: the layer in front of the engine quantises the stream, in which a weight's scales
 //!   follow its codes.
+//! - **What differs between vLLM and SGLang** is behind a trait (`server.rs`). vLLM is told the id of the world, and its workers join
+//!   at once. SGLang's look for the id in a store of torch's (`store.rs`), at their first broadcast.
 //!
-//! Its group has one rank, the trainer. [`SendReport::receivers`] has the servers as the ranks 1, 2, … in the order of the
-//! configuration, and their addresses in the notes.
+//! # On the trainer's own GPU
+//!
+//! With `transport: ipc` there is no world. A server reads a bucket where it is, and has read it when it answers. All else is
+//! the same: one of two slots is filled while the other is read.
+//!
+//! The group of these backends has one rank, the trainer. [`SendReport::receivers`] has the servers as the ranks 1, 2, … in the order of the
+//! configuration, and in the notes of each its address, its workers, and how many `buckets`, `tensors` and `bytes` it said that it
+//! loaded.
 //!
 //! [`SendReport::receivers`]: engine_core::SendReport::receivers
 #![forbid(unsafe_code)]

@@ -35,6 +35,10 @@ async fn servers_of_several_workers_get_every_byte_of_every_update_and_say_its_v
         assert_eq!(report.receivers[0].notes["server"], two.url());
         assert_eq!(report.receivers[0].notes["workers"], 2);
         assert!(report.buckets > 2, "one bucket shows nothing of the next");
+        let bytes: u64 = model(version).iter().map(engine_core::Weight::byte_len).sum();
+        let loaded =
+            json!({ "buckets": report.buckets, "tensors": model(version).len(), "bytes": bytes });
+        assert_eq!(report.receivers[0].notes["loaded"], loaded);
     }
     one.asked();
     trainer.finalize().await.expect("an end");
@@ -120,6 +124,10 @@ async fn a_server_that_fails_anywhere_is_named_and_left_out_and_loaded_by_the_ne
         assert_eq!(report.receivers[1].state, VersionState::Aborted, "{what}");
         let notes = report.receivers[1].notes["error"].to_string();
         assert!(notes.contains("CUDA out of memory") && notes.contains(&bad.url()), "{notes}");
+        if path == "/update_weights_from_distributed" {
+            let loaded = &report.receivers[1].notes["loaded"]["buckets"];
+            assert_eq!(loaded, nth, "{what}: what it did not say that it loaded");
+        }
         // It generates with the old weights, with the whole new ones, or not at all.
         if let Ok((version, weights)) = bad.generate() {
             let of = if version == "1" { 1 } else { 0 };

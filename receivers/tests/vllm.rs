@@ -32,6 +32,10 @@ async fn a_server_gets_every_byte_of_every_update_and_says_its_version() {
         assert_eq!(report.receivers[0].notes["workers"], 2);
         assert_eq!(report.counts.tensors, model(version).len() as u64);
         assert!(report.buckets > 2, "one bucket shows nothing of the next");
+        let bytes: u64 = model(version).iter().map(engine_core::Weight::byte_len).sum();
+        let loaded =
+            json!({ "buckets": report.buckets, "tensors": model(version).len(), "bytes": bytes });
+        assert_eq!(report.receivers[0].notes["loaded"], loaded);
     }
     server.asked();
     trainer.finalize().await.expect("an end");
