@@ -414,6 +414,8 @@ def case(args, model, kind, transport, fp8, port):
                 if time.monotonic() > until:
                     return name, "the receiver does not start"
                 time.sleep(0.3)
+            if server.poll() is not None:
+                return name, "the receiver has ended"
             steps = [
                 ("doctor", ["doctor", "--server", url]),
                 ("sync", ["sync", "--backend", kind, "--device", "cuda:0", "--server", url, "--model", model, "--updates",
