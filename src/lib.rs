@@ -15,6 +15,7 @@
 //! | `nixl` | `nixl` | processes of any hosts, over NIXL |
 //! | `hccl` | `hccl` | Ascend NPUs of any hosts, over HCCL |
 //! | `vllm` | `receivers` | a trainer and vLLM's servers as they are, by broadcast over NCCL |
+//! | `sglang` | `receivers` | a trainer and SGLang's servers as they are, by broadcast over NCCL |
 //!
 //! [`registry`] knows those that are compiled in. The feature `fp8` (default) brings quantisation to
 //! all of them: with `trainer_quantize_fp8` the trainer sends FP8 blocks and their scales.
@@ -100,7 +101,7 @@ pub fn registry() -> Registry {
     #[cfg(feature = "hccl")]
     let registry = registry.with(backend_hccl::BACKEND);
     #[cfg(feature = "receivers")]
-    let registry = registry.with(receivers::VLLM);
+    let registry = registry.with(receivers::VLLM).with(receivers::SGLANG);
     #[cfg(feature = "fp8")]
     let registry = registry.with_layer(quant_fp8::LAYER);
     registry

@@ -11,6 +11,7 @@
 //! program's own, installed Python wheels, and where packages put libraries. All ranks need the same
 //! version.
 
+mod alone;
 pub mod bare;
 mod comm;
 mod error;
@@ -71,6 +72,11 @@ fn library(context: &EngineContext) -> Result<(NcclLibrary, CollectiveOptions)> 
 /// searched for unless it is named.
 pub fn collectives(library: Option<PathBuf>) -> impl Library {
     NcclLibrary { library }
+}
+
+/// Slots as NCCL's, without NCCL: other processes of the host read them where they are.
+pub fn shared_slots() -> impl Library {
+    alone::SharedSlots
 }
 
 #[derive(Debug)]

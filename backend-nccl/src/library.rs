@@ -15,7 +15,7 @@ use crate::{NAME, sys};
 
 /// The size of each of the two buckets unless one is configured: a bucket's time has to be long beside
 /// what it takes to begin one.
-const DEFAULT_BUCKET_BYTES: u64 = 512 << 20;
+pub(crate) const DEFAULT_BUCKET_BYTES: u64 = 512 << 20;
 
 /// NCCL, found at run time.
 #[derive(Debug)]

@@ -1,6 +1,8 @@
 //! What there is of NCCL on a machine without a GPU: the library is found, says its version and what it
 //! can do, and why it cannot be used.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use control_plane::ControlPlane;
 use engine_core::{Availability, CheckpointEngineConfig, EngineContext, ErrorKind};
 
@@ -12,7 +14,11 @@ fn words() -> String {
 }
 
 async fn prepare(config: CheckpointEngineConfig) -> engine_core::Error {
-    let address = format!("unix:@nccl-library-{}", std::process::id()).parse().expect("one");
+    // Tests of one process run at the same time.
+    static CALLS: AtomicU32 = AtomicU32::new(0);
+    let count = CALLS.fetch_add(1, Ordering::Relaxed);
+    let address = format!("unix:@nccl-library-{}-{count}", std::process::id()).parse();
+    let address = address.expect("an address");
     let token = control_plane::Token::generate().expect("a token");
     let control = control_plane::ControlConfig::new(address, token);
     let control = ControlPlane::lead(control).await.expect("an address");

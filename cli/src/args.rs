@@ -12,7 +12,7 @@ use checkpoint_engine::{CheckpointEngineConfig, DeviceChoice, Rank, config, regi
 use clap::Args;
 use cli::exporter::Exporter;
 use cli::source::{ModelSpec, SourceSpec};
-use cli::sync::SENDS_ONLY;
+use cli::sync::sends_only;
 use cli::synthetic::SyntheticModel;
 
 use crate::Failure;
@@ -112,7 +112,7 @@ pub(crate) fn shape(text: &str) -> Result<Shape, String> {
 #[derive(Debug, Args)]
 pub(crate) struct EngineArgs {
     /// The transport: naive (one process), ipc (processes of one host), nccl (GPUs), nixl (any hosts)
-    /// or vllm (servers that run already); see `doctor`
+    /// or vllm or sglang (servers that run already); see `doctor`
     #[arg(long)]
     backend: Option<String>,
     /// The size of a bucket in MiB; there are two
@@ -203,7 +203,7 @@ impl EngineArgs {
             // It has buckets nowhere else; each rank takes the NPU of its number.
             config.device = "npu".parse()?;
         }
-        if config.backend == SENDS_ONLY && config.device.is_cpu() {
+        if sends_only(&config.backend) && config.device.is_cpu() {
             config.device = "cuda".parse()?;
         }
         config.digests &= !self.no_digests;

@@ -22,8 +22,10 @@ use crate::report_line::{UpdateLine, line};
 use crate::roles::{Rollout, Trainer};
 use crate::source::{Source, SourceSpec};
 
-/// The backend whose rollouts are servers that run already.
-pub const SENDS_ONLY: &str = "vllm";
+/// Whether a backend's rollouts are servers that run already.
+pub fn sends_only(backend: &str) -> bool {
+    ["vllm", "sglang"].contains(&backend)
+}
 
 /// What to run.
 #[derive(Clone, Debug)]
@@ -76,7 +78,7 @@ pub async fn run(options: &SyncOptions, each: impl FnMut(&UpdateLine) -> Result<
     let mut lines = Lines { options, memcpy, memory: PeakMemory::start()?, bar, each };
     let result = match &*options.config.backend {
         "naive" => in_one_process(options, source, &mut lines).await,
-        SENDS_ONLY => to_servers(options, source, &mut lines).await,
+        backend if sends_only(backend) => to_servers(options, source, &mut lines).await,
         _ => with_processes(options, source, &mut lines).await,
     };
     lines.bar.clear();

@@ -10,7 +10,7 @@ use checkpoint_engine::fp8::{Fp8Config, Quantization};
 use checkpoint_engine::hccl::HcclOptions;
 use checkpoint_engine::nccl::NcclOptions;
 use checkpoint_engine::nixl::NixlOptions;
-use checkpoint_engine::receivers::VllmOptions;
+use checkpoint_engine::receivers::{SglangOptions, VllmOptions};
 use checkpoint_engine::{CheckpointEngineConfig, config, registry};
 use schemars::{JsonSchema, schema_for};
 use serde_json::Value;
@@ -56,6 +56,8 @@ fn the_configuration_page_is_made_from_the_types() {
     table::<HcclOptions>(&mut page, "`engine_kwargs.hccl`", &hccl);
     let vllm = defaults(serde_json::to_value(VllmOptions::default()));
     table::<VllmOptions>(&mut page, "`engine_kwargs.vllm`", &vllm);
+    let sglang = defaults(serde_json::to_value(SglangOptions::default()));
+    table::<SglangOptions>(&mut page, "`engine_kwargs.sglang`", &sglang);
     page.push_str("\n`naive` and `ipc` have no options of their own.\n");
     is_up_to_date("configuration.md", &page);
 }

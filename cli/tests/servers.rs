@@ -43,7 +43,7 @@ fn the_doctor_says_what_a_server_lacks_and_fails() {
     let output = run(&["doctor", "--server", &url]);
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(!output.status.success(), "{said}");
-    assert!(said.contains("ok version: 0.33.0"), "{said}");
+    assert!(said.contains("ok version: vLLM 0.33.0"), "{said}");
     assert!(said.contains("VLLM_SERVER_DEV_MODE=1"), "{said}");
     let output = run(&["doctor", "--server", &url, "--json"]);
     let said: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
@@ -61,7 +61,8 @@ fn servers_that_cannot_be_are_errors_in_words() {
             &["sync", "--synthetic", "tiny-moe", "--backend", "ipc", "--server", "http://a"],
             "ipc has rollouts of its own",
         ),
-        (&["sync", "--synthetic", "tiny-moe", "--backend", "vllm"], "give --server URL"),
+        (&["sync", "--synthetic", "tiny-moe", "--backend", "vllm"], "vllm sends to servers"),
+        (&["sync", "--synthetic", "tiny-moe", "--backend", "sglang"], "give --server URL"),
         (
             &[
                 "sync",

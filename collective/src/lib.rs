@@ -136,6 +136,18 @@ pub trait Slots: fmt::Debug + Send + Sync {
         Err(Error::new(ErrorKind::Config, "enlarging a slot", message))
     }
 
+    /// Where other processes of the host read a slot, as long as the rank lives. Another place after the slot was
+    /// [enlarged](Self::enlarge).
+    ///
+    /// # Errors
+    ///
+    /// `Backend` where slots are nobody else's.
+    fn shared(&self, slot: &SlotGuard) -> Result<SharedSlot> {
+        let message =
+            format!("slot {} is in memory that other processes cannot read", slot.index());
+        Err(Error::new(ErrorKind::Backend, "sharing a slot", message))
+    }
+
     /// The first bytes of a slot, to be read; the guard is dropped with the last view of them.
     fn view(&self, slot: SlotGuard, filled: u64) -> Storage;
 
@@ -145,6 +157,19 @@ pub trait Slots: fmt::Debug + Send + Sync {
     fn slower(&self) -> Vec<String> {
         Vec::new()
     }
+}
+
+/// Where other processes of the host read a slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SharedSlot {
+    /// The UUID of the device that it is on, in lower case and without a prefix.
+    pub device: String,
+    /// The handle with which the driver opens the allocation that it is in.
+    pub handle: Vec<u8>,
+    /// Where it begins in that allocation, in bytes.
+    pub start: u64,
+    /// Its size in bytes.
+    pub bytes: u64,
 }
 
 /// Who uses which slot: one at a time.

@@ -53,6 +53,18 @@ impl Device {
         self.0.context.name()
     }
 
+    /// Its UUID, in lower case and without a prefix: `8a1d0b2c-…`, as torch writes it.
+    ///
+    /// # Errors
+    ///
+    /// What the driver reports.
+    pub fn uuid(&self) -> Result<String, CudaError> {
+        let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let bytes = self.0.context.uuid()?;
+        let parts = [&bytes[..4], &bytes[4..6], &bytes[6..8], &bytes[8..10], &bytes[10..]];
+        Ok(parts.map(hex).join("-"))
+    }
+
     /// Its compute capability: (9, 0) for Hopper.
     pub fn capability(&self) -> (i32, i32) {
         self.0.capability

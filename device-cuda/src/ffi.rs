@@ -123,6 +123,15 @@ impl Context {
         Ok(unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned())
     }
 
+    /// The 16 bytes that tell it from every other device.
+    pub(crate) fn uuid(&self) -> Result<[u8; 16], CudaError> {
+        let mut uuid = cu::CUuuid { bytes: [0; 16] };
+        // SAFETY: the out pointer is valid.
+        let status = unsafe { cu::cuDeviceGetUuid_v2(&mut uuid, self.0.device) };
+        checked("cuDeviceGetUuid", status)?;
+        Ok(uuid.bytes.map(|byte| byte as u8))
+    }
+
     pub(crate) fn attribute(&self, what: Attribute) -> Result<i32, CudaError> {
         let mut value = 0;
         // SAFETY: the out pointer is valid.

@@ -1,4 +1,4 @@
-//! Which weights travel together: one bucket of the trainer, one call of `update_weights` on every server.
+//! Which weights travel together: one bucket of the trainer, one request to every server.
 //!
 //! A bucket is what the receivers call a chunk: the bytes of its weights one behind the other, without a gap. A weight is
 //! never split, because a receiver takes it by one broadcast. One that is larger than a bucket travels alone. Within a
@@ -9,6 +9,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use collective::SharedSlot;
 use engine_core::clock::within;
 use engine_core::memory::Job;
 use engine_core::{DType, Error, ErrorKind, Result, TensorCounts, Weight, WeightStream};
@@ -101,6 +102,38 @@ fn packed(mut weights: Vec<Weight>) -> Chunk {
         jobs.push(job);
     }
     Chunk { jobs, len, source_bytes }
+}
+
+/// What servers are told of a bucket's weights, in the order in which they lie there.
+#[derive(Debug)]
+pub(crate) struct Tensors {
+    pub(crate) names: Vec<Arc<str>>,
+    /// As torch calls them.
+    pub(crate) types: Vec<&'static str>,
+    pub(crate) shapes: Vec<Vec<u64>>,
+    /// In bytes.
+    pub(crate) sizes: Vec<u64>,
+    /// Where servers read the bucket, if they read it where it is.
+    pub(crate) shared: Option<SharedSlot>,
+}
+
+impl Chunk {
+    /// What servers are told of it.
+    ///
+    /// # Errors
+    ///
+    /// `Weight` for types that torch does not have.
+    pub(crate) fn tensors(&self) -> Result<Tensors> {
+        let metas = || self.jobs.iter().map(|job| job.weight.meta());
+        let types: Result<_> = self.jobs.iter().map(|job| torch_name(&job.weight)).collect();
+        Ok(Tensors {
+            names: metas().map(|meta| meta.name.clone()).collect(),
+            types: types?,
+            shapes: metas().map(|meta| meta.shape.to_vec()).collect(),
+            sizes: self.jobs.iter().map(|job| job.len).collect(),
+            shared: None,
+        })
+    }
 }
 
 /// What torch calls the type of a weight's elements.

@@ -1,6 +1,8 @@
 //! The trainer's engine: does what the [machine](crate::fleet) says, and decides nothing but how long to wait.
 
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -17,14 +19,16 @@ use engine_core::{
 };
 use futures::future::{join, join_all};
 use futures::stream::{FuturesUnordered, StreamExt};
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::json;
 use tokio::task::JoinHandle;
 use tracing::info;
 
-use crate::chunk::{Chunk, Chunks};
+use crate::chunk::{Chunk, Chunks, Tensors};
 use crate::fleet::{Act, Answers, Ask, Fleet, Outcome, rank_of};
-use crate::vllm::{Pause, Vllm, World, update_info};
-use crate::{NAME, VllmOptions};
+use crate::http::ServerUrl;
+use crate::server::{Meeting, Meets, Server, World};
+use crate::store::{TorchStore, id_key};
 
 /// One is filled while the other travels.
 const SLOTS: u32 = 2;
@@ -36,32 +40,52 @@ const SHORT: Duration = Duration::from_secs(10);
 const GRACE: Duration = Duration::from_secs(5);
 /// The pause between two looks at a broadcast.
 const PAUSE: Duration = Duration::from_micros(30);
+/// The most members of a world that meets at a store: torch's `TORCH_NCCL_RANKS_PER_ROOT`, unless it is set.
+const MAX_WORLD: u32 = 128;
 
-/// Prepares a trainer that sends to vLLM's servers over a library of collectives.
-///
-/// The backend `vllm` does it with NCCL; another library is for tests.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What an engine sends to.
+#[derive(Debug)]
+pub(crate) struct Receivers {
+    /// The backend's name.
+    pub(crate) backend: &'static str,
+    pub(crate) servers: Vec<Arc<dyn Server>>,
+    /// Whether servers are paused during an update.
+    pub(crate) pauses: bool,
+    /// How their workers get to know a world.
+    pub(crate) meets: Meets,
+}
+
+/// How long answers of servers may take: those about what is there already, and those that make a server do something.
+pub(crate) fn limits(context: &EngineContext) -> (Duration, Duration) {
+    let long = context.deadline();
+    (SHORT.min(long), long)
+}
+
+/// Prepares a trainer that sends to servers over a library of collectives.
 ///
 /// # Errors
 ///
-/// `Config` for options that cannot be used; `State` outside of a tokio runtime; those of [`Library::open`].
-pub async fn prepare_vllm<L: Library>(
+/// `Config` for servers that cannot be used; `State` outside of a tokio runtime; those of [`Library::open`].
+pub(crate) async fn prepare<L: Library>(
     library: L,
     context: EngineContext,
+    receivers: Receivers,
 ) -> Result<PreparedTrainer> {
-    let options = context.config.kwargs::<VllmOptions>(NAME)?;
+    let Receivers { backend, servers, pauses, meets } = receivers;
     let refuse = |kind, message: &str| Err(Error::new(kind, "preparing", message));
-    if options.servers.is_empty() {
-        let message =
-            "engine_kwargs.vllm.servers is empty: list the servers, such as http://10.0.0.7:8000";
-        return refuse(ErrorKind::Config, message);
+    if servers.is_empty() {
+        let message = format!(
+            "engine_kwargs.{backend}.servers is empty: list the servers, such as http://10.0.0.7:8000"
+        );
+        return refuse(ErrorKind::Config, &message);
     }
-    if let Some(twice) = options
-        .servers
-        .iter()
-        .enumerate()
-        .find_map(|(index, server)| options.servers[..index].contains(server).then_some(server))
-    {
-        return refuse(ErrorKind::Config, &format!("{twice} is listed twice"));
+    let mut seen = HashSet::new();
+    if let Some(twice) = servers.iter().find(|server| !seen.insert(server.url().to_string())) {
+        return refuse(ErrorKind::Config, &format!("{} is listed twice", twice.url()));
     }
     if tokio::runtime::Handle::try_current().is_err() {
         return refuse(ErrorKind::State, "servers are asked on a tokio runtime, and here is none");
@@ -71,28 +95,29 @@ pub async fn prepare_vllm<L: Library>(
     let shape = Shape { slots: SLOTS, slot_bytes: bucket / ALIGNMENT * ALIGNMENT };
     let pool = Pool::new(context.threads(Role::Trainer))?;
     let Opened { thread, slots, version, .. } = library.open(&context, shape, &pool).await?;
-    let details = json!({ "library": version, "servers": options.servers });
-    let metadata = WorkerMetadata::of_this_process(NAME, rank, Role::Trainer, details);
+    let urls: Vec<&ServerUrl> = servers.iter().map(|server| server.url()).collect();
+    let details = json!({ "library": version, "servers": urls });
+    let metadata = WorkerMetadata::of_this_process(backend, rank, Role::Trainer, details);
     Ok(Prepared::new(metadata, move |_| async move {
-        let long = context.deadline();
-        let server = |url: &crate::ServerUrl| Vllm {
-            url: url.clone(),
-            pause: options.pause,
-            short: SHORT.min(long),
-            long,
-        };
+        let deadline = context.deadline();
+        let is_shared = meets == Meets::Nowhere;
         let engine = ServersEngine {
-            fleet: Fleet::new(options.servers.len(), options.pause != Pause::None),
-            servers: options.servers.iter().map(server).collect(),
+            fleet: Fleet::new(servers.len(), pauses),
+            loaded: vec![Loaded::default(); servers.len()],
+            servers,
+            meets,
+            store: None,
             meter: Meter::new(rank, context.observer.clone()),
-            deadline: long,
+            deadline,
             sending: Sending {
                 thread,
                 slots,
                 locks: Arc::new(SlotLocks::new(SLOTS)),
+                awaited: Arc::default(),
+                is_shared,
                 shape,
                 pool,
-                limit: long,
+                limit: deadline,
             },
         };
         Ok(Box::new(engine) as Box<dyn TrainerEngine>)
@@ -103,7 +128,12 @@ pub async fn prepare_vllm<L: Library>(
 #[derive(Debug)]
 struct ServersEngine<C: Communicator> {
     fleet: Fleet,
-    servers: Vec<Vllm>,
+    servers: Vec<Arc<dyn Server>>,
+    meets: Meets,
+    /// What each server has said that it loaded, in this update.
+    loaded: Vec<Loaded>,
+    /// Where the present world's workers find its id.
+    store: Option<TorchStore>,
     meter: Meter,
     deadline: Duration,
     sending: Sending<C>,
@@ -115,6 +145,10 @@ struct Sending<C: Communicator> {
     thread: Thread<C>,
     slots: Arc<dyn Slots>,
     locks: Arc<SlotLocks>,
+    /// A world whose other members join at the first broadcast.
+    awaited: Arc<Mutex<Option<Awaited>>>,
+    /// Whether servers read the slots where they are.
+    is_shared: bool,
     shape: Shape,
     pool: Pool,
     /// How long somebody waits for the library to let go of the world.
@@ -127,13 +161,27 @@ impl<C: Communicator> Drop for Sending<C> {
     }
 }
 
+/// What a server has loaded of an update.
+#[derive(Clone, Debug, Default, Serialize)]
+struct Loaded {
+    buckets: u64,
+    tensors: u64,
+    bytes: u64,
+}
+
+/// A world that has to be joined yet.
+#[derive(Debug)]
+struct Awaited {
+    id: Vec<u8>,
+    size: u32,
+}
+
 /// A bucket that is filled.
 struct Bucket {
     slot: u32,
     len: u64,
     source_bytes: u64,
-    /// What servers are told of it.
-    info: Value,
+    tensors: Tensors,
 }
 
 /// What is read from the trainer's stream.
@@ -153,7 +201,7 @@ impl<C: Communicator> Sending<C> {
         let chunk = feed.chunks.next(feed.weights, deadline).await;
         feed.stages.source += begun.elapsed();
         let Some(chunk) = chunk.map_err(|error| error.bucket(index))? else { return Ok(None) };
-        let info = update_info(&chunk)?;
+        let mut tensors = chunk.tensors()?;
         let Chunk { jobs, len, source_bytes } = chunk;
         let slot = (index % u64::from(SLOTS)) as u32;
         let begun = Instant::now();
@@ -166,17 +214,19 @@ impl<C: Communicator> Sending<C> {
                 true => self.slots.enlarge(guard, len).await?,
                 false => guard,
             };
-            self.slots.fill(guard, jobs, &self.pool, false).await
+            let shared = self.is_shared.then(|| self.slots.shared(&guard)).transpose()?;
+            self.slots.fill(guard, jobs, &self.pool, false).await?;
+            Ok::<_, Error>(shared)
         };
-        filled.await.map_err(|error| error.bucket(index))?;
+        tensors.shared = filled.await.map_err(|error| error.bucket(index))?;
         feed.stages.encode += begun.elapsed();
         feed.filled += 1;
-        Ok(Some(Bucket { slot, len, source_bytes, info }))
+        Ok(Some(Bucket { slot, len, source_bytes, tensors }))
     }
 
-    /// Whether the world is in order. Waits for a broadcast that an update has left under way.
+    /// Whether the world is in order, if there has to be one. Waits for a broadcast that an update has left under way.
     async fn is_joined(&self, limit: Duration) -> bool {
-        self.thread.run(limit, |library, _| library.ended(WORLD)).await.is_ok()
+        self.is_shared || self.thread.run(limit, |library, _| library.ended(WORLD)).await.is_ok()
     }
 
     /// Joins a world of so many members, as the first of them, and does what they begin with.
@@ -193,18 +243,33 @@ impl<C: Communicator> Sending<C> {
         })
     }
 
-    /// Broadcasts a bucket to the world. Goes on when nobody waits for it any more: members that have begun a broadcast
+    /// Has the next broadcast begin with joining a world, as the first of so many members.
+    async fn join_later(&self, id: Vec<u8>, size: u32, limit: Duration) -> Result<()> {
+        let awaited = self.awaited.clone();
+        let work = self.thread.run(limit, move |library, _| {
+            library.leave();
+            *lock(&awaited) = Some(Awaited { id, size });
+            Ok(())
+        });
+        work.await
+    }
+
+    /// Broadcasts a bucket to the world, and joins it before that if it is the first one. Goes on when nobody waits for it any more: members that have begun a broadcast
     /// wait for it without an end.
     fn broadcast(&self, bucket: &Bucket, limit: Duration) -> JoinHandle<Result<()>> {
         let (slot, len) = (bucket.slot, bucket.len);
         let (thread, locks) = (self.thread.clone(), self.locks.clone());
+        let awaited = self.awaited.clone();
         tokio::spawn(async move {
-            if len == 0 {
-                return Ok(());
-            }
             let guard = locks.lock(slot).await;
             let work = thread.run(limit, move |library, wait| {
                 let done = (|| {
+                    if let Some(Awaited { id, size }) = lock(&awaited).take() {
+                        library.join(WORLD, &id, size, 0, wait)?;
+                    }
+                    if len == 0 {
+                        return Ok(());
+                    }
                     let before = library.ended(WORLD)?;
                     library.broadcast(WORLD, slot, len, wait)?;
                     while library.ended(WORLD)? == before {
@@ -267,6 +332,14 @@ impl<C: Communicator> ServersEngine<C> {
                     let filling = self.sending.fill(feed, self.deadline);
                     let ((own, answers), next) = join(sending, filling).await;
                     feed.stages.publish += begun.elapsed();
+                    let loaded =
+                        answers.iter().filter(|(_, answer)| matches!(answer, Some(Ok(()))));
+                    for (index, _) in loaded {
+                        let loaded = &mut self.loaded[*index];
+                        loaded.buckets += 1;
+                        loaded.tensors += bucket.tensors.names.len() as u64;
+                        loaded.bytes += bucket.len;
+                    }
                     self.fleet.sent(own, answers);
                     let bytes = bucket.source_bytes;
                     self.meter.observe(&Progress::Bucket { index: sent, bytes });
@@ -282,39 +355,81 @@ impl<C: Communicator> ServersEngine<C> {
     }
 
     /// Forms a world with the workers of servers, each of which joins at the same time.
-    async fn form(&self, members: &[usize]) -> (Result<()>, Answers) {
+    async fn form(&mut self, members: &[usize]) -> (Result<()>, Answers) {
         let limit = self.deadline;
-        let id = self.sending.thread.run(limit, |library, _| library.new_group()).await;
+        let id = match self.meets {
+            Meets::Nowhere => Ok(Vec::new()),
+            _ => {
+                let id = self.sending.thread.run(limit, |library, _| library.new_group()).await;
+                id.map(|id| id.to_vec())
+            }
+        };
         let id = match id {
-            Ok(id) => id.to_vec(),
+            Ok(id) => id,
             // Nobody was asked.
             Err(error) => return (Err(error), Vec::new()),
         };
         let workers: u32 = members.iter().map(|&index| self.fleet.workers(index)).sum();
         let size = workers + 1;
         info!(servers = members.len(), ranks = size, "forming a world");
+        let meeting = match self.meeting(&id, size).await {
+            Ok(meeting) => meeting,
+            Err(error) => return (Err(error), Vec::new()),
+        };
         let mut first = 1;
         let theirs: FuturesUnordered<_> = members
             .iter()
             .map(|&index| {
                 let (id, bucket_bytes) = (id.clone(), self.sending.shape.slot_bytes);
-                let world = World { id, size, first, bucket_bytes };
+                let world = World { id, size, first, bucket_bytes, meeting: meeting.clone() };
                 first += self.fleet.workers(index);
-                async move { (index, self.servers[index].join(&world).await) }
+                let server = self.servers[index].clone();
+                async move { (index, server.join(&world).await) }
             })
             .collect();
-        let own = self.sending.join(id, size, limit);
+        let own = match self.meets {
+            Meets::Nowhere => tokio::spawn(async { Ok(()) }),
+            Meets::AtOnce => self.sending.join(id, size, limit),
+            Meets::AtFirstBroadcast { .. } => {
+                let ready = self.sending.join_later(id, size, limit).await;
+                tokio::spawn(async { ready })
+            }
+        };
         self.together(own, theirs, members).await
+    }
+
+    /// Puts the id of a world where its workers look for it, if they do. Workers of an older world find nothing any more.
+    async fn meeting(&mut self, id: &[u8], size: u32) -> Result<Option<Meeting>> {
+        self.store = None;
+        let Meets::AtFirstBroadcast { address, port } = &self.meets else { return Ok(None) };
+        if size > MAX_WORLD {
+            let message = format!(
+                "{size} members; above {MAX_WORLD}, torch joins in another way, which is not spoken here"
+            );
+            return Err(Error::new(ErrorKind::Config, "forming a world", message));
+        }
+        let store = TorchStore::open(*port).await?;
+        // No other world of any trainer has this name.
+        let group = format!("ckpt-engine-{:016x}", RandomState::new().hash_one(id));
+        store.set(&id_key(&group), id);
+        let meeting = Meeting { group, address: address.clone(), port: store.port() };
+        self.store = Some(store);
+        Ok(Some(meeting))
     }
 
     /// Sends a bucket to servers, each of which is told of it at the same time.
     async fn send(&self, members: &[usize], bucket: &Bucket) -> (Result<()>, Answers) {
-        let info = &bucket.info;
+        // All servers are of one kind and in one world.
+        let body = members.first().map(|&index| self.servers[index].describe(&bucket.tensors));
+        let body = &body.unwrap_or_default();
         let theirs: FuturesUnordered<_> = members
             .iter()
-            .map(|&index| async move { (index, self.servers[index].update(info).await) })
+            .map(|&index| async move { (index, self.servers[index].update(body).await) })
             .collect();
-        let own = self.sending.broadcast(bucket, self.deadline);
+        let own = match self.sending.is_shared {
+            true => tokio::spawn(async { Ok(()) }),
+            false => self.sending.broadcast(bucket, self.deadline),
+        };
         self.together(own, theirs, members).await
     }
 
@@ -376,14 +491,19 @@ impl<C: Communicator> ServersEngine<C> {
         elapsed: Duration,
     ) -> SendReport {
         let line = |index: usize, state, error: Option<String>| {
-            let url = &self.servers[index].url;
+            let url = self.servers[index].url();
             let workers = self.fleet.workers(index);
             ReceiverReport {
                 rank: rank_of(index),
                 state,
                 seconds: elapsed.as_secs_f64(),
                 digest: None,
-                notes: json!({ "server": url, "workers": workers, "error": error }),
+                notes: json!({
+                    "server": url,
+                    "workers": workers,
+                    "loaded": self.loaded[index],
+                    "error": error,
+                }),
             }
         };
         let loaded = outcome.loaded.iter().map(|&index| line(index, VersionState::Active, None));
@@ -410,13 +530,15 @@ impl<C: Communicator> ServersEngine<C> {
 impl<C: Communicator> CheckpointEngine for ServersEngine<C> {
     async fn finalize(self: Box<Self>) -> Result<()> {
         // A server that cannot leave now joins anew all the same when somebody sends to it.
-        let leaving = self.fleet.members().into_iter().map(|index| {
-            let server = Vllm { long: SHORT.min(self.deadline), ..self.servers[index].clone() };
-            async move { server.ask(Ask::Leave, Version(0)).await }
-        });
+        let limit = SHORT.min(self.deadline);
+        let leaving = self
+            .fleet
+            .members()
+            .into_iter()
+            .map(|index| within(limit, self.servers[index].ask(Ask::Leave, Version(0))));
         for left in join_all(leaving).await {
-            if let Err(error) = left {
-                tracing::debug!(%error, "while the world was left");
+            if !matches!(left, Some(Ok(_))) {
+                tracing::debug!(?left, "while the world was left");
             }
         }
         self.sending.thread.close().await;
@@ -436,6 +558,7 @@ impl<C: Communicator> TrainerEngine for ServersEngine<C> {
         let ranks: Vec<Rank> = (0..self.servers.len()).map(rank_of).collect();
         let has_world = self.sending.is_joined(self.deadline).await;
         self.fleet.begin(version, has_world);
+        self.loaded.fill(Loaded::default());
         self.meter.observe(&Progress::Began { version, receivers: ranks.clone() });
         let chunks = Chunks::new(self.sending.shape.slot_bytes);
         let stages = StageTimes::default();

@@ -1,13 +1,14 @@
 //! One question to a server, and its answer: HTTP/1.1 without TLS, a connection for each question, a deadline for all
-//! of it.
+//! of it; and what its answers mean as far as it is the same for all kinds of servers.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::str::FromStr;
 use std::time::Duration;
 
 use bytes::Bytes;
 use engine_core::clock::within;
-use engine_core::{Error, ErrorKind, Result};
+use engine_core::{Error, ErrorKind, Recovery, Result};
 use futures::FutureExt;
 use futures::future::{Either, select};
 use http_body_util::{BodyExt, Full, Limited};
@@ -128,7 +129,8 @@ impl Answer {
     /// What it says went wrong: the message of the forms that servers have for errors, else its text.
     pub(crate) fn words(&self) -> String {
         let json = self.json();
-        let message = [&json["error"]["message"], &json["error"], &json["detail"]];
+        let message =
+            [&json["error"]["message"], &json["error"], &json["detail"], &json["message"]];
         let words = match message.into_iter().find_map(Value::as_str) {
             Some(text) => text.to_owned(),
             None => String::from_utf8_lossy(&self.body).into_owned(),
@@ -139,6 +141,124 @@ impl Answer {
             None => words,
         }
     }
+}
+
+/// A server as it is asked: its address, how long its answers may take, and what one of its kind needs to have a route.
+#[derive(Clone, Debug)]
+pub(crate) struct Client {
+    pub(crate) url: ServerUrl,
+    /// Of questions about what is there already.
+    pub(crate) short: Duration,
+    /// Of those that make it do something.
+    pub(crate) long: Duration,
+    /// What a server is called, and what one that lacks a route needs.
+    pub(crate) kind: Kind,
+}
+
+/// What is said of a kind of servers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kind {
+    pub(crate) name: &'static str,
+    pub(crate) no_route: &'static str,
+}
+
+impl Client {
+    /// What a server says of what is there already.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`ask`]; what it says instead.
+    pub(crate) async fn get(&self, path: &str) -> Result<Answer> {
+        let answer = ask(&self.url, self.short, Method::GET, path, None).await?;
+        self.done(path, &answer)?;
+        Ok(answer)
+    }
+
+    /// Has a server do something.
+    ///
+    /// # Errors
+    ///
+    /// As [`get`](Self::get).
+    pub(crate) async fn tell(&self, path: &str, body: Option<&Value>) -> Result<()> {
+        let answer = self.post(path, body, self.long).await?;
+        self.done(path, &answer)
+    }
+
+    /// Has a server do something; any answer is one.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`ask`].
+    pub(crate) async fn post(
+        &self,
+        path: &str,
+        body: Option<&Value>,
+        limit: Duration,
+    ) -> Result<Answer> {
+        ask(&self.url, limit, Method::POST, path, body).await
+    }
+
+    /// The error of an answer that is none of success.
+    pub(crate) fn done(&self, path: &str, answer: &Answer) -> Result<()> {
+        match answer.status {
+            200..300 => Ok(()),
+            401 | 403 => {
+                Err(self.refusal(path, answer, "it asks for a key, and none is sent from here"))
+            }
+            404 => Err(self.refusal(path, answer, self.kind.no_route)),
+            _ => Err(self.refusal(path, answer, "")),
+        }
+    }
+
+    /// The error of a refusal, with what would change it; nothing, if it may do at another time what it refuses now.
+    pub(crate) fn refusal(&self, path: &str, answer: &Answer, remedy: &str) -> Error {
+        let (status, words) = (answer.status, answer.words());
+        let mut message = format!("status {status}");
+        for part in [&*words, remedy] {
+            if !part.is_empty() {
+                message = format!("{message}: {part}");
+            }
+        }
+        let operation = self.operation(path);
+        match remedy.is_empty() {
+            true => Error::new(ErrorKind::Io, operation, message).recovery(Recovery::Retry),
+            // A server that refuses because of how it was started refuses again.
+            false => Error::new(ErrorKind::Config, operation, message),
+        }
+    }
+
+    /// The error of an answer that servers of this kind do not give.
+    pub(crate) fn odd(&self, path: &str, answer: &Answer) -> Error {
+        let Answer { status, .. } = answer;
+        let (name, words) = (self.kind.name, answer.words());
+        let message = format!("status {status} with an answer that is not {name}'s: {words}");
+        Error::new(ErrorKind::Protocol, self.operation(path), message)
+    }
+
+    fn operation(&self, path: &str) -> String {
+        format!("{}{path}", self.url)
+    }
+
+    /// The address of this machine by which it reaches the server.
+    ///
+    /// # Errors
+    ///
+    /// `PeerLost` if it does not; `Timeout`.
+    pub(crate) async fn own_address(&self) -> Result<IpAddr> {
+        let operation = self.operation("");
+        let reached = within(self.short, reach(&self.url, &operation)).await;
+        let stream = reached.unwrap_or_else(|| Err(no_answer(&operation, self.short)))?;
+        let address = stream.local_addr().map_err(|error| Error::io(operation, error))?;
+        Ok(address.ip().to_canonical())
+    }
+}
+
+async fn reach(url: &ServerUrl, operation: &str) -> Result<TcpStream> {
+    let host = url.host.trim_start_matches('[').trim_end_matches(']');
+    TcpStream::connect((host, url.port)).await.map_err(|error| {
+        let message = format!("not reached: {error}");
+        Error::new(ErrorKind::PeerLost, operation, message).with_source(error)
+    })
 }
 
 /// Asks a server; any answer is one, whatever its status.
@@ -173,10 +293,7 @@ async fn exchange(
     body: Option<&Value>,
 ) -> Result<Answer> {
     let lost = |message: String| Error::new(ErrorKind::PeerLost, operation, message);
-    let host = url.host.trim_start_matches('[').trim_end_matches(']');
-    let stream = TcpStream::connect((host, url.port)).await;
-    let stream =
-        stream.map_err(|error| lost(format!("not reached: {error}")).with_source(error))?;
+    let stream = reach(url, operation).await?;
     // A question is one write; without this the end of a long one may wait for an acknowledgement.
     stream.set_nodelay(true).map_err(|error| Error::io(operation, error))?;
     let malformed = |error: hyper::Error| {

@@ -4,13 +4,13 @@
 //! leaves them half loaded while they say that they are healthy, and one that waits in a collective waits without an end. So this side is
 //! the one that never hangs, and that says what happened.
 //!
-//! # vLLM over NCCL
+//! # Over NCCL
 //!
-//! The backend `vllm` drives vLLM's HTTP routes for weight transfer, and broadcasts over NCCL. The trainer and all workers of all
-//! servers are one world, of which the trainer is member 0.
+//! The backends `vllm` and `sglang` drive the servers' HTTP routes for weight transfer, and broadcast over NCCL. The trainer and
+//! all workers of all servers are one world, of which the trainer is member 0.
 //!
-//! - **The stream becomes buckets** (`chunk.rs`): whole weights, one behind the other. A bucket is one call of
-//!   `update_weights` with the names, types and shapes of its weights, and one broadcast. So the stream need not be known
+//! - **The stream becomes buckets** (`chunk.rs`): whole weights, one behind the other. A bucket is one request
+//!   to each server with the names, types and shapes of its weights, and one broadcast. So the stream need not be known
 //!   before it is sent, and nothing is outstanding in NCCL while the trainer waits for its next weight: a trainer whose
 //!   stream fails leaves no server hanging. vLLM can also take a whole update by one call that reuses the names of the
 //!   last; that saves the names and a request for each bucket, and costs this property.
@@ -24,9 +24,17 @@
 //!   everything about it is asked anew, and it generates only once it has confirmed a version.
 //! - **FP8** is none of this crate's business: the layer in front of the engine quantises the stream, in which a weight's scales
 //!   follow its codes.
+//! - **What differs between vLLM and SGLang** is behind a trait (`server.rs`). vLLM is told the id of the world, and its workers join
+//!   at once. SGLang's look for the id in a store of torch's (`store.rs`), at their first broadcast.
 //!
-//! Its group has one rank, the trainer. [`SendReport::receivers`] has the servers as the ranks 1, 2, … in the order of the
-//! configuration, and their addresses in the notes.
+//! # On the trainer's own GPU
+//!
+//! With `transport: ipc` there is no world. A server reads a bucket where it is, and has read it when it answers. All else is
+//! the same: one of two slots is filled while the other is read.
+//!
+//! The group of these backends has one rank, the trainer. [`SendReport::receivers`] has the servers as the ranks 1, 2, … in the order of the
+//! configuration, and in the notes of each its address, its workers, and how many `buckets`, `tensors` and `bytes` it said that it
+//! loaded.
 //!
 //! [`SendReport::receivers`]: engine_core::SendReport::receivers
 #![forbid(unsafe_code)]
@@ -37,24 +45,45 @@ mod fleet;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod http;
+mod pickle;
+mod server;
+pub mod sglang;
+mod shared;
+mod store;
 pub mod vllm;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use collective::Library;
 use engine_core::{
     Availability, Backend, Devices, EngineContext, Error, ErrorKind, Placement, PreparedRollout,
     PreparedTrainer, Result, Role, WorkerMetadata,
 };
 use serde::{Deserialize, Serialize};
 
-pub use engine::prepare_vllm;
-pub use http::ServerUrl;
+use crate::engine::{Receivers, limits, prepare};
+use crate::http::Client;
+use crate::server::{Meets, Server};
+use crate::sglang::Sglang;
+use crate::vllm::Vllm;
 
-/// The name in configurations of what sends to vLLM.
-const NAME: &str = "vllm";
+pub use http::ServerUrl;
+pub use server::{Check, ServerKind, examine};
 
 /// What sends to vLLM, as a value to be registered.
-pub static VLLM: &dyn Backend = &VllmBackend;
+pub static VLLM: &dyn Backend = &Sends {
+    name: "vllm",
+    summary: "vLLM's servers as they are, by broadcast over NCCL",
+    kind: ServerKind::Vllm,
+};
+
+/// What sends to SGLang, as a value to be registered.
+pub static SGLANG: &dyn Backend = &Sends {
+    name: "sglang",
+    summary: "SGLang's servers as they are, by broadcast over NCCL",
+    kind: ServerKind::Sglang,
+};
 
 /// Options of the backend `vllm`: `engine_kwargs.vllm` of the configuration.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -71,6 +100,26 @@ pub struct VllmOptions {
     pub library: Option<PathBuf>,
 }
 
+/// Options of the backend `sglang`: `engine_kwargs.sglang` of the configuration.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct SglangOptions {
+    /// The servers: `http://HOST:PORT` each.
+    pub servers: Vec<ServerUrl>,
+    /// How the weights get there.
+    pub transport: Transport,
+    /// What happens to requests that a server is at work on when an update begins.
+    pub pause: sglang::Pause,
+    /// The trainer's address, at which the servers' workers meet it; without it the one by which the trainer reaches each
+    /// server.
+    pub master_address: Option<String>,
+    /// The port there; any that is free with 0.
+    pub master_port: u16,
+    /// The file `libnccl.so.2`; searched for without it.
+    pub library: Option<PathBuf>,
+}
+
 /// How weights get to servers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -79,19 +128,115 @@ pub enum Transport {
     /// By broadcast over NCCL, to GPUs of any hosts other than the trainer's own.
     #[default]
     Nccl,
+    /// By CUDA IPC: a server's one worker is on the trainer's own GPU, and reads buckets where they are.
+    Ipc,
 }
 
+impl std::fmt::Display for Transport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Nccl => "nccl",
+            Self::Ipc => "ipc",
+        })
+    }
+}
+
+impl Transport {
+    /// Whether it reaches all workers of a server.
+    ///
+    /// # Errors
+    ///
+    /// `Config`, in words, if it does not.
+    fn reaches(self, client: &Client, workers: u32) -> Result<()> {
+        if self == Self::Nccl || workers == 1 {
+            return Ok(());
+        }
+        let message = format!(
+            "{workers} workers; with `transport: ipc` a server has one, on the trainer's own GPU"
+        );
+        Err(Error::new(ErrorKind::Config, client.url.to_string(), message))
+    }
+
+    fn meets(self, over_nccl: Meets) -> Meets {
+        match self {
+            Self::Nccl => over_nccl,
+            Self::Ipc => Meets::Nowhere,
+        }
+    }
+}
+
+/// Prepares a trainer that sends to vLLM's servers over a library of collectives.
+///
+/// The backend `vllm` does it with NCCL; another library is for tests.
+///
+/// # Errors
+///
+/// `Config` for options that cannot be used; `State` outside of a tokio runtime; those of [`Library::open`].
+pub async fn prepare_vllm<L: Library>(
+    library: L,
+    context: EngineContext,
+) -> Result<PreparedTrainer> {
+    let backend = VLLM.name();
+    let VllmOptions { servers, transport, pause, .. } = context.config.kwargs(backend)?;
+    let (short, long) = limits(&context);
+    let server = |url| -> Arc<dyn Server> {
+        Arc::new(Vllm { client: Client { url, short, long, kind: vllm::KIND }, transport, pause })
+    };
+    let receivers = Receivers {
+        backend,
+        servers: servers.into_iter().map(server).collect(),
+        pauses: pause != vllm::Pause::None,
+        meets: transport.meets(Meets::AtOnce),
+    };
+    prepare(library, context, receivers).await
+}
+
+/// Prepares a trainer that sends to SGLang's servers over a library of collectives.
+///
+/// The backend `sglang` does it with NCCL; another library is for tests.
+///
+/// # Errors
+///
+/// As [`prepare_vllm`].
+pub async fn prepare_sglang<L: Library>(
+    library: L,
+    context: EngineContext,
+) -> Result<PreparedTrainer> {
+    let backend = SGLANG.name();
+    let options: SglangOptions = context.config.kwargs(backend)?;
+    let (short, long) = limits(&context);
+    let server = |url| -> Arc<dyn Server> {
+        let client = Client { url, short, long, kind: sglang::KIND };
+        Arc::new(Sglang::new(client, options.transport, options.pause))
+    };
+    let receivers = Receivers {
+        backend,
+        servers: options.servers.into_iter().map(server).collect(),
+        pauses: options.pause != sglang::Pause::None,
+        meets: options.transport.meets(Meets::AtFirstBroadcast {
+            address: options.master_address,
+            port: options.master_port,
+        }),
+    };
+    prepare(library, context, receivers).await
+}
+
+/// A backend that only sends, to one kind of servers.
 #[derive(Debug)]
-struct VllmBackend;
+struct Sends {
+    name: &'static str,
+    summary: &'static str,
+    kind: ServerKind,
+}
 
 #[async_trait::async_trait]
-impl Backend for VllmBackend {
+impl Backend for Sends {
     fn name(&self) -> &'static str {
-        NAME
+        self.name
     }
 
     fn summary(&self) -> &'static str {
-        "vLLM's servers as they are, by broadcast over NCCL"
+        self.summary
     }
 
     fn devices(&self) -> Devices {
@@ -103,25 +248,47 @@ impl Backend for VllmBackend {
     }
 
     async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
-        let VllmOptions { library, .. } = context.config.kwargs(NAME)?;
-        prepare_vllm(backend_nccl::collectives(library), context).await
+        match self.kind {
+            ServerKind::Vllm => {
+                let options: VllmOptions = context.config.kwargs(self.name)?;
+                match options.transport {
+                    Transport::Nccl => {
+                        prepare_vllm(backend_nccl::collectives(options.library), context).await
+                    }
+                    Transport::Ipc => prepare_vllm(backend_nccl::shared_slots(), context).await,
+                }
+            }
+            ServerKind::Sglang => {
+                let options: SglangOptions = context.config.kwargs(self.name)?;
+                match options.transport {
+                    Transport::Nccl => {
+                        prepare_sglang(backend_nccl::collectives(options.library), context).await
+                    }
+                    Transport::Ipc => prepare_sglang(backend_nccl::shared_slots(), context).await,
+                }
+            }
+        }
     }
 
     async fn prepare_rollout(&self, _: EngineContext) -> Result<PreparedRollout> {
-        let message = "vllm only sends: its rollouts are the servers of engine_kwargs.vllm.servers";
+        let name = self.name;
+        let message = format!(
+            "{name} only sends: its rollouts are the servers of engine_kwargs.{name}.servers"
+        );
         Err(Error::new(ErrorKind::Config, "preparing", message))
     }
 
     fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
+        let name = self.name;
         let [worker] = workers else {
             let message = format!(
-                "{} ranks: vllm has one, the trainer that sends; gather the weights of others there",
+                "{} ranks: {name} has one, the trainer that sends; gather the weights of others there",
                 workers.len()
             );
             return Err(Error::new(ErrorKind::Mismatch, "building the topology", message));
         };
-        if worker.role != Role::Trainer || worker.backend != NAME {
-            let message = "vllm's only rank is a trainer that was prepared for it";
+        if worker.role != Role::Trainer || worker.backend != name {
+            let message = format!("{name}'s only rank is a trainer that was prepared for it");
             return Err(
                 Error::new(ErrorKind::Mismatch, "building the topology", message).rank(worker.rank)
             );

@@ -2,23 +2,21 @@
 //!
 //! The routes are there with `VLLM_SERVER_DEV_MODE=1`, and what they do with `--weight-transfer-config`.
 
-use std::time::Duration;
-
+use async_trait::async_trait;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use engine_core::{Error, ErrorKind, Recovery, Result, Version};
+use engine_core::{Error, ErrorKind, Result, Version};
 use hyper::Method;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::chunk::{Chunk, torch_name};
+use crate::Transport;
+use crate::chunk::Tensors;
 use crate::fleet::{Ask, Facts, Said};
-use crate::http::{Answer, ServerUrl, ask};
-
-/// What a server's `--weight-transfer-config` has to be.
-const CONFIG: &str = "start it with --weight-transfer-config '{\"backend\": \"nccl\"}'";
-/// The length of NCCL's ids.
-const UNIQUE_ID_BYTES: usize = 128;
+use crate::http::{Client, Kind, ServerUrl, ask};
+use crate::pickle::Pickle;
+use crate::server::{Server, World};
+use crate::shared::arguments;
 
 /// What happens to requests that a server is at work on when an update begins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -47,194 +45,168 @@ impl Pause {
     }
 }
 
-/// The world that a server's workers join.
-#[derive(Clone, Debug)]
-pub(crate) struct World {
-    pub(crate) id: Vec<u8>,
-    /// The members' number, the trainer counted.
-    pub(crate) size: u32,
-    /// The member that the server's first worker is.
-    pub(crate) first: u32,
-    /// The most bytes of a bucket.
-    pub(crate) bucket_bytes: u64,
-}
-
-/// A server, and how long its answers may take.
+/// A server of vLLM.
 #[derive(Clone, Debug)]
 pub(crate) struct Vllm {
-    pub(crate) url: ServerUrl,
+    pub(crate) client: Client,
+    pub(crate) transport: Transport,
     pub(crate) pause: Pause,
-    /// Of questions about what is there already.
-    pub(crate) short: Duration,
-    /// Of those that make it do something.
-    pub(crate) long: Duration,
 }
 
-impl Vllm {
-    /// Asks one question of the machine.
-    ///
-    /// # Errors
-    ///
-    /// What the server says, or does not say.
-    pub(crate) async fn ask(&self, question: Ask, version: Version) -> Result<Said> {
+/// What is said of these servers.
+pub(crate) const KIND: Kind = Kind {
+    name: "vLLM",
+    no_route: "there is no such route: set VLLM_SERVER_DEV_MODE=1 where the server is started, and use vLLM 0.33 or \
+               later",
+};
+
+#[async_trait]
+impl Server for Vllm {
+    fn url(&self) -> &ServerUrl {
+        &self.client.url
+    }
+
+    async fn ask(&self, question: Ask, version: Version) -> Result<Said> {
+        let tell =
+            async |path: &str, body: Option<Value>| self.client.tell(path, body.as_ref()).await;
         match question {
-            Ask::Look => return self.look().await.map(Said::Facts),
-            Ask::Recall => return self.weights().await.map(Said::Version),
-            Ask::Pause => {
-                let path = format!("/pause?mode={}", self.pause.name());
-                self.tell(&path, None).await?;
+            Ask::Look => {
+                let (transport, facts) = self.look().await?;
+                self.transport.reaches(&self.client, facts.workers)?;
+                if transport != self.transport {
+                    let message = format!(
+                        "it was started for {transport}: {}, or configure `transport: {transport}`",
+                        config(self.transport)
+                    );
+                    return Err(Error::new(
+                        ErrorKind::Config,
+                        self.client.url.to_string(),
+                        message,
+                    ));
+                }
+                return Ok(Said::Facts(facts));
             }
+            Ask::Recall => return self.weights().await.map(Said::Version),
+            Ask::Pause => tell(&format!("/pause?mode={}", self.pause.name()), None).await?,
             Ask::Reset => {
                 // An update may be open or not. Once one is, ending it makes the server forget what it counted.
                 self.start().await?;
-                self.tell("/finish_weight_update", None).await?;
+                tell("/finish_weight_update", None).await?;
             }
-            Ask::Leave => self.tell("/shutdown_weight_transfer_engine", None).await?,
+            Ask::Leave => tell("/shutdown_weight_transfer_engine", None).await?,
             Ask::Start => return self.start().await,
             Ask::Finish => {
                 let body = json!({ "weight_version": version.to_string() });
-                self.tell("/finish_weight_update", Some(body)).await?;
+                tell("/finish_weight_update", Some(body)).await?;
             }
-            Ask::Resume => self.tell("/resume", None).await?,
+            Ask::Resume => tell("/resume", None).await?,
         }
         Ok(Said::Done)
     }
 
+    async fn join(&self, world: &World) -> Result<()> {
+        let info = match self.transport {
+            Transport::Nccl => init_info(&STANDARD.encode(&world.id), world),
+            Transport::Ipc => ipc_info(),
+        };
+        let body = json!({ "init_info": info });
+        self.client.tell("/init_weight_transfer_engine", Some(&body)).await
+    }
+
+    fn describe(&self, tensors: &Tensors) -> Value {
+        let Tensors { names, types, shapes, sizes, shared } = tensors;
+        let mut info = json!({ "names": names, "dtype_names": types, "shapes": shapes });
+        if let Some(slot) = shared {
+            let place = Pickle::Tuple(arguments(slot));
+            let places = Pickle::Dict(vec![(Pickle::text(&slot.device), place)]);
+            info["ipc_handles_pickled"] = STANDARD.encode(places.to_bytes()).into();
+            info["tensor_sizes"] = json!(sizes);
+        }
+        json!({ "update_info": info })
+    }
+
+    async fn update(&self, body: &Value) -> Result<()> {
+        let path = "/update_weights";
+        let answer = self.client.post(path, Some(body), self.client.long).await?;
+        if !answer.is_success() && answer.words().contains("VLLM_ALLOW_INSECURE_SERIALIZATION") {
+            let remedy = "set VLLM_ALLOW_INSECURE_SERIALIZATION=1 where the server is started";
+            return Err(self.client.refusal(path, &answer, remedy));
+        }
+        self.client.done(path, &answer)
+    }
+}
+
+impl Vllm {
     async fn start(&self) -> Result<Said> {
         let path = "/start_weight_update";
-        let answer = ask(&self.url, self.long, Method::POST, path, None).await?;
-        let words = answer.words();
-        if !answer.is_success() && words.contains("already active") {
+        let answer = self.client.post(path, None, self.client.long).await?;
+        if !answer.is_success() && answer.words().contains("already active") {
             return Ok(Said::Open);
         }
-        self.done(path, &answer)?;
+        self.client.done(path, &answer)?;
         Ok(Said::Done)
-    }
-
-    /// Has the server's workers join a world; ends when they have.
-    ///
-    /// # Errors
-    ///
-    /// As [`ask`](Self::ask); `Protocol` if the world's id is none of NCCL.
-    pub(crate) async fn join(&self, world: &World) -> Result<()> {
-        if world.id.len() != UNIQUE_ID_BYTES {
-            let message = format!("an id of {} bytes; NCCL's have 128", world.id.len());
-            return Err(Error::new(ErrorKind::Protocol, "forming a world", message));
-        }
-        let info = init_info(&STANDARD.encode(&world.id), world);
-        self.tell("/init_weight_transfer_engine", Some(json!({ "init_info": info }))).await
-    }
-
-    /// Has the server's workers receive a bucket and load it; ends when they have.
-    ///
-    /// # Errors
-    ///
-    /// As [`ask`](Self::ask).
-    pub(crate) async fn update(&self, body: &Value) -> Result<()> {
-        let path = "/update_weights";
-        let answer = ask(&self.url, self.long, Method::POST, path, Some(body)).await?;
-        self.done(path, &answer)
-    }
-
-    async fn tell(&self, path: &str, body: Option<Value>) -> Result<()> {
-        let answer = ask(&self.url, self.long, Method::POST, path, body.as_ref()).await?;
-        self.done(path, &answer)
     }
 
     async fn weights(&self) -> Result<String> {
         let path = "/weight_info";
-        let answer = ask(&self.url, self.short, Method::GET, path, None).await?;
-        self.done(path, &answer)?;
+        let answer = self.client.get(path).await?;
         let version = answer.json()["weight_version"].as_str().map(str::to_owned);
-        version.ok_or_else(|| self.odd(path, &answer))
+        version.ok_or_else(|| self.client.odd(path, &answer))
     }
 
-    /// Whether it is there, and all that it needs to be sent to.
-    async fn look(&self) -> Result<Facts> {
-        let health = ask(&self.url, self.short, Method::GET, "/health", None).await?;
+    /// Whether it is there, and all that it needs to be sent to; what it was started for, and what it is.
+    async fn look(&self) -> Result<(Transport, Facts)> {
+        let Client { url, short, .. } = &self.client;
+        let health = ask(url, *short, Method::GET, "/health", None).await?;
         if !health.is_success() {
-            return Err(self.refusal("/health", &health, "its engine is dead: start it anew"));
+            let remedy = "its engine is dead: start it anew";
+            return Err(self.client.refusal("/health", &health, remedy));
         }
         let path = "/get_world_size";
-        let size = ask(&self.url, self.short, Method::GET, path, None).await?;
-        self.done(path, &size)?;
+        let size = self.client.get(path).await?;
         let workers = size.json()["world_size"].as_u64().and_then(|size| u32::try_from(size).ok());
         let workers = workers.filter(|workers| *workers > 0);
-        let workers = workers.ok_or_else(|| self.odd(path, &size))?;
+        let workers = workers.ok_or_else(|| self.client.odd(path, &size))?;
         let weights = self.weights().await?;
-        self.is_configured().await?;
-        Ok(Facts { workers, weights })
+        Ok((self.configured().await?, Facts { workers, weights }))
     }
 
-    /// Whether the server was started for this transport. It says so when it is asked to join a world that cannot be:
-    /// nothing else does without side effects.
-    async fn is_configured(&self) -> Result<()> {
+    /// What the server was started for. It says so when it is asked to join a world that cannot be: nothing else does
+    /// without side effects.
+    async fn configured(&self) -> Result<Transport> {
         let path = "/init_weight_transfer_engine";
-        let world = World { id: Vec::new(), size: 2, first: 1, bucket_bytes: 1 };
+        let world = World { id: Vec::new(), size: 2, first: 1, bucket_bytes: 1, meeting: None };
         let body = json!({ "init_info": init_info("", &world) });
-        let answer = ask(&self.url, self.short, Method::POST, path, Some(&body)).await?;
+        let answer = self.client.post(path, Some(&body), self.client.short).await?;
         let words = answer.words();
         if answer.is_success() {
-            return Err(self.odd(path, &answer));
+            return Err(self.client.odd(path, &answer));
         }
         if words.contains("need nccl_unique_id_b64") {
-            return Ok(());
+            return Ok(Transport::Nccl);
         }
+        if words.contains("Invalid init_info for IPCWeightTransferEngine") {
+            return Ok(Transport::Ipc);
+        }
+        let wanted = config(self.transport);
         let remedy = if words.contains("not configured") {
-            CONFIG.to_owned()
+            wanted
         } else if words.contains("unexpected keyword argument 'nccl_unique_id_b64'") {
             format!(
-                "its --weight-transfer-config has another backend, or it is older than 0.33: {CONFIG}"
+                "its --weight-transfer-config has another backend, or it is older than 0.33: {wanted}"
             )
         } else if words.contains("unexpected keyword") || words.contains("missing") {
-            format!("its --weight-transfer-config has another backend: {CONFIG}")
+            format!("its --weight-transfer-config has another backend: {wanted}")
         } else {
-            return self.done(path, &answer);
+            return self.client.done(path, &answer).and(Err(self.client.odd(path, &answer)));
         };
-        Err(self.refusal(path, &answer, &remedy))
+        Err(self.client.refusal(path, &answer, &remedy))
     }
+}
 
-    /// The error of an answer that is none of success.
-    fn done(&self, path: &str, answer: &Answer) -> Result<()> {
-        match answer.status {
-            200..300 => Ok(()),
-            404 => {
-                let remedy = "there is no such route: set VLLM_SERVER_DEV_MODE=1 where the server is started, and \
-                              use vLLM 0.33 or later";
-                Err(self.refusal(path, answer, remedy))
-            }
-            _ => Err(self.refusal(path, answer, "")),
-        }
-    }
-
-    fn refusal(&self, path: &str, answer: &Answer, remedy: &str) -> Error {
-        let (status, words) = (answer.status, answer.words());
-        let mut message = format!("status {status}");
-        for part in [&*words, remedy] {
-            if !part.is_empty() {
-                message = format!("{message}: {part}");
-            }
-        }
-        let operation = self.operation(path);
-        match remedy.is_empty() {
-            true => Error::new(ErrorKind::Io, operation, message).recovery(Recovery::Retry),
-            // A server that refuses because of how it was started refuses again.
-            false => Error::new(ErrorKind::Config, operation, message),
-        }
-    }
-
-    fn odd(&self, path: &str, answer: &Answer) -> Error {
-        let message = format!(
-            "status {} with an answer that is not vLLM's: {}",
-            answer.status,
-            answer.words()
-        );
-        Error::new(ErrorKind::Protocol, self.operation(path), message)
-    }
-
-    fn operation(&self, path: &str) -> String {
-        format!("{}{path}", self.url)
-    }
+/// What a server's `--weight-transfer-config` has to be, in words.
+fn config(transport: Transport) -> String {
+    format!("start it with --weight-transfer-config '{{\"backend\": \"{transport}\"}}'")
 }
 
 /// How workers meet the trainer. With a bucket that never exceeds the buffer size, or is a single weight, they take every
@@ -250,51 +222,18 @@ fn init_info(id: &str, world: &World) -> Value {
     })
 }
 
-/// What servers are told of a bucket.
+/// What servers that read buckets where they are need to know.
+fn ipc_info() -> Value {
+    json!({ "packed": true })
+}
+
+/// Looks at a server of vLLM, of this version, without changing anything there: what it is, in words.
 ///
 /// # Errors
 ///
-/// `Weight` for types that torch does not have.
-pub(crate) fn update_info(chunk: &Chunk) -> Result<Value> {
-    let metas = || chunk.jobs.iter().map(|job| job.weight.meta());
-    let types: Result<Vec<_>> = chunk.jobs.iter().map(|job| torch_name(&job.weight)).collect();
-    Ok(json!({ "update_info": {
-        "names": metas().map(|meta| &*meta.name).collect::<Vec<_>>(),
-        "dtype_names": types?,
-        "shapes": metas().map(|meta| &*meta.shape).collect::<Vec<_>>(),
-    }}))
-}
-
-/// One thing that was looked at, and what was found.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Check {
-    /// What was looked at.
-    pub name: String,
-    /// Whether it is as it has to be.
-    pub passed: bool,
-    /// What was found, in words.
-    pub details: String,
-}
-
-/// Looks at a server: whether it is there, and has all that it needs to be sent to. Nothing is changed there.
-pub async fn examine(url: &ServerUrl, limit: Duration) -> Vec<Check> {
-    let server = Vllm { url: url.clone(), pause: Pause::None, short: limit, long: limit };
-    let version = ask(url, limit, Method::GET, "/version", None).await;
-    let version = version.and_then(|answer| {
-        server.done("/version", &answer)?;
-        let version = answer.json()["version"].as_str().map(str::to_owned);
-        version.ok_or_else(|| server.odd("/version", &answer))
-    });
-    let looked = server.look().await.map(|facts| {
-        let Facts { workers, weights } = facts;
-        format!("{workers} workers take weights over NCCL; they have version `{weights}`")
-    });
-    let check = |name: &str, found: Result<String>| {
-        let (passed, details) = match found {
-            Ok(details) => (true, details),
-            Err(error) => (false, error.to_string()),
-        };
-        Check { name: name.to_owned(), passed, details }
-    };
-    vec![check("version", version), check("weight transfer", looked)]
+/// What it lacks to be sent to.
+pub(crate) async fn examine(client: Client) -> Result<String> {
+    let server = Vllm { client, transport: Transport::Nccl, pause: Pause::None };
+    let (transport, Facts { workers, weights }) = server.look().await?;
+    Ok(format!("{workers} workers take weights by {transport}; they have version `{weights}`"))
 }

@@ -32,6 +32,10 @@ async fn a_server_gets_every_byte_of_every_update_and_says_its_version() {
         assert_eq!(report.receivers[0].notes["workers"], 2);
         assert_eq!(report.counts.tensors, model(version).len() as u64);
         assert!(report.buckets > 2, "one bucket shows nothing of the next");
+        let bytes: u64 = model(version).iter().map(engine_core::Weight::byte_len).sum();
+        let loaded =
+            json!({ "buckets": report.buckets, "tensors": model(version).len(), "bytes": bytes });
+        assert_eq!(report.receivers[0].notes["loaded"], loaded);
     }
     server.asked();
     trainer.finalize().await.expect("an end");
@@ -348,9 +352,81 @@ async fn options_that_cannot_be_used_are_errors_in_words() {
     let server = Server::start(&model(0), Started::default()).await;
     let error = trainer_with(&[&server, &server], plain(), 1.0).await.expect_err("one twice");
     assert!(error.to_string().contains("listed twice"), "{error}");
-    let error = trainer_with(&[&server], json!({ "transport": "ipc" }), 1.0).await;
-    let error = error.expect_err("no such transport yet");
+    let error = trainer_with(&[&server], json!({ "transport": "pigeon" }), 1.0).await;
+    let error = error.expect_err("no such transport");
     assert!(error.to_string().contains("`nccl`"), "{error}");
+}
+
+/// A server that reads buckets where they are.
+fn reads() -> Started {
+    Started { backend: Some("ipc"), ..Default::default() }
+}
+
+fn ipc() -> serde_json::Value {
+    json!({ "transport": "ipc" })
+}
+
+#[tokio::test]
+async fn a_server_on_the_trainers_gpu_reads_every_byte_of_every_update_where_it_is() {
+    let server = Server::start(&model(0), reads()).await;
+    let mut trainer = trainer(&[&server], ipc()).await;
+    for version in 1..=3 {
+        let sent = trainer.send_weights(ensure_async_iterator(model(version)), Version(version));
+        assert!(sent.await.expect("an update").buckets > 2);
+        has(&server, version);
+    }
+    let server = server.start_anew(&model(0)).await;
+    let sent = trainer.send_weights(ensure_async_iterator(model(4)), Version(4)).await;
+    assert!(sent.expect("an update").absent.is_empty());
+    has(&server, 4);
+}
+
+#[tokio::test]
+async fn a_server_that_reads_where_it_is_and_fails_is_left_out_and_loaded_by_the_next_update() {
+    let paths = [
+        ("/init_weight_transfer_engine", 1),
+        ("/start_weight_update", 0),
+        ("/update_weights", 1),
+        ("/finish_weight_update", 0),
+    ];
+    for (path, nth) in paths {
+        let good = Server::start(&model(0), reads()).await;
+        let bad = Server::start(&model(0), reads()).await;
+        let mut trainer = trainer(&[&good, &bad], ipc()).await;
+        bad.wrong(path, nth, Wrong::FailsAfterwards("CUDA out of memory"));
+        let sent = trainer.send_weights(ensure_async_iterator(model(1)), Version(1)).await;
+        assert_eq!(sent.expect("an update").absent, [Rank(2)], "{path}");
+        has(&good, 1);
+        if let Ok((version, weights)) = bad.generate() {
+            assert!(version == "default" && weights == tensors(&model(0)), "{path}: half loaded");
+        }
+        let sent = trainer.send_weights(ensure_async_iterator(model(2)), Version(2)).await;
+        assert!(sent.expect("an update").absent.is_empty(), "{path}");
+        has(&good, 2);
+        has(&bad, 2);
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_was_started_for_the_other_transport_or_refuses_pickles_says_how_to_start_it()
+{
+    for (started, options, words) in [
+        (reads(), plain(), "\"backend\": \"nccl\""),
+        (Started::default(), ipc(), "\"backend\": \"ipc\""),
+        (
+            Started { insecure: false, ..reads() },
+            ipc(),
+            "VLLM_ALLOW_INSECURE_SERIALIZATION=1 where",
+        ),
+        (Started { workers: 2, ..reads() }, ipc(), "2 workers"),
+    ] {
+        let server = Server::start(&model(0), started).await;
+        let mut trainer = trainer(&[&server], options).await;
+        let sent = trainer.send_weights(ensure_async_iterator(model(1)), Version(1)).await;
+        let error = sent.expect_err("it cannot be sent to");
+        assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+        assert!(error.to_string().contains(words), "{error}");
+    }
 }
 
 #[tokio::test]
@@ -358,7 +434,7 @@ async fn a_doctor_says_of_a_server_what_it_is_and_what_it_lacks() {
     let limit = Duration::from_secs(1);
     let examine = async |server: &Server| {
         let url = server.url().parse().expect("an address");
-        receivers::vllm::examine(&url, limit).await
+        receivers::examine(&url, limit).await.1
     };
     let server = Server::start(&model(0), Started { workers: 3, ..Default::default() }).await;
     let checks = examine(&server).await;

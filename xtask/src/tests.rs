@@ -66,6 +66,7 @@ fn with_extras(workspace: &Workspace, options: &Options) -> Result<()> {
     let has_pyhccl = tools::pyhccl(workspace).is_file();
     for (what, is_there, package, tests) in [
         ("PyTorch", tools::has_torch(workspace), "quant-fp8", &["--test", "torch"][..]),
+        ("PyTorch", tools::has_torch(workspace), "receivers", &["--lib", "--test", "torch"][..]),
         ("NVRTC", tools::has_nvrtc(workspace), "device-cuda", &["--test", "compile"]),
         ("NCCL", tools::has_nccl(workspace), "backend-nccl", &["--test", "library"]),
         ("CANN's headers", has_headers, "hccl-sim", &["--test", "headers"]),

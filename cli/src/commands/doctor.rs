@@ -88,7 +88,7 @@ async fn servers_command(args: &DoctorArgs) -> Result<ExitCode, Failure> {
     let mut passed = true;
     let mut all = serde_json::Map::new();
     for server in &args.servers {
-        let checks = checkpoint_engine::receivers::vllm::examine(server, LIMIT).await;
+        let (_, checks) = checkpoint_engine::receivers::examine(server, LIMIT).await;
         passed &= checks.iter().all(|check| check.passed);
         if !args.json {
             for check in &checks {

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use checkpoint_engine::DeviceChoice;
 use clap::Args;
 use cli::source::Source;
-use cli::sync::{SENDS_ONLY, SyncOptions};
+use cli::sync::{SyncOptions, sends_only};
 
 use crate::Failure;
 use crate::args::{EngineArgs, MetricsArgs, SourceArgs, rank_device};
@@ -15,7 +15,8 @@ use crate::commands::update_line::{print_update, say_source};
 
 /// Starts one trainer and N rollout processes on this machine and updates the rollouts.
 ///
-/// With the backend naive, all of them are tasks of one process. With vllm, the rollouts are servers that run already.
+/// With the backend naive, all of them are tasks of one process. With vllm and sglang, the rollouts are servers that run
+/// already.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -28,7 +29,10 @@ Examples:
 
   A real model for a server of vLLM that runs, on another GPU:
     ckpt-engine doctor --server http://127.0.0.1:8000
-    ckpt-engine sync --backend vllm --server http://127.0.0.1:8000 --model PATH")]
+    ckpt-engine sync --backend vllm --server http://127.0.0.1:8000 --model PATH
+
+  The same for one of SGLang:
+    ckpt-engine sync --backend sglang --server http://127.0.0.1:30000 --model PATH")]
 pub(crate) struct SyncArgs {
     #[command(flatten)]
     pub(crate) source: SourceArgs,
@@ -66,18 +70,21 @@ pub(crate) async fn sync_command(args: &SyncArgs) -> Result<ExitCode, Failure> {
     let source = args.source.spec()?;
     let mut config = args.engine.config()?;
     if !args.servers.is_empty() {
-        if config.backend != SENDS_ONLY {
+        if !sends_only(&config.backend) {
             return Err(format!("--server: {} has rollouts of its own", config.backend).into());
         }
-        let section = config.engine_kwargs.entry(SENDS_ONLY.into()).or_default();
+        let section = config.engine_kwargs.entry(config.backend.clone()).or_default();
         section.insert("servers".into(), args.servers.clone().into());
-    } else if config.backend == SENDS_ONLY
+    } else if sends_only(&config.backend)
         && !config
             .engine_kwargs
-            .get(SENDS_ONLY)
+            .get(&config.backend)
             .is_some_and(|section| section.contains_key("servers"))
     {
-        return Err("vllm sends to servers that run already: give --server URL".into());
+        let backend = &config.backend;
+        return Err(
+            format!("{backend} sends to servers that run already: give --server URL").into()
+        );
     }
     let options = SyncOptions {
         config: as_planned(config, &source)?,

@@ -7,9 +7,13 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use collective::{Communicator, Library, Opened, Shape, SlotGuard, Slots, Thread, Wait};
+use collective::{
+    Communicator, Library, Opened, Shape, SharedSlot, SlotGuard, Slots, Thread, Wait,
+};
 use engine_core::memory::{Job, Pool};
 use engine_core::{EngineContext, Error, ErrorKind, Result, Storage};
+
+use super::unpickle::Said;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -58,7 +62,7 @@ impl Library for InProcess {
 
     async fn open(&self, _: &EngineContext, shape: Shape, _: &Pool) -> Result<Opened<Trainer>> {
         let slot = || Arc::new(Mutex::new(vec![0; shape.slot_bytes as usize]));
-        let slots: Vec<_> = (0..shape.slots).map(|_| slot()).collect();
+        let slots: Vec<Slot> = (0..shape.slots).map(|_| slot()).collect();
         let own = slots.clone();
         let is_ring = self.is_ring;
         let start = move || Ok(Trainer { slots: own, world: None, ended: 0, is_ring });
@@ -69,6 +73,44 @@ impl Library for InProcess {
 }
 
 type Slot = Arc<Mutex<Vec<u8>>>;
+
+/// The GPU that there is in these tests.
+pub(crate) const DEVICE: &str = "8a1d0b2c-0001-0002-0003-0123456789ab";
+
+/// The slots that others may read, by their handles.
+static SHARED: LazyLock<Mutex<HashMap<Vec<u8>, Slot>>> = LazyLock::new(Mutex::default);
+
+/// What a process finds at `rebuild_cuda_tensor`'s arguments: the bytes of the tensor.
+pub(crate) fn rebuilt(arguments: &[Said]) -> std::result::Result<Vec<u8>, String> {
+    let text = |at: usize| arguments.get(at).and_then(Said::text).unwrap_or_default();
+    let int = |at: usize| arguments.get(at).and_then(Said::int);
+    let number = |at: usize| {
+        let items = arguments.get(at).and_then(Said::items).unwrap_or_default();
+        items.first().and_then(Said::int)
+    };
+    let types = (text(0), text(4), text(5));
+    if types != ("torch.Tensor", "torch.storage.TypedStorage", "torch.uint8") {
+        return Err(format!("another kind of tensor: {types:?}"));
+    }
+    let [Some(len), Some(1), Some(0), Some(_), Some(size), Some(start)] =
+        [number(1), number(2), int(3), int(6), int(8), int(9)]
+    else {
+        return Err(format!("other places: {arguments:?}"));
+    };
+    let ends = [Said::Bool(false), Said::Int(0), Said::Bool(false)];
+    if arguments.len() != 15 || [10, 12, 14].map(|at| arguments[at].clone()) != ends || len > size {
+        return Err(format!("other arguments: {arguments:?}"));
+    }
+    let (Said::Bytes(handle), Said::Bytes(_), Said::Bytes(_)) =
+        (&arguments[7], &arguments[11], &arguments[13])
+    else {
+        return Err("handles are bytes".into());
+    };
+    let memory = lock(&SHARED).get(handle).cloned().ok_or("invalid resource handle")?;
+    let memory = lock(&memory);
+    let place = start as usize..(start + len) as usize;
+    memory.get(place).map(<[u8]>::to_vec).ok_or_else(|| "out of the allocation".into())
+}
 
 #[derive(Debug)]
 struct HostSlots(Vec<Slot>);
@@ -97,6 +139,17 @@ impl Slots for HostSlots {
         memory.resize(len, 0);
         drop(memory);
         Ok(slot)
+    }
+
+    fn shared(&self, slot: &SlotGuard) -> Result<SharedSlot> {
+        let memory = self.0[slot.index() as usize].clone();
+        let bytes = lock(&memory).len() as u64;
+        // As CUDA's handles, which name an allocation: another one once the slot was enlarged.
+        let mut handle = vec![0xc5; 64];
+        handle[..8].copy_from_slice(&(Arc::as_ptr(&memory) as u64).to_le_bytes());
+        handle[8..16].copy_from_slice(&bytes.to_le_bytes());
+        lock(&SHARED).insert(handle.clone(), memory);
+        Ok(SharedSlot { device: DEVICE.into(), handle, start: 0, bytes })
     }
 
     fn view(&self, _: SlotGuard, _: u64) -> Storage {
@@ -205,16 +258,18 @@ async fn until<T>(world: &Mutex<World>, mut found: impl FnMut(&mut World) -> Opt
 }
 
 impl Member {
-    /// Joins, with the all-reduce that vLLM's workers begin with. Waits as long as it takes.
-    pub(crate) async fn join(id: &[u8], place: u32, size: u32) -> Self {
+    /// Joins, with the all-reduce that vLLM's workers begin with if it is asked for. Waits as long as it takes.
+    pub(crate) async fn join(id: &[u8], place: u32, size: u32, warms: bool) -> Self {
         let world = lock(&WORLDS).get(id).cloned();
         // Nobody answers for another id: that is a wait without an end.
         let Some(world) = world else { return std::future::pending().await };
         assert!(lock(&world).joined.insert(place), "two workers are member {place}");
         until(&world, |world| (world.joined.len() == size as usize).then_some(())).await;
         assert_eq!(lock(&world).size, size, "the trainer counts other members");
-        lock(&world).warm.insert(place);
-        until(&world, |world| (world.warm.len() == size as usize).then_some(())).await;
+        if warms {
+            lock(&world).warm.insert(place);
+            until(&world, |world| (world.warm.len() == size as usize).then_some(())).await;
+        }
         Self { world, place, received: 0 }
     }
 

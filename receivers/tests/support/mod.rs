@@ -1,10 +1,13 @@
 //! What the tests have instead of GPUs and servers: a library of collectives within the process, and a server that keeps
-//! to vLLM's contract to the letter.
+//! to vLLM's or SGLang's contract to the letter.
 
 #![allow(dead_code, reason = "each test program uses a part")]
 
 pub(crate) mod collectives;
 pub(crate) mod server;
+mod sglang_contract;
+mod unpickle;
+mod vllm_contract;
 
 use async_trait::async_trait;
 use engine_core::{
@@ -13,6 +16,8 @@ use engine_core::{
     form_local_group,
 };
 use serde_json::json;
+
+use server::Contract;
 
 /// The weights of a small model at a version: layers of several types, of sizes that fit no alignment, and one weight that
 /// is larger than a bucket.
@@ -35,16 +40,26 @@ pub(crate) fn model(version: u64) -> Vec<Weight> {
     weights
 }
 
-/// The backend, with a library of collectives within the process in the place of NCCL.
+/// A backend, with a library of collectives within the process in the place of NCCL.
 #[derive(Debug)]
 struct OverTheProcess {
+    contract: Contract,
     is_ring: bool,
+}
+
+impl OverTheProcess {
+    fn real(&self) -> &'static dyn Backend {
+        match self.contract {
+            Contract::Vllm => receivers::VLLM,
+            Contract::Sglang => receivers::SGLANG,
+        }
+    }
 }
 
 #[async_trait]
 impl Backend for OverTheProcess {
     fn name(&self) -> &'static str {
-        receivers::VLLM.name()
+        self.real().name()
     }
 
     fn summary(&self) -> &'static str {
@@ -58,15 +73,18 @@ impl Backend for OverTheProcess {
     async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
         let (bucket_bytes, is_ring) = (BUCKET_BYTES, self.is_ring);
         let library = collectives::InProcess { bucket_bytes, is_ring };
-        receivers::prepare_vllm(library, context).await
+        match self.contract {
+            Contract::Vllm => receivers::prepare_vllm(library, context).await,
+            Contract::Sglang => receivers::prepare_sglang(library, context).await,
+        }
     }
 
     async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
-        receivers::VLLM.prepare_rollout(context).await
+        self.real().prepare_rollout(context).await
     }
 
     fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
-        receivers::VLLM.build_topology(workers)
+        self.real().build_topology(workers)
     }
 }
 
@@ -96,20 +114,24 @@ pub(crate) fn config(
     servers: &[&server::Server],
     mut options: serde_json::Value,
 ) -> CheckpointEngineConfig {
+    let backend = servers.first().map_or("vllm", |server| server.contract().backend());
     options["servers"] = servers.iter().map(|server| server.url()).collect();
     let mut config = CheckpointEngineConfig {
-        backend: "vllm".into(),
+        backend: backend.into(),
         timeout_seconds: 4.0,
         threads: std::num::NonZeroUsize::new(1),
         ..Default::default()
     };
-    config.engine_kwargs.insert("vllm".into(), options.as_object().cloned().unwrap_or_default());
+    config.engine_kwargs.insert(backend.into(), options.as_object().cloned().unwrap_or_default());
     config
 }
 
-/// The backend and the layer in front of it.
+/// The backends and the layer in front of them.
 pub(crate) fn registry(is_ring: bool) -> Registry {
-    Registry::new().with(OverTheProcess { is_ring }).with_layer(quant_fp8::LAYER)
+    Registry::new()
+        .with(OverTheProcess { contract: Contract::Vllm, is_ring })
+        .with(OverTheProcess { contract: Contract::Sglang, is_ring })
+        .with_layer(quant_fp8::LAYER)
 }
 
 /// A trainer of a configuration; its broadcasts go round a ring if that is asked for.
@@ -118,8 +140,9 @@ pub(crate) async fn join(
     is_ring: bool,
 ) -> Result<Box<dyn TrainerEngine>> {
     let registry = registry(is_ring);
+    let name = config.backend.clone();
     let prepared = registry.prepare_trainer(EngineContext::new(config)).await?;
-    let backend = registry.get("vllm")?;
+    let backend = registry.get(&name)?;
     let (mut trainers, _) = form_local_group(backend, vec![prepared], Vec::new()).await?;
     Ok(trainers.remove(0))
 }

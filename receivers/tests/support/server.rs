@@ -1,29 +1,28 @@
-//! A server that keeps to vLLM's contract to the letter, and is wrong on purpose on request.
+//! A server that keeps to the contract of vLLM or of SGLang to the letter, and is wrong on purpose on request.
 //!
-//! As there: one operation at a time, and none that waits in a collective ever ends by itself; `/health` is fine
-//! meanwhile. Loading counts the elements of each layer, and installs a layer when it has as many as the layer has,
-//! whatever version they are of; an update that failed leaves its counts behind until one is finished.
+//! As there: one operation at a time, and none that waits in a collective ever ends by itself. What is the same for both
+//! is here: processes, connections, and what is wrong on purpose; what differs is in `vllm_contract.rs` and
+//! `sglang_contract.rs`.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use engine_core::Weight;
-use futures::future::join_all;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 use super::collectives::Member;
+use super::sglang_contract::{self, Group};
+use super::vllm_contract;
 
 /// What a server does instead of answering.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,18 +41,47 @@ pub(crate) enum Wrong {
     FailsAfterwards(&'static str),
 }
 
+/// Whose contract a server keeps to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Contract {
+    Vllm,
+    Sglang,
+}
+
+impl Contract {
+    /// The backend that sends to such servers.
+    pub(crate) fn backend(self) -> &'static str {
+        match self {
+            Self::Vllm => "vllm",
+            Self::Sglang => "sglang",
+        }
+    }
+}
+
 /// How a server was started.
 #[derive(Clone, Debug)]
 pub(crate) struct Started {
+    pub(crate) contract: Contract,
     pub(crate) dev_mode: bool,
     /// Its `--weight-transfer-config`.
     pub(crate) backend: Option<&'static str>,
     pub(crate) workers: u32,
+    /// SGLang's `--dp-size`.
+    pub(crate) replicas: u32,
+    /// vLLM's `VLLM_ALLOW_INSECURE_SERIALIZATION`.
+    pub(crate) insecure: bool,
 }
 
 impl Default for Started {
     fn default() -> Self {
-        Self { dev_mode: true, backend: Some("nccl"), workers: 1 }
+        let (contract, backend) = (Contract::Vllm, Some("nccl"));
+        Self { contract, dev_mode: true, backend, workers: 1, replicas: 1, insecure: true }
+    }
+}
+
+impl Started {
+    pub(crate) fn sglang() -> Self {
+        Self { contract: Contract::Sglang, ..Self::default() }
     }
 }
 
@@ -61,33 +89,39 @@ impl Default for Started {
 pub(crate) type Tensors = BTreeMap<String, Vec<u8>>;
 
 #[derive(Debug, Default)]
-struct Layer {
-    loaded: u64,
-    buffered: Tensors,
+pub(super) struct Layer {
+    pub(super) loaded: u64,
+    pub(super) buffered: Tensors,
 }
 
 #[derive(Debug)]
-struct State {
+pub(super) struct State {
     /// Type, shape and size of what the model has.
-    expected: BTreeMap<String, (String, Vec<u64>)>,
-    weights: Tensors,
-    layers: BTreeMap<String, Layer>,
-    active: bool,
-    paused: bool,
-    version: String,
-    members: Option<Vec<Member>>,
-    limit: u64,
+    pub(super) expected: BTreeMap<String, (String, Vec<u64>)>,
+    pub(super) weights: Tensors,
+    /// What vLLM has loaded of layers that are not whole.
+    pub(super) layers: BTreeMap<String, Layer>,
+    /// Whether it is within an update.
+    pub(super) active: bool,
+    pub(super) paused: bool,
+    pub(super) version: String,
+    pub(super) members: Option<Vec<Member>>,
+    pub(super) limit: u64,
+    /// Whether vLLM was told that a bucket is one tensor.
+    pub(super) packed: bool,
+    /// The groups of SGLang's workers, by their names in torch.
+    pub(super) groups: BTreeMap<String, Group>,
     wrong: Vec<(String, usize, Wrong)>,
     asked: Vec<String>,
     dead: bool,
 }
 
 #[derive(Debug)]
-struct Shared {
-    started: Started,
-    state: Mutex<State>,
+pub(super) struct Shared {
+    pub(super) started: Started,
+    pub(super) state: Mutex<State>,
     /// The engine does one thing at a time.
-    engine: tokio::sync::Mutex<()>,
+    pub(super) engine: tokio::sync::Mutex<()>,
     /// All that the process is at.
     work: Mutex<Vec<tokio::task::AbortHandle>>,
 }
@@ -117,18 +151,13 @@ fn torch(weight: &Weight) -> &'static str {
     }
 }
 
-fn item_size(dtype: &str) -> Option<u64> {
+pub(super) fn item_size(dtype: &str) -> Option<u64> {
     Some(match dtype {
         "bfloat16" => 2,
         "float32" => 4,
         "float8_e4m3fn" => 1,
         _ => return None,
     })
-}
-
-/// The layer that a tensor is a part of.
-fn layer_of(name: &str) -> String {
-    name.rsplit_once('.').map_or(name, |(layer, _)| layer).to_owned()
 }
 
 pub(crate) fn tensors(weights: &[Weight]) -> Tensors {
@@ -157,6 +186,8 @@ impl Server {
             version: "default".into(),
             members: None,
             limit: 0,
+            packed: false,
+            groups: BTreeMap::new(),
             wrong: Vec::new(),
             asked: Vec::new(),
             dead: false,
@@ -178,6 +209,10 @@ impl Server {
         self.task.abort();
         drop((&mut self.task).await);
         Self::start_at(self.address, model, started).await
+    }
+
+    pub(crate) fn contract(&self) -> Contract {
+        self.shared.started.contract
     }
 
     pub(crate) fn url(&self) -> String {
@@ -212,7 +247,7 @@ impl Drop for Server {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -244,21 +279,12 @@ async fn serve(listener: TcpListener, shared: Arc<Shared>) {
     }
 }
 
-type Answer = std::io::Result<Response<Full<Bytes>>>;
+pub(super) type Answer = std::io::Result<Response<Full<Bytes>>>;
 
-fn say(status: u16, body: Value) -> Answer {
+pub(super) fn say(status: u16, body: Value) -> Answer {
     let body = Full::new(Bytes::from(body.to_string()));
     let response = Response::builder().status(status).body(body);
     response.map_err(std::io::Error::other)
-}
-
-fn failed(words: &str) -> Answer {
-    let message = format!(
-        "Call to collective_rpc method failed: Worker failed with error '{words}', please check the stack trace"
-    );
-    let error =
-        json!({ "message": message, "type": "InternalServerError", "param": null, "code": 500 });
-    say(500, json!({ "error": error }))
 }
 
 async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Answer {
@@ -283,7 +309,7 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Answer {
     };
     match wrong {
         None => {}
-        Some(Wrong::Refuses(words)) => return failed(words),
+        Some(Wrong::Refuses(words)) => return failed(shared.started.contract, words),
         Some(Wrong::Silent) => return std::future::pending().await,
         Some(Wrong::Slow(time)) => tokio::time::sleep(time).await,
         Some(Wrong::Dies) => {
@@ -299,10 +325,18 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Answer {
             if path == "/update_weights" {
                 lock(&shared.state).active = false;
             }
-            return failed(words);
+            return failed(shared.started.contract, words);
         }
     }
     done(&head.method, &path, &query, &body, &shared).await
+}
+
+/// How an engine says that it failed.
+fn failed(contract: Contract, words: &str) -> Answer {
+    match contract {
+        Contract::Vllm => vllm_contract::failed(words),
+        Contract::Sglang => sglang_contract::failed(words),
+    }
 }
 
 async fn done(
@@ -312,254 +346,8 @@ async fn done(
     body: &[u8],
     shared: &Shared,
 ) -> Answer {
-    let parsed = || -> Result<Value, String> {
-        serde_json::from_slice(body).map_err(|error| error.to_string())
-    };
-    match (method.as_str(), path) {
-        ("GET", "/health") => return say(200, json!(null)),
-        ("GET", "/version") => return say(200, json!({ "version": "0.33.0" })),
-        _ if !shared.started.dev_mode => {
-            return say(404, json!({ "error": { "message": "Not Found" } }));
-        }
-        ("GET", "/get_world_size") => {
-            return say(200, json!({ "world_size": shared.started.workers }));
-        }
-        _ => {}
+    match shared.started.contract {
+        Contract::Vllm => vllm_contract::done(method, path, query, body, shared).await,
+        Contract::Sglang => sglang_contract::done(method, path, query, body, shared).await,
     }
-    let _engine = shared.engine.lock().await;
-    let done = match (method.as_str(), path) {
-        ("GET", "/weight_info") => {
-            let version = lock(&shared.state).version.clone();
-            return say(200, json!({ "weight_version": version }));
-        }
-        ("POST", "/pause") => match query {
-            "mode=abort" | "mode=wait" | "mode=keep" => {
-                lock(&shared.state).paused = true;
-                Ok(())
-            }
-            other => return say(400, json!({ "error": format!("a query {other}") })),
-        },
-        ("POST", "/resume") => {
-            lock(&shared.state).paused = false;
-            Ok(())
-        }
-        ("POST", "/init_weight_transfer_engine") => match parsed() {
-            Ok(body) => init(&body["init_info"], shared).await,
-            Err(words) => return say(422, json!({ "detail": words })),
-        },
-        ("POST", "/shutdown_weight_transfer_engine") => {
-            let mut state = lock(&shared.state);
-            if state.active {
-                Err("Cannot release a trainer connection during a weight update".into())
-            } else {
-                state.members = None;
-                Ok(())
-            }
-        }
-        ("POST", "/start_weight_update") => start(shared),
-        ("POST", "/update_weights") => match parsed() {
-            Ok(body) => {
-                let updated = update(&body["update_info"], shared).await;
-                if updated.is_err() {
-                    lock(&shared.state).active = false;
-                }
-                updated
-            }
-            Err(words) => return say(422, json!({ "detail": words })),
-        },
-        ("POST", "/finish_weight_update") => match body {
-            b"" => finish(shared, None),
-            _ => match parsed() {
-                Ok(body) => finish(shared, body["weight_version"].as_str()),
-                Err(words) => return say(422, json!({ "detail": words })),
-            },
-        },
-        _ => return say(404, json!({ "error": { "message": "Not Found" } })),
-    };
-    match done {
-        Ok(()) => say(200, json!({ "message": "done" })),
-        Err(words) => failed(&words),
-    }
-}
-
-async fn init(info: &Value, shared: &Shared) -> Result<(), String> {
-    match shared.started.backend {
-        None => {
-            return Err("Weight transfer not configured. Please set weight_transfer_config".into());
-        }
-        Some("nccl") => {}
-        Some(_) => {
-            return Err("Invalid init_info: got an unexpected keyword argument 'packed'".into());
-        }
-    }
-    let info = info.as_object().ok_or("no init_info")?;
-    for key in info.keys() {
-        let known = [
-            "nccl_unique_id_b64",
-            "rank_offset",
-            "world_size",
-            "packed",
-            "packed_buffer_size_bytes",
-            "packed_num_buffers",
-        ];
-        if !known.contains(&&**key) {
-            return Err(format!("Invalid init_info: got an unexpected keyword argument '{key}'"));
-        }
-    }
-    let number = |key: &str| {
-        let number = info.get(key).and_then(Value::as_u64);
-        number.ok_or_else(|| format!("Invalid init_info: missing argument '{key}'"))
-    };
-    let id = info.get("nccl_unique_id_b64").and_then(Value::as_str).unwrap_or_default();
-    if id.is_empty() {
-        return Err("need nccl_unique_id_b64, or both master_address and master_port".into());
-    }
-    let id = STANDARD.decode(id).map_err(|_| "not valid standard base64")?;
-    if id.len() != 128 {
-        return Err(format!("must decode to 128 bytes, got {}", id.len()));
-    }
-    if info.get("packed") != Some(&json!(true)) {
-        return Err("this server is told of packed chunks only".into());
-    }
-    let (first, size) = (number("rank_offset")? as u32, number("world_size")? as u32);
-    if first == 0 || first + shared.started.workers > size {
-        return Err(format!("rank {first} out of range for world_size {size}"));
-    }
-    let limit = number("packed_buffer_size_bytes")?;
-    let workers = first..first + shared.started.workers;
-    let members = join_all(workers.map(|place| Member::join(&id, place, size))).await;
-    let mut state = lock(&shared.state);
-    (state.members, state.limit) = (Some(members), limit);
-    Ok(())
-}
-
-fn start(shared: &Shared) -> Result<(), String> {
-    let mut state = lock(&shared.state);
-    if state.active {
-        return Err("start_weight_update called while a weight update is already active.".into());
-    }
-    // Layers that are half loaded stay as they are.
-    let layers: Vec<String> = state.expected.keys().map(|name| layer_of(name)).collect();
-    for layer in layers {
-        state.layers.entry(layer).or_default();
-    }
-    state.active = true;
-    Ok(())
-}
-
-async fn update(info: &Value, shared: &Shared) -> Result<(), String> {
-    let list = |key: &str| -> Result<Vec<Value>, String> {
-        info[key].as_array().cloned().ok_or_else(|| format!("no {key}"))
-    };
-    let (names, types, shapes) = (list("names")?, list("dtype_names")?, list("shapes")?);
-    if names.len() != types.len() || names.len() != shapes.len() {
-        return Err("`dtype_names` should be of the same size as `names`".into());
-    }
-    let (members, limit) = {
-        let state = lock(&shared.state);
-        if !state.active {
-            return Err("start_weight_update must be called before update_weights.".into());
-        }
-        (state.members.clone(), state.limit)
-    };
-    let mut members = members.ok_or("NCCL weight transfer not initialized.")?;
-    let mut chunk = Vec::new();
-    let mut size = 0;
-    for ((name, dtype), shape) in names.iter().zip(&types).zip(&shapes) {
-        let name = name.as_str().ok_or("a name that is no text")?;
-        let dtype = dtype.as_str().ok_or("a type that is no text")?;
-        let shape: Vec<u64> = serde_json::from_value(shape.clone()).map_err(|e| e.to_string())?;
-        let item = item_size(dtype).ok_or_else(|| format!("torch has no {dtype}"))?;
-        let len = shape.iter().product::<u64>() * item;
-        chunk.push((name.to_owned(), dtype.to_owned(), shape, item, len));
-        size += len;
-        if size > limit {
-            receive(&mut members, std::mem::take(&mut chunk), shared).await?;
-            size = 0;
-        }
-    }
-    if !chunk.is_empty() {
-        receive(&mut members, chunk, shared).await?;
-    }
-    lock(&shared.state).members = Some(members);
-    Ok(())
-}
-
-type Tensor = (String, String, Vec<u64>, u64, u64);
-
-async fn receive(
-    members: &mut [Member],
-    chunk: Vec<Tensor>,
-    shared: &Shared,
-) -> Result<(), String> {
-    let size: u64 = chunk.iter().map(|(.., len)| len).sum();
-    if size == 0 {
-        return load(chunk, &[], shared);
-    }
-    let received = join_all(members.iter_mut().map(|member| member.receive(size as usize))).await;
-    assert!(received.windows(2).all(|pair| pair[0] == pair[1]));
-    load(chunk, &received[0], shared)
-}
-
-fn load(chunk: Vec<Tensor>, bytes: &[u8], shared: &Shared) -> Result<(), String> {
-    let mut at = 0;
-    let mut state = lock(&shared.state);
-    for (name, dtype, shape, item, len) in chunk {
-        if !(at as u64).is_multiple_of(item) {
-            return Err(format!("self.storage_offset() must be divisible by {item} to view Byte"));
-        }
-        let content = bytes[at..at + len as usize].to_vec();
-        at += len as usize;
-        match state.expected.get(&name) {
-            None => return Err(format!("there is no module or parameter named '{name}'")),
-            Some(expected) if *expected != (dtype.clone(), shape.clone()) => {
-                return Err(format!(
-                    "{name}: {expected:?} expected, {:?} received",
-                    (dtype, shape)
-                ));
-            }
-            Some(_) => {}
-        }
-        let layer = layer_of(&name);
-        let total: u64 = {
-            let of = state.expected.iter().filter(|(name, _)| layer_of(name) == layer);
-            of.map(|(_, (_, shape))| shape.iter().product::<u64>()).sum()
-        };
-        let State { layers, weights, .. } = &mut *state;
-        let loading = layers.get_mut(&layer).ok_or("a layer that is loaded already")?;
-        loading.loaded += shape.iter().product::<u64>();
-        loading.buffered.insert(name, content);
-        if loading.loaded >= total {
-            install(weights, &layer, loading);
-            layers.remove(&layer);
-        }
-    }
-    Ok(())
-}
-
-/// Makes a layer of what was loaded; what was not is whatever the memory had.
-fn install(weights: &mut Tensors, layer: &str, loading: &mut Layer) {
-    for (name, content) in weights.iter_mut().filter(|(name, _)| layer_of(name) == layer) {
-        match loading.buffered.remove(name) {
-            Some(bytes) => *content = bytes,
-            None => content.fill(0xdb),
-        }
-    }
-}
-
-fn finish(shared: &Shared, version: Option<&str>) -> Result<(), String> {
-    let mut state = lock(&shared.state);
-    if !state.active {
-        return Err("finish_weight_update called without a matching start_weight_update.".into());
-    }
-    let State { layers, weights, .. } = &mut *state;
-    for (layer, loading) in layers.iter_mut().filter(|(_, loading)| loading.loaded > 0) {
-        install(weights, layer, loading);
-    }
-    state.layers.clear();
-    state.active = false;
-    if let Some(version) = version {
-        state.version = version.to_owned();
-    }
-    Ok(())
 }

@@ -1,0 +1,72 @@
+//! Slots on a GPU that other processes of the host read where they are: no library, and nobody to call.
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use collective::{Communicator, Library, Opened, Shape, Thread, Wait};
+use engine_core::memory::Pool;
+use engine_core::{EngineContext, Error, ErrorKind, Result};
+use std::sync::Arc;
+
+use crate::library::DEFAULT_BUCKET_BYTES;
+use crate::slots::CudaSlots;
+
+/// Slots without a library.
+#[derive(Debug)]
+pub(crate) struct SharedSlots;
+
+#[async_trait]
+impl Library for SharedSlots {
+    type Communicator = Alone;
+
+    fn name(&self) -> &'static str {
+        "cuda ipc"
+    }
+
+    fn default_bucket_bytes(&self) -> u64 {
+        DEFAULT_BUCKET_BYTES
+    }
+
+    async fn open(&self, context: &EngineContext, shape: Shape, _: &Pool) -> Result<Opened<Alone>> {
+        let device = &context.config.device;
+        if device.is_cpu() {
+            let message = "the buckets are on the GPU: set `device` to `cuda`";
+            return Err(Error::new(ErrorKind::Config, "preparing", message));
+        }
+        let slots = Arc::new(CudaSlots::shared(device, shape)?);
+        let thread = Thread::start("ckpt-shared", || Ok(Alone)).await?;
+        Ok(Opened { thread, slots, version: "CUDA IPC".into(), share: None })
+    }
+}
+
+/// A rank that is in no group, and can be in none.
+#[derive(Debug)]
+pub(crate) struct Alone;
+
+fn refusal<T>() -> Result<T> {
+    let message = "slots are read where they are, and there is no group";
+    Err(Error::new(ErrorKind::State, "calling a library of collectives", message))
+}
+
+impl Communicator for Alone {
+    fn new_group(&mut self) -> Result<Bytes> {
+        refusal()
+    }
+
+    fn join(&mut self, _: usize, _: &[u8], _: u32, _: u32, _: &Wait<'_>) -> Result<()> {
+        refusal()
+    }
+
+    fn shrink(&mut self, _: usize, _: &[u32], _: &Wait<'_>) -> Result<()> {
+        refusal()
+    }
+
+    fn broadcast(&mut self, _: usize, _: u32, _: u64, _: &Wait<'_>) -> Result<()> {
+        refusal()
+    }
+
+    fn ended(&mut self, _: usize) -> Result<u64> {
+        refusal()
+    }
+
+    fn leave(&mut self) {}
+}

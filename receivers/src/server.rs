@@ -1,0 +1,153 @@
+//! What an engine needs of a kind of servers: how each of them is asked. All that differs between the servers' protocols
+//! is behind this trait; what is asked when is decided by the [machine](crate::fleet), the same for all of them.
+
+use std::fmt;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use engine_core::{Result, Version};
+use hyper::Method;
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::chunk::Tensors;
+use crate::fleet::{Ask, Said};
+use crate::http::{Client, ServerUrl, ask};
+use crate::{sglang, vllm};
+
+/// The world that servers' workers join.
+#[derive(Clone, Debug)]
+pub(crate) struct World {
+    /// The id by which the library's members find one another.
+    pub(crate) id: Vec<u8>,
+    /// The members' number, the trainer counted.
+    pub(crate) size: u32,
+    /// The member that the server's first worker is.
+    pub(crate) first: u32,
+    /// The most bytes of a bucket, unless that is one weight.
+    pub(crate) bucket_bytes: u64,
+    /// Where workers find the id, if it is not told to them.
+    pub(crate) meeting: Option<Meeting>,
+}
+
+/// Where workers find the id of a world.
+#[derive(Clone, Debug)]
+pub(crate) struct Meeting {
+    /// The name that the world has in torch.
+    pub(crate) group: String,
+    /// The trainer's address, if it is not the one by which it reaches the server.
+    pub(crate) address: Option<String>,
+    /// The store's port.
+    pub(crate) port: u16,
+}
+
+/// How workers get to know a world.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Meets {
+    /// They do not: they read the trainer's slots where they are, and joining only tells a server so.
+    Nowhere,
+    /// Each server is told the id; its workers join at once, and all members warm the world up.
+    AtOnce,
+    /// The id is in a store of torch's kind, and workers look for it at their first broadcast.
+    AtFirstBroadcast {
+        /// The trainer's address, if it is not the one by which it reaches the server.
+        address: Option<String>,
+        /// The store's port; 0 is any that is free.
+        port: u16,
+    },
+}
+
+/// A server of some kind, as it is asked.
+#[async_trait]
+pub(crate) trait Server: fmt::Debug + Send + Sync {
+    /// Where it is.
+    fn url(&self) -> &ServerUrl;
+
+    /// Asks one question of the machine.
+    ///
+    /// # Errors
+    ///
+    /// What the server says, or does not say.
+    async fn ask(&self, question: Ask, version: Version) -> Result<Said>;
+
+    /// Has the server's workers join a world; ends when they have, or when they know where to meet.
+    ///
+    /// # Errors
+    ///
+    /// As [`ask`](Self::ask).
+    async fn join(&self, world: &World) -> Result<()>;
+
+    /// What a server of this kind, which is in the world that it joined last, is told of a bucket.
+    fn describe(&self, tensors: &Tensors) -> Value;
+
+    /// Has the server's workers receive a bucket and load it; ends when they have.
+    ///
+    /// # Errors
+    ///
+    /// As [`ask`](Self::ask).
+    async fn update(&self, body: &Value) -> Result<()>;
+}
+
+/// The kinds of servers that are known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ServerKind {
+    /// vLLM.
+    Vllm,
+    /// SGLang.
+    Sglang,
+}
+
+/// One thing that was looked at, and what was found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Check {
+    /// What was looked at.
+    pub name: String,
+    /// Whether it is as it has to be.
+    pub passed: bool,
+    /// What was found, in words.
+    pub details: String,
+}
+
+/// Looks at a server: which kind it is of, and whether it has all that it needs to be sent to. Nothing is changed there.
+///
+/// Each question may take as long as `limit`.
+pub async fn examine(url: &ServerUrl, limit: Duration) -> (Option<ServerKind>, Vec<Check>) {
+    let check = |name: &str, found: Result<String>| {
+        let (passed, details) = match found {
+            Ok(details) => (true, details),
+            Err(error) => (false, error.to_string()),
+        };
+        Check { name: name.to_owned(), passed, details }
+    };
+    let client = |kind| Client { url: url.clone(), short: limit, long: limit, kind };
+    let answered = async |path: &str| ask(url, limit, Method::GET, path, None).await;
+    // Only SGLang has this route, and only vLLM the other one.
+    let info = match answered("/model_info").await {
+        Ok(info) => info,
+        Err(error) => return (None, vec![check("reached", Err(error))]),
+    };
+    if info.is_success() && info.json()["weight_version"].is_string() {
+        let (version, looked) = sglang::examine(client(sglang::KIND)).await;
+        return (
+            Some(ServerKind::Sglang),
+            vec![check("version", version), check("weight transfer", looked)],
+        );
+    }
+    let client = client(vllm::KIND);
+    let version = client.get("/version").await.and_then(|answer| {
+        let version = answer.json()["version"].as_str().map(|version| format!("vLLM {version}"));
+        version.ok_or_else(|| client.odd("/version", &answer))
+    });
+    let other = || {
+        let details = "neither vLLM nor SGLang answers here".into();
+        Check { name: "kind".into(), passed: false, details }
+    };
+    let kind = version.is_ok().then_some(ServerKind::Vllm);
+    let checks = match kind {
+        Some(_) => {
+            vec![check("version", version), check("weight transfer", vllm::examine(client).await)]
+        }
+        None => vec![check("version", version), other()],
+    };
+    (kind, checks)
+}

@@ -1,0 +1,274 @@
+//! SGLang's protocol: its routes, what is said on them, and what its answers mean.
+//!
+//! The routes are there without any option. What the server has to be is one replica: its workers join the world by their
+//! place among those of tensor parallelism alone.
+//!
+//! `/health` is not asked: it generates a token, and says that a server which is paused is not healthy.
+
+use std::sync::{Mutex, PoisonError};
+
+use async_trait::async_trait;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use collective::SharedSlot;
+use engine_core::{Error, ErrorKind, Result, Version};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::Transport;
+use crate::chunk::Tensors;
+use crate::fleet::{Ask, Facts, Said};
+use crate::http::{Client, Kind, ServerUrl};
+use crate::pickle::Pickle;
+use crate::server::{Server, World};
+use crate::shared::arguments;
+
+/// The longest that a server may take to have nothing under way when its caches are emptied, in seconds.
+const FLUSH_SECONDS: u64 = 30;
+
+/// What happens to requests that a server is at work on when an update begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub enum Pause {
+    /// They are ended, and what is cached of the old weights is forgotten. SGLang's own default.
+    #[default]
+    Abort,
+    /// They go back into the queue, and begin anew on the new weights; what is cached of the old ones is forgotten.
+    Retract,
+    /// They stay where they are and go on with the new weights, on what is cached of the old ones.
+    InPlace,
+    /// Nobody is stopped: the program sees to it that nothing is generated during an update.
+    None,
+}
+
+impl Pause {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Abort => "abort",
+            Self::Retract => "retract",
+            Self::InPlace => "in_place",
+            Self::None => "none",
+        }
+    }
+}
+
+/// What is said of these servers.
+pub(crate) const KIND: Kind =
+    Kind { name: "SGLang", no_route: "there is no such route: use SGLang 0.5.23 or later" };
+
+/// A server of SGLang.
+#[derive(Debug)]
+pub(crate) struct Sglang {
+    client: Client,
+    transport: Transport,
+    pause: Pause,
+    /// The name in torch of the world that its workers joined last.
+    group: Mutex<String>,
+}
+
+impl Sglang {
+    pub(crate) fn new(client: Client, transport: Transport, pause: Pause) -> Self {
+        Self { client, transport, pause, group: Mutex::default() }
+    }
+
+    fn group(&self) -> String {
+        self.group.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    async fn begin(&self) -> Result<Said> {
+        let path = "/begin_weight_update";
+        let answer = self.client.post(path, Some(&json!({})), self.client.long).await?;
+        if !answer.is_success() && answer.words().contains("already open") {
+            return Ok(Said::Open);
+        }
+        self.client.done(path, &answer)?;
+        Ok(Said::Done)
+    }
+
+    async fn tell(&self, path: &str, body: Value) -> Result<()> {
+        self.client.tell(path, Some(&body)).await
+    }
+
+    async fn finish(&self, version: Version) -> Result<()> {
+        self.tell("/end_weight_update", json!({})).await?;
+        if self.pause != Pause::InPlace {
+            let seconds = (self.client.long.as_secs() / 2).min(FLUSH_SECONDS);
+            self.tell(&format!("/flush_cache?timeout={seconds}"), json!({})).await?;
+        }
+        let body = json!({ "new_version": version.to_string(), "abort_all_requests": false });
+        self.tell("/update_weight_version", body).await
+    }
+
+    async fn weights(&self) -> Result<String> {
+        let path = "/model_info";
+        let answer = self.client.get(path).await?;
+        let version = answer.json()["weight_version"].as_str().map(str::to_owned);
+        version.ok_or_else(|| self.client.odd(path, &answer))
+    }
+
+    /// Whether it is there, and all that it needs to be sent to; its own version, and what it is.
+    async fn look(&self) -> Result<(String, Facts)> {
+        // Its scheduler answers this one, so it says as well that the engine is alive.
+        let path = "/server_info";
+        let answer = self.client.get(path).await?;
+        let info = answer.json();
+        let odd = || self.client.odd(path, &answer);
+        let number = |key: &str| info[key].as_u64().and_then(|number| u32::try_from(number).ok());
+        let workers = number("tp_size").filter(|workers| *workers > 0).ok_or_else(odd)?;
+        let version = info["version"].as_str().ok_or_else(odd)?.to_owned();
+        let refuse = |found: String, remedy: &str| {
+            let message = format!("it was started with {found}: {remedy}");
+            Err(Error::new(ErrorKind::Config, format!("{}{path}", self.client.url), message))
+        };
+        for (key, option) in [("dp_size", "--dp-size"), ("pp_size", "--pp-size")] {
+            match number(key) {
+                None | Some(1) => {}
+                Some(size) => {
+                    let remedy = "SGLang gives the weights of a broadcast to one replica without pipeline \
+                                  parallelism; start a server for each";
+                    return refuse(format!("{option} {size}"), remedy);
+                }
+            }
+        }
+        match info["weight_cache_mode"].as_str() {
+            None | Some("off") => {}
+            Some(mode) => {
+                let remedy = "it refuses new weights then; start it with off";
+                return refuse(format!("--weight-cache-mode {mode}"), remedy);
+            }
+        }
+        self.transport.reaches(&self.client, workers)?;
+        Ok((version, Facts { workers, weights: self.weights().await? }))
+    }
+}
+
+#[async_trait]
+impl Server for Sglang {
+    fn url(&self) -> &ServerUrl {
+        &self.client.url
+    }
+
+    async fn ask(&self, question: Ask, version: Version) -> Result<Said> {
+        match question {
+            Ask::Look => return Ok(Said::Facts(self.look().await?.1)),
+            Ask::Recall => return self.weights().await.map(Said::Version),
+            Ask::Pause => {
+                self.tell("/pause_generation", json!({ "mode": self.pause.name() })).await?;
+            }
+            Ask::Reset => {
+                // A session may be open or not. Ending one makes what it loaded into what the server computes with.
+                self.begin().await?;
+                self.tell("/end_weight_update", json!({})).await?;
+            }
+            Ask::Leave if self.transport == Transport::Ipc => {}
+            Ask::Leave => {
+                let path = "/destroy_weights_update_group";
+                let body = json!({ "group_name": self.group() });
+                let answer = self.client.post(path, Some(&body), self.client.long).await?;
+                if !answer.words().contains("does not exist") {
+                    self.client.done(path, &answer)?;
+                }
+            }
+            Ask::Start => return self.begin().await,
+            Ask::Finish => self.finish(version).await?,
+            Ask::Resume => self.tell("/continue_generation", json!({})).await?,
+        }
+        Ok(Said::Done)
+    }
+
+    async fn join(&self, world: &World) -> Result<()> {
+        if self.transport == Transport::Ipc {
+            return Ok(());
+        }
+        let Some(meeting) = &world.meeting else {
+            let message = "it takes a world whose members meet at a store";
+            return Err(Error::new(ErrorKind::State, "forming a world", message));
+        };
+        let address = match &meeting.address {
+            Some(address) => address.clone(),
+            None => self.client.own_address().await?.to_string(),
+        };
+        meeting.group.clone_into(&mut self.group.lock().unwrap_or_else(PoisonError::into_inner));
+        let body = json!({
+            "master_address": address,
+            "master_port": meeting.port,
+            "rank_offset": world.first,
+            "world_size": world.size,
+            "group_name": meeting.group,
+            "backend": "nccl",
+        });
+        self.tell("/init_weights_update_group", body).await
+    }
+
+    fn describe(&self, tensors: &Tensors) -> Value {
+        if let Some(slot) = &tensors.shared {
+            let bucket = STANDARD.encode(bucket(tensors, slot).to_bytes());
+            return json!({
+                "serialized_named_tensors": [bucket],
+                "load_format": "flattened_bucket",
+                "flush_cache": false,
+            });
+        }
+        json!({
+            "names": tensors.names,
+            "dtypes": tensors.types,
+            "shapes": tensors.shapes,
+            "group_name": self.group(),
+            "load_format": "flattened_bucket",
+            "flush_cache": false,
+        })
+    }
+
+    async fn update(&self, body: &Value) -> Result<()> {
+        let path = match self.transport {
+            Transport::Nccl => "/update_weights_from_distributed",
+            Transport::Ipc => "/update_weights_from_tensor",
+        };
+        self.client.tell(path, Some(body)).await
+    }
+}
+
+/// A bucket where it is, as SGLang's workers rebuild it: its bytes, and what lies where in them.
+///
+/// A worker reads it before it answers: when it drops what it rebuilt, torch waits for what reads it.
+fn bucket(tensors: &Tensors, slot: &SharedSlot) -> Pickle {
+    let rebuild = Pickle::Global("torch.multiprocessing.reductions", "rebuild_cuda_tensor");
+    let mut at = 0;
+    let metas = (0..tensors.names.len()).map(|index| {
+        let size = tensors.sizes[index];
+        let shape = tensors.shapes[index].iter().map(|side| Pickle::size(*side)).collect();
+        let (start, end) = (at, at + size);
+        at = end;
+        Pickle::Call(
+            Box::new(Pickle::Global(
+                "sglang.srt.weight_sync.tensor_bucket",
+                "FlattenedTensorMetadata",
+            )),
+            vec![
+                Pickle::text(&*tensors.names[index]),
+                Pickle::Tuple(shape),
+                Pickle::Global("torch", tensors.types[index]),
+                Pickle::size(start),
+                Pickle::size(end),
+                Pickle::size(size),
+            ],
+        )
+    });
+    let metas = metas.collect();
+    Pickle::Dict(vec![
+        (Pickle::text("flattened_tensor"), Pickle::Call(Box::new(rebuild), arguments(slot))),
+        (Pickle::text("metadata"), Pickle::List(metas)),
+    ])
+}
+
+/// Looks at a server of SGLang, without changing anything there: its version, and what it is, in words.
+pub(crate) async fn examine(client: Client) -> (Result<String>, Result<String>) {
+    match Sglang::new(client, Transport::Nccl, Pause::None).look().await {
+        Ok((version, Facts { workers, weights })) => {
+            let words = format!("{workers} workers take weights; they have version `{weights}`");
+            (Ok(format!("SGLang {version}")), Ok(words))
+        }
+        Err(error) => (Ok("SGLang".into()), Err(error)),
+    }
+}
