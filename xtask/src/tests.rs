@@ -78,24 +78,50 @@ fn with_extras(workspace: &Workspace, options: &Options) -> Result<()> {
             println!("\n-- {what}: ignored, it is not installed (see above)");
             continue;
         }
-        let mut command = workspace.cargo();
-        command.args(["test", "--package", package]).args(tests).args(["--", "--ignored"]);
-        with_libraries(&mut command, workspace);
-        stage(what, command)?;
+        stage(what, ignored(workspace, package, tests, None))?;
     }
     let hosts = "hosts that are network namespaces";
     match tools::try_network_namespaces() {
         Err(error) => println!("\n-- {hosts}: ignored, they cannot be made: {error}"),
         Ok(()) => {
-            let mut command = workspace.cargo();
-            command.args(["test", "--package", "backend-nixl", "--test", "processes", "--"]);
             // They wait most of the time, for what a link that is cut takes to be noticed.
-            command.args(["--ignored", "--test-threads", "4"]);
-            with_libraries(&mut command, workspace);
-            stage(hosts, command)?;
+            let tests = &["--test", "processes"];
+            stage(hosts, ignored(workspace, "backend-nixl", tests, Some("4")))?;
         }
     }
     Ok(())
+}
+
+/// Runs the ignored tests of a package: those of its library with `--lib`, those of a file with `--test NAME`, and of these
+/// those whose names contain the last word.
+///
+/// nextest runs what was built for all others. `cargo test` of one package has other features of its dependencies, and
+/// builds them anew.
+fn ignored(workspace: &Workspace, package: &str, tests: &[&str], threads: Option<&str>) -> Command {
+    let mut command = workspace.cargo();
+    if has_nextest(workspace) {
+        let (mut binaries, mut filter) = (Vec::new(), format!("package(={package})"));
+        let mut words = tests.iter();
+        while let Some(word) = words.next() {
+            match (*word, words.as_slice()) {
+                ("--lib", _) => binaries.push("kind(lib)".to_owned()),
+                ("--test", [name, ..]) => {
+                    words.next();
+                    binaries.push(format!("binary(={name})"));
+                }
+                (name, _) => filter += &format!(" & test({name})"),
+            }
+        }
+        filter += &format!(" & ({})", binaries.join(" | "));
+        command.args(["nextest", "run", "--workspace", "--run-ignored", "only", "-E", &filter]);
+    } else {
+        command.args(["test", "--package", package]).args(tests).args(["--", "--ignored"]);
+    }
+    if let Some(threads) = threads {
+        command.args(["--test-threads", threads]);
+    }
+    with_libraries(&mut command, workspace);
+    command
 }
 
 /// Tells tests where the libraries are.
