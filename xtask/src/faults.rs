@@ -47,7 +47,8 @@ pub(crate) struct Options {
 pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     setup::prepare(workspace, &[Purpose::Faults])?;
     let mut build = workspace.cargo();
-    build.args(["build", "--locked", "--package", "cli"]);
+    // With the features that its dependencies have in the tests, so that it is there after them.
+    build.args(["build", "--locked", "--workspace", "--bin", "ckpt-engine"]);
     if options.release {
         build.arg("--release");
     }
