@@ -239,7 +239,7 @@ impl Frame {
         Ok(body)
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn encode(&self, out: &mut BytesMut) -> Result<()> {
         let body = self.encode_head(out)?;
         out.put_slice(&body);
