@@ -193,7 +193,7 @@ def read_later(rollout, version):
         rollout.copies = {v: torch.zeros(12, 1 << 18, device="cuda:0") for v in (2, 3, 4)}
         torch.cuda.synchronize()
     with torch.cuda.stream(rollout.stream):
-        torch.cuda._sleep(LONG)
+        torch.cuda._sleep(3 * LONG)  # Also where the GPU and the host have other work.
         with rollout.engine.receive_weights(version, framework="torch") as weights:
             for number, (_, tensor) in enumerate(weights):
                 rollout.copies[version][number].copy_(tensor, non_blocking=True)
