@@ -193,15 +193,45 @@ impl ForeignStream {
         (self.device.ordinal(), self.stream) == (device.ordinal(), stream)
     }
 
-    /// Blocks until all work so far is done. The thread's current context stays what it is.
+    /// What it has to do now, to be waited for later: work that comes after this is not waited for, unless it is all of
+    /// the device's. The thread's current context stays what it is.
     ///
     /// # Errors
     ///
     /// What the work itself made go wrong.
     #[allow(unsafe_code, reason = "hands the caller's promise on")]
-    pub fn synchronize(&self) -> Result<(), CudaError> {
+    pub fn pending(&self) -> Result<Pending, CudaError> {
         // SAFETY: `new` was promised that the stream is this device's and lives.
-        unsafe { ffi::wait_for_foreign(self.device.context(), self.stream) }
+        unsafe { ffi::Pending::of_foreign(self.device.context(), self.stream) }.map(Pending)
+    }
+
+    /// Blocks until all work so far is done. The thread's current context stays what it is.
+    ///
+    /// # Errors
+    ///
+    /// What the work itself made go wrong.
+    pub fn synchronize(&self) -> Result<(), CudaError> {
+        self.pending()?.wait()
+    }
+}
+
+/// What a [`ForeignStream`] had to do at a moment.
+#[derive(Debug)]
+pub struct Pending(ffi::Pending);
+
+impl Pending {
+    /// Whether there was nothing to do.
+    pub fn is_nothing(&self) -> bool {
+        matches!(self.0, ffi::Pending::Nothing)
+    }
+
+    /// Blocks until it is done. The thread's current context stays what it is.
+    ///
+    /// # Errors
+    ///
+    /// What the work itself made go wrong.
+    pub fn wait(&self) -> Result<(), CudaError> {
+        self.0.wait()
     }
 }
 

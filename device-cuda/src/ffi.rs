@@ -187,33 +187,55 @@ impl Drop for Current {
     }
 }
 
-/// Waits for the work so far of a stream that another library made, or of the whole context without one.
-///
-/// # Safety
-///
-/// The stream is one of this context, or 0 or 1 for its default stream, and lives until this returns.
-pub(crate) unsafe fn wait_for_foreign(
-    context: &Context,
-    stream: Option<usize>,
-) -> Result<(), CudaError> {
-    let _current = Current::keep();
-    context.enter()?;
-    let Some(stream) = stream else {
-        // SAFETY: the context is current.
-        return checked("cuCtxSynchronize", unsafe { cu::cuCtxSynchronize() });
-    };
-    let stream: cu::CUstream = std::ptr::with_exposed_provenance_mut(stream);
-    // An event has to be recorded by the device: where processes share it, that takes a turn. A stream that has nothing to do
-    // says so at once.
-    // SAFETY: the stream is alive, as the caller promised.
-    match unsafe { cu::cuStreamQuery(stream) } {
-        cu::CUresult::CUDA_ERROR_NOT_READY => {}
-        status => return checked("cuStreamQuery", status),
+/// What a stream of another library had to do at a moment.
+#[derive(Debug)]
+pub(crate) enum Pending {
+    Nothing,
+    Until(Event),
+    /// All that the context has to do when it is waited for.
+    All(Context),
+}
+
+impl Pending {
+    /// What a stream has to do now, or the whole context without one.
+    ///
+    /// # Safety
+    ///
+    /// The stream is one of this context, or 0 or 1 for its default stream, and lives until this returns.
+    pub(crate) unsafe fn of_foreign(
+        context: &Context,
+        stream: Option<usize>,
+    ) -> Result<Self, CudaError> {
+        let _current = Current::keep();
+        context.enter()?;
+        let Some(stream) = stream else { return Ok(Self::All(context.clone())) };
+        let stream: cu::CUstream = std::ptr::with_exposed_provenance_mut(stream);
+        // An event is recorded by the device: where processes share it, that takes a turn. A stream that has nothing
+        // to do says so at once.
+        // SAFETY: the stream is alive, as the caller promised.
+        match unsafe { cu::cuStreamQuery(stream) } {
+            cu::CUresult::CUDA_ERROR_NOT_READY => {}
+            status => return checked("cuStreamQuery", status).map(|()| Self::Nothing),
+        }
+        let event = Event::new(context, false)?;
+        // SAFETY: the event is alive, and so is the stream, as the caller promised.
+        checked("cuEventRecord", unsafe { cu::cuEventRecord(event.event.0, stream) })?;
+        Ok(Self::Until(event))
     }
-    let event = Event::new(context, false)?;
-    // SAFETY: the event is alive, and so is the stream, as the caller promised.
-    checked("cuEventRecord", unsafe { cu::cuEventRecord(event.event.0, stream) })?;
-    event.wait()
+
+    /// Blocks until it is done.
+    pub(crate) fn wait(&self) -> Result<(), CudaError> {
+        let _current = Current::keep();
+        match self {
+            Self::Nothing => Ok(()),
+            Self::Until(event) => event.wait(),
+            Self::All(context) => {
+                context.enter()?;
+                // SAFETY: the context is current.
+                checked("cuCtxSynchronize", unsafe { cu::cuCtxSynchronize() })
+            }
+        }
+    }
 }
 
 /// What the work of a stream uses.

@@ -24,8 +24,8 @@ mod turns;
 pub use arena::CudaArena;
 pub use bucket::Packer;
 pub use device::{
-    CudaMemory, CudaSlice, Device, Event, ForeignStream, IpcHandle, PinnedMemory, Stream, count,
-    driver_version, keeping_current,
+    CudaMemory, CudaSlice, Device, Event, ForeignStream, IpcHandle, Pending, PinnedMemory, Stream,
+    count, driver_version, keeping_current,
 };
 pub use error::CudaError;
 pub use kernels::{Kernels, Launch, Prepared, Ran, compile, nvrtc};

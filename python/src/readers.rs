@@ -6,12 +6,12 @@
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{LazyLock, Mutex};
 
-use device_cuda::{Device, ForeignStream};
+use device_cuda::{CudaError, Device, ForeignStream, Pending};
 use engine_core::Storage;
 
 use crate::work::lock;
 
-type Waiting = (Vec<ForeignStream>, Vec<Storage>);
+type Waiting = (Vec<Pending>, Vec<Storage>);
 
 /// What all tensors of a bucket share.
 #[derive(Debug, Default)]
@@ -48,22 +48,33 @@ static WAITING: LazyLock<Option<Sender<Waiting>>> = LazyLock::new(|| {
     std::thread::Builder::new().name("ckpt-readers".into()).spawn(wait).ok().map(|_| sender)
 });
 
-fn wait_for((streams, bytes): Waiting) {
-    for stream in streams {
-        if let Err(error) = stream.synchronize() {
-            tracing::debug!(%error, "work that read a bucket has failed");
-        }
-    }
+fn wait_for((readers, bytes): Waiting) {
+    readers.iter().map(Pending::wait).for_each(said);
     drop(bytes);
+}
+
+fn said(result: Result<(), CudaError>) {
+    if let Err(error) = result {
+        tracing::debug!(%error, "work that read a bucket has failed");
+    }
 }
 
 impl Drop for Readers {
     fn drop(&mut self) {
-        let streams = std::mem::take(&mut *lock(&self.streams));
-        if streams.is_empty() {
+        let mut readers = Vec::new();
+        // What streams have to do now, not when the thread has come to it: by then they may have been given work behind which
+        // the bucket would wait for nothing.
+        for stream in std::mem::take(&mut *lock(&self.streams)) {
+            match stream.pending() {
+                Ok(pending) if pending.is_nothing() => {}
+                Ok(pending) => readers.push(pending),
+                Err(error) => said(Err(error)),
+            }
+        }
+        if readers.is_empty() {
             return;
         }
-        let waiting = (streams, std::mem::take(&mut *lock(&self.bytes)));
+        let waiting = (readers, std::mem::take(&mut *lock(&self.bytes)));
         match &*WAITING {
             None => wait_for(waiting),
             Some(sender) => {
