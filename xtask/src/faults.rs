@@ -1,5 +1,6 @@
 //! `cargo xtask faults`: builds the program, and has `faults/` do to it what networks and machines do.
 
+use std::path::PathBuf;
 use std::process::Command;
 
 use clap::Args;
@@ -42,21 +43,21 @@ pub(crate) struct Options {
     /// Tests an optimised build
     #[arg(long)]
     release: bool,
+
+    /// Tests a program that is there, and builds none
+    #[arg(long, value_name = "FILE", conflicts_with = "release")]
+    program: Option<PathBuf>,
 }
 
 pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     setup::prepare(workspace, &[Purpose::Faults])?;
-    let mut build = workspace.cargo();
-    // With the features that its dependencies have in the tests, so that it is there after them.
-    build.args(["build", "--locked", "--workspace", "--bin", "ckpt-engine"]);
-    if options.release {
-        build.arg("--release");
-    }
-    stage("building", build)?;
-    let profile = if options.release { "release" } else { "debug" };
+    let program = match &options.program {
+        Some(program) => program.clone(),
+        None => built(workspace, options.release)?,
+    };
     let mut faults = Command::new("python3");
     faults.arg(workspace.root().join("faults")).args(&options.classes);
-    faults.arg("--program").arg(workspace.target().join(profile).join("ckpt-engine"));
+    faults.arg("--program").arg(program);
     faults.arg("--minutes").arg(options.minutes.to_string());
     let numbers = [("--seed", options.seed), ("--case", options.case)];
     for (name, number) in numbers {
@@ -74,4 +75,13 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     }
     faults.env("PYTHONDONTWRITEBYTECODE", "1");
     stage("faults", faults)
+}
+
+fn built(workspace: &Workspace, release: bool) -> Result<PathBuf> {
+    let mut build = workspace.cargo();
+    build.args(["build", "--locked", "--bin", "ckpt-engine"]);
+    build.args(release.then_some("--release"));
+    stage("building", build)?;
+    let profile = if release { "release" } else { "debug" };
+    Ok(workspace.target().join(profile).join("ckpt-engine"))
 }

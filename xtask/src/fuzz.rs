@@ -23,6 +23,9 @@ const SECONDS_OF_AN_INPUT: u32 = 25;
 const MEGABYTES: u32 = 2048;
 const LONGEST_INPUT: u32 = 4096;
 
+/// Optimising takes longer than a shorter run.
+const SECONDS_THAT_PAY: u32 = 60;
+
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     /// A target of `fuzz/fuzz_targets`; all of them, one after the other, without it
@@ -57,6 +60,10 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         build.args(["--bin", name]);
     }
     build.env("RUSTFLAGS", COVERAGE);
+    if options.seconds < SECONDS_THAT_PAY {
+        build.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1");
+        build.env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16");
+    }
     stage("building", build)?;
 
     let seed = options.seed.unwrap_or_else(|| {
