@@ -11,10 +11,10 @@ use quant_fp8::{Fp8Codes, Fp8Format};
 
 use crate::ledger::{Ledger, key};
 use crate::storage::address_of;
-use crate::table::{Entry, Table, Tables, Task};
+use crate::table::{Entry, Table, Tables, Task, mode_number};
 use crate::turns::Turns;
 use crate::work::{Beside, Located, SCALE, Work};
-use crate::{CudaMemory, CudaSlice, Device, DeviceJob, Kernels, PinnedMemory};
+use crate::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, PinnedMemory};
 
 /// Packs and quantises the weights of a bucket in one launch, and digests buckets. Clones are the same one.
 ///
@@ -32,6 +32,15 @@ use crate::{CudaMemory, CudaSlice, Device, DeviceJob, Kernels, PinnedMemory};
 pub struct Packer {
     device: Device,
     tools: Arc<Turns<Tools>>,
+}
+
+/// Where the pieces of a bucket belong.
+#[derive(Debug, Default)]
+pub(crate) struct Places {
+    /// Of each piece, which has as many bytes there.
+    pub(crate) addresses: Vec<u64>,
+    /// What they are in.
+    pub(crate) memory: Vec<CudaMemory>,
 }
 
 /// What a packer works with.
@@ -102,6 +111,7 @@ impl Packer {
         pool: &Pool,
         digests: bool,
     ) -> Result<u64> {
+        self.check_device(bucket)?;
         self.tools.in_steps(
             |tools| tools.sort(jobs, bucket, digests),
             |filling| {
@@ -112,6 +122,15 @@ impl Packer {
             },
             |tools, filling, encoded| tools.finish(filling, bucket, encoded),
         )
+    }
+
+    /// Kernels are given addresses: these are of their device.
+    fn check_device(&self, memory: &CudaSlice) -> Result<()> {
+        let (there, here) = (memory.device().ordinal(), self.device.ordinal());
+        if there == here {
+            return Ok(());
+        }
+        Err(CudaError::Range(format!("memory of device {there} for kernels of {here}")).into())
     }
 
     /// What was slower than it could be since the last call, in words for [`SendReport::slower`]: weights in memory of a
@@ -139,12 +158,58 @@ impl Packer {
         Ok(self.tools.take(|tools| tools.kernels.encode(&jobs, &Fp8Format::default()))?)
     }
 
+    /// Copies the pieces of a bucket to these places, and returns the bucket's digest sum if it is wanted, else 0. The bucket
+    /// is read once. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// `State` if there are not as many places as pieces, or for pieces beyond the bucket; what the driver reports.
+    pub(crate) fn copy_out(
+        &self,
+        bucket: &CudaSlice,
+        pieces: &[Piece],
+        places: &Places,
+        digests: bool,
+    ) -> Result<u64> {
+        self.check_device(bucket)?;
+        if pieces.len() != places.addresses.len() {
+            let words = format!("{} pieces for {} places", pieces.len(), places.addresses.len());
+            return Err(CudaError::Range(words).into());
+        }
+        let (mut copies, mut unsummed) = (Table::default(), Table::default());
+        for (piece, &place) in pieces.iter().zip(&places.addresses) {
+            let source = bucket.address_of(piece.offset, piece.len)?;
+            let (copy, tiles) = Entry::copy(source, place, piece.len);
+            // The digest wants whole words at their place.
+            let part = Entry::part(source, piece.offset, piece.len);
+            match copy.is_summable() && digests {
+                true => copies.push((part.map(|_| copy.summed_from())?, tiles))?,
+                false => {
+                    copies.push((copy, tiles))?;
+                    if digests {
+                        unsummed.push(part?)?;
+                    }
+                }
+            }
+        }
+        self.tools.take(|tools| {
+            let mut tables = Tables::default();
+            let mode = mode_number(Fp8Format::default().mode);
+            tables.add(&copies, Task::Encode { mode, base: bucket.address() });
+            tables.add(&unsummed, Task::Digest);
+            tables.keep(bucket.memory());
+            places.memory.iter().for_each(|memory| tables.keep(memory));
+            Ok(tools.kernels.run_tables(&mut tables)?.sum)
+        })
+    }
+
     /// The digest sum of a bucket with these pieces. Blocks.
     ///
     /// # Errors
     ///
     /// `State` for pieces beyond the bucket; what the driver reports.
     pub fn digest(&self, bucket: &CudaSlice, pieces: &[Piece]) -> Result<u64> {
+        self.check_device(bucket)?;
         let mut table = Table::default();
         for piece in pieces {
             let address = bucket.address_of(piece.offset, piece.len)?;

@@ -77,6 +77,7 @@ impl DeviceJob {
 /// Flags of [`Entry`], as in the kernels.
 const PRECAST: u32 = 1;
 const SUMMED: u32 = 2;
+const FROM: u32 = 4;
 
 /// Where the elements of a matrix are, and where its first code and its first scale go.
 #[derive(Clone, Copy, Debug)]
@@ -179,6 +180,11 @@ impl Entry {
     /// Has the launch add to the digest what it writes.
     pub(crate) fn summed(self) -> Self {
         Self { flags: self.flags | SUMMED, ..self }
+    }
+
+    /// Has the launch add to the digest what it copies out of the bucket.
+    pub(crate) fn summed_from(self) -> Self {
+        Self { flags: self.flags | SUMMED | FROM, ..self }
     }
 
     /// Whether the launch that writes the target can add it to the digest. Scales never are: two of
