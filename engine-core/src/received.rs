@@ -921,4 +921,43 @@ mod tests {
         assert_eq!(outcome.check().unwrap_err().kind(), ErrorKind::Mismatch);
         assert!(outcome.check().is_ok());
     }
+
+    struct Known;
+
+    impl CopyOut for Known {
+        fn copy_out(&self, _: &BucketLayout, _: &Storage) -> Result<Option<u64>> {
+            Ok(Some(7))
+        }
+    }
+
+    #[test]
+    fn buckets_are_copied_out_as_long_as_their_receiver_is_there_and_only_those_of_the_engine() {
+        let layout = BucketLayout::new(vec![piece("a", 4, 0, 0)]);
+        let copied = |one_pass: &OnePass| {
+            one_pass.copy_out(&layout, &vec![0; 4].into()).unwrap().map(|copied| copied.sum)
+        };
+        let (one_pass, copies) = (OnePass::default(), Arc::new(Known));
+        let received = || {
+            let stream = futures::stream::empty::<Result<ReceivedBucket>>();
+            ReceivedWeights::new(Version(1), Outcome::default(), stream)
+                .in_one_pass(one_pass.clone())
+        };
+        let mut plain = received();
+        assert_eq!(copied(&one_pass), None);
+        plain.copy_by(copies.clone());
+        assert_eq!(copied(&one_pass), Some(7));
+        drop(plain);
+        assert_eq!((copied(&one_pass), Arc::strong_count(&copies)), (None, 1));
+
+        let mut inspected = received().inspect_buckets(|_| Ok(()));
+        inspected.copy_by(copies.clone());
+        assert_eq!(copied(&one_pass), Some(7));
+        drop(inspected);
+        assert_eq!(copied(&one_pass), None);
+
+        // What comes of a combinator is not what the engine has.
+        let mut mapped = received().map_weights(Pool::new(1).unwrap(), |weights| weights);
+        mapped.copy_by(copies.clone());
+        assert_eq!((copied(&one_pass), Arc::strong_count(&copies)), (None, 1));
+    }
 }
