@@ -146,11 +146,13 @@ impl Entry {
             u32::try_from(side)
                 .map_err(|_| CudaError::Range(format!("shape {shape:?} is too large")))
         };
-        // `grid` has refused whatever has fewer than two dimensions.
-        let (rows, cols) = match *shape {
-            [.., rows, cols] => (rows, cols),
-            _ => (1, 1),
+        // `grid` has refused whatever is neither a matrix nor a stack of them.
+        let (matrices, rows, cols) = match *shape {
+            [matrices, rows, cols] => (matrices, rows, cols),
+            [rows, cols] => (1, rows, cols),
+            _ => (1, 1, 1),
         };
+        let (bands, blocks) = (grid.bands_per_matrix(), grid.scales_per_band());
         let entry = Self {
             source,
             target: codes,
@@ -165,11 +167,11 @@ impl Entry {
             cols: side(cols)?,
             block_rows: side(block_rows)?,
             block_cols: side(block_cols)?,
-            bands: side(grid.bands_per_matrix())?,
-            blocks: side(grid.scales_per_band())?,
+            bands: side(bands)?,
+            blocks: side(blocks)?,
             flags: if format.precast == Precast::Bf16 { PRECAST } else { 0 },
         };
-        Ok((entry, grid.scales()))
+        Ok((entry, matrices * bands * blocks))
     }
 
     /// Where the copy or the first code goes.

@@ -206,21 +206,21 @@ impl Work {
         let part = job.start as usize..(job.start + job.len) as usize;
         let is_whole = part.len() == grid.elements();
         let covering = if is_whole { part.clone() } else { covering(codes, &part) };
-        let blocks = grid.scales_of(&covering);
+        let first_block = if is_whole { 0 } else { grid.scales_of(&covering).start };
         let here = if is_whole { sorting.scales_here(index, key(of), &self.written) } else { None };
         let all_scales = match here {
             Some(at) => {
                 self.written[at] = true;
                 sorting.target(&sorting.jobs[at])?
             }
-            None => sorting.beside.place(of, codes, blocks.clone())?,
+            None => sorting.beside.place(of, codes, grid.scales_of(&covering))?,
         };
         let is_aside = covering != part;
         let made = if is_aside { sorting.beside.scratch(covering.len())? } else { target };
         let at = Fp8Places {
             source: source + (covering.start * codes.source_type().size()) as u64,
             codes: made,
-            scales: all_scales + (blocks.start * SCALE) as u64,
+            scales: all_scales + (first_block * SCALE) as u64,
         };
         let encode = match *codes.shape() {
             _ if is_whole => Entry::fp8(at, codes.source_type(), codes.shape(), codes.format()),
@@ -237,10 +237,10 @@ impl Work {
         };
         let batch = self.batch(Some(codes.format()), is_aside);
         if !is_aside {
-            return self.add(batch, encode?, (index, blocks.start), job, sorting.digests);
+            return self.add(batch, encode?, (index, first_block), job, sorting.digests);
         }
         // A part that begins or ends within a row of blocks: whole ones are made elsewhere.
-        self.batches[batch].push(encode?, (index, blocks.start))?;
+        self.batches[batch].push(encode?, (index, first_block))?;
         let skipped = (part.start - covering.start) as u64;
         self.late.push(Entry::copy(made + skipped, target, job.len))?;
         self.digest_later(target, job, sorting.digests)
