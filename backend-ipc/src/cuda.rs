@@ -172,7 +172,7 @@ impl SendLink for Outgoing {
             .start(move || {
                 let len = buckets.info.bucket_bytes as usize;
                 let bucket = buckets.memory.memory.slice(slot * len, len)?;
-                let sum = buckets.packer.fill(&jobs, &bucket, &pool, digests);
+                let sum = buckets.packer.fill(jobs, &bucket, &pool, digests);
                 drop(lock);
                 sum
             })

@@ -67,7 +67,7 @@ impl Slots for CudaSlots {
         let ((arena, at), len) = (self.of(slot.index()), self.len(slot.index()));
         let threads = pool.clone();
         pool.start(move || {
-            let sum = arena.fill(at, len, &jobs, &threads, digests);
+            let sum = arena.fill(at, len, jobs, &threads, digests);
             drop(slot);
             sum
         })

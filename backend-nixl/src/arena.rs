@@ -403,7 +403,7 @@ impl Slot {
     /// Encodes all jobs into it, and returns the digest sum if it is wanted, else 0. Blocks.
     pub(crate) fn fill(
         mut self,
-        jobs: &[Job],
+        jobs: Vec<Job>,
         pool: &Pool,
         digests: bool,
     ) -> engine_core::Result<u64> {
@@ -412,7 +412,7 @@ impl Slot {
             None => Err(NixlError::Vacant { slot: number }.into()),
             Some(Range::Host(piece)) => {
                 let bytes = piece.bytes_mut().get_mut(..filled);
-                pool.encode(jobs, bytes.unwrap_or_default(), digests)
+                pool.encode(&jobs, bytes.unwrap_or_default(), digests)
             }
             #[cfg(feature = "cuda")]
             Some(Range::Cuda { memory, at, .. }) => memory.fill(*at, filled, jobs, pool, digests),

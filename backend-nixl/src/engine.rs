@@ -255,7 +255,7 @@ impl SendLink for Outgoing {
         let Node { arena, deadline, .. } = &*self.node;
         let bucket = arena.lock(slot as u32, arena.slot_bytes(), *deadline).await?;
         let pool = self.pool.clone();
-        self.pool.start(move || bucket.fill(&jobs, &pool, digests)).await
+        self.pool.start(move || bucket.fill(jobs, &pool, digests)).await
     }
 
     async fn publish(&mut self, _: usize, _: u64) -> Result<()> {

@@ -31,7 +31,7 @@ struct Job {
     u32 block_cols;
     u32 bands;          // rows of blocks of one matrix
     u32 blocks;         // blocks of one band
-    u32 flags;          // PRECAST, SUMMED
+    u32 flags;          // PRECAST, SUMMED, FROM
 };
 
 struct Tile {
@@ -56,8 +56,8 @@ __device__ __forceinline__ Tile find(const u32* firsts, u32 jobs, u32 t) {
 }
 
 // Round to BF16 first; add to the digest's sum what is written, which the sender of the table knows to be
-// at a multiple of 8 bytes of the bucket.
-enum { PRECAST = 1, SUMMED = 2 };
+// at a multiple of 8 bytes of the bucket. The bucket is what is written, or what a copy is FROM.
+enum { PRECAST = 1, SUMMED = 2, FROM = 4 };
 enum { COPY = 0, BF16 = 1, F16 = 2, F32 = 3 };
 enum { TRITON = 0, PYTORCH = 1, UE8M0 = 2, TRITON_GPU = 3 };
 
@@ -349,7 +349,8 @@ __device__ __forceinline__ u64 copy(const Job* job, Tile tile, u64 base) {
         }
         for (u32 at = vectors * 16 + threadIdx.x; at < bytes; at += THREADS) target[at] = source[at];
         if (!(job->flags & SUMMED)) return 0;
-        u64 word = ((u64)target - base) >> 3, mine = word + 2 * threadIdx.x, sum = 0;
+        u64 place = job->flags & FROM ? (u64)source : (u64)target;
+        u64 word = (place - base) >> 3, mine = word + 2 * threadIdx.x, sum = 0;
         Keys even = keys_of(mine), odd = keys_of(mine + 1);
 #pragma unroll
         for (int i = 0; i < COPY_STEPS; i++) {

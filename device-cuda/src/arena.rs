@@ -94,7 +94,7 @@ impl CudaArena {
         &self,
         at: usize,
         len: usize,
-        jobs: &[Job],
+        jobs: Vec<Job>,
         pool: &Pool,
         digests: bool,
     ) -> Result<u64> {

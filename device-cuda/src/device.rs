@@ -494,6 +494,16 @@ impl CudaSlice {
         self.memory.device()
     }
 
+    /// The address of a part of it.
+    pub(crate) fn address_of(&self, start: u64, len: u64) -> Result<u64, CudaError> {
+        match start.checked_add(len) {
+            Some(end) if end <= self.len as u64 => Ok(self.address() + start),
+            _ => {
+                Err(CudaError::Range(format!("{len} bytes at {start} of a slice of {}", self.len)))
+            }
+        }
+    }
+
     /// A part of it.
     ///
     /// # Errors

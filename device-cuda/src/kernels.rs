@@ -2,6 +2,7 @@
 
 mod ffi;
 
+use std::any::Any;
 use std::ffi::{CStr, CString};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,8 @@ use quant_fp8::Fp8Format;
 use sha2::{Digest as _, Sha256};
 
 use crate::ffi::{Compiler, Function, Image, Module};
-use crate::table::{Table, mode_number};
+use crate::resident::{Known, MOST_BYTES, Resident};
+use crate::table::{Part, Table, Tables, Task, mode_number};
 use crate::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, PinnedMemory, Stream};
 
 const SOURCE: &str = include_str!("../kernels/bucket.cu");
@@ -181,9 +183,16 @@ pub struct Kernels {
     encode: Kernel,
     encode_wide: Kernel,
     digest: Kernel,
-    /// What is brought to the device: results as they begin, then tables.
+    /// Tables on their way to the device.
     staging: PinnedMemory,
+    /// Tables that do not stay there.
     table: CudaMemory,
+    /// Tables that do.
+    resident: Resident<CudaMemory>,
+    /// What launches find: the sum, and the failure of each.
+    found: CudaMemory,
+    /// The same before anything was found.
+    nothing: PinnedMemory,
     /// What comes back.
     results: PinnedMemory,
     /// The number of what is in the table.
@@ -241,14 +250,21 @@ impl Kernels {
             Ok(Kernel { function, grid: blocks * device.multiprocessors() })
         };
         const TABLE: usize = 1 << 20;
+        const FOUND: usize = (1 + MOST_LAUNCHES) * 8;
         let stream = Stream::new(device)?;
+        let mut nothing = PinnedMemory::new(&stream, FOUND)?;
+        nothing.bytes()?.fill(0xff);
+        nothing.bytes()?[..8].fill(0);
         Ok(Self {
             encode: kernel(c"encode")?,
             encode_wide: kernel(c"encode_wide")?,
             digest: kernel(c"digest")?,
             staging: PinnedMemory::new(&stream, TABLE)?,
             table: CudaMemory::new(device, TABLE)?,
-            results: PinnedMemory::new(&stream, (1 + MOST_LAUNCHES) * 8)?,
+            resident: Resident::new(MOST_BYTES),
+            found: CudaMemory::new(device, FOUND)?,
+            nothing,
+            results: PinnedMemory::new(&stream, FOUND)?,
             stream,
             prepared: 0,
         })
@@ -275,22 +291,76 @@ impl Kernels {
     /// [`CudaError::Range`] for jobs whose sizes contradict each other, for memory of another device or for
     /// more than eight launches; what the driver reports, and what the work made go wrong.
     pub fn run(&mut self, launches: &[Launch<'_>]) -> Result<Ran, CudaError> {
-        let ran = self.prepare(launches).and_then(|prepared| {
-            self.launch(&prepared)?;
-            self.collect(launches.len())
-        });
-        if ran.is_err()
-            && let Err(error) = self.stream.synchronize()
-        {
-            tracing::debug!(%error, "while work that failed was waited for");
+        let mut tables = self.tables(launches)?;
+        self.run_tables(&mut tables)
+    }
+
+    /// As [`run`](Self::run), of launches whose tables are made. What they use is no longer kept when it returns.
+    ///
+    /// Tables that come again are on the device already.
+    pub(crate) fn run_tables(&mut self, tables: &mut Tables) -> Result<Ran, CudaError> {
+        let ran = self.enqueue(tables).and_then(|()| self.collect(tables.parts.len()));
+        tables.used.clear();
+        if ran.is_err() {
+            // Whether a table has arrived is not known.
+            self.resident.clear();
+            if let Err(error) = self.stream.synchronize() {
+                tracing::debug!(%error, "while work that failed was waited for");
+            }
         }
         ran
+    }
+
+    fn enqueue(&mut self, tables: &mut Tables) -> Result<(), CudaError> {
+        if tables.parts.len() > MOST_LAUNCHES {
+            return Err(CudaError::Range(format!("{} launches at once", tables.parts.len())));
+        }
+        let memory = match self.resident.want(&tables.bytes) {
+            Known::Here(memory) => memory,
+            Known::Again => {
+                let memory = CudaMemory::new(self.stream.device(), tables.bytes.len())?;
+                self.bring(&tables.bytes, &memory)?;
+                self.resident.keep(&tables.bytes, memory.clone());
+                tracing::debug!(bytes = self.resident.bytes(), "job tables stay on the device");
+                memory
+            }
+            Known::New => self.bring_once(&tables.bytes)?,
+        };
+        self.forget_found(tables.parts.len())?;
+        let used = Used { table: memory, _owners: std::mem::take(&mut tables.used) };
+        self.start(&tables.parts, Arc::new(used))
+    }
+
+    /// Lets the launches that follow begin with nothing found.
+    fn forget_found(&mut self, launches: usize) -> Result<(), CudaError> {
+        self.nothing.copy_to(0, &self.found.slice(0, (1 + launches) * 8)?)
+    }
+
+    /// Brings tables to where they are launched from once.
+    fn bring_once(&mut self, bytes: &[u8]) -> Result<CudaMemory, CudaError> {
+        // Nothing that was prepared before is there any more.
+        static NUMBERS: AtomicU64 = AtomicU64::new(1);
+        self.prepared = NUMBERS.fetch_add(1, Ordering::Relaxed);
+        if bytes.len() > self.table.len() {
+            self.table = CudaMemory::new(self.stream.device(), bytes.len().next_power_of_two())?;
+        }
+        let table = self.table.clone();
+        self.bring(bytes, &table)?;
+        Ok(table)
+    }
+
+    fn bring(&mut self, bytes: &[u8], to: &CudaMemory) -> Result<(), CudaError> {
+        if bytes.len() > self.staging.len() {
+            self.staging = PinnedMemory::new(&self.stream, bytes.len().next_power_of_two())?;
+        }
+        self.staging.bytes()?[..bytes.len()].copy_from_slice(bytes);
+        self.staging.copy_to(0, &to.slice(0, bytes.len())?)
     }
 
     /// What the launches found, once they are done.
     fn collect(&mut self, launches: usize) -> Result<Ran, CudaError> {
         let words = 1 + launches;
-        self.results.copy_from(&self.table.slice(0, words * 8)?)?;
+        self.results.copy_from(&self.found.slice(0, words * 8)?)?;
         let (found, _) = self.results.bytes()?.as_chunks::<8>();
         let mut found = found[..words].iter().map(|word| u64::from_le_bytes(*word));
         let sum = found.next().unwrap_or(0);
@@ -324,41 +394,35 @@ impl Kernels {
         if launches.len() > MOST_LAUNCHES {
             return Err(CudaError::Range(format!("{} launches at once", launches.len())));
         }
-        // The sum begins at 0, the failures at nothing.
-        let mut bytes = vec![0xff; (1 + launches.len()) * 8];
-        bytes[..8].fill(0);
-        let mut parts = Vec::new();
+        let Tables { bytes, parts, used } = self.tables(launches)?;
+        let table = self.bring_once(&bytes)?;
+        self.forget_found(parts.len())?;
+        let used = Arc::new(Used { table, _owners: used });
+        Ok(Prepared { number: self.prepared, used, parts })
+    }
+
+    /// The tables of launches, with what their jobs use.
+    fn tables(&self, launches: &[Launch<'_>]) -> Result<Tables, CudaError> {
+        let mut tables = Tables::default();
         let mut owners = Owners { ordinal: self.device().ordinal(), ..Owners::default() };
         for launch in launches {
-            bytes.resize(bytes.len().next_multiple_of(64), 0);
-            let start = bytes.len();
-            let (table, mode, base) = match *launch {
+            match *launch {
                 Launch::Encode { jobs, format, summed } => {
                     for job in jobs {
                         job.slices().try_for_each(|(role, slice)| owners.add(role, slice))?;
                     }
-                    let table = Table::of_jobs(&mut bytes, jobs, format, summed.is_some())?;
-                    (table, Some(mode_number(format.mode)), summed.map_or(0, CudaSlice::address))
+                    let base = summed.map_or(0, CudaSlice::address);
+                    let task = Task::Encode { mode: mode_number(format.mode), base };
+                    tables.add(&Table::of_jobs(jobs, format, summed.is_some())?, task);
                 }
                 Launch::Digest(parts) => {
                     parts.iter().try_for_each(|(_, slice)| owners.add(0, slice))?;
-                    (Table::of_parts(&mut bytes, parts)?, None, 0)
+                    tables.add(&Table::of_parts(parts)?, Task::Digest);
                 }
-            };
-            parts.push(Part { start, table, mode, base });
+            }
         }
-        if bytes.len() > self.staging.len() {
-            let len = bytes.len().next_power_of_two();
-            self.table = CudaMemory::new(self.stream.device(), len)?;
-            self.staging = PinnedMemory::new(&self.stream, len)?;
-        }
-        // Nothing that was prepared before is in the table any more.
-        static NUMBERS: AtomicU64 = AtomicU64::new(1);
-        self.prepared = NUMBERS.fetch_add(1, Ordering::Relaxed);
-        self.staging.bytes()?[..bytes.len()].copy_from_slice(&bytes);
-        self.staging.copy_to(0, &self.table.slice(0, bytes.len())?)?;
-        let used = Used { table: self.table.clone(), _owners: owners.memory };
-        Ok(Prepared { number: self.prepared, used: Arc::new(used), parts })
+        tables.used.push(Arc::new(owners.memory));
+        Ok(tables)
     }
 }
 
@@ -400,18 +464,7 @@ pub struct Prepared {
 #[derive(Debug)]
 struct Used {
     table: CudaMemory,
-    _owners: Vec<CudaMemory>,
-}
-
-#[derive(Debug)]
-struct Part {
-    /// Where its table begins.
-    start: usize,
-    table: Table,
-    /// How it quantises; a digest does not.
-    mode: Option<u64>,
-    /// Where the bucket begins, for the digest.
-    base: u64,
+    _owners: Vec<Arc<dyn Any + Send + Sync>>,
 }
 
 #[cfg(test)]

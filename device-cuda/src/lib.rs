@@ -16,10 +16,12 @@ mod ffi;
 mod kernels;
 mod ledger;
 mod release;
+mod resident;
 mod storage;
 mod table;
 mod tensors;
 mod turns;
+mod work;
 
 pub use arena::CudaArena;
 pub use bucket::Packer;

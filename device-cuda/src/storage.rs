@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use engine_core::{DeviceBytes, DeviceMemory, Error, Result, Storage, Weight, plan::Piece};
+use engine_core::{DeviceBytes, DeviceMemory, Result, Storage, Weight, plan::Piece};
 
 use crate::bucket::Packer;
 use crate::{CudaMemory, CudaSlice, Device};
@@ -42,12 +42,8 @@ impl DeviceMemory for Bucket {
     }
 
     fn digest(&self, start: u64, pieces: &[Piece]) -> Result<u64> {
-        let part = |piece: &Piece| {
-            let at = (start + piece.offset) as usize;
-            Ok::<_, Error>((piece.offset, self.memory.slice(at, piece.len as usize)?))
-        };
-        let parts: Vec<_> = pieces.iter().map(part).collect::<Result<_>>()?;
-        self.packer.digest(&parts)
+        let rest = self.memory.len().saturating_sub(start as usize);
+        self.packer.digest(&self.memory.slice(start as usize, rest)?, pieces)
     }
 }
 
@@ -81,12 +77,25 @@ impl CudaSlice {
 
     /// The memory that a storage stands for, if it is a CUDA device's.
     pub fn of_storage(storage: &Storage) -> Option<Self> {
-        let bytes = storage.device()?;
-        let memory: &dyn std::any::Any = &**bytes.memory();
-        let memory = match memory.downcast_ref::<CudaMemory>() {
-            Some(memory) => memory,
-            None => &memory.downcast_ref::<Bucket>()?.memory,
-        };
+        let (memory, bytes) = memory_of(storage)?;
         memory.slice(bytes.start() as usize, bytes.len() as usize).ok()
     }
+}
+
+/// The number of the device that a storage is on, and its address there, if it is a CUDA device's.
+pub(crate) fn address_of(storage: &Storage) -> Option<(i32, u64)> {
+    let (memory, bytes) = memory_of(storage)?;
+    let end = bytes.start().checked_add(bytes.len());
+    end.filter(|&end| end <= memory.len() as u64)?;
+    Some((memory.device().ordinal(), memory.address() + bytes.start()))
+}
+
+fn memory_of(storage: &Storage) -> Option<(&CudaMemory, &DeviceBytes)> {
+    let bytes = storage.device()?;
+    let memory: &dyn std::any::Any = &**bytes.memory();
+    let memory = match memory.downcast_ref::<CudaMemory>() {
+        Some(memory) => memory,
+        None => &memory.downcast_ref::<Bucket>()?.memory,
+    };
+    Some((memory, bytes))
 }

@@ -1,8 +1,11 @@
-//! The job table of a launch: what the kernels read.
+//! The job tables of launches: what the kernels read. Pure: addresses in, bytes out.
 
-use quant_fp8::{BlockGrid, Fp8Format, Granularity, Mode, Precast, SourceType};
+use std::any::Any;
+use std::sync::Arc;
 
-use crate::{CudaError, CudaSlice};
+use quant_fp8::{Fp8Format, Granularity, Mode, Precast, SourceType};
+
+use crate::{CudaError, CudaMemory, CudaSlice};
 
 /// Bytes of a copy that one tile moves; as `COPY_TILE` in the kernels.
 const COPY_TILE: usize = 16 << 10;
@@ -33,14 +36,6 @@ pub enum DeviceJob {
 }
 
 impl DeviceJob {
-    /// Where the copy or the codes go.
-    pub(crate) fn target(&self) -> &CudaSlice {
-        match self {
-            Self::Copy { target, .. } => target,
-            Self::Fp8 { codes, .. } => codes,
-        }
-    }
-
     /// All memory that it uses, by what for: read, written, written beside it.
     pub(crate) fn slices(&self) -> impl Iterator<Item = (usize, &CudaSlice)> {
         let (source, target, beside) = match self {
@@ -50,17 +45,30 @@ impl DeviceJob {
         [(0, source), (1, target)].into_iter().chain(beside.map(|scales| (2, scales)))
     }
 
-    /// Whether the launch that writes the target can add it to the digest. Scales never are: two of
-    /// them, which different blocks write, share a word.
-    pub(crate) fn is_summable(&self, format: &Fp8Format) -> bool {
-        let aligned = |a: &CudaSlice, b: &CudaSlice| (a.address() | b.address()).is_multiple_of(16);
+    /// Its entry and how many tiles it has.
+    fn entry(&self, format: &Fp8Format) -> Result<(Entry, usize), CudaError> {
         match self {
-            Self::Copy { source, target } => aligned(source, target),
-            Self::Fp8 { source, codes, shape, .. } => {
-                let cols = shape.last().copied().unwrap_or(1);
-                let small =
-                    matches!(format.granularity, Granularity::Block { rows: ..=128, cols: ..=128 });
-                aligned(source, codes) && cols.is_multiple_of(8) && small
+            Self::Copy { source, target } => {
+                if source.len() != target.len() {
+                    let words = format!("a copy of {} bytes to {}", source.len(), target.len());
+                    return Err(CudaError::Range(words));
+                }
+                let bytes = source.len() as u64;
+                Ok(Entry::copy(source.address(), target.address(), bytes))
+            }
+            Self::Fp8 { source, ty, shape, codes, scales } => {
+                let grid = format.granularity.grid(shape);
+                let grid = grid.map_err(|error| CudaError::Range(error.to_string()))?;
+                let lens = (source.len(), codes.len(), scales.len());
+                let expected = (grid.elements() * ty.size(), grid.elements(), grid.scales() * 4);
+                if lens != expected {
+                    return Err(CudaError::Range(format!(
+                        "{lens:?} bytes of source, codes and scales for shape {shape:?}, {expected:?} \
+                         were expected"
+                    )));
+                }
+                let (source, codes, scales) = (source.address(), codes.address(), scales.address());
+                Entry::fp8(Fp8Places { source, codes, scales }, *ty, shape, format)
             }
         }
     }
@@ -69,10 +77,19 @@ impl DeviceJob {
 /// Flags of [`Entry`], as in the kernels.
 const PRECAST: u32 = 1;
 const SUMMED: u32 = 2;
+const FROM: u32 = 4;
+
+/// Where the elements of a matrix are, and where its first code and its first scale go.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fp8Places {
+    pub(crate) source: u64,
+    pub(crate) codes: u64,
+    pub(crate) scales: u64,
+}
 
 /// As `Job` in the kernels.
-#[derive(Clone, Copy, Debug, Default)]
-struct Entry {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Entry {
     source: u64,
     target: u64,
     scales: u64,
@@ -87,12 +104,104 @@ struct Entry {
     flags: u32,
 }
 
+/// Bytes of an entry.
+const ENTRY: usize = 64;
+
 impl Entry {
-    fn write(&self, out: &mut Vec<u8>) {
-        for word in [self.source, self.target, self.scales, self.bytes] {
-            out.extend(word.to_le_bytes());
+    /// A copy, and how many tiles it has.
+    pub(crate) fn copy(source: u64, target: u64, bytes: u64) -> (Self, usize) {
+        let entry = Self { source, target, bytes, ..Self::default() };
+        (entry, (bytes as usize).div_ceil(COPY_TILE))
+    }
+
+    /// A part of a bucket to be digested: where it is, and where it begins in the bucket.
+    pub(crate) fn part(address: u64, offset: u64, bytes: u64) -> Result<(Self, usize), CudaError> {
+        if !offset.is_multiple_of(64) || !address.is_multiple_of(16) {
+            return Err(CudaError::Range("a part that begins within a row".into()));
         }
-        for word in [
+        Ok(Self::copy(address, offset, bytes))
+    }
+
+    /// A matrix or a stack of them, and how many tiles it has. The caller has checked that there are so many bytes at
+    /// these places.
+    pub(crate) fn fp8(
+        at: Fp8Places,
+        ty: SourceType,
+        shape: &[usize],
+        format: &Fp8Format,
+    ) -> Result<(Self, usize), CudaError> {
+        let Granularity::Block { rows: block_rows, cols: block_cols } = format.granularity else {
+            return Err(CudaError::Range(format!(
+                "scales {} are not computed on the device: use blocks",
+                format.granularity
+            )));
+        };
+        let grid = format.granularity.grid(shape);
+        let grid = grid.map_err(|error| CudaError::Range(error.to_string()))?;
+        let Fp8Places { source, codes, scales } = at;
+        if !source.is_multiple_of(ty.size() as u64) || !scales.is_multiple_of(4) {
+            return Err(CudaError::Range("elements or scales that are not aligned".into()));
+        }
+        let side = |side: usize| {
+            u32::try_from(side)
+                .map_err(|_| CudaError::Range(format!("shape {shape:?} is too large")))
+        };
+        // `grid` has refused whatever is neither a matrix nor a stack of them.
+        let (matrices, rows, cols) = match *shape {
+            [matrices, rows, cols] => (matrices, rows, cols),
+            [rows, cols] => (1, rows, cols),
+            _ => (1, 1, 1),
+        };
+        let (bands, blocks) = (grid.bands_per_matrix(), grid.scales_per_band());
+        let entry = Self {
+            source,
+            target: codes,
+            scales,
+            bytes: 0,
+            kind: match ty {
+                SourceType::Bf16 => 1,
+                SourceType::F16 => 2,
+                SourceType::F32 => 3,
+            },
+            rows: side(rows)?,
+            cols: side(cols)?,
+            block_rows: side(block_rows)?,
+            block_cols: side(block_cols)?,
+            bands: side(bands)?,
+            blocks: side(blocks)?,
+            flags: if format.precast == Precast::Bf16 { PRECAST } else { 0 },
+        };
+        Ok((entry, matrices * bands * blocks))
+    }
+
+    /// Where the copy or the first code goes.
+    pub(crate) fn target(&self) -> u64 {
+        self.target
+    }
+
+    /// Has the launch add to the digest what it writes.
+    pub(crate) fn summed(self) -> Self {
+        Self { flags: self.flags | SUMMED, ..self }
+    }
+
+    /// Has the launch add to the digest what it copies out of the bucket.
+    pub(crate) fn summed_from(self) -> Self {
+        Self { flags: self.flags | SUMMED | FROM, ..self }
+    }
+
+    /// Whether the launch that writes the target can add it to the digest. Scales never are: two of
+    /// them, which different blocks write, share a word.
+    pub(crate) fn is_summable(&self) -> bool {
+        let is_aligned = (self.source | self.target).is_multiple_of(16);
+        let is_copy = self.kind == 0;
+        let is_small = self.block_rows <= 128 && self.block_cols <= 128;
+        is_aligned && (is_copy || (self.cols.is_multiple_of(8) && is_small))
+    }
+
+    fn bytes(&self) -> [u8; ENTRY] {
+        let mut bytes = [0; ENTRY];
+        let longs = [self.source, self.target, self.scales, self.bytes];
+        let words = [
             self.kind,
             self.rows,
             self.cols,
@@ -101,148 +210,129 @@ impl Entry {
             self.bands,
             self.blocks,
             self.flags,
-        ] {
-            out.extend(word.to_le_bytes());
+        ];
+        let (first, second) = bytes.split_at_mut(ENTRY / 2);
+        for (to, long) in first.as_chunks_mut().0.iter_mut().zip(longs) {
+            *to = long.to_le_bytes();
         }
+        for (to, word) in second.as_chunks_mut().0.iter_mut().zip(words) {
+            *to = word.to_le_bytes();
+        }
+        bytes
     }
 }
 
-/// A job table: jobs, then the first tile of each.
+/// The jobs of a launch, and the first tile of each.
 #[derive(Debug, Default)]
 pub(crate) struct Table {
-    pub(crate) jobs: u32,
-    /// Where the numbers of tiles begin, from the beginning of the table.
-    pub(crate) firsts_at: usize,
-    pub(crate) tiles: u32,
+    entries: Vec<u8>,
+    firsts: Vec<u32>,
+    tiles: u32,
     /// Whether a job has F32 elements.
-    pub(crate) wide: bool,
+    wide: bool,
 }
 
 impl Table {
-    /// Appends a table to `bytes`.
-    fn build(bytes: &mut Vec<u8>, entries: &[(Entry, usize)]) -> Result<Self, CudaError> {
-        let too_many = || CudaError::Range("more tiles than a launch can have".into());
-        let start = bytes.len();
-        for (entry, _) in entries {
-            entry.write(bytes);
-        }
-        let firsts_at = bytes.len() - start;
-        let mut tiles = 0_u32;
-        for (_, count) in entries {
-            bytes.extend(tiles.to_le_bytes());
-            let count = u32::try_from(*count).map_err(|_| too_many())?;
-            tiles = tiles.checked_add(count).ok_or_else(too_many)?;
-        }
-        let jobs = u32::try_from(entries.len()).map_err(|_| too_many())?;
-        let wide = entries.iter().any(|(entry, _)| entry.kind == 3);
-        Ok(Self { jobs, firsts_at, tiles, wide })
+    /// Takes a job in.
+    pub(crate) fn push(&mut self, (entry, tiles): (Entry, usize)) -> Result<(), CudaError> {
+        let all = u32::try_from(tiles).ok().and_then(|tiles| self.tiles.checked_add(tiles));
+        let all =
+            all.ok_or_else(|| CudaError::Range("more tiles than a launch can have".into()))?;
+        self.entries.extend_from_slice(&entry.bytes());
+        self.firsts.push(self.tiles);
+        self.tiles = all;
+        self.wide |= entry.kind == 3;
+        Ok(())
+    }
+
+    /// Forgets all jobs, and keeps the memory for others.
+    pub(crate) fn clear(&mut self) {
+        self.entries.clear();
+        self.firsts.clear();
+        (self.tiles, self.wide) = (0, false);
     }
 
     /// The table of a launch of `encode`; with `summed` it adds to the digest what it can: all jobs that
-    /// are [summable](DeviceJob::is_summable).
+    /// are [summable](Entry::is_summable).
     pub(crate) fn of_jobs(
-        bytes: &mut Vec<u8>,
         jobs: &[DeviceJob],
         format: &Fp8Format,
         summed: bool,
     ) -> Result<Self, CudaError> {
-        let entry = |job: &DeviceJob| {
-            let (mut entry, tiles) = entry(job, format)?;
-            if summed && job.is_summable(format) {
-                entry.flags |= SUMMED;
-            }
-            Ok((entry, tiles))
-        };
-        let entries: Vec<_> = jobs.iter().map(entry).collect::<Result<_, _>>()?;
-        Self::build(bytes, &entries)
+        let mut table = Self::default();
+        for job in jobs {
+            let (entry, tiles) = job.entry(format)?;
+            let entry = if summed && entry.is_summable() { entry.summed() } else { entry };
+            table.push((entry, tiles))?;
+        }
+        Ok(table)
     }
 
     /// The table of a launch of `digest`: parts of a bucket and where they begin in it.
-    pub(crate) fn of_parts(
-        bytes: &mut Vec<u8>,
-        parts: &[(u64, CudaSlice)],
-    ) -> Result<Self, CudaError> {
-        let entries: Vec<_> = parts
-            .iter()
-            .map(|(offset, part)| {
-                if !offset.is_multiple_of(64) || !part.address().is_multiple_of(16) {
-                    return Err(CudaError::Range("a part that begins within a row".into()));
-                }
-                let bytes = part.len() as u64;
-                let entry =
-                    Entry { source: part.address(), target: *offset, bytes, ..Entry::default() };
-                Ok((entry, part.len().div_ceil(COPY_TILE)))
-            })
-            .collect::<Result<_, _>>()?;
-        Self::build(bytes, &entries)
+    pub(crate) fn of_parts(parts: &[(u64, CudaSlice)]) -> Result<Self, CudaError> {
+        let mut table = Self::default();
+        for (offset, part) in parts {
+            table.push(Entry::part(part.address(), *offset, part.len() as u64)?)?;
+        }
+        Ok(table)
     }
 }
 
-fn entry(job: &DeviceJob, format: &Fp8Format) -> Result<(Entry, usize), CudaError> {
-    match job {
-        DeviceJob::Copy { source, target } => {
-            if source.len() != target.len() {
-                let words = format!("a copy of {} bytes to {}", source.len(), target.len());
-                return Err(CudaError::Range(words));
-            }
-            let entry = Entry {
-                source: source.address(),
-                target: target.address(),
-                bytes: source.len() as u64,
-                ..Entry::default()
-            };
-            Ok((entry, source.len().div_ceil(COPY_TILE)))
-        }
-        DeviceJob::Fp8 { source, ty, shape, codes, scales } => {
-            let Granularity::Block { rows: block_rows, cols: block_cols } = format.granularity
-            else {
-                return Err(CudaError::Range(format!(
-                    "scales {} are not computed on the device: use blocks",
-                    format.granularity
-                )));
-            };
-            let grid: BlockGrid = format
-                .granularity
-                .grid(shape)
-                .map_err(|error| CudaError::Range(error.to_string()))?;
-            let lens = (source.len(), codes.len(), scales.len());
-            let expected = (grid.elements() * ty.size(), grid.elements(), grid.scales() * 4);
-            if lens != expected {
-                return Err(CudaError::Range(format!(
-                    "{lens:?} bytes of source, codes and scales for shape {shape:?}, {expected:?} \
-                     were expected"
-                )));
-            }
-            let element = ty.size() as u64;
-            if !source.address().is_multiple_of(element) || !scales.address().is_multiple_of(4) {
-                return Err(CudaError::Range("elements or scales that are not aligned".into()));
-            }
-            let side = |side: usize| {
-                u32::try_from(side)
-                    .map_err(|_| CudaError::Range(format!("shape {shape:?} is too large")))
-            };
-            let cols = shape.last().copied().unwrap_or(1);
-            let rows = shape[shape.len() - 2];
-            let entry = Entry {
-                source: source.address(),
-                target: codes.address(),
-                scales: scales.address(),
-                bytes: 0,
-                kind: match ty {
-                    SourceType::Bf16 => 1,
-                    SourceType::F16 => 2,
-                    SourceType::F32 => 3,
-                },
-                rows: side(rows)?,
-                cols: side(cols)?,
-                block_rows: side(block_rows)?,
-                block_cols: side(block_cols)?,
-                bands: side(grid.bands_per_matrix())?,
-                blocks: side(grid.scales_per_band())?,
-                flags: if format.precast == Precast::Bf16 { PRECAST } else { 0 },
-            };
-            Ok((entry, grid.scales()))
-        }
+/// What a launch does with its table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Task {
+    /// Encodes, in a mode that is known by its number. The bucket begins at `base`, for the digest.
+    Encode { mode: u64, base: u64 },
+    /// Digests.
+    Digest,
+}
+
+/// A launch whose table is among others.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Part {
+    pub(crate) task: Task,
+    /// Where its jobs begin, and where the numbers of their first tiles.
+    pub(crate) jobs_at: usize,
+    pub(crate) firsts_at: usize,
+    pub(crate) jobs: u32,
+    pub(crate) tiles: u32,
+    pub(crate) wide: bool,
+}
+
+/// The tables of launches that run together, as they are brought to the device, and what keeps the memory of their
+/// jobs.
+#[derive(Debug, Default)]
+pub(crate) struct Tables {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) parts: Vec<Part>,
+    /// Whoever puts a table in puts in here what all of its addresses are in.
+    pub(crate) used: Vec<Arc<dyn Any + Send + Sync>>,
+}
+
+impl Tables {
+    /// Adds a launch.
+    pub(crate) fn add(&mut self, table: &Table, task: Task) {
+        let jobs_at = self.bytes.len().next_multiple_of(ENTRY);
+        self.bytes.resize(jobs_at, 0);
+        self.bytes.extend_from_slice(&table.entries);
+        let firsts_at = self.bytes.len();
+        self.bytes.extend(table.firsts.iter().flat_map(|first| first.to_le_bytes()));
+        // A job has a tile or none, and fewer than 2^32 tiles were counted; jobs of no bytes are few.
+        let jobs = table.firsts.len() as u32;
+        let Table { tiles, wide, .. } = *table;
+        self.parts.push(Part { task, jobs_at, firsts_at, jobs, tiles, wide });
+    }
+
+    /// Keeps an allocation that addresses are in.
+    pub(crate) fn keep(&mut self, memory: &CudaMemory) {
+        self.used.push(memory.raw().clone());
+    }
+
+    /// Forgets all, and keeps the memory for other tables.
+    pub(crate) fn clear(&mut self) {
+        self.bytes.clear();
+        self.parts.clear();
+        self.used.clear();
     }
 }
 

@@ -3,16 +3,20 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
-use device_cuda::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, Launch, Packer};
+use device_cuda::{
+    CudaError, CudaMemory, CudaSlice, CudaTensorMap, Device, DeviceJob, Kernels, Launch, Packer,
+    bucket_storage,
+};
 use engine_core::memory::{Job, Pool};
-use engine_core::plan::BucketPlanner;
-use engine_core::{DType, Weight, WeightStreamExt};
+use engine_core::plan::{BucketLayout, BucketPlanner, Piece};
+use engine_core::{DType, Install, ReceivedBucket, TensorMeta, Weight, WeightStreamExt};
 use futures::StreamExt;
 use quant_fp8::rules::{Receiver, Rules, RulesConfig};
 use quant_fp8::{
-    Codec, Fp8Format, Granularity, Mode, Precast, QuantizeFp8, Source, SourceType, Store,
+    Codec, Fp8Format, Fp8Quantizer, Granularity, Mode, Precast, QuantizeFp8, Source, SourceType,
+    Store,
 };
 use safetensors::{Dtype, SafeTensors};
 
@@ -413,10 +417,7 @@ fn a_bucket_that_the_device_fills_is_what_the_cpu_fills_digest_included() {
                 weights.push(on_device(&norm, &name, dtype, device));
             }
         }
-        let config = RulesConfig { receiver: Receiver::Any, ..RulesConfig::default() };
-        let rules = Rules::new(&config).unwrap();
-        let quantized = weights.quantize_fp8(rules).map(|weight| weight.unwrap());
-        futures::executor::block_on(quantized.collect())
+        quantized(weights, &quantizer())
     };
     // The same weights every time: where their scales are differs from one size to the next.
     let (here, there) = (model(None), model(Some(&device)));
@@ -428,7 +429,7 @@ fn a_bucket_that_the_device_fills_is_what_the_cpu_fills_digest_included() {
             let mut expected = vec![0xee_u8; bucket_bytes as usize];
             bucket.all().write(&expected).unwrap();
             let sum = pool.encode(here, &mut expected, true).unwrap();
-            let filled = packer.fill(there, &bucket.all(), &pool, true).unwrap();
+            let filled = packer.fill(there.clone(), &bucket.all(), &pool, true).unwrap();
             let mut bytes = vec![0; bucket_bytes as usize];
             bucket.all().read(&mut bytes).unwrap();
             for (job, other) in here.iter().zip(there) {
@@ -458,14 +459,12 @@ fn weights_of_a_device_that_the_cpu_has_to_encode_are_said_once() {
     };
     let fill = |weights: Vec<Weight>| {
         for jobs in plan(&weights, 1 << 20) {
-            packer.fill(&jobs, &bucket.all(), &pool, true).unwrap();
+            packer.fill(jobs, &bucket.all(), &pool, true).unwrap();
         }
         packer.slower()
     };
-    let rules = Rules::new(&RulesConfig::default()).unwrap();
-    let quantized = vec![weight("up_proj")].quantize_fp8(rules).map(|weight| weight.unwrap());
-    let quantized = futures::executor::block_on(quantized.collect());
-    assert_eq!(fill(quantized), [""; 0], "there is a kernel for it");
+    let codes = quantized(vec![weight("up_proj")], &quantizer());
+    assert_eq!(fill(codes), [""; 0], "there is a kernel for it");
     let weights = vec![weight("up_proj"), weight("down_proj"), weight("gate_proj")];
     let cast = weights.cast(DType::F32).map(|weight| weight.unwrap());
     let said = fill(futures::executor::block_on(cast.collect()));
@@ -496,9 +495,7 @@ fn scales_are_right_where_another_rank_fills_every_second_bucket() {
                 Weight::new(name, DType::BF16, [700_u64, 1000], storage).unwrap()
             })
             .collect();
-        let rules = Rules::new(&RulesConfig::default()).unwrap();
-        let quantized = weights.quantize_fp8(rules).map(|weight| weight.unwrap());
-        futures::executor::block_on(quantized.collect())
+        quantized(weights, &quantizer())
     };
     // Each of the ranks has the model, and encodes its own buckets of it.
     let (here, there) = (model(None), [model(Some(&device)), model(Some(&device))]);
@@ -510,7 +507,7 @@ fn scales_are_right_where_another_rank_fills_every_second_bucket() {
             bucket.all().write(&expected).unwrap();
             let sum = pool.encode(here, &mut expected, true).unwrap();
             let jobs = &there[index % 2][index];
-            let filled = packers[index % 2].fill(jobs, &bucket.all(), &pool, true).unwrap();
+            let filled = packers[index % 2].fill(jobs.clone(), &bucket.all(), &pool, true).unwrap();
             let mut bytes = vec![0; bucket_bytes as usize];
             bucket.all().read(&mut bytes).unwrap();
             assert!(bytes == expected, "bucket {index} of {bucket_bytes} bytes");
@@ -569,6 +566,202 @@ fn memory_that_work_of_a_stream_uses_goes_when_the_work_is_done() {
     assert!(now + (64 << 20) >= free, "{free} bytes were free, {now} are");
 }
 
+/// A weight of a model in memory of the device, which counts who keeps it.
+#[allow(unsafe_code, reason = "memory with an owner of its own")]
+fn counted(device: &Device, matrix: &Matrix, name: &str, owner: &Arc<()>) -> Weight {
+    let memory = CudaMemory::new(device, matrix.bytes.len()).unwrap();
+    memory.all().write(&matrix.bytes).unwrap();
+    let (address, len) = (memory.address(), memory.len());
+    let owner = Arc::new((memory, Arc::clone(owner)));
+    // SAFETY: the owner has the memory.
+    let memory = unsafe { CudaMemory::borrowed(device, address, len, owner) };
+    let shape: Vec<u64> = matrix.shape.iter().map(|&side| side as u64).collect();
+    Weight::new(name, DType::BF16, shape, memory.all().storage()).unwrap()
+}
+
+/// Updates of which most are like the one before; in some, weights have moved, are others, or are missing, and
+/// buckets change their slots. Each bucket of each is what the CPU makes of the same weights, and in between the packer
+/// keeps no weight alive.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn updates_that_repeat_are_right_also_when_weights_move_and_no_weight_is_kept_between_them() {
+    const BUCKET: u64 = 300_032;
+    let device = Device::open(0).unwrap();
+    let packer = Packer::new(&device).unwrap();
+    let pool = Pool::new(4).unwrap();
+    let quantizer = quantizer();
+    let quantize = |weights| quantized(weights, &quantizer);
+    let shapes: [&[usize]; 5] = [&[256, 384], &[700, 1000], &[1, 333], &[128, 128], &[130, 264]];
+    let make = |index: usize, seed| random(SourceType::Bf16, shapes[index % shapes.len()], seed);
+    let name = |index: usize| match shapes[index % shapes.len()] {
+        [1, _] => format!("model.layers.{index}.input_layernorm.weight"),
+        _ => format!("model.layers.{index}.mlp.up_proj.weight"),
+    };
+    let owner = Arc::new(());
+    let mut here: Vec<Matrix> = (0..20).map(|index| make(index, index as u64)).collect();
+    let put = |here: &[Matrix]| -> Vec<Weight> {
+        let each = here.iter().enumerate();
+        each.map(|(index, matrix)| counted(&device, matrix, &name(index), &owner)).collect()
+    };
+    let mut there = put(&here);
+    let slots = CudaMemory::new(&device, 3 * BUCKET as usize).unwrap();
+    for update in 0..16_usize {
+        match update {
+            // Other bytes where the old ones were.
+            4 => {
+                here[3] = make(3, 99);
+                let storage = there[3].storage().unwrap();
+                CudaSlice::of_storage(storage).unwrap().write(&here[3].bytes).unwrap();
+            }
+            // One has moved.
+            6 => there[6] = counted(&device, &here[6], &name(6), &owner),
+            // All have moved, as if they had been gathered anew: some to where others were.
+            9 => {
+                there.clear();
+                here.rotate_left(5);
+                there = put(&here);
+            }
+            // One is missing.
+            12 => drop((here.pop(), there.pop())),
+            _ => {}
+        }
+        let on_host = here.iter().enumerate().map(|(index, matrix)| {
+            let shape: Vec<u64> = matrix.shape.iter().map(|&side| side as u64).collect();
+            Weight::new(name(index), DType::BF16, shape, matrix.bytes.clone()).unwrap()
+        });
+        let expected = plan(&quantize(on_host.collect()), BUCKET);
+        let jobs = plan(&quantize(there.clone()), BUCKET);
+        assert!(jobs.len() > 4, "{} buckets", jobs.len());
+        for (index, (expected, jobs)) in expected.iter().zip(jobs).enumerate() {
+            let slot = if update == 8 { index % 3 } else { index % 2 };
+            let bucket = slots.slice(slot * BUCKET as usize, BUCKET as usize).unwrap();
+            let mut bytes = vec![0xee_u8; BUCKET as usize];
+            bucket.write(&bytes).unwrap();
+            let sum = pool.encode(expected, &mut bytes, true).unwrap();
+            let filled = packer.fill(jobs, &bucket, &pool, true).unwrap();
+            let mut made = vec![0; BUCKET as usize];
+            bucket.read(&mut made).unwrap();
+            assert!(made == bytes, "bucket {index} of update {update}");
+            assert_eq!(filled, sum, "bucket {index} of update {update}");
+        }
+        // A weight and its source's clone were all that had an owner.
+        assert_eq!(Arc::strong_count(&owner), 1 + there.len(), "after update {update}");
+    }
+    drop(there);
+    assert_eq!(Arc::strong_count(&owner), 1);
+}
+
+/// Buckets of an update as a rollout gets them: what the map copies out has the digest of what is in the bucket, also where
+/// pieces end within a word, and a map whose tensors are others copies nothing.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn a_map_copies_buckets_that_it_knows_out_and_digests_them_in_one_pass() {
+    let device = Device::open(0).unwrap();
+    let packer = Packer::new(&device).unwrap();
+    let pool = Pool::new(2).unwrap();
+    let mut map = CudaTensorMap::new(&device).unwrap();
+    let pieces = |lens: &[u64]| -> Vec<Piece> {
+        let mut offset = 0;
+        let place = |(index, &len): (usize, &u64)| {
+            let meta = TensorMeta::new(format!("w{index}"), DType::U8, [len]);
+            let piece = Piece { meta, start: 0, len, offset };
+            offset = (offset + len).next_multiple_of(256);
+            piece
+        };
+        lens.iter().enumerate().map(place).collect()
+    };
+    // The last one is a part of a larger tensor, which begins anywhere.
+    let lens = [300, 16_384, 7, 100_001, 0, 64, 33];
+    let mut all = pieces(&lens);
+    all.last_mut().unwrap().meta = TensorMeta::new("part", DType::U8, [1000]);
+    all.last_mut().unwrap().start = 13;
+    let layout = Arc::new(BucketLayout::new(all));
+    let memory = CudaMemory::new(&device, 1 << 20).unwrap();
+    let storage = bucket_storage(&memory, &packer).slice(4096..4096 + layout.filled());
+    let copies = map.copies().unwrap();
+    for round in 0..4_u64 {
+        let bytes: Vec<u8> =
+            (0..layout.filled()).map(|at| (at.wrapping_mul(0x9e37 + round) >> 7) as u8).collect();
+        memory.slice(4096, bytes.len()).unwrap().write(&bytes).unwrap();
+        let expected = pool.digest(layout.pieces(), &bytes.clone().into()).unwrap();
+        assert_eq!(pool.digest(layout.pieces(), &storage).unwrap(), expected);
+        let bucket = ReceivedBucket::new(0, layout.clone(), storage.clone()).unwrap();
+        match copies.copy_out(&layout, &storage).unwrap() {
+            None => {
+                assert_eq!(round, 0, "it was installed before");
+                map.install(&bucket).unwrap();
+            }
+            Some(sum) => assert_eq!(sum, expected, "round {round}"),
+        }
+        for piece in layout.pieces() {
+            let (_, tensor) = map.get(&piece.meta.name).unwrap();
+            let part = tensor.slice(piece.start as usize, piece.len as usize).unwrap();
+            let mut here = vec![0; part.len()];
+            part.read(&mut here).unwrap();
+            let at = piece.offset as usize;
+            assert!(here == bytes[at..at + here.len()], "{} in round {round}", piece.meta.name);
+        }
+    }
+    // The same names with other sizes: the memory is another one.
+    let other = Arc::new(BucketLayout::new(pieces(&[301, 16_384])));
+    let there = storage.slice(0..other.filled());
+    map.install(&ReceivedBucket::new(0, other.clone(), there.clone()).unwrap()).unwrap();
+    assert_eq!(copies.copy_out(&layout, &storage).unwrap(), None);
+    assert!(copies.copy_out(&other, &there).unwrap().is_some());
+}
+
+/// A weight that is not finite fails an update in its middle; the next ones are right.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn an_update_that_failed_leaves_nothing_behind_for_the_next_ones() {
+    let device = Device::open(0).unwrap();
+    let packer = Packer::new(&device).unwrap();
+    let pool = Pool::new(2).unwrap();
+    let quantizer = quantizer();
+    let matrix = random(SourceType::Bf16, &[700, 1000], 1);
+    let owner = Arc::new(());
+    let weights: Vec<Weight> = (0..3)
+        .map(|index| {
+            let name = format!("model.layers.{index}.mlp.up_proj.weight");
+            counted(&device, &matrix, &name, &owner)
+        })
+        .collect();
+    let bucket = CudaMemory::new(&device, 500_224).unwrap();
+    let mut sums = Vec::new();
+    for update in 0..8 {
+        let last = CudaSlice::of_storage(weights[2].storage().unwrap()).unwrap();
+        let mut bytes = matrix.bytes.clone();
+        if matches!(update, 1 | 4) {
+            bytes[600_000..600_002].copy_from_slice(&0x7fc0_u16.to_le_bytes());
+        }
+        last.write(&bytes).unwrap();
+        let quantized = quantized(weights.clone(), &quantizer);
+        let fill = |jobs| packer.fill(jobs, &bucket.all(), &pool, true);
+        let all: engine_core::Result<Vec<u64>> =
+            plan(&quantized, 500_224).into_iter().map(fill).collect();
+        match update {
+            1 | 4 => assert_eq!(all.unwrap_err().kind(), engine_core::ErrorKind::Weight),
+            _ => sums.push(all.unwrap()),
+        }
+        drop(quantized);
+        assert_eq!(Arc::strong_count(&owner), 4, "after update {update}");
+    }
+    assert!(sums.iter().all(|all| *all == sums[0]));
+}
+
+/// Quantises every matrix, whatever its sides.
+fn quantizer() -> Fp8Quantizer {
+    let config = RulesConfig { receiver: Receiver::Any, ..RulesConfig::default() };
+    Rules::new(&config).unwrap().into()
+}
+
+fn quantized(weights: Vec<Weight>, quantizer: &Fp8Quantizer) -> Vec<Weight> {
+    let quantized = weights.quantize_fp8(quantizer).map(|weight| weight.unwrap());
+    let quantized: Vec<Weight> = futures::executor::block_on(quantized.collect());
+    assert!(quantized.iter().any(|weight| weight.meta().dtype == DType::F8_E4M3));
+    quantized
+}
+
 /// The jobs of each bucket of a plan.
 fn plan(weights: &[Weight], bucket_bytes: u64) -> Vec<Vec<Job>> {
     let mut planner = BucketPlanner::new(bucket_bytes).unwrap();
@@ -606,14 +799,11 @@ fn a_weight_that_is_not_finite_is_named_by_the_packer() {
     memory.all().write(&matrix.bytes).unwrap();
     let name = "model.layers.3.mlp.up_proj.weight";
     let weight = Weight::new(name, DType::BF16, [300, 300], memory.all().storage()).unwrap();
-    let config = RulesConfig { receiver: Receiver::Any, ..RulesConfig::default() };
-    let rules = Rules::new(&config).unwrap();
-    let weights = vec![weight].quantize_fp8(rules).map(|weight| weight.unwrap());
-    let weights: Vec<Weight> = futures::executor::block_on(weights.collect());
+    let weights = quantized(vec![weight], &quantizer());
     let bucket = CudaMemory::new(&device, 1 << 20).unwrap();
     let pool = Pool::new(1).unwrap();
     let jobs = plan(&weights, 1 << 20).remove(0);
-    let error = packer.fill(&jobs, &bucket.all(), &pool, true).unwrap_err();
+    let error = packer.fill(jobs, &bucket.all(), &pool, true).unwrap_err();
     assert_eq!(error.kind(), engine_core::ErrorKind::Weight);
     let text = error.to_string();
     assert!(text.contains(name) && text.contains("(1, 2)"), "{text}");

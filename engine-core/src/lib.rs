@@ -39,7 +39,8 @@ pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
 pub use expected::{Expected, check_names};
 pub use ids::{Rank, Version};
 pub use received::{
-    BucketContent, Install, Outcome, ReceivedBucket, ReceivedPiece, ReceivedWeights, TensorMap,
+    BucketContent, CopiedOut, CopyOut, Install, OnePass, Outcome, ReceivedBucket, ReceivedPiece,
+    ReceivedWeights, TensorMap,
 };
 pub use registry::{Layer, Registry};
 pub use report::{

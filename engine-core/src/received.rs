@@ -38,6 +38,10 @@ pub struct ReceivedWeights<'a> {
     version: Version,
     outcome: Outcome,
     state: State<'a>,
+    /// Where the engine looks for what copies buckets out, if they come here as they are.
+    one_pass: Option<OnePass>,
+    /// Ends what this receiver has begun there.
+    copying: Option<Copying>,
 }
 
 /// An end is never forgotten: asking again gives the same answer.
@@ -148,7 +152,24 @@ impl<'a> ReceivedWeights<'a> {
         buckets: impl Stream<Item = Result<ReceivedBucket>> + Send + 'a,
     ) -> Self {
         let open = Open { buckets: buckets.boxed(), current: None, partial: None };
-        Self { version, outcome, state: State::Open(open) }
+        Self { version, outcome, state: State::Open(open), one_pass: None, copying: None }
+    }
+
+    /// For engines that verify each bucket by what is in `one_pass` then, if it can.
+    #[must_use]
+    pub fn in_one_pass(self, one_pass: OnePass) -> Self {
+        Self { one_pass: Some(one_pass), ..self }
+    }
+
+    /// Lets the engine copy buckets to their destination as it verifies them, so that it reads each only once. A bucket that
+    /// was copied so [says so](ReceivedBucket::was_copied_by). [`install`](Self::install) does this by itself.
+    ///
+    /// # Contract
+    ///
+    /// The destination is written from the first bucket on, before that is known to be right, and not any more when this is
+    /// dropped, which waits for a copy that is under way. Only a version that is complete has written what was sent.
+    pub fn copy_by(&mut self, copies: Arc<dyn CopyOut>) {
+        self.copying = self.one_pass.as_ref().map(|one_pass| one_pass.begin(copies));
     }
 
     /// The version that is arriving.
@@ -248,6 +269,9 @@ impl<'a> ReceivedWeights<'a> {
     /// every rank.
     pub async fn install(mut self, destination: &mut dyn Install) -> Result<ReceiveReport> {
         let names = Names::default();
+        if let Some(copies) = destination.copies() {
+            self.copy_by(copies);
+        }
         if let Some(expected) = destination.expects() {
             let came = names.clone();
             self.before_confirm(move || check_names(&expected, &came.lock()));
@@ -341,7 +365,8 @@ impl<'a> ReceivedWeights<'a> {
         self,
         inspect: impl FnMut(&ReceivedBucket) -> Result<()> + Send + 'a,
     ) -> Self {
-        let (version, outcome) = (self.version, self.outcome.clone());
+        let (version, outcome, one_pass) =
+            (self.version, self.outcome.clone(), self.one_pass.clone());
         let failing = outcome.clone();
         let state = (self, inspect);
         let buckets = futures::stream::try_unfold(state, move |(mut received, mut inspect)| {
@@ -357,7 +382,8 @@ impl<'a> ReceivedWeights<'a> {
                 }
             }
         });
-        Self::new(version, outcome, buckets)
+        // They are the engine's buckets.
+        Self { one_pass, ..Self::new(version, outcome, buckets) }
     }
 
     /// The tensors as a stream that another engine can send, or a combinator take.
@@ -365,6 +391,76 @@ impl<'a> ReceivedWeights<'a> {
         WeightStream::new(futures::stream::try_unfold(self, |mut received| async move {
             Ok(received.next_tensor().await?.map(|weight| (weight, received)))
         }))
+    }
+}
+
+/// Copies whole buckets to a destination, and sums up what it reads of them.
+pub trait CopyOut: Send + Sync {
+    /// Copies all parts of a bucket to their place and returns the bucket's digest sum, as [`Pool::digest`] does. `None` if
+    /// it does not know such a bucket, and then nothing was copied. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// Those of the destination's memory.
+    fn copy_out(&self, layout: &BucketLayout, bucket: &Storage) -> Result<Option<u64>>;
+}
+
+/// What copies the buckets of an update out, if its receiver has such: between the receiver and its engine, which verifies
+/// buckets by it.
+#[derive(Clone, Default)]
+pub struct OnePass(Arc<Mutex<Option<Arc<dyn CopyOut>>>>);
+
+/// A bucket that was copied out.
+pub struct CopiedOut {
+    /// The digest sum of what was read.
+    pub sum: u64,
+    by: Arc<dyn CopyOut>,
+}
+
+impl fmt::Debug for OnePass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("OnePass(..)")
+    }
+}
+
+impl fmt::Debug for CopiedOut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CopiedOut").field("sum", &self.sum).finish_non_exhaustive()
+    }
+}
+
+impl OnePass {
+    /// Copies a bucket out, one at a time; `None` if nobody wants that, or if it is not [known](CopyOut::copy_out). Blocks.
+    ///
+    /// # Errors
+    ///
+    /// Those of the destination.
+    pub fn copy_out(&self, layout: &BucketLayout, bucket: &Storage) -> Result<Option<CopiedOut>> {
+        // Held until the copy has ended: whoever ends the copying waits for it.
+        let copies = self.lock();
+        let Some(by) = &*copies else { return Ok(None) };
+        let sum = by.copy_out(layout, bucket)?;
+        Ok(sum.map(|sum| CopiedOut { sum, by: Arc::clone(by) }))
+    }
+
+    fn begin(&self, copies: Arc<dyn CopyOut>) -> Copying {
+        *self.lock() = Some(copies);
+        Copying(self.clone())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Arc<dyn CopyOut>>> {
+        // Every change is one assignment.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// As long as this is there, buckets are copied out.
+#[derive(Debug)]
+struct Copying(OnePass);
+
+impl Drop for Copying {
+    fn drop(&mut self) {
+        *self.0.lock() = None;
     }
 }
 
@@ -448,13 +544,25 @@ impl<S: Into<Storage>> From<S> for BucketContent {
 /// A bucket whose bytes arrived and were verified.
 ///
 /// The trainer does not write to it before this and all views into it are dropped.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct ReceivedBucket {
     index: u64,
     layout: Arc<BucketLayout>,
     content: BucketContent,
     /// The threads of the engine that it came from.
     pool: Option<Pool>,
+    /// Who has it copied.
+    copied_by: Option<Arc<dyn CopyOut>>,
+}
+
+impl fmt::Debug for ReceivedBucket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReceivedBucket")
+            .field("index", &self.index)
+            .field("content", &self.content)
+            .field("is_copied", &self.copied_by.is_some())
+            .finish_non_exhaustive()
+    }
 }
 
 impl ReceivedBucket {
@@ -478,7 +586,7 @@ impl ReceivedBucket {
             };
             return Err(Error::new(ErrorKind::Protocol, "opening a bucket", message).bucket(index));
         }
-        Ok(Self { index, layout, content, pool: None })
+        Ok(Self { index, layout, content, pool: None, copied_by: None })
     }
 
     /// With the threads of its engine, for a destination to work with.
@@ -486,6 +594,30 @@ impl ReceivedBucket {
     pub fn with_pool(mut self, pool: Pool) -> Self {
         self.pool = Some(pool);
         self
+    }
+
+    /// As one that was copied out when it was verified.
+    #[must_use]
+    pub fn copied(self, copied: CopiedOut) -> Self {
+        Self { copied_by: Some(copied.by), ..self }
+    }
+
+    /// Whether it was copied to where it belongs by this when it was verified: there is nothing left to be installed.
+    pub fn was_copied_by(&self, copies: &Arc<dyn CopyOut>) -> bool {
+        self.copied_by.as_ref().is_some_and(|by| Arc::ptr_eq(by, copies))
+    }
+
+    /// What is in it, and where.
+    pub fn layout(&self) -> &Arc<BucketLayout> {
+        &self.layout
+    }
+
+    /// All of its bytes; `None` of a list, whose weights lie apart.
+    pub fn buffer(&self) -> Option<&Storage> {
+        match &self.content {
+            BucketContent::Buffer(bytes) => Some(bytes),
+            BucketContent::List(_) => None,
+        }
     }
 
     /// The threads that whatever is done with the bucket may use; without, the caller's has to do.
@@ -571,6 +703,12 @@ pub trait Install: Send {
     ///
     /// Whatever keeps a tensor from its place; it aborts the update on every rank.
     fn install(&mut self, bucket: &ReceivedBucket) -> Result<()>;
+
+    /// What copies buckets here as they are verified, if there is such: [`install`](Self::install) is called for these all
+    /// the same, and [need not](ReceivedBucket::was_copied_by) copy them again.
+    fn copies(&self) -> Option<Arc<dyn CopyOut>> {
+        None
+    }
 
     /// The names that an update has to bring, all of them and no others; `None` for any. An update
     /// that brings others is refused on every rank, before it is active anywhere.
@@ -782,5 +920,44 @@ mod tests {
         received.before_confirm(|| Err(Error::new(ErrorKind::Mismatch, "checking", "no")));
         assert_eq!(outcome.check().unwrap_err().kind(), ErrorKind::Mismatch);
         assert!(outcome.check().is_ok());
+    }
+
+    struct Known;
+
+    impl CopyOut for Known {
+        fn copy_out(&self, _: &BucketLayout, _: &Storage) -> Result<Option<u64>> {
+            Ok(Some(7))
+        }
+    }
+
+    #[test]
+    fn buckets_are_copied_out_as_long_as_their_receiver_is_there_and_only_those_of_the_engine() {
+        let layout = BucketLayout::new(vec![piece("a", 4, 0, 0)]);
+        let copied = |one_pass: &OnePass| {
+            one_pass.copy_out(&layout, &vec![0; 4].into()).unwrap().map(|copied| copied.sum)
+        };
+        let (one_pass, copies) = (OnePass::default(), Arc::new(Known));
+        let received = || {
+            let stream = futures::stream::empty::<Result<ReceivedBucket>>();
+            ReceivedWeights::new(Version(1), Outcome::default(), stream)
+                .in_one_pass(one_pass.clone())
+        };
+        let mut plain = received();
+        assert_eq!(copied(&one_pass), None);
+        plain.copy_by(copies.clone());
+        assert_eq!(copied(&one_pass), Some(7));
+        drop(plain);
+        assert_eq!((copied(&one_pass), Arc::strong_count(&copies)), (None, 1));
+
+        let mut inspected = received().inspect_buckets(|_| Ok(()));
+        inspected.copy_by(copies.clone());
+        assert_eq!(copied(&one_pass), Some(7));
+        drop(inspected);
+        assert_eq!(copied(&one_pass), None);
+
+        // What comes of a combinator is not what the engine has.
+        let mut mapped = received().map_weights(Pool::new(1).unwrap(), |weights| weights);
+        mapped.copy_by(copies.clone());
+        assert_eq!((copied(&one_pass), Arc::strong_count(&copies)), (None, 1));
     }
 }

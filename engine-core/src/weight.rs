@@ -12,8 +12,12 @@ use crate::{DType, Error, ErrorKind, Result, Storage};
 
 /// The name, type and shape of a tensor as it travels.
 ///
-/// Cloning shares the name and the shape.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+/// Cloning shares the name and the shape, and clones are compared without looking at these.
+#[derive(Clone, Debug, Eq, Hash, Serialize, Deserialize)]
+#[expect(
+    clippy::derived_hash_with_manual_eq,
+    reason = "equal are the same as with the derived one"
+)]
 pub struct TensorMeta {
     /// The checkpoint's name of the tensor: `model.layers.0.mlp.up_proj.weight`.
     pub name: Arc<str>,
@@ -21,6 +25,13 @@ pub struct TensorMeta {
     pub dtype: DType,
     /// Its dimensions, slowest first. Empty for a scalar.
     pub shape: Arc<[u64]>,
+}
+
+impl PartialEq for TensorMeta {
+    fn eq(&self, other: &Self) -> bool {
+        let has_same_shape = || Arc::ptr_eq(&self.shape, &other.shape) || self.shape == other.shape;
+        self.dtype == other.dtype && self.has_name_of(other) && has_same_shape()
+    }
 }
 
 impl TensorMeta {
@@ -83,6 +94,12 @@ impl TensorMeta {
             return Err(self.invalid(format!("{} dimensions", self.shape.len())));
         }
         self.byte_len()
+    }
+
+    /// Whether both have one name.
+    pub fn has_name_of(&self, other: &Self) -> bool {
+        // In an update that is like the last one, it is the same memory, which need not be read.
+        Arc::ptr_eq(&self.name, &other.name) || self.name == other.name
     }
 
     fn invalid(&self, message: String) -> Error {

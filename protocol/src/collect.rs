@@ -63,10 +63,12 @@ impl Collector {
         weights: &mut WeightStream<'_>,
         deadline: Duration,
     ) -> Result<Option<Bucket>> {
-        let mut jobs: Vec<Job> = Vec::new();
+        let like_last = self.last.buckets.get(self.buckets).filter(|_| !self.differs);
+        let mut jobs: Vec<Job> =
+            Vec::with_capacity(like_last.map_or(0, |layout| layout.pieces().len()));
         let mut source_bytes = 0;
         loop {
-            let (weight, mut start) = match self.pending.take() {
+            let (weight, start) = match self.pending.take() {
                 Some(pending) => pending,
                 None => {
                     let operation = "waiting for the trainer's next weight";
@@ -93,12 +95,13 @@ impl Collector {
             match self.planner.place(name, total, total - start, weight.granule()) {
                 Some(Place { offset, len }) => {
                     source_bytes += share(weight.source_bytes(), len, total);
-                    let job = Job { weight: weight.clone(), start, len, offset };
+                    let end = start + len;
+                    let rest = (end < total).then(|| (weight.clone(), end));
+                    let job = Job { weight, start, len, offset };
                     self.compare(&job, jobs.len());
                     jobs.push(job);
-                    start += len;
-                    if start < total {
-                        self.pending = Some((weight, start));
+                    if rest.is_some() {
+                        self.pending = rest;
                         break;
                     }
                 }
@@ -144,7 +147,7 @@ impl Collector {
                     self.last.buckets.get(self.buckets + 1).and_then(|next| next.pieces().first())
                 })
             });
-            if expected.is_some_and(|piece| piece.meta.name == weight.meta().name) {
+            if expected.is_some_and(|piece| piece.meta.has_name_of(weight.meta())) {
                 return Ok(());
             }
             self.diverge(placed);
@@ -200,7 +203,8 @@ impl Collector {
 
 /// The part of a weight's source bytes that belongs to `len` of its `total` bytes.
 fn share(source: u64, len: u64, total: u64) -> u64 {
-    if total == 0 {
+    // Nearly every weight is whole, and the division of 128 bits is slow.
+    if len == total {
         return source;
     }
     (u128::from(source) * u128::from(len) / u128::from(total)) as u64

@@ -25,7 +25,7 @@ use engine_core::memory::{Pool, Work};
 use engine_core::observe::Observer as _;
 use engine_core::plan::BucketLayout;
 use engine_core::telemetry::{Meter, ReceiveStages};
-use engine_core::{BucketContent, Outcome, ReceivedBucket, ReceivedWeights};
+use engine_core::{BucketContent, CopiedOut, OnePass, Outcome, ReceivedBucket, ReceivedWeights};
 use engine_core::{CheckpointEngine, RolloutEngine};
 use engine_core::{EngineContext, Error, ErrorKind, Rank, Result, Storage, Version};
 
@@ -39,6 +39,8 @@ pub struct Arrival {
     routed: bool,
     /// With the layout, if digests are wanted.
     check: Option<Arc<BucketLayout>>,
+    /// By what it is verified, where that can be.
+    one_pass: OnePass,
     held: Hold,
     pool: Pool,
     session: oneshot::Sender<Result<Arrived>>,
@@ -52,9 +54,18 @@ struct Arrived {
     content: BucketContent,
     /// Of a list, whose memory does not hold the bucket.
     held: Option<Hold>,
-    sum: Option<Work<(u64, Duration)>>,
+    sum: Option<Work<Verified>>,
     /// What it took to get it.
     fetch: Duration,
+}
+
+/// What verifying a bucket has given.
+#[derive(Debug)]
+struct Verified {
+    sum: u64,
+    took: Duration,
+    /// It was copied to its destination.
+    copied: Option<CopiedOut>,
 }
 
 /// A bucket that is here.
@@ -62,6 +73,7 @@ struct Here {
     content: BucketContent,
     held: Option<Hold>,
     took: ReceiveStages,
+    copied: Option<CopiedOut>,
 }
 
 impl Arrival {
@@ -84,7 +96,7 @@ impl Arrival {
     }
 
     fn end(self, result: Result<BucketContent>) {
-        let Self { index, from, routed, check, held, pool, session, stage } = self;
+        let Self { index, from, routed, check, one_pass, held, pool, session, stage } = self;
         let (span, begun) = stage;
         let fetch = begun.elapsed();
         let update = held.update;
@@ -104,8 +116,12 @@ impl Arrival {
                 let verify = debug_span!(parent: &span, "verify", bucket = index);
                 pool.start(move || {
                     let (_entered, begun) = (verify.entered(), Instant::now());
-                    let sum = threads.digest(layout.pieces(), &bytes)?;
-                    Ok((sum, begun.elapsed()))
+                    let copied = one_pass.copy_out(&layout, &bytes)?;
+                    let sum = match &copied {
+                        Some(copied) => copied.sum,
+                        None => threads.digest(layout.pieces(), &bytes)?,
+                    };
+                    Ok(Verified { sum, took: begun.elapsed(), copied })
                 })
             });
             Arrived { content: bytes.into(), held: None, sum, fetch }
@@ -168,7 +184,7 @@ impl<L: FetchLink> RolloutEngine for Receiver<L> {
         self.follower.wait(version, "waiting for an update to begin", Instant::now());
         let begin = Waiting(self).until_entered().await?;
         let version = begin.version;
-        let outcome = Outcome::default();
+        let (outcome, one_pass) = (Outcome::default(), OnePass::default());
         let session = Session {
             begin,
             arrivals: FuturesUnordered::new(),
@@ -178,13 +194,14 @@ impl<L: FetchLink> RolloutEngine for Receiver<L> {
             installing: None,
             span: tracing::info_span!("receive", %version),
             outcome: outcome.clone(),
+            one_pass: one_pass.clone(),
             receiver: self,
         };
         let buckets = futures::stream::try_unfold(session, |mut session| async move {
             let bucket = session.next().await?;
             Ok(bucket.map(|bucket| (bucket, session)))
         });
-        Ok(ReceivedWeights::new(version, outcome, buckets))
+        Ok(ReceivedWeights::new(version, outcome, buckets).in_one_pass(one_pass))
     }
 }
 
@@ -250,6 +267,7 @@ struct Session<'a, L: FetchLink> {
     span: Span,
     /// Where the receiver may have left its reason for giving up.
     outcome: Outcome,
+    one_pass: OnePass,
     receiver: &'a mut Receiver<L>,
 }
 
@@ -278,7 +296,7 @@ impl<L: FetchLink> Session<'_, L> {
             drop(span);
         }
         self.at_work = None;
-        let Self { begin, arrivals, here, stages, span, outcome, receiver, .. } = self;
+        let Self { begin, arrivals, here, stages, span, outcome, one_pass, receiver, .. } = self;
         let Receiver { link, follower, control, pool, ledger, meter, .. } = &mut **receiver;
         let control: &dyn Control = &**control;
         let mut link = Link::Idle(link);
@@ -301,6 +319,7 @@ impl<L: FetchLink> Session<'_, L> {
                             from,
                             routed: begin.routed,
                             check: begin.digests.then_some(layout),
+                            one_pass: one_pass.clone(),
                             held,
                             pool: pool.clone(),
                             session,
@@ -329,14 +348,18 @@ impl<L: FetchLink> Session<'_, L> {
                     }
                     Act::Cancel => link = Link::Gone,
                     Act::Give { index, layout } => {
-                        let Some(Here { content, held, took }) = here.remove(&index) else {
+                        let Some(Here { content, held, took, copied }) = here.remove(&index) else {
                             continue;
                         };
                         stages.fetch += took.fetch;
                         stages.verify += took.verify;
                         let bucket = ReceivedBucket::new(index, layout, content)?;
+                        let bucket = bucket.with_pool(pool.clone());
                         self.at_work = held;
-                        given = Some(bucket.with_pool(pool.clone()));
+                        given = Some(match copied {
+                            Some(copied) => bucket.copied(copied),
+                            None => bucket,
+                        });
                     }
                     Act::Check => {
                         let checked = outcome.check().map(|()| outcome.take_notes().to_string());
@@ -417,12 +440,15 @@ async fn came(index: u64, arrival: oneshot::Receiver<Result<Arrived>>) -> Came {
             Err(Error::new(ErrorKind::Aborted, "fetching a bucket", message))
         };
         let Arrived { content, held, sum, fetch } = arrival.await.unwrap_or_else(|_| gone())?;
-        let (sum, verify) = match sum {
-            None => (None, Duration::ZERO),
-            Some(sum) => sum.await.map(|(sum, verify)| (Some(sum), verify))?,
+        let (sum, verify, copied) = match sum {
+            None => (None, Duration::ZERO, None),
+            Some(sum) => {
+                let Verified { sum, took, copied } = sum.await?;
+                (Some(sum), took, copied)
+            }
         };
         let took = ReceiveStages { fetch, verify, ..Default::default() };
-        Ok((Here { content, held, took }, sum))
+        Ok((Here { content, held, took, copied }, sum))
     };
     (index, came.await)
 }

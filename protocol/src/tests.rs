@@ -13,11 +13,11 @@ use super::{Arrival, Fetch, FetchLink, ReceiveLink, Receiver, SendLink, Sender};
 use crate::ranks::Group;
 use engine_core::control::{Control, Event};
 use engine_core::memory::{Job, Pool};
-use engine_core::plan::{BucketKind, Piece};
+use engine_core::plan::{BucketKind, BucketLayout, Piece};
 use engine_core::{
-    CheckpointEngineConfig, DType, Encoding, EngineContext, Error, ErrorKind, ErrorReport, Rank,
-    Recovery, Result, RolloutEngine as _, SendReport, Storage, TensorMeta, TrainerEngine as _,
-    Treatment, Version, Weight, ensure_async_iterator,
+    CheckpointEngineConfig, CopyOut, DType, Encoding, EngineContext, Error, ErrorKind, ErrorReport,
+    Rank, Recovery, Result, RolloutEngine as _, SendReport, Storage, TensorMeta,
+    TrainerEngine as _, Treatment, Version, Weight, digest, ensure_async_iterator,
 };
 
 const BUCKET: u64 = 1024;
@@ -84,7 +84,7 @@ fn weights(count: u64) -> Vec<Weight> {
     (0..count).map(|i| weight(i).unwrap()).collect()
 }
 
-async fn send(sender: &mut Sender<Slots>, version: u64) -> Result<SendReport> {
+async fn send<L: SendLink>(sender: &mut Sender<L>, version: u64) -> Result<SendReport> {
     sender.send_weights(ensure_async_iterator(weights(3)), Version(version)).await
 }
 
@@ -594,4 +594,127 @@ async fn an_update_that_begins_within_another_one_is_received_next() {
     assert_eq!((error.kind(), error.report().recovery), (ErrorKind::Protocol, Recovery::Retry));
     drop(received);
     assert_eq!(receiver.receive_weights(None).await.unwrap().version(), Version(2));
+}
+
+/// Two buckets that a trainer and a rollout share. What the rollout sees of a slot may be other bytes.
+#[derive(Clone, Debug)]
+struct Shared {
+    pool: Pool,
+    slots: Arc<Mutex<[Vec<u8>; 2]>>,
+    damaged: Option<u32>,
+}
+
+impl Shared {
+    fn new() -> Self {
+        Self { pool: Pool::new(1).unwrap(), slots: Arc::default(), damaged: None }
+    }
+}
+
+#[async_trait]
+impl SendLink for Shared {
+    fn slots(&self) -> usize {
+        2
+    }
+
+    fn bucket_bytes(&self) -> u64 {
+        BUCKET
+    }
+
+    async fn fill(&mut self, slot: usize, jobs: Vec<Job>, digests: bool) -> Result<u64> {
+        let threads = self.pool.clone();
+        let mut bucket = vec![0; BUCKET as usize];
+        let work = move || Ok((threads.encode(&jobs, &mut bucket, digests)?, bucket));
+        let (sum, bucket) = self.pool.start(work).await?;
+        self.slots.lock().unwrap()[slot] = bucket;
+        Ok(sum)
+    }
+
+    async fn publish(&mut self, _: usize, _: u64) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl ReceiveLink for Shared {
+    async fn fetch(&mut self, slot: u32, filled: u64) -> Result<Storage> {
+        let mut bytes = self.slots.lock().unwrap()[slot as usize][..filled as usize].to_vec();
+        if self.damaged == Some(slot) {
+            bytes[3] ^= 1;
+        }
+        Ok(bytes.into())
+    }
+}
+
+/// Copies of whole buckets, of all that have another first weight than `strange`.
+#[derive(Debug, Default)]
+struct Copies {
+    made: Mutex<Vec<Bytes>>,
+    strange: Option<&'static str>,
+}
+
+impl CopyOut for Copies {
+    fn copy_out(&self, layout: &BucketLayout, bucket: &Storage) -> Result<Option<u64>> {
+        if self.strange.is_some_and(|name| *layout.pieces()[0].meta.name == *name) {
+            return Ok(None);
+        }
+        let bytes = Bytes::copy_from_slice(&bucket.to_host()?);
+        self.made.lock().unwrap().push(bytes.clone());
+        let sum = |piece: &Piece| {
+            digest::sum(piece.offset, &bytes[piece.offset as usize..][..piece.len as usize])
+        };
+        Ok(Some(layout.pieces().iter().map(sum).fold(0, u64::wrapping_add)))
+    }
+}
+
+/// After so many buckets.
+struct Failed(usize, Error);
+
+/// A trainer and a rollout of shared buckets.
+fn pair(damaged: Option<u32>) -> (Sender<Shared>, Receiver<Shared>) {
+    let (leader, rollout) = planes();
+    let link = Shared::new();
+    let sender = Sender::new(link.clone(), &context(20.0), leader, [Rank(1)]);
+    let pool = Pool::new(1).unwrap();
+    (sender, Receiver::new(Shared { damaged, ..link }, &context(20.0), rollout, pool))
+}
+
+#[tokio::test]
+async fn a_bucket_is_verified_by_what_copies_it_out_and_given_only_if_that_has_read_the_right_bytes()
+ {
+    for (damaged, given_before) in [(None, 3), (Some(1), 1)] {
+        let (mut sender, mut receiver) = pair(damaged);
+        let copies = Arc::new(Copies { strange: Some("w2"), ..Copies::default() });
+        let by: Arc<dyn CopyOut> = copies.clone();
+        let another: Arc<dyn CopyOut> = Arc::new(Copies::default());
+        let receive = async {
+            let mut received = receiver.receive_weights(None).await.unwrap();
+            received.copy_by(by.clone());
+            let mut given = 0;
+            while let Some(bucket) =
+                received.next_bucket().await.map_err(|error| Failed(given, error))?
+            {
+                // One that is not known is verified as ever, and left to be installed.
+                assert_eq!(bucket.was_copied_by(&by), given != 2, "bucket {given}");
+                assert!(!bucket.was_copied_by(&another));
+                given += 1;
+            }
+            Ok::<_, Failed>(given)
+        };
+        let (sent, received) = futures::join!(send(&mut sender, 1), receive);
+        match received {
+            Ok(given) => {
+                assert_eq!((given, damaged), (given_before, None));
+                sent.unwrap();
+            }
+            Err(Failed(given, error)) => {
+                assert_eq!((given, error.kind()), (given_before, ErrorKind::Digest), "{error}");
+                sent.unwrap_err();
+            }
+        }
+        let made = copies.made.lock().unwrap();
+        assert!(made.iter().enumerate().all(|(index, bytes)| bytes[0] == index as u8));
+        drop(made);
+        drop(by);
+        assert_eq!(Arc::strong_count(&copies), 1, "nobody copies any more");
+    }
 }

@@ -1,7 +1,8 @@
 //! `quantize_fp8`: a stream whose matrices travel as FP8.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
 
 use engine_core::{
     DType, Error, ErrorKind, IntoWeightStream, Result, TensorMeta, Treatment, Weight, WeightStream,
@@ -169,9 +170,15 @@ fn quantize(weights: WeightStream<'_>, quantizer: Fp8Quantizer) -> WeightStream<
     // A panic elsewhere leaves the list as it was.
     let last = quantizer.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let following = VecDeque::new();
-    let state = State { weights, quantizer, last, at: 0, anew: None, following, ended: false };
-    WeightStream::new(futures::stream::try_unfold(state, |mut state| async move {
-        Ok(state.next().await?.map(|weight| (weight, state)))
+    let mut state = State { weights, quantizer, last, at: 0, anew: None, following, ended: false };
+    let mut failed = false;
+    WeightStream::new(futures::stream::poll_fn(move |cx| {
+        if failed {
+            return Poll::Ready(None);
+        }
+        let next = ready!(state.poll_next(cx));
+        failed = next.is_err();
+        Poll::Ready(next.transpose())
     }))
 }
 
@@ -196,6 +203,8 @@ struct Anew {
     consistency: Consistency,
     /// Weights whose layer is not known yet.
     window: Window<Weight>,
+    /// Of what was quantised.
+    shapes: HashSet<Arc<[u64]>>,
 }
 
 impl Anew {
@@ -206,22 +215,23 @@ impl Anew {
 }
 
 impl State<'_> {
-    async fn next(&mut self) -> Result<Option<Weight>> {
+    /// The next weight, or the end.
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Weight>>> {
         if let Some(scales) = self.following.pop_front() {
-            return Ok(Some(scales));
+            return Poll::Ready(Ok(Some(scales)));
         }
         loop {
             if let Some(weight) = self.settled()? {
-                return self.treat(weight).map(Some);
+                return Poll::Ready(self.treat(weight).map(Some));
             }
             if self.ended {
                 self.end()?;
-                return Ok(None);
+                return Poll::Ready(Ok(None));
             }
-            match self.weights.next().await.transpose()? {
+            match ready!(self.weights.poll_next_unpin(cx)).transpose()? {
                 Some(weight) => {
                     if let Some(becomes) = self.as_before(&weight) {
-                        return self.become_(weight, &becomes).map(Some);
+                        return Poll::Ready(self.become_(weight, &becomes).map(Some));
                     }
                     self.look_at(weight)?;
                 }
@@ -268,7 +278,9 @@ impl State<'_> {
         let becomes = match (decision, &rule) {
             _ if before != Treatment::Plain => Becomes::Recorded(before.clone()),
             (Decision::Quantize, _) => {
-                Becomes::Quantized(Arc::new(Fp8Layout::new(&meta, *self.quantizer.format())?))
+                let format = *self.quantizer.format();
+                let shapes = &mut self.anew()?.shapes;
+                Becomes::Quantized(Arc::new(Fp8Layout::new(&meta, format, shapes)?))
             }
             (Decision::Pass, Rule::IsScale) => Becomes::Recorded(Treatment::Added),
             (Decision::Pass, _) => Becomes::Recorded(Treatment::PassedThrough),

@@ -1,8 +1,9 @@
 //! A weight that is quantised while it is encoded into its bucket, and the scales that follow it.
 
+use std::collections::HashSet;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use engine_core::{DType, Encoding, Error, ErrorKind, Result, TensorMeta, Treatment, Weight};
 
@@ -20,8 +21,9 @@ pub struct Fp8Codes {
     source: Weight,
     layout: Arc<Fp8Layout>,
     codec: Codec,
-    /// The bits of the scales, filled in by whoever encodes their blocks.
-    scales: Box<[AtomicU32]>,
+    /// The bits of the scales, filled in by whoever encodes their blocks. They are there once the CPU encodes some: memory
+    /// that computes scales by its own means has no use for them.
+    scales: OnceLock<Box<[AtomicU32]>>,
 }
 
 /// The encoding of a quantised weight's scales, which exist once its codes do.
@@ -60,12 +62,19 @@ pub(crate) struct Fp8Layout {
     shape: Vec<usize>,
     format: Fp8Format,
     grid: BlockGrid,
+    /// Of the codes.
+    granule: u64,
     codes: TensorMeta,
     scales: TensorMeta,
 }
 
 impl Fp8Layout {
-    pub(crate) fn new(meta: &TensorMeta, format: Fp8Format) -> Result<Self> {
+    /// Of a weight. `shapes` has those of other weights: what is equal becomes the same memory.
+    pub(crate) fn new(
+        meta: &TensorMeta,
+        format: Fp8Format,
+        shapes: &mut HashSet<Arc<[u64]>>,
+    ) -> Result<Self> {
         let name = &meta.name;
         let ty = source_type(meta.dtype).ok_or_else(|| {
             let message = format!("{} has no FP8 form here, only BF16, F16 and F32 do", meta.dtype);
@@ -74,11 +83,37 @@ impl Fp8Layout {
         let shape = sizes(meta)?;
         let grid = format.granularity.grid(&shape).map_err(|error| error.in_tensor(name))?;
         let side = |&side: &usize| side as u64;
-        let scale_shape: Arc<[u64]> = grid.scale_shape().iter().map(side).collect();
+        // Models have thousands of weights of few shapes: these stay in the cache of a CPU.
+        let mut same = |shape: Arc<[u64]>| match shapes.get(&shape) {
+            Some(known) => Arc::clone(known),
+            None => {
+                shapes.insert(Arc::clone(&shape));
+                shape
+            }
+        };
+        let scale_shape = same(grid.scale_shape().iter().map(side).collect());
         let scales = TensorMeta::new(format.scale_name.of(name), DType::F32, scale_shape);
-        let codes = TensorMeta { dtype: DType::F8_E4M3, ..meta.clone() };
-        Ok(Self { ty, shape, format, grid, codes, scales })
+        let codes_shape = same(Arc::clone(&meta.shape));
+        let codes = TensorMeta::new(Arc::clone(name), DType::F8_E4M3, codes_shape);
+        let granule = granule(&grid, &shape);
+        Ok(Self { ty, shape, format, grid, granule, codes, scales })
     }
+}
+
+/// The elements at whose multiples splitting a tensor costs nothing.
+fn granule(grid: &BlockGrid, shape: &[usize]) -> u64 {
+    if grid.elements() == 0 {
+        return 1;
+    }
+    let experts = match *shape {
+        [experts, _, _] => experts.max(1),
+        _ => 1,
+    };
+    let first = grid.band_elements(0).len();
+    // Where the last band of an expert is shorter, only whole experts are all the same size.
+    let is_uneven = grid.band_elements(grid.bands_per_matrix() - 1).len() != first;
+    let granule = if experts > 1 && is_uneven { grid.elements() / experts } else { first };
+    granule as u64
 }
 
 /// A weight as two: its codes, and the scales under their own name.
@@ -87,9 +122,8 @@ pub(crate) fn quantized(
     layout: &Arc<Fp8Layout>,
     codec: Codec,
 ) -> Result<[Weight; 2]> {
-    let scales = (0..layout.grid.scales()).map(|_| AtomicU32::new(UNKNOWN)).collect();
     let layout = layout.clone();
-    let codes = Arc::new(Fp8Codes { source: weight, layout, codec, scales });
+    let codes = Arc::new(Fp8Codes { source: weight, layout, codec, scales: OnceLock::new() });
     let (meta, scale_meta) = (codes.layout.codes.clone(), codes.layout.scales.clone());
     Ok([
         Weight::encoded(meta, codes.clone(), Treatment::Converted)?,
@@ -123,6 +157,12 @@ impl Fp8Codes {
         &self.layout.grid
     }
 
+    /// The bits of all scales.
+    fn scales(&self) -> &[AtomicU32] {
+        let unknown = || (0..self.grid().scales()).map(|_| AtomicU32::new(UNKNOWN)).collect();
+        self.scales.get_or_init(unknown)
+    }
+
     fn failed(&self, error: QuantError) -> Error {
         Error::from(error.in_tensor(self.source.name()))
     }
@@ -140,7 +180,7 @@ impl Fp8Codes {
         // The digest reads the codes next, and a rollout of this host soon after.
         let store = Store::Cached;
         self.codec.quantize(source, &self.layout.format, elements, out, &mut scales, store)?;
-        for (known, scale) in self.scales[first_scale..].iter().zip(scales) {
+        for (known, scale) in self.scales()[first_scale..].iter().zip(scales) {
             // Two pieces that share a block compute the same scale.
             if scale.to_bits() != UNKNOWN {
                 known.store(scale.to_bits(), Ordering::Relaxed);
@@ -188,23 +228,16 @@ impl Fp8Codes {
         Ok(())
     }
 
-    fn experts(&self) -> usize {
-        match self.layout.shape[..] {
-            [experts, _, _] => experts.max(1),
-            _ => 1,
-        }
-    }
-
     /// A scale; computed if nobody has encoded its block, as when only the scales are read.
     fn scale(&self, index: usize) -> Result<u32> {
-        let known = self.scales[index].load(Ordering::Relaxed);
+        let known = self.scales()[index].load(Ordering::Relaxed);
         if known != UNKNOWN {
             return Ok(known);
         }
         let band = self.layout.grid.band_elements(index / self.layout.grid.scales_per_band());
         let mut codes = vec![0; band.len()];
         self.encode_host(band.start as u64..band.end as u64, &mut codes)?;
-        Ok(self.scales[index].load(Ordering::Relaxed))
+        Ok(self.scales()[index].load(Ordering::Relaxed))
     }
 }
 
@@ -218,16 +251,7 @@ impl Encoding for Fp8Codes {
     }
 
     fn granule(&self) -> u64 {
-        if self.layout.grid.elements() == 0 {
-            return 1;
-        }
-        let (experts, bands) = (self.experts(), self.layout.grid.bands_per_matrix());
-        let first = self.layout.grid.band_elements(0).len();
-        // Where the last band of an expert is shorter, only whole experts are all the same size.
-        let uneven = self.layout.grid.band_elements(bands - 1).len() != first;
-        let granule =
-            if experts > 1 && uneven { self.layout.grid.elements() / experts } else { first };
-        granule as u64
+        self.layout.granule
     }
 
     fn reads_device(&self) -> bool {

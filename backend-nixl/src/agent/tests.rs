@@ -116,7 +116,7 @@ pub(super) async fn fill(arena: &Arena, slot: u32, seed: usize) {
     let bytes = pattern(seed).collect::<Vec<u8>>();
     let weight = Weight::new("w", DType::U8, [BYTES], bytes).unwrap();
     let job = Job { weight, start: 0, len: BYTES, offset: 0 };
-    slot.fill(&[job], &Pool::new(1).unwrap(), false).unwrap();
+    slot.fill(vec![job], &Pool::new(1).unwrap(), false).unwrap();
 }
 
 pub(super) fn is_pattern(slot: Slot, seed: usize) -> bool {

@@ -79,6 +79,12 @@ impl Rollout {
         if let Some(kept) = &kept {
             kept.check_before(&received);
         }
+        if let Some(destination) = &self.destination {
+            let to = destination.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(copies) = to.copies() {
+                received.copy_by(copies);
+            }
+        }
         let mut notes = RolloutNotes::default();
         loop {
             if let Some(memory) = &self.memory {

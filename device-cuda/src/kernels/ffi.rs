@@ -1,8 +1,11 @@
 //! Launching what was prepared.
 #![allow(unsafe_code, reason = "kernels take addresses")]
 
-use super::{Kernels, Part, Prepared, THREADS};
+use std::sync::Arc;
+
+use super::{Kernels, Prepared, THREADS, Used};
 use crate::CudaError;
+use crate::table::{Part, Task};
 
 impl Kernels {
     /// Launches what was prepared, and does not wait. The stream keeps all memory that is in it until it
@@ -16,28 +19,33 @@ impl Kernels {
             let words = "what is launched is not what was prepared last";
             return Err(CudaError::Range(words.into()));
         }
+        self.start(&prepared.parts, prepared.used.clone())
+    }
+
+    /// Launches the parts of a table, and does not wait.
+    pub(super) fn start(&self, parts: &[Part], used: Arc<Used>) -> Result<(), CudaError> {
         let stream = self.stream.raw();
-        stream.keep(prepared.used.clone());
-        let sum = prepared.used.table.address();
-        for (index, part) in (1..).zip(&prepared.parts) {
-            let Part { start, table, mode, base } = part;
-            if table.tiles == 0 {
+        let (table, sum) = (used.table.address(), self.found.address());
+        stream.keep(used);
+        stream.keep(self.found.raw().clone());
+        for (index, part) in (1..).zip(parts) {
+            let Part { task, jobs_at, firsts_at, jobs, tiles, wide } = *part;
+            if tiles == 0 {
                 continue;
             }
-            let jobs = sum + *start as u64;
-            let firsts = jobs + table.firsts_at as u64;
-            let (count, tiles) = (table.jobs.into(), table.tiles.into());
-            let (kernel, mut parameters) = match mode {
-                Some(mode) => {
-                    let kernel = if table.wide { &self.encode_wide } else { &self.encode };
-                    (kernel, vec![jobs, firsts, count, tiles, *mode, sum + index * 8, sum, *base])
+            let (entries, firsts) = (table + jobs_at as u64, table + firsts_at as u64);
+            let (count, all) = (jobs.into(), tiles.into());
+            let (kernel, mut parameters) = match task {
+                Task::Encode { mode, base } => {
+                    let kernel = if wide { &self.encode_wide } else { &self.encode };
+                    (kernel, vec![entries, firsts, count, all, mode, sum + index * 8, sum, base])
                 }
-                None => (&self.digest, vec![jobs, firsts, count, tiles, sum]),
+                Task::Digest => (&self.digest, vec![entries, firsts, count, all, sum]),
             };
-            let grid = kernel.grid.min(table.tiles);
-            // SAFETY: these are the parameters of the kernels. The addresses are of the table, which is the one
-            // that was prepared last, and the table's are of slices that lie within their allocations and are
-            // as long as the job's shape says, as `Table` has checked: all of them kept by the stream.
+            let grid = kernel.grid.min(tiles);
+            // SAFETY: these are the parameters of the kernels. The addresses are of the table, whose bytes are those
+            // that the parts were made with, and the table's are of ranges of the memory that `used` has with it, as
+            // those who make tables have checked. The stream keeps `used` and `found`.
             unsafe { kernel.function.launch(grid, THREADS, stream, &mut parameters) }?;
         }
         Ok(())

@@ -1,0 +1,728 @@
+//! The work of a bucket, sorted by who does it. Pure: jobs and addresses in, tables out.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use engine_core::memory::Job;
+use engine_core::{Encoding, Error, Result, Storage, Weight};
+use quant_fp8::{Fp8Codes, Fp8Format, Fp8Scales, Granularity, NonFinite, QuantError};
+
+use crate::CudaError;
+use crate::ledger::key;
+use crate::table::{Entry, Fp8Places, Table, Tables, Task, mode_number};
+
+/// Bytes of a scale.
+pub(crate) const SCALE: usize = size_of::<f32>();
+
+/// Where bytes are, as a device sees them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Located {
+    /// In its memory, at an address.
+    Here(u64),
+    /// In the memory of another device, which the driver copies from.
+    Peer,
+    Elsewhere,
+}
+
+/// Memory beside the bucket, of the device.
+pub(crate) trait Beside {
+    /// Where all scales of a weight go that are not written to their place at once. These are computed now.
+    fn place(&mut self, of: &Arc<dyn Encoding>, codes: &Fp8Codes, now: Range<usize>)
+    -> Result<u64>;
+
+    /// Where the scales of codes are that were or are computed there, if all of these are; with `ends`, they will not be
+    /// asked for again.
+    fn find(&mut self, codes: usize, scales: &Range<usize>, ends: bool) -> Option<u64>;
+
+    /// Memory that is used within this bucket.
+    fn scratch(&mut self, len: usize) -> Result<u64>;
+}
+
+/// The work of one bucket. Its memory is used for bucket after bucket.
+#[derive(Debug, Default)]
+pub(crate) struct Work {
+    /// One launch for each format, and one for what is made aside; there hardly ever is a second.
+    batches: Vec<Batch>,
+    /// Batches of other buckets.
+    spare: Vec<Batch>,
+    /// Copies of what the launches made elsewhere.
+    late: Table,
+    /// What no launch adds to the digest while it writes it.
+    unsummed: Table,
+    /// The numbers of jobs that the CPU encodes.
+    pub(crate) host: Vec<usize>,
+    /// The numbers of jobs that the driver copies: weights of other devices.
+    pub(crate) peers: Vec<usize>,
+    /// Which jobs are scales that launches write to their place.
+    written: Vec<bool>,
+}
+
+#[derive(Debug, Default)]
+struct Batch {
+    format: Fp8Format,
+    /// Whether the targets are not in the bucket.
+    is_aside: bool,
+    table: Table,
+    /// The job that each is of, and the first of its blocks, to name what is not finite.
+    of: Vec<(u32, u32)>,
+}
+
+/// What is sorted, and into what.
+struct Sorting<'a, L, B> {
+    jobs: &'a [Job],
+    /// The address of the bucket, and its length.
+    bucket: (u64, u64),
+    digests: bool,
+    locate: L,
+    beside: &'a mut B,
+    /// Whole scales behind the first codes that are not followed by theirs.
+    later: Option<HashMap<usize, usize>>,
+}
+
+impl Work {
+    /// Sorts the jobs of a bucket that is at an address and so long. `locate` says where storages are.
+    ///
+    /// # Errors
+    ///
+    /// `State` for jobs that reach beyond their weight or the bucket; those of `beside`.
+    pub(crate) fn sort(
+        &mut self,
+        jobs: &[Job],
+        bucket: (u64, u64),
+        digests: bool,
+        locate: impl Fn(&Storage) -> Located,
+        beside: &mut impl Beside,
+    ) -> Result<()> {
+        self.clear();
+        self.written.resize(jobs.len(), false);
+        let mut sorting = Sorting { jobs, bucket, digests, locate, beside, later: None };
+        (0..jobs.len()).try_for_each(|index| self.take(index, &mut sorting))
+    }
+
+    fn clear(&mut self) {
+        // In the order of this bucket's jobs, whatever the last one had.
+        self.spare.append(&mut self.batches);
+        self.late.clear();
+        self.unsummed.clear();
+        self.host.clear();
+        self.peers.clear();
+        self.written.clear();
+    }
+
+    /// Puts the tables of all launches behind those that are there.
+    pub(crate) fn tables(&self, bucket: u64, digests: bool, tables: &mut Tables) {
+        for batch in &self.batches {
+            let base = if digests && !batch.is_aside { bucket } else { 0 };
+            tables.add(&batch.table, Task::Encode { mode: mode_number(batch.format.mode), base });
+        }
+        let mode = mode_number(Fp8Format::default().mode);
+        tables.add(&self.late, Task::Encode { mode, base: 0 });
+        tables.add(&self.unsummed, Task::Digest);
+    }
+
+    /// The error of a block without a finite form, which names its weight: of a launch, a job of it, and a block of that.
+    pub(crate) fn failed(
+        &self,
+        jobs: &[Job],
+        (launch, job, block): (usize, usize, usize),
+    ) -> Error {
+        let found = self.batches.get(launch).and_then(|batch| {
+            let (of, first) = *batch.of.get(job)?;
+            let weight = &jobs.get(of as usize)?.weight;
+            Some((weight, encoding::<Fp8Codes>(weight)?, first as usize))
+        });
+        let Some((weight, codes, first)) = found else {
+            return CudaError::NonFinite { job, block }.into();
+        };
+        let (grid, block) = (codes.grid(), first + block);
+        let band = block / grid.scales_per_band();
+        QuantError::NonFinite {
+            tensor: Some(weight.name().to_owned()),
+            expert: band / grid.bands_per_matrix(),
+            block_row: band % grid.bands_per_matrix(),
+            block_col: block % grid.scales_per_band(),
+        }
+        .into()
+    }
+
+    /// Takes one job in.
+    fn take<L: Fn(&Storage) -> Located, B: Beside>(
+        &mut self,
+        index: usize,
+        sorting: &mut Sorting<'_, L, B>,
+    ) -> Result<()> {
+        let job = &sorting.jobs[index];
+        if job.len == 0 {
+            return Ok(());
+        }
+        let target = sorting.target(job)?;
+        if let Some(storage) = job.weight.storage() {
+            match (sorting.locate)(storage) {
+                Located::Here(source) => {
+                    let copy = Entry::copy(source + job.start, target, job.len);
+                    let batch = self.batch(None, false);
+                    return self.add(batch, copy, (index, 0), job, sorting.digests);
+                }
+                Located::Peer => self.peers.push(index),
+                Located::Elsewhere => self.host.push(index),
+            }
+        } else if let Some(of) = job.weight.encoding() {
+            let any: &dyn std::any::Any = &**of;
+            if let Some(codes) = any.downcast_ref::<Fp8Codes>()
+                && let Some(source) = source_of(codes, &sorting.locate)
+            {
+                return self.take_codes(index, sorting, (of, codes), (source, target));
+            }
+            let scales = any.downcast_ref::<Fp8Scales>().filter(|_| !self.written[index]);
+            if let Some(scales) = scales {
+                let wanted =
+                    job.start as usize / SCALE..((job.start + job.len) as usize).div_ceil(SCALE);
+                let ends = job.start + job.len == job.weight.byte_len();
+                match sorting.beside.find(key(scales.codes()), &wanted, ends) {
+                    Some(from) => self.late.push(Entry::copy(from + job.start, target, job.len))?,
+                    // Not all of them were computed on this device: another rank may have sent some of the codes.
+                    None => self.host.push(index),
+                }
+            } else if !self.written[index] {
+                self.host.push(index);
+            }
+        } else {
+            self.host.push(index);
+        }
+        self.digest_later(target, job, sorting.digests)
+    }
+
+    /// Takes in codes that are computed here, of a source and for a target.
+    fn take_codes<L, B: Beside>(
+        &mut self,
+        index: usize,
+        sorting: &mut Sorting<'_, L, B>,
+        (of, codes): (&Arc<dyn Encoding>, &Fp8Codes),
+        (source, target): (u64, u64),
+    ) -> Result<()> {
+        let (job, grid) = (&sorting.jobs[index], codes.grid());
+        // A code is a byte.
+        let part = job.start as usize..(job.start + job.len) as usize;
+        let is_whole = part.len() == grid.elements();
+        let covering = if is_whole { part.clone() } else { covering(codes, &part) };
+        let first_block = if is_whole { 0 } else { grid.scales_of(&covering).start };
+        let here = if is_whole { sorting.scales_here(index, key(of), &self.written) } else { None };
+        let all_scales = match here {
+            Some(at) => {
+                self.written[at] = true;
+                sorting.target(&sorting.jobs[at])?
+            }
+            None => sorting.beside.place(of, codes, grid.scales_of(&covering))?,
+        };
+        let is_aside = covering != part;
+        let made = if is_aside { sorting.beside.scratch(covering.len())? } else { target };
+        let at = Fp8Places {
+            source: source + (covering.start * codes.source_type().size()) as u64,
+            codes: made,
+            scales: all_scales + (first_block * SCALE) as u64,
+        };
+        let encode = match *codes.shape() {
+            _ if is_whole => Entry::fp8(at, codes.source_type(), codes.shape(), codes.format()),
+            // Uneven experts come whole.
+            [_, rows, cols] if covering.len().is_multiple_of(rows * cols) => {
+                let shape = [covering.len() / (rows * cols), rows, cols];
+                Entry::fp8(at, codes.source_type(), &shape, codes.format())
+            }
+            [.., cols] => {
+                let shape = [covering.len() / cols, cols];
+                Entry::fp8(at, codes.source_type(), &shape, codes.format())
+            }
+            [] => return Err(CudaError::Range("a matrix without sides".into()).into()),
+        };
+        let batch = self.batch(Some(codes.format()), is_aside);
+        if !is_aside {
+            return self.add(batch, encode?, (index, first_block), job, sorting.digests);
+        }
+        // A part that begins or ends within a row of blocks: whole ones are made elsewhere.
+        self.batches[batch].push(encode?, (index, first_block))?;
+        let skipped = (part.start - covering.start) as u64;
+        self.late.push(Entry::copy(made + skipped, target, job.len))?;
+        self.digest_later(target, job, sorting.digests)
+    }
+
+    /// The batch for a format; for copies, any.
+    fn batch(&mut self, format: Option<&Fp8Format>, is_aside: bool) -> usize {
+        let fits = |batch: &Batch| {
+            batch.is_aside == is_aside && format.is_none_or(|format| batch.format == *format)
+        };
+        match self.batches.iter().position(fits) {
+            Some(index) => index,
+            None => {
+                let Batch { mut table, mut of, .. } = self.spare.pop().unwrap_or_default();
+                table.clear();
+                of.clear();
+                let format = format.copied().unwrap_or_default();
+                self.batches.push(Batch { format, is_aside, table, of });
+                self.batches.len() - 1
+            }
+        }
+    }
+
+    fn add(
+        &mut self,
+        batch: usize,
+        (entry, tiles): (Entry, usize),
+        of: (usize, usize),
+        job: &Job,
+        digests: bool,
+    ) -> Result<()> {
+        let is_summed = digests && entry.is_summable();
+        if digests && !is_summed {
+            self.digest_later(entry.target(), job, digests)?;
+        }
+        let entry = if is_summed { entry.summed() } else { entry };
+        self.batches[batch].push((entry, tiles), of)
+    }
+
+    fn digest_later(&mut self, target: u64, job: &Job, digests: bool) -> Result<()> {
+        match digests {
+            true => Ok(self.unsummed.push(Entry::part(target, job.offset, job.len)?)?),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Batch {
+    fn push(&mut self, entry: (Entry, usize), (job, first): (usize, usize)) -> Result<()> {
+        self.table.push(entry)?;
+        // A bucket has at most 65536 jobs; a matrix whose blocks need more bits has no launch.
+        self.of.push((job as u32, first as u32));
+        Ok(())
+    }
+}
+
+impl<L, B> Sorting<'_, L, B> {
+    /// Where a job writes to, which lies within the bucket; its part lies within its weight.
+    fn target(&self, job: &Job) -> Result<u64> {
+        let (address, len) = self.bucket;
+        let part_end = job.start.checked_add(job.len);
+        let end = job.offset.checked_add(job.len);
+        if end.is_some_and(|end| end <= len)
+            && part_end.is_some_and(|end| end <= job.weight.byte_len())
+        {
+            return Ok(address + job.offset);
+        }
+        let words = format!(
+            "{} bytes at {} of a weight of {}, at {} of a bucket of {len}",
+            job.len,
+            job.start,
+            job.weight.byte_len(),
+            job.offset
+        );
+        Err(Error::from(CudaError::Range(words)).tensor(job.weight.name()))
+    }
+
+    /// The job that is all scales of whole codes, if it is in this bucket and not written yet. Scales follow their codes, as a
+    /// rule at once.
+    fn scales_here(&mut self, codes: usize, of: usize, written: &[bool]) -> Option<usize> {
+        let jobs = self.jobs;
+        let whose = |at: usize| {
+            let job = jobs.get(at)?;
+            let scales = encoding::<Fp8Scales>(&job.weight)?;
+            (job.len == job.weight.byte_len()).then(|| key(scales.codes()))
+        };
+        let next = codes + 1;
+        if whose(next) == Some(of) && !written[next] {
+            return Some(next);
+        }
+        let later = self.later.get_or_insert_with(|| {
+            (next..jobs.len()).filter_map(|at| Some((whose(at)?, at))).collect()
+        });
+        later.remove(&of).filter(|&at| at > codes && !written[at])
+    }
+}
+
+/// Where the source of codes is on the device, if they can be computed there.
+fn source_of(codes: &Fp8Codes, locate: &impl Fn(&Storage) -> Located) -> Option<u64> {
+    let Fp8Format { granularity, non_finite, .. } = codes.format();
+    let is_known = matches!(granularity, Granularity::Block { .. });
+    if !is_known || *non_finite == NonFinite::Reproduce {
+        return None;
+    }
+    let size = codes.source_type().size();
+    let storage = codes.source().storage()?;
+    match locate(storage) {
+        // The kernels read whole elements.
+        Located::Here(address)
+            if address.is_multiple_of(size as u64)
+                && storage.len() == (codes.grid().elements() * size) as u64 =>
+        {
+            Some(address)
+        }
+        _ => None,
+    }
+}
+
+/// The smallest range of whole granules around a range of codes.
+fn covering(codes: &Fp8Codes, part: &Range<usize>) -> Range<usize> {
+    let granule = codes.granule() as usize;
+    let end = part.end.next_multiple_of(granule).min(codes.grid().elements());
+    part.start / granule * granule..end
+}
+
+/// A weight's encoding, if it is of this type.
+fn encoding<T: Encoding>(weight: &Weight) -> Option<&T> {
+    let encoding: &dyn std::any::Any = &**weight.encoding()?;
+    encoding.downcast_ref()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+mod tests {
+    use super::*;
+    use engine_core::plan::BucketPlanner;
+    use engine_core::{DType, WeightStreamExt};
+    use futures::StreamExt;
+    use proptest::prelude::*;
+    use quant_fp8::rules::{Receiver, Rules, RulesConfig};
+    use quant_fp8::{Fp8Quantizer, QuantizeFp8};
+
+    /// Where the bucket is: memory of weights is nowhere near.
+    const BUCKET: u64 = 1 << 60;
+    /// Where memory beside it begins.
+    const BESIDE: u64 = 1 << 61;
+
+    /// Memory beside buckets, and which scales of which codes were put there.
+    #[derive(Default)]
+    struct Fake {
+        taken: u64,
+        /// By the codes: where, and which.
+        places: HashMap<usize, (u64, Vec<bool>)>,
+        /// Keeps addresses of encodings from being used again.
+        kept: Vec<Arc<dyn Encoding>>,
+    }
+
+    impl Beside for Fake {
+        fn place(
+            &mut self,
+            of: &Arc<dyn Encoding>,
+            codes: &Fp8Codes,
+            now: Range<usize>,
+        ) -> Result<u64> {
+            self.kept.push(of.clone());
+            let count = codes.grid().scales();
+            if !self.places.contains_key(&key(of)) {
+                let address = self.scratch(count * SCALE)?;
+                self.places.insert(key(of), (address, vec![false; count]));
+            }
+            let (address, known) = self.places.get_mut(&key(of)).unwrap();
+            known[now].fill(true);
+            Ok(*address)
+        }
+
+        fn find(&mut self, codes: usize, scales: &Range<usize>, _: bool) -> Option<u64> {
+            let (address, known) = self.places.get(&codes)?;
+            known[scales.clone()].iter().all(|known| *known).then_some(*address)
+        }
+
+        fn scratch(&mut self, len: usize) -> Result<u64> {
+            let address = BESIDE + self.taken;
+            self.taken += (len as u64).next_multiple_of(256);
+            Ok(address)
+        }
+    }
+
+    /// An entry as the kernels read it, with its number of tiles.
+    #[derive(Clone, Copy, Debug)]
+    struct Read {
+        source: u64,
+        target: u64,
+        scales: u64,
+        /// What it writes to the target.
+        len: u64,
+        tiles: u64,
+        is_copy: bool,
+        is_summed: bool,
+    }
+
+    fn read(tables: &Tables) -> Vec<(Task, Vec<Read>)> {
+        let word = |at: usize| u32::from_le_bytes(tables.bytes[at..at + 4].try_into().unwrap());
+        let long = |at: usize| u64::from_le_bytes(tables.bytes[at..at + 8].try_into().unwrap());
+        let part = |part: &crate::table::Part| {
+            let jobs = part.jobs as usize;
+            let first = |job: usize| match job < jobs {
+                true => u64::from(word(part.firsts_at + 4 * job)),
+                false => u64::from(part.tiles),
+            };
+            let entry = |job: usize| {
+                let at = part.jobs_at + 64 * job;
+                let number = |index: usize| u64::from(word(at + 32 + 4 * index));
+                let (kind, rows, cols, flags) = (number(0), number(1), number(2), number(7));
+                let tiles = first(job + 1) - first(job);
+                let matrices = tiles / (number(5) * number(6)).max(1);
+                let len = if kind == 0 { long(at + 24) } else { matrices * rows * cols };
+                Read {
+                    source: long(at),
+                    target: long(at + 8),
+                    scales: long(at + 16),
+                    len,
+                    tiles,
+                    is_copy: kind == 0,
+                    is_summed: flags & 2 != 0,
+                }
+            };
+            (part.task, (0..jobs).map(entry).collect())
+        };
+        tables.parts.iter().map(part).collect()
+    }
+
+    /// A weight of a model: how large it is, and where.
+    type Made = (usize, usize, usize, u8);
+
+    fn model(made: &[Made], quantizer: &Fp8Quantizer) -> Vec<Weight> {
+        let weights = made.iter().enumerate().map(|(index, &(experts, rows, cols, _))| {
+            let name = format!("model.layers.{index}.mlp.up_proj.weight");
+            let shape = if experts > 1 { vec![experts, rows, cols] } else { vec![rows, cols] };
+            let shape: Vec<u64> = shape.iter().map(|&side| side as u64).collect();
+            Weight::new(name, DType::BF16, shape, vec![0; experts * rows * cols * 2]).unwrap()
+        });
+        let weights: Vec<Weight> = weights.collect();
+        let quantized = weights.quantize_fp8(quantizer).map(|weight| weight.unwrap());
+        let quantized: Vec<Weight> = futures::executor::block_on(quantized.collect());
+        // Some have no format, and others one that there is no kernel for.
+        let cast = quantized.into_iter().enumerate().map(|(index, weight)| {
+            let plain = weight.storage().is_some() && index % 7 == 3;
+            if !plain {
+                return weight;
+            }
+            let mut cast = vec![weight].cast(DType::F32);
+            futures::executor::block_on(cast.next()).unwrap().unwrap()
+        });
+        cast.collect()
+    }
+
+    /// The jobs of each bucket; where it `cuts`, also those weights in two that would have fit into the next bucket.
+    fn plan(weights: &[Weight], bucket_bytes: u64, cuts: bool) -> Vec<Vec<Job>> {
+        let mut planner = BucketPlanner::new(bucket_bytes).unwrap();
+        let (mut buckets, mut jobs) = (Vec::new(), Vec::new());
+        for weight in weights {
+            let (mut start, total) = (0, weight.byte_len());
+            loop {
+                let size = if cuts { u64::MAX } else { total };
+                let place = planner.place(1, size, total - start, weight.granule());
+                let Some(place) = place else {
+                    planner.close();
+                    buckets.push(std::mem::take(&mut jobs));
+                    continue;
+                };
+                let weight = weight.clone();
+                jobs.push(Job { weight, start, len: place.len, offset: place.offset });
+                start += place.len;
+                if start == total {
+                    break;
+                }
+            }
+        }
+        buckets.push(jobs);
+        buckets
+    }
+
+    /// Blocks are small, so that scales are long enough to be cut.
+    fn quantizer() -> Fp8Quantizer {
+        let granularity = Granularity::Block { rows: 32, cols: 32 };
+        let format = Fp8Format { granularity, ..Fp8Format::default() };
+        let config = RulesConfig { format, receiver: Receiver::Any, ..RulesConfig::default() };
+        Rules::new(&config).unwrap().into()
+    }
+
+    /// Where the memory of each weight is said to be, by its address on the host.
+    fn places(weights: &[Weight], made: &[Made]) -> HashMap<u64, Located> {
+        let mut places = HashMap::new();
+        for weight in weights {
+            let source = encoding::<Fp8Codes>(weight).map_or(weight, |codes| codes.source());
+            let Some(bytes) = source.contiguous_bytes() else { continue };
+            let index: usize = source.name().split('.').nth(2).unwrap().parse().unwrap();
+            let address = bytes.as_ptr().addr() as u64;
+            let located = match made[index].3 {
+                0 => Located::Elsewhere,
+                1 => Located::Peer,
+                // Not all are aligned.
+                shift => Located::Here(address + 2 * (u64::from(shift) - 2)),
+            };
+            places.insert(address, located);
+        }
+        places
+    }
+
+    fn made() -> impl Strategy<Value = Vec<Made>> {
+        let side = || prop_oneof![Just(128_usize), Just(256), 1_usize..300];
+        proptest::collection::vec((1_usize..4, side(), side(), 0_u8..8), 1..12)
+    }
+
+    /// What is written and digested of a bucket, by whom: each range once.
+    fn sorted_ranges(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+        ranges.retain(|(_, len)| *len > 0);
+        ranges.sort_unstable();
+        ranges
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(96))]
+
+        #[test]
+        fn each_part_is_written_once_and_digested_once_whoever_does_it(
+            made in made(), bucket_bytes in 2_u64..600, cuts: bool, digests: bool,
+        ) {
+            let bucket_bytes = bucket_bytes * 256;
+            let weights = model(&made, &quantizer());
+            let places = places(&weights, &made);
+            let locate = |storage: &Storage| {
+                let address = storage.host().map(|bytes| bytes.as_ptr().addr() as u64);
+                address.and_then(|at| places.get(&at).copied()).unwrap_or(Located::Elsewhere)
+            };
+            let (mut beside, mut reused) = (Fake::default(), Work::default());
+            for jobs in plan(&weights, bucket_bytes, cuts) {
+                let before = (beside.taken, beside.places.clone());
+                let place = (BUCKET, bucket_bytes);
+                reused.sort(&jobs, place, digests, locate, &mut beside).unwrap();
+                let mut tables = Tables::default();
+                reused.tables(BUCKET, digests, &mut tables);
+
+                // Memory that was used for other buckets makes the same table as new memory.
+                let mut again = Fake { taken: before.0, places: before.1, kept: Vec::new() };
+                let mut fresh = Work::default();
+                fresh.sort(&jobs, place, digests, locate, &mut again).unwrap();
+                let mut other = Tables::default();
+                fresh.tables(BUCKET, digests, &mut other);
+                prop_assert_eq!(&tables.bytes, &other.bytes);
+
+                let parts = read(&tables);
+                let (digested, launches): (Vec<_>, Vec<_>) =
+                    parts.into_iter().partition(|(task, _)| *task == Task::Digest);
+                let is_here = |at: u64| (BUCKET..BUCKET + bucket_bytes).contains(&at);
+                let (mut written, mut summed) = (Vec::new(), Vec::new());
+                for entry in launches.iter().flat_map(|(_, entries)| entries) {
+                    if is_here(entry.target) {
+                        written.push((entry.target - BUCKET, entry.len));
+                        if entry.is_summed {
+                            summed.push((entry.target - BUCKET, entry.len));
+                        }
+                    }
+                    if !entry.is_copy && is_here(entry.scales) {
+                        written.push((entry.scales - BUCKET, entry.tiles * 4));
+                    }
+                }
+                let range = |index: &usize| (jobs[*index].offset, jobs[*index].len);
+                written.extend(reused.host.iter().chain(&reused.peers).map(range));
+                for entry in digested.iter().flat_map(|(_, entries)| entries) {
+                    prop_assert_eq!(entry.source, BUCKET + entry.target);
+                    summed.push((entry.target, entry.len));
+                }
+                let all: Vec<_> = jobs.iter().map(|job| (job.offset, job.len)).collect();
+                let all = sorted_ranges(all);
+                prop_assert_eq!(sorted_ranges(written), all.clone());
+                let expected = if digests { all } else { Vec::new() };
+                prop_assert_eq!(sorted_ranges(summed), expected);
+            }
+        }
+
+        #[test]
+        fn each_part_is_made_of_its_own_bytes(
+            made in made(), bucket_bytes in 2_u64..600, cuts: bool,
+        ) {
+            let bucket_bytes = bucket_bytes * 256;
+            let weights = model(&made, &quantizer());
+            let places = places(&weights, &made);
+            let locate = |storage: &Storage| {
+                let address = storage.host().map(|bytes| bytes.as_ptr().addr() as u64);
+                address.and_then(|at| places.get(&at).copied()).unwrap_or(Located::Elsewhere)
+            };
+            let (mut beside, mut work) = (Fake::default(), Work::default());
+            // Where each scale of each codes was computed to last.
+            let mut scale_at: HashMap<usize, HashMap<usize, u64>> = HashMap::new();
+            for jobs in plan(&weights, bucket_bytes, cuts) {
+                work.sort(&jobs, (BUCKET, bucket_bytes), true, locate, &mut beside).unwrap();
+                let mut tables = Tables::default();
+                work.tables(BUCKET, true, &mut tables);
+                let entries: Vec<Read> = read(&tables)
+                    .into_iter()
+                    .filter(|(task, _)| *task != Task::Digest)
+                    .flat_map(|(_, entries)| entries)
+                    .collect();
+                let writer = |target: u64| entries.iter().find(|entry| entry.target == target);
+                for (index, job) in jobs.iter().enumerate() {
+                    let by_others = work.host.contains(&index) || work.peers.contains(&index);
+                    if by_others || job.len == 0 {
+                        continue;
+                    }
+                    let target = BUCKET + job.offset;
+                    if let Some(codes) = encoding::<Fp8Codes>(&job.weight) {
+                        let Located::Here(source) = locate(codes.source().storage().unwrap()) else {
+                            panic!("codes of a source that is not here");
+                        };
+                        let (mut entry, mut start) = (*writer(target).unwrap(), job.start);
+                        if entry.is_copy {
+                            // Made beside the bucket, from whole granules.
+                            let made = |other: &&Read| {
+                                !other.is_copy
+                                    && (other.target..other.target + other.len).contains(&entry.source)
+                            };
+                            let made = entries.iter().find(made).unwrap();
+                            start -= entry.source - made.target;
+                            entry = *made;
+                        }
+                        prop_assert_eq!(entry.source, source + 2 * start);
+                        let first = codes.grid().scales_of(&(start as usize..start as usize + 1));
+                        for block in 0..entry.tiles {
+                            let all = scale_at.entry(key(job.weight.encoding().unwrap())).or_default();
+                            all.insert(first.start + block as usize, entry.scales + 4 * block);
+                        }
+                    } else if let Some(scales) = encoding::<Fp8Scales>(&job.weight) {
+                        let known = &scale_at[&key(scales.codes())];
+                        for at in (job.start..job.start + job.len).step_by(4) {
+                            let here = target + at - job.start;
+                            let from = match writer(target) {
+                                None => here,
+                                Some(copy) => copy.source + at - job.start,
+                            };
+                            prop_assert_eq!(known[&(at as usize / 4)], from);
+                        }
+                    } else {
+                        let Located::Here(source) = locate(job.weight.storage().unwrap()) else {
+                            panic!("a copy of what is not here");
+                        };
+                        prop_assert_eq!(writer(target).unwrap().source, source + job.start);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn scales_that_do_not_follow_their_codes_are_written_to_their_place_all_the_same() {
+        let weights = model(&[(1, 128, 256, 2), (1, 256, 128, 2), (1, 128, 128, 2)], &quantizer());
+        let here = |storage: &Storage| {
+            Located::Here(storage.host().unwrap().as_ptr().addr() as u64 / 16 * 16)
+        };
+        // All codes, then all scales.
+        let mut order: Vec<Weight> = weights.iter().step_by(2).cloned().collect();
+        order.extend(weights.iter().skip(1).step_by(2).cloned());
+        let jobs = plan(&order, 1 << 20, false).remove(0);
+        let (mut work, mut beside) = (Work::default(), Fake::default());
+        work.sort(&jobs, (BUCKET, 1 << 20), true, here, &mut beside).unwrap();
+        assert_eq!((work.host.len(), beside.taken), (0, 0));
+    }
+
+    #[test]
+    fn a_job_beyond_its_weight_or_its_bucket_is_an_error_that_names_it() {
+        let weight = Weight::new("w", DType::U8, [300_u64], vec![0; 300]).unwrap();
+        let sort = |start, len, offset| {
+            let job = Job { weight: weight.clone(), start, len, offset };
+            let here = |_: &Storage| Located::Here(4096);
+            Work::default().sort(&[job], (BUCKET, 1024), true, here, &mut Fake::default())
+        };
+        sort(0, 300, 256).unwrap();
+        for (start, len, offset) in
+            [(1, 300, 0), (0, 301, 0), (0, 300, 768), (u64::MAX, 2, 0), (0, 2, u64::MAX)]
+        {
+            let error = sort(start, len, offset).unwrap_err();
+            assert_eq!(error.report().tensor.as_deref(), Some("w"), "{start} {len} {offset}");
+        }
+    }
+}
