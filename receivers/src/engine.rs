@@ -25,7 +25,7 @@ use tokio::task::JoinHandle;
 use tracing::info;
 
 use crate::chunk::{Chunk, Chunks, Tensors};
-use crate::fleet::{Act, Answers, Ask, Fleet, Outcome, rank_of};
+use crate::fleet::{Act, Answers, Ask, Fleet, Outcome, Said, rank_of};
 use crate::http::ServerUrl;
 use crate::server::{Meeting, Meets, Server, World};
 use crate::store::{TorchStore, id_key};
@@ -103,6 +103,7 @@ pub(crate) async fn prepare<L: Library>(
         let is_shared = meets == Meets::Nowhere;
         let engine = ServersEngine {
             fleet: Fleet::new(servers.len(), pauses),
+            under_way: UnderWay::default(),
             loaded: vec![Loaded::default(); servers.len()],
             servers,
             meets,
@@ -128,6 +129,8 @@ pub(crate) async fn prepare<L: Library>(
 #[derive(Debug)]
 struct ServersEngine<C: Communicator> {
     fleet: Fleet,
+    /// What the servers were told and have not all answered, of this update or of one that was dropped.
+    under_way: UnderWay,
     servers: Vec<Arc<dyn Server>>,
     meets: Meets,
     /// What each server has said that it loaded, in this update.
@@ -167,6 +170,45 @@ struct Loaded {
     buckets: u64,
     tensors: u64,
     bytes: u64,
+}
+
+/// One act of the machine's, which goes on when nobody waits for it any more.
+///
+/// Whoever was told of it does its part at any time from then on: a worker that waits in a broadcast takes the next one that
+/// there is, and one that reads a slot reads what is in it. So an act is never left half done, and none begins before the
+/// last one has ended.
+#[derive(Debug, Default)]
+struct UnderWay(Option<JoinHandle<Done>>);
+
+/// What became of an act.
+#[derive(Debug)]
+enum Done {
+    Asked(Vec<(usize, Ask, Result<Said>)>),
+    Formed(Result<()>, Answers),
+    /// A bucket of so many tensors and bytes.
+    Sent {
+        own: Result<()>,
+        answers: Answers,
+        tensors: u64,
+        bytes: u64,
+    },
+    /// Nobody knows.
+    Lost(Error),
+}
+
+impl UnderWay {
+    fn begin(&mut self, act: impl Future<Output = Done> + Send + 'static) {
+        self.0 = Some(tokio::spawn(act));
+    }
+
+    /// The end of the act, unless there is none. It is still there when the future is dropped.
+    async fn ended(&mut self) -> Option<Done> {
+        let ended = self.0.as_mut()?.await;
+        self.0 = None;
+        Some(ended.unwrap_or_else(|error| {
+            Done::Lost(Error::new(ErrorKind::Aborted, "asking the servers", error.to_string()))
+        }))
+    }
 }
 
 /// A world that has to be joined yet.
@@ -224,7 +266,7 @@ impl<C: Communicator> Sending<C> {
         Ok(Some(Bucket { slot, len, source_bytes, tensors }))
     }
 
-    /// Whether the world is in order, if there has to be one. Waits for a broadcast that an update has left under way.
+    /// Whether the world is in order, if there has to be one.
     async fn is_joined(&self, limit: Duration) -> bool {
         self.is_shared || self.thread.run(limit, |library, _| library.ended(WORLD)).await.is_ok()
     }
@@ -288,6 +330,55 @@ impl<C: Communicator> Sending<C> {
     }
 }
 
+/// Waits for the trainer's own part of a call and for those of the servers, all of which end together or not at all.
+async fn together(
+    mut own: JoinHandle<Result<()>>,
+    mut theirs: FuturesUnordered<impl Future<Output = (usize, Result<()>)>>,
+    members: Vec<usize>,
+    deadline: Duration,
+) -> (Result<()>, Answers) {
+    let begun = Instant::now();
+    let grace = GRACE.min(deadline / 4);
+    let mut until = begun + deadline;
+    let mut ended: Option<Result<()>> = None;
+    let mut answers: Answers = members.into_iter().map(|index| (index, None)).collect();
+    while ended.is_none() || !theirs.is_empty() {
+        let left = until.saturating_duration_since(Instant::now());
+        let failed = tokio::select! {
+            done = &mut own, if ended.is_none() => {
+                let done = done.unwrap_or_else(|error| {
+                    Err(Error::new(ErrorKind::Aborted, "calling NCCL", error.to_string()))
+                });
+                let failed = done.is_err();
+                ended = Some(done);
+                failed
+            }
+            Some((index, answer)) = theirs.next(), if !theirs.is_empty() => {
+                let failed = answer.is_err();
+                // That the time is up is no answer.
+                let is_silence =
+                    answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::Timeout);
+                let place = answers.iter_mut().find(|(of, _)| *of == index);
+                if let Some((_, place)) = place.filter(|_| !is_silence) {
+                    *place = Some(answer);
+                }
+                failed
+            }
+            () = sleep(left) => break,
+        };
+        if failed {
+            until = until.min(Instant::now() + grace);
+        }
+    }
+    let ended = ended.unwrap_or_else(|| {
+        own.abort();
+        let seconds = begun.elapsed().as_secs_f64();
+        let message = format!("the world was given up after {seconds:.1} s");
+        Err(Error::new(ErrorKind::Timeout, "waiting for the servers' workers in NCCL", message))
+    });
+    (ended, answers)
+}
+
 impl<C: Communicator> ServersEngine<C> {
     /// Does what the machine says until the update is over. The buckets that were sent.
     async fn run(&mut self, feed: &mut Feed<'_, '_>, version: Version) -> u64 {
@@ -306,21 +397,27 @@ impl<C: Communicator> ServersEngine<C> {
             match self.fleet.next() {
                 Act::Ask(asks) => {
                     let (begun, is_last) = (Instant::now(), sent > 0 && ready.is_none());
-                    let servers = &self.servers;
-                    let asked = asks.into_iter().map(|(index, ask)| async move {
-                        (index, ask, servers[index].ask(ask, version).await)
+                    let asked = asks.into_iter().map(|(index, ask)| {
+                        let server = self.servers[index].clone();
+                        async move { (index, ask, server.ask(ask, version).await) }
                     });
-                    for (index, ask, said) in join_all(asked).await {
-                        tracing::debug!(server = index + 1, ?ask, ?said, "asked");
-                        self.fleet.answer(index, ask, said);
-                    }
+                    let asked = join_all(asked);
+                    self.under_way.begin(async { Done::Asked(asked.await) });
+                    let done = self.under_way.ended().await;
+                    self.tell(done);
                     if is_last {
                         feed.stages.confirm += begun.elapsed();
                     }
                 }
                 Act::Form(members) => {
-                    let (own, answers) = self.form(&members).await;
-                    self.fleet.formed(own, answers);
+                    match self.form(&members).await {
+                        Ok(()) => {
+                            let done = self.under_way.ended().await;
+                            self.tell(done);
+                        }
+                        // Nobody was asked.
+                        Err(error) => self.fleet.formed(Err(error), Vec::new()),
+                    }
                 }
                 Act::Send(members) => {
                     let Some(bucket) = ready.take() else {
@@ -328,19 +425,11 @@ impl<C: Communicator> ServersEngine<C> {
                         continue;
                     };
                     let begun = Instant::now();
-                    let sending = self.send(&members, &bucket);
+                    self.send(&members, &bucket);
                     let filling = self.sending.fill(feed, self.deadline);
-                    let ((own, answers), next) = join(sending, filling).await;
+                    let (done, next) = join(self.under_way.ended(), filling).await;
                     feed.stages.publish += begun.elapsed();
-                    let loaded =
-                        answers.iter().filter(|(_, answer)| matches!(answer, Some(Ok(()))));
-                    for (index, _) in loaded {
-                        let loaded = &mut self.loaded[*index];
-                        loaded.buckets += 1;
-                        loaded.tensors += bucket.tensors.names.len() as u64;
-                        loaded.bytes += bucket.len;
-                    }
-                    self.fleet.sent(own, answers);
+                    self.tell(done);
                     let bytes = bucket.source_bytes;
                     self.meter.observe(&Progress::Bucket { index: sent, bytes });
                     sent += 1;
@@ -354,28 +443,52 @@ impl<C: Communicator> ServersEngine<C> {
         }
     }
 
-    /// Forms a world with the workers of servers, each of which joins at the same time.
-    async fn form(&mut self, members: &[usize]) -> (Result<()>, Answers) {
+    /// Tells the machine what became of an act.
+    fn tell(&mut self, done: Option<Done>) {
+        match done {
+            None => {}
+            Some(Done::Asked(answers)) => {
+                for (index, ask, said) in answers {
+                    tracing::debug!(server = index + 1, ?ask, ?said, "asked");
+                    self.fleet.answer(index, ask, said);
+                }
+            }
+            Some(Done::Formed(own, answers)) => self.fleet.formed(own, answers),
+            Some(Done::Sent { own, answers, tensors, bytes }) => {
+                let has = |answer: &Option<Result<()>>| matches!(answer, Some(Ok(())));
+                for (index, _) in answers.iter().filter(|(_, answer)| has(answer)) {
+                    let loaded = &mut self.loaded[*index];
+                    loaded.buckets += 1;
+                    loaded.tensors += tensors;
+                    loaded.bytes += bytes;
+                }
+                self.fleet.sent(own, answers);
+            }
+            Some(Done::Lost(error)) => {
+                self.fleet.sent(Err(error.report().clone().into()), Vec::new());
+                self.fleet.fail(error);
+            }
+        }
+    }
+
+    /// Begins to form a world with the workers of servers, each of which joins at the same time.
+    ///
+    /// # Errors
+    ///
+    /// What keeps the trainer from asking any server.
+    async fn form(&mut self, members: &[usize]) -> Result<()> {
         let limit = self.deadline;
         let id = match self.meets {
-            Meets::Nowhere => Ok(Vec::new()),
+            Meets::Nowhere => Vec::new(),
             _ => {
-                let id = self.sending.thread.run(limit, |library, _| library.new_group()).await;
-                id.map(|id| id.to_vec())
+                let id = self.sending.thread.run(limit, |library, _| library.new_group());
+                id.await?.to_vec()
             }
-        };
-        let id = match id {
-            Ok(id) => id,
-            // Nobody was asked.
-            Err(error) => return (Err(error), Vec::new()),
         };
         let workers: u32 = members.iter().map(|&index| self.fleet.workers(index)).sum();
         let size = workers + 1;
         info!(servers = members.len(), ranks = size, "forming a world");
-        let meeting = match self.meeting(&id, size).await {
-            Ok(meeting) => meeting,
-            Err(error) => return (Err(error), Vec::new()),
-        };
+        let meeting = self.meeting(&id, size).await?;
         let mut first = 1;
         let theirs: FuturesUnordered<_> = members
             .iter()
@@ -395,7 +508,12 @@ impl<C: Communicator> ServersEngine<C> {
                 tokio::spawn(async { ready })
             }
         };
-        self.together(own, theirs, members).await
+        let formed = together(own, theirs, members.to_vec(), limit);
+        self.under_way.begin(async {
+            let (own, answers) = formed.await;
+            Done::Formed(own, answers)
+        });
+        Ok(())
     }
 
     /// Puts the id of a world where its workers look for it, if they do. Workers of an older world find nothing any more.
@@ -417,69 +535,28 @@ impl<C: Communicator> ServersEngine<C> {
         Ok(Some(meeting))
     }
 
-    /// Sends a bucket to servers, each of which is told of it at the same time.
-    async fn send(&self, members: &[usize], bucket: &Bucket) -> (Result<()>, Answers) {
+    /// Begins to send a bucket to servers, each of which is told of it at the same time.
+    fn send(&mut self, members: &[usize], bucket: &Bucket) {
         // All servers are of one kind and in one world.
         let body = members.first().map(|&index| self.servers[index].describe(&bucket.tensors));
-        let body = &body.unwrap_or_default();
+        let body = Arc::new(body.unwrap_or_default());
         let theirs: FuturesUnordered<_> = members
             .iter()
-            .map(|&index| async move { (index, self.servers[index].update(body).await) })
+            .map(|&index| {
+                let (server, body) = (self.servers[index].clone(), body.clone());
+                async move { (index, server.update(&body).await) }
+            })
             .collect();
         let own = match self.sending.is_shared {
             true => tokio::spawn(async { Ok(()) }),
             false => self.sending.broadcast(bucket, self.deadline),
         };
-        self.together(own, theirs, members).await
-    }
-
-    /// Waits for the trainer's own part of a call and for those of the servers, all of which end together or not at all.
-    async fn together(
-        &self,
-        mut own: JoinHandle<Result<()>>,
-        mut theirs: FuturesUnordered<impl Future<Output = (usize, Result<()>)>>,
-        members: &[usize],
-    ) -> (Result<()>, Answers) {
-        let begun = Instant::now();
-        let grace = GRACE.min(self.deadline / 4);
-        let mut until = begun + self.deadline;
-        let mut ended: Option<Result<()>> = None;
-        let mut answers: Answers = members.iter().map(|&index| (index, None)).collect();
-        while ended.is_none() || !theirs.is_empty() {
-            let left = until.saturating_duration_since(Instant::now());
-            let failed = tokio::select! {
-                done = &mut own, if ended.is_none() => {
-                    let done = done.unwrap_or_else(|error| {
-                        Err(Error::new(ErrorKind::Aborted, "calling NCCL", error.to_string()))
-                    });
-                    let failed = done.is_err();
-                    ended = Some(done);
-                    failed
-                }
-                Some((index, answer)) = theirs.next(), if !theirs.is_empty() => {
-                    let failed = answer.is_err();
-                    // That the time is up is no answer.
-                    let is_silence =
-                        answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::Timeout);
-                    let place = answers.iter_mut().find(|(of, _)| *of == index);
-                    if let Some((_, place)) = place.filter(|_| !is_silence) {
-                        *place = Some(answer);
-                    }
-                    failed
-                }
-                () = sleep(left) => break,
-            };
-            if failed {
-                until = until.min(Instant::now() + grace);
-            }
-        }
-        let ended = ended.unwrap_or_else(|| {
-            own.abort();
-            let seconds = begun.elapsed().as_secs_f64();
-            let message = format!("the world was given up after {seconds:.1} s");
-            Err(Error::new(ErrorKind::Timeout, "waiting for the servers' workers in NCCL", message))
+        let (tensors, bytes) = (bucket.tensors.names.len() as u64, bucket.len);
+        let sent = together(own, theirs, members.to_vec(), self.deadline);
+        self.under_way.begin(async move {
+            let (own, answers) = sent.await;
+            Done::Sent { own, answers, tensors, bytes }
         });
-        (ended, answers)
     }
 
     fn report(
@@ -528,7 +605,9 @@ impl<C: Communicator> ServersEngine<C> {
 
 #[async_trait]
 impl<C: Communicator> CheckpointEngine for ServersEngine<C> {
-    async fn finalize(self: Box<Self>) -> Result<()> {
+    async fn finalize(mut self: Box<Self>) -> Result<()> {
+        let left = self.under_way.ended().await;
+        self.tell(left);
         // A server that cannot leave now joins anew all the same when somebody sends to it.
         let limit = SHORT.min(self.deadline);
         let leaving = self
@@ -556,6 +635,8 @@ impl<C: Communicator> TrainerEngine for ServersEngine<C> {
     ) -> Result<SendReport> {
         let begun = Instant::now();
         let ranks: Vec<Rank> = (0..self.servers.len()).map(rank_of).collect();
+        let left = self.under_way.ended().await;
+        self.tell(left);
         let has_world = self.sending.is_joined(self.deadline).await;
         self.fleet.begin(version, has_world);
         self.loaded.fill(Loaded::default());

@@ -17,6 +17,8 @@
 //! - A server is *half loaded* from the moment that it is told to start until it has confirmed the version. It is never
 //!   told to generate before that, however many updates fail in between, and what it began is ended (`Reset`) before it
 //!   begins anew: it counts what it has loaded of a layer, and would count what it has of the old version.
+//! - An act has ended before the next one begins, even if its update was dropped: a server does what it was told at any time
+//!   from then on.
 //! - No server is asked to take part in a broadcast that some member of the world is known not to take part in.
 
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result, Version};

@@ -10,7 +10,7 @@ use quant_fp8::QuantizeFp8;
 use quant_fp8::rules::{Receiver, Rules, RulesConfig};
 use serde_json::json;
 use support::server::{Server, Started, Wrong, tensors};
-use support::{config, join, model, plain, registry, trainer, trainer_with};
+use support::{config, drop_at, even, join, model, plain, registry, trainer, trainer_with};
 
 /// A server that generates with a version, and with every byte of it.
 fn has(server: &Server, version: u64) {
@@ -281,6 +281,32 @@ async fn an_update_that_another_trainer_left_open_is_ended_first() {
     let sent = second.send_weights(ensure_async_iterator(model(2)), Version(2)).await;
     sent.expect("an update");
     has(&server, 2);
+}
+
+#[tokio::test]
+async fn no_bucket_of_a_dropped_update_is_taken_for_one_of_the_next() {
+    for (started, options) in
+        [(Started::default(), plain()), (reads(), json!({ "transport": "ipc" }))]
+    {
+        let server = Server::start(&even(0), started).await;
+        let mut trainer = trainer(&[&server], options).await;
+        let sent = trainer.send_weights(ensure_async_iterator(even(1)), Version(1)).await;
+        sent.expect("an update");
+        for at in 0..even(1).len() {
+            // The server gets to the bucket of that moment when the next update has sent all of its own. That one ends what
+            // was open first, so its own end is the second.
+            if at > 1 {
+                server.wrong("/update_weights", at - 2, Wrong::Slow(Duration::from_millis(60)));
+                server.wrong("/finish_weight_update", 1, Wrong::Slow(Duration::from_millis(120)));
+            }
+            drop_at(&mut *trainer, even(1), at).await;
+            let sent = trainer.send_weights(ensure_async_iterator(even(2)), Version(2)).await;
+            sent.unwrap_or_else(|error| panic!("at {at}: {error}"));
+            let (version, weights) = server.generate().expect("it generates");
+            assert_eq!(version, "2");
+            assert!(weights == tensors(&even(2)), "at {at}: bytes of the update that was dropped");
+        }
+    }
 }
 
 #[tokio::test]
