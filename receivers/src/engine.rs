@@ -57,6 +57,8 @@ pub(crate) struct Receivers {
     pub(crate) pauses: bool,
     /// How their workers get to know a world.
     pub(crate) meets: Meets,
+    /// Whether they take each weight by a broadcast of its own, and not each bucket.
+    pub(crate) unpacked: bool,
 }
 
 /// How long answers of servers may take: those about what is there already, and those that make a server do something.
@@ -75,7 +77,7 @@ pub(crate) async fn prepare<L: Library>(
     context: EngineContext,
     receivers: Receivers,
 ) -> Result<PreparedTrainer> {
-    let Receivers { backend, servers, pauses, meets } = receivers;
+    let Receivers { backend, servers, pauses, meets, unpacked } = receivers;
     let refuse = |kind, message: &str| Err(Error::new(kind, "preparing", message));
     if servers.is_empty() {
         let message = format!(
@@ -116,6 +118,7 @@ pub(crate) async fn prepare<L: Library>(
                 locks: Arc::new(SlotLocks::new(SLOTS)),
                 awaited: Arc::default(),
                 is_shared,
+                unpacked,
                 shape,
                 pool,
                 limit: deadline,
@@ -152,6 +155,8 @@ struct Sending<C: Communicator> {
     awaited: Arc<Mutex<Option<Awaited>>>,
     /// Whether servers read the slots where they are.
     is_shared: bool,
+    /// Whether each weight is broadcast by itself.
+    unpacked: bool,
     shape: Shape,
     pool: Pool,
     /// How long somebody waits for the library to let go of the world.
@@ -299,7 +304,13 @@ impl<C: Communicator> Sending<C> {
     /// Broadcasts a bucket to the world, and joins it before that if it is the first one. Goes on when nobody waits for it any more: members that have begun a broadcast
     /// wait for it without an end.
     fn broadcast(&self, bucket: &Bucket, limit: Duration) -> JoinHandle<Result<()>> {
-        let (slot, len) = (bucket.slot, bucket.len);
+        let slot = bucket.slot;
+        let parts = match self.unpacked {
+            true => bucket.tensors.parts(),
+            false => vec![0..bucket.len],
+        };
+        // Nothing is said of what has no bytes.
+        let parts: Vec<_> = parts.into_iter().filter(|part| !part.is_empty()).collect();
         let (thread, locks) = (self.thread.clone(), self.locks.clone());
         let awaited = self.awaited.clone();
         tokio::spawn(async move {
@@ -309,12 +320,11 @@ impl<C: Communicator> Sending<C> {
                     if let Some(Awaited { id, size }) = lock(&awaited).take() {
                         library.join(WORLD, &id, size, 0, wait)?;
                     }
-                    if len == 0 {
-                        return Ok(());
+                    let all = library.ended(WORLD)? + parts.len() as u64;
+                    for part in parts {
+                        library.broadcast_part(WORLD, slot, part, wait)?;
                     }
-                    let before = library.ended(WORLD)?;
-                    library.broadcast(WORLD, slot, len, wait)?;
-                    while library.ended(WORLD)? == before {
+                    while library.ended(WORLD)? < all {
                         wait.check("broadcasting a bucket")?;
                         std::thread::sleep(PAUSE);
                     }

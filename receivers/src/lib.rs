@@ -96,6 +96,9 @@ pub struct VllmOptions {
     pub transport: Transport,
     /// What happens to requests that a server is at work on when an update begins.
     pub pause: vllm::Pause,
+    /// Whether each weight is a broadcast of its own, which the servers receive into memory of its own, instead of each
+    /// bucket. Over NCCL.
+    pub unpacked: bool,
     /// The file `libnccl.so.2`; searched for without it.
     pub library: Option<PathBuf>,
 }
@@ -177,16 +180,27 @@ pub async fn prepare_vllm<L: Library>(
     context: EngineContext,
 ) -> Result<PreparedTrainer> {
     let backend = VLLM.name();
-    let VllmOptions { servers, transport, pause, .. } = context.config.kwargs(backend)?;
+    let options: VllmOptions = context.config.kwargs(backend)?;
+    let VllmOptions { servers, transport, pause, unpacked, .. } = options;
+    if unpacked && transport != Transport::Nccl {
+        let message = "`unpacked` is for `transport: nccl`: nothing is broadcast with another";
+        return Err(Error::new(ErrorKind::Config, "preparing", message));
+    }
     let (short, long) = limits(&context);
     let server = |url| -> Arc<dyn Server> {
-        Arc::new(Vllm { client: Client { url, short, long, kind: vllm::KIND }, transport, pause })
+        Arc::new(Vllm {
+            client: Client { url, short, long, kind: vllm::KIND },
+            transport,
+            pause,
+            unpacked,
+        })
     };
     let receivers = Receivers {
         backend,
         servers: servers.into_iter().map(server).collect(),
         pauses: pause != vllm::Pause::None,
         meets: transport.meets(Meets::AtOnce),
+        unpacked,
     };
     prepare(library, context, receivers).await
 }
@@ -217,6 +231,7 @@ pub async fn prepare_sglang<L: Library>(
             address: options.master_address,
             port: options.master_port,
         }),
+        unpacked: false,
     };
     prepare(library, context, receivers).await
 }

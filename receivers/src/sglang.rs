@@ -5,6 +5,7 @@
 //!
 //! `/health` is not asked: it generates a token, and says that a server which is paused is not healthy.
 
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
@@ -234,12 +235,8 @@ impl Server for Sglang {
 /// A worker reads it before it answers: when it drops what it rebuilt, torch waits for what reads it.
 fn bucket(tensors: &Tensors, slot: &SharedSlot) -> Pickle {
     let rebuild = Pickle::Global("torch.multiprocessing.reductions", "rebuild_cuda_tensor");
-    let mut at = 0;
-    let metas = (0..tensors.names.len()).map(|index| {
-        let size = tensors.sizes[index];
+    let metas = tensors.parts().into_iter().enumerate().map(|(index, Range { start, end })| {
         let shape = tensors.shapes[index].iter().map(|side| Pickle::size(*side)).collect();
-        let (start, end) = (at, at + size);
-        at = end;
         Pickle::Call(
             Box::new(Pickle::Global(
                 "sglang.srt.weight_sync.tensor_bucket",
@@ -251,7 +248,7 @@ fn bucket(tensors: &Tensors, slot: &SharedSlot) -> Pickle {
                 Pickle::Global("torch", tensors.types[index]),
                 Pickle::size(start),
                 Pickle::size(end),
-                Pickle::size(size),
+                Pickle::size(end - start),
             ],
         )
     });

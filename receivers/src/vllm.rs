@@ -51,6 +51,8 @@ pub(crate) struct Vllm {
     pub(crate) client: Client,
     pub(crate) transport: Transport,
     pub(crate) pause: Pause,
+    /// Whether each weight is a broadcast of its own.
+    pub(crate) unpacked: bool,
 }
 
 /// What is said of these servers.
@@ -106,7 +108,7 @@ impl Server for Vllm {
 
     async fn join(&self, world: &World) -> Result<()> {
         let info = match self.transport {
-            Transport::Nccl => init_info(&STANDARD.encode(&world.id), world),
+            Transport::Nccl => init_info(&STANDARD.encode(&world.id), world, self.unpacked),
             Transport::Ipc => ipc_info(),
         };
         let body = json!({ "init_info": info });
@@ -176,7 +178,7 @@ impl Vllm {
     async fn configured(&self) -> Result<Transport> {
         let path = "/init_weight_transfer_engine";
         let world = World { id: Vec::new(), size: 2, first: 1, bucket_bytes: 1, meeting: None };
-        let body = json!({ "init_info": init_info("", &world) });
+        let body = json!({ "init_info": init_info("", &world, false) });
         let answer = self.client.post(path, Some(&body), self.client.short).await?;
         let words = answer.words();
         if answer.is_success() {
@@ -209,14 +211,14 @@ fn config(transport: Transport) -> String {
     format!("start it with --weight-transfer-config '{{\"backend\": \"{transport}\"}}'")
 }
 
-/// How workers meet the trainer. With a bucket that never exceeds the buffer size, or is a single weight, they take every
-/// call's weights by one broadcast.
-fn init_info(id: &str, world: &World) -> Value {
+/// How workers meet the trainer. Unless they take each weight by a broadcast, they take all of a call by one, because a
+/// bucket never exceeds the buffer size, or is a single weight.
+fn init_info(id: &str, world: &World, unpacked: bool) -> Value {
     json!({
         "nccl_unique_id_b64": id,
         "rank_offset": world.first,
         "world_size": world.size,
-        "packed": true,
+        "packed": !unpacked,
         "packed_buffer_size_bytes": world.bucket_bytes,
         "packed_num_buffers": 1,
     })
@@ -233,7 +235,8 @@ fn ipc_info() -> Value {
 ///
 /// What it lacks to be sent to.
 pub(crate) async fn examine(client: Client) -> Result<String> {
-    let server = Vllm { client, transport: Transport::Nccl, pause: Pause::None };
+    let (transport, pause) = (Transport::Nccl, Pause::None);
+    let server = Vllm { client, transport, pause, unpacked: false };
     let (transport, Facts { workers, weights }) = server.look().await?;
     Ok(format!("{workers} workers take weights by {transport}; they have version `{weights}`"))
 }

@@ -64,6 +64,29 @@ async fn servers_are_asked_everything_once_and_then_only_which_version_they_have
     assert_eq!(asked[1], format!("/weight_info {update}"));
 }
 
+#[tokio::test]
+async fn unpacked_each_weight_is_a_broadcast_of_its_own_and_whatever_fails_the_next_update_is_whole()
+ {
+    let good = Server::start(&model(0), Started { workers: 2, ..Default::default() }).await;
+    let bad = Server::start(&model(0), Started::default()).await;
+    let mut trainer = trainer(&[&good, &bad], json!({ "unpacked": true })).await;
+    for version in 1..=2 {
+        let sent = trainer.send_weights(ensure_async_iterator(model(version)), Version(version));
+        let report = sent.await.expect("an update");
+        assert!(report.buckets > 2 && report.absent.is_empty(), "{report:?}");
+        has(&good, version);
+        has(&bad, version);
+    }
+    bad.wrong("/update_weights", 1, Wrong::Refuses("CUDA out of memory"));
+    let sent = trainer.send_weights(ensure_async_iterator(model(3)), Version(3)).await;
+    assert_eq!(sent.expect("an update").absent, [Rank(2)]);
+    has(&good, 3);
+    let sent = trainer.send_weights(ensure_async_iterator(model(4)), Version(4)).await;
+    assert!(sent.expect("an update").absent.is_empty());
+    has(&good, 4);
+    has(&bad, 4);
+}
+
 async fn refused(started: Started) -> engine_core::Error {
     let server = Server::start(&model(0), started).await;
     let mut trainer = trainer(&[&server], plain()).await;
@@ -378,6 +401,9 @@ async fn options_that_cannot_be_used_are_errors_in_words() {
     let server = Server::start(&model(0), Started::default()).await;
     let error = trainer_with(&[&server, &server], plain(), 1.0).await.expect_err("one twice");
     assert!(error.to_string().contains("listed twice"), "{error}");
+    let options = json!({ "unpacked": true, "transport": "ipc" });
+    let error = trainer_with(&[&server], options, 1.0).await.expect_err("nothing is broadcast");
+    assert!(error.to_string().contains("transport: nccl"), "{error}");
     let error = trainer_with(&[&server], json!({ "transport": "pigeon" }), 1.0).await;
     let error = error.expect_err("no such transport");
     assert!(error.to_string().contains("`nccl`"), "{error}");

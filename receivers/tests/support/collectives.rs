@@ -2,6 +2,7 @@
 //! by an id of 128 bytes, a call ends when all have made it and not before, and nothing but the trainer has a deadline.
 
 use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -215,8 +216,19 @@ impl Communicator for Trainer {
         self.until(wait, "warming up", |world| world.warm.len() == world.size as usize)
     }
 
-    fn broadcast(&mut self, _: usize, slot: u32, len: u64, _: &Wait<'_>) -> Result<()> {
-        let bytes = lock(&self.slots[slot as usize])[..len as usize].to_vec();
+    fn broadcast(&mut self, group: usize, slot: u32, len: u64, wait: &Wait<'_>) -> Result<()> {
+        self.broadcast_part(group, slot, 0..len, wait)
+    }
+
+    fn broadcast_part(
+        &mut self,
+        _: usize,
+        slot: u32,
+        part: Range<u64>,
+        _: &Wait<'_>,
+    ) -> Result<()> {
+        let bytes =
+            lock(&self.slots[slot as usize])[part.start as usize..part.end as usize].to_vec();
         lock(&*self.world()?).casts.push(Cast {
             bytes,
             begun: BTreeSet::new(),

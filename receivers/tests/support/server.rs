@@ -107,7 +107,7 @@ pub(super) struct State {
     pub(super) version: String,
     pub(super) members: Option<Vec<Member>>,
     pub(super) limit: u64,
-    /// Whether vLLM was told that a bucket is one tensor.
+    /// Whether vLLM was told that tensors come together: by one broadcast, or behind one handle.
     pub(super) packed: bool,
     /// The groups of SGLang's workers, by their names in torch.
     pub(super) groups: BTreeMap<String, Group>,

@@ -147,9 +147,7 @@ async fn init(info: &Value, shared: &Shared) -> Result<(), String> {
     if id.len() != 128 {
         return Err(format!("must decode to 128 bytes, got {}", id.len()));
     }
-    if info.get("packed") != Some(&json!(true)) {
-        return Err("this server is told of packed chunks only".into());
-    }
+    let packed = info.get("packed").and_then(Value::as_bool).ok_or("it is not told the form")?;
     let (first, size) = (number("rank_offset")? as u32, number("world_size")? as u32);
     if first == 0 || first + shared.started.workers > size {
         return Err(format!("rank {first} out of range for world_size {size}"));
@@ -158,7 +156,7 @@ async fn init(info: &Value, shared: &Shared) -> Result<(), String> {
     let workers = first..first + shared.started.workers;
     let members = join_all(workers.map(|place| Member::join(&id, place, size, true))).await;
     let mut state = lock(&shared.state);
-    (state.members, state.limit) = (Some(members), limit);
+    (state.members, state.limit, state.packed) = (Some(members), limit, packed);
     Ok(())
 }
 
@@ -192,7 +190,8 @@ async fn update(info: &Value, shared: &Shared) -> Result<(), String> {
     }
     let (members, limit) = {
         let state = lock(&shared.state);
-        (state.members.clone(), state.limit)
+        // Unpacked, each tensor is received by itself.
+        (state.members.clone(), if state.packed { state.limit } else { 0 })
     };
     let mut members = members.ok_or("NCCL weight transfer not initialized.")?;
     let mut chunk = Vec::new();
