@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use collective::{Communicator, Library, Opened, Shape, SlotLocks, Slots, Thread};
+use collective::{Communicator, Library, Opened, Shape, SharedSlot, SlotLocks, Slots, Thread};
 use engine_core::clock::{sleep, within};
 use engine_core::memory::Pool;
 use engine_core::observe::{Observer, Progress};
@@ -27,7 +27,7 @@ use tracing::info;
 use crate::chunk::{Chunk, Chunks, Tensors};
 use crate::fleet::{Act, Answers, Ask, Fleet, Outcome, Said, rank_of};
 use crate::http::ServerUrl;
-use crate::server::{Meeting, Meets, Server, World};
+use crate::server::{Meeting, Meets, Server, Told, World};
 use crate::store::{TorchStore, id_key};
 
 /// One is filled while the other travels.
@@ -59,6 +59,8 @@ pub(crate) struct Receivers {
     pub(crate) meets: Meets,
     /// Whether they take each weight by a broadcast of its own, and not each bucket.
     pub(crate) unpacked: bool,
+    /// Whether workers are told once where all buckets are.
+    pub(crate) one_buffer: bool,
 }
 
 /// How long answers of servers may take: those about what is there already, and those that make a server do something.
@@ -77,7 +79,7 @@ pub(crate) async fn prepare<L: Library>(
     context: EngineContext,
     receivers: Receivers,
 ) -> Result<PreparedTrainer> {
-    let Receivers { backend, servers, pauses, meets, unpacked } = receivers;
+    let Receivers { backend, servers, pauses, meets, unpacked, one_buffer } = receivers;
     let refuse = |kind, message: &str| Err(Error::new(kind, "preparing", message));
     if servers.is_empty() {
         let message = format!(
@@ -97,6 +99,11 @@ pub(crate) async fn prepare<L: Library>(
     let shape = Shape { slots: SLOTS, slot_bytes: bucket / ALIGNMENT * ALIGNMENT };
     let pool = Pool::new(context.threads(Role::Trainer))?;
     let Opened { thread, slots, version, .. } = library.open(&context, shape, &pool).await?;
+    let locks = Arc::new(SlotLocks::new(SLOTS));
+    if one_buffer {
+        let buffer = buffer(&*slots, &locks).await?;
+        servers.iter().for_each(|server| server.reads(buffer.clone()));
+    }
     let urls: Vec<&ServerUrl> = servers.iter().map(|server| server.url()).collect();
     let details = json!({ "library": version, "servers": urls });
     let metadata = WorkerMetadata::of_this_process(backend, rank, Role::Trainer, details);
@@ -115,10 +122,11 @@ pub(crate) async fn prepare<L: Library>(
             sending: Sending {
                 thread,
                 slots,
-                locks: Arc::new(SlotLocks::new(SLOTS)),
+                locks,
                 awaited: Arc::default(),
                 is_shared,
                 unpacked,
+                one_buffer,
                 shape,
                 pool,
                 limit: deadline,
@@ -126,6 +134,40 @@ pub(crate) async fn prepare<L: Library>(
         };
         Ok(Box::new(engine) as Box<dyn TrainerEngine>)
     }))
+}
+
+/// Where all slots are, as one piece of memory.
+///
+/// # Errors
+///
+/// Those of [`Slots::shared`]; `Backend` where slots are in memory of their own each.
+async fn buffer(slots: &dyn Slots, locks: &SlotLocks) -> Result<SharedSlot> {
+    let mut buffer: Option<SharedSlot> = None;
+    for index in 0..SLOTS {
+        let Some(guard) = locks.lock(index).await else { break };
+        let slot = slots.shared(&guard)?;
+        let all = buffer.get_or_insert_with(|| slot.clone());
+        if all.handle != slot.handle || slot.start < all.start {
+            let message = "its slots are not in one piece of memory";
+            return Err(Error::new(ErrorKind::Backend, "sharing the slots", message));
+        }
+        all.bytes = slot.start + slot.bytes - all.start;
+    }
+    buffer.ok_or_else(|| Error::new(ErrorKind::State, "sharing the slots", "there are none"))
+}
+
+/// The error of a weight for which there is no slot.
+fn too_large(tensors: &Tensors, slot_bytes: u64) -> Error {
+    let bytes: u64 = tensors.sizes.iter().sum();
+    let message = format!(
+        "{bytes} bytes, and a bucket has {slot_bytes}: raise update_weights_bucket_megabytes, because workers know the buckets' \
+         memory from the beginning of an update"
+    );
+    let error = Error::new(ErrorKind::Config, "filling a bucket", message);
+    match tensors.names.first() {
+        Some(name) => error.tensor(&**name),
+        None => error,
+    }
 }
 
 /// A trainer's end of the world that it forms with the workers of servers.
@@ -157,6 +199,8 @@ struct Sending<C: Communicator> {
     is_shared: bool,
     /// Whether each weight is broadcast by itself.
     unpacked: bool,
+    /// Whether servers know once and for all where the slots are.
+    one_buffer: bool,
     shape: Shape,
     pool: Pool,
     /// How long somebody waits for the library to let go of the world.
@@ -258,6 +302,7 @@ impl<C: Communicator> Sending<C> {
         })?;
         let filled = async {
             let guard = match len > self.shape.slot_bytes {
+                true if self.one_buffer => return Err(too_large(&tensors, self.shape.slot_bytes)),
                 true => self.slots.enlarge(guard, len).await?,
                 false => guard,
             };
@@ -453,6 +498,13 @@ impl<C: Communicator> ServersEngine<C> {
         }
     }
 
+    /// Ends what an update has left under way: nothing, unless it failed or was dropped.
+    async fn settle(&mut self) {
+        let left = self.under_way.ended().await;
+        self.tell(left);
+        join_all(self.servers.iter().map(|server| server.call_off())).await;
+    }
+
     /// Tells the machine what became of an act.
     fn tell(&mut self, done: Option<Done>) {
         match done {
@@ -548,13 +600,13 @@ impl<C: Communicator> ServersEngine<C> {
     /// Begins to send a bucket to servers, each of which is told of it at the same time.
     fn send(&mut self, members: &[usize], bucket: &Bucket) {
         // All servers are of one kind and in one world.
-        let body = members.first().map(|&index| self.servers[index].describe(&bucket.tensors));
-        let body = Arc::new(body.unwrap_or_default());
+        let told = members.first().map(|&index| self.servers[index].describe(&bucket.tensors));
+        let told = Arc::new(told.unwrap_or(Told::Json(json!(null))));
         let theirs: FuturesUnordered<_> = members
             .iter()
             .map(|&index| {
-                let (server, body) = (self.servers[index].clone(), body.clone());
-                async move { (index, server.update(&body).await) }
+                let (server, told) = (self.servers[index].clone(), told.clone());
+                async move { (index, server.update(&told).await) }
             })
             .collect();
         let own = match self.sending.is_shared {
@@ -616,8 +668,7 @@ impl<C: Communicator> ServersEngine<C> {
 #[async_trait]
 impl<C: Communicator> CheckpointEngine for ServersEngine<C> {
     async fn finalize(mut self: Box<Self>) -> Result<()> {
-        let left = self.under_way.ended().await;
-        self.tell(left);
+        self.settle().await;
         // A server that cannot leave now joins anew all the same when somebody sends to it.
         let limit = SHORT.min(self.deadline);
         let leaving = self
@@ -645,8 +696,7 @@ impl<C: Communicator> TrainerEngine for ServersEngine<C> {
     ) -> Result<SendReport> {
         let begun = Instant::now();
         let ranks: Vec<Rank> = (0..self.servers.len()).map(rank_of).collect();
-        let left = self.under_way.ended().await;
-        self.tell(left);
+        self.settle().await;
         let has_world = self.sending.is_joined(self.deadline).await;
         self.fleet.begin(version, has_world);
         self.loaded.fill(Loaded::default());
@@ -655,6 +705,7 @@ impl<C: Communicator> TrainerEngine for ServersEngine<C> {
         let stages = StageTimes::default();
         let mut feed = Feed { chunks, weights: &mut weights, filled: 0, stages };
         let buckets = self.run(&mut feed, version).await;
+        self.settle().await;
         let outcome = self.fleet.outcome().inspect_err(|error| {
             tracing::warn!(%error, "update failed");
             self.meter.aborted(&ranks);

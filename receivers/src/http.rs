@@ -21,6 +21,8 @@ use tokio::net::TcpStream;
 
 /// The longest answer that is read.
 const MAX_ANSWER_BYTES: usize = 16 << 20;
+/// The deadline of what somebody else ends in time.
+const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 /// The longest part of a server's own words that is repeated.
 pub(crate) const MAX_WORDS: usize = 600;
 
@@ -184,6 +186,16 @@ impl Client {
         self.done(path, &answer)
     }
 
+    /// Has a server do something that lasts until others have done their part, which have deadlines of their own.
+    ///
+    /// # Errors
+    ///
+    /// As [`get`](Self::get).
+    pub(crate) async fn hold(self, path: &'static str, body: Value) -> Result<()> {
+        let answer = self.post(path, Some(&body), FOREVER).await?;
+        self.done(path, &answer)
+    }
+
     /// Has a server do something; any answer is one.
     ///
     /// # Errors
@@ -235,7 +247,8 @@ impl Client {
         Error::new(ErrorKind::Protocol, self.operation(path), message)
     }
 
-    fn operation(&self, path: &str) -> String {
+    /// What a question is called in errors.
+    pub(crate) fn operation(&self, path: &str) -> String {
         format!("{}{path}", self.url)
     }
 

@@ -45,12 +45,14 @@ mod fleet;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod http;
+mod moonshot;
 mod pickle;
 mod server;
 pub mod sglang;
 mod shared;
 mod store;
 pub mod vllm;
+mod zmtp;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -64,6 +66,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::engine::{Receivers, limits, prepare};
 use crate::http::Client;
+use crate::moonshot::Worker;
 use crate::server::{Meets, Server};
 use crate::sglang::Sglang;
 use crate::vllm::Vllm;
@@ -133,6 +136,8 @@ pub enum Transport {
     Nccl,
     /// By CUDA IPC: a server's one worker is on the trainer's own GPU, and reads buckets where they are.
     Ipc,
+    /// By CUDA IPC as well, with the protocol of Moonshot's checkpoint-engine: a worker is told by ZeroMQ where buckets are.
+    Zmq,
 }
 
 impl std::fmt::Display for Transport {
@@ -140,6 +145,7 @@ impl std::fmt::Display for Transport {
         f.write_str(match self {
             Self::Nccl => "nccl",
             Self::Ipc => "ipc",
+            Self::Zmq => "zmq",
         })
     }
 }
@@ -155,7 +161,7 @@ impl Transport {
             return Ok(());
         }
         let message = format!(
-            "{workers} workers; with `transport: ipc` a server has one, on the trainer's own GPU"
+            "{workers} workers; with `transport: {self}` a server has one, on the trainer's own GPU"
         );
         Err(Error::new(ErrorKind::Config, client.url.to_string(), message))
     }
@@ -163,7 +169,7 @@ impl Transport {
     fn meets(self, over_nccl: Meets) -> Meets {
         match self {
             Self::Nccl => over_nccl,
-            Self::Ipc => Meets::Nowhere,
+            Self::Ipc | Self::Zmq => Meets::Nowhere,
         }
     }
 }
@@ -188,12 +194,8 @@ pub async fn prepare_vllm<L: Library>(
     }
     let (short, long) = limits(&context);
     let server = |url| -> Arc<dyn Server> {
-        Arc::new(Vllm {
-            client: Client { url, short, long, kind: vllm::KIND },
-            transport,
-            pause,
-            unpacked,
-        })
+        let client = Client { url, short, long, kind: vllm::KIND };
+        Arc::new(Vllm { client, transport, pause, unpacked, worker: Worker::default() })
     };
     let receivers = Receivers {
         backend,
@@ -201,6 +203,7 @@ pub async fn prepare_vllm<L: Library>(
         pauses: pause != vllm::Pause::None,
         meets: transport.meets(Meets::AtOnce),
         unpacked,
+        one_buffer: transport == Transport::Zmq,
     };
     prepare(library, context, receivers).await
 }
@@ -232,6 +235,7 @@ pub async fn prepare_sglang<L: Library>(
             port: options.master_port,
         }),
         unpacked: false,
+        one_buffer: options.transport == Transport::Zmq,
     };
     prepare(library, context, receivers).await
 }
@@ -270,7 +274,9 @@ impl Backend for Sends {
                     Transport::Nccl => {
                         prepare_vllm(backend_nccl::collectives(options.library), context).await
                     }
-                    Transport::Ipc => prepare_vllm(backend_nccl::shared_slots(), context).await,
+                    Transport::Ipc | Transport::Zmq => {
+                        prepare_vllm(backend_nccl::shared_slots(), context).await
+                    }
                 }
             }
             ServerKind::Sglang => {
@@ -279,7 +285,9 @@ impl Backend for Sends {
                     Transport::Nccl => {
                         prepare_sglang(backend_nccl::collectives(options.library), context).await
                     }
-                    Transport::Ipc => prepare_sglang(backend_nccl::shared_slots(), context).await,
+                    Transport::Ipc | Transport::Zmq => {
+                        prepare_sglang(backend_nccl::shared_slots(), context).await
+                    }
                 }
             }
         }

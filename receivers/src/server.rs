@@ -5,6 +5,7 @@ use std::fmt;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use collective::SharedSlot;
 use engine_core::{Result, Version};
 use hyper::Method;
 use serde::Serialize;
@@ -77,15 +78,30 @@ pub(crate) trait Server: fmt::Debug + Send + Sync {
     /// As [`ask`](Self::ask).
     async fn join(&self, world: &World) -> Result<()>;
 
+    /// Says where all buckets are, if workers are told it once.
+    fn reads(&self, buffer: SharedSlot) {
+        drop(buffer);
+    }
+
     /// What a server of this kind, which is in the world that it joined last, is told of a bucket.
-    fn describe(&self, tensors: &Tensors) -> Value;
+    fn describe(&self, tensors: &Tensors) -> Told;
 
     /// Has the server's workers receive a bucket and load it; ends when they have.
     ///
     /// # Errors
     ///
     /// As [`ask`](Self::ask).
-    async fn update(&self, body: &Value) -> Result<()>;
+    async fn update(&self, told: &Told) -> Result<()>;
+
+    /// Ends what an update has left under way there, if a server waits for more without an end.
+    async fn call_off(&self) {}
+}
+
+/// What a server is told of a bucket.
+#[derive(Debug)]
+pub(crate) enum Told {
+    Json(Value),
+    Pickled(Vec<u8>),
 }
 
 /// The kinds of servers that are known.

@@ -5,7 +5,9 @@
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use collective::SharedSlot;
 use engine_core::{Error, ErrorKind, Result, Version};
+use futures::FutureExt;
 use hyper::Method;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -14,8 +16,9 @@ use crate::Transport;
 use crate::chunk::Tensors;
 use crate::fleet::{Ask, Facts, Said};
 use crate::http::{Client, Kind, ServerUrl, ask};
+use crate::moonshot::Worker;
 use crate::pickle::Pickle;
-use crate::server::{Server, World};
+use crate::server::{Server, Told, World};
 use crate::shared::arguments;
 
 /// What happens to requests that a server is at work on when an update begins.
@@ -46,13 +49,15 @@ impl Pause {
 }
 
 /// A server of vLLM.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Vllm {
     pub(crate) client: Client,
     pub(crate) transport: Transport,
     pub(crate) pause: Pause,
     /// Whether each weight is a broadcast of its own.
     pub(crate) unpacked: bool,
+    /// Told by ZeroMQ where buckets are, with that transport.
+    pub(crate) worker: Worker,
 }
 
 /// What is said of these servers.
@@ -72,6 +77,11 @@ impl Server for Vllm {
         let tell =
             async |path: &str, body: Option<Value>| self.client.tell(path, body.as_ref()).await;
         match question {
+            Ask::Look if self.transport == Transport::Zmq => {
+                let facts = self.facts().await?;
+                self.transport.reaches(&self.client, facts.workers)?;
+                return Ok(Said::Facts(facts));
+            }
             Ask::Look => {
                 let (transport, facts) = self.look().await?;
                 self.transport.reaches(&self.client, facts.workers)?;
@@ -90,13 +100,21 @@ impl Server for Vllm {
             }
             Ask::Recall => return self.weights().await.map(Said::Version),
             Ask::Pause => tell(&format!("/pause?mode={}", self.pause.name()), None).await?,
+            Ask::Reset if self.transport == Transport::Zmq => self.worker.call_off().await,
             Ask::Reset => {
                 // An update may be open or not. Once one is, ending it makes the server forget what it counted.
                 self.start().await?;
                 tell("/finish_weight_update", None).await?;
             }
+            Ask::Leave if self.transport == Transport::Zmq => {}
             Ask::Leave => tell("/shutdown_weight_transfer_engine", None).await?,
+            Ask::Start if self.transport == Transport::Zmq => self.begin().await?,
             Ask::Start => return self.start().await,
+            Ask::Finish if self.transport == Transport::Zmq => {
+                self.worker.finish().await?;
+                let body = json!({ "new_version": version.to_string() });
+                tell("/update_weight_version", Some(body)).await?;
+            }
             Ask::Finish => {
                 let body = json!({ "weight_version": version.to_string() });
                 tell("/finish_weight_update", Some(body)).await?;
@@ -110,12 +128,30 @@ impl Server for Vllm {
         let info = match self.transport {
             Transport::Nccl => init_info(&STANDARD.encode(&world.id), world, self.unpacked),
             Transport::Ipc => ipc_info(),
+            Transport::Zmq => {
+                let remedy = "start it with --worker-extension-cls \
+                              checkpoint_engine.worker.VllmColocateWorkerExtension";
+                let lacks = &["not implemented", "has no attribute"];
+                let body = from_ipc(json!({}));
+                return self.worker.look(&self.client, RPC, &body, lacks, remedy).await;
+            }
         };
         let body = json!({ "init_info": info });
         self.client.tell("/init_weight_transfer_engine", Some(&body)).await
     }
 
-    fn describe(&self, tensors: &Tensors) -> Value {
+    fn reads(&self, buffer: SharedSlot) {
+        self.worker.reads(buffer);
+    }
+
+    async fn call_off(&self) {
+        self.worker.call_off().await;
+    }
+
+    fn describe(&self, tensors: &Tensors) -> Told {
+        if self.transport == Transport::Zmq {
+            return Told::Pickled(self.worker.describe(tensors));
+        }
         let Tensors { names, types, shapes, sizes, shared } = tensors;
         let mut info = json!({ "names": names, "dtype_names": types, "shapes": shapes });
         if let Some(slot) = shared {
@@ -124,10 +160,14 @@ impl Server for Vllm {
             info["ipc_handles_pickled"] = STANDARD.encode(places.to_bytes()).into();
             info["tensor_sizes"] = json!(sizes);
         }
-        json!({ "update_info": info })
+        Told::Json(json!({ "update_info": info }))
     }
 
-    async fn update(&self, body: &Value) -> Result<()> {
+    async fn update(&self, told: &Told) -> Result<()> {
+        let body = match told {
+            Told::Json(body) => body,
+            Told::Pickled(bucket) => return self.worker.update(bucket).await,
+        };
         let path = "/update_weights";
         let answer = self.client.post(path, Some(body), self.client.long).await?;
         if !answer.is_success() && answer.words().contains("VLLM_ALLOW_INSECURE_SERIALIZATION") {
@@ -138,7 +178,20 @@ impl Server for Vllm {
     }
 }
 
+/// The route that has a server's workers do something by name.
+const RPC: &str = "/collective_rpc";
+
+/// What has workers connect to the addresses of their GPUs.
+fn from_ipc(addresses: Value) -> Value {
+    json!({ "method": "update_weights_from_ipc", "args": [addresses] })
+}
+
 impl Vllm {
+    async fn begin(&self) -> Result<()> {
+        let request = |addresses: Value| self.client.clone().hold(RPC, from_ipc(addresses)).boxed();
+        self.worker.begin(self.client.long, self.client.operation(RPC), request).await
+    }
+
     async fn start(&self) -> Result<Said> {
         let path = "/start_weight_update";
         let answer = self.client.post(path, None, self.client.long).await?;
@@ -158,6 +211,11 @@ impl Vllm {
 
     /// Whether it is there, and all that it needs to be sent to; what it was started for, and what it is.
     async fn look(&self) -> Result<(Transport, Facts)> {
+        let facts = self.facts().await?;
+        Ok((self.configured().await?, facts))
+    }
+
+    async fn facts(&self) -> Result<Facts> {
         let Client { url, short, .. } = &self.client;
         let health = ask(url, *short, Method::GET, "/health", None).await?;
         if !health.is_success() {
@@ -169,8 +227,7 @@ impl Vllm {
         let workers = size.json()["world_size"].as_u64().and_then(|size| u32::try_from(size).ok());
         let workers = workers.filter(|workers| *workers > 0);
         let workers = workers.ok_or_else(|| self.client.odd(path, &size))?;
-        let weights = self.weights().await?;
-        Ok((self.configured().await?, Facts { workers, weights }))
+        Ok(Facts { workers, weights: self.weights().await? })
     }
 
     /// What the server was started for. It says so when it is asked to join a world that cannot be: nothing else does
@@ -236,7 +293,7 @@ fn ipc_info() -> Value {
 /// What it lacks to be sent to.
 pub(crate) async fn examine(client: Client) -> Result<String> {
     let (transport, pause) = (Transport::Nccl, Pause::None);
-    let server = Vllm { client, transport, pause, unpacked: false };
+    let server = Vllm { client, transport, pause, unpacked: false, worker: Worker::default() };
     let (transport, Facts { workers, weights }) = server.look().await?;
     Ok(format!("{workers} workers take weights by {transport}; they have version `{weights}`"))
 }

@@ -9,6 +9,7 @@ use futures::future::join_all;
 use serde_json::{Value, json};
 
 use super::collectives::{DEVICE, Member, rebuilt};
+use super::rep::{self, Item};
 use super::server::{Answer, Layer, Shared, State, Tensors, item_size, lock, say};
 use super::unpickle::{Said, unpickle};
 
@@ -77,6 +78,18 @@ pub(super) async fn done(
                 Ok(())
             }
         }
+        ("POST", "/collective_rpc") => match parsed() {
+            Ok(body) => call(&body, shared).await,
+            Err(words) => return say(400, json!({ "detail": words })),
+        },
+        ("POST", "/update_weight_version") => match parsed() {
+            Ok(body) => {
+                let version = body["new_version"].as_str().unwrap_or_default().to_owned();
+                lock(&shared.state).version = version;
+                Ok(())
+            }
+            Err(words) => return say(422, json!({ "detail": words })),
+        },
         ("POST", "/start_weight_update") => start(shared),
         ("POST", "/update_weights") => match parsed() {
             Ok(body) => {
@@ -250,6 +263,32 @@ fn read(
         chunk.push((name.to_owned(), dtype.to_owned(), shape, item, len));
     }
     load(chunk, &bytes, shared)
+}
+
+/// Has its worker do something by name: of what is known there, reading buckets of which ZeroMQ tells. What was read is
+/// copied into the model at once.
+async fn call(body: &Value, shared: &Shared) -> Result<(), String> {
+    let method = body["method"].as_str().ok_or("Missing 'method' in request body")?;
+    if method != "update_weights_from_ipc" || !shared.started.extension {
+        return Err(format!("Method '{method}' is not implemented."));
+    }
+    let gpu = shared.started.gpu;
+    let address = rep::address(&body["args"][0], gpu).ok_or(format!("'GPU-{gpu}'"))?;
+    let copy = |items: Vec<Item>, bytes: &[u8]| {
+        let mut state = lock(&shared.state);
+        for (name, dtype, shape, start) in items {
+            let item = item_size(&dtype).ok_or_else(|| format!("torch has no {dtype}"))?;
+            let len = shape.iter().product::<u64>() * item;
+            if state.expected.get(&name) != Some(&(dtype, shape)) || start % item != 0 {
+                return Err(format!("{name} at {start}: another one is expected"));
+            }
+            let bytes = bytes.get(start as usize..(start + len) as usize);
+            let bytes = bytes.ok_or_else(|| format!("{name} at {start}: no such place"))?;
+            state.weights.insert(name, bytes.to_vec());
+        }
+        Ok(())
+    };
+    rep::update(shared, address, copy).await
 }
 
 type Tensor = (String, String, Vec<u64>, u64, u64);
