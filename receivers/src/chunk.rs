@@ -121,14 +121,19 @@ pub(crate) struct Tensors {
 impl Tensors {
     /// Where each weight lies in the bucket, in bytes.
     pub(crate) fn parts(&self) -> Vec<Range<u64>> {
-        let mut end = 0;
-        let part = |size: &u64| {
-            let start = end;
-            end += size;
-            start..end
-        };
-        self.sizes.iter().map(part).collect()
+        parts(&self.sizes)
     }
+}
+
+/// Where things of these sizes lie, one behind the other.
+pub(crate) fn parts(sizes: &[u64]) -> Vec<Range<u64>> {
+    let mut end = 0;
+    let part = |size: &u64| {
+        let start = end;
+        end += size;
+        start..end
+    };
+    sizes.iter().map(part).collect()
 }
 
 impl Chunk {

@@ -24,7 +24,7 @@ use serde_json::json;
 use tokio::task::JoinHandle;
 use tracing::info;
 
-use crate::chunk::{Chunk, Chunks, Tensors};
+use crate::chunk::{Chunk, Chunks, Tensors, parts};
 use crate::fleet::{Act, Answers, Ask, Fleet, Outcome, Said, rank_of};
 use crate::http::ServerUrl;
 use crate::server::{Meeting, Meets, Server, Told, World};
@@ -352,7 +352,7 @@ impl<C: Communicator> Sending<C> {
         let slot = bucket.slot;
         let parts = match self.unpacked {
             true => bucket.tensors.parts(),
-            false => vec![0..bucket.len],
+            false => parts(&[bucket.len]),
         };
         // Nothing is said of what has no bytes.
         let parts: Vec<_> = parts.into_iter().filter(|part| !part.is_empty()).collect();

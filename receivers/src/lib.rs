@@ -32,6 +32,10 @@
 //! With `transport: ipc` there is no world. A server reads a bucket where it is, and has read it when it answers. All else is
 //! the same: one of two slots is filled while the other is read.
 //!
+//! With `transport: zmq`, which is Moonshot's protocol, a server is asked once for a whole update, and its worker is told of each bucket
+//! by ZeroMQ (`moonshot.rs`). It waits for the next word without an end: an update that does not come to its end is called
+//! off.
+//!
 //! The group of these backends has one rank, the trainer. [`SendReport::receivers`] has the servers as the ranks 1, 2, … in the order of the
 //! configuration, and in the notes of each its address, its workers, and how many `buckets`, `tensors` and `bytes` it said that it
 //! loaded.

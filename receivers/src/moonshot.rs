@@ -177,10 +177,7 @@ impl Worker {
         let Some(session) = &mut *open else { return Err(state("no update is under way")) };
         let end = Pickle::None.to_bytes();
         session.ask(&end).await?;
-        session.ask(&end).await?;
-        let said = within(session.limit, &mut session.update).await;
-        said.ok_or_else(|| no_answer(&session.operation, session.limit))?
-            .unwrap_or_else(|error| Err(lost(&session.operation, error)))?;
+        session.tell_last(&end).await?;
         *open = None;
         Ok(())
     }
@@ -245,11 +242,24 @@ impl Session {
         let Self { requests, update, limit, operation, .. } = self;
         let Some(requests) = requests else { return Err(state("no worker is connected")) };
         let answer = unless_it_fails(update, *limit, operation, requests.ask(request)).await?;
-        if answer.is_empty() {
-            return Ok(());
-        }
-        let message = format!("its worker failed: {}", last_words(&answer));
-        Err(Error::new(ErrorKind::Io, &**operation, message).recovery(Recovery::Retry))
+        judge(&answer, operation)
+    }
+
+    /// Tells the worker the last thing of all. Its answer and the server's are sent by different ways, and come in any order.
+    async fn tell_last(&mut self, request: &[u8]) -> Result<()> {
+        let Self { requests, update, limit, operation, .. } = self;
+        let Some(requests) = requests else { return Err(state("no worker is connected")) };
+        let ended = within(*limit, async {
+            tokio::select! {
+                said = &mut *update => said,
+                answer = requests.ask(request) => match judge(&answer.unwrap_or_default(), operation) {
+                    Ok(()) => (&mut *update).await,
+                    Err(error) => Ok(Err(error)),
+                },
+            }
+        });
+        let said = ended.await.ok_or_else(|| no_answer(operation, *limit))?;
+        said.unwrap_or_else(|error| Err(lost(operation, error)))
     }
 
     async fn call_off(&mut self) {
@@ -285,6 +295,15 @@ impl Drop for Session {
     fn drop(&mut self) {
         self.abort.abort();
     }
+}
+
+/// What a worker's answer means: it has done its part, or says what went wrong.
+fn judge(answer: &[u8], operation: &str) -> Result<()> {
+    if answer.is_empty() {
+        return Ok(());
+    }
+    let message = format!("its worker failed: {}", last_words(answer));
+    Err(Error::new(ErrorKind::Io, operation, message).recovery(Recovery::Retry))
 }
 
 /// The GPU that somebody names.

@@ -98,7 +98,12 @@ pub(super) async fn update(
             // The library connects again, and nobody is there: it waits.
             Err(_) => return std::future::pending().await,
             Ok(Said::None) if is_released => {
-                return answer(&mut stream, "").await.map_err(broken);
+                // By another way than the server's own answer, and so before or after it.
+                tokio::spawn(async move {
+                    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+                    answer(&mut stream, "").await
+                });
+                return Ok(());
             }
             Ok(Said::None) => {
                 is_released = true;
