@@ -49,6 +49,7 @@ mod fleet;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod http;
+mod key;
 mod moonshot;
 mod pickle;
 mod server;
@@ -70,12 +71,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::engine::{Receivers, limits, prepare};
 use crate::http::Client;
+use crate::key::Keys;
 use crate::moonshot::Worker;
 use crate::server::{Meets, Server};
 use crate::sglang::Sglang;
 use crate::vllm::Vllm;
 
 pub use http::ServerUrl;
+pub use key::ApiKey;
 pub use server::{Check, ServerKind, examine};
 
 /// What sends to vLLM, as a value to be registered.
@@ -106,6 +109,8 @@ pub struct VllmOptions {
     /// Whether each weight is a broadcast of its own, which the servers receive into memory of its own, instead of each
     /// bucket. Over NCCL.
     pub unpacked: bool,
+    /// The file with the key that the servers, or what is in front of them, ask for.
+    pub api_key_file: Option<PathBuf>,
     /// The file `libnccl.so.2`; searched for without it.
     pub library: Option<PathBuf>,
 }
@@ -126,6 +131,10 @@ pub struct SglangOptions {
     pub master_address: Option<String>,
     /// The port there; any that is free with 0.
     pub master_port: u16,
+    /// The file with the key that the servers ask for (`--api-key`).
+    pub api_key_file: Option<PathBuf>,
+    /// The file with the key that they ask whoever changes them for, if that is another (`--admin-api-key`).
+    pub admin_api_key_file: Option<PathBuf>,
     /// The file `libnccl.so.2`; searched for without it.
     pub library: Option<PathBuf>,
 }
@@ -191,14 +200,15 @@ pub async fn prepare_vllm<L: Library>(
 ) -> Result<PreparedTrainer> {
     let backend = VLLM.name();
     let options: VllmOptions = context.config.kwargs(backend)?;
-    let VllmOptions { servers, transport, pause, unpacked, .. } = options;
+    let VllmOptions { servers, transport, pause, unpacked, api_key_file, .. } = options;
+    let keys = Keys::read(api_key_file, None)?;
     if unpacked && transport != Transport::Nccl {
         let message = "`unpacked` is for `transport: nccl`: nothing is broadcast with another";
         return Err(Error::new(ErrorKind::Config, "preparing", message));
     }
     let (short, long) = limits(&context);
     let server = |url| -> Arc<dyn Server> {
-        let client = Client { url, short, long, kind: vllm::KIND };
+        let client = Client { url, short, long, kind: vllm::KIND, keys: keys.clone() };
         Arc::new(Vllm { client, transport, pause, unpacked, worker: Worker::default() })
     };
     let receivers = Receivers {
@@ -225,9 +235,10 @@ pub async fn prepare_sglang<L: Library>(
 ) -> Result<PreparedTrainer> {
     let backend = SGLANG.name();
     let options: SglangOptions = context.config.kwargs(backend)?;
+    let keys = Keys::read(options.api_key_file, options.admin_api_key_file)?;
     let (short, long) = limits(&context);
     let server = |url| -> Arc<dyn Server> {
-        let client = Client { url, short, long, kind: sglang::KIND };
+        let client = Client { url, short, long, kind: sglang::KIND, keys: keys.clone() };
         Arc::new(Sglang::new(client, options.transport, options.pause))
     };
     let receivers = Receivers {

@@ -56,6 +56,9 @@ impl Pause {
     }
 }
 
+/// The route that says which version the weights have.
+pub(crate) const WEIGHTS: &str = "/model_info";
+
 /// What is said of these servers.
 pub(crate) const KIND: Kind =
     Kind { name: "SGLang", no_route: "there is no such route: use SGLang 0.5.23 or later" };
@@ -123,13 +126,6 @@ impl Sglang {
         self.tell("/update_weight_version", body).await
     }
 
-    async fn weights(&self) -> Result<String> {
-        let path = "/model_info";
-        let answer = self.client.get(path).await?;
-        let version = answer.json()["weight_version"].as_str().map(str::to_owned);
-        version.ok_or_else(|| self.client.odd(path, &answer))
-    }
-
     /// Whether it is there, and all that it needs to be sent to; its own version, and what it is.
     async fn look(&self) -> Result<(String, Facts)> {
         // Its scheduler answers this one, so it says as well that the engine is alive.
@@ -162,7 +158,7 @@ impl Sglang {
             }
         }
         self.transport.reaches(&self.client, workers)?;
-        Ok((version, Facts { workers, weights: self.weights().await? }))
+        Ok((version, Facts { workers, weights: self.client.weights(WEIGHTS).await? }))
     }
 }
 
@@ -175,7 +171,7 @@ impl Server for Sglang {
     async fn ask(&self, question: Ask, version: Version) -> Result<Said> {
         match question {
             Ask::Look => return Ok(Said::Facts(self.look().await?.1)),
-            Ask::Recall => return self.weights().await.map(Said::Version),
+            Ask::Recall => return self.client.weights(WEIGHTS).await.map(Said::Version),
             Ask::Pause => {
                 self.tell("/pause_generation", json!({ "mode": self.pause.name() })).await?;
             }

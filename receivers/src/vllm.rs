@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::Transport;
 use crate::chunk::Tensors;
 use crate::fleet::{Ask, Facts, Said};
-use crate::http::{Client, Kind, ServerUrl, ask};
+use crate::http::{Client, Kind, ServerUrl};
 use crate::moonshot::Worker;
 use crate::pickle::Pickle;
 use crate::server::{Server, Told, World};
@@ -60,6 +60,9 @@ pub(crate) struct Vllm {
     pub(crate) worker: Worker,
 }
 
+/// The route that says which version the weights have.
+const WEIGHTS: &str = "/weight_info";
+
 /// What is said of these servers.
 pub(crate) const KIND: Kind = Kind {
     name: "vLLM",
@@ -98,7 +101,7 @@ impl Server for Vllm {
                 }
                 return Ok(Said::Facts(facts));
             }
-            Ask::Recall => return self.weights().await.map(Said::Version),
+            Ask::Recall => return self.client.weights(WEIGHTS).await.map(Said::Version),
             Ask::Pause => tell(&format!("/pause?mode={}", self.pause.name()), None).await?,
             Ask::Reset if self.transport == Transport::Zmq => self.worker.call_off().await,
             Ask::Reset => {
@@ -202,13 +205,6 @@ impl Vllm {
         Ok(Said::Done)
     }
 
-    async fn weights(&self) -> Result<String> {
-        let path = "/weight_info";
-        let answer = self.client.get(path).await?;
-        let version = answer.json()["weight_version"].as_str().map(str::to_owned);
-        version.ok_or_else(|| self.client.odd(path, &answer))
-    }
-
     /// Whether it is there, and all that it needs to be sent to; what it was started for, and what it is.
     async fn look(&self) -> Result<(Transport, Facts)> {
         let facts = self.facts().await?;
@@ -216,8 +212,7 @@ impl Vllm {
     }
 
     async fn facts(&self) -> Result<Facts> {
-        let Client { url, short, .. } = &self.client;
-        let health = ask(url, *short, Method::GET, "/health", None).await?;
+        let health = self.client.ask(Method::GET, "/health", None, self.client.short).await?;
         if !health.is_success() {
             let remedy = "its engine is dead: start it anew";
             return Err(self.client.refusal("/health", &health, remedy));
@@ -227,7 +222,7 @@ impl Vllm {
         let workers = size.json()["world_size"].as_u64().and_then(|size| u32::try_from(size).ok());
         let workers = workers.filter(|workers| *workers > 0);
         let workers = workers.ok_or_else(|| self.client.odd(path, &size))?;
-        Ok(Facts { workers, weights: self.weights().await? })
+        Ok(Facts { workers, weights: self.client.weights(WEIGHTS).await? })
     }
 
     /// What the server was started for. It says so when it is asked to join a world that cannot be: nothing else does

@@ -319,19 +319,69 @@ async fn a_server_of_several_workers_is_none_that_the_trainers_gpu_reaches() {
 }
 
 #[tokio::test]
+async fn a_server_that_was_started_with_keys_is_shown_them_and_nobody_else_sees_them() {
+    let folder = std::env::temp_dir().join(format!("ckpt-receivers-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("a folder");
+    let file = |name: &str, key: &str| {
+        let file = folder.join(name);
+        std::fs::write(&file, format!("{key}\n")).expect("a file");
+        file
+    };
+    let (usual, admin) = (file("usual", "s3cret-usual"), file("admin", "s3cret-admin"));
+    let keys = Some(("s3cret-usual", "s3cret-admin"));
+    let server = Server::start(&model(0), Started { keys, ..Started::sglang() }).await;
+    let mut keyless = trainer(&[&server], plain()).await;
+    let sent = keyless.send_weights(ensure_async_iterator(model(1)), Version(1)).await;
+    let error = sent.expect_err("it asks for a key");
+    assert!(
+        error.kind() == ErrorKind::Config && error.to_string().contains("api_key_file"),
+        "{error}"
+    );
+    let mut halfway = trainer(&[&server], json!({ "api_key_file": usual })).await;
+    let sent = halfway.send_weights(ensure_async_iterator(model(1)), Version(1)).await;
+    assert!(sent.expect_err("of those who change it, another").to_string().contains("another key"));
+    let options = json!({ "api_key_file": usual, "admin_api_key_file": admin });
+    let mut trainer = trainer(&[&server], options).await;
+    let sent = trainer.send_weights(ensure_async_iterator(model(1)), Version(1)).await;
+    assert!(sent.expect("an update").absent.is_empty());
+    has(&server, 1);
+    assert!(!format!("{trainer:?}").contains("s3cret"));
+    // A server that repeats what it was shown.
+    server.wrong(
+        "/begin_weight_update",
+        0,
+        Wrong::Refuses("no s3cret-admin, no s3cret-usual here"),
+    );
+    let sent = trainer.send_weights(ensure_async_iterator(model(2)), Version(2)).await;
+    let error = sent.expect_err("it refuses");
+    assert!(error.to_string().contains("no …, no … here"), "{error}");
+    assert!(!format!("{error:?}").contains("s3cret"), "{error:?}");
+    let (url, limit) = (server.url().parse().expect("an address"), Duration::from_secs(1));
+    let (kind, checks) = receivers::examine(&url, None, limit).await;
+    assert!(kind.is_none() && checks[0].details.contains("api_key_file"), "{checks:?}");
+    let key = receivers::ApiKey::read(&usual).expect("a key");
+    let (kind, checks) = receivers::examine(&url, Some(&key), limit).await;
+    assert!(
+        kind == Some(ServerKind::Sglang) && checks.iter().all(|check| check.passed),
+        "{checks:?}"
+    );
+    std::fs::remove_dir_all(&folder).expect("it was there");
+}
+
+#[tokio::test]
 async fn a_doctor_tells_the_kinds_of_servers_apart_and_says_what_they_are() {
     let limit = Duration::from_secs(1);
     let server = Server::start(&model(0), Started { workers: 4, ..Started::sglang() }).await;
     let url = server.url().parse().expect("an address");
-    let (kind, checks) = receivers::examine(&url, limit).await;
+    let (kind, checks) = receivers::examine(&url, None, limit).await;
     assert_eq!(kind, Some(ServerKind::Sglang));
     assert!(checks.iter().all(|check| check.passed), "{checks:?}");
     assert!(checks[0].details.contains("0.5.23") && checks[1].details.contains("4 workers"));
     assert!(!server.asked().iter().any(|path| path.contains("update")));
     let server = Server::start(&model(0), Started::default()).await;
     let url = server.url().parse().expect("an address");
-    assert_eq!(receivers::examine(&url, limit).await.0, Some(ServerKind::Vllm));
+    assert_eq!(receivers::examine(&url, None, limit).await.0, Some(ServerKind::Vllm));
     let nobody = "http://127.0.0.1:1".parse().expect("an address");
-    let (kind, checks) = receivers::examine(&nobody, limit).await;
+    let (kind, checks) = receivers::examine(&nobody, None, limit).await;
     assert!(kind.is_none() && !checks[0].passed && checks[0].details.contains("not reached"));
 }

@@ -486,7 +486,7 @@ async fn a_doctor_says_of_a_server_what_it_is_and_what_it_lacks() {
     let limit = Duration::from_secs(1);
     let examine = async |server: &Server| {
         let url = server.url().parse().expect("an address");
-        receivers::examine(&url, limit).await.1
+        receivers::examine(&url, None, limit).await.1
     };
     let server = Server::start(&model(0), Started { workers: 3, ..Default::default() }).await;
     let checks = examine(&server).await;

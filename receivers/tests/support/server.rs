@@ -72,6 +72,8 @@ pub(crate) struct Started {
     pub(crate) insecure: bool,
     /// Whether its workers speak the protocol of Moonshot's checkpoint-engine.
     pub(crate) extension: bool,
+    /// SGLang's `--api-key` and `--admin-api-key`.
+    pub(crate) keys: Option<(&'static str, &'static str)>,
     /// The GPU that its worker is on.
     pub(crate) gpu: &'static str,
 }
@@ -87,6 +89,7 @@ impl Default for Started {
             replicas: 1,
             insecure: true,
             extension: true,
+            keys: None,
             gpu: DEVICE,
         }
     }
@@ -326,6 +329,15 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Answer {
     let path = head.uri.path().to_owned();
     let query = head.uri.query().unwrap_or_default().to_owned();
     let body = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
+    let shown = head.headers.get("authorization").and_then(|value| value.to_str().ok());
+    let wanted = shared.started.keys.map(|(usual, admin)| match head.method {
+        hyper::Method::GET => format!("Bearer {usual}"),
+        _ => format!("Bearer {admin}"),
+    });
+    // Health is everybody's.
+    if path != "/health" && wanted.is_some_and(|wanted| shown != Some(&*wanted)) {
+        return say(401, serde_json::json!({ "error": "Unauthorized" }));
+    }
     lock(&shared.state).asked.push(path.clone());
     match shared.wrong_at(&path) {
         None => {}
