@@ -19,6 +19,8 @@
 //!   begins anew: it counts what it has loaded of a layer, and would count what it has of the old version.
 //! - An act has ended before the next one begins, even if its update was dropped: a server does what it was told at any time
 //!   from then on.
+//! - A server that fails before it has begun to load, and says so itself, is told to generate again, with what it has: it was stopped
+//!   for nothing.
 //! - No server is asked to take part in a broadcast that some member of the world is known not to take part in.
 
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result, Version};
@@ -115,6 +117,20 @@ struct Server {
     half_loaded: bool,
     /// Whether what it began before is ended.
     is_reset: bool,
+    /// Whether it may be paused.
+    is_stopped: bool,
+}
+
+impl Server {
+    /// Whether it says something, if only that it failed.
+    fn answers(&self) -> bool {
+        match &self.standing {
+            Standing::Out(report) => {
+                !matches!(report.kind, ErrorKind::Timeout | ErrorKind::PeerLost)
+            }
+            _ => true,
+        }
+    }
 }
 
 /// All servers.
@@ -158,6 +174,7 @@ impl Fleet {
             has_joined: false,
             half_loaded: false,
             is_reset: false,
+            is_stopped: false,
         };
         Self {
             servers: (0..servers).map(|_| server()).collect(),
@@ -213,11 +230,7 @@ impl Fleet {
         };
         let is_at = |progress: Progress| move |server: &Server| server.progress == progress;
         if self.failure.is_some() {
-            // Those that were stopped for nothing generate again, with what they had.
-            let stopped = |server: &Server| {
-                self.pauses && server.progress == Progress::Paused && !server.half_loaded
-            };
-            return all(Ask::Resume, &stopped).unwrap_or(Act::End);
+            return self.last();
         }
         let unknown = |server: &Server| matches!(server.standing, Standing::Unknown);
         let rejoins = !self.has_ended && !self.has_whole_world(&usable);
@@ -234,7 +247,7 @@ impl Fleet {
             return act;
         }
         if usable.is_empty() {
-            return Act::End;
+            return self.last();
         }
         if rejoins {
             return Act::Form(usable);
@@ -250,7 +263,19 @@ impl Fleet {
             .or_else(|| {
                 self.pauses.then(|| all(Ask::Resume, &is_at(Progress::Confirmed))).flatten()
             })
-            .unwrap_or(Act::End)
+            .unwrap_or_else(|| self.last())
+    }
+
+    /// What is to be done when nothing is sent any more: those that were stopped for nothing generate again, with what they
+    /// have.
+    fn last(&self) -> Act {
+        let stopped = |index: &usize| {
+            let server = &self.servers[*index];
+            self.pauses && server.is_stopped && !server.half_loaded && server.answers()
+        };
+        let asks: Vec<_> =
+            (0..self.servers.len()).filter(stopped).map(|index| (index, Ask::Resume)).collect();
+        if asks.is_empty() { Act::End } else { Act::Ask(asks) }
     }
 
     fn has_started(&self, server: &Server) -> bool {
@@ -271,6 +296,12 @@ impl Fleet {
     pub(crate) fn answer(&mut self, index: usize, ask: Ask, said: Result<Said>) {
         let version = self.version;
         let server = &mut self.servers[index];
+        server.is_stopped |= ask == Ask::Pause;
+        server.is_stopped &= ask != Ask::Resume;
+        if matches!(server.standing, Standing::Out(_)) {
+            // It was asked to generate again, and has its error.
+            return;
+        }
         let said = match said {
             Ok(said) => said,
             Err(error) => {

@@ -128,6 +128,10 @@ async fn a_server_that_fails_anywhere_is_named_and_left_out_and_loaded_by_the_ne
             let loaded = &report.receivers[1].notes["loaded"]["buckets"];
             assert_eq!(loaded, nth, "{what}: what it did not say that it loaded");
         }
+        if ["/server_info", "/pause_generation", "/init_weights_update_group"].contains(&path) {
+            let (version, weights) = bad.generate().expect("it was stopped for nothing");
+            assert!(version == "default" && weights == tensors(&model(0)), "{what}");
+        }
         // It generates with the old weights, with the whole new ones, or not at all.
         if let Ok((version, weights)) = bad.generate() {
             let of = if version == "1" { 1 } else { 0 };
