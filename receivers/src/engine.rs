@@ -27,6 +27,7 @@ use tracing::info;
 use crate::chunk::{Chunk, Chunks, Tensors, parts};
 use crate::fleet::{Act, Answers, Ask, Fleet, Outcome, Said, rank_of};
 use crate::http::ServerUrl;
+use crate::ignored::clash;
 use crate::server::{Meeting, Meets, Server, Told, World};
 use crate::store::{TorchStore, id_key};
 
@@ -452,6 +453,7 @@ impl<C: Communicator> ServersEngine<C> {
             match self.fleet.next() {
                 Act::Ask(asks) => {
                     let (begun, is_last) = (Instant::now(), sent > 0 && ready.is_none());
+                    let looks = asks.iter().any(|(_, ask)| matches!(ask, Ask::Look | Ask::Recall));
                     let asked = asks.into_iter().map(|(index, ask)| {
                         let server = self.servers[index].clone();
                         async move { (index, ask, server.ask(ask, version).await) }
@@ -460,6 +462,10 @@ impl<C: Communicator> ServersEngine<C> {
                     self.under_way.begin(async { Done::Asked(asked.await) });
                     let done = self.under_way.ended().await;
                     self.tell(done);
+                    if let Some(bucket) = ready.as_ref().filter(|_| looks) {
+                        // Before anybody is stopped.
+                        self.refuse(&bucket.tensors);
+                    }
                     if is_last {
                         feed.stages.confirm += begun.elapsed();
                     }
@@ -479,6 +485,10 @@ impl<C: Communicator> ServersEngine<C> {
                         self.fleet.end_of_stream(Ok(()));
                         continue;
                     };
+                    if self.refuse(&bucket.tensors) {
+                        ready = Some(bucket);
+                        continue;
+                    }
                     let begun = Instant::now();
                     self.send(&members, &bucket);
                     let filling = self.sending.fill(feed, self.deadline);
@@ -503,6 +513,24 @@ impl<C: Communicator> ServersEngine<C> {
         let left = self.under_way.ended().await;
         self.tell(left);
         join_all(self.servers.iter().map(|server| server.call_off())).await;
+    }
+
+    /// Leaves out servers that would take a weight for something else than it is; whether there is one.
+    fn refuse(&mut self, tensors: &Tensors) -> bool {
+        let mut refused = false;
+        for index in self.fleet.known() {
+            let names = tensors.names.iter().map(|name| &**name).zip(tensors.types.iter().copied());
+            let Some((name, entry)) = clash(self.fleet.ignored(index), names) else { continue };
+            let message = format!(
+                "its checkpoint leaves this layer alone (`{entry}`), and the stream has it in FP8: put it into the trainer's \
+                 quantization.ignored_layers"
+            );
+            let url = self.servers[index].url().to_string();
+            let error = Error::new(ErrorKind::Config, url, message).tensor(name);
+            self.fleet.refuse(index, error);
+            refused = true;
+        }
+        refused
     }
 
     /// Tells the machine what became of an act.

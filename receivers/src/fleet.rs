@@ -64,6 +64,8 @@ pub(crate) struct Facts {
     pub(crate) workers: u32,
     /// The version of the weights that it has.
     pub(crate) weights: String,
+    /// The layers that its checkpoint leaves alone, as far as it tells.
+    pub(crate) ignored: Vec<String>,
 }
 
 /// What is to be done next.
@@ -107,6 +109,8 @@ struct Server {
     workers: u32,
     /// The version that it has, as it said last.
     weights: String,
+    /// The layers that its checkpoint leaves alone.
+    ignored: Vec<String>,
     /// Whether its workers are in the present world.
     is_member: bool,
     /// Whether it has confirmed a version since it joined. Until then what it says does not tell it from another process.
@@ -169,6 +173,7 @@ impl Fleet {
             progress: Progress::Idle,
             workers: 0,
             weights: String::new(),
+            ignored: Vec::new(),
             is_member: false,
             is_marked: false,
             has_joined: false,
@@ -206,6 +211,22 @@ impl Fleet {
     /// The number of a server's workers.
     pub(crate) fn workers(&self, server: usize) -> u32 {
         self.servers[server].workers
+    }
+
+    /// The layers that a server leaves alone.
+    pub(crate) fn ignored(&self, server: usize) -> &[String] {
+        &self.servers[server].ignored
+    }
+
+    /// Those that have said what they are and are not out.
+    pub(crate) fn known(&self) -> Vec<usize> {
+        let is_known = |index: &usize| matches!(self.servers[*index].standing, Standing::Known);
+        (0..self.servers.len()).filter(is_known).collect()
+    }
+
+    /// A server cannot take what comes next.
+    pub(crate) fn refuse(&mut self, server: usize, error: Error) {
+        self.out(server, error);
     }
 
     /// The servers whose workers are in the present world.
@@ -311,9 +332,9 @@ impl Fleet {
             }
         };
         match (ask, said) {
-            (Ask::Look, Said::Facts(Facts { workers, weights })) => {
+            (Ask::Look, Said::Facts(Facts { workers, weights, ignored })) => {
                 server.standing = Standing::Known;
-                (server.workers, server.weights) = (workers, weights);
+                (server.workers, server.weights, server.ignored) = (workers, weights, ignored);
             }
             (Ask::Recall, Said::Version(has)) if server.progress == Progress::Finished => {
                 if has == version.to_string() {

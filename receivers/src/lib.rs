@@ -49,6 +49,7 @@ mod fleet;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod http;
+mod ignored;
 mod key;
 mod moonshot;
 mod pickle;

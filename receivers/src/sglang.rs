@@ -21,6 +21,7 @@ use crate::Transport;
 use crate::chunk::Tensors;
 use crate::fleet::{Ask, Facts, Said};
 use crate::http::{Client, Kind, ServerUrl};
+use crate::ignored;
 use crate::moonshot::Worker;
 use crate::pickle::Pickle;
 use crate::server::{Server, Told, World};
@@ -158,7 +159,10 @@ impl Sglang {
             }
         }
         self.transport.reaches(&self.client, workers)?;
-        Ok((version, Facts { workers, weights: self.client.weights(WEIGHTS).await? }))
+        let weights = self.client.weights(WEIGHTS).await?;
+        let checkpoint = info["model_path"].as_str().unwrap_or_default();
+        let ignored = ignored::read(checkpoint).await;
+        Ok((version, Facts { workers, weights, ignored }))
     }
 }
 
@@ -304,7 +308,7 @@ fn bucket(tensors: &Tensors, slot: &SharedSlot) -> Pickle {
 /// Looks at a server of SGLang, without changing anything there: its version, and what it is, in words.
 pub(crate) async fn examine(client: Client) -> (Result<String>, Result<String>) {
     match Sglang::new(client, Transport::Nccl, Pause::None).look().await {
-        Ok((version, Facts { workers, weights })) => {
+        Ok((version, Facts { workers, weights, .. })) => {
             let words = format!("{workers} workers take weights; they have version `{weights}`");
             (Ok(format!("SGLang {version}")), Ok(words))
         }

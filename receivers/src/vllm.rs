@@ -16,6 +16,7 @@ use crate::Transport;
 use crate::chunk::Tensors;
 use crate::fleet::{Ask, Facts, Said};
 use crate::http::{Client, Kind, ServerUrl};
+use crate::ignored;
 use crate::moonshot::Worker;
 use crate::pickle::Pickle;
 use crate::server::{Server, Told, World};
@@ -222,7 +223,12 @@ impl Vllm {
         let workers = size.json()["world_size"].as_u64().and_then(|size| u32::try_from(size).ok());
         let workers = workers.filter(|workers| *workers > 0);
         let workers = workers.ok_or_else(|| self.client.odd(path, &size))?;
-        Ok(Facts { workers, weights: self.client.weights(WEIGHTS).await? })
+        let weights = self.client.weights(WEIGHTS).await?;
+        // One that asks for a key here, or has another route, does not tell.
+        let models = self.client.ask(Method::GET, "/v1/models", None, self.client.short).await?;
+        let models = models.json();
+        let checkpoint = models["data"][0]["root"].as_str().unwrap_or_default();
+        Ok(Facts { workers, weights, ignored: ignored::read(checkpoint).await })
     }
 
     /// What the server was started for. It says so when it is asked to join a world that cannot be: nothing else does
@@ -289,6 +295,6 @@ fn ipc_info() -> Value {
 pub(crate) async fn examine(client: Client) -> Result<String> {
     let (transport, pause) = (Transport::Nccl, Pause::None);
     let server = Vllm { client, transport, pause, unpacked: false, worker: Worker::default() };
-    let (transport, Facts { workers, weights }) = server.look().await?;
+    let (transport, Facts { workers, weights, .. }) = server.look().await?;
     Ok(format!("{workers} workers take weights by {transport}; they have version `{weights}`"))
 }

@@ -2,63 +2,34 @@
 
 mod support;
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::process::{Child, Command, Stdio};
 
 use engine_core::{DType, ErrorKind, Version, Weight, ensure_async_iterator};
 use serde_json::{Value, json};
 use support::collectives::DEVICE;
+use support::python::{Worker, variable};
 use support::{even, join, plain};
 
-struct Worker {
-    process: Child,
-    port: String,
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        drop(self.process.kill());
-        drop(self.process.wait());
-    }
-}
-
-impl Worker {
-    fn start() -> Self {
-        let variable = |name: &str| {
-            std::env::var_os(name)
-                .unwrap_or_else(|| panic!("{name} is not set: run `cargo xtask test`"))
-        };
-        variable("CKPT_ENGINE_PYZMQ");
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/zmq_worker.py");
-        let mut command = Command::new(variable("CKPT_ENGINE_TORCH_PYTHON"));
-        let process = command.arg(script).arg(DEVICE).stdout(Stdio::piped()).spawn();
-        let mut worker = Self { process: process.expect("a process"), port: String::new() };
-        let said = worker.process.stdout.take().expect("its output");
-        BufReader::new(said).read_line(&mut worker.port).expect("a line");
-        worker
-    }
-
-    /// What it says of itself.
-    fn says(&self) -> Value {
-        let mut stream =
-            TcpStream::connect(format!("127.0.0.1:{}", self.port.trim())).expect("it listens");
-        stream.write_all(b"GET /model_info HTTP/1.0\r\n\r\n").expect("a question");
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).expect("an answer");
-        let (_, body) = answer.split_once("\r\n\r\n").expect("a body");
-        serde_json::from_str(body).expect("JSON")
-    }
+/// What a worker says of itself.
+fn says(worker: &Worker) -> Value {
+    let mut stream = TcpStream::connect(worker.address()).expect("it listens");
+    stream.write_all(b"GET /model_info HTTP/1.0\r\n\r\n").expect("a question");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer");
+    let (_, body) = answer.split_once("\r\n\r\n").expect("a body");
+    serde_json::from_str(body).expect("JSON")
 }
 
 #[tokio::test]
 #[ignore = "needs a Python with PyTorch and ZeroMQ, named by CKPT_ENGINE_TORCH_PYTHON and CKPT_ENGINE_PYZMQ"]
 async fn a_worker_with_zeromqs_own_library_hears_of_every_bucket_and_of_every_end() {
-    let worker = Worker::start();
+    variable("CKPT_ENGINE_PYZMQ");
+    let worker = Worker::start("zmq_worker.py", &[DEVICE]);
     let mut config = support::config(&[], plain());
     config.backend = "sglang".into();
     let options = json!({
-        "servers": [format!("http://127.0.0.1:{}", worker.port.trim())],
+        "servers": [format!("http://{}", worker.address())],
         "transport": "zmq",
     });
     config.engine_kwargs.insert("sglang".into(), options.as_object().cloned().expect("options"));
@@ -69,7 +40,7 @@ async fn a_worker_with_zeromqs_own_library_hears_of_every_bucket_and_of_every_en
     for version in 1..=2 {
         let sent = trainer.send_weights(ensure_async_iterator(even(version)), Version(version));
         assert!(sent.await.expect("an update").absent.is_empty());
-        let said = worker.says();
+        let said = says(&worker);
         assert_eq!(said["loaded"], json!(names));
         assert_eq!(
             (&said["weight_version"], &said["finished"]),
@@ -81,7 +52,7 @@ async fn a_worker_with_zeromqs_own_library_hears_of_every_bucket_and_of_every_en
     broken.push(Err(std::io::Error::other("the gather failed")));
     let sent = trainer.send_weights(ensure_async_iterator(broken), Version(3)).await;
     assert_eq!(sent.expect_err("it fails").kind(), ErrorKind::Source);
-    assert_eq!(worker.says()["finished"], 2);
+    assert_eq!(says(&worker)["finished"], 2);
     // What a worker says of a bucket, however long, is what the trainer says.
     let mut refused = even(4);
     refused.push(Weight::new("refused", DType::U8, [1], vec![0_u8]).expect("a weight"));
@@ -90,5 +61,5 @@ async fn a_worker_with_zeromqs_own_library_hears_of_every_bucket_and_of_every_en
     assert!(error.contains("RuntimeError: refused: CUDA out of memory"), "{error}");
     let sent = trainer.send_weights(ensure_async_iterator(even(5)), Version(5)).await;
     assert!(sent.expect("an update").absent.is_empty());
-    assert_eq!(worker.says()["weight_version"], "5");
+    assert_eq!(says(&worker)["weight_version"], "5");
 }

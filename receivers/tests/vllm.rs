@@ -57,7 +57,7 @@ async fn servers_are_asked_everything_once_and_then_only_which_version_they_have
     }
     let update =
         "/pause /start_weight_update /update_weights /finish_weight_update /weight_info /resume";
-    let looks = "/health /get_world_size /weight_info /init_weight_transfer_engine";
+    let looks = "/health /get_world_size /weight_info /v1/models /init_weight_transfer_engine";
     let forms = "/init_weight_transfer_engine";
     let (pause, rest) = update.split_once(' ').expect("words");
     assert_eq!(asked[0], format!("{looks} {pause} {forms} {rest}"));
@@ -485,6 +485,41 @@ async fn a_server_that_was_started_for_the_other_transport_or_refuses_pickles_sa
         assert_eq!(error.kind(), ErrorKind::Config, "{error}");
         assert!(error.to_string().contains(words), "{error}");
     }
+}
+
+#[tokio::test]
+async fn a_layer_that_a_servers_checkpoint_leaves_alone_is_not_sent_in_fp8() {
+    let folder = std::env::temp_dir().join(format!("ckpt-ignored-vllm-{}", std::process::id()));
+    // The first bucket has several layers.
+    let small = |version| model(version).split_off(1);
+    let has = |server: &Server| {
+        let (version, weights) = server.generate().expect("it generates");
+        assert!(version == "1" && weights == tensors(&small(1)));
+    };
+    std::fs::create_dir_all(&folder).expect("a folder");
+    for (layer, is_first) in [("layers.0", true), ("layers.5.proj", false), ("layers.50", false)] {
+        let own = json!({ "quantization_config": { "modules_to_not_convert": [layer] } });
+        std::fs::write(folder.join("config.json"), own.to_string()).expect("a file");
+        let checkpoint = Some(folder.clone());
+        let server = Server::start(&small(0), Started { checkpoint, ..Default::default() }).await;
+        let other = Server::start(&small(0), Started::default()).await;
+        let mut trainer = trainer(&[&server, &other], plain()).await;
+        let sent = trainer.send_weights(ensure_async_iterator(small(1)), Version(1)).await;
+        let report = sent.expect("an update of the other one");
+        has(&other);
+        if layer == "layers.50" {
+            has(&server);
+            continue;
+        }
+        assert_eq!(report.absent, [Rank(1)]);
+        let words = report.receivers[1].notes["error"].to_string();
+        for part in [&format!("`{layer}`"), &format!("{layer}."), "proj.weight", "ignored_layers"] {
+            assert!(words.contains(part), "{words}");
+        }
+        // Nobody is stopped for what the first bucket has.
+        assert_eq!(server.generate().is_ok(), is_first, "{layer}");
+    }
+    std::fs::remove_dir_all(&folder).expect("it was there");
 }
 
 #[tokio::test]

@@ -35,7 +35,11 @@ impl Truth {
         let refuse = |words: &str| Err(Error::new(ErrorKind::Io, "asked", words));
         match ask {
             Ask::Look => {
-                return Ok(Said::Facts(Facts { workers: 2, weights: self.version.clone() }));
+                return Ok(Said::Facts(Facts {
+                    workers: 2,
+                    weights: self.version.clone(),
+                    ignored: Vec::new(),
+                }));
             }
             Ask::Recall => return Ok(Said::Version(self.version.clone())),
             Ask::Pause => self.paused = true,
@@ -245,7 +249,7 @@ fn answered(fleet: &mut Fleet, mut answer: impl FnMut(usize, Ask) -> Option<Resu
 
 fn good(ask: Ask, has: &str) -> Result<Said> {
     Ok(match ask {
-        Ask::Look => Said::Facts(Facts { workers: 1, weights: has.into() }),
+        Ask::Look => Said::Facts(Facts { workers: 1, weights: has.into(), ignored: Vec::new() }),
         Ask::Recall => Said::Version(has.into()),
         _ => Said::Done,
     })

@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test program uses a part")]
 
 pub(crate) mod collectives;
+pub(crate) mod python;
 pub(crate) mod rep;
 pub(crate) mod server;
 mod sglang_contract;

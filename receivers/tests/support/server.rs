@@ -72,6 +72,8 @@ pub(crate) struct Started {
     pub(crate) insecure: bool,
     /// Whether its workers speak the protocol of Moonshot's checkpoint-engine.
     pub(crate) extension: bool,
+    /// Where its checkpoint is.
+    pub(crate) checkpoint: Option<std::path::PathBuf>,
     /// SGLang's `--api-key` and `--admin-api-key`.
     pub(crate) keys: Option<(&'static str, &'static str)>,
     /// The GPU that its worker is on.
@@ -89,6 +91,7 @@ impl Default for Started {
             replicas: 1,
             insecure: true,
             extension: true,
+            checkpoint: None,
             keys: None,
             gpu: DEVICE,
         }

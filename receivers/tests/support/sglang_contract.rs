@@ -100,6 +100,7 @@ pub(super) async fn done(
                 200,
                 json!({
                     "version": "0.5.23",
+                    "model_path": started.checkpoint,
                     "tp_size": started.workers,
                     "dp_size": started.replicas,
                     "pp_size": 1,

@@ -39,6 +39,10 @@ pub(super) async fn done(
     };
     match (method.as_str(), path) {
         ("GET", "/health") => return say(200, json!(null)),
+        ("GET", "/v1/models") => {
+            let root = &shared.started.checkpoint;
+            return say(200, json!({ "object": "list", "data": [{ "id": "m", "root": root }] }));
+        }
         ("GET", "/version") => return say(200, json!({ "version": "0.33.0" })),
         _ if !shared.started.dev_mode => {
             return say(404, json!({ "error": { "message": "Not Found" } }));

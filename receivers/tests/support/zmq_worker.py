@@ -4,17 +4,16 @@ What it is told of memory is looked at and not opened: the memory is the trainer
 it loaded last.
 """
 
-import json
 import os
 import sys
 import traceback
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 sys.path.insert(0, os.environ["CKPT_ENGINE_PYZMQ"])
 
 import torch
 import zmq
 from torch.multiprocessing import reductions
+from worker_http import serve
 
 GPU = "GPU-" + sys.argv[1]
 STATE = {"weight_version": "default", "loaded": [], "finished": 0}
@@ -79,26 +78,4 @@ def answer(path, told):
     return 200, {"success": True, "message": ""}
 
 
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.do_POST()
-
-    def do_POST(self):
-        text = self.rfile.read(int(self.headers.get("content-length") or 0))
-        try:
-            status, said = answer(self.path.split("?")[0], json.loads(text) if text else None)
-        except Exception as error:
-            status, said = 400, {"success": False, "message": f"{type(error).__name__}: {error}"}
-        said = json.dumps(said).encode()
-        self.send_response(status)
-        self.send_header("content-length", str(len(said)))
-        self.end_headers()
-        self.wfile.write(said)
-
-    def log_message(self, *arguments):
-        pass
-
-
-server = HTTPServer(("127.0.0.1", 0), Handler)
-print(server.server_port, flush=True)
-server.serve_forever()
+serve(answer)
