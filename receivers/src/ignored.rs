@@ -1,24 +1,34 @@
 //! The layers that a server's checkpoint leaves alone, as far as the server tells where that is and it can be read from here.
 
 use std::path::Path;
+use std::time::Duration;
 
+use engine_core::clock::within;
 use serde_json::Value;
+use tokio::sync::oneshot;
 
 /// The longest `config.json` that is read.
 const MAX_BYTES: u64 = 16 << 20;
 
 /// The layers that the `config.json` of a checkpoint says are not quantised; none if there is no such file. A name that is no
-/// whole path, such as a model's in a hub, is none.
-pub(crate) async fn read(checkpoint: &str) -> Vec<String> {
+/// whole path, such as a model's in a hub, is none; nor is what cannot be read within the limit, because it is on a file system
+/// that does not answer.
+pub(crate) async fn read(checkpoint: &str, limit: Duration) -> Vec<String> {
     let file = Path::new(checkpoint).join("config.json");
     if !Path::new(checkpoint).is_absolute() {
         return Vec::new();
     }
+    let (tell, told) = oneshot::channel();
     let read = move || {
         let is_small = std::fs::metadata(&file).is_ok_and(|found| found.len() <= MAX_BYTES);
-        is_small.then(|| std::fs::read(&file).ok()).flatten()
+        // Nobody waits for what comes too late.
+        drop(tell.send(is_small.then(|| std::fs::read(&file).ok()).flatten()));
     };
-    let text = tokio::task::spawn_blocking(read).await.ok().flatten().unwrap_or_default();
+    if let Err(error) = std::thread::Builder::new().name("ckpt-config".into()).spawn(read) {
+        tracing::debug!(%error, "there is no thread to read a checkpoint's configuration");
+    }
+    let text = within(limit, told).await.and_then(std::result::Result::ok).flatten();
+    let text = text.unwrap_or_default();
     ignored(&serde_json::from_slice(&text).unwrap_or_default())
 }
 

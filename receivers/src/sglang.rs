@@ -161,7 +161,7 @@ impl Sglang {
         self.transport.reaches(&self.client, workers)?;
         let weights = self.client.weights(WEIGHTS).await?;
         let checkpoint = info["model_path"].as_str().unwrap_or_default();
-        let ignored = ignored::read(checkpoint).await;
+        let ignored = ignored::read(checkpoint, self.client.short).await;
         Ok((version, Facts { workers, weights, ignored }))
     }
 }

@@ -228,7 +228,7 @@ impl Vllm {
         let models = self.client.ask(Method::GET, "/v1/models", None, self.client.short).await?;
         let models = models.json();
         let checkpoint = models["data"][0]["root"].as_str().unwrap_or_default();
-        Ok(Facts { workers, weights, ignored: ignored::read(checkpoint).await })
+        Ok(Facts { workers, weights, ignored: ignored::read(checkpoint, self.client.short).await })
     }
 
     /// What the server was started for. It says so when it is asked to join a world that cannot be: nothing else does
