@@ -1,6 +1,6 @@
 //! The pages of the user guide that are made from the code: they are what the code says.
 //!
-//! `CKPT_ENGINE_WRITE_REFERENCE=1 cargo test -p cli --test reference` writes them.
+//! `CKPT_ENGINE_WRITE_REFERENCE=1 cargo test -p checkpoint-engine-cli --test reference` writes them.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -26,7 +26,7 @@ fn is_up_to_date(name: &str, made: &str) {
     assert!(
         page == made,
         "docs/{name} differs from the code; \
-         CKPT_ENGINE_WRITE_REFERENCE=1 cargo test -p cli --test reference writes it anew"
+         CKPT_ENGINE_WRITE_REFERENCE=1 cargo test -p checkpoint-engine-cli --test reference writes it anew"
     );
 }
 

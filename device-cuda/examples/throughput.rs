@@ -1,7 +1,7 @@
 //! What the kernels reach, beside copies in the same run; a JSON object a line.
 //!
 //! ```text
-//! cargo run --release -p device-cuda --example throughput
+//! cargo run --release -p checkpoint-engine-cuda --example throughput
 //! ```
 //!
 //! Bytes count reads and writes. Each figure is the median of 20 launches after 3, timed by events.

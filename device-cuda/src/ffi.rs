@@ -202,8 +202,15 @@ pub(crate) unsafe fn wait_for_foreign(
         // SAFETY: the context is current.
         return checked("cuCtxSynchronize", unsafe { cu::cuCtxSynchronize() });
     };
-    let event = Event::new(context, false)?;
     let stream: cu::CUstream = std::ptr::with_exposed_provenance_mut(stream);
+    // An event has to be recorded by the device: where processes share it, that takes a turn. A stream that has nothing to do
+    // says so at once.
+    // SAFETY: the stream is alive, as the caller promised.
+    match unsafe { cu::cuStreamQuery(stream) } {
+        cu::CUresult::CUDA_ERROR_NOT_READY => {}
+        status => return checked("cuStreamQuery", status),
+    }
+    let event = Event::new(context, false)?;
     // SAFETY: the event is alive, and so is the stream, as the caller promised.
     checked("cuEventRecord", unsafe { cu::cuEventRecord(event.event.0, stream) })?;
     event.wait()

@@ -54,6 +54,7 @@ from .errors import (
     TrainerLeft,
     WeightError,
 )
+from .manager import LocalRollout, Manager, RolloutWorker
 from .reports import (
     Peer,
     ReceiveReport,
@@ -76,6 +77,8 @@ __all__ = [
     "DigestError",
     "Error",
     "IoError",
+    "LocalRollout",
+    "Manager",
     "MismatchError",
     "Peer",
     "PeerLost",
@@ -85,6 +88,7 @@ __all__ = [
     "ReceiverReport",
     "ResourceError",
     "RolloutEngine",
+    "RolloutWorker",
     "SendReport",
     "SourceError",
     "StageTimes",

@@ -16,8 +16,9 @@ use crate::errors::{OrRaise, written};
 use crate::tensor::{self, Reader};
 use crate::work::{Own, Owner, Shared, Slot, lock, spawn};
 
-/// So many weights wait for the engine, and not more than so many bytes unless a single one is larger.
-const MOST: usize = 256;
+/// So many weights wait for the engine, and not more than so many bytes unless a single one is larger. A change of threads
+/// costs as much as some hundred small weights.
+const MOST: usize = 4096;
 const MOST_BYTES: u64 = 64 << 20;
 
 /// The same on devices, which are as many times faster: each change of threads costs as much as there.

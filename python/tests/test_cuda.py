@@ -193,7 +193,7 @@ def read_later(rollout, version):
         rollout.copies = {v: torch.zeros(12, 1 << 18, device="cuda:0") for v in (2, 3, 4)}
         torch.cuda.synchronize()
     with torch.cuda.stream(rollout.stream):
-        torch.cuda._sleep(LONG)
+        torch.cuda._sleep(3 * LONG)  # Also where the GPU and the host have other work.
         with rollout.engine.receive_weights(version, framework="torch") as weights:
             for number, (_, tensor) in enumerate(weights):
                 rollout.copies[version][number].copy_(tensor, non_blocking=True)
@@ -215,8 +215,8 @@ def test_a_bucket_is_not_filled_again_under_the_kernels_that_read_it(group):
             group.update(weights, version)  # Kernels are loaded, which would wait for a long one.
             continue
         group.rollouts[0].start("run", read_later, version)
-        group.engine.send_weights(weights, version)
-        assert group.rollouts[0].answer(), "the kernel was too short for this test"
+        report = group.engine.send_weights(weights, version)
+        assert group.rollouts[0].answer(), f"the kernel was too short for this test: version {version}, {report}"
     assert group.rollouts[0].call("run", copied) == {2: [2.0], 3: [3.0], 4: [4.0]}
 
 

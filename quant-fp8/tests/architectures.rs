@@ -4,7 +4,7 @@
 //! published sizes), each shape of a family once, and which of them transformers' own FP8 would take. The
 //! checks below are written from the receivers' sources and share no code with the rules.
 //!
-//! `CKPT_ENGINE_WRITE_GOLDEN=1 cargo test -p quant-fp8 --test architectures` writes `data/shares.tsv` anew.
+//! `CKPT_ENGINE_WRITE_GOLDEN=1 cargo test -p checkpoint-engine-fp8 --test architectures` writes `data/shares.tsv` anew.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

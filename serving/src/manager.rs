@@ -1,11 +1,16 @@
 //! Drives all phases for a whole set of workers.
 
+use std::pin::pin;
+use std::time::Duration;
+
 use async_trait::async_trait;
-use futures::future::{join, join_all, try_join, try_join_all};
+use futures::StreamExt;
+use futures::channel::mpsc;
+use futures::future::{Either, join, join_all, pending, select, try_join, try_join_all};
 
 use engine_core::{
-    Backend, Install, Placement, Prepared, PreparedTrainer, ReceiveReport, Result, RolloutEngine,
-    SendReport, TrainerEngine, Version, WeightStream, WorkerMetadata,
+    Backend, Error, ErrorKind, Install, Placement, Prepared, PreparedTrainer, ReceiveReport,
+    Result, RolloutEngine, SendReport, TrainerEngine, Version, WeightStream, WorkerMetadata,
 };
 
 /// A rollout as the manager drives it: in this process ([`LocalRollout`]), or anywhere, behind the
@@ -72,6 +77,10 @@ impl<D: Install> RolloutWorker for LocalRollout<D> {
     }
 }
 
+/// A rollout that failed may never have entered the update: the trainer would wait for it to its deadline. It has this long to
+/// fail by itself, since its error names the cause.
+const GRACE: Duration = Duration::from_secs(1);
+
 /// A trainer and its rollouts, driven together.
 pub struct CheckpointEngineManager {
     trainer: Box<dyn TrainerEngine>,
@@ -116,7 +125,8 @@ impl CheckpointEngineManager {
     ///
     /// # Errors
     ///
-    /// The trainer's error if it has one, since it names the cause; else the first of a rollout.
+    /// The trainer's error if it has one within a second of a rollout's, since it names the cause; else the first of a
+    /// rollout, and the update is aborted on every rank.
     pub async fn update_weights(
         &mut self,
         weights: WeightStream<'_>,
@@ -158,9 +168,43 @@ impl CheckpointEngineManager {
     ) -> Result<(SendReport, Vec<ReceiveReport>)> {
         try_join_all(self.rollouts.iter_mut().map(|rollout| rollout.pause())).await?;
         try_join_all(self.rollouts.iter_mut().map(|rollout| rollout.release_cache())).await?;
-        let receive = join_all(self.rollouts.iter_mut().map(|rollout| rollout.update(version)));
-        let (sent, received) = join(self.trainer.send_weights(weights, version), receive).await;
-        Ok((sent?, received.into_iter().collect::<Result<_>>()?))
+        let (failures, mut failed) = mpsc::unbounded();
+        let receive = join_all(self.rollouts.iter_mut().enumerate().map(|(index, rollout)| {
+            let failures = failures.clone();
+            async move {
+                let received = rollout.update(version).await;
+                if received.is_err() {
+                    // Nobody hears of it where another one was the first, or the trainer has ended.
+                    drop(failures.unbounded_send(index));
+                }
+                received
+            }
+        }));
+        drop(failures);
+        let mut first = None;
+        let give_up = async {
+            first = failed.next().await;
+            match first {
+                Some(_) => engine_core::clock::sleep(GRACE).await,
+                None => pending().await,
+            }
+        };
+        let send = self.trainer.send_weights(weights, version);
+        let send = async {
+            match select(send, pin!(give_up)).await {
+                Either::Left((sent, _)) => Some(sent),
+                Either::Right(_) => None,
+            }
+        };
+        let (sent, mut received) = join(send, receive).await;
+        let sent = sent.transpose()?;
+        // What others failed with after it may be what came of it.
+        if let Some(first) = first {
+            received.swap(0, first);
+        }
+        let received = received.into_iter().collect::<Result<_>>()?;
+        let given_up = || Error::new(ErrorKind::State, "updating rollouts", "it was given up");
+        Ok((sent.ok_or_else(given_up)?, received))
     }
 
     /// Ends every worker's part in the group.

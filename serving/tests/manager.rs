@@ -384,3 +384,44 @@ async fn a_request_in_flight_is_set_aside_for_an_update_and_goes_on_where_it_was
     }
     assert_eq!(request.lock().unwrap().tokens, [1, 1, 1, 2, 2, 2]);
 }
+
+/// A rollout that is gone before it has entered an update.
+struct Gone {
+    _engine: Box<dyn engine_core::RolloutEngine>,
+}
+
+#[async_trait]
+impl RolloutWorker for Gone {
+    async fn update(&mut self, _: Version) -> Result<ReceiveReport> {
+        Err(Error::new(ErrorKind::Io, "calling the rollout", "its actor has died"))
+    }
+
+    async fn finalize(self: Box<Self>) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rollout_that_fails_before_it_enters_an_update_ends_it_before_any_deadline() {
+    let config = CheckpointEngineConfig {
+        backend: "naive".into(),
+        timeout_seconds: 600.0,
+        ..Default::default()
+    };
+    let context = || EngineContext::new(config.clone());
+    let trainer = backend_naive::BACKEND.prepare_trainer(context()).await.unwrap();
+    let other = backend_naive::BACKEND.prepare_rollout(context()).await.unwrap();
+    let other = other.map(|engine| {
+        Box::new(LocalRollout::new(engine, Fragile::default())) as Box<dyn RolloutWorker>
+    });
+    let rollout = backend_naive::BACKEND.prepare_rollout(context()).await.unwrap();
+    let rollouts =
+        vec![other, rollout.map(|_engine| Box::new(Gone { _engine }) as Box<dyn RolloutWorker>)];
+    let mut manager =
+        CheckpointEngineManager::form(&backend_naive::BACKEND, trainer, rollouts).await.unwrap();
+    for version in 1..=2 {
+        let weights = ensure_async_iterator(model(1));
+        let error = manager.update_weights(weights, Version(version)).await.unwrap_err();
+        assert!(error.to_string().contains("its actor has died"), "{error}");
+    }
+}

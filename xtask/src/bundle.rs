@@ -17,18 +17,19 @@ const SCRIPTS: [(&str, &str); 2] = [
 
 /// Tests that need a GPU: package, features, and the test.
 const TESTS: [(&str, &str, &str); 8] = [
-    ("cli", "", "sync"),
-    ("device-cuda", "", "gpu"),
-    ("backend-ipc", "cuda", "cuda"),
-    ("backend-ipc", "cuda", "cuda_processes"),
-    ("backend-nccl", "", "cuda"),
-    ("backend-nccl", "", "processes"),
-    ("backend-nixl", "cuda", "cuda"),
-    ("backend-nixl", "cuda", "gone"),
+    ("checkpoint-engine-cli", "", "sync"),
+    ("checkpoint-engine-cuda", "", "gpu"),
+    ("checkpoint-engine-ipc", "cuda", "cuda"),
+    ("checkpoint-engine-ipc", "cuda", "cuda_processes"),
+    ("checkpoint-engine-nccl", "", "cuda"),
+    ("checkpoint-engine-nccl", "", "processes"),
+    ("checkpoint-engine-nixl", "cuda", "cuda"),
+    ("checkpoint-engine-nixl", "cuda", "gone"),
 ];
 
 /// Programs that measure what others are compared with: package and example.
-const EXAMPLES: [(&str, &str); 2] = [("device-cuda", "throughput"), ("backend-nccl", "bare")];
+const EXAMPLES: [(&str, &str); 2] =
+    [("checkpoint-engine-cuda", "throughput"), ("checkpoint-engine-nccl", "bare")];
 
 /// Builds programs and tests for this machine's architecture and puts them into a folder with a script
 /// that runs them.
@@ -41,7 +42,7 @@ pub(crate) fn build(workspace: &Workspace, folder: Option<&Path>) -> Result<()> 
     fs::create_dir_all(&folder).map_err(failed)?;
 
     let mut program = workspace.cargo();
-    program.args(["build", "--release", "--locked", "-p", "cli"]);
+    program.args(["build", "--release", "--locked", "-p", "checkpoint-engine-cli"]);
     stage("program", program)?;
     let built = workspace.target().join("release/ckpt-engine");
     put(&built, &folder.join("ckpt-engine"))?;
@@ -49,7 +50,8 @@ pub(crate) fn build(workspace: &Workspace, folder: Option<&Path>) -> Result<()> 
         let mut command = workspace.cargo();
         command.args(["test", "--release", "--locked", "--no-run", "-p", package]);
         command.args(["--features", features, "--test", test, "--message-format", "json"]);
-        put(&executable(command, test)?, &folder.join(format!("{package}-{test}")))?;
+        let short = package.trim_start_matches("checkpoint-engine-");
+        put(&executable(command, test)?, &folder.join(format!("test-{short}-{test}")))?;
     }
     for (package, example) in EXAMPLES {
         let mut command = workspace.cargo();
@@ -121,23 +123,22 @@ exit 0
         use std::os::unix::fs::PermissionsExt;
         let folder = std::env::temp_dir().join(format!("ckpt-engine-suite-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
-        let program = folder.join("backend-some");
+        let program = folder.join("test-some");
         fs::write(&program, SUITE).unwrap();
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
         let script = folder.join("run.sh");
         fs::write(&script, SCRIPTS[0].1).unwrap();
-        let ran =
-            Command::new("bash").arg(&script).args(["suite", "backend-some"]).output().unwrap();
+        let ran = Command::new("bash").arg(&script).args(["suite", "test-some"]).output().unwrap();
         let said = String::from_utf8(ran.stdout).unwrap();
         let cases = fs::read_to_string(folder.join("ran")).unwrap();
         let mut cases: Vec<_> = cases.lines().collect();
         fs::remove_dir_all(&folder).unwrap();
         assert_eq!(ran.status.code(), Some(1), "{said}");
         for line in [
-            "== backend-some: 4 cases",
-            "FAILED: backend-some bad: exit status 101",
-            "FAILED: backend-some crash: killed by signal 11",
-            "FAILED: backend-some: 2 cases",
+            "== test-some: 4 cases",
+            "FAILED: test-some bad: exit status 101",
+            "FAILED: test-some crash: killed by signal 11",
+            "FAILED: test-some: 2 cases",
             "the words of crash",
         ] {
             assert!(said.contains(line), "no `{line}` in:\n{said}");

@@ -53,6 +53,14 @@ enum Task {
     Test(tests::Options),
     /// Checks licences, bans and sources of the dependencies, by deny.toml
     Deny,
+    /// Packs every crate that is published, as `cargo publish` would
+    ///
+    /// What is missing in a package, a licence or a dependency without a version, is an error.
+    Package {
+        /// Also build each package from nothing but what is in it
+        #[arg(long)]
+        verify: bool,
+    },
     /// Packs programs, tests and a script for a machine that has a GPU and no Rust
     ///
     /// They are built for this machine's architecture and C library. Needs `strip`, which comes with gcc.
@@ -105,6 +113,7 @@ fn main() -> ExitCode {
         Task::Setup { check: false } => setup::prepare(&workspace, &Purpose::ALL),
         Task::Test(options) => tests::all(&workspace, options),
         Task::Deny => deny(&workspace),
+        Task::Package { verify } => package(&workspace, *verify),
         Task::GpuBundle { folder } => bundle::build(&workspace, folder.as_deref()),
         Task::Wheel => python::wheel(&workspace),
         Task::Python { arguments } => python::prepare_and_test(&workspace, arguments),
@@ -131,5 +140,27 @@ fn deny(workspace: &Workspace) -> Result<()> {
     command.args(["--locked", "--workspace", "check", "--hide-inclusion-graph"]);
     command.args(["licenses", "bans", "sources"]);
     command.current_dir(workspace.root());
+    run(command)
+}
+
+fn package(workspace: &Workspace, verify: bool) -> Result<()> {
+    let mut metadata = workspace.cargo();
+    metadata.args(["metadata", "--no-deps", "--locked", "--format-version", "1"]);
+    let output =
+        metadata.output().map_err(|error| format!("cargo could not be started: {error}"))?;
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout)
+        .map_err(|error| format!("cargo metadata: {error}"))?;
+    let mut command = workspace.cargo();
+    command.args(["package", "--workspace", "--locked", "--allow-dirty"]);
+    // `cargo package`, other than `cargo publish`, takes those as well that are not to be published.
+    for package in metadata["packages"].as_array().into_iter().flatten() {
+        let is_private = package["publish"].as_array().is_some_and(Vec::is_empty);
+        if let (true, Some(name)) = (is_private, package["name"].as_str()) {
+            command.args(["--exclude", name]);
+        }
+    }
+    if !verify {
+        command.arg("--no-verify");
+    }
     run(command)
 }

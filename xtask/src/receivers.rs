@@ -46,7 +46,7 @@ pub(crate) fn compare(workspace: &Workspace) -> Result<()> {
         unpacked.push(unpack(&python, &wheels, engine, &folder)?);
     }
     let mut build = workspace.cargo();
-    build.args(["build", "--quiet", "--package", "cli"]);
+    build.args(["build", "--quiet", "--package", "checkpoint-engine-cli"]);
     run(build)?;
     let mut script = Command::new(&python);
     script.arg(workspace.root().join("xtask/tools/receivers.py"));

@@ -48,7 +48,7 @@ pub(crate) fn all(workspace: &Workspace, options: &Options) -> Result<()> {
             stage("doctests", doctests)?;
         }
         let mut mutations = workspace.cargo();
-        mutations.args(["test", "--package", "backend-hccl", "--features", "mutations"]);
+        mutations.args(["test", "--package", "checkpoint-engine-hccl", "--features", "mutations"]);
         mutations.args(["--test", "conformance", "mutations::"]);
         stage("mistakes that the tests of backend-hccl notice", mutations)?;
         with_extras(workspace, options)?;
@@ -65,20 +65,35 @@ fn with_extras(workspace: &Workspace, options: &Options) -> Result<()> {
     let has_headers = tools::has_ascend_include(workspace);
     let has_pyhccl = tools::pyhccl(workspace).is_file();
     for (what, is_there, package, tests) in [
-        ("PyTorch", tools::has_torch(workspace), "quant-fp8", &["--test", "torch"][..]),
-        ("PyTorch", tools::has_torch(workspace), "receivers", &["--lib", "--test", "torch"][..]),
+        ("PyTorch", tools::has_torch(workspace), "checkpoint-engine-fp8", &["--test", "torch"][..]),
+        (
+            "PyTorch",
+            tools::has_torch(workspace),
+            "checkpoint-engine-receivers",
+            &["--lib", "--test", "torch"][..],
+        ),
         (
             "ZeroMQ for Python",
             tools::has_torch(workspace) && tools::has_pyzmq(workspace),
-            "receivers",
+            "checkpoint-engine-receivers",
             &["--test", "pyzmq"],
         ),
-        ("NVRTC", tools::has_nvrtc(workspace), "device-cuda", &["--test", "compile"]),
-        ("NCCL", tools::has_nccl(workspace), "backend-nccl", &["--test", "library"]),
+        ("NVRTC", tools::has_nvrtc(workspace), "checkpoint-engine-cuda", &["--test", "compile"]),
+        ("NCCL", tools::has_nccl(workspace), "checkpoint-engine-nccl", &["--test", "library"]),
         ("CANN's headers", has_headers, "hccl-sim", &["--test", "headers"]),
-        ("CANN's headers, of backend-hccl", has_headers, "backend-hccl", &["--lib", "headers::"]),
+        (
+            "CANN's headers, of backend-hccl",
+            has_headers,
+            "checkpoint-engine-hccl",
+            &["--lib", "headers::"],
+        ),
         ("pyhccl", has_pyhccl, "hccl-sim", &["--test", "foreign"]),
-        ("pyhccl, with backend-hccl", has_pyhccl, "backend-hccl", &["--lib", "foreign::"]),
+        (
+            "pyhccl, with backend-hccl",
+            has_pyhccl,
+            "checkpoint-engine-hccl",
+            &["--lib", "foreign::"],
+        ),
     ] {
         if !is_there {
             println!("\n-- {what}: ignored, it is not installed (see above)");
@@ -92,7 +107,7 @@ fn with_extras(workspace: &Workspace, options: &Options) -> Result<()> {
         Ok(()) => {
             // They wait most of the time, for what a link that is cut takes to be noticed.
             let tests = &["--test", "processes"];
-            stage(hosts, ignored(workspace, "backend-nixl", tests, Some("4")))?;
+            stage(hosts, ignored(workspace, "checkpoint-engine-nixl", tests, Some("4")))?;
         }
     }
     Ok(())

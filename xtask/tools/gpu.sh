@@ -4,7 +4,7 @@
 # later, because all ranks share a GPU), if libnccl.so.2 is. Prints JSON lines of what was measured, and ends
 # with 1 if anything failed.
 cd "$(dirname "$0")" || exit 1
-chmod +x ckpt-engine throughput bare cli-sync device-cuda-* backend-* 2>/dev/null
+chmod +x ckpt-engine throughput bare test-* 2>/dev/null
 [ -d nixl ] && export CKPT_ENGINE_NIXL_DIR=$PWD/nixl
 [ -f libnccl.so.2 ] && export CKPT_ENGINE_NCCL_LIB=$PWD/libnccl.so.2
 # What several ranks on one GPU take; processes take turns on it, and move in a turn what the buffers hold.
@@ -46,23 +46,23 @@ suite() {
 [ "${1:-}" = suite ] && suite "$2"
 if [ "${1:-tests}" = tests ]; then
     ./ckpt-engine doctor
-    check ./device-cuda-gpu --ignored --test-threads 1
-    check ./backend-ipc-cuda --ignored --test-threads 4
-    check ./backend-ipc-cuda_processes --ignored
+    check ./test-cuda-gpu --ignored --test-threads 1
+    check ./test-ipc-cuda --ignored --test-threads 4
+    check ./test-ipc-cuda_processes --ignored
     # A rank on a GPU has to be a process of its own: within one, UCX ends it when a peer does not answer. The
-    # cases in which one does not are backend-nixl-gone, which has a process for each rank.
-    [ -d nixl ] && check ./backend-nixl-cuda --ignored --test-threads 2 --skip whose_engine_is_gone
-    [ -d nixl ] && check ./backend-nixl-gone --ignored --test-threads 2
+    # cases in which one does not are test-nixl-gone, which has a process for each rank.
+    [ -d nixl ] && check ./test-nixl-cuda --ignored --test-threads 2 --skip whose_engine_is_gone
+    [ -d nixl ] && check ./test-nixl-gone --ignored --test-threads 2
     if [ -f libnccl.so.2 ]; then
-        suite backend-nccl-cuda
+        suite test-nccl-cuda
         # One after the other: a test compares how much memory of the GPU is free.
-        check ./backend-nccl-processes --ignored --test-threads 1
+        check ./test-nccl-processes --ignored --test-threads 1
         check ./ckpt-engine sync --backend nccl --device cuda --synthetic tiny-moe --trainers 2 \
             --engine-kwarg senders=2 --rollouts 2 --updates 3 --verify --json --trainer-quantize-fp8
     fi
     # Processes that are killed, strangers, newcomers: everything that holds on the host holds here.
     CKPT_ENGINE_TEST_PROGRAM=$PWD/ckpt-engine CKPT_ENGINE_DEVICE=cuda \
-        check ./cli-sync --test-threads 2 --skip there_is_no_memory
+        check ./test-cli-sync --test-threads 2 --skip there_is_no_memory
     for quantise in "" --trainer-quantize-fp8; do
         check ./ckpt-engine sync --device cuda --synthetic tiny-moe --rollouts 2 --updates 3 \
             --verify --json $quantise

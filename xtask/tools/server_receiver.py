@@ -12,7 +12,13 @@ DIR/model.safetensors, to be compared with `ckpt-engine verify`.
 
 All of it, one case after the other, with a line for each that says what came of it:
 
-    python3 xtask/tools/server_receiver.py all PROGRAM --vllm SOURCES --sglang SOURCES --work DIR
+    python3 xtask/tools/server_receiver.py all PROGRAM --vllm SOURCES --sglang SOURCES [--generate] --work DIR
+
+With `--model CHECKPOINT` (and with `--generate`, for all its cases) vLLM is not left out: the one that is installed serves the
+checkpoint and generates, and only what receives is that of SOURCES, because the routes are those of vLLM 0.33, and an older one
+may be all that a machine can run. The models are small and random, two versions each, dense and with experts, in BF16 and in FP8
+blocks that the trainer makes; after an update from the first to the second, greedy tokens have to be those of a server that
+was started with the second.
 
 The trainer is on cuda:0. With two GPUs or more, receivers over NCCL are on cuda:1; with one they are on the trainer's, which
 takes NCCL 2.30 or later on both sides, NCCL_MULTI_RANK_GPU_ENABLE=1 and NCCL_NVLS_ENABLE=0.
@@ -23,6 +29,7 @@ functions are not used here, so an older one (PyTorch 2.11 brings it) is made to
 
 import argparse
 import ast
+import concurrent.futures
 import contextlib
 import ctypes
 import importlib.abc
@@ -54,16 +61,28 @@ REAL = {
     "sglang.srt.utils.patch_torch",
     "sglang.srt.weight_sync.tensor_bucket",
 }
-# What is taken out of SGLang's utils/common.py, which as a whole imports everything.
+# What is taken out of files of SGLang that as a whole import everything.
 PARTS = {
-    "MultiprocessingSerializer",
-    "SafeUnpickler",
-    "_safe_load_torch_storage",
-    "init_custom_process_group",
+    "sglang.srt.utils.common": {
+        "MultiprocessingSerializer",
+        "SafeUnpickler",
+        "_safe_load_torch_storage",
+        "init_custom_process_group",
+    },
+    "sglang.srt.utils.network": {"NetworkAddress", "_is_ipv6", "_wrap"},
 }
 
 
-class Anything:
+class Whatever(type):
+    """Of a class that stands for any other: it has every attribute."""
+
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything()
+
+
+class Anything(metaclass=Whatever):
     """Stands for whatever is imported and not used here."""
 
     def __init__(self, *args, **kwargs):
@@ -96,8 +115,10 @@ class StandIn(types.ModuleType):
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def __init__(self, folder):
-        self.folder = folder
+    """Finds what is REAL in a folder. All else of these packages is a stand-in; or, beside one that is installed, what it lacks."""
+
+    def __init__(self, folder, stands_in):
+        self.folder, self.stands_in = folder, stands_in
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] not in ("vllm", "sglang"):
@@ -105,7 +126,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if name in REAL:
             file = os.path.join(self.folder, *name.split(".")) + ".py"
             return importlib.util.spec_from_file_location(name, file)
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if self.stands_in(name) else None
 
     def create_module(self, spec):
         return StandIn(spec.name)
@@ -129,26 +150,34 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             case "vllm.model_executor.model_loader.mtp_validation":
                 module.disable_mtp_completeness_check = contextlib.nullcontext
             case "sglang.srt.utils.common" | "sglang.srt.utils":
-                self.parts(module)
+                self.parts(module, "sglang.srt.utils.common")
+            case "sglang.srt.utils.network":
+                self.parts(module, "sglang.srt.utils.network")
             case "sglang.srt.runtime_context":
                 module.get_model = lambda: types.SimpleNamespace(weight_cache_mode="off")
                 module.get_parallel = lambda: types.SimpleNamespace(tp_rank=0)
 
-    def parts(self, module):
+    def parts(self, module, source):
         """SGLang's own definitions of what is used, and nothing else of the file."""
+        import dataclasses
         import io
+        import ipaddress
         import pickle
+        import socket
+        import typing
         from multiprocessing.reduction import ForkingPickler
 
         import pybase64
 
         release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
         vars(module).update(io=io, pickle=pickle, ForkingPickler=ForkingPickler, pybase64=pybase64, torch=torch,
-                            torch_release=release, is_npu=lambda: False)
-        file = os.path.join(self.folder, "sglang", "srt", "utils", "common.py")
+                            torch_release=release, is_npu=lambda: False, dataclass=dataclasses.dataclass, ipaddress=ipaddress,
+                            socket=socket, Optional=typing.Optional, Tuple=typing.Tuple, Union=typing.Union)
+        file = os.path.join(self.folder, *source.split(".")) + ".py"
         with open(file) as text:
             tree = ast.parse(text.read(), file)
-        tree.body = [node for node in tree.body if getattr(node, "name", None) in PARTS]
+        future = [node for node in tree.body if getattr(node, "module", None) == "__future__"]
+        tree.body = future + [node for node in tree.body if getattr(node, "name", None) in PARTS[source]]
         exec(compile(tree, file, "exec"), vars(module))
 
 
@@ -193,10 +222,13 @@ class Vllm:
         else:
             from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine as Engine
         self.active, self.version, self.out = False, "default", out
-        self.model = Model()
-        parallel = types.SimpleNamespace(data_parallel_index=0, world_size=1, rank=0)
-        config = types.SimpleNamespace(parallel_config=parallel, model_config=None)
+        self.model, config = self.load()
         self.engine = Engine(None, config, device, self.model)
+
+    def load(self):
+        """A model, and vLLM's configuration."""
+        parallel = types.SimpleNamespace(data_parallel_index=0, world_size=1, rank=0)
+        return Model(), types.SimpleNamespace(parallel_config=parallel, model_config=None)
 
     def call(self, path, body):
         match path:
@@ -245,6 +277,29 @@ class Vllm:
         causes = f"{error}" + (f" ({error.__cause__})" if error.__cause__ else "")
         words = f"Call to collective_rpc method failed: {causes}"
         return 500, {"error": {"message": words, "type": type(error).__name__, "code": 500}}
+
+
+class WholeVllm(Vllm):
+    """The vLLM that is installed, in this process, with the engines of SOURCES as what receives."""
+
+    def __init__(self, transport, device, model):
+        import vllm_families as families
+        from vllm import LLM
+
+        self.families, self.family = families, os.path.basename(model).split("-")[0]
+        self.llm = LLM(**families.engine_options(self.family, model))
+        # It has imported its own by now, and does not use them.
+        for name in REAL & set(sys.modules):
+            del sys.modules[name]
+        super().__init__(transport, device, None)
+
+    def load(self):
+        return self.llm.collective_rpc(lambda worker: (worker.model_runner.get_model(), worker.vllm_config))[0]
+
+    def call(self, path, body):
+        if path == "/generate":
+            return {"tokens": self.families.greedy(self.llm, self.family)}
+        return super().call(path, body)
 
 
 def make_do():
@@ -372,7 +427,20 @@ def handler(worker, device):
 
 
 def serve(args):
-    sys.meta_path.insert(0, Finder(args.sources))
+    if args.model:
+        import vllm_families as families
+
+        os.environ.update({key: value for key, value in families.ENVIRONMENT.items() if key not in os.environ})
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+        torch.cuda.set_device(args.device)
+        finder = Finder(args.sources, lambda name: name.endswith(".mtp_validation"))
+        worker = lambda: WholeVllm(args.transport, args.device, args.model)
+        import vllm.distributed.weight_transfer  # noqa: F401  its own first: what follows replaces parts of it
+        import vllm.v1.worker.gpu_worker  # noqa: F401
+    else:
+        finder = Finder(args.sources, lambda name: True)
+        worker = lambda: {"vllm": Vllm, "sglang": Sglang}[args.what](args.transport, args.device, args.out)
+    sys.meta_path.insert(0, finder)
     try:
         import pybase64  # noqa: F401
     except ImportError:
@@ -381,8 +449,7 @@ def serve(args):
         sys.modules["pybase64"] = base64
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
-    worker = {"vllm": Vllm, "sglang": Sglang}[args.what](args.transport, args.device, args.out)
-    server = ThreadingHTTPServer(("127.0.0.1", args.port), handler(worker, args.device))
+    server = ThreadingHTTPServer(("127.0.0.1", args.port), handler(worker(), args.device))
     print("ready", flush=True)
     server.serve_forever()
 
@@ -395,40 +462,98 @@ def run(command, log, limit):
         return False
 
 
+class Receiver:
+    """A process of this program that serves; ended with the block."""
+
+    def __init__(self, log, kind, port, *arguments, gpus=None):
+        self.url, route = f"http://127.0.0.1:{port}", {"vllm": "/health", "sglang": "/model_info"}[kind]
+        environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})}
+        command = [sys.executable, __file__, kind, *arguments, "--port", str(port)]
+        self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        self.route = route
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+    def wait(self, limit):
+        """What keeps it from serving, if something does."""
+        until = time.monotonic() + limit
+        while self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(self.url + self.route, timeout=2).close()
+                return None
+            if time.monotonic() > until:
+                return "the receiver does not start"
+            time.sleep(0.3)
+        return "the receiver has ended"
+
+    def tokens(self):
+        request = urllib.request.Request(self.url + "/generate", b"{}", {"content-type": "application/json"})
+        return json.load(urllib.request.urlopen(request, timeout=100))["tokens"]
+
+
 def case(args, model, kind, transport, fp8, port):
     """One server, three updates, and every byte of what it has."""
     name = f"{kind}-{transport}" + ("-fp8" if fp8 else "")
-    url, out = f"http://127.0.0.1:{port}", os.path.join(args.work, name)
+    out = os.path.join(args.work, name)
     device = "cuda:1" if transport == "nccl" and torch.cuda.device_count() > 1 else "cuda:0"
-    with open(os.path.join(args.work, name + ".log"), "w") as log:
-        command = [sys.executable, __file__, kind, getattr(args, kind), "--transport", transport, "--port", str(port),
-                   "--device", device, "--out", out]
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            route = {"vllm": "/health", "sglang": "/model_info"}[kind]
-            until = time.monotonic() + 60
-            while server.poll() is None:
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(url + route, timeout=2).close()
-                    break
-                if time.monotonic() > until:
-                    return name, "the receiver does not start"
-                time.sleep(0.3)
-            if server.poll() is not None:
-                return name, "the receiver has ended"
-            steps = [
-                ("doctor", ["doctor", "--server", url]),
-                ("sync", ["sync", "--backend", kind, "--device", "cuda:0", "--server", url, "--model", model, "--updates",
-                          "3", "--json", "--engine-kwarg", f"transport={transport}"]),
-                ("verify", ["verify", model, out]),
-            ]
-            for step, arguments in steps:
-                if not run([args.program, *arguments], log, 120):
-                    return name, f"{step} failed"
-            return name, "OK"
-        finally:
-            server.kill()
-            server.wait()
+    options = [getattr(args, kind), "--transport", transport, "--device", device, "--out", out]
+    with open(os.path.join(args.work, name + ".log"), "w") as log, Receiver(log, kind, port, *options) as server:
+        if failed := server.wait(60):
+            return name, failed
+        steps = [
+            ("doctor", ["doctor", "--server", server.url]),
+            ("sync", ["sync", "--backend", kind, "--device", "cuda:0", "--server", server.url, "--model", model, "--updates",
+                      "3", "--json", "--engine-kwarg", f"transport={transport}"]),
+            ("verify", ["verify", model, out]),
+        ]
+        for step, arguments in steps:
+            if not run([args.program, *arguments], log, 120):
+                return name, f"{step} failed"
+        return name, "OK"
+
+
+def generating(args, family, transport, fp8, number):
+    """A vLLM that generates, updated from a first version to a second; and one that was started with the second."""
+    name = f"generate-{family}-{transport}" + ("-fp8" if fp8 else "")
+    first, second = (os.path.join(args.work, f"{family}-{version}" + ("-fp8" if fp8 else "")) for version in (1, 2))
+    count = torch.cuda.device_count()
+    # vLLM takes the first GPU that it sees: over NCCL that is not the trainer's.
+    trainer, other = str(number % count), str((number + 1) % count)
+    gpus = trainer if transport == "ipc" else other
+    options = [args.vllm, "--transport", transport, "--device", "cuda:0", "--model"]
+    port = 18100 + 2 * number
+    with (open(os.path.join(args.work, name + ".log"), "w") as log, open(os.path.join(args.work, name + "-fresh.log"), "w") as other,
+          Receiver(log, "vllm", port, *options, first, gpus=gpus) as server,
+          Receiver(other, "vllm", port + 1, *options, second, gpus=gpus) as fresh):
+        if failed := server.wait(200) or fresh.wait(200):
+            return name, failed
+        before, expected = server.tokens(), fresh.tokens()
+        if before == expected:
+            return name, "both versions generate the same"
+        sync = ["env", f"CUDA_VISIBLE_DEVICES={trainer}", args.program, "sync", "--backend", "vllm", "--device", "cuda:0", "--server",
+                server.url, "--model", os.path.join(args.work, f"{family}-2"), "--updates", "3", "--json", "--engine-kwarg",
+                f"transport={transport}", *(["--trainer-quantize-fp8"] if fp8 else [])]
+        if not run(sync, log, 100):
+            return name, "sync failed"
+        found = server.tokens()
+        pairs = [a == b for x, y in zip(found, expected) for a, b in zip(x, y)]
+        print("tokens", found, expected, file=log)
+        return name, ("OK" if found == expected else "other tokens") + f", {sum(pairs)} of {len(pairs)} tokens of a fresh server"
+
+
+def make_models(args):
+    import vllm_families as families
+
+    for family in ["qwen3", "qwen3_moe"]:
+        for version in [1, 2]:
+            folder = os.path.join(args.work, f"{family}-{version}")
+            families.make(family, folder, seed=version)
+            families.run(args.program, "quantize", folder, folder + "-fp8")
 
 
 def everything(args):
@@ -442,13 +567,20 @@ def everything(args):
                 sys.exit(f"no model: {folder}.log")
         # What the first rollout wrote.
         models[fp8] = os.path.join(folder, "rollout-0")
-    failed = False
     kinds = [kind for kind in ["vllm", "sglang"] if getattr(args, kind)]
     cases = [(kind, transport, fp8) for kind in kinds for transport in ["nccl", "ipc"] for fp8 in models]
-    for number, (kind, transport, fp8) in enumerate(cases):
-        name, what = case(args, models[fp8], kind, transport, fp8, 18000 + number)
-        failed |= what != "OK"
-        print(f"{name}: {what}", flush=True)
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [pool.submit(case, args, models[fp8], kind, transport, fp8, 18000 + number)
+                for number, (kind, transport, fp8) in enumerate(cases)]
+        if args.generate:
+            make_models(args)
+            each = [(family, transport, fp8) for family in ["qwen3", "qwen3_moe"] for transport in ["ipc", "nccl"] for fp8 in models]
+            jobs += [pool.submit(generating, args, *one, number) for number, one in enumerate(each)]
+        failed = False
+        for job in concurrent.futures.as_completed(jobs):
+            name, what = job.result()
+            failed |= not what.startswith("OK")
+            print(f"{name}: {what}", flush=True)
     sys.exit(failed)
 
 
@@ -462,11 +594,14 @@ def main():
         one.add_argument("--port", type=int, default=8000)
         one.add_argument("--device", default="cuda:0", type=torch.device)
         one.add_argument("--out")
+        one.add_argument("--model", help="a checkpoint for a whole vLLM; its folder is named after its family, as in `qwen3-1`")
     each = what.add_parser("all")
     each.add_argument("program", help="ckpt-engine")
     each.add_argument("--vllm")
     each.add_argument("--sglang")
     each.add_argument("--work", required=True)
+    each.add_argument("--generate", action="store_true", help="also with the vLLM that is installed, which generates")
+    each.add_argument("--jobs", type=int, default=1, help="how many cases at a time")
     args = parser.parse_args()
     if args.what == "all":
         everything(args)

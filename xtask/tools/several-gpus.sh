@@ -5,7 +5,7 @@
 # updates after two. NVLink multicast stays off. On one GPU, GPUS=4 makes a dry run of it with several ranks
 # on that GPU. Prints JSON lines, each after a line that says what it is, and ends with 1 if anything failed.
 cd "$(dirname "$0")" || exit 1
-chmod +x ckpt-engine bare backend-* 2>/dev/null
+chmod +x ckpt-engine bare test-* 2>/dev/null
 [ -d nixl ] && export CKPT_ENGINE_NIXL_DIR=$PWD/nixl
 [ -f libnccl.so.2 ] && export CKPT_ENGINE_NCCL_LIB=$PWD/libnccl.so.2
 export NCCL_NVLS_ENABLE=0
@@ -63,5 +63,5 @@ for model in $models; do
 done
 # Ranks that are killed within an update, on the real fabric; a group may have more ranks than there are GPUs.
 CKPT_ENGINE_TEST_DEVICES=$here NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_BUFFSIZE=16777216 \
-    check ./backend-nccl-processes --ignored --test-threads 1
+    check ./test-nccl-processes --ignored --test-threads 1
 exit $failed

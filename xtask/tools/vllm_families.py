@@ -290,6 +290,14 @@ def engine_options(name, folder):
     )
 
 
+def greedy(engine, name):
+    """The tokens that vLLM generates after each prompt, without chance."""
+    from vllm import SamplingParams
+
+    how = SamplingParams(temperature=0, max_tokens=TOKENS, detokenize=False, ignore_eos=True)
+    return [list(output.outputs[0].token_ids) for output in engine.generate(prompts(name), how, use_tqdm=False)]
+
+
 def ask(name, folder):
     """What vLLM says with a checkpoint: log-probabilities after each prompt, centred, and the tokens that it generates."""
     import numpy

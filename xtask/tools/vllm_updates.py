@@ -61,14 +61,6 @@ def engine(family, folder):
     return LLM(weight_transfer_config={"backend": "ckpt_engine"}, **options)
 
 
-def tokens(llm, family):
-    from vllm import SamplingParams
-
-    greedy = SamplingParams(temperature=0, max_tokens=families.TOKENS, detokenize=False, ignore_eos=True)
-    outputs = llm.generate(families.prompts(family), greedy, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
-
-
 def fresh(work, family, fp8):
     """The tokens of engines that were started with each version, one after the other."""
     import gc
@@ -78,7 +70,7 @@ def fresh(work, family, fp8):
 
     for version in VERSIONS:
         llm = engine(family, checkpoint(work, family, fp8, version))
-        found = tokens(llm, family)
+        found = families.greedy(llm, family)
         (work / "results" / f"fresh-{family}-{fp8}-{version}.json").write_text(json.dumps(found))
         print(f"fresh {family} {'FP8' if fp8 else 'BF16'} {version}: {found[0][:8]}", flush=True)
         llm.llm_engine.engine_core.shutdown()
@@ -237,7 +229,7 @@ class Case:
         while not file.exists() and time.time() < end:
             time.sleep(0.5)
         time.sleep(0.2)
-        found, expected = tokens(self.llm, self.family), json.loads(file.read_text())
+        found, expected = families.greedy(self.llm, self.family), json.loads(file.read_text())
         pairs = [a == b for x, y in zip(found, expected) for a, b in zip(x, y)]
         self.check(f"{what}: the tokens of a fresh engine", found == expected, f"{sum(pairs)} of {len(pairs)}")
 
@@ -247,18 +239,18 @@ class Case:
         from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
         self.check("vLLM found the plugin by itself", "ckpt_engine" in WeightTransferEngineFactory._registry)
-        first = tokens(self.llm, self.family)
+        first = families.greedy(self.llm, self.family)
         kind, _, errors = self.join(pipe)
         self.check(f"the worker joined over {self.transport}", kind == "done" and not errors, str(errors)[:300])
         for _ in range(2):
             kind, metrics, errors = self.tell(pipe, (2, None))
             self.check("version 2 was loaded", kind == "done" and not errors, f"{metrics} {errors}"[:300])
-        self.check("the tokens changed", tokens(self.llm, self.family) != first)
+        self.check("the tokens changed", families.greedy(self.llm, self.family) != first)
         self.compare("version 2", 2)
         kind, said, errors = self.tell(pipe, (3, "raise"))
         self.check("a trainer that fails within version 3 is told", kind == "failed" and "shard is gone" in said, str(said)[:300])
         self.check("and so is vLLM", len(errors) == 1 and "shard is gone" in errors[0], str(errors)[:300])
-        self.check("vLLM still answers", len(tokens(self.llm, self.family)) > 0)
+        self.check("vLLM still answers", len(families.greedy(self.llm, self.family)) > 0)
         kind, metrics, errors = self.tell(pipe, (3, None))
         self.check("version 3 was loaded after that", kind == "done" and not errors, f"{metrics} {errors}"[:300])
         self.compare("version 3", 3)
@@ -266,7 +258,7 @@ class Case:
         kind, _, errors = self.tell(pipe, (2, "die"))
         took = f"after {time.time() - began:.1f} s: {errors}"[:400]
         self.check("a trainer that dies is an error in vLLM", kind == "died" and len(errors) == 1, took)
-        self.check("vLLM still answers", len(tokens(self.llm, self.family)) > 0)
+        self.check("vLLM still answers", len(families.greedy(self.llm, self.family)) > 0)
         process.join(5)
         process, pipe = self.start()
         kind, _, errors = self.join(pipe)
