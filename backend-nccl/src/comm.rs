@@ -1,6 +1,7 @@
 //! NCCL as the communicator of the collective engine: groups, their streams, and what is under way.
 
 use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -167,8 +168,19 @@ impl Communicator for Nccl {
     }
 
     fn broadcast(&mut self, group: usize, slot: u32, len: u64, wait: &Wait<'_>) -> Result<()> {
+        self.broadcast_part(group, slot, 0..len, wait)
+    }
+
+    fn broadcast_part(
+        &mut self,
+        group: usize,
+        slot: u32,
+        part: Range<u64>,
+        wait: &Wait<'_>,
+    ) -> Result<()> {
         let (arena, at) = self.slots.of(slot);
-        let bytes = arena.memory().slice(at, len as usize).map_err(NcclError::from)?;
+        let (at, len) = (at + part.start as usize, (part.end - part.start) as usize);
+        let bytes = arena.memory().slice(at, len).map_err(NcclError::from)?;
         self.enqueue(group, wait, "enqueueing a broadcast", |comm, stream| {
             comm.broadcast(&bytes, stream)
         })

@@ -36,6 +36,7 @@ pub use parts::build_topology;
 pub use thread::{Thread, Wait};
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -258,6 +259,27 @@ pub trait Communicator: fmt::Debug + 'static {
     ///
     /// `State` if the rank is not in the group; those of the library.
     fn broadcast(&mut self, group: usize, slot: u32, len: u64, wait: &Wait<'_>) -> Result<()>;
+
+    /// Enqueues the broadcast of a part of a slot, in bytes. Some peers take each weight by a broadcast of its own: the engines
+    /// that send to them need this.
+    ///
+    /// # Errors
+    ///
+    /// As [`broadcast`](Self::broadcast); `Backend` where slots are broadcast from their beginning alone.
+    fn broadcast_part(
+        &mut self,
+        group: usize,
+        slot: u32,
+        part: Range<u64>,
+        wait: &Wait<'_>,
+    ) -> Result<()> {
+        if part.start == 0 {
+            return self.broadcast(group, slot, part.end, wait);
+        }
+        let message =
+            format!("slot {slot} is broadcast from its beginning, not from {}", part.start);
+        Err(Error::new(ErrorKind::Backend, "broadcasting a part of a slot", message))
+    }
 
     /// How many of the group's broadcasts have ended since it was joined, in their order.
     ///

@@ -6,6 +6,7 @@
 //! own element size; torch refuses to view it otherwise.
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -115,6 +116,24 @@ pub(crate) struct Tensors {
     pub(crate) sizes: Vec<u64>,
     /// Where servers read the bucket, if they read it where it is.
     pub(crate) shared: Option<SharedSlot>,
+}
+
+impl Tensors {
+    /// Where each weight lies in the bucket, in bytes.
+    pub(crate) fn parts(&self) -> Vec<Range<u64>> {
+        parts(&self.sizes)
+    }
+}
+
+/// Where things of these sizes lie, one behind the other.
+pub(crate) fn parts(sizes: &[u64]) -> Vec<Range<u64>> {
+    let mut end = 0;
+    let part = |size: &u64| {
+        let start = end;
+        end += size;
+        start..end
+    };
+    sizes.iter().map(part).collect()
 }
 
 impl Chunk {

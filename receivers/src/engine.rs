@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use collective::{Communicator, Library, Opened, Shape, SlotLocks, Slots, Thread};
+use collective::{Communicator, Library, Opened, Shape, SharedSlot, SlotLocks, Slots, Thread};
 use engine_core::clock::{sleep, within};
 use engine_core::memory::Pool;
 use engine_core::observe::{Observer, Progress};
@@ -24,10 +24,11 @@ use serde_json::json;
 use tokio::task::JoinHandle;
 use tracing::info;
 
-use crate::chunk::{Chunk, Chunks, Tensors};
-use crate::fleet::{Act, Answers, Ask, Fleet, Outcome, rank_of};
+use crate::chunk::{Chunk, Chunks, Tensors, parts};
+use crate::fleet::{Act, Answers, Ask, Fleet, Outcome, Said, rank_of};
 use crate::http::ServerUrl;
-use crate::server::{Meeting, Meets, Server, World};
+use crate::ignored::clash;
+use crate::server::{Meeting, Meets, Server, Told, World};
 use crate::store::{TorchStore, id_key};
 
 /// One is filled while the other travels.
@@ -57,6 +58,10 @@ pub(crate) struct Receivers {
     pub(crate) pauses: bool,
     /// How their workers get to know a world.
     pub(crate) meets: Meets,
+    /// Whether they take each weight by a broadcast of its own, and not each bucket.
+    pub(crate) unpacked: bool,
+    /// Whether workers are told once where all buckets are.
+    pub(crate) one_buffer: bool,
 }
 
 /// How long answers of servers may take: those about what is there already, and those that make a server do something.
@@ -75,7 +80,7 @@ pub(crate) async fn prepare<L: Library>(
     context: EngineContext,
     receivers: Receivers,
 ) -> Result<PreparedTrainer> {
-    let Receivers { backend, servers, pauses, meets } = receivers;
+    let Receivers { backend, servers, pauses, meets, unpacked, one_buffer } = receivers;
     let refuse = |kind, message: &str| Err(Error::new(kind, "preparing", message));
     if servers.is_empty() {
         let message = format!(
@@ -95,6 +100,11 @@ pub(crate) async fn prepare<L: Library>(
     let shape = Shape { slots: SLOTS, slot_bytes: bucket / ALIGNMENT * ALIGNMENT };
     let pool = Pool::new(context.threads(Role::Trainer))?;
     let Opened { thread, slots, version, .. } = library.open(&context, shape, &pool).await?;
+    let locks = Arc::new(SlotLocks::new(SLOTS));
+    if one_buffer {
+        let buffer = buffer(&*slots, &locks).await?;
+        servers.iter().for_each(|server| server.reads(buffer.clone()));
+    }
     let urls: Vec<&ServerUrl> = servers.iter().map(|server| server.url()).collect();
     let details = json!({ "library": version, "servers": urls });
     let metadata = WorkerMetadata::of_this_process(backend, rank, Role::Trainer, details);
@@ -103,6 +113,7 @@ pub(crate) async fn prepare<L: Library>(
         let is_shared = meets == Meets::Nowhere;
         let engine = ServersEngine {
             fleet: Fleet::new(servers.len(), pauses),
+            under_way: UnderWay::default(),
             loaded: vec![Loaded::default(); servers.len()],
             servers,
             meets,
@@ -112,9 +123,11 @@ pub(crate) async fn prepare<L: Library>(
             sending: Sending {
                 thread,
                 slots,
-                locks: Arc::new(SlotLocks::new(SLOTS)),
+                locks,
                 awaited: Arc::default(),
                 is_shared,
+                unpacked,
+                one_buffer,
                 shape,
                 pool,
                 limit: deadline,
@@ -124,10 +137,46 @@ pub(crate) async fn prepare<L: Library>(
     }))
 }
 
+/// Where all slots are, as one piece of memory.
+///
+/// # Errors
+///
+/// Those of [`Slots::shared`]; `Backend` where slots are in memory of their own each.
+async fn buffer(slots: &dyn Slots, locks: &SlotLocks) -> Result<SharedSlot> {
+    let mut buffer: Option<SharedSlot> = None;
+    for index in 0..SLOTS {
+        let Some(guard) = locks.lock(index).await else { break };
+        let slot = slots.shared(&guard)?;
+        let all = buffer.get_or_insert_with(|| slot.clone());
+        if all.handle != slot.handle || slot.start < all.start {
+            let message = "its slots are not in one piece of memory";
+            return Err(Error::new(ErrorKind::Backend, "sharing the slots", message));
+        }
+        all.bytes = slot.start + slot.bytes - all.start;
+    }
+    buffer.ok_or_else(|| Error::new(ErrorKind::State, "sharing the slots", "there are none"))
+}
+
+/// The error of a weight for which there is no slot.
+fn too_large(tensors: &Tensors, slot_bytes: u64) -> Error {
+    let bytes: u64 = tensors.sizes.iter().sum();
+    let message = format!(
+        "{bytes} bytes, and a bucket has {slot_bytes}: raise update_weights_bucket_megabytes, because workers know the buckets' \
+         memory from the beginning of an update"
+    );
+    let error = Error::new(ErrorKind::Config, "filling a bucket", message);
+    match tensors.names.first() {
+        Some(name) => error.tensor(&**name),
+        None => error,
+    }
+}
+
 /// A trainer's end of the world that it forms with the workers of servers.
 #[derive(Debug)]
 struct ServersEngine<C: Communicator> {
     fleet: Fleet,
+    /// What the servers were told and have not all answered, of this update or of one that was dropped.
+    under_way: UnderWay,
     servers: Vec<Arc<dyn Server>>,
     meets: Meets,
     /// What each server has said that it loaded, in this update.
@@ -149,6 +198,10 @@ struct Sending<C: Communicator> {
     awaited: Arc<Mutex<Option<Awaited>>>,
     /// Whether servers read the slots where they are.
     is_shared: bool,
+    /// Whether each weight is broadcast by itself.
+    unpacked: bool,
+    /// Whether servers know once and for all where the slots are.
+    one_buffer: bool,
     shape: Shape,
     pool: Pool,
     /// How long somebody waits for the library to let go of the world.
@@ -167,6 +220,45 @@ struct Loaded {
     buckets: u64,
     tensors: u64,
     bytes: u64,
+}
+
+/// One act of the machine's, which goes on when nobody waits for it any more.
+///
+/// Whoever was told of it does its part at any time from then on: a worker that waits in a broadcast takes the next one that
+/// there is, and one that reads a slot reads what is in it. So an act is never left half done, and none begins before the
+/// last one has ended.
+#[derive(Debug, Default)]
+struct UnderWay(Option<JoinHandle<Done>>);
+
+/// What became of an act.
+#[derive(Debug)]
+enum Done {
+    Asked(Vec<(usize, Ask, Result<Said>)>),
+    Formed(Result<()>, Answers),
+    /// A bucket of so many tensors and bytes.
+    Sent {
+        own: Result<()>,
+        answers: Answers,
+        tensors: u64,
+        bytes: u64,
+    },
+    /// Nobody knows.
+    Lost(Error),
+}
+
+impl UnderWay {
+    fn begin(&mut self, act: impl Future<Output = Done> + Send + 'static) {
+        self.0 = Some(tokio::spawn(act));
+    }
+
+    /// The end of the act, unless there is none. It is still there when the future is dropped.
+    async fn ended(&mut self) -> Option<Done> {
+        let ended = self.0.as_mut()?.await;
+        self.0 = None;
+        Some(ended.unwrap_or_else(|error| {
+            Done::Lost(Error::new(ErrorKind::Aborted, "asking the servers", error.to_string()))
+        }))
+    }
 }
 
 /// A world that has to be joined yet.
@@ -211,6 +303,7 @@ impl<C: Communicator> Sending<C> {
         })?;
         let filled = async {
             let guard = match len > self.shape.slot_bytes {
+                true if self.one_buffer => return Err(too_large(&tensors, self.shape.slot_bytes)),
                 true => self.slots.enlarge(guard, len).await?,
                 false => guard,
             };
@@ -224,7 +317,7 @@ impl<C: Communicator> Sending<C> {
         Ok(Some(Bucket { slot, len, source_bytes, tensors }))
     }
 
-    /// Whether the world is in order, if there has to be one. Waits for a broadcast that an update has left under way.
+    /// Whether the world is in order, if there has to be one.
     async fn is_joined(&self, limit: Duration) -> bool {
         self.is_shared || self.thread.run(limit, |library, _| library.ended(WORLD)).await.is_ok()
     }
@@ -257,7 +350,13 @@ impl<C: Communicator> Sending<C> {
     /// Broadcasts a bucket to the world, and joins it before that if it is the first one. Goes on when nobody waits for it any more: members that have begun a broadcast
     /// wait for it without an end.
     fn broadcast(&self, bucket: &Bucket, limit: Duration) -> JoinHandle<Result<()>> {
-        let (slot, len) = (bucket.slot, bucket.len);
+        let slot = bucket.slot;
+        let parts = match self.unpacked {
+            true => bucket.tensors.parts(),
+            false => parts(&[bucket.len]),
+        };
+        // Nothing is said of what has no bytes.
+        let parts: Vec<_> = parts.into_iter().filter(|part| !part.is_empty()).collect();
         let (thread, locks) = (self.thread.clone(), self.locks.clone());
         let awaited = self.awaited.clone();
         tokio::spawn(async move {
@@ -267,12 +366,11 @@ impl<C: Communicator> Sending<C> {
                     if let Some(Awaited { id, size }) = lock(&awaited).take() {
                         library.join(WORLD, &id, size, 0, wait)?;
                     }
-                    if len == 0 {
-                        return Ok(());
+                    let all = library.ended(WORLD)? + parts.len() as u64;
+                    for part in parts {
+                        library.broadcast_part(WORLD, slot, part, wait)?;
                     }
-                    let before = library.ended(WORLD)?;
-                    library.broadcast(WORLD, slot, len, wait)?;
-                    while library.ended(WORLD)? == before {
+                    while library.ended(WORLD)? < all {
                         wait.check("broadcasting a bucket")?;
                         std::thread::sleep(PAUSE);
                     }
@@ -286,6 +384,55 @@ impl<C: Communicator> Sending<C> {
             work.await
         })
     }
+}
+
+/// Waits for the trainer's own part of a call and for those of the servers, all of which end together or not at all.
+async fn together(
+    mut own: JoinHandle<Result<()>>,
+    mut theirs: FuturesUnordered<impl Future<Output = (usize, Result<()>)>>,
+    members: Vec<usize>,
+    deadline: Duration,
+) -> (Result<()>, Answers) {
+    let begun = Instant::now();
+    let grace = GRACE.min(deadline / 4);
+    let mut until = begun + deadline;
+    let mut ended: Option<Result<()>> = None;
+    let mut answers: Answers = members.into_iter().map(|index| (index, None)).collect();
+    while ended.is_none() || !theirs.is_empty() {
+        let left = until.saturating_duration_since(Instant::now());
+        let failed = tokio::select! {
+            done = &mut own, if ended.is_none() => {
+                let done = done.unwrap_or_else(|error| {
+                    Err(Error::new(ErrorKind::Aborted, "calling NCCL", error.to_string()))
+                });
+                let failed = done.is_err();
+                ended = Some(done);
+                failed
+            }
+            Some((index, answer)) = theirs.next(), if !theirs.is_empty() => {
+                let failed = answer.is_err();
+                // That the time is up is no answer.
+                let is_silence =
+                    answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::Timeout);
+                let place = answers.iter_mut().find(|(of, _)| *of == index);
+                if let Some((_, place)) = place.filter(|_| !is_silence) {
+                    *place = Some(answer);
+                }
+                failed
+            }
+            () = sleep(left) => break,
+        };
+        if failed {
+            until = until.min(Instant::now() + grace);
+        }
+    }
+    let ended = ended.unwrap_or_else(|| {
+        own.abort();
+        let seconds = begun.elapsed().as_secs_f64();
+        let message = format!("the world was given up after {seconds:.1} s");
+        Err(Error::new(ErrorKind::Timeout, "waiting for the servers' workers in NCCL", message))
+    });
+    (ended, answers)
 }
 
 impl<C: Communicator> ServersEngine<C> {
@@ -306,41 +453,48 @@ impl<C: Communicator> ServersEngine<C> {
             match self.fleet.next() {
                 Act::Ask(asks) => {
                     let (begun, is_last) = (Instant::now(), sent > 0 && ready.is_none());
-                    let servers = &self.servers;
-                    let asked = asks.into_iter().map(|(index, ask)| async move {
-                        (index, ask, servers[index].ask(ask, version).await)
+                    let looks = asks.iter().any(|(_, ask)| matches!(ask, Ask::Look | Ask::Recall));
+                    let asked = asks.into_iter().map(|(index, ask)| {
+                        let server = self.servers[index].clone();
+                        async move { (index, ask, server.ask(ask, version).await) }
                     });
-                    for (index, ask, said) in join_all(asked).await {
-                        tracing::debug!(server = index + 1, ?ask, ?said, "asked");
-                        self.fleet.answer(index, ask, said);
+                    let asked = join_all(asked);
+                    self.under_way.begin(async { Done::Asked(asked.await) });
+                    let done = self.under_way.ended().await;
+                    self.tell(done);
+                    if let Some(bucket) = ready.as_ref().filter(|_| looks) {
+                        // Before anybody is stopped.
+                        self.refuse(&bucket.tensors);
                     }
                     if is_last {
                         feed.stages.confirm += begun.elapsed();
                     }
                 }
                 Act::Form(members) => {
-                    let (own, answers) = self.form(&members).await;
-                    self.fleet.formed(own, answers);
+                    match self.form(&members).await {
+                        Ok(()) => {
+                            let done = self.under_way.ended().await;
+                            self.tell(done);
+                        }
+                        // Nobody was asked.
+                        Err(error) => self.fleet.formed(Err(error), Vec::new()),
+                    }
                 }
                 Act::Send(members) => {
                     let Some(bucket) = ready.take() else {
                         self.fleet.end_of_stream(Ok(()));
                         continue;
                     };
-                    let begun = Instant::now();
-                    let sending = self.send(&members, &bucket);
-                    let filling = self.sending.fill(feed, self.deadline);
-                    let ((own, answers), next) = join(sending, filling).await;
-                    feed.stages.publish += begun.elapsed();
-                    let loaded =
-                        answers.iter().filter(|(_, answer)| matches!(answer, Some(Ok(()))));
-                    for (index, _) in loaded {
-                        let loaded = &mut self.loaded[*index];
-                        loaded.buckets += 1;
-                        loaded.tensors += bucket.tensors.names.len() as u64;
-                        loaded.bytes += bucket.len;
+                    if self.refuse(&bucket.tensors) {
+                        ready = Some(bucket);
+                        continue;
                     }
-                    self.fleet.sent(own, answers);
+                    let begun = Instant::now();
+                    self.send(&members, &bucket);
+                    let filling = self.sending.fill(feed, self.deadline);
+                    let (done, next) = join(self.under_way.ended(), filling).await;
+                    feed.stages.publish += begun.elapsed();
+                    self.tell(done);
                     let bytes = bucket.source_bytes;
                     self.meter.observe(&Progress::Bucket { index: sent, bytes });
                     sent += 1;
@@ -354,28 +508,77 @@ impl<C: Communicator> ServersEngine<C> {
         }
     }
 
-    /// Forms a world with the workers of servers, each of which joins at the same time.
-    async fn form(&mut self, members: &[usize]) -> (Result<()>, Answers) {
+    /// Ends what an update has left under way: nothing, unless it failed or was dropped.
+    async fn settle(&mut self) {
+        let left = self.under_way.ended().await;
+        self.tell(left);
+        join_all(self.servers.iter().map(|server| server.call_off())).await;
+    }
+
+    /// Leaves out servers that would take a weight for something else than it is; whether there is one.
+    fn refuse(&mut self, tensors: &Tensors) -> bool {
+        let mut refused = false;
+        for index in self.fleet.known() {
+            let names = tensors.names.iter().map(|name| &**name).zip(tensors.types.iter().copied());
+            let Some((name, entry)) = clash(self.fleet.ignored(index), names) else { continue };
+            let message = format!(
+                "its checkpoint leaves this layer alone (`{entry}`), and the stream has it in FP8: put it into the trainer's \
+                 quantization.ignored_layers"
+            );
+            let url = self.servers[index].url().to_string();
+            let error = Error::new(ErrorKind::Config, url, message).tensor(name);
+            self.fleet.refuse(index, error);
+            refused = true;
+        }
+        refused
+    }
+
+    /// Tells the machine what became of an act.
+    fn tell(&mut self, done: Option<Done>) {
+        match done {
+            None => {}
+            Some(Done::Asked(answers)) => {
+                for (index, ask, said) in answers {
+                    tracing::debug!(server = index + 1, ?ask, ?said, "asked");
+                    self.fleet.answer(index, ask, said);
+                }
+            }
+            Some(Done::Formed(own, answers)) => self.fleet.formed(own, answers),
+            Some(Done::Sent { own, answers, tensors, bytes }) => {
+                let has = |answer: &Option<Result<()>>| matches!(answer, Some(Ok(())));
+                for (index, _) in answers.iter().filter(|(_, answer)| has(answer)) {
+                    let loaded = &mut self.loaded[*index];
+                    loaded.buckets += 1;
+                    loaded.tensors += tensors;
+                    loaded.bytes += bytes;
+                }
+                self.fleet.sent(own, answers);
+            }
+            Some(Done::Lost(error)) => {
+                self.fleet.sent(Err(error.report().clone().into()), Vec::new());
+                self.fleet.fail(error);
+            }
+        }
+    }
+
+    /// Begins to form a world with the workers of servers, each of which joins at the same time.
+    ///
+    /// # Errors
+    ///
+    /// What keeps the trainer from asking any server.
+    async fn form(&mut self, members: &[usize]) -> Result<()> {
         let limit = self.deadline;
         let id = match self.meets {
-            Meets::Nowhere => Ok(Vec::new()),
+            Meets::Nowhere => Vec::new(),
             _ => {
-                let id = self.sending.thread.run(limit, |library, _| library.new_group()).await;
-                id.map(|id| id.to_vec())
+                let id = self.sending.thread.run(limit, |library, _| library.new_group());
+                id.await?.to_vec()
             }
-        };
-        let id = match id {
-            Ok(id) => id,
-            // Nobody was asked.
-            Err(error) => return (Err(error), Vec::new()),
         };
         let workers: u32 = members.iter().map(|&index| self.fleet.workers(index)).sum();
         let size = workers + 1;
         info!(servers = members.len(), ranks = size, "forming a world");
-        let meeting = match self.meeting(&id, size).await {
-            Ok(meeting) => meeting,
-            Err(error) => return (Err(error), Vec::new()),
-        };
+        let meeting = self.meeting(&id, size).await?;
         let mut first = 1;
         let theirs: FuturesUnordered<_> = members
             .iter()
@@ -395,7 +598,12 @@ impl<C: Communicator> ServersEngine<C> {
                 tokio::spawn(async { ready })
             }
         };
-        self.together(own, theirs, members).await
+        let formed = together(own, theirs, members.to_vec(), limit);
+        self.under_way.begin(async {
+            let (own, answers) = formed.await;
+            Done::Formed(own, answers)
+        });
+        Ok(())
     }
 
     /// Puts the id of a world where its workers look for it, if they do. Workers of an older world find nothing any more.
@@ -417,69 +625,28 @@ impl<C: Communicator> ServersEngine<C> {
         Ok(Some(meeting))
     }
 
-    /// Sends a bucket to servers, each of which is told of it at the same time.
-    async fn send(&self, members: &[usize], bucket: &Bucket) -> (Result<()>, Answers) {
+    /// Begins to send a bucket to servers, each of which is told of it at the same time.
+    fn send(&mut self, members: &[usize], bucket: &Bucket) {
         // All servers are of one kind and in one world.
-        let body = members.first().map(|&index| self.servers[index].describe(&bucket.tensors));
-        let body = &body.unwrap_or_default();
+        let told = members.first().map(|&index| self.servers[index].describe(&bucket.tensors));
+        let told = Arc::new(told.unwrap_or(Told::Json(json!(null))));
         let theirs: FuturesUnordered<_> = members
             .iter()
-            .map(|&index| async move { (index, self.servers[index].update(body).await) })
+            .map(|&index| {
+                let (server, told) = (self.servers[index].clone(), told.clone());
+                async move { (index, server.update(&told).await) }
+            })
             .collect();
         let own = match self.sending.is_shared {
             true => tokio::spawn(async { Ok(()) }),
             false => self.sending.broadcast(bucket, self.deadline),
         };
-        self.together(own, theirs, members).await
-    }
-
-    /// Waits for the trainer's own part of a call and for those of the servers, all of which end together or not at all.
-    async fn together(
-        &self,
-        mut own: JoinHandle<Result<()>>,
-        mut theirs: FuturesUnordered<impl Future<Output = (usize, Result<()>)>>,
-        members: &[usize],
-    ) -> (Result<()>, Answers) {
-        let begun = Instant::now();
-        let grace = GRACE.min(self.deadline / 4);
-        let mut until = begun + self.deadline;
-        let mut ended: Option<Result<()>> = None;
-        let mut answers: Answers = members.iter().map(|&index| (index, None)).collect();
-        while ended.is_none() || !theirs.is_empty() {
-            let left = until.saturating_duration_since(Instant::now());
-            let failed = tokio::select! {
-                done = &mut own, if ended.is_none() => {
-                    let done = done.unwrap_or_else(|error| {
-                        Err(Error::new(ErrorKind::Aborted, "calling NCCL", error.to_string()))
-                    });
-                    let failed = done.is_err();
-                    ended = Some(done);
-                    failed
-                }
-                Some((index, answer)) = theirs.next(), if !theirs.is_empty() => {
-                    let failed = answer.is_err();
-                    // That the time is up is no answer.
-                    let is_silence =
-                        answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::Timeout);
-                    let place = answers.iter_mut().find(|(of, _)| *of == index);
-                    if let Some((_, place)) = place.filter(|_| !is_silence) {
-                        *place = Some(answer);
-                    }
-                    failed
-                }
-                () = sleep(left) => break,
-            };
-            if failed {
-                until = until.min(Instant::now() + grace);
-            }
-        }
-        let ended = ended.unwrap_or_else(|| {
-            own.abort();
-            let seconds = begun.elapsed().as_secs_f64();
-            let message = format!("the world was given up after {seconds:.1} s");
-            Err(Error::new(ErrorKind::Timeout, "waiting for the servers' workers in NCCL", message))
+        let (tensors, bytes) = (bucket.tensors.names.len() as u64, bucket.len);
+        let sent = together(own, theirs, members.to_vec(), self.deadline);
+        self.under_way.begin(async move {
+            let (own, answers) = sent.await;
+            Done::Sent { own, answers, tensors, bytes }
         });
-        (ended, answers)
     }
 
     fn report(
@@ -528,7 +695,8 @@ impl<C: Communicator> ServersEngine<C> {
 
 #[async_trait]
 impl<C: Communicator> CheckpointEngine for ServersEngine<C> {
-    async fn finalize(self: Box<Self>) -> Result<()> {
+    async fn finalize(mut self: Box<Self>) -> Result<()> {
+        self.settle().await;
         // A server that cannot leave now joins anew all the same when somebody sends to it.
         let limit = SHORT.min(self.deadline);
         let leaving = self
@@ -556,6 +724,7 @@ impl<C: Communicator> TrainerEngine for ServersEngine<C> {
     ) -> Result<SendReport> {
         let begun = Instant::now();
         let ranks: Vec<Rank> = (0..self.servers.len()).map(rank_of).collect();
+        self.settle().await;
         let has_world = self.sending.is_joined(self.deadline).await;
         self.fleet.begin(version, has_world);
         self.loaded.fill(Loaded::default());
@@ -564,6 +733,7 @@ impl<C: Communicator> TrainerEngine for ServersEngine<C> {
         let stages = StageTimes::default();
         let mut feed = Feed { chunks, weights: &mut weights, filled: 0, stages };
         let buckets = self.run(&mut feed, version).await;
+        self.settle().await;
         let outcome = self.fleet.outcome().inspect_err(|error| {
             tracing::warn!(%error, "update failed");
             self.meter.aborted(&ranks);

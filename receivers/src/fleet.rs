@@ -17,6 +17,10 @@
 //! - A server is *half loaded* from the moment that it is told to start until it has confirmed the version. It is never
 //!   told to generate before that, however many updates fail in between, and what it began is ended (`Reset`) before it
 //!   begins anew: it counts what it has loaded of a layer, and would count what it has of the old version.
+//! - An act has ended before the next one begins, even if its update was dropped: a server does what it was told at any time
+//!   from then on.
+//! - A server that fails before it has begun to load, and says so itself, is told to generate again, with what it has: it was stopped
+//!   for nothing.
 //! - No server is asked to take part in a broadcast that some member of the world is known not to take part in.
 
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result, Version};
@@ -60,6 +64,8 @@ pub(crate) struct Facts {
     pub(crate) workers: u32,
     /// The version of the weights that it has.
     pub(crate) weights: String,
+    /// The layers that its checkpoint leaves alone, as far as it tells.
+    pub(crate) ignored: Vec<String>,
 }
 
 /// What is to be done next.
@@ -103,6 +109,8 @@ struct Server {
     workers: u32,
     /// The version that it has, as it said last.
     weights: String,
+    /// The layers that its checkpoint leaves alone.
+    ignored: Vec<String>,
     /// Whether its workers are in the present world.
     is_member: bool,
     /// Whether it has confirmed a version since it joined. Until then what it says does not tell it from another process.
@@ -113,6 +121,20 @@ struct Server {
     half_loaded: bool,
     /// Whether what it began before is ended.
     is_reset: bool,
+    /// Whether it may be paused.
+    is_stopped: bool,
+}
+
+impl Server {
+    /// Whether it says something, if only that it failed.
+    fn answers(&self) -> bool {
+        match &self.standing {
+            Standing::Out(report) => {
+                !matches!(report.kind, ErrorKind::Timeout | ErrorKind::PeerLost)
+            }
+            _ => true,
+        }
+    }
 }
 
 /// All servers.
@@ -151,11 +173,13 @@ impl Fleet {
             progress: Progress::Idle,
             workers: 0,
             weights: String::new(),
+            ignored: Vec::new(),
             is_member: false,
             is_marked: false,
             has_joined: false,
             half_loaded: false,
             is_reset: false,
+            is_stopped: false,
         };
         Self {
             servers: (0..servers).map(|_| server()).collect(),
@@ -189,6 +213,22 @@ impl Fleet {
         self.servers[server].workers
     }
 
+    /// The layers that a server leaves alone.
+    pub(crate) fn ignored(&self, server: usize) -> &[String] {
+        &self.servers[server].ignored
+    }
+
+    /// Those that have said what they are and are not out.
+    pub(crate) fn known(&self) -> Vec<usize> {
+        let is_known = |index: &usize| matches!(self.servers[*index].standing, Standing::Known);
+        (0..self.servers.len()).filter(is_known).collect()
+    }
+
+    /// A server cannot take what comes next.
+    pub(crate) fn refuse(&mut self, server: usize, error: Error) {
+        self.out(server, error);
+    }
+
     /// The servers whose workers are in the present world.
     pub(crate) fn members(&self) -> Vec<usize> {
         let is_member = |index: &usize| self.has_world && self.servers[*index].is_member;
@@ -211,11 +251,7 @@ impl Fleet {
         };
         let is_at = |progress: Progress| move |server: &Server| server.progress == progress;
         if self.failure.is_some() {
-            // Those that were stopped for nothing generate again, with what they had.
-            let stopped = |server: &Server| {
-                self.pauses && server.progress == Progress::Paused && !server.half_loaded
-            };
-            return all(Ask::Resume, &stopped).unwrap_or(Act::End);
+            return self.last();
         }
         let unknown = |server: &Server| matches!(server.standing, Standing::Unknown);
         let rejoins = !self.has_ended && !self.has_whole_world(&usable);
@@ -232,7 +268,7 @@ impl Fleet {
             return act;
         }
         if usable.is_empty() {
-            return Act::End;
+            return self.last();
         }
         if rejoins {
             return Act::Form(usable);
@@ -248,7 +284,19 @@ impl Fleet {
             .or_else(|| {
                 self.pauses.then(|| all(Ask::Resume, &is_at(Progress::Confirmed))).flatten()
             })
-            .unwrap_or(Act::End)
+            .unwrap_or_else(|| self.last())
+    }
+
+    /// What is to be done when nothing is sent any more: those that were stopped for nothing generate again, with what they
+    /// have.
+    fn last(&self) -> Act {
+        let stopped = |index: &usize| {
+            let server = &self.servers[*index];
+            self.pauses && server.is_stopped && !server.half_loaded && server.answers()
+        };
+        let asks: Vec<_> =
+            (0..self.servers.len()).filter(stopped).map(|index| (index, Ask::Resume)).collect();
+        if asks.is_empty() { Act::End } else { Act::Ask(asks) }
     }
 
     fn has_started(&self, server: &Server) -> bool {
@@ -269,6 +317,12 @@ impl Fleet {
     pub(crate) fn answer(&mut self, index: usize, ask: Ask, said: Result<Said>) {
         let version = self.version;
         let server = &mut self.servers[index];
+        server.is_stopped |= ask == Ask::Pause;
+        server.is_stopped &= ask != Ask::Resume;
+        if matches!(server.standing, Standing::Out(_)) {
+            // It was asked to generate again, and has its error.
+            return;
+        }
         let said = match said {
             Ok(said) => said,
             Err(error) => {
@@ -278,9 +332,9 @@ impl Fleet {
             }
         };
         match (ask, said) {
-            (Ask::Look, Said::Facts(Facts { workers, weights })) => {
+            (Ask::Look, Said::Facts(Facts { workers, weights, ignored })) => {
                 server.standing = Standing::Known;
-                (server.workers, server.weights) = (workers, weights);
+                (server.workers, server.weights, server.ignored) = (workers, weights, ignored);
             }
             (Ask::Recall, Said::Version(has)) if server.progress == Progress::Finished => {
                 if has == version.to_string() {

@@ -1,10 +1,26 @@
 //! What servers answer, for the targets of `fuzz/`. It is there in builds for fuzzing alone.
 
 use crate::http::{Answer, MAX_WORDS};
+use crate::zmtp::{read_answer, read_opening};
 
 /// The body of an answer: what it says is short, and it is JSON or nothing.
 pub fn answer(status: u16, body: Vec<u8>) {
     let answer = Answer { status, body: body.into() };
     assert!(answer.words().chars().count() <= MAX_WORDS + 1);
     drop(answer.json());
+}
+
+/// What a worker says by ZeroMQ: an opening, and answers until it says something else. Every answer was there.
+pub fn zmtp(bytes: &[u8]) {
+    futures::executor::block_on(async {
+        let mut rest = bytes;
+        if read_opening(&mut rest).await.is_err() {
+            rest = bytes;
+        }
+        let mut left = rest.len();
+        while let Ok(answer) = read_answer(&mut rest).await {
+            assert!(answer.len() + rest.len() < left);
+            left = rest.len();
+        }
+    });
 }

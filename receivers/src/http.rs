@@ -12,15 +12,19 @@ use engine_core::{Error, ErrorKind, Recovery, Result};
 use futures::FutureExt;
 use futures::future::{Either, select};
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::header::{CONTENT_TYPE, HOST};
+use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST};
 use hyper::{Method, Request, Uri};
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::net::TcpStream;
 
+use crate::key::{ApiKey, Keys};
+
 /// The longest answer that is read.
 const MAX_ANSWER_BYTES: usize = 16 << 20;
+/// The deadline of what somebody else ends in time.
+const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 /// The longest part of a server's own words that is repeated.
 pub(crate) const MAX_WORDS: usize = 600;
 
@@ -126,8 +130,13 @@ impl Answer {
         serde_json::from_slice(&self.body).unwrap_or_default()
     }
 
-    /// What it says went wrong: the message of the forms that servers have for errors, else its text.
+    /// What it says went wrong, in short.
     pub(crate) fn words(&self) -> String {
+        short(self.text())
+    }
+
+    /// What it says went wrong: the message of the forms that servers have for errors, else its text.
+    fn text(&self) -> String {
         let json = self.json();
         let message =
             [&json["error"]["message"], &json["error"], &json["detail"], &json["message"]];
@@ -135,11 +144,14 @@ impl Answer {
             Some(text) => text.to_owned(),
             None => String::from_utf8_lossy(&self.body).into_owned(),
         };
-        let words = words.split_whitespace().collect::<Vec<_>>().join(" ");
-        match words.char_indices().nth(MAX_WORDS) {
-            Some((end, _)) => format!("{}…", &words[..end]),
-            None => words,
-        }
+        words.split_whitespace().collect::<Vec<_>>().join(" ")
+    }
+}
+
+fn short(words: String) -> String {
+    match words.char_indices().nth(MAX_WORDS) {
+        Some((end, _)) => format!("{}…", &words[..end]),
+        None => words,
     }
 }
 
@@ -153,6 +165,8 @@ pub(crate) struct Client {
     pub(crate) long: Duration,
     /// What a server is called, and what one that lacks a route needs.
     pub(crate) kind: Kind,
+    /// What it asks for.
+    pub(crate) keys: Keys,
 }
 
 /// What is said of a kind of servers.
@@ -167,11 +181,22 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// Those of [`ask`]; what it says instead.
+    /// Those of [`ask`](Self::ask); what it says instead.
     pub(crate) async fn get(&self, path: &str) -> Result<Answer> {
-        let answer = ask(&self.url, self.short, Method::GET, path, None).await?;
+        let answer = self.ask(Method::GET, path, None, self.short).await?;
         self.done(path, &answer)?;
         Ok(answer)
+    }
+
+    /// The version that a server says its weights have.
+    ///
+    /// # Errors
+    ///
+    /// As [`get`](Self::get); `Protocol` if it says none.
+    pub(crate) async fn weights(&self, path: &str) -> Result<String> {
+        let answer = self.get(path).await?;
+        let version = answer.json()["weight_version"].as_str().map(str::to_owned);
+        version.ok_or_else(|| self.odd(path, &answer))
     }
 
     /// Has a server do something.
@@ -184,26 +209,58 @@ impl Client {
         self.done(path, &answer)
     }
 
+    /// Has a server do something that lasts until others have done their part, which have deadlines of their own.
+    ///
+    /// # Errors
+    ///
+    /// As [`get`](Self::get).
+    pub(crate) async fn hold(self, path: &'static str, body: Value) -> Result<()> {
+        let answer = self.post(path, Some(&body), FOREVER).await?;
+        self.done(path, &answer)
+    }
+
     /// Has a server do something; any answer is one.
     ///
     /// # Errors
     ///
-    /// Those of [`ask`].
+    /// Those of [`ask`](Self::ask).
     pub(crate) async fn post(
         &self,
         path: &str,
         body: Option<&Value>,
         limit: Duration,
     ) -> Result<Answer> {
-        ask(&self.url, limit, Method::POST, path, body).await
+        self.ask(Method::POST, path, body, limit).await
+    }
+
+    /// Asks a server; any answer is one, whatever its status.
+    ///
+    /// # Errors
+    ///
+    /// `Timeout` if there is none within the limit, `PeerLost` if the server is not there or goes away, `Protocol` if it
+    /// speaks something else.
+    pub(crate) async fn ask(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+        limit: Duration,
+    ) -> Result<Answer> {
+        let operation = format!("{method} {}{path}", self.url);
+        let key = self.keys.of(&method);
+        let answer = exchange(&self.url, key, &operation, method.clone(), path, body);
+        within(limit, answer).await.unwrap_or_else(|| Err(no_answer(&operation, limit)))
     }
 
     /// The error of an answer that is none of success.
     pub(crate) fn done(&self, path: &str, answer: &Answer) -> Result<()> {
         match answer.status {
             200..300 => Ok(()),
+            401 | 403 if self.keys.of(&Method::POST).is_none() => {
+                Err(self.refusal(path, answer, "it asks for a key: configure `api_key_file`"))
+            }
             401 | 403 => {
-                Err(self.refusal(path, answer, "it asks for a key, and none is sent from here"))
+                Err(self.refusal(path, answer, "it asks for another key than the one configured"))
             }
             404 => Err(self.refusal(path, answer, self.kind.no_route)),
             _ => Err(self.refusal(path, answer, "")),
@@ -212,7 +269,7 @@ impl Client {
 
     /// The error of a refusal, with what would change it; nothing, if it may do at another time what it refuses now.
     pub(crate) fn refusal(&self, path: &str, answer: &Answer, remedy: &str) -> Error {
-        let (status, words) = (answer.status, answer.words());
+        let (status, words) = (answer.status, self.words(answer));
         let mut message = format!("status {status}");
         for part in [&*words, remedy] {
             if !part.is_empty() {
@@ -230,12 +287,18 @@ impl Client {
     /// The error of an answer that servers of this kind do not give.
     pub(crate) fn odd(&self, path: &str, answer: &Answer) -> Error {
         let Answer { status, .. } = answer;
-        let (name, words) = (self.kind.name, answer.words());
+        let (name, words) = (self.kind.name, self.words(answer));
         let message = format!("status {status} with an answer that is not {name}'s: {words}");
         Error::new(ErrorKind::Protocol, self.operation(path), message)
     }
 
-    fn operation(&self, path: &str) -> String {
+    /// What a server says, without the keys that it may repeat.
+    fn words(&self, answer: &Answer) -> String {
+        short(self.keys.hide(answer.text()))
+    }
+
+    /// What a question is called in errors.
+    pub(crate) fn operation(&self, path: &str) -> String {
         format!("{}{path}", self.url)
     }
 
@@ -261,24 +324,6 @@ async fn reach(url: &ServerUrl, operation: &str) -> Result<TcpStream> {
     })
 }
 
-/// Asks a server; any answer is one, whatever its status.
-///
-/// # Errors
-///
-/// `Timeout` if there is none within the limit, `PeerLost` if the server is not there or goes away, `Protocol` if it
-/// speaks something else.
-pub(crate) async fn ask(
-    url: &ServerUrl,
-    limit: Duration,
-    method: Method,
-    path: &str,
-    body: Option<&Value>,
-) -> Result<Answer> {
-    let operation = format!("{method} {url}{path}");
-    let answer = within(limit, exchange(url, &operation, method, path, body)).await;
-    answer.unwrap_or_else(|| Err(no_answer(&operation, limit)))
-}
-
 /// The error of a question that was not answered in time.
 pub(crate) fn no_answer(operation: &str, limit: Duration) -> Error {
     let message = format!("no answer within {:.1} s", limit.as_secs_f64());
@@ -287,6 +332,7 @@ pub(crate) fn no_answer(operation: &str, limit: Duration) -> Error {
 
 async fn exchange(
     url: &ServerUrl,
+    key: Option<&ApiKey>,
     operation: &str,
     method: Method,
     path: &str,
@@ -310,8 +356,12 @@ async fn exchange(
         .method(method)
         .uri(format!("{}{path}", url.path))
         .header(HOST, format!("{}:{}", url.host, url.port))
-        .header(CONTENT_TYPE, "application/json")
-        .body(Full::new(body.unwrap_or_default()));
+        .header(CONTENT_TYPE, "application/json");
+    let request = match key.and_then(ApiKey::header) {
+        Some(key) => request.header(AUTHORIZATION, key),
+        None => request,
+    };
+    let request = request.body(Full::new(body.unwrap_or_default()));
     let request = request.map_err(|error| {
         Error::new(ErrorKind::Config, operation, error.to_string()).with_source(error)
     })?;

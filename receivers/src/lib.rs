@@ -32,6 +32,10 @@
 //! With `transport: ipc` there is no world. A server reads a bucket where it is, and has read it when it answers. All else is
 //! the same: one of two slots is filled while the other is read.
 //!
+//! With `transport: zmq`, which is Moonshot's protocol, a server is asked once for a whole update, and its worker is told of each bucket
+//! by ZeroMQ (`moonshot.rs`). It waits for the next word without an end: an update that does not come to its end is called
+//! off.
+//!
 //! The group of these backends has one rank, the trainer. [`SendReport::receivers`] has the servers as the ranks 1, 2, … in the order of the
 //! configuration, and in the notes of each its address, its workers, and how many `buckets`, `tensors` and `bytes` it said that it
 //! loaded.
@@ -45,12 +49,16 @@ mod fleet;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod http;
+mod ignored;
+mod key;
+mod moonshot;
 mod pickle;
 mod server;
 pub mod sglang;
 mod shared;
 mod store;
 pub mod vllm;
+mod zmtp;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -64,11 +72,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::engine::{Receivers, limits, prepare};
 use crate::http::Client;
+use crate::key::Keys;
+use crate::moonshot::Worker;
 use crate::server::{Meets, Server};
 use crate::sglang::Sglang;
 use crate::vllm::Vllm;
 
 pub use http::ServerUrl;
+pub use key::ApiKey;
 pub use server::{Check, ServerKind, examine};
 
 /// What sends to vLLM, as a value to be registered.
@@ -96,6 +107,11 @@ pub struct VllmOptions {
     pub transport: Transport,
     /// What happens to requests that a server is at work on when an update begins.
     pub pause: vllm::Pause,
+    /// Whether each weight is a broadcast of its own, which the servers receive into memory of its own, instead of each
+    /// bucket. Over NCCL.
+    pub unpacked: bool,
+    /// The file with the key that the servers, or what is in front of them, ask for.
+    pub api_key_file: Option<PathBuf>,
     /// The file `libnccl.so.2`; searched for without it.
     pub library: Option<PathBuf>,
 }
@@ -116,6 +132,10 @@ pub struct SglangOptions {
     pub master_address: Option<String>,
     /// The port there; any that is free with 0.
     pub master_port: u16,
+    /// The file with the key that the servers ask for (`--api-key`).
+    pub api_key_file: Option<PathBuf>,
+    /// The file with the key that they ask whoever changes them for, if that is another (`--admin-api-key`).
+    pub admin_api_key_file: Option<PathBuf>,
     /// The file `libnccl.so.2`; searched for without it.
     pub library: Option<PathBuf>,
 }
@@ -130,6 +150,8 @@ pub enum Transport {
     Nccl,
     /// By CUDA IPC: a server's one worker is on the trainer's own GPU, and reads buckets where they are.
     Ipc,
+    /// By CUDA IPC as well, with the protocol of Moonshot's checkpoint-engine: a worker is told by ZeroMQ where buckets are.
+    Zmq,
 }
 
 impl std::fmt::Display for Transport {
@@ -137,6 +159,7 @@ impl std::fmt::Display for Transport {
         f.write_str(match self {
             Self::Nccl => "nccl",
             Self::Ipc => "ipc",
+            Self::Zmq => "zmq",
         })
     }
 }
@@ -152,7 +175,7 @@ impl Transport {
             return Ok(());
         }
         let message = format!(
-            "{workers} workers; with `transport: ipc` a server has one, on the trainer's own GPU"
+            "{workers} workers; with `transport: {self}` a server has one, on the trainer's own GPU"
         );
         Err(Error::new(ErrorKind::Config, client.url.to_string(), message))
     }
@@ -160,7 +183,7 @@ impl Transport {
     fn meets(self, over_nccl: Meets) -> Meets {
         match self {
             Self::Nccl => over_nccl,
-            Self::Ipc => Meets::Nowhere,
+            Self::Ipc | Self::Zmq => Meets::Nowhere,
         }
     }
 }
@@ -177,16 +200,25 @@ pub async fn prepare_vllm<L: Library>(
     context: EngineContext,
 ) -> Result<PreparedTrainer> {
     let backend = VLLM.name();
-    let VllmOptions { servers, transport, pause, .. } = context.config.kwargs(backend)?;
+    let options: VllmOptions = context.config.kwargs(backend)?;
+    let VllmOptions { servers, transport, pause, unpacked, api_key_file, .. } = options;
+    let keys = Keys::read(api_key_file, None)?;
+    if unpacked && transport != Transport::Nccl {
+        let message = "`unpacked` is for `transport: nccl`: nothing is broadcast with another";
+        return Err(Error::new(ErrorKind::Config, "preparing", message));
+    }
     let (short, long) = limits(&context);
     let server = |url| -> Arc<dyn Server> {
-        Arc::new(Vllm { client: Client { url, short, long, kind: vllm::KIND }, transport, pause })
+        let client = Client { url, short, long, kind: vllm::KIND, keys: keys.clone() };
+        Arc::new(Vllm { client, transport, pause, unpacked, worker: Worker::default() })
     };
     let receivers = Receivers {
         backend,
         servers: servers.into_iter().map(server).collect(),
         pauses: pause != vllm::Pause::None,
         meets: transport.meets(Meets::AtOnce),
+        unpacked,
+        one_buffer: transport == Transport::Zmq,
     };
     prepare(library, context, receivers).await
 }
@@ -204,9 +236,10 @@ pub async fn prepare_sglang<L: Library>(
 ) -> Result<PreparedTrainer> {
     let backend = SGLANG.name();
     let options: SglangOptions = context.config.kwargs(backend)?;
+    let keys = Keys::read(options.api_key_file, options.admin_api_key_file)?;
     let (short, long) = limits(&context);
     let server = |url| -> Arc<dyn Server> {
-        let client = Client { url, short, long, kind: sglang::KIND };
+        let client = Client { url, short, long, kind: sglang::KIND, keys: keys.clone() };
         Arc::new(Sglang::new(client, options.transport, options.pause))
     };
     let receivers = Receivers {
@@ -217,6 +250,8 @@ pub async fn prepare_sglang<L: Library>(
             address: options.master_address,
             port: options.master_port,
         }),
+        unpacked: false,
+        one_buffer: options.transport == Transport::Zmq,
     };
     prepare(library, context, receivers).await
 }
@@ -255,7 +290,9 @@ impl Backend for Sends {
                     Transport::Nccl => {
                         prepare_vllm(backend_nccl::collectives(options.library), context).await
                     }
-                    Transport::Ipc => prepare_vllm(backend_nccl::shared_slots(), context).await,
+                    Transport::Ipc | Transport::Zmq => {
+                        prepare_vllm(backend_nccl::shared_slots(), context).await
+                    }
                 }
             }
             ServerKind::Sglang => {
@@ -264,7 +301,9 @@ impl Backend for Sends {
                     Transport::Nccl => {
                         prepare_sglang(backend_nccl::collectives(options.library), context).await
                     }
-                    Transport::Ipc => prepare_sglang(backend_nccl::shared_slots(), context).await,
+                    Transport::Ipc | Transport::Zmq => {
+                        prepare_sglang(backend_nccl::shared_slots(), context).await
+                    }
                 }
             }
         }

@@ -6,6 +6,7 @@
 /// A value, as Python has it.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Pickle {
+    None,
     Bool(bool),
     Int(i64),
     Text(String),
@@ -42,6 +43,7 @@ impl Pickle {
 
     fn write(&self, to: &mut Vec<u8>) {
         match self {
+            Self::None => to.push(b'N'),
             Self::Bool(true) => to.push(0x88),
             Self::Bool(false) => to.push(0x89),
             Self::Int(number) => {
@@ -107,6 +109,7 @@ mod tests {
         let all =
             |items: &[Pickle]| items.iter().map(|item| python(item) + ",").collect::<String>();
         match value {
+            Pickle::None => "None".into(),
             Pickle::Bool(true) => "True".into(),
             Pickle::Bool(false) => "False".into(),
             Pickle::Int(number) => number.to_string(),
@@ -134,6 +137,7 @@ mod tests {
 
     fn values() -> impl Strategy<Value = Pickle> {
         let leaf = prop_oneof![
+            Just(Pickle::None),
             any::<bool>().prop_map(Pickle::Bool),
             any::<i64>().prop_map(Pickle::Int),
             ".{0,8}".prop_map(Pickle::Text),

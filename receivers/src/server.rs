@@ -5,6 +5,7 @@ use std::fmt;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use collective::SharedSlot;
 use engine_core::{Result, Version};
 use hyper::Method;
 use serde::Serialize;
@@ -12,7 +13,8 @@ use serde_json::Value;
 
 use crate::chunk::Tensors;
 use crate::fleet::{Ask, Said};
-use crate::http::{Client, ServerUrl, ask};
+use crate::http::{Client, ServerUrl};
+use crate::key::{ApiKey, Keys};
 use crate::{sglang, vllm};
 
 /// The world that servers' workers join.
@@ -77,15 +79,30 @@ pub(crate) trait Server: fmt::Debug + Send + Sync {
     /// As [`ask`](Self::ask).
     async fn join(&self, world: &World) -> Result<()>;
 
+    /// Says where all buckets are, if workers are told it once.
+    fn reads(&self, buffer: SharedSlot) {
+        drop(buffer);
+    }
+
     /// What a server of this kind, which is in the world that it joined last, is told of a bucket.
-    fn describe(&self, tensors: &Tensors) -> Value;
+    fn describe(&self, tensors: &Tensors) -> Told;
 
     /// Has the server's workers receive a bucket and load it; ends when they have.
     ///
     /// # Errors
     ///
     /// As [`ask`](Self::ask).
-    async fn update(&self, body: &Value) -> Result<()>;
+    async fn update(&self, told: &Told) -> Result<()>;
+
+    /// Ends what an update has left under way there, if a server waits for more without an end.
+    async fn call_off(&self) {}
+}
+
+/// What a server is told of a bucket.
+#[derive(Debug)]
+pub(crate) enum Told {
+    Json(Value),
+    Pickled(Vec<u8>),
 }
 
 /// The kinds of servers that are known.
@@ -110,8 +127,12 @@ pub struct Check {
 
 /// Looks at a server: which kind it is of, and whether it has all that it needs to be sent to. Nothing is changed there.
 ///
-/// Each question may take as long as `limit`.
-pub async fn examine(url: &ServerUrl, limit: Duration) -> (Option<ServerKind>, Vec<Check>) {
+/// Each question may take as long as `limit`. A server that was started with a key is asked with it.
+pub async fn examine(
+    url: &ServerUrl,
+    key: Option<&ApiKey>,
+    limit: Duration,
+) -> (Option<ServerKind>, Vec<Check>) {
     let check = |name: &str, found: Result<String>| {
         let (passed, details) = match found {
             Ok(details) => (true, details),
@@ -119,15 +140,21 @@ pub async fn examine(url: &ServerUrl, limit: Duration) -> (Option<ServerKind>, V
         };
         Check { name: name.to_owned(), passed, details }
     };
-    let client = |kind| Client { url: url.clone(), short: limit, long: limit, kind };
-    let answered = async |path: &str| ask(url, limit, Method::GET, path, None).await;
+    let keys = Keys { usual: key.cloned(), admin: None };
+    let client =
+        |kind| Client { url: url.clone(), short: limit, long: limit, kind, keys: keys.clone() };
+    let sglang = client(sglang::KIND);
     // Only SGLang has this route, and only vLLM the other one.
-    let info = match answered("/model_info").await {
+    let info = match sglang.ask(Method::GET, sglang::WEIGHTS, None, limit).await {
         Ok(info) => info,
         Err(error) => return (None, vec![check("reached", Err(error))]),
     };
+    // vLLM asks nobody for a key here.
+    if let (401 | 403, Err(error)) = (info.status, sglang.done(sglang::WEIGHTS, &info)) {
+        return (None, vec![check("key", Err(error))]);
+    }
     if info.is_success() && info.json()["weight_version"].is_string() {
-        let (version, looked) = sglang::examine(client(sglang::KIND)).await;
+        let (version, looked) = sglang::examine(sglang).await;
         return (
             Some(ServerKind::Sglang),
             vec![check("version", version), check("weight transfer", looked)],

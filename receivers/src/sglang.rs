@@ -5,6 +5,7 @@
 //!
 //! `/health` is not asked: it generates a token, and says that a server which is paused is not healthy.
 
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
@@ -12,6 +13,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use collective::SharedSlot;
 use engine_core::{Error, ErrorKind, Result, Version};
+use futures::FutureExt;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -19,8 +21,10 @@ use crate::Transport;
 use crate::chunk::Tensors;
 use crate::fleet::{Ask, Facts, Said};
 use crate::http::{Client, Kind, ServerUrl};
+use crate::ignored;
+use crate::moonshot::Worker;
 use crate::pickle::Pickle;
-use crate::server::{Server, World};
+use crate::server::{Server, Told, World};
 use crate::shared::arguments;
 
 /// The longest that a server may take to have nothing under way when its caches are emptied, in seconds.
@@ -53,9 +57,19 @@ impl Pause {
     }
 }
 
+/// The route that says which version the weights have.
+pub(crate) const WEIGHTS: &str = "/model_info";
+
 /// What is said of these servers.
 pub(crate) const KIND: Kind =
     Kind { name: "SGLang", no_route: "there is no such route: use SGLang 0.5.23 or later" };
+
+/// The route that has workers connect to the addresses of their GPUs.
+const FROM_IPC: &str = "/update_weights_from_ipc";
+
+fn from_ipc(addresses: Value) -> Value {
+    json!({ "zmq_handles": addresses, "flush_cache": false })
+}
 
 /// A server of SGLang.
 #[derive(Debug)]
@@ -63,13 +77,15 @@ pub(crate) struct Sglang {
     client: Client,
     transport: Transport,
     pause: Pause,
+    /// Told by ZeroMQ where buckets are, with that transport.
+    worker: Worker,
     /// The name in torch of the world that its workers joined last.
     group: Mutex<String>,
 }
 
 impl Sglang {
     pub(crate) fn new(client: Client, transport: Transport, pause: Pause) -> Self {
-        Self { client, transport, pause, group: Mutex::default() }
+        Self { client, transport, pause, worker: Worker::default(), group: Mutex::default() }
     }
 
     fn group(&self) -> String {
@@ -90,21 +106,25 @@ impl Sglang {
         self.client.tell(path, Some(&body)).await
     }
 
+    async fn connect(&self) -> Result<()> {
+        let request =
+            |addresses: Value| self.client.clone().hold(FROM_IPC, from_ipc(addresses)).boxed();
+        self.worker.begin(self.client.long, self.client.operation(FROM_IPC), request).await
+    }
+
     async fn finish(&self, version: Version) -> Result<()> {
-        self.tell("/end_weight_update", json!({})).await?;
+        match self.transport {
+            Transport::Zmq => self.worker.finish().await?,
+            Transport::Nccl | Transport::Ipc => {
+                self.tell("/end_weight_update", json!({})).await?;
+            }
+        }
         if self.pause != Pause::InPlace {
             let seconds = (self.client.long.as_secs() / 2).min(FLUSH_SECONDS);
             self.tell(&format!("/flush_cache?timeout={seconds}"), json!({})).await?;
         }
         let body = json!({ "new_version": version.to_string(), "abort_all_requests": false });
         self.tell("/update_weight_version", body).await
-    }
-
-    async fn weights(&self) -> Result<String> {
-        let path = "/model_info";
-        let answer = self.client.get(path).await?;
-        let version = answer.json()["weight_version"].as_str().map(str::to_owned);
-        version.ok_or_else(|| self.client.odd(path, &answer))
     }
 
     /// Whether it is there, and all that it needs to be sent to; its own version, and what it is.
@@ -139,7 +159,10 @@ impl Sglang {
             }
         }
         self.transport.reaches(&self.client, workers)?;
-        Ok((version, Facts { workers, weights: self.weights().await? }))
+        let weights = self.client.weights(WEIGHTS).await?;
+        let checkpoint = info["model_path"].as_str().unwrap_or_default();
+        let ignored = ignored::read(checkpoint, self.client.short).await;
+        Ok((version, Facts { workers, weights, ignored }))
     }
 }
 
@@ -152,16 +175,17 @@ impl Server for Sglang {
     async fn ask(&self, question: Ask, version: Version) -> Result<Said> {
         match question {
             Ask::Look => return Ok(Said::Facts(self.look().await?.1)),
-            Ask::Recall => return self.weights().await.map(Said::Version),
+            Ask::Recall => return self.client.weights(WEIGHTS).await.map(Said::Version),
             Ask::Pause => {
                 self.tell("/pause_generation", json!({ "mode": self.pause.name() })).await?;
             }
+            Ask::Reset if self.transport == Transport::Zmq => self.worker.call_off().await,
             Ask::Reset => {
                 // A session may be open or not. Ending one makes what it loaded into what the server computes with.
                 self.begin().await?;
                 self.tell("/end_weight_update", json!({})).await?;
             }
-            Ask::Leave if self.transport == Transport::Ipc => {}
+            Ask::Leave if self.transport != Transport::Nccl => {}
             Ask::Leave => {
                 let path = "/destroy_weights_update_group";
                 let body = json!({ "group_name": self.group() });
@@ -170,6 +194,7 @@ impl Server for Sglang {
                     self.client.done(path, &answer)?;
                 }
             }
+            Ask::Start if self.transport == Transport::Zmq => self.connect().await?,
             Ask::Start => return self.begin().await,
             Ask::Finish => self.finish(version).await?,
             Ask::Resume => self.tell("/continue_generation", json!({})).await?,
@@ -178,8 +203,15 @@ impl Server for Sglang {
     }
 
     async fn join(&self, world: &World) -> Result<()> {
-        if self.transport == Transport::Ipc {
-            return Ok(());
+        match self.transport {
+            Transport::Nccl => {}
+            Transport::Ipc => return Ok(()),
+            Transport::Zmq => {
+                let remedy = "install it where the server runs: pip install checkpoint-engine";
+                let body = from_ipc(json!({}));
+                let lacks = &["checkpoint-engine is not installed"];
+                return self.worker.look(&self.client, FROM_IPC, &body, lacks, remedy).await;
+            }
         }
         let Some(meeting) = &world.meeting else {
             let message = "it takes a world whose members meet at a store";
@@ -201,29 +233,44 @@ impl Server for Sglang {
         self.tell("/init_weights_update_group", body).await
     }
 
-    fn describe(&self, tensors: &Tensors) -> Value {
+    fn reads(&self, buffer: SharedSlot) {
+        self.worker.reads(buffer);
+    }
+
+    async fn call_off(&self) {
+        self.worker.call_off().await;
+    }
+
+    fn describe(&self, tensors: &Tensors) -> Told {
+        if self.transport == Transport::Zmq {
+            return Told::Pickled(self.worker.describe(tensors));
+        }
         if let Some(slot) = &tensors.shared {
             let bucket = STANDARD.encode(bucket(tensors, slot).to_bytes());
-            return json!({
+            return Told::Json(json!({
                 "serialized_named_tensors": [bucket],
                 "load_format": "flattened_bucket",
                 "flush_cache": false,
-            });
+            }));
         }
-        json!({
+        Told::Json(json!({
             "names": tensors.names,
             "dtypes": tensors.types,
             "shapes": tensors.shapes,
             "group_name": self.group(),
             "load_format": "flattened_bucket",
             "flush_cache": false,
-        })
+        }))
     }
 
-    async fn update(&self, body: &Value) -> Result<()> {
+    async fn update(&self, told: &Told) -> Result<()> {
+        let body = match told {
+            Told::Json(body) => body,
+            Told::Pickled(bucket) => return self.worker.update(bucket).await,
+        };
         let path = match self.transport {
             Transport::Nccl => "/update_weights_from_distributed",
-            Transport::Ipc => "/update_weights_from_tensor",
+            Transport::Ipc | Transport::Zmq => "/update_weights_from_tensor",
         };
         self.client.tell(path, Some(body)).await
     }
@@ -234,12 +281,8 @@ impl Server for Sglang {
 /// A worker reads it before it answers: when it drops what it rebuilt, torch waits for what reads it.
 fn bucket(tensors: &Tensors, slot: &SharedSlot) -> Pickle {
     let rebuild = Pickle::Global("torch.multiprocessing.reductions", "rebuild_cuda_tensor");
-    let mut at = 0;
-    let metas = (0..tensors.names.len()).map(|index| {
-        let size = tensors.sizes[index];
+    let metas = tensors.parts().into_iter().enumerate().map(|(index, Range { start, end })| {
         let shape = tensors.shapes[index].iter().map(|side| Pickle::size(*side)).collect();
-        let (start, end) = (at, at + size);
-        at = end;
         Pickle::Call(
             Box::new(Pickle::Global(
                 "sglang.srt.weight_sync.tensor_bucket",
@@ -251,7 +294,7 @@ fn bucket(tensors: &Tensors, slot: &SharedSlot) -> Pickle {
                 Pickle::Global("torch", tensors.types[index]),
                 Pickle::size(start),
                 Pickle::size(end),
-                Pickle::size(size),
+                Pickle::size(end - start),
             ],
         )
     });
@@ -265,7 +308,7 @@ fn bucket(tensors: &Tensors, slot: &SharedSlot) -> Pickle {
 /// Looks at a server of SGLang, without changing anything there: its version, and what it is, in words.
 pub(crate) async fn examine(client: Client) -> (Result<String>, Result<String>) {
     match Sglang::new(client, Transport::Nccl, Pause::None).look().await {
-        Ok((version, Facts { workers, weights })) => {
+        Ok((version, Facts { workers, weights, .. })) => {
             let words = format!("{workers} workers take weights; they have version `{weights}`");
             (Ok(format!("SGLang {version}")), Ok(words))
         }

@@ -5,7 +5,9 @@
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use collective::SharedSlot;
 use engine_core::{Error, ErrorKind, Result, Version};
+use futures::FutureExt;
 use hyper::Method;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -13,9 +15,11 @@ use serde_json::{Value, json};
 use crate::Transport;
 use crate::chunk::Tensors;
 use crate::fleet::{Ask, Facts, Said};
-use crate::http::{Client, Kind, ServerUrl, ask};
+use crate::http::{Client, Kind, ServerUrl};
+use crate::ignored;
+use crate::moonshot::Worker;
 use crate::pickle::Pickle;
-use crate::server::{Server, World};
+use crate::server::{Server, Told, World};
 use crate::shared::arguments;
 
 /// What happens to requests that a server is at work on when an update begins.
@@ -46,12 +50,19 @@ impl Pause {
 }
 
 /// A server of vLLM.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Vllm {
     pub(crate) client: Client,
     pub(crate) transport: Transport,
     pub(crate) pause: Pause,
+    /// Whether each weight is a broadcast of its own.
+    pub(crate) unpacked: bool,
+    /// Told by ZeroMQ where buckets are, with that transport.
+    pub(crate) worker: Worker,
 }
+
+/// The route that says which version the weights have.
+const WEIGHTS: &str = "/weight_info";
 
 /// What is said of these servers.
 pub(crate) const KIND: Kind = Kind {
@@ -70,6 +81,11 @@ impl Server for Vllm {
         let tell =
             async |path: &str, body: Option<Value>| self.client.tell(path, body.as_ref()).await;
         match question {
+            Ask::Look if self.transport == Transport::Zmq => {
+                let facts = self.facts().await?;
+                self.transport.reaches(&self.client, facts.workers)?;
+                return Ok(Said::Facts(facts));
+            }
             Ask::Look => {
                 let (transport, facts) = self.look().await?;
                 self.transport.reaches(&self.client, facts.workers)?;
@@ -86,15 +102,23 @@ impl Server for Vllm {
                 }
                 return Ok(Said::Facts(facts));
             }
-            Ask::Recall => return self.weights().await.map(Said::Version),
+            Ask::Recall => return self.client.weights(WEIGHTS).await.map(Said::Version),
             Ask::Pause => tell(&format!("/pause?mode={}", self.pause.name()), None).await?,
+            Ask::Reset if self.transport == Transport::Zmq => self.worker.call_off().await,
             Ask::Reset => {
                 // An update may be open or not. Once one is, ending it makes the server forget what it counted.
                 self.start().await?;
                 tell("/finish_weight_update", None).await?;
             }
+            Ask::Leave if self.transport == Transport::Zmq => {}
             Ask::Leave => tell("/shutdown_weight_transfer_engine", None).await?,
+            Ask::Start if self.transport == Transport::Zmq => self.begin().await?,
             Ask::Start => return self.start().await,
+            Ask::Finish if self.transport == Transport::Zmq => {
+                self.worker.finish().await?;
+                let body = json!({ "new_version": version.to_string() });
+                tell("/update_weight_version", Some(body)).await?;
+            }
             Ask::Finish => {
                 let body = json!({ "weight_version": version.to_string() });
                 tell("/finish_weight_update", Some(body)).await?;
@@ -106,14 +130,32 @@ impl Server for Vllm {
 
     async fn join(&self, world: &World) -> Result<()> {
         let info = match self.transport {
-            Transport::Nccl => init_info(&STANDARD.encode(&world.id), world),
+            Transport::Nccl => init_info(&STANDARD.encode(&world.id), world, self.unpacked),
             Transport::Ipc => ipc_info(),
+            Transport::Zmq => {
+                let remedy = "start it with --worker-extension-cls \
+                              checkpoint_engine.worker.VllmColocateWorkerExtension";
+                let lacks = &["not implemented", "has no attribute"];
+                let body = from_ipc(json!({}));
+                return self.worker.look(&self.client, RPC, &body, lacks, remedy).await;
+            }
         };
         let body = json!({ "init_info": info });
         self.client.tell("/init_weight_transfer_engine", Some(&body)).await
     }
 
-    fn describe(&self, tensors: &Tensors) -> Value {
+    fn reads(&self, buffer: SharedSlot) {
+        self.worker.reads(buffer);
+    }
+
+    async fn call_off(&self) {
+        self.worker.call_off().await;
+    }
+
+    fn describe(&self, tensors: &Tensors) -> Told {
+        if self.transport == Transport::Zmq {
+            return Told::Pickled(self.worker.describe(tensors));
+        }
         let Tensors { names, types, shapes, sizes, shared } = tensors;
         let mut info = json!({ "names": names, "dtype_names": types, "shapes": shapes });
         if let Some(slot) = shared {
@@ -122,10 +164,14 @@ impl Server for Vllm {
             info["ipc_handles_pickled"] = STANDARD.encode(places.to_bytes()).into();
             info["tensor_sizes"] = json!(sizes);
         }
-        json!({ "update_info": info })
+        Told::Json(json!({ "update_info": info }))
     }
 
-    async fn update(&self, body: &Value) -> Result<()> {
+    async fn update(&self, told: &Told) -> Result<()> {
+        let body = match told {
+            Told::Json(body) => body,
+            Told::Pickled(bucket) => return self.worker.update(bucket).await,
+        };
         let path = "/update_weights";
         let answer = self.client.post(path, Some(body), self.client.long).await?;
         if !answer.is_success() && answer.words().contains("VLLM_ALLOW_INSECURE_SERIALIZATION") {
@@ -136,7 +182,20 @@ impl Server for Vllm {
     }
 }
 
+/// The route that has a server's workers do something by name.
+const RPC: &str = "/collective_rpc";
+
+/// What has workers connect to the addresses of their GPUs.
+fn from_ipc(addresses: Value) -> Value {
+    json!({ "method": "update_weights_from_ipc", "args": [addresses] })
+}
+
 impl Vllm {
+    async fn begin(&self) -> Result<()> {
+        let request = |addresses: Value| self.client.clone().hold(RPC, from_ipc(addresses)).boxed();
+        self.worker.begin(self.client.long, self.client.operation(RPC), request).await
+    }
+
     async fn start(&self) -> Result<Said> {
         let path = "/start_weight_update";
         let answer = self.client.post(path, None, self.client.long).await?;
@@ -147,17 +206,14 @@ impl Vllm {
         Ok(Said::Done)
     }
 
-    async fn weights(&self) -> Result<String> {
-        let path = "/weight_info";
-        let answer = self.client.get(path).await?;
-        let version = answer.json()["weight_version"].as_str().map(str::to_owned);
-        version.ok_or_else(|| self.client.odd(path, &answer))
-    }
-
     /// Whether it is there, and all that it needs to be sent to; what it was started for, and what it is.
     async fn look(&self) -> Result<(Transport, Facts)> {
-        let Client { url, short, .. } = &self.client;
-        let health = ask(url, *short, Method::GET, "/health", None).await?;
+        let facts = self.facts().await?;
+        Ok((self.configured().await?, facts))
+    }
+
+    async fn facts(&self) -> Result<Facts> {
+        let health = self.client.ask(Method::GET, "/health", None, self.client.short).await?;
         if !health.is_success() {
             let remedy = "its engine is dead: start it anew";
             return Err(self.client.refusal("/health", &health, remedy));
@@ -167,8 +223,12 @@ impl Vllm {
         let workers = size.json()["world_size"].as_u64().and_then(|size| u32::try_from(size).ok());
         let workers = workers.filter(|workers| *workers > 0);
         let workers = workers.ok_or_else(|| self.client.odd(path, &size))?;
-        let weights = self.weights().await?;
-        Ok((self.configured().await?, Facts { workers, weights }))
+        let weights = self.client.weights(WEIGHTS).await?;
+        // One that asks for a key here, or has another route, does not tell.
+        let models = self.client.ask(Method::GET, "/v1/models", None, self.client.short).await?;
+        let models = models.json();
+        let checkpoint = models["data"][0]["root"].as_str().unwrap_or_default();
+        Ok(Facts { workers, weights, ignored: ignored::read(checkpoint, self.client.short).await })
     }
 
     /// What the server was started for. It says so when it is asked to join a world that cannot be: nothing else does
@@ -176,7 +236,7 @@ impl Vllm {
     async fn configured(&self) -> Result<Transport> {
         let path = "/init_weight_transfer_engine";
         let world = World { id: Vec::new(), size: 2, first: 1, bucket_bytes: 1, meeting: None };
-        let body = json!({ "init_info": init_info("", &world) });
+        let body = json!({ "init_info": init_info("", &world, false) });
         let answer = self.client.post(path, Some(&body), self.client.short).await?;
         let words = answer.words();
         if answer.is_success() {
@@ -209,14 +269,14 @@ fn config(transport: Transport) -> String {
     format!("start it with --weight-transfer-config '{{\"backend\": \"{transport}\"}}'")
 }
 
-/// How workers meet the trainer. With a bucket that never exceeds the buffer size, or is a single weight, they take every
-/// call's weights by one broadcast.
-fn init_info(id: &str, world: &World) -> Value {
+/// How workers meet the trainer. Unless they take each weight by a broadcast, they take all of a call by one, because a
+/// bucket never exceeds the buffer size, or is a single weight.
+fn init_info(id: &str, world: &World, unpacked: bool) -> Value {
     json!({
         "nccl_unique_id_b64": id,
         "rank_offset": world.first,
         "world_size": world.size,
-        "packed": true,
+        "packed": !unpacked,
         "packed_buffer_size_bytes": world.bucket_bytes,
         "packed_num_buffers": 1,
     })
@@ -233,7 +293,8 @@ fn ipc_info() -> Value {
 ///
 /// What it lacks to be sent to.
 pub(crate) async fn examine(client: Client) -> Result<String> {
-    let server = Vllm { client, transport: Transport::Nccl, pause: Pause::None };
-    let (transport, Facts { workers, weights }) = server.look().await?;
+    let (transport, pause) = (Transport::Nccl, Pause::None);
+    let server = Vllm { client, transport, pause, unpacked: false, worker: Worker::default() };
+    let (transport, Facts { workers, weights, .. }) = server.look().await?;
     Ok(format!("{workers} workers take weights by {transport}; they have version `{weights}`"))
 }

@@ -8,7 +8,7 @@ use engine_core::{ErrorKind, Rank, Version, VersionState, ensure_async_iterator}
 use receivers::ServerKind;
 use serde_json::json;
 use support::server::{Server, Started, Wrong, tensors};
-use support::{model, plain, trainer, trainer_with};
+use support::{drop_at, even, model, plain, trainer, trainer_with};
 
 /// A server that generates with a version, and with every byte of it.
 fn has(server: &Server, version: u64) {
@@ -128,6 +128,10 @@ async fn a_server_that_fails_anywhere_is_named_and_left_out_and_loaded_by_the_ne
             let loaded = &report.receivers[1].notes["loaded"]["buckets"];
             assert_eq!(loaded, nth, "{what}: what it did not say that it loaded");
         }
+        if ["/server_info", "/pause_generation", "/init_weights_update_group"].contains(&path) {
+            let (version, weights) = bad.generate().expect("it was stopped for nothing");
+            assert!(version == "default" && weights == tensors(&model(0)), "{what}");
+        }
         // It generates with the old weights, with the whole new ones, or not at all.
         if let Ok((version, weights)) = bad.generate() {
             let of = if version == "1" { 1 } else { 0 };
@@ -220,6 +224,36 @@ async fn a_session_that_another_trainer_left_open_is_ended_first() {
 }
 
 #[tokio::test]
+async fn no_bucket_of_a_dropped_update_is_taken_for_one_of_the_next() {
+    for (started, options) in
+        [(Started::sglang(), plain()), (Started::sglang(), json!({ "transport": "ipc" }))]
+    {
+        let server = Server::start(&even(0), started).await;
+        let mut trainer = trainer(&[&server], options.clone()).await;
+        let sent = trainer.send_weights(ensure_async_iterator(even(1)), Version(1)).await;
+        sent.expect("an update");
+        let path = match &options["transport"] {
+            serde_json::Value::Null => "/update_weights_from_distributed",
+            _ => "/update_weights_from_tensor",
+        };
+        for at in 0..even(1).len() {
+            // The server gets to the bucket of that moment when the next update has sent all of its own. That one ends what
+            // was open first, so its own end is the second.
+            if at > 1 {
+                server.wrong(path, at - 2, Wrong::Slow(Duration::from_millis(60)));
+                server.wrong("/end_weight_update", 1, Wrong::Slow(Duration::from_millis(120)));
+            }
+            drop_at(&mut *trainer, even(1), at).await;
+            let sent = trainer.send_weights(ensure_async_iterator(even(2)), Version(2)).await;
+            sent.unwrap_or_else(|error| panic!("at {at}: {error}"));
+            let (version, weights) = server.generate().expect("it generates");
+            assert_eq!(version, "2");
+            assert!(weights == tensors(&even(2)), "at {at}: bytes of the update that was dropped");
+        }
+    }
+}
+
+#[tokio::test]
 async fn dropping_an_update_at_any_moment_leaves_the_next_one_whole() {
     let server = start().await;
     let mut trainer = trainer(&[&server], plain()).await;
@@ -289,19 +323,104 @@ async fn a_server_of_several_workers_is_none_that_the_trainers_gpu_reaches() {
 }
 
 #[tokio::test]
+async fn a_server_that_was_started_with_keys_is_shown_them_and_nobody_else_sees_them() {
+    let folder = std::env::temp_dir().join(format!("ckpt-receivers-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("a folder");
+    let file = |name: &str, key: &str| {
+        let file = folder.join(name);
+        std::fs::write(&file, format!("{key}\n")).expect("a file");
+        file
+    };
+    let (usual, admin) = (file("usual", "s3cret-usual"), file("admin", "s3cret-admin"));
+    let keys = Some(("s3cret-usual", "s3cret-admin"));
+    let server = Server::start(&model(0), Started { keys, ..Started::sglang() }).await;
+    let mut keyless = trainer(&[&server], plain()).await;
+    let sent = keyless.send_weights(ensure_async_iterator(model(1)), Version(1)).await;
+    let error = sent.expect_err("it asks for a key");
+    assert!(
+        error.kind() == ErrorKind::Config && error.to_string().contains("api_key_file"),
+        "{error}"
+    );
+    let mut halfway = trainer(&[&server], json!({ "api_key_file": usual })).await;
+    let sent = halfway.send_weights(ensure_async_iterator(model(1)), Version(1)).await;
+    assert!(sent.expect_err("of those who change it, another").to_string().contains("another key"));
+    let options = json!({ "api_key_file": usual, "admin_api_key_file": admin });
+    let mut trainer = trainer(&[&server], options).await;
+    let sent = trainer.send_weights(ensure_async_iterator(model(1)), Version(1)).await;
+    assert!(sent.expect("an update").absent.is_empty());
+    has(&server, 1);
+    assert!(!format!("{trainer:?}").contains("s3cret"));
+    // A server that repeats what it was shown.
+    server.wrong(
+        "/begin_weight_update",
+        0,
+        Wrong::Refuses("no s3cret-admin, no s3cret-usual here"),
+    );
+    let sent = trainer.send_weights(ensure_async_iterator(model(2)), Version(2)).await;
+    let error = sent.expect_err("it refuses");
+    assert!(error.to_string().contains("no …, no … here"), "{error}");
+    assert!(!format!("{error:?}").contains("s3cret"), "{error:?}");
+    let (url, limit) = (server.url().parse().expect("an address"), Duration::from_secs(1));
+    let (kind, checks) = receivers::examine(&url, None, limit).await;
+    assert!(kind.is_none() && checks[0].details.contains("api_key_file"), "{checks:?}");
+    let key = receivers::ApiKey::read(&usual).expect("a key");
+    let (kind, checks) = receivers::examine(&url, Some(&key), limit).await;
+    assert!(
+        kind == Some(ServerKind::Sglang) && checks.iter().all(|check| check.passed),
+        "{checks:?}"
+    );
+    std::fs::remove_dir_all(&folder).expect("it was there");
+}
+
+#[tokio::test]
+async fn a_layer_that_a_servers_checkpoint_leaves_alone_is_not_sent_in_fp8() {
+    let folder = std::env::temp_dir().join(format!("ckpt-ignored-sglang-{}", std::process::id()));
+    // The first bucket has several layers.
+    let small = |version| model(version).split_off(1);
+    let has = |server: &Server| {
+        let (version, weights) = server.generate().expect("it generates");
+        assert!(version == "1" && weights == tensors(&small(1)));
+    };
+    std::fs::create_dir_all(&folder).expect("a folder");
+    for (layer, is_first) in [("layers.0", true), ("layers.5.proj", false), ("layers.50", false)] {
+        let own = json!({ "quantization_config": { "modules_to_not_convert": [layer] } });
+        std::fs::write(folder.join("config.json"), own.to_string()).expect("a file");
+        let checkpoint = Some(folder.clone());
+        let server = Server::start(&small(0), Started { checkpoint, ..Started::sglang() }).await;
+        let other = Server::start(&small(0), Started::sglang()).await;
+        let mut trainer = trainer(&[&server, &other], plain()).await;
+        let sent = trainer.send_weights(ensure_async_iterator(small(1)), Version(1)).await;
+        let report = sent.expect("an update of the other one");
+        has(&other);
+        if layer == "layers.50" {
+            has(&server);
+            continue;
+        }
+        assert_eq!(report.absent, [Rank(1)]);
+        let words = report.receivers[1].notes["error"].to_string();
+        for part in [&format!("`{layer}`"), &format!("{layer}."), "proj.weight", "ignored_layers"] {
+            assert!(words.contains(part), "{words}");
+        }
+        // Nobody is stopped for what the first bucket has.
+        assert_eq!(server.generate().is_ok(), is_first, "{layer}");
+    }
+    std::fs::remove_dir_all(&folder).expect("it was there");
+}
+
+#[tokio::test]
 async fn a_doctor_tells_the_kinds_of_servers_apart_and_says_what_they_are() {
     let limit = Duration::from_secs(1);
     let server = Server::start(&model(0), Started { workers: 4, ..Started::sglang() }).await;
     let url = server.url().parse().expect("an address");
-    let (kind, checks) = receivers::examine(&url, limit).await;
+    let (kind, checks) = receivers::examine(&url, None, limit).await;
     assert_eq!(kind, Some(ServerKind::Sglang));
     assert!(checks.iter().all(|check| check.passed), "{checks:?}");
     assert!(checks[0].details.contains("0.5.23") && checks[1].details.contains("4 workers"));
     assert!(!server.asked().iter().any(|path| path.contains("update")));
     let server = Server::start(&model(0), Started::default()).await;
     let url = server.url().parse().expect("an address");
-    assert_eq!(receivers::examine(&url, limit).await.0, Some(ServerKind::Vllm));
+    assert_eq!(receivers::examine(&url, None, limit).await.0, Some(ServerKind::Vllm));
     let nobody = "http://127.0.0.1:1".parse().expect("an address");
-    let (kind, checks) = receivers::examine(&nobody, limit).await;
+    let (kind, checks) = receivers::examine(&nobody, None, limit).await;
     assert!(kind.is_none() && !checks[0].passed && checks[0].details.contains("not reached"));
 }

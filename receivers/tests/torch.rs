@@ -2,37 +2,16 @@
 
 mod support;
 
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
-
 use engine_core::{Rank, Version, ensure_async_iterator};
 use serde_json::json;
+use support::python::Worker;
 use support::{join, model, plain};
-
-const PYTHON: &str = "CKPT_ENGINE_TORCH_PYTHON";
-
-struct Ends(Child);
-
-impl Drop for Ends {
-    fn drop(&mut self) {
-        drop(self.0.kill());
-        drop(self.0.wait());
-    }
-}
 
 /// What the worker answers to the first bucket of an update.
 async fn found(options: serde_json::Value) -> String {
-    let python = std::env::var_os(PYTHON)
-        .unwrap_or_else(|| panic!("{PYTHON} is not set: run `cargo xtask test`"));
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/torch_worker.py");
-    let mut command = Command::new(python);
-    let worker = command.arg(script).stdout(Stdio::piped()).spawn().expect("a process");
-    let mut worker = Ends(worker);
-    let mut line = String::new();
-    let said = worker.0.stdout.take().expect("its output");
-    BufReader::new(said).read_line(&mut line).expect("a line");
+    let worker = Worker::start("torch_worker.py", &[]);
     let mut options = options.as_object().cloned().expect("options");
-    options.insert("servers".into(), json!([format!("http://127.0.0.1:{}", line.trim())]));
+    options.insert("servers".into(), json!([format!("http://{}", worker.address())]));
     let mut config = support::config(&[], plain());
     config.backend = "sglang".into();
     config.engine_kwargs.insert("sglang".into(), options);

@@ -10,7 +10,7 @@ use quant_fp8::QuantizeFp8;
 use quant_fp8::rules::{Receiver, Rules, RulesConfig};
 use serde_json::json;
 use support::server::{Server, Started, Wrong, tensors};
-use support::{config, join, model, plain, registry, trainer, trainer_with};
+use support::{config, drop_at, even, join, model, plain, registry, trainer, trainer_with};
 
 /// A server that generates with a version, and with every byte of it.
 fn has(server: &Server, version: u64) {
@@ -57,11 +57,34 @@ async fn servers_are_asked_everything_once_and_then_only_which_version_they_have
     }
     let update =
         "/pause /start_weight_update /update_weights /finish_weight_update /weight_info /resume";
-    let looks = "/health /get_world_size /weight_info /init_weight_transfer_engine";
+    let looks = "/health /get_world_size /weight_info /v1/models /init_weight_transfer_engine";
     let forms = "/init_weight_transfer_engine";
     let (pause, rest) = update.split_once(' ').expect("words");
     assert_eq!(asked[0], format!("{looks} {pause} {forms} {rest}"));
     assert_eq!(asked[1], format!("/weight_info {update}"));
+}
+
+#[tokio::test]
+async fn unpacked_each_weight_is_a_broadcast_of_its_own_and_whatever_fails_the_next_update_is_whole()
+ {
+    let good = Server::start(&model(0), Started { workers: 2, ..Default::default() }).await;
+    let bad = Server::start(&model(0), Started::default()).await;
+    let mut trainer = trainer(&[&good, &bad], json!({ "unpacked": true })).await;
+    for version in 1..=2 {
+        let sent = trainer.send_weights(ensure_async_iterator(model(version)), Version(version));
+        let report = sent.await.expect("an update");
+        assert!(report.buckets > 2 && report.absent.is_empty(), "{report:?}");
+        has(&good, version);
+        has(&bad, version);
+    }
+    bad.wrong("/update_weights", 1, Wrong::Refuses("CUDA out of memory"));
+    let sent = trainer.send_weights(ensure_async_iterator(model(3)), Version(3)).await;
+    assert_eq!(sent.expect("an update").absent, [Rank(2)]);
+    has(&good, 3);
+    let sent = trainer.send_weights(ensure_async_iterator(model(4)), Version(4)).await;
+    assert!(sent.expect("an update").absent.is_empty());
+    has(&good, 4);
+    has(&bad, 4);
 }
 
 async fn refused(started: Started) -> engine_core::Error {
@@ -127,7 +150,9 @@ async fn a_server_that_fails_anywhere_is_named_and_left_out_and_loaded_by_the_ne
     ];
     for path in paths {
         for nth in [0, 1] {
-            if nth == 1 && path != "/update_weights" && path != "/weight_info" {
+            // The first question to join is whether it is configured.
+            let comes_twice = ["/update_weights", "/weight_info", "/init_weight_transfer_engine"];
+            if nth == 1 && !comes_twice.contains(&path) {
                 continue;
             }
             let what = format!("{path} {nth}");
@@ -142,6 +167,10 @@ async fn a_server_that_fails_anywhere_is_named_and_left_out_and_loaded_by_the_ne
             assert_eq!(report.receivers[1].state, VersionState::Aborted, "{what}");
             let notes = report.receivers[1].notes["error"].to_string();
             assert!(notes.contains("CUDA out of memory") && notes.contains(&bad.url()), "{notes}");
+            if ["/pause", "/init_weight_transfer_engine", "/get_world_size"].contains(&path) {
+                let (version, weights) = bad.generate().expect("it was stopped for nothing");
+                assert!(version == "default" && weights == tensors(&model(0)), "{what}");
+            }
             // It generates with the old weights, with the whole new ones, or not at all.
             if let Ok((version, weights)) = bad.generate() {
                 let of = if version == "1" { 1 } else { 0 };
@@ -284,6 +313,32 @@ async fn an_update_that_another_trainer_left_open_is_ended_first() {
 }
 
 #[tokio::test]
+async fn no_bucket_of_a_dropped_update_is_taken_for_one_of_the_next() {
+    for (started, options) in
+        [(Started::default(), plain()), (reads(), json!({ "transport": "ipc" }))]
+    {
+        let server = Server::start(&even(0), started).await;
+        let mut trainer = trainer(&[&server], options).await;
+        let sent = trainer.send_weights(ensure_async_iterator(even(1)), Version(1)).await;
+        sent.expect("an update");
+        for at in 0..even(1).len() {
+            // The server gets to the bucket of that moment when the next update has sent all of its own. That one ends what
+            // was open first, so its own end is the second.
+            if at > 1 {
+                server.wrong("/update_weights", at - 2, Wrong::Slow(Duration::from_millis(60)));
+                server.wrong("/finish_weight_update", 1, Wrong::Slow(Duration::from_millis(120)));
+            }
+            drop_at(&mut *trainer, even(1), at).await;
+            let sent = trainer.send_weights(ensure_async_iterator(even(2)), Version(2)).await;
+            sent.unwrap_or_else(|error| panic!("at {at}: {error}"));
+            let (version, weights) = server.generate().expect("it generates");
+            assert_eq!(version, "2");
+            assert!(weights == tensors(&even(2)), "at {at}: bytes of the update that was dropped");
+        }
+    }
+}
+
+#[tokio::test]
 async fn dropping_an_update_at_any_moment_leaves_the_next_one_whole() {
     let server = Server::start(&model(0), Started::default()).await;
     let mut trainer = trainer(&[&server], plain()).await;
@@ -352,6 +407,9 @@ async fn options_that_cannot_be_used_are_errors_in_words() {
     let server = Server::start(&model(0), Started::default()).await;
     let error = trainer_with(&[&server, &server], plain(), 1.0).await.expect_err("one twice");
     assert!(error.to_string().contains("listed twice"), "{error}");
+    let options = json!({ "unpacked": true, "transport": "ipc" });
+    let error = trainer_with(&[&server], options, 1.0).await.expect_err("nothing is broadcast");
+    assert!(error.to_string().contains("transport: nccl"), "{error}");
     let error = trainer_with(&[&server], json!({ "transport": "pigeon" }), 1.0).await;
     let error = error.expect_err("no such transport");
     assert!(error.to_string().contains("`nccl`"), "{error}");
@@ -430,11 +488,46 @@ async fn a_server_that_was_started_for_the_other_transport_or_refuses_pickles_sa
 }
 
 #[tokio::test]
+async fn a_layer_that_a_servers_checkpoint_leaves_alone_is_not_sent_in_fp8() {
+    let folder = std::env::temp_dir().join(format!("ckpt-ignored-vllm-{}", std::process::id()));
+    // The first bucket has several layers.
+    let small = |version| model(version).split_off(1);
+    let has = |server: &Server| {
+        let (version, weights) = server.generate().expect("it generates");
+        assert!(version == "1" && weights == tensors(&small(1)));
+    };
+    std::fs::create_dir_all(&folder).expect("a folder");
+    for (layer, is_first) in [("layers.0", true), ("layers.5.proj", false), ("layers.50", false)] {
+        let own = json!({ "quantization_config": { "modules_to_not_convert": [layer] } });
+        std::fs::write(folder.join("config.json"), own.to_string()).expect("a file");
+        let checkpoint = Some(folder.clone());
+        let server = Server::start(&small(0), Started { checkpoint, ..Default::default() }).await;
+        let other = Server::start(&small(0), Started::default()).await;
+        let mut trainer = trainer(&[&server, &other], plain()).await;
+        let sent = trainer.send_weights(ensure_async_iterator(small(1)), Version(1)).await;
+        let report = sent.expect("an update of the other one");
+        has(&other);
+        if layer == "layers.50" {
+            has(&server);
+            continue;
+        }
+        assert_eq!(report.absent, [Rank(1)]);
+        let words = report.receivers[1].notes["error"].to_string();
+        for part in [&format!("`{layer}`"), &format!("{layer}."), "proj.weight", "ignored_layers"] {
+            assert!(words.contains(part), "{words}");
+        }
+        // Nobody is stopped for what the first bucket has.
+        assert_eq!(server.generate().is_ok(), is_first, "{layer}");
+    }
+    std::fs::remove_dir_all(&folder).expect("it was there");
+}
+
+#[tokio::test]
 async fn a_doctor_says_of_a_server_what_it_is_and_what_it_lacks() {
     let limit = Duration::from_secs(1);
     let examine = async |server: &Server| {
         let url = server.url().parse().expect("an address");
-        receivers::examine(&url, limit).await.1
+        receivers::examine(&url, None, limit).await.1
     };
     let server = Server::start(&model(0), Started { workers: 3, ..Default::default() }).await;
     let checks = examine(&server).await;

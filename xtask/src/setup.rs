@@ -77,6 +77,15 @@ const STEPS: &[Step] = &[
         },
     },
     Step {
+        name: "ZeroMQ for Python",
+        purpose: Purpose::Tests,
+        check: tools::has_pyzmq,
+        install: Install::Attempted {
+            how: "the wheel that xtask/tools/pyzmq.txt pins",
+            install: tools::install_pyzmq,
+        },
+    },
+    Step {
         name: "NVRTC",
         purpose: Purpose::Tests,
         check: tools::has_nvrtc,

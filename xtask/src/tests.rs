@@ -72,6 +72,12 @@ fn with_extras(workspace: &Workspace, options: &Options) -> Result<()> {
             "checkpoint-engine-receivers",
             &["--lib", "--test", "torch"][..],
         ),
+        (
+            "ZeroMQ for Python",
+            tools::has_torch(workspace) && tools::has_pyzmq(workspace),
+            "checkpoint-engine-receivers",
+            &["--test", "pyzmq"],
+        ),
         ("NVRTC", tools::has_nvrtc(workspace), "checkpoint-engine-cuda", &["--test", "compile"]),
         ("NCCL", tools::has_nccl(workspace), "checkpoint-engine-nccl", &["--test", "library"]),
         ("CANN's headers", has_headers, "hccl-sim", &["--test", "headers"]),
@@ -142,6 +148,7 @@ fn ignored(workspace: &Workspace, package: &str, tests: &[&str], threads: Option
 /// Tells tests where the libraries are.
 fn with_libraries(command: &mut Command, workspace: &Workspace) {
     command.env(tools::TORCH_PYTHON, tools::torch_python(workspace));
+    command.env(tools::PYZMQ, tools::pyzmq(workspace));
     command.env(tools::NIXL_DIR, tools::nixl(workspace));
     if tools::has_nvrtc(workspace) {
         command.env("CKPT_ENGINE_NVRTC_DIR", tools::nvrtc(workspace));

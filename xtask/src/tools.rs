@@ -152,6 +152,25 @@ pub(crate) fn install_pytest(workspace: &Workspace) -> Result<()> {
     install_for_torch(workspace, "pytest.txt", &pytest(workspace))
 }
 
+/// As pinned in `xtask/tools/pyzmq.txt`.
+const PYZMQ_VERSION: &str = "27.3.0";
+
+/// The environment variable that tells a test of the folder with ZeroMQ for that Python.
+pub(crate) const PYZMQ: &str = "CKPT_ENGINE_PYZMQ";
+
+/// The folder with ZeroMQ for PyTorch's Python, once it is installed.
+pub(crate) fn pyzmq(workspace: &Workspace) -> PathBuf {
+    workspace.tool(&format!("pyzmq-{PYZMQ_VERSION}"))
+}
+
+pub(crate) fn has_pyzmq(workspace: &Workspace) -> bool {
+    pyzmq(workspace).join("zmq").is_dir()
+}
+
+pub(crate) fn install_pyzmq(workspace: &Workspace) -> Result<()> {
+    install_for_torch(workspace, "pyzmq.txt", &pyzmq(workspace))
+}
+
 /// By PyTorch's Python, for which the wheels have to be.
 fn install_for_torch(workspace: &Workspace, pinned: &str, folder: &Path) -> Result<()> {
     remove(folder)?;

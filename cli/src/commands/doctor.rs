@@ -22,6 +22,10 @@ pub(crate) struct DoctorArgs {
     #[cfg(feature = "cuda")]
     #[arg(long = "server", value_name = "URL", conflicts_with = "backend")]
     servers: Vec<checkpoint_engine::receivers::ServerUrl>,
+    /// A file with the key that the servers ask for
+    #[cfg(feature = "cuda")]
+    #[arg(long, value_name = "FILE", requires = "servers")]
+    api_key_file: Option<PathBuf>,
     /// Try this backend as thoroughly as can be; only hccl can be tried without a group
     #[arg(long, value_name = "NAME", value_parser = ["hccl"])]
     backend: Option<String>,
@@ -85,10 +89,12 @@ pub(crate) fn doctor_command(args: &DoctorArgs) -> Result<ExitCode, Failure> {
 #[cfg(feature = "cuda")]
 async fn servers_command(args: &DoctorArgs) -> Result<ExitCode, Failure> {
     const LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
+    let key = args.api_key_file.as_deref().map(checkpoint_engine::receivers::ApiKey::read);
+    let key = key.transpose()?;
     let mut passed = true;
     let mut all = serde_json::Map::new();
     for server in &args.servers {
-        let (_, checks) = checkpoint_engine::receivers::examine(server, LIMIT).await;
+        let (_, checks) = checkpoint_engine::receivers::examine(server, key.as_ref(), LIMIT).await;
         passed &= checks.iter().all(|check| check.passed);
         if !args.json {
             for check in &checks {

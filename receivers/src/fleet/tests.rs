@@ -35,7 +35,11 @@ impl Truth {
         let refuse = |words: &str| Err(Error::new(ErrorKind::Io, "asked", words));
         match ask {
             Ask::Look => {
-                return Ok(Said::Facts(Facts { workers: 2, weights: self.version.clone() }));
+                return Ok(Said::Facts(Facts {
+                    workers: 2,
+                    weights: self.version.clone(),
+                    ignored: Vec::new(),
+                }));
             }
             Ask::Recall => return Ok(Said::Version(self.version.clone())),
             Ask::Pause => self.paused = true,
@@ -245,7 +249,7 @@ fn answered(fleet: &mut Fleet, mut answer: impl FnMut(usize, Ask) -> Option<Resu
 
 fn good(ask: Ask, has: &str) -> Result<Said> {
     Ok(match ask {
-        Ask::Look => Said::Facts(Facts { workers: 1, weights: has.into() }),
+        Ask::Look => Said::Facts(Facts { workers: 1, weights: has.into(), ignored: Vec::new() }),
         Ask::Recall => Said::Version(has.into()),
         _ => Said::Done,
     })
@@ -278,6 +282,51 @@ fn servers_that_were_stopped_for_an_update_that_began_nowhere_generate_again() {
     assert_eq!(fleet.next(), resumes);
     assert_eq!(answered(&mut fleet, |_, ask| Some(good(ask, ""))), Act::End);
     fleet.outcome().expect_err("the trainer's own failure");
+}
+
+#[test]
+fn a_server_that_fails_before_it_begins_to_load_and_says_so_generates_again() {
+    for (kind, resumed) in
+        [(ErrorKind::Io, true), (ErrorKind::Config, true), (ErrorKind::Timeout, false)]
+    {
+        let mut fleet = Fleet::new(2, true);
+        fleet.begin(Version(1), true);
+        answered(&mut fleet, |_, ask| Some(good(ask, "0")));
+        let failed = Err(Error::new(kind, "joining", "it failed"));
+        fleet.formed(Err(self::failed()), vec![(0, None), (1, Some(failed))]);
+        // The one that is silent waits in a collective, and is told nothing.
+        let mut asked = Vec::new();
+        let end = answered(&mut fleet, |index, ask| {
+            asked.push((index, ask));
+            Some(Err(self::failed()))
+        });
+        let wanted = if resumed { vec![(1, Ask::Resume)] } else { vec![] };
+        assert_eq!((end, asked), (Act::End, wanted));
+        let error = fleet.outcome().expect_err("nobody has it");
+        assert_eq!((error.kind(), error.report().rank), (kind, Some(Rank(2))));
+    }
+}
+
+#[test]
+fn a_server_that_has_begun_to_load_and_fails_is_not_told_to_generate_in_this_update_nor_the_next() {
+    let mut fleet = Fleet::new(1, true);
+    for version in 1..=2 {
+        fleet.begin(Version(version), true);
+        answered(&mut fleet, |_, ask| {
+            assert_ne!(ask, Ask::Resume);
+            // The second time it fails before.
+            let fails = if version == 1 { Ask::Start } else { Ask::Reset };
+            Some(if ask == fails { Err(failed()) } else { good(ask, "0") })
+        });
+        if version == 1 {
+            fleet.formed(Ok(()), vec![(0, Some(Ok(())))]);
+            answered(&mut fleet, |_, ask| {
+                assert_ne!(ask, Ask::Resume);
+                Some(if ask == Ask::Start { Err(failed()) } else { good(ask, "0") })
+            });
+        }
+        assert_eq!(fleet.next(), Act::End);
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! by an id of 128 bytes, a call ends when all have made it and not before, and nothing but the trainer has a deadline.
 
 use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -61,24 +62,25 @@ impl Library for InProcess {
     }
 
     async fn open(&self, _: &EngineContext, shape: Shape, _: &Pool) -> Result<Opened<Trainer>> {
-        let slot = || Arc::new(Mutex::new(vec![0; shape.slot_bytes as usize]));
-        let slots: Vec<Slot> = (0..shape.slots).map(|_| slot()).collect();
-        let own = slots.clone();
-        let is_ring = self.is_ring;
+        let bytes = (u64::from(shape.slots) * shape.slot_bytes) as usize;
+        let arena = Arc::new(Mutex::new(vec![0; bytes]));
+        let slots = HostSlots { shape, arena, enlarged: Arc::default() };
+        let (own, is_ring) = (slots.clone(), self.is_ring);
         let start = move || Ok(Trainer { slots: own, world: None, ended: 0, is_ring });
         let thread = Thread::start("ckpt-fake", start).await?;
-        let slots = Arc::new(HostSlots(slots));
+        let slots = Arc::new(slots);
         Ok(Opened { thread, slots, version: "in-process".into(), share: None })
     }
 }
 
-type Slot = Arc<Mutex<Vec<u8>>>;
+/// An allocation.
+type Memory = Arc<Mutex<Vec<u8>>>;
 
 /// The GPU that there is in these tests.
 pub(crate) const DEVICE: &str = "8a1d0b2c-0001-0002-0003-0123456789ab";
 
-/// The slots that others may read, by their handles.
-static SHARED: LazyLock<Mutex<HashMap<Vec<u8>, Slot>>> = LazyLock::new(Mutex::default);
+/// What others may read, by its handles.
+static SHARED: LazyLock<Mutex<HashMap<Vec<u8>, Memory>>> = LazyLock::new(Mutex::default);
 
 /// What a process finds at `rebuild_cuda_tensor`'s arguments: the bytes of the tensor.
 pub(crate) fn rebuilt(arguments: &[Said]) -> std::result::Result<Vec<u8>, String> {
@@ -112,8 +114,25 @@ pub(crate) fn rebuilt(arguments: &[Said]) -> std::result::Result<Vec<u8>, String
     memory.get(place).map(<[u8]>::to_vec).ok_or_else(|| "out of the allocation".into())
 }
 
-#[derive(Debug)]
-struct HostSlots(Vec<Slot>);
+/// Slots in one allocation, but for those that were enlarged.
+#[derive(Clone, Debug)]
+struct HostSlots {
+    shape: Shape,
+    arena: Memory,
+    enlarged: Arc<Mutex<HashMap<u32, Memory>>>,
+}
+
+impl HostSlots {
+    /// The allocation that a slot is in, and its place there.
+    fn of(&self, slot: u32) -> (Memory, Range<usize>) {
+        if let Some(own) = lock(&self.enlarged).get(&slot) {
+            let len = lock(own).len();
+            return (own.clone(), 0..len);
+        }
+        let start = (u64::from(slot) * self.shape.slot_bytes) as usize;
+        (self.arena.clone(), start..start + self.shape.slot_bytes as usize)
+    }
+}
 
 #[async_trait]
 impl Slots for HostSlots {
@@ -124,9 +143,9 @@ impl Slots for HostSlots {
         pool: &Pool,
         digests: bool,
     ) -> Result<u64> {
-        let (memory, threads) = (self.0[slot.index() as usize].clone(), pool.clone());
+        let ((memory, place), threads) = (self.of(slot.index()), pool.clone());
         pool.start(move || {
-            let sum = threads.encode(&jobs, &mut lock(&memory), digests);
+            let sum = threads.encode(&jobs, &mut lock(&memory)[place], digests);
             drop(slot);
             sum
         })
@@ -134,22 +153,21 @@ impl Slots for HostSlots {
     }
 
     async fn enlarge(&self, slot: SlotGuard, bytes: u64) -> Result<SlotGuard> {
-        let mut memory = lock(&self.0[slot.index() as usize]);
-        let len = memory.len().max(bytes as usize);
-        memory.resize(len, 0);
-        drop(memory);
+        if self.of(slot.index()).1.len() < bytes as usize {
+            let own = Arc::new(Mutex::new(vec![0; bytes as usize]));
+            lock(&self.enlarged).insert(slot.index(), own);
+        }
         Ok(slot)
     }
 
     fn shared(&self, slot: &SlotGuard) -> Result<SharedSlot> {
-        let memory = self.0[slot.index() as usize].clone();
-        let bytes = lock(&memory).len() as u64;
+        let (memory, place) = self.of(slot.index());
         // As CUDA's handles, which name an allocation: another one once the slot was enlarged.
         let mut handle = vec![0xc5; 64];
         handle[..8].copy_from_slice(&(Arc::as_ptr(&memory) as u64).to_le_bytes());
-        handle[8..16].copy_from_slice(&bytes.to_le_bytes());
         lock(&SHARED).insert(handle.clone(), memory);
-        Ok(SharedSlot { device: DEVICE.into(), handle, start: 0, bytes })
+        let (start, bytes) = (place.start as u64, place.len() as u64);
+        Ok(SharedSlot { device: DEVICE.into(), handle, start, bytes })
     }
 
     fn view(&self, _: SlotGuard, _: u64) -> Storage {
@@ -160,7 +178,7 @@ impl Slots for HostSlots {
 /// Member 0 of a world.
 #[derive(Debug)]
 pub(crate) struct Trainer {
-    slots: Vec<Slot>,
+    slots: HostSlots,
     world: Option<Arc<Mutex<World>>>,
     ended: u64,
     is_ring: bool,
@@ -215,8 +233,19 @@ impl Communicator for Trainer {
         self.until(wait, "warming up", |world| world.warm.len() == world.size as usize)
     }
 
-    fn broadcast(&mut self, _: usize, slot: u32, len: u64, _: &Wait<'_>) -> Result<()> {
-        let bytes = lock(&self.slots[slot as usize])[..len as usize].to_vec();
+    fn broadcast(&mut self, group: usize, slot: u32, len: u64, wait: &Wait<'_>) -> Result<()> {
+        self.broadcast_part(group, slot, 0..len, wait)
+    }
+
+    fn broadcast_part(
+        &mut self,
+        _: usize,
+        slot: u32,
+        part: Range<u64>,
+        _: &Wait<'_>,
+    ) -> Result<()> {
+        let (memory, place) = self.slots.of(slot);
+        let bytes = lock(&memory)[place][part.start as usize..part.end as usize].to_vec();
         lock(&*self.world()?).casts.push(Cast {
             bytes,
             begun: BTreeSet::new(),

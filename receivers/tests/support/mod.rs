@@ -4,17 +4,25 @@
 #![allow(dead_code, reason = "each test program uses a part")]
 
 pub(crate) mod collectives;
+pub(crate) mod python;
+pub(crate) mod rep;
 pub(crate) mod server;
 mod sglang_contract;
 mod unpickle;
 mod vllm_contract;
 
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
+
 use async_trait::async_trait;
 use engine_core::{
     Availability, Backend, CheckpointEngineConfig, DType, EngineContext, Placement,
-    PreparedRollout, PreparedTrainer, Registry, Result, TrainerEngine, Weight, WorkerMetadata,
-    form_local_group,
+    PreparedRollout, PreparedTrainer, Registry, Result, TrainerEngine, Version, Weight,
+    WorkerMetadata, ensure_async_iterator, form_local_group,
 };
+use futures::FutureExt;
 use serde_json::json;
 
 use server::Contract;
@@ -145,6 +153,33 @@ pub(crate) async fn join(
     let backend = registry.get(&name)?;
     let (mut trainers, _) = form_local_group(backend, vec![prepared], Vec::new()).await?;
     Ok(trainers.remove(0))
+}
+
+/// Weights of one size, each of which fills a bucket: a bucket that is taken for another one is not told by its length.
+pub(crate) fn even(version: u64) -> Vec<Weight> {
+    let weight = |number: u64| {
+        let bytes: Vec<u8> =
+            (0..BUCKET_BYTES).map(|at| (version * 101 + number * 13 + at) as u8).collect();
+        let shape = [BUCKET_BYTES / 2];
+        Weight::new(format!("layers.{number}.weight"), DType::BF16, shape, bytes).expect("a weight")
+    };
+    (0..7).map(weight).collect()
+}
+
+/// Begins an update and drops it in the moment in which the stream is asked for its weight `at`: what was told to servers just
+/// before is under way by then, and nobody has got any further.
+pub(crate) async fn drop_at(trainer: &mut dyn TrainerEngine, weights: Vec<Weight>, at: usize) {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counted = asked.clone();
+    let stream = ensure_async_iterator(weights.into_iter().inspect(move |_| {
+        counted.fetch_add(1, Ordering::Relaxed);
+    }));
+    let mut sent = trainer.send_weights(stream, Version(1)).boxed();
+    poll_fn(|context| match sent.poll_unpin(context) {
+        Poll::Pending if asked.load(Ordering::Relaxed) <= at => Poll::Pending,
+        _ => Poll::Ready(()),
+    })
+    .await;
 }
 
 /// Options without any.

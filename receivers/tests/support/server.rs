@@ -20,7 +20,7 @@ use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
-use super::collectives::Member;
+use super::collectives::{DEVICE, Member};
 use super::sglang_contract::{self, Group};
 use super::vllm_contract;
 
@@ -70,12 +70,31 @@ pub(crate) struct Started {
     pub(crate) replicas: u32,
     /// vLLM's `VLLM_ALLOW_INSECURE_SERIALIZATION`.
     pub(crate) insecure: bool,
+    /// Whether its workers speak the protocol of Moonshot's checkpoint-engine.
+    pub(crate) extension: bool,
+    /// Where its checkpoint is.
+    pub(crate) checkpoint: Option<std::path::PathBuf>,
+    /// SGLang's `--api-key` and `--admin-api-key`.
+    pub(crate) keys: Option<(&'static str, &'static str)>,
+    /// The GPU that its worker is on.
+    pub(crate) gpu: &'static str,
 }
 
 impl Default for Started {
     fn default() -> Self {
         let (contract, backend) = (Contract::Vllm, Some("nccl"));
-        Self { contract, dev_mode: true, backend, workers: 1, replicas: 1, insecure: true }
+        Self {
+            contract,
+            dev_mode: true,
+            backend,
+            workers: 1,
+            replicas: 1,
+            insecure: true,
+            extension: true,
+            checkpoint: None,
+            keys: None,
+            gpu: DEVICE,
+        }
     }
 }
 
@@ -107,7 +126,7 @@ pub(super) struct State {
     pub(super) version: String,
     pub(super) members: Option<Vec<Member>>,
     pub(super) limit: u64,
-    /// Whether vLLM was told that a bucket is one tensor.
+    /// Whether vLLM was told that tensors come together: by one broadcast, or behind one handle.
     pub(super) packed: bool,
     /// The groups of SGLang's workers, by their names in torch.
     pub(super) groups: BTreeMap<String, Group>,
@@ -127,7 +146,22 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    fn die(&self) {
+    /// What it does wrong at this one of whatever is counted by a name: a path, or buckets.
+    pub(super) fn wrong_at(&self, what: &str) -> Option<Wrong> {
+        let mut found = None;
+        lock(&self.state).wrong.retain_mut(|(of, nth, wrong)| {
+            let is_now = *of == what && *nth == 0;
+            if is_now {
+                found = Some(wrong.clone());
+            } else if *of == what {
+                *nth -= 1;
+            }
+            !is_now
+        });
+        found
+    }
+
+    pub(super) fn die(&self) {
         lock(&self.state).dead = true;
         lock(&self.work).iter().for_each(tokio::task::AbortHandle::abort);
     }
@@ -229,6 +263,12 @@ impl Server {
         std::mem::take(&mut lock(&self.shared.state).asked)
     }
 
+    /// Waits until its engine does nothing, which it does soon unless a worker waits for somebody.
+    pub(crate) async fn is_idle(&self) {
+        let engine = tokio::time::timeout(Duration::from_secs(2), self.shared.engine.lock()).await;
+        drop(engine.expect("a worker waits for a trainer that says nothing"));
+    }
+
     /// What it generates with: an error while it is paused or within an update.
     pub(crate) fn generate(&self) -> Result<(String, Tensors), &'static str> {
         let state = lock(&self.shared.state);
@@ -292,22 +332,17 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Answer {
     let path = head.uri.path().to_owned();
     let query = head.uri.query().unwrap_or_default().to_owned();
     let body = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
-    let wrong = {
-        let mut state = lock(&shared.state);
-        state.asked.push(path.clone());
-        let mut found = None;
-        state.wrong.retain_mut(|(of, nth, wrong)| {
-            let is_now = *of == path && *nth == 0;
-            if is_now {
-                found = Some(wrong.clone());
-            } else if *of == path {
-                *nth -= 1;
-            }
-            !is_now
-        });
-        found
-    };
-    match wrong {
+    let shown = head.headers.get("authorization").and_then(|value| value.to_str().ok());
+    let wanted = shared.started.keys.map(|(usual, admin)| match head.method {
+        hyper::Method::GET => format!("Bearer {usual}"),
+        _ => format!("Bearer {admin}"),
+    });
+    // Health is everybody's.
+    if path != "/health" && wanted.is_some_and(|wanted| shown != Some(&*wanted)) {
+        return say(401, serde_json::json!({ "error": "Unauthorized" }));
+    }
+    lock(&shared.state).asked.push(path.clone());
+    match shared.wrong_at(&path) {
         None => {}
         Some(Wrong::Refuses(words)) => return failed(shared.started.contract, words),
         Some(Wrong::Silent) => return std::future::pending().await,

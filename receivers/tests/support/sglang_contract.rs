@@ -14,6 +14,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::collectives::{Member, rebuilt};
+use super::rep::{self, Item};
 use super::server::{Answer, Shared, item_size, lock, say};
 use super::unpickle::{Said, unpickle};
 
@@ -70,6 +71,9 @@ pub(super) async fn done(
         "/update_weights_from_distributed" => {
             &["names", "dtypes", "shapes", "group_name", "load_format", "flush_cache"]
         }
+        "/update_weights_from_ipc" => {
+            &["zmq_handles", "flush_cache", "weight_version", "torch_empty_cache"]
+        }
         "/update_weights_from_tensor" => {
             &["serialized_named_tensors", "load_format", "flush_cache"]
         }
@@ -96,6 +100,7 @@ pub(super) async fn done(
                 200,
                 json!({
                     "version": "0.5.23",
+                    "model_path": started.checkpoint,
                     "tp_size": started.workers,
                     "dp_size": started.replicas,
                     "pp_size": 1,
@@ -148,6 +153,7 @@ pub(super) async fn done(
             group.map(drop).ok_or_else(|| "The group to be destroyed does not exist.".to_owned())
         }
         "/update_weights_from_tensor" => read(&told, shared),
+        "/update_weights_from_ipc" => connect_and_read(&told, shared).await,
         _ => update(&told, shared).await,
     };
     match done {
@@ -321,6 +327,33 @@ fn read(told: &Value, shared: &Shared) -> Result<(), String> {
         bucket.push((name, (dtype, shape), start as usize..end as usize));
     }
     load(bucket, &bytes, shared)
+}
+
+/// Reads buckets where they are, told of them by ZeroMQ. It knows no session.
+async fn connect_and_read(told: &Value, shared: &Shared) -> Result<(), String> {
+    if !shared.started.extension {
+        return Err("IPC weight update failed: ImportError checkpoint-engine is not installed. \
+                    Please install it with: pip install sglang[checkpoint-engine]"
+            .into());
+    }
+    if told["flush_cache"] != false {
+        return Err("this server is told to flush once".into());
+    }
+    let gpu = shared.started.gpu;
+    let address = rep::address(&told["zmq_handles"], gpu);
+    let address = address.ok_or(format!("Device UUID GPU-{gpu} not found in zmq_handles: []"))?;
+    let copy = |items: Vec<Item>, bytes: &[u8]| {
+        let place = |(name, dtype, shape, start): Item| {
+            let item = item_size(&dtype).ok_or("torch has no such type")?;
+            let end = start + shape.iter().product::<u64>() * item;
+            if start % item != 0 || end > bytes.len() as u64 {
+                return Err(format!("{name} cannot be viewed at {start}"));
+            }
+            Ok((name, (dtype, shape), start as usize..end as usize))
+        };
+        load(items.into_iter().map(place).collect::<Result<_, String>>()?, bytes, shared)
+    };
+    rep::update(shared, address, copy).await
 }
 
 type Tensor = (String, (String, Vec<u64>), std::ops::Range<usize>);

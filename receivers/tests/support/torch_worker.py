@@ -7,16 +7,15 @@ and with which prefixes, is what torch makes of it.
 import base64
 import collections
 import datetime
-import json
 import pickle
 import sys
 import types
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FakeProcessGroup
 from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper
+from worker_http import serve
 
 STORES = []
 TIMEOUT = datetime.timedelta(seconds=50)
@@ -86,27 +85,5 @@ def answer(path, told):
     return 200, {"success": True, "message": ""}
 
 
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.do_POST()
-
-    def do_POST(self):
-        text = self.rfile.read(int(self.headers.get("content-length") or 0))
-        try:
-            status, said = answer(self.path.split("?")[0], json.loads(text) if text else None)
-        except Exception as error:
-            status, said = 500, {"message": f"{type(error).__name__}: {error}"}
-        said = json.dumps(said).encode()
-        self.send_response(status)
-        self.send_header("content-length", str(len(said)))
-        self.end_headers()
-        self.wfile.write(said)
-
-    def log_message(self, *arguments):
-        pass
-
-
 dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-server = HTTPServer(("127.0.0.1", 0), Handler)
-print(server.server_port, flush=True)
-server.serve_forever()
+serve(answer)

@@ -3,6 +3,7 @@
 /// A value.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Said {
+    None,
     Bool(bool),
     Int(i64),
     Text(String),
@@ -65,6 +66,7 @@ pub(crate) fn unpickle(bytes: &[u8]) -> Option<Said> {
     loop {
         let operation = take(&mut rest, 1)?[0];
         let value = match operation {
+            b'N' => Said::None,
             0x88 | 0x89 => Said::Bool(operation == 0x88),
             0x8a => {
                 assert_eq!(take(&mut rest, 1)?, [8]);

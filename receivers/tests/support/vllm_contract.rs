@@ -9,6 +9,7 @@ use futures::future::join_all;
 use serde_json::{Value, json};
 
 use super::collectives::{DEVICE, Member, rebuilt};
+use super::rep::{self, Item};
 use super::server::{Answer, Layer, Shared, State, Tensors, item_size, lock, say};
 use super::unpickle::{Said, unpickle};
 
@@ -38,6 +39,10 @@ pub(super) async fn done(
     };
     match (method.as_str(), path) {
         ("GET", "/health") => return say(200, json!(null)),
+        ("GET", "/v1/models") => {
+            let root = &shared.started.checkpoint;
+            return say(200, json!({ "object": "list", "data": [{ "id": "m", "root": root }] }));
+        }
         ("GET", "/version") => return say(200, json!({ "version": "0.33.0" })),
         _ if !shared.started.dev_mode => {
             return say(404, json!({ "error": { "message": "Not Found" } }));
@@ -77,6 +82,18 @@ pub(super) async fn done(
                 Ok(())
             }
         }
+        ("POST", "/collective_rpc") => match parsed() {
+            Ok(body) => call(&body, shared).await,
+            Err(words) => return say(400, json!({ "detail": words })),
+        },
+        ("POST", "/update_weight_version") => match parsed() {
+            Ok(body) => {
+                let version = body["new_version"].as_str().unwrap_or_default().to_owned();
+                lock(&shared.state).version = version;
+                Ok(())
+            }
+            Err(words) => return say(422, json!({ "detail": words })),
+        },
         ("POST", "/start_weight_update") => start(shared),
         ("POST", "/update_weights") => match parsed() {
             Ok(body) => {
@@ -147,9 +164,7 @@ async fn init(info: &Value, shared: &Shared) -> Result<(), String> {
     if id.len() != 128 {
         return Err(format!("must decode to 128 bytes, got {}", id.len()));
     }
-    if info.get("packed") != Some(&json!(true)) {
-        return Err("this server is told of packed chunks only".into());
-    }
+    let packed = info.get("packed").and_then(Value::as_bool).ok_or("it is not told the form")?;
     let (first, size) = (number("rank_offset")? as u32, number("world_size")? as u32);
     if first == 0 || first + shared.started.workers > size {
         return Err(format!("rank {first} out of range for world_size {size}"));
@@ -158,7 +173,7 @@ async fn init(info: &Value, shared: &Shared) -> Result<(), String> {
     let workers = first..first + shared.started.workers;
     let members = join_all(workers.map(|place| Member::join(&id, place, size, true))).await;
     let mut state = lock(&shared.state);
-    (state.members, state.limit) = (Some(members), limit);
+    (state.members, state.limit, state.packed) = (Some(members), limit, packed);
     Ok(())
 }
 
@@ -192,7 +207,8 @@ async fn update(info: &Value, shared: &Shared) -> Result<(), String> {
     }
     let (members, limit) = {
         let state = lock(&shared.state);
-        (state.members.clone(), state.limit)
+        // Unpacked, each tensor is received by itself.
+        (state.members.clone(), if state.packed { state.limit } else { 0 })
     };
     let mut members = members.ok_or("NCCL weight transfer not initialized.")?;
     let mut chunk = Vec::new();
@@ -251,6 +267,32 @@ fn read(
         chunk.push((name.to_owned(), dtype.to_owned(), shape, item, len));
     }
     load(chunk, &bytes, shared)
+}
+
+/// Has its worker do something by name: of what is known there, reading buckets of which ZeroMQ tells. What was read is
+/// copied into the model at once.
+async fn call(body: &Value, shared: &Shared) -> Result<(), String> {
+    let method = body["method"].as_str().ok_or("Missing 'method' in request body")?;
+    if method != "update_weights_from_ipc" || !shared.started.extension {
+        return Err(format!("Method '{method}' is not implemented."));
+    }
+    let gpu = shared.started.gpu;
+    let address = rep::address(&body["args"][0], gpu).ok_or(format!("'GPU-{gpu}'"))?;
+    let copy = |items: Vec<Item>, bytes: &[u8]| {
+        let mut state = lock(&shared.state);
+        for (name, dtype, shape, start) in items {
+            let item = item_size(&dtype).ok_or_else(|| format!("torch has no {dtype}"))?;
+            let len = shape.iter().product::<u64>() * item;
+            if state.expected.get(&name) != Some(&(dtype, shape)) || start % item != 0 {
+                return Err(format!("{name} at {start}: another one is expected"));
+            }
+            let bytes = bytes.get(start as usize..(start + len) as usize);
+            let bytes = bytes.ok_or_else(|| format!("{name} at {start}: no such place"))?;
+            state.weights.insert(name, bytes.to_vec());
+        }
+        Ok(())
+    };
+    rep::update(shared, address, copy).await
 }
 
 type Tensor = (String, String, Vec<u64>, u64, u64);
