@@ -122,11 +122,14 @@ fn straddling(held: &[Share], granule: &[u64]) -> Vec<Straddling> {
     found
 }
 
-/// Cuts a box into at most `most` boxes along the dimension that has the most granules, where granules begin.
-pub(crate) fn cut(region: &TensorBox, granule: &[u64], most: u32) -> Vec<TensorBox> {
+/// Cuts a box into at most `most` boxes along the dimension that has the most granules, where granules begin. Elements that share
+/// bytes do so along the last dimension, which then is not cut.
+pub(crate) fn cut(region: &TensorBox, granule: &[u64], most: u32, bits: u64) -> Vec<TensorBox> {
     let units = region.in_granules(granule);
     let count = |range: &std::ops::Range<u64>| range.end - range.start;
-    let along = units.ranges().iter().enumerate().rev().max_by_key(|(_, range)| count(range));
+    let whole = if bits.is_multiple_of(8) { 0 } else { 1 };
+    let sides = &units.ranges()[..units.dimensions().saturating_sub(whole)];
+    let along = sides.iter().enumerate().rev().max_by_key(|(_, range)| count(range));
     let Some((dimension, range)) = along.filter(|_| most > 1) else {
         return vec![region.clone()];
     };

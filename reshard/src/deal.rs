@@ -1,5 +1,7 @@
 //! Sharing work among replicas.
 
+use engine_core::Rank;
+
 /// Deals `count` units of `size` so that the largest of the loads stays as small as it can, and adds them. Returns how many units
 /// each gets.
 pub(crate) fn fill(loads: &mut [u64], count: u64, size: u64) -> Vec<u64> {
@@ -71,6 +73,72 @@ impl Spread {
     }
 }
 
+/// Which of some ranks does a task of each of some tensors.
+#[derive(Clone, Debug)]
+pub(crate) enum Dealt {
+    /// One does all.
+    One(Rank),
+    /// Who does it of how many tensors, counted in their [spread](Spread) order up to here.
+    Many(Box<[(u64, Rank)]>),
+}
+
+impl Dealt {
+    /// How many tensors each has.
+    pub(crate) fn new(given: impl IntoIterator<Item = (Rank, u64)>) -> Self {
+        let mut end = 0;
+        let given = given.into_iter().filter(|&(_, count)| count > 0);
+        let ends: Box<[_]> = given
+            .map(|(rank, count)| {
+                end += count;
+                (end, rank)
+            })
+            .collect();
+        match *ends {
+            [(_, only)] => Self::One(only),
+            _ => Self::Many(ends),
+        }
+    }
+
+    pub(crate) fn of(&self, number: u64, spread: Spread) -> Rank {
+        match self {
+            Self::One(rank) => *rank,
+            Self::Many(ends) => {
+                let place = spread.place(number);
+                ends[ends.partition_point(|&(end, _)| end <= place).min(ends.len() - 1)].1
+            }
+        }
+    }
+
+    pub(crate) fn has(&self, rank: Rank) -> bool {
+        match self {
+            Self::One(only) => *only == rank,
+            Self::Many(ends) => ends.iter().any(|&(_, own)| own == rank),
+        }
+    }
+
+    /// Of `count` tensors, whose it is here and whose in another, and how many that are.
+    pub(crate) fn beside(&self, other: &Self, count: u64) -> Vec<(Rank, Rank, u64)> {
+        let (one, two) = (self.ends(count), other.ends(count));
+        let (mut one, mut two) = (one.iter().peekable(), two.iter().peekable());
+        let (mut before, mut all) = (0, Vec::new());
+        while let (Some(&&(end, own)), Some(&&(their_end, theirs))) = (one.peek(), two.peek()) {
+            let until = end.min(their_end);
+            all.push((own, theirs, until - before));
+            before = until;
+            one.next_if(|(end, _)| *end == until);
+            two.next_if(|(end, _)| *end == until);
+        }
+        all
+    }
+
+    fn ends(&self, count: u64) -> Vec<(u64, Rank)> {
+        match self {
+            Self::One(rank) => vec![(count, *rank)],
+            Self::Many(ends) => ends.to_vec(),
+        }
+    }
+}
+
 fn gcd(one: u64, other: u64) -> u64 {
     if other == 0 { one } else { gcd(other, one % other) }
 }
@@ -79,6 +147,7 @@ fn gcd(one: u64, other: u64) -> u64 {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::collections::BTreeMap;
 
     proptest! {
         #[test]
@@ -99,6 +168,29 @@ mod tests {
             naive.sort_unstable();
             dealt.sort_unstable();
             prop_assert_eq!(dealt.last(), naive.last());
+        }
+
+        #[test]
+        fn what_two_deals_say_of_tensors_is_what_they_say_of_their_numbers(
+            one in prop::collection::vec(0_u64..4, 1..5), other in prop::collection::vec(0_u64..4, 1..5),
+        ) {
+            let count = one.iter().sum::<u64>().max(other.iter().sum());
+            prop_assume!(count > 0);
+            let dealt = |counts: &[u64]| {
+                let rest = count - counts.iter().sum::<u64>();
+                let all = counts.iter().copied().chain([rest]);
+                Dealt::new((0..).map(Rank).zip(all))
+            };
+            let (one, other) = (dealt(&one), dealt(&other));
+            let mut naive = BTreeMap::new();
+            for number in 0..count {
+                let spread = Spread::new(count);
+                let both = (one.of(number, spread), other.of(number, spread));
+                prop_assert!(one.has(both.0) && other.has(both.1));
+                *naive.entry(both).or_insert(0) += 1;
+            }
+            let found = one.beside(&other, count).into_iter().map(|(a, b, count)| ((a, b), count));
+            prop_assert_eq!(found.collect::<BTreeMap<_, _>>(), naive);
         }
 
         #[test]

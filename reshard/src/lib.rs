@@ -32,12 +32,14 @@
 
 mod crossing;
 mod deal;
+mod dealer;
 mod fused;
 mod layout;
 mod links;
 mod mesh;
 mod parallel;
 mod plan;
+mod planner;
 mod rounds;
 mod search;
 mod sharding;
@@ -48,8 +50,7 @@ pub use layout::{Layout, Share};
 pub use links::Links;
 pub use mesh::{Mesh, Placement};
 pub use parallel::Parallelism;
-pub use plan::{
-    CardLoad, Load, MaximaExchange, Pair, Planner, ReshardPlan, Transfer, WAVES, Work, plan,
-};
+pub use plan::{CardLoad, Load, MaximaExchange, Pair, ReshardPlan, Transfer, WAVES};
+pub use planner::{Planner, Work, plan};
 pub use sharding::{Declarations, ShardedTensor, Sharding};
 pub use simulate::{Simulated, Speeds, simulate};

@@ -139,10 +139,20 @@ proptest! {
     fn every_element_that_is_wanted_comes_once_from_a_rank_that_holds_it_and_no_other(case in cases()) {
         let plan = case.plan();
         let mut arrived: BTreeMap<(Rank, u32), Vec<Vec<u64>>> = BTreeMap::new();
-        for transfer in sent(&case, &plan) {
+        let all = sent(&case, &plan);
+        for transfer in &all {
             let name = &plan.tensor(transfer.tensor).name;
-            let has = Case::elements(&case.held, transfer.from, name);
+            let mut has = Case::elements(&case.held, transfer.from, name);
             let moved = indices(&transfer.region);
+            if transfer.passed_on {
+                // It came to the sender before, and not as something passed on.
+                let came = all.iter().filter(|other| {
+                    (other.to, other.tensor) == (transfer.from, transfer.tensor)
+                        && !other.passed_on
+                        && other.wave < transfer.wave
+                });
+                has = came.flat_map(|other| indices(&other.region)).collect();
+            }
             prop_assert!(moved.iter().all(|at| has.contains(at)), "{transfer:?}");
             arrived.entry((transfer.to, transfer.tensor)).or_default().extend(moved);
         }
@@ -199,7 +209,7 @@ proptest! {
         }
         // Of what the same ranks hold.
         let mut waves: BTreeMap<BTreeSet<Rank>, BTreeMap<u32, u32>> = BTreeMap::new();
-        for transfer in sent(&case, &plan) {
+        for transfer in sent(&case, &plan).into_iter().filter(|transfer| !transfer.passed_on) {
             let name = &plan.tensor(transfer.tensor).name;
             let held = case.held.iter().filter(|said| said.1.name == *name && !said.3.is_empty());
             let holders = held.map(|said| said.0).collect();
@@ -223,7 +233,7 @@ proptest! {
             let held: BTreeMap<Rank, BTreeSet<Vec<u64>>> =
                 ranks.iter().map(|&r| (r, Case::elements(&case.held, r, &meta.name))).collect();
             let told = plan.maxima(tensor);
-            for transfer in sent(&case, &plan).iter().filter(|t| t.tensor == tensor) {
+            for transfer in sent(&case, &plan).iter().filter(|t| t.tensor == tensor && !t.passed_on) {
                 for index in indices(&transfer.region) {
                     let block_of = block(&index);
                     let whole = indices(&TensorBox::whole(&meta.shape));
@@ -319,7 +329,7 @@ fn only_layouts_that_changed_are_crossed_again() {
 
 #[test]
 fn replicas_share_what_there_is_to_send() {
-    // Four trainers have everything, in two nodes; eight rollouts want all, or a half.
+    // Four trainers have everything, in two nodes; eight rollouts want a half each.
     let shape = [64_u64, 4096];
     let all = (0..4).map(|rank| (Rank(rank), TensorBox::whole(&shape)));
     let held = std::sync::Arc::new(Layout::new(&shape, all).unwrap());
@@ -337,7 +347,7 @@ fn replicas_share_what_there_is_to_send() {
         };
         let mut links = Links::new();
         links.add_nodes(0..4, 2, 2);
-        links.add_nodes(4..12, 4, 4);
+        links.add_nodes(4..12, 1, 1);
         let plan = plan(&of(&held), &of(&wanted), &links).unwrap();
         let total: u64 = plan.pairs().iter().map(|pair| pair.bytes).sum();
         assert_eq!(total, tensors * 8 * 32 * 4096 * 2);
@@ -370,6 +380,41 @@ fn what_a_node_has_does_not_come_over_the_network() {
     assert_eq!((load(1).received_within, load(3).received_within, load(9).received), (16, 16, 16));
     assert_eq!((load(0).sent_within, load(2).sent_within), (16, 16));
     assert_eq!(plan.busiest(), 16);
+}
+
+#[test]
+fn what_several_ranks_of_a_node_want_comes_once_over_the_network_and_over_all_of_their_cards() {
+    // One trainer, two nodes of four that all want everything, and a rank that is alone and wants a half.
+    let shape = [256_u64, 1024];
+    let layout =
+        |boxes: Vec<(Rank, TensorBox)>| std::sync::Arc::new(Layout::new(&shape, boxes).unwrap());
+    let held = layout(vec![(Rank(0), TensorBox::whole(&shape))]);
+    let mut wants: Vec<_> = (1..9).map(|rank| (Rank(rank), TensorBox::whole(&shape))).collect();
+    wants.push((Rank(9), part(&[0, 0], &[128, 1024])));
+    let wanted = layout(wants);
+    let mut links = Links::new();
+    links.add_nodes(1..9, 4, 4);
+    for tensors in [1, 5, 8] {
+        let of = |layout: &std::sync::Arc<Layout>| {
+            let mut sharding = Sharding::new();
+            for n in 0..tensors {
+                let (meta, layout) = (meta(&format!("w.{n}"), &shape), layout.clone());
+                sharding.add(ShardedTensor { meta, granule: [128, 128].into(), layout }).unwrap();
+            }
+            sharding
+        };
+        let plan = plan(&of(&held), &of(&wanted), &links).unwrap();
+        let size = tensors * 256 * 1024 * 2;
+        assert_eq!(plan.load(Rank(0)).sent, 2 * size + size / 2);
+        for node in [1..5, 5..9] {
+            let loads = node.map(|rank| plan.load(Rank(rank)));
+            let received: Vec<u64> = loads.clone().map(|load| load.received).collect();
+            assert_eq!(received.iter().sum::<u64>(), size);
+            assert!(received.iter().max().unwrap() * 4 <= size * 8 / 5, "{received:?} of {size}");
+            assert!(loads.clone().all(|load| load.received + load.received_within == size));
+        }
+        assert_eq!(plan.busiest(), plan.lower_bound(), "the trainer's card");
+    }
 }
 
 #[test]
@@ -427,4 +472,21 @@ fn boxes_that_contradict_are_errors_that_name_tensor_and_rank() {
     let halves = [(0, part(&[0], &[4])), (1, part(&[3], &[1]))]
         .map(|(rank, region)| (Rank(rank), TensorMeta::new("w", DType::F4, [4]), vec![], region));
     check(&halves, ErrorKind::Weight, "cuts a byte");
+}
+
+#[test]
+fn replicas_never_share_a_byte_of_elements_smaller_than_one() {
+    let shape = [3_u64, 1 << 20];
+    let holders = (0..3).map(|rank| (Rank(rank), TensorBox::whole(&shape)));
+    let layout = |boxes: Vec<(Rank, TensorBox)>| {
+        let mut sharding = Sharding::new();
+        let layout = std::sync::Arc::new(Layout::new(&shape, boxes).unwrap());
+        let meta = TensorMeta::new("w", DType::F4, shape);
+        sharding.add(ShardedTensor { meta, granule: [].into(), layout }).unwrap();
+        sharding
+    };
+    let wanted = layout(vec![(Rank(9), TensorBox::whole(&shape))]);
+    let plan = plan(&layout(holders.collect()), &wanted, &Links::new()).unwrap();
+    let sent: Vec<u64> = (0..3).map(|rank| plan.load(Rank(rank)).sent).collect();
+    assert_eq!(sent, [1 << 19; 3], "a row of each");
 }
