@@ -58,7 +58,7 @@ pub use engine_core::{
     FromStream, Install, IntoWeight, IntoWeightStream, Numbers, Outcome, Placement, Prepared,
     PreparedRollout, PreparedTrainer, Rank, ReceiveReport, ReceivedBucket, ReceivedPiece,
     ReceivedWeights, ReceiverReport, Recovery, Registry, Result, Role, RolloutEngine, SendReport,
-    StageTimes, TensorCounts, TensorMap, TensorMeta, TrainerEngine, Treatment, Version,
+    StageTimes, TensorBox, TensorCounts, TensorMap, TensorMeta, TrainerEngine, Treatment, Version,
     VersionState, Weight, WeightStream, WeightStreamExt, WorkerMetadata, ensure_async_iterator,
     form_local_group, observe,
 };
@@ -88,6 +88,8 @@ pub use quant_fp8 as fp8;
 /// Backends that only send: to inference servers as they are.
 #[cfg(feature = "receivers")]
 pub use receivers;
+/// Plans of who sends which part of which weight to whom, where trainers and rollouts have parts of tensors.
+pub use reshard;
 
 /// The backends that this crate brings: `naive`, and those of its features.
 pub fn registry() -> Registry {

@@ -23,8 +23,8 @@ pub(crate) struct SourceArgs {
     /// The source as JSON, as `sync` gives it to other trainers
     #[arg(long, value_name = "JSON", hide = true, conflicts_with_all = ["synthetic", "model"])]
     pub(crate) source_json: Option<String>,
-    /// A made-up model with the true names and shapes of qwen2.5-0.5b, qwen2.5-7b, qwen3-30b-a3b, or
-    /// a tiny-moe of a few MB
+    /// A made-up model with the true names and shapes of qwen2.5-0.5b, qwen2.5-7b, qwen3-30b-a3b, deepseek-v3
+    /// or kimi-k2, or a tiny-moe of a few MB
     #[arg(long, value_name = "NAME", required_unless_present_any = ["model", "source_json"], conflicts_with = "model")]
     pub(crate) synthetic: Option<SyntheticModel>,
     /// A .safetensors file, a Hugging Face folder, or the index of one

@@ -6,7 +6,8 @@
 //! - [`source`] is either of the two, changing from update to update as training would change it;
 //! - [`roles`] is what a trainer and a rollout do, [`sync`] starts one of each and more on this
 //!   machine, [`report_line`] is what it tells of an update;
-//! - [mod@bench] measures transports; [`memory`] measures what that takes.
+//! - [mod@bench] measures transports; [`memory`] measures what that takes;
+//! - [`mod@simulate`] plans models that are divided over many ranks, and simulates their transfers.
 
 // `println!` and `eprintln!` panic when nobody reads.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
@@ -26,6 +27,7 @@ pub mod report_line;
 pub mod roles;
 pub mod runtime;
 pub mod scheme;
+pub mod simulate;
 pub mod source;
 pub mod sync;
 pub mod synthetic;

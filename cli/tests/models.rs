@@ -40,6 +40,29 @@ fn models_have_the_published_numbers_of_parameters_and_tensors() {
 }
 
 #[test]
+fn the_largest_models_have_the_published_billions_of_parameters() {
+    for (model, billions, experts) in
+        [(SyntheticModel::DeepSeekV3, 671, 58 * 256), (SyntheticModel::KimiK2, 1026, 60 * 384)]
+    {
+        let metas = model.metas(None).unwrap();
+        let sum: u64 = metas.iter().map(|meta| meta.elements().unwrap()).sum();
+        assert_eq!(sum / 1_000_000_000, billions, "{model}");
+        let is_expert = |meta: &&TensorMeta| meta.name.contains(".experts.");
+        assert_eq!(metas.iter().filter(is_expert).count(), experts * 3, "{model}");
+        let shape = |name: &str| {
+            let name = format!("model.layers.60.{name}");
+            metas.iter().find(|meta| *meta.name == name).unwrap().shape.to_vec()
+        };
+        assert_eq!(shape("mlp.experts.255.down_proj.weight"), [7168, 2048]);
+        assert_eq!(shape("self_attn.kv_a_proj_with_mqa.weight"), [576, 7168]);
+        assert_eq!(
+            shape("mlp.gate.e_score_correction_bias"),
+            [experts as u64 / (61 - if billions == 671 { 3 } else { 1 })]
+        );
+    }
+}
+
+#[test]
 fn models_have_the_names_and_shapes_of_their_checkpoints() {
     let shape = |model: SyntheticModel, name: &str| {
         let metas = model.metas(None).unwrap();

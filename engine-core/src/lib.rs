@@ -1,6 +1,7 @@
 //! The contract of a checkpoint engine, and everything of it that no device needs.
 
 mod available;
+mod boxes;
 pub mod clock;
 mod config;
 pub mod control;
@@ -26,6 +27,7 @@ pub mod telemetry;
 mod weight;
 
 pub use available::available_memory;
+pub use boxes::TensorBox;
 pub use config::{CheckpointEngineConfig, DeviceChoice};
 pub use control::{Control, Role};
 pub use dtype::DType;

@@ -5,6 +5,7 @@
 //! memory and are chosen at run time. There is no NEON codec yet, because it could not be tested:
 //! aarch64 has the scalar one.
 
+mod boxes;
 mod panel;
 mod scalar;
 mod staircase;
@@ -23,6 +24,7 @@ use engine_core::memory::Pool;
 use half::{bf16, f16};
 
 use crate::{BlockGrid, BlockScale, Fp8Format, Granularity, Mode, Precast, QuantError, SourceType};
+pub use boxes::{BlockMaxima, BoxSource};
 use panel::{MOST_BLOCKS, Panel, Target};
 use staircase::Staircase;
 

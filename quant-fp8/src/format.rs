@@ -237,6 +237,11 @@ impl BlockGrid {
         self.experts * self.rows * self.cols
     }
 
+    /// Rows and columns of a block. Those at the edges of a matrix may have fewer.
+    pub fn block(&self) -> [usize; 2] {
+        [self.block_rows, self.block_cols]
+    }
+
     /// Bands of all matrices together.
     pub fn bands(&self) -> usize {
         self.experts * self.bands_per_matrix()
@@ -268,6 +273,16 @@ impl BlockGrid {
             (false, true) => vec![1],
             (false, false) => matrix,
         }
+    }
+
+    /// The same blocks over rows of so many columns.
+    pub(crate) fn over(&self, cols: usize) -> Self {
+        Self { cols, ..*self }
+    }
+
+    /// The matrix of a band, and which band of it.
+    pub(crate) fn place_of_band(&self, band: usize) -> (usize, usize) {
+        (band / self.bands_per_matrix(), band % self.bands_per_matrix())
     }
 
     /// The elements of a band.

@@ -8,7 +8,8 @@
 //! - [`rules`] decides which parameters of a model are quantised, and writes the decision down as
 //!   the `quantization_config` of `config.json`.
 //! - [`Codec`] does it, at the speed of memory, on whole tensors or on any range of their elements,
-//!   straight from the source into the buffer that is sent.
+//!   straight from the source into the buffer that is sent. A rank that holds a [box](BoxSource) of a tensor gives the bytes that the
+//!   whole would have there, once it knows the [maxima](BlockMaxima) of blocks that it shares with others.
 //! - [`QuantizeFp8`] quantises a stream of weights while they are packed, and [`LAYER`] puts that
 //!   in front of any engine whose configuration asks for it, once all ranks agree on the format.
 
@@ -24,7 +25,7 @@ mod format;
 mod numbers;
 pub mod rules;
 
-pub use codec::{Codec, Source, Store, copy_non_temporal};
+pub use codec::{BlockMaxima, BoxSource, Codec, Source, Store, copy_non_temporal};
 pub use combinator::{Fp8Quantizer, QuantizeFp8, stored};
 pub use contract::{Accepts, Fp8Config, Quantization, agreed_rules};
 pub use encoding::{Fp8Codes, Fp8Scales};

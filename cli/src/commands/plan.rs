@@ -1,19 +1,23 @@
-//! `ckpt-engine plan`: what happens to each parameter of a model, and the same for commands that quantise.
+//! `ckpt-engine plan`: what happens to each parameter of a model, and the same for commands that quantise. With `--simulate`,
+//! who would send which part of each to whom.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use checkpoint_engine::fp8::rules::{QuantPlan, Receiver, RulesConfig, Stored};
 use checkpoint_engine::fp8::{Fp8Config, stored};
-use checkpoint_engine::{CheckpointEngineConfig, TensorMeta};
+use checkpoint_engine::reshard::{Parallelism, Speeds};
+use checkpoint_engine::{CheckpointEngineConfig, DType, TensorMeta};
 use clap::Args;
 use cli::checkpoint::Checkpoint;
 use cli::quantize::plan_of;
+use cli::simulate::{Setting, SimulatedPlan, simulate};
 use cli::source::{ModelSpec, SourceSpec};
+use cli::synthetic::SyntheticModel;
 
 use crate::Failure;
 use crate::args::{FormatArgs, rules, shape};
-use crate::output::{complain, say};
+use crate::output::{complain, json_line, say};
 
 /// Prints what happens to each parameter, and by which rule: `name, decision, rule`, tab-separated.
 ///
@@ -29,35 +33,84 @@ Examples:
 
   From names and shapes alone:
     printf 'model.layers.0.mlp.gate.weight\\t256x1024\\n' > names
-    ckpt-engine plan --names names")]
+    ckpt-engine plan --names names
+
+  What an update from 256 FSDP ranks to 128 ranks with tensor and expert parallelism takes, without any of them:
+    ckpt-engine plan --simulate --synthetic kimi-k2 --trainer-layout fsdp=256 --rollout-layout tp=8,ep=64,ranks=128")]
 pub(crate) struct PlanArgs {
     /// A .safetensors file, a Hugging Face folder, or the index of one
-    #[arg(long, value_name = "PATH", required_unless_present = "names", conflicts_with = "names")]
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["names", "synthetic"], conflicts_with_all = ["names", "synthetic"])]
     model: Option<PathBuf>,
     /// A file of lines NAME<TAB>SHAPE, the shape as 256x1024
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "synthetic")]
     names: Option<PathBuf>,
+    /// The names and shapes of a model that `bench transfer` knows, or of deepseek-v3 or kimi-k2
+    #[arg(long, value_name = "NAME")]
+    synthetic: Option<SyntheticModel>,
     #[command(flatten)]
     format: FormatArgs,
     /// Make a matrix that no rule knows an error
     #[arg(long)]
     strict: bool,
     /// Print the quantization_config for config.json instead
-    #[arg(long)]
+    #[arg(long, conflicts_with = "simulate")]
     config: bool,
+    #[command(flatten)]
+    simulation: SimulationArgs,
+}
+
+/// Who has the model in which layout, and over which links they would send.
+#[derive(Debug, Args)]
+struct SimulationArgs {
+    /// Plan who sends which part of each tensor to whom instead, and simulate how long the links take for it
+    #[arg(long, requires = "trainer_layout", requires = "rollout_layout")]
+    simulate: bool,
+    /// How trainers hold the model, such as fsdp=256 or tp=8,pp=4,ep=16,ranks=256: tp, pp, ep, etp (tensor parallelism of
+    /// experts), fsdp (how many replicas divide their part), kv-heads, and ranks, which all of them divide
+    #[arg(long, value_name = "LAYOUT", requires = "simulate")]
+    trainer_layout: Option<Parallelism>,
+    /// How rollouts want it, such as tp=8,ep=64,ranks=128
+    #[arg(long, value_name = "LAYOUT", requires = "simulate")]
+    rollout_layout: Option<Parallelism>,
+    /// Send everything as it is, and not in FP8 what can be
+    #[arg(long, requires = "simulate")]
+    unquantized: bool,
+    /// Ranks of a node
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    ranks_per_node: u32,
+    /// Network cards of a node, which its ranks take turns on
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    cards_per_node: u32,
+    /// What a network card carries in each direction, in Gbit/s
+    #[arg(long, value_name = "GBIT", default_value_t = 400.0, value_parser = speed)]
+    network: f64,
+    /// What a rank carries in each direction to and from others of its node, in GB/s
+    #[arg(long, value_name = "GB", default_value_t = 368.0, value_parser = speed)]
+    nvlink: f64,
+    /// What each transfer between two ranks takes beside its bytes, in microseconds
+    #[arg(long, value_name = "US", default_value_t = 10.0)]
+    latency: f64,
+    /// To and from how many others a rank has transfers at a time
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    at_once: u32,
+    /// Print one JSON object
+    #[arg(long, requires = "simulate")]
+    json: bool,
+}
+
+fn speed(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(speed) if speed > 0.0 && f64::is_finite(speed) => Ok(speed),
+        _ => Err(format!("`{text}` is no speed above 0")),
+    }
 }
 
 pub(crate) fn plan_command(args: &PlanArgs) -> Result<ExitCode, Failure> {
     let rules = RulesConfig { strict: args.strict, ..rules(&args.format) };
-    let plan = match (&args.model, &args.names) {
-        (Some(model), _) => plan_of(&Checkpoint::open(model)?, &rules)?,
-        (None, Some(names)) => {
-            let text = std::fs::read_to_string(names)
-                .map_err(|error| format!("{}: {error}", names.display()))?;
-            QuantPlan::resolve(parameters(&text)?, &rules)?
-        }
-        (None, None) => return Err("give --model or --names".into()),
-    };
+    if args.simulation.simulate {
+        return simulate_command(args, &rules);
+    }
+    let plan = quantization(args, &rules)?;
     remark(&plan, rules.receiver);
     if args.config {
         say(serde_json::to_string_pretty(&plan.quantization_config()?)?)?;
@@ -67,6 +120,110 @@ pub(crate) fn plan_command(args: &PlanArgs) -> Result<ExitCode, Failure> {
         say(format!("{}\t{}\t{}", entry.name, entry.decision, entry.rule.id()))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn quantization(args: &PlanArgs, rules: &RulesConfig) -> Result<QuantPlan, Failure> {
+    Ok(match &args.model {
+        Some(model) => plan_of(&Checkpoint::open(model)?, rules)?,
+        None => QuantPlan::resolve(named(args)?, rules)?,
+    })
+}
+
+type Parameter = (String, Vec<usize>, Stored);
+
+/// The names and shapes of whatever is no checkpoint.
+fn named(args: &PlanArgs) -> Result<Vec<Parameter>, Failure> {
+    match (&args.names, args.synthetic) {
+        (Some(names), _) => {
+            let text = std::fs::read_to_string(names)
+                .map_err(|error| format!("{}: {error}", names.display()))?;
+            parameters(&text)
+        }
+        (None, Some(model)) => Ok(model.metas(None)?.iter().map(parameter).collect()),
+        (None, None) => Err("give --model, --names or --synthetic".into()),
+    }
+}
+
+fn parameter(meta: &TensorMeta) -> Parameter {
+    let shape = meta.shape.iter().map(|&side| side as usize).collect();
+    (meta.name.to_string(), shape, stored(meta.dtype))
+}
+
+fn simulate_command(args: &PlanArgs, rules: &RulesConfig) -> Result<ExitCode, Failure> {
+    let SimulationArgs { trainer_layout, rollout_layout, .. } = &args.simulation;
+    let (Some(trainers), Some(rollouts)) = (trainer_layout.clone(), rollout_layout.clone()) else {
+        return Err("give --trainer-layout and --rollout-layout".into());
+    };
+    let simulation = &args.simulation;
+    let metas: Vec<TensorMeta> = match (&args.model, args.synthetic) {
+        (Some(model), _) => Checkpoint::open(model)?.metas().cloned().collect(),
+        (None, Some(model)) => model.metas(None)?,
+        (None, None) => {
+            let sides =
+                |shape: Vec<usize>| shape.into_iter().map(|side| side as u64).collect::<Vec<u64>>();
+            let meta =
+                |(name, shape, _): Parameter| TensorMeta::new(name, DType::BF16, sides(shape));
+            named(args)?.into_iter().map(meta).collect()
+        }
+    };
+    let plan = match simulation.unquantized {
+        true => None,
+        false => Some(quantization(args, rules)?),
+    };
+    let setting = Setting {
+        trainers,
+        rollouts,
+        ranks_per_node: simulation.ranks_per_node,
+        cards_per_node: simulation.cards_per_node,
+        speeds: Speeds {
+            network: simulation.network * 1e9 / 8.0,
+            within_node: simulation.nvlink * 1e9,
+            latency: simulation.latency.max(0.0) * 1e-6,
+            at_once: simulation.at_once as usize,
+        },
+    };
+    let found = simulate(&setting, &metas, plan.as_ref())?;
+    say(if simulation.json { json_line(&found)? } else { simulated_text(&found) })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn simulated_text(found: &SimulatedPlan) -> String {
+    let gb = |bytes: u64| bytes as f64 / 1e9;
+    let three = |[least, mean, most]: [u64; 3]| {
+        format!("{:.3} GB in the mean, {:.3} to {:.3}", gb(mean), gb(least), gb(most))
+    };
+    format!(
+        "{} tensors of {:.1} GB, from {} to {}\n\
+         planned in {:.2} s on one core, after {:.2} s for the layouts; again in {:.2} s with a layer's experts in other \
+         places, for which {} pairs of layouts were crossed and {} kept\n\
+         {} transfers, at most {} writes of a rank; digest {}\n\
+         a trainer sends {}; a rollout gets {}; {:.3} GB stay within nodes\n\
+         busiest network card: {:.3} GB, of which it cannot do without {:.3} (ratio {:.3})\n\
+         simulated: {:.3} s, {:.3} s for the bytes of the busiest link alone\n\
+         maxima of straddling blocks: at most {:.3} GB of a rank, {:.4} s",
+        found.tensors,
+        gb(found.bytes),
+        found.trainers,
+        found.rollouts,
+        found.plan_seconds,
+        found.layout_seconds,
+        found.replan_seconds,
+        found.replan_crossed,
+        found.replan_kept,
+        found.transfers,
+        found.writes,
+        &found.digest[..16],
+        three(found.sent),
+        three(found.received),
+        gb(found.within_nodes),
+        gb(found.busiest),
+        gb(found.lower_bound),
+        found.ratio,
+        found.seconds,
+        found.floor_seconds,
+        gb(found.maxima_bytes),
+        found.maxima_seconds,
+    )
 }
 
 /// A configuration that quantises a checkpoint as `plan` and `quantize` do: they know all of its weights
@@ -83,10 +240,7 @@ pub(crate) fn as_planned(
     let path = match &source.model {
         ModelSpec::Checkpoint { path } => path,
         ModelSpec::Synthetic { name, layers } => {
-            let shape = |meta: &TensorMeta| meta.shape.iter().map(|&side| side as usize).collect();
-            let metas = name.metas(*layers)?;
-            let parameters =
-                metas.iter().map(|meta| (&*meta.name, shape(meta), stored(meta.dtype)));
+            let parameters: Vec<_> = name.metas(*layers)?.iter().map(parameter).collect();
             warn_of(&QuantPlan::resolve(parameters, &section.rules())?);
             return Ok(config);
         }
@@ -130,7 +284,7 @@ fn warn_of(plan: &QuantPlan) {
 }
 
 /// The lines `name<TAB>shape`; empty ones and comments do not count.
-fn parameters(text: &str) -> Result<Vec<(String, Vec<usize>, Stored)>, Failure> {
+fn parameters(text: &str) -> Result<Vec<Parameter>, Failure> {
     let lines = (1..).zip(text.lines()).map(|(number, line)| (number, line.trim_end()));
     let lines = lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
     lines

@@ -12,18 +12,18 @@ pub(super) const MOST_BLOCKS: usize = 64;
 /// The most bytes that a panel has, unless one block has more. Whole rows of most weights fit, and
 /// that matters more than the size of the L2 cache: a panel that is narrower than the matrix is read
 /// in short runs far apart, which memory delivers at half its speed.
-const MOST_BYTES: usize = 1 << 21;
+pub(super) const MOST_BYTES: usize = 1 << 21;
 
 /// Where a panel lies in its tensor.
 #[derive(Clone, Debug)]
 pub(super) struct Place {
     /// Which band it is part of, counted over the whole tensor.
-    band: usize,
+    pub(super) band: usize,
     /// Rows, counted over the whole tensor as if its matrices were stacked.
-    rows: Range<usize>,
+    pub(super) rows: Range<usize>,
     /// Which blocks of the band.
-    blocks: Range<usize>,
-    cols: Range<usize>,
+    pub(super) blocks: Range<usize>,
+    pub(super) cols: Range<usize>,
 }
 
 /// The panels of the blocks that a range of elements touches, in the order of memory.

@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 use super::panel::{Panel, Target};
 use super::staircase::Staircase;
-use super::{Kernel, Store};
+use super::{Kernel, Store, value_of};
 use crate::format::{FP8_MAX, NonFinite};
 use crate::{BlockScale, Fp8Format, Mode, Precast, QuantError, SourceType};
 
@@ -88,6 +88,15 @@ pub(crate) fn block_scale(
         // `max` drops NaN.
         absmax = absmax.max(value.abs());
     }
+    scale_of(absmax, nan, format)
+}
+
+/// The scale of a block whose largest magnitude, NaN apart, and whether it has a NaN, are known: as [`block_scale`].
+pub(super) fn scale_of(
+    absmax: f32,
+    nan: bool,
+    format: &Fp8Format,
+) -> Result<Option<BlockScale>, QuantError> {
     let block = if nan && format.mode == Mode::Pytorch {
         BlockScale { scale: f32::NAN, multiplier: f32::NAN }
     } else {
@@ -110,6 +119,13 @@ fn magnitude(element: &[u8]) -> u32 {
         [a, b, c, d] => u32::from_le_bytes([a, b, c, d]) & 0x7fff_ffff,
         _ => unreachable!("elements have 2 or 4 bytes"),
     }
+}
+
+/// The largest bits of a block's magnitudes that are not NaN.
+pub(super) fn largest_number(panel: &Panel<'_>, block: usize) -> u32 {
+    let elements = panel.rows().flat_map(|row| panel.run(row, block).chunks_exact(panel.ty.size()));
+    let bits = elements.map(magnitude);
+    bits.filter(|&bits| !value_of(bits, panel.ty, Precast::None).is_nan()).max().unwrap_or(0)
 }
 
 /// The codec that runs everywhere, at a twentieth of the speed of memory.

@@ -1,0 +1,119 @@
+//! Layouts of PyTorch's DTensor: a mesh of ranks, and a placement for each of its dimensions.
+
+use std::ops::Range;
+
+use engine_core::{Error, ErrorKind, Rank, Result, TensorBox};
+
+use crate::Layout;
+
+/// Ranks in a grid of any number of dimensions: PyTorch's `DeviceMesh`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mesh {
+    shape: Vec<u32>,
+    ranks: Vec<Rank>,
+}
+
+/// What a dimension of a mesh does with a tensor: PyTorch's placements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Placement {
+    /// Every rank along it has the same.
+    Replicate,
+    /// The tensor's dimension of this number is divided along it as `torch.chunk` does: all chunks have the size of the
+    /// first, but the last ones are smaller, or empty. Dimensions of the mesh that shard the same dimension of the tensor
+    /// divide it one after the other.
+    Shard(usize),
+    /// The same, after all others that shard this dimension: FSDP2 over tensor parallelism (`_StridedShard`).
+    StridedShard(usize),
+}
+
+impl Mesh {
+    /// A mesh of a shape, with its ranks in row-major order.
+    ///
+    /// # Errors
+    ///
+    /// `Config` if there are not as many ranks as the shape says, or one is there twice.
+    pub fn new(shape: &[u32], ranks: impl IntoIterator<Item = Rank>) -> Result<Self> {
+        let ranks: Vec<Rank> = ranks.into_iter().collect();
+        let size = shape.iter().try_fold(1_usize, |size, &n| size.checked_mul(n as usize));
+        if size != Some(ranks.len()) {
+            return Err(refuse(format!("{} ranks for a mesh of shape {shape:?}", ranks.len())));
+        }
+        let mut sorted = ranks.clone();
+        sorted.sort_unstable();
+        if let Some(pair) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(refuse("it is in the mesh twice".into()).rank(pair[0]));
+        }
+        Ok(Self { shape: shape.into(), ranks })
+    }
+
+    /// The boxes that ranks have of a tensor of a shape.
+    ///
+    /// # Errors
+    ///
+    /// `Config` if there are not as many placements as the mesh has dimensions, or the tensor has no such dimension.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use engine_core::Rank;
+    /// use reshard::{Mesh, Placement};
+    ///
+    /// // Two replicas of a tensor of ten rows, each divided over three ranks: of 4, 4 and 2 rows.
+    /// let mesh = Mesh::new(&[2, 3], (0..6).map(Rank))?;
+    /// let layout = mesh.layout(&[10, 8], &[Placement::Replicate, Placement::Shard(0)])?;
+    /// let last = &layout.shares()[2];
+    /// assert_eq!(last.region.to_string(), "[8..10, 0..8]");
+    /// assert_eq!(*last.ranks, [Rank(2), Rank(5)]);
+    /// # Ok::<(), engine_core::Error>(())
+    /// ```
+    pub fn layout(&self, shape: &[u64], placements: &[Placement]) -> Result<Layout> {
+        if placements.len() != self.shape.len() {
+            let (own, given) = (&self.shape, placements.len());
+            return Err(refuse(format!("{given} placements for a mesh of shape {own:?}")));
+        }
+        let sharded = placements.iter().filter_map(|placement| match placement {
+            Placement::Shard(dimension) | Placement::StridedShard(dimension) => Some(*dimension),
+            Placement::Replicate => None,
+        });
+        if let Some(dimension) = sharded.into_iter().find(|&dimension| dimension >= shape.len()) {
+            return Err(refuse(format!("shards of dimension {dimension} of the shape {shape:?}")));
+        }
+        let boxes = self.ranks.iter().enumerate().map(|(at, &rank)| {
+            let mut region = TensorBox::whole(shape);
+            let mut shard = |axis: usize, dimension: usize| {
+                let along = region.ranges()[dimension].clone();
+                let part = chunk(along, self.shape[axis].into(), self.position(at, axis));
+                region = region.narrowed(dimension, part);
+            };
+            for (axis, placement) in placements.iter().enumerate() {
+                if let Placement::Shard(dimension) = *placement {
+                    shard(axis, dimension);
+                }
+            }
+            for (axis, placement) in placements.iter().enumerate().rev() {
+                if let Placement::StridedShard(dimension) = *placement {
+                    shard(axis, dimension);
+                }
+            }
+            (rank, region)
+        });
+        Layout::new(shape, boxes.collect::<Vec<_>>())
+    }
+
+    /// Where a rank is along a dimension of the mesh.
+    fn position(&self, at: usize, axis: usize) -> u64 {
+        let stride: usize = self.shape[axis + 1..].iter().map(|&n| n as usize).product();
+        (at / stride) as u64 % u64::from(self.shape[axis])
+    }
+}
+
+/// The chunk number `at` of `chunks`, as `torch.chunk` has it; empty where torch has none.
+pub(crate) fn chunk(range: Range<u64>, chunks: u64, at: u64) -> Range<u64> {
+    let size = (range.end - range.start).div_ceil(chunks.max(1));
+    let start = range.start.saturating_add(size.saturating_mul(at)).min(range.end);
+    start..start.saturating_add(size).min(range.end)
+}
+
+fn refuse(message: String) -> Error {
+    Error::new(ErrorKind::Config, "laying out a mesh", message)
+}
