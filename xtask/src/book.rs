@@ -53,7 +53,22 @@ fn problems(root: &Path) -> Result<Vec<String>> {
             .extend(wrong.chain(missing).map(|problem| format!("{}: {problem}", page.display())));
     }
     problems.extend(errors_that_nobody_says(root)?);
+    problems.extend(picture_of_another_text(root)?);
     Ok(problems)
+}
+
+/// What is wrong if a picture is not what its text says.
+fn picture_of_another_text(root: &Path) -> Result<Option<String>> {
+    let (text, picture) = (root.join("docs/update.txt"), root.join("docs/update.svg"));
+    if !text.is_file() {
+        return Ok(None);
+    }
+    let mut draw = Command::new("python3");
+    draw.arg(root.join("xtask/tools/sequence.py")).arg(&text);
+    let drawn = draw.output().map_err(|error| format!("python3: {error}"))?;
+    let is_same = drawn.status.success() && read(&picture)?.as_bytes() == drawn.stdout;
+    let remedy = "docs/update.svg: python3 xtask/tools/sequence.py docs/update.txt > docs/update.svg draws it anew";
+    Ok((!is_same).then(|| remedy.to_owned()))
 }
 
 /// The page that leads from an error's text to its remedy.
