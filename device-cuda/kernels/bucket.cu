@@ -31,7 +31,7 @@ struct Job {
     u32 block_cols;
     u32 bands;          // rows of blocks of one matrix
     u32 blocks;         // blocks of one band
-    u32 flags;          // PRECAST, SUMMED, FROM
+    u32 flags;          // PRECAST, SUMMED, FROM, SCALES
 };
 
 struct Tile {
@@ -57,7 +57,8 @@ __device__ __forceinline__ Tile find(const u32* firsts, u32 jobs, u32 t) {
 
 // Round to BF16 first; add to the digest's sum what is written, which the sender of the table knows to be
 // at a multiple of 8 bytes of the bucket. The bucket is what is written, or what a copy is FROM.
-enum { PRECAST = 1, SUMMED = 2, FROM = 4 };
+// SCALES are added as well, by the block that does the last tile of a matrix: they begin at a multiple of 64 bytes.
+enum { PRECAST = 1, SUMMED = 2, FROM = 4, SCALES = 8 };
 enum { COPY = 0, BF16 = 1, F16 = 2, F32 = 3 };
 enum { TRITON = 0, PYTORCH = 1, UE8M0 = 2, TRITON_GPU = 3 };
 
@@ -184,6 +185,32 @@ __device__ __forceinline__ u64 tail_products(u64 index, const u8* source, u32 by
         sum += product_at(index + at, word);
     }
     return sum;
+}
+
+// The products of scales that other blocks have written, as many as there are; the last word is filled up with zeros.
+__device__ __noinline__ u64 scale_products(u64 scales, u32 count, u64 base) {
+    const u32* values = (const u32*)scales;
+    u64 index = (scales - base) >> 3, sum = 0;
+    for (u32 at = threadIdx.x; 2 * at < count; at += THREADS) {
+        u32 high = 2 * at + 1 < count ? __ldcg(values + 2 * at + 1) : 0;
+        sum += product_at(index + at, (u64)high << 32 | __ldcg(values + 2 * at));
+    }
+    return sum;
+}
+
+// Whether this block has done the last of a job's tiles. `done` counts them, and is 0 again afterwards.
+__device__ __forceinline__ bool is_last(u32* done, u32 tiles, u32* shared) {
+    if (threadIdx.x == 0) {
+        // The tile's scale is there before it is counted.
+        __threadfence();
+        u32 last = atomicAdd(done, 1) + 1 == tiles;
+        if (last) *done = 0;
+        *shared = last;
+    }
+    __syncthreads();
+    bool last = *shared;
+    if (last) __threadfence();
+    return last;
 }
 
 __device__ __forceinline__ void add_to(u64* sum, u64 mine) {
@@ -378,12 +405,12 @@ __device__ __forceinline__ u64 copy(const Job* job, Tile tile, u64 base) {
 }
 
 // `failed` is all ones, and gets the lowest job and block that has no finite form. `base` is where the
-// bucket begins, for the digest, which is added to `total`.
+// bucket begins, for the digest, which is added to `total`. `done` has a zero for each job, and has it again afterwards.
 template <bool WIDE>
 __device__ __forceinline__ void encode_tiles(
     const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, u64* failed, u64* total,
-    u64 base) {
-    __shared__ u32 tops[2][THREADS / 32];
+    u64 base, u32* done) {
+    __shared__ u32 tops[2][THREADS / 32], last;
     u64 sum = 0;
     u32 parity = 0;
     for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
@@ -414,21 +441,27 @@ __device__ __forceinline__ void encode_tiles(
         } else if (WIDE) {
             sum += encode_block<F32>(mode, job, tile, rows, cols, first, shared, failed, base);
         }
+        if (job->flags & SCALES) {
+            u32 end = tile.job + 1 < count ? firsts[tile.job + 1] : tiles;
+            u32 all = end - firsts[tile.job];
+            // The next tile has a barrier before `last` is written again.
+            if (is_last(done + tile.job, all, &last)) sum += scale_products(job->scales, all, base);
+        }
     }
     add_to(total, sum);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 encode(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, u64* failed, u64* total,
-       u64 base) {
-    encode_tiles<false>(jobs, firsts, count, tiles, mode, failed, total, base);
+       u64 base, u32* done) {
+    encode_tiles<false>(jobs, firsts, count, tiles, mode, failed, total, base, done);
 }
 
 // Blocks of F32 take twice the registers: a launch that has one runs with half the threads in flight.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 encode_wide(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, u64* failed,
-            u64* total, u64 base) {
-    encode_tiles<true>(jobs, firsts, count, tiles, mode, failed, total, base);
+            u64* total, u64 base, u32* done) {
+    encode_tiles<true>(jobs, firsts, count, tiles, mode, failed, total, base, done);
 }
 
 // A part of a bucket that carries weights: jobs are copies whose target is the offset in the bucket.

@@ -191,12 +191,21 @@ pub struct Kernels {
     resident: Resident<CudaMemory>,
     /// What launches find: the sum, and the failure of each.
     found: CudaMemory,
+    /// How many tiles of each job are done, as 32 bits: zeros between launches.
+    done: CudaMemory,
     /// The same before anything was found.
     nothing: PinnedMemory,
     /// What comes back.
     results: PinnedMemory,
     /// The number of what is in the table.
     prepared: u64,
+}
+
+/// Memory of so many numbers of 32 bits, all of them 0 for the stream's later work.
+fn zeros(stream: &Stream, numbers: usize) -> Result<CudaMemory, CudaError> {
+    let memory = CudaMemory::new(stream.device(), numbers * 4)?;
+    memory.all().fill(0, stream)?;
+    Ok(memory)
 }
 
 /// What a launch does.
@@ -263,6 +272,7 @@ impl Kernels {
             table: CudaMemory::new(device, TABLE)?,
             resident: Resident::new(MOST_BYTES),
             found: CudaMemory::new(device, FOUND)?,
+            done: zeros(&stream, 1 << 12)?,
             nothing,
             results: PinnedMemory::new(&stream, FOUND)?,
             stream,
@@ -327,8 +337,18 @@ impl Kernels {
             Known::New => self.bring_once(&tables.bytes)?,
         };
         self.forget_found(tables.parts.len())?;
+        self.count_jobs(&tables.parts)?;
         let used = Used { table: memory, _owners: std::mem::take(&mut tables.used) };
         self.start(&tables.parts, Arc::new(used))
+    }
+
+    /// Makes room for the count of each job's tiles.
+    fn count_jobs(&mut self, parts: &[Part]) -> Result<(), CudaError> {
+        let most = parts.iter().map(|part| part.jobs as usize).max().unwrap_or(0);
+        if most * 4 > self.done.len() {
+            self.done = zeros(&self.stream, most.next_power_of_two())?;
+        }
+        Ok(())
     }
 
     /// Lets the launches that follow begin with nothing found.

@@ -78,6 +78,7 @@ impl DeviceJob {
 const PRECAST: u32 = 1;
 const SUMMED: u32 = 2;
 const FROM: u32 = 4;
+const SCALES: u32 = 8;
 
 /// Where the elements of a matrix are, and where its first code and its first scale go.
 #[derive(Clone, Copy, Debug)]
@@ -182,6 +183,11 @@ impl Entry {
     /// Has the launch add to the digest what it writes.
     pub(crate) fn summed(self) -> Self {
         Self { flags: self.flags | SUMMED, ..self }
+    }
+
+    /// Has the launch add the scales to the digest, too, once it has computed all of them.
+    pub(crate) fn summed_with_scales(self) -> Self {
+        Self { flags: self.flags | SCALES, ..self }
     }
 
     /// Has the launch add to the digest what it copies out of the bucket.

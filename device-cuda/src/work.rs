@@ -54,8 +54,8 @@ pub(crate) struct Work {
     pub(crate) host: Vec<usize>,
     /// The numbers of jobs that the driver copies: weights of other devices.
     pub(crate) peers: Vec<usize>,
-    /// Which jobs are scales that launches write to their place.
-    written: Vec<bool>,
+    /// What launches do to jobs that are scales.
+    scales: Vec<Scales>,
 }
 
 #[derive(Debug, Default)]
@@ -66,6 +66,16 @@ struct Batch {
     table: Table,
     /// The job that each is of, and the first of its blocks, to name what is not finite.
     of: Vec<(u32, u32)>,
+}
+
+/// What the launch of their codes does to scales.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scales {
+    Nothing,
+    /// Writes them to their place.
+    Written,
+    /// The same, and adds them to the digest.
+    Summed,
 }
 
 /// What is sorted, and into what.
@@ -95,7 +105,7 @@ impl Work {
         beside: &mut impl Beside,
     ) -> Result<()> {
         self.clear();
-        self.written.resize(jobs.len(), false);
+        self.scales.resize(jobs.len(), Scales::Nothing);
         let mut sorting = Sorting { jobs, bucket, digests, locate, beside, later: None };
         (0..jobs.len()).try_for_each(|index| self.take(index, &mut sorting))
     }
@@ -107,7 +117,7 @@ impl Work {
         self.unsummed.clear();
         self.host.clear();
         self.peers.clear();
-        self.written.clear();
+        self.scales.clear();
     }
 
     /// Puts the tables of all launches behind those that are there.
@@ -174,8 +184,12 @@ impl Work {
             {
                 return self.take_codes(index, sorting, (of, codes), (source, target));
             }
-            let scales = any.downcast_ref::<Fp8Scales>().filter(|_| !self.written[index]);
-            if let Some(scales) = scales {
+            let done = self.scales[index];
+            if done == Scales::Summed {
+                return Ok(());
+            }
+            let scales = any.downcast_ref::<Fp8Scales>();
+            if let Some(scales) = scales.filter(|_| done == Scales::Nothing) {
                 let wanted =
                     job.start as usize / SCALE..((job.start + job.len) as usize).div_ceil(SCALE);
                 let ends = job.start + job.len == job.weight.byte_len();
@@ -184,7 +198,7 @@ impl Work {
                     // Not all of them were computed on this device: another rank may have sent some of the codes.
                     None => self.host.push(index),
                 }
-            } else if !self.written[index] {
+            } else if done == Scales::Nothing {
                 self.host.push(index);
             }
         } else {
@@ -207,10 +221,13 @@ impl Work {
         let is_whole = part.len() == grid.elements();
         let covering = if is_whole { part.clone() } else { covering(codes, &part) };
         let first_block = if is_whole { 0 } else { grid.scales_of(&covering).start };
-        let here = if is_whole { sorting.scales_here(index, key(of), &self.written) } else { None };
+        let here = if is_whole { sorting.scales_here(index, key(of), &self.scales) } else { None };
+        // Their words are where the digest wants them.
+        let sums_scales =
+            here.is_some_and(|at| sorting.digests && sorting.jobs[at].offset.is_multiple_of(64));
         let all_scales = match here {
             Some(at) => {
-                self.written[at] = true;
+                self.scales[at] = if sums_scales { Scales::Summed } else { Scales::Written };
                 sorting.target(&sorting.jobs[at])?
             }
             None => sorting.beside.place(of, codes, grid.scales_of(&covering))?,
@@ -235,12 +252,15 @@ impl Work {
             }
             [] => return Err(CudaError::Range("a matrix without sides".into()).into()),
         };
+        let (encode, tiles) = encode?;
+        let encode = if sums_scales { encode.summed_with_scales() } else { encode };
+        let encode = (encode, tiles);
         let batch = self.batch(Some(codes.format()), is_aside);
         if !is_aside {
-            return self.add(batch, encode?, (index, first_block), job, sorting.digests);
+            return self.add(batch, encode, (index, first_block), job, sorting.digests);
         }
         // A part that begins or ends within a row of blocks: whole ones are made elsewhere.
-        self.batches[batch].push(encode?, (index, first_block))?;
+        self.batches[batch].push(encode, (index, first_block))?;
         let skipped = (part.start - covering.start) as u64;
         self.late.push(Entry::copy(made + skipped, target, job.len))?;
         self.digest_later(target, job, sorting.digests)
@@ -320,7 +340,7 @@ impl<L, B> Sorting<'_, L, B> {
 
     /// The job that is all scales of whole codes, if it is in this bucket and not written yet. Scales follow their codes, as a
     /// rule at once.
-    fn scales_here(&mut self, codes: usize, of: usize, written: &[bool]) -> Option<usize> {
+    fn scales_here(&mut self, codes: usize, of: usize, done: &[Scales]) -> Option<usize> {
         let jobs = self.jobs;
         let whose = |at: usize| {
             let job = jobs.get(at)?;
@@ -328,13 +348,13 @@ impl<L, B> Sorting<'_, L, B> {
             (job.len == job.weight.byte_len()).then(|| key(scales.codes()))
         };
         let next = codes + 1;
-        if whose(next) == Some(of) && !written[next] {
+        if whose(next) == Some(of) && done[next] == Scales::Nothing {
             return Some(next);
         }
         let later = self.later.get_or_insert_with(|| {
             (next..jobs.len()).filter_map(|at| Some((whose(at)?, at))).collect()
         });
-        later.remove(&of).filter(|&at| at > codes && !written[at])
+        later.remove(&of).filter(|&at| at > codes && done[at] == Scales::Nothing)
     }
 }
 
@@ -439,6 +459,7 @@ mod tests {
         tiles: u64,
         is_copy: bool,
         is_summed: bool,
+        sums_scales: bool,
     }
 
     fn read(tables: &Tables) -> Vec<(Task, Vec<Read>)> {
@@ -465,6 +486,7 @@ mod tests {
                     tiles,
                     is_copy: kind == 0,
                     is_summed: flags & 2 != 0,
+                    sums_scales: flags & 8 != 0,
                 }
             };
             (part.task, (0..jobs).map(entry).collect())
@@ -606,6 +628,9 @@ mod tests {
                     }
                     if !entry.is_copy && is_here(entry.scales) {
                         written.push((entry.scales - BUCKET, entry.tiles * 4));
+                        if entry.sums_scales {
+                            summed.push((entry.scales - BUCKET, entry.tiles * 4));
+                        }
                     }
                 }
                 let range = |index: &usize| (jobs[*index].offset, jobs[*index].len);

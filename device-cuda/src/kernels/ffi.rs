@@ -15,6 +15,7 @@ impl Kernels {
     ///
     /// [`CudaError::Range`] if something else was prepared since; what the driver reports.
     pub fn launch(&mut self, prepared: &Prepared) -> Result<(), CudaError> {
+        self.count_jobs(&prepared.parts)?;
         if prepared.number != self.prepared {
             let words = "what is launched is not what was prepared last";
             return Err(CudaError::Range(words.into()));
@@ -28,6 +29,8 @@ impl Kernels {
         let (table, sum) = (used.table.address(), self.found.address());
         stream.keep(used);
         stream.keep(self.found.raw().clone());
+        stream.keep(self.done.raw().clone());
+        let done = self.done.address();
         for (index, part) in (1..).zip(parts) {
             let Part { task, jobs_at, firsts_at, jobs, tiles, wide } = *part;
             if tiles == 0 {
@@ -38,14 +41,18 @@ impl Kernels {
             let (kernel, mut parameters) = match task {
                 Task::Encode { mode, base } => {
                     let kernel = if wide { &self.encode_wide } else { &self.encode };
-                    (kernel, vec![entries, firsts, count, all, mode, sum + index * 8, sum, base])
+                    (
+                        kernel,
+                        vec![entries, firsts, count, all, mode, sum + index * 8, sum, base, done],
+                    )
                 }
                 Task::Digest => (&self.digest, vec![entries, firsts, count, all, sum]),
             };
             let grid = kernel.grid.min(tiles);
             // SAFETY: these are the parameters of the kernels. The addresses are of the table, whose bytes are those
             // that the parts were made with, and the table's are of ranges of the memory that `used` has with it, as
-            // those who make tables have checked. The stream keeps `used` and `found`.
+            // those who make tables have checked. The stream keeps `used`, `found`
+            // and `done`, which has a number for each job.
             unsafe { kernel.function.launch(grid, THREADS, stream, &mut parameters) }?;
         }
         Ok(())
