@@ -10,9 +10,12 @@ unpickler. All else is left out, and instead of a model there is a dictionary. T
 error looks like are those of vLLM 0.33 and SGLang 0.5.23. When an update is finished, all weights are written to
 DIR/model.safetensors, to be compared with `ckpt-engine verify`.
 
+With `--transport zmq` and `--moonshot SOURCES`, the sources of Moonshot's checkpoint-engine, its own worker receives, as an extension of
+either server has it; that takes pyzmq.
+
 All of it, one case after the other, with a line for each that says what came of it:
 
-    python3 xtask/tools/server_receiver.py all PROGRAM --vllm SOURCES --sglang SOURCES [--generate] --work DIR
+    python3 xtask/tools/server_receiver.py all PROGRAM --vllm SOURCES --sglang SOURCES [--moonshot SOURCES] [--generate] --work DIR
 
 With `--model CHECKPOINT` (and with `--generate`, for all its cases) vLLM is not left out: the one that is installed serves the
 checkpoint and generates, and only what receives is that of SOURCES, because the routes are those of vLLM 0.33, and an older one
@@ -211,17 +214,44 @@ def write(tensors, folder):
         file.writelines(parts)
 
 
+def moonshot(folder):
+    """What Moonshot's own worker receives with, of a folder with the sources of checkpoint-engine; not the rest of its package."""
+    if not folder:
+        return None
+    package = types.ModuleType("checkpoint_engine")
+    package.__path__ = [os.path.join(folder, "checkpoint_engine")]
+    sys.modules["checkpoint_engine"] = package
+    try:
+        import loguru  # noqa: F401
+    except ImportError:
+        sys.modules["loguru"] = types.SimpleNamespace(logger=logging.getLogger("checkpoint_engine"))
+    import zmq
+    from checkpoint_engine.worker import update_weights_from_ipc
+
+    def update(model, addresses, device):
+        gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        if gpu not in addresses:
+            raise RuntimeError(f"Device UUID {gpu} not found in zmq_handles: {list(addresses)}")
+        update_weights_from_ipc(zmq.Context.instance(), addresses[gpu], device.index or 0, run=model.load_weights)
+
+    return update
+
+
 class Vllm:
     """One worker, as vLLM's gpu_worker drives its engine."""
 
+    moonshot = None
+
     def __init__(self, transport, device, out):
-        if transport == "nccl":
+        if transport == "zmq":
+            Engine = Anything
+        elif transport == "nccl":
             from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine as Engine
 
             make_do()
         else:
             from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine as Engine
-        self.active, self.version, self.out = False, "default", out
+        self.active, self.version, self.device, self.out = False, "default", device, out
         self.model, config = self.load()
         self.engine = Engine(None, config, device, self.model)
 
@@ -265,6 +295,14 @@ class Vllm:
                 self.engine.finish_weight_update()
                 self.active = False
                 self.version = (body or {}).get("weight_version") or self.version
+                if self.out:
+                    write(self.model.tensors, self.out)
+            case "/collective_rpc":
+                if not self.moonshot or body["method"] != "update_weights_from_ipc":
+                    raise NotImplementedError(f"Method {body['method']!r} is not implemented.")
+                self.moonshot(self.model, body["args"][0], self.device)
+            case "/update_weight_version":
+                self.version = body["new_version"]
                 if self.out:
                     write(self.model.tensors, self.out)
             case "/pause" | "/resume":
@@ -327,6 +365,8 @@ class Refused(Exception):
 class Sglang:
     """One worker, as SGLang's scheduler drives its updater."""
 
+    moonshot = None
+
     def __init__(self, transport, device, out):
         del transport
         from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
@@ -337,7 +377,7 @@ class Sglang:
         torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
         monkey_patch_torch_reductions()
         self.deserialize = MultiprocessingSerializer.deserialize
-        self.active, self.version, self.out = False, "default", out
+        self.active, self.version, self.device, self.out = False, "default", device, out
         self.model = Model()
         self.updater = WeightUpdater(
             tp_rank=0, device=str(device), gpu_id=device.index or 0, model_config=None, custom_weight_loaders={},
@@ -371,6 +411,13 @@ class Sglang:
                 self.version = body["new_version"]
                 if self.out:
                     write(self.model.tensors, self.out)
+            case "/update_weights_from_ipc":
+                try:
+                    if not self.moonshot:
+                        raise ImportError("checkpoint-engine is not installed.")
+                    self.moonshot(self.model, body["zmq_handles"], self.device)
+                except Exception as error:
+                    done = False, str(error)
             case "/update_weights_from_distributed" | "/update_weights_from_tensor" if not self.active:
                 done = False, f"{path[1:]} must run between begin_weight_update() and end_weight_update()"
             case "/update_weights_from_distributed":
@@ -449,7 +496,9 @@ def serve(args):
         sys.modules["pybase64"] = base64
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
-    server = ThreadingHTTPServer(("127.0.0.1", args.port), handler(worker(), args.device))
+    worker = worker()
+    worker.moonshot = moonshot(args.moonshot)
+    server = ThreadingHTTPServer(("127.0.0.1", args.port), handler(worker, args.device))
     print("ready", flush=True)
     server.serve_forever()
 
@@ -496,22 +545,25 @@ class Receiver:
         return json.load(urllib.request.urlopen(request, timeout=100))["tokens"]
 
 
-def case(args, model, kind, transport, fp8, port):
+def case(args, model, kind, transport, fp8, unpacked, port):
     """One server, three updates, and every byte of what it has."""
-    name = f"{kind}-{transport}" + ("-fp8" if fp8 else "")
+    name = f"{kind}-{transport}" + ("-unpacked" if unpacked else "") + ("-fp8" if fp8 else "")
     out = os.path.join(args.work, name)
     device = "cuda:1" if transport == "nccl" and torch.cuda.device_count() > 1 else "cuda:0"
     options = [getattr(args, kind), "--transport", transport, "--device", device, "--out", out]
+    options += ["--moonshot", args.moonshot] if transport == "zmq" else []
     with open(os.path.join(args.work, name + ".log"), "w") as log, Receiver(log, kind, port, *options) as server:
         if failed := server.wait(60):
             return name, failed
         steps = [
             ("doctor", ["doctor", "--server", server.url]),
             ("sync", ["sync", "--backend", kind, "--device", "cuda:0", "--server", server.url, "--model", model, "--updates",
-                      "3", "--json", "--engine-kwarg", f"transport={transport}"]),
+                      "3", "--json", "--engine-kwarg", f"transport={transport}",
+                      *(["--engine-kwarg", "unpacked=true"] if unpacked else [])]),
             ("verify", ["verify", model, out]),
         ]
-        for step, arguments in steps:
+        # The doctor asks servers of vLLM how their own engines are configured, of which this transport needs none.
+        for step, arguments in steps[1 if transport == "zmq" else 0 :]:
             if not run([args.program, *arguments], log, 120):
                 return name, f"{step} failed"
         return name, "OK"
@@ -568,10 +620,12 @@ def everything(args):
         # What the first rollout wrote.
         models[fp8] = os.path.join(folder, "rollout-0")
     kinds = [kind for kind in ["vllm", "sglang"] if getattr(args, kind)]
-    cases = [(kind, transport, fp8) for kind in kinds for transport in ["nccl", "ipc"] for fp8 in models]
+    transports = ["nccl", "ipc"] + (["zmq"] if args.moonshot else [])
+    cases = [(kind, transport, fp8, False) for kind in kinds for transport in transports for fp8 in models]
+    cases += [("vllm", "nccl", fp8, True) for fp8 in models if args.vllm]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(case, args, models[fp8], kind, transport, fp8, 18000 + number)
-                for number, (kind, transport, fp8) in enumerate(cases)]
+        jobs = [pool.submit(case, args, models[fp8], kind, transport, fp8, unpacked, 18000 + number)
+                for number, (kind, transport, fp8, unpacked) in enumerate(cases)]
         if args.generate:
             make_models(args)
             each = [(family, transport, fp8) for family in ["qwen3", "qwen3_moe"] for transport in ["ipc", "nccl"] for fp8 in models]
@@ -590,15 +644,17 @@ def main():
     for kind in ["vllm", "sglang"]:
         one = what.add_parser(kind)
         one.add_argument("sources")
-        one.add_argument("--transport", choices=["nccl", "ipc"], default="nccl")
+        one.add_argument("--transport", choices=["nccl", "ipc", "zmq"], default="nccl")
         one.add_argument("--port", type=int, default=8000)
         one.add_argument("--device", default="cuda:0", type=torch.device)
         one.add_argument("--out")
+        one.add_argument("--moonshot", help="the sources of Moonshot's checkpoint-engine, for the transport zmq")
         one.add_argument("--model", help="a checkpoint for a whole vLLM; its folder is named after its family, as in `qwen3-1`")
     each = what.add_parser("all")
     each.add_argument("program", help="ckpt-engine")
     each.add_argument("--vllm")
     each.add_argument("--sglang")
+    each.add_argument("--moonshot", help="the sources of Moonshot's checkpoint-engine, for the transport zmq; pyzmq is needed as well")
     each.add_argument("--work", required=True)
     each.add_argument("--generate", action="store_true", help="also with the vLLM that is installed, which generates")
     each.add_argument("--jobs", type=int, default=1, help="how many cases at a time")
