@@ -26,7 +26,8 @@ fn number(line: &Value, name: &str) -> f64 {
 fn a_simulation_says_what_each_side_carries_and_how_long_that_takes() {
     let layouts =
         ["--trainer-layout", "fsdp=4", "--rollout-layout", "ep=4,ranks=8", "--unquantized"];
-    let line = simulated(&[&["--synthetic", "tiny-moe"], &layouts[..]].concat());
+    let alone = ["--synthetic", "tiny-moe", "--ranks-per-node", "1", "--cards-per-node", "1"];
+    let line = simulated(&[&alone[..], &layouts].concat());
     // Whoever has all that is no expert and a quarter of the experts has more than a quarter of the model.
     let (bytes, received) = (number(&line, "bytes"), &line["received"]);
     assert!(received[1].as_f64().unwrap() > bytes / 4.0, "{line}");
@@ -39,10 +40,13 @@ fn a_simulation_says_what_each_side_carries_and_how_long_that_takes() {
     // At 400 Gbit/s.
     assert_eq!(number(&line, "floor_seconds"), number(&line, "busiest") / 50e9, "{line}");
     assert_eq!(number(&line, "maxima_bytes"), 0.0, "{line}");
-    let slower = [&["--synthetic", "tiny-moe", "--network", "40"], &layouts[..]].concat();
-    let slower = simulated(&slower);
-    assert_eq!(line["digest"], slower["digest"], "links are no part of the plan");
+    let slower = simulated(&[&alone[..], &["--network", "40"], &layouts].concat());
+    assert_eq!(line["digest"], slower["digest"], "speeds are no part of the plan");
     assert!(number(&slower, "seconds") > number(&line, "seconds"), "{slower}");
+    // What all ranks of a node want comes to it once.
+    let together = simulated(&[&["--synthetic", "tiny-moe"], &layouts[..]].concat());
+    assert!(number(&together, "busiest") < number(&line, "busiest") / 2.0, "{together}");
+    assert!(number(&together, "within_nodes") > bytes, "{together}");
 }
 
 #[test]

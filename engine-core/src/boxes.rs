@@ -282,6 +282,17 @@ mod tests {
         }
 
         #[test]
+        fn any_sides_are_a_box_or_an_error(
+            sides in prop::collection::vec((any::<u64>(), prop_oneof![0_u64..4, any::<u64>()]), 0..40),
+        ) {
+            if let Ok(part) = TensorBox::try_from(sides.clone()) {
+                let product = sides.iter().fold(1_u128, |all, side| all.saturating_mul(side.1.into()));
+                prop_assert_eq!(u128::from(part.elements()), product);
+                prop_assert_eq!(Vec::from(part), sides);
+            }
+        }
+
+        #[test]
         fn a_box_survives_its_way_to_another_rank(part in boxes()) {
             let text = serde_json::to_string(&part).unwrap();
             prop_assert_eq!(serde_json::from_str::<TensorBox>(&text).unwrap(), part);

@@ -200,6 +200,15 @@ proptest! {
     }
 
     #[test]
+    fn any_text_is_a_layout_or_an_error_and_layouts_survive_being_written(
+        text in prop_oneof![".{0,30}", "((tp|pp|ep|etp|fsdp|kv-heads|ranks)=[0-9]{1,12},?){1,6}"],
+    ) {
+        if let Ok(layout) = text.parse::<Parallelism>() {
+            prop_assert_eq!(layout.to_string().parse::<Parallelism>().unwrap(), layout);
+        }
+    }
+
+    #[test]
     fn a_box_of_a_fused_tensor_is_the_elements_that_fusing_puts_there(
         kind in 0..4_u8, groups in 1_u64..4, rows in 1_u64..4, cols in 1_u64..4,
         cuts in prop::collection::vec(0_u64..30, 6),
