@@ -1,7 +1,6 @@
 //! Plans of models that are divided over many ranks, and how long their transfers would take.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use checkpoint_engine::fp8::rules::{Decision, QuantPlan};
 use checkpoint_engine::reshard::{
@@ -38,9 +37,9 @@ pub struct SimulatedPlan {
     pub bytes: u64,
     /// Boxes that are sent, over all ranks.
     pub transfers: u64,
-    /// Laying out all tensors on both sides, on one core.
+    /// Laying out all tensors on both sides: processor time, of one thread.
     pub layout_seconds: f64,
-    /// The plan, on one core.
+    /// The plan: processor time, of one thread.
     pub plan_seconds: f64,
     /// The next plan, after the experts of the last layer have changed places: the first with the last, and so on.
     pub replan_seconds: f64,
@@ -98,19 +97,19 @@ pub fn simulate(
     links.add_nodes(0..first, per_node, cards);
     links.add_nodes(first..first.saturating_add(setting.rollouts.ranks), per_node, cards);
 
-    let start = Instant::now();
+    let start = cpu_seconds();
     let held = sides(&setting.trainers, 0)?;
     let wanted = sides(&setting.rollouts, first)?;
-    let layout_seconds = start.elapsed().as_secs_f64();
+    let layout_seconds = cpu_seconds() - start;
     let mut planner = Planner::new();
-    let start = Instant::now();
+    let start = cpu_seconds();
     let plan = planner.plan(&held, &wanted, &links)?;
-    let plan_seconds = start.elapsed().as_secs_f64();
+    let plan_seconds = cpu_seconds() - start;
 
     let changed = with_experts_elsewhere(&wanted)?;
-    let start = Instant::now();
+    let start = cpu_seconds();
     planner.plan(&held, &changed, &links)?;
-    let replan_seconds = start.elapsed().as_secs_f64();
+    let replan_seconds = cpu_seconds() - start;
     let work = planner.work();
 
     let simulated = reshard::simulate(&plan, setting.speeds);
@@ -173,6 +172,12 @@ fn with_experts_elsewhere(sharding: &Sharding) -> Result<Sharding> {
         changed.add(tensor)?;
     }
     Ok(changed)
+}
+
+/// Processor time of this thread.
+fn cpu_seconds() -> f64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
 }
 
 fn ratio(plan: &ReshardPlan) -> f64 {

@@ -131,7 +131,8 @@ impl Dealt {
         all
     }
 
-    fn ends(&self, count: u64) -> Vec<(u64, Rank)> {
+    /// Up to which number of `count` tensors, in their spread order, each has.
+    pub(crate) fn ends(&self, count: u64) -> Vec<(u64, Rank)> {
         match self {
             Self::One(rank) => vec![(count, *rank)],
             Self::Many(ends) => ends.to_vec(),

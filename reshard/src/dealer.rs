@@ -401,10 +401,21 @@ fn digest(asked: &[u8; 32], groups: &[Group], pairs: &[Pair]) -> [u8; 32] {
         for task in &group.tasks {
             add(task.cell.into());
             add(u64::from(task.part) << 32 | u64::from(task.parts));
-            task.flows(group.tensors.len() as u64, |from, to, passed_on, count| {
-                add(u64::from(from.0) << 32 | u64::from(to.0));
-                add(count << 1 | u64::from(passed_on));
-            });
+            let count = group.tensors.len() as u64;
+            let mut dealt = |dealt: &Dealt| {
+                for (end, rank) in dealt.ends(count) {
+                    add(end);
+                    add(rank.0.into());
+                }
+            };
+            dealt(&task.senders);
+            match &task.to {
+                Receivers::One(to) => dealt(&Dealt::One(*to)),
+                Receivers::Node { entries, all } => {
+                    dealt(entries);
+                    all.iter().for_each(|rank| add(rank.0.into()));
+                }
+            }
         }
     }
     for pair in pairs {

@@ -14,9 +14,9 @@ use crate::sharding::{ShardedTensor, Sharding};
 
 /// Plans, and keeps what the next plan can use.
 ///
-/// What two layouts have in common takes the time of a plan that does not depend on the number of tensors. It is kept as long as
-/// tensors have the two layouts, so that after a change only layouts that are new are crossed. Who of several
-/// replicas sends is decided anew, since it depends on the loads of all.
+/// The common boxes of two layouts depend on these two alone. They are kept as long as tensors have both, so that after a change
+/// only pairs of layouts that are new are crossed. Who of several replicas sends is decided anew, since it depends on the
+/// loads of all.
 #[derive(Debug, Default)]
 pub struct Planner {
     crossings: HashMap<CrossingKey, Arc<Crossing>>,

@@ -194,7 +194,7 @@ fn simulated_text(found: &SimulatedPlan) -> String {
     };
     format!(
         "{} tensors of {:.1} GB, from {} to {}\n\
-         planned in {:.2} s on one core, after {:.2} s for the layouts; again in {:.2} s with a layer's experts in other \
+         planned in {:.2} s of processor time, after {:.2} s for the layouts; again in {:.2} s with a layer's experts in other \
          places, for which {} pairs of layouts were crossed and {} kept\n\
          {} transfers, at most {} writes of a rank; digest {}\n\
          a trainer sends {}; a rollout gets {}; {:.3} GB stay within nodes\n\
