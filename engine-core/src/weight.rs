@@ -554,4 +554,18 @@ mod tests {
         assert_eq!(TensorMeta::new("x", DType::F32, []).validate().unwrap(), 4);
         assert_eq!(TensorMeta::new("x", DType::F32, [0, 9]).validate().unwrap(), 0);
     }
+
+    #[test]
+    fn descriptions_are_equal_whether_they_share_their_memory_or_not() {
+        let meta = |name: &str, dtype, shape: &[u64]| TensorMeta::new(name, dtype, shape);
+        let one = meta("a", DType::F32, &[2, 3]);
+        assert!(one == one.clone() && one == meta("a", DType::F32, &[2, 3]));
+        for other in [
+            TensorMeta { dtype: DType::F16, ..one.clone() },
+            TensorMeta { name: "b".into(), ..one.clone() },
+            TensorMeta { shape: [3, 2].into(), ..one.clone() },
+        ] {
+            assert_ne!(one, other);
+        }
+    }
 }
