@@ -20,7 +20,7 @@
 //! [`registry`] knows those that are compiled in. The feature `fp8` (default) brings quantisation to
 //! all of them: with `trainer_quantize_fp8` the trainer sends FP8 blocks and their scales.
 //!
-//! Programs that embed an engine need what [`prelude`] has, and sometimes more of this module. Whoever writes a
+//! Programs that embed an engine need what [`prelude`] has, and sometimes more of this module. An author of a
 //! backend, an encoding or a kind of memory finds the rest in [`backend`].
 
 /// What most programs that embed an engine use: `use checkpoint_engine::prelude::*`.

@@ -78,7 +78,7 @@ impl SlotMemory {
     }
 }
 
-/// What a slot had been filled with, when it was read: whoever reads the leader's memory sees by it that the
+/// What a slot had been filled with, when it was read: a rank that reads the leader's memory sees by it that the
 /// slot is not being filled anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Mark([u8; 8]);
@@ -301,7 +301,7 @@ impl HcclCommunicator {
         Ok(())
     }
 
-    /// Where bytes of a slot are, for whoever should not know.
+    /// Where bytes of a slot are, for code that should not know.
     #[cfg(feature = "mutations")]
     pub(crate) fn escape(
         &self,

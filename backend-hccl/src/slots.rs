@@ -81,7 +81,7 @@ impl Slots for HcclSlots {
         let (lease, slot, sum) = pool.start(encode).await?;
         let upload = move |own: &mut HcclCommunicator, _: &Wait<'_>| {
             let uploaded = own.upload(slot.index(), lease, filled);
-            // Whoever uses the slot next does it on this thread, behind the copy.
+            // The slot's next use is on this thread, behind the copy.
             drop(slot);
             uploaded
         };
@@ -139,7 +139,7 @@ impl Views {
     }
 }
 
-/// The first bytes of a slot. The thread reads them for whoever asks; when it ends, with its engine, it leaves
+/// The first bytes of a slot. The thread reads them for other threads; when it ends, with its engine, it leaves
 /// a copy here.
 #[derive(Debug)]
 pub(crate) struct View {

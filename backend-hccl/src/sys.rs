@@ -79,7 +79,7 @@ constants! {
 
     INVALID_PARAMETER: Status = 100_000, Header("ACL_ERROR_INVALID_PARAM");
     NOT_INITIALISED: Status = 100_001, Header("ACL_ERROR_UNINITIALIZE");
-    /// `aclInit` was called before, by whoever embeds this.
+    /// `aclInit` was called before, by the embedding program.
     REPEATED_INIT: Status = 100_002, Header("ACL_ERROR_REPEAT_INITIALIZE");
     RUNTIME_PARAMETER: Status = 107_000, Header("ACL_ERROR_RT_PARAM_INVALID");
     INVALID_DEVICE: Status = 107_001, Header("ACL_ERROR_RT_INVALID_DEVICEID");
@@ -118,7 +118,7 @@ constants! {
     HCCL_NETWORK: Status = 19, Header("HCCL_E_NETWORK");
     /// Still in use.
     AGAIN: Status = 20, Header("HCCL_E_AGAIN");
-    /// The one asynchronous error that there is.
+    /// The only asynchronous error.
     REMOTE: Status = 21, Header("HCCL_E_REMOTE");
     HCCL_SUSPENDING: Status = 22, Header("HCCL_E_SUSPENDING");
     HCCL_NOT_REPEATED: Status = 23, Header("HCCL_E_OPRETRY_FAIL");

@@ -232,7 +232,7 @@ fn a_version_that_fails_when_all_its_buckets_are_there_does_not_get_into_the_cac
             for _ in 0..WEIGHTS {
                 assert!(received.next_tensor().await.unwrap().is_some());
             }
-            // The owner has them as well by then.
+            // The owner has them as well.
             tokio::time::sleep(Duration::from_millis(300)).await;
             received.fail(Error::new(
                 ErrorKind::Resource,

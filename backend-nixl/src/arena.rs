@@ -29,7 +29,7 @@ pub(crate) struct Arena {
     /// The memory that all slots are in at first.
     home: Memory,
     slots: Vec<Arc<Mutex<Option<Range>>>>,
-    /// Where the slots are, whoever has their locks; nowhere if a slot has lost its memory. Written where a range
+    /// Where the slots are, whichever thread has their locks; nowhere if a slot has lost its memory. Written where a range
     /// is put into a slot or taken out of one, and nowhere else.
     places: Sync<Vec<Option<Place>>>,
     /// What keeps a slot in use that nobody here uses, in words.

@@ -1,5 +1,5 @@
 //! The engine behaves as every engine has to, with NIXL itself, as a star and as a ring,
-//! whoever moves the bytes, quantised and not.
+//! whether rollouts read or trainers write, quantised and not.
 
 use engine_core::{CheckpointEngineConfig, Role, Weight};
 use futures::StreamExt;

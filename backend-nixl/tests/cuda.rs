@@ -1,5 +1,5 @@
 //! The engine behaves as every engine has to with its buckets on a CUDA device, wherever the weights are,
-//! quantised and not, whoever moves the bytes.
+//! quantised and not, whether rollouts read or trainers write.
 //!
 //! All ranks of the suite are in one process, where UCX uses no CUDA IPC between them: it goes over
 //! host memory, and what arrives is the same.

@@ -18,7 +18,7 @@ const OPERATION: &str = "serving metrics";
 const BOUNDS: [f64; 14] =
     [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0];
 
-/// Whoever asks has this long to ask and to take the answer.
+/// A client has this long to ask and to take the answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The most of a request that is read; its headers are not looked at.

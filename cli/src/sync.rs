@@ -100,7 +100,7 @@ impl<F: FnMut(&UpdateLine) -> Result<()>> Lines<'_, F> {
     ///
     /// # Errors
     ///
-    /// `Digest` if it did not do what was asked for; those of whoever is told.
+    /// `Digest` if all was to be verified and a rollout did not compare every byte; those of `each`.
     fn say(&mut self, report: &SendReport, source: &Source) -> Result<()> {
         let (tensors, peak) = (source.tensors(), self.memory.extra_peak_bytes());
         let line = line(report, tensors, &self.options.config.backend, Some(self.memcpy), peak);

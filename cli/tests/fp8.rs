@@ -26,7 +26,7 @@ fn fails(args: &[&str], words: &str) {
 }
 
 #[test]
-fn every_backend_brings_verified_fp8_whoever_quantises_and_in_every_mode() {
+fn every_backend_brings_verified_fp8_quantised_on_either_side_and_in_every_mode() {
     // No engine would load FP8 of its shapes.
     let sync = [
         "sync",

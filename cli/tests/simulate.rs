@@ -28,7 +28,7 @@ fn a_simulation_says_what_each_side_carries_and_how_long_that_takes() {
         ["--trainer-layout", "fsdp=4", "--rollout-layout", "ep=4,ranks=8", "--unquantized"];
     let alone = ["--synthetic", "tiny-moe", "--ranks-per-node", "1", "--cards-per-node", "1"];
     let line = simulated(&[&alone[..], &layouts].concat());
-    // Whoever has all that is no expert and a quarter of the experts has more than a quarter of the model.
+    // A rank with all that is no expert and a quarter of the experts has more than a quarter of the model.
     let (bytes, received) = (number(&line, "bytes"), &line["received"]);
     assert!(received[1].as_f64().unwrap() > bytes / 4.0, "{line}");
     assert_eq!(received[0], received[2], "{line}");

@@ -216,7 +216,7 @@ impl<C: Communicator> Thread<C> {
         self.ask(work, |_| debug!("a call ended that nobody waits for any more")).await
     }
 
-    /// Has the thread do something, unless nobody waits for it by then; if nobody does afterwards, something
+    /// Has the thread do something, unless nobody waits for it when its turn comes; if nobody does afterwards, something
     /// else as well.
     async fn ask<T: Send + 'static>(
         &self,
@@ -346,7 +346,7 @@ impl<C: Communicator> Thread<C> {
             }
             result
         };
-        // Whoever wanted the groups is gone then: they are of no use.
+        // The engine that wanted the groups is gone then: they are of no use.
         self.ask(work, Worker::leave_unfinished).await
     }
 
@@ -518,7 +518,7 @@ impl<C: Communicator> Worker<C> {
         self.communicator.leave();
     }
 
-    /// Gives all groups up; whoever waits for something in one is told why. They are those of one update,
+    /// Gives all groups up; work that waits in one is told why. They are those of one update,
     /// and it has failed.
     fn leave(&mut self, why: &Error) {
         let groups = std::mem::take(&mut self.groups);

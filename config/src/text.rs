@@ -62,7 +62,7 @@ pub(crate) fn run<T>(
     }
 }
 
-/// YAML 1.2, whose keys and numbers are checked by whoever reads them: in their own words, and alike
+/// YAML 1.2, whose keys and numbers are checked where they are read: in their own words, and alike
 /// for all three formats.
 fn yaml_options() -> serde_saphyr::Options {
     serde_saphyr::options! {

@@ -335,7 +335,7 @@ struct OfThread;
 
 impl Drop for OfThread {
     fn drop(&mut self) {
-        // Whoever does not wait for it goes on before.
+        // A rank that does not wait for it goes on before.
         std::thread::sleep(Duration::from_millis(50));
         ENDED.fetch_add(1, Ordering::SeqCst);
     }

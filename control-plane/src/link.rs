@@ -157,7 +157,7 @@ struct Stranger {
 }
 
 impl Strangers {
-    /// Whoever connects gets a place: those that say nothing cannot keep others out, and those of one address not even
+    /// Every connection gets a place: those that say nothing cannot keep others out, and those of one address not even
     /// shorten the time that others have.
     fn enter(self: &Arc<Self>, from: Option<IpAddr>) -> Stranger {
         let mut state = self.lock();

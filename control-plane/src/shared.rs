@@ -53,7 +53,7 @@ impl Shared {
         f(mailbox, side)
     }
 
-    /// As `read`, and wakes whoever waits for a change.
+    /// As `read`, and wakes what waits for a change.
     pub(super) fn update<T>(&self, f: impl FnOnce(&mut Mailbox, &mut Side) -> T) -> T {
         let result = self.read(f);
         self.changed.notify_waiters();

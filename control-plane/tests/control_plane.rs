@@ -946,7 +946,7 @@ fn a_dropped_barrier_is_left() {
         // The leader has heard of the withdrawal once it hears what was said after it.
         members[0].send(Rank(0), body("withdrawn")).unwrap();
         assert!(matches!(event(&leader).await, Event::Message { .. }));
-        // Whoever were still in the other one would not be let in.
+        // A rank that were still in the other one would not be let in.
         let all = [&leader, &members[0]].map(|plane| plane.barrier("next", DEADLINE));
         try_join_all(all).await.unwrap();
     });

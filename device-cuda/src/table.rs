@@ -311,7 +311,7 @@ pub(crate) struct Part {
 pub(crate) struct Tables {
     pub(crate) bytes: Vec<u8>,
     pub(crate) parts: Vec<Part>,
-    /// Whoever puts a table in puts in here what all of its addresses are in.
+    /// With a table goes in what all of its addresses are in.
     pub(crate) used: Vec<Arc<dyn Any + Send + Sync>>,
 }
 

@@ -588,7 +588,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(96))]
 
         #[test]
-        fn each_part_is_written_once_and_digested_once_whoever_does_it(
+        fn each_part_is_written_once_and_digested_once_by_launches_or_the_cpu(
             made in made(), bucket_bytes in 2_u64..600, cuts: bool, digests: bool,
         ) {
             let bucket_bytes = bucket_bytes * 256;

@@ -58,7 +58,7 @@ impl TensorBox {
 
     /// The number of elements; 1 for a scalar.
     pub fn elements(&self) -> u64 {
-        // Whoever makes a box checks that its product fits, or it lies within one that does.
+        // Where a box is made its product was checked to fit, or it lies within one that does.
         self.0.iter().map(|range| range.end - range.start).product()
     }
 

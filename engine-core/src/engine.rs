@@ -215,7 +215,7 @@ pub struct WorkerMetadata {
     pub pid: u32,
     /// What only the backend understands.
     pub details: serde_json::Value,
-    /// The format contract: what the rank says of the format of weights. Whoever converts them in
+    /// The format contract: what the rank says of the format of weights. A layer that converts them in
     /// front of the engine understands it; null where nobody does.
     #[serde(default)]
     pub format: serde_json::Value,

@@ -436,7 +436,7 @@ impl OnePass {
     ///
     /// Those of the destination.
     pub fn copy_out(&self, layout: &BucketLayout, bucket: &Storage) -> Result<Option<CopiedOut>> {
-        // Held until the copy has ended: whoever ends the copying waits for it.
+        // Held until the copy has ended: ending the copying waits for it.
         let copies = self.lock();
         let Some(by) = &*copies else { return Ok(None) };
         let sum = by.copy_out(layout, bucket)?;

@@ -3,7 +3,7 @@
 use engine_core::{CheckpointEngineConfig, EngineContext, ErrorKind, Registry};
 use serde::Deserialize;
 
-/// Options are checked by whoever knows them, and not here.
+/// Options are checked by the backend that has them, and not here.
 fn read(json: &str) -> CheckpointEngineConfig {
     serde_json::from_str(json).expect("a valid configuration")
 }

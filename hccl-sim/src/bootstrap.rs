@@ -118,7 +118,7 @@ fn serve(listener: &TcpListener, nonce: [u8; 16]) {
     // This process last: it may end when it has its answer.
     arrived.sort_by_key(|(hello, _)| hello.pid == std::process::id());
     for (_, stream) in &mut arrived {
-        // Whoever has gone meanwhile will be missed by the others.
+        // A rank that has gone meanwhile will be missed by the others.
         drop(wire::send(stream, &answer));
     }
 }

@@ -1,6 +1,6 @@
 //! Comparing declarations with C headers, by a program that only compiles where they agree.
 //!
-//! Whoever declares a C interface in Rust can describe its declarations as data, [`Declarations`], which
+//! A crate that declares a C interface in Rust can describe its declarations as data, [`Declarations`], which
 //! reads and writes as JSON. [`compare`] turns that into assertions in C++ and has a compiler check
 //! them against the headers of the PyPI package `torch_npu`.
 //!

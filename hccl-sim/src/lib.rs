@@ -3,7 +3,7 @@
 //!
 //! A client loads the simulated libraries by their absolute paths, and by nothing else: they are never
 //! installed, and no search path leads to them. [`libraries`] gives tests the folder; by hand,
-//! `cargo run -p hccl-sim -- FOLDER --profile current` writes one. Whoever loads them can tell that
+//! `cargo run -p hccl-sim -- FOLDER --profile current` writes one. A program that loads them can tell that
 //! they are simulated: each has a function `const char *HcclSimVersion(void)`, and
 //! `aclrtGetSocName` ends with `-simulated`. What is found out with them has to be labelled so. Another one,
 //! `const char *HcclSimHeld(void)`, lists what a process has not given back; [`held`] calls it.

@@ -438,7 +438,7 @@ fn the_program_writes_libraries_for_use_by_hand() {
 }
 
 #[test]
-fn whoever_asks_is_told_that_this_is_a_simulator() {
+fn a_program_that_asks_is_told_that_this_is_a_simulator() {
     for (chip, name) in [("A2", "Ascend910B"), ("A3", "Ascend910_93"), ("950", "Ascend950")] {
         if std::env::var("HCCL_SIM_CHIP").is_ok_and(|own| own != chip) {
             continue; // In the process of another round.

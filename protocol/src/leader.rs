@@ -751,7 +751,7 @@ impl Leader {
             Some(_) => Err(self.awaited_elsewhere()),
             None => match self.slots[bucket as usize % self.settings.slots].by.first() {
                 None => Ok(()),
-                // A bucket that was not announced yet is held by whoever fills it.
+                // A bucket that was not announced yet is held by the sender that fills it.
                 Some(reader) => Err(Some(self.late_sender().unwrap_or(*reader))),
             },
         }

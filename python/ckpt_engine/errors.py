@@ -47,7 +47,7 @@ class Error(Exception):
         self.version = version
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # An exception of a worker travels to whoever waits for it.
+        # An exception of a worker travels to the process that waits for it.
         return _rebuild, (type(self), str(self), dict(self.__dict__))
 
 

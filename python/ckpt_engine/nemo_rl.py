@@ -104,7 +104,7 @@ class CkptEngine(CheckpointEngine):
         """The weights as they come, in lists of those that came in one bucket, as tensors of torch over it.
 
         A list is valid until the next one is asked for: copy what has to stay, or set ``copy``. The version is active when
-        the generator has ended; whoever leaves it earlier aborts the update on every rank.
+        the generator has ended; leaving it earlier aborts the update on every rank.
         """
         try:
             received = await self._worker.receive(None, self._copy)

@@ -103,7 +103,7 @@ def leave_group() -> None:
 
 
 class _Empty:
-    """An empty tensor, to whoever reads it: SGLang reads classes and functions of a short list only."""
+    """An empty tensor, to the process that reads it: SGLang reads classes and functions of a short list only."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         import torch

@@ -146,7 +146,7 @@ class CkptEngine(CheckpointEngine):
         """The weights as they come, as tensors of torch over the bucket that they came in.
 
         They are valid until the next one is asked for: copy what has to stay, or set ``copy``. The version is
-        active when the generator has ended; whoever leaves it earlier aborts the update on every rank.
+        active when the generator has ended; leaving it earlier aborts the update on every rank.
 
         Args:
             global_steps: The version that it has to be; any unless set.

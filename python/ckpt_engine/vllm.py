@@ -54,7 +54,7 @@ def init_info(
 
     Args:
         control: The trainer's control plane.
-        token: The group's secret. Whoever sees the request can join the group: use a connection that is trusted.
+        token: The group's secret. Anybody who sees the request can join the group: use a connection that is trusted.
         world_size: How many ranks the group has: the trainer and all workers of vLLM.
         config: The engine's configuration, as for :func:`ckpt_engine.form_group`. Where its ``device`` is a GPU,
             each worker takes its own.

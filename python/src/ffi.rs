@@ -235,7 +235,7 @@ unsafe extern "C" fn forget<M: Managed>(capsule: *mut pyo3::ffi::PyObject) {
     // SAFETY: Python calls it with the capsule that it destroys.
     let taken = unsafe { pyo3::ffi::PyCapsule_IsValid(capsule, M::NAME.as_ptr()) } == 0;
     if taken {
-        return; // Whoever took the tensor gives it back.
+        return; // The library that took the tensor gives it back.
     }
     // SAFETY: it was just seen that the capsule is one of this name, so with a tensor of `export`.
     let tensor = unsafe { pyo3::ffi::PyCapsule_GetPointer(capsule, M::NAME.as_ptr()) };

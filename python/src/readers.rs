@@ -62,7 +62,7 @@ fn said(result: Result<(), CudaError>) {
 impl Drop for Readers {
     fn drop(&mut self) {
         let mut readers = Vec::new();
-        // What streams have to do now, not when the thread has come to it: by then they may have been given work behind which
+        // What streams have to do now, not when the thread comes to it: until then they may be given more work, behind which
         // the bucket would wait for nothing.
         for stream in std::mem::take(&mut *lock(&self.streams)) {
             match stream.pending() {

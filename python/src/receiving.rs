@@ -254,7 +254,7 @@ async fn receive(
             check_names(expected, &lock(&came))?;
         }
         give_held(&shared, how.torch)?;
-        // The version is one when Python has taken all of it. This thread is the update's own, and whoever
+        // The version is one when Python has taken all of it. This thread is the update's own, and what
         // closes it says so here.
         let over = |state: &State| state.closed.is_some() || state.asked && !state.has();
         while !shared.wait_until(Some(Duration::from_millis(50)), over) {

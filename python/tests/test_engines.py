@@ -138,7 +138,7 @@ def test_a_cancelled_task_aborts_its_update_and_the_next_one_works(local):
     update(trainer, rollout, 2)
 
 
-def test_whoever_waits_is_woken_and_does_not_wait_for_the_next_look_at_signals(local, monkeypatch):
+def test_a_call_that_waits_is_woken_and_does_not_wait_for_the_next_look_at_signals(local, monkeypatch):
     trainer, rollout = local
     monkeypatch.setattr("ckpt_engine._waiting.TICK", 15.0)
     # More than wait for the engine at a time, by their number and by their size.

@@ -199,7 +199,7 @@ impl Declaration {
 pub(crate) struct Agreement {
     /// Whether the trainer quantises.
     pub(crate) trainer_quantizes: bool,
-    /// How, whoever does it.
+    /// How, on the trainer or on the rollout.
     pub(crate) rules: RulesConfig,
 }
 

@@ -21,7 +21,7 @@ pub struct Fp8Codes {
     source: Weight,
     layout: Arc<Fp8Layout>,
     codec: Codec,
-    /// The bits of the scales, filled in by whoever encodes their blocks. They are there once the CPU encodes some: memory
+    /// The bits of the scales, filled in where their blocks are encoded. They are there once the CPU encodes some: memory
     /// that computes scales by its own means has no use for them.
     scales: OnceLock<Box<[AtomicU32]>>,
 }

@@ -224,7 +224,7 @@ struct Loaded {
 
 /// One act of the machine's, which goes on when nobody waits for it any more.
 ///
-/// Whoever was told of it does its part at any time from then on: a worker that waits in a broadcast takes the next one that
+/// A server that was told of it does its part at any time from then on: a worker that waits in a broadcast takes the next one that
 /// there is, and one that reads a slot reads what is in it. So an act is never left half done, and none begins before the
 /// last one has ended.
 #[derive(Debug, Default)]

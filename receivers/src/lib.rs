@@ -134,7 +134,7 @@ pub struct SglangOptions {
     pub master_port: u16,
     /// The file with the key that the servers ask for (`--api-key`).
     pub api_key_file: Option<PathBuf>,
-    /// The file with the key that they ask whoever changes them for, if that is another (`--admin-api-key`).
+    /// The file with the key that they ask for where they are changed, if that is another (`--admin-api-key`).
     pub admin_api_key_file: Option<PathBuf>,
     /// The file `libnccl.so.2`; searched for without it.
     pub library: Option<PathBuf>,

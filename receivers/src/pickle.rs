@@ -1,6 +1,6 @@
 //! Python's pickles, written and never read: the little of them that receivers in Python have to be told where memory is.
 //!
-//! Protocol 3, which every Python 3 reads. What a value is built from is named by its module, and looked up by whoever reads
+//! Protocol 3, which every Python 3 reads. What a value is built from is named by its module, and looked up by the process that reads
 //! it.
 
 /// A value, as Python has it.

@@ -589,7 +589,7 @@ async fn a_trainer_with_a_control_plane_forms_a_group_of_one() {
 }
 
 #[tokio::test]
-async fn whoever_wants_another_group_than_one_trainer_is_told_so() {
+async fn a_group_other_than_one_trainer_is_refused_with_what_to_do() {
     let error =
         receivers::VLLM.prepare_rollout(engine_core::EngineContext::new(Default::default()));
     let error = error.await.expect_err("there are no rollouts");

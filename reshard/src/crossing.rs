@@ -68,7 +68,7 @@ impl Crossing {
     }
 }
 
-/// Whoever encodes in blocks needs all elements of each: those beside what is wanted have to be held as well.
+/// A sender that encodes in blocks needs all elements of each: those beside what is wanted have to be held as well.
 fn whole_blocks(
     share: &Share,
     held: &[Share],

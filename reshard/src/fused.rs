@@ -8,7 +8,7 @@ use crate::search::Boxes;
 /// A tensor that consists of parts of tensors of the checkpoint: query, key and value in one, gate and up, a
 /// stack of experts.
 ///
-/// It is a description. Whoever holds a box of it holds boxes of the checkpoint's tensors, and these are what is
+/// It is a description. A rank that holds a box of it holds boxes of the checkpoint's tensors, and these are what is
 /// planned.
 #[derive(Clone, Debug)]
 pub struct FusedTensor {

@@ -49,7 +49,7 @@ pub(crate) struct Group {
     pub(crate) tasks: Vec<Task>,
 }
 
-/// Elements of every tensor of a group that one rank, or several of a node, get from whoever of some replicas sends them.
+/// Elements of every tensor of a group that one rank, or several of a node, get from one of some replicas.
 #[derive(Debug)]
 pub(crate) struct Task {
     pub(crate) cell: u32,

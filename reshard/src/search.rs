@@ -56,7 +56,7 @@ impl<'a> Boxes<'a> {
     }
 }
 
-/// The range along a dimension; a scalar lies at the only place that there is.
+/// The range along a dimension; a scalar lies at the only place.
 fn range(of: &TensorBox, dimension: usize) -> Range<u64> {
     of.ranges().get(dimension).cloned().unwrap_or(0..1)
 }

@@ -86,7 +86,7 @@ impl CachedEngine {
         self.cache.take_over(received).await
     }
 
-    /// The cache, for whoever generates while this engine receives.
+    /// The cache, for what generates while this engine receives.
     pub fn cache(&self) -> WeightCache {
         self.cache.clone()
     }

@@ -1,6 +1,6 @@
 //! What a machine needs beyond Rust and a C compiler, step by step.
 //!
-//! Whoever adds a test that needs a native library, a wheel or a tool adds a [`Step`] to [`STEPS`]:
+//! A test that needs a native library, a wheel or a tool comes with a [`Step`] in [`STEPS`]:
 //! `cargo xtask test` then brings it to every machine, and `cargo xtask setup --check` lists it.
 
 use std::process::Command;

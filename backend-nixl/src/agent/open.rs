@@ -80,7 +80,7 @@ pub(crate) fn open(
     memory.sort_by_key(Memory::address);
     memory.dedup_by_key(|memory| memory.address());
     let agent = RawAgent::new(api, &name, &parameters, memory, own_thread)?;
-    // Not before an agent was made: NIXL and its plugins have registered their own ends by then.
+    // Not before an agent was made: then NIXL and its plugins have registered their own ends.
     static REGISTERED: Once = Once::new();
     REGISTERED.call_once(|| sys::at_exit(close_all));
     let metadata = agent.metadata()?;

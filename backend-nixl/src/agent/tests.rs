@@ -99,7 +99,7 @@ async fn give_up(at: &(Agent, Arc<Arena>), slot: u32, peer: &Arc<Card>, from: u3
     loop {
         let told = begin(at, slot, peer, from).await.unwrap();
         at.0.forget(peer);
-        // It may have written by then.
+        // It may have written already.
         if let Err(error) = told.await.unwrap() {
             return error;
         }

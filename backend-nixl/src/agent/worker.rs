@@ -224,7 +224,7 @@ impl Worker {
             let Work::Read(raw) = work else { continue };
             let slot = match self.agent.end(raw) {
                 Ok(slot) => slot,
-                // It is done, and was not a moment ago to whoever frees it.
+                // It is done now, and was not yet when the freeing thread looked.
                 Err(raw) => {
                     let work = Work::Read(raw);
                     self.active.push(Active { work, peer, from, until, deadline, done });

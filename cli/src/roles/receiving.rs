@@ -55,7 +55,7 @@ impl Rollout {
         }
     }
 
-    /// Takes in a version that arrives, whoever sends it.
+    /// Takes in a version that arrives, from the trainer or from a holder.
     ///
     /// # Errors
     ///

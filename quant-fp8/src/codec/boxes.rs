@@ -241,7 +241,7 @@ fn three(region: &TensorBox) -> [Range<usize>; 3] {
     match region.ranges() {
         [rows, cols] => [0..1, range(rows), range(cols)],
         [experts, rows, cols] => [range(experts), range(rows), range(cols)],
-        // `BoxSource` and whoever makes its blocks let no others pass.
+        // `BoxSource` and what makes its blocks let no others pass.
         _ => [0..0, 0..0, 0..0],
     }
 }

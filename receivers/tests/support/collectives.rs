@@ -76,7 +76,7 @@ impl Library for InProcess {
 /// An allocation.
 type Memory = Arc<Mutex<Vec<u8>>>;
 
-/// The GPU that there is in these tests.
+/// The only GPU of these tests.
 pub(crate) const DEVICE: &str = "8a1d0b2c-0001-0002-0003-0123456789ab";
 
 /// What others may read, by its handles.

@@ -92,7 +92,7 @@ impl Worker {
             Err(error) => return warn!(%error, "an agent could not be replaced by another one"),
         };
         {
-            // Whoever stops waiting takes the card that is there, so that it must not change afterwards.
+            // A rank that stops waiting takes the card that is there, so that it must not change afterwards.
             let mut known = self.known.card();
             if done.is_closed() {
                 return debug!("an agent is not replaced: an update has begun");
