@@ -108,7 +108,7 @@ mod tests {
     #[derive(Default)]
     struct Brought(Vec<Vec<u8>>);
 
-    /// Has a table launched as the kernels do; the bytes that the launch reads, and whether they had to be brought.
+    /// Launches a table as the kernels do. Returns the bytes that the launch reads, and whether they were brought now.
     fn launch(
         resident: &mut Resident<usize>,
         brought: &mut Brought,

@@ -195,8 +195,8 @@ impl Entry {
         Self { flags: self.flags | SUMMED | FROM, ..self }
     }
 
-    /// Whether the launch that writes the target can add it to the digest. Scales never are: two of
-    /// them, which different blocks write, share a word.
+    /// Whether the launch that writes the target can add it to the digest as it writes. Scales are added otherwise
+    /// ([`summed_with_scales`](Self::summed_with_scales)): two of them, which different blocks write, share a word.
     pub(crate) fn is_summable(&self) -> bool {
         let is_aligned = (self.source | self.target).is_multiple_of(16);
         let is_copy = self.kind == 0;

@@ -507,7 +507,7 @@ mod tests {
         let weights: Vec<Weight> = weights.collect();
         let quantized = weights.quantize_fp8(quantizer).map(|weight| weight.unwrap());
         let quantized: Vec<Weight> = futures::executor::block_on(quantized.collect());
-        // Some have no format, and others one that there is no kernel for.
+        // Some weights have no format, and others have a format without a kernel.
         let cast = quantized.into_iter().enumerate().map(|(index, weight)| {
             let plain = weight.storage().is_some() && index % 7 == 3;
             if !plain {
@@ -553,6 +553,12 @@ mod tests {
         Rules::new(&config).unwrap().into()
     }
 
+    /// Where a storage's memory is said to be.
+    fn located(places: &HashMap<u64, Located>, storage: &Storage) -> Located {
+        let address = storage.host().map(|bytes| bytes.as_ptr().addr() as u64);
+        address.and_then(|at| places.get(&at).copied()).unwrap_or(Located::Elsewhere)
+    }
+
     /// Where the memory of each weight is said to be, by its address on the host.
     fn places(weights: &[Weight], made: &[Made]) -> HashMap<u64, Located> {
         let mut places = HashMap::new();
@@ -594,10 +600,7 @@ mod tests {
             let bucket_bytes = bucket_bytes * 256;
             let weights = model(&made, &quantizer());
             let places = places(&weights, &made);
-            let locate = |storage: &Storage| {
-                let address = storage.host().map(|bytes| bytes.as_ptr().addr() as u64);
-                address.and_then(|at| places.get(&at).copied()).unwrap_or(Located::Elsewhere)
-            };
+            let locate = |storage: &Storage| located(&places, storage);
             let (mut beside, mut reused) = (Fake::default(), Work::default());
             for jobs in plan(&weights, bucket_bytes, cuts) {
                 let before = (beside.taken, beside.places.clone());
@@ -654,10 +657,7 @@ mod tests {
             let bucket_bytes = bucket_bytes * 256;
             let weights = model(&made, &quantizer());
             let places = places(&weights, &made);
-            let locate = |storage: &Storage| {
-                let address = storage.host().map(|bytes| bytes.as_ptr().addr() as u64);
-                address.and_then(|at| places.get(&at).copied()).unwrap_or(Located::Elsewhere)
-            };
+            let locate = |storage: &Storage| located(&places, storage);
             let (mut beside, mut work) = (Fake::default(), Work::default());
             // Where each scale of each codes was computed to last.
             let mut scale_at: HashMap<usize, HashMap<usize, u64>> = HashMap::new();

@@ -15,6 +15,7 @@ use crate::chunk::Tensors;
 use crate::fleet::{Ask, Said};
 use crate::http::{Client, ServerUrl};
 use crate::key::{ApiKey, Keys};
+use crate::moonshot::Worker;
 use crate::{sglang, vllm};
 
 /// The world that servers' workers join.
@@ -81,7 +82,7 @@ pub(crate) trait Server: fmt::Debug + Send + Sync {
 
     /// Says where all buckets are, if workers are told it once.
     fn reads(&self, buffer: SharedSlot) {
-        drop(buffer);
+        self.worker().reads(buffer);
     }
 
     /// What a server of this kind, which is in the world that it joined last, is told of a bucket.
@@ -95,7 +96,12 @@ pub(crate) trait Server: fmt::Debug + Send + Sync {
     async fn update(&self, told: &Told) -> Result<()>;
 
     /// Ends what an update has left under way there, if a server waits for more without an end.
-    async fn call_off(&self) {}
+    async fn call_off(&self) {
+        self.worker().call_off().await;
+    }
+
+    /// Its worker, as far as it speaks the protocol of Moonshot's checkpoint-engine.
+    fn worker(&self) -> &Worker;
 }
 
 /// What a server is told of a bucket.

@@ -233,12 +233,8 @@ impl Server for Sglang {
         self.tell("/init_weights_update_group", body).await
     }
 
-    fn reads(&self, buffer: SharedSlot) {
-        self.worker.reads(buffer);
-    }
-
-    async fn call_off(&self) {
-        self.worker.call_off().await;
+    fn worker(&self) -> &Worker {
+        &self.worker
     }
 
     fn describe(&self, tensors: &Tensors) -> Told {

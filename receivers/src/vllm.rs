@@ -5,7 +5,6 @@
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use collective::SharedSlot;
 use engine_core::{Error, ErrorKind, Result, Version};
 use futures::FutureExt;
 use hyper::Method;
@@ -144,12 +143,8 @@ impl Server for Vllm {
         self.client.tell("/init_weight_transfer_engine", Some(&body)).await
     }
 
-    fn reads(&self, buffer: SharedSlot) {
-        self.worker.reads(buffer);
-    }
-
-    async fn call_off(&self) {
-        self.worker.call_off().await;
+    fn worker(&self) -> &Worker {
+        &self.worker
     }
 
     fn describe(&self, tensors: &Tensors) -> Told {

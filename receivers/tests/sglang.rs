@@ -8,7 +8,7 @@ use engine_core::{ErrorKind, Rank, Version, VersionState, ensure_async_iterator}
 use receivers::ServerKind;
 use serde_json::json;
 use support::server::{Server, Started, Wrong, tensors};
-use support::{drop_at, even, model, plain, trainer, trainer_with};
+use support::{drop_at, even, ignored_layers, model, plain, trainer, trainer_with};
 
 /// A server that generates with a version, and with every byte of it.
 fn has(server: &Server, version: u64) {
@@ -374,37 +374,7 @@ async fn a_server_that_was_started_with_keys_is_shown_them_and_nobody_else_sees_
 
 #[tokio::test]
 async fn a_layer_that_a_servers_checkpoint_leaves_alone_is_not_sent_in_fp8() {
-    let folder = std::env::temp_dir().join(format!("ckpt-ignored-sglang-{}", std::process::id()));
-    // The first bucket has several layers.
-    let small = |version| model(version).split_off(1);
-    let has = |server: &Server| {
-        let (version, weights) = server.generate().expect("it generates");
-        assert!(version == "1" && weights == tensors(&small(1)));
-    };
-    std::fs::create_dir_all(&folder).expect("a folder");
-    for (layer, is_first) in [("layers.0", true), ("layers.5.proj", false), ("layers.50", false)] {
-        let own = json!({ "quantization_config": { "modules_to_not_convert": [layer] } });
-        std::fs::write(folder.join("config.json"), own.to_string()).expect("a file");
-        let checkpoint = Some(folder.clone());
-        let server = Server::start(&small(0), Started { checkpoint, ..Started::sglang() }).await;
-        let other = Server::start(&small(0), Started::sglang()).await;
-        let mut trainer = trainer(&[&server, &other], plain()).await;
-        let sent = trainer.send_weights(ensure_async_iterator(small(1)), Version(1)).await;
-        let report = sent.expect("an update of the other one");
-        has(&other);
-        if layer == "layers.50" {
-            has(&server);
-            continue;
-        }
-        assert_eq!(report.absent, [Rank(1)]);
-        let words = report.receivers[1].notes["error"].to_string();
-        for part in [&format!("`{layer}`"), &format!("{layer}."), "proj.weight", "ignored_layers"] {
-            assert!(words.contains(part), "{words}");
-        }
-        // Nobody is stopped for what the first bucket has.
-        assert_eq!(server.generate().is_ok(), is_first, "{layer}");
-    }
-    std::fs::remove_dir_all(&folder).expect("it was there");
+    ignored_layers::are_not_sent_in_fp8(Started::sglang).await;
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test program uses a part")]
 
 pub(crate) mod collectives;
+pub(crate) mod ignored_layers;
 pub(crate) mod python;
 pub(crate) mod rep;
 pub(crate) mod server;
@@ -166,8 +167,8 @@ pub(crate) fn even(version: u64) -> Vec<Weight> {
     (0..7).map(weight).collect()
 }
 
-/// Begins an update and drops it in the moment in which the stream is asked for its weight `at`: what was told to servers just
-/// before is under way by then, and nobody has got any further.
+/// Begins an update, and drops it when the stream is asked for its weight `at`. What servers were told just before is under way
+/// then, and no server was told anything after it.
 pub(crate) async fn drop_at(trainer: &mut dyn TrainerEngine, weights: Vec<Weight>, at: usize) {
     let asked = Arc::new(AtomicUsize::new(0));
     let counted = asked.clone();
