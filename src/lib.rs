@@ -104,6 +104,7 @@ pub fn registry() -> Registry {
     let registry = registry.with(backend_hccl::BACKEND);
     #[cfg(feature = "receivers")]
     let registry = registry.with(receivers::VLLM).with(receivers::SGLANG);
+    let registry = registry.with_layer(delta::LAYER);
     #[cfg(feature = "fp8")]
     let registry = registry.with_layer(quant_fp8::LAYER);
     registry

@@ -122,5 +122,6 @@ fn success(version: Version) -> SendReport {
         receivers: Vec::new(),
         absent: Vec::new(),
         slower: Vec::new(),
+        delta: None,
     }
 }

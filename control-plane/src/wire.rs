@@ -610,7 +610,7 @@ mod tests {
             frame.encode(&mut bytes).unwrap();
             bytes.to_vec()
         };
-        assert_eq!(PROTOCOL_VERSION, 6);
+        assert_eq!(PROTOCOL_VERSION, 7);
         let message = Frame::Message { channel: ChannelId(0x0102), body: Bytes::from_static(b"x") };
         assert_eq!(encoded(message), [0, 0, 0, 4, 0, 1, 2, b'x']);
         let read = Signal::Read { bytes: vec![(ChannelId(16), 80)] };

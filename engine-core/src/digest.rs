@@ -79,6 +79,17 @@ const HIGH_STEP: [u32; LANES] = [
 
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
+/// What one word of a bucket adds to the sum: the word at byte `8·word`. A sum follows the bytes word by word: what a word
+/// added is taken off, what the new one adds is added, both wrapping.
+#[inline]
+pub fn term(word: u64, bytes: u64) -> u64 {
+    let (row, lane) = ((word / LANES as u64) as u32, (word % LANES as u64) as usize);
+    let low = LOW[lane].wrapping_add(row.wrapping_mul(LOW_STEP[lane]));
+    let high = HIGH[lane].wrapping_add(row.wrapping_mul(HIGH_STEP[lane]));
+    u64::from((bytes as u32).wrapping_add(low))
+        * u64::from(((bytes >> 32) as u32).wrapping_add(high))
+}
+
 /// The digest's sum over `bytes` that begin at byte `offset` of their bucket.
 ///
 /// Sums of disjoint parts of a bucket add up (wrapping) to the sum of the whole, whatever the
@@ -154,11 +165,7 @@ fn mix(mut x: u64) -> u64 {
 fn products(row: u32, bytes: &[u8; ROW]) -> [u64; LANES] {
     let (words, _) = bytes.as_chunks::<8>();
     std::array::from_fn(|lane| {
-        let word = u64::from_le_bytes(words[lane]);
-        let low = LOW[lane].wrapping_add(row.wrapping_mul(LOW_STEP[lane]));
-        let high = HIGH[lane].wrapping_add(row.wrapping_mul(HIGH_STEP[lane]));
-        u64::from((word as u32).wrapping_add(low))
-            * u64::from(((word >> 32) as u32).wrapping_add(high))
+        term(u64::from(row) * LANES as u64 + lane as u64, u64::from_le_bytes(words[lane]))
     })
 }
 

@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use futures::future::{BoxFuture, try_join_all};
 use serde::{Deserialize, Serialize};
 
+use crate::base::Bases;
 use crate::control::{Control, Role};
 use crate::observe::Observer;
 use crate::received::ReceivedWeights;
@@ -393,12 +394,14 @@ pub struct EngineContext {
     pub rank: Option<Rank>,
     /// Who is told of the progress of updates.
     pub observer: Arc<dyn Observer>,
+    /// Which versions rollouts have, for layers that send changes. [`Registry`](crate::Registry) gives every engine its own.
+    pub bases: Bases,
 }
 
 impl EngineContext {
     /// A context without control plane and observer.
     pub fn new(config: CheckpointEngineConfig) -> Self {
-        Self { config, control: None, rank: None, observer: Arc::new(()) }
+        Self { config, control: None, rank: None, observer: Arc::new(()), bases: Bases::default() }
     }
 
     /// With the connection to rank 0: a control plane, or a [`Control`] of any kind.

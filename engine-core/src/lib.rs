@@ -1,6 +1,7 @@
 //! The contract of a checkpoint engine, and everything of it that no device needs.
 
 mod available;
+mod base;
 mod boxes;
 pub mod clock;
 mod config;
@@ -27,6 +28,7 @@ pub mod telemetry;
 mod weight;
 
 pub use available::available_memory;
+pub use base::{Base, Bases};
 pub use boxes::TensorBox;
 pub use config::{CheckpointEngineConfig, DeviceChoice};
 pub use control::{Control, Role};
@@ -46,7 +48,8 @@ pub use received::{
 };
 pub use registry::{Layer, Registry};
 pub use report::{
-    ReceiveReport, ReceiverReport, SendReport, StageTimes, TensorCounts, VersionState,
+    ChangedElements, DeltaReport, ReceiveReport, ReceiverReport, SendReport, StageTimes,
+    TensorCounts, VersionState,
 };
 pub use storage::{DeviceBytes, DeviceMemory, Storage};
 pub use store::{CacheStore, CacheWriter, ensure_fresh};

@@ -62,6 +62,11 @@ impl TensorMemory {
         Ok(Self { bytes, start, len: size - alignment })
     }
 
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes[self.start..self.start + self.len]
+    }
+
     /// The bytes, to be written.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.bytes[self.start..self.start + self.len]

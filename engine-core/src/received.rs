@@ -386,6 +386,37 @@ impl<'a> ReceivedWeights<'a> {
         Self { one_pass, ..Self::new(version, outcome, buckets) }
     }
 
+    /// Puts something between the engine and the receiver that takes what came and gives whole buckets, the engine's own or
+    /// others. Those of the engine may still be [copied out](Self::copy_by) as they are verified.
+    ///
+    /// # Contract
+    ///
+    /// The stream ends without an error only when that of the engine has. One that ends it with an error of its own has given
+    /// the update [up](Self::fail) for this reason.
+    #[must_use]
+    pub fn through<S>(self, between: impl FnOnce(Self) -> S) -> Self
+    where
+        S: Stream<Item = Result<ReceivedBucket>> + Send + 'a,
+    {
+        let (version, outcome, one_pass) =
+            (self.version, self.outcome.clone(), self.one_pass.clone());
+        Self { one_pass, ..Self::new(version, outcome, between(self)) }
+    }
+
+    /// Gives a bucket back that was taken last, for its tensors to be taken one by one.
+    pub fn put_back(&mut self, bucket: ReceivedBucket) {
+        if let State::Open(open) = &mut self.state {
+            open.current = Some((bucket, 0));
+        }
+    }
+
+    /// Changes the report of a version once that is complete: for what stands between the engine and the receiver.
+    pub fn amend(&self, amend: impl FnOnce(&mut ReceiveReport)) {
+        if let Some(report) = &mut self.outcome.lock().report {
+            amend(report);
+        }
+    }
+
     /// The tensors as a stream that another engine can send, or a combinator take.
     pub fn into_weight_stream(self) -> WeightStream<'a> {
         WeightStream::new(futures::stream::try_unfold(self, |mut received| async move {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::{
-    Backend, EngineContext, Error, ErrorKind, PreparedRollout, PreparedTrainer, Result, Role,
+    Backend, Bases, EngineContext, Error, ErrorKind, PreparedRollout, PreparedTrainer, Result, Role,
 };
 
 /// The backends that a program knows.
@@ -95,6 +95,7 @@ impl Registry {
     /// [`Backend::prepare_trainer`] and of the layers; `Config` if the configuration asks for something that no layer
     /// understands, or for a device that the backend does not know, or if the control plane has the rank as a rollout.
     pub async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
+        let context = EngineContext { bases: Bases::default(), ..context };
         let backend = self.checked(&context, Role::Trainer)?;
         let prepared = backend.prepare_trainer(context.clone()).await?;
         self.layers.iter().try_fold(prepared, |prepared, layer| (layer.trainer)(prepared, &context))
@@ -106,6 +107,7 @@ impl Registry {
     ///
     /// Those of [`prepare_trainer`](Self::prepare_trainer).
     pub async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
+        let context = EngineContext { bases: Bases::default(), ..context };
         let backend = self.checked(&context, Role::Rollout)?;
         let prepared = backend.prepare_rollout(context.clone()).await?;
         self.layers.iter().try_fold(prepared, |prepared, layer| (layer.rollout)(prepared, &context))

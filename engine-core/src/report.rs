@@ -127,6 +127,31 @@ pub struct SendReport {
     /// What fell back to something slower than was asked for, each in words that say why. Empty where nothing did.
     #[serde(default)]
     pub slower: Vec<String>,
+    /// What was compared with the version that rollouts have, where updates carry only what changed.
+    #[serde(default)]
+    pub delta: Option<DeltaReport>,
+}
+
+/// What an update found that sends changes only.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeltaReport {
+    /// Why whole weights travelled; `None` if changes did.
+    pub whole: Option<String>,
+    /// The elements that were compared, and how many of them had changed, by their type as they travel: `BF16`, `F8_E4M3`.
+    pub elements: BTreeMap<String, ChangedElements>,
+    /// Weights that were there before and had changes.
+    pub changed_weights: u64,
+    /// Bytes of the copy that the trainer keeps of what it sent.
+    pub shadow_bytes: u64,
+}
+
+/// Elements of one type, and how many of them changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangedElements {
+    /// All of the weights that were there before.
+    pub compared: u64,
+    /// Those that have another value.
+    pub changed: u64,
 }
 
 impl SendReport {

@@ -21,7 +21,7 @@ use super::{ENCODING, because, is_of_transport, too_late};
 use engine_core::control::{Event, Peer};
 use engine_core::observe::Progress;
 use engine_core::plan::{BucketLayout, Plan};
-use engine_core::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Version, digest};
+use engine_core::{Base, Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Version, digest};
 use engine_core::{ReceiverReport, StageTimes, VersionState, WorkerMetadata};
 
 const FILLING: &str = "waiting for a trainer to fill a bucket";
@@ -51,6 +51,8 @@ pub(super) struct Settings {
     pub(super) digests: bool,
     /// How receivers fetch from this rank.
     pub(super) card: Bytes,
+    /// Whether the stream depends on which versions the rollouts have, and is read when all have said it.
+    pub(super) asks_bases: bool,
 }
 
 /// The leader and the other ranks as it sees them.
@@ -111,6 +113,8 @@ struct Entry {
     plan: Option<u64>,
     /// How others fetch from it.
     card: Bytes,
+    /// The version that changes could be applied to there.
+    base: Base,
 }
 
 /// A message of an update to a rank that has not entered it.
@@ -194,6 +198,8 @@ struct Failing {
 
 #[derive(Debug)]
 enum Next {
+    /// It is read when every rank has entered.
+    Unasked,
     /// It is being collected since then.
     Pending(Instant),
     /// It is here since then.
@@ -539,7 +545,12 @@ impl Leader {
         update.route = route;
         update.ticket.clone_from(&ticket);
         update.stage = if ticket.is_some() { Stage::Entering } else { Stage::Streaming };
-        update.next = Next::Pending(now);
+        // Trainers that share the sending have streams that have to be the same.
+        let asks_bases = self.settings.asks_bases && update.senders.len() <= 1;
+        update.next = match asks_bases {
+            true => Next::Unasked,
+            false => Next::Pending(now),
+        };
         let begin = encode(&ToReceiver::Begin(Begin {
             update: update.number,
             version: update.version,
@@ -554,7 +565,9 @@ impl Leader {
         let all = self.with_idle(active);
         self.send_all(all, begin);
         self.observe(Progress::Began { version, receivers });
-        self.acts.push_back(Act::Collect { index: 0 });
+        if !asks_bases {
+            self.acts.push_back(Act::Collect { index: 0 });
+        }
         Ok(())
     }
 
@@ -566,8 +579,30 @@ impl Leader {
         self.mind_wait(now);
     }
 
+    /// Has the stream read that waited for what rollouts say, once all have said it.
+    fn ask_stream(&mut self, now: Instant) {
+        let waits = |update: &Update| matches!(update.next, Next::Unasked);
+        if !self.update.as_deref().is_some_and(waits)
+            || !self.active().all(|rank| self.has_entered(rank))
+        {
+            return;
+        }
+        let said = self.receivers().filter_map(|rank| {
+            let entry = self.members.get(&rank)?.entered.as_ref()?;
+            Some((rank, entry.base))
+        });
+        let said = said.collect();
+        if let Some(update) = &mut self.update
+            && !matches!(update.stage, Stage::Beginning | Stage::Failing(_) | Stage::Over(_))
+        {
+            update.next = Next::Pending(now);
+            self.acts.extend([Act::Bases(said), Act::Collect { index: 0 }]);
+        }
+    }
+
     fn try_advance(&mut self, now: Instant) -> Result<()> {
         self.route_on(now)?;
+        self.ask_stream(now);
         loop {
             let Some(update) = &mut self.update else { return Ok(()) };
             let link_is_free = update.link.is_none();
@@ -594,7 +629,7 @@ impl Leader {
                         return Ok(());
                     }
                     match &update.next {
-                        Next::Pending(_) => return Ok(()),
+                        Next::Unasked | Next::Pending(_) => return Ok(()),
                         Next::End => self.to(Stage::Draining),
                         Next::Bucket(..) => {
                             let index = update.layouts.len() as u64;
@@ -779,6 +814,7 @@ impl Leader {
             Stage::Joined => Some(Wait::Join),
             Stage::Streaming => match (&update.link, &update.next) {
                 (Some(Linked { work: Work::Fill { index }, .. }), _) => Some(Wait::Encode(*index)),
+                (_, Next::Unasked) => Some(Wait::Enter),
                 (None, Next::Bucket(..)) => Some(Wait::Slot(update.layouts.len() as u64)),
                 _ => None,
             },
@@ -1149,11 +1185,11 @@ impl Leader {
         let Some(member) = self.members.get_mut(&from).filter(|_| active) else { return Ok(false) };
         let number = present.number;
         match message {
-            ToSender::Entered { update, card, plan, held } if update == number => {
+            ToSender::Entered { update, card, plan, held, base } if update == number => {
                 if member.entered.is_some() {
                     return Ok(false);
                 }
-                member.entered = Some(Entry { plan, card });
+                member.entered = Some(Entry { plan, card, base });
                 let unsent = std::mem::take(&mut member.unsent);
                 self.observe(Progress::State { rank: from, state: VersionState::Staging });
                 // It reads what it says that it reads, whatever was lost on the way; and what it
@@ -1462,6 +1498,7 @@ mod tests {
                 bucket_bytes: 256,
                 digests: false,
                 card: Bytes::new(),
+                asks_bases: false,
             };
             let mut leader = Leader::new(settings, Box::new(|_| None), Box::new(|_| None));
             (1..=3).for_each(|rank| leader.admit(Rank(rank), Part::Receiver));
@@ -1516,7 +1553,8 @@ mod tests {
             for rank in 1..=3 {
                 due.extend(self.told());
                 let (card, plan, held) = (Bytes::new(), None, Vec::new());
-                self.hear(rank, &ToSender::Entered { update, card, plan, held });
+                let base = Base::Has(u64::from(rank));
+                self.hear(rank, &ToSender::Entered { update, card, plan, held, base });
             }
             loop {
                 due.extend(self.told());

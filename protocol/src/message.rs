@@ -4,7 +4,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use engine_core::plan::Piece;
-use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result, Version};
+use engine_core::{Base, Error, ErrorKind, ErrorReport, Rank, Result, Version};
 
 /// From the leading trainer to the other ranks. `update` is a number of the leader's control plane
 /// ([`next_update`](engine_core::control::Control::next_update)) that is used once, so that what an
@@ -123,6 +123,8 @@ pub(super) enum ToSender {
         plan: Option<u64>,
         /// The buckets that are still read there, of this group's earlier updates: update and index.
         held: Vec<(u64, u64)>,
+        /// The version that changes could be applied to there.
+        base: Base,
     },
     /// A bucket was fetched, and others may fetch it from here.
     Fetched { update: u64, index: u64 },
@@ -220,7 +222,13 @@ mod tests {
             ToReceiver::Alive { update: 1, awaited: Some(Rank(2)) },
         ];
         let to_sender = [
-            ToSender::Entered { update: 1, card: Bytes::new(), plan: Some(2), held: vec![(3, 4)] },
+            ToSender::Entered {
+                update: 1,
+                card: Bytes::new(),
+                plan: Some(2),
+                held: vec![(3, 4)],
+                base: Base::Has(5),
+            },
             ToSender::Fetched { update: 1, index: 2 },
             ToSender::Missed { update: 1, index: 2, from: Rank(3), error: error.clone() },
             ToSender::Joined { update: 1 },
@@ -236,7 +244,7 @@ mod tests {
             all.extend(bytes);
         }
         let sum = engine_core::digest::sum(0, &all);
-        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (6, 147, 13_694_082_232_816_405_489));
+        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (7, 149, 3_182_011_616_654_052_282));
     }
 
     #[test]

@@ -25,8 +25,8 @@ use engine_core::memory::{Pool, Work};
 use engine_core::observe::Observer as _;
 use engine_core::plan::BucketLayout;
 use engine_core::telemetry::{Meter, ReceiveStages};
+use engine_core::{Base, Bases, CheckpointEngine, RolloutEngine};
 use engine_core::{BucketContent, CopiedOut, OnePass, Outcome, ReceivedBucket, ReceivedWeights};
-use engine_core::{CheckpointEngine, RolloutEngine};
 use engine_core::{EngineContext, Error, ErrorKind, Rank, Result, Storage, Version};
 
 /// The end of a fetch, to be told: the rest of the protocol happens by itself, whether or not the
@@ -142,6 +142,8 @@ pub struct Receiver<L> {
     ledger: Ledger,
     deadline: Duration,
     meter: Meter,
+    /// What this rank says of the version that it has.
+    bases: Bases,
 }
 
 impl<L: FetchLink> Receiver<L> {
@@ -157,12 +159,13 @@ impl<L: FetchLink> Receiver<L> {
             pool,
             deadline: context.deadline(),
             meter,
+            bases: context.bases.clone(),
         }
     }
 
     /// Tells the leader that this rank enters an update.
     fn enter(&mut self, update: u64, plan: Option<u64>) {
-        if let Err(error) = self.ledger.enter(update, self.link.card(), plan) {
+        if let Err(error) = self.ledger.enter(update, self.link.card(), plan, self.bases.own()) {
             self.follower.lost(error);
         }
     }
@@ -504,11 +507,11 @@ impl Ledger {
     }
 
     /// Tells the trainer that this rank enters an update, and what it has.
-    fn enter(&self, update: u64, card: Bytes, plan: Option<u64>) -> Result<()> {
+    fn enter(&self, update: u64, card: Bytes, plan: Option<u64>, base: Base) -> Result<()> {
         // Sent under the lock: a release comes before it, or after it and is not among these.
         let held = self.lock();
         let buckets = held.keys().copied().collect();
-        let entered = ToSender::Entered { update, card, plan, held: buckets };
+        let entered = ToSender::Entered { update, card, plan, held: buckets, base };
         self.control.send(Rank::LEADER, encode(&entered)?)
     }
 

@@ -32,7 +32,7 @@ use super::secondary::{self, Secondary};
 use super::work::{Act, Collected, Done, Ended, Machine};
 use engine_core::control::{Event, Peer, Role};
 use engine_core::plan::{BucketLayout, Piece, Plan};
-use engine_core::{DType, Error, ErrorKind, ErrorReport, Rank, Result, TensorMeta, Version};
+use engine_core::{Base, DType, Error, ErrorKind, ErrorReport, Rank, Result, TensorMeta, Version};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 /// How long things may take in a group that has no faults: short ones, work of a trainer, and a caller.
@@ -235,6 +235,8 @@ struct World<'a> {
     unreleased: BTreeMap<Rank, BTreeSet<Content>>,
     lag: Duration,
     saw: Instant,
+    /// The rollouts whose bases the leader's stream was told.
+    said: Option<BTreeSet<Rank>>,
     sent: Option<Result<Ended>>,
     received: BTreeMap<Rank, Result<u64>>,
     log: Option<Vec<String>>,
@@ -340,6 +342,7 @@ impl<'a> World<'a> {
             lag: Duration::ZERO,
             saw: began,
             sent: None,
+            said: None,
             received: BTreeMap::new(),
             log: None,
         };
@@ -536,10 +539,23 @@ impl<'a> World<'a> {
                         self.drop_rank(rank);
                     }
                 }
+                Act::Bases(said) => {
+                    let each = |(rank, base): &(Rank, Base)| *base == Base::Has(u64::from(rank.0));
+                    // A fault may have changed what a rank said.
+                    keep!(self.faulty || said.iter().all(each), "what rollouts have: {said:?}");
+                    self.said = Some(said.into_iter().map(|(rank, _)| rank).collect());
+                }
                 act => {
                     let update = self.number;
                     if let Act::Fill { index, slot, .. } = act {
                         self.write_slot(slot as u32, (update, index))?;
+                    }
+                    if let Act::Collect { index: 0 } = act {
+                        let shared = self.kinds.values().any(|part| *part == Part::Sender);
+                        keep!(
+                            shared || self.slots == 2 || self.said.is_some(),
+                            "the stream is read too early"
+                        );
                     }
                     self.leader.take(act, self.now);
                 }
@@ -550,13 +566,15 @@ impl<'a> World<'a> {
             (self.leader.sending, self.leader.link, self.leader.collecting) = (None, None, None);
             if let Ok(ended) = &ended {
                 for receiver in &ended.receivers {
+                    let said = self.said.as_ref().is_none_or(|said| said.contains(&receiver.rank));
+                    keep!(said, "rank {} did not say what it has", receiver.rank);
                     self.remembered.insert(receiver.rank, self.leader.machine.plan().digest());
                 }
             } else {
                 keep!(self.faulty, "an update without a fault failed: {ended:?}");
                 says_a_loss_once(&ended)?;
             }
-            self.sent = Some(ended);
+            (self.sent, self.said) = (Some(ended), None);
         }
         Ok(())
     }
@@ -617,8 +635,8 @@ impl<'a> World<'a> {
                 follower::Act::Enter { update, plan } => {
                     let held = self.ledgers.get(&(rank, generation));
                     let held = held.into_iter().flatten().map(|(bucket, _)| *bucket).collect();
-                    let card = Bytes::new();
-                    self.say_to_leader(rank, &ToSender::Entered { update, card, plan, held });
+                    let (card, base) = (Bytes::new(), Base::Has(u64::from(rank.0)));
+                    self.say_to_leader(rank, &ToSender::Entered { update, card, plan, held, base });
                 }
                 follower::Act::Send(message) => self.say_to_leader(rank, &message),
                 follower::Act::Join(_) => rollout.joining = Some(now),
@@ -990,10 +1008,10 @@ impl<'a> World<'a> {
             return body;
         }
         match decode(&body) {
-            Ok(ToSender::Entered { update, card, .. }) => {
+            Ok(ToSender::Entered { update, card, base, .. }) => {
                 let plan = self.remembered.get(&rank).copied();
                 let held = self.unreleased.get(&rank).into_iter().flatten().copied().collect();
-                encode(&ToSender::Entered { update, card, plan, held }).unwrap_or(body)
+                encode(&ToSender::Entered { update, card, plan, held, base }).unwrap_or(body)
             }
             _ => body,
         }
@@ -1456,7 +1474,7 @@ impl<M: Machine> Trainer<M> {
         match act {
             Act::Collect { .. } => self.collecting = Some(now),
             Act::Cancel => self.link = None,
-            Act::Skip | Act::Observe(_) | Act::Aborted(_) => {}
+            Act::Bases(_) | Act::Skip | Act::Observe(_) | Act::Aborted(_) => {}
             act => self.link = Some((act, now)),
         }
     }
@@ -1469,6 +1487,8 @@ fn leader_of(slots: usize, digests: bool) -> Leader {
         bucket_bytes: 256,
         digests,
         card: Bytes::new(),
+        // No choice of its own, so that schedules of the past stay what they were.
+        asks_bases: slots > 2,
     };
     Leader::new(settings, Box::new(part_of), Box::new(|_| Some(Duration::ZERO)))
 }

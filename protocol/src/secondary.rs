@@ -19,7 +19,7 @@ use super::{ENCODING, too_late};
 use engine_core::control::Event;
 use engine_core::observe::Progress;
 use engine_core::plan::{BucketLayout, Plan};
-use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result, Version, digest};
+use engine_core::{Base, Error, ErrorKind, ErrorReport, Rank, Result, Version, digest};
 use engine_core::{StageTimes, VersionState};
 
 const SENDING: &str = "sending a part of the buckets";
@@ -156,7 +156,13 @@ impl Secondary {
             let error = Error::new(ErrorKind::Mismatch, SENDING, message).rank(rank);
             return self.fail(error, true, now);
         }
-        self.tell(&ToSender::Entered { update: number, card, plan: None, held: Vec::new() });
+        self.tell(&ToSender::Entered {
+            update: number,
+            card,
+            plan: None,
+            held: Vec::new(),
+            base: Base::Unable,
+        });
         self.acts.push_back(Act::Observe(Progress::Began { version, receivers: Vec::new() }));
         self.acts.push_back(Act::Collect { index: 0 });
     }

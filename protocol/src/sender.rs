@@ -24,7 +24,7 @@ use engine_core::observe::Observer as _;
 use engine_core::plan::{BucketKind, BucketPlanner};
 use engine_core::telemetry::Meter;
 use engine_core::{
-    CheckpointEngine, EngineContext, Error, ErrorKind, Rank, Result, TrainerEngine, Version,
+    Bases, CheckpointEngine, EngineContext, Error, ErrorKind, Rank, Result, TrainerEngine, Version,
     WeightStream,
 };
 
@@ -39,6 +39,8 @@ pub struct Sender<L> {
     control: Arc<dyn Control>,
     deadline: Duration,
     meter: Meter,
+    /// What a layer in front of this hears of the rollouts.
+    bases: Bases,
 }
 
 impl<L: SendLink> Sender<L> {
@@ -57,6 +59,7 @@ impl<L: SendLink> Sender<L> {
             bucket_bytes: link.bucket_bytes(),
             digests,
             card: link.card(),
+            asks_bases: context.bases.is_wanted(),
         };
         let newcomers = |peer: &Peer| (peer.role == Role::Rollout).then_some(Part::Receiver);
         let heartbeats = control.clone();
@@ -67,7 +70,8 @@ impl<L: SendLink> Sender<L> {
         }
         let meter = Meter::new(control.rank(), context.observer.clone());
         let leader = Box::new(leader);
-        Self { link, leader, control, deadline: context.deadline(), meter }
+        let (deadline, bases) = (context.deadline(), context.bases.clone());
+        Self { link, leader, control, deadline, meter, bases }
     }
 
     /// Sets what each rank does that is no plain receiver, and what those do that join later.
@@ -130,7 +134,7 @@ impl<L: SendLink> TrainerEngine for Sender<L> {
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport> {
-        let Self { link, leader, control, deadline, meter } = self;
+        let Self { link, leader, control, deadline, meter, bases } = self;
         let control: &dyn Control = &**control;
         // Losses between updates are no failure: the rank takes no part in this one.
         while let Some(event) = arrived_event(control).await? {
@@ -141,7 +145,7 @@ impl<L: SendLink> TrainerEngine for Sender<L> {
         let topology = link.topology(leader.rollouts(), buckets);
         let collector = Collector::new(leader.plan(), planner(link)?);
         leader.begin(control.next_update(), version, topology, Instant::now())?;
-        let work = Trainer { control, meter, deadline: *deadline };
+        let work = Trainer { control, meter, deadline: *deadline, bases: Some(bases) };
         let sent = work.update(&mut **leader, link, collector, weights).await;
         let report = sent.inspect_err(|error| warn!(%error, "update aborted"))?;
         info!(
@@ -210,7 +214,7 @@ impl<L: SendLink> TrainerEngine for CoSender<L> {
         let control: &dyn Control = &**control;
         let collector = Collector::new(secondary.plan(), planner(link)?);
         secondary.begin(version, Instant::now());
-        let work = Trainer { control, meter, deadline: *deadline };
+        let work = Trainer { control, meter, deadline: *deadline, bases: None };
         work.update(&mut **secondary, link, collector, weights).await
     }
 }
@@ -237,6 +241,8 @@ struct Trainer<'a> {
     control: &'a dyn Control,
     meter: &'a Meter,
     deadline: Duration,
+    /// Of the leader.
+    bases: Option<&'a Bases>,
 }
 
 /// What happens next.
@@ -290,6 +296,7 @@ impl Trainer<'_> {
             receivers: ended.receivers,
             absent: ended.absent,
             slower: ending.link.slower(),
+            delta: None,
         };
         self.meter.sent(&report);
         Ok(report)
@@ -310,6 +317,7 @@ impl Trainer<'_> {
             while let Some(act) = driven.machine.act() {
                 match act {
                     Act::Collect { index } => self.collect(&mut stream, index),
+                    Act::Bases(said) => self.bases.into_iter().for_each(|b| b.hear(said.clone())),
                     Act::Skip => collected.clear(),
                     Act::Cancel => link = Link::Gone,
                     act @ (Act::Begin { .. }

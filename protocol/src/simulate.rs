@@ -14,7 +14,7 @@ use super::message::{ToSender, encode};
 use super::work::{Act, Collected, Done, Machine};
 use engine_core::control::Event;
 use engine_core::plan::{BucketLayout, Piece};
-use engine_core::{DType, Error, ErrorKind, Rank, Result, TensorMeta, Version};
+use engine_core::{Base, DType, Error, ErrorKind, Rank, Result, TensorMeta, Version};
 
 /// No rank is late in a simulation.
 const NEVER: Duration = Duration::from_secs(1 << 20);
@@ -80,6 +80,7 @@ pub fn simulate(simulation: Simulation) -> Result<Simulated> {
         bucket_bytes: BUCKET,
         digests: false,
         card: Bytes::new(),
+        asks_bases: false,
     };
     let mut leader = Leader::new(settings, Box::new(|_| None), Box::new(|_| None));
     let ranks = (1..=simulation.rollouts).map(Rank);
@@ -199,8 +200,8 @@ fn answers(follower: &mut Follower, now: Instant) -> Result<Vec<ToSender>> {
         while let Some(act) = follower.act() {
             match act {
                 follower::Act::Enter { update, plan } => {
-                    let (card, held) = (Bytes::new(), Vec::new());
-                    said.push(ToSender::Entered { update, card, plan, held });
+                    let (card, held, base) = (Bytes::new(), Vec::new(), Base::Unable);
+                    said.push(ToSender::Entered { update, card, plan, held, base });
                 }
                 follower::Act::Send(message) => said.push(message),
                 follower::Act::Fetch { index, .. } => follower.arrived(index, Ok(None), now),

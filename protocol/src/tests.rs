@@ -15,8 +15,8 @@ use engine_core::control::{Control, Event};
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::{BucketKind, BucketLayout, Piece};
 use engine_core::{
-    CheckpointEngineConfig, CopyOut, DType, Encoding, EngineContext, Error, ErrorKind, ErrorReport,
-    Rank, Recovery, Result, RolloutEngine as _, SendReport, Storage, TensorMeta,
+    Base, CheckpointEngineConfig, CopyOut, DType, Encoding, EngineContext, Error, ErrorKind,
+    ErrorReport, Rank, Recovery, Result, RolloutEngine as _, SendReport, Storage, TensorMeta,
     TrainerEngine as _, Treatment, Version, Weight, digest, ensure_async_iterator,
 };
 
@@ -126,7 +126,8 @@ impl Hand {
     }
 
     fn enter(&self, update: u64, plan: Option<u64>, held: Vec<(u64, u64)>) {
-        self.say(ToSender::Entered { update, card: Bytes::new(), plan, held });
+        let (card, base) = (Bytes::new(), Base::Unable);
+        self.say(ToSender::Entered { update, card, plan, held, base });
     }
 
     /// The layouts of an update's buckets, which are released at once, and the plan's digest.

@@ -177,5 +177,6 @@ async fn drain(
         receivers: Vec::new(),
         absent: Vec::new(),
         slower: Vec::new(),
+        delta: None,
     })
 }

@@ -10,7 +10,7 @@ use super::message::Ticket;
 use engine_core::control::Event;
 use engine_core::observe::Progress;
 use engine_core::plan::{BucketLayout, Plan};
-use engine_core::{Error, Rank, ReceiverReport, Result, StageTimes, Version};
+use engine_core::{Base, Error, Rank, ReceiverReport, Result, StageTimes, Version};
 
 /// Something to be done.
 #[derive(Debug)]
@@ -25,6 +25,8 @@ pub(super) enum Act {
     Begin { members: Members, colocated: usize },
     /// Have the link join the others: answered by [`Done::Joined`].
     Join(Ticket),
+    /// What the rollouts of the update have said of the versions that they have, before the stream is read.
+    Bases(Vec<(Rank, Base)>),
     /// Read the stream up to the end of a bucket: answered by [`Done::Collected`].
     Collect { index: u64 },
     /// Have the link encode the bucket that was collected last: answered by [`Done::Filled`].

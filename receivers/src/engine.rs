@@ -689,6 +689,7 @@ impl<C: Communicator> ServersEngine<C> {
             receivers: loaded.chain(out).collect(),
             absent: outcome.out.iter().map(|(index, _)| rank_of(*index)).collect(),
             slower: Vec::new(),
+            delta: None,
         }
     }
 }

@@ -1,0 +1,122 @@
+//! How changes travel: as tensors of bytes among the weights, under names that no weight may have.
+//!
+//! Each begins with a [`Head`], whose length is its first four bytes, little-endian. The bodies that it names follow in their order.
+
+use bytes::Bytes;
+use engine_core::{DType, Error, ErrorKind, Result, Weight};
+use serde::{Deserialize, Serialize};
+
+/// What the names of such tensors begin with.
+const RESERVED: &str = "checkpoint-engine/delta/";
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Head {
+    /// Changes to a version follow, which this number stands for. It is the first tensor of its update.
+    Begin { base: u64 },
+    /// The next weights of the version, in order: those that the base has, in the order in which it has them.
+    Weights(Vec<Record>),
+    /// All weights have come; the number that stands for the version.
+    End { version: u64 },
+}
+
+/// A weight of the base that is in the new version as well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    /// Its place in the base.
+    pub(crate) weight: u32,
+    /// Bytes of its tiles.
+    pub(crate) tile: u32,
+    /// Bytes of its changes; 0 if there are none.
+    pub(crate) len: u64,
+}
+
+/// Whether a tensor of this name carries changes.
+pub(crate) fn is_reserved(name: &str) -> bool {
+    name.starts_with(RESERVED)
+}
+
+/// A weight of a program that would be taken for changes.
+pub(crate) fn refuse_reserved(weight: &Weight) -> Result<()> {
+    if !is_reserved(weight.name()) {
+        return Ok(());
+    }
+    let message = format!("names that begin with `{RESERVED}` are those of changes");
+    Err(Error::new(ErrorKind::Weight, COMPARING, message).tensor(weight.name()))
+}
+
+pub(crate) const COMPARING: &str = "comparing weights with those sent last";
+pub(crate) const APPLYING: &str = "applying changes";
+
+/// A tensor with a head and the bodies that it names.
+///
+/// # Errors
+///
+/// `Protocol` if it cannot be written.
+pub(crate) fn tensor(number: u64, head: &Head, bodies: &[Vec<u8>]) -> Result<(Weight, Bytes)> {
+    let mut bytes = vec![0; 4];
+    bytes = postcard::to_extend(head, bytes).map_err(|error| {
+        Error::new(ErrorKind::Protocol, COMPARING, error.to_string()).with_source(error)
+    })?;
+    let len = bytes.len() - 4;
+    bytes[..4].copy_from_slice(&u32::try_from(len).unwrap_or(u32::MAX).to_le_bytes());
+    bytes.reserve_exact(bodies.iter().map(Vec::len).sum());
+    let start = bytes.len();
+    bodies.iter().for_each(|body| bytes.extend_from_slice(body));
+    let bytes = Bytes::from(bytes);
+    let name = format!("{RESERVED}{number}");
+    let weight = Weight::new(name, DType::U8, [bytes.len() as u64], bytes.clone())?;
+    Ok((weight, bytes.slice(start..)))
+}
+
+/// The head of a tensor, and its bodies in one.
+///
+/// # Errors
+///
+/// `Protocol` if it is not such a tensor.
+pub(crate) fn read(bytes: &Bytes) -> Result<(Head, Bytes)> {
+    let malformed = |words: String| Error::new(ErrorKind::Protocol, APPLYING, words);
+    let Some((len, rest)) = bytes.split_first_chunk() else {
+        return Err(malformed(format!("{} bytes are no changes", bytes.len())));
+    };
+    let len = u32::from_le_bytes(*len) as usize;
+    let Some(head) = rest.get(..len) else {
+        return Err(malformed(format!("a head of {len} bytes in {}", rest.len())));
+    };
+    match postcard::take_from_bytes(head) {
+        Ok((head, [])) => Ok((head, bytes.slice(4 + len..))),
+        Ok((_, rest)) => Err(malformed(format!("{} bytes too many in a head", rest.len()))),
+        Err(error) => Err(malformed(error.to_string()).with_source(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_head_and_its_bodies_survive_their_way() {
+        let record = |weight, len| Record { weight, tile: 64, len };
+        let head = Head::Weights(vec![record(3, 2), record(7, 0), record(1 << 20, 3)]);
+        let (weight, bodies) = tensor(5, &head, &[vec![1, 2], vec![3, 4, 5]]).expect("a tensor");
+        assert!(is_reserved(weight.name()));
+        let bytes = weight.contiguous_bytes().expect("bytes");
+        assert_eq!(read(bytes).expect("a head"), (head, bodies));
+        for cut in [0, 3, 4, 6] {
+            let error = read(&bytes.slice(..cut)).expect_err("a part of it");
+            assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_are_an_error_or_a_head_but_never_a_panic(
+            bytes in proptest::collection::vec(any::<u8>(), 0..100), len in 0..100_u32,
+        ) {
+            let mut bytes = bytes;
+            drop(read(&bytes.clone().into()));
+            bytes.splice(0..0, len.to_le_bytes());
+            drop(read(&bytes.into()));
+        }
+    }
+}
