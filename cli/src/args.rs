@@ -13,7 +13,7 @@ use clap::Args;
 use cli::exporter::Exporter;
 use cli::source::{ModelSpec, SourceSpec};
 use cli::sync::sends_only;
-use cli::synthetic::SyntheticModel;
+use cli::synthetic::{ChangeRate, SyntheticModel};
 
 use crate::Failure;
 
@@ -37,6 +37,10 @@ pub(crate) struct SourceArgs {
     /// carries exactly its files' bytes
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) updates: u64,
+    /// How many of the weights' elements change from one update to the next, from 0 to 1; without it all of a synthetic
+    /// model do, and up to a quarter of a --model's
+    #[arg(long, value_name = "FRACTION", value_parser = change_rate)]
+    pub(crate) change_rate: Option<ChangeRate>,
 }
 
 impl SourceArgs {
@@ -49,7 +53,7 @@ impl SourceArgs {
             (None, Some(path)) => ModelSpec::Checkpoint { path: std::path::absolute(path)? },
             (None, None) => return Err("give --synthetic or --model".into()),
         };
-        Ok(SourceSpec { model, updates: self.updates })
+        Ok(SourceSpec { model, updates: self.updates, change_rate: self.change_rate })
     }
 }
 
@@ -136,6 +140,9 @@ pub(crate) struct EngineArgs {
     /// Quantise to FP8 blocks on the trainer, so that half the bytes travel
     #[arg(long)]
     trainer_quantize_fp8: bool,
+    /// Send only what changed since the last update; every rank keeps a copy of what travelled
+    #[arg(long)]
+    delta: bool,
     /// Quantise on the rollouts what arrives there unquantised
     #[arg(long)]
     quantize_on_receive: bool,
@@ -157,6 +164,12 @@ fn engine_kwarg(text: &str) -> Result<(String, serde_json::Value), String> {
     let (key, value) = text.split_once('=').ok_or("KEY=VALUE is wanted")?;
     let value = serde_json::from_str(value).unwrap_or_else(|_| value.into());
     Ok((key.to_owned(), value))
+}
+
+/// A fraction between 0 and 1.
+pub(crate) fn change_rate(text: &str) -> Result<ChangeRate, String> {
+    let rate = text.parse().ok().and_then(ChangeRate::new);
+    rate.ok_or_else(|| format!("`{text}` is no fraction between 0 and 1"))
 }
 
 /// RANK=DEVICE.
@@ -207,6 +220,9 @@ impl EngineArgs {
             config.device = "cuda".parse()?;
         }
         config.digests &= !self.no_digests;
+        if self.delta {
+            config.layers.insert("delta".into(), true.into());
+        }
         let mut fp8 = Fp8Config::of(&config)?;
         fp8.trainer_quantize_fp8 |= self.trainer_quantize_fp8;
         self.format.put_into(&mut fp8.quantization);

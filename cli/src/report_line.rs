@@ -1,6 +1,6 @@
 //! What is told of an update, in one line.
 
-use checkpoint_engine::{SendReport, Version, VersionState};
+use checkpoint_engine::{DeltaReport, SendReport, Version, VersionState};
 use serde::Serialize;
 
 use crate::device;
@@ -41,6 +41,9 @@ pub struct UpdateLine {
     pub plan_reused: bool,
     /// What fell back to something slower than was asked for, and why.
     pub slower: Vec<String>,
+    /// What had changed, where only that travels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub delta: Option<DeltaReport>,
     /// The rollouts.
     pub rollouts: Vec<RolloutLine>,
 }
@@ -104,6 +107,7 @@ pub fn line(
         verified,
         plan_reused: report.plan_reused,
         slower: report.slower.clone(),
+        delta: report.delta.clone(),
         rollouts: rollouts.collect(),
     }
 }

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use self::quantized::{Expected, Quantized};
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceModel;
-use crate::synthetic::{self, Residency, ResidentModel, StreamedModel, SyntheticModel};
+use crate::synthetic::{self, ChangeRate, Residency, ResidentModel, StreamedModel, SyntheticModel};
 
 /// What a source is made of: what the trainer tells the rollouts, so that they can check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +26,10 @@ pub struct SourceSpec {
     /// How many updates there will be. Versions count from 1 to this; the last update of a
     /// checkpoint carries exactly the bytes of its files.
     pub updates: u64,
+    /// How many elements change from one version to the next. Without it all values of a synthetic model do, and up to a
+    /// quarter of a checkpoint's.
+    #[serde(default)]
+    pub change_rate: Option<ChangeRate>,
 }
 
 /// Which model.
@@ -157,7 +161,7 @@ impl Source {
     ///
     /// # fn main() -> engine_core::Result<()> {
     /// let model = ModelSpec::Synthetic { name: SyntheticModel::TinyMoe, layers: None };
-    /// let mut trainer = Source::open(SourceSpec { model, updates: 3 })?;
+    /// let mut trainer = Source::open(SourceSpec { model, updates: 3, change_rate: None })?;
     /// let rollout = Source::open(trainer.spec().clone())?;
     /// for weight in trainer.weights(Version(1))? {
     ///     let weight = weight?;
@@ -251,15 +255,16 @@ impl Source {
             self.device = Some(device);
             return result;
         }
+        let rate = self.spec.change_rate;
         let Kind::Synthetic { metas, residency, model } = &mut self.kind else { return Ok(()) };
         match model {
             Some(Model::Resident(model)) if model.version() != version => model.advance(version),
             Some(_) => Ok(()),
             None => {
                 *model = Some(if residency.is_resident() {
-                    Model::Resident(ResidentModel::new(metas.iter().cloned(), version)?)
+                    Model::Resident(ResidentModel::changing(metas.iter().cloned(), version, rate)?)
                 } else {
-                    Model::Streamed(StreamedModel::new(metas.iter().cloned()))
+                    Model::Streamed(StreamedModel::changing(metas.iter().cloned(), rate))
                 });
                 Ok(())
             }
@@ -273,7 +278,8 @@ impl Source {
         // Made as they are copied there: the model is in memory once.
         let mut weights: Weights = match &self.kind {
             Kind::Synthetic { metas, .. } => {
-                Box::new(StreamedModel::new(metas.iter().cloned()).weights(version))
+                let rate = self.spec.change_rate;
+                Box::new(StreamedModel::changing(metas.iter().cloned(), rate).weights(version))
             }
             Kind::Checkpoint(_) => self.weights(version)?,
         };
@@ -313,7 +319,10 @@ impl Source {
             Kind::Checkpoint(checkpoint) => {
                 let steps = self.steps(version);
                 let weights: Vec<Weight> = checkpoint.weights().collect();
-                Box::new(weights.into_iter().map(move |weight| perturbed(weight, steps)))
+                {
+                    let rate = self.spec.change_rate;
+                    Box::new(weights.into_iter().map(move |weight| changed(weight, steps, rate)))
+                }
             }
         })
     }
@@ -376,8 +385,10 @@ impl Source {
                 quantized.check_scales(weight, version, offset, bytes)
             }
             _ => match &self.kind {
-                Kind::Synthetic { .. } => synthetic::compare(meta, version, offset, bytes),
-                Kind::Checkpoint(_) => synthetic::blockwise(offset, bytes, |range, block| {
+                Kind::Synthetic { .. } if self.spec.change_rate.is_none() => {
+                    synthetic::compare(meta, version, offset, bytes)
+                }
+                _ => synthetic::blockwise(offset, bytes, |range, block| {
                     self.make(meta, version, range, block);
                 }),
             },
@@ -408,11 +419,15 @@ impl Source {
     /// the tensor.
     fn make(&self, meta: &TensorMeta, version: Version, range: Range<u64>, block: &mut [u8]) {
         match &self.kind {
-            Kind::Synthetic { .. } => synthetic::fill(meta, version, range, block),
+            Kind::Synthetic { .. } => {
+                let rate = self.spec.change_rate;
+                synthetic::Values { version, rate }.fill(meta, range, block);
+            }
             Kind::Checkpoint(checkpoint) => {
                 let original = checkpoint.bytes(&meta.name).unwrap_or_default();
                 block.copy_from_slice(&original[range.start as usize..range.end as usize]);
-                synthetic::perturb(meta, self.steps(version), range.start, block);
+                let (steps, rate) = (self.steps(version), self.spec.change_rate);
+                synthetic::perturb(meta, steps, rate, range.start, block);
             }
         }
     }
@@ -441,17 +456,22 @@ fn total(metas: &[TensorMeta]) -> Result<u64> {
 ///
 /// Whatever the weight's description makes impossible.
 pub fn perturbed(weight: Weight, steps: u64) -> Result<Weight> {
+    changed(weight, steps, None)
+}
+
+fn changed(weight: Weight, steps: u64, rate: Option<ChangeRate>) -> Result<Weight> {
     if steps == 0 {
         return Ok(weight);
     }
     let (meta, treatment) = (weight.meta().clone(), weight.treatment().clone());
-    Weight::encoded(meta, Arc::new(Perturbed { weight, steps }), treatment)
+    Weight::encoded(meta, Arc::new(Perturbed { weight, steps, rate }), treatment)
 }
 
 #[derive(Debug)]
 struct Perturbed {
     weight: Weight,
     steps: u64,
+    rate: Option<ChangeRate>,
 }
 
 impl Encoding for Perturbed {
@@ -480,7 +500,7 @@ impl Encoding for Perturbed {
         for piece in destination.chunks_mut(16 << 10) {
             let end = start + piece.len() as u64;
             self.weight.encode(start..end, piece)?;
-            synthetic::perturb(meta, self.steps, start, piece);
+            synthetic::perturb(meta, self.steps, self.rate, start, piece);
             start = end;
         }
         Ok(())

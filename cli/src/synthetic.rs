@@ -9,6 +9,6 @@ mod fill;
 mod model;
 
 pub use architecture::SyntheticModel;
-pub(crate) use fill::{blockwise, perturb};
-pub use fill::{compare, fill};
+pub use fill::{ChangeRate, compare, fill};
+pub(crate) use fill::{Values, blockwise, perturb};
 pub use model::{Residency, ResidentModel, StreamedModel};

@@ -333,7 +333,8 @@ fn a_receiver_checks_every_chunk_of_every_update_of_either_source() {
     let folder = tempfile::tempdir().unwrap();
     checkpoint(folder.path());
     for model in [synthetic(Some(1)), ModelSpec::Checkpoint { path: folder.path().into() }] {
-        let mut trainer = Source::open(SourceSpec { model, updates: 4 }).unwrap();
+        let mut trainer =
+            Source::open(SourceSpec { model, updates: 4, change_rate: None }).unwrap();
         for version in 1..=3 {
             trainer.advance(Version(version)).unwrap();
             transfer(&mut trainer, version);
@@ -346,7 +347,7 @@ fn the_last_update_of_a_checkpoint_carries_exactly_its_files() {
     let folder = tempfile::tempdir().unwrap();
     checkpoint(folder.path());
     let model = ModelSpec::Checkpoint { path: folder.path().into() };
-    let mut source = Source::open(SourceSpec { model, updates: 2 }).unwrap();
+    let mut source = Source::open(SourceSpec { model, updates: 2, change_rate: None }).unwrap();
     let files = cli::checkpoint::Checkpoint::open(folder.path()).unwrap();
     let mut equal = |version| -> Vec<bool> {
         let weights = source.weights(Version(version)).unwrap();
@@ -363,7 +364,8 @@ fn the_last_update_of_a_checkpoint_carries_exactly_its_files() {
 
 #[test]
 fn a_wrong_byte_a_wrong_shape_and_a_wrong_name_are_told_apart() {
-    let mut trainer = Source::open(SourceSpec { model: synthetic(None), updates: 1 }).unwrap();
+    let mut trainer =
+        Source::open(SourceSpec { model: synthetic(None), updates: 1, change_rate: None }).unwrap();
     let version = Version(1);
     let weight = trainer.weights(version).unwrap().next().unwrap().unwrap();
     let mut bytes = weight.to_bytes().unwrap().to_vec();
@@ -385,7 +387,9 @@ fn a_wrong_byte_a_wrong_shape_and_a_wrong_name_are_told_apart() {
 
 #[test]
 fn weights_of_the_last_update_must_be_gone_before_the_next() {
-    let mut source = Source::open(SourceSpec { model: synthetic(Some(1)), updates: 2 }).unwrap();
+    let mut source =
+        Source::open(SourceSpec { model: synthetic(Some(1)), updates: 2, change_rate: None })
+            .unwrap();
     let held: Vec<_> = source.weights(Version(1)).unwrap().collect();
     assert_eq!(source.weights(Version(2)).err().unwrap().kind(), ErrorKind::State);
     drop(held);

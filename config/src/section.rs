@@ -20,12 +20,13 @@ const DEVICE: &str = "`device` to be `cpu`, or a kind of device and a number: `c
 const TIMEOUT: &str = "`timeout_seconds` to be a number above 0 and of at most 1000000000";
 
 /// The keys to offer when an unknown one was given.
-const KNOWN: [&str; 10] = [
+const KNOWN: [&str; 11] = [
     "backend",
     "update_weights_bucket_megabytes",
     "engine_kwargs",
     "trainer_quantize_fp8",
     "quantization",
+    "delta",
     "timeout_seconds",
     "digests",
     "device",
@@ -34,8 +35,8 @@ const KNOWN: [&str; 10] = [
 ];
 
 /// Those of them that layers in front of the engine have, with what they take.
-const OF_LAYERS: [(&str, Takes); 2] =
-    [("trainer_quantize_fp8", Takes::Flag), ("quantization", Takes::Table)];
+const OF_LAYERS: [(&str, Takes); 3] =
+    [("trainer_quantize_fp8", Takes::Flag), ("quantization", Takes::Table), ("delta", Takes::Flag)];
 
 /// What a layer's key takes.
 #[derive(Clone, Copy)]

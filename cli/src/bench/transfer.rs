@@ -7,8 +7,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use checkpoint_engine::nixl::bare;
 use checkpoint_engine::{
-    CheckpointEngineConfig, DType, DeviceChoice, Result, SendReport, StageTimes, Version, Weight,
-    WeightStream, ensure_async_iterator,
+    CheckpointEngineConfig, DType, DeltaReport, DeviceChoice, Result, SendReport, StageTimes,
+    Version, Weight, WeightStream, ensure_async_iterator,
 };
 use serde::Serialize;
 
@@ -58,6 +58,11 @@ pub struct TransferLine {
     pub tensors: u64,
     /// Bytes of an update.
     pub source_bytes: u64,
+    /// Bytes of an update that travelled.
+    pub wire_bytes: u64,
+    /// What had changed, where only that travels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub delta: Option<DeltaReport>,
     /// Seconds of an update.
     pub seconds: f64,
     /// Seconds of the first update, which allocates, compiles kernels and plans.
@@ -142,7 +147,12 @@ pub async fn transfer(
         options.rollouts.iter().flat_map(|&count| [(count, true), (count, false)]).collect();
     let settings = if chosen.is_empty() { settings } else { &chosen };
     for &(rollouts, digests) in settings {
-        let weights = || Ok(ensure_async_iterator(source.weights(Version(1))?));
+        // Without a rate nothing changes, and the model is made once.
+        let changes = options.source.change_rate.is_some();
+        let weights = |version| {
+            let version = if changes { version } else { Version(1) };
+            Ok(ensure_async_iterator(source.weights(version)?))
+        };
         each(&setting(options, "model", rollouts, digests, &baseline, weights).await?)?;
     }
     drop(baseline);
@@ -158,7 +168,7 @@ pub async fn transfer(
             Weight::new(format!("tiny.{index}.weight"), DType::BF16, [len / 2], bytes)
         })
         .collect::<Result<_>>()?;
-    let weights = || Ok(ensure_async_iterator(tiny.iter().cloned()));
+    let weights = |_| Ok(ensure_async_iterator(tiny.iter().cloned()));
     let baseline = Baseline::Host(vec![storage.clone()]);
     each(&setting(options, "tiny tensors", 1, true, &baseline, weights).await?)?;
     Ok(())
@@ -190,7 +200,7 @@ async fn setting<'a>(
     rollouts: u32,
     digests: bool,
     baseline: &Baseline,
-    mut weights: impl FnMut() -> Result<WeightStream<'a>>,
+    mut weights: impl FnMut(Version) -> Result<WeightStream<'a>>,
 ) -> Result<TransferLine> {
     let config = CheckpointEngineConfig { digests, ..options.config.clone() };
     let default = match (config.device.is_cpu(), config.backend.as_str()) {
@@ -224,7 +234,7 @@ async fn setting<'a>(
     let mut engine_peak_bytes = None;
     let (mut reports, mut first, mut bare) = (Vec::<SendReport>::new(), None, Vec::new());
     for version in (1..=updates).map(Version) {
-        let report = engine.send_weights(weights()?, version).await?;
+        let report = engine.send_weights(weights(version)?, version).await?;
         first.get_or_insert((report.elapsed.as_secs_f64(), report.stages));
         if version.0 == 2 && target.is_some() {
             // Bare transfers take memory of their own.
@@ -258,6 +268,8 @@ async fn setting<'a>(
         bucket_bytes,
         tensors: report.counts.tensors,
         source_bytes: report.counts.source_bytes,
+        wire_bytes: report.counts.wire_bytes,
+        delta: report.delta.clone(),
         seconds,
         first_seconds,
         stages: report.stages.into(),

@@ -8,10 +8,10 @@ use clap::{Args, Subcommand};
 use cli::bench::quant::{QuantLine, QuantOptions, quant};
 use cli::bench::transfer::{TransferLine, TransferOptions, transfer};
 use cli::source::{ModelSpec, SourceSpec};
-use cli::synthetic::SyntheticModel;
+use cli::synthetic::{ChangeRate, SyntheticModel};
 
 use crate::Failure;
-use crate::args::{EngineArgs, FormatArgs, Shape, shape, source_type};
+use crate::args::{EngineArgs, FormatArgs, Shape, change_rate, shape, source_type};
 use crate::commands::scale::ScaleArgs;
 use crate::output::{json_line, say};
 
@@ -41,6 +41,9 @@ pub(crate) struct TransferArgs {
     /// Take only its first LAYERS layers
     #[arg(long)]
     pub(crate) layers: Option<u32>,
+    /// How many elements of the model change from one update to the next, from 0 to 1; without it nothing changes
+    #[arg(long, value_name = "FRACTION", value_parser = change_rate)]
+    pub(crate) change_rate: Option<ChangeRate>,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
     /// How many trainers, all of which have the model
@@ -88,7 +91,7 @@ pub(crate) struct QuantBenchArgs {
 pub(crate) async fn transfer_command(args: &TransferArgs) -> Result<ExitCode, Failure> {
     let model = ModelSpec::Synthetic { name: args.synthetic, layers: args.layers };
     let options = TransferOptions {
-        source: SourceSpec { model, updates: 1 },
+        source: SourceSpec { model, updates: 1, change_rate: args.change_rate },
         config: args.engine.config()?,
         repeats: usize::try_from(args.repeats)?,
         trainers: args.trainers,

@@ -8,6 +8,7 @@
 use std::ops::Range;
 
 use engine_core::{DType, TensorMeta, Version};
+use serde::{Deserialize, Serialize};
 
 /// Bytes made at a time for a comparison: well within the first-level cache.
 const BLOCK: usize = 4096;
@@ -71,14 +72,49 @@ pub(crate) fn blockwise(
     Ok(())
 }
 
+/// How many elements of a model differ between a version and the next: a fraction, to a precision of 1 in 32 768.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangeRate(u16);
+
+impl ChangeRate {
+    /// A fraction between 0 and 1; `None` for other numbers.
+    pub fn new(fraction: f64) -> Option<Self> {
+        // Versions are told apart from a common start: an element differs from one to the next where one of both flips it.
+        (0.0..=1.0).contains(&fraction).then(|| Self((fraction / 2.0 * 65536.0).round() as u16))
+    }
+}
+
+/// The values of a synthetic model at a version: all of them new with every version, or those of version 1 with some that
+/// training has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Values {
+    pub(crate) version: Version,
+    pub(crate) rate: Option<ChangeRate>,
+}
+
+impl Values {
+    /// Makes the bytes `range` of a tensor.
+    pub(crate) fn fill(self, meta: &TensorMeta, range: Range<u64>, output: &mut [u8]) {
+        let Some(rate) = self.rate else { return fill(meta, self.version, range, output) };
+        fill(meta, Version(1), range.clone(), output);
+        perturb(meta, self.version.0.saturating_sub(1), Some(rate), range.start, output);
+    }
+}
+
 /// Changes bytes of a real tensor, which begin at `offset`, as `steps` of training would: the lowest
-/// mantissa bit of an eighth of the elements flips, others for every number of steps. With 0 steps
-/// nothing changes.
+/// mantissa bit of some of the elements flips, an eighth of them without a rate, others for every number of steps. With 0
+/// steps nothing changes.
 ///
 /// Finite values stay finite. Only floating-point tensors change (others are not trained), and of
 /// those not the 6-bit ones, whose elements begin at no fixed bit of a word, nor `F8_E8M0`, of
 /// which the lowest bit is a factor of two.
-pub(crate) fn perturb(meta: &TensorMeta, steps: u64, offset: u64, bytes: &mut [u8]) {
+pub(crate) fn perturb(
+    meta: &TensorMeta,
+    steps: u64,
+    rate: Option<ChangeRate>,
+    offset: u64,
+    bytes: &mut [u8],
+) {
     let lowest: u64 = match meta.dtype {
         DType::F64 => 1,
         DType::F32 | DType::C64 => 0x0000_0001_0000_0001,
@@ -93,9 +129,21 @@ pub(crate) fn perturb(meta: &TensorMeta, steps: u64, offset: u64, bytes: &mut [u
         return;
     }
     let seed = seed(&meta.name, steps);
+    let width = lowest.count_ones();
     let flips = |index| {
         let random = mix(seed, index);
-        random & random.rotate_right(21) & random.rotate_right(43) & lowest
+        let Some(ChangeRate(rate)) = rate else {
+            return random & random.rotate_right(21) & random.rotate_right(43) & lowest;
+        };
+        // Sixteen random bits for each element.
+        let four = |group: u32| match group {
+            0 => random,
+            group => mix(!seed, index.wrapping_mul(4).wrapping_add(u64::from(group))),
+        };
+        (0..width).fold(0, |flips, element| {
+            let chance = (four(element / 4) >> (element % 4 * 16)) as u16;
+            flips | u64::from(chance < rate) << (element * (64 / width))
+        })
     };
     // The bytes next to a NaN, which must not flip into it.
     let stays: fn(u8) -> bool = match meta.dtype {

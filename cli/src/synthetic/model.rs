@@ -10,7 +10,7 @@ use engine_core::{
 };
 use memmap2::MmapMut;
 
-use super::fill;
+use super::fill::{ChangeRate, Values};
 use crate::threads::pool;
 
 /// Where tensors begin in memory: at multiples of a cache line, and of what every device wants.
@@ -23,7 +23,7 @@ const JOB: usize = 4 << 20;
 pub struct ResidentModel {
     tensors: Vec<(TensorMeta, Range<usize>)>,
     memory: Arc<MmapMut>,
-    version: Version,
+    values: Values,
 }
 
 struct Shared(Arc<MmapMut>);
@@ -41,6 +41,19 @@ impl ResidentModel {
     ///
     /// `Resource` if the memory is not to be had; `Weight` for an invalid description.
     pub fn new(metas: impl IntoIterator<Item = TensorMeta>, version: Version) -> Result<Self> {
+        Self::changing(metas, version, None)
+    }
+
+    /// The same of a model of which so many elements change from one version to the next.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn changing(
+        metas: impl IntoIterator<Item = TensorMeta>,
+        version: Version,
+        rate: Option<ChangeRate>,
+    ) -> Result<Self> {
         let mut tensors = Vec::new();
         let mut end = 0_u64;
         for meta in metas {
@@ -55,14 +68,15 @@ impl ResidentModel {
         // Fewer page faults and TLB misses where the kernel has huge pages; as good without.
         #[cfg(target_os = "linux")]
         memory.advise(memmap2::Advice::HugePage).ok();
-        let mut model = Self { tensors, memory: Arc::new(memory), version };
+        let mut model =
+            Self { tensors, memory: Arc::new(memory), values: Values { version, rate } };
         model.advance(version)?;
         Ok(model)
     }
 
     /// The version whose values are in memory.
     pub fn version(&self) -> Version {
-        self.version
+        self.values.version
     }
 
     /// Refills all tensors, in place and on all cores, with the values of a version.
@@ -89,10 +103,11 @@ impl ResidentModel {
             let starts = (0_u64..).step_by(JOB);
             jobs.extend(starts.zip(tensor.chunks_mut(JOB)).map(|job| (meta, job)));
         }
+        let values = Values { version, ..self.values };
         pool()?.map(jobs, |(meta, (start, output))| {
-            fill(meta, version, start..start + output.len() as u64, output);
+            values.fill(meta, start..start + output.len() as u64, output);
         });
-        self.version = version;
+        self.values = values;
         Ok(())
     }
 
@@ -119,12 +134,18 @@ fn memory_error(bytes: u64) -> Error {
 #[derive(Clone, Debug)]
 pub struct StreamedModel {
     metas: Arc<[TensorMeta]>,
+    rate: Option<ChangeRate>,
 }
 
 impl StreamedModel {
     /// A model of these tensors.
     pub fn new(metas: impl IntoIterator<Item = TensorMeta>) -> Self {
-        Self { metas: metas.into_iter().collect() }
+        Self::changing(metas, None)
+    }
+
+    /// The same of a model of which so many elements change from one version to the next.
+    pub fn changing(metas: impl IntoIterator<Item = TensorMeta>, rate: Option<ChangeRate>) -> Self {
+        Self { metas: metas.into_iter().collect(), rate }
     }
 
     /// All tensors at a version. Nothing is made before it is [encoded](Weight::encode).
@@ -132,11 +153,11 @@ impl StreamedModel {
         &self,
         version: Version,
     ) -> impl ExactSizeIterator<Item = Result<Weight>> + Send + 'static {
-        let metas = self.metas.clone();
+        let (metas, values) = (self.metas.clone(), Values { version, rate: self.rate });
         (0..metas.len()).map(move |index| {
             let meta = metas[index].clone();
             let bytes = meta.byte_len()?;
-            let encoding = Generated { meta: meta.clone(), version, bytes };
+            let encoding = Generated { meta: meta.clone(), values, bytes };
             Weight::encoded(meta, Arc::new(encoding), Treatment::Plain)
         })
     }
@@ -145,7 +166,7 @@ impl StreamedModel {
 #[derive(Debug)]
 struct Generated {
     meta: TensorMeta,
-    version: Version,
+    values: Values,
     bytes: u64,
 }
 
@@ -163,7 +184,7 @@ impl Encoding for Generated {
     }
 
     fn encode_host(&self, range: Range<u64>, destination: &mut [u8]) -> Result<()> {
-        fill(&self.meta, self.version, range, destination);
+        self.values.fill(&self.meta, range, destination);
         Ok(())
     }
 }
