@@ -1,6 +1,6 @@
 //! What is told of an update, in one line.
 
-use checkpoint_engine::{DeltaReport, SendReport, Version, VersionState};
+use checkpoint_engine::{ChangedElements, DeltaReport, SendReport, Version, VersionState};
 use serde::Serialize;
 
 use crate::device;
@@ -61,6 +61,25 @@ pub struct RolloutLine {
     pub digest: Option<String>,
     /// The most memory that it took beyond what it had before it prepared.
     pub extra_peak_bytes: u64,
+}
+
+/// What had changed in an update, in words.
+pub fn delta_in_words(delta: &DeltaReport, wire_bytes: u64) -> String {
+    let kept = delta.shadow_bytes as f64 / f64::from(1 << 20);
+    if let Some(why) = &delta.whole {
+        return format!("whole weights: {why}; a copy of {kept:.1} MiB on each side");
+    }
+    let of_type = |(name, counts): (&String, &ChangedElements)| {
+        let share = counts.changed as f64 / counts.compared.max(1) as f64;
+        format!("{:.3} % of {name}", share * 100.0)
+    };
+    let changed: Vec<String> = delta.elements.iter().map(of_type).collect();
+    format!(
+        "changes: {:.3} MB travelled; {} in {} weights; a copy of {kept:.1} MiB on each side",
+        wire_bytes as f64 / 1e6,
+        if changed.is_empty() { "nothing".to_owned() } else { changed.join(", ") },
+        delta.changed_weights
+    )
 }
 
 /// An update's line from its report.

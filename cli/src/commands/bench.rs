@@ -7,6 +7,7 @@ use checkpoint_engine::fp8::{Fp8Format, Granularity, Quantization, SourceType};
 use clap::{Args, Subcommand};
 use cli::bench::quant::{QuantLine, QuantOptions, quant};
 use cli::bench::transfer::{TransferLine, TransferOptions, transfer};
+use cli::report_line::delta_in_words;
 use cli::source::{ModelSpec, SourceSpec};
 use cli::synthetic::{ChangeRate, SyntheticModel};
 
@@ -119,6 +120,9 @@ pub(crate) async fn transfer_command(args: &TransferArgs) -> Result<ExitCode, Fa
             line.us_per_tensor,
             line.extra_peak_bytes as f64 / f64::from(1 << 20)
         ))?;
+        if let Some(delta) = &line.delta {
+            say(format!("  {}", delta_in_words(delta, line.wire_bytes)))?;
+        }
         match (line.bare_gb_per_s, line.bare_ratio) {
             (Some(rate), Some(ratio)) => say(format!(
                 "  {ratio:.2} of bare transfers of as many bytes between the same processes, \

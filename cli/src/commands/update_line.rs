@@ -1,6 +1,6 @@
 //! What `sync` and `trainer` print of their source and of each update.
 
-use cli::report_line::UpdateLine;
+use cli::report_line::{UpdateLine, delta_in_words};
 use cli::source::{ModelSpec, Source};
 
 use crate::output::{json_line, say};
@@ -56,5 +56,8 @@ pub(crate) fn print_update(line: &UpdateLine, json: bool) -> checkpoint_engine::
         if line.verified { ", every byte verified" } else { "" },
         rollouts.join(", ")
     ))?;
+    if let Some(delta) = &line.delta {
+        say(format!("  {}", delta_in_words(delta, line.wire_bytes)))?;
+    }
     line.slower.iter().try_for_each(|why| say(format!("  slower than it could be: {why}")))
 }
