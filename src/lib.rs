@@ -91,6 +91,9 @@ pub use receivers;
 /// Plans of who sends which part of which weight to whom, where trainers and rollouts have parts of tensors.
 pub use reshard;
 
+/// Updates that carry only what changed.
+pub use delta;
+
 /// The backends that this crate brings: `naive`, and those of its features.
 pub fn registry() -> Registry {
     let registry = Registry::new().with(backend_naive::BACKEND);

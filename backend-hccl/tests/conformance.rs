@@ -19,6 +19,7 @@ use quant_fp8::{LAYER, QuantizeFp8};
 const CASE: &str = "CKPT_ENGINE_TEST_CASE";
 const LIBRARIES: &str = "CKPT_ENGINE_HCCL_DIR";
 const FP8: &str = "CKPT_ENGINE_TEST_FP8";
+const DELTA: &str = "CKPT_ENGINE_TEST_DELTA";
 const REBUILD: &str = "CKPT_ENGINE_TEST_REBUILD";
 /// The ranks' NPUs, separated by commas; all others are on the last one.
 const NPUS: &str = "CKPT_ENGINE_TEST_NPUS";
@@ -35,6 +36,7 @@ enum Execution {
 enum Format {
     Plain,
     Fp8,
+    Delta,
 }
 
 /// Where ranks are.
@@ -60,8 +62,10 @@ impl Isolated {
             Npus::One => drop(child.env(NPUS, "0")),
             Npus::Mixed => drop(child.env(NPUS, "0,0,1,2,3")),
         }
-        if format == Format::Fp8 {
-            child.env(FP8, "1");
+        match format {
+            Format::Plain => {}
+            Format::Fp8 => drop(child.env(FP8, "1")),
+            Format::Delta => drop(child.env(DELTA, "1")),
         }
         let (succeeded, text) = run(&mut child);
         assert!(succeeded, "{text}");
@@ -116,6 +120,14 @@ fn one_case() {
             // The suite's shapes are no engine's.
             config.layers.insert("quantization".into(), serde_json::json!({"receiver": "any"}));
         }),
+    };
+    let suite = match std::env::var_os(DELTA) {
+        None => suite,
+        Some(_) => {
+            suite.with_layer(delta::LAYER, Role::Trainer, |weights| weights).with_config(|config| {
+                config.layers.insert("delta".into(), true.into());
+            })
+        }
     };
     let suite = match std::env::var_os(REBUILD) {
         None => suite,
@@ -185,6 +197,7 @@ suites! {
     cann_8_1_eager_fp8: Cann81, Eager, Fp8, Own;
     cann_8_1_lazy: Cann81, Lazy, Plain, Own;
     cann_8_1_lazy_fp8: Cann81, Lazy, Fp8, Own;
+    current_eager_delta: Current, Eager, Delta, Own;
     one_npu_current_eager: Current, Eager, Plain, One;
     one_npu_split_lazy_fp8: Split, Lazy, Fp8, One;
     mixed_current_lazy_fp8: Current, Lazy, Fp8, Mixed;

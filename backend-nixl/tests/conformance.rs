@@ -34,6 +34,14 @@ fn fp8(options: Value) -> conformance::Suite {
     })
 }
 
+fn delta(options: Value) -> conformance::Suite {
+    suite(options).with_layer(delta::LAYER, Role::Trainer, |weights| weights).with_config(
+        |config| {
+            config.layers.insert("delta".into(), true.into());
+        },
+    )
+}
+
 mod star {
     conformance::suite!(super::suite(super::json!({"topology": "star"})));
 }
@@ -60,4 +68,8 @@ mod ring_quantised {
 
 mod star_that_writes_quantised {
     conformance::suite!(super::fp8(super::json!({"topology": "star", "transfer": "write"})));
+}
+
+mod ring_of_changes {
+    conformance::suite!(super::delta(super::json!({"topology": "ring"})));
 }

@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use checkpoint_engine::backend::telemetry::{METRICS, MetricKind};
+use checkpoint_engine::delta::DeltaConfig;
 use checkpoint_engine::fp8::{Fp8Config, Quantization};
 use checkpoint_engine::hccl::HcclOptions;
 use checkpoint_engine::nccl::NcclOptions;
@@ -45,6 +46,8 @@ fn the_configuration_page_is_made_from_the_types() {
     let engine = defaults(serde_json::to_value(CheckpointEngineConfig::default()));
     table::<CheckpointEngineConfig>(&mut page, "`checkpoint_engine`", &engine);
     let layer = serde_json::json!({"trainer_quantize_fp8": false, "quantization": {}});
+    let delta = defaults(serde_json::to_value(DeltaConfig::default()));
+    table::<DeltaConfig>(&mut page, "`checkpoint_engine`, of the layer `delta`", &delta);
     table::<Fp8Config>(&mut page, "`checkpoint_engine`, with the feature `fp8`", &layer);
     let quantization = defaults(serde_json::to_value(Quantization::default()));
     table::<Quantization>(&mut page, "`quantization`", &quantization);

@@ -17,7 +17,7 @@
 //!   the sums anew from memory.
 //! - Weights that are new, or have another shape, travel whole beside the changes of the others. Those that are gone are gone.
 //!
-//! Values are absolute, and places are counted in a weight, so that no name travels a second time. [`tiles`](self) of at most 64 KiB
+//! Values are absolute, and places are counted in a weight, so that no name travels a second time. Tiles of at most 64 KiB
 //! keep places short: an FP8 code that changed takes three bytes.
 
 #![forbid(unsafe_code)]
@@ -31,14 +31,14 @@ mod trainer;
 use engine_core::{
     CheckpointEngineConfig, EngineContext, Layer, PreparedRollout, PreparedTrainer, Result,
 };
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// Deltas in front of an engine, where its configuration says `delta: true`: to be given to
 /// [`Registry::with_layer`](engine_core::Registry::with_layer), before layers that convert weights, which then convert what this
 /// compares.
 pub const LAYER: Layer = Layer {
     name: "delta",
-    keys: &Keys::ALL,
+    keys: &DeltaConfig::KEYS,
     trainer: in_front_of_trainer,
     rollout: in_front_of_rollout,
 };
@@ -46,17 +46,25 @@ pub const LAYER: Layer = Layer {
 /// After so many versions that came as changes, sums are computed anew from memory.
 const ATTESTED_EVERY: u64 = 64;
 
-#[derive(Debug, Default, Deserialize)]
+/// What of a configuration is this layer's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-struct Keys {
-    delta: bool,
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct DeltaConfig {
+    /// Whether updates carry only what changed. Every rank keeps a copy of what travelled, in host memory.
+    pub delta: bool,
 }
 
-impl Keys {
-    const ALL: [&str; 1] = ["delta"];
+impl DeltaConfig {
+    const KEYS: [&str; 1] = ["delta"];
 
-    fn are_set(config: &CheckpointEngineConfig) -> Result<bool> {
-        config.layer::<Self>(&Self::ALL).map(|keys| keys.delta)
+    /// What a configuration says.
+    ///
+    /// # Errors
+    ///
+    /// `Config` if the key has another type.
+    pub fn of(config: &CheckpointEngineConfig) -> Result<Self> {
+        config.layer(&Self::KEYS)
     }
 }
 
@@ -64,7 +72,7 @@ fn in_front_of_trainer(
     prepared: PreparedTrainer,
     context: &EngineContext,
 ) -> Result<PreparedTrainer> {
-    if !Keys::are_set(&context.config)? {
+    if !DeltaConfig::of(&context.config)?.delta {
         return Ok(prepared);
     }
     trainer::in_front(prepared, context)
@@ -74,7 +82,7 @@ fn in_front_of_rollout(
     prepared: PreparedRollout,
     context: &EngineContext,
 ) -> Result<PreparedRollout> {
-    if !Keys::are_set(&context.config)? {
+    if !DeltaConfig::of(&context.config)?.delta {
         return Ok(prepared);
     }
     rollout::in_front(prepared, context)

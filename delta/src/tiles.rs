@@ -435,38 +435,3 @@ mod tests {
         assert_eq!(body(DType::BF16), 4 * 4 + count * 4);
     }
 }
-#[cfg(test)]
-mod timing {
-    use super::*;
-    #[test]
-    #[ignore]
-    fn timing() {
-        for (dtype, every) in [(DType::BF16, 100), (DType::U8, 3000), (DType::U8, 1_000_000)] {
-            let u = unit(dtype);
-            let old = vec![3_u8; 256 << 20];
-            let mut new = old.clone();
-            let mut x = 1_u64;
-            let mut at = 0;
-            while at < new.len() / u {
-                new[at * u] ^= 1;
-                x ^= x << 13; x ^= x >> 7; x ^= x << 17;
-                at += 1 + (x % (2 * every)) as usize;
-            }
-            let cut = Cut::at(dtype, 1);
-            for _ in 0..3 {
-                let begun = std::time::Instant::now();
-                let mut c = Changes::default();
-                c.compare(cut, 0, &old, &new);
-                let took = begun.elapsed();
-                let mut body = Vec::new();
-                let units = c.units;
-                Changes::join(&[c], &mut body);
-                let mut w = old.clone();
-                let begun = std::time::Instant::now();
-                exchange(cut, &mut w, &mut body).unwrap();
-                let ex = begun.elapsed();
-                println!("{dtype} 1/{every}: compare {:.2} GB/s, exchange {:.2} GB/s {:.1} ns each, body {}", 0.268 / took.as_secs_f64(), 0.268 / ex.as_secs_f64(), ex.as_secs_f64() * 1e9 / units as f64, body.len());
-            }
-        }
-    }
-}
