@@ -446,7 +446,12 @@ impl Reader {
     /// devices.
     pub(crate) fn synchronize(&mut self, py: Python<'_>) -> Result<()> {
         let producers = std::mem::take(&mut self.producers);
-        let streams = self.devices.values().filter_map(|(_, stream)| stream.as_ref());
+        let streams: Vec<_> =
+            self.devices.values().filter_map(|(_, stream)| stream.as_ref()).collect();
+        if producers.is_empty() && streams.is_empty() {
+            // Where there is no driver, each question for it would look for its library.
+            return Ok(());
+        }
         py.detach(|| {
             producers.iter().try_for_each(ForeignStream::synchronize)?;
             keeping_current(|| streams.into_iter().try_for_each(Stream::synchronize))
