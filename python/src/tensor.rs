@@ -303,10 +303,13 @@ impl Reader {
         let py = tensor.py();
         let mut owner = tensor.clone();
         let described = match self.way(tensor).map_err(raised)? {
-            Way::Torch(exchange) => {
+            Way::Torch(_) => {
                 // Another tensor of the same memory: the program may give the tensor another one.
                 owner = tensor.call_method0(intern!(py, "detach")).map_err(raised)?;
-                self.torch(name, &owner, exchange).map_err(raised)??
+                match self.way(&owner).map_err(raised)? {
+                    Way::Torch(exchange) => self.torch(name, &owner, exchange).map_err(raised)??,
+                    _ => None,
+                }
             }
             Way::Array => Some(self.array(name, tensor).map_err(raised)??),
             Way::Distributed => {

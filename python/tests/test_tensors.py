@@ -170,6 +170,11 @@ def test_a_tensor_is_the_same_weight_whichever_way_its_class_describes_it():
             given = given.permute(*torch.randperm(given.dim()).tolist()) if given.dim() else given
             for axis in range(given.dim()):
                 given = given.narrow(axis, 0, int(torch.randint(0 if axis == 3 else 1, given.size(axis) + 1, ())))
+            if given.is_contiguous():
+                ckpt_engine.Destination({"w": way(given)})
+            else:
+                with pytest.raises(ckpt_engine.WeightError, match="not contiguous"):
+                    ckpt_engine.Destination({"w": way(given)})
             given = torch.nn.Parameter(given) if torch.rand(()) < 0.3 else given
             seen = ckpt_engine.Tensor(way(given))
             assert seen.shape == given.shape
