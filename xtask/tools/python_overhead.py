@@ -173,7 +173,8 @@ def main():
                 more = seconds - theirs
                 verdict = "OK" if more <= max(0.03 * theirs, 0.001) else "slower"
                 print(
-                    f"{title}: Python, {how}, digests {'on' if digests else 'off'}: {seconds * 1e3:.2f} ms, "
+                    f"{title}: Python, {how}, digests {'on' if digests else 'off'}: {seconds * 1e3:.2f} ms "
+                    f"({min(times[2:]) * 1e3:.2f} to {max(times[2:]) * 1e3:.2f}), "
                     f"{more * 1e3:+.2f} ms, {more / theirs:+.1%} {verdict}; {reports[-1].stages}", flush=True,
                 )
             process.join(30)
