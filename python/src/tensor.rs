@@ -106,7 +106,7 @@ pub(crate) enum Place {
 enum Way {
     /// One of ours.
     Own,
-    /// torch: by the functions that its class has for this, in the versions that have them (2.10 and later), else by the
+    /// torch: by the functions that its class has for this, in the versions that have them (2.11 does), else by the
     /// tensor's attributes. Both are faster than `__dlpack__`, and know FP8 and parameters in every version.
     Torch(Option<Exchange>),
     /// Parts of a tensor, which have no memory of the whole.
@@ -307,7 +307,9 @@ impl Reader {
                 // Another tensor of the same memory: the program may give the tensor another one.
                 owner = tensor.call_method0(intern!(py, "detach")).map_err(raised)?;
                 match self.way(&owner).map_err(raised)? {
-                    Way::Torch(exchange) => self.torch(name, &owner, exchange).map_err(raised)??,
+                    Way::Torch(exchange) => {
+                        self.torch(name, &owner, exchange).map_err(raised)??
+                    }
                     _ => None,
                 }
             }
