@@ -34,13 +34,29 @@ pub struct Packer {
     tools: Arc<Turns<Tools>>,
 }
 
-/// Where the pieces of a bucket belong.
+/// Where the pieces of a bucket belong on a device, in their order.
 #[derive(Debug, Default)]
-pub(crate) struct Places {
+pub struct Places {
     /// Of each piece, which has as many bytes there.
-    pub(crate) addresses: Vec<u64>,
+    addresses: Vec<u64>,
     /// What they are in.
-    pub(crate) memory: Vec<CudaMemory>,
+    memory: Vec<CudaMemory>,
+}
+
+impl Places {
+    /// Adds the place of the next piece: its part of a tensor, which is kept.
+    ///
+    /// # Errors
+    ///
+    /// `State` if the tensor is shorter.
+    pub fn push(&mut self, piece: &Piece, tensor: &CudaSlice) -> Result<()> {
+        self.addresses.push(tensor.address_of(piece.start, piece.len)?);
+        let memory = tensor.memory();
+        if self.memory.last().is_none_or(|last| last.address() != memory.address()) {
+            self.memory.push(memory.clone());
+        }
+        Ok(())
+    }
 }
 
 /// What a packer works with.

@@ -9,6 +9,7 @@
 
 mod arena;
 mod bucket;
+mod copy_out;
 mod device;
 pub mod dlpack;
 mod error;
@@ -24,7 +25,8 @@ mod turns;
 mod work;
 
 pub use arena::CudaArena;
-pub use bucket::Packer;
+pub use bucket::{Packer, Places};
+pub use copy_out::CudaCopyOut;
 pub use device::{
     CudaMemory, CudaSlice, Device, Event, ForeignStream, IpcHandle, Pending, PinnedMemory, Stream,
     count, driver_version, keeping_current,

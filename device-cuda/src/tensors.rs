@@ -1,19 +1,16 @@
 //! A model's tensors on a device, which buckets are installed into.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use engine_core::plan::BucketLayout;
-use engine_core::{CopyOut, Install, ReceivedBucket, Result, Storage, TensorMeta};
+use engine_core::{CopyOut, Install, ReceivedBucket, Result, TensorMeta};
 
 use crate::bucket::{Packer, Places};
-use crate::{CudaMemory, CudaSlice, Device};
+use crate::{CudaCopyOut, CudaMemory, CudaSlice, Device};
 
 /// Offsets of tensors that share an allocation.
 const ALIGNMENT: usize = 256;
-
-/// The most pieces whose places are remembered, eight bytes each.
-const MOST_PLACES: usize = 1 << 20;
 
 /// A model's tensors on a device, by name: a destination that grows as weights arrive.
 ///
@@ -25,7 +22,7 @@ const MOST_PLACES: usize = 1 << 20;
 #[derive(Debug)]
 pub struct CudaTensorMap {
     tensors: HashMap<Arc<str>, (TensorMeta, CudaSlice)>,
-    known: Arc<Known>,
+    copies: Arc<CudaCopyOut>,
     /// Memory for tensors that are still to come, and how much of it is taken.
     reserve: Option<(CudaMemory, usize)>,
 }
@@ -37,8 +34,12 @@ impl CudaTensorMap {
     ///
     /// Those of [`Packer::new`].
     pub fn new(device: &Device) -> Result<Self> {
-        let known = Known { packer: Packer::new(device)?, layouts: Mutex::default() };
-        Ok(Self { tensors: HashMap::new(), known: Arc::new(known), reserve: None })
+        let copies = Arc::new(CudaCopyOut::new(Packer::new(device)?));
+        Ok(Self { tensors: HashMap::new(), copies, reserve: None })
+    }
+
+    fn device(&self) -> &Device {
+        self.copies.packer().device()
     }
 
     /// Allocates memory for tensors of so many bytes together, so that the first update does not have to.
@@ -47,7 +48,7 @@ impl CudaTensorMap {
     ///
     /// `Resource` if there is not so much.
     pub fn reserve(&mut self, bytes: u64) -> Result<()> {
-        self.reserve = Some((CudaMemory::new(self.known.packer.device(), bytes as usize)?, 0));
+        self.reserve = Some((CudaMemory::new(self.device(), bytes as usize)?, 0));
         Ok(())
     }
 
@@ -72,9 +73,9 @@ impl CudaTensorMap {
     }
 
     /// Memory for the tensors of a bucket that have none of their size: one allocation for all of them.
-    fn allocate(&mut self, bucket: &ReceivedBucket) -> Result<()> {
+    fn allocate(&mut self, layout: &BucketLayout) -> Result<()> {
         let (mut new, mut bytes, mut changes) = (Vec::new(), 0_usize, false);
-        for piece in bucket.layout().pieces() {
+        for piece in layout.pieces() {
             let len = piece.meta.byte_len()? as usize;
             match self.tensors.get_mut(&piece.meta.name) {
                 Some((meta, memory)) if memory.len() == len => {
@@ -88,7 +89,7 @@ impl CudaTensorMap {
             }
         }
         if changes || !new.is_empty() {
-            self.known.forget();
+            self.copies.forget();
         }
         if new.is_empty() {
             return Ok(());
@@ -99,7 +100,7 @@ impl CudaTensorMap {
                 *taken += bytes;
                 (memory.clone(), at)
             }
-            _ => (CudaMemory::new(self.known.packer.device(), bytes)?, 0),
+            _ => (CudaMemory::new(self.device(), bytes)?, 0),
         };
         for (meta, start, len) in new {
             self.tensors.insert(meta.name.clone(), (meta, memory.slice(at + start, len)?));
@@ -113,11 +114,7 @@ impl CudaTensorMap {
         for piece in layout.pieces() {
             // `allocate` has seen every name of the bucket.
             let Some((_, tensor)) = self.tensors.get(&piece.meta.name) else { continue };
-            places.addresses.push(tensor.address_of(piece.start, piece.len)?);
-            let memory = tensor.memory();
-            if places.memory.last().is_none_or(|last| last.address() != memory.address()) {
-                places.memory.push(memory.clone());
-            }
+            places.push(piece, tensor)?;
         }
         Ok(places)
     }
@@ -125,33 +122,26 @@ impl CudaTensorMap {
 
 impl Install for CudaTensorMap {
     fn install(&mut self, bucket: &ReceivedBucket) -> Result<()> {
-        let copies: Arc<dyn CopyOut> = self.known.clone();
-        if bucket.was_copied_by(&copies) {
-            return Ok(());
-        }
-        let Some(source) = bucket.buffer().and_then(CudaSlice::of_storage) else {
-            return self.install_apart(bucket);
+        let copies = Arc::clone(&self.copies);
+        let place = |layout: &BucketLayout| {
+            self.allocate(layout)?;
+            self.places(layout).map(Some)
         };
-        let (layout, packer) = (bucket.layout(), &self.known.packer);
-        if let Some(places) = self.known.find(layout) {
-            return packer.copy_out(&source, layout.pieces(), &places, false).map(drop);
+        match copies.install(bucket, place)? {
+            true => Ok(()),
+            false => self.install_apart(bucket),
         }
-        self.allocate(bucket)?;
-        let places = self.places(layout)?;
-        self.known.packer.copy_out(&source, layout.pieces(), &places, false)?;
-        self.known.remember(layout, places);
-        Ok(())
     }
 
     fn copies(&self) -> Option<Arc<dyn CopyOut>> {
-        Some(self.known.clone())
+        Some(self.copies.clone())
     }
 }
 
 impl CudaTensorMap {
-    /// Installs a bucket whose pieces are not all in one memory of a device.
+    /// Installs a bucket whose pieces are not all in one memory of the device.
     fn install_apart(&mut self, bucket: &ReceivedBucket) -> Result<()> {
-        self.allocate(bucket)?;
+        self.allocate(bucket.layout())?;
         let mut copies = Vec::with_capacity(bucket.pieces().len());
         for piece in bucket.pieces() {
             let Some((_, memory)) = self.tensors.get(&piece.meta.name) else { continue };
@@ -161,58 +151,6 @@ impl CudaTensorMap {
                 None => target.write(&piece.bytes.to_host()?)?,
             }
         }
-        self.known.packer.copy(copies)
-    }
-}
-
-/// The layouts that were installed, and where their pieces belong.
-#[derive(Debug)]
-struct Known {
-    packer: Packer,
-    layouts: Mutex<Layouts>,
-}
-
-#[derive(Debug, Default)]
-struct Layouts {
-    /// By their digests, which are compared as well as the layouts.
-    known: HashMap<u64, (Arc<BucketLayout>, Arc<Places>)>,
-    pieces: usize,
-}
-
-impl Known {
-    fn find(&self, layout: &BucketLayout) -> Option<Arc<Places>> {
-        let layouts = self.lock();
-        let (known, places) = layouts.known.get(&layout.digest())?;
-        (std::ptr::eq(&**known, layout) || **known == *layout).then(|| Arc::clone(places))
-    }
-
-    fn remember(&self, layout: &Arc<BucketLayout>, places: Places) {
-        let mut layouts = self.lock();
-        let count = layout.pieces().len();
-        if layouts.pieces + count > MOST_PLACES {
-            *layouts = Layouts::default();
-        }
-        layouts.pieces += count;
-        layouts.known.insert(layout.digest(), (Arc::clone(layout), Arc::new(places)));
-    }
-
-    /// Tensors have moved, or are others.
-    fn forget(&self) {
-        *self.lock() = Layouts::default();
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Layouts> {
-        // A panic leaves what is there true: it was put in whole.
-        self.layouts.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl CopyOut for Known {
-    fn copy_out(&self, layout: &BucketLayout, bucket: &Storage) -> Result<Option<u64>> {
-        let (Some(source), Some(places)) = (CudaSlice::of_storage(bucket), self.find(layout))
-        else {
-            return Ok(None);
-        };
-        self.packer.copy_out(&source, layout.pieces(), &places, true).map(Some)
+        self.copies.packer().copy(copies)
     }
 }

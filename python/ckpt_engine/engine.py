@@ -273,7 +273,7 @@ class TrainerEngine(_Engine):
     ) -> SendReport:
         """Sends every weight to all rollouts; returns when all of them have confirmed.
 
-        The iterator runs on the calling thread, ahead of the engine by at most 4096 tensors and 64 MiB, 256 on a GPU (or one
+        The iterator runs on the calling thread, ahead of the engine by at most 4096 tensors and 64 MiB, 1 GiB on a GPU (or one
         tensor, where it is larger). Tensors are read in place: keep them unchanged until this returns, with an
         error or without. Every update has the names of the update before.
 

@@ -3,9 +3,11 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use device_cuda::{CudaSlice, Device, Packer};
+use device_cuda::{CudaCopyOut, CudaSlice, Device, Packer, Places};
+use engine_core::plan::BucketLayout;
 use engine_core::{
-    Error, ErrorKind, Install, ReceiveReport, ReceivedBucket, ReceivedPiece, Result, Storage,
+    CopyOut, Error, ErrorKind, Install, ReceiveReport, ReceivedBucket, ReceivedPiece, Result,
+    Storage, TensorMeta,
 };
 use pyo3::prelude::*;
 
@@ -47,7 +49,7 @@ impl Destination {
         }
         reader.synchronize(py).or_raise(py)?;
         let tensors = Tensors::new(targets, partial).or_raise(py)?;
-        let devices = tensors.packers.values().map(|packer| packer.device().clone()).collect();
+        let devices = tensors.devices().cloned().collect();
         Ok(Self { own: Own::new((Arc::new(Slot::new("destination", tensors)), devices)) })
     }
 }
@@ -59,7 +61,7 @@ pub(crate) struct Tensors {
     /// All names, unless an update may bring only some.
     expected: Option<Arc<[Arc<str>]>>,
     /// By the numbers of the devices that have tensors.
-    packers: BTreeMap<i32, Packer>,
+    copies: BTreeMap<i32, Arc<CudaCopyOut>>,
     /// The names that the last update brought.
     came: Vec<Arc<str>>,
 }
@@ -75,12 +77,13 @@ impl Tensors {
         check_apart(&targets)?;
         let names = || targets.iter().map(|target| Arc::clone(&target.meta.name)).collect();
         let expected = if partial { None } else { Some(names()) };
-        let mut packers = BTreeMap::new();
+        let mut copies = BTreeMap::new();
         for target in &targets {
             if let Place::Device(memory) = &target.place
-                && !packers.contains_key(&memory.device().ordinal())
+                && !copies.contains_key(&memory.device().ordinal())
             {
-                packers.insert(memory.device().ordinal(), Packer::new(memory.device())?);
+                let packer = Packer::new(memory.device())?;
+                copies.insert(memory.device().ordinal(), Arc::new(CudaCopyOut::new(packer)));
             }
         }
         let names = targets.iter().map(|target| Arc::clone(&target.meta.name));
@@ -88,7 +91,41 @@ impl Tensors {
         if index.len() < targets.len() {
             return Err(Error::new(ErrorKind::Weight, WHAT, "two tensors have one name"));
         }
-        Ok(Self { targets, index, expected, packers, came: Vec::new() })
+        Ok(Self { targets, index, expected, copies, came: Vec::new() })
+    }
+
+    fn devices(&self) -> impl Iterator<Item = &Device> {
+        self.copies.values().map(|copies| copies.packer().device())
+    }
+
+    /// The tensor that a weight is copied into, and its number.
+    fn target(&self, meta: &TensorMeta) -> Result<(usize, &Target)> {
+        let refuse = |message| Error::new(ErrorKind::Mismatch, WHAT, message).tensor(&*meta.name);
+        let Some(&index) = self.index.get(&meta.name) else {
+            return Err(refuse("the destination has no tensor of this name".to_owned()));
+        };
+        let target = &self.targets[index];
+        if (target.meta.dtype, &target.meta.shape) != (meta.dtype, &meta.shape) {
+            return Err(refuse(format!(
+                "it is {} {:?}, and the destination's is {} {:?}",
+                meta.dtype, meta.shape, target.meta.dtype, target.meta.shape
+            )));
+        }
+        Ok((index, target))
+    }
+
+    /// Where the pieces of a bucket belong, if all of them belong on a device.
+    fn places(&self, layout: &BucketLayout, device: &Device) -> Result<Option<Places>> {
+        let mut places = Places::default();
+        for piece in layout.pieces() {
+            match &self.target(&piece.meta)?.1.place {
+                Place::Device(memory) if memory.device().ordinal() == device.ordinal() => {
+                    places.push(piece, memory)?;
+                }
+                _ => return Ok(None),
+            }
+        }
+        Ok(Some(places))
     }
 }
 
@@ -118,21 +155,40 @@ fn check_apart(targets: &[Target]) -> Result<()> {
 
 impl Install for Tensors {
     fn install(&mut self, bucket: &ReceivedBucket) -> Result<()> {
+        for copies in self.copies.values() {
+            let place = |layout: &BucketLayout| self.places(layout, copies.packer().device());
+            if copies.install(bucket, place)? {
+                return Ok(());
+            }
+        }
+        self.install_apart(bucket)
+    }
+
+    /// Of tensors that are all on one device: an update comes to one.
+    fn copies(&self) -> Option<Arc<dyn CopyOut>> {
+        let mut devices = self.copies.values();
+        match (devices.next(), devices.next()) {
+            (Some(one), None) => Some(one.clone()),
+            _ => None,
+        }
+    }
+
+    fn expects(&self) -> Option<Arc<[Arc<str>]>> {
+        self.expected.clone()
+    }
+
+    fn completed(&mut self, names: Vec<Arc<str>>) {
+        self.came = names;
+    }
+}
+
+impl Tensors {
+    /// Installs a bucket whose pieces are not all in one memory, or do not all belong there.
+    fn install_apart(&mut self, bucket: &ReceivedBucket) -> Result<()> {
         let mut on_devices: BTreeMap<i32, Vec<(CudaSlice, CudaSlice)>> = BTreeMap::new();
         let mut on_host = Vec::new();
         for piece in bucket.pieces() {
-            let name = &piece.meta.name;
-            let refuse = |message| Error::new(ErrorKind::Mismatch, WHAT, message).tensor(&**name);
-            let found = self.index.get(name).map(|&index| (index, &self.targets[index]));
-            let Some((index, target)) = found else {
-                return Err(refuse("the destination has no tensor of this name".to_owned()));
-            };
-            if (target.meta.dtype, &target.meta.shape) != (piece.meta.dtype, &piece.meta.shape) {
-                return Err(refuse(format!(
-                    "it is {} {:?}, and the destination's is {} {:?}",
-                    piece.meta.dtype, piece.meta.shape, target.meta.dtype, target.meta.shape
-                )));
-            }
+            let (index, target) = self.target(&piece.meta)?;
             let Place::Device(memory) = &target.place else {
                 on_host.push((index, piece));
                 continue;
@@ -147,25 +203,15 @@ impl Install for Tensors {
             }
         }
         bucket.copy_out(self.on_host(&mut on_host)?)?;
-        for (number, copies) in on_devices {
+        for (number, pieces) in on_devices {
             // `new` has made one for each device that a tensor is on.
-            if let Some(packer) = self.packers.get(&number) {
-                packer.copy(copies)?;
+            if let Some(copies) = self.copies.get(&number) {
+                copies.packer().copy(pieces)?;
             }
         }
         Ok(())
     }
 
-    fn expects(&self) -> Option<Arc<[Arc<str>]>> {
-        self.expected.clone()
-    }
-
-    fn completed(&mut self, names: Vec<Arc<str>>) {
-        self.came = names;
-    }
-}
-
-impl Tensors {
     /// What is to be copied within the host, and where to; no two of the pieces are of one tensor.
     fn on_host<'a>(
         &'a mut self,

@@ -7,6 +7,7 @@ use std::ptr::{NonNull, null_mut};
 use bytes::Bytes;
 use engine_core::{Result as EngineResult, Storage, Weight};
 use pyo3::exceptions::PyBufferError;
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
 
@@ -193,6 +194,122 @@ struct Tensor {
     shape: *mut i64,
     strides: *mut i64,
     byte_offset: u64,
+}
+
+/// `DLPackExchangeAPI`, since version 1.3: what a library has for its class of tensors. Later minor versions only add to it.
+#[repr(C)]
+struct ExchangeTable {
+    major: u32,
+    minor: u32,
+    previous: *const Self,
+    allocate: *const c_void,
+    export: *const c_void,
+    import: *const c_void,
+    describe: Option<Describe>,
+    current_stream: Option<CurrentStream>,
+}
+
+type Describe = unsafe extern "C" fn(*mut pyo3::ffi::PyObject, *mut Tensor) -> c_int;
+type CurrentStream = unsafe extern "C" fn(i32, i32, *mut *mut c_void) -> c_int;
+
+/// Functions of a library that say what a tensor of a class is, without an object of Python for each thing that they say.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Exchange {
+    describe: Describe,
+    current_stream: CurrentStream,
+}
+
+/// A tensor as its library describes it, in DLPack's numbers.
+#[derive(Debug)]
+pub(crate) struct Seen<'a> {
+    pub(crate) address: usize,
+    /// Kind and number.
+    pub(crate) device: (i32, i32),
+    /// Code, bits and lanes.
+    pub(crate) dtype: (u8, u8, u16),
+    pub(crate) shape: &'a [i64],
+    /// In elements; none where they are contiguous.
+    pub(crate) strides: Option<&'a [i64]>,
+}
+
+impl Exchange {
+    /// Those of a class, if it has them in a version that is known here.
+    pub(crate) fn of_class(class: &Bound<'_, pyo3::types::PyType>) -> PyResult<Option<Self>> {
+        let Some(capsule) = class.getattr_opt(intern!(class.py(), "__dlpack_c_exchange_api__"))?
+        else {
+            return Ok(None);
+        };
+        // It was a number before that version.
+        let Ok(capsule) = capsule.cast::<PyCapsule>() else { return Ok(None) };
+        let table = capsule.pointer_checked(Some(c"dlpack_exchange_api"))?.cast::<ExchangeTable>();
+        // SAFETY: DLPack says that a capsule of this name has such a table, for as long as the process lives.
+        let table = unsafe { table.as_ref() };
+        Ok(match (table.major, table.describe, table.current_stream) {
+            (1, Some(describe), Some(current_stream)) => Some(Self { describe, current_stream }),
+            _ => None,
+        })
+    }
+
+    /// What a tensor of the class is; nothing is said about whether the work is done that fills it.
+    ///
+    /// # Errors
+    ///
+    /// Python's, for a tensor that DLPack has no words for.
+    pub(crate) fn describe<R>(
+        &self,
+        tensor: &Bound<'_, PyAny>,
+        look: impl FnOnce(Seen<'_>) -> R,
+    ) -> PyResult<R> {
+        let mut seen = Tensor {
+            data: null_mut(),
+            device_type: 0,
+            device_id: 0,
+            ndim: 0,
+            code: 0,
+            bits: 0,
+            lanes: 0,
+            shape: null_mut(),
+            strides: null_mut(),
+            byte_offset: 0,
+        };
+        // SAFETY: the tensor is one of the class that the function came from, and this thread has the interpreter.
+        if unsafe { (self.describe)(tensor.as_ptr(), &raw mut seen) } != 0 {
+            return Err(PyErr::fetch(tensor.py()));
+        }
+        let ndim = usize::try_from(seen.ndim).unwrap_or(0);
+        let numbers = |of: *mut i64| {
+            // SAFETY: DLPack says that there are so many, until the tensor is changed: nothing runs before `look` returns
+            // that could.
+            NonNull::new(of).map(|of| unsafe { std::slice::from_raw_parts(of.as_ptr(), ndim) })
+        };
+        let shape = if ndim == 0 { Some(&[][..]) } else { numbers(seen.shape) };
+        let no_shape = || PyBufferError::new_err("a tensor without a shape");
+        Ok(look(Seen {
+            address: seen.data.expose_provenance() + seen.byte_offset as usize,
+            device: (seen.device_type, seen.device_id),
+            dtype: (seen.code, seen.bits, seen.lanes),
+            shape: shape.ok_or_else(no_shape)?,
+            strides: if ndim == 0 { None } else { numbers(seen.strides) },
+        }))
+    }
+
+    /// The handle of the stream of a device that is the library's current one on this thread.
+    ///
+    /// # Errors
+    ///
+    /// Python's, if there is no such device.
+    pub(crate) fn current_stream(
+        &self,
+        py: Python<'_>,
+        (kind, number): (i32, i32),
+    ) -> PyResult<usize> {
+        let mut stream = null_mut();
+        // SAFETY: this thread has the interpreter, and the function writes one pointer.
+        if unsafe { (self.current_stream)(kind, number, &raw mut stream) } != 0 {
+            return Err(PyErr::fetch(py));
+        }
+        Ok(stream.expose_provenance())
+    }
 }
 
 /// `DLManagedTensor`, as before version 1.

@@ -18,17 +18,20 @@ use crate::work::{Own, Owner, Shared, Slot, lock, spawn};
 
 /// So many weights wait for the engine, and not more than so many bytes unless a single one is larger. A change of threads
 /// costs as much as some hundred small weights.
+///
+/// The bytes bound what nobody but the engine keeps: an iterator may make its tensors.
 const MOST: usize = 4096;
 const MOST_BYTES: u64 = 64 << 20;
 
-/// The same on devices, which are as many times faster: each change of threads costs as much as there.
-const MOST_DEVICE_BYTES: u64 = 256 << 20;
+/// The same on devices. The iterator's thread sleeps when so much waits, and is woken at the half: that is what a device
+/// encodes in the time that waking takes, and beside the two buckets of weights that the engine has by then it is not much.
+const MOST_DEVICE_BYTES: u64 = 1 << 30;
 
-/// For so long weights of a device are gathered whose producer is waited for once.
+/// For so long weights of a device are gathered whose producer is waited for once, unless the engine has none.
 const GATHER: Duration = Duration::from_millis(2);
 
 /// The engine is not woken more often than this.
-const WAKE: Duration = Duration::from_micros(200);
+const WAKE: Duration = Duration::from_micros(100);
 
 #[derive(Default)]
 pub(crate) struct State {
@@ -42,8 +45,15 @@ pub(crate) struct State {
 }
 
 impl State {
-    fn is_full(&self) -> bool {
-        self.queue.len() >= MOST || self.bytes >= self.most_bytes()
+    /// Whether it is, with what was gathered.
+    fn is_full(&self, gathered: &Gathered) -> bool {
+        self.queue.len() + gathered.weights.len() >= MOST
+            || self.bytes + gathered.bytes >= self.most_bytes().max(gathered.most_bytes())
+    }
+
+    /// Whether the engine waits for weights.
+    fn is_awaited(&self) -> bool {
+        self.queue.is_empty() && self.waker.is_some()
     }
 
     fn most_bytes(&self) -> u64 {
@@ -61,6 +71,37 @@ impl State {
             self.on_device = weight.reads_device();
         }
         self.queue.push_back(weight);
+    }
+}
+
+/// Weights whose producers were not waited for.
+struct Gathered {
+    weights: Vec<Weight>,
+    bytes: u64,
+    since: Instant,
+}
+
+impl Gathered {
+    fn new() -> Self {
+        Self { weights: Vec::new(), bytes: 0, since: Instant::now() }
+    }
+
+    fn push(&mut self, weight: Weight) {
+        if self.weights.is_empty() {
+            self.since = Instant::now();
+        }
+        self.bytes += weight.source_bytes();
+        self.weights.push(weight);
+    }
+
+    fn take(&mut self) -> Vec<Weight> {
+        self.bytes = 0;
+        std::mem::take(&mut self.weights)
+    }
+
+    /// There is one of a device among them, or nothing.
+    fn most_bytes(&self) -> u64 {
+        if self.weights.is_empty() { 0 } else { MOST_DEVICE_BYTES }
     }
 }
 
@@ -159,17 +200,18 @@ impl Inner {
         }
     }
 
-    /// Whether it is full, or over.
-    fn is_full(&self) -> bool {
-        self.shared.with(|state| state.done.is_some() || state.is_full())
+    /// Whether there is no room beside what was gathered, or it is over; and whether the engine waits for weights.
+    fn is_full(&self, gathered: &Gathered) -> (bool, bool) {
+        self.shared
+            .with(|state| (state.done.is_some() || state.is_full(gathered), state.is_awaited()))
     }
 
-    fn flush(&self, py: Python<'_>, gathered: &mut Vec<Weight>) {
-        if gathered.is_empty() {
+    fn flush(&self, py: Python<'_>, gathered: &mut Gathered) {
+        if gathered.weights.is_empty() {
             return;
         }
         let synchronized = lock(&self.reader).synchronize(py);
-        let gathered = std::mem::take(gathered);
+        let gathered = gathered.take();
         match synchronized {
             Ok(()) => self.push(gathered.into_iter().map(Ok)),
             Err(error) => self.push([Err(error)]),
@@ -216,9 +258,7 @@ impl Sending {
     fn pull(&self, py: Python<'_>, iterator: &Bound<'_, PyIterator>) -> PyResult<bool> {
         let inner = self.own.get().or_raise(py)?;
         let mut iterator = iterator.clone();
-        let mut gathered = Vec::new();
-        let mut gathered_bytes = 0;
-        let mut since = Instant::now();
+        let mut gathered = Gathered::new();
         let mut woken: Option<Instant> = None;
         let mut unseen = 0;
         loop {
@@ -226,13 +266,12 @@ impl Sending {
                 // Tensors that the engine has done with are given back when a thread gets the interpreter.
                 py.detach(|| unseen = 0);
             }
-            let enough = gathered.len() >= MOST || gathered_bytes >= MOST_DEVICE_BYTES;
-            if enough || !gathered.is_empty() && since.elapsed() > GATHER {
+            let (full, awaited) = inner.is_full(&gathered);
+            let patience = if awaited { WAKE } else { GATHER };
+            if full || gathered.since.elapsed() > patience {
                 inner.flush(py, &mut gathered);
-                gathered_bytes = 0;
             }
-            if inner.is_full() {
-                inner.flush(py, &mut gathered);
+            if full {
                 inner.wake();
                 return Ok(true);
             }
@@ -241,7 +280,7 @@ impl Sending {
                 .transpose()
                 .and_then(|item| item.map(|item| inner.weight(py, &item)).transpose())
             {
-                Ok(Some(weight)) if gathered.is_empty() && !weight.reads_device() => {
+                Ok(Some(weight)) if gathered.weights.is_empty() && !weight.reads_device() => {
                     unseen += weight.source_bytes();
                     inner.add([Ok(weight)]);
                     // Not for every weight of a fast iterator, at once for those of a slow one.
@@ -250,13 +289,7 @@ impl Sending {
                         woken = Some(Instant::now());
                     }
                 }
-                Ok(Some(weight)) => {
-                    if gathered.is_empty() {
-                        since = Instant::now();
-                    }
-                    gathered_bytes += weight.source_bytes();
-                    gathered.push(weight);
-                }
+                Ok(Some(weight)) => gathered.push(weight),
                 Ok(None) => {
                     inner.flush(py, &mut gathered);
                     inner.end();
@@ -275,12 +308,14 @@ impl Sending {
     fn put(&self, py: Python<'_>, item: &Bound<'_, PyAny>) -> PyResult<bool> {
         let inner = self.own.get().or_raise(py)?;
         let weight = inner.weight(py, item)?;
+        let mut gathered = Gathered::new();
         if weight.reads_device() {
-            inner.flush(py, &mut vec![weight]);
+            gathered.push(weight);
+            inner.flush(py, &mut gathered);
         } else {
             inner.push([Ok(weight)]);
         }
-        Ok(!inner.is_full())
+        Ok(!inner.is_full(&gathered).0)
     }
 
     /// There are no more.

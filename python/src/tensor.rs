@@ -13,7 +13,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyList, PyTuple, PyType};
 
 use crate::errors::{OrRaise, exception};
-use crate::ffi;
+use crate::ffi::{self, Exchange};
 use crate::readers::Readers;
 use crate::work::lock;
 
@@ -48,6 +48,24 @@ fn named(name: &str) -> Option<DType> {
         TYPES.iter().find(|(dtype, names, ..)| names.contains(&name) || dtype.name() == name);
     // Packed types have another number of elements than bytes; nothing here says which.
     known.map(|known| known.0).filter(|dtype| dtype.bytes().is_some())
+}
+
+/// By DLPack's code, bits and lanes.
+fn numbered((code, bits, lanes): (u8, u8, u16)) -> Option<DType> {
+    let fits = |dtype: DType| dtype.bytes().is_some_and(|bytes| bytes * 8 == u64::from(bits));
+    let known = TYPES.iter().find(|(dtype, _, known, _)| *known == code && fits(*dtype));
+    known.map(|known| known.0).filter(|_| lanes == 1)
+}
+
+/// Whether elements lie one after the other, by their strides in elements.
+fn are_contiguous(shape: &[i64], strides: &[i64]) -> bool {
+    let mut expected = 1_i64;
+    let fits = |(&side, &stride): (&i64, &i64)| {
+        let fits = side == 1 || stride == expected;
+        expected = expected.wrapping_mul(side);
+        fits
+    };
+    shape.contains(&0) || shape.iter().zip(strides).rev().all(fits)
 }
 
 fn refuse(name: &str, message: impl Into<String>) -> Error {
@@ -88,8 +106,9 @@ pub(crate) enum Place {
 enum Way {
     /// One of ours.
     Own,
-    /// torch, by its attributes: faster than DLPack, and knows FP8 and parameters in every version.
-    Torch,
+    /// torch: by the functions that its class has for this, in the versions that have them (2.11 does), else by the
+    /// tensor's attributes. Both are faster than `__dlpack__`, and know FP8 and parameters in every version.
+    Torch(Option<Exchange>),
     /// Parts of a tensor, which have no memory of the whole.
     Distributed,
     /// numpy, also with the types of `ml_dtypes`.
@@ -124,7 +143,7 @@ impl Reader {
                 let own = tensor.cast::<Tensor>().map_err(|error| raised(error.into()))?;
                 Ok(own.get().weight.clone().with_name(name))
             }
-            Way::Torch => match self.torch(name, tensor).map_err(raised)?? {
+            Way::Torch(exchange) => match self.torch(name, tensor, exchange).map_err(raised)?? {
                 Some(described) => self.described(described, tensor),
                 None => {
                     let detached = tensor.call_method0(intern!(tensor.py(), "detach"));
@@ -153,7 +172,10 @@ impl Reader {
         let way = if class.is_subclass_of::<Tensor>()? {
             Way::Own
         } else if class.hasattr("data_ptr")? && class.hasattr("untyped_storage")? {
-            if class.hasattr("full_tensor")? { Way::Distributed } else { Way::Torch }
+            match class.hasattr("full_tensor")? {
+                true => Way::Distributed,
+                false => Way::Torch(Exchange::of_class(&class)?),
+            }
         } else if class.hasattr("__array_interface__")? && class.hasattr("dtype")? {
             Way::Array
         } else if class.hasattr("__dlpack__")? {
@@ -185,8 +207,16 @@ impl Reader {
         &mut self,
         name: &str,
         tensor: &Bound<'_, PyAny>,
+        exchange: Option<Exchange>,
     ) -> PyResult<Result<Option<Described>>> {
         let py = tensor.py();
+        let described = exchange.map(|exchange| exchanged(name, tensor, exchange));
+        if let Some(described) = described.transpose()?.flatten() {
+            return Ok(match is_lazy(tensor, described.meta.dtype)? {
+                true => Err(refuse(name, LAZY)),
+                false => Ok(Some(described)),
+            });
+        }
         let on_host = tensor.getattr(intern!(py, "is_cpu"))?.is_truthy()?;
         if !on_host && !tensor.getattr(intern!(py, "is_cuda"))?.is_truthy()? {
             return Ok(Ok(None));
@@ -195,16 +225,12 @@ impl Reader {
         let Some(known) = self.dtype(&dtype)? else {
             return Ok(Err(refuse(name, format!("no checkpoint has the type {dtype}"))));
         };
-        let flagged = |flag| tensor.call_method0(flag)?.is_truthy();
-        if flagged(intern!(py, "is_neg"))?
-            || known == DType::C64 && flagged(intern!(py, "is_conj"))?
-        {
-            let message =
-                "it is a lazy negation or conjugation: send `tensor.resolve_neg().resolve_conj()`";
-            return Ok(Err(refuse(name, message)));
+        if is_lazy(tensor, known)? {
+            return Ok(Err(refuse(name, LAZY)));
         }
         let shape: Vec<u64> = tensor.getattr(intern!(py, "shape"))?.extract()?;
-        let strides = if flagged(intern!(py, "is_contiguous"))? {
+        let contiguous = tensor.call_method0(intern!(py, "is_contiguous"))?;
+        let strides = if contiguous.is_truthy()? {
             None
         } else {
             Some(tensor.call_method0(intern!(py, "stride"))?.extract::<Vec<i64>>()?)
@@ -277,10 +303,15 @@ impl Reader {
         let py = tensor.py();
         let mut owner = tensor.clone();
         let described = match self.way(tensor).map_err(raised)? {
-            Way::Torch => {
+            Way::Torch(_) => {
                 // Another tensor of the same memory: the program may give the tensor another one.
                 owner = tensor.call_method0(intern!(py, "detach")).map_err(raised)?;
-                self.torch(name, &owner).map_err(raised)??
+                match self.way(&owner).map_err(raised)? {
+                    Way::Torch(exchange) => {
+                        self.torch(name, &owner, exchange).map_err(raised)??
+                    }
+                    _ => None,
+                }
             }
             Way::Array => Some(self.array(name, tensor).map_err(raised)??),
             Way::Distributed => {
@@ -420,13 +451,54 @@ impl Reader {
     /// devices.
     pub(crate) fn synchronize(&mut self, py: Python<'_>) -> Result<()> {
         let producers = std::mem::take(&mut self.producers);
-        let streams = self.devices.values().filter_map(|(_, stream)| stream.as_ref());
+        let streams: Vec<_> =
+            self.devices.values().filter_map(|(_, stream)| stream.as_ref()).collect();
+        if producers.is_empty() && streams.is_empty() {
+            // Where there is no driver, each question for it would look for its library.
+            return Ok(());
+        }
         py.detach(|| {
             producers.iter().try_for_each(ForeignStream::synchronize)?;
             keeping_current(|| streams.into_iter().try_for_each(Stream::synchronize))
         })?;
         Ok(())
     }
+}
+
+/// What a tensor of torch says of its memory by its class's functions; `None` where only its attributes say it, or why not.
+fn exchanged(
+    name: &str,
+    tensor: &Bound<'_, PyAny>,
+    exchange: Exchange,
+) -> PyResult<Option<Described>> {
+    const CPU: i32 = 1;
+    const CUDA: i32 = 2;
+    let seen = exchange.describe(tensor, |seen| {
+        let strides = seen.strides.filter(|strides| !are_contiguous(seen.shape, strides));
+        let shape: Option<Vec<u64>> =
+            seen.shape.iter().map(|&side| u64::try_from(side).ok()).collect();
+        let meta = TensorMeta::new(name, numbered(seen.dtype)?, shape?);
+        Some((meta, strides.map(<[i64]>::to_vec), seen.address, seen.device))
+    });
+    // What DLPack has no words for, such as a tensor without memory, has better ones of its own.
+    let Some((meta, strides, address, device)) = seen.ok().flatten() else { return Ok(None) };
+    let device = match device {
+        (CPU, _) => None,
+        (CUDA, number) => Some((number, exchange.current_stream(tensor.py(), device)?)),
+        _ => return Ok(None),
+    };
+    let is_writable = true; // torch has no other.
+    Ok(Some(Described { meta, strides, address, device, is_writable }))
+}
+
+const LAZY: &str =
+    "it is a lazy negation or conjugation: send `tensor.resolve_neg().resolve_conj()`";
+
+/// Whether the elements of a tensor of torch are not what its memory has.
+fn is_lazy(tensor: &Bound<'_, PyAny>, dtype: DType) -> PyResult<bool> {
+    let py = tensor.py();
+    let flagged = |flag| tensor.call_method0(flag)?.is_truthy();
+    Ok(flagged(intern!(py, "is_neg"))? || dtype == DType::C64 && flagged(intern!(py, "is_conj"))?)
 }
 
 /// Waits for the work that this thread has given devices through torch, not for the devices.

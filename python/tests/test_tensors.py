@@ -142,3 +142,55 @@ def test_a_view_keeps_the_memory_of_what_it_views():
         assert back.dtype == dtype and back.data_ptr() == value.data_ptr()
     # Also by the protocol alone.
     assert torch.from_dlpack(ckpt_engine.Tensor(expected)).dtype == torch.bfloat16
+
+
+def both_ways(torch):
+    """Classes of tensors: the one that says what it is by the functions of its class, and one that has none."""
+
+    class Plain(torch.Tensor):
+        __dlpack_c_exchange_api__ = None
+
+    return (lambda tensor: tensor), (lambda tensor: tensor.as_subclass(Plain))
+
+
+def test_a_tensor_is_the_same_weight_whichever_way_its_class_describes_it():
+    torch = pytest.importorskip("torch")
+    for way in both_ways(torch):
+        torch.manual_seed(1)
+        names = "bool uint8 int8 int16 int32 int64 uint16 uint32 uint64 float16 bfloat16 float32 float64 complex64"
+        names += " float8_e4m3fn float8_e5m2 float8_e8m0fnu float8_e4m3fnuz float8_e5m2fnuz"
+        for dtype in (getattr(torch, name) for name in names.split()):
+            given = torch.randint(0, 2, (3, 4, 8), dtype=torch.uint8).repeat(1, 1, 8).view(dtype)
+            seen = ckpt_engine.Tensor(way(given))
+            assert seen.torch().dtype == dtype and seen.shape == given.shape
+            assert seen.torch().data_ptr() == given.data_ptr()
+        for _ in range(200):
+            # Views of all kinds, and the odd strides of sides that are 1 and of tensors without elements.
+            given = torch.randn([int(side) for side in torch.randint(1, 5, (int(torch.randint(0, 5, ())),))])
+            given = given.permute(*torch.randperm(given.dim()).tolist()) if given.dim() else given
+            for axis in range(given.dim()):
+                given = given.narrow(axis, 0, int(torch.randint(0 if axis == 3 else 1, given.size(axis) + 1, ())))
+            if given.is_contiguous():
+                ckpt_engine.Destination({"w": way(given)})
+            else:
+                with pytest.raises(ckpt_engine.WeightError, match="not contiguous"):
+                    ckpt_engine.Destination({"w": way(given)})
+            given = torch.nn.Parameter(given) if torch.rand(()) < 0.3 else given
+            seen = ckpt_engine.Tensor(way(given))
+            assert seen.shape == given.shape
+            assert seen.tobytes() == given.detach().contiguous().numpy().tobytes(), (given.shape, given.stride())
+
+
+def test_what_a_tensor_of_torch_is_not_is_said_whichever_way_its_class_describes_it(local):
+    torch = pytest.importorskip("torch")
+    trainer, _ = local
+    odd = {
+        "lazy negation": torch.randn(3, dtype=torch.complex64).conj().imag,
+        "lazy negation or conjugation": torch.randn(3, dtype=torch.complex64).conj(),
+        "torch.complex128": torch.zeros(3, dtype=torch.complex128),
+    }
+    for way in both_ways(torch):
+        for version, (why, given) in enumerate(odd.items()):
+            with pytest.raises(ckpt_engine.WeightError, match=why) as raised:
+                trainer.send_weights({"w.odd": way(given)}, version)
+            assert raised.value.tensor == "w.odd"

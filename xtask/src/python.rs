@@ -77,15 +77,20 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The oldest C library that the wheel runs with, as PyTorch's wheels.
+const MANYLINUX: &str = "manylinux_2_28";
+
 /// The wheel, in target/wheels.
 pub(crate) fn wheel(workspace: &Workspace) -> Result<()> {
     setup::prepare(workspace, &[Purpose::Wheel])?;
     let mut maturin = Command::new(tools::maturin(workspace));
     maturin.args(["build", "--release", "--locked", "--manifest-path"]);
     maturin.arg(workspace.root().join("python/Cargo.toml"));
-    // The tag is the oldest that fits the symbols of this machine's C library.
-    maturin.args(["--auditwheel", "check", "--out"]);
+    // Linked as for that C library, whatever this machine has, and then checked: a symbol that is newer is an error.
+    maturin.args(["--zig", "--compatibility", MANYLINUX, "--auditwheel", "check", "--target"]);
+    maturin.arg(format!("{}-unknown-linux-gnu", std::env::consts::ARCH)).arg("--out");
     maturin.arg(workspace.target().join("wheels"));
+    maturin.env("CARGO_ZIGBUILD_ZIG_PATH", tools::zig(workspace));
     maturin.env("CARGO_TARGET_DIR", workspace.target()).current_dir(workspace.root());
     run(maturin)
 }

@@ -184,6 +184,15 @@ const STEPS: &[Step] = &[
             install: tools::install_maturin,
         },
     },
+    Step {
+        name: "Zig",
+        purpose: Purpose::Wheel,
+        check: tools::has_zig,
+        install: Install::Automatic {
+            how: "the wheel that xtask/tools/ziglang.txt pins (83 MB)",
+            install: tools::install_zig,
+        },
+    },
 ];
 
 /// Installs what is missing for these purposes.

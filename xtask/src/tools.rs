@@ -217,6 +217,26 @@ pub(crate) fn install_maturin(workspace: &Workspace) -> Result<()> {
     install_wheel(workspace, "maturin.txt", &maturin_folder(workspace))
 }
 
+/// As pinned in `xtask/tools/ziglang.txt`.
+const ZIG_VERSION: &str = "0.14.1";
+
+fn zig_folder(workspace: &Workspace) -> PathBuf {
+    workspace.tool(&format!("ziglang-{ZIG_VERSION}"))
+}
+
+/// Where Zig is, once it is installed.
+pub(crate) fn zig(workspace: &Workspace) -> PathBuf {
+    zig_folder(workspace).join("ziglang/zig")
+}
+
+pub(crate) fn has_zig(workspace: &Workspace) -> bool {
+    succeeds(Command::new(zig(workspace)).arg("version"))
+}
+
+pub(crate) fn install_zig(workspace: &Workspace) -> Result<()> {
+    install_wheel(workspace, "ziglang.txt", &zig_folder(workspace))
+}
+
 /// Where NIXL is, once it is installed. Programs of the target folder find it there by themselves.
 pub(crate) fn nixl(workspace: &Workspace) -> PathBuf {
     workspace.native(&format!("nixl-cu12-{NIXL_VERSION}"))

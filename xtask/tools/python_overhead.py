@@ -104,10 +104,15 @@ def rollout(address, token, config, plan):
     control.close()
 
 
+def device_of(options):
+    """The one of both sides: the program's ranks would take a GPU each."""
+    return options.device if options.device == "cpu" else "cuda:0"
+
+
 def program(options, config):
     """The program's own: seconds, by whether there are digests."""
     command = [options.program, "bench", "transfer", "--backend", "ipc", "--rollouts", "1", "--json"]
-    command += ["--synthetic", options.synthetic, "--device", options.device, "--repeats", str(options.repeats)]
+    command += ["--synthetic", options.synthetic, "--device", device_of(options), "--repeats", str(options.repeats)]
     for key in ("layers", "bucket_mb", "threads"):
         if getattr(options, key):
             command += [f"--{key.replace('_', '-')}", str(getattr(options, key))]
@@ -148,7 +153,7 @@ def main():
             f"{title}: program, digests {'on' if digests else 'off'}: {line['seconds'] * 1e3:.2f} ms, {line['tensors']} tensors, "
             f"{line['source_bytes'] / 1e9:.1f} GB, {line['stages']}", flush=True,
         )
-    device = options.device if options.device == "cpu" else "cuda:0"
+    device = device_of(options)
     weights = {name: torch.empty(shape, dtype=torch.bfloat16, device=device).normal_() for name, shape in sizes.items()}
     sent = sum(tensor.nbytes for tensor in weights.values())
     assert sent == lines[True]["source_bytes"], f"other weights: {sent} bytes"
@@ -173,7 +178,8 @@ def main():
                 more = seconds - theirs
                 verdict = "OK" if more <= max(0.03 * theirs, 0.001) else "slower"
                 print(
-                    f"{title}: Python, {how}, digests {'on' if digests else 'off'}: {seconds * 1e3:.2f} ms, "
+                    f"{title}: Python, {how}, digests {'on' if digests else 'off'}: {seconds * 1e3:.2f} ms "
+                    f"({min(times[2:]) * 1e3:.2f} to {max(times[2:]) * 1e3:.2f}), "
                     f"{more * 1e3:+.2f} ms, {more / theirs:+.1%} {verdict}; {reports[-1].stages}", flush=True,
                 )
             process.join(30)
