@@ -92,6 +92,15 @@ impl BlockMaxima {
         Ok(self.places(blocks)?.map(|at| self.values[at]).collect())
     }
 
+    /// The maxima of some of the blocks by themselves: those of a part of the box.
+    ///
+    /// # Errors
+    ///
+    /// [`QuantError::Sizes`] if not all of them are here.
+    pub fn part(&self, blocks: &TensorBox) -> Result<Self, QuantError> {
+        Ok(Self { blocks: blocks.clone(), values: self.of(blocks)? })
+    }
+
     /// Takes into account what another rank finds in its parts of some of the blocks.
     ///
     /// # Errors
