@@ -24,6 +24,8 @@ pub(crate) enum Act {
 #[derive(Debug)]
 pub(crate) struct Committed {
     pub(crate) receivers: Vec<ReceiverReport>,
+    /// Bytes that trainers read.
+    pub(crate) source_bytes: u64,
     /// Bytes that rollouts verified.
     pub(crate) bytes: u64,
     /// Whether all ranks knew what all declare.
@@ -84,6 +86,7 @@ struct Running {
     terms: Vec<(Rank, Bytes)>,
     written: BTreeMap<Rank, Vec<(Rank, Vec<u64>)>>,
     verified: Vec<ReceiverReport>,
+    source_bytes: u64,
     bytes: u64,
     alive_at: Instant,
 }
@@ -150,6 +153,7 @@ impl Coordinator {
             terms: Vec::new(),
             written: BTreeMap::new(),
             verified: Vec::new(),
+            source_bytes: 0,
             bytes: 0,
             alive_at: now + self.deadline / 4,
         });
@@ -219,17 +223,18 @@ impl Coordinator {
                     running.terms.push((from, terms));
                 }
             }
-            ToLeader::Written { sums, .. } => {
+            ToLeader::Written { sums, source_bytes, .. } => {
+                running.source_bytes = running.source_bytes.saturating_add(source_bytes);
                 running.written.insert(from, sums);
             }
-            ToLeader::Verified { digest, bytes, .. } => {
-                running.bytes += bytes;
+            ToLeader::Verified { digest, bytes, inspected, .. } => {
+                running.bytes = running.bytes.saturating_add(bytes);
                 running.verified.push(ReceiverReport {
                     rank: from,
                     state: VersionState::Active,
                     seconds: (now - running.begun).as_secs_f64(),
                     digest: Some(digest),
-                    notes: Default::default(),
+                    notes: serde_json::json!({ "bytes": bytes, "inspected": inspected }),
                 });
             }
         }
@@ -290,6 +295,7 @@ impl Coordinator {
                 running.verified.sort_by_key(|receiver| receiver.rank);
                 acts.push(Act::End(Ok(Committed {
                     receivers: std::mem::take(&mut running.verified),
+                    source_bytes: running.source_bytes,
                     bytes: running.bytes,
                     plan_reused: running.plan_reused,
                 })));

@@ -70,8 +70,12 @@ impl Wanted {
         Ok(granule)
     }
 
-    /// The scales that it has: name, type and full shape, and the part of them.
-    pub(crate) fn scales(&self) -> Result<Option<(TensorMeta, TensorBox)>> {
+    /// The scales that come with it, if it is quantised: name, type and full shape, and the part of them.
+    ///
+    /// # Errors
+    ///
+    /// `Weight` and `Config`, naming the tensor, for a format that does not fit it or is not placed.
+    pub fn scales(&self) -> Result<Option<(TensorMeta, TensorBox)>> {
         let Some(format) = &self.format else { return Ok(None) };
         let granule = self.granule()?;
         let all = TensorBox::whole(&self.meta.shape).in_granules(&granule);
@@ -197,6 +201,11 @@ pub(crate) struct Table {
     pub(crate) digest: Digest,
     /// In the order of the plan; those of a pair of ranks are in the same order at both.
     pub(crate) pieces: Vec<Piece>,
+    /// Tensors of the plan, and how many of them are quantised.
+    pub(crate) tensors: u64,
+    pub(crate) quantized: u64,
+    /// Bytes of what this rank holds that its pieces are made of.
+    pub(crate) source_bytes: u64,
     /// Of this rank alone.
     pub(crate) exchanges: Vec<MaximaExchange>,
     /// Names of the tensors that exchanges are about, and the format that each has.
@@ -283,6 +292,7 @@ pub(crate) fn table(
     let transfers = if is_trainer { plan.transfers_from(rank) } else { plan.transfers_to(rank) };
     let mut granules: HashMap<Arc<str>, Arc<[u64]>> = HashMap::new();
     let mut pieces = Vec::with_capacity(transfers.len());
+    let mut source_bytes = 0;
     for transfer in transfers {
         let meta = plan.tensor(transfer.tensor);
         let lost = || {
@@ -311,6 +321,7 @@ pub(crate) fn table(
             }
         };
         let each = from.meta.dtype.bytes().unwrap_or(1);
+        source_bytes += transfer.region.elements() * each;
         let scales = lent
             .wanted
             .format
@@ -338,5 +349,8 @@ pub(crate) fn table(
         }
     }
     let digest = digest_of(&[plan.digest(), set].concat());
-    Ok(Table { set, digest, pieces, exchanges, formats: of_tensor })
+    let tensors = plan.tensors().len() as u64;
+    let quantized = formats.values().filter(|(_, format)| format.is_some()).count() as u64;
+    let formats = of_tensor;
+    Ok(Table { set, digest, pieces, tensors, quantized, source_bytes, exchanges, formats })
 }

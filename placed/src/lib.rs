@@ -45,5 +45,5 @@ mod trainer;
 pub use declared::Wanted;
 pub use member::TensorState;
 pub use memory::{Lender, Reach, Reached};
-pub use rollout::{Layout, PlacedRollout, PlacedTensor};
+pub use rollout::{Inspect, Layout, PlacedRollout, PlacedTensor};
 pub use trainer::PlacedTrainer;

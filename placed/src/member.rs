@@ -28,7 +28,7 @@ pub(crate) enum Task {
     /// A trainer writes what the plan says.
     Write { terms: Vec<(Rank, Bytes)>, maxima: Vec<(Rank, Vec<u32>)>, digests: bool },
     /// A rollout takes its tensors back, and compares what is in them with what was written.
-    Verify { written: Vec<(Rank, Vec<u64>)>, digests: bool },
+    Verify { version: Version, written: Vec<(Rank, Vec<u64>)>, digests: bool },
 }
 
 /// What work came to.
@@ -36,8 +36,8 @@ pub(crate) enum Task {
 pub(crate) enum Done {
     Prepared { digest: Digest, body: Bytes, known: Option<Digest> },
     Planned { plan: Digest, terms: Bytes, maxima: Vec<(Rank, Vec<u32>)> },
-    Written { sums: Vec<(Rank, Vec<u64>)> },
-    Verified { digest: u64, bytes: u64 },
+    Written { sums: Vec<(Rank, Vec<u64>)>, source_bytes: u64 },
+    Verified { digest: u64, bytes: u64, inspected: u64 },
 }
 
 /// What a rollout's tensors hold.
@@ -187,7 +187,7 @@ impl Member {
         if taking.failed.is_some() {
             return Vec::new();
         }
-        let digests = taking.begun.digests;
+        let Begun { digests, version, .. } = taking.begun;
         let (step, works, role) = (taking.step, taking.works, self.role);
         match message {
             ToMember::Alive { .. } => Vec::new(),
@@ -211,7 +211,7 @@ impl Member {
                 if step == Step::Write && !works && role == Role::Rollout =>
             {
                 taking.step = Step::Last;
-                self.start(Task::Verify { written, digests })
+                self.start(Task::Verify { version, written, digests })
             }
             ToMember::Commit { .. } if step == Step::Last && !works => {
                 let (version, declared) = (taking.begun.version, taking.declared);
@@ -254,9 +254,11 @@ impl Member {
                 let planned = Act::Send(ToLeader::Planned { update, plan, terms });
                 maxima.chain([planned]).collect()
             }
-            Ok(Done::Written { sums }) => vec![Act::Send(ToLeader::Written { update, sums })],
-            Ok(Done::Verified { digest, bytes }) => {
-                vec![Act::Send(ToLeader::Verified { update, digest, bytes })]
+            Ok(Done::Written { sums, source_bytes }) => {
+                vec![Act::Send(ToLeader::Written { update, sums, source_bytes })]
+            }
+            Ok(Done::Verified { digest, bytes, inspected }) => {
+                vec![Act::Send(ToLeader::Verified { update, digest, bytes, inspected })]
             }
         }
     }

@@ -92,9 +92,9 @@ pub(crate) enum ToLeader {
     /// The rank has the plan, and has sent its maxima. A rollout lends its tensors on these terms.
     Planned { update: u64, plan: Digest, terms: Bytes },
     /// Everything was written, and nothing will be any more: for each rollout the digests of what went there.
-    Written { update: u64, sums: Vec<(Rank, Vec<u64>)> },
+    Written { update: u64, sums: Vec<(Rank, Vec<u64>)>, source_bytes: u64 },
     /// What is in the tensors is what was written.
-    Verified { update: u64, digest: u64, bytes: u64 },
+    Verified { update: u64, digest: u64, bytes: u64, inspected: u64 },
     /// The rank's work goes on.
     Progress { update: u64 },
     /// The rank gave up.

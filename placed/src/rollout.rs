@@ -1,6 +1,5 @@
 //! A rollout's engine.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -9,8 +8,7 @@ use bytes::Bytes;
 use engine_core::control::Control;
 use engine_core::memory::Pool;
 use engine_core::{
-    EngineContext, Error, ErrorKind, Rank, ReceiveReport, Result, Role, TensorBox, TensorMeta,
-    Version, VersionState,
+    EngineContext, Error, ErrorKind, Rank, ReceiveReport, Result, Role, Version, VersionState,
 };
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -42,7 +40,7 @@ struct Keeper {
     pool: Pool,
     memory: Arc<Mutex<Box<dyn Lender>>>,
     tensors: Arc<Vec<Lent>>,
-    places: HashMap<Arc<str>, Vec<usize>>,
+    inspect: Option<Inspect>,
     declared: (Digest, Bytes),
     plans: Arc<Mutex<Plans>>,
     working: Arc<Lock<()>>,
@@ -55,15 +53,32 @@ impl fmt::Debug for PlacedRollout {
     }
 }
 
-/// A box of a rollout's tensors, with the version that is active.
+/// A box of a rollout's tensors, with what an update has brought.
 #[derive(Clone, Copy, Debug)]
 pub struct PlacedTensor<'a> {
-    /// Name, type and full shape.
-    pub meta: &'a TensorMeta,
-    /// The part of it.
-    pub region: &'a TensorBox,
+    /// What it is.
+    pub wanted: &'a Wanted,
     /// Its elements, row-major.
     pub bytes: &'a [u8],
+    /// The [scales](Wanted::scales) of its blocks, row-major; empty unless it is quantised.
+    pub scales: &'a [u8],
+}
+
+/// Looks at what an update has brought to a rollout, before it says that the version is whole there. An error fails the
+/// update on every rank. Boxes are looked at in parallel.
+pub type Inspect = Arc<dyn Fn(Version, PlacedTensor<'_>) -> Result<()> + Send + Sync>;
+
+fn placed<'a>(lent: &'a Lent, memory: &'a [u8]) -> Result<PlacedTensor<'a>> {
+    let (len, scales) = lent.wanted.validate()?;
+    let part = |at: u64, len: u64| {
+        memory.get(at as usize..(at + len) as usize).ok_or_else(|| {
+            let message = "its memory is not that of the layout";
+            let error = Error::new(ErrorKind::State, "reading a tensor", message);
+            error.tensor(&*lent.wanted.meta.name)
+        })
+    };
+    let (bytes, scales) = (part(lent.at, len)?, part(lent.scales_at, scales)?);
+    Ok(PlacedTensor { wanted: &lent.wanted, bytes, scales })
 }
 
 /// The tensors that a rollout wants, laid out: how much memory they take.
@@ -107,17 +122,13 @@ impl PlacedRollout {
             return Err(Error::new(ErrorKind::Config, "lending tensors", message));
         }
         let body = encode(&Declaration::Wants { tensors: tensors.clone(), bytes })?;
-        let mut places: HashMap<Arc<str>, Vec<usize>> = HashMap::new();
-        for (at, lent) in tensors.iter().enumerate() {
-            places.entry(lent.wanted.meta.name.clone()).or_default().push(at);
-        }
         let worker = Keeper {
             rank,
             deadline,
             pool,
             memory: Arc::new(Mutex::new(memory)),
             tensors: tensors.into(),
-            places,
+            inspect: None,
             declared: (digest_of(&body), body),
             plans: Arc::default(),
             working: Arc::default(),
@@ -125,6 +136,13 @@ impl PlacedRollout {
         };
         let seat = Seat::new(control, deadline, Member::new(Role::Rollout, deadline), None);
         Ok(Self { seat, digests: context.config.digests, worker })
+    }
+
+    /// Has something look at what every update brings.
+    #[must_use]
+    pub fn inspected_by(mut self, inspect: Inspect) -> Self {
+        self.worker.inspect = Some(inspect);
+        self
     }
 
     /// The rank.
@@ -171,7 +189,7 @@ impl PlacedRollout {
         })
     }
 
-    /// Calls `each` with every box that is lent, scales included, in the order in which they were laid out.
+    /// Calls `each` with every box that is lent, in the order in which they were laid out.
     ///
     /// # Errors
     ///
@@ -181,41 +199,9 @@ impl PlacedRollout {
         let memory = lock(&self.worker.memory);
         let bytes = memory.bytes()?;
         for lent in &*self.worker.tensors {
-            let wanted = &lent.wanted;
-            let (len, scales_len) = wanted.validate()?;
-            let part = |at: u64, len: u64| &bytes[at as usize..(at + len) as usize];
-            each(PlacedTensor {
-                meta: &wanted.meta,
-                region: &wanted.region,
-                bytes: part(lent.at, len),
-            })?;
-            if let Some((meta, region)) = wanted.scales()? {
-                let bytes = part(lent.scales_at, scales_len);
-                each(PlacedTensor { meta: &meta, region: &region, bytes })?;
-            }
+            each(placed(lent, bytes)?)?;
         }
         Ok(version)
-    }
-
-    /// Bytes of a tensor's boxes, one behind the other in the order in which they were laid out.
-    ///
-    /// # Errors
-    ///
-    /// `State` unless a version is active, and for a name that is not lent.
-    pub fn bytes_of(&self, name: &str) -> Result<Vec<u8>> {
-        self.active()?;
-        let places = self.worker.places.get(name).ok_or_else(|| {
-            Error::new(ErrorKind::State, "reading a tensor", "it is not lent").tensor(name)
-        })?;
-        let memory = lock(&self.worker.memory);
-        let bytes = memory.bytes()?;
-        let mut all = Vec::new();
-        for &at in places {
-            let lent = &self.worker.tensors[at];
-            let (len, _) = lent.wanted.validate()?;
-            all.extend_from_slice(&bytes[lent.at as usize..(lent.at + len) as usize]);
-        }
-        Ok(all)
     }
 
     fn active(&self) -> Result<Version> {
@@ -296,8 +282,9 @@ impl Worker for Keeper {
                     Ok(Done::Planned { plan, terms: lock(&memory).lend()?, maxima })
                 })
                 .boxed(),
-            Task::Verify { written, digests } => {
+            Task::Verify { version, written, digests } => {
                 let threads = pool.clone();
+                let (tensors, inspect) = (self.tensors.clone(), self.inspect.clone());
                 async move {
                     take_back(&memory, limit).await.map_err(|error| error.rank(rank))?;
                     let work = threads.start(move || {
@@ -308,7 +295,18 @@ impl Worker for Keeper {
                         let memory = lock(&memory);
                         let bytes = memory.bytes()?;
                         let found = verify(&table, bytes, &written, digests, &pool, &going)?;
-                        Ok(Done::Verified { digest: found.0, bytes: found.1 })
+                        let mut inspected = 0;
+                        if let Some(inspect) = inspect {
+                            let looked = pool.map(tensors.iter(), |lent| {
+                                going.step()?;
+                                inspect(version, placed(lent, bytes)?)
+                                    .map_err(|error| error.tensor(&*lent.wanted.meta.name))
+                            });
+                            inspected = looked.len() as u64;
+                            looked.into_iter().collect::<Result<()>>()?;
+                        }
+                        let (digest, bytes) = found;
+                        Ok(Done::Verified { digest, bytes, inspected })
                     });
                     work.await
                 }

@@ -174,7 +174,10 @@ impl TrainerEngine for PlacedTrainer {
         let (mut receivers, mut plan_reused) = (Vec::new(), false);
         if let Some(committed) = ended.committed {
             (receivers, plan_reused) = (committed.receivers, committed.plan_reused);
-            counts.wire_bytes = committed.bytes;
+            (counts.wire_bytes, counts.source_bytes) = (committed.bytes, committed.source_bytes);
+            if let Some(table) = &*lock(&self.worker.table) {
+                (counts.tensors, counts.converted) = (table.tensors, table.quantized);
+            }
         }
         let whole = receivers.iter().filter_map(|receiver| receiver.digest);
         let digest = self.digests.then(|| whole.fold(0, digest::chain));
@@ -284,7 +287,7 @@ impl Worker for Writer {
                         let sums = sources.write(&table, &reached, digests, &pool, &going)?;
                         // Rollouts are let go of before the leader hears that all is written.
                         drop(reached);
-                        Ok(Done::Written { sums })
+                        Ok(Done::Written { sums, source_bytes: table.source_bytes })
                     })
                     .boxed()
             }
