@@ -88,6 +88,9 @@ pub use quant_fp8 as fp8;
 /// Backends that only send: to inference servers as they are.
 #[cfg(feature = "receivers")]
 pub use receivers;
+/// Updates that trainers write straight into tensors that rollouts lend.
+#[cfg(feature = "ipc")]
+pub use placed;
 /// Plans of who sends which part of which weight to whom, where trainers and rollouts have parts of tensors.
 pub use reshard;
 
