@@ -324,6 +324,12 @@ impl Coordinator {
         acts
     }
 
+    /// The ranks of the present update.
+    #[cfg(test)]
+    pub(crate) fn present(&self) -> Vec<Rank> {
+        self.running.iter().flat_map(|running| running.ranks.keys().copied()).collect()
+    }
+
     /// When it wants to be asked again.
     pub(crate) fn wakes_at(&self) -> Option<Instant> {
         let running = self.running.as_ref()?;
