@@ -162,7 +162,7 @@ mod tests {
         let expected = [vec![0; 3], vec![1; 20], vec![2; 5], vec![0; 64], vec![3; 8]].concat();
         assert_eq!(bytes, expected);
         let error = reach(&neighbours, &terms).unwrap_err();
-        assert_eq!((error.kind(), error.report().rank), (ErrorKind::PeerLost, Some(Rank(1))));
+        assert_eq!(error.report().rank, Some(Rank(1)), "{error}");
         // The next update has terms of its own.
         let terms = memory.lend().unwrap();
         reach(&neighbours, &terms).unwrap().put(0, &[9]).unwrap();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use engine_core::control::{Control, Event};
-use engine_core::{Error, ErrorKind, Rank, Result, Version};
+use engine_core::{Error, ErrorKind, Rank, Result, Version, clock};
 use futures::future::{Either, select};
 use futures::{FutureExt, future::BoxFuture};
 
@@ -140,6 +140,7 @@ impl Seat {
         let mut times = Times::default();
         let pause = ongoing.seat.deadline / 8;
         let (mut steps, mut look_at) = (0, now + pause);
+        let mut connected = true;
         loop {
             // What is to be done now.
             loop {
@@ -210,12 +211,21 @@ impl Seat {
             let wait = wakes.into_iter().min().unwrap_or(look_at);
             let wait = wait.saturating_duration_since(Instant::now());
             let control = seat.control.clone();
-            let coming = std::pin::pin!(control.recv(wait.max(Duration::from_millis(1))));
+            let wait = wait.max(Duration::from_millis(1));
+            let listens = connected;
+            let coming = async {
+                match listens {
+                    true => control.recv(wait).await,
+                    // What is left to do is to wait for work that ends.
+                    false => Ok(clock::within(wait, std::future::pending()).await),
+                }
+            };
+            let coming = std::pin::pin!(coming);
             let came = match &mut work {
                 None => Either::Left(coming.await),
-                Some((_, _, working)) => match select(coming, working).await {
-                    Either::Left((event, _)) => Either::Left(event),
-                    Either::Right((done, _)) => Either::Right(done),
+                Some((_, _, working)) => match select(working, coming).await {
+                    Either::Left((done, _)) => Either::Right(done),
+                    Either::Right((event, _)) => Either::Left(event),
                 },
             };
             let now = Instant::now();
@@ -237,6 +247,7 @@ impl Seat {
                     seat.happened(now, event, &mut members, &mut leads)?;
                 }
                 Either::Left(Err(error)) => {
+                    connected = false;
                     let takes_part = seat.member.takes_part();
                     if !takes_part && seat.coordinator.is_none() {
                         return Err(error);
