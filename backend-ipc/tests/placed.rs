@@ -61,7 +61,7 @@ impl Encoding for Made {
     fn encode_host(&self, range: Range<u64>, destination: &mut [u8]) -> Result<()> {
         if self.slow {
             say("writing");
-            std::thread::sleep(Duration::from_millis(300));
+            std::thread::sleep(Duration::from_millis(20));
         }
         for (at, byte) in range.zip(destination) {
             *byte = value(self.version, at / SHAPE[1], at % SHAPE[1]);
