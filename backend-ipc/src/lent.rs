@@ -124,9 +124,9 @@ struct Borrowing {
 impl Reached for Borrowing {
     fn put(&self, at: u64, bytes: &[u8]) -> Result<()> {
         let size = self.mapping.len();
-        let start = usize::try_from(at).ok().filter(|start| {
-            start.checked_add(bytes.len()).is_some_and(|end| end <= size)
-        });
+        let start = usize::try_from(at)
+            .ok()
+            .filter(|start| start.checked_add(bytes.len()).is_some_and(|end| end <= size));
         let outside = || SegmentError::OutsideLent { at, len: bytes.len(), size };
         self.mapping.put(start.ok_or_else(outside)?, bytes);
         Ok(())

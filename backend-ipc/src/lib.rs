@@ -84,8 +84,10 @@ impl Backend for Ipc {
         for place in &places[1..] {
             let peer = place.own()?;
             if engine::is_placed(peer) != placed {
-                let (one, other) = if placed { ("no", "placed") } else { ("a placed", "no placed") };
-                let message = format!("it takes part in {one} updates, the trainer in {other} ones");
+                let (one, other) =
+                    if placed { ("no", "placed") } else { ("a placed", "no placed") };
+                let message =
+                    format!("it takes part in {one} updates, the trainer in {other} ones");
                 return Err(refuse(message).rank(place.rank));
             }
             if peer.role == Role::Trainer && !placed {

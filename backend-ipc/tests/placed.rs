@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use backend_ipc::{BACKEND, lend};
+use conformance::placed::Lends;
 use conformance::processes::{LIMIT, Process, address, context, control, runtime, say};
 use control_plane::{Address, ControlPlane, join_group};
 use engine_core::{
@@ -75,7 +76,11 @@ fn weights(version: u64, slow: bool) -> Vec<Weight> {
     vec![Weight::encoded(meta(), made, Treatment::Plain).unwrap()]
 }
 
-async fn trainer(address: Address, rank: u32, ranks: u32) -> (ControlPlane, Box<dyn TrainerEngine>) {
+async fn trainer(
+    address: Address,
+    rank: u32,
+    ranks: u32,
+) -> (ControlPlane, Box<dyn TrainerEngine>) {
     let plane = match rank {
         0 => ControlPlane::lead(control(address)).await.unwrap(),
         _ => ControlPlane::join(control(address), Role::Trainer, Some(Rank(rank))).await.unwrap(),
@@ -109,7 +114,8 @@ fn check(rollout: &PlacedRollout, version: u64) {
 }
 
 async fn send(engine: &mut dyn TrainerEngine, version: u64) -> Result<SendReport> {
-    let sent = engine.send_weights(ensure_async_iterator(weights(version, false)), Version(version));
+    let sent =
+        engine.send_weights(ensure_async_iterator(weights(version, false)), Version(version));
     tokio::time::timeout(LIMIT, sent).await.expect("no hang")
 }
 
@@ -172,7 +178,8 @@ fn signal(signal: &str, process: &Process) {
 }
 
 /// A trainer and a rollout here, and a slow trainer in a process of its own, that have had an update.
-async fn with_slow_trainer() -> (ControlPlane, Box<dyn TrainerEngine>, ControlPlane, PlacedRollout, Process) {
+async fn with_slow_trainer()
+-> (ControlPlane, Box<dyn TrainerEngine>, ControlPlane, PlacedRollout, Process) {
     let address = address();
     let slow = start("trainer 1 3", &address);
     let both = join(trainer(address.clone(), 0, 3), rollout(address, 2, 3)).await;
@@ -194,6 +201,28 @@ fn has_none(rollout: &PlacedRollout, version: u64) {
     };
     assert_eq!(*of, Version(version));
     assert_eq!(rollout.read(|_| Ok(())).unwrap_err().kind(), ErrorKind::State);
+}
+
+fn lends() -> Lends {
+    let config = CheckpointEngineConfig { threads: std::num::NonZeroUsize::new(2), ..config(true) };
+    Lends { backend: BACKEND, config, lend: |context, wanted| lend(context, wanted) }
+}
+
+#[test]
+fn every_box_is_bit_for_bit_that_of_the_unsharded_tensor() {
+    conformance::placed::every_box_is_bit_for_bit_that_of_the_unsharded_tensor(&lends());
+}
+
+#[test]
+fn what_nobody_holds_is_named_and_leaves_the_version_that_is_there() {
+    conformance::placed::what_nobody_holds_is_named_and_leaves_the_version_that_is_there(&lends());
+}
+
+#[test]
+fn a_call_that_is_given_up_ends_the_update_everywhere_and_the_next_one_works() {
+    conformance::placed::a_call_that_is_given_up_ends_the_update_everywhere_and_the_next_one_works(
+        &lends(),
+    );
 }
 
 #[test]
@@ -279,7 +308,8 @@ fn a_rollout_that_is_killed_while_it_is_written_is_named_and_the_others_are_upda
 }
 
 #[test]
-fn a_leader_that_is_killed_while_tensors_are_written_is_an_error_on_the_rollout_which_has_no_version() {
+fn a_leader_that_is_killed_while_tensors_are_written_is_an_error_on_the_rollout_which_has_no_version()
+ {
     runtime().block_on(async {
         let address = address();
         let mut leader = start("trainer 0 2", &address);
@@ -294,6 +324,28 @@ fn a_leader_that_is_killed_while_tensors_are_written_is_an_error_on_the_rollout_
         killer.await.unwrap();
         is_named(&error, ErrorKind::PeerLost, 0);
         has_none(&tensors, 2);
+    });
+}
+
+#[test]
+fn a_rollout_that_joins_later_is_in_the_next_update_and_one_that_leaves_in_none() {
+    runtime().block_on(async {
+        let address = address();
+        let both = join(trainer(address.clone(), 0, 2), rollout(address.clone(), 1, 2)).await;
+        let ((_plane, mut engine), (first, mut one)) = both;
+        let (sent, taken) = join(send(&mut *engine, 1), take(&mut one)).await;
+        assert_eq!((sent.unwrap().receivers.len(), taken.unwrap()), (1, Version(1)));
+        let (_second, mut other) = rollout(address, 2, 2).await;
+        let (sent, (one_took, other_took)) =
+            join(send(&mut *engine, 2), join(take(&mut one), take(&mut other))).await;
+        assert_eq!(sent.unwrap().receivers.len(), 2);
+        assert_eq!((one_took.unwrap(), other_took.unwrap()), (Version(2), Version(2)));
+        (check(&one, 2), check(&other, 2));
+        one.finalize().await.unwrap();
+        first.close().await.unwrap();
+        let (sent, taken) = join(send(&mut *engine, 3), take(&mut other)).await;
+        assert_eq!((sent.unwrap().absent, taken.unwrap()), (vec![Rank(1)], Version(3)));
+        check(&other, 3);
     });
 }
 

@@ -39,13 +39,19 @@ impl Placing {
     ///
     /// # Errors
     ///
-    /// `Config` for a backend that has no placed updates, and for quantisation on the rollouts.
+    /// `Config` for a backend or a device that has no placed updates, and for quantisation on the rollouts.
     pub fn of_trainers(&self, config: &CheckpointEngineConfig) -> Result<CheckpointEngineConfig> {
         let refuse = |message: String| Error::new(ErrorKind::Config, "placing a model", message);
         let mut config = config.clone();
         if config.backend != "ipc" {
             let backend = &config.backend;
             return Err(refuse(format!("{backend} has no placed updates, ipc has")));
+        }
+        if !config.device.is_cpu() {
+            let device = &config.device;
+            return Err(refuse(format!(
+                "placed updates are in host memory, and the device is {device}"
+            )));
         }
         let mut fp8 = Fp8Config::of(&config)?;
         if fp8.quantization.quantize_on_receive {
@@ -87,10 +93,9 @@ impl Placing {
         };
         let plan = match fp8.trainer_quantize_fp8 {
             false => None,
-            true => Some(QuantPlan::resolve(
-                source.metas().map(parameter),
-                &fp8.quantization.rules(),
-            )?),
+            true => {
+                Some(QuantPlan::resolve(source.metas().map(parameter), &fp8.quantization.rules())?)
+            }
         };
         let tensors = source.metas().map(|meta| (meta.clone(), [].into()));
         let sharding = self.rollouts.sharding(Rank(self.trainers.ranks), tensors)?;
@@ -132,7 +137,8 @@ impl Shard {
             }
             let ranges = region.ranges();
             let extent: Vec<u64> = ranges.iter().map(|range| range.end - range.start).collect();
-            let offset = ranges.iter().zip(&strides).map(|(range, stride)| range.start * *stride as u64);
+            let offset =
+                ranges.iter().zip(&strides).map(|(range, stride)| range.start * *stride as u64);
             let (name, dtype) = (weight.meta().name.clone(), weight.meta().dtype);
             let (offset, bytes) = (offset.sum(), weight.to_bytes()?);
             Weight::strided(name, dtype, extent, strides.clone(), offset, bytes)?
@@ -143,7 +149,13 @@ impl Shard {
 }
 
 /// The first element of a box that is not the one that the whole tensor has there.
-fn first_other(got: &[u8], size: usize, whole: &[u8], shape: &[u64], region: &TensorBox) -> Option<usize> {
+fn first_other(
+    got: &[u8],
+    size: usize,
+    whole: &[u8],
+    shape: &[u64],
+    region: &TensorBox,
+) -> Option<usize> {
     let ranges = region.ranges();
     let (cols, first) = match ranges.last() {
         Some(last) => ((last.end - last.start) as usize, last.start as usize),
@@ -189,15 +201,16 @@ fn check(source: &Source, version: Version, tensor: &PlacedTensor<'_>) -> Result
         .ok_or_else(|| fail(ErrorKind::Mismatch, "the source has no such tensor".into()))?;
     let bytes = source.bytes_of(meta, version)?;
     let shape = &meta.shape;
-    let compare = |what: &str, got: &[u8], size: usize, whole: &[u8], shape: &[u64], region: &TensorBox| {
-        match first_other(got, size, whole, shape, region) {
-            None => Ok(()),
-            Some(at) => Err(fail(
-                ErrorKind::Digest,
-                format!("{what} {at} of the box {region} is not that of the whole tensor"),
-            )),
-        }
-    };
+    let compare =
+        |what: &str, got: &[u8], size: usize, whole: &[u8], shape: &[u64], region: &TensorBox| {
+            match first_other(got, size, whole, shape, region) {
+                None => Ok(()),
+                Some(at) => Err(fail(
+                    ErrorKind::Digest,
+                    format!("{what} {at} of the box {region} is not that of the whole tensor"),
+                )),
+            }
+        };
     let Some(format) = &wanted.format else {
         let size = meta.dtype.bytes().unwrap_or(1) as usize;
         return compare("element", tensor.bytes, size, &bytes, shape, &wanted.region);
@@ -238,6 +251,8 @@ pub struct PlacedOptions {
     pub placing: Placing,
     /// Whether to compare every element with the source.
     pub verify: bool,
+    /// Whether the weights stay the same from one update to the next.
+    pub still: bool,
     /// Whether the trainer's process has started this one.
     pub is_child: bool,
 }
@@ -253,8 +268,7 @@ pub async fn placed_rollout(
     mut each: impl FnMut(&Result<ReceiveReport>) -> Result<()>,
 ) -> Result<bool> {
     let parent = Parent::new(options.is_child);
-    let control =
-        ControlPlane::join(options.control, Role::Rollout, Some(options.rank)).await?;
+    let control = ControlPlane::join(options.control, Role::Rollout, Some(options.rank)).await?;
     let source = Source::open(options.source)?;
     let wanted = options.placing.wants(&source, &options.config, control.rank())?;
     let last = Version(source.spec().updates);
@@ -267,7 +281,10 @@ pub async fn placed_rollout(
     let (mut rollout, _) = join_group(prepared, backend, &control, world_size, deadline).await?;
     if options.verify {
         let source = Arc::new(source);
-        rollout = rollout.inspected_by(Arc::new(move |version, tensor| check(&source, version, &tensor)));
+        let still = options.still.then_some(Version(1));
+        rollout = rollout.inspected_by(Arc::new(move |version, tensor| {
+            check(&source, still.unwrap_or(version), &tensor)
+        }));
     }
     loop {
         let result = match rollout.update(None).await {

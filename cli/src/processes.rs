@@ -133,11 +133,10 @@ async fn start_child(
                 .map_err(|error| failed(std::io::Error::other(error)))?,
         );
     }
-    if rollout.is_none() {
-        if options.still {
-            command.arg("--still");
-        }
-    } else if !is_cpu {
+    if options.still && (rollout.is_none() || options.placing.is_some()) {
+        command.arg("--still");
+    }
+    if rollout.is_some() && !is_cpu {
         command.args(["--reserve", &reserve(&options.source)?.to_string()]);
     }
     if let Some(mut address) = options.metrics {

@@ -8,16 +8,16 @@ use std::time::Duration;
 
 use checkpoint_engine::fp8::agreed_rules;
 use checkpoint_engine::{
-    CheckpointEngineConfig, DeviceChoice, EngineContext, Error, ErrorKind, Rank, Result,
-    ReceiverReport, RolloutEngine, SendReport, Version, form_local_group, registry,
+    CheckpointEngineConfig, DeviceChoice, EngineContext, Error, ErrorKind, Rank, ReceiverReport,
+    Result, RolloutEngine, SendReport, Version, form_local_group, registry,
 };
 use engine_core::available_memory;
 use futures::future::{join, join_all};
 
 use crate::device;
 use crate::memory::{PeakMemory, memcpy_gb_per_s};
-use crate::processes::Processes;
 use crate::placed::Placing;
+use crate::processes::Processes;
 use crate::progress::Bar;
 use crate::report_line::{UpdateLine, line};
 use crate::roles::{Rollout, Trainer};

@@ -290,7 +290,8 @@ impl Weight {
             }
         }
         let content = Content::Strided { bytes, strides, offset };
-        Ok(Self { meta, content, treatment: Treatment::Plain, byte_len, part: None }.simplified(size))
+        Ok(Self { meta, content, treatment: Treatment::Plain, byte_len, part: None }
+            .simplified(size))
     }
 
     /// A weight whose bytes an encoding produces.

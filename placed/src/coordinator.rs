@@ -180,9 +180,9 @@ impl Coordinator {
             ToLeader::Verified { .. } => Some(Stage::Verify),
             ToLeader::Progress { .. } | ToLeader::Failed { .. } => None,
         };
-        if expected.is_some_and(|stage| {
-            stage != running.stage || !running.awaited.contains_key(&from)
-        }) {
+        if expected
+            .is_some_and(|stage| stage != running.stage || !running.awaited.contains_key(&from))
+        {
             return self.fail(broken("a message that nobody waits for").rank(from));
         }
         match message {
@@ -254,9 +254,10 @@ impl Coordinator {
         let next = match running.stage {
             Stage::Enter => {
                 let declared = || {
-                    running.ranks.iter().filter_map(|(rank, role)| {
-                        Some((*rank, *role, self.declared.get(rank)?))
-                    })
+                    running
+                        .ranks
+                        .iter()
+                        .filter_map(|(rank, role)| Some((*rank, *role, self.declared.get(rank)?)))
                 };
                 let set = set_of(declared().map(|(rank, role, (digest, _))| (rank, role, digest)));
                 let all: Vec<Declared> = declared()

@@ -64,7 +64,10 @@ impl Wanted {
         let blocks = TensorBox::whole(&self.meta.shape).in_granules(&granule);
         let scales: Vec<u64> = grid.scale_shape().iter().map(|&side| side as u64).collect();
         if blocks != TensorBox::whole(&scales) {
-            let message = format!("scales {} are not placed, only those of blocks and rows", format.granularity);
+            let message = format!(
+                "scales {} are not placed, only those of blocks and rows",
+                format.granularity
+            );
             return Err(self.refuse(ErrorKind::Config, message));
         }
         Ok(granule)
@@ -103,7 +106,8 @@ impl Wanted {
                     return Err(self.refuse(ErrorKind::Config, message));
                 }
                 if format.mode == Mode::TritonGpu {
-                    let message = "the mode triton-gpu exists on GPUs alone, and this is host memory";
+                    let message =
+                        "the mode triton-gpu exists on GPUs alone, and this is host memory";
                     return Err(self.refuse(ErrorKind::Config, message));
                 }
                 blocks.elements() * 4
@@ -258,7 +262,8 @@ pub(crate) fn table(
                     let first =
                         formats.entry(meta.name.clone()).or_insert((one.rank, format.clone()));
                     if first.1 != *format {
-                        let message = format!("it is quantised in another way for rank {}", first.0);
+                        let message =
+                            format!("it is quantised in another way for rank {}", first.0);
                         let error = Error::new(ErrorKind::Mismatch, PLANNING, message);
                         return Err(error.tensor(&*meta.name).rank(one.rank));
                     }
@@ -303,14 +308,12 @@ pub(crate) fn table(
             return Err(lost());
         }
         let lent = wants.get(&transfer.to).and_then(|own| own.get(&meta.name));
-        let lent = lent.and_then(|own| {
-            own.iter().find(|lent| lent.wanted.region.contains(&transfer.region))
-        });
+        let lent = lent
+            .and_then(|own| own.iter().find(|lent| lent.wanted.region.contains(&transfer.region)));
         let lent = lent.ok_or_else(lost)?.clone();
         let own = holds.get(&transfer.from).and_then(|own| own.get(&meta.name));
-        let own = own.and_then(|own| {
-            own.iter().find(|(_, held)| held.region.contains(&transfer.region))
-        });
+        let own =
+            own.and_then(|own| own.iter().find(|(_, held)| held.region.contains(&transfer.region)));
         let (held, from) = own.ok_or_else(lost)?;
         let granule = match granules.get(&meta.name) {
             Some(granule) => granule.clone(),

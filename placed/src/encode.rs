@@ -227,7 +227,8 @@ impl Sources {
         pool: &Pool,
         going: &Going,
     ) -> Result<Vec<(Rank, Vec<u64>)>> {
-        let tiles = table.pieces.iter().flat_map(|piece| piece.tiles.iter().map(move |t| (piece, t)));
+        let tiles =
+            table.pieces.iter().flat_map(|piece| piece.tiles.iter().map(move |t| (piece, t)));
         let tiles: Vec<(&Piece, &TensorBox)> = tiles.collect();
         let batches = batches(&tiles);
         let write = |batch: &[(&Piece, &TensorBox)]| {
@@ -476,7 +477,9 @@ fn sums_of(table: &Table, mut tiles: impl Iterator<Item = u64>) -> Vec<(Rank, Ve
 }
 
 /// Tiles in batches that are worth handing to a thread: many of them are norms of some kilobytes.
-fn batches<'a, 'b>(tiles: &'a [(&'b Piece, &'b TensorBox)]) -> Vec<&'a [(&'b Piece, &'b TensorBox)]> {
+fn batches<'a, 'b>(
+    tiles: &'a [(&'b Piece, &'b TensorBox)],
+) -> Vec<&'a [(&'b Piece, &'b TensorBox)]> {
     const BATCH: u64 = 128 << 10;
     let mut batches = Vec::new();
     let (mut first, mut elements) = (0, 0);

@@ -248,9 +248,9 @@ impl Member {
                     let version = taking.begun.version;
                     self.state = TensorState::Updating { version, failed: None };
                 }
-                let maxima = maxima.into_iter().map(|(to, values)| {
-                    Act::Send(ToLeader::Maxima { update, to, values })
-                });
+                let maxima = maxima
+                    .into_iter()
+                    .map(|(to, values)| Act::Send(ToLeader::Maxima { update, to, values }));
                 let planned = Act::Send(ToLeader::Planned { update, plan, terms });
                 maxima.chain([planned]).collect()
             }

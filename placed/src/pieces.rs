@@ -141,7 +141,8 @@ mod tests {
 
     fn boxes_in(around: TensorBox) -> impl Strategy<Value = TensorBox> {
         let side = |range: std::ops::Range<u64>| {
-            (range.start..range.end).prop_flat_map(move |start| (Just(start), 1..=range.end - start))
+            (range.start..range.end)
+                .prop_flat_map(move |start| (Just(start), 1..=range.end - start))
         };
         let [a, b, c] = [0, 1, 2].map(|at| side(around.ranges()[at].clone()));
         (a, b, c).prop_map(|(a, b, c)| TensorBox::new(&[a.0, b.0, c.0], &[a.1, b.1, c.1]).unwrap())

@@ -174,7 +174,8 @@ impl PlacedRollout {
             let pieces = table.iter().flat_map(|table| &table.pieces);
             let bytes = pieces.map(|piece| {
                 let size = piece.lent.wanted.meta.dtype.bytes().unwrap_or(1);
-                piece.region.elements() * size + piece.scales.as_ref().map_or(0, |s| s.elements() * 4)
+                piece.region.elements() * size
+                    + piece.scales.as_ref().map_or(0, |s| s.elements() * 4)
             });
             bytes.sum()
         };
@@ -212,10 +213,13 @@ impl PlacedRollout {
                 format!("the update to version {version} has not ended")
             }
             TensorState::Updating { version, failed: Some(error) } => {
-                format!("the update to version {version} failed, and they have to be updated again: {error}")
+                format!(
+                    "the update to version {version} failed, and they have to be updated again: {error}"
+                )
             }
         };
-        Err(Error::new(ErrorKind::State, "reading the rollout's tensors", message).rank(self.rank()))
+        Err(Error::new(ErrorKind::State, "reading the rollout's tensors", message)
+            .rank(self.rank()))
     }
 
     /// Takes the memory back and frees it.

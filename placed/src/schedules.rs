@@ -194,7 +194,10 @@ impl World {
                             let process = self.processes.get(&receiver.rank);
                             let whole = process.is_none_or(|p| is_whole(&p.memory, self.updates));
                             if !whole {
-                                return Err(format!("rank {} has not all that is reported", receiver.rank));
+                                return Err(format!(
+                                    "rank {} has not all that is reported",
+                                    receiver.rank
+                                ));
                             }
                         }
                     }
@@ -206,7 +209,11 @@ impl World {
         Ok(())
     }
 
-    fn member_acts(&mut self, rank: Rank, acts: Vec<member::Act>) -> std::result::Result<(), Broken> {
+    fn member_acts(
+        &mut self,
+        rank: Rank,
+        acts: Vec<member::Act>,
+    ) -> std::result::Result<(), Broken> {
         for act in acts {
             match act {
                 member::Act::Send(message) if rank == Rank::LEADER => {
@@ -228,7 +235,8 @@ impl World {
                     }
                 }
                 member::Act::Stop => {
-                    if let Some(work) = self.processes.get_mut(&rank).and_then(|p| p.work.as_mut()) {
+                    if let Some(work) = self.processes.get_mut(&rank).and_then(|p| p.work.as_mut())
+                    {
                         work.stop = true;
                     }
                 }
@@ -258,7 +266,9 @@ impl World {
                 let lent = !process.memory.holders.is_empty() && self.planted != Planted::NoLease;
                 match (lent, late) {
                     (true, false) => None,
-                    (true, true) => Some(Err(Error::new(ErrorKind::Timeout, "taking back", "late"))),
+                    (true, true) => {
+                        Some(Err(Error::new(ErrorKind::Timeout, "taking back", "late")))
+                    }
                     (false, _) => {
                         process.memory.lent = None;
                         let body = Bytes::copy_from_slice(&rank.0.to_le_bytes());
@@ -297,16 +307,20 @@ impl World {
                 let memory = &mut process.memory;
                 match (memory.holders.is_empty() || self.planted == Planted::NoLease, late) {
                     (false, false) => None,
-                    (false, true) => Some(Err(Error::new(ErrorKind::Timeout, "taking back", "late"))),
+                    (false, true) => {
+                        Some(Err(Error::new(ErrorKind::Timeout, "taking back", "late")))
+                    }
                     (true, _) => {
                         memory.lent = None;
                         memory.parts.retain(|from, _| written.iter().any(|(rank, _)| rank == from));
-                        let same = written.iter().all(|(from, sums)| {
-                            memory.parts.get(from) == sums.first()
-                        });
+                        let same = written
+                            .iter()
+                            .all(|(from, sums)| memory.parts.get(from) == sums.first());
                         match same {
                             true => Some(Ok(Done::Verified { digest: 1, bytes: 1, inspected: 0 })),
-                            false => Some(Err(Error::new(ErrorKind::Digest, "verifying", "other bytes"))),
+                            false => {
+                                Some(Err(Error::new(ErrorKind::Digest, "verifying", "other bytes")))
+                            }
                         }
                     }
                 }
@@ -511,8 +525,12 @@ impl World {
             }
             self.pass(if did { Duration::from_millis(1) } else { DEADLINE / 10 })?;
             if self.now > until {
-                let waiting: Vec<_> =
-                    self.processes.iter().filter(|(_, p)| waits(p)).map(|(rank, _)| rank.0).collect();
+                let waiting: Vec<_> = self
+                    .processes
+                    .iter()
+                    .filter(|(_, p)| waits(p))
+                    .map(|(rank, _)| rank.0)
+                    .collect();
                 return Err(format!("calls do not end: {waiting:?}, the leader {}", self.sending));
             }
         }
@@ -542,7 +560,9 @@ fn play(numbers: &[u16], planted: Planted) -> std::result::Result<usize, Broken>
                 }
             }
             35 => {
-                if let Some(process) = world.processes.get_mut(&rank).filter(|_| rank != Rank::LEADER) {
+                if let Some(process) =
+                    world.processes.get_mut(&rank).filter(|_| rank != Rank::LEADER)
+                {
                     process.stopped = !process.stopped;
                 }
             }
@@ -559,7 +579,9 @@ fn play(numbers: &[u16], planted: Planted) -> std::result::Result<usize, Broken>
                     let at = choices.of(world.old.len());
                     let (to, message) = world.old[at].clone();
                     let old = message.update() < world.updates;
-                    if let Some(process) = world.processes.get_mut(&to).filter(|p| p.connected && old) {
+                    if let Some(process) =
+                        world.processes.get_mut(&to).filter(|p| p.connected && old)
+                    {
                         process.inbox.push_back(message);
                     }
                 }
@@ -608,7 +630,7 @@ fn schedules(length: usize) -> impl Strategy<Value = Vec<u16>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 20_000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 20_000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn promises_are_kept_whatever_happens(numbers in schedules(600)) {

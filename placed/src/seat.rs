@@ -62,30 +62,26 @@ impl Drop for Ongoing<'_> {
             return;
         }
         self.going.stop();
-        for act in self.seat.member.cancel() {
-            if let member::Act::Send(message) = act {
-                if self.seat.coordinator.is_none() {
-                    self.seat.tell_leader(&message);
+        let seat = &mut *self.seat;
+        // A rank that is gone is heard of by an event of its own.
+        let cancelled = seat.member.cancel();
+        let Some(coordinator) = &mut seat.coordinator else {
+            for act in cancelled {
+                if let member::Act::Send(message) = act {
+                    drop(encode(&message).and_then(|body| seat.control.send(Rank::LEADER, body)));
                 }
             }
-        }
+            return;
+        };
         let message = "the trainer's program gave the update up";
         let error = Error::new(ErrorKind::Aborted, "updating", message).rank(Rank::LEADER);
-        if let Some(coordinator) = &mut self.seat.coordinator {
-            for act in coordinator.fail(error) {
-                if let coordinator::Act::Send(to, message) = act {
-                    self.seat_tell(to, &message);
+        for act in coordinator.fail(error) {
+            match act {
+                coordinator::Act::Send(to, message) if to != Rank::LEADER => {
+                    drop(encode(&message).and_then(|body| seat.control.send(to, body)));
                 }
+                _ => {}
             }
-        }
-    }
-}
-
-impl Ongoing<'_> {
-    fn seat_tell(&self, to: Rank, message: &ToMember) {
-        if to != Rank::LEADER {
-            // A rank that is gone is heard of by an event of its own.
-            drop(encode(message).and_then(|body| self.seat.control.send(to, body)));
         }
     }
 }
@@ -102,11 +98,6 @@ impl Seat {
 
     pub(crate) fn rank(&self) -> Rank {
         self.control.rank()
-    }
-
-    fn tell_leader(&self, message: &ToLeader) {
-        // A leader that is gone is heard of by an event of its own.
-        drop(encode(message).and_then(|body| self.control.send(Rank::LEADER, body)));
     }
 
     /// Takes part in the next update: on the leader it begins one, of a version; elsewhere it waits for one.
@@ -154,7 +145,8 @@ impl Seat {
                         }
                         coordinator::Act::Send(to, message) => {
                             // One that is gone is heard of by an event; one that does not fit its way is an error.
-                            let sent = encode(&message).and_then(|body| seat.control.send(to, body));
+                            let sent =
+                                encode(&message).and_then(|body| seat.control.send(to, body));
                             if let Err(error) = sent
                                 && error.kind() != ErrorKind::PeerLost
                                 && let Some(coordinator) = &mut seat.coordinator
@@ -189,16 +181,12 @@ impl Seat {
                 }
             }
             let waits_for_commit = ongoing.seat.coordinator.is_some() && committed.is_none();
-            if let (Some(result), false) = (&here, waits_for_commit) {
+            if !waits_for_commit && let Some(result) = here.take() {
                 ongoing.done = true;
                 // The coordinator's error is the first cause.
                 let committed = committed.transpose()?;
-                let version = match result {
-                    Ok(version) => *version,
-                    Err(_) => here.transpose()?.unwrap_or_default(),
-                };
                 let absent = ongoing.seat.absent.iter().copied().collect();
-                return Ok(Ended { version, committed, absent, times });
+                return Ok(Ended { version: result?, committed, absent, times });
             }
             // The next thing that happens.
             let seat = &mut *ongoing.seat;

@@ -280,7 +280,8 @@ impl Worker for Writer {
                         let mut sources = lock(&sources);
                         sources.hear_maxima(rank, &table, &maxima)?;
                         let needed = |to: &Rank| table.pieces.iter().any(|p| p.peer == *to);
-                        let terms: Vec<_> = terms.into_iter().filter(|(to, _)| needed(to)).collect();
+                        let terms: Vec<_> =
+                            terms.into_iter().filter(|(to, _)| needed(to)).collect();
                         let reached = reach.reach(&terms)?;
                         let ranks = terms.iter().map(|(to, _)| *to);
                         let reached: HashMap<Rank, Arc<dyn Reached>> = ranks.zip(reached).collect();

@@ -3,7 +3,9 @@
 
 mod group;
 
-use engine_core::{DType, ErrorKind, Rank, Recovery, Result, TensorBox, TensorMeta, Version, Weight};
+use engine_core::{
+    DType, ErrorKind, Rank, Recovery, Result, TensorBox, TensorMeta, Version, Weight,
+};
 use group::{Group, Model, Tensor};
 use placed::{TensorState, Wanted};
 use proptest::prelude::*;
@@ -47,7 +49,14 @@ fn cases() -> impl Strategy<Value = Vec<Case>> {
         prop::collection::vec(1_u64..300, 2..3),
         (1_u64..4, 1_u64..200, 1_u64..200).prop_map(|(e, r, c)| vec![e, r, c]),
     ];
-    let case = (shape, any::<bool>(), cuts(), cuts(), prop::collection::vec(any::<u8>(), 64), any::<u64>());
+    let case = (
+        shape,
+        any::<bool>(),
+        cuts(),
+        cuts(),
+        prop::collection::vec(any::<u8>(), 64),
+        any::<u64>(),
+    );
     let case = case.prop_map(|(shape, quantized, held, wanted, owners, seed)| Case {
         quantized: quantized && shape.len() >= 2,
         shape,
@@ -74,7 +83,7 @@ fn formats() -> impl Strategy<Value = Fp8Format> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_element_of_every_box_is_that_of_the_unsharded_tensor_however_both_sides_are_cut(
@@ -155,7 +164,8 @@ fn what_nobody_holds_or_does_not_fit_is_named_and_leaves_the_version_that_is_the
 }
 
 #[test]
-fn a_weight_that_fails_while_tensors_are_written_leaves_them_without_a_version_until_the_next_update() {
+fn a_weight_that_fails_while_tensors_are_written_leaves_them_without_a_version_until_the_next_update()
+ {
     let (model, holds, wants) = halves();
     let mut group = Group::new(&model, &holds, &wants);
     group.update(1).unwrap();

@@ -7,8 +7,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use checkpoint_engine::nixl::bare;
 use checkpoint_engine::{
-    CheckpointEngineConfig, DType, DeviceChoice, Rank, Result, SendReport, StageTimes, Version, Weight,
-    WeightStream, ensure_async_iterator,
+    CheckpointEngineConfig, DType, DeviceChoice, Rank, Result, SendReport, StageTimes, Version,
+    Weight, WeightStream, ensure_async_iterator,
 };
 use serde::Serialize;
 

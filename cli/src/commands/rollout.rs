@@ -25,6 +25,9 @@ pub(crate) struct RolloutArgs {
     /// The model as JSON, as `sync` gives it to rollouts that lend their tensors
     #[arg(long, value_name = "JSON", hide = true, requires = "placed")]
     source_json: Option<String>,
+    /// The weights stay the same from one update to the next
+    #[arg(long, hide = true, requires = "placed")]
+    still: bool,
     /// The rank to take; without it torchrun's RANK, else the trainer gives the next free one
     #[arg(long)]
     rank: Option<u32>,
@@ -72,7 +75,8 @@ pub(crate) async fn rollout_command(args: &RolloutArgs) -> Result<ExitCode, Fail
         }
     };
     if let Some(placing) = placing {
-        let source = args.source_json.as_ref().ok_or("--placed: `sync` and `bench` start such rollouts")?;
+        let source =
+            args.source_json.as_ref().ok_or("--placed: `sync` and `bench` start such rollouts")?;
         let options = PlacedOptions {
             control: meeting.control,
             rank: args.rank.map(Rank).or(meeting.rank).ok_or("--placed: give --rank")?,
@@ -81,6 +85,7 @@ pub(crate) async fn rollout_command(args: &RolloutArgs) -> Result<ExitCode, Fail
             source: serde_json::from_str(source)?,
             placing,
             verify: args.verify,
+            still: args.still,
             is_child: args.rendezvous.token_stdin,
         };
         let is_whole = placed_rollout(options, print).await?;

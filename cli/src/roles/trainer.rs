@@ -29,10 +29,7 @@ pub struct Trainer {
 /// # Errors
 ///
 /// Those of the source.
-pub fn stream<'a>(
-    weights: Weights,
-    shard: Option<&'a Shard>,
-) -> WeightStream<'a> {
+pub fn stream<'a>(weights: Weights, shard: Option<&'a Shard>) -> WeightStream<'a> {
     let Some(shard) = shard else { return ensure_async_iterator(weights) };
     ensure_async_iterator(weights.flat_map(move |weight| {
         match weight.and_then(|weight| shard.of(&weight)) {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
+pub(crate) use conformance::placed::{Boxes, Model, Tensor};
 use engine_core::{
     CheckpointEngineConfig, Encoding, EngineContext, Error, ErrorKind, Rank, Result, Role,
     SendReport, TensorBox, TensorMeta, TrainerEngine, Treatment, Version, Weight,
@@ -14,96 +15,6 @@ use engine_core::{
 use futures::future::{join, join_all};
 use placed::{Layout, Lender, PlacedRollout, PlacedTrainer, Reach, Reached, Wanted};
 use protocol::hub::{Hub, Member};
-use quant_fp8::{Codec, Source, SourceType, Store};
-
-pub(crate) type Boxes = Vec<(TensorMeta, TensorBox)>;
-
-/// A tensor of made-up numbers, which are others in every version.
-#[derive(Clone, Debug)]
-pub(crate) struct Tensor {
-    meta: TensorMeta,
-    seed: u64,
-    pub(crate) nan_at: Option<u64>,
-}
-
-impl Tensor {
-    pub(crate) fn new(meta: TensorMeta, seed: u64) -> Self {
-        Self { meta, seed, nan_at: None }
-    }
-
-    /// All elements, BF16.
-    fn bytes(&self, version: u64) -> Vec<u8> {
-        let elements = self.meta.elements().unwrap();
-        let number = |at: u64| {
-            let mut x = (self.seed ^ (version << 40) ^ at).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            x ^= x >> 29;
-            // Signs, and exponents from 2^-8 to 2^7, so that blocks have maxima of their own.
-            let bits = (x & 0x807f) as u16 | (119 + (x >> 20 & 15) as u16) << 7;
-            if self.nan_at == Some(at) { 0x7fff } else { bits }
-        };
-        (0..elements).flat_map(|at| number(at).to_le_bytes()).collect()
-    }
-}
-
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Model(HashMap<Arc<str>, Tensor>);
-
-/// Elements of a box, by copying each of them.
-fn cut(bytes: &[u8], size: usize, shape: &[u64], region: &TensorBox) -> Vec<u8> {
-    let mut all = Vec::new();
-    let count = region.elements();
-    for number in 0..count {
-        let (mut rest, mut at, mut stride) = (number, 0, 1);
-        for (range, side) in region.ranges().iter().zip(shape).rev() {
-            let extent = range.end - range.start;
-            at += (range.start + rest % extent) * stride;
-            rest /= extent;
-            stride *= side;
-        }
-        let at = at as usize * size;
-        all.extend_from_slice(&bytes[at..at + size]);
-    }
-    all
-}
-
-impl Model {
-    pub(crate) fn add(&mut self, tensor: Tensor) {
-        self.0.insert(tensor.meta.name.clone(), tensor);
-    }
-
-    fn weight(&self, meta: &TensorMeta, region: &TensorBox, version: u64) -> Weight {
-        let extent: Vec<u64> = region.ranges().iter().map(|range| range.end - range.start).collect();
-        let bytes = match self.0.get(&meta.name).filter(|tensor| tensor.meta == *meta) {
-            Some(tensor) => cut(&tensor.bytes(version), 2, &meta.shape, region),
-            None => vec![0; (region.elements() * meta.dtype.bytes().unwrap()) as usize],
-        };
-        let weight = Weight::new(meta.name.clone(), meta.dtype, extent, bytes).unwrap();
-        weight.of_box(meta.shape.clone(), region.clone()).unwrap()
-    }
-
-    /// What a rollout has to have of what it wants: elements, and scales.
-    fn expected(&self, wanted: &Wanted, version: u64) -> Vec<Vec<u8>> {
-        let tensor = &self.0[&wanted.meta.name];
-        let (bytes, shape) = (tensor.bytes(version), &wanted.meta.shape);
-        let Some(format) = &wanted.format else {
-            return vec![cut(&bytes, 2, shape, &wanted.region)];
-        };
-        let sides: Vec<usize> = shape.iter().map(|&side| side as usize).collect();
-        let grid = format.granularity.grid(&sides).unwrap();
-        let mut codes = vec![0; grid.elements()];
-        let mut scales = vec![0.0; grid.scales()];
-        let source = Source::new(&bytes, SourceType::Bf16, &sides).unwrap();
-        let all = 0..grid.elements();
-        let codec = Codec::named("scalar").unwrap();
-        codec.quantize(&source, format, all, &mut codes, &mut scales, Store::Cached).unwrap();
-        let scales: Vec<u8> = scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
-        let granule = grid.block().map(|side| side as u64);
-        let blocks = TensorBox::whole(shape).in_granules(&granule);
-        let blocks: Vec<u64> = blocks.ranges().iter().map(|range| range.end).collect();
-        let of_box = wanted.region.in_granules(&granule);
-        vec![cut(&codes, 1, shape, &wanted.region), cut(&scales, 4, &blocks, &of_box)]
-    }
-}
 
 /// All that is lent in a process, by number.
 #[derive(Clone, Debug, Default)]
@@ -291,7 +202,8 @@ impl Group {
         let receives = self.rollouts.iter_mut().map(|rollout| rollout.update(None));
         let all = join(join_all(sends), join_all(receives));
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        let limited = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), all).await });
+        let limited =
+            runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), all).await });
         let (sent, received) = limited.expect("no hang");
         let mut reports = Vec::new();
         let mut errors: Vec<Error> = received.into_iter().filter_map(Result::err).collect();
@@ -326,4 +238,3 @@ impl Group {
         }
     }
 }
-
