@@ -229,12 +229,12 @@ fn a_call_that_is_given_up_ends_the_update_everywhere_and_the_next_one_works() {
 fn a_trainer_that_is_killed_while_it_writes_is_named_and_the_next_update_makes_tensors_whole() {
     runtime().block_on(async {
         let (_plane, mut engine, _other, mut tensors, mut slow) = with_slow_trainer().await;
-        let killer = tokio::task::spawn_blocking(move || {
+        let killer = std::thread::spawn(move || {
             slow.says("writing");
             slow.kill();
         });
         let (sent, taken) = join(send(&mut *engine, 2), take(&mut tensors)).await;
-        killer.await.unwrap();
+        killer.join().unwrap();
         is_named(&sent.unwrap_err(), ErrorKind::PeerLost, 1);
         is_named(&taken.unwrap_err(), ErrorKind::PeerLost, 1);
         has_none(&tensors, 2);
@@ -249,13 +249,13 @@ fn a_trainer_that_is_killed_while_it_writes_is_named_and_the_next_update_makes_t
 fn a_trainer_that_is_stopped_while_it_writes_keeps_updates_from_succeeding_until_it_has_let_go() {
     runtime().block_on(async {
         let (_plane, mut engine, _other, mut tensors, slow) = with_slow_trainer().await;
-        let stopper = tokio::task::spawn_blocking(move || {
+        let stopper = std::thread::spawn(move || {
             slow.says("writing");
             signal("-STOP", &slow);
             slow
         });
         let (sent, taken) = join(send(&mut *engine, 2), take(&mut tensors)).await;
-        let slow = stopper.await.unwrap();
+        let slow = stopper.join().unwrap();
         for error in [sent.unwrap_err(), taken.unwrap_err()] {
             assert_eq!(error.report().rank, Some(Rank(1)), "{error}");
         }
@@ -270,7 +270,8 @@ fn a_trainer_that_is_stopped_while_it_writes_keeps_updates_from_succeeding_until
         signal("-CONT", &slow);
         says_failed(&slow);
         let (sent, taken) = join(send(&mut *engine, 4), take(&mut tensors)).await;
-        (sent.unwrap(), taken.unwrap());
+        sent.unwrap();
+        taken.unwrap();
         check(&tensors, 4);
         tokio::time::sleep(Duration::from_millis(700)).await;
         check(&tensors, 4);
@@ -290,7 +291,7 @@ fn a_rollout_that_is_killed_while_it_is_written_is_named_and_the_others_are_upda
         taken.unwrap();
         victim.says("active 1");
         slow.says("sent 1");
-        let killer = tokio::task::spawn_blocking(move || {
+        let killer = std::thread::spawn(move || {
             slow.says("writing");
             victim.kill();
             slow
@@ -299,7 +300,7 @@ fn a_rollout_that_is_killed_while_it_is_written_is_named_and_the_others_are_upda
         is_named(&sent.unwrap_err(), ErrorKind::PeerLost, 3);
         is_named(&taken.unwrap_err(), ErrorKind::PeerLost, 3);
         has_none(&tensors, 2);
-        let _slow = killer.await.unwrap();
+        let _slow = killer.join().unwrap();
         let (sent, taken) = join(send(&mut *engine, 3), take(&mut tensors)).await;
         assert_eq!(sent.unwrap().absent, [Rank(3)]);
         taken.unwrap();
@@ -315,13 +316,13 @@ fn a_leader_that_is_killed_while_tensors_are_written_is_an_error_on_the_rollout_
         let mut leader = start("trainer 0 2", &address);
         let (_plane, mut tensors) = rollout(address, 1, 2).await;
         assert_eq!(take(&mut tensors).await.unwrap(), Version(1));
-        let killer = tokio::task::spawn_blocking(move || {
+        let killer = std::thread::spawn(move || {
             leader.says("sent 1");
             leader.says("writing");
             leader.kill();
         });
         let error = take(&mut tensors).await.unwrap_err();
-        killer.await.unwrap();
+        killer.join().unwrap();
         is_named(&error, ErrorKind::PeerLost, 0);
         has_none(&tensors, 2);
     });
@@ -340,7 +341,8 @@ fn a_rollout_that_joins_later_is_in_the_next_update_and_one_that_leaves_in_none(
             join(send(&mut *engine, 2), join(take(&mut one), take(&mut other))).await;
         assert_eq!(sent.unwrap().receivers.len(), 2);
         assert_eq!((one_took.unwrap(), other_took.unwrap()), (Version(2), Version(2)));
-        (check(&one, 2), check(&other, 2));
+        check(&one, 2);
+        check(&other, 2);
         one.finalize().await.unwrap();
         first.close().await.unwrap();
         let (sent, taken) = join(send(&mut *engine, 3), take(&mut other)).await;

@@ -216,6 +216,9 @@ pub(crate) struct Table {
     pub(crate) formats: HashMap<u32, (TensorMeta, Fp8Format)>,
 }
 
+/// By rank and tensor.
+type OfRanks<T> = BTreeMap<Rank, HashMap<Arc<str>, Vec<T>>>;
+
 /// Plans what a rank does, from what all of them declare.
 ///
 /// # Errors
@@ -235,8 +238,8 @@ pub(crate) fn table(
         return Err(Error::new(ErrorKind::Protocol, PLANNING, message).rank(Rank::LEADER));
     }
     let (mut held, mut wanted) = (Declarations::new(), Declarations::new());
-    let mut holds: BTreeMap<Rank, HashMap<Arc<str>, Vec<(usize, Held)>>> = BTreeMap::new();
-    let mut wants: BTreeMap<Rank, HashMap<Arc<str>, Vec<Arc<Lent>>>> = BTreeMap::new();
+    let mut holds: OfRanks<(usize, Held)> = BTreeMap::new();
+    let mut wants: OfRanks<Arc<Lent>> = BTreeMap::new();
     let mut types: HashMap<Arc<str>, (Rank, DType)> = HashMap::new();
     let mut formats: BTreeMap<Arc<str>, (Rank, Option<Fp8Format>)> = BTreeMap::new();
     let mut links = Links::new();
@@ -259,8 +262,7 @@ pub(crate) fn table(
                     let Wanted { meta, region, format } = &lent.wanted;
                     let granule = lent.wanted.granule().map_err(|error| error.rank(one.rank))?;
                     wanted.add(one.rank, meta, &granule, region.clone())?;
-                    let first =
-                        formats.entry(meta.name.clone()).or_insert((one.rank, format.clone()));
+                    let first = formats.entry(meta.name.clone()).or_insert((one.rank, *format));
                     if first.1 != *format {
                         let message =
                             format!("it is quantised in another way for rank {}", first.0);
@@ -348,7 +350,7 @@ pub(crate) fn table(
             let found = plan.maxima(number);
             let own = found.into_iter().filter(|one| one.from == rank || one.to == rank);
             exchanges.extend(own);
-            of_tensor.insert(number, (meta.clone(), format.clone()));
+            of_tensor.insert(number, (meta.clone(), *format));
         }
     }
     let digest = digest_of(&[plan.digest(), set].concat());

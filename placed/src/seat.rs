@@ -116,11 +116,9 @@ impl Seat {
         digests: bool,
     ) -> Result<Ended> {
         let until = Instant::now() + self.deadline;
-        let (mut to_member, mut to_coordinator) = (VecDeque::new(), VecDeque::new());
-        self.overhear(&mut to_member, &mut to_coordinator).await?;
+        let (mut members, mut leads) = (VecDeque::new(), VecDeque::new());
+        self.overhear(&mut members, &mut leads).await?;
         let now = Instant::now();
-        let mut members: VecDeque<member::Act> = to_member.into();
-        let mut leads: VecDeque<coordinator::Act> = to_coordinator.into();
         members.extend(self.member.call(now, version));
         if let (Some(coordinator), Some(version)) = (&mut self.coordinator, version) {
             leads.extend(coordinator.begin(now, self.control.next_update(), version, digests));
