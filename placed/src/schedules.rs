@@ -10,6 +10,7 @@
 //! At the end: every call ends, in a bounded time, if ranks that are not stopped go on; and an update with those that are left
 //! succeeds.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
@@ -393,7 +394,7 @@ impl World {
         Ok(Some(Ok(Done::Written { sums, source_bytes: 1 })))
     }
 
-    fn to_member(&mut self, rank: Rank) -> std::result::Result<bool, Broken> {
+    fn member_hears(&mut self, rank: Rank) -> std::result::Result<bool, Broken> {
         let now = self.now;
         if self.sending && rank != Rank::LEADER {
             // Programs of ranks call again when a call has ended.
@@ -420,7 +421,7 @@ impl World {
         Ok(true)
     }
 
-    fn to_coordinator(&mut self, rank: Rank) -> std::result::Result<bool, Broken> {
+    fn coordinator_hears(&mut self, rank: Rank) -> std::result::Result<bool, Broken> {
         let Some(message) = self.to_leader.get_mut(&rank).and_then(VecDeque::pop_front) else {
             return Ok(false);
         };
@@ -433,9 +434,15 @@ impl World {
     fn go_on(&mut self, rank: Rank, what: usize) -> std::result::Result<(), Broken> {
         for rank in (0..RANKS).map(|n| Rank((rank.0 + n) % RANKS)) {
             let happened = match what % 3 {
-                0 => self.to_member(rank)? || self.work(rank)? || self.to_coordinator(rank)?,
-                1 => self.to_coordinator(rank)? || self.to_member(rank)? || self.work(rank)?,
-                _ => self.work(rank)? || self.to_coordinator(rank)? || self.to_member(rank)?,
+                0 => {
+                    self.member_hears(rank)? || self.work(rank)? || self.coordinator_hears(rank)?
+                }
+                1 => {
+                    self.coordinator_hears(rank)? || self.member_hears(rank)? || self.work(rank)?
+                }
+                _ => {
+                    self.work(rank)? || self.coordinator_hears(rank)? || self.member_hears(rank)?
+                }
             };
             if happened {
                 break;
@@ -513,8 +520,8 @@ impl World {
         loop {
             let mut did = false;
             for rank in (0..RANKS).map(Rank) {
-                did |= self.to_coordinator(rank)?;
-                did |= self.to_member(rank)?;
+                did |= self.coordinator_hears(rank)?;
+                did |= self.member_hears(rank)?;
                 did |= self.work(rank)?;
                 self.check()?;
             }
@@ -568,8 +575,8 @@ fn play(numbers: &[u16], planted: Planted) -> std::result::Result<usize, Broken>
             }
             36 if rank != Rank::LEADER => {
                 // It joins again, as a new process; one that lives on elsewhere is not that rank any more.
-                if !world.processes.contains_key(&rank) {
-                    world.processes.insert(rank, Process::new(rank.0));
+                if let Entry::Vacant(free) = world.processes.entry(rank) {
+                    free.insert(Process::new(rank.0));
                     world.coordinator.joined(rank, role(rank.0));
                 }
             }

@@ -6,7 +6,7 @@ mod group;
 use engine_core::{
     DType, ErrorKind, Rank, Recovery, Result, TensorBox, TensorMeta, Version, Weight,
 };
-use group::{Group, Model, Tensor};
+use group::{Boxes, Group, Model, Tensor};
 use placed::{TensorState, Wanted};
 use proptest::prelude::*;
 use quant_fp8::{Fp8Format, Granularity, Mode, NonFinite};
@@ -120,7 +120,7 @@ proptest! {
     }
 }
 
-fn halves() -> (Model, Vec<Vec<(TensorMeta, TensorBox)>>, Vec<Vec<Wanted>>) {
+fn halves() -> (Model, Vec<Boxes>, Vec<Vec<Wanted>>) {
     let mut model = Model::default();
     let meta = TensorMeta::new("w", DType::BF16, [300, 200]);
     model.add(Tensor::new(meta.clone(), 5));
