@@ -26,7 +26,7 @@ pub(crate) struct BenchArgs {
 pub(crate) enum Bench {
     /// Updates of a model in memory: one rollout with digests and without, two rollouts, and
     /// 100 000 tensors of 1 KiB, each beside a copy of the same bytes into shared memory
-    Transfer(TransferArgs),
+    Transfer(Box<TransferArgs>),
     /// The FP8 codecs, beside a copy of the same input
     Quant(QuantBenchArgs),
     /// What a group costs beside the bytes of its weights: how that grows with ranks, tensors and buckets
