@@ -82,6 +82,9 @@ pub use candle_weights as candle;
 /// CUDA memory and the kernels that fill and read buckets.
 #[cfg(feature = "cuda")]
 pub use device_cuda as cuda;
+/// Updates that trainers write straight into tensors that rollouts lend.
+#[cfg(feature = "ipc")]
+pub use placed;
 /// FP8 block quantisation: rules, codecs, and the combinator on streams.
 #[cfg(feature = "fp8")]
 pub use quant_fp8 as fp8;

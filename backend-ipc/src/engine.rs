@@ -7,12 +7,14 @@ use engine_core::{
     DeviceChoice, EngineContext, Error, ErrorKind, Placement, Prepared, PreparedRollout,
     PreparedTrainer, Rank, Result, Role, RolloutEngine, TrainerEngine, WorkerMetadata,
 };
+use placed::{Layout, PlacedRollout, PlacedTrainer, Wanted};
 use protocol::{ReceiveLink, Receiver, SendLink, Sender};
 
 use serde::{Deserialize, Serialize};
 
 #[cfg(feature = "cuda")]
 use crate::cuda;
+use crate::lent::{LentMemory, Neighbours};
 use crate::segment::{MappedSegment, Segment, SegmentInfo};
 use crate::{NAME, shared};
 
@@ -109,13 +111,67 @@ fn open(place: &Placement, device: &DeviceChoice) -> Result<Box<dyn ReceiveLink>
     }
 }
 
-/// The transport has no options of its own.
+/// The transport's options.
 #[derive(Debug, Default, serde::Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Kwargs {}
+#[serde(default, deny_unknown_fields)]
+struct Kwargs {
+    /// Whether trainers write into tensors that rollouts lend.
+    placed: bool,
+}
+
+/// What a rank of placed updates says of itself.
+const PLACED: &str = "placed";
+
+/// Whether a rank takes part in placed updates.
+pub(crate) fn is_placed(worker: &WorkerMetadata) -> bool {
+    worker.details == PLACED
+}
+
+fn placed_metadata(context: &EngineContext, role: Role) -> Result<WorkerMetadata> {
+    if !context.config.device.is_cpu() {
+        let message = format!(
+            "placed updates are for host memory, and the device is {}: leave out `placed`, or the device",
+            context.config.device
+        );
+        return Err(Error::new(ErrorKind::Config, "preparing", message));
+    }
+    let rank = context.require_control()?.rank();
+    Ok(WorkerMetadata::of_this_process(NAME, rank, role, PLACED.into()))
+}
+
+/// Prepares a rollout that lends its tensors: memory for what it wants, which trainers of its host write to in every update.
+///
+/// Its trainers have the option `placed` of this transport.
+///
+/// # Errors
+///
+/// `Config` without a control plane, for a device other than the CPU, and for what cannot be placed; `Weight`, naming the tensor, for boxes
+/// outside of it; `Resource` if there is no memory.
+pub fn lend(
+    context: EngineContext,
+    wanted: impl IntoIterator<Item = Wanted>,
+) -> Result<Prepared<PlacedRollout>> {
+    let metadata = placed_metadata(&context, Role::Rollout)?;
+    let layout = Layout::new(wanted)?;
+    let memory = LentMemory::create(layout.bytes())?;
+    Ok(Prepared::new(metadata, move |_| async move {
+        PlacedRollout::new(&context, layout, Box::new(memory))
+    }))
+}
+
+fn prepare_placed_trainer(context: EngineContext) -> Result<PreparedTrainer> {
+    let metadata = placed_metadata(&context, Role::Trainer)?;
+    Ok(Prepared::new(metadata, move |place| async move {
+        let ranks = place.peers.iter().map(|peer| (peer.rank, peer.role)).collect();
+        let engine = PlacedTrainer::new(&context, ranks, Arc::new(Neighbours::default()))?;
+        Ok(Box::new(engine) as Box<dyn TrainerEngine>)
+    }))
+}
 
 pub(crate) async fn prepare_trainer(context: EngineContext) -> Result<PreparedTrainer> {
-    context.config.kwargs::<Kwargs>(NAME)?;
+    if context.config.kwargs::<Kwargs>(NAME)?.placed {
+        return prepare_placed_trainer(context);
+    }
     let control = context.require_control()?;
     let pool = Pool::new(context.threads(Role::Trainer))?;
     let buckets = Buckets::create(&context)?;
@@ -131,7 +187,10 @@ pub(crate) async fn prepare_trainer(context: EngineContext) -> Result<PreparedTr
 }
 
 pub(crate) async fn prepare_rollout(context: EngineContext) -> Result<PreparedRollout> {
-    context.config.kwargs::<Kwargs>(NAME)?;
+    if context.config.kwargs::<Kwargs>(NAME)?.placed {
+        let message = "a rollout of placed updates says what it wants: `lend`";
+        return Err(Error::new(ErrorKind::Config, "preparing", message));
+    }
     let control = context.require_control()?;
     let pool = Pool::new(context.threads(Role::Rollout))?;
     let nothing = serde_json::Value::Null;

@@ -13,11 +13,11 @@ pub(crate) enum SegmentError {
     #[error("the system refused {call}: {errno}")]
     System { call: &'static str, errno: Errno },
     #[error(
-        "the trainer's segment cannot be opened at {path} ({source}); rollouts need the \
-             trainer's user and PID namespace"
+        "shared memory cannot be opened at {path} ({source}); ranks of a host need one user and one PID \
+             namespace"
     )]
     Open { path: String, source: std::io::Error },
-    #[error("{path} is not the trainer's segment any more: its process ended")]
+    #[error("{path} is not what was shared there any more: its process ended, or took it back")]
     Replaced { path: String },
     #[error(
         "shared memory that another process could shorten is not mapped: reading it could end this process"
@@ -27,6 +27,12 @@ pub(crate) enum SegmentError {
     Short { len: usize, size: i64 },
     #[error("bytes 0..{filled} of slot {slot} lie outside a segment of {slots} × {bucket} bytes")]
     Outside { slot: u32, filled: u64, slots: u32, bucket: u64 },
+    #[error("no memory for {needed} bytes of tensors to lend ({available})")]
+    NoMemoryToLend { needed: u64, available: String },
+    #[error("{len} bytes at {at} lie outside of {size} bytes that are lent")]
+    OutsideLent { at: u64, len: usize, size: usize },
+    #[error("the tensors are lent: trainers may write to them")]
+    Lent,
     #[error("no memory for a version of {needed} bytes or more in the cache")]
     NoMemory { needed: u64 },
     #[error("{path} is not the cache any more: its process ended")]
@@ -40,14 +46,18 @@ pub(crate) enum SegmentError {
 impl From<SegmentError> for engine_core::Error {
     fn from(error: SegmentError) -> Self {
         let kind = match &error {
-            SegmentError::Full { .. } | SegmentError::NoMemory { .. } => ErrorKind::Resource,
+            SegmentError::Full { .. }
+            | SegmentError::NoMemory { .. }
+            | SegmentError::NoMemoryToLend { .. } => ErrorKind::Resource,
             SegmentError::System { .. } | SegmentError::Open { .. } => ErrorKind::Io,
             SegmentError::Replaced { .. } | SegmentError::CacheGone { .. } => ErrorKind::PeerLost,
             SegmentError::Unsealed
             | SegmentError::Short { .. }
             | SegmentError::Outside { .. }
+            | SegmentError::OutsideLent { .. }
             | SegmentError::Damaged(_) => ErrorKind::Protocol,
             SegmentError::TooLarge(..) => ErrorKind::Config,
+            SegmentError::Lent => ErrorKind::State,
         };
         Self::new(kind, "using shared memory", error.to_string()).with_source(error)
     }

@@ -4,6 +4,7 @@
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use rustix::fs::SealFlags;
 use rustix::io::Errno;
@@ -17,6 +18,7 @@ use crate::error::SegmentError;
 pub(crate) struct Mapping {
     start: NonNull<u8>,
     len: usize,
+    writable: bool,
 }
 
 // SAFETY: the mapping is memory like any other; who may access which part of it when is up to the
@@ -53,7 +55,7 @@ impl Mapping {
             unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection, flags, file, 0) }
                 .map_err(system("mmap"))?;
         match NonNull::new(start.cast()) {
-            Some(start) => Ok(Self { start, len }),
+            Some(start) => Ok(Self { start, len, writable }),
             None => Err(SegmentError::System { call: "mmap", errno: Errno::NOMEM }),
         }
     }
@@ -62,6 +64,54 @@ impl Mapping {
         let end = at.checked_add(len);
         assert!(end.is_some_and(|end| end <= self.len), "a range outside the mapping");
     }
+}
+
+impl Mapping {
+    /// Its length in bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Writes bytes to a mapping that was made for writing, which others may write and read at the same time: each word is written at
+    /// once, in no order.
+    ///
+    /// # Panics
+    ///
+    /// If the range is not within the mapping, or the mapping is for reading alone.
+    pub(crate) fn put(&self, at: usize, bytes: &[u8]) {
+        self.check(at, bytes.len());
+        assert!(self.writable, "a mapping for reading alone");
+        // SAFETY: `check` saw to it that the range is within the mapping.
+        let to = unsafe { self.start.as_ptr().add(at) };
+        let head = to.align_offset(align_of::<u64>()).min(bytes.len());
+        let (first, rest) = bytes.split_at(head);
+        let (words, last) = rest.as_chunks::<8>();
+        for (n, byte) in first.iter().enumerate() {
+            put_byte(self, at + n, *byte);
+        }
+        let start = at + head;
+        for (n, word) in words.iter().enumerate() {
+            // SAFETY: within the range that was checked.
+            let place = unsafe { self.start.as_ptr().add(start + n * 8) };
+            // SAFETY: mapped for writing as long as `self` lives, and aligned because the mapping is and `head` made it so. All
+            // access of this process through this function is atomic.
+            let place = unsafe { AtomicU64::from_ptr(place.cast()) };
+            place.store(u64::from_ne_bytes(*word), Ordering::Relaxed);
+        }
+        let start = start + words.len() * 8;
+        for (n, byte) in last.iter().enumerate() {
+            put_byte(self, start + n, *byte);
+        }
+    }
+}
+
+fn put_byte(mapping: &Mapping, at: usize, byte: u8) {
+    mapping.check(at, 1);
+    // SAFETY: `check` saw to it that it is within the mapping.
+    let place = unsafe { mapping.start.as_ptr().add(at) };
+    // SAFETY: mapped for writing as long as `mapping` lives; `put`, which calls this, has checked that.
+    let place = unsafe { AtomicU8::from_ptr(place) };
+    place.store(byte, Ordering::Relaxed);
 }
 
 impl Drop for Mapping {
@@ -91,15 +141,22 @@ impl ReadView {
     }
 }
 
+impl ReadView {
+    /// How many bytes it has.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+}
+
 impl AsRef<[u8]> for ReadView {
     fn as_ref(&self) -> &[u8] {
         // SAFETY: `new` checked that the range is within the mapping.
         let start = unsafe { self.mapping.start.as_ptr().add(self.at) };
         // SAFETY: the bytes are mapped as long as `self.mapping` lives, and the file does not become
-        // shorter. Nobody writes to them: this process maps them read-only, and either the file is sealed
-        // against writing (a cache), or it is against all writing but the trainer's, which writes to a slot
-        // only after every receiver has released it, which the protocol ties to the end of this view. Any
-        // byte is a valid `u8`.
+        // shorter. Nobody writes to them. Either the file is sealed against writing (a cache), or it is against all writing
+        // but the trainer's, which writes to a slot only after every receiver has released it, which the protocol ties to
+        // the end of this view; or it is memory that a rollout lends, and views of it are made and used only while it holds
+        // the lock that all have let go who could write. Any byte is a valid `u8`.
         unsafe { std::slice::from_raw_parts(start, self.len) }
     }
 }

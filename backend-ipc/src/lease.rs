@@ -2,6 +2,7 @@
 //! the lender's, which the system releases when that process ends, however it does.
 
 use std::fs::File;
+#[cfg(any(feature = "cuda", test))]
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
@@ -12,6 +13,7 @@ use crate::error::SegmentError;
 use crate::memfile::{FileAddress, MemFile};
 
 /// The pause between two looks at whether others have let go.
+#[cfg(any(feature = "cuda", test))]
 const PAUSE: Duration = Duration::from_millis(5);
 
 /// The lender's end.
@@ -49,6 +51,7 @@ impl Lease {
     }
 
     /// Waits until nobody uses it, but no longer than that; whether nobody does.
+    #[cfg(any(feature = "cuda", test))]
     pub(crate) async fn wait_until_over(&self, limit: Duration) -> bool {
         let until = Instant::now() + limit;
         while !self.is_over() {
@@ -76,7 +79,8 @@ impl Terms {
     pub(crate) fn accept(&self) -> Result<Borrowed, SegmentError> {
         let file = self.0.open()?;
         match flock(&file, FlockOperation::NonBlockingLockShared) {
-            Ok(()) => Ok(Borrowed(file)),
+            // The lender may have found that nobody uses it, and be done with it, after the file was opened.
+            Ok(()) => self.0.open().map(|_| Borrowed(file)),
             Err(Errno::WOULDBLOCK) => Err(SegmentError::Replaced { path: self.0.path() }),
             Err(errno) => Err(SegmentError::System { call: "flock", errno }),
         }

@@ -7,6 +7,9 @@
 //! another's feet, and none but the trainer can write to it. The rollouts open it through the trainer's process
 //! (`/proc/<pid>/fd`), which takes the same user and a common PID namespace.
 //!
+//! With the option `placed`, any number of trainers write what each of them holds straight into tensors that rollouts
+//! [`lend`]: the crate `placed` has the protocol.
+//!
 //! A [`SharedCache`] keeps the last complete version of a rollout with any backend in shared memory,
 //! for other processes of its host.
 
@@ -16,8 +19,8 @@ mod cuda;
 mod engine;
 mod error;
 mod ffi;
-#[cfg(any(feature = "cuda", test))]
 mod lease;
+mod lent;
 mod memfile;
 mod segment;
 mod shared;
@@ -28,6 +31,7 @@ use engine_core::{
 };
 
 pub use cache::{CacheAddress, SharedCache, SharedCacheReader};
+pub use engine::lend;
 
 /// The transport's name in configurations.
 const NAME: &str = "ipc";
@@ -76,10 +80,19 @@ impl Backend for Ipc {
         let refuse =
             |message: String| Error::new(ErrorKind::Mismatch, "building the topology", message);
         let trainer = places[0].own()?;
+        let placed = engine::is_placed(trainer);
         for place in &places[1..] {
             let peer = place.own()?;
-            if peer.role == Role::Trainer {
-                let message = "ipc sends from one trainer rank: gather the weights on rank 0";
+            if engine::is_placed(peer) != placed {
+                let (one, other) =
+                    if placed { ("no", "placed") } else { ("a placed", "no placed") };
+                let message =
+                    format!("it takes part in {one} updates, the trainer in {other} ones");
+                return Err(refuse(message).rank(place.rank));
+            }
+            if peer.role == Role::Trainer && !placed {
+                let message = "ipc sends from one trainer rank: gather the weights on rank 0, or have rollouts lend their \
+                               tensors (placed)";
                 return Err(refuse(message.into()).rank(place.rank));
             }
             if peer.host != trainer.host {

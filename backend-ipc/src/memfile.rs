@@ -1,6 +1,6 @@
 //! Files in memory that processes of one host share.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
@@ -73,8 +73,21 @@ impl FileAddress {
     ///
     /// `Open` without access to its process, `Replaced` if another file has its descriptor meanwhile.
     pub(crate) fn open(&self) -> Result<File, SegmentError> {
+        self.open_by(File::options().read(true))
+    }
+
+    /// Opens the file for reading and writing.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    pub(crate) fn open_to_write(&self) -> Result<File, SegmentError> {
+        self.open_by(File::options().read(true).write(true))
+    }
+
+    fn open_by(&self, options: &OpenOptions) -> Result<File, SegmentError> {
         let path = self.path();
-        let opened = File::open(&path).and_then(|file| Ok((file.metadata()?, file)));
+        let opened = options.open(&path).and_then(|file| Ok((file.metadata()?, file)));
         match opened {
             Ok((metadata, file))
                 if (metadata.dev(), metadata.ino()) == (self.device, self.inode) =>

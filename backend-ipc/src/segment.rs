@@ -38,23 +38,8 @@ impl Segment {
     pub(crate) fn create(slots: u32, bucket_bytes: u64) -> Result<Self, SegmentError> {
         let too_large = SegmentError::TooLarge(slots, bucket_bytes);
         let Some(len) = bucket_bytes.checked_mul(slots.into()) else { return Err(too_large) };
-        let Ok(map_len) = usize::try_from(len) else { return Err(too_large) };
         let full = || SegmentError::Full { needed: len, available: memory_in_words() };
-        // There is no limit to such files but memory: taking what is not there would not fail here, but
-        // end processes of the kernel's choice.
-        if available_memory().is_some_and(|available| len > available) {
-            return Err(full());
-        }
-        let file = MemFile::create("ckpt-engine-buckets")?;
-        // Without it, memory that is short would show as a bus error at the first write.
-        rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, len).map_err(
-            |errno| match errno {
-                Errno::NOSPC | Errno::NOMEM | Errno::DQUOT | Errno::FBIG => full(),
-                errno => SegmentError::System { call: "fallocate", errno },
-            },
-        )?;
-        file.seal(SealFlags::SHRINK | SealFlags::GROW)?;
-        let mapping = Mapping::new(&file, map_len, true)?;
+        let (file, mapping) = allocate("ckpt-engine-buckets", len, full)?;
         close_to_others(&file)?;
         let info = SegmentInfo { file: file.address(), slots, bucket_bytes };
         let locks = (0..slots).map(|_| Arc::default()).collect();
@@ -101,6 +86,30 @@ impl MappedSegment {
         let at = slot as usize * bucket as usize;
         Ok(Bytes::from_owner(ReadView::new(self.mapping.clone(), at, filled as usize)))
     }
+}
+
+/// A file in memory of so many bytes, all of which are there, and which nobody can make shorter or longer; mapped for writing.
+/// `full` says that there is no memory for it.
+pub(crate) fn allocate(
+    name: &str,
+    len: u64,
+    full: impl Fn() -> SegmentError,
+) -> Result<(MemFile, Mapping), SegmentError> {
+    // There is no limit to such files but memory: taking what is not there would not fail here, but
+    // end processes of the kernel's choice.
+    if available_memory().is_some_and(|available| len > available) {
+        return Err(full());
+    }
+    let map_len = usize::try_from(len).map_err(|_| full())?;
+    let file = MemFile::create(name)?;
+    // Without it, memory that is short would show as a bus error at the first write.
+    rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, len).map_err(|errno| match errno {
+        Errno::NOSPC | Errno::NOMEM | Errno::DQUOT | Errno::FBIG => full(),
+        errno => SegmentError::System { call: "fallocate", errno },
+    })?;
+    file.seal(SealFlags::SHRINK | SealFlags::GROW)?;
+    let mapping = Mapping::new(&file, map_len, true)?;
+    Ok((file, mapping))
 }
 
 /// Seals a file so that no mapping or descriptor that is made from now on can be written through.

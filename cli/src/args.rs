@@ -8,9 +8,11 @@ use std::time::Duration;
 use checkpoint_engine::control::{Address, ControlConfig, Token, from_env};
 use checkpoint_engine::fp8::rules::{Receiver, RulesConfig, parse_ignored_layers};
 use checkpoint_engine::fp8::{Fp8Config, Granularity, Mode, Quantization, SourceType};
+use checkpoint_engine::reshard::Parallelism;
 use checkpoint_engine::{CheckpointEngineConfig, DeviceChoice, Rank, config, registry};
 use clap::Args;
 use cli::exporter::Exporter;
+use cli::placed::Placing;
 use cli::source::{ModelSpec, SourceSpec};
 use cli::sync::sends_only;
 use cli::synthetic::{ChangeRate, SyntheticModel};
@@ -231,6 +233,36 @@ impl EngineArgs {
         config.validate()?;
         registry().get(&config.backend)?;
         Ok(config)
+    }
+}
+
+/// Trainers and rollouts that each have a part of the model.
+#[derive(Debug, Args)]
+pub(crate) struct PlacingArgs {
+    /// Have trainers write what each of them holds straight into tensors that rollouts lend; of the transports, ipc does that
+    #[arg(long, requires = "trainer_layout", requires = "rollout_layout")]
+    placed: bool,
+    /// How trainers hold the model, such as fsdp=2 or tp=2,pp=2: as with `plan --simulate`. It says how many there are
+    #[arg(long, value_name = "LAYOUT", requires = "placed")]
+    trainer_layout: Option<Parallelism>,
+    /// How rollouts want it, such as tp=2 or ep=4. It says how many there are
+    #[arg(long, value_name = "LAYOUT", requires = "placed")]
+    rollout_layout: Option<Parallelism>,
+}
+
+impl PlacingArgs {
+    pub(crate) fn placing(&self) -> Result<Option<Placing>, Failure> {
+        let layouts = (self.trainer_layout.clone(), self.rollout_layout.clone());
+        match (self.placed, layouts) {
+            (true, (Some(trainers), Some(rollouts))) => Ok(Some(Placing { trainers, rollouts })),
+            _ => Ok(None),
+        }
+    }
+
+    /// How many trainers and rollouts there are.
+    pub(crate) fn ranks(&self) -> Option<(u32, u32)> {
+        let layouts = self.trainer_layout.as_ref().zip(self.rollout_layout.as_ref());
+        layouts.map(|(trainers, rollouts)| (trainers.ranks, rollouts.ranks))
     }
 }
 

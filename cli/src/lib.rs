@@ -6,6 +6,7 @@
 //! - [`source`] is either of the two, changing from update to update as training would change it;
 //! - [`roles`] is what a trainer and a rollout do, [`sync`] starts one of each and more on this
 //!   machine, [`report_line`] is what it tells of an update;
+//! - [`placed`] is what these do where each has a part of the model;
 //! - [mod@bench] measures transports; [`memory`] measures what that takes;
 //! - [`mod@simulate`] plans models that are divided over many ranks, and simulates their transfers.
 
@@ -20,6 +21,7 @@ pub mod exporter;
 mod ffi;
 pub use ffi::set_variable;
 pub mod memory;
+pub mod placed;
 mod processes;
 mod progress;
 pub mod quantize;

@@ -15,6 +15,7 @@ use futures::future::{join_all, select_all};
 use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, Command};
 
+use crate::placed::Placing;
 use crate::roles::Announcement;
 use crate::source::{Source, SourceSpec};
 use crate::sync::SyncOptions;
@@ -46,6 +47,10 @@ impl Processes {
         }
         let device = options.device_of(0)?;
         let config = CheckpointEngineConfig { device, ..options.config.clone() };
+        let config = match &options.placing {
+            Some(placing) => placing.of_trainers(&config)?,
+            None => config,
+        };
         let workers = Arc::default();
         Ok(Self { registry: registry(), workers, config, observer, control, children })
     }
@@ -104,7 +109,10 @@ async fn start_child(
     let program = std::env::current_exe().map_err(failed)?;
     let device = options.device_of(rank)?;
     let is_cpu = device.is_cpu();
-    let config = CheckpointEngineConfig { device, ..options.config.clone() };
+    let mut config = CheckpointEngineConfig { device, ..options.config.clone() };
+    if let Some(placing) = options.placing.as_ref().filter(|_| rank < options.trainers) {
+        config = placing.of_trainers(&config)?;
+    }
     let config =
         serde_json::to_string(&config).map_err(|error| failed(std::io::Error::other(error)))?;
     let rollout = rank.checked_sub(options.trainers);
@@ -115,15 +123,20 @@ async fn start_child(
         .args(["--rank", &rank.to_string()])
         .args(["--world-size", &(options.trainers + options.rollouts).to_string()])
         .args(["--config-json", &config]);
-    if rollout.is_none() {
+    if let Some(Placing { trainers, rollouts }) = &options.placing {
+        command.args(["--placed", "--trainer-layout", &trainers.to_string()]);
+        command.args(["--rollout-layout", &rollouts.to_string()]);
+    }
+    if rollout.is_none() || options.placing.is_some() {
         command.arg("--source-json").arg(
             serde_json::to_string(&options.source)
                 .map_err(|error| failed(std::io::Error::other(error)))?,
         );
-        if options.still {
-            command.arg("--still");
-        }
-    } else if !is_cpu {
+    }
+    if options.still && (rollout.is_none() || options.placing.is_some()) {
+        command.arg("--still");
+    }
+    if rollout.is_some() && !is_cpu {
         command.args(["--reserve", &reserve(&options.source)?.to_string()]);
     }
     if let Some(mut address) = options.metrics {

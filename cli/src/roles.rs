@@ -5,9 +5,10 @@ mod receiving;
 mod rollout;
 mod trainer;
 
+pub(crate) use parent::Parent;
 pub use receiving::{Destination, Rollout};
 pub use rollout::{BARE, RolloutOptions, rollout};
-pub use trainer::{CoTrainerOptions, Trainer, co_trainer};
+pub use trainer::{CoTrainerOptions, Trainer, co_trainer, stream};
 
 use serde::{Deserialize, Serialize};
 

@@ -415,6 +415,18 @@ impl Source {
         matches!(expected, Some(Expected::Scales { .. }))
     }
 
+    /// A tensor of the source as an update carries it.
+    ///
+    /// # Errors
+    ///
+    /// `Weight` if its size overflows.
+    pub fn bytes_of(&self, meta: &TensorMeta, version: Version) -> Result<Vec<u8>> {
+        let len = meta.byte_len()?;
+        let mut bytes = vec![0; len as usize];
+        self.make(meta, version, 0..len, &mut bytes);
+        Ok(bytes)
+    }
+
     /// Makes bytes of one of the source's tensors as an update carries them. The range is within
     /// the tensor.
     fn make(&self, meta: &TensorMeta, version: Version, range: Range<u64>, block: &mut [u8]) {

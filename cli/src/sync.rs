@@ -8,14 +8,15 @@ use std::time::Duration;
 
 use checkpoint_engine::fp8::agreed_rules;
 use checkpoint_engine::{
-    CheckpointEngineConfig, DeviceChoice, EngineContext, Error, ErrorKind, Rank, Result,
-    RolloutEngine, SendReport, Version, form_local_group, registry,
+    CheckpointEngineConfig, DeviceChoice, EngineContext, Error, ErrorKind, Rank, ReceiverReport,
+    Result, RolloutEngine, SendReport, Version, form_local_group, registry,
 };
 use engine_core::available_memory;
 use futures::future::{join, join_all};
 
 use crate::device;
 use crate::memory::{PeakMemory, memcpy_gb_per_s};
+use crate::placed::Placing;
 use crate::processes::Processes;
 use crate::progress::Bar;
 use crate::report_line::{UpdateLine, line};
@@ -48,6 +49,8 @@ pub struct SyncOptions {
     pub out: Option<PathBuf>,
     /// Where the trainer serves its metrics; rollout n does so n ports higher.
     pub metrics: Option<SocketAddr>,
+    /// Who has which part of the model, where trainers write into rollouts' tensors.
+    pub placing: Option<Placing>,
     /// Whether rollouts offer memory for bare transfers of NIXL.
     pub bare: bool,
 }
@@ -103,7 +106,15 @@ impl<F: FnMut(&UpdateLine) -> Result<()>> Lines<'_, F> {
     /// `Digest` if all was to be verified and a rollout did not compare every byte; those of `each`.
     fn say(&mut self, report: &SendReport, source: &Source) -> Result<()> {
         let (tensors, peak) = (source.tensors(), self.memory.extra_peak_bytes());
-        let line = line(report, tensors, &self.options.config.backend, Some(self.memcpy), peak);
+        let backend = &self.options.config.backend;
+        let mut line = line(report, tensors, backend, Some(self.memcpy), peak);
+        if self.options.placing.is_some() {
+            // What a rollout lends is not what a trainer has: it says whether it compared all of that.
+            let compared = |receiver: &ReceiverReport| {
+                receiver.notes["inspected"].as_u64().is_some_and(|boxes| boxes > 0)
+            };
+            line.verified = !report.receivers.is_empty() && report.receivers.iter().all(compared);
+        }
         check(&line, self.options.verify)?;
         self.bar.clear();
         (self.each)(&line)
@@ -168,7 +179,7 @@ async fn in_one_process(
             }))
         }
     };
-    let mut trainer = Trainer { engine, source };
+    let mut trainer = Trainer { engine, source, shard: None };
     let mut rollouts: Vec<(Rollout, Box<dyn RolloutEngine>)> = (0..)
         .zip(engines)
         .map(|(index, engine)| {
@@ -203,7 +214,7 @@ async fn to_servers(
     let prepared = registry.prepare_trainer(context).await?;
     let backend = registry.get(&options.config.backend)?;
     let (mut trainers, _) = form_local_group(backend, vec![prepared], Vec::new()).await?;
-    let mut trainer = Trainer { engine: trainers.remove(0), source };
+    let mut trainer = Trainer { engine: trainers.remove(0), source, shard: None };
     let result = send_all(options, &mut trainer, lines).await;
     let ended = trainer.engine.finalize().await;
     // The first failure is the cause of those that follow.
@@ -232,7 +243,9 @@ async fn with_processes(
     let mut group = Processes::start(options, lines.bar.clone()).await?;
     let updates = async {
         let engine = group.form(&options.source).await?;
-        let mut trainer = Trainer { engine, source };
+        let placing = options.placing.as_ref();
+        let shard = placing.map(|placing| placing.shard(&source, Rank::LEADER)).transpose()?;
+        let mut trainer = Trainer { engine, source, shard };
         send_all(options, &mut trainer, lines).await?;
         trainer.engine.finalize().await
     };

@@ -108,6 +108,61 @@ fn every_update_is_verified_and_its_line_has_the_documented_keys() {
 }
 
 #[test]
+fn trainers_with_parts_of_a_model_write_what_rollouts_want_of_it_and_every_element_is_compared() {
+    let sync =
+        ["sync", "--synthetic", "tiny-moe", "--updates", "2", "--placed", "--verify", "--json"];
+    let quantized = ["--trainer-quantize-fp8", "--receiver", "any", "--quant-block", "32x64"];
+    for (trainers, rollouts, ranks) in [
+        ("fsdp=2", "tp=2", [2, 3].as_slice()),
+        ("tp=2", "fsdp=3", &[2, 3, 4]),
+        ("fsdp=3", "ep=2", &[3, 4]),
+    ] {
+        let layouts = ["--trainer-layout", trainers, "--rollout-layout", rollouts];
+        for more in [&[][..], &quantized] {
+            let lines = json_lines(&run(&[&sync[..], &layouts, more].concat()));
+            assert_eq!(lines.len(), 2);
+            for line in &lines {
+                assert_eq!(line["verified"], true, "{line}");
+                assert_eq!(line["quantized"].as_u64() > Some(0), !more.is_empty(), "{line}");
+                let rollouts = line["rollouts"].as_array().expect("rollouts");
+                let of: Vec<_> = rollouts.iter().filter_map(|one| one["rank"].as_u64()).collect();
+                assert_eq!(of, ranks);
+            }
+            assert_eq!(lines[1]["plan_reused"], true);
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_placed_is_refused_in_words() {
+    let sync = ["sync", "--synthetic", "tiny-moe", "--placed", "--trainer-layout", "fsdp=2"];
+    for (more, words) in [
+        (&["--rollout-layout", "tp=2", "--backend", "naive"][..], "naive has no placed updates"),
+        (&["--rollout-layout", "tp=2", "--out", "out"], "--placed"),
+        (&["--rollout-layout", "tp=2", "--quantize-on-receive"], "nothing is left to quantise"),
+        (&["--rollout-layout", "tp=2", "--device", "cuda"], "host memory"),
+        (&["--rollout-layout", "ep=99"], "ep=99"),
+        (&[], "--rollout-layout"),
+    ] {
+        let output = run(&[&sync[..], more].concat());
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && error.contains(words), "{more:?}: {error}");
+    }
+}
+
+#[test]
+fn a_benchmark_of_placed_updates_says_the_layouts_and_that_it_compared_every_element() {
+    let bench = ["bench", "transfer", "--synthetic", "qwen2.5-0.5b", "--layers", "1", "--json"];
+    let placed = ["--placed", "--trainer-layout", "fsdp=2", "--rollout-layout", "tp=2"];
+    let lines = json_lines(&run(&[&bench[..], &placed, &["--repeats", "1", "--verify"]].concat()));
+    assert_eq!(lines.len(), 2, "with digests and without");
+    for line in lines {
+        assert_eq!(line["placed"], serde_json::json!(["fsdp=2,ranks=2", "tp=2,ranks=2"]));
+        assert_eq!((line["verified"].as_bool(), line["rollouts"].as_u64()), (Some(true), Some(2)));
+    }
+}
+
+#[test]
 fn what_rollouts_write_is_what_the_trainer_read() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = |name: &str| folder.path().join(name).display().to_string();

@@ -8,7 +8,8 @@ use bytes::Bytes;
 use control_plane::{ControlPlane, UPDATES};
 use engine_core::{
     DType, Encoding, Error, ErrorKind, Rank, ReceivedBucket, ReceivedPiece, Role, Storage,
-    TensorMap, TensorMeta, Treatment, Version, VersionState, Weight, ensure_async_iterator,
+    TensorBox, TensorMap, TensorMeta, Treatment, Version, VersionState, Weight,
+    ensure_async_iterator,
 };
 use futures::StreamExt;
 use tokio::time::sleep;
@@ -98,6 +99,7 @@ cases! {
     a_receiver_that_drops_the_stream_ends_the_update_everywhere
     a_receiver_says_why_it_gives_up
     an_error_of_the_source_ends_the_update_everywhere
+    a_part_of_a_tensor_is_refused_by_name
     a_name_used_twice_is_refused
     a_send_that_is_dropped_ends_the_update_everywhere
     a_receiver_that_never_comes_is_a_timeout_that_names_it
@@ -373,6 +375,27 @@ async fn an_error_of_the_source_ends_the_update_everywhere(suite: &Suite) -> Ver
         ensure!(error.to_string().contains("shard 3"), "a rollout is not told why: {error}");
     }
     group.exact(long(2), 2).await.map(drop)
+}
+
+async fn a_part_of_a_tensor_is_refused_by_name(suite: &Suite) -> Verdict {
+    let mut group = Group::form(suite, 1).await.map_err(words)?;
+    group.exact(model(5, 1), 1).await?;
+    let mut weights = model(5, 2);
+    let part = weights[1].clone();
+    let (mut full, mut offset) = (part.meta().shape.to_vec(), vec![0; part.meta().shape.len()]);
+    let Some((side, first)) = full.first_mut().zip(offset.first_mut()) else {
+        return Err("the case needs a weight with dimensions".into());
+    };
+    *first = 1;
+    *side += 1;
+    let region = TensorBox::new(&offset, &part.meta().shape).map_err(words)?;
+    weights[1] = part.of_box(full, region).map_err(words)?;
+    let (sent, received) = group.update(weights, 2).await;
+    let Err(error) = sent else { return Err("the trainer reports success".into()) };
+    let named = error.report().tensor.as_deref() == Some("layers.0.norm");
+    ensure!(error.kind() == ErrorKind::Weight && named, "the error is {error}");
+    ensure!(received[0].is_err(), "the rollout has a complete version");
+    group.exact(model(5, 3), 3).await.map(drop)
 }
 
 async fn a_name_used_twice_is_refused(suite: &Suite) -> Verdict {

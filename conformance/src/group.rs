@@ -70,7 +70,11 @@ impl TrainerEngine for Placed {
         version: Version,
     ) -> Result<SendReport> {
         let place = self.place;
-        let placed = weights.map(move |weight| weight.and_then(place));
+        let placed = weights.map(move |weight| {
+            let weight = weight?;
+            let (full, region) = (weight.full_meta().shape, weight.region());
+            place(weight)?.of_box(full, region)
+        });
         self.engine.send_weights(WeightStream::new(placed), version).await
     }
 }

@@ -14,6 +14,7 @@ pub mod broken;
 mod cases;
 pub mod collective;
 mod group;
+pub mod placed;
 pub mod processes;
 
 use std::future::Future;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::{DType, Error, ErrorKind, Result, Storage};
+use crate::{DType, Error, ErrorKind, Result, Storage, TensorBox};
 
 /// The name, type and shape of a tensor as it travels.
 ///
@@ -186,6 +186,14 @@ pub struct Weight {
     pub(crate) content: Content,
     pub(crate) treatment: Treatment,
     pub(crate) byte_len: u64,
+    pub(crate) part: Option<Part>,
+}
+
+/// What of a larger tensor a weight is.
+#[derive(Clone, Debug)]
+pub(crate) struct Part {
+    shape: Arc<[u64]>,
+    region: TensorBox,
 }
 
 impl Weight {
@@ -235,7 +243,7 @@ impl Weight {
             )));
         }
         let content = Content::Contiguous(bytes);
-        Ok(Self { meta, content, treatment: Treatment::Plain, byte_len })
+        Ok(Self { meta, content, treatment: Treatment::Plain, byte_len, part: None })
     }
 
     /// A tensor in host memory whose elements are not contiguous: a transposed or sliced view.
@@ -282,7 +290,8 @@ impl Weight {
             }
         }
         let content = Content::Strided { bytes, strides, offset };
-        Ok(Self { meta, content, treatment: Treatment::Plain, byte_len }.simplified(size))
+        Ok(Self { meta, content, treatment: Treatment::Plain, byte_len, part: None }
+            .simplified(size))
     }
 
     /// A weight whose bytes an encoding produces.
@@ -296,7 +305,71 @@ impl Weight {
         treatment: Treatment,
     ) -> Result<Self> {
         let byte_len = meta.validate()?;
-        Ok(Self { meta, content: Content::Encoded(encoding), treatment, byte_len })
+        Ok(Self { meta, content: Content::Encoded(encoding), treatment, byte_len, part: None })
+    }
+
+    /// The same weight as a part of a tensor of the shape `full`: the elements of the box `region`. Without this a weight is a whole
+    /// tensor.
+    ///
+    /// # Errors
+    ///
+    /// `Weight`, naming the tensor, if the box is not within that shape, or the weight does not have its extent in each
+    /// dimension.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use engine_core::{DType, TensorBox, Weight};
+    ///
+    /// // Rows 4 to 7 of a tensor of eight.
+    /// let rows = Weight::new("lm_head.weight", DType::BF16, [4, 3], vec![0_u8; 24])?;
+    /// let rows = rows.of_box([8, 3], TensorBox::new(&[4, 0], &[4, 3])?)?;
+    /// assert_eq!(*rows.full_meta().shape, [8, 3]);
+    /// assert!(rows.require_whole("sending").is_err());
+    /// # Ok::<(), engine_core::Error>(())
+    /// ```
+    pub fn of_box(mut self, full: impl Into<Arc<[u64]>>, region: TensorBox) -> Result<Self> {
+        let shape = full.into();
+        TensorMeta { shape: shape.clone(), ..self.meta.clone() }.validate()?;
+        let extent = region.ranges().iter().map(|range| range.end - range.start);
+        if !region.fits(&shape) || !extent.eq(self.meta.shape.iter().copied()) {
+            return Err(self.meta.invalid(format!(
+                "{:?} elements are not the box {region} of a tensor of shape {shape:?}",
+                self.meta.shape
+            )));
+        }
+        self.part = (region != TensorBox::whole(&shape)).then_some(Part { shape, region });
+        Ok(self)
+    }
+
+    /// Name and type of the weight, with the shape of the full tensor that it is a box of.
+    pub fn full_meta(&self) -> TensorMeta {
+        match &self.part {
+            None => self.meta.clone(),
+            Some(part) => TensorMeta { shape: part.shape.clone(), ..self.meta.clone() },
+        }
+    }
+
+    /// The box of the full tensor that it is.
+    pub fn region(&self) -> TensorBox {
+        match &self.part {
+            None => TensorBox::whole(&self.meta.shape),
+            Some(part) => part.region.clone(),
+        }
+    }
+
+    /// For whatever takes whole tensors alone: says that a part of one is none.
+    ///
+    /// # Errors
+    ///
+    /// `Weight`, naming tensor and box, if the weight is not a whole tensor.
+    pub fn require_whole(&self, operation: &str) -> Result<()> {
+        let Some(part) = &self.part else { return Ok(()) };
+        let message = format!(
+            "it is the box {} of a tensor of shape {:?}, and this takes whole tensors: placed updates take boxes",
+            part.region, part.shape
+        );
+        Err(Error::new(ErrorKind::Weight, operation, message).tensor(self.name()))
     }
 
     /// A strided view that happens to be contiguous is a plain one, which copies faster.
@@ -318,7 +391,7 @@ impl Weight {
         self
     }
 
-    /// Name, type and shape as they travel.
+    /// Name, type and shape as they travel; of a [box](Self::of_box) its extent, not the shape of the full tensor.
     pub fn meta(&self) -> &TensorMeta {
         &self.meta
     }
@@ -455,6 +528,7 @@ impl fmt::Debug for Weight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Weight")
             .field("meta", &self.meta)
+            .field("part", &self.part)
             .field("encoding", &self.encoding().map_or("copy", |encoding| encoding.name()))
             .field("treatment", &self.treatment)
             .finish_non_exhaustive()
@@ -522,6 +596,27 @@ mod tests {
         let mut middle = [0; 5];
         weight.encode(3..8, &mut middle).unwrap();
         assert_eq!(middle, [7, 2, 3, 8, 9]);
+    }
+
+    #[test]
+    fn a_box_is_its_extent_of_the_full_tensor_or_refused_and_the_whole_is_no_part() {
+        let half = || Weight::new("w", DType::U8, [2, 3], vec![0; 6]).unwrap();
+        let region = |offset: [u64; 2], extent: [u64; 2]| TensorBox::new(&offset, &extent).unwrap();
+        for (full, wrong) in [
+            ([4, 3], region([3, 0], [2, 3])),
+            ([4, 3], region([0, 0], [3, 2])),
+            ([u64::MAX, 3], region([0, 0], [2, 3])),
+        ] {
+            let error = half().of_box(full, wrong).unwrap_err();
+            assert_eq!(error.report().tensor.as_deref(), Some("w"), "{error}");
+        }
+        let lower = half().of_box([4, 3], region([2, 0], [2, 3])).unwrap();
+        assert_eq!(lower.region(), region([2, 0], [2, 3]));
+        let error = lower.require_whole("sending").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Weight);
+        assert!(error.to_string().contains("[2..4, 0..3]"), "{error}");
+        let whole = half().of_box([2, 3], region([0, 0], [2, 3])).unwrap();
+        whole.require_whole("sending").unwrap();
     }
 
     #[test]

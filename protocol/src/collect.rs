@@ -141,6 +141,7 @@ impl Collector {
 
     /// Checks that a weight's name is new.
     fn admit(&mut self, weight: &Weight, placed: usize) -> Result<()> {
+        weight.require_whole("collecting a bucket")?;
         if self.names.is_none() {
             let expected = self.last.buckets.get(self.buckets).and_then(|bucket| {
                 bucket.pieces().get(placed).or_else(|| {

@@ -122,6 +122,7 @@ pub(crate) fn quantized(
     layout: &Arc<Fp8Layout>,
     codec: Codec,
 ) -> Result<[Weight; 2]> {
+    weight.require_whole("quantising")?;
     let layout = layout.clone();
     let codes = Arc::new(Fp8Codes { source: weight, layout, codec, scales: OnceLock::new() });
     let (meta, scale_meta) = (codes.layout.codes.clone(), codes.layout.scales.clone());

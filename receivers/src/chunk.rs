@@ -81,6 +81,7 @@ impl Chunks {
             })?,
         };
         let Some(weight) = weight.transpose()? else { return Ok(None) };
+        weight.require_whole(COLLECTING)?;
         torch_name(&weight)?;
         if !self.names.insert(weight.meta().name.clone()) {
             let message = "the stream has a weight of this name already";

@@ -7,15 +7,16 @@ use std::time::Duration;
 use bytes::Bytes;
 use checkpoint_engine::nixl::bare;
 use checkpoint_engine::{
-    CheckpointEngineConfig, DType, DeltaReport, DeviceChoice, Result, SendReport, StageTimes,
+    CheckpointEngineConfig, DType, DeltaReport, DeviceChoice, Rank, Result, SendReport, StageTimes,
     Version, Weight, WeightStream, ensure_async_iterator,
 };
 use serde::Serialize;
 
 use crate::device;
 use crate::memory::{PeakMemory, memcpy_gb_per_s};
+use crate::placed::Placing;
 use crate::processes::Processes;
-use crate::roles::BARE;
+use crate::roles::{BARE, stream};
 use crate::runtime::aside;
 use crate::source::{Source, SourceSpec};
 use crate::sync::SyncOptions;
@@ -27,10 +28,14 @@ pub struct TransferOptions {
     pub source: SourceSpec,
     /// The engine's configuration; its backend is one whose rollouts are processes.
     pub config: CheckpointEngineConfig,
+    /// Whether rollouts compare every element of every box, which placed updates alone can: it takes longer than they do.
+    pub verify: bool,
     /// Updates that are measured for each setting, after two that are not.
     pub repeats: usize,
     /// How many trainers; all of them have the model.
     pub trainers: u32,
+    /// Who has which part of the model, where trainers write into rollouts' tensors: their layouts say how many ranks there are.
+    pub placing: Option<Placing>,
     /// The numbers of rollouts to measure with; the usual ones if there are none.
     pub rollouts: Vec<u32>,
 }
@@ -48,6 +53,11 @@ pub struct TransferLine {
     pub device: String,
     /// Trainers that have the model.
     pub trainers: u32,
+    /// The layouts of trainers and rollouts, where trainers write into rollouts' tensors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub placed: Option<[String; 2]>,
+    /// Whether rollouts compared every element in every update.
+    pub verified: bool,
     /// Rollouts. They read the buckets in place; on a device they copy every tensor out.
     pub rollouts: u32,
     /// Whether buckets were guarded by digests.
@@ -154,18 +164,26 @@ pub async fn transfer(
         if place.is_cpu() { &[(1, true), (1, false), (2, true)] } else { &[(1, true), (1, false)] };
     let chosen: Vec<_> =
         options.rollouts.iter().flat_map(|&count| [(count, true), (count, false)]).collect();
-    let settings = if chosen.is_empty() { settings } else { &chosen };
+    let placed = options.placing.as_ref().map(|placing| placing.rollouts.ranks);
+    let placed: Vec<_> = placed.into_iter().flat_map(|n| [(n, true), (n, false)]).collect();
+    let settings = match (placed.is_empty(), chosen.is_empty()) {
+        (false, _) => &placed,
+        (true, false) => &chosen,
+        (true, true) => settings,
+    };
+    let placing = options.placing.as_ref();
+    let shard = placing.map(|placing| placing.shard(&source, Rank::LEADER)).transpose()?;
     for &(rollouts, digests) in settings {
         // Without a rate nothing changes, and the model is made once.
         let changes = options.source.change_rate.is_some();
         let weights = |version| {
             let version = if changes { version } else { Version(1) };
-            Ok(ensure_async_iterator(source.weights(version)?))
+            Ok(stream(source.weights(version)?, shard.as_ref()))
         };
         each(&setting(options, "model", rollouts, digests, &baseline, weights).await?)?;
     }
     drop(baseline);
-    if !place.is_cpu() || !options.rollouts.is_empty() {
+    if !place.is_cpu() || !options.rollouts.is_empty() || options.placing.is_some() {
         return Ok(());
     }
     let (count, len) = TINY;
@@ -231,9 +249,10 @@ async fn setting<'a>(
         still: true,
         rollouts,
         devices: BTreeMap::new(),
-        verify: false,
+        verify: options.verify,
         out: None,
         metrics: None,
+        placing: options.placing.clone(),
         bare,
     };
     let mut group = Processes::start(&run, Arc::new(())).await?;
@@ -272,6 +291,11 @@ async fn setting<'a>(
         simulated: crate::device::is_simulated(&run.config.backend),
         backend: run.config.backend,
         trainers: options.trainers,
+        placed: options
+            .placing
+            .as_ref()
+            .map(|placing| [placing.trainers.to_string(), placing.rollouts.to_string()]),
+        verified: options.verify,
         rollouts,
         digests,
         bucket_bytes,

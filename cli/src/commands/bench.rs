@@ -12,7 +12,7 @@ use cli::source::{ModelSpec, SourceSpec};
 use cli::synthetic::{ChangeRate, SyntheticModel};
 
 use crate::Failure;
-use crate::args::{EngineArgs, FormatArgs, Shape, change_rate, shape, source_type};
+use crate::args::{EngineArgs, FormatArgs, PlacingArgs, Shape, change_rate, shape, source_type};
 use crate::commands::scale::ScaleArgs;
 use crate::output::{json_line, say};
 
@@ -27,7 +27,7 @@ pub(crate) struct BenchArgs {
 pub(crate) enum Bench {
     /// Updates of a model in memory: one rollout with digests and without, two rollouts, and
     /// 100 000 tensors of 1 KiB, each beside a copy of the same bytes into shared memory
-    Transfer(TransferArgs),
+    Transfer(Box<TransferArgs>),
     /// The FP8 codecs, beside a copy of the same input
     Quant(QuantBenchArgs),
     /// What a group costs beside the bytes of its weights: how that grows with ranks, tensors and buckets
@@ -48,11 +48,16 @@ pub(crate) struct TransferArgs {
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
     /// How many trainers, all of which have the model
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(long, default_value_t = 1, conflicts_with = "placed", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) trainers: u32,
     /// The numbers of rollouts to measure with, comma-separated; without them one, and two on the host
-    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    #[arg(long, value_name = "N,N", value_delimiter = ',', conflicts_with = "placed")]
     pub(crate) rollouts: Vec<u32>,
+    #[command(flatten)]
+    pub(crate) placing: PlacingArgs,
+    /// Have rollouts compare every element of every box in every update, which counts into its time
+    #[arg(long, requires = "placed")]
+    pub(crate) verify: bool,
     /// Updates that are measured for each setting
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..1000))]
     pub(crate) repeats: u64,
@@ -95,7 +100,9 @@ pub(crate) async fn transfer_command(args: &TransferArgs) -> Result<ExitCode, Fa
         source: SourceSpec { model, updates: 1, change_rate: args.change_rate },
         config: args.engine.config()?,
         repeats: usize::try_from(args.repeats)?,
-        trainers: args.trainers,
+        trainers: args.placing.ranks().map_or(args.trainers, |(trainers, _)| trainers),
+        placing: args.placing.placing()?,
+        verify: args.verify,
         rollouts: args.rollouts.clone(),
     };
     if options.config.backend == "naive" {

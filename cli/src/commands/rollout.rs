@@ -6,10 +6,11 @@ use std::process::ExitCode;
 use checkpoint_engine::control::Address;
 use checkpoint_engine::{Rank, ReceiveReport};
 use clap::Args;
+use cli::placed::{PlacedOptions, placed_rollout};
 use cli::roles::{RolloutOptions, rollout};
 
 use crate::Failure;
-use crate::args::{EngineArgs, MetricsArgs, RendezvousArgs};
+use crate::args::{EngineArgs, MetricsArgs, PlacingArgs, RendezvousArgs};
 use crate::output::{report, say};
 
 /// Joins a trainer's group as a rollout and receives its updates.
@@ -19,6 +20,14 @@ pub(crate) struct RolloutArgs {
     engine: EngineArgs,
     #[command(flatten)]
     rendezvous: RendezvousArgs,
+    #[command(flatten)]
+    placing: PlacingArgs,
+    /// The model as JSON, as `sync` gives it to rollouts that lend their tensors
+    #[arg(long, value_name = "JSON", hide = true, requires = "placed")]
+    source_json: Option<String>,
+    /// The weights stay the same from one update to the next
+    #[arg(long, hide = true, requires = "placed")]
+    still: bool,
     /// The rank to take; without it torchrun's RANK, else the trainer gives the next free one
     #[arg(long)]
     rank: Option<u32>,
@@ -50,18 +59,7 @@ pub(crate) async fn rollout_command(args: &RolloutArgs) -> Result<ExitCode, Fail
     let _exporter = args.metrics.serve().await?;
     let config = args.engine.config()?;
     let meeting = args.rendezvous.meet(false, config.timeout())?;
-    let options = RolloutOptions {
-        control: meeting.control,
-        rank: args.rank.map(Rank).or(meeting.rank),
-        world_size: args.world_size.or(meeting.world_size),
-        config,
-        verify: args.verify,
-        out: args.out.clone(),
-        reserve: args.reserve,
-        bare: args.bare,
-        hold: args.hold.clone(),
-        is_child: args.rendezvous.token_stdin,
-    };
+    let placing = args.placing.placing()?;
     let print = |result: &checkpoint_engine::Result<ReceiveReport>| match result {
         Ok(report) => say(format!(
             "{}version {}: {} tensors, {} bytes, {:.3} s",
@@ -75,6 +73,35 @@ pub(crate) async fn rollout_command(args: &RolloutArgs) -> Result<ExitCode, Fail
             report(error);
             Ok(())
         }
+    };
+    if let Some(placing) = placing {
+        let source =
+            args.source_json.as_ref().ok_or("--placed: `sync` and `bench` start such rollouts")?;
+        let options = PlacedOptions {
+            control: meeting.control,
+            rank: args.rank.map(Rank).or(meeting.rank).ok_or("--placed: give --rank")?,
+            world_size: placing.trainers.ranks + placing.rollouts.ranks,
+            config,
+            source: serde_json::from_str(source)?,
+            placing,
+            verify: args.verify,
+            still: args.still,
+            is_child: args.rendezvous.token_stdin,
+        };
+        let is_whole = placed_rollout(options, print).await?;
+        return Ok(if is_whole { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
+    let options = RolloutOptions {
+        control: meeting.control,
+        rank: args.rank.map(Rank).or(meeting.rank),
+        world_size: args.world_size.or(meeting.world_size),
+        config,
+        verify: args.verify,
+        out: args.out.clone(),
+        reserve: args.reserve,
+        bare: args.bare,
+        hold: args.hold.clone(),
+        is_child: args.rendezvous.token_stdin,
     };
     let is_whole = rollout(options, print).await?;
     Ok(if is_whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -9,7 +9,7 @@ use cli::source::Source;
 use cli::sync::{SyncOptions, sends_only};
 
 use crate::Failure;
-use crate::args::{EngineArgs, MetricsArgs, SourceArgs, rank_device};
+use crate::args::{EngineArgs, MetricsArgs, PlacingArgs, SourceArgs, rank_device};
 use crate::commands::plan::as_planned;
 use crate::commands::update_line::{print_update, say_source};
 
@@ -27,6 +27,9 @@ Examples:
     ckpt-engine sync --model model.safetensors --out received --verify
     ckpt-engine verify model.safetensors received/rollout-0
 
+  Two trainers that hold half of each tensor write into the tensors of two rollouts that want other halves:
+    ckpt-engine sync --synthetic tiny-moe --placed --trainer-layout fsdp=2 --rollout-layout tp=2 --verify
+
   A real model for a server of vLLM that runs, on another GPU:
     ckpt-engine doctor --server http://127.0.0.1:8000
     ckpt-engine sync --backend vllm --server http://127.0.0.1:8000 --model PATH
@@ -38,15 +41,17 @@ pub(crate) struct SyncArgs {
     pub(crate) source: SourceArgs,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
+    #[command(flatten)]
+    pub(crate) placing: PlacingArgs,
     /// An inference server that runs already, such as http://127.0.0.1:8000; may be given several times
     #[arg(long = "server", value_name = "URL", requires = "backend",
           conflicts_with_all = ["trainers", "rollouts", "rank_devices", "verify", "out"])]
     pub(crate) servers: Vec<String>,
     /// How many trainers, all of which have the model; transports with several senders use them
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(long, default_value_t = 1, conflicts_with = "placed", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) trainers: u32,
     /// How many rollouts
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(long, default_value_t = 1, conflicts_with = "placed", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) rollouts: u32,
     /// The device of one rank, where that is not what --device says; may be given several times. Ranks count
     /// trainers, then rollouts: of one trainer, rank 1 is the first rollout, and 1=npu:0 puts it on the
@@ -86,18 +91,27 @@ pub(crate) async fn sync_command(args: &SyncArgs) -> Result<ExitCode, Failure> {
             format!("{backend} sends to servers that run already: give --server URL").into()
         );
     }
+    let placing = args.placing.placing()?;
+    if placing.is_some() && (args.out.is_some() || !args.rank_devices.is_empty()) {
+        return Err("--placed: rollouts have parts of tensors, on the host; leave out --out and --rank-device".into());
+    }
+    let (trainers, rollouts) = args.placing.ranks().unwrap_or((args.trainers, args.rollouts));
     let options = SyncOptions {
         config: as_planned(config, &source)?,
         source,
-        trainers: args.trainers,
+        trainers,
         still: false,
-        rollouts: args.rollouts,
+        rollouts,
+        placing,
         devices: args.rank_devices.iter().cloned().collect(),
         verify: args.verify,
         out: args.out.clone(),
         metrics: args.metrics.metrics,
         bare: false,
     };
+    if let Some(placing) = &options.placing {
+        placing.of_trainers(&options.config)?;
+    }
     if options.trainers > 1 && options.config.backend == "naive" {
         return Err("naive has one trainer".into());
     }

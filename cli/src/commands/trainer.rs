@@ -14,7 +14,7 @@ use cli::roles::{Announcement, CoTrainerOptions, Trainer, co_trainer};
 use cli::source::Source;
 
 use crate::Failure;
-use crate::args::{EngineArgs, MetricsArgs, RendezvousArgs, SourceArgs};
+use crate::args::{EngineArgs, MetricsArgs, PlacingArgs, RendezvousArgs, SourceArgs};
 use crate::commands::plan::as_planned;
 use crate::commands::update_line::{print_update, say_source};
 use crate::output::{report, say};
@@ -45,6 +45,8 @@ pub(crate) struct TrainerArgs {
     #[command(flatten)]
     engine: EngineArgs,
     #[command(flatten)]
+    placing: PlacingArgs,
+    #[command(flatten)]
     rendezvous: RendezvousArgs,
     /// How many rollouts to wait for; torchrun's WORLD_SIZE says so without it, else 1
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
@@ -61,7 +63,10 @@ pub(crate) struct TrainerArgs {
 
 pub(crate) async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Failure> {
     let _exporter = args.metrics.serve().await?;
-    let config = as_planned(args.engine.config()?, &args.source.spec()?)?;
+    let mut config = as_planned(args.engine.config()?, &args.source.spec()?)?;
+    if let Some(placing) = args.placing.placing()? {
+        config = placing.of_trainers(&config)?;
+    }
     let interval = Duration::try_from_secs_f64(args.interval)?;
     let rank = match args.rank {
         Some(rank) => Rank(rank),
@@ -77,6 +82,7 @@ pub(crate) async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Fail
             world_size: told.unwrap_or(args.rollouts.unwrap_or(1) + 2),
             config,
             source: args.source.spec()?,
+            placing: args.placing.placing()?,
             still: args.still,
             is_child: args.rendezvous.token_stdin,
         };
@@ -93,6 +99,9 @@ pub(crate) async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Fail
     source.advance(Version(1))?;
     let memory = PeakMemory::start()?;
     let world_size = match (args.rollouts, told) {
+        (None, None) if args.placing.ranks().is_some() => {
+            args.placing.ranks().map_or(2, |(trainers, rollouts)| trainers + rollouts)
+        }
         (Some(rollouts), None) => rollouts + 1,
         (_, Some(ranks)) => ranks,
         (None, None) => 2,
@@ -104,7 +113,9 @@ pub(crate) async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Fail
     let announcement = serde_json::json!(Announcement { source: source.spec().clone() });
     let group = form_group(&registry, config.clone(), &control).attributes(announcement);
     let (engine, _) = group.world_size(world_size).trainer().await?;
-    let mut trainer = Trainer { engine, source };
+    let placing = args.placing.placing()?;
+    let shard = placing.map(|placing| placing.shard(&source, Rank::LEADER)).transpose()?;
+    let mut trainer = Trainer { engine, source, shard };
     let mut failed = 0;
     for version in (1..=args.source.updates).map(Version) {
         match trainer.update(version).await {

@@ -5,12 +5,13 @@ use std::time::{Duration, Instant};
 use checkpoint_engine::control::ControlConfig;
 use checkpoint_engine::{
     CheckpointEngineConfig, ControlPlane, Error, ErrorKind, Rank, Registry, Result, Role,
-    SendReport, TrainerEngine, Version, ensure_async_iterator, form_group, registry,
+    SendReport, TrainerEngine, Version, WeightStream, ensure_async_iterator, form_group, registry,
 };
 
 use super::parent::Parent;
 use crate::device;
-use crate::source::{Source, SourceSpec};
+use crate::placed::{Placing, Shard};
+use crate::source::{Source, SourceSpec, Weights};
 
 /// A trainer that leads its group: what `sync` and `trainer` have in common.
 #[derive(Debug)]
@@ -19,6 +20,23 @@ pub struct Trainer {
     pub engine: Box<dyn TrainerEngine>,
     /// Where the weights come from.
     pub source: Source,
+    /// What it holds of them; without this, whole tensors.
+    pub shard: Option<Shard>,
+}
+
+/// Weights of a source, or what one trainer holds of them.
+///
+/// # Errors
+///
+/// Those of the source.
+pub fn stream<'a>(weights: Weights, shard: Option<&'a Shard>) -> WeightStream<'a> {
+    let Some(shard) = shard else { return ensure_async_iterator(weights) };
+    ensure_async_iterator(weights.flat_map(move |weight| {
+        match weight.and_then(|weight| shard.of(&weight)) {
+            Ok(boxes) => boxes.into_iter().map(Ok).collect(),
+            Err(error) => vec![Err(error)],
+        }
+    }))
 }
 
 /// How long the trainer waits for those who still read the weights of the version before.
@@ -41,7 +59,7 @@ impl Trainer {
                 advanced => break advanced?,
             }
         }
-        let weights = ensure_async_iterator(self.source.weights(version)?);
+        let weights = stream(self.source.weights(version)?, self.shard.as_ref());
         self.engine.send_weights(weights, version).await
     }
 }
@@ -59,6 +77,8 @@ pub struct CoTrainerOptions {
     pub config: CheckpointEngineConfig,
     /// The model, the same as the leader's.
     pub source: SourceSpec,
+    /// Who has which part of it, if not all have all.
+    pub placing: Option<Placing>,
     /// Whether the weights stay the same from one update to the next.
     pub still: bool,
     /// Whether the leader's process has started this one.
@@ -81,10 +101,12 @@ pub async fn co_trainer(options: CoTrainerOptions, mut failed: impl FnMut(&Error
     let config = CheckpointEngineConfig { device, ..options.config };
     let group = form_group(&registry, config, &control).world_size(options.world_size);
     let (engine, _) = group.trainer().await?;
-    let mut trainer = Trainer { engine, source };
+    let placing = options.placing.as_ref();
+    let shard = placing.map(|placing| placing.shard(&source, options.rank)).transpose()?;
+    let mut trainer = Trainer { engine, source, shard };
     for version in (1..=options.source.updates).map(Version) {
         let result = if options.still {
-            let weights = ensure_async_iterator(trainer.source.weights(Version(1))?);
+            let weights = stream(trainer.source.weights(Version(1))?, trainer.shard.as_ref());
             trainer.engine.send_weights(weights, version).await
         } else {
             trainer.update(version).await

@@ -28,7 +28,9 @@ fn cast_weight(weight: Weight, to: DType) -> Result<Weight> {
         .tensor(weight.name()));
     }
     let meta = TensorMeta { dtype: to, ..weight.meta().clone() };
-    Weight::encoded(meta, Arc::new(Cast { source: weight, from, to }), Treatment::Plain)
+    let part = weight.part.clone();
+    let cast = Arc::new(Cast { source: weight, from, to });
+    Ok(Weight { part, ..Weight::encoded(meta, cast, Treatment::Plain)? })
 }
 
 fn is_float(dtype: DType) -> bool {

@@ -92,6 +92,37 @@ impl BlockMaxima {
         Ok(self.places(blocks)?.map(|at| self.values[at]).collect())
     }
 
+    /// The maxima of blocks that nothing is known of yet.
+    ///
+    /// # Errors
+    ///
+    /// [`QuantError::Sizes`] if they are no blocks of a matrix or of a stack of matrices.
+    pub fn zero(blocks: &TensorBox) -> Result<Self, QuantError> {
+        let count = usize::try_from(blocks.elements()).unwrap_or(usize::MAX);
+        Self::from_values(blocks, &vec![0; count])
+    }
+
+    /// The maxima of blocks, row-major, as they [travelled](Self::of).
+    ///
+    /// # Errors
+    ///
+    /// [`QuantError::Sizes`] if there are not as many as blocks, or these are none of a matrix or of a stack of matrices.
+    pub fn from_values(blocks: &TensorBox, values: &[u32]) -> Result<Self, QuantError> {
+        if !(2..=3).contains(&blocks.dimensions()) || values.len() as u64 != blocks.elements() {
+            return Err(QuantError::sizes(format!("{} maxima of {blocks}", values.len())));
+        }
+        Ok(Self { blocks: blocks.clone(), values: values.into() })
+    }
+
+    /// The maxima of some of the blocks by themselves: those of a part of the box.
+    ///
+    /// # Errors
+    ///
+    /// [`QuantError::Sizes`] if not all of them are here.
+    pub fn part(&self, blocks: &TensorBox) -> Result<Self, QuantError> {
+        Ok(Self { blocks: blocks.clone(), values: self.of(blocks)? })
+    }
+
     /// Takes into account what another rank finds in its parts of some of the blocks.
     ///
     /// # Errors

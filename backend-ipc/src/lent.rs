@@ -1,0 +1,183 @@
+//! Memory that a rollout lends to trainers of its host, which write their updates straight into it.
+//!
+//! It is a file in memory that both map. Who may write is a matter of [leases](crate::lease): every update has one of its own,
+//! which a trainer holds as long as it may write, and which the system releases when its process ends, however it does.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use engine_core::{Error, ErrorKind, Rank, Result};
+use placed::{Lender, Reach, Reached};
+use serde::{Deserialize, Serialize};
+
+use crate::error::SegmentError;
+use crate::ffi::{Mapping, ReadView};
+use crate::lease::{Borrowed, Lease, Terms};
+use crate::memfile::{FileAddress, MemFile};
+use crate::segment::{allocate, memory_in_words};
+
+/// What a trainer needs to write to a rollout's memory in one update.
+#[derive(Debug, Serialize, Deserialize)]
+struct Offer {
+    file: FileAddress,
+    bytes: u64,
+    lease: Terms,
+}
+
+/// A rollout's memory.
+#[derive(Debug)]
+pub(crate) struct LentMemory {
+    bytes: ReadView,
+    file: MemFile,
+    lease: Option<Lease>,
+}
+
+impl LentMemory {
+    /// Zeroed memory of so many bytes, all of which are there.
+    pub(crate) fn create(bytes: u64) -> Result<Self, SegmentError> {
+        let full = || SegmentError::NoMemoryToLend { needed: bytes, available: memory_in_words() };
+        // A file without bytes cannot be mapped.
+        let (file, mapping) = allocate("ckpt-engine-tensors", bytes.max(1), full)?;
+        let len = mapping.len();
+        let view = ReadView::new(Arc::new(mapping), 0, len);
+        Ok(Self { bytes: view, file, lease: None })
+    }
+}
+
+impl Lender for LentMemory {
+    fn len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    fn lend(&mut self) -> Result<Bytes> {
+        if self.lease.is_some() {
+            return Err(SegmentError::Lent.into());
+        }
+        let lease = Lease::new()?;
+        let offer = Offer { file: self.file.address(), bytes: self.len(), lease: lease.terms() };
+        self.lease = Some(lease);
+        serde_json::to_vec(&offer).map(Bytes::from).map_err(|error| {
+            Error::new(ErrorKind::Protocol, "lending tensors", error.to_string()).with_source(error)
+        })
+    }
+
+    fn take_back(&mut self) -> Result<bool> {
+        if self.lease.as_ref().is_none_or(Lease::is_over) {
+            self.lease = None;
+        }
+        Ok(self.lease.is_none())
+    }
+
+    fn bytes(&self) -> Result<&[u8]> {
+        match self.lease {
+            // No one has the lease, and none can get it any more: nobody writes.
+            None => Ok(self.bytes.as_ref()),
+            Some(_) => Err(SegmentError::Lent.into()),
+        }
+    }
+}
+
+/// How a trainer reaches what rollouts of its host lend. Mappings are kept from one update to the next.
+#[derive(Debug, Default)]
+pub(crate) struct Neighbours(Mutex<HashMap<FileAddress, Arc<Mapping>>>);
+
+impl Reach for Neighbours {
+    fn reach(&self, terms: &[(Rank, Bytes)]) -> Result<Vec<Arc<dyn Reached>>> {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut present = HashMap::new();
+        let mut reached: Vec<Arc<dyn Reached>> = Vec::with_capacity(terms.len());
+        for (rank, terms) in terms {
+            let offer: Offer = serde_json::from_slice(terms).map_err(|error| {
+                let message = format!("what the rollout lends is not what ipc knows: {error}");
+                Error::new(ErrorKind::Protocol, "reaching a rollout's tensors", message)
+                    .rank(*rank)
+                    .with_source(error)
+            })?;
+            let failed = |error: SegmentError| Error::from(error).rank(*rank);
+            // The lease first: with it, the file is what the rollout has mapped.
+            let lease = offer.lease.accept().map_err(failed)?;
+            let mapping = match kept.get(&offer.file) {
+                Some(mapping) => mapping.clone(),
+                None => {
+                    let len = usize::try_from(offer.bytes);
+                    let len = len.map_err(|_| failed(SegmentError::TooLarge(1, offer.bytes)))?;
+                    let file = offer.file.open_to_write().map_err(failed)?;
+                    Arc::new(Mapping::new(&file, len, true).map_err(failed)?)
+                }
+            };
+            present.insert(offer.file, mapping.clone());
+            reached.push(Arc::new(Borrowing { mapping, _lease: lease }));
+        }
+        *kept = present;
+        Ok(reached)
+    }
+}
+
+/// A rollout's memory, as long as its lease is held.
+#[derive(Debug)]
+struct Borrowing {
+    mapping: Arc<Mapping>,
+    _lease: Borrowed,
+}
+
+impl Reached for Borrowing {
+    fn put(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        let size = self.mapping.len();
+        let start = usize::try_from(at)
+            .ok()
+            .filter(|start| start.checked_add(bytes.len()).is_some_and(|end| end <= size));
+        let outside = || SegmentError::OutsideLent { at, len: bytes.len(), size };
+        self.mapping.put(start.ok_or_else(outside)?, bytes);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+mod tests {
+    use super::*;
+
+    fn reach(neighbours: &Neighbours, terms: &Bytes) -> Result<Arc<dyn Reached>> {
+        Ok(neighbours.reach(&[(Rank(1), terms.clone())])?.remove(0))
+    }
+
+    #[test]
+    fn bytes_are_read_once_whoever_could_write_has_let_go_and_nobody_can_write_by_old_terms() {
+        let mut memory = LentMemory::create(100).unwrap();
+        let neighbours = Neighbours::default();
+        assert!(memory.take_back().unwrap());
+        let terms = memory.lend().unwrap();
+        let held = reach(&neighbours, &terms).unwrap();
+        for (at, bytes) in [(3, &[1_u8; 20][..]), (23, &[2; 5]), (92, &[3; 8])] {
+            held.put(at, bytes).unwrap();
+        }
+        let error = held.put(93, &[4; 8]).unwrap_err();
+        assert!(error.to_string().contains("8 bytes at 93 lie outside"), "{error}");
+        assert!(!memory.take_back().unwrap());
+        assert_eq!(memory.bytes().unwrap_err().kind(), ErrorKind::State);
+        drop(held);
+        assert!(memory.take_back().unwrap());
+        let bytes = memory.bytes().unwrap();
+        let expected = [vec![0; 3], vec![1; 20], vec![2; 5], vec![0; 64], vec![3; 8]].concat();
+        assert_eq!(bytes, expected);
+        let error = reach(&neighbours, &terms).unwrap_err();
+        assert_eq!(error.report().rank, Some(Rank(1)), "{error}");
+        // The next update has terms of its own.
+        let terms = memory.lend().unwrap();
+        reach(&neighbours, &terms).unwrap().put(0, &[9]).unwrap();
+        assert!(memory.take_back().unwrap());
+        assert_eq!(memory.bytes().unwrap()[0], 9);
+    }
+
+    #[test]
+    fn terms_of_a_rollout_that_is_gone_are_refused() {
+        let neighbours = Neighbours::default();
+        let terms = LentMemory::create(10).unwrap().lend().unwrap();
+        assert!(reach(&neighbours, &terms).is_err());
+        assert_eq!(
+            reach(&neighbours, &Bytes::from_static(b"{}")).unwrap_err().kind(),
+            ErrorKind::Protocol
+        );
+    }
+}

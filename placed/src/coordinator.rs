@@ -1,0 +1,362 @@
+//! What the leading trainer decides in a placed update: who may go on to what, and when it has failed. Without IO: it is told
+//! the time.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use engine_core::{
+    Error, ErrorKind, ErrorReport, Rank, ReceiverReport, Result, Role, Version, VersionState,
+};
+use sha2::{Digest as _, Sha256};
+
+use crate::message::{Declared, Digest, ToLeader, ToMember};
+
+/// What is to be done next, in this order.
+#[derive(Debug)]
+pub(crate) enum Act {
+    Send(Rank, ToMember),
+    /// The update has ended.
+    End(Result<Committed>),
+}
+
+/// An update that every rollout has verified.
+#[derive(Debug)]
+pub(crate) struct Committed {
+    pub(crate) receivers: Vec<ReceiverReport>,
+    /// Bytes that trainers read.
+    pub(crate) source_bytes: u64,
+    /// Bytes that rollouts verified.
+    pub(crate) bytes: u64,
+    /// Whether all ranks knew what all declare.
+    pub(crate) plan_reused: bool,
+}
+
+/// What all ranks are waited for with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Enter,
+    Plan,
+    Write,
+    Verify,
+}
+
+impl Stage {
+    fn waiting(self) -> &'static str {
+        match self {
+            Self::Enter => "waiting for a rank to enter the update",
+            Self::Plan => "waiting for a rank's plan",
+            Self::Write => "waiting for a trainer to write",
+            Self::Verify => "waiting for a rollout to verify",
+        }
+    }
+
+    fn awaits(self, role: Role) -> bool {
+        match self {
+            Self::Enter | Self::Plan => true,
+            Self::Write => role == Role::Trainer,
+            Self::Verify => role == Role::Rollout,
+        }
+    }
+}
+
+/// The leader's machine.
+#[derive(Debug)]
+pub(crate) struct Coordinator {
+    deadline: Duration,
+    ranks: BTreeMap<Rank, Role>,
+    /// What ranks declared last, by its digest.
+    declared: BTreeMap<Rank, (Digest, Bytes)>,
+    running: Option<Running>,
+}
+
+#[derive(Debug)]
+struct Running {
+    update: u64,
+    version: Version,
+    begun: Instant,
+    stage: Stage,
+    ranks: BTreeMap<Rank, Role>,
+    /// Who is waited for, and since when nothing was heard of its work.
+    awaited: BTreeMap<Rank, Instant>,
+    /// The set of declarations that each rank knows.
+    known: BTreeMap<Rank, Option<Digest>>,
+    plan_reused: bool,
+    plan: Option<(Rank, Digest)>,
+    terms: Vec<(Rank, Bytes)>,
+    written: BTreeMap<Rank, Vec<(Rank, Vec<u64>)>>,
+    verified: Vec<ReceiverReport>,
+    source_bytes: u64,
+    bytes: u64,
+    alive_at: Instant,
+}
+
+/// A digest of who declares what.
+pub(crate) fn set_of<'a>(declared: impl Iterator<Item = (Rank, Role, &'a Digest)>) -> Digest {
+    let mut hash = Sha256::new();
+    for (rank, role, digest) in declared {
+        hash.update(rank.0.to_le_bytes());
+        hash.update([u8::from(role == Role::Trainer)]);
+        hash.update(digest);
+    }
+    hash.finalize().into()
+}
+
+pub(crate) fn digest_of(body: &[u8]) -> Digest {
+    Sha256::digest(body).into()
+}
+
+impl Coordinator {
+    /// For these ranks, the leader among them.
+    pub(crate) fn new(ranks: BTreeMap<Rank, Role>, deadline: Duration) -> Self {
+        Self { deadline, ranks, declared: BTreeMap::new(), running: None }
+    }
+
+    /// A rank has joined: it takes part from the next update on.
+    pub(crate) fn joined(&mut self, rank: Rank, role: Role) {
+        self.ranks.insert(rank, role);
+        self.declared.remove(&rank);
+    }
+
+    /// A rank is gone.
+    pub(crate) fn gone(&mut self, rank: Rank, error: Error) -> Vec<Act> {
+        self.ranks.remove(&rank);
+        self.declared.remove(&rank);
+        match self.running.as_ref().is_some_and(|running| running.ranks.contains_key(&rank)) {
+            true => self.fail(error.rank(rank)),
+            false => Vec::new(),
+        }
+    }
+
+    /// Begins an update.
+    pub(crate) fn begin(
+        &mut self,
+        now: Instant,
+        update: u64,
+        version: Version,
+        digests: bool,
+    ) -> Vec<Act> {
+        let ranks = self.ranks.clone();
+        let begin = |rank: &Rank| Act::Send(*rank, ToMember::Begin { update, version, digests });
+        let mut acts: Vec<Act> = ranks.keys().map(begin).collect();
+        let without_rollouts = !ranks.values().any(|role| *role == Role::Rollout);
+        self.running = Some(Running {
+            update,
+            version,
+            begun: now,
+            stage: Stage::Enter,
+            awaited: ranks.keys().map(|rank| (*rank, now)).collect(),
+            ranks,
+            known: BTreeMap::new(),
+            plan_reused: true,
+            plan: None,
+            terms: Vec::new(),
+            written: BTreeMap::new(),
+            verified: Vec::new(),
+            source_bytes: 0,
+            bytes: 0,
+            alive_at: now + self.deadline / 4,
+        });
+        if without_rollouts {
+            let message = "no rollout is left in the group";
+            acts.extend(self.fail(Error::new(ErrorKind::PeerLost, "updating", message)));
+        }
+        acts
+    }
+
+    /// A message of a rank.
+    pub(crate) fn heard(&mut self, now: Instant, from: Rank, message: ToLeader) -> Vec<Act> {
+        let Some(running) = &mut self.running else { return Vec::new() };
+        if message.update() != running.update {
+            return Vec::new();
+        }
+        if let Some(since) = running.awaited.get_mut(&from) {
+            *since = now;
+        }
+        let expected = match &message {
+            ToLeader::Entered { .. } => Some(Stage::Enter),
+            ToLeader::Maxima { .. } | ToLeader::Planned { .. } => Some(Stage::Plan),
+            ToLeader::Written { .. } => Some(Stage::Write),
+            ToLeader::Verified { .. } => Some(Stage::Verify),
+            ToLeader::Progress { .. } | ToLeader::Failed { .. } => None,
+        };
+        if expected
+            .is_some_and(|stage| stage != running.stage || !running.awaited.contains_key(&from))
+        {
+            return self.fail(broken("a message that nobody waits for").rank(from));
+        }
+        match message {
+            ToLeader::Progress { .. } => return Vec::new(),
+            ToLeader::Failed { error, .. } => {
+                let mut error = error;
+                error.rank.get_or_insert(from);
+                return self.fail(error.into());
+            }
+            ToLeader::Entered { digest, body, known, .. } => {
+                if let Some(body) = body {
+                    if digest_of(&body) != digest {
+                        return self.fail(broken("a declaration of another digest").rank(from));
+                    }
+                    self.declared.insert(from, (digest, body));
+                } else if self.declared.get(&from).is_none_or(|(own, _)| *own != digest) {
+                    return self.fail(broken("a declaration that it never made").rank(from));
+                }
+                running.known.insert(from, known);
+            }
+            ToLeader::Maxima { update, to, values } => {
+                if running.ranks.get(&to) != Some(&Role::Trainer) {
+                    return self.fail(broken("maxima for a rank that is no trainer").rank(from));
+                }
+                return vec![Act::Send(to, ToMember::Maxima { update, from, values })];
+            }
+            ToLeader::Planned { plan, terms, .. } => {
+                match running.plan {
+                    Some((_, other)) if other == plan => {}
+                    None => running.plan = Some((from, plan)),
+                    Some((other, _)) => {
+                        let message = format!("its plan is not that of rank {other}");
+                        let error = Error::new(ErrorKind::Mismatch, "comparing plans", message);
+                        return self.fail(error.rank(from));
+                    }
+                }
+                if running.ranks.get(&from) == Some(&Role::Rollout) {
+                    running.terms.push((from, terms));
+                }
+            }
+            ToLeader::Written { sums, source_bytes, .. } => {
+                running.source_bytes = running.source_bytes.saturating_add(source_bytes);
+                running.written.insert(from, sums);
+            }
+            ToLeader::Verified { digest, bytes, inspected, .. } => {
+                running.bytes = running.bytes.saturating_add(bytes);
+                running.verified.push(ReceiverReport {
+                    rank: from,
+                    state: VersionState::Active,
+                    seconds: (now - running.begun).as_secs_f64(),
+                    digest: Some(digest),
+                    notes: serde_json::json!({ "bytes": bytes, "inspected": inspected }),
+                });
+            }
+        }
+        running.awaited.remove(&from);
+        if running.awaited.is_empty() { self.go_on(now) } else { Vec::new() }
+    }
+
+    /// All that were waited for are there.
+    fn go_on(&mut self, now: Instant) -> Vec<Act> {
+        let Some(running) = &mut self.running else { return Vec::new() };
+        let update = running.update;
+        let of = |role: Role| {
+            let ranks = running.ranks.iter().filter(move |(_, other)| **other == role);
+            ranks.map(|(rank, _)| *rank)
+        };
+        let mut acts = Vec::new();
+        let next = match running.stage {
+            Stage::Enter => {
+                let declared = || {
+                    running
+                        .ranks
+                        .iter()
+                        .filter_map(|(rank, role)| Some((*rank, *role, self.declared.get(rank)?)))
+                };
+                let set = set_of(declared().map(|(rank, role, (digest, _))| (rank, role, digest)));
+                let all: Vec<Declared> = declared()
+                    .map(|(rank, role, (_, body))| Declared { rank, role, body: body.clone() })
+                    .collect();
+                for rank in running.ranks.keys() {
+                    let knows = running.known.get(rank) == Some(&Some(set));
+                    running.plan_reused &= knows;
+                    let declared = (!knows).then(|| all.clone());
+                    acts.push(Act::Send(*rank, ToMember::Plan { update, set, declared }));
+                }
+                Stage::Plan
+            }
+            Stage::Plan => {
+                for rank in of(Role::Trainer) {
+                    let terms = running.terms.clone();
+                    acts.push(Act::Send(rank, ToMember::Write { update, terms }));
+                }
+                Stage::Write
+            }
+            Stage::Write => {
+                for rollout in of(Role::Rollout) {
+                    let written = running.written.iter().filter_map(|(from, sums)| {
+                        let (_, sums) = sums.iter().find(|(to, _)| *to == rollout)?;
+                        Some((*from, sums.clone()))
+                    });
+                    let written = written.collect();
+                    acts.push(Act::Send(rollout, ToMember::Verify { update, written }));
+                }
+                Stage::Verify
+            }
+            Stage::Verify => {
+                for rank in running.ranks.keys() {
+                    acts.push(Act::Send(*rank, ToMember::Commit { update }));
+                }
+                running.verified.sort_by_key(|receiver| receiver.rank);
+                acts.push(Act::End(Ok(Committed {
+                    receivers: std::mem::take(&mut running.verified),
+                    source_bytes: running.source_bytes,
+                    bytes: running.bytes,
+                    plan_reused: running.plan_reused,
+                })));
+                self.running = None;
+                return acts;
+            }
+        };
+        let awaited = running.ranks.iter().filter(|(_, role)| next.awaits(**role));
+        running.awaited = awaited.map(|(rank, _)| (*rank, now)).collect();
+        running.stage = next;
+        acts
+    }
+
+    /// The update has failed: every rank hears of it, with its first cause.
+    pub(crate) fn fail(&mut self, error: Error) -> Vec<Act> {
+        let Some(running) = self.running.take() else { return Vec::new() };
+        let error = error.version(running.version);
+        let touched = matches!(running.stage, Stage::Write | Stage::Verify);
+        let report = ErrorReport::from(&error);
+        let abort = |rank: &Rank| {
+            let (update, error) = (running.update, report.clone());
+            Act::Send(*rank, ToMember::Abort { update, touched, error })
+        };
+        let mut acts: Vec<Act> = running.ranks.keys().map(abort).collect();
+        acts.push(Act::End(Err(error)));
+        acts
+    }
+
+    /// The ranks of the present update.
+    #[cfg(test)]
+    pub(crate) fn present(&self) -> Vec<Rank> {
+        self.running.iter().flat_map(|running| running.ranks.keys().copied()).collect()
+    }
+
+    /// When it wants to be asked again.
+    pub(crate) fn wakes_at(&self) -> Option<Instant> {
+        let running = self.running.as_ref()?;
+        let late = running.awaited.values().min().map(|since| *since + self.deadline);
+        late.into_iter().chain([running.alive_at]).min()
+    }
+
+    /// It is this late.
+    pub(crate) fn tick(&mut self, now: Instant) -> Vec<Act> {
+        let Some(running) = &mut self.running else { return Vec::new() };
+        let late = |(_, since): &(&Rank, &Instant)| now >= **since + self.deadline;
+        if let Some((rank, _)) = running.awaited.iter().filter(late).min_by_key(|(_, at)| **at) {
+            let message = format!("nothing within {:.1} s", self.deadline.as_secs_f64());
+            let error = Error::new(ErrorKind::Timeout, running.stage.waiting(), message);
+            let rank = *rank;
+            return self.fail(error.rank(rank));
+        }
+        if now < running.alive_at {
+            return Vec::new();
+        }
+        running.alive_at = now + self.deadline / 4;
+        let update = running.update;
+        running.ranks.keys().map(|rank| Act::Send(*rank, ToMember::Alive { update })).collect()
+    }
+}
+
+fn broken(message: &str) -> Error {
+    Error::new(ErrorKind::Protocol, "updating", message)
+}

@@ -1,0 +1,361 @@
+//! What ranks say of themselves when they enter an update, and the plan that follows from it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use engine_core::plan::ALIGNMENT;
+use engine_core::{DType, Error, ErrorKind, Rank, Result, Role, TensorBox, TensorMeta};
+use quant_fp8::{Fp8Format, Mode};
+use reshard::{Declarations, Links, MaximaExchange, Planner};
+use serde::{Deserialize, Serialize};
+
+use crate::coordinator::{digest_of, set_of};
+use crate::message::{Declared, Digest, decode};
+use crate::pieces::{scales_of, tiles};
+
+const PLANNING: &str = "planning a placed update";
+
+/// A box that a rollout wants.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Wanted {
+    /// Name and full shape of the tensor, and the type that is wanted of it.
+    pub meta: TensorMeta,
+    /// The part that is wanted.
+    pub region: TensorBox,
+    /// How it is quantised, if it is: the type then is FP8, and the scales of all blocks that the box has a part of come with it.
+    pub format: Option<Fp8Format>,
+}
+
+impl Wanted {
+    /// All of a tensor as the trainer has it.
+    pub fn whole(meta: TensorMeta) -> Self {
+        let region = TensorBox::whole(&meta.shape);
+        Self { meta, region, format: None }
+    }
+
+    /// A part of it.
+    #[must_use]
+    pub fn part(mut self, region: TensorBox) -> Self {
+        self.region = region;
+        self
+    }
+
+    /// In FP8.
+    #[must_use]
+    pub fn quantized(mut self, format: Fp8Format) -> Self {
+        self.meta.dtype = DType::F8_E4M3;
+        self.format = Some(format);
+        self
+    }
+
+    fn refuse(&self, kind: ErrorKind, message: impl Into<String>) -> Error {
+        Error::new(kind, "checking what is wanted", message).tensor(&*self.meta.name)
+    }
+
+    /// The sides of blocks; none without a format.
+    pub(crate) fn granule(&self) -> Result<Vec<u64>> {
+        let Some(format) = &self.format else { return Ok(Vec::new()) };
+        let sides = self.meta.shape.iter().map(|&side| usize::try_from(side));
+        let shape = sides.collect::<Result<Vec<_>, _>>();
+        let shape = shape.map_err(|_| self.refuse(ErrorKind::Weight, "a side is too large"))?;
+        let grid = format.granularity.grid(&shape);
+        let grid = grid.map_err(|error| Error::from(error.in_tensor(&self.meta.name)))?;
+        let granule: Vec<u64> = grid.block().iter().map(|&side| side as u64).collect();
+        let blocks = TensorBox::whole(&self.meta.shape).in_granules(&granule);
+        let scales: Vec<u64> = grid.scale_shape().iter().map(|&side| side as u64).collect();
+        if blocks != TensorBox::whole(&scales) {
+            let message = format!(
+                "scales {} are not placed, only those of blocks and rows",
+                format.granularity
+            );
+            return Err(self.refuse(ErrorKind::Config, message));
+        }
+        Ok(granule)
+    }
+
+    /// The scales that come with it, if it is quantised: name, type and full shape, and the part of them.
+    ///
+    /// # Errors
+    ///
+    /// `Weight` and `Config`, naming the tensor, for a format that does not fit it or is not placed.
+    pub fn scales(&self) -> Result<Option<(TensorMeta, TensorBox)>> {
+        let Some(format) = &self.format else { return Ok(None) };
+        let granule = self.granule()?;
+        let all = TensorBox::whole(&self.meta.shape).in_granules(&granule);
+        let shape: Vec<u64> = all.ranges().iter().map(|range| range.end).collect();
+        let name = format.scale_name.of(&self.meta.name);
+        Ok(Some((TensorMeta::new(name, DType::F32, shape), self.region.in_granules(&granule))))
+    }
+
+    /// Checks what comes from outside; the bytes of the box and of its scales.
+    pub(crate) fn validate(&self) -> Result<(u64, u64)> {
+        self.meta.validate()?;
+        if !self.region.fits(&self.meta.shape) {
+            let (region, shape) = (&self.region, &self.meta.shape);
+            let message = format!("the box {region} is not within the shape {shape:?}");
+            return Err(self.refuse(ErrorKind::Weight, message));
+        }
+        let Some(size) = self.meta.dtype.bytes() else {
+            let message = format!("{} elements share bytes: they are not placed", self.meta.dtype);
+            return Err(self.refuse(ErrorKind::Weight, message));
+        };
+        let scales = match (&self.format, self.scales()?) {
+            (Some(format), Some((_, blocks))) => {
+                if self.meta.dtype != DType::F8_E4M3 {
+                    let message = format!("{} is no type of an FP8 format", self.meta.dtype);
+                    return Err(self.refuse(ErrorKind::Config, message));
+                }
+                if format.mode == Mode::TritonGpu {
+                    let message =
+                        "the mode triton-gpu exists on GPUs alone, and this is host memory";
+                    return Err(self.refuse(ErrorKind::Config, message));
+                }
+                blocks.elements() * 4
+            }
+            _ => 0,
+        };
+        Ok((self.region.elements() * size, scales))
+    }
+}
+
+/// Where a box is that a rollout lends.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Lent {
+    pub(crate) wanted: Wanted,
+    /// Where its elements begin in the rollout's memory, row-major.
+    pub(crate) at: u64,
+    /// Where its scales begin.
+    pub(crate) scales_at: u64,
+}
+
+/// A box that a trainer holds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Held {
+    pub(crate) meta: TensorMeta,
+    pub(crate) region: TensorBox,
+}
+
+/// What a rank says of itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) enum Declaration {
+    Holds(Vec<Held>),
+    Wants { tensors: Vec<Lent>, bytes: u64 },
+}
+
+/// Lays boxes out in memory, one behind the other; the bytes they take.
+pub(crate) fn lay_out(wanted: Vec<Wanted>) -> Result<(Vec<Lent>, u64)> {
+    let mut end = 0_u64;
+    let too_large =
+        || Error::new(ErrorKind::Resource, "lending tensors", "they do not fit 64 bits");
+    let mut place = |bytes: u64| {
+        let at = end.checked_next_multiple_of(ALIGNMENT).ok_or_else(too_large)?;
+        end = at.checked_add(bytes).ok_or_else(too_large)?;
+        Ok::<_, Error>(at)
+    };
+    let lent = wanted.into_iter().map(|wanted| {
+        let (bytes, scales) = wanted.validate()?;
+        Ok(Lent { at: place(bytes)?, scales_at: place(scales)?, wanted })
+    });
+    let lent = lent.collect::<Result<Vec<_>>>()?;
+    Ok((lent, end))
+}
+
+/// Refuses what lies outside of the memory or overlaps there.
+fn check_places(tensors: &[Lent], bytes: u64) -> Result<()> {
+    let mut places = Vec::with_capacity(tensors.len() * 2);
+    for lent in tensors {
+        let (len, scales) = lent.wanted.validate()?;
+        for (at, len) in [(lent.at, len), (lent.scales_at, scales)] {
+            if len > 0 {
+                places.push((at, len, lent));
+            }
+        }
+    }
+    places.sort_by_key(|(at, _, _)| *at);
+    let mut end = 0;
+    for (at, len, lent) in places {
+        let until = at.checked_add(len).filter(|until| *until <= bytes && at >= end);
+        let message = "its memory overlaps that of another, or ends outside of what is lent";
+        end = until.ok_or_else(|| lent.wanted.refuse(ErrorKind::Protocol, message))?;
+    }
+    Ok(())
+}
+
+/// A transfer of the plan, as both of its ends carry it out.
+#[derive(Clone, Debug)]
+pub(crate) struct Piece {
+    /// The tensor's number in the plan.
+    pub(crate) tensor: u32,
+    pub(crate) region: TensorBox,
+    /// The rank at the other end.
+    pub(crate) peer: Rank,
+    /// Of what the trainer holds; only there.
+    pub(crate) held: usize,
+    pub(crate) lent: Arc<Lent>,
+    pub(crate) granule: Arc<[u64]>,
+    /// The scales that come with it; empty without.
+    pub(crate) scales: Option<TensorBox>,
+    pub(crate) tiles: Vec<TensorBox>,
+}
+
+/// What a rank does in an update of a set of declarations.
+#[derive(Debug)]
+pub(crate) struct Table {
+    pub(crate) set: Digest,
+    pub(crate) digest: Digest,
+    /// In the order of the plan; those of a pair of ranks are in the same order at both.
+    pub(crate) pieces: Vec<Piece>,
+    /// Tensors of the plan, and how many of them are quantised.
+    pub(crate) tensors: u64,
+    pub(crate) quantized: u64,
+    /// Bytes of what this rank holds that its pieces are made of.
+    pub(crate) source_bytes: u64,
+    /// Of this rank alone.
+    pub(crate) exchanges: Vec<MaximaExchange>,
+    /// Names of the tensors that exchanges are about, and the format that each has.
+    pub(crate) formats: HashMap<u32, (TensorMeta, Fp8Format)>,
+}
+
+/// By rank and tensor.
+type OfRanks<T> = BTreeMap<Rank, HashMap<Arc<str>, Vec<T>>>;
+
+/// Plans what a rank does, from what all of them declare.
+///
+/// # Errors
+///
+/// `Mismatch` and `Weight`, naming tensor and rank: types, shapes or formats that contradict, boxes that overlap, what is
+/// wanted and nobody holds. `Protocol` for declarations that are not what their digest says.
+pub(crate) fn table(
+    planner: &mut Planner,
+    rank: Rank,
+    set: Digest,
+    declared: &[Declared],
+) -> Result<Table> {
+    let digests: Vec<Digest> = declared.iter().map(|one| digest_of(&one.body)).collect();
+    let of = declared.iter().zip(&digests).map(|(one, digest)| (one.rank, one.role, digest));
+    if set_of(of) != set {
+        let message = "declarations of another digest than the trainer says";
+        return Err(Error::new(ErrorKind::Protocol, PLANNING, message).rank(Rank::LEADER));
+    }
+    let (mut held, mut wanted) = (Declarations::new(), Declarations::new());
+    let mut holds: OfRanks<(usize, Held)> = BTreeMap::new();
+    let mut wants: OfRanks<Arc<Lent>> = BTreeMap::new();
+    let mut types: HashMap<Arc<str>, (Rank, DType)> = HashMap::new();
+    let mut formats: BTreeMap<Arc<str>, (Rank, Option<Fp8Format>)> = BTreeMap::new();
+    let mut links = Links::new();
+    for one in declared {
+        // All of them are on one host: nothing is passed on.
+        let body: Declaration = decode(&one.body).map_err(|error| error.rank(one.rank))?;
+        match (one.role, body) {
+            (Role::Trainer, Declaration::Holds(boxes)) => {
+                let own = holds.entry(one.rank).or_default();
+                for (number, part) in boxes.into_iter().enumerate() {
+                    held.add(one.rank, &part.meta, &[], part.region.clone())?;
+                    types.entry(part.meta.name.clone()).or_insert((one.rank, part.meta.dtype));
+                    own.entry(part.meta.name.clone()).or_default().push((number, part));
+                }
+            }
+            (Role::Rollout, Declaration::Wants { tensors, bytes }) => {
+                check_places(&tensors, bytes).map_err(|error| error.rank(one.rank))?;
+                let own = wants.entry(one.rank).or_default();
+                for lent in tensors {
+                    let Wanted { meta, region, format } = &lent.wanted;
+                    let granule = lent.wanted.granule().map_err(|error| error.rank(one.rank))?;
+                    wanted.add(one.rank, meta, &granule, region.clone())?;
+                    let first = formats.entry(meta.name.clone()).or_insert((one.rank, *format));
+                    if first.1 != *format {
+                        let message =
+                            format!("it is quantised in another way for rank {}", first.0);
+                        let error = Error::new(ErrorKind::Mismatch, PLANNING, message);
+                        return Err(error.tensor(&*meta.name).rank(one.rank));
+                    }
+                    own.entry(meta.name.clone()).or_default().push(lent.into());
+                }
+            }
+            _ => {
+                let message = "a declaration that is not that of its role";
+                return Err(Error::new(ErrorKind::Protocol, PLANNING, message).rank(one.rank));
+            }
+        }
+    }
+    for (name, (rank, format)) in &formats {
+        let Some((holder, from)) = types.get(name) else { continue };
+        let to = wants[rank][name][0].wanted.meta.dtype;
+        let fits = match format {
+            None => *from == to,
+            Some(_) => matches!(from, DType::BF16 | DType::F16 | DType::F32),
+        };
+        if !fits {
+            let message =
+                format!("it is wanted as {to}, and rank {holder} holds {from}: cast the stream");
+            let error = Error::new(ErrorKind::Mismatch, PLANNING, message);
+            return Err(error.tensor(&**name).rank(*rank));
+        }
+    }
+    let last = declared.iter().map(|one| one.rank.0).max().unwrap_or(0);
+    links.add_nodes(0..last.saturating_add(1), last.saturating_add(1), 1);
+    let plan = planner.plan(&held.finish()?, &wanted.finish()?, &links)?;
+    let is_trainer = holds.contains_key(&rank);
+    let transfers = if is_trainer { plan.transfers_from(rank) } else { plan.transfers_to(rank) };
+    let mut granules: HashMap<Arc<str>, Arc<[u64]>> = HashMap::new();
+    let mut pieces = Vec::with_capacity(transfers.len());
+    let mut source_bytes = 0;
+    for transfer in transfers {
+        let meta = plan.tensor(transfer.tensor);
+        let lost = || {
+            let message = "a transfer of the plan that this rank has no part in";
+            Error::new(ErrorKind::Protocol, PLANNING, message).tensor(&*meta.name).rank(rank)
+        };
+        if transfer.passed_on {
+            return Err(lost());
+        }
+        let lent = wants.get(&transfer.to).and_then(|own| own.get(&meta.name));
+        let lent = lent
+            .and_then(|own| own.iter().find(|lent| lent.wanted.region.contains(&transfer.region)));
+        let lent = lent.ok_or_else(lost)?.clone();
+        let own = holds.get(&transfer.from).and_then(|own| own.get(&meta.name));
+        let own =
+            own.and_then(|own| own.iter().find(|(_, held)| held.region.contains(&transfer.region)));
+        let (held, from) = own.ok_or_else(lost)?;
+        let granule = match granules.get(&meta.name) {
+            Some(granule) => granule.clone(),
+            None => {
+                let granule: Arc<[u64]> = lent.wanted.granule()?.into();
+                granules.insert(meta.name.clone(), granule.clone());
+                granule
+            }
+        };
+        let each = from.meta.dtype.bytes().unwrap_or(1);
+        source_bytes += transfer.region.elements() * each;
+        let scales = lent
+            .wanted
+            .format
+            .is_some()
+            .then(|| scales_of(&transfer.region, &lent.wanted.region, &granule));
+        pieces.push(Piece {
+            tensor: transfer.tensor,
+            tiles: tiles(&transfer.region, &granule, each),
+            peer: if is_trainer { transfer.to } else { transfer.from },
+            region: transfer.region,
+            held: *held,
+            lent,
+            granule,
+            scales,
+        });
+    }
+    let (mut exchanges, mut of_tensor) = (Vec::new(), HashMap::new());
+    if is_trainer {
+        for (number, meta) in (0..).zip(plan.tensors()) {
+            let Some((_, Some(format))) = formats.get(&meta.name) else { continue };
+            let found = plan.maxima(number);
+            let own = found.into_iter().filter(|one| one.from == rank || one.to == rank);
+            exchanges.extend(own);
+            of_tensor.insert(number, (meta.clone(), *format));
+        }
+    }
+    let digest = digest_of(&[plan.digest(), set].concat());
+    let tensors = plan.tensors().len() as u64;
+    let quantized = formats.values().filter(|(_, format)| format.is_some()).count() as u64;
+    let formats = of_tensor;
+    Ok(Table { set, digest, pieces, tensors, quantized, source_bytes, exchanges, formats })
+}

@@ -1,0 +1,497 @@
+//! A trainer's work on bytes: maxima of blocks that others share, and tiles that are encoded into rollouts' memory; and a
+//! rollout's, which digests what is there.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use engine_core::memory::Pool;
+use engine_core::{DType, Error, ErrorKind, Rank, Result, TensorBox, TensorMeta, Weight, digest};
+use quant_fp8::{BlockMaxima, BoxSource, Codec, Fp8Format, SourceType, Store};
+
+use crate::declared::{Piece, Table};
+use crate::memory::Reached;
+use crate::pieces::{Runs, TileDigest};
+
+/// What is known of work that goes on elsewhere.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Going(Arc<(AtomicBool, AtomicU64)>);
+
+impl Going {
+    /// The work has to end.
+    pub(crate) fn stop(&self) {
+        self.0.0.store(true, Ordering::Relaxed);
+    }
+
+    /// A number that grows as the work goes on.
+    pub(crate) fn steps(&self) -> u64 {
+        self.0.1.load(Ordering::Relaxed)
+    }
+
+    /// One more step was done.
+    ///
+    /// # Errors
+    ///
+    /// `Aborted` if the work has to end.
+    pub(crate) fn step(&self) -> Result<()> {
+        self.0.1.fetch_add(1, Ordering::Relaxed);
+        match self.0.0.load(Ordering::Relaxed) {
+            false => Ok(()),
+            true => Err(Error::new(ErrorKind::Aborted, "writing tensors", "it was stopped")),
+        }
+    }
+}
+
+/// A trainer's weights in an update, and what it knows of the maxima of their blocks.
+#[derive(Debug)]
+pub(crate) struct Sources {
+    pub(crate) weights: Vec<Weight>,
+    /// By weight: the maxima of its blocks, where some of them are cut.
+    maxima: BTreeMap<usize, BlockMaxima>,
+}
+
+fn source_type(dtype: DType) -> Option<SourceType> {
+    match dtype {
+        DType::BF16 => Some(SourceType::Bf16),
+        DType::F16 => Some(SourceType::F16),
+        DType::F32 => Some(SourceType::F32),
+        _ => None,
+    }
+}
+
+fn sides(meta: &TensorMeta) -> Vec<usize> {
+    // Checked when the layout was made: what does not fit the platform has no grid.
+    meta.shape.iter().map(|&side| side as usize).collect()
+}
+
+/// Copies a region's elements out of a weight, row-major.
+fn gather(weight: &Weight, region: &TensorBox, out: &mut Vec<u8>) -> Result<()> {
+    let full = weight.full_meta();
+    let size = full.dtype.bytes().unwrap_or(1);
+    out.resize((region.elements() * size) as usize, 0);
+    let runs = Runs::new(region, &weight.region(), &full.shape);
+    let len = (runs.len * size) as usize;
+    for (start, to) in runs.starts().zip(out.chunks_mut(len.max(1))) {
+        let at = start * size;
+        weight.encode(at..at + len as u64, to)?;
+    }
+    Ok(())
+}
+
+impl Sources {
+    pub(crate) fn new(weights: Vec<Weight>) -> Self {
+        Self { weights, maxima: BTreeMap::new() }
+    }
+
+    /// Finds the maxima of blocks that are cut: by what this rank holds, or by what it sends of it. Returns what others need
+    /// of them, in the order in which both ends have the exchanges.
+    ///
+    /// # Errors
+    ///
+    /// Those of the weights; `Aborted` if it was stopped.
+    pub(crate) fn find_maxima(
+        &mut self,
+        rank: Rank,
+        table: &Table,
+        pool: &Pool,
+        going: &Going,
+    ) -> Result<Vec<(Rank, Vec<u32>)>> {
+        let mut by_name: HashMap<&str, Vec<usize>> = HashMap::new();
+        if !table.formats.is_empty() {
+            for (at, weight) in self.weights.iter().enumerate() {
+                by_name.entry(weight.name()).or_default().push(at);
+            }
+        }
+        let mut needed: BTreeMap<usize, Fp8Format> = BTreeMap::new();
+        let mut need = |tensor: u32| {
+            if let Some((meta, format)) = table.formats.get(&tensor) {
+                let of = by_name.get(&*meta.name).into_iter().flatten();
+                needed.extend(of.map(|at| (*at, *format)));
+            }
+        };
+        table.exchanges.iter().for_each(|exchange| need(exchange.tensor));
+        for piece in table.pieces.iter().filter(|piece| piece.lent.wanted.format.is_some()) {
+            let meta = &piece.lent.wanted.meta;
+            if piece.region.to_granules(&piece.granule, &meta.shape) != piece.region {
+                need(piece.tensor);
+            }
+        }
+        let weights = &self.weights;
+        let found = pool.map(needed, |(at, format)| {
+            going.step()?;
+            Ok((at, box_maxima(&weights[at], &format)?))
+        });
+        self.maxima = found.into_iter().collect::<Result<_>>()?;
+        // A rank that holds several boxes of a tensor tells itself first.
+        let own: Vec<usize> = self.maxima.keys().copied().collect();
+        for (place, &one) in own.iter().enumerate() {
+            for &other in &own[place + 1..] {
+                if self.weights[one].name() != self.weights[other].name() {
+                    continue;
+                }
+                let (Some(a), Some(b)) = (self.maxima.get(&one), self.maxima.get(&other)) else {
+                    continue;
+                };
+                if let Some(common) = a.blocks().intersection(b.blocks()) {
+                    let (of_a, of_b) = (a.of(&common)?, b.of(&common)?);
+                    self.merge(other, &common, &of_a)?;
+                    self.merge(one, &common, &of_b)?;
+                }
+            }
+        }
+        let mut told: BTreeMap<Rank, Vec<u32>> = BTreeMap::new();
+        for exchange in table.exchanges.iter().filter(|exchange| exchange.from == rank) {
+            let values = self.of_tensor(table, exchange.tensor, &exchange.blocks)?;
+            told.entry(exchange.to).or_default().extend(values);
+        }
+        Ok(told.into_iter().collect())
+    }
+
+    /// The weights of a tensor that maxima were found of.
+    fn boxes_of(&self, table: &Table, tensor: u32) -> Vec<usize> {
+        let Some((meta, _)) = table.formats.get(&tensor) else { return Vec::new() };
+        let is_of = |at: &&usize| self.weights[**at].name() == &*meta.name;
+        self.maxima.keys().filter(is_of).copied().collect()
+    }
+
+    /// What this rank finds in blocks; zero where it has no part of one.
+    fn of_tensor(&self, table: &Table, tensor: u32, blocks: &TensorBox) -> Result<Vec<u32>> {
+        let mut all = BlockMaxima::zero(blocks)?;
+        for at in self.boxes_of(table, tensor) {
+            let own = &self.maxima[&at];
+            if let Some(common) = own.blocks().intersection(blocks) {
+                all.merge(&common, &own.of(&common)?)?;
+            }
+        }
+        Ok(all.of(blocks)?)
+    }
+
+    fn merge(&mut self, at: usize, blocks: &TensorBox, values: &[u32]) -> Result<()> {
+        match self.maxima.get_mut(&at) {
+            Some(own) => Ok(own.merge(blocks, values)?),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes in what others have found.
+    ///
+    /// # Errors
+    ///
+    /// `Protocol`, naming the rank, if that is not what the plan says.
+    pub(crate) fn hear_maxima(
+        &mut self,
+        rank: Rank,
+        table: &Table,
+        heard: &[(Rank, Vec<u32>)],
+    ) -> Result<()> {
+        let wrong = |from: Rank| {
+            let message = "maxima that are not those of the plan";
+            Error::new(ErrorKind::Protocol, "taking maxima", message).rank(from)
+        };
+        let mut rest: BTreeMap<Rank, &[u32]> = BTreeMap::new();
+        for (from, values) in heard {
+            if rest.insert(*from, values).is_some() {
+                return Err(wrong(*from));
+            }
+        }
+        for exchange in table.exchanges.iter().filter(|exchange| exchange.to == rank) {
+            let from = exchange.from;
+            let values = rest.get_mut(&from).ok_or_else(|| wrong(from))?;
+            let count = usize::try_from(exchange.blocks.elements()).unwrap_or(usize::MAX);
+            let (own, left) = values.split_at_checked(count).ok_or_else(|| wrong(from))?;
+            *values = left;
+            let all = BlockMaxima::from_values(&exchange.blocks, own)?;
+            for at in self.boxes_of(table, exchange.tensor) {
+                let common = self.maxima[&at].blocks().intersection(&exchange.blocks);
+                if let Some(common) = common {
+                    self.merge(at, &common, &all.of(&common)?)?;
+                }
+            }
+        }
+        match rest.into_iter().find(|(_, values)| !values.is_empty()) {
+            Some((from, _)) => Err(wrong(from)),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes all pieces; for each rollout the digests of what went there, in the order of the plan.
+    ///
+    /// # Errors
+    ///
+    /// Those of the weights, naming the tensor; `Aborted` if it was stopped. Then some of the tiles were written.
+    pub(crate) fn write(
+        &self,
+        table: &Table,
+        reached: &HashMap<Rank, Arc<dyn Reached>>,
+        digests: bool,
+        pool: &Pool,
+        going: &Going,
+    ) -> Result<Vec<(Rank, Vec<u64>)>> {
+        let tiles =
+            table.pieces.iter().flat_map(|piece| piece.tiles.iter().map(move |t| (piece, t)));
+        let tiles: Vec<(&Piece, &TensorBox)> = tiles.collect();
+        let batches = batches(&tiles);
+        let write = |batch: &[(&Piece, &TensorBox)]| {
+            let mut scratch = Scratch::default();
+            let each = batch.iter().map(|(piece, tile)| {
+                going.step()?;
+                let lost = || {
+                    let message = "the plan has a rollout that lends nothing";
+                    Error::new(ErrorKind::Protocol, "writing tensors", message).rank(piece.peer)
+                };
+                let to = reached.get(&piece.peer).ok_or_else(lost)?;
+                self.write_tile(piece, tile, &**to, digests, &mut scratch)
+                    .map_err(|error| error.tensor(&*piece.lent.wanted.meta.name))
+            });
+            each.collect::<Result<Vec<u64>>>()
+        };
+        let found = pool.map(batches, write).into_iter().collect::<Result<Vec<_>>>()?;
+        Ok(match digests {
+            true => sums_of(table, found.into_iter().flatten()),
+            false => Vec::new(),
+        })
+    }
+
+    fn write_tile(
+        &self,
+        piece: &Piece,
+        tile: &TensorBox,
+        to: &dyn Reached,
+        digests: bool,
+        scratch: &mut Scratch,
+    ) -> Result<u64> {
+        let lent = &piece.lent;
+        let weight = &self.weights[piece.held];
+        let meta = &lent.wanted.meta;
+        let Some(format) = &lent.wanted.format else {
+            return copy_tile(weight, piece, tile, to, digests, scratch);
+        };
+        let ty = source_type(weight.meta().dtype).ok_or_else(|| {
+            let message = format!("{} has no FP8 form here", weight.meta().dtype);
+            Error::new(ErrorKind::Weight, "quantising", message)
+        })?;
+        let full = weight.full_meta();
+        let from = Runs::new(tile, &weight.region(), &full.shape);
+        let bytes = match (weight.contiguous_bytes(), from.count()) {
+            (Some(bytes), 1) => {
+                let at = from.starts().next().unwrap_or(0) as usize * ty.size();
+                &bytes[at..at + tile.elements() as usize * ty.size()]
+            }
+            _ => {
+                gather(weight, tile, &mut scratch.source)?;
+                &scratch.source[..]
+            }
+        };
+        let codec = Codec::best();
+        let source = BoxSource::new(bytes, ty, &sides(meta), tile)?;
+        let maxima = match self.maxima.get(&piece.held) {
+            Some(known) => known.part(&tile.in_granules(&piece.granule))?,
+            None => codec.box_maxima(&source, format)?,
+        };
+        scratch.codes.resize(tile.elements() as usize, 0);
+        scratch.scales.resize(maxima.blocks().elements() as usize, 0.0);
+        let (codes, scales) = (&mut scratch.codes[..], &mut scratch.scales[..]);
+        codec.quantize_box(&source, format, &maxima, codes, scales, Store::Cached)?;
+        let mut sum = TileDigest::default();
+        let runs = Runs::new(tile, &lent.wanted.region, &meta.shape);
+        for (start, run) in runs.starts().zip(codes.chunks(runs.len.max(1) as usize)) {
+            to.put(lent.at + start, run)?;
+            if digests {
+                sum.add(run);
+            }
+        }
+        let all_scales = lent.wanted.region.in_granules(&piece.granule);
+        for (own, at) in scale_runs(piece, tile, maxima.blocks(), &all_scales) {
+            scratch.bytes.clear();
+            scratch.bytes.extend(scales[own].iter().flat_map(|scale| scale.to_le_bytes()));
+            to.put(lent.scales_at + at * 4, &scratch.bytes)?;
+            if digests {
+                sum.add(&scratch.bytes);
+            }
+        }
+        Ok(sum.finish())
+    }
+}
+
+/// What a thread reuses from tile to tile.
+#[derive(Default)]
+struct Scratch {
+    source: Vec<u8>,
+    codes: Vec<u8>,
+    scales: Vec<f32>,
+    bytes: Vec<u8>,
+}
+
+fn box_maxima(weight: &Weight, format: &Fp8Format) -> Result<BlockMaxima> {
+    let full = weight.full_meta();
+    let ty = source_type(full.dtype).ok_or_else(|| {
+        let message = format!("{} has no FP8 form here", full.dtype);
+        Error::new(ErrorKind::Weight, "quantising", message).tensor(weight.name())
+    })?;
+    let bytes = weight.to_bytes()?;
+    let source = BoxSource::new(&bytes, ty, &sides(&full), &weight.region())?;
+    Ok(Codec::best().box_maxima(&source, format)?)
+}
+
+fn copy_tile(
+    weight: &Weight,
+    piece: &Piece,
+    tile: &TensorBox,
+    to: &dyn Reached,
+    digests: bool,
+    scratch: &mut Scratch,
+) -> Result<u64> {
+    let (full, lent) = (weight.full_meta(), &piece.lent);
+    let size = full.dtype.bytes().unwrap_or(1);
+    let from = Runs::new(tile, &weight.region(), &full.shape);
+    let runs = Runs::new(tile, &lent.wanted.region, &full.shape);
+    let len = runs.len * size;
+    let mut sum = TileDigest::default();
+    for (start, at) in from.starts().zip(runs.starts()) {
+        let start = start * size;
+        let run = match weight.contiguous_bytes() {
+            Some(bytes) => &bytes[start as usize..(start + len) as usize],
+            None => {
+                scratch.bytes.resize(len as usize, 0);
+                weight.encode(start..start + len, &mut scratch.bytes)?;
+                &scratch.bytes[..]
+            }
+        };
+        to.put(lent.at + at * size, run)?;
+        if digests {
+            sum.add(run);
+        }
+    }
+    Ok(sum.finish())
+}
+
+/// The scales of a tile that come with its piece: where each run of them is among those of the tile's blocks, and among those that
+/// the rollout lends.
+fn scale_runs(
+    piece: &Piece,
+    tile: &TensorBox,
+    of_tile: &TensorBox,
+    lent: &TensorBox,
+) -> Vec<(std::ops::Range<usize>, u64)> {
+    let blocks = tile.in_granules(&piece.granule);
+    let Some(own) = piece.scales.as_ref().and_then(|scales| scales.intersection(&blocks)) else {
+        return Vec::new();
+    };
+    // No dimension counts as whole: runs are rows in both.
+    let shape: Vec<u64> = own.ranges().iter().map(|range| range.end.saturating_add(1)).collect();
+    let (here, there) = (Runs::new(&own, of_tile, &shape), Runs::new(&own, lent, &shape));
+    let starts = here.starts().zip(there.starts());
+    starts.map(|(at, to)| (at as usize..(at + here.len) as usize, to)).collect()
+}
+
+/// Digests what a rollout's memory has of each piece, and compares it with what trainers say they wrote. The digest of all, and
+/// its bytes.
+///
+/// # Errors
+///
+/// `Digest`, naming the tensor and the trainer; `Protocol` if a trainer said other than the plan.
+pub(crate) fn verify(
+    table: &Table,
+    memory: &[u8],
+    written: &[(Rank, Vec<u64>)],
+    digests: bool,
+    pool: &Pool,
+    going: &Going,
+) -> Result<(u64, u64)> {
+    let bytes = table.pieces.iter().map(|piece| {
+        let size = piece.lent.wanted.meta.dtype.bytes().unwrap_or(1);
+        let scales = piece.scales.as_ref().map_or(0, TensorBox::elements);
+        piece.region.elements() * size + scales * 4
+    });
+    let bytes = bytes.sum();
+    if !digests {
+        return Ok((0, bytes));
+    }
+    let tiles = table.pieces.iter().flat_map(|piece| piece.tiles.iter().map(move |t| (piece, t)));
+    let tiles: Vec<(&Piece, &TensorBox)> = tiles.collect();
+    let found = pool.map(batches(&tiles), |batch| {
+        let digest = |(piece, tile): &(&Piece, &TensorBox)| {
+            going.step()?;
+            digest_tile(piece, tile, memory)
+        };
+        batch.iter().map(digest).collect::<Result<Vec<u64>>>()
+    });
+    let found = found.into_iter().collect::<Result<Vec<_>>>()?;
+    let found = sums_of(table, found.into_iter().flatten());
+    let mut whole = 0;
+    let said: HashMap<Rank, &Vec<u64>> = written.iter().map(|(from, sums)| (*from, sums)).collect();
+    for (from, own) in &found {
+        let said = said.get(from).filter(|said| said.len() == own.len()).ok_or_else(|| {
+            let message = "it did not say what it wrote of each piece";
+            Error::new(ErrorKind::Protocol, "verifying tensors", message).rank(*from)
+        })?;
+        let pieces = table.pieces.iter().filter(|piece| piece.peer == *from);
+        for ((piece, own), said) in pieces.zip(own).zip(said.iter()) {
+            if own != said {
+                let message = format!("the box {} is not what was written", piece.region);
+                let error = Error::new(ErrorKind::Digest, "verifying tensors", message);
+                return Err(error.tensor(&*piece.lent.wanted.meta.name).rank(*from));
+            }
+            whole = digest::chain(whole, *own);
+        }
+    }
+    Ok((whole, bytes))
+}
+
+fn digest_tile(piece: &Piece, tile: &TensorBox, memory: &[u8]) -> Result<u64> {
+    let lent = &piece.lent;
+    let wanted = &lent.wanted;
+    let size = wanted.meta.dtype.bytes().unwrap_or(1);
+    let mut sum = TileDigest::default();
+    let mut add = |at: u64, len: u64| {
+        let run = memory.get(at as usize..(at + len) as usize).ok_or_else(|| {
+            let message = "a piece outside of the memory that is lent";
+            Error::new(ErrorKind::Protocol, "verifying tensors", message).tensor(&*wanted.meta.name)
+        })?;
+        sum.add(run);
+        Ok::<_, Error>(())
+    };
+    let runs = Runs::new(tile, &wanted.region, &wanted.meta.shape);
+    for start in runs.starts() {
+        add(lent.at + start * size, runs.len * size)?;
+    }
+    if piece.scales.is_some() {
+        let (blocks, all) =
+            (tile.in_granules(&piece.granule), wanted.region.in_granules(&piece.granule));
+        for (own, at) in scale_runs(piece, tile, &blocks, &all) {
+            add(lent.scales_at + at * 4, own.len() as u64 * 4)?;
+        }
+    }
+    Ok(sum.finish())
+}
+
+/// Puts the digests of tiles together to those of pieces, by the rank at the other end.
+fn sums_of(table: &Table, mut tiles: impl Iterator<Item = u64>) -> Vec<(Rank, Vec<u64>)> {
+    let mut sums: BTreeMap<Rank, Vec<u64>> = BTreeMap::new();
+    for piece in &table.pieces {
+        let of_piece = tiles.by_ref().take(piece.tiles.len());
+        let sum = of_piece.fold(0, digest::chain);
+        sums.entry(piece.peer).or_default().push(sum);
+    }
+    sums.into_iter().collect()
+}
+
+/// Tiles in batches that are worth handing to a thread: many of them are norms of some kilobytes.
+fn batches<'a, 'b>(
+    tiles: &'a [(&'b Piece, &'b TensorBox)],
+) -> Vec<&'a [(&'b Piece, &'b TensorBox)]> {
+    const BATCH: u64 = 128 << 10;
+    let mut batches = Vec::new();
+    let (mut first, mut elements) = (0, 0);
+    for (at, (_, tile)) in tiles.iter().enumerate() {
+        elements += tile.elements();
+        if elements >= BATCH {
+            batches.push(&tiles[first..=at]);
+            (first, elements) = (at + 1, 0);
+        }
+    }
+    if first < tiles.len() {
+        batches.push(&tiles[first..]);
+    }
+    batches
+}

@@ -1,0 +1,348 @@
+//! What a rank does in a placed update. Without IO: it is told the time, and what its work came to.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result, Role, Version};
+
+use crate::message::{Declared, Digest, ToLeader, ToMember};
+
+/// What is to be done next, in this order.
+#[derive(Debug)]
+pub(crate) enum Act {
+    Send(ToLeader),
+    Start(Task),
+    /// Work that goes on has to end soon; that it has is told as any work's end.
+    Stop,
+    /// The update has ended here. No work goes on.
+    End(Result<Version>),
+}
+
+/// Work of a rank. One goes on at a time.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Task {
+    /// Whatever an update before this one may still do to memory has to have ended.
+    Prepare,
+    /// Planning. A trainer finds the maxima that others need; a rollout lends its tensors.
+    Plan { set: Digest, declared: Option<Vec<Declared>> },
+    /// A trainer writes what the plan says.
+    Write { terms: Vec<(Rank, Bytes)>, maxima: Vec<(Rank, Vec<u32>)>, digests: bool },
+    /// A rollout takes its tensors back, and compares what is in them with what was written.
+    Verify { version: Version, written: Vec<(Rank, Vec<u64>)>, digests: bool },
+}
+
+/// What work came to.
+#[derive(Debug)]
+pub(crate) enum Done {
+    Prepared { digest: Digest, body: Bytes, known: Option<Digest> },
+    Planned { plan: Digest, terms: Bytes, maxima: Vec<(Rank, Vec<u32>)> },
+    Written { sums: Vec<(Rank, Vec<u64>)>, source_bytes: u64 },
+    Verified { digest: u64, bytes: u64, inspected: u64 },
+}
+
+/// What a rollout's tensors hold.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum TensorState {
+    /// No version was written yet.
+    #[default]
+    Empty,
+    /// An update may write them, or one that failed has: they hold no version that may be used.
+    Updating {
+        /// The version of that update.
+        version: Version,
+        /// Why it failed, if it has.
+        failed: Option<ErrorReport>,
+    },
+    /// A whole version, which every rollout has verified.
+    Active(Version),
+}
+
+/// A rank's machine.
+#[derive(Debug)]
+pub(crate) struct Member {
+    role: Role,
+    deadline: Duration,
+    state: TensorState,
+    /// An update that has begun and was not entered.
+    begun: Option<Begun>,
+    /// Whether the program asked for an update, of which version.
+    called: Option<Option<Version>>,
+    taking: Option<Taking>,
+    /// The digest of what the leader knows that this rank declared.
+    told: Option<Digest>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Begun {
+    update: u64,
+    version: Version,
+    digests: bool,
+}
+
+/// An update that the rank takes part in.
+#[derive(Debug)]
+struct Taking {
+    begun: Begun,
+    /// The state that the tensors go back to if nothing was written.
+    before: TensorState,
+    heard: Instant,
+    works: bool,
+    declared: Option<Digest>,
+    maxima: Vec<(Rank, Vec<u32>)>,
+    step: Step,
+    /// Set once it has failed, with whether tensors may have been written.
+    failed: Option<(Error, bool)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Step {
+    Enter,
+    Plan,
+    /// A rollout's tensors may be written from here on.
+    Write,
+    Last,
+}
+
+impl Member {
+    pub(crate) fn new(role: Role, deadline: Duration) -> Self {
+        let state = TensorState::Empty;
+        Self { role, deadline, state, begun: None, called: None, taking: None, told: None }
+    }
+
+    pub(crate) fn state(&self) -> &TensorState {
+        &self.state
+    }
+
+    /// The program waits for an update from now on.
+    pub(crate) fn call(&mut self, now: Instant, version: Option<Version>) -> Vec<Act> {
+        self.called = Some(version);
+        match self.begun.take() {
+            Some(begun) => self.enter(now, begun),
+            None => Vec::new(),
+        }
+    }
+
+    /// Whether an update is taken part in.
+    pub(crate) fn takes_part(&self) -> bool {
+        self.taking.is_some()
+    }
+
+    fn enter(&mut self, now: Instant, begun: Begun) -> Vec<Act> {
+        let Some(expected) = self.called.take() else {
+            self.begun = Some(begun);
+            return Vec::new();
+        };
+        self.taking = Some(Taking {
+            begun,
+            before: self.state.clone(),
+            heard: now,
+            works: false,
+            declared: None,
+            maxima: Vec::new(),
+            step: Step::Enter,
+            failed: None,
+        });
+        if let Some(expected) = expected.filter(|version| *version != begun.version) {
+            let message = format!("version {} began, {expected} was expected", begun.version);
+            let error = Error::new(ErrorKind::Mismatch, "entering an update", message);
+            return self.fail(error.version(begun.version));
+        }
+        self.start(Task::Prepare)
+    }
+
+    fn start(&mut self, task: Task) -> Vec<Act> {
+        if let Some(taking) = &mut self.taking {
+            taking.works = true;
+        }
+        vec![Act::Start(task)]
+    }
+
+    /// A message of the leader.
+    pub(crate) fn heard(&mut self, now: Instant, message: ToMember) -> Vec<Act> {
+        let update = message.update();
+        if let ToMember::Begin { update, version, digests } = message {
+            let begun = Begun { update, version, digests };
+            let Some(taking) = &self.taking else { return self.enter(now, begun) };
+            if taking.begun.update >= update {
+                return Vec::new();
+            }
+            self.begun = Some(begun);
+            let message = "the trainer has begun another update";
+            return self.ended_by(Error::new(ErrorKind::Aborted, "updating", message), true);
+        }
+        if self.begun.is_some_and(|begun| begun.update == update) {
+            if let ToMember::Abort { .. } = message {
+                self.begun = None;
+            }
+            return Vec::new();
+        }
+        let Some(taking) = &mut self.taking else { return Vec::new() };
+        if taking.begun.update != update {
+            return Vec::new();
+        }
+        taking.heard = now;
+        if let ToMember::Abort { touched, error, .. } = message {
+            return self.ended_by(error.into(), touched);
+        }
+        if taking.failed.is_some() {
+            return Vec::new();
+        }
+        let Begun { digests, version, .. } = taking.begun;
+        let (step, works, role) = (taking.step, taking.works, self.role);
+        match message {
+            ToMember::Alive { .. } => Vec::new(),
+            ToMember::Plan { set, declared, .. } if step == Step::Enter && !works => {
+                taking.step = Step::Plan;
+                self.start(Task::Plan { set, declared })
+            }
+            // Those of a trainer that has planned before this one.
+            ToMember::Maxima { from, values, .. } if step <= Step::Write => {
+                taking.maxima.push((from, values));
+                Vec::new()
+            }
+            ToMember::Write { terms, .. }
+                if step == Step::Write && !works && role == Role::Trainer =>
+            {
+                taking.step = Step::Last;
+                let maxima = std::mem::take(&mut taking.maxima);
+                self.start(Task::Write { terms, maxima, digests })
+            }
+            ToMember::Verify { written, .. }
+                if step == Step::Write && !works && role == Role::Rollout =>
+            {
+                taking.step = Step::Last;
+                self.start(Task::Verify { version, written, digests })
+            }
+            ToMember::Commit { .. } if step == Step::Last && !works => {
+                let (version, declared) = (taking.begun.version, taking.declared);
+                self.told = declared;
+                self.state = TensorState::Active(version);
+                self.taking = None;
+                vec![Act::End(Ok(version))]
+            }
+            _ => {
+                let message = "a message of the trainer that does not fit";
+                self.fail(Error::new(ErrorKind::Protocol, "updating", message).rank(Rank::LEADER))
+            }
+        }
+    }
+
+    /// Work has ended.
+    pub(crate) fn done(&mut self, result: Result<Done>) -> Vec<Act> {
+        let Some(taking) = &mut self.taking else { return Vec::new() };
+        taking.works = false;
+        if taking.failed.is_some() {
+            return self.end();
+        }
+        let update = taking.begun.update;
+        match result {
+            Err(error) => self.fail(error),
+            Ok(Done::Prepared { digest, body, known }) => {
+                taking.declared = Some(digest);
+                let body = (self.told != Some(digest)).then_some(body);
+                vec![Act::Send(ToLeader::Entered { update, digest, body, known })]
+            }
+            Ok(Done::Planned { plan, terms, maxima }) => {
+                taking.step = Step::Write;
+                if self.role == Role::Rollout {
+                    let version = taking.begun.version;
+                    self.state = TensorState::Updating { version, failed: None };
+                }
+                let maxima = maxima
+                    .into_iter()
+                    .map(|(to, values)| Act::Send(ToLeader::Maxima { update, to, values }));
+                let planned = Act::Send(ToLeader::Planned { update, plan, terms });
+                maxima.chain([planned]).collect()
+            }
+            Ok(Done::Written { sums, source_bytes }) => {
+                vec![Act::Send(ToLeader::Written { update, sums, source_bytes })]
+            }
+            Ok(Done::Verified { digest, bytes, inspected }) => {
+                vec![Act::Send(ToLeader::Verified { update, digest, bytes, inspected })]
+            }
+        }
+    }
+
+    /// Work goes on.
+    pub(crate) fn progress(&self) -> Vec<Act> {
+        let works = self.taking.as_ref().filter(|taking| taking.works && taking.failed.is_none());
+        let update = works.map(|taking| taking.begun.update);
+        update.map(|update| Act::Send(ToLeader::Progress { update })).into_iter().collect()
+    }
+
+    /// The rank cannot go on, which the leader hears.
+    pub(crate) fn fail(&mut self, error: Error) -> Vec<Act> {
+        let Some(taking) = &self.taking else { return Vec::new() };
+        if taking.failed.is_some() {
+            return Vec::new();
+        }
+        let update = taking.begun.update;
+        let report = ErrorReport::from(&error);
+        let mut acts = vec![Act::Send(ToLeader::Failed { update, error: report })];
+        acts.extend(self.ended_by(error, true));
+        acts
+    }
+
+    /// The leader is gone, or the connection to it.
+    pub(crate) fn lost(&mut self, error: Error) -> Vec<Act> {
+        self.told = None;
+        self.begun = None;
+        self.ended_by(error, true)
+    }
+
+    fn ended_by(&mut self, error: Error, touched: bool) -> Vec<Act> {
+        let Some(taking) = &mut self.taking else { return Vec::new() };
+        // The leader may have lost what it knew: that this rank tells it once more costs little.
+        self.told = None;
+        let stop = taking.works && taking.failed.is_none();
+        if taking.failed.is_none() {
+            taking.failed = Some((error.version(taking.begun.version), touched));
+        } else if let Some((_, before)) = &mut taking.failed {
+            *before &= touched;
+        }
+        let works = taking.works;
+        match (works, stop) {
+            (true, true) => vec![Act::Stop],
+            (true, false) => Vec::new(),
+            (false, _) => self.end(),
+        }
+    }
+
+    fn end(&mut self) -> Vec<Act> {
+        let Some(taking) = self.taking.take() else { return Vec::new() };
+        let Some((error, touched)) = taking.failed else { return Vec::new() };
+        if let (TensorState::Updating { failed, .. }, Step::Write | Step::Last) =
+            (&mut self.state, taking.step)
+        {
+            match touched || self.role == Role::Trainer {
+                true => *failed = Some(ErrorReport::from(&error)),
+                false => self.state = taking.before,
+            }
+        }
+        vec![Act::End(Err(error))]
+    }
+
+    /// The program waits no more. Work that goes on is told to stop, and its end need not be told.
+    pub(crate) fn cancel(&mut self) -> Vec<Act> {
+        self.called = None;
+        let message = "the call was given up";
+        let mut acts = self.fail(Error::new(ErrorKind::Aborted, "updating", message));
+        acts.extend(self.done(Err(Error::new(ErrorKind::Aborted, "updating", message))));
+        acts
+    }
+
+    /// When it wants to be asked again.
+    pub(crate) fn wakes_at(&self) -> Option<Instant> {
+        self.taking.as_ref().filter(|t| t.failed.is_none()).map(|t| t.heard + self.deadline)
+    }
+
+    /// It is this late.
+    pub(crate) fn tick(&mut self, now: Instant) -> Vec<Act> {
+        if self.wakes_at().is_none_or(|at| now < at) {
+            return Vec::new();
+        }
+        let message = format!("nothing within {:.1} s", self.deadline.as_secs_f64());
+        let error = Error::new(ErrorKind::Timeout, "waiting for the trainer", message);
+        self.fail(error.rank(Rank::LEADER))
+    }
+}

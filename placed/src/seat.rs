@@ -1,0 +1,344 @@
+//! The loop that drives a rank's machine, and on the leader the coordinator's. It decides nothing.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use engine_core::control::{Control, Event};
+use engine_core::{Error, ErrorKind, Rank, Result, Version, clock};
+use futures::future::{Either, select};
+use futures::{FutureExt, future::BoxFuture};
+
+use crate::coordinator::{self, Committed, Coordinator};
+use crate::encode::Going;
+use crate::member::{self, Done, Member, Task};
+use crate::message::{ToLeader, ToMember, decode, encode};
+
+/// A rank's connection and machines.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    control: Arc<dyn Control>,
+    deadline: Duration,
+    pub(crate) member: Member,
+    coordinator: Option<Coordinator>,
+    /// Ranks of the group that are gone.
+    absent: BTreeSet<Rank>,
+}
+
+/// Work of a rank, as it is begun.
+pub(crate) trait Worker: Send {
+    /// Begins work. It goes on if the future is dropped, until `going` says that it has to stop.
+    fn start(&mut self, task: Task, going: Going) -> BoxFuture<'static, Result<Done>>;
+}
+
+/// How an update ended well.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) version: Version,
+    /// On the leader.
+    pub(crate) committed: Option<Committed>,
+    pub(crate) absent: Vec<Rank>,
+    pub(crate) times: Times,
+}
+
+/// When a rank's work began and ended.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Times {
+    pub(crate) plan: Duration,
+    pub(crate) write: Duration,
+    pub(crate) verify: Duration,
+}
+
+/// What goes on in a call: gives the update up if it is dropped.
+struct Ongoing<'a> {
+    seat: &'a mut Seat,
+    going: Going,
+    done: bool,
+}
+
+impl Drop for Ongoing<'_> {
+    fn drop(&mut self) {
+        if self.done {
+            return;
+        }
+        self.going.stop();
+        let seat = &mut *self.seat;
+        // A rank that is gone is heard of by an event of its own.
+        let cancelled = seat.member.cancel();
+        let Some(coordinator) = &mut seat.coordinator else {
+            for act in cancelled {
+                if let member::Act::Send(message) = act {
+                    drop(encode(&message).and_then(|body| seat.control.send(Rank::LEADER, body)));
+                }
+            }
+            return;
+        };
+        let message = "the trainer's program gave the update up";
+        let error = Error::new(ErrorKind::Aborted, "updating", message).rank(Rank::LEADER);
+        for act in coordinator.fail(error) {
+            match act {
+                coordinator::Act::Send(to, message) if to != Rank::LEADER => {
+                    drop(encode(&message).and_then(|body| seat.control.send(to, body)));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Seat {
+    pub(crate) fn new(
+        control: Arc<dyn Control>,
+        deadline: Duration,
+        member: Member,
+        coordinator: Option<Coordinator>,
+    ) -> Self {
+        Self { control, deadline, member, coordinator, absent: BTreeSet::new() }
+    }
+
+    pub(crate) fn rank(&self) -> Rank {
+        self.control.rank()
+    }
+
+    /// Takes part in the next update: on the leader it begins one, of a version; elsewhere it waits for one.
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, an update that has begun is given up on every rank.
+    ///
+    /// # Errors
+    ///
+    /// `Timeout` if none begins within the deadline; why the update failed.
+    pub(crate) async fn take_part(
+        &mut self,
+        worker: &mut dyn Worker,
+        version: Option<Version>,
+        digests: bool,
+    ) -> Result<Ended> {
+        let until = Instant::now() + self.deadline;
+        let (mut members, mut leads) = (VecDeque::new(), VecDeque::new());
+        self.overhear(&mut members, &mut leads).await?;
+        let now = Instant::now();
+        members.extend(self.member.call(now, version));
+        if let (Some(coordinator), Some(version)) = (&mut self.coordinator, version) {
+            leads.extend(coordinator.begin(now, self.control.next_update(), version, digests));
+        }
+        let mut ongoing = Ongoing { seat: self, going: Going::default(), done: false };
+        let mut work: Option<(Task, Instant, BoxFuture<'static, Result<Done>>)> = None;
+        let (mut here, mut committed) = (None, None);
+        let mut times = Times::default();
+        let pause = ongoing.seat.deadline / 8;
+        let (mut steps, mut look_at) = (0, now + pause);
+        let mut connected = true;
+        loop {
+            // What is to be done now.
+            loop {
+                let now = Instant::now();
+                let seat = &mut *ongoing.seat;
+                if let Some(act) = leads.pop_front() {
+                    match act {
+                        coordinator::Act::End(result) => committed = Some(result),
+                        coordinator::Act::Send(Rank::LEADER, message) => {
+                            members.extend(seat.member.heard(now, message));
+                        }
+                        coordinator::Act::Send(to, message) => {
+                            // One that is gone is heard of by an event; one that does not fit its way is an error.
+                            let sent =
+                                encode(&message).and_then(|body| seat.control.send(to, body));
+                            if let Err(error) = sent
+                                && error.kind() != ErrorKind::PeerLost
+                                && let Some(coordinator) = &mut seat.coordinator
+                            {
+                                leads.extend(coordinator.fail(error.rank(to)));
+                            }
+                        }
+                    }
+                    continue;
+                }
+                let Some(act) = members.pop_front() else { break };
+                match act {
+                    member::Act::Send(message) => match &mut seat.coordinator {
+                        Some(coordinator) => {
+                            leads.extend(coordinator.heard(now, Rank::LEADER, message));
+                        }
+                        None => {
+                            let body = encode(&message);
+                            let sent = body.and_then(|body| seat.control.send(Rank::LEADER, body));
+                            if let Err(error) = sent {
+                                members.extend(seat.member.fail(error));
+                            }
+                        }
+                    },
+                    member::Act::Start(task) => {
+                        ongoing.going = Going::default();
+                        let started = worker.start(task.clone(), ongoing.going.clone());
+                        work = Some((task, now, started));
+                    }
+                    member::Act::Stop => ongoing.going.stop(),
+                    member::Act::End(result) => here = Some(result),
+                }
+            }
+            let waits_for_commit = ongoing.seat.coordinator.is_some() && committed.is_none();
+            if !waits_for_commit && let Some(result) = here.take() {
+                ongoing.done = true;
+                // The coordinator's error is the first cause.
+                let committed = committed.transpose()?;
+                let absent = ongoing.seat.absent.iter().copied().collect();
+                return Ok(Ended { version: result?, committed, absent, times });
+            }
+            // The next thing that happens.
+            let seat = &mut *ongoing.seat;
+            let mut wakes = vec![look_at];
+            wakes.extend(seat.member.wakes_at());
+            wakes.extend(seat.coordinator.as_ref().and_then(Coordinator::wakes_at));
+            if !seat.member.takes_part() && seat.coordinator.is_none() {
+                wakes.push(until);
+            }
+            let wait = wakes.into_iter().min().unwrap_or(look_at);
+            let wait = wait.saturating_duration_since(Instant::now());
+            let control = seat.control.clone();
+            let wait = wait.max(Duration::from_millis(1));
+            let listens = connected;
+            let coming = async {
+                match listens {
+                    true => control.recv(wait).await,
+                    // What is left to do is to wait for work that ends.
+                    false => Ok(clock::within(wait, std::future::pending()).await),
+                }
+            };
+            let coming = std::pin::pin!(coming);
+            let came = match &mut work {
+                None => Either::Left(coming.await),
+                Some((_, _, working)) => match select(working, coming).await {
+                    Either::Left((done, _)) => Either::Right(done),
+                    Either::Right((event, _)) => Either::Left(event),
+                },
+            };
+            let now = Instant::now();
+            match came {
+                Either::Right(done) => {
+                    if let Some((task, begun, _)) = work.take() {
+                        let taken = now - begun;
+                        match task {
+                            Task::Prepare => {}
+                            Task::Plan { .. } => times.plan = taken,
+                            Task::Write { .. } => times.write = taken,
+                            Task::Verify { .. } => times.verify = taken,
+                        }
+                    }
+                    members.extend(seat.member.done(done));
+                }
+                Either::Left(Ok(None)) => {}
+                Either::Left(Ok(Some(event))) => {
+                    seat.happened(now, event, &mut members, &mut leads)?;
+                }
+                Either::Left(Err(error)) => {
+                    connected = false;
+                    let takes_part = seat.member.takes_part();
+                    if !takes_part && seat.coordinator.is_none() {
+                        return Err(error);
+                    }
+                    if let Some(coordinator) = &mut seat.coordinator {
+                        leads.extend(coordinator.fail(copy(&error)));
+                    }
+                    members.extend(seat.member.lost(error));
+                }
+            }
+            if now >= look_at {
+                look_at = now + pause;
+                let now_at = ongoing.going.steps();
+                if work.is_some() && now_at != steps {
+                    steps = now_at;
+                    members.extend(seat.member.progress());
+                }
+            }
+            members.extend(seat.member.tick(now));
+            if let Some(coordinator) = &mut seat.coordinator {
+                leads.extend(coordinator.tick(now));
+            }
+            if !seat.member.takes_part()
+                && seat.coordinator.is_none()
+                && here.is_none()
+                && members.is_empty()
+                && now >= until
+            {
+                let message = format!("none began within {:.1} s", seat.deadline.as_secs_f64());
+                let error = Error::new(ErrorKind::Timeout, "waiting for an update", message);
+                return Err(error.rank(Rank::LEADER));
+            }
+        }
+    }
+
+    /// What came since the last call: of updates that have begun and ended meanwhile nothing is left.
+    async fn overhear(
+        &mut self,
+        members: &mut VecDeque<member::Act>,
+        leads: &mut VecDeque<coordinator::Act>,
+    ) -> Result<()> {
+        while let Some(event) = self.control.recv(Duration::ZERO).await? {
+            self.happened(Instant::now(), event, members, leads)?;
+        }
+        Ok(())
+    }
+
+    fn happened(
+        &mut self,
+        now: Instant,
+        event: Event,
+        members: &mut VecDeque<member::Act>,
+        leads: &mut VecDeque<coordinator::Act>,
+    ) -> Result<()> {
+        match (event, &mut self.coordinator) {
+            (Event::Message { from, body }, Some(coordinator)) => {
+                match decode::<ToLeader>(&body) {
+                    Ok(message) => leads.extend(coordinator.heard(now, from, message)),
+                    // Its connection ends, and it is lost for this reason.
+                    Err(error) => self.control.cut(from, &error.rank(from))?,
+                }
+            }
+            (Event::Message { from, body }, None) => match decode::<ToMember>(&body) {
+                Ok(message) => members.extend(self.member.heard(now, message)),
+                Err(error) => members.extend(self.member.fail(error.rank(from))),
+            },
+            (Event::Joined(peer), Some(coordinator)) => {
+                self.absent.remove(&peer.rank);
+                coordinator.joined(peer.rank, peer.role);
+            }
+            (Event::Left { rank }, Some(coordinator)) => {
+                self.absent.insert(rank);
+                let error = Error::new(ErrorKind::PeerLost, "being in the group", "it has left");
+                leads.extend(coordinator.gone(rank, error));
+            }
+            (Event::Lost { rank, error }, Some(coordinator)) => {
+                self.absent.insert(rank);
+                leads.extend(coordinator.gone(rank, error.into()));
+            }
+            // What members learn of the leader comes as the error of the connection too.
+            (Event::Joined(_) | Event::Left { .. } | Event::Lost { .. }, None) => {}
+        }
+        Ok(())
+    }
+
+    /// Waits for work that goes on although its call was given up.
+    pub(crate) async fn idle(working: &Arc<tokio::sync::Mutex<()>>) {
+        drop(working.clone().lock_owned().await);
+    }
+}
+
+fn copy(error: &Error) -> Error {
+    engine_core::ErrorReport::from(error).into()
+}
+
+/// Keeps a worker's lock as long as its work goes on, beyond the future that began it.
+pub(crate) fn busy(
+    working: &Arc<tokio::sync::Mutex<()>>,
+) -> Result<tokio::sync::OwnedMutexGuard<()>> {
+    working.clone().try_lock_owned().map_err(|_| {
+        Error::new(ErrorKind::State, "updating", "work of an update before this one goes on")
+    })
+}
+
+/// A future whose value is there.
+pub(crate) fn ready<T: Send + 'static>(value: Result<T>) -> BoxFuture<'static, Result<T>> {
+    futures::future::ready(value).boxed()
+}

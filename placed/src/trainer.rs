@@ -1,0 +1,301 @@
+//! A trainer's engine.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use engine_core::control::Control;
+use engine_core::memory::Pool;
+use engine_core::{
+    CheckpointEngine, EngineContext, Error, ErrorKind, Rank, Result, Role, SendReport, StageTimes,
+    TensorCounts, TrainerEngine, Version, Weight, WeightStream, clock, digest,
+};
+use futures::future::BoxFuture;
+use futures::{FutureExt, StreamExt};
+use reshard::Planner;
+use tokio::sync::Mutex as Lock;
+
+use crate::coordinator::{Coordinator, digest_of};
+use crate::declared::{Declaration, Held, Table, table};
+use crate::encode::{Going, Sources};
+use crate::member::{Done, Member, Task};
+use crate::memory::{Reach, Reached};
+use crate::message::{Declared, Digest, encode};
+use crate::seat::{Seat, Worker, busy, ready};
+
+const COLLECTING: &str = "collecting the trainer's weights";
+
+/// A trainer that writes what it holds straight into the tensors of rollouts.
+///
+/// All trainers of a group call [`send_weights`](TrainerEngine::send_weights) for every update, each with the
+/// [boxes](Weight::of_box) that it holds. The stream is read to its end before anything is sent: weights have to be in memory already,
+/// and share it.
+#[derive(Debug)]
+pub struct PlacedTrainer {
+    seat: Seat,
+    deadline: Duration,
+    digests: bool,
+    worker: Writer,
+}
+
+/// The plan of a set of declarations, and what the next one can use of it.
+#[derive(Debug, Default)]
+pub(crate) struct Plans {
+    planner: Planner,
+    declared: Option<(Digest, Arc<Vec<Declared>>)>,
+    table: Option<Arc<Table>>,
+}
+
+impl Plans {
+    /// The set that is known.
+    pub(crate) fn known(&self) -> Option<Digest> {
+        self.table.as_ref().map(|table| table.set)
+    }
+
+    pub(crate) fn table(
+        &mut self,
+        rank: Rank,
+        set: Digest,
+        declared: Option<Vec<Declared>>,
+    ) -> Result<Arc<Table>> {
+        if let Some(known) = self.table.as_ref().filter(|table| table.set == set) {
+            return Ok(known.clone());
+        }
+        if let Some(declared) = declared {
+            self.declared = Some((set, declared.into()));
+        }
+        let declared = self.declared.as_ref().filter(|(known, _)| *known == set);
+        let (_, declared) = declared.ok_or_else(|| {
+            let message = "the trainer takes a set of declarations for known that is not";
+            Error::new(ErrorKind::Protocol, "planning", message).rank(Rank::LEADER)
+        })?;
+        let found = Arc::new(table(&mut self.planner, rank, set, declared)?);
+        self.table = Some(found.clone());
+        Ok(found)
+    }
+}
+
+#[derive(Debug)]
+struct Writer {
+    rank: Rank,
+    reach: Arc<dyn Reach>,
+    pool: Pool,
+    plans: Arc<Mutex<Plans>>,
+    /// Held while work goes on.
+    working: Arc<Lock<()>>,
+    /// What this update sends, and its declaration.
+    sources: Option<Arc<Mutex<Sources>>>,
+    declared: Option<(Digest, Bytes)>,
+    /// The boxes that the declaration is of.
+    last: Vec<Held>,
+    table: Arc<Mutex<Option<Arc<Table>>>>,
+}
+
+impl PlacedTrainer {
+    /// A trainer of a group whose ranks are these, with its connection in the context. Rank 0 leads the group.
+    ///
+    /// # Errors
+    ///
+    /// `Config` without a control plane; `Resource` if its threads cannot be started.
+    pub fn new(
+        context: &EngineContext,
+        ranks: BTreeMap<Rank, Role>,
+        reach: Arc<dyn Reach>,
+    ) -> Result<Self> {
+        let control: Arc<dyn Control> = context.require_control()?;
+        let (rank, deadline) = (control.rank(), context.deadline());
+        let pool = Pool::new(context.threads(Role::Trainer))?;
+        let coordinator = (rank == Rank::LEADER).then(|| Coordinator::new(ranks, deadline));
+        let seat = Seat::new(control, deadline, Member::new(Role::Trainer, deadline), coordinator);
+        let worker = Writer {
+            rank,
+            reach,
+            pool,
+            plans: Arc::default(),
+            working: Arc::default(),
+            sources: None,
+            declared: None,
+            last: Vec::new(),
+            table: Arc::default(),
+        };
+        Ok(Self { seat, deadline, digests: context.config.digests, worker })
+    }
+
+    async fn collect(&self, mut weights: WeightStream<'_>) -> Result<Vec<Weight>> {
+        let mut all = Vec::new();
+        loop {
+            // A timer for each of thousands of weights that are there would be felt.
+            let next = match weights.next().now_or_never() {
+                Some(next) => next,
+                None => clock::within(self.deadline, weights.next()).await.ok_or_else(|| {
+                    let message = format!("no weight within {:.1} s", self.deadline.as_secs_f64());
+                    Error::new(ErrorKind::Timeout, COLLECTING, message)
+                })?,
+            };
+            match next.transpose()? {
+                None => return Ok(all),
+                Some(weight) if weight.is_deferred() => {
+                    let message = "scales that are computed with their weight: in placed updates rollouts say what is quantised";
+                    let error = Error::new(ErrorKind::Weight, COLLECTING, message);
+                    return Err(error.tensor(weight.name()));
+                }
+                Some(weight) => all.push(weight),
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl CheckpointEngine for PlacedTrainer {
+    async fn finalize(self: Box<Self>) -> Result<()> {
+        Seat::idle(&self.worker.working).await;
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl TrainerEngine for PlacedTrainer {
+    async fn send_weights(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        let begun = Instant::now();
+        let collected = self.collect(weights).await.map_err(|error| error.version(version))?;
+        let source = begun.elapsed();
+        let mut counts = TensorCounts::default();
+        collected.iter().for_each(|weight| counts.add(weight));
+        self.worker.hold(collected)?;
+        let result = self.seat.take_part(&mut self.worker, Some(version), self.digests).await;
+        self.worker.sources = None;
+        let ended = result.map_err(|error| error.version(version))?;
+        let (mut receivers, mut plan_reused) = (Vec::new(), false);
+        if let Some(committed) = ended.committed {
+            (receivers, plan_reused) = (committed.receivers, committed.plan_reused);
+            (counts.wire_bytes, counts.source_bytes) = (committed.bytes, committed.source_bytes);
+            if let Some(table) = &*lock(&self.worker.table) {
+                (counts.tensors, counts.converted) = (table.tensors, table.quantized);
+            }
+        }
+        let whole = receivers.iter().filter_map(|receiver| receiver.digest);
+        let digest = self.digests.then(|| whole.fold(0, digest::chain));
+        if !self.digests {
+            receivers.iter_mut().for_each(|receiver| receiver.digest = None);
+        }
+        let elapsed = begun.elapsed();
+        let known = source + ended.times.plan + ended.times.write;
+        let stages = StageTimes {
+            source,
+            encode: ended.times.write,
+            publish: ended.times.plan,
+            confirm: elapsed.saturating_sub(known),
+            ..StageTimes::default()
+        };
+        Ok(SendReport {
+            version,
+            counts,
+            buckets: 0,
+            plan_reused,
+            elapsed,
+            stages,
+            digest,
+            receivers,
+            absent: ended.absent,
+            slower: Vec::new(),
+        })
+    }
+}
+
+impl Writer {
+    /// Takes what this update sends.
+    fn hold(&mut self, weights: Vec<Weight>) -> Result<()> {
+        let is_same = |(weight, held): (&Weight, &Held)| {
+            let full = weight.full_meta();
+            full == held.meta && weight.region() == held.region
+        };
+        let same = weights.len() == self.last.len() && weights.iter().zip(&self.last).all(is_same);
+        if !same || self.declared.is_none() {
+            let held = |weight: &Weight| Held { meta: weight.full_meta(), region: weight.region() };
+            self.last = weights.iter().map(held).collect();
+            let body = encode(&Declaration::Holds(self.last.clone()))?;
+            self.declared = Some((digest_of(&body), body));
+        }
+        self.sources = Some(Arc::new(Mutex::new(Sources::new(weights))));
+        Ok(())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // What a panic left half done belongs to an update that it has ended.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Worker for Writer {
+    fn start(&mut self, task: Task, going: Going) -> BoxFuture<'static, Result<Done>> {
+        let (Some(sources), Some((digest, body))) = (self.sources.clone(), self.declared.clone())
+        else {
+            let error = Error::new(ErrorKind::State, "updating", "there is nothing to send");
+            return ready(Err(error));
+        };
+        let (rank, pool, plans) = (self.rank, self.pool.clone(), self.plans.clone());
+        let (working, present) = (self.working.clone(), self.table.clone());
+        match task {
+            Task::Prepare => async move {
+                Seat::idle(&working).await;
+                let known = lock(&plans).known();
+                Ok(Done::Prepared { digest, body, known })
+            }
+            .boxed(),
+            Task::Plan { set, declared } => {
+                let guard = match busy(&working) {
+                    Ok(guard) => guard,
+                    Err(error) => return ready(Err(error)),
+                };
+                let threads = pool.clone();
+                threads
+                    .start(move || {
+                        let _guard = guard;
+                        let table = lock(&plans).table(rank, set, declared)?;
+                        let maxima = lock(&sources).find_maxima(rank, &table, &pool, &going)?;
+                        *lock(&present) = Some(table.clone());
+                        Ok(Done::Planned { plan: table.digest, terms: Bytes::new(), maxima })
+                    })
+                    .boxed()
+            }
+            Task::Write { terms, maxima, digests } => {
+                let guard = match busy(&working) {
+                    Ok(guard) => guard,
+                    Err(error) => return ready(Err(error)),
+                };
+                let reach = self.reach.clone();
+                let threads = pool.clone();
+                threads
+                    .start(move || {
+                        let _guard = guard;
+                        let table = lock(&present).clone().ok_or_else(|| {
+                            Error::new(ErrorKind::Protocol, "updating", "there is no plan")
+                        })?;
+                        let mut sources = lock(&sources);
+                        sources.hear_maxima(rank, &table, &maxima)?;
+                        let needed = |to: &Rank| table.pieces.iter().any(|p| p.peer == *to);
+                        let terms: Vec<_> =
+                            terms.into_iter().filter(|(to, _)| needed(to)).collect();
+                        let reached = reach.reach(&terms)?;
+                        let ranks = terms.iter().map(|(to, _)| *to);
+                        let reached: HashMap<Rank, Arc<dyn Reached>> = ranks.zip(reached).collect();
+                        let sums = sources.write(&table, &reached, digests, &pool, &going)?;
+                        // Rollouts are let go of before the leader hears that all is written.
+                        drop(reached);
+                        Ok(Done::Written { sums, source_bytes: table.source_bytes })
+                    })
+                    .boxed()
+            }
+            Task::Verify { .. } => {
+                let message = "a trainer was asked to verify";
+                ready(Err(Error::new(ErrorKind::Protocol, "updating", message).rank(Rank::LEADER)))
+            }
+        }
+    }
+}

@@ -1,0 +1,240 @@
+//! Groups of ranks that share a process, with memory that is lent by handing it over.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+pub(crate) use conformance::placed::{Boxes, Model, Tensor};
+use engine_core::{
+    CheckpointEngineConfig, Encoding, EngineContext, Error, ErrorKind, Rank, Result, Role,
+    SendReport, TensorBox, TensorMeta, TrainerEngine, Treatment, Version, Weight,
+    ensure_async_iterator,
+};
+use futures::future::{join, join_all};
+use placed::{Layout, Lender, PlacedRollout, PlacedTrainer, Reach, Reached, Wanted};
+use protocol::hub::{Hub, Member};
+
+/// All that is lent in a process, by number.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Market(Arc<Lots>);
+
+#[derive(Debug, Default)]
+struct Lots {
+    lent: Mutex<HashMap<u64, Weak<Lot>>>,
+    garbles: AtomicBool,
+}
+
+type Lot = Mutex<Vec<u8>>;
+
+#[derive(Debug)]
+struct Owner {
+    market: Market,
+    own: Vec<u8>,
+    lent: Option<Arc<Lot>>,
+}
+
+impl Lender for Owner {
+    fn len(&self) -> u64 {
+        self.own.len() as u64
+    }
+
+    fn lend(&mut self) -> Result<Bytes> {
+        let lot = Arc::new(Mutex::new(std::mem::take(&mut self.own)));
+        let mut all = self.market.0.lent.lock().unwrap();
+        let number = all.len() as u64;
+        all.insert(number, Arc::downgrade(&lot));
+        self.lent = Some(lot);
+        Ok(Bytes::copy_from_slice(&number.to_le_bytes()))
+    }
+
+    fn take_back(&mut self) -> Result<bool> {
+        if let Some(lot) = self.lent.take() {
+            match Arc::try_unwrap(lot) {
+                Ok(bytes) => self.own = bytes.into_inner().unwrap(),
+                Err(lot) => self.lent = Some(lot),
+            }
+        }
+        Ok(self.lent.is_none())
+    }
+
+    fn bytes(&self) -> Result<&[u8]> {
+        match self.lent {
+            None => Ok(&self.own),
+            Some(_) => Err(Error::new(ErrorKind::State, "reading", "it is lent")),
+        }
+    }
+}
+
+impl Reach for Market {
+    fn reach(&self, terms: &[(Rank, Bytes)]) -> Result<Vec<Arc<dyn Reached>>> {
+        let reach = |(rank, terms): &(Rank, Bytes)| {
+            let number = u64::from_le_bytes(terms[..].try_into().unwrap());
+            let lot = self.0.lent.lock().unwrap()[&number].upgrade();
+            let gone = || Error::new(ErrorKind::PeerLost, "reaching", "it is gone").rank(*rank);
+            let garbles = self.0.garbles.load(Ordering::Relaxed);
+            Ok(Arc::new(Hand { lot: lot.ok_or_else(gone)?, garbles }) as Arc<dyn Reached>)
+        };
+        terms.iter().map(reach).collect()
+    }
+}
+
+#[derive(Debug)]
+struct Hand {
+    lot: Arc<Lot>,
+    garbles: bool,
+}
+
+impl Reached for Hand {
+    fn put(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        let mut memory = self.lot.lock().unwrap();
+        let to = &mut memory[at as usize..at as usize + bytes.len()];
+        to.copy_from_slice(bytes);
+        if self.garbles {
+            to[0] ^= 1;
+        }
+        Ok(())
+    }
+}
+
+/// A weight that breaks when it is read.
+#[derive(Debug)]
+struct Breaks(u64);
+
+impl Encoding for Breaks {
+    fn name(&self) -> &'static str {
+        "breaks"
+    }
+
+    fn source_bytes(&self) -> u64 {
+        self.0
+    }
+
+    fn encode_host(&self, _: std::ops::Range<u64>, _: &mut [u8]) -> Result<()> {
+        Err(Error::new(ErrorKind::Source, "reading a disk", "it is broken"))
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Group {
+    model: Model,
+    pub(crate) holds: Vec<Boxes>,
+    wants: Vec<Vec<Wanted>>,
+    trainers: Vec<PlacedTrainer>,
+    pub(crate) rollouts: Vec<PlacedRollout>,
+    market: Market,
+    /// A trainer whose weights cannot be read.
+    pub(crate) fails: Option<Rank>,
+    _members: Vec<Member>,
+}
+
+impl Group {
+    pub(crate) fn new(model: &Model, holds: &[Boxes], wants: &[Vec<Wanted>]) -> Self {
+        let (hub, market) = (Hub::new(), Market::default());
+        let mut ranks = BTreeMap::new();
+        for rank in 0..(holds.len() + wants.len()) as u32 {
+            let is_trainer = (rank as usize) < holds.len();
+            ranks.insert(Rank(rank), if is_trainer { Role::Trainer } else { Role::Rollout });
+        }
+        let config = CheckpointEngineConfig {
+            threads: std::num::NonZeroUsize::new(2),
+            timeout_seconds: 10.0,
+            ..Default::default()
+        };
+        let mut members = Vec::new();
+        let (mut trainers, mut rollouts) = (Vec::new(), Vec::new());
+        for (&rank, &role) in &ranks {
+            let control = if rank == Rank::LEADER {
+                hub.control()
+            } else {
+                let member = Member::new(rank, role);
+                hub.admit(&member).unwrap();
+                let control = member.control();
+                members.push(member);
+                control
+            };
+            let context = EngineContext::new(config.clone()).with_control(control);
+            if role == Role::Trainer {
+                let reach = Arc::new(market.clone());
+                trainers.push(PlacedTrainer::new(&context, ranks.clone(), reach).unwrap());
+            } else {
+                let layout = Layout::new(wants[rank.index() - holds.len()].clone()).unwrap();
+                let own = vec![0xa5; layout.bytes() as usize];
+                let owner = Owner { market: market.clone(), own, lent: None };
+                rollouts.push(PlacedRollout::new(&context, layout, Box::new(owner)).unwrap());
+            }
+        }
+        Self {
+            model: model.clone(),
+            holds: holds.to_vec(),
+            wants: wants.to_vec(),
+            trainers,
+            rollouts,
+            market,
+            fails: None,
+            _members: members,
+        }
+    }
+
+    pub(crate) fn garble(&self, garbles: bool) {
+        self.market.0.garbles.store(garbles, Ordering::Relaxed);
+    }
+
+    /// One update: the leader's report, or the errors of all ranks.
+    pub(crate) fn update(&mut self, version: u64) -> std::result::Result<SendReport, Vec<Error>> {
+        let sources = self.holds.iter().zip(0..).map(|(boxes, rank)| {
+            let weight = |(meta, region): &(TensorMeta, TensorBox)| {
+                let weight = self.model.weight(meta, region, version);
+                if self.fails != Some(Rank(rank)) {
+                    return weight;
+                }
+                let breaks = Arc::new(Breaks(weight.byte_len()));
+                let broken = Weight::encoded(weight.meta().clone(), breaks, Treatment::Plain);
+                broken.unwrap().of_box(meta.shape.clone(), region.clone()).unwrap()
+            };
+            boxes.iter().map(weight).collect::<Vec<_>>()
+        });
+        let sources: Vec<_> = sources.collect();
+        let sends = self.trainers.iter_mut().zip(sources).map(|(trainer, weights)| {
+            trainer.send_weights(ensure_async_iterator(weights), Version(version))
+        });
+        let receives = self.rollouts.iter_mut().map(|rollout| rollout.update(None));
+        let all = join(join_all(sends), join_all(receives));
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        let limited =
+            runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), all).await });
+        let (sent, received) = limited.expect("no hang");
+        let mut reports = Vec::new();
+        let mut errors: Vec<Error> = received.into_iter().filter_map(Result::err).collect();
+        for sent in sent {
+            match sent {
+                Ok(report) => reports.push(report),
+                Err(error) => errors.push(error),
+            }
+        }
+        match errors.is_empty() {
+            true => Ok(reports.remove(0)),
+            false => {
+                assert!(reports.is_empty(), "all or none: {errors:?}");
+                Err(errors)
+            }
+        }
+    }
+
+    /// Compares every element of every box, and every scale.
+    pub(crate) fn check(&self, version: u64) {
+        for (rollout, wants) in self.rollouts.iter().zip(&self.wants) {
+            let mut expected = wants.iter().map(|wanted| self.model.expected(wanted, version));
+            let read = rollout.read(|tensor| {
+                let expected = expected.next().expect("one that is wanted");
+                assert!(tensor.bytes == expected[0], "{:?}", tensor.wanted);
+                let scales = expected.get(1).map_or(&[][..], |scales| &scales[..]);
+                assert!(tensor.scales == scales, "scales of {:?}", tensor.wanted);
+                Ok(())
+            });
+            assert_eq!(read.unwrap(), Version(version));
+            assert!(expected.next().is_none());
+        }
+    }
+}
