@@ -397,6 +397,7 @@ impl Sending<'_> {
                 None => break,
             };
             let Some(weight) = next else { break };
+            weight.require_whole(message::COMPARING)?;
             bytes += weight.byte_len();
             batch.push(weight);
         }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use delta::LAYER;
 use engine_core::{
     CheckpointEngineConfig, DType, EngineContext, Error, ErrorKind, Registry, Result,
-    RolloutEngine, SendReport, TensorMeta, TrainerEngine, Version, Weight, ensure_async_iterator,
-    form_local_group,
+    RolloutEngine, SendReport, TensorBox, TensorMeta, TrainerEngine, Version, Weight,
+    ensure_async_iterator, form_local_group,
 };
 use proptest::prelude::*;
 
@@ -258,6 +258,19 @@ async fn a_weight_that_would_be_taken_for_changes_is_refused() {
     let error = error.expect_err("a reserved name");
     assert_eq!(error.kind(), ErrorKind::Weight);
     assert!(error.to_string().contains("checkpoint-engine/delta/0"), "{error}");
+}
+
+#[tokio::test]
+async fn a_part_of_a_tensor_is_refused_by_name() {
+    let (mut trainer, mut rollouts) = group(&[true]).await.expect("a group");
+    let part = Weight::new("part", DType::U8, [2], vec![1, 2]).expect("a weight");
+    let region = TensorBox::new(&[1], &[2]).expect("a box");
+    let part = part.of_box([4], region).expect("a part");
+    let send = trainer.send_weights(ensure_async_iterator([part]), Version(1));
+    let (sent, received) = futures::join!(send, take(&mut *rollouts[0], 1));
+    let error = sent.expect_err("a part");
+    assert_eq!(error.kind(), ErrorKind::Weight);
+    assert!(error.to_string().contains("part") && received.is_err(), "{error}");
 }
 
 #[tokio::test]

@@ -204,6 +204,7 @@ impl TrainerEngine for PlacedTrainer {
             receivers,
             absent: ended.absent,
             slower: Vec::new(),
+            delta: None,
         })
     }
 }
