@@ -114,8 +114,8 @@ pub(crate) struct Tensors {
     pub(crate) shapes: Vec<Vec<u64>>,
     /// In bytes.
     pub(crate) sizes: Vec<u64>,
-    /// Where servers read the bucket, if they read it where it is.
-    pub(crate) shared: Option<SharedSlot>,
+    /// Where servers' workers read the bucket, by their places within a server, if they read it where it is.
+    pub(crate) shared: Vec<SharedSlot>,
 }
 
 impl Tensors {
@@ -150,7 +150,7 @@ impl Chunk {
             types: types?,
             shapes: metas().map(|meta| meta.shape.to_vec()).collect(),
             sizes: self.jobs.iter().map(|job| job.len).collect(),
-            shared: None,
+            shared: Vec::new(),
         })
     }
 }

@@ -137,24 +137,28 @@ pub(crate) async fn prepare<L: Library>(
     }))
 }
 
-/// Where all slots are, as one piece of memory.
+/// Where all slots are, as one piece of memory on each GPU that has them.
 ///
 /// # Errors
 ///
 /// Those of [`Slots::shared`]; `Backend` where slots are in memory of their own each.
-async fn buffer(slots: &dyn Slots, locks: &SlotLocks) -> Result<SharedSlot> {
-    let mut buffer: Option<SharedSlot> = None;
+async fn buffer(slots: &dyn Slots, locks: &SlotLocks) -> Result<Vec<SharedSlot>> {
+    let mut buffer = Vec::new();
     for index in 0..SLOTS {
         let Some(guard) = locks.lock(index).await else { break };
-        let slot = slots.shared(&guard)?;
-        let all = buffer.get_or_insert_with(|| slot.clone());
-        if all.handle != slot.handle || slot.start < all.start {
-            let message = "its slots are not in one piece of memory";
-            return Err(Error::new(ErrorKind::Backend, "sharing the slots", message));
+        let places = slots.shared(&guard)?;
+        if index == 0 {
+            buffer.clone_from(&places);
         }
-        all.bytes = slot.start + slot.bytes - all.start;
+        for (all, slot) in buffer.iter_mut().zip(places) {
+            if all.handle != slot.handle || slot.start < all.start {
+                let message = "its slots are not in one piece of memory";
+                return Err(Error::new(ErrorKind::Backend, "sharing the slots", message));
+            }
+            all.bytes = slot.start + slot.bytes - all.start;
+        }
     }
-    buffer.ok_or_else(|| Error::new(ErrorKind::State, "sharing the slots", "there are none"))
+    Ok(buffer)
 }
 
 /// The error of a weight for which there is no slot.
@@ -309,7 +313,7 @@ impl<C: Communicator> Sending<C> {
             };
             let shared = self.is_shared.then(|| self.slots.shared(&guard)).transpose()?;
             self.slots.fill(guard, jobs, &self.pool, false).await?;
-            Ok::<_, Error>(shared)
+            Ok::<_, Error>(shared.unwrap_or_default())
         };
         tensors.shared = filled.await.map_err(|error| error.bucket(index))?;
         feed.stages.encode += begun.elapsed();

@@ -5,6 +5,7 @@
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use collective::SharedSlot;
 use engine_core::{Error, ErrorKind, Result, Version};
 use futures::FutureExt;
 use hyper::Method;
@@ -16,10 +17,10 @@ use crate::chunk::Tensors;
 use crate::fleet::{Ask, Facts, Said};
 use crate::http::{Client, Kind, ServerUrl};
 use crate::ignored;
-use crate::moonshot::Worker;
+use crate::moonshot::Workers;
 use crate::pickle::Pickle;
 use crate::server::{Server, Told, World};
-use crate::shared::arguments;
+use crate::shared::{ANY_DEVICE, arguments};
 
 /// What happens to requests that a server is at work on when an update begins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -53,11 +54,13 @@ impl Pause {
 pub(crate) struct Vllm {
     pub(crate) client: Client,
     pub(crate) transport: Transport,
+    /// On how many GPUs buckets are read.
+    pub(crate) gpus: u32,
     pub(crate) pause: Pause,
     /// Whether each weight is a broadcast of its own.
     pub(crate) unpacked: bool,
     /// Told by ZeroMQ where buckets are, with that transport.
-    pub(crate) worker: Worker,
+    pub(crate) worker: Workers,
 }
 
 /// The route that says which version the weights have.
@@ -82,12 +85,13 @@ impl Server for Vllm {
         match question {
             Ask::Look if self.transport == Transport::Zmq => {
                 let facts = self.facts().await?;
-                self.transport.reaches(&self.client, facts.workers)?;
+                self.transport.reaches(&self.client, facts.workers, self.gpus)?;
+                self.worker.are(facts.workers);
                 return Ok(Said::Facts(facts));
             }
             Ask::Look => {
                 let (transport, facts) = self.look().await?;
-                self.transport.reaches(&self.client, facts.workers)?;
+                self.transport.reaches(&self.client, facts.workers, self.gpus)?;
                 if transport != self.transport {
                     let message = format!(
                         "it was started for {transport}: {}, or configure `transport: {transport}`",
@@ -143,7 +147,7 @@ impl Server for Vllm {
         self.client.tell("/init_weight_transfer_engine", Some(&body)).await
     }
 
-    fn worker(&self) -> &Worker {
+    fn worker(&self) -> &Workers {
         &self.worker
     }
 
@@ -153,9 +157,12 @@ impl Server for Vllm {
         }
         let Tensors { names, types, shapes, sizes, shared } = tensors;
         let mut info = json!({ "names": names, "dtype_names": types, "shapes": shapes });
-        if let Some(slot) = shared {
-            let place = Pickle::Tuple(arguments(slot));
-            let places = Pickle::Dict(vec![(Pickle::text(&slot.device), place)]);
+        if !shared.is_empty() {
+            // Each worker looks for the one of its GPU.
+            let place = |slot: &SharedSlot| {
+                (Pickle::text(&slot.device), Pickle::Tuple(arguments(slot, ANY_DEVICE)))
+            };
+            let places = Pickle::Dict(shared.iter().map(place).collect());
             info["ipc_handles_pickled"] = STANDARD.encode(places.to_bytes()).into();
             info["tensor_sizes"] = json!(sizes);
         }
@@ -171,6 +178,10 @@ impl Server for Vllm {
         let answer = self.client.post(path, Some(body), self.client.long).await?;
         if !answer.is_success() && answer.words().contains("VLLM_ALLOW_INSECURE_SERIALIZATION") {
             let remedy = "set VLLM_ALLOW_INSECURE_SERIALIZATION=1 where the server is started";
+            return Err(self.client.refusal(path, &answer, remedy));
+        }
+        if !answer.is_success() && answer.words().contains("IPC handle not found") {
+            let remedy = "list the GPU of each of its workers in `devices`";
             return Err(self.client.refusal(path, &answer, remedy));
         }
         self.client.done(path, &answer)
@@ -289,7 +300,8 @@ fn ipc_info() -> Value {
 /// What it lacks to be sent to.
 pub(crate) async fn examine(client: Client) -> Result<String> {
     let (transport, pause) = (Transport::Nccl, Pause::None);
-    let server = Vllm { client, transport, pause, unpacked: false, worker: Worker::default() };
+    let worker = Workers::default();
+    let server = Vllm { client, transport, gpus: 1, pause, unpacked: false, worker };
     let (transport, Facts { workers, weights, .. }) = server.look().await?;
     Ok(format!("{workers} workers take weights by {transport}; they have version `{weights}`"))
 }

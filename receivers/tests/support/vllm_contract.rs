@@ -8,9 +8,9 @@ use base64::engine::general_purpose::STANDARD;
 use futures::future::join_all;
 use serde_json::{Value, json};
 
-use super::collectives::{DEVICE, Member, rebuilt};
+use super::collectives::{Member, rebuilt};
 use super::rep::{self, Item};
-use super::server::{Answer, Layer, Shared, State, Tensors, item_size, lock, say};
+use super::server::{Answer, Layer, Shared, State, Tensors, item_size, lock, same, say};
 use super::unpickle::{Said, unpickle};
 
 /// The layer that a tensor is a part of.
@@ -252,8 +252,14 @@ fn read(
     }
     let places = STANDARD.decode(pickled).map_err(|error| error.to_string())?;
     let places = unpickle(&places).ok_or("no pickle")?;
-    let place = places.get(DEVICE).and_then(Said::items);
-    let bytes = rebuilt(place.ok_or("IPC handle not found for GPU UUID")?)?;
+    // Each worker has a part of what arrives: all of them see the same bytes, or the model is none.
+    let read = |gpu: &&str| {
+        let place = places.get(gpu).and_then(Said::items);
+        let place = place.ok_or(format!("IPC handle not found for GPU UUID {gpu}"))?;
+        rebuilt(place, gpu)
+    };
+    let read: Result<Vec<_>, String> = shared.started.workers_gpus().iter().map(read).collect();
+    let bytes = same(read?)?;
     let sizes: Vec<u64> =
         serde_json::from_value(info["tensor_sizes"].clone()).map_err(|error| error.to_string())?;
     let mut chunk = Vec::new();
@@ -276,8 +282,6 @@ async fn call(body: &Value, shared: &Shared) -> Result<(), String> {
     if method != "update_weights_from_ipc" || !shared.started.extension {
         return Err(format!("Method '{method}' is not implemented."));
     }
-    let gpu = shared.started.gpu;
-    let address = rep::address(&body["args"][0], gpu).ok_or(format!("'GPU-{gpu}'"))?;
     let copy = |items: Vec<Item>, bytes: &[u8]| {
         let mut state = lock(&shared.state);
         for (name, dtype, shape, start) in items {
@@ -292,7 +296,7 @@ async fn call(body: &Value, shared: &Shared) -> Result<(), String> {
         }
         Ok(())
     };
-    rep::update(shared, address, copy).await
+    rep::update(shared, &body["args"][0], |gpu| format!("'GPU-{gpu}'"), copy).await
 }
 
 type Tensor = (String, String, Vec<u64>, u64, u64);
