@@ -47,6 +47,7 @@
 #![forbid(unsafe_code)]
 
 mod chunk;
+mod delta;
 mod engine;
 mod fleet;
 #[cfg(fuzzing)]
@@ -116,6 +117,9 @@ pub struct VllmOptions {
     /// Whether each weight is a broadcast of its own, which the servers receive into memory of its own, instead of each
     /// bucket. Over NCCL.
     pub unpacked: bool,
+    /// Whether what has changed is sent, by position, instead of all weights: to servers whose `--weight-transfer-config` has the
+    /// backend `sparse_nccl`, of models without quantisation. The trainer keeps a copy of what it sent in host memory.
+    pub delta: bool,
     /// The file with the key that the servers, or what is in front of them, ask for.
     pub api_key_file: Option<PathBuf>,
     /// The file `libnccl.so.2`; searched for without it.
@@ -224,17 +228,24 @@ pub async fn prepare_vllm<L: Library>(
 ) -> Result<PreparedTrainer> {
     let backend = VLLM.name();
     let options: VllmOptions = context.config.kwargs(backend)?;
-    let VllmOptions { servers, transport, devices, pause, unpacked, api_key_file, .. } = options;
+    let VllmOptions { servers, transport, devices, pause, unpacked, delta, api_key_file, .. } =
+        options;
     let gpus = transport.gpus(&devices)?;
     let keys = Keys::read(api_key_file, None)?;
+    let refuse = |message| Err(Error::new(ErrorKind::Config, "preparing", message));
     if unpacked && transport != Transport::Nccl {
-        let message = "`unpacked` is for `transport: nccl`: nothing is broadcast with another";
-        return Err(Error::new(ErrorKind::Config, "preparing", message));
+        return refuse("`unpacked` is for `transport: nccl`: nothing is broadcast with another");
+    }
+    if delta && (unpacked || transport != Transport::Nccl) {
+        return refuse(
+            "`delta` is for `transport: nccl` without `unpacked`: vLLM takes changes by broadcast alone",
+        );
     }
     let (short, long) = limits(&context);
     let server = |url| -> Arc<dyn Server> {
         let client = Client { url, short, long, kind: vllm::KIND, keys: keys.clone() };
-        Arc::new(Vllm { client, transport, gpus, pause, unpacked, worker: Workers::default() })
+        let worker = Workers::default();
+        Arc::new(Vllm { client, transport, gpus, pause, unpacked, delta, worker })
     };
     let receivers = Receivers {
         backend,
@@ -242,6 +253,7 @@ pub async fn prepare_vllm<L: Library>(
         pauses: pause != vllm::Pause::None,
         meets: transport.meets(Meets::AtOnce),
         unpacked,
+        delta,
         one_buffer: transport == Transport::Zmq,
     };
     prepare(library, context, receivers).await
@@ -276,6 +288,7 @@ pub async fn prepare_sglang<L: Library>(
             port: options.master_port,
         }),
         unpacked: false,
+        delta: false,
         one_buffer: options.transport == Transport::Zmq,
     };
     prepare(library, context, receivers).await

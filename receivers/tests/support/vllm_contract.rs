@@ -125,7 +125,7 @@ async fn init(info: &Value, shared: &Shared) -> Result<(), String> {
         None => {
             return Err("Weight transfer not configured. Please set weight_transfer_config".into());
         }
-        Some("nccl") => {}
+        Some("nccl" | "sparse_nccl") => {}
         Some(other) => {
             let other =
                 format!("Invalid init_info for {}WeightTransferEngine", other.to_uppercase());
@@ -149,7 +149,13 @@ async fn init(info: &Value, shared: &Shared) -> Result<(), String> {
             "packed_num_buffers",
         ];
         if !known.contains(&&**key) {
-            return Err(format!("Invalid init_info: got an unexpected keyword argument '{key}'"));
+            let engine = match shared.started.backend {
+                Some("sparse_nccl") => "SparseNCCL",
+                _ => "NCCL",
+            };
+            return Err(format!(
+                "Invalid init_info for {engine}WeightTransferEngine: got an unexpected keyword argument '{key}'"
+            ));
         }
     }
     let number = |key: &str| {
@@ -202,6 +208,10 @@ async fn update(info: &Value, shared: &Shared) -> Result<(), String> {
     if !lock(&shared.state).active {
         return Err("start_weight_update must be called before update_weights.".into());
     }
+    if shared.started.backend == Some("sparse_nccl") {
+        let counts = list("num_updates_list")?;
+        return patch(&names, &types, &shapes, &counts, shared).await;
+    }
     if shared.started.backend == Some("ipc") {
         return read(info, &names, &types, &shapes, shared);
     }
@@ -230,6 +240,71 @@ async fn update(info: &Value, shared: &Shared) -> Result<(), String> {
         receive(&mut members, chunk, shared).await?;
     }
     lock(&shared.state).members = Some(members);
+    Ok(())
+}
+
+/// Receives positions and values of each weight, and then changes what the model has there. What is not a number stands for an
+/// element that does not change, so it cannot be sent; nor can types that have no such.
+async fn patch(
+    names: &[Value],
+    types: &[Value],
+    shapes: &[Value],
+    counts: &[Value],
+    shared: &Shared,
+) -> Result<(), String> {
+    if counts.is_empty() || counts.len() != names.len() {
+        return Err("`num_updates_list` cannot be empty for sparse updates".into());
+    }
+    let mut members = lock(&shared.state).members.clone();
+    let members = members.as_mut().ok_or("NCCL weight transfer not initialized.")?;
+    let mut patches = Vec::new();
+    for (((name, dtype), shape), count) in names.iter().zip(types).zip(shapes).zip(counts) {
+        let (name, dtype) = (name.as_str().ok_or("a name")?, dtype.as_str().ok_or("a type")?);
+        let shape: Vec<u64> = serde_json::from_value(shape.clone()).map_err(|e| e.to_string())?;
+        let count = count.as_u64().filter(|count| *count > 0).ok_or("a number of elements")?;
+        let item = item_size(dtype).ok_or_else(|| format!("torch has no {dtype}"))?;
+        let mut all = async |bytes: u64| {
+            let received = members.iter_mut().map(|member| member.receive(bytes as usize));
+            same(join_all(received).await)
+        };
+        let positions = all(4 * count).await?;
+        patches.push((
+            name.to_owned(),
+            (dtype.to_owned(), shape),
+            positions,
+            all(item * count).await?,
+        ));
+    }
+    lock(&shared.state).members = Some(members.clone());
+    let State { expected, weights, .. } = &mut *lock(&shared.state);
+    for (name, described, positions, values) in &patches {
+        if expected.get(name) != Some(described) {
+            return Err(format!("there is no module or parameter named '{name}'"));
+        }
+        let weight = weights.get_mut(name).ok_or("no weight")?;
+        let item = values.len() / (positions.len() / 4);
+        let is_nan = match &*described.0 {
+            "bfloat16" => |value: &[u8]| u16::from_le_bytes([value[0], value[1]]) & 0x7fff > 0x7f80,
+            "float32" => {
+                |value: &[u8]| f32::from_le_bytes(value.try_into().expect("four bytes")).is_nan()
+            }
+            other => return Err(format!("\"full_cuda\" not implemented for '{other}'")),
+        };
+        let mut last = None;
+        for (position, value) in positions.chunks(4).zip(values.chunks(item)) {
+            let position = i32::from_le_bytes(position.try_into().expect("four bytes"));
+            let at = usize::try_from(position).map_err(|error| error.to_string())? * item;
+            if is_nan(value) || at + item > weight.len() || last >= Some(position) {
+                return Err(
+                    "Sparse checkpoint patches contain NaN values, out-of-range indices, or \
+                            duplicate indices"
+                        .into(),
+                );
+            }
+            last = Some(position);
+            weight[at..at + item].copy_from_slice(value);
+        }
+    }
     Ok(())
 }
 
