@@ -2,6 +2,7 @@
 
 use checkpoint_engine::{SendReport, Version, VersionState};
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::device;
 use crate::roles::RolloutNotes;
@@ -58,6 +59,9 @@ pub struct RolloutLine {
     pub digest: Option<String>,
     /// The most memory that it took beyond what it had before it prepared.
     pub extra_peak_bytes: u64,
+    /// What was sent of the weights, where only changes are.
+    #[serde(skip_serializing_if = "Value::is_null")]
+    pub delta: Value,
 }
 
 /// An update's line from its report.
@@ -86,6 +90,7 @@ pub fn line(
         state: receiver.state,
         digest: receiver.digest.map(|digest| format!("{digest:016x}")),
         extra_peak_bytes: notes.extra_peak_bytes,
+        delta: receiver.notes["delta"].clone(),
     });
     UpdateLine {
         version: report.version,
