@@ -10,12 +10,22 @@ unpickler. All else is left out, and instead of a model there is a dictionary. T
 error looks like are those of vLLM 0.33 and SGLang 0.5.23. When an update is finished, all weights are written to
 DIR/model.safetensors, to be compared with `ckpt-engine verify`.
 
+With `--delta`, it is vLLM's engine for positions and values that receives. With `--devices cuda:0,cuda:1` the server has a worker on each
+GPU, a process of this program, and what they have is in DIR-0 and DIR-1.
+
 With `--transport zmq` and `--moonshot SOURCES`, the sources of Moonshot's checkpoint-engine, its own worker receives, as an extension of
 either server has it; that takes pyzmq.
 
 All of it, one case after the other, with a line for each that says what came of it:
 
     python3 xtask/tools/server_receiver.py all PROGRAM --vllm SOURCES --sglang SOURCES [--moonshot SOURCES] [--generate] --work DIR
+
+Twenty updates in a row by one trainer, with a digest of what the server has after each, which has to be that of the trainer's weights; and
+how long updates take, with vLLM's own receiving code: beside vLLM's own trainer engine, a bare broadcast of as many bytes in the same
+world, and this project's own transport on one GPU. The first update of each is not counted.
+
+    python3 xtask/tools/server_receiver.py sequence PROGRAM --vllm SOURCES --sglang SOURCES --work DIR [--updates 20]
+    python3 xtask/tools/server_receiver.py speed PROGRAM --vllm SOURCES --work DIR [--synthetic qwen3-30b-a3b] [--layers 24]
 
 With `--model CHECKPOINT` (and with `--generate`, for all its cases) vLLM is not left out: the one that is installed serves the
 checkpoint and generates, and only what receives is that of SOURCES, because the routes are those of vLLM 0.33, and an older one
