@@ -189,6 +189,16 @@ async fn an_update_that_fails_before_a_server_was_told_of_it_leaves_what_changes
     let report = send(&mut *trainer, &model, 2).await.expect("an update");
     assert_eq!(said(&report), (Some(1), 2));
     has(&server, &model, 2);
+    // What the failed one would have sent is nowhere: it is a change when it comes again.
+    let before = model.clone();
+    model.step(0, 3, 7.5);
+    server.wrong("/pause", 0, Wrong::Refuses("not now"));
+    send(&mut *trainer, &model, 3).await.expect_err("it is not paused");
+    let failed = std::mem::replace(&mut model, before);
+    send(&mut *trainer, &model, 4).await.expect("an update");
+    let report = send(&mut *trainer, &failed, 5).await.expect("an update");
+    assert_eq!(said(&report), (Some(4), 1));
+    has(&server, &failed, 5);
 }
 
 #[tokio::test]
