@@ -261,8 +261,10 @@ async fn servers_that_were_started_for_whole_weights_say_how_to_start_them_and_s
     }
 }
 
-/// Some steps of training, what goes wrong after them, and how often nothing does.
-fn schedules() -> impl Strategy<Value = Vec<(Vec<(usize, usize, f32)>, usize)>> {
+/// Some steps of training, and what goes wrong in the update after them: nothing, for large numbers.
+type Event = (Vec<(usize, usize, f32)>, usize);
+
+fn schedules() -> impl Strategy<Value = Vec<Event>> {
     let step = (0..9_usize, 0..10_000_usize, -4.0..4.0_f32);
     proptest::collection::vec((proptest::collection::vec(step, 0..40), 0..12_usize), 12)
 }

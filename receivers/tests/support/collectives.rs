@@ -92,7 +92,9 @@ pub(crate) const DEVICES: [&str; 3] = [
 ];
 
 /// What others may read, by its handles, and the GPU that has it.
-static SHARED: LazyLock<Mutex<HashMap<Vec<u8>, (usize, Memory)>>> = LazyLock::new(Mutex::default);
+static SHARED: LazyLock<Mutex<Shared>> = LazyLock::new(Mutex::default);
+
+type Shared = HashMap<Vec<u8>, (usize, Memory)>;
 
 /// What a process on a GPU finds at `rebuild_cuda_tensor`'s arguments: the bytes of the tensor.
 pub(crate) fn rebuilt(arguments: &[Said], gpu: &str) -> std::result::Result<Vec<u8>, String> {
