@@ -140,7 +140,7 @@ impl Workers {
         let update = tokio::spawn(request(addresses.into()));
         let abort = update.abort_handle();
         let (update, workers) = (update.fuse(), Vec::new());
-        let count = self.count.load(Ordering::Relaxed) as usize;
+        let count = self.count.load(Ordering::Relaxed).max(1) as usize;
         let session = Session { listeners, workers, count, update, abort, limit, operation };
         let mut open = self.session.lock().await;
         let session = open.insert(session);
