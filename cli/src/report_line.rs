@@ -4,6 +4,7 @@ use checkpoint_engine::{SendReport, Version, VersionState};
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::bench::transfer::StageSeconds;
 use crate::device;
 use crate::roles::RolloutNotes;
 
@@ -30,6 +31,8 @@ pub struct UpdateLine {
     pub passed_through: u64,
     /// From the beginning to the last confirmation.
     pub seconds: f64,
+    /// Where that time went on the trainer. Stages overlap.
+    pub stages: StageSeconds,
     /// Source bytes per second.
     pub gb_per_s: f64,
     /// What one thread's copy of the same bytes into shared memory reached, in the same run, where that was measured.
@@ -103,6 +106,7 @@ pub fn line(
         kept: counts.kept,
         passed_through: counts.passed_through,
         seconds: report.elapsed.as_secs_f64(),
+        stages: report.stages.into(),
         gb_per_s: report.gb_per_s(),
         memcpy_gb_per_s: memcpy,
         extra_peak_bytes: extra,

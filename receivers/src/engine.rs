@@ -771,7 +771,7 @@ impl<C: Communicator> ServersEngine<C> {
             digest: None,
             receivers: loaded.chain(out).collect(),
             absent: outcome.out.iter().map(|(index, _)| rank_of(*index)).collect(),
-            slower: Vec::new(),
+            slower: self.sending.slots.slower(),
         }
     }
 }

@@ -42,7 +42,6 @@ functions are not used here, so an older one (PyTorch 2.11 brings it) is made to
 
 import argparse
 import ast
-import atexit
 import concurrent.futures
 import contextlib
 import ctypes
@@ -54,6 +53,7 @@ import json
 import logging
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -455,7 +455,6 @@ class Front:
             command += ["--moonshot", args.moonshot] if args.moonshot else []
             command += ["--delta"] if args.delta else []
             process = subprocess.Popen(command)
-            atexit.register(process.kill)
             self.workers.append((process, f"http://127.0.0.1:{args.port + 500 + 10 * rank}"))
         for process, url in self.workers:
             while process.poll() is None:
@@ -641,14 +640,16 @@ class Receiver:
         self.url, route = f"http://127.0.0.1:{port}", {"vllm": "/health", "sglang": "/model_info"}[kind]
         environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})}
         command = [sys.executable, __file__, kind, *arguments, "--port", str(port)]
-        self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         self.route = route
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.process.kill()
+        # Its workers, if those are processes, are in its group.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def wait(self, limit):
@@ -855,6 +856,10 @@ def own_trainer(args):
     if args.transport == "nccl":
         engine.model_update_group = group
 
+    # An update that another trainer left open is ended.
+    with contextlib.suppress(urllib.error.HTTPError):
+        ask(args.url, "/finish_weight_update", {})
+
     def timed(work):
         torch.cuda.synchronize()
         begun = time.perf_counter()
@@ -909,7 +914,7 @@ def speed(args):
                 print(f"{name}: {failed}", flush=True)
                 continue
             found = {}
-            for what, loads in [("weights are copied into the model", True), ("nothing is loaded", False)]:
+            for what, loads in [("weights are copied into the model", True), ("nothing is loaded", False)][: 2 if transport == "nccl" else 1]:
                 ask(server.url, "/loads", {"loads": loads})
                 lines = measured(one.sync(args, server, *common, "--updates", str(args.updates)), log, 80)
                 found["this, " + what] = median([line["seconds"] for line in lines])
@@ -921,7 +926,8 @@ def speed(args):
                         found["bare broadcast"] = median(line["bare"])
                     found["GB"] = line["bytes"] / 1e9
                     found["tensors"] = line["tensors"]
-                if lines:
+                for line in lines[-1:]:
+                    print(*line["slower"], line["stages"], sep="\n", flush=True)
                     found["GB of this"] = lines[-1]["wire_bytes"] / 1e9
         if transport == "ipc":
             with open(os.path.join(args.work, "speed-own.log"), "w") as log:
@@ -983,11 +989,12 @@ def everything(args):
     kinds = [kind for kind in ["vllm", "sglang"] if getattr(args, kind)]
     transports = ["nccl", "ipc"] + (["zmq"] if args.moonshot else [])
     cases = [Case(kind, transport, fp8) for kind in kinds for transport in transports for fp8 in models]
-    cases += [Case("vllm", "nccl", fp8, unpacked=True) for fp8 in models if args.vllm]
-    cases += [Case("vllm", "nccl", delta=True)] if args.vllm else []
+    # vLLM's own communicator has no FP8 for single weights.
+    cases += [Case("vllm", "nccl", unpacked=True), Case("vllm", "nccl", delta=True)] if args.vllm else []
     if torch.cuda.device_count() > 1:
         cases += [Case(kind, transport, fp8, two=True) for kind in kinds for transport in transports[1:] for fp8 in models]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        cases = [one for one in cases if not args.only or one.name() == args.only]
         jobs = [pool.submit(case, args, models[one.fp8], one, 18000 + number) for number, one in enumerate(cases)]
         if args.generate:
             make_models(args)
@@ -1027,6 +1034,7 @@ def main():
         one.add_argument("--work", required=True)
         if name == "all":
             one.add_argument("--moonshot", help="the sources of Moonshot's checkpoint-engine, for the transport zmq; pyzmq is needed as well")
+            one.add_argument("--only", help="the name of a case")
             one.add_argument("--generate", action="store_true", help="also with the vLLM that is installed, which generates")
             one.add_argument("--jobs", type=int, default=1, help="how many cases at a time")
         else:
