@@ -108,8 +108,8 @@ impl Work {
         self.scales.resize(jobs.len(), Scales::Nothing);
         let mut sorting = Sorting { jobs, bucket, digests, locate, beside, elsewhere: None };
         // Scales are there once their codes were taken in, which may lie behind them.
-        let (scales, others): (Vec<_>, Vec<_>) =
-            (0..jobs.len()).partition(|&index| encoding::<Fp8Scales>(&jobs[index].weight).is_some());
+        let (scales, others): (Vec<_>, Vec<_>) = (0..jobs.len())
+            .partition(|&index| encoding::<Fp8Scales>(&jobs[index].weight).is_some());
         let mut all = others.into_iter().chain(scales);
         all.try_for_each(|index| self.take(index, &mut sorting))?;
         // Whoever encodes them wants them in the order of their places.
@@ -735,7 +735,9 @@ mod tests {
         let codes = || weights.iter().step_by(2).cloned();
         let scales = || weights.iter().skip(1).step_by(2).cloned();
         // All codes and then all scales, and the other way round, as buckets have them that are sorted by the size of elements.
-        for order in [codes().chain(scales()).collect(), scales().chain(codes()).collect::<Vec<_>>()] {
+        for order in
+            [codes().chain(scales()).collect(), scales().chain(codes()).collect::<Vec<_>>()]
+        {
             let jobs = plan(&order, 1 << 20, false).remove(0);
             let (mut work, mut beside) = (Work::default(), Fake::default());
             work.sort(&jobs, (BUCKET, 1 << 20), true, here, &mut beside).unwrap();
