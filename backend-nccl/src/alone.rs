@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use collective::{Communicator, Library, Opened, Shape, Thread, Wait};
 use engine_core::memory::Pool;
-use engine_core::{EngineContext, Error, ErrorKind, Result};
+use engine_core::{DeviceChoice, EngineContext, Error, ErrorKind, Result};
 use std::sync::Arc;
 
 use crate::library::DEFAULT_BUCKET_BYTES;
@@ -12,7 +12,10 @@ use crate::slots::CudaSlots;
 
 /// Slots without a library.
 #[derive(Debug)]
-pub(crate) struct SharedSlots;
+pub(crate) struct SharedSlots {
+    /// The GPUs on which they are read, if those are others than the one that fills them.
+    pub(crate) readers: Vec<DeviceChoice>,
+}
 
 #[async_trait]
 impl Library for SharedSlots {
@@ -32,7 +35,7 @@ impl Library for SharedSlots {
             let message = "the buckets are on the GPU: set `device` to `cuda`";
             return Err(Error::new(ErrorKind::Config, "preparing", message));
         }
-        let slots = Arc::new(CudaSlots::shared(device, shape)?);
+        let slots = Arc::new(CudaSlots::shared(device, &self.readers, shape)?);
         let thread = Thread::start("ckpt-shared", || Ok(Alone)).await?;
         Ok(Opened { thread, slots, version: "CUDA IPC".into(), share: None })
     }

@@ -24,8 +24,8 @@ use std::path::PathBuf;
 
 use collective::{CollectiveEngine, CollectiveOptions, Library, build_topology};
 use engine_core::{
-    Availability, Backend, Devices, EngineContext, Placement, PreparedRollout, PreparedTrainer,
-    Result, WorkerMetadata,
+    Availability, Backend, DeviceChoice, Devices, EngineContext, Placement, PreparedRollout,
+    PreparedTrainer, Result, WorkerMetadata,
 };
 use serde::{Deserialize, Serialize};
 
@@ -74,9 +74,10 @@ pub fn collectives(library: Option<PathBuf>) -> impl Library {
     NcclLibrary { library }
 }
 
-/// Slots as NCCL's, without NCCL: other processes of the host read them where they are.
-pub fn shared_slots() -> impl Library {
-    alone::SharedSlots
+/// Slots as NCCL's, without NCCL: other processes of the host read them on these GPUs, or where they are filled if there are
+/// none. What is filled is copied to each of the others.
+pub fn shared_slots(readers: Vec<DeviceChoice>) -> impl Library {
+    alone::SharedSlots { readers }
 }
 
 #[derive(Debug)]

@@ -2,7 +2,9 @@
 
 use checkpoint_engine::{ChangedElements, DeltaReport, SendReport, Version, VersionState};
 use serde::Serialize;
+use serde_json::Value;
 
+use crate::bench::transfer::StageSeconds;
 use crate::device;
 use crate::roles::RolloutNotes;
 
@@ -29,6 +31,8 @@ pub struct UpdateLine {
     pub passed_through: u64,
     /// From the beginning to the last confirmation.
     pub seconds: f64,
+    /// Where that time went on the trainer. Stages overlap.
+    pub stages: StageSeconds,
     /// Source bytes per second.
     pub gb_per_s: f64,
     /// What one thread's copy of the same bytes into shared memory reached, in the same run, where that was measured.
@@ -61,6 +65,9 @@ pub struct RolloutLine {
     pub digest: Option<String>,
     /// The most memory that it took beyond what it had before it prepared.
     pub extra_peak_bytes: u64,
+    /// What was sent of the weights, where only changes are.
+    #[serde(skip_serializing_if = "Value::is_null")]
+    pub delta: Value,
 }
 
 /// What had changed in an update, in words.
@@ -108,6 +115,7 @@ pub fn line(
         state: receiver.state,
         digest: receiver.digest.map(|digest| format!("{digest:016x}")),
         extra_peak_bytes: notes.extra_peak_bytes,
+        delta: receiver.notes["delta"].clone(),
     });
     UpdateLine {
         version: report.version,
@@ -120,6 +128,7 @@ pub fn line(
         kept: counts.kept,
         passed_through: counts.passed_through,
         seconds: report.elapsed.as_secs_f64(),
+        stages: report.stages.into(),
         gb_per_s: report.gb_per_s(),
         memcpy_gb_per_s: memcpy,
         extra_peak_bytes: extra,

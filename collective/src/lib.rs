@@ -137,13 +137,13 @@ pub trait Slots: fmt::Debug + Send + Sync {
         Err(Error::new(ErrorKind::Config, "enlarging a slot", message))
     }
 
-    /// Where other processes of the host read a slot, as long as the rank lives. Another place after the slot was
-    /// [enlarged](Self::enlarge).
+    /// Where other processes of the host read a slot, as long as the rank lives: one place on each GPU that has it. Other
+    /// places after the slot was [enlarged](Self::enlarge).
     ///
     /// # Errors
     ///
     /// `Backend` where slots are nobody else's.
-    fn shared(&self, slot: &SlotGuard) -> Result<SharedSlot> {
+    fn shared(&self, slot: &SlotGuard) -> Result<Vec<SharedSlot>> {
         let message =
             format!("slot {} is in memory that other processes cannot read", slot.index());
         Err(Error::new(ErrorKind::Backend, "sharing a slot", message))

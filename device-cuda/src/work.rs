@@ -86,8 +86,8 @@ struct Sorting<'a, L, B> {
     digests: bool,
     locate: L,
     beside: &'a mut B,
-    /// Whole scales behind the first codes that are not followed by theirs.
-    later: Option<HashMap<usize, usize>>,
+    /// Whole scales that do not follow their codes at once.
+    elsewhere: Option<HashMap<usize, usize>>,
 }
 
 impl Work {
@@ -106,8 +106,15 @@ impl Work {
     ) -> Result<()> {
         self.clear();
         self.scales.resize(jobs.len(), Scales::Nothing);
-        let mut sorting = Sorting { jobs, bucket, digests, locate, beside, later: None };
-        (0..jobs.len()).try_for_each(|index| self.take(index, &mut sorting))
+        let mut sorting = Sorting { jobs, bucket, digests, locate, beside, elsewhere: None };
+        // Scales are there once their codes were taken in, which may lie behind them.
+        let (scales, others): (Vec<_>, Vec<_>) = (0..jobs.len())
+            .partition(|&index| encoding::<Fp8Scales>(&jobs[index].weight).is_some());
+        let mut all = others.into_iter().chain(scales);
+        all.try_for_each(|index| self.take(index, &mut sorting))?;
+        // Whoever encodes them wants them in the order of their places.
+        self.host.sort_unstable();
+        Ok(())
     }
 
     fn clear(&mut self) {
@@ -338,8 +345,8 @@ impl<L, B> Sorting<'_, L, B> {
         Err(Error::from(CudaError::Range(words)).tensor(job.weight.name()))
     }
 
-    /// The job that is all scales of whole codes, if it is in this bucket and not written yet. Scales follow their codes, as a
-    /// rule at once.
+    /// The job that is all scales of whole codes, if it is in this bucket and not written yet. As a rule they follow their codes at
+    /// once; who sorts a bucket may have put them anywhere.
     fn scales_here(&mut self, codes: usize, of: usize, done: &[Scales]) -> Option<usize> {
         let jobs = self.jobs;
         let whose = |at: usize| {
@@ -351,10 +358,10 @@ impl<L, B> Sorting<'_, L, B> {
         if whose(next) == Some(of) && done[next] == Scales::Nothing {
             return Some(next);
         }
-        let later = self.later.get_or_insert_with(|| {
-            (next..jobs.len()).filter_map(|at| Some((whose(at)?, at))).collect()
+        let elsewhere = self.elsewhere.get_or_insert_with(|| {
+            (0..jobs.len()).filter_map(|at| Some((whose(at)?, at))).collect()
         });
-        later.remove(&of).filter(|&at| at > codes && done[at] == Scales::Nothing)
+        elsewhere.remove(&of).filter(|&at| done[at] == Scales::Nothing)
     }
 }
 
@@ -725,13 +732,17 @@ mod tests {
         let here = |storage: &Storage| {
             Located::Here(storage.host().unwrap().as_ptr().addr() as u64 / 16 * 16)
         };
-        // All codes, then all scales.
-        let mut order: Vec<Weight> = weights.iter().step_by(2).cloned().collect();
-        order.extend(weights.iter().skip(1).step_by(2).cloned());
-        let jobs = plan(&order, 1 << 20, false).remove(0);
-        let (mut work, mut beside) = (Work::default(), Fake::default());
-        work.sort(&jobs, (BUCKET, 1 << 20), true, here, &mut beside).unwrap();
-        assert_eq!((work.host.len(), beside.taken), (0, 0));
+        let codes = || weights.iter().step_by(2).cloned();
+        let scales = || weights.iter().skip(1).step_by(2).cloned();
+        // All codes and then all scales, and the other way round, as buckets have them that are sorted by the size of elements.
+        for order in
+            [codes().chain(scales()).collect(), scales().chain(codes()).collect::<Vec<_>>()]
+        {
+            let jobs = plan(&order, 1 << 20, false).remove(0);
+            let (mut work, mut beside) = (Work::default(), Fake::default());
+            work.sort(&jobs, (BUCKET, 1 << 20), true, here, &mut beside).unwrap();
+            assert_eq!((work.host.len(), beside.taken), (0, 0));
+        }
     }
 
     #[test]

@@ -107,7 +107,7 @@ fn packed(mut weights: Vec<Weight>) -> Chunk {
 }
 
 /// What servers are told of a bucket's weights, in the order in which they lie there.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Tensors {
     pub(crate) names: Vec<Arc<str>>,
     /// As torch calls them.
@@ -115,14 +115,28 @@ pub(crate) struct Tensors {
     pub(crate) shapes: Vec<Vec<u64>>,
     /// In bytes.
     pub(crate) sizes: Vec<u64>,
-    /// Where servers read the bucket, if they read it where it is.
-    pub(crate) shared: Option<SharedSlot>,
+    /// How many elements of each weight are sent, with their positions before them, if they are sent by themselves.
+    pub(crate) patches: Option<Vec<u64>>,
+    /// Where servers' workers read the bucket, by their places within a server, if they read it where it is.
+    pub(crate) shared: Vec<SharedSlot>,
 }
 
 impl Tensors {
     /// Where each weight lies in the bucket, in bytes.
     pub(crate) fn parts(&self) -> Vec<Range<u64>> {
         parts(&self.sizes)
+    }
+
+    /// What is sent by itself where a bucket is not sent as one: each weight, or the positions and the values of each.
+    pub(crate) fn pieces(&self) -> Vec<Range<u64>> {
+        match &self.patches {
+            None => self.parts(),
+            Some(counts) => {
+                let both = |(size, count): (&u64, &u64)| [4 * count, size - 4 * count];
+                let sizes: Vec<u64> = self.sizes.iter().zip(counts).flat_map(both).collect();
+                parts(&sizes)
+            }
+        }
     }
 }
 
@@ -151,7 +165,7 @@ impl Chunk {
             types: types?,
             shapes: metas().map(|meta| meta.shape.to_vec()).collect(),
             sizes: self.jobs.iter().map(|job| job.len).collect(),
-            shared: None,
+            ..Tensors::default()
         })
     }
 }

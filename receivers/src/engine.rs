@@ -25,6 +25,7 @@ use tokio::task::JoinHandle;
 use tracing::info;
 
 use crate::chunk::{Chunk, Chunks, Tensors, parts};
+use crate::delta::{Shadow, compare};
 use crate::fleet::{Act, Answers, Ask, Fleet, Outcome, Said, rank_of};
 use crate::http::ServerUrl;
 use crate::ignored::clash;
@@ -60,6 +61,8 @@ pub(crate) struct Receivers {
     pub(crate) meets: Meets,
     /// Whether they take each weight by a broadcast of its own, and not each bucket.
     pub(crate) unpacked: bool,
+    /// Whether they take what has changed, and not all weights.
+    pub(crate) delta: bool,
     /// Whether workers are told once where all buckets are.
     pub(crate) one_buffer: bool,
 }
@@ -80,7 +83,7 @@ pub(crate) async fn prepare<L: Library>(
     context: EngineContext,
     receivers: Receivers,
 ) -> Result<PreparedTrainer> {
-    let Receivers { backend, servers, pauses, meets, unpacked, one_buffer } = receivers;
+    let Receivers { backend, servers, pauses, meets, unpacked, delta, one_buffer } = receivers;
     let refuse = |kind, message: &str| Err(Error::new(kind, "preparing", message));
     if servers.is_empty() {
         let message = format!(
@@ -127,6 +130,7 @@ pub(crate) async fn prepare<L: Library>(
                 awaited: Arc::default(),
                 is_shared,
                 unpacked,
+                shadow: delta.then(Mutex::default),
                 one_buffer,
                 shape,
                 pool,
@@ -137,24 +141,28 @@ pub(crate) async fn prepare<L: Library>(
     }))
 }
 
-/// Where all slots are, as one piece of memory.
+/// Where all slots are, as one piece of memory on each GPU that has them.
 ///
 /// # Errors
 ///
 /// Those of [`Slots::shared`]; `Backend` where slots are in memory of their own each.
-async fn buffer(slots: &dyn Slots, locks: &SlotLocks) -> Result<SharedSlot> {
-    let mut buffer: Option<SharedSlot> = None;
+async fn buffer(slots: &dyn Slots, locks: &SlotLocks) -> Result<Vec<SharedSlot>> {
+    let mut buffer = Vec::new();
     for index in 0..SLOTS {
         let Some(guard) = locks.lock(index).await else { break };
-        let slot = slots.shared(&guard)?;
-        let all = buffer.get_or_insert_with(|| slot.clone());
-        if all.handle != slot.handle || slot.start < all.start {
-            let message = "its slots are not in one piece of memory";
-            return Err(Error::new(ErrorKind::Backend, "sharing the slots", message));
+        let places = slots.shared(&guard)?;
+        if index == 0 {
+            buffer.clone_from(&places);
         }
-        all.bytes = slot.start + slot.bytes - all.start;
+        for (all, slot) in buffer.iter_mut().zip(places) {
+            if all.handle != slot.handle || slot.start < all.start {
+                let message = "its slots are not in one piece of memory";
+                return Err(Error::new(ErrorKind::Backend, "sharing the slots", message));
+            }
+            all.bytes = slot.start + slot.bytes - all.start;
+        }
     }
-    buffer.ok_or_else(|| Error::new(ErrorKind::State, "sharing the slots", "there are none"))
+    Ok(buffer)
 }
 
 /// The error of a weight for which there is no slot.
@@ -200,6 +208,8 @@ struct Sending<C: Communicator> {
     is_shared: bool,
     /// Whether each weight is broadcast by itself.
     unpacked: bool,
+    /// What the servers were sent, if they take what has changed.
+    shadow: Option<Mutex<Shadow>>,
     /// Whether servers know once and for all where the slots are.
     one_buffer: bool,
     shape: Shape,
@@ -268,6 +278,9 @@ struct Awaited {
     size: u32,
 }
 
+/// Weights that were read, and what servers are told of them.
+type Read = (Chunk, Tensors);
+
 /// A bucket that is filled.
 struct Bucket {
     slot: u32,
@@ -286,14 +299,64 @@ struct Feed<'a, 'w> {
 }
 
 impl<C: Communicator> Sending<C> {
-    /// Fills the next bucket; `None` at the end of the stream.
-    async fn fill(&self, feed: &mut Feed<'_, '_>, deadline: Duration) -> Result<Option<Bucket>> {
-        let index = feed.filled;
+    /// Reads the next bucket's weights, and what servers are told of them; `None` at the end of the stream.
+    async fn read(&self, feed: &mut Feed<'_, '_>, deadline: Duration) -> Result<Option<Read>> {
         let begun = Instant::now();
         let chunk = feed.chunks.next(feed.weights, deadline).await;
         feed.stages.source += begun.elapsed();
-        let Some(chunk) = chunk.map_err(|error| error.bucket(index))? else { return Ok(None) };
-        let mut tensors = chunk.tensors()?;
+        let Some(chunk) = chunk.map_err(|error| error.bucket(feed.filled))? else {
+            return Ok(None);
+        };
+        let tensors = chunk.tensors()?;
+        Ok(Some((chunk, tensors)))
+    }
+
+    /// What of these weights is sent.
+    async fn changed(&self, shadow: &Mutex<Shadow>, chunk: Chunk) -> Result<Read> {
+        let base = lock(shadow).base(&chunk);
+        let pool = self.pool.clone();
+        let compared = self.pool.start(move || compare(&pool, chunk, base)).await?;
+        lock(shadow).patch(compared)
+    }
+
+    /// Fills the next bucket that has anything, of the weights that were read and those that follow; `None` at the end of the
+    /// stream.
+    async fn fill(
+        &self,
+        feed: &mut Feed<'_, '_>,
+        read: Option<Read>,
+        deadline: Duration,
+    ) -> Result<Option<Bucket>> {
+        let mut next = read;
+        loop {
+            let read = match next.take() {
+                Some(read) => read,
+                None => match self.read(feed, deadline).await? {
+                    Some(read) => read,
+                    None => return Ok(None),
+                },
+            };
+            let Some(shadow) = &self.shadow else {
+                return self.encode(feed, read, deadline).await.map(Some);
+            };
+            let begun = Instant::now();
+            let changed = self.changed(shadow, read.0).await;
+            feed.stages.encode += begun.elapsed();
+            let changed = changed.map_err(|error| error.bucket(feed.filled))?;
+            if !changed.0.jobs.is_empty() {
+                return self.encode(feed, changed, deadline).await.map(Some);
+            }
+        }
+    }
+
+    /// Encodes a bucket into the next slot.
+    async fn encode(
+        &self,
+        feed: &mut Feed<'_, '_>,
+        (chunk, mut tensors): Read,
+        deadline: Duration,
+    ) -> Result<Bucket> {
+        let index = feed.filled;
         let Chunk { jobs, len, source_bytes } = chunk;
         let slot = (index % u64::from(SLOTS)) as u32;
         let begun = Instant::now();
@@ -309,12 +372,12 @@ impl<C: Communicator> Sending<C> {
             };
             let shared = self.is_shared.then(|| self.slots.shared(&guard)).transpose()?;
             self.slots.fill(guard, jobs, &self.pool, false).await?;
-            Ok::<_, Error>(shared)
+            Ok::<_, Error>(shared.unwrap_or_default())
         };
         tensors.shared = filled.await.map_err(|error| error.bucket(index))?;
         feed.stages.encode += begun.elapsed();
         feed.filled += 1;
-        Ok(Some(Bucket { slot, len, source_bytes, tensors }))
+        Ok(Bucket { slot, len, source_bytes, tensors })
     }
 
     /// Whether the world is in order, if there has to be one.
@@ -351,8 +414,8 @@ impl<C: Communicator> Sending<C> {
     /// wait for it without an end.
     fn broadcast(&self, bucket: &Bucket, limit: Duration) -> JoinHandle<Result<()>> {
         let slot = bucket.slot;
-        let parts = match self.unpacked {
-            true => bucket.tensors.parts(),
+        let parts = match self.unpacked || self.shadow.is_some() {
+            true => bucket.tensors.pieces(),
             false => parts(&[bucket.len]),
         };
         // Nothing is said of what has no bytes.
@@ -439,10 +502,9 @@ impl<C: Communicator> ServersEngine<C> {
     /// Does what the machine says until the update is over. The buckets that were sent.
     async fn run(&mut self, feed: &mut Feed<'_, '_>, version: Version) -> u64 {
         // A stream that has nothing, or fails at once, is none of the servers' business.
-        let first = self.sending.fill(feed, self.deadline).await;
-        let (mut ready, mut sent) = (None, 0);
-        match first {
-            Ok(Some(bucket)) => ready = Some(bucket),
+        let (mut first, mut ready, mut sent) = (None, None, 0);
+        match self.sending.read(feed, self.deadline).await {
+            Ok(Some(read)) => first = Some(read),
             Ok(None) => {
                 let message = "the stream has no weights";
                 self.fleet.fail(Error::new(ErrorKind::Weight, "sending weights", message));
@@ -450,10 +512,20 @@ impl<C: Communicator> ServersEngine<C> {
             Err(error) => self.fleet.fail(error),
         }
         loop {
-            match self.fleet.next() {
+            let act = self.fleet.next();
+            let looks = act.looks();
+            // What the servers have is known, and nobody was stopped yet.
+            if let Some(read) = first.take_if(|_| !looks && act != Act::End) {
+                self.base();
+                match self.sending.fill(feed, Some(read), self.deadline).await {
+                    Ok(filled) => ready = filled,
+                    Err(error) => self.fleet.fail(error),
+                }
+                continue;
+            }
+            match act {
                 Act::Ask(asks) => {
                     let (begun, is_last) = (Instant::now(), sent > 0 && ready.is_none());
-                    let looks = asks.iter().any(|(_, ask)| matches!(ask, Ask::Look | Ask::Recall));
                     let asked = asks.into_iter().map(|(index, ask)| {
                         let server = self.servers[index].clone();
                         async move { (index, ask, server.ask(ask, version).await) }
@@ -462,9 +534,9 @@ impl<C: Communicator> ServersEngine<C> {
                     self.under_way.begin(async { Done::Asked(asked.await) });
                     let done = self.under_way.ended().await;
                     self.tell(done);
-                    if let Some(bucket) = ready.as_ref().filter(|_| looks) {
+                    if let Some((_, tensors)) = first.as_ref().filter(|_| looks) {
                         // Before anybody is stopped.
-                        self.refuse(&bucket.tensors);
+                        self.refuse(tensors);
                     }
                     if is_last {
                         feed.stages.confirm += begun.elapsed();
@@ -491,7 +563,7 @@ impl<C: Communicator> ServersEngine<C> {
                     }
                     let begun = Instant::now();
                     self.send(&members, &bucket);
-                    let filling = self.sending.fill(feed, self.deadline);
+                    let filling = self.sending.fill(feed, None, self.deadline);
                     let (done, next) = join(self.under_way.ended(), filling).await;
                     feed.stages.publish += begun.elapsed();
                     self.tell(done);
@@ -506,6 +578,15 @@ impl<C: Communicator> ServersEngine<C> {
                 Act::End => return sent,
             }
         }
+    }
+
+    /// Decides what changes are sent against: what all servers have, if it is the same.
+    fn base(&self) {
+        let Some(shadow) = &self.sending.shadow else { return };
+        let mut shadow = lock(shadow);
+        let has_it = |index: &usize| shadow.is_held_by(*index) && self.fleet.has_kept(*index);
+        let of_changes = self.fleet.known().iter().all(has_it);
+        shadow.begin(of_changes);
     }
 
     /// Ends what an update has left under way: nothing, unless it failed or was dropped.
@@ -657,6 +738,7 @@ impl<C: Communicator> ServersEngine<C> {
         buckets: u64,
         elapsed: Duration,
     ) -> SendReport {
+        let delta = self.sending.shadow.as_ref().map(|shadow| lock(shadow).sent());
         let line = |index: usize, state, error: Option<String>| {
             let url = self.servers[index].url();
             let workers = self.fleet.workers(index);
@@ -669,6 +751,7 @@ impl<C: Communicator> ServersEngine<C> {
                     "server": url,
                     "workers": workers,
                     "loaded": self.loaded[index],
+                    "delta": delta,
                     "error": error,
                 }),
             }
@@ -688,7 +771,7 @@ impl<C: Communicator> ServersEngine<C> {
             digest: None,
             receivers: loaded.chain(out).collect(),
             absent: outcome.out.iter().map(|(index, _)| rank_of(*index)).collect(),
-            slower: Vec::new(),
+            slower: self.sending.slots.slower(),
             delta: None,
         }
     }
@@ -730,7 +813,11 @@ impl<C: Communicator> TrainerEngine for ServersEngine<C> {
         self.fleet.begin(version, has_world);
         self.loaded.fill(Loaded::default());
         self.meter.observe(&Progress::Began { version, receivers: ranks.clone() });
-        let chunks = Chunks::new(self.sending.shape.slot_bytes);
+        let chunks = Chunks::new(match &self.sending.shadow {
+            None => self.sending.shape.slot_bytes,
+            // All elements of a weight have, with their positions, up to three times its bytes.
+            Some(_) => self.sending.shape.slot_bytes / 3,
+        });
         let stages = StageTimes::default();
         let mut feed = Feed { chunks, weights: &mut weights, filled: 0, stages };
         let buckets = self.run(&mut feed, version).await;
@@ -742,6 +829,9 @@ impl<C: Communicator> TrainerEngine for ServersEngine<C> {
         for &index in &outcome.loaded {
             let state = VersionState::Active;
             self.meter.observe(&Progress::State { rank: rank_of(index), state });
+        }
+        if let Some(shadow) = &self.sending.shadow {
+            lock(shadow).commit(version, &outcome.loaded);
         }
         let report = self.report(&outcome, feed, version, buckets, begun.elapsed());
         self.meter.sent(&report);

@@ -81,6 +81,14 @@ pub(crate) enum Act {
     End,
 }
 
+impl Act {
+    /// Whether it changes nothing at the servers.
+    pub(crate) fn looks(&self) -> bool {
+        let Self::Ask(asks) = self else { return false };
+        asks.iter().any(|(_, ask)| matches!(ask, Ask::Look | Ask::Recall))
+    }
+}
+
 /// How servers answered a call that only ends when all of them and the trainer take part. `None` if one did not.
 pub(crate) type Answers = Vec<(usize, Option<Result<()>>)>;
 
@@ -224,6 +232,12 @@ impl Fleet {
         (0..self.servers.len()).filter(is_known).collect()
     }
 
+    /// Whether a server has what it confirmed to this trainer last, as far as it says.
+    pub(crate) fn has_kept(&self, server: usize) -> bool {
+        let server = &self.servers[server];
+        server.is_marked && !server.half_loaded
+    }
+
     /// A server cannot take what comes next.
     pub(crate) fn refuse(&mut self, server: usize, error: Error) {
         self.out(server, error);
@@ -334,6 +348,7 @@ impl Fleet {
         match (ask, said) {
             (Ask::Look, Said::Facts(Facts { workers, weights, ignored })) => {
                 server.standing = Standing::Known;
+                server.is_marked &= server.weights == weights;
                 (server.workers, server.weights, server.ignored) = (workers, weights, ignored);
             }
             (Ask::Recall, Said::Version(has)) if server.progress == Progress::Finished => {

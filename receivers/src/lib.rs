@@ -27,14 +27,17 @@
 //! - **What differs between vLLM and SGLang** is behind a trait (`server.rs`). vLLM is told the id of the world, and its workers join
 //!   at once. SGLang's look for the id in a store of torch's (`store.rs`), at their first broadcast.
 //!
-//! # On the trainer's own GPU
+//! # On the trainer's own host
 //!
 //! With `transport: ipc` there is no world. A server reads a bucket where it is, and has read it when it answers. All else is
 //! the same: one of two slots is filled while the other is read.
 //!
-//! With `transport: zmq`, which is Moonshot's protocol, a server is asked once for a whole update, and its worker is told of each bucket
-//! by ZeroMQ (`moonshot.rs`). It waits for the next word without an end: an update that does not come to its end is called
+//! With `transport: zmq`, which is Moonshot's protocol, a server is asked once for a whole update, and its workers are told of each bucket
+//! by ZeroMQ (`moonshot.rs`). They wait for the next word without an end: an update that does not come to its end is called
 //! off.
+//!
+//! A worker reads on its own GPU alone. Where a server has several, the slots are on the GPUs of all of them: filled on one, and
+//! copied to the others before anybody is told.
 //!
 //! The group of these backends has one rank, the trainer. [`SendReport::receivers`] has the servers as the ranks 1, 2, … in the order of the
 //! configuration, and in the notes of each its address, its workers, and how many `buckets`, `tensors` and `bytes` it said that it
@@ -44,6 +47,7 @@
 #![forbid(unsafe_code)]
 
 mod chunk;
+mod delta;
 mod engine;
 mod fleet;
 #[cfg(fuzzing)]
@@ -65,15 +69,15 @@ use std::sync::Arc;
 
 use collective::Library;
 use engine_core::{
-    Availability, Backend, Devices, EngineContext, Error, ErrorKind, Placement, PreparedRollout,
-    PreparedTrainer, Result, Role, WorkerMetadata,
+    Availability, Backend, DeviceChoice, Devices, EngineContext, Error, ErrorKind, Placement,
+    PreparedRollout, PreparedTrainer, Result, Role, WorkerMetadata,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::engine::{Receivers, limits, prepare};
 use crate::http::Client;
 use crate::key::Keys;
-use crate::moonshot::Worker;
+use crate::moonshot::Workers;
 use crate::server::{Meets, Server};
 use crate::sglang::Sglang;
 use crate::vllm::Vllm;
@@ -105,11 +109,17 @@ pub struct VllmOptions {
     pub servers: Vec<ServerUrl>,
     /// How the weights get there.
     pub transport: Transport,
+    /// The GPUs of the servers' workers, by their places within a server, where those read buckets: the trainer's own unless
+    /// set. A bucket is copied to each of them. Without NCCL.
+    pub devices: Vec<DeviceChoice>,
     /// What happens to requests that a server is at work on when an update begins.
     pub pause: vllm::Pause,
     /// Whether each weight is a broadcast of its own, which the servers receive into memory of its own, instead of each
     /// bucket. Over NCCL.
     pub unpacked: bool,
+    /// Whether what has changed is sent, by position, instead of all weights: to servers whose `--weight-transfer-config` has the
+    /// backend `sparse_nccl`, of models without quantisation. The trainer keeps a copy of what it sent in host memory.
+    pub delta: bool,
     /// The file with the key that the servers, or what is in front of them, ask for.
     pub api_key_file: Option<PathBuf>,
     /// The file `libnccl.so.2`; searched for without it.
@@ -125,6 +135,9 @@ pub struct SglangOptions {
     pub servers: Vec<ServerUrl>,
     /// How the weights get there.
     pub transport: Transport,
+    /// The GPUs of the servers' workers, by their places within a server, where those read buckets: the trainer's own unless
+    /// set. A bucket is copied to each of them. Without NCCL.
+    pub devices: Vec<DeviceChoice>,
     /// What happens to requests that a server is at work on when an update begins.
     pub pause: sglang::Pause,
     /// The trainer's address, at which the servers' workers meet it; without it the one by which the trainer reaches each
@@ -148,7 +161,7 @@ pub enum Transport {
     /// By broadcast over NCCL, to GPUs of any hosts other than the trainer's own.
     #[default]
     Nccl,
-    /// By CUDA IPC: a server's one worker is on the trainer's own GPU, and reads buckets where they are.
+    /// By CUDA IPC: a server's workers are on the trainer's host, and each reads buckets on its own GPU.
     Ipc,
     /// By CUDA IPC as well, with the protocol of Moonshot's checkpoint-engine: a worker is told by ZeroMQ where buckets are.
     Zmq,
@@ -165,19 +178,33 @@ impl std::fmt::Display for Transport {
 }
 
 impl Transport {
-    /// Whether it reaches all workers of a server.
+    /// Whether it reaches all workers of a server, with buckets on so many GPUs.
     ///
     /// # Errors
     ///
     /// `Config`, in words, if it does not.
-    fn reaches(self, client: &Client, workers: u32) -> Result<()> {
-        if self == Self::Nccl || workers == 1 {
+    fn reaches(self, client: &Client, workers: u32, gpus: u32) -> Result<()> {
+        if self == Self::Nccl || workers <= gpus {
             return Ok(());
         }
         let message = format!(
-            "{workers} workers; with `transport: {self}` a server has one, on the trainer's own GPU"
+            "{workers} workers, and buckets on {gpus} GPUs: with `transport: {self}` each worker reads them on its own, so list \
+             the GPUs of all of them in `devices`"
         );
         Err(Error::new(ErrorKind::Config, client.url.to_string(), message))
+    }
+
+    /// The number of GPUs on which servers read buckets.
+    ///
+    /// # Errors
+    ///
+    /// `Config` if GPUs are listed and nobody reads there.
+    fn gpus(self, devices: &[DeviceChoice]) -> Result<u32> {
+        if self == Self::Nccl && !devices.is_empty() {
+            let message = "`devices` is for `transport: ipc` and `zmq`: over NCCL nobody reads buckets where they are";
+            return Err(Error::new(ErrorKind::Config, "preparing", message));
+        }
+        Ok(u32::try_from(devices.len()).unwrap_or(u32::MAX).max(1))
     }
 
     fn meets(self, over_nccl: Meets) -> Meets {
@@ -201,16 +228,24 @@ pub async fn prepare_vllm<L: Library>(
 ) -> Result<PreparedTrainer> {
     let backend = VLLM.name();
     let options: VllmOptions = context.config.kwargs(backend)?;
-    let VllmOptions { servers, transport, pause, unpacked, api_key_file, .. } = options;
+    let VllmOptions { servers, transport, devices, pause, unpacked, delta, api_key_file, .. } =
+        options;
+    let gpus = transport.gpus(&devices)?;
     let keys = Keys::read(api_key_file, None)?;
+    let refuse = |message| Err(Error::new(ErrorKind::Config, "preparing", message));
     if unpacked && transport != Transport::Nccl {
-        let message = "`unpacked` is for `transport: nccl`: nothing is broadcast with another";
-        return Err(Error::new(ErrorKind::Config, "preparing", message));
+        return refuse("`unpacked` is for `transport: nccl`: nothing is broadcast with another");
+    }
+    if delta && (unpacked || transport != Transport::Nccl) {
+        return refuse(
+            "`delta` is for `transport: nccl` without `unpacked`: vLLM takes changes by broadcast alone",
+        );
     }
     let (short, long) = limits(&context);
     let server = |url| -> Arc<dyn Server> {
         let client = Client { url, short, long, kind: vllm::KIND, keys: keys.clone() };
-        Arc::new(Vllm { client, transport, pause, unpacked, worker: Worker::default() })
+        let worker = Workers::default();
+        Arc::new(Vllm { client, transport, gpus, pause, unpacked, delta, worker })
     };
     let receivers = Receivers {
         backend,
@@ -218,6 +253,7 @@ pub async fn prepare_vllm<L: Library>(
         pauses: pause != vllm::Pause::None,
         meets: transport.meets(Meets::AtOnce),
         unpacked,
+        delta,
         one_buffer: transport == Transport::Zmq,
     };
     prepare(library, context, receivers).await
@@ -236,11 +272,12 @@ pub async fn prepare_sglang<L: Library>(
 ) -> Result<PreparedTrainer> {
     let backend = SGLANG.name();
     let options: SglangOptions = context.config.kwargs(backend)?;
+    let gpus = options.transport.gpus(&options.devices)?;
     let keys = Keys::read(options.api_key_file, options.admin_api_key_file)?;
     let (short, long) = limits(&context);
     let server = |url| -> Arc<dyn Server> {
         let client = Client { url, short, long, kind: sglang::KIND, keys: keys.clone() };
-        Arc::new(Sglang::new(client, options.transport, options.pause))
+        Arc::new(Sglang::new(client, options.transport, gpus, options.pause))
     };
     let receivers = Receivers {
         backend,
@@ -251,6 +288,7 @@ pub async fn prepare_sglang<L: Library>(
             port: options.master_port,
         }),
         unpacked: false,
+        delta: false,
         one_buffer: options.transport == Transport::Zmq,
     };
     prepare(library, context, receivers).await
@@ -291,7 +329,7 @@ impl Backend for Sends {
                         prepare_vllm(backend_nccl::collectives(options.library), context).await
                     }
                     Transport::Ipc | Transport::Zmq => {
-                        prepare_vllm(backend_nccl::shared_slots(), context).await
+                        prepare_vllm(backend_nccl::shared_slots(options.devices), context).await
                     }
                 }
             }
@@ -302,7 +340,7 @@ impl Backend for Sends {
                         prepare_sglang(backend_nccl::collectives(options.library), context).await
                     }
                     Transport::Ipc | Transport::Zmq => {
-                        prepare_sglang(backend_nccl::shared_slots(), context).await
+                        prepare_sglang(backend_nccl::shared_slots(options.devices), context).await
                     }
                 }
             }

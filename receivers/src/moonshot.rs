@@ -1,21 +1,22 @@
 //! The protocol of Moonshot's checkpoint-engine, which servers of both kinds speak: buckets by CUDA IPC, of which workers are
 //! told by ZeroMQ.
 //!
-//! A server is asked once for a whole update, with an address for each of its GPUs, and answers when the update is over. Its
-//! worker connects to the address. It is told where all buckets are, and then of each of them what lies where, and answers
-//! each time that it has done its part: with nothing, or with what went wrong. It waits for the next word without an end, and
-//! its engine with it; so an update that does not come to its end is called off.
+//! A server is asked once for a whole update, with an address for each GPU that has the buckets, and answers when the update is
+//! over. Each of its workers connects to the address of its GPU. It is told where all buckets are, and then of each of them what
+//! lies where, and answers each time that it has done its part: with nothing, or with what went wrong. It waits for the next
+//! word without an end, and its engine with it; so an update that does not come to its end is called off.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use collective::SharedSlot;
 use engine_core::clock::within;
 use engine_core::{Error, ErrorKind, Recovery, Result};
 use futures::FutureExt;
-use futures::future::{BoxFuture, Fuse, FusedFuture};
-use serde_json::{Value, json};
+use futures::future::{BoxFuture, Fuse, FusedFuture, join_all, select_all, try_join_all};
+use serde_json::{Map, Value};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Mutex;
 use tokio::task::{AbortHandle, JoinError, JoinHandle};
@@ -23,27 +24,31 @@ use tokio::task::{AbortHandle, JoinError, JoinHandle};
 use crate::chunk::Tensors;
 use crate::http::{Client, no_answer};
 use crate::pickle::Pickle;
-use crate::shared::arguments;
+use crate::shared::{ANY_DEVICE, arguments};
 use crate::zmtp::Requests;
 
 /// How long a server may take to say that its update failed, once its worker was told so.
 const CALLING_OFF: Duration = Duration::from_secs(5);
 
-/// A server whose worker is told by ZeroMQ where buckets are.
+/// A server's workers, which are told by ZeroMQ where buckets are.
 #[derive(Debug, Default)]
-pub(crate) struct Worker {
-    /// Where all buckets are.
-    buffer: OnceLock<SharedSlot>,
+pub(crate) struct Workers {
+    /// Where all buckets are, on each GPU that has them.
+    buffers: OnceLock<Vec<SharedSlot>>,
+    /// How many they are.
+    count: AtomicU32,
     session: Mutex<Option<Session>>,
 }
 
 /// An update that is under way.
 #[derive(Debug)]
 struct Session {
-    /// Where the worker connects.
-    listener: UnixListener,
-    /// There once it has.
-    requests: Option<Requests<UnixStream>>,
+    /// Where the worker of each GPU connects, if the server has one there.
+    listeners: Vec<UnixListener>,
+    /// Those that have, and the GPUs that they are on.
+    workers: Vec<(usize, Requests<UnixStream>)>,
+    /// How many there are.
+    count: usize,
     /// What the server says of the whole update.
     update: Fuse<JoinHandle<Result<()>>>,
     abort: AbortHandle,
@@ -51,33 +56,32 @@ struct Session {
     operation: String,
 }
 
-impl Worker {
+impl Workers {
     /// Where all buckets are, from now on.
-    pub(crate) fn reads(&self, buffer: SharedSlot) {
-        // A second one never comes: slots are opened once.
-        drop(self.buffer.set(buffer));
+    pub(crate) fn reads(&self, buffers: Vec<SharedSlot>) {
+        // A second time never comes: slots are opened once.
+        drop(self.buffers.set(buffers));
     }
 
-    fn buffer(&self) -> Result<&SharedSlot> {
-        self.buffer.get().ok_or_else(|| state("there is no memory that workers could read"))
+    /// How many they are.
+    pub(crate) fn are(&self, count: u32) {
+        self.count.store(count, Ordering::Relaxed);
     }
 
-    /// What workers call the trainer's GPU.
-    ///
-    /// # Errors
-    ///
-    /// `State` before there are buckets.
-    pub(crate) fn gpu(&self) -> Result<String> {
-        Ok(format!("GPU-{}", self.buffer()?.device))
+    fn buffers(&self) -> Result<&[SharedSlot]> {
+        let buffers = self.buffers.get().filter(|buffers| !buffers.is_empty());
+        buffers
+            .map(Vec::as_slice)
+            .ok_or_else(|| state("there is no memory that workers could read"))
     }
 
-    /// Looks whether a server's worker speaks the protocol, and is on the trainer's GPU: one that is asked for an update without an
+    /// Looks whether a server's workers speak the protocol, and are where the buckets are: one that is asked for an update without an
     /// address says that the one of its GPU is missing. `lacks` are words by which a server says that it cannot, `remedy` what
     /// changes it.
     ///
     /// # Errors
     ///
-    /// `Config` if it does not, or is on another GPU; what the server says else.
+    /// `Config` if they do not, or are on another GPU; what the server says else.
     pub(crate) async fn look(
         &self,
         client: &Client,
@@ -91,13 +95,14 @@ impl Worker {
             return Ok(());
         }
         let answer = client.post(path, Some(body), client.long).await?;
-        let (own, words) = (self.gpu()?, answer.words());
+        let (gpus, words) = (self.buffers()?.iter().map(gpu).collect::<Vec<_>>(), answer.words());
         match gpu_in(&words) {
             _ if answer.is_success() => Err(client.odd(path, &answer)),
-            Some(gpu) if gpu.eq_ignore_ascii_case(&own) => Ok(()),
+            Some(gpu) if gpus.iter().any(|own| gpu.eq_ignore_ascii_case(own)) => Ok(()),
             Some(gpu) => {
                 let message = format!(
-                    "its worker is on {gpu}, and the trainer on {own}; buckets are read on one GPU"
+                    "a worker is on {gpu}, and buckets are on {}: list the GPUs of all workers in `devices`",
+                    gpus.join(", ")
                 );
                 Err(Error::new(ErrorKind::Config, client.operation(path), message))
             }
@@ -108,8 +113,8 @@ impl Worker {
         }
     }
 
-    /// Has a server's worker connect, and tells it where all buckets are. The server is asked by a request with the addresses of
-    /// its GPUs; no single step takes longer than `limit`.
+    /// Has a server's workers connect, and tells them where all buckets are. The server is asked by a request with the addresses of
+    /// all GPUs; no single step takes longer than `limit`.
     ///
     /// # Errors
     ///
@@ -121,28 +126,33 @@ impl Worker {
         request: impl FnOnce(Value) -> BoxFuture<'static, Result<()>>,
     ) -> Result<()> {
         self.call_off().await;
-        let rebuild = Pickle::Global("torch.multiprocessing.reductions", "rebuild_cuda_tensor");
-        let place = Pickle::Tuple(arguments(self.buffer()?));
-        let place = Pickle::Tuple(vec![rebuild, place]).to_bytes();
-        // No other update of any trainer has this name, which is no file.
-        let name = format!("ckpt-engine-{:016x}", RandomState::new().hash_one(&operation));
-        let listener = UnixListener::bind(format!("\0{name}"));
-        let listener = listener.map_err(|error| Error::io(operation.clone(), error))?;
-        let addresses = json!({ self.gpu()?: format!("ipc://@{name}") });
-        let update = tokio::spawn(request(addresses));
+        let (mut listeners, mut addresses, mut places) = (Vec::new(), Map::new(), Vec::new());
+        for buffer in self.buffers()? {
+            let rebuild = Pickle::Global("torch.multiprocessing.reductions", "rebuild_cuda_tensor");
+            let place = Pickle::Tuple(arguments(buffer, ANY_DEVICE));
+            places.push(Pickle::Tuple(vec![rebuild, place]).to_bytes());
+            // No other update of any trainer has this name, which is no file.
+            let name = format!("ckpt-engine-{:016x}", RandomState::new().hash_one(&operation));
+            let listener = UnixListener::bind(format!("\0{name}"));
+            listeners.push(listener.map_err(|error| Error::io(operation.clone(), error))?);
+            addresses.insert(gpu(buffer), format!("ipc://@{name}").into());
+        }
+        let update = tokio::spawn(request(addresses.into()));
         let abort = update.abort_handle();
-        let update = update.fuse();
-        let session = Session { listener, requests: None, update, abort, limit, operation };
+        let (update, workers) = (update.fuse(), Vec::new());
+        let count = self.count.load(Ordering::Relaxed).max(1) as usize;
+        let session = Session { listeners, workers, count, update, abort, limit, operation };
         let mut open = self.session.lock().await;
         let session = open.insert(session);
         session.connect().await?;
-        session.ask(&place).await
+        session.ask(|gpu| &places[gpu]).await
     }
 
-    /// What a worker is told of a bucket.
+    /// What workers are told of a bucket, which is at the same place of the buffers of all GPUs.
     pub(crate) fn describe(&self, tensors: &Tensors) -> Vec<u8> {
-        let start = |place: Option<&SharedSlot>| place.map_or(0, |place| place.start);
-        let slot = start(tensors.shared.as_ref()).saturating_sub(start(self.buffer.get()));
+        let start = |places: &[SharedSlot]| places.first().map_or(0, |place| place.start);
+        let buffers = self.buffers.get().map_or(&[][..], Vec::as_slice);
+        let slot = start(&tensors.shared).saturating_sub(start(buffers));
         let all = tensors.parts().into_iter().enumerate().map(|(index, part)| {
             let shape = tensors.shapes[index].iter().map(|side| Pickle::size(*side)).collect();
             Pickle::Dict(vec![
@@ -155,19 +165,19 @@ impl Worker {
         Pickle::List(all.collect()).to_bytes()
     }
 
-    /// Has the worker load a bucket; ends when it has.
+    /// Has the workers load a bucket; ends when they have.
     ///
     /// # Errors
     ///
     /// As [`begin`](Self::begin).
     pub(crate) async fn update(&self, described: &[u8]) -> Result<()> {
         match &mut *self.session.lock().await {
-            Some(session) => session.ask(described).await,
+            Some(session) => session.ask(|_| described).await,
             None => Err(state("no update is under way")),
         }
     }
 
-    /// Has the worker let go of the buckets, and make of what it loaded what the server computes with.
+    /// Has the workers let go of the buckets, and make of what they loaded what the server computes with.
     ///
     /// # Errors
     ///
@@ -176,13 +186,13 @@ impl Worker {
         let mut open = self.session.lock().await;
         let Some(session) = &mut *open else { return Err(state("no update is under way")) };
         let end = Pickle::None.to_bytes();
-        session.ask(&end).await?;
+        session.ask(|_| &end).await?;
         session.tell_last(&end).await?;
         *open = None;
         Ok(())
     }
 
-    /// Calls off what is under way, if anything is: the worker fails, and the server's engine is free again.
+    /// Calls off what is under way, if anything is: the workers fail, and the server's engine is free again.
     pub(crate) async fn call_off(&self) {
         let mut open = self.session.lock().await;
         if let Some(session) = &mut *open {
@@ -190,6 +200,11 @@ impl Worker {
         }
         *open = None;
     }
+}
+
+/// What workers call the GPU that a buffer is on.
+fn gpu(buffer: &SharedSlot) -> String {
+    format!("GPU-{}", buffer.device)
 }
 
 fn state(message: &str) -> Error {
@@ -229,33 +244,55 @@ async fn unless_it_fails<T>(
     }
 }
 
+/// The next worker that connects, and its GPU. One of which a worker has connected has no other.
+async fn next(
+    listeners: &[UnixListener],
+    workers: &[(usize, Requests<UnixStream>)],
+) -> std::io::Result<(usize, Requests<UnixStream>)> {
+    let is_free = |gpu: usize| workers.iter().all(|(of, _)| *of != gpu);
+    let free = listeners.iter().enumerate().filter(|(gpu, _)| is_free(*gpu));
+    let accepts: Vec<_> =
+        free.map(|(gpu, listener)| async move { (gpu, listener.accept().await) }.boxed()).collect();
+    if accepts.is_empty() {
+        return std::future::pending().await;
+    }
+    let ((gpu, accepted), ..) = select_all(accepts).await;
+    Ok((gpu, Requests::open(accepted?.0).await?))
+}
+
 impl Session {
     async fn connect(&mut self) -> Result<()> {
-        let Self { listener, requests, update, limit, operation, .. } = self;
-        let connected = async { Requests::open(listener.accept().await?.0).await };
-        *requests = Some(unless_it_fails(update, *limit, operation, connected).await?);
+        let Self { listeners, workers, count, update, limit, operation, .. } = self;
+        while workers.len() < *count {
+            let connected = next(listeners, workers);
+            let worker = unless_it_fails(update, *limit, operation, connected).await?;
+            workers.push(worker);
+        }
         Ok(())
     }
 
-    /// Tells the worker something that it does.
-    async fn ask(&mut self, request: &[u8]) -> Result<()> {
-        let Self { requests, update, limit, operation, .. } = self;
-        let Some(requests) = requests else { return Err(state("no worker is connected")) };
-        let answer = unless_it_fails(update, *limit, operation, requests.ask(request)).await?;
-        judge(&answer, operation)
+    /// Tells each worker something that it does, which may depend on its GPU.
+    async fn ask<'a>(&mut self, request: impl Fn(usize) -> &'a [u8]) -> Result<()> {
+        let Self { workers, update, limit, operation, .. } = self;
+        let asked = workers.iter_mut().map(|(gpu, worker)| worker.ask(request(*gpu)));
+        let answers = unless_it_fails(update, *limit, operation, try_join_all(asked)).await?;
+        answers.iter().try_for_each(|answer| judge(answer, operation))
     }
 
-    /// Tells the worker the last thing of all. Its answer and the server's are sent by different ways, and come in any order.
+    /// Tells the workers the last thing of all. Their answers and the server's are sent by different ways, and come in any order.
     async fn tell_last(&mut self, request: &[u8]) -> Result<()> {
-        let Self { requests, update, limit, operation, .. } = self;
-        let Some(requests) = requests else { return Err(state("no worker is connected")) };
+        let Self { workers, update, limit, operation, .. } = self;
+        let asked = try_join_all(workers.iter_mut().map(|(_, worker)| worker.ask(request)));
         let ended = within(*limit, async {
             tokio::select! {
                 said = &mut *update => said,
-                answer = requests.ask(request) => match judge(&answer.unwrap_or_default(), operation) {
-                    Ok(()) => (&mut *update).await,
-                    Err(error) => Ok(Err(error)),
-                },
+                answers = asked => {
+                    let answers = answers.unwrap_or_default();
+                    match answers.iter().try_for_each(|answer| judge(answer, operation)) {
+                        Ok(()) => (&mut *update).await,
+                        Err(error) => Ok(Err(error)),
+                    }
+                }
             }
         });
         let said = ended.await.ok_or_else(|| no_answer(operation, *limit))?;
@@ -268,17 +305,22 @@ impl Session {
         }
         let words = vec![Pickle::text("the trainer has called the update off")];
         let error = Pickle::Call(Box::new(Pickle::Global("builtins", "RuntimeError")), words);
+        let error = error.to_bytes();
+        let Self { listeners, workers, update, .. } = self;
         let called_off = async {
-            if self.requests.is_none() {
-                let (stream, _) = self.listener.accept().await?;
-                self.requests = Some(Requests::open(stream).await?);
+            // One that is told nothing any more is no reason not to tell the others.
+            join_all(workers.iter_mut().map(|(_, worker)| worker.say(&error))).await;
+            // Those that have not connected yet hear of it when they do. One that never does is of a server that fails.
+            loop {
+                let late = tokio::select! {
+                    said = &mut *update => break Ok::<_, std::io::Error>(said),
+                    late = next(listeners, workers) => late?,
+                };
+                workers.push(late);
+                if let Some((_, worker)) = workers.last_mut() {
+                    worker.say(&error).await?;
+                }
             }
-            if let Some(requests) = &mut self.requests {
-                requests.say(&error.to_bytes()).await?;
-            }
-            // What it was sent is there for the worker when the connection is closed.
-            self.requests = None;
-            Ok::<_, std::io::Error>((&mut self.update).await)
         };
         match within(CALLING_OFF.min(self.limit), called_off).await {
             Some(Ok(said)) => tracing::debug!(?said, "an update was called off"),

@@ -15,7 +15,7 @@ use crate::chunk::Tensors;
 use crate::fleet::{Ask, Said};
 use crate::http::{Client, ServerUrl};
 use crate::key::{ApiKey, Keys};
-use crate::moonshot::Worker;
+use crate::moonshot::Workers;
 use crate::{sglang, vllm};
 
 /// The world that servers' workers join.
@@ -80,8 +80,8 @@ pub(crate) trait Server: fmt::Debug + Send + Sync {
     /// As [`ask`](Self::ask).
     async fn join(&self, world: &World) -> Result<()>;
 
-    /// Says where all buckets are, if workers are told it once.
-    fn reads(&self, buffer: SharedSlot) {
+    /// Says where all buckets are, on each GPU that has them, if workers are told it once.
+    fn reads(&self, buffer: Vec<SharedSlot>) {
         self.worker().reads(buffer);
     }
 
@@ -100,8 +100,8 @@ pub(crate) trait Server: fmt::Debug + Send + Sync {
         self.worker().call_off().await;
     }
 
-    /// Its worker, as far as it speaks the protocol of Moonshot's checkpoint-engine.
-    fn worker(&self) -> &Worker;
+    /// Its workers, as far as they speak the protocol of Moonshot's checkpoint-engine.
+    fn worker(&self) -> &Workers;
 }
 
 /// What a server is told of a bucket.

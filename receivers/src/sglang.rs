@@ -22,7 +22,7 @@ use crate::chunk::Tensors;
 use crate::fleet::{Ask, Facts, Said};
 use crate::http::{Client, Kind, ServerUrl};
 use crate::ignored;
-use crate::moonshot::Worker;
+use crate::moonshot::Workers;
 use crate::pickle::Pickle;
 use crate::server::{Server, Told, World};
 use crate::shared::arguments;
@@ -76,16 +76,19 @@ fn from_ipc(addresses: Value) -> Value {
 pub(crate) struct Sglang {
     client: Client,
     transport: Transport,
+    /// On how many GPUs buckets are read.
+    gpus: u32,
     pause: Pause,
     /// Told by ZeroMQ where buckets are, with that transport.
-    worker: Worker,
+    worker: Workers,
     /// The name in torch of the world that its workers joined last.
     group: Mutex<String>,
 }
 
 impl Sglang {
-    pub(crate) fn new(client: Client, transport: Transport, pause: Pause) -> Self {
-        Self { client, transport, pause, worker: Worker::default(), group: Mutex::default() }
+    pub(crate) fn new(client: Client, transport: Transport, gpus: u32, pause: Pause) -> Self {
+        let (worker, group) = (Workers::default(), Mutex::default());
+        Self { client, transport, gpus, pause, worker, group }
     }
 
     fn group(&self) -> String {
@@ -158,7 +161,8 @@ impl Sglang {
                 return refuse(format!("--weight-cache-mode {mode}"), remedy);
             }
         }
-        self.transport.reaches(&self.client, workers)?;
+        self.transport.reaches(&self.client, workers, self.gpus)?;
+        self.worker.are(workers);
         let weights = self.client.weights(WEIGHTS).await?;
         let checkpoint = info["model_path"].as_str().unwrap_or_default();
         let ignored = ignored::read(checkpoint, self.client.short).await;
@@ -233,7 +237,7 @@ impl Server for Sglang {
         self.tell("/init_weights_update_group", body).await
     }
 
-    fn worker(&self) -> &Worker {
+    fn worker(&self) -> &Workers {
         &self.worker
     }
 
@@ -241,10 +245,12 @@ impl Server for Sglang {
         if self.transport == Transport::Zmq {
             return Told::Pickled(self.worker.describe(tensors));
         }
-        if let Some(slot) = &tensors.shared {
-            let bucket = STANDARD.encode(bucket(tensors, slot).to_bytes());
+        if !tensors.shared.is_empty() {
+            // By the places of tensor parallelism. Those behind a server's last worker are nobody's.
+            let bucket = |slot| STANDARD.encode(bucket(tensors, slot).to_bytes());
+            let buckets: Vec<String> = tensors.shared.iter().map(bucket).collect();
             return Told::Json(json!({
-                "serialized_named_tensors": [bucket],
+                "serialized_named_tensors": buckets,
                 "load_format": "flattened_bucket",
                 "flush_cache": false,
             }));
@@ -272,11 +278,13 @@ impl Server for Sglang {
     }
 }
 
-/// A bucket where it is, as SGLang's workers rebuild it: its bytes, and what lies where in them.
+/// A bucket where it is, as SGLang's workers rebuild it: its bytes, and what lies where in them. They see all GPUs of the
+/// host, and find the one that has it by its UUID.
 ///
 /// A worker reads it before it answers: when it drops what it rebuilt, torch waits for what reads it.
 fn bucket(tensors: &Tensors, slot: &SharedSlot) -> Pickle {
     let rebuild = Pickle::Global("torch.multiprocessing.reductions", "rebuild_cuda_tensor");
+    let device = Pickle::text(&slot.device);
     let metas = tensors.parts().into_iter().enumerate().map(|(index, Range { start, end })| {
         let shape = tensors.shapes[index].iter().map(|side| Pickle::size(*side)).collect();
         Pickle::Call(
@@ -296,14 +304,17 @@ fn bucket(tensors: &Tensors, slot: &SharedSlot) -> Pickle {
     });
     let metas = metas.collect();
     Pickle::Dict(vec![
-        (Pickle::text("flattened_tensor"), Pickle::Call(Box::new(rebuild), arguments(slot))),
+        (
+            Pickle::text("flattened_tensor"),
+            Pickle::Call(Box::new(rebuild), arguments(slot, device)),
+        ),
         (Pickle::text("metadata"), Pickle::List(metas)),
     ])
 }
 
 /// Looks at a server of SGLang, without changing anything there: its version, and what it is, in words.
 pub(crate) async fn examine(client: Client) -> (Result<String>, Result<String>) {
-    match Sglang::new(client, Transport::Nccl, Pause::None).look().await {
+    match Sglang::new(client, Transport::Nccl, 1, Pause::None).look().await {
         Ok((version, Facts { workers, weights, .. })) => {
             let words = format!("{workers} workers take weights; they have version `{weights}`");
             (Ok(format!("SGLang {version}")), Ok(words))

@@ -8,10 +8,14 @@ use collective::SharedSlot;
 
 use crate::pickle::Pickle;
 
-/// The arguments that `rebuild_cuda_tensor` makes a slot's tensor of: all of it, as bytes.
+/// For readers that put their own number of the device in its place.
+pub(crate) const ANY_DEVICE: Pickle = Pickle::Int(0);
+
+/// The arguments that `rebuild_cuda_tensor` makes a slot's tensor of: all of it, as bytes, on a device that is named as its
+/// readers name it.
 ///
 /// The same slot is the same tensor each time, whatever is in it: a reader keeps what it has opened.
-pub(crate) fn arguments(slot: &SharedSlot) -> Vec<Pickle> {
+pub(crate) fn arguments(slot: &SharedSlot, device: Pickle) -> Vec<Pickle> {
     let size = || Pickle::size(slot.bytes);
     vec![
         Pickle::Global("torch", "Tensor"),
@@ -20,8 +24,7 @@ pub(crate) fn arguments(slot: &SharedSlot) -> Vec<Pickle> {
         Pickle::Int(0),
         Pickle::Global("torch.storage", "TypedStorage"),
         Pickle::Global("torch", "uint8"),
-        // The reader's own number of the device takes the place of this one, or it has only one.
-        Pickle::Int(0),
+        device,
         Pickle::Bytes(slot.handle.clone()),
         size(),
         Pickle::size(slot.start),

@@ -5,6 +5,7 @@
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use collective::SharedSlot;
 use engine_core::{Error, ErrorKind, Result, Version};
 use futures::FutureExt;
 use hyper::Method;
@@ -16,10 +17,10 @@ use crate::chunk::Tensors;
 use crate::fleet::{Ask, Facts, Said};
 use crate::http::{Client, Kind, ServerUrl};
 use crate::ignored;
-use crate::moonshot::Worker;
+use crate::moonshot::Workers;
 use crate::pickle::Pickle;
 use crate::server::{Server, Told, World};
-use crate::shared::arguments;
+use crate::shared::{ANY_DEVICE, arguments};
 
 /// What happens to requests that a server is at work on when an update begins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -53,11 +54,15 @@ impl Pause {
 pub(crate) struct Vllm {
     pub(crate) client: Client,
     pub(crate) transport: Transport,
+    /// On how many GPUs buckets are read.
+    pub(crate) gpus: u32,
     pub(crate) pause: Pause,
     /// Whether each weight is a broadcast of its own.
     pub(crate) unpacked: bool,
+    /// Whether what has changed is sent, by position.
+    pub(crate) delta: bool,
     /// Told by ZeroMQ where buckets are, with that transport.
-    pub(crate) worker: Worker,
+    pub(crate) worker: Workers,
 }
 
 /// The route that says which version the weights have.
@@ -82,16 +87,19 @@ impl Server for Vllm {
         match question {
             Ask::Look if self.transport == Transport::Zmq => {
                 let facts = self.facts().await?;
-                self.transport.reaches(&self.client, facts.workers)?;
+                self.transport.reaches(&self.client, facts.workers, self.gpus)?;
+                self.worker.are(facts.workers);
                 return Ok(Said::Facts(facts));
             }
             Ask::Look => {
-                let (transport, facts) = self.look().await?;
-                self.transport.reaches(&self.client, facts.workers)?;
-                if transport != self.transport {
+                let (takes, facts) = self.look().await?;
+                self.transport.reaches(&self.client, facts.workers, self.gpus)?;
+                if takes != self.wants() {
                     let message = format!(
-                        "it was started for {transport}: {}, or configure `transport: {transport}`",
-                        config(self.transport)
+                        "it was started for {}: {}, or configure `{}`",
+                        takes.backend(),
+                        config(self.wants()),
+                        takes.option()
                     );
                     return Err(Error::new(
                         ErrorKind::Config,
@@ -143,7 +151,7 @@ impl Server for Vllm {
         self.client.tell("/init_weight_transfer_engine", Some(&body)).await
     }
 
-    fn worker(&self) -> &Worker {
+    fn worker(&self) -> &Workers {
         &self.worker
     }
 
@@ -151,11 +159,17 @@ impl Server for Vllm {
         if self.transport == Transport::Zmq {
             return Told::Pickled(self.worker.describe(tensors));
         }
-        let Tensors { names, types, shapes, sizes, shared } = tensors;
+        let Tensors { names, types, shapes, sizes, patches, shared } = tensors;
         let mut info = json!({ "names": names, "dtype_names": types, "shapes": shapes });
-        if let Some(slot) = shared {
-            let place = Pickle::Tuple(arguments(slot));
-            let places = Pickle::Dict(vec![(Pickle::text(&slot.device), place)]);
+        if let Some(counts) = patches {
+            info["num_updates_list"] = json!(counts);
+        }
+        if !shared.is_empty() {
+            // Each worker looks for the one of its GPU.
+            let place = |slot: &SharedSlot| {
+                (Pickle::text(&slot.device), Pickle::Tuple(arguments(slot, ANY_DEVICE)))
+            };
+            let places = Pickle::Dict(shared.iter().map(place).collect());
             info["ipc_handles_pickled"] = STANDARD.encode(places.to_bytes()).into();
             info["tensor_sizes"] = json!(sizes);
         }
@@ -171,6 +185,10 @@ impl Server for Vllm {
         let answer = self.client.post(path, Some(body), self.client.long).await?;
         if !answer.is_success() && answer.words().contains("VLLM_ALLOW_INSECURE_SERIALIZATION") {
             let remedy = "set VLLM_ALLOW_INSECURE_SERIALIZATION=1 where the server is started";
+            return Err(self.client.refusal(path, &answer, remedy));
+        }
+        if !answer.is_success() && answer.words().contains("IPC handle not found") {
+            let remedy = "list the GPU of each of its workers in `devices`";
             return Err(self.client.refusal(path, &answer, remedy));
         }
         self.client.done(path, &answer)
@@ -202,7 +220,7 @@ impl Vllm {
     }
 
     /// Whether it is there, and all that it needs to be sent to; what it was started for, and what it is.
-    async fn look(&self) -> Result<(Transport, Facts)> {
+    async fn look(&self) -> Result<(Takes, Facts)> {
         let facts = self.facts().await?;
         Ok((self.configured().await?, facts))
     }
@@ -226,24 +244,40 @@ impl Vllm {
         Ok(Facts { workers, weights, ignored: ignored::read(checkpoint, self.client.short).await })
     }
 
-    /// What the server was started for. It says so when it is asked to join a world that cannot be: nothing else does
-    /// without side effects.
-    async fn configured(&self) -> Result<Transport> {
+    /// What a server has to be started for.
+    fn wants(&self) -> Takes {
+        match self.transport {
+            Transport::Nccl if self.delta => Takes::Changes,
+            Transport::Nccl => Takes::Weights,
+            Transport::Ipc | Transport::Zmq => Takes::Buckets,
+        }
+    }
+
+    /// What the server was started for. It says so when it is asked to join a world with a word that no kind of world knows:
+    /// nothing else does without side effects.
+    async fn configured(&self) -> Result<Takes> {
         let path = "/init_weight_transfer_engine";
         let world = World { id: Vec::new(), size: 2, first: 1, bucket_bytes: 1, meeting: None };
-        let body = json!({ "init_info": init_info("", &world, false) });
+        let mut info = init_info("", &world, false);
+        // Behind all others: the first one that it does not know is the one that it names.
+        info["your_kind"] = true.into();
+        let body = json!({ "init_info": info });
         let answer = self.client.post(path, Some(&body), self.client.short).await?;
         let words = answer.words();
         if answer.is_success() {
             return Err(self.client.odd(path, &answer));
         }
-        if words.contains("need nccl_unique_id_b64") {
-            return Ok(Transport::Nccl);
+        let is = |kind: &str| words.contains(&format!("Invalid init_info for {kind}:"));
+        if is("IPCWeightTransferEngine") {
+            return Ok(Takes::Buckets);
         }
-        if words.contains("Invalid init_info for IPCWeightTransferEngine") {
-            return Ok(Transport::Ipc);
+        if words.contains("'your_kind'") && is("NCCLWeightTransferEngine") {
+            return Ok(Takes::Weights);
         }
-        let wanted = config(self.transport);
+        if words.contains("'your_kind'") && is("SparseNCCLWeightTransferEngine") {
+            return Ok(Takes::Changes);
+        }
+        let wanted = config(self.wants());
         let remedy = if words.contains("not configured") {
             wanted
         } else if words.contains("unexpected keyword argument 'nccl_unique_id_b64'") {
@@ -259,9 +293,40 @@ impl Vllm {
     }
 }
 
+/// What a server takes, by how it was started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Takes {
+    /// Whole weights over NCCL.
+    Weights,
+    /// Positions and values over NCCL, and nothing else.
+    Changes,
+    /// Whole weights where they are.
+    Buckets,
+}
+
+impl Takes {
+    /// The backend of `--weight-transfer-config`.
+    fn backend(self) -> &'static str {
+        match self {
+            Self::Weights => "nccl",
+            Self::Changes => "sparse_nccl",
+            Self::Buckets => "ipc",
+        }
+    }
+
+    /// The option of the trainer that goes with it.
+    fn option(self) -> &'static str {
+        match self {
+            Self::Weights => "transport: nccl",
+            Self::Changes => "delta: true",
+            Self::Buckets => "transport: ipc",
+        }
+    }
+}
+
 /// What a server's `--weight-transfer-config` has to be, in words.
-fn config(transport: Transport) -> String {
-    format!("start it with --weight-transfer-config '{{\"backend\": \"{transport}\"}}'")
+fn config(takes: Takes) -> String {
+    format!("start it with --weight-transfer-config '{{\"backend\": \"{}\"}}'", takes.backend())
 }
 
 /// How workers meet the trainer. Unless they take each weight by a broadcast, they take all of a call by one, because a
@@ -289,7 +354,9 @@ fn ipc_info() -> Value {
 /// What it lacks to be sent to.
 pub(crate) async fn examine(client: Client) -> Result<String> {
     let (transport, pause) = (Transport::Nccl, Pause::None);
-    let server = Vllm { client, transport, pause, unpacked: false, worker: Worker::default() };
-    let (transport, Facts { workers, weights, .. }) = server.look().await?;
-    Ok(format!("{workers} workers take weights by {transport}; they have version `{weights}`"))
+    let worker = Workers::default();
+    let server = Vllm { client, transport, gpus: 1, pause, unpacked: false, delta: false, worker };
+    let (takes, Facts { workers, weights, .. }) = server.look().await?;
+    let backend = takes.backend();
+    Ok(format!("{workers} workers take weights by {backend}; they have version `{weights}`"))
 }

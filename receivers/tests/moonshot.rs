@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use engine_core::{ErrorKind, Rank, Version, Weight, ensure_async_iterator};
 use serde_json::{Value, json};
+use support::collectives::DEVICES;
 use support::rep::BUCKET;
 use support::server::{Contract, Server, Started, Wrong, tensors};
 use support::{drop_at, even, model, trainer, trainer_with};
@@ -109,6 +110,47 @@ async fn a_server_that_fails_anywhere_is_named_and_left_out_and_loaded_by_the_ne
     }
 }
 
+fn on_three() -> Value {
+    json!({ "transport": "zmq", "devices": ["cuda:0", "cuda:1", "cuda:2"] })
+}
+
+#[tokio::test]
+async fn each_worker_connects_to_the_address_of_its_own_gpu_and_a_failure_of_one_holds_no_other() {
+    for contract in KINDS {
+        let on = |workers, gpus| Started { workers, gpus, ..started(contract) };
+        let two = Server::start(&small(0), on(2, &DEVICES[1..])).await;
+        let one = Server::start(&small(0), on(1, &DEVICES[1..])).await;
+        let mut sends = trainer(&[&two, &one], on_three()).await;
+        let sent = sends.send_weights(ensure_async_iterator(small(1)), Version(1)).await;
+        assert!(sent.expect("an update").absent.is_empty());
+        has(&two, 1);
+        has(&one, 1);
+        for (nth, wrong) in [
+            (0, Wrong::Refuses("CUDA out of memory")),
+            (3, Wrong::Refuses("CUDA out of memory")),
+            (1, Wrong::Silent),
+        ] {
+            let mut sends = match wrong {
+                Wrong::Silent => trainer_with(&[&two, &one], on_three(), 1.0).await.expect("one"),
+                _ => trainer(&[&two, &one], on_three()).await,
+            };
+            two.wrong(BUCKET, nth, wrong.clone());
+            let begun = Instant::now();
+            let sent = sends.send_weights(ensure_async_iterator(small(2)), Version(2)).await;
+            assert_eq!(sent.expect("an update").absent, [Rank(1)], "{wrong:?}");
+            assert!(begun.elapsed() < Duration::from_secs(5), "{wrong:?}: {:?}", begun.elapsed());
+            has(&one, 2);
+            if wrong == Wrong::Silent {
+                // Its engine waits for that worker, whatever the other one has heard.
+                continue;
+            }
+            let sent = sends.send_weights(ensure_async_iterator(small(3)), Version(3)).await;
+            assert!(sent.expect("an update").absent.is_empty(), "{wrong:?}");
+            has(&two, 3);
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_worker_that_dies_or_falls_silent_within_an_update_is_an_end_in_time() {
     for contract in KINDS {
@@ -170,15 +212,15 @@ async fn a_weight_that_is_larger_than_a_bucket_is_an_error_that_names_it_and_wha
 
 #[tokio::test]
 async fn a_server_that_cannot_or_is_on_another_gpu_says_how_to_start_it() {
-    let other = "8a1d0b2c-0001-0002-0003-0123456789ac";
+    let other = &DEVICES[1..];
     for (started, words) in [
         (Started { extension: false, ..started(Contract::Vllm) }, "--worker-extension-cls"),
         (
             Started { extension: false, ..started(Contract::Sglang) },
             "pip install checkpoint-engine",
         ),
-        (Started { gpu: other, ..started(Contract::Vllm) }, other),
-        (Started { gpu: other, ..started(Contract::Sglang) }, other),
+        (Started { gpus: other, ..started(Contract::Vllm) }, other[0]),
+        (Started { gpus: other, ..started(Contract::Sglang) }, other[0]),
         (Started { workers: 2, ..started(Contract::Sglang) }, "2 workers"),
         (Started { dev_mode: false, ..started(Contract::Vllm) }, "VLLM_SERVER_DEV_MODE=1"),
     ] {

@@ -7,7 +7,7 @@ use std::net::TcpStream;
 
 use engine_core::{DType, ErrorKind, Version, Weight, ensure_async_iterator};
 use serde_json::{Value, json};
-use support::collectives::DEVICE;
+use support::collectives::DEVICES;
 use support::python::{Worker, variable};
 use support::{even, join, plain};
 
@@ -25,7 +25,7 @@ fn says(worker: &Worker) -> Value {
 #[ignore = "needs a Python with PyTorch and ZeroMQ, named by CKPT_ENGINE_TORCH_PYTHON and CKPT_ENGINE_PYZMQ"]
 async fn a_worker_with_zeromqs_own_library_hears_of_every_bucket_and_of_every_end() {
     variable("CKPT_ENGINE_PYZMQ");
-    let worker = Worker::start("zmq_worker.py", &[DEVICE]);
+    let worker = Worker::start("zmq_worker.py", &[DEVICES[0]]);
     let mut config = support::config(&[], plain());
     config.backend = "sglang".into();
     let options = json!({

@@ -373,6 +373,25 @@ async fn a_server_that_was_started_with_keys_is_shown_them_and_nobody_else_sees_
 }
 
 #[tokio::test]
+async fn each_rank_of_tensor_parallelism_reads_on_its_own_gpu() {
+    let two = Server::start(&model(0), Started { workers: 2, ..Started::sglang() }).await;
+    let one = start().await;
+    let options = json!({ "transport": "ipc", "devices": ["cuda:0", "cuda:1"] });
+    let mut sends = trainer(&[&two, &one], options).await;
+    for version in 1..=2 {
+        let sent = sends.send_weights(ensure_async_iterator(model(version)), Version(version));
+        assert!(sent.await.expect("an update").absent.is_empty());
+        has(&two, version);
+        has(&one, version);
+    }
+    // Listed in another order than that of its ranks.
+    let options = json!({ "transport": "ipc", "devices": ["cuda:1", "cuda:0"] });
+    let mut sends = trainer(&[&two], options).await;
+    let sent = sends.send_weights(ensure_async_iterator(model(3)), Version(3)).await;
+    assert!(sent.expect_err("no rank finds its own").to_string().contains("device_uuid"));
+}
+
+#[tokio::test]
 async fn a_layer_that_a_servers_checkpoint_leaves_alone_is_not_sent_in_fp8() {
     ignored_layers::are_not_sent_in_fp8(Started::sglang).await;
 }

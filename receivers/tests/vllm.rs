@@ -9,6 +9,7 @@ use futures::TryStreamExt;
 use quant_fp8::QuantizeFp8;
 use quant_fp8::rules::{Receiver, Rules, RulesConfig};
 use serde_json::json;
+use support::collectives::DEVICES;
 use support::server::{Server, Started, Wrong, tensors};
 use support::{
     config, drop_at, even, ignored_layers, join, model, plain, registry, trainer, trainer_with,
@@ -412,6 +413,9 @@ async fn options_that_cannot_be_used_are_errors_in_words() {
     let options = json!({ "unpacked": true, "transport": "ipc" });
     let error = trainer_with(&[&server], options, 1.0).await.expect_err("nothing is broadcast");
     assert!(error.to_string().contains("transport: nccl"), "{error}");
+    let error = trainer_with(&[&server], json!({ "devices": ["cuda:1"] }), 1.0).await;
+    let error = error.expect_err("nobody reads there").to_string();
+    assert!(error.contains("`transport: ipc`"), "{error}");
     let error = trainer_with(&[&server], json!({ "transport": "pigeon" }), 1.0).await;
     let error = error.expect_err("no such transport");
     assert!(error.to_string().contains("`nccl`"), "{error}");
@@ -439,6 +443,34 @@ async fn a_server_on_the_trainers_gpu_reads_every_byte_of_every_update_where_it_
     let sent = trainer.send_weights(ensure_async_iterator(model(4)), Version(4)).await;
     assert!(sent.expect("an update").absent.is_empty());
     has(&server, 4);
+}
+
+#[tokio::test]
+async fn each_worker_reads_on_its_own_gpu_whichever_of_them_a_server_has() {
+    let on = |workers, gpus| Started { workers, gpus, ..reads() };
+    let two = Server::start(&model(0), on(2, &DEVICES)).await;
+    let other = Server::start(&model(0), on(1, &DEVICES[1..])).await;
+    let options = json!({ "transport": "ipc", "devices": ["cuda:0", "cuda:1"] });
+    let mut sends = trainer(&[&two, &other], options).await;
+    for version in 1..=2 {
+        let sent = sends.send_weights(ensure_async_iterator(model(version)), Version(version));
+        assert!(sent.await.expect("an update").absent.is_empty());
+        has(&two, version);
+        has(&other, version);
+    }
+    // Nobody is on the GPU of the trainer.
+    let away = Server::start(&model(0), on(2, &DEVICES[1..])).await;
+    let options = json!({ "transport": "ipc", "devices": ["cuda:2", "cuda:1"] });
+    let mut sends = trainer(&[&away], options).await;
+    let sent = sends.send_weights(ensure_async_iterator(model(3)), Version(3)).await;
+    sent.expect("an update");
+    has(&away, 3);
+    // One of its GPUs is not listed.
+    let options = json!({ "transport": "ipc", "devices": ["cuda:0", "cuda:1"] });
+    let mut sends = trainer(&[&away], options).await;
+    let sent = sends.send_weights(ensure_async_iterator(model(4)), Version(4)).await;
+    let error = sent.expect_err("a worker finds no bucket").to_string();
+    assert!(error.contains(DEVICES[2]) && error.contains("`devices`"), "{error}");
 }
 
 #[tokio::test]

@@ -10,12 +10,22 @@ unpickler. All else is left out, and instead of a model there is a dictionary. T
 error looks like are those of vLLM 0.33 and SGLang 0.5.23. When an update is finished, all weights are written to
 DIR/model.safetensors, to be compared with `ckpt-engine verify`.
 
+With `--delta`, it is vLLM's engine for positions and values that receives. With `--devices cuda:0,cuda:1` the server has a worker on each
+GPU, a process of this program, and what they have is in DIR-0 and DIR-1.
+
 With `--transport zmq` and `--moonshot SOURCES`, the sources of Moonshot's checkpoint-engine, its own worker receives, as an extension of
 either server has it; that takes pyzmq.
 
 All of it, one case after the other, with a line for each that says what came of it:
 
     python3 xtask/tools/server_receiver.py all PROGRAM --vllm SOURCES --sglang SOURCES [--moonshot SOURCES] [--generate] --work DIR
+
+Twenty updates in a row by one trainer, with a digest of what the server has after each, which has to be that of the trainer's weights; and
+how long updates take, with vLLM's own receiving code: beside vLLM's own trainer engine, a bare broadcast of as many bytes in the same
+world, and this project's own transport on one GPU. The first update of each is not counted.
+
+    python3 xtask/tools/server_receiver.py sequence PROGRAM --vllm SOURCES --sglang SOURCES --work DIR [--updates 20]
+    python3 xtask/tools/server_receiver.py speed PROGRAM --vllm SOURCES --work DIR [--synthetic qwen3-30b-a3b] [--layers 24]
 
 With `--model CHECKPOINT` (and with `--generate`, for all its cases) vLLM is not left out: the one that is installed serves the
 checkpoint and generates, and only what receives is that of SOURCES, because the routes are those of vLLM 0.33, and an older one
@@ -35,17 +45,24 @@ import ast
 import concurrent.futures
 import contextlib
 import ctypes
+import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import json
 import logging
+import math
 import os
+import signal
+import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
+import typing
+import urllib.error
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -57,6 +74,8 @@ REAL = {
     "vllm.distributed.weight_transfer.nccl_common",
     "vllm.distributed.weight_transfer.nccl_engine",
     "vllm.distributed.weight_transfer.packed_tensor",
+    "vllm.distributed.weight_transfer.sparse_nccl_engine",
+    "vllm.model_executor.model_loader.checkpoint_weight_patch",
     "vllm.distributed.device_communicators.pynccl",
     "vllm.distributed.device_communicators.pynccl_wrapper",
     "vllm.utils.nccl",
@@ -187,23 +206,57 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.tensors = {}
+        self.tensors, self.loads = {}, True
 
     def load_weights(self, weights):
         for name, tensor in weights:
-            self.tensors[name] = tensor.clone()
+            if name not in self.tensors:
+                self.tensors[name] = tensor.clone()
+            elif self.loads:
+                self.tensors[name].copy_(tensor)
 
 
 NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "float8_e4m3fn": "F8_E4M3",
          "float8_e8m0fnu": "F8_E8M0", "int64": "I64", "int32": "I32", "uint8": "U8", "int8": "I8", "bool": "BOOL"}
 
 
+def content(tensor):
+    return tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
+
+
+def digest(tensors):
+    """Of every byte, name, type and shape; tensors as (name of the type, shape, bytes)."""
+    every = hashlib.sha256()
+    for name, (dtype, shape, part) in sorted(tensors.items()):
+        every.update(f"{name} {dtype} {list(shape)} {len(part)} ".encode() + part)
+    return every.hexdigest()
+
+
+def read(folder):
+    """The tensors of a checkpoint, as (name of the type, shape, bytes)."""
+    found = {}
+    for file in sorted(os.listdir(folder)):
+        if file.endswith(".safetensors"):
+            with open(os.path.join(folder, file), "rb") as stream:
+                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+                header.pop("__metadata__", None)
+                parts = stream.read()
+            for name, one in header.items():
+                start, end = one["data_offsets"]
+                found[name] = one["dtype"], one["shape"], parts[start:end]
+    return found
+
+
+def type_name(tensor):
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def write(tensors, folder):
     os.makedirs(folder, exist_ok=True)
     header, parts, at = {}, [], 0
     for name, tensor in sorted(tensors.items()):
-        part = tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
-        dtype = NAMES[str(tensor.dtype).removeprefix("torch.")]
+        part = content(tensor)
+        dtype = NAMES[type_name(tensor)]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [at, at + len(part)]}
         parts.append(part)
         at += len(part)
@@ -237,27 +290,44 @@ def moonshot(folder):
     return update
 
 
+def finished(worker):
+    """An update is over: all weights are written, or their digest is."""
+    tensors = worker.model.tensors
+    if worker.args.out:
+        write(tensors, worker.args.out)
+    if worker.args.digests:
+        found = {name: (NAMES[type_name(one)], one.shape, content(one)) for name, one in tensors.items()}
+        with open(worker.args.digests, "a") as file:
+            file.write(f"{worker.version} {digest(found)}\n")
+
+
 class Vllm:
     """One worker, as vLLM's gpu_worker drives its engine."""
 
     moonshot = None
 
-    def __init__(self, transport, device, out):
+    def __init__(self, args):
+        transport, device = args.transport, args.device
         if transport == "zmq":
             Engine = Anything
+        elif args.delta:
+            from vllm.distributed.weight_transfer.sparse_nccl_engine import SparseNCCLWeightTransferEngine as Engine
+
+            make_do()
         elif transport == "nccl":
             from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine as Engine
 
             make_do()
         else:
             from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine as Engine
-        self.active, self.version, self.device, self.out = False, "default", device, out
+        self.active, self.version, self.device, self.args = False, "default", device, args
         self.model, config = self.load()
         self.engine = Engine(None, config, device, self.model)
 
     def load(self):
         """A model, and vLLM's configuration."""
-        parallel = types.SimpleNamespace(data_parallel_index=0, world_size=1, rank=0)
+        workers, rank = self.args.workers, self.args.rank
+        parallel = types.SimpleNamespace(data_parallel_index=0, world_size=workers, rank=rank)
         return Model(), types.SimpleNamespace(parallel_config=parallel, model_config=None)
 
     def call(self, path, body):
@@ -267,7 +337,7 @@ class Vllm:
             case "/version":
                 return {"version": "0.33.0"}
             case "/get_world_size":
-                return {"world_size": 1}
+                return {"world_size": self.args.workers}
             case "/weight_info":
                 return {"weight_version": self.version}
             case "/init_weight_transfer_engine":
@@ -295,18 +365,25 @@ class Vllm:
                 self.engine.finish_weight_update()
                 self.active = False
                 self.version = (body or {}).get("weight_version") or self.version
-                if self.out:
-                    write(self.model.tensors, self.out)
+                finished(self)
             case "/collective_rpc":
                 if not self.moonshot or body["method"] != "update_weights_from_ipc":
                     raise NotImplementedError(f"Method {body['method']!r} is not implemented.")
                 self.moonshot(self.model, body["args"][0], self.device)
             case "/update_weight_version":
                 self.version = body["new_version"]
-                if self.out:
-                    write(self.model.tensors, self.out)
+                finished(self)
             case "/pause" | "/resume":
                 pass
+            # Of this program, to measure.
+            case "/tensors":
+                return [[name, type_name(one), list(one.shape)] for name, one in self.model.tensors.items()]
+            case "/loads":
+                self.model.loads = body["loads"]
+            case "/broadcasts":
+                buffer = torch.empty(body["bytes"], dtype=torch.uint8, device=self.device)
+                for _ in range(body["count"]):
+                    self.engine.model_update_group.broadcast(buffer, src=0)
             case _:
                 return None
         return {"message": "done"}
@@ -320,16 +397,16 @@ class Vllm:
 class WholeVllm(Vllm):
     """The vLLM that is installed, in this process, with the engines of SOURCES as what receives."""
 
-    def __init__(self, transport, device, model):
+    def __init__(self, args):
         import vllm_families as families
         from vllm import LLM
 
-        self.families, self.family = families, os.path.basename(model).split("-")[0]
-        self.llm = LLM(**families.engine_options(self.family, model))
+        self.families, self.family = families, os.path.basename(args.model).split("-")[0]
+        self.llm = LLM(**families.engine_options(self.family, args.model))
         # It has imported its own by now, and does not use them.
         for name in REAL & set(sys.modules):
             del sys.modules[name]
-        super().__init__(transport, device, None)
+        super().__init__(args)
 
     def load(self):
         return self.llm.collective_rpc(lambda worker: (worker.model_runner.get_model(), worker.vllm_config))[0]
@@ -362,13 +439,59 @@ class Refused(Exception):
     pass
 
 
+class Answered(Exception):
+    pass
+
+
+class Front:
+    """A server of several workers, each a process of this program on a GPU of its own: all of them are told everything."""
+
+    def __init__(self, args):
+        self.workers = []
+        for rank, device in enumerate(args.devices):
+            command = [sys.executable, __file__, args.what, args.sources, "--transport", args.transport, "--device", device,
+                       "--rank", str(rank), "--workers", str(len(args.devices)), "--port", str(args.port + 500 + 10 * rank)]
+            command += ["--out", f"{args.out}-{rank}"] if args.out else []
+            command += ["--moonshot", args.moonshot] if args.moonshot else []
+            command += ["--delta"] if args.delta else []
+            process = subprocess.Popen(command)
+            self.workers.append((process, f"http://127.0.0.1:{args.port + 500 + 10 * rank}"))
+        for process, url in self.workers:
+            while process.poll() is None:
+                with contextlib.suppress(OSError):
+                    ask(url, {"vllm": "/health", "sglang": "/model_info"}[args.what], {})
+                    break
+                time.sleep(0.3)
+        self.pool = concurrent.futures.ThreadPoolExecutor(len(self.workers))
+
+    def call(self, path, body):
+        def tell(worker):
+            try:
+                return 200, ask(worker[1], path, body or {})
+            except urllib.error.HTTPError as error:
+                return error.code, json.load(error)
+
+        answers = list(self.pool.map(tell, self.workers))
+        worst = max(answers, key=lambda answer: answer[0])
+        if worst[0] != 200:
+            raise Answered(*worst)
+        return answers[0][1]
+
+    def error(self, error):
+        return error.args if isinstance(error, Answered) else (500, {"error": {"message": str(error)}})
+
+
+def ask(url, path, body):
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"content-type": "application/json"})
+    return json.load(urllib.request.urlopen(request, timeout=200))
+
+
 class Sglang:
     """One worker, as SGLang's scheduler drives its updater."""
 
     moonshot = None
 
-    def __init__(self, transport, device, out):
-        del transport
+    def __init__(self, args):
         from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
         from sglang.srt.utils import MultiprocessingSerializer
         from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
@@ -377,10 +500,10 @@ class Sglang:
         torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
         monkey_patch_torch_reductions()
         self.deserialize = MultiprocessingSerializer.deserialize
-        self.active, self.version, self.device, self.out = False, "default", device, out
-        self.model = Model()
+        self.active, self.version, self.device, self.args = False, "default", args.device, args
+        self.model, device = Model(), args.device
         self.updater = WeightUpdater(
-            tp_rank=0, device=str(device), gpu_id=device.index or 0, model_config=None, custom_weight_loaders={},
+            tp_rank=args.rank, device=str(device), gpu_id=device.index or 0, model_config=None, custom_weight_loaders={},
             get_model=lambda: self.model, update_model_fields=None, recapture_cuda_graph=None, get_model_runner=None)
 
     def call(self, path, body):
@@ -390,7 +513,7 @@ class Sglang:
             case "/model_info":
                 return {"weight_version": self.version}
             case "/server_info":
-                return {"version": "0.5.23", "tp_size": 1, "dp_size": 1, "pp_size": 1, "weight_cache_mode": "off"}
+                return {"version": "0.5.23", "tp_size": self.args.workers, "dp_size": 1, "pp_size": 1, "weight_cache_mode": "off"}
             case "/pause_generation" | "/continue_generation" | "/flush_cache":
                 pass
             case "/init_weights_update_group":
@@ -409,8 +532,7 @@ class Sglang:
                 self.active = False
             case "/update_weight_version":
                 self.version = body["new_version"]
-                if self.out:
-                    write(self.model.tensors, self.out)
+                finished(self)
             case "/update_weights_from_ipc":
                 try:
                     if not self.moonshot:
@@ -425,7 +547,7 @@ class Sglang:
                 weights = updater.receive_weights_from_distributed(**{key: body[key] for key in keys})
                 done = updater.load_weights_from_distributed(weights)
             case "/update_weights_from_tensor":
-                bucket = self.deserialize(body["serialized_named_tensors"][0])
+                bucket = self.deserialize(body["serialized_named_tensors"][self.args.rank])
                 done = updater.update_weights_from_tensor(bucket, load_format=body["load_format"])
             case _:
                 return None
@@ -459,10 +581,10 @@ def handler(worker, device):
             text = self.rfile.read(int(self.headers.get("content-length") or 0))
             try:
                 with lock:
-                    if device.type == "cuda":
+                    if device and device.type == "cuda":
                         torch.cuda.set_device(device)
                     answer = worker.call(self.path.split("?")[0], json.loads(text) if text else None)
-                    if device.type == "cuda":
+                    if device and device.type == "cuda":
                         torch.cuda.synchronize(device)
             except Exception as error:
                 return self.say(*worker.error(error))
@@ -481,12 +603,12 @@ def serve(args):
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         torch.cuda.set_device(args.device)
         finder = Finder(args.sources, lambda name: name.endswith(".mtp_validation"))
-        worker = lambda: WholeVllm(args.transport, args.device, args.model)
+        worker = lambda: WholeVllm(args)
         import vllm.distributed.weight_transfer  # noqa: F401  its own first: what follows replaces parts of it
         import vllm.v1.worker.gpu_worker  # noqa: F401
     else:
         finder = Finder(args.sources, lambda name: True)
-        worker = lambda: {"vllm": Vllm, "sglang": Sglang}[args.what](args.transport, args.device, args.out)
+        worker = lambda: Front(args) if args.devices else {"vllm": Vllm, "sglang": Sglang}[args.what](args)
     sys.meta_path.insert(0, finder)
     try:
         import pybase64  # noqa: F401
@@ -494,11 +616,11 @@ def serve(args):
         import base64
 
         sys.modules["pybase64"] = base64
-    if args.device.type == "cuda":
+    if args.device.type == "cuda" and not args.devices:
         torch.cuda.set_device(args.device)
     worker = worker()
-    worker.moonshot = moonshot(args.moonshot)
-    server = ThreadingHTTPServer(("127.0.0.1", args.port), handler(worker, args.device))
+    worker.moonshot = None if args.devices else moonshot(args.moonshot)
+    server = ThreadingHTTPServer(("127.0.0.1", args.port), handler(worker, None if args.devices else args.device))
     print("ready", flush=True)
     server.serve_forever()
 
@@ -518,14 +640,16 @@ class Receiver:
         self.url, route = f"http://127.0.0.1:{port}", {"vllm": "/health", "sglang": "/model_info"}[kind]
         environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})}
         command = [sys.executable, __file__, kind, *arguments, "--port", str(port)]
-        self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         self.route = route
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.process.kill()
+        # Its workers, if those are processes, are in its group.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def wait(self, limit):
@@ -545,28 +669,277 @@ class Receiver:
         return json.load(urllib.request.urlopen(request, timeout=100))["tokens"]
 
 
-def case(args, model, kind, transport, fp8, unpacked, port):
-    """One server, three updates, and every byte of what it has."""
-    name = f"{kind}-{transport}" + ("-unpacked" if unpacked else "") + ("-fp8" if fp8 else "")
-    out = os.path.join(args.work, name)
-    device = "cuda:1" if transport == "nccl" and torch.cuda.device_count() > 1 else "cuda:0"
-    options = [getattr(args, kind), "--transport", transport, "--device", device, "--out", out]
-    options += ["--moonshot", args.moonshot] if transport == "zmq" else []
-    with open(os.path.join(args.work, name + ".log"), "w") as log, Receiver(log, kind, port, *options) as server:
+class Case(typing.NamedTuple):
+    """A kind of servers, and how weights get there."""
+
+    kind: str
+    transport: str
+    fp8: bool = False
+    unpacked: bool = False
+    # A worker on each of two GPUs.
+    two: bool = False
+    delta: bool = False
+
+    def name(self):
+        words = [word for word in ["unpacked", "two", "delta", "fp8"] if getattr(self, word)]
+        return "-".join([self.kind, self.transport, *words])
+
+    def device(self):
+        return "cuda:1" if self.transport == "nccl" and torch.cuda.device_count() > 1 else "cuda:0"
+
+    def receiver(self, args):
+        options = [getattr(args, self.kind), "--transport", self.transport]
+        options += ["--devices", "cuda:0,cuda:1"] if self.two else ["--device", self.device()]
+        options += ["--moonshot", args.moonshot] if self.transport == "zmq" else []
+        return options + (["--delta"] if self.delta else [])
+
+    def sync(self, args, server, *options):
+        chosen = {"transport": self.transport}
+        chosen |= {"unpacked": True} if self.unpacked else {}
+        chosen |= {"devices": ["cuda:0", "cuda:1"]} if self.two else {}
+        chosen |= {"delta": True} if self.delta else {}
+        kwargs = [word for key, value in chosen.items()
+                  for word in ["--engine-kwarg", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]]
+        return [args.program, "sync", "--backend", self.kind, "--device", "cuda:0", "--server", server.url, "--json", *kwargs, *options]
+
+
+def case(args, model, one, port):
+    """One server, three updates, and every byte of what its workers have."""
+    name, out = one.name(), os.path.join(args.work, one.name())
+    with open(out + ".log", "w") as log, Receiver(log, one.kind, port, *one.receiver(args), "--out", out) as server:
         if failed := server.wait(60):
             return name, failed
-        steps = [
-            ("doctor", ["doctor", "--server", server.url]),
-            ("sync", ["sync", "--backend", kind, "--device", "cuda:0", "--server", server.url, "--model", model, "--updates",
-                      "3", "--json", "--engine-kwarg", f"transport={transport}",
-                      *(["--engine-kwarg", "unpacked=true"] if unpacked else [])]),
-            ("verify", ["verify", model, out]),
-        ]
+        steps = [("doctor", [args.program, "doctor", "--server", server.url]),
+                 ("sync", one.sync(args, server, "--model", model, "--updates", "3"))]
+        steps += [("verify", [args.program, "verify", model, found])
+                  for found in ([f"{out}-0", f"{out}-1"] if one.two else [out])]
         # The doctor asks servers of vLLM how their own engines are configured, of which this transport needs none.
-        for step, arguments in steps[1 if transport == "zmq" else 0 :]:
-            if not run([args.program, *arguments], log, 120):
+        for step, command in steps[1 if one.transport == "zmq" else 0 :]:
+            if not run(command, log, 120):
                 return name, f"{step} failed"
         return name, "OK"
+
+
+def small_model(folder, seed):
+    """A checkpoint with layers that are quantised and others that are not."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"model.embed_tokens.weight": [512, 256], "model.norm.weight": [256], "lm_head.weight": [512, 256]}
+    for layer in range(6):
+        name = f"model.layers.{layer}"
+        shapes |= {f"{name}.self_attn.{part}_proj.weight": [256, 256] for part in "qkvo"}
+        shapes |= {f"{name}.mlp.{part}_proj.weight": [384, 256] for part in ["gate", "up"]}
+        shapes |= {f"{name}.mlp.down_proj.weight": [256, 384], f"{name}.input_layernorm.weight": [256]}
+    write({name: torch.randn(shape, generator=generator).to(torch.bfloat16) for name, shape in shapes.items()}, folder)
+    return folder
+
+
+def signed(number):
+    return number - (1 << 64) if number >> 63 else number
+
+
+def perturbed(name, part, steps):
+    """A tensor in BF16 after so many steps of the program's own training: the lowest bits of an eighth of its elements flip."""
+    if not steps:
+        return part
+    mask, number = (1 << 64) - 1, 0xCBF29CE484222325
+    for byte in name.encode() + steps.to_bytes(8, "little"):
+        number = (number ^ byte) * 0x100000001B3 & mask
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & mask
+    number = (number ^ number >> 27) * 0x94D049BB133111EB & mask
+    number ^= number >> 31
+    right = lambda x, by: (x >> by) & ((1 << (64 - by)) - 1)
+    words = torch.frombuffer(bytearray(part + bytes(-len(part) % 8)), dtype=torch.int64)
+    x = torch.arange(len(words), dtype=torch.int64) + signed(number)
+    x = ~x + (x << 21)
+    x = x ^ right(x, 24)
+    x = x + (x << 3) + (x << 8)
+    x = x ^ right(x, 14)
+    x = x + (x << 2) + (x << 4)
+    x = x ^ right(x, 28)
+    x = x + (x << 31)
+    rotated = [right(x, by) | (x << (64 - by)) for by in (21, 43)]
+    flips = x & rotated[0] & rotated[1] & 0x0001000100010001
+    return content(words ^ flips)[: len(part)]
+
+
+def sequence(args):
+    """Many updates in a row by one trainer, and the digest of what the server has after each."""
+    os.makedirs(args.work, exist_ok=True)
+    model, bad = small_model(os.path.join(args.work, "small"), 1), False
+    expected = {False: [], True: []}
+    for version in range(1, args.updates + 1):
+        steps = args.updates - version
+        there = {name: (dtype, shape, perturbed(name, part, steps)) for name, (dtype, shape, part) in read(model).items()}
+        expected[False].append(digest(there))
+        folder = os.path.join(args.work, f"version-{version}")
+        write({name: torch.frombuffer(bytearray(part), dtype=torch.bfloat16).view(shape)
+               for name, (_, shape, part) in there.items()}, folder)
+        subprocess.run([args.program, "quantize", folder, folder + "-fp8"], check=True, capture_output=True)
+        expected[True].append(digest(read(folder + "-fp8")))
+    cases = [Case(kind, "nccl", fp8) for kind in ["vllm", "sglang"] if getattr(args, kind) for fp8 in [False, True]]
+    cases += [Case("vllm", "nccl", delta=True)] if args.vllm else []
+    for number, one in enumerate(cases):
+        name = "sequence-" + one.name()
+        log_file, digests = (os.path.join(args.work, name + end) for end in [".log", ".digests"])
+        with open(log_file, "w") as log, Receiver(log, one.kind, 18300 + number, *one.receiver(args), "--digests", digests) as server:
+            failed = server.wait(60)
+            options = ["--model", model, "--updates", str(args.updates), *(["--trainer-quantize-fp8"] if one.fp8 else [])]
+            if not failed and not run(one.sync(args, server, *options), log, 200):
+                failed = "sync failed"
+        lines = open(digests).read().split("\n")[:-1] if os.path.exists(digests) else []
+        wanted = [f"{version} {one}" for version, one in enumerate(expected[one.fp8], 1)]
+        same = sum(line == want for line, want in zip(lines, wanted))
+        bad |= bool(failed) or same != len(wanted) or len(lines) != len(wanted)
+        print(f"{name}: {failed or 'sent'}, {same} of {len(wanted)} digests are those of the trainer's weights", flush=True)
+    sys.exit(bad)
+
+
+def own_trainer(args):
+    """vLLM's own trainer engine, with weights as the server has them; then as many bytes by bare broadcasts in the same world."""
+    torch.cuda.set_device(args.device)
+    sys.meta_path.insert(0, Finder(args.sources, lambda name: True))
+    try:
+        import pybase64  # noqa: F401
+    except ImportError:
+        import base64
+
+        sys.modules["pybase64"] = base64
+    import base64
+    import pickle
+
+    from vllm.distributed.weight_transfer.base import ParamMeta
+
+    tensors = {}
+    for name, dtype, shape in ask(args.url, "/tensors", {}):
+        dtype = getattr(torch, dtype)
+        words = torch.randint(0, 60, (max(1, math.prod(shape) * dtype.itemsize),), dtype=torch.uint8, device=args.device)
+        tensors[name] = words.view(dtype).view(shape)
+
+    class Source:
+        metadata = [ParamMeta(name, one.dtype, tuple(one.shape)) for name, one in tensors.items()]
+
+        def iter_full(self):
+            return iter(tensors.items())
+
+    class Client:
+        def start_weight_update(self):
+            ask(args.url, "/start_weight_update", {})
+
+        def update_weights(self, info):
+            if info.get("ipc_handles") is not None:
+                info["ipc_handles_pickled"] = base64.b64encode(pickle.dumps(info.pop("ipc_handles"))).decode()
+            ask(args.url, "/update_weights", {"update_info": {key: value for key, value in info.items() if value is not None}})
+
+        def finish_weight_update(self, weight_version=None):
+            ask(args.url, "/finish_weight_update", {})
+
+    total = sum(one.numel() * one.element_size() for one in tensors.values())
+    bucket = args.bucket_mb << 20
+    if args.transport == "ipc":
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerWeightTransferEngine as Engine
+
+        ask(args.url, "/init_weight_transfer_engine", {"init_info": {"packed": True}})
+    else:
+        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+        from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine as Engine
+
+        make_do()
+        uid = bytes(NCCLLibrary().ncclGetUniqueId())
+        info = {"nccl_unique_id_b64": base64.b64encode(uid).decode(), "rank_offset": 1, "world_size": 2, "packed": True,
+                "packed_buffer_size_bytes": bucket, "packed_num_buffers": 2}
+        pool = concurrent.futures.ThreadPoolExecutor(1)
+        joined = pool.submit(ask, args.url, "/init_weight_transfer_engine", {"init_info": info})
+        group = PyNcclCommunicator.from_unique_id_bytes(uid, 0, 2, args.device)
+        joined.result()
+    engine = Engine(client=Client(), source=Source(), packed=True, packed_buffer_size_bytes=bucket)
+    if args.transport == "nccl":
+        engine.model_update_group = group
+
+    # An update that another trainer left open is ended.
+    with contextlib.suppress(urllib.error.HTTPError):
+        ask(args.url, "/finish_weight_update", {})
+
+    def timed(work):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    own = [timed(engine.send_weights) for _ in range(args.updates)]
+    bare = []
+    if args.transport == "nccl":
+        count, buffer = -(-total // bucket), torch.randint(0, 255, (bucket,), dtype=torch.uint8, device=args.device)
+        whole = {"bytes": bucket, "count": count}
+
+        def broadcasts():
+            heard = pool.submit(ask, args.url, "/broadcasts", whole)
+            for _ in range(count):
+                group.broadcast(buffer, src=0)
+            heard.result()
+            torch.cuda.synchronize()
+
+        # The bytes of whole buckets, less those that the model does not fill.
+        bare = [timed(broadcasts) * total / (count * bucket) for _ in range(args.updates)]
+    print(json.dumps({"bytes": total, "tensors": len(tensors), "own": own, "bare": bare}), flush=True)
+
+
+def median(seconds, skip=1):
+    return statistics.median(seconds[skip:]) if len(seconds) > skip else float("nan")
+
+
+def measured(command, log, limit):
+    """The lines of JSON that a command prints."""
+    with tempfile.TemporaryFile("w+") as said:
+        print("+", *command, file=log, flush=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, stdout=said, stderr=log, timeout=limit)
+        said.seek(0)
+        lines = said.read().splitlines()
+    print(*lines, sep="\n", file=log, flush=True)
+    return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def speed(args):
+    """How long updates take, beside vLLM's own trainer, a bare broadcast and this project's own transport."""
+    os.makedirs(args.work, exist_ok=True)
+    print("GPUs:", *{torch.cuda.get_device_name(gpu) for gpu in range(torch.cuda.device_count())}, flush=True)
+    for transport, layers in [("nccl", args.layers), ("ipc", args.ipc_layers)]:
+        one = Case("vllm", transport, True)
+        common = ["--synthetic", args.synthetic, "--layers", str(layers), "--trainer-quantize-fp8", "--bucket-mb", str(args.bucket_mb)]
+        name = f"speed-{transport}"
+        with open(os.path.join(args.work, name + ".log"), "w") as log, Receiver(log, "vllm", 18400, *one.receiver(args)) as server:
+            if failed := server.wait(60):
+                print(f"{name}: {failed}", flush=True)
+                continue
+            found = {}
+            for what, loads in [("weights are copied into the model", True), ("nothing is loaded", False)][: 2 if transport == "nccl" else 1]:
+                ask(server.url, "/loads", {"loads": loads})
+                lines = measured(one.sync(args, server, *common, "--updates", str(args.updates)), log, 80)
+                found["this, " + what] = median([line["seconds"] for line in lines])
+                theirs = [sys.executable, __file__, "own-trainer", args.vllm, "--url", server.url, "--transport", transport,
+                          "--bucket-mb", str(args.bucket_mb), "--updates", str(args.updates)]
+                for line in measured(theirs, log, 60):
+                    found["vLLM's own trainer, " + what] = median(line["own"])
+                    if line["bare"]:
+                        found["bare broadcast"] = median(line["bare"])
+                    found["GB"] = line["bytes"] / 1e9
+                    found["tensors"] = line["tensors"]
+                for line in lines[-1:]:
+                    print(*line["slower"], line["stages"], sep="\n", flush=True)
+                    found["GB of this"] = lines[-1]["wire_bytes"] / 1e9
+        if transport == "ipc":
+            with open(os.path.join(args.work, "speed-own.log"), "w") as log:
+                command = [args.program, "bench", "transfer", "--backend", "ipc", "--device", "cuda:0", *common, "--rollouts", "1",
+                           "--repeats", str(args.updates), "--json"]
+                for line in measured(command, log, 80):
+                    if line.get("what") == "model":
+                        digests = "with digests" if line["digests"] else "without digests"
+                        found["this project's own ipc, " + digests] = line["seconds"]
+        print(f"{name}: {args.synthetic}, {layers} layers, FP8, buckets of {args.bucket_mb} MiB", flush=True)
+        for what, value in found.items():
+            print(f"    {what}: {value if isinstance(value, (dict, list)) else round(value, 4)}", flush=True)
 
 
 def generating(args, family, transport, fp8, number):
@@ -610,22 +983,19 @@ def make_models(args):
 
 def everything(args):
     os.makedirs(args.work, exist_ok=True)
-    models = {}
-    for fp8 in [False, True]:
-        folder = os.path.join(args.work, "model-fp8" if fp8 else "model")
-        with open(folder + ".log", "w") as log:
-            how = ["--trainer-quantize-fp8"] if fp8 else []
-            if not run([args.program, "sync", "--synthetic", "tiny-moe", "--out", folder, *how], log, 120):
-                sys.exit(f"no model: {folder}.log")
-        # What the first rollout wrote.
-        models[fp8] = os.path.join(folder, "rollout-0")
+    small = small_model(os.path.join(args.work, "small"), 1)
+    models = {False: small, True: small + "-fp8"}
+    subprocess.run([args.program, "quantize", small, models[True]], check=True)
     kinds = [kind for kind in ["vllm", "sglang"] if getattr(args, kind)]
     transports = ["nccl", "ipc"] + (["zmq"] if args.moonshot else [])
-    cases = [(kind, transport, fp8, False) for kind in kinds for transport in transports for fp8 in models]
-    cases += [("vllm", "nccl", fp8, True) for fp8 in models if args.vllm]
+    cases = [Case(kind, transport, fp8) for kind in kinds for transport in transports for fp8 in models]
+    # vLLM's own communicator has no FP8 for single weights.
+    cases += [Case("vllm", "nccl", unpacked=True), Case("vllm", "nccl", delta=True)] if args.vllm else []
+    if torch.cuda.device_count() > 1:
+        cases += [Case(kind, transport, fp8, two=True) for kind in kinds for transport in transports[1:] for fp8 in models]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(case, args, models[fp8], kind, transport, fp8, unpacked, 18000 + number)
-                for number, (kind, transport, fp8, unpacked) in enumerate(cases)]
+        cases = [one for one in cases if not args.only or one.name() == args.only]
+        jobs = [pool.submit(case, args, models[one.fp8], one, 18000 + number) for number, one in enumerate(cases)]
         if args.generate:
             make_models(args)
             each = [(family, transport, fp8) for family in ["qwen3", "qwen3_moe"] for transport in ["ipc", "nccl"] for fp8 in models]
@@ -647,21 +1017,42 @@ def main():
         one.add_argument("--transport", choices=["nccl", "ipc", "zmq"], default="nccl")
         one.add_argument("--port", type=int, default=8000)
         one.add_argument("--device", default="cuda:0", type=torch.device)
-        one.add_argument("--out")
+        one.add_argument("--devices", type=lambda text: text.split(","), help="of a server of several workers, such as cuda:0,cuda:1")
+        one.add_argument("--delta", action="store_true", help="positions and values, as vLLM's backend sparse_nccl takes them")
+        one.add_argument("--workers", type=int, default=1, help="how many the server has that this one is of")
+        one.add_argument("--rank", type=int, default=0, help="which one of them this is")
+        one.add_argument("--out", help="the folder to which weights are written after each update")
+        one.add_argument("--digests", help="the file to which a line with the digest of all weights is written after each update")
         one.add_argument("--moonshot", help="the sources of Moonshot's checkpoint-engine, for the transport zmq")
         one.add_argument("--model", help="a checkpoint for a whole vLLM; its folder is named after its family, as in `qwen3-1`")
-    each = what.add_parser("all")
-    each.add_argument("program", help="ckpt-engine")
-    each.add_argument("--vllm")
-    each.add_argument("--sglang")
-    each.add_argument("--moonshot", help="the sources of Moonshot's checkpoint-engine, for the transport zmq; pyzmq is needed as well")
-    each.add_argument("--work", required=True)
-    each.add_argument("--generate", action="store_true", help="also with the vLLM that is installed, which generates")
-    each.add_argument("--jobs", type=int, default=1, help="how many cases at a time")
+    drivers = {"all": everything, "sequence": sequence, "speed": speed}
+    for name in drivers:
+        one = what.add_parser(name)
+        one.add_argument("program", help="ckpt-engine")
+        one.add_argument("--vllm")
+        one.add_argument("--sglang")
+        one.add_argument("--work", required=True)
+        if name == "all":
+            one.add_argument("--moonshot", help="the sources of Moonshot's checkpoint-engine, for the transport zmq; pyzmq is needed as well")
+            one.add_argument("--only", help="the name of a case")
+            one.add_argument("--generate", action="store_true", help="also with the vLLM that is installed, which generates")
+            one.add_argument("--jobs", type=int, default=1, help="how many cases at a time")
+        else:
+            one.add_argument("--updates", type=int, default={"sequence": 20, "speed": 6}[name])
+        if name == "speed":
+            one.add_argument("--synthetic", default="qwen3-30b-a3b")
+            one.add_argument("--layers", type=int, default=24, help="over NCCL")
+            one.add_argument("--ipc-layers", type=int, default=24, help="by CUDA IPC, where one GPU has both models")
+            one.add_argument("--bucket-mb", type=int, default=1024)
+    own = what.add_parser("own-trainer", help="vLLM's own trainer engine, which sends to a server of this program")
+    own.add_argument("sources")
+    own.add_argument("--url", required=True)
+    own.add_argument("--transport", choices=["nccl", "ipc"], default="nccl")
+    own.add_argument("--device", default="cuda:0", type=torch.device)
+    own.add_argument("--bucket-mb", type=int, default=1024)
+    own.add_argument("--updates", type=int, default=6)
     args = parser.parse_args()
-    if args.what == "all":
-        everything(args)
-    serve(args)
+    drivers.get(args.what, own_trainer if args.what == "own-trainer" else serve)(args)
 
 
 if __name__ == "__main__":

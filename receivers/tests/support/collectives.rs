@@ -12,7 +12,7 @@ use collective::{
     Communicator, Library, Opened, Shape, SharedSlot, SlotGuard, Slots, Thread, Wait,
 };
 use engine_core::memory::{Job, Pool};
-use engine_core::{EngineContext, Error, ErrorKind, Result, Storage};
+use engine_core::{DeviceChoice, EngineContext, Error, ErrorKind, Result, Storage};
 
 use super::unpickle::Said;
 
@@ -47,6 +47,8 @@ struct Cast {
 pub(crate) struct InProcess {
     pub(crate) bucket_bytes: u64,
     pub(crate) is_ring: bool,
+    /// The GPUs on which other processes read slots; the trainer's own if there are none.
+    pub(crate) devices: Vec<DeviceChoice>,
 }
 
 #[async_trait]
@@ -63,8 +65,14 @@ impl Library for InProcess {
 
     async fn open(&self, _: &EngineContext, shape: Shape, _: &Pool) -> Result<Opened<Trainer>> {
         let bytes = (u64::from(shape.slots) * shape.slot_bytes) as usize;
-        let arena = Arc::new(Mutex::new(vec![0; bytes]));
-        let slots = HostSlots { shape, arena, enlarged: Arc::default() };
+        let number = |device: &DeviceChoice| device.ordinal().unwrap_or(0) as usize;
+        let readers = match &self.devices[..] {
+            [] => vec![0],
+            devices => devices.iter().map(number).collect(),
+        };
+        let arena = || Arc::new(Mutex::new(vec![0; bytes]));
+        let arenas = DEVICES.map(|_| arena()).into();
+        let slots = HostSlots { shape, arenas, readers, enlarged: Arc::default() };
         let (own, is_ring) = (slots.clone(), self.is_ring);
         let start = move || Ok(Trainer { slots: own, world: None, ended: 0, is_ring });
         let thread = Thread::start("ckpt-fake", start).await?;
@@ -76,14 +84,20 @@ impl Library for InProcess {
 /// An allocation.
 type Memory = Arc<Mutex<Vec<u8>>>;
 
-/// The only GPU of these tests.
-pub(crate) const DEVICE: &str = "8a1d0b2c-0001-0002-0003-0123456789ab";
+/// The GPUs of these tests. The trainer is on the first one.
+pub(crate) const DEVICES: [&str; 3] = [
+    "8a1d0b2c-0001-0002-0003-0123456789ab",
+    "8a1d0b2c-0001-0002-0003-0123456789ac",
+    "8a1d0b2c-0001-0002-0003-0123456789ad",
+];
 
-/// What others may read, by its handles.
-static SHARED: LazyLock<Mutex<HashMap<Vec<u8>, Memory>>> = LazyLock::new(Mutex::default);
+/// What others may read, by its handles, and the GPU that has it.
+static SHARED: LazyLock<Mutex<Shared>> = LazyLock::new(Mutex::default);
 
-/// What a process finds at `rebuild_cuda_tensor`'s arguments: the bytes of the tensor.
-pub(crate) fn rebuilt(arguments: &[Said]) -> std::result::Result<Vec<u8>, String> {
+type Shared = HashMap<Vec<u8>, (usize, Memory)>;
+
+/// What a process on a GPU finds at `rebuild_cuda_tensor`'s arguments: the bytes of the tensor.
+pub(crate) fn rebuilt(arguments: &[Said], gpu: &str) -> std::result::Result<Vec<u8>, String> {
     let text = |at: usize| arguments.get(at).and_then(Said::text).unwrap_or_default();
     let int = |at: usize| arguments.get(at).and_then(Said::int);
     let number = |at: usize| {
@@ -94,8 +108,8 @@ pub(crate) fn rebuilt(arguments: &[Said]) -> std::result::Result<Vec<u8>, String
     if types != ("torch.Tensor", "torch.storage.TypedStorage", "torch.uint8") {
         return Err(format!("another kind of tensor: {types:?}"));
     }
-    let [Some(len), Some(1), Some(0), Some(_), Some(size), Some(start)] =
-        [number(1), number(2), int(3), int(6), int(8), int(9)]
+    let [Some(len), Some(1), Some(0), Some(size), Some(start)] =
+        [number(1), number(2), int(3), int(8), int(9)]
     else {
         return Err(format!("other places: {arguments:?}"));
     };
@@ -108,29 +122,38 @@ pub(crate) fn rebuilt(arguments: &[Said]) -> std::result::Result<Vec<u8>, String
     else {
         return Err("handles are bytes".into());
     };
-    let memory = lock(&SHARED).get(handle).cloned().ok_or("invalid resource handle")?;
+    let (device, memory) = lock(&SHARED).get(handle).cloned().ok_or("invalid resource handle")?;
+    if DEVICES[device] != gpu {
+        return Err(format!("the memory is on {}, and this process on {gpu}", DEVICES[device]));
+    }
     let memory = lock(&memory);
     let place = start as usize..(start + len) as usize;
     memory.get(place).map(<[u8]>::to_vec).ok_or_else(|| "out of the allocation".into())
 }
 
-/// Slots in one allocation, but for those that were enlarged.
+/// Slots in one allocation on each GPU, but for those that were enlarged.
 #[derive(Clone, Debug)]
 struct HostSlots {
     shape: Shape,
-    arena: Memory,
-    enlarged: Arc<Mutex<HashMap<u32, Memory>>>,
+    arenas: Vec<Memory>,
+    /// The GPUs on which they are read.
+    readers: Vec<usize>,
+    enlarged: Arc<Mutex<HashMap<(usize, u32), Memory>>>,
 }
 
 impl HostSlots {
     /// The allocation that a slot is in, and its place there.
-    fn of(&self, slot: u32) -> (Memory, Range<usize>) {
-        if let Some(own) = lock(&self.enlarged).get(&slot) {
+    fn on(&self, gpu: usize, slot: u32) -> (Memory, Range<usize>) {
+        if let Some(own) = lock(&self.enlarged).get(&(gpu, slot)) {
             let len = lock(own).len();
             return (own.clone(), 0..len);
         }
         let start = (u64::from(slot) * self.shape.slot_bytes) as usize;
-        (self.arena.clone(), start..start + self.shape.slot_bytes as usize)
+        (self.arenas[gpu].clone(), start..start + self.shape.slot_bytes as usize)
+    }
+
+    fn of(&self, slot: u32) -> (Memory, Range<usize>) {
+        self.on(0, slot)
     }
 }
 
@@ -144,8 +167,13 @@ impl Slots for HostSlots {
         digests: bool,
     ) -> Result<u64> {
         let ((memory, place), threads) = (self.of(slot.index()), pool.clone());
+        let others: Vec<_> = self.readers.iter().filter(|gpu| **gpu != 0).copied().collect();
+        let others: Vec<_> = others.into_iter().map(|gpu| self.on(gpu, slot.index())).collect();
         pool.start(move || {
-            let sum = threads.encode(&jobs, &mut lock(&memory)[place], digests);
+            let sum = threads.encode(&jobs, &mut lock(&memory)[place.clone()], digests);
+            for (other, there) in others {
+                lock(&other)[there].copy_from_slice(&lock(&memory)[place.clone()]);
+            }
             drop(slot);
             sum
         })
@@ -154,20 +182,25 @@ impl Slots for HostSlots {
 
     async fn enlarge(&self, slot: SlotGuard, bytes: u64) -> Result<SlotGuard> {
         if self.of(slot.index()).1.len() < bytes as usize {
-            let own = Arc::new(Mutex::new(vec![0; bytes as usize]));
-            lock(&self.enlarged).insert(slot.index(), own);
+            for gpu in 0..DEVICES.len() {
+                let own = Arc::new(Mutex::new(vec![0; bytes as usize]));
+                lock(&self.enlarged).insert((gpu, slot.index()), own);
+            }
         }
         Ok(slot)
     }
 
-    fn shared(&self, slot: &SlotGuard) -> Result<SharedSlot> {
-        let (memory, place) = self.of(slot.index());
-        // As CUDA's handles, which name an allocation: another one once the slot was enlarged.
-        let mut handle = vec![0xc5; 64];
-        handle[..8].copy_from_slice(&(Arc::as_ptr(&memory) as u64).to_le_bytes());
-        lock(&SHARED).insert(handle.clone(), memory);
-        let (start, bytes) = (place.start as u64, place.len() as u64);
-        Ok(SharedSlot { device: DEVICE.into(), handle, start, bytes })
+    fn shared(&self, slot: &SlotGuard) -> Result<Vec<SharedSlot>> {
+        let on = |gpu: &usize| {
+            let (memory, place) = self.on(*gpu, slot.index());
+            // As CUDA's handles, which name an allocation: another one once the slot was enlarged.
+            let mut handle = vec![0xc5; 64];
+            handle[..8].copy_from_slice(&(Arc::as_ptr(&memory) as u64).to_le_bytes());
+            lock(&SHARED).insert(handle.clone(), (*gpu, memory));
+            let (start, bytes) = (place.start as u64, place.len() as u64);
+            SharedSlot { device: DEVICES[*gpu].into(), handle, start, bytes }
+        };
+        Ok(self.readers.iter().map(on).collect())
     }
 
     fn view(&self, _: SlotGuard, _: u64) -> Storage {

@@ -81,7 +81,11 @@ impl Backend for OverTheProcess {
 
     async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
         let (bucket_bytes, is_ring) = (BUCKET_BYTES, self.is_ring);
-        let library = collectives::InProcess { bucket_bytes, is_ring };
+        let options = context.config.engine_kwargs.get(self.name());
+        let devices = options.and_then(|options| options.get("devices")).cloned();
+        let devices = devices.and_then(|devices| serde_json::from_value(devices).ok());
+        let devices = devices.unwrap_or_default();
+        let library = collectives::InProcess { bucket_bytes, is_ring, devices };
         match self.contract {
             Contract::Vllm => receivers::prepare_vllm(library, context).await,
             Contract::Sglang => receivers::prepare_sglang(library, context).await,

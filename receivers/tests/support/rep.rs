@@ -1,7 +1,8 @@
-//! A worker that speaks the protocol of Moonshot's checkpoint-engine, with a socket of ZeroMQ's kind REP of its own.
+//! Workers that speak the protocol of Moonshot's checkpoint-engine, each with a socket of ZeroMQ's kind REP of its own.
 //!
-//! It waits for the trainer's next word without an end, as there.
+//! They wait for the trainer's next word without an end, as there.
 
+use futures::future::join_all;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -15,11 +16,6 @@ pub(crate) const BUCKET: &str = "a bucket";
 
 /// What lies where in the buckets: a name, a type, a shape, and where it begins.
 pub(super) type Item = (String, String, Vec<u64>, u64);
-
-/// Whether a worker is told the address of its GPU.
-pub(super) fn address<'a>(addresses: &'a Value, gpu: &str) -> Option<&'a str> {
-    addresses.get(format!("GPU-{gpu}")).and_then(Value::as_str)
-}
 
 async fn read_frame(stream: &mut UnixStream) -> std::io::Result<(u8, Vec<u8>)> {
     let flags = stream.read_u8().await?;
@@ -69,11 +65,29 @@ async fn connect(address: &str) -> std::io::Result<UnixStream> {
     Ok(stream)
 }
 
-/// Takes part in an update, as long as it lasts. `load` is told of every bucket, with the bytes of all of them.
+/// Has all workers take part in an update, as long as it lasts. `load` is told of every bucket by each of them, with the bytes of
+/// all buckets. Ends when all have ended, as a server's answer does; one that is not told the address of its GPU fails with
+/// what it `lacks`.
 pub(super) async fn update(
     shared: &Shared,
+    addresses: &Value,
+    lacks: impl Fn(&str) -> String,
+    load: impl Fn(Vec<Item>, &[u8]) -> Result<(), String>,
+) -> Result<(), String> {
+    let (lacks, load) = (&lacks, &load);
+    let worker = |gpu: &'static str| async move {
+        let address = addresses.get(format!("GPU-{gpu}")).and_then(Value::as_str);
+        take_part(shared, address.ok_or_else(|| lacks(gpu))?, gpu, load).await
+    };
+    let ended = join_all(shared.started.workers_gpus().iter().map(|gpu| worker(gpu))).await;
+    ended.into_iter().collect()
+}
+
+async fn take_part(
+    shared: &Shared,
     address: &str,
-    mut load: impl FnMut(Vec<Item>, &[u8]) -> Result<(), String>,
+    gpu: &str,
+    load: impl Fn(Vec<Item>, &[u8]) -> Result<(), String>,
 ) -> Result<(), String> {
     let broken = |error: std::io::Error| error.to_string();
     let mut stream = connect(address).await.map_err(broken)?;
@@ -84,7 +98,7 @@ pub(super) async fn update(
         return Err(format!("another handle: {handle:?}"));
     };
     assert_eq!(rebuild, "torch.multiprocessing.reductions.rebuild_cuda_tensor");
-    if let Err(words) = rebuilt(place) {
+    if let Err(words) = rebuilt(place, gpu) {
         answer(&mut stream, &format!("Traceback\n  of\nRuntimeError: {words}\n"))
             .await
             .map_err(broken)?;
@@ -131,7 +145,8 @@ pub(super) async fn update(
                     }
                     _ => {}
                 }
-                let words = match bucket(&said).and_then(|items| load(items, &rebuilt(place)?)) {
+                let words = match bucket(&said).and_then(|items| load(items, &rebuilt(place, gpu)?))
+                {
                     Ok(()) => String::new(),
                     Err(words) => {
                         format!("Traceback (most recent call last):\n  …\nRuntimeError: {words}\n")

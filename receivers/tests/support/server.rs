@@ -20,7 +20,7 @@ use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
-use super::collectives::{DEVICE, Member};
+use super::collectives::{DEVICES, Member};
 use super::sglang_contract::{self, Group};
 use super::vllm_contract;
 
@@ -76,8 +76,8 @@ pub(crate) struct Started {
     pub(crate) checkpoint: Option<std::path::PathBuf>,
     /// SGLang's `--api-key` and `--admin-api-key`.
     pub(crate) keys: Option<(&'static str, &'static str)>,
-    /// The GPU that its worker is on.
-    pub(crate) gpu: &'static str,
+    /// The GPUs that its workers are on.
+    pub(crate) gpus: &'static [&'static str],
 }
 
 impl Default for Started {
@@ -93,7 +93,7 @@ impl Default for Started {
             extension: true,
             checkpoint: None,
             keys: None,
-            gpu: DEVICE,
+            gpus: &DEVICES,
         }
     }
 }
@@ -101,6 +101,11 @@ impl Default for Started {
 impl Started {
     pub(crate) fn sglang() -> Self {
         Self { contract: Contract::Sglang, ..Self::default() }
+    }
+
+    /// The GPUs of its workers.
+    pub(crate) fn workers_gpus(&self) -> &'static [&'static str] {
+        &self.gpus[..self.workers as usize]
     }
 }
 
@@ -316,6 +321,14 @@ async fn serve(listener: TcpListener, shared: Arc<Shared>) {
                 }
             }
         }
+    }
+}
+
+/// What all workers have read.
+pub(super) fn same(read: Vec<Vec<u8>>) -> Result<Vec<u8>, String> {
+    match read.windows(2).all(|pair| pair[0] == pair[1]) {
+        true => read.into_iter().next().ok_or("there are no workers".into()),
+        false => Err("workers read other bytes than one another".into()),
     }
 }
 

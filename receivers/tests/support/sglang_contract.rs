@@ -15,7 +15,7 @@ use tokio::net::TcpStream;
 
 use super::collectives::{Member, rebuilt};
 use super::rep::{self, Item};
-use super::server::{Answer, Shared, item_size, lock, say};
+use super::server::{Answer, Shared, item_size, lock, same, say};
 use super::unpickle::{Said, unpickle};
 
 /// A group of torch, as all of the server's workers have it.
@@ -293,20 +293,27 @@ fn read(told: &Value, shared: &Shared) -> Result<(), String> {
     if told["load_format"] != "flattened_bucket" || told["flush_cache"] != false {
         return Err("this server is told of buckets only, and to flush once".into());
     }
-    let payload = &told["serialized_named_tensors"];
-    if payload.as_array().is_none_or(|ranks| ranks.len() != shared.started.workers as usize) {
-        return Err("one payload for each worker".into());
-    }
-    let payload = STANDARD.decode(payload[0].as_str().unwrap_or_default());
-    let payload = payload.map_err(|error| error.to_string())?;
-    let said = unpickle(&payload).ok_or("no pickle")?;
-    let Some(Said::Call(rebuild, arguments)) = said.get("flattened_tensor") else {
-        return Err("no flattened_tensor".into());
+    let payloads = &told["serialized_named_tensors"];
+    let each = |(rank, gpu): (usize, &&str)| {
+        let payload = payloads[rank].as_str().ok_or("list index out of range")?;
+        let payload = STANDARD.decode(payload).map_err(|error| error.to_string())?;
+        let said = unpickle(&payload).ok_or("no pickle")?;
+        let Some(Said::Call(rebuild, arguments)) = said.get("flattened_tensor") else {
+            return Err("no flattened_tensor".into());
+        };
+        if rebuild != "torch.multiprocessing.reductions.rebuild_cuda_tensor" {
+            return Err(format!("Blocked unsafe global ({rebuild})"));
+        }
+        // It sees all GPUs of the host, and finds this one by its UUID.
+        if arguments.get(6).and_then(Said::text) != Some(gpu) {
+            return Err(format!("Invalid device_uuid, or that of another worker: {arguments:?}"));
+        }
+        Ok((rebuilt(arguments, gpu)?, said))
     };
-    if rebuild != "torch.multiprocessing.reductions.rebuild_cuda_tensor" {
-        return Err(format!("Blocked unsafe global ({rebuild})"));
-    }
-    let bytes = rebuilt(arguments)?;
+    let read = shared.started.workers_gpus().iter().enumerate().map(each);
+    let (bytes, said): (Vec<_>, Vec<_>) =
+        read.collect::<Result<Vec<_>, String>>()?.into_iter().unzip();
+    let (bytes, said) = (same(bytes)?, &said[0]);
     let mut bucket = Vec::new();
     for meta in said.get("metadata").and_then(Said::items).ok_or("no metadata")? {
         let Said::Call(class, meta) = meta else { return Err("no metadata of a tensor".into()) };
@@ -339,9 +346,7 @@ async fn connect_and_read(told: &Value, shared: &Shared) -> Result<(), String> {
     if told["flush_cache"] != false {
         return Err("this server is told to flush once".into());
     }
-    let gpu = shared.started.gpu;
-    let address = rep::address(&told["zmq_handles"], gpu);
-    let address = address.ok_or(format!("Device UUID GPU-{gpu} not found in zmq_handles: []"))?;
+    let lacks = |gpu: &str| format!("Device UUID GPU-{gpu} not found in zmq_handles: []");
     let copy = |items: Vec<Item>, bytes: &[u8]| {
         let place = |(name, dtype, shape, start): Item| {
             let item = item_size(&dtype).ok_or("torch has no such type")?;
@@ -353,7 +358,7 @@ async fn connect_and_read(told: &Value, shared: &Shared) -> Result<(), String> {
         };
         load(items.into_iter().map(place).collect::<Result<_, String>>()?, bytes, shared)
     };
-    rep::update(shared, address, copy).await
+    rep::update(shared, &told["zmq_handles"], lacks, copy).await
 }
 
 type Tensor = (String, (String, Vec<u64>), std::ops::Range<usize>);

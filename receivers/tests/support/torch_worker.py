@@ -58,7 +58,8 @@ def read(told):
     assert tensor["tensor_size"] == (tensor["storage_size_bytes"],) and len(tensor["storage_handle"]) == 64
     assert not tensor["requires_grad"] and tensor["event_sync_required"] is False
     assert all(isinstance(tensor[key], bytes) for key in ["storage_handle", "ref_counter_handle", "event_handle"])
-    assert all(isinstance(tensor[key], int) for key in ["storage_device", "storage_offset_bytes"])
+    # SGLang puts the device of this UUID in its place.
+    assert isinstance(tensor["storage_device"], str) and isinstance(tensor["storage_offset_bytes"], int)
     # Nobody who drops the tensor misses the file that counts its readers.
     torch.UntypedStorage._release_ipc_counter(tensor["ref_counter_handle"], tensor["ref_counter_offset"], device=0)
     content = torch.zeros(tensor["storage_size_bytes"], dtype=torch.uint8)

@@ -8,9 +8,9 @@ use base64::engine::general_purpose::STANDARD;
 use futures::future::join_all;
 use serde_json::{Value, json};
 
-use super::collectives::{DEVICE, Member, rebuilt};
+use super::collectives::{Member, rebuilt};
 use super::rep::{self, Item};
-use super::server::{Answer, Layer, Shared, State, Tensors, item_size, lock, say};
+use super::server::{Answer, Layer, Shared, State, Tensors, item_size, lock, same, say};
 use super::unpickle::{Said, unpickle};
 
 /// The layer that a tensor is a part of.
@@ -125,7 +125,7 @@ async fn init(info: &Value, shared: &Shared) -> Result<(), String> {
         None => {
             return Err("Weight transfer not configured. Please set weight_transfer_config".into());
         }
-        Some("nccl") => {}
+        Some("nccl" | "sparse_nccl") => {}
         Some(other) => {
             let other =
                 format!("Invalid init_info for {}WeightTransferEngine", other.to_uppercase());
@@ -149,7 +149,13 @@ async fn init(info: &Value, shared: &Shared) -> Result<(), String> {
             "packed_num_buffers",
         ];
         if !known.contains(&&**key) {
-            return Err(format!("Invalid init_info: got an unexpected keyword argument '{key}'"));
+            let engine = match shared.started.backend {
+                Some("sparse_nccl") => "SparseNCCL",
+                _ => "NCCL",
+            };
+            return Err(format!(
+                "Invalid init_info for {engine}WeightTransferEngine: got an unexpected keyword argument '{key}'"
+            ));
         }
     }
     let number = |key: &str| {
@@ -202,6 +208,10 @@ async fn update(info: &Value, shared: &Shared) -> Result<(), String> {
     if !lock(&shared.state).active {
         return Err("start_weight_update must be called before update_weights.".into());
     }
+    if shared.started.backend == Some("sparse_nccl") {
+        let counts = list("num_updates_list")?;
+        return patch(&names, &types, &shapes, &counts, shared).await;
+    }
     if shared.started.backend == Some("ipc") {
         return read(info, &names, &types, &shapes, shared);
     }
@@ -233,6 +243,71 @@ async fn update(info: &Value, shared: &Shared) -> Result<(), String> {
     Ok(())
 }
 
+/// Receives positions and values of each weight, and then changes what the model has there. What is not a number stands for an
+/// element that does not change, so it cannot be sent; nor can types that have no such.
+async fn patch(
+    names: &[Value],
+    types: &[Value],
+    shapes: &[Value],
+    counts: &[Value],
+    shared: &Shared,
+) -> Result<(), String> {
+    if counts.is_empty() || counts.len() != names.len() {
+        return Err("`num_updates_list` cannot be empty for sparse updates".into());
+    }
+    let mut members = lock(&shared.state).members.clone();
+    let members = members.as_mut().ok_or("NCCL weight transfer not initialized.")?;
+    let mut patches = Vec::new();
+    for (((name, dtype), shape), count) in names.iter().zip(types).zip(shapes).zip(counts) {
+        let (name, dtype) = (name.as_str().ok_or("a name")?, dtype.as_str().ok_or("a type")?);
+        let shape: Vec<u64> = serde_json::from_value(shape.clone()).map_err(|e| e.to_string())?;
+        let count = count.as_u64().filter(|count| *count > 0).ok_or("a number of elements")?;
+        let item = item_size(dtype).ok_or_else(|| format!("torch has no {dtype}"))?;
+        let mut all = async |bytes: u64| {
+            let received = members.iter_mut().map(|member| member.receive(bytes as usize));
+            same(join_all(received).await)
+        };
+        let positions = all(4 * count).await?;
+        patches.push((
+            name.to_owned(),
+            (dtype.to_owned(), shape),
+            positions,
+            all(item * count).await?,
+        ));
+    }
+    lock(&shared.state).members = Some(members.clone());
+    let State { expected, weights, .. } = &mut *lock(&shared.state);
+    for (name, described, positions, values) in &patches {
+        if expected.get(name) != Some(described) {
+            return Err(format!("there is no module or parameter named '{name}'"));
+        }
+        let weight = weights.get_mut(name).ok_or("no weight")?;
+        let item = values.len() / (positions.len() / 4);
+        let is_nan = match &*described.0 {
+            "bfloat16" => |value: &[u8]| u16::from_le_bytes([value[0], value[1]]) & 0x7fff > 0x7f80,
+            "float32" => {
+                |value: &[u8]| f32::from_le_bytes(value.try_into().expect("four bytes")).is_nan()
+            }
+            other => return Err(format!("\"full_cuda\" not implemented for '{other}'")),
+        };
+        let mut last = None;
+        for (position, value) in positions.chunks(4).zip(values.chunks(item)) {
+            let position = i32::from_le_bytes(position.try_into().expect("four bytes"));
+            let at = usize::try_from(position).map_err(|error| error.to_string())? * item;
+            if is_nan(value) || at + item > weight.len() || last >= Some(position) {
+                return Err(
+                    "Sparse checkpoint patches contain NaN values, out-of-range indices, or \
+                            duplicate indices"
+                        .into(),
+                );
+            }
+            last = Some(position);
+            weight[at..at + item].copy_from_slice(value);
+        }
+    }
+    Ok(())
+}
+
 /// Reads a bucket where it is.
 fn read(
     info: &Value,
@@ -252,8 +327,14 @@ fn read(
     }
     let places = STANDARD.decode(pickled).map_err(|error| error.to_string())?;
     let places = unpickle(&places).ok_or("no pickle")?;
-    let place = places.get(DEVICE).and_then(Said::items);
-    let bytes = rebuilt(place.ok_or("IPC handle not found for GPU UUID")?)?;
+    // Each worker has a part of what arrives: all of them see the same bytes, or the model is none.
+    let read = |gpu: &&str| {
+        let place = places.get(gpu).and_then(Said::items);
+        let place = place.ok_or(format!("IPC handle not found for GPU UUID {gpu}"))?;
+        rebuilt(place, gpu)
+    };
+    let read: Result<Vec<_>, String> = shared.started.workers_gpus().iter().map(read).collect();
+    let bytes = same(read?)?;
     let sizes: Vec<u64> =
         serde_json::from_value(info["tensor_sizes"].clone()).map_err(|error| error.to_string())?;
     let mut chunk = Vec::new();
@@ -276,8 +357,6 @@ async fn call(body: &Value, shared: &Shared) -> Result<(), String> {
     if method != "update_weights_from_ipc" || !shared.started.extension {
         return Err(format!("Method '{method}' is not implemented."));
     }
-    let gpu = shared.started.gpu;
-    let address = rep::address(&body["args"][0], gpu).ok_or(format!("'GPU-{gpu}'"))?;
     let copy = |items: Vec<Item>, bytes: &[u8]| {
         let mut state = lock(&shared.state);
         for (name, dtype, shape, start) in items {
@@ -292,7 +371,7 @@ async fn call(body: &Value, shared: &Shared) -> Result<(), String> {
         }
         Ok(())
     };
-    rep::update(shared, address, copy).await
+    rep::update(shared, &body["args"][0], |gpu| format!("'GPU-{gpu}'"), copy).await
 }
 
 type Tensor = (String, String, Vec<u64>, u64, u64);
