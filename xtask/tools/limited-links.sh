@@ -1,9 +1,12 @@
 #!/bin/bash
 # Measures a ring and a star of nixl where the network is what limits them: each rank in a network namespace of its
 # own, every link limited by tc. Needs root, iproute2, and NIXL where `ckpt-engine doctor` finds it.
-# `limited-links.sh PROGRAM` prints the seconds of the updates of each setting, and their median.
+# `limited-links.sh PROGRAM` prints the seconds of the updates of each setting, and their median. RATE is that of a link, UPDATES how many there
+# are, SOURCE what a trainer is told of its model, MORE what all ranks are told, SETTINGS topologies and numbers of rollouts:
+# `RATE=1gbit SETTINGS=ring:1 SOURCE="--synthetic qwen2.5-0.5b --change-rate 0.01" MORE=--delta limited-links.sh PROGRAM`.
 program=$(readlink -f "${1:-target/release/ckpt-engine}")
-rate=${RATE:-800mbit} updates=${UPDATES:-4}
+rate=${RATE:-800mbit} updates=${UPDATES:-4} more=${MORE:-}
+source=${SOURCE:---synthetic qwen2.5-0.5b --layers 1}
 folder=$(mktemp -d)
 name=ckl$$
 names=""
@@ -32,12 +35,12 @@ done
 measure() {
     local topology=$1 rollouts=$2 common
     common="--backend nixl --bucket-mb 8 --engine-kwarg transports=tcp,self --engine-kwarg topology=$topology \
-        --rendezvous 10.77.0.10:29600 --token-file $folder/token"
+        --rendezvous 10.77.0.10:29600 --token-file $folder/token $more"
     for rank in $(seq "$rollouts"); do
         ip netns exec $name-$rank "$program" rollout $common --world-size $((rollouts + 1)) \
             >"$folder/rollout$rank" 2>&1 &
     done
-    ip netns exec $name-0 "$program" trainer $common --rollouts "$rollouts" --synthetic qwen2.5-0.5b --layers 1 \
+    ip netns exec $name-0 "$program" trainer $common --rollouts "$rollouts" $source \
         --updates "$updates" --json 2>"$folder/trainer" | python3 -c '
 import json, statistics, sys
 seconds = [json.loads(line)["seconds"] for line in sys.stdin if line.startswith("{")][1:]
@@ -47,6 +50,4 @@ print(f"{what}: {statistics.median(seconds):.2f} s, of {seconds}")' "$topology" 
         { grep -h "^error" "$folder"/* && exit 1; }
     wait
 }
-measure ring 1
-measure ring 4
-measure star 4
+for setting in ${SETTINGS:-ring:1 ring:4 star:4}; do measure "${setting%:*}" "${setting#*:}"; done
