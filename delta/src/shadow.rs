@@ -191,3 +191,59 @@ fn sum(bytes: &[u8], pool: &Pool) -> u64 {
     let sums = pool.map(parts, |(part, bytes)| digest::sum((part * GRAIN) as u64, bytes));
     sums.into_iter().fold(0, u64::wrapping_add)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use engine_core::DType;
+
+    fn pool() -> Pool {
+        Pool::new(2).expect("threads")
+    }
+
+    fn entry(name: &str, bytes: Vec<u8>) -> Entry {
+        let weight = Weight::new(name, DType::U8, [bytes.len() as u64], bytes).expect("a weight");
+        Entry::encoded(&weight, &pool()).expect("memory")
+    }
+
+    #[test]
+    fn a_byte_that_changed_by_itself_is_found_and_the_weight_named() {
+        for (len, at) in [(1, 0), (1000, 999), (GRAIN + 100, GRAIN + 50)] {
+            let mut shadow =
+                Shadow { entries: vec![entry("a", vec![1; 9]), entry("b", vec![2; len])] };
+            shadow.attest(&pool()).expect("nothing changed");
+            // Written past its owner: no sum follows it.
+            shadow.entries[1].write(at as u64, &vec![3].into()).expect("a byte");
+            let error = shadow.attest(&pool()).expect_err("a byte changed");
+            assert_eq!(
+                (error.kind(), error.report().tensor.as_deref()),
+                (ErrorKind::Digest, Some("b"))
+            );
+        }
+    }
+
+    #[test]
+    fn a_weight_that_is_read_is_changed_in_a_copy() {
+        let mut entry = entry("a", vec![7; 100]);
+        let before = entry.view();
+        entry.write(0, &vec![8; 100].into()).expect("memory");
+        assert_eq!(before.to_host().expect("host memory")[..], [7; 100]);
+        assert_eq!(entry.bytes(), [8; 100]);
+    }
+
+    #[test]
+    fn names_types_shapes_order_and_bytes_make_the_number_of_a_version() {
+        let version = |entries: Vec<Entry>| Shadow { entries }.version();
+        let all = || vec![entry("a", vec![1, 2]), entry("b", vec![3])];
+        let mut others = vec![version(Vec::new()), version(all())];
+        others.push(version(all().into_iter().rev().collect()));
+        others.push(version(vec![entry("a", vec![1, 2])]));
+        others.push(version(vec![entry("a", vec![1, 2]), entry("c", vec![3])]));
+        others.push(version(vec![entry("a", vec![1, 3]), entry("b", vec![3])]));
+        others.push(version(vec![entry("a", vec![1]), entry("b", vec![2, 3])]));
+        assert_eq!(version(all()), others[1]);
+        others.sort_unstable();
+        others.dedup();
+        assert_eq!(others.len(), 7);
+    }
+}
