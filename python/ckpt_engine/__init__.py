@@ -56,6 +56,8 @@ from .errors import (
 )
 from .manager import LocalRollout, Manager, RolloutWorker
 from .reports import (
+    ChangedElements,
+    DeltaReport,
     Peer,
     ReceiveReport,
     ReceiverReport,
@@ -70,9 +72,11 @@ __all__ = [
     "AbortedError",
     "AuthenticationError",
     "BackendError",
+    "ChangedElements",
     "Channel",
     "ConfigError",
     "ControlPlane",
+    "DeltaReport",
     "Destination",
     "DigestError",
     "Error",

@@ -73,6 +73,42 @@ class ReceiverReport:
 
 
 @dataclass(frozen=True)
+class ChangedElements:
+    """Elements of one type, and how many of them changed.
+
+    Attributes:
+        compared: All of the weights that were there before.
+        changed: Those that have another value.
+    """
+
+    compared: int
+    changed: int
+
+
+@dataclass(frozen=True)
+class DeltaReport:
+    """What an update found that carries only what changed.
+
+    Attributes:
+        whole: Why whole weights travelled; ``None`` if changes did.
+        elements: What was compared, by the type that travels: ``"BF16"``, ``"F8_E4M3"``.
+        changed_weights: Weights that were there before and had changes.
+        shadow_bytes: Bytes of the copy that the trainer keeps of what it sent.
+    """
+
+    whole: str | None
+    elements: dict[str, ChangedElements]
+    changed_weights: int
+    shadow_bytes: int
+
+    @property
+    def changed_ratio(self) -> float:
+        """The part of all elements that changed."""
+        compared = sum(counts.compared for counts in self.elements.values())
+        return sum(counts.changed for counts in self.elements.values()) / compared if compared else 0.0
+
+
+@dataclass(frozen=True)
 class SendReport:
     """What a trainer's update did.
 
@@ -87,6 +123,7 @@ class SendReport:
         receivers: Every rollout that took part.
         absent: Ranks that took no part because their processes died or left.
         slower: What fell back to something slower than was asked for, and why.
+        delta: What had changed, where updates carry only that.
     """
 
     version: int
@@ -99,6 +136,7 @@ class SendReport:
     receivers: tuple[ReceiverReport, ...]
     absent: tuple[int, ...]
     slower: tuple[str, ...] = ()
+    delta: DeltaReport | None = None
 
     @property
     def gb_per_s(self) -> float:
@@ -125,6 +163,8 @@ class SendReport:
             "publish_seconds": self.stages.publish,
             "confirm_seconds": self.stages.confirm,
         }
+        if self.delta is not None and self.delta.whole is None:
+            values["changed_ratio"] = self.delta.changed_ratio
         return {prefix + name: float(value) for name, value in values.items()}
 
 
@@ -183,7 +223,15 @@ def _send_report(text: str) -> SendReport:
         receivers=tuple(ReceiverReport(**receiver) for receiver in data["receivers"]),
         absent=tuple(data["absent"]),
         slower=tuple(data["slower"]),
+        delta=_delta_report(data["delta"]),
     )
+
+
+def _delta_report(data: Any) -> DeltaReport | None:
+    if data is None:
+        return None
+    elements = {dtype: ChangedElements(**counts) for dtype, counts in data["elements"].items()}
+    return DeltaReport(**{**data, "elements": elements})
 
 
 def _receive_report(text: str) -> ReceiveReport:

@@ -39,6 +39,24 @@ def test_a_version_is_complete_only_when_all_of_it_was_taken(local):
     assert rollout.version == 1
 
 
+def test_only_what_changed_travels_and_the_report_says_how_much_that_was():
+    trainer, (rollout,) = ckpt_engine.form_local_group({"backend": "naive", "delta": True})
+    weights = {name: bytearray(value) for name, value in WEIGHTS.items()}
+    for version in (1, 2):
+        receiving = in_thread(lambda: dict(rollout.receive_weights(copy=True)))
+        report = trainer.send_weights(weights, version)
+        received = {name: bytes(memoryview(tensor)) for name, tensor in receiving.result(10).items()}
+        assert received == {name: bytes(value) for name, value in weights.items()}
+        weights["b"][7] ^= 1
+        if version == 1:
+            assert report.delta.whole == "nothing was sent before"
+            assert "checkpoint_engine/changed_ratio" not in report.metrics()
+    assert (report.delta.whole, report.delta.changed_weights) == (None, 1)
+    assert report.delta.elements == {"U8": ckpt_engine.ChangedElements(compared=1008, changed=1)}
+    assert report.metrics()["checkpoint_engine/changed_ratio"] == 1 / 1008
+    assert report.delta.shadow_bytes == 1008 and report.counts.wire_bytes < 200
+
+
 def test_the_version_before_stays_when_the_next_one_is_left(local):
     trainer, rollout = local
     update(trainer, rollout, 1)
