@@ -89,7 +89,7 @@ impl MappedSegment {
 }
 
 /// A file in memory of so many bytes, all of which are there, and which nobody can make shorter or longer; mapped for writing.
-/// `full` says that there is no memory for it.
+/// The error is that of `full` where there is no memory for it.
 pub(crate) fn allocate(
     name: &str,
     len: u64,

@@ -30,7 +30,8 @@ pub(crate) struct Shadow {
     pub(crate) entries: Vec<Entry>,
 }
 
-/// Memory that whoever reads it shares. It is written where it is when nobody does, else in a copy.
+/// Memory that readers share. It is written in place while nobody reads it. While somebody does, a copy is written, which takes
+/// its place.
 #[derive(Debug)]
 struct Memory(Arc<TensorMemory>);
 

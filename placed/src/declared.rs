@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use engine_core::plan::ALIGNMENT;
 use engine_core::{DType, Error, ErrorKind, Rank, Result, Role, TensorBox, TensorMeta};
+use protocol::decode;
 use quant_fp8::{Fp8Format, Mode};
 use reshard::{Declarations, Links, MaximaExchange, Planner};
 use serde::{Deserialize, Serialize};
 
 use crate::coordinator::{digest_of, set_of};
-use crate::message::{Declared, Digest, decode};
+use crate::message::{Declared, Digest};
 use crate::pieces::{scales_of, tiles};
 
 const PLANNING: &str = "planning a placed update";

@@ -22,8 +22,8 @@
 //! tensor and rank, and leaves the version that is there. From then on a rollout's tensors hold no version until the
 //! commit, and they are whole again when an update succeeds.
 //!
-//! What keeps a trainer that was given up for lost from writing later is the [`Lender`]: an update begins only when whoever had the
-//! memory in the one before has let it go.
+//! A trainer that was taken for lost may still be writing. So the [`Lender`] lets an update begin only when every trainer of the one
+//! before has let the memory go.
 //!
 //! The leader's part and a rank's are state machines without IO.
 

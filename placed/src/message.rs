@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result, Role, Version};
+use engine_core::{ErrorReport, Rank, Role, Version};
 
 /// A SHA-256 digest.
 pub(crate) type Digest = [u8; 32];
@@ -115,31 +115,11 @@ impl ToLeader {
     }
 }
 
-/// # Errors
-///
-/// `Protocol` if the message cannot be written, which no message of ours should be.
-pub(crate) fn encode(message: &impl Serialize) -> Result<Bytes> {
-    postcard::to_stdvec(message).map(Bytes::from).map_err(|error| {
-        Error::new(ErrorKind::Protocol, "writing a message", error.to_string()).with_source(error)
-    })
-}
-
-/// # Errors
-///
-/// `Protocol` if the bytes are not a message.
-pub(crate) fn decode<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T> {
-    let malformed = |words: String| Error::new(ErrorKind::Protocol, "reading a message", words);
-    match postcard::take_from_bytes(body) {
-        Ok((message, [])) => Ok(message),
-        Ok((_, rest)) => Err(malformed(format!("{} bytes too many", rest.len()))),
-        Err(error) => Err(malformed(error.to_string()).with_source(error)),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use protocol::decode;
 
     proptest! {
         #[test]

@@ -12,6 +12,7 @@ use engine_core::{
 };
 use futures::FutureExt;
 use futures::future::BoxFuture;
+use protocol::encode;
 use tokio::sync::Mutex as Lock;
 
 use crate::coordinator::digest_of;
@@ -19,7 +20,7 @@ use crate::declared::{Declaration, Lent, Table, Wanted, lay_out};
 use crate::encode::{Going, verify};
 use crate::member::{Done, Member, Task, TensorState};
 use crate::memory::Lender;
-use crate::message::{Digest, encode};
+use crate::message::Digest;
 use crate::seat::{Seat, Worker, busy, ready};
 use crate::trainer::Plans;
 

@@ -8,11 +8,12 @@ use engine_core::control::{Control, Event};
 use engine_core::{Error, ErrorKind, Rank, Result, Version, clock};
 use futures::future::{Either, select};
 use futures::{FutureExt, future::BoxFuture};
+use protocol::{decode, encode};
 
 use crate::coordinator::{self, Committed, Coordinator};
 use crate::encode::Going;
 use crate::member::{self, Done, Member, Task};
-use crate::message::{ToLeader, ToMember, decode, encode};
+use crate::message::{ToLeader, ToMember};
 
 /// A rank's connection and machines.
 #[derive(Debug)]

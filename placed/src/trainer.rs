@@ -14,6 +14,7 @@ use engine_core::{
 };
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
+use protocol::encode;
 use reshard::Planner;
 use tokio::sync::Mutex as Lock;
 
@@ -22,7 +23,7 @@ use crate::declared::{Declaration, Held, Table, table};
 use crate::encode::{Going, Sources};
 use crate::member::{Done, Member, Task};
 use crate::memory::{Reach, Reached};
-use crate::message::{Declared, Digest, encode};
+use crate::message::{Declared, Digest};
 use crate::seat::{Seat, Worker, busy, ready};
 
 const COLLECTING: &str = "collecting the trainer's weights";

@@ -75,7 +75,7 @@ mod witness;
 mod work;
 
 pub use link::{Fetch, FetchLink, Members, Part, ReceiveLink, SendLink};
-pub use message::Ticket;
+pub use message::{Ticket, decode, encode};
 pub use receiver::{Arrival, Receiver};
 pub use route::Topology;
 pub use sender::{CoSender, Sender};

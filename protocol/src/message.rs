@@ -142,19 +142,23 @@ pub(super) enum ToSender {
     Failed { update: u64, error: ErrorReport },
 }
 
+/// A message between ranks of one build, as bytes.
+///
 /// # Errors
 ///
 /// `Protocol` if the message cannot be written, which no message of ours should be.
-pub(super) fn encode(message: &impl Serialize) -> Result<Bytes> {
+pub fn encode(message: &impl Serialize) -> Result<Bytes> {
     postcard::to_stdvec(message).map(Bytes::from).map_err(|error| {
         Error::new(ErrorKind::Protocol, "writing a message", error.to_string()).with_source(error)
     })
 }
 
+/// The message that bytes are, all of them.
+///
 /// # Errors
 ///
 /// `Protocol` if the bytes are not a message.
-pub(super) fn decode<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T> {
+pub fn decode<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T> {
     let malformed = |words: String| Error::new(ErrorKind::Protocol, "reading a message", words);
     match postcard::take_from_bytes(body) {
         Ok((message, [])) => Ok(message),

@@ -23,8 +23,8 @@ use crate::work::{Own, Owner, Shared, Slot, lock, spawn};
 const MOST: usize = 4096;
 const MOST_BYTES: u64 = 64 << 20;
 
-/// The same on devices. The iterator's thread sleeps when so much waits, and is woken at the half: that is what a device
-/// encodes in the time that waking takes, and beside the two buckets of weights that the engine has by then it is not much.
+/// The same on devices. The iterator's thread sleeps when so much waits, and is woken when half of it does. A device encodes that half
+/// in the time that the thread takes to wake. The engine keeps two buckets of weights beside it.
 const MOST_DEVICE_BYTES: u64 = 1 << 30;
 
 /// For so long weights of a device are gathered whose producer is waited for once, unless the engine has none.
