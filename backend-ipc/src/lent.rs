@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use engine_core::{Error, ErrorKind, Rank, Result};
-use placed::{Lender, Reach, Reached};
+use placed::{Lender, LentBytes, Reach, Reached};
 use serde::{Deserialize, Serialize};
 
 use crate::error::SegmentError;
@@ -69,10 +69,10 @@ impl Lender for LentMemory {
         Ok(self.lease.is_none())
     }
 
-    fn bytes(&self) -> Result<&[u8]> {
+    fn bytes(&self) -> Result<LentBytes<'_>> {
         match self.lease {
             // No one has the lease, and none can get it any more: nobody writes.
-            None => Ok(self.bytes.as_ref()),
+            None => Ok(LentBytes::Host(self.bytes.as_ref())),
             Some(_) => Err(SegmentError::Lent.into()),
         }
     }
@@ -138,6 +138,11 @@ impl Reached for Borrowing {
 mod tests {
     use super::*;
 
+    fn host(memory: &LentMemory) -> &[u8] {
+        let LentBytes::Host(bytes) = memory.bytes().unwrap() else { panic!("host memory") };
+        bytes
+    }
+
     fn reach(neighbours: &Neighbours, terms: &Bytes) -> Result<Arc<dyn Reached>> {
         Ok(neighbours.reach(&[(Rank(1), terms.clone())])?.remove(0))
     }
@@ -158,7 +163,7 @@ mod tests {
         assert_eq!(memory.bytes().unwrap_err().kind(), ErrorKind::State);
         drop(held);
         assert!(memory.take_back().unwrap());
-        let bytes = memory.bytes().unwrap();
+        let bytes = host(&memory);
         let expected = [vec![0; 3], vec![1; 20], vec![2; 5], vec![0; 64], vec![3; 8]].concat();
         assert_eq!(bytes, expected);
         let error = reach(&neighbours, &terms).unwrap_err();
@@ -167,7 +172,7 @@ mod tests {
         let terms = memory.lend().unwrap();
         reach(&neighbours, &terms).unwrap().put(0, &[9]).unwrap();
         assert!(memory.take_back().unwrap());
-        assert_eq!(memory.bytes().unwrap()[0], 9);
+        assert_eq!(host(&memory)[0], 9);
     }
 
     #[test]

@@ -104,7 +104,7 @@ async fn rollout(address: Address, rank: u32, ranks: u32) -> (ControlPlane, Plac
 /// Whether every byte that a rollout has is that of a version.
 fn check(rollout: &PlacedRollout, version: u64) {
     let read = rollout.read(|tensor| {
-        for (at, byte) in (0..).zip(tensor.bytes) {
+        for (at, byte) in (0..).zip(&*tensor.bytes()?) {
             let (row, col) = (at / (SHAPE[1] / 2), at % (SHAPE[1] / 2) + SHAPE[1] / 2);
             assert_eq!(*byte, value(version, row, col), "row {row}, column {col}");
         }

@@ -213,7 +213,7 @@ fn check(source: &Source, version: Version, tensor: &PlacedTensor<'_>) -> Result
         };
     let Some(format) = &wanted.format else {
         let size = meta.dtype.bytes().unwrap_or(1) as usize;
-        return compare("element", tensor.bytes, size, &bytes, shape, &wanted.region);
+        return compare("element", &tensor.bytes()?, size, &bytes, shape, &wanted.region);
     };
     let ty = match meta.dtype {
         DType::BF16 => SourceType::Bf16,
@@ -228,10 +228,10 @@ fn check(source: &Source, version: Version, tensor: &PlacedTensor<'_>) -> Result
     Matrix::new(&bytes, ty, &sides).and_then(|matrix| {
         Codec::best().quantize(&matrix, format, all, &mut codes, &mut scales, Store::Cached)
     })?;
-    compare("code", tensor.bytes, 1, &codes, shape, &wanted.region)?;
+    compare("code", &tensor.bytes()?, 1, &codes, shape, &wanted.region)?;
     let Some((of_scales, region)) = wanted.scales()? else { return Ok(()) };
     let scales: Vec<u8> = scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
-    compare("scale", tensor.scales, 4, &scales, &of_scales.shape, &region)
+    compare("scale", &tensor.scales()?, 4, &scales, &of_scales.shape, &region)
 }
 
 /// What the process of a rollout that lends its tensors was started with.

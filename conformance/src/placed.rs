@@ -210,9 +210,9 @@ impl<'a> Group<'a> {
             let mut expected = wants.iter().map(|wanted| self.model.expected(wanted, version));
             let read = rollout.read(|tensor| {
                 let expected = expected.next().expect("a box that is wanted");
-                assert!(tensor.bytes == expected[0], "{:?}", tensor.wanted);
+                assert!(tensor.bytes()? == expected[0], "{:?}", tensor.wanted);
                 let scales = expected.get(1).map_or(&[][..], |scales| &scales[..]);
-                assert!(tensor.scales == scales, "scales of {:?}", tensor.wanted);
+                assert!(*tensor.scales()? == *scales, "scales of {:?}", tensor.wanted);
                 Ok(())
             });
             assert_eq!(read.expect("a version"), Version(version));

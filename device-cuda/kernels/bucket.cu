@@ -87,6 +87,7 @@ __device__ __forceinline__ float round_to_bf16(float value) {
 struct Scale {
     float scale;
     float multiplier;
+    u32 bits;           // of the scale
 };
 
 // The formulas of quant-fp8's `Mode::block_scale`, in the same correctly rounded arithmetic.
@@ -137,6 +138,12 @@ __device__ __forceinline__ u32 codes2(float a, float b) {
 #endif
 }
 
+// The bits of an element without its sign.
+__device__ __forceinline__ u32 magnitude(const u8* source, u32 kind, u64 index) {
+    if (kind == F32) return ((const u32*)source)[index] & 0x7fffffffu;
+    return ((const u16*)source)[index] & 0x7fffu;
+}
+
 __device__ __forceinline__ float element(u64 source, u32 kind, bool precast, u64 index) {
     float value;
     if (kind == BF16) return bf16_value(((const u16*)source)[index]);
@@ -174,6 +181,15 @@ __device__ __forceinline__ u64 product(Keys k, u32 row, u32 low, u32 high) {
 // The same for a word anywhere in the bucket.
 __device__ __forceinline__ u64 product_at(u64 index, u64 word) {
     return product(keys_of(index), (u32)(index >> 3), (u32)word, (u32)(word >> 32));
+}
+
+// Writes the lower bytes of a word.
+__device__ __forceinline__ void store_bytes(u8* target, u64 word, u32 bytes) {
+    if (bytes == 8 && ((u64)target & 7) == 0) {
+        *(u64*)target = word;
+        return;
+    }
+    for (u32 i = 0; i < bytes; i++) target[i] = (u8)(word >> (8 * i));
 }
 
 // The products of the last bytes of a copy, less than 16; the last word is filled up with zeros.
@@ -230,33 +246,58 @@ __device__ __forceinline__ u32 block_max(u32 value, u32* shared) {
     return result;
 }
 
+// A block of a matrix: where its elements are, and where its codes go.
+struct Block {
+    const u8* source;
+    u8* target;
+    u64 source_row;     // bytes from one row to the next
+    u64 target_row;
+    u64 place;          // where the first code is in what the digest is of, in bytes
+    float* scale;       // where the scale goes, if anywhere
+    const u32* known;   // the block's largest magnitude, where others have a part of it
+    u64 number;         // to report a block that has no finite form
+    u32 rows;
+    u32 cols;
+    u32 flags;          // PRECAST, SUMMED
+};
+
+// Of a largest magnitude that is known: there is a NaN as well.
+#define HAS_NAN 0x80000000u
+
 // The scale of a block whose largest magnitude has these bits; reports a block that has none.
-__device__ __forceinline__ Scale settle(u32 mode, u32 bits, const Job* job, Tile tile, u64* failed) {
+__device__ __forceinline__ Scale settle(u32 mode, u32 bits, const Block& block, u64* failed) {
     Scale scale = block_scale(mode, __uint_as_float(bits));
     bool finite = bits < 0x7f800000u && isfinite(scale.multiplier);
     if (threadIdx.x == 0) {
-        ((float*)job->scales)[tile.index] = scale.scale;
-        if (!finite) atomicMin(failed, (u64)tile.job << 32 | tile.index);
+        if (block.scale) *block.scale = scale.scale;
+        if (!finite) atomicMin(failed, block.number);
     }
     if (!finite) scale.multiplier = 0.0f;
+    scale.bits = __float_as_uint(scale.scale);
     return scale;
+}
+
+// The bits of a largest magnitude as an F32.
+__device__ __forceinline__ u32 widened(u32 kind, bool precast, u32 top) {
+    if (top & HAS_NAN) return 0x7fffffffu;
+    float value = kind == BF16 ? bf16_value(top) : kind == F16 ? f16_value(top) : __uint_as_float(top);
+    // Rounding keeps the order, so the largest may be rounded alone.
+    return __float_as_uint(precast ? round_to_bf16(value) : value);
 }
 
 // A block of 128 x 128 whose rows begin at multiples of 16 bytes: read once, kept in registers.
 // Thread t has columns 8 (t mod 16) .. + 8 of the rows t / 16 + 16 i.
 template <int KIND>
-__device__ __forceinline__ u64 encode_block(
-    u32 mode, const Job* job, Tile tile, u32 rows, u32 cols, u64 first, u32* shared, u64* failed,
-    u64 base) {
+__device__ __forceinline__ u64 encode_block(u32 mode, const Block& block, u32* shared, u64* failed, Scale* found) {
     constexpr int STEPS = 8;
     constexpr int VECTORS = KIND == F32 ? 2 : 1;
     constexpr int SIZE = KIND == F32 ? 4 : 2;
-    u32 width = job->cols;
-    bool precast = KIND != BF16 && (job->flags & PRECAST);
+    u32 rows = block.rows, cols = block.cols;
+    bool precast = KIND != BF16 && (block.flags & PRECAST);
     u32 row = threadIdx.x >> 4, col = (threadIdx.x & 15) * 8;
     uint4 data[STEPS][VECTORS];
-    const u8* source = (const u8*)job->source + (first + (u64)row * width + col) * SIZE;
-    u64 stride = (u64)width * 16 * SIZE;
+    const u8* source = block.source + row * block.source_row + col * SIZE;
+    u64 stride = block.source_row * 16;
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
 #pragma unroll
@@ -282,15 +323,15 @@ __device__ __forceinline__ u64 encode_block(
     }
     if (KIND != F32) top = max(top & 0xffffu, top >> 16);
     top = block_max(top, shared);
-    // Rounding keeps the order, so the largest may be rounded alone.
-    float absmax = KIND == BF16 ? bf16_value(top) : KIND == F16 ? f16_value(top) : __uint_as_float(top);
-    if (precast) absmax = round_to_bf16(absmax);
-    Scale scale = settle(mode, __float_as_uint(absmax), job, tile, failed);
+    if (block.known) top = *block.known;
+    Scale scale = settle(mode, widened(KIND, precast, top), block, failed);
+    *found = scale;
     float m = scale.multiplier;
-    u8* target = (u8*)job->target + first + (u64)row * width + col;
+    u8* target = block.target + row * block.target_row + col;
     // Rows that are 16 apart have their words in the same lane.
-    u64 word = ((u64)target - base) >> 3, sum = 0;
-    bool summed = job->flags & SUMMED;
+    u64 word = (block.place + row * block.target_row + col) >> 3, sum = 0;
+    u32 step = (u32)(block.target_row / 4);
+    bool summed = block.flags & SUMMED;
     Keys keys = {0, 0, 0, 0};
     if (summed) keys = keys_of(word);
 #pragma unroll
@@ -319,41 +360,48 @@ __device__ __forceinline__ u64 encode_block(
         if (row + 16 * i < rows && col < cols) {
             uint2 codes = make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
             // Read next by another process, long after it has left the cache.
-            __stcs((uint2*)(target + (u64)i * 16 * width), codes);
-            if (summed) sum += product(keys, (u32)(word >> 3) + i * (width / 4), codes.x, codes.y);
+            __stcs((uint2*)(target + i * 16 * block.target_row), codes);
+            if (summed) sum += product(keys, (u32)(word >> 3) + i * step, codes.x, codes.y);
         }
     }
     return sum;
 }
 
 // A block of any size at any alignment: read twice, the second time from a cache. A warp has a row at a
-// time.
-__device__ __noinline__ void encode_any(
-    u32 mode, const Job* job, Tile tile, u32 rows, u32 cols, u64 first, u32* shared, u64* failed) {
-    u64 source = job->source;
-    u32 kind = job->kind, width = job->cols;
-    bool precast = job->flags & PRECAST;
+// time, and a thread the codes of a word of the digest.
+__device__ __noinline__ u64 encode_any(
+    u32 mode, u32 kind, const Block& block, u32* shared, u64* failed, Scale* found) {
+    bool precast = block.flags & PRECAST, summed = block.flags & SUMMED;
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 top = 0;
-    for (u32 row = warp; row < rows; row += THREADS / 32) {
-        u64 at = first + (u64)row * width;
+    for (u32 row = warp; row < block.rows; row += THREADS / 32) {
+        const u8* source = block.source + row * block.source_row;
 #pragma unroll 4
-        for (u32 col = lane; col < cols; col += 32) {
-            float value = element(source, kind, precast, at + col);
-            top = max(top, __float_as_uint(value) & 0x7fffffffu);
-        }
+        for (u32 col = lane; col < block.cols; col += 32) top = max(top, magnitude(source, kind, col));
     }
     top = block_max(top, shared);
-    Scale scale = settle(mode, top, job, tile, failed);
-    u8* target = (u8*)job->target;
-    for (u32 row = warp; row < rows; row += THREADS / 32) {
-        u64 at = first + (u64)row * width;
-#pragma unroll 4
-        for (u32 col = lane; col < cols; col += 32) {
-            float value = element(source, kind, precast, at + col);
-            target[at + col] = (u8)codes2(__fmul_rn(value, scale.multiplier), 0.0f);
+    if (block.known) top = *block.known;
+    Scale scale = settle(mode, widened(kind, precast, top), block, failed);
+    *found = scale;
+    u64 sum = 0;
+    for (u32 row = warp; row < block.rows; row += THREADS / 32) {
+        u64 source = (u64)(block.source + row * block.source_row);
+        u8* target = block.target + row * block.target_row;
+        u64 place = block.place + row * block.target_row;
+        u32 skip = (u32)place & 7;
+        for (u32 at = lane * 8; at < skip + block.cols; at += 32 * 8) {
+            u32 from = max(at, skip) - skip, to = min(at + 8, skip + block.cols) - skip;
+            u64 word = 0;
+            for (u32 col = from; col < to; col++) {
+                float value = element(source, kind, precast, col);
+                u32 code = codes2(__fmul_rn(value, scale.multiplier), 0.0f) & 0xff;
+                word |= (u64)code << (8 * ((skip + col) & 7));
+            }
+            store_bytes(target + from, word >> (8 * ((skip + from) & 7)), to - from);
+            if (summed) sum += product_at((place >> 3) + at / 8, word);
         }
     }
+    return sum;
 }
 
 __device__ __forceinline__ u64 copy(const Job* job, Tile tile, u64 base) {
@@ -426,20 +474,34 @@ __device__ __forceinline__ void encode_tiles(
         u32 band = tile.index / blocks, block = tile.index % blocks;
         u32 matrix = band / bands, top = band % bands * block_rows;
         u32 left = block * block_cols;
-        u32 rows = min(block_rows, job->rows - top), cols = min(block_cols, width - left);
         u64 first = ((u64)matrix * job->rows + top) * width + left;
+        u32 size = kind == F32 ? 4 : 2;
+        Block part;
+        part.source = (const u8*)job->source + first * size;
+        part.target = (u8*)job->target + first;
+        part.source_row = (u64)width * size;
+        part.target_row = width;
+        part.place = job->target + first - base;
+        part.scale = (float*)job->scales + tile.index;
+        part.known = 0;
+        part.number = (u64)tile.job << 32 | tile.index;
+        part.rows = min(block_rows, job->rows - top);
+        part.cols = min(block_cols, width - left);
+        part.flags = job->flags;
         bool aligned = (width & 7) == 0 && ((job->source | job->target) & 15) == 0
             && block_rows <= 128 && block_cols <= 128;
         u32* shared = tops[parity];
         parity ^= 1;
+        Scale found;
         if (!aligned) {
-            encode_any(mode, job, tile, rows, cols, first, shared, failed);
+            part.flags &= ~SUMMED;
+            encode_any(mode, kind, part, shared, failed, &found);
         } else if (kind == BF16) {
-            sum += encode_block<BF16>(mode, job, tile, rows, cols, first, shared, failed, base);
+            sum += encode_block<BF16>(mode, part, shared, failed, &found);
         } else if (kind == F16) {
-            sum += encode_block<F16>(mode, job, tile, rows, cols, first, shared, failed, base);
+            sum += encode_block<F16>(mode, part, shared, failed, &found);
         } else if (WIDE) {
-            sum += encode_block<F32>(mode, job, tile, rows, cols, first, shared, failed, base);
+            sum += encode_block<F32>(mode, part, shared, failed, &found);
         }
         if (job->flags & SCALES) {
             u32 end = tile.job + 1 < count ? firsts[tile.job + 1] : tiles;

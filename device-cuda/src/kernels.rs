@@ -18,7 +18,8 @@ use crate::resident::{Known, MOST_BYTES, Resident};
 use crate::table::{Part, Table, Tables, Task, mode_number};
 use crate::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, PinnedMemory, Stream};
 
-const SOURCE: &str = include_str!("../kernels/bucket.cu");
+const SOURCE: &str =
+    concat!(include_str!("../kernels/bucket.cu"), include_str!("../kernels/placed.cu"));
 
 /// The folder that has NVRTC, where it is not on the loader's path.
 const FOLDER_VARIABLE: &str = "CKPT_ENGINE_NVRTC_DIR";
@@ -27,7 +28,7 @@ const FOLDER_VARIABLE: &str = "CKPT_ENGINE_NVRTC_DIR";
 const MOST_LAUNCHES: usize = 8;
 
 /// Threads of a block; as `THREADS` in the kernels.
-const THREADS: u32 = 256;
+pub(crate) const THREADS: u32 = 256;
 
 /// The source, with the digest's keys put in.
 fn source() -> Result<CString, CudaError> {
@@ -236,10 +237,33 @@ pub struct Ran {
 }
 
 #[derive(Clone, Debug)]
-struct Kernel {
-    function: Function,
+pub(crate) struct Kernel {
+    pub(crate) function: Function,
     /// As many blocks as the device runs at a time.
-    grid: u32,
+    pub(crate) grid: u32,
+}
+
+/// All kernels of a device, compiled if it is the first time on such a device.
+#[derive(Debug)]
+pub(crate) struct Library {
+    module: Arc<Module>,
+    multiprocessors: u32,
+}
+
+impl Library {
+    pub(crate) fn load(device: &Device) -> Result<Self, CudaError> {
+        let capability = device.capability();
+        let file = cached_file(capability)?;
+        let load = |image: &Image| Module::load(device.context(), image).map(Arc::new);
+        let module = loaded(file.as_deref(), || compiled(capability), load)?;
+        Ok(Self { module, multiprocessors: device.multiprocessors() })
+    }
+
+    pub(crate) fn kernel(&self, name: &CStr) -> Result<Kernel, CudaError> {
+        let function = self.module.function(name)?;
+        let blocks = function.blocks_per_multiprocessor(THREADS)?.unsigned_abs().max(1);
+        Ok(Kernel { function, grid: blocks * self.multiprocessors })
+    }
 }
 
 impl Kernels {
@@ -249,15 +273,7 @@ impl Kernels {
     ///
     /// Those of [`compile`], and what the driver reports.
     pub fn load(device: &Device) -> Result<Self, CudaError> {
-        let capability = device.capability();
-        let file = cached_file(capability)?;
-        let load = |image: &Image| Module::load(device.context(), image).map(Arc::new);
-        let module = loaded(file.as_deref(), || compiled(capability), load)?;
-        let kernel = |name: &CStr| -> Result<Kernel, CudaError> {
-            let function = module.function(name)?;
-            let blocks = function.blocks_per_multiprocessor(THREADS)?.unsigned_abs().max(1);
-            Ok(Kernel { function, grid: blocks * device.multiprocessors() })
-        };
+        let library = Library::load(device)?;
         const TABLE: usize = 1 << 20;
         const FOUND: usize = (1 + MOST_LAUNCHES) * 8;
         let stream = Stream::new(device)?;
@@ -265,9 +281,9 @@ impl Kernels {
         nothing.bytes()?.fill(0xff);
         nothing.bytes()?[..8].fill(0);
         Ok(Self {
-            encode: kernel(c"encode")?,
-            encode_wide: kernel(c"encode_wide")?,
-            digest: kernel(c"digest")?,
+            encode: library.kernel(c"encode")?,
+            encode_wide: library.kernel(c"encode_wide")?,
+            digest: library.kernel(c"digest")?,
             staging: PinnedMemory::new(&stream, TABLE)?,
             table: CudaMemory::new(device, TABLE)?,
             resident: Resident::new(MOST_BYTES),

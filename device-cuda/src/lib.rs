@@ -16,6 +16,7 @@ mod error;
 mod ffi;
 mod kernels;
 mod ledger;
+mod placed;
 mod release;
 mod resident;
 mod storage;
@@ -33,6 +34,7 @@ pub use device::{
 };
 pub use error::CudaError;
 pub use kernels::{Kernels, Launch, Prepared, Ran, compile, nvrtc};
+pub use placed::{Check, Failed, Found, Maxima, Placer, Write};
 pub use release::CollectiveUnderWay;
 pub use storage::{bucket_storage, upload};
 pub use table::DeviceJob;

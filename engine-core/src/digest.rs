@@ -118,6 +118,26 @@ pub fn sum(offset: u64, bytes: &[u8]) -> u64 {
     total
 }
 
+/// The digest's sum over `bytes` that begin at any byte `offset`: a word that begins before them, or ends behind them, counts with zeros in
+/// place of what is not theirs.
+///
+/// At a multiple of 64 it is [`sum`].
+pub fn sum_anywhere(offset: u64, bytes: &[u8]) -> u64 {
+    let head = (offset.next_multiple_of(ROW as u64) - offset).min(bytes.len() as u64) as usize;
+    let (head, rest) = bytes.split_at(head);
+    let (mut at, mut total, mut left) = (offset, 0_u64, head);
+    while !left.is_empty() {
+        let skip = (at % 8) as usize;
+        let (now, later) = left.split_at(left.len().min(8 - skip));
+        let mut word = [0; 8];
+        word[skip..skip + now.len()].copy_from_slice(now);
+        total = total.wrapping_add(term(at / 8, u64::from_le_bytes(word)));
+        at += now.len() as u64;
+        left = later;
+    }
+    if rest.is_empty() { total } else { total.wrapping_add(sum(at, rest)) }
+}
+
 /// The sum over rows of 64 bytes, the first of which has the number that is passed.
 #[doc(hidden)]
 pub type Rows = fn(u32, &[[u8; ROW]]) -> u64;
@@ -255,6 +275,28 @@ mod tests {
             let cut = cut.min(rows) * 64;
             let parts = sum(cut as u64, &bytes[cut..]).wrapping_add(sum(0, &bytes[..cut]));
             prop_assert_eq!(parts, sum(0, &bytes));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn bytes_anywhere_count_as_whole_words_with_zeros_around_them(
+            offset in 0_u64..300, len in 0_usize..700, seed: u64,
+        ) {
+            let bytes = pattern(len, seed >> 1);
+            let naive = (offset / 8..(offset + len as u64).div_ceil(8)).fold(0_u64, |sum, word| {
+                let byte = |at: u64| match at.checked_sub(offset) {
+                    Some(at) => bytes.get(at as usize).copied().unwrap_or(0),
+                    None => 0,
+                };
+                let word_bytes = std::array::from_fn(|n| byte(word * 8 + n as u64));
+                sum.wrapping_add(term(word, u64::from_le_bytes(word_bytes)))
+            });
+            let expected = if len == 0 { 0 } else { naive };
+            prop_assert_eq!(sum_anywhere(offset, &bytes), expected);
+            if offset.is_multiple_of(64) {
+                prop_assert_eq!(sum_anywhere(offset, &bytes), sum(offset, &bytes));
+            }
         }
     }
 

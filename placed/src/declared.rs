@@ -6,13 +6,13 @@ use std::sync::Arc;
 use engine_core::plan::ALIGNMENT;
 use engine_core::{DType, Error, ErrorKind, Rank, Result, Role, TensorBox, TensorMeta};
 use protocol::decode;
-use quant_fp8::{Fp8Format, Mode};
+use quant_fp8::{Fp8Format, Mode, StridedPart};
 use reshard::{Declarations, Links, MaximaExchange, Planner};
 use serde::{Deserialize, Serialize};
 
 use crate::coordinator::{digest_of, set_of};
 use crate::message::{Declared, Digest};
-use crate::pieces::{scales_of, tiles};
+use crate::pieces::{Place, copied, quantized, scales_of, tiles};
 
 const PLANNING: &str = "planning a placed update";
 
@@ -197,6 +197,17 @@ pub(crate) struct Piece {
     /// The scales that come with it; empty without.
     pub(crate) scales: Option<TensorBox>,
     pub(crate) tiles: Vec<TensorBox>,
+    /// The same for a device.
+    pub(crate) parts: Vec<StridedPart>,
+}
+
+impl Piece {
+    /// Bytes that are written.
+    pub(crate) fn bytes(&self) -> u64 {
+        let size = self.lent.wanted.meta.dtype.bytes().unwrap_or(1);
+        let scales = self.scales.as_ref().map_or(0, TensorBox::elements);
+        self.region.elements() * size + scales * 4
+    }
 }
 
 /// What a rank does in an update of a set of declarations.
@@ -333,7 +344,18 @@ pub(crate) fn table(
             .format
             .is_some()
             .then(|| scales_of(&transfer.region, &lent.wanted.region, &granule));
+        let written = lent.wanted.meta.dtype.bytes().unwrap_or(1);
+        let source = Place { at: 0, around: &from.region, element: each };
+        let target = Place { at: lent.at, around: &lent.wanted.region, element: written };
+        let parts = match lent.wanted.format {
+            None => copied(&transfer.region, source, target),
+            Some(format) => {
+                let at = lent.scales_at;
+                vec![quantized(&transfer.region, source, target, at, &granule, format)]
+            }
+        };
         pieces.push(Piece {
+            parts,
             tensor: transfer.tensor,
             tiles: tiles(&transfer.region, &granule, each),
             peer: if is_trainer { transfer.to } else { transfer.from },
@@ -356,7 +378,7 @@ pub(crate) fn table(
     }
     let digest = digest_of(&[plan.digest(), set].concat());
     let tensors = plan.tensors().len() as u64;
-    let quantized = formats.values().filter(|(_, format)| format.is_some()).count() as u64;
+    let of_format = formats.values().filter(|(_, format)| format.is_some()).count() as u64;
     let formats = of_tensor;
-    Ok(Table { set, digest, pieces, tensors, quantized, source_bytes, exchanges, formats })
+    Ok(Table { set, digest, pieces, tensors, quantized: of_format, source_bytes, exchanges, formats })
 }

@@ -7,11 +7,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use engine_core::memory::Pool;
 use engine_core::{DType, Error, ErrorKind, Rank, Result, TensorBox, TensorMeta, Weight, digest};
-use quant_fp8::{BlockMaxima, BoxSource, Codec, Fp8Format, SourceType, Store};
+use quant_fp8::{
+    BlockMaxima, BoxSource, Codec, Fp8Format, QuantError, SourceType, Store, StridedPart,
+};
 
 use crate::declared::{Piece, Table};
-use crate::memory::Reached;
-use crate::pieces::{Runs, TileDigest};
+use crate::memory::{Encoded, Encoder, LentBytes, Lender, Reached};
+use crate::pieces::{Place, Runs, Sum, cut_of, quantized, row_of};
 
 /// What is known of work that goes on elsewhere.
 #[derive(Clone, Debug, Default)]
@@ -93,6 +95,7 @@ impl Sources {
         &mut self,
         rank: Rank,
         table: &Table,
+        encoder: Option<&dyn Encoder>,
         pool: &Pool,
         going: &Going,
     ) -> Result<Vec<(Rank, Vec<u32>)>> {
@@ -117,11 +120,19 @@ impl Sources {
             }
         }
         let weights = &self.weights;
-        let found = pool.map(needed, |(at, format)| {
+        let takes = |at: usize, format: &Fp8Format| {
+            encoder.filter(|encoder| encoder.takes(&weights[at], Some(format)))
+        };
+        let (there, here): (Vec<_>, Vec<_>) =
+            needed.into_iter().partition(|(at, format)| takes(*at, format).is_some());
+        let found = pool.map(here, |(at, format)| {
             going.step()?;
             Ok((at, box_maxima(&weights[at], &format)?))
         });
         self.maxima = found.into_iter().collect::<Result<_>>()?;
+        if let Some(encoder) = encoder.filter(|_| !there.is_empty()) {
+            self.maxima.extend(device_maxima(weights, &there, encoder)?);
+        }
         // A rank that holds several boxes of a tensor tells itself first.
         let own: Vec<usize> = self.maxima.keys().copied().collect();
         for (place, &one) in own.iter().enumerate() {
@@ -214,42 +225,89 @@ impl Sources {
         }
     }
 
-    /// Writes all pieces; for each rollout the digests of what went there, in the order of the plan.
+    /// Writes all pieces; for each rollout the digests of what went there, in the order of the plan; and how many weights of a device
+    /// went through the host.
     ///
     /// # Errors
     ///
-    /// Those of the weights, naming the tensor; `Aborted` if it was stopped. Then some of the tiles were written.
+    /// Those of the weights, naming the tensor; `Aborted` if it was stopped. Then some of the pieces were written.
     pub(crate) fn write(
         &self,
         table: &Table,
         reached: &HashMap<Rank, Arc<dyn Reached>>,
+        encoder: Option<&dyn Encoder>,
         digests: bool,
         pool: &Pool,
         going: &Going,
-    ) -> Result<Vec<(Rank, Vec<u64>)>> {
-        let tiles =
-            table.pieces.iter().flat_map(|piece| piece.tiles.iter().map(move |t| (piece, t)));
-        let tiles: Vec<(&Piece, &TensorBox)> = tiles.collect();
-        let batches = batches(&tiles);
-        let write = |batch: &[(&Piece, &TensorBox)]| {
-            let mut scratch = Scratch::default();
-            let each = batch.iter().map(|(piece, tile)| {
-                going.step()?;
-                let lost = || {
-                    let message = "the plan has a rollout that lends nothing";
-                    Error::new(ErrorKind::Protocol, "writing tensors", message).rank(piece.peer)
-                };
-                let to = reached.get(&piece.peer).ok_or_else(lost)?;
-                self.write_tile(piece, tile, &**to, digests, &mut scratch)
-                    .map_err(|error| error.tensor(&*piece.lent.wanted.meta.name))
-            });
-            each.collect::<Result<Vec<u64>>>()
+    ) -> Result<(Vec<(Rank, Vec<u64>)>, u64)> {
+        let to = |piece: &Piece| {
+            reached.get(&piece.peer).ok_or_else(|| {
+                let message = "the plan has a rollout that lends nothing";
+                Error::new(ErrorKind::Protocol, "writing tensors", message).rank(piece.peer)
+            })
         };
-        let found = pool.map(batches, write).into_iter().collect::<Result<Vec<_>>>()?;
-        Ok(match digests {
-            true => sums_of(table, found.into_iter().flatten()),
-            false => Vec::new(),
-        })
+        let mut sums = vec![0; table.pieces.len()];
+        let (mut there, mut here) = (Vec::new(), Vec::new());
+        for (number, piece) in table.pieces.iter().enumerate() {
+            let memory = to(piece)?;
+            let takes = |encoder: &&dyn Encoder| {
+                encoder.writes_to(&**memory)
+                    && encoder.takes(&self.weights[piece.held], piece.lent.wanted.format.as_ref())
+            };
+            match encoder.filter(takes) {
+                Some(_) => there.push(number),
+                None => here.push(number),
+            }
+        }
+        if let Some(encoder) = encoder.filter(|_| !there.is_empty()) {
+            let encoded = there.iter().map(|&number| {
+                let piece = &table.pieces[number];
+                self.encoded(piece, &**to(piece)?)
+            });
+            let encoded = encoded.collect::<Result<Vec<_>>>()?;
+            let written = encoder.write(&encoded, &mut || going.step())?;
+            if let Some((number, block)) = written.failed {
+                return Err(non_finite(there.get(number).map(|number| &table.pieces[*number]), block));
+            }
+            there.iter().zip(written.sums).for_each(|(number, sum)| sums[*number] = sum);
+        }
+        let tiles = here.iter().flat_map(|&number| {
+            let piece = &table.pieces[number];
+            piece.tiles.iter().map(move |tile| (number, piece, tile))
+        });
+        let tiles: Vec<(usize, &Piece, &TensorBox)> = tiles.collect();
+        let write = |batch: &[(usize, &Piece, &TensorBox)]| {
+            let mut scratch = Scratch::default();
+            let each = batch.iter().map(|(number, piece, tile)| {
+                going.step()?;
+                let sum = self
+                    .write_tile(piece, tile, &**to(piece)?, digests, &mut scratch)
+                    .map_err(|error| error.tensor(&*piece.lent.wanted.meta.name))?;
+                Ok((*number, sum))
+            });
+            each.collect::<Result<Vec<(usize, u64)>>>()
+        };
+        for found in pool.map(batches(&tiles), write) {
+            found?.into_iter().for_each(|(number, sum)| sums[number] = sum.wrapping_add(sums[number]));
+        }
+        let through_host = here
+            .iter()
+            .map(|&number| table.pieces[number].held)
+            .filter(|&held| self.weights[held].reads_device())
+            .collect::<std::collections::BTreeSet<_>>();
+        let sums = if digests { sums_of(table, &sums) } else { Vec::new() };
+        Ok((sums, through_host.len() as u64))
+    }
+
+    fn encoded<'a>(&'a self, piece: &'a Piece, to: &'a dyn Reached) -> Result<Encoded<'a>> {
+        let weight = &self.weights[piece.held];
+        let is_quantized = piece.lent.wanted.format.is_some();
+        let known = match self.maxima.get(&piece.held).filter(|_| is_quantized) {
+            Some(known) => Some(known.of(&piece.region.in_granules(&piece.granule))?),
+            None => None,
+        };
+        let ty = source_type(weight.meta().dtype).filter(|_| is_quantized);
+        Ok(Encoded { weight, ty, parts: &piece.parts, to, known })
     }
 
     fn write_tile(
@@ -266,11 +324,8 @@ impl Sources {
         let Some(format) = &lent.wanted.format else {
             return copy_tile(weight, piece, tile, to, digests, scratch);
         };
-        let ty = source_type(weight.meta().dtype).ok_or_else(|| {
-            let message = format!("{} has no FP8 form here", weight.meta().dtype);
-            Error::new(ErrorKind::Weight, "quantising", message)
-        })?;
         let full = weight.full_meta();
+        let ty = of_blocks(&full)?;
         let from = Runs::new(tile, &weight.region(), &full.shape);
         let bytes = match (weight.contiguous_bytes(), from.count()) {
             (Some(bytes), 1) => {
@@ -292,12 +347,13 @@ impl Sources {
         scratch.scales.resize(maxima.blocks().elements() as usize, 0.0);
         let (codes, scales) = (&mut scratch.codes[..], &mut scratch.scales[..]);
         codec.quantize_box(&source, format, &maxima, codes, scales, Store::Cached)?;
-        let mut sum = TileDigest::default();
+        let mut sum = Sum::default();
         let runs = Runs::new(tile, &lent.wanted.region, &meta.shape);
+        let (row, cut) = (row_of(tile, 1), cut_of(tile, &piece.granule, 1));
         for (start, run) in runs.starts().zip(codes.chunks(runs.len.max(1) as usize)) {
             to.put(lent.at + start, run)?;
             if digests {
-                sum.add(run);
+                sum.add(lent.at + start, run, row, cut);
             }
         }
         let all_scales = lent.wanted.region.in_granules(&piece.granule);
@@ -306,11 +362,55 @@ impl Sources {
             scratch.bytes.extend(scales[own].iter().flat_map(|scale| scale.to_le_bytes()));
             to.put(lent.scales_at + at * 4, &scratch.bytes)?;
             if digests {
-                sum.add(&scratch.bytes);
+                sum.add_scales(lent.scales_at + at * 4, &scratch.bytes);
             }
         }
-        Ok(sum.finish())
+        Ok(sum.value())
     }
+}
+
+/// The error of a block without a finite form.
+fn non_finite(piece: Option<&Piece>, [matrix, row, col]: [u64; 3]) -> Error {
+    let blocks = piece.and_then(|piece| piece.parts.first()?.blocks.as_ref());
+    let first = blocks.map_or([0; 3], |blocks| blocks.block);
+    QuantError::NonFinite {
+        tensor: piece.map(|piece| piece.lent.wanted.meta.name.to_string()),
+        expert: (first[0] + matrix) as usize,
+        block_row: (first[1] + row) as usize,
+        block_col: (first[2] + col) as usize,
+    }
+    .into()
+}
+
+/// The maxima of weights, found where they are.
+fn device_maxima(
+    weights: &[Weight],
+    needed: &[(usize, Fp8Format)],
+    encoder: &dyn Encoder,
+) -> Result<Vec<(usize, BlockMaxima)>> {
+    let mut all = Vec::with_capacity(needed.len());
+    for (at, format) in needed {
+        let (weight, region) = (&weights[*at], weights[*at].region());
+        let full = weight.full_meta();
+        let ty = of_blocks(&full)?;
+        let grid = format.granularity.grid(&sides(&full))?;
+        let granule = grid.block().map(|side| side as u64);
+        let place = Place { at: 0, around: &region, element: ty.size() as u64 };
+        let part = quantized(&region, place, place, 0, &granule, *format);
+        all.push((*at, weight, ty, part, region.in_granules(&granule)));
+    }
+    let parts: Vec<(&Weight, SourceType, &StridedPart)> =
+        all.iter().map(|(_, weight, ty, part, _)| (*weight, *ty, part)).collect();
+    let found = encoder.maxima(&parts)?;
+    let named = all.iter().zip(&found);
+    named.map(|((at, _, _, _, blocks), values)| Ok((*at, BlockMaxima::from_values(blocks, values)?))).collect()
+}
+
+fn of_blocks(full: &TensorMeta) -> Result<SourceType> {
+    source_type(full.dtype).ok_or_else(|| {
+        let message = format!("{} has no FP8 form here", full.dtype);
+        Error::new(ErrorKind::Weight, "quantising", message).tensor(&*full.name)
+    })
 }
 
 /// What a thread reuses from tile to tile.
@@ -324,10 +424,7 @@ struct Scratch {
 
 fn box_maxima(weight: &Weight, format: &Fp8Format) -> Result<BlockMaxima> {
     let full = weight.full_meta();
-    let ty = source_type(full.dtype).ok_or_else(|| {
-        let message = format!("{} has no FP8 form here", full.dtype);
-        Error::new(ErrorKind::Weight, "quantising", message).tensor(weight.name())
-    })?;
+    let ty = of_blocks(&full)?;
     let bytes = weight.to_bytes()?;
     let source = BoxSource::new(&bytes, ty, &sides(&full), &weight.region())?;
     Ok(Codec::best().box_maxima(&source, format)?)
@@ -346,7 +443,8 @@ fn copy_tile(
     let from = Runs::new(tile, &weight.region(), &full.shape);
     let runs = Runs::new(tile, &lent.wanted.region, &full.shape);
     let len = runs.len * size;
-    let mut sum = TileDigest::default();
+    let mut sum = Sum::default();
+    let (row, cut) = (row_of(tile, size), cut_of(tile, &piece.granule, size));
     for (start, at) in from.starts().zip(runs.starts()) {
         let start = start * size;
         let run = match weight.contiguous_bytes() {
@@ -359,10 +457,10 @@ fn copy_tile(
         };
         to.put(lent.at + at * size, run)?;
         if digests {
-            sum.add(run);
+            sum.add(lent.at + at * size, run, row, cut);
         }
     }
-    Ok(sum.finish())
+    Ok(sum.value())
 }
 
 /// The scales of a tile that come with its piece: where each run of them is among those of the tile's blocks, and among those that
@@ -392,32 +490,23 @@ fn scale_runs(
 /// `Digest`, naming the tensor and the trainer; `Protocol` if a trainer said other than the plan.
 pub(crate) fn verify(
     table: &Table,
-    memory: &[u8],
+    memory: &dyn Lender,
     written: &[(Rank, Vec<u64>)],
     digests: bool,
     pool: &Pool,
     going: &Going,
 ) -> Result<(u64, u64)> {
-    let bytes = table.pieces.iter().map(|piece| {
-        let size = piece.lent.wanted.meta.dtype.bytes().unwrap_or(1);
-        let scales = piece.scales.as_ref().map_or(0, TensorBox::elements);
-        piece.region.elements() * size + scales * 4
-    });
-    let bytes = bytes.sum();
+    let bytes = table.pieces.iter().map(Piece::bytes).sum();
     if !digests {
         return Ok((0, bytes));
     }
-    let tiles = table.pieces.iter().flat_map(|piece| piece.tiles.iter().map(move |t| (piece, t)));
-    let tiles: Vec<(&Piece, &TensorBox)> = tiles.collect();
-    let found = pool.map(batches(&tiles), |batch| {
-        let digest = |(piece, tile): &(&Piece, &TensorBox)| {
-            going.step()?;
-            digest_tile(piece, tile, memory)
-        };
-        batch.iter().map(digest).collect::<Result<Vec<u64>>>()
-    });
-    let found = found.into_iter().collect::<Result<Vec<_>>>()?;
-    let found = sums_of(table, found.into_iter().flatten());
+    let parts: Vec<&[StridedPart]> = table.pieces.iter().map(|piece| &piece.parts[..]).collect();
+    let sums = match (memory.sums(&parts, &mut || going.step())?, memory.bytes()?) {
+        (Some(sums), _) => sums,
+        (None, LentBytes::Host(bytes)) => host_sums(table, bytes, pool, going)?,
+        (None, LentBytes::Device(bytes)) => host_sums(table, &bytes.to_host()?, pool, going)?,
+    };
+    let found = sums_of(table, &sums);
     let mut whole = 0;
     let said: HashMap<Rank, &Vec<u64>> = written.iter().map(|(from, sums)| (*from, sums)).collect();
     for (from, own) in &found {
@@ -438,52 +527,70 @@ pub(crate) fn verify(
     Ok((whole, bytes))
 }
 
+/// The sum of each piece, in host memory.
+fn host_sums(table: &Table, memory: &[u8], pool: &Pool, going: &Going) -> Result<Vec<u64>> {
+    let tiles = table.pieces.iter().enumerate();
+    let tiles = tiles.flat_map(|(number, piece)| piece.tiles.iter().map(move |t| (number, piece, t)));
+    let tiles: Vec<(usize, &Piece, &TensorBox)> = tiles.collect();
+    let found = pool.map(batches(&tiles), |batch| {
+        let digest = |(number, piece, tile): &(usize, &Piece, &TensorBox)| {
+            going.step()?;
+            Ok((*number, digest_tile(piece, tile, memory)?))
+        };
+        batch.iter().map(digest).collect::<Result<Vec<(usize, u64)>>>()
+    });
+    let mut sums = vec![0_u64; table.pieces.len()];
+    for found in found {
+        found?.into_iter().for_each(|(number, sum)| sums[number] = sum.wrapping_add(sums[number]));
+    }
+    Ok(sums)
+}
+
 fn digest_tile(piece: &Piece, tile: &TensorBox, memory: &[u8]) -> Result<u64> {
     let lent = &piece.lent;
     let wanted = &lent.wanted;
     let size = wanted.meta.dtype.bytes().unwrap_or(1);
-    let mut sum = TileDigest::default();
-    let mut add = |at: u64, len: u64| {
-        let run = memory.get(at as usize..(at + len) as usize).ok_or_else(|| {
+    let mut sum = Sum::default();
+    let bytes = |at: u64, len: u64| {
+        memory.get(at as usize..(at + len) as usize).ok_or_else(|| {
             let message = "a piece outside of the memory that is lent";
             Error::new(ErrorKind::Protocol, "verifying tensors", message).tensor(&*wanted.meta.name)
-        })?;
-        sum.add(run);
-        Ok::<_, Error>(())
+        })
     };
+    let (row, cut) = (row_of(tile, size), cut_of(tile, &piece.granule, size));
     let runs = Runs::new(tile, &wanted.region, &wanted.meta.shape);
     for start in runs.starts() {
-        add(lent.at + start * size, runs.len * size)?;
+        let at = lent.at + start * size;
+        sum.add(at, bytes(at, runs.len * size)?, row, cut);
     }
     if piece.scales.is_some() {
         let (blocks, all) =
             (tile.in_granules(&piece.granule), wanted.region.in_granules(&piece.granule));
         for (own, at) in scale_runs(piece, tile, &blocks, &all) {
-            add(lent.scales_at + at * 4, own.len() as u64 * 4)?;
+            let at = lent.scales_at + at * 4;
+            sum.add_scales(at, bytes(at, own.len() as u64 * 4)?);
         }
     }
-    Ok(sum.finish())
+    Ok(sum.value())
 }
 
-/// Puts the digests of tiles together to those of pieces, by the rank at the other end.
-fn sums_of(table: &Table, mut tiles: impl Iterator<Item = u64>) -> Vec<(Rank, Vec<u64>)> {
-    let mut sums: BTreeMap<Rank, Vec<u64>> = BTreeMap::new();
-    for piece in &table.pieces {
-        let of_piece = tiles.by_ref().take(piece.tiles.len());
-        let sum = of_piece.fold(0, digest::chain);
-        sums.entry(piece.peer).or_default().push(sum);
+/// The digests of pieces by the rank at the other end, of their sums.
+fn sums_of(table: &Table, sums: &[u64]) -> Vec<(Rank, Vec<u64>)> {
+    let mut digests: BTreeMap<Rank, Vec<u64>> = BTreeMap::new();
+    for (piece, sum) in table.pieces.iter().zip(sums) {
+        digests.entry(piece.peer).or_default().push(digest::finish(*sum, piece.bytes()));
     }
-    sums.into_iter().collect()
+    digests.into_iter().collect()
 }
 
 /// Tiles in batches that are worth handing to a thread: many of them are norms of some kilobytes.
 fn batches<'a, 'b>(
-    tiles: &'a [(&'b Piece, &'b TensorBox)],
-) -> Vec<&'a [(&'b Piece, &'b TensorBox)]> {
+    tiles: &'a [(usize, &'b Piece, &'b TensorBox)],
+) -> Vec<&'a [(usize, &'b Piece, &'b TensorBox)]> {
     const BATCH: u64 = 128 << 10;
     let mut batches = Vec::new();
     let (mut first, mut elements) = (0, 0);
-    for (at, (_, tile)) in tiles.iter().enumerate() {
+    for (at, (_, _, tile)) in tiles.iter().enumerate() {
         elements += tile.elements();
         if elements >= BATCH {
             batches.push(&tiles[first..=at]);

@@ -44,6 +44,6 @@ mod trainer;
 
 pub use declared::Wanted;
 pub use member::TensorState;
-pub use memory::{Lender, Reach, Reached};
+pub use memory::{Encoded, Encoder, Lender, LentBytes, Reach, Reached, Written};
 pub use rollout::{Inspect, Layout, PlacedRollout, PlacedTensor};
 pub use trainer::PlacedTrainer;

@@ -2,6 +2,7 @@
 //! divided. Numbers alone.
 
 use engine_core::{TensorBox, digest};
+use quant_fp8::{Fp8Format, StridedBlocks, StridedPart, Strides};
 
 /// Work is divided into tiles of about so many bytes: small enough that what is made of one is still in a core's cache when it is
 /// copied and digested.
@@ -65,23 +66,178 @@ impl Runs {
     }
 }
 
-/// The digest of a tile: each run begins a row of the digest's formula.
+/// The digest of what is written to a rollout's memory: the sums of the places that it is written to.
+///
+/// It is one of *rows*: those of the region's last dimension, each cut where blocks begin. A row counts as its words, those of the memory
+/// that is lent, with zeros for bytes that are not the row's. So neither the tiles that a trainer writes nor those that a rollout
+/// reads matter to it. Scales count one by one.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct TileDigest {
-    at: u64,
-    sum: u64,
-    bytes: u64,
-}
+pub(crate) struct Sum(u64);
 
-impl TileDigest {
-    pub(crate) fn add(&mut self, run: &[u8]) {
-        self.sum = self.sum.wrapping_add(digest::sum(self.at, run));
-        self.at += (run.len() as u64).next_multiple_of(64);
-        self.bytes += run.len() as u64;
+impl Sum {
+    /// Adds whole rows of so many bytes that begin at a place of the memory, one behind the other. Each is cut after the first
+    /// `cut.0` bytes and then after every `cut.1`.
+    pub(crate) fn add(&mut self, at: u64, rows: &[u8], row: u64, cut: (u64, u64)) {
+        let cut = if row <= cut.0 { (row, row) } else { cut };
+        let is_cut = cut.0 < row;
+        let is_one = rows.len() as u64 == row;
+        let whole = |number: u64| number.is_multiple_of(8);
+        if (is_one || whole(at) && whole(row)) && (!is_cut || whole(at + cut.0) && whole(cut.1)) {
+            self.0 = self.0.wrapping_add(digest::sum_anywhere(at, rows));
+            return;
+        }
+        for (number, bytes) in (0..).zip(rows.chunks(row.max(1) as usize)) {
+            let (mut at, mut left, mut len) = (at + number * row, bytes, cut.0);
+            while !left.is_empty() {
+                let (now, later) = left.split_at(left.len().min(len.max(1) as usize));
+                self.0 = self.0.wrapping_add(digest::sum_anywhere(at, now));
+                (at, left, len) = (at + now.len() as u64, later, cut.1);
+            }
+        }
     }
 
-    pub(crate) fn finish(self) -> u64 {
-        digest::finish(self.sum, self.bytes)
+    /// Adds scales, from a place of the memory on.
+    pub(crate) fn add_scales(&mut self, at: u64, scales: &[u8]) {
+        for (number, scale) in (0..).zip(scales.chunks(4)) {
+            self.0 = self.0.wrapping_add(digest::sum_anywhere(at + number * 4, scale));
+        }
+    }
+
+    pub(crate) fn value(self) -> u64 {
+        self.0
+    }
+}
+
+/// Where a tile's rows are cut: after how many bytes first, and then.
+pub(crate) fn cut_of(tile: &TensorBox, granule: &[u64], size: u64) -> (u64, u64) {
+    match (tile.ranges().last(), granule.last()) {
+        (Some(range), Some(&side)) if side > 0 => ((side - range.start % side) * size, side * size),
+        // No row of a tile is longer.
+        _ => (TILE, TILE),
+    }
+}
+
+/// Bytes of a row of a region.
+pub(crate) fn row_of(region: &TensorBox, size: u64) -> u64 {
+    region.ranges().last().map_or(1, |range| range.end - range.start) * size
+}
+
+/// Where a box is in memory, and the box that is there, row-major.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place<'a> {
+    pub(crate) at: u64,
+    pub(crate) around: &'a TensorBox,
+    /// Bytes of an element.
+    pub(crate) element: u64,
+}
+
+impl Place<'_> {
+    /// Where a region's first element is, and how far the elements of each dimension are apart.
+    fn strides(&self, region: &TensorBox) -> (u64, Vec<u64>) {
+        let (mut at, mut stride) = (self.at, self.element);
+        let mut strides = vec![0; region.dimensions()];
+        for (dimension, (range, own)) in region.ranges().iter().zip(self.around.ranges()).enumerate().rev() {
+            at += (range.start - own.start) * stride;
+            strides[dimension] = stride;
+            stride *= own.end - own.start;
+        }
+        (at, strides)
+    }
+}
+
+/// A region of a tensor as it is copied from one place to another: as few parts as it takes.
+pub(crate) fn copied(region: &TensorBox, from: Place<'_>, to: Place<'_>) -> Vec<StridedPart> {
+    let ((from_at, from_strides), (to_at, to_strides)) = (from.strides(region), to.strides(region));
+    let extents = region.ranges().iter().map(|range| range.end - range.start);
+    // Extent, and both strides, of the dimensions from the last on; those that are neighbours in both places are one.
+    let mut dimensions: Vec<[u64; 3]> = Vec::new();
+    let all = extents.zip(from_strides.iter().zip(&to_strides)).rev();
+    for (number, (extent, (&from_stride, &to_stride))) in all.enumerate() {
+        let row = dimensions.first().map_or(0, |[extent, _, _]| extent * to.element);
+        let is_row = dimensions.len() == 1;
+        // Rows become one where no word of the digest is divided.
+        let may_merge = !is_row || [row, to_at].iter().all(|bytes| bytes.is_multiple_of(8));
+        match dimensions.last_mut() {
+            Some(_) if extent == 1 && number > 0 => {}
+            Some([inner, from_inner, to_inner])
+                if may_merge
+                    && from_stride == *inner * *from_inner
+                    && to_stride == *inner * *to_inner =>
+            {
+                *inner *= extent;
+            }
+            _ => dimensions.push([extent, from_stride, to_stride]),
+        }
+    }
+    if dimensions.is_empty() {
+        dimensions.push([1, from.element, to.element]);
+    }
+    let dimension = |at: usize| dimensions.get(at).copied().unwrap_or([1, 0, 0]);
+    let ([cols, ..], [rows, from_row, to_row], [matrices, from_matrix, to_matrix]) =
+        (dimension(0), dimension(1), dimension(2));
+    let outer = dimensions.get(3..).unwrap_or_default();
+    let count: u64 = outer.iter().map(|[extent, ..]| extent).product();
+    let part = |mut number: u64| {
+        let (mut from_at, mut to_at) = (from_at, to_at);
+        for [extent, from_stride, to_stride] in outer {
+            from_at += number % extent * from_stride;
+            to_at += number % extent * to_stride;
+            number /= extent;
+        }
+        StridedPart {
+            from: Strides { at: from_at, matrix: from_matrix, row: from_row },
+            to: Strides { at: to_at, matrix: to_matrix, row: to_row },
+            extent: [matrices, rows, cols],
+            element: from.element,
+            blocks: None,
+        }
+    };
+    (0..count).map(part).collect()
+}
+
+/// A region of a matrix, or of a stack of them, as it is quantised from one place to another, its scales to a third.
+pub(crate) fn quantized(
+    region: &TensorBox,
+    from: Place<'_>,
+    to: Place<'_>,
+    scales_at: u64,
+    granule: &[u64],
+    format: Fp8Format,
+) -> StridedPart {
+    let three = |numbers: &[u64], default: u64| {
+        let mut all = [default; 3];
+        let skip = 3_usize.saturating_sub(numbers.len());
+        for (to, from) in all[skip..].iter_mut().zip(numbers) {
+            *to = *from;
+        }
+        all
+    };
+    let ((from_at, from_strides), (to_at, to_strides)) = (from.strides(region), to.strides(region));
+    let (from_strides, to_strides) = (three(&from_strides, 0), three(&to_strides, 0));
+    let extents: Vec<u64> = region.ranges().iter().map(|range| range.end - range.start).collect();
+    let (blocks, lent) = (region.in_granules(granule), to.around.in_granules(granule));
+    let scales = Place { at: scales_at, around: &lent, element: 4 };
+    let (scales_at, scales_strides) = scales.strides(&blocks);
+    let scales_strides = three(&scales_strides, 0);
+    let starts = |part: &TensorBox| {
+        let starts: Vec<u64> = part.ranges().iter().map(|range| range.start).collect();
+        three(&starts, 0)
+    };
+    let (first, block, own) = (starts(region), starts(&blocks), starts(&scales_of(region, to.around, granule)));
+    let sides = three(granule, 1);
+    StridedPart {
+        from: Strides { at: from_at, matrix: from_strides[0], row: from_strides[1] },
+        to: Strides { at: to_at, matrix: to_strides[0], row: to_strides[1] },
+        extent: three(&extents, 1),
+        element: from.element,
+        blocks: Some(StridedBlocks {
+            format,
+            sides: [sides[1], sides[2]],
+            first: [1, 2].map(|at| sides[at] - first[at] % sides[at]),
+            block,
+            scales: Strides { at: scales_at, matrix: scales_strides[0], row: scales_strides[1] },
+            skips: [1, 2].map(|at| own[at] > block[at]),
+        }),
     }
 }
 

@@ -1,5 +1,6 @@
 //! A rollout's engine.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,7 +9,7 @@ use bytes::Bytes;
 use engine_core::control::Control;
 use engine_core::memory::Pool;
 use engine_core::{
-    EngineContext, Error, ErrorKind, Rank, ReceiveReport, Result, Role, Version, VersionState,
+    EngineContext, Error, ErrorKind, Rank, ReceiveReport, Result, Role, Storage, Version, VersionState,
 };
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -16,10 +17,10 @@ use protocol::encode;
 use tokio::sync::Mutex as Lock;
 
 use crate::coordinator::digest_of;
-use crate::declared::{Declaration, Lent, Table, Wanted, lay_out};
+use crate::declared::{Declaration, Lent, Piece, Table, Wanted, lay_out};
 use crate::encode::{Going, verify};
 use crate::member::{Done, Member, Task, TensorState};
-use crate::memory::Lender;
+use crate::memory::{Lender, LentBytes};
 use crate::message::Digest;
 use crate::seat::{Seat, Worker, busy, ready};
 use crate::trainer::Plans;
@@ -55,31 +56,57 @@ impl fmt::Debug for PlacedRollout {
 }
 
 /// A box of a rollout's tensors, with what an update has brought.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct PlacedTensor<'a> {
     /// What it is.
     pub wanted: &'a Wanted,
-    /// Its elements, row-major.
-    pub bytes: &'a [u8],
-    /// The [scales](Wanted::scales) of its blocks, row-major; empty unless it is quantised.
-    pub scales: &'a [u8],
+    elements: LentBytes<'a>,
+    scales: LentBytes<'a>,
+}
+
+impl<'a> PlacedTensor<'a> {
+    /// Its elements, row-major: where they are, or copied from the device, which blocks.
+    ///
+    /// # Errors
+    ///
+    /// Those of the device.
+    pub fn bytes(&self) -> Result<Cow<'a, [u8]>> {
+        self.elements.to_host()
+    }
+
+    /// The [scales](Wanted::scales) of its blocks, row-major; empty unless it is quantised. As [`bytes`](Self::bytes).
+    ///
+    /// # Errors
+    ///
+    /// Those of the device.
+    pub fn scales(&self) -> Result<Cow<'a, [u8]>> {
+        self.scales.to_host()
+    }
+
+    /// Where its elements and its scales are, if that is a device. They are what the update has brought as long as the borrow lasts.
+    pub fn on_device(&self) -> Option<(&Storage, &Storage)> {
+        match (&self.elements, &self.scales) {
+            (LentBytes::Device(elements), LentBytes::Device(scales)) => Some((elements, scales)),
+            _ => None,
+        }
+    }
 }
 
 /// Looks at what an update has brought to a rollout, before it says that the version is whole there. An error fails the
 /// update on every rank. Boxes are looked at in parallel.
 pub type Inspect = Arc<dyn Fn(Version, PlacedTensor<'_>) -> Result<()> + Send + Sync>;
 
-fn placed<'a>(lent: &'a Lent, memory: &'a [u8]) -> Result<PlacedTensor<'a>> {
+fn placed<'a>(lent: &'a Lent, memory: &LentBytes<'a>) -> Result<PlacedTensor<'a>> {
     let (len, scales) = lent.wanted.validate()?;
     let part = |at: u64, len: u64| {
-        memory.get(at as usize..(at + len) as usize).ok_or_else(|| {
+        memory.part(at, len).ok_or_else(|| {
             let message = "its memory is not that of the layout";
             let error = Error::new(ErrorKind::State, "reading a tensor", message);
             error.tensor(&*lent.wanted.meta.name)
         })
     };
-    let (bytes, scales) = (part(lent.at, len)?, part(lent.scales_at, scales)?);
-    Ok(PlacedTensor { wanted: &lent.wanted, bytes, scales })
+    let (elements, scales) = (part(lent.at, len)?, part(lent.scales_at, scales)?);
+    Ok(PlacedTensor { wanted: &lent.wanted, elements, scales })
 }
 
 /// The tensors that a rollout wants, laid out: how much memory they take.
@@ -173,12 +200,7 @@ impl PlacedRollout {
         let bytes = {
             let table = lock(&self.worker.table);
             let pieces = table.iter().flat_map(|table| &table.pieces);
-            let bytes = pieces.map(|piece| {
-                let size = piece.lent.wanted.meta.dtype.bytes().unwrap_or(1);
-                piece.region.elements() * size
-                    + piece.scales.as_ref().map_or(0, |s| s.elements() * 4)
-            });
-            bytes.sum()
+            pieces.map(Piece::bytes).sum()
         };
         Ok(ReceiveReport {
             version: ended.version,
@@ -201,7 +223,7 @@ impl PlacedRollout {
         let memory = lock(&self.worker.memory);
         let bytes = memory.bytes()?;
         for lent in &*self.worker.tensors {
-            each(placed(lent, bytes)?)?;
+            each(placed(lent, &bytes)?)?;
         }
         Ok(version)
     }
@@ -298,13 +320,13 @@ impl Worker for Keeper {
                             Error::new(ErrorKind::Protocol, "updating", "there is no plan")
                         })?;
                         let memory = lock(&memory);
+                        let found = verify(&table, &**memory, &written, digests, &pool, &going)?;
                         let bytes = memory.bytes()?;
-                        let found = verify(&table, bytes, &written, digests, &pool, &going)?;
                         let mut inspected = 0;
                         if let Some(inspect) = inspect {
                             let looked = pool.map(tensors.iter(), |lent| {
                                 going.step()?;
-                                inspect(version, placed(lent, bytes)?)
+                                inspect(version, placed(lent, &bytes)?)
                                     .map_err(|error| error.tensor(&*lent.wanted.meta.name))
                             });
                             inspected = looked.len() as u64;

@@ -1,6 +1,7 @@
 //! A trainer's engine.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -92,6 +93,8 @@ struct Writer {
     /// The boxes that the declaration is of.
     last: Vec<Held>,
     table: Arc<Mutex<Option<Arc<Table>>>>,
+    /// How many weights of a device the last update has encoded on the host.
+    through_host: Arc<AtomicU64>,
 }
 
 impl PlacedTrainer {
@@ -120,6 +123,7 @@ impl PlacedTrainer {
             declared: None,
             last: Vec::new(),
             table: Arc::default(),
+            through_host: Arc::default(),
         };
         Ok(Self { seat, deadline, digests: context.config.digests, worker })
     }
@@ -185,6 +189,13 @@ impl TrainerEngine for PlacedTrainer {
         if !self.digests {
             receivers.iter_mut().for_each(|receiver| receiver.digest = None);
         }
+        let slower = match self.worker.through_host.load(Ordering::Relaxed) {
+            0 => Vec::new(),
+            count => vec![format!(
+                "{count} weights on a device were encoded by the CPU: they are not where the kernels that write to the rollouts' \
+                 tensors are, or there is none for what they are"
+            )],
+        };
         let elapsed = begun.elapsed();
         let known = source + ended.times.plan + ended.times.write;
         let stages = StageTimes {
@@ -204,7 +215,7 @@ impl TrainerEngine for PlacedTrainer {
             digest,
             receivers,
             absent: ended.absent,
-            slower: Vec::new(),
+            slower,
             delta: None,
         })
     }
@@ -255,12 +266,14 @@ impl Worker for Writer {
                     Ok(guard) => guard,
                     Err(error) => return ready(Err(error)),
                 };
-                let threads = pool.clone();
+                let (threads, reach) = (pool.clone(), self.reach.clone());
                 threads
                     .start(move || {
                         let _guard = guard;
                         let table = lock(&plans).table(rank, set, declared)?;
-                        let maxima = lock(&sources).find_maxima(rank, &table, &pool, &going)?;
+                        let encoder = reach.encoder();
+                        let maxima =
+                            lock(&sources).find_maxima(rank, &table, encoder, &pool, &going)?;
                         *lock(&present) = Some(table.clone());
                         Ok(Done::Planned { plan: table.digest, terms: Bytes::new(), maxima })
                     })
@@ -271,7 +284,7 @@ impl Worker for Writer {
                     Ok(guard) => guard,
                     Err(error) => return ready(Err(error)),
                 };
-                let reach = self.reach.clone();
+                let (reach, through_host) = (self.reach.clone(), self.through_host.clone());
                 let threads = pool.clone();
                 threads
                     .start(move || {
@@ -287,7 +300,15 @@ impl Worker for Writer {
                         let reached = reach.reach(&terms)?;
                         let ranks = terms.iter().map(|(to, _)| *to);
                         let reached: HashMap<Rank, Arc<dyn Reached>> = ranks.zip(reached).collect();
-                        let sums = sources.write(&table, &reached, digests, &pool, &going)?;
+                        let (sums, slow) = sources.write(
+                            &table,
+                            &reached,
+                            reach.encoder(),
+                            digests,
+                            &pool,
+                            &going,
+                        )?;
+                        through_host.store(slow, Ordering::Relaxed);
                         // Rollouts are let go of before the leader hears that all is written.
                         drop(reached);
                         Ok(Done::Written { sums, source_bytes: table.source_bytes })

@@ -24,6 +24,7 @@ mod error;
 mod format;
 mod numbers;
 pub mod rules;
+mod strided;
 
 pub use codec::{BlockMaxima, BoxSource, Codec, Source, Store, copy_non_temporal};
 pub use combinator::{Fp8Quantizer, QuantizeFp8, stored};
@@ -35,3 +36,4 @@ pub use format::{
     BlockGrid, BlockScale, Fp8Format, Granularity, Mode, NonFinite, Precast, ScaleName, SourceType,
 };
 pub use numbers::dequantize;
+pub use strided::{StridedBlocks, StridedPart, Strides};

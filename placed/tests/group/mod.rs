@@ -13,7 +13,7 @@ use engine_core::{
     ensure_async_iterator,
 };
 use futures::future::{join, join_all};
-use placed::{Layout, Lender, PlacedRollout, PlacedTrainer, Reach, Reached, Wanted};
+use placed::{Layout, Lender, LentBytes, PlacedRollout, PlacedTrainer, Reach, Reached, Wanted};
 use protocol::hub::{Hub, Member};
 
 /// All that is lent in a process, by number.
@@ -59,9 +59,9 @@ impl Lender for Owner {
         Ok(self.lent.is_none())
     }
 
-    fn bytes(&self) -> Result<&[u8]> {
+    fn bytes(&self) -> Result<LentBytes<'_>> {
         match self.lent {
-            None => Ok(&self.own),
+            None => Ok(LentBytes::Host(&self.own)),
             Some(_) => Err(Error::new(ErrorKind::State, "reading", "it is lent")),
         }
     }

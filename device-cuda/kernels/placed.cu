@@ -1,0 +1,250 @@
+// Parts of tensors, written straight to where they are used: behind `bucket.cu`, whose blocks, copies and digest they are made of.
+//
+// `place` writes parts of a trainer's weights into memory that rollouts lend, of this device or of a peer; `check` digests what is
+// there; `maxima` finds the largest magnitudes of blocks that several trainers have a part of.
+
+// As `Entry` in src/placed.rs. Rows and matrices are so many bytes apart.
+struct Part {
+    u64 source;         // device address of the first element
+    u64 target;         // device address of the first code or byte
+    u64 place;          // where that is in the memory that is lent, which the digest is of
+    u64 scales;         // device address of the scale of the first block
+    u64 scales_place;
+    u64 known;          // device address of the largest magnitude of the first block, or 0
+    u64 source_matrix, source_row;
+    u64 target_matrix, target_row;
+    u64 scales_matrix, scales_row;
+    u32 known_matrix, known_row;    // in numbers
+    u32 kind;           // COPY, BF16, F16, F32, or SCALES_ONLY
+    u32 mode;
+    u32 rows;
+    u32 cols;           // elements; of copies bytes
+    u32 block_rows, block_cols;
+    u32 first_row, first_col;       // rows of the first band, and columns of its first block: it may begin within one
+    u32 bands, blocks;
+    u32 flags;
+    u32 slot;           // the sum that it adds to
+};
+
+// Beside PRECAST and SUMMED: rows begin at multiples of 16 bytes, codes at multiples of 8; rows of 64 bytes stay in one lane of the
+// digest; the scales of the first band, or of the first column of blocks, come with another part.
+enum { FAST = 16, KEYED = 32, NO_FIRST_BAND = 64, NO_FIRST_COL = 128 };
+enum { SCALES_ONLY = 4 };
+
+struct Area {
+    u32 matrix, band, block;
+    u32 top, left, rows, cols;
+};
+
+__device__ __forceinline__ Area area_of(const Part* part, u32 index) {
+    Area a;
+    u32 row = index / part->blocks;
+    a.block = index % part->blocks;
+    a.matrix = row / part->bands;
+    a.band = row % part->bands;
+    a.top = a.band ? part->first_row + (a.band - 1) * part->block_rows : 0;
+    a.left = a.block ? part->first_col + (a.block - 1) * part->block_cols : 0;
+    a.rows = min(a.band ? part->block_rows : part->first_row, part->rows - a.top);
+    a.cols = min(a.block ? part->block_cols : part->first_col, part->cols - a.left);
+    return a;
+}
+
+// Rows of bytes: copied if WRITE, digested in any case if they are SUMMED.
+template <bool WRITE>
+__device__ __forceinline__ u64 pass_rows(
+    const u8* source, u64 source_row, u8* target, u64 target_row, u64 place, u32 rows, u32 bytes, u32 flags) {
+    u64 sum = 0;
+    bool summed = flags & SUMMED, keyed = rows == 1 || (flags & KEYED);
+    if (flags & FAST) {
+        u32 vectors = bytes / 16, all = rows * vectors;
+        for (u32 start = 0; start < all; start += COPY_STEPS * THREADS) {
+            uint4 data[COPY_STEPS];
+            u64 rest[COPY_STEPS];
+#pragma unroll
+            for (int i = 0; i < COPY_STEPS; i++) {
+                u32 n = start + threadIdx.x + i * THREADS, row = rows == 1 ? 0 : n / vectors, at = (n - row * vectors) * 16;
+                rest[i] = row * target_row + at;
+                if (n < all) data[i] = load16(source + row * source_row + at);
+            }
+            Keys even, odd;
+            if (summed) even = keys_of((place + rest[0]) >> 3), odd = keys_of(((place + rest[0]) >> 3) + 1);
+#pragma unroll
+            for (int i = 0; i < COPY_STEPS; i++) {
+                u32 n = start + threadIdx.x + i * THREADS;
+                if (n >= all) break;
+                if (WRITE) __stcs((uint4*)(target + rest[i]), data[i]);
+                if (!summed) continue;
+                u64 word = (place + rest[i]) >> 3;
+                if (!keyed) even = keys_of(word), odd = keys_of(word + 1);
+                sum += product(even, (u32)(word >> 3), data[i].x, data[i].y);
+                sum += product(odd, (u32)(word >> 3), data[i].z, data[i].w);
+            }
+        }
+        u32 done = vectors * 16, left = bytes - done;
+        if (left == 0) return sum;
+        for (u32 n = threadIdx.x; n < rows * 2; n += THREADS) {
+            u32 row = n / 2, from = n % 2 * 8;
+            if (from >= left) continue;
+            u64 at = row * target_row + done + from, word = 0;
+            u32 count = min(left - from, 8u);
+            for (u32 i = 0; i < count; i++) word |= (u64)source[row * source_row + done + from + i] << (8 * i);
+            if (WRITE) store_bytes(target + at, word, count);
+            if (summed) sum += product_at((place + at) >> 3, word);
+        }
+        return sum;
+    }
+    // A thread has the bytes of a word of the digest.
+    u32 most = (bytes + 14) / 8;
+    for (u32 n = threadIdx.x; n < rows * most; n += THREADS) {
+        u32 row = n / most, at = n % most * 8;
+        u64 first = place + row * target_row;
+        u32 skip = (u32)first & 7;
+        if (at >= skip + bytes) continue;
+        u32 from = max(at, skip) - skip, to = min(at + 8, skip + bytes) - skip;
+        u64 word = 0;
+        for (u32 i = from; i < to; i++) word |= (u64)source[row * source_row + i] << (8 * (i - from));
+        if (WRITE) store_bytes(target + row * target_row + from, word, to - from);
+        if (summed) sum += product_at((first >> 3) + at / 8, word << (8 * ((skip + from) & 7)));
+    }
+    return sum;
+}
+
+// The product of a scale, which is a part of a word.
+__device__ __forceinline__ u64 scale_product(u64 place, u32 bits) {
+    return product_at(place >> 3, (u64)bits << (8 * (place & 7)));
+}
+
+// Sums of tiles, added to the sum of their slot when the next one is another's.
+struct Sums {
+    u64* all;
+    u64 mine;
+    u32 slot;
+};
+
+__device__ __forceinline__ void take_slot(Sums* sums, u32 slot) {
+    if (slot == sums->slot) return;
+    if (sums->slot != ~0u) add_to(sums->all + sums->slot, sums->mine);
+    sums->mine = 0;
+    sums->slot = slot;
+}
+
+template <bool WIDE>
+__device__ __forceinline__ void place_tiles(
+    const Part* parts, const u32* firsts, u32 count, u32 tiles, u64* failed, u64* all) {
+    __shared__ u32 tops[2][THREADS / 32];
+    Sums sums = {all, 0, ~0u};
+    u32 parity = 0;
+    for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
+        Tile tile = find(firsts, count, t);
+        const Part* part = parts + tile.job;
+        Area a = area_of(part, tile.index);
+        take_slot(&sums, part->slot);
+        u32 kind = part->kind, flags = part->flags;
+        u64 to = a.matrix * part->target_matrix + a.top * part->target_row + a.left;
+        u64 from = a.matrix * part->source_matrix + a.top * part->source_row;
+        if (kind == COPY) {
+            const u8* source = (const u8*)part->source + from + a.left;
+            u8* target = (u8*)part->target + to;
+            sums.mine += pass_rows<true>(
+                source, part->source_row, target, part->target_row, part->place + to, a.rows, a.cols, flags);
+            continue;
+        }
+        u64 scale = a.matrix * part->scales_matrix + a.band * part->scales_row + a.block * 4;
+        bool has_scale = !(a.band == 0 && (flags & NO_FIRST_BAND)) && !(a.block == 0 && (flags & NO_FIRST_COL));
+        Block block;
+        block.source = (const u8*)part->source + from + (u64)a.left * (kind == F32 ? 4 : 2);
+        block.target = (u8*)part->target + to;
+        block.source_row = part->source_row;
+        block.target_row = part->target_row;
+        block.place = part->place + to;
+        block.scale = has_scale ? (float*)(part->scales + scale) : 0;
+        block.known = part->known
+            ? (const u32*)part->known + a.matrix * part->known_matrix + a.band * part->known_row + a.block : 0;
+        block.number = (u64)part->slot << 32 | tile.index;
+        block.rows = a.rows;
+        block.cols = a.cols;
+        block.flags = flags;
+        u32* shared = tops[parity];
+        parity ^= 1;
+        Scale found;
+        if (!(flags & FAST)) {
+            sums.mine += encode_any(part->mode, kind, block, shared, failed, &found);
+        } else if (kind == BF16) {
+            sums.mine += encode_block<BF16>(part->mode, block, shared, failed, &found);
+        } else if (kind == F16) {
+            sums.mine += encode_block<F16>(part->mode, block, shared, failed, &found);
+        } else if (WIDE) {
+            sums.mine += encode_block<F32>(part->mode, block, shared, failed, &found);
+        }
+        if (has_scale && (flags & SUMMED) && threadIdx.x == 0) {
+            sums.mine += scale_product(part->scales_place + scale, found.bits);
+        }
+    }
+    take_slot(&sums, ~0u);
+}
+
+// `failed` is all ones, and gets the lowest slot and block that has no finite form. `sums` has a number for each slot.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+place(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64* failed, u64* sums) {
+    place_tiles<false>(parts, firsts, count, tiles, failed, sums);
+}
+
+// With blocks of F32.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+place_wide(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64* failed, u64* sums) {
+    place_tiles<true>(parts, firsts, count, tiles, failed, sums);
+}
+
+// Digests parts of memory: copies without a source, and scales.
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+check(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64*, u64* all) {
+    Sums sums = {all, 0, ~0u};
+    for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
+        Tile tile = find(firsts, count, t);
+        const Part* part = parts + tile.job;
+        Area a = area_of(part, tile.index);
+        take_slot(&sums, part->slot);
+        u64 at = a.matrix * part->target_matrix + a.top * part->target_row + a.left;
+        const u8* bytes = (const u8*)part->target + at;
+        u64 place = part->place + at;
+        if (part->kind == SCALES_ONLY) {
+            u32 each = a.cols / 4;
+            for (u32 n = threadIdx.x; n < a.rows * each; n += THREADS) {
+                u64 from = n / each * part->target_row + n % each * 4;
+                sums.mine += scale_product(place + from, *(const u32*)(bytes + from));
+            }
+            continue;
+        }
+        sums.mine += pass_rows<false>(
+            bytes, part->target_row, 0, part->target_row, place, a.rows, a.cols, part->flags | SUMMED);
+    }
+    take_slot(&sums, ~0u);
+}
+
+// The largest magnitude of each block of a part, over the elements that are in it, to where `known` points: the bits of the
+// source's type, with HAS_NAN if they are none of a number.
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+maxima(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64*, u64*) {
+    __shared__ u32 tops[2][THREADS / 32];
+    u32 parity = 0, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
+        Tile tile = find(firsts, count, t);
+        const Part* part = parts + tile.job;
+        Area a = area_of(part, tile.index);
+        u32 kind = part->kind, top = 0;
+        u64 from = a.matrix * part->source_matrix + a.top * part->source_row + (u64)a.left * (kind == F32 ? 4 : 2);
+        for (u32 row = warp; row < a.rows; row += THREADS / 32) {
+            const u8* source = (const u8*)part->source + from + row * part->source_row;
+#pragma unroll 4
+            for (u32 col = lane; col < a.cols; col += 32) top = max(top, magnitude(source, kind, col));
+        }
+        u32* shared = tops[parity];
+        parity ^= 1;
+        top = block_max(top, shared);
+        u32 most = kind == BF16 ? 0x7f80 : kind == F16 ? 0x7c00 : 0x7f800000u;
+        if (threadIdx.x == 0) {
+            u32 at = a.matrix * part->known_matrix + a.band * part->known_row + a.block;
+            ((u32*)part->known)[at] = top > most ? top | HAS_NAN : top;
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! Launching tables of placed updates.
+#![allow(unsafe_code, reason = "kernels take addresses")]
+
+use std::sync::Arc;
+
+use super::table::Table;
+use crate::kernels::{Kernel, THREADS};
+use crate::{CudaError, CudaMemory, Stream};
+
+/// Launches a kernel over a table that is at the beginning of `memory`, and does not wait.
+///
+/// The stream keeps `memory`, `numbers` and all that is in `used`.
+pub(super) fn launch(
+    kernel: &Kernel,
+    stream: &Stream,
+    table: &Table,
+    memory: &CudaMemory,
+    numbers: &CudaMemory,
+    used: &Arc<Vec<CudaMemory>>,
+) -> Result<(), CudaError> {
+    let raw = stream.raw();
+    raw.keep(memory.raw().clone());
+    raw.keep(numbers.raw().clone());
+    raw.keep(used.clone());
+    let (entries, found) = (memory.address(), numbers.address());
+    let mut parameters = [
+        entries,
+        entries + table.firsts_at(),
+        table.jobs().into(),
+        table.tiles.into(),
+        found,
+        found + 8,
+    ];
+    // SAFETY: these are the parameters of the kernels. The table's bytes are those of `table`, and its addresses are of ranges of
+    // memory that `super` has checked to be in `used`, or in storages that it borrows until it has waited for the stream. `numbers`
+    // has one number for a failure and one for each slot of the table.
+    unsafe {
+        kernel.function.launch(kernel.grid.min(table.tiles), THREADS, raw, &mut parameters)
+    }
+}

@@ -1,0 +1,421 @@
+//! The job tables of placed updates: addresses in, bytes out.
+
+use quant_fp8::{Fp8Format, Granularity, Precast, SourceType, StridedBlocks, StridedPart, Strides};
+
+use crate::CudaError;
+use crate::table::mode_number;
+
+/// Bytes of a copy that one tile moves, about.
+const TILE: u64 = 16 << 10;
+/// Where a digest cuts rows that do not begin at its words, and that are not cut at blocks.
+pub(crate) const CUT: u64 = 256 << 10;
+/// The most bytes of a row of an entry.
+const MOST: u64 = 1 << 30;
+
+const PRECAST: u32 = 1;
+const SUMMED: u32 = 2;
+const FAST: u32 = 16;
+const KEYED: u32 = 32;
+const NO_FIRST_BAND: u32 = 64;
+const NO_FIRST_COL: u32 = 128;
+/// A kind: numbers of 4 bytes, each of them digested by itself.
+const SCALES_ONLY: u32 = 4;
+
+/// As `Part` in the kernels.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Entry {
+    source: u64,
+    target: u64,
+    place: u64,
+    scales: u64,
+    scales_place: u64,
+    known: u64,
+    source_matrix: u64,
+    source_row: u64,
+    target_matrix: u64,
+    target_row: u64,
+    scales_matrix: u64,
+    scales_row: u64,
+    known_matrix: u32,
+    known_row: u32,
+    kind: u32,
+    mode: u32,
+    rows: u32,
+    cols: u32,
+    block_rows: u32,
+    block_cols: u32,
+    first_row: u32,
+    first_col: u32,
+    bands: u32,
+    blocks: u32,
+    flags: u32,
+    slot: u32,
+}
+
+/// Bytes of an entry.
+const ENTRY: usize = 12 * 8 + 14 * 4;
+
+impl Entry {
+    fn put(&self, bytes: &mut Vec<u8>) {
+        let longs = [
+            self.source,
+            self.target,
+            self.place,
+            self.scales,
+            self.scales_place,
+            self.known,
+            self.source_matrix,
+            self.source_row,
+            self.target_matrix,
+            self.target_row,
+            self.scales_matrix,
+            self.scales_row,
+        ];
+        let words = [
+            self.known_matrix,
+            self.known_row,
+            self.kind,
+            self.mode,
+            self.rows,
+            self.cols,
+            self.block_rows,
+            self.block_cols,
+            self.first_row,
+            self.first_col,
+            self.bands,
+            self.blocks,
+            self.flags,
+            self.slot,
+        ];
+        longs.iter().for_each(|long| bytes.extend_from_slice(&long.to_le_bytes()));
+        words.iter().for_each(|word| bytes.extend_from_slice(&word.to_le_bytes()));
+    }
+}
+
+/// The jobs of a launch, and the first tile of each.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    entries: Vec<u8>,
+    firsts: Vec<u32>,
+    pub(super) tiles: u32,
+    /// Whether there are blocks of F32.
+    pub(super) wide: bool,
+    /// Bytes that it reads.
+    pub(super) read: u64,
+}
+
+impl Table {
+    pub(super) fn clear(&mut self) {
+        *self = Self {
+            entries: std::mem::take(&mut self.entries),
+            firsts: std::mem::take(&mut self.firsts),
+            ..Self::default()
+        };
+        self.entries.clear();
+        self.firsts.clear();
+    }
+
+    pub(super) fn jobs(&self) -> u32 {
+        // Fewer than there are tiles, which were counted.
+        self.firsts.len() as u32
+    }
+
+    /// Where the numbers of first tiles are, behind the entries.
+    pub(super) fn firsts_at(&self) -> u64 {
+        self.entries.len() as u64
+    }
+
+    /// All bytes, as they are brought to the device.
+    pub(super) fn bytes(&mut self) -> &[u8] {
+        let firsts = self.firsts.iter().flat_map(|first| first.to_le_bytes());
+        let at = self.entries.len();
+        self.entries.extend(firsts);
+        debug_assert_eq!(at, self.firsts.len() * ENTRY);
+        &self.entries
+    }
+
+    fn push(&mut self, entry: &Entry, matrices: u64) -> Result<(), CudaError> {
+        let tiles = matrices * u64::from(entry.bands) * u64::from(entry.blocks);
+        let all = u32::try_from(tiles).ok().and_then(|tiles| self.tiles.checked_add(tiles));
+        let all = all.ok_or_else(|| too_large("more tiles than a launch can have"))?;
+        entry.put(&mut self.entries);
+        self.firsts.push(self.tiles);
+        self.tiles = all;
+        Ok(())
+    }
+}
+
+fn too_large(words: &str) -> CudaError {
+    CudaError::Range(words.into())
+}
+
+fn side(side: u64) -> Result<u32, CudaError> {
+    u32::try_from(side).map_err(|_| too_large("a part of a tensor that is too large"))
+}
+
+/// Where a part is written to, and in what the digest is of.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Target {
+    /// The address of the memory that it is lent in.
+    pub(super) address: u64,
+    /// What the digest counts from there on.
+    pub(super) place: u64,
+}
+
+fn all_multiples(numbers: &[u64], of: u64) -> bool {
+    numbers.iter().all(|number| number.is_multiple_of(of))
+}
+
+/// Strides that count: of one matrix, or of one row, they are not used.
+fn used(strides: Strides, [matrices, rows, _]: [u64; 3]) -> Strides {
+    Strides {
+        at: strides.at,
+        matrix: if matrices > 1 { strides.matrix } else { 0 },
+        row: if rows > 1 { strides.row } else { 0 },
+    }
+}
+
+/// Divides rows of bytes among tiles: columns of a tile, and rows.
+fn divide(entry: &mut Entry, rows: u64, bytes: u64, cut: Option<(u64, u64)>) -> Result<(), CudaError> {
+    let (first_col, block_cols) = match cut {
+        Some((first, each)) => (first.min(bytes), each),
+        None => {
+            let parts = bytes.div_ceil(TILE).max(1);
+            let each = bytes.div_ceil(parts).next_multiple_of(64);
+            (each.min(bytes), each)
+        }
+    };
+    let block_rows = (TILE / block_cols.min(bytes).max(1)).clamp(1, rows.max(1));
+    entry.rows = side(rows)?;
+    entry.cols = side(bytes)?;
+    entry.block_rows = side(block_rows)?;
+    entry.first_row = entry.block_rows;
+    entry.block_cols = side(block_cols)?;
+    entry.first_col = side(first_col)?;
+    entry.bands = side(rows.div_ceil(block_rows))?;
+    entry.blocks = side(1 + (bytes - first_col).div_ceil(block_cols))?;
+    Ok(())
+}
+
+/// Whether neither rows nor the places where they are cut divide a word of the digest.
+fn is_whole_words(place: u64, to: Strides, bytes: u64, cut: Option<(u64, u64)>) -> bool {
+    let cut = cut.filter(|(first, _)| bytes > *first).unwrap_or_default();
+    all_multiples(&[place + to.at, to.matrix, to.row, cut.0, cut.1], 8)
+}
+
+/// Adds copies of rows of bytes from one memory to another.
+fn push_rows(
+    table: &mut Table,
+    (source, from): (u64, Strides),
+    (target, to): (Target, Strides),
+    [matrices, rows, bytes]: [u64; 3],
+    cut: Option<(u64, u64)>,
+    slot: u32,
+) -> Result<(), CudaError> {
+    if rows == 1 && bytes > MOST {
+        // Words stay whole: so many bytes are a multiple of where digests cut.
+        for matrix in 0..matrices {
+            let mut at = 0;
+            while at < bytes {
+                let len = MOST.min(bytes - at);
+                let from = Strides { at: from.at + matrix * from.matrix + at, ..Strides::default() };
+                let to = Strides { at: to.at + matrix * to.matrix + at, ..Strides::default() };
+                push_rows(table, (source, from), (target, to), [1, 1, len], cut, slot)?;
+                at += len;
+            }
+        }
+        return Ok(());
+    }
+    let extent = [matrices, rows, bytes];
+    let (from, to) = (used(from, extent), used(to, extent));
+    let mut entry = Entry {
+        source: source + from.at,
+        target: target.address + to.at,
+        place: target.place + to.at,
+        source_matrix: from.matrix,
+        source_row: from.row,
+        target_matrix: to.matrix,
+        target_row: to.row,
+        flags: SUMMED,
+        slot,
+        ..Entry::default()
+    };
+    let whole = is_whole_words(target.place, to, bytes, cut);
+    divide(&mut entry, rows, bytes, if whole { None } else { Some(cut.unwrap_or((CUT, CUT))) })?;
+    let aligned = [
+        entry.source,
+        entry.target,
+        entry.place,
+        from.matrix,
+        from.row,
+        to.matrix,
+        to.row,
+        entry.first_col.into(),
+    ];
+    let is_one_tile = entry.blocks == 1;
+    let aligned = &aligned[..aligned.len() - usize::from(is_one_tile)];
+    if whole && all_multiples(aligned, 16) {
+        entry.flags |= FAST;
+        let widths = [to.row, entry.cols.into(), entry.block_cols.into()];
+        if all_multiples(&widths, 64) {
+            entry.flags |= KEYED;
+        }
+    }
+    table.push(&entry, matrices)
+}
+
+/// Adds a part that is written.
+pub(super) fn push_write(
+    table: &mut Table,
+    part: &StridedPart,
+    source: u64,
+    target: Target,
+    ty: Option<SourceType>,
+    known: u64,
+    slot: u32,
+) -> Result<(), CudaError> {
+    let [matrices, rows, cols] = part.extent;
+    table.read += matrices * rows * cols * part.element;
+    let Some(blocks) = &part.blocks else {
+        let bytes = cols * part.element;
+        let extent = [matrices, rows, bytes];
+        return push_rows(table, (source, part.from), (target, part.to), extent, None, slot);
+    };
+    let ty = ty.ok_or_else(|| too_large("elements that have no blocks"))?;
+    let (from, to) = (used(part.from, part.extent), used(part.to, part.extent));
+    let mut entry = with_blocks(blocks, ty, part.extent)?;
+    let counts = blocks.counts(rows, cols);
+    entry.source = source + from.at;
+    (entry.source_matrix, entry.source_row) = (from.matrix, from.row);
+    (entry.target, entry.place) = (target.address + to.at, target.place + to.at);
+    (entry.target_matrix, entry.target_row) = (to.matrix, to.row);
+    let scales = blocks.scales;
+    (entry.scales, entry.scales_place) = (target.address + scales.at, target.place + scales.at);
+    (entry.scales_matrix, entry.scales_row) = (scales.matrix, scales.row);
+    if known != 0 {
+        entry.known = known;
+        (entry.known_matrix, entry.known_row) = (side(counts[0] * counts[1])?, side(counts[1])?);
+    }
+    entry.slot = slot;
+    entry.flags |= SUMMED;
+    for (skips, flag) in blocks.skips.into_iter().zip([NO_FIRST_BAND, NO_FIRST_COL]) {
+        entry.flags |= if skips { flag } else { 0 };
+    }
+    if !entry.source.is_multiple_of(ty.size() as u64)
+        || !all_multiples(&[entry.scales, entry.scales_place, scales.matrix, scales.row], 4)
+    {
+        return Err(too_large("elements or scales that are not aligned"));
+    }
+    let first = if entry.blocks > 1 { blocks.first[1] } else { 0 };
+    let is_fast = all_multiples(&[entry.source, from.matrix, from.row, first * ty.size() as u64], 16)
+        && all_multiples(&[entry.target, entry.place, to.matrix, to.row, cols, first], 8)
+        && blocks.sides.iter().all(|side| *side <= 128);
+    if is_fast {
+        entry.flags |= FAST;
+    }
+    table.wide |= ty == SourceType::F32;
+    table.push(&entry, matrices)
+}
+
+fn with_blocks(
+    blocks: &StridedBlocks,
+    ty: SourceType,
+    [_, rows, cols]: [u64; 3],
+) -> Result<Entry, CudaError> {
+    let counts = blocks.counts(rows, cols);
+    Ok(Entry {
+        kind: match ty {
+            SourceType::Bf16 => 1,
+            SourceType::F16 => 2,
+            SourceType::F32 => 3,
+        },
+        mode: mode_number(blocks.format.mode) as u32,
+        rows: side(rows)?,
+        cols: side(cols)?,
+        block_rows: side(blocks.sides[0])?,
+        block_cols: side(blocks.sides[1])?,
+        first_row: side(blocks.first[0].min(rows))?,
+        first_col: side(blocks.first[1].min(cols))?,
+        bands: side(counts[0])?,
+        blocks: side(counts[1])?,
+        flags: if blocks.format.precast == Precast::Bf16 { PRECAST } else { 0 },
+        ..Entry::default()
+    })
+}
+
+/// Adds a part whose maxima go to an address.
+pub(super) fn push_maxima(
+    table: &mut Table,
+    part: &StridedPart,
+    source: u64,
+    ty: SourceType,
+    to: u64,
+) -> Result<(), CudaError> {
+    let [matrices, rows, cols] = part.extent;
+    let Some(blocks) = &part.blocks else { return Err(too_large("a part without blocks")) };
+    let mut entry = with_blocks(blocks, ty, part.extent)?;
+    let from = used(part.from, part.extent);
+    entry.source = source + from.at;
+    (entry.source_matrix, entry.source_row) = (from.matrix, from.row);
+    let counts = blocks.counts(rows, cols);
+    entry.known = to;
+    (entry.known_matrix, entry.known_row) = (side(counts[0] * counts[1])?, side(counts[1])?);
+    table.push(&entry, matrices)
+}
+
+/// Adds a part that is digested where it was written to.
+pub(super) fn push_check(
+    table: &mut Table,
+    part: &StridedPart,
+    target: Target,
+    slot: u32,
+) -> Result<(), CudaError> {
+    let [matrices, rows, cols] = part.extent;
+    let bytes = if part.blocks.is_some() { cols } else { cols * part.element };
+    table.read += matrices * rows * bytes;
+    let to = used(part.to, part.extent);
+    let mut extent = [matrices, rows, bytes];
+    let mut cut = part.blocks.as_ref().map(|blocks| (blocks.first[1], blocks.sides[1]));
+    // What is in one piece is one row, if no word is divided.
+    if is_whole_words(target.place, to, bytes, cut) && bytes.is_multiple_of(8) {
+        cut = None;
+        if rows > 1 && to.row == bytes && (matrices == 1 || to.matrix == rows * bytes) {
+            extent = [1, 1, matrices * rows * bytes];
+        } else if rows > 1 && to.row == bytes {
+            extent = [1, matrices, rows * bytes];
+        }
+    }
+    let to = match extent {
+        [1, n, _] if n == matrices && matrices > 1 => Strides { row: to.matrix, ..to },
+        _ => to,
+    };
+    push_rows(table, (target.address, to), (target, to), extent, cut, slot)?;
+    let Some(blocks) = &part.blocks else { return Ok(()) };
+    let [bands, columns] = blocks.counts(rows, cols);
+    let [skip_band, skip_col] = blocks.skips.map(u64::from);
+    let (rows, cols) = (bands - skip_band, (columns - skip_col) * 4);
+    if rows == 0 || cols == 0 {
+        return Ok(());
+    }
+    let at = blocks.scales.at + skip_band * blocks.scales.row + skip_col * 4;
+    let mut entry = Entry {
+        kind: SCALES_ONLY,
+        target: target.address + at,
+        place: target.place + at,
+        target_matrix: blocks.scales.matrix,
+        target_row: blocks.scales.row,
+        slot,
+        ..Entry::default()
+    };
+    if !all_multiples(&[entry.target, entry.place, entry.target_matrix, entry.target_row], 4) {
+        return Err(too_large("scales that are not aligned"));
+    }
+    divide(&mut entry, rows, cols, Some((cols, cols)))?;
+    table.push(&entry, matrices)
+}
+
+/// Whether kernels know a format.
+pub(super) fn is_known(format: &Fp8Format) -> bool {
+    matches!(format.granularity, Granularity::Block { .. })
+        && format.non_finite == quant_fp8::NonFinite::Error
+}
