@@ -14,6 +14,7 @@ use protocol::{ReceiveLink, SendLink};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
+use crate::error::SegmentError;
 use crate::lease::{Lease, Terms};
 
 /// Slots of the trainer. Together they are as large as the two buckets that the configuration speaks of:
@@ -28,7 +29,7 @@ pub(crate) const DEFAULT_BUCKET_MEGABYTES: u64 = 2048;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct CudaInfo {
     /// The allocation as other processes open it.
-    handle: Vec<u8>,
+    pub(crate) handle: Vec<u8>,
     /// What they hold as long as they have it open.
     terms: Terms,
     /// Its number among the exporting process's own.
@@ -48,7 +49,7 @@ fn exports() -> std::sync::MutexGuard<'static, HashMap<u64, CudaMemory>> {
 /// Memory that other processes can open. It is freed when they have closed it, and never under them: what
 /// becomes of them then, CUDA does not define.
 #[derive(Debug)]
-struct Exported {
+pub(crate) struct Exported {
     memory: CudaMemory,
     number: u64,
     /// Taken when it is dropped.
@@ -65,7 +66,7 @@ fn sweep() {
 
 impl Exported {
     /// Exports memory; or says why this system does not let other processes open it.
-    fn new(memory: CudaMemory) -> Result<Result<(Self, CudaInfo), CudaError>> {
+    pub(crate) fn new(memory: CudaMemory) -> Result<Result<(Self, CudaInfo), CudaError>> {
         let handle = match memory.export() {
             Ok(handle) => handle.to_vec(),
             Err(reason) => return Ok(Err(reason)),
@@ -78,6 +79,20 @@ impl Exported {
         let info = CudaInfo { handle, terms, export: number, slots: 0, bucket_bytes: 0 };
         Ok(Ok((Self { memory, number, lease: Some(lease) }, info)))
     }
+
+    pub(crate) fn memory(&self) -> &CudaMemory {
+        &self.memory
+    }
+
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// What others hold as long as they have it open.
+    pub(crate) fn terms(&self) -> Result<Terms> {
+        let lease = self.lease.as_ref().ok_or(SegmentError::Lent)?;
+        Ok(lease.terms())
+    }
 }
 
 impl Drop for Exported {
@@ -85,11 +100,39 @@ impl Drop for Exported {
         exports().remove(&self.number);
         if let Some(lease) = self.lease.take().filter(|lease| !lease.is_over()) {
             let bytes = self.memory.len();
-            warn!(bytes, "rollouts have the trainer's buckets open: their memory is not freed yet");
+            warn!(bytes, "other processes have device memory open: it is not freed yet");
             let mut left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
             left.push((self.memory.clone(), lease));
         }
     }
+}
+
+/// Opens memory that a process exported, which may be this one.
+///
+/// # Errors
+///
+/// `Protocol` for what was never exported, `PeerLost` if the process has ended.
+pub(crate) fn opened(
+    device: &Device,
+    handle: &[u8],
+    terms: &Terms,
+    export: u64,
+    len: usize,
+) -> Result<CudaMemory> {
+    let refuse = |message: &str| Error::new(ErrorKind::Protocol, "opening device memory", message);
+    if terms.pid() == std::process::id() {
+        let memory = exports().get(&export).filter(|memory| memory.len() == len).cloned();
+        let memory = memory.ok_or_else(|| refuse("it is gone"))?;
+        if memory.device().ordinal() != device.ordinal() {
+            let message = "it is on another device of this process: give that rank a process of its own";
+            return Err(Error::new(ErrorKind::Config, "opening device memory", message));
+        }
+        return Ok(memory);
+    }
+    let handle = handle.try_into().map_err(|_| refuse("a handle of a wrong length"))?;
+    // Before it is opened, and until it is closed.
+    let borrowed = terms.accept()?;
+    Ok(CudaMemory::import(device, handle, len, Arc::new(borrowed))?)
 }
 
 /// The trainer's buckets.
@@ -142,7 +185,7 @@ impl Buckets {
 }
 
 /// The device of a configuration: the first one if it names none.
-fn open(device: &DeviceChoice) -> Result<Device> {
+pub(crate) fn open(device: &DeviceChoice) -> Result<Device> {
     let ordinal = i32::try_from(device.ordinal().unwrap_or(0)).unwrap_or(i32::MAX);
     Ok(Device::open(ordinal)?)
 }
@@ -219,18 +262,8 @@ impl Incoming {
         let Some(len) = bytes.and_then(|bytes| usize::try_from(bytes).ok()) else {
             return Err(refuse(format!("{slots} buckets of {bucket_bytes} bytes")));
         };
-        let memory = if info.terms.pid() == std::process::id() {
-            let memory = exports().get(&info.export).filter(|memory| memory.len() == len).cloned();
-            memory.ok_or_else(|| refuse("the trainer's buckets are gone".into()))?
-        } else {
-            let handle = info.handle.as_slice().try_into();
-            let handle = handle.map_err(|_| refuse("a handle of a wrong length".into()))?;
-            // Before it is opened, and until it is closed.
-            let borrowed =
-                info.terms.accept().map_err(|error| Error::from(error).rank(Rank::LEADER))?;
-            CudaMemory::import(&device, handle, len, Arc::new(borrowed))
-                .map_err(|error| Error::from(error).rank(Rank::LEADER))?
-        };
+        let memory = opened(&device, &info.handle, &info.terms, info.export, len)
+            .map_err(|error| error.rank(Rank::LEADER))?;
         let packer = Packer::new(&device)?;
         Ok(Self { storage: bucket_storage(&memory, &packer), slots, bucket_bytes })
     }

@@ -7,7 +7,7 @@ use engine_core::{
     DeviceChoice, EngineContext, Error, ErrorKind, Placement, Prepared, PreparedRollout,
     PreparedTrainer, Rank, Result, Role, RolloutEngine, TrainerEngine, WorkerMetadata,
 };
-use placed::{Layout, PlacedRollout, PlacedTrainer, Wanted};
+use placed::{Layout, Lender, PlacedRollout, PlacedTrainer, Wanted};
 use protocol::{ReceiveLink, Receiver, SendLink, Sender};
 
 use serde::{Deserialize, Serialize};
@@ -15,6 +15,8 @@ use serde::{Deserialize, Serialize};
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::lent::{LentMemory, Neighbours};
+#[cfg(feature = "cuda")]
+use crate::lent_cuda::LentCuda;
 use crate::segment::{MappedSegment, Segment, SegmentInfo};
 use crate::{NAME, shared};
 
@@ -128,24 +130,19 @@ pub(crate) fn is_placed(worker: &WorkerMetadata) -> bool {
 }
 
 fn placed_metadata(context: &EngineContext, role: Role) -> Result<WorkerMetadata> {
-    if !context.config.device.is_cpu() {
-        let message = format!(
-            "placed updates are for host memory, and the device is {}: leave out `placed`, or the device",
-            context.config.device
-        );
-        return Err(Error::new(ErrorKind::Config, "preparing", message));
-    }
     let rank = context.require_control()?.rank();
     Ok(WorkerMetadata::of_this_process(NAME, rank, role, PLACED.into()))
 }
 
-/// Prepares a rollout that lends its tensors: memory for what it wants, which trainers of its host write to in every update.
+/// Prepares a rollout that lends its tensors: memory for what it wants, on the device of its configuration, which trainers of its host
+/// write to in every update.
 ///
-/// Its trainers have the option `placed` of this transport.
+/// Its trainers have the option `placed` of this transport. They reach memory of a CUDA device if their own is the same one, or one with
+/// peer access to it.
 ///
 /// # Errors
 ///
-/// `Config` without a control plane, for a device other than the CPU, and for what cannot be placed; `Weight`, naming the tensor, for boxes
+/// `Config` without a control plane, and for what cannot be placed; `Backend` for device memory that other processes cannot open; `Weight`, naming the tensor, for boxes
 /// outside of it; `Resource` if there is no memory.
 pub fn lend(
     context: EngineContext,
@@ -153,17 +150,25 @@ pub fn lend(
 ) -> Result<Prepared<PlacedRollout>> {
     let metadata = placed_metadata(&context, Role::Rollout)?;
     let layout = Layout::new(wanted)?;
-    let memory = LentMemory::create(layout.bytes())?;
-    Ok(Prepared::new(metadata, move |_| async move {
-        PlacedRollout::new(&context, layout, Box::new(memory))
-    }))
+    let memory = memory_to_lend(&context.config.device, layout.bytes())?;
+    Ok(Prepared::new(metadata, move |_| async move { PlacedRollout::new(&context, layout, memory) }))
+}
+
+fn memory_to_lend(device: &DeviceChoice, bytes: u64) -> Result<Box<dyn Lender>> {
+    #[cfg(feature = "cuda")]
+    if !device.is_cpu() {
+        return Ok(Box::new(LentCuda::create(device, bytes)?));
+    }
+    let _ = device;
+    Ok(Box::new(LentMemory::create(bytes)?))
 }
 
 fn prepare_placed_trainer(context: EngineContext) -> Result<PreparedTrainer> {
     let metadata = placed_metadata(&context, Role::Trainer)?;
+    let reach = Arc::new(Neighbours::new(&context.config.device)?);
     Ok(Prepared::new(metadata, move |place| async move {
         let ranks = place.peers.iter().map(|peer| (peer.rank, peer.role)).collect();
-        let engine = PlacedTrainer::new(&context, ranks, Arc::new(Neighbours::default()))?;
+        let engine = PlacedTrainer::new(&context, ranks, reach)?;
         Ok(Box::new(engine) as Box<dyn TrainerEngine>)
     }))
 }

@@ -3,6 +3,10 @@
 
 use std::fs::File;
 #[cfg(any(feature = "cuda", test))]
+use std::io::{Seek, Write};
+#[cfg(any(feature = "cuda", test))]
+use std::os::unix::fs::FileExt;
+#[cfg(any(feature = "cuda", test))]
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
@@ -64,7 +68,86 @@ impl Lease {
     }
 }
 
+/// Bytes of a mark: the process, and when it began.
+#[cfg(any(feature = "cuda", test))]
+const MARK: usize = 16;
+
+/// A borrower's end whose use may outlast the system's hold on its files by a little: kernels of a device run until the driver has taken
+/// down what the process had there, and the process is gone only then.
+#[cfg(any(feature = "cuda", test))]
+#[derive(Debug)]
+pub(crate) struct Marked {
+    at: u64,
+    marks: File,
+    _borrowed: Borrowed,
+}
+
+#[cfg(any(feature = "cuda", test))]
+impl Drop for Marked {
+    fn drop(&mut self) {
+        if let Err(error) = self.marks.write_all_at(&[0; MARK], self.at) {
+            tracing::warn!(%error, "lent memory counts as in use until this process ends");
+        }
+    }
+}
+
+/// When a process began, in the system's ticks; nothing if it is gone.
+#[cfg(any(feature = "cuda", test))]
+fn began(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name, in parentheses, may have any character in it.
+    let (_, rest) = stat.rsplit_once(") ")?;
+    let mut fields = rest.split(' ');
+    // One that has ended has nothing left but its number.
+    let is_gone = matches!(fields.next(), Some("Z" | "X") | None);
+    fields.nth(18)?.parse().ok().filter(|_| !is_gone)
+}
+
+#[cfg(any(feature = "cuda", test))]
+impl Lease {
+    /// As [`is_over`](Self::is_over), and whether no process is there any more that has left a mark.
+    pub(crate) fn is_over_and_unmarked(&self) -> bool {
+        self.is_over() && self.marks().is_ok_and(|marks| marks.into_iter().all(|(pid, at)| began(pid) != Some(at)))
+    }
+
+    fn marks(&self) -> Result<Vec<(u32, u64)>, SegmentError> {
+        let mut marks = Vec::new();
+        let mut mark = [0; MARK];
+        let system = |errno| SegmentError::System { call: "pread", errno };
+        while rustix::io::pread(&self.0, &mut mark, (marks.len() * MARK) as u64).map_err(system)? == MARK {
+            let (pid, began) = mark.split_at(MARK / 2);
+            let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
+            marks.push((number(pid) as u32, number(began)));
+        }
+        Ok(marks)
+    }
+}
+
 impl Terms {
+    /// As [`accept`](Self::accept), with a mark.
+    ///
+    /// # Errors
+    ///
+    /// The same.
+    #[cfg(any(feature = "cuda", test))]
+    pub(crate) fn accept_marked(&self) -> Result<Marked, SegmentError> {
+        let borrowed = self.accept()?;
+        let mut marks = self.0.open_to_append()?;
+        let pid = std::process::id();
+        let began = began(pid).unwrap_or(0);
+        let mark = [u64::from(pid).to_le_bytes(), began.to_le_bytes()].concat();
+        let system = |call| move |error: std::io::Error| SegmentError::System {
+            call,
+            errno: Errno::from_io_error(&error).unwrap_or(Errno::IO),
+        };
+        // At the end, wherever that is when others do the same.
+        marks.write_all(&mark).map_err(system("write"))?;
+        let end = marks.stream_position().map_err(system("lseek"))?;
+        // What is written at a place goes there only if it is not opened to append.
+        let marks = self.0.open_to_write()?;
+        Ok(Marked { at: end - MARK as u64, marks, _borrowed: borrowed })
+    }
+
     /// The lender's process.
     #[cfg(feature = "cuda")]
     pub(crate) fn pid(&self) -> u32 {
@@ -126,6 +209,29 @@ mod tests {
         other.kill().unwrap();
         other.wait().unwrap();
         assert!(lease.is_over());
+    }
+
+    #[test]
+    fn a_lease_with_marks_is_over_when_these_are_taken_off_or_their_processes_are_gone() {
+        let lease = Lease::new().unwrap();
+        assert!(Lease::new().unwrap().is_over_and_unmarked());
+        let (one, two) = (lease.terms().accept_marked().unwrap(), lease.terms().accept_marked().unwrap());
+        drop(one);
+        assert!(!lease.is_over_and_unmarked());
+        drop(two);
+        // A process whose files are closed, and that is there as yet.
+        let mut other = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        let began = began(other.id()).unwrap();
+        let mark = [u64::from(other.id()).to_le_bytes(), began.to_le_bytes()].concat();
+        lease.terms().0.open_to_append().unwrap().write_all(&mark).unwrap();
+        assert!(lease.is_over());
+        assert!(!lease.is_over_and_unmarked());
+        other.kill().unwrap();
+        while !lease.is_over_and_unmarked() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        other.wait().unwrap();
+        assert!(lease.is_over_and_unmarked());
     }
 
     #[test]

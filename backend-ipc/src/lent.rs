@@ -4,22 +4,40 @@
 //! which a trainer holds as long as it may write, and which the system releases when its process ends, however it does.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use engine_core::{Error, ErrorKind, Rank, Result};
-use placed::{Lender, LentBytes, Reach, Reached};
+use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result};
+use placed::{Encoder, Lender, LentBytes, Reach, Reached};
 use serde::{Deserialize, Serialize};
 
 use crate::error::SegmentError;
 use crate::ffi::{Mapping, ReadView};
 use crate::lease::{Borrowed, Lease, Terms};
+#[cfg(feature = "cuda")]
+use crate::lent_cuda::{CudaOffer, Peers};
 use crate::memfile::{FileAddress, MemFile};
 use crate::segment::{allocate, memory_in_words};
 
+/// The terms of a rollout, by the kind of its memory.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Offer {
+    Host(HostOffer),
+    #[cfg(feature = "cuda")]
+    Cuda(CudaOffer),
+}
+
+/// Terms as they travel.
+pub(crate) fn in_bytes(offer: &Offer) -> Result<Bytes> {
+    serde_json::to_vec(offer).map(Bytes::from).map_err(|error| {
+        Error::new(ErrorKind::Protocol, "lending tensors", error.to_string()).with_source(error)
+    })
+}
+
 /// What a trainer needs to write to a rollout's memory in one update.
 #[derive(Debug, Serialize, Deserialize)]
-struct Offer {
+pub(crate) struct HostOffer {
     file: FileAddress,
     bytes: u64,
     lease: Terms,
@@ -55,11 +73,10 @@ impl Lender for LentMemory {
             return Err(SegmentError::Lent.into());
         }
         let lease = Lease::new()?;
-        let offer = Offer { file: self.file.address(), bytes: self.len(), lease: lease.terms() };
+        let offer =
+            HostOffer { file: self.file.address(), bytes: self.len(), lease: lease.terms() };
         self.lease = Some(lease);
-        serde_json::to_vec(&offer).map(Bytes::from).map_err(|error| {
-            Error::new(ErrorKind::Protocol, "lending tensors", error.to_string()).with_source(error)
-        })
+        in_bytes(&Offer::Host(offer))
     }
 
     fn take_back(&mut self) -> Result<bool> {
@@ -78,14 +95,63 @@ impl Lender for LentMemory {
     }
 }
 
-/// How a trainer reaches what rollouts of its host lend. Mappings are kept from one update to the next.
+/// How a trainer reaches what rollouts of its host lend. What is open is kept from one update to the next.
 #[derive(Debug, Default)]
-pub(crate) struct Neighbours(Mutex<HashMap<FileAddress, Arc<Mapping>>>);
+pub(crate) struct Neighbours {
+    files: Mutex<HashMap<FileAddress, Arc<Mapping>>>,
+    #[cfg(feature = "cuda")]
+    peers: Option<Peers>,
+}
+
+impl Neighbours {
+    /// For a trainer whose weights are on a device, or in host memory.
+    ///
+    /// # Errors
+    ///
+    /// Those of the device.
+    pub(crate) fn new(device: &DeviceChoice) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if !device.is_cpu() {
+            return Ok(Self { peers: Some(Peers::new(device)?), ..Self::default() });
+        }
+        let _ = device;
+        Ok(Self::default())
+    }
+
+    /// A rollout's memory of the host; `present` gets what is kept for the next update.
+    fn reach_host(
+        &self,
+        rank: Rank,
+        offer: &HostOffer,
+        present: &mut HashMap<FileAddress, Arc<Mapping>>,
+    ) -> Result<Arc<dyn Reached>> {
+        let failed = |error: SegmentError| Error::from(error).rank(rank);
+        // The lease first: with it, the file is what the rollout has mapped.
+        let lease = offer.lease.accept().map_err(failed)?;
+        let mapping = match lock(&self.files).get(&offer.file) {
+            Some(mapping) => mapping.clone(),
+            None => {
+                let len = usize::try_from(offer.bytes);
+                let len = len.map_err(|_| failed(SegmentError::TooLarge(1, offer.bytes)))?;
+                let file = offer.file.open_to_write().map_err(failed)?;
+                Arc::new(Mapping::new(&file, len, true).map_err(failed)?)
+            }
+        };
+        present.insert(offer.file, mapping.clone());
+        Ok(Arc::new(Borrowing { mapping, _lease: lease }))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every change is one assignment.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 impl Reach for Neighbours {
     fn reach(&self, terms: &[(Rank, Bytes)]) -> Result<Vec<Arc<dyn Reached>>> {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut present = HashMap::new();
+        let mut files = HashMap::new();
+        #[cfg(feature = "cuda")]
+        let mut opened = HashMap::new();
         let mut reached: Vec<Arc<dyn Reached>> = Vec::with_capacity(terms.len());
         for (rank, terms) in terms {
             let offer: Offer = serde_json::from_slice(terms).map_err(|error| {
@@ -94,23 +160,33 @@ impl Reach for Neighbours {
                     .rank(*rank)
                     .with_source(error)
             })?;
-            let failed = |error: SegmentError| Error::from(error).rank(*rank);
-            // The lease first: with it, the file is what the rollout has mapped.
-            let lease = offer.lease.accept().map_err(failed)?;
-            let mapping = match kept.get(&offer.file) {
-                Some(mapping) => mapping.clone(),
-                None => {
-                    let len = usize::try_from(offer.bytes);
-                    let len = len.map_err(|_| failed(SegmentError::TooLarge(1, offer.bytes)))?;
-                    let file = offer.file.open_to_write().map_err(failed)?;
-                    Arc::new(Mapping::new(&file, len, true).map_err(failed)?)
+            reached.push(match offer {
+                Offer::Host(offer) => self.reach_host(*rank, &offer, &mut files)?,
+                #[cfg(feature = "cuda")]
+                Offer::Cuda(offer) => {
+                    let peers = self.peers.as_ref().ok_or_else(|| {
+                        let message = "its tensors are on a CUDA device, and this trainer's device is `cpu`: set `device` to \
+                                       `cuda` here, or to `cpu` there";
+                        Error::new(ErrorKind::Mismatch, "reaching a rollout's tensors", message)
+                            .rank(*rank)
+                    })?;
+                    peers.reach(*rank, &offer, &mut opened)?
                 }
-            };
-            present.insert(offer.file, mapping.clone());
-            reached.push(Arc::new(Borrowing { mapping, _lease: lease }));
+            });
         }
-        *kept = present;
+        *lock(&self.files) = files;
+        #[cfg(feature = "cuda")]
+        if let Some(peers) = &self.peers {
+            peers.keep(opened);
+        }
         Ok(reached)
+    }
+
+    fn encoder(&self) -> Option<&dyn Encoder> {
+        #[cfg(feature = "cuda")]
+        return self.peers.as_ref().map(|peers| peers as &dyn Encoder);
+        #[cfg(not(feature = "cuda"))]
+        None
     }
 }
 

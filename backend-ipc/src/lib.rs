@@ -21,6 +21,8 @@ mod error;
 mod ffi;
 mod lease;
 mod lent;
+#[cfg(feature = "cuda")]
+mod lent_cuda;
 mod memfile;
 mod segment;
 mod shared;

@@ -85,6 +85,16 @@ impl FileAddress {
         self.open_by(File::options().read(true).write(true))
     }
 
+    /// Opens the file for writing at its end, wherever that is.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    #[cfg(any(feature = "cuda", test))]
+    pub(crate) fn open_to_append(&self) -> Result<File, SegmentError> {
+        self.open_by(File::options().append(true))
+    }
+
     fn open_by(&self, options: &OpenOptions) -> Result<File, SegmentError> {
         let path = self.path();
         let opened = options.open(&path).and_then(|file| Ok((file.metadata()?, file)));

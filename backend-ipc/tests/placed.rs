@@ -18,6 +18,8 @@ use placed::{PlacedRollout, TensorState, Wanted};
 
 const ROLE: &str = "CKPT_ENGINE_TEST_ROLE";
 const ADDRESS: &str = "CKPT_ENGINE_TEST_ADDRESS";
+/// Where rollouts' tensors are, in this process and in those that it starts; in host memory without it.
+const DEVICE: &str = "CKPT_ENGINE_TEST_DEVICE";
 const SHAPE: [u64; 2] = [64, 1 << 16];
 /// The version in which a slow trainer is slow.
 const SLOW: u64 = 2;
@@ -29,6 +31,9 @@ fn config(placed: bool) -> CheckpointEngineConfig {
         threads: std::num::NonZeroUsize::new(1),
         ..Default::default()
     };
+    if let Ok(device) = std::env::var(DEVICE) {
+        config.device = device.parse().unwrap();
+    }
     if placed {
         config.engine_kwargs.entry("ipc".into()).or_default().insert("placed".into(), true.into());
     }
@@ -205,7 +210,7 @@ fn has_none(rollout: &PlacedRollout, version: u64) {
 
 fn lends() -> Lends {
     let config = CheckpointEngineConfig { threads: std::num::NonZeroUsize::new(2), ..config(true) };
-    Lends { backend: BACKEND, config, lend: |context, wanted| lend(context, wanted) }
+    Lends { backend: BACKEND, config, lend: |context, wanted| lend(context, wanted), put: Ok }
 }
 
 #[test]

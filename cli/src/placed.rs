@@ -47,12 +47,6 @@ impl Placing {
             let backend = &config.backend;
             return Err(refuse(format!("{backend} has no placed updates, ipc has")));
         }
-        if !config.device.is_cpu() {
-            let device = &config.device;
-            return Err(refuse(format!(
-                "placed updates are in host memory, and the device is {device}"
-            )));
-        }
         let mut fp8 = Fp8Config::of(&config)?;
         if fp8.quantization.quantize_on_receive {
             let message = "nothing is left to quantise on a rollout that trainers write to";
@@ -140,7 +134,16 @@ impl Shard {
             let offset =
                 ranges.iter().zip(&strides).map(|(range, stride)| range.start * *stride as u64);
             let (name, dtype) = (weight.meta().name.clone(), weight.meta().dtype);
-            let (offset, bytes) = (offset.sum(), weight.to_bytes()?);
+            let offset: u64 = offset.sum();
+            // On a device a box is sent from there if it is in one piece. Others are read: frameworks have theirs in one piece.
+            if let Some(storage) = weight.storage().filter(|_| region.runs(&shape) == 1)
+                && let Some(size) = dtype.bytes()
+            {
+                let bytes = storage.slice(offset * size..(offset + region.elements()) * size);
+                let meta = TensorMeta::new(name, dtype, extent);
+                return Weight::from_meta(meta, bytes)?.of_box(shape.clone(), region.clone());
+            }
+            let bytes = weight.to_bytes()?;
             Weight::strided(name, dtype, extent, strides.clone(), offset, bytes)?
                 .of_box(shape.clone(), region.clone())
         });

@@ -31,6 +31,8 @@ pub struct Lends {
     pub config: CheckpointEngineConfig,
     /// Prepares a rollout.
     pub lend: fn(EngineContext, Vec<Wanted>) -> Result<Prepared<PlacedRollout>>,
+    /// Puts a trainer's weight, which is in host memory, where a trainer has it.
+    pub put: fn(Weight) -> Result<Weight>,
 }
 
 /// A tensor of made-up numbers, which are others in every version.
@@ -142,6 +144,7 @@ impl Model {
 /// A group of tasks of this process.
 struct Group<'a> {
     model: &'a Model,
+    put: fn(Weight) -> Result<Weight>,
     wants: Vec<Vec<Wanted>>,
     trainers: Vec<Box<dyn TrainerEngine>>,
     rollouts: Vec<PlacedRollout>,
@@ -173,7 +176,7 @@ impl<'a> Group<'a> {
             join_group(prepared, lends.backend, plane, Some(ranks), LIMIT).await.expect("a group").0
         });
         let (trainers, rollouts) = join(join_all(engines), join_all(tensors)).await;
-        Self { model, wants: wants.to_vec(), trainers, rollouts, _planes: planes }
+        Self { model, put: lends.put, wants: wants.to_vec(), trainers, rollouts, _planes: planes }
     }
 
     /// An update in which trainers hold these boxes; of a trainer that gives up, after how many steps of its call.
@@ -183,10 +186,16 @@ impl<'a> Group<'a> {
         holds: &[Boxes],
         gives_up: Option<(usize, u32)>,
     ) -> std::result::Result<SendReport, Vec<Error>> {
-        let model = self.model;
+        let (model, put) = (self.model, self.put);
+        let put = |weight: Weight| {
+            let (full, region) = (weight.full_meta().shape, weight.region());
+            put(weight).and_then(|weight| weight.of_box(full, region)).expect("memory")
+        };
         let sends = self.trainers.iter_mut().zip(holds).enumerate().map(|(at, (engine, boxes))| {
-            let weights: Vec<Weight> =
-                boxes.iter().map(|(meta, region)| model.weight(meta, region, version)).collect();
+            let weights: Vec<Weight> = boxes
+                .iter()
+                .map(|(meta, region)| put(model.weight(meta, region, version)))
+                .collect();
             let sent = engine.send_weights(ensure_async_iterator(weights), Version(version));
             let given = gives_up.filter(|(who, _)| *who == at).map(|(_, after)| after);
             limited(sent, given)
@@ -238,28 +247,40 @@ async fn limited<T>(call: impl Future<Output = Result<T>>, gives_up: Option<u32>
     }
 }
 
-/// Two tensors: rows on trainers, cut within blocks; columns on rollouts, one of which has experts.
+/// Tensors with rows on trainers and columns on rollouts: one is cut within blocks, one has experts, of one all begins where blocks do, and
+/// one is not quantised.
 fn sharded() -> (Model, Vec<Boxes>, Vec<Vec<Wanted>>) {
     let part = |offset: &[u64], extent: &[u64]| TensorBox::new(offset, extent).expect("a box");
     let dense = TensorMeta::new("dense", DType::BF16, [300, 260]);
     let stack = TensorMeta::new("experts", DType::BF16, [3, 140, 96]);
+    let even = TensorMeta::new("even", DType::BF16, [256, 1024]);
+    let norm = TensorMeta::new("norm", DType::BF16, [1031]);
     let mut model = Model::default();
-    model.add(Tensor::new(dense.clone(), 3));
-    model.add(Tensor::new(stack.clone(), 4));
+    for (seed, meta) in (3..).zip([&dense, &stack, &even, &norm]) {
+        model.add(Tensor::new(meta.clone(), seed));
+    }
+    let half = |start| (even.clone(), part(&[start, 0], &[128, 1024]));
+    let all = (norm.clone(), TensorBox::whole(&norm.shape));
     let rows = |start, n| (dense.clone(), part(&[start, 0], &[n, 260]));
     let experts = |first, n, start, rows| (stack.clone(), part(&[first, start, 0], &[n, rows, 96]));
     let holds = vec![
-        vec![rows(0, 100), experts(0, 2, 0, 140)],
-        vec![rows(100, 200), experts(2, 1, 0, 140)],
+        vec![rows(0, 100), experts(0, 2, 0, 140), half(0), all.clone()],
+        vec![rows(100, 200), half(128), all, experts(2, 1, 0, 140)],
     ];
     let format = Fp8Format::default();
     let cols = |start, n| Wanted::whole(dense.clone()).part(part(&[0, start], &[300, n]));
+    let even = |start| Wanted::whole(even.clone()).part(part(&[0, start], &[256, 512]));
+    let norms = |start, n| Wanted::whole(norm.clone()).part(part(&[start], &[n]));
     let wants = vec![
         vec![
+            norms(0, 500),
+            even(0).quantized(format),
             cols(0, 131).quantized(format),
             Wanted::whole(stack.clone()).part(part(&[0, 30, 0], &[3, 110, 96])).quantized(format),
         ],
         vec![
+            norms(5, 1026),
+            even(512).quantized(format),
             cols(131, 129).quantized(format),
             Wanted::whole(stack.clone()).part(part(&[1, 0, 50], &[1, 140, 46])).quantized(format),
         ],
@@ -309,7 +330,7 @@ pub fn what_nobody_holds_is_named_and_leaves_the_version_that_is_there(lends: &L
         let mut group = Group::form(lends, &model, 2, &wants).await;
         group.update(1, &holds, None).await.expect("an update");
         let mut hole = holds.clone();
-        hole[1].truncate(1);
+        hole[1].truncate(3);
         let errors = group.update(2, &hole, None).await.expect_err("a hole");
         assert_eq!(errors.len(), 4, "{errors:?}");
         for error in &errors {

@@ -92,8 +92,8 @@ pub(crate) async fn sync_command(args: &SyncArgs) -> Result<ExitCode, Failure> {
         );
     }
     let placing = args.placing.placing()?;
-    if placing.is_some() && (args.out.is_some() || !args.rank_devices.is_empty()) {
-        return Err("--placed: rollouts have parts of tensors, on the host; leave out --out and --rank-device".into());
+    if placing.is_some() && args.out.is_some() {
+        return Err("--placed: rollouts have parts of tensors; leave out --out".into());
     }
     let (trainers, rollouts) = args.placing.ranks().unwrap_or((args.trainers, args.rollouts));
     let options = SyncOptions {

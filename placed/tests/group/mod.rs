@@ -228,9 +228,9 @@ impl Group {
             let mut expected = wants.iter().map(|wanted| self.model.expected(wanted, version));
             let read = rollout.read(|tensor| {
                 let expected = expected.next().expect("one that is wanted");
-                assert!(tensor.bytes == expected[0], "{:?}", tensor.wanted);
+                assert!(tensor.bytes()? == expected[0], "{:?}", tensor.wanted);
                 let scales = expected.get(1).map_or(&[][..], |scales| &scales[..]);
-                assert!(tensor.scales == scales, "scales of {:?}", tensor.wanted);
+                assert!(*tensor.scales()? == *scales, "scales of {:?}", tensor.wanted);
                 Ok(())
             });
             assert_eq!(read.unwrap(), Version(version));

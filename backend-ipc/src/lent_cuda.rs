@@ -1,0 +1,230 @@
+//! Memory of a CUDA device that a rollout lends: trainers on the same GPU, or on one with peer access to it, write there with
+//! their kernels.
+//!
+//! A trainer keeps the memory open from one update to the next, which says nothing of whether it may write: that is a matter of a
+//! [lease](crate::lease) for every update, as in host memory. What differs is how a lease ends. A kernel of a process that was killed may
+//! run until the driver has taken the process's context down, which is after the system has let go of its locks. So each
+//! trainer leaves a mark in the lease, and takes it off when its kernels have ended; a mark that stays counts until its process
+//! is gone.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use device_cuda::{Check, CudaMemory, CudaSlice, Device, Maxima, Placer, Write};
+use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result, Weight};
+use placed::{Encoded, Encoder, Lender, LentBytes, Reached, Written};
+use quant_fp8::{Fp8Format, SourceType, StridedPart};
+use serde::{Deserialize, Serialize};
+
+use crate::cuda::{Exported, open, opened};
+use crate::error::SegmentError;
+use crate::lease::{Lease, Marked, Terms};
+
+/// What a trainer needs to write to a rollout's memory in one update.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct CudaOffer {
+    /// The allocation as other processes open it.
+    handle: Vec<u8>,
+    /// What they hold as long as they have it open.
+    open: Terms,
+    /// Its number among the rollout's process's own.
+    export: u64,
+    bytes: u64,
+    lease: Terms,
+}
+
+/// A rollout's memory on a device.
+#[derive(Debug)]
+pub(crate) struct LentCuda {
+    memory: Exported,
+    handle: Vec<u8>,
+    placer: Mutex<Placer>,
+    lease: Option<Lease>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A table that a panic left half made is made anew.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl LentCuda {
+    /// Memory of so many bytes.
+    ///
+    /// # Errors
+    ///
+    /// `Resource` if there is not so much; `Backend` if other processes cannot open this device's memory.
+    pub(crate) fn create(device: &DeviceChoice, bytes: u64) -> Result<Self> {
+        let device = open(device)?;
+        let len = usize::try_from(bytes.max(1))
+            .map_err(|_| Error::from(SegmentError::TooLarge(1, bytes)))?;
+        let memory = CudaMemory::new(&device, len)?;
+        let placer = Mutex::new(Placer::new(&device)?);
+        let (memory, handle) = Exported::new(memory)?.map_err(|reason| {
+            let message = format!("other processes cannot open this device's memory: {reason}");
+            Error::new(ErrorKind::Backend, "lending tensors", message)
+        })?;
+        Ok(Self { memory, handle: handle.handle, placer, lease: None })
+    }
+
+    fn require_own(&self) -> Result<()> {
+        match self.lease {
+            None => Ok(()),
+            Some(_) => Err(SegmentError::Lent.into()),
+        }
+    }
+}
+
+impl Lender for LentCuda {
+    fn len(&self) -> u64 {
+        self.memory.memory().len() as u64
+    }
+
+    fn lend(&mut self) -> Result<Bytes> {
+        self.require_own()?;
+        let lease = Lease::new()?;
+        let offer = CudaOffer {
+            handle: self.handle.clone(),
+            open: self.memory.terms()?,
+            export: self.memory.number(),
+            bytes: self.len(),
+            lease: lease.terms(),
+        };
+        self.lease = Some(lease);
+        crate::lent::in_bytes(&crate::lent::Offer::Cuda(offer))
+    }
+
+    fn take_back(&mut self) -> Result<bool> {
+        if self.lease.as_ref().is_none_or(Lease::is_over_and_unmarked) {
+            self.lease = None;
+        }
+        Ok(self.lease.is_none())
+    }
+
+    fn bytes(&self) -> Result<LentBytes<'_>> {
+        self.require_own()?;
+        Ok(LentBytes::Device(self.memory.memory().all().storage()))
+    }
+
+    fn sums(
+        &self,
+        pieces: &[&[StridedPart]],
+        step: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Option<Vec<u64>>> {
+        self.require_own()?;
+        let memory = self.memory.memory().all();
+        let checks: Vec<Check<'_>> =
+            pieces.iter().map(|parts| Check { memory: &memory, parts }).collect();
+        lock(&self.placer).check(checks, step).map(Some)
+    }
+}
+
+/// How a trainer on a device reaches what rollouts lend on it, or on a peer.
+#[derive(Debug)]
+pub(crate) struct Peers {
+    device: Device,
+    placer: Mutex<Placer>,
+    /// What is open, by the rollout's process and number.
+    kept: Mutex<HashMap<(u32, u64), CudaMemory>>,
+}
+
+impl Peers {
+    pub(crate) fn new(device: &DeviceChoice) -> Result<Self> {
+        let device = open(device)?;
+        let placer = Mutex::new(Placer::new(&device)?);
+        Ok(Self { device, placer, kept: Mutex::default() })
+    }
+
+    /// Reaches what is lent; `present` gets what is kept for the next update.
+    pub(crate) fn reach(
+        &self,
+        rank: Rank,
+        offer: &CudaOffer,
+        present: &mut HashMap<(u32, u64), CudaMemory>,
+    ) -> Result<Arc<dyn Reached>> {
+        let failed = |error: SegmentError| Error::from(error).rank(rank);
+        // The lease first: with it, the memory is the rollout's.
+        let lease = offer.lease.accept_marked().map_err(failed)?;
+        let len = usize::try_from(offer.bytes);
+        let len = len.map_err(|_| failed(SegmentError::TooLarge(1, offer.bytes)))?;
+        let key = (offer.open.pid(), offer.export);
+        let memory = match lock(&self.kept).get(&key).filter(|memory| memory.len() == len) {
+            Some(memory) => memory.clone(),
+            None => opened(&self.device, &offer.handle, &offer.open, offer.export, len)
+                .map_err(|error| error.rank(rank))?,
+        };
+        present.insert(key, memory.clone());
+        Ok(Arc::new(BorrowedCuda { memory: memory.all(), _lease: lease }))
+    }
+
+    /// Keeps what is open for the next update, and closes all else.
+    pub(crate) fn keep(&self, present: HashMap<(u32, u64), CudaMemory>) {
+        *lock(&self.kept) = present;
+    }
+}
+
+/// A rollout's memory, as long as its lease is held.
+#[derive(Debug)]
+struct BorrowedCuda {
+    memory: CudaSlice,
+    _lease: Marked,
+}
+
+impl Reached for BorrowedCuda {
+    fn put(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        let size = self.memory.len();
+        let to = usize::try_from(at).ok().and_then(|at| self.memory.slice(at, bytes.len()).ok());
+        let to = to.ok_or(SegmentError::OutsideLent { at, len: bytes.len(), size })?;
+        Ok(to.write(bytes)?)
+    }
+}
+
+fn memory_of(to: &dyn Reached) -> Option<&CudaSlice> {
+    let to: &dyn Any = to;
+    to.downcast_ref::<BorrowedCuda>().map(|borrowed| &borrowed.memory)
+}
+
+fn not_here(weight: &Weight) -> Error {
+    let message = "its weight or its place is not on the device";
+    Error::new(ErrorKind::State, "writing tensors", message).tensor(weight.name())
+}
+
+impl Encoder for Peers {
+    fn takes(&self, weight: &Weight, format: Option<&Fp8Format>) -> bool {
+        let placer = lock(&self.placer);
+        weight.storage().is_some_and(|storage| placer.has(storage))
+            && format.is_none_or(|format| placer.knows(format))
+    }
+
+    fn writes_to(&self, to: &dyn Reached) -> bool {
+        memory_of(to).is_some()
+    }
+
+    fn maxima(&self, parts: &[(&Weight, SourceType, &StridedPart)]) -> Result<Vec<Vec<u32>>> {
+        let jobs = parts.iter().map(|(weight, ty, part)| {
+            let source = weight.storage().ok_or_else(|| not_here(weight))?;
+            Ok(Maxima { source, ty: *ty, part })
+        });
+        lock(&self.placer).maxima(&jobs.collect::<Result<Vec<_>>>()?)
+    }
+
+    fn write(
+        &self,
+        pieces: &[Encoded<'_>],
+        step: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Written> {
+        let jobs = pieces.iter().map(|piece| {
+            let place = piece.weight.storage().zip(memory_of(piece.to));
+            let (source, to) = place.ok_or_else(|| not_here(piece.weight))?;
+            let known = piece.known.as_deref();
+            Ok(Write { source, ty: piece.ty, parts: piece.parts, to, known })
+        });
+        let jobs = jobs.collect::<Result<Vec<_>>>()?;
+        let found = lock(&self.placer).write(jobs, step)?;
+        Ok(Written {
+            sums: found.sums,
+            failed: found.failed.map(|failed| (failed.job, failed.block)),
+        })
+    }
+}
