@@ -25,7 +25,7 @@ const PAUSE: Duration = Duration::from_millis(5);
 pub(crate) struct Lease(MemFile);
 
 /// What a borrower needs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub(crate) struct Terms(FileAddress);
 

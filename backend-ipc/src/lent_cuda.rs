@@ -125,8 +125,8 @@ impl Lender for LentCuda {
 pub(crate) struct Peers {
     device: Device,
     placer: Mutex<Placer>,
-    /// What is open, by the rollout's process and number.
-    kept: Mutex<HashMap<(u32, u64), CudaMemory>>,
+    /// What is open.
+    kept: Mutex<HashMap<Terms, CudaMemory>>,
 }
 
 impl Peers {
@@ -141,25 +141,24 @@ impl Peers {
         &self,
         rank: Rank,
         offer: &CudaOffer,
-        present: &mut HashMap<(u32, u64), CudaMemory>,
+        present: &mut HashMap<Terms, CudaMemory>,
     ) -> Result<Arc<dyn Reached>> {
         let failed = |error: SegmentError| Error::from(error).rank(rank);
         // The lease first: with it, the memory is the rollout's.
         let lease = offer.lease.accept_marked().map_err(failed)?;
         let len = usize::try_from(offer.bytes);
         let len = len.map_err(|_| failed(SegmentError::TooLarge(1, offer.bytes)))?;
-        let key = (offer.open.pid(), offer.export);
-        let memory = match lock(&self.kept).get(&key).filter(|memory| memory.len() == len) {
+        let memory = match lock(&self.kept).get(&offer.open).filter(|memory| memory.len() == len) {
             Some(memory) => memory.clone(),
             None => opened(&self.device, &offer.handle, &offer.open, offer.export, len)
                 .map_err(|error| error.rank(rank))?,
         };
-        present.insert(key, memory.clone());
+        present.insert(offer.open.clone(), memory.clone());
         Ok(Arc::new(BorrowedCuda { memory: memory.all(), _lease: lease }))
     }
 
     /// Keeps what is open for the next update, and closes all else.
-    pub(crate) fn keep(&self, present: HashMap<(u32, u64), CudaMemory>) {
+    pub(crate) fn keep(&self, present: HashMap<Terms, CudaMemory>) {
         *lock(&self.kept) = present;
     }
 }

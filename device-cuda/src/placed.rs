@@ -323,7 +323,10 @@ impl Placer {
             self.results = PinnedMemory::new(&self.stream, bytes.next_power_of_two())?;
         }
         self.numbers.slice(0, 8)?.fill(0xff, &self.stream)?;
-        Ok(self.numbers.slice(8, slots * 8)?.fill(0, &self.stream)?)
+        if slots > 0 {
+            self.numbers.slice(8, slots * 8)?.fill(0, &self.stream)?;
+        }
+        Ok(())
     }
 
     /// Brings the table to the device, unless it is there.

@@ -375,6 +375,135 @@ mod tests {
         }
     }
 
+    /// The bytes of each row of a part, where they come from and where they go.
+    fn rows(part: &StridedPart, written: u64) -> Vec<(u64, u64, u64)> {
+        let [matrices, rows, cols] = part.extent;
+        let mut all = Vec::new();
+        for matrix in 0..matrices {
+            for row in 0..rows {
+                let at = |strides: &Strides| strides.at + matrix * strides.matrix + row * strides.row;
+                all.push((at(&part.from), at(&part.to), cols * written));
+            }
+        }
+        all
+    }
+
+    /// Where each element of a region is in the memory of a box, in elements.
+    fn places(region: &TensorBox, around: &TensorBox) -> Vec<u64> {
+        let all = indices(around);
+        let found = indices(region).into_iter().map(|at| all.iter().position(|other| *other == at));
+        found.map(|place| place.unwrap() as u64).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn parts_move_each_element_of_a_region_from_its_place_to_its_place(
+            (region, held) in nested(), grow in [0_u64..3, 0..3, 0..3], at in 0_u64..20, element in prop_oneof![Just(1_u64), Just(2), Just(8)],
+        ) {
+            // Another box around the region.
+            let sides = region.ranges().iter().zip(grow).zip(SHAPE).map(|((range, grow), side)| {
+                let start = range.start.saturating_sub(grow);
+                (start, (range.end + grow).min(side) - start)
+            });
+            let wanted = TensorBox::try_from(sides.collect::<Vec<_>>()).unwrap();
+            let from = Place { at: 0, around: &held, element };
+            let to = Place { at, around: &wanted, element };
+            let mut expected: Vec<(u64, u64)> = places(&region, &held)
+                .into_iter()
+                .zip(places(&region, &wanted))
+                .flat_map(|(a, b)| (0..element).map(move |byte| (a * element + byte, at + b * element + byte)))
+                .collect();
+            let mut moved: Vec<(u64, u64)> = copied(&region, from, to)
+                .iter()
+                .flat_map(|part| rows(part, element))
+                .flat_map(|(from, to, len)| (0..len).map(move |byte| (from + byte, to + byte)))
+                .collect();
+            expected.sort_unstable();
+            moved.sort_unstable();
+            prop_assert_eq!(moved, expected);
+        }
+
+        #[test]
+        fn a_quantised_part_has_each_code_at_its_place_and_each_scale_at_that_of_its_block(
+            (region, held) in nested(), (_, wanted) in nested(), granule in [1_u64..4, 1..4],
+        ) {
+            let Some(region) = region.intersection(&wanted) else { return Ok(()) };
+            let from = Place { at: 0, around: &held, element: 2 };
+            let to = Place { at: 5, around: &wanted, element: 1 };
+            let part = quantized(&region, from, to, 100, &granule, Fp8Format::default());
+            let blocks = part.blocks.as_ref().unwrap();
+            let moved: Vec<(u64, u64)> = rows(&part, 1)
+                .into_iter()
+                .flat_map(|(from, to, len)| (0..len).map(move |col| (from + 2 * col, to + col)))
+                .collect();
+            let expected: Vec<(u64, u64)> = places(&region, &held)
+                .into_iter()
+                .zip(places(&region, &wanted))
+                .map(|(a, b)| (2 * a, 5 + b))
+                .collect();
+            prop_assert_eq!(moved, expected);
+            let (of_region, lent) = (region.in_granules(&granule), wanted.in_granules(&granule));
+            let [bands, columns] = blocks.counts(part.extent[1], part.extent[2]);
+            let mut scales = Vec::new();
+            for matrix in 0..part.extent[0] {
+                for band in blocks.skips[0].into()..bands {
+                    for column in blocks.skips[1].into()..columns {
+                        scales.push(blocks.scales.at + matrix * blocks.scales.matrix + band * blocks.scales.row + column * 4);
+                    }
+                }
+            }
+            let own = scales_of(&region, &wanted, &granule);
+            let expected: Vec<u64> = match own.is_empty() {
+                true => Vec::new(),
+                false => places(&own, &lent).into_iter().map(|place| 100 + place * 4).collect(),
+            };
+            prop_assert_eq!(scales, expected);
+            prop_assert_eq!(of_region.elements(), part.extent[0] * bands * columns);
+        }
+
+        #[test]
+        fn the_sum_of_a_region_is_that_of_its_rows_however_it_is_divided(
+            (region, wanted) in nested(), at in 0_u64..9, size in prop_oneof![Just(1_u64), Just(2), Just(8)],
+            granule in prop_oneof![Just(vec![]), [1_u64..4, 1..4].prop_map(Vec::from)], cuts in [0_u64..4, 0..7], seed: u64,
+        ) {
+            let memory: Vec<u8> = (0..at + wanted.elements() * size)
+                .map(|at| (at.wrapping_add(seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8)
+                .collect();
+            let sum_of = |part: &TensorBox| {
+                let mut sum = Sum::default();
+                let runs = Runs::new(part, &wanted, &SHAPE);
+                for start in runs.starts() {
+                    let place = at + start * size;
+                    let run = &memory[place as usize..(place + runs.len * size) as usize];
+                    sum.add(place, run, row_of(part, size), cut_of(part, &granule, size));
+                }
+                sum.value()
+            };
+            // Row by row, and within one block by block.
+            let unit = granule.last().copied().unwrap_or(u64::MAX);
+            let mut naive = 0_u64;
+            let all = places(&region, &wanted);
+            let cells: Vec<(u64, [u64; 3])> = all.into_iter().zip(indices(&region)).collect();
+            for run in cells.chunk_by(|(_, a), (_, b)| a[..2] == b[..2] && a[2] / unit == b[2] / unit) {
+                let place = at + run[0].0 * size;
+                let bytes = &memory[place as usize..place as usize + run.len() * size as usize];
+                naive = naive.wrapping_add(digest::sum_anywhere(place, bytes));
+            }
+            prop_assert_eq!(sum_of(&region), naive);
+            let parts = [(0, cuts[0]), (1, cuts[1])].into_iter().fold(vec![region.clone()], |parts, (dimension, cut)| {
+                parts
+                    .iter()
+                    .flat_map(|part| {
+                        [part.narrowed(dimension, 0..cut), part.narrowed(dimension, cut..SHAPE[dimension])]
+                    })
+                    .filter(|part| !part.is_empty())
+                    .collect()
+            });
+            let divided = parts.iter().fold(0_u64, |sum, part| sum.wrapping_add(sum_of(part)));
+            prop_assert_eq!(divided, naive);
+        }
+    }
+
     #[test]
     fn a_scalar_is_one_run_and_whole_rows_are_too() {
         let scalar = Runs::new(&TensorBox::whole(&[]), &TensorBox::whole(&[]), &[]);

@@ -122,7 +122,7 @@ impl Table {
 
     /// Where the numbers of first tiles are, behind the entries.
     pub(super) fn firsts_at(&self) -> u64 {
-        self.entries.len() as u64
+        (self.firsts.len() * ENTRY) as u64
     }
 
     /// All bytes, as they are brought to the device.
