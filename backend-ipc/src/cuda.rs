@@ -124,7 +124,8 @@ pub(crate) fn opened(
         let memory = exports().get(&export).filter(|memory| memory.len() == len).cloned();
         let memory = memory.ok_or_else(|| refuse("it is gone"))?;
         if memory.device().ordinal() != device.ordinal() {
-            let message = "it is on another device of this process: give that rank a process of its own";
+            let message =
+                "it is on another device of this process: give that rank a process of its own";
             return Err(Error::new(ErrorKind::Config, "opening device memory", message));
         }
         return Ok(memory);

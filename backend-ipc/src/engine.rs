@@ -151,7 +151,10 @@ pub fn lend(
     let metadata = placed_metadata(&context, Role::Rollout)?;
     let layout = Layout::new(wanted)?;
     let memory = memory_to_lend(&context.config.device, layout.bytes())?;
-    Ok(Prepared::new(metadata, move |_| async move { PlacedRollout::new(&context, layout, memory) }))
+    Ok(Prepared::new(
+        metadata,
+        move |_| async move { PlacedRollout::new(&context, layout, memory) },
+    ))
 }
 
 fn memory_to_lend(device: &DeviceChoice, bytes: u64) -> Result<Box<dyn Lender>> {

@@ -107,14 +107,19 @@ fn began(pid: u32) -> Option<u64> {
 impl Lease {
     /// As [`is_over`](Self::is_over), and whether no process is there any more that has left a mark.
     pub(crate) fn is_over_and_unmarked(&self) -> bool {
-        self.is_over() && self.marks().is_ok_and(|marks| marks.into_iter().all(|(pid, at)| began(pid) != Some(at)))
+        self.is_over()
+            && self
+                .marks()
+                .is_ok_and(|marks| marks.into_iter().all(|(pid, at)| began(pid) != Some(at)))
     }
 
     fn marks(&self) -> Result<Vec<(u32, u64)>, SegmentError> {
         let mut marks = Vec::new();
         let mut mark = [0; MARK];
         let system = |errno| SegmentError::System { call: "pread", errno };
-        while rustix::io::pread(&self.0, &mut mark, (marks.len() * MARK) as u64).map_err(system)? == MARK {
+        while rustix::io::pread(&self.0, &mut mark, (marks.len() * MARK) as u64).map_err(system)?
+            == MARK
+        {
             let (pid, began) = mark.split_at(MARK / 2);
             let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
             marks.push((number(pid) as u32, number(began)));
@@ -136,9 +141,11 @@ impl Terms {
         let pid = std::process::id();
         let began = began(pid).unwrap_or(0);
         let mark = [u64::from(pid).to_le_bytes(), began.to_le_bytes()].concat();
-        let system = |call| move |error: std::io::Error| SegmentError::System {
-            call,
-            errno: Errno::from_io_error(&error).unwrap_or(Errno::IO),
+        let system = |call| {
+            move |error: std::io::Error| SegmentError::System {
+                call,
+                errno: Errno::from_io_error(&error).unwrap_or(Errno::IO),
+            }
         };
         // At the end, wherever that is when others do the same.
         marks.write_all(&mark).map_err(system("write"))?;
@@ -215,7 +222,8 @@ mod tests {
     fn a_lease_with_marks_is_over_when_these_are_taken_off_or_their_processes_are_gone() {
         let lease = Lease::new().unwrap();
         assert!(Lease::new().unwrap().is_over_and_unmarked());
-        let (one, two) = (lease.terms().accept_marked().unwrap(), lease.terms().accept_marked().unwrap());
+        let (one, two) =
+            (lease.terms().accept_marked().unwrap(), lease.terms().accept_marked().unwrap());
         drop(one);
         assert!(!lease.is_over_and_unmarked());
         drop(two);

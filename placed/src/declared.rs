@@ -380,5 +380,14 @@ pub(crate) fn table(
     let tensors = plan.tensors().len() as u64;
     let of_format = formats.values().filter(|(_, format)| format.is_some()).count() as u64;
     let formats = of_tensor;
-    Ok(Table { set, digest, pieces, tensors, quantized: of_format, source_bytes, exchanges, formats })
+    Ok(Table {
+        set,
+        digest,
+        pieces,
+        tensors,
+        quantized: of_format,
+        source_bytes,
+        exchanges,
+        formats,
+    })
 }

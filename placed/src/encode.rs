@@ -12,7 +12,7 @@ use quant_fp8::{
 };
 
 use crate::declared::{Piece, Table};
-use crate::memory::{Encoded, Encoder, LentBytes, Lender, Reached};
+use crate::memory::{Encoded, Encoder, Lender, LentBytes, Reached};
 use crate::pieces::{Place, Runs, Sum, cut_of, quantized, row_of};
 
 /// What is known of work that goes on elsewhere.
@@ -267,7 +267,10 @@ impl Sources {
             let encoded = encoded.collect::<Result<Vec<_>>>()?;
             let written = encoder.write(&encoded, &mut || going.step())?;
             if let Some((number, block)) = written.failed {
-                return Err(non_finite(there.get(number).map(|number| &table.pieces[*number]), block));
+                return Err(non_finite(
+                    there.get(number).map(|number| &table.pieces[*number]),
+                    block,
+                ));
             }
             there.iter().zip(written.sums).for_each(|(number, sum)| sums[*number] = sum);
         }
@@ -288,7 +291,9 @@ impl Sources {
             each.collect::<Result<Vec<(usize, u64)>>>()
         };
         for found in pool.map(batches(&tiles), write) {
-            found?.into_iter().for_each(|(number, sum)| sums[number] = sum.wrapping_add(sums[number]));
+            found?
+                .into_iter()
+                .for_each(|(number, sum)| sums[number] = sum.wrapping_add(sums[number]));
         }
         let through_host = here
             .iter()
@@ -403,7 +408,9 @@ fn device_maxima(
         all.iter().map(|(_, weight, ty, part, _)| (*weight, *ty, part)).collect();
     let found = encoder.maxima(&parts)?;
     let named = all.iter().zip(&found);
-    named.map(|((at, _, _, _, blocks), values)| Ok((*at, BlockMaxima::from_values(blocks, values)?))).collect()
+    named
+        .map(|((at, _, _, _, blocks), values)| Ok((*at, BlockMaxima::from_values(blocks, values)?)))
+        .collect()
 }
 
 fn of_blocks(full: &TensorMeta) -> Result<SourceType> {
@@ -530,7 +537,8 @@ pub(crate) fn verify(
 /// The sum of each piece, in host memory.
 fn host_sums(table: &Table, memory: &[u8], pool: &Pool, going: &Going) -> Result<Vec<u64>> {
     let tiles = table.pieces.iter().enumerate();
-    let tiles = tiles.flat_map(|(number, piece)| piece.tiles.iter().map(move |t| (number, piece, t)));
+    let tiles =
+        tiles.flat_map(|(number, piece)| piece.tiles.iter().map(move |t| (number, piece, t)));
     let tiles: Vec<(usize, &Piece, &TensorBox)> = tiles.collect();
     let found = pool.map(batches(&tiles), |batch| {
         let digest = |(number, piece, tile): &(usize, &Piece, &TensorBox)| {

@@ -136,7 +136,9 @@ impl Place<'_> {
     fn strides(&self, region: &TensorBox) -> (u64, Vec<u64>) {
         let (mut at, mut stride) = (self.at, self.element);
         let mut strides = vec![0; region.dimensions()];
-        for (dimension, (range, own)) in region.ranges().iter().zip(self.around.ranges()).enumerate().rev() {
+        for (dimension, (range, own)) in
+            region.ranges().iter().zip(self.around.ranges()).enumerate().rev()
+        {
             at += (range.start - own.start) * stride;
             strides[dimension] = stride;
             stride *= own.end - own.start;
@@ -223,7 +225,8 @@ pub(crate) fn quantized(
         let starts: Vec<u64> = part.ranges().iter().map(|range| range.start).collect();
         three(&starts, 0)
     };
-    let (first, block, own) = (starts(region), starts(&blocks), starts(&scales_of(region, to.around, granule)));
+    let (first, block, own) =
+        (starts(region), starts(&blocks), starts(&scales_of(region, to.around, granule)));
     let sides = three(granule, 1);
     StridedPart {
         from: Strides { at: from_at, matrix: from_strides[0], row: from_strides[1] },
@@ -381,7 +384,8 @@ mod tests {
         let mut all = Vec::new();
         for matrix in 0..matrices {
             for row in 0..rows {
-                let at = |strides: &Strides| strides.at + matrix * strides.matrix + row * strides.row;
+                let at =
+                    |strides: &Strides| strides.at + matrix * strides.matrix + row * strides.row;
                 all.push((at(&part.from), at(&part.to), cols * written));
             }
         }

@@ -9,7 +9,8 @@ use bytes::Bytes;
 use engine_core::control::Control;
 use engine_core::memory::Pool;
 use engine_core::{
-    EngineContext, Error, ErrorKind, Rank, ReceiveReport, Result, Role, Storage, Version, VersionState,
+    EngineContext, Error, ErrorKind, Rank, ReceiveReport, Result, Role, Storage, Version,
+    VersionState,
 };
 use futures::FutureExt;
 use futures::future::BoxFuture;

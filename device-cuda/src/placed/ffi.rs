@@ -34,7 +34,5 @@ pub(super) fn launch(
     // SAFETY: these are the parameters of the kernels. The table's bytes are those of `table`, and its addresses are of ranges of
     // memory that `super` has checked to be in `used`, or in storages that it borrows until it has waited for the stream. `numbers`
     // has one number for a failure and one for each slot of the table.
-    unsafe {
-        kernel.function.launch(kernel.grid.min(table.tiles), THREADS, raw, &mut parameters)
-    }
+    unsafe { kernel.function.launch(kernel.grid.min(table.tiles), THREADS, raw, &mut parameters) }
 }

@@ -176,7 +176,12 @@ fn used(strides: Strides, [matrices, rows, _]: [u64; 3]) -> Strides {
 }
 
 /// Divides rows of bytes among tiles: columns of a tile, and rows.
-fn divide(entry: &mut Entry, rows: u64, bytes: u64, cut: Option<(u64, u64)>) -> Result<(), CudaError> {
+fn divide(
+    entry: &mut Entry,
+    rows: u64,
+    bytes: u64,
+    cut: Option<(u64, u64)>,
+) -> Result<(), CudaError> {
     let (first_col, block_cols) = match cut {
         Some((first, each)) => (first.min(bytes), each),
         None => {
@@ -218,7 +223,8 @@ fn push_rows(
             let mut at = 0;
             while at < bytes {
                 let len = MOST.min(bytes - at);
-                let from = Strides { at: from.at + matrix * from.matrix + at, ..Strides::default() };
+                let from =
+                    Strides { at: from.at + matrix * from.matrix + at, ..Strides::default() };
                 let to = Strides { at: to.at + matrix * to.matrix + at, ..Strides::default() };
                 push_rows(table, (source, from), (target, to), [1, 1, len], cut, slot)?;
                 at += len;
@@ -307,9 +313,10 @@ pub(super) fn push_write(
         return Err(too_large("elements or scales that are not aligned"));
     }
     let first = if entry.blocks > 1 { blocks.first[1] } else { 0 };
-    let is_fast = all_multiples(&[entry.source, from.matrix, from.row, first * ty.size() as u64], 16)
-        && all_multiples(&[entry.target, entry.place, to.matrix, to.row, cols, first], 8)
-        && blocks.sides.iter().all(|side| *side <= 128);
+    let is_fast =
+        all_multiples(&[entry.source, from.matrix, from.row, first * ty.size() as u64], 16)
+            && all_multiples(&[entry.target, entry.place, to.matrix, to.row, cols, first], 8)
+            && blocks.sides.iter().all(|side| *side <= 128);
     if is_fast {
         entry.flags |= FAST;
     }
