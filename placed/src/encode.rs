@@ -52,6 +52,15 @@ pub(crate) struct Sources {
     maxima: BTreeMap<usize, BlockMaxima>,
 }
 
+/// What a trainer has written.
+#[derive(Debug)]
+pub(crate) struct Sent {
+    /// For each rollout the digests of what went there, in the order of the plan.
+    pub(crate) sums: Vec<(Rank, Vec<u64>)>,
+    /// How many weights of a device the CPU has encoded.
+    pub(crate) through_host: u64,
+}
+
 fn source_type(dtype: DType) -> Option<SourceType> {
     match dtype {
         DType::BF16 => Some(SourceType::Bf16),
@@ -225,8 +234,7 @@ impl Sources {
         }
     }
 
-    /// Writes all pieces; for each rollout the digests of what went there, in the order of the plan; and how many weights of a device
-    /// went through the host.
+    /// Writes all pieces.
     ///
     /// # Errors
     ///
@@ -239,7 +247,7 @@ impl Sources {
         digests: bool,
         pool: &Pool,
         going: &Going,
-    ) -> Result<(Vec<(Rank, Vec<u64>)>, u64)> {
+    ) -> Result<Sent> {
         let to = |piece: &Piece| {
             reached.get(&piece.peer).ok_or_else(|| {
                 let message = "the plan has a rollout that lends nothing";
@@ -301,7 +309,7 @@ impl Sources {
             .filter(|&held| self.weights[held].reads_device())
             .collect::<std::collections::BTreeSet<_>>();
         let sums = if digests { sums_of(table, &sums) } else { Vec::new() };
-        Ok((sums, through_host.len() as u64))
+        Ok(Sent { sums, through_host: through_host.len() as u64 })
     }
 
     fn encoded<'a>(&'a self, piece: &'a Piece, to: &'a dyn Reached) -> Result<Encoded<'a>> {

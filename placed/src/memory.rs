@@ -54,10 +54,9 @@ pub trait Lender: fmt::Debug + Send + Sync {
     /// `State` while it is lent; those of the device and of `step`.
     fn sums(
         &self,
-        pieces: &[&[StridedPart]],
-        step: &mut dyn FnMut() -> Result<()>,
+        _pieces: &[&[StridedPart]],
+        _step: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Option<Vec<u64>>> {
-        let _ = (pieces, step);
         Ok(None)
     }
 }

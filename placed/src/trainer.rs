@@ -300,7 +300,7 @@ impl Worker for Writer {
                         let reached = reach.reach(&terms)?;
                         let ranks = terms.iter().map(|(to, _)| *to);
                         let reached: HashMap<Rank, Arc<dyn Reached>> = ranks.zip(reached).collect();
-                        let (sums, slow) = sources.write(
+                        let sent = sources.write(
                             &table,
                             &reached,
                             reach.encoder(),
@@ -308,10 +308,11 @@ impl Worker for Writer {
                             &pool,
                             &going,
                         )?;
-                        through_host.store(slow, Ordering::Relaxed);
+                        through_host.store(sent.through_host, Ordering::Relaxed);
                         // Rollouts are let go of before the leader hears that all is written.
                         drop(reached);
-                        Ok(Done::Written { sums, source_bytes: table.source_bytes })
+                        let source_bytes = table.source_bytes;
+                        Ok(Done::Written { sums: sent.sums, source_bytes })
                     })
                     .boxed()
             }
