@@ -26,8 +26,8 @@ fn lends(put: fn(Weight) -> Result<Weight>) -> Lends {
     let mut config = CheckpointEngineConfig {
         backend: "ipc".into(),
         device: "cuda:0".parse().unwrap(),
-        // Contexts and kernels are made at the beginning of every case.
-        timeout_seconds: 20.0,
+        // A trainer that gives up before it has heard of an update is waited for so long.
+        timeout_seconds: 8.0,
         threads: std::num::NonZeroUsize::new(2),
         ..Default::default()
     };
