@@ -197,7 +197,9 @@ pub(crate) struct Piece {
     /// The scales that come with it; empty without.
     pub(crate) scales: Option<TensorBox>,
     pub(crate) tiles: Vec<TensorBox>,
-    /// The same for a device.
+    /// Whether it is quantised and has a part of a block alone, whose maximum then takes what others have of it.
+    pub(crate) cuts_blocks: bool,
+    /// All of it for a device.
     pub(crate) parts: Vec<StridedPart>,
 }
 
@@ -354,7 +356,9 @@ pub(crate) fn table(
                 vec![quantized(&transfer.region, source, target, at, &granule, format)]
             }
         };
+        let whole = transfer.region.to_granules(&granule, &lent.wanted.meta.shape);
         pieces.push(Piece {
+            cuts_blocks: lent.wanted.format.is_some() && whole != transfer.region,
             parts,
             tensor: transfer.tensor,
             tiles: tiles(&transfer.region, &granule, each),

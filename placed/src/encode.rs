@@ -122,12 +122,7 @@ impl Sources {
             }
         };
         table.exchanges.iter().for_each(|exchange| need(exchange.tensor));
-        for piece in table.pieces.iter().filter(|piece| piece.lent.wanted.format.is_some()) {
-            let meta = &piece.lent.wanted.meta;
-            if piece.region.to_granules(&piece.granule, &meta.shape) != piece.region {
-                need(piece.tensor);
-            }
-        }
+        table.pieces.iter().filter(|piece| piece.cuts_blocks).for_each(|piece| need(piece.tensor));
         let weights = &self.weights;
         let takes = |at: usize, format: &Fp8Format| {
             encoder.filter(|encoder| encoder.takes(&weights[at], Some(format)))
