@@ -18,6 +18,7 @@ pub mod memory;
 pub mod native;
 pub mod observe;
 pub mod plan;
+pub mod provider;
 mod received;
 mod registry;
 mod report;
