@@ -16,6 +16,7 @@ mod error;
 mod ffi;
 mod kernels;
 mod ledger;
+mod programs;
 mod provider;
 mod release;
 mod resident;
@@ -33,7 +34,7 @@ pub use device::{
     count, driver_version, keeping_current,
 };
 pub use error::CudaError;
-pub use kernels::{Kernels, Launch, Prepared, Ran, compile, nvrtc};
+pub use kernels::{Kernels, Launch, Prepared, Ran, compile, compile_program, nvrtc};
 pub use provider::MEMORY;
 pub use release::CollectiveUnderWay;
 pub use storage::{bucket_storage, upload};

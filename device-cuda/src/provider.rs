@@ -14,6 +14,7 @@ use engine_core::provider::{
 use engine_core::{DeviceChoice, Error, ErrorKind, Result, Storage};
 
 use crate::device::WeakMemory;
+use crate::programs::NAME;
 use crate::{CudaArena, CudaError, CudaMemory, Device, IpcHandle, Packer, bucket_storage};
 
 /// CUDA devices as a kind of memory, to be registered.
@@ -24,7 +25,7 @@ struct Cuda;
 
 impl MemoryKind for Cuda {
     fn name(&self) -> &'static str {
-        "cuda"
+        NAME
     }
 
     fn allocate(
