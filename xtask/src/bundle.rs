@@ -16,9 +16,10 @@ const SCRIPTS: [(&str, &str); 2] = [
 ];
 
 /// Tests that need a GPU: package and test.
-const TESTS: [(&str, &str); 8] = [
+const TESTS: [(&str, &str); 9] = [
     ("checkpoint-engine-cli", "sync"),
     ("checkpoint-engine-cuda", "gpu"),
+    ("e5m2", "encoding"),
     ("checkpoint-engine-ipc", "cuda"),
     ("checkpoint-engine-ipc", "cuda_processes"),
     ("checkpoint-engine-nccl", "cuda"),
