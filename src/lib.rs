@@ -38,8 +38,8 @@ pub mod prelude {
 pub mod backend {
     pub use engine_core::control::Control;
     pub use engine_core::{
-        Availability, Backend, Devices, Encoding, EngineContext, Layer, Prepared, PreparedRollout,
-        PreparedTrainer, Storage,
+        Availability, Backend, Devices, Encoding, EngineContext, Kernel, Layer, Prepared,
+        PreparedRollout, PreparedTrainer, Program, Storage, StridedView,
     };
     pub use engine_core::{CacheStore, CacheWriter, DeviceBytes, DeviceMemory, ensure_fresh};
     pub use engine_core::{clock, digest, memory, native, plan, provider, telemetry};

@@ -55,7 +55,7 @@ pub trait MemoryKind: fmt::Debug + Send + Sync {
         bytes: u64,
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Result<Box<dyn ImportedMemory>> {
-        let (_, _, _, _) = (device, handle, bytes, owner);
+        let _ = (device, handle, bytes, owner);
         Err(cannot_share(self.name()))
     }
 }
