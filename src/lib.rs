@@ -38,11 +38,11 @@ pub mod prelude {
 pub mod backend {
     pub use engine_core::control::Control;
     pub use engine_core::{
-        Availability, Backend, Devices, Encoding, EngineContext, Layer, Prepared, PreparedRollout,
-        PreparedTrainer, Storage,
+        Availability, Backend, Devices, Encoding, EngineContext, Kernel, Layer, Prepared,
+        PreparedRollout, PreparedTrainer, Program, Storage, StridedView,
     };
     pub use engine_core::{CacheStore, CacheWriter, DeviceBytes, DeviceMemory, ensure_fresh};
-    pub use engine_core::{clock, digest, memory, native, plan, telemetry};
+    pub use engine_core::{clock, digest, memory, native, plan, provider, telemetry};
     /// The protocol of updates, over a transport's links.
     pub use protocol;
 }
@@ -110,6 +110,8 @@ pub fn registry() -> Registry {
     let registry = registry.with(backend_hccl::BACKEND);
     #[cfg(feature = "receivers")]
     let registry = registry.with(receivers::VLLM).with(receivers::SGLANG);
+    #[cfg(feature = "cuda")]
+    let registry = registry.with_memory(device_cuda::MEMORY);
     let registry = registry.with_layer(delta::LAYER);
     #[cfg(feature = "fp8")]
     let registry = registry.with_layer(quant_fp8::LAYER);

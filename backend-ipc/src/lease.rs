@@ -2,7 +2,6 @@
 //! the lender's, which the system releases when that process ends, however it does.
 
 use std::fs::File;
-#[cfg(any(feature = "cuda", test))]
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
@@ -13,7 +12,6 @@ use crate::error::SegmentError;
 use crate::memfile::{FileAddress, MemFile};
 
 /// The pause between two looks at whether others have let go.
-#[cfg(any(feature = "cuda", test))]
 const PAUSE: Duration = Duration::from_millis(5);
 
 /// The lender's end.
@@ -51,7 +49,6 @@ impl Lease {
     }
 
     /// Waits until nobody uses it, but no longer than that; whether nobody does.
-    #[cfg(any(feature = "cuda", test))]
     pub(crate) async fn wait_until_over(&self, limit: Duration) -> bool {
         let until = Instant::now() + limit;
         while !self.is_over() {
@@ -65,12 +62,6 @@ impl Lease {
 }
 
 impl Terms {
-    /// The lender's process.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn pid(&self) -> u32 {
-        self.0.pid
-    }
-
     /// Begins to use what was lent.
     ///
     /// # Errors

@@ -1,17 +1,19 @@
 //! Buckets on a CUDA device, and processes that have them open.
 
-#![cfg(feature = "cuda")]
-
 use std::time::{Duration, Instant};
 
-use backend_ipc::BACKEND;
+use conformance::on_memory;
 use conformance::processes::{Processes, be_a_child};
 use device_cuda::Device;
-use engine_core::CheckpointEngineConfig;
+use engine_core::{Backend, CheckpointEngineConfig};
+
+fn backend() -> &'static dyn Backend {
+    on_memory(backend_ipc::BACKEND, device_cuda::MEMORY)
+}
 
 #[test]
 fn a_process_of_a_group() {
-    be_a_child(BACKEND);
+    be_a_child(backend());
 }
 
 const BUCKETS: usize = 512 << 20;
@@ -24,7 +26,7 @@ fn form() -> Processes {
         device: "cuda".parse().expect("a device"),
         ..Default::default()
     };
-    Processes::form(BACKEND, &config, 1, 1)
+    Processes::form(backend(), &config, 1, 1)
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use engine_core::memory::{Job, Pool};
+use engine_core::provider::MemoryKind;
 use engine_core::{
     CheckpointEngineConfig, Control, EngineContext, Error, ErrorKind, Prepared, PreparedRollout,
     PreparedTrainer, Rank, Result, Role, RolloutEngine, TrainerEngine, WorkerMetadata,
@@ -19,6 +20,7 @@ use crate::NAME;
 use crate::agent::{self, Agent, AgentOptions, Awaiting, Card};
 use crate::arena::{Arena, Slot};
 use crate::error::NixlError;
+use crate::host::HostMemory;
 use crate::interface;
 
 /// Slots of a rank. Together they are as large as the two buckets that the configuration speaks of:
@@ -67,11 +69,14 @@ impl NixlOptions {
 }
 
 /// A rank's slots.
-pub(crate) fn arena(config: &CheckpointEngineConfig) -> Result<Arena> {
-    let default =
-        if config.device.is_cpu() { DEFAULT_BUCKET_MEGABYTES } else { DEFAULT_DEVICE_MEGABYTES };
+pub(crate) fn arena(
+    config: &CheckpointEngineConfig,
+    memory: Option<&dyn MemoryKind>,
+) -> Result<Arena> {
+    let kind = memory.unwrap_or(&HostMemory);
+    let default = if kind.is_host() { DEFAULT_BUCKET_MEGABYTES } else { DEFAULT_DEVICE_MEGABYTES };
     let bucket = config.bucket_bytes().unwrap_or(default << 20);
-    Arena::on(&config.device, SLOTS, bucket / (u64::from(SLOTS) / 2))
+    Arena::on(kind, &config.device, SLOTS, bucket / (u64::from(SLOTS) / 2))
 }
 
 /// Two agents of one name would be taken for one another: a rank that starts anew, above all.
@@ -156,7 +161,7 @@ impl Node {
         options: &NixlOptions,
         control: &dyn Control,
     ) -> Result<(Arc<Self>, serde_json::Value)> {
-        let arena = Arc::new(arena(&context.config)?);
+        let arena = Arc::new(arena(&context.config, context.memory_kind()?)?);
         let interface = interface::towards(control.leader_address()).await;
         let of_agent = AgentOptions { interface, ..options.of_agent() };
         let agent = Agent::start(of_agent, unique_name(control.rank()), arena.clone()).await?;
@@ -324,7 +329,7 @@ impl Awaiting for Expected {
             let rank = if error.is_of_this_rank() { self.by } else { self.from };
             Error::from(error).rank(rank)
         };
-        self.arrival.tell(result.map(Slot::into_storage).map_err(told));
+        self.arrival.tell(result.map_err(told).and_then(Slot::into_storage));
     }
 }
 

@@ -9,16 +9,19 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use engine_core::digest;
+use engine_core::{Program, digest};
 use quant_fp8::Fp8Format;
 use sha2::{Digest as _, Sha256};
 
 use crate::ffi::{Compiler, Function, Image, Module};
+use crate::programs::OWN;
 use crate::resident::{Known, MOST_BYTES, Resident};
 use crate::table::{Part, Table, Tables, Task, mode_number};
 use crate::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, PinnedMemory, Stream};
 
-const SOURCE: &str = include_str!("../kernels/bucket.cu");
+const COMMON: &str = include_str!("../kernels/common.cuh");
+const BUCKET: &str = include_str!("../kernels/bucket.cu");
+const PROGRAM: &str = include_str!("../kernels/program.cu");
 
 /// The folder that has NVRTC, where it is not on the loader's path.
 const FOLDER_VARIABLE: &str = "CKPT_ENGINE_NVRTC_DIR";
@@ -29,10 +32,20 @@ const MOST_LAUNCHES: usize = 8;
 /// Threads of a block; as `THREADS` in the kernels.
 const THREADS: u32 = 256;
 
-/// The source, with the digest's keys put in.
-fn source() -> Result<CString, CudaError> {
+/// The kernels of buckets.
+fn bucket() -> Result<CString, CudaError> {
+    source(&[COMMON, BUCKET])
+}
+
+/// The kernel of an encoding's program.
+fn of_program(program: &Program) -> Result<CString, CudaError> {
+    source(&[COMMON, program.source(), PROGRAM])
+}
+
+/// The text of kernels, with the digest's keys put in.
+fn source(parts: &[&str]) -> Result<CString, CudaError> {
     let keys = digest::keys();
-    let mut text = SOURCE.to_owned();
+    let mut text = parts.join("\n");
     for (name, values) in [
         ("@LOW@", keys.low),
         ("@HIGH@", keys.high),
@@ -62,21 +75,34 @@ fn options(capability: (i32, i32)) -> Vec<String> {
     ]
 }
 
-/// Compiles the kernels for a compute capability, without any device.
+/// Compiles all kernels for a compute capability, without any device. What it returns are those of buckets.
 ///
 /// # Errors
 ///
 /// [`CudaError::NoCompiler`], and [`CudaError::Compiler`] with NVRTC's log.
 pub fn compile(capability: (i32, i32)) -> Result<Vec<u8>, CudaError> {
-    compiled(capability).map(Image::into_bytes)
+    for program in OWN {
+        compile_program(program, capability)?;
+    }
+    compiled(&bucket()?, capability).map(Image::into_bytes)
 }
 
-fn compiled(capability: (i32, i32)) -> Result<Image, CudaError> {
+/// Compiles the kernel of an encoding's [program](engine_core::Program) for a compute capability, without any device. The module
+/// `programs` says what is in a program.
+///
+/// # Errors
+///
+/// Those of [`compile`].
+pub fn compile_program(program: &Program, capability: (i32, i32)) -> Result<Vec<u8>, CudaError> {
+    compiled(&of_program(program)?, capability).map(Image::into_bytes)
+}
+
+fn compiled(source: &CStr, capability: (i32, i32)) -> Result<Image, CudaError> {
     let options: Vec<CString> = options(capability)
         .into_iter()
         .map(|option| CString::new(option).unwrap_or_default())
         .collect();
-    compiler()?.compile(&source()?, c"bucket.cu", &options)
+    compiler()?.compile(source, c"bucket.cu", &options)
 }
 
 /// NVRTC's version, once it is loaded.
@@ -111,16 +137,16 @@ fn compiler() -> Result<Compiler, CudaError> {
 }
 
 /// The file in the cache that has the compiled kernels of this source for a device.
-fn cached_file(capability: (i32, i32)) -> Result<Option<PathBuf>, CudaError> {
+fn cached_file(source: &CStr, capability: (i32, i32)) -> Option<PathBuf> {
     let mut hash = Sha256::new();
-    hash.update(source()?.as_bytes());
+    hash.update(source.to_bytes());
     hash.update(options(capability).join(" "));
     let name = hash.finalize().iter().fold(String::new(), |mut name, byte| {
         // Writing to a string cannot fail.
         write!(name, "{byte:02x}").ok();
         name
     });
-    Ok(cache_folder().map(|folder| folder.join(format!("{name}.kernels"))))
+    cache_folder().map(|folder| folder.join(format!("{name}.kernels")))
 }
 
 /// What a file has, if it is whole.
@@ -199,6 +225,8 @@ pub struct Kernels {
     results: PinnedMemory,
     /// The number of what is in the table.
     prepared: u64,
+    /// Those of encodings that were needed.
+    programs: Vec<(&'static Program, Kernel)>,
 }
 
 /// Memory of so many numbers of 32 bits, all of them 0 for the stream's later work.
@@ -242,6 +270,22 @@ struct Kernel {
     grid: u32,
 }
 
+impl Kernel {
+    fn of(module: &Arc<Module>, name: &CStr, device: &Device) -> Result<Self, CudaError> {
+        let function = module.function(name)?;
+        let blocks = function.blocks_per_multiprocessor(THREADS)?.unsigned_abs().max(1);
+        Ok(Self { function, grid: blocks * device.multiprocessors() })
+    }
+}
+
+/// Kernels of a source on a device: compiled, if it is the first time on such a device.
+fn module(device: &Device, source: &CStr) -> Result<Arc<Module>, CudaError> {
+    let capability = device.capability();
+    let file = cached_file(source, capability);
+    let load = |image: &Image| Module::load(device.context(), image).map(Arc::new);
+    loaded(file.as_deref(), || compiled(source, capability), load)
+}
+
 impl Kernels {
     /// Loads the kernels, compiling them if it is the first time on such a device.
     ///
@@ -249,15 +293,8 @@ impl Kernels {
     ///
     /// Those of [`compile`], and what the driver reports.
     pub fn load(device: &Device) -> Result<Self, CudaError> {
-        let capability = device.capability();
-        let file = cached_file(capability)?;
-        let load = |image: &Image| Module::load(device.context(), image).map(Arc::new);
-        let module = loaded(file.as_deref(), || compiled(capability), load)?;
-        let kernel = |name: &CStr| -> Result<Kernel, CudaError> {
-            let function = module.function(name)?;
-            let blocks = function.blocks_per_multiprocessor(THREADS)?.unsigned_abs().max(1);
-            Ok(Kernel { function, grid: blocks * device.multiprocessors() })
-        };
+        let module = module(device, &bucket()?)?;
+        let kernel = |name| Kernel::of(&module, name, device);
         const TABLE: usize = 1 << 20;
         const FOUND: usize = (1 + MOST_LAUNCHES) * 8;
         let stream = Stream::new(device)?;
@@ -277,6 +314,7 @@ impl Kernels {
             results: PinnedMemory::new(&stream, FOUND)?,
             stream,
             prepared: 0,
+            programs: Vec::new(),
         })
     }
 
@@ -325,6 +363,11 @@ impl Kernels {
         if tables.parts.len() > MOST_LAUNCHES {
             return Err(CudaError::Range(format!("{} launches at once", tables.parts.len())));
         }
+        for part in &tables.parts {
+            if let Task::Program { program, .. } = part.task {
+                self.load_program(program)?;
+            }
+        }
         let memory = match self.resident.want(&tables.bytes) {
             Known::Here(memory) => memory,
             Known::Again => {
@@ -340,6 +383,23 @@ impl Kernels {
         self.count_jobs(&tables.parts)?;
         let used = Used { table: memory, _owners: std::mem::take(&mut tables.used) };
         self.start(&tables.parts, Arc::new(used))
+    }
+
+    /// Loads the kernel of a program, if that was not needed before.
+    fn load_program(&mut self, program: &'static Program) -> Result<(), CudaError> {
+        if self.program(program).is_none() {
+            let device = self.device().clone();
+            let module = module(&device, &of_program(program)?)?;
+            self.programs.push((program, Kernel::of(&module, c"encode", &device)?));
+        }
+        Ok(())
+    }
+
+    fn program(&self, program: &Program) -> Option<&Kernel> {
+        self.programs
+            .iter()
+            .find(|(known, _)| std::ptr::eq(*known, program))
+            .map(|(_, kernel)| kernel)
     }
 
     /// Makes room for the count of each job's tiles.

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::base::Bases;
 use crate::control::{Control, Role};
 use crate::observe::Observer;
+use crate::provider::MemoryKind;
 use crate::received::ReceivedWeights;
 use crate::report::SendReport;
 use crate::{CheckpointEngineConfig, Error, ErrorKind, Rank, Result, Version, WeightStream};
@@ -396,12 +397,22 @@ pub struct EngineContext {
     pub observer: Arc<dyn Observer>,
     /// Which versions rollouts have, for layers that send changes. [`Registry`](crate::Registry) gives every engine its own.
     pub bases: Bases,
+    /// The kind of memory that the configuration's device has, if the [`Registry`](crate::Registry) has it; see
+    /// [`memory_kind`](Self::memory_kind).
+    pub memory: Option<&'static dyn MemoryKind>,
 }
 
 impl EngineContext {
     /// A context without control plane and observer.
     pub fn new(config: CheckpointEngineConfig) -> Self {
-        Self { config, control: None, rank: None, observer: Arc::new(()), bases: Bases::default() }
+        Self {
+            config,
+            control: None,
+            rank: None,
+            observer: Arc::new(()),
+            bases: Bases::default(),
+            memory: None,
+        }
     }
 
     /// With the connection to rank 0: a control plane, or a [`Control`] of any kind.
@@ -429,6 +440,20 @@ impl EngineContext {
     pub fn with_observer(mut self, observer: Arc<dyn Observer>) -> Self {
         self.observer = observer;
         self
+    }
+
+    /// The kind of memory of the configuration's device; `None` for the host, of which every backend has its own.
+    ///
+    /// # Errors
+    ///
+    /// `Config` for a device of a kind that is not known.
+    pub fn memory_kind(&self) -> Result<Option<&'static dyn MemoryKind>> {
+        let device = &self.config.device;
+        if self.memory.is_none() && !device.is_cpu() {
+            let message = format!("device: `{device}`: nothing here has memory of that kind");
+            return Err(Error::new(ErrorKind::Config, "preparing", message));
+        }
+        Ok(self.memory)
     }
 
     /// The control plane, for engines that need it.
@@ -549,31 +574,12 @@ delegate!(&B, Arc<B>);
 /// On which devices a backend can have buckets, beside the host's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Devices {
-    /// On those of these kinds.
+    /// On those of these kinds, whose memory it brings itself.
     Kinds(&'static [&'static str]),
+    /// On those of every kind of memory that the [`Registry`](crate::Registry) has.
+    Registered,
     /// It hands memory over: weights stay where they are, on whatever device.
     Any,
-}
-
-impl Devices {
-    /// Whether devices of a kind are among them.
-    pub fn has(&self, kind: &str) -> bool {
-        match self {
-            Self::Kinds(kinds) => kinds.contains(&kind),
-            Self::Any => true,
-        }
-    }
-}
-
-impl fmt::Display for Devices {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Kinds(kinds) => {
-                write!(f, "these here: {}", [&["cpu"], *kinds].concat().join(", "))
-            }
-            Self::Any => f.write_str("any device"),
-        }
-    }
 }
 
 /// Whether a backend can run on this machine.

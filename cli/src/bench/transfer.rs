@@ -326,5 +326,6 @@ async fn bare_seconds(
     let device = device::of_rank(&config.device, 0)?;
     let config = CheckpointEngineConfig { device, ..config.clone() };
     let target = target.clone();
-    aside(move || bare::seconds(&config, &target, bytes)).await?
+    let memory = checkpoint_engine::registry().memory(&config.device);
+    aside(move || bare::seconds(&config, memory, &target, bytes)).await?
 }

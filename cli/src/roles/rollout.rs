@@ -67,7 +67,7 @@ pub async fn rollout(
     let destination = device::destination(&device, reserve)?.map(|to| Arc::new(Mutex::new(to)));
     let config = CheckpointEngineConfig { device: device.clone(), ..options.config };
     let target = match options.bare {
-        true => Some(bare::Target::new(&config).await?),
+        true => Some(bare::Target::new(&config, registry.memory(&device)).await?),
         false => None,
     };
     let mut own = serde_json::json!({});
