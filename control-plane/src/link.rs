@@ -304,6 +304,8 @@ async fn attend_relay(mut wire: Wire, terms: Terms, config: &ControlConfig, shar
         let Frame::Carried { seats, frame } = frame else { return Err(unexpected(&frame)) };
         shared.update(|mailbox, side| {
             let Side::Leader(group) = side else { return Err(unexpected(&frame)) };
+            // The ranks whose message it is.
+            let mut from = Vec::new();
             for seat in seats {
                 let own = way.outbox.of_seat(seat);
                 if let Frame::Signal(Signal::Introduction(introduction)) = &*frame {
@@ -331,10 +333,16 @@ async fn attend_relay(mut wire: Wire, terms: Terms, config: &ControlConfig, shar
                         }
                     }
                     said => {
+                        let taken = match said {
+                            Frame::Message { channel, body } => {
+                                let charged = mailbox.charge(rank, *channel, body);
+                                charged.map(|()| from.push(rank))
+                            }
+                            said => take_in(rank, said.clone(), group, mailbox),
+                        };
+                        let Err(error) = taken else { continue };
                         // What a rank says against the rules is not its relay's fault.
-                        if let Err(error) = take_in(rank, said.clone(), group, mailbox)
-                            && let Err(error) = group.cut(rank, ErrorReport::from(&error), mailbox)
-                        {
+                        if let Err(error) = group.cut(rank, ErrorReport::from(&error), mailbox) {
                             tracing::debug!(%rank, %error, "it is gone already");
                         }
                     }
@@ -342,6 +350,9 @@ async fn attend_relay(mut wire: Wire, terms: Terms, config: &ControlConfig, shar
                 if group.link(rank).is_err() {
                     seated.remove(&seat);
                 }
+            }
+            if let Frame::Message { channel, body } = *frame {
+                mailbox.file(from, channel, body);
             }
             Ok(())
         })
