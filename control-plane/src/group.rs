@@ -689,8 +689,16 @@ impl Group {
         let mut refused = Vec::new();
         // By the address of what the seats of one connection share.
         let mut relays: BTreeMap<*const AtomicUsize, (Rank, Vec<u32>)> = BTreeMap::new();
-        for &rank in to {
-            let sent = self.link_mut(rank).and_then(|link| match link.outbox.seat {
+        // In their order, as the slots are: one pass over these, instead of a search for each.
+        let mut to = to.to_vec();
+        to.sort_unstable();
+        let first = to.first().copied().unwrap_or(Rank::LEADER);
+        let mut slots = self.slots.range_mut(first..).peekable();
+        for rank in to {
+            while slots.next_if(|(at, _)| **at < rank).is_some() {}
+            let slot = slots.peek_mut().filter(|(at, _)| **at == rank);
+            let link = slot.and_then(|(_, slot)| slot.link.as_mut()).ok_or_else(|| gone(rank));
+            let sent = link.and_then(|link| match link.outbox.seat {
                 Some(seat) if channel == UPDATES => {
                     if body.len().saturating_add(FRAME_OVERHEAD) > link.limit {
                         return Err(too_large(body.len(), link.limit).rank(rank));

@@ -484,17 +484,21 @@ impl Leader {
     }
 
     fn broadcast(&mut self, message: &ToReceiver, now: Instant) -> Result<()> {
-        let body = Unsent::Other(encode(message)?);
-        let ranks: Vec<Rank> = self.active().collect();
-        self.tell_all(&ranks, &body, now)
+        self.tell_all(|_| true, &Unsent::Other(encode(message)?), now)
     }
 
-    /// [`tell`](Self::tell)s several ranks the same. After an error, none of those that are in the update was told.
-    fn tell_all(&mut self, ranks: &[Rank], message: &Unsent, now: Instant) -> Result<()> {
+    /// [`tell`](Self::tell)s all ranks of the update that have such a part the same. After an error, none of those that are in
+    /// the update was told.
+    fn tell_all(
+        &mut self,
+        whom: impl Fn(Part) -> bool,
+        message: &Unsent,
+        now: Instant,
+    ) -> Result<()> {
         // Of a bucket there are two messages: those that know the plan get the short one.
-        let (mut short, mut full) = (Vec::with_capacity(ranks.len()), Vec::new());
-        for &rank in ranks {
-            let Some(member) = self.members.get_mut(&rank) else { continue };
+        let (mut short, mut full) = (Vec::with_capacity(self.members.len()), Vec::new());
+        let active = self.members.iter_mut().filter(|(_, member)| member.active);
+        for (&rank, member) in active.filter(|(_, member)| whom(member.part)) {
             let Some(entry) = &member.entered else {
                 member.unsent.push(message.clone());
                 continue;
@@ -742,8 +746,8 @@ impl Leader {
         let update = update.number;
         let bucket =
             Arc::new(Announcement { update, index, slot, digest, layout, known, short, full });
-        let readers: Vec<Rank> = self.readers().collect();
-        if let Err(error) = self.tell_all(&readers, &Unsent::Bucket(bucket), now) {
+        let is_reader = |part| part != Part::Sender;
+        if let Err(error) = self.tell_all(is_reader, &Unsent::Bucket(bucket), now) {
             // Those that were not told will not release it.
             self.slots[slot].by.clear();
             return Err(error);
