@@ -22,6 +22,8 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod message;
 mod rollout;
 mod shadow;

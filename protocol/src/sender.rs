@@ -18,7 +18,7 @@ use super::secondary::{self, Secondary};
 use super::work::{Act, Collected, Done, Machine};
 use super::{LONG, arrived_event};
 use engine_core::SendReport;
-use engine_core::control::{Control, Event, Peer, Role};
+use engine_core::control::{Control, Peer, Role, Said};
 use engine_core::memory::Job;
 use engine_core::observe::Observer as _;
 use engine_core::plan::{BucketKind, BucketPlanner};
@@ -248,7 +248,7 @@ struct Trainer<'a> {
 /// What happens next.
 enum Step {
     Done(Done),
-    Event(Event),
+    Said(Said),
     Ended(Error),
     Nothing,
 }
@@ -340,7 +340,7 @@ impl Trainer<'_> {
                     engine_core::clock::sleep(left).await;
                     return Ok(None);
                 }
-                self.control.recv(left).await
+                self.control.recv_all(left).await
             });
             let step = poll_fn(|cx| {
                 if let Link::Busy(work) = &mut link
@@ -362,7 +362,7 @@ impl Trainer<'_> {
                     return Poll::Ready(Step::Done(Done::Collected(next)));
                 }
                 listening.as_mut().poll(cx).map(|heard| match heard {
-                    Ok(Some(event)) => Step::Event(event),
+                    Ok(Some(said)) => Step::Said(said),
                     Ok(None) => Step::Nothing,
                     Err(error) => Step::Ended(error),
                 })
@@ -370,7 +370,7 @@ impl Trainer<'_> {
             let (step, now) = (step.await, Instant::now());
             match step {
                 Step::Done(done) => driven.machine.done(done, now),
-                Step::Event(event) => driven.machine.event(event, now),
+                Step::Said(said) => driven.machine.said(said, now),
                 Step::Ended(error) => {
                     has_ended = true;
                     driven.machine.refused(error, now);
