@@ -22,6 +22,7 @@ const DEFAULT_BUCKET_BYTES: u64 = 256 << 20;
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub struct HcclOptions {
     /// How many trainers send; HCCL does it from one only.
     pub senders: u32,

@@ -41,6 +41,7 @@ pub static BACKEND: &dyn Backend = &NcclBackend;
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(default)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub struct NcclOptions {
     /// How many trainers send, each a part of the buckets: those of the lowest ranks. Each uses the
     /// network interfaces near its own GPU.

@@ -36,6 +36,7 @@ use crate::{Error, ErrorKind, Result};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub struct CheckpointEngineConfig {
     /// The backend's name: `naive` unless set.
     pub backend: String,
@@ -78,6 +79,11 @@ impl Default for CheckpointEngineConfig {
 }
 
 impl CheckpointEngineConfig {
+    /// The defaults, with a backend. A program sets the other fields that it needs.
+    pub fn new(backend: impl Into<String>) -> Self {
+        Self { backend: backend.into(), ..Self::default() }
+    }
+
     /// The longest wait that can be configured, about thirty years: a larger number of seconds is a
     /// slip, and would overflow the clock.
     pub const MAX_TIMEOUT_SECONDS: f64 = 1e9;

@@ -203,6 +203,7 @@ impl<E> fmt::Debug for Prepared<E> {
 /// What peers need to know of a rank: made by [`Backend`]s, carried by the
 /// embedding program or by the control plane.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct WorkerMetadata {
     /// The backend's name; all ranks of a group have the same.
     pub backend: String,
@@ -255,6 +256,7 @@ fn host_id() -> String {
 
 /// A rank's place in the group: made by [`Backend::build_topology`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Placement {
     /// This rank.
     pub rank: Rank,
@@ -283,6 +285,11 @@ mod shared {
 }
 
 impl Placement {
+    /// The place of a rank among these, which are in the order of their ranks.
+    pub fn new(rank: Rank, peers: impl Into<Arc<[WorkerMetadata]>>) -> Self {
+        Self { rank, peers: peers.into() }
+    }
+
     /// The places of a group in which every rank knows every other: the start of a topology.
     ///
     /// The places are in the order of the ranks, the workers in any order.
@@ -385,6 +392,7 @@ pub async fn form_local_group(
 
 /// What an engine is made of: configuration, and its connection to the others.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct EngineContext {
     /// The configuration, common to all ranks.
     pub config: CheckpointEngineConfig,
@@ -548,6 +556,7 @@ delegate!(&B, Arc<B>);
 
 /// On which devices a backend can have buckets, beside the host's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Devices {
     /// On those of these kinds.
     Kinds(&'static [&'static str]),
@@ -579,6 +588,7 @@ impl fmt::Display for Devices {
 /// Whether a backend can run on this machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "status", rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Availability {
     /// It can; what was found.
     Usable {

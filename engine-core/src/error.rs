@@ -73,6 +73,7 @@ impl ErrorKind {
 
 /// What the caller can do about an [`Error`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum Recovery {
     /// Start the next update as usual; the engine is in order.
     Retry,
@@ -106,6 +107,7 @@ struct Repr {
 
 /// The parts of an [`Error`] that travel to other ranks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct ErrorReport {
     /// What went wrong, to branch on.
     pub kind: ErrorKind,

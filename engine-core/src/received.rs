@@ -443,8 +443,7 @@ pub struct OnePass(Arc<Mutex<Option<Arc<dyn CopyOut>>>>);
 
 /// A bucket that was copied out.
 pub struct CopiedOut {
-    /// The digest sum of what was read.
-    pub sum: u64,
+    sum: u64,
     by: Arc<dyn CopyOut>,
 }
 
@@ -457,6 +456,13 @@ impl fmt::Debug for OnePass {
 impl fmt::Debug for CopiedOut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CopiedOut").field("sum", &self.sum).finish_non_exhaustive()
+    }
+}
+
+impl CopiedOut {
+    /// The digest sum of what was read.
+    pub fn sum(&self) -> u64 {
+        self.sum
     }
 }
 
@@ -717,6 +723,7 @@ impl ReceivedBucket {
 
 /// A part of a weight: all of it, or a chunk of one that is larger than a bucket.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct ReceivedPiece {
     /// The weight.
     pub meta: TensorMeta,

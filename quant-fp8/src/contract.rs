@@ -44,6 +44,7 @@ use crate::{Fp8Format, Granularity, Mode, NonFinite, Precast, ScaleName};
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "snake_case")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub struct Quantization {
     /// Whom the weights are for: `common` if nobody says.
     pub receiver: Option<Receiver>,
@@ -79,6 +80,7 @@ pub struct Quantization {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub enum Accepts {
     /// FP8 with scales for what the rules quantise.
     Fp8,
@@ -101,6 +103,7 @@ pub(crate) struct Declaration {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub struct Fp8Config {
     /// Whether the trainer quantises to FP8 what it sends.
     pub trainer_quantize_fp8: bool,

@@ -190,6 +190,7 @@ impl Declared {
 /// What the rules depend on, besides the names.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct RulesConfig {
     /// What quantised weights look like.
     pub format: Fp8Format,

@@ -370,6 +370,6 @@ impl Backend for Sends {
                 Error::new(ErrorKind::Mismatch, "building the topology", message).rank(worker.rank)
             );
         }
-        Ok(vec![Placement { rank: worker.rank, peers: workers.into() }])
+        Ok(vec![Placement::new(worker.rank, workers)])
     }
 }

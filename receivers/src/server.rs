@@ -113,6 +113,7 @@ pub(crate) enum Told {
 
 /// The kinds of servers that are known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ServerKind {
     /// vLLM.
     Vllm,
@@ -122,6 +123,7 @@ pub enum ServerKind {
 
 /// One thing that was looked at, and what was found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Check {
     /// What was looked at.
     pub name: String,

@@ -1,0 +1,101 @@
+//! The crates that are published: packing them, and comparing their public items with an earlier version.
+
+use std::process::Command;
+
+use clap::Args;
+
+use crate::process::{run, stage};
+use crate::workspace::Workspace;
+use crate::{Result, tools};
+
+/// Packs every published crate, as `cargo publish` would.
+pub(crate) fn pack(workspace: &Workspace, verify: bool) -> Result<()> {
+    let mut command = workspace.cargo();
+    command.args(["package", "--locked", "--allow-dirty"]);
+    for package in published(workspace)? {
+        command.args(["--package", &package.name]);
+    }
+    if !verify {
+        command.arg("--no-verify");
+    }
+    run(command)
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Semver {
+    /// The git revision to compare with
+    #[arg(long, value_name = "REV", conflicts_with = "baseline_version")]
+    baseline_rev: Option<String>,
+
+    /// The version on the crates registry to compare with; the newest one without this and `--baseline-rev`
+    #[arg(long, value_name = "VERSION")]
+    baseline_version: Option<String>,
+
+    /// A crate to compare, by the name of its package; can be repeated. All that are published libraries without it
+    #[arg(short, long, value_name = "PACKAGE")]
+    package: Vec<String>,
+}
+
+/// Compares public items with those of an earlier version.
+pub(crate) fn semver(workspace: &Workspace, options: &Semver) -> Result<()> {
+    let libraries = published(workspace)?.into_iter().filter(|package| package.is_library);
+    let libraries: Vec<String> = libraries.map(|package| package.name).collect();
+    if let Some(other) = options.package.iter().find(|name| !libraries.contains(name)) {
+        return Err(format!(
+            "`{other}` is no published library; these are: {}",
+            libraries.join(", ")
+        ));
+    }
+    if !tools::has_cargo_semver_checks(workspace) {
+        println!(
+            "installing cargo-semver-checks: built from the crates registry, which takes minutes"
+        );
+        tools::install_cargo_semver_checks(workspace)?;
+    }
+    let mut command = Command::new(tools::cargo_semver_checks(workspace));
+    command.arg("semver-checks").current_dir(workspace.root());
+    command.env("CARGO_TARGET_DIR", workspace.target());
+    if let Some(revision) = &options.baseline_rev {
+        command.args(["--baseline-rev", revision]);
+    }
+    if let Some(version) = &options.baseline_version {
+        command.args(["--baseline-version", version]);
+    }
+    let chosen = if options.package.is_empty() { &libraries } else { &options.package };
+    for name in chosen {
+        command.args(["--package", name]);
+    }
+    stage("public items", command)
+}
+
+/// A package that `cargo publish` takes.
+struct Package {
+    name: String,
+    /// Whether it has a library that other crates are meant to depend on.
+    is_library: bool,
+}
+
+fn published(workspace: &Workspace) -> Result<Vec<Package>> {
+    let mut metadata = workspace.cargo();
+    metadata.args(["metadata", "--no-deps", "--locked", "--format-version", "1"]);
+    let output =
+        metadata.output().map_err(|error| format!("cargo could not be started: {error}"))?;
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout)
+        .map_err(|error| format!("cargo metadata: {error}"))?;
+    let has = |package: &serde_json::Value, kind: &str| {
+        let mut targets = package["targets"].as_array().into_iter().flatten();
+        targets.any(|target| {
+            target["kind"].as_array().is_some_and(|kinds| kinds.contains(&kind.into()))
+        })
+    };
+    let packages = metadata["packages"].as_array().into_iter().flatten();
+    let packages =
+        packages.filter(|package| !package["publish"].as_array().is_some_and(Vec::is_empty));
+    Ok(packages
+        .filter_map(|package| {
+            let name = package["name"].as_str()?.to_owned();
+            // The library of a program is its own.
+            Some(Package { name, is_library: has(package, "lib") && !has(package, "bin") })
+        })
+        .collect())
+}
