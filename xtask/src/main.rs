@@ -152,3 +152,30 @@ fn deny(workspace: &Workspace) -> Result<()> {
     command.current_dir(workspace.root());
     run(command)
 }
+
+#[cfg(test)]
+mod tests_of_pages {
+    use super::*;
+
+    #[test]
+    fn every_task_that_a_page_names_is_one() {
+        let root = Workspace::find().root().to_owned();
+        let mut pages = vec![root.join("README.md"), root.join("CONTRIBUTING.md")];
+        let docs = std::fs::read_dir(root.join("docs")).unwrap().map(|entry| entry.unwrap().path());
+        pages.extend(docs.filter(|path| path.extension().is_some_and(|ending| ending == "md")));
+        let mut read = 0;
+        for page in pages {
+            let text = std::fs::read_to_string(&page).unwrap();
+            // Of a line in a block, to its comment; of words in a sentence, to the backtick.
+            for (at, _) in text.match_indices("cargo xtask ") {
+                let command = text[at..].split(['`', '\n', '#', ';', '…']).next().unwrap();
+                let words = command.split_whitespace().skip(1);
+                match Arguments::try_parse_from(words) {
+                    Ok(_) => read += 1,
+                    Err(error) => panic!("{}: {command}: {error}", page.display()),
+                }
+            }
+        }
+        assert!(read > 20, "only {read} commands were found");
+    }
+}

@@ -62,7 +62,17 @@ pub(crate) fn semver(workspace: &Workspace, options: &Semver) -> Result<()> {
         command.args(["--baseline-version", version]);
     }
     let chosen = if options.package.is_empty() { &libraries } else { &options.package };
-    for name in chosen {
+    let earlier =
+        options.baseline_rev.as_deref().map(|rev| packages_of(workspace, rev)).transpose()?;
+    let is_new = |name: &&String| earlier.as_ref().is_some_and(|names| !names.contains(name));
+    let (new, both): (Vec<&String>, Vec<&String>) = chosen.iter().partition(is_new);
+    if !new.is_empty() {
+        println!("not there in the earlier version, and so not compared: {new:?}");
+    }
+    if both.is_empty() {
+        return Err("there is nothing to compare".to_owned());
+    }
+    for name in both {
         command.args(["--package", name]);
     }
     stage("public items", command)
@@ -98,4 +108,17 @@ fn published(workspace: &Workspace) -> Result<Vec<Package>> {
             Some(Package { name, is_library: has(package, "lib") && !has(package, "bin") })
         })
         .collect())
+}
+
+/// The names of the packages that a git revision has.
+fn packages_of(workspace: &Workspace, revision: &str) -> Result<Vec<String>> {
+    let mut git = Command::new("git");
+    git.current_dir(workspace.root());
+    git.args(["grep", "-h", "^name = ", revision, "--", "Cargo.toml", "*/Cargo.toml"]);
+    let output = git.output().map_err(|error| format!("git: {error}"))?;
+    if !output.status.success() {
+        return Err(format!("git has no packages of the revision `{revision}`"));
+    }
+    let names = String::from_utf8_lossy(&output.stdout);
+    Ok(names.lines().filter_map(|line| line.split('"').nth(1)).map(str::to_owned).collect())
 }
