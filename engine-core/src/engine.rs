@@ -18,7 +18,7 @@ use crate::{CheckpointEngineConfig, Error, ErrorKind, Rank, Result, Version, Wei
 
 /// One rank's end of a group: what a trainer's and a rollout's have in common. It is the contract of every transport.
 ///
-/// Each phase of its life is a type of its own, so that nothing can be called too early, too late, or on the wrong
+/// Each phase of its life is a type of its own, so that no call can be made too early, too late, or on the wrong
 /// side:
 ///
 /// 1. [`Backend::prepare_trainer`] and [`Backend::prepare_rollout`] allocate, and say how the rank is reached:
@@ -58,7 +58,7 @@ pub trait CheckpointEngine: fmt::Debug + Send {
     ///
     /// # Cancel safety
     ///
-    /// When the future is dropped, or the engine without it, the same happens without anybody who waits for it.
+    /// If the future is dropped, or the engine without a call of this, the same happens in the background.
     ///
     /// # Errors
     ///
@@ -127,9 +127,9 @@ pub trait CheckpointEngineWithCache: RolloutEngine {
     fn get_weights(&self) -> Result<(Version, WeightStream<'static>)>;
 }
 
-/// A rank that has allocated what it needs, and says how it is reached; [`join`](Self::join) makes its engine of it.
+/// A rank that has allocated its memory and says how it is reached. [`join`](Self::join) turns it into an engine.
 ///
-/// Dropped instead, it frees what it has allocated.
+/// Dropping it frees what it has allocated.
 pub struct Prepared<E> {
     metadata: WorkerMetadata,
     join: Join<E>,
@@ -159,8 +159,8 @@ impl<E> Prepared<E> {
         &self.metadata
     }
 
-    /// With something that the embedding program tells other ranks of this one, beside what is there already: the
-    /// keys of an object.
+    /// Adds what the embedding program tells other ranks about this one: the keys of an object, beside those that are
+    /// there.
     #[must_use]
     pub fn with_attributes(mut self, attributes: serde_json::Value) -> Self {
         match (&mut self.metadata.attributes, attributes) {
@@ -171,7 +171,7 @@ impl<E> Prepared<E> {
         self
     }
 
-    /// The same rank, whose engine is then made into something else.
+    /// The same rank; when it joins, the function turns its engine into something else.
     pub fn map<Other: 'static>(
         self,
         into: impl FnOnce(E) -> Other + Send + 'static,
@@ -454,10 +454,9 @@ impl EngineContext {
         })
     }
 
-    /// How many threads a rank of this role packs or checks with: those of the configuration, else on a trainer
-    /// one for every core, which packing and encoding can use, and on a rollout one for every
-    /// second, since verifying takes less and several rollouts may share a host; at most 16, because
-    /// memory bandwidth is used up before more are.
+    /// How many threads a rank of this role packs or verifies with: the number that is configured, else one per core
+    /// on a trainer and one per two cores on a rollout, at most 16. Verifying takes less than encoding, and several
+    /// rollouts may share a host. More than 16 threads exceed the memory bandwidth.
     pub fn threads(&self, role: Role) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         match (self.config.threads, role) {
@@ -560,7 +559,7 @@ delegate!(&B, Arc<B>);
 pub enum Devices {
     /// On those of these kinds.
     Kinds(&'static [&'static str]),
-    /// It hands memory over: weights stay where they are, on whatever device.
+    /// All: it hands memory over, and weights stay where they are, on any device.
     Any,
 }
 

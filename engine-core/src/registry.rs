@@ -8,7 +8,7 @@ use crate::{
 
 /// The backends that a program knows.
 ///
-/// There is no registration before `main`: a program lists what it has, and adds what it likes.
+/// Nothing registers itself before `main`: a program lists its backends, and adds others.
 ///
 /// # Examples
 ///
@@ -27,8 +27,8 @@ pub struct Registry {
     layers: Vec<Layer>,
 }
 
-/// Something between a program and an engine, which knows nothing of it: it changes what is sent, or what
-/// is received, as its keys of the configuration say.
+/// Code between a program and an engine that changes what is sent or received, as its keys of the configuration say.
+/// The engine does not know of it.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Layer {

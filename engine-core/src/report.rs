@@ -98,7 +98,7 @@ pub struct ReceiverReport {
     pub rank: Rank,
     /// The version's state there.
     pub state: VersionState,
-    /// Seconds from the update's begin to the receiver's confirmation, by the receiver's clock.
+    /// Seconds from the beginning of the update to the receiver's confirmation, by the receiver's clock.
     pub seconds: f64,
     /// The digest of the whole version that the receiver computed; absent if digests are off or the
     /// transport hands memory over without a copy.
@@ -136,15 +136,15 @@ pub struct SendReport {
     pub receivers: Vec<ReceiverReport>,
     /// Ranks of the group that took no part because their processes died or left.
     pub absent: Vec<Rank>,
-    /// What fell back to something slower than was asked for, each in words that say why. Empty where nothing did.
+    /// What fell back to something slower, each with the reason, in words. Empty if nothing did.
     #[serde(default)]
     pub slower: Vec<String>,
-    /// What was compared with the version that rollouts have, where updates carry only what changed.
+    /// What changed since the version that rollouts have, if updates carry only changes.
     #[serde(default)]
     pub delta: Option<DeltaReport>,
 }
 
-/// What an update found that sends changes only.
+/// What changed in an update that sends only changes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct DeltaReport {

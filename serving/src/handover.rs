@@ -117,8 +117,8 @@ impl Holder {
         serde_json::json!({ Self::ATTRIBUTE: self.at.address.to_string() })
     }
 
-    /// Serves newcomers for as long as it can listen. A newcomer that fails, or that comes before
-    /// there is a version, harms nobody else.
+    /// Serves newcomers for as long as it can listen. A newcomer that fails, or that comes before there is a version,
+    /// does not affect others.
     ///
     /// # Cancel safety
     ///
@@ -126,7 +126,7 @@ impl Holder {
     ///
     /// # Errors
     ///
-    /// That the address cannot be listened at any more.
+    /// If it can no longer listen at the address.
     pub async fn run(mut self) -> Result<()> {
         loop {
             let control = match self.control.take() {
@@ -174,7 +174,7 @@ impl Holder {
     }
 }
 
-/// A rollout that gets the current version from one that holds it; see [`Holder`].
+/// A rollout that receives the current version from one that holds it; see [`Holder`].
 #[derive(Debug)]
 pub struct Newcomer {
     control: ControlPlane,
