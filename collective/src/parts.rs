@@ -100,7 +100,7 @@ impl Parts {
         self.parts.iter().map(|(rank, part)| (*rank, *part))
     }
 
-    /// What gets a colocated rollout at the leader's slots.
+    /// What a colocated rollout needs to map the leader's slots.
     pub(super) fn key(&self) -> Result<Bytes> {
         self.key.clone().map_err(|reason| {
             let message = format!(
@@ -111,7 +111,7 @@ impl Parts {
         })
     }
 
-    /// What a rank does that joins the group now; nothing, if there is no way to bring weights to it.
+    /// The part of a rank that joins the group now; none if there is no way to bring weights to it.
     pub(super) fn of_newcomer(&self, peer: &Peer) -> Option<Part> {
         if peer.role == Role::Trainer {
             return self.of(peer.rank);

@@ -42,7 +42,7 @@ pub const LAYER: Layer =
 /// After so many versions that came as changes, sums are computed anew from memory.
 const ATTESTED_EVERY: u64 = 64;
 
-/// What of a configuration is this layer's.
+/// This layer's part of a configuration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]

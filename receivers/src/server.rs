@@ -1,5 +1,5 @@
-//! What an engine needs of a kind of servers: how each of them is asked. All that differs between the servers' protocols
-//! is behind this trait; what is asked when is decided by the [machine](crate::fleet), the same for all of them.
+//! What an engine needs of a kind of servers: how to make each request. This trait hides all differences between the
+//! servers' protocols. The [machine](crate::fleet) decides when to make which request, the same for all of them.
 
 use std::fmt;
 use std::time::Duration;
