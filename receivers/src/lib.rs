@@ -11,11 +11,11 @@
 //!
 //! - **The stream becomes buckets** (`chunk.rs`): whole weights, one behind the other. A bucket is one request
 //!   to each server with the names, types and shapes of its weights, and one broadcast. So the stream need not be
-//! known in advance, and nothing is outstanding in NCCL while the trainer waits for its next weight: a trainer whose
+//!   known in advance, and nothing is outstanding in NCCL while the trainer waits for its next weight: a trainer whose
 //!   stream fails leaves no server hanging. vLLM can also take a whole update by one call that reuses the names of the
 //!   last; that saves the names and a request for each bucket, and costs this property.
 //! - **Weights get into slots** by the code of `backend-nccl`: one launch packs and quantises weights that are on the
-//! device, the CPU all others. One of two slots is filled while the other travels.
+//!   device, the CPU all others. One of two slots is filled while the other travels.
 //! - **Calls that can hang** are made by the thread of [`collective`], which gives a world up when a deadline passes: joining,
 //!   warming up, a broadcast. The servers' own part of such a call is an HTTP request with the same deadline; when one
 //!   side fails, the others get a few seconds more.
@@ -23,7 +23,7 @@
 //!   named in [`SendReport::receivers`], the update goes on in a world without it, and the next update tries it again:
 //!   its state is queried again, and it generates only after it has confirmed a version.
 //! - **FP8** is done by the layer in front of the engine, which quantises the stream. A weight's scales follow its
-//! codes.
+//!   codes.
 //! - **What differs between vLLM and SGLang** is behind a trait (`server.rs`). vLLM is told the id of the world, and its workers join
 //!   at once. SGLang's look for the id in a store of torch's (`store.rs`), at their first broadcast.
 //!
