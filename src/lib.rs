@@ -17,11 +17,11 @@
 //! | `vllm` | `receivers` | a trainer and vLLM's servers as they are, by broadcast over NCCL |
 //! | `sglang` | `receivers` | a trainer and SGLang's servers as they are, by broadcast over NCCL |
 //!
-//! [`registry`] knows those that are compiled in. The feature `fp8` (default) brings quantisation to
-//! all of them: with `trainer_quantize_fp8` the trainer sends FP8 blocks and their scales.
+//! [`registry`] has those that are compiled in. The feature `fp8` (default) adds quantisation to all of them: with
+//! `trainer_quantize_fp8` the trainer sends FP8 blocks and their scales.
 //!
-//! Programs that embed an engine need what [`prelude`] has, and sometimes more of this module. An author of a
-//! backend, an encoding or a kind of memory finds the rest in [`backend`].
+//! Programs that embed an engine need [`prelude`], and sometimes more of this module. [`backend`] has the rest, for
+//! authors of backends, encodings and kinds of memory.
 
 /// What most programs that embed an engine use: `use checkpoint_engine::prelude::*`.
 pub mod prelude {

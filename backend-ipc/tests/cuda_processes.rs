@@ -19,13 +19,10 @@ fn a_process_of_a_group() {
 const BUCKETS: usize = 512 << 20;
 
 fn form() -> Processes {
-    let config = CheckpointEngineConfig {
-        backend: "ipc".into(),
-        update_weights_bucket_megabytes: Some(256),
-        timeout_seconds: 10.0,
-        device: "cuda".parse().expect("a device"),
-        ..Default::default()
-    };
+    let mut config = CheckpointEngineConfig::new("ipc");
+    config.update_weights_bucket_megabytes = Some(256);
+    config.timeout_seconds = 10.0;
+    config.device = "cuda".parse().expect("a device");
     Processes::form(backend(), &config, 1, 1)
 }
 

@@ -140,11 +140,8 @@ mod tests {
     #[tokio::test]
     async fn bare_transfers_end_whichever_way_they_go_and_whatever_is_no_target_is_an_error() {
         for transfer in ["read", "write"] {
-            let mut config = CheckpointEngineConfig {
-                backend: NAME.into(),
-                update_weights_bucket_megabytes: Some(1),
-                ..Default::default()
-            };
+            let mut config = CheckpointEngineConfig::new(NAME);
+            config.update_weights_bucket_megabytes = Some(1);
             let options = serde_json::json!({ "transfer": transfer });
             config.engine_kwargs.insert(NAME.into(), options.as_object().unwrap().clone());
             let target = Target::new(&config, None).await.unwrap();

@@ -36,6 +36,7 @@ const DEFAULT_DEVICE_MEGABYTES: u64 = 512;
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub struct NixlOptions {
     /// Who fetches from whom.
     pub topology: Topology,
@@ -92,6 +93,7 @@ pub(crate) fn unique_name(rank: impl std::fmt::Display) -> String {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub enum Topology {
     /// A ring for many buckets, a tree for few, within hosts wherever it can be: by how long an update would take.
     #[default]
@@ -116,6 +118,7 @@ impl Topology {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub enum Transfer {
     /// The rank that wants them reads them, where there is a transport that can read; over TCP the rank
     /// that has them is asked to write them.
@@ -130,6 +133,7 @@ pub enum Transfer {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub enum ErrorHandling {
     /// It notices them, within the transports that can.
     #[default]

@@ -16,13 +16,10 @@ fn a_process_of_a_group() {
 }
 
 fn form(device: &str, options: &Value, rollouts: u32) -> Processes {
-    let mut config = CheckpointEngineConfig {
-        backend: "nixl".into(),
-        update_weights_bucket_megabytes: Some(1),
-        timeout_seconds: 10.0,
-        device: device.parse().expect("a device"),
-        ..Default::default()
-    };
+    let mut config = CheckpointEngineConfig::new("nixl");
+    config.update_weights_bucket_megabytes = Some(1);
+    config.timeout_seconds = 10.0;
+    config.device = device.parse().expect("a device");
     if let Value::Object(options) = options {
         config.engine_kwargs.insert("nixl".into(), options.clone());
     }

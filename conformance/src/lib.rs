@@ -101,12 +101,9 @@ pub enum Lacking {
 impl Suite {
     /// The suite for a backend that hands memory over within a process, and needs no control plane.
     pub fn new(backend: &'static dyn Backend) -> Self {
-        let config = CheckpointEngineConfig {
-            backend: backend.name().into(),
-            update_weights_bucket_megabytes: Some(1),
-            timeout_seconds: 2.0,
-            ..Default::default()
-        };
+        let mut config = CheckpointEngineConfig::new(backend.name());
+        config.update_weights_bucket_megabytes = Some(1);
+        config.timeout_seconds = 2.0;
         Self {
             backend,
             config,

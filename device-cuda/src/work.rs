@@ -596,7 +596,9 @@ mod tests {
     fn quantizer() -> Fp8Quantizer {
         let granularity = Granularity::Block { rows: 32, cols: 32 };
         let format = Fp8Format { granularity, ..Fp8Format::default() };
-        let config = RulesConfig { format, receiver: Receiver::Any, ..RulesConfig::default() };
+        let mut config = RulesConfig::default();
+        config.format = format;
+        config.receiver = Receiver::Any;
         Rules::new(&config).unwrap().into()
     }
 

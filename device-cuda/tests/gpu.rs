@@ -843,7 +843,8 @@ fn an_update_that_failed_leaves_nothing_behind_for_the_next_ones() {
 
 /// Quantises every matrix, whatever its sides.
 fn quantizer() -> Fp8Quantizer {
-    let config = RulesConfig { receiver: Receiver::Any, ..RulesConfig::default() };
+    let mut config = RulesConfig::default();
+    config.receiver = Receiver::Any;
     Rules::new(&config).unwrap().into()
 }
 

@@ -46,6 +46,7 @@ pub struct Peer {
 
 /// What [`Control::recv`] yields.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum Event {
     /// A message, in the order in which its sender sent it.
     Message {

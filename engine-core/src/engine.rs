@@ -19,7 +19,7 @@ use crate::{CheckpointEngineConfig, Error, ErrorKind, Rank, Result, Version, Wei
 
 /// One rank's end of a group: what a trainer's and a rollout's have in common. It is the contract of every transport.
 ///
-/// Each phase of its life is a type of its own, so that nothing can be called too early, too late, or on the wrong
+/// Each phase of its life is a type of its own, so that no call can be made too early, too late, or on the wrong
 /// side:
 ///
 /// 1. [`Backend::prepare_trainer`] and [`Backend::prepare_rollout`] allocate, and say how the rank is reached:
@@ -59,7 +59,7 @@ pub trait CheckpointEngine: fmt::Debug + Send {
     ///
     /// # Cancel safety
     ///
-    /// When the future is dropped, or the engine without it, the same happens without anybody who waits for it.
+    /// If the future is dropped, or the engine without a call of this, the same happens in the background.
     ///
     /// # Errors
     ///
@@ -128,9 +128,9 @@ pub trait CheckpointEngineWithCache: RolloutEngine {
     fn get_weights(&self) -> Result<(Version, WeightStream<'static>)>;
 }
 
-/// A rank that has allocated what it needs, and says how it is reached; [`join`](Self::join) makes its engine of it.
+/// A rank that has allocated its memory and says how it is reached. [`join`](Self::join) turns it into an engine.
 ///
-/// Dropped instead, it frees what it has allocated.
+/// Dropping it frees what it has allocated.
 pub struct Prepared<E> {
     metadata: WorkerMetadata,
     join: Join<E>,
@@ -160,8 +160,8 @@ impl<E> Prepared<E> {
         &self.metadata
     }
 
-    /// With something that the embedding program tells other ranks of this one, beside what is there already: the
-    /// keys of an object.
+    /// Adds what the embedding program tells other ranks about this one: the keys of an object, beside those that are
+    /// there.
     #[must_use]
     pub fn with_attributes(mut self, attributes: serde_json::Value) -> Self {
         match (&mut self.metadata.attributes, attributes) {
@@ -172,7 +172,7 @@ impl<E> Prepared<E> {
         self
     }
 
-    /// The same rank, whose engine is then made into something else.
+    /// The same rank; when it joins, the function turns its engine into something else.
     pub fn map<Other: 'static>(
         self,
         into: impl FnOnce(E) -> Other + Send + 'static,
@@ -204,6 +204,7 @@ impl<E> fmt::Debug for Prepared<E> {
 /// What peers need to know of a rank: made by [`Backend`]s, carried by the
 /// embedding program or by the control plane.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct WorkerMetadata {
     /// The backend's name; all ranks of a group have the same.
     pub backend: String,
@@ -256,6 +257,7 @@ fn host_id() -> String {
 
 /// A rank's place in the group: made by [`Backend::build_topology`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Placement {
     /// This rank.
     pub rank: Rank,
@@ -284,6 +286,11 @@ mod shared {
 }
 
 impl Placement {
+    /// The place of a rank among these, which are in the order of their ranks.
+    pub fn new(rank: Rank, peers: impl Into<Arc<[WorkerMetadata]>>) -> Self {
+        Self { rank, peers: peers.into() }
+    }
+
     /// The places of a group in which every rank knows every other: the start of a topology.
     ///
     /// The places are in the order of the ranks, the workers in any order.
@@ -386,6 +393,7 @@ pub async fn form_local_group(
 
 /// What an engine is made of: configuration, and its connection to the others.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct EngineContext {
     /// The configuration, common to all ranks.
     pub config: CheckpointEngineConfig,
@@ -471,10 +479,9 @@ impl EngineContext {
         })
     }
 
-    /// How many threads a rank of this role packs or checks with: those of the configuration, else on a trainer
-    /// one for every core, which packing and encoding can use, and on a rollout one for every
-    /// second, since verifying takes less and several rollouts may share a host; at most 16, because
-    /// memory bandwidth is used up before more are.
+    /// How many threads a rank of this role packs or verifies with: the number that is configured, else one per core
+    /// on a trainer and one per two cores on a rollout, at most 16. Verifying takes less than encoding, and several
+    /// rollouts may share a host. More than 16 threads exceed the memory bandwidth.
     pub fn threads(&self, role: Role) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         match (self.config.threads, role) {
@@ -573,18 +580,20 @@ delegate!(&B, Arc<B>);
 
 /// On which devices a backend can have buckets, beside the host's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Devices {
     /// On those of these kinds, whose memory it brings itself.
     Kinds(&'static [&'static str]),
     /// On those of every kind of memory that the [`Registry`](crate::Registry) has.
     Registered,
-    /// It hands memory over: weights stay where they are, on whatever device.
+    /// All: it hands memory over, and weights stay where they are, on any device.
     Any,
 }
 
 /// Whether a backend can run on this machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "status", rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Availability {
     /// It can; what was found.
     Usable {

@@ -1,4 +1,5 @@
-//! The contract of a checkpoint engine, and everything of it that no device needs.
+//! The contract of a checkpoint engine: weights and streams of them, plans, digests, errors, reports, and the traits
+//! of engines and backends. It knows no transport, no device and no quantisation.
 
 mod available;
 mod base;

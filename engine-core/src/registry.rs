@@ -12,7 +12,7 @@ use crate::{
 
 /// The backends that a program knows.
 ///
-/// There is no registration before `main`: a program lists what it has, and adds what it likes.
+/// Nothing registers itself before `main`: a program lists its backends, and adds others.
 ///
 /// # Examples
 ///
@@ -20,7 +20,7 @@ use crate::{
 /// # use engine_core::{Backend, CheckpointEngineConfig, EngineContext, Registry, Result};
 /// # async fn example(naive: &'static dyn Backend) -> Result<()> {
 /// let registry = Registry::new().with(naive);
-/// let config = CheckpointEngineConfig { backend: "naive".into(), ..Default::default() };
+/// let config = CheckpointEngineConfig::new("naive");
 /// let trainer = registry.prepare_trainer(EngineContext::new(config)).await?;
 /// # Ok(())
 /// # }
@@ -33,9 +33,10 @@ pub struct Registry {
     memories: Vec<&'static dyn MemoryKind>,
 }
 
-/// Something between a program and an engine, which knows nothing of it: it changes what is sent, or what
-/// is received, as its keys of the configuration say.
+/// Code between a program and an engine that changes what is sent or received, as its keys of the configuration say.
+/// The engine does not know of it.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Layer {
     /// Its name, for errors and lists.
     pub name: &'static str,
@@ -46,6 +47,18 @@ pub struct Layer {
     pub trainer: fn(PreparedTrainer, &EngineContext) -> Result<PreparedTrainer>,
     /// Puts it in front of a rollout's engine, as the context's configuration says.
     pub rollout: fn(PreparedRollout, &EngineContext) -> Result<PreparedRollout>,
+}
+
+impl Layer {
+    /// A layer of this name, with its keys, and what puts it in front of a trainer's and of a rollout's engine.
+    pub const fn new(
+        name: &'static str,
+        keys: &'static [&'static str],
+        trainer: fn(PreparedTrainer, &EngineContext) -> Result<PreparedTrainer>,
+        rollout: fn(PreparedRollout, &EngineContext) -> Result<PreparedRollout>,
+    ) -> Self {
+        Self { name, keys, trainer, rollout }
+    }
 }
 
 impl Registry {

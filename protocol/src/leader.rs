@@ -1110,6 +1110,8 @@ impl Leader {
                 let error = Error::from(error).recovery(Recovery::Retry);
                 self.remove(rank, error.rank(rank).bucket(bucket))
             }
+            // News that an update has no use for.
+            _ => Ok(()),
         }
     }
 
@@ -1259,13 +1261,9 @@ impl Leader {
                 Ok(true)
             }
             ToSender::Confirm { update, digest, seconds, notes } if update == number => {
-                let report = ReceiverReport {
-                    rank: from,
-                    state: VersionState::Ready,
-                    seconds,
-                    digest: Some(digest),
-                    notes: serde_json::from_str(&notes).unwrap_or_default(),
-                };
+                let mut report = ReceiverReport::new(from, VersionState::Ready);
+                (report.seconds, report.digest) = (seconds, Some(digest));
+                report.notes = serde_json::from_str(&notes).unwrap_or_default();
                 let first = member.confirmed.replace(report).is_none();
                 self.observe(Progress::State { rank: from, state: VersionState::Ready });
                 Ok(first)

@@ -285,19 +285,16 @@ impl Trainer<'_> {
         let never = || Error::new(ErrorKind::State, "sending weights", "the update has no end");
         let ended = driven.machine.end().unwrap_or_else(|| Err(never()))?;
         ending.committed = true;
-        let report = SendReport {
-            version: ended.version,
-            plan_reused: collector.reused(ended.buckets as usize),
-            counts: collector.counts,
-            buckets: ended.buckets,
-            elapsed: ended.elapsed,
-            stages: ended.stages,
-            digest: ended.digest,
-            receivers: ended.receivers,
-            absent: ended.absent,
-            slower: ending.link.slower(),
-            delta: None,
-        };
+        let mut report = SendReport::new(ended.version);
+        report.plan_reused = collector.reused(ended.buckets as usize);
+        report.counts = collector.counts;
+        report.buckets = ended.buckets;
+        report.elapsed = ended.elapsed;
+        report.stages = ended.stages;
+        report.digest = ended.digest;
+        report.receivers = ended.receivers;
+        report.absent = ended.absent;
+        report.slower = ending.link.slower();
         self.meter.sent(&report);
         Ok(report)
     }

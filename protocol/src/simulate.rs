@@ -37,6 +37,7 @@ pub struct Simulation {
 
 /// What the update took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Simulated {
     /// How long the update lasts, if nothing but fills and messages takes time.
     pub lasts: Duration,
