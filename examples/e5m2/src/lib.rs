@@ -92,12 +92,8 @@ pub fn encoded(weight: Weight) -> Result<Weight> {
 }
 
 /// The encoding in front of a trainer's engine.
-pub const LAYER: Layer = Layer {
-    name: "e5m2",
-    keys: &[KEY],
-    trainer: in_front_of_trainer,
-    rollout: |prepared, _| Ok(prepared),
-};
+pub const LAYER: Layer =
+    Layer::new("e5m2", &[KEY], in_front_of_trainer, |prepared, _| Ok(prepared));
 
 const KEY: &str = "send_e5m2";
 

@@ -25,11 +25,8 @@ fn weights_and_buckets_of_the_kind_arrive() {
 
 #[tokio::test]
 async fn a_transport_that_needs_addresses_says_that_the_kind_has_none() {
-    let config = engine_core::CheckpointEngineConfig {
-        backend: "nixl".into(),
-        device: "file".parse().expect("a device"),
-        ..Default::default()
-    };
+    let mut config = engine_core::CheckpointEngineConfig::new("nixl");
+    config.device = "file".parse().expect("a device");
     let at = control_plane::ControlConfig::new(
         format!("unix:@file-memory-{}", std::process::id()).parse().expect("an address"),
         control_plane::Token::generate().expect("a token"),
