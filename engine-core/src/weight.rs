@@ -213,7 +213,9 @@ impl Weight {
     ///
     /// `bytes` holds the elements in row-major order, little-endian. [`Bytes::from_owner`] wraps
     /// anything that owns host memory (a mapped file, an `Arc` of a tensor's storage) without a copy,
-    /// [`DeviceBytes`](crate::DeviceBytes) the memory of a device.
+    /// [`DeviceBytes`](crate::DeviceBytes) the memory of a device. The shape is in `u64`, as it travels. For numbers that the
+    /// program holds, in shapes of `usize`, see [`Weight::of`]. A plain slice is taken only if it is `'static`, because
+    /// weights outlive the call.
     ///
     /// # Errors
     ///
