@@ -3,7 +3,8 @@
 use std::sync::LazyLock;
 
 use conformance::{Suite, on_memory};
-use device_cuda::{Device, compile_program, upload};
+use device_cuda::{CudaMemory, Device, Packer, compile_program, upload};
+use engine_core::memory::{Job, Pool};
 use engine_core::{DType, Result, Role, Weight};
 use half::f16;
 use proptest::prelude::*;
@@ -47,6 +48,30 @@ fn the_kernel_compiles_for_ampere_hopper_and_blackwell() {
         let image = image.unwrap_or_else(|error| panic!("{capability:?}: {error}"));
         assert_eq!(image[..4], *b"\x7fELF", "{capability:?}");
     }
+}
+
+/// Every half, of a weight and in a bucket on the device: the same bytes and digest as on the host, and the CPU encodes none.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn a_device_encodes_its_own_weights_by_the_kernel() {
+    let device = Device::open(0).expect("a device");
+    let packer = Packer::new(&device).expect("a packer");
+    let pool = Pool::new(2).expect("threads");
+    let halves: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
+    let host = Weight::new("w", DType::F16, [1 << 16], halves).expect("a weight");
+    let there = upload(&device, &host).expect("on the device");
+    let job = |weight| {
+        let weight = e5m2::encoded(weight).expect("encoded");
+        vec![Job { weight, start: 0, len: 1 << 16, offset: 0 }]
+    };
+    let mut expected = vec![0; 1 << 16];
+    let sum = pool.encode(&job(host), &mut expected, true).expect("encoded");
+    let bucket = CudaMemory::new(&device, 1 << 16).expect("memory").all();
+    assert_eq!(packer.fill(job(there), &bucket, &pool, true).expect("filled"), sum);
+    let mut found = vec![0; 1 << 16];
+    bucket.read(&mut found).expect("read");
+    assert!(found == expected);
+    assert_eq!(packer.slower(), [""; 0]);
 }
 
 /// The value of a code.
