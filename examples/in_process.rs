@@ -6,7 +6,7 @@ use checkpoint_engine::{EngineContext, form_local_group};
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     // ANCHOR: engines
-    let config = CheckpointEngineConfig { backend: "naive".into(), ..Default::default() };
+    let config = CheckpointEngineConfig::new("naive");
     let registry = registry();
     let trainer = registry.prepare_trainer(EngineContext::new(config.clone())).await?;
     let rollout = registry.prepare_rollout(EngineContext::new(config.clone())).await?;

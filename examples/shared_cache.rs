@@ -8,7 +8,7 @@ use futures::TryStreamExt;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
-    let config = CheckpointEngineConfig { backend: "naive".into(), ..Default::default() };
+    let config = CheckpointEngineConfig::new("naive");
     let registry = registry();
     let trainer = registry.prepare_trainer(EngineContext::new(config.clone())).await?;
     let rollout = registry.prepare_rollout(EngineContext::new(config.clone())).await?;

@@ -44,7 +44,7 @@ async fn trainer() -> Result<()> {
 
     // ANCHOR: form
     // Prepares an engine, tells the other rank how to reach it, and joins the group of two.
-    let config = CheckpointEngineConfig { backend: "ipc".into(), ..Default::default() };
+    let config = CheckpointEngineConfig::new("ipc");
     let group = form_group(&registry(), config, &control).world_size(2).trainer().await?;
     let (mut engine, _place) = group;
     // ANCHOR_END: form
@@ -92,7 +92,7 @@ async fn rollout(address: &str) -> Result<()> {
         .map_err(|error| Error::io("reading the secret", error))?;
     let config = ControlConfig::new(address.parse()?, Token::new(&secret)?);
     let control = ControlPlane::join(config, Role::Rollout, None).await?;
-    let config = CheckpointEngineConfig { backend: "ipc".into(), ..Default::default() };
+    let config = CheckpointEngineConfig::new("ipc");
     // The trainer alone has to know how many ranks there are.
     let (mut engine, _place) = form_group(&registry(), config, &control).rollout().await?;
     let rewards = control.channel(REWARDS);

@@ -17,11 +17,11 @@
 //! | `vllm` | `receivers` | a trainer and vLLM's servers as they are, by broadcast over NCCL |
 //! | `sglang` | `receivers` | a trainer and SGLang's servers as they are, by broadcast over NCCL |
 //!
-//! [`registry`] knows those that are compiled in. The feature `fp8` (default) brings quantisation to
-//! all of them: with `trainer_quantize_fp8` the trainer sends FP8 blocks and their scales.
+//! [`registry`] has those that are compiled in. The feature `fp8` (default) adds quantisation to all of them: with
+//! `trainer_quantize_fp8` the trainer sends FP8 blocks and their scales.
 //!
-//! Programs that embed an engine need what [`prelude`] has, and sometimes more of this module. An author of a
-//! backend, an encoding or a kind of memory finds the rest in [`backend`].
+//! Programs that embed an engine need [`prelude`], and sometimes more of this module. [`backend`] has the rest, for
+//! authors of backends, encodings and kinds of memory.
 
 /// What most programs that embed an engine use: `use checkpoint_engine::prelude::*`.
 pub mod prelude {
@@ -38,11 +38,11 @@ pub mod prelude {
 pub mod backend {
     pub use engine_core::control::Control;
     pub use engine_core::{
-        Availability, Backend, Devices, Encoding, EngineContext, Layer, Prepared, PreparedRollout,
-        PreparedTrainer, Storage,
+        Availability, Backend, Devices, Encoding, EngineContext, Kernel, Layer, Prepared,
+        PreparedRollout, PreparedTrainer, Program, Storage, StridedView,
     };
     pub use engine_core::{CacheStore, CacheWriter, DeviceBytes, DeviceMemory, ensure_fresh};
-    pub use engine_core::{clock, digest, memory, native, plan, telemetry};
+    pub use engine_core::{clock, digest, memory, native, plan, provider, telemetry};
     /// The protocol of updates, over a transport's links.
     pub use protocol;
 }
@@ -110,6 +110,8 @@ pub fn registry() -> Registry {
     let registry = registry.with(backend_hccl::BACKEND);
     #[cfg(feature = "receivers")]
     let registry = registry.with(receivers::VLLM).with(receivers::SGLANG);
+    #[cfg(feature = "cuda")]
+    let registry = registry.with_memory(device_cuda::MEMORY);
     let registry = registry.with_layer(delta::LAYER);
     #[cfg(feature = "fp8")]
     let registry = registry.with_layer(quant_fp8::LAYER);

@@ -31,6 +31,7 @@ const REBUILDS: u32 = 50;
 /// How a check ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Verdict {
     /// It works.
     Pass,
@@ -52,6 +53,7 @@ impl fmt::Display for Verdict {
 
 /// One thing that was looked at.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Check {
     /// What.
     pub name: &'static str,
@@ -63,6 +65,7 @@ pub struct Check {
 
 /// Everything that was found.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Examination {
     /// Whether the libraries are a simulator's: then nothing here says anything of hardware.
     pub simulated: bool,

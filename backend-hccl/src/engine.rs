@@ -22,8 +22,9 @@ const DEFAULT_BUCKET_BYTES: u64 = 256 << 20;
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub struct HcclOptions {
-    /// How many trainers send; HCCL does it from one only.
+    /// How many trainers send. HCCL supports one only.
     pub senders: u32,
     /// Whether other trainers of the leader's host take part, for HCCL to pass buckets on from their
     /// NPUs.

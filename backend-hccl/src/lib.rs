@@ -83,8 +83,8 @@ impl Backend for Hccl {
     }
 }
 
-/// Whether the libraries that this process has loaded are a simulator's; false if it has loaded none. What is
-/// found out with a simulator has to be labelled as simulated.
+/// Whether the libraries that this process has loaded are a simulator's; false if it has loaded none. Label results
+/// of a simulator as simulated.
 pub fn is_simulated() -> bool {
     sys::loaded().is_some_and(comm::is_simulated)
 }

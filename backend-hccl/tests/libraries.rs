@@ -22,6 +22,7 @@ fn probe_here() {
     let said = match backend_hccl::BACKEND.probe() {
         Availability::Usable { details } => format!("usable: {details}"),
         Availability::Unusable { reason, .. } => format!("unusable: {reason}"),
+        other => format!("{other:?}"),
     };
     writeln!(std::io::stdout(), "\n>{said}").unwrap();
 }
@@ -103,8 +104,8 @@ async fn refused(change: impl FnOnce(&mut CheckpointEngineConfig)) -> Error {
     let control = ControlConfig::new(address, Token::generate().unwrap());
     let control = ControlPlane::lead(control).await.unwrap();
     let device = "npu".parse().unwrap();
-    let mut config =
-        CheckpointEngineConfig { backend: "hccl".into(), device, ..Default::default() };
+    let mut config = CheckpointEngineConfig::new("hccl");
+    config.device = device;
     change(&mut config);
     let context = EngineContext::new(config).with_control(control);
     backend_hccl::BACKEND.prepare_trainer(context).await.unwrap_err()

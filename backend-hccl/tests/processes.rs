@@ -55,16 +55,12 @@ fn a_process_of_a_group() {
 }
 
 fn config() -> CheckpointEngineConfig {
-    let mut config = CheckpointEngineConfig {
-        backend: "hccl".into(),
-        update_weights_bucket_megabytes: Some(
-            std::env::var(BUCKET).map_or(1, |text| text.parse().unwrap()),
-        ),
-        timeout_seconds: 4.0,
-        threads: std::num::NonZeroUsize::new(1),
-        device: std::env::var(DEVICE).unwrap().parse().unwrap(),
-        ..Default::default()
-    };
+    let mut config = CheckpointEngineConfig::new("hccl");
+    config.update_weights_bucket_megabytes =
+        Some(std::env::var(BUCKET).map_or(1, |text| text.parse().unwrap()));
+    config.timeout_seconds = 4.0;
+    config.threads = std::num::NonZeroUsize::new(1);
+    config.device = std::env::var(DEVICE).unwrap().parse().unwrap();
     if std::env::var_os(REBUILD).is_some() {
         let section = config.engine_kwargs.entry("hccl".into()).or_default();
         section.insert("rebuild_group".into(), true.into());

@@ -4,114 +4,17 @@ use std::sync::Arc;
 
 use engine_core::memory::Pool;
 use engine_core::{
-    DeviceChoice, EngineContext, Error, ErrorKind, Placement, Prepared, PreparedRollout,
-    PreparedTrainer, Rank, Result, Role, RolloutEngine, TrainerEngine, WorkerMetadata,
+    DeviceChoice, EngineContext, Error, ErrorKind, Prepared, PreparedRollout, PreparedTrainer,
+    Result, Role, RolloutEngine, TrainerEngine, WorkerMetadata,
 };
 use placed::{Layout, Lender, PlacedRollout, PlacedTrainer, Wanted};
-use protocol::{ReceiveLink, Receiver, SendLink, Sender};
+use protocol::{Receiver, Sender};
 
-use serde::{Deserialize, Serialize};
-
-#[cfg(feature = "cuda")]
-use crate::cuda;
+use crate::NAME;
+use crate::buckets::{Buckets, Incoming};
 use crate::lent::{LentMemory, Neighbours};
 #[cfg(feature = "cuda")]
 use crate::lent_cuda::LentCuda;
-use crate::segment::{MappedSegment, Segment, SegmentInfo};
-use crate::{NAME, shared};
-
-/// Buckets of the trainer: one is packed while the rollouts read the other.
-const SLOTS: u32 = 2;
-
-/// The size of a bucket unless one is configured, for so many threads of the trainer. Two of them fit into
-/// the last-level cache of a server, so that the rollouts read from there what the trainer has just
-/// written; many threads need larger ones to have enough to do in each.
-fn default_bucket_megabytes(threads: usize) -> u64 {
-    (4 * threads as u64).clamp(16, 64)
-}
-
-/// The trainer's buckets.
-#[derive(Debug)]
-enum Buckets {
-    /// With the reason, if they should be on a device.
-    Shared(Arc<Segment>, Option<String>),
-    #[cfg(feature = "cuda")]
-    Cuda(Arc<cuda::Buckets>),
-}
-
-/// What the trainer tells of its buckets.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Offer {
-    Shared(SegmentInfo),
-    #[cfg(feature = "cuda")]
-    Cuda(cuda::CudaInfo),
-}
-
-impl Buckets {
-    fn create(context: &EngineContext) -> Result<Self> {
-        let config = &context.config;
-        let bytes = |default: u64| config.bucket_bytes().unwrap_or(default << 20);
-        #[cfg_attr(not(feature = "cuda"), expect(unused_mut, reason = "nothing can fall back"))]
-        let mut slower = None;
-        #[cfg(feature = "cuda")]
-        if !config.device.is_cpu() {
-            let bytes = bytes(cuda::DEFAULT_BUCKET_MEGABYTES);
-            match cuda::Buckets::create(&config.device, bytes)? {
-                Ok(buckets) => return Ok(Self::Cuda(Arc::new(buckets))),
-                Err(reason) => {
-                    slower = Some(format!(
-                        "weights go through shared memory of the host, because other processes cannot open \
-                         this device's memory: {reason}"
-                    ));
-                }
-            }
-        }
-        if let Some(why) = &slower {
-            tracing::warn!("{why}");
-        }
-        let default = default_bucket_megabytes(context.threads(Role::Trainer));
-        let segment = Segment::create(SLOTS, bytes(default))?;
-        Ok(Self::Shared(Arc::new(segment), slower))
-    }
-
-    fn offer(&self) -> Offer {
-        match self {
-            Self::Shared(segment, _) => Offer::Shared(segment.info().clone()),
-            #[cfg(feature = "cuda")]
-            Self::Cuda(buckets) => Offer::Cuda(buckets.info().clone()),
-        }
-    }
-
-    fn into_link(self, pool: Pool) -> Box<dyn SendLink> {
-        match self {
-            Self::Shared(segment, slower) => Box::new(shared::Outgoing { segment, slower, pool }),
-            #[cfg(feature = "cuda")]
-            Self::Cuda(buckets) => Box::new(cuda::Outgoing { buckets, pool }),
-        }
-    }
-}
-
-/// The receiving end of the trainer's buckets.
-fn open(place: &Placement, device: &DeviceChoice) -> Result<Box<dyn ReceiveLink>> {
-    let details = place.peer(Rank::LEADER)?.details.clone();
-    let offer = serde_json::from_value(details).map_err(|error| {
-        let words = format!("the trainer's buckets are not what ipc knows: {error}");
-        Error::new(ErrorKind::Protocol, "joining the group", words)
-            .rank(Rank::LEADER)
-            .with_source(error)
-    })?;
-    match offer {
-        Offer::Shared(info) => {
-            let _ = device;
-            let segment =
-                MappedSegment::open(info).map_err(|error| Error::from(error).rank(Rank::LEADER))?;
-            Ok(Box::new(shared::Incoming { segment }))
-        }
-        #[cfg(feature = "cuda")]
-        Offer::Cuda(info) => Ok(Box::new(cuda::Incoming::open(&info, device)?)),
-    }
-}
 
 /// The transport's options.
 #[derive(Debug, Default, serde::Deserialize)]
@@ -204,7 +107,7 @@ pub(crate) async fn prepare_rollout(context: EngineContext) -> Result<PreparedRo
     let nothing = serde_json::Value::Null;
     let metadata = WorkerMetadata::of_this_process(NAME, control.rank(), Role::Rollout, nothing);
     Ok(Prepared::new(metadata, move |place| async move {
-        let link = open(&place, &context.config.device)?;
+        let link = Incoming::open(&place, &context)?;
         let engine = Receiver::new(link, &context, control, pool);
         Ok(Box::new(engine) as Box<dyn RolloutEngine>)
     }))

@@ -25,8 +25,8 @@ pub(crate) enum SegmentError {
     Unsealed,
     #[error("shared memory of {size} bytes was said to have {len}")]
     Short { len: usize, size: i64 },
-    #[error("bytes 0..{filled} of slot {slot} lie outside a segment of {slots} × {bucket} bytes")]
-    Outside { slot: u32, filled: u64, slots: u32, bucket: u64 },
+    #[error("bytes up to {end} lie outside of {size} bytes of memory")]
+    OutsideMemory { end: u64, size: u64 },
     #[error("no memory for {needed} bytes of tensors to lend ({available})")]
     NoMemoryToLend { needed: u64, available: String },
     #[error("{len} bytes at {at} lie outside of {size} bytes that are lent")]
@@ -53,7 +53,7 @@ impl From<SegmentError> for engine_core::Error {
             SegmentError::Replaced { .. } | SegmentError::CacheGone { .. } => ErrorKind::PeerLost,
             SegmentError::Unsealed
             | SegmentError::Short { .. }
-            | SegmentError::Outside { .. }
+            | SegmentError::OutsideMemory { .. }
             | SegmentError::OutsideLent { .. }
             | SegmentError::Damaged(_) => ErrorKind::Protocol,
             SegmentError::TooLarge(..) => ErrorKind::Config,

@@ -67,6 +67,21 @@ impl Mapping {
 }
 
 impl Mapping {
+    /// Cuts a mapping for writing into parts of equal size, as many as fit, which do not overlap.
+    ///
+    /// It takes the mapping itself, so that nothing is ever cut twice.
+    ///
+    /// # Panics
+    ///
+    /// If the mapping is for reading alone.
+    pub(crate) fn cut(self, part: usize) -> Vec<WriteView> {
+        assert!(self.writable, "a mapping for reading alone");
+        let count = self.len.checked_div(part).unwrap_or(0);
+        let mapping = Arc::new(self);
+        let cut = |number| WriteView { mapping: mapping.clone(), at: number * part, len: part };
+        (0..count).map(cut).collect()
+    }
+
     /// Its length in bytes.
     pub(crate) fn len(&self) -> usize {
         self.len
@@ -161,38 +176,43 @@ impl AsRef<[u8]> for ReadView {
     }
 }
 
-/// A part of a mapping that this process alone accesses while this lives, to be written.
+/// A part of a mapping that no other one shares a byte with, to be written.
 #[derive(Debug)]
 pub(crate) struct WriteView {
     mapping: Arc<Mapping>,
+    /// `at + len` is at most the mapping's length: `cut` is the only one who makes them.
     at: usize,
     len: usize,
-    /// Keeps any other view of the same slot from being made.
-    _lock: tokio::sync::OwnedMutexGuard<()>,
 }
 
 impl WriteView {
-    /// A view of a slot whose lock is given.
-    ///
-    /// # Panics
-    ///
-    /// If the range is not within the mapping.
-    pub(crate) fn new(
-        mapping: Arc<Mapping>,
-        at: usize,
-        len: usize,
-        lock: tokio::sync::OwnedMutexGuard<()>,
-    ) -> Self {
-        mapping.check(at, len);
-        Self { mapping, at, len, _lock: lock }
+    pub(crate) fn mapping(&self) -> &Arc<Mapping> {
+        &self.mapping
     }
 
-    pub(crate) fn as_mut(&mut self) -> &mut [u8] {
-        // SAFETY: `new` checked that the range is within the mapping.
+    /// Where it begins in its mapping.
+    pub(crate) fn start(&self) -> usize {
+        self.at
+    }
+
+    /// How many bytes it has.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: the part lies within the mapping.
         let start = unsafe { self.mapping.start.as_ptr().add(self.at) };
-        // SAFETY: the bytes are mapped for writing as long as `self.mapping` lives. In this process
-        // the slot's lock, which the segment hands out for every view of it, makes this the only one;
-        // receivers have released the slot before the engine fills it.
+        // SAFETY: mapped as long as `self.mapping` lives. No other part has these bytes, so that nobody writes to them while
+        // `self` is borrowed: the file is sealed against all writing but through this mapping. Any byte is a valid `u8`.
+        unsafe { std::slice::from_raw_parts(start, self.len) }
+    }
+
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: the part lies within the mapping.
+        let start = unsafe { self.mapping.start.as_ptr().add(self.at) };
+        // SAFETY: the bytes are mapped for writing as long as `self.mapping` lives. In this process no other part has
+        // them, and `self` is borrowed for this alone; receivers have released the slot before the engine fills it.
         unsafe { std::slice::from_raw_parts_mut(start, self.len) }
     }
 }

@@ -1,12 +1,14 @@
 //! How a process knows whether others still use what it lends them: each user of it holds a lock on a file of
 //! the lender's, which the system releases when that process ends, however it does.
 
+use std::fmt::Debug;
 use std::fs::File;
 #[cfg(any(feature = "cuda", test))]
 use std::io::{Seek, Write};
+use std::ops::Deref;
 #[cfg(any(feature = "cuda", test))]
 use std::os::unix::fs::FileExt;
-#[cfg(any(feature = "cuda", test))]
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
@@ -17,7 +19,6 @@ use crate::error::SegmentError;
 use crate::memfile::{FileAddress, MemFile};
 
 /// The pause between two looks at whether others have let go.
-#[cfg(any(feature = "cuda", test))]
 const PAUSE: Duration = Duration::from_millis(5);
 
 /// The lender's end.
@@ -55,7 +56,6 @@ impl Lease {
     }
 
     /// Waits until nobody uses it, but no longer than that; whether nobody does.
-    #[cfg(any(feature = "cuda", test))]
     pub(crate) async fn wait_until_over(&self, limit: Duration) -> bool {
         let until = Instant::now() + limit;
         while !self.is_over() {
@@ -128,6 +128,62 @@ impl Lease {
     }
 }
 
+/// Memory that others may have open. It is given back when they have closed it, and never under them.
+#[derive(Debug)]
+pub(crate) struct Leased<M: Debug + Clone + Send + 'static> {
+    memory: M,
+    /// Taken when it is dropped.
+    lease: Option<Lease>,
+}
+
+/// What was dropped while other processes had it open.
+static LEFT: Mutex<Vec<(Box<dyn Debug + Send>, Lease)>> = Mutex::new(Vec::new());
+
+/// Gives back what others have closed meanwhile.
+pub(crate) fn sweep() {
+    LEFT.lock().unwrap_or_else(PoisonError::into_inner).retain(|(_, lease)| !lease.is_over());
+}
+
+impl<M: Debug + Clone + Send + 'static> Leased<M> {
+    /// Memory, and the lease of those who have it open, if it does not stay without them.
+    pub(crate) fn new(memory: M, lease: Option<Lease>) -> Self {
+        Self { memory, lease }
+    }
+
+    /// What others hold as long as they have it open.
+    pub(crate) fn terms(&self) -> Option<Terms> {
+        self.lease.as_ref().map(Lease::terms)
+    }
+
+    /// Waits until nobody has it open, but no longer than that; whether nobody does.
+    pub(crate) async fn wait_until_closed(&self, limit: Duration) -> bool {
+        match &self.lease {
+            Some(lease) => lease.wait_until_over(limit).await,
+            None => true,
+        }
+    }
+}
+
+impl<M: Debug + Clone + Send + 'static> Deref for Leased<M> {
+    type Target = M;
+
+    fn deref(&self) -> &M {
+        &self.memory
+    }
+}
+
+impl<M: Debug + Clone + Send + 'static> Drop for Leased<M> {
+    fn drop(&mut self) {
+        if let Some(lease) = self.lease.take().filter(|lease| !lease.is_over()) {
+            tracing::warn!(
+                "other processes have memory open that this one gave up: it is not freed yet"
+            );
+            let mut left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
+            left.push((Box::new(self.memory.clone()), lease));
+        }
+    }
+}
+
 impl Terms {
     /// As [`accept`](Self::accept), with a mark.
     ///
@@ -153,12 +209,6 @@ impl Terms {
         // What is written at a place goes there only if it is not opened to append.
         let marks = self.0.open_to_write()?;
         Ok(Marked { at: end - MARK as u64, marks, _borrowed: borrowed })
-    }
-
-    /// The lender's process.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn pid(&self) -> u32 {
-        self.0.pid
     }
 
     /// Begins to use what was lent.

@@ -12,15 +12,14 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use device_cuda::{Check, CudaMemory, CudaSlice, Device, Maxima, Placer, Write};
+use device_cuda::{Check, CudaMemory, CudaSlice, Device, Maxima, Placer, Write, export, import};
 use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result, Weight};
 use placed::{Encoded, Encoder, Lender, LentBytes, Reached, Written};
 use quant_fp8::{Fp8Format, SourceType, StridedPart};
 use serde::{Deserialize, Serialize};
 
-use crate::cuda::{Exported, open, opened};
 use crate::error::SegmentError;
-use crate::lease::{Lease, Marked, Terms};
+use crate::lease::{Lease, Leased, Marked, Terms, sweep};
 
 /// What a trainer needs to write to a rollout's memory in one update.
 #[derive(Debug, Serialize, Deserialize)]
@@ -29,8 +28,6 @@ pub(crate) struct CudaOffer {
     handle: Vec<u8>,
     /// What they hold as long as they have it open.
     open: Terms,
-    /// Its number among the rollout's process's own.
-    export: u64,
     bytes: u64,
     lease: Terms,
 }
@@ -38,7 +35,7 @@ pub(crate) struct CudaOffer {
 /// A rollout's memory on a device.
 #[derive(Debug)]
 pub(crate) struct LentCuda {
-    memory: Exported,
+    memory: Leased<CudaMemory>,
     handle: Vec<u8>,
     placer: Mutex<Placer>,
     lease: Option<Lease>,
@@ -56,16 +53,18 @@ impl LentCuda {
     ///
     /// `Resource` if there is not so much; `Backend` if other processes cannot open this device's memory.
     pub(crate) fn create(device: &DeviceChoice, bytes: u64) -> Result<Self> {
-        let device = open(device)?;
+        sweep();
+        let device = Device::of(device)?;
         let len = usize::try_from(bytes.max(1))
             .map_err(|_| Error::from(SegmentError::TooLarge(1, bytes)))?;
         let memory = CudaMemory::new(&device, len)?;
         let placer = Mutex::new(Placer::new(&device)?);
-        let (memory, handle) = Exported::new(memory)?.map_err(|reason| {
+        let handle = export(&memory).map_err(|reason| {
             let message = format!("other processes cannot open this device's memory: {reason}");
             Error::new(ErrorKind::Backend, "lending tensors", message)
         })?;
-        Ok(Self { memory, handle: handle.handle, placer, lease: None })
+        let memory = Leased::new(memory, Some(Lease::new()?));
+        Ok(Self { memory, handle, placer, lease: None })
     }
 
     fn require_own(&self) -> Result<()> {
@@ -78,7 +77,7 @@ impl LentCuda {
 
 impl Lender for LentCuda {
     fn len(&self) -> u64 {
-        self.memory.memory().len() as u64
+        self.memory.len() as u64
     }
 
     fn lend(&mut self) -> Result<Bytes> {
@@ -86,8 +85,7 @@ impl Lender for LentCuda {
         let lease = Lease::new()?;
         let offer = CudaOffer {
             handle: self.handle.clone(),
-            open: self.memory.terms()?,
-            export: self.memory.number(),
+            open: self.memory.terms().ok_or(SegmentError::Lent)?,
             bytes: self.len(),
             lease: lease.terms(),
         };
@@ -104,7 +102,7 @@ impl Lender for LentCuda {
 
     fn bytes(&self) -> Result<LentBytes<'_>> {
         self.require_own()?;
-        Ok(LentBytes::Device(self.memory.memory().all().storage()))
+        Ok(LentBytes::Device(self.memory.all().storage()))
     }
 
     fn sums(
@@ -113,7 +111,7 @@ impl Lender for LentCuda {
         step: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Option<Vec<u64>>> {
         self.require_own()?;
-        let memory = self.memory.memory().all();
+        let memory = self.memory.all();
         let checks: Vec<Check<'_>> =
             pieces.iter().map(|parts| Check { memory: &memory, parts }).collect();
         lock(&self.placer).check(checks, step).map(Some)
@@ -131,7 +129,7 @@ pub(crate) struct Peers {
 
 impl Peers {
     pub(crate) fn new(device: &DeviceChoice) -> Result<Self> {
-        let device = open(device)?;
+        let device = Device::of(device)?;
         let placer = Mutex::new(Placer::new(&device)?);
         Ok(Self { device, placer, kept: Mutex::default() })
     }
@@ -150,8 +148,12 @@ impl Peers {
         let len = len.map_err(|_| failed(SegmentError::TooLarge(1, offer.bytes)))?;
         let memory = match lock(&self.kept).get(&offer.open).filter(|memory| memory.len() == len) {
             Some(memory) => memory.clone(),
-            None => opened(&self.device, &offer.handle, &offer.open, offer.export, len)
-                .map_err(|error| error.rank(rank))?,
+            None => {
+                // Before it is opened, and until it is closed.
+                let owner = offer.open.accept().map_err(failed)?;
+                import(&self.device, &offer.handle, len, Arc::new(owner))
+                    .map_err(|error| error.rank(rank))?
+            }
         };
         present.insert(offer.open.clone(), memory.clone());
         Ok(Arc::new(BorrowedCuda { memory: memory.all(), _lease: lease }))

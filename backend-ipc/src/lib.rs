@@ -1,5 +1,5 @@
-//! A checkpoint engine between processes of one host: buckets in shared memory, or with the
-//! feature `cuda` on a CUDA device, which the rollouts map and read in place.
+//! A checkpoint engine between processes of one host: buckets in shared memory, or in
+//! that of a device whose kind the registry knows, which the rollouts map and read in place.
 //!
 //! The trainer has two buckets, however many rollouts there are: while all of them read one, it
 //! packs the other. Shared memory is a file without a name (`memfd_create`), which does not outlive its
@@ -13,9 +13,8 @@
 //! A [`SharedCache`] keeps the last complete version of a rollout with any backend in shared memory,
 //! for other processes of its host.
 
+mod buckets;
 mod cache;
-#[cfg(feature = "cuda")]
-mod cuda;
 mod engine;
 mod error;
 mod ffi;
@@ -25,7 +24,6 @@ mod lent;
 mod lent_cuda;
 mod memfile;
 mod segment;
-mod shared;
 
 use engine_core::{
     Availability, Backend, Devices, EngineContext, Error, ErrorKind, Placement, PreparedRollout,
@@ -55,12 +53,12 @@ impl Backend for Ipc {
     }
 
     fn devices(&self) -> Devices {
-        Devices::Kinds(if cfg!(feature = "cuda") { &["cuda"] } else { &[] })
+        Devices::Registered
     }
 
     fn probe(&self) -> Availability {
-        match segment::Segment::create(1, 4096) {
-            Ok(_) => Availability::Usable { details: segment::memory_in_words() },
+        match segment::probe() {
+            Ok(details) => Availability::Usable { details },
             Err(error) => Availability::Unusable {
                 reason: Error::from(error).to_string(),
                 remedy: "it takes Linux, memory and `memfd_create`, which a sandbox may forbid"

@@ -1,90 +1,167 @@
 //! The shared memory of a trainer's buckets.
 
+use std::any::Any;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use engine_core::available_memory;
+use engine_core::memory::{Job, Pool};
+use engine_core::provider::{
+    Allocation, BucketMemory, BucketSlot, Exported, ImportedMemory, Lifetime, MemoryKind, SlotBytes,
+};
+use engine_core::{DeviceChoice, Error, ErrorKind, Result, Storage, available_memory};
 use rustix::fs::{FallocateFlags, SealFlags};
 use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
-use tokio::sync::Mutex;
 
 use crate::error::SegmentError;
 use crate::ffi::{Mapping, ReadView, WriteView};
 use crate::memfile::{FileAddress, MemFile};
 
-/// What a rollout needs to map a trainer's segment.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct SegmentInfo {
-    /// The segment in the trainer's process.
-    file: FileAddress,
-    pub(crate) slots: u32,
-    pub(crate) bucket_bytes: u64,
+/// Memory of the host that other processes of it can map, as a kind of memory.
+#[derive(Debug)]
+pub(crate) struct SharedMemory;
+
+impl MemoryKind for SharedMemory {
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn is_host(&self) -> bool {
+        true
+    }
+
+    fn allocate(
+        &self,
+        _: &DeviceChoice,
+        slots: u32,
+        bytes: u64,
+        _: Lifetime,
+    ) -> Result<Allocation> {
+        Ok(Segment::create(slots, bytes)?)
+    }
+
+    fn import(
+        &self,
+        _: &DeviceChoice,
+        handle: &[u8],
+        bytes: u64,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> Result<Box<dyn ImportedMemory>> {
+        let address: FileAddress = serde_json::from_slice(handle).map_err(|error| {
+            let message = format!("where the memory is cannot be read: {error}");
+            Error::new(ErrorKind::Protocol, "mapping shared memory", message).with_source(error)
+        })?;
+        let segment = MappedSegment::open(&address, bytes)?;
+        Ok(Box::new(MappedSegment { _owner: owner, ..segment }))
+    }
 }
 
-/// The trainer's segment: its buckets, one after the other.
+/// A trainer's shared memory.
 #[derive(Debug)]
-pub(crate) struct Segment {
+struct Segment {
     mapping: Arc<Mapping>,
-    info: SegmentInfo,
-    /// Held while a slot is written, beyond the future that began it if need be.
-    locks: Vec<Arc<Mutex<()>>>,
     /// Keeps its address good for rollouts that join later.
-    _file: MemFile,
+    file: MemFile,
+}
+
+/// A part of it.
+#[derive(Debug)]
+struct Slot {
+    bytes: WriteView,
+    segment: Arc<dyn BucketMemory>,
 }
 
 impl Segment {
-    /// Allocates a segment. All of its memory is there when this returns.
-    pub(crate) fn create(slots: u32, bucket_bytes: u64) -> Result<Self, SegmentError> {
-        let too_large = SegmentError::TooLarge(slots, bucket_bytes);
-        let Some(len) = bucket_bytes.checked_mul(slots.into()) else { return Err(too_large) };
+    /// Allocates slots. All of their memory is there when this returns.
+    fn create(slots: u32, bytes: u64) -> Result<Allocation, SegmentError> {
+        let too_large = || SegmentError::TooLarge(slots, bytes);
+        let len = bytes.checked_mul(slots.into()).ok_or_else(too_large)?;
         let full = || SegmentError::Full { needed: len, available: memory_in_words() };
         let (file, mapping) = allocate("ckpt-engine-buckets", len, full)?;
         close_to_others(&file)?;
-        let info = SegmentInfo { file: file.address(), slots, bucket_bytes };
-        let locks = (0..slots).map(|_| Arc::default()).collect();
-        Ok(Self { mapping: Arc::new(mapping), info, locks, _file: file })
-    }
-
-    pub(crate) fn info(&self) -> &SegmentInfo {
-        &self.info
-    }
-
-    /// A slot to write to, once all earlier writing to it has ended.
-    pub(crate) async fn write(&self, slot: usize) -> WriteView {
-        let lock = self.locks[slot].clone().lock_owned().await;
-        let len = self.info.bucket_bytes as usize;
-        WriteView::new(self.mapping.clone(), slot * len, len, lock)
+        let parts = mapping.cut(usize::try_from(bytes).map_err(|_| too_large())?);
+        let mapping = parts.first().ok_or_else(too_large)?.mapping().clone();
+        let memory: Arc<dyn BucketMemory> = Arc::new(Self { mapping, file });
+        let slot =
+            |bytes| -> Box<dyn BucketSlot> { Box::new(Slot { bytes, segment: memory.clone() }) };
+        Ok(Allocation { slots: parts.into_iter().map(slot).collect(), memory: memory.clone() })
     }
 }
 
-/// A trainer's segment as a rollout sees it.
+/// Whether there can be shared memory here, in words.
+pub(crate) fn probe() -> Result<String, SegmentError> {
+    Segment::create(1, 4096).map(|_| memory_in_words())
+}
+
+impl BucketMemory for Segment {
+    fn len(&self) -> u64 {
+        self.mapping.len() as u64
+    }
+
+    fn spare(&self, bytes: u64) -> Result<Box<dyn BucketSlot>> {
+        let spare = Self::create(1, bytes)?.slots.pop();
+        Ok(spare.ok_or(SegmentError::TooLarge(1, bytes))?)
+    }
+
+    fn export(&self) -> Result<Exported> {
+        let handle = serde_json::to_vec(&self.file.address()).map_err(|error| {
+            Error::new(ErrorKind::Protocol, "sharing memory", error.to_string()).with_source(error)
+        })?;
+        // Who has mapped it keeps it.
+        Ok(Exported { handle, stays_while_open: false })
+    }
+}
+
+impl BucketSlot for Slot {
+    fn memory(&self) -> &Arc<dyn BucketMemory> {
+        &self.segment
+    }
+
+    fn start(&self) -> u64 {
+        self.bytes.start() as u64
+    }
+
+    fn len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    fn fill(&mut self, filled: u64, jobs: Vec<Job>, pool: &Pool, digests: bool) -> Result<u64> {
+        let size = self.bytes.len();
+        let outside = SegmentError::OutsideMemory { end: filled, size: size as u64 };
+        let bytes = self.bytes.bytes_mut().get_mut(..filled as usize).ok_or(outside)?;
+        pool.encode(&jobs, bytes, digests)
+    }
+
+    fn read(&self, filled: u64) -> Result<SlotBytes<'_>> {
+        let outside = SegmentError::OutsideMemory { end: filled, size: self.bytes.len() as u64 };
+        Ok(SlotBytes::Host(self.bytes.bytes().get(..filled as usize).ok_or(outside)?))
+    }
+}
+
+/// A trainer's shared memory as a rollout sees it.
 #[derive(Debug)]
-pub(crate) struct MappedSegment {
+struct MappedSegment {
     mapping: Arc<Mapping>,
-    info: SegmentInfo,
+    _owner: Arc<dyn Any + Send + Sync>,
 }
 
 impl MappedSegment {
-    /// Maps a segment for reading.
-    pub(crate) fn open(info: SegmentInfo) -> Result<Self, SegmentError> {
-        let too_large = SegmentError::TooLarge(info.slots, info.bucket_bytes);
-        let len = info.bucket_bytes.checked_mul(info.slots.into());
-        let Some(len) = len.and_then(|len| usize::try_from(len).ok()) else {
-            return Err(too_large);
-        };
-        let mapping = Mapping::new(&info.file.open()?, len, false)?;
-        Ok(Self { mapping: Arc::new(mapping), info })
+    /// Maps so many bytes for reading.
+    fn open(file: &FileAddress, bytes: u64) -> Result<Self, SegmentError> {
+        let len = usize::try_from(bytes).map_err(|_| SegmentError::TooLarge(1, bytes))?;
+        let mapping = Mapping::new(&file.open()?, len, false)?;
+        Ok(Self { mapping: Arc::new(mapping), _owner: Arc::new(()) })
     }
+}
 
-    /// The first bytes of a slot, in place.
-    pub(crate) fn read(&self, slot: u32, filled: u64) -> Result<Bytes, SegmentError> {
-        let SegmentInfo { slots, bucket_bytes: bucket, .. } = self.info;
-        if slot >= slots || filled > bucket {
-            return Err(SegmentError::Outside { slot, filled, slots, bucket });
+impl ImportedMemory for MappedSegment {
+    fn view(&self, bytes: Range<u64>) -> Result<Storage> {
+        let size = self.mapping.len() as u64;
+        if bytes.start > bytes.end || bytes.end > size {
+            return Err(SegmentError::OutsideMemory { end: bytes.end, size }.into());
         }
-        let at = slot as usize * bucket as usize;
-        Ok(Bytes::from_owner(ReadView::new(self.mapping.clone(), at, filled as usize)))
+        let (at, len) = (bytes.start as usize, (bytes.end - bytes.start) as usize);
+        Ok(Bytes::from_owner(ReadView::new(self.mapping.clone(), at, len)).into())
     }
 }
 
@@ -137,34 +214,54 @@ mod tests {
 
     use super::*;
 
+    /// Slots, and where they are.
+    fn segment(slots: u32, bytes: u64) -> (Allocation, FileAddress) {
+        let allocation = Segment::create(slots, bytes).unwrap();
+        let handle = allocation.memory.export().unwrap().handle;
+        (allocation, serde_json::from_slice(&handle).unwrap())
+    }
+
     #[test]
     fn a_process_that_opens_a_segment_can_neither_shorten_nor_change_it() {
-        let segment = Segment::create(2, 4096).unwrap();
-        let mapped = MappedSegment::open(segment.info().clone()).unwrap();
-        let held = mapped.read(1, 4096).unwrap();
-        let other =
-            OpenOptions::new().read(true).write(true).open(segment.info().file.path()).unwrap();
+        let (_kept, address) = segment(2, 4096);
+        let mapped = MappedSegment::open(&address, 8192).unwrap();
+        let held = mapped.view(4096..8192).unwrap();
+        let other = OpenOptions::new().read(true).write(true).open(address.path()).unwrap();
         for len in [0, 4096, 1 << 20] {
             assert_eq!(other.set_len(len).unwrap_err().raw_os_error(), Some(1), "{len}");
         }
         assert_eq!(other.write_at(b"other", 4096).unwrap_err().raw_os_error(), Some(1));
         assert!(Mapping::new(&other, 4096, true).is_err(), "a mapping to write through");
-        assert!(held.iter().all(|byte| *byte == 0));
+        assert!(held.to_host().unwrap().iter().all(|byte| *byte == 0));
     }
 
     #[test]
     fn memory_that_could_become_shorter_or_is_shorter_than_said_is_not_mapped() {
         let file = MemFile::create("ckpt-engine-test").unwrap();
         rustix::fs::ftruncate(&file, 8192).unwrap();
-        let info = |slots| SegmentInfo { file: file.address(), slots, bucket_bytes: 4096 };
-        let error = MappedSegment::open(info(2)).unwrap_err();
+        let open = |bytes| MappedSegment::open(&file.address(), bytes);
+        let error = open(8192).unwrap_err();
         assert!(matches!(error, SegmentError::Unsealed), "{error}");
         file.seal(SealFlags::SHRINK).unwrap();
-        let error = MappedSegment::open(info(3)).unwrap_err();
+        let error = open(12288).unwrap_err();
         assert!(matches!(error, SegmentError::Short { len: 12288, size: 8192 }), "{error}");
-        MappedSegment::open(info(2)).unwrap();
+        open(8192).unwrap();
         let not_in_memory = std::fs::File::open("/proc/self/exe").unwrap();
         let error = Mapping::new(&not_in_memory, 1, false).unwrap_err();
         assert!(matches!(error, SegmentError::Unsealed), "{error}");
+    }
+
+    #[test]
+    fn bytes_beyond_a_slot_or_beyond_the_memory_are_refused() {
+        let (mut allocation, address) = segment(2, 4096);
+        let pool = Pool::new(1).unwrap();
+        assert!(allocation.slots[1].fill(4097, Vec::new(), &pool, true).is_err());
+        assert!(allocation.slots[1].read(4097).is_err() && allocation.slots[1].read(4096).is_ok());
+        let mapped = MappedSegment::open(&address, 8192).unwrap();
+        for bytes in [0..8193, 8192..8193, u64::MAX - 1..u64::MAX] {
+            let error = mapped.view(bytes).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
+        }
+        assert!(mapped.view(8192..8192).is_ok());
     }
 }

@@ -1,17 +1,19 @@
 //! The engine behaves as every engine has to with its buckets on a CUDA device, wherever the weights are,
 //! quantised and not.
 
-#![cfg(feature = "cuda")]
-
 use std::sync::LazyLock;
 
-use conformance::Suite;
+use conformance::{Suite, on_memory};
 use device_cuda::{Device, upload};
-use engine_core::{Result, Role, Weight};
+use engine_core::{Backend, Result, Role, Weight};
 use futures::StreamExt;
 use futures::executor::block_on;
 use quant_fp8::rules::{Receiver, Rules, RulesConfig};
 use quant_fp8::{LAYER, QuantizeFp8};
+
+fn backend() -> &'static dyn Backend {
+    on_memory(backend_ipc::BACKEND, device_cuda::MEMORY)
+}
 
 /// A weight with the same bytes on the device.
 fn on_the_device(weight: Weight) -> Result<Weight> {
@@ -25,13 +27,14 @@ fn partly_on_the_device(weight: Weight) -> Result<Weight> {
 }
 
 fn quantized(weights: Vec<Weight>) -> Vec<Weight> {
-    let config = RulesConfig { receiver: Receiver::Any, ..RulesConfig::default() };
+    let mut config = RulesConfig::default();
+    config.receiver = Receiver::Any;
     let rules = Rules::new(&config).expect("rules");
     block_on(weights.quantize_fp8(rules).map(|weight| weight.expect("a weight")).collect())
 }
 
 fn suite() -> Suite {
-    Suite::new(backend_ipc::BACKEND).with_control_plane().with_config(|config| {
+    Suite::new(backend()).with_control_plane().with_config(|config| {
         config.device = "cuda:0".parse().expect("a device");
         // Contexts and kernels are made at the beginning of every case.
         config.timeout_seconds = 4.0;

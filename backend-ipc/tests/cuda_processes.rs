@@ -1,30 +1,29 @@
 //! Buckets on a CUDA device, and processes that have them open.
 
-#![cfg(feature = "cuda")]
-
 use std::time::{Duration, Instant};
 
-use backend_ipc::BACKEND;
+use conformance::on_memory;
 use conformance::processes::{Processes, be_a_child};
 use device_cuda::Device;
-use engine_core::CheckpointEngineConfig;
+use engine_core::{Backend, CheckpointEngineConfig};
+
+fn backend() -> &'static dyn Backend {
+    on_memory(backend_ipc::BACKEND, device_cuda::MEMORY)
+}
 
 #[test]
 fn a_process_of_a_group() {
-    be_a_child(BACKEND);
+    be_a_child(backend());
 }
 
 const BUCKETS: usize = 512 << 20;
 
 fn form() -> Processes {
-    let config = CheckpointEngineConfig {
-        backend: "ipc".into(),
-        update_weights_bucket_megabytes: Some(256),
-        timeout_seconds: 10.0,
-        device: "cuda".parse().expect("a device"),
-        ..Default::default()
-    };
-    Processes::form(BACKEND, &config, 1, 1)
+    let mut config = CheckpointEngineConfig::new("ipc");
+    config.update_weights_bucket_megabytes = Some(256);
+    config.timeout_seconds = 10.0;
+    config.device = "cuda".parse().expect("a device");
+    Processes::form(backend(), &config, 1, 1)
 }
 
 #[test]

@@ -13,12 +13,10 @@ use futures::executor::block_on;
 const DEADLINE: Duration = Duration::from_secs(30);
 
 fn config() -> CheckpointEngineConfig {
-    CheckpointEngineConfig {
-        backend: "ipc".into(),
-        update_weights_bucket_megabytes: Some(1),
-        timeout_seconds: 1.0,
-        ..Default::default()
-    }
+    let mut config = CheckpointEngineConfig::new("ipc");
+    config.update_weights_bucket_megabytes = Some(1);
+    config.timeout_seconds = 1.0;
+    config
 }
 
 async fn trainer(at: ControlConfig) -> Result<()> {

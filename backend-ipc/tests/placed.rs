@@ -25,12 +25,9 @@ const SHAPE: [u64; 2] = [64, 1 << 16];
 const SLOW: u64 = 2;
 
 fn config(placed: bool) -> CheckpointEngineConfig {
-    let mut config = CheckpointEngineConfig {
-        backend: "ipc".into(),
-        timeout_seconds: 8.0,
-        threads: std::num::NonZeroUsize::new(1),
-        ..Default::default()
-    };
+    let mut config = CheckpointEngineConfig::new("ipc");
+    config.timeout_seconds = 8.0;
+    config.threads = std::num::NonZeroUsize::new(1);
     if let Ok(device) = std::env::var(DEVICE) {
         config.device = device.parse().unwrap();
     }
@@ -209,7 +206,8 @@ fn has_none(rollout: &PlacedRollout, version: u64) {
 }
 
 fn lends() -> Lends {
-    let config = CheckpointEngineConfig { threads: std::num::NonZeroUsize::new(2), ..config(true) };
+    let mut config = config(true);
+    config.threads = std::num::NonZeroUsize::new(2);
     Lends { backend: BACKEND, config, lend: |context, wanted| lend(context, wanted), put: Ok }
 }
 

@@ -23,14 +23,11 @@ fn partly_on_the_device(weight: Weight) -> Result<Weight> {
 }
 
 fn lends(put: fn(Weight) -> Result<Weight>) -> Lends {
-    let mut config = CheckpointEngineConfig {
-        backend: "ipc".into(),
-        device: "cuda:0".parse().unwrap(),
-        // A trainer that gives up before it has heard of an update is waited for so long.
-        timeout_seconds: 8.0,
-        threads: std::num::NonZeroUsize::new(2),
-        ..Default::default()
-    };
+    let mut config = CheckpointEngineConfig::new("ipc");
+    config.device = "cuda:0".parse().unwrap();
+    // A trainer that gives up before it has heard of an update is waited for so long.
+    config.timeout_seconds = 8.0;
+    config.threads = std::num::NonZeroUsize::new(2);
     config.engine_kwargs.entry("ipc".into()).or_default().insert("placed".into(), true.into());
     Lends { backend: BACKEND, config, lend: |context, wanted| lend(context, wanted), put }
 }

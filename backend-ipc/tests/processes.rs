@@ -28,13 +28,11 @@ const RANKS: &str = "CKPT_ENGINE_TEST_RANKS";
 
 /// A model has six buckets then.
 fn config(backend: &str) -> CheckpointEngineConfig {
-    CheckpointEngineConfig {
-        backend: backend.into(),
-        update_weights_bucket_megabytes: Some(1),
-        timeout_seconds: 8.0,
-        threads: std::num::NonZeroUsize::new(1),
-        ..Default::default()
-    }
+    let mut config = CheckpointEngineConfig::new(backend);
+    config.update_weights_bucket_megabytes = Some(1);
+    config.timeout_seconds = 8.0;
+    config.threads = std::num::NonZeroUsize::new(1);
+    config
 }
 
 async fn lead(address: Address, ranks: u32) -> (ControlPlane, Box<dyn TrainerEngine>) {
@@ -255,7 +253,8 @@ fn a_version_that_fails_when_all_its_buckets_are_there_does_not_get_into_the_cac
 
 #[test]
 fn a_rollout_that_is_stopped_is_a_timeout_that_says_so() {
-    let config = CheckpointEngineConfig { timeout_seconds: 1.5, ..config("ipc") };
+    let mut config = config("ipc");
+    config.timeout_seconds = 1.5;
     let mut group = Processes::form(BACKEND, &config, 1, 1);
     group.works(1, 1);
     let signal = |signal: &str, pid: u32| {

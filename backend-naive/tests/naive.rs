@@ -17,11 +17,11 @@ use futures::future::{join, join4, try_join};
 const LONG: f64 = 60.0;
 
 fn context(timeout_seconds: f64) -> EngineContext {
-    EngineContext::new(CheckpointEngineConfig {
-        backend: "naive".into(),
-        update_weights_bucket_megabytes: Some(1),
-        timeout_seconds,
-        ..Default::default()
+    EngineContext::new({
+        let mut config = CheckpointEngineConfig::new("naive");
+        config.update_weights_bucket_megabytes = Some(1);
+        config.timeout_seconds = timeout_seconds;
+        config
     })
 }
 

@@ -55,7 +55,7 @@ impl Nccl {
         self.groups.get_mut(&group).ok_or(NcclError::NotJoined)
     }
 
-    /// Has a communicator enqueue a collective, and puts an event behind it.
+    /// Enqueues a collective on a communicator, and an event behind it.
     fn enqueue(
         &mut self,
         group: usize,
@@ -77,7 +77,7 @@ impl Nccl {
         Ok(())
     }
 
-    /// Has a communicator know the slots.
+    /// Registers the slots with a communicator.
     fn register(&self, comm: &RawComm, wait: &Wait<'_>) -> Result<Option<Registration>, NcclError> {
         let registration = match comm.register(&self.slots.arena().memory().all()) {
             Ok(registration) => registration,
@@ -91,7 +91,7 @@ impl Nccl {
     }
 }
 
-/// Waits for what a communicator was told to do.
+/// Waits for a communicator's pending call.
 fn await_ready(comm: &RawComm, wait: &Wait<'_>, operation: &str) -> Result<(), NcclError> {
     while !comm.is_ready()? {
         wait.check(operation)?;

@@ -41,6 +41,7 @@ pub static BACKEND: &dyn Backend = &NcclBackend;
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(default)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub struct NcclOptions {
     /// How many trainers send, each a part of the buckets: those of the lowest ranks. Each uses the
     /// network interfaces near its own GPU.
@@ -68,14 +69,14 @@ fn library(context: &EngineContext) -> Result<(NcclLibrary, CollectiveOptions)> 
     Ok((NcclLibrary { library }, CollectiveOptions { senders, relays, rebuild_group }))
 }
 
-/// NCCL as a library of collectives, for engines that send to members which are not this project's own. Its file is
-/// searched for unless it is named.
+/// NCCL as a library of collectives, for engines that send to inference servers. Its file is searched for unless it
+/// is named.
 pub fn collectives(library: Option<PathBuf>) -> impl Library {
     NcclLibrary { library }
 }
 
-/// Slots as NCCL's, without NCCL: other processes of the host read them on these GPUs, or where they are filled if there are
-/// none. What is filled is copied to each of the others.
+/// Slots like those of NCCL, but without NCCL. Other processes of the host read them: on these GPUs, to each of which
+/// a filled slot is copied, or on the GPU where it was filled if none are named.
 pub fn shared_slots(readers: Vec<DeviceChoice>) -> impl Library {
     alone::SharedSlots { readers }
 }

@@ -35,7 +35,8 @@ fn on_the_device(weight: Weight) -> Result<Weight> {
 }
 
 fn quantized(weights: Vec<Weight>) -> Vec<Weight> {
-    let config = RulesConfig { receiver: Receiver::Any, ..RulesConfig::default() };
+    let mut config = RulesConfig::default();
+    config.receiver = Receiver::Any;
     let rules = Rules::new(&config).expect("rules");
     block_on(weights.quantize_fp8(rules).map(|weight| weight.expect("a weight")).collect())
 }

@@ -10,6 +10,7 @@ fn words() -> String {
     match backend_nccl::BACKEND.probe() {
         Availability::Usable { details } => details,
         Availability::Unusable { reason, remedy } => format!("{reason}; {remedy}"),
+        other => format!("{other:?}"),
     }
 }
 
@@ -28,7 +29,7 @@ async fn prepare(config: CheckpointEngineConfig) -> engine_core::Error {
 
 #[tokio::test]
 async fn host_memory_is_refused_in_words() {
-    let config = CheckpointEngineConfig { backend: "nccl".into(), ..Default::default() };
+    let config = CheckpointEngineConfig::new("nccl");
     let error = prepare(config).await;
     assert_eq!(error.kind(), ErrorKind::Config);
     assert!(error.to_string().contains("set `device` to `cuda`"), "{error}");

@@ -12,13 +12,10 @@ fn a_process_of_a_group() {
 }
 
 fn config(options: Value) -> CheckpointEngineConfig {
-    let mut config = CheckpointEngineConfig {
-        backend: "nccl".into(),
-        update_weights_bucket_megabytes: Some(1),
-        timeout_seconds: 10.0,
-        device: "cuda".parse().expect("a device"),
-        ..Default::default()
-    };
+    let mut config = CheckpointEngineConfig::new("nccl");
+    config.update_weights_bucket_megabytes = Some(1);
+    config.timeout_seconds = 10.0;
+    config.device = "cuda".parse().expect("a device");
     if let Value::Object(options) = options {
         config.engine_kwargs.insert("nccl".into(), options);
     }

@@ -8,20 +8,21 @@
 //! becomes a `Slot` again with the proof that the peer has [`Quiesced`], and not by any other way; without proof, its
 //! range is taken out of the slot and kept aside.
 
-mod ffi;
-
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex as Sync, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use engine_core::memory::{Job, Pool};
-use engine_core::{DeviceChoice, Storage, available_memory};
+use engine_core::provider::{
+    Allocation, BucketMemory, BucketSlot, Lifetime, MemoryKind, Reach, SlotBytes,
+};
+use engine_core::{DeviceChoice, Storage};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use crate::error::NixlError;
+use crate::host::HostMemory;
 use crate::lent::{AskId, Quiesced};
-use ffi::{Mapping, Piece};
 
 /// Slots of equal size, each of them with at most one user who may write.
 #[derive(Debug)]
@@ -34,27 +35,21 @@ pub(crate) struct Arena {
     places: Sync<Vec<Option<Place>>>,
     /// What keeps a slot in use that nobody here uses, in words.
     holders: Sync<BTreeMap<u32, String>>,
-    slot_bytes: usize,
+    slot_bytes: u64,
 }
 
 /// Memory of an arena, as NIXL needs it and as what keeps it there. Gives no access to any byte of it.
 #[derive(Clone, Debug)]
-pub(crate) enum Memory {
-    Host(Arc<Mapping>),
-    #[cfg(feature = "cuda")]
-    Cuda(device_cuda::CudaArena),
+pub(crate) struct Memory {
+    memory: Arc<dyn BucketMemory>,
+    reach: Reach,
 }
 
 /// The bytes of one slot, and the right to access them.
 #[derive(Debug)]
-pub(crate) enum Range {
-    Host(Piece),
-    #[cfg(feature = "cuda")]
-    Cuda {
-        memory: device_cuda::CudaArena,
-        at: usize,
-        len: usize,
-    },
+pub(crate) struct Range {
+    bytes: Box<dyn BucketSlot>,
+    memory: Memory,
 }
 
 /// Where bytes are, and what keeps them there. No right to access them.
@@ -70,52 +65,37 @@ impl Arena {
     ///
     /// # Errors
     ///
-    /// `Full` or what the device reports if there is not so much memory.
-    pub(crate) fn on(device: &DeviceChoice, slots: u32, bytes: u64) -> engine_core::Result<Self> {
-        #[cfg(feature = "cuda")]
-        if !device.is_cpu() {
-            // UCX keeps what it mapped of a peer's GPU until its process ends, also when that peer has left; CUDA
-            // does not define what becomes of memory that is freed meanwhile.
-            let memory = device_cuda::CudaArena::for_life(device, slots, bytes)?;
-            let len = bytes as usize;
-            let range = |slot| Range::Cuda { memory: memory.clone(), at: slot as usize * len, len };
-            return Ok(Self::of(
-                (0..slots).map(range).collect(),
-                Memory::Cuda(memory.clone()),
-                len,
-            ));
-        }
-        // The registry has refused all other devices.
-        debug_assert!(device.is_cpu());
-        Ok(Self::new(slots, bytes)?)
+    /// Those of the kind of memory.
+    pub(crate) fn on(
+        kind: &dyn MemoryKind,
+        device: &DeviceChoice,
+        slots: u32,
+        bytes: u64,
+    ) -> engine_core::Result<Self> {
+        // UCX keeps what it mapped of a peer's device until its process ends, also when that peer has left; CUDA
+        // does not define what becomes of memory that is freed meanwhile.
+        let Allocation { memory, slots: ranges } =
+            kind.allocate(device, slots, bytes, Lifetime::Process)?;
+        let home = Memory::new(memory)?;
+        let ranges = ranges.into_iter().map(Range::new).collect::<Result<Vec<_>, _>>()?;
+        let places = ranges.iter().map(|range| Some(range.place())).collect();
+        let slots = ranges.into_iter().map(|range| Arc::new(Mutex::new(Some(range)))).collect();
+        let (places, holders) = (Sync::new(places), Sync::default());
+        Ok(Self { home, slots, places, holders, slot_bytes: bytes })
     }
 
-    /// Allocates the slots in host memory. All of it is there when this returns.
-    pub(crate) fn new(slots: u32, bytes: u64) -> Result<Self, NixlError> {
-        let too_large = NixlError::TooLarge { slots, bytes };
-        let len = bytes.checked_mul(slots.into()).and_then(|total| usize::try_from(total).ok());
-        let (Some(len), Ok(slot_bytes)) = (len, usize::try_from(bytes)) else {
-            return Err(too_large);
-        };
-        let pieces = mapping(len)?.cut(slot_bytes);
-        let home = pieces.first().ok_or(too_large)?.mapping().clone();
-        let ranges = pieces.into_iter().map(Range::Host).collect();
-        Ok(Self::of(ranges, Memory::Host(home), slot_bytes))
+    /// Allocates the slots in host memory.
+    ///
+    /// # Errors
+    ///
+    /// `Full` if there is not so much memory.
+    pub(crate) fn of_host(slots: u32, bytes: u64) -> engine_core::Result<Self> {
+        Self::on(&HostMemory, &DeviceChoice::default(), slots, bytes)
     }
 
     /// What of filling the slots was slower than it could be since the last call.
     pub(crate) fn slower(&self) -> Vec<String> {
-        match &self.home {
-            Memory::Host(_) => Vec::new(),
-            #[cfg(feature = "cuda")]
-            Memory::Cuda(memory) => memory.slower(),
-        }
-    }
-
-    fn of(ranges: Vec<Range>, home: Memory, slot_bytes: usize) -> Self {
-        let places = ranges.iter().map(|range| Some(range.place())).collect();
-        let slots = ranges.into_iter().map(|range| Arc::new(Mutex::new(Some(range)))).collect();
-        Self { home, slots, places: Sync::new(places), holders: Sync::default(), slot_bytes }
+        self.home.memory.slower()
     }
 
     pub(crate) fn slots(&self) -> u32 {
@@ -123,7 +103,7 @@ impl Arena {
     }
 
     pub(crate) fn slot_bytes(&self) -> u64 {
-        self.slot_bytes as u64
+        self.slot_bytes
     }
 
     /// Where the slots begin, as long as none has moved.
@@ -140,7 +120,7 @@ impl Arena {
         distinct.into_values().cloned().collect()
     }
 
-    /// The number of the CUDA device that it is on; `None` for host memory.
+    /// The number of the device that it is on; `None` for host memory.
     pub(crate) fn device(&self) -> Option<u32> {
         self.home.device()
     }
@@ -167,19 +147,9 @@ impl Arena {
     ///
     /// # Errors
     ///
-    /// `Full` or what the device reports if there is not so much memory.
+    /// What the device reports if there is not so much memory.
     pub(crate) fn spare(&self) -> Result<Range, NixlError> {
-        match &self.home {
-            Memory::Host(_) => {
-                let piece = mapping(self.slot_bytes)?.cut(self.slot_bytes).pop();
-                piece.map(Range::Host).ok_or(NixlError::Full(self.slot_bytes()))
-            }
-            #[cfg(feature = "cuda")]
-            Memory::Cuda(memory) => {
-                let memory = memory.spare(self.slot_bytes).map_err(NixlError::Device)?;
-                Ok(Range::Cuda { memory, at: 0, len: self.slot_bytes })
-            }
-        }
+        Range::new(self.home.memory.spare(self.slot_bytes).map_err(NixlError::Device)?)
     }
 
     /// Takes the range out of a slot that a peer may still write to, and puts another one into it, if there is one.
@@ -228,14 +198,10 @@ impl Arena {
         self.holders.lock().unwrap_or_else(PoisonError::into_inner).insert(slot, by);
     }
 
-    /// Makes this thread one from which libraries can reach the memory.
+    /// Makes this thread one from which libraries can reach the memory: UCX looks for a device's context when the agent
+    /// is made.
     pub(crate) fn enter(&self) -> engine_core::Result<()> {
-        match &self.home {
-            Memory::Host(_) => Ok(()),
-            #[cfg(feature = "cuda")]
-            // UCX looks for the context when the agent is made.
-            Memory::Cuda(memory) => Ok(memory.device().enter()?),
-        }
+        self.home.memory.enter()
     }
 
     /// The first bytes of a slot, once nobody else uses it.
@@ -288,19 +254,6 @@ impl Arena {
     }
 }
 
-/// Maps host memory.
-fn mapping(len: usize) -> Result<Mapping, NixlError> {
-    // Memory that is not there would not fail here, but end processes of the kernel's choice.
-    let total = len as u64;
-    if available_memory().is_some_and(|available| total > available) {
-        return Err(NixlError::Full(total));
-    }
-    Mapping::new(len).map_err(|errno| match errno {
-        rustix::io::Errno::NOMEM | rustix::io::Errno::AGAIN => NixlError::Full(total),
-        errno => NixlError::System { call: "mmap", errno },
-    })
-}
-
 /// The first bytes of a slot, which nobody else in this process uses and no peer writes to.
 #[derive(Debug)]
 pub(crate) struct Slot {
@@ -339,41 +292,36 @@ impl Lent {
 }
 
 impl Memory {
-    /// The number of the CUDA device that it is on; `None` for host memory.
+    fn new(memory: Arc<dyn BucketMemory>) -> Result<Self, NixlError> {
+        let reach = memory.reach().ok_or(NixlError::OutOfReach)?;
+        Ok(Self { memory, reach })
+    }
+
+    /// The number of the device that it is on; `None` for host memory.
     pub(crate) fn device(&self) -> Option<u32> {
-        match self {
-            Self::Host(_) => None,
-            #[cfg(feature = "cuda")]
-            Self::Cuda(memory) => Some(memory.device().ordinal().unsigned_abs()),
-        }
+        self.reach.device()
     }
 
     pub(crate) fn address(&self) -> usize {
-        match self {
-            Self::Host(mapping) => mapping.address(),
-            #[cfg(feature = "cuda")]
-            Self::Cuda(memory) => memory.memory().address() as usize,
-        }
+        // Where NIXL is, a pointer has 64 bits.
+        self.reach.address() as usize
     }
 
     pub(crate) fn len(&self) -> usize {
-        match self {
-            Self::Host(mapping) => mapping.len(),
-            #[cfg(feature = "cuda")]
-            Self::Cuda(memory) => memory.memory().len(),
-        }
+        self.memory.len() as usize
     }
 }
 
 impl Range {
+    fn new(bytes: Box<dyn BucketSlot>) -> Result<Self, NixlError> {
+        let memory = Memory::new(bytes.memory().clone())?;
+        Ok(Self { bytes, memory })
+    }
+
     /// Where the bytes are.
     pub(crate) fn place(&self) -> Place {
-        let (memory, at, len) = match self {
-            Self::Host(piece) => (Memory::Host(piece.mapping().clone()), piece.at(), piece.len()),
-            #[cfg(feature = "cuda")]
-            Self::Cuda { memory, at, len } => (Memory::Cuda(memory.clone()), *at, *len),
-        };
-        Place { address: memory.address() + at, memory, len }
+        let address = self.memory.address() + self.bytes.start() as usize;
+        Place { address, memory: self.memory.clone(), len: self.bytes.len() as usize }
     }
 }
 
@@ -407,25 +355,19 @@ impl Slot {
         pool: &Pool,
         digests: bool,
     ) -> engine_core::Result<u64> {
-        let (number, filled) = (self.number, self.len);
-        match &mut *self.guard {
-            None => Err(NixlError::Vacant { slot: number }.into()),
-            Some(Range::Host(piece)) => {
-                let bytes = piece.bytes_mut().get_mut(..filled);
-                pool.encode(&jobs, bytes.unwrap_or_default(), digests)
-            }
-            #[cfg(feature = "cuda")]
-            Some(Range::Cuda { memory, at, .. }) => memory.fill(*at, filled, jobs, pool, digests),
-        }
+        let vacant = NixlError::Vacant { slot: self.number };
+        let range = self.guard.as_mut().ok_or(vacant)?;
+        range.bytes.fill(self.len as u64, jobs, pool, digests)
     }
 
     /// To be read; the slot is in use until the last of these bytes is dropped.
-    pub(crate) fn into_storage(self) -> Storage {
-        #[cfg(feature = "cuda")]
-        if let Some(Range::Cuda { memory, at, .. }) = &*self.guard {
-            return memory.storage(*at, self.len).guarded(self.guard);
+    pub(crate) fn into_storage(self) -> engine_core::Result<Storage> {
+        let vacant = NixlError::Vacant { slot: self.number };
+        let range = self.guard.as_ref().ok_or(vacant)?;
+        match range.bytes.read(self.len as u64)? {
+            SlotBytes::Device(bytes) => Ok(Storage::Device(bytes).guarded(self.guard)),
+            SlotBytes::Host(_) => Ok(Bytes::from_owner(View(self)).into()),
         }
-        Bytes::from_owner(View(self)).into()
     }
 }
 
@@ -434,12 +376,14 @@ struct View(Slot);
 
 impl AsRef<[u8]> for View {
     fn as_ref(&self) -> &[u8] {
-        let bytes = match &*self.0.guard {
-            Some(Range::Host(piece)) => piece.bytes().get(..self.0.len),
-            _ => None,
-        };
-        // `into_storage` makes views of host memory only, and the lock of a slot checks its length.
-        debug_assert!(bytes.is_some(), "a view of no bytes");
-        bytes.unwrap_or_default()
+        let read = self.0.guard.as_ref().map(|range| range.bytes.read(self.0.len as u64));
+        match read {
+            Some(Ok(SlotBytes::Host(bytes))) => bytes,
+            _ => {
+                // `into_storage` has read the same bytes.
+                debug_assert!(false, "a view of no bytes");
+                &[]
+            }
+        }
     }
 }

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use engine_core::provider::MemoryKind;
 use engine_core::{CheckpointEngineConfig, Result};
 
 use crate::NAME;
@@ -22,14 +23,17 @@ pub struct Target {
 }
 
 impl Target {
-    /// An agent and slots as an engine of this configuration has them.
+    /// An agent and slots as an engine of this configuration has them, on the kind of memory of its device.
     ///
     /// # Errors
     ///
     /// Those of preparing an engine.
-    pub async fn new(config: &CheckpointEngineConfig) -> Result<Self> {
+    pub async fn new(
+        config: &CheckpointEngineConfig,
+        memory: Option<&dyn MemoryKind>,
+    ) -> Result<Self> {
         let options = config.kwargs::<NixlOptions>(NAME)?;
-        let arena = Arc::new(arena(config)?);
+        let arena = Arc::new(arena(config, memory)?);
         let agent = Agent::start(as_usual(&options), unique_name("target"), arena).await?;
         Ok(Self { agent })
     }
@@ -55,12 +59,13 @@ fn as_usual(options: &NixlOptions) -> AgentOptions {
 /// Those of preparing an engine, and of the transfers.
 pub fn seconds(
     config: &CheckpointEngineConfig,
+    memory: Option<&dyn MemoryKind>,
     target: &serde_json::Value,
     bytes: u64,
 ) -> Result<f64> {
     let options = config.kwargs::<NixlOptions>(NAME)?;
     let target: Card = serde_json::from_value(target.clone()).map_err(|_| NixlError::Unknown)?;
-    let arena = arena(config)?;
+    let arena = arena(config, memory)?;
     let mut reads = options.transfer == Transfer::Read
         && !Reach::new(&options.of_agent(), &arena).excludes(&target);
     let (agent, _) = open(&as_usual(&options), unique_name("bare"), &arena, Vec::new())?;
@@ -135,16 +140,13 @@ mod tests {
     #[tokio::test]
     async fn bare_transfers_end_whichever_way_they_go_and_whatever_is_no_target_is_an_error() {
         for transfer in ["read", "write"] {
-            let mut config = CheckpointEngineConfig {
-                backend: NAME.into(),
-                update_weights_bucket_megabytes: Some(1),
-                ..Default::default()
-            };
+            let mut config = CheckpointEngineConfig::new(NAME);
+            config.update_weights_bucket_megabytes = Some(1);
             let options = serde_json::json!({ "transfer": transfer });
             config.engine_kwargs.insert(NAME.into(), options.as_object().unwrap().clone());
-            let target = Target::new(&config).await.unwrap();
-            assert!(seconds(&config, &target.card(), 3_000_001).unwrap() > 0.0);
-            assert!(seconds(&config, &serde_json::json!("nobody"), 1).is_err());
+            let target = Target::new(&config, None).await.unwrap();
+            assert!(seconds(&config, None, &target.card(), 3_000_001).unwrap() > 0.0);
+            assert!(seconds(&config, None, &serde_json::json!("nobody"), 1).is_err());
         }
     }
 }

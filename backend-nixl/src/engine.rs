@@ -8,6 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use engine_core::memory::{Job, Pool};
+use engine_core::provider::MemoryKind;
 use engine_core::{
     CheckpointEngineConfig, Control, EngineContext, Error, ErrorKind, Prepared, PreparedRollout,
     PreparedTrainer, Rank, Result, Role, RolloutEngine, TrainerEngine, WorkerMetadata,
@@ -19,6 +20,7 @@ use crate::NAME;
 use crate::agent::{self, Agent, AgentOptions, Awaiting, Card};
 use crate::arena::{Arena, Slot};
 use crate::error::NixlError;
+use crate::host::HostMemory;
 use crate::interface;
 
 /// Slots of a rank. Together they are as large as the two buckets that the configuration speaks of:
@@ -34,6 +36,7 @@ const DEFAULT_DEVICE_MEGABYTES: u64 = 512;
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub struct NixlOptions {
     /// Who fetches from whom.
     pub topology: Topology,
@@ -67,11 +70,14 @@ impl NixlOptions {
 }
 
 /// A rank's slots.
-pub(crate) fn arena(config: &CheckpointEngineConfig) -> Result<Arena> {
-    let default =
-        if config.device.is_cpu() { DEFAULT_BUCKET_MEGABYTES } else { DEFAULT_DEVICE_MEGABYTES };
+pub(crate) fn arena(
+    config: &CheckpointEngineConfig,
+    memory: Option<&dyn MemoryKind>,
+) -> Result<Arena> {
+    let kind = memory.unwrap_or(&HostMemory);
+    let default = if kind.is_host() { DEFAULT_BUCKET_MEGABYTES } else { DEFAULT_DEVICE_MEGABYTES };
     let bucket = config.bucket_bytes().unwrap_or(default << 20);
-    Arena::on(&config.device, SLOTS, bucket / (u64::from(SLOTS) / 2))
+    Arena::on(kind, &config.device, SLOTS, bucket / (u64::from(SLOTS) / 2))
 }
 
 /// Two agents of one name would be taken for one another: a rank that starts anew, above all.
@@ -87,6 +93,7 @@ pub(crate) fn unique_name(rank: impl std::fmt::Display) -> String {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub enum Topology {
     /// A ring for many buckets, a tree for few, within hosts wherever it can be: by how long an update would take.
     #[default]
@@ -111,6 +118,7 @@ impl Topology {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub enum Transfer {
     /// The rank that wants them reads them, where there is a transport that can read; over TCP the rank
     /// that has them is asked to write them.
@@ -125,6 +133,7 @@ pub enum Transfer {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub enum ErrorHandling {
     /// It notices them, within the transports that can.
     #[default]
@@ -156,7 +165,7 @@ impl Node {
         options: &NixlOptions,
         control: &dyn Control,
     ) -> Result<(Arc<Self>, serde_json::Value)> {
-        let arena = Arc::new(arena(&context.config)?);
+        let arena = Arc::new(arena(&context.config, context.memory_kind()?)?);
         let interface = interface::towards(control.leader_address()).await;
         let of_agent = AgentOptions { interface, ..options.of_agent() };
         let agent = Agent::start(of_agent, unique_name(control.rank()), arena.clone()).await?;
@@ -324,7 +333,7 @@ impl Awaiting for Expected {
             let rank = if error.is_of_this_rank() { self.by } else { self.from };
             Error::from(error).rank(rank)
         };
-        self.arrival.tell(result.map(Slot::into_storage).map_err(told));
+        self.arrival.tell(result.map_err(told).and_then(Slot::into_storage));
     }
 }
 

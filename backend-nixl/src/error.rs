@@ -72,6 +72,10 @@ pub(crate) enum NixlError {
     TooLarge { slots: u32, bytes: u64 },
     #[error("bytes 0..{filled} of slot {slot} lie outside {slots} slots of {bytes} bytes")]
     Outside { slot: u32, filled: u64, slots: u32, bytes: u64 },
+    #[error("NIXL cannot reach memory of this kind: it has no address")]
+    OutOfReach,
+    #[error("{filled} bytes of a slot of {bytes}")]
+    OutsideSlot { filled: u64, bytes: u64 },
     #[error("slot {slot} is still in use after {:.1} s: {by}", waited.as_secs_f64())]
     InUse { slot: u32, waited: Duration, by: String },
     #[error(
@@ -123,7 +127,7 @@ impl NixlError {
             E::Missing { .. } | E::Load { .. } | E::Symbol { .. } | E::Version { .. } => true,
             E::Another { .. } | E::Transports { .. } | E::TooLarge { .. } | E::Moved => true,
             E::Closed | E::System { .. } | E::Full(_) | E::InUse { .. } | E::Vacant { .. } => true,
-            E::Kept { .. } | E::Device(_) => true,
+            E::Kept { .. } | E::OutsideSlot { .. } | E::OutOfReach | E::Device(_) => true,
             E::Descriptors { .. } | E::Addresses { .. } => true,
         }
     }
@@ -138,10 +142,12 @@ impl From<NixlError> for engine_core::Error {
             E::Missing { .. } | E::Load { .. } | E::Symbol { .. } | E::Version { .. } => {
                 ErrorKind::Backend
             }
-            E::Another { .. } | E::Transports { .. } | E::TooLarge { .. } => ErrorKind::Config,
+            E::Another { .. } | E::Transports { .. } | E::TooLarge { .. } | E::OutOfReach => {
+                ErrorKind::Config
+            }
             E::Moved | E::Refused(_) | E::Abandoned => ErrorKind::Aborted,
             E::Slow(_) | E::InUse { .. } => ErrorKind::Timeout,
-            E::Closed => ErrorKind::State,
+            E::Closed | E::OutsideSlot { .. } => ErrorKind::State,
             E::Call { .. } | E::Transfer { .. } | E::Unreachable | E::System { .. } => {
                 ErrorKind::Io
             }

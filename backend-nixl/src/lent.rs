@@ -282,7 +282,7 @@ mod tests {
         fn slots_never_share_bytes_and_none_is_where_a_peer_may_still_write(
             steps in proptest::collection::vec(step(), 1..60),
         ) {
-            let arena = Arena::new(SLOTS, BYTES).unwrap();
+            let arena = Arena::of_host(SLOTS, BYTES).unwrap();
             let mut retired = Retired::new(MOST);
             // Who may still write, where, and whether that ends with the agent.
             let mut writers: BTreeMap<AskId, (usize, bool)> = BTreeMap::new();
@@ -359,7 +359,7 @@ mod tests {
 
     #[test]
     fn no_more_memory_than_a_limit_is_kept_for_peers_and_slots_go_without_then() {
-        let arena = Arena::new(2, BYTES).unwrap();
+        let arena = Arena::of_host(2, BYTES).unwrap();
         let mut retired = Retired::new(3);
         let writer = Writer { ends_with_agent: false, process: None };
         let ask = |id| AskId { peer: "peer".into(), id };
@@ -396,7 +396,7 @@ mod tests {
 
     #[test]
     fn what_a_process_of_this_host_wrote_by_itself_is_over_when_it_is_gone() {
-        let arena = Arena::new(1, BYTES).unwrap();
+        let arena = Arena::of_host(1, BYTES).unwrap();
         let mut retired = Retired::new(3);
         let this = Process::this().unwrap();
         let gone = Process { began: this.began + 1, ..this.clone() };

@@ -19,6 +19,7 @@ mod error;
 mod ffi;
 #[cfg(fuzzing)]
 pub mod fuzzing;
+mod host;
 mod interface;
 mod lent;
 mod room;
@@ -51,7 +52,7 @@ impl Backend for Nixl {
     }
 
     fn devices(&self) -> Devices {
-        Devices::Kinds(if cfg!(feature = "cuda") { &["cuda"] } else { &[] })
+        Devices::Registered
     }
 
     fn probe(&self) -> Availability {

@@ -4,18 +4,20 @@
 //! All ranks of the suite are in one process, where UCX uses no CUDA IPC between them: it goes over
 //! host memory, and what arrives is the same.
 
-#![cfg(feature = "cuda")]
-
 use std::sync::LazyLock;
 
-use conformance::Suite;
+use conformance::{Suite, on_memory};
 use device_cuda::{Device, upload};
-use engine_core::{Result, Role, Weight};
+use engine_core::{Backend, Result, Role, Weight};
 use futures::StreamExt;
 use futures::executor::block_on;
 use quant_fp8::rules::{Receiver, Rules, RulesConfig};
 use quant_fp8::{LAYER, QuantizeFp8};
 use serde_json::{Value, json};
+
+fn backend() -> &'static dyn Backend {
+    on_memory(backend_nixl::BACKEND, device_cuda::MEMORY)
+}
 
 /// A weight with the same bytes on the device.
 fn on_the_device(weight: Weight) -> Result<Weight> {
@@ -24,13 +26,14 @@ fn on_the_device(weight: Weight) -> Result<Weight> {
 }
 
 fn quantized(weights: Vec<Weight>) -> Vec<Weight> {
-    let config = RulesConfig { receiver: Receiver::Any, ..RulesConfig::default() };
+    let mut config = RulesConfig::default();
+    config.receiver = Receiver::Any;
     let rules = Rules::new(&config).expect("rules");
     block_on(weights.quantize_fp8(rules).map(|weight| weight.expect("a weight")).collect())
 }
 
 fn suite(options: Value) -> Suite {
-    Suite::new(backend_nixl::BACKEND).with_control_plane().with_config(|config| {
+    Suite::new(backend()).with_control_plane().with_config(|config| {
         config.device = "cuda:0".parse().expect("a device");
         // Contexts and kernels are made at the beginning of every case.
         config.timeout_seconds = 8.0;

@@ -1,27 +1,29 @@
 //! A receiver that is gone in the middle of an update, with every rank a process of its own, on the host and
 //! with the buckets on a CUDA device, where ranks of one process would not be what ranks are.
 
+use conformance::on_memory;
 use conformance::processes::{Processes, be_a_child};
-use engine_core::{CheckpointEngineConfig, ErrorKind, Rank, Version};
+use engine_core::{Backend, CheckpointEngineConfig, ErrorKind, Rank, Version};
 use serde_json::Value;
+
+fn backend() -> &'static dyn Backend {
+    on_memory(backend_nixl::BACKEND, device_cuda::MEMORY)
+}
 
 #[test]
 fn a_process_of_a_group() {
-    be_a_child(backend_nixl::BACKEND);
+    be_a_child(backend());
 }
 
 fn form(device: &str, options: &Value, rollouts: u32) -> Processes {
-    let mut config = CheckpointEngineConfig {
-        backend: "nixl".into(),
-        update_weights_bucket_megabytes: Some(1),
-        timeout_seconds: 10.0,
-        device: device.parse().expect("a device"),
-        ..Default::default()
-    };
+    let mut config = CheckpointEngineConfig::new("nixl");
+    config.update_weights_bucket_megabytes = Some(1);
+    config.timeout_seconds = 10.0;
+    config.device = device.parse().expect("a device");
     if let Value::Object(options) = options {
         config.engine_kwargs.insert("nixl".into(), options.clone());
     }
-    Processes::form(backend_nixl::BACKEND, &config, 1, rollouts)
+    Processes::form(backend(), &config, 1, rollouts)
 }
 
 /// The engine of a rollout is dropped within an update, and its process stays: an error that names it, and
@@ -114,7 +116,6 @@ mod on_the_host {
     mode!(ring: "cpu", {"topology": "ring"});
 }
 
-#[cfg(feature = "cuda")]
 mod on_a_device {
     mode!(#[ignore = "needs a CUDA device"] star: "cuda", {"topology": "star"});
     mode!(#[ignore = "needs a CUDA device"] ring: "cuda", {"topology": "ring"});

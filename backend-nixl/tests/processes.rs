@@ -31,13 +31,10 @@ const STAGE: &str = "CKPT_ENGINE_TEST_STAGE";
 /// The ranks of a group at its beginning; those that join later may say any number.
 const RANKS: u32 = 4;
 fn config(options: &str) -> CheckpointEngineConfig {
-    let mut config = CheckpointEngineConfig {
-        backend: "nixl".into(),
-        update_weights_bucket_megabytes: Some(1),
-        timeout_seconds: 8.0,
-        threads: std::num::NonZeroUsize::new(1),
-        ..Default::default()
-    };
+    let mut config = CheckpointEngineConfig::new("nixl");
+    config.update_weights_bucket_megabytes = Some(1);
+    config.timeout_seconds = 8.0;
+    config.threads = std::num::NonZeroUsize::new(1);
     let options: serde_json::Value = serde_json::from_str(options).unwrap();
     config.engine_kwargs.insert("nixl".into(), options.as_object().unwrap().clone());
     config

@@ -1,8 +1,8 @@
 //! Tensors of candle as weights of an update, and received weights as tensors of candle.
 //!
-//! [`weights`] makes weights of a trainer's tensors: they go wherever a
-//! [`WeightStream`](engine_core::WeightStream) goes. A rollout installs what arrives into a
-//! [`TensorMap`] and [`tensors`] makes candle's tensors of that, in the map from which
+//! [`weights`] makes weights of a trainer's tensors, for any
+//! [`WeightStream`](engine_core::WeightStream). A rollout installs the received weights into a [`TensorMap`].
+//! [`tensors`] turns that into candle's tensors, in a map from which
 //! `VarBuilder::from_tensors` builds a model.
 
 #![forbid(unsafe_code)]
@@ -24,8 +24,7 @@ use quant_fp8::{Codec, Fp8Format, SourceType};
 ///
 /// Each tensor's bytes are copied once, when its turn comes in the stream: a `Var` may be set while
 /// an update is under way, and the weight then is what the tensor held at its turn, never half of
-/// each. So no more of the model is in memory twice than what is being packed. Tensors of a device
-/// are copied from there.
+/// each. Only the weights that are being packed are in memory twice. Tensors on a device are copied to the host.
 ///
 /// # Errors
 ///
@@ -100,7 +99,7 @@ fn host_bytes(tensor: &Tensor) -> candle_core::Result<Bytes> {
     Ok(bytes.into_owned().into())
 }
 
-/// What becomes of FP8 weights at a rollout.
+/// What a rollout makes of FP8 weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Fp8Weights {
     /// They become tensors of that type (F32, BF16 or F16); their scales disappear.

@@ -19,10 +19,8 @@ async fn sent(
     weights: impl Iterator<Item = engine_core::Result<Weight>> + Send,
     fp8: bool,
 ) -> TensorMap {
-    let config = CheckpointEngineConfig {
-        layers: [("trainer_quantize_fp8".to_owned(), fp8.into())].into_iter().collect(),
-        ..Default::default()
-    };
+    let mut config = CheckpointEngineConfig::default();
+    config.layers = [("trainer_quantize_fp8".to_owned(), fp8.into())].into_iter().collect();
     let registry = Registry::new().with(backend_naive::BACKEND).with_layer(quant_fp8::LAYER);
     let context = EngineContext::new(config);
     let trainer = registry.prepare_trainer(context.clone()).await.unwrap();

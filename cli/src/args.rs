@@ -186,7 +186,7 @@ impl EngineArgs {
         let mut config = match (&self.config, &self.config_json) {
             (Some(path), _) => config::load(path)?,
             (None, Some(text)) => config::parse(text, config::Format::Json)?,
-            (None, None) => CheckpointEngineConfig { backend: "ipc".into(), ..Default::default() },
+            (None, None) => CheckpointEngineConfig::new("ipc"),
         };
         if let Some(backend) = &self.backend {
             config.backend.clone_from(backend);

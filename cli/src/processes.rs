@@ -46,7 +46,8 @@ impl Processes {
             children.push(start_child(options, rank, &address, &token).await?);
         }
         let device = options.device_of(0)?;
-        let config = CheckpointEngineConfig { device, ..options.config.clone() };
+        let mut config = options.config.clone();
+        config.device = device;
         let config = match &options.placing {
             Some(placing) => placing.of_trainers(&config)?,
             None => config,
@@ -109,7 +110,8 @@ async fn start_child(
     let program = std::env::current_exe().map_err(failed)?;
     let device = options.device_of(rank)?;
     let is_cpu = device.is_cpu();
-    let mut config = CheckpointEngineConfig { device, ..options.config.clone() };
+    let mut config = options.config.clone();
+    config.device = device;
     if let Some(placing) = options.placing.as_ref().filter(|_| rank < options.trainers) {
         config = placing.of_trainers(&config)?;
     }

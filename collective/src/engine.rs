@@ -52,10 +52,12 @@ impl Default for CollectiveOptions {
 ///
 /// # Contract
 ///
-/// A library that is at work while the process ends may bring it down. So somebody waits until it has let go of its
-/// groups, which it may do only when the last rank of the process leaves them: `finalize`, without blocking. If the
-/// engine is dropped without, a task of the tokio runtime waits, up to `timeout_seconds`, and the runtime waits for
-/// that task when it ends (not with `shutdown_background`); outside of a runtime, the drop itself blocks as long.
+/// A library that is at work while the process ends may bring it down. So the engine waits until the library has
+/// freed its groups, which may be only when the last rank of the process leaves them. `finalize` waits without
+/// blocking. If the engine is dropped without it, a task of the tokio runtime waits, up to `timeout_seconds`,
+/// and the runtime waits for
+/// that task when it ends (not with `shutdown_background`); outside of a runtime, the drop itself blocks for up to
+/// that time.
 #[derive(Debug)]
 pub struct CollectiveEngine<L> {
     library: L,
@@ -263,7 +265,7 @@ impl<C: Communicator> Node<C> {
         self.failure().clone().map_or(Ok(()), |report| Err(report.into()))
     }
 
-    /// A slot, once nobody else uses it.
+    /// Waits until nobody else uses the slot.
     async fn lock(&self, slot: u32, filled: u64) -> Result<SlotGuard> {
         let Shape { slots, slot_bytes } = self.shape;
         if slot >= slots || filled > slot_bytes {
@@ -358,8 +360,8 @@ struct Link<C: Communicator> {
     leaders: Option<Leaders<C>>,
 }
 
-/// The leader's slots, as a colocated rank gets at them: anew for every update, so that it has let go of them
-/// when the leader frees them.
+/// The leader's slots, as a colocated rank maps them: anew for every update, so that they are unmapped when the
+/// leader frees them.
 #[derive(Debug)]
 struct Leaders<C: Communicator> {
     key: Bytes,

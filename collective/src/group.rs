@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use engine_core::{Error, ErrorKind, Rank, Result};
 use protocol::Members;
 
-/// What ranks do before an update, so that all of them are in the groups that it uses.
+/// What ranks do before an update to be in the groups that it uses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Ticket {
     /// Counts the groups of a leader's life.
@@ -57,7 +57,7 @@ impl Joined {
         if fewer && can_shrink { Step::Shrink } else { Step::Form }
     }
 
-    /// Those that are not among the members of the next update.
+    /// Members that do not take part in the next update.
     pub(super) fn gone(&self, next: &Members) -> Vec<Rank> {
         let stays = |rank: &Rank| next.others.contains(rank);
         self.members.others.iter().copied().filter(|rank| !stays(rank)).collect()

@@ -63,7 +63,7 @@ pub trait Library: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// `Backend` if the library is not there, `Resource` if there is not so much memory, `Config` for a
+    /// `Backend` if the library is not there, `Resource` if there is not enough memory, `Config` for a
     /// device that the library does not know.
     async fn open(
         &self,
@@ -126,12 +126,12 @@ pub trait Slots: fmt::Debug + Send + Sync {
         digests: bool,
     ) -> Result<u64>;
 
-    /// Makes a slot at least so many bytes large, from now on. What was in it is gone. Some peers take a weight by one
-    /// broadcast however large it is: the engines that send to them need this.
+    /// Enlarges a slot to at least this number of bytes. Its contents are lost. Some peers take each weight, however
+    /// large, by one broadcast: the engines that send to them need this.
     ///
     /// # Errors
     ///
-    /// `Resource` if there is not so much memory; `Config` where slots keep their size.
+    /// `Resource` if there is not enough memory; `Config` if slots cannot change their size.
     async fn enlarge(&self, slot: SlotGuard, bytes: u64) -> Result<SlotGuard> {
         let message = format!("slot {} keeps its size; {bytes} bytes are wanted", slot.index());
         Err(Error::new(ErrorKind::Config, "enlarging a slot", message))
@@ -142,7 +142,7 @@ pub trait Slots: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// `Backend` where slots are nobody else's.
+    /// `Backend` if other processes cannot read slots.
     fn shared(&self, slot: &SlotGuard) -> Result<Vec<SharedSlot>> {
         let message =
             format!("slot {} is in memory that other processes cannot read", slot.index());
@@ -152,7 +152,7 @@ pub trait Slots: fmt::Debug + Send + Sync {
     /// The first bytes of a slot, to be read; the guard is dropped with the last view of them.
     fn view(&self, slot: SlotGuard, filled: u64) -> Storage;
 
-    /// What of filling the slots was slower than it could be since the last call, in words for [`SendReport::slower`].
+    /// What made filling the slots slower than necessary since the last call, in words for [`SendReport::slower`].
     ///
     /// [`SendReport::slower`]: engine_core::SendReport::slower
     fn slower(&self) -> Vec<String> {
@@ -178,19 +178,19 @@ pub struct SharedSlot {
 pub struct SlotLocks(Vec<Arc<Mutex<()>>>);
 
 impl SlotLocks {
-    /// For so many slots, which nobody uses.
+    /// For this number of slots, all unused.
     pub fn new(slots: u32) -> Self {
         Self((0..slots).map(|_| Arc::default()).collect())
     }
 
-    /// A slot, once nobody else uses it; `None` if there is none of this number.
+    /// Waits until nobody else uses the slot of this number; `None` if there is no such slot.
     pub async fn lock(&self, slot: u32) -> Option<SlotGuard> {
         let lock = self.0.get(slot as usize)?.clone().lock_owned().await;
         Some(SlotGuard { index: slot, _lock: lock })
     }
 }
 
-/// A slot that nobody else of this process uses.
+/// A slot that only its holder uses in this process.
 #[derive(Debug)]
 pub struct SlotGuard {
     index: u32,
@@ -241,8 +241,8 @@ pub trait Communicator: fmt::Debug + 'static {
     /// As [`join`](Self::join).
     fn shrink(&mut self, group: usize, gone: &[u32], wait: &Wait<'_>) -> Result<()>;
 
-    /// Does what members that are not this project's own begin a group with: an all-reduce of one 32-bit float, of
-    /// whatever value, before any broadcast. All members do the same now. The slots keep what they have.
+    /// Takes part in the all-reduce of one 32-bit float by which inference servers begin a group, before any
+    /// broadcast. Its value does not matter. All members do the same now. The slots keep their contents.
     ///
     /// # Errors
     ///
@@ -281,7 +281,7 @@ pub trait Communicator: fmt::Debug + 'static {
         Err(Error::new(ErrorKind::Backend, "broadcasting a part of a slot", message))
     }
 
-    /// How many of the group's broadcasts have ended since it was joined, in their order.
+    /// How many of the group's broadcasts, in their order, have ended since it was joined.
     ///
     /// # Errors
     ///
@@ -298,8 +298,8 @@ pub trait Communicator: fmt::Debug + 'static {
         Ok(())
     }
 
-    /// Has this rank's slots be the leader's, by the [`Share::key`] of these: views of them are read from there
-    /// until [`detach`](Self::detach), and broadcast to them is nothing any more. Slots of its own are freed.
+    /// Maps the leader's slots, by their [`Share::key`], in the place of this rank's own, which are freed. Until
+    /// [`detach`](Self::detach), views are read from there, and [`broadcast`](Self::broadcast) does nothing.
     ///
     /// # Errors
     ///
@@ -310,12 +310,12 @@ pub trait Communicator: fmt::Debug + 'static {
         Err(Error::new(ErrorKind::Backend, "attaching to the leader's slots", message))
     }
 
-    /// Lets go of the leader's slots, of which no view is left.
+    /// Unmaps the leader's slots, after their last view was dropped.
     fn detach(&mut self) {}
 
-    /// Leaves all groups: what is under way is given up, and has let go of the slots when this ends.
+    /// Leaves all groups. Broadcasts that are under way are aborted, and no longer use the slots when this returns.
     ///
-    /// All at once, because a library that frees what belongs to one of them may wait for the device, and so for
-    /// broadcasts of another one that never end.
+    /// It leaves all of them at once: a library that frees one group's resources may wait for the device, and so for
+    /// broadcasts of another group that never end.
     fn leave(&mut self);
 }

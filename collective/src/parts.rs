@@ -100,7 +100,7 @@ impl Parts {
         self.parts.iter().map(|(rank, part)| (*rank, *part))
     }
 
-    /// What gets a colocated rollout at the leader's slots.
+    /// What a colocated rollout needs to map the leader's slots.
     pub(super) fn key(&self) -> Result<Bytes> {
         self.key.clone().map_err(|reason| {
             let message = format!(
@@ -111,7 +111,7 @@ impl Parts {
         })
     }
 
-    /// What a rank does that joins the group now; nothing, if there is no way to bring weights to it.
+    /// The part of a rank that joins the group now; none if there is no way to bring weights to it.
     pub(super) fn of_newcomer(&self, peer: &Peer) -> Option<Part> {
         if peer.role == Role::Trainer {
             return self.of(peer.rank);
@@ -239,14 +239,20 @@ mod tests {
         let shape = Shape { slots: 4, slot_bytes: 256 };
         let details = Details { shape, version: "1".into(), senders: 1, share };
         let details = serde_json::json!(details);
-        let worker = WorkerMetadata::of_this_process("test", Rank::LEADER, role, details);
-        WorkerMetadata { host: host.into(), ..worker }
+        let mut worker = WorkerMetadata::of_this_process("test", Rank::LEADER, role, details);
+        worker.host = host.into();
+        worker
+    }
+
+    fn of_rank(rank: Rank, mut worker: WorkerMetadata) -> WorkerMetadata {
+        worker.rank = rank;
+        worker
     }
 
     /// Workers of the ranks 0, 1, ….
     fn ranked<const N: usize>(workers: [WorkerMetadata; N]) -> [WorkerMetadata; N] {
         let mut ranks = (0..).map(Rank);
-        workers.map(|worker| WorkerMetadata { rank: ranks.next().unwrap(), ..worker })
+        workers.map(|worker| of_rank(ranks.next().unwrap(), worker))
     }
 
     fn trainer(device: u32) -> WorkerMetadata {
@@ -354,7 +360,7 @@ mod tests {
         ) {
             let trainers = trainers.into_iter().map(trainer);
             let workers = trainers.chain(rollouts.into_iter().map(rollout));
-            let ranked = |(rank, worker)| WorkerMetadata { rank: Rank(rank), ..worker };
+            let ranked = |(rank, worker)| of_rank(Rank(rank), worker);
             let workers: Vec<_> = (0..).zip(workers).map(ranked).collect();
             prop_assume!(build_topology("test", &workers).is_ok());
             let parts = Parts::new(CollectiveOptions::default(), &workers);

@@ -1,4 +1,4 @@
-//! The thread that makes a library's calls, and looks after what is under way.
+//! The thread that makes a library's calls, and watches broadcasts that are under way.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -196,7 +196,7 @@ impl<C: Communicator> Thread<C> {
         Ok(Self { commands, given_up: Arc::default(), ended })
     }
 
-    /// Has the thread do something with the communicator.
+    /// Runs `work` with the communicator, on the thread.
     ///
     /// # Cancel safety
     ///
@@ -216,8 +216,8 @@ impl<C: Communicator> Thread<C> {
         self.ask(work, |_| debug!("a call ended that nobody waits for any more")).await
     }
 
-    /// Has the thread do something, unless nobody waits for it when its turn comes; if nobody does afterwards, something
-    /// else as well.
+    /// Runs `work` on the thread, unless the caller has gone. If the caller goes meanwhile, it runs `unheard` after
+    /// it.
     async fn ask<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Worker<C>, &dyn Fn() -> bool) -> Result<T> + Send + 'static,
@@ -290,7 +290,7 @@ impl<C: Communicator> Thread<C> {
         self.ended.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has a broadcast made; its end is told to `done`.
+    /// Makes a broadcast, and tells `done` of its end.
     pub(super) fn broadcast(&self, broadcast: Broadcast) {
         let cell = Arc::new(Mutex::new(Some(broadcast)));
         let taken = cell.clone();
@@ -350,7 +350,7 @@ impl<C: Communicator> Thread<C> {
         self.ask(work, Worker::leave_unfinished).await
     }
 
-    /// Has the leader's slots be those of this rank, until the last attachment is dropped.
+    /// Maps the leader's slots in the place of this rank's own, until the last attachment is dropped.
     pub(super) async fn attach(&self, key: Bytes) -> Result<Attachment<C>> {
         let thread = self.clone();
         let attach = move |worker: &mut Worker<C>, _: &dyn Fn() -> bool| {
@@ -481,7 +481,7 @@ impl<C: Communicator> Worker<C> {
         }
     }
 
-    /// Looks after everything that is under way.
+    /// Watches all broadcasts that are under way.
     fn poll(&mut self) {
         for at in 0..self.groups.len() {
             let Some(group) = self.groups[at].as_mut().filter(|g| !g.pending.is_empty()) else {
@@ -518,8 +518,7 @@ impl<C: Communicator> Worker<C> {
         self.communicator.leave();
     }
 
-    /// Gives all groups up; work that waits in one is told why. They are those of one update,
-    /// and it has failed.
+    /// Aborts all groups, and tells work that waits in one why. They all belong to one update, which has failed.
     fn leave(&mut self, why: &Error) {
         let groups = std::mem::take(&mut self.groups);
         if groups.iter().all(Option::is_none) {

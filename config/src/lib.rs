@@ -3,11 +3,11 @@
 //! The keys are those of verl's `checkpoint_engine` section, so that a section moves over as it is,
 //! and a few of this engine's own: the fields of [`CheckpointEngineConfig`]. A text is either the bare
 //! section or a document that has the section where verl has it: under `checkpoint_engine`,
-//! `rollout.checkpoint_engine` or `actor_rollout_ref.rollout.checkpoint_engine`. What else such a
-//! document says is not looked at. Within the section nothing is ignored: an unknown key and a value
+//! `rollout.checkpoint_engine` or `actor_rollout_ref.rollout.checkpoint_engine`. The rest of such a document is not
+//! read. Within the section nothing is ignored: an unknown key and a value
 //! out of range are errors, which say the line. `null` stands for the default.
 //!
-//! Two keys of verl are understood and mean nothing here: `_target_` names a Python class for Hydra, and
+//! Two keys of verl are accepted without effect: `_target_` names a Python class for Hydra, and
 //! `custom_backend_module` may be null or empty; with a value it is refused, because a program registers its
 //! own backends in Rust.
 //!

@@ -86,26 +86,21 @@ fn object(json: serde_json::Value) -> serde_json::Map<String, serde_json::Value>
 
 #[test]
 fn the_same_configuration_reads_alike_from_toml_json_and_yaml() {
-    let expected = CheckpointEngineConfig {
-        backend: "ipc".to_owned(),
-        update_weights_bucket_megabytes: Some(256),
-        engine_kwargs: BTreeMap::from([
-            (
-                "ipc".to_owned(),
-                object(serde_json::json!({"socket_folder": "/run/ckpt", "depth": 2})),
-            ),
-            ("nccl".to_owned(), object(serde_json::json!({"rebuild_group": false}))),
-        ]),
-        layers: object(serde_json::json!({
-            "trainer_quantize_fp8": true,
-            "quantization": {"mode": "ue8m0"},
-        })),
-        timeout_seconds: 5.0,
-        digests: false,
-        device: DeviceChoice::new("cuda", 1),
-        threads: NonZeroUsize::new(3),
-        max_staleness: Some(2),
-    };
+    let mut expected = CheckpointEngineConfig::new("ipc");
+    expected.update_weights_bucket_megabytes = Some(256);
+    expected.engine_kwargs = BTreeMap::from([
+        ("ipc".to_owned(), object(serde_json::json!({"socket_folder": "/run/ckpt", "depth": 2}))),
+        ("nccl".to_owned(), object(serde_json::json!({"rebuild_group": false}))),
+    ]);
+    expected.layers = object(serde_json::json!({
+        "trainer_quantize_fp8": true,
+        "quantization": {"mode": "ue8m0"},
+    }));
+    expected.timeout_seconds = 5.0;
+    expected.digests = false;
+    expected.device = DeviceChoice::new("cuda", 1);
+    expected.threads = NonZeroUsize::new(3);
+    expected.max_staleness = Some(2);
     for (format, text) in [(Format::Toml, TOML), (Format::Json, JSON), (Format::Yaml, YAML)] {
         assert_eq!(read(format, text).expect("a valid configuration"), expected, "{format:?}");
     }

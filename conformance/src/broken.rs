@@ -3,8 +3,8 @@
 use async_trait::async_trait;
 use engine_core::{
     Availability, Backend, CheckpointEngine, EngineContext, Placement, PreparedRollout,
-    PreparedTrainer, Result, SendReport, TensorCounts, TrainerEngine, Version, Weight,
-    WeightStream, WorkerMetadata, ensure_async_iterator,
+    PreparedTrainer, Result, SendReport, TrainerEngine, Version, Weight, WeightStream,
+    WorkerMetadata, ensure_async_iterator,
 };
 use futures::StreamExt;
 
@@ -85,7 +85,7 @@ impl TrainerEngine for BrokenTrainer {
         version: Version,
     ) -> Result<SendReport> {
         if self.fault == Fault::ReportsSuccessEarly {
-            return Ok(success(version));
+            return Ok(SendReport::new(version));
         }
         let mut weights: Vec<Result<Weight>> = weights.collect().await;
         match self.fault {
@@ -104,24 +104,8 @@ impl TrainerEngine for BrokenTrainer {
         }
         let result = self.inner.send_weights(ensure_async_iterator(weights), version).await;
         match self.fault {
-            Fault::HidesADeadPeer => Ok(result.unwrap_or_else(|_| success(version))),
+            Fault::HidesADeadPeer => Ok(result.unwrap_or_else(|_| SendReport::new(version))),
             _ => result,
         }
-    }
-}
-
-fn success(version: Version) -> SendReport {
-    SendReport {
-        version,
-        counts: TensorCounts::default(),
-        buckets: 0,
-        plan_reused: false,
-        elapsed: std::time::Duration::ZERO,
-        stages: engine_core::StageTimes::default(),
-        digest: None,
-        receivers: Vec::new(),
-        absent: Vec::new(),
-        slower: Vec::new(),
-        delta: None,
     }
 }

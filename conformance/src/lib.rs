@@ -21,7 +21,10 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 
-use engine_core::{Backend, CheckpointEngineConfig, DeviceChoice, Layer, Result, Role, Weight};
+use engine_core::provider::MemoryKind;
+use engine_core::{
+    Backend, CheckpointEngineConfig, DeviceChoice, Layer, Registry, Result, Role, Weight,
+};
 
 pub use cases::CASES;
 
@@ -35,6 +38,20 @@ pub struct Suite {
     pub(crate) place: Option<Place>,
     pub(crate) trainers: u32,
     pub(crate) devices: Vec<DeviceChoice>,
+}
+
+/// A backend where there is a kind of memory, which configurations name as their device.
+///
+/// # Panics
+///
+/// Never: a registry has the backend that was put into it.
+pub fn on_memory(
+    backend: &'static dyn Backend,
+    kind: &'static dyn MemoryKind,
+) -> &'static dyn Backend {
+    let registry = Registry::new().with(backend).with_memory(kind);
+    // A test has a few of them, until it ends.
+    &**Box::leak(Box::new(registry.get(backend.name()).expect("the backend").clone()))
 }
 
 /// Moves a weight to where the trainer has its weights.
@@ -84,12 +101,9 @@ pub enum Lacking {
 impl Suite {
     /// The suite for a backend that hands memory over within a process, and needs no control plane.
     pub fn new(backend: &'static dyn Backend) -> Self {
-        let config = CheckpointEngineConfig {
-            backend: backend.name().into(),
-            update_weights_bucket_megabytes: Some(1),
-            timeout_seconds: 2.0,
-            ..Default::default()
-        };
+        let mut config = CheckpointEngineConfig::new(backend.name());
+        config.update_weights_bucket_megabytes = Some(1);
+        config.timeout_seconds = 2.0;
         Self {
             backend,
             config,

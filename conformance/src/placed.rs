@@ -168,10 +168,8 @@ impl<'a> Group<'a> {
             join_group(prepared, lends.backend, plane, Some(ranks), LIMIT).await.expect("a group").0
         });
         let tensors = lent.iter().zip(wants).map(|(plane, wants)| async {
-            let config = CheckpointEngineConfig {
-                engine_kwargs: Default::default(),
-                ..lends.config.clone()
-            };
+            let mut config = lends.config.clone();
+            config.engine_kwargs = Default::default();
             let prepared = (lends.lend)(context(plane, config), wants.clone()).expect("memory");
             join_group(prepared, lends.backend, plane, Some(ranks), LIMIT).await.expect("a group").0
         });

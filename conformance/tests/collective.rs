@@ -151,12 +151,9 @@ mod membership_and_faults {
             let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             let address = format!("unix:@collective-{}-{number}", std::process::id());
             let at = ControlConfig::new(address.parse()?, Token::generate()?);
-            let mut config = CheckpointEngineConfig {
-                backend: BACKEND.name().into(),
-                update_weights_bucket_megabytes: Some(1),
-                timeout_seconds,
-                ..Default::default()
-            };
+            let mut config = CheckpointEngineConfig::new(BACKEND.name());
+            config.update_weights_bucket_megabytes = Some(1);
+            config.timeout_seconds = timeout_seconds;
             super::with(options)(&mut config);
             let leading = ControlPlane::lead(at.clone()).await?;
             let mut planes = Vec::new();
@@ -164,9 +161,11 @@ mod membership_and_faults {
                 let rank = Some(Rank(rank));
                 planes.push(ControlPlane::join(at.clone(), Role::Rollout, rank).await?);
             }
-            let mut configs = devices
-                .into_iter()
-                .map(|device| CheckpointEngineConfig { device, ..config.clone() });
+            let mut configs = devices.into_iter().map(|device| {
+                let mut config = config.clone();
+                config.device = device;
+                config
+            });
             let leaders = configs.next().expect("the leader's device");
             let others = planes.into_iter().zip(configs);
             let others = others.map(|(plane, config)| async move { rollout(plane, &config).await });
@@ -226,7 +225,8 @@ mod membership_and_faults {
 
         async fn join_on(&mut self, device: DeviceChoice) -> Result<()> {
             let plane = ControlPlane::join(self.at.clone(), Role::Rollout, None).await?;
-            let config = CheckpointEngineConfig { device, ..self.config.clone() };
+            let mut config = self.config.clone();
+            config.device = device;
             self.others.push(rollout(plane, &config).await?);
             Ok(())
         }
@@ -564,12 +564,9 @@ mod membership_and_faults {
                 let address = format!("unix:@collective-sender-{}-{given}", std::process::id());
                 let token = Token::generate().expect("a token");
                 let at = ControlConfig::new(address.parse().expect("an address"), token);
-                let mut config = CheckpointEngineConfig {
-                    backend: BACKEND.name().into(),
-                    update_weights_bucket_megabytes: Some(1),
-                    timeout_seconds: 2.0,
-                    ..Default::default()
-                };
+                let mut config = CheckpointEngineConfig::new(BACKEND.name());
+                config.update_weights_bucket_megabytes = Some(1);
+                config.timeout_seconds = 2.0;
                 super::with(json!({"senders": 2}))(&mut config);
                 let leader = ControlPlane::lead(at.clone()).await.expect("a leader");
                 let join = async |role, rank| {

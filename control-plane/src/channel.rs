@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use engine_core::control::Control;
+use engine_core::control::{Control, Said};
 use engine_core::{Error, Rank, Result};
 use serde::{Deserialize, Serialize};
 
@@ -110,6 +110,10 @@ impl Control for Channel {
 
     async fn recv(&self, deadline: Duration) -> Result<Option<Event>> {
         Self::recv(self, deadline).await
+    }
+
+    async fn recv_all(&self, deadline: Duration) -> Result<Option<Said>> {
+        self.plane.recv_all(self.id, deadline).await
     }
 
     fn send_all(&self, to: &[Rank], body: Bytes) -> Vec<(Rank, Error)> {

@@ -8,6 +8,7 @@ use engine_core::{Error, ErrorKind, Rank, Result};
 /// torchrun's own agent may listen on `MASTER_PORT` already (it does where
 /// `TORCHELASTIC_USE_AGENT_STORE` is `True`); the leader then needs another port.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct TorchrunEnv {
     /// `RANK`; 0 leads.
     pub rank: Rank,

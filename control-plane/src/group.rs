@@ -14,6 +14,7 @@ use crate::wire::{
     Call, FRAME_OVERHEAD, Frame, Heard, Introduction, Outcome, SEATS, Signal, encode,
 };
 use crate::{ChannelId, Event, Peer, Role, UPDATES};
+use engine_core::control::Said;
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result};
 
 /// The most channels of one peer on which messages can be unread, [`UPDATES`] not counted.
@@ -45,7 +46,7 @@ pub(super) struct Mailbox {
 /// A channel's events; until it is opened, the messages that wait for that.
 #[derive(Debug, Default)]
 struct Inbox {
-    events: VecDeque<Event>,
+    events: VecDeque<Said>,
     is_open: bool,
 }
 
@@ -60,6 +61,9 @@ struct Unread {
 
 /// What a peer is told of its messages that were read.
 pub(super) type Read = Vec<(ChannelId, u64)>;
+
+/// Who is told what of its messages that were read.
+pub(super) type Told = Vec<(Rank, Read)>;
 
 fn cost_of(body: &Bytes) -> usize {
     body.len() + FRAME_OVERHEAD
@@ -85,19 +89,35 @@ impl Mailbox {
     /// Files an event that no peer can cause many of.
     pub(super) fn tell(&mut self, event: &Event) {
         for inbox in self.inboxes.values_mut().filter(|inbox| inbox.is_open) {
-            inbox.events.push_back(event.clone());
+            inbox.events.push_back(Said::One(event.clone()));
         }
     }
 
     /// Files a message, unless so much of its sender is unread that this is no honest rank any more: on the channel of
     /// updates it reads what it is told before it says so much, on others it knows what was read.
     pub(super) fn deliver(&mut self, from: Rank, channel: ChannelId, body: Bytes) -> Result<()> {
+        self.charge(from, channel, &body)?;
+        self.file(vec![from], channel, body);
+        Ok(())
+    }
+
+    /// Files a message that these ranks have sent alike. Each of them was [charged](Self::charge) for it.
+    pub(super) fn file(&mut self, mut from: Vec<Rank>, channel: ChannelId, body: Bytes) {
+        let said = match from.len() {
+            0 | 1 => from.pop().map(|from| Said::One(Event::Message { from, body })),
+            _ => Some(Said::Alike { from, body }),
+        };
+        self.inboxes.entry(channel).or_default().events.extend(said);
+    }
+
+    /// Counts a message as unread, with the errors of [`deliver`](Self::deliver).
+    pub(super) fn charge(&mut self, from: Rank, channel: ChannelId, body: &Bytes) -> Result<()> {
         let unread = self.unread.entry(from).or_default();
         let bound = if channel == UPDATES {
-            unread.updates = unread.updates.saturating_add(cost_of(&body));
+            unread.updates = unread.updates.saturating_add(cost_of(body));
             (unread.updates > self.bounds.updates).then_some(self.bounds.updates)
         } else {
-            *unread.others.entry(channel).or_default() += cost_of(&body);
+            *unread.others.entry(channel).or_default() += cost_of(body);
             let all: usize = unread.others.values().sum();
             let is_over = all > self.bounds.others || unread.others.len() > CHANNELS;
             is_over.then_some(self.bounds.others)
@@ -109,21 +129,46 @@ impl Mailbox {
             );
             return Err(Error::new(ErrorKind::Resource, "receiving a message", message).rank(from));
         }
-        let inbox = self.inboxes.entry(channel).or_default();
-        inbox.events.push_back(Event::Message { from, body });
         Ok(())
     }
 
     /// The next event of a channel, and what the one who sent it is told, if it is time for that.
-    pub(super) fn take(&mut self, channel: ChannelId) -> Option<(Event, Option<(Rank, Read)>)> {
-        let event = self.inboxes.get_mut(&channel)?.events.pop_front()?;
-        let told = match &event {
-            Event::Message { from, body } => {
-                self.read(*from, channel, cost_of(body)).map(|read| (*from, read))
+    pub(super) fn take(&mut self, channel: ChannelId) -> Option<(Event, Told)> {
+        let events = &mut self.inboxes.get_mut(&channel)?.events;
+        let event = loop {
+            match events.pop_front()? {
+                Said::One(event) => break event,
+                Said::Alike { mut from, body } => {
+                    let Some(rank) = from.pop() else { continue };
+                    if !from.is_empty() {
+                        events.push_front(Said::Alike { from, body: body.clone() });
+                    }
+                    break Event::Message { from: rank, body };
+                }
             }
-            _ => None,
+        };
+        let told = match &event {
+            Event::Message { from, body } => self.were_read(&[*from], channel, body),
+            _ => Told::new(),
         };
         Some((event, told))
+    }
+
+    /// As [`take`](Self::take), with the messages together that several ranks have sent alike.
+    pub(super) fn take_all(&mut self, channel: ChannelId) -> Option<(Said, Told)> {
+        let said = self.inboxes.get_mut(&channel)?.events.pop_front()?;
+        let told = match &said {
+            Said::One(Event::Message { from, body }) => self.were_read(&[*from], channel, body),
+            Said::One(_) => Told::new(),
+            Said::Alike { from, body } => self.were_read(from, channel, body),
+        };
+        Some((said, told))
+    }
+
+    fn were_read(&mut self, from: &[Rank], channel: ChannelId, body: &Bytes) -> Told {
+        let cost = cost_of(body);
+        let told = from.iter().map(|from| Some((*from, self.read(*from, channel, cost)?)));
+        told.flatten().collect()
     }
 
     fn read(&mut self, from: Rank, channel: ChannelId, cost: usize) -> Option<Read> {
@@ -644,8 +689,16 @@ impl Group {
         let mut refused = Vec::new();
         // By the address of what the seats of one connection share.
         let mut relays: BTreeMap<*const AtomicUsize, (Rank, Vec<u32>)> = BTreeMap::new();
-        for &rank in to {
-            let sent = self.link_mut(rank).and_then(|link| match link.outbox.seat {
+        // In their order, as the slots are: one pass over these, instead of a search for each.
+        let mut to = to.to_vec();
+        to.sort_unstable();
+        let first = to.first().copied().unwrap_or(Rank::LEADER);
+        let mut slots = self.slots.range_mut(first..).peekable();
+        for rank in to {
+            while slots.next_if(|(at, _)| **at < rank).is_some() {}
+            let slot = slots.peek_mut().filter(|(at, _)| **at == rank);
+            let link = slot.and_then(|(_, slot)| slot.link.as_mut()).ok_or_else(|| gone(rank));
+            let sent = link.and_then(|link| match link.outbox.seat {
                 Some(seat) if channel == UPDATES => {
                     if body.len().saturating_add(FRAME_OVERHEAD) > link.limit {
                         return Err(too_large(body.len(), link.limit).rank(rank));

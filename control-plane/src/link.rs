@@ -31,8 +31,10 @@ pub(super) const FRAME_FLOOR: u32 = 4096;
 const BEAT_FLOOR: Duration = Duration::from_millis(1);
 /// How many frames are looked at together, before they are written.
 const BATCH: usize = 4096;
-/// How long a relay keeps what not all of its ranks have said.
+/// How long a relay keeps what not all of its ranks have said, since the last one of them has.
 const LINGER: Duration = Duration::from_millis(2);
+/// The same, since the first one has.
+const LINGER_IN_ALL: Duration = Duration::from_millis(20);
 /// How long a listener that cannot accept waits before it tries again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -304,6 +306,8 @@ async fn attend_relay(mut wire: Wire, terms: Terms, config: &ControlConfig, shar
         let Frame::Carried { seats, frame } = frame else { return Err(unexpected(&frame)) };
         shared.update(|mailbox, side| {
             let Side::Leader(group) = side else { return Err(unexpected(&frame)) };
+            // The ranks whose message it is.
+            let mut from = Vec::new();
             for seat in seats {
                 let own = way.outbox.of_seat(seat);
                 if let Frame::Signal(Signal::Introduction(introduction)) = &*frame {
@@ -331,10 +335,16 @@ async fn attend_relay(mut wire: Wire, terms: Terms, config: &ControlConfig, shar
                         }
                     }
                     said => {
+                        let taken = match said {
+                            Frame::Message { channel, body } => {
+                                let charged = mailbox.charge(rank, *channel, body);
+                                charged.map(|()| from.push(rank))
+                            }
+                            said => take_in(rank, said.clone(), group, mailbox),
+                        };
+                        let Err(error) = taken else { continue };
                         // What a rank says against the rules is not its relay's fault.
-                        if let Err(error) = take_in(rank, said.clone(), group, mailbox)
-                            && let Err(error) = group.cut(rank, ErrorReport::from(&error), mailbox)
-                        {
+                        if let Err(error) = group.cut(rank, ErrorReport::from(&error), mailbox) {
                             tracing::debug!(%rank, %error, "it is gone already");
                         }
                     }
@@ -342,6 +352,9 @@ async fn attend_relay(mut wire: Wire, terms: Terms, config: &ControlConfig, shar
                 if group.link(rank).is_err() {
                     seated.remove(&seat);
                 }
+            }
+            if let Frame::Message { channel, body } = *frame {
+                mailbox.file(from, channel, body);
             }
             Ok(())
         })
@@ -660,7 +673,7 @@ async fn gather(
     queue: &mut Queue,
     ranks: &(dyn Fn() -> usize + Sync),
 ) {
-    let until = Instant::now() + LINGER;
+    let latest = Instant::now() + LINGER_IN_ALL;
     loop {
         merge(batch);
         let is_partial = |frame: &Frame| match frame {
@@ -673,6 +686,7 @@ async fn gather(
         if batch.len() >= BATCH || !batch.iter().all(is_partial) {
             return;
         }
+        let until = latest.min(Instant::now() + LINGER);
         match timeout_at(until, queue.recv()).await {
             Ok(Some(frame)) => batch.push_back(frame),
             Ok(None) | Err(_) => return,
@@ -825,6 +839,51 @@ mod tests {
                 assert!(error.to_string().contains("max_frame_bytes"), "{error}");
             }
         }
+    }
+
+    #[tokio::test]
+    async fn a_relay_that_lies_speaks_for_no_rank_but_its_own() {
+        let config = ControlConfig::new("127.0.0.1:0".parse().unwrap(), Token::generate().unwrap());
+        let (config, terms) = (Arc::new(config.clone()), config.terms());
+        let group = crate::group::Group::new(8);
+        let shared = Arc::new(Shared::new(Side::Leader(group), config.budget()));
+        let mut relays = Vec::new();
+        for _ in 0..2 {
+            let (up, down) = tokio::io::duplex(1 << 16);
+            let (config, shared) = (Arc::clone(&config), Arc::clone(&shared));
+            tokio::spawn(async move { attend_relay(wire(down), terms, &config, &shared).await });
+            relays.push(wire(up).writer);
+        }
+        let introduction = |rank| {
+            let who = Introduction { role: Role::Rollout, rank: Some(Rank(rank)), terms };
+            Frame::Signal(Signal::Introduction(who))
+        };
+        let body = |body: &'static [u8]| self::said(&Bytes::from_static(body));
+        // The second one says that it has the rank of the first as well, and speaks on seats that it never gave.
+        for (relay, seats, frame) in [
+            (0, vec![0], introduction(1)),
+            (0, vec![0], body(b"true")),
+            (1, vec![7], introduction(2)),
+            (1, vec![3], introduction(1)),
+            (1, vec![0, 1, 3, 7], body(b"false")),
+        ] {
+            let heard = || shared.read(|mailbox, _| mailbox.take_all(UPDATES));
+            let is_message = matches!(frame, Frame::Message { .. });
+            let writer = &mut relays[relay];
+            writer.push(&Frame::Carried { seats, frame: Box::new(frame) }).unwrap();
+            writer.flush(PATIENCE).await.unwrap();
+            let mut said = heard();
+            while is_message && said.is_none() {
+                sleep(Duration::from_millis(1)).await;
+                said = heard();
+            }
+            let from = said.map(|(said, _)| match said {
+                engine_core::control::Said::One(Event::Message { from, .. }) => from,
+                other => panic!("{other:?}"),
+            });
+            assert_eq!(from, is_message.then(|| Rank(relay as u32 + 1)));
+        }
+        assert!(shared.read(|mailbox, _| mailbox.take_all(UPDATES)).is_none());
     }
 
     #[test]

@@ -12,11 +12,12 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::address::Listener;
-use crate::group::{Group, Link, Mailbox};
+use crate::group::{Group, Link, Mailbox, Told};
 use crate::link::{follow, join, knock, serve};
 use crate::shared::{Shared, Side};
 use crate::wire::{Call, Frame, Outcome, Signal};
 use crate::{Address, Channel, ChannelId, ControlConfig, Event, Peer, Role, TrafficCounts};
+use engine_core::control::Said;
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result};
 
 /// How long a rank that gave up waiting listens for the leader's list of the missing ones.
@@ -301,19 +302,35 @@ impl ControlPlane {
         channel: ChannelId,
         deadline: Duration,
     ) -> Result<Option<Event>> {
-        let event = self.wait(deadline, |mailbox, side| match mailbox.take(channel) {
-            Some((event, told)) => {
-                // One that is gone needs no telling.
-                if let Some((from, bytes)) = told
-                    && let Some(link) = side.link_mut(from)
-                {
-                    link.signal(Signal::Read { bytes });
+        self.wait_for(deadline, |mailbox| mailbox.take(channel)).await
+    }
+
+    pub(crate) async fn recv_all(
+        &self,
+        channel: ChannelId,
+        deadline: Duration,
+    ) -> Result<Option<Said>> {
+        self.wait_for(deadline, |mailbox| mailbox.take_all(channel)).await
+    }
+
+    async fn wait_for<T>(
+        &self,
+        deadline: Duration,
+        mut take: impl FnMut(&mut Mailbox) -> Option<(T, Told)>,
+    ) -> Result<Option<T>> {
+        let taken = self.wait(deadline, |mailbox, side| match take(mailbox) {
+            Some((taken, told)) => {
+                for (from, bytes) in told {
+                    // One that is gone needs no telling.
+                    if let Some(link) = side.link_mut(from) {
+                        link.signal(Signal::Read { bytes });
+                    }
                 }
-                Some(Ok(event))
+                Some(Ok(taken))
             }
             None => mailbox.ended.clone().map(|report| Err(report.into())),
         });
-        event.await.transpose()
+        taken.await.transpose()
     }
 
     /// Leaves the group: says goodbye, writes what was queued and ends the thread, within the

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use control_plane::{
     Address, ChannelId, Control, ControlConfig, ControlPlane, Event, Relay, Role, Token, UPDATES,
 };
+use engine_core::control::Said;
 use engine_core::{Error, ErrorKind, Rank, Result};
 use futures::executor::block_on;
 use futures::future::try_join_all;
@@ -111,6 +112,48 @@ fn what_is_said_to_all_ranks_of_a_relay_crosses_its_connection_once() {
         assert_eq!((nobody[0].0, nobody[0].1.kind()), (Rank(99), ErrorKind::PeerLost));
         let third = members.iter().find(|member| member.rank() == Rank(3)).unwrap();
         assert_eq!(event(third).await, said(0, b"x"));
+    });
+}
+
+#[test]
+fn what_ranks_of_a_relay_say_alike_is_heard_together_or_one_by_one_as_the_leader_asks() {
+    block_on(async {
+        let leader = ControlPlane::lead(config(&any())).await.unwrap();
+        let relay = relay(leader.address()).await;
+        let members = group(&leader, &[relay.address(); 8]).await;
+        let ranks: Vec<Rank> = members.iter().map(ControlPlane::rank).collect();
+        let updates = leader.channel(UPDATES);
+        let say = |body: &'static [u8]| {
+            for member in &members {
+                member.channel(UPDATES).send(Rank::LEADER, Bytes::from_static(body)).unwrap();
+            }
+        };
+        // How they are put together is a matter of time; that they arrive is not.
+        let (mut heard, mut events) = (Vec::new(), 0);
+        for round in [&b"1"[..], b"2", b"3"] {
+            say(round);
+            while heard.len() < ranks.len() {
+                match Control::recv_all(&updates, DEADLINE).await.unwrap().expect("an event") {
+                    Said::Alike { from, body } if body == round => heard.extend(from),
+                    Said::One(Event::Message { from, body }) if body == round => heard.push(from),
+                    other => panic!("{other:?}"),
+                }
+                events += 1;
+            }
+            heard.sort();
+            assert_eq!(std::mem::take(&mut heard), ranks);
+        }
+        assert!(events < 3 * ranks.len(), "{events} events: nothing was heard together");
+        say(b"4");
+        for _ in &ranks {
+            match event(&leader).await {
+                Event::Message { from, body } if body == b"4"[..] => heard.push(from),
+                other => panic!("{other:?}"),
+            }
+        }
+        heard.sort();
+        assert_eq!(heard, ranks);
+        assert_eq!(updates.recv(Duration::ZERO).await.unwrap(), None);
     });
 }
 

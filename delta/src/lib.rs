@@ -22,6 +22,8 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod message;
 mod rollout;
 mod shadow;
@@ -36,20 +38,17 @@ use serde::{Deserialize, Serialize};
 /// Deltas in front of an engine, where its configuration says `delta: true`: to be given to
 /// [`Registry::with_layer`](engine_core::Registry::with_layer), before layers that convert weights, which then convert what this
 /// compares.
-pub const LAYER: Layer = Layer {
-    name: "delta",
-    keys: &DeltaConfig::KEYS,
-    trainer: in_front_of_trainer,
-    rollout: in_front_of_rollout,
-};
+pub const LAYER: Layer =
+    Layer::new("delta", &DeltaConfig::KEYS, in_front_of_trainer, in_front_of_rollout);
 
 /// After so many versions that came as changes, sums are computed anew from memory.
 const ATTESTED_EVERY: u64 = 64;
 
-/// What of a configuration is this layer's.
+/// This layer's part of a configuration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub struct DeltaConfig {
     /// Whether updates carry only what changed. Every rank keeps a copy of what travelled, in host memory.
     pub delta: bool,

@@ -127,7 +127,8 @@ impl TrainerEngine for DeltaTrainer {
         }
         let mut report = sent?;
         report.plan_reused = reused.unwrap_or(report.plan_reused);
-        report.counts = TensorCounts { wire_bytes: report.counts.wire_bytes, ..counts };
+        let wire_bytes = std::mem::replace(&mut report.counts, counts).wire_bytes;
+        report.counts.wire_bytes = wire_bytes;
         let base = lock(&kept.shadow).take();
         kept.since_attested = if attested { 0 } else { kept.since_attested + 1 };
         match base {

@@ -13,7 +13,8 @@ use proptest::prelude::*;
 const DTYPES: [DType; 4] = [DType::F8_E4M3, DType::BF16, DType::F32, DType::U8];
 
 fn config(delta: bool) -> EngineContext {
-    let mut config = CheckpointEngineConfig { timeout_seconds: 20.0, ..Default::default() };
+    let mut config = CheckpointEngineConfig::default();
+    config.timeout_seconds = 20.0;
     config.layers.insert("delta".into(), delta.into());
     EngineContext::new(config)
 }

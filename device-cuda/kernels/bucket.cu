@@ -4,20 +4,12 @@
 // Work is cut into tiles of 16 or 32 KiB of source: one block of 128 x 128 elements, or so many bytes of
 // a copy. A table has every job and the number of its first tile, so that eighteen thousand small matrices
 // cost per byte what one large matrix does. A grid of a few blocks per multiprocessor walks the tiles.
+//
+// `common.cuh` is in front of it.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-#define THREADS 256
 // Blocks of a multiprocessor. More would fit, and are slower: each has a tile of its own open, and
 // the memory serves few long runs faster than many.
 #define BLOCKS 3
-// As in src/table.rs.
-#define COPY_STEPS 4
-#define COPY_TILE (THREADS * 16 * COPY_STEPS)
-
 // As `Job` in src/table.rs.
 struct Job {
     u64 source;         // device address of the first element
@@ -34,48 +26,12 @@ struct Job {
     u32 flags;          // PRECAST, SUMMED, FROM, SCALES
 };
 
-struct Tile {
-    u32 job;
-    u32 index;          // within the job
-};
-
-// The job that tile `t` belongs to: the last whose first tile is not after it. `firsts` has the first tile
-// of each of `jobs` jobs. A warp looks at 32 places at a time, so that two or three looks find it.
-__device__ __forceinline__ Tile find(const u32* firsts, u32 jobs, u32 t) {
-    u32 lane = threadIdx.x & 31, low = 0, high = jobs;
-    while (high - low > 1) {
-        u32 step = (high - low + 31) / 32;
-        u32 at = low + lane * step;
-        // Lane 0 is at a job whose first tile is not after `t`.
-        u32 found = __ballot_sync(0xffffffffu, at < high && firsts[at] <= t);
-        low += (31 - __clz(found)) * step;
-        high = min(high, low + step);
-    }
-    Tile tile = {low, t - firsts[low]};
-    return tile;
-}
-
 // Round to BF16 first; add to the digest's sum what is written, which the sender of the table knows to be
 // at a multiple of 8 bytes of the bucket. The bucket is what is written, or what a copy is FROM.
 // SCALES are added as well, by the block that does the last tile of a matrix: they begin at a multiple of 64 bytes.
 enum { PRECAST = 1, SUMMED = 2, FROM = 4, SCALES = 8 };
 enum { COPY = 0, BF16 = 1, F16 = 2, F32 = 3 };
 enum { TRITON = 0, PYTORCH = 1, UE8M0 = 2, TRITON_GPU = 3 };
-
-__device__ __forceinline__ uint4 load16(const void* address) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
-    return v;
-}
-
-__device__ __forceinline__ float bf16_value(u32 bits) { return __uint_as_float(bits << 16); }
-
-__device__ __forceinline__ float f16_value(u32 bits) {
-    float value;
-    asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(value) : "r"(bits));
-    return value;
-}
 
 // To nearest even; NaN stays NaN.
 __device__ __forceinline__ float round_to_bf16(float value) {
@@ -155,43 +111,6 @@ __device__ __forceinline__ float element(u64 source, u32 kind, bool precast, u64
     return precast ? round_to_bf16(value) : value;
 }
 
-// The keys of engine-core's digest.
-__constant__ u32 LOW[8] = {@LOW@};
-__constant__ u32 HIGH[8] = {@HIGH@};
-__constant__ u32 LOW_STEP[8] = {@LOW_STEP@};
-__constant__ u32 HIGH_STEP[8] = {@HIGH_STEP@};
-
-// The digest's keys of one lane. Kept in registers over many words: threads of a warp have different
-// lanes, and constant memory serves one address at a time.
-struct Keys {
-    u32 low, high, low_step, high_step;
-};
-
-__device__ __forceinline__ Keys keys_of(u64 word) {
-    u32 lane = (u32)word & 7;
-    Keys k = {LOW[lane], HIGH[lane], LOW_STEP[lane], HIGH_STEP[lane]};
-    return k;
-}
-
-// The product of a word with these halves in a row of the bucket.
-__device__ __forceinline__ u64 product(Keys k, u32 row, u32 low, u32 high) {
-    return (u64)(low + k.low + row * k.low_step) * (high + k.high + row * k.high_step);
-}
-
-// The same for a word anywhere in the bucket.
-__device__ __forceinline__ u64 product_at(u64 index, u64 word) {
-    return product(keys_of(index), (u32)(index >> 3), (u32)word, (u32)(word >> 32));
-}
-
-// Writes the lower bytes of a word.
-__device__ __forceinline__ void store_bytes(u8* target, u64 word, u32 bytes) {
-    if (bytes == 8 && ((u64)target & 7) == 0) {
-        *(u64*)target = word;
-        return;
-    }
-    for (u32 i = 0; i < bytes; i++) target[i] = (u8)(word >> (8 * i));
-}
-
 // The products of the last bytes of a copy, less than 16; the last word is filled up with zeros.
 __device__ __forceinline__ u64 tail_products(u64 index, const u8* source, u32 bytes) {
     u64 sum = 0;
@@ -227,11 +146,6 @@ __device__ __forceinline__ bool is_last(u32* done, u32 tiles, u32* shared) {
     bool last = *shared;
     if (last) __threadfence();
     return last;
-}
-
-__device__ __forceinline__ void add_to(u64* sum, u64 mine) {
-    for (int lane = 16; lane > 0; lane >>= 1) mine += __shfl_xor_sync(0xffffffffu, mine, lane);
-    if ((threadIdx.x & 31) == 0 && mine != 0) atomicAdd(sum, mine);
 }
 
 // The largest of all threads' values. Two tiles in a row use different halves of `shared`, so that one

@@ -41,8 +41,7 @@ impl CudaArena {
         bytes: u64,
         allocate: impl FnOnce(&Device, usize) -> Result<CudaMemory, CudaError>,
     ) -> Result<Self> {
-        let ordinal = i32::try_from(device.ordinal().unwrap_or(0)).unwrap_or(i32::MAX);
-        let device = Device::open(ordinal)?;
+        let device = Device::of(device)?;
         let total = bytes.checked_mul(slots.into()).and_then(|total| usize::try_from(total).ok());
         let total = total.ok_or_else(|| {
             let message = format!("{slots} slots of {bytes} bytes are too many");

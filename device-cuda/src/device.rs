@@ -1,7 +1,9 @@
 //! Devices and what lives on them. Every handle keeps its device's context.
 
 use std::any::Any;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use engine_core::DeviceChoice;
 
 use crate::CudaError;
 use crate::ffi::{self, Attribute, Context, Driver};
@@ -37,6 +39,11 @@ impl Device {
         let processors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let (multiprocessors, capability) = (processors.unsigned_abs(), (major, minor));
         Ok(Self(Arc::new(Primary { ordinal, context, multiprocessors, capability })))
+    }
+
+    /// The device of a configuration: the first one if it has no number.
+    pub fn of(choice: &DeviceChoice) -> Result<Self, CudaError> {
+        Self::open(i32::try_from(choice.ordinal().unwrap_or(0)).unwrap_or(i32::MAX))
     }
 
     /// Its number.
@@ -415,6 +422,11 @@ impl CudaMemory {
         self.memory.address()
     }
 
+    /// The same memory, which this does not keep.
+    pub(crate) fn downgrade(&self) -> WeakMemory {
+        WeakMemory { device: self.device.clone(), memory: Arc::downgrade(&self.memory) }
+    }
+
     /// Whether nobody else holds it, the work of streams included.
     pub(crate) fn is_unshared(&self) -> bool {
         Arc::strong_count(&self.memory) == 1
@@ -442,6 +454,19 @@ impl CudaMemory {
     /// All of it.
     pub fn all(&self) -> CudaSlice {
         CudaSlice { memory: self.clone(), start: 0, len: self.len() }
+    }
+}
+
+/// Memory of this process, as long as somebody keeps it.
+#[derive(Debug)]
+pub(crate) struct WeakMemory {
+    device: Device,
+    memory: Weak<ffi::Memory>,
+}
+
+impl WeakMemory {
+    pub(crate) fn upgrade(&self) -> Option<CudaMemory> {
+        self.memory.upgrade().map(|memory| CudaMemory { device: self.device.clone(), memory })
     }
 }
 

@@ -57,8 +57,7 @@ fn refuse(name: &str, message: impl Into<String>) -> Error {
 /// # Errors
 ///
 /// `Weight` for a type that has no name in checkpoints, for memory that is neither the host's nor a CUDA
-/// device's, for sizes that contradict each other, and for elements on a device that are not contiguous;
-/// what the driver reports.
+/// device's, for sizes that contradict each other; what the driver reports.
 #[allow(unsafe_code, reason = "hands the caller's promise on")]
 pub unsafe fn weight(name: &str, tensor: NonNull<ManagedTensor>) -> Result<Weight> {
     // SAFETY: the caller's.
@@ -76,31 +75,35 @@ pub unsafe fn weight(name: &str, tensor: NonNull<ManagedTensor>) -> Result<Weigh
         return Err(refuse(name, "it has no memory"));
     }
     let strides = strides.filter(|strides| !contiguous(&meta.shape, strides));
-    match (device, strides) {
-        ((CPU | CUDA_HOST, _), None) => Weight::from_meta(meta, imported.host(len)),
-        ((CPU | CUDA_HOST, _), Some(strides)) => {
-            if strides.iter().any(|&stride| stride < 0) {
-                return Err(refuse(name, "it has negative strides"));
-            }
-            let size = u64::from(bits / 8);
-            let last = meta.shape.iter().zip(&strides).try_fold(0_u64, |sum, (&side, &stride)| {
-                sum.checked_add(side.saturating_sub(1).checked_mul(stride.unsigned_abs())?)
-            });
-            let len = last.and_then(|last| last.checked_add(1)?.checked_mul(size));
-            let len = len.and_then(|len| usize::try_from(len).ok());
-            let len = len.ok_or_else(|| refuse(name, "it is too large"))?;
-            let bytes = if meta.shape.contains(&0) { 0 } else { len };
-            Weight::strided(name, dtype, meta.shape, strides, 0, imported.host(bytes))
-        }
-        ((CUDA, ordinal), None) => {
-            let device = Device::open(ordinal)?;
-            Weight::from_meta(meta, imported.on_device(&device, len).all().storage())
-        }
-        ((CUDA, _), Some(_)) => {
-            Err(refuse(name, "its elements are not contiguous: make it so before it is sent"))
-        }
-        ((other, _), _) => Err(refuse(name, format!("it is on a device of kind {other}"))),
+    let len = match &strides {
+        None => len,
+        Some(strides) => reach(name, &meta.shape, strides, u64::from(bits / 8))?,
+    };
+    let storage: Storage = match device {
+        (CPU | CUDA_HOST, _) => imported.host(len).into(),
+        (CUDA, ordinal) => imported.on_device(&Device::open(ordinal)?, len).all().storage(),
+        (other, _) => return Err(refuse(name, format!("it is on a device of kind {other}"))),
+    };
+    match strides {
+        None => Weight::from_meta(meta, storage),
+        Some(strides) => Weight::strided(name, dtype, meta.shape, strides, 0, storage),
     }
+}
+
+/// How many bytes a view reaches over.
+fn reach(name: &str, shape: &[u64], strides: &[i64], size: u64) -> Result<usize> {
+    if strides.iter().any(|&stride| stride < 0) {
+        return Err(refuse(name, "it has negative strides"));
+    }
+    if shape.contains(&0) {
+        return Ok(0);
+    }
+    let last = shape.iter().zip(strides).try_fold(0_u64, |sum, (&side, &stride)| {
+        sum.checked_add((side - 1).checked_mul(stride.unsigned_abs())?)
+    });
+    let len = last.and_then(|last| last.checked_add(1)?.checked_mul(size));
+    let len = len.and_then(|len| usize::try_from(len).ok());
+    len.ok_or_else(|| refuse(name, "it is too large"))
 }
 
 /// Whether strides, in elements, are those of a contiguous tensor.

@@ -9,17 +9,20 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use engine_core::digest;
+use engine_core::{Program, digest};
 use quant_fp8::Fp8Format;
 use sha2::{Digest as _, Sha256};
 
 use crate::ffi::{Compiler, Function, Image, Module};
+use crate::programs::OWN;
 use crate::resident::{Known, MOST_BYTES, Resident};
 use crate::table::{Part, Table, Tables, Task, mode_number};
 use crate::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, PinnedMemory, Stream};
 
-const SOURCE: &str =
-    concat!(include_str!("../kernels/bucket.cu"), include_str!("../kernels/placed.cu"));
+const COMMON: &str = include_str!("../kernels/common.cuh");
+const BUCKET: &str = include_str!("../kernels/bucket.cu");
+const PROGRAM: &str = include_str!("../kernels/program.cu");
+const PLACED: &str = include_str!("../kernels/placed.cu");
 
 /// The folder that has NVRTC, where it is not on the loader's path.
 const FOLDER_VARIABLE: &str = "CKPT_ENGINE_NVRTC_DIR";
@@ -30,10 +33,20 @@ const MOST_LAUNCHES: usize = 8;
 /// Threads of a block; as `THREADS` in the kernels.
 pub(crate) const THREADS: u32 = 256;
 
-/// The source, with the digest's keys put in.
-fn source() -> Result<CString, CudaError> {
+/// The kernels of buckets and of placed updates.
+fn own() -> Result<CString, CudaError> {
+    source(&[COMMON, BUCKET, PLACED])
+}
+
+/// The kernel of an encoding's program.
+fn of_program(program: &Program) -> Result<CString, CudaError> {
+    source(&[COMMON, program.source(), PROGRAM])
+}
+
+/// The text of kernels, with the digest's keys put in.
+fn source(parts: &[&str]) -> Result<CString, CudaError> {
     let keys = digest::keys();
-    let mut text = SOURCE.to_owned();
+    let mut text = parts.join("\n");
     for (name, values) in [
         ("@LOW@", keys.low),
         ("@HIGH@", keys.high),
@@ -63,21 +76,34 @@ fn options(capability: (i32, i32)) -> Vec<String> {
     ]
 }
 
-/// Compiles the kernels for a compute capability, without any device.
+/// Compiles all kernels for a compute capability, without any device. What it returns are those of buckets.
 ///
 /// # Errors
 ///
 /// [`CudaError::NoCompiler`], and [`CudaError::Compiler`] with NVRTC's log.
 pub fn compile(capability: (i32, i32)) -> Result<Vec<u8>, CudaError> {
-    compiled(capability).map(Image::into_bytes)
+    for program in OWN {
+        compile_program(program, capability)?;
+    }
+    compiled(&own()?, capability).map(Image::into_bytes)
 }
 
-fn compiled(capability: (i32, i32)) -> Result<Image, CudaError> {
+/// Compiles the kernel of an encoding's [program](engine_core::Program) for a compute capability, without any device. The module
+/// `programs` says what is in a program.
+///
+/// # Errors
+///
+/// Those of [`compile`].
+pub fn compile_program(program: &Program, capability: (i32, i32)) -> Result<Vec<u8>, CudaError> {
+    compiled(&of_program(program)?, capability).map(Image::into_bytes)
+}
+
+fn compiled(source: &CStr, capability: (i32, i32)) -> Result<Image, CudaError> {
     let options: Vec<CString> = options(capability)
         .into_iter()
         .map(|option| CString::new(option).unwrap_or_default())
         .collect();
-    compiler()?.compile(&source()?, c"bucket.cu", &options)
+    compiler()?.compile(source, c"bucket.cu", &options)
 }
 
 /// NVRTC's version, once it is loaded.
@@ -112,16 +138,16 @@ fn compiler() -> Result<Compiler, CudaError> {
 }
 
 /// The file in the cache that has the compiled kernels of this source for a device.
-fn cached_file(capability: (i32, i32)) -> Result<Option<PathBuf>, CudaError> {
+fn cached_file(source: &CStr, capability: (i32, i32)) -> Option<PathBuf> {
     let mut hash = Sha256::new();
-    hash.update(source()?.as_bytes());
+    hash.update(source.to_bytes());
     hash.update(options(capability).join(" "));
     let name = hash.finalize().iter().fold(String::new(), |mut name, byte| {
         // Writing to a string cannot fail.
         write!(name, "{byte:02x}").ok();
         name
     });
-    Ok(cache_folder().map(|folder| folder.join(format!("{name}.kernels"))))
+    cache_folder().map(|folder| folder.join(format!("{name}.kernels")))
 }
 
 /// What a file has, if it is whole.
@@ -200,6 +226,8 @@ pub struct Kernels {
     results: PinnedMemory,
     /// The number of what is in the table.
     prepared: u64,
+    /// Those of encodings that were needed.
+    programs: Vec<(&'static Program, Kernel)>,
 }
 
 /// Memory of so many numbers of 32 bits, all of them 0 for the stream's later work.
@@ -243,7 +271,7 @@ pub(crate) struct Kernel {
     pub(crate) grid: u32,
 }
 
-/// All kernels of a device, compiled if it is the first time on such a device.
+/// Kernels of a source on a device: compiled, if it is the first time on such a device.
 #[derive(Debug)]
 pub(crate) struct Library {
     module: Arc<Module>,
@@ -252,10 +280,15 @@ pub(crate) struct Library {
 
 impl Library {
     pub(crate) fn load(device: &Device) -> Result<Self, CudaError> {
+        Self::of(device, &own()?)
+    }
+
+    /// Those of a source.
+    fn of(device: &Device, source: &CStr) -> Result<Self, CudaError> {
         let capability = device.capability();
-        let file = cached_file(capability)?;
+        let file = cached_file(source, capability);
         let load = |image: &Image| Module::load(device.context(), image).map(Arc::new);
-        let module = loaded(file.as_deref(), || compiled(capability), load)?;
+        let module = loaded(file.as_deref(), || compiled(source, capability), load)?;
         Ok(Self { module, multiprocessors: device.multiprocessors() })
     }
 
@@ -293,6 +326,7 @@ impl Kernels {
             results: PinnedMemory::new(&stream, FOUND)?,
             stream,
             prepared: 0,
+            programs: Vec::new(),
         })
     }
 
@@ -341,6 +375,11 @@ impl Kernels {
         if tables.parts.len() > MOST_LAUNCHES {
             return Err(CudaError::Range(format!("{} launches at once", tables.parts.len())));
         }
+        for part in &tables.parts {
+            if let Task::Program { program, .. } = part.task {
+                self.load_program(program)?;
+            }
+        }
         let memory = match self.resident.want(&tables.bytes) {
             Known::Here(memory) => memory,
             Known::Again => {
@@ -356,6 +395,23 @@ impl Kernels {
         self.count_jobs(&tables.parts)?;
         let used = Used { table: memory, _owners: std::mem::take(&mut tables.used) };
         self.start(&tables.parts, Arc::new(used))
+    }
+
+    /// Loads the kernel of a program, if that was not needed before.
+    fn load_program(&mut self, program: &'static Program) -> Result<(), CudaError> {
+        if self.program(program).is_none() {
+            let device = self.device().clone();
+            let library = Library::of(&device, &of_program(program)?)?;
+            self.programs.push((program, library.kernel(c"encode")?));
+        }
+        Ok(())
+    }
+
+    fn program(&self, program: &Program) -> Option<&Kernel> {
+        self.programs
+            .iter()
+            .find(|(known, _)| std::ptr::eq(*known, program))
+            .map(|(_, kernel)| kernel)
     }
 
     /// Makes room for the count of each job's tiles.

@@ -3,7 +3,7 @@
 //!
 //! Nothing is linked: the driver and the compiler of the kernels are found at run time, and a machine
 //! without them gets an error in words. [`Device::open`] is where to begin; [`Kernels::encode`] copies
-//! and quantises all weights of a bucket in one launch.
+//! and quantises all weights of a bucket in one launch. [`MEMORY`] is what transports know of it.
 
 #![deny(unsafe_code)]
 
@@ -17,6 +17,8 @@ mod ffi;
 mod kernels;
 mod ledger;
 mod placed;
+mod programs;
+mod provider;
 mod release;
 mod resident;
 mod storage;
@@ -33,8 +35,9 @@ pub use device::{
     count, driver_version, keeping_current,
 };
 pub use error::CudaError;
-pub use kernels::{Kernels, Launch, Prepared, Ran, compile, nvrtc};
+pub use kernels::{Kernels, Launch, Prepared, Ran, compile, compile_program, nvrtc};
 pub use placed::{Check, Failed, Found, Maxima, Placer, Write};
+pub use provider::{MEMORY, export, import};
 pub use release::CollectiveUnderWay;
 pub use storage::{bucket_storage, upload};
 pub use table::DeviceJob;

@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
+use engine_core::Program;
 use quant_fp8::{Fp8Format, Granularity, Mode, Precast, SourceType};
 
 use crate::{CudaError, CudaMemory, CudaSlice};
@@ -107,6 +108,16 @@ pub(crate) struct Entry {
 
 /// Bytes of an entry.
 const ENTRY: usize = 64;
+
+/// A job of an encoding's own program; as `ProgramJob` in the kernels.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ProgramEntry {
+    pub(crate) source: u64,
+    pub(crate) target: u64,
+    /// Where the job begins in the output.
+    pub(crate) start: u64,
+    pub(crate) bytes: u64,
+}
 
 impl Entry {
     /// A copy, and how many tiles it has.
@@ -236,18 +247,45 @@ pub(crate) struct Table {
     tiles: u32,
     /// Whether a job has F32 elements.
     wide: bool,
+    /// Of the jobs of a program.
+    parameters: Vec<u64>,
 }
 
 impl Table {
     /// Takes a job in.
     pub(crate) fn push(&mut self, (entry, tiles): (Entry, usize)) -> Result<(), CudaError> {
+        self.count(tiles)?;
+        self.entries.extend_from_slice(&entry.bytes());
+        self.wide |= entry.kind == 3;
+        Ok(())
+    }
+
+    /// Takes a job of a program in.
+    pub(crate) fn push_program(
+        &mut self,
+        entry: ProgramEntry,
+        parameters: &[u64],
+    ) -> Result<(), CudaError> {
+        let ProgramEntry { source, target, start, bytes } = entry;
+        if !target.is_multiple_of(16) || !start.is_multiple_of(16) {
+            return Err(CudaError::Range("a part of a weight that begins within 16 bytes".into()));
+        }
+        self.count((bytes as usize).div_ceil(COPY_TILE))?;
+        let first = self.parameters.len() as u64;
+        for word in [source, target, start, bytes, first, 0, 0, 0] {
+            self.entries.extend_from_slice(&word.to_le_bytes());
+        }
+        self.parameters.extend_from_slice(parameters);
+        Ok(())
+    }
+
+    /// Counts the tiles of the next job.
+    fn count(&mut self, tiles: usize) -> Result<(), CudaError> {
         let all = u32::try_from(tiles).ok().and_then(|tiles| self.tiles.checked_add(tiles));
         let all =
             all.ok_or_else(|| CudaError::Range("more tiles than a launch can have".into()))?;
-        self.entries.extend_from_slice(&entry.bytes());
         self.firsts.push(self.tiles);
         self.tiles = all;
-        self.wide |= entry.kind == 3;
         Ok(())
     }
 
@@ -255,6 +293,7 @@ impl Table {
     pub(crate) fn clear(&mut self) {
         self.entries.clear();
         self.firsts.clear();
+        self.parameters.clear();
         (self.tiles, self.wide) = (0, false);
     }
 
@@ -291,6 +330,8 @@ pub(crate) enum Task {
     Encode { mode: u64, base: u64 },
     /// Digests.
     Digest,
+    /// Encodes by a program.
+    Program { program: &'static Program, base: u64 },
 }
 
 /// A launch whose table is among others.
@@ -300,6 +341,8 @@ pub(crate) struct Part {
     /// Where its jobs begin, and where the numbers of their first tiles.
     pub(crate) jobs_at: usize,
     pub(crate) firsts_at: usize,
+    /// Where the parameters begin.
+    pub(crate) parameters_at: usize,
     pub(crate) jobs: u32,
     pub(crate) tiles: u32,
     pub(crate) wide: bool,
@@ -325,8 +368,13 @@ impl Tables {
         self.bytes.extend(table.firsts.iter().flat_map(|first| first.to_le_bytes()));
         // A job has a tile or none, and fewer than 2^32 tiles were counted; jobs of no bytes are few.
         let jobs = table.firsts.len() as u32;
+        let parameters_at = self.bytes.len().next_multiple_of(8);
+        if !table.parameters.is_empty() {
+            self.bytes.resize(parameters_at, 0);
+            self.bytes.extend(table.parameters.iter().flat_map(|word| word.to_le_bytes()));
+        }
         let Table { tiles, wide, .. } = *table;
-        self.parts.push(Part { task, jobs_at, firsts_at, jobs, tiles, wide });
+        self.parts.push(Part { task, jobs_at, firsts_at, parameters_at, jobs, tiles, wide });
     }
 
     /// Keeps an allocation that addresses are in.

@@ -5,12 +5,16 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use engine_core::memory::Job;
-use engine_core::{Encoding, Error, Result, Storage, Weight};
+use engine_core::{Encoding, Error, Kernel, Program, Result, Storage, Weight};
 use quant_fp8::{Fp8Codes, Fp8Format, Fp8Scales, Granularity, NonFinite, QuantError};
 
 use crate::CudaError;
 use crate::ledger::key;
-use crate::table::{Entry, Fp8Places, Table, Tables, Task, mode_number};
+use crate::programs::kernel_of;
+use crate::table::{Entry, Fp8Places, ProgramEntry, Table, Tables, Task, mode_number};
+
+/// The most programs that a bucket's launches may be of; the CPU does the work of any others.
+const MOST_PROGRAMS: usize = 4;
 
 /// Bytes of a scale.
 pub(crate) const SCALE: usize = size_of::<f32>();
@@ -48,6 +52,8 @@ pub(crate) struct Work {
     spare: Vec<Batch>,
     /// Copies of what the launches made elsewhere.
     late: Table,
+    /// What encodings' own programs do: one launch for each program.
+    programs: Vec<(&'static Program, Table)>,
     /// What no launch adds to the digest while it writes it.
     unsummed: Table,
     /// The numbers of jobs that the CPU encodes.
@@ -121,6 +127,7 @@ impl Work {
         // In the order of this bucket's jobs, whatever the last one had.
         self.spare.append(&mut self.batches);
         self.late.clear();
+        self.programs.clear();
         self.unsummed.clear();
         self.host.clear();
         self.peers.clear();
@@ -135,6 +142,9 @@ impl Work {
         }
         let mode = mode_number(Fp8Format::default().mode);
         tables.add(&self.late, Task::Encode { mode, base: 0 });
+        for (program, table) in &self.programs {
+            tables.add(table, Task::Program { program, base: if digests { bucket } else { 0 } });
+        }
         tables.add(&self.unsummed, Task::Digest);
     }
 
@@ -184,6 +194,11 @@ impl Work {
                 Located::Peer => self.peers.push(index),
                 Located::Elsewhere => self.host.push(index),
             }
+        } else if let Some((kernel, source)) = self.program_of(job, target, &sorting.locate) {
+            let entry = ProgramEntry { source, target, start: job.start, bytes: job.len };
+            let table = self.program(kernel.program);
+            // The launch adds what it writes to the digest.
+            return Ok(table.push_program(entry, &kernel.parameters)?);
         } else if let Some(of) = job.weight.encoding() {
             let any: &dyn std::any::Any = &**of;
             if let Some(codes) = any.downcast_ref::<Fp8Codes>()
@@ -212,6 +227,31 @@ impl Work {
             self.host.push(index);
         }
         self.digest_later(target, job, sorting.digests)
+    }
+
+    /// The kernel that an encoding brings, and where its source is, if it can encode a job here.
+    fn program_of<'a>(
+        &self,
+        job: &'a Job,
+        target: u64,
+        locate: impl Fn(&Storage) -> Located,
+    ) -> Option<(Kernel<'a>, u64)> {
+        let kernel = kernel_of(&job.weight)?;
+        let Located::Here(source) = locate(kernel.source) else { return None };
+        // Elements are read whole.
+        let is_aligned = (target | job.start).is_multiple_of(16) && source.is_multiple_of(8);
+        let is_known = self.programs.iter().any(|(known, _)| std::ptr::eq(*known, kernel.program));
+        let fits = is_known || self.programs.len() < MOST_PROGRAMS;
+        (is_aligned && fits).then_some((kernel, source))
+    }
+
+    fn program(&mut self, program: &'static Program) -> &mut Table {
+        let known = self.programs.iter().position(|(known, _)| std::ptr::eq(*known, program));
+        let at = known.unwrap_or_else(|| {
+            self.programs.push((program, Table::default()));
+            self.programs.len() - 1
+        });
+        &mut self.programs[at].1
     }
 
     /// Takes in codes that are computed here, of a source and for a target.
@@ -556,7 +596,9 @@ mod tests {
     fn quantizer() -> Fp8Quantizer {
         let granularity = Granularity::Block { rows: 32, cols: 32 };
         let format = Fp8Format { granularity, ..Fp8Format::default() };
-        let config = RulesConfig { format, receiver: Receiver::Any, ..RulesConfig::default() };
+        let mut config = RulesConfig::default();
+        config.format = format;
+        config.receiver = Receiver::Any;
         Rules::new(&config).unwrap().into()
     }
 

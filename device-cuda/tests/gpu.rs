@@ -465,12 +465,104 @@ fn weights_of_a_device_that_the_cpu_has_to_encode_are_said_once() {
     };
     let codes = quantized(vec![weight("up_proj")], &quantizer());
     assert_eq!(fill(codes), [""; 0], "there is a kernel for it");
-    let weights = vec![weight("up_proj"), weight("down_proj"), weight("gate_proj")];
-    let cast = weights.cast(DType::F32).map(|weight| weight.unwrap());
+    // From F64 the CPU rounds to 16 bits.
+    let wide = |name| {
+        let storage = weight(name).storage().unwrap().clone();
+        Weight::new(name, DType::F64, [64_u64, 128], storage).unwrap()
+    };
+    let weights = vec![wide("up_proj"), wide("down_proj"), wide("gate_proj")];
+    let cast = weights.cast(DType::BF16).map(|weight| weight.unwrap());
     let said = fill(futures::executor::block_on(cast.collect()));
     assert_eq!(said.len(), 1, "{said:?}");
     assert!(said[0].starts_with("3 weights on a device") && said[0].contains("`cast`"), "{said:?}");
     assert_eq!(packer.slower(), [""; 0], "it was said");
+}
+
+/// All halves, floats of all exponents with their neighbours, and what is no number; cast to every other type, in views of all
+/// sorts, in buckets of several sizes.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn casts_and_views_that_are_not_contiguous_are_encoded_on_the_device_as_on_the_cpu() {
+    let device = Device::open(0).unwrap();
+    let packer = Packer::new(&device).unwrap();
+    let pool = Pool::new(4).unwrap();
+    let halves: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
+    let floats: Vec<u8> = (0..=u16::MAX)
+        .flat_map(|upper| {
+            [0_u32, 1, 0x1000, 0x1001, 0x7fff, 0x8000, 0x8001, 0xefff, 0xf000, 0xffff]
+                .map(|lower| (u32::from(upper) << 16 | lower).to_le_bytes())
+        })
+        .flatten()
+        .collect();
+    let doubles: Vec<u8> = (0..=u16::MAX)
+        .flat_map(|upper| {
+            [0_u64, 1, 1 << 28, 1 << 29, (1 << 28) + 1, 3 << 28, (1 << 48) - 1]
+                .map(|lower| (u64::from(upper) << 48 | lower).to_le_bytes())
+        })
+        .flatten()
+        .collect();
+    let model = |put: &dyn Fn(&[u8]) -> engine_core::Storage| -> Vec<Weight> {
+        let mut weights = Vec::new();
+        let sources = [
+            (DType::BF16, &halves, &[DType::F16, DType::F32, DType::F64][..]),
+            (DType::F16, &halves, &[DType::BF16, DType::F32, DType::F64]),
+            (DType::F32, &floats, &[DType::BF16, DType::F16, DType::F64]),
+            (DType::F64, &doubles, &[DType::F32]),
+        ];
+        for (from, bytes, casts) in sources {
+            let size = from.bytes().unwrap();
+            for &to in casts {
+                // Whole, and a part of odd length, at an address that is not that of a vector.
+                for (skipped, dropped) in [(0, 0), (8, 5 * size)] {
+                    let storage = put(bytes);
+                    let storage = storage.slice(skipped..storage.len() - dropped);
+                    let len = storage.len() / size;
+                    let name = format!("{from}.{to}.{skipped}");
+                    let weight = Weight::new(name, from, [len], storage.slice(0..len * size));
+                    let cast = vec![weight.unwrap()].cast(to).map(|weight| weight.unwrap());
+                    weights.extend(futures::executor::block_on(cast.collect::<Vec<_>>()));
+                }
+            }
+        }
+        for (dtype, shape, strides, offset) in [
+            (DType::U8, &[60_u64, 1000][..], &[1_i64, 60][..], 3),
+            (DType::BF16, &[123, 77], &[1, 123], 8),
+            (DType::F32, &[5, 7, 11], &[-77, 11, -1], 318),
+            (DType::F64, &[33, 65], &[2, 130], 1),
+            (DType::F16, &[1000], &[0], 9),
+        ] {
+            let name = format!("view.{dtype}");
+            let view = Weight::strided(name, dtype, shape, strides, offset, put(&floats));
+            weights.push(view.unwrap());
+        }
+        weights
+    };
+    let there = model(&|bytes| {
+        let memory = CudaMemory::new(&device, bytes.len()).unwrap();
+        memory.all().write(bytes).unwrap();
+        memory.all().storage()
+    });
+    let here = model(&|bytes| bytes.to_vec().into());
+    for bucket_bytes in [64 << 20, 100_096, 1_u64 << 20, 64 << 20, 64 << 20] {
+        let bucket = CudaMemory::new(&device, bucket_bytes as usize).unwrap();
+        for (here, there) in plan(&here, bucket_bytes).iter().zip(plan(&there, bucket_bytes)) {
+            let mut expected = vec![0xee_u8; bucket_bytes as usize];
+            bucket.all().write(&expected).unwrap();
+            let sum = pool.encode(here, &mut expected, true).unwrap();
+            let filled = packer.fill(there, &bucket.all(), &pool, true).unwrap();
+            let mut bytes = vec![0; bucket_bytes as usize];
+            bucket.all().read(&mut bytes).unwrap();
+            for job in here {
+                let part = job.offset as usize..(job.offset + job.len) as usize;
+                let (found, expected) = (&bytes[part.clone()], &expected[part]);
+                let differs = found.iter().zip(expected).position(|(a, b)| a != b);
+                assert_eq!(differs, None, "{} from {}", job.weight.name(), job.start);
+            }
+            assert!(bytes == expected, "bytes between weights");
+            assert_eq!(filled, sum, "a bucket of {bucket_bytes} bytes");
+        }
+    }
+    assert_eq!(packer.slower(), [""; 0], "the CPU had to encode some");
 }
 
 #[test]
@@ -751,7 +843,8 @@ fn an_update_that_failed_leaves_nothing_behind_for_the_next_ones() {
 
 /// Quantises every matrix, whatever its sides.
 fn quantizer() -> Fp8Quantizer {
-    let config = RulesConfig { receiver: Receiver::Any, ..RulesConfig::default() };
+    let mut config = RulesConfig::default();
+    config.receiver = Receiver::Any;
     Rules::new(&config).unwrap().into()
 }
 

@@ -1,4 +1,4 @@
-//! Which version each rollout has at hand: what a layer has to know that sends changes instead of weights.
+//! Which version each rollout has. A layer that sends changes instead of weights has to know it.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -12,7 +12,7 @@ pub enum Base {
     /// It takes whole weights, and understands nothing else.
     #[default]
     Unable,
-    /// It would take changes, and has nothing that they could be applied to.
+    /// It takes changes, but has no version that they could be applied to.
     Missing,
     /// It has the version whose contents this number stands for.
     Has(u64),
@@ -21,7 +21,7 @@ pub enum Base {
 /// Between a layer and the engine behind it: on a rollout, what the rank says of itself; on the trainer that leads, what all
 /// rollouts of the present update have said.
 ///
-/// Clones share it. Nothing is remembered from one update to the next: what the layer reads was said for this one.
+/// Clones share it. Nothing is kept from one update to the next: what the layer reads was said for this update.
 #[derive(Clone, Debug, Default)]
 pub struct Bases(Arc<Mutex<State>>);
 

@@ -1,7 +1,7 @@
 //! Deadlines that work on every executor.
 //!
-//! tokio's timers need one of its runtimes to turn them, and panic where there is none. So those of engines
-//! are turned by a thread of their own, which sleeps until the next deadline; a wait may run on any executor.
+//! tokio's timers need a tokio runtime that drives them, and panic without one. So a thread of its own drives the
+//! timers of engines. It sleeps until the next deadline; waits may run on any executor.
 
 use std::future::Future;
 use std::sync::LazyLock;
@@ -37,7 +37,7 @@ pub async fn within<T>(deadline: Duration, future: impl Future<Output = T>) -> O
     timed.await.ok()
 }
 
-/// Waits so long.
+/// Waits for this duration.
 pub async fn sleep(duration: Duration) {
     let sleep = {
         let _clock = entered();

@@ -18,9 +18,9 @@ use crate::{Error, ErrorKind, Result};
 /// and a few of this engine's own. Every key is optional, and a `null` stands for the default.
 ///
 /// A program fills the fields in; the crate `engine-config` reads them from TOML, JSON and YAML, also from
-/// verl's whole documents, and refuses unknown keys and values out of range with their line. What serde
-/// alone reads, [`validate`](Self::validate) and [`Registry::prepare_trainer`](crate::Registry::prepare_trainer) check:
-/// nothing that asks for something is ignored.
+/// verl's whole documents, and refuses unknown keys and values out of range with their line. A configuration that
+/// serde alone has read is checked by [`validate`](Self::validate) and
+/// [`Registry::prepare_trainer`](crate::Registry::prepare_trainer). No key that asks for something is ignored.
 ///
 /// # Examples
 ///
@@ -36,6 +36,7 @@ use crate::{Error, ErrorKind, Result};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub struct CheckpointEngineConfig {
     /// The backend's name: `naive` unless set.
     pub backend: String,
@@ -78,8 +79,13 @@ impl Default for CheckpointEngineConfig {
 }
 
 impl CheckpointEngineConfig {
-    /// The longest wait that can be configured, about thirty years: a larger number of seconds is a
-    /// slip, and would overflow the clock.
+    /// The defaults, with a backend. A program sets the other fields that it needs.
+    pub fn new(backend: impl Into<String>) -> Self {
+        Self { backend: backend.into(), ..Self::default() }
+    }
+
+    /// The longest wait that can be configured, about thirty years. A larger number of seconds is a mistake, and
+    /// would overflow the clock.
     pub const MAX_TIMEOUT_SECONDS: f64 = 1e9;
 
     /// Checks the ranges that the fields' types do not express.
@@ -121,7 +127,7 @@ impl CheckpointEngineConfig {
         })
     }
 
-    /// The first key that asks for something and is not among those that somebody knows.
+    /// The first key that asks for something and is not among the known ones.
     pub(crate) fn not_understood(&self, known: &[&str]) -> Option<&str> {
         let asks = |value: &Value| match value {
             Value::Null | Value::Bool(false) => false,
@@ -189,7 +195,7 @@ impl CheckpointEngineConfig {
 
 /// A kind of device, by the name that its backends have for it, and which one of it: `cpu`, `gpu`, `gpu:1`.
 ///
-/// What kinds there are, backends say ([`Backend::devices`](crate::Backend::devices)).
+/// Backends say which kinds there are ([`Backend::devices`](crate::Backend::devices)).
 ///
 /// # Examples
 ///

@@ -46,6 +46,7 @@ pub struct Peer {
 
 /// What [`Control::recv`] yields.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum Event {
     /// A message, in the order in which its sender sent it.
     Message {
@@ -69,6 +70,20 @@ pub enum Event {
         rank: Rank,
         /// How that was noticed.
         error: ErrorReport,
+    },
+}
+
+/// What [`Control::recv_all`] yields.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Said {
+    /// What happened, or a message of one rank.
+    One(Event),
+    /// The same message of several ranks.
+    Alike {
+        /// Who sent it; a rank that is named twice has sent it twice.
+        from: Vec<Rank>,
+        /// What each of them gave to [`Control::send`].
+        body: Bytes,
     },
 }
 
@@ -114,6 +129,20 @@ pub trait Control: fmt::Debug + Send + Sync {
     ///
     /// After all events: `PeerLost` or `TrainerLeft` on a member whose leader is gone, `State` when the connection was closed here.
     async fn recv(&self, deadline: Duration) -> Result<Option<Event>>;
+
+    /// As [`recv`](Self::recv), with the messages together that several ranks have sent alike, where that is known: in less
+    /// than [`recv`](Self::recv) takes for each.
+    ///
+    /// # Cancel safety
+    ///
+    /// As with [`recv`](Self::recv).
+    ///
+    /// # Errors
+    ///
+    /// As with [`recv`](Self::recv).
+    async fn recv_all(&self, deadline: Duration) -> Result<Option<Said>> {
+        Ok(self.recv(deadline).await?.map(Said::One))
+    }
 
     /// On the leader: ends the connection to a rank that does not keep to the protocol. The rank is
     /// [lost](Event::Lost) for this reason, and may join again.

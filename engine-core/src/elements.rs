@@ -58,15 +58,16 @@ impl<N: Numbers> AsRef<[u8]> for Owner<N> {
 }
 
 impl Weight {
-    /// A contiguous tensor of numbers that the program has, shared and not copied. Its type is that of the numbers.
+    /// A contiguous tensor of numbers that the program holds. They are shared, not copied, and give the tensor its
+    /// type.
     ///
     /// When [`send_weights`](crate::TrainerEngine::send_weights) has returned, with an error or without, the engine
-    /// shares them no more: [`Arc::get_mut`] gives them back. After its future was dropped it may take a moment longer,
-    /// until the work on the present bucket has ended.
+    /// no longer shares them, so that [`Arc::get_mut`] works. After its future was dropped, that takes until the work
+    /// on the current bucket has ended.
     ///
     /// # Errors
     ///
-    /// `Weight` if there are more or fewer numbers than the shape says, or if the description is invalid.
+    /// `Weight` if the number of elements is not that of the shape, or if the description is invalid.
     ///
     /// # Examples
     ///

@@ -12,13 +12,14 @@ use serde::{Deserialize, Serialize};
 use crate::base::Bases;
 use crate::control::{Control, Role};
 use crate::observe::Observer;
+use crate::provider::MemoryKind;
 use crate::received::ReceivedWeights;
 use crate::report::SendReport;
 use crate::{CheckpointEngineConfig, Error, ErrorKind, Rank, Result, Version, WeightStream};
 
 /// One rank's end of a group: what a trainer's and a rollout's have in common. It is the contract of every transport.
 ///
-/// Each phase of its life is a type of its own, so that nothing can be called too early, too late, or on the wrong
+/// Each phase of its life is a type of its own, so that no call can be made too early, too late, or on the wrong
 /// side:
 ///
 /// 1. [`Backend::prepare_trainer`] and [`Backend::prepare_rollout`] allocate, and say how the rank is reached:
@@ -58,7 +59,7 @@ pub trait CheckpointEngine: fmt::Debug + Send {
     ///
     /// # Cancel safety
     ///
-    /// When the future is dropped, or the engine without it, the same happens without anybody who waits for it.
+    /// If the future is dropped, or the engine without a call of this, the same happens in the background.
     ///
     /// # Errors
     ///
@@ -127,9 +128,9 @@ pub trait CheckpointEngineWithCache: RolloutEngine {
     fn get_weights(&self) -> Result<(Version, WeightStream<'static>)>;
 }
 
-/// A rank that has allocated what it needs, and says how it is reached; [`join`](Self::join) makes its engine of it.
+/// A rank that has allocated its memory and says how it is reached. [`join`](Self::join) turns it into an engine.
 ///
-/// Dropped instead, it frees what it has allocated.
+/// Dropping it frees what it has allocated.
 pub struct Prepared<E> {
     metadata: WorkerMetadata,
     join: Join<E>,
@@ -159,8 +160,8 @@ impl<E> Prepared<E> {
         &self.metadata
     }
 
-    /// With something that the embedding program tells other ranks of this one, beside what is there already: the
-    /// keys of an object.
+    /// Adds what the embedding program tells other ranks about this one: the keys of an object, beside those that are
+    /// there.
     #[must_use]
     pub fn with_attributes(mut self, attributes: serde_json::Value) -> Self {
         match (&mut self.metadata.attributes, attributes) {
@@ -171,7 +172,7 @@ impl<E> Prepared<E> {
         self
     }
 
-    /// The same rank, whose engine is then made into something else.
+    /// The same rank; when it joins, the function turns its engine into something else.
     pub fn map<Other: 'static>(
         self,
         into: impl FnOnce(E) -> Other + Send + 'static,
@@ -203,6 +204,7 @@ impl<E> fmt::Debug for Prepared<E> {
 /// What peers need to know of a rank: made by [`Backend`]s, carried by the
 /// embedding program or by the control plane.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct WorkerMetadata {
     /// The backend's name; all ranks of a group have the same.
     pub backend: String,
@@ -255,6 +257,7 @@ fn host_id() -> String {
 
 /// A rank's place in the group: made by [`Backend::build_topology`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Placement {
     /// This rank.
     pub rank: Rank,
@@ -283,6 +286,11 @@ mod shared {
 }
 
 impl Placement {
+    /// The place of a rank among these, which are in the order of their ranks.
+    pub fn new(rank: Rank, peers: impl Into<Arc<[WorkerMetadata]>>) -> Self {
+        Self { rank, peers: peers.into() }
+    }
+
     /// The places of a group in which every rank knows every other: the start of a topology.
     ///
     /// The places are in the order of the ranks, the workers in any order.
@@ -385,6 +393,7 @@ pub async fn form_local_group(
 
 /// What an engine is made of: configuration, and its connection to the others.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct EngineContext {
     /// The configuration, common to all ranks.
     pub config: CheckpointEngineConfig,
@@ -396,12 +405,22 @@ pub struct EngineContext {
     pub observer: Arc<dyn Observer>,
     /// Which versions rollouts have, for layers that send changes. [`Registry`](crate::Registry) gives every engine its own.
     pub bases: Bases,
+    /// The kind of memory that the configuration's device has, if the [`Registry`](crate::Registry) has it; see
+    /// [`memory_kind`](Self::memory_kind).
+    pub memory: Option<&'static dyn MemoryKind>,
 }
 
 impl EngineContext {
     /// A context without control plane and observer.
     pub fn new(config: CheckpointEngineConfig) -> Self {
-        Self { config, control: None, rank: None, observer: Arc::new(()), bases: Bases::default() }
+        Self {
+            config,
+            control: None,
+            rank: None,
+            observer: Arc::new(()),
+            bases: Bases::default(),
+            memory: None,
+        }
     }
 
     /// With the connection to rank 0: a control plane, or a [`Control`] of any kind.
@@ -431,6 +450,20 @@ impl EngineContext {
         self
     }
 
+    /// The kind of memory of the configuration's device; `None` for the host, of which every backend has its own.
+    ///
+    /// # Errors
+    ///
+    /// `Config` for a device of a kind that is not known.
+    pub fn memory_kind(&self) -> Result<Option<&'static dyn MemoryKind>> {
+        let device = &self.config.device;
+        if self.memory.is_none() && !device.is_cpu() {
+            let message = format!("device: `{device}`: nothing here has memory of that kind");
+            return Err(Error::new(ErrorKind::Config, "preparing", message));
+        }
+        Ok(self.memory)
+    }
+
     /// The control plane, for engines that need it.
     ///
     /// # Errors
@@ -446,10 +479,9 @@ impl EngineContext {
         })
     }
 
-    /// How many threads a rank of this role packs or checks with: those of the configuration, else on a trainer
-    /// one for every core, which packing and encoding can use, and on a rollout one for every
-    /// second, since verifying takes less and several rollouts may share a host; at most 16, because
-    /// memory bandwidth is used up before more are.
+    /// How many threads a rank of this role packs or verifies with: the number that is configured, else one per core
+    /// on a trainer and one per two cores on a rollout, at most 16. Verifying takes less than encoding, and several
+    /// rollouts may share a host. More than 16 threads exceed the memory bandwidth.
     pub fn threads(&self, role: Role) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         match (self.config.threads, role) {
@@ -548,37 +580,20 @@ delegate!(&B, Arc<B>);
 
 /// On which devices a backend can have buckets, beside the host's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Devices {
-    /// On those of these kinds.
+    /// On those of these kinds, whose memory it brings itself.
     Kinds(&'static [&'static str]),
-    /// It hands memory over: weights stay where they are, on whatever device.
+    /// On those of every kind of memory that the [`Registry`](crate::Registry) has.
+    Registered,
+    /// All: it hands memory over, and weights stay where they are, on any device.
     Any,
-}
-
-impl Devices {
-    /// Whether devices of a kind are among them.
-    pub fn has(&self, kind: &str) -> bool {
-        match self {
-            Self::Kinds(kinds) => kinds.contains(&kind),
-            Self::Any => true,
-        }
-    }
-}
-
-impl fmt::Display for Devices {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Kinds(kinds) => {
-                write!(f, "these here: {}", [&["cpu"], *kinds].concat().join(", "))
-            }
-            Self::Any => f.write_str("any device"),
-        }
-    }
 }
 
 /// Whether a backend can run on this machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "status", rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Availability {
     /// It can; what was found.
     Usable {

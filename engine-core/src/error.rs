@@ -28,7 +28,7 @@ pub enum ErrorKind {
     Weight,
     /// The caller's stream of weights ended with an error.
     Source,
-    /// A call that what it is made on is not ready for: a cache without a version, say.
+    /// A call in a wrong state: of a cache that has no version yet, for example.
     State,
     /// A peer that could not prove that it knows the shared token.
     Authentication,
@@ -38,7 +38,7 @@ pub enum ErrorKind {
     Mismatch,
     /// Nothing happened within the deadline of a wait.
     Timeout,
-    /// The connection to a peer ended, and not in order: its process died, say.
+    /// The connection to a peer ended without a goodbye: its process died, for example.
     PeerLost,
     /// The trainer ended its part in the group in order: there will be no more updates of it.
     TrainerLeft,
@@ -73,6 +73,7 @@ impl ErrorKind {
 
 /// What the caller can do about an [`Error`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum Recovery {
     /// Start the next update as usual; the engine is in order.
     Retry,
@@ -106,6 +107,7 @@ struct Repr {
 
 /// The parts of an [`Error`] that travel to other ranks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct ErrorReport {
     /// What went wrong, to branch on.
     pub kind: ErrorKind,
@@ -143,7 +145,8 @@ impl Error {
         }))
     }
 
-    /// An operating system error; `NotFound`, full disks and timeouts get the kind they deserve.
+    /// An operating system error; timeouts, full disks and broken connections get a kind of their own, all others are
+    /// `Io`.
     pub fn io(operation: impl Into<String>, error: std::io::Error) -> Self {
         use std::io::ErrorKind as Io;
         let kind = match error.kind() {

@@ -9,22 +9,21 @@ use crate::{Error, ErrorKind, Result};
 
 /// Which weights an update has to bring to a receiver that has a version already.
 ///
-/// A stream that ends early, or a generator that was used up before, must not replace a model by a
-/// part of it.
+/// A stream that ends early, or an exhausted generator, must not replace a model by a part of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Expected {
     /// The names of the version that the receiver has: no more, and no fewer.
     #[default]
     SameNames,
-    /// Any: weights that do not come stay what they are.
+    /// Any names: weights that do not come keep their values.
     Partial,
 }
 
 /// How many names an error spells out.
 const NAMED: usize = 3;
 
-/// Compares the names that came with those that had to: of the version before, or of a destination.
+/// Compares the names that came with the expected ones: those of the version before, or of a destination.
 ///
 /// # Errors
 ///

@@ -1,4 +1,5 @@
-//! The contract of a checkpoint engine, and everything of it that no device needs.
+//! The contract of a checkpoint engine: weights and streams of them, plans, digests, errors, reports, and the traits
+//! of engines and backends. It knows no transport, no device and no quantisation.
 
 mod available;
 mod base;
@@ -14,10 +15,12 @@ mod error;
 mod expected;
 mod ids;
 mod isa;
+mod kernel;
 pub mod memory;
 pub mod native;
 pub mod observe;
 pub mod plan;
+pub mod provider;
 mod received;
 mod registry;
 mod report;
@@ -42,6 +45,7 @@ pub use engine::{
 pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
 pub use expected::{Expected, check_names};
 pub use ids::{Rank, Version};
+pub use kernel::{Kernel, Program};
 pub use received::{
     BucketContent, CopiedOut, CopyOut, Install, OnePass, Outcome, ReceivedBucket, ReceivedPiece,
     ReceivedWeights, TensorMap,
@@ -54,7 +58,7 @@ pub use report::{
 pub use storage::{DeviceBytes, DeviceMemory, Storage};
 pub use store::{CacheStore, CacheWriter, ensure_fresh};
 pub use stream::{
-    FromIterator, FromStream, IntoWeight, IntoWeightStream, WeightStream, WeightStreamExt,
+    Cast, FromIterator, FromStream, IntoWeight, IntoWeightStream, WeightStream, WeightStreamExt,
     ensure_async_iterator,
 };
-pub use weight::{Encoding, TensorMeta, Treatment, Weight};
+pub use weight::{Encoding, StridedView, TensorMeta, Treatment, Weight};

@@ -1,4 +1,4 @@
-//! Where native libraries are found that backends load at run time. Paths only: nothing is loaded here.
+//! Where backends look for native libraries that they load at run time. This module finds paths and loads nothing.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;

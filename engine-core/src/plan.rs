@@ -4,7 +4,7 @@
 //! in place; a larger one is cut in chunks that fill the buckets. Every part begins at a multiple
 //! of [`ALIGNMENT`] bytes, so that a tensor of any type can be viewed in place on any device.
 //!
-//! Where weights are handed over ([`BucketKind::List`]), none is split, and a bucket's size is only when it ends.
+//! Where weights are handed over ([`BucketKind::List`]), none is split; the bucket's size only says when it ends.
 
 use std::sync::Arc;
 
@@ -94,8 +94,7 @@ impl BucketLayout {
     }
 }
 
-/// Checks the layouts that a receiver is told, bucket by bucket: the inverse of the planner, for
-/// layouts that come from outside.
+/// Checks layouts that come from outside, bucket by bucket: the inverse of the planner.
 #[derive(Debug)]
 pub struct LayoutChecker {
     bucket_bytes: u64,

@@ -27,8 +27,8 @@ use crate::{
 /// trainer's deadline ends it with an error that names this rank. Copy what has to stay. (Of an engine within the
 /// process, `naive`, views are the trainer's own memory and may stay as long as they like.)
 ///
-/// The version is complete when the end was reached without an error: every receiver has then
-/// verified it. Until then it must not be used.
+/// The version is complete when the stream has ended without an error: every receiver has verified it then. Before
+/// that, it must not be used.
 ///
 /// # Cancel safety
 ///
@@ -185,7 +185,7 @@ impl<'a> ReceivedWeights<'a> {
     ///
     /// # Errors
     ///
-    /// Why the update failed; the same again whenever it is asked for more.
+    /// Why the update failed. Further calls give the same error.
     pub async fn next_bucket(&mut self) -> Result<Option<ReceivedBucket>> {
         let open = match &mut self.state {
             State::Open(open) => open,
@@ -217,8 +217,8 @@ impl<'a> ReceivedWeights<'a> {
     ///
     /// # Errors
     ///
-    /// As [`next_bucket`](Self::next_bucket); `Resource` if a large tensor finds no memory. Either ends
-    /// the update on every rank: no version can be complete without a tensor that could not be had.
+    /// As [`next_bucket`](Self::next_bucket); `Resource` if a large tensor finds no memory. Either ends the update on
+    /// every rank: a version without one of its tensors is not complete.
     pub async fn next_tensor(&mut self) -> Result<Option<Weight>> {
         loop {
             if let State::Open(open) = &mut self.state
@@ -243,14 +243,14 @@ impl<'a> ReceivedWeights<'a> {
         }
     }
 
-    /// Ends the update here and everywhere, for a reason that stays.
+    /// Ends the update on every rank. Further calls give the same error.
     fn fail_with(&mut self, error: Error) -> Error {
         let failed = State::Failed(ErrorReport::from(&error));
         let rest = std::mem::replace(&mut self.state, failed);
         self.outcome.fail_with(error, rest)
     }
-    /// Has the receiver asked once more when it was offered everything, before this rank confirms the
-    /// version: an error of the function aborts the update on every rank.
+    /// Calls a function when all weights were offered, before this rank confirms the version. An error of the
+    /// function aborts the update on every rank.
     ///
     /// It is the last moment at which a receiver can refuse a version for all.
     pub fn before_confirm(&self, check: impl FnOnce() -> Result<()> + Send + 'static) {
@@ -313,7 +313,7 @@ impl<'a> ReceivedWeights<'a> {
         })
     }
 
-    /// Tells the trainer something with this rank's confirmation; it appears in the update's report.
+    /// Sends a note to the trainer with this rank's confirmation. It appears in the update's report.
     pub fn note(&self, notes: serde_json::Value) {
         self.outcome.lock().notes = notes;
     }
@@ -323,7 +323,7 @@ impl<'a> ReceivedWeights<'a> {
         self.outcome.lock().failure = Some(error);
     }
 
-    /// Puts a combinator between the engine and the receiver, which gets what that yields, every
+    /// Puts a combinator between the engine and the receiver. The receiver gets what the combinator yields, each
     /// tensor in a bucket of its own.
     ///
     /// # Errors
@@ -386,8 +386,8 @@ impl<'a> ReceivedWeights<'a> {
         Self { one_pass, ..Self::new(version, outcome, buckets) }
     }
 
-    /// Puts something between the engine and the receiver that takes what came and gives whole buckets, the engine's own or
-    /// others. Those of the engine may still be [copied out](Self::copy_by) as they are verified.
+    /// Puts a stream between the engine and the receiver that takes the engine's buckets and yields buckets, the same
+    /// or others. Those of the engine may still be [copied out](Self::copy_by) as they are verified.
     ///
     /// # Contract
     ///
@@ -403,14 +403,14 @@ impl<'a> ReceivedWeights<'a> {
         Self { one_pass, ..Self::new(version, outcome, between(self)) }
     }
 
-    /// Gives a bucket back that was taken last, for its tensors to be taken one by one.
+    /// Puts the last bucket back, so that its tensors can be taken one by one.
     pub fn put_back(&mut self, bucket: ReceivedBucket) {
         if let State::Open(open) = &mut self.state {
             open.current = Some((bucket, 0));
         }
     }
 
-    /// Changes the report of a version once that is complete: for what stands between the engine and the receiver.
+    /// Changes the report of a version when it is complete. It is for layers between the engine and the receiver.
     pub fn amend(&self, amend: impl FnOnce(&mut ReceiveReport)) {
         if let Some(report) = &mut self.outcome.lock().report {
             amend(report);
@@ -443,8 +443,7 @@ pub struct OnePass(Arc<Mutex<Option<Arc<dyn CopyOut>>>>);
 
 /// A bucket that was copied out.
 pub struct CopiedOut {
-    /// The digest sum of what was read.
-    pub sum: u64,
+    sum: u64,
     by: Arc<dyn CopyOut>,
 }
 
@@ -457,6 +456,13 @@ impl fmt::Debug for OnePass {
 impl fmt::Debug for CopiedOut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CopiedOut").field("sum", &self.sum).finish_non_exhaustive()
+    }
+}
+
+impl CopiedOut {
+    /// The digest sum of what was read.
+    pub fn sum(&self) -> u64 {
+        self.sum
     }
 }
 
@@ -651,7 +657,7 @@ impl ReceivedBucket {
         }
     }
 
-    /// The threads that whatever is done with the bucket may use; without, the caller's has to do.
+    /// The threads for work on the bucket; without them the work runs on the caller's thread.
     pub fn pool(&self) -> Option<&Pool> {
         self.pool.as_ref()
     }
@@ -717,6 +723,7 @@ impl ReceivedBucket {
 
 /// A part of a weight: all of it, or a chunk of one that is larger than a bucket.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct ReceivedPiece {
     /// The weight.
     pub meta: TensorMeta,
@@ -732,7 +739,7 @@ pub trait Install: Send {
     ///
     /// # Errors
     ///
-    /// Whatever keeps a tensor from its place; it aborts the update on every rank.
+    /// Why a tensor cannot be stored. The error aborts the update on every rank.
     fn install(&mut self, bucket: &ReceivedBucket) -> Result<()>;
 
     /// What copies buckets here as they are verified, if there is such: [`install`](Self::install) is called for these all
@@ -802,7 +809,7 @@ impl TensorMap {
 ///
 /// # Errors
 ///
-/// `Resource` if there is none: the size is a peer's word.
+/// `Resource` if there is none: the size comes from a peer.
 fn resize(bytes: &mut Vec<u8>, meta: &TensorMeta) -> Result<()> {
     let len = meta.byte_len()?;
     let refuse = || {

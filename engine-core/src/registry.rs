@@ -2,13 +2,17 @@
 
 use std::sync::Arc;
 
+use async_trait::async_trait;
+
+use crate::provider::MemoryKind;
 use crate::{
-    Backend, Bases, EngineContext, Error, ErrorKind, PreparedRollout, PreparedTrainer, Result, Role,
+    Availability, Backend, Bases, DeviceChoice, Devices, EngineContext, Error, ErrorKind,
+    Placement, PreparedRollout, PreparedTrainer, Result, Role, WorkerMetadata,
 };
 
 /// The backends that a program knows.
 ///
-/// There is no registration before `main`: a program lists what it has, and adds what it likes.
+/// Nothing registers itself before `main`: a program lists its backends, and adds others.
 ///
 /// # Examples
 ///
@@ -16,20 +20,23 @@ use crate::{
 /// # use engine_core::{Backend, CheckpointEngineConfig, EngineContext, Registry, Result};
 /// # async fn example(naive: &'static dyn Backend) -> Result<()> {
 /// let registry = Registry::new().with(naive);
-/// let config = CheckpointEngineConfig { backend: "naive".into(), ..Default::default() };
+/// let config = CheckpointEngineConfig::new("naive");
 /// let trainer = registry.prepare_trainer(EngineContext::new(config)).await?;
 /// # Ok(())
 /// # }
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct Registry {
-    backends: Vec<Arc<dyn Backend>>,
+    /// As they were added, and as they know the kinds of memory.
+    backends: Vec<(Arc<dyn Backend>, Arc<dyn Backend>)>,
     layers: Vec<Layer>,
+    memories: Vec<&'static dyn MemoryKind>,
 }
 
-/// Something between a program and an engine, which knows nothing of it: it changes what is sent, or what
-/// is received, as its keys of the configuration say.
+/// Code between a program and an engine that changes what is sent or received, as its keys of the configuration say.
+/// The engine does not know of it.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Layer {
     /// Its name, for errors and lists.
     pub name: &'static str,
@@ -42,6 +49,18 @@ pub struct Layer {
     pub rollout: fn(PreparedRollout, &EngineContext) -> Result<PreparedRollout>,
 }
 
+impl Layer {
+    /// A layer of this name, with its keys, and what puts it in front of a trainer's and of a rollout's engine.
+    pub const fn new(
+        name: &'static str,
+        keys: &'static [&'static str],
+        trainer: fn(PreparedTrainer, &EngineContext) -> Result<PreparedTrainer>,
+        rollout: fn(PreparedRollout, &EngineContext) -> Result<PreparedRollout>,
+    ) -> Self {
+        Self { name, keys, trainer, rollout }
+    }
+}
+
 impl Registry {
     /// A registry without backends and layers.
     pub fn new() -> Self {
@@ -51,8 +70,8 @@ impl Registry {
     /// Adds a backend; one of the same name is replaced.
     #[must_use]
     pub fn with(mut self, backend: impl Backend + 'static) -> Self {
-        self.backends.retain(|other| other.name() != backend.name());
-        self.backends.push(Arc::new(backend));
+        self.backends.retain(|(other, _)| other.name() != backend.name());
+        self.backends.push(provided(Arc::new(backend), &self.memories));
         self
     }
 
@@ -65,12 +84,28 @@ impl Registry {
         self
     }
 
-    /// All backends.
-    pub fn backends(&self) -> impl Iterator<Item = &Arc<dyn Backend>> + '_ {
-        self.backends.iter()
+    /// Adds a kind of memory that buckets may be in; one of the same name is replaced.
+    #[must_use]
+    pub fn with_memory(mut self, kind: &'static dyn MemoryKind) -> Self {
+        self.memories.retain(|other| other.name() != kind.name());
+        self.memories.push(kind);
+        for (added, known) in &mut self.backends {
+            (_, *known) = provided(added.clone(), &self.memories);
+        }
+        self
     }
 
-    /// A backend by its name.
+    /// The kind of memory of a device; `None` for one that no kind here is of, and for the host.
+    pub fn memory(&self, device: &DeviceChoice) -> Option<&'static dyn MemoryKind> {
+        of_device(&self.memories, device)
+    }
+
+    /// All backends.
+    pub fn backends(&self) -> impl Iterator<Item = &Arc<dyn Backend>> + '_ {
+        self.backends.iter().map(|(_, provided)| provided)
+    }
+
+    /// A backend by its name. It knows the kinds of memory of this registry, wherever it is used.
     ///
     /// # Errors
     ///
@@ -137,12 +172,80 @@ impl Registry {
             return Err(refuse(message).rank(control.rank()));
         }
         let device = &context.config.device;
-        if !device.is_cpu() && !backend.devices().has(device.kind()) {
-            let (name, devices) = (backend.name(), backend.devices());
-            return Err(refuse(format!("device: `{device}`: {name} has buckets on {devices}")));
+        let kinds = match backend.devices() {
+            Devices::Any => return Ok(backend),
+            Devices::Kinds(kinds) => kinds.to_vec(),
+            Devices::Registered => self.memories.iter().map(|kind| kind.name()).collect(),
+        };
+        if !device.is_cpu() && !kinds.contains(&device.kind()) {
+            let (name, kinds) = (backend.name(), [&["cpu"], &*kinds].concat().join(", "));
+            let message = format!("device: `{device}`: {name} has buckets on these here: {kinds}");
+            return Err(refuse(message));
         }
         Ok(backend)
     }
+}
+
+/// A backend in a program that has kinds of memory.
+#[derive(Debug)]
+struct Provided {
+    backend: Arc<dyn Backend>,
+    memories: Vec<&'static dyn MemoryKind>,
+}
+
+/// A backend as it was added, and as it knows these kinds of memory.
+fn provided(
+    backend: Arc<dyn Backend>,
+    memories: &[&'static dyn MemoryKind],
+) -> (Arc<dyn Backend>, Arc<dyn Backend>) {
+    let provided = Provided { backend: backend.clone(), memories: memories.to_vec() };
+    (backend, Arc::new(provided))
+}
+
+impl Provided {
+    fn completed(&self, context: EngineContext) -> EngineContext {
+        let memory = of_device(&self.memories, &context.config.device).or(context.memory);
+        EngineContext { memory, ..context }
+    }
+}
+
+#[async_trait]
+impl Backend for Provided {
+    fn name(&self) -> &'static str {
+        self.backend.name()
+    }
+
+    fn summary(&self) -> &'static str {
+        self.backend.summary()
+    }
+
+    fn devices(&self) -> Devices {
+        self.backend.devices()
+    }
+
+    fn probe(&self) -> Availability {
+        self.backend.probe()
+    }
+
+    async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
+        self.backend.prepare_trainer(self.completed(context)).await
+    }
+
+    async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
+        self.backend.prepare_rollout(self.completed(context)).await
+    }
+
+    fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
+        self.backend.build_topology(workers)
+    }
+}
+
+/// The kind that a device is of.
+fn of_device(
+    memories: &[&'static dyn MemoryKind],
+    device: &DeviceChoice,
+) -> Option<&'static dyn MemoryKind> {
+    memories.iter().copied().find(|kind| kind.name() == device.kind())
 }
 
 const PREPARING: &str = "preparing";
@@ -153,9 +256,8 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::{
-        Availability, CheckpointEngineConfig, Devices, Placement, Prepared, Rank, WorkerMetadata,
-    };
+    use crate::provider::{Allocation, Lifetime};
+    use crate::{CheckpointEngineConfig, Prepared, Rank};
 
     #[test]
     fn an_unknown_backend_is_an_error_that_lists_the_known_ones() {
@@ -227,6 +329,79 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::Config);
         let words = "`quipu:1`: abacuses has buckets on these here: cpu, abacus";
         assert!(error.to_string().contains(words), "{error}");
+    }
+
+    /// A kind of memory that there is none of.
+    #[derive(Debug)]
+    struct Slates;
+
+    impl MemoryKind for Slates {
+        fn name(&self) -> &'static str {
+            "slate"
+        }
+
+        fn allocate(&self, _: &DeviceChoice, _: u32, _: u64, _: Lifetime) -> Result<Allocation> {
+            Err(Error::new(ErrorKind::Resource, "allocating", "there are no slates"))
+        }
+    }
+
+    #[test]
+    fn a_backend_for_any_kind_of_memory_gets_the_one_that_the_device_names_wherever_it_is_used() {
+        /// Needs memory of the device.
+        #[derive(Debug)]
+        struct Needs;
+
+        #[async_trait::async_trait]
+        impl Backend for Needs {
+            fn name(&self) -> &'static str {
+                "needs"
+            }
+            fn summary(&self) -> &'static str {
+                "a stub"
+            }
+            fn devices(&self) -> Devices {
+                Devices::Registered
+            }
+            fn probe(&self) -> Availability {
+                Availability::Usable { details: "always".into() }
+            }
+            async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
+                let kind = context.memory_kind()?;
+                if let Some(kind) = kind {
+                    kind.allocate(&context.config.device, 2, 1, Lifetime::Users)?;
+                }
+                prepared(if kind.is_some() { "slate" } else { "host" }, Rank(0), Role::Trainer)
+            }
+            async fn prepare_rollout(&self, _: EngineContext) -> Result<PreparedRollout> {
+                prepared("needs", Rank(1), Role::Rollout)
+            }
+            fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
+                Placement::for_all("needs", workers)
+            }
+        }
+
+        let config = |device: &str| CheckpointEngineConfig {
+            backend: "needs".into(),
+            device: device.parse().unwrap(),
+            ..Default::default()
+        };
+        let context = |device| EngineContext::new(config(device));
+        let without = Registry::new().with(Needs);
+        let error = block_on(without.prepare_trainer(context("slate"))).unwrap_err();
+        assert!(error.to_string().contains("buckets on these here: cpu"), "{error}");
+        let with = without.with_memory(&Slates);
+        for prepared in [
+            block_on(with.prepare_trainer(context("slate"))),
+            block_on(with.get("needs").unwrap().prepare_trainer(context("slate"))),
+        ] {
+            let error = prepared.unwrap_err();
+            assert!(error.to_string().contains("there are no slates"), "{error}");
+        }
+        let host = block_on(with.prepare_trainer(context("cpu"))).unwrap();
+        assert_eq!(host.metadata().backend, "host");
+        // Without a registry, the host's memory is not taken for that of a device.
+        let error = block_on(Needs.prepare_trainer(context("slate"))).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config, "{error}");
     }
 
     #[test]

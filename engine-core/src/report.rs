@@ -10,6 +10,7 @@ use crate::{Rank, Treatment, Version, Weight};
 /// Where a version stands at a receiver.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum VersionState {
     /// Weights are arriving.
     #[default]
@@ -24,6 +25,7 @@ pub enum VersionState {
 
 /// The tensors of an update by what happened to them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct TensorCounts {
     /// Weights of the stream; what layers added to them is not counted.
     pub tensors: u64,
@@ -73,6 +75,7 @@ impl TensorCounts {
 
 /// Where the time of an update went on the trainer. Stages overlap.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct StageTimes {
     /// Waiting for the trainer's own stream of weights.
     pub source: Duration,
@@ -89,12 +92,13 @@ pub struct StageTimes {
 
 /// How one receiver ended an update.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct ReceiverReport {
     /// The receiver.
     pub rank: Rank,
     /// The version's state there.
     pub state: VersionState,
-    /// Seconds from the update's begin to the receiver's confirmation, by the receiver's clock.
+    /// Seconds from the beginning of the update to the receiver's confirmation, by the receiver's clock.
     pub seconds: f64,
     /// The digest of the whole version that the receiver computed; absent if digests are off or the
     /// transport hands memory over without a copy.
@@ -103,8 +107,16 @@ pub struct ReceiverReport {
     pub notes: serde_json::Value,
 }
 
+impl ReceiverReport {
+    /// The report of a receiver that has said no more than its state.
+    pub fn new(rank: Rank, state: VersionState) -> Self {
+        Self { rank, state, seconds: 0.0, digest: None, notes: serde_json::Value::Null }
+    }
+}
+
 /// What a trainer's update did.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct SendReport {
     /// The version sent.
     pub version: Version,
@@ -124,16 +136,17 @@ pub struct SendReport {
     pub receivers: Vec<ReceiverReport>,
     /// Ranks of the group that took no part because their processes died or left.
     pub absent: Vec<Rank>,
-    /// What fell back to something slower than was asked for, each in words that say why. Empty where nothing did.
+    /// What fell back to something slower, each with the reason, in words. Empty if nothing did.
     #[serde(default)]
     pub slower: Vec<String>,
-    /// What was compared with the version that rollouts have, where updates carry only what changed.
+    /// What changed since the version that rollouts have, if updates carry only changes.
     #[serde(default)]
     pub delta: Option<DeltaReport>,
 }
 
-/// What an update found that sends changes only.
+/// What changed in an update that sends only changes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct DeltaReport {
     /// Why whole weights travelled; `None` if changes did.
     pub whole: Option<String>,
@@ -147,6 +160,7 @@ pub struct DeltaReport {
 
 /// Elements of one type, and how many of them changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct ChangedElements {
     /// All of the weights that were there before.
     pub compared: u64,
@@ -155,6 +169,23 @@ pub struct ChangedElements {
 }
 
 impl SendReport {
+    /// The report of an update that sent nothing yet. An engine fills in what it knows.
+    pub fn new(version: Version) -> Self {
+        Self {
+            version,
+            counts: TensorCounts::default(),
+            buckets: 0,
+            plan_reused: false,
+            elapsed: Duration::ZERO,
+            stages: StageTimes::default(),
+            digest: None,
+            receivers: Vec::new(),
+            absent: Vec::new(),
+            slower: Vec::new(),
+            delta: None,
+        }
+    }
+
     /// Source bytes per second, in 10⁹ bytes.
     pub fn gb_per_s(&self) -> f64 {
         let seconds = self.elapsed.as_secs_f64();
@@ -164,6 +195,7 @@ impl SendReport {
 
 /// What an update brought a receiver.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct ReceiveReport {
     /// The version received.
     pub version: Version,
@@ -179,4 +211,19 @@ pub struct ReceiveReport {
     pub elapsed: Duration,
     /// The digest of the whole version, if digests are on.
     pub digest: Option<u64>,
+}
+
+impl ReceiveReport {
+    /// The report of an update that brought nothing yet. An engine fills in what it knows.
+    pub fn new(version: Version, state: VersionState) -> Self {
+        Self {
+            version,
+            state,
+            tensors: 0,
+            bytes: 0,
+            buckets: 0,
+            elapsed: Duration::ZERO,
+            digest: None,
+        }
+    }
 }

@@ -155,10 +155,10 @@ impl From<DeviceBytes> for Storage {
     }
 }
 
-/// Memory of a device, as far as code has to know it that knows no device.
+/// Memory of a device, for code that knows no device.
 ///
-/// Crates for a device implement it for their allocations, and recognise these again where they see a
-/// [`DeviceBytes`]: `&dyn DeviceMemory` upcasts to `&dyn Any`.
+/// The crate of a device implements it for its allocations, and recognises them in a [`DeviceBytes`]:
+/// `&dyn DeviceMemory` upcasts to `&dyn Any`.
 ///
 /// # Contract
 ///
@@ -198,7 +198,7 @@ pub trait DeviceMemory: Any + fmt::Debug + Send + Sync {
     }
 }
 
-/// A part of a device's memory, which it keeps.
+/// A part of a device's memory, which it keeps alive.
 #[derive(Clone, Debug)]
 pub struct DeviceBytes {
     memory: Arc<dyn DeviceMemory>,

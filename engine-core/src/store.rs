@@ -1,4 +1,4 @@
-//! What a cache of a rollout keeps versions in.
+//! Where the cache of a rollout keeps its versions.
 
 use std::fmt;
 

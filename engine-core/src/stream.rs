@@ -14,6 +14,8 @@ mod inspect;
 mod map_names;
 mod off_executor;
 
+pub use cast::Cast;
+
 /// The weights of one update, in order: what every engine sends.
 ///
 /// [`ensure_async_iterator`] makes one of any iterator or stream; [`WeightStreamExt`] has the

@@ -14,6 +14,7 @@ use crate::{Rank, Version};
 
 /// A metric that this crate emits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Metric {
     /// Its name.
     pub name: &'static str,
@@ -142,6 +143,7 @@ pub fn describe() {
 
 /// Time that an update's stages took on a rollout.
 #[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
 pub struct ReceiveStages {
     /// Until buckets were here.
     pub fetch: Duration,

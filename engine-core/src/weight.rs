@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::{DType, Error, ErrorKind, Result, Storage, TensorBox};
+use crate::{DType, Error, ErrorKind, Kernel, Result, Storage, TensorBox};
 
 /// The name, type and shape of a tensor as it travels.
 ///
@@ -111,8 +111,9 @@ impl TensorMeta {
 ///
 /// An encoding is *data* that describes the work (cast these elements; scale these blocks) and
 /// holds its own source. The kind of memory that the bucket lives in carries it out, all weights of
-/// a bucket at once: host memory through [`encode_host`](Self::encode_host), another kind of memory
-/// by recognising the concrete type (`&dyn Encoding` upcasts to `&dyn Any`).
+/// a bucket at once: host memory through [`encode_host`](Self::encode_host), another kind of memory by the
+/// [`kernel`](Self::kernel) that the encoding brings for it. For encodings whose outputs belong together, a kind of memory may
+/// have kernels of its own: it recognises the concrete type (`&dyn Encoding` upcasts to `&dyn Any`).
 ///
 /// # Contract
 ///
@@ -144,6 +145,17 @@ pub trait Encoding: Any + fmt::Debug + Send + Sync {
         false
     }
 
+    /// What does the same in a kind of memory, by its [name](crate::provider::MemoryKind::name); `None` where the CPU has
+    /// to.
+    ///
+    /// # Contract
+    ///
+    /// It gives the same bytes as [`encode_host`](Self::encode_host), for any division of the output into ranges.
+    fn kernel(&self, memory: &str) -> Option<Kernel<'_>> {
+        let _ = memory;
+        None
+    }
+
     /// Writes the bytes `range` of the output to `destination`, whose length is that of the range.
     ///
     /// # Errors
@@ -172,7 +184,7 @@ pub enum Treatment {
 #[derive(Clone, Debug)]
 pub(crate) enum Content {
     Contiguous(Storage),
-    Strided { bytes: Bytes, strides: Arc<[i64]>, offset: u64 },
+    Strided { bytes: Storage, strides: Arc<[i64]>, offset: u64 },
     Encoded(Arc<dyn Encoding>),
 }
 
@@ -201,7 +213,9 @@ impl Weight {
     ///
     /// `bytes` holds the elements in row-major order, little-endian. [`Bytes::from_owner`] wraps
     /// anything that owns host memory (a mapped file, an `Arc` of a tensor's storage) without a copy,
-    /// [`DeviceBytes`](crate::DeviceBytes) the memory of a device.
+    /// [`DeviceBytes`](crate::DeviceBytes) the memory of a device. The shape is in `u64`, as it travels. For numbers that the
+    /// program holds, in shapes of `usize`, see [`Weight::of`]. A plain slice is taken only if it is `'static`, because
+    /// weights outlive the call.
     ///
     /// # Errors
     ///
@@ -246,7 +260,7 @@ impl Weight {
         Ok(Self { meta, content, treatment: Treatment::Plain, byte_len, part: None })
     }
 
-    /// A tensor in host memory whose elements are not contiguous: a transposed or sliced view.
+    /// A tensor whose elements are not contiguous, in host memory or on a device: a transposed or sliced view.
     ///
     /// Element `[i, j, …]` is at byte `(offset + i·strides[0] + j·strides[1] + …) · size` of
     /// `bytes`, all counted in elements. It is packed as it is written into the bucket.
@@ -261,7 +275,7 @@ impl Weight {
         shape: impl Into<Arc<[u64]>>,
         strides: impl Into<Arc<[i64]>>,
         offset: u64,
-        bytes: impl Into<Bytes>,
+        bytes: impl Into<Storage>,
     ) -> Result<Self> {
         let meta = TensorMeta::new(name, dtype, shape);
         let byte_len = meta.validate()?;
@@ -384,9 +398,8 @@ impl Weight {
             matches
         });
         if contiguous || self.byte_len == 0 {
-            let start = if self.byte_len == 0 { 0 } else { (offset * size) as usize };
-            let bytes = bytes.slice(start..start + self.byte_len as usize);
-            self.content = Content::Contiguous(bytes.into());
+            let start = if self.byte_len == 0 { 0 } else { offset * size };
+            self.content = Content::Contiguous(bytes.slice(start..start + self.byte_len));
         }
         self
     }
@@ -426,6 +439,16 @@ impl Weight {
     pub fn storage(&self) -> Option<&Storage> {
         match &self.content {
             Content::Contiguous(storage) => Some(storage),
+            _ => None,
+        }
+    }
+
+    /// Where the elements are, if they do not follow one another.
+    pub fn strides(&self) -> Option<StridedView<'_>> {
+        match &self.content {
+            Content::Strided { bytes, strides, offset } => {
+                Some(StridedView { storage: bytes, strides, offset: *offset })
+            }
             _ => None,
         }
     }
@@ -471,7 +494,7 @@ impl Weight {
     pub fn reads_device(&self) -> bool {
         match &self.content {
             Content::Contiguous(storage) => storage.device().is_some(),
-            Content::Strided { .. } => false,
+            Content::Strided { bytes, .. } => bytes.device().is_some(),
             Content::Encoded(encoding) => encoding.reads_device(),
         }
     }
@@ -499,7 +522,15 @@ impl Weight {
                 // `strided` refuses types whose elements share bytes.
                 let size = self.meta.dtype.bytes().unwrap_or(1) as usize;
                 let view = Strided { shape: &self.meta.shape, strides, offset: *offset, size };
-                view.pack(bytes, range.start, destination);
+                let read = view.reach(&range);
+                let packed = match bytes.host() {
+                    Some(bytes) => Ok(bytes.clone()),
+                    // Every read of a device takes its time: all that it needs comes at once.
+                    None => bytes.slice(read.clone()).to_host(),
+                };
+                let from = if bytes.host().is_some() { 0 } else { read.start };
+                let bytes = packed.map_err(|e| e.tensor(self.name()))?;
+                view.pack(&bytes, from, range.start, destination);
                 Ok(())
             }
             Content::Encoded(encoding) => {
@@ -535,6 +566,17 @@ impl fmt::Debug for Weight {
     }
 }
 
+/// Elements that do not follow one another, all counted in elements; see [`Weight::strided`].
+#[derive(Clone, Copy, Debug)]
+pub struct StridedView<'a> {
+    /// What they are in.
+    pub storage: &'a Storage,
+    /// How far it is from one to the next in each dimension.
+    pub strides: &'a [i64],
+    /// Where the first is.
+    pub offset: u64,
+}
+
 struct Strided<'a> {
     shape: &'a [u64],
     strides: &'a [i64],
@@ -547,7 +589,8 @@ impl Strided<'_> {
     ///
     /// The range may begin and end in the middle of an element; bounds were checked when the weight
     /// was made, so the slicing below cannot fail.
-    fn pack(&self, source: &[u8], start: u64, mut destination: &mut [u8]) {
+    /// `source` begins at byte `base` of the storage.
+    fn pack(&self, source: &[u8], base: u64, start: u64, mut destination: &mut [u8]) {
         let size = self.size as u64;
         let mut element = start / size;
         let mut skip = (start % size) as usize;
@@ -557,7 +600,7 @@ impl Strided<'_> {
             let column = element % row;
             let mut at = self.position(element);
             for _ in column..row {
-                let from = (at * i128::from(size)) as usize + skip;
+                let from = (at * i128::from(size) - i128::from(base)) as usize + skip;
                 let take = (self.size - skip).min(destination.len());
                 let (now, rest) = destination.split_at_mut(take);
                 now.copy_from_slice(&source[from..from + take]);
@@ -570,6 +613,33 @@ impl Strided<'_> {
                 }
             }
         }
+    }
+
+    /// Which bytes of the storage the output bytes of a range lie in.
+    fn reach(&self, range: &Range<u64>) -> Range<u64> {
+        if range.is_empty() {
+            return 0..0;
+        }
+        let size = self.size as u64;
+        let (first, last) = (range.start / size, (range.end - 1) / size);
+        // Sides within which first and last agree are fixed; of the first that differs, all between may occur; of those within
+        // it, any.
+        let (mut low, mut high) = (i128::from(self.offset), i128::from(self.offset));
+        let mut count: u64 = self.shape.iter().product();
+        let mut is_same = true;
+        let (mut first, mut last) = (first, last);
+        for (&side, &stride) in self.shape.iter().zip(self.strides) {
+            count /= side;
+            let (a, b) = (first / count, last / count);
+            (first, last) = (first % count, last % count);
+            let ends = if is_same { [a, b] } else { [0, side - 1] };
+            is_same &= a == b;
+            let reaches = ends.map(|end| i128::from(end) * i128::from(stride));
+            low += reaches[0].min(reaches[1]);
+            high += reaches[0].max(reaches[1]);
+        }
+        // Within the storage, as the whole view is.
+        (low as u64 * size)..((high as u64 + 1) * size)
     }
 
     /// Where an element of the packed tensor lies in the storage, in elements.
@@ -586,6 +656,8 @@ impl Strided<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{DeviceBytes, DeviceMemory};
+    use proptest::prelude::*;
 
     #[test]
     fn a_transposed_view_is_packed_row_by_row() {
@@ -596,6 +668,58 @@ mod tests {
         let mut middle = [0; 5];
         weight.encode(3..8, &mut middle).unwrap();
         assert_eq!(middle, [7, 2, 3, 8, 9]);
+    }
+
+    proptest! {
+        #[test]
+        fn any_part_of_a_view_on_a_device_reads_within_the_view_and_is_as_on_the_host(
+            dimensions in proptest::collection::vec((1_u64..5, any::<bool>()), 1..4),
+            order in any::<u64>(),
+            part in (0.0..1.0_f64, 0.0..1.0_f64),
+        ) {
+            // A dense tensor whose dimensions lie in another order, some of them from their end.
+            let mut places: Vec<usize> = (0..dimensions.len()).collect();
+            places.sort_by_key(|&place| order.rotate_left(place as u32 * 17) ^ place as u64);
+            let (mut strides, mut step, mut offset) = (vec![0_i64; places.len()], 1, 0);
+            for &place in &places {
+                let (side, is_reversed) = dimensions[place];
+                strides[place] = if is_reversed { -step } else { step };
+                offset += if is_reversed { (side as i64 - 1) * step } else { 0 };
+                step *= side as i64;
+            }
+            let shape: Vec<u64> = dimensions.iter().map(|&(side, _)| side).collect();
+            let bytes: Vec<u8> = (0..step as u32 * 2).map(|n| (n * 7 % 251) as u8).collect();
+            let weight = |storage: Storage| {
+                Weight::strided("v", DType::U16, &*shape, &*strides, offset as u64, storage).unwrap()
+            };
+            let host = weight(bytes.clone().into());
+            let there = weight(DeviceBytes::new(Arc::new(Elsewhere(bytes))).into());
+            let ends = [part.0, part.1].map(|at| (at * host.byte_len() as f64) as u64);
+            let range = ends[0].min(ends[1])..ends[0].max(ends[1]);
+            let mut expected = vec![0; (range.end - range.start) as usize];
+            let mut found = expected.clone();
+            host.encode(range.clone(), &mut expected).unwrap();
+            there.encode(range, &mut found).unwrap();
+            prop_assert_eq!(found, expected);
+        }
+    }
+
+    /// A device whose memory is somewhere else in the host's.
+    #[derive(Debug)]
+    struct Elsewhere(Vec<u8>);
+
+    impl DeviceMemory for Elsewhere {
+        fn device(&self) -> String {
+            "elsewhere:0".into()
+        }
+        fn len(&self) -> u64 {
+            self.0.len() as u64
+        }
+        fn read(&self, start: u64, destination: &mut [u8]) -> Result<()> {
+            let start = start as usize;
+            destination.copy_from_slice(&self.0[start..start + destination.len()]);
+            Ok(())
+        }
     }
 
     #[test]

@@ -20,13 +20,28 @@ fn a_configuration_that_a_program_filled_in_is_checked_too() {
     let valid = CheckpointEngineConfig::default();
     valid.validate().expect("the defaults are valid");
     for (config, key) in [
-        (CheckpointEngineConfig { backend: String::new(), ..valid.clone() }, "`backend`"),
         (
-            CheckpointEngineConfig { update_weights_bucket_megabytes: Some(0), ..valid.clone() },
+            {
+                let mut config = valid.clone();
+                config.backend = String::new();
+                config
+            },
+            "`backend`",
+        ),
+        (
+            {
+                let mut config = valid.clone();
+                config.update_weights_bucket_megabytes = Some(0);
+                config
+            },
             "`update_weights_bucket_megabytes`",
         ),
         (
-            CheckpointEngineConfig { timeout_seconds: f64::NAN, ..valid.clone() },
+            {
+                let mut config = valid.clone();
+                config.timeout_seconds = f64::NAN;
+                config
+            },
             "`timeout_seconds`",
         ),
     ] {

@@ -229,13 +229,11 @@ impl Coordinator {
             }
             ToLeader::Verified { digest, bytes, inspected, .. } => {
                 running.bytes = running.bytes.saturating_add(bytes);
-                running.verified.push(ReceiverReport {
-                    rank: from,
-                    state: VersionState::Active,
-                    seconds: (now - running.begun).as_secs_f64(),
-                    digest: Some(digest),
-                    notes: serde_json::json!({ "bytes": bytes, "inspected": inspected }),
-                });
+                let mut report = ReceiverReport::new(from, VersionState::Active);
+                report.seconds = (now - running.begun).as_secs_f64();
+                report.digest = Some(digest);
+                report.notes = serde_json::json!({ "bytes": bytes, "inspected": inspected });
+                running.verified.push(report);
             }
         }
         running.awaited.remove(&from);

@@ -32,6 +32,8 @@
 mod coordinator;
 mod declared;
 mod encode;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod member;
 mod memory;
 mod message;

@@ -203,15 +203,11 @@ impl PlacedRollout {
             let pieces = table.iter().flat_map(|table| &table.pieces);
             pieces.map(Piece::bytes).sum()
         };
-        Ok(ReceiveReport {
-            version: ended.version,
-            state: VersionState::Active,
-            tensors: self.worker.tensors.len() as u64,
-            bytes,
-            buckets: 0,
-            elapsed: begun.elapsed(),
-            digest: None,
-        })
+        let mut report = ReceiveReport::new(ended.version, VersionState::Active);
+        report.tensors = self.worker.tensors.len() as u64;
+        report.bytes = bytes;
+        report.elapsed = begun.elapsed();
+        Ok(report)
     }
 
     /// Calls `each` with every box that is lent, in the order in which they were laid out.

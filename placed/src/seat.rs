@@ -314,8 +314,8 @@ impl Seat {
                 self.absent.insert(rank);
                 leads.extend(coordinator.gone(rank, error.into()));
             }
-            // What members learn of the leader comes as the error of the connection too.
-            (Event::Joined(_) | Event::Left { .. } | Event::Lost { .. }, None) => {}
+            // A member learns of the leader's end by the error of the connection too.
+            _ => {}
         }
         Ok(())
     }

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use engine_core::control::Control;
 use engine_core::memory::Pool;
 use engine_core::{
-    CheckpointEngine, EngineContext, Error, ErrorKind, Rank, Result, Role, SendReport, StageTimes,
+    CheckpointEngine, EngineContext, Error, ErrorKind, Rank, Result, Role, SendReport,
     TensorCounts, TrainerEngine, Version, Weight, WeightStream, clock, digest,
 };
 use futures::future::BoxFuture;
@@ -198,26 +198,19 @@ impl TrainerEngine for PlacedTrainer {
         };
         let elapsed = begun.elapsed();
         let known = source + ended.times.plan + ended.times.write;
-        let stages = StageTimes {
-            source,
-            encode: ended.times.write,
-            publish: ended.times.plan,
-            confirm: elapsed.saturating_sub(known),
-            ..StageTimes::default()
-        };
-        Ok(SendReport {
-            version,
-            counts,
-            buckets: 0,
-            plan_reused,
-            elapsed,
-            stages,
-            digest,
-            receivers,
-            absent: ended.absent,
-            slower,
-            delta: None,
-        })
+        let mut report = SendReport::new(version);
+        report.stages.source = source;
+        report.stages.encode = ended.times.write;
+        report.stages.publish = ended.times.plan;
+        report.stages.confirm = elapsed.saturating_sub(known);
+        report.counts = counts;
+        report.plan_reused = plan_reused;
+        report.elapsed = elapsed;
+        report.digest = digest;
+        report.receivers = receivers;
+        report.absent = ended.absent;
+        report.slower = slower;
+        Ok(report)
     }
 }
 

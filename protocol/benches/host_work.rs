@@ -111,7 +111,8 @@ impl Group {
     fn new() -> Self {
         let (hub, member) = (hub::Hub::default(), hub::Member::new(Rank(1), Role::Rollout));
         hub.admit(&member).expect("a place");
-        let config = CheckpointEngineConfig { digests: false, ..Default::default() };
+        let mut config = CheckpointEngineConfig::default();
+        config.digests = false;
         let context = EngineContext::new(config);
         let sender = Sender::new(Empty, &context, hub.control(), [Rank(1)]);
         let pool = Pool::new(1).expect("a thread");

@@ -657,15 +657,11 @@ impl Follower {
             return debug!("a commit of what this rank has not confirmed");
         };
         let begin = &session.begin;
-        let report = ReceiveReport {
-            version: begin.version,
-            state: VersionState::Active,
-            tensors: session.counts.0,
-            bytes: session.counts.1,
-            buckets: session.taken,
-            elapsed: now.saturating_duration_since(session.begun),
-            digest: (begin.digests && !self.is_idle).then_some(digest),
-        };
+        let mut report = ReceiveReport::new(begin.version, VersionState::Active);
+        (report.tensors, report.bytes) = session.counts;
+        report.buckets = session.taken;
+        report.elapsed = now.saturating_duration_since(session.begun);
+        report.digest = (begin.digests && !self.is_idle).then_some(digest);
         if !self.is_idle {
             self.plan = Plan { buckets: std::mem::take(&mut session.layouts) };
             self.known = Some(plan);

@@ -15,7 +15,12 @@ pub fn message(body: &[u8]) {
     same_again::<ToSender>(body);
 }
 
-fn same_again<T: DeserializeOwned + Serialize + Debug>(body: &[u8]) {
+/// A message that can be read is the same after it was written and read again.
+///
+/// # Panics
+///
+/// If it is not.
+pub fn same_again<T: DeserializeOwned + Serialize + Debug>(body: &[u8]) {
     let Ok(message) = decode::<T>(body) else { return };
     let written = encode(&message).expect("what was read can be written");
     let again: T = decode(&written).expect("what was written can be read");

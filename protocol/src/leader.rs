@@ -484,17 +484,21 @@ impl Leader {
     }
 
     fn broadcast(&mut self, message: &ToReceiver, now: Instant) -> Result<()> {
-        let body = Unsent::Other(encode(message)?);
-        let ranks: Vec<Rank> = self.active().collect();
-        self.tell_all(&ranks, &body, now)
+        self.tell_all(|_| true, &Unsent::Other(encode(message)?), now)
     }
 
-    /// [`tell`](Self::tell)s several ranks the same. After an error, none of those that are in the update was told.
-    fn tell_all(&mut self, ranks: &[Rank], message: &Unsent, now: Instant) -> Result<()> {
+    /// [`tell`](Self::tell)s all ranks of the update that have such a part the same. After an error, none of those that are in
+    /// the update was told.
+    fn tell_all(
+        &mut self,
+        whom: impl Fn(Part) -> bool,
+        message: &Unsent,
+        now: Instant,
+    ) -> Result<()> {
         // Of a bucket there are two messages: those that know the plan get the short one.
-        let (mut short, mut full) = (Vec::with_capacity(ranks.len()), Vec::new());
-        for &rank in ranks {
-            let Some(member) = self.members.get_mut(&rank) else { continue };
+        let (mut short, mut full) = (Vec::with_capacity(self.members.len()), Vec::new());
+        let active = self.members.iter_mut().filter(|(_, member)| member.active);
+        for (&rank, member) in active.filter(|(_, member)| whom(member.part)) {
             let Some(entry) = &member.entered else {
                 member.unsent.push(message.clone());
                 continue;
@@ -742,8 +746,8 @@ impl Leader {
         let update = update.number;
         let bucket =
             Arc::new(Announcement { update, index, slot, digest, layout, known, short, full });
-        let readers: Vec<Rank> = self.readers().collect();
-        if let Err(error) = self.tell_all(&readers, &Unsent::Bucket(bucket), now) {
+        let is_reader = |part| part != Part::Sender;
+        if let Err(error) = self.tell_all(is_reader, &Unsent::Bucket(bucket), now) {
             // Those that were not told will not release it.
             self.slots[slot].by.clear();
             return Err(error);
@@ -1079,7 +1083,10 @@ impl Leader {
     fn take_event(&mut self, event: Event, now: Instant) -> Result<()> {
         let bucket = self.update.as_ref().map_or(0, |update| update.present_bucket());
         match event {
-            Event::Message { from, body } => self.message(from, &body, now),
+            Event::Message { from, body } => {
+                self.messages(&[from], &body, now);
+                Ok(())
+            }
             Event::Joined(peer) => {
                 if let Some(part) = (self.newcomers)(&peer) {
                     info!(rank = %peer.rank, ?part, "a rank joined; it takes part in the next update");
@@ -1103,6 +1110,8 @@ impl Leader {
                 let error = Error::from(error).recovery(Recovery::Retry);
                 self.remove(rank, error.rank(rank).bucket(bucket))
             }
+            // News that an update has no use for.
+            _ => Ok(()),
         }
     }
 
@@ -1144,26 +1153,49 @@ impl Leader {
         Ok(())
     }
 
-    /// Takes in what a rank says; its steps begin its deadline anew.
-    fn message(&mut self, from: Rank, body: &[u8], now: Instant) -> Result<()> {
-        // A rank without a part in updates can neither help nor disturb them.
-        let Some(active) = self.members.get(&from).map(|member| member.active) else {
-            debug!(rank = %from, "a message of a rank without a part in updates");
-            return Ok(());
-        };
-        let message = match decode::<ToSender>(body) {
-            Ok(message) => message,
-            Err(error) => {
-                self.cut(from, error.rank(from));
-                return Ok(());
+    /// Takes in what ranks say alike; their steps begin their deadlines anew.
+    fn messages(&mut self, from: &[Rank], body: &[u8], now: Instant) {
+        let message = decode::<ToSender>(body);
+        for &from in from {
+            // A rank without a part in updates can neither help nor disturb them.
+            let Some(active) = self.members.get(&from).map(|member| member.active) else {
+                debug!(rank = %from, "a message of a rank without a part in updates");
+                continue;
+            };
+            match &message {
+                Ok(message) => match self.take(from, active, message, now) {
+                    Ok(true) => {
+                        if let Some(member) = self.members.get_mut(&from) {
+                            member.since = Some(now);
+                        }
+                    }
+                    Ok(false) => {}
+                    Err(error) => self.fail_for(error, false, now),
+                },
+                Err(error) => self.cut(from, Error::from(ErrorReport::from(error)).rank(from)),
             }
-        };
-        if self.take(from, active, message, now)?
-            && let Some(member) = self.members.get_mut(&from)
-        {
-            member.since = Some(now);
         }
-        Ok(())
+    }
+
+    /// The update fails because of something that happened to another rank.
+    fn fail_for(&mut self, error: Error, names_a_rank: bool, now: Instant) {
+        let failing = match self.update.as_mut().map(|update| &mut update.stage) {
+            Some(Stage::Failing(failing)) => Some(failing),
+            _ => None,
+        };
+        match failing {
+            // A rank without a part in the update is no cause.
+            Some(failing) if names_a_rank && failing.cause_until.is_some() => {
+                failing.cause_until = None;
+                let version = failing.error.report().version;
+                let broke = std::mem::replace(&mut failing.error, error);
+                let cause = std::mem::replace(&mut failing.error, lost_in_words());
+                let cause = version.into_iter().fold(cause, Error::version);
+                failing.error = because(cause, broke);
+            }
+            Some(_) => debug!(%error, "after the failure"),
+            None => self.fail(error, now),
+        }
     }
 
     /// Ends the connection to a member that does not keep to the protocol, or fails every update: nothing that it says can
@@ -1176,15 +1208,15 @@ impl Leader {
     }
 
     /// Takes in a message of a member; whether it is a step of the present update.
-    fn take(&mut self, from: Rank, active: bool, message: ToSender, now: Instant) -> Result<bool> {
+    fn take(&mut self, from: Rank, active: bool, message: &ToSender, now: Instant) -> Result<bool> {
         // A late release of an aborted update frees its slot all the same.
-        if let ToSender::Release { update, index } = message {
+        if let &ToSender::Release { update, index } = message {
             return Ok(self.released(from, update, index));
         }
         let Some(present) = &mut self.update else { return Ok(false) };
         let Some(member) = self.members.get_mut(&from).filter(|_| active) else { return Ok(false) };
         let number = present.number;
-        match message {
+        match message.clone() {
             ToSender::Entered { update, card, plan, held, base } if update == number => {
                 if member.entered.is_some() {
                     return Ok(false);
@@ -1229,13 +1261,9 @@ impl Leader {
                 Ok(true)
             }
             ToSender::Confirm { update, digest, seconds, notes } if update == number => {
-                let report = ReceiverReport {
-                    rank: from,
-                    state: VersionState::Ready,
-                    seconds,
-                    digest: Some(digest),
-                    notes: serde_json::from_str(&notes).unwrap_or_default(),
-                };
+                let mut report = ReceiverReport::new(from, VersionState::Ready);
+                (report.seconds, report.digest) = (seconds, Some(digest));
+                report.notes = serde_json::from_str(&notes).unwrap_or_default();
                 let first = member.confirmed.replace(report).is_none();
                 self.observe(Progress::State { rank: from, state: VersionState::Ready });
                 Ok(first)
@@ -1386,24 +1414,13 @@ impl Machine for Leader {
     fn event(&mut self, event: Event, now: Instant) {
         let names_a_rank = matches!(event, Event::Left { .. } | Event::Lost { .. });
         if let Err(error) = self.take_event(event, now) {
-            let failing = match self.update.as_mut().map(|update| &mut update.stage) {
-                Some(Stage::Failing(failing)) => Some(failing),
-                _ => None,
-            };
-            match failing {
-                // A rank without a part in the update is no cause.
-                Some(failing) if names_a_rank && failing.cause_until.is_some() => {
-                    failing.cause_until = None;
-                    let version = failing.error.report().version;
-                    let broke = std::mem::replace(&mut failing.error, error);
-                    let cause = std::mem::replace(&mut failing.error, lost_in_words());
-                    let cause = version.into_iter().fold(cause, Error::version);
-                    failing.error = because(cause, broke);
-                }
-                Some(_) => debug!(%error, "after the failure"),
-                None => self.fail(error, now),
-            }
+            self.fail_for(error, names_a_rank, now);
         }
+        self.advance(now);
+    }
+
+    fn alike(&mut self, from: &[Rank], body: &Bytes, now: Instant) {
+        self.messages(from, body, now);
         self.advance(now);
     }
 

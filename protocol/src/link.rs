@@ -210,7 +210,8 @@ pub trait ReceiveLink: std::fmt::Debug + Send + 'static {
     /// # Contract
     ///
     /// The sender does not write to the slot before the receiver has released the bucket, which
-    /// happens when the returned bytes and everything shared from them are dropped.
+    /// happens when the returned bytes and everything shared from them are dropped. The bytes begin at an address
+    /// that is a multiple of [`ALIGNMENT`](engine_core::plan::ALIGNMENT), so that tensors can be viewed in place.
     ///
     /// # Errors
     ///
@@ -245,7 +246,8 @@ pub trait FetchLink: std::fmt::Debug + Send + 'static {
     ///
     /// `arrival` is told once, from any thread, when the bytes are here or cannot come. The slot is
     /// used for nothing else before the bytes given to it and everything shared from them are
-    /// dropped. Others may fetch the bucket from here until the slot's next bucket is fetched.
+    /// dropped. Others may fetch the bucket from here until the slot's next bucket is fetched. The bytes are aligned
+    /// as in [`ReceiveLink::fetch`].
     ///
     async fn fetch(&mut self, fetch: Fetch, arrival: Arrival);
 

@@ -118,7 +118,7 @@ impl Arrival {
                     let (_entered, begun) = (verify.entered(), Instant::now());
                     let copied = one_pass.copy_out(&layout, &bytes)?;
                     let sum = match &copied {
-                        Some(copied) => copied.sum,
+                        Some(copied) => copied.sum(),
                         None => threads.digest(layout.pieces(), &bytes)?,
                     };
                     Ok(Verified { sum, took: begun.elapsed(), copied })
@@ -450,7 +450,8 @@ async fn came(index: u64, arrival: oneshot::Receiver<Result<Arrived>>) -> Came {
                 (Some(sum), took, copied)
             }
         };
-        let took = ReceiveStages { fetch, verify, ..Default::default() };
+        let mut took = ReceiveStages::default();
+        (took.fetch, took.verify) = (fetch, verify);
         Ok((Here { content, held, took, copied }, sum))
     };
     (index, came.await)

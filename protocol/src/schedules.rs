@@ -184,6 +184,8 @@ enum Node {
 #[derive(Clone, Copy, Debug)]
 enum Move {
     LeaderReads(Rank),
+    /// What this rank says first, and all others that say the same: as a relay puts it together.
+    LeaderReadsAlike(Rank),
     Reads(Rank),
     LinkEnds(Rank),
     CollectEnds(Rank),
@@ -788,6 +790,9 @@ impl<'a> World<'a> {
             for (rank, queue) in &self.to_leader {
                 if let Some((_, since)) = queue.front() {
                     add(Move::LeaderReads(*rank), *since + SHORT);
+                    if self.who_says_as(*rank).len() > 1 {
+                        add(Move::LeaderReadsAlike(*rank), *since + SHORT);
+                    }
                 }
             }
         }
@@ -939,6 +944,17 @@ impl<'a> World<'a> {
                 }
                 self.serve_leader()
             }
+            Move::LeaderReadsAlike(rank) => {
+                let (from, mut body) = (self.who_says_as(rank), Bytes::new());
+                for from in &from {
+                    let item = self.to_leader.get_mut(from).and_then(VecDeque::pop_front);
+                    if let Some((Item::Message(said), _)) = item {
+                        body = said;
+                    }
+                }
+                self.leader_reads_alike(&from, body);
+                self.serve_leader()
+            }
             Move::Reads(rank) => {
                 let item = self.from_leader.get_mut(&rank).and_then(VecDeque::pop_front);
                 let event = match item {
@@ -1000,6 +1016,31 @@ impl<'a> World<'a> {
             Item::Lost(rank) => lost(rank),
         };
         self.leader_event(event);
+    }
+
+    /// The ranks whose next message to the leader is that of this one, which is the first of them.
+    fn who_says_as(&self, rank: Rank) -> Vec<Rank> {
+        let next = |queue: &VecDeque<(Item, Instant)>| match queue.front() {
+            Some((Item::Message(body), _)) => Some(body.clone()),
+            _ => None,
+        };
+        let Some(said) = self.to_leader.get(&rank).and_then(next) else { return Vec::new() };
+        let others = self.to_leader.range(rank..);
+        others
+            .filter(|(_, queue)| next(queue).is_some_and(|body| body == said))
+            .map(|(r, _)| *r)
+            .collect()
+    }
+
+    fn leader_reads_alike(&mut self, from: &[Rank], body: Bytes) {
+        if self.planted.is_some() {
+            return from
+                .iter()
+                .for_each(|rank| self.leader_reads(*rank, Item::Message(body.clone())));
+        }
+        let now = self.leader_now();
+        self.saw = now;
+        self.leader.machine.alike(from, &body, now);
     }
 
     /// What the leader takes a message for.

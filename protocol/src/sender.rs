@@ -18,7 +18,7 @@ use super::secondary::{self, Secondary};
 use super::work::{Act, Collected, Done, Machine};
 use super::{LONG, arrived_event};
 use engine_core::SendReport;
-use engine_core::control::{Control, Event, Peer, Role};
+use engine_core::control::{Control, Peer, Role, Said};
 use engine_core::memory::Job;
 use engine_core::observe::Observer as _;
 use engine_core::plan::{BucketKind, BucketPlanner};
@@ -248,7 +248,7 @@ struct Trainer<'a> {
 /// What happens next.
 enum Step {
     Done(Done),
-    Event(Event),
+    Said(Said),
     Ended(Error),
     Nothing,
 }
@@ -285,19 +285,16 @@ impl Trainer<'_> {
         let never = || Error::new(ErrorKind::State, "sending weights", "the update has no end");
         let ended = driven.machine.end().unwrap_or_else(|| Err(never()))?;
         ending.committed = true;
-        let report = SendReport {
-            version: ended.version,
-            plan_reused: collector.reused(ended.buckets as usize),
-            counts: collector.counts,
-            buckets: ended.buckets,
-            elapsed: ended.elapsed,
-            stages: ended.stages,
-            digest: ended.digest,
-            receivers: ended.receivers,
-            absent: ended.absent,
-            slower: ending.link.slower(),
-            delta: None,
-        };
+        let mut report = SendReport::new(ended.version);
+        report.plan_reused = collector.reused(ended.buckets as usize);
+        report.counts = collector.counts;
+        report.buckets = ended.buckets;
+        report.elapsed = ended.elapsed;
+        report.stages = ended.stages;
+        report.digest = ended.digest;
+        report.receivers = ended.receivers;
+        report.absent = ended.absent;
+        report.slower = ending.link.slower();
         self.meter.sent(&report);
         Ok(report)
     }
@@ -340,7 +337,7 @@ impl Trainer<'_> {
                     engine_core::clock::sleep(left).await;
                     return Ok(None);
                 }
-                self.control.recv(left).await
+                self.control.recv_all(left).await
             });
             let step = poll_fn(|cx| {
                 if let Link::Busy(work) = &mut link
@@ -362,7 +359,7 @@ impl Trainer<'_> {
                     return Poll::Ready(Step::Done(Done::Collected(next)));
                 }
                 listening.as_mut().poll(cx).map(|heard| match heard {
-                    Ok(Some(event)) => Step::Event(event),
+                    Ok(Some(said)) => Step::Said(said),
                     Ok(None) => Step::Nothing,
                     Err(error) => Step::Ended(error),
                 })
@@ -370,7 +367,7 @@ impl Trainer<'_> {
             let (step, now) = (step.await, Instant::now());
             match step {
                 Step::Done(done) => driven.machine.done(done, now),
-                Step::Event(event) => driven.machine.event(event, now),
+                Step::Said(said) => driven.machine.said(said, now),
                 Step::Ended(error) => {
                     has_ended = true;
                     driven.machine.refused(error, now);

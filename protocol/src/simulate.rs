@@ -37,6 +37,7 @@ pub struct Simulation {
 
 /// What the update took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Simulated {
     /// How long the update lasts, if nothing but fills and messages takes time.
     pub lasts: Duration,
@@ -169,11 +170,7 @@ impl World {
     fn arrive_above(&mut self, from: &[Rank], body: &Bytes) {
         self.took.frames += 1;
         self.took.messages += from.len() as u64;
-        self.work(|leader, now| {
-            for &from in from {
-                leader.event(Event::Message { from, body: body.clone() }, now);
-            }
-        });
+        self.work(|leader, now| leader.alike(from, body, now));
     }
 
     fn arrive_below(&mut self, to: &[Rank], body: &Bytes) -> Result<()> {

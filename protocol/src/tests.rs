@@ -69,7 +69,8 @@ fn planes_at(at: &Group) -> (Arc<dyn Control>, Arc<dyn Control>) {
 }
 
 fn context(timeout: f64) -> EngineContext {
-    let config = CheckpointEngineConfig { timeout_seconds: timeout, ..Default::default() };
+    let mut config = CheckpointEngineConfig::default();
+    config.timeout_seconds = timeout;
     EngineContext::new(config)
 }
 

@@ -15,7 +15,7 @@ use engine_core::control::Control;
 use engine_core::memory::Pool;
 use engine_core::{
     CheckpointEngine, EngineContext, ErrorReport, Result, RolloutEngine as _, SendReport,
-    StageTimes, TensorCounts, TrainerEngine, Version, WeightStream,
+    TrainerEngine, Version, WeightStream,
 };
 
 /// The side of the protocol of an idle trainer: it takes its stream to the end, which may be what
@@ -161,22 +161,11 @@ async fn drain(
     deadline: Duration,
 ) -> Result<SendReport> {
     let begun = Instant::now();
-    let mut counts = TensorCounts::default();
+    let mut report = SendReport::new(version);
     let operation = "waiting for the trainer's next weight";
     while let Some(weight) = within(deadline, operation, weights.next()).await? {
-        counts.add(&weight?);
+        report.counts.add(&weight?);
     }
-    Ok(SendReport {
-        version,
-        counts,
-        buckets: 0,
-        plan_reused: false,
-        elapsed: begun.elapsed(),
-        stages: StageTimes::default(),
-        digest: None,
-        receivers: Vec::new(),
-        absent: Vec::new(),
-        slower: Vec::new(),
-        delta: None,
-    })
+    report.elapsed = begun.elapsed();
+    Ok(report)
 }

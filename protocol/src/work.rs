@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use super::link::Members;
 use super::message::Ticket;
-use engine_core::control::Event;
+use engine_core::control::{Event, Said};
 use engine_core::observe::Progress;
 use engine_core::plan::{BucketLayout, Plan};
 use engine_core::{Base, Error, Rank, ReceiverReport, Result, StageTimes, Version};
@@ -113,6 +113,21 @@ pub(super) trait Machine {
 
     /// Something came over the control plane.
     fn event(&mut self, event: Event, now: Instant);
+
+    /// Several ranks have sent the same message.
+    fn alike(&mut self, from: &[Rank], body: &Bytes, now: Instant) {
+        for &from in from {
+            self.event(Event::Message { from, body: body.clone() }, now);
+        }
+    }
+
+    /// Something, or several things alike, came over the control plane.
+    fn said(&mut self, said: Said, now: Instant) {
+        match said {
+            Said::One(event) => self.event(event, now),
+            Said::Alike { from, body } => self.alike(&from, &body, now),
+        }
+    }
 
     /// Work of this rank has ended.
     fn done(&mut self, done: Done, now: Instant);

@@ -76,7 +76,7 @@ class Channel:
         """Queues a message; never blocks.
 
         Raises:
-            ResourceError: If the other side reads none of many messages.
+            ResourceError: If too many messages wait that the other side has not read.
         """
         self._native.send(to, body)
 
@@ -369,7 +369,7 @@ def _iterator(weights: Any) -> Iterator[Any]:
 
 
 def _raise(sending: Any, cause: Exception) -> None:
-    """Raises what an update ended with whose iterator raised."""
+    """Raises the error of an update whose iterator raised."""
     if isinstance(cause, Error):
         raise cause
     try:
@@ -417,7 +417,7 @@ async def in_thread(
 class ReceivedWeights:
     """The weights of one update, as they come: an iterator, and an asynchronous one, of ``(name, tensor)``.
 
-    The version becomes active, on all ranks, when everything was taken, and every byte was verified before it
+    The version becomes active, on all ranks, when everything was taken. Every byte was verified before it
     is given out. Leaving earlier aborts the update on every rank; used in a ``with`` block, an exception in it
     tells the other ranks why.
 
@@ -480,7 +480,7 @@ class ReceivedWeights:
             self.report = _receive_report(self._receiving.result())
 
     def buckets(self) -> Iterator[list[tuple[str, Any]]]:
-        """The same, as lists of what has come together: for work that is done at once for many tensors.
+        """The same, as a list of tensors per bucket, for work on many tensors at once.
 
         A list keeps its bucket, as each of its tensors does: drop it before the next one, or with it.
         """
@@ -670,9 +670,9 @@ class RolloutEngine(_Engine):
     ) -> ReceiveReport:
         """Waits for the next update, and copies all of it into tensors of the program's own.
 
-        A bucket is copied at once: on a GPU by one launch, on the CPU by all threads of the engine. From the call until
-        it returns the tensors are the engine's: nothing else may write or read them. An error, or leaving by Ctrl-C, leaves
-        a mixture of two versions in them, which the next update that works replaces.
+        A bucket is copied at once: on a GPU by one launch, on the CPU by all threads of the engine. Until this
+        returns, only the engine may read or write the tensors. An error or Ctrl-C leaves
+        a mixture of two versions in them, which the next successful update replaces.
 
         Args:
             destination: The tensors, made once.
@@ -808,7 +808,7 @@ async def form_group_async(
 
 
 def leave(engine: TrainerEngine | RolloutEngine | None, control: ControlPlane | None) -> None:
-    """Ends this process's part in its group; what fails in it is over all the same."""
+    """Ends this process's part in its group, and ignores errors: both ends are closed in any case."""
     for end in (engine and engine.finalize, control and control.close):
         try:
             if end is not None:
@@ -820,7 +820,7 @@ def leave(engine: TrainerEngine | RolloutEngine | None, control: ControlPlane | 
 def form_local_group(
     config: Config = None, *, rollouts: int = 1
 ) -> tuple[TrainerEngine, list[RolloutEngine]]:
-    """A trainer and its rollouts within this process, over the backend ``naive``: for tests, and to try it.
+    """A trainer and its rollouts within this process, over the backend ``naive``, for tests and trials.
 
     The two ends have to run at the same time: in two threads, or as two tasks.
     """

@@ -1,7 +1,7 @@
 """Drives a trainer's engine and its rollouts through whole updates.
 
 The engines move weights. What a program does around that (set requests aside, give up caches, go on with the new version)
-is the same in every program: :class:`Manager` does it in the right order, and puts it right after a failure.
+is the same in every program: :class:`Manager` does it in the right order, and resumes rollouts after a failure too.
 """
 
 from __future__ import annotations

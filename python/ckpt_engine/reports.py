@@ -87,7 +87,7 @@ class ChangedElements:
 
 @dataclass(frozen=True)
 class DeltaReport:
-    """What an update found that carries only what changed.
+    """What changed in an update that carries only changes.
 
     Attributes:
         whole: Why whole weights travelled; ``None`` if changes did.

@@ -13,15 +13,15 @@ use crate::encoding::{Fp8Layout, quantized, sizes, source_type};
 use crate::rules::{Consistency, Decision, QuantPlan, Rule, Rules, Stored, Window};
 use crate::{Codec, Fp8Format};
 
-/// What decides on the weights of a stream: a [`QuantPlan`], which knows all of them, or [`Rules`],
-/// which look at each and at those that come with it.
+/// What decides on the weights of a stream: a [`QuantPlan`], which knows all of them, or [`Rules`], which look at a
+/// weight and its neighbours.
 ///
 /// Cheap to clone: one serves all updates.
 #[derive(Clone, Debug)]
 pub struct Fp8Quantizer {
     decisions: Arc<Decisions>,
     codec: Codec,
-    /// What was decided in the last stream that was whole: the next one hardly ever differs.
+    /// The decisions of the last complete stream. The next stream is nearly always the same.
     last: Arc<Mutex<Arc<[Decided]>>>,
 }
 
@@ -39,7 +39,7 @@ struct Decided {
 #[derive(Clone, Debug)]
 enum Becomes {
     Quantized(Arc<Fp8Layout>),
-    /// It passes as it is, recorded as treated so.
+    /// It passes unchanged, with its treatment recorded.
     Recorded(Treatment),
 }
 
@@ -112,20 +112,19 @@ pub trait QuantizeFp8<'a, M>: IntoWeightStream<'a, M> {
     ///
     /// A weight `[rows, cols]` (or `[experts, rows, cols]`) becomes F8_E4M3 of the same name and
     /// shape, followed by its F32 scales under the name and in the shape that the format gives them.
-    /// Both are computed while the weight is written into its bucket; nothing is kept but the
-    /// scales. Every other weight passes as it is, marked with the reason.
+    /// Both are computed while the weight is written into its bucket; only the scales are kept. Every other weight
+    /// passes unchanged, marked with the reason.
     ///
     /// Weights that are FP8 already pass through with their scales, also those of another
     /// `quantize_fp8`.
     ///
     /// # Contract
     ///
-    /// A layer that the receiver makes of several weights is quantised as a whole or not at all. With
-    /// [`Rules`], the first stream therefore asks for the weights behind one that such a layer begins
-    /// with, before it gives that one away: as long as they belong to the same module, and not more
-    /// than 256 MiB and a weight. Streams that repeat hold nothing back. If the parts of a layer are
-    /// further apart, and one that comes late forbids what happened to the first ones, the stream ends
-    /// with an error. A [`QuantPlan`] needs nothing of this.
+    /// A layer that the receiver makes of several weights is quantised as a whole or not at all. With [`Rules`], the
+    /// first stream therefore reads ahead before it yields a weight that begins such a layer: as long as the
+    /// following weights belong to the same module, and at most 256 MiB and a weight. Later streams with the same
+    /// weights hold nothing back. If the parts of a layer are further apart, and a late one contradicts the decision
+    /// on the first ones, the stream ends with an error. A [`QuantPlan`] does not read ahead.
     ///
     /// # Cancel safety
     ///
@@ -240,7 +239,7 @@ impl State<'_> {
         }
     }
 
-    /// What a weight becomes that comes in the same place as in the last stream.
+    /// What becomes of a weight at the same position as in the last stream.
     fn as_before(&mut self, weight: &Weight) -> Option<Becomes> {
         let decided = self.last.get(self.at).filter(|decided| {
             let Decided { meta, before, .. } = decided;

@@ -1,4 +1,4 @@
-//! The format contract: what each rank says of the format of weights, and whether they agree.
+//! The format contract: what each rank declares about the format of weights, and whether the declarations agree.
 
 use std::collections::HashMap;
 
@@ -19,8 +19,8 @@ use crate::{Fp8Format, Granularity, Mode, NonFinite, Precast, ScaleName};
 
 /// The `quantization` section of a configuration.
 ///
-/// On the trainer it says how to quantise, on a rollout what it accepts. What a rank leaves out, it
-/// leaves to the others: a trainer without a `mode` uses the one that its rollouts need.
+/// On the trainer it says how to quantise, on a rollout what it accepts. The other ranks decide what a rank leaves
+/// out: a trainer without a `mode` uses the one that its rollouts need.
 ///
 /// # Examples
 ///
@@ -44,14 +44,15 @@ use crate::{Fp8Format, Granularity, Mode, NonFinite, Precast, ScaleName};
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "snake_case")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub struct Quantization {
-    /// Whom the weights are for: `common` if nobody says.
+    /// Whom the weights are for: `common` if no rank says.
     pub receiver: Option<Receiver>,
-    /// How scales are computed: `triton` if nobody says.
+    /// How scales are computed: `triton` if no rank says.
     pub mode: Option<Mode>,
-    /// Which elements share a scale: `128x128` if nobody says.
+    /// Which elements share a scale: `128x128` if no rank says.
     pub granularity: Option<Granularity>,
-    /// The name of the scales: that of the receiver if nobody says, `weight_scale_inv` for blocks and
+    /// The name of the scales: that of the receiver if no rank says, `weight_scale_inv` for blocks and
     /// `weight_scale` for rows and tensors.
     pub scale_name: Option<ScaleName>,
     /// What the source is rounded to before it is quantised.
@@ -66,12 +67,12 @@ pub struct Quantization {
     pub quantization_config: Option<Value>,
     /// Whether a matrix that no rule knows is an error.
     pub strict: bool,
-    /// Rollouts: what the rank can load. Nothing stands for both.
+    /// Rollouts: what the rank can load; both if not set.
     pub accepts: Option<Accepts>,
     /// Rollouts: the exact parameters that it expects.
     #[cfg_attr(feature = "schema", schemars(with = "Option<serde_json::Map<String, Value>>"))]
     pub manifest: Option<Manifest>,
-    /// Rollouts: whether to quantise here what arrives unquantised.
+    /// Rollouts: whether this rank quantises weights that arrive unquantised.
     pub quantize_on_receive: bool,
 }
 
@@ -79,6 +80,7 @@ pub struct Quantization {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub enum Accepts {
     /// FP8 with scales for what the rules quantise.
     Fp8,
@@ -97,10 +99,11 @@ pub(crate) struct Declaration {
     pub(crate) section: Quantization,
 }
 
-/// What a configuration says of FP8: the keys that [`LAYER`](crate::LAYER) understands.
+/// The part of a configuration about FP8: the keys that [`LAYER`](crate::LAYER) understands.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub struct Fp8Config {
     /// Whether the trainer quantises to FP8 what it sends.
     pub trainer_quantize_fp8: bool,
@@ -227,10 +230,9 @@ fn disagreement(rank: Rank, message: String) -> Error {
     Error::new(ErrorKind::Mismatch, "agreeing on the format", message).rank(rank)
 }
 
-/// What follows from all ranks' declarations. A pure function: every rank comes to the same.
+/// What follows from all ranks' declarations. A pure function: every rank computes the same result.
 ///
-/// A rank without a declaration (its program has no quantisation) sends what it has and takes what
-/// comes.
+/// A rank without a declaration (its program has no quantisation) sends its weights unchanged and accepts any format.
 ///
 /// # Errors
 ///
@@ -283,8 +285,8 @@ pub(crate) fn agree(peers: &[WorkerMetadata]) -> Result<Agreement> {
     Ok(Agreement { trainer_quantizes: trainer.quantizes, rules })
 }
 
-/// How the weights are quantised that a rollout's program gets from its engine: by the trainer or by
-/// the rollout itself, after what all ranks declared. `None` if nobody quantises them.
+/// How weights are quantised when a rollout's program gets them from its engine, by the trainer or by the rollout,
+/// according to all declarations. `None` if they are not quantised.
 ///
 /// # Errors
 ///
@@ -334,11 +336,10 @@ fn fits(
     }
 }
 
-/// A rollout's look at what arrives: whether it is what the rollout declared.
+/// Checks at a rollout that the weights that arrive are what it declared.
 ///
-/// The trainer obeys the declarations of the ranks that it formed the group with. This one also
-/// holds for ranks that joined later, for trainers without quantisation whose checkpoint is FP8
-/// already, and for whatever else sends.
+/// The trainer follows the declarations of the ranks that it formed the group with. This check also covers ranks that
+/// joined later, trainers without quantisation whose checkpoint is FP8 already, and any other sender.
 #[derive(Debug)]
 pub(crate) struct Inspector {
     section: Quantization,

@@ -15,14 +15,14 @@ const UNKNOWN: u32 = u32::MAX;
 /// The encoding of a quantised weight: its codes, computed from the source as they are asked for, in any
 /// division.
 ///
-/// Memory that is not the host's recognises it and computes the codes by its own means.
+/// The code of a device's memory recognises this type and computes the codes with its own kernels.
 #[derive(Debug)]
 pub struct Fp8Codes {
     source: Weight,
     layout: Arc<Fp8Layout>,
     codec: Codec,
-    /// The bits of the scales, filled in where their blocks are encoded. They are there once the CPU encodes some: memory
-    /// that computes scales by its own means has no use for them.
+    /// The bits of the scales, filled in where their blocks are encoded. They exist only if the CPU encodes: devices
+    /// that compute scales by their own kernels do not use them.
     scales: OnceLock<Box<[AtomicU32]>>,
 }
 
@@ -168,7 +168,7 @@ impl Fp8Codes {
         Error::from(error.in_tensor(self.source.name()))
     }
 
-    /// Quantises elements of the tensor that `source` is, whose scales begin at `first_scale`.
+    /// Quantises elements of the tensor `source`, whose scales begin at `first_scale`.
     fn quantize(
         &self,
         source: &Source<'_>,

@@ -18,12 +18,8 @@ use crate::{Fp8Quantizer, QuantizeFp8};
 /// [joins](Prepared::join). A trainer with
 /// `trainer_quantize_fp8` quantises what it sends; a rollout with `quantize_on_receive` what arrives
 /// unquantised. A `quantization` section that cannot be used is an error of preparing.
-pub const LAYER: Layer = Layer {
-    name: "fp8",
-    keys: &Fp8Config::KEYS,
-    trainer: in_front_of_trainer,
-    rollout: in_front_of_rollout,
-};
+pub const LAYER: Layer =
+    Layer::new("fp8", &Fp8Config::KEYS, in_front_of_trainer, in_front_of_rollout);
 
 fn in_front_of_trainer(
     prepared: PreparedTrainer,
@@ -71,7 +67,9 @@ fn in_front_of_rollout(
 
 /// The metadata of a rank, with its declaration.
 fn declared<E>(prepared: &Prepared<E>, declaration: &Declaration) -> Result<WorkerMetadata> {
-    Ok(WorkerMetadata { format: declaration.to_value()?, ..prepared.metadata().clone() })
+    let mut metadata = prepared.metadata().clone();
+    metadata.format = declaration.to_value()?;
+    Ok(metadata)
 }
 
 /// A trainer that quantises what it sends.

@@ -35,10 +35,10 @@ pub enum Mode {
     TritonGpu,
 }
 
-/// A block's scale and the multiplier that its elements are quantised with.
+/// A block's scale, and the multiplier by which its elements are quantised.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BlockScale {
-    /// What a code is multiplied with to dequantise it; the number that is stored.
+    /// The factor that dequantises a code. It is what is stored.
     pub scale: f32,
     /// What an element is multiplied with before it is rounded. About `1 / scale`, but which of
     /// the two is rounded from which depends on the mode.
@@ -372,7 +372,7 @@ pub enum NonFinite {
     /// [`QuantError::NonFinite`], which names the block.
     #[default]
     Error,
-    /// The formula of the mode goes its way, as it does in verl: NaN does not take part in the
+    /// The formula of the mode is applied, as in verl: NaN does not take part in the
     /// maximum of `triton` and `ue8m0` (a GPU's `max` drops it) and makes the scale of `pytorch`
     /// NaN (`torch.amax` keeps it). A product that is NaN gives 0x7f with the sign of its element.
     Reproduce,

@@ -165,8 +165,8 @@ impl fmt::Display for Rule {
     }
 }
 
-/// What a receiver declares about its parameters, by name. It is the truth: a parameter that it
-/// does not declare, or declares with another shape, is an error.
+/// What a receiver declares about its parameters, by name. It overrides all rules: a parameter that it does not
+/// declare, or declares with another shape, is an error.
 pub type Manifest = BTreeMap<String, Declared>;
 
 /// One parameter of a [`Manifest`].
@@ -190,6 +190,7 @@ impl Declared {
 /// What the rules depend on, besides the names.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct RulesConfig {
     /// What quantised weights look like.
     pub format: Fp8Format,
@@ -226,8 +227,8 @@ pub fn parse_ignored_layers(list: &str) -> Vec<String> {
 
 /// The rules, ready to decide on parameters.
 ///
-/// Deciding takes about a microsecond and depends on nothing but the arguments, so that a stream
-/// which repeats every step can keep the answers.
+/// Deciding takes about a microsecond and depends only on the arguments, so that a stream which repeats every step
+/// can keep the decisions.
 #[derive(Clone, Debug)]
 pub struct Rules {
     format: Fp8Format,
@@ -348,7 +349,7 @@ impl Rules {
         }
     }
 
-    /// Why the receiver cannot load a projection in FP8, if that shows by itself.
+    /// Why the receiver cannot load a projection in FP8, as far as the parameter alone shows it.
     fn unfit(&self, name: &str, shape: &[usize], rows: usize, cols: usize) -> Option<Rule> {
         let profile = self.profile;
         let part = names::part(name);

@@ -74,7 +74,8 @@ fn families() -> Vec<Family> {
 
 fn plan(family: &Family, receiver: Receiver) -> QuantPlan {
     let parameters = family.parameters.iter().map(|p| (&*p.name, p.shape.clone(), Stored::Float));
-    let config = RulesConfig { receiver, ..RulesConfig::default() };
+    let mut config = RulesConfig::default();
+    config.receiver = receiver;
     QuantPlan::resolve(parameters, &config)
         .unwrap_or_else(|error| panic!("{} for {receiver}: {error}", family.name))
 }

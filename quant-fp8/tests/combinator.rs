@@ -31,7 +31,12 @@ fn matrix(name: &str, shape: &[u64], seed: u64) -> Weight {
 
 /// Rules that quantise whatever blocks can express, partial blocks too.
 fn rules(config: RulesConfig) -> Rules {
-    Rules::new(&RulesConfig { receiver: Receiver::Any, ..config }).unwrap()
+    Rules::new(&{
+        let mut rules = config;
+        rules.receiver = Receiver::Any;
+        rules
+    })
+    .unwrap()
 }
 
 fn quantized(
@@ -153,7 +158,8 @@ fn other_granularities_and_names_give_scales_of_their_shapes() {
             ..Default::default()
         };
         let weight = matrix(NAME, &[300, 515], 5);
-        let config = RulesConfig { format, ..Default::default() };
+        let mut config = RulesConfig::default();
+        config.format = format;
         let sent = quantized(vec![weight.clone()], rules(config)).unwrap();
         assert_eq!(sent[1].name(), "model.layers.0.mlp.up_proj.weight_scale");
         assert_eq!(sent[1].meta().shape.to_vec(), shape);
@@ -267,10 +273,8 @@ fn a_layer_whose_parts_are_far_apart_is_an_error_rather_than_quantised_in_part()
         assert!(text.contains(word), "{text}");
     }
     // As the error says.
-    let config = RulesConfig {
-        ignored_layers: vec!["model.layers.0.self_attn".into()],
-        ..Default::default()
-    };
+    let mut config = RulesConfig::default();
+    config.ignored_layers = vec!["model.layers.0.self_attn".into()];
     quantized(weights.clone(), Rules::new(&config).unwrap()).unwrap();
     // The other way round nothing has happened yet that could not be.
     weights.reverse();

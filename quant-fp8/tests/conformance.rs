@@ -10,7 +10,8 @@ use quant_fp8::rules::{Receiver, Rules, RulesConfig};
 use quant_fp8::{LAYER, QuantizeFp8};
 
 fn quantized(weights: Vec<Weight>) -> Vec<Weight> {
-    let config = RulesConfig { receiver: Receiver::Any, ..RulesConfig::default() };
+    let mut config = RulesConfig::default();
+    config.receiver = Receiver::Any;
     let rules = Rules::new(&config).expect("rules");
     block_on(weights.quantize_fp8(rules).map(|weight| weight.expect("a weight")).collect())
 }

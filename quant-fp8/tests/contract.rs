@@ -15,14 +15,12 @@ use serde_json::{Value, json};
 ///
 /// Tests run beside one another: without a number each engine takes the lowest that is free in the process.
 fn context(rank: u32, trainer_quantizes: bool, section: &Value) -> EngineContext {
-    let config = CheckpointEngineConfig {
-        layers: json!({"trainer_quantize_fp8": trainer_quantizes, "quantization": section})
-            .as_object()
-            .unwrap()
-            .clone(),
-        timeout_seconds: 5.0,
-        ..Default::default()
-    };
+    let mut config = CheckpointEngineConfig::default();
+    config.layers = json!({"trainer_quantize_fp8": trainer_quantizes, "quantization": section})
+        .as_object()
+        .unwrap()
+        .clone();
+    config.timeout_seconds = 5.0;
     EngineContext::new(config).with_rank(Rank(rank))
 }
 
@@ -222,7 +220,8 @@ async fn a_rollouts_manifest_is_the_truth() {
 
 /// A trainer of a program without quantisation, whose checkpoint is FP8 already.
 async fn with_a_foreign_trainer(section: Value) -> Pair {
-    let config = CheckpointEngineConfig { timeout_seconds: 5.0, ..Default::default() };
+    let mut config = CheckpointEngineConfig::default();
+    config.timeout_seconds = 5.0;
     let context = EngineContext::new(config).with_rank(Rank(0));
     let trainer =
         Registry::new().with(backend_naive::BACKEND).prepare_trainer(context).await.unwrap();

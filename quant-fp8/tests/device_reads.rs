@@ -45,7 +45,8 @@ fn rows_of_blocks_are_read_together() {
             let name = "model.layers.0.mlp.experts.up_proj.weight";
             let weight = Weight::new(name, DType::BF16, shape.clone(), storage).expect("a weight");
             // The shapes are odd on purpose: no engine's profile takes them.
-            let config = RulesConfig { receiver: Receiver::Any, ..RulesConfig::default() };
+            let mut config = RulesConfig::default();
+            config.receiver = Receiver::Any;
             let rules = Rules::new(&config).expect("rules");
             let weights: Vec<_> = block_on(vec![weight].quantize_fp8(rules).collect());
             let (mut jobs, mut offset) = (Vec::new(), 0_u64);

@@ -25,7 +25,9 @@ fn fp8(name: &str) -> Parameter {
 
 fn ignoring(entries: &[&str]) -> RulesConfig {
     let ignored_layers = entries.iter().map(|&entry| entry.to_owned()).collect();
-    RulesConfig { ignored_layers, ..RulesConfig::default() }
+    let mut rules = RulesConfig::default();
+    rules.ignored_layers = ignored_layers;
+    rules
 }
 
 fn decide(config: &RulesConfig, (name, shape, stored): &Parameter) -> String {
@@ -112,14 +114,13 @@ fn ignored_layers_come_from_lists_patterns_and_the_checkpoint_alike() {
         "re:model\\.layers\\.[0-3]\\.",
     ] {
         assert_eq!(decide(&ignoring(&[entry]), &name), "keep ignored", "{entry}");
-        let config = RulesConfig {
-            modules_to_not_convert: vec![entry.to_owned()],
-            ..RulesConfig::default()
-        };
+        let mut config = RulesConfig::default();
+        config.modules_to_not_convert = vec![entry.to_owned()];
         assert_eq!(decide(&config, &name), "keep ignored", "{entry}");
         for key in ["ignored_layers", "modules_to_not_convert", "ignore"] {
             let own = json!({"quant_method": "fp8", key: [entry]});
-            let config = RulesConfig { quantization_config: Some(own), ..RulesConfig::default() };
+            let mut config = RulesConfig::default();
+            config.quantization_config = Some(own);
             assert_eq!(decide(&config, &name), "keep ignored", "{key} {entry}");
         }
     }
@@ -151,7 +152,11 @@ fn a_pattern_that_does_not_parse_is_named() {
 
 #[test]
 fn a_checkpoint_that_is_quantised_otherwise_is_an_error() {
-    let with = |own| RulesConfig { quantization_config: Some(own), ..RulesConfig::default() };
+    let with = |own| {
+        let mut rules = RulesConfig::default();
+        rules.quantization_config = Some(own);
+        rules
+    };
     for own in [
         json!({"quant_method": "awq"}),
         json!({"quant_method": "fp8", "weight_block_size": [64, 128]}),
@@ -247,7 +252,8 @@ fn unknown_matrices_are_kept_and_listed_and_strict_mode_refuses_them() {
     let plan = QuantPlan::resolve(parameters.clone(), &RulesConfig::default()).unwrap();
     let unlisted: Vec<_> = plan.unlisted().map(|entry| entry.name.as_str()).collect();
     assert_eq!(unlisted, ["a.mystery.weight"]);
-    let strict = RulesConfig { strict: true, ..RulesConfig::default() };
+    let mut strict = RulesConfig::default();
+    strict.strict = true;
     let error = QuantPlan::resolve(parameters, &strict).unwrap_err();
     assert!(
         matches!(&error, QuantError::Unlisted { tensor } if tensor == "a.mystery.weight"),
@@ -269,11 +275,9 @@ fn the_receivers_manifest_comes_before_every_other_rule() {
         ("lm_head.weight".to_owned(), declare("F8_E4M3")),
         ("a.o_proj.weight".to_owned(), declare("BF16")),
     ]);
-    let config = RulesConfig {
-        manifest: Some(manifest),
-        ignored_layers: vec!["lm_head".to_owned()],
-        ..RulesConfig::default()
-    };
+    let mut config = RulesConfig::default();
+    config.manifest = Some(manifest);
+    config.ignored_layers = vec!["lm_head".to_owned()];
     assert_eq!(decide(&config, &matrix("lm_head.weight")), "quantize manifest");
     assert_eq!(decide(&config, &fp8("lm_head.weight")), "pass manifest");
     assert_eq!(decide(&config, &float("lm_head.weight_scale_inv", &[8, 8])), "pass manifest");
@@ -313,7 +317,8 @@ fn the_plan_writes_a_config_that_lists_exactly_the_kept_layers() {
         })
     );
     // Reading it back decides the same, so that stream and engine cannot disagree.
-    let again = RulesConfig { quantization_config: Some(config), ..RulesConfig::default() };
+    let mut again = RulesConfig::default();
+    again.quantization_config = Some(config);
     let again = QuantPlan::resolve(parameters, &again).unwrap();
     for (a, b) in plan.entries().iter().zip(again.entries()) {
         assert_eq!(a.decision, b.decision, "{}", a.name);
@@ -323,7 +328,8 @@ fn the_plan_writes_a_config_that_lists_exactly_the_kept_layers() {
 #[test]
 fn formats_that_the_config_cannot_express_are_errors() {
     let write = |format: Fp8Format| {
-        let config = RulesConfig { format, ..RulesConfig::default() };
+        let mut config = RulesConfig::default();
+        config.format = format;
         QuantPlan::resolve([matrix("a.o_proj.weight")], &config).unwrap().quantization_config()
     };
     let base = Fp8Format::default();
@@ -341,7 +347,8 @@ fn formats_that_the_config_cannot_express_are_errors() {
 
 /// What a receiver gets of some parameters: the part of each name, and whether it is quantised.
 fn quantized(receiver: Receiver, parameters: &[(&str, &[usize])]) -> Vec<bool> {
-    let config = RulesConfig { receiver, ..RulesConfig::default() };
+    let mut config = RulesConfig::default();
+    config.receiver = receiver;
     let all = parameters.iter().map(|(name, shape)| float(name, shape));
     let plan = QuantPlan::resolve(all, &config).unwrap();
     plan.entries().iter().map(|entry| entry.decision == Decision::Quantize).collect()
@@ -522,7 +529,8 @@ fn a_kept_stack_is_listed_under_the_name_that_receivers_have_for_the_experts() {
         ])
     );
     // Read back, every entry is one that means something.
-    let own = RulesConfig { quantization_config: Some(config), ..RulesConfig::default() };
+    let mut own = RulesConfig::default();
+    own.quantization_config = Some(config);
     let again = QuantPlan::resolve(parameters, &own).unwrap();
     assert_eq!(again.unmatched(), [] as [&str; 0]);
     assert!(again.entries().iter().all(|entry| entry.decision == Decision::Keep));
@@ -535,7 +543,8 @@ fn what_a_checkpoint_has_as_one_is_listed_with_the_parts_that_receivers_look_for
     let config = plan.quantization_config().unwrap();
     let list = json!(["a.gate_up_proj", "a.gate_proj", "a.up_proj"]);
     assert_eq!(config["modules_to_not_convert"], list);
-    let own = RulesConfig { quantization_config: Some(config), ..RulesConfig::default() };
+    let mut own = RulesConfig::default();
+    own.quantization_config = Some(config);
     assert!(QuantPlan::resolve(parameters, &own).unwrap().unmatched().is_empty());
 }
 
@@ -580,7 +589,8 @@ fn a_kept_mixer_is_listed_under_the_name_that_vllm_builds_it_with_as_well() {
         json!(["l.0.mamba.conv1d", "l.0.mixer.conv1d", "l.0.mamba.in_proj", "l.0.mixer.in_proj"]);
     assert_eq!(config["modules_to_not_convert"], list);
     // Read back, every entry means something, and means the same.
-    let own = RulesConfig { quantization_config: Some(config), ..RulesConfig::default() };
+    let mut own = RulesConfig::default();
+    own.quantization_config = Some(config);
     let again = QuantPlan::resolve(parameters, &own).unwrap();
     assert_eq!(again.unmatched(), [] as [&str; 0]);
     for (entry, before) in again.entries().iter().zip(plan.entries()) {
@@ -698,10 +708,9 @@ fn towers_and_layers_of_gpt_2_are_kept_whatever_their_projections_are_called() {
 #[test]
 fn entries_that_match_nothing_are_told() {
     let own = json!({"quant_method": "fp8", "modules_to_not_convert": ["lm_head", "visual"]});
-    let config = RulesConfig {
-        quantization_config: Some(own),
-        ..ignoring(&["o_porj", "*.o_proj", "a.qkv_proj", "re:b\\..*", "re:c.*", "model.a"])
-    };
+    let mut config =
+        ignoring(&["o_porj", "*.o_proj", "a.qkv_proj", "re:b\\..*", "re:c.*", "model.a"]);
+    config.quantization_config = Some(own);
     let parameters = [
         matrix("a.o_proj.weight"),
         matrix("a.q_proj.weight"),

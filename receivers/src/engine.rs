@@ -742,38 +742,31 @@ impl<C: Communicator> ServersEngine<C> {
         let line = |index: usize, state, error: Option<String>| {
             let url = self.servers[index].url();
             let workers = self.fleet.workers(index);
-            ReceiverReport {
-                rank: rank_of(index),
-                state,
-                seconds: elapsed.as_secs_f64(),
-                digest: None,
-                notes: json!({
-                    "server": url,
-                    "workers": workers,
-                    "loaded": self.loaded[index],
-                    "delta": delta,
-                    "error": error,
-                }),
-            }
+            let mut report = ReceiverReport::new(rank_of(index), state);
+            report.seconds = elapsed.as_secs_f64();
+            report.notes = json!({
+                "server": url,
+                "workers": workers,
+                "loaded": self.loaded[index],
+                "delta": delta,
+                "error": error,
+            });
+            report
         };
         let loaded = outcome.loaded.iter().map(|&index| line(index, VersionState::Active, None));
         let out = outcome.out.iter().map(|(index, report)| {
             let error = Error::from(report.clone()).to_string();
             line(*index, VersionState::Aborted, Some(error))
         });
-        SendReport {
-            version,
-            counts: feed.chunks.counts,
-            buckets,
-            plan_reused: false,
-            elapsed,
-            stages: feed.stages,
-            digest: None,
-            receivers: loaded.chain(out).collect(),
-            absent: outcome.out.iter().map(|(index, _)| rank_of(*index)).collect(),
-            slower: self.sending.slots.slower(),
-            delta: None,
-        }
+        let mut report = SendReport::new(version);
+        report.counts = feed.chunks.counts;
+        report.buckets = buckets;
+        report.elapsed = elapsed;
+        report.stages = feed.stages;
+        report.receivers = loaded.chain(out).collect();
+        report.absent = outcome.out.iter().map(|(index, _)| rank_of(*index)).collect();
+        report.slower = self.sending.slots.slower();
+        report
     }
 }
 

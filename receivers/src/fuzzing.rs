@@ -1,6 +1,7 @@
 //! What servers answer, for the targets of `fuzz/`. It is there in builds for fuzzing alone.
 
 use crate::http::{Answer, MAX_WORDS};
+use crate::store;
 use crate::zmtp::{read_answer, read_opening};
 
 /// The body of an answer: what it says is short, and it is JSON or nothing.
@@ -23,4 +24,12 @@ pub fn zmtp(bytes: &[u8]) {
             left = rest.len();
         }
     });
+}
+
+/// What a client says to a store of torch's. It is answered only if it began as one does, and never with more than it can have
+/// stored for each of its requests.
+pub fn store(bytes: &[u8]) {
+    let answers = futures::executor::block_on(store::conversation(bytes));
+    assert!(bytes.first() == Some(&0) || answers.is_empty(), "a stranger was answered");
+    assert!(answers.len() <= (bytes.len() + 8) * (bytes.len() + 1));
 }

@@ -1,8 +1,8 @@
 //! Backends that only send: to inference servers as they are, by their own protocols.
 //!
-//! The trainer is a rank of this project's; the receivers are not. They have no deadlines and no digests, a failed update
-//! leaves them half loaded while they say that they are healthy, and one that waits in a collective waits without an end. So this side is
-//! the one that never hangs, and that says what happened.
+//! The trainer runs this engine; the receivers do not. They have no deadlines and no digests. A failed update leaves
+//! them half loaded while they report that they are healthy, and a receiver that waits in a collective waits for
+//! ever. So the trainer's side has to end every wait, and to report what happened.
 //!
 //! # Over NCCL
 //!
@@ -10,34 +10,34 @@
 //! all workers of all servers are one world, of which the trainer is member 0.
 //!
 //! - **The stream becomes buckets** (`chunk.rs`): whole weights, one behind the other. A bucket is one request
-//!   to each server with the names, types and shapes of its weights, and one broadcast. So the stream need not be known
-//!   before it is sent, and nothing is outstanding in NCCL while the trainer waits for its next weight: a trainer whose
+//!   to each server with the names, types and shapes of its weights, and one broadcast. So the stream need not be
+//!   known in advance, and nothing is outstanding in NCCL while the trainer waits for its next weight: a trainer whose
 //!   stream fails leaves no server hanging. vLLM can also take a whole update by one call that reuses the names of the
 //!   last; that saves the names and a request for each bucket, and costs this property.
-//! - **Weights get into slots** by what `backend-nccl` does it with: packed and quantised by one launch where they are on the
-//!   device, by the CPU where they are not. One of two slots is filled while the other travels.
+//! - **Weights get into slots** by the code of `backend-nccl`: one launch packs and quantises weights that are on the
+//!   device, the CPU all others. One of two slots is filled while the other travels.
 //! - **Calls that can hang** are made by the thread of [`collective`], which gives a world up when a deadline passes: joining,
 //!   warming up, a broadcast. The servers' own part of such a call is an HTTP request with the same deadline; when one
 //!   side fails, the others get a few seconds more.
 //! - **What happens to each server** is decided by a machine without IO (`fleet.rs`). A server that fails is left out and
 //!   named in [`SendReport::receivers`], the update goes on in a world without it, and the next update tries it again:
-//!   everything about it is asked anew, and it generates only once it has confirmed a version.
-//! - **FP8** is none of this crate's business: the layer in front of the engine quantises the stream, in which a weight's scales
-//!   follow its codes.
+//!   its state is queried again, and it generates only after it has confirmed a version.
+//! - **FP8** is done by the layer in front of the engine, which quantises the stream. A weight's scales follow its
+//!   codes.
 //! - **What differs between vLLM and SGLang** is behind a trait (`server.rs`). vLLM is told the id of the world, and its workers join
 //!   at once. SGLang's look for the id in a store of torch's (`store.rs`), at their first broadcast.
 //!
 //! # On the trainer's own host
 //!
-//! With `transport: ipc` there is no world. A server reads a bucket where it is, and has read it when it answers. All else is
-//! the same: one of two slots is filled while the other is read.
+//! With `transport: ipc` there is no world. A server reads a bucket in place, and has read it when it answers. The
+//! rest is the same: one of two slots is filled while the other is read.
 //!
 //! With `transport: zmq`, which is Moonshot's protocol, a server is asked once for a whole update, and its workers are told of each bucket
-//! by ZeroMQ (`moonshot.rs`). They wait for the next word without an end: an update that does not come to its end is called
-//! off.
+//! by ZeroMQ (`moonshot.rs`). They wait for the next message for ever, so an update that fails is called off
+//! explicitly.
 //!
-//! A worker reads on its own GPU alone. Where a server has several, the slots are on the GPUs of all of them: filled on one, and
-//! copied to the others before anybody is told.
+//! A worker reads only on its own GPU. If a server has several workers, each of their GPUs has the slots: a slot is
+//! filled on one GPU and copied to the others before the workers are told.
 //!
 //! The group of these backends has one rank, the trainer. [`SendReport::receivers`] has the servers as the ranks 1, 2, … in the order of the
 //! configuration, and in the notes of each its address, its workers, and how many `buckets`, `tensors` and `bytes` it said that it
@@ -147,7 +147,7 @@ pub struct SglangOptions {
     pub master_port: u16,
     /// The file with the key that the servers ask for (`--api-key`).
     pub api_key_file: Option<PathBuf>,
-    /// The file with the key that they ask for where they are changed, if that is another (`--admin-api-key`).
+    /// The file with the key for administrative requests, if it is another (`--admin-api-key`).
     pub admin_api_key_file: Option<PathBuf>,
     /// The file `libnccl.so.2`; searched for without it.
     pub library: Option<PathBuf>,
@@ -178,7 +178,7 @@ impl std::fmt::Display for Transport {
 }
 
 impl Transport {
-    /// Whether it reaches all workers of a server, with buckets on so many GPUs.
+    /// Whether it reaches all workers of a server, with buckets on this number of GPUs.
     ///
     /// # Errors
     ///
@@ -198,7 +198,7 @@ impl Transport {
     ///
     /// # Errors
     ///
-    /// `Config` if GPUs are listed and nobody reads there.
+    /// `Config` if GPUs are listed and no server reads there.
     fn gpus(self, devices: &[DeviceChoice]) -> Result<u32> {
         if self == Self::Nccl && !devices.is_empty() {
             let message = "`devices` is for `transport: ipc` and `zmq`: over NCCL nobody reads buckets where they are";
@@ -370,6 +370,6 @@ impl Backend for Sends {
                 Error::new(ErrorKind::Mismatch, "building the topology", message).rank(worker.rank)
             );
         }
-        Ok(vec![Placement { rank: worker.rank, peers: workers.into() }])
+        Ok(vec![Placement::new(worker.rank, workers)])
     }
 }

@@ -1,5 +1,5 @@
-//! What an engine needs of a kind of servers: how each of them is asked. All that differs between the servers' protocols
-//! is behind this trait; what is asked when is decided by the [machine](crate::fleet), the same for all of them.
+//! What an engine needs of a kind of servers: how to make each request. This trait hides all differences between the
+//! servers' protocols. The [machine](crate::fleet) decides when to make which request, the same for all of them.
 
 use std::fmt;
 use std::time::Duration;
@@ -113,6 +113,7 @@ pub(crate) enum Told {
 
 /// The kinds of servers that are known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ServerKind {
     /// vLLM.
     Vllm,
@@ -122,6 +123,7 @@ pub enum ServerKind {
 
 /// One thing that was looked at, and what was found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Check {
     /// What was looked at.
     pub name: String,

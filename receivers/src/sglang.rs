@@ -34,6 +34,7 @@ const FLUSH_SECONDS: u64 = 30;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub enum Pause {
     /// They are ended, and what is cached of the old weights is forgotten. SGLang's own default.
     #[default]

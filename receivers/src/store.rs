@@ -14,8 +14,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use engine_core::{Error, ErrorKind, Result};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
@@ -91,7 +90,7 @@ impl TorchStore {
             Error::new(ErrorKind::Io, OPERATION, message).with_source(error)
         })?;
         let port = listener.local_addr().map_err(|error| Error::io(OPERATION, error))?.port();
-        let shared = Arc::new(Shared { entries: Mutex::default(), changes: watch::Sender::new(0) });
+        let shared = Arc::new(Shared::new());
         let task = tokio::spawn(serve(listener, shared.clone())).abort_handle();
         Ok(Self { port, shared, task })
     }
@@ -126,6 +125,10 @@ fn stored(key: &str) -> Vec<u8> {
 }
 
 impl Shared {
+    fn new() -> Self {
+        Self { entries: Mutex::default(), changes: watch::Sender::new(0) }
+    }
+
     fn with<T>(&self, what: impl FnOnce(&mut Entries) -> T) -> T {
         what(&mut self.entries.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -180,12 +183,12 @@ async fn serve(listener: TcpListener, shared: Arc<Shared>) {
 }
 
 /// A client's connection.
-struct Wire {
-    read: BufReader<OwnedReadHalf>,
-    write: OwnedWriteHalf,
+struct Wire<R, W> {
+    read: R,
+    write: W,
 }
 
-impl Wire {
+impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Wire<R, W> {
     async fn number(&mut self) -> io::Result<u64> {
         self.read.read_u64_le().await
     }
@@ -223,11 +226,17 @@ impl Wire {
     }
 }
 
-/// Answers a client until it goes away, or says something that it must not say.
 async fn client(stream: TcpStream, shared: &Shared) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let (read, write) = stream.into_split();
-    let mut wire = Wire { read: BufReader::new(read), write };
+    answer(Wire { read: BufReader::new(read), write }, shared).await
+}
+
+/// Answers a client until it goes away, or says something that it must not say.
+async fn answer(
+    mut wire: Wire<impl AsyncRead + Unpin, impl AsyncWrite + Unpin>,
+    shared: &Shared,
+) -> io::Result<()> {
     if wire.read.read_u8().await? != ask::VALIDATE || wire.read.read_u32_le().await? != MAGIC {
         return Err(refusal("it is no client of torch's store"));
     }
@@ -336,7 +345,11 @@ fn found(shared: &Shared, key: &[u8]) -> io::Result<Vec<u8>> {
 }
 
 /// Waits until all keys are there, or the client does not want to wait any more.
-async fn wait(wire: &mut Wire, shared: &Shared, keys: &[Vec<u8>]) -> io::Result<()> {
+async fn wait(
+    wire: &mut Wire<impl AsyncRead + Unpin, impl AsyncWrite + Unpin>,
+    shared: &Shared,
+    keys: &[Vec<u8>],
+) -> io::Result<()> {
     let mut changes = shared.changes.subscribe();
     while !shared.has(keys) {
         let mut next = [0];
@@ -350,6 +363,14 @@ async fn wait(wire: &mut Wire, shared: &Shared, keys: &[Vec<u8>]) -> io::Result<
         }
     }
     wire.say(&[STOP_WAITING]).await
+}
+
+/// All that a client says, to an empty store; what it answers. For the targets of `fuzz/`.
+#[cfg(fuzzing)]
+pub(crate) async fn conversation(client: &[u8]) -> Vec<u8> {
+    let mut answers = Vec::new();
+    drop(answer(Wire { read: client, write: &mut answers }, &Shared::new()).await);
+    answers
 }
 
 #[cfg(test)]

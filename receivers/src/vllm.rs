@@ -26,6 +26,7 @@ use crate::shared::{ANY_DEVICE, arguments};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub enum Pause {
     /// They are ended, and what is cached of the old weights is forgotten. vLLM's own default.
     #[default]

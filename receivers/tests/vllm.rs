@@ -561,7 +561,8 @@ async fn a_server_with_an_fp8_model_gets_the_codes_and_the_scales_that_the_layer
         }
         weights
     };
-    let rules = RulesConfig { receiver: Receiver::Vllm, ..RulesConfig::default() };
+    let mut rules = RulesConfig::default();
+    rules.receiver = Receiver::Vllm;
     let rules = Rules::new(&rules).expect("rules");
     let quantized = async |version| -> Vec<Weight> {
         source(version).quantize_fp8(rules.clone()).try_collect().await.expect("weights")

@@ -146,6 +146,7 @@ pub(crate) type CardId = (u8, u32);
 
 /// A box on its way from one rank to another.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Transfer {
     /// Which [tensor](ReshardPlan::tensor).
     pub tensor: u32,
@@ -166,6 +167,7 @@ pub struct Transfer {
 
 /// Largest magnitudes of blocks that one rank tells another, because both have a part of each block.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct MaximaExchange {
     /// Which [tensor](ReshardPlan::tensor).
     pub tensor: u32,
@@ -179,6 +181,7 @@ pub struct MaximaExchange {
 
 /// What a rank sends and gets in an update, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Load {
     /// To ranks of other nodes.
     pub sent: u64,
@@ -194,6 +197,7 @@ pub struct Load {
 
 /// Bytes of one network card.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct CardLoad {
     /// To other nodes.
     pub sent: u64,
@@ -203,6 +207,7 @@ pub struct CardLoad {
 
 /// A rank that sends to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Pair {
     /// The sender.
     pub from: Rank,

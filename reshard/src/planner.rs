@@ -28,6 +28,7 @@ type CrossingKey = ([u8; 32], [u8; 32], Arc<[u64]>);
 
 /// What a [`Planner`] did for its last plan.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Work {
     /// Pairs of layouts that were crossed.
     pub crossed: usize,

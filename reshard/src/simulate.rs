@@ -23,6 +23,7 @@ pub struct Speeds {
 
 /// What came of a simulation.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct Simulated {
     /// Seconds until the last byte of weights has arrived.
     pub seconds: f64,

@@ -117,8 +117,8 @@ impl Holder {
         serde_json::json!({ Self::ATTRIBUTE: self.at.address.to_string() })
     }
 
-    /// Serves newcomers for as long as it can listen. A newcomer that fails, or that comes before
-    /// there is a version, harms nobody else.
+    /// Serves newcomers for as long as it can listen. A newcomer that fails, or that comes before there is a version,
+    /// does not affect others.
     ///
     /// # Cancel safety
     ///
@@ -126,7 +126,7 @@ impl Holder {
     ///
     /// # Errors
     ///
-    /// That the address cannot be listened at any more.
+    /// If it can no longer listen at the address.
     pub async fn run(mut self) -> Result<()> {
         loop {
             let control = match self.control.take() {
@@ -174,7 +174,7 @@ impl Holder {
     }
 }
 
-/// A rollout that gets the current version from one that holds it; see [`Holder`].
+/// A rollout that receives the current version from one that holds it; see [`Holder`].
 #[derive(Debug)]
 pub struct Newcomer {
     control: ControlPlane,
@@ -353,9 +353,9 @@ impl Control for OnlyWith {
             let of = match &event {
                 Some(Event::Message { from: rank, .. } | Event::Left { rank }) => *rank,
                 Some(Event::Lost { rank, .. }) => *rank,
-                // What the engine knows of its peer is in its placement.
-                Some(Event::Joined(_)) => continue,
                 None => return Ok(None),
+                // What the engine knows of its peer is in its placement.
+                Some(_) => continue,
             };
             if of == self.peer {
                 return Ok(event);
@@ -420,7 +420,8 @@ mod tests {
                 control.close().await.unwrap();
             }
         });
-        let config = CheckpointEngineConfig { timeout_seconds: 20.0, ..Default::default() };
+        let mut config = CheckpointEngineConfig::default();
+        config.timeout_seconds = 20.0;
         let joined = Newcomer::join(backend_naive::BACKEND, config, at).await.unwrap();
         assert!(joined.is_none(), "the second holder has no version");
         serving.await.unwrap();
@@ -429,7 +430,8 @@ mod tests {
     #[tokio::test]
     async fn a_newcomer_that_comes_before_the_holder_serves_anyone_is_served() {
         let at = place_of("early-newcomer");
-        let config = CheckpointEngineConfig { timeout_seconds: 5.0, ..Default::default() };
+        let mut config = CheckpointEngineConfig::default();
+        config.timeout_seconds = 5.0;
         let backend = backend_naive::BACKEND;
         let cache = WeightCache::default();
         let holder = Holder::listen(cache, Arc::new(backend), config.clone(), at.clone());

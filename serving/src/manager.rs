@@ -1,4 +1,4 @@
-//! Drives all phases for a whole set of workers.
+//! Drives a trainer and its rollouts through all phases of updates.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -42,8 +42,8 @@ pub trait RolloutWorker: Send {
     }
 }
 
-/// A rollout that has not joined its group. [`Prepared::map`] makes one of a rollout of this process; one behind remote
-/// calls is made by [`Prepared::new`], of the metadata that it has said and of the call that joins it.
+/// A rollout that has not joined its group. For a rollout of this process, [`Prepared::map`] makes one; for a rollout
+/// behind remote calls, [`Prepared::new`] does, from its metadata and the call that joins it.
 pub type PreparedWorker = Prepared<Box<dyn RolloutWorker>>;
 
 /// A rollout of this process: an engine, and where the weights go.
@@ -115,8 +115,8 @@ impl CheckpointEngineManager {
         Ok(Self { trainer, rollouts, paused: false })
     }
 
-    /// Runs one update: pauses all rollouts, frees their caches, sends, installs, and resumes them
-    /// whatever happened.
+    /// Runs one update: pauses all rollouts, frees their caches, sends, installs, and resumes them even after a
+    /// failure.
     ///
     /// # Cancel safety
     ///
@@ -150,7 +150,7 @@ impl CheckpointEngineManager {
     ///
     /// # Errors
     ///
-    /// The first rollout's that fails; all others are resumed all the same.
+    /// The error of the first rollout that fails; all others are resumed nevertheless.
     pub async fn resume(&mut self) -> Result<()> {
         if self.paused { self.resume_with(None).await } else { Ok(()) }
     }
@@ -211,7 +211,7 @@ impl CheckpointEngineManager {
     ///
     /// # Errors
     ///
-    /// The first failure; all workers are finalized all the same.
+    /// The first failure; all workers are finalized nevertheless.
     pub async fn finalize(mut self) -> Result<()> {
         let resumed = self.resume().await;
         let trainer = self.trainer.finalize().await;

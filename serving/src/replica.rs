@@ -1,4 +1,4 @@
-//! A rollout that keeps the last version at hand, whatever happens to its trainer.
+//! A rollout that keeps the last complete version, whatever happens to its trainer.
 
 use std::future::Future;
 use std::time::Duration;
@@ -18,9 +18,10 @@ const PAUSE: Duration = Duration::from_millis(500);
 
 /// A rollout that receives every update into a cache, for an inference server that reads the cache when it likes.
 ///
-/// It does what such a server otherwise does by hand: joins the group, takes the current version over from a rollout
-/// that [holds](Self::holding) it, receives, goes on after an update that failed, and joins a new group when its trainer
-/// was lost. While any of that goes on, the cache has the last complete version.
+/// It does what such a server would otherwise have to do itself: it joins the group,
+/// takes the current version over from a rollout
+/// that [holds](Self::holding) it, receives, continues after a failed update, and joins a new group when its trainer
+/// was lost. During all this the cache has the last complete version.
 ///
 /// # Examples
 ///
@@ -100,8 +101,8 @@ impl Replica {
         self.cache.clone()
     }
 
-    /// Stays up to date until the trainer leaves in order. `heard` is told of every version that is complete, and of
-    /// whatever failed; the cache has the version before then.
+    /// Stays up to date until the trainer leaves in order. `heard` is called for every complete version, and for
+    /// every failure, after which the cache still has the version before.
     ///
     /// # Cancel safety
     ///
@@ -109,7 +110,8 @@ impl Replica {
     ///
     /// # Errors
     ///
-    /// What trying again does not help: `Config`, `Backend`, `Authentication`, `Protocol`, and `Mismatch` of forming the
+    /// Errors that do not go away by trying again:
+    /// `Config`, `Backend`, `Authentication`, `Protocol`, and `Mismatch` of forming the
     /// group.
     pub async fn run(self, heard: impl FnMut(&Result<Version>) + Send) -> Result<()> {
         let Some(address) = self.hold.clone() else {

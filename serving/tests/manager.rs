@@ -14,11 +14,8 @@ use futures::StreamExt;
 use serving::{CachedEngine, CheckpointEngineManager, LocalRollout, PreparedWorker, RolloutWorker};
 
 fn context() -> EngineContext {
-    let config = CheckpointEngineConfig {
-        backend: "naive".into(),
-        timeout_seconds: 2.0,
-        ..Default::default()
-    };
+    let mut config = CheckpointEngineConfig::new("naive");
+    config.timeout_seconds = 2.0;
     EngineContext::new(config)
 }
 
@@ -403,11 +400,8 @@ impl RolloutWorker for Gone {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rollout_that_fails_before_it_enters_an_update_ends_it_before_any_deadline() {
-    let config = CheckpointEngineConfig {
-        backend: "naive".into(),
-        timeout_seconds: 600.0,
-        ..Default::default()
-    };
+    let mut config = CheckpointEngineConfig::new("naive");
+    config.timeout_seconds = 600.0;
     let context = || EngineContext::new(config.clone());
     let trainer = backend_naive::BACKEND.prepare_trainer(context()).await.unwrap();
     let other = backend_naive::BACKEND.prepare_rollout(context()).await.unwrap();

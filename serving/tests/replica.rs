@@ -28,7 +28,9 @@ fn address() -> ControlConfig {
 }
 
 fn config() -> CheckpointEngineConfig {
-    CheckpointEngineConfig { backend: "naive".into(), timeout_seconds: 1.0, ..Default::default() }
+    let mut config = CheckpointEngineConfig::new("naive");
+    config.timeout_seconds = 1.0;
+    config
 }
 
 struct Trainer {

@@ -15,16 +15,19 @@ const SCRIPTS: [(&str, &str); 2] = [
     ("several.sh", include_str!("../tools/several-gpus.sh")),
 ];
 
-/// Tests that need a GPU: package, features, and the test.
-const TESTS: [(&str, &str, &str); 8] = [
-    ("checkpoint-engine-cli", "", "sync"),
-    ("checkpoint-engine-cuda", "", "gpu"),
-    ("checkpoint-engine-ipc", "cuda", "cuda"),
-    ("checkpoint-engine-ipc", "cuda", "cuda_processes"),
-    ("checkpoint-engine-nccl", "", "cuda"),
-    ("checkpoint-engine-nccl", "", "processes"),
-    ("checkpoint-engine-nixl", "cuda", "cuda"),
-    ("checkpoint-engine-nixl", "cuda", "gone"),
+/// Tests that need a GPU: package and test.
+const TESTS: [(&str, &str); 11] = [
+    ("checkpoint-engine-cli", "sync"),
+    ("checkpoint-engine-cuda", "gpu"),
+    ("e5m2", "encoding"),
+    ("checkpoint-engine-ipc", "cuda"),
+    ("checkpoint-engine-ipc", "cuda_processes"),
+    ("checkpoint-engine-ipc", "placed"),
+    ("checkpoint-engine-ipc", "placed_cuda"),
+    ("checkpoint-engine-nccl", "cuda"),
+    ("checkpoint-engine-nccl", "processes"),
+    ("checkpoint-engine-nixl", "cuda"),
+    ("checkpoint-engine-nixl", "gone"),
 ];
 
 /// Programs that measure what others are compared with: package and example.
@@ -46,10 +49,10 @@ pub(crate) fn build(workspace: &Workspace, folder: Option<&Path>) -> Result<()> 
     stage("program", program)?;
     let built = workspace.target().join("release/ckpt-engine");
     put(&built, &folder.join("ckpt-engine"))?;
-    for (package, features, test) in TESTS {
+    for (package, test) in TESTS {
         let mut command = workspace.cargo();
         command.args(["test", "--release", "--locked", "--no-run", "-p", package]);
-        command.args(["--features", features, "--test", test, "--message-format", "json"]);
+        command.args(["--all-features", "--test", test, "--message-format", "json"]);
         let short = package.trim_start_matches("checkpoint-engine-");
         put(&executable(command, test)?, &folder.join(format!("test-{short}-{test}")))?;
     }

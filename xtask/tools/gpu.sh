@@ -49,6 +49,8 @@ if [ "${1:-tests}" = tests ]; then
     check ./test-cuda-gpu --ignored --test-threads 1
     check ./test-ipc-cuda --ignored --test-threads 4
     check ./test-ipc-cuda_processes --ignored
+    check ./test-ipc-placed_cuda --ignored --test-threads 1
+    CKPT_ENGINE_TEST_DEVICE=cuda:0 check ./test-ipc-placed --test-threads 1
     # A rank on a GPU has to be a process of its own: within one, UCX ends it when a peer does not answer. The
     # cases in which one does not are test-nixl-gone, which has a process for each rank.
     [ -d nixl ] && check ./test-nixl-cuda --ignored --test-threads 2 --skip whose_engine_is_gone

@@ -92,7 +92,7 @@ pub(crate) fn open(
 /// What is there, in words, after an agent was made and closed again.
 pub(crate) fn probe() -> Result<String, NixlError> {
     let options = AgentOptions { error_handling: "peer", ..Default::default() };
-    let arena = Arc::new(Arena::new(1, 4096)?);
+    let arena = Arc::new(Arena::of_host(1, 4096).map_err(NixlError::Device)?);
     let name = format!("probe-{}", std::process::id());
     let (_agent, card) = open(&options, name, &arena, Vec::new())?;
     let found = &sys::load(None)?.found;

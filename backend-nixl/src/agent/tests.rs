@@ -36,7 +36,7 @@ async fn agent(name: &str) -> (Agent, Arc<Arena>) {
 }
 
 async fn agent_with(name: &str, options: AgentOptions) -> (Agent, Arc<Arena>) {
-    let arena = Arc::new(Arena::new(2, BYTES).unwrap());
+    let arena = Arc::new(Arena::of_host(2, BYTES).unwrap());
     let name = format!("{name}-{}", std::process::id());
     (Agent::start(options, name, arena.clone()).await.unwrap(), arena)
 }
@@ -51,7 +51,7 @@ async fn interfaces_that_are_not_there_are_named_and_no_peer_is_blamed() {
     let transports = "tcp,self".to_owned();
     let options =
         AgentOptions { error_handling: "peer", interface, transports, ..Default::default() };
-    let arena = Arc::new(Arena::new(2, BYTES).unwrap());
+    let arena = Arc::new(Arena::of_host(2, BYTES).unwrap());
     let error = Agent::start(options, "nowhere".into(), arena).await.unwrap_err().to_string();
     assert!(error.contains("NET_DEVICES=nowhere9"), "{error}");
     assert!(error.contains("TLS=tcp,self"), "{error}");
@@ -120,7 +120,7 @@ pub(super) async fn fill(arena: &Arena, slot: u32, seed: usize) {
 }
 
 pub(super) fn is_pattern(slot: Slot, seed: usize) -> bool {
-    slot.into_storage().to_host().unwrap().iter().copied().eq(pattern(seed))
+    slot.into_storage().unwrap().to_host().unwrap().iter().copied().eq(pattern(seed))
 }
 
 #[tokio::test]
@@ -168,7 +168,7 @@ async fn one_that_cannot_be_read_from_and_does_not_answer_is_not_told_where_to_w
     let two = agent_over("greets", "tcp,tcp,self,").await;
     let before = two.1.place(1, BYTES).unwrap().address;
     // An agent without a thread, which takes in nothing.
-    let arena = Arena::new(2, BYTES).unwrap();
+    let arena = Arena::of_host(2, BYTES).unwrap();
     let options = AgentOptions { error_handling: "peer", ..Default::default() };
     let name = format!("silent-{}", std::process::id());
     let (_silent, card) = open(&options, name, &arena, Vec::new()).unwrap();
@@ -260,7 +260,7 @@ async fn what_is_not_a_card_is_an_error() {
 
 #[tokio::test]
 async fn transports_that_do_not_exist_are_an_error_that_names_them() {
-    let arena = Arc::new(Arena::new(1, 4096).unwrap());
+    let arena = Arc::new(Arena::of_host(1, 4096).unwrap());
     let options = AgentOptions {
         transports: "carrier_pigeon".into(),
         error_handling: "peer",
@@ -272,7 +272,7 @@ async fn transports_that_do_not_exist_are_an_error_that_names_them() {
 
 #[tokio::test]
 async fn a_slot_that_is_read_is_not_given_away() {
-    let arena = Arena::new(1, 4096).unwrap();
+    let arena = Arena::of_host(1, 4096).unwrap();
     let view = arena.lock(0, 10, DEADLINE).await.unwrap().into_storage();
     let error = arena.lock(0, 10, Duration::from_millis(20)).await.unwrap_err();
     assert!(matches!(error, NixlError::InUse { .. }), "{error}");
@@ -282,7 +282,7 @@ async fn a_slot_that_is_read_is_not_given_away() {
 
 /// An agent without a thread: it says and takes in only what a test has it.
 pub(super) fn bare(name: &str, transports: &str) -> (RawAgent, Arc<Card>, Arena) {
-    let arena = Arena::new(2, BYTES).unwrap();
+    let arena = Arena::of_host(2, BYTES).unwrap();
     let transports = transports.into();
     let options = AgentOptions { transports, error_handling: "peer", ..Default::default() };
     let name = format!("{name}-{}", std::process::id());

@@ -229,7 +229,8 @@ async fn setting<'a>(
     baseline: &Baseline,
     mut weights: impl FnMut(Version) -> Result<WeightStream<'a>>,
 ) -> Result<TransferLine> {
-    let config = CheckpointEngineConfig { digests, ..options.config.clone() };
+    let mut config = options.config.clone();
+    config.digests = digests;
     let default = match (config.device.is_cpu(), config.backend.as_str()) {
         (true, _) => 16,
         (false, "ipc") => 2048,
@@ -324,7 +325,9 @@ async fn bare_seconds(
     bytes: u64,
 ) -> Result<f64> {
     let device = device::of_rank(&config.device, 0)?;
-    let config = CheckpointEngineConfig { device, ..config.clone() };
+    let mut config = config.clone();
+    config.device = device;
     let target = target.clone();
-    aside(move || bare::seconds(&config, &target, bytes)).await?
+    let memory = checkpoint_engine::registry().memory(&config.device);
+    aside(move || bare::seconds(&config, memory, &target, bytes)).await?
 }

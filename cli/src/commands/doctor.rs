@@ -80,6 +80,7 @@ pub(crate) fn doctor_command(args: &DoctorArgs) -> Result<ExitCode, Failure> {
             Availability::Unusable { reason, remedy } => {
                 say(format!("  not usable: {reason}\n  to change that: {remedy}"))?;
             }
+            other => say(format!("  {other:?}"))?,
         }
     }
     Ok(ExitCode::SUCCESS)

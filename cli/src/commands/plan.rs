@@ -106,7 +106,8 @@ fn speed(text: &str) -> Result<f64, String> {
 }
 
 pub(crate) fn plan_command(args: &PlanArgs) -> Result<ExitCode, Failure> {
-    let rules = RulesConfig { strict: args.strict, ..rules(&args.format) };
+    let mut rules = rules(&args.format);
+    rules.strict = args.strict;
     if args.simulation.simulate {
         return simulate_command(args, &rules);
     }

@@ -4,9 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use checkpoint_engine::control::from_env;
-use checkpoint_engine::{
-    CheckpointEngineConfig, ControlPlane, Rank, Role, Version, form_group, registry,
-};
+use checkpoint_engine::{ControlPlane, Rank, Role, Version, form_group, registry};
 use clap::Args;
 use cli::memory::PeakMemory;
 use cli::report_line::line;
@@ -90,8 +88,7 @@ pub(crate) async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Fail
         return Ok(if is_whole { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     let registry = registry();
-    let device = cli::device::of_rank(&config.device, 0)?;
-    let config = CheckpointEngineConfig { device, ..config };
+    config.device = cli::device::of_rank(&config.device, 0)?;
     let mut source = Source::open(args.source.spec()?)?.on_device(&config.device);
     if !args.json {
         say_source(&source, &config.backend)?;

@@ -65,9 +65,10 @@ pub async fn rollout(
     // As inference engines have it, before the first update.
     let reserve = options.reserve.unwrap_or(0);
     let destination = device::destination(&device, reserve)?.map(|to| Arc::new(Mutex::new(to)));
-    let config = CheckpointEngineConfig { device: device.clone(), ..options.config };
+    let mut config = options.config;
+    config.device = device.clone();
     let target = match options.bare {
-        true => Some(bare::Target::new(&config).await?),
+        true => Some(bare::Target::new(&config, registry.memory(&device)).await?),
         false => None,
     };
     let mut own = serde_json::json!({});

@@ -98,7 +98,8 @@ pub async fn co_trainer(options: CoTrainerOptions, mut failed: impl FnMut(&Error
     let device = device::of_rank(&options.config.device, options.rank.0)?;
     let mut source = Source::open(options.source.clone())?.on_device(&device);
     source.advance(Version(1))?;
-    let config = CheckpointEngineConfig { device, ..options.config };
+    let mut config = options.config;
+    config.device = device;
     let group = form_group(&registry, config, &control).world_size(options.world_size);
     let (engine, _) = group.trainer().await?;
     let placing = options.placing.as_ref();

@@ -32,7 +32,7 @@ impl Kernels {
         stream.keep(self.done.raw().clone());
         let done = self.done.address();
         for (index, part) in (1..).zip(parts) {
-            let Part { task, jobs_at, firsts_at, jobs, tiles, wide } = *part;
+            let Part { task, jobs_at, firsts_at, parameters_at, jobs, tiles, wide } = *part;
             if tiles == 0 {
                 continue;
             }
@@ -47,11 +47,17 @@ impl Kernels {
                     )
                 }
                 Task::Digest => (&self.digest, vec![entries, firsts, count, all, sum]),
+                Task::Program { program, base } => {
+                    let words = || CudaError::Range(format!("`{}` is not loaded", program.name()));
+                    let kernel = self.program(program).ok_or_else(words)?;
+                    let parameters = table + parameters_at as u64;
+                    (kernel, vec![entries, firsts, count, all, parameters, sum, base])
+                }
             };
             let grid = kernel.grid.min(tiles);
             // SAFETY: these are the parameters of the kernels. The addresses are of the table, whose bytes are those
             // that the parts were made with, and the table's are of ranges of the memory that `used` has with it, as
-            // those who make tables have checked. The stream keeps `used`, `found`
+            // those who make tables have checked; a program reads nothing else, as who made it has promised. The stream keeps `used`, `found`
             // and `done`, which has a number for each job.
             unsafe { kernel.function.launch(grid, THREADS, stream, &mut parameters) }?;
         }

@@ -37,11 +37,32 @@ fn is_float(dtype: DType) -> bool {
     matches!(dtype, DType::BF16 | DType::F16 | DType::F32 | DType::F64)
 }
 
+/// The encoding of a weight that is [cast](crate::WeightStreamExt::cast) to another floating-point type.
+///
+/// Every element is rounded once, to nearest even; what is no number stays so, with the upper bits that fit and the first of them set.
+/// Kinds of memory that recognise it have kernels for it.
 #[derive(Debug)]
-struct Cast {
+pub struct Cast {
     source: Weight,
     from: DType,
     to: DType,
+}
+
+impl Cast {
+    /// What is cast.
+    pub fn source(&self) -> &Weight {
+        &self.source
+    }
+
+    /// The type that the elements have.
+    pub fn from(&self) -> DType {
+        self.from
+    }
+
+    /// The type that they get.
+    pub fn to(&self) -> DType {
+        self.to
+    }
 }
 
 /// Elements converted at a time, on the stack.

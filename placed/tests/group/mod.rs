@@ -137,11 +137,9 @@ impl Group {
             let is_trainer = (rank as usize) < holds.len();
             ranks.insert(Rank(rank), if is_trainer { Role::Trainer } else { Role::Rollout });
         }
-        let config = CheckpointEngineConfig {
-            threads: std::num::NonZeroUsize::new(2),
-            timeout_seconds: 10.0,
-            ..Default::default()
-        };
+        let mut config = CheckpointEngineConfig::default();
+        config.threads = std::num::NonZeroUsize::new(2);
+        config.timeout_seconds = 10.0;
         let mut members = Vec::new();
         let (mut trainers, mut rollouts) = (Vec::new(), Vec::new());
         for (&rank, &role) in &ranks {

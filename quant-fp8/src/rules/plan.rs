@@ -13,6 +13,7 @@ use crate::{Fp8Format, Granularity, Mode, QuantError, ScaleName};
 
 /// What happens to one parameter.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct PlanEntry {
     /// Its name.
     pub name: String,
@@ -45,6 +46,7 @@ impl PlanEntry {
 
 /// How much of a model that could be FP8 is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Share {
     /// Elements of matrices that are FP8, or become FP8.
     pub quantized: u64,

@@ -103,6 +103,7 @@ pub struct Profile {
 
 /// Which rows have to be whole blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum WholeRows {
     /// None.
     No,
@@ -116,6 +117,7 @@ pub enum WholeRows {
 
 /// A layer that a receiver makes of several weights, one below the other.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Fused {
     /// The layer's name in the receiver: in the list of ignored layers it stands for its parts.
     pub layer: &'static str,

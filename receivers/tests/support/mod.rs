@@ -118,7 +118,8 @@ pub(crate) async fn trainer_with(
     options: serde_json::Value,
     seconds: f64,
 ) -> Result<Box<dyn TrainerEngine>> {
-    let config = CheckpointEngineConfig { timeout_seconds: seconds, ..config(servers, options) };
+    let mut config = config(servers, options);
+    config.timeout_seconds = seconds;
     join(config, false).await
 }
 
@@ -129,12 +130,9 @@ pub(crate) fn config(
 ) -> CheckpointEngineConfig {
     let backend = servers.first().map_or("vllm", |server| server.contract().backend());
     options["servers"] = servers.iter().map(|server| server.url()).collect();
-    let mut config = CheckpointEngineConfig {
-        backend: backend.into(),
-        timeout_seconds: 4.0,
-        threads: std::num::NonZeroUsize::new(1),
-        ..Default::default()
-    };
+    let mut config = CheckpointEngineConfig::new(backend);
+    config.timeout_seconds = 4.0;
+    config.threads = std::num::NonZeroUsize::new(1);
     config.engine_kwargs.insert(backend.into(), options.as_object().cloned().unwrap_or_default());
     config
 }

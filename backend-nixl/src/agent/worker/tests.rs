@@ -11,7 +11,7 @@ async fn a_write_that_is_late_is_finished_and_only_then_answered() {
     // Both without threads, so that nothing happens but what is done here.
     let transports = "tcp,self".to_owned();
     let options = AgentOptions { transports, error_handling: "peer", ..Default::default() };
-    let from = Arc::new(Arena::new(2, BYTES).unwrap());
+    let from = Arc::new(Arena::of_host(2, BYTES).unwrap());
     fill(&from, 0, 7).await;
     let name = format!("writes-late-{}", std::process::id());
     let known = Arc::<Known>::default();

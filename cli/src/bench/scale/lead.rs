@@ -25,12 +25,10 @@ const PATIENCE: Duration = Duration::from_secs(300);
 const FORMED: &str = "formed";
 
 fn config() -> CheckpointEngineConfig {
-    CheckpointEngineConfig {
-        backend: NAME.into(),
-        timeout_seconds: PATIENCE.as_secs_f64(),
-        digests: false,
-        ..CheckpointEngineConfig::default()
-    }
+    let mut config = CheckpointEngineConfig::new(NAME);
+    config.timeout_seconds = PATIENCE.as_secs_f64();
+    config.digests = false;
+    config
 }
 
 fn control_config(address: Address, token: Token) -> ControlConfig {

@@ -4,6 +4,7 @@
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use engine_core::provider::Reach;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
@@ -42,9 +43,12 @@ impl Mapping {
         (0..count).map(cut).collect()
     }
 
-    pub(super) fn address(&self) -> usize {
+    pub(super) fn reach(&self) -> Reach {
         // The address leaves the program: to NIXL, and through it to peers.
-        self.start.as_ptr().expose_provenance()
+        let address = self.start.as_ptr().expose_provenance();
+        // SAFETY: the memory is mapped for writing as long as `self` lives. Its pieces, which slots have, do not overlap, and
+        // nothing else gives access to it.
+        unsafe { Reach::new(address as u64, None) }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -65,7 +69,7 @@ impl Drop for Mapping {
 /// cannot be copied.
 ///
 /// NIXL and peers reach the bytes by their address. Who lets them write there keeps the piece out of reach until
-/// they have ended: see [`Lent`](super::Lent) and [`RawTransfer`](crate::ffi::RawTransfer).
+/// they have ended: see [`Lent`](crate::arena::Lent) and [`RawTransfer`](crate::ffi::RawTransfer).
 #[derive(Debug)]
 pub(crate) struct Piece {
     mapping: Arc<Mapping>,

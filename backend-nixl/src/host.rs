@@ -1,0 +1,115 @@
+//! Host memory that NIXL and peers reach by its address, as a kind of memory.
+
+mod ffi;
+
+use std::sync::Arc;
+
+use engine_core::memory::{Job, Pool};
+use engine_core::provider::{
+    Allocation, BucketMemory, BucketSlot, Lifetime, MemoryKind, Reach, SlotBytes,
+};
+use engine_core::{DeviceChoice, Result, available_memory};
+use rustix::io::Errno;
+
+use crate::error::NixlError;
+use ffi::{Mapping, Piece};
+
+/// Mapped memory of this process.
+#[derive(Debug)]
+pub(crate) struct HostMemory;
+
+impl MemoryKind for HostMemory {
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn is_host(&self) -> bool {
+        true
+    }
+
+    fn allocate(
+        &self,
+        _: &DeviceChoice,
+        slots: u32,
+        bytes: u64,
+        _: Lifetime,
+    ) -> Result<Allocation> {
+        let too_large = NixlError::TooLarge { slots, bytes };
+        let len = bytes.checked_mul(slots.into()).and_then(|total| usize::try_from(total).ok());
+        let (Some(len), Ok(bytes)) = (len, usize::try_from(bytes)) else {
+            return Err(too_large.into());
+        };
+        let pieces = map(len)?.cut(bytes);
+        let memory: Arc<dyn BucketMemory> = pieces.first().ok_or(too_large)?.mapping().clone();
+        let slot = |piece| -> Box<dyn BucketSlot> { Box::new(Slot::new(piece)) };
+        Ok(Allocation { memory, slots: pieces.into_iter().map(slot).collect() })
+    }
+}
+
+/// Maps so many bytes.
+fn map(len: usize) -> Result<Mapping, NixlError> {
+    // Memory that is not there would not fail here, but end processes of the kernel's choice.
+    let total = len as u64;
+    if available_memory().is_some_and(|available| total > available) {
+        return Err(NixlError::Full(total));
+    }
+    Mapping::new(len).map_err(|errno| match errno {
+        Errno::NOMEM | Errno::AGAIN => NixlError::Full(total),
+        errno => NixlError::System { call: "mmap", errno },
+    })
+}
+
+/// A piece of a mapping.
+#[derive(Debug)]
+struct Slot {
+    piece: Piece,
+    /// The mapping.
+    memory: Arc<dyn BucketMemory>,
+}
+
+impl Slot {
+    fn new(piece: Piece) -> Self {
+        Self { memory: piece.mapping().clone(), piece }
+    }
+}
+
+impl BucketMemory for Mapping {
+    fn reach(&self) -> Option<Reach> {
+        Some(Self::reach(self))
+    }
+
+    fn len(&self) -> u64 {
+        Self::len(self) as u64
+    }
+
+    fn spare(&self, bytes: u64) -> Result<Box<dyn BucketSlot>> {
+        let len = usize::try_from(bytes).map_err(|_| NixlError::Full(bytes))?;
+        let piece = map(len)?.cut(len).pop().ok_or(NixlError::Full(bytes))?;
+        Ok(Box::new(Slot::new(piece)))
+    }
+}
+
+impl BucketSlot for Slot {
+    fn memory(&self) -> &Arc<dyn BucketMemory> {
+        &self.memory
+    }
+
+    fn start(&self) -> u64 {
+        self.piece.at() as u64
+    }
+
+    fn len(&self) -> u64 {
+        self.piece.len() as u64
+    }
+
+    fn fill(&mut self, filled: u64, jobs: Vec<Job>, pool: &Pool, digests: bool) -> Result<u64> {
+        let outside = NixlError::OutsideSlot { filled, bytes: self.len() };
+        let bytes = self.piece.bytes_mut().get_mut(..filled as usize).ok_or(outside)?;
+        pool.encode(&jobs, bytes, digests)
+    }
+
+    fn read(&self, filled: u64) -> Result<SlotBytes<'_>> {
+        let outside = NixlError::OutsideSlot { filled, bytes: self.len() };
+        Ok(SlotBytes::Host(self.piece.bytes().get(..filled as usize).ok_or(outside)?))
+    }
+}
