@@ -256,6 +256,56 @@ mod tests {
         assert_eq!(part, expected[77..1078]);
     }
 
+    /// The value of a finite bit pattern's upper neighbour, and the exact middle between both.
+    fn middles(values: impl Iterator<Item = f64>) -> Vec<(f64, f64, f64)> {
+        let all: Vec<f64> = values.collect();
+        all.windows(2).map(|pair| (pair[0], f64::midpoint(pair[0], pair[1]), pair[1])).collect()
+    }
+
+    /// What `F64` values become, as `f64`.
+    fn cast_of(values: &[f64], to: DType) -> Vec<f64> {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let weight = Weight::new("w", DType::F64, [values.len() as u64], bytes).unwrap();
+        let cast = block_on(vec![weight].cast(to).next()).unwrap().unwrap().to_bytes().unwrap();
+        let (halves, _) = cast.as_chunks::<2>();
+        let value = |half: &[u8; 2]| match to {
+            DType::BF16 => bf16::from_le_bytes(*half).to_f64(),
+            _ => half::f16::from_le_bytes(*half).to_f64(),
+        };
+        halves.iter().map(value).collect()
+    }
+
+    #[test]
+    fn a_double_beside_the_middle_of_two_halves_becomes_the_nearer_one() {
+        let halves = |to| match to {
+            DType::BF16 => middles((0..0x7f80).map(|bits| bf16::from_bits(bits).to_f64())),
+            _ => middles((0..0x7c00).map(|bits| half::f16::from_bits(bits).to_f64())),
+        };
+        for to in [DType::BF16, DType::F16] {
+            let all = halves(to);
+            for sign in [1.0, -1.0] {
+                let of = |value: fn(f64) -> f64| -> Vec<f64> {
+                    let doubles: Vec<f64> =
+                        all.iter().map(|&(_, at, _)| sign * value(at)).collect();
+                    cast_of(&doubles, to)
+                };
+                let (below, at, above) = (of(f64::next_down), of(|at| at), of(f64::next_up));
+                for (index, &(low, _, high)) in all.iter().enumerate() {
+                    let even = if index.is_multiple_of(2) { low } else { high };
+                    let found = (below[index], at[index], above[index]);
+                    assert_eq!(found, (sign * low, sign * even, sign * high), "{to}, {index}");
+                }
+            }
+        }
+        let beyond = [f64::INFINITY, 1e300, -1e300, 5e-324, -0.0];
+        for to in [DType::BF16, DType::F16] {
+            let found = cast_of(&beyond, to);
+            assert_eq!(found[..2], [f64::INFINITY; 2]);
+            assert_eq!(found[2], f64::NEG_INFINITY);
+            assert_eq!(found[3..], [0.0, 0.0]);
+        }
+    }
+
     #[test]
     fn a_blocking_source_that_panics_is_an_error_and_not_an_early_end() {
         let source = (0..3).map(|i| {

@@ -59,7 +59,7 @@ class ReceiverReport:
 
     Attributes:
         rank: The rollout.
-        state: Its version's state: ``"Active"``, ``"Ready"``, ``"Staging"`` or ``"Aborted"``.
+        state: Its version's state: ``"active"``, ``"ready"``, ``"staging"`` or ``"aborted"``.
         seconds: From the update's begin to the rollout's confirmation.
         digest: Of the whole version, as the rollout computed it.
         notes: What the rollout's program said.
@@ -174,7 +174,7 @@ class ReceiveReport:
 
     Attributes:
         version: The version received.
-        state: Its state here; ``"Active"`` when it is complete on all ranks.
+        state: Its state here; ``"active"`` when it is complete on all ranks.
         tensors: Tensors, scales included.
         bytes: Bytes of tensors.
         buckets: Buckets received.

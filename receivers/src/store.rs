@@ -22,12 +22,14 @@ use tokio::task::{AbortHandle, JoinSet};
 const OPERATION: &str = "opening a store for the servers' workers";
 /// What a client says first, so that nobody else is answered.
 const MAGIC: u32 = 0x3c85_f7ce;
-/// The longest key or value.
-const MAX_BYTES: u64 = 1 << 20;
+/// The longest value, and the most bytes of the keys of a request. Workers keep ids and counts here.
+const MAX_BYTES: u64 = 1 << 16;
 /// The most keys of one request.
 const MAX_KEYS: u64 = 1 << 12;
 /// The most keys of a store.
 const MAX_ENTRIES: usize = 1 << 14;
+/// The most bytes of all keys and values: workers of one world keep some kilobytes here.
+const MAX_STORED: usize = 64 << 20;
 /// The most clients at a time: several times the workers of the largest world that meets so.
 const MAX_CLIENTS: usize = 4096;
 
@@ -55,7 +57,43 @@ const WAIT_CANCELED: u8 = 1;
 const READY: u8 = 0;
 const NOT_READY: u8 = 1;
 
-type Entries = HashMap<Vec<u8>, Vec<u8>>;
+/// Keys and their values.
+#[derive(Debug, Default)]
+struct Entries {
+    values: HashMap<Vec<u8>, Vec<u8>>,
+    /// Of all keys and values.
+    bytes: usize,
+}
+
+impl Entries {
+    fn get(&self, key: &[u8]) -> Option<&Vec<u8>> {
+        self.values.get(key)
+    }
+
+    /// # Errors
+    ///
+    /// If it has too much then.
+    fn set(&mut self, key: Vec<u8>, value: Vec<u8>) -> io::Result<()> {
+        let (more, less) = match self.values.get(&key) {
+            Some(old) => (value.len(), old.len()),
+            None => (key.len() + value.len(), 0),
+        };
+        let is_new = !self.values.contains_key(&key);
+        let bytes = self.bytes - less + more;
+        if (is_new && self.values.len() >= MAX_ENTRIES) || bytes > MAX_STORED {
+            return Err(refusal("the store is full"));
+        }
+        self.bytes = bytes;
+        self.values.insert(key, value);
+        Ok(())
+    }
+
+    fn remove(&mut self, key: &[u8]) -> bool {
+        let removed = self.values.remove(key);
+        self.bytes -= removed.as_ref().map_or(0, |value| key.len() + value.len());
+        removed.is_some()
+    }
+}
 
 /// A store that listens. It ends, with all of its connections, when it is dropped.
 #[derive(Debug)]
@@ -102,7 +140,10 @@ impl TorchStore {
 
     /// Gives a key a value, as `store.set(key, value)` of a client does.
     pub(crate) fn set(&self, key: &str, value: &[u8]) {
-        self.shared.change(|entries| entries.insert(stored(key), value.to_vec()));
+        // An id in a store that has nothing yet.
+        if let Err(error) = self.shared.set(stored(key), value.to_vec()) {
+            tracing::warn!(%error, "workers will not find their world's id");
+        }
     }
 }
 
@@ -140,17 +181,11 @@ impl Shared {
     }
 
     fn has(&self, keys: &[Vec<u8>]) -> bool {
-        self.with(|entries| keys.iter().all(|key| entries.contains_key(key)))
+        self.with(|entries| keys.iter().all(|key| entries.get(key).is_some()))
     }
 
     fn set(&self, key: Vec<u8>, value: Vec<u8>) -> io::Result<()> {
-        self.change(|entries| {
-            if entries.len() >= MAX_ENTRIES && !entries.contains_key(&key) {
-                return Err(refusal("the store is full"));
-            }
-            entries.insert(key, value);
-            Ok(())
-        })
+        self.change(|entries| entries.set(key, value))
     }
 }
 
@@ -208,9 +243,14 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Wire<R, W> {
         if count > MAX_KEYS {
             return Err(refusal("too many keys"));
         }
-        let mut keys = Vec::new();
+        let (mut keys, mut bytes) = (Vec::new(), 0);
         for _ in 0..count {
-            keys.push(self.bytes().await?);
+            let key = self.bytes().await?;
+            bytes += key.len() as u64;
+            if bytes > MAX_BYTES {
+                return Err(refusal("too long keys"));
+            }
+            keys.push(key);
         }
         Ok(keys)
     }
@@ -250,17 +290,15 @@ async fn answer(
             ask::COMPARE_SET => {
                 let key = wire.bytes().await?;
                 let (expected, wanted) = (wire.bytes().await?, wire.bytes().await?);
-                let has = shared.with(|entries| entries.get(&key).cloned());
-                let now = match has {
-                    None if expected.is_empty() => wanted,
-                    None => expected,
-                    Some(has) if has == expected => wanted,
-                    Some(has) => {
-                        wire.say_bytes(&has).await?;
-                        continue;
-                    }
-                };
-                shared.set(key, now.clone())?;
+                let now = shared.change(|entries| {
+                    let now = match entries.get(&key) {
+                        Some(has) if *has != expected => return Ok(has.clone()),
+                        None if !expected.is_empty() => expected,
+                        _ => wanted,
+                    };
+                    entries.set(key, now.clone())?;
+                    io::Result::Ok(now)
+                })?;
                 wire.say_bytes(&now).await?;
             }
             ask::GET => {
@@ -271,14 +309,16 @@ async fn answer(
             ask::ADD => {
                 let key = wire.bytes().await?;
                 let by = wire.number().await? as i64;
-                let has = shared.with(|entries| entries.get(&key).cloned()).unwrap_or_default();
-                let has = match std::str::from_utf8(&has) {
-                    Ok("") => 0,
-                    Ok(text) => text.parse::<i64>().map_err(|_| refusal("no number"))?,
-                    Err(_) => return Err(refusal("a value that is no number")),
-                };
-                let now = has.wrapping_add(by);
-                shared.set(key, now.to_string().into_bytes())?;
+                let now = shared.change(|entries| {
+                    let has = entries.get(&key).map_or(Ok(""), |has| std::str::from_utf8(has));
+                    let has = match has.map(|text| if text.is_empty() { "0" } else { text }) {
+                        Ok(text) => text.parse::<i64>().map_err(|_| refusal("no number"))?,
+                        Err(_) => return Err(refusal("a value that is no number")),
+                    };
+                    let now = has.wrapping_add(by);
+                    entries.set(key, now.to_string().into_bytes())?;
+                    Ok(now)
+                })?;
                 wire.say(&now.to_le_bytes()).await?;
             }
             ask::CHECK => {
@@ -291,24 +331,25 @@ async fn answer(
                 wait(&mut wire, shared, &keys).await?;
             }
             ask::COUNT_KEYS => {
-                let count = shared.with(|entries| entries.len() as u64);
+                let count = shared.with(|entries| entries.values.len() as u64);
                 wire.say(&count.to_le_bytes()).await?;
             }
             ask::DELETE => {
                 let key = wire.bytes().await?;
-                let deleted = shared.change(|entries| entries.remove(&key)).is_some();
+                let deleted = shared.change(|entries| entries.remove(&key));
                 wire.say(&u64::from(deleted).to_le_bytes()).await?;
             }
             ask::APPEND => {
                 let key = wire.bytes().await?;
                 let more = wire.bytes().await?;
-                let mut value =
-                    shared.with(|entries| entries.get(&key).cloned()).unwrap_or_default();
-                value.extend_from_slice(&more);
-                if value.len() as u64 > MAX_BYTES {
-                    return Err(refusal("a value is too long"));
-                }
-                shared.set(key, value)?;
+                shared.change(|entries| {
+                    let mut value = entries.get(&key).cloned().unwrap_or_default();
+                    value.extend_from_slice(&more);
+                    if value.len() as u64 > MAX_BYTES {
+                        return Err(refusal("a value is too long"));
+                    }
+                    entries.set(key, value)
+                })?;
             }
             ask::MULTI_GET => {
                 for key in wire.keys().await? {
@@ -433,6 +474,57 @@ mod tests {
             let mut answers = [9; 2];
             stream.read_exact(&mut answers).await.unwrap();
             assert_eq!(answers, [WAIT_CANCELED, NOT_READY]);
+        });
+    }
+
+    #[test]
+    fn a_client_that_fills_the_store_is_sent_away_and_what_it_deletes_makes_room() {
+        let shared = Shared::new();
+        let value = vec![7; MAX_BYTES as usize];
+        let fits = MAX_STORED / (value.len() + 8);
+        let key = |number: usize| (number as u64).to_le_bytes().to_vec();
+        for number in 0..fits {
+            shared.set(key(number), value.clone()).expect("there is room");
+        }
+        let refused = || shared.set(b"one more".to_vec(), value.clone()).unwrap_err().to_string();
+        assert_eq!(refused(), "the store is full");
+        shared.set(key(0), value.clone()).expect("it replaces one of its size");
+        assert!(shared.change(|entries| entries.remove(&key(1))));
+        shared.set(key(fits), value.clone()).expect("there is room again");
+        assert_eq!(refused(), "the store is full");
+    }
+
+    #[test]
+    fn clients_that_count_at_the_same_time_lose_no_count() {
+        const CLIENTS: usize = 8;
+        const EACH: usize = 5000;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(4)
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        runtime.block_on(async {
+            let store = TorchStore::open(0).await.expect("a port");
+            let mut clients = JoinSet::new();
+            for _ in 0..CLIENTS {
+                let mut client = connected(&store).await;
+                clients.spawn(async move {
+                    client.write_all(&greeting()).await.expect("sent");
+                    let (mut answers, mut asks) = client.into_split();
+                    // All at once, so that the store is at work for several clients all the time.
+                    let add = [&[ask::ADD][..], &text(b"/n"), &1_i64.to_le_bytes()].concat();
+                    let asking = async { asks.write_all(&add.repeat(EACH)).await.expect("sent") };
+                    let hearing = async {
+                        for _ in 0..EACH {
+                            answers.read_i64_le().await.expect("an answer");
+                        }
+                    };
+                    tokio::join!(asking, hearing);
+                });
+            }
+            while clients.join_next().await.is_some() {}
+            let count = store.shared.with(|entries| entries.get(b"/n").cloned());
+            assert_eq!(count, Some((CLIENTS * EACH).to_string().into_bytes()));
         });
     }
 

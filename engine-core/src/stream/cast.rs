@@ -133,6 +133,19 @@ impl Encoding for Cast {
     }
 }
 
+/// Rounded to odd: what lies between two `f32` becomes the one of them whose last bit is set.
+///
+/// Rounding that to nearest even, to a type with at least two bits less, is one rounding of the whole. Rounding to nearest twice is not: what is
+/// just above a tie would become the tie first.
+fn odd(value: f64) -> f32 {
+    let nearest = value as f32;
+    if f64::from(nearest) == value || value.is_nan() {
+        return nearest;
+    }
+    let is_above = f64::from(nearest).abs() > value.abs();
+    f32::from_bits((nearest.to_bits() - u32::from(is_above)) | 1)
+}
+
 fn convert(from: DType, source: &[u8], to: DType, output: &mut [u8]) {
     /// Through `$via`, which holds every value of both types exactly, so that one rounding happens.
     macro_rules! through {
@@ -152,7 +165,7 @@ fn convert(from: DType, source: &[u8], to: DType, output: &mut [u8]) {
     }
     match from {
         DType::F64 => {
-            all!(f64, f64, |v| v as f32, f16::from_f64, bf16::from_f64);
+            all!(f64, f64, |v| v as f32, |v| f16::from_f32(odd(v)), |v| bf16::from_f32(odd(v)));
         }
         DType::F32 => all!(f32, f32, |v: f32| v, f16::from_f32, bf16::from_f32),
         DType::F16 => all!(f32, f16, |v: f32| v, f16::from_f32, bf16::from_f32),
