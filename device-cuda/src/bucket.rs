@@ -297,8 +297,9 @@ impl Tools {
             self.scales.extend(scales);
             asked.into_iter().for_each(|codes| self.scales.forget(codes));
             for job in work.host.iter().map(|&index| &jobs[index]).filter(|job| job.start == 0) {
-                if let Some(encoding) = job.weight.encoding().filter(|it| it.reads_device()) {
-                    *self.over_the_host.entry(encoding.name()).or_default() += 1;
+                if job.weight.reads_device() {
+                    let encoding = job.weight.encoding().map_or("strided", |it| it.name());
+                    *self.over_the_host.entry(encoding).or_default() += 1;
                 }
             }
         }
