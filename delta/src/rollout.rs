@@ -46,6 +46,21 @@ struct Kept {
     shadow: Option<Shadow>,
     /// Versions that came as changes since sums were computed from memory.
     since_attested: u64,
+    /// How the last changes' weights lay in buckets: a digest of many names takes time, and most updates have the same.
+    layouts: Vec<Arc<BucketLayout>>,
+}
+
+impl Kept {
+    /// The layout of these parts: the one that the last update had in this place, if it is the same.
+    fn layout(&mut self, index: usize, pieces: Vec<Piece>) -> Arc<BucketLayout> {
+        if let Some(layout) = self.layouts.get(index).filter(|it| it.pieces() == pieces) {
+            return layout.clone();
+        }
+        let layout = Arc::new(BucketLayout::new(pieces));
+        self.layouts.truncate(index);
+        self.layouts.push(layout.clone());
+        layout
+    }
 }
 
 #[async_trait]
@@ -444,9 +459,10 @@ impl<'k> Patching<'k> {
             offset = (offset + len).next_multiple_of(ALIGNMENT);
             content.push(bytes);
         }
+        let index = self.index;
         self.index += 1;
-        let layout = Arc::new(BucketLayout::new(pieces));
-        ReceivedBucket::new(self.index - 1, layout, BucketContent::List(content.into()))
+        let layout = self.kept.layout(index as usize, pieces);
+        ReceivedBucket::new(index, layout, BucketContent::List(content.into()))
     }
 
     /// The version, in its order.

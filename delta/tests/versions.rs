@@ -275,6 +275,37 @@ async fn a_part_of_a_tensor_is_refused_by_name() {
 }
 
 #[tokio::test]
+async fn updates_of_the_same_weights_have_the_layouts_of_the_last_one() {
+    let (mut trainer, mut rollouts) = group(&[true]).await.expect("a group");
+    let mut model: Model = (0..5).map(|at| weight(format!("w{at}"), at, 30)).collect();
+    let mut layouts = Vec::new();
+    for version in 1..=4 {
+        if version == 4 {
+            model.truncate(4);
+        }
+        let send = trainer.send_weights(ensure_async_iterator(weights(&model)), Version(version));
+        let receive = async {
+            let mut received = rollouts[0].receive_weights(None).await?;
+            let mut here = Vec::new();
+            while let Some(bucket) = received.next_bucket().await? {
+                here.push(bucket.layout().clone());
+            }
+            received.finish().await.map(|_| here)
+        };
+        let (sent, received) = futures::join!(send, receive);
+        sent.expect("an update");
+        layouts.push(received.expect("an update"));
+    }
+    let [_, second, third, fourth] = &layouts[..] else { panic!("four updates") };
+    assert!(!second.is_empty() && second.len() == third.len());
+    assert!(second.iter().zip(third).all(|(one, other)| Arc::ptr_eq(one, other)));
+    let names = |all: &[Arc<engine_core::plan::BucketLayout>]| -> usize {
+        all.iter().map(|layout| layout.pieces().len()).sum()
+    };
+    assert_eq!((names(third), names(fourth)), (5, 4));
+}
+
+#[tokio::test]
 async fn a_thousand_versions_in_a_row_are_what_one_whole_one_is() {
     let (mut trainer, mut rollouts) = group(&[true]).await.expect("a group");
     let mut model: Model = (0..5).map(|at| weight(format!("w{at}"), at, 30)).collect();
