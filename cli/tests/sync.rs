@@ -140,7 +140,6 @@ fn what_cannot_be_placed_is_refused_in_words() {
         (&["--rollout-layout", "tp=2", "--backend", "naive"][..], "naive has no placed updates"),
         (&["--rollout-layout", "tp=2", "--out", "out"], "--placed"),
         (&["--rollout-layout", "tp=2", "--quantize-on-receive"], "nothing is left to quantise"),
-        (&["--rollout-layout", "tp=2", "--device", "cuda"], "host memory"),
         (&["--rollout-layout", "ep=99"], "ep=99"),
         (&[], "--rollout-layout"),
     ] {
