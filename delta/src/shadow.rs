@@ -157,7 +157,7 @@ impl Shadow {
         named.map(|(at, entry)| (entry.meta.name.clone(), at)).collect()
     }
 
-    /// Computes all sums anew from memory. Blocks.
+    /// Computes all sums again from memory. Blocks.
     ///
     /// # Errors
     ///
@@ -167,7 +167,7 @@ impl Shadow {
     }
 }
 
-/// Computes the sums of weights anew from memory. Blocks.
+/// Computes the sums of weights again from memory. Blocks.
 ///
 /// # Errors
 ///

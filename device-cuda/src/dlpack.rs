@@ -50,7 +50,7 @@ fn refuse(name: &str, message: impl Into<String>) -> Error {
 /// # Safety
 ///
 /// `tensor` is a DLPack tensor that nobody else has taken: its pointers are valid as DLPack says, and its deleter may be called from any
-/// thread. Whatever fills it has finished, and nobody writes to it before it is given back.
+/// thread. Its data is complete, and nobody writes to it before it is given back.
 ///
 /// # Errors
 ///

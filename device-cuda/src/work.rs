@@ -1,4 +1,4 @@
-//! Sorts the work of a bucket by who does it. Pure: jobs and addresses in, tables out.
+//! Sorts the work of a bucket by who does it: the kernels, the driver or the CPU. Pure: jobs and addresses in, tables out.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -45,7 +45,7 @@ pub(crate) trait Beside {
 /// The work of one bucket. Its memory is used for bucket after bucket.
 #[derive(Debug, Default)]
 pub(crate) struct Work {
-    /// One launch for each format, and one for what is made aside. There is hardly ever a second one.
+    /// One launch for each format, and one for what is made outside the bucket. There is hardly ever a second one.
     batches: Vec<Batch>,
     /// Batches of earlier buckets, to be reused.
     spare: Vec<Batch>,
@@ -269,7 +269,7 @@ impl Work {
         let covering = if is_whole { part.clone() } else { covering(codes, &part) };
         let first_block = if is_whole { 0 } else { grid.scales_of(&covering).start };
         let here = if is_whole { sorting.scales_here(index, key(of), &self.scales) } else { None };
-        // The digest's words begin at their beginning.
+        // The scales begin at a word of the digest.
         let sums_scales =
             here.is_some_and(|at| sorting.digests && sorting.jobs[at].offset.is_multiple_of(64));
         let all_scales = match here {
@@ -358,7 +358,7 @@ impl Work {
 impl Batch {
     fn push(&mut self, entry: (Entry, usize), (job, first): (usize, usize)) -> Result<()> {
         self.table.push(entry)?;
-        // A bucket has at most 65536 jobs, and a matrix with more blocks than fit has no launch.
+        // Both fit: a bucket has at most 65536 jobs, and a matrix with more blocks than fit into 32 bits has no launch.
         self.of.push((job as u32, first as u32));
         Ok(())
     }
@@ -459,7 +459,7 @@ mod tests {
     #[derive(Default)]
     struct Fake {
         taken: u64,
-        /// For each codes: where, and which scales.
+        /// For each weight's codes: where, and which scales.
         places: HashMap<usize, (u64, Vec<bool>)>,
         /// Keeps addresses of encodings from being used again.
         kept: Vec<Arc<dyn Encoding>>,
