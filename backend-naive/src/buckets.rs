@@ -1,4 +1,4 @@
-//! Buckets of a process as the links of the update protocol: lists of weights, each in memory of its own.
+//! Buckets within a process as the links of the update protocol: lists of weights, each in its own memory.
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -17,7 +17,7 @@ use crate::rank::OwnRank;
 /// Rollouts work on one bucket while the trainer encodes the next one.
 const SLOTS: usize = 2;
 
-/// The buckets that are on the way. Rollouts take theirs before the trainer puts the next one in its place.
+/// The buckets under way. Rollouts take theirs before the trainer replaces a bucket by a later one.
 #[derive(Debug, Default)]
 pub(crate) struct Buckets(Mutex<[Option<Arc<[Storage]>>; SLOTS]>);
 
@@ -28,7 +28,7 @@ impl Buckets {
     }
 }
 
-/// The trainer's end.
+/// The trainer's end of the link.
 #[derive(Debug)]
 pub(crate) struct Outgoing {
     pub(crate) buckets: Arc<Buckets>,
@@ -53,7 +53,7 @@ impl SendLink for Outgoing {
     }
 
     async fn fill(&mut self, slot: usize, jobs: Vec<Job>, _: bool) -> Result<u64> {
-        // All of them are whole weights.
+        // The jobs are whole weights.
         let weights = jobs.into_iter().map(|job| job.weight).collect();
         let handed = self.pool.hand_over(weights).await?;
         if let Some(slot) = self.buckets.lock().get_mut(slot) {
@@ -63,12 +63,12 @@ impl SendLink for Outgoing {
     }
 
     async fn publish(&mut self, _: usize, _: u64) -> Result<()> {
-        // The rollouts see the same memory.
+        // Nothing is sent: the rollouts see the same memory.
         Ok(())
     }
 
     fn end(&mut self, _: bool) {
-        // What rollouts have not taken of an update that failed, they need not have.
+        // After a failed update, rollouts do not need the buckets that they have not taken.
         *self.buckets.lock() = Default::default();
     }
 
@@ -83,10 +83,10 @@ impl Drop for Outgoing {
     }
 }
 
-/// A rollout's end.
+/// A rollout's end of the link.
 #[derive(Debug)]
 pub(crate) struct Incoming {
-    /// The trainer's, since that has joined the group.
+    /// The trainer's buckets, once the trainer has joined the group.
     pub(crate) buckets: Arc<OnceLock<Arc<Buckets>>>,
     pub(crate) member: Member,
     pub(crate) _registered: Registered,
@@ -109,7 +109,7 @@ impl FetchLink for Incoming {
             .get()
             .and_then(|buckets| buckets.lock().get(fetch.slot as usize).cloned().flatten());
         arrival.tell_list(bucket.ok_or_else(|| {
-            // The trainer says why, a moment later.
+            // The trainer reports the cause a moment later.
             let words = "its update has ended";
             Error::new(ErrorKind::Io, "taking a bucket", words).rank(Rank::LEADER)
         }));

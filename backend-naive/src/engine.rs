@@ -1,4 +1,4 @@
-//! The engine: ranks of a process that find one another, and their links.
+//! The engine: ranks of one process, which find one another, and their links.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,8 +17,8 @@ use crate::NAME;
 use crate::buckets::{Buckets, Incoming, Outgoing};
 use crate::rank::OwnRank;
 
-/// The size at which a bucket ends unless one is configured. What is shared costs nothing: it bounds the memory of
-/// weights that are encoded.
+/// The size at which a bucket ends, unless one is configured. Shared memory costs nothing, so this only bounds the memory of encoded
+/// weights.
 const BUCKET_BYTES: u64 = 16 << 20;
 
 /// The transport has no options of its own.
@@ -26,7 +26,7 @@ const BUCKET_BYTES: u64 = 16 << 20;
 #[serde(deny_unknown_fields)]
 struct Kwargs {}
 
-/// What a rollout tells of itself.
+/// The data of a rollout for its trainer.
 #[derive(Serialize, Deserialize)]
 struct Details {
     id: u64,
@@ -36,7 +36,7 @@ struct Details {
 #[derive(Debug)]
 struct Waiting {
     member: Member,
-    /// Where the trainer leaves its buckets for it.
+    /// Where the trainer puts its buckets for it.
     buckets: Arc<OnceLock<Arc<Buckets>>>,
 }
 
@@ -44,7 +44,7 @@ struct Waiting {
 static WAITING: LazyLock<Mutex<HashMap<u64, Waiting>>> = LazyLock::new(Mutex::default);
 
 fn waiting() -> MutexGuard<'static, HashMap<u64, Waiting>> {
-    // Insertions and removals are all that happens to the map.
+    // Every change is one insertion or removal.
     WAITING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -67,7 +67,7 @@ pub(crate) fn prepare_trainer(context: EngineContext) -> Result<PreparedTrainer>
     let metadata = WorkerMetadata::of_this_process(NAME, rank.rank, Role::Trainer, details);
     Ok(Prepared::new(metadata, move |place| async move {
         let (hub, buckets) = (Hub::new(), Arc::<Buckets>::default());
-        // Dropped with an error, it tells those that were admitted.
+        // If an error drops it, the admitted rollouts are told.
         let link = Outgoing {
             buckets: buckets.clone(),
             bucket_bytes,
@@ -86,7 +86,7 @@ pub(crate) fn prepare_trainer(context: EngineContext) -> Result<PreparedTrainer>
     }))
 }
 
-/// The rollout of this metadata, which is taken by one trainer.
+/// Takes the rollout of this metadata out of [`WAITING`], for one trainer.
 fn take(peer: &WorkerMetadata) -> Result<Waiting> {
     let operation = "joining the group";
     let details: Details = serde_json::from_value(peer.details.clone()).map_err(|error| {
@@ -111,7 +111,7 @@ pub(crate) fn prepare_rollout(context: EngineContext) -> Result<PreparedRollout>
     let details = serde_json::json!(Details { id });
     let metadata = WorkerMetadata::of_this_process(NAME, rank.rank, Role::Rollout, details);
     let control = member.control();
-    // Dropped, it is gone from the group, or will be in none.
+    // When the link is dropped, the rollout leaves the group, or never joins one.
     let link = Incoming { buckets, member, _registered: Registered(id), _rank: rank };
     Ok(Prepared::new(metadata, move |_: Placement| async move {
         let engine = Receiver::new(link, &context, control, pool);

@@ -1,10 +1,10 @@
-//! A checkpoint engine for trainers and rollouts of one process: hands the weights over without a copy.
+//! A checkpoint engine for trainers and rollouts of one process: it hands weights over without a copy.
 //!
-//! A weight that is contiguous in memory arrives as that memory, shared, on whatever device it is; one that is encoded
-//! on the way (cast, strided, quantised) is encoded once, for all rollouts. A rollout may keep what it received for as
-//! long as it likes. Nothing travels that a digest could guard.
+//! A weight that is contiguous in memory arrives as that memory, shared, on whatever device it is. A weight that is encoded on the way
+//! (cast, strided, quantised) is encoded once, for all rollouts. A rollout may keep what it received for as long as it likes. There are no
+//! digests, because nothing travels.
 //!
-//! The ranks say the same to one another as those of any other engine, through queues: it needs no control plane.
+//! The ranks exchange the same messages as those of any other engine, through queues: it needs no control plane.
 
 mod buckets;
 mod engine;
@@ -19,7 +19,7 @@ use engine_core::{
 /// The transport's name in configurations.
 const NAME: &str = "naive";
 
-/// The transport as a value, to be registered.
+/// The backend, to be registered.
 pub static BACKEND: &dyn Backend = &Naive;
 
 #[derive(Debug)]

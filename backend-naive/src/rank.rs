@@ -1,11 +1,11 @@
-//! Ranks of engines that have them from nobody else.
+//! Chooses ranks for engines whose context has none.
 
 use std::collections::BTreeSet;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use engine_core::{EngineContext, Rank, Role};
 
-/// The ranks that were chosen here, as long as their engines are there.
+/// The ranks that were chosen here, as long as their engines exist.
 static RANKS: LazyLock<Mutex<BTreeSet<Rank>>> = LazyLock::new(Mutex::default);
 
 /// A naive engine's rank: the one of its context, else one that no other naive engine of the process has

@@ -1,8 +1,8 @@
-//! A rank's agent: one thread that has it, and the handle of that thread.
+//! A rank's agent: the thread that owns it, and the handle of that thread.
 //!
-//! - [`handle`] is what the engine has, [`worker`] the thread;
+//! - [`handle`] is the engine's side, [`worker`] the thread;
 //! - [`open`](mod@open) makes an agent of NIXL, [`exit`] ends those that are left when the process ends;
-//! - [`card`] and [`reach`] say how peers are reached, [`notice`] is what agents say to one another.
+//! - [`card`] and [`reach`] describe how peers are reached, [`notice`] has the messages between agents.
 
 mod card;
 mod exit;

@@ -2,11 +2,10 @@
 //!
 //! # Who may access a slot's bytes
 //!
-//! A [`Range`] owns the bytes of a slot. It is never copied, and no two of them share a byte, so that two slots
-//! cannot either. It is in its slot's lock, and who has the lock has it: as a [`Slot`], which gives access to the
-//! bytes, or as a [`Lent`] slot, which does not, because a peer was told that it may write there. A lent slot
-//! becomes a `Slot` again with the proof that the peer has [`Quiesced`], and not by any other way; without proof, its
-//! range is taken out of the slot and kept aside.
+//! A [`Range`] owns the bytes of a slot. It is never copied, and no two ranges share a byte, so neither do two slots. The range is in its
+//! slot's lock, and the holder of the lock has it: as a [`Slot`], which gives access to the bytes, or as a [`Lent`] slot, which does not,
+//! because a peer was told that it may write there. A lent slot becomes a `Slot` again only with the proof that the peer has [`Quiesced`].
+//! Without proof, its range is taken out of the slot and kept aside.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex as Sync, PoisonError};
@@ -24,21 +23,21 @@ use crate::error::NixlError;
 use crate::host::HostMemory;
 use crate::lent::{AskId, Quiesced};
 
-/// Slots of equal size, each of them with at most one user who may write.
+/// Slots of equal size. At most one user may write to each.
 #[derive(Debug)]
 pub(crate) struct Arena {
-    /// The memory that all slots are in at first.
+    /// The memory of all slots at first.
     home: Memory,
     slots: Vec<Arc<Mutex<Option<Range>>>>,
-    /// Where the slots are, whichever thread has their locks; nowhere if a slot has lost its memory. Written where a range
-    /// is put into a slot or taken out of one, and nowhere else.
+    /// The places of the slots, readable whichever thread holds their locks; `None` if a slot has lost its memory. Written only where a
+    /// range is put into a slot or taken out.
     places: Sync<Vec<Option<Place>>>,
-    /// What keeps a slot in use that nobody here uses, in words.
+    /// For slots that nobody here uses: what keeps them in use, for messages.
     holders: Sync<BTreeMap<u32, String>>,
     slot_bytes: u64,
 }
 
-/// Memory of an arena, as NIXL needs it and as what keeps it there. Gives no access to any byte of it.
+/// Memory of an arena: what NIXL needs of it, and its owner. Gives no access to any byte of it.
 #[derive(Clone, Debug)]
 pub(crate) struct Memory {
     memory: Arc<dyn BucketMemory>,
@@ -52,7 +51,7 @@ pub(crate) struct Range {
     memory: Memory,
 }
 
-/// Where bytes are, and what keeps them there. No right to access them.
+/// Where bytes are, and the owner of their memory. No right to access them.
 #[derive(Clone, Debug)]
 pub(crate) struct Place {
     pub(crate) memory: Memory,
@@ -61,7 +60,7 @@ pub(crate) struct Place {
 }
 
 impl Arena {
-    /// Allocates the slots on a device. All of their memory is there when this returns.
+    /// Allocates the slots on a device. All of their memory is present when this returns.
     ///
     /// # Errors
     ///
@@ -72,8 +71,8 @@ impl Arena {
         slots: u32,
         bytes: u64,
     ) -> engine_core::Result<Self> {
-        // UCX keeps what it mapped of a peer's device until its process ends, also when that peer has left; CUDA
-        // does not define what becomes of memory that is freed meanwhile.
+        // UCX keeps its mappings of a peer's device until its process ends, even when that peer has left. CUDA does not define the result
+        // of freeing that memory meanwhile.
         let Allocation { memory, slots: ranges } =
             kind.allocate(device, slots, bytes, Lifetime::Process)?;
         let home = Memory::new(memory)?;
@@ -88,12 +87,12 @@ impl Arena {
     ///
     /// # Errors
     ///
-    /// `Full` if there is not so much memory.
+    /// `Full` if there is not enough memory.
     pub(crate) fn of_host(slots: u32, bytes: u64) -> engine_core::Result<Self> {
         Self::on(&HostMemory, &DeviceChoice::default(), slots, bytes)
     }
 
-    /// What of filling the slots was slower than it could be since the last call.
+    /// What made filling the slots slower than possible since the last call.
     pub(crate) fn slower(&self) -> Vec<String> {
         self.home.memory.slower()
     }
@@ -106,12 +105,12 @@ impl Arena {
         self.slot_bytes
     }
 
-    /// Where the slots begin, as long as none has moved.
+    /// The address of the first slot, as long as none has moved.
     pub(crate) fn address(&self) -> usize {
         self.home.address()
     }
 
-    /// All memory that slots are in, each once.
+    /// All memory of slots, each once.
     pub(crate) fn memory(&self) -> Vec<Memory> {
         let places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
         let all = places.iter().flatten().map(|place| (place.memory.address(), &place.memory));
@@ -147,13 +146,13 @@ impl Arena {
     ///
     /// # Errors
     ///
-    /// What the device reports if there is not so much memory.
+    /// What the device reports if there is not enough memory.
     pub(crate) fn spare(&self) -> Result<Range, NixlError> {
         Range::new(self.home.memory.spare(self.slot_bytes).map_err(NixlError::Device)?)
     }
 
-    /// Takes the range out of a slot that a peer may still write to, and puts another one into it, if there is one.
-    /// The slot is free again, with other memory or without.
+    /// Takes the range out of a slot that a peer may still write to, and puts `other` into it, if given. The slot is free again, with other
+    /// memory or without.
     pub(crate) fn retire(&self, lent: Lent, other: Option<Range>) -> Option<(AskId, Range)> {
         let Lent { slot: Slot { number, mut guard, .. }, ask } = lent;
         let old = guard.take();
@@ -169,7 +168,7 @@ impl Arena {
     ///
     /// # Errors
     ///
-    /// The range, if the slot has memory, or somebody looks at it just now.
+    /// The range, if the slot has memory, or is locked at this moment.
     pub(crate) fn install(&self, slot: u32, range: Range) -> Result<(), Range> {
         let guard =
             self.slots.get(slot as usize).and_then(|lock| lock.clone().try_lock_owned().ok());
@@ -193,23 +192,21 @@ impl Arena {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Says what keeps a slot in use, for the error of those who wait for it in vain.
+    /// Records what keeps a slot in use, for the error of those who wait for it in vain.
     pub(crate) fn hold(&self, slot: u32, by: String) {
         self.holders.lock().unwrap_or_else(PoisonError::into_inner).insert(slot, by);
     }
 
-    /// Makes this thread one from which libraries can reach the memory: UCX looks for a device's context when the agent
-    /// is made.
+    /// Prepares this thread for libraries that access the memory: UCX looks for a device's context when the agent is made.
     pub(crate) fn enter(&self) -> engine_core::Result<()> {
         self.home.memory.enter()
     }
 
-    /// The first bytes of a slot, once nobody else uses it.
+    /// Locks the first bytes of a slot, once nobody else uses it.
     ///
     /// # Errors
     ///
-    /// `InUse` if somebody does until the deadline, `Vacant` if the slot has lost its memory, `Outside` if there is no
-    /// such slot.
+    /// `InUse` if it is in use until the deadline, `Vacant` if the slot has lost its memory, `Outside` if there is no such slot.
     pub(crate) async fn lock(
         &self,
         slot: u32,
@@ -227,7 +224,7 @@ impl Arena {
         self.locked(slot, filled, guard)
     }
 
-    /// The first bytes of a slot, if nobody uses it.
+    /// Locks the first bytes of a slot, if nobody uses it.
     ///
     /// # Errors
     ///
@@ -259,11 +256,11 @@ impl Arena {
 pub(crate) struct Slot {
     number: u32,
     len: usize,
-    /// With a range: a slot without one is not handed out.
+    /// Always with a range: a slot without one is not handed out.
     guard: OwnedMutexGuard<Option<Range>>,
 }
 
-/// A slot whose address a peer was given to write to. What is in it is out of reach.
+/// A slot whose address was given to a peer to write to. Its contents cannot be accessed.
 #[derive(Debug)]
 pub(crate) struct Lent {
     slot: Slot,
@@ -271,16 +268,16 @@ pub(crate) struct Lent {
 }
 
 impl Lent {
-    /// The slot, if the proof is one for this very question.
+    /// Returns the slot, if the proof is for this question.
     ///
     /// # Errors
     ///
-    /// The lent slot, if it is the proof for another one.
+    /// The lent slot, if the proof is for another question.
     pub(crate) fn back(self, proof: &Quiesced) -> Result<Slot, Self> {
         if proof.is_for(&self.ask) { Ok(self.slot) } else { Err(self) }
     }
 
-    /// The question that it was lent for.
+    /// The question for which it was lent.
     pub(crate) fn ask(&self) -> &AskId {
         &self.ask
     }
@@ -303,7 +300,7 @@ impl Memory {
     }
 
     pub(crate) fn address(&self) -> usize {
-        // Where NIXL is, a pointer has 64 bits.
+        // NIXL only exists where a pointer has 64 bits.
         self.reach.address() as usize
     }
 
@@ -331,7 +328,7 @@ impl Slot {
         self.number
     }
 
-    /// How many bytes of it are used.
+    /// The number of bytes in use.
     pub(crate) fn len(&self) -> usize {
         self.len
     }
@@ -343,7 +340,7 @@ impl Slot {
         Ok(Place { len: self.len, ..place })
     }
 
-    /// The slot, out of reach: a peer is about to be told that it may write there.
+    /// Lends the slot to a peer, which is about to be told that it may write there.
     pub(crate) fn lend(self, ask: AskId) -> Lent {
         Lent { slot: self, ask }
     }
@@ -360,7 +357,7 @@ impl Slot {
         range.bytes.fill(self.len as u64, jobs, pool, digests)
     }
 
-    /// To be read; the slot is in use until the last of these bytes is dropped.
+    /// The bytes, for reading. The slot is in use until the last of them is dropped.
     pub(crate) fn into_storage(self) -> engine_core::Result<Storage> {
         let vacant = NixlError::Vacant { slot: self.number };
         let range = self.guard.as_ref().ok_or(vacant)?;
@@ -380,7 +377,7 @@ impl AsRef<[u8]> for View {
         match read {
             Some(Ok(SlotBytes::Host(bytes))) => bytes,
             _ => {
-                // `into_storage` has read the same bytes.
+                // `into_storage` has read the same bytes, so this cannot fail.
                 debug_assert!(false, "a view of no bytes");
                 &[]
             }

@@ -1,5 +1,4 @@
-//! Bare transfers, to compare updates with: the same library, settings, slots and processes, and nothing
-//! else.
+//! Bare transfers as a baseline for updates: the same library, settings, slots and processes, and nothing else.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,14 +15,14 @@ use crate::ffi::{NotStarted, RawAgent, RawTransfer, Remote};
 /// The deadline of a transfer.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// The end of bare transfers that does nothing: an agent and slots beside those of the engine.
+/// The passive end of bare transfers: an agent and slots apart from those of the engine.
 #[derive(Debug)]
 pub struct Target {
     agent: Agent,
 }
 
 impl Target {
-    /// An agent and slots as an engine of this configuration has them, on the kind of memory of its device.
+    /// Makes an agent and slots like those of an engine of this configuration, on the kind of memory of its device.
     ///
     /// # Errors
     ///
@@ -38,21 +37,20 @@ impl Target {
         Ok(Self { agent })
     }
 
-    /// How to reach it, for [`seconds`].
+    /// Its card, for [`seconds`].
     pub fn card(&self) -> serde_json::Value {
         self.agent.card().map_or(serde_json::Value::Null, |card| serde_json::json!(*card))
     }
 }
 
-/// Agents of these options that work as NIXL has it: in a thread of its own, too.
+/// The options of an agent that works as NIXL intends: with a thread of its own, too.
 fn as_usual(options: &NixlOptions) -> AgentOptions {
     AgentOptions { own_thread: true, ..options.of_agent() }
 }
 
-/// The time that it takes to move so many bytes between slots of this process and of another one's
-/// [`Target`], slot by slot, without anything between: read from there, or written to there, as the
-/// configuration says of transfers; written also where nothing can be read. Blocks. The first slots are moved twice, and the first time does not
-/// count.
+/// Seconds for raw NIXL transfers of `bytes` bytes between slots of this process and of another process's [`Target`], slot by slot: read
+/// from there, or written to there, as the configuration says; written also if nothing can be read. The first slots are moved twice, and
+/// the first time does not count. Blocks.
 ///
 /// # Errors
 ///
@@ -89,7 +87,7 @@ pub fn seconds(
             agent.write(&target.name, from, remote).map_err(told).and_then(|raw| wait(&agent, raw))
         };
         if started.is_err() && reads && number == -warm {
-            // UCX has no transport here that reads.
+            // UCX has no transport here that can read.
             reads = false;
             agent.forget_peer(&target.name)?;
             agent.load_peer(&target.metadata)?;
@@ -113,8 +111,8 @@ fn wait<M>(agent: &RawAgent, transfer: RawTransfer<M>) -> Result<(), NixlError> 
     let until = Instant::now() + DEADLINE;
     let ended = loop {
         match agent.is_done(&transfer) {
-            // A pause would slow down what moves on with each look (`cma`); looking without letting
-            // others run, what they move (`tcp`).
+            // A pause would slow down transfers that progress with each poll (`cma`). Polling without yielding would slow down those that
+            // other threads progress (`tcp`).
             Ok(false) if Instant::now() < until => std::thread::yield_now(),
             Ok(false) => return Err(NixlError::Slow(DEADLINE)),
             Ok(true) => break Ok(()),

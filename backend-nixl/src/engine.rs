@@ -23,13 +23,13 @@ use crate::error::NixlError;
 use crate::host::HostMemory;
 use crate::interface;
 
-/// Slots of a rank. Together they are as large as the two buckets that the configuration speaks of:
-/// with four, a bucket can stay until the next two ranks of a ring have it, at no loss of speed.
+/// Slots of a rank. Together they are as large as the two buckets of the configuration. With four, a bucket can stay until the next two
+/// ranks of a ring have it, without loss of speed.
 const SLOTS: u32 = 4;
 
 /// The size of each of the two buckets unless one is configured.
 const DEFAULT_BUCKET_MEGABYTES: u64 = 32;
-/// The same on a device, where a bucket's time has to be long beside what it takes to begin one.
+/// The default on a device, where the time for a bucket must be long compared with that for starting one.
 const DEFAULT_DEVICE_MEGABYTES: u64 = 512;
 
 /// The transport's options: `engine_kwargs.nixl` of the configuration.
@@ -42,12 +42,11 @@ pub struct NixlOptions {
     pub topology: Topology,
     /// Who moves the bytes.
     pub transfer: Transfer,
-    /// UCX's transports, as its `UCX_TLS` has them (`tcp`, `rc,sm`, …); all that are there if empty.
+    /// UCX's transports, in the form of `UCX_TLS` (`tcp`, `rc,sm`, …); all available ones if empty.
     pub transports: String,
     /// What UCX does about peers that fail.
     pub error_handling: ErrorHandling,
-    /// The folder of `libnixl_capi.so`, or one that a wheel of NIXL was unpacked to; searched for
-    /// without it.
+    /// The folder of `libnixl_capi.so`, or one into which a wheel of NIXL was unpacked. If not set, the library is searched for.
     pub library_dir: Option<PathBuf>,
 }
 
@@ -62,8 +61,8 @@ impl NixlOptions {
             },
             interface: String::new(),
             writes: self.transfer == Transfer::Write,
-            // It would spin for the lock that the agent's thread has while that copies, and what peers want of
-            // host memory at other times can wait for the agent's next look.
+            // The library's thread would spin for the lock that the agent's thread holds while it copies. At other times, requests of peers
+            // for host memory can wait for the agent's next poll.
             own_thread: false,
         }
     }
@@ -80,7 +79,7 @@ pub(crate) fn arena(
     Arena::on(kind, &config.device, SLOTS, bucket / (u64::from(SLOTS) / 2))
 }
 
-/// Two agents of one name would be taken for one another: a rank that starts anew, above all.
+/// Makes names unique: agents with one name would be confused, above all those of a rank that restarts.
 pub(crate) fn unique_name(rank: impl std::fmt::Display) -> String {
     let random = std::hash::BuildHasher::hash_one(
         &std::collections::hash_map::RandomState::new(),
@@ -95,7 +94,7 @@ pub(crate) fn unique_name(rank: impl std::fmt::Display) -> String {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[non_exhaustive]
 pub enum Topology {
-    /// A ring for many buckets, a tree for few, within hosts wherever it can be: by how long an update would take.
+    /// A ring for many buckets, a tree for few, within hosts where possible: whichever takes the least time by estimate.
     #[default]
     Auto,
     /// Each rollout from the one before it.
@@ -120,12 +119,10 @@ impl Topology {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[non_exhaustive]
 pub enum Transfer {
-    /// The rank that wants them reads them, where there is a transport that can read; over TCP the rank
-    /// that has them is asked to write them.
+    /// The rank that wants them reads them, if there is a transport that can read. Over TCP it asks the rank that has them to write them.
     #[default]
     Read,
-    /// The rank that has them writes them, when it is asked: for fabrics that write faster than they
-    /// read.
+    /// The rank that has them writes them, when it is asked. For fabrics that write faster than they read.
     Write,
 }
 
@@ -135,14 +132,14 @@ pub enum Transfer {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[non_exhaustive]
 pub enum ErrorHandling {
-    /// It notices them, within the transports that can.
+    /// It notices them. Only transports that can are used.
     #[default]
     Peer,
-    /// It does not, and may use transports that cannot. Deadlines still end every wait.
+    /// It does not notice them, and may use transports that cannot. Deadlines still end every wait.
     None,
 }
 
-/// What a rank says of itself to the topology.
+/// The data about a rank for the topology.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Details {
     pub(crate) slots: u32,
@@ -159,7 +156,7 @@ struct Node {
 }
 
 impl Node {
-    /// Starts a rank's agent over its slots; and what it says of itself to the topology.
+    /// Starts a rank's agent over its slots. Returns it with its data for the topology.
     async fn start(
         context: &EngineContext,
         options: &NixlOptions,
@@ -169,7 +166,7 @@ impl Node {
         let interface = interface::towards(control.leader_address()).await;
         let of_agent = AgentOptions { interface, ..options.of_agent() };
         let agent = Agent::start(of_agent, unique_name(control.rank()), arena.clone()).await?;
-        // Shorter than the protocol's, so that a transfer that hangs is named as what it is.
+        // Shorter than the protocol's deadline, so that the error names the transfer that hangs.
         let deadline = context.deadline().mul_f64(0.75);
         let details = Details {
             slots: arena.slots(),
@@ -181,19 +178,19 @@ impl Node {
 
     /// Ends the agent of a rank that leaves the group.
     async fn close(self: &mut Arc<Self>) {
-        // Views that are kept keep the memory, which nobody outside can reach any more.
+        // Views that are still held keep the memory, which nobody outside can reach any more.
         if let Some(node) = Arc::get_mut(self) {
             node.agent.close().await;
         }
     }
 
-    /// The agent's card, as it travels.
+    /// The agent's card, encoded.
     fn card(&self) -> Bytes {
         let card = self.agent.card();
         let encoded = card.and_then(|card| postcard::to_stdvec(&*card).map_err(NixlError::Card));
         encoded.map_or_else(
             |error| {
-                // Who reads it says so, and names this rank.
+                // The reader of the empty card reports an error that names this rank.
                 tracing::warn!(%error, "this rank cannot say how to reach it");
                 Bytes::new()
             },
@@ -202,7 +199,7 @@ impl Node {
     }
 }
 
-/// The options of a configuration, if they can be used.
+/// The options of a configuration, after checks.
 fn options(context: &EngineContext) -> Result<NixlOptions> {
     let options = context.config.kwargs::<NixlOptions>(NAME)?;
     // UCX reads the list to its end or to the next option, whichever comes first.
@@ -268,7 +265,7 @@ impl SendLink for Outgoing {
     }
 
     async fn publish(&mut self, _: usize, _: u64) -> Result<()> {
-        // The rollouts fetch it: they read it, or ask for it.
+        // Nothing is sent: the rollouts read the bucket, or ask for it.
         self.node.agent.stir();
         Ok(())
     }
@@ -296,7 +293,7 @@ struct Incoming {
     node: Arc<Node>,
     /// This rank.
     rank: Rank,
-    /// Those that it fetched from, with their cards as they travelled.
+    /// The ranks that it fetched from, with their cards, encoded and decoded.
     peers: HashMap<Rank, (Bytes, Arc<Card>)>,
 }
 

@@ -1,4 +1,4 @@
-//! The transport's own errors, and what they are to its users.
+//! The transport's own errors, and their conversion.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use rustix::io::Errno;
 
 use crate::sys::{LIBRARY_DIR_VARIABLE, Status};
 
-/// What to do about a library that is not there.
+/// The remedy for a missing library.
 pub(crate) const REMEDY: &str =
     "install it with `pip install nixl-cu12==1.5.1`, or name its folder in CKPT_ENGINE_NIXL_DIR";
 
@@ -116,7 +116,7 @@ fn status_in_words(status: Status) -> String {
 }
 
 impl NixlError {
-    /// Whether it says something of this rank, and nothing of a peer.
+    /// Whether it is about this rank, and not about a peer.
     pub(crate) fn is_of_this_rank(&self) -> bool {
         use NixlError as E;
         match self {
@@ -136,8 +136,8 @@ impl NixlError {
 impl From<NixlError> for engine_core::Error {
     fn from(error: NixlError) -> Self {
         use NixlError as E;
-        // None is `PeerLost`: that a peer is gone is what the control plane says. Of what happens between this rank
-        // and a peer, the library cannot tell whether it is the peer or the way to it.
+        // None is `PeerLost`: the control plane reports lost peers. The library cannot tell whether a failure between this rank and a peer
+        // is the peer's or the network's.
         let kind = match &error {
             E::Missing { .. } | E::Load { .. } | E::Symbol { .. } | E::Version { .. } => {
                 ErrorKind::Backend
@@ -156,7 +156,7 @@ impl From<NixlError> for engine_core::Error {
             E::Device(error) => error.kind(),
             E::Outside { .. } | E::Unknown | E::Card(_) => ErrorKind::Protocol,
         };
-        // The next update connects anew.
+        // The next update connects again.
         let retry = matches!(error, E::Transfer { .. } | E::Unreachable);
         let this = Self::new(kind, "using NIXL", error.to_string()).with_source(error);
         if retry { this.recovery(Recovery::Retry) } else { this }

@@ -11,25 +11,25 @@ use crate::sys::{self, AgentConfig, Api, Handle, Status};
 
 /// An agent with its UCX backend and the registered memory of one arena.
 ///
-/// Not `Send`: NIXL does not lock, so one thread has it from beginning to end.
+/// Not `Send`: NIXL does not lock, so one thread owns it from beginning to end.
 #[derive(Debug)]
 pub(crate) struct RawAgent {
     api: &'static Api,
     agent: Handle,
-    /// No other agent of this process has or had it.
+    /// Unique among all agents that this process has or had.
     number: u64,
     backend: Handle,
     options: Handle,
-    /// Where messages of peers are taken from.
+    /// The map from which messages of peers are taken.
     notices: Handle,
-    /// What is registered. The memory stays as long as NIXL knows it.
+    /// The registered memory. It stays as long as NIXL knows it.
     registered: Vec<(Handle, Memory)>,
 }
 
 /// A transfer that was started, and the memory of this process that the library accesses for it.
 ///
-/// The memory comes back from [`RawAgent::end`] when the library has let go of it, and not before: UCX cannot cancel
-/// a transfer. If this is dropped before, the memory is never used again.
+/// [`RawAgent::end`] returns the memory when the library no longer uses it, and not before: UCX cannot cancel a transfer. If this is
+/// dropped before, the memory is never used again.
 #[derive(Debug)]
 pub(crate) struct RawTransfer<M> {
     request: Handle,
@@ -39,7 +39,7 @@ pub(crate) struct RawTransfer<M> {
 }
 
 impl<M> RawTransfer<M> {
-    /// What it accesses.
+    /// The memory that it accesses.
     pub(crate) fn memory(&self) -> Option<&M> {
         self.memory.as_ref()
     }
@@ -54,7 +54,7 @@ impl<M> Drop for RawTransfer<M> {
     }
 }
 
-/// Where a peer has bytes, or wants them: address and length, and the device's number if it is not the host.
+/// Where a peer has bytes, or wants them: address and length, and the device's number unless it is host memory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Remote {
     pub(crate) range: (usize, usize),
@@ -65,9 +65,9 @@ pub(crate) struct Remote {
 #[derive(Debug)]
 pub(crate) struct NotStarted<M> {
     pub(crate) error: NixlError,
-    /// The memory that it was for.
+    /// The memory of the transfer.
     pub(crate) memory: M,
-    /// Whether it is certain that no byte was moved.
+    /// Whether certainly no byte was moved.
     pub(crate) unmoved: bool,
 }
 
@@ -75,21 +75,20 @@ fn check(call: &'static str, status: Status) -> Result<(), NixlError> {
     if status == sys::SUCCESS { Ok(()) } else { Err(NixlError::Call { call, status }) }
 }
 
-/// The kind of memory of a device's number, or of the host.
+/// The kind of memory: of the device with this number, or of the host.
 fn kind(device: Option<u32>) -> std::ffi::c_int {
     if device.is_some() { sys::VRAM } else { sys::DRAM }
 }
 
-/// A name for the library; one with a zero in it ends there.
+/// A name for the library. It ends at the first zero byte.
 fn c_string(text: &str) -> CString {
     let bytes: Vec<u8> = text.bytes().take_while(|&byte| byte != 0).collect();
     CString::new(bytes).unwrap_or_default()
 }
 
 impl RawAgent {
-    /// An agent with a UCX backend of these parameters, which has registered this memory. If the library is
-    /// not to look after it in a thread of its own, things go on while calls look for messages or for the
-    /// end of a transfer.
+    /// Makes an agent with a UCX backend of these parameters, which has registered this memory. Without a thread of the library's own,
+    /// transfers progress only during calls that look for messages or for the end of a transfer.
     pub(crate) fn new(
         api: &'static Api,
         name: &str,
@@ -103,7 +102,7 @@ impl RawAgent {
             listen_port: 0,
             thread_sync: 0,
             num_workers: 1,
-            // What there is to do wakes the library's thread; without a pause it would look all the time.
+            // Work wakes the library's thread. Without a pause it would poll all the time.
             pthr_delay_us: 10_000,
             lthr_delay_us: 100_000,
             capture_telemetry: false,
@@ -116,7 +115,7 @@ impl RawAgent {
         };
         check("create_agent", status)?;
         static COUNT: AtomicU64 = AtomicU64::new(0);
-        // From here on, dropping it frees what was made.
+        // From here on, dropping `this` frees what was made.
         let mut this = Self {
             api,
             agent,
@@ -161,7 +160,7 @@ impl RawAgent {
         check("opt_args_add_backend", status)
     }
 
-    /// Lets peers reach memory.
+    /// Registers memory, so that peers can reach it.
     pub(crate) fn register(&mut self, memory: Memory) -> Result<(), NixlError> {
         let api = self.api;
         let create = |object| {
@@ -184,7 +183,7 @@ impl RawAgent {
         Ok(())
     }
 
-    /// What a peer needs to reach this agent and its memory.
+    /// The metadata by which a peer reaches this agent and its memory.
     pub(crate) fn metadata(&self) -> Result<Vec<u8>, NixlError> {
         let (mut data, mut len): (*mut c_void, usize) = (null_mut(), 0);
         // SAFETY: the agent is alive; the call writes a pointer and a length.
@@ -197,7 +196,7 @@ impl RawAgent {
         Ok(bytes)
     }
 
-    /// Learns to reach a peer; the peer's name.
+    /// Loads a peer's metadata, to reach it. Returns the peer's name.
     pub(crate) fn load_peer(&self, metadata: &[u8]) -> Result<String, NixlError> {
         let mut name: *mut c_char = null_mut();
         let (data, len) = (metadata.as_ptr().cast(), metadata.len());
@@ -214,7 +213,7 @@ impl RawAgent {
         Ok(text)
     }
 
-    /// Forgets a peer, if NIXL has not by itself: its connections are closed, without waiting for it.
+    /// Forgets a peer, unless NIXL has done so itself. Its connections are closed, without waiting for it.
     pub(crate) fn forget_peer(&self, name: &str) -> Result<(), NixlError> {
         let name = c_string(name);
         // SAFETY: the agent is alive, the string is copied.
@@ -224,7 +223,7 @@ impl RawAgent {
         }
     }
 
-    /// Starts to read bytes of a peer to a slot, which nobody accesses until that has ended.
+    /// Starts to read bytes of a peer into a slot. Nobody accesses the slot until the transfer has ended.
     pub(crate) fn read(
         &self,
         peer: &str,
@@ -232,13 +231,13 @@ impl RawAgent {
         to: Slot,
     ) -> Result<RawTransfer<Slot>, NotStarted<Slot>> {
         match to.place() {
-            // SAFETY: the slot is the place's, and with it goes the right to access it.
+            // SAFETY: the place is the slot's, and the slot, which holds the right to access it, goes into the transfer.
             Ok(place) => unsafe { self.start(sys::READ, peer, &place, from, to) },
             Err(error) => Err(NotStarted { error, memory: to, unmoved: true }),
         }
     }
 
-    /// Starts to write bytes to where a peer wants them. What happens to be there meanwhile is written.
+    /// Starts to write bytes to where a peer wants them. If the bytes change meanwhile, either state may be written.
     pub(crate) fn write(
         &self,
         peer: &str,
@@ -246,16 +245,16 @@ impl RawAgent {
         to: Remote,
     ) -> Result<RawTransfer<Place>, NotStarted<Place>> {
         let place = from.clone();
-        // SAFETY: a place keeps its memory there, and nothing is written to it.
+        // SAFETY: a place keeps its memory alive, and the transfer writes nothing to it.
         unsafe { self.start(sys::WRITE, peer, &place, to, from) }
     }
 
-    /// Starts to copy.
+    /// Starts a transfer.
     ///
     /// # Safety
     ///
-    /// As long as `memory` is not dropped, the local bytes are there; if they are written to, nobody accesses them
-    /// besides who has `memory`.
+    /// As long as `memory` is not dropped, the local bytes exist. If the transfer writes to them, only the holder of `memory` accesses
+    /// them.
     unsafe fn start<M>(
         &self,
         way: std::ffi::c_int,
@@ -272,11 +271,11 @@ impl RawAgent {
         // SAFETY: agent and request are alive. `memory` goes into the transfer, which gives it back when it has ended.
         let status = unsafe { (self.api.post_xfer_req)(self.agent, request, null_mut()) };
         if status < sys::SUCCESS {
-            // SAFETY: the request is this agent's, and nobody has it besides.
+            // SAFETY: the request is this agent's, and nobody else has it.
             if !unsafe { self.release(request) } {
                 tracing::error!("a transfer that did not start cannot be released");
             }
-            // Of several parts, some may have been.
+            // Some of several parts may have been moved.
             return Err(NotStarted {
                 error: NixlError::Transfer { status },
                 memory,
@@ -343,7 +342,7 @@ impl RawAgent {
         if status < sys::SUCCESS { Err(NixlError::Transfer { status }) } else { Ok(()) }
     }
 
-    /// What peers have sent since the last call: who, and the bytes.
+    /// The messages of peers since the last call, with the peers' names.
     pub(crate) fn notices(&mut self) -> Result<Vec<(String, Vec<u8>)>, NixlError> {
         let (api, map) = (self.api, self.notices);
         // SAFETY: all three are alive.
@@ -402,7 +401,7 @@ impl RawAgent {
         }
     }
 
-    /// The memory of a transfer that has ended, whether well or not: UCX does not access it any more.
+    /// Frees a transfer that has ended, successfully or not, and returns its memory: UCX no longer accesses it.
     ///
     /// # Errors
     ///
@@ -412,16 +411,16 @@ impl RawAgent {
             Ok(false) | Err(NixlError::Unknown) => return Err(transfer),
             Ok(true) | Err(_) => {}
         }
-        // SAFETY: the request is this agent's, and without its memory a transfer is not looked at again.
+        // SAFETY: the request is this agent's. A transfer without its memory is never used again.
         if !unsafe { self.release(transfer.request) } {
             return Err(transfer);
         }
         transfer.memory.take().ok_or(transfer)
     }
 
-    /// Closes the agent, and ends the transfers under way with it; the memory that was read to.
+    /// Closes the agent, and ends the transfers under way with it. Returns the memory of the reads.
     ///
-    /// With its connections goes whatever peers may still send.
+    /// With its connections, nothing that peers may still send arrives any more.
     pub(crate) fn close(
         self,
         reads: Vec<RawTransfer<Slot>>,
@@ -440,23 +439,23 @@ impl RawAgent {
                 kept.1.extend(write.memory.take());
             }
         }
-        // Until here, UCX may access the memory.
+        // UCX may access the memory until here.
         drop(self);
         kept.0
     }
 
-    /// Frees a request; false if the library refuses. If it is under way, the library goes on with it.
+    /// Frees a request. Returns false if the library refuses. If the transfer is under way, the library goes on with it.
     ///
     /// # Safety
     ///
-    /// The request is one of this agent's, and is not used again if this worked.
+    /// The request is one of this agent's, and is not used again after success.
     unsafe fn release(&self, request: Handle) -> bool {
         // SAFETY: the agent is alive, and the caller guarantees that the request is.
         let status = unsafe { (self.api.release_xfer_req)(self.agent, request) };
         if status != sys::SUCCESS {
             return false;
         }
-        // SAFETY: released, it is only a shell, which the caller does not use again.
+        // SAFETY: a released request is an empty object, which the caller does not use again.
         let status = unsafe { (self.api.destroy_xfer_req)(request) };
         if status != sys::SUCCESS {
             tracing::debug!(status, "a transfer's shell was not freed");
@@ -490,7 +489,7 @@ impl Drop for RawAgent {
             told("destroy_opt_args", unsafe { (api.destroy_opt_args)(self.options) });
         }
         if !self.backend.is_null() {
-            // SAFETY: the handle is a name for what belongs to the agent, and nobody else has it.
+            // SAFETY: the handle identifies an object of the agent, and nobody else has it.
             told("destroy_backend", unsafe { (api.destroy_backend)(self.backend) });
         }
         // SAFETY: nobody else has the agent; its transfers were released.
@@ -502,7 +501,7 @@ impl Drop for RawAgent {
 /// The UCX plugin's parameter that takes UCX's own options.
 pub(crate) const ENGINE_CONFIG: &str = "engine_config";
 
-/// What limits UCX's choice of transports and interfaces, in words.
+/// The settings that limit UCX's choice of transports and interfaces, for messages.
 fn settings(parameters: &[(&str, &str)]) -> String {
     let of_engine = parameters.iter().find(|(key, _)| *key == ENGINE_CONFIG);
     let of_engine = of_engine.map(|(_, value)| (*value).to_owned());
@@ -523,8 +522,7 @@ struct Object {
 impl Object {
     /// # Safety
     ///
-    /// `create` writes an object to where it is told, or fails, and `destroy` is the library's function for objects of
-    /// that kind.
+    /// `create` writes an object to its argument, or fails. `destroy` is the library's function for objects of that kind.
     unsafe fn new(
         call: &'static str,
         destroy: unsafe extern "C" fn(Handle) -> Status,

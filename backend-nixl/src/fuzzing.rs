@@ -1,8 +1,8 @@
-//! What other agents say, for the targets of `fuzz/`. It is there in builds for fuzzing alone.
+//! Parses data of other agents, for the targets of `fuzz/`. Compiled only for fuzzing.
 
 use crate::agent::{Card, Notice};
 
-/// How another rank says that it is reached, and whether one of its slots is within its memory.
+/// Another rank's card, and whether one of its slots is within its memory.
 pub fn card(bytes: &[u8], slot: u32, filled: u64) {
     let Ok(card) = postcard::from_bytes::<Card>(bytes) else { return };
     if let Ok((at, len)) = card.range(slot, filled) {

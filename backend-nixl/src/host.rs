@@ -1,4 +1,4 @@
-//! Host memory that NIXL and peers reach by its address, as a kind of memory.
+//! Host memory that NIXL and peers access by its address, as a kind of memory.
 
 mod ffi;
 
@@ -46,9 +46,9 @@ impl MemoryKind for HostMemory {
     }
 }
 
-/// Maps so many bytes.
+/// Maps `len` bytes.
 fn map(len: usize) -> Result<Mapping, NixlError> {
-    // Memory that is not there would not fail here, but end processes of the kernel's choice.
+    // Without enough memory the mapping would not fail; the kernel would kill processes instead.
     let total = len as u64;
     if available_memory().is_some_and(|available| total > available) {
         return Err(NixlError::Full(total));

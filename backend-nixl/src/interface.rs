@@ -1,8 +1,8 @@
-//! Which network interface leads to the other ranks.
+//! Finds the network interface that leads to the other ranks.
 //!
-//! UCX takes every interface for one that leads to a peer whose subnet is that of an interface there. Two hosts that
-//! have a further interface in the same private subnet (the network of virtual machines, a storage network of one
-//! host) are then connected by one that leads nowhere. The control plane's connection shows one that works.
+//! UCX assumes that an interface leads to a peer if the peer has an interface in the same subnet. Two hosts that also have interfaces in
+//! the same private subnet (the network of virtual machines, a storage network of one host) are then connected by one that leads nowhere.
+//! The control plane's connection shows one that works.
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _, UdpSocket};
 use std::path::Path;
@@ -12,22 +12,22 @@ use tracing::debug;
 
 use crate::sys;
 
-/// How long a host's name may take to be resolved, which it was before.
+/// How long the resolution of a host's name may take. It was resolved before.
 const RESOLVE: Duration = Duration::from_secs(5);
 
-/// The interface that UCX's TCP is to use in a group whose leader is at this host and port; empty for any: where UCX has
-/// other devices than interfaces, which the same setting would leave out, and where the address does not tell.
+/// The interface for UCX's TCP in a group whose leader is at this host and port. Empty for any: if UCX has devices other than interfaces,
+/// which the same setting would exclude, or if the address does not tell.
 pub(crate) async fn towards(leader: Option<String>) -> String {
     let Some(leader) = leader else { return String::new() };
     if !sys::infiniband_devices().is_empty() {
         return String::new();
     }
-    // On a thread of its own: resolving blocks, and there may be no runtime that has threads for that.
+    // On a separate thread: resolving blocks, and the runtime may have no threads for that.
     let (resolved, resolving) = tokio::sync::oneshot::channel();
     let name = leader.clone();
     let resolve = move || {
         let addresses: Vec<_> = name.to_socket_addrs().into_iter().flatten().collect();
-        // Nobody listens any more after the deadline.
+        // The receiver has gone if the deadline has passed.
         drop(resolved.send(addresses));
     };
     if let Err(error) = std::thread::Builder::new().name("ckpt-resolve".into()).spawn(resolve) {
@@ -39,13 +39,13 @@ pub(crate) async fn towards(leader: Option<String>) -> String {
     found.unwrap_or_default()
 }
 
-/// The interface whose address a connection to there would have.
+/// The interface whose address a connection to the leader would have.
 fn interface_to(leader: SocketAddr) -> Option<String> {
     if leader.ip().is_loopback() || leader.ip().is_unspecified() {
         return None;
     }
     let any: SocketAddr = if leader.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }.parse().ok()?;
-    // Nothing is sent: the kernel looks for a route.
+    // Nothing is sent: the kernel only looks up a route.
     let socket = UdpSocket::bind(any).ok()?;
     socket.connect(leader).ok()?;
     let own = socket.local_addr().ok()?.ip();

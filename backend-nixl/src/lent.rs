@@ -1,26 +1,24 @@
-//! Memory that peers were told to write to, and when it can be used again.
+//! Tracks memory that peers were told to write to, and when it can be used again.
 //!
-//! No IO and no clock: it is told what is known of the writers.
+//! No IO and no clock: the caller passes in what is known of the writers.
 //!
-//! A peer that was asked to write, and that was given up since, may still write: it may be slow, stopped or cut off.
-//! So its target can be used again only with a proof that nothing more arrives there ([`Quiesced`]). What proves it,
-//! and what does not:
+//! A peer that was asked to write, and was given up since, may still write: it may be slow, stopped or cut off. So its target can be used
+//! again only with a proof that nothing more arrives there ([`Quiesced`]). What proves it, and what does not:
 //!
 //! * "It is written" does: the peer says so when its UCX has flushed the write, which is when the bytes are there.
 //! * "It was refused, and not begun" does: nothing was sent.
-//! * "It failed" does *not*. What the writer's UCX gave up may be on the way; and UCX has no way to cancel a write.
-//! * That a peer is lost does *not*: it may be cut off and come back, and what a dead process has sent still arrives.
-//! * The end of this rank's agent does, with what it was connected by: nobody takes bytes out of its sockets any
-//!   more, its queue pairs are gone, its memory regions are no regions. Except for a writer on this host: that may
-//!   write by itself, without anything of this process (`process_vm_writev`, CUDA IPC). Then its process has to be
-//!   gone as well, unless there is nothing but TCP.
+//! * "It failed" does *not*. Bytes that the writer's UCX gave up may be on the way, and UCX cannot cancel a write.
+//! * The loss of a peer does *not*: it may be cut off and come back, and bytes that a dead process has sent still arrive.
+//! * The end of this rank's agent does, because its connections end: nobody reads from its sockets any more, and its queue pairs and memory
+//!   regions are gone. An exception is a writer on this host, which may write without this process's help (`process_vm_writev`, CUDA IPC).
+//!   Then the writer's process must be gone as well, unless there is only TCP.
 
 use std::collections::BTreeMap;
 
 use crate::arena::{Arena, Lent, Memory, Range};
 use crate::error::NixlError;
 
-/// A question to a peer: by whom it is answered, and its number there. Answers are for both.
+/// Identifies a question to a peer: the peer's agent, and a number. Answers carry both.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct AskId {
     /// The name of the peer's agent.
@@ -28,12 +26,12 @@ pub(crate) struct AskId {
     pub(crate) id: u64,
 }
 
-/// The proof that nothing more arrives at what one question asked a peer to write to.
+/// The proof that nothing more arrives at the target of one question.
 #[derive(Debug)]
 pub(crate) struct Quiesced(AskId);
 
 impl Quiesced {
-    /// The peer has said that the bytes are there: the write has ended, and there is one for a question.
+    /// The peer has said that the bytes are there: the one write of the question has ended.
     pub(crate) fn written(ask: AskId) -> Self {
         Self(ask)
     }
@@ -48,31 +46,31 @@ impl Quiesced {
     }
 }
 
-/// What is known of one who may still write.
+/// The properties of a peer that may still write.
 #[derive(Clone, Debug)]
 pub(crate) struct Writer {
-    /// Whether it writes only through what ends with this rank's agent.
+    /// Whether it writes only over connections that end with this rank's agent.
     pub(crate) ends_with_agent: bool,
-    /// Its process, if this process can see whether it is there.
+    /// Its process, if this process can check whether it exists.
     pub(crate) process: Option<Process>,
 }
 
 impl Writer {
-    /// Whether nothing of its can arrive once this rank's agent has ended.
+    /// Whether nothing of it can arrive once this rank's agent has ended.
     fn is_over_with_agent(&self) -> bool {
         self.ends_with_agent || self.process.as_ref().is_some_and(Process::is_gone)
     }
 }
 
-/// Memory that peers may still write to, and memory for slots whose own is among it.
+/// Memory that peers may still write to, and memory for slots that have lost theirs.
 #[derive(Debug)]
 pub(crate) struct Retired {
     by: BTreeMap<AskId, (Range, Writer)>,
-    /// Nobody writes to it, and the agent knows it.
+    /// Registered memory that nobody writes to.
     spares: Vec<Range>,
     /// Slots that wait for memory.
     vacant: Vec<u32>,
-    /// How many ranges may be kept for peers at most.
+    /// The most ranges that are kept for peers.
     most: usize,
 }
 
@@ -81,13 +79,13 @@ impl Retired {
         Self { by: BTreeMap::new(), spares: Vec::new(), vacant: Vec::new(), most }
     }
 
-    /// How many ranges are kept for peers that may still write.
+    /// The number of ranges that are kept for peers that may still write.
     pub(crate) fn len(&self) -> usize {
         self.by.len()
     }
 
-    /// Gives up a peer that may still write to a slot. What it may write to is kept aside; the slot gets a spare, or
-    /// what `more` brings, or is without memory until there is some.
+    /// Gives up a peer that may still write to a slot. The slot's range is kept aside. The slot gets a spare, or the range that `more`
+    /// makes, or stays without memory until there is some.
     ///
     /// # Errors
     ///
@@ -118,7 +116,7 @@ impl Retired {
         result
     }
 
-    /// Nothing more arrives for one of those that were given up; whether it was one of them.
+    /// Takes a proof for one of the ranges kept aside. Returns whether there was one.
     pub(crate) fn quiesced(&mut self, arena: &Arena, proof: Quiesced) -> bool {
         let Some((range, _)) = self.by.remove(&proof.0) else { return false };
         self.spares.push(range);
@@ -131,7 +129,7 @@ impl Retired {
         self.by.values().any(|(_, writer)| writer.is_over_with_agent())
     }
 
-    /// This rank's agent has ended, with all of its connections; how many ranges can be used again.
+    /// Records that this rank's agent has ended, with all of its connections. Returns how many ranges can be used again.
     pub(crate) fn agent_ended(&mut self, arena: &Arena) -> usize {
         let over: Vec<AskId> = self
             .by
@@ -149,7 +147,7 @@ impl Retired {
     pub(crate) fn refill(&mut self, arena: &Arena) {
         let mut left = Vec::new();
         for slot in std::mem::take(&mut self.vacant) {
-            // Somebody may look at the slot at this moment: next time, then.
+            // The slot may be locked at this moment: it is tried again next time.
             match self.spares.pop().map(|range| arena.install(slot, range)) {
                 Some(Ok(())) => {}
                 Some(Err(range)) => {
@@ -162,41 +160,41 @@ impl Retired {
         self.vacant = left;
     }
 
-    /// What all of it is in: spares, and what is kept for peers.
+    /// The memory of all ranges: spares, and those kept for peers.
     pub(crate) fn memory(&self) -> Vec<Memory> {
         let kept = self.by.values().map(|(range, _)| range);
         self.spares.iter().chain(kept).map(|range| range.place().memory).collect()
     }
 
-    /// Frees the spares, but for so many.
+    /// Frees all but `most` spares.
     pub(crate) fn keep_spares(&mut self, most: usize) {
         self.spares.truncate(most);
     }
 
-    /// All that is kept for peers that may still write.
+    /// All ranges that are kept for peers that may still write.
     pub(crate) fn into_kept(self) -> Vec<Range> {
         self.by.into_values().map(|(range, _)| range).collect()
     }
 }
 
-/// A process of this host, as processes that see it identify it.
+/// A process of this host, as other processes identify it.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Process {
     pid: u32,
-    /// When it began, in the kernel's ticks: numbers are used again.
+    /// When it started, in the kernel's ticks: numbers are reused.
     began: u64,
     /// The namespace that the number belongs to.
     namespace: String,
 }
 
 impl Process {
-    /// This one.
+    /// The present process.
     pub(crate) fn this() -> Option<Self> {
         let pid = std::process::id();
         Some(Self { pid, began: Self::began(pid)?, namespace: Self::namespace()? })
     }
 
-    /// Whether it is certain that it has ended, and with it whatever it did.
+    /// Whether it has certainly ended, and with it all its work.
     pub(crate) fn is_gone(&self) -> bool {
         if Self::namespace().as_ref() != Some(&self.namespace) {
             return false;
@@ -204,7 +202,7 @@ impl Process {
         let pid = i32::try_from(self.pid).ok().and_then(rustix::process::Pid::from_raw);
         match pid.map(rustix::process::test_kill_process) {
             Some(Err(rustix::io::Errno::SRCH)) => true,
-            // Another process may have the number by now. One that cannot be looked at is taken to be there.
+            // Another process may have the number by now. A process that cannot be inspected counts as running.
             _ => Self::began(self.pid).is_some_and(|began| began != self.began),
         }
     }
@@ -216,7 +214,7 @@ impl Process {
 
     fn began(pid: u32) -> Option<u64> {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name in parentheses may contain anything; the beginning is the 20th field after it.
+        // The name in parentheses may contain anything. The start time is the 20th field after it.
         stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
     }
 }
@@ -237,14 +235,13 @@ mod tests {
     enum Step {
         /// A slot is lent, and comes back with an answer.
         Write(u32),
-        /// A slot is lent, and its writer is given up; whether there is more memory, and whether its writes end with the
-        /// agent.
+        /// A slot is lent, and its writer is given up. `more`: whether there is more memory; `ends`: whether its writes end with the agent.
         GiveUp { slot: u32, more: bool, ends: bool },
-        /// One of those that were given up answers late, that it has written.
+        /// A writer that was given up answers late that it has written.
         Answer(prop::sample::Index),
-        /// One of those that were given up says that it had never begun.
+        /// A writer that was given up says that it never began.
         Refuse(prop::sample::Index),
-        /// An agent that was not asked answers with a number that another one was asked with.
+        /// An agent that was not asked answers with the number of another's question.
         Lie(prop::sample::Index),
         /// This rank's agent is replaced.
         Renew,
@@ -263,7 +260,7 @@ mod tests {
         ]
     }
 
-    /// The addresses that slots have, each with its slot.
+    /// The addresses of the slots.
     fn installed(arena: &Arena) -> Vec<usize> {
         (0..arena.slots())
             .filter_map(|slot| arena.place(slot, BYTES).ok())
@@ -284,7 +281,7 @@ mod tests {
         ) {
             let arena = Arena::of_host(SLOTS, BYTES).unwrap();
             let mut retired = Retired::new(MOST);
-            // Who may still write, where, and whether that ends with the agent.
+            // The writers that may still write, where, and whether that ends with the agent.
             let mut writers: BTreeMap<AskId, (usize, bool)> = BTreeMap::new();
             let mut count = 0;
             for step in steps {
@@ -300,7 +297,7 @@ mod tests {
                         let Ok(slot) = arena.try_lock(slot, BYTES) else { continue };
                         let ask = next();
                         let lent = slot.lend(ask.clone());
-                        // The answer to something else is none.
+                        // A proof for another question is refused.
                         let other = Quiesced::written(AskId { peer: "other".into(), ..ask.clone() });
                         let lent = lent.back(&other).expect_err("of another agent");
                         drop(lent.back(&Quiesced::written(ask)).expect("of this one"));
@@ -388,9 +385,9 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(process.is_gone());
-        // Another one that has the number by now.
+        // Another process has the number by now.
         assert!(Process { began: this.began + 1, ..this.clone() }.is_gone());
-        // One of another namespace cannot be seen from here.
+        // A process of another namespace cannot be checked from here.
         assert!(!Process { namespace: "pid:[1]".into(), ..process }.is_gone());
     }
 

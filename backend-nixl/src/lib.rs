@@ -1,15 +1,14 @@
 //! A checkpoint engine over NIXL: one-sided transfers between hosts, by whatever network UCX finds
 //! (RDMA, TCP) or between processes of one host (shared memory).
 //!
-//! Every rank has one piece of memory, registered once, with a few slots for buckets. Rollouts read
-//! buckets out of the trainer's slots, or, in a ring, out of the slots of the rollout before them,
-//! which reads the next one meanwhile: a ring to many rollouts takes hardly longer than one to a
-//! single rollout. Rollouts join and leave between updates; one that dies within an update is left
-//! out, and the others finish.
+//! Every rank has one piece of memory, registered once, with a few slots for buckets. Rollouts read buckets from the trainer's slots, or,
+//! in a ring, from the slots of the rollout before them, which reads the next bucket meanwhile: an update of many rollouts in a ring takes
+//! hardly longer than that of one. Rollouts join and leave between updates. One that dies within an update is left out, and the others
+//! finish.
 //!
-//! NIXL is not linked. Its library is searched for when an engine is prepared: in the folder that
-//! [`NixlOptions::library_dir`] or `CKPT_ENGINE_NIXL_DIR` names; else in the folder `native` beside
-//! the program's own, in installed Python wheels, and where packages put libraries.
+//! NIXL is not linked. Its library is searched for when an engine is prepared: in the folder that [`NixlOptions::library_dir`] or
+//! `CKPT_ENGINE_NIXL_DIR` names, else in the folder `native` beside the program, in installed Python wheels, and where packages put
+//! libraries.
 
 mod agent;
 mod arena;
@@ -35,7 +34,7 @@ pub use engine::{ErrorHandling, NixlOptions, Topology, Transfer};
 /// The transport's name in configurations.
 const NAME: &str = "nixl";
 
-/// The transport as a value, to be registered.
+/// The backend, to be registered.
 pub static BACKEND: &dyn Backend = &Nixl;
 
 #[derive(Debug)]

@@ -1,18 +1,18 @@
-//! Whether the limits of this process leave room for an agent. NIXL and UCX end the process where theirs do not.
+//! Checks that the limits of this process leave room for an agent. NIXL and UCX end the process if they do not.
 
 use rustix::process::{Resource, getrlimit};
 
 use crate::error::NixlError;
 
-/// What an agent opens before it has connected to anybody: 17 on a host without InfiniBand.
+/// The descriptors that an agent opens before it has connected to anybody: 17 on a host without InfiniBand.
 const DESCRIPTORS: u64 = 32;
 
-/// What an agent maps, its libraries and their threads' stacks: up to 330 MB.
+/// The addresses that an agent maps, with its libraries and their threads' stacks: up to 330 MB.
 const ADDRESSES: u64 = 384 << 20;
 
 /// # Errors
 ///
-/// Which limit to raise.
+/// The limit to raise.
 pub(crate) fn check() -> Result<(), NixlError> {
     let entries = |folder: &str| std::fs::read_dir(folder).map(|entries| entries.count() as u64);
     if let (Some(limit), Ok(open)) = (getrlimit(Resource::Nofile).current, entries("/proc/self/fd"))
@@ -28,13 +28,13 @@ pub(crate) fn check() -> Result<(), NixlError> {
     Ok(())
 }
 
-/// What is left, if it is too little.
+/// Checks a limit. The error is what is left.
 fn is_enough(limit: u64, used: u64, wanted: u64) -> Result<(), u64> {
     let left = limit.saturating_sub(used);
     if left < wanted { Err(left) } else { Ok(()) }
 }
 
-/// The bytes of addresses that this process has in use.
+/// The bytes of address space that this process uses.
 fn mapped() -> Option<u64> {
     let pages = std::fs::read_to_string("/proc/self/statm").ok()?;
     let pages: u64 = pages.split_ascii_whitespace().next()?.parse().ok()?;

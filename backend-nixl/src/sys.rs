@@ -1,8 +1,7 @@
 //! The part of NIXL's C interface that this crate uses, and the search for the library.
 //!
-//! The declarations follow `wrapper.h` of the crate `nixl-sys` 1.5. They are resolved when the
-//! library is loaded, so that building takes neither NIXL nor a C++ compiler, and a library that is
-//! missing or too old is an error like any other.
+//! The declarations follow `wrapper.h` of the crate `nixl-sys` 1.5. They are resolved when the library is loaded: building needs neither
+//! NIXL nor a C++ compiler, and a library that is missing or too old is an ordinary error.
 #![allow(unsafe_code, reason = "loading a library and resolving its functions")]
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
@@ -15,10 +14,10 @@ use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
 use crate::error::NixlError;
 
-/// Names the folder of the library, or of an unpacked wheel that has it.
+/// The variable that names the folder of the library, or of an unpacked wheel with it.
 pub(crate) const LIBRARY_DIR_VARIABLE: &str = "CKPT_ENGINE_NIXL_DIR";
 
-/// What a call returns: 0 for success, 1 for "still under way", negative for a failure.
+/// The result of a call: 0 for success, 1 for "still under way", negative for a failure.
 pub(crate) type Status = c_int;
 pub(crate) const SUCCESS: Status = 0;
 pub(crate) const IN_PROGRESS: Status = 1;
@@ -28,13 +27,13 @@ pub(crate) const NOT_FOUND: Status = -6;
 /// An object of the library.
 pub(crate) type Handle = *mut c_void;
 
-/// Host memory, as a kind of memory.
+/// The kind of memory of the host.
 pub(crate) const DRAM: c_int = 0;
-/// Memory of a device, as a kind of memory.
+/// The kind of memory of a device.
 pub(crate) const VRAM: c_int = 1;
-/// From the peer to here, as a kind of transfer.
+/// The kind of transfer from the peer to here.
 pub(crate) const READ: c_int = 0;
-/// From here to the peer, as a kind of transfer.
+/// The kind of transfer from here to the peer.
 pub(crate) const WRITE: c_int = 1;
 
 /// How an agent works: `nixl_capi_agent_config_t`.
@@ -164,7 +163,7 @@ struct SocketAddressV6 {
     address: [u8; 16],
 }
 
-/// The addresses of this host's interfaces, with the interfaces' names; none if the system does not say.
+/// The addresses of this host's interfaces, with the interfaces' names. Empty if the system does not tell.
 pub(crate) fn interfaces() -> Vec<(String, IpAddr)> {
     const INET: u16 = 2;
     const INET6: u16 = 10;
@@ -213,15 +212,15 @@ impl std::fmt::Debug for Api {
 pub(crate) struct Found {
     /// The file.
     pub(crate) path: PathBuf,
-    /// NIXL's version, as its wheel says it.
+    /// NIXL's version, from its wheel.
     pub(crate) nixl: Option<String>,
-    /// UCX's version, as UCX says it.
+    /// UCX's version, from UCX.
     pub(crate) ucx: Option<String>,
     /// NIXL's plugins: the transports and stores that it can use.
     pub(crate) plugins: Vec<String>,
 }
 
-/// Has a function called when the process ends, before all that was registered so far.
+/// Registers a function to be called when the process ends, before all that were registered so far.
 pub(crate) fn at_exit(function: extern "C" fn()) {
     // SAFETY: the function may be called at any time, in any thread.
     if unsafe { atexit(function) } != 0 {
@@ -233,8 +232,8 @@ pub(crate) fn at_exit(function: extern "C" fn()) {
 ///
 /// # Errors
 ///
-/// `Missing` if there is none, saying where it was looked for; `Load`, `Symbol` and `Version` if what
-/// was found cannot be used; `Another` if the process has loaded it from somewhere else.
+/// `Missing` if there is none, with the searched folders; `Load`, `Symbol` and `Version` if the library cannot be used; `Another` if the
+/// process has loaded it from somewhere else.
 pub(crate) fn load(library_dir: Option<&Path>) -> Result<&'static Api, NixlError> {
     static LOADED: Mutex<Option<&'static Api>> = Mutex::new(None);
     let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -267,7 +266,7 @@ fn open(path: PathBuf) -> Result<Api, NixlError> {
     Api::resolve(library, kept, Found { path, nixl, ucx, plugins })
 }
 
-/// Loads UCX before NIXL does, to keep it from what this machine has no use for; its version.
+/// Loads UCX before NIXL does, to disable what this host does not need. Returns its version.
 fn prepare_ucx(folder: &Path, kept: &mut Vec<Library>) -> Option<String> {
     let beside = ucx_folder(folder)?;
     let open = |stem: &str| {
@@ -291,12 +290,11 @@ fn prepare_ucx(folder: &Path, kept: &mut Vec<Library>) -> Option<String> {
                 tracing::debug!(status, variable, "UCX refuses an option");
             }
         };
-        // UCX would remember what kind of memory each allocation is, by hooks into the CUDA runtime. It
-        // sees neither what was allocated before, nor anything where its hooks cannot be loaded.
+        // UCX would cache the kind of memory of each allocation, by hooks into the CUDA runtime. It misses earlier allocations, and
+        // everything if its hooks cannot be loaded.
         choose("UCX_MEMTYPE_CACHE", c"MEMTYPE_CACHE", c"n");
         if infiniband_devices().is_empty() {
-            // UCX's InfiniBand module beside a distribution's drivers for it ends the process with a
-            // crash where there is no such device.
+            // UCX's InfiniBand module, beside a distribution's InfiniBand drivers, crashes the process if there is no such device.
             choose("UCX_MODULES", c"MODULES", c"^ib");
         }
     }
@@ -318,7 +316,7 @@ pub(crate) fn infiniband_devices() -> Vec<String> {
     devices.iter().filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect()
 }
 
-/// Where the UCX that belongs to a NIXL lies: beside it, or in the wheel's folder of libraries.
+/// The folder of the UCX that belongs to a NIXL: beside it, or in the wheel's folder of libraries.
 fn ucx_folder(folder: &Path) -> Option<PathBuf> {
     let has_ucx =
         |folder: &PathBuf| !native::entries(folder, |name| name.starts_with("libucp")).is_empty();
@@ -330,7 +328,7 @@ fn ucx_folder(folder: &Path) -> Option<PathBuf> {
     candidates.into_iter().find(has_ucx)
 }
 
-/// The version in the name of the folder that wheels describe themselves in.
+/// The version in the name of the wheel's metadata folder.
 fn wheel_version(folder: &Path) -> Option<String> {
     let described = native::entries(folder.parent()?, |name| {
         name.starts_with("nixl") && name.ends_with(".dist-info")
@@ -358,7 +356,7 @@ const FILE: &str = "libnixl_capi.so";
 fn find(library_dir: Option<&Path>) -> Result<PathBuf, NixlError> {
     let named = library_dir.map(PathBuf::from);
     let named = named.or_else(|| std::env::var_os(LIBRARY_DIR_VARIABLE).map(PathBuf::from));
-    // What the user names is the only place to look at: another library would be a surprise.
+    // A folder that the user names is the only one searched: another library would be a surprise.
     let folders = named.map_or_else(usual_folders, |folder| vec![folder]);
     folders.iter().find_map(|folder| find_in(folder)).ok_or(NixlError::Missing { folders })
 }
@@ -372,7 +370,7 @@ fn find_in(folder: &Path) -> Option<PathBuf> {
     file.canonicalize().ok()
 }
 
-/// Where `cargo xtask setup`, Python and packages put libraries.
+/// The folders where `cargo xtask setup`, Python and packages put libraries.
 fn usual_folders() -> Vec<PathBuf> {
     let native = native::beside_the_program();
     let mut folders: Vec<PathBuf> = native

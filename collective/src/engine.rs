@@ -26,19 +26,18 @@ use protocol::{
     Ticket as JoinTicket, Witness,
 };
 
-/// Slots of a rank with one sender. Together they are as large as the two buckets that the configuration
-/// speaks of: with four, one is filled and one installed while others travel.
+/// Slots of a rank with one sender. Together they are as large as the two buckets of the configuration. With four, one is filled and one
+/// installed while others travel.
 const SLOTS: u32 = 4;
 
 /// Options that all collective backends have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CollectiveOptions {
-    /// How many trainers send, each a part of the buckets: those of the lowest ranks.
+    /// The number of trainers that send, each a part of the buckets: those of the lowest ranks.
     pub senders: u32,
-    /// Whether other trainers of the leader's host take part, for the library to pass buckets on from
-    /// there.
+    /// Whether other trainers on the leader's host take part as relays, so that the library can pass buckets on from there.
     pub relays: bool,
-    /// Whether to form the groups anew for every update.
+    /// Whether to form new groups for every update.
     pub rebuild_group: bool,
 }
 
@@ -48,16 +47,14 @@ impl Default for CollectiveOptions {
     }
 }
 
-/// What a rank of a collective transport is made of.
+/// Prepares the ranks of a collective transport over one library.
 ///
 /// # Contract
 ///
-/// A library that is at work while the process ends may bring it down. So the engine waits until the library has
-/// freed its groups, which may be only when the last rank of the process leaves them. `finalize` waits without
-/// blocking. If the engine is dropped without it, a task of the tokio runtime waits, up to `timeout_seconds`,
-/// and the runtime waits for
-/// that task when it ends (not with `shutdown_background`); outside of a runtime, the drop itself blocks for up to
-/// that time.
+/// A library that works while the process ends may crash it. So the engine waits until the library has freed its groups, which may happen
+/// only when the last rank of the process leaves them. `finalize` waits without blocking. If the engine is dropped without it, a task of
+/// the tokio runtime waits, up to `timeout_seconds`, and the runtime waits for that task when it ends (except with `shutdown_background`).
+/// Outside a runtime, the drop itself blocks for up to that time.
 #[derive(Debug)]
 pub struct CollectiveEngine<L> {
     library: L,
@@ -115,8 +112,7 @@ impl<L: Library> CollectiveEngine<L> {
         Ok(Self { library, context, options, control, role, pool })
     }
 
-    /// The number and the size of a rank's slots. Each sender needs two slots for itself: it fills one while the other
-    /// travels.
+    /// The number and the size of a rank's slots. Each sender needs two slots of its own: it fills one while the other travels.
     fn shape(&self) -> Result<Shape> {
         let config = &self.context.config;
         let bucket = config.bucket_bytes().unwrap_or(self.library.default_bucket_bytes());
@@ -141,7 +137,7 @@ impl<L: Library> CollectiveEngine<L> {
             shape,
             locks: SlotLocks::new(shape.slots),
             rank,
-            // Shorter than the protocol's, so that a broadcast that hangs is named as what it is.
+            // Shorter than the protocol's deadline, so that the error names the broadcast that hangs.
             deadline: self.context.deadline().mul_f64(0.75),
             joined: Mutex::default(),
             failed: Mutex::default(),
@@ -151,7 +147,7 @@ impl<L: Library> CollectiveEngine<L> {
         Ok((node, WorkerMetadata::of_this_process(name, rank, self.role, details)))
     }
 
-    /// A rank's end of the groups, and what the ranks of the group do.
+    /// Makes a rank's end of the groups, and the duties of the group's ranks.
     async fn link(
         &self,
         node: Owned<L::Communicator>,
@@ -163,7 +159,7 @@ impl<L: Library> CollectiveEngine<L> {
         let mut leaders = None;
         if parts.of(place.rank) == Some(Part::Colocated) {
             let key = parts.key()?;
-            // Now, so that what does not work is known before any update, and its own slots are freed.
+            // Attached once now, so that a failure shows before any update, and the rank's own slots are freed.
             drop(node.thread.attach(key.clone()).await.map_err(|error| error.rank(node.rank))?);
             leaders = Some(Leaders { key, held: None });
         }
@@ -199,7 +195,7 @@ impl<L: Library> CollectiveEngine<L> {
             Some(Part::Sender) => Box::new(CoSender::new(link, context, control)),
             Some(Part::Relay) => Box::new(Relay::new(link, context, control, pool)),
             _ => {
-                // Its slots are of no use, and a rollout of the device has use for the memory.
+                // Its slots are unused, and a rollout on the device can use the memory.
                 FetchLink::close(&mut link).await;
                 Box::new(Witness::new(context, control))
             }
@@ -247,7 +243,7 @@ struct Node<C> {
     rank: Rank,
     deadline: Duration,
     joined: Mutex<Joined>,
-    /// Why a broadcast of the present update failed.
+    /// The error of a broadcast of the present update.
     failed: Mutex<Option<ErrorReport>>,
 }
 
@@ -265,7 +261,7 @@ impl<C: Communicator> Node<C> {
         self.failure().clone().map_or(Ok(()), |report| Err(report.into()))
     }
 
-    /// Waits until nobody else uses the slot.
+    /// Locks a slot, once nobody else uses it.
     async fn lock(&self, slot: u32, filled: u64) -> Result<SlotGuard> {
         let Shape { slots, slot_bytes } = self.shape;
         if slot >= slots || filled > slot_bytes {
@@ -280,10 +276,10 @@ impl<C: Communicator> Node<C> {
         })
     }
 
-    /// Does what a ticket says, with all other ranks.
+    /// Changes groups as a ticket says, together with all other ranks.
     async fn join(&self, ticket: &[u8]) -> Result<()> {
-        // The leader joins when all others have entered the update, which may take them as long as any
-        // wait may; if they do not come, it is the leader that says so.
+        // The leader joins when all others have entered the update, which may take them as long as any wait. If they do not come, the
+        // leader reports it.
         let limit = if self.rank == Rank::LEADER { self.deadline } else { self.deadline * 3 };
         let Ticket { epoch, members, change } = Ticket::from_bytes(ticket)?;
         let groups = groups_of(&members, self.rank);
@@ -315,7 +311,7 @@ impl<C: Communicator> Node<C> {
                         Ok(groups.into_iter().map(|(group, _)| group).collect())
                     })
                     .await?;
-                // Now that the thread has given up all broadcasts of the update before.
+                // Reset only now: the thread has given up all broadcasts of the previous update.
                 *self.failure() = None;
             }
             Change::Shrink { gone } => {
@@ -348,24 +344,23 @@ struct Link<C: Communicator> {
     node: Owned<C>,
     pool: Pool,
     can_shrink: bool,
-    /// Why it cannot any more, if the library could.
+    /// Why the groups can no longer shrink, if the library could do it.
     slower: Option<String>,
     rebuild: bool,
     /// Whether the last update was committed. If not, ranks may have enqueued different broadcasts.
     clean: bool,
     epochs: u64,
-    /// Whether colocated ranks read the slots where they are, in the present update.
+    /// Whether colocated ranks read the slots in place in the present update.
     is_read: bool,
-    /// Of a rank that is colocated with the leader.
+    /// Only on a rank that is colocated with the leader.
     leaders: Option<Leaders<C>>,
 }
 
-/// The leader's slots, as a colocated rank maps them: anew for every update, so that they are unmapped when the
-/// leader frees them.
+/// The leader's slots on a colocated rank. They are mapped again for every update, so that they are unmapped when the leader frees them.
 #[derive(Debug)]
 struct Leaders<C: Communicator> {
     key: Bytes,
-    /// For the time of an update; views hold it longer.
+    /// Held during an update. Views hold it longer.
     held: Option<Arc<Attachment<C>>>,
 }
 
@@ -381,7 +376,7 @@ impl<C: Communicator> SendLink for Link<C> {
 
     async fn fill(&mut self, slot: usize, jobs: Vec<Job>, digests: bool) -> Result<u64> {
         self.node.check()?;
-        // Free when the bucket before has left it.
+        // The slot is free when its previous bucket has left it.
         let guard = self.node.lock(slot as u32, 0).await?;
         self.node.slots.fill(guard, jobs, &self.pool, digests).await
     }
@@ -408,7 +403,7 @@ impl<C: Communicator> SendLink for Link<C> {
     async fn begin(&mut self, members: &Members, colocated: usize) -> Result<Option<JoinTicket>> {
         self.is_read = colocated > 0;
         if members.others.is_empty() {
-            // Nobody is there to form a group with. One that is left from before has members that are gone.
+            // There is nobody to form a group with. The members of an old group are gone.
             *self.node.joined() = Joined::default();
             self.node.thread.regroup(self.node.deadline, true, |_, _| Ok(Vec::new())).await?;
             *self.node.failure() = None;
@@ -468,7 +463,7 @@ fn is_shrink(ticket: &[u8]) -> bool {
     ticket.is_ok_and(|ticket| matches!(ticket.change, Change::Shrink { .. }))
 }
 
-/// A bucket that is on its way from here.
+/// A bucket that is being sent.
 struct Sent<C> {
     node: Arc<Node<C>>,
     slot: SlotGuard,
@@ -488,7 +483,7 @@ impl<C: Communicator> Awaiting for Sent<C> {
     }
 }
 
-/// A bucket that is on its way here.
+/// A bucket that is being received.
 struct Expected<C> {
     node: Arc<Node<C>>,
     slot: SlotGuard,
@@ -510,7 +505,7 @@ impl<C: Communicator> Awaiting for Expected<C> {
     fn failed(self: Box<Self>, error: Error) -> SlotGuard {
         let Self { slot, from, arrival, .. } = *self;
         arrival.tell(Err(match error.kind() {
-            // It was waited for; of anything else, nobody knows whose fault it is.
+            // A timeout is the sender's. The cause of other errors is unknown.
             ErrorKind::Timeout => error.rank(from),
             _ => error,
         }));
@@ -544,7 +539,7 @@ impl<C: Communicator> FetchLink for Link<C> {
         let done =
             Box::new(Expected { node: Arc::clone(node), slot: guard, filled, from, arrival });
         match group.filter(|_| filled > 0) {
-            // Nothing travels of an empty bucket.
+            // An empty bucket does not travel.
             None => done.arrived(),
             Some(group) => {
                 let limit = node.deadline;

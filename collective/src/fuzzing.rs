@@ -1,11 +1,10 @@
-//! What the leader sends of the groups that ranks join, for the targets of `fuzz/`. It is there in builds for fuzzing
-//! alone.
+//! Parses the tickets by which ranks join groups, for the targets of `fuzz/`. Compiled only for fuzzing.
 
 use engine_core::Rank;
 
 use crate::group::{Ticket, groups_of};
 
-/// A ticket, and what a rank makes of it: it names each member once.
+/// Reads a ticket. A rank's groups are within its members, and it is the same after it was written and read again.
 pub fn ticket(bytes: &[u8], rank: u32) {
     let Ok(ticket) = Ticket::from_bytes(bytes) else { return };
     for (group, place) in groups_of(&ticket.members, Rank(rank)) {

@@ -1,4 +1,4 @@
-//! Who is in which group, and how ranks come from one membership to the next. Pure.
+//! Decides the members of groups, and how a membership changes to the next. Pure.
 
 use std::collections::BTreeSet;
 
@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 use engine_core::{Error, ErrorKind, Rank, Result};
 use protocol::Members;
 
-/// What ranks do before an update to be in the groups that it uses.
+/// Tells ranks what to do before an update to be in its groups.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Ticket {
-    /// Counts the groups of a leader's life.
+    /// Counts the groups that the leader has formed or changed.
     pub(super) epoch: u64,
     pub(super) members: Members,
     pub(super) change: Change,
@@ -19,22 +19,22 @@ pub(super) struct Ticket {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Change {
-    /// They are in the groups of this epoch.
+    /// The ranks are in the groups of this epoch already.
     Keep,
-    /// They form new ones, one for each sender, with these ids.
+    /// The ranks form new groups, one for each sender, with these ids.
     Form { ids: Vec<Bytes> },
-    /// They leave members out of those of the epoch before.
+    /// The ranks remove members from the groups of the previous epoch.
     Shrink { gone: Vec<Rank> },
 }
 
-/// The groups that a rank is in.
+/// The groups of a rank.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Joined {
     pub(super) epoch: u64,
     pub(super) members: Members,
 }
 
-/// What the leader has ranks do, as far as its library lets it.
+/// The step that the leader chooses for the ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
     Keep,
@@ -43,7 +43,7 @@ pub(super) enum Step {
 }
 
 impl Joined {
-    /// How to come from here to the members of the next update.
+    /// The step from these groups to the members of the next update.
     pub(super) fn step(&self, next: &Members, can_shrink: bool) -> Step {
         let Members { senders, others } = &self.members;
         if self.epoch == 0 || *senders != next.senders {
@@ -63,14 +63,14 @@ impl Joined {
         self.members.others.iter().copied().filter(|rank| !stays(rank)).collect()
     }
 
-    /// The places of ranks in each group; none of them is a sender.
+    /// The places of ranks in each group. None of them is a sender.
     pub(super) fn places(&self, ranks: &[Rank]) -> Vec<u32> {
         let others = (1..).zip(&self.members.others);
         others.filter(|(_, rank)| ranks.contains(rank)).map(|(place, _)| place).collect()
     }
 }
 
-/// The groups of a rank: number, and its place in it. Group `n` is that of sender `n`, who is at place 0.
+/// The groups of a rank: number, and the rank's place in it. Group `n` is that of sender `n`, who is at place 0.
 pub(super) fn groups_of(members: &Members, rank: Rank) -> Vec<(usize, u32)> {
     if let Some(group) = members.senders.iter().position(|sender| *sender == rank) {
         return vec![(group, 0)];
@@ -90,7 +90,7 @@ impl Ticket {
 
     /// # Errors
     ///
-    /// `Protocol` for bytes that are no ticket, or one that contradicts itself.
+    /// `Protocol` for bytes that are not a ticket, or for one that contradicts itself.
     pub(super) fn from_bytes(bytes: &[u8]) -> Result<Self> {
         let refuse = |words: String| {
             Error::new(ErrorKind::Protocol, "reading a ticket", words).rank(Rank::LEADER)

@@ -1,28 +1,24 @@
-//! Updates by broadcast, over any library of collectives: buckets go from the trainer's slots to the slots
-//! of the same number on all other ranks.
+//! Updates by broadcast, over any library of collectives: each bucket goes from a slot of the trainer to the slot of the same number on all
+//! other ranks.
 //!
-//! A backend contributes a [`Library`]: memory for the slots ([`Slots`]), and the library's calls
-//! ([`Communicator`]), all of which one thread makes ([`Thread`]). [`CollectiveEngine`] does the rest, the
-//! same for every library, over the protocol of [`update`](protocol):
+//! A backend contributes a [`Library`]: memory for the slots ([`Slots`]), and the library's calls ([`Communicator`]), all of which one
+//! thread makes ([`Thread`]). [`CollectiveEngine`] does the rest in the same way for every library, over the protocol of
+//! [`update`](protocol):
 //!
-//! - **Order.** A broadcast is enqueued by its sender when the bucket is filled, and by each receiver when
-//!   the bucket is announced, in the order of the buckets: within a group all ranks enqueue the same
-//!   broadcasts in the same order, and no receiver waits for one that its sender has not enqueued.
-//! - **Overlap.** While a bucket travels, the trainer fills the next slot, and receivers verify and
-//!   install the one before.
-//! - **Groups.** Ranks join when the membership changes, after an update that failed, or when the
-//!   configuration asks for it each time; all other updates use the groups that are there. What ranks need
-//!   to join travels with the announcement of the update. An update that fails breaks its groups on every
-//!   rank, so that no late broadcast is ever taken for one of the next update.
-//! - **More than one sender.** With `senders` trainers, bucket *n* is filled and sent by the one at *n*
-//!   modulo their number, each in a group of its own with all receivers. Other trainers of the leader's
-//!   host may join as relays, whose network interfaces the library can use.
-//! - **Colocated rollouts.** A library may not let two ranks of a group be on one device. A rollout on the
-//!   leader's device is no member of a group then: it reads the leader's slots where they are, if the
-//!   library can share memory between processes ([`Share`]). All else is as with every rollout: the leader
-//!   fills a slot again when all have released it.
-//! - **Deadlines.** The thread looks at every broadcast that is under way; one that takes too long breaks
-//!   its group.
+//! - **Order.** The sender enqueues a broadcast when the bucket is filled, and each receiver when the bucket is announced, in the order of
+//!   the buckets. Within a group all ranks enqueue the same broadcasts in the same order, and no receiver waits for one that its sender has
+//!   not enqueued.
+//! - **Overlap.** While a bucket travels, the trainer fills the next slot, and receivers verify and install the previous bucket.
+//! - **Groups.** Ranks join when the membership changes, after a failed update, or for every update if the configuration asks for it. All
+//!   other updates use the existing groups. The announcement of the update carries what ranks need to join. A failed update breaks its
+//!   groups on every rank, so that no late broadcast is taken for one of the next update.
+//! - **More than one sender.** With `senders` trainers, trainer *n* modulo their number fills and sends bucket *n*, each trainer in its own
+//!   group with all receivers. Other trainers on the leader's host may join as relays, so that the library can use their network
+//!   interfaces.
+//! - **Colocated rollouts.** A library may not allow two ranks of a group on one device. A rollout on the leader's device is then not a
+//!   member of a group: it reads the leader's slots in place, if the library can share memory between processes ([`Share`]). Everything
+//!   else is as with every rollout: the leader fills a slot again when all have released it.
+//! - **Deadlines.** The thread watches every broadcast that is under way. One that takes too long breaks its group.
 
 mod engine;
 #[cfg(fuzzing)]
@@ -47,24 +43,24 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use engine_core::memory::{Job, Pool};
 use engine_core::{EngineContext, Error, ErrorKind, Result, Storage};
 
-/// A library of collectives, as a backend brings it.
+/// A library of collectives, which a backend provides.
 #[async_trait]
 pub trait Library: fmt::Debug + Send + Sync + 'static {
-    /// Its calls.
+    /// The library's calls.
     type Communicator: Communicator;
 
     /// The backend's name.
     fn name(&self) -> &'static str;
 
-    /// The size of each of the two buckets unless one is configured, in bytes.
+    /// The default size of each of the two buckets, in bytes.
     fn default_bucket_bytes(&self) -> u64;
 
     /// Loads the library, allocates the slots on the rank's device, and starts the thread.
     ///
     /// # Errors
     ///
-    /// `Backend` if the library is not there, `Resource` if there is not enough memory, `Config` for a
-    /// device that the library does not know.
+    /// `Backend` if the library is missing, `Resource` if there is not enough memory, `Config` for a device that the library does not
+    /// support.
     async fn open(
         &self,
         context: &EngineContext,
@@ -76,44 +72,42 @@ pub trait Library: fmt::Debug + Send + Sync + 'static {
 /// The slots that a rank needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shape {
-    /// How many.
+    /// Their number.
     pub slots: u32,
     /// The size of each in bytes.
     pub slot_bytes: u64,
 }
 
-/// What a library has opened for a rank.
+/// The result of [`Library::open`] for a rank.
 #[derive(Debug)]
 pub struct Opened<C> {
     /// The thread that makes the library's calls.
     pub thread: Thread<C>,
     /// The rank's slots.
     pub slots: Arc<dyn Slots>,
-    /// The library and its version, in words: all ranks need the same.
+    /// The name and version of the library, which must be the same on all ranks.
     pub version: String,
-    /// Where the slots are, if the library wants no two ranks of a group on one device.
+    /// Where the slots are, if the library does not allow two ranks of a group on one device.
     pub share: Option<Share>,
 }
 
 /// Where a rank's slots are, for ranks that are on the same device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Share {
-    /// The device, as all processes of the host name it.
+    /// The device, by a name that is the same in all processes of the host.
     pub device: String,
-    /// What [`Communicator::attach`] takes to get at the slots; else why they cannot be shared, in words.
-    /// Only the leader's is ever used.
+    /// The argument of [`Communicator::attach`], or the reason why the slots cannot be shared. Only the leader's key is used.
     pub key: std::result::Result<Bytes, String>,
 }
 
-/// A rank's slots, in whatever memory the library broadcasts from and to.
+/// A rank's slots, in the memory that the library broadcasts from and to.
 #[async_trait]
 pub trait Slots: fmt::Debug + Send + Sync {
-    /// Encodes all jobs into a slot, and returns its digest sum if it is wanted, else 0. The bytes are
-    /// there for the library when this ends.
+    /// Encodes all jobs into a slot, and returns its digest sum if it is wanted, else 0. When this ends, the library can use the bytes.
     ///
     /// # Cancel safety
     ///
-    /// When the future is dropped, work on the slot may go on; its guard is dropped when that has ended.
+    /// When the future is dropped, work on the slot may go on. The slot's guard is dropped when that has ended.
     ///
     /// # Errors
     ///
@@ -137,8 +131,8 @@ pub trait Slots: fmt::Debug + Send + Sync {
         Err(Error::new(ErrorKind::Config, "enlarging a slot", message))
     }
 
-    /// Where other processes of the host read a slot, as long as the rank lives: one place on each GPU that has it. Other
-    /// places after the slot was [enlarged](Self::enlarge).
+    /// Where other processes of the host read a slot, as long as the rank lives: one place on each GPU that has it. The places change when
+    /// the slot is [enlarged](Self::enlarge).
     ///
     /// # Errors
     ///
@@ -149,10 +143,10 @@ pub trait Slots: fmt::Debug + Send + Sync {
         Err(Error::new(ErrorKind::Backend, "sharing a slot", message))
     }
 
-    /// The first bytes of a slot, to be read; the guard is dropped with the last view of them.
+    /// The first bytes of a slot, for reading. The guard is dropped with the last view of them.
     fn view(&self, slot: SlotGuard, filled: u64) -> Storage;
 
-    /// What made filling the slots slower than necessary since the last call, in words for [`SendReport::slower`].
+    /// What made filling the slots slower than possible since the last call, in words for [`SendReport::slower`].
     ///
     /// [`SendReport::slower`]: engine_core::SendReport::slower
     fn slower(&self) -> Vec<String> {
@@ -163,9 +157,9 @@ pub trait Slots: fmt::Debug + Send + Sync {
 /// Where other processes of the host read a slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SharedSlot {
-    /// The UUID of the device that it is on, in lower case and without a prefix.
+    /// The UUID of its device, in lower case and without a prefix.
     pub device: String,
-    /// The handle with which the driver opens the allocation that it is in.
+    /// The handle with which the driver opens its allocation.
     pub handle: Vec<u8>,
     /// Where it begins in that allocation, in bytes.
     pub start: u64,
@@ -173,12 +167,12 @@ pub struct SharedSlot {
     pub bytes: u64,
 }
 
-/// Who uses which slot: one at a time.
+/// A lock for each slot, so that it has one user at a time.
 #[derive(Debug)]
 pub struct SlotLocks(Vec<Arc<Mutex<()>>>);
 
 impl SlotLocks {
-    /// For this number of slots, all unused.
+    /// Locks for this number of slots, all unused.
     pub fn new(slots: u32) -> Self {
         Self((0..slots).map(|_| Arc::default()).collect())
     }
@@ -204,21 +198,20 @@ impl SlotGuard {
     }
 }
 
-/// The calls of a library of collectives. One thread makes them, and does nothing else.
+/// The calls of a library of collectives. One thread makes all of them, and does nothing else.
 pub trait Communicator: fmt::Debug + 'static {
-    /// What the members of a new group need to find one another. Called on the leader.
+    /// Makes the id by which the members of a new group find one another. Called on the leader.
     ///
     /// # Errors
     ///
     /// Those of the library.
     fn new_group(&mut self) -> Result<Bytes>;
 
-    /// Joins a group, of which this rank is member `place` of `size`; member 0 is the sender. Ends when all
-    /// have joined.
+    /// Joins a group as member `place` of `size`. Member 0 is the sender. Returns when all have joined.
     ///
     /// # Errors
     ///
-    /// `Timeout` if they do not within the wait; those of the library.
+    /// `Timeout` if they do not join within `wait`; those of the library.
     fn join(
         &mut self,
         group: usize,
@@ -228,13 +221,12 @@ pub trait Communicator: fmt::Debug + 'static {
         wait: &Wait<'_>,
     ) -> Result<()>;
 
-    /// Whether the library can leave members out of a group without forming it anew.
+    /// Whether the library can remove members from a group without forming it again.
     fn can_shrink(&self) -> bool {
         false
     }
 
-    /// Leaves the members at these places out of a group in which nothing is under way; all others do the
-    /// same now. They keep their order.
+    /// Removes the members at these places from a group in which nothing is under way. All others do the same now. They keep their order.
     ///
     /// # Errors
     ///
@@ -265,7 +257,7 @@ pub trait Communicator: fmt::Debug + 'static {
     ///
     /// # Errors
     ///
-    /// As [`broadcast`](Self::broadcast); `Backend` where slots are broadcast from their beginning alone.
+    /// As [`broadcast`](Self::broadcast); `Backend` if the library only broadcasts slots from their beginning.
     fn broadcast_part(
         &mut self,
         group: usize,
@@ -281,14 +273,14 @@ pub trait Communicator: fmt::Debug + 'static {
         Err(Error::new(ErrorKind::Backend, "broadcasting a part of a slot", message))
     }
 
-    /// How many of the group's broadcasts, in their order, have ended since it was joined.
+    /// The number of the group's broadcasts, in their order, that have ended since it was joined.
     ///
     /// # Errors
     ///
-    /// Why the group has failed.
+    /// The error with which the group has failed.
     fn ended(&mut self, group: usize) -> Result<u64>;
 
-    /// Waits until what [`Slots::fill`] has put into a slot is there for all who are attached to it.
+    /// Waits until all that are attached to a slot can read what [`Slots::fill`] has put into it.
     ///
     /// # Errors
     ///
@@ -298,8 +290,8 @@ pub trait Communicator: fmt::Debug + 'static {
         Ok(())
     }
 
-    /// Maps the leader's slots, by their [`Share::key`], in the place of this rank's own, which are freed. Until
-    /// [`detach`](Self::detach), views are read from there, and [`broadcast`](Self::broadcast) does nothing.
+    /// Maps the leader's slots, by their [`Share::key`], in place of this rank's own, which are freed. Until [`detach`](Self::detach),
+    /// views read the leader's slots, and [`broadcast`](Self::broadcast) does nothing.
     ///
     /// # Errors
     ///
@@ -315,7 +307,7 @@ pub trait Communicator: fmt::Debug + 'static {
 
     /// Leaves all groups. Broadcasts that are under way are aborted, and no longer use the slots when this returns.
     ///
-    /// It leaves all of them at once: a library that frees one group's resources may wait for the device, and so for
-    /// broadcasts of another group that never end.
+    /// It leaves all groups at once: a library that frees one group's resources may wait for the device, and so for broadcasts of another
+    /// group that never end.
     fn leave(&mut self);
 }

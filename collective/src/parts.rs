@@ -1,4 +1,4 @@
-//! Who does what in a collective backend's updates, by what the ranks say of themselves. Pure.
+//! Decides the duties of ranks in a collective backend's updates, from the ranks' metadata. Pure.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use engine_core::control::Peer;
 use engine_core::{Error, ErrorKind, Placement, Rank, Result, Role, WorkerMetadata};
 use protocol::Part;
 
-/// What a rank says of itself to the topology.
+/// The data about a rank for the topology.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Details {
     pub(super) shape: Shape,
@@ -34,24 +34,24 @@ fn share(worker: &WorkerMetadata) -> Option<Share> {
 }
 
 impl Seat {
-    /// Where a rank is, if its library wants no two ranks of a group there.
+    /// The device of a rank, if its library does not allow two ranks of a group there.
     fn of(worker: &WorkerMetadata) -> Option<Self> {
         share(worker).map(|share| Self { host: worker.host.clone(), device: share.device })
     }
 }
 
-/// What every rank but the leader does.
+/// The duties of all ranks but the leader.
 #[derive(Debug)]
 pub(super) struct Parts {
     parts: BTreeMap<Rank, Part>,
     leader: Option<Seat>,
     key: Result<Bytes, String>,
-    /// Where trainers are that take part.
+    /// The devices of the trainers that take part.
     trainers: BTreeMap<Seat, Rank>,
 }
 
 impl Parts {
-    /// The parts of a group of these ranks, which are in their order. Trainers that neither send nor relay are idle.
+    /// The duties in a group of these ranks, which are in their order. Trainers that neither send nor relay are idle.
     pub(super) fn new(options: CollectiveOptions, peers: &[WorkerMetadata]) -> Self {
         let first = peers.iter().find(|peer| peer.rank == Rank::LEADER);
         let leader = first.and_then(Seat::of);
@@ -100,7 +100,7 @@ impl Parts {
         self.parts.iter().map(|(rank, part)| (*rank, *part))
     }
 
-    /// What a colocated rollout needs to map the leader's slots.
+    /// The key with which a colocated rollout maps the leader's slots.
     pub(super) fn key(&self) -> Result<Bytes> {
         self.key.clone().map_err(|reason| {
             let message = format!(
@@ -111,16 +111,16 @@ impl Parts {
         })
     }
 
-    /// The part of a rank that joins the group now; none if there is no way to bring weights to it.
+    /// The duty of a rank that joins the group now; none if weights cannot reach it.
     pub(super) fn of_newcomer(&self, peer: &Peer) -> Option<Part> {
         if peer.role == Role::Trainer {
             return self.of(peer.rank);
         }
-        // Ranks whose metadata travel by another way than the control plane's count as receivers.
+        // Ranks whose metadata does not come over the control plane count as receivers.
         let worker = serde_json::from_slice::<WorkerMetadata>(&peer.payload).ok();
         let seat = worker.as_ref().and_then(Seat::of);
         if self.is_leaders(&seat) {
-            // It hears of the reason when it builds its topology.
+            // It gets the reason when it builds its topology.
             return self.key.is_ok().then_some(Part::Colocated);
         }
         let trainer = seat.as_ref().and_then(|seat| self.trainers.get(seat));
@@ -137,20 +137,19 @@ impl Parts {
     }
 }
 
-/// Places the ranks of a collective backend: the start, and most, of
+/// Places the ranks of a collective backend: the first and largest part of
 /// [`Backend::build_topology`](engine_core::Backend::build_topology). A pure function.
 ///
 /// # Errors
 ///
-/// `Mismatch`, naming the rank: one whose library is another one, whose slots have another size, or that
-/// counts the senders otherwise; fewer trainers than senders; where a library has room for one rank of a group
-/// on a device, a second one that is not on the leader's, or a rollout that is but cannot read the leader's
-/// slots.
+/// `Mismatch`, naming the rank, for a rank whose library, slot size or number of senders differs; if there are fewer trainers than senders;
+/// and, if a library allows one rank of a group on a device, for a second one that is not on the leader's device, or for a rollout that is
+/// but cannot read the leader's slots.
 pub fn build_topology(backend: &str, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
     let places = Placement::for_all(backend, workers)?;
     let refuse =
         |message: String| Error::new(ErrorKind::Mismatch, "building the topology", message);
-    // In the order of the ranks, the leader first.
+    // In the order of the ranks, which begins with the leader.
     let workers = Arc::clone(&places[0].peers);
     let details = |worker: &WorkerMetadata| -> Result<Details> {
         serde_json::from_value(worker.details.clone()).map_err(|error| {
@@ -190,7 +189,7 @@ pub fn build_topology(backend: &str, workers: &[WorkerMetadata]) -> Result<Vec<P
     Ok(places)
 }
 
-/// Checks that no two ranks of a group are on one device, where that matters.
+/// Checks that no two ranks of a group are on one device, if the library requires it.
 fn check_devices(senders: u32, workers: &[WorkerMetadata]) -> Result<()> {
     let refuse = |rank: Rank, message: String| {
         Err(Error::new(ErrorKind::Mismatch, "building the topology", message).rank(rank))
@@ -230,7 +229,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// A rank on a device of a host; without a device its library does not care.
+    /// A rank on a device of a host; without a device, its library allows any number of ranks on one.
     fn worker(role: Role, host: &str, device: Option<u32>) -> WorkerMetadata {
         let share = device.map(|device| Share {
             device: format!("device {device}"),
@@ -286,7 +285,7 @@ mod tests {
         let (colocated, receiver) = (Some(Part::Colocated), Some(Part::Receiver));
         assert_eq!(parts(&workers), [colocated, receiver, receiver, colocated]);
         build_topology("test", &workers).unwrap();
-        // A library that does not say where its slots are has groups with any ranks.
+        // A library that does not name its devices allows any ranks in a group.
         let workers = [Role::Trainer, Role::Rollout, Role::Rollout];
         let workers = ranked(workers.map(|role| worker(role, "a", None)));
         assert_eq!(parts(&workers), [receiver, receiver]);
@@ -336,13 +335,13 @@ mod tests {
         assert_eq!(part(&rollout(0)), Some(Part::Colocated));
         assert_eq!(part(&rollout(5)), Some(Part::Receiver));
         assert_eq!(part(&worker(Role::Rollout, "b", Some(0))), Some(Part::Receiver));
-        // Next to a trainer that takes part there is no room; next to one that does not, there is.
+        // There is no room beside a trainer that takes part, but there is beside an idle one.
         assert_eq!(part(&rollout(1)), None);
         assert_eq!(part(&rollout(2)), Some(Part::Receiver));
-        // Trainers have the part that they had.
+        // Trainers keep their duties.
         assert_eq!(group.of_newcomer(&peer(1, &trainer(1))), Some(Part::Relay));
         assert_eq!(group.of_newcomer(&peer(9, &trainer(3))), None);
-        // Metadata that came another way.
+        // Metadata that did not come over the control plane.
         let stranger = Peer { rank: Rank(9), role: Role::Rollout, payload: Bytes::new() };
         assert_eq!(group.of_newcomer(&stranger), Some(Part::Receiver));
 

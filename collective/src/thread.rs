@@ -1,4 +1,4 @@
-//! The thread that makes a library's calls, and watches broadcasts that are under way.
+//! The thread that makes a library's calls and watches broadcasts under way.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -16,12 +16,12 @@ use tracing::{debug, warn};
 use super::{Communicator, SlotGuard};
 use engine_core::{Error, ErrorKind, Result};
 
-/// How often something under way is looked at without a pause: short broadcasts end meanwhile.
+/// How often work under way is polled without a pause: short broadcasts end meanwhile.
 const SPINS: u32 = 200;
-/// The pause between two looks at a longer one.
+/// The pause between two polls of longer work.
 const PAUSE: Duration = Duration::from_micros(30);
 
-/// How long a call may take.
+/// The time that a call may take.
 pub struct Wait<'a> {
     until: Instant,
     limit: Duration,
@@ -29,16 +29,16 @@ pub struct Wait<'a> {
 }
 
 impl<'a> Wait<'a> {
-    /// That long from now, or until nobody waits any more.
+    /// A wait of `limit` from now, or until nobody waits any more.
     fn new(limit: Duration, awaited: &'a dyn Fn() -> bool) -> Self {
         Self { until: Instant::now() + limit, limit, awaited }
     }
 
-    /// Whether to go on waiting: an error if it was too long, or if nobody waits any more.
+    /// Checks whether to go on waiting.
     ///
     /// # Errors
     ///
-    /// `Timeout`, `Aborted`.
+    /// `Timeout` after the limit; `Aborted` if nobody waits any more.
     pub fn check(&self, operation: &str) -> Result<()> {
         if !(self.awaited)() {
             let message = "nobody waits for it any more";
@@ -50,7 +50,7 @@ impl<'a> Wait<'a> {
         Ok(())
     }
 
-    /// What is left of it.
+    /// The time that is left.
     pub fn left(&self) -> Duration {
         self.until.saturating_duration_since(Instant::now())
     }
@@ -75,20 +75,20 @@ fn gone() -> Error {
 /// dropped; [`close`](Self::close) waits for that.
 pub struct Thread<C> {
     commands: Sender<Command<C>>,
-    /// How often all groups were given up. The thread sees it also while it makes a call, which it then
-    /// ends: nobody waits any more for broadcasts from before.
+    /// How often all groups were given up. The thread also sees it during a call, and ends the call: nobody waits any more for earlier
+    /// broadcasts.
     given_up: Arc<AtomicU64>,
     ended: Arc<Mutex<Option<Ending>>>,
 }
 
 /// The end of a thread.
 struct Ending {
-    /// The other end is dropped when the thread has nothing of the library any more.
+    /// The sender is dropped when the thread has freed all that it has of the library.
     told: Shared<oneshot::Receiver<()>>,
     thread: std::thread::JoinHandle<()>,
 }
 
-/// The end of a thread that is waited for when this is dropped, wherever that is, but no longer than the limit.
+/// When this is dropped, it waits for the end of a thread, for up to `limit`.
 struct Awaited {
     ending: Option<Ending>,
     limit: Duration,
@@ -111,8 +111,8 @@ impl Drop for Awaited {
 }
 
 impl Ending {
-    /// Waits for the thread itself, which has said that it ends: what libraries keep for each of their threads
-    /// goes with it, and must not do so while the process ends.
+    /// Waits for the thread itself, which has announced its end: what libraries keep for each of their threads is freed with it, and must
+    /// not be freed while the process ends.
     fn join(self) {
         if self.thread.join().is_err() {
             warn!("the thread of a collective library has panicked");
@@ -135,16 +135,16 @@ impl<C> fmt::Debug for Thread<C> {
     }
 }
 
-/// Who waits for a broadcast.
+/// The party that waits for a broadcast.
 pub(super) trait Awaiting: Send {
-    /// Whether anyone still does. A group is given up that someone waits for no more.
+    /// Whether it still waits. If not, the group is given up.
     fn is_awaited(&self) -> bool;
 
     /// The broadcast has ended.
     fn arrived(self: Box<Self>);
 
-    /// It cannot. The library may not have let go of the slot: its guard is given back, for the thread to
-    /// keep until it has.
+    /// The broadcast has failed. The library may still use the slot, so the slot's guard is returned, and the thread keeps it until the
+    /// library has stopped.
     fn failed(self: Box<Self>, error: Error) -> SlotGuard;
 }
 
@@ -181,7 +181,7 @@ impl<C: Communicator> Thread<C> {
                 }
                 Err(error) => drop(ready.send(Err(error))),
             }
-            // What was asked for too late has slots of the library as well.
+            // Commands that came too late may hold slots of the library as well.
             drop(inbox);
             drop(ending);
         };
@@ -200,7 +200,7 @@ impl<C: Communicator> Thread<C> {
     ///
     /// # Cancel safety
     ///
-    /// When the future is dropped before the work began, it never does; otherwise its [`Wait`] ends.
+    /// When the future is dropped before the work began, the work never begins; otherwise its [`Wait`] ends.
     ///
     /// # Errors
     ///
@@ -216,8 +216,7 @@ impl<C: Communicator> Thread<C> {
         self.ask(work, |_| debug!("a call ended that nobody waits for any more")).await
     }
 
-    /// Runs `work` on the thread, unless the caller has gone. If the caller goes meanwhile, it runs `unheard` after
-    /// it.
+    /// Runs `work` on the thread, unless the caller has gone. If the caller goes meanwhile, runs `unheard` after it.
     async fn ask<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Worker<C>, &dyn Fn() -> bool) -> Result<T> + Send + 'static,
@@ -253,12 +252,12 @@ impl<C: Communicator> Thread<C> {
     ///
     /// # Cancel safety
     ///
-    /// The thread ends all the same when the future is dropped. The next call waits for it.
+    /// When the future is dropped, the thread ends all the same. The next call waits for it.
     pub async fn close(&self) {
         self.ask_to_end();
         let told = self.ending().as_ref().map(|ending| ending.told.clone());
         if let Some(told) = told {
-            // The other end is dropped, never used.
+            // The sender is dropped, never used.
             drop(told.await);
         }
         if let Some(ending) = self.ending().take() {
@@ -274,7 +273,7 @@ impl<C: Communicator> Thread<C> {
         if awaited.ending.is_some()
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
-            // A runtime that is ending drops what it does not begin any more, and waits by that.
+            // A runtime that is shutting down drops tasks that have not begun; dropping this one waits.
             drop(runtime.spawn_blocking(move || drop(awaited)));
         }
     }
@@ -285,7 +284,7 @@ impl<C: Communicator> Thread<C> {
         }
     }
 
-    /// The end of the thread, until someone has waited for it.
+    /// The end of the thread, until a caller has waited for it.
     fn ending(&self) -> MutexGuard<'_, Option<Ending>> {
         self.ended.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -321,7 +320,7 @@ impl<C: Communicator> Thread<C> {
         }
     }
 
-    /// Leaves all groups and joins others, or changes them.
+    /// Leaves all groups and joins others, or changes their members.
     pub(super) async fn regroup(
         &self,
         limit: Duration,
@@ -346,17 +345,17 @@ impl<C: Communicator> Thread<C> {
             }
             result
         };
-        // The engine that wanted the groups is gone then: they are of no use.
+        // If the caller has gone, its groups are useless.
         self.ask(work, Worker::leave_unfinished).await
     }
 
-    /// Maps the leader's slots in the place of this rank's own, until the last attachment is dropped.
+    /// Maps the leader's slots in place of this rank's own, until the last attachment is dropped.
     pub(super) async fn attach(&self, key: Bytes) -> Result<Attachment<C>> {
         let thread = self.clone();
         let attach = move |worker: &mut Worker<C>, _: &dyn Fn() -> bool| {
             worker.attach(&key).map(|()| Attachment { thread })
         };
-        // If nobody waits any more, it is dropped.
+        // If the caller has gone, the attachment is dropped.
         self.ask(attach, |_| ()).await
     }
 
@@ -365,7 +364,7 @@ impl<C: Communicator> Thread<C> {
     }
 }
 
-/// The leader's slots are this rank's as long as it lives.
+/// Keeps the leader's slots mapped in place of this rank's own.
 pub(super) struct Attachment<C: Communicator> {
     thread: Thread<C>,
 }
@@ -386,16 +385,16 @@ impl<C: Communicator> Drop for Attachment<C> {
 
 const BROADCASTING: &str = "broadcasting a bucket";
 
-/// What the thread has.
+/// The state of the thread.
 struct Worker<C> {
     communicator: C,
     groups: Vec<Option<Group>>,
-    /// How often it is attached to the leader's slots.
+    /// The number of attachments to the leader's slots.
     attached: usize,
     closing: bool,
 }
 
-/// A group that the rank is in, and what is under way in it.
+/// A group of the rank, and its broadcasts under way.
 #[derive(Default)]
 struct Group {
     begun: u64,
@@ -458,7 +457,7 @@ impl<C: Communicator> Worker<C> {
         if self.groups.len() <= group {
             self.groups.resize_with(group + 1, || None);
         }
-        // A group that only changed its members goes on counting.
+        // A group that only changed its members continues its count.
         self.groups[group].get_or_insert_default();
     }
 
@@ -512,13 +511,13 @@ impl<C: Communicator> Worker<C> {
         }
     }
 
-    /// Gives up groups of which some were joined and others were not.
+    /// Leaves all groups after only some were joined.
     fn leave_unfinished(&mut self) {
         self.leave(&gone());
         self.communicator.leave();
     }
 
-    /// Aborts all groups, and tells work that waits in one why. They all belong to one update, which has failed.
+    /// Aborts all groups, and tells waiting broadcasts the reason. The groups all belong to one update, which has failed.
     fn leave(&mut self, why: &Error) {
         let groups = std::mem::take(&mut self.groups);
         if groups.iter().all(Option::is_none) {
@@ -527,14 +526,14 @@ impl<C: Communicator> Worker<C> {
         if why.kind() != ErrorKind::Aborted {
             warn!(error = %why, "the groups are given up");
         }
-        // Everyone is told at once: a library may take its time to give up what is under way.
+        // All are told first: a library may take long to abort what is under way.
         let fail = |pending: Pending| pending.done.failed(why.report().clone().into());
         let pending = groups.into_iter().flatten().flat_map(|group| group.pending);
         let slots: Vec<SlotGuard> = pending.map(fail).collect();
         debug!(%why, "leaving all groups");
         self.communicator.leave();
         debug!("all groups are left");
-        // Only now nothing writes to them.
+        // From here on nothing writes to the slots.
         drop(slots);
     }
 }

@@ -1,4 +1,4 @@
-//! Engines with one fault each, made of the naive one. A suite that passes them is no suite.
+//! Engines with one fault each, made from the naive one. A suite that passes them is worthless.
 
 use async_trait::async_trait;
 use engine_core::{
@@ -8,7 +8,7 @@ use engine_core::{
 };
 use futures::StreamExt;
 
-/// What is wrong with an engine.
+/// The fault of an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// The last tensor of an update never travels.

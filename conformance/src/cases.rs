@@ -36,9 +36,9 @@ macro_rules! cases {
             run: |suite| Box::pin($name(suite)),
         }),*];
 
-        /// Makes a test of every case, for the suite that the expression gives. With `within a process`
-        /// after it, for an engine that hands memory over there, the cases about buffers and control planes
-        /// are ignored; with `ignored = "reason"` all are, because most machines cannot run them.
+        /// Makes a test of every case, for the suite of the expression. With `within a process` after it, for an engine that hands memory
+        /// over there, the cases about buffers and control planes are ignored. With `ignored = "reason"` all are ignored, because most
+        /// machines cannot run them.
         #[macro_export]
         macro_rules! suite {
             ($suite:expr) => {
@@ -323,8 +323,7 @@ fn long(seed: u64) -> Vec<Weight> {
     (0..LONG).map(|i| weight(&format!("w{i}"), DType::U8, &[900_000], seed + i)).collect()
 }
 
-/// The update has to fail on the trainer, naming the first rollout, and on the second one; the next one
-/// has to work.
+/// The update must fail on the trainer, naming the first rollout, and on the second rollout. The next update must succeed.
 async fn fails_and_recovers(
     mut group: Group,
     kind: ErrorKind,
@@ -401,7 +400,7 @@ async fn a_part_of_a_tensor_is_refused_by_name(suite: &Suite) -> Verdict {
 async fn a_name_used_twice_is_refused(suite: &Suite) -> Verdict {
     let mut group = Group::form(suite, 1).await.map_err(words)?;
     group.exact(model(5, 1), 1).await?;
-    // Once within what equals the last update, once after it.
+    // Once within the part that equals the last update, once after it.
     for (version, at) in [(2, 3), (3, 21)] {
         let mut weights = model(5, version);
         let twice = weights[1].clone();
@@ -459,7 +458,7 @@ async fn a_receiver_whose_engine_is_gone_is_an_error(suite: &Suite) -> Verdict {
     let mut gone = group.rollouts.remove(1);
     let receiving = tokio::spawn(async move {
         if let Ok(mut received) = gone.receive_weights(None).await {
-            // The first bucket is read, and then this rollout is no more.
+            // The first bucket is read, and then this rollout is dropped.
             drop(received.next_bucket().await);
         }
     });
@@ -490,7 +489,7 @@ async fn a_rollouts_note_reaches_the_report(suite: &Suite) -> Verdict {
 }
 
 async fn an_engine_runs_on_any_executor_and_its_deadlines_with_it(suite: &Suite) -> Verdict {
-    // On a thread without any runtime.
+    // On a thread without a runtime.
     let suite = suite.clone();
     let updates = async move {
         let mut group = Group::form(&suite, 1).await.map_err(words)?;
@@ -512,7 +511,7 @@ async fn an_engine_runs_on_any_executor_and_its_deadlines_with_it(suite: &Suite)
 async fn a_group_that_has_gaps_in_its_ranks_is_updated_whole(suite: &Suite) -> Verdict {
     let mut group = Group::form(suite, 3).await.map_err(words)?;
     group.exact(model(1, 1), 1).await?;
-    // The ranks of those that are left have a gap, and each is updated under its own.
+    // The remaining ranks have a gap, and each is updated under its own rank.
     let mut group = group.without(0).await.map_err(words)?;
     for version in 2..4 {
         let report = group.exact(model(1, version), version).await?;
@@ -532,7 +531,7 @@ async fn a_backend_refuses_a_group_without_a_trainer(suite: &Suite) -> Verdict {
     refused(&[])
 }
 
-/// All bytes of a bucket, or why they cannot be read.
+/// All bytes of a bucket, or the reason why they cannot be read.
 fn content(bucket: &ReceivedBucket) -> engine_core::Result<Vec<u8>> {
     let mut content = Vec::new();
     for piece in bucket.pieces() {
@@ -552,7 +551,7 @@ async fn a_view_of_a_group_that_is_no_more_frees_nothing_of_the_one_that_follows
     let receive = async {
         let mut received = rollout.receive_weights(None).await.map_err(words)?;
         let kept = received.next_bucket().await.map_err(words)?.ok_or("no bucket arrived")?;
-        // Given up, with a view of it.
+        // The update is given up while a view of it remains.
         drop(received);
         Ok::<_, String>(kept)
     };
@@ -561,7 +560,7 @@ async fn a_view_of_a_group_that_is_no_more_frees_nothing_of_the_one_that_follows
     let kept = kept?;
     let before = content(&kept).map_err(words)?;
     let mut group = group.anew().await.map_err(words)?;
-    // A backend may end views with their group, but never with other bytes.
+    // A backend may end views with their group, but must never change their bytes.
     if let Ok(after) = content(&kept) {
         ensure!(after == before, "a view changed when its group ended");
     }
@@ -572,7 +571,7 @@ async fn a_view_of_a_group_that_is_no_more_frees_nothing_of_the_one_that_follows
         let bucket = received.next_bucket().await.map_err(words)?.ok_or("no bucket arrived")?;
         let before = content(&bucket).map_err(words)?;
         drop(kept);
-        // The trainer fills every slot that it believes to be free.
+        // The trainer fills every slot that it considers free.
         sleep(Duration::from_millis(300)).await;
         let after = content(&bucket).map_err(words)?;
         ensure!(after == before, "a verified bucket was overwritten while it was read");
@@ -595,14 +594,14 @@ async fn a_stream_that_is_dropped_after_the_commit_costs_no_later_update(suite: 
     let (committed, done) = futures::channel::oneshot::channel();
     let send = async {
         let sent = send.await;
-        // Nobody listens any more if the update failed.
+        // The receiver is gone if the update failed.
         committed.send(()).ok();
         sent
     };
     let one = async {
         let mut received = one[0].receive_weights(None).await.map_err(words)?;
         loop {
-            // Until the trainer has its confirmation; what follows it is not looked at.
+            // Until the trainer has its confirmation. What follows is not checked.
             let more = async { received.next_bucket().await.map(|bucket| bucket.is_some()) };
             let heard = async {
                 while !ready.has(first) {
@@ -622,7 +621,7 @@ async fn a_stream_that_is_dropped_after_the_commit_costs_no_later_update(suite: 
     };
     let two = async {
         let mut received = two[0].receive_weights(None).await.map_err(words)?;
-        // It is ready last, because it holds its last bucket until the other one is.
+        // It becomes ready last, because it holds its last bucket until the other rollout is ready.
         loop {
             let bucket = received.next_bucket().await.map_err(words)?.ok_or("it ended early")?;
             let is_last = |piece: ReceivedPiece| {
@@ -686,7 +685,7 @@ async fn a_wait_for_an_update_that_is_dropped_loses_nothing(suite: &Suite) -> Ve
         ensure!(early.is_err(), "an update was received before one was sent");
     }
     group.exact(model(2, 1), 1).await?;
-    // After it. On a busy machine the wait may have ended before it is dropped: then once more.
+    // After the announcement. On a busy host the wait may have ended before it is dropped: then again.
     for version in 2..20 {
         let send = group.trainer.send_weights(ensure_async_iterator(long(1)), Version(version));
         let rollout = &mut group.rollouts[0];
@@ -708,7 +707,7 @@ async fn a_wait_for_an_update_that_is_dropped_loses_nothing(suite: &Suite) -> Ve
         if received? {
             return sent.map(drop).map_err(words);
         }
-        // The trainer hears of the refusal: nothing is lost by a wait that ended.
+        // The trainer learns of the refusal: a wait that ended loses nothing.
         let Err(error) = sent else { return Err("a refused update was sent".into()) };
         ensure!(error.kind() == ErrorKind::Mismatch, "the trainer says {error}");
     }
@@ -742,7 +741,7 @@ async fn ranks_that_come_and_go_keep_no_wait_alive(suite: &Suite) -> Verdict {
     let receive = async {
         let mut received = one[0].receive_weights(None).await?;
         let kept = received.next_bucket().await?;
-        // It holds the first bucket until the update has ended, and takes what comes after it.
+        // It holds the first bucket until the update has ended, and then takes the rest.
         while let Ok(Some(_)) = received.next_bucket().await {}
         sleep(Duration::from_secs(3600)).await;
         drop(kept);
@@ -765,8 +764,7 @@ async fn ranks_that_come_and_go_keep_no_wait_alive(suite: &Suite) -> Verdict {
 }
 
 async fn a_rollout_that_is_slow_within_the_deadline_is_waited_for_by_all(suite: &Suite) -> Verdict {
-    // Two buckets are left when the trainer has sent its last one: together they take longer than any
-    // deadline, and each of them less.
+    // Two buckets are left when the trainer has sent its last one. Together they take longer than any deadline, but each takes less.
     let suite = suite.clone().with_config(|config| {
         config.timeout_seconds = config.timeout_seconds.max(5.0);
     });
@@ -789,7 +787,7 @@ async fn a_rollout_that_is_slow_within_the_deadline_is_waited_for_by_all(suite: 
     fast.map(drop).map_err(words)
 }
 
-/// Bytes that take a while to be made, and say when that is.
+/// Bytes that take a while to encode, and that record when they are.
 #[derive(Debug, Default)]
 struct Slow(AtomicU64);
 
@@ -821,7 +819,7 @@ async fn nothing_is_read_of_the_weights_when_a_failed_send_has_returned(suite: &
     // The source fails while the first bucket is filled.
     let weights = [weight(0), weight(1), Err(Error::new(ErrorKind::Source, "reading", "gone"))];
     let send = group.trainer.send_weights(ensure_async_iterator(weights), Version(1));
-    // A trainer that changes its weights in place needs to be the only one who has them.
+    // A trainer that changes its weights in place needs to be their only owner.
     let send = async {
         let sent = send.await;
         (sent, slow.0.load(Ordering::SeqCst), Arc::strong_count(&slow) - 1)
@@ -857,7 +855,7 @@ async fn other_names_than_before_are_refused_everywhere(suite: &Suite) -> Verdic
     let mut group = Group::form(suite, 2).await.map_err(words)?;
     let mut map = TensorMap::new();
     let mut parts = TensorMap::partial();
-    // Fewer, none, others; then all of them again.
+    // Fewer weights, none, others; then all of them again.
     let all = model(3, 1);
     let without = |at: usize| {
         let mut weights = model(3, 2);
@@ -887,7 +885,7 @@ async fn other_names_than_before_are_refused_everywhere(suite: &Suite) -> Verdic
 async fn garbage_of_a_rank_without_a_part_in_updates_is_dropped(suite: &Suite) -> Verdict {
     let mut group = Group::form(suite, 1).await.map_err(words)?;
     let Some(at) = group.at.clone() else { return Err("the suite has no control plane".into()) };
-    // It has the token, and was never in the group.
+    // It has the token, but was never in the group.
     let stranger = ControlPlane::join(at, Role::Rollout, None).await.map_err(words)?;
     let send = group.trainer.send_weights(ensure_async_iterator(long(1)), Version(1));
     let rollout = &mut group.rollouts[0];

@@ -1,10 +1,8 @@
-//! A library of collectives between the ranks of one process, less forgiving than a real one, with faults
-//! at will.
+//! A library of collectives between the ranks of one process, stricter than a real one, with configurable faults.
 //!
-//! It moves bytes by copying them, and refuses what a real library would answer with a hang or with
-//! garbage: broadcasts that ranks enqueue in different orders or with different lengths, calls from other
-//! threads than the one that made it, a group id that is used twice. Where ranks are on a device of its
-//! kind, it has two of them in no group, and lets all of a device read the slots of one.
+//! It moves bytes by copying them. It refuses what a real library would answer with a hang or with garbage: broadcasts that ranks enqueue
+//! in different orders or with different lengths, calls from a thread other than the one that made it, a group id that is used twice. If
+//! ranks are on a device of its kind, it allows only one of them in a group, and lets all ranks of a device read the slots of one.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,16 +23,15 @@ use engine_core::{
 };
 use serde::Deserialize;
 
-/// The name in configurations.
+/// The library's name in configurations.
 const NAME: &str = "in-process";
-/// The kind of devices that have room for one rank of a group.
+/// The kind of device that has room for one rank of a group.
 pub const DEVICE: &str = "seat";
 
-/// The library as a backend: `engine_kwargs.in-process` has the options of every collective backend, and
-/// a `fault`.
+/// The library as a backend: `engine_kwargs.in-process` has the options of every collective backend, and a `fault`.
 pub static BACKEND: &dyn Backend = &InProcess;
 
-/// What goes wrong, and when.
+/// A fault, and when it happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Fault {
@@ -42,7 +39,7 @@ pub enum Fault {
     Corrupts,
     /// A broadcast never ends.
     NeverEnds,
-    /// A broadcast never ends, and giving it up takes longer than any deadline.
+    /// A broadcast never ends, and aborting it takes longer than any deadline.
     NeverLetsGo,
     /// The library reports that the group has failed.
     Fails,
@@ -50,7 +47,7 @@ pub enum Fault {
     JoinHangs,
     /// Leaving members out fails.
     ShrinkFails,
-    /// It has the version that another rank has not.
+    /// Its version differs from that of the other ranks.
     OtherVersion,
     /// It cannot share slots between ranks.
     CannotShare,
@@ -64,16 +61,15 @@ struct Options {
     rebuild_group: bool,
     /// Whether members can be left out of a group.
     shrinks: bool,
-    /// How long members take to connect when they enqueue the first broadcast of a group, in milliseconds;
-    /// then each waits for all others. Nothing is to be connected without it.
+    /// How long members take to connect when they enqueue the first broadcast of a group, in milliseconds. Each then waits for all others.
+    /// If it is 0, there is nothing to connect.
     connect_ms: u64,
-    /// How long the last member of the process takes to leave a group, in milliseconds: only then everything is
-    /// freed that the group had.
+    /// How long the last member of the process takes to leave a group, in milliseconds. Only then the resources of the group are freed.
     leave_ms: u64,
     fault: Option<Fault>,
-    /// The rank that it happens on.
+    /// The rank on which the fault happens.
     fault_rank: u32,
-    /// The broadcast of the rank's life that it happens at, counted from 1. It happens once.
+    /// The broadcast at which the fault happens, counted from 1 over the rank's life. It happens once.
     fault_at: u64,
 }
 
@@ -99,13 +95,13 @@ impl Default for Options {
 pub struct Counts {
     /// Joins of a new group.
     pub joined: u64,
-    /// Groups that went on without some of their members.
+    /// Groups that continued without some of their members.
     pub shrunk: u64,
     /// Groups that were left.
     pub left: u64,
-    /// How often a rank began to read another one's slots in place.
+    /// How often a rank began to read another rank's slots in place.
     pub attached: u64,
-    /// Threads of a library with `leave_ms` that have ended, and let go of all that it keeps for a thread.
+    /// Threads of a library with `leave_ms` that have ended and freed all that it keeps for a thread.
     pub ended: u64,
 }
 
@@ -115,7 +111,7 @@ static LEFT: AtomicU64 = AtomicU64::new(0);
 static ATTACHED: AtomicU64 = AtomicU64::new(0);
 static ENDED: AtomicU64 = AtomicU64::new(0);
 
-/// What happened so far.
+/// The counts so far.
 pub fn counts() -> Counts {
     let count = |counter: &AtomicU64| counter.load(Ordering::SeqCst);
     let (joined, shrunk) = (count(&JOINED), count(&SHRUNK));
@@ -214,11 +210,11 @@ impl Library for FakeLibrary {
 struct FakeMemory {
     number: u64,
     device: Option<String>,
-    /// Empty when they are freed.
+    /// Empty once they are freed.
     slots: Mutex<Vec<Arc<Mutex<Vec<u8>>>>>,
-    /// What others see of them: what was filled in before the last time that a slot settled.
+    /// What others see of the slots: their contents when each last settled.
     settled: Mutex<HashMap<u32, Vec<u8>>>,
-    /// Another rank's, which are read instead.
+    /// Another rank's slots, which are read instead.
     attached: Mutex<Option<Arc<FakeMemory>>>,
 }
 
@@ -270,7 +266,7 @@ impl Slots for FakeMemory {
             Some(other) => lock(&other.settled).get(&slot.index()).cloned().unwrap_or_default(),
             None => lock(&self.slot(slot.index())).clone(),
         };
-        // What never settled is not there.
+        // Bytes that never settled are not visible.
         let bytes = &bytes[..bytes.len().min(filled as usize)];
         let mut aligned = vec![0; bytes.len() + 256];
         let start = aligned.as_ptr().align_offset(256);
@@ -287,9 +283,9 @@ static WORLD: LazyLock<Mutex<HashMap<u64, Arc<Mutex<World>>>>> = LazyLock::new(M
 #[derive(Debug, Default)]
 struct World {
     members: HashMap<u32, Arc<FakeMemory>>,
-    /// Those that have enqueued a broadcast.
+    /// The members that have enqueued a broadcast.
     connected: BTreeSet<u32>,
-    /// Those that have come to the end of each shrinking.
+    /// The members that have completed each shrinking.
     shrunk: HashMap<u64, BTreeSet<u32>>,
     /// The broadcasts, in their order.
     broadcasts: Vec<Enqueued>,
@@ -311,7 +307,7 @@ struct Enqueued {
 struct Membership {
     world: Arc<Mutex<World>>,
     place: u32,
-    /// The places that are left, the sender's first.
+    /// The remaining places, the sender's first.
     places: Vec<u32>,
     shrinks: u64,
     enqueued: usize,
@@ -330,12 +326,12 @@ fn error(kind: ErrorKind, message: impl Into<String>) -> Error {
     Error::new(kind, "in the fake library", message)
 }
 
-/// What a library keeps for each thread that calls it, which goes when the thread has ended.
+/// Stands for what a library keeps for each thread that calls it. Dropped when the thread has ended.
 struct OfThread;
 
 impl Drop for OfThread {
     fn drop(&mut self) {
-        // A rank that does not wait for it goes on before.
+        // A rank that does not wait for the thread goes on before.
         std::thread::sleep(Duration::from_millis(50));
         ENDED.fetch_add(1, Ordering::SeqCst);
     }
@@ -345,7 +341,7 @@ thread_local! {
     static OF_THREAD: OfThread = const { OfThread };
 }
 
-/// The pause between two looks at what others do.
+/// The pause between two checks of the other members.
 const PAUSE: Duration = Duration::from_micros(100);
 
 impl FakeCommunicator {
@@ -366,7 +362,7 @@ impl FakeCommunicator {
         self.groups.get_mut(&group).ok_or_else(refuse)
     }
 
-    /// Connects with all members, who have to come to their first broadcast for that.
+    /// Connects with all members, all of which have to reach their first broadcast for that.
     fn connect(&mut self, group: usize, wait: &Wait<'_>) -> Result<()> {
         let takes = Duration::from_millis(self.options.connect_ms);
         let member = self.group(group)?;

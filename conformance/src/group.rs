@@ -21,16 +21,16 @@ pub(crate) struct Group {
     suite: Suite,
     pub(crate) trainer: Box<dyn TrainerEngine>,
     pub(crate) rollouts: Vec<Box<dyn RolloutEngine>>,
-    /// The ranks of the group, the trainers' first.
+    /// The ranks of the group, those of trainers first.
     ranks: Vec<Rank>,
     pub(crate) controls: Vec<ControlPlane>,
-    /// Where others join, if the suite has control planes.
+    /// Where further ranks join, if the suite has control planes.
     pub(crate) at: Option<ControlConfig>,
-    /// The ranks whose confirmation the trainer has heard of, in the order in which it did.
+    /// The ranks whose confirmation the trainer has received, in order.
     pub(crate) ready: Arc<Ready>,
 }
 
-/// Notes the ranks that are ready.
+/// Records the ranks that are ready.
 #[derive(Debug, Default)]
 pub(crate) struct Ready(Mutex<Vec<Rank>>);
 
@@ -48,7 +48,7 @@ impl Observer for Ready {
     }
 }
 
-/// A trainer's engine whose weights are put elsewhere before they are sent.
+/// A trainer's engine whose weights are moved before they are sent.
 #[derive(Debug)]
 struct Placed {
     engine: Box<dyn TrainerEngine>,
@@ -79,7 +79,7 @@ impl TrainerEngine for Placed {
     }
 }
 
-/// The engines of all trainers as one: each gets the same weights. What it says is what the leader says.
+/// The engines of all trainers as one. Each gets the same weights. The result is the leader's.
 #[derive(Debug)]
 struct Trainers {
     leader: Box<dyn TrainerEngine>,
@@ -90,7 +90,7 @@ struct Trainers {
 impl CheckpointEngine for Trainers {
     async fn finalize(self: Box<Self>) -> Result<()> {
         for other in self.others {
-            // Where the leader fails, so do these.
+            // If the leader fails, so do these.
             drop(other.finalize().await);
         }
         self.leader.finalize().await
@@ -114,7 +114,7 @@ impl TrainerEngine for Trainers {
                         Ok(weight) => Ok(weight.clone()),
                         Err(error) => Err(error.report().clone().into()),
                     };
-                    // A trainer that has given up takes no more of them.
+                    // A trainer that has given up takes no more weights.
                     drop(feed.unbounded_send(weight));
                 }
             }
@@ -149,7 +149,7 @@ impl TrainerEngine for Trainers {
     }
 }
 
-/// A tensor as it was received.
+/// A received tensor.
 pub(crate) type Received = (TensorMeta, Vec<u8>);
 
 impl Group {
@@ -171,15 +171,14 @@ impl Group {
         Self::on(suite, (0..trainers + rollouts).map(Rank).collect(), controls, at).await
     }
 
-    /// Ends the engines and forms the group anew, over the same control planes.
+    /// Ends the engines and forms the group again, over the same control planes.
     pub(crate) async fn anew(self) -> Result<Self> {
         let Self { suite, trainer, rollouts, ranks, controls, at, .. } = self;
         Self::end(trainer, rollouts).await?;
         Self::on(&suite, ranks, controls, at).await
     }
 
-    /// Ends the engines, has a rollout leave, and forms the group anew of all others, over the same control
-    /// planes.
+    /// Ends the engines, makes a rollout leave, and forms the group again from all others, over the same control planes.
     pub(crate) async fn without(self, rollout: u32) -> Result<Self> {
         let index = (self.suite.trainers + rollout) as usize;
         let Self { suite, trainer, rollouts, mut ranks, mut controls, at, .. } = self;
@@ -254,7 +253,7 @@ impl Group {
         self.ranks[(self.suite.trainers + rollout) as usize]
     }
 
-    /// One update; what each rank made of it.
+    /// Makes one update. Returns the result of each rank.
     pub(crate) async fn update(
         &mut self,
         weights: Vec<Weight>,
@@ -265,7 +264,7 @@ impl Group {
         futures::future::join(send, futures::future::join_all(receive)).await
     }
 
-    /// An update that has to work, and to bring every rollout exactly these weights.
+    /// Makes an update that must succeed and bring every rollout exactly these weights.
     pub(crate) async fn exact(
         &mut self,
         weights: Vec<Weight>,
@@ -319,7 +318,7 @@ pub(crate) fn words(error: Error) -> String {
     error.to_string()
 }
 
-/// A tensor with bytes that depend on its name, its place and the seed.
+/// A tensor whose bytes depend on its name, their position and the seed.
 pub(crate) fn weight(name: &str, dtype: DType, shape: &[u64], seed: u64) -> Weight {
     let meta = TensorMeta::new(name, dtype, shape);
     let len = meta.byte_len().expect("a small tensor");
@@ -335,13 +334,12 @@ pub(crate) fn floats(name: &str, dtype: DType, shape: &[u64], seed: u64) -> Weig
     let bytes = weight(name, dtype, shape, seed).to_bytes().expect("a small tensor");
     let size = dtype.bytes().expect("whole bytes") as usize;
     let mut bytes = bytes.to_vec();
-    // The top bits of the exponent are cleared: no number is infinite.
+    // A bit of the exponent is cleared, so no number is infinite.
     bytes.iter_mut().skip(size - 1).step_by(size).for_each(|byte| *byte &= 0xbf);
     Weight::new(name, dtype, shape, bytes).expect("a small tensor")
 }
 
-/// A model of some layers, of all kinds of shapes, part of which is quantised where quantisation is
-/// on.
+/// A model of some layers, with all kinds of shapes. A part of it is quantised if quantisation is on.
 pub(crate) fn model(layers: u64, seed: u64) -> Vec<Weight> {
     let mut weights = vec![weight("embed", DType::BF16, &[1000, 64], seed)];
     for layer in 0..layers {

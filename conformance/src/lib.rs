@@ -1,4 +1,4 @@
-//! The behaviour that every checkpoint engine has, as a suite that takes a backend as a value.
+//! The behaviour that every checkpoint engine must have, as a suite that takes a backend as a value.
 //!
 //! A backend's tests name the suite once, and [`suite!`] makes a test of every case:
 //!
@@ -6,9 +6,8 @@
 //! conformance::suite!(conformance::Suite::new(backend_naive::BACKEND), within a process);
 //! ```
 //!
-//! [`broken`] has engines with one fault each, which the suite must notice. [`collective`] has a library of
-//! collectives within a process, with faults at will, for the flow control that backends over such
-//! libraries share.
+//! [`broken`] has engines with one fault each, which the suite must detect. [`collective`] has a library of collectives within a process,
+//! with configurable faults, to test the flow control that backends over such libraries share.
 
 pub mod broken;
 mod cases;
@@ -28,7 +27,7 @@ use engine_core::{
 
 pub use cases::CASES;
 
-/// A backend, and what the suite has to know of it.
+/// A backend, and what the suite needs to know about it.
 #[derive(Clone, Debug)]
 pub struct Suite {
     pub(crate) backend: &'static dyn Backend,
@@ -40,24 +39,24 @@ pub struct Suite {
     pub(crate) devices: Vec<DeviceChoice>,
 }
 
-/// A backend where there is a kind of memory, which configurations name as their device.
+/// A backend in a registry with a kind of memory, which configurations name as their device.
 ///
 /// # Panics
 ///
-/// Never: a registry has the backend that was put into it.
+/// Never: the registry has the backend that was registered.
 pub fn on_memory(
     backend: &'static dyn Backend,
     kind: &'static dyn MemoryKind,
 ) -> &'static dyn Backend {
     let registry = Registry::new().with(backend).with_memory(kind);
-    // A test has a few of them, until it ends.
+    // Leaked: a test needs a few of them until it ends.
     &**Box::leak(Box::new(registry.get(backend.name()).expect("the backend").clone()))
 }
 
 /// Moves a weight to where the trainer has its weights.
 pub type Place = fn(Weight) -> Result<Weight>;
 
-/// A layer in front of the engines, and what it makes of weights.
+/// A layer in front of the engines, and its effect on weights.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layered {
     pub(crate) layer: Layer,
@@ -68,11 +67,11 @@ pub(crate) struct Layered {
 /// How a case ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The engine behaves as it has to.
+    /// The engine behaves as it must.
     Passed,
-    /// It does not: in words.
+    /// It does not, with the reason.
     Failed(String),
-    /// The case is about something that the backend does not have.
+    /// The case needs something that the backend does not have, with the reason.
     Ignored(&'static str),
 }
 
@@ -84,17 +83,17 @@ pub type Running<'a> = Pin<Box<dyn Future<Output = Result<(), String>> + Send + 
 pub struct Case {
     /// The behaviour as a sentence.
     pub name: &'static str,
-    /// What an engine that hands memory over within a process does not have, if the case is about that.
+    /// What the case needs that an engine within a process does not have.
     pub lacking: Option<Lacking>,
     pub(crate) run: for<'a> fn(&'a Suite) -> Running<'a>,
 }
 
-/// What an engine that hands memory over within a process does not have.
+/// What an engine that hands memory over within a process lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lacking {
     /// Memory of its own that weights are packed into.
     Buffers,
-    /// Connections that others than its ranks can have.
+    /// Connections that processes other than its ranks can make.
     ControlPlane,
 }
 
@@ -115,15 +114,15 @@ impl Suite {
         }
     }
 
-    /// The backend fills buckets and talks over a control plane.
+    /// For a backend that fills buckets and talks over a control plane.
     #[must_use]
     pub fn with_control_plane(mut self) -> Self {
         self.control = true;
         self
     }
 
-    /// With a layer in front of every engine, which changes weights at the ranks of this role; `expected` is
-    /// what a rollout has to get of weights that are sent, in order.
+    /// With a layer in front of every engine, which changes weights at the ranks of this role. `expected` returns what a rollout must get
+    /// for the weights that are sent, in order.
     #[must_use]
     pub fn with_layer(
         mut self,
@@ -135,22 +134,22 @@ impl Suite {
         self
     }
 
-    /// Every weight is put elsewhere before it is sent, with the same bytes: on a device.
+    /// With weights that are moved before they are sent, with the same bytes: to a device.
     #[must_use]
     pub fn with_weights_placed(mut self, place: Place) -> Self {
         self.place = Some(place);
         self
     }
 
-    /// With so many trainers, all of which have the same weights.
+    /// With `trainers` trainers, which all have the same weights.
     #[must_use]
     pub fn with_trainers(mut self, trainers: u32) -> Self {
         self.trainers = trainers;
         self
     }
 
-    /// With these devices, in the order of the ranks; when there are no more, all other ranks are on the last
-    /// one. Without them, all ranks have that of the configuration.
+    /// With these devices, in the order of the ranks. The last one is for all further ranks. Without them, all ranks use the device of the
+    /// configuration.
     #[must_use]
     pub fn with_devices(mut self, devices: impl IntoIterator<Item = DeviceChoice>) -> Self {
         self.devices = devices.into_iter().collect();
@@ -167,10 +166,10 @@ impl Suite {
         config
     }
 
-    /// What has to arrive of weights that are sent.
+    /// The weights that must arrive for those that are sent.
     pub(crate) fn expected(&self, weights: Vec<Weight>) -> Vec<Weight> {
         match self.layer {
-            // On a thread of its own, because it may run an executor, and the caller's may be one.
+            // On a separate thread: it may run an executor, and the caller's thread may be running one.
             Some(layered) => std::thread::scope(|scope| {
                 scope.spawn(|| (layered.expected)(weights)).join().expect("no panic")
             }),
@@ -178,7 +177,7 @@ impl Suite {
         }
     }
 
-    /// What has to travel for weights that are sent: a rollout's layer may change what arrives.
+    /// The weights that must travel for those that are sent: a rollout's layer may change what arrives.
     pub(crate) fn on_the_wire(&self, weights: Vec<Weight>) -> Vec<Weight> {
         let changed = self.layer.is_some_and(|layered| layered.at == Role::Trainer);
         if changed { self.expected(weights) } else { weights }
@@ -192,7 +191,7 @@ impl Suite {
         self
     }
 
-    /// Runs one case, in a runtime of its own.
+    /// Runs one case in a separate runtime.
     ///
     /// # Panics
     ///
@@ -212,12 +211,12 @@ impl Suite {
             .enable_all()
             .build()
             .expect("a runtime");
-        // Nothing that the suite does takes long but for waits that are meant to reach a deadline: what does, hangs.
+        // Only waits that are meant to reach a deadline take long. A case beyond this limit hangs.
         let limit = Duration::from_secs_f64(self.config.timeout_seconds.mul_add(4.0, 60.0));
         let limited = async { tokio::time::timeout(limit, (case.run)(self)).await };
         let result = runtime.block_on(limited);
-        // It waits for engines that were dropped. A library that is still at work when the process ends crashes
-        // it, and NCCL takes seconds to let go of a group.
+        // Waits for engines that were dropped. A library that still works when the process ends crashes it, and NCCL takes seconds to leave
+        // a group.
         runtime.shutdown_timeout(limit);
         match result {
             Ok(Ok(())) => Outcome::Passed,
@@ -226,11 +225,11 @@ impl Suite {
         }
     }
 
-    /// Runs the case of a name as a test.
+    /// Runs the case of this name as a test.
     ///
     /// # Panics
     ///
-    /// If the engine fails the case or does not have what it is about, or if there is no such case.
+    /// If the engine fails the case or lacks what it needs, or if there is no such case.
     pub fn test(&self, name: &str) {
         log();
         let case = CASES.iter().find(|case| case.name == name).expect("a case of that name");
@@ -242,11 +241,11 @@ impl Suite {
     }
 }
 
-/// Lets `CKPT_ENGINE_LOG` say what of the ranks' logs is printed, to standard error.
+/// Prints the ranks' logs to standard error, filtered by `CKPT_ENGINE_LOG`.
 pub(crate) fn log() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("CKPT_ENGINE_LOG");
     let Ok(filter) = filter else { return };
     let logger = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    // Another test of the process may have begun to log.
+    // Another test of the process may have set the logger.
     drop(logger.try_init());
 }

@@ -1,6 +1,6 @@
-//! Placed updates: what a rollout that lends its tensors has after each, on every transport that has them.
+//! Cases of placed updates: the contents of a rollout's lent tensors after each, for every transport that supports them.
 //!
-//! A backend's tests give a [`Lends`], and call every case.
+//! A backend's tests provide a [`Lends`], and call every case.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -19,7 +19,7 @@ use quant_fp8::{Codec, Fp8Format, Source, SourceType, Store};
 
 use crate::processes::{LIMIT, address, context, control, runtime};
 
-/// What a trainer holds.
+/// The boxes that a trainer holds.
 pub type Boxes = Vec<(TensorMeta, TensorBox)>;
 
 /// A transport with placed updates.
@@ -31,32 +31,32 @@ pub struct Lends {
     pub config: CheckpointEngineConfig,
     /// Prepares a rollout.
     pub lend: fn(EngineContext, Vec<Wanted>) -> Result<Prepared<PlacedRollout>>,
-    /// Puts a trainer's weight, which is in host memory, where a trainer has it.
+    /// Moves a trainer's weight from host memory to where a trainer keeps it.
     pub put: fn(Weight) -> Result<Weight>,
 }
 
-/// A tensor of made-up numbers, which are others in every version.
+/// A tensor of made-up numbers, which differ in every version.
 #[derive(Clone, Debug)]
 pub struct Tensor {
     meta: TensorMeta,
     seed: u64,
-    /// Where it has a NaN, if it has one.
+    /// The index of its NaN, if it has one.
     pub nan_at: Option<u64>,
 }
 
 impl Tensor {
-    /// Of BF16 numbers that follow from a seed.
+    /// A tensor of BF16 numbers that depend on a seed.
     pub fn new(meta: TensorMeta, seed: u64) -> Self {
         Self { meta, seed, nan_at: None }
     }
 
-    /// All elements, BF16.
+    /// All elements as BF16.
     fn bytes(&self, version: u64) -> Vec<u8> {
         let elements = self.meta.elements().expect("a small tensor");
         let number = |at: u64| {
             let mut x = (self.seed ^ (version << 40) ^ at).wrapping_mul(0x9e37_79b9_7f4a_7c15);
             x ^= x >> 29;
-            // Signs, and exponents from 2^-8 to 2^7, so that blocks have maxima of their own.
+            // Signs, and exponents from 2^-8 to 2^7, so that blocks have different maxima.
             let bits = (x & 0x807f) as u16 | (119 + (x >> 20 & 15) as u16) << 7;
             if self.nan_at == Some(at) { 0x7fff } else { bits }
         };
@@ -87,7 +87,7 @@ fn cut(bytes: &[u8], size: usize, shape: &[u64], region: &TensorBox) -> Vec<u8> 
 }
 
 impl Model {
-    /// Adds one.
+    /// Adds a tensor.
     pub fn add(&mut self, tensor: Tensor) {
         self.0.insert(tensor.meta.name.clone(), tensor);
     }
@@ -111,7 +111,7 @@ impl Model {
         weight.of_box(meta.shape.clone(), region.clone()).expect("a box of it")
     }
 
-    /// What a rollout has to have of what it wants: elements, and scales.
+    /// What a rollout must have of a wanted box: elements, and scales.
     ///
     /// # Panics
     ///
@@ -177,7 +177,7 @@ impl<'a> Group<'a> {
         Self { model, put: lends.put, wants: wants.to_vec(), trainers, rollouts, _planes: planes }
     }
 
-    /// An update in which trainers hold these boxes; of a trainer that gives up, after how many steps of its call.
+    /// Makes an update in which trainers hold these boxes. A trainer that gives up does so after a number of steps of its call.
     async fn update(
         &mut self,
         version: u64,
@@ -245,7 +245,7 @@ async fn limited<T>(call: impl Future<Output = Result<T>>, gives_up: Option<u32>
     }
 }
 
-/// Tensors with rows on trainers and columns on rollouts: one is cut within blocks, one has experts, of one all begins where blocks do, and
+/// Tensors with rows on trainers and columns on rollouts: one is cut within blocks, one has experts, one is only cut between blocks, and
 /// one is not quantised.
 fn sharded() -> (Model, Vec<Boxes>, Vec<Vec<Wanted>>) {
     let part = |offset: &[u64], extent: &[u64]| TensorBox::new(offset, extent).expect("a box");
@@ -286,11 +286,11 @@ fn sharded() -> (Model, Vec<Boxes>, Vec<Vec<Wanted>>) {
     (model, holds, wants)
 }
 
-/// What rollouts have is what the unsharded tensors have there, quantised or not.
+/// The contents of rollouts equal those of the unsharded tensors, quantised or not.
 ///
 /// # Panics
 ///
-/// If it is not.
+/// If they differ.
 pub fn every_box_is_bit_for_bit_that_of_the_unsharded_tensor(lends: &Lends) {
     runtime().block_on(async {
         let (model, holds, quantized) = sharded();
@@ -317,11 +317,11 @@ pub fn every_box_is_bit_for_bit_that_of_the_unsharded_tensor(lends: &Lends) {
     });
 }
 
-/// A plan that does not fit is an error that names tensor and rank, on every rank, and no rollout loses what it has.
+/// A plan that does not fit is an error on every rank that names tensor and rank, and every rollout keeps its version.
 ///
 /// # Panics
 ///
-/// If it is not.
+/// If it does not hold.
 pub fn what_nobody_holds_is_named_and_leaves_the_version_that_is_there(lends: &Lends) {
     runtime().block_on(async {
         let (model, holds, wants) = sharded();
@@ -342,8 +342,8 @@ pub fn what_nobody_holds_is_named_and_leaves_the_version_that_is_there(lends: &L
     });
 }
 
-/// A trainer whose program gives an update up, at any time in it, ends it for all; rollouts say whether they have a version, and
-/// the next update makes them whole.
+/// A trainer whose program gives an update up, at any time, ends it for all. Rollouts report whether they have a version, and the next
+/// update makes them whole.
 ///
 /// # Panics
 ///

@@ -1,7 +1,7 @@
-//! Groups whose ranks are processes, some of which are killed within an update.
+//! Groups whose ranks are processes, some of which are killed during an update.
 //!
-//! The leading trainer is in the test's own process, all others are children that run the same test
-//! program, with the name of one test that becomes a rank when it finds itself to be a child:
+//! The leading trainer is in the test's own process. All other ranks are children that run the same test program, with the name of the one
+//! test that becomes a rank in a child:
 //!
 //! ```no_run
 //! # static BACKEND: &dyn engine_core::Backend = backend_naive::BACKEND;
@@ -11,7 +11,7 @@
 //! }
 //! ```
 //!
-//! Tests whose ranks do other things have them in a program of their own, and use the parts from here.
+//! Tests whose ranks do other things have their own program, and use the parts from here.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
@@ -30,23 +30,23 @@ use crate::log;
 
 const SECRET: &[u8] = b"the secret of a group of tests, long enough";
 const CHILD: &str = "CKPT_ENGINE_TEST_CHILD";
-/// How many devices there are, where the configuration names a kind and no number: each rank takes the
-/// next one. All share the first one without it.
+/// The variable with the number of devices, if the configuration names a kind and no number: each rank takes the next device. Without it
+/// all share the first one.
 const DEVICES: &str = "CKPT_ENGINE_TEST_DEVICES";
 /// The test that becomes a rank.
 const TEST: &str = "a_process_of_a_group";
-/// How long anything may take before it counts as a hang.
+/// How long anything may take before it counts as hanging.
 pub const LIMIT: Duration = Duration::from_secs(90);
-/// Weights of an update.
+/// The number of weights of an update.
 pub const WEIGHTS: usize = 12;
 /// Bytes of a weight: two of them are a bucket of 1 MiB.
 pub const WEIGHT_BYTES: usize = 500_000;
 
-/// What a child is told.
+/// The orders for a child.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 struct Orders {
     address: String,
-    /// The rank to take; the leader gives one without.
+    /// The rank to take; without it, the leader assigns one.
     rank: Option<Rank>,
     role: Role,
     ranks: u32,
@@ -63,7 +63,7 @@ impl Orders {
     }
 }
 
-/// A model that says its version in every byte.
+/// A model whose every byte depends on its version.
 ///
 /// # Panics
 ///
@@ -77,12 +77,12 @@ pub fn model(version: u64) -> Vec<Weight> {
     (0..WEIGHTS).map(weight).collect()
 }
 
-/// Every byte of a model's weight of a number.
+/// The value of every byte of the weight at `index`.
 pub fn value(version: Version, index: usize) -> u8 {
     (version.0 * 16 + index as u64) as u8
 }
 
-/// How ranks of a group talk to its leader: those that fall silent are noticed soon.
+/// The control plane of a group, which notices silent ranks soon.
 ///
 /// # Panics
 ///
@@ -94,18 +94,18 @@ pub fn control(address: Address) -> ControlConfig {
     config
 }
 
-/// An address of this host that no other group has.
+/// A unique address of this host for a group.
 ///
 /// # Panics
 ///
-/// Never: it is one.
+/// Never: it is an address.
 pub fn address() -> Address {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
     format!("unix:@processes-{}-{count}", std::process::id()).parse().expect("an address")
 }
 
-/// What a rank runs in.
+/// The runtime of a rank.
 ///
 /// # Panics
 ///
@@ -115,7 +115,7 @@ pub fn runtime() -> tokio::runtime::Runtime {
     builder.worker_threads(2).enable_all().build().expect("a runtime")
 }
 
-/// Joins a trainer to a group of so many ranks.
+/// Joins a trainer to a group of this many ranks.
 ///
 /// # Errors
 ///
@@ -130,7 +130,7 @@ pub async fn trainer(
     Ok(join_group(prepared, backend, control, Some(ranks), LIMIT).await?.0)
 }
 
-/// Joins a rollout to a group of so many ranks, or to one that is there already.
+/// Joins a rollout to a group of this many ranks, or to one that exists already.
 ///
 /// # Errors
 ///
@@ -145,7 +145,7 @@ pub async fn rollout(
     Ok(join_group(prepared, backend, control, Some(ranks), LIMIT).await?.0)
 }
 
-/// A rank's context; without a number of the device in the configuration, each rank takes the next device.
+/// A rank's context. If the configuration has no device number, each rank takes the next device.
 pub fn context(control: &ControlPlane, mut config: CheckpointEngineConfig) -> EngineContext {
     if !config.device.is_cpu() && config.device.ordinal().is_none() {
         let devices = std::env::var(DEVICES).ok().and_then(|number| number.parse().ok());
@@ -155,11 +155,11 @@ pub fn context(control: &ControlPlane, mut config: CheckpointEngineConfig) -> En
     EngineContext::new(config).with_control(control.clone())
 }
 
-/// Sends a version's model; something happens before its weight of a number is given.
+/// Sends a version's model. `happens` runs before the weight of index `before` is given.
 ///
 /// # Errors
 ///
-/// Why it failed; what happened may be an error too.
+/// The error of the update, which `happens` may have caused.
 ///
 /// # Panics
 ///
@@ -180,16 +180,16 @@ pub async fn send(
     tokio::time::timeout(LIMIT, sent).await.expect("no hang")
 }
 
-/// The ranks that have what was sent.
+/// The ranks that received an update.
 pub fn receivers(report: &SendReport) -> Vec<Rank> {
     report.receivers.iter().map(|receiver| receiver.rank).collect()
 }
 
-/// Takes the next update, and compares every byte.
+/// Receives the next update, and compares every byte.
 ///
 /// # Errors
 ///
-/// Why there is none.
+/// The error of the update.
 ///
 /// # Panics
 ///
@@ -216,7 +216,7 @@ enum Joined {
     Rollout(Box<dyn RolloutEngine>),
 }
 
-/// What a child process does; nothing in a process that is none.
+/// Runs a child process's rank. Does nothing in a process that is not a child.
 pub fn be_a_child(backend: &'static dyn Backend) {
     let Ok(orders) = std::env::var(CHILD) else { return };
     log();
@@ -246,7 +246,7 @@ pub fn be_a_child(backend: &'static dyn Backend) {
                         Ok(None) => {
                             drop(joined);
                             say("dropped its engine");
-                            // The process is there, and so are its connections to the leader.
+                            // The process stays, and so do its connections to the leader.
                             return std::future::pending().await;
                         }
                         Ok(Some(version)) => Ok(version),
@@ -280,8 +280,7 @@ fn rank_in_words(error: &engine_core::Error) -> String {
     error.report().rank.map_or_else(|| "nobody".into(), |rank| rank.to_string())
 }
 
-/// Takes the next update. `None` if this is the version in whose update the engine is to be dropped: it has
-/// one bucket then.
+/// Receives the next update. `None` if its version is the one in which the engine is to be dropped, of which it then has one bucket.
 async fn receive_unless(
     engine: &mut dyn RolloutEngine,
     drops_in: Option<Version>,
@@ -294,11 +293,11 @@ async fn receive_unless(
     check(received).await.map(Some)
 }
 
-/// Says a line to the process that has started this one.
+/// Writes a line to the process that started this one.
 ///
 /// # Panics
 ///
-/// If that listens no more.
+/// If that no longer reads.
 pub fn say(line: &str) {
     let mut output = std::io::stdout().lock();
     writeln!(output, "\n>{line}").and_then(|()| output.flush()).expect("a parent that listens");
@@ -312,7 +311,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts this test program, or what a command runs it with, as a rank.
+    /// Starts this test program as a rank, by `command`.
     ///
     /// # Panics
     ///
@@ -338,57 +337,57 @@ impl Process {
     ///
     /// # Panics
     ///
-    /// If it does not know where it is.
+    /// If its path is unknown.
     pub fn program() -> Command {
         Command::new(std::env::current_exe().expect("this program"))
     }
 
-    /// The number that the system has given it.
+    /// Its process id.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// Kills it, as the kernel would.
+    /// Kills it with SIGKILL.
     ///
     /// # Panics
     ///
-    /// If that is refused.
+    /// If the system refuses.
     pub fn kill(&mut self) {
         self.child.kill().expect("a child to kill");
         self.child.wait().expect("its end");
     }
 
-    /// The next thing that it says.
+    /// Its next line.
     ///
     /// # Panics
     ///
-    /// If it says nothing.
+    /// If there is none in time.
     #[track_caller]
     pub fn next_line(&self) -> String {
         self.said.recv_timeout(LIMIT).expect("a child that says something")
     }
 
-    /// Waits for the next thing that it says.
+    /// Waits for its next line, which must be `what`.
     ///
     /// # Panics
     ///
-    /// If that is anything else.
+    /// If it is anything else.
     #[track_caller]
     pub fn says(&self, what: &str) {
         assert_eq!(self.next_line(), what);
     }
 
-    /// Says a line to it.
+    /// Writes a line to it.
     ///
     /// # Panics
     ///
-    /// If it listens no more.
+    /// If it no longer reads.
     pub fn tell(&mut self, line: &str) {
         let input = self.child.stdin.as_mut().expect("it is told things");
         writeln!(input, "{line}").expect("a child that listens");
     }
 
-    /// Lets it know that it will be told nothing more.
+    /// Closes its input.
     pub fn hang_up(&mut self) {
         drop(self.child.stdin.take());
     }
@@ -401,13 +400,13 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // It may have ended already.
         drop(self.child.kill());
         drop(self.child.wait());
     }
 }
 
-/// The resident memory of a process, or of this one, whose name is `self`.
+/// The resident memory of a process. `self` names this one.
 pub fn resident_bytes(process: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).expect("a process");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("its memory");
@@ -465,12 +464,12 @@ impl Processes {
         Self { runtime, engine, orders, control: plane, children }
     }
 
-    /// A rollout that joins late; the leader gives it a rank.
+    /// Starts a rollout that joins late. The leader assigns its rank.
     pub fn join(&mut self) {
         self.join_and_drop_in(None);
     }
 
-    /// The same; it drops its engine in the middle of the update of a version, and its process stays.
+    /// As [`join`](Self::join). The rollout drops its engine during the update of `version`, and its process stays.
     pub fn join_and_drop_in(&mut self, version: Option<Version>) {
         let orders =
             Orders { rank: None, role: Role::Rollout, drops_in: version, ..self.orders.clone() };
@@ -479,11 +478,11 @@ impl Processes {
         self.children.push(child);
     }
 
-    /// One update, within which something happens before the weight of a number is given.
+    /// Makes one update. `happens` runs before the weight of index `before` is given.
     ///
     /// # Errors
     ///
-    /// Why it failed.
+    /// The error of the update.
     ///
     /// # Panics
     ///
@@ -502,7 +501,7 @@ impl Processes {
         runtime.block_on(send(&mut **engine, version, before, happens))
     }
 
-    /// An update that has to work, for so many rollouts; every child says so.
+    /// Makes an update that must succeed for `rollouts` rollouts, all of which confirm it.
     ///
     /// # Panics
     ///
@@ -516,7 +515,7 @@ impl Processes {
         }
     }
 
-    /// Ends the group, as an embedding program does.
+    /// Ends the group, like an embedding program.
     ///
     /// # Panics
     ///

@@ -1,4 +1,4 @@
-//! How changes travel, for the targets of `fuzz/`. It is there in builds for fuzzing alone.
+//! Reads and applies changes for the targets of `fuzz/`. Compiled only for fuzzing.
 
 use bytes::Bytes;
 use engine_core::{DType, digest};
@@ -6,7 +6,7 @@ use engine_core::{DType, digest};
 use crate::message;
 use crate::tiles::{Cut, exchange};
 
-/// A tensor that carries changes. One that can be read is the same after it was written and read again.
+/// Reads a tensor that carries changes. One that can be read is the same after it was written and read again.
 pub fn message(bytes: &[u8]) {
     let Ok((head, bodies)) = message::read(&Bytes::copy_from_slice(bytes)) else { return };
     let (weight, _) = message::tensor(0, &head, &[bodies.to_vec()]).expect("it can be written");
@@ -14,7 +14,7 @@ pub fn message(bytes: &[u8]) {
     assert_eq!(again.expect("what was written can be read"), (head, bodies));
 }
 
-/// Changes of a weight: they are refused, or the digest's sum follows them and they can be taken back.
+/// Applies changes to a weight: they are refused, or the digest sum follows them and they can be taken back.
 pub fn changes(dtype: DType, tile: u32, weight: &[u8], changes: &[u8]) {
     let Some(cut) = Cut::of(dtype, tile) else { return };
     let (mut now, mut values) = (weight.to_vec(), changes.to_vec());

@@ -1,30 +1,31 @@
-//! How changes travel: as tensors of bytes among the weights, under names that no weight may have.
+//! The format of changes: tensors of bytes among the weights, under names that no weight may have.
 //!
-//! Each begins with a [`Head`], whose length is its first four bytes, little-endian. The bodies that it names follow in their order.
+//! Each tensor begins with the length of its [`Head`] in four bytes, little-endian, and the head. The bodies that the head names follow in
+//! order.
 
 use bytes::Bytes;
 use engine_core::{DType, Error, ErrorKind, Result, Weight};
 use serde::{Deserialize, Serialize};
 
-/// What the names of such tensors begin with.
+/// The prefix of the names of these tensors.
 const RESERVED: &str = "checkpoint-engine/delta/";
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Head {
-    /// Changes to a version follow, which this number stands for. It is the first tensor of its update.
+    /// Changes to the version with this number follow. The first tensor of its update.
     Begin { base: u64 },
-    /// The next weights of the version, in order: those that the base has, in the order in which it has them.
+    /// The next weights of the version that the base has as well, in the order of the new version.
     Weights(Vec<Record>),
-    /// All weights have come; the number that stands for the version.
+    /// All weights have come. `version` is the number of the new version.
     End { version: u64 },
 }
 
 /// A weight of the base that is in the new version as well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
-    /// Its place in the base.
+    /// Its index in the base.
     pub(crate) weight: u32,
-    /// Bytes of its tiles.
+    /// Bytes of a tile.
     pub(crate) tile: u32,
     /// Bytes of its changes; 0 if there are none.
     pub(crate) len: u64,
@@ -35,7 +36,7 @@ pub(crate) fn is_reserved(name: &str) -> bool {
     name.starts_with(RESERVED)
 }
 
-/// A weight of a program that would be taken for changes.
+/// Refuses a weight whose name is reserved for changes.
 pub(crate) fn refuse_reserved(weight: &Weight) -> Result<()> {
     if !is_reserved(weight.name()) {
         return Ok(());
@@ -47,11 +48,11 @@ pub(crate) fn refuse_reserved(weight: &Weight) -> Result<()> {
 pub(crate) const COMPARING: &str = "comparing weights with those sent last";
 pub(crate) const APPLYING: &str = "applying changes";
 
-/// A tensor with a head and the bodies that it names.
+/// Makes a tensor of a head and the bodies that it names, and returns it with the bytes of the bodies.
 ///
 /// # Errors
 ///
-/// `Protocol` if it cannot be written.
+/// `Protocol` if the head cannot be written.
 pub(crate) fn tensor(number: u64, head: &Head, bodies: &[Vec<u8>]) -> Result<(Weight, Bytes)> {
     let mut bytes = vec![0; 4];
     bytes = postcard::to_extend(head, bytes).map_err(|error| {
@@ -68,11 +69,11 @@ pub(crate) fn tensor(number: u64, head: &Head, bodies: &[Vec<u8>]) -> Result<(We
     Ok((weight, bytes.slice(start..)))
 }
 
-/// The head of a tensor, and its bodies in one.
+/// Splits a tensor into its head and the bytes of its bodies.
 ///
 /// # Errors
 ///
-/// `Protocol` if it is not such a tensor.
+/// `Protocol` if the bytes are not such a tensor.
 pub(crate) fn read(bytes: &Bytes) -> Result<(Head, Bytes)> {
     let malformed = |words: String| Error::new(ErrorKind::Protocol, APPLYING, words);
     let Some((len, rest)) = bytes.split_first_chunk() else {

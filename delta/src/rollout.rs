@@ -1,4 +1,4 @@
-//! A rollout that takes what has changed, and gives whole weights.
+//! A rollout that receives changes and returns whole weights.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -44,7 +44,7 @@ struct DeltaRollout {
 #[derive(Debug, Default)]
 struct Kept {
     shadow: Option<Shadow>,
-    /// Versions that came as changes since sums were computed from memory.
+    /// Versions that came as changes since the sums were last computed from memory.
     since_attested: u64,
     /// How the last changes' weights lay in buckets: a digest of many names takes time, and most updates have the same.
     layouts: Vec<Arc<BucketLayout>>,
@@ -106,20 +106,20 @@ impl From<Error> for Ended {
     }
 }
 
-/// An update that is coming in.
+/// An update that is being received.
 struct Receiving<'a, 'k> {
     received: ReceivedWeights<'a>,
     pool: &'k Pool,
     form: Form<'k>,
 }
 
-/// How its weights come.
+/// The form in which its weights come.
 enum Form<'k> {
     /// Nothing has come yet.
     Unknown(&'k mut Kept),
     Whole(Absorbing<'k>),
     Changes(Box<Patching<'k>>),
-    /// It was complete.
+    /// The update is complete.
     Over,
 }
 
@@ -185,7 +185,7 @@ impl Receiving<'_, '_> {
     }
 }
 
-/// Only one thread writes it, before the engine asks on the same task.
+/// Enough, because the engine reads it on the task that wrote it.
 const ORDER: Ordering = Ordering::Relaxed;
 
 fn refused(words: impl Into<String>) -> Error {
@@ -195,10 +195,10 @@ fn refused(words: impl Into<String>) -> Error {
 /// Copies whole weights as they come.
 struct Absorbing<'k> {
     kept: &'k mut Kept,
-    /// Memory of the version before, which is not kept beside this one.
+    /// Memory of the previous version, which is used again, so that only one copy exists.
     old: HashMap<Arc<str>, Entry>,
     entries: Vec<Entry>,
-    /// There was no memory: the rollout goes on without a copy.
+    /// There was no memory for a copy. The rollout goes on without one.
     has_no_room: bool,
 }
 
@@ -213,7 +213,7 @@ impl<'k> Absorbing<'k> {
     ///
     /// # Errors
     ///
-    /// Those of reading it. That there is no memory for a copy is none.
+    /// Those of reading the bucket. A lack of memory for the copy is not an error.
     fn bucket(&mut self, bucket: &ReceivedBucket, pool: &Pool) -> Result<()> {
         if self.has_no_room {
             return Ok(());
@@ -242,7 +242,7 @@ impl<'k> Absorbing<'k> {
                 }
                 self.entries.push(entry);
             }
-            // A part of a large weight; the engine has checked that they follow one another.
+            // A part of a large weight. The engine has checked that the parts follow one another.
             if let Some(entry) = self.entries.last_mut() {
                 entry.write(piece.start, &piece.bytes)?;
                 if piece.start + piece.bytes.len() == piece.meta.byte_len()? {
@@ -275,32 +275,32 @@ impl<'k> Absorbing<'k> {
 
 /// A weight of the version that comes as changes.
 enum Came {
-    /// From this place of the base.
+    /// At this index of the base.
     Kept(usize),
-    /// The next of the new ones.
+    /// The next new weight.
     New,
 }
 
-/// Applies changes as they come. Dropped before the version is complete, it takes them back.
+/// Applies changes as they come. Takes them back if it is dropped before the version is complete.
 struct Patching<'k> {
     kept: &'k mut Kept,
-    /// The base, as far as it was there.
+    /// The weights of the base; `None` where one is with the threads.
     base: Vec<Option<Entry>>,
     number: Option<u64>,
     met: Vec<bool>,
-    /// What takes the changes back.
+    /// Old values, with which the changes are taken back.
     undo: Vec<(usize, Cut, Vec<u8>)>,
     came: Vec<Came>,
     new: Vec<Entry>,
     names: HashSet<Arc<str>>,
     has_begun: bool,
     is_proven: Arc<AtomicBool>,
-    /// The base cannot be told from what it was any more.
+    /// The base can no longer be restored.
     is_damaged: bool,
     index: u64,
 }
 
-/// Changes of a weight, on their way through the threads.
+/// A weight and its changes, while the threads have them.
 struct Due {
     at: usize,
     entry: Entry,
@@ -330,7 +330,7 @@ impl<'k> Patching<'k> {
         }
     }
 
-    /// Takes a tensor in; the weights that it brings.
+    /// Processes a tensor. Returns the weights that it brings.
     async fn tensor(&mut self, tensor: Weight, pool: &Pool) -> Result<Option<ReceivedBucket>> {
         if self.is_proven.load(ORDER) {
             return Err(refused("a weight after the last one").tensor(tensor.name()));
@@ -362,7 +362,7 @@ impl<'k> Patching<'k> {
         }
     }
 
-    /// Takes what records name out of the base.
+    /// Takes the weights that the records name out of the base.
     fn due(&mut self, records: &[Record], bodies: &[u8]) -> Result<Vec<Due>> {
         let mut rest = bodies;
         let mut due = Vec::with_capacity(records.len());
@@ -398,9 +398,9 @@ impl<'k> Patching<'k> {
         due.into_iter().for_each(|Due { at, entry, .. }| self.base[at] = Some(entry));
     }
 
-    /// Applies changes on all threads; the weights, whole.
+    /// Applies changes on all threads. Returns the whole weights.
     async fn apply(&mut self, due: Vec<Due>, pool: &Pool) -> Result<ReceivedBucket> {
-        // What the threads have is not the base's: an update that is dropped meanwhile has none to go back to.
+        // The base lacks what the threads have, so an update that is dropped meanwhile cannot restore it.
         let was_damaged = std::mem::replace(&mut self.is_damaged, true);
         let threads = pool.clone();
         let work = pool.start(move || {
@@ -447,7 +447,7 @@ impl<'k> Patching<'k> {
         self.bucket(vec![view])
     }
 
-    /// Weights as a bucket.
+    /// Makes a bucket of weights.
     fn bucket(&mut self, views: Vec<(engine_core::TensorMeta, Storage)>) -> Result<ReceivedBucket> {
         let (mut pieces, mut content, mut offset) = (Vec::new(), Vec::new(), 0_u64);
         for (meta, bytes) in views {
@@ -465,7 +465,7 @@ impl<'k> Patching<'k> {
         ReceivedBucket::new(index, layout, BucketContent::List(content.into()))
     }
 
-    /// The version, in its order.
+    /// The weights of the new version, in its order.
     fn entries(&self) -> impl Iterator<Item = &Entry> {
         let mut new = self.new.iter();
         self.came.iter().filter_map(move |came| match came {
@@ -474,7 +474,7 @@ impl<'k> Patching<'k> {
         })
     }
 
-    /// Compares the whole version with that of the trainer.
+    /// Compares the whole version with the trainer's.
     fn prove(&mut self, version: u64, pool: &Pool) -> Result<()> {
         let here = self.entries().fold(0, |version, entry| entry.add_to(version, 0));
         if here != version {
@@ -492,7 +492,7 @@ impl<'k> Patching<'k> {
         Ok(())
     }
 
-    /// The version is active: it is what changes are applied to from now on. How many weights it has, and bytes.
+    /// Makes the version the base of later changes, now that it is active. Returns its number of weights, and their bytes.
     fn complete(&mut self) -> (u64, u64) {
         self.undo.clear();
         let mut new = std::mem::take(&mut self.new).into_iter();

@@ -1,4 +1,4 @@
-//! A copy of a version as it travelled: weights in host memory, each with the digest's sum of its bytes.
+//! A copy of a version as it travelled: weights in host memory, each with its digest sum.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ const GRAIN: usize = 1 << 20;
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) meta: TensorMeta,
-    /// Stands for name, type and shape.
+    /// A hash of name, type and shape.
     key: u64,
     memory: Memory,
     /// The digest's sum of its bytes.
@@ -30,8 +30,7 @@ pub(crate) struct Shadow {
     pub(crate) entries: Vec<Entry>,
 }
 
-/// Memory that readers share. It is written in place while nobody reads it. While somebody does, a copy is written, which takes
-/// its place.
+/// Memory that readers share. It is written in place while nobody reads it. While somebody does, a copy is written and replaces it.
 #[derive(Debug)]
 struct Memory(Arc<TensorMemory>);
 
@@ -60,11 +59,11 @@ impl Memory {
 const KEEPING: &str = "keeping a copy of what travels";
 
 impl Entry {
-    /// A weight whose bytes are not known yet, in memory of its own.
+    /// A weight whose bytes are not known yet, with new memory.
     ///
     /// # Errors
     ///
-    /// `Resource` if there is none.
+    /// `Resource` if there is no memory.
     pub(crate) fn new(meta: TensorMeta) -> Result<Self> {
         let memory = TensorMemory::new(meta.byte_len()?, KEEPING);
         let memory = memory.map_err(|error| error.tensor(&*meta.name))?;
@@ -79,11 +78,11 @@ impl Entry {
         Ok(Self { meta, key, memory: Memory(Arc::new(memory)), sum: 0 })
     }
 
-    /// A weight as it travels. Blocks.
+    /// Encodes a weight into new memory. Blocks.
     ///
     /// # Errors
     ///
-    /// Those of its encoding, and `Resource`.
+    /// Those of the encoding, and `Resource`.
     pub(crate) fn encoded(weight: &Weight, pool: &Pool) -> Result<Self> {
         let mut entry = Self::new(weight.meta().clone())?;
         let job = Job { weight: weight.clone(), start: 0, len: weight.byte_len(), offset: 0 };
@@ -100,7 +99,7 @@ impl Entry {
         Bytes::from_owner(View(self.memory.0.clone())).into()
     }
 
-    /// Writes a part of the bytes. Once all are written, [`seal`](Self::seal) has to follow.
+    /// Writes a part of the bytes. Call [`seal`](Self::seal) when all are written.
     ///
     /// # Errors
     ///
@@ -115,17 +114,17 @@ impl Entry {
         from.read(0, to.ok_or_else(outside)?)
     }
 
-    /// Sums the bytes up. Blocks.
+    /// Computes the digest sum of the bytes. Blocks.
     pub(crate) fn seal(&mut self, pool: &Pool) {
         self.sum = sum(self.bytes(), pool);
     }
 
-    /// Gives it the values of its changes, and those the old ones.
+    /// Exchanges the values of the weight and of its changes.
     ///
     /// # Errors
     ///
-    /// `Protocol` if these are no changes of it, and then it is not what it was; `Resource` if it is read and there is no
-    /// memory for another copy.
+    /// `Protocol` if these are not changes of it, after which its bytes are undefined; `Resource` if it is read and there is no memory for
+    /// another copy.
     pub(crate) fn exchange(&mut self, cut: Cut, changes: &mut [u8]) -> Result<()> {
         let changed = tiles::exchange(cut, self.memory.bytes_mut()?, changes).map_err(|words| {
             Error::new(ErrorKind::Protocol, crate::message::APPLYING, words)
@@ -135,14 +134,14 @@ impl Entry {
         Ok(())
     }
 
-    /// Adds it to the number that stands for a version, with a sum that differs from its own by `changed`.
+    /// Adds the weight to the number of a version, with its sum changed by `changed`.
     pub(crate) fn add_to(&self, version: u64, changed: u64) -> u64 {
         digest::chain(digest::chain(version, self.key), self.sum.wrapping_add(changed))
     }
 }
 
 impl Shadow {
-    /// The number that stands for its contents: names, types, shapes, order, and every byte by its digest's sum.
+    /// The number of the version, a digest of its contents: names, types, shapes, order, and every byte by its digest sum.
     pub(crate) fn version(&self) -> u64 {
         self.entries.iter().fold(0, |version, entry| entry.add_to(version, 0))
     }
@@ -152,27 +151,27 @@ impl Shadow {
         self.entries.iter().map(|entry| entry.bytes().len() as u64).sum()
     }
 
-    /// Where each weight is, by its name.
+    /// The index of each weight, by its name.
     pub(crate) fn places(&self) -> HashMap<Arc<str>, usize> {
         let named = self.entries.iter().enumerate();
         named.map(|(at, entry)| (entry.meta.name.clone(), at)).collect()
     }
 
-    /// Computes all sums anew from memory. Blocks.
+    /// Computes all sums again from memory. Blocks.
     ///
     /// # Errors
     ///
-    /// `Digest`, naming the first weight whose bytes are not those that were kept.
+    /// `Digest`, naming the first weight whose bytes do not have the sum that was kept.
     pub(crate) fn attest(&self, pool: &Pool) -> Result<()> {
         attest(&self.entries, pool)
     }
 }
 
-/// Computes the sums of weights anew from memory. Blocks.
+/// Computes the sums of weights again from memory. Blocks.
 ///
 /// # Errors
 ///
-/// `Digest`, naming the first whose bytes are not those that were kept.
+/// `Digest`, naming the first whose bytes do not have the sum that was kept.
 pub(crate) fn attest<'a>(entries: impl IntoIterator<Item = &'a Entry>, pool: &Pool) -> Result<()> {
     let entries: Vec<&Entry> = entries.into_iter().collect();
     let are_right = pool.map(&entries, |entry| sum(entry.bytes(), pool) == entry.sum);
@@ -183,7 +182,7 @@ pub(crate) fn attest<'a>(entries: impl IntoIterator<Item = &'a Entry>, pool: &Po
     })
 }
 
-/// The digest's sum of a weight.
+/// The digest sum of a weight.
 fn sum(bytes: &[u8], pool: &Pool) -> u64 {
     if bytes.len() <= GRAIN {
         return digest::sum(0, bytes);
@@ -213,7 +212,7 @@ mod tests {
             let mut shadow =
                 Shadow { entries: vec![entry("a", vec![1; 9]), entry("b", vec![2; len])] };
             shadow.attest(&pool()).expect("nothing changed");
-            // Written past its owner: no sum follows it.
+            // Written without `seal`: the sum is not updated.
             shadow.entries[1].write(at as u64, &vec![3].into()).expect("a byte");
             let error = shadow.attest(&pool()).expect_err("a byte changed");
             assert_eq!(

@@ -1,8 +1,7 @@
-//! What changed in one weight, tile by tile: found, written down, and applied. Pure.
+//! Finds, encodes and applies the changes of one weight, tile by tile. Without IO.
 //!
-//! A weight's bytes, as they travel, are cut into *tiles* of equal size, at most [`TILE`] bytes. What changes is counted in
-//! *units*: elements of 1, 2, 4 or 8 bytes. The changes of a weight are one word of four bytes for each tile, and then what those
-//! words say:
+//! A weight's bytes, as they travel, are cut into *tiles* of equal size, at most [`TILE`] bytes. Changes are counted in *units*: elements
+//! of 1, 2, 4 or 8 bytes. The changes of a weight are one word of four bytes for each tile, followed by what these words announce:
 //!
 //! | the upper two bits | the tile has | follows |
 //! |---|---|---|
@@ -11,19 +10,19 @@
 //! | 2 | *n* changed units | a bit for each unit of the tile, set where it changed; the values |
 //! | 3 | changed nearly everywhere | all of its bytes |
 //!
-//! All numbers are little-endian. Values are absolute: the new ones, never differences. Whichever form is shortest is taken.
+//! All numbers are little-endian. Values are absolute: the new ones, never differences. The shortest form is used.
 //!
-//! [`exchange`] applies changes by exchanging values: afterwards the weight has the new ones, and the changes have the old
-//! ones, so that exchanging once more takes the change back.
+//! [`exchange`] applies changes by exchanging values: afterwards the weight has the new values and the changes have the old ones.
+//! Exchanging once more takes the changes back.
 
 use engine_core::{DType, digest};
 
-/// The most bytes of a tile: a position in it fits two bytes whatever the unit.
+/// The most bytes of a tile: a position in it fits in two bytes, whatever the unit.
 pub(crate) const TILE: usize = 1 << 16;
 
-/// The digest's sum advances by words of so many bytes.
+/// Bytes of a word of the digest sum.
 const WORD: usize = 8;
-/// Bytes that are compared at a time; tiles begin at multiples of it.
+/// Bytes that are compared at a time. Tiles begin at multiples of it.
 const ROW: usize = 64;
 
 const SAME: u32 = 0;
@@ -42,7 +41,7 @@ pub(crate) struct Cut {
 }
 
 impl Cut {
-    /// A cut into tiles that ranges of `granule` bytes consist of, as far as that is possible.
+    /// Chooses tiles of which a granule is a multiple, if possible.
     pub(crate) fn at(dtype: DType, granule: u64) -> Self {
         let granule = usize::try_from(granule).unwrap_or(usize::MAX).max(1);
         let fits = |tile: &usize| tile.is_multiple_of(ROW) && granule.is_multiple_of(*tile);
@@ -52,7 +51,7 @@ impl Cut {
         Self { unit: unit(dtype), tile: tile.unwrap_or(TILE) }
     }
 
-    /// A cut that comes from outside; `None` if there is no such.
+    /// The cut of a tile size from a peer; `None` if the size is not valid.
     pub(crate) fn of(dtype: DType, tile: u32) -> Option<Self> {
         let tile = usize::try_from(tile).ok()?;
         let is_one = tile != 0 && tile <= TILE && tile.is_multiple_of(ROW);
@@ -64,7 +63,7 @@ impl Cut {
     }
 }
 
-/// Elements that are smaller than a byte, or of a size that no word has, are compared byte by byte.
+/// The bytes of a unit. Elements smaller than a byte, or of a size that no word has, are compared byte by byte.
 fn unit(dtype: DType) -> usize {
     match dtype.bytes() {
         Some(2) => 2,
@@ -81,18 +80,18 @@ pub(crate) struct Changes {
     values: Vec<u8>,
     /// Units that changed.
     pub(crate) units: u64,
-    /// By how much the digest's sum of the weight has changed, wrapping.
+    /// The wrapping change of the weight's digest sum.
     pub(crate) sum: u64,
     positions: Vec<u16>,
     found: Vec<u8>,
 }
 
 impl Changes {
-    /// Compares what a weight's bytes from `offset` on were with what they are, and writes down what changed.
+    /// Compares the old and new bytes of a weight from `offset` on, and records what changed.
     ///
     /// # Contract
     ///
-    /// `offset` is where a tile begins, and what is compared ends where one ends, or the weight does. Both have one length.
+    /// A tile begins at `offset`. The compared range ends where a tile or the weight ends. `old` and `new` have the same length.
     pub(crate) fn compare(&mut self, cut: Cut, offset: usize, old: &[u8], new: &[u8]) {
         debug_assert!(offset.is_multiple_of(cut.tile) && old.len() == new.len());
         for (tile, (old, new)) in old.chunks(cut.tile).zip(new.chunks(cut.tile)).enumerate() {
@@ -171,7 +170,7 @@ impl Changes {
             let word = row * (ROW / WORD) + at;
             self.sum = self.sum.wrapping_add(digest::term(first + word as u64, now));
             self.sum = self.sum.wrapping_sub(digest::term(first + word as u64, was));
-            // Mostly one: a branch that is foreseen, where one for each unit would not be.
+            // A word mostly has one changed unit: this branch is predicted well, a branch for each unit would not be.
             while differs != 0 {
                 let lane = differs.trailing_zeros() as usize / (8 * UNIT);
                 let shift = 8 * UNIT * lane;
@@ -182,7 +181,7 @@ impl Changes {
         }
     }
 
-    /// The changes of a weight, from those of its parts in their order; empty if nothing changed.
+    /// Joins the changes of a weight's parts, in their order. Appends nothing if nothing changed.
     pub(crate) fn join(parts: &[Self], into: &mut Vec<u8>) {
         if parts.iter().all(|part| part.units == 0) {
             return;
@@ -192,19 +191,18 @@ impl Changes {
     }
 }
 
-/// Whether two rows differ. Without a branch within, so that it is a few instructions of a vector unit.
+/// Whether two rows differ. It has no branch, so that it compiles to a few vector instructions.
 #[inline(always)]
 fn differ(was: &[u8; ROW], is: &[u8; ROW]) -> bool {
     let words = was.as_chunks::<WORD>().0.iter().zip(is.as_chunks::<WORD>().0);
     words.fold(0, |all, (was, is)| all | (u64::from_le_bytes(*was) ^ u64::from_le_bytes(*is))) != 0
 }
 
-/// Gives a weight the values of its changes, and those the values that it had. By how much the digest's sum of the weight has
-/// changed, wrapping.
+/// Exchanges the values of a weight and of its changes. Returns the wrapping change of the weight's digest sum.
 ///
 /// # Errors
 ///
-/// In words, if these are no changes of such a weight. Some may have been exchanged.
+/// A message, if these are not changes of such a weight. Some values may have been exchanged.
 pub(crate) fn exchange(cut: Cut, weight: &mut [u8], changes: &mut [u8]) -> Result<u64, String> {
     let tiles = weight.len().div_ceil(cut.tile);
     let Some((heads, mut values)) = changes.split_at_mut_checked(tiles * 4) else {
@@ -249,7 +247,7 @@ pub(crate) fn exchange(cut: Cut, weight: &mut [u8], changes: &mut [u8]) -> Resul
     Ok(sum)
 }
 
-/// The same of one tile; `None` if the places are not ascending, not in the tile, or not as many as the values.
+/// As [`exchange`], for one tile that is not dense. `None` if the places are not ascending, not in the tile, or not as many as the values.
 fn exchange_tile<const UNIT: usize>(
     form: u32,
     offset: u64,
@@ -281,12 +279,12 @@ fn exchange_tile<const UNIT: usize>(
     values.next().is_none().then(|| exchange.finish())
 }
 
-/// Exchanges units of a tile, and follows the digest's sum word by word.
+/// Exchanges units of a tile, and updates the digest sum word by word.
 struct Exchange<'a> {
     /// The number of the tile's first word in the weight.
     first: u64,
     tile: &'a mut [u8],
-    /// The word that is being changed, and what it added before.
+    /// The word that is being changed, and its term in the sum before the change.
     word: Option<(usize, u64)>,
     sum: u64,
 }
@@ -347,7 +345,7 @@ mod tests {
         (body, total(|part| part.units), total(|part| part.sum))
     }
 
-    /// What becomes of old bytes: how often a unit changes, in thousandths.
+    /// New bytes from old ones. Each byte is replaced at a rate in thousandths.
     fn changed(old: &[u8], seed: u64, rate: u64) -> Vec<u8> {
         let mut state = seed | 1;
         let mut next = || {

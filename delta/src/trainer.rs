@@ -1,4 +1,4 @@
-//! A trainer that sends what has changed.
+//! A trainer that sends what changed.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -20,12 +20,12 @@ use crate::message::{self, Head, Record};
 use crate::shadow::{Entry, Shadow};
 use crate::tiles::{Changes, Cut};
 
-/// Bytes that are encoded or compared at a time, as long as the stream has weights; a bucket if that is smaller, which is what
-/// an engine allows the deadline for.
+/// Bytes that are encoded or compared at a time, as long as the stream has weights. At most a bucket, because an engine allows the deadline
+/// for one bucket.
 const BATCH: u64 = 32 << 20;
-/// Bytes of a weight that one thread encodes and compares, so that they stay in its cache.
+/// Bytes of a weight that one thread encodes and compares at a time, so that they stay in its cache.
 const STEP: usize = 256 << 10;
-/// The same where they are read from a device.
+/// The same for weights that are read from a device.
 const DEVICE_STEP: usize = 4 << 20;
 
 pub(crate) fn in_front(
@@ -58,14 +58,14 @@ struct DeltaTrainer {
 #[derive(Debug, Default)]
 struct Kept {
     shadow: Arc<Mutex<Option<Arc<Shadow>>>>,
-    /// It is moving to the version that was committed.
+    /// The work that moves the copy to the version that was committed.
     moving: Option<Work<Shadow>>,
-    /// Versions that went as changes since sums were computed from memory.
+    /// Versions that were sent as changes since the sums were last computed from memory.
     since_attested: u64,
 }
 
 impl Kept {
-    /// Waits until it is at the version that was committed last; why it is not, if it cannot be.
+    /// Waits until the copy is at the version that was committed last. Returns the reason if it cannot be.
     async fn settle(&mut self) -> Option<String> {
         let moved = self.moving.take()?.await;
         let (shadow, lost) = match moved {
@@ -98,7 +98,7 @@ impl TrainerEngine for DeltaTrainer {
     ) -> Result<SendReport> {
         let Self { engine, bases, pool, batch, kept } = self;
         let lost = kept.settle().await;
-        // What was said for an update that did not come so far.
+        // Discards what was said for an update that did not get this far.
         drop(bases.take());
         let made = Arc::new(Mutex::new(Made::default()));
         let sending = Sending {
@@ -122,7 +122,8 @@ impl TrainerEngine for DeltaTrainer {
         let Made { weights, counts, report: mut delta, attested, reused, at_work } =
             std::mem::take(&mut *lock(&made));
         if let Some(at_work) = at_work {
-            // Weights are the caller's again when this returns: what still reads them ends before. It sends nothing, it goes.
+            // The caller may change its weights once this returns, so whatever still reads them ends first. The sender is dropped, never
+            // used.
             at_work.await.unwrap_or_default();
         }
         let mut report = sent?;
@@ -151,7 +152,7 @@ impl TrainerEngine for DeltaTrainer {
     }
 }
 
-/// The shadow of the version that was committed: that of its base, with the changes. Blocks.
+/// The copy of the version that was committed, made from the base and the changes. Blocks.
 fn moved(base: Arc<Shadow>, weights: Vec<Sent>, pool: &Pool) -> Result<Shadow> {
     let base = Arc::try_unwrap(base).map_err(|_| lost("the copy of what was sent last is read"))?;
     let mut base: Vec<Option<Entry>> = base.entries.into_iter().map(Some).collect();
@@ -179,7 +180,7 @@ fn lost(words: &str) -> Error {
 /// A weight of the version that is being sent.
 #[derive(Debug)]
 enum Sent {
-    /// It was at this place of the base, and has these changes; none if it is what it was.
+    /// It is at this index of the base, and has these changes, which are empty if it did not change.
     Kept {
         at: usize,
         cut: Cut,
@@ -204,17 +205,17 @@ struct Made {
     weights: Vec<Sent>,
     counts: TensorCounts,
     report: DeltaReport,
-    /// Sums were computed from memory.
+    /// Whether sums were computed from memory.
     attested: bool,
-    /// Whether the weights were those of the base in their order, if changes were sent.
+    /// Whether the weights were those of the base, in its order, if changes were sent.
     reused: Option<bool>,
-    /// Ends when nothing reads weights any more.
+    /// Completes when nothing reads weights any more.
     at_work: Option<oneshot::Receiver<()>>,
 }
 
 /// How an update's weights travel.
 enum Form {
-    /// Nobody has asked for them yet.
+    /// The engine has not asked for a weight yet.
     Undecided,
     /// As they are, without a copy of them.
     Plain,
@@ -226,15 +227,15 @@ enum Form {
     Ended,
 }
 
-/// Which weights of the base were met again.
+/// Which weights of the base have come again.
 struct Comparison {
     base: Arc<Shadow>,
     met: Vec<bool>,
-    /// Where the next weight is if the order is that of the base.
+    /// The index of the next weight if the order is that of the base.
     next: usize,
-    /// Where weights are by name, once the order is another one.
+    /// The indices of weights by name, once the order differs.
     places: Option<HashMap<Arc<str>, usize>>,
-    /// Names of weights that the base has in no such shape.
+    /// Names of weights that the base does not have.
     new: HashSet<Arc<str>>,
 }
 
@@ -249,7 +250,7 @@ impl Comparison {
         }
     }
 
-    /// Where the base has a weight; `None` if it has none of this name, type and shape.
+    /// The index of a weight in the base; `None` if the base has none of this name, type and shape.
     ///
     /// # Errors
     ///
@@ -282,13 +283,13 @@ impl Comparison {
     }
 }
 
-/// The stream that an engine gets.
+/// The stream that the engine gets.
 struct Sending<'a> {
     weights: WeightStream<'a>,
     has_ended: bool,
     bases: Bases,
     kept: Arc<Mutex<Option<Arc<Shadow>>>>,
-    /// Why nothing is kept, if it should be.
+    /// Why there is no copy, if there should be one.
     lost: Option<String>,
     attests: bool,
     pool: Pool,
@@ -296,7 +297,7 @@ struct Sending<'a> {
     made: Arc<Mutex<Made>>,
     form: Form,
     ready: VecDeque<Weight>,
-    /// Tensors with changes so far.
+    /// The number of tensors that carried changes so far.
     tensors: u64,
 }
 
@@ -362,7 +363,7 @@ impl Sending<'_> {
                 let base = number.unwrap_or_default();
                 self.queue(&Head::Begin { base }, &[])?;
             }
-            // One copy at a time.
+            // Freed first, so that there is only one copy at a time.
             _ => *lock(&self.kept) = None,
         }
         lock(&self.made).report.whole = why;
@@ -388,7 +389,7 @@ impl Sending<'_> {
         Ok(Some(weight))
     }
 
-    /// The next weights: those that are there, or one that is waited for.
+    /// The next weights: those that are ready, or the first one after a wait.
     async fn gather(&mut self) -> Result<Vec<Weight>> {
         let (mut batch, mut bytes) = (Vec::new(), 0);
         while bytes < self.batch && !self.has_ended {
@@ -419,7 +420,7 @@ impl Sending<'_> {
         lock(&self.made).at_work = Some(at_work);
         let work = self.pool.start(move || {
             let compared = compare_all(&batch, &found, base.as_deref(), &pool)?;
-            // Dropped in this order.
+            // Returned in this order, in which they are dropped: `reads` last.
             Ok((batch, compared, reads))
         });
         let (batch, compared, _) = work.await?;
@@ -453,7 +454,7 @@ impl Sending<'_> {
         self.flush(&mut records, &mut bodies, &mut sent)
     }
 
-    /// Makes a tensor of changes.
+    /// Makes a tensor of the records and their bodies.
     fn flush(
         &mut self,
         records: &mut Vec<Record>,
@@ -482,7 +483,7 @@ impl Sending<'_> {
         Ok(bodies)
     }
 
-    /// All weights have come.
+    /// Ends the update after the last weight.
     fn end(&mut self) -> Result<()> {
         if let Form::Changes(comparison) = &self.form {
             let mut made = lock(&self.made);
@@ -504,14 +505,14 @@ impl Sending<'_> {
 
 const NOTHING: &str = "nothing was sent before";
 
-/// Ranks in words.
+/// Ranks, for a message.
 fn ranked(ranks: &[Rank]) -> String {
     let named: Vec<String> = ranks.iter().take(8).map(Rank::to_string).collect();
     let more = if ranks.len() > named.len() { ", …" } else { "" };
     format!("{} rollouts (rank {}{more}) are", ranks.len(), named.join(", "))
 }
 
-/// What was found of a weight.
+/// The result of comparing a weight.
 enum Compared {
     Kept { at: usize, cut: Cut, changes: Vec<u8>, sum: u64, units: u64 },
     New(Entry),
@@ -521,7 +522,7 @@ enum Compared {
 ///
 /// # Errors
 ///
-/// Those of encoding; `Resource` if there is no memory for a new one.
+/// Those of encoding; `Resource` if there is no memory for a new weight.
 fn compare_all(
     batch: &[Weight],
     found: &[Option<usize>],
@@ -529,7 +530,7 @@ fn compare_all(
     pool: &Pool,
 ) -> Result<Vec<Compared>> {
     let mut all: Vec<Option<Compared>> = batch.iter().map(|_| None).collect();
-    // Deferred weights have their bytes once others were encoded.
+    // Deferred weights get their bytes when the others are encoded.
     for deferred in [false, true] {
         let due = batch.iter().zip(found).zip(&mut all);
         let due = due.filter(|((weight, _), _)| weight.is_deferred() == deferred);
@@ -546,7 +547,7 @@ fn compare_all(
     Ok(all.into_iter().flatten().collect())
 }
 
-/// Encodes a weight, and compares it with what the base has, part by part while a part is in the cache.
+/// Encodes a weight and compares it with the base, part by part, while a part is in the cache.
 fn compare(weight: &Weight, at: usize, entry: &Entry, pool: &Pool) -> Result<Compared> {
     let old = entry.bytes();
     let cut = Cut::at(weight.meta().dtype, weight.granule());
@@ -581,11 +582,11 @@ fn compare(weight: &Weight, at: usize, entry: &Entry, pool: &Pool) -> Result<Com
 }
 
 thread_local! {
-    /// What a thread encodes into before it compares.
+    /// The buffer into which a thread encodes before it compares.
     static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Bytes that are encoded at a time: whole tiles, and whole granules where these are not too long.
+/// Bytes that are encoded at a time: whole tiles, and whole granules if these consist of tiles.
 fn step(cut: Cut, weight: &Weight) -> usize {
     let granule = usize::try_from(weight.granule()).unwrap_or(usize::MAX);
     let tile = cut.tile();

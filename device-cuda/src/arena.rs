@@ -5,10 +5,9 @@ use engine_core::{DeviceChoice, Error, ErrorKind, Result, Storage};
 
 use crate::{CudaError, CudaMemory, Device, Packer, bucket_storage};
 
-/// Slots for buckets in one piece of a device's memory, and what fills them.
+/// Slots for buckets in one piece of a device's memory, and the packer that fills them.
 ///
-/// It does not know which slots are in use: backends see to it that a slot which is written is read by
-/// nobody.
+/// It does not know which slots are in use. Backends ensure that nobody reads a slot while it is written.
 #[derive(Clone, Debug)]
 pub struct CudaArena {
     memory: CudaMemory,
@@ -16,12 +15,11 @@ pub struct CudaArena {
 }
 
 impl CudaArena {
-    /// Allocates so many slots of so many bytes on a device; on the first one if it has no number.
+    /// Allocates `slots` slots of `bytes` bytes on a device; on the first one if it has no number.
     ///
     /// # Errors
     ///
-    /// `Config` for more than can be addressed, `Resource` for more than there is, `Backend` without a
-    /// driver or such a device.
+    /// `Config` for more than can be addressed, `Resource` if there is not enough memory, `Backend` without a driver or such a device.
     pub fn new(device: &DeviceChoice, slots: u32, bytes: u64) -> Result<Self> {
         Self::of(device, slots, bytes, CudaMemory::new)
     }
@@ -55,7 +53,7 @@ impl CudaArena {
     ///
     /// # Errors
     ///
-    /// `Resource` if there is not so much.
+    /// `Resource` if there is not enough memory.
     pub fn another(&self, bytes: usize) -> Result<Self> {
         let memory = CudaMemory::new(self.memory.device(), bytes)?;
         Ok(Self { memory, packer: self.packer.clone() })
@@ -66,7 +64,7 @@ impl CudaArena {
     ///
     /// # Errors
     ///
-    /// `Resource` if there is not so much.
+    /// `Resource` if there is not enough memory.
     pub fn spare(&self, bytes: usize) -> Result<Self> {
         let memory = CudaMemory::for_life(self.memory.device(), bytes)?;
         Ok(Self { memory, packer: self.packer.clone() })
@@ -82,9 +80,8 @@ impl CudaArena {
         &self.memory
     }
 
-    /// Encodes all jobs into the bytes from `at` on, and returns their digest sum if it is wanted, else 0.
-    /// Blocks until the bytes are there; also when this is an error, the device reads none of the weights
-    /// any more.
+    /// Encodes all jobs into the bytes from `at` on, and returns their digest sum if it is wanted, else 0. Blocks until the bytes have
+    /// arrived. When it returns, the device reads none of the weights any more, not even after an error.
     ///
     /// # Errors
     ///
@@ -106,11 +103,11 @@ impl CudaArena {
         self.packer.slower()
     }
 
-    /// The bytes from `at` on, to be read, and digested on the device.
+    /// The bytes from `at` on, for reading. They are digested on the device.
     ///
     /// # Panics
     ///
-    /// If there are not so many.
+    /// If there are fewer bytes.
     pub fn storage(&self, at: usize, len: usize) -> Storage {
         bucket_storage(&self.memory, &self.packer).slice(at as u64..(at + len) as u64)
     }

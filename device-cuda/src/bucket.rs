@@ -1,4 +1,4 @@
-//! Filling buckets of a device with weights, wherever these are.
+//! Fills buckets on a device with weights, wherever these are.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -34,17 +34,17 @@ pub struct Packer {
     tools: Arc<Turns<Tools>>,
 }
 
-/// Where the pieces of a bucket belong on a device, in their order.
+/// The places of the pieces of a bucket on a device, in their order.
 #[derive(Debug, Default)]
 pub struct Places {
-    /// Of each piece, which has as many bytes there.
+    /// The address of each piece's place.
     addresses: Vec<u64>,
-    /// What they are in.
+    /// The memory of the places.
     memory: Vec<CudaMemory>,
 }
 
 impl Places {
-    /// Adds the place of the next piece: its part of a tensor, which is kept.
+    /// Adds the place of the next piece: its part of a tensor, whose memory is kept.
     ///
     /// # Errors
     ///
@@ -63,15 +63,14 @@ impl Places {
 #[derive(Debug)]
 struct Tools {
     kernels: Kernels,
-    /// For weights that the CPU encodes; as large as a bucket, once there is one. It is away while the CPU is
-    /// at work.
+    /// For weights that the CPU encodes. As large as a bucket, once there is one. Taken while the CPU encodes.
     staging: Option<PinnedMemory>,
     scratch: Scratch,
     /// Scales that were not written to their place at once.
     scales: Ledger<CudaSlice>,
-    /// Weights of devices that the CPU had to encode, by their encoding, since somebody asked.
+    /// The number of weights on devices that the CPU had to encode, by encoding, since the last report.
     over_the_host: BTreeMap<&'static str, u64>,
-    /// The memory of the last bucket's work, and of its tables.
+    /// The memory of the last bucket's work and tables, to be reused.
     spare: (Work, Tables),
 }
 
@@ -80,9 +79,9 @@ struct Filling {
     jobs: Arc<Vec<Job>>,
     work: Work,
     tables: Tables,
-    /// The scales that the launches compute and that are not in their place.
+    /// The scales that the launches compute outside their place.
     scales: Ledger<CudaSlice>,
-    /// Codes whose scales have all been asked for.
+    /// Codes of which all scales have been asked for.
     asked: Vec<usize>,
     staging: Option<PinnedMemory>,
 }
@@ -110,8 +109,8 @@ impl Packer {
         &self.device
     }
 
-    /// Encodes all jobs of a bucket and returns its digest sum if it is wanted, else 0. Blocks until the
-    /// bytes are there; also when this is an error, the device reads none of the weights any more.
+    /// Encodes all jobs of a bucket and returns its digest sum if it is wanted, else 0. Blocks until the bytes have arrived. When it
+    /// returns, the device reads none of the weights any more, not even after an error.
     ///
     /// # Contract
     ///
@@ -140,7 +139,7 @@ impl Packer {
         )
     }
 
-    /// Kernels are given addresses: these are of their device.
+    /// Checks the device: kernels take addresses of their own device.
     fn check_device(&self, memory: &CudaSlice) -> Result<()> {
         let (there, here) = (memory.device().ordinal(), self.device.ordinal());
         if there == here {
@@ -149,8 +148,8 @@ impl Packer {
         Err(CudaError::Range(format!("memory of device {there} for kernels of {here}")).into())
     }
 
-    /// What was slower than it could be since the last call, in words for [`SendReport::slower`]: weights in memory of a
-    /// device for whose encoding there is no kernel, so that the CPU had to fetch and encode them.
+    /// What was slower than possible since the last call, in words for [`SendReport::slower`]: weights in memory of a device that have no
+    /// kernel for their encoding, so that the CPU had to fetch and encode them.
     ///
     /// [`SendReport::slower`]: engine_core::SendReport::slower
     pub fn slower(&self) -> Vec<String> {
@@ -163,7 +162,7 @@ impl Packer {
         counted.into_iter().map(words).collect()
     }
 
-    /// Copies slices of the device to others, in one launch. Blocks until the bytes are there.
+    /// Copies slices of the device to others, in one launch. Blocks until the bytes have arrived.
     ///
     /// # Errors
     ///
@@ -196,7 +195,7 @@ impl Packer {
         for (piece, &place) in pieces.iter().zip(&places.addresses) {
             let source = bucket.address_of(piece.offset, piece.len)?;
             let (copy, tiles) = Entry::copy(source, place, piece.len);
-            // The digest wants whole words at their place.
+            // The digest reads whole words at their place.
             let part = Entry::part(source, piece.offset, piece.len);
             match copy.is_summable() && digests {
                 true => copies.push((part.map(|_| copy.summed_from())?, tiles))?,
@@ -269,7 +268,7 @@ impl Tools {
         Ok(Filling { jobs, work, tables, scales: now, asked, staging })
     }
 
-    /// Pinned memory of at least so many bytes, which nobody else has.
+    /// Pinned memory of at least `len` bytes, which is not in use.
     fn staging(&mut self, len: usize) -> Result<PinnedMemory> {
         match self.staging.take().filter(|staging| staging.len() >= len) {
             Some(staging) => Ok(staging),
@@ -277,7 +276,7 @@ impl Tools {
         }
     }
 
-    /// Does the device's work on a bucket whose other jobs were encoded, and waits for it.
+    /// Does the device's work on a bucket, after the other jobs were encoded, and waits for it.
     fn finish(&mut self, filling: Filling, bucket: &CudaSlice, encoded: Result<()>) -> Result<u64> {
         let Filling { jobs, work, mut tables, scales, asked, staging } = filling;
         let filled = encoded
@@ -323,7 +322,7 @@ impl Tools {
             }
         }
         for job in work.peers.iter().map(|&index| &jobs[index]) {
-            // They are peers because of where their storage is.
+            // A peer is a weight whose storage is on another device.
             let Some(source) = job.weight.storage().and_then(CudaSlice::of_storage) else {
                 continue;
             };
@@ -334,7 +333,7 @@ impl Tools {
     }
 }
 
-/// Where the bytes of a storage are, as a device sees them.
+/// Where the bytes of a storage are, seen from a device.
 fn located(storage: &Storage, ordinal: i32) -> Located {
     match address_of(storage) {
         None => Located::Elsewhere,
@@ -343,14 +342,14 @@ fn located(storage: &Storage, ordinal: i32) -> Located {
     }
 }
 
-/// Memory beside a bucket that is being filled.
+/// Memory outside a bucket that is being filled.
 struct Kept<'a> {
     device: &'a Device,
     known: &'a Ledger<CudaSlice>,
     now: Ledger<CudaSlice>,
     asked: Vec<usize>,
     scratch: &'a mut Scratch,
-    /// What the launches use of it.
+    /// The memory that the launches use.
     used: Vec<CudaSlice>,
 }
 
@@ -389,7 +388,7 @@ impl Beside for Kept<'_> {
     }
 }
 
-/// Small memory that is used again when nobody holds it any more: its users' work is on one stream.
+/// Small memory that is reused when nobody holds it any more: its users' work is on one stream.
 #[derive(Debug, Default)]
 struct Scratch(Vec<CudaMemory>);
 

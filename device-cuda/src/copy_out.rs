@@ -1,4 +1,4 @@
-//! Buckets of a device that are copied to where their pieces belong, in one pass once their layout is known.
+//! Copies buckets of a device to the places of their pieces, in one pass once their layout is known.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,40 +12,39 @@ use crate::bucket::{Packer, Places};
 /// The most pieces whose places are remembered, eight bytes each.
 const MOST_PLACES: usize = 1 << 20;
 
-/// Copies buckets of a device to where their pieces belong there, each by one launch, however many pieces it has.
+/// Copies buckets of a device to the places of their pieces there, each by one launch, however many pieces it has.
 ///
-/// It remembers the layouts that it was [told](Self::install) the places of. A bucket of such a layout is copied out as it is
-/// verified, so that it is read once ([`CopyOut`]). Destinations share this, whatever their tensors are.
+/// It remembers the layouts whose places it was [told](Self::install). A bucket of such a layout is copied out while it is verified, so
+/// that it is read once ([`CopyOut`]). Destinations share this, whatever their tensors are.
 #[derive(Debug)]
 pub struct CudaCopyOut {
     packer: Packer,
     layouts: Mutex<Layouts>,
 }
 
-/// The layouts that were installed, and where their pieces belong.
+/// The layouts that were installed, and the places of their pieces.
 #[derive(Debug, Default)]
 struct Layouts {
-    /// By their digests, which are compared as well as the layouts.
+    /// By their digests. Layouts are compared as well.
     known: HashMap<u64, (Arc<BucketLayout>, Arc<Places>)>,
     pieces: usize,
 }
 
 impl CudaCopyOut {
-    /// One that knows no layout, for the packer's device.
+    /// One without layouts, for the packer's device.
     pub fn new(packer: Packer) -> Self {
         Self { packer, layouts: Mutex::default() }
     }
 
-    /// What makes its launches.
+    /// The packer that makes its launches.
     pub fn packer(&self) -> &Packer {
         &self.packer
     }
 
-    /// Copies a bucket to where its pieces belong, unless that was done when it was verified; whether it has. Blocks.
+    /// Copies a bucket to the places of its pieces, unless that was done when it was verified. Returns whether it is copied. Blocks.
     ///
-    /// `false` if the bucket is not in one memory of this device, or if `place` has no places: then nothing was copied.
-    /// `place` is asked once for each layout, with a place for each of its pieces as the answer, and again after
-    /// [`forget`](Self::forget).
+    /// `false` if the bucket is not in one allocation of this device, or if `place` has no places: then nothing was copied. `place` is
+    /// called once for each layout, and again after [`forget`](Self::forget). It returns a place for each piece.
     ///
     /// # Errors
     ///
@@ -73,7 +72,7 @@ impl CudaCopyOut {
         Ok(true)
     }
 
-    /// Forgets all layouts: tensors have moved, or are others.
+    /// Forgets all layouts: call it when tensors have moved or were replaced.
     pub fn forget(&self) {
         *self.lock() = Layouts::default();
     }
@@ -101,7 +100,7 @@ impl CudaCopyOut {
     }
 
     fn lock(&self) -> MutexGuard<'_, Layouts> {
-        // A panic leaves what is there true: it was put in whole.
+        // A panic leaves the entries valid: each is inserted whole.
         self.layouts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

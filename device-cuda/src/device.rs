@@ -1,4 +1,4 @@
-//! Devices and what lives on them. Every handle keeps its device's context.
+//! Devices, streams, events and memory. Every handle keeps its device's context.
 
 use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -21,7 +21,7 @@ struct Primary {
 }
 
 impl Device {
-    /// Device number `ordinal` of those that `CUDA_VISIBLE_DEVICES` leaves.
+    /// Opens device number `ordinal` of those that `CUDA_VISIBLE_DEVICES` leaves.
     ///
     /// # Errors
     ///
@@ -41,7 +41,7 @@ impl Device {
         Ok(Self(Arc::new(Primary { ordinal, context, multiprocessors, capability })))
     }
 
-    /// The device of a configuration: the first one if it has no number.
+    /// Opens the device of a configuration: the first one if it has no number.
     pub fn of(choice: &DeviceChoice) -> Result<Self, CudaError> {
         Self::open(i32::try_from(choice.ordinal().unwrap_or(0)).unwrap_or(i32::MAX))
     }
@@ -77,12 +77,12 @@ impl Device {
         self.0.capability
     }
 
-    /// How many multiprocessors it has.
+    /// The number of its multiprocessors.
     pub fn multiprocessors(&self) -> u32 {
         self.0.multiprocessors
     }
 
-    /// Free and all bytes of its memory.
+    /// The free bytes and all bytes of its memory.
     ///
     /// # Errors
     ///
@@ -91,8 +91,7 @@ impl Device {
         self.0.context.memory_info()
     }
 
-    /// Makes the context current on this thread. Every call here does so by itself; other libraries
-    /// may need it.
+    /// Makes the context current on this thread. Every call of this crate does so by itself. Other libraries may need it.
     ///
     /// # Errors
     ///
@@ -106,7 +105,7 @@ impl Device {
     }
 }
 
-/// How many devices there are.
+/// The number of devices.
 ///
 /// # Errors
 ///
@@ -125,8 +124,8 @@ pub fn driver_version() -> Result<(i32, i32), CudaError> {
     Ok((version / 1000, version % 1000 / 10))
 }
 
-/// A stream: work in order, beside that of other streams. It keeps the memory that its work uses until it
-/// was waited for; dropping the last clone waits.
+/// A stream: its work runs in order, concurrently with that of other streams. It keeps the memory that its work uses until the work was
+/// waited for. Dropping the last clone waits.
 #[derive(Clone, Debug)]
 pub struct Stream {
     device: Device,
@@ -157,7 +156,7 @@ impl Stream {
         self.stream.synchronize()
     }
 
-    /// Lets later work of this stream wait for what the event was recorded after.
+    /// Makes later work of this stream wait for the work before the event.
     ///
     /// # Errors
     ///
@@ -170,14 +169,14 @@ impl Stream {
         &self.stream
     }
 
-    /// The driver's handle, for other libraries. It is valid as long as this is, which does not know of the
-    /// memory that their work uses.
+    /// The driver's handle, for other libraries. It is valid as long as this stream lives. The stream does not keep the memory that their
+    /// work uses.
     pub fn as_raw(&self) -> *mut std::ffi::c_void {
         self.stream.as_raw()
     }
 }
 
-/// A stream that another library of this process made, such as the current one of a tensor's.
+/// A stream of another library of this process, such as the current stream of a tensor's device.
 #[derive(Clone, Debug)]
 pub struct ForeignStream {
     device: Device,
@@ -185,7 +184,7 @@ pub struct ForeignStream {
 }
 
 impl ForeignStream {
-    /// A stream by the driver's handle, 0 or 1 for the default stream; without one, all of the device's.
+    /// A stream by the driver's handle, 0 or 1 for the default stream. `None` stands for all streams of the device.
     ///
     /// # Safety
     ///
@@ -195,13 +194,13 @@ impl ForeignStream {
         Self { device: device.clone(), stream }
     }
 
-    /// Whether it is this one.
+    /// Whether it is this stream of this device.
     pub fn is(&self, device: &Device, stream: Option<usize>) -> bool {
         (self.device.ordinal(), self.stream) == (device.ordinal(), stream)
     }
 
-    /// What it has to do now, to be waited for later: work that comes after this is not waited for, unless it is all of
-    /// the device's. The thread's current context stays what it is.
+    /// The work that it has to do now, to be waited for later. Work that is enqueued after this call is not waited for, unless this stands
+    /// for all streams of the device. The thread's current context does not change.
     ///
     /// # Errors
     ///
@@ -212,7 +211,7 @@ impl ForeignStream {
         unsafe { ffi::Pending::of_foreign(self.device.context(), self.stream) }.map(Pending)
     }
 
-    /// Blocks until all work so far is done. The thread's current context stays what it is.
+    /// Blocks until all work so far is done. The thread's current context does not change.
     ///
     /// # Errors
     ///
@@ -222,7 +221,7 @@ impl ForeignStream {
     }
 }
 
-/// What a [`ForeignStream`] had to do at a moment.
+/// The work that a [`ForeignStream`] had to do at a moment.
 #[derive(Debug)]
 pub struct Pending(ffi::Pending);
 
@@ -232,7 +231,7 @@ impl Pending {
         matches!(self.0, ffi::Pending::Nothing)
     }
 
-    /// Blocks until it is done. The thread's current context stays what it is.
+    /// Blocks until it is done. The thread's current context does not change.
     ///
     /// # Errors
     ///
@@ -242,21 +241,20 @@ impl Pending {
     }
 }
 
-/// Runs something on a thread of a program that may have chosen its device: the context that is current stays
-/// what it is.
+/// Runs a closure and restores the thread's current context, by which a program may have chosen its device.
 pub fn keeping_current<R>(run: impl FnOnce() -> R) -> R {
     let _current = ffi::Current::keep();
     run()
 }
 
-/// A place in a stream's work.
+/// A point in a stream's work.
 #[derive(Debug)]
 pub struct Event {
     event: ffi::Event,
 }
 
 impl Event {
-    /// An event; with `timing` its time can be taken.
+    /// Makes an event. With `timing`, [`seconds_since`](Self::seconds_since) can be used.
     ///
     /// # Errors
     ///
@@ -265,7 +263,7 @@ impl Event {
         Ok(Self { event: ffi::Event::new(device.context(), timing)? })
     }
 
-    /// Puts it after all work of the stream so far.
+    /// Records it after all work of the stream so far.
     ///
     /// # Errors
     ///
@@ -292,7 +290,7 @@ impl Event {
         self.event.wait()
     }
 
-    /// Seconds from an earlier event to this one; both were made with timing, and are done.
+    /// Seconds from an earlier event to this one. Both were made with timing, and are done.
     ///
     /// # Errors
     ///
@@ -302,20 +300,20 @@ impl Event {
     }
 }
 
-/// Memory of a device: its own allocation, or one of another process.
+/// Memory of a device: an allocation of this process, or one of another process.
 ///
-/// Given back with the last clone; work of a stream that uses it has one.
+/// Freed with the last clone. Work of a stream that uses it keeps a clone.
 #[derive(Clone, Debug)]
 pub struct CudaMemory {
     device: Device,
     memory: Arc<ffi::Memory>,
 }
 
-/// An allocation as another process of the host can open it.
+/// A handle by which another process of the host can open an allocation.
 pub type IpcHandle = [u8; ffi::IPC_HANDLE_BYTES];
 
 impl CudaMemory {
-    /// So many bytes, at least 1, aligned to 256.
+    /// Allocates `len` bytes, at least 1, aligned to 256.
     ///
     /// # Errors
     ///
@@ -324,17 +322,16 @@ impl CudaMemory {
         Ok(Self::of(device, ffi::Memory::new(device.context(), len)?))
     }
 
-    /// As [`new`](Self::new), but never given back to the driver while this process lives. It is for memory that
-    /// a library of another process may keep mapped. When its last clone is dropped, the next call for as many
-    /// bytes of the same device gets it.
+    /// As [`new`](Self::new), but never given back to the driver while this process lives: for memory that a library of another process may
+    /// keep mapped. When its last clone is dropped, the next call for the same number of bytes of the same device reuses it.
     ///
     /// # Errors
     ///
     /// What the driver reports: out of memory.
     pub fn for_life(device: &Device, len: usize) -> Result<Self, CudaError> {
         static ALL: Mutex<Vec<CudaMemory>> = Mutex::new(Vec::new());
-        // A panic leaves the list whole: pushing is the only change. The lock is held until memory is taken, so
-        // that two callers do not take the same.
+        // A panic leaves the list whole: pushing is the only change. The lock is held until memory is taken, so that two callers never take
+        // the same memory.
         let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
         let fits = |memory: &&Self| {
             memory.len() == len && memory.device.ordinal() == device.ordinal() && memory.is_unused()
@@ -352,8 +349,7 @@ impl CudaMemory {
         Arc::strong_count(&self.memory) == 1
     }
 
-    /// Opens an allocation of so many bytes that another process exported. `owner` is dropped when it is closed
-    /// again.
+    /// Opens an allocation of `len` bytes that another process exported. `owner` is dropped when it is closed again.
     ///
     /// # Errors
     ///
@@ -368,11 +364,11 @@ impl CudaMemory {
         Ok(Self::of(device, ffi::Memory::import(device.context(), handle, len, owner)?))
     }
 
-    /// Memory that another library of this process has, which keeps it: nothing is copied.
+    /// Memory that another library of this process keeps. Nothing is copied.
     ///
     /// # Safety
     ///
-    /// There are `len` bytes of the device, or of one that it reaches, at `address` as long as `owner` lives.
+    /// `len` bytes of the device, or of one that it can reach, are at `address` as long as `owner` lives.
     #[allow(unsafe_code, reason = "hands the caller's promise on")]
     pub unsafe fn borrowed(
         device: &Device,
@@ -392,8 +388,8 @@ impl CudaMemory {
     ///
     /// # Contract
     ///
-    /// They have closed it before the last clone is dropped: CUDA does not define what becomes of memory that
-    /// is freed while another process has it open.
+    /// They have closed it before the last clone is dropped: CUDA does not define the result of freeing memory that another process has
+    /// open.
     ///
     /// # Errors
     ///
@@ -422,7 +418,7 @@ impl CudaMemory {
         self.memory.address()
     }
 
-    /// The same memory, which this does not keep.
+    /// A weak reference to the memory.
     pub(crate) fn downgrade(&self) -> WeakMemory {
         WeakMemory { device: self.device.clone(), memory: Arc::downgrade(&self.memory) }
     }
@@ -457,7 +453,7 @@ impl CudaMemory {
     }
 }
 
-/// Memory of this process, as long as somebody keeps it.
+/// A weak reference to memory of this process.
 #[derive(Debug)]
 pub(crate) struct WeakMemory {
     device: Device,
@@ -478,7 +474,7 @@ pub struct CudaSlice {
     len: usize,
 }
 
-/// The same place, not the same bytes.
+/// Equal if it is the same place, whatever the bytes.
 impl PartialEq for CudaSlice {
     fn eq(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.memory.memory, &other.memory.memory)
@@ -545,7 +541,7 @@ impl CudaSlice {
         }
     }
 
-    /// Writes host bytes; blocks until they are there.
+    /// Writes host bytes. Blocks until they have arrived.
     ///
     /// # Errors
     ///
@@ -555,7 +551,7 @@ impl CudaSlice {
         self.memory.raw().write(self.start, bytes)
     }
 
-    /// Reads into host bytes; blocks until they are here.
+    /// Reads into host bytes. Blocks until they have arrived.
     ///
     /// # Errors
     ///
@@ -565,7 +561,7 @@ impl CudaSlice {
         self.memory.raw().read(self.start, bytes)
     }
 
-    /// Copies another slice of the device here, on a stream, which keeps both until it was waited for.
+    /// Copies another slice of the device here, on a stream, which keeps both until the work was waited for.
     ///
     /// # Errors
     ///
@@ -575,7 +571,7 @@ impl CudaSlice {
         stream.raw().copy(self.place(), source.place(), self.len)
     }
 
-    /// Fills it with one byte, on a stream, which keeps it until it was waited for.
+    /// Fills it with one byte, on a stream, which keeps it until the work was waited for.
     ///
     /// # Errors
     ///
@@ -601,7 +597,7 @@ impl CudaSlice {
 pub struct PinnedMemory(ffi::Pinned);
 
 impl PinnedMemory {
-    /// So many bytes, zeroed, for one stream.
+    /// Allocates `len` zeroed bytes for one stream.
     ///
     /// # Errors
     ///

@@ -1,8 +1,7 @@
-//! Tensors of other libraries of this process, by DLPack, without a copy.
+//! Exchanges tensors with other libraries of this process by DLPack, without a copy.
 //!
-//! The declarations are those of `dlpack.h` (version 0.8, the structure that PyTorch's `__dlpack__()`, JAX
-//! and CuPy exchange when no version is asked for), with plain numbers where a library might put one that
-//! is not known here.
+//! The declarations are those of `dlpack.h` (version 0.8, the structure that PyTorch's `__dlpack__()`, JAX and CuPy exchange when no
+//! version is asked for). Enumerations are plain numbers, because a library may use a value that is not known here.
 
 mod ffi;
 
@@ -45,14 +44,13 @@ fn refuse(name: &str, message: impl Into<String>) -> Error {
 
 /// A tensor of another library as a weight, in host memory or on a CUDA device.
 ///
-/// The tensor is given back, by its own deleter, when the last view of the weight is dropped, on whichever
-/// thread; at once if this is an error.
+/// The tensor is given back, by its own deleter, when the last view of the weight is dropped, on whichever thread. After an error it is
+/// given back at once.
 ///
 /// # Safety
 ///
-/// `tensor` is a DLPack tensor that nobody else has taken: its pointers are valid as DLPack says, its deleter
-/// may be called from any thread. Whatever fills it is done, and nobody writes to it before it is given
-/// back.
+/// `tensor` is a DLPack tensor that nobody else has taken: its pointers are valid as DLPack says, and its deleter may be called from any
+/// thread. Its data is complete, and nobody writes to it before it is given back.
 ///
 /// # Errors
 ///
@@ -90,7 +88,7 @@ pub unsafe fn weight(name: &str, tensor: NonNull<ManagedTensor>) -> Result<Weigh
     }
 }
 
-/// How many bytes a view reaches over.
+/// The number of bytes from the first to the last element of a view.
 fn reach(name: &str, shape: &[u64], strides: &[i64], size: u64) -> Result<usize> {
     if strides.iter().any(|&stride| stride < 0) {
         return Err(refuse(name, "it has negative strides"));
@@ -116,13 +114,12 @@ fn contiguous(shape: &[u64], strides: &[i64]) -> bool {
     }) || shape.contains(&0)
 }
 
-/// Bytes as a tensor for another library, which gives it back by calling its deleter. Nothing is copied;
-/// the memory is kept until then.
+/// Bytes as a tensor for another library, which gives it back by calling its deleter. Nothing is copied. The memory is kept until then.
 ///
 /// # Errors
 ///
-/// `Weight` for a type that DLPack has no code for, for memory that is neither the host's nor a CUDA device's,
-/// or if the bytes are not as many as the description says.
+/// `Weight` for a type that DLPack has no code for, for memory that is neither the host's nor a CUDA device's, or if the number of bytes
+/// contradicts the description.
 pub fn export(meta: &TensorMeta, bytes: &Storage) -> Result<NonNull<ManagedTensor>> {
     let known = TYPES.iter().find(|(dtype, ..)| *dtype == meta.dtype);
     let Some(&(_, code, bits)) = known else {

@@ -1,4 +1,4 @@
-//! What CUDA answers, and what becomes of it.
+//! Errors of CUDA, and their conversion.
 
 use engine_core::{Error, ErrorKind};
 
@@ -12,9 +12,9 @@ pub enum CudaError {
     /// There is no such device.
     #[error("there is no CUDA device {ordinal}, of {count} that CUDA_VISIBLE_DEVICES leaves")]
     NoDevice {
-        /// The one asked for.
+        /// The requested number.
         ordinal: i32,
-        /// How many there are.
+        /// The number of devices.
         count: i32,
     },
     /// The driver refused a call.
@@ -33,7 +33,7 @@ pub enum CudaError {
          nvidia-cuda-nvrtc, and name its folder in CKPT_ENGINE_NVRTC_DIR"
     )]
     NoCompiler {
-        /// Why not.
+        /// The reason.
         reason: String,
     },
     /// The compiler refused a kernel.
@@ -41,7 +41,7 @@ pub enum CudaError {
     Compiler {
         /// The function.
         call: &'static str,
-        /// What it said.
+        /// The compiler's log.
         log: String,
     },
     /// Arguments that contradict each other.

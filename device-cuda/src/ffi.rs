@@ -1,7 +1,7 @@
 //! The driver's and NVRTC's objects, each owned by a type: status in, `Result` out.
 //!
-//! Every handle keeps the context that it belongs to, and every range is checked. Work of a stream goes on
-//! after the call that enqueues it: the stream keeps the memory that the work uses until it was waited for.
+//! Every handle keeps its context, and every range is checked. Work of a stream goes on after the call that enqueues it: the stream keeps
+//! the memory that the work uses until the work was waited for.
 #![allow(unsafe_code, reason = "calls into CUDA")]
 
 use std::any::Any;
@@ -26,8 +26,8 @@ pub(crate) const IPC_HANDLE_BYTES: usize = 64;
 #[derive(Clone, Copy, Debug)]
 struct Raw<T>(T);
 
-// SAFETY: the driver's API is thread-safe for contexts, streams, events, modules and allocations; what must not
-// overlap, the bytes of pinned memory and a stream's use of them, `Pinned` keeps apart.
+// SAFETY: the driver's API is thread-safe for contexts, streams, events, modules and allocations. `Pinned` keeps its bytes from being
+// accessed while its stream uses them.
 unsafe impl<T> Send for Raw<T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for Raw<T> {}
@@ -48,7 +48,7 @@ fn checked(call: &'static str, status: cu::CUresult) -> Result<(), CudaError> {
     Err(CudaError::Driver { call, code: status as u32, words })
 }
 
-/// What can go wrong while a handle is dropped is the loss of the device; there is nobody to tell.
+/// Logs an error while a handle is dropped: the device is lost, and there is no caller to report it to.
 fn log(result: Result<(), CudaError>) {
     if let Err(error) = result {
         tracing::debug!(%error, "while releasing a CUDA handle");
@@ -96,7 +96,7 @@ struct Retained {
 }
 
 impl Context {
-    /// That of device number `ordinal`.
+    /// Retains the primary context of device number `ordinal`.
     pub(crate) fn retain(_: Driver, ordinal: i32) -> Result<Self, CudaError> {
         let mut device = 0;
         // SAFETY: the out pointer is valid; the driver checks the ordinal.
@@ -123,7 +123,7 @@ impl Context {
         Ok(unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned())
     }
 
-    /// The 16 bytes that tell it from every other device.
+    /// Its UUID.
     pub(crate) fn uuid(&self) -> Result<[u8; 16], CudaError> {
         let mut uuid = cu::CUuuid { bytes: [0; 16] };
         // SAFETY: the out pointer is valid.
@@ -140,7 +140,7 @@ impl Context {
         Ok(value)
     }
 
-    /// Free and all bytes of the device's memory.
+    /// The free bytes and all bytes of the device's memory.
     pub(crate) fn memory_info(&self) -> Result<(usize, usize), CudaError> {
         self.enter()?;
         let (mut free, mut total) = (0, 0);
@@ -158,7 +158,7 @@ impl Drop for Retained {
     }
 }
 
-/// The context that was current on this thread, which is current again when this is dropped.
+/// The context that was current on this thread. Dropping this makes it current again.
 ///
 /// Other libraries take the current context for the device that their caller chose.
 #[derive(Debug)]
@@ -173,7 +173,7 @@ impl Current {
         let mut context = null_mut();
         // SAFETY: the out pointer is valid.
         let got = checked("cuCtxGetCurrent", unsafe { cu::cuCtxGetCurrent(&mut context) });
-        // Where the driver was never initialised nothing was entered.
+        // If the driver was never initialised, no context was current.
         Self(got.is_ok().then_some(context))
     }
 }
@@ -187,17 +187,17 @@ impl Drop for Current {
     }
 }
 
-/// What a stream of another library had to do at a moment.
+/// The work that a stream of another library had to do at a moment.
 #[derive(Debug)]
 pub(crate) enum Pending {
     Nothing,
     Until(Event),
-    /// All that the context has to do when it is waited for.
+    /// All work that the context has when it is waited for.
     All(Context),
 }
 
 impl Pending {
-    /// What a stream has to do now, or the whole context without one.
+    /// The work that a stream has now, or the whole context without a stream.
     ///
     /// # Safety
     ///
@@ -210,8 +210,7 @@ impl Pending {
         context.enter()?;
         let Some(stream) = stream else { return Ok(Self::All(context.clone())) };
         let stream: cu::CUstream = std::ptr::with_exposed_provenance_mut(stream);
-        // An event is recorded by the device: where processes share it, that takes a turn. A stream that has nothing
-        // to do says so at once.
+        // The device records an event: where processes share it, that takes a turn. An idle stream is found without one.
         // SAFETY: the stream is alive, as the caller promised.
         match unsafe { cu::cuStreamQuery(stream) } {
             cu::CUresult::CUDA_ERROR_NOT_READY => {}
@@ -238,7 +237,7 @@ impl Pending {
     }
 }
 
-/// What the work of a stream uses.
+/// Memory or modules that the work of a stream uses.
 pub(crate) type Used = Arc<dyn Any + Send + Sync>;
 
 /// A stream. The last clone waits for its work.
@@ -249,7 +248,7 @@ pub(crate) struct Stream(Arc<StreamHandle>);
 struct StreamHandle {
     context: Context,
     stream: Raw<cu::CUstream>,
-    /// What work that was not waited for may use.
+    /// Used by work that was not waited for.
     used: Mutex<Vec<Used>>,
 }
 
@@ -264,12 +263,12 @@ impl Stream {
         Ok(Self(Arc::new(StreamHandle { context: context.clone(), stream, used })))
     }
 
-    /// Waits for all work, and lets go of what it used.
+    /// Waits for all work, and drops what it used.
     pub(crate) fn synchronize(&self) -> Result<(), CudaError> {
         self.0.synchronize()
     }
 
-    /// Lets later work wait for what the event was recorded after.
+    /// Makes later work wait for the work before the event.
     pub(crate) fn wait_for(&self, event: &Event) -> Result<(), CudaError> {
         self.0.context.enter()?;
         // SAFETY: both are alive; the driver keeps what it needs of the event.
@@ -320,13 +319,13 @@ impl Stream {
 
 impl StreamHandle {
     fn used(&self) -> std::sync::MutexGuard<'_, Vec<Used>> {
-        // Every change is one push or the taking of all.
+        // Every change is one push, or takes all.
         self.used.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn synchronize(&self) -> Result<(), CudaError> {
         self.context.enter()?;
-        // What is kept from now on belongs to work that may not be waited for here.
+        // What is kept from here on belongs to work that may not be waited for here.
         let used = std::mem::take(&mut *self.used());
         // SAFETY: the stream is alive.
         let status = unsafe { cu::cuStreamSynchronize(self.stream.0) };
@@ -348,7 +347,7 @@ impl Drop for StreamHandle {
     }
 }
 
-/// A place in a stream's work.
+/// A point in a stream's work.
 #[derive(Debug)]
 pub(crate) struct Event {
     context: Context,
@@ -375,7 +374,7 @@ impl Event {
         checked("cuEventRecord", status)
     }
 
-    /// Whether all that was recorded before is done.
+    /// Whether all work before it is done.
     pub(crate) fn is_done(&self) -> Result<bool, CudaError> {
         self.context.enter()?;
         // SAFETY: the event is alive.
@@ -420,18 +419,18 @@ pub(crate) struct Memory {
     origin: Origin,
 }
 
-/// Where an allocation comes from, and so what becomes of it.
+/// Where memory comes from, which decides how it is released.
 #[derive(Debug)]
 enum Origin {
     Own,
-    /// Another process's, with what is dropped when it is closed.
+    /// Opened from another process, with an owner that is dropped when it is closed.
     Imported(Used),
-    /// Another library's, which has it again when this is dropped.
+    /// Lent by another library until this is dropped.
     Borrowed(#[expect(dead_code, reason = "kept to be dropped")] Used),
 }
 
 impl Memory {
-    /// So many bytes, at least 1, aligned to 256.
+    /// Allocates `len` bytes, at least 1, aligned to 256.
     pub(crate) fn new(context: &Context, len: usize) -> Result<Self, CudaError> {
         context.enter()?;
         let mut address = 0;
@@ -440,7 +439,7 @@ impl Memory {
         Ok(Self { context: context.clone(), address, len, origin: Origin::Own })
     }
 
-    /// An allocation of another process.
+    /// Opens an allocation of another process.
     pub(crate) fn import(
         context: &Context,
         handle: [u8; IPC_HANDLE_BYTES],
@@ -455,7 +454,7 @@ impl Memory {
         checked("cuIpcOpenMemHandle", status)?;
         let memory =
             Self { context: context.clone(), address, len, origin: Origin::Imported(owner) };
-        // The length is the exporter's word; the driver knows better, where it says.
+        // The length comes from the exporter. The driver knows the true one, if it reports it.
         match memory.mapped() {
             Ok(there) if there < len => {
                 Err(CudaError::Range(format!("{len} bytes of an allocation of {there}")))
@@ -464,7 +463,7 @@ impl Memory {
         }
     }
 
-    /// How many bytes the driver knows to be there from its beginning.
+    /// The number of bytes that the driver knows from its beginning on.
     fn mapped(&self) -> Result<usize, CudaError> {
         let (mut base, mut size) = (0, 0);
         // SAFETY: the out pointers are valid, the driver checks the address.
@@ -473,7 +472,7 @@ impl Memory {
         Ok(size.saturating_sub((self.address - base) as usize))
     }
 
-    /// Memory of another library of this process, which gets it back when this is dropped.
+    /// Memory of another library of this process, lent until this is dropped.
     ///
     /// # Safety
     ///
@@ -507,20 +506,19 @@ impl Memory {
         }
     }
 
-    /// Writes host bytes; returns when they are there.
+    /// Writes host bytes. Returns when they have arrived.
     pub(crate) fn write(&self, at: usize, source: &[u8]) -> Result<(), CudaError> {
         let to = self.at(at, source.len())?;
         self.context.enter()?;
         // SAFETY: the range lies within the allocation; the call returns when it has read the source.
         let status = unsafe { cu::cuMemcpyHtoD_v2(to, source.as_ptr().cast(), source.len()) };
         checked("cuMemcpyHtoD", status)?;
-        // The last part may still be on its way from the driver's own memory, and no other stream of ours
-        // waits for the default one, which it is on.
+        // The last part may still be on its way from the driver's own buffer, on the default stream. Our streams do not wait for that one.
         // SAFETY: null is the default stream.
         checked("cuStreamSynchronize", unsafe { cu::cuStreamSynchronize(null_mut()) })
     }
 
-    /// Reads into host bytes; returns when they are here.
+    /// Reads into host bytes. Returns when they have arrived.
     pub(crate) fn read(&self, at: usize, target: &mut [u8]) -> Result<(), CudaError> {
         let from = self.at(at, target.len())?;
         self.context.enter()?;
@@ -574,7 +572,7 @@ pub(crate) struct Pinned {
 }
 
 impl Pinned {
-    /// So many bytes, zeroed.
+    /// Allocates `len` zeroed bytes.
     pub(crate) fn new(stream: &Stream, len: usize) -> Result<Self, CudaError> {
         stream.0.context.enter()?;
         let mut address: *mut c_void = null_mut();
@@ -582,7 +580,7 @@ impl Pinned {
         // SAFETY: the out pointer is valid.
         checked("cuMemHostAlloc", unsafe { cu::cuMemHostAlloc(&mut address, bytes, 0) })?;
         let address = address.cast::<u8>();
-        // SAFETY: the driver gave so many bytes at this address.
+        // SAFETY: the driver gave this many bytes at this address.
         unsafe { std::ptr::write_bytes(address, 0, bytes) };
         Ok(Self { stream: stream.clone(), address: Raw(address), len })
     }
@@ -645,7 +643,7 @@ impl Drop for Pinned {
         let (address, context) = (self.address, self.stream.0.context.clone());
         release(move || {
             log(context.enter());
-            // The whole, so that the closure has what may be sent.
+            // Binds the whole `Raw`, which is `Send`: the closure would capture only its field.
             let address: Raw<*mut u8> = address;
             // SAFETY: the address is one that `new` got, and the stream has done its work.
             log(checked("cuMemFreeHost", unsafe { cu::cuMemFreeHost(address.0.cast()) }));
@@ -654,7 +652,7 @@ impl Drop for Pinned {
     }
 }
 
-/// Compiled kernels, whole: the driver is given no length.
+/// Compiled kernels, known to be complete: the driver is given no length.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Image(Vec<u8>);
 
@@ -663,7 +661,7 @@ const MAGIC: &[u8; 16] = b"ckpt-engine cub1";
 const HEADER: usize = 16 + 8 + 32;
 
 impl Image {
-    /// An image as a file has it.
+    /// The contents of a file with this image.
     pub(crate) fn to_file(&self) -> Vec<u8> {
         let mut file = Vec::with_capacity(HEADER + self.0.len());
         file.extend(MAGIC);
@@ -673,7 +671,7 @@ impl Image {
         file
     }
 
-    /// An image out of a file, if it is whole and as it was written.
+    /// Reads an image from a file, if it is complete and unchanged.
     pub(crate) fn from_file(file: &[u8]) -> Option<Self> {
         let rest = file.strip_prefix(MAGIC)?;
         let (len, rest) = rest.split_first_chunk::<8>()?;
@@ -686,7 +684,7 @@ impl Image {
         self.0
     }
 
-    /// An image that no driver takes.
+    /// An image that no driver accepts.
     #[cfg(test)]
     pub(crate) fn of_bytes(bytes: &[u8]) -> Self {
         Self(bytes.to_vec())
@@ -726,7 +724,7 @@ impl Drop for Module {
         let (context, module) = (self.context.clone(), self.module);
         release(move || {
             log(context.enter());
-            // The whole, so that the closure has what may be sent.
+            // Binds the whole `Raw`, which is `Send`: the closure would capture only its field.
             let module: Raw<cu::CUmodule> = module;
             // SAFETY: none of its kernels runs any more: streams keep the modules that their work uses.
             log(checked("cuModuleUnload", unsafe { cu::cuModuleUnload(module.0) }));
@@ -759,9 +757,8 @@ impl Function {
     ///
     /// # Safety
     ///
-    /// There is a parameter for each one of the kernel. All addresses among them, and those in the memory
-    /// that they point to, are of memory that the kernel may use so, which the stream
-    /// [keeps](Stream::keep).
+    /// There is a parameter for each one of the kernel. All addresses among them, and those in the memory that they point to, are of memory
+    /// that the kernel may use in this way, and that the stream [keeps](Stream::keep).
     pub(crate) unsafe fn launch(
         &self,
         grid: u32,

@@ -1,4 +1,4 @@
-//! The kernels: compiled for the device that is there, launched over job tables.
+//! The kernels: compiled for the present device, launched over job tables.
 
 mod ffi;
 
@@ -24,13 +24,13 @@ const BUCKET: &str = include_str!("../kernels/bucket.cu");
 const PROGRAM: &str = include_str!("../kernels/program.cu");
 const PLACED: &str = include_str!("../kernels/placed.cu");
 
-/// The folder that has NVRTC, where it is not on the loader's path.
+/// The variable with the folder of NVRTC, if it is not on the loader's path.
 const FOLDER_VARIABLE: &str = "CKPT_ENGINE_NVRTC_DIR";
 
 /// The most launches that run together.
 const MOST_LAUNCHES: usize = 8;
 
-/// Threads of a block; as `THREADS` in the kernels.
+/// Threads of a block: `THREADS` of the kernels.
 pub(crate) const THREADS: u32 = 256;
 
 /// The kernels of buckets and of placed updates.
@@ -43,7 +43,7 @@ fn of_program(program: &Program) -> Result<CString, CudaError> {
     source(&[COMMON, program.source(), PROGRAM])
 }
 
-/// The text of kernels, with the digest's keys put in.
+/// The source of kernels, with the digest's keys inserted.
 fn source(parts: &[&str]) -> Result<CString, CudaError> {
     let keys = digest::keys();
     let mut text = parts.join("\n");
@@ -63,8 +63,7 @@ fn source(parts: &[&str]) -> Result<CString, CudaError> {
     CString::new(text).map_err(|error| CudaError::Range(error.to_string()))
 }
 
-/// Options that decide the bytes of results: no contraction of products and sums, correctly rounded
-/// division, subnormal numbers kept.
+/// Options on which the bytes of results depend: no contraction of products and sums, correctly rounded division, subnormal numbers kept.
 fn options(capability: (i32, i32)) -> Vec<String> {
     let (major, minor) = capability;
     vec![
@@ -76,7 +75,7 @@ fn options(capability: (i32, i32)) -> Vec<String> {
     ]
 }
 
-/// Compiles all kernels for a compute capability, without any device. What it returns are those of buckets.
+/// Compiles all kernels for a compute capability, without a device. Returns the image of the kernels of buckets and of placed updates.
 ///
 /// # Errors
 ///
@@ -88,8 +87,8 @@ pub fn compile(capability: (i32, i32)) -> Result<Vec<u8>, CudaError> {
     compiled(&own()?, capability).map(Image::into_bytes)
 }
 
-/// Compiles the kernel of an encoding's [program](engine_core::Program) for a compute capability, without any device. The module
-/// `programs` says what is in a program.
+/// Compiles the kernel of an encoding's [program](engine_core::Program) for a compute capability, without a device. The module `programs`
+/// documents the source of a program.
 ///
 /// # Errors
 ///
@@ -106,7 +105,7 @@ fn compiled(source: &CStr, capability: (i32, i32)) -> Result<Image, CudaError> {
     compiler()?.compile(source, c"bucket.cu", &options)
 }
 
-/// NVRTC's version, once it is loaded.
+/// Loads NVRTC, and returns its version.
 ///
 /// # Errors
 ///
@@ -137,7 +136,7 @@ fn compiler() -> Result<Compiler, CudaError> {
     loaded.clone().map_err(|reason| CudaError::NoCompiler { reason })
 }
 
-/// The file in the cache that has the compiled kernels of this source for a device.
+/// The cache file for the compiled kernels of this source for a compute capability.
 fn cached_file(source: &CStr, capability: (i32, i32)) -> Option<PathBuf> {
     let mut hash = Sha256::new();
     hash.update(source.to_bytes());
@@ -150,7 +149,7 @@ fn cached_file(source: &CStr, capability: (i32, i32)) -> Option<PathBuf> {
     cache_folder().map(|folder| folder.join(format!("{name}.kernels")))
 }
 
-/// What a file has, if it is whole.
+/// Reads an image from a file, if the file is intact.
 fn recall(file: &Path) -> Option<Image> {
     let bytes = std::fs::read(file).ok()?;
     let image = Image::from_file(&bytes);
@@ -160,7 +159,7 @@ fn recall(file: &Path) -> Option<Image> {
     image
 }
 
-/// Puts an image into a file, whole or not at all.
+/// Writes an image to a file, atomically.
 fn remember(file: &Path, image: &Image) {
     let kept =
         file.parent().ok_or_else(|| std::io::ErrorKind::InvalidInput.into()).and_then(|folder| {
@@ -169,13 +168,13 @@ fn remember(file: &Path, image: &Image) {
             std::io::Write::write_all(&mut kept, &image.to_file())?;
             kept.persist(file).map_err(|error| error.error)
         });
-    // A cache that cannot be written costs the next start a second; nothing else.
+    // A failure costs only the compilation at the next start, about a second.
     if let Err(error) = kept {
         tracing::debug!(%error, path = %file.display(), "the kernels are not cached");
     }
 }
 
-/// What `load` makes of the image in a file; of one that `make` makes, if the file has none that `load` takes.
+/// Loads the image in a file. If the file has none that `load` accepts, loads one that `make` makes, and stores that.
 fn loaded<T>(
     file: Option<&Path>,
     make: impl FnOnce() -> Result<Image, CudaError>,
@@ -202,8 +201,7 @@ fn cache_folder() -> Option<PathBuf> {
     Some(cache.join("ckpt-engine"))
 }
 
-/// The kernels on a device, and the memory that their job tables travel through. All their work is on one
-/// stream.
+/// The kernels on a device, and the memory through which their job tables travel. All their work is on one stream.
 #[derive(Debug)]
 pub struct Kernels {
     stream: Stream,
@@ -212,25 +210,25 @@ pub struct Kernels {
     digest: Kernel,
     /// Tables on their way to the device.
     staging: PinnedMemory,
-    /// Tables that do not stay there.
+    /// The table on the device, if it does not stay there.
     table: CudaMemory,
-    /// Tables that do.
+    /// Tables that stay on the device.
     resident: Resident<CudaMemory>,
-    /// What launches find: the sum, and the failure of each.
+    /// The results of launches: the digest sum, and the failure of each launch.
     found: CudaMemory,
-    /// How many tiles of each job are done, as 32 bits: zeros between launches.
+    /// The number of finished tiles of each job, as 32 bits: zeros between launches.
     done: CudaMemory,
-    /// The same before anything was found.
+    /// The initial value of `found`.
     nothing: PinnedMemory,
-    /// What comes back.
+    /// The results, copied back.
     results: PinnedMemory,
-    /// The number of what is in the table.
+    /// The number of the [`Prepared`] whose tables are in `table`.
     prepared: u64,
-    /// Those of encodings that were needed.
+    /// The kernels of encodings that were needed so far.
     programs: Vec<(&'static Program, Kernel)>,
 }
 
-/// Memory of so many numbers of 32 bits, all of them 0 for the stream's later work.
+/// Memory of `numbers` numbers of 32 bits, all of them 0 for later work of the stream.
 fn zeros(stream: &Stream, numbers: usize) -> Result<CudaMemory, CudaError> {
     let memory = CudaMemory::new(stream.device(), numbers * 4)?;
     memory.all().fill(0, stream)?;
@@ -240,14 +238,14 @@ fn zeros(stream: &Stream, numbers: usize) -> Result<CudaMemory, CudaError> {
 /// What a launch does.
 #[derive(Clone, Copy, Debug)]
 pub enum Launch<'a> {
-    /// All jobs: fills a bucket, or copies one out into tensors. With the bucket that the targets lie in,
-    /// it adds to the digest sum what it writes: all codes and copies in aligned places, and no scales.
+    /// Does all jobs: fills a bucket, or copies one out into tensors. With `summed`, it adds what it writes to the digest sum: all codes
+    /// and copies in aligned places, and no scales.
     Encode {
         /// The jobs. Their targets do not overlap.
         jobs: &'a [DeviceJob],
         /// How they quantise.
         format: &'a Fp8Format,
-        /// The bucket, if the digest is wanted.
+        /// The bucket in which the targets lie, if the digest is wanted.
         summed: Option<&'a CudaSlice>,
     },
     /// Adds parts of a bucket, each with its offset in the bucket, to the digest sum. They begin at
@@ -255,23 +253,23 @@ pub enum Launch<'a> {
     Digest(&'a [(u64, CudaSlice)]),
 }
 
-/// What launches that ran together found.
+/// The results of launches that ran together.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ran {
-    /// The digest sum of all that was added to it: the same as [`engine_core::digest::sum`] over it.
+    /// The digest sum of all bytes that were added to it, equal to [`engine_core::digest::sum`] of them.
     pub sum: u64,
-    /// The first launch with a block that has no finite form, and the error.
+    /// The first block without a finite form: its launch, its job, and its number in the job.
     pub failed: Option<(usize, usize, usize)>,
 }
 
 #[derive(Clone, Debug)]
 pub(crate) struct Kernel {
     pub(crate) function: Function,
-    /// As many blocks as the device runs at a time.
+    /// The number of blocks that the device runs at a time.
     pub(crate) grid: u32,
 }
 
-/// Kernels of a source on a device: compiled, if it is the first time on such a device.
+/// The kernels of a source on a device.
 #[derive(Debug)]
 pub(crate) struct Library {
     module: Arc<Module>,
@@ -283,7 +281,7 @@ impl Library {
         Self::of(device, &own()?)
     }
 
-    /// Those of a source.
+    /// Loads the kernels of a source, or compiles them if they are not in the cache.
     fn of(device: &Device, source: &CStr) -> Result<Self, CudaError> {
         let capability = device.capability();
         let file = cached_file(source, capability);
@@ -300,7 +298,7 @@ impl Library {
 }
 
 impl Kernels {
-    /// Loads the kernels, compiling them if it is the first time on such a device.
+    /// Loads the kernels. The first time for this kind of device, it compiles them.
     ///
     /// # Errors
     ///
@@ -340,11 +338,9 @@ impl Kernels {
         &self.stream
     }
 
-    /// Runs launches one after the other, and waits for their end: also if this is an error, nothing is
-    /// under way any more when it returns.
+    /// Runs launches one after the other, and waits for their end. No work is under way when it returns, not even after an error.
     ///
-    /// Everything is handed to the device at once and waited for once: where processes take turns on a
-    /// device, every further wait costs a turn.
+    /// Everything is enqueued at once and waited for once: where processes take turns on a device, every further wait costs a turn.
     ///
     /// # Errors
     ///
@@ -355,14 +351,14 @@ impl Kernels {
         self.run_tables(&mut tables)
     }
 
-    /// As [`run`](Self::run), of launches whose tables are made. What they use is no longer kept when it returns.
+    /// As [`run`](Self::run), for launches whose tables are made. When it returns, it no longer keeps what they use.
     ///
     /// Tables that come again are on the device already.
     pub(crate) fn run_tables(&mut self, tables: &mut Tables) -> Result<Ran, CudaError> {
         let ran = self.enqueue(tables).and_then(|()| self.collect(tables.parts.len()));
         tables.used.clear();
         if ran.is_err() {
-            // Whether a table has arrived is not known.
+            // It is not known whether the tables have arrived.
             self.resident.clear();
             if let Err(error) = self.stream.synchronize() {
                 tracing::debug!(%error, "while work that failed was waited for");
@@ -397,7 +393,7 @@ impl Kernels {
         self.start(&tables.parts, Arc::new(used))
     }
 
-    /// Loads the kernel of a program, if that was not needed before.
+    /// Loads the kernel of a program, if it is not loaded yet.
     fn load_program(&mut self, program: &'static Program) -> Result<(), CudaError> {
         if self.program(program).is_none() {
             let device = self.device().clone();
@@ -414,7 +410,7 @@ impl Kernels {
             .map(|(_, kernel)| kernel)
     }
 
-    /// Makes room for the count of each job's tiles.
+    /// Makes room for the tile count of each job.
     fn count_jobs(&mut self, parts: &[Part]) -> Result<(), CudaError> {
         let most = parts.iter().map(|part| part.jobs as usize).max().unwrap_or(0);
         if most * 4 > self.done.len() {
@@ -423,14 +419,14 @@ impl Kernels {
         Ok(())
     }
 
-    /// Lets the launches that follow begin with nothing found.
+    /// Resets the results for the launches that follow.
     fn forget_found(&mut self, launches: usize) -> Result<(), CudaError> {
         self.nothing.copy_to(0, &self.found.slice(0, (1 + launches) * 8)?)
     }
 
-    /// Brings tables to where they are launched from once.
+    /// Copies tables to the device for one use.
     fn bring_once(&mut self, bytes: &[u8]) -> Result<CudaMemory, CudaError> {
-        // Nothing that was prepared before is there any more.
+        // This overwrites what was prepared before.
         static NUMBERS: AtomicU64 = AtomicU64::new(1);
         self.prepared = NUMBERS.fetch_add(1, Ordering::Relaxed);
         if bytes.len() > self.table.len() {
@@ -449,7 +445,7 @@ impl Kernels {
         self.staging.copy_to(0, &to.slice(0, bytes.len())?)
     }
 
-    /// What the launches found, once they are done.
+    /// Waits for the launches and returns their results.
     fn collect(&mut self, launches: usize) -> Result<Ran, CudaError> {
         let words = 1 + launches;
         self.results.copy_from(&self.found.slice(0, words * 8)?)?;
@@ -476,8 +472,7 @@ impl Kernels {
         }
     }
 
-    /// Brings the tables of launches to the device, to be launched any number of times until others are
-    /// prepared.
+    /// Copies the tables of launches to the device. They can be launched any number of times until others are prepared.
     ///
     /// # Errors
     ///
@@ -493,7 +488,7 @@ impl Kernels {
         Ok(Prepared { number: self.prepared, used, parts })
     }
 
-    /// The tables of launches, with what their jobs use.
+    /// The tables of launches, with the memory that their jobs use.
     fn tables(&self, launches: &[Launch<'_>]) -> Result<Tables, CudaError> {
         let mut tables = Tables::default();
         let mut owners = Owners { ordinal: self.device().ordinal(), ..Owners::default() };
@@ -518,12 +513,12 @@ impl Kernels {
     }
 }
 
-/// The allocations that jobs are in, most of them once.
+/// The allocations of jobs, most of them once.
 #[derive(Debug, Default)]
 struct Owners {
     ordinal: i32,
     memory: Vec<CudaMemory>,
-    /// The last one of each role.
+    /// The address of the last allocation of each role.
     last: [Option<u64>; 3],
 }
 
@@ -535,7 +530,7 @@ impl Owners {
             let words = format!("memory of device {ordinal} for kernels of {}", self.ordinal);
             return Err(CudaError::Range(words));
         }
-        // An address is one allocation's as long as the allocation is kept.
+        // An address identifies an allocation as long as it is kept.
         if self.last[role].replace(memory.address()) != Some(memory.address()) {
             self.memory.push(memory.clone());
         }
@@ -543,8 +538,7 @@ impl Owners {
     }
 }
 
-/// Launches whose tables are on the device, with the memory of their jobs; of the last [`Kernels::prepare`]
-/// only.
+/// Launches whose tables are on the device, with the memory of their jobs. Valid until the next [`Kernels::prepare`].
 #[derive(Debug)]
 pub struct Prepared {
     number: u64,
@@ -552,7 +546,7 @@ pub struct Prepared {
     parts: Vec<Part>,
 }
 
-/// What launches use.
+/// The memory that launches use.
 #[derive(Debug)]
 struct Used {
     table: CudaMemory,

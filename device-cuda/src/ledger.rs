@@ -1,4 +1,4 @@
-//! Scales that launches have computed and that were not asked for yet.
+//! Scales that launches have computed and that nobody has asked for yet.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -6,19 +6,19 @@ use std::sync::{Arc, Weak};
 
 use engine_core::Encoding;
 
-/// Where scales of weights are, and which of them.
+/// Where scales of weights are, and which scales are there.
 ///
-/// It knows a weight by its encoding, and what it says is true of that encoding alone: which scales are there
-/// is what launches have written, whatever was sent before.
+/// It identifies a weight by its encoding, and its entries hold for that encoding alone: they list the scales that launches have written,
+/// whatever was sent before.
 #[derive(Debug)]
 pub(crate) struct Ledger<P>(HashMap<usize, Entry<P>>);
 
 #[derive(Debug)]
 struct Entry<P> {
-    /// Keeps the address from being another one's.
+    /// Keeps the address from being reused.
     of: Weak<dyn Encoding>,
     place: P,
-    /// Sorted, and none touches another.
+    /// Sorted ranges that do not touch one another.
     known: Vec<Range<usize>>,
 }
 
@@ -28,13 +28,13 @@ impl<P> Default for Ledger<P> {
     }
 }
 
-/// What a ledger knows an encoding by.
+/// The key of an encoding in a ledger.
 pub(crate) fn key<T: ?Sized>(encoding: &Arc<T>) -> usize {
     Arc::as_ptr(encoding).cast::<()>().addr()
 }
 
 impl<P: Clone + PartialEq> Ledger<P> {
-    /// Where an encoding's scales are kept.
+    /// The place of an encoding's scales.
     pub(crate) fn place(&self, key: usize) -> Option<&P> {
         self.0.get(&key).map(|entry| &entry.place)
     }
@@ -44,7 +44,7 @@ impl<P: Clone + PartialEq> Ledger<P> {
         self.0.get(&key).map_or(&[], |entry| &entry.known)
     }
 
-    /// Notes that scales of an encoding are at a place.
+    /// Records that scales of an encoding are at a place.
     pub(crate) fn add(&mut self, of: &Arc<dyn Encoding>, place: &P, scales: Range<usize>) {
         let entry = self.0.entry(key(of)).or_insert_with(|| Entry {
             of: Arc::downgrade(of),
@@ -54,7 +54,7 @@ impl<P: Clone + PartialEq> Ledger<P> {
         entry.add(scales);
     }
 
-    /// Where scales are, if all of these are there: some by this ledger, others by `more`.
+    /// The place of scales, if all of them are there: some by this ledger, others by `more`.
     pub(crate) fn covers<'a>(
         &'a self,
         more: &'a Self,
@@ -73,14 +73,14 @@ impl<P: Clone + PartialEq> Ledger<P> {
         (from >= scales.end).then(|| self.place(key).or_else(|| more.place(key)))?
     }
 
-    /// Takes over what another one knows, and forgets encodings that nobody has any more.
+    /// Merges another ledger, and forgets encodings that were dropped.
     pub(crate) fn extend(&mut self, more: Self) {
         for (key, entry) in more.0 {
             match self.0.get_mut(&key) {
                 Some(here) if here.place == entry.place => {
                     entry.known.into_iter().for_each(|range| here.add(range));
                 }
-                // The newer ones; others may have been computed elsewhere meanwhile.
+                // The newer entry wins: scales may have been computed elsewhere meanwhile.
                 _ => drop(self.0.insert(key, entry)),
             }
         }
@@ -159,7 +159,7 @@ mod tests {
         let weight = encoding();
         ledger.add(&weight, &1, 0..4);
         drop(weight);
-        // Its address is nobody else's as long as the ledger knows of it.
+        // Its address is not reused as long as the ledger knows it.
         let others: Vec<_> = (0..100).map(|_| encoding()).collect();
         let none = Ledger::default();
         assert!(others.iter().all(|other| ledger.covers(&none, key(other), &(0..1)).is_none()));

@@ -1,9 +1,9 @@
 //! CUDA for checkpoint engines: memory, streams, sharing between processes, and the kernels that fill
 //! and read buckets.
 //!
-//! Nothing is linked: the driver and the compiler of the kernels are found at run time, and a machine
-//! without them gets an error in words. [`Device::open`] is where to begin; [`Kernels::encode`] copies
-//! and quantises all weights of a bucket in one launch. [`MEMORY`] is what transports know of it.
+//! Nothing is linked: the driver and the compiler of the kernels are loaded at run time, and without them calls return an error. Start with
+//! [`Device::open`]. [`Kernels::encode`] copies and quantises all weights of a bucket in one launch. [`MEMORY`] is the kind of memory for
+//! transports.
 
 #![deny(unsafe_code)]
 

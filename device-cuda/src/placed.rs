@@ -1,4 +1,4 @@
-//! Parts of tensors that are written straight to where they are used, and digested there.
+//! Writes parts of tensors straight to their final place, and digests them there.
 
 mod ffi;
 mod table;
@@ -14,7 +14,7 @@ use crate::storage::address_of;
 use crate::{CudaError, CudaMemory, CudaSlice, Device, PinnedMemory, Stream};
 use table::{Table, Target, push_check, push_maxima, push_write};
 
-/// Bytes that a launch reads, about: while one is under way the next table is made.
+/// Bytes that a launch reads, approximately: while one is under way the next table is made.
 const LAUNCH: u64 = 2 << 30;
 
 /// Parts of a weight that are written to memory of this device, or of one that it reaches.
@@ -28,8 +28,7 @@ pub struct Write<'a> {
     pub parts: &'a [StridedPart],
     /// The memory that they are written to.
     pub to: &'a CudaSlice,
-    /// Of a part that is quantised the largest magnitudes of its blocks, where they are not those of the part alone: one part
-    /// then.
+    /// The largest magnitudes of the blocks of a quantised part, if they are not those of the part alone. There is only one part then.
     pub known: Option<&'a [u32]>,
 }
 
@@ -38,7 +37,7 @@ pub struct Write<'a> {
 pub struct Check<'a> {
     /// The memory.
     pub memory: &'a CudaSlice,
-    /// What was written there.
+    /// The parts that were written there.
     pub parts: &'a [StridedPart],
 }
 
@@ -53,14 +52,13 @@ pub struct Maxima<'a> {
     pub part: &'a StridedPart,
 }
 
-/// What launches found.
+/// The results of launches.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Found {
-    /// The digest's sum of each job, in their order: over the bytes of its parts where they are in the memory that is lent. A
-    /// word of eight bytes that a row, or a row of a block, has not all of counts with zeros in place of the others; each scale
-    /// counts by itself.
+    /// The digest sum of each job, in their order, over the bytes of its parts at their offsets in the lent memory. If a row, or a row of a
+    /// block, has only some bytes of a word of eight, the others count as zeros. Each scale counts by itself.
     pub sums: Vec<u64>,
-    /// The first job with a block that has no finite form, and the block's number in it: row by row over all matrices.
+    /// The first block without a finite form.
     pub failed: Option<Failed>,
 }
 
@@ -69,7 +67,7 @@ pub struct Found {
 pub struct Failed {
     /// The number of the job.
     pub job: usize,
-    /// The block's matrix, and its row and column of blocks, in the part.
+    /// The block's matrix, row and column, counted in blocks within the part.
     pub block: [u64; 3],
 }
 
@@ -86,16 +84,16 @@ pub struct Placer {
     /// Tables on their way to the device.
     staging: PinnedMemory,
     resident: Resident<CudaMemory>,
-    /// A failure, and the sum of each slot.
+    /// The results: a failure, and the sum of each slot.
     numbers: CudaMemory,
-    /// What comes back of that.
+    /// The results, copied back.
     results: PinnedMemory,
-    /// Maxima that are known, or that were found.
+    /// Maxima that are given, or that were found.
     known: CudaMemory,
     table: Table,
 }
 
-/// Waits for a stream before what its work reads is let go of.
+/// Waits for a stream before the memory that its work reads is released.
 struct Waiting(Stream);
 
 impl Drop for Waiting {
@@ -107,7 +105,7 @@ impl Drop for Waiting {
 }
 
 impl Placer {
-    /// The kernels, compiled if it is the first time on such a device.
+    /// Loads the kernels. The first time for this kind of device, it compiles them.
     ///
     /// # Errors
     ///
@@ -135,7 +133,7 @@ impl Placer {
         self.stream.device()
     }
 
-    /// Whether a weight is where [`write`](Self::write) takes it from.
+    /// Whether a weight is on this device, from which [`write`](Self::write) reads it.
     pub fn has(&self, source: &Storage) -> bool {
         address_of(source).is_some_and(|(ordinal, _)| ordinal == self.device().ordinal())
     }
@@ -145,12 +143,12 @@ impl Placer {
         table::is_known(format)
     }
 
-    /// Writes parts of weights, and digests them as they are written. `step` is called before every launch; its error ends the
-    /// work. Blocks until all is written; also if this is an error, nothing is written any more when it returns.
+    /// Writes parts of weights, and digests them as they are written. `step` is called before every launch, and its error ends the work.
+    /// Blocks until all is written. When it returns, nothing is written any more, not even after an error.
     ///
     /// # Errors
     ///
-    /// `State` for what is not where it is said to be; those of `step`; what the driver reports.
+    /// `State` for memory that is not where the job says; those of `step`; what the driver reports.
     pub fn write<'a>(
         &mut self,
         jobs: impl IntoIterator<Item = Write<'a>, IntoIter: Clone>,
@@ -216,7 +214,7 @@ impl Placer {
         Ok(Found { sums, failed })
     }
 
-    /// Digests parts where they are. Blocks.
+    /// Digests parts in place. Blocks.
     ///
     /// # Errors
     ///
@@ -253,8 +251,8 @@ impl Placer {
         Ok(self.finish(slots)?.1)
     }
 
-    /// The largest magnitudes of the blocks of parts, each over the elements that are in the part: the bits of the source's type,
-    /// with the top bit set where there is none because of a NaN. Blocks.
+    /// The largest magnitudes of the blocks of parts, each over the elements in the part, as bits of the source's type. The top bit is set
+    /// if there is none because of a NaN. Blocks.
     ///
     /// # Errors
     ///
@@ -312,7 +310,7 @@ impl Placer {
         Ok(())
     }
 
-    /// Lets the launches that follow begin with nothing found.
+    /// Resets the results for the launches that follow.
     fn begin(&mut self, slots: usize) -> Result<()> {
         let bytes = (1 + slots) * 8;
         if u32::try_from(slots).is_err() {
@@ -329,7 +327,7 @@ impl Placer {
         Ok(())
     }
 
-    /// Brings the table to the device, unless it is there.
+    /// Copies the table to the device, unless it is there.
     fn bring(&mut self) -> Result<CudaMemory, CudaError> {
         let bytes = self.table.bytes();
         let known = self.resident.want(bytes);
@@ -343,7 +341,7 @@ impl Placer {
         self.staging.bytes()?[..bytes.len()].copy_from_slice(bytes);
         self.staging.copy_to(0, &memory.all())?;
         if matches!(known, Known::Again) {
-            // It is there before anybody launches it again, or is forgotten.
+            // It has arrived before anybody launches it again, or is forgotten.
             self.stream.synchronize()?;
             self.resident.keep(bytes, memory.clone());
         }
@@ -365,7 +363,7 @@ impl Placer {
         Ok(())
     }
 
-    /// Waits for the launches: the failure, and the sum of each slot.
+    /// Waits for the launches. Returns the failure, and the sum of each slot.
     fn finish(&mut self, slots: usize) -> Result<(u64, Vec<u64>)> {
         self.results.copy_from(&self.numbers.slice(0, (1 + slots) * 8)?)?;
         let (found, _) = self.results.bytes()?.as_chunks::<8>();
@@ -384,7 +382,7 @@ fn blocks_of(part: &StridedPart) -> u64 {
     part.extent[0] * bands * blocks
 }
 
-/// Whether a part lies within memory of so many bytes.
+/// Checks that a part lies within memory of `len` bytes.
 fn within(part: &StridedPart, at: quant_fp8::Strides, element: u64, len: u64) -> Result<()> {
     let [matrices, rows, cols] = part.extent;
     let end = cols.checked_mul(element).and_then(|bytes| at.end(matrices, rows, bytes));

@@ -1,4 +1,4 @@
-//! Programs of encodings: those that they bring, and those for what engine-core has.
+//! Programs of encodings: those of the encodings themselves, and those for engine-core's.
 //!
 //! A program is CUDA C++ that defines
 //!
@@ -6,16 +6,16 @@
 //! __device__ uint4 encode16(const u8* source, u64 at, u32 bytes, const u64* parameters);
 //! ```
 //!
-//! which gives the bytes `at` to `at + bytes` of the output: 16 of them, or what there is at the output's end. `at` is a multiple of
-//! 16; what is behind the bytes that are asked for means nothing. `source` has the alignment of the weight's elements, and `u8`, `u16`, `u32`
-//! and `u64` are there, and what `kernels/common.cuh` has. The launch writes the bytes and adds them to the digest.
+//! which returns the bytes `at` to `at + bytes` of the output: 16 bytes, or fewer at the output's end. `at` is a multiple of 16. What is
+//! returned behind `bytes` is ignored. `source` has the alignment of the weight's elements. `u8`, `u16`, `u32`, `u64` and the contents of
+//! `kernels/common.cuh` are available. The launch writes the bytes and adds them to the digest.
 #![allow(unsafe_code, reason = "programs run on addresses")]
 
 use std::any::Any;
 
 use engine_core::{Cast, DType, Kernel, Program, Weight};
 
-/// The name by which encodings know this kind of memory.
+/// The name of this kind of memory for encodings.
 pub(crate) const NAME: &str = "cuda";
 
 // SAFETY: it reads the elements of the output's bytes, which are those of the source.
@@ -27,7 +27,7 @@ static STRIDED: Program = unsafe { Program::new("strided", include_str!("../kern
 /// The programs for encodings of engine-core.
 pub(crate) static OWN: [&Program; 2] = [&CAST, &STRIDED];
 
-/// What does the work of a weight on a CUDA device, if anything does.
+/// The kernel of a weight on a CUDA device, if there is one.
 pub(crate) fn kernel_of(weight: &Weight) -> Option<Kernel<'_>> {
     let Some(encoding) = weight.encoding() else { return strided(weight) };
     let any: &dyn Any = &**encoding;
@@ -35,7 +35,7 @@ pub(crate) fn kernel_of(weight: &Weight) -> Option<Kernel<'_>> {
         Some(cast) => of_cast(cast),
         None => encoding.kernel(NAME),
     };
-    // What exists only once other weights were encoded may be in no memory that a program reads.
+    // The source of a deferred encoding may be in memory that a program cannot read.
     kernel.filter(|_| !encoding.is_deferred())
 }
 

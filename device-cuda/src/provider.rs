@@ -1,4 +1,4 @@
-//! A CUDA device's memory as transports know it.
+//! A CUDA device's memory as a kind of memory for transports.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -17,7 +17,7 @@ use crate::device::WeakMemory;
 use crate::programs::NAME;
 use crate::{CudaArena, CudaError, CudaMemory, Device, IpcHandle, Packer, bucket_storage};
 
-/// CUDA devices as a kind of memory, to be registered.
+/// The kind of memory of CUDA devices, to be registered.
 pub static MEMORY: &dyn MemoryKind = &Cuda;
 
 #[derive(Debug)]
@@ -49,7 +49,7 @@ impl MemoryKind for Cuda {
         bytes: u64,
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Result<Box<dyn ImportedMemory>> {
-        // Before a device is looked for.
+        // Checked before a device is opened.
         Handle::from_bytes(handle).ok_or_else(|| not_a_handle(handle))?;
         let device = Device::of(device)?;
         let len = usize::try_from(bytes)
@@ -70,13 +70,13 @@ fn not_a_handle(bytes: &[u8]) -> Error {
     refuse(format!("{} bytes are no handle of CUDA memory", bytes.len()))
 }
 
-/// Exports memory: what other processes, or this one, give to [`import`].
+/// Exports memory. Other processes, or this one, pass the result to [`import`].
 ///
-/// CUDA does not define what becomes of memory that is freed while another process has it open.
+/// CUDA does not define the result of freeing memory that another process has open.
 ///
 /// # Errors
 ///
-/// What the driver reports, where processes cannot open each other's memory.
+/// What the driver reports, if processes cannot open each other's memory.
 pub fn export(memory: &CudaMemory) -> std::result::Result<Vec<u8>, CudaError> {
     static NUMBERS: AtomicU64 = AtomicU64::new(0);
     let driver = memory.export()?;
@@ -87,7 +87,7 @@ pub fn export(memory: &CudaMemory) -> std::result::Result<Vec<u8>, CudaError> {
     Ok(Handle { process: std::process::id(), number, driver }.to_bytes())
 }
 
-/// Opens memory that a process has exported, with so many bytes. `owner` lives as long as it is open.
+/// Opens memory of `len` bytes that a process has exported. `owner` lives as long as it is open.
 ///
 /// # Errors
 ///
@@ -103,7 +103,7 @@ pub fn import(
     if handle.process != std::process::id() {
         return Ok(CudaMemory::import(device, handle.driver, len, owner)?);
     }
-    // A process cannot open what it has exported itself.
+    // CUDA does not let a process open its own export.
     let memory = exports().get(&handle.number).and_then(WeakMemory::upgrade);
     let memory = memory.filter(|memory| memory.len() == len).ok_or_else(|| {
         let message = "the memory that was exported is gone";
@@ -117,14 +117,14 @@ pub fn import(
     Ok(memory)
 }
 
-/// An arena as what it is allocated with.
+/// The memory of an arena.
 #[derive(Debug)]
 struct Memory {
     arena: CudaArena,
     lifetime: Lifetime,
 }
 
-/// Bytes of an arena that no other slot has.
+/// The bytes of one slot of an arena. No other slot has them.
 #[derive(Debug)]
 struct Slot {
     arena: CudaArena,
@@ -146,8 +146,8 @@ impl BucketMemory for Memory {
     #[allow(unsafe_code, reason = "libraries reach it by its address")]
     fn reach(&self) -> Option<Reach> {
         let device = self.arena.device().ordinal().unsigned_abs();
-        // SAFETY: the arena has an allocation of this device, which is there as long as `self`. `cut` and `spare` make slots of
-        // it that do not overlap, and nothing else gives an arena of theirs away.
+        // SAFETY: the arena keeps an allocation of this device as long as `self` lives. `cut` and `spare` make slots of it that do not
+        // overlap, and nothing else hands their arenas out.
         Some(unsafe { Reach::new(self.arena.memory().address(), Some(device)) })
     }
 
@@ -220,15 +220,15 @@ impl BucketSlot for Slot {
     }
 }
 
-/// What this process has exported, by its number.
+/// The exports of this process, by their numbers.
 static EXPORTS: LazyLock<Mutex<HashMap<u64, WeakMemory>>> = LazyLock::new(Mutex::default);
 
 fn exports() -> std::sync::MutexGuard<'static, HashMap<u64, WeakMemory>> {
-    // Every change is one insertion, or removals of what is gone.
+    // Every change is one insertion, or the removal of dropped memory.
     EXPORTS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What travels of exported memory.
+/// The form in which an export travels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Handle {
     /// The process that has exported it.

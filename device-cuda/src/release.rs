@@ -1,17 +1,16 @@
-//! Memory and modules are given back to the driver while no collective of this process is under way.
+//! Gives memory and modules back to the driver only while no collective of this process is under way.
 //!
-//! The driver waits for all work on a device before it frees memory of it or unloads a module, and holds a lock of
-//! the process meanwhile. A collective ends when every rank has come to it. If one of those ranks is of this process and needs
-//! the lock, all of them wait for ever.
+//! The driver waits for all work on a device before it frees memory of it or unloads a module, and holds a lock of the process meanwhile. A
+//! collective ends when every rank has joined it. If one of those ranks is in this process and needs the lock, all of them wait for ever.
 
 use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// What is dropped when the memory is closed: an owner elsewhere, who may own memory as well.
+/// Dropped when the memory is closed: an owner elsewhere, which may own memory as well.
 pub(crate) type Owner = Option<Arc<dyn Any + Send + Sync>>;
 type Release = Box<dyn FnOnce() -> Owner + Send>;
 
-/// The collectives under way, and the memory that waits for their end.
+/// The collectives under way, and the releases that wait for their end.
 #[derive(Default)]
 struct Gate(Mutex<State>);
 
@@ -39,7 +38,7 @@ impl Gate {
         if state.under_way > 0 {
             return;
         }
-        // Under the lock, so that no collective begins meanwhile.
+        // Releases run under the lock, so that no collective begins meanwhile.
         let owners: Vec<Owner> = state.waiting.drain(..).map(|release| release()).collect();
         drop(state);
         drop(owners);
@@ -57,21 +56,21 @@ impl Gate {
     }
 }
 
-/// Gives something back now, or when the last collective of this process has ended.
+/// Runs `release` now, or when the last collective of this process has ended.
 pub(crate) fn release(release: impl FnOnce() -> Owner + Send + 'static) {
     PROCESS.release(Box::new(release));
 }
 
 /// A collective that a rank of this process has begun, until this is dropped.
 ///
-/// Device memory and kernels that are dropped meanwhile are given back to the driver when the last of them has ended:
-/// freeing them would wait for the collective, and keep other ranks of the process from coming to it.
+/// Device memory and kernels that are dropped meanwhile are given back to the driver when the last collective has ended: freeing them would
+/// wait for the collective, and keep other ranks of the process from joining it.
 #[derive(Debug)]
 #[must_use = "the collective counts as ended when this is dropped"]
 pub struct CollectiveUnderWay(());
 
 impl CollectiveUnderWay {
-    /// A collective begins: call it before its first work is enqueued.
+    /// Begins a collective. Call it before the collective's first work is enqueued.
     #[expect(clippy::new_without_default, reason = "making one has an effect")]
     pub fn new() -> Self {
         PROCESS.begin();

@@ -1,26 +1,26 @@
-//! Tables that are on the device already: those of an update that is like the last one.
+//! Keeps tables on the device, for updates that repeat.
 
 use std::collections::{HashMap, HashSet};
 
 use engine_core::digest;
 
-/// The most bytes of all tables that stay, on the device and once more on the host.
+/// The most bytes of all tables that stay: on the device, and again on the host.
 pub(crate) const MOST_BYTES: usize = 32 << 20;
 
-/// The most contents that are remembered as seen, eight bytes each.
+/// The most keys of tables that are remembered as seen, eight bytes each.
 const MOST_SEEN: usize = 1 << 14;
 
-/// Tables that stay on a device, by their bytes: what has the same bytes is the same table, whatever they were made of.
+/// Tables that stay on a device, identified by their bytes: equal bytes are the same table, however they were made.
 ///
-/// A table stays from the second time on that it is wanted, so that what never comes again takes no memory. It is
-/// bytes alone: it keeps no memory that its addresses are in, and is launched only by who has such memory now.
+/// A table stays from its second use on, so that a table that is used once takes no memory. It consists of bytes alone: it does not keep
+/// the memory behind its addresses alive, and only callers that have that memory now launch it.
 #[derive(Debug)]
 pub(crate) struct Resident<M> {
     tables: HashMap<u64, Stays<M>>,
     seen: HashSet<u64>,
     bytes: usize,
     most: usize,
-    /// How often a table was wanted so far.
+    /// The number of calls of [`want`](Self::want) so far.
     now: u64,
 }
 
@@ -34,20 +34,20 @@ struct Stays<M> {
 /// What is known of a table.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Known<M> {
-    /// It is there.
+    /// It is on the device.
     Here(M),
-    /// It was wanted before: it is worth [keeping](Resident::keep).
+    /// It was wanted before, so [keep](Resident::keep) it.
     Again,
     New,
 }
 
 impl<M: Clone> Resident<M> {
-    /// Nothing, of which so many bytes may stay.
+    /// An empty one, in which at most `most` bytes stay.
     pub(crate) fn new(most: usize) -> Self {
         Self { tables: HashMap::new(), seen: HashSet::new(), bytes: 0, most, now: 0 }
     }
 
-    /// What is known of a table that is wanted now.
+    /// Looks up a table that is wanted now.
     pub(crate) fn want(&mut self, table: &[u8]) -> Known<M> {
         self.now += 1;
         // The key only finds a table; its bytes decide.
@@ -64,14 +64,14 @@ impl<M: Clone> Resident<M> {
         if self.seen.insert(key) { Known::New } else { Known::Again }
     }
 
-    /// Keeps a table that `memory` has, if there is room: tables that are wanted more seldom than others make some.
+    /// Keeps a table that is in `memory`, if there is room. Tables that are wanted less often make room.
     pub(crate) fn keep(&mut self, table: &[u8], memory: M) {
         let key = digest::sum(0, table);
         self.remove(key);
         while self.bytes + table.len() > self.most {
             let eldest = self.tables.iter().min_by_key(|(_, stays)| stays.wanted);
             let Some((&eldest, stays)) = eldest else { return };
-            // All of them are wanted in turn, one after the other: one more would drive out what is wanted next.
+            // All tables are wanted in turn: keeping one more would evict the next one.
             if self.now - stays.wanted <= 2 * self.tables.len() as u64 {
                 return;
             }
@@ -81,7 +81,7 @@ impl<M: Clone> Resident<M> {
         self.tables.insert(key, Stays { bytes: table.into(), memory, wanted: self.now });
     }
 
-    /// Forgets all tables: what was on its way to the device when work failed may not have come.
+    /// Forgets all tables: after failed work, tables on their way may not have arrived.
     pub(crate) fn clear(&mut self) {
         self.tables.clear();
         self.bytes = 0;
@@ -104,7 +104,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// A device: the tables that were brought to it, by where they are.
+    /// A device: the tables that were copied to it, by their places.
     #[derive(Default)]
     struct Brought(Vec<Vec<u8>>);
 

@@ -1,4 +1,4 @@
-//! Memory of a device as engine-core and the embedding program see it.
+//! Memory of a device as storage for engine-core and the embedding program.
 
 use std::sync::Arc;
 
@@ -47,7 +47,7 @@ impl DeviceMemory for Bucket {
     }
 }
 
-/// A weight of the same bytes on a device; its memory is freed with the last clone.
+/// Copies a weight to a device. The memory is freed with the last clone.
 ///
 /// # Errors
 ///
@@ -59,15 +59,14 @@ pub fn upload(device: &Device, weight: &Weight) -> Result<Weight> {
     Weight::from_meta(weight.meta().clone(), memory.all().storage())
 }
 
-/// Buckets on a device, one after the other in an allocation, as receivers see them: `packer` digests
-/// them.
+/// Buckets on a device, one after the other in an allocation, as receivers see them. `packer` digests them.
 pub fn bucket_storage(memory: &CudaMemory, packer: &Packer) -> Storage {
     let bucket = Bucket { memory: memory.clone(), packer: packer.clone() };
     DeviceBytes::new(Arc::new(bucket)).into()
 }
 
 impl CudaSlice {
-    /// The same bytes as a weight's: nothing is copied.
+    /// The same bytes as the storage of a weight. Nothing is copied.
     #[must_use]
     pub fn storage(&self) -> Storage {
         let whole = Storage::from(DeviceBytes::new(Arc::new(self.memory().clone())));
@@ -75,7 +74,7 @@ impl CudaSlice {
         whole.slice(start..start + self.len() as u64)
     }
 
-    /// The memory that a storage stands for, if it is a CUDA device's.
+    /// The memory of a storage, if it is a CUDA device's.
     pub fn of_storage(storage: &Storage) -> Option<Self> {
         let (memory, bytes) = memory_of(storage)?;
         memory.slice(bytes.start() as usize, bytes.len() as usize).ok()

@@ -8,10 +8,10 @@ use quant_fp8::{Fp8Format, Granularity, Mode, Precast, SourceType};
 
 use crate::{CudaError, CudaMemory, CudaSlice};
 
-/// Bytes of a copy that one tile moves; as `COPY_TILE` in the kernels.
+/// Bytes of a copy that one tile moves: `COPY_TILE` of the kernels.
 const COPY_TILE: usize = 16 << 10;
 
-/// Something to be done by the launch that fills a bucket, or that reads one.
+/// A job of a launch that fills a bucket, or reads one.
 #[derive(Clone, Debug)]
 pub enum DeviceJob {
     /// Bytes as they are, at any alignment.
@@ -37,7 +37,7 @@ pub enum DeviceJob {
 }
 
 impl DeviceJob {
-    /// All memory that it uses, by what for: read, written, written beside it.
+    /// All memory that it uses, by role: 0 is read, 1 is written, 2 is the scales that are written.
     pub(crate) fn slices(&self) -> impl Iterator<Item = (usize, &CudaSlice)> {
         let (source, target, beside) = match self {
             Self::Copy { source, target } => (source, target, None),
@@ -46,7 +46,7 @@ impl DeviceJob {
         [(0, source), (1, target)].into_iter().chain(beside.map(|scales| (2, scales)))
     }
 
-    /// Its entry and how many tiles it has.
+    /// Its entry, and its number of tiles.
     fn entry(&self, format: &Fp8Format) -> Result<(Entry, usize), CudaError> {
         match self {
             Self::Copy { source, target } => {
@@ -89,7 +89,7 @@ pub(crate) struct Fp8Places {
     pub(crate) scales: u64,
 }
 
-/// As `Job` in the kernels.
+/// The layout is that of `Job` in the kernels.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Entry {
     source: u64,
@@ -109,7 +109,7 @@ pub(crate) struct Entry {
 /// Bytes of an entry.
 const ENTRY: usize = 64;
 
-/// A job of an encoding's own program; as `ProgramJob` in the kernels.
+/// A job of an encoding's own program: `ProgramJob` of the kernels.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ProgramEntry {
     pub(crate) source: u64,
@@ -120,13 +120,13 @@ pub(crate) struct ProgramEntry {
 }
 
 impl Entry {
-    /// A copy, and how many tiles it has.
+    /// A copy, and its number of tiles.
     pub(crate) fn copy(source: u64, target: u64, bytes: u64) -> (Self, usize) {
         let entry = Self { source, target, bytes, ..Self::default() };
         (entry, (bytes as usize).div_ceil(COPY_TILE))
     }
 
-    /// A part of a bucket to be digested: where it is, and where it begins in the bucket.
+    /// A part of a bucket to be digested, with its address and its offset in the bucket.
     pub(crate) fn part(address: u64, offset: u64, bytes: u64) -> Result<(Self, usize), CudaError> {
         if !offset.is_multiple_of(64) || !address.is_multiple_of(16) {
             return Err(CudaError::Range("a part that begins within a row".into()));
@@ -134,8 +134,7 @@ impl Entry {
         Ok(Self::copy(address, offset, bytes))
     }
 
-    /// A matrix or a stack of them, and how many tiles it has. The caller has checked that there are so many bytes at
-    /// these places.
+    /// A matrix or a stack of matrices, and its number of tiles. The caller has checked that the bytes are at these places.
     pub(crate) fn fp8(
         at: Fp8Places,
         ty: SourceType,
@@ -191,23 +190,23 @@ impl Entry {
         self.target
     }
 
-    /// Has the launch add to the digest what it writes.
+    /// Makes the launch add what it writes to the digest.
     pub(crate) fn summed(self) -> Self {
         Self { flags: self.flags | SUMMED, ..self }
     }
 
-    /// Has the launch add the scales to the digest, too, once it has computed all of them.
+    /// Makes the launch add the scales to the digest, too, once it has computed all of them.
     pub(crate) fn summed_with_scales(self) -> Self {
         Self { flags: self.flags | SCALES, ..self }
     }
 
-    /// Has the launch add to the digest what it copies out of the bucket.
+    /// Makes the launch add what it copies out of the bucket to the digest.
     pub(crate) fn summed_from(self) -> Self {
         Self { flags: self.flags | SUMMED | FROM, ..self }
     }
 
-    /// Whether the launch that writes the target can add it to the digest as it writes. Scales are added otherwise
-    /// ([`summed_with_scales`](Self::summed_with_scales)): two of them, which different blocks write, share a word.
+    /// Whether the launch that writes the target can add it to the digest at the same time. Scales need
+    /// [`summed_with_scales`](Self::summed_with_scales): two scales that different blocks write share a word.
     pub(crate) fn is_summable(&self) -> bool {
         let is_aligned = (self.source | self.target).is_multiple_of(16);
         let is_copy = self.kind == 0;
@@ -247,12 +246,12 @@ pub(crate) struct Table {
     tiles: u32,
     /// Whether a job has F32 elements.
     wide: bool,
-    /// Of the jobs of a program.
+    /// The parameters of a program's jobs.
     parameters: Vec<u64>,
 }
 
 impl Table {
-    /// Takes a job in.
+    /// Adds a job.
     pub(crate) fn push(&mut self, (entry, tiles): (Entry, usize)) -> Result<(), CudaError> {
         self.count(tiles)?;
         self.entries.extend_from_slice(&entry.bytes());
@@ -260,7 +259,7 @@ impl Table {
         Ok(())
     }
 
-    /// Takes a job of a program in.
+    /// Adds a job of a program.
     pub(crate) fn push_program(
         &mut self,
         entry: ProgramEntry,
@@ -279,7 +278,7 @@ impl Table {
         Ok(())
     }
 
-    /// Counts the tiles of the next job.
+    /// Adds the tiles of the next job.
     fn count(&mut self, tiles: usize) -> Result<(), CudaError> {
         let all = u32::try_from(tiles).ok().and_then(|tiles| self.tiles.checked_add(tiles));
         let all =
@@ -289,7 +288,7 @@ impl Table {
         Ok(())
     }
 
-    /// Forgets all jobs, and keeps the memory for others.
+    /// Removes all jobs, and keeps the memory for others.
     pub(crate) fn clear(&mut self) {
         self.entries.clear();
         self.firsts.clear();
@@ -297,8 +296,7 @@ impl Table {
         (self.tiles, self.wide) = (0, false);
     }
 
-    /// The table of a launch of `encode`; with `summed` it adds to the digest what it can: all jobs that
-    /// are [summable](Entry::is_summable).
+    /// The table of a launch of `encode`. With `summed` the launch adds all jobs that are [summable](Entry::is_summable) to the digest.
     pub(crate) fn of_jobs(
         jobs: &[DeviceJob],
         format: &Fp8Format,
@@ -313,7 +311,7 @@ impl Table {
         Ok(table)
     }
 
-    /// The table of a launch of `digest`: parts of a bucket and where they begin in it.
+    /// The table of a launch of `digest`: parts of a bucket, with their offsets in it.
     pub(crate) fn of_parts(parts: &[(u64, CudaSlice)]) -> Result<Self, CudaError> {
         let mut table = Self::default();
         for (offset, part) in parts {
@@ -326,7 +324,7 @@ impl Table {
 /// What a launch does with its table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Task {
-    /// Encodes, in a mode that is known by its number. The bucket begins at `base`, for the digest.
+    /// Encodes, in a mode that is given by its number. The bucket begins at `base`, for the digest.
     Encode { mode: u64, base: u64 },
     /// Digests.
     Digest,
@@ -334,27 +332,26 @@ pub(crate) enum Task {
     Program { program: &'static Program, base: u64 },
 }
 
-/// A launch whose table is among others.
+/// A launch whose table is one of several.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Part {
     pub(crate) task: Task,
-    /// Where its jobs begin, and where the numbers of their first tiles.
+    /// The offsets of its jobs, and of the numbers of their first tiles.
     pub(crate) jobs_at: usize,
     pub(crate) firsts_at: usize,
-    /// Where the parameters begin.
+    /// The offset of the parameters.
     pub(crate) parameters_at: usize,
     pub(crate) jobs: u32,
     pub(crate) tiles: u32,
     pub(crate) wide: bool,
 }
 
-/// The tables of launches that run together, as they are brought to the device, and what keeps the memory of their
-/// jobs.
+/// The tables of launches that run together, as they are copied to the device, and the memory of their jobs.
 #[derive(Debug, Default)]
 pub(crate) struct Tables {
     pub(crate) bytes: Vec<u8>,
     pub(crate) parts: Vec<Part>,
-    /// With a table goes in what all of its addresses are in.
+    /// The owners of the memory behind all addresses of the tables.
     pub(crate) used: Vec<Arc<dyn Any + Send + Sync>>,
 }
 
@@ -366,7 +363,7 @@ impl Tables {
         self.bytes.extend_from_slice(&table.entries);
         let firsts_at = self.bytes.len();
         self.bytes.extend(table.firsts.iter().flat_map(|first| first.to_le_bytes()));
-        // A job has a tile or none, and fewer than 2^32 tiles were counted; jobs of no bytes are few.
+        // A job has at least one tile, except jobs without bytes, which are few; fewer than 2^32 tiles were counted.
         let jobs = table.firsts.len() as u32;
         let parameters_at = self.bytes.len().next_multiple_of(8);
         if !table.parameters.is_empty() {
@@ -377,12 +374,12 @@ impl Tables {
         self.parts.push(Part { task, jobs_at, firsts_at, parameters_at, jobs, tiles, wide });
     }
 
-    /// Keeps an allocation that addresses are in.
+    /// Keeps an allocation behind addresses.
     pub(crate) fn keep(&mut self, memory: &CudaMemory) {
         self.used.push(memory.raw().clone());
     }
 
-    /// Forgets all, and keeps the memory for other tables.
+    /// Removes all tables, and keeps the memory for others.
     pub(crate) fn clear(&mut self) {
         self.bytes.clear();
         self.parts.clear();
@@ -390,7 +387,7 @@ impl Tables {
     }
 }
 
-/// The number that the kernels know a mode by.
+/// The number of a mode in the kernels.
 pub(crate) fn mode_number(mode: Mode) -> u64 {
     match mode {
         Mode::Triton => 0,

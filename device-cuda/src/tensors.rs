@@ -1,4 +1,4 @@
-//! A model's tensors on a device, which buckets are installed into.
+//! A model's tensors on a device, as a destination for buckets.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,16 +14,16 @@ const ALIGNMENT: usize = 256;
 
 /// A model's tensors on a device, by name: a destination that grows as weights arrive.
 ///
-/// Memory is allocated at the first update and used again for tensors whose size stays. A bucket is
-/// copied out by one launch, however many tensors are in it.
+/// Memory is allocated at the first update and reused for tensors whose size stays. A bucket is copied out by one launch, however many
+/// tensors it has.
 ///
-/// A bucket of a layout that was installed before is copied out as it is verified, so that it is read once
-/// ([`CopyOut`]): an update that fails has written to some tensors then, as one that fails later has.
+/// A bucket whose layout was installed before is copied out while it is verified, so that it is read once ([`CopyOut`]). An update that
+/// fails has written to some tensors by then, as one that fails later has.
 #[derive(Debug)]
 pub struct CudaTensorMap {
     tensors: HashMap<Arc<str>, (TensorMeta, CudaSlice)>,
     copies: Arc<CudaCopyOut>,
-    /// Memory for tensors that are still to come, and how much of it is taken.
+    /// Memory for tensors that have yet to come, and how much of it is taken.
     reserve: Option<(CudaMemory, usize)>,
 }
 
@@ -42,11 +42,11 @@ impl CudaTensorMap {
         self.copies.packer().device()
     }
 
-    /// Allocates memory for tensors of so many bytes together, so that the first update does not have to.
+    /// Allocates memory for tensors of `bytes` bytes together, so that the first update does not have to.
     ///
     /// # Errors
     ///
-    /// `Resource` if there is not so much.
+    /// `Resource` if there is not enough memory.
     pub fn reserve(&mut self, bytes: u64) -> Result<()> {
         self.reserve = Some((CudaMemory::new(self.device(), bytes as usize)?, 0));
         Ok(())
@@ -72,7 +72,7 @@ impl CudaTensorMap {
         self.tensors.values().map(|(meta, memory)| (meta, memory))
     }
 
-    /// Memory for the tensors of a bucket that have none of their size: one allocation for all of them.
+    /// Allocates memory for the tensors of a bucket that have none of their size: one allocation for all of them.
     fn allocate(&mut self, layout: &BucketLayout) -> Result<()> {
         let (mut new, mut bytes, mut changes) = (Vec::new(), 0_usize, false);
         for piece in layout.pieces() {
@@ -108,7 +108,7 @@ impl CudaTensorMap {
         Ok(())
     }
 
-    /// Where the pieces of a bucket belong, for whose tensors there is memory.
+    /// The places of the pieces of a bucket. All their tensors have memory.
     fn places(&self, layout: &BucketLayout) -> Result<Places> {
         let mut places = Places::default();
         for piece in layout.pieces() {
@@ -139,7 +139,7 @@ impl Install for CudaTensorMap {
 }
 
 impl CudaTensorMap {
-    /// Installs a bucket whose pieces are not all in one memory of the device.
+    /// Installs a bucket whose pieces are not all in one allocation of the device.
     fn install_apart(&mut self, bucket: &ReceivedBucket) -> Result<()> {
         self.allocate(bucket.layout())?;
         let mut copies = Vec::with_capacity(bucket.pieces().len());

@@ -1,13 +1,13 @@
-//! Something that threads of a pool take turns with.
+//! A value that threads of a pool use in turns.
 
 use std::sync::{Mutex, PoisonError};
 
 use engine_core::Result;
 
-/// Something that one thread uses at a time, for as long as it waits for no other thread.
+/// A value that one thread uses at a time, never while it waits for other threads.
 ///
-/// A thread of a pool that waits for pieces of its own work takes up other work of the pool meanwhile. If it
-/// held a lock then, and that work wanted the same one, it would wait for itself.
+/// While a thread of a pool waits for pieces of its own work, it takes up other work of the pool. If it held a lock and that work needed
+/// the same one, it would wait for itself.
 #[derive(Debug, Default)]
 pub(crate) struct Turns<T>(Mutex<T>);
 
@@ -16,16 +16,16 @@ impl<T> Turns<T> {
         Self(Mutex::new(value))
     }
 
-    /// Does something in a turn. It waits for no thread of a pool.
+    /// Does work in a turn. The work must not wait for threads of a pool.
     pub(crate) fn take<R>(&self, work: impl FnOnce(&mut T) -> R) -> R {
         work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Does something in two turns, with work between them that may wait for threads of a pool.
+    /// Does work in two turns, with work between them that may wait for threads of a pool.
     ///
     /// # Errors
     ///
-    /// Those of `begin`, and what `end` makes of the others.
+    /// Those of `begin`; those that `end` returns for errors of the other work.
     pub(crate) fn in_steps<S, R>(
         &self,
         begin: impl FnOnce(&mut T) -> Result<S>,
@@ -71,7 +71,7 @@ mod tests {
         }
     }
 
-    /// What a bucket is filled like: its weights are divided among the threads of the pool that it is work of.
+    /// Like filling a bucket: its weights are divided among the threads of the pool whose work it is.
     fn fill(
         pool: &Pool,
         turns: &Arc<Turns<u32>>,
@@ -103,7 +103,7 @@ mod tests {
 
     #[test]
     fn a_bucket_is_filled_soon_after_another_one_that_nobody_waits_for_any_more() {
-        // In a thread of its own, which is left behind if it hangs.
+        // In a separate thread, which is left behind if it hangs.
         let (tell, told) = channel();
         std::thread::spawn(move || {
             let pool = Pool::new(2).unwrap();

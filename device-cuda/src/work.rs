@@ -1,4 +1,4 @@
-//! The work of a bucket, sorted by who does it. Pure: jobs and addresses in, tables out.
+//! Sorts the work of a bucket by who does it: the kernels, the driver or the CPU. Pure: jobs and addresses in, tables out.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -13,7 +13,7 @@ use crate::ledger::key;
 use crate::programs::kernel_of;
 use crate::table::{Entry, Fp8Places, ProgramEntry, Table, Tables, Task, mode_number};
 
-/// The most programs that a bucket's launches may be of; the CPU does the work of any others.
+/// The most programs in a bucket's launches. The CPU does the work of any others.
 const MOST_PROGRAMS: usize = 4;
 
 /// Bytes of a scale.
@@ -24,19 +24,18 @@ pub(crate) const SCALE: usize = size_of::<f32>();
 pub(crate) enum Located {
     /// In its memory, at an address.
     Here(u64),
-    /// In the memory of another device, which the driver copies from.
+    /// In the memory of another device, from which the driver copies.
     Peer,
     Elsewhere,
 }
 
-/// Memory beside the bucket, of the device.
+/// Memory of the device outside the bucket.
 pub(crate) trait Beside {
-    /// Where all scales of a weight go that are not written to their place at once. These are computed now.
+    /// Where the scales of a weight go that are not written to their place at once. The scales `now` are computed now.
     fn place(&mut self, of: &Arc<dyn Encoding>, codes: &Fp8Codes, now: Range<usize>)
     -> Result<u64>;
 
-    /// Where the scales of codes are that were or are computed there, if all of these are; with `ends`, they will not be
-    /// asked for again.
+    /// Where the scales of codes are, if all of `scales` were or are computed there. With `ends`, they will not be asked for again.
     fn find(&mut self, codes: usize, scales: &Range<usize>, ends: bool) -> Option<u64>;
 
     /// Memory that is used within this bucket.
@@ -46,21 +45,21 @@ pub(crate) trait Beside {
 /// The work of one bucket. Its memory is used for bucket after bucket.
 #[derive(Debug, Default)]
 pub(crate) struct Work {
-    /// One launch for each format, and one for what is made aside; there hardly ever is a second.
+    /// One launch for each format, and one for what is made outside the bucket. There is hardly ever a second one.
     batches: Vec<Batch>,
-    /// Batches of other buckets.
+    /// Batches of earlier buckets, to be reused.
     spare: Vec<Batch>,
-    /// Copies of what the launches made elsewhere.
+    /// Copies of what the launches made outside the bucket.
     late: Table,
-    /// What encodings' own programs do: one launch for each program.
+    /// The jobs of encodings' own programs: one launch for each program.
     programs: Vec<(&'static Program, Table)>,
-    /// What no launch adds to the digest while it writes it.
+    /// Parts that no launch adds to the digest while it writes them.
     unsummed: Table,
     /// The numbers of jobs that the CPU encodes.
     pub(crate) host: Vec<usize>,
     /// The numbers of jobs that the driver copies: weights of other devices.
     pub(crate) peers: Vec<usize>,
-    /// What launches do to jobs that are scales.
+    /// How launches treat jobs that are scales.
     scales: Vec<Scales>,
 }
 
@@ -70,21 +69,21 @@ struct Batch {
     /// Whether the targets are not in the bucket.
     is_aside: bool,
     table: Table,
-    /// The job that each is of, and the first of its blocks, to name what is not finite.
+    /// The job of each entry, and its first block, to name a block that is not finite.
     of: Vec<(u32, u32)>,
 }
 
-/// What the launch of their codes does to scales.
+/// How the launch of their codes treats scales.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Scales {
     Nothing,
     /// Writes them to their place.
     Written,
-    /// The same, and adds them to the digest.
+    /// Writes them to their place, and adds them to the digest.
     Summed,
 }
 
-/// What is sorted, and into what.
+/// The input of a sorting.
 struct Sorting<'a, L, B> {
     jobs: &'a [Job],
     /// The address of the bucket, and its length.
@@ -92,12 +91,12 @@ struct Sorting<'a, L, B> {
     digests: bool,
     locate: L,
     beside: &'a mut B,
-    /// Whole scales that do not follow their codes at once.
+    /// Jobs of whole scales that do not directly follow their codes.
     elsewhere: Option<HashMap<usize, usize>>,
 }
 
 impl Work {
-    /// Sorts the jobs of a bucket that is at an address and so long. `locate` says where storages are.
+    /// Sorts the jobs of a bucket, given by address and length. `locate` says where storages are.
     ///
     /// # Errors
     ///
@@ -113,18 +112,18 @@ impl Work {
         self.clear();
         self.scales.resize(jobs.len(), Scales::Nothing);
         let mut sorting = Sorting { jobs, bucket, digests, locate, beside, elsewhere: None };
-        // Scales are there once their codes were taken in, which may lie behind them.
+        // Scales are computed with their codes, which may lie behind them in the bucket.
         let (scales, others): (Vec<_>, Vec<_>) = (0..jobs.len())
             .partition(|&index| encoding::<Fp8Scales>(&jobs[index].weight).is_some());
         let mut all = others.into_iter().chain(scales);
         all.try_for_each(|index| self.take(index, &mut sorting))?;
-        // Whoever encodes them wants them in the order of their places.
+        // The CPU encodes them in the order of their places.
         self.host.sort_unstable();
         Ok(())
     }
 
     fn clear(&mut self) {
-        // In the order of this bucket's jobs, whatever the last one had.
+        // The order is that of this bucket's jobs, whatever the last bucket had.
         self.spare.append(&mut self.batches);
         self.late.clear();
         self.programs.clear();
@@ -134,7 +133,7 @@ impl Work {
         self.scales.clear();
     }
 
-    /// Puts the tables of all launches behind those that are there.
+    /// Appends the tables of all launches.
     pub(crate) fn tables(&self, bucket: u64, digests: bool, tables: &mut Tables) {
         for batch in &self.batches {
             let base = if digests && !batch.is_aside { bucket } else { 0 };
@@ -148,7 +147,8 @@ impl Work {
         tables.add(&self.unsummed, Task::Digest);
     }
 
-    /// The error of a block without a finite form, which names its weight: of a launch, a job of it, and a block of that.
+    /// The error of a block without a finite form, which names its weight. The block is given by its launch, its job in it, and its number
+    /// in the job.
     pub(crate) fn failed(
         &self,
         jobs: &[Job],
@@ -173,7 +173,7 @@ impl Work {
         .into()
     }
 
-    /// Takes one job in.
+    /// Sorts one job.
     fn take<L: Fn(&Storage) -> Located, B: Beside>(
         &mut self,
         index: usize,
@@ -217,7 +217,7 @@ impl Work {
                 let ends = job.start + job.len == job.weight.byte_len();
                 match sorting.beside.find(key(scales.codes()), &wanted, ends) {
                     Some(from) => self.late.push(Entry::copy(from + job.start, target, job.len))?,
-                    // Not all of them were computed on this device: another rank may have sent some of the codes.
+                    // Not all were computed on this device: another rank may have sent some of the codes.
                     None => self.host.push(index),
                 }
             } else if done == Scales::Nothing {
@@ -229,7 +229,7 @@ impl Work {
         self.digest_later(target, job, sorting.digests)
     }
 
-    /// The kernel that an encoding brings, and where its source is, if it can encode a job here.
+    /// The kernel of an encoding, and the address of its source, if it can encode a job here.
     fn program_of<'a>(
         &self,
         job: &'a Job,
@@ -238,7 +238,7 @@ impl Work {
     ) -> Option<(Kernel<'a>, u64)> {
         let kernel = kernel_of(&job.weight)?;
         let Located::Here(source) = locate(kernel.source) else { return None };
-        // Elements are read whole.
+        // Programs read whole elements.
         let is_aligned = (target | job.start).is_multiple_of(16) && source.is_multiple_of(8);
         let is_known = self.programs.iter().any(|(known, _)| std::ptr::eq(*known, kernel.program));
         let fits = is_known || self.programs.len() < MOST_PROGRAMS;
@@ -254,7 +254,7 @@ impl Work {
         &mut self.programs[at].1
     }
 
-    /// Takes in codes that are computed here, of a source and for a target.
+    /// Adds codes that are computed here, from a source to a target.
     fn take_codes<L, B: Beside>(
         &mut self,
         index: usize,
@@ -263,13 +263,13 @@ impl Work {
         (source, target): (u64, u64),
     ) -> Result<()> {
         let (job, grid) = (&sorting.jobs[index], codes.grid());
-        // A code is a byte.
+        // A code is one byte, so byte offsets are element indices.
         let part = job.start as usize..(job.start + job.len) as usize;
         let is_whole = part.len() == grid.elements();
         let covering = if is_whole { part.clone() } else { covering(codes, &part) };
         let first_block = if is_whole { 0 } else { grid.scales_of(&covering).start };
         let here = if is_whole { sorting.scales_here(index, key(of), &self.scales) } else { None };
-        // Their words are where the digest wants them.
+        // The scales begin at a word of the digest.
         let sums_scales =
             here.is_some_and(|at| sorting.digests && sorting.jobs[at].offset.is_multiple_of(64));
         let all_scales = match here {
@@ -306,7 +306,7 @@ impl Work {
         if !is_aside {
             return self.add(batch, encode, (index, first_block), job, sorting.digests);
         }
-        // A part that begins or ends within a row of blocks: whole ones are made elsewhere.
+        // The part begins or ends within a row of blocks: whole rows are made outside the bucket.
         self.batches[batch].push(encode, (index, first_block))?;
         let skipped = (part.start - covering.start) as u64;
         self.late.push(Entry::copy(made + skipped, target, job.len))?;
@@ -358,14 +358,14 @@ impl Work {
 impl Batch {
     fn push(&mut self, entry: (Entry, usize), (job, first): (usize, usize)) -> Result<()> {
         self.table.push(entry)?;
-        // A bucket has at most 65536 jobs; a matrix whose blocks need more bits has no launch.
+        // Both fit: a bucket has at most 65536 jobs, and a matrix with more blocks than fit into 32 bits has no launch.
         self.of.push((job as u32, first as u32));
         Ok(())
     }
 }
 
 impl<L, B> Sorting<'_, L, B> {
-    /// Where a job writes to, which lies within the bucket; its part lies within its weight.
+    /// The address that a job writes to, which lies within the bucket. Its part lies within its weight.
     fn target(&self, job: &Job) -> Result<u64> {
         let (address, len) = self.bucket;
         let part_end = job.start.checked_add(job.len);
@@ -385,8 +385,8 @@ impl<L, B> Sorting<'_, L, B> {
         Err(Error::from(CudaError::Range(words)).tensor(job.weight.name()))
     }
 
-    /// The job that is all scales of whole codes, if it is in this bucket and not written yet. As a rule they follow their codes at
-    /// once; who sorts a bucket may have put them anywhere.
+    /// The job of all scales of whole codes, if it is in this bucket and not written yet. Usually it follows its codes at once, but a
+    /// sorted bucket may have it anywhere.
     fn scales_here(&mut self, codes: usize, of: usize, done: &[Scales]) -> Option<usize> {
         let jobs = self.jobs;
         let whose = |at: usize| {
@@ -405,7 +405,7 @@ impl<L, B> Sorting<'_, L, B> {
     }
 }
 
-/// Where the source of codes is on the device, if they can be computed there.
+/// The address of the source of codes on the device, if they can be computed there.
 fn source_of(codes: &Fp8Codes, locate: &impl Fn(&Storage) -> Located) -> Option<u64> {
     let Fp8Format { granularity, non_finite, .. } = codes.format();
     let is_known = matches!(granularity, Granularity::Block { .. });
@@ -455,11 +455,11 @@ mod tests {
     /// Where memory beside it begins.
     const BESIDE: u64 = 1 << 61;
 
-    /// Memory beside buckets, and which scales of which codes were put there.
+    /// Memory outside buckets, and which scales of which codes were put there.
     #[derive(Default)]
     struct Fake {
         taken: u64,
-        /// By the codes: where, and which.
+        /// For each weight's codes: where, and which scales.
         places: HashMap<usize, (u64, Vec<bool>)>,
         /// Keeps addresses of encodings from being used again.
         kept: Vec<Arc<dyn Encoding>>,
@@ -541,7 +541,7 @@ mod tests {
         tables.parts.iter().map(part).collect()
     }
 
-    /// A weight of a model: how large it is, and where.
+    /// A weight of a model: its size, and where it is.
     type Made = (usize, usize, usize, u8);
 
     fn model(made: &[Made], quantizer: &Fp8Quantizer) -> Vec<Weight> {
@@ -566,7 +566,7 @@ mod tests {
         cast.collect()
     }
 
-    /// The jobs of each bucket; where it `cuts`, also those weights in two that would have fit into the next bucket.
+    /// The jobs of each bucket. With `cuts`, weights that would have fit into the next bucket are cut in two.
     fn plan(weights: &[Weight], bucket_bytes: u64, cuts: bool) -> Vec<Vec<Job>> {
         let mut planner = BucketPlanner::new(bucket_bytes).unwrap();
         let (mut buckets, mut jobs) = (Vec::new(), Vec::new());
@@ -602,13 +602,13 @@ mod tests {
         Rules::new(&config).unwrap().into()
     }
 
-    /// Where a storage's memory is said to be.
+    /// Where the test says that a storage's memory is.
     fn located(places: &HashMap<u64, Located>, storage: &Storage) -> Located {
         let address = storage.host().map(|bytes| bytes.as_ptr().addr() as u64);
         address.and_then(|at| places.get(&at).copied()).unwrap_or(Located::Elsewhere)
     }
 
-    /// Where the memory of each weight is said to be, by its address on the host.
+    /// Where the test says that the memory of each weight is, by its address on the host.
     fn places(weights: &[Weight], made: &[Made]) -> HashMap<u64, Located> {
         let mut places = HashMap::new();
         for weight in weights {
@@ -632,7 +632,7 @@ mod tests {
         proptest::collection::vec((1_usize..4, side(), side(), 0_u8..8), 1..12)
     }
 
-    /// What is written and digested of a bucket, by whom: each range once.
+    /// The ranges of a bucket that are written and digested: each once.
     fn sorted_ranges(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
         ranges.retain(|(_, len)| *len > 0);
         ranges.sort_unstable();
@@ -708,7 +708,7 @@ mod tests {
             let places = places(&weights, &made);
             let locate = |storage: &Storage| located(&places, storage);
             let (mut beside, mut work) = (Fake::default(), Work::default());
-            // Where each scale of each codes was computed to last.
+            // Where each scale of each codes was last computed to.
             let mut scale_at: HashMap<usize, HashMap<usize, u64>> = HashMap::new();
             for jobs in plan(&weights, bucket_bytes, cuts) {
                 work.sort(&jobs, (BUCKET, bucket_bytes), true, locate, &mut beside).unwrap();

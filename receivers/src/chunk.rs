@@ -1,9 +1,8 @@
-//! Which weights travel together: one bucket of the trainer, one request to every server.
+//! Groups weights that travel together: one bucket of the trainer, one request to every server.
 //!
-//! A bucket is what the receivers call a chunk: the bytes of its weights one behind the other, without a gap. A weight is
-//! never split, because a receiver takes it by one broadcast. One that is larger than a bucket travels alone. Within a
-//! bucket the weights are sorted by the size of their elements, the largest first. So each begins at a multiple of its
-//! own element size; torch refuses to view it otherwise.
+//! The receivers call a bucket a chunk: the bytes of its weights one behind the other, without gaps. A weight is never split, because a
+//! receiver takes it by one broadcast. A weight that is larger than a bucket travels alone. Within a bucket the weights are sorted by the
+//! size of their elements, the largest first. So each begins at a multiple of its own element size, as torch requires of a view.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -23,16 +22,16 @@ const COLLECTING: &str = "reading the trainer's weights";
 pub(crate) struct Chunk {
     /// Sorted by offset.
     pub(crate) jobs: Vec<Job>,
-    /// How many bytes they have.
+    /// Their bytes.
     pub(crate) len: u64,
-    /// Bytes of the trainer's memory that they are made of.
+    /// Bytes of the trainer's memory from which they are made.
     pub(crate) source_bytes: u64,
 }
 
-/// Makes chunks of a stream.
+/// Divides a stream into chunks.
 #[derive(Debug)]
 pub(crate) struct Chunks {
-    /// The most bytes of a chunk, unless that is one weight.
+    /// The most bytes of a chunk, unless it is a single weight.
     limit: u64,
     pending: Option<Weight>,
     names: HashSet<Arc<str>>,
@@ -72,7 +71,7 @@ impl Chunks {
         weights: &mut WeightStream<'_>,
         deadline: Duration,
     ) -> Result<Option<Weight>> {
-        // A timer for each of thousands of weights that are there would be felt.
+        // Weights that are ready need no timer: one for each of thousands of weights would cost time.
         let weight = match weights.next().now_or_never() {
             Some(weight) => weight,
             None => within(deadline, weights.next()).await.ok_or_else(|| {
@@ -92,9 +91,9 @@ impl Chunks {
     }
 }
 
-/// Puts weights one behind the other.
+/// Lays weights out one behind the other.
 fn packed(mut weights: Vec<Weight>) -> Chunk {
-    // Stable: weights of one element size stay in the order of the stream.
+    // The sort is stable: weights of one element size stay in the order of the stream.
     weights.sort_by_key(|weight| std::cmp::Reverse(weight.meta().dtype.bits()));
     let (mut jobs, mut len, mut source_bytes) = (Vec::with_capacity(weights.len()), 0, 0);
     for weight in weights {
@@ -106,18 +105,18 @@ fn packed(mut weights: Vec<Weight>) -> Chunk {
     Chunk { jobs, len, source_bytes }
 }
 
-/// What servers are told of a bucket's weights, in the order in which they lie there.
+/// The description of a bucket's weights for servers, in the order in which they lie there.
 #[derive(Debug, Default)]
 pub(crate) struct Tensors {
     pub(crate) names: Vec<Arc<str>>,
-    /// As torch calls them.
+    /// The names of their types in torch.
     pub(crate) types: Vec<&'static str>,
     pub(crate) shapes: Vec<Vec<u64>>,
     /// In bytes.
     pub(crate) sizes: Vec<u64>,
-    /// How many elements of each weight are sent, with their positions before them, if they are sent by themselves.
+    /// The number of elements sent of each weight, with their positions before them, if only changed elements are sent.
     pub(crate) patches: Option<Vec<u64>>,
-    /// Where servers' workers read the bucket, by their places within a server, if they read it where it is.
+    /// Where servers' workers read the bucket, in the order of the workers of a server, if they read it in place.
     pub(crate) shared: Vec<SharedSlot>,
 }
 
@@ -127,7 +126,7 @@ impl Tensors {
         parts(&self.sizes)
     }
 
-    /// What is sent by itself where a bucket is not sent as one: each weight, or the positions and the values of each.
+    /// The pieces that are sent one by one if a bucket is not sent as a whole: each weight, or the positions and the values of each.
     pub(crate) fn pieces(&self) -> Vec<Range<u64>> {
         match &self.patches {
             None => self.parts(),
@@ -140,7 +139,7 @@ impl Tensors {
     }
 }
 
-/// Where things of these sizes lie, one behind the other.
+/// The ranges of pieces of these sizes, one behind the other.
 pub(crate) fn parts(sizes: &[u64]) -> Vec<Range<u64>> {
     let mut end = 0;
     let part = |size: &u64| {
@@ -152,7 +151,7 @@ pub(crate) fn parts(sizes: &[u64]) -> Vec<Range<u64>> {
 }
 
 impl Chunk {
-    /// What servers are told of it.
+    /// Describes it to servers.
     ///
     /// # Errors
     ///
@@ -170,7 +169,7 @@ impl Chunk {
     }
 }
 
-/// What torch calls the type of a weight's elements.
+/// The name in torch of the type of a weight's elements.
 ///
 /// # Errors
 ///
@@ -250,7 +249,7 @@ mod tests {
                 }
                 prop_assert_eq!(at, chunk.len);
             }
-            // A chunk never has a weight that the stream has after those of the next one.
+            // Chunks keep the order of the stream: no weight of a chunk comes after one of the next chunk.
             let mut firsts = 0;
             for chunk in &all {
                 let mut here = seen[firsts..firsts + chunk.jobs.len()].to_vec();

@@ -1,9 +1,9 @@
-//! What has changed of the weights since the servers were sent them last.
+//! Finds what changed in the weights since they were last sent to the servers.
 //!
-//! The trainer keeps a copy of what it sent, its *shadow*, and sends the elements that differ from it: their positions and
-//! their values, never differences. The shadow moves to the new version when all servers that took part have confirmed it. An
-//! update of changes that fails leaves it as it is. One that is sent whole is the shadow's new content from the beginning:
-//! servers that have anything else are of no use to the old one.
+//! The trainer keeps a copy of what it sent, its *shadow*, and sends the elements that differ from it: their positions and their values,
+//! never differences. The shadow moves to the new version when the update is over and the servers that loaded it have confirmed it. A
+//! failed update of changes leaves the shadow as it is. An update with all elements replaces the shadow from the beginning: servers that
+//! have anything else cannot use the old one.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -17,20 +17,20 @@ use crate::chunk::{Chunk, Tensors, torch_name};
 
 const COMPARING: &str = "comparing a weight with the version before";
 
-/// Elements are compared in parallel in pieces of so many.
+/// Elements per piece. Pieces are compared in parallel.
 const PIECE: usize = 1 << 20;
 
-/// Elements of a tensor: their flat positions, ascending, as numbers of 32 bits in the order of little endian; and their bytes.
+/// Elements of a tensor: their flat positions, ascending, as little-endian numbers of 32 bits; and their bytes.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Changes {
     pub(crate) positions: Vec<u8>,
     pub(crate) values: Vec<u8>,
 }
 
-/// The elements of so many bytes each in which `new` differs from `old`, bit by bit; all of them without an `old` one. Positions
-/// are counted from `first`.
+/// The elements, of `size` bytes each, in which `new` differs from `old`, bit by bit; all elements without an `old`. Positions are counted
+/// from `first`.
 pub(crate) fn changes(old: Option<&[u8]>, new: &[u8], size: usize, first: u32) -> Changes {
-    /// So many bytes are compared at once, before anything is looked at in them.
+    /// Bytes that are compared at once, before single elements are.
     const BLOCK: usize = 256;
     let mut found = Changes::default();
     let per_block = (BLOCK / size).max(1);
@@ -67,9 +67,9 @@ fn changes_on(pool: &Pool, old: Option<&[u8]>, new: &[u8], size: usize) -> Chang
     Changes { positions: join(|part| &part.positions), values: join(|part| &part.values) }
 }
 
-/// Whether some element is not a number, of a type that has such.
+/// Whether some element is a NaN.
 fn has_nan(dtype: DType, values: &[u8]) -> bool {
-    // All but the sign, above infinity.
+    // A NaN is above infinity, apart from the sign.
     match dtype {
         DType::BF16 | DType::F16 => {
             let infinity = if dtype == DType::BF16 { 0x7f80 } else { 0x7c00 };
@@ -87,11 +87,11 @@ fn has_nan(dtype: DType, values: &[u8]) -> bool {
     }
 }
 
-/// How many bytes an element has, of a weight that can be patched.
+/// The bytes of an element of a weight that can be patched.
 ///
 /// # Errors
 ///
-/// `Weight` for other types, and for more elements than positions have numbers for.
+/// `Weight` for other types, and for more elements than positions can address.
 fn element(meta: &TensorMeta) -> Result<usize> {
     let refuse = |message: String| {
         Err(Error::new(ErrorKind::Weight, COMPARING, message).tensor(&*meta.name))
@@ -118,10 +118,10 @@ fn element(meta: &TensorMeta) -> Result<usize> {
 #[derive(Debug, Default)]
 pub(crate) struct Shadow {
     weights: HashMap<Arc<str>, Held>,
-    /// The version that it is, and the servers that have confirmed it.
+    /// The version of the contents. `holders` are the servers that have confirmed it.
     version: Option<Version>,
     holders: HashSet<usize>,
-    /// What the present update has changed, which is not in it yet.
+    /// Changes of the present update, which are not applied yet.
     pending: Vec<(TensorMeta, Pending)>,
     sent: Sent,
 }
@@ -138,12 +138,12 @@ enum Pending {
     Whole(Vec<u8>),
 }
 
-/// What an update has sent of the weights, for its report.
+/// What an update has sent, for its report.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Sent {
-    /// The version that the changes are to; none where all elements were sent.
+    /// The base version of the changes; none if all elements were sent.
     base: Option<Version>,
-    /// How many elements were sent, and how many the weights have.
+    /// The number of elements sent. `of` is the number that the weights have.
     elements: u64,
     of: u64,
     /// The bytes of the shadow, in host memory.
@@ -157,17 +157,17 @@ pub(crate) struct Compared {
     size: usize,
     positions: Bytes,
     values: Bytes,
-    /// All of it, if there was nothing to compare it with.
+    /// All bytes, if there was nothing to compare with.
     whole: Option<Vec<u8>>,
 }
 
 impl Shadow {
-    /// Whether servers have what it is.
+    /// Whether a server has confirmed this version.
     pub(crate) fn is_held_by(&self, server: usize) -> bool {
         self.holders.contains(&server)
     }
 
-    /// Begins an update, of changes or of all elements. One that was not committed is over.
+    /// Begins an update, of changes or of all elements. One that was not committed is discarded.
     pub(crate) fn begin(&mut self, of_changes: bool) {
         self.pending.clear();
         if !of_changes {
@@ -176,7 +176,7 @@ impl Shadow {
         self.sent = Sent { base: self.version, ..Sent::default() };
     }
 
-    /// What the weights of a chunk are compared with.
+    /// The bytes with which the weights of a chunk are compared.
     pub(crate) fn base(&self, chunk: &Chunk) -> Vec<Option<Arc<Vec<u8>>>> {
         let base = |job: &Job| {
             let meta = job.weight.meta();
@@ -186,8 +186,7 @@ impl Shadow {
         chunk.jobs.iter().map(base).collect()
     }
 
-    /// Notes what of a chunk has changed, and makes of it what is sent: of each weight that has, its positions and then its
-    /// values.
+    /// Records what changed in a chunk, and makes the chunk that is sent: for each changed weight, its positions and then its values.
     pub(crate) fn patch(&mut self, compared: Vec<Compared>) -> Result<(Chunk, Tensors)> {
         let mut chunk = Chunk { jobs: Vec::new(), len: 0, source_bytes: 0 };
         let mut tensors = Tensors { patches: Some(Vec::new()), ..Tensors::default() };
@@ -197,7 +196,7 @@ impl Shadow {
             self.sent.elements += count;
             self.sent.of += meta.elements()?;
             match whole {
-                // The old version is nobody's.
+                // All elements are sent: no old version has to be kept.
                 Some(bytes) if self.version.is_none() => {
                     let held = Held { meta: meta.clone(), bytes: Arc::new(bytes) };
                     self.weights.insert(meta.name.clone(), held);
@@ -227,7 +226,7 @@ impl Shadow {
         Ok((chunk, tensors))
     }
 
-    /// The update is over, and these servers have confirmed its version.
+    /// Moves the shadow to the version, which these servers have confirmed.
     pub(crate) fn commit(&mut self, version: Version, loaded: &[usize]) {
         for (meta, change) in self.pending.drain(..) {
             match change {
@@ -252,7 +251,7 @@ impl Shadow {
     }
 }
 
-/// Puts elements where they belong.
+/// Writes elements at their positions.
 fn apply(bytes: &mut [u8], positions: &[u8], values: &[u8]) {
     let (positions, _) = positions.as_chunks();
     let size = values.len() / positions.len().max(1);
@@ -268,8 +267,8 @@ fn apply(bytes: &mut [u8], positions: &[u8], values: &[u8]) {
 ///
 /// # Errors
 ///
-/// `Weight` for types that cannot be patched, and for values that are no numbers, which servers take for elements that have
-/// not changed; those of the weights. All name the weight.
+/// `Weight` for types that cannot be patched, and for NaNs, which servers take for elements that did not change; those of the weights. All
+/// name the weight.
 pub(crate) fn compare(
     pool: &Pool,
     chunk: Chunk,

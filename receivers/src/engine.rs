@@ -1,4 +1,4 @@
-//! The trainer's engine: does what the [machine](crate::fleet) says, and decides nothing but how long to wait.
+//! The trainer's engine. It does what the [machine](crate::fleet) decides, and itself decides only how long to wait.
 
 use std::collections::HashSet;
 use std::hash::{BuildHasher, RandomState};
@@ -32,24 +32,24 @@ use crate::ignored::clash;
 use crate::server::{Meeting, Meets, Server, Told, World};
 use crate::store::{TorchStore, id_key};
 
-/// One is filled while the other travels.
+/// One slot is filled while the other travels.
 const SLOTS: u32 = 2;
-/// The world's place in the library: there is one at a time.
+/// The world's index in the library: there is one world at a time.
 const WORLD: usize = 0;
-/// The longest that questions about what is there already may take.
+/// The longest wait for the answer to a question that changes nothing.
 const SHORT: Duration = Duration::from_secs(10);
-/// How long the others may take once one has failed.
+/// How long the others may take once one member has failed.
 const GRACE: Duration = Duration::from_secs(5);
-/// The pause between two looks at a broadcast.
+/// The pause between two checks of a broadcast.
 const PAUSE: Duration = Duration::from_micros(30);
-/// The most members of a world that meets at a store: torch's `TORCH_NCCL_RANKS_PER_ROOT`, unless it is set.
+/// The most members of a world that meets at a store: torch's default of `TORCH_NCCL_RANKS_PER_ROOT`.
 const MAX_WORLD: u32 = 128;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What an engine sends to.
+/// The servers that an engine sends to.
 #[derive(Debug)]
 pub(crate) struct Receivers {
     /// The backend's name.
@@ -57,17 +57,17 @@ pub(crate) struct Receivers {
     pub(crate) servers: Vec<Arc<dyn Server>>,
     /// Whether servers are paused during an update.
     pub(crate) pauses: bool,
-    /// How their workers get to know a world.
+    /// How their workers learn of a world.
     pub(crate) meets: Meets,
-    /// Whether they take each weight by a broadcast of its own, and not each bucket.
+    /// Whether they take each weight by a broadcast of its own, instead of each bucket.
     pub(crate) unpacked: bool,
-    /// Whether they take what has changed, and not all weights.
+    /// Whether they take only what changed, instead of all weights.
     pub(crate) delta: bool,
-    /// Whether workers are told once where all buckets are.
+    /// Whether workers learn once where all buckets are.
     pub(crate) one_buffer: bool,
 }
 
-/// How long answers of servers may take: those about what is there already, and those that make a server do something.
+/// How long answers of servers may take: to questions that change nothing, and to requests that change something.
 pub(crate) fn limits(context: &EngineContext) -> (Duration, Duration) {
     let long = context.deadline();
     (SHORT.min(long), long)
@@ -141,11 +141,11 @@ pub(crate) async fn prepare<L: Library>(
     }))
 }
 
-/// Where all slots are, as one piece of memory on each GPU that has them.
+/// All slots as one piece of memory, on each GPU that has them.
 ///
 /// # Errors
 ///
-/// Those of [`Slots::shared`]; `Backend` where slots are in memory of their own each.
+/// Those of [`Slots::shared`]; `Backend` if the slots are not in one piece of memory.
 async fn buffer(slots: &dyn Slots, locks: &SlotLocks) -> Result<Vec<SharedSlot>> {
     let mut buffer = Vec::new();
     for index in 0..SLOTS {
@@ -165,7 +165,7 @@ async fn buffer(slots: &dyn Slots, locks: &SlotLocks) -> Result<Vec<SharedSlot>>
     Ok(buffer)
 }
 
-/// The error of a weight for which there is no slot.
+/// The error for a weight that fits no slot.
 fn too_large(tensors: &Tensors, slot_bytes: u64) -> Error {
     let bytes: u64 = tensors.sizes.iter().sum();
     let message = format!(
@@ -179,17 +179,17 @@ fn too_large(tensors: &Tensors, slot_bytes: u64) -> Error {
     }
 }
 
-/// A trainer's end of the world that it forms with the workers of servers.
+/// The trainer's end of the world that it forms with the servers' workers.
 #[derive(Debug)]
 struct ServersEngine<C: Communicator> {
     fleet: Fleet,
-    /// What the servers were told and have not all answered, of this update or of one that was dropped.
+    /// The act that the servers have not all answered, of this update or of one that was dropped.
     under_way: UnderWay,
     servers: Vec<Arc<dyn Server>>,
     meets: Meets,
-    /// What each server has said that it loaded, in this update.
+    /// What each server said that it loaded in this update.
     loaded: Vec<Loaded>,
-    /// Where the present world's workers find its id.
+    /// The store where the workers of the present world find its id.
     store: Option<TorchStore>,
     meter: Meter,
     deadline: Duration,
@@ -202,19 +202,19 @@ struct Sending<C: Communicator> {
     thread: Thread<C>,
     slots: Arc<dyn Slots>,
     locks: Arc<SlotLocks>,
-    /// A world whose other members join at the first broadcast.
+    /// A world that is joined at the first broadcast.
     awaited: Arc<Mutex<Option<Awaited>>>,
-    /// Whether servers read the slots where they are.
+    /// Whether servers read the slots in place.
     is_shared: bool,
     /// Whether each weight is broadcast by itself.
     unpacked: bool,
-    /// What the servers were sent, if they take what has changed.
+    /// What the servers were sent, if they take only what changed.
     shadow: Option<Mutex<Shadow>>,
-    /// Whether servers know once and for all where the slots are.
+    /// Whether servers learn only once where the slots are.
     one_buffer: bool,
     shape: Shape,
     pool: Pool,
-    /// How long somebody waits for the library to let go of the world.
+    /// How long to wait for the library to leave the world.
     limit: Duration,
 }
 
@@ -232,27 +232,26 @@ struct Loaded {
     bytes: u64,
 }
 
-/// One act of the machine's, which goes on when nobody waits for it any more.
+/// One act of the machine. It goes on when nobody waits for it any more.
 ///
-/// A server that was told of it does its part at any time from then on: a worker that waits in a broadcast takes the next one that
-/// there is, and one that reads a slot reads what is in it. So an act is never left half done, and none begins before the
-/// last one has ended.
+/// A server that was told of an act may do its part at any later time: a worker that waits in a broadcast takes the next one, and a worker
+/// that reads a slot reads its present contents. So an act is never left half done, and none begins before the last one has ended.
 #[derive(Debug, Default)]
 struct UnderWay(Option<JoinHandle<Done>>);
 
-/// What became of an act.
+/// The result of an act.
 #[derive(Debug)]
 enum Done {
     Asked(Vec<(usize, Ask, Result<Said>)>),
     Formed(Result<()>, Answers),
-    /// A bucket of so many tensors and bytes.
+    /// A bucket with its number of tensors and bytes.
     Sent {
         own: Result<()>,
         answers: Answers,
         tensors: u64,
         bytes: u64,
     },
-    /// Nobody knows.
+    /// The result is unknown.
     Lost(Error),
 }
 
@@ -261,7 +260,7 @@ impl UnderWay {
         self.0 = Some(tokio::spawn(act));
     }
 
-    /// The end of the act, unless there is none. It is still there when the future is dropped.
+    /// Waits for the end of the act, if there is one. If the future is dropped, the act is kept.
     async fn ended(&mut self) -> Option<Done> {
         let ended = self.0.as_mut()?.await;
         self.0 = None;
@@ -271,17 +270,17 @@ impl UnderWay {
     }
 }
 
-/// A world that has to be joined yet.
+/// A world that has yet to be joined.
 #[derive(Debug)]
 struct Awaited {
     id: Vec<u8>,
     size: u32,
 }
 
-/// Weights that were read, and what servers are told of them.
+/// Weights that were read, and their description for servers.
 type Read = (Chunk, Tensors);
 
-/// A bucket that is filled.
+/// A filled bucket.
 struct Bucket {
     slot: u32,
     len: u64,
@@ -289,17 +288,17 @@ struct Bucket {
     tensors: Tensors,
 }
 
-/// What is read from the trainer's stream.
+/// The trainer's stream, and what was read from it.
 struct Feed<'a, 'w> {
     chunks: Chunks,
     weights: &'a mut WeightStream<'w>,
-    /// Buckets that were filled.
+    /// The number of buckets filled.
     filled: u64,
     stages: StageTimes,
 }
 
 impl<C: Communicator> Sending<C> {
-    /// Reads the next bucket's weights, and what servers are told of them; `None` at the end of the stream.
+    /// Reads the next bucket's weights, and describes them; `None` at the end of the stream.
     async fn read(&self, feed: &mut Feed<'_, '_>, deadline: Duration) -> Result<Option<Read>> {
         let begun = Instant::now();
         let chunk = feed.chunks.next(feed.weights, deadline).await;
@@ -311,7 +310,7 @@ impl<C: Communicator> Sending<C> {
         Ok(Some((chunk, tensors)))
     }
 
-    /// What of these weights is sent.
+    /// Reduces a chunk to what changed, which is sent.
     async fn changed(&self, shadow: &Mutex<Shadow>, chunk: Chunk) -> Result<Read> {
         let base = lock(shadow).base(&chunk);
         let pool = self.pool.clone();
@@ -319,8 +318,7 @@ impl<C: Communicator> Sending<C> {
         lock(shadow).patch(compared)
     }
 
-    /// Fills the next bucket that has anything, of the weights that were read and those that follow; `None` at the end of the
-    /// stream.
+    /// Fills the next bucket that is not empty, from the weights that were read and those that follow; `None` at the end of the stream.
     async fn fill(
         &self,
         feed: &mut Feed<'_, '_>,
@@ -380,12 +378,12 @@ impl<C: Communicator> Sending<C> {
         Ok(Bucket { slot, len, source_bytes, tensors })
     }
 
-    /// Whether the world is in order, if there has to be one.
+    /// Whether the world is intact, or none is needed.
     async fn is_joined(&self, limit: Duration) -> bool {
         self.is_shared || self.thread.run(limit, |library, _| library.ended(WORLD)).await.is_ok()
     }
 
-    /// Joins a world of so many members, as the first of them, and does what they begin with.
+    /// Joins a world of `size` members as the first of them, and warms it up.
     fn join(&self, id: Vec<u8>, size: u32, limit: Duration) -> JoinHandle<Result<()>> {
         let thread = self.thread.clone();
         tokio::spawn(async move {
@@ -399,7 +397,7 @@ impl<C: Communicator> Sending<C> {
         })
     }
 
-    /// Has the next broadcast begin with joining a world, as the first of so many members.
+    /// Makes the next broadcast join a world of `size` members first, as its first member.
     async fn join_later(&self, id: Vec<u8>, size: u32, limit: Duration) -> Result<()> {
         let awaited = self.awaited.clone();
         let work = self.thread.run(limit, move |library, _| {
@@ -410,15 +408,15 @@ impl<C: Communicator> Sending<C> {
         work.await
     }
 
-    /// Broadcasts a bucket to the world, and joins it before that if it is the first one. Goes on when nobody waits for it any more: members that have begun a broadcast
-    /// wait for it without an end.
+    /// Broadcasts a bucket to the world, after joining it if it is the first one. It goes on when nobody waits for it any more: members
+    /// that have begun a broadcast wait for it without an end.
     fn broadcast(&self, bucket: &Bucket, limit: Duration) -> JoinHandle<Result<()>> {
         let slot = bucket.slot;
         let parts = match self.unpacked || self.shadow.is_some() {
             true => bucket.tensors.pieces(),
             false => parts(&[bucket.len]),
         };
-        // Nothing is said of what has no bytes.
+        // Empty weights are not broadcast.
         let parts: Vec<_> = parts.into_iter().filter(|part| !part.is_empty()).collect();
         let (thread, locks) = (self.thread.clone(), self.locks.clone());
         let awaited = self.awaited.clone();
@@ -440,7 +438,7 @@ impl<C: Communicator> Sending<C> {
                     Ok(())
                 })();
                 let done = done.inspect_err(|_| library.leave());
-                // Only now nothing reads the slot.
+                // Nothing reads the slot from here on.
                 drop(guard);
                 done
             });
@@ -449,7 +447,7 @@ impl<C: Communicator> Sending<C> {
     }
 }
 
-/// Waits for the trainer's own part of a call and for those of the servers, all of which end together or not at all.
+/// Waits for the trainer's part of a call and for those of the servers, which end together or not at all.
 async fn together(
     mut own: JoinHandle<Result<()>>,
     mut theirs: FuturesUnordered<impl Future<Output = (usize, Result<()>)>>,
@@ -474,7 +472,7 @@ async fn together(
             }
             Some((index, answer)) = theirs.next(), if !theirs.is_empty() => {
                 let failed = answer.is_err();
-                // That the time is up is no answer.
+                // A timeout is not an answer.
                 let is_silence =
                     answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::Timeout);
                 let place = answers.iter_mut().find(|(of, _)| *of == index);
@@ -499,9 +497,9 @@ async fn together(
 }
 
 impl<C: Communicator> ServersEngine<C> {
-    /// Does what the machine says until the update is over. The buckets that were sent.
+    /// Does what the machine decides until the update is over. Returns the number of buckets sent.
     async fn run(&mut self, feed: &mut Feed<'_, '_>, version: Version) -> u64 {
-        // A stream that has nothing, or fails at once, is none of the servers' business.
+        // An empty stream, or one that fails at once, does not concern the servers.
         let (mut first, mut ready, mut sent) = (None, None, 0);
         match self.sending.read(feed, self.deadline).await {
             Ok(Some(read)) => first = Some(read),
@@ -514,7 +512,7 @@ impl<C: Communicator> ServersEngine<C> {
         loop {
             let act = self.fleet.next();
             let looks = act.looks();
-            // What the servers have is known, and nobody was stopped yet.
+            // The servers' versions are known, and none is paused yet.
             if let Some(read) = first.take_if(|_| !looks && act != Act::End) {
                 self.base();
                 match self.sending.fill(feed, Some(read), self.deadline).await {
@@ -535,7 +533,7 @@ impl<C: Communicator> ServersEngine<C> {
                     let done = self.under_way.ended().await;
                     self.tell(done);
                     if let Some((_, tensors)) = first.as_ref().filter(|_| looks) {
-                        // Before anybody is stopped.
+                        // Before any server is paused.
                         self.refuse(tensors);
                     }
                     if is_last {
@@ -580,7 +578,7 @@ impl<C: Communicator> ServersEngine<C> {
         }
     }
 
-    /// Decides what changes are sent against: what all servers have, if it is the same.
+    /// Chooses the base of the changes: the version of all servers, if it is the same.
     fn base(&self) {
         let Some(shadow) = &self.sending.shadow else { return };
         let mut shadow = lock(shadow);
@@ -589,14 +587,14 @@ impl<C: Communicator> ServersEngine<C> {
         shadow.begin(of_changes);
     }
 
-    /// Ends what an update has left under way: nothing, unless it failed or was dropped.
+    /// Ends what a failed or dropped update has left under way.
     async fn settle(&mut self) {
         let left = self.under_way.ended().await;
         self.tell(left);
         join_all(self.servers.iter().map(|server| server.call_off())).await;
     }
 
-    /// Leaves out servers that would take a weight for something else than it is; whether there is one.
+    /// Leaves out servers that would misread a weight. Returns whether there is one.
     fn refuse(&mut self, tensors: &Tensors) -> bool {
         let mut refused = false;
         for index in self.fleet.known() {
@@ -614,7 +612,7 @@ impl<C: Communicator> ServersEngine<C> {
         refused
     }
 
-    /// Tells the machine what became of an act.
+    /// Tells the machine the result of an act.
     fn tell(&mut self, done: Option<Done>) {
         match done {
             None => {}
@@ -642,11 +640,11 @@ impl<C: Communicator> ServersEngine<C> {
         }
     }
 
-    /// Begins to form a world with the workers of servers, each of which joins at the same time.
+    /// Begins to form a world with the workers of servers, which all join at the same time.
     ///
     /// # Errors
     ///
-    /// What keeps the trainer from asking any server.
+    /// Those that keep the trainer from asking any server.
     async fn form(&mut self, members: &[usize]) -> Result<()> {
         let limit = self.deadline;
         let id = match self.meets {
@@ -687,7 +685,7 @@ impl<C: Communicator> ServersEngine<C> {
         Ok(())
     }
 
-    /// Puts the id of a world where its workers look for it, if they do. Workers of an older world find nothing any more.
+    /// Stores the id of a world where its workers look for it, if they do. Workers of an older world find nothing any more.
     async fn meeting(&mut self, id: &[u8], size: u32) -> Result<Option<Meeting>> {
         self.store = None;
         let Meets::AtFirstBroadcast { address, port } = &self.meets else { return Ok(None) };
@@ -698,7 +696,7 @@ impl<C: Communicator> ServersEngine<C> {
             return Err(Error::new(ErrorKind::Config, "forming a world", message));
         }
         let store = TorchStore::open(*port).await?;
-        // No other world of any trainer has this name.
+        // The name is unique among the worlds of all trainers.
         let group = format!("ckpt-engine-{:016x}", RandomState::new().hash_one(id));
         store.set(&id_key(&group), id);
         let meeting = Meeting { group, address: address.clone(), port: store.port() };
@@ -706,7 +704,7 @@ impl<C: Communicator> ServersEngine<C> {
         Ok(Some(meeting))
     }
 
-    /// Begins to send a bucket to servers, each of which is told of it at the same time.
+    /// Begins to send a bucket to servers, which all learn of it at the same time.
     fn send(&mut self, members: &[usize], bucket: &Bucket) {
         // All servers are of one kind and in one world.
         let told = members.first().map(|&index| self.servers[index].describe(&bucket.tensors));
@@ -774,7 +772,7 @@ impl<C: Communicator> ServersEngine<C> {
 impl<C: Communicator> CheckpointEngine for ServersEngine<C> {
     async fn finalize(mut self: Box<Self>) -> Result<()> {
         self.settle().await;
-        // A server that cannot leave now joins anew all the same when somebody sends to it.
+        // A server that cannot leave now can still join again in a later update.
         let limit = SHORT.min(self.deadline);
         let leaving = self
             .fleet
@@ -808,7 +806,7 @@ impl<C: Communicator> TrainerEngine for ServersEngine<C> {
         self.meter.observe(&Progress::Began { version, receivers: ranks.clone() });
         let chunks = Chunks::new(match &self.sending.shadow {
             None => self.sending.shape.slot_bytes,
-            // All elements of a weight have, with their positions, up to three times its bytes.
+            // With their positions, all elements of a weight take up to three times its bytes.
             Some(_) => self.sending.shape.slot_bytes / 3,
         });
         let stages = StageTimes::default();

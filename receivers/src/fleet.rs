@@ -1,6 +1,6 @@
-//! The servers of a trainer, and what is asked of them next: a state machine without IO.
+//! Decides what the trainer asks of its servers next: a state machine without IO.
 //!
-//! A server's way through an update:
+//! The states of a server during an update:
 //!
 //! ```text
 //! unknown ─Look─▶ known ─Pause─▶ paused ─Form─▶ in the world ─Start─▶ started ─Bucket…─▶ ─Finish─▶ finished
@@ -10,33 +10,31 @@
 //!
 //! Its rules:
 //!
-//! - All servers take each step together. One that fails is *out* of this update, with its error. The others go on, in
-//!   a world without it.
-//! - What a server has, it says itself. One whose weights have another version than this trainer left there was started
-//!   anew, or is sent to by somebody else: it is asked everything again, and its workers join again.
-//! - A server is *half loaded* from the moment that it is told to start until it has confirmed the version. It is never
-//!   told to generate before that, however many updates fail in between, and what it began is ended (`Reset`) before it
-//!   begins anew: it counts what it has loaded of a layer, and would count what it has of the old version.
-//! - An act has ended before the next one begins, even if its update was dropped: a server does what it was told at any time
-//!   from then on.
-//! - A server that fails before it has begun to load, and says so itself, is told to generate again, with what it has: it was stopped
-//!   for nothing.
-//! - No server is asked to take part in a broadcast that some member of the world is known not to take part in.
+//! - All servers take each step together. A server that fails is *out* of this update, with its error. The others go on, in a world without
+//!   it.
+//! - Only a server's own answer says which version it has. If it is another version than this trainer left there, the server was restarted,
+//!   or somebody else sends to it: it is asked everything again, and its workers join again.
+//! - A server is *half loaded* from the moment that it is told to start until it has confirmed the version. It is never told to generate
+//!   before that, however many updates fail in between. What it began is ended (`Reset`) before it begins again: it counts what it has
+//!   loaded of a layer, and would include what it has of the old version.
+//! - An act has ended before the next one begins, even if its update was dropped: a server may do what it was told at any later time.
+//! - A server that fails before it begins to load, and says so itself, is told to generate again with the weights that it has.
+//! - No server is asked to take part in a broadcast if some member of the world is known not to take part in it.
 
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result, Version};
 
-/// A question to a server.
+/// A request to a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ask {
-    /// Whether it is there, what it is and whether it can be sent to: answered by [`Said::Facts`].
+    /// Whether it is there, what it is and whether the trainer can send to it: answered by [`Said::Facts`].
     Look,
     /// Which version it has: answered by [`Said::Version`].
     Recall,
     /// To stop generating.
     Pause,
-    /// To end what an update has left half done.
+    /// To end an update that was left half done.
     Reset,
-    /// To leave the world that its workers are in.
+    /// To leave the world of its workers.
     Leave,
     /// To begin an update: answered by [`Said::Done`] or [`Said::Open`].
     Start,
@@ -51,48 +49,48 @@ pub(crate) enum Ask {
 pub(crate) enum Said {
     Done,
     Facts(Facts),
-    /// The version of the weights that it has.
+    /// The version of its weights.
     Version(String),
-    /// It is within an update that somebody began and did not end.
+    /// It is within an update that was begun and not ended.
     Open,
 }
 
-/// What a server is.
+/// Facts about a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Facts {
-    /// How many workers it has, each a member of the world.
+    /// The number of its workers, each a member of the world.
     pub(crate) workers: u32,
-    /// The version of the weights that it has.
+    /// The version of its weights.
     pub(crate) weights: String,
-    /// The layers that its checkpoint leaves alone, as far as it tells.
+    /// The layers that its checkpoint does not quantise, as far as it tells.
     pub(crate) ignored: Vec<String>,
 }
 
-/// What is to be done next.
+/// What to do next.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Act {
-    /// Ask these servers, all at once; each is answered by [`Fleet::answer`].
+    /// Ask these servers, all at once. Each answer goes to [`Fleet::answer`].
     Ask(Vec<(usize, Ask)>),
-    /// Form a world of these servers' workers: answered by [`Fleet::formed`].
+    /// Form a world of these servers' workers. The result goes to [`Fleet::formed`].
     Form(Vec<usize>),
-    /// Send the next bucket to these servers: answered by [`Fleet::sent`], or by [`Fleet::end_of_stream`].
+    /// Send the next bucket to these servers. The result goes to [`Fleet::sent`], or to [`Fleet::end_of_stream`].
     Send(Vec<usize>),
-    /// The update is over; [`Fleet::outcome`] says how.
+    /// The update is over. [`Fleet::outcome`] has the result.
     End,
 }
 
 impl Act {
-    /// Whether it changes nothing at the servers.
+    /// Whether it only asks for the servers' state.
     pub(crate) fn looks(&self) -> bool {
         let Self::Ask(asks) = self else { return false };
         asks.iter().any(|(_, ask)| matches!(ask, Ask::Look | Ask::Recall))
     }
 }
 
-/// How servers answered a call that only ends when all of them and the trainer take part. `None` if one did not.
+/// The answers of servers to a call that ends only when all of them and the trainer take part. `None` for a server that did not answer.
 pub(crate) type Answers = Vec<(usize, Option<Result<()>>)>;
 
-/// How far a server is within an update.
+/// The progress of a server within an update.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Progress {
     Idle,
@@ -115,26 +113,26 @@ struct Server {
     standing: Standing,
     progress: Progress,
     workers: u32,
-    /// The version that it has, as it said last.
+    /// The version that it reported last.
     weights: String,
-    /// The layers that its checkpoint leaves alone.
+    /// The layers that its checkpoint does not quantise.
     ignored: Vec<String>,
     /// Whether its workers are in the present world.
     is_member: bool,
-    /// Whether it has confirmed a version since it joined. Until then what it says does not tell it from another process.
+    /// Whether it has confirmed a version since it joined. Until then its version does not distinguish it from another process.
     is_marked: bool,
     /// Whether its workers may be in some world of this trainer, present or past.
     has_joined: bool,
-    /// Whether it has begun to load a version and not confirmed it.
+    /// Whether it has begun to load a version that it has not confirmed.
     half_loaded: bool,
-    /// Whether what it began before is ended.
+    /// Whether the update that it began before has been ended.
     is_reset: bool,
     /// Whether it may be paused.
     is_stopped: bool,
 }
 
 impl Server {
-    /// Whether it says something, if only that it failed.
+    /// Whether it answers, even if with an error.
     fn answers(&self) -> bool {
         match &self.standing {
             Standing::Out(report) => {
@@ -165,11 +163,11 @@ pub(crate) struct Fleet {
 pub(crate) struct Outcome {
     /// The servers that have the version.
     pub(crate) loaded: Vec<usize>,
-    /// Those that were left out, and why.
+    /// The servers that were left out, and why.
     pub(crate) out: Vec<(usize, ErrorReport)>,
 }
 
-/// A server as a rank of the report: they are counted from 1, as the configuration lists them.
+/// The rank of a server in the report. Servers are counted from 1, in the order of the configuration.
 pub(crate) fn rank_of(server: usize) -> Rank {
     Rank(server as u32 + 1)
 }
@@ -200,13 +198,12 @@ impl Fleet {
         }
     }
 
-    /// Begins an update. One that did not come to its end is over. The trainer says whether its own end of the world is in
-    /// order.
+    /// Begins an update. One that was not completed is over. `has_world` says whether the trainer's own end of the world is intact.
     pub(crate) fn begin(&mut self, version: Version, has_world: bool) {
         self.version = version;
         self.has_world &= has_world;
         (self.has_ended, self.failure, self.first) = (false, None, None);
-        // A world is whole as long as each of its members is the process that joined it.
+        // A world is intact as long as each of its members is the process that joined it.
         self.has_world &= self.servers.iter().all(|server| !server.is_member || server.is_marked);
         for server in &mut self.servers {
             server.is_member &= self.has_world;
@@ -221,24 +218,24 @@ impl Fleet {
         self.servers[server].workers
     }
 
-    /// The layers that a server leaves alone.
+    /// The layers that a server does not quantise.
     pub(crate) fn ignored(&self, server: usize) -> &[String] {
         &self.servers[server].ignored
     }
 
-    /// Those that have said what they are and are not out.
+    /// The servers that have answered what they are and are not out.
     pub(crate) fn known(&self) -> Vec<usize> {
         let is_known = |index: &usize| matches!(self.servers[*index].standing, Standing::Known);
         (0..self.servers.len()).filter(is_known).collect()
     }
 
-    /// Whether a server has what it confirmed to this trainer last, as far as it says.
+    /// Whether a server still has the version that it confirmed to this trainer last, as far as it says.
     pub(crate) fn has_kept(&self, server: usize) -> bool {
         let server = &self.servers[server];
         server.is_marked && !server.half_loaded
     }
 
-    /// A server cannot take what comes next.
+    /// Leaves out a server that cannot take what comes next.
     pub(crate) fn refuse(&mut self, server: usize, error: Error) {
         self.out(server, error);
     }
@@ -249,13 +246,13 @@ impl Fleet {
         (0..self.servers.len()).filter(is_member).collect()
     }
 
-    /// Those that are not out.
+    /// The servers that are not out.
     fn usable(&self) -> Vec<usize> {
         let usable = |server: &Server| !matches!(server.standing, Standing::Out(_));
         (0..self.servers.len()).filter(|&index| usable(&self.servers[index])).collect()
     }
 
-    /// What is to be done next. The same until it is answered.
+    /// What to do next. It stays the same until it is answered.
     pub(crate) fn next(&self) -> Act {
         let usable = self.usable();
         let all = |ask: Ask, wanted: &dyn Fn(&Server) -> bool| {
@@ -274,7 +271,7 @@ impl Fleet {
             .or_else(|| self.pauses.then(|| all(Ask::Pause, &is_at(Progress::Idle))).flatten())
             .or_else(|| all(Ask::Reset, &|server| self.needs_reset(server)))
             .or_else(|| {
-                // A server refuses to leave within an update; joining another world replaces the old one.
+                // A server refuses to leave within an update. Joining another world replaces the old one.
                 let leaves = |server: &Server| server.has_joined && !self.has_started(server);
                 rejoins.then(|| all(Ask::Leave, &leaves)).flatten()
             });
@@ -301,7 +298,7 @@ impl Fleet {
             .unwrap_or_else(|| self.last())
     }
 
-    /// What is to be done when nothing is sent any more: those that were stopped for nothing generate again, with what they
+    /// What to do when nothing more is sent: servers that were stopped and have loaded nothing generate again, with the weights that they
     /// have.
     fn last(&self) -> Act {
         let stopped = |index: &usize| {
@@ -321,26 +318,26 @@ impl Fleet {
         server.half_loaded && !server.is_reset && !self.has_started(server)
     }
 
-    /// Whether the present world has these servers' workers and no others.
+    /// Whether the present world consists of exactly these servers' workers.
     fn has_whole_world(&self, usable: &[usize]) -> bool {
         let is_member = |index: usize| self.servers[index].is_member;
         self.has_world && (0..self.servers.len()).all(|at| is_member(at) == usable.contains(&at))
     }
 
-    /// A server has answered, or not.
+    /// Records the answer of a server, or that there is none.
     pub(crate) fn answer(&mut self, index: usize, ask: Ask, said: Result<Said>) {
         let version = self.version;
         let server = &mut self.servers[index];
         server.is_stopped |= ask == Ask::Pause;
         server.is_stopped &= ask != Ask::Resume;
         if matches!(server.standing, Standing::Out(_)) {
-            // It was asked to generate again, and has its error.
+            // It was asked to generate again, and its error is recorded already.
             return;
         }
         let said = match said {
             Ok(said) => said,
             Err(error) => {
-                // It may have done what it was asked for all the same.
+                // It may have done what it was asked.
                 server.half_loaded |= matches!(ask, Ask::Start | Ask::Reset | Ask::Finish);
                 return self.out(index, error);
             }
@@ -368,7 +365,7 @@ impl Fleet {
                 if has == server.weights {
                     server.standing = Standing::Known;
                 } else {
-                    // Its workers are not where they were; neither is the world.
+                    // Its workers have left the world, which is no longer whole.
                     server.is_member = false;
                     self.has_world = false;
                 }
@@ -394,7 +391,7 @@ impl Fleet {
         }
     }
 
-    /// A world was formed, or not: how the trainer joined it, and how the servers answered.
+    /// Records whether a world was formed: how the trainer joined it, and how the servers answered.
     pub(crate) fn formed(&mut self, own: Result<()>, answers: Answers) {
         for server in &mut self.servers {
             server.is_member = false;
@@ -413,15 +410,15 @@ impl Fleet {
         }
     }
 
-    /// A bucket was sent, or not: how the trainer's broadcast ended, and how the servers answered.
+    /// Records whether a bucket was sent: how the trainer's broadcast ended, and how the servers answered.
     pub(crate) fn sent(&mut self, own: Result<()>, answers: Answers) {
-        // Those that have answered have the bucket, whatever became of the broadcast to others.
+        // Servers that have answered have the bucket, whatever happened to the broadcast to others.
         self.has_world &= own.is_ok();
         self.together(own, answers);
     }
 
-    /// Leaves out those that failed and those that did not answer. What somebody said is the cause; without that, what the
-    /// trainer saw itself.
+    /// Leaves out servers that failed or did not answer. An error that a server reported is the cause; without one, the trainer's own error
+    /// is.
     fn together(&mut self, own: Result<()>, answers: Answers) {
         let mut silent = Vec::new();
         let mut somebody_failed = false;
@@ -448,7 +445,7 @@ impl Fleet {
         }
     }
 
-    /// The stream of weights has ended; with an error, so has the update.
+    /// Records the end of the stream of weights. If it ended with an error, so does the update.
     pub(crate) fn end_of_stream(&mut self, ended: Result<()>) {
         self.has_ended = true;
         if let Err(error) = ended {
@@ -456,7 +453,7 @@ impl Fleet {
         }
     }
 
-    /// The trainer itself cannot go on.
+    /// Records that the trainer itself cannot go on.
     pub(crate) fn fail(&mut self, error: Error) {
         self.failure.get_or_insert_with(|| ErrorReport::from(&error.version(self.version)));
     }
@@ -468,7 +465,7 @@ impl Fleet {
         let server = &mut self.servers[index];
         server.half_loaded |= server.progress == Progress::Started;
         server.standing = Standing::Out(report.clone());
-        // A world with a member that takes no part is of no use to the others.
+        // A world with a member that takes no part is useless to the others.
         self.has_world &= !server.is_member;
         self.first.get_or_insert(report);
     }
@@ -477,7 +474,7 @@ impl Fleet {
     ///
     /// # Errors
     ///
-    /// The trainer's own failure; what failed first, if no server has the version.
+    /// The trainer's own failure; the first failure, if no server has the version.
     pub(crate) fn outcome(&self) -> Result<Outcome> {
         if let Some(report) = &self.failure {
             return Err(report.clone().into());

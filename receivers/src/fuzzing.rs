@@ -1,17 +1,17 @@
-//! What servers answer, for the targets of `fuzz/`. It is there in builds for fuzzing alone.
+//! Parses what servers answer, for the targets of `fuzz/`. Compiled only for fuzzing.
 
 use crate::http::{Answer, MAX_WORDS};
 use crate::store;
 use crate::zmtp::{read_answer, read_opening};
 
-/// The body of an answer: what it says is short, and it is JSON or nothing.
+/// The body of an answer: its words are short, and it is JSON or null.
 pub fn answer(status: u16, body: Vec<u8>) {
     let answer = Answer { status, body: body.into() };
     assert!(answer.words().chars().count() <= MAX_WORDS + 1);
     drop(answer.json());
 }
 
-/// What a worker says by ZeroMQ: an opening, and answers until it says something else. Every answer was there.
+/// What a worker sends by ZeroMQ: an opening, and answers until one is malformed. No answer is longer than the bytes it came from.
 pub fn zmtp(bytes: &[u8]) {
     futures::executor::block_on(async {
         let mut rest = bytes;
@@ -26,7 +26,7 @@ pub fn zmtp(bytes: &[u8]) {
     });
 }
 
-/// What a client says to a store of torch's. It is answered only if it began as one does, and never with more than it can have
+/// What a client sends to a store of torch's kind. It gets answers only if it began as a client does, and no more bytes than it can have
 /// stored for each of its requests.
 pub fn store(bytes: &[u8]) {
     let answers = futures::executor::block_on(store::conversation(bytes));

@@ -1,5 +1,5 @@
-//! One question to a server, and its answer: HTTP/1.1 without TLS, a connection for each question, a deadline for all
-//! of it; and what its answers mean as far as it is the same for all kinds of servers.
+//! Makes one request to a server: HTTP/1.1 without TLS, one connection for each request, one deadline for all of it. Also interprets
+//! answers, as far as that is the same for all kinds of servers.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -23,12 +23,12 @@ use crate::key::{ApiKey, Keys};
 
 /// The longest answer that is read.
 const MAX_ANSWER_BYTES: usize = 16 << 20;
-/// The deadline of what somebody else ends in time.
+/// The deadline of a request that something else ends in time.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
-/// The longest part of a server's own words that is repeated.
+/// The most characters of a server's own words that are repeated.
 pub(crate) const MAX_WORDS: usize = 600;
 
-/// Where a server is: `http://HOST:PORT`, and a path before its own ones if there is one.
+/// The address of a server: `http://HOST:PORT`, and a prefix of its paths if there is one.
 ///
 /// # Examples
 ///
@@ -113,7 +113,7 @@ impl schemars::JsonSchema for ServerUrl {
     }
 }
 
-/// What a server answered.
+/// A server's answer.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
@@ -125,17 +125,17 @@ impl Answer {
         (200..300).contains(&self.status)
     }
 
-    /// The answer as JSON; null if it is none.
+    /// The body as JSON; null if it is not JSON.
     pub(crate) fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or_default()
     }
 
-    /// What it says went wrong, in short.
+    /// The error message, shortened.
     pub(crate) fn words(&self) -> String {
         short(self.text())
     }
 
-    /// What it says went wrong: the message of the forms that servers have for errors, else its text.
+    /// The error message: the message of the forms that servers have for errors, else the whole text.
     fn text(&self) -> String {
         let json = self.json();
         let message =
@@ -155,21 +155,21 @@ fn short(words: String) -> String {
     }
 }
 
-/// A server as it is asked: its address, how long its answers may take, and what one of its kind needs to have a route.
+/// What requests to a server need: its address, how long its answers may take, and the remedy for a missing route.
 #[derive(Clone, Debug)]
 pub(crate) struct Client {
     pub(crate) url: ServerUrl,
-    /// Of questions about what is there already.
+    /// The limit of requests that change nothing.
     pub(crate) short: Duration,
-    /// Of those that make it do something.
+    /// The limit of requests that make it do something.
     pub(crate) long: Duration,
-    /// What a server is called, and what one that lacks a route needs.
+    /// The kind of the server.
     pub(crate) kind: Kind,
-    /// What it asks for.
+    /// The keys that it asks for.
     pub(crate) keys: Keys,
 }
 
-/// What is said of a kind of servers.
+/// The name of a kind of server, and the remedy if one lacks a route.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Kind {
     pub(crate) name: &'static str,
@@ -177,29 +177,29 @@ pub(crate) struct Kind {
 }
 
 impl Client {
-    /// What a server says of what is there already.
+    /// Makes a request that changes nothing.
     ///
     /// # Errors
     ///
-    /// Those of [`ask`](Self::ask); what it says instead.
+    /// Those of [`ask`](Self::ask); the server's own error.
     pub(crate) async fn get(&self, path: &str) -> Result<Answer> {
         let answer = self.ask(Method::GET, path, None, self.short).await?;
         self.done(path, &answer)?;
         Ok(answer)
     }
 
-    /// The version that a server says its weights have.
+    /// The version of its weights that a server reports.
     ///
     /// # Errors
     ///
-    /// As [`get`](Self::get); `Protocol` if it says none.
+    /// As [`get`](Self::get); `Protocol` if it reports none.
     pub(crate) async fn weights(&self, path: &str) -> Result<String> {
         let answer = self.get(path).await?;
         let version = answer.json()["weight_version"].as_str().map(str::to_owned);
         version.ok_or_else(|| self.odd(path, &answer))
     }
 
-    /// Has a server do something.
+    /// Makes a server do something.
     ///
     /// # Errors
     ///
@@ -209,7 +209,7 @@ impl Client {
         self.done(path, &answer)
     }
 
-    /// Has a server do something that lasts until others have done their part, which have deadlines of their own.
+    /// Makes a server do something that lasts until others have done their part. Those have deadlines of their own.
     ///
     /// # Errors
     ///
@@ -219,7 +219,7 @@ impl Client {
         self.done(path, &answer)
     }
 
-    /// Has a server do something; any answer is one.
+    /// Makes a server do something. Every status is a valid answer.
     ///
     /// # Errors
     ///
@@ -233,12 +233,12 @@ impl Client {
         self.ask(Method::POST, path, body, limit).await
     }
 
-    /// Asks a server; any answer is one, whatever its status.
+    /// Makes a request. Every status is a valid answer.
     ///
     /// # Errors
     ///
-    /// `Timeout` if there is none within the limit, `PeerLost` if the server is not there or goes away, `Protocol` if it
-    /// speaks something else.
+    /// `Timeout` if there is no answer within the limit, `PeerLost` if the server is not there or goes away, `Protocol` if it does not
+    /// speak HTTP.
     pub(crate) async fn ask(
         &self,
         method: Method,
@@ -252,7 +252,7 @@ impl Client {
         within(limit, answer).await.unwrap_or_else(|| Err(no_answer(&operation, limit)))
     }
 
-    /// The error of an answer that is none of success.
+    /// The error of an answer without a status of success.
     pub(crate) fn done(&self, path: &str, answer: &Answer) -> Result<()> {
         match answer.status {
             200..300 => Ok(()),
@@ -267,7 +267,7 @@ impl Client {
         }
     }
 
-    /// The error of a refusal, with what would change it; nothing, if it may do at another time what it refuses now.
+    /// The error of a refusal, with its remedy. Without a remedy the server may accept the same request at another time.
     pub(crate) fn refusal(&self, path: &str, answer: &Answer, remedy: &str) -> Error {
         let (status, words) = (answer.status, self.words(answer));
         let mut message = format!("status {status}");
@@ -279,12 +279,12 @@ impl Client {
         let operation = self.operation(path);
         match remedy.is_empty() {
             true => Error::new(ErrorKind::Io, operation, message).recovery(Recovery::Retry),
-            // A server that refuses because of how it was started refuses again.
+            // A server that refuses because of how it was started will refuse again.
             false => Error::new(ErrorKind::Config, operation, message),
         }
     }
 
-    /// The error of an answer that servers of this kind do not give.
+    /// The error of an answer that servers of this kind never give.
     pub(crate) fn odd(&self, path: &str, answer: &Answer) -> Error {
         let Answer { status, .. } = answer;
         let (name, words) = (self.kind.name, self.words(answer));
@@ -292,21 +292,21 @@ impl Client {
         Error::new(ErrorKind::Protocol, self.operation(path), message)
     }
 
-    /// What a server says, without the keys that it may repeat.
+    /// The server's words, without the keys that it may repeat.
     fn words(&self, answer: &Answer) -> String {
         short(self.keys.hide(answer.text()))
     }
 
-    /// What a question is called in errors.
+    /// The name of a request in errors.
     pub(crate) fn operation(&self, path: &str) -> String {
         format!("{}{path}", self.url)
     }
 
-    /// The address of this machine by which it reaches the server.
+    /// The local address by which this process reaches the server.
     ///
     /// # Errors
     ///
-    /// `PeerLost` if it does not; `Timeout`.
+    /// `PeerLost` if it cannot; `Timeout`.
     pub(crate) async fn own_address(&self) -> Result<IpAddr> {
         let operation = self.operation("");
         let reached = within(self.short, reach(&self.url, &operation)).await;
@@ -324,7 +324,7 @@ async fn reach(url: &ServerUrl, operation: &str) -> Result<TcpStream> {
     })
 }
 
-/// The error of a question that was not answered in time.
+/// The error of a request without an answer in time.
 pub(crate) fn no_answer(operation: &str, limit: Duration) -> Error {
     let message = format!("no answer within {:.1} s", limit.as_secs_f64());
     Error::new(ErrorKind::Timeout, operation, message)
@@ -340,7 +340,7 @@ async fn exchange(
 ) -> Result<Answer> {
     let lost = |message: String| Error::new(ErrorKind::PeerLost, operation, message);
     let stream = reach(url, operation).await?;
-    // A question is one write; without this the end of a long one may wait for an acknowledgement.
+    // A request is one write. Without this the end of a long one may wait for an acknowledgement.
     stream.set_nodelay(true).map_err(|error| Error::io(operation, error))?;
     let malformed = |error: hyper::Error| {
         let kind = match error.is_parse() {
@@ -372,7 +372,7 @@ async fn exchange(
         let body = body.map_err(|error| lost(format!("the answer broke off: {error}")))?;
         Ok(Answer { status, body: body.to_bytes() })
     };
-    // The connection does its work while it is polled; when it has ended, so has the exchange.
+    // The connection works only while it is polled. When it has ended, so has the exchange.
     match select(exchange.boxed(), connection.boxed()).await {
         Either::Left((answer, _)) => answer,
         Either::Right((_, exchange)) => exchange.await,
@@ -397,7 +397,7 @@ mod tests {
 
     #[test]
     fn brackets_within_a_host_are_refused() {
-        // `33[:` would be its host, which is none when it is read again.
+        // The host would be `33[:`, which does not parse when it is read again.
         let error = "http://33[:]:03".parse::<ServerUrl>().unwrap_err();
         assert!(error.to_string().contains("brackets"), "{error}");
     }

@@ -1,4 +1,4 @@
-//! The layers that a server's checkpoint leaves alone, as far as the server tells where that is and it can be read from here.
+//! The layers that a server's checkpoint does not quantise, if the server tells where the checkpoint is and it can be read here.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,9 +10,9 @@ use tokio::sync::oneshot;
 /// The longest `config.json` that is read.
 const MAX_BYTES: u64 = 16 << 20;
 
-/// The layers that the `config.json` of a checkpoint says are not quantised; none if there is no such file. A name that is no
-/// whole path, such as a model's in a hub, is none; nor is what cannot be read within the limit, because it is on a file system
-/// that does not answer.
+/// The layers that the `config.json` of a checkpoint excludes from quantisation. Empty if there is no such file, if the name is not an
+/// absolute path (such as a model's name in a hub), or if the file cannot be read within the limit, because its file system does not
+/// answer.
 pub(crate) async fn read(checkpoint: &str, limit: Duration) -> Vec<String> {
     let file = Path::new(checkpoint).join("config.json");
     if !Path::new(checkpoint).is_absolute() {
@@ -21,7 +21,7 @@ pub(crate) async fn read(checkpoint: &str, limit: Duration) -> Vec<String> {
     let (tell, told) = oneshot::channel();
     let read = move || {
         let is_small = std::fs::metadata(&file).is_ok_and(|found| found.len() <= MAX_BYTES);
-        // Nobody waits for what comes too late.
+        // The receiver has gone if the limit has passed.
         drop(tell.send(is_small.then(|| std::fs::read(&file).ok()).flatten()));
     };
     if let Err(error) = std::thread::Builder::new().name("ckpt-config".into()).spawn(read) {
@@ -32,7 +32,7 @@ pub(crate) async fn read(checkpoint: &str, limit: Duration) -> Vec<String> {
     ignored(&serde_json::from_slice(&text).unwrap_or_default())
 }
 
-/// The layers that a model's configuration says are not quantised.
+/// The layers that a model's configuration excludes from quantisation.
 fn ignored(config: &Value) -> Vec<String> {
     let own = &config["quantization_config"];
     let lists = ["ignored_layers", "modules_to_not_convert"].map(|key| own[key].as_array());
@@ -40,8 +40,8 @@ fn ignored(config: &Value) -> Vec<String> {
     entries.filter_map(|entry| entry.as_str().map(str::to_owned)).collect()
 }
 
-/// The first weight that a server would not take for what it is: one in FP8 of a layer that it leaves alone, and the entry that
-/// says so. An entry names a layer, or all layers below it.
+/// The first weight that a server would misread: one in FP8 of a layer that it does not quantise, and the entry that says so. An entry
+/// names a layer, or all layers below it.
 pub(crate) fn clash<'a>(
     ignored: &'a [String],
     weights: impl Iterator<Item = (&'a str, &'a str)>,

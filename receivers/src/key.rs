@@ -11,7 +11,7 @@ use hyper::header::HeaderValue;
 /// The longest key.
 const MAX_BYTES: u64 = 4096;
 
-/// What a server asks for that was started with a key. It is shown nowhere: not by `Debug`, nor in an error.
+/// The key that a server asks for. It is never shown: not by `Debug`, nor in an error.
 ///
 /// # Examples
 ///
@@ -45,11 +45,11 @@ impl std::str::FromStr for ApiKey {
 }
 
 impl ApiKey {
-    /// The key that a file has, with or without white space around it.
+    /// Reads the key in a file, with or without white space around it.
     ///
     /// # Errors
     ///
-    /// `Config`, with the file's name, if it is not there or has no key.
+    /// `Config`, with the file's name, if the file cannot be read or has no key.
     pub fn read(file: &Path) -> Result<Self> {
         let refuse = |problem: String| {
             let message = format!("{}: {problem}", file.display());
@@ -63,7 +63,7 @@ impl ApiKey {
         text.trim().parse().map_err(|error: Error| refuse(error.report().message.clone()))
     }
 
-    /// The header that shows it to a server.
+    /// The value of the `Authorization` header.
     pub(crate) fn header(&self) -> Option<HeaderValue> {
         let mut value = HeaderValue::try_from(format!("Bearer {}", self.0)).ok()?;
         value.set_sensitive(true);
@@ -71,7 +71,7 @@ impl ApiKey {
     }
 }
 
-/// The keys of a server: one for what everybody may ask, and one for what changes it, if that is another.
+/// The keys of a server: one for all requests, and one for requests that change it, if that is another.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Keys {
     pub(crate) usual: Option<ApiKey>,
@@ -79,7 +79,7 @@ pub(crate) struct Keys {
 }
 
 impl Keys {
-    /// Those that files have.
+    /// Reads the keys in files.
     ///
     /// # Errors
     ///
@@ -89,13 +89,13 @@ impl Keys {
         Ok(Self { usual: read(usual)?, admin: read(admin)? })
     }
 
-    /// The one for a question.
+    /// The key for a request.
     pub(crate) fn of(&self, method: &Method) -> Option<&ApiKey> {
         let admin = self.admin.as_ref().filter(|_| method != Method::GET);
         admin.or(self.usual.as_ref())
     }
 
-    /// A server's words without the keys, should it repeat them.
+    /// Removes the keys from a server's words, in case it repeats them.
     pub(crate) fn hide(&self, mut words: String) -> String {
         for key in [&self.usual, &self.admin].into_iter().flatten() {
             words = words.replace(&*key.0, "…");

@@ -1,46 +1,43 @@
-//! Backends that only send: to inference servers as they are, by their own protocols.
+//! Backends that only send: to unmodified inference servers, by the servers' own protocols.
 //!
-//! The trainer runs this engine; the receivers do not. They have no deadlines and no digests. A failed update leaves
-//! them half loaded while they report that they are healthy, and a receiver that waits in a collective waits for
-//! ever. So the trainer's side has to end every wait, and to report what happened.
+//! The trainer runs this engine, the receivers do not. Receivers have no deadlines and no digests. A failed update leaves them half loaded
+//! while they report that they are healthy, and a receiver that waits in a collective waits for ever. So the trainer has to end every wait,
+//! and to report what happened.
 //!
 //! # Over NCCL
 //!
 //! The backends `vllm` and `sglang` drive the servers' HTTP routes for weight transfer, and broadcast over NCCL. The trainer and
 //! all workers of all servers are one world, of which the trainer is member 0.
 //!
-//! - **The stream becomes buckets** (`chunk.rs`): whole weights, one behind the other. A bucket is one request
-//!   to each server with the names, types and shapes of its weights, and one broadcast. So the stream need not be
-//!   known in advance, and nothing is outstanding in NCCL while the trainer waits for its next weight: a trainer whose
-//!   stream fails leaves no server hanging. vLLM can also take a whole update by one call that reuses the names of the
-//!   last; that saves the names and a request for each bucket, and costs this property.
-//! - **Weights get into slots** by the code of `backend-nccl`: one launch packs and quantises weights that are on the
-//!   device, the CPU all others. One of two slots is filled while the other travels.
-//! - **Calls that can hang** are made by the thread of [`collective`], which gives a world up when a deadline passes: joining,
-//!   warming up, a broadcast. The servers' own part of such a call is an HTTP request with the same deadline; when one
-//!   side fails, the others get a few seconds more.
-//! - **What happens to each server** is decided by a machine without IO (`fleet.rs`). A server that fails is left out and
-//!   named in [`SendReport::receivers`], the update goes on in a world without it, and the next update tries it again:
-//!   its state is queried again, and it generates only after it has confirmed a version.
-//! - **FP8** is done by the layer in front of the engine, which quantises the stream. A weight's scales follow its
-//!   codes.
-//! - **What differs between vLLM and SGLang** is behind a trait (`server.rs`). vLLM is told the id of the world, and its workers join
-//!   at once. SGLang's look for the id in a store of torch's (`store.rs`), at their first broadcast.
+//! - **The stream becomes buckets** (`chunk.rs`): whole weights, one behind the other. A bucket is one request to each server, with the
+//!   names, types and shapes of its weights, and one broadcast. So the stream need not be known in advance. Nothing is outstanding in NCCL
+//!   while the trainer waits for its next weight, so a trainer whose stream fails leaves no server hanging. vLLM can also take a whole
+//!   update by one call that reuses the names of the last one. That saves the names and a request for each bucket, but loses this property.
+//! - **Weights are packed into slots** by `backend-nccl`: one launch packs and quantises weights that are on the device, the CPU all
+//!   others. One of two slots is filled while the other travels.
+//! - **Calls that can hang** run on the thread of [`collective`], which gives a world up when a deadline passes: joining, warming up, a
+//!   broadcast. The servers' part of such a call is an HTTP request with the same deadline. When one side fails, the others get a few
+//!   seconds more.
+//! - **A state machine without IO decides about each server** (`fleet.rs`). A server that fails is left out and named in
+//!   [`SendReport::receivers`], and the update goes on in a world without it. The next update tries it again: its state is queried again,
+//!   and it generates only after it has confirmed a version.
+//! - **FP8**: the layer in front of the engine quantises the stream. A weight's scales follow its codes.
+//! - **A trait hides the differences between vLLM and SGLang** (`server.rs`). vLLM gets the id of the world, and its workers join at once.
+//!   SGLang's workers look for the id in a store of torch's kind (`store.rs`), at their first broadcast.
 //!
 //! # On the trainer's own host
 //!
-//! With `transport: ipc` there is no world. A server reads a bucket in place, and has read it when it answers. The
-//! rest is the same: one of two slots is filled while the other is read.
+//! With `transport: ipc` there is no world. A server reads a bucket in place, and has read it when it answers. Everything else is the same:
+//! one of two slots is filled while the other is read.
 //!
-//! With `transport: zmq`, which is Moonshot's protocol, a server is asked once for a whole update, and its workers are told of each bucket
-//! by ZeroMQ (`moonshot.rs`). They wait for the next message for ever, so an update that fails is called off
-//! explicitly.
+//! With `transport: zmq`, which is Moonshot's protocol, a server gets one request for a whole update, and its workers are told of each
+//! bucket by ZeroMQ (`moonshot.rs`). They wait for the next message for ever, so an update that fails is called off explicitly.
 //!
 //! A worker reads only on its own GPU. If a server has several workers, each of their GPUs has the slots: a slot is
 //! filled on one GPU and copied to the others before the workers are told.
 //!
-//! The group of these backends has one rank, the trainer. [`SendReport::receivers`] has the servers as the ranks 1, 2, … in the order of the
-//! configuration, and in the notes of each its address, its workers, and how many `buckets`, `tensors` and `bytes` it said that it
+//! The group of these backends has one rank, the trainer. [`SendReport::receivers`] lists the servers as the ranks 1, 2, … in the order of
+//! the configuration. The notes of each contain its address, its workers, and how many `buckets`, `tensors` and `bytes` it said that it
 //! loaded.
 //!
 //! [`SendReport::receivers`]: engine_core::SendReport::receivers
@@ -86,14 +83,14 @@ pub use http::ServerUrl;
 pub use key::ApiKey;
 pub use server::{Check, ServerKind, examine};
 
-/// What sends to vLLM, as a value to be registered.
+/// The backend that sends to vLLM, to be registered.
 pub static VLLM: &dyn Backend = &Sends {
     name: "vllm",
     summary: "vLLM's servers as they are, by broadcast over NCCL",
     kind: ServerKind::Vllm,
 };
 
-/// What sends to SGLang, as a value to be registered.
+/// The backend that sends to SGLang, to be registered.
 pub static SGLANG: &dyn Backend = &Sends {
     name: "sglang",
     summary: "SGLang's servers as they are, by broadcast over NCCL",
@@ -107,22 +104,21 @@ pub static SGLANG: &dyn Backend = &Sends {
 pub struct VllmOptions {
     /// The servers: `http://HOST:PORT` each.
     pub servers: Vec<ServerUrl>,
-    /// How the weights get there.
+    /// How the weights get to the servers.
     pub transport: Transport,
-    /// The GPUs of the servers' workers, by their places within a server, where those read buckets: the trainer's own unless
-    /// set. A bucket is copied to each of them. Without NCCL.
+    /// The GPUs of the servers' workers, in the order of the workers of a server, where workers read buckets: the trainer's own unless set.
+    /// A bucket is copied to each of them. Not with NCCL.
     pub devices: Vec<DeviceChoice>,
-    /// What happens to requests that a server is at work on when an update begins.
+    /// What happens to running requests of a server when an update begins.
     pub pause: vllm::Pause,
-    /// Whether each weight is a broadcast of its own, which the servers receive into memory of its own, instead of each
-    /// bucket. Over NCCL.
+    /// Whether each weight is broadcast by itself instead of each bucket. The servers receive it into memory of its own. Over NCCL.
     pub unpacked: bool,
-    /// Whether what has changed is sent, by position, instead of all weights: to servers whose `--weight-transfer-config` has the
-    /// backend `sparse_nccl`, of models without quantisation. The trainer keeps a copy of what it sent in host memory.
+    /// Whether only changed elements are sent, with their positions, instead of all weights. For servers whose `--weight-transfer-config`
+    /// has the backend `sparse_nccl`, and models without quantisation. The trainer keeps a copy of what it sent in host memory.
     pub delta: bool,
-    /// The file with the key that the servers, or what is in front of them, ask for.
+    /// The file with the key that the servers, or a proxy in front of them, ask for.
     pub api_key_file: Option<PathBuf>,
-    /// The file `libnccl.so.2`; searched for without it.
+    /// The file `libnccl.so.2`. If not set, it is searched for.
     pub library: Option<PathBuf>,
 }
 
@@ -133,23 +129,22 @@ pub struct VllmOptions {
 pub struct SglangOptions {
     /// The servers: `http://HOST:PORT` each.
     pub servers: Vec<ServerUrl>,
-    /// How the weights get there.
+    /// How the weights get to the servers.
     pub transport: Transport,
-    /// The GPUs of the servers' workers, by their places within a server, where those read buckets: the trainer's own unless
-    /// set. A bucket is copied to each of them. Without NCCL.
+    /// The GPUs of the servers' workers, in the order of the workers of a server, where workers read buckets: the trainer's own unless set.
+    /// A bucket is copied to each of them. Not with NCCL.
     pub devices: Vec<DeviceChoice>,
-    /// What happens to requests that a server is at work on when an update begins.
+    /// What happens to running requests of a server when an update begins.
     pub pause: sglang::Pause,
-    /// The trainer's address, at which the servers' workers meet it; without it the one by which the trainer reaches each
-    /// server.
+    /// The trainer's address, at which the servers' workers meet it. If not set, the address by which the trainer reaches each server.
     pub master_address: Option<String>,
-    /// The port there; any that is free with 0.
+    /// The port there; 0 for any free port.
     pub master_port: u16,
     /// The file with the key that the servers ask for (`--api-key`).
     pub api_key_file: Option<PathBuf>,
-    /// The file with the key for administrative requests, if it is another (`--admin-api-key`).
+    /// The file with the key for administrative requests, if they need another one (`--admin-api-key`).
     pub admin_api_key_file: Option<PathBuf>,
-    /// The file `libnccl.so.2`; searched for without it.
+    /// The file `libnccl.so.2`. If not set, it is searched for.
     pub library: Option<PathBuf>,
 }
 
@@ -163,7 +158,7 @@ pub enum Transport {
     Nccl,
     /// By CUDA IPC: a server's workers are on the trainer's host, and each reads buckets on its own GPU.
     Ipc,
-    /// By CUDA IPC as well, with the protocol of Moonshot's checkpoint-engine: a worker is told by ZeroMQ where buckets are.
+    /// By CUDA IPC as well, with the protocol of Moonshot's checkpoint-engine: workers learn by ZeroMQ where buckets are.
     Zmq,
 }
 
@@ -178,11 +173,11 @@ impl std::fmt::Display for Transport {
 }
 
 impl Transport {
-    /// Whether it reaches all workers of a server, with buckets on this number of GPUs.
+    /// Checks that it reaches all workers of a server, with buckets on this number of GPUs.
     ///
     /// # Errors
     ///
-    /// `Config`, in words, if it does not.
+    /// `Config` if it does not.
     fn reaches(self, client: &Client, workers: u32, gpus: u32) -> Result<()> {
         if self == Self::Nccl || workers <= gpus {
             return Ok(());
@@ -198,7 +193,7 @@ impl Transport {
     ///
     /// # Errors
     ///
-    /// `Config` if GPUs are listed and no server reads there.
+    /// `Config` if GPUs are listed and servers do not read buckets in place.
     fn gpus(self, devices: &[DeviceChoice]) -> Result<u32> {
         if self == Self::Nccl && !devices.is_empty() {
             let message = "`devices` is for `transport: ipc` and `zmq`: over NCCL nobody reads buckets where they are";
@@ -217,7 +212,7 @@ impl Transport {
 
 /// Prepares a trainer that sends to vLLM's servers over a library of collectives.
 ///
-/// The backend `vllm` does it with NCCL; another library is for tests.
+/// The backend `vllm` uses NCCL. Tests use another library.
 ///
 /// # Errors
 ///
@@ -261,7 +256,7 @@ pub async fn prepare_vllm<L: Library>(
 
 /// Prepares a trainer that sends to SGLang's servers over a library of collectives.
 ///
-/// The backend `sglang` does it with NCCL; another library is for tests.
+/// The backend `sglang` uses NCCL. Tests use another library.
 ///
 /// # Errors
 ///
@@ -294,7 +289,7 @@ pub async fn prepare_sglang<L: Library>(
     prepare(library, context, receivers).await
 }
 
-/// A backend that only sends, to one kind of servers.
+/// A backend that only sends, to one kind of server.
 #[derive(Debug)]
 struct Sends {
     name: &'static str,

@@ -1,10 +1,9 @@
-//! The protocol of Moonshot's checkpoint-engine, which servers of both kinds speak: buckets by CUDA IPC, of which workers are
-//! told by ZeroMQ.
+//! The protocol of Moonshot's checkpoint-engine, which both kinds of servers speak: buckets by CUDA IPC, of which workers learn by ZeroMQ.
 //!
-//! A server is asked once for a whole update, with an address for each GPU that has the buckets, and answers when the update is
-//! over. Each of its workers connects to the address of its GPU. It is told where all buckets are, and then of each of them what
-//! lies where, and answers each time that it has done its part: with nothing, or with what went wrong. It waits for the next
-//! word without an end, and its engine with it; so an update that does not come to its end is called off.
+//! A server gets one request for a whole update, with an address for each GPU that has the buckets, and answers when the update is over.
+//! Each of its workers connects to the address of its GPU. The worker is told where all buckets are, and then the contents of each bucket.
+//! It answers each message when it has done its part: with nothing, or with an error. It waits for the next message without an end, and so
+//! does its engine. So an update that is not completed is called off.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::OnceLock;
@@ -27,15 +26,15 @@ use crate::pickle::Pickle;
 use crate::shared::{ANY_DEVICE, arguments};
 use crate::zmtp::Requests;
 
-/// How long a server may take to say that its update failed, once its worker was told so.
+/// How long a server may take to report that its update failed, once its workers were told so.
 const CALLING_OFF: Duration = Duration::from_secs(5);
 
-/// A server's workers, which are told by ZeroMQ where buckets are.
+/// A server's workers, which learn by ZeroMQ where buckets are.
 #[derive(Debug, Default)]
 pub(crate) struct Workers {
     /// Where all buckets are, on each GPU that has them.
     buffers: OnceLock<Vec<SharedSlot>>,
-    /// How many they are.
+    /// The number of workers.
     count: AtomicU32,
     session: Mutex<Option<Session>>,
 }
@@ -43,13 +42,13 @@ pub(crate) struct Workers {
 /// An update that is under way.
 #[derive(Debug)]
 struct Session {
-    /// Where the worker of each GPU connects, if the server has one there.
+    /// Where the worker of each GPU connects, if the server has one on that GPU.
     listeners: Vec<UnixListener>,
-    /// Those that have, and the GPUs that they are on.
+    /// The workers that have connected, with the indices of their GPUs.
     workers: Vec<(usize, Requests<UnixStream>)>,
-    /// How many there are.
+    /// The number of workers that are expected.
     count: usize,
-    /// What the server says of the whole update.
+    /// The request for the whole update.
     update: Fuse<JoinHandle<Result<()>>>,
     abort: AbortHandle,
     limit: Duration,
@@ -57,13 +56,13 @@ struct Session {
 }
 
 impl Workers {
-    /// Where all buckets are, from now on.
+    /// Sets where all buckets are.
     pub(crate) fn reads(&self, buffers: Vec<SharedSlot>) {
-        // A second time never comes: slots are opened once.
+        // It is set only once, because slots are opened once.
         drop(self.buffers.set(buffers));
     }
 
-    /// How many they are.
+    /// Sets the number of workers.
     pub(crate) fn are(&self, count: u32) {
         self.count.store(count, Ordering::Relaxed);
     }
@@ -75,13 +74,13 @@ impl Workers {
             .ok_or_else(|| state("there is no memory that workers could read"))
     }
 
-    /// Looks whether a server's workers speak the protocol, and are where the buckets are: one that is asked for an update without an
-    /// address says that the one of its GPU is missing. `lacks` are words by which a server says that it cannot, `remedy` what
-    /// changes it.
+    /// Checks that a server's workers speak the protocol, and are on GPUs that have the buckets. A server that is asked for an update
+    /// without an address names the GPU whose address is missing. `lacks` are words by which a server says that it cannot, `remedy` is the
+    /// remedy for that.
     ///
     /// # Errors
     ///
-    /// `Config` if they do not, or are on another GPU; what the server says else.
+    /// `Config` if they do not, or are on another GPU; else the server's own error.
     pub(crate) async fn look(
         &self,
         client: &Client,
@@ -90,7 +89,7 @@ impl Workers {
         lacks: &[&str],
         remedy: &str,
     ) -> Result<()> {
-        // Within an update, whose others may have failed, it has shown all that.
+        // Within an update it has shown all that. A world may be formed again because other servers failed.
         if self.session.lock().await.is_some() {
             return Ok(());
         }
@@ -113,12 +112,12 @@ impl Workers {
         }
     }
 
-    /// Has a server's workers connect, and tells them where all buckets are. The server is asked by a request with the addresses of
-    /// all GPUs; no single step takes longer than `limit`.
+    /// Makes a server's workers connect, and tells them where all buckets are. `request` asks the server for an update, with the addresses
+    /// of all GPUs. No single step takes longer than `limit`.
     ///
     /// # Errors
     ///
-    /// What the server or its worker says; `Timeout`.
+    /// The error of the server or of its worker; `Timeout`.
     pub(crate) async fn begin(
         &self,
         limit: Duration,
@@ -131,7 +130,7 @@ impl Workers {
             let rebuild = Pickle::Global("torch.multiprocessing.reductions", "rebuild_cuda_tensor");
             let place = Pickle::Tuple(arguments(buffer, ANY_DEVICE));
             places.push(Pickle::Tuple(vec![rebuild, place]).to_bytes());
-            // No other update of any trainer has this name, which is no file.
+            // An abstract socket, not a file. The name is unique among the updates of all trainers.
             let name = format!("ckpt-engine-{:016x}", RandomState::new().hash_one(&operation));
             let listener = UnixListener::bind(format!("\0{name}"));
             listeners.push(listener.map_err(|error| Error::io(operation.clone(), error))?);
@@ -148,7 +147,7 @@ impl Workers {
         session.ask(|gpu| &places[gpu]).await
     }
 
-    /// What workers are told of a bucket, which is at the same place of the buffers of all GPUs.
+    /// Describes a bucket to workers. It is at the same place of the buffers of all GPUs.
     pub(crate) fn describe(&self, tensors: &Tensors) -> Vec<u8> {
         let start = |places: &[SharedSlot]| places.first().map_or(0, |place| place.start);
         let buffers = self.buffers.get().map_or(&[][..], Vec::as_slice);
@@ -165,7 +164,7 @@ impl Workers {
         Pickle::List(all.collect()).to_bytes()
     }
 
-    /// Has the workers load a bucket; ends when they have.
+    /// Makes the workers load a bucket. Returns when they have.
     ///
     /// # Errors
     ///
@@ -177,7 +176,7 @@ impl Workers {
         }
     }
 
-    /// Has the workers let go of the buckets, and make of what they loaded what the server computes with.
+    /// Makes the workers release the buckets, and activate what they loaded.
     ///
     /// # Errors
     ///
@@ -192,7 +191,7 @@ impl Workers {
         Ok(())
     }
 
-    /// Calls off what is under way, if anything is: the workers fail, and the server's engine is free again.
+    /// Calls off the update that is under way, if there is one: the workers fail, and the server's engine is free again.
     pub(crate) async fn call_off(&self) {
         let mut open = self.session.lock().await;
         if let Some(session) = &mut *open {
@@ -202,7 +201,7 @@ impl Workers {
     }
 }
 
-/// What workers call the GPU that a buffer is on.
+/// The workers' name of the GPU of a buffer.
 fn gpu(buffer: &SharedSlot) -> String {
     format!("GPU-{}", buffer.device)
 }
@@ -215,7 +214,7 @@ fn lost(operation: &str, error: JoinError) -> Error {
     Error::new(ErrorKind::Aborted, operation, error.to_string())
 }
 
-/// Waits for something that happens unless the update fails. What the server says of that is the cause.
+/// Waits for a step, unless the update fails. The error that the server reports is the cause.
 async fn unless_it_fails<T>(
     update: &mut Fuse<JoinHandle<Result<()>>>,
     limit: Duration,
@@ -244,7 +243,7 @@ async fn unless_it_fails<T>(
     }
 }
 
-/// The next worker that connects, and its GPU. One of which a worker has connected has no other.
+/// The next worker that connects, and its GPU. Each GPU has at most one worker.
 async fn next(
     listeners: &[UnixListener],
     workers: &[(usize, Requests<UnixStream>)],
@@ -271,7 +270,7 @@ impl Session {
         Ok(())
     }
 
-    /// Tells each worker something that it does, which may depend on its GPU.
+    /// Makes a request to each worker, which may depend on its GPU.
     async fn ask<'a>(&mut self, request: impl Fn(usize) -> &'a [u8]) -> Result<()> {
         let Self { workers, update, limit, operation, .. } = self;
         let asked = workers.iter_mut().map(|(gpu, worker)| worker.ask(request(*gpu)));
@@ -279,7 +278,7 @@ impl Session {
         answers.iter().try_for_each(|answer| judge(answer, operation))
     }
 
-    /// Tells the workers the last thing of all. Their answers and the server's are sent by different ways, and come in any order.
+    /// Makes the last request to the workers. Their answers and the server's take different ways, and come in any order.
     async fn tell_last(&mut self, request: &[u8]) -> Result<()> {
         let Self { workers, update, limit, operation, .. } = self;
         let asked = try_join_all(workers.iter_mut().map(|(_, worker)| worker.ask(request)));
@@ -308,9 +307,9 @@ impl Session {
         let error = error.to_bytes();
         let Self { listeners, workers, update, .. } = self;
         let called_off = async {
-            // One that is told nothing any more is no reason not to tell the others.
+            // All are told, even if one can no longer be reached.
             join_all(workers.iter_mut().map(|(_, worker)| worker.say(&error))).await;
-            // Those that have not connected yet hear of it when they do. One that never does is of a server that fails.
+            // Workers that have not connected yet are told when they do. If one never does, its server fails.
             loop {
                 let late = tokio::select! {
                     said = &mut *update => break Ok::<_, std::io::Error>(said),
@@ -339,7 +338,7 @@ impl Drop for Session {
     }
 }
 
-/// What a worker's answer means: it has done its part, or says what went wrong.
+/// Interprets a worker's answer: empty if it has done its part, else an error.
 fn judge(answer: &[u8], operation: &str) -> Result<()> {
     if answer.is_empty() {
         return Ok(());
@@ -348,7 +347,7 @@ fn judge(answer: &[u8], operation: &str) -> Result<()> {
     Err(Error::new(ErrorKind::Io, operation, message).recovery(Recovery::Retry))
 }
 
-/// The GPU that somebody names.
+/// The name of a GPU in a message.
 fn gpu_in(words: &str) -> Option<&str> {
     let (start, _) = words.match_indices("GPU-").find(|(at, prefix)| {
         words[at + prefix.len()..].starts_with(|first: char| first.is_ascii_hexdigit())
@@ -359,7 +358,7 @@ fn gpu_in(words: &str) -> Option<&str> {
     Some(&name[..end])
 }
 
-/// The end of a worker's traceback, which is what went wrong.
+/// The last line of a worker's traceback, which is the error.
 fn last_words(words: &[u8]) -> String {
     let words = String::from_utf8_lossy(words);
     let line = words.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();

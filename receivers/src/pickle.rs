@@ -1,9 +1,8 @@
-//! Python's pickles, written and never read: the little of them that receivers in Python have to be told where memory is.
+//! Writes Python's pickles, and never reads them: only what Python receivers need to learn where memory is.
 //!
-//! Protocol 3, which every Python 3 reads. What a value is built from is named by its module, and looked up by the process that reads
-//! it.
+//! Protocol 3, which every Python 3 reads. The module and name of a callable are looked up by the process that reads the pickle.
 
-/// A value, as Python has it.
+/// A Python value.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Pickle {
     None,
@@ -13,11 +12,11 @@ pub(crate) enum Pickle {
     Bytes(Vec<u8>),
     Tuple(Vec<Pickle>),
     List(Vec<Pickle>),
-    /// The values of keys, in the order in which they are put in.
+    /// Keys and values, in insertion order.
     Dict(Vec<(Pickle, Pickle)>),
-    /// What a module has by a name: a class, a function, a type of torch's.
+    /// A class, function or type of a module, by its name.
     Global(&'static str, &'static str),
-    /// What something returns when it is called with these.
+    /// The result of calling something with these arguments.
     Call(Box<Pickle>, Vec<Pickle>),
 }
 
@@ -28,12 +27,12 @@ impl Pickle {
 
     /// A whole number.
     ///
-    /// No size of memory is as large as what does not fit.
+    /// Larger values are clamped: no memory is that large.
     pub(crate) fn size(size: u64) -> Self {
         Self::Int(i64::try_from(size).unwrap_or(i64::MAX))
     }
 
-    /// What Python's `pickle.loads` makes this value of.
+    /// The bytes from which Python's `pickle.loads` makes this value.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0x80, 3];
         self.write(&mut bytes);
@@ -88,7 +87,7 @@ fn write_tuple(to: &mut Vec<u8>, items: &[Pickle]) {
     to.push(b't');
 }
 
-/// A length of 32 bits: what is told of a bucket is shorter than 4 GiB by orders of magnitude.
+/// Writes a length of 32 bits: descriptions of a bucket are far shorter than 4 GiB.
 fn with_length(to: &mut Vec<u8>, bytes: &[u8]) {
     let len = u32::try_from(bytes.len()).expect("a text of less than 4 GiB");
     to.extend(len.to_le_bytes());
@@ -104,7 +103,7 @@ mod tests {
     use std::io::Write;
     use std::process::{Command, Stdio};
 
-    /// The expression that the value is in Python.
+    /// The Python expression of the value.
     fn python(value: &Pickle) -> String {
         let all =
             |items: &[Pickle]| items.iter().map(|item| python(item) + ",").collect::<String>();

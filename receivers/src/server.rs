@@ -1,5 +1,5 @@
-//! What an engine needs of a kind of servers: how to make each request. This trait hides all differences between the
-//! servers' protocols. The [machine](crate::fleet) decides when to make which request, the same for all of them.
+//! What an engine needs of a kind of server: how to make each request. This trait hides all differences between the servers' protocols. The
+//! [machine](crate::fleet) decides when to make which request, in the same way for all kinds.
 
 use std::fmt;
 use std::time::Duration;
@@ -23,20 +23,20 @@ use crate::{sglang, vllm};
 pub(crate) struct World {
     /// The id by which the library's members find one another.
     pub(crate) id: Vec<u8>,
-    /// The members' number, the trainer counted.
+    /// The number of members, including the trainer.
     pub(crate) size: u32,
-    /// The member that the server's first worker is.
+    /// The member number of the server's first worker.
     pub(crate) first: u32,
-    /// The most bytes of a bucket, unless that is one weight.
+    /// The most bytes of a bucket, unless it is a single weight.
     pub(crate) bucket_bytes: u64,
-    /// Where workers find the id, if it is not told to them.
+    /// Where workers find the id, if they do not get it directly.
     pub(crate) meeting: Option<Meeting>,
 }
 
 /// Where workers find the id of a world.
 #[derive(Clone, Debug)]
 pub(crate) struct Meeting {
-    /// The name that the world has in torch.
+    /// The name of the world in torch.
     pub(crate) group: String,
     /// The trainer's address, if it is not the one by which it reaches the server.
     pub(crate) address: Option<String>,
@@ -44,74 +44,74 @@ pub(crate) struct Meeting {
     pub(crate) port: u16,
 }
 
-/// How workers get to know a world.
+/// How workers learn of a world.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Meets {
-    /// They do not: they read the trainer's slots where they are, and joining only tells a server so.
+    /// They do not: they read the trainer's slots in place, and joining only tells a server so.
     Nowhere,
-    /// Each server is told the id; its workers join at once, and all members warm the world up.
+    /// Each server gets the id. Its workers join at once, and all members warm the world up.
     AtOnce,
     /// The id is in a store of torch's kind, and workers look for it at their first broadcast.
     AtFirstBroadcast {
         /// The trainer's address, if it is not the one by which it reaches the server.
         address: Option<String>,
-        /// The store's port; 0 is any that is free.
+        /// The store's port; 0 for any free port.
         port: u16,
     },
 }
 
-/// A server of some kind, as it is asked.
+/// The requests to a server of some kind.
 #[async_trait]
 pub(crate) trait Server: fmt::Debug + Send + Sync {
-    /// Where it is.
+    /// Its address.
     fn url(&self) -> &ServerUrl;
 
-    /// Asks one question of the machine.
+    /// Makes one request of the machine.
     ///
     /// # Errors
     ///
-    /// What the server says, or does not say.
+    /// The server's own error; `Timeout` or `PeerLost` if it does not answer.
     async fn ask(&self, question: Ask, version: Version) -> Result<Said>;
 
-    /// Has the server's workers join a world; ends when they have, or when they know where to meet.
+    /// Makes the server's workers join a world. Returns when they have, or when they know where to meet.
     ///
     /// # Errors
     ///
     /// As [`ask`](Self::ask).
     async fn join(&self, world: &World) -> Result<()>;
 
-    /// Says where all buckets are, on each GPU that has them, if workers are told it once.
+    /// Tells where all buckets are, on each GPU that has them, if workers learn it once.
     fn reads(&self, buffer: Vec<SharedSlot>) {
         self.worker().reads(buffer);
     }
 
-    /// What a server of this kind, which is in the world that it joined last, is told of a bucket.
+    /// Describes a bucket to a server of this kind, which is in the world that it joined last.
     fn describe(&self, tensors: &Tensors) -> Told;
 
-    /// Has the server's workers receive a bucket and load it; ends when they have.
+    /// Makes the server's workers receive a bucket and load it. Returns when they have.
     ///
     /// # Errors
     ///
     /// As [`ask`](Self::ask).
     async fn update(&self, told: &Told) -> Result<()>;
 
-    /// Ends what an update has left under way there, if a server waits for more without an end.
+    /// Ends an update that is under way at the server, if the server waits for more without an end.
     async fn call_off(&self) {
         self.worker().call_off().await;
     }
 
-    /// Its workers, as far as they speak the protocol of Moonshot's checkpoint-engine.
+    /// Its workers, if they speak the protocol of Moonshot's checkpoint-engine.
     fn worker(&self) -> &Workers;
 }
 
-/// What a server is told of a bucket.
+/// The description of a bucket for a server.
 #[derive(Debug)]
 pub(crate) enum Told {
     Json(Value),
     Pickled(Vec<u8>),
 }
 
-/// The kinds of servers that are known.
+/// A kind of server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ServerKind {
@@ -121,21 +121,21 @@ pub enum ServerKind {
     Sglang,
 }
 
-/// One thing that was looked at, and what was found.
+/// The result of one check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Check {
-    /// What was looked at.
+    /// What was checked.
     pub name: String,
-    /// Whether it is as it has to be.
+    /// Whether the check passed.
     pub passed: bool,
     /// What was found, in words.
     pub details: String,
 }
 
-/// Looks at a server: which kind it is of, and whether it has all that it needs to be sent to. Nothing is changed there.
+/// Examines a server: its kind, and whether it has all that a trainer needs to send to it. Nothing is changed there.
 ///
-/// Each question may take as long as `limit`. A server that was started with a key is asked with it.
+/// Each request may take as long as `limit`. A server that was started with a key needs `key`.
 pub async fn examine(
     url: &ServerUrl,
     key: Option<&ApiKey>,
@@ -157,7 +157,7 @@ pub async fn examine(
         Ok(info) => info,
         Err(error) => return (None, vec![check("reached", Err(error))]),
     };
-    // vLLM asks nobody for a key here.
+    // vLLM needs no key for this route.
     if let (401 | 403, Err(error)) = (info.status, sglang.done(sglang::WEIGHTS, &info)) {
         return (None, vec![check("key", Err(error))]);
     }

@@ -1,9 +1,8 @@
-//! SGLang's protocol: its routes, what is said on them, and what its answers mean.
+//! SGLang's protocol: its routes, requests and answers.
 //!
-//! The routes are there without any option. What the server has to be is one replica: its workers join the world by their
-//! place among those of tensor parallelism alone.
+//! A server has the routes without any option. It must be a single replica: its workers join the world by their tensor-parallel rank alone.
 //!
-//! `/health` is not asked: it generates a token, and says that a server which is paused is not healthy.
+//! `/health` is not used: it generates a token, and reports a paused server as unhealthy.
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -27,23 +26,23 @@ use crate::pickle::Pickle;
 use crate::server::{Server, Told, World};
 use crate::shared::arguments;
 
-/// The longest that a server may take to have nothing under way when its caches are emptied, in seconds.
+/// The longest that a server may take to become idle when its caches are flushed, in seconds.
 const FLUSH_SECONDS: u64 = 30;
 
-/// What happens to requests that a server is at work on when an update begins.
+/// What happens to running requests of a server when an update begins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[non_exhaustive]
 pub enum Pause {
-    /// They are ended, and what is cached of the old weights is forgotten. SGLang's own default.
+    /// They are aborted, and what is cached of the old weights is dropped. SGLang's own default.
     #[default]
     Abort,
-    /// They go back into the queue, and begin anew on the new weights; what is cached of the old ones is forgotten.
+    /// They go back into the queue and begin again on the new weights. What is cached of the old ones is dropped.
     Retract,
-    /// They stay where they are and go on with the new weights, on what is cached of the old ones.
+    /// They are frozen and continue with the new weights, on what is cached of the old ones.
     InPlace,
-    /// Nobody is stopped: the program sees to it that nothing is generated during an update.
+    /// No request is stopped: the program ensures that nothing is generated during an update.
     None,
 }
 
@@ -58,14 +57,14 @@ impl Pause {
     }
 }
 
-/// The route that says which version the weights have.
+/// The route that reports the version of the weights.
 pub(crate) const WEIGHTS: &str = "/model_info";
 
-/// What is said of these servers.
+/// The name of these servers, and the remedy for a missing route.
 pub(crate) const KIND: Kind =
     Kind { name: "SGLang", no_route: "there is no such route: use SGLang 0.5.23 or later" };
 
-/// The route that has workers connect to the addresses of their GPUs.
+/// The route that makes workers connect to the addresses of their GPUs.
 const FROM_IPC: &str = "/update_weights_from_ipc";
 
 fn from_ipc(addresses: Value) -> Value {
@@ -77,12 +76,12 @@ fn from_ipc(addresses: Value) -> Value {
 pub(crate) struct Sglang {
     client: Client,
     transport: Transport,
-    /// On how many GPUs buckets are read.
+    /// The number of GPUs on which buckets are read.
     gpus: u32,
     pause: Pause,
-    /// Told by ZeroMQ where buckets are, with that transport.
+    /// The workers, with `transport: zmq`.
     worker: Workers,
-    /// The name in torch of the world that its workers joined last.
+    /// The name in torch of the world that the workers joined last.
     group: Mutex<String>,
 }
 
@@ -131,9 +130,9 @@ impl Sglang {
         self.tell("/update_weight_version", body).await
     }
 
-    /// Whether it is there, and all that it needs to be sent to; its own version, and what it is.
+    /// Checks that the server is there and ready to be sent to. Returns its own version, and its facts.
     async fn look(&self) -> Result<(String, Facts)> {
-        // Its scheduler answers this one, so it says as well that the engine is alive.
+        // Its scheduler answers this route, so an answer also shows that the engine is alive.
         let path = "/server_info";
         let answer = self.client.get(path).await?;
         let info = answer.json();
@@ -186,7 +185,7 @@ impl Server for Sglang {
             }
             Ask::Reset if self.transport == Transport::Zmq => self.worker.call_off().await,
             Ask::Reset => {
-                // A session may be open or not. Ending one makes what it loaded into what the server computes with.
+                // A session may be open or not. Ending it also activates what it loaded.
                 self.begin().await?;
                 self.tell("/end_weight_update", json!({})).await?;
             }
@@ -247,7 +246,7 @@ impl Server for Sglang {
             return Told::Pickled(self.worker.describe(tensors));
         }
         if !tensors.shared.is_empty() {
-            // By the places of tensor parallelism. Those behind a server's last worker are nobody's.
+            // Indexed by tensor-parallel rank. Buckets beyond a server's last worker are unused.
             let bucket = |slot| STANDARD.encode(bucket(tensors, slot).to_bytes());
             let buckets: Vec<String> = tensors.shared.iter().map(bucket).collect();
             return Told::Json(json!({
@@ -279,10 +278,10 @@ impl Server for Sglang {
     }
 }
 
-/// A bucket where it is, as SGLang's workers rebuild it: its bytes, and what lies where in them. They see all GPUs of the
-/// host, and find the one that has it by its UUID.
+/// Describes a bucket in place, as SGLang's workers rebuild it: its bytes, and what lies where in them. The workers see all GPUs of the
+/// host, and find the right one by its UUID.
 ///
-/// A worker reads it before it answers: when it drops what it rebuilt, torch waits for what reads it.
+/// A worker has read it when it answers: when it drops the rebuilt tensor, torch waits for what reads it.
 fn bucket(tensors: &Tensors, slot: &SharedSlot) -> Pickle {
     let rebuild = Pickle::Global("torch.multiprocessing.reductions", "rebuild_cuda_tensor");
     let device = Pickle::text(&slot.device);
@@ -313,7 +312,7 @@ fn bucket(tensors: &Tensors, slot: &SharedSlot) -> Pickle {
     ])
 }
 
-/// Looks at a server of SGLang, without changing anything there: its version, and what it is, in words.
+/// Examines an SGLang server without changing anything there. Returns its version, and a description.
 pub(crate) async fn examine(client: Client) -> (Result<String>, Result<String>) {
     match Sglang::new(client, Transport::Nccl, 1, Pause::None).look().await {
         Ok((version, Facts { workers, weights, .. })) => {

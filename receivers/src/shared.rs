@@ -1,20 +1,19 @@
-//! Where servers on the trainer's own GPU read a bucket, as torch's processes tell one another.
+//! Describes a slot to servers that read it in place, as torch's processes describe shared tensors to one another.
 //!
-//! A process that shares a tensor sends what `torch.multiprocessing` rebuilds it from: CUDA's handle of the allocation, and the
-//! place in it. torch also counts the readers of each tensor, in a file that the sender makes. There is none here: a reader
-//! that does not find it goes on. The memory is the trainer's for its life, so nobody has to be counted.
+//! A process that shares a tensor sends the arguments from which `torch.multiprocessing` rebuilds it: CUDA's handle of the allocation, and
+//! the place in it. torch also counts the readers of each tensor, in a file that the sender makes. Here there is no such file: a reader
+//! that does not find it goes on. The trainer keeps the memory for its whole life, so readers need not be counted.
 
 use collective::SharedSlot;
 
 use crate::pickle::Pickle;
 
-/// For readers that put their own number of the device in its place.
+/// For readers that replace the device by their own number.
 pub(crate) const ANY_DEVICE: Pickle = Pickle::Int(0);
 
-/// The arguments that `rebuild_cuda_tensor` makes a slot's tensor of: all of it, as bytes, on a device that is named as its
-/// readers name it.
+/// The arguments of `rebuild_cuda_tensor` for a slot's tensor: the whole slot, as bytes, on a device named as its readers name it.
 ///
-/// The same slot is the same tensor each time, whatever is in it: a reader keeps what it has opened.
+/// The same slot has the same arguments each time, whatever its contents: a reader keeps what it has opened.
 pub(crate) fn arguments(slot: &SharedSlot, device: Pickle) -> Vec<Pickle> {
     let size = || Pickle::size(slot.bytes);
     vec![
@@ -29,10 +28,10 @@ pub(crate) fn arguments(slot: &SharedSlot, device: Pickle) -> Vec<Pickle> {
         size(),
         Pickle::size(slot.start),
         Pickle::Bool(false),
-        // No file of this name is ever made.
+        // A file of this name never exists.
         Pickle::Bytes(b"/ckpt-engine-counts-nobody".to_vec()),
         Pickle::Int(0),
-        // What was written is there: nobody has to wait for an event.
+        // No event: the bytes are written before readers hear of the slot.
         Pickle::Bytes(Vec::new()),
         Pickle::Bool(false),
     ]

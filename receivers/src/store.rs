@@ -1,12 +1,11 @@
 //! The store at which torch's processes meet: the server's side of torch's `TCPStore`, for one world.
 //!
-//! Workers that are told of a master's address and port connect there, and look up by a key what the trainer has put
-//! there for them. A key without a value is waited for. Every client of torch 2 speaks this protocol: a byte that says what
-//! is asked, then its arguments; numbers in the byte order of the machine (little-endian on every machine with a GPU), 64 bits
-//! for lengths and counts.
+//! Workers that get a master's address and port connect there, and look up a key whose value the trainer has set. They wait for a key
+//! without a value. Every client of torch 2 speaks this protocol: a byte for the request, then its arguments. Numbers are in the byte order
+//! of the machine (little-endian on every machine with a GPU), with 64 bits for lengths and counts.
 //!
-//! A store ends with its world: its connections break, and a worker that still waits for a key fails there, instead of waiting as
-//! long as torch does.
+//! A store ends with its world. Its connections break, so that a worker that still waits for a key fails then, instead of waiting as long
+//! as torch does.
 
 use std::collections::HashMap;
 use std::io;
@@ -20,20 +19,20 @@ use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 
 const OPERATION: &str = "opening a store for the servers' workers";
-/// What a client says first, so that nobody else is answered.
+/// What a client sends first. Nobody else is answered.
 const MAGIC: u32 = 0x3c85_f7ce;
-/// The longest value, and the most bytes of the keys of a request. Workers keep ids and counts here.
+/// The longest value, and the most bytes of the keys of a request. Workers store ids and counts here.
 const MAX_BYTES: u64 = 1 << 16;
 /// The most keys of one request.
 const MAX_KEYS: u64 = 1 << 12;
 /// The most keys of a store.
 const MAX_ENTRIES: usize = 1 << 14;
-/// The most bytes of all keys and values: workers of one world keep some kilobytes here.
+/// The most bytes of all keys and values. Workers of one world store some kilobytes here.
 const MAX_STORED: usize = 64 << 20;
-/// The most clients at a time: several times the workers of the largest world that meets so.
+/// The most clients at a time: several times the workers of the largest world that meets at a store.
 const MAX_CLIENTS: usize = 4096;
 
-/// What clients ask, as torch numbers it. Newer clients know more; a store of this kind has no use for that.
+/// The requests of clients, as torch numbers them. Newer clients know more, which this store does not need.
 mod ask {
     pub(super) const VALIDATE: u8 = 0;
     pub(super) const SET: u8 = 1;
@@ -51,7 +50,7 @@ mod ask {
     pub(super) const PING: u8 = 13;
 }
 
-/// Answers to a wait, and to the question whether keys are there.
+/// Answers to a wait, and to the check whether keys are there.
 const STOP_WAITING: u8 = 0;
 const WAIT_CANCELED: u8 = 1;
 const READY: u8 = 0;
@@ -61,7 +60,7 @@ const NOT_READY: u8 = 1;
 #[derive(Debug, Default)]
 struct Entries {
     values: HashMap<Vec<u8>, Vec<u8>>,
-    /// Of all keys and values.
+    /// The bytes of all keys and values.
     bytes: usize,
 }
 
@@ -72,7 +71,7 @@ impl Entries {
 
     /// # Errors
     ///
-    /// If it has too much then.
+    /// If the store would become too large.
     fn set(&mut self, key: Vec<u8>, value: Vec<u8>) -> io::Result<()> {
         let (more, less) = match self.values.get(&key) {
             Some(old) => (value.len(), old.len()),
@@ -95,7 +94,7 @@ impl Entries {
     }
 }
 
-/// A store that listens. It ends, with all of its connections, when it is dropped.
+/// A listening store. It ends, with all of its connections, when it is dropped.
 #[derive(Debug)]
 pub(crate) struct TorchStore {
     port: u16,
@@ -106,21 +105,21 @@ pub(crate) struct TorchStore {
 #[derive(Debug)]
 struct Shared {
     entries: Mutex<Entries>,
-    /// Counts changes, for those that wait for keys.
+    /// Counts changes, for clients that wait for keys.
     changes: watch::Sender<u64>,
 }
 
 impl TorchStore {
-    /// Listens at a port, on all interfaces; 0 is any port that is free.
+    /// Listens at a port, on all interfaces; 0 for any free port.
     ///
     /// # Errors
     ///
-    /// `Io` if the port cannot be had.
+    /// `Io` if the port is not available.
     pub(crate) async fn open(port: u16) -> Result<Self> {
         let all = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
         let listener = match TcpListener::bind(all).await {
             Ok(listener) => Ok(listener),
-            // A machine without IPv6.
+            // The host has no IPv6.
             Err(_) => TcpListener::bind(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))).await,
         };
         let listener = listener.map_err(|error| {
@@ -133,14 +132,14 @@ impl TorchStore {
         Ok(Self { port, shared, task })
     }
 
-    /// The port that it listens at.
+    /// The port at which it listens.
     pub(crate) fn port(&self) -> u16 {
         self.port
     }
 
-    /// Gives a key a value, as `store.set(key, value)` of a client does.
+    /// Sets a key's value, as `store.set(key, value)` of a client does.
     pub(crate) fn set(&self, key: &str, value: &[u8]) {
-        // An id in a store that has nothing yet.
+        // It only fails if the store is full, and this is its first key.
         if let Err(error) = self.shared.set(stored(key), value.to_vec()) {
             tracing::warn!(%error, "workers will not find their world's id");
         }
@@ -153,14 +152,14 @@ impl Drop for TorchStore {
     }
 }
 
-/// Where the workers of a group of torch look for the id of NCCL's communicator: the first one that the group makes, on GPUs.
+/// The key at which the workers of a torch group look for the id of NCCL's communicator: the first one that the group makes, on GPUs.
 ///
-/// Each part is a prefix of a store in a store, and torch puts a slash between them.
+/// Each part is the prefix of a nested store. torch puts a slash between them.
 pub(crate) fn id_key(group: &str) -> String {
     format!("{group}/{group}//cuda//0")
 }
 
-/// A key as it is stored: clients put this before every one.
+/// A key as it is stored: clients add this prefix.
 fn stored(key: &str) -> Vec<u8> {
     format!("/{key}").into_bytes()
 }
@@ -206,7 +205,7 @@ async fn serve(listener: TcpListener, shared: Arc<Shared>) {
                     });
                 }
                 Ok(_) => tracing::warn!("the store has too many clients"),
-                // Out of file descriptors, for example.
+                // For example, no file descriptors are left.
                 Err(error) => {
                     tracing::warn!(%error, "while a client of the store was accepted");
                     engine_core::clock::sleep(std::time::Duration::from_millis(50)).await;
@@ -272,7 +271,7 @@ async fn client(stream: TcpStream, shared: &Shared) -> io::Result<()> {
     answer(Wire { read: BufReader::new(read), write }, shared).await
 }
 
-/// Answers a client until it goes away, or says something that it must not say.
+/// Answers a client until it disconnects or breaks the protocol.
 async fn answer(
     mut wire: Wire<impl AsyncRead + Unpin, impl AsyncWrite + Unpin>,
     shared: &Shared,
@@ -368,7 +367,7 @@ async fn answer(
                     shared.set(key, value)?;
                 }
             }
-            // Its wait has ended in the meantime: it reads the answers to both.
+            // Its wait has ended meanwhile. The client reads both answers.
             ask::CANCEL_WAIT => wire.say(&[WAIT_CANCELED]).await?,
             ask::PING => {
                 let nonce = wire.read.read_u32_le().await?;
@@ -379,13 +378,13 @@ async fn answer(
     }
 }
 
-/// What a key has. Clients ask only for what is there: they wait for it first.
+/// The value of a key. Clients ask only for keys that exist: they wait for them first.
 fn found(shared: &Shared, key: &[u8]) -> io::Result<Vec<u8>> {
     let value = shared.with(|entries| entries.get(key).cloned());
     value.ok_or_else(|| refusal("a key that has no value"))
 }
 
-/// Waits until all keys are there, or the client does not want to wait any more.
+/// Waits until all keys exist, or the client cancels the wait.
 async fn wait(
     wire: &mut Wire<impl AsyncRead + Unpin, impl AsyncWrite + Unpin>,
     shared: &Shared,
@@ -406,7 +405,7 @@ async fn wait(
     wire.say(&[STOP_WAITING]).await
 }
 
-/// All that a client says, to an empty store; what it answers. For the targets of `fuzz/`.
+/// Answers all that a client sends to an empty store. For the targets of `fuzz/`.
 #[cfg(fuzzing)]
 pub(crate) async fn conversation(client: &[u8]) -> Vec<u8> {
     let mut answers = Vec::new();
@@ -511,7 +510,7 @@ mod tests {
                 clients.spawn(async move {
                     client.write_all(&greeting()).await.expect("sent");
                     let (mut answers, mut asks) = client.into_split();
-                    // All at once, so that the store is at work for several clients all the time.
+                    // All at once, so that the store works for several clients all the time.
                     let add = [&[ask::ADD][..], &text(b"/n"), &1_i64.to_le_bytes()].concat();
                     let asking = async { asks.write_all(&add.repeat(EACH)).await.expect("sent") };
                     let hearing = async {
@@ -538,7 +537,7 @@ mod tests {
         });
     }
 
-    /// All that torch's client can be made to ask, and what it has to hear.
+    /// All requests that torch's client can make, and the expected answers.
     const CLIENT: &str = r#"
 import datetime, sys
 from torch.distributed import DistStoreError, TCPStore
@@ -600,7 +599,7 @@ print("done")
                 store.set("a", b"1");
                 let mut odd = connected(&store).await;
                 let start = if polite { greeting() } else { Vec::new() };
-                // Whether it is still listened to is its own affair.
+                // The store may have closed the connection.
                 drop(odd.write_all(&[start, asks, bytes].concat()).await);
                 let mut good = connected(&store).await;
                 let get = [&[ask::GET][..], &text(b"/a")].concat();

@@ -1,6 +1,6 @@
-//! vLLM's protocol: its routes, what is said on them, and what its answers mean.
+//! vLLM's protocol: its routes, requests and answers.
 //!
-//! The routes are there with `VLLM_SERVER_DEV_MODE=1`, and what they do with `--weight-transfer-config`.
+//! A server has the routes with `VLLM_SERVER_DEV_MODE=1`. `--weight-transfer-config` decides what they do.
 
 use async_trait::async_trait;
 use base64::Engine as _;
@@ -22,20 +22,20 @@ use crate::pickle::Pickle;
 use crate::server::{Server, Told, World};
 use crate::shared::{ANY_DEVICE, arguments};
 
-/// What happens to requests that a server is at work on when an update begins.
+/// What happens to running requests of a server when an update begins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[non_exhaustive]
 pub enum Pause {
-    /// They are ended, and what is cached of the old weights is forgotten. vLLM's own default.
+    /// They are aborted, and what is cached of the old weights is dropped. vLLM's own default.
     #[default]
     Abort,
-    /// The update waits for them, as long as any wait may take.
+    /// The update waits for them, up to the deadline.
     Wait,
-    /// They stay where they are and go on with the new weights, on what is cached of the old ones.
+    /// They are frozen and continue with the new weights, on what is cached of the old ones.
     Keep,
-    /// Nobody is stopped: the program sees to it that nothing is generated during an update.
+    /// No request is stopped: the program ensures that nothing is generated during an update.
     None,
 }
 
@@ -55,21 +55,21 @@ impl Pause {
 pub(crate) struct Vllm {
     pub(crate) client: Client,
     pub(crate) transport: Transport,
-    /// On how many GPUs buckets are read.
+    /// The number of GPUs on which buckets are read.
     pub(crate) gpus: u32,
     pub(crate) pause: Pause,
-    /// Whether each weight is a broadcast of its own.
+    /// Whether each weight is broadcast by itself.
     pub(crate) unpacked: bool,
-    /// Whether what has changed is sent, by position.
+    /// Whether only changed elements are sent, with their positions.
     pub(crate) delta: bool,
-    /// Told by ZeroMQ where buckets are, with that transport.
+    /// The workers, with `transport: zmq`.
     pub(crate) worker: Workers,
 }
 
-/// The route that says which version the weights have.
+/// The route that reports the version of the weights.
 const WEIGHTS: &str = "/weight_info";
 
-/// What is said of these servers.
+/// The name of these servers, and the remedy for a missing route.
 pub(crate) const KIND: Kind = Kind {
     name: "vLLM",
     no_route: "there is no such route: set VLLM_SERVER_DEV_MODE=1 where the server is started, and use vLLM 0.33 or \
@@ -114,7 +114,7 @@ impl Server for Vllm {
             Ask::Pause => tell(&format!("/pause?mode={}", self.pause.name()), None).await?,
             Ask::Reset if self.transport == Transport::Zmq => self.worker.call_off().await,
             Ask::Reset => {
-                // An update may be open or not. Once one is, ending it makes the server forget what it counted.
+                // An update may be open or not. Ending an open one makes the server forget what it counted.
                 self.start().await?;
                 tell("/finish_weight_update", None).await?;
             }
@@ -166,7 +166,7 @@ impl Server for Vllm {
             info["num_updates_list"] = json!(counts);
         }
         if !shared.is_empty() {
-            // Each worker looks for the one of its GPU.
+            // Each worker looks for the slot on its GPU.
             let place = |slot: &SharedSlot| {
                 (Pickle::text(&slot.device), Pickle::Tuple(arguments(slot, ANY_DEVICE)))
             };
@@ -196,10 +196,10 @@ impl Server for Vllm {
     }
 }
 
-/// The route that has a server's workers do something by name.
+/// The route that calls a method of a server's workers by name.
 const RPC: &str = "/collective_rpc";
 
-/// What has workers connect to the addresses of their GPUs.
+/// The request that makes workers connect to the addresses of their GPUs.
 fn from_ipc(addresses: Value) -> Value {
     json!({ "method": "update_weights_from_ipc", "args": [addresses] })
 }
@@ -220,7 +220,7 @@ impl Vllm {
         Ok(Said::Done)
     }
 
-    /// Whether it is there, and all that it needs to be sent to; what it was started for, and what it is.
+    /// Checks that the server is there and ready to be sent to. Returns what it was started for, and its facts.
     async fn look(&self) -> Result<(Takes, Facts)> {
         let facts = self.facts().await?;
         Ok((self.configured().await?, facts))
@@ -238,14 +238,14 @@ impl Vllm {
         let workers = workers.filter(|workers| *workers > 0);
         let workers = workers.ok_or_else(|| self.client.odd(path, &size))?;
         let weights = self.client.weights(WEIGHTS).await?;
-        // One that asks for a key here, or has another route, does not tell.
+        // Optional: a server that needs a key here, or has another route, does not tell its checkpoint.
         let models = self.client.ask(Method::GET, "/v1/models", None, self.client.short).await?;
         let models = models.json();
         let checkpoint = models["data"][0]["root"].as_str().unwrap_or_default();
         Ok(Facts { workers, weights, ignored: ignored::read(checkpoint, self.client.short).await })
     }
 
-    /// What a server has to be started for.
+    /// What the server has to be started for.
     fn wants(&self) -> Takes {
         match self.transport {
             Transport::Nccl if self.delta => Takes::Changes,
@@ -254,13 +254,13 @@ impl Vllm {
         }
     }
 
-    /// What the server was started for. It says so when it is asked to join a world with a word that no kind of world knows:
-    /// nothing else does without side effects.
+    /// What the server was started for. It says so in the error for a request to join a world with an unknown parameter. No other request
+    /// tells it without side effects.
     async fn configured(&self) -> Result<Takes> {
         let path = "/init_weight_transfer_engine";
         let world = World { id: Vec::new(), size: 2, first: 1, bucket_bytes: 1, meeting: None };
         let mut info = init_info("", &world, false);
-        // Behind all others: the first one that it does not know is the one that it names.
+        // The last parameter: the server names the first one that it does not know.
         info["your_kind"] = true.into();
         let body = json!({ "init_info": info });
         let answer = self.client.post(path, Some(&body), self.client.short).await?;
@@ -294,14 +294,14 @@ impl Vllm {
     }
 }
 
-/// What a server takes, by how it was started.
+/// What a server accepts, by how it was started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Takes {
     /// Whole weights over NCCL.
     Weights,
     /// Positions and values over NCCL, and nothing else.
     Changes,
-    /// Whole weights where they are.
+    /// Whole weights in place.
     Buckets,
 }
 
@@ -325,13 +325,13 @@ impl Takes {
     }
 }
 
-/// What a server's `--weight-transfer-config` has to be, in words.
+/// The remedy: what a server's `--weight-transfer-config` has to be.
 fn config(takes: Takes) -> String {
     format!("start it with --weight-transfer-config '{{\"backend\": \"{}\"}}'", takes.backend())
 }
 
-/// How workers meet the trainer. Unless they take each weight by a broadcast, they take all of a call by one, because a
-/// bucket never exceeds the buffer size, or is a single weight.
+/// The parameters with which workers join the trainer's world. Unless they take each weight by a broadcast of its own, they take each call
+/// by one broadcast, because a bucket never exceeds the buffer size, or is a single weight.
 fn init_info(id: &str, world: &World, unpacked: bool) -> Value {
     json!({
         "nccl_unique_id_b64": id,
@@ -343,16 +343,16 @@ fn init_info(id: &str, world: &World, unpacked: bool) -> Value {
     })
 }
 
-/// What servers that read buckets where they are need to know.
+/// The parameters for servers that read buckets in place.
 fn ipc_info() -> Value {
     json!({ "packed": true })
 }
 
-/// Looks at a server of vLLM, of this version, without changing anything there: what it is, in words.
+/// Examines a vLLM server without changing anything there. Returns a description.
 ///
 /// # Errors
 ///
-/// What it lacks to be sent to.
+/// What it lacks for a trainer to send to it.
 pub(crate) async fn examine(client: Client) -> Result<String> {
     let (transport, pause) = (Transport::Nccl, Pause::None);
     let worker = Workers::default();

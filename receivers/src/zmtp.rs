@@ -1,26 +1,26 @@
-//! ZeroMQ's wire protocol, as much of it as one socket of the kind REQ says to one of the kind REP: ZMTP 3.0 without
-//! security, <https://rfc.zeromq.org/spec/23/>.
+//! ZeroMQ's wire protocol, as far as a REQ socket needs it to talk to a REP socket: ZMTP 3.0 without security,
+//! <https://rfc.zeromq.org/spec/23/>.
 //!
-//! A greeting of 64 bytes each, a command READY each, and then a request and its answer in turns. Both are messages of two
-//! frames, of which the first is empty.
+//! Each side sends a greeting of 64 bytes and a command READY. Then requests and answers alternate. Both are messages of two frames, of
+//! which the first is empty.
 
 use std::io;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-/// The longest frame that is read: an answer is empty, or says what went wrong.
+/// The longest frame that is read. An answer is empty or an error message.
 const MAX_FRAME_BYTES: u64 = 1 << 20;
-/// The most frames that are read before a message has ended.
+/// The most frames that are read for one message.
 const MAX_FRAMES: usize = 16;
 
 /// Whether another frame of the same message follows.
 const MORE: u8 = 1;
 /// Whether the length has eight bytes, and not one.
 const LONG: u8 = 2;
-/// Whether it is a command, and no part of a message.
+/// Whether it is a command, not a part of a message.
 const COMMAND: u8 = 4;
 
-/// What a connection begins with: version 3.0, and no security.
+/// The greeting: version 3.0, without security.
 fn greeting() -> [u8; 64] {
     let mut greeting = [0; 64];
     (greeting[0], greeting[9], greeting[10]) = (0xff, 0x7f, 3);
@@ -36,7 +36,7 @@ fn frame(flags: u8, body: &[u8]) -> Vec<u8> {
     [&head, body].concat()
 }
 
-/// The command that says what kind of socket this is.
+/// The command that names the type of this socket.
 fn ready() -> Vec<u8> {
     let property = |name: &[u8], value: &[u8]| {
         [&[name.len() as u8][..], name, &(value.len() as u32).to_be_bytes(), value].concat()
@@ -67,7 +67,7 @@ async fn read_frame(from: &mut (impl AsyncRead + Unpin)) -> io::Result<(u8, Vec<
 ///
 /// # Errors
 ///
-/// `InvalidData` if it is not a socket of the kind REP without security; those of the connection.
+/// `InvalidData` if it is not a REP socket without security; those of the connection.
 pub(crate) async fn read_opening(from: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
     let mut theirs = [0; 64];
     from.read_exact(&mut theirs).await?;
@@ -102,7 +102,7 @@ pub(crate) async fn read_opening(from: &mut (impl AsyncRead + Unpin)) -> io::Res
 ///
 /// # Errors
 ///
-/// `InvalidData` if it is none; those of the connection.
+/// `InvalidData` if it is not an answer; those of the connection.
 pub(crate) async fn read_answer(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Vec<u8>> {
     let mut frames = Vec::new();
     for _ in 0..MAX_FRAMES {
@@ -121,7 +121,7 @@ pub(crate) async fn read_answer(from: &mut (impl AsyncRead + Unpin)) -> io::Resu
     }
 }
 
-/// A connection whose other side answers requests.
+/// A connection to a peer that answers requests.
 #[derive(Debug)]
 pub(crate) struct Requests<S> {
     stream: S,
@@ -130,7 +130,7 @@ pub(crate) struct Requests<S> {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Requests<S> {
-    /// Greets, and hears whom it talks to.
+    /// Exchanges greetings.
     ///
     /// # Errors
     ///
@@ -141,7 +141,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Requests<S> {
         Ok(Self { stream, is_asked: false })
     }
 
-    /// Asks, and waits for the answer. An answer that was not waited for, because the future was dropped, is waited for first.
+    /// Sends a request, and waits for the answer. If an earlier future was dropped before its answer came, that answer is read first.
     ///
     /// # Errors
     ///
@@ -153,7 +153,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Requests<S> {
         Ok(answer)
     }
 
-    /// Asks what is not answered.
+    /// Sends a request without waiting for its answer.
     ///
     /// # Errors
     ///
@@ -175,7 +175,7 @@ mod tests {
     use futures::executor::block_on;
     use proptest::prelude::*;
 
-    /// What the other side begins with.
+    /// The opening of the other side.
     fn opening(kind: &[u8]) -> Vec<u8> {
         let len = (kind.len() as u32).to_be_bytes();
         let body = [&b"\x05READY\x0bSocket-Type"[..], &len, kind].concat();

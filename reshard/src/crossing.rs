@@ -7,17 +7,17 @@ use engine_core::{Error, ErrorKind, Result, TensorBox};
 use crate::layout::{Layout, Share};
 use crate::search::Boxes;
 
-/// The common boxes of what is held and what is wanted. It depends on the two layouts and the granule alone, so that it is kept
-/// as long as they are in use.
+/// The common boxes of a held and a wanted layout. They depend on the two layouts and the granule alone, so they are kept as long as these
+/// are in use.
 #[derive(Debug)]
 pub(crate) struct Crossing {
     /// What is held, as disjoint boxes.
     pub(crate) held: Vec<Share>,
     pub(crate) wanted: Arc<Layout>,
     pub(crate) granule: Arc<[u64]>,
-    /// By the box that is wanted, and within it by the one that is held.
+    /// Ordered by the wanted box, then by where the held box begins.
     pub(crate) cells: Vec<Cell>,
-    /// Blocks of the granule that several of the held boxes have a part of.
+    /// Blocks of the granule of which several held boxes contain a part.
     pub(crate) straddling: Vec<Straddling>,
 }
 
@@ -25,25 +25,25 @@ pub(crate) struct Crossing {
 #[derive(Debug)]
 pub(crate) struct Cell {
     pub(crate) region: TensorBox,
-    /// Its place in `held`.
+    /// Index in `held`.
     pub(crate) held: u32,
-    /// Its place among the shares of `wanted`.
+    /// Index among the shares of `wanted`.
     pub(crate) wanted: u32,
 }
 
-/// Blocks that two of the held boxes have a part of.
+/// Blocks of which two held boxes contain a part.
 #[derive(Debug)]
 pub(crate) struct Straddling {
-    /// Places in `held`.
+    /// Indices in `held`.
     pub(crate) pair: [u32; 2],
-    /// In blocks.
+    /// Counted in granules.
     pub(crate) blocks: TensorBox,
 }
 
 impl Crossing {
     /// # Errors
     ///
-    /// `Weight`, naming the rank that wants what nobody holds.
+    /// `Weight`, naming the rank that wants an element that nobody holds.
     pub(crate) fn new(held: &Layout, wanted: &Arc<Layout>, granule: &Arc<[u64]>) -> Result<Self> {
         let held = held.disjoint();
         let boxes = Boxes::new(held.iter().map(|share| &share.region));
@@ -68,7 +68,7 @@ impl Crossing {
     }
 }
 
-/// A sender that encodes in blocks needs all elements of each: those beside what is wanted have to be held as well.
+/// Checks that every block of which a part is wanted is held as a whole: a sender that encodes in blocks needs all elements of a block.
 fn whole_blocks(
     share: &Share,
     held: &[Share],
@@ -122,8 +122,8 @@ fn straddling(held: &[Share], granule: &[u64]) -> Vec<Straddling> {
     found
 }
 
-/// Cuts a box into at most `most` boxes along the dimension that has the most granules, where granules begin. Elements that share
-/// bytes do so along the last dimension, which then is not cut.
+/// Cuts a box into at most `most` boxes, at granule boundaries of the dimension with the most granules. If elements share bytes, they do so
+/// along the last dimension, which is then not cut.
 pub(crate) fn cut(region: &TensorBox, granule: &[u64], most: u32, bits: u64) -> Vec<TensorBox> {
     let units = region.in_granules(granule);
     let count = |range: &std::ops::Range<u64>| range.end - range.start;
@@ -133,7 +133,7 @@ pub(crate) fn cut(region: &TensorBox, granule: &[u64], most: u32, bits: u64) -> 
     let Some((dimension, range)) = along.filter(|_| most > 1) else {
         return vec![region.clone()];
     };
-    // The granule is that of the last dimensions.
+    // The granule covers only the last dimensions.
     let from_last = region.dimensions() - dimension;
     let side = granule.len().checked_sub(from_last).map_or(1, |at| granule[at].max(1));
     let pieces = u64::from(most).min(count(range)).max(1);

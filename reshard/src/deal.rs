@@ -1,9 +1,9 @@
-//! Sharing work among replicas.
+//! Distributes work over replicas.
 
 use engine_core::Rank;
 
-/// Deals `count` units of `size` so that the largest of the loads stays as small as it can, and adds them. Returns how many units
-/// each gets.
+/// Distributes `count` units of `size` so that the largest load stays as small as possible, and adds them to the loads. Returns the number
+/// of units for each.
 pub(crate) fn fill(loads: &mut [u64], count: u64, size: u64) -> Vec<u64> {
     let mut given = vec![0; loads.len()];
     if let [only] = loads {
@@ -18,7 +18,7 @@ pub(crate) fn fill(loads: &mut [u64], count: u64, size: u64) -> Vec<u64> {
     }
     let mut order: Vec<usize> = (0..loads.len()).collect();
     order.sort_by_key(|&at| (loads[at], at));
-    // The units are water: it rises over the lowest loads until it has a level.
+    // Water filling: the units raise the lowest loads to a common level.
     let (mut sum, mut filled) = (0_u128, 0);
     let water = u128::from(count) * u128::from(size);
     for (below, &at) in (0_u128..).zip(&order) {
@@ -37,7 +37,7 @@ pub(crate) fn fill(loads: &mut [u64], count: u64, size: u64) -> Vec<u64> {
         rest -= given[at];
         loads[at] += given[at] * size;
     }
-    // Fewer units than filled loads are left, each to who has least.
+    // The units that are left go to the lowest loads, one each.
     let mut order: Vec<usize> = order[..filled].to_vec();
     while rest > 0 {
         order.sort_by_key(|&at| (loads[at], at));
@@ -50,8 +50,7 @@ pub(crate) fn fill(loads: &mut [u64], count: u64, size: u64) -> Vec<u64> {
     given
 }
 
-/// Puts numbers below `count` in an order in which neighbours come far apart, so that who gets a run of numbers gets a share
-/// of all times.
+/// Permutes the numbers below `count` so that neighbours come far apart. A rank with a range of places thus has tensors of all waves.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Spread {
     count: u64,
@@ -60,7 +59,7 @@ pub(crate) struct Spread {
 
 impl Spread {
     pub(crate) fn new(count: u64) -> Self {
-        // About the golden section of the count, and prime to it.
+        // About the golden section of the count, and coprime to it.
         let mut step = (count as f64 * 0.618_033_988_75) as u64;
         while step > 1 && gcd(step, count) != 1 {
             step -= 1;
@@ -73,17 +72,17 @@ impl Spread {
     }
 }
 
-/// Which of some ranks does a task of each of some tensors.
+/// Which rank does a task, for each tensor of a group.
 #[derive(Clone, Debug)]
 pub(crate) enum Dealt {
-    /// One does all.
+    /// One rank does it for all tensors.
     One(Rank),
-    /// Who does it of how many tensors, counted in their [spread](Spread) order up to here.
+    /// The end of each rank's range, in [spread](Spread) order.
     Many(Box<[(u64, Rank)]>),
 }
 
 impl Dealt {
-    /// How many tensors each has.
+    /// Takes the number of tensors of each rank.
     pub(crate) fn new(given: impl IntoIterator<Item = (Rank, u64)>) -> Self {
         let mut end = 0;
         let given = given.into_iter().filter(|&(_, count)| count > 0);
@@ -116,7 +115,7 @@ impl Dealt {
         }
     }
 
-    /// Of `count` tensors, whose it is here and whose in another, and how many that are.
+    /// The ranks that have a tensor here and in `other`, with the number of such tensors out of `count`.
     pub(crate) fn beside(&self, other: &Self, count: u64) -> Vec<(Rank, Rank, u64)> {
         let (one, two) = (self.ends(count), other.ends(count));
         let (mut one, mut two) = (one.iter().peekable(), two.iter().peekable());
@@ -131,7 +130,7 @@ impl Dealt {
         all
     }
 
-    /// Up to which number of `count` tensors, in their spread order, each has.
+    /// The end of each rank's range of `count` tensors, in spread order.
     pub(crate) fn ends(&self, count: u64) -> Vec<(u64, Rank)> {
         match self {
             Self::One(rank) => vec![(count, *rank)],

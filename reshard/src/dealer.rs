@@ -1,4 +1,4 @@
-//! Decides who sends, in which wave and round.
+//! Decides who sends each box, in which wave and in which round.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -14,9 +14,9 @@ use crate::plan::{
 };
 use crate::rounds::rounds;
 
-/// A box that replicas share is cut so that the largest part is about this fraction of what each rank sends.
+/// A box that replicas share is cut so that a part is at most about one in this many of the bytes that a rank sends on average.
 const CUTS_OF_A_LOAD: u64 = 64;
-/// No box is cut in parts smaller than this, in bytes, for the sake of even loads.
+/// A box of at most this many bytes is not cut to even out loads.
 const LEAST_CUT: u64 = 64 << 10;
 
 pub(crate) struct Dealer<'a> {
@@ -29,10 +29,10 @@ pub(crate) struct Dealer<'a> {
     receiving: Demands,
 }
 
-/// Bytes that only some cards can carry, each set of them with its own.
+/// For each set of cards, the bytes that only these can carry.
 type Demands = HashMap<Arc<[CardId]>, u64>;
 
-/// Over what a rank gets something.
+/// How a rank gets a box.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Way {
     Itself,
@@ -40,9 +40,9 @@ enum Way {
     Network,
 }
 
-/// A task that several ranks could do, or get.
+/// A task for which there is a choice of senders or of receivers.
 struct Pending {
-    /// Its group, and its place among the tasks of that.
+    /// Its group, and its index among the tasks of the group.
     at: (usize, usize),
     way: Way,
     holders: Arc<[Rank]>,
@@ -75,7 +75,7 @@ impl<'a> Dealer<'a> {
         mut tensors: Vec<Planned>,
         asked: &[u8; 32],
     ) -> ReshardPlan {
-        // All that is wanted over all that can send: about what each will send.
+        // The wanted bytes divided by the number of ranks that can send: about what each will send.
         let (mut total, mut senders) = (0_u128, HashSet::new());
         let mut bytes = vec![0_u64; tensors.len()];
         for group in &groups {
@@ -95,7 +95,7 @@ impl<'a> Dealer<'a> {
         for (at, group) in groups.iter_mut().enumerate() {
             self.tasks(at, group, most.max(LEAST_CUT), &mut pending);
         }
-        // Who has little choice comes first, and what is large: that is what is hard to even out.
+        // Tasks with few holders and large tasks come first, because they are the hardest to even out.
         pending.sort_by_key(|task: &Pending| (task.holders.len(), Reverse(task.bytes), task.at));
         for Pending { at: (group, place), way, holders, bytes } in pending {
             let count = groups[group].tensors.len() as u64;
@@ -122,7 +122,7 @@ impl<'a> Dealer<'a> {
         *self.places.entry(rank).or_insert_with(|| self.links.place(rank))
     }
 
-    /// The tasks of a group. Those that leave no choice are done with, the others are pending.
+    /// Makes the tasks of a group. Tasks that leave a choice become pending.
     fn tasks(&mut self, at: usize, group: &mut Group, most: u64, pending: &mut Vec<Pending>) {
         let crossing = group.crossing.clone();
         let mut add = |dealer: &mut Self, cell, way, holders: &Arc<[Rank]>, to: &[Rank]| {
@@ -131,7 +131,7 @@ impl<'a> Dealer<'a> {
         for (number, cell) in (0..).zip(&crossing.cells) {
             let holders = &crossing.held[cell.held as usize].ranks;
             let wanted = &crossing.wanted.shares()[cell.wanted as usize].ranks;
-            // What ranks of a node all want comes once from other nodes.
+            // A box that several ranks of a node want crosses the network once.
             let mut far: BTreeMap<Site, Vec<Rank>> = BTreeMap::new();
             for &to in wanted.iter() {
                 match self.candidates(holders, to) {
@@ -145,7 +145,7 @@ impl<'a> Dealer<'a> {
         }
     }
 
-    /// Who can send to a rank: itself, else who is on its node, else all.
+    /// The ranks that can send to a rank: itself, else the holders on its node, else all holders.
     fn candidates(&mut self, holders: &Arc<[Rank]>, to: Rank) -> (Way, Arc<[Rank]>) {
         if holders.binary_search(&to).is_ok() {
             return (Way::Itself, [to].into());
@@ -173,7 +173,7 @@ impl<'a> Dealer<'a> {
         let whole = group.bytes(&group.crossing.cells[cell as usize].region);
         let mut parts = if holders.len() > 1 { parts_of(whole, most) } else { 1 };
         if to.len() as u64 > count {
-            // Few tensors, which all ranks of a node want: each gets a part of them.
+            // With fewer tensors than ranks of the node that want them, each rank takes a part from the network.
             parts = parts.max(parts_of(whole, LEAST_CUT).min(to.len() as u32));
         }
         if way == Way::Network {
@@ -210,7 +210,7 @@ impl<'a> Dealer<'a> {
         cards.into()
     }
 
-    /// Shares a task of some tensors among ranks: over the network first among their cards, then among the ranks of each.
+    /// Distributes a task of `count` tensors over ranks: on the network first over their cards, then over the ranks of each card.
     fn share(
         &mut self,
         ranks: &[Rank],
@@ -271,13 +271,13 @@ impl<'a> Dealer<'a> {
     /// All pairs of ranks with their rounds.
     fn rounds(&mut self) -> Vec<Pair> {
         let mut pairs: Vec<_> = std::mem::take(&mut self.pairs).into_iter().collect();
-        // Pairs of about the same size meet in a round, and each sender begins with another receiver.
+        // Pairs of about the same size share a round, and each sender begins with a different receiver.
         pairs.sort_unstable_by_key(|&((from, to), bytes)| {
             (Reverse(bytes), to.0.wrapping_sub(from.0), from)
         });
         let numbers = |of: fn(&(Rank, Rank)) -> Rank| number(pairs.iter().map(|(p, _)| of(p)));
         let (from, to) = (numbers(|pair| pair.0), numbers(|pair| pair.1));
-        // Sizes within a factor of two have rounds of their own, so that nobody waits for one that has far more to send.
+        // A round contains only pairs whose sizes are within a factor of two, so that no pair waits for one that has far more to send.
         let most = pairs.first().map_or(0, |&(_, bytes)| bytes);
         let (mut first, mut planned) = (0, Vec::with_capacity(pairs.len()));
         for alike in pairs.chunk_by(|one, other| size(most, one.1) == size(most, other.1)) {
@@ -294,9 +294,9 @@ impl<'a> Dealer<'a> {
     }
 }
 
-/// Bytes that the busiest of some cards carries at least: those of each set share what no other can carry.
+/// The bytes that the busiest card carries at least: the cards of each set share what no other card can carry.
 fn bound(demands: &Demands) -> u64 {
-    /// Beyond so many sets, each is looked at by itself.
+    /// With more sets than this, subsets are not searched for: the search is quadratic.
     const MOST_SETS: usize = 2048;
 
     let within = |inner: &[CardId], outer: &[CardId]| {
@@ -318,7 +318,7 @@ fn parts_of(bytes: u64, most: u64) -> u32 {
     u32::try_from(bytes.div_ceil(most).max(1)).unwrap_or(u32::MAX)
 }
 
-/// How often a number of bytes can be doubled until it exceeds the most.
+/// How many times `bytes` can be doubled without exceeding `most`.
 fn size(most: u64, bytes: u64) -> u32 {
     (most / bytes.max(1)).max(1).ilog2()
 }
@@ -336,7 +336,7 @@ fn waves(groups: &[Group], tensors: &mut [Planned], bytes: &[u64]) {
     }
 }
 
-/// Of each tensor a number that those have in common which the same ranks hold.
+/// The family of each tensor. Tensors that the same ranks hold are of one family.
 fn families(groups: &[Group], tensors: &[Planned]) -> Vec<u32> {
     let mut numbers: HashMap<Vec<Rank>, u32> = HashMap::new();
     let of_group: Vec<u32> = groups
@@ -353,14 +353,14 @@ fn families(groups: &[Group], tensors: &[Planned]) -> Vec<u32> {
     tensors.iter().map(|tensor| of_group[tensor.group as usize]).collect()
 }
 
-/// How far the tensors of a family are dealt out to waves. Each family fills all waves, so that nobody waits for the stages of a
-/// pipeline that come before its own.
+/// How far the tensors of a family are assigned to waves. Each family fills all waves, so that no stage of a pipeline waits for the stages
+/// before it.
 #[derive(Default)]
 struct Progress {
     total: u128,
     before: u128,
     wave: u32,
-    /// The name of the layer.
+    /// The layer of the last tensor.
     layer: Option<String>,
 }
 
@@ -377,15 +377,15 @@ impl Progress {
     }
 }
 
-/// A name up to its first number: tensors that have the same are of one layer. All ranks get about as much of a whole layer, and
-/// not of a part of it.
+/// A name up to and including its first number. Tensors that share it are of one layer. A layer stays in one wave, because the ranks get
+/// about equal amounts of a whole layer, but not of a part of it.
 fn layer_of(name: &str) -> Option<&str> {
     let start = name.find(|c: char| c.is_ascii_digit())?;
     let digits = name[start..].find(|c: char| !c.is_ascii_digit());
     Some(&name[..digits.map_or(name.len(), |end| start + end)])
 }
 
-/// Ranks, numbered from 0 in their order.
+/// Numbers the ranks from 0, in ascending order.
 fn number(ranks: impl Iterator<Item = Rank>) -> HashMap<Rank, u32> {
     let mut ranks: Vec<Rank> = ranks.collect();
     ranks.sort_unstable();

@@ -5,11 +5,9 @@ use engine_core::{DType, Error, ErrorKind, Result, TensorBox, TensorMeta};
 use crate::Layout;
 use crate::search::Boxes;
 
-/// A tensor that consists of parts of tensors of the checkpoint: query, key and value in one, gate and up, a
-/// stack of experts.
+/// A tensor that consists of parts of tensors of the checkpoint, such as query, key and value, gate and up, or a stack of experts.
 ///
-/// It is a description. A rank that holds a box of it holds boxes of the checkpoint's tensors, and these are what is
-/// planned.
+/// It is only a description. A rank that holds a box of it holds boxes of the checkpoint's tensors, and the planner plans those.
 #[derive(Clone, Debug)]
 pub struct FusedTensor {
     shape: Vec<u64>,
@@ -23,17 +21,17 @@ pub struct FusedPart {
     pub meta: TensorMeta,
     /// The part of it.
     pub region: TensorBox,
-    /// The same elements in the fused tensor. It may have more dimensions, which come first and of which the part has one index.
+    /// Where these elements lie in the fused tensor. The box may have further leading dimensions, in each of which it has one index.
     pub at: TensorBox,
 }
 
 impl FusedTensor {
-    /// A fused tensor of parts.
+    /// Makes a fused tensor of parts.
     ///
     /// # Errors
     ///
-    /// `Weight`, naming the checkpoint's tensor, if a part does not fit its tensor or the fused one, or overlaps another;
-    /// `Weight` if the parts are not all of the fused tensor, or have several types.
+    /// `Weight`, naming the checkpoint's tensor, if a part does not fit its tensor or the fused one, overlaps another part, or has another
+    /// type than the first; `Weight` if the parts do not fill the fused tensor.
     pub fn new(shape: &[u64], parts: Vec<FusedPart>) -> Result<Self> {
         TensorMeta::new("fused", DType::U8, shape).validate()?;
         for part in &parts {
@@ -67,12 +65,11 @@ impl FusedTensor {
         Ok(Self { shape: shape.into(), parts })
     }
 
-    /// Tensors one after the other along the first dimension: gate and up, or query, key and value as most
-    /// inference engines have them.
+    /// Concatenates tensors along the first dimension, as most inference engines do with gate and up, and with query, key and value.
     ///
     /// # Errors
     ///
-    /// `Weight` if other dimensions or types differ.
+    /// `Weight` if a tensor is a scalar, or if the types or any dimension but the first differ.
     pub fn concatenated(metas: &[TensorMeta]) -> Result<Self> {
         let mut rows = 0;
         let mut parts = Vec::new();
@@ -90,12 +87,12 @@ impl FusedTensor {
         Self::new(&[vec![rows], rest].concat(), parts)
     }
 
-    /// Query, key and value as Megatron has them: for each group of attention the queries of the group, its key and its
-    /// value, so that a shard of the fused tensor is a shard of each. Weights or biases.
+    /// Interleaves query, key and value as Megatron does: for each attention group its queries, its key and its value, so that a shard of
+    /// the fused tensor is a shard of each. The tensors are weights or biases.
     ///
     /// # Errors
     ///
-    /// `Weight`, naming the tensor, if its rows are not divided by the number of groups; else as [`new`](Self::new).
+    /// `Weight`, naming the tensor, if the number of groups does not divide its rows; else as [`new`](Self::new).
     pub fn interleaved(metas: &[TensorMeta], groups: u64) -> Result<Self> {
         let mut sizes = Vec::new();
         for meta in metas {
@@ -122,7 +119,7 @@ impl FusedTensor {
         Self::new(&[vec![row], rest].concat(), parts)
     }
 
-    /// Fused tensors of one shape, stacked along a new first dimension: the experts of a layer.
+    /// Stacks fused tensors of one shape along a new first dimension, such as the experts of a layer.
     ///
     /// # Errors
     ///
@@ -149,7 +146,7 @@ impl FusedTensor {
         &self.shape
     }
 
-    /// What a box of the fused tensor is of the checkpoint's tensors, and where in the fused one each part lies.
+    /// The parts of the checkpoint's tensors that a box of the fused tensor consists of, each with its place in the fused tensor.
     pub fn parts_of(&self, region: &TensorBox) -> Vec<FusedPart> {
         let parts = self.parts.iter().filter_map(|part| {
             let at = part.at.intersection(region)?;
@@ -167,11 +164,11 @@ impl FusedTensor {
         parts.collect()
     }
 
-    /// The layouts of the checkpoint's tensors that follow from one of the fused tensor.
+    /// Derives the layouts of the checkpoint's tensors from a layout of the fused tensor.
     ///
     /// # Errors
     ///
-    /// `Weight` if the layout is one of another shape.
+    /// `Weight` if the layout has another shape than the fused tensor; else as [`Layout::new`].
     pub fn layouts(&self, layout: &Layout) -> Result<Vec<(TensorMeta, Layout)>> {
         if layout.shape() != self.shape {
             let (own, other) = (&self.shape, layout.shape());
@@ -199,7 +196,7 @@ impl FusedTensor {
 }
 
 impl From<TensorMeta> for FusedTensor {
-    /// A tensor that is one of the checkpoint's.
+    /// Describes a tensor of the checkpoint as it is.
     fn from(meta: TensorMeta) -> Self {
         let whole = TensorBox::whole(&meta.shape);
         let shape = meta.shape.to_vec();

@@ -19,9 +19,9 @@ pub struct Share {
 
 /// How tensors of one shape are divided over ranks: boxes, each with the ranks that have it.
 ///
-/// Tensors of the same shape that are divided in the same way share one layout, which is what keeps a model of a hundred
-/// thousand tensors small. Boxes of different ranks may be equal or overlap: these ranks are replicas there. Ranks
-/// that have no part of the tensor are not in it.
+/// Tensors of the same shape that are divided in the same way share one layout, so a model of a hundred thousand tensors takes little
+/// memory. Boxes of different ranks may be equal or overlap: there the ranks are replicas. Ranks without a part of the tensor are not in
+/// the layout.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
     shape: Arc<[u64]>,
@@ -30,12 +30,11 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// A layout of the boxes of ranks, in any order. Empty boxes do not count.
+    /// Makes a layout from the boxes of ranks, in any order. Empty boxes are ignored.
     ///
     /// # Errors
     ///
-    /// `Weight`, naming the rank, if a box has other dimensions than the shape or is not within it, and if two boxes of one
-    /// rank overlap.
+    /// `Weight`, naming the rank, if a box has other dimensions than the shape or is not within it, or if two boxes of one rank overlap.
     ///
     /// # Examples
     ///

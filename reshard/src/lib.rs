@@ -1,14 +1,14 @@
-//! Who sends which part of which weight to whom, where trainers and rollouts have parts of tensors.
+//! Plans who sends which part of which weight to whom, for trainers and rollouts that hold parts of tensors.
 //!
-//! - A [`Layout`] says which [boxes](engine_core::TensorBox) of a tensor are on which ranks, a [`Sharding`] has those of all
-//!   tensors. They come from what each rank declares ([`Declarations`]), or from the layouts that frameworks
-//!   have: a [`Mesh`] with [`Placement`]s, a [`Parallelism`]. A [`FusedTensor`] is boxes of several tensors of the checkpoint.
-//! - A [`Planner`] makes a [`ReshardPlan`] of what trainers hold and rollouts want: a pure function, so that all ranks have the same
-//!   plan if they know the same boxes.
+//! - A [`Layout`] says which [boxes](engine_core::TensorBox) of a tensor are on which ranks. A [`Sharding`] holds the layouts of all
+//!   tensors. They come from what each rank declares ([`Declarations`]), or from the layouts of frameworks: a [`Mesh`] with [`Placement`]s,
+//!   a [`Parallelism`]. A [`FusedTensor`] consists of boxes of several tensors of the checkpoint.
+//! - A [`Planner`] makes a [`ReshardPlan`] from what trainers hold and what rollouts want. The plan depends on these alone, so all ranks
+//!   that know the same boxes have the same plan.
 //!
-//! - [`simulate()`] says how long the transfers of a plan would take on links of given speeds.
+//! - [`simulate()`] computes how long the transfers of a plan take on links of given speeds.
 //!
-//! There is no IO here, no clock and no device: numbers and names.
+//! The crate does no IO, reads no clock and uses no device.
 //!
 //! ```
 //! use engine_core::{DType, Rank, TensorMeta};

@@ -1,4 +1,4 @@
-//! What connects ranks.
+//! The nodes and network cards of ranks.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -7,8 +7,7 @@ use engine_core::Rank;
 
 /// Which node each rank is on, and by which network card it reaches others.
 ///
-/// Ranks of a node reach one another without the network. A rank that nothing is known of is a node of its own, with a
-/// card of its own.
+/// Ranks of a node reach one another without the network. A rank that is not known counts as a node of its own, with a card of its own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Links {
     places: BTreeMap<Rank, Place>,
@@ -16,7 +15,7 @@ pub struct Links {
     cards: u32,
 }
 
-/// Where a rank is connected. Numbers of known ranks and of others do not meet.
+/// The node and the card of a rank. Known sites never have the number of an unknown rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Place {
     pub(crate) node: Site,
@@ -40,7 +39,7 @@ impl Site {
 }
 
 impl Links {
-    /// Nothing is known of any rank.
+    /// Links without a known rank.
     pub fn new() -> Self {
         Self::default()
     }

@@ -13,16 +13,16 @@ pub struct Mesh {
     ranks: Vec<Rank>,
 }
 
-/// What a dimension of a mesh does with a tensor: PyTorch's placements.
+/// How a dimension of a mesh divides a tensor: PyTorch's placements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Placement {
-    /// Every rank along it has the same.
+    /// Every rank along the mesh dimension holds the same elements.
     Replicate,
-    /// The tensor's dimension of this number is divided along it as `torch.chunk` does: all chunks have the size of the
-    /// first, but the last ones are smaller, or empty. Dimensions of the mesh that shard the same dimension of the tensor
-    /// divide it one after the other.
+    /// The tensor's dimension of this number is divided along the mesh dimension as `torch.chunk` does it: all chunks have the size of the
+    /// first, except the last ones, which are smaller or empty. Mesh dimensions that shard the same tensor dimension divide it one after
+    /// the other.
     Shard(usize),
-    /// The same, after all others that shard this dimension: FSDP2 over tensor parallelism (`_StridedShard`).
+    /// As `Shard`, but after all `Shard` placements, the last mesh dimension first: FSDP2 over tensor parallelism (`_StridedShard`).
     StridedShard(usize),
 }
 
@@ -31,7 +31,7 @@ impl Mesh {
     ///
     /// # Errors
     ///
-    /// `Config` if there are not as many ranks as the shape says, or one is there twice.
+    /// `Config` if the number of ranks is not that of the shape, or if a rank occurs twice.
     pub fn new(shape: &[u32], ranks: impl IntoIterator<Item = Rank>) -> Result<Self> {
         let ranks: Vec<Rank> = ranks.into_iter().collect();
         let size = shape.iter().try_fold(1_usize, |size, &n| size.checked_mul(n as usize));
@@ -46,11 +46,11 @@ impl Mesh {
         Ok(Self { shape: shape.into(), ranks })
     }
 
-    /// The boxes that ranks have of a tensor of a shape.
+    /// The layout of a tensor of the given shape.
     ///
     /// # Errors
     ///
-    /// `Config` if there are not as many placements as the mesh has dimensions, or the tensor has no such dimension.
+    /// `Config` if the mesh has another number of dimensions than there are placements, or if the tensor has no such dimension.
     ///
     /// # Examples
     ///
@@ -100,14 +100,14 @@ impl Mesh {
         Layout::new(shape, boxes.collect::<Vec<_>>())
     }
 
-    /// Where a rank is along a dimension of the mesh.
+    /// The coordinate of the rank at index `at` along a dimension of the mesh.
     fn position(&self, at: usize, axis: usize) -> u64 {
         let stride: usize = self.shape[axis + 1..].iter().map(|&n| n as usize).product();
         (at / stride) as u64 % u64::from(self.shape[axis])
     }
 }
 
-/// The chunk number `at` of `chunks`, as `torch.chunk` has it; empty where torch has none.
+/// Chunk `at` of `chunks`, as `torch.chunk` divides the range; empty where torch returns fewer chunks.
 pub(crate) fn chunk(range: Range<u64>, chunks: u64, at: u64) -> Range<u64> {
     let size = (range.end - range.start).div_ceil(chunks.max(1));
     let start = range.start.saturating_add(size.saturating_mul(at)).min(range.end);

@@ -12,44 +12,44 @@ use crate::{Layout, ShardedTensor, Sharding};
 
 /// How a model is divided over consecutive ranks, by the names of a Hugging Face checkpoint.
 ///
-/// Ranks are ordered as Megatron's are by default and as those of vLLM and SGLang: neighbours first share a tensor, then are
-/// data-parallel replicas, then stages of the pipeline. For experts, neighbours share an expert (`etp`), then have other experts
-/// (`ep`), then are replicas. Context parallelism divides no weights: its ranks count as replicas.
+/// Ranks are ordered as in Megatron by default, and as in vLLM and SGLang. From innermost to outermost: tensor parallelism, data-parallel
+/// replicas, stages of the pipeline. For experts: tensor parallelism of experts (`etp`), expert parallelism (`ep`), replicas, stages.
+/// Context parallelism divides no weights: its ranks count as replicas.
 ///
-/// Tensors of columns (`q_proj`, `gate_proj`, embeddings, …) are divided along their first dimension, those of rows (`o_proj`,
-/// `down_proj`) along their second, all others are whole on each rank. Replicas may divide their part again along the first
-/// dimension (`fsdp`), as FSDP2 does.
+/// Column-parallel tensors (`q_proj`, `gate_proj`, embeddings, …) are divided along their first dimension, row-parallel tensors (`o_proj`,
+/// `down_proj`) along their second. All others are whole on each rank. Replicas may divide their part again along the first dimension
+/// (`fsdp`), as FSDP2 does.
 ///
-/// As text it is `tp=8,ep=64,ranks=128`. What is not given is 1, and the number of ranks the smallest that fits.
+/// The text form is `tp=8,ep=64,ranks=128`. A size that is not given is 1, and `kv-heads` is 0. The number of ranks is by default the
+/// larger of `tp`·`pp`·`fsdp` and `ep`·`etp`·`pp`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parallelism {
-    /// All ranks.
+    /// The number of ranks.
     pub ranks: u32,
     /// Tensor parallelism, of all but experts.
     pub tp: u32,
-    /// Stages of the pipeline. Each has as many layers as `torch.chunk` gives it; the embedding is on the first, whatever is in no
-    /// layer else on the last.
+    /// Stages of the pipeline. Layers are divided over them as `torch.chunk` does it. The embedding is on the first stage, all other
+    /// tensors outside the layers are on the last.
     pub pp: u32,
-    /// Expert parallelism: each group of ranks has as many consecutive experts.
+    /// Expert parallelism: consecutive experts are divided over this many groups of ranks.
     pub ep: u32,
     /// Tensor parallelism of experts.
     pub etp: u32,
-    /// How many replicas divide what they would have among them.
+    /// The number of replicas that divide their common part among them.
     pub fsdp: u32,
-    /// Heads of keys and values. Where there are fewer than `tp`, neighbours have the same one; 0 if nothing is known of
-    /// them.
+    /// The number of key and value heads. If it is less than `tp`, neighbours hold the same head. 0 if it is not known.
     pub kv_heads: u32,
 }
 
-/// Where a tensor belongs.
+/// What the layout of a tensor depends on besides its shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Role {
     /// The dimension that tensor parallelism divides.
     divided: Option<usize>,
-    /// Its number among the experts of its layer.
+    /// The group of ranks that holds its expert, if it belongs to one.
     expert: Option<u32>,
     stage: u32,
-    /// In how many parts tensor parallelism divides it, if not in as many as it has ranks.
+    /// The number of key and value heads; 0 for other tensors, and if it is not known.
     heads: u32,
 }
 
@@ -68,12 +68,12 @@ const COLUMNS: [&str; 10] = [
 const ROWS: [&str; 2] = ["o_proj", "down_proj"];
 
 impl Parallelism {
-    /// The layouts of a model's tensors, on ranks from `first` on. Granules are those of the blocks in which a tensor is
-    /// encoded, empty for none.
+    /// The layouts of a model's tensors, on ranks from `first` on. Each tensor comes with its granule: the sides of the blocks in which it
+    /// is encoded, empty if there are none.
     ///
     /// # Errors
     ///
-    /// `Config` if the numbers do not fit each other or the model; `Weight`, naming the tensor, for one that is there twice.
+    /// `Config` if the numbers do not fit each other or the model; `Weight`, naming the tensor, if it occurs twice.
     pub fn sharding(
         &self,
         first: Rank,
@@ -141,7 +141,7 @@ impl Parallelism {
             None => self.pp - 1,
         };
         let expert = number_after(&meta.name, "experts").map(|expert| {
-            // Which group of ranks has it is all that counts.
+            // Only the group of ranks matters, so experts of one group share a layout.
             let group = chunk_of(experts, self.ep, expert);
             if self.ep == 1 { 0 } else { group }
         });
@@ -163,15 +163,15 @@ impl Parallelism {
             let mut region = TensorBox::whole(shape);
             if let Some(dimension) = role.divided {
                 let along = region.ranges()[dimension].clone();
-                // Fewer heads than ranks: neighbours have the same.
+                // With fewer heads than ranks, neighbours hold the same head.
                 let parts = if (1..tp).contains(&role.heads) { role.heads } else { tp };
                 let part = u64::from(tensor) * u64::from(parts) / u64::from(tp);
                 region = region.narrowed(dimension, chunk(along, parts.into(), part));
             }
-            // FSDP divides the first dimension of what a rank would have.
+            // FSDP divides the first dimension of the part that a rank would hold.
             let fsdp = self.fsdp.min(self.replicas(role));
             if fsdp > 1 {
-                // A scalar is whole on each.
+                // A scalar is not divided.
                 if let Some(along) = region.ranges().first().cloned() {
                     let part = u64::from(replica % fsdp);
                     region = region.narrowed(0, chunk(along, fsdp.into(), part));
@@ -192,12 +192,12 @@ impl Parallelism {
     }
 }
 
-/// The number of the chunk that has a number, of so many as `torch.chunk` makes.
+/// The chunk that contains `number` when `torch.chunk` divides `count` into `chunks`.
 fn chunk_of(count: u32, chunks: u32, number: u32) -> u32 {
     number / count.div_ceil(chunks.max(1)).max(1)
 }
 
-/// `Some(3)` of `model.layers.3.mlp` after `layers`.
+/// The number after a segment: `Some(3)` for `model.layers.3.mlp` and `layers`.
 fn number_after(name: &str, segment: &str) -> Option<u32> {
     let mut segments = name.split('.');
     segments.find(|found| *found == segment)?;

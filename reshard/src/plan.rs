@@ -9,14 +9,14 @@ use engine_core::{Rank, TensorBox, TensorMeta};
 use crate::crossing::{Crossing, cut};
 use crate::deal::{Dealt, Spread};
 
-/// How many parts of about the same size the tensors that the same ranks hold are divided into, in their order. Layers are not
-/// cut.
+/// The number of waves. The tensors that the same ranks hold are divided, in their order, into waves of about equal size. A layer is not
+/// split between waves.
 pub const WAVES: u32 = 16;
 
 /// Who sends which box to whom: the same on every rank that knows the same boxes and links.
 ///
-/// Every box that a rank wants comes to it exactly once, in parts that one rank each sends. It is kept compactly: a box that the same
-/// ranks hold and want of many tensors is there once.
+/// Every element that a rank wants reaches it exactly once. The plan is compact: a box that the same ranks hold and want in many tensors is
+/// stored once.
 #[derive(Debug)]
 pub struct ReshardPlan {
     pub(crate) tensors: Vec<Planned>,
@@ -44,12 +44,12 @@ pub(crate) struct Planned {
 pub(crate) struct Group {
     pub(crate) crossing: Arc<Crossing>,
     pub(crate) bits: u64,
-    /// Places among all tensors, ascending.
+    /// Indices among all tensors, ascending.
     pub(crate) tensors: Vec<u32>,
     pub(crate) tasks: Vec<Task>,
 }
 
-/// Elements of every tensor of a group that one rank, or several of a node, get from one of some replicas.
+/// A box of every tensor of a group, which one rank, or several ranks of a node, get from one of several replicas.
 #[derive(Debug)]
 pub(crate) struct Task {
     pub(crate) cell: u32,
@@ -63,7 +63,7 @@ pub(crate) struct Task {
 #[derive(Debug)]
 pub(crate) enum Receivers {
     One(Rank),
-    /// One of the ranks gets it, and passes it on to the others.
+    /// One of the ranks gets the box, and passes it on to the others.
     Node {
         entries: Dealt,
         all: Arc<[Rank]>,
@@ -71,7 +71,7 @@ pub(crate) enum Receivers {
 }
 
 impl Task {
-    /// Who sends of a tensor to whom, and whether it got that from another before.
+    /// Calls `each` with the sender, the receiver and whether the sender passes on what it received, for one tensor of the group.
     fn of(&self, number: u64, spread: Spread, mut each: impl FnMut(Rank, Rank, bool)) {
         let from = self.senders.of(number, spread);
         match &self.to {
@@ -84,7 +84,7 @@ impl Task {
         }
     }
 
-    /// The same of all tensors of the group, and of how many it is so.
+    /// As `of`, for all `count` tensors of the group. `each` also gets the number of tensors that take this way.
     pub(crate) fn flows(&self, count: u64, mut each: impl FnMut(Rank, Rank, bool, u64)) {
         match &self.to {
             Receivers::One(to) => {
@@ -122,7 +122,7 @@ impl Task {
 }
 
 impl Group {
-    /// The parts of a cell.
+    /// Cuts a cell into at most `parts` boxes.
     pub(crate) fn cut(&self, cell: u32, parts: u32) -> Vec<TensorBox> {
         cut(&self.crossing.cells[cell as usize].region, &self.crossing.granule, parts, self.bits)
     }
@@ -141,7 +141,7 @@ impl Group {
     }
 }
 
-/// A network card, by a number that no other has.
+/// The unique number of a network card.
 pub(crate) type CardId = (u8, u32);
 
 /// A box on its way from one rank to another.
@@ -154,32 +154,31 @@ pub struct Transfer {
     pub region: TensorBox,
     /// The rank that sends it.
     pub from: Rank,
-    /// The rank that wants it; a rank that holds what it wants is both.
+    /// The rank that wants it. It equals `from` if the rank holds what it wants.
     pub to: Rank,
-    /// Whether the sender gets it from another rank before, and passes it on to one of its node: in the same bytes, in which it
-    /// travels.
+    /// Whether the sender receives the box from another rank first and passes it on within its node, encoded as it arrived.
     pub passed_on: bool,
-    /// Tensors travel in waves, in their order. What is passed on goes a wave later than it comes.
+    /// Tensors travel in waves, in their order. A box is passed on one wave after it arrives.
     pub wave: u32,
-    /// Within a wave a rank goes by rounds: in each it sends to one rank at most, and gets from one at most.
+    /// The round within the wave. In each round a rank sends to at most one rank, and receives from at most one.
     pub round: u32,
 }
 
-/// Largest magnitudes of blocks that one rank tells another, because both have a part of each block.
+/// Largest magnitudes of blocks that one rank sends to another, because both hold a part of each block.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MaximaExchange {
     /// Which [tensor](ReshardPlan::tensor).
     pub tensor: u32,
-    /// The rank that tells what it finds in its part.
+    /// The rank that sends the maxima of its part.
     pub from: Rank,
-    /// The rank that sends elements of the blocks, and needs their maxima before.
+    /// The rank that sends elements of the blocks, and needs the maxima first.
     pub to: Rank,
     /// The blocks, counted in granules.
     pub blocks: TensorBox,
 }
 
-/// What a rank sends and gets in an update, in bytes.
+/// Bytes that a rank sends and receives in an update.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Load {
@@ -191,7 +190,7 @@ pub struct Load {
     pub sent_within: u64,
     /// From ranks of its node.
     pub received_within: u64,
-    /// What it has itself.
+    /// Wanted bytes that the rank holds itself.
     pub kept: u64,
 }
 
@@ -213,16 +212,16 @@ pub struct Pair {
     pub from: Rank,
     /// The receiver.
     pub to: Rank,
-    /// All bytes of an update between the two.
+    /// Bytes that the sender sends to the receiver in an update.
     pub bytes: u64,
-    /// When in each wave.
+    /// The round of each wave in which the pair transfers.
     pub round: u32,
     /// Whether they are on one node.
     pub within_node: bool,
 }
 
 impl ReshardPlan {
-    /// A digest of all that the plan says and depends on: ranks that have the same digest have the same plan.
+    /// A digest of the plan and of all that it depends on. Ranks with the same digest have the same plan.
     pub fn digest(&self) -> [u8; 32] {
         self.digest
     }
@@ -232,31 +231,31 @@ impl ReshardPlan {
         self.tensors.iter().map(|tensor| &tensor.meta)
     }
 
-    /// A tensor, as it travels, by its number.
+    /// The tensor of this number, with the type in which it travels.
     ///
     /// # Panics
     ///
-    /// If there are not that many.
+    /// If the plan has no tensor of this number.
     pub fn tensor(&self, number: u32) -> &TensorMeta {
         &self.tensors[number as usize].meta
     }
 
-    /// Who sends to whom, ordered by ranks. What a rank has itself does not count.
+    /// The pairs of ranks that transfer, ordered by sender and receiver. What a rank holds itself is not included.
     pub fn pairs(&self) -> &[Pair] {
         &self.pairs
     }
 
-    /// What a rank sends and gets.
+    /// The load of a rank.
     pub fn load(&self, rank: Rank) -> Load {
         self.loads.get(&rank).copied().unwrap_or_default()
     }
 
-    /// Every rank that sends or gets anything, with its load.
+    /// Every rank that sends or receives anything, with its load.
     pub fn loads(&self) -> impl ExactSizeIterator<Item = (Rank, Load)> {
         self.loads.iter().map(|(&rank, &load)| (rank, load))
     }
 
-    /// The load of every network card, in no order that means anything.
+    /// The load of every network card, in no particular order.
     pub fn cards(&self) -> impl ExactSizeIterator<Item = CardLoad> {
         self.cards.values().copied()
     }
@@ -266,23 +265,24 @@ impl ReshardPlan {
         self.cards().map(|card| card.sent.max(card.received)).max().unwrap_or(0)
     }
 
-    /// Bytes that the busiest network card has in every plan in which who wants something gets it from a rank that holds it, or from
-    /// one of its node that wants it, too; and within its node if a rank there holds it.
+    /// A lower bound on [`busiest`](Self::busiest): bytes that the busiest network card carries in every plan with these rules. A rank gets
+    /// a box from a rank that holds it, or from a rank of its node that wants it, too. It gets the box within its node if a rank there
+    /// holds it.
     pub fn lower_bound(&self) -> u64 {
         self.bound
     }
 
-    /// What a rank sends, in the order in which it should.
+    /// The transfers from a rank, in the order in which it should send them.
     pub fn transfers_from(&self, rank: Rank) -> Vec<Transfer> {
         self.collect(|task| task.may_send(rank), |transfer| transfer.from == rank)
     }
 
-    /// What a rank gets, in the order in which it is sent.
+    /// The transfers to a rank, in the order in which they are sent.
     pub fn transfers_to(&self, rank: Rank) -> Vec<Transfer> {
         self.collect(|task| task.gets(rank), |transfer| transfer.to == rank)
     }
 
-    /// How many transfers there are.
+    /// The number of transfers, including those from a rank to itself.
     pub fn transfers(&self) -> u64 {
         let of = |group: &Group| {
             let tasks = group.tasks.iter().map(|task| task.receivers().len() as u64);
@@ -314,7 +314,7 @@ impl ReshardPlan {
                 }
             }
         }
-        // Stable, so that boxes of a tensor stay in their order.
+        // The sort is stable, so that boxes of a tensor keep their order.
         all.sort_by_key(|transfer| {
             (transfer.wave, transfer.round, transfer.from, transfer.to, transfer.tensor)
         });
@@ -326,13 +326,13 @@ impl ReshardPlan {
         found.map_or(0, |at| self.pairs[at].round)
     }
 
-    /// The card of a rank that sends or gets something.
+    /// The card of a rank that sends or receives something.
     pub(crate) fn card_of(&self, rank: Rank) -> CardId {
         self.card_of.get(&rank).copied().unwrap_or((1, rank.0))
     }
 
-    /// Bytes of maxima that the rank sends which sends most, at four bytes for each block and rank that needs it. Of
-    /// tensors that are planned together the first stands for all.
+    /// Bytes of maxima that the busiest rank sends, at four bytes for each block and each rank that needs it. The first tensor of a group
+    /// stands for all its tensors.
     pub(crate) fn maxima_bytes(&self) -> u64 {
         let mut sent: HashMap<Rank, u64> = HashMap::new();
         for group in &self.groups {
@@ -344,7 +344,7 @@ impl ReshardPlan {
         sent.into_values().max().unwrap_or(0)
     }
 
-    /// What goes between each two ranks in each wave.
+    /// What each rank sends to each other rank in each wave.
     pub(crate) fn traffic(&self) -> HashMap<(Rank, Rank), Vec<Traffic>> {
         let mut traffic: HashMap<(Rank, Rank), Vec<Traffic>> = HashMap::new();
         for group in &self.groups {
@@ -387,10 +387,10 @@ impl ReshardPlan {
         traffic
     }
 
-    /// The maxima that ranks have to tell one another before a tensor can be encoded in blocks of its granule: for each block
-    /// of which several ranks have a part, each rank that sends a part is told what the others find in theirs.
+    /// The maxima that ranks must exchange before a tensor can be encoded in blocks of its granule. For each block of which several ranks
+    /// hold a part, each rank that sends a part needs the maxima of the other parts.
     ///
-    /// A part that several ranks hold is looked at by one of those that send it.
+    /// If several ranks hold a part, the lowest rank that sends it computes its maxima, or the lowest holder if none sends it.
     pub fn maxima(&self, tensor: u32) -> Vec<MaximaExchange> {
         let Planned { group, number, .. } = &self.tensors[tensor as usize];
         let group = &self.groups[*group as usize];
@@ -399,7 +399,7 @@ impl ReshardPlan {
             return Vec::new();
         }
         let spread = group.spread();
-        // Of each held box who sends which part of it.
+        // For each held box, the senders and the blocks that each of them sends.
         let mut senders: Vec<Vec<(Rank, TensorBox)>> = vec![Vec::new(); crossing.held.len()];
         for task in &group.tasks {
             let held = crossing.cells[task.cell as usize].held as usize;
@@ -419,7 +419,7 @@ impl ReshardPlan {
                 let mut to: Vec<Rank> = touching.map(|(rank, _)| *rank).collect();
                 to.sort_unstable();
                 to.dedup();
-                // Who holds both parts needs not be told.
+                // A rank that holds both parts needs no message.
                 to.retain(|rank| holders.binary_search(rank).is_err());
                 found.extend(to.into_iter().zip(iter::repeat(from)).map(|(to, from)| {
                     let blocks = straddling.blocks.clone();
@@ -431,10 +431,10 @@ impl ReshardPlan {
     }
 }
 
-/// What goes from one rank to another in a wave.
+/// What one rank sends to another in a wave.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Traffic {
     pub(crate) bytes: u64,
-    /// Runs of bytes that are neighbours in the full tensor.
+    /// Runs of bytes that are contiguous in the full tensor.
     pub(crate) writes: u64,
 }

@@ -1,4 +1,4 @@
-//! From layouts to a plan, and what is kept for the next.
+//! Makes plans from layouts, and keeps what the next plan can reuse.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -12,11 +12,10 @@ use crate::links::Links;
 use crate::plan::{Group, Planned, ReshardPlan};
 use crate::sharding::{ShardedTensor, Sharding};
 
-/// Plans, and keeps what the next plan can use.
+/// Makes plans, and keeps what the next plan can reuse.
 ///
-/// The common boxes of two layouts depend on these two alone. They are kept as long as tensors have both, so that after a change
-/// only pairs of layouts that are new are crossed. Who of several replicas sends is decided anew, since it depends on the
-/// loads of all.
+/// The common boxes of two layouts depend on these two and the granule alone. They are kept as long as tensors have both, so that after a
+/// change only new pairs of layouts are crossed. Which of several replicas sends is decided for each plan, because it depends on all loads.
 #[derive(Debug, Default)]
 pub struct Planner {
     crossings: HashMap<CrossingKey, Arc<Crossing>>,
@@ -32,17 +31,18 @@ type CrossingKey = ([u8; 32], [u8; 32], Arc<[u64]>);
 pub struct Work {
     /// Pairs of layouts that were crossed.
     pub crossed: usize,
-    /// Pairs of layouts whose crossing was kept from the plan before.
+    /// Pairs of layouts whose crossing was kept from the previous plan.
     pub kept: usize,
-    /// Whether it was the plan before.
+    /// Whether the previous plan was returned again.
     pub same: bool,
 }
 
 /// The plan for what trainers hold and rollouts want.
 ///
-/// A rank gets each element that it wants from a rank that holds it: from itself, else from one of its node, else from
-/// any. Among several the one is taken whose card, and then which itself, has least to send. What several ranks of a node want
-/// and none holds comes to one of them, and is passed on within the node.
+/// A rank gets each element that it wants from itself if it holds it, else from a rank of its node, else from any rank that holds it. Of
+/// several such ranks, the planner takes the one whose card has the least to send, and among the ranks of a card the one that has the least
+/// to send. An element that several ranks of a node want and no rank of the node holds is sent to one of them, which passes it on within
+/// the node.
 ///
 /// # Errors
 ///
@@ -52,7 +52,7 @@ pub fn plan(held: &Sharding, wanted: &Sharding, links: &Links) -> Result<Arc<Res
 }
 
 impl Planner {
-    /// Nothing planned yet.
+    /// A planner without a previous plan.
     pub fn new() -> Self {
         Self::default()
     }
@@ -61,7 +61,7 @@ impl Planner {
     ///
     /// # Errors
     ///
-    /// As [`plan`]; what was kept stays.
+    /// As [`plan`]. After an error, everything that was kept is still kept.
     pub fn plan(
         &mut self,
         held: &Sharding,
@@ -119,13 +119,13 @@ impl Planner {
         Ok(plan)
     }
 
-    /// What the last plan took.
+    /// What the planner did for its last plan.
     pub fn work(&self) -> Work {
         self.work
     }
 }
 
-/// What is wanted, beside who holds it.
+/// Each wanted tensor with the held tensor of the same name, as (held, wanted).
 fn matched<'a>(
     held: &'a Sharding,
     wanted: &'a Sharding,

@@ -1,10 +1,10 @@
-//! In which order a rank sends to others, so that no two send to the same one at a time.
+//! Orders transfers so that no two ranks send to the same rank at a time.
 
-/// Gives each pair of a sender and a receiver, both numbered from 0, a round, so that in no round a sender or a receiver
-/// has two. There are as many rounds as the busiest rank has partners, which is the least that there can be.
+/// Assigns a round to each pair of a sender and a receiver, both numbered from 0. In each round, a sender or receiver has at most one pair.
+/// There are as many rounds as the busiest rank has partners, which is the minimum.
 ///
-/// Every bipartite graph has such a colouring of its edges (König). One edge after the other is coloured; where the colours that
-/// are free at its ends differ, the path of these two colours from one end has them exchanged.
+/// Every bipartite graph has such an edge colouring (König). Edges are coloured one after the other. If the colours that are free at the
+/// two ends of an edge differ, they are exchanged along the path of these two colours from one end.
 pub(crate) fn rounds(pairs: &[(u32, u32)]) -> Vec<u32> {
     const NONE: u32 = u32::MAX;
 
@@ -17,7 +17,7 @@ pub(crate) fn rounds(pairs: &[(u32, u32)]) -> Vec<u32> {
         degrees[senders + to as usize] += 1;
     }
     let colours = degrees.iter().copied().max().unwrap_or(0);
-    // Of each rank and colour the pair that has it.
+    // For each rank and colour, the pair that has it.
     let mut taken = vec![NONE; (senders + receivers) * colours];
     let mut colour_of = vec![NONE; pairs.len()];
     let ends = |pair: u32| {
@@ -28,12 +28,12 @@ pub(crate) fn rounds(pairs: &[(u32, u32)]) -> Vec<u32> {
         let [from, to] = ends(pair);
         let free = |taken: &[u32], rank: usize| {
             let own = &taken[rank * colours..(rank + 1) * colours];
-            // A rank has fewer coloured pairs than there are colours as long as one of its pairs has none.
+            // A colour is free: the rank has at most `colours` pairs, and at least one of them has no colour yet.
             own.iter().position(|&pair| pair == NONE).unwrap_or_default()
         };
         let (at_from, at_to) = (free(&taken, from), free(&taken, to));
         if taken[to * colours + at_from] != NONE {
-            // The path from the receiver in the two colours never comes to the sender, which has no pair of the first.
+            // The path from the receiver never reaches the sender: it enters senders by `at_from`, which no pair of this sender has.
             let (mut path, mut rank, mut colour) = (Vec::new(), to, at_from);
             loop {
                 let next = taken[rank * colours + colour];

@@ -1,18 +1,18 @@
-//! Finding boxes that meet others without comparing all of them.
+//! Finds the boxes that intersect a box, without comparing all of them.
 
 use std::ops::Range;
 
 use engine_core::TensorBox;
 
-/// Boxes in the order in which they begin along one dimension: the one where most begin apart.
+/// Boxes, sorted by where they begin along one dimension: the dimension with the most distinct starts.
 #[derive(Debug)]
 pub(crate) struct Boxes<'a> {
     boxes: Vec<&'a TensorBox>,
     dimension: usize,
-    /// Places in `boxes`, by where they begin.
+    /// Indices in `boxes`, by where they begin.
     order: Vec<u32>,
     starts: Vec<u64>,
-    /// The largest end of all boxes up to here.
+    /// The largest end of all boxes up to this one.
     ends: Vec<u64>,
 }
 
@@ -39,7 +39,7 @@ impl<'a> Boxes<'a> {
         Self { boxes, dimension, order, starts, ends }
     }
 
-    /// The places of the boxes that have an element in common with another one, by where they begin.
+    /// The indices of the boxes that have an element in common with `other`, by where they begin.
     pub(crate) fn meeting<'s>(&'s self, other: &'s TensorBox) -> impl Iterator<Item = usize> + 's {
         let along = range(other, self.dimension);
         let from = self.ends.partition_point(|&end| end <= along.start);
@@ -48,7 +48,7 @@ impl<'a> Boxes<'a> {
         order.map(|&at| at as usize).filter(|&at| self.boxes[at].intersects(other))
     }
 
-    /// Two of them that overlap, if there are any.
+    /// Two boxes that overlap, if there are any.
     pub(crate) fn overlap(&self) -> Option<(usize, usize)> {
         self.boxes.iter().enumerate().find_map(|(at, one)| {
             self.meeting(one).find(|&other| other != at).map(|other| (at.min(other), at.max(other)))
@@ -56,7 +56,7 @@ impl<'a> Boxes<'a> {
     }
 }
 
-/// The range along a dimension; a scalar lies at the only place.
+/// The range along a dimension; `0..1` for a scalar.
 fn range(of: &TensorBox, dimension: usize) -> Range<u64> {
     of.ranges().get(dimension).cloned().unwrap_or(0..1)
 }

@@ -11,26 +11,26 @@ use crate::Layout;
 /// A tensor and its layout.
 #[derive(Clone, Debug)]
 pub struct ShardedTensor {
-    /// Name, type and full shape. What travels has the type that is wanted; that of what is held does not count.
+    /// Name, type and full shape. A tensor travels in the type that is wanted; the type of the held tensor is ignored.
     pub meta: TensorMeta,
-    /// The sides of blocks that are not cut if it can be helped, for the last dimensions: `[128, 128]` for elements
-    /// that share a scale in blocks of that size. Empty where elements are independent. That of what is wanted counts.
+    /// The sides, in the last dimensions, of blocks that are not cut if possible: `[128, 128]` if the elements of blocks of that size share
+    /// a scale. Empty if elements are independent. The granule of the wanted tensor counts, that of the held tensor is ignored.
     pub granule: Arc<[u64]>,
-    /// Which boxes are where.
+    /// Which boxes are on which ranks.
     pub layout: Arc<Layout>,
 }
 
 /// All tensors that trainers hold, or that rollouts want, by name.
 ///
-/// The order in which tensors are added does not matter. They travel in the order of their names, numbers by
-/// their value: the layers of a model one after the other.
+/// The order in which tensors are added does not matter. They travel in the order of their names, where numbers are compared by value: the
+/// layers of a model follow one another.
 #[derive(Clone, Debug, Default)]
 pub struct Sharding {
     tensors: BTreeMap<Name, ShardedTensor>,
 }
 
 impl Sharding {
-    /// Nothing yet.
+    /// A sharding without tensors.
     pub fn new() -> Self {
         Self::default()
     }
@@ -39,8 +39,8 @@ impl Sharding {
     ///
     /// # Errors
     ///
-    /// `Weight`, naming the tensor, if it is there already, if its shape is not that of the layout, and if boxes cut bytes
-    /// that elements share.
+    /// `Weight`, naming the tensor, if it was added before, if its shape is not that of the layout, or if boxes cut bytes that elements
+    /// share.
     pub fn add(&mut self, tensor: ShardedTensor) -> Result<()> {
         let meta = &tensor.meta;
         meta.validate()?;
@@ -78,7 +78,7 @@ impl Sharding {
         self.tensors.values()
     }
 
-    /// For each tensor of another sharding the one of the same name here.
+    /// For each tensor of `other`, the tensor of the same name here.
     pub(crate) fn aligned_with<'a>(
         &'a self,
         other: &'a Self,
@@ -96,7 +96,7 @@ impl Sharding {
     }
 }
 
-/// Collects what each rank says of itself into a [`Sharding`].
+/// Collects the boxes that ranks declare into a [`Sharding`].
 #[derive(Debug, Default)]
 pub struct Declarations {
     tensors: BTreeMap<Arc<str>, Declared>,
@@ -111,7 +111,7 @@ struct Declared {
 }
 
 impl Declarations {
-    /// Nothing yet.
+    /// No boxes yet.
     pub fn new() -> Self {
         Self::default()
     }
@@ -120,7 +120,7 @@ impl Declarations {
     ///
     /// # Errors
     ///
-    /// `Mismatch`, naming tensor and rank, if another rank has another type, full shape or granule for that name; `Weight` if the
+    /// `Mismatch`, naming tensor and rank, if an earlier declaration of that name has another type, full shape or granule; `Weight` if the
     /// box is not within the tensor.
     pub fn add(
         &mut self,
@@ -156,7 +156,7 @@ impl Declarations {
         Ok(())
     }
 
-    /// What all ranks have together. Equal layouts are kept once.
+    /// Combines the boxes of all ranks. Equal layouts are stored once.
     ///
     /// # Errors
     ///
@@ -190,7 +190,7 @@ impl PartialOrd for Name {
 }
 
 fn natural(one: &[u8], other: &[u8]) -> Ordering {
-    // What both begin with decides nothing, but for a number that goes on.
+    // The common prefix decides nothing, unless a number continues after it.
     let same = one.iter().zip(other).take_while(|(a, b)| a == b).count();
     let start = same - one[..same].iter().rev().take_while(|byte| byte.is_ascii_digit()).count();
     let (mut one, mut other) = (&one[start..], &other[start..]);

@@ -1,4 +1,4 @@
-//! How long the transfers of a plan take on links of given speeds.
+//! Simulates how long the transfers of a plan take on links of given speeds.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
@@ -14,14 +14,14 @@ pub struct Speeds {
     pub network: f64,
     /// A rank to and from the others of its node.
     pub within_node: f64,
-    /// Seconds that each transfer between two ranks takes beside its bytes.
+    /// Seconds that each transfer between two ranks takes in addition to the time for its bytes.
     pub latency: f64,
-    /// To and from how many others a rank has transfers at a time, so that another fills the link while one begins or its other end
-    /// is busy. At least one.
+    /// The number of transfers that a rank sends at a time, and the number that it receives. With more than one, another transfer fills the
+    /// link while one begins or its other end is busy. 0 counts as 1.
     pub at_once: usize,
 }
 
-/// What came of a simulation.
+/// The result of a simulation.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Simulated {
@@ -29,18 +29,17 @@ pub struct Simulated {
     pub seconds: f64,
     /// Seconds that the busiest link takes for its bytes alone.
     pub floor: f64,
-    /// Seconds until all maxima of straddling blocks were exchanged. They come before the weights that need them; what of
-    /// it does not overlap with other weights adds to the time.
+    /// Seconds until all maxima of straddling blocks are exchanged. They are sent before the weights that need them. The part that does not
+    /// overlap with other weights adds to the total time.
     pub maxima: f64,
     /// Bytes of maxima that the busiest rank sends.
     pub maxima_bytes: u64,
-    /// Writes of contiguous bytes that the busiest rank makes, if a transfer is one for each run.
+    /// Writes that the busiest rank makes, if each contiguous run of bytes takes one write.
     pub writes: u64,
 }
 
-/// Simulates an update: every rank begins its transfers in the order of the plan, some to others and some from others at a time, over
-/// the network and within its node side by side. Transfers that share a link have an equal part of it. Nothing but
-/// links takes time.
+/// Simulates an update. Every rank begins its transfers in the order of the plan, `at_once` in each direction at a time. The network and
+/// the links within a node work side by side. Transfers that share a link have equal parts of it. Only links take time.
 ///
 /// # Panics
 ///
@@ -92,7 +91,7 @@ pub fn simulate(plan: &ReshardPlan, speeds: Speeds) -> Simulated {
     Simulated { seconds, floor, maxima, maxima_bytes, writes }
 }
 
-/// Things in one direction each, numbered as they come.
+/// Numbers links or queues, each in one direction, in the order in which they occur.
 #[derive(Default)]
 struct Numbers {
     numbers: HashMap<((u8, u32), u8), usize>,
@@ -108,7 +107,7 @@ impl Numbers {
     }
 }
 
-/// A transfer: it takes part in the order of its two ranks, and of the speed of two links.
+/// A transfer. It waits in the queues of its two ranks, and shares the speed of two links.
 struct Job {
     queues: [usize; 2],
     links: [usize; 2],
@@ -116,7 +115,7 @@ struct Job {
     rest: f64,
 }
 
-/// Runs jobs, which are in an order that all queues share; returns when the last one ends.
+/// Runs jobs, which every queue admits in this order. Returns the time at which the last one ends.
 fn run(jobs: Vec<Job>, queues: usize, links: &[f64], speeds: Speeds) -> f64 {
     let mut waiting: Vec<VecDeque<usize>> = vec![VecDeque::new(); queues];
     for (number, job) in jobs.iter().enumerate() {
@@ -155,9 +154,9 @@ struct State {
     /// How many of its queues let it begin.
     admitted: u8,
     rate: f64,
-    /// When `rest` was true.
+    /// The time at which `rest` was computed.
     since: f64,
-    /// Changes with every rate, so that the end that was foreseen before counts no more.
+    /// Changes with every rate, so that an end foreseen earlier is ignored.
     edition: u64,
 }
 
@@ -167,11 +166,11 @@ struct Run<'a> {
     latency: f64,
     jobs: Vec<Job>,
     states: Vec<State>,
-    /// Of each queue the jobs that it has not admitted.
+    /// For each queue, the jobs that it has not admitted.
     waiting: Vec<VecDeque<usize>>,
-    /// Of each link the jobs that it carries.
+    /// For each link, the jobs that it carries.
     on: Vec<Vec<usize>>,
-    /// When a job begins or ends, as far as is known: times are not negative, so that their bits order as they do.
+    /// When jobs begin or end, as foreseen. Times are not negative, so their bits are ordered as they are.
     events: BinaryHeap<Reverse<(u64, usize, u64)>>,
     now: f64,
     edition: u64,
@@ -206,7 +205,7 @@ impl Run<'_> {
         queues.iter().for_each(|&queue| self.admit(queue));
     }
 
-    /// Gives all jobs on two links the rate that they have now.
+    /// Updates the rates of all jobs on two links.
     fn settle(&mut self, links: [usize; 2]) {
         let mut numbers: Vec<usize> =
             links.iter().flat_map(|&link| self.on[link].iter().copied()).collect();

@@ -8,11 +8,11 @@ use crate::lent::Process;
 /// What peers need to reach an agent and its slots.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Card {
-    /// The agent's name, which no other agent has or had.
+    /// The agent's name, unique among all agents.
     pub(crate) name: String,
     /// NIXL's own description of it.
     pub(crate) metadata: Vec<u8>,
-    /// Where the slots begin in its memory.
+    /// The address of the first slot.
     pub(crate) address: u64,
     pub(crate) slots: u32,
     pub(crate) slot_bytes: u64,
@@ -22,8 +22,8 @@ pub(crate) struct Card {
     pub(crate) host: String,
     /// Its process.
     pub(crate) process: Option<Process>,
-    /// Whether a slot may be elsewhere than the address says, because a peer that had been asked to write
-    /// to it was given up. Only the agent itself knows where it is then.
+    /// Whether a slot may have moved from its address, because a peer that was asked to write to it was given up. Only the agent itself
+    /// then knows where it is.
     pub(crate) moves: bool,
 }
 

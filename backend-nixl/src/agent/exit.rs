@@ -1,4 +1,4 @@
-//! The end of the process: no agent may be alive when UCX takes down what its workers use.
+//! The end of the process: no agent may be alive when UCX frees what its workers use.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -32,12 +32,12 @@ impl Drop for Running {
     }
 }
 
-/// Closes all agents and waits for it, but not for long: called when the process ends, before UCX
-/// takes down what its workers use. An agent that was alive after that would crash the process.
+/// Closes all agents and waits for up to 3 s. Called when the process ends, before UCX frees what its workers use. An agent that is still
+/// alive after that would crash the process.
 pub(super) extern "C" fn close_all() {
     let running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
     for commands in running.values() {
-        // One that has ended meanwhile leaves the list by itself.
+        // A thread that has ended meanwhile leaves the list by itself.
         drop(commands.send(Command::Close));
     }
     drop(ENDED.wait_timeout_while(running, Duration::from_secs(3), |running| !running.is_empty()));

@@ -1,4 +1,4 @@
-//! The handle of an agent's thread, and what it has the thread do.
+//! The handle of an agent's thread, and its commands.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{SendError, Sender, channel};
@@ -14,9 +14,9 @@ use super::{AgentOptions, Card};
 use crate::arena::{Arena, Slot};
 use crate::error::NixlError;
 
-/// Who waits for a transfer.
+/// The party that waits for a transfer.
 pub(crate) trait Awaiting: Send {
-    /// Whether it still does.
+    /// Whether it still waits.
     fn is_awaited(&self) -> bool;
 
     /// Takes the slot with its bytes, from the agent's thread.
@@ -33,13 +33,13 @@ pub(crate) struct Transfer {
     pub(crate) done: Box<dyn Awaiting>,
 }
 
-/// What the handle asks the thread for.
+/// The commands to the thread.
 pub(super) enum Command {
     Start(Transfer),
     Forget(String),
-    /// Something is about to happen: peers will ask for what this rank has.
+    /// Something is about to happen: peers will ask for buckets of this rank.
     Stir,
-    /// No update is going on: replace the agent, if that frees memory.
+    /// No update is under way: replace the agent, if that frees memory.
     Renew(tokio::sync::oneshot::Sender<()>),
     Close,
 }
@@ -52,16 +52,16 @@ pub(crate) struct Agent {
     pub(super) known: Arc<Known>,
 }
 
-/// What an agent and those who pass on its card know.
+/// State shared by an agent and those who pass on its card.
 #[derive(Debug, Default)]
 pub(super) struct Known {
-    /// How to reach the agent, if none of its slots moves.
+    /// The agent's card, if none of its slots moves.
     pub(super) card: Mutex<Option<Arc<Card>>>,
     /// Whether the agent has asked a peer to write, so that slots may have to move.
     pub(super) moves: AtomicBool,
-    /// Whether peers are told so.
+    /// Whether peers were told so.
     pub(super) told: AtomicBool,
-    /// How many slots' memory is kept for peers that may still write to it.
+    /// The number of slots whose memory is kept for peers that may still write to it.
     pub(super) retired: AtomicUsize,
 }
 
@@ -88,7 +88,7 @@ impl Agent {
             let _running = running;
             match Worker::new(options, name, arena, theirs) {
                 Ok(worker) => {
-                    // Without someone who waits for it, there is nobody to work for.
+                    // If nobody waits for the agent, it is not run.
                     if ready.send(Ok(())).is_ok() {
                         worker.run(&inbox);
                     }
@@ -106,13 +106,13 @@ impl Agent {
         Ok(Self { commands, ended, known })
     }
 
-    /// What peers need to reach it. If it says that slots move, they are told so from now on.
+    /// The card, by which peers reach it. If it says that slots move, peers count as told from now on.
     pub(crate) fn card(&self) -> Result<Arc<Card>, NixlError> {
         let card = self.known.card().clone().ok_or(NixlError::Closed)?;
         Ok(if self.moves() { Arc::new(Card { moves: true, ..(*card).clone() }) } else { card })
     }
 
-    /// Whether peers have to be told that slots move; they are, from now on.
+    /// Whether peers have to be told that slots move. If so, they count as told from now on.
     pub(super) fn moves(&self) -> bool {
         let possible = self.known.moves.load(Ordering::SeqCst);
         if possible {
@@ -121,13 +121,12 @@ impl Agent {
         possible
     }
 
-    /// Between updates: if memory is kept for peers that were given up, and the end of the agent's connections
-    /// proves that they cannot write any more, another agent takes its place, with another card, and the memory is
-    /// used again.
+    /// Replaces the agent between updates by another one with another card, if memory is kept for peers that were given up, and the end of
+    /// the agent's connections proves that they can no longer write. The memory is then used again.
     ///
     /// # Cancel safety
     ///
-    /// When the future is dropped, the agent is not replaced any more.
+    /// When the future is dropped, the agent is no longer replaced.
     pub(crate) async fn renew(&self, limit: Duration) {
         if self.known.retired.load(Ordering::SeqCst) == 0 {
             return;
@@ -140,7 +139,7 @@ impl Agent {
         }
     }
 
-    /// Has a transfer made; its end is told to `done`.
+    /// Starts a transfer. `done` is told its end.
     pub(crate) fn transfer(&self, transfer: Transfer) {
         if let Err(SendError(Command::Start(transfer))) =
             self.commands.send(Command::Start(transfer))
@@ -156,17 +155,17 @@ impl Agent {
         }
     }
 
-    /// Has the agent look more often for what peers ask for, for a while.
+    /// Makes the agent poll more often for questions of peers, for a while.
     pub(crate) fn stir(&self) {
         if self.commands.send(Command::Stir).is_err() {
             debug!("the agent has ended, and serves nobody any more");
         }
     }
 
-    /// Ends the thread: transfers under way are given up, the memory is not registered any more.
+    /// Ends the thread. Transfers under way are given up, and the memory is deregistered.
     pub(crate) async fn close(&mut self) {
         self.begin_to_close();
-        // The thread drops its end when it has nothing left to do.
+        // The thread drops the sender when it has nothing left to do.
         drop((&mut self.ended).await);
     }
 

@@ -1,4 +1,4 @@
-//! Making an agent of NIXL: its options, and whether one can be made here.
+//! Makes an agent of NIXL: its options, and whether one can be made here.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Once};
@@ -17,21 +17,21 @@ use crate::{room, sys};
 pub(crate) struct AgentOptions {
     /// The folder of NIXL's library, if it is not to be searched for.
     pub(crate) library_dir: Option<PathBuf>,
-    /// UCX's transports, in UCX's words; all that are there if it is empty.
+    /// UCX's transports, in the form of `UCX_TLS`; all available ones if it is empty.
     pub(crate) transports: String,
-    /// The network interface that UCX's TCP is to use, unless the environment says which; any if it is empty.
+    /// The network interface for UCX's TCP, unless the environment names one; any if it is empty.
     pub(crate) interface: String,
-    /// UCX's way with failures of peers: `peer` notices them.
+    /// UCX's handling of failed peers: `peer` notices them.
     pub(crate) error_handling: &'static str,
-    /// Whether agents that have bytes write them in any case, and not only where those that want them
-    /// cannot read them. The same for all agents of a group.
+    /// Whether agents always push: the one that has bytes writes them. Otherwise agents read, and push only where UCX cannot read. The same
+    /// for all agents of a group.
     pub(crate) writes: bool,
-    /// Whether NIXL looks after transfers and peers in a thread of its own as well. An agent of memory of a
-    /// device always has one: transports may be emulated there, so that peers have to be answered.
+    /// Whether NIXL also progresses transfers and answers peers in a thread of its own. An agent of device memory always has one:
+    /// transports may be emulated there, so that peers have to be answered.
     pub(crate) own_thread: bool,
 }
 
-/// An agent that has registered an arena, and what peers need to reach it.
+/// Makes an agent that has registered an arena. Returns it with its metadata for peers.
 pub(crate) fn open(
     options: &AgentOptions,
     name: String,
@@ -42,28 +42,27 @@ pub(crate) fn open(
     let api = sys::load(options.library_dir.as_deref())?;
     let mut config = Vec::new();
     if arena.device().is_none() {
-        // Where a transport cannot read or write by itself (TCP cannot read), UCX would have the other side
-        // answer, and that ends its process if the connection breaks at that moment. Without this it says
-        // that it cannot, and the peer is asked to write.
+        // If a transport cannot read or write by itself (TCP cannot read), UCX would make the other side answer, which ends its process if
+        // the connection breaks at that moment. With this setting UCX reports that it cannot, and the peer is asked to write.
         config.push("PROTO_EMULATION_ENABLE=n".into());
     }
     if std::env::var_os("UCX_TCP_CONN_NB").is_none() {
-        // UCX would wait within connect(2) for a host that does not answer, for as long as the kernel repeats its
-        // question (two minutes), and nothing else of this agent would go on meanwhile.
+        // Otherwise UCX would wait in connect(2) for a host that does not answer, as long as the kernel retries (two minutes), and block
+        // this agent meanwhile.
         config.push("TCP_CONN_NB=y".into());
     }
     if !options.transports.is_empty() {
         config.push(format!("TLS={}", options.transports));
     } else if arena.device().is_none() && std::env::var_os("UCX_TLS").is_none() {
-        // A process that is killed as it begins would leave their files in /dev/shm. Bytes of other processes' memory
-        // do not travel by them.
+        // These transports would leave files in /dev/shm if the process is killed as it starts. They are not needed to reach the memory of
+        // other processes.
         config.push("TLS=^posix,sysv".into());
     }
     if !options.interface.is_empty() && std::env::var_os("UCX_NET_DEVICES").is_none() {
         config.push(format!("NET_DEVICES={}", options.interface));
     }
     if arena.device().is_some() && std::env::var_os("UCX_CUDA_IPC_ENABLE_GET_ZCOPY").is_none() {
-        // Where it sees no NVLink, UCX would read over TCP what it can map and copy.
+        // Without NVLink, UCX would otherwise read over TCP what it can map and copy.
         config.push("CUDA_IPC_ENABLE_GET_ZCOPY=on".into());
     }
     let config = config.join(",");
@@ -80,7 +79,7 @@ pub(crate) fn open(
     memory.sort_by_key(Memory::address);
     memory.dedup_by_key(|memory| memory.address());
     let agent = RawAgent::new(api, &name, &parameters, memory, own_thread)?;
-    // Not before an agent was made: then NIXL and its plugins have registered their own ends.
+    // Registered only after an agent was made: by then NIXL and its plugins have registered their own exit handlers.
     static REGISTERED: Once = Once::new();
     REGISTERED.call_once(|| sys::at_exit(close_all));
     let metadata = agent.metadata()?;
@@ -89,7 +88,7 @@ pub(crate) fn open(
     Ok((agent, card))
 }
 
-/// What is there, in words, after an agent was made and closed again.
+/// Makes an agent and closes it again. Describes what was found.
 pub(crate) fn probe() -> Result<String, NixlError> {
     let options = AgentOptions { error_handling: "peer", ..Default::default() };
     let arena = Arc::new(Arena::of_host(1, 4096).map_err(NixlError::Device)?);

@@ -1,4 +1,4 @@
-//! From whom an agent can read, and who can write to it after its end.
+//! Which peers an agent can read from, and which can write to it after its end.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -10,10 +10,10 @@ use crate::arena::Arena;
 use crate::lent::Writer;
 use crate::sys;
 
-/// Of how many agents it is remembered whether they can be read from: each start of a process is another agent.
+/// The number of agents for which it is remembered whether they can be read from: each restart of a process is another agent.
 const DECISIONS: usize = 1024;
 
-/// From whom an agent can read, as far as that is certain: before it is tried, and after.
+/// Which peers an agent can read from, as far as that is certain before it is tried, and after.
 #[derive(Debug)]
 pub(crate) struct Reach {
     /// Whether there is nothing but TCP.
@@ -21,17 +21,17 @@ pub(crate) struct Reach {
     /// Whether there is nothing but TCP between hosts.
     only_tcp_between_hosts: bool,
     host: String,
-    /// Whether UCX emulates what its transports cannot do: for memory of devices.
+    /// Whether UCX emulates what its transports cannot do. It does for device memory.
     emulates: bool,
-    /// Whether an agent can be read from, as was found out, by its name.
+    /// Whether an agent can be read from, as tried, by its name.
     decided: HashMap<String, bool>,
-    /// Those names, in the order in which it was.
+    /// These names, in the order of the decisions.
     order: VecDeque<String>,
 }
 
 impl Reach {
     pub(crate) fn new(options: &AgentOptions, arena: &Arena) -> Self {
-        // NIXL prefers the variable as well.
+        // NIXL also prefers the variable.
         let transports = std::env::var("UCX_TLS").unwrap_or_else(|_| options.transports.clone());
         Self {
             only_tcp: transports.split(',').all(|name| matches!(name, "tcp" | "self")),
@@ -43,27 +43,26 @@ impl Reach {
         }
     }
 
-    /// What is known of a peer that was told to write here.
+    /// The properties of a peer that was told to write here.
     pub(super) fn writer(&self, peer: &Card) -> Writer {
         let here = is_same_machine(&self.host, &peer.host);
         let ends_with_agent = self.reads_nobody() || !(here || self.emulates);
         Writer { ends_with_agent, process: peer.process.clone().filter(|_| here) }
     }
 
-    /// Whether it is certain that an agent cannot be read from.
+    /// Whether an agent certainly cannot be read from.
     pub(crate) fn excludes(&self, peer: &Card) -> bool {
         let only_tcp = self.only_tcp || (self.only_tcp_between_hosts && peer.host != self.host);
         let known = only_tcp && !self.emulates && peer.device.is_none();
         known || self.decided.get(&peer.name) == Some(&false)
     }
 
-    /// Whether nothing was found out of an agent. One that could be read from once, and cannot be any more,
-    /// is gone.
+    /// Whether nothing was decided for an agent. If one could be read from once and no longer can, it is gone.
     pub(super) fn is_undecided(&self, peer: &str) -> bool {
         !self.decided.contains_key(peer)
     }
 
-    /// Takes note of whether an agent can be read from.
+    /// Records whether an agent can be read from.
     pub(super) fn decide(&mut self, peer: &str, readable: bool) {
         if self.is_undecided(peer) {
             self.decided.insert(peer.to_owned(), readable);
@@ -76,7 +75,7 @@ impl Reach {
         }
     }
 
-    /// Whether it is certain that no memory of a host can be read.
+    /// Whether certainly no host memory can be read.
     pub(super) fn reads_nobody(&self) -> bool {
         self.only_tcp && !self.emulates
     }
@@ -87,7 +86,7 @@ pub(super) fn this_host() -> String {
     WorkerMetadata::of_this_process(NAME, Rank::LEADER, Role::Rollout, nothing).host
 }
 
-/// Whether two identities of hosts may be of one machine: containers of one have names of their own.
+/// Whether two host identities may be of one machine: containers of one machine have names of their own.
 fn is_same_machine(one: &str, other: &str) -> bool {
     let boot = |host: &str| host.rsplit('/').next().unwrap_or_default().to_owned();
     boot(one) == boot(other) || boot(one).is_empty() || boot(other).is_empty()
@@ -164,7 +163,7 @@ mod tests {
         assert_eq!(excluded(true, true, false), [true, true, false]);
         assert_eq!(excluded(true, true, true), [false, false, false]);
 
-        // What was found out of an agent stays, whatever happens to it later.
+        // A decision about an agent stays, whatever happens to the agent later.
         let mut reach = reach(false, false, false);
         let never = Card { name: "never".into(), ..here.clone() };
         assert!(reach.is_undecided("peer") && !reach.excludes(&here) && !reach.excludes(&never));

@@ -1,4 +1,4 @@
-//! Agents of this process that fetch from one another, and peers whose part a test plays.
+//! Agents of this process that fetch from one another, and peers that a test plays.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -67,7 +67,7 @@ async fn an_agent_of_host_memory_has_no_file_in_dev_shm_that_a_kill_could_leave(
     drop(agents);
 }
 
-/// Begins a transfer; what comes of it.
+/// Begins a transfer. Returns its result.
 async fn begin(
     at: &(Agent, Arc<Arena>),
     slot: u32,
@@ -94,7 +94,7 @@ async fn transfer(
     begin(at, slot, peer, from).await?.await.unwrap()
 }
 
-/// Gives a peer up as soon as it was asked to write; what becomes of the transfer.
+/// Gives a peer up as soon as it was asked to write. Returns the transfer's error.
 async fn give_up(at: &(Agent, Arc<Arena>), slot: u32, peer: &Arc<Card>, from: u32) -> NixlError {
     loop {
         let told = begin(at, slot, peer, from).await.unwrap();
@@ -148,7 +148,7 @@ async fn agent_over(name: &str, transports: &str) -> (Agent, Arc<Arena>) {
 
 #[tokio::test]
 async fn an_agent_that_cannot_be_read_from_is_asked_to_write() {
-    // Of the first, that it has only TCP is known; of the second, it is found.
+    // That the first has only TCP is known. For the second, it is found out.
     for (transports, known) in [("tcp,self", true), ("tcp,tcp,self,", false)] {
         let one = agent_over("unreadable", transports).await;
         let two = agent_over("reads", transports).await;
@@ -167,7 +167,7 @@ async fn an_agent_that_cannot_be_read_from_is_asked_to_write() {
 async fn one_that_cannot_be_read_from_and_does_not_answer_is_not_told_where_to_write() {
     let two = agent_over("greets", "tcp,tcp,self,").await;
     let before = two.1.place(1, BYTES).unwrap().address;
-    // An agent without a thread, which takes in nothing.
+    // An agent without a thread, which processes nothing.
     let arena = Arena::of_host(2, BYTES).unwrap();
     let options = AgentOptions { error_handling: "peer", ..Default::default() };
     let name = format!("silent-{}", std::process::id());
@@ -181,7 +181,7 @@ async fn one_that_cannot_be_read_from_and_does_not_answer_is_not_told_where_to_w
     assert!(matches!(error, NixlError::Abandoned), "{error}");
     assert!(!two.0.moves());
     assert_eq!(two.1.place(1, BYTES).unwrap().address, before);
-    // The slot is as good as before, in the same update.
+    // The slot can be used again in the same update.
     let other = agent_over("answers", "tcp,tcp,self,").await;
     fill(&other.1, 0, 1).await;
     let card = other.0.card().unwrap();
@@ -239,7 +239,7 @@ async fn an_agent_that_is_gone_is_an_error_and_others_still_work() {
     // Its memory is still there, until the connection's end is noticed.
     let noticed = async { while transfer(&one, 0, &card, 0).await.is_ok() {} };
     tokio::time::timeout(DEADLINE, noticed).await.unwrap();
-    // However often it is tried: what was once read from is not taken for something that has to write.
+    // However often it is tried: an agent that was read from before is never asked to write.
     for _ in 0..3 {
         let error = transfer(&one, 0, &card, 0).await.unwrap_err();
         assert!(!matches!(error, NixlError::Slow(_)), "{error}");
@@ -280,7 +280,7 @@ async fn a_slot_that_is_read_is_not_given_away() {
     drop(arena.lock(0, 10, DEADLINE).await.unwrap());
 }
 
-/// An agent without a thread: it says and takes in only what a test has it.
+/// An agent without a thread: it sends and processes only what a test makes it.
 pub(super) fn bare(name: &str, transports: &str) -> (RawAgent, Arc<Card>, Arena) {
     let arena = Arena::of_host(2, BYTES).unwrap();
     let transports = transports.into();
@@ -290,7 +290,7 @@ pub(super) fn bare(name: &str, transports: &str) -> (RawAgent, Arc<Card>, Arena)
     (agent, Arc::new(card), arena)
 }
 
-/// What an agent without a thread is asked for.
+/// Waits for a request to an agent without a thread.
 async fn asked(agent: &mut RawAgent) -> (String, Ask) {
     loop {
         for (peer, bytes) in agent.notices().unwrap() {
@@ -302,7 +302,7 @@ async fn asked(agent: &mut RawAgent) -> (String, Ask) {
     }
 }
 
-/// Answers what an agent without a thread was asked for.
+/// Answers a request to an agent without a thread.
 pub(super) fn answer(agent: &RawAgent, to: &Card, notice: &Notice) {
     agent.load_peer(&to.metadata).unwrap();
     agent.notify(&to.name, &postcard::to_stdvec(notice).unwrap()).unwrap();
@@ -312,7 +312,7 @@ async fn soon<T>(what: impl Future<Output = T>) -> T {
     tokio::time::timeout(DEADLINE, what).await.expect("it does not take that long")
 }
 
-/// Waits until so many slots' memory is kept for peers, while an agent without a thread does its part.
+/// Waits until the memory of this many slots is kept for peers, while an agent without a thread does its part.
 async fn until_kept(at: &(Agent, Arc<Arena>), kept: usize, peer: &mut RawAgent) {
     soon(async {
         while at.0.known.retired.load(Ordering::SeqCst) != kept {
@@ -445,7 +445,7 @@ async fn memory_is_kept_for_a_peer_on_this_host_that_may_write_by_itself() {
     assert!(soon(&mut told).await.unwrap().is_err());
     until_kept(&two, 1, &mut one).await;
     let before = two.0.card().unwrap();
-    // It is in this process, which has not ended.
+    // The peer is in this process, which has not ended.
     two.0.renew(DEADLINE).await;
     assert_eq!(two.0.known.retired.load(Ordering::SeqCst), 1);
     assert_eq!(two.0.card().unwrap(), before);
@@ -465,7 +465,7 @@ async fn an_end_waits_for_a_write_that_nobody_waits_for_any_more() {
         tokio::time::sleep(Duration::from_millis(300)).await;
         answer(&one, &own, &Notice::Done { id: ask.id });
         let begun = Instant::now();
-        // It goes on with what it has begun, as one that has a thread.
+        // It goes on with what it has begun, like one with a thread.
         while begun.elapsed() < Duration::from_millis(400) {
             one.notices().unwrap();
             tokio::time::sleep(Duration::from_millis(1)).await;

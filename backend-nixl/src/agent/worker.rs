@@ -1,6 +1,6 @@
-//! The thread that has an agent: its state and its loop.
+//! The thread that owns an agent: its state and its loop.
 //!
-//! Its parts are files of their own, all of them methods of the one [`Worker`].
+//! Its parts are in separate files. All of them are methods of [`Worker`].
 
 mod end;
 mod fetch;
@@ -27,16 +27,16 @@ use crate::lent::{AskId, Retired};
 use peers::Loaded;
 use push::{Asked, Serving};
 
-/// How often a transfer is looked at without a pause: short ones end meanwhile.
+/// How often a transfer is polled without a pause: short ones end meanwhile.
 const SPINS: u32 = 200;
 
-/// The pause between two looks at a longer one.
+/// The pause between two polls of a longer one.
 const PAUSE: Duration = Duration::from_micros(30);
 
-/// The longest pause between two looks for what peers ask for, soon after something happened here.
+/// The longest pause between two polls for questions of peers, soon after something happened here.
 const LISTEN: Duration = Duration::from_millis(5);
 
-/// What the thread has.
+/// The state of the thread.
 pub(super) struct Worker {
     agent: RawAgent,
     options: AgentOptions,
@@ -47,28 +47,28 @@ pub(super) struct Worker {
     stale: bool,
     /// Whether a peer has ever asked for something.
     asked: bool,
-    /// When messages of peers were looked for.
+    /// When messages of peers were last polled.
     listened: Instant,
-    /// What peers need to reach this agent and all that it has registered.
+    /// The metadata of this agent and of all that it has registered.
     metadata: Vec<u8>,
     /// The peers that this agent knows how to reach, by name.
     loaded: HashMap<String, Loaded>,
-    /// Those that it is to forget when no transfer with them is under way any more.
+    /// The peers to forget when no transfer with them is under way any more.
     closing: BTreeSet<String>,
-    /// Not begun yet. One is under way at a time: of two that share the way here, both would end
-    /// late, and those who fetch the first one from here would wait for the second one too.
+    /// Transfers that have not begun. One is under way at a time: of two that share the way here, both would end late, and those who fetch
+    /// the first one from here would wait for the second one, too.
     waiting: VecDeque<Transfer>,
-    /// The one that is under way, and reads that nobody waits for any more and that the library still works on.
+    /// The transfer that is under way, and reads that nobody waits for any more but that the library still works on.
     active: Vec<Active>,
     /// The writes to peers that are under way.
     serving: Vec<Serving>,
-    /// What peers have asked for that waits until older writes to them have ended.
+    /// Requests of peers that wait until older writes to them have ended.
     postponed: Vec<Asked>,
-    /// Counts what was asked for, and how often a peer was learnt to be reached.
+    /// Counts questions, and loads of peers' metadata.
     count: u64,
     /// Memory that was lent to peers that were given up.
     retired: Retired,
-    /// When something happened last that others may react to.
+    /// When something last happened to which others may react.
     stirred: Instant,
 }
 
@@ -80,16 +80,16 @@ struct Active {
     from: u32,
     until: Instant,
     deadline: Duration,
-    /// `None` when the end was told.
+    /// `None` once it was told the end.
     done: Option<Box<dyn Awaiting>>,
 }
 
-/// What the end of a transfer depends on.
+/// The work that a transfer waits for.
 enum Work {
-    /// The slot comes back when the library says that the transfer has ended.
+    /// The slot comes back when the library reports that the transfer has ended.
     Read(RawTransfer<Slot>),
-    /// The peer could not be read from. It was asked whether it is there at all: only then it is told where to
-    /// write to, which would have to be replaced if it was not.
+    /// A read failed, so the peer is probed. A write target is given only to a peer that answers: a target given to a dead peer would have
+    /// to be replaced.
     Greeted(AskId, Slot),
     /// The peer was asked to write.
     Asked(Lent),
@@ -185,7 +185,7 @@ impl Worker {
             || self.serving.iter().any(|serving| now < serving.until)
     }
 
-    /// Looks after all transfers; whether anything ended or arrived.
+    /// Checks all transfers. Returns whether anything ended or arrived.
     pub(super) fn poll(&mut self) -> bool {
         let now = Instant::now();
         let listens = self.serves() || now - self.listened >= LISTEN;
@@ -224,7 +224,7 @@ impl Worker {
             let Work::Read(raw) = work else { continue };
             let slot = match self.agent.end(raw) {
                 Ok(slot) => slot,
-                // It is done now, and was not yet when the freeing thread looked.
+                // It was not done when the freeing thread checked, but is now.
                 Err(raw) => {
                     let work = Work::Read(raw);
                     self.active.push(Active { work, peer, from, until, deadline, done });
@@ -257,7 +257,7 @@ impl Worker {
         heard || served || ended
     }
 
-    /// Whether peers ask for what is here.
+    /// Whether peers may ask for buckets of this rank.
     fn serves(&self) -> bool {
         self.options.writes || self.asked || !self.serving.is_empty() || self.awaits_peers()
     }
@@ -266,8 +266,7 @@ impl Worker {
         self.active.iter().any(|transfer| !matches!(transfer.work, Work::Read(_)))
     }
 
-    /// How long to sleep when there is nothing to be done: peers ask when they like, above all soon after
-    /// something happened here.
+    /// How long to sleep when there is nothing to do: peers may ask at any time, above all soon after something happened here.
     fn pause(&self) -> Duration {
         let quiet = self.stirred.elapsed();
         if !self.serves() {

@@ -10,7 +10,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 /// Memory of this process. Unmapped when dropped.
 ///
-/// Nothing here gives access to its bytes: the [`Piece`]s that it is cut into do.
+/// It gives no access to its bytes. The [`Piece`]s that it is cut into do.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     start: NonNull<u8>,
@@ -23,7 +23,7 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps so many bytes, with all pages present.
+    /// Maps `len` bytes, with all pages present.
     pub(super) fn new(len: usize) -> Result<Self, Errno> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::PRIVATE | MapFlags::POPULATE;
@@ -35,7 +35,7 @@ impl Mapping {
 
     /// Cuts the mapping into pieces of equal size, as many as fit, which do not overlap.
     ///
-    /// It takes the mapping itself, so that nothing is ever cut twice.
+    /// It takes the mapping by value, so that nothing is cut twice.
     pub(super) fn cut(self, piece: usize) -> Vec<Piece> {
         let count = self.len.checked_div(piece).unwrap_or(0);
         let mapping = Arc::new(self);
@@ -44,7 +44,7 @@ impl Mapping {
     }
 
     pub(super) fn reach(&self) -> Reach {
-        // The address leaves the program: to NIXL, and through it to peers.
+        // NIXL and peers get the address.
         let address = self.start.as_ptr().expose_provenance();
         // SAFETY: the memory is mapped for writing as long as `self` lives. Its pieces, which slots have, do not overlap, and
         // nothing else gives access to it.
@@ -65,15 +65,14 @@ impl Drop for Mapping {
     }
 }
 
-/// Bytes of a mapping that nobody else in this process has: no other piece has one of them, and a piece
-/// cannot be copied.
+/// Bytes of a mapping that nobody else in this process has: no two pieces share a byte, and a piece cannot be copied.
 ///
-/// NIXL and peers reach the bytes by their address. Who lets them write there keeps the piece out of reach until
-/// they have ended: see [`Lent`](crate::arena::Lent) and [`RawTransfer`](crate::ffi::RawTransfer).
+/// NIXL and peers access the bytes by their address. Code that lets them write there makes the piece inaccessible until they have ended:
+/// see [`Lent`](crate::arena::Lent) and [`RawTransfer`](crate::ffi::RawTransfer).
 #[derive(Debug)]
 pub(crate) struct Piece {
     mapping: Arc<Mapping>,
-    /// `at + len` is at most the mapping's length: `cut` is the only one who makes pieces.
+    /// `at + len` is at most the mapping's length: only `cut` makes pieces.
     at: usize,
     len: usize,
 }

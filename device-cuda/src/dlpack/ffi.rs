@@ -10,11 +10,11 @@ use engine_core::{Storage, TensorMeta};
 
 use crate::{CudaMemory, Device};
 
-/// `DLTensor`, its device and data type written out.
+/// `DLTensor`, with its device and data type as plain fields.
 #[repr(C)]
 #[derive(Debug)]
 pub(super) struct Tensor {
-    /// A pointer; of a device, if it is one's.
+    /// A pointer; an address on the device, if it is on one.
     pub(super) data: usize,
     pub(super) device_type: i32,
     pub(super) device_id: i32,
@@ -42,17 +42,16 @@ pub struct ManagedTensor {
     deleter: Option<unsafe extern "C" fn(*mut Self)>,
 }
 
-/// A tensor of another library, given back when dropped.
+/// A tensor of another library, given back when this is dropped.
 #[derive(Debug)]
 pub(super) struct Imported(NonNull<ManagedTensor>);
 
-// SAFETY: who made one of `Imported::take` promised that the deleter may be called from any thread, and
-// nothing else of it is written to.
+// SAFETY: the caller of `Imported::take` promised that the deleter may be called from any thread, and that nobody writes to the tensor.
 unsafe impl Send for Imported {}
 // SAFETY: as above.
 unsafe impl Sync for Imported {}
 
-/// What a tensor says of itself, copied.
+/// A copy of a tensor's description.
 #[derive(Debug)]
 pub(super) struct View {
     pub(super) address: u64,
@@ -108,14 +107,14 @@ impl Imported {
         })
     }
 
-    /// How many bytes there are from the first element on, by shape, strides and type.
+    /// The number of bytes from the first element on, by shape, strides and type.
     fn extent(&self) -> Option<usize> {
         let View { bits, lanes, shape, strides, .. } = self.view().ok()?;
         if shape.contains(&0) {
             return Some(0);
         }
         let last = match &strides {
-            // Contiguous: all elements but the last are before it.
+            // Contiguous: the last element follows all others.
             None => shape.iter().try_fold(1_u64, |all, &side| all.checked_mul(side))? - 1,
             Some(strides) => {
                 shape.iter().zip(strides).try_fold(0_u64, |sum, (&side, &stride)| {
@@ -236,7 +235,7 @@ pub(super) fn export(
     NonNull::from(managed)
 }
 
-/// Makes a tensor say something else.
+/// Changes the description of a tensor.
 #[cfg(test)]
 pub(super) fn lie(mut tensor: NonNull<ManagedTensor>, lie: impl FnOnce(&mut Tensor)) {
     // SAFETY: a test has just exported it, and nobody else has it.

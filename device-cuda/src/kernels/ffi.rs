@@ -1,4 +1,4 @@
-//! Launching what was prepared.
+//! Launches of prepared tables.
 #![allow(unsafe_code, reason = "kernels take addresses")]
 
 use std::sync::Arc;
@@ -8,8 +8,8 @@ use crate::CudaError;
 use crate::table::{Part, Task};
 
 impl Kernels {
-    /// Launches what was prepared, and does not wait. The stream keeps all memory that is in it until it
-    /// was waited for. Until then none of it may be written to by others, or the results mean nothing.
+    /// Launches what was prepared, and does not wait. The stream keeps all memory of the jobs until the work was waited for. If others
+    /// write to that memory before, the results are undefined.
     ///
     /// # Errors
     ///
@@ -55,10 +55,10 @@ impl Kernels {
                 }
             };
             let grid = kernel.grid.min(tiles);
-            // SAFETY: these are the parameters of the kernels. The addresses are of the table, whose bytes are those
-            // that the parts were made with, and the table's are of ranges of the memory that `used` has with it, as
-            // those who make tables have checked; a program reads nothing else, as who made it has promised. The stream keeps `used`, `found`
-            // and `done`, which has a number for each job.
+            // SAFETY: these are the parameters of the kernels. The addresses point into the table, whose bytes are those that the parts
+            // were made with. The addresses in the table are of ranges of the memory in `used`, which the makers of tables have checked. A
+            // program reads nothing else, as its author has promised. The stream keeps `used`, `found` and `done`, which has a number for
+            // each job.
             unsafe { kernel.function.launch(grid, THREADS, stream, &mut parameters) }?;
         }
         Ok(())

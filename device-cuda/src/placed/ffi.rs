@@ -1,4 +1,4 @@
-//! Launching tables of placed updates.
+//! Launches of the tables of placed updates.
 #![allow(unsafe_code, reason = "kernels take addresses")]
 
 use std::sync::Arc;
@@ -31,8 +31,8 @@ pub(super) fn launch(
         found,
         found + 8,
     ];
-    // SAFETY: these are the parameters of the kernels. The table's bytes are those of `table`, and its addresses are of ranges of
-    // memory that `super` has checked to be in `used`, or in storages that it borrows until it has waited for the stream. `numbers`
-    // has one number for a failure and one for each slot of the table.
+    // SAFETY: these are the parameters of the kernels. The table's bytes are those of `table`. Its addresses are of ranges of memory that
+    // `super` has checked to be in `used`, or in storages that it borrows until it has waited for the stream. `numbers` has one number for
+    // a failure and one for each slot of the table.
     unsafe { kernel.function.launch(kernel.grid.min(table.tiles), THREADS, raw, &mut parameters) }
 }

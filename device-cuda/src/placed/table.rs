@@ -5,9 +5,9 @@ use quant_fp8::{Fp8Format, Granularity, Precast, SourceType, StridedBlocks, Stri
 use crate::CudaError;
 use crate::table::mode_number;
 
-/// Bytes of a copy that one tile moves, about.
+/// Bytes of a copy that one tile moves, approximately.
 const TILE: u64 = 16 << 10;
-/// Where a digest cuts rows that do not begin at its words, and that are not cut at blocks.
+/// The length at which a digest cuts rows that do not begin at its words and that are not cut at blocks.
 pub(crate) const CUT: u64 = 256 << 10;
 /// The most bytes of a row of an entry.
 const MOST: u64 = 1 << 30;
@@ -18,10 +18,10 @@ const FAST: u32 = 16;
 const KEYED: u32 = 32;
 const NO_FIRST_BAND: u32 = 64;
 const NO_FIRST_COL: u32 = 128;
-/// A kind: numbers of 4 bytes, each of them digested by itself.
+/// A kind of entry: numbers of 4 bytes, each digested by itself.
 const SCALES_ONLY: u32 = 4;
 
-/// As `Part` in the kernels.
+/// The layout is that of `Part` in the kernels.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Entry {
     source: u64,
@@ -100,7 +100,7 @@ pub(super) struct Table {
     pub(super) tiles: u32,
     /// Whether there are blocks of F32.
     pub(super) wide: bool,
-    /// Bytes that it reads.
+    /// Bytes that the launch reads.
     pub(super) read: u64,
 }
 
@@ -116,16 +116,16 @@ impl Table {
     }
 
     pub(super) fn jobs(&self) -> u32 {
-        // Fewer than there are tiles, which were counted.
+        // There are at most as many entries as tiles, whose number fits.
         self.firsts.len() as u32
     }
 
-    /// Where the numbers of first tiles are, behind the entries.
+    /// The offset of the first-tile numbers, behind the entries.
     pub(super) fn firsts_at(&self) -> u64 {
         (self.firsts.len() * ENTRY) as u64
     }
 
-    /// All bytes, as they are brought to the device.
+    /// The whole table, as it is copied to the device.
     pub(super) fn bytes(&mut self) -> &[u8] {
         let firsts = self.firsts.iter().flat_map(|first| first.to_le_bytes());
         let at = self.entries.len();
@@ -153,12 +153,12 @@ fn side(side: u64) -> Result<u32, CudaError> {
     u32::try_from(side).map_err(|_| too_large("a part of a tensor that is too large"))
 }
 
-/// Where a part is written to, and in what the digest is of.
+/// The memory that a part is written to, and its place in the digest.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Target {
-    /// The address of the memory that it is lent in.
+    /// The address of the lent memory.
     pub(super) address: u64,
-    /// What the digest counts from there on.
+    /// The offset of the memory in the digest.
     pub(super) place: u64,
 }
 
@@ -166,7 +166,7 @@ fn all_multiples(numbers: &[u64], of: u64) -> bool {
     numbers.iter().all(|number| number.is_multiple_of(of))
 }
 
-/// Strides that count: of one matrix, or of one row, they are not used.
+/// Strides that matter: with one matrix, or one row, its stride is not used.
 fn used(strides: Strides, [matrices, rows, _]: [u64; 3]) -> Strides {
     Strides {
         at: strides.at,
@@ -175,7 +175,7 @@ fn used(strides: Strides, [matrices, rows, _]: [u64; 3]) -> Strides {
     }
 }
 
-/// Divides rows of bytes among tiles: columns of a tile, and rows.
+/// Divides rows of bytes into tiles: the columns of a tile, and its rows.
 fn divide(
     entry: &mut Entry,
     rows: u64,
@@ -218,7 +218,7 @@ fn push_rows(
     slot: u32,
 ) -> Result<(), CudaError> {
     if rows == 1 && bytes > MOST {
-        // Words stay whole: so many bytes are a multiple of where digests cut.
+        // Words stay whole: this length is a multiple of where digests cut.
         for matrix in 0..matrices {
             let mut at = 0;
             while at < bytes {
@@ -350,7 +350,7 @@ fn with_blocks(
     })
 }
 
-/// Adds a part whose maxima go to an address.
+/// Adds a part whose maxima are written to an address.
 pub(super) fn push_maxima(
     table: &mut Table,
     part: &StridedPart,
@@ -370,7 +370,7 @@ pub(super) fn push_maxima(
     table.push(&entry, matrices)
 }
 
-/// Adds a part that is digested where it was written to.
+/// Adds a part that is digested in place.
 pub(super) fn push_check(
     table: &mut Table,
     part: &StridedPart,
@@ -383,7 +383,7 @@ pub(super) fn push_check(
     let to = used(part.to, part.extent);
     let mut extent = [matrices, rows, bytes];
     let mut cut = part.blocks.as_ref().map(|blocks| (blocks.first[1], blocks.sides[1]));
-    // What is in one piece is one row, if no word is divided.
+    // Contiguous memory is one row, if no word is divided.
     if is_whole_words(target.place, to, bytes, cut) && bytes.is_multiple_of(8) {
         cut = None;
         if rows > 1 && to.row == bytes && (matrices == 1 || to.matrix == rows * bytes) {
@@ -421,7 +421,7 @@ pub(super) fn push_check(
     table.push(&entry, matrices)
 }
 
-/// Whether kernels know a format.
+/// Whether there are kernels for a format.
 pub(super) fn is_known(format: &Fp8Format) -> bool {
     matches!(format.granularity, Granularity::Block { .. })
         && format.non_finite == quant_fp8::NonFinite::Error

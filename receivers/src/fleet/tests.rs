@@ -1,17 +1,17 @@
-//! Whole updates with servers that answer as a list of numbers says; after every step the rules are checked, and after
-//! every schedule an update without faults has to load all of them.
+//! Whole updates with servers whose answers a list of numbers decides. The rules are checked after every step. After every schedule, an
+//! update without faults has to load all servers.
 
 use super::*;
 use proptest::prelude::*;
 
-/// A server as it is, whatever the machine believes of it.
+/// The real state of a server, whatever the machine believes.
 #[derive(Debug)]
 struct Truth {
     version: String,
     is_whole: bool,
     paused: bool,
     active: bool,
-    /// Counts that an update has left behind, and that the next one would add to.
+    /// Counts left behind by an update, to which the next one would add.
     stale: bool,
     world: Option<u64>,
     buckets: u32,
@@ -30,7 +30,7 @@ impl Truth {
         }
     }
 
-    /// Does what it is asked for.
+    /// Does what it is asked.
     fn does(&mut self, ask: Ask, version: Version) -> Result<Said> {
         let refuse = |words: &str| Err(Error::new(ErrorKind::Io, "asked", words));
         match ask {
@@ -78,7 +78,7 @@ impl Truth {
 
 const BUCKETS: u32 = 3;
 
-/// How a question goes.
+/// How a request goes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Luck {
     Well,
@@ -86,7 +86,7 @@ enum Luck {
     Before,
     /// It happens, and the answer is an error or none.
     After,
-    /// The process was started anew before.
+    /// The process was restarted before.
     Anew,
 }
 
@@ -107,7 +107,7 @@ struct Group {
     fleet: Fleet,
     servers: Vec<Truth>,
     worlds: u64,
-    /// Those of the present world.
+    /// The members of the present world.
     members: Vec<usize>,
 }
 
@@ -117,7 +117,7 @@ impl Group {
         Self { fleet: Fleet::new(servers, true), servers: truths, worlds: 0, members: Vec::new() }
     }
 
-    /// Runs an update; dropped after so many steps if a number is given.
+    /// Runs an update. If a number is given, the update is dropped after that many steps.
     fn update(
         &mut self,
         version: u64,
@@ -236,7 +236,7 @@ proptest! {
     }
 }
 
-/// Answers as long as it is asked, and returns what is done next.
+/// Answers requests, and returns the first act that is not one.
 fn answered(fleet: &mut Fleet, mut answer: impl FnMut(usize, Ask) -> Option<Result<Said>>) -> Act {
     loop {
         let Act::Ask(asks) = fleet.next() else { return fleet.next() };
@@ -294,7 +294,7 @@ fn a_server_that_fails_before_it_begins_to_load_and_says_so_generates_again() {
         answered(&mut fleet, |_, ask| Some(good(ask, "0")));
         let failed = Err(Error::new(kind, "joining", "it failed"));
         fleet.formed(Err(self::failed()), vec![(0, None), (1, Some(failed))]);
-        // The one that is silent waits in a collective, and is told nothing.
+        // The silent server waits in a collective, and is told nothing.
         let mut asked = Vec::new();
         let end = answered(&mut fleet, |index, ask| {
             asked.push((index, ask));

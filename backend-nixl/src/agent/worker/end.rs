@@ -1,4 +1,4 @@
-//! The end of the agent: for good, or because another one takes its place.
+//! Ends the agent: for good, or to replace it by another one.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,14 +11,14 @@ use crate::arena::Slot;
 use crate::error::NixlError;
 use crate::ffi::RawTransfer;
 
-/// How long the end of an agent waits for what goes over its connections.
+/// How long the end of an agent waits for transfers over its connections.
 const GRACE: Duration = Duration::from_secs(1);
 
 impl Worker {
-    /// Waits, but not for long, until no write goes over this agent's connections: none to a peer, and none from one,
-    /// also if nobody here waits for it any more. Most end soon, and those that do not are of peers that are gone.
-    /// A writer whose peer closes its agent in the middle gets an error from UCX at best: a write by way of the host, from memory
-    /// of a device, may end the writer's process ("unexpected error: Endpoint timeout").
+    /// Waits, up to [`GRACE`], until no write goes over this agent's connections, to a peer or from one, even if nobody here waits for it
+    /// any more. Most end soon. Those that do not are of peers that are gone. If a peer closes its agent in the middle of a write, the
+    /// writer gets an error from UCX at best: a write from device memory by way of the host may end the writer's process ("unexpected
+    /// error: Endpoint timeout").
     fn settle(&mut self, is_worth_it: impl Fn(&Self) -> bool) {
         let until = Instant::now() + GRACE;
         let writes =
@@ -38,11 +38,11 @@ impl Worker {
         let reads = self.end_all(|| NixlError::Closed);
         let writes = self.serving.into_iter().map(|serving| serving.raw).collect();
         let read_to = self.agent.close(reads, writes);
-        // What the agent was connected by is gone.
+        // The agent's connections are gone.
         drop(read_to);
         self.retired.agent_ended(&self.arena);
-        // A peer on this host that was stopped in the middle of a write goes on with it some day. It must
-        // not find other things at the address.
+        // A peer on this host that was stopped in the middle of a write will go on with it when it continues. It must not find other data
+        // at the address.
         for range in self.retired.into_kept() {
             let bytes = range.place().len;
             warn!(bytes, "memory that a peer may still write to is kept for ever");
@@ -50,7 +50,7 @@ impl Worker {
         }
     }
 
-    /// Ends all transfers to this rank, as far as it can; those that the library still works on.
+    /// Ends all transfers to this rank that can be ended. Returns those that the library still works on.
     fn end_all(&mut self, error: impl Fn() -> NixlError) -> Vec<RawTransfer<Slot>> {
         let mut reads = Vec::new();
         for mut transfer in std::mem::take(&mut self.active) {
@@ -73,7 +73,7 @@ impl Worker {
         reads
     }
 
-    /// Replaces the agent by another one, if that frees memory, and if somebody still waits for it.
+    /// Replaces the agent by another one, if that frees memory and somebody still waits for it.
     pub(super) fn renew(&mut self, done: tokio::sync::oneshot::Sender<()>) {
         if !self.retired.is_worth_an_end() || done.is_closed() {
             return;
@@ -92,7 +92,7 @@ impl Worker {
             Err(error) => return warn!(%error, "an agent could not be replaced by another one"),
         };
         {
-            // A rank that stops waiting takes the card that is there, so that it must not change afterwards.
+            // A rank that stops waiting uses the present card, so the card must not change afterwards.
             let mut known = self.known.card();
             if done.is_closed() {
                 return debug!("an agent is not replaced: an update has begun");
@@ -100,7 +100,7 @@ impl Worker {
             self.metadata = card.metadata.clone();
             *known = Some(Arc::new(card));
         }
-        // No update is going on, so that nobody waits for any of it.
+        // No update is under way, so nobody waits for these transfers.
         let reads = self.end_all(|| NixlError::Abandoned);
         let writes = self.serving.drain(..).map(|serving| serving.raw).collect();
         let old = std::mem::replace(&mut self.agent, agent);

@@ -1,4 +1,4 @@
-//! Transfers to this rank: read from a peer, or asked for where a peer has to write.
+//! Transfers to this rank: read from a peer, or written by a peer on request.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -15,17 +15,17 @@ use crate::lent::AskId;
 impl Worker {
     pub(super) fn start(&mut self, transfer: Transfer) {
         if !transfer.done.is_awaited() {
-            // What is left of an update that has ended: its peer may have gone by now.
+            // Left over from an update that has ended: its peer may be gone by now.
             return transfer.done.tell(Err(NixlError::Abandoned));
         }
         self.retired.refill(&self.arena);
         self.stale &= !self.known.told.load(Ordering::SeqCst);
         if self.stale {
-            // Who fetched this from here would read it where the slot was before.
+            // A rank that fetches this bucket from here would read it from the slot's former place.
             return transfer.done.tell(Err(NixlError::Moved));
         }
         if transfer.slot.len() == 0 {
-            // An empty bucket; NIXL refuses transfers of nothing.
+            // NIXL refuses empty transfers.
             return transfer.done.tell(Ok(transfer.slot));
         }
         self.stirred = Instant::now();
@@ -63,17 +63,17 @@ impl Worker {
         }
     }
 
-    /// Whether bytes are read from a peer, and it is not asked to write them.
+    /// Whether bytes are read from a peer, not written by it.
     fn reads_from(&self, peer: &Card) -> bool {
         !(self.options.writes || peer.moves || self.reach.excludes(peer))
     }
 
-    /// Whether a read that failed may have done so because UCX has no transport here that can read.
+    /// Whether a read may have failed because UCX has no transport here that can read.
     fn is_in_doubt(&self, peer: &str, error: &NixlError) -> bool {
         matches!(error, NixlError::Transfer { .. }) && self.reach.is_undecided(peer)
     }
 
-    /// Goes on after a read that has ended with an error.
+    /// Continues after a read that has failed.
     pub(super) fn try_again(&mut self, transfer: Transfer, until: Instant, error: NixlError) {
         let Transfer { slot, peer, from, deadline, done } = transfer;
         let error = if self.is_in_doubt(&peer.name, &error) {
@@ -92,7 +92,7 @@ impl Worker {
         self.forget(&peer.name);
     }
 
-    /// Nobody waits for a read any more. The library goes on with it, and so the slot stays in use.
+    /// Keeps a read that nobody waits for any more: the library goes on with it, so its slot stays in use.
     pub(super) fn let_linger(arena: &Arena, transfer: &mut Active, error: NixlError) {
         if let Work::Read(raw) = &transfer.work
             && let Some(slot) = raw.memory()
@@ -104,7 +104,7 @@ impl Worker {
         transfer.fail(error);
     }
 
-    /// Asks a peer whether it is there, over a new connection: that of the read has failed.
+    /// Asks a peer whether it is there, over a new connection: the one of the read has failed.
     fn greet(&mut self, peer: &Card, slot: Slot, deadline: Duration) -> Result<Work, NixlError> {
         self.disconnect(&peer.name);
         let ask = self.next_ask(peer);
@@ -122,7 +122,7 @@ impl Worker {
     ) -> Result<Work, NixlError> {
         self.known.moves.store(true, Ordering::SeqCst);
         let place = slot.place()?;
-        // As long as nothing was said to the peer, the slot is as good as before.
+        // As long as the peer was told nothing, the slot can be used again.
         self.load(&peer.name, &peer.metadata)?;
         let ask = self.next_ask(peer);
         let id = ask.id;
@@ -130,7 +130,7 @@ impl Worker {
         match self.request(peer, id, from, (place.address, place.len), deadline) {
             Ok(()) => Ok(Work::Asked(lent)),
             Err(error) => {
-                // It may have been heard all the same.
+                // The peer may have received it all the same.
                 self.retire(lent, peer);
                 Err(error)
             }
@@ -142,7 +142,7 @@ impl Worker {
         AskId { peer: peer.name.clone(), id: self.count }
     }
 
-    /// Has a peer write the first bytes of a slot.
+    /// Asks a peer to write the first bytes of a slot.
     fn request(
         &mut self,
         peer: &Card,

@@ -37,7 +37,7 @@ impl Worker {
         self.disconnect(peer);
     }
 
-    /// Gives up what a peer was asked for. It may still write.
+    /// Gives up a transfer that a peer was asked for. The peer may still write.
     pub(super) fn give_up(&mut self, transfer: Active, error: NixlError) {
         let Active { work, peer, done, .. } = transfer;
         match work {
@@ -50,7 +50,7 @@ impl Worker {
         }
     }
 
-    /// Takes memory out of use that a peer may still write to. Its slot gets other memory.
+    /// Takes memory out of use to which a peer may still write. Its slot gets other memory.
     pub(super) fn retire(&mut self, lent: Lent, peer: &Card) {
         self.stale |= !self.known.told.load(Ordering::SeqCst);
         let slot = lent.number();

@@ -1,4 +1,4 @@
-//! What peers say: questions, and answers to what they were asked for.
+//! Handles messages of peers: questions, and answers to questions.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use crate::error::NixlError;
 use crate::lent::{AskId, Quiesced};
 
 impl Worker {
-    /// Takes in what peers say; whether they said anything.
+    /// Processes messages of peers. Returns whether there were any.
     pub(super) fn listen(&mut self) -> bool {
         self.listened = Instant::now();
         let notices = match self.agent.notices() {
@@ -107,7 +107,7 @@ impl Worker {
                     (Err(_), None) => {}
                 }
             }
-            // Nothing was asked.
+            // Reads ask no question.
             Work::Read(_) => self.active.push(transfer),
         }
     }

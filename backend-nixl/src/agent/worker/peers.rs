@@ -6,22 +6,22 @@ use super::{Active, Work, Worker};
 use crate::agent::notice::Notice;
 use crate::error::NixlError;
 
-/// How many agents are known how to be reached at a time.
+/// The number of agents whose metadata is loaded at a time.
 const PEERS: usize = 4096;
 
 /// A peer that the agent knows how to reach.
 pub(super) struct Loaded {
     pub(super) metadata: Vec<u8>,
-    /// By this agent's count.
+    /// The value of this agent's count when it was loaded.
     pub(super) era: u64,
-    /// By the peer's count, if it has asked for something.
+    /// The value of the peer's count in its last question, if it has asked one.
     pub(super) asks: Option<u64>,
-    /// The count when it was used last.
+    /// The value of the count when it was last used.
     pub(super) used: u64,
 }
 
 impl Worker {
-    /// Learns to reach a peer, unless it is known; how often a peer was learnt until then.
+    /// Loads a peer's metadata, unless it is loaded. Returns the count at which that was done.
     pub(super) fn load(&mut self, name: &str, metadata: &[u8]) -> Result<u64, NixlError> {
         self.count += 1;
         let used = self.count;
@@ -31,7 +31,7 @@ impl Worker {
             return Ok(loaded.era);
         }
         self.make_room();
-        // A peer that is known already has registered more.
+        // A peer whose metadata has changed has registered more memory.
         let named = self.agent.load_peer(metadata)?;
         if named != name {
             self.agent.forget_peer(&named)?;
@@ -44,7 +44,7 @@ impl Worker {
         Ok(loaded.era)
     }
 
-    /// Forgets the peer that was used longest ago, if there are many: processes that ended never say so.
+    /// Forgets the peer that was used longest ago, if there are too many: processes that end do not say so.
     fn make_room(&mut self) {
         if self.loaded.len() < PEERS {
             return;
@@ -59,8 +59,8 @@ impl Worker {
         }
     }
 
-    /// Whether the library works on a transfer with a peer. It must not forget the peer before the end: what it knows
-    /// of the peer's memory goes then.
+    /// Whether the library works on a transfer with a peer. It must not forget the peer before the end of the transfer: that would drop
+    /// what it knows of the peer's memory.
     pub(super) fn is_under_way_with(&self, peer: &str) -> bool {
         let read =
             |active: &Active| matches!(active.work, Work::Read(_)) && active.peer.name == peer;
@@ -71,7 +71,7 @@ impl Worker {
         self.agent.notify(peer, &postcard::to_stdvec(notice).map_err(NixlError::Card)?)
     }
 
-    /// Closes the connections to a peer, as soon as nothing goes over them any more.
+    /// Closes the connections to a peer, once no transfer uses them any more.
     pub(super) fn disconnect(&mut self, peer: &str) {
         if self.is_under_way_with(peer) {
             self.closing.insert(peer.to_owned());
@@ -85,7 +85,7 @@ impl Worker {
         }
     }
 
-    /// Closes connections that were to be closed.
+    /// Closes connections that wait to be closed.
     pub(super) fn close_connections(&mut self) {
         if self.closing.is_empty() {
             return;

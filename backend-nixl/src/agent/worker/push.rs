@@ -10,15 +10,15 @@ use crate::arena::Place;
 use crate::error::NixlError;
 use crate::ffi::{RawTransfer, Remote};
 
-/// What a peer has asked for.
+/// A peer's request to write.
 pub(super) struct Asked {
     pub(super) peer: String,
     pub(super) ask: Ask,
     pub(super) until: Instant,
 }
 
-/// A write to a peer that is under way. UCX cannot cancel it, so it stays here until it has ended, also if the peer
-/// does not wait any more: that it has ended is what the peer needs to know before it uses the memory again.
+/// A write to a peer that is under way. UCX cannot cancel it, so it stays here until it has ended, even if the peer no longer waits: the
+/// peer has to know that it has ended before it uses the memory again.
 pub(super) struct Serving {
     pub(super) raw: RawTransfer<Place>,
     pub(super) peer: String,
@@ -27,11 +27,11 @@ pub(super) struct Serving {
 }
 
 impl Worker {
-    /// Starts to write what a peer has asked for.
+    /// Starts a write that a peer has asked for.
     pub(super) fn serve_ask(&mut self, asked: Asked) {
         let known = self.loaded.get(&asked.peer).and_then(|known| known.asks);
         if known.is_some_and(|era| era != asked.ask.era) && self.is_under_way_with(&asked.peer) {
-            // An answer takes new connections, and the old ones stay until what goes over them has ended.
+            // An answer needs new connections, and the old ones stay until their transfers have ended.
             return self.postponed.push(asked);
         }
         let Asked { peer, ask: Ask { id, slot, target, device, metadata, era, .. }, until } = asked;
@@ -52,7 +52,7 @@ impl Worker {
         }
     }
 
-    /// Looks after the writes to peers; whether one ended.
+    /// Checks the writes to peers. Returns whether one ended.
     pub(super) fn serve(&mut self) -> bool {
         let mut ended = Vec::new();
         let mut at = 0;
@@ -77,9 +77,9 @@ impl Worker {
         let any = !ended.is_empty();
         for (peer, id, failed) in ended {
             match failed {
-                // What was on the way may still arrive.
+                // Bytes on their way may still arrive.
                 Some(words) => self.refuse(&peer, id, true, words),
-                // Also if it is late: the peer can use the memory again.
+                // Confirmed even if it is late: the peer can use the memory again.
                 None => self.confirm(&peer, id),
             }
         }
@@ -88,7 +88,7 @@ impl Worker {
         any
     }
 
-    /// Learns to reach a peer that asks, over connections that it has not closed.
+    /// Loads the metadata of a peer that asks, for connections that the peer has not closed.
     fn know_asker(&mut self, peer: &str, metadata: &[u8], era: u64) -> Result<(), NixlError> {
         if self.loaded.get(peer).is_some_and(|known| known.asks.is_some_and(|asks| asks != era)) {
             self.forget(peer);
@@ -100,7 +100,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Starts to write a slot to where a peer wants it; if it fails, whether it may have begun.
+    /// Starts to write a slot to where a peer wants it. The error tells whether the write may have begun.
     fn write(
         &self,
         peer: &str,
@@ -115,7 +115,7 @@ impl Worker {
         self.agent.write(peer, place, remote).map_err(|not| (not.error, !not.unmoved))
     }
 
-    /// Tells a peer that what it asked for is done.
+    /// Tells a peer that its write is done.
     fn confirm(&mut self, peer: &str, id: u64) {
         if let Err(error) = self.say(peer, &Notice::Done { id }) {
             warn!(peer, %error, "a peer could not be told that its bucket is there");

@@ -1,4 +1,4 @@
-//! A worker whose loop a test turns by hand.
+//! A worker whose loop a test runs step by step.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -8,7 +8,7 @@ use crate::agent::tests::{BYTES, DEADLINE, answer, bare, fill, is_pattern};
 
 #[tokio::test]
 async fn a_write_that_is_late_is_finished_and_only_then_answered() {
-    // Both without threads, so that nothing happens but what is done here.
+    // Both without threads, so that only the test makes them progress.
     let transports = "tcp,self".to_owned();
     let options = AgentOptions { transports, error_handling: "peer", ..Default::default() };
     let from = Arc::new(Arena::of_host(2, BYTES).unwrap());
@@ -35,7 +35,7 @@ async fn a_write_that_is_late_is_finished_and_only_then_answered() {
         assert_eq!(two.notices().unwrap().len(), 0);
         one.poll();
     }
-    // It takes nothing in meanwhile, as one that is stopped.
+    // It processes nothing meanwhile, like one that is stopped.
     one.serving[0].until = Instant::now();
     for _ in 0..10 {
         one.poll();
