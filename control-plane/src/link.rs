@@ -252,7 +252,7 @@ fn admit(
 ) -> Result<Rank> {
     let welcome = link.outbox.clone();
     let (rank, unread) = group.admit(introduction, link, mailbox)?;
-    // Queued under the lock, so that nothing can overtake it.
+    // Queued under the lock, so that no other frame comes before it.
     let frame = Frame::Signal(Signal::Welcome { rank, terms: config.terms(), unread });
     welcome.send(frame).map_err(|_| Error::new(ErrorKind::State, "welcoming", "gone"))?;
     Ok(rank)
