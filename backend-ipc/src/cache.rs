@@ -209,7 +209,7 @@ impl SharedCacheReader {
     ///
     /// # Errors
     ///
-    /// `Io` if it cannot be opened; `PeerLost` if its process is gone.
+    /// `Io` if it cannot be opened; `PeerLost` if its process is gone; `Protocol` if the file is not that of a cache.
     pub fn open(address: CacheAddress) -> Result<Self> {
         let CacheAddress(file) = address;
         let (pid, board) = (file.pid, open(file)?);

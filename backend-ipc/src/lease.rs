@@ -1,4 +1,4 @@
-//! Leases, which tell a process whether others still use what it lends. Each borrower holds a lock on a file of the
+//! Leases, which tell a process whether others still use the memory that it lends. Each borrower holds a lock on a file of the
 //! lender. The system releases the lock when the borrower ends, however it ends.
 
 use std::fmt::Debug;

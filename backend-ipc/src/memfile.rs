@@ -1,4 +1,4 @@
-//! Files in memory that processes of one host share.
+//! Memory files that processes of one host share.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::SegmentError;
 
-/// A file in memory that this process owns.
+/// A memory file (`memfd_create`) that this process owns.
 ///
 /// It has no path: it disappears with its last descriptor and mapping, however their processes end. It is not
 /// in `/dev/shm`, so only memory limits its size. It can be sealed, and no process can undo that.

@@ -165,7 +165,7 @@ impl ImportedMemory for MappedSegment {
     }
 }
 
-/// Creates a file in memory of this length, and maps it for writing. All pages are present, and no process can change its
+/// Creates a memory file of this length, and maps it for writing. All pages are present, and no process can change its
 /// length. Without enough memory, the error is that of `full`.
 pub(crate) fn allocate(
     name: &str,

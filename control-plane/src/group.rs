@@ -813,7 +813,7 @@ impl Group {
         }
     }
 
-    /// A rank gave up waiting.
+    /// A rank has given up waiting.
     pub(super) fn withdraw(&mut self, rank: Rank, id: u64, mailbox: &mut Mailbox) {
         if self.pending.get(&rank).is_none_or(|pending| pending.id != id) {
             return;

@@ -78,7 +78,7 @@ use std::time::Duration;
 
 use engine_core::{Error, ErrorKind, Result};
 
-/// How to reach the group, and what counts as dead.
+/// How to reach the group, and the limits that it keeps.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ControlConfig {

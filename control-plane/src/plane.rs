@@ -571,7 +571,7 @@ impl Drop for UnderWay<'_> {
     }
 }
 
-/// The thread's runtime, whose clock also times the waits of handles on foreign executors.
+/// The thread's runtime. Its clock also times the waits of handles on other executors.
 #[derive(Debug)]
 struct Timers {
     runtime: Option<Runtime>,

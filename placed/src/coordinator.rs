@@ -60,7 +60,7 @@ impl Stage {
     }
 }
 
-/// The leader's machine.
+/// The leader's state machine.
 #[derive(Debug)]
 pub(crate) struct Coordinator {
     deadline: Duration,

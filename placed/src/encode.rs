@@ -25,7 +25,7 @@ impl Going {
         self.0.0.store(true, Ordering::Relaxed);
     }
 
-    /// A number that grows as the work goes on.
+    /// The number of steps so far.
     pub(crate) fn steps(&self) -> u64 {
         self.0.1.load(Ordering::Relaxed)
     }

@@ -28,7 +28,7 @@ pub(crate) enum Task {
     Plan { set: Digest, declared: Option<Vec<Declared>> },
     /// A trainer writes its pieces of the plan.
     Write { terms: Vec<(Rank, Bytes)>, maxima: Vec<(Rank, Vec<u32>)>, digests: bool },
-    /// A rollout takes its tensors back, and compares what is in them with what was written.
+    /// A rollout takes its tensors back, and compares their digests with those of the trainers.
     Verify { version: Version, written: Vec<(Rank, Vec<u64>)>, digests: bool },
 }
 
@@ -99,7 +99,7 @@ struct Taking {
 enum Step {
     Enter,
     Plan,
-    /// A rollout's tensors may be written from here on.
+    /// From here on a rollout's tensors may be written.
     Write,
     Last,
 }

@@ -29,7 +29,7 @@ pub trait Lender: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// Those of the system.
+    /// `State` while it is lent; those of the system.
     fn lend(&mut self) -> Result<Bytes>;
 
     /// Takes it back if no trainer has it any more, and returns whether that is so. Does not block.

@@ -17,7 +17,7 @@ use engine_core::{Error, ErrorKind, Result, Weight, WeightStream};
 pub(super) struct Bucket {
     pub(super) jobs: Vec<Job>,
     pub(super) layout: Arc<BucketLayout>,
-    /// The digest of the plan in which the layout stands at this bucket's place.
+    /// The digest of the last plan, if that has the same layout for this bucket.
     pub(super) known: Option<u64>,
     pub(super) source_bytes: u64,
 }

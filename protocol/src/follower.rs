@@ -47,13 +47,13 @@ pub(super) enum Act {
     Join(Ticket),
     /// Drop the link's attempt to join. No answer follows.
     Cancel,
-    /// Have the link fetch a bucket, which is held from now on: answered by [`Follower::arrived`].
+    /// Have the link fetch a bucket, and hold the bucket from now on: answered by [`Follower::arrived`].
     Fetch { index: u64, from: Rank, card: Bytes, slot: u32, layout: Arc<BucketLayout> },
     /// Have the link give up its fetches from a rank. They then end soon.
     Abandon { from: Rank },
     /// Release a bucket that nobody here reads.
     Unread(Unread),
-    /// Ask the receiver whether it takes the version: answered by [`Follower::checked`].
+    /// Ask the caller whether it accepts the version: answered by [`Follower::checked`].
     Check,
     /// Hand a verified bucket to the caller.
     Give { index: u64, layout: Arc<BucketLayout> },
@@ -543,7 +543,7 @@ impl Follower {
         let Some((_, stage)) = session.find(index) else { return };
         match stage {
             Stage::Here(_) => {}
-            // The leader has given up on the rank that it named before.
+            // The leader has given up the source that it named before.
             Stage::Fetching { from, next } => {
                 let from = *from;
                 *next = Some((source, card));

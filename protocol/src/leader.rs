@@ -28,7 +28,7 @@ const FILLING: &str = "waiting for a trainer to fill a bucket";
 /// How often the leader says that it is alive, at the least.
 const ALIVE: Duration = Duration::from_secs(1);
 
-/// How many updates may fail because of the same rank before it is expelled.
+/// How many updates have to fail because of the same rank until it is expelled.
 const PATIENCE: u32 = 3;
 
 /// How long after a transport's error the control plane may name the rank that has died.
@@ -257,7 +257,7 @@ struct Announcement {
     slot: usize,
     digest: u64,
     layout: Arc<BucketLayout>,
-    /// The digest of the plan in which the layout stands at this place.
+    /// The digest of the last plan, if that has the same layout for this bucket.
     known: Option<u64>,
     short: OnceLock<Bytes>,
     full: OnceLock<Bytes>,
@@ -684,7 +684,7 @@ impl Leader {
         Ok(())
     }
 
-    /// Takes the slot for the bucket that was collected, and has it filled.
+    /// Takes the slot for the collected bucket, and starts to fill it.
     fn begin_bucket(&mut self, now: Instant) -> Result<()> {
         let readers: BTreeSet<Rank> = self.readers().collect();
         let Some(update) = &mut self.update else { return Ok(()) };
@@ -737,7 +737,7 @@ impl Leader {
         }
     }
 
-    /// Tells the receivers of a bucket.
+    /// Announces a bucket to its receivers.
     fn announce(&mut self, bucket: Outgoing, digest: u64, now: Instant) -> Result<()> {
         let Outgoing { index, slot, layout, known, .. } = bucket;
         let Some(update) = &self.update else { return Ok(()) };
@@ -994,7 +994,7 @@ impl Leader {
         let work_until = match &update.link {
             None => None,
             Some(Linked { work: Work::Join, .. }) => {
-                // Its future may be dropped.
+                // `SendLink::join` may be dropped, so its end is not waited for.
                 update.link = None;
                 self.acts.push_back(Act::Cancel);
                 None

@@ -21,7 +21,9 @@
 //! Each rank's part is a state machine without IO. [`Sender`], [`CoSender`], [`Receiver`] and [`Witness`] are loops
 //! that each drive one.
 //!
-//! Any failure on any side becomes an `Abort` that every rank receives, with the first cause.
+//! Any failure on any side becomes an `Abort` that every rank receives, with the first cause. The exception is the loss of
+//! a receiver where receivers fetch from one another: if the others can still get all buckets, the update goes on
+//! without it.
 //!
 //! The trainer knows of a rank what the rank said when it entered the update. It remembers nothing from the
 //! update before, so a message that was lost in that update cannot mislead this one.

@@ -131,13 +131,13 @@ pub(super) enum ToSender {
     Missed { update: u64, index: u64, from: Rank, error: ErrorReport },
     /// The rank has joined the others.
     Joined { update: u64 },
-    /// A trainer that sends a part of the buckets has filled one, and sends it.
+    /// A trainer that sends a part of the buckets has filled and published one.
     Filled { update: u64, index: u64, digest: u64 },
-    /// The last view of a bucket is gone.
+    /// The rank no longer reads a bucket.
     Release { update: u64, index: u64 },
     /// Everything arrived and was verified. `notes` is JSON.
     Confirm { update: u64, digest: u64, seconds: f64, notes: String },
-    /// The rank gave up.
+    /// The rank has given up.
     Failed { update: u64, error: ErrorReport },
 }
 

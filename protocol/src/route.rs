@@ -63,7 +63,7 @@ struct Node {
     early: BTreeSet<u64>,
     /// The highest value that `begun` ever had: below it, slots are known to be free for their buckets.
     given: u64,
-    /// The buckets that are read here.
+    /// The buckets that are read on this rank.
     viewed: BTreeSet<u64>,
 }
 

@@ -247,7 +247,7 @@ impl Secondary {
                 let index = update.layouts.len() as u64;
                 let at = update.fills.iter().position(|(fill, ..)| *fill == index);
                 let Some(at) = at else {
-                    // The leader's stream has ended before this one.
+                    // The leader's stream has fewer buckets than this one.
                     return match update.sent {
                         Some(_) => Err(other_stream().bucket(index)),
                         None => Ok(()),
@@ -267,7 +267,7 @@ impl Secondary {
             }
             Next::End => {
                 if !update.fills.is_empty() {
-                    // The leader's stream has more than this one.
+                    // The leader's stream has more buckets than this one.
                     return Err(other_stream());
                 }
                 let Some((buckets, digest, plan)) = update.sent else { return Ok(()) };
@@ -323,7 +323,7 @@ impl Secondary {
         let (number, version) = (update.begin.update, update.begin.version);
         let report = ErrorReport::from(&error);
         if matches!(update.link, Some((Work::Join, _))) {
-            // Its future may be dropped.
+            // `SendLink::join` may be dropped, so its end is not waited for.
             update.link = None;
             self.acts.push_back(Act::Cancel);
         }

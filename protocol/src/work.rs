@@ -75,7 +75,7 @@ pub(super) enum Done {
 #[derive(Clone, Debug)]
 pub(super) struct Collected {
     pub(super) layout: Arc<BucketLayout>,
-    /// The digest of the plan in which the layout stands at this bucket's place.
+    /// The digest of the last plan, if that has the same layout for this bucket.
     pub(super) known: Option<u64>,
     pub(super) source_bytes: u64,
 }
