@@ -1,4 +1,4 @@
-//! The trainer's buckets, in memory of any kind that other processes can open, as the links of the update protocol.
+//! The links of the update protocol: the trainer's buckets, in any kind of memory that other processes can open.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,36 +19,37 @@ use tracing::warn;
 use crate::lease::{Lease, Leased, Terms, sweep};
 use crate::segment::SharedMemory;
 
-/// Slots of the trainer in host memory: one is packed while the rollouts read the other.
+/// The slots in host memory: the trainer packs one while the rollouts read the other.
 const SLOTS: u32 = 2;
-/// Slots on a device. Together they are as large as the two buckets that the configuration speaks of:
-/// with four, a process seldom waits for the other, and each turn on the device finds work.
+/// The slots on a device. Together they are as large as two buckets of the configured size. With four, the processes
+/// seldom wait for each other.
 const DEVICE_SLOTS: u32 = 4;
 
-/// The size of each of the two buckets on a device unless one is configured: processes take turns on it, and
-/// the fewer turns the better.
+/// The default bucket size on a device. It is large because processes take turns on a device, and fewer turns are
+/// faster.
 const DEFAULT_DEVICE_MEGABYTES: u64 = 2048;
 
-/// The same in host memory, for so many threads of the trainer. Two of them fit into the last-level cache of a server, so
-/// that the rollouts read from there what the trainer has just written; many threads need larger ones to have enough to do in each.
+/// The default bucket size in host memory, for this number of trainer threads. Two buckets fit into the last-level cache
+/// of a server, so the rollouts read there what the trainer has just written. With more threads a bucket is larger, so
+/// that each thread has enough work in it.
 fn default_megabytes(threads: usize) -> u64 {
     (4 * threads as u64).clamp(16, 64)
 }
 
-/// What the trainer tells of its buckets.
+/// The trainer's metadata: how to open its buckets.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Offer {
-    /// The kind of memory that they are in.
+    /// The kind of their memory.
     kind: String,
-    /// The memory as other processes open it.
+    /// What other processes need to open the memory.
     handle: Vec<u8>,
-    /// What they hold as long as they have it open, if it does not stay without them.
+    /// The lease that other processes hold while they have the memory open, if the memory needs one.
     terms: Option<Terms>,
     slots: u32,
     bucket_bytes: u64,
 }
 
-/// A slot; locked while it is filled, beyond the future that began it if need be.
+/// A slot. It is locked until its filling has ended, even if the future that began it is dropped.
 type Slot = Arc<tokio::sync::Mutex<Box<dyn BucketSlot>>>;
 
 /// The trainer's buckets.
@@ -57,13 +58,13 @@ pub(crate) struct Buckets {
     slots: Vec<Slot>,
     memory: Leased<Arc<dyn BucketMemory>>,
     offer: Offer,
-    /// Why they are here, if they should be on a device.
+    /// Why they are in host memory although a device is configured.
     slower: Option<String>,
 }
 
 impl Buckets {
-    /// Allocates them on the device of a configuration; in shared memory of the host if other processes cannot open that
-    /// device's.
+    /// Allocates them on the configured device, or in shared memory of the host if other processes cannot open the
+    /// device's memory.
     pub(crate) fn create(context: &EngineContext) -> Result<Self> {
         sweep();
         let mut slower = None;
@@ -83,7 +84,8 @@ impl Buckets {
         Ok(Self { slower, ..Self::of(&SharedMemory, context)?? })
     }
 
-    /// Allocates them in a kind of memory; or says why this system does not let other processes open it.
+    /// Allocates them in a kind of memory. The inner error says why other processes cannot open that memory on this
+    /// system.
     fn of(kind: &dyn MemoryKind, context: &EngineContext) -> Result<Result<Self>> {
         let (slots, default) = match kind.is_host() {
             true => (SLOTS, default_megabytes(context.threads(Role::Trainer))),
@@ -142,14 +144,14 @@ impl SendLink for Outgoing {
 
     async fn fill(&mut self, slot: usize, jobs: Vec<Job>, digests: bool) -> Result<u64> {
         let (pool, len) = (self.pool.clone(), self.bucket_bytes());
-        // Taken before the pool is entered, and held to the end of the work, also if nobody waits for that
-        // any more.
+        // Locked before the work enters the pool, and held until the work ends, even if this future is
+        // dropped.
         let mut slot = self.buckets.slots[slot].clone().lock_owned().await;
         self.pool.start(move || slot.fill(len, jobs, &pool, digests)).await
     }
 
     async fn publish(&mut self, _: usize, _: u64) -> Result<()> {
-        // The rollouts see the same memory, and `fill` has waited for the device.
+        // Nothing to do: the rollouts see the same memory, and `fill` has waited for the device.
         Ok(())
     }
 
@@ -190,20 +192,20 @@ impl Incoming {
         })?;
         let device = &context.config.device;
         let kind = kind_of(&offer.kind, device, context.memory_kind()?)?;
-        // Before it is opened, and until it is closed.
+        // Accepted before the memory is opened, and held until it is closed.
         let owner = offer.terms.as_ref().map(Terms::accept).transpose()?;
         let memory = kind.import(device, &offer.handle, bytes, Arc::new(owner))?;
         Ok(Self { memory, slots, bucket_bytes })
     }
 }
 
-/// The kind of memory of the trainer's buckets, as this rank has it.
+/// This rank's kind of memory with the name that the trainer gives.
 fn kind_of<'a>(
     name: &str,
     device: &DeviceChoice,
     own: Option<&'a dyn MemoryKind>,
 ) -> Result<&'a dyn MemoryKind> {
-    // Any rank reads shared memory of the host.
+    // Every rank can read shared memory of the host.
     let mut known = own.into_iter().chain([&SharedMemory as &dyn MemoryKind]);
     known.find(|kind| kind.name() == name).ok_or_else(|| {
         let message = format!(

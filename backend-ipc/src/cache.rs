@@ -1,4 +1,4 @@
-//! A cache of the last complete version that other processes of the host read.
+//! A cache of the last complete version, which other processes of the host read.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -18,19 +18,18 @@ use crate::error::SegmentError;
 use crate::ffi::{Mapping, ReadView};
 use crate::memfile::{FileAddress, MemFile};
 
-/// How often a reader looks again when the owner changes the cache just then.
+/// How often a reader tries again while the owner changes the cache.
 const ATTEMPTS: usize = 1000;
-/// How much is written between two looks at the memory that is left.
+/// How many bytes are written between two checks of the available memory.
 const STRIDE: u64 = 64 << 20;
 
-/// A cache in shared memory: a [`CacheStore`] for `WeightCache::in_store`
-/// with any backend: other processes of the host take weights from it with a [`SharedCacheReader`],
-/// without a copy and without asking anybody.
+/// A cache in shared memory: a [`CacheStore`] for `WeightCache::in_store`, with any backend. Other processes of the
+/// host read weights from it with a [`SharedCacheReader`], without a copy and without a request to its owner.
 ///
 /// # Contract
 ///
-/// What it shows is always a whole version that was verified and committed on every rank: the old one
-/// until the new one is, then the new one, in one step. A version that is aborted is never shown. The
+/// It always shows a whole version that was verified and committed on every rank. It goes from the old version to the
+/// new one in one step, when the new one is committed. An aborted version is never shown. The
 /// kernel keeps every process, the owner included, from changing a version that is shown.
 ///
 /// # Examples
@@ -51,12 +50,12 @@ const STRIDE: u64 = 64 << 20;
 #[derive(Debug)]
 pub struct SharedCache(Arc<Owner>);
 
-/// Where a [`SharedCache`] is, for processes of its host, user and PID namespace.
+/// The address of a [`SharedCache`] for processes of the same host, user and PID namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct CacheAddress(FileAddress);
 
-/// Another process's [`SharedCache`].
+/// A reader of a [`SharedCache`], usually another process's.
 #[derive(Debug)]
 pub struct SharedCacheReader {
     pid: u32,
@@ -75,7 +74,7 @@ struct Owner {
 #[derive(Debug)]
 struct Shown {
     notice: Notice,
-    /// The version's file; readers find it by its descriptor here.
+    /// The version's file. Readers open it by its descriptor in this process.
     _file: Option<MemFile>,
 }
 
@@ -84,7 +83,7 @@ impl SharedCache {
     ///
     /// # Errors
     ///
-    /// `Io` or `Resource` if the system has no file for it.
+    /// `Io` or `Resource` if the system cannot create its file.
     pub fn create() -> Result<Self> {
         let board = MemFile::create("ckpt-engine-board")?;
         let notice = Notice::default();
@@ -92,7 +91,7 @@ impl SharedCache {
         Ok(Self(Arc::new(Owner { board, shown: Mutex::new(Shown { notice, _file: None }) })))
     }
 
-    /// What a reader opens it by.
+    /// The address by which readers open it.
     pub fn address(&self) -> CacheAddress {
         CacheAddress(self.0.board.address())
     }
@@ -100,11 +99,11 @@ impl SharedCache {
 
 impl Owner {
     fn shown(&self) -> MutexGuard<'_, Shown> {
-        // Every change is one assignment; a panic elsewhere leaves it whole.
+        // Every change is one assignment, so a panic elsewhere leaves the value consistent.
         self.shown.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Shows a notice, and from then on no other file than its.
+    /// Shows a notice, and closes the file of the version before it.
     fn show(&self, shown: &mut Shown, new: Shown) -> Result<(), SegmentError> {
         write(&self.board, &new.notice.encode(), 0)?;
         *shown = new;
@@ -128,15 +127,15 @@ impl CacheStore for SharedCache {
     }
 }
 
-/// A version that is being written, to a file that nobody else sees yet.
+/// A version that is being written to a file that no reader sees yet.
 struct Writer {
     owner: Arc<Owner>,
     version: Version,
-    /// How many updates had begun with this one.
+    /// How many updates had begun, this one included.
     begun: u64,
     file: MemFile,
     end: u64,
-    /// How far there was memory when it was looked at.
+    /// The end up to which there was memory at the last check.
     checked: u64,
     table: Vec<Entry>,
 }
@@ -151,8 +150,7 @@ struct Entry {
 impl Writer {
     fn append(&mut self, bytes: &[u8], at: u64) -> Result<(), SegmentError> {
         let end = at + bytes.len() as u64;
-        // There is no limit to such files but memory, and the kernel ends processes when that is
-        // short.
+        // Only memory limits such files, and the kernel kills processes when memory runs out.
         if end > self.checked {
             let needed = end - self.end + STRIDE;
             if available_memory().is_some_and(|available| needed > available) {
@@ -211,7 +209,7 @@ impl SharedCacheReader {
     ///
     /// # Errors
     ///
-    /// `Io` if it cannot be opened; `PeerLost` if its process is gone.
+    /// `Io` if it cannot be opened; `PeerLost` if its process is gone; `Protocol` if the file is not that of a cache.
     pub fn open(address: CacheAddress) -> Result<Self> {
         let CacheAddress(file) = address;
         let (pid, board) = (file.pid, open(file)?);
@@ -220,7 +218,7 @@ impl SharedCacheReader {
         Ok(reader)
     }
 
-    /// Refuses weights when more than this number of updates have begun to arrive at the owner since
+    /// Refuses weights if more than this number of updates have begun to arrive at the owner after
     /// theirs. `None` refuses none.
     #[must_use]
     pub fn with_max_staleness(mut self, updates: Option<u64>) -> Self {
@@ -232,19 +230,19 @@ impl SharedCacheReader {
     ///
     /// # Errors
     ///
-    /// `Protocol` if what is there is not a cache.
+    /// `Protocol` if the file is not that of a cache.
     pub fn version(&self) -> Result<Option<Version>> {
         let notice = self.notice()?;
         Ok((notice.is_there == 1).then_some(Version(notice.version)))
     }
 
-    /// The last complete version and its weights, in the order sent: in the owner's memory, which
-    /// stays as long as any of them is held, whatever becomes of the owner.
+    /// The last complete version and its weights, in the order in which they were sent. They are in the owner's
+    /// memory, which stays as long as any of them is held, even if the owner ends.
     ///
     /// # Errors
     ///
-    /// `State` if no version is complete yet, or if more updates have begun since than allowed; `PeerLost` if
-    /// the owner ended before this reader took the version.
+    /// `State` if no version is complete yet, or if more updates have begun since then than allowed; `PeerLost` if
+    /// the owner has ended before this reader took the version.
     pub fn get_weights(&self) -> Result<(Version, WeightStream<'static>)> {
         let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
         for _ in 0..ATTEMPTS {
@@ -260,7 +258,7 @@ impl SharedCacheReader {
                 Some((known, weights)) if known.inode == notice.inode => weights.clone(),
                 _ => match map(self.pid, &notice) {
                     Ok(weights) => mapped.insert((notice, weights.into())).1.clone(),
-                    // The owner may have shown another one meanwhile, and this one is gone.
+                    // The owner has shown another version meanwhile, and closed this one.
                     Err(_) if self.notice()?.inode != notice.inode => continue,
                     Err(error) => return Err(Error::from(error).version(version)),
                 },
@@ -279,22 +277,22 @@ impl SharedCacheReader {
             if let Some(notice) = Notice::decode(&bytes[..read]) {
                 return Ok(notice);
             }
-            std::hint::spin_loop(); // Torn: the owner writes it just now.
+            std::hint::spin_loop(); // The owner is writing it.
         }
         Err(SegmentError::Damaged("its notice is damaged".into()))
     }
 }
 
-/// What the owner shows of its cache.
+/// The notice by which readers find the shown version.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Notice {
     /// The version of the last update that began to arrive.
     newest: u64,
     /// How many updates began to arrive.
     begun: u64,
-    /// How many had with the version that is complete.
+    /// How many had begun with the complete version, that one included.
     since: u64,
-    /// 1 if a version is complete; what follows is about that.
+    /// 1 if a version is complete. The fields below describe that version.
     is_there: u64,
     version: u64,
     /// Its file.
@@ -307,7 +305,7 @@ struct Notice {
 }
 
 impl Notice {
-    /// Ten numbers, and a check that notices a notice read while it is written.
+    /// Ten numbers, and a checksum that detects a notice that was read while it was written.
     const BYTES: usize = 11 * 8;
 
     fn encode(self) -> [u8; Self::BYTES] {
@@ -377,7 +375,7 @@ fn map(pid: u32, notice: &Notice) -> Result<Vec<Weight>, SegmentError> {
     let damaged = |message: &str| SegmentError::Damaged(message.into());
     let fd = i32::try_from(notice.fd).map_err(|_| damaged("no such descriptor"))?;
     let file = open(FileAddress { pid, fd, device: notice.device, inode: notice.inode })?;
-    // Sealed, it cannot change under the mapping, nor end before it.
+    // A sealed file can neither change nor become shorter than the mapping.
     let seals = rustix::fs::fcntl_get_seals(&file)
         .map_err(|errno| SegmentError::System { call: "fcntl(F_GET_SEALS)", errno })?;
     let len = file.metadata().map_or(0, |metadata| metadata.len());

@@ -1,4 +1,4 @@
-//! The engine: buckets that other processes of the host map, in its memory or on its devices.
+//! The engines: buckets that other processes of the host map, and tensors that rollouts lend.
 
 use std::sync::Arc;
 
@@ -24,7 +24,7 @@ struct Kwargs {
     placed: bool,
 }
 
-/// What a rank of placed updates says of itself.
+/// The metadata of a rank of placed updates.
 const PLACED: &str = "placed";
 
 /// Whether a rank takes part in placed updates.
@@ -37,16 +37,17 @@ fn placed_metadata(context: &EngineContext, role: Role) -> Result<WorkerMetadata
     Ok(WorkerMetadata::of_this_process(NAME, rank, role, PLACED.into()))
 }
 
-/// Prepares a rollout that lends its tensors: memory for what it wants, on the device of its configuration, which trainers of its host
-/// write to in every update.
+/// Prepares a rollout that lends its tensors. They are in memory on the device of its configuration, and trainers of its
+/// host write to them in every update.
 ///
-/// Its trainers have the option `placed` of this transport. They reach memory of a CUDA device if their own is the same one, or one with
-/// peer access to it.
+/// Its trainers need the option `placed` of this transport. They reach memory of a CUDA device if their own device is the
+/// same one, or one with peer access to it.
 ///
 /// # Errors
 ///
-/// `Config` without a control plane, and for what cannot be placed; `Backend` for device memory that other processes cannot open; `Weight`, naming the tensor, for boxes
-/// outside of it; `Resource` if there is no memory.
+/// `Config` without a control plane, and for tensors that cannot be placed; `Backend` for device memory that other
+/// processes cannot open; `Weight`, which names the tensor, for a box outside of its tensor; `Resource` if there is no
+/// memory.
 pub fn lend(
     context: EngineContext,
     wanted: impl IntoIterator<Item = Wanted>,

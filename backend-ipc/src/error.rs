@@ -1,4 +1,4 @@
-//! The transport's own errors, and what they are to its users.
+//! The transport's own errors, and the kinds that its users see.
 
 use engine_core::ErrorKind;
 use rustix::io::Errno;

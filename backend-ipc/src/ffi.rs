@@ -12,8 +12,8 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::error::SegmentError;
 
-/// A shared mapping of the beginning of a file that cannot become shorter: to read a byte of it is never a
-/// bus error, whatever other processes do. Unmapped when dropped.
+/// A shared mapping of the beginning of a file that cannot become shorter. So reading it is never a bus error,
+/// whatever other processes do. It is unmapped when dropped.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     start: NonNull<u8>,
@@ -21,21 +21,22 @@ pub(crate) struct Mapping {
     writable: bool,
 }
 
-// SAFETY: the mapping is memory like any other; who may access which part of it when is up to the
-// functions below.
+// SAFETY: the mapping is ordinary memory that is not bound to a thread. The functions below see to it that
+// accesses do not conflict.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `len` bytes, for reading alone or for writing too, with all pages present.
+    /// Maps `len` bytes, read-only or writable, with all pages present.
     ///
     /// # Errors
     ///
-    /// `Unsealed` if somebody could make the file shorter, `Short` if it is.
+    /// `Unsealed` if a process could shorten the file, `Short` if it is shorter than `len`; `System` if the system
+    /// refuses.
     pub(crate) fn new(file: impl AsFd, len: usize, writable: bool) -> Result<Self, SegmentError> {
         let system = |call| move |errno| SegmentError::System { call, errno };
-        // Files that cannot be sealed at all, and have no seals to get, are `INVAL`.
+        // `INVAL` means that files of this kind cannot be sealed.
         let seals = match rustix::fs::fcntl_get_seals(&file) {
             Err(Errno::INVAL) => SealFlags::empty(),
             seals => seals.map_err(system("fcntl(F_GET_SEALS)"))?,
@@ -67,13 +68,13 @@ impl Mapping {
 }
 
 impl Mapping {
-    /// Cuts a mapping for writing into parts of equal size, as many as fit, which do not overlap.
+    /// Cuts a writable mapping into as many parts of equal size as fit. They do not overlap.
     ///
-    /// It takes the mapping itself, so that nothing is ever cut twice.
+    /// It consumes the mapping, so no byte is ever in two parts.
     ///
     /// # Panics
     ///
-    /// If the mapping is for reading alone.
+    /// If the mapping is read-only.
     pub(crate) fn cut(self, part: usize) -> Vec<WriteView> {
         assert!(self.writable, "a mapping for reading alone");
         let count = self.len.checked_div(part).unwrap_or(0);
@@ -87,16 +88,16 @@ impl Mapping {
         self.len
     }
 
-    /// Writes bytes to a mapping that was made for writing, which others may write and read at the same time: each word is written at
-    /// once, in no order.
+    /// Writes bytes to a writable mapping that others may write and read at the same time. Each aligned word is written
+    /// atomically; the words have no order.
     ///
     /// # Panics
     ///
-    /// If the range is not within the mapping, or the mapping is for reading alone.
+    /// If the range is not within the mapping, or the mapping is read-only.
     pub(crate) fn put(&self, at: usize, bytes: &[u8]) {
         self.check(at, bytes.len());
         assert!(self.writable, "a mapping for reading alone");
-        // SAFETY: `check` saw to it that the range is within the mapping.
+        // SAFETY: `check` has made sure that the range is within the mapping.
         let to = unsafe { self.start.as_ptr().add(at) };
         let head = to.align_offset(align_of::<u64>()).min(bytes.len());
         let (first, rest) = bytes.split_at(head);
@@ -122,7 +123,7 @@ impl Mapping {
 
 fn put_byte(mapping: &Mapping, at: usize, byte: u8) {
     mapping.check(at, 1);
-    // SAFETY: `check` saw to it that it is within the mapping.
+    // SAFETY: `check` has made sure that the byte is within the mapping.
     let place = unsafe { mapping.start.as_ptr().add(at) };
     // SAFETY: mapped for writing as long as `mapping` lives; `put`, which calls this, has checked that.
     let place = unsafe { AtomicU8::from_ptr(place) };
@@ -138,7 +139,7 @@ impl Drop for Mapping {
     }
 }
 
-/// A part of a mapping that nobody writes to while this lives, to be read.
+/// A read-only view of a part of a mapping. Nobody writes to the part while the view is read.
 #[derive(Debug)]
 pub(crate) struct ReadView {
     mapping: Arc<Mapping>,
@@ -157,7 +158,7 @@ impl ReadView {
 }
 
 impl ReadView {
-    /// How many bytes it has.
+    /// Its length in bytes.
     pub(crate) fn len(&self) -> usize {
         self.len
     }
@@ -168,19 +169,19 @@ impl AsRef<[u8]> for ReadView {
         // SAFETY: `new` checked that the range is within the mapping.
         let start = unsafe { self.mapping.start.as_ptr().add(self.at) };
         // SAFETY: the bytes are mapped as long as `self.mapping` lives, and the file does not become
-        // shorter. Nobody writes to them. Either the file is sealed against writing (a cache), or it is against all writing
-        // but the trainer's, which writes to a slot only after every receiver has released it, which the protocol ties to
-        // the end of this view; or it is memory that a rollout lends, and views of it are made and used only while it holds
-        // the lock that all have let go who could write. Any byte is a valid `u8`.
+        // shorter. Nobody writes to them, for one of three reasons. The file of a cache is sealed against writing. To a
+        // bucket only the trainer writes, and only after every receiver has released it, which the protocol ties to the
+        // end of this view. Memory that a rollout lends is read only while its lease is over, so that every process that
+        // could write has let go. Any byte is a valid `u8`.
         unsafe { std::slice::from_raw_parts(start, self.len) }
     }
 }
 
-/// A part of a mapping that no other one shares a byte with, to be written.
+/// A writable part of a mapping. It shares no byte with any other part.
 #[derive(Debug)]
 pub(crate) struct WriteView {
     mapping: Arc<Mapping>,
-    /// `at + len` is at most the mapping's length: `cut` is the only one who makes them.
+    /// `at + len` is at most the mapping's length, because only `cut` makes these views.
     at: usize,
     len: usize,
 }
@@ -190,12 +191,12 @@ impl WriteView {
         &self.mapping
     }
 
-    /// Where it begins in its mapping.
+    /// Its offset in the mapping.
     pub(crate) fn start(&self) -> usize {
         self.at
     }
 
-    /// How many bytes it has.
+    /// Its length in bytes.
     pub(crate) fn len(&self) -> usize {
         self.len
     }
@@ -203,8 +204,8 @@ impl WriteView {
     pub(crate) fn bytes(&self) -> &[u8] {
         // SAFETY: the part lies within the mapping.
         let start = unsafe { self.mapping.start.as_ptr().add(self.at) };
-        // SAFETY: mapped as long as `self.mapping` lives. No other part has these bytes, so that nobody writes to them while
-        // `self` is borrowed: the file is sealed against all writing but through this mapping. Any byte is a valid `u8`.
+        // SAFETY: mapped as long as `self.mapping` lives. No other part has these bytes, and other processes only map the
+        // file for reading, so nobody writes to them while `self` is borrowed. Any byte is a valid `u8`.
         unsafe { std::slice::from_raw_parts(start, self.len) }
     }
 
@@ -212,7 +213,7 @@ impl WriteView {
         // SAFETY: the part lies within the mapping.
         let start = unsafe { self.mapping.start.as_ptr().add(self.at) };
         // SAFETY: the bytes are mapped for writing as long as `self.mapping` lives. In this process no other part has
-        // them, and `self` is borrowed for this alone; receivers have released the slot before the engine fills it.
+        // them, and `self` is borrowed exclusively. Receivers have released the slot before the engine fills it.
         unsafe { std::slice::from_raw_parts_mut(start, self.len) }
     }
 }

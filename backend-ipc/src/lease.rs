@@ -1,5 +1,5 @@
-//! How a process knows whether others still use what it lends them: each user of it holds a lock on a file of
-//! the lender's, which the system releases when that process ends, however it does.
+//! Leases, which tell a process whether others still use the memory that it lends. Each borrower holds a lock on a file of the
+//! lender. The system releases the lock when the borrower ends, however it ends.
 
 use std::fmt::Debug;
 use std::fs::File;
@@ -18,19 +18,19 @@ use serde::{Deserialize, Serialize};
 use crate::error::SegmentError;
 use crate::memfile::{FileAddress, MemFile};
 
-/// The pause between two looks at whether others have let go.
+/// The pause between two checks whether all borrowers have let go.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// The lender's end.
+/// The lender's side of a lease.
 #[derive(Debug)]
 pub(crate) struct Lease(MemFile);
 
-/// What a borrower needs.
+/// What a borrower needs to accept a lease.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub(crate) struct Terms(FileAddress);
 
-/// A borrower's end: what was lent is in use as long as it lives.
+/// A borrower's side: the lease is in use while this lives.
 #[derive(Debug)]
 pub(crate) struct Borrowed(#[expect(dead_code, reason = "kept open")] File);
 
@@ -43,7 +43,7 @@ impl Lease {
         Terms(self.0.address())
     }
 
-    /// Whether nobody uses what was lent; nobody can begin to any more if so.
+    /// Whether nobody uses the lease. If so, nobody can accept it any more.
     pub(crate) fn is_over(&self) -> bool {
         match flock(&self.0, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => true,
@@ -55,7 +55,7 @@ impl Lease {
         }
     }
 
-    /// Waits until nobody uses it, but no longer than that; whether nobody does.
+    /// Waits at most `limit` until nobody uses the lease, and returns whether that is so.
     pub(crate) async fn wait_until_over(&self, limit: Duration) -> bool {
         let until = Instant::now() + limit;
         while !self.is_over() {
@@ -68,12 +68,12 @@ impl Lease {
     }
 }
 
-/// Bytes of a mark: the process, and when it began.
+/// The bytes of a mark: the process, and when it began.
 #[cfg(any(feature = "cuda", test))]
 const MARK: usize = 16;
 
-/// A borrower's end whose use may outlast the system's hold on its files by a little: kernels of a device run until the driver has taken
-/// down what the process had there, and the process is gone only then.
+/// A borrower's side with a mark in the lender's file. For use by kernels of a device: when a process is killed, its
+/// kernels may run on after the system has released its locks. They have ended only when the process is gone.
 #[cfg(any(feature = "cuda", test))]
 #[derive(Debug)]
 pub(crate) struct Marked {
@@ -91,21 +91,21 @@ impl Drop for Marked {
     }
 }
 
-/// When a process began, in the system's ticks; nothing if it is gone.
+/// When a process began, in the system's ticks. `None` if it is gone.
 #[cfg(any(feature = "cuda", test))]
 fn began(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name, in parentheses, may have any character in it.
+    // The name, in parentheses, may contain any character.
     let (_, rest) = stat.rsplit_once(") ")?;
     let mut fields = rest.split(' ');
-    // One that has ended has nothing left but its number.
+    // A zombie has ended: only its number is left.
     let is_gone = matches!(fields.next(), Some("Z" | "X") | None);
     fields.nth(18)?.parse().ok().filter(|_| !is_gone)
 }
 
 #[cfg(any(feature = "cuda", test))]
 impl Lease {
-    /// As [`is_over`](Self::is_over), and whether no process is there any more that has left a mark.
+    /// As [`is_over`](Self::is_over), and also whether all processes whose marks remain are gone.
     pub(crate) fn is_over_and_unmarked(&self) -> bool {
         self.is_over()
             && self
@@ -128,34 +128,34 @@ impl Lease {
     }
 }
 
-/// Memory that others may have open. It is given back when they have closed it, and never under them.
+/// Memory that other processes may have open. It is freed only when they have closed it.
 #[derive(Debug)]
 pub(crate) struct Leased<M: Debug + Clone + Send + 'static> {
     memory: M,
-    /// Taken when it is dropped.
+    /// Taken out by the drop.
     lease: Option<Lease>,
 }
 
-/// What was dropped while other processes had it open.
+/// The memory that was dropped while other processes had it open.
 static LEFT: Mutex<Vec<(Box<dyn Debug + Send>, Lease)>> = Mutex::new(Vec::new());
 
-/// Gives back what others have closed meanwhile.
+/// Frees dropped memory that other processes have closed meanwhile.
 pub(crate) fn sweep() {
     LEFT.lock().unwrap_or_else(PoisonError::into_inner).retain(|(_, lease)| !lease.is_over());
 }
 
 impl<M: Debug + Clone + Send + 'static> Leased<M> {
-    /// Memory, and the lease of those who have it open, if it does not stay without them.
+    /// Memory, and the lease of the processes that have it open, if the memory needs one.
     pub(crate) fn new(memory: M, lease: Option<Lease>) -> Self {
         Self { memory, lease }
     }
 
-    /// What others hold as long as they have it open.
+    /// The lease that other processes hold while they have the memory open.
     pub(crate) fn terms(&self) -> Option<Terms> {
         self.lease.as_ref().map(Lease::terms)
     }
 
-    /// Waits until nobody has it open, but no longer than that; whether nobody does.
+    /// Waits at most `limit` until no other process has the memory open, and returns whether that is so.
     pub(crate) async fn wait_until_closed(&self, limit: Duration) -> bool {
         match &self.lease {
             Some(lease) => lease.wait_until_over(limit).await,
@@ -185,11 +185,11 @@ impl<M: Debug + Clone + Send + 'static> Drop for Leased<M> {
 }
 
 impl Terms {
-    /// As [`accept`](Self::accept), with a mark.
+    /// As [`accept`](Self::accept), and leaves a mark.
     ///
     /// # Errors
     ///
-    /// The same.
+    /// Those of [`accept`](Self::accept), and `System` if the mark cannot be written.
     #[cfg(any(feature = "cuda", test))]
     pub(crate) fn accept_marked(&self) -> Result<Marked, SegmentError> {
         let borrowed = self.accept()?;
@@ -203,23 +203,23 @@ impl Terms {
                 errno: Errno::from_io_error(&error).unwrap_or(Errno::IO),
             }
         };
-        // At the end, wherever that is when others do the same.
+        // Appended, because other borrowers may add marks at the same time.
         marks.write_all(&mark).map_err(system("write"))?;
         let end = marks.stream_position().map_err(system("lseek"))?;
-        // What is written at a place goes there only if it is not opened to append.
+        // Opened anew, because a file that is open for appending ignores the position of a write.
         let marks = self.0.open_to_write()?;
         Ok(Marked { at: end - MARK as u64, marks, _borrowed: borrowed })
     }
 
-    /// Begins to use what was lent.
+    /// Accepts the lease.
     ///
     /// # Errors
     ///
-    /// `Open` without access to the lender's process, `Replaced` if it has ended or lends it no more.
+    /// `Open` without access to the lender's process, or if that or the lease's file is gone; `Replaced` if the lease is over.
     pub(crate) fn accept(&self) -> Result<Borrowed, SegmentError> {
         let file = self.0.open()?;
         match flock(&file, FlockOperation::NonBlockingLockShared) {
-            // The lender may have found that nobody uses it, and be done with it, after the file was opened.
+            // Checked again: after the file was opened, the lender may have found the lease over and closed it.
             Ok(()) => self.0.open().map(|_| Borrowed(file)),
             Err(Errno::WOULDBLOCK) => Err(SegmentError::Replaced { path: self.0.path() }),
             Err(errno) => Err(SegmentError::System { call: "flock", errno }),
@@ -252,7 +252,7 @@ mod tests {
     fn a_borrower_that_is_killed_has_let_go() {
         let lease = Lease::new().unwrap();
         let path = lease.0.address().path();
-        // `flock` of util-linux and of busybox alike: a lock, and a program that holds it.
+        // A program that holds a lock. The `flock` of util-linux and that of busybox both take these arguments.
         let mut other = std::process::Command::new("sh")
             .args(["-c", r#"exec 9<"$0" && flock -s 9 && echo held && exec sleep 600"#, &path])
             .stdout(std::process::Stdio::piped())
@@ -277,7 +277,7 @@ mod tests {
         drop(one);
         assert!(!lease.is_over_and_unmarked());
         drop(two);
-        // A process whose files are closed, and that is there as yet.
+        // A process that is still there, but holds no lock.
         let mut other = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         let began = began(other.id()).unwrap();
         let mark = [u64::from(other.id()).to_le_bytes(), began.to_le_bytes()].concat();

@@ -1,7 +1,7 @@
 //! Memory that a rollout lends to trainers of its host, which write their updates straight into it.
 //!
-//! It is a file in memory that both map. Who may write is a matter of [leases](crate::lease): every update has one of its own,
-//! which a trainer holds as long as it may write, and which the system releases when its process ends, however it does.
+//! The memory is a file that both map. A [lease](crate::lease) for each update governs writing: a trainer holds it as long
+//! as it may write, and the system releases it when the trainer's process ends, however it ends.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,7 +19,7 @@ use crate::lent_cuda::{CudaOffer, Peers};
 use crate::memfile::{FileAddress, MemFile};
 use crate::segment::{allocate, memory_in_words};
 
-/// The terms of a rollout, by the kind of its memory.
+/// A rollout's terms, by the kind of its memory.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Offer {
@@ -28,7 +28,7 @@ pub(crate) enum Offer {
     Cuda(CudaOffer),
 }
 
-/// Terms as they travel.
+/// Encodes terms for the wire.
 pub(crate) fn in_bytes(offer: &Offer) -> Result<Bytes> {
     serde_json::to_vec(offer).map(Bytes::from).map_err(|error| {
         Error::new(ErrorKind::Protocol, "lending tensors", error.to_string()).with_source(error)
@@ -43,7 +43,7 @@ pub(crate) struct HostOffer {
     lease: Terms,
 }
 
-/// A rollout's memory.
+/// A rollout's memory of the host.
 #[derive(Debug)]
 pub(crate) struct LentMemory {
     bytes: ReadView,
@@ -52,7 +52,7 @@ pub(crate) struct LentMemory {
 }
 
 impl LentMemory {
-    /// Zeroed memory of so many bytes, all of which are there.
+    /// Allocates this many bytes of zeroed memory, with all pages present.
     pub(crate) fn create(bytes: u64) -> Result<Self, SegmentError> {
         let full = || SegmentError::NoMemoryToLend { needed: bytes, available: memory_in_words() };
         // A file without bytes cannot be mapped.
@@ -88,14 +88,14 @@ impl Lender for LentMemory {
 
     fn bytes(&self) -> Result<LentBytes<'_>> {
         match self.lease {
-            // No one has the lease, and none can get it any more: nobody writes.
+            // Nobody writes: no trainer has the lease, and none can accept it any more.
             None => Ok(LentBytes::Host(self.bytes.as_ref())),
             Some(_) => Err(SegmentError::Lent.into()),
         }
     }
 }
 
-/// How a trainer reaches what rollouts of its host lend. What is open is kept from one update to the next.
+/// How a trainer reaches the memory that rollouts of its host lend. Open memory is kept from one update to the next.
 #[derive(Debug, Default)]
 pub(crate) struct Neighbours {
     files: Mutex<HashMap<FileAddress, Arc<Mapping>>>,
@@ -104,7 +104,7 @@ pub(crate) struct Neighbours {
 }
 
 impl Neighbours {
-    /// For a trainer whose weights are on a device, or in host memory.
+    /// For a trainer with this device, which may be the CPU.
     ///
     /// # Errors
     ///
@@ -118,7 +118,7 @@ impl Neighbours {
         Ok(Self::default())
     }
 
-    /// A rollout's memory of the host; `present` gets what is kept for the next update.
+    /// Reaches a rollout's memory of the host, and adds the mapping to `present`, which is kept for the next update.
     fn reach_host(
         &self,
         rank: Rank,
@@ -126,7 +126,7 @@ impl Neighbours {
         present: &mut HashMap<FileAddress, Arc<Mapping>>,
     ) -> Result<Arc<dyn Reached>> {
         let failed = |error: SegmentError| Error::from(error).rank(rank);
-        // The lease first: with it, the file is what the rollout has mapped.
+        // The lease comes first: while it is held, the file is the one that the rollout has mapped.
         let lease = offer.lease.accept().map_err(failed)?;
         let mapping = match lock(&self.files).get(&offer.file) {
             Some(mapping) => mapping.clone(),
@@ -190,7 +190,7 @@ impl Reach for Neighbours {
     }
 }
 
-/// A rollout's memory, as long as its lease is held.
+/// A rollout's memory, while its lease is held.
 #[derive(Debug)]
 struct Borrowing {
     mapping: Arc<Mapping>,
@@ -244,7 +244,7 @@ mod tests {
         assert_eq!(bytes, expected);
         let error = reach(&neighbours, &terms).unwrap_err();
         assert_eq!(error.report().rank, Some(Rank(1)), "{error}");
-        // The next update has terms of its own.
+        // The next update has new terms.
         let terms = memory.lend().unwrap();
         reach(&neighbours, &terms).unwrap().put(0, &[9]).unwrap();
         assert!(memory.take_back().unwrap());

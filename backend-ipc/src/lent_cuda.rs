@@ -1,11 +1,11 @@
-//! Memory of a CUDA device that a rollout lends: trainers on the same GPU, or on one with peer access to it, write there with
-//! their kernels.
+//! Memory of a CUDA device that a rollout lends. Trainers on the same GPU, or on one with peer access to it, write there
+//! with their kernels.
 //!
-//! A trainer keeps the memory open from one update to the next, which says nothing of whether it may write: that is a matter of a
-//! [lease](crate::lease) for every update, as in host memory. What differs is how a lease ends. A kernel of a process that was killed may
-//! run until the driver has taken the process's context down, which is after the system has let go of its locks. So each
-//! trainer leaves a mark in the lease, and takes it off when its kernels have ended; a mark that stays counts until its process
-//! is gone.
+//! A trainer keeps the memory open from one update to the next. Whether it may write is governed by a
+//! [lease](crate::lease) for each update, as in host memory. Only the end of a lease differs. When a process is killed,
+//! the system releases its locks before the driver has destroyed its context, and until then a kernel of the process may
+//! run. So each trainer leaves a mark in the lease, and clears it when its kernels have ended. A mark that stays counts
+//! until its process is gone.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -24,9 +24,9 @@ use crate::lease::{Lease, Leased, Marked, Terms, sweep};
 /// What a trainer needs to write to a rollout's memory in one update.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct CudaOffer {
-    /// The allocation as other processes open it.
+    /// What other processes need to open the allocation.
     handle: Vec<u8>,
-    /// What they hold as long as they have it open.
+    /// The lease that other processes hold while they have it open.
     open: Terms,
     bytes: u64,
     lease: Terms,
@@ -42,16 +42,16 @@ pub(crate) struct LentCuda {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A table that a panic left half made is made anew.
+    // A table that a panic left incomplete is made anew.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl LentCuda {
-    /// Memory of so many bytes.
+    /// Allocates this many bytes.
     ///
     /// # Errors
     ///
-    /// `Resource` if there is not so much; `Backend` if other processes cannot open this device's memory.
+    /// `Resource` if there is not enough memory; `Backend` if other processes cannot open this device's memory.
     pub(crate) fn create(device: &DeviceChoice, bytes: u64) -> Result<Self> {
         sweep();
         let device = Device::of(device)?;
@@ -118,12 +118,12 @@ impl Lender for LentCuda {
     }
 }
 
-/// How a trainer on a device reaches what rollouts lend on it, or on a peer.
+/// How a trainer on a device reaches the memory that rollouts lend on that device or on a peer.
 #[derive(Debug)]
 pub(crate) struct Peers {
     device: Device,
     placer: Mutex<Placer>,
-    /// What is open.
+    /// The memory that is open.
     kept: Mutex<HashMap<Terms, CudaMemory>>,
 }
 
@@ -134,7 +134,7 @@ impl Peers {
         Ok(Self { device, placer, kept: Mutex::default() })
     }
 
-    /// Reaches what is lent; `present` gets what is kept for the next update.
+    /// Reaches a rollout's memory, and adds it to `present`, which is kept for the next update.
     pub(crate) fn reach(
         &self,
         rank: Rank,
@@ -142,14 +142,14 @@ impl Peers {
         present: &mut HashMap<Terms, CudaMemory>,
     ) -> Result<Arc<dyn Reached>> {
         let failed = |error: SegmentError| Error::from(error).rank(rank);
-        // The lease first: with it, the memory is the rollout's.
+        // The lease comes first: while it is held, the memory is the rollout's.
         let lease = offer.lease.accept_marked().map_err(failed)?;
         let len = usize::try_from(offer.bytes);
         let len = len.map_err(|_| failed(SegmentError::TooLarge(1, offer.bytes)))?;
         let memory = match lock(&self.kept).get(&offer.open).filter(|memory| memory.len() == len) {
             Some(memory) => memory.clone(),
             None => {
-                // Before it is opened, and until it is closed.
+                // Accepted before the memory is opened, and held until it is closed.
                 let owner = offer.open.accept().map_err(failed)?;
                 import(&self.device, &offer.handle, len, Arc::new(owner))
                     .map_err(|error| error.rank(rank))?
@@ -159,13 +159,13 @@ impl Peers {
         Ok(Arc::new(BorrowedCuda { memory: memory.all(), _lease: lease }))
     }
 
-    /// Keeps what is open for the next update, and closes all else.
+    /// Keeps this memory open for the next update, and closes all other memory.
     pub(crate) fn keep(&self, present: HashMap<Terms, CudaMemory>) {
         *lock(&self.kept) = present;
     }
 }
 
-/// A rollout's memory, as long as its lease is held.
+/// A rollout's memory, while its lease is held.
 #[derive(Debug)]
 struct BorrowedCuda {
     memory: CudaSlice,

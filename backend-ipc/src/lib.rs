@@ -1,14 +1,16 @@
-//! A checkpoint engine between processes of one host: buckets in shared memory, or in
-//! that of a device whose kind the registry knows, which the rollouts map and read in place.
+//! A checkpoint engine between processes of one host. Its buckets are in shared memory, or in the memory of a device
+//! whose kind the registry knows. The rollouts map them and read them in place.
 //!
-//! The trainer has two buckets, however many rollouts there are: while all of them read one, it
-//! packs the other. Shared memory is a file without a name (`memfd_create`), which does not outlive its
-//! processes, is not in `/dev/shm` and so not bound by its size, and is sealed: no process can shorten it under
-//! another's feet, and none but the trainer can write to it. The rollouts open it through the trainer's process
-//! (`/proc/<pid>/fd`), which takes the same user and a common PID namespace.
+//! The number of buckets does not depend on the number of rollouts: two in host memory, four of half the size on a
+//! device. While all rollouts read one, the trainer packs another.
 //!
-//! With the option `placed`, any number of trainers write what each of them holds straight into tensors that rollouts
-//! [`lend`]: the crate `placed` has the protocol.
+//! Shared memory is an anonymous file (`memfd_create`). It does not outlive its processes. It is not in `/dev/shm`, so
+//! the size of that does not limit it. It is sealed: no process can shorten it while others read it, and on Linux 5.1
+//! or later only the trainer can write to it. The rollouts open it through the trainer's process
+//! (`/proc/<pid>/fd`), so they need the same user and a common PID namespace.
+//!
+//! With the option `placed`, any number of trainers write the weights that they hold straight into tensors that
+//! rollouts [`lend`]. The crate `placed` has the protocol.
 //!
 //! A [`SharedCache`] keeps the last complete version of a rollout with any backend in shared memory,
 //! for other processes of its host.
@@ -36,7 +38,7 @@ pub use engine::lend;
 /// The transport's name in configurations.
 const NAME: &str = "ipc";
 
-/// The transport as a value, to be registered.
+/// The transport as a value, for a registry.
 pub static BACKEND: &dyn Backend = &Ipc;
 
 #[derive(Debug)]

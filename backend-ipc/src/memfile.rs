@@ -1,4 +1,4 @@
-//! Files in memory that processes of one host share.
+//! Memory files that processes of one host share.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -9,30 +9,30 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::SegmentError;
 
-/// A file in memory that this process owns.
+/// A memory file (`memfd_create`) that this process owns.
 ///
-/// It has no name: it goes with the last descriptor and mapping of it, however their processes end. It is not
-/// in `/dev/shm`, so that only memory limits its size, and it can be sealed, which no process undoes.
+/// It has no path: it disappears with its last descriptor and mapping, however their processes end. It is not
+/// in `/dev/shm`, so only memory limits its size. It can be sealed, and no process can undo that.
 #[derive(Debug)]
 pub(crate) struct MemFile {
     file: OwnedFd,
     address: FileAddress,
 }
 
-/// Where a [`MemFile`] is, for processes of its host, user and PID namespace.
+/// The address of a [`MemFile`] for processes of the same host, user and PID namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(crate) struct FileAddress {
     /// The process that owns it.
     pub(crate) pid: u32,
-    /// Its descriptor there.
+    /// Its descriptor in that process.
     pub(crate) fd: i32,
-    /// The file's identity, so that another file behind the same number is noticed.
+    /// The file's identity, so that another file with the same descriptor is noticed.
     pub(crate) device: u64,
     pub(crate) inode: u64,
 }
 
 impl MemFile {
-    /// An empty file. The name is for people who look into `/proc`.
+    /// An empty file. The name only shows in `/proc`.
     pub(crate) fn create(name: &str) -> Result<Self, SegmentError> {
         let system = |call| move |errno| SegmentError::System { call, errno };
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
@@ -43,12 +43,12 @@ impl MemFile {
         Ok(Self { file, address })
     }
 
-    /// What another process opens it by, as long as this lives.
+    /// The address by which other processes open it while this lives.
     pub(crate) fn address(&self) -> FileAddress {
         self.address
     }
 
-    /// Forbids something to every process from now on, this one included.
+    /// Seals the file for every process, this one included.
     pub(crate) fn seal(&self, seals: SealFlags) -> Result<(), SegmentError> {
         rustix::fs::fcntl_add_seals(&self.file, seals)
             .map_err(|errno| SegmentError::System { call: "fcntl(F_ADD_SEALS)", errno })
@@ -62,7 +62,7 @@ impl AsFd for MemFile {
 }
 
 impl FileAddress {
-    /// The path that it is opened by.
+    /// The path of the file in `/proc`.
     pub(crate) fn path(&self) -> String {
         format!("/proc/{}/fd/{}", self.pid, self.fd)
     }
@@ -71,7 +71,7 @@ impl FileAddress {
     ///
     /// # Errors
     ///
-    /// `Open` without access to its process, `Replaced` if another file has its descriptor meanwhile.
+    /// `Open` without access to the file's process, `Replaced` if another file has its descriptor now.
     pub(crate) fn open(&self) -> Result<File, SegmentError> {
         self.open_by(File::options().read(true))
     }
@@ -85,7 +85,7 @@ impl FileAddress {
         self.open_by(File::options().read(true).write(true))
     }
 
-    /// Opens the file for writing at its end, wherever that is.
+    /// Opens the file for appending.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! The shared memory of a trainer's buckets.
+//! The shared host memory of a trainer's buckets.
 
 use std::any::Any;
 use std::ops::Range;
@@ -17,7 +17,7 @@ use crate::error::SegmentError;
 use crate::ffi::{Mapping, ReadView, WriteView};
 use crate::memfile::{FileAddress, MemFile};
 
-/// Memory of the host that other processes of it can map, as a kind of memory.
+/// The kind of memory that is host memory which other processes of the host can map.
 #[derive(Debug)]
 pub(crate) struct SharedMemory;
 
@@ -60,11 +60,11 @@ impl MemoryKind for SharedMemory {
 #[derive(Debug)]
 struct Segment {
     mapping: Arc<Mapping>,
-    /// Keeps its address good for rollouts that join later.
+    /// Keeps the address valid for rollouts that join later.
     file: MemFile,
 }
 
-/// A part of it.
+/// A part of a [`Segment`].
 #[derive(Debug)]
 struct Slot {
     bytes: WriteView,
@@ -72,7 +72,7 @@ struct Slot {
 }
 
 impl Segment {
-    /// Allocates slots. All of their memory is there when this returns.
+    /// Allocates slots. All of their pages are present when this returns.
     fn create(slots: u32, bytes: u64) -> Result<Allocation, SegmentError> {
         let too_large = || SegmentError::TooLarge(slots, bytes);
         let len = bytes.checked_mul(slots.into()).ok_or_else(too_large)?;
@@ -88,7 +88,7 @@ impl Segment {
     }
 }
 
-/// Whether there can be shared memory here, in words.
+/// Tries to allocate shared memory. Returns how much is available, in words.
 pub(crate) fn probe() -> Result<String, SegmentError> {
     Segment::create(1, 4096).map(|_| memory_in_words())
 }
@@ -107,7 +107,7 @@ impl BucketMemory for Segment {
         let handle = serde_json::to_vec(&self.file.address()).map_err(|error| {
             Error::new(ErrorKind::Protocol, "sharing memory", error.to_string()).with_source(error)
         })?;
-        // Who has mapped it keeps it.
+        // A mapping keeps the memory, so no lease is needed.
         Ok(Exported { handle, stays_while_open: false })
     }
 }
@@ -146,7 +146,7 @@ struct MappedSegment {
 }
 
 impl MappedSegment {
-    /// Maps so many bytes for reading.
+    /// Maps this many bytes for reading.
     fn open(file: &FileAddress, bytes: u64) -> Result<Self, SegmentError> {
         let len = usize::try_from(bytes).map_err(|_| SegmentError::TooLarge(1, bytes))?;
         let mapping = Mapping::new(&file.open()?, len, false)?;
@@ -165,21 +165,21 @@ impl ImportedMemory for MappedSegment {
     }
 }
 
-/// A file in memory of so many bytes, all of which are there, and which nobody can make shorter or longer; mapped for writing.
-/// The error is that of `full` where there is no memory for it.
+/// Creates a memory file of this length, and maps it for writing. All pages are present, and no process can change its
+/// length. Without enough memory, the error is that of `full`.
 pub(crate) fn allocate(
     name: &str,
     len: u64,
     full: impl Fn() -> SegmentError,
 ) -> Result<(MemFile, Mapping), SegmentError> {
-    // There is no limit to such files but memory: taking what is not there would not fail here, but
-    // end processes of the kernel's choice.
+    // Only memory limits such files. Without this check a file that is too large would not fail here: the
+    // kernel would kill processes.
     if available_memory().is_some_and(|available| len > available) {
         return Err(full());
     }
     let map_len = usize::try_from(len).map_err(|_| full())?;
     let file = MemFile::create(name)?;
-    // Without it, memory that is short would show as a bus error at the first write.
+    // Allocated now: otherwise a lack of memory would be a bus error at the first write.
     rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, len).map_err(|errno| match errno {
         Errno::NOSPC | Errno::NOMEM | Errno::DQUOT | Errno::FBIG => full(),
         errno => SegmentError::System { call: "fallocate", errno },
@@ -189,16 +189,16 @@ pub(crate) fn allocate(
     Ok((file, mapping))
 }
 
-/// Seals a file so that no mapping or descriptor that is made from now on can be written through.
+/// Seals a file against writing through any mapping or descriptor that is made from now on.
 fn close_to_others(file: &MemFile) -> Result<(), SegmentError> {
     match file.seal(SealFlags::FUTURE_WRITE | SealFlags::SEAL) {
-        // Linux before 5.1, and gVisor, do not know the seal. Rollouts map for reading alone there too.
+        // Linux before 5.1 and gVisor do not have this seal. There, too, rollouts only map for reading.
         Err(SegmentError::System { errno: Errno::INVAL, .. }) => file.seal(SealFlags::SEAL),
         sealed => sealed,
     }
 }
 
-/// How much memory there is for buckets, for people.
+/// How much memory is available, in words.
 pub(crate) fn memory_in_words() -> String {
     match available_memory() {
         Some(bytes) => format!("{} MiB of memory available", bytes >> 20),
@@ -214,7 +214,7 @@ mod tests {
 
     use super::*;
 
-    /// Slots, and where they are.
+    /// Slots, and the address of their memory.
     fn segment(slots: u32, bytes: u64) -> (Allocation, FileAddress) {
         let allocation = Segment::create(slots, bytes).unwrap();
         let handle = allocation.memory.export().unwrap().handle;

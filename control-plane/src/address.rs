@@ -18,8 +18,8 @@ use engine_core::{Error, ErrorKind, Result};
 
 /// Where the leader of a group listens.
 ///
-/// In text: `host:port` or `tcp://host:port`, `unix:/path`, and `unix:@name` for a Linux abstract
-/// socket, which leaves no file whatever dies.
+/// As text: `host:port` or `tcp://host:port`, `unix:/path`, and `unix:@name` for a Linux abstract
+/// socket, which never leaves a file behind.
 ///
 /// # Examples
 ///
@@ -35,7 +35,7 @@ use engine_core::{Error, ErrorKind, Result};
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Address {
-    /// `host:port`; an IPv6 address stands in brackets. Port 0 lets the leader choose one.
+    /// `host:port`, with brackets around an IPv6 address. With port 0 the system chooses a free port.
     Tcp(String),
     /// A socket of this host.
     Unix(UnixAddress),
@@ -44,15 +44,15 @@ pub enum Address {
 /// The name of a Unix socket.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum UnixAddress {
-    /// A socket file. The leader removes it when it closes, and replaces one that a dead leader
-    /// left behind.
+    /// A socket file. The leader removes it when it closes, and replaces the file that a dead leader
+    /// has left.
     Path(PathBuf),
-    /// A name in Linux's abstract namespace (of the network namespace).
+    /// A name in Linux's abstract namespace, which each network namespace has.
     Abstract(String),
 }
 
 impl Address {
-    /// The host and port, if it is one of TCP.
+    /// The host and port of a TCP address.
     pub fn as_tcp(&self) -> Option<&str> {
         match self {
             Self::Tcp(tcp) => Some(tcp),
@@ -120,7 +120,7 @@ impl From<Address> for String {
 }
 
 impl UnixAddress {
-    /// The name as tokio takes it: abstract ones start with a zero byte.
+    /// The name in tokio's form: an abstract one starts with a zero byte.
     fn as_path(&self) -> PathBuf {
         match self {
             Self::Path(path) => path.clone(),
@@ -129,7 +129,8 @@ impl UnixAddress {
     }
 }
 
-/// The addresses of a host and port. A name is looked up on a thread of its own: tokio panics where it gets none for that.
+/// The addresses of a host and port. A name is looked up on a new thread, because tokio panics if it cannot start one
+/// for that.
 async fn look_up(tcp: &str) -> io::Result<Vec<SocketAddr>> {
     if let Ok(address) = tcp.parse() {
         return Ok(vec![address]);
@@ -137,7 +138,7 @@ async fn look_up(tcp: &str) -> io::Result<Vec<SocketAddr>> {
     let (tell, told) = oneshot::channel();
     let name = tcp.to_owned();
     let look = move || {
-        // Nobody waits any more after the connect timeout.
+        // After the connect timeout nobody waits for the answer.
         drop(tell.send(name.to_socket_addrs().map(Iterator::collect)));
     };
     std::thread::Builder::new().name("ckpt-resolve".into()).spawn(look)?;
@@ -214,7 +215,7 @@ impl Listener {
         }
     }
 
-    /// The next connection, and the host that it comes from; of this host by a Unix socket, none is named.
+    /// The next connection, and the IP address that it comes from. A Unix socket has none.
     pub(super) async fn accept(&self) -> io::Result<(Wire, Option<IpAddr>)> {
         match &self.socket {
             Socket::Tcp(listener) => {
@@ -246,7 +247,7 @@ fn in_use(address: &Address) -> Error {
     )
 }
 
-/// Removes a socket file that nobody listens on; anything else at that path stays.
+/// Removes a socket file on which no process listens. Anything else at that path stays.
 async fn remove_stale(path: &Path, address: &Address) -> Result<()> {
     let failed = |error| Error::io(format!("replacing the socket file of {address}"), error);
     if !std::fs::symlink_metadata(path).map_err(failed)?.file_type().is_socket() {
@@ -266,7 +267,7 @@ async fn remove_stale(path: &Path, address: &Address) -> Result<()> {
     }
 }
 
-/// The socket file of a listener, known by its inode so that a successor's is never removed.
+/// The socket file of a listener. Its inode identifies it, so that the file of a successor is never removed.
 #[derive(Debug)]
 pub(super) struct SocketFile {
     path: PathBuf,

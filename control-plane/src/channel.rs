@@ -1,4 +1,4 @@
-//! Channels: what different parts of a program say to each other on one connection.
+//! Channels: separate messages for different parts of a program, on one connection.
 
 use std::fmt;
 use std::sync::Arc;
@@ -12,11 +12,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::{ControlPlane, Event, Role};
 
-/// The number of a channel, the same on both sides. Those below [`ChannelId::FIRST_FREE`] are this library's.
+/// The number of a channel, the same on both sides. Numbers below [`ChannelId::FIRST_FREE`] belong to this library.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ChannelId(pub u16);
 
-/// The channel on which engines say what belongs to updates.
+/// The channel for the engines' messages of updates.
 pub const UPDATES: ChannelId = ChannelId(0);
 
 impl ChannelId {
@@ -33,22 +33,22 @@ impl fmt::Display for ChannelId {
     }
 }
 
-/// One of the channels of a [control plane](ControlPlane): messages, and the news of who is alive.
+/// One of the channels of a [control plane](ControlPlane): messages, and events about which ranks are alive.
 ///
-/// It is a handle, which keeps the connection open; clones of it, and further ones of the same number, are the same
+/// It is a handle that keeps the connection open. Clones of it, and further handles with the same number, are the same
 /// channel.
 ///
 /// # Contract
 ///
-/// Messages from one rank arrive on the channel on which it sent them, in their order, exactly once, until it is lost.
-/// There is no order between channels. A channel has one consumer of [`recv`](Self::recv).
+/// Messages from one rank arrive on the channel on which it sent them, in their order, exactly once, until the rank is
+/// lost. There is no order between channels. A channel has one consumer of [`recv`](Self::recv).
 ///
-/// A message for a channel that was not opened yet waits for that. The news ([`Event::Joined`], [`Event::Left`],
-/// [`Event::Lost`]) reach every channel that is open when they happen, and those of updates always.
+/// A message for a channel that is not open yet waits until it is opened. An [`Event::Joined`], [`Event::Left`] or
+/// [`Event::Lost`] reaches every channel that is open when it happens. [`UPDATES`] is always open.
 ///
-/// What a rank has sent on channels other than [`UPDATES`] and the other side has not read is bounded: by the
-/// `max_frame_bytes` of the other side on each of them, and by twice that on all of them together. At the bound
-/// [`send`](Self::send) fails, and nothing else does: a channel that nobody reads does not disturb updates.
+/// On channels other than [`UPDATES`], the unread bytes of a sender are bounded: by the `max_frame_bytes` of the other
+/// side on each channel, and by twice that on all of them together. At the bound only [`send`](Self::send) fails: a
+/// channel that nobody reads does not disturb updates.
 #[derive(Clone, Debug)]
 pub struct Channel {
     plane: ControlPlane,
@@ -60,21 +60,24 @@ impl Channel {
         Self { plane, id }
     }
 
-    /// Its number.
+    /// The number of the channel.
     pub fn id(&self) -> ChannelId {
         self.id
     }
 
     /// Queues a message; never blocks. Members may send to rank 0 only.
     ///
+    /// A queued message may still be lost with its receiver.
+    ///
     /// # Errors
     ///
-    /// `PeerLost` when the rank is gone, `State` for a rank that this one has no connection to, or when the control
-    /// plane is closed. `Config` when the body does not fit the receiver's `max_frame_bytes`, nor, on channels other
-    /// than [`UPDATES`], this side's. A message that was queued may still be lost with its receiver.
+    /// `PeerLost` when there is no connection to the rank, or on a member when the leader is lost; `TrainerLeft` when
+    /// the leader has left. `State` for a message to this rank itself or from member to member, or when the control
+    /// plane is closed. `Config` when the body exceeds the receiver's `max_frame_bytes` or, on channels other than
+    /// [`UPDATES`], this side's.
     ///
-    /// On channels other than [`UPDATES`], `Resource` when too much waits to be sent or to be read, naming the channel:
-    /// nothing was queued, and the same message can be sent later. On [`UPDATES`], `Resource` when twice
+    /// On channels other than [`UPDATES`], `Resource` when too much waits to be sent or to be read. It names the
+    /// channel. Nothing was queued, and the same message can be sent later. On [`UPDATES`], `Resource` when twice
     /// `max_frame_bytes` wait for a rank that does not read: its connection ends.
     pub fn send(&self, to: Rank, body: Bytes) -> Result<()> {
         self.plane.send(self.id, to, body)
@@ -88,7 +91,8 @@ impl Channel {
     ///
     /// # Errors
     ///
-    /// After all events: `PeerLost` or `TrainerLeft` on a member whose leader is gone, `State` when the control plane is closed.
+    /// After all events: `PeerLost` or `TrainerLeft` on a member whose leader is gone, `State` when the control plane
+    /// is closed.
     pub async fn recv(&self, deadline: Duration) -> Result<Option<Event>> {
         self.plane.recv(self.id, deadline).await
     }
@@ -141,7 +145,7 @@ impl Control for Channel {
     }
 }
 
-/// What an engine is given: the channel of updates.
+/// The channel of updates, for an engine.
 impl From<ControlPlane> for Arc<dyn Control> {
     fn from(plane: ControlPlane) -> Self {
         Arc::new(plane.channel(UPDATES))

@@ -1,16 +1,16 @@
-//! What torchrun says about the group, in environment variables.
+//! The environment variables with which torchrun describes the group.
 
 use crate::Address;
 use engine_core::{Error, ErrorKind, Rank, Result};
 
-/// A process's place in the group, as torchrun tells it.
+/// A process's place in the group, according to torchrun.
 ///
-/// torchrun's own agent may listen on `MASTER_PORT` already (it does where
-/// `TORCHELASTIC_USE_AGENT_STORE` is `True`); the leader then needs another port.
+/// torchrun's own agent listens on `MASTER_PORT` if `TORCHELASTIC_USE_AGENT_STORE` is `True`. The leader then
+/// needs another port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TorchrunEnv {
-    /// `RANK`; 0 leads.
+    /// `RANK`. Rank 0 leads.
     pub rank: Rank,
     /// `WORLD_SIZE`.
     pub world_size: u32,
@@ -23,12 +23,13 @@ pub struct TorchrunEnv {
 ///
 /// # Errors
 ///
-/// `Config` when only some of them are set (it names the missing ones) or one is malformed.
+/// `Config` when only some of them are set (it names the missing ones), one is malformed, or `RANK` is not below
+/// `WORLD_SIZE`.
 pub fn from_env() -> Result<Option<TorchrunEnv>> {
     from_lookup(|name| std::env::var(name).ok())
 }
 
-/// As [`from_env`], with the variables looked up in `lookup`. An empty variable counts as not set.
+/// As [`from_env`], but `lookup` gives the variables. An empty variable counts as not set.
 ///
 /// # Errors
 ///

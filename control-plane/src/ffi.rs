@@ -1,12 +1,12 @@
-//! What happens at a fork: all of this crate's `unsafe`.
+//! System calls around a fork: all of this crate's `unsafe`.
 #![allow(unsafe_code, reason = "calls of the C library")]
 
 use std::io;
 use std::os::fd::RawFd;
 
-/// Has every child that this process forks run `handler` first, in the only thread that a child has.
+/// Makes every forked child of this process run `handler` first, in the only thread that the child has.
 ///
-/// A child of a process with threads may do only what a signal handler may: the handler must not lock, allocate or panic.
+/// The handler may do only what a signal handler may: it must not lock, allocate or panic.
 pub(super) fn in_forked_children(handler: extern "C" fn()) -> io::Result<()> {
     // SAFETY: `handler` is a function without arguments that does not unwind, and stays loaded as long as the process: a
     // library with threads of its own, as this one has, is never unloaded.
@@ -16,9 +16,9 @@ pub(super) fn in_forked_children(handler: extern "C" fn()) -> io::Result<()> {
     }
 }
 
-/// Makes a descriptor of a forked child one of nothing: what is read from it ends, what is written to it is discarded.
+/// Redirects a descriptor of a forked child to `/dev/null`.
 ///
-/// Only async-signal-safe calls. For descriptors that the child itself does not use.
+/// It makes only async-signal-safe calls. For descriptors that the child itself does not use.
 pub(super) fn lead_nowhere(fd: RawFd) {
     // SAFETY: the path is a string with a terminating zero.
     let null = unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };

@@ -1,10 +1,10 @@
-//! Sockets that a forked child does not keep.
+//! Keeps sockets from forked children.
 //!
-//! A peer sees a connection close when the last process that has it ends. A child that a rank forks would have all of
-//! the rank's connections, and its death would be noticed by heartbeats only; a leader's child would keep its port. No flag
-//! of a socket prevents that (`CLOEXEC` is about programs that are executed). So the sockets are counted here, and in a child
-//! their descriptors lead nowhere from its first moment. They stay taken, so that a copy of a socket that the child drops
-//! closes nothing of the child's own.
+//! A connection closes when the last process that has it open ends. A forked child would have all connections of its
+//! rank, so only missing heartbeats would show the rank's death. A leader's child would also keep the leader's port. No
+//! flag of a socket prevents that: `CLOEXEC` only acts when a program is executed. So the sockets are recorded here. In
+//! a child, their descriptors are redirected to `/dev/null` from the start. The descriptors stay in use, so that a
+//! socket that the child drops closes none of the child's own files.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::pin::Pin;
@@ -16,14 +16,14 @@ use tokio::io::{self, AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::ffi;
 
-/// A bit for each descriptor: whether it is one of ours. No lock, because a forked child cannot wait for one; descriptors
-/// beyond a million, more than Linux's default limit, are not kept from children.
+/// A bit for each descriptor: whether it is one of ours. There is no lock, because a forked child cannot wait for one.
+/// Descriptors beyond a million (Linux's default limit is lower) are not kept from children.
 static OURS: [AtomicU64; 1 << 14] = [const { AtomicU64::new(0) }; 1 << 14];
 
-/// How many words of `OURS` have ever had a bit.
+/// How many words of `OURS` have been used.
 static WORDS: AtomicUsize = AtomicUsize::new(0);
 
-/// While it lives, forked children do not keep this descriptor. It is dropped before the descriptor is closed.
+/// Keeps a descriptor from forked children while this lives. It must be dropped before the descriptor is closed.
 #[derive(Debug)]
 pub(super) struct Kept(RawFd);
 
@@ -59,7 +59,7 @@ fn place(fd: RawFd) -> Option<(usize, u64)> {
     (at < OURS.len()).then(|| (at, 1 << (fd % 64)))
 }
 
-/// Runs in a forked child, where only what a signal handler may do is allowed.
+/// Runs in a forked child, which may do only what a signal handler may.
 extern "C" fn cut_off() {
     let words = WORDS.load(Ordering::Relaxed).min(OURS.len());
     for (at, word) in OURS[..words].iter().enumerate() {
@@ -72,8 +72,8 @@ extern "C" fn cut_off() {
     }
 }
 
-/// One direction of a socket. The two share what keeps it from children, and each lets go of that before it lets go of the
-/// socket, so that the last one does not close a descriptor that is still counted.
+/// One direction of a socket. Both directions share the [`Kept`]. It comes before the socket here, so it is dropped
+/// first: the descriptor is no longer recorded when the last direction closes it.
 pub(super) struct Half<T> {
     _kept: Arc<Kept>,
     socket: T,

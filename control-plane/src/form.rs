@@ -1,4 +1,4 @@
-//! What every rank does before the first update.
+//! Forming the group, which every rank does before the first update.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,8 +12,8 @@ use engine_core::{
 
 use crate::ControlPlane;
 
-/// Prepares the engine that a configuration names and joins it to the group of a control plane, in one call: what every
-/// rank does before the first update, and again to form a group anew.
+/// Prepares the engine that a configuration names, and joins it to the group of a control plane. Every rank does this
+/// before the first update, and again to form a group anew.
 ///
 /// # Examples
 ///
@@ -39,8 +39,8 @@ pub fn form_group<'a>(
     FormGroup { registry, context, control, world_size: None, attributes, deadline }
 }
 
-/// How a group is to be formed: made by [`form_group`], ended by [`trainer`](Self::trainer) or
-/// [`rollout`](Self::rollout).
+/// The settings for forming a group. [`form_group`] makes them; [`trainer`](Self::trainer) or
+/// [`rollout`](Self::rollout) forms the group.
 #[derive(Debug)]
 #[must_use = "no group is formed before `trainer` or `rollout`"]
 pub struct FormGroup<'a> {
@@ -53,35 +53,36 @@ pub struct FormGroup<'a> {
 }
 
 impl FormGroup<'_> {
-    /// How many ranks the group has, this one counted. The leader has to say it; others need not know it.
+    /// Sets the number of ranks of the group, this one included. The leader has to set it, others need not.
     pub fn world_size(mut self, ranks: impl Into<Option<u32>>) -> Self {
         self.world_size = ranks.into();
         self
     }
 
-    /// What this rank tells the others of itself, beside what its engine says: the keys of an object.
+    /// Sets what this rank tells the others about itself, in addition to what its engine says: a JSON object.
     pub fn attributes(mut self, attributes: serde_json::Value) -> Self {
         self.attributes = attributes;
         self
     }
 
-    /// How long the ranks are waited for: `timeout_seconds` of the configuration, unless this says otherwise.
+    /// Sets how long to wait for the other ranks. Default: `timeout_seconds` of the configuration.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
     }
 
-    /// Who is told of the progress of updates.
+    /// Sets the observer of the progress of updates.
     pub fn observer(mut self, observer: Arc<dyn Observer>) -> Self {
         self.context = self.context.with_observer(observer);
         self
     }
 
-    /// Joins as a trainer: its engine, and its place with the metadata of all ranks.
+    /// Joins as a trainer. Returns its engine, and its place with the metadata of all ranks.
     ///
     /// # Cancel safety
     ///
-    /// When the future is dropped, the rank has no part in the group.
+    /// Before all ranks have exchanged their metadata, dropping the future takes this rank out. Afterwards the others
+    /// count this rank in, although it has no engine: form the group anew.
     ///
     /// # Errors
     ///
@@ -91,7 +92,7 @@ impl FormGroup<'_> {
         self.join(prepared).await
     }
 
-    /// Joins as a rollout; see [`trainer`](Self::trainer).
+    /// Joins as a rollout. For the rest see [`trainer`](Self::trainer).
     ///
     /// # Errors
     ///
@@ -108,16 +109,16 @@ impl FormGroup<'_> {
     }
 }
 
-/// Exchanges metadata with all other ranks over the control plane, and joins the group: for a rank that was prepared by
-/// other means than [`form_group`].
+/// Exchanges metadata with all other ranks over the control plane, and joins the group. For a rank that was not prepared
+/// by [`form_group`].
 ///
-/// Ends when so many ranks are there as the leader says. Returns the engine, and its place with the metadata of all
+/// Ends when as many ranks are there as the leader says. Returns the engine, and its place with the metadata of all
 /// ranks.
 ///
 /// # Errors
 ///
 /// Those of [`ControlPlane::gather`], [`Backend::build_topology`] and [`Prepared::join`]; `Protocol` if a rank's metadata
-/// cannot be read; `Mismatch` if a rank says another rank of itself than the control plane gave it.
+/// cannot be decoded; `Mismatch` if a rank's metadata names another rank than the control plane gave it.
 pub async fn join_group<E>(
     prepared: Prepared<E>,
     backend: &dyn Backend,

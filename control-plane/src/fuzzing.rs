@@ -1,4 +1,4 @@
-//! What peers send, for the targets of `fuzz/`. It is there in builds for fuzzing alone.
+//! Entry points for the targets of `fuzz/`: bytes from peers. Only in builds for fuzzing.
 
 use bytes::BytesMut;
 use tokio_util::codec::{Decoder, LengthDelimitedCodec};
@@ -7,8 +7,8 @@ use crate::Token;
 use crate::seal::{Handshake, Sealer};
 use crate::wire::{self, Frame, HANDSHAKE_FRAME, Outcome};
 
-/// Bytes that arrive on a connection, cut as the caller has them. A frame that decodes is the same after its own way
-/// across a connection.
+/// Decodes bytes that arrive on a connection in these pieces. A frame that decodes must be the same after it is encoded
+/// and decoded again.
 pub fn frames(pieces: &[&[u8]]) {
     let mut codec = LengthDelimitedCodec::builder().max_frame_length(HANDSHAKE_FRAME).new_codec();
     let mut arrived = BytesMut::new();
@@ -31,12 +31,13 @@ pub fn frames(pieces: &[&[u8]]) {
     }
 }
 
-/// The answer to a call.
+/// Decodes the answer to a call.
 pub fn outcome(bytes: &[u8]) {
     drop(wire::decode::<Outcome>(bytes));
 }
 
-/// A first message, to a leader and as the leader's answer to a member: nobody without the token is believed.
+/// Gives a message to a leader as a member's first one, and to a member as the leader's answer. Both must refuse it,
+/// because its author does not know the token.
 pub fn handshake(token: &Token, message: &[u8]) {
     let mut leader = Handshake::of_leader(token).expect("a leader");
     assert!(!leader.hear(message), "a stranger was believed");
@@ -45,7 +46,7 @@ pub fn handshake(token: &Token, message: &[u8]) {
     assert!(!member.hear(message), "a strange leader was believed");
 }
 
-/// One direction of a connection whose records somebody changes on the way.
+/// One direction of a connection whose records are changed on the way.
 pub struct Tampered {
     sealer: Sealer,
     opener: crate::seal::Opener,
@@ -58,7 +59,7 @@ impl std::fmt::Debug for Tampered {
 }
 
 impl Tampered {
-    /// A connection of two who know the token.
+    /// A connection between two peers who know the token.
     pub fn new(token: &Token) -> Self {
         let mut member = Handshake::of_member(token).expect("a member");
         let mut leader = Handshake::of_leader(token).expect("a leader");
@@ -69,8 +70,8 @@ impl Tampered {
         Self { sealer, opener }
     }
 
-    /// Sends bytes, which `change` may change on the way. What arrives is what was sent, or the beginning of it, or the
-    /// connection ends; afterwards it is of no use.
+    /// Sends bytes, which `change` may change on the way. Either the connection ends, or the bytes that arrive are the
+    /// beginning of what was sent.
     pub fn send(mut self, plain: &[u8], change: impl FnOnce(&mut Vec<u8>)) {
         let (mut left, mut wire) = (BytesMut::from(plain), BytesMut::new());
         while !left.is_empty() {

@@ -1,5 +1,5 @@
-//! Who is in the group and what each rank waits for. No IO and no clock: links and calls are told
-//! what happened, and answer by adding frames to outboxes and events to the mailbox.
+//! The members of the group, and what each rank waits for. No IO: callers say what happened, and it
+//! answers by adding frames to outboxes and events to the mailbox.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,10 +17,10 @@ use crate::{ChannelId, Event, Peer, Role, UPDATES};
 use engine_core::control::Said;
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result};
 
-/// The most channels of one peer on which messages can be unread, [`UPDATES`] not counted.
+/// The most channels of one peer with unread messages, [`UPDATES`] not counted.
 const CHANNELS: usize = 64;
 
-/// How much of a peer's messages may be unread.
+/// How many bytes of a peer's messages may be unread.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bounds {
     /// On the channel of updates.
@@ -29,40 +29,40 @@ pub(super) struct Bounds {
     pub(super) others: usize,
 }
 
-/// What this process's own handles wait for.
+/// The events and outcomes that this process's own handles wait for.
 #[derive(Debug)]
 pub(super) struct Mailbox {
     inboxes: BTreeMap<ChannelId, Inbox>,
-    /// The messages in them, by their senders.
+    /// The unread bytes in them, by sender.
     unread: BTreeMap<Rank, Unread>,
     bounds: Bounds,
-    /// The calls under way, and how they ended.
+    /// The calls under way, with their outcomes once they have ended.
     pub(super) calls: BTreeMap<u64, Option<Outcome>>,
     pub(super) next_call: u64,
     /// Set once, when nothing can arrive any more.
     pub(super) ended: Option<ErrorReport>,
 }
 
-/// A channel's events; until it is opened, the messages that wait for that.
+/// A channel's events. Before the channel is opened, only messages are filed.
 #[derive(Debug, Default)]
 struct Inbox {
     events: VecDeque<Said>,
     is_open: bool,
 }
 
-/// The bytes of a peer's messages.
+/// The bytes of a peer's unread messages.
 #[derive(Debug, Default)]
 struct Unread {
     updates: usize,
     others: BTreeMap<ChannelId, usize>,
-    /// What was read since the peer was told.
+    /// The bytes that were read since the peer was told last.
     read: BTreeMap<ChannelId, u64>,
 }
 
-/// What a peer is told of its messages that were read.
+/// How many bytes of a peer's messages were read, by channel: told to the peer.
 pub(super) type Read = Vec<(ChannelId, u64)>;
 
-/// Who is told what of its messages that were read.
+/// The peers to tell, and what to tell them.
 pub(super) type Told = Vec<(Rank, Read)>;
 
 fn cost_of(body: &Bytes) -> usize {
@@ -86,22 +86,22 @@ impl Mailbox {
         self.inboxes.entry(channel).or_default().is_open = true;
     }
 
-    /// Files an event that no peer can cause many of.
+    /// Files an event in every open channel. For events of which no peer can cause many.
     pub(super) fn tell(&mut self, event: &Event) {
         for inbox in self.inboxes.values_mut().filter(|inbox| inbox.is_open) {
             inbox.events.push_back(Said::One(event.clone()));
         }
     }
 
-    /// Files a message, unless so much of its sender is unread that this is no honest rank any more: on the channel of
-    /// updates it reads what it is told before it says so much, on others it knows what was read.
+    /// Files a message. An error if more of the sender is unread than an honest rank can cause: on the channel of
+    /// updates a rank reads before it says so much, on others it is told how much was read.
     pub(super) fn deliver(&mut self, from: Rank, channel: ChannelId, body: Bytes) -> Result<()> {
         self.charge(from, channel, &body)?;
         self.file(vec![from], channel, body);
         Ok(())
     }
 
-    /// Files a message that these ranks have sent alike. Each of them was [charged](Self::charge) for it.
+    /// Files the same message from several ranks. Each of them was [charged](Self::charge) for it.
     pub(super) fn file(&mut self, mut from: Vec<Rank>, channel: ChannelId, body: Bytes) {
         let said = match from.len() {
             0 | 1 => from.pop().map(|from| Said::One(Event::Message { from, body })),
@@ -132,7 +132,7 @@ impl Mailbox {
         Ok(())
     }
 
-    /// The next event of a channel, and what the one who sent it is told, if it is time for that.
+    /// The next event of a channel. If it is time to tell its sender what was read, that is returned too.
     pub(super) fn take(&mut self, channel: ChannelId) -> Option<(Event, Told)> {
         let events = &mut self.inboxes.get_mut(&channel)?.events;
         let event = loop {
@@ -154,7 +154,7 @@ impl Mailbox {
         Some((event, told))
     }
 
-    /// As [`take`](Self::take), with the messages together that several ranks have sent alike.
+    /// As [`take`](Self::take), but equal messages from several ranks come together.
     pub(super) fn take_all(&mut self, channel: ChannelId) -> Option<(Said, Told)> {
         let said = self.inboxes.get_mut(&channel)?.events.pop_front()?;
         let told = match &said {
@@ -184,20 +184,20 @@ impl Mailbox {
             }
         }
         *unread.read.entry(channel).or_default() += cost as u64;
-        // Not for each message, but before the peer waits for it.
+        // Not for each message, but early enough that the peer need not wait.
         let enough = (self.bounds.others / 8) as u64;
         let is_due = unread.others.is_empty() || unread.read.values().sum::<u64>() >= enough;
         is_due.then(|| std::mem::take(&mut unread.read).into_iter().collect())
     }
 
-    /// A new process has a rank: what is unread of the one before it.
+    /// A new process has a rank. Returns the unread bytes of the process before it.
     fn succeed(&mut self, rank: Rank) -> Read {
         let Some(unread) = self.unread.get_mut(&rank) else { return Read::new() };
         unread.read.clear();
         unread.others.iter().map(|(channel, bytes)| (*channel, *bytes as u64)).collect()
     }
 
-    /// Files an outcome; one that nobody waits for any more is dropped.
+    /// Files an outcome, or drops it if nobody waits for it any more.
     pub(super) fn settle(&mut self, id: u64, outcome: Outcome) {
         if let Some(slot) = self.calls.get_mut(&id) {
             slot.get_or_insert(outcome);
@@ -205,15 +205,15 @@ impl Mailbox {
     }
 }
 
-/// Where frames for a peer wait until its socket takes them. A peer that reads takes them at once; one
-/// that does not may cost no more memory than `budget`.
+/// The frames for a peer that wait until its socket takes them. If the peer does not read, they take no
+/// more memory than `budget`.
 #[derive(Clone, Debug)]
 pub(super) struct Outbox {
     frames: UnboundedSender<Frame>,
-    /// The bytes that wait.
+    /// The number of bytes that wait.
     waiting: Arc<AtomicUsize>,
     budget: usize,
-    /// The peer's seat, if the connection is that of a relay, which it shares with others.
+    /// The peer's seat, if it shares a relay's connection with others.
     seat: Option<u32>,
 }
 
@@ -241,7 +241,7 @@ impl Outbox {
         (outbox, Queue { frames: queue, waiting })
     }
 
-    /// The way to the one who has a seat, on the connection of a relay.
+    /// The outbox of a seat on this connection of a relay.
     pub(super) fn of_seat(&self, seat: u32) -> Self {
         Self { seat: Some(seat), ..self.clone() }
     }
@@ -250,17 +250,17 @@ impl Outbox {
         self.send_within(self.budget, frame)
     }
 
-    /// Whether both are ways on one connection.
+    /// Whether both belong to the same connection.
     pub(super) fn is_of(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.waiting, &other.waiting)
     }
 
-    /// What is the same of all ways on one connection, and of no other one.
+    /// The identity of the connection, the same for all its seats.
     pub(super) fn connection(&self) -> *const AtomicUsize {
         Arc::as_ptr(&self.waiting)
     }
 
-    /// Whether so much waits that who adds to it has to stop.
+    /// Whether half of the budget waits, so that a relay should add no more.
     pub(super) fn is_crowded(&self) -> bool {
         self.waiting.load(Ordering::Relaxed) > self.budget / 2
     }
@@ -289,13 +289,13 @@ impl Outbox {
         }
     }
 
-    /// Queues a frame if it does not wait behind more than a part of the budget.
+    /// Queues a frame if no more than `part` bytes wait then, or if nothing waits.
     fn send_within(&self, part: usize, frame: Frame) -> std::result::Result<(), NotQueued> {
         let frame = self.carried(frame);
         let cost = frame.cost();
-        // No other memory is read because of this number, so its order does not matter.
+        // Relaxed: no other memory depends on this number.
         let before = self.waiting.fetch_add(cost, Ordering::Relaxed);
-        // A frame that is larger than the budget passes alone.
+        // A frame larger than the budget passes if nothing else waits.
         if before > 0 && before.saturating_add(cost) > part {
             self.waiting.fetch_sub(cost, Ordering::Relaxed);
             return Err(NotQueued::Full);
@@ -303,7 +303,7 @@ impl Outbox {
         self.frames.send(frame).map_err(|_| NotQueued::Closed)
     }
 
-    /// The last frame, whatever waits before it: nothing can be sent after it.
+    /// Queues the last frame, however much waits before it.
     pub(super) fn close_with(self, frame: Frame) -> std::result::Result<(), NotQueued> {
         let frame = self.carried(frame);
         self.frames.send(frame).map_err(|_| NotQueued::Closed)
@@ -326,29 +326,28 @@ impl Queue {
         if let Some(frame) = &frame {
             let cost = frame.cost();
             let less = |waiting: usize| Some(waiting.saturating_sub(cost));
-            // It never fails: the closure always gives a value.
+            // This never fails, because the closure always gives a value.
             self.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).ok();
         }
         frame
     }
 }
 
-/// The way to a peer.
+/// The link to a peer.
 #[derive(Debug)]
 pub(super) struct Link {
     pub(super) outbox: Outbox,
     /// The longest frame that the peer accepts.
     pub(super) limit: usize,
-    /// What this side has sent and the peer has not read, on channels other than that of updates.
+    /// The bytes that this side has sent and the peer has not read, on channels other than [`UPDATES`].
     pub(super) unread: BTreeMap<ChannelId, usize>,
-    /// When the peer was heard last.
+    /// When bytes of the peer came last.
     pub(super) heard: Heard,
-    /// How often the peer says something.
+    /// How often the peer says something, at the least.
     pub(super) beat: Duration,
-    /// What a relay says of the peer's silence, and when it did.
+    /// The peer's silence according to its relay, and when the relay said so.
     pub(super) silent: Option<(Duration, Instant)>,
-    /// Ends the connection from this side, for the reason that is left with it; that of a relay, if the peer has a
-    /// seat there.
+    /// Ends the connection from this side, with a reason. For a peer with a seat this is the relay's connection.
     pub(super) cut: Arc<Cut>,
 }
 
@@ -365,7 +364,7 @@ impl Cut {
         self.ordered.cancel();
     }
 
-    /// Ends when the connection has to.
+    /// Waits for the order, and returns its reason.
     pub(super) async fn ordered(&self) -> Error {
         self.ordered.cancelled().await;
         let reason = self.reason.get().cloned();
@@ -374,15 +373,14 @@ impl Cut {
 }
 
 impl Link {
-    /// Queues a message, if the peer has room for it: on channels other than that of updates, nothing happens to the
-    /// connection where it has none.
+    /// Queues a message if the peer has room for it. Without room, only a message of updates ends the connection.
     pub(super) fn message(&mut self, to: Rank, channel: ChannelId, body: Bytes) -> Result<()> {
         let (size, cost) = (body.len(), cost_of(&body));
         let frame = Frame::Message { channel, body };
         if channel == UPDATES {
             return self.send(to, size, frame);
         }
-        // One half of what may wait for the peer is the updates' own.
+        // Half of the budget is reserved for updates.
         let share = self.outbox.budget / 2;
         let limit = self.limit.min(share);
         if cost > limit {
@@ -427,7 +425,7 @@ impl Link {
         }
     }
 
-    /// Queues a frame that carries `size` bytes of the caller's.
+    /// Queues a frame that carries `size` bytes of the caller.
     pub(super) fn send(&self, to: Rank, size: usize, frame: Frame) -> Result<()> {
         if size.saturating_add(FRAME_OVERHEAD) > self.limit {
             return Err(too_large(size, self.limit).rank(to));
@@ -442,7 +440,7 @@ impl Link {
         self.tell(Frame::Signal(frame));
     }
 
-    /// The way to the one who has a seat, on the connection of a relay.
+    /// The link to a seat on this connection of a relay.
     pub(super) fn of_seat(&self, seat: u32) -> Self {
         Self {
             outbox: self.outbox.of_seat(seat),
@@ -455,7 +453,7 @@ impl Link {
         }
     }
 
-    /// Says something on another way of the connection.
+    /// Queues a frame in another outbox of the connection.
     pub(super) fn tell_by(&self, way: &Outbox, frame: Frame) {
         if way.send(frame) == Err(NotQueued::Full) {
             self.cut.order(ErrorReport::from(&self.unread()));
@@ -468,7 +466,8 @@ impl Link {
         }
     }
 
-    /// Queues a frame for several seats of the connection. Where that has ended, the end of each rank is on its way.
+    /// Queues a frame for several seats of the connection. If the connection has ended, that is no error here: the loss
+    /// of each rank is on its way.
     pub(super) fn send_to_seats(&self, seats: &[u32], frame: &Frame) {
         if self.outbox.send_to_seats(seats, frame) == Err(NotQueued::Full) {
             self.cut.order(ErrorReport::from(&self.unread()));
@@ -484,10 +483,10 @@ impl Link {
         result
     }
 
-    /// How long the peer is silent although it should have said something twice; zero while it is not.
+    /// How long the peer has been silent, if that is more than two heartbeats; else zero.
     pub(super) fn silence(&self) -> Duration {
         if self.outbox.seat.is_some() {
-            // A relay says it anew with each of its heartbeats.
+            // A relay repeats it with each of its heartbeats.
             let told = self.silent.filter(|(_, at)| at.elapsed() < self.beat * 3);
             return told.map_or(Duration::ZERO, |(silence, at)| silence + at.elapsed());
         }
@@ -512,7 +511,7 @@ pub(super) enum End {
     Lost(Error),
 }
 
-/// A member's side: its way to the leader, and the table it last received.
+/// A member's side: its link to the leader, and the table that it received last.
 #[derive(Debug)]
 pub(super) struct Membership {
     pub(super) leader: Link,
@@ -525,7 +524,7 @@ pub(super) struct Membership {
 #[derive(Debug)]
 pub(super) struct Group {
     slots: BTreeMap<Rank, Slot>,
-    /// The largest group that forms.
+    /// The largest size of the group.
     max_world_size: u32,
     formed: bool,
     pending: BTreeMap<Rank, Pending>,
@@ -540,9 +539,9 @@ pub(super) struct Group {
 #[derive(Debug)]
 struct Slot {
     role: Role,
-    /// `None` for the leader itself, and for a rank that was lost.
+    /// `None` for the leader itself, and for a rank that is gone.
     link: Option<Link>,
-    /// The member's metadata; a rank is in the table while it has one.
+    /// The rank's metadata. A rank is in the table while it has this.
     payload: Option<Bytes>,
 }
 
@@ -582,7 +581,8 @@ impl Group {
         }
     }
 
-    /// Gives a newcomer its rank and takes its link; with what is unread of the process that had the rank before.
+    /// Gives a newcomer its rank and keeps its link. Returns also the unread bytes of the process that had the rank
+    /// before.
     pub(super) fn admit(
         &mut self,
         who: &Introduction,
@@ -597,7 +597,7 @@ impl Group {
                 let message = "another live process has the rank";
                 let error =
                     Error::new(ErrorKind::Mismatch, "joining the group", message).rank(rank);
-                // Retry: a rank whose process died without a word is free once its end is noticed.
+                // Retry: if the process has died, its rank is free once its death is noticed.
                 let is_free_later = rank != Rank::LEADER;
                 return Err(match is_free_later {
                     true => error.recovery(Recovery::Retry),
@@ -615,7 +615,7 @@ impl Group {
                     Error::new(ErrorKind::Resource, "joining the group", "no rank is left")
                 })?,
         };
-        // A relay needs no socket for a rank, so sockets bound nothing.
+        // Ranks behind a relay need no sockets here, so the limit of open sockets does not bound their number.
         let is_known = self.slots.contains_key(&rank);
         if !is_known && self.slots.len() >= self.max_world_size as usize {
             let message =
@@ -626,14 +626,14 @@ impl Group {
         Ok((rank, mailbox.succeed(rank)))
     }
 
-    /// A member's link ended: its calls are void, and those who wait for it learn it.
+    /// A member's link has ended. Drops its calls, and tells the ranks that wait for it.
     pub(super) fn end(&mut self, rank: Rank, end: End, mailbox: &mut Mailbox) {
         let Some(slot) = self.slots.get_mut(&rank) else { return };
         slot.link = None;
         let was_member = slot.payload.take().is_some();
         self.pending.remove(&rank);
         if !self.formed {
-            // Before the group exists a rank that came and went is as good as new.
+            // Before the group is formed, a rank that has gone leaves no trace.
             self.slots.remove(&rank);
         }
         let expected = self.expected.remove(&rank);
@@ -661,7 +661,7 @@ impl Group {
         }
     }
 
-    /// Ends a member's connection; it is lost, for this reason, and may join again.
+    /// Ends a member's connection. The rank is lost for this reason, and may join again.
     pub(super) fn cut(
         &mut self,
         rank: Rank,
@@ -678,8 +678,8 @@ impl Group {
         Ok(())
     }
 
-    /// Queues the same message of updates for several ranks, once for each connection. The ranks that it could not be
-    /// queued for, and why.
+    /// Queues the same message for several ranks. A message of updates is queued once for each connection. Returns the
+    /// ranks that it could not be queued for, and why.
     pub(super) fn message_all(
         &mut self,
         to: &[Rank],
@@ -687,9 +687,9 @@ impl Group {
         body: &Bytes,
     ) -> Vec<(Rank, Error)> {
         let mut refused = Vec::new();
-        // By the address of what the seats of one connection share.
+        // By the identity of the connection.
         let mut relays: BTreeMap<*const AtomicUsize, (Rank, Vec<u32>)> = BTreeMap::new();
-        // In their order, as the slots are: one pass over these, instead of a search for each.
+        // Sorted like the slots: one pass over them replaces a search for each rank.
         let mut to = to.to_vec();
         to.sort_unstable();
         let first = to.first().copied().unwrap_or(Rank::LEADER);
@@ -745,7 +745,7 @@ impl Group {
         self.relays.retain(|relay| !relay.is_of(connection));
     }
 
-    /// Whether a rank has this seat, and not another one meanwhile.
+    /// Whether a rank still has this seat.
     pub(super) fn sits(&self, rank: Rank, seat: &Outbox) -> bool {
         self.link(rank).is_ok_and(|link| link.outbox.seat == seat.seat && link.outbox.is_of(seat))
     }
@@ -764,7 +764,7 @@ impl Group {
         }
     }
 
-    /// A rank takes part in something.
+    /// A rank gathers or enters a barrier.
     pub(super) fn call(&mut self, rank: Rank, id: u64, call: Call, mailbox: &mut Mailbox) {
         if self.pending.contains_key(&rank) {
             let error = Error::new(
@@ -813,14 +813,14 @@ impl Group {
         }
     }
 
-    /// A rank gave up waiting.
+    /// A rank has given up waiting.
     pub(super) fn withdraw(&mut self, rank: Rank, id: u64, mailbox: &mut Mailbox) {
         if self.pending.get(&rank).is_none_or(|pending| pending.id != id) {
             return;
         }
         let Some(pending) = self.pending.remove(&rank) else { return };
         let mut missing: Vec<Rank> = match pending.gather() {
-            // The leader knows the world better than a member that gives up.
+            // The leader's world size counts, if it has said one.
             Some((own, _)) => match self.leaders_world().or(own) {
                 Some(world_size) => self.missing(world_size),
                 None => vec![Rank::LEADER],
@@ -832,7 +832,7 @@ impl Group {
             self.expected.clear();
         }
         self.reply_all(&[(rank, id)], &Outcome::Missing(missing), mailbox);
-        // Newcomers that waited for a round of the leader's enter the group without it.
+        // Newcomers may have waited for a gather of the leader, which is withdrawn now: they enter without it.
         self.try_gather(mailbox);
     }
 
@@ -848,8 +848,8 @@ impl Group {
         self.pending.get(&rank).is_some_and(|pending| pending.gather().is_some())
     }
 
-    /// The ranks that a gather of `world_size` lacks. The first one needs exactly the ranks below
-    /// the world size; later ones any that many, so that a group may grow and shrink.
+    /// The ranks that a gather of `world_size` lacks. The first gather needs exactly the ranks below
+    /// the world size. Later ones need that many ranks of any number, so that a group may grow and shrink.
     fn missing(&self, world_size: u32) -> Vec<Rank> {
         if !self.formed {
             return (0..world_size).map(Rank).filter(|rank| !self.gathers(*rank)).collect();
@@ -910,12 +910,13 @@ impl Group {
         self.slots.iter().filter_map(selected).collect()
     }
 
-    /// How many ranks the leader wants in the round that it gathers.
+    /// The world size of the leader's gather, if it gathers now.
     fn leaders_world(&self) -> Option<u32> {
         self.pending.get(&Rank::LEADER).and_then(Pending::gather).and_then(|(size, _)| size)
     }
 
-    /// The leader's world size decides; a newcomer to a group that exists may not know it.
+    /// Refuses gathering ranks whose world size differs from the leader's. A newcomer to an existing group is not
+    /// refused, because it may not know the size.
     fn refuse_other_worlds(&mut self, world_size: u32, mailbox: &mut Mailbox) {
         let newcomers_count = !self.formed;
         for rank in self.gathering(|_, slot| newcomers_count || slot.payload.is_some()) {
@@ -963,7 +964,7 @@ impl Group {
         }
     }
 
-    /// Ends the barrier under way for all who wait in it.
+    /// Ends the present barrier for all ranks that wait in it.
     fn finish_barrier(&mut self, outcome: &Outcome, mailbox: &mut Mailbox) {
         self.expected.clear();
         let waiting: Vec<_> = self
@@ -976,14 +977,14 @@ impl Group {
 
     fn reply_all(&self, to: &[(Rank, u64)], outcome: &Outcome, mailbox: &mut Mailbox) {
         let encoded = encode(outcome).map(Bytes::from);
-        // Ranks that share a connection are sent the same reply once.
+        // Ranks that share a connection get the same reply once.
         let mut relays: BTreeMap<(*const AtomicUsize, u64), (&Link, Vec<u32>)> = BTreeMap::new();
         for (rank, id) in to.iter().copied() {
             if rank == Rank::LEADER {
                 mailbox.settle(id, outcome.clone());
                 continue;
             }
-            // A link that ended meanwhile has nobody to tell.
+            // If the link has ended, nobody is left to tell.
             let Ok(link) = self.link(rank) else { continue };
             let reply = |outcome| Frame::Reply { id, outcome };
             let sent = encoded.as_ref().map_err(ErrorReport::from).and_then(|bytes| {

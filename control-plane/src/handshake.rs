@@ -1,4 +1,4 @@
-//! How two peers find out that they belong together.
+//! The handshake, by which two peers prove that they belong to the same group.
 //!
 //! ```text
 //! member                                            leader
@@ -9,11 +9,11 @@
 //!                                                    ←  Welcome { rank, terms, … }    or Refused
 //! ```
 //!
-//! A relay says `Relay(terms)` instead of its introduction, and is answered by the same.
+//! A relay says `Relay(terms)` instead of an introduction, and gets `Relay(terms)` as the answer.
 //!
-//! The member's first message shows that it knows the token, so that a stranger obtains nothing from the
-//! leader; a recording of it is worth nothing, because the leader gives no rank before the introduction,
-//! which only the one who made the message can encrypt.
+//! The member's first message proves that it knows the token, so a stranger gets nothing from the leader.
+//! Replaying a recorded one gains nothing: the leader gives no rank before the introduction, and only
+//! the peer that made the message can encrypt that.
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 pub(super) struct Welcome {
     pub(super) rank: Rank,
     pub(super) terms: Terms,
-    /// What a process which had the rank before has sent and nobody has read.
+    /// The unread bytes, by channel, of the process that had the rank before.
     pub(super) unread: Vec<(ChannelId, u64)>,
 }
 
@@ -51,7 +51,7 @@ pub(super) async fn introduce(
     }
 }
 
-/// Shows the other side that this one knows the token, and the other way; all that follows is encrypted.
+/// Proves to each side that the other one knows the token. Everything that follows is encrypted.
 async fn greet(wire: &mut Wire, token: &Token) -> Result<()> {
     let mut handshake = Handshake::of_member(token)?;
     let body = handshake.speak()?.into();
@@ -69,7 +69,7 @@ async fn greet(wire: &mut Wire, token: &Token) -> Result<()> {
     wire.seal(handshake)
 }
 
-/// A relay's side; the terms of the one that it connects to.
+/// A relay's side. Returns the terms of the peer that it connects to.
 pub(super) async fn introduce_relay(wire: &mut Wire, token: &Token, terms: Terms) -> Result<Terms> {
     greet(wire, token).await?;
     wire.writer.send(Signal::Relay(terms), PATIENCE).await?;
@@ -79,13 +79,13 @@ pub(super) async fn introduce_relay(wire: &mut Wire, token: &Token, terms: Terms
     }
 }
 
-/// Who has shown that it knows the token.
+/// A peer that has proved that it knows the token.
 pub(super) enum Newcomer {
     Rank(Introduction),
     Relay(Terms),
 }
 
-/// The leader's side, up to what the newcomer says of itself.
+/// The leader's side, up to the newcomer's introduction.
 pub(super) async fn examine(wire: &mut Wire, token: &Token) -> Result<Newcomer> {
     let hello = match next(wire).await? {
         Signal::Hello(hello) if hello.magic == MAGIC => hello,

@@ -1,15 +1,15 @@
-//! The control plane of a checkpoint engine: metadata, barriers, messages and the news of who is alive.
+//! The control plane of a checkpoint engine: metadata, barriers, messages, and which ranks are alive.
 //!
-//! Every rank has one reliable connection to rank 0, the leader. Frames on it are
-//! length-delimited, versioned in the first one, bounded in size, and encrypted with keys that only
-//! those who know a shared [`Token`] can agree on (Noise `NNpsk0`). A peer that dies closes its connection and is lost at once; one
+//! Every rank has one reliable connection to rank 0, the leader. Frames on it are length-delimited and bounded in
+//! size. The first one states the protocol version. The connection is encrypted with keys that only peers who know the
+//! shared [`Token`] can agree on (Noise `NNpsk0`). A peer that dies closes its connection and is lost at once. A peer
 //! that is stopped or cut off is lost after [`ControlConfig::heartbeat_timeout`].
 //!
-//! What engines say of updates and what the embedding program says travels on [channels](Channel) of that one
-//! connection, which do not meet.
+//! Messages of engines and messages of the embedding program travel on separate [channels](Channel) of that one
+//! connection.
 //!
-//! All sockets live on one thread of the control plane's own, so heartbeats go on while the
-//! embedder's executor is blocked, and any executor will do.
+//! All sockets live on a thread of the control plane, so heartbeats go on while the embedder's executor is blocked.
+//! Any executor will do.
 //!
 //! # Examples
 //!
@@ -78,7 +78,7 @@ use std::time::Duration;
 
 use engine_core::{Error, ErrorKind, Result};
 
-/// How to reach the group, and what counts as dead.
+/// How to reach the group, and the limits that it keeps.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ControlConfig {
@@ -86,26 +86,27 @@ pub struct ControlConfig {
     pub address: Address,
     /// The secret of the group.
     pub token: Token,
-    /// How often a rank that has nothing to say shows that it lives; less often than a third of
-    /// the timeout of the rank it speaks to is never done. 1 s.
+    /// How often a rank that has nothing else to say sends a heartbeat. Longer than a third of the peer's
+    /// `heartbeat_timeout` counts as that third. Default: 1 s.
     pub heartbeat_interval: Duration,
-    /// The silence after which a peer is lost, and the time that a close may take. 10 s.
+    /// The silence after which a peer is lost, and the time that a close may take. Default: 10 s.
     pub heartbeat_timeout: Duration,
-    /// How long a member tries to reach the leader, which may start later. 60 s.
+    /// How long a member tries to reach the leader, which may start later. Default: 60 s.
     pub connect_timeout: Duration,
     /// The longest frame that this rank accepts, in bytes: a message, or the metadata of all
-    /// ranks together. At least 4096; 64 MiB. A leader ends the connection of a member of which it has
-    /// twice this in messages of updates that nobody has read, and every rank ends the connection to a peer for which
-    /// twice this waits because it does not read. Of all other channels of a peer together twice this can be
-    /// unread: see [`Channel`].
+    /// ranks together. At least 4096. Default: 64 MiB.
+    ///
+    /// Twice this is the bound of what waits. A leader ends the connection to a member whose unread messages of updates
+    /// exceed it. Every rank ends the connection to a peer that does not read, once what waits for it exceeds the bound.
+    /// The unread messages of a peer on all other channels together stay below it: see [`Channel`].
     pub max_frame_bytes: usize,
-    /// The largest group that the leader forms, in ranks: what a member says of the size is not believed
-    /// beyond this, and no rank that would be one more is let in. 65 536.
+    /// The largest group that the leader forms, in ranks. A larger size from a member is refused, and so is a rank
+    /// beyond this number. Default: 65 536.
     pub max_world_size: u32,
 }
 
 impl ControlConfig {
-    /// A configuration with the defaults that the fields name.
+    /// A configuration with the defaults of the fields.
     pub fn new(address: Address, token: Token) -> Self {
         Self {
             address,

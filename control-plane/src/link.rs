@@ -1,4 +1,4 @@
-//! The tasks of the control thread: the leader's door, and the traffic with one peer.
+//! The tasks of the control thread: accepting connections, and the traffic with each peer.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::IpAddr;
@@ -21,25 +21,25 @@ use crate::wire::{
 use crate::{ChannelId, ControlConfig, Event, Role, UPDATES};
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result};
 
-/// How many connections may be in their handshake at once, and how many of them from one address; the next one takes
-/// the place of the oldest.
+/// How many connections may be in their handshake at once, and how many of them from one address. A further connection
+/// replaces the oldest.
 const STRANGERS: usize = 256;
 const STRANGERS_OF_ONE: usize = 64;
-/// The smallest limit of frames that a member may demand: what every update needs has to fit.
+/// The smallest frame limit that a member may demand. The messages that every update needs have to fit.
 pub(super) const FRAME_FLOOR: u32 = 4096;
 /// The shortest heartbeat interval that a peer's terms can ask for.
 const BEAT_FLOOR: Duration = Duration::from_millis(1);
-/// How many frames are looked at together, before they are written.
+/// How many frames are gathered before they are written.
 const BATCH: usize = 4096;
-/// How long a relay keeps what not all of its ranks have said, since the last one of them has.
+/// How long a relay holds a message back that not all of its ranks have sent yet, after the last rank that did.
 const LINGER: Duration = Duration::from_millis(2);
-/// The same, since the first one has.
+/// The same, after the first rank that did.
 const LINGER_IN_ALL: Duration = Duration::from_millis(20);
 /// How long a listener that cannot accept waits before it tries again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 impl ControlConfig {
-    /// How many bytes of one peer's messages may wait to be read here, and of ours to be written to it.
+    /// How many bytes of one peer's messages may be unread here, and how many may wait to be written to it.
     pub(super) fn budget(&self) -> usize {
         self.max_frame_bytes.saturating_mul(2)
     }
@@ -87,7 +87,7 @@ pub(super) async fn serve(
     }
 }
 
-/// Accepts connections until `stop`, and gives those that know the token to the host. The tasks of those that are there.
+/// Accepts connections until `stop`, and gives those that know the token to `host`. Returns the tasks that still run.
 pub(super) async fn open_door<F: Future<Output = ()> + Send + 'static>(
     listener: Listener,
     config: &Arc<ControlConfig>,
@@ -149,18 +149,18 @@ struct Waiting {
     shed: CancellationToken,
 }
 
-/// A connection's place among them.
+/// A connection's place among the [`Strangers`].
 #[derive(Debug)]
 struct Stranger {
     strangers: Arc<Strangers>,
     number: u64,
-    /// Cancelled when it has to make room.
+    /// Cancelled when the connection has to make room.
     shed: CancellationToken,
 }
 
 impl Strangers {
-    /// Every connection gets a place: those that say nothing cannot keep others out, and those of one address not even
-    /// shorten the time that others have.
+    /// Gives every connection a place. Silent connections cannot keep others out. Those of one address cannot even
+    /// shorten the time that other addresses have.
     fn enter(self: &Arc<Self>, from: Option<IpAddr>) -> Stranger {
         let mut state = self.lock();
         let (number, waiting) = &mut *state;
@@ -180,7 +180,7 @@ impl Strangers {
     }
 
     fn lock(&self) -> MutexGuard<'_, (u64, VecDeque<Waiting>)> {
-        // Each change leaves it whole.
+        // Each change leaves the list consistent.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -191,7 +191,7 @@ impl Drop for Stranger {
     }
 }
 
-/// An authenticated connection, what is queued for it, and what its peer demands.
+/// An authenticated connection, the frames that are queued for it, and what its peer demands.
 pub(super) struct Traffic {
     pub(super) wire: Wire,
     pub(super) queue: Queue,
@@ -199,11 +199,11 @@ pub(super) struct Traffic {
     pub(super) cut: Arc<Cut>,
 }
 
-/// What a member may demand.
+/// Checks the terms of a peer.
 ///
 /// # Errors
 ///
-/// `Config` if it accepts less than updates need.
+/// `Config` if it accepts only frames that are too short for updates.
 pub(super) fn acceptable(terms: Terms) -> Result<()> {
     if terms.max_frame >= FRAME_FLOOR {
         return Ok(());
@@ -252,13 +252,13 @@ fn admit(
 ) -> Result<Rank> {
     let welcome = link.outbox.clone();
     let (rank, unread) = group.admit(introduction, link, mailbox)?;
-    // Queued under the lock, so that nothing can overtake it.
+    // Queued under the lock, so that no other frame comes before it.
     let frame = Frame::Signal(Signal::Welcome { rank, terms: config.terms(), unread });
     welcome.send(frame).map_err(|_| Error::new(ErrorKind::State, "welcoming", "gone"))?;
     Ok(rank)
 }
 
-/// The leader's traffic with one member, until it ends.
+/// The leader's traffic with one member, until the connection ends.
 async fn attend(rank: Rank, traffic: Traffic, config: &ControlConfig, shared: &Shared) {
     let end = converse(traffic, config, Kind::OfARank, |frame| {
         shared.update(|mailbox, side| {
@@ -275,7 +275,7 @@ async fn attend(rank: Rank, traffic: Traffic, config: &ControlConfig, shared: &S
     });
 }
 
-/// What a member says to the leader.
+/// Takes in a frame from a member.
 fn take_in(rank: Rank, frame: Frame, group: &mut Group, mailbox: &mut Mailbox) -> Result<()> {
     match frame {
         Frame::Message { channel, body } => mailbox.deliver(rank, channel, body)?,
@@ -287,7 +287,7 @@ fn take_in(rank: Rank, frame: Frame, group: &mut Group, mailbox: &mut Mailbox) -
     Ok(())
 }
 
-/// The leader's traffic with a relay, until it ends.
+/// The leader's traffic with a relay, until the connection ends.
 async fn attend_relay(mut wire: Wire, terms: Terms, config: &ControlConfig, shared: &Shared) {
     if let Err(error) = acceptable(terms) {
         let error = refuse(&mut wire, error).await;
@@ -306,7 +306,7 @@ async fn attend_relay(mut wire: Wire, terms: Terms, config: &ControlConfig, shar
         let Frame::Carried { seats, frame } = frame else { return Err(unexpected(&frame)) };
         shared.update(|mailbox, side| {
             let Side::Leader(group) = side else { return Err(unexpected(&frame)) };
-            // The ranks whose message it is.
+            // The ranks that sent the message.
             let mut from = Vec::new();
             for seat in seats {
                 let own = way.outbox.of_seat(seat);
@@ -321,7 +321,7 @@ async fn attend_relay(mut wire: Wire, terms: Terms, config: &ControlConfig, shar
                     }
                     continue;
                 }
-                // One that lost its rank meanwhile has nothing to say any more.
+                // A seat that has lost its rank meanwhile is ignored.
                 let rank = seated.get(&seat).copied();
                 let Some(rank) = rank.filter(|rank| group.sits(*rank, &own)) else { continue };
                 match &*frame {
@@ -343,7 +343,7 @@ async fn attend_relay(mut wire: Wire, terms: Terms, config: &ControlConfig, shar
                             said => take_in(rank, said.clone(), group, mailbox),
                         };
                         let Err(error) = taken else { continue };
-                        // What a rank says against the rules is not its relay's fault.
+                        // If a rank breaks the rules, only the rank is cut, not its relay.
                         if let Err(error) = group.cut(rank, ErrorReport::from(&error), mailbox) {
                             tracing::debug!(%rank, %error, "it is gone already");
                         }
@@ -377,7 +377,7 @@ async fn attend_relay(mut wire: Wire, terms: Terms, config: &ControlConfig, shar
     });
 }
 
-/// Gives the one who has a seat on a relay a rank.
+/// Gives a rank to a newcomer in a seat of a relay.
 fn seat_of(
     introduction: &Introduction,
     seat: Link,
@@ -392,10 +392,10 @@ fn seat_of(
     admit(introduction, Link { limit, beat, ..seat }, config, group, mailbox)
 }
 
-/// What a member gets when it is admitted.
+/// The result of joining: the rank, the membership, and the connection.
 pub(super) type Admission = (Rank, Membership, Traffic);
 
-/// Connects to the leader and is admitted, however often it takes within the connect timeout.
+/// Repeats attempts to connect to the leader until one succeeds, within the connect timeout.
 pub(super) async fn knock<T>(
     config: &ControlConfig,
     mut attempt: impl AsyncFnMut() -> Result<T>,
@@ -409,9 +409,9 @@ pub(super) async fn knock<T>(
                 Ok(admission) => return Ok(admission),
                 Err(error) => error,
             };
-            // Only what a leader that starts later would change is worth another attempt, and a rank that
-            // may be that of a process before this one, whose end the leader has not noticed yet: that
-            // takes it no longer than the silence after which a peer is lost.
+            // Two kinds of errors are worth another attempt. The first are those that may go away when the
+            // leader starts later. The second is a taken rank: its process may have died, which the leader
+            // notices within the heartbeat timeout.
             let later = match error.kind() {
                 ErrorKind::Io | ErrorKind::PeerLost | ErrorKind::Timeout | ErrorKind::Resource => {
                     true
@@ -433,7 +433,7 @@ pub(super) async fn knock<T>(
     };
     match timeout(config.connect_timeout, attempts).await {
         Ok(result) => result,
-        // What the leader said is more than that there was no time left.
+        // The leader's own answer says more than that the time is over.
         Err(_)
             if last.as_ref().is_some_and(|error: &Error| error.kind() == ErrorKind::Mismatch) =>
         {
@@ -454,7 +454,7 @@ pub(super) async fn knock<T>(
     }
 }
 
-/// Connects to the leader as a rank, once.
+/// One attempt to connect to the leader as a rank.
 pub(super) async fn join(
     config: &ControlConfig,
     role: Role,
@@ -476,7 +476,7 @@ pub(super) async fn join(
     ))
 }
 
-/// The way to a peer with these terms, and what is queued on it.
+/// The link to a peer with these terms, and the queue of its frames.
 pub(super) fn link(config: &ControlConfig, terms: Terms, heard: Heard) -> (Link, Queue) {
     let (outbox, queue) = Outbox::new(config.budget());
     let beat = beat(terms.heartbeat_interval, config.heartbeat_timeout);
@@ -485,13 +485,13 @@ pub(super) fn link(config: &ControlConfig, terms: Terms, heard: Heard) -> (Link,
     (Link { outbox, limit, unread, heard, silent: None, beat, cut }, queue)
 }
 
-/// How often a side with this interval says something to one that tolerates so much silence: at least three
-/// heartbeats fit into that.
+/// The heartbeat interval of a side towards a peer that tolerates `tolerated` of silence: at least three heartbeats fit
+/// into that.
 fn beat(interval: Duration, tolerated: Duration) -> Duration {
     interval.min(tolerated / 3).max(BEAT_FLOOR)
 }
 
-/// A member's traffic with the leader, until it ends or `stop`.
+/// A member's traffic with the leader, until the connection ends or `stop`.
 pub(super) async fn follow(
     mut traffic: Traffic,
     config: Arc<ControlConfig>,
@@ -546,17 +546,17 @@ fn lose_leader(end: End, mailbox: &mut Mailbox) {
     mailbox.ended.get_or_insert(ErrorReport::from(&error));
 }
 
-/// Whose a connection is.
+/// The kind of peer on a connection.
 #[derive(Clone, Copy)]
 pub(super) enum Kind<'a> {
     OfARank,
-    /// A relay's, on the side of who is above it.
+    /// A relay's connection, on the side of the leader or of the relay above.
     OfARelay,
-    /// The same, on the relay's side, where so many ranks are behind it.
+    /// The same connection on the relay's own side, with the number of ranks behind it.
     Upwards(&'a (dyn Fn() -> usize + Sync)),
 }
 
-/// Carries frames both ways until one side says goodbye, dies, breaks the protocol or is silent.
+/// Carries frames both ways until one side says goodbye, dies, breaks the protocol, is silent or is cut.
 pub(super) async fn converse(
     traffic: Traffic,
     config: &ControlConfig,
@@ -579,11 +579,11 @@ pub(super) async fn converse(
     }
 }
 
-/// However the socket says that the other side is gone, its rank is lost. What the socket said is the cause, and said
-/// once: an error on its way to other ranks carries the words of its causes.
+/// Turns any error that means that the other side is gone into `PeerLost`. The socket's error becomes the source, and its
+/// words are not repeated: an error that travels to other ranks contains the words of its sources.
 fn lost(error: Error) -> Error {
     match error.kind() {
-        // With the system's error as its source: a reset is `PeerLost` already, but says no more.
+        // Only with a source, which is the system's error. A reset is `PeerLost` already, but its message says no more.
         ErrorKind::Io | ErrorKind::PeerLost if std::error::Error::source(&error).is_some() => {
             let message = "the connection broke: its process died";
             Error::new(ErrorKind::PeerLost, "keeping a connection", message).with_source(error)
@@ -620,8 +620,8 @@ async fn listen(
     }
 }
 
-/// Ends with an error only; after the last frame it leaves the socket to the reader. What ranks behind a relay say alike
-/// travels as one frame.
+/// Writes the queued frames, and heartbeats between them. Equal messages from ranks behind a relay travel as one frame.
+/// Returns only with an error. After the last frame it waits for ever: the reader sees the end of the connection.
 async fn speak(
     mut writer: FrameWriter,
     mut queue: Queue,
@@ -666,8 +666,8 @@ async fn speak(
     std::future::pending().await
 }
 
-/// Puts together what ranks say alike, and waits a moment for those that have not said it yet: what all ranks say in an
-/// update, the leader waits for from all of them.
+/// Merges equal messages of ranks, and waits a moment for the ranks that have not sent theirs yet. That delays nothing:
+/// when all ranks say the same in an update, the leader waits for all of them.
 async fn gather(
     batch: &mut VecDeque<Frame>,
     queue: &mut Queue,
@@ -682,7 +682,7 @@ async fn gather(
             }
             _ => false,
         };
-        // Anything else is urgent, and what comes before it as well.
+        // Any other frame is urgent, and so are the frames before it.
         if batch.len() >= BATCH || !batch.iter().all(is_partial) {
             return;
         }
@@ -695,13 +695,13 @@ async fn gather(
     }
 }
 
-/// Puts equal messages of several seats into one frame. What each seat says stays in its order.
+/// Merges equal messages of several seats into one frame. The frames of each seat stay in their order.
 fn merge(batch: &mut VecDeque<Frame>) {
     if batch.len() < 2 {
         return;
     }
     let mut merged = VecDeque::<Frame>::with_capacity(batch.len());
-    // Where a message stands, and where each seat said something last.
+    // The index of each message, and the index of the last frame of each seat.
     let mut places = HashMap::<(ChannelId, Bytes), usize>::new();
     let mut last = HashMap::<u32, usize>::new();
     for frame in batch.drain(..) {
@@ -768,7 +768,7 @@ mod tests {
         config.max_frame_bytes = FRAME_FLOOR as usize;
         let terms = Terms { max_frame: u32::MAX, ..config.terms() };
         let (link, queue) = link(&config, terms, Heard::default());
-        // The socket takes one byte, and nobody takes that.
+        // The socket takes one byte, which nobody reads.
         let (near, _far) = tokio::io::duplex(1);
         let traffic = Traffic { wire: wire(near), queue, terms, cut: Arc::clone(&link.cut) };
         let body = bytes::Bytes::from(vec![0; 1000]);
@@ -799,7 +799,7 @@ mod tests {
             link.send(Rank(1), body.len(), said(&body)).unwrap();
             assert!(queue.recv().await.is_some() && queue.try_recv().is_some());
         }
-        // One that is larger than the budget, as the peer accepts larger ones than this side.
+        // A message larger than the budget: the peer accepts longer frames than this side.
         let terms = Terms { max_frame: u32::MAX, ..config.terms() };
         let (link, mut queue) = super::link(&config, terms, Heard::default());
         let large = bytes::Bytes::from(vec![0; 10_000]);
@@ -818,7 +818,7 @@ mod tests {
             let (up, down) = tokio::io::duplex(4096);
             let (mut member, leader) = (wire(up), wire(down));
             let terms = Terms { max_frame, ..config.terms() };
-            // The welcome is queued for the traffic that follows.
+            // The welcome is written with the traffic that follows.
             let entered = async {
                 let mut leader = leader;
                 let Ok(Newcomer::Rank(who)) = examine(&mut leader, &token).await else {
@@ -859,7 +859,7 @@ mod tests {
             Frame::Signal(Signal::Introduction(who))
         };
         let body = |body: &'static [u8]| self::said(&Bytes::from_static(body));
-        // The second one says that it has the rank of the first as well, and speaks on seats that it never gave.
+        // The second relay claims the first one's rank as well, and uses seats that it never gave.
         for (relay, seats, frame) in [
             (0, vec![0], introduction(1)),
             (0, vec![0], body(b"true")),
@@ -896,7 +896,7 @@ mod tests {
         let shed = many.iter().take_while(|stranger| stranger.shed.is_cancelled()).count();
         assert_eq!(shed, STRANGERS_OF_ONE);
         assert!(many.iter().skip(shed).all(|stranger| !stranger.shed.is_cancelled()));
-        // Those of many addresses shed the oldest of all.
+        // Connections of many addresses displace the oldest of all.
         let crowd: Vec<_> =
             (0..STRANGERS).map(|at| strangers.enter(address(3 + (at / 32) as u8))).collect();
         assert!(honest.shed.is_cancelled());
@@ -932,7 +932,7 @@ mod tests {
                 );
                 prop_assert_eq!(before, after);
             }
-            // A message of all seats that stands alone is one frame.
+            // A single message of all seats is one frame.
             let mut alike: VecDeque<Frame> = (0..4).map(|seat| frame(&(seat, 1, true))).collect();
             merge(&mut alike);
             prop_assert_eq!(alike.len(), 1);

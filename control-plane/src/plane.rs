@@ -1,4 +1,4 @@
-//! The handle.
+//! The public handle of the control plane.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,17 +20,17 @@ use crate::{Address, Channel, ChannelId, ControlConfig, Event, Peer, Role, Traff
 use engine_core::control::Said;
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result};
 
-/// How long a rank that gave up waiting listens for the leader's list of the missing ones.
+/// How long a rank that has given up a wait listens for the leader's list of the missing ranks.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// This process's place in the group.
+/// This process's membership in the group.
 ///
-/// Cloning it is cheap, and every clone is the same place. It needs no particular executor. When
-/// the last clone is dropped it says goodbye without waiting for it; [`close`](Self::close) waits.
+/// Cloning it is cheap, and all clones are the same membership. It needs no particular executor. When
+/// the last clone is dropped, it says goodbye but does not wait. [`close`](Self::close) waits.
 ///
 /// # Contract
 ///
-/// Messages travel on [channels](Self::channel), on which that is promised. A rank has one call of
+/// Messages travel on [channels](Self::channel), with the contract of [`Channel`]. A rank has one call of
 /// [`gather`](Self::gather) or [`barrier`](Self::barrier) under way at a time.
 #[derive(Clone)]
 pub struct ControlPlane {
@@ -58,8 +58,8 @@ impl ControlPlane {
     ///
     /// # Errors
     ///
-    /// `Config` when the configuration cannot be used, `Io` when the address cannot be bound: also
-    /// when another process listens there.
+    /// `Config` when the configuration cannot be used, `Io` when the address cannot be bound, for
+    /// example because another process listens there.
     pub async fn lead(config: ControlConfig) -> Result<Self> {
         Self::start(config, async |config, stop, ready| {
             let bound = async {
@@ -84,11 +84,11 @@ impl ControlPlane {
         .await
     }
 
-    /// Joins the group that is led at the configured address. The leader may start later: this
+    /// Joins the group whose leader listens at the configured address. The leader may start later: this
     /// tries until the connect timeout.
     ///
-    /// With `rank` the member gets that rank, if no live process has it. Without, it gets the
-    /// lowest rank of its role that was lost from the group, else the next new one.
+    /// With `rank` the member gets that rank, if no live process has it. Without it, the member gets the
+    /// lowest rank of its role whose process is gone, else the lowest new one.
     ///
     /// # Cancel safety
     ///
@@ -96,10 +96,10 @@ impl ControlPlane {
     ///
     /// # Errors
     ///
-    /// `Timeout` when no leader answers, `Authentication` when the tokens differ, `Protocol` when
-    /// the leader speaks another version or something else listens there, `Mismatch` when a live
-    /// process has the rank and still has it after the heartbeat timeout: one that died is noticed by
-    /// then.
+    /// `Config` when the configuration cannot be used, `Timeout` when no leader answers, `Authentication` when the
+    /// tokens differ, `Protocol` when the leader speaks another version or something else listens there. `Mismatch`
+    /// when another process has the rank and still has it after the heartbeat timeout; the death of a process is
+    /// noticed by then.
     pub async fn join(config: ControlConfig, role: Role, rank: Option<Rank>) -> Result<Self> {
         Self::start(config, async move |config, stop, ready| {
             let admitted = tokio::select! {
@@ -119,7 +119,7 @@ impl ControlPlane {
         .await
     }
 
-    /// The address to join at: the configured one, with port 0 resolved.
+    /// The address for joining: the configured one, with port 0 resolved.
     pub fn address(&self) -> &Address {
         &self.inner.address
     }
@@ -129,36 +129,36 @@ impl ControlPlane {
         self.inner.rank
     }
 
-    /// This process's role; the leader is a trainer.
+    /// This process's role. The leader is a trainer.
     pub fn role(&self) -> Role {
         self.inner.role
     }
 
-    /// What crossed this process's connections so far. On a member, what it said before it was admitted is not counted.
+    /// The traffic over this process's connections so far. On a member, the handshake is not counted.
     pub fn traffic(&self) -> TrafficCounts {
         self.inner.shared.counters.read()
     }
 
-    /// Forms the group: contributes this rank's metadata, and ends on every rank with the metadata
-    /// of all, in the order of their ranks, when `world_size` ranks contributed.
+    /// Forms the group. It contributes this rank's metadata, waits until `world_size` ranks have contributed, and
+    /// returns the metadata of all of them on every rank, in the order of the ranks.
     ///
     /// # Contract
     ///
-    /// The first gather needs the ranks below `world_size`, and the leader's `world_size` decides. Members may say
-    /// `None`: whatever it is; one that says another is refused.
-    /// A member that joins after that gets the current table at once, whatever size it says, and
-    /// the leader an [`Event::Joined`]. Ranks of the group may gather again: that takes
-    /// `world_size` contributions, the leader's among them, and replaces their metadata.
+    /// The first gather needs the ranks below `world_size`. The leader's `world_size` decides. A member may pass `None`;
+    /// another size than the leader's is refused. A member that joins after the first gather gets the current table at
+    /// once, whatever size it passes, and the leader gets an [`Event::Joined`]. Ranks of the group may gather again:
+    /// that takes `world_size` contributions, the leader's among them, and replaces their metadata.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future withdraws the contribution, unless the gather ended meanwhile.
+    /// Dropping the future withdraws the contribution, unless the gather has ended meanwhile.
     ///
     /// # Errors
     ///
-    /// `Timeout` naming the ranks that are missing, `Config` on a leader without a world size, `Mismatch` naming both on a member
-    /// whose size differs or exceeds the leader's `max_world_size`, `PeerLost` or `TrainerLeft` when the leader is gone, `State` when this rank gathers or is
-    /// in a barrier already, `Config` when the metadata exceeds `max_frame_bytes`.
+    /// `Timeout`, which names the missing ranks. `Config` on a leader without a world size. `Mismatch`, which names both
+    /// sizes, when the world size differs from the leader's or exceeds its `max_world_size`. `PeerLost` or
+    /// `TrainerLeft` when the leader is gone. `State` when this rank gathers or is in a barrier already, or when the
+    /// control plane is closed. `Config` when the metadata exceed `max_frame_bytes`.
     pub async fn gather(
         &self,
         world_size: impl Into<Option<u32>>,
@@ -182,7 +182,7 @@ impl ControlPlane {
         }
     }
 
-    /// The group: on the leader the ranks that live now, on a member those of its last gather.
+    /// The ranks of the group: on the leader those that are in it now, on a member those of its last gather.
     pub fn peers(&self) -> Vec<Peer> {
         self.inner.shared.read(|_, side| match side {
             Side::Leader(group) => group.table(),
@@ -190,18 +190,19 @@ impl ControlPlane {
         })
     }
 
-    /// Waits until every rank that was in the group when the first one entered the barrier `name`
-    /// is in it, or has said goodbye.
+    /// Enters the barrier `name`, and waits until all expected ranks have entered it or said goodbye. Expected
+    /// are the ranks that were in the group when the first rank entered.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future leaves the barrier, unless it ended meanwhile.
+    /// Dropping the future leaves the barrier, unless the barrier has ended meanwhile.
     ///
     /// # Errors
     ///
-    /// `Timeout` naming the ranks that are missing, `Mismatch` on all waiting ranks when two are in
-    /// barriers of different names, `PeerLost` on all waiting ranks when one of the group dies or
-    /// the leader is gone, `State` before the first gather.
+    /// `Timeout`, which names the missing ranks. `Mismatch` on all waiting ranks when two are in
+    /// barriers of different names. `PeerLost` on all waiting ranks when an expected rank dies or
+    /// the leader is lost, `TrainerLeft` when the leader has left. `State` before the first gather, when this rank
+    /// gathers or is in a barrier already, or when the control plane is closed.
     pub async fn barrier(&self, name: &str, deadline: Duration) -> Result<()> {
         let operation = format!("waiting in barrier `{name}`");
         let call = Call::Barrier { name: name.to_owned() };
@@ -211,9 +212,9 @@ impl ControlPlane {
         }
     }
 
-    /// The number of the next update that the leader begins. No number is given twice, whatever
-    /// engines and groups come and go on this control plane: messages about an old update can never
-    /// be taken for messages about a new one.
+    /// On the leader: a new number for the next update. No number is given twice on a control plane, even if
+    /// engines and groups are formed anew. So a message of an old update is never taken for one of a new update.
+    /// On a member: [`updates`](Self::updates).
     pub(crate) fn next_update(&self) -> u64 {
         self.inner.shared.read(|_, side| match side {
             Side::Leader(group) => {
@@ -224,8 +225,8 @@ impl ControlPlane {
         })
     }
 
-    /// How many updates had begun on the leader when this rank's group was formed: what comes of those belongs to
-    /// another group.
+    /// How many updates had begun on the leader: until now on the leader itself, until the last gather on a member.
+    /// Messages of those belong to an earlier group.
     pub(crate) fn updates(&self) -> u64 {
         self.inner.shared.read(|_, side| match side {
             Side::Leader(group) => group.updates,
@@ -233,9 +234,9 @@ impl ControlPlane {
         })
     }
 
-    /// Opens a channel. Opened again, it is the same one; it stays open as long as the control plane.
+    /// Opens a channel, which stays open as long as the control plane. Opening it again gives the same channel.
     ///
-    /// It hears of ranks that come and go from then on: who has to hear of all of them opens it before the first
+    /// From then on the channel gets the events of ranks that come and go. To get all of them, open it before the first
     /// [`gather`](Self::gather).
     pub fn channel(&self, id: ChannelId) -> Channel {
         self.inner.shared.read(|mailbox, _| mailbox.open(id));
@@ -260,7 +261,7 @@ impl ControlPlane {
         })
     }
 
-    /// Queues the same message for several ranks. Those that it could not be queued for, and why.
+    /// Queues the same message for several ranks. Returns the ranks that it could not be queued for, and why.
     pub(crate) fn send_all(
         &self,
         channel: ChannelId,
@@ -275,7 +276,7 @@ impl ControlPlane {
         })
     }
 
-    /// On the leader: ends the connection to a rank that breaks the rules of what is spoken over the control
+    /// On the leader: ends the connection to a rank, for example one that breaks a protocol that runs over the control
     /// plane. The rank is [lost](Event::Lost) for this reason, and may join again.
     ///
     /// # Errors
@@ -288,8 +289,8 @@ impl ControlPlane {
         })
     }
 
-    /// On the leader: how long nothing was heard of a rank although its heartbeats were due, two of them or more; zero
-    /// while they come. `None` for a rank that there is no connection to, and on a member.
+    /// On the leader: how long a rank has been silent, if two heartbeats or more are missing; else zero. `None` for a rank
+    /// without a connection, and on a member.
     pub fn silence(&self, rank: Rank) -> Option<Duration> {
         self.inner.shared.read(|_, side| match side {
             Side::Leader(group) => group.link(rank).ok().map(Link::silence),
@@ -321,7 +322,7 @@ impl ControlPlane {
         let taken = self.wait(deadline, |mailbox, side| match take(mailbox) {
             Some((taken, told)) => {
                 for (from, bytes) in told {
-                    // One that is gone needs no telling.
+                    // A sender that is gone need not know.
                     if let Some(link) = side.link_mut(from) {
                         link.signal(Signal::Read { bytes });
                     }
@@ -333,8 +334,8 @@ impl ControlPlane {
         taken.await.transpose()
     }
 
-    /// Leaves the group: says goodbye, writes what was queued and ends the thread, within the
-    /// heartbeat timeout. Waits of clones end with an error.
+    /// Leaves the group: writes what was queued, says goodbye and ends the thread, within the
+    /// heartbeat timeout. The waits of clones end with an error.
     ///
     /// # Cancel safety
     ///
@@ -355,7 +356,7 @@ impl ControlPlane {
                 format!("its thread did not end within {grace:?}"),
             ));
         }
-        // It has nothing left to do but return.
+        // The thread only has to return now, so `join` does not block.
         if let Some(thread) = thread
             && thread.join().is_err()
         {
@@ -366,7 +367,7 @@ impl ControlPlane {
 }
 
 impl ControlPlane {
-    /// Starts the thread, and waits until `main` found its place in the group.
+    /// Starts the thread, and waits until `main` has joined the group.
     async fn start<M>(config: ControlConfig, main: M) -> Result<Self>
     where
         M: AsyncFnOnce(Arc<ControlConfig>, CancellationToken, Ready) + Send + 'static,
@@ -403,7 +404,7 @@ impl ControlPlane {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Takes part in something with other ranks, until it ends or the deadline.
+    /// Makes a call with other ranks, and waits for its outcome until the deadline.
     async fn call(
         &self,
         operation: &str,
@@ -428,7 +429,7 @@ impl ControlPlane {
         under_way.withdraw();
         let missing = match self.wait(LAST_WORDS, outcome).await {
             Some(Ok(Outcome::Missing(missing))) => missing,
-            // It ended in the last moment, and the other ranks believe so too.
+            // The call ended at the last moment, also for the other ranks.
             Some(result) => return result,
             None => vec![Rank::LEADER],
         };
@@ -481,7 +482,7 @@ impl ControlPlane {
         let shared = &self.inner.shared;
         let waiting = async {
             loop {
-                // Made before the look, so that no change between the two is missed.
+                // Created before the look, so that no change between the two is missed.
                 let changed = shared.changed.notified();
                 if let Some(found) = shared.read(&mut ready) {
                     return found;
@@ -510,7 +511,7 @@ impl Drop for Inner {
     }
 }
 
-/// What the thread hands to the handle.
+/// What the thread gives to the handle.
 struct Place {
     shared: Arc<Shared>,
     address: Address,
@@ -560,7 +561,7 @@ impl UnderWay<'_> {
 
 impl Drop for UnderWay<'_> {
     fn drop(&mut self) {
-        // Forgotten first: the answer to a withdrawal would have no reader.
+        // Removed before the withdrawal, because nobody reads its answer.
         let slot = self
             .shared
             .read(|mailbox, _| (mailbox.calls.remove(&self.id), mailbox.ended.is_some()));
@@ -570,7 +571,7 @@ impl Drop for UnderWay<'_> {
     }
 }
 
-/// The thread's runtime, whose clock also times the waits of handles on foreign executors.
+/// The thread's runtime. Its clock also times the waits of handles on other executors.
 #[derive(Debug)]
 struct Timers {
     runtime: Option<Runtime>,
@@ -582,11 +583,11 @@ impl Timers {
         Ok(Self { runtime: Some(runtime) })
     }
 
-    /// The future's value; `None` when the deadline passes first. After the thread ended nothing
-    /// drives the clock, so the future itself has to end then.
+    /// The future's value; `None` when the deadline passes first. After the thread has ended, nothing
+    /// drives the clock, so the future has to end by itself.
     async fn within<T>(&self, deadline: Duration, future: impl Future<Output = T>) -> Option<T> {
         if deadline.is_zero() {
-            // A timer, even one of no time, waits for the clock's next tick.
+            // Even a timer of zero waits for the clock's next tick.
             return future.now_or_never();
         }
         let timed = {
@@ -599,7 +600,7 @@ impl Timers {
 
 impl Drop for Timers {
     fn drop(&mut self) {
-        // The last handle may go on an executor's thread, where an ordinary drop would panic.
+        // The last handle may be dropped on an executor's thread, where an ordinary drop of a runtime panics.
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }

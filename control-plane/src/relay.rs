@@ -19,16 +19,17 @@ use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result};
 
 /// Carries the traffic of many ranks on one connection to the leader, or to another relay.
 ///
-/// Ranks join at its address as they would at the leader's, and notice nothing. What the leader says to several of them
-/// crosses its connection once, and what several of them say alike as well: the leader's work for a bucket is that of its
-/// connections, not of its rollouts. One on each host is a good place; relays behind relays make a tree.
+/// Ranks join at its address as they would at the leader's, and notice no difference. A message of the leader to
+/// several of them crosses the leader's connection once, and so does the same message from several of them. So the
+/// leader's work for a bucket grows with its connections, not with its rollouts. One relay on each host is a good
+/// choice. Relays behind relays make a tree.
 ///
-/// It is on a thread of its own. Dropping it ends the connections of its ranks; [`close`](Self::close) waits for that.
+/// It runs on a thread of its own. Dropping it ends the connections of its ranks. [`close`](Self::close) waits for that.
 ///
 /// # Contract
 ///
-/// Ranks of a relay that is gone are lost, and may join again: at another one, or at the leader. The relay has the
-/// group's token, so its process sees what they say.
+/// The ranks of a relay that is gone are lost, and may join again at another relay or at the leader. The relay has the
+/// group's token, so its process can read all messages of its ranks.
 ///
 /// # Examples
 ///
@@ -65,12 +66,12 @@ impl Relay {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future ends it again.
+    /// Dropping the future ends the relay again.
     ///
     /// # Errors
     ///
-    /// `Config` when the configuration cannot be used, `Io` when it cannot listen, `Timeout` when no leader answers,
-    /// `Authentication` when the tokens differ, `Protocol` when the leader speaks another version.
+    /// `Config` when the configuration cannot be used, `Io` when the relay cannot listen, `Timeout` when no leader
+    /// answers, `Authentication` when the tokens differ, `Protocol` when the leader speaks another version.
     pub async fn start(config: ControlConfig, at: Address) -> Result<Self> {
         config.validate()?;
         let operation = "starting a relay";
@@ -115,8 +116,8 @@ impl Relay {
         &self.address
     }
 
-    /// Waits until the relay has ended, and says why: `TrainerLeft` when the leader has left in order, `PeerLost` when it
-    /// was lost, `State` when this side has closed it.
+    /// Waits until the relay has ended, and returns the reason: `TrainerLeft` when the leader has left in order,
+    /// `PeerLost` when the leader was lost, `State` when this side has closed the relay.
     ///
     /// # Cancel safety
     ///
@@ -126,7 +127,7 @@ impl Relay {
         self.end.get().cloned().map_or_else(closed, Error::from)
     }
 
-    /// Ends the connections of its ranks, and waits for that.
+    /// Ends the connections of the relay's ranks, and waits for that.
     ///
     /// # Cancel safety
     ///
@@ -134,11 +135,11 @@ impl Relay {
     ///
     /// # Errors
     ///
-    /// `State` if its thread has panicked.
+    /// `State` if the relay's thread has panicked.
     pub async fn close(mut self) -> Result<()> {
         self.stop.cancel();
         self.finished.cancelled().await;
-        // It has nothing left to do but return.
+        // The thread only has to return now, so `join` does not block.
         match self.thread.take().map(JoinHandle::join) {
             Some(Err(_)) => {
                 Err(Error::new(ErrorKind::State, "closing a relay", "its thread panicked"))
@@ -182,7 +183,7 @@ async fn prepare(
     Ok((listener, address, way, traffic))
 }
 
-/// What is carried: the seats on the connection upwards, and the ways down to those who have them.
+/// The connection upwards, its seats, and the link down to the rank in each seat.
 struct Carried {
     up: Link,
     seats: Mutex<Seats>,
@@ -190,7 +191,7 @@ struct Carried {
 
 #[derive(Default)]
 struct Seats {
-    /// No seat is given twice.
+    /// The next free seat. No seat is given twice.
     next: u32,
     down: BTreeMap<u32, Arc<Link>>,
     /// The connections of relays behind this one.
@@ -199,11 +200,11 @@ struct Seats {
 
 impl Carried {
     fn lock(&self) -> MutexGuard<'_, Seats> {
-        // Each change leaves it whole.
+        // Each change leaves the seats consistent.
         self.seats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A seat for one who is reached by a link.
+    /// Gives a seat to the rank behind a link.
     fn seat(&self, link: Arc<Link>) -> u32 {
         let mut seats = self.lock();
         let seat = seats.next;
@@ -212,23 +213,23 @@ impl Carried {
         seat
     }
 
-    /// Says something upwards for the one who has a seat.
+    /// Sends a frame upwards for the rank in a seat.
     fn say(&self, seat: u32, frame: Frame) {
         self.up.tell_by(&self.up.outbox.of_seat(seat), frame);
     }
 
-    /// The one who has a seat is gone. It is told once, whichever side has ended it.
+    /// The rank in a seat is gone. Its farewell goes upwards once, whichever side ended the connection.
     fn leave(&self, seat: u32, farewell: Signal) {
         if self.lock().down.remove(&seat).is_some() {
             self.say(seat, Frame::Signal(farewell));
         }
     }
 
-    /// Passes on what came from above.
+    /// Passes a frame from above on to seats.
     fn pass_down(&self, seats: &[u32], frame: &Frame, own: Terms) {
         let frame = match frame {
             Frame::Signal(Signal::Welcome { rank, terms, unread }) => {
-                // It is this side that the rank hears from.
+                // The rank hears from this relay, so the relay's own terms count.
                 let terms = Terms { max_frame: own.max_frame.min(terms.max_frame), ..own };
                 &Frame::Signal(Signal::Welcome { rank: *rank, terms, unread: unread.clone() })
             }
@@ -237,7 +238,7 @@ impl Carried {
         let last = Signal::is_last;
         let is_last = matches!(frame, Frame::Signal(signal) if last(signal));
         let mut table = self.lock();
-        // Seats that share a connection get it once.
+        // Seats that share a connection get the frame once.
         let mut relays = BTreeMap::<_, (Arc<Link>, Vec<u32>)>::new();
         for seat in seats {
             let found = match is_last {
@@ -259,7 +260,7 @@ impl Carried {
         }
     }
 
-    /// Says upwards of whom nothing was heard for long. Relays behind this one say it themselves.
+    /// Reports upwards which ranks are silent. Relays behind this one report their own.
     fn say_who_is_silent(&self) {
         let table = self.lock();
         let of_here = table.down.iter().filter(|(_, link)| link.outbox.seat().is_none());
@@ -270,7 +271,7 @@ impl Carried {
         }
     }
 
-    /// Tells everyone below that there is no connection any more, and why.
+    /// Tells everyone below that the connection has ended, and why.
     fn dissolve(&self, farewell: &Signal) {
         let Seats { down, relays, .. } = std::mem::take(&mut *self.lock());
         for link in down.into_values() {
@@ -291,7 +292,7 @@ fn farewell(end: End) -> Signal {
     }
 }
 
-/// Carries until the connection upwards ends, or `stop`; why it has ended.
+/// Carries frames until the connection upwards ends, or until `stop`. Returns the reason.
 async fn carry(
     listener: Listener,
     up: Link,
@@ -339,7 +340,7 @@ async fn carry(
                 let error = Error::new(ErrorKind::PeerLost, "relaying", "the relay has closed");
                 carried.dissolve(&farewell(End::Lost(error)));
                 carried.up.signal(Signal::Goodbye);
-                // It ends as soon as the other side has heard that.
+                // The conversation ends as soon as the other side has read the goodbye.
                 if timeout(config.heartbeat_timeout, conversation).await.is_err() {
                     tracing::debug!("the leader did not close its connection; it is cut");
                 }
@@ -371,7 +372,7 @@ async fn carry(
     why
 }
 
-/// The traffic with a rank, until it ends.
+/// Carries the traffic of a rank until its connection ends.
 async fn attend(mut wire: Wire, who: Introduction, carried: &Carried, config: &ControlConfig) {
     let terms = who.terms;
     if let Err(error) = acceptable(terms) {
@@ -386,7 +387,7 @@ async fn attend(mut wire: Wire, who: Introduction, carried: &Carried, config: &C
         Frame::Message { .. }
         | Frame::Signal(Signal::Read { .. } | Signal::Call { .. } | Signal::Withdraw { .. }) => {
             if carried.up.outbox.is_crowded() {
-                // Rather one rank that says too much than all ranks.
+                // Better to lose one rank that says too much than all ranks.
                 let message = "its relay has no room for what it says: its connection ends";
                 return Err(Error::new(ErrorKind::Resource, "relaying a message", message));
             }
@@ -398,7 +399,7 @@ async fn attend(mut wire: Wire, who: Introduction, carried: &Carried, config: &C
     carried.leave(seat, farewell(end.await));
 }
 
-/// The traffic with a relay behind this one, until it ends.
+/// Carries the traffic of a relay behind this one until its connection ends.
 async fn attend_relay(mut wire: Wire, terms: Terms, carried: &Carried, config: &ControlConfig) {
     if let Err(error) = acceptable(terms) {
         let error = refuse(&mut wire, error).await;

@@ -1,14 +1,14 @@
-//! What makes a connection private: a Noise handshake with the token as pre-shared key, and the records
+//! The encryption of a connection: a Noise handshake with the token as pre-shared key, and the records
 //! that carry everything after it.
 //!
-//! The pattern is `NNpsk0` of the Noise protocol framework (revision 34, sections 7.4 and 9): both sides
-//! make a key for this connection alone, and mix the token's key in before anything is said. So a
-//! stranger learns nothing, a recording is worth nothing later, and whatever was changed, repeated, left
-//! out or put in another order on the way does not open. The program's greeting is the prologue: both
-//! sides saw the same version.
+//! The pattern is `NNpsk0` of the Noise protocol framework (revision 34, sections 7.4 and 9). Both sides
+//! make a key for this connection alone, and mix in the token's key before anything is said. So a
+//! stranger learns nothing, and a recording cannot be decrypted later. A record that was changed, repeated,
+//! left out or reordered on the way is refused. The prologue is the program's greeting, which makes sure that
+//! both sides have the same version.
 //!
-//! A record is a big-endian `u16` length and that many bytes of ciphertext, 16 of them its tag. Records
-//! know nothing of frames: they carry pieces of one stream of bytes in each direction.
+//! A record is a big-endian `u16` length and that many bytes of ciphertext, the last 16 of them its tag. Records
+//! do not follow frames: in each direction they carry pieces of one stream of bytes.
 
 use std::sync::Arc;
 
@@ -59,7 +59,7 @@ impl Handshake {
         Ok(message)
     }
 
-    /// Whether the other side's message is one of somebody who knows the token.
+    /// Takes in the other side's message. Returns whether its author knows the token.
     pub(super) fn hear(&mut self, message: &[u8]) -> bool {
         let mut nothing = [0; HANDSHAKE];
         self.0.read_message(message, &mut nothing).is_ok()
@@ -73,10 +73,10 @@ impl Handshake {
     }
 }
 
-/// Seals what this side writes.
+/// Encrypts what this side writes.
 pub(super) struct Sealer {
     keys: Arc<StatelessTransportState>,
-    /// The number of the next record: the other side counts as well, so it does not travel.
+    /// The number of the next record. It does not travel, because the other side counts as well.
     next: u64,
 }
 
@@ -97,14 +97,14 @@ impl Sealer {
     }
 }
 
-/// Opens what the other side wrote.
+/// Decrypts what the other side wrote.
 pub(super) struct Opener {
     keys: Arc<StatelessTransportState>,
     next: u64,
 }
 
 impl Opener {
-    /// Moves the records that have arrived whole from `sealed` to the end of `out`.
+    /// Decrypts the complete records of `sealed` to the end of `out`, and removes them from `sealed`.
     pub(super) fn open(&mut self, sealed: &mut BytesMut, out: &mut BytesMut) -> Result<()> {
         while let Some(length) = sealed.first_chunk::<2>() {
             let length = usize::from(u16::from_be_bytes(*length));

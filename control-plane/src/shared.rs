@@ -23,7 +23,7 @@ pub(super) enum Side {
 }
 
 impl Side {
-    /// The way to a rank; `None` if there is none.
+    /// The link to a rank; `None` if there is none.
     pub(super) fn link_mut(&mut self, to: Rank) -> Option<&mut Link> {
         match self {
             Self::Leader(group) => group.link_mut(to).ok(),
@@ -37,7 +37,7 @@ impl Shared {
     pub(super) fn new(side: Side, bound: usize) -> Self {
         let updates = match side {
             Side::Leader(_) => bound,
-            // The leader is believed: rollouts do not read while they generate.
+            // Not bounded: the leader is trusted, and rollouts do not read while they generate.
             Side::Member(_) => usize::MAX,
         };
         let mailbox = Mailbox::new(Bounds { updates, others: bound });
@@ -46,14 +46,14 @@ impl Shared {
     }
 
     pub(super) fn read<T>(&self, f: impl FnOnce(&mut Mailbox, &mut Side) -> T) -> T {
-        // A panic of another thread cannot leave the state half-changed in a way that matters
-        // more than going on: its link ends, and its peer is lost.
+        // After a panic elsewhere, going on is better than stopping: at worst one link ends and its
+        // peer is lost.
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let (mailbox, side) = &mut *state;
         f(mailbox, side)
     }
 
-    /// As `read`, and wakes what waits for a change.
+    /// As `read`, and wakes all waits for a change.
     pub(super) fn update<T>(&self, f: impl FnOnce(&mut Mailbox, &mut Side) -> T) -> T {
         let result = self.read(f);
         self.changed.notify_waiters();
@@ -67,7 +67,7 @@ impl Shared {
             match side {
                 Side::Leader(group) => group.dissolve(),
                 Side::Member(membership) => {
-                    // The replacement's receiver is gone, so the real outbox closes here.
+                    // A replacement without a receiver, because closing consumes the outbox.
                     let (nowhere, _) = Outbox::new(0);
                     let outbox = std::mem::replace(&mut membership.leader.outbox, nowhere);
                     if outbox.close_with(Frame::Signal(Signal::Goodbye)).is_err() {

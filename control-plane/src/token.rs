@@ -14,8 +14,8 @@ use engine_core::{Error, ErrorKind, Result};
 
 /// The secret that every rank of a group knows.
 ///
-/// It never travels: both sides of a connection prove that they know it, and what they say afterwards is
-/// encrypted with keys of this connection alone, so that a recording stays secret if the token becomes known.
+/// It never travels. Both sides of a connection prove that they know it. What they say afterwards is encrypted with
+/// keys of that connection alone, so a recording stays secret even if the token becomes known later.
 #[derive(Clone)]
 pub struct Token(Arc<[u8]>);
 
@@ -25,7 +25,7 @@ impl Token {
     /// The longest secret that is accepted, in bytes.
     pub const MAX_BYTES: usize = 4096;
 
-    /// A secret that the caller brings.
+    /// A secret from the caller.
     ///
     /// # Errors
     ///
@@ -57,18 +57,18 @@ impl Token {
         Self::new(hex.as_bytes())
     }
 
-    /// Reads the secret from a file; white space at the end of it does not count.
+    /// Reads the secret from a file, without white space at its end.
     ///
     /// # Errors
     ///
-    /// `Config` when others than its owner can read or write the file, or when its length is not
-    /// acceptable; `Io` when it cannot be read.
+    /// `Config` when others than its owner have any access to the file, or when the secret has a length that
+    /// [`new`](Self::new) refuses; `Io` when the file cannot be read.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let operation = format!("reading the token file {}", path.display());
         let failed = |error| Error::io(operation.clone(), error);
         let file = File::open(path).map_err(failed)?;
-        // The open file's mode, not the path's: the two may differ by the time it is read.
+        // The mode of the open file, not of the path: another file may be there by now.
         let mode = file.metadata().map_err(failed)?.mode();
         if mode & 0o077 != 0 {
             return Err(Error::new(
@@ -107,8 +107,8 @@ impl Token {
         Ok(token)
     }
 
-    /// The secret itself, to hand it to a process that joins the group: on its standard input or in a file
-    /// that only its owner can read, never on a command line or in a log.
+    /// The secret itself, to hand it to a process that joins the group. Use the standard input of that process, or a file
+    /// that only its owner can read. Never put it on a command line or into a log.
     pub fn expose(&self) -> &[u8] {
         &self.0
     }

@@ -1,10 +1,13 @@
 //! Frames, and how they cross a socket.
 //!
-//! A frame is a big-endian `u32` length and that many bytes: a kind, then the rest. The rest of a
-//! message is the number of its channel, a big-endian `u16`, and the caller's body as it is. That of a reply is the number
-//! of its call, a big-endian `u64`, and the outcome. That of a carried frame is the list of its seats in postcard, and the
-//! frame, without its length. The rest of everything else is a [`Signal`] in postcard. The
-//! first frame of each side crosses the socket as it is, all others in sealed records.
+//! A frame is a big-endian `u32` length and that many bytes. The first byte is the kind. What follows depends on it:
+//!
+//! - A message: the number of its channel, a big-endian `u16`, and the unchanged body of the caller.
+//! - A reply: the number of its call, a big-endian `u64`, and the outcome.
+//! - A carried frame: the list of its seats in postcard, and the frame without its length.
+//! - A signal: a [`Signal`] in postcard.
+//!
+//! The first frame of each side crosses the socket as it is, all others in sealed records.
 
 use std::io;
 use std::pin::Pin;
@@ -23,18 +26,18 @@ use crate::{ChannelId, Peer, Role};
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result};
 
 pub(super) const MAGIC: [u8; 8] = *b"ckpt-eng";
-/// The longest frame of a peer that has not authenticated itself.
+/// The longest frame that is accepted from a peer before its authentication.
 pub(super) const HANDSHAKE_FRAME: usize = 1024;
-/// The room that a frame needs beyond a body it carries.
+/// The room that a frame needs beyond its body.
 pub(super) const FRAME_OVERHEAD: usize = 64;
 
 const MESSAGE: u8 = 0;
 const SIGNAL: u8 = 1;
 const REPLY: u8 = 2;
 const CARRIED: u8 = 3;
-/// How much is read or gathered for writing at once.
+/// The bytes that are read, or gathered for writing, at once.
 const CHUNK: usize = 64 * 1024;
-/// How much of a long body is copied for a connection at once: what many ranks are sent is in memory once.
+/// The bytes of a long body that are copied for a connection at once. The body itself is shared by all connections.
 const PIECE: usize = 16 * 1024;
 /// The room that the seats of a carried frame need, at most.
 pub(super) const SEATS_ROOM: usize = 64 * 1024;
@@ -43,7 +46,7 @@ pub(super) const SEATS: usize = 8 * 1024;
 
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Frame {
-    /// Bytes of the one who uses the channel, which no serialiser touches.
+    /// The bytes of the channel's user, which no serialiser touches.
     Message {
         channel: ChannelId,
         body: Bytes,
@@ -54,13 +57,15 @@ pub(super) enum Frame {
         id: u64,
         outcome: Bytes,
     },
-    /// The same frame of several ranks, or for them, on the connection of the relay that they are connected to.
+    /// The same frame from or for several ranks, on the connection of their relay.
     Carried {
         seats: Vec<u32>,
         frame: Box<Self>,
     },
 }
 
+/// A message of the control plane itself.
+///
 /// `Hello` and `Refused` keep their place and shape in every version of the protocol, so that any
 /// two versions can tell each other that they differ.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -73,7 +78,7 @@ pub(super) enum Signal {
     Welcome {
         rank: Rank,
         terms: Terms,
-        /// The bytes that a process which had the rank before has sent and nobody has read yet.
+        /// The unread bytes, by channel, of the process that had the rank before.
         unread: Vec<(ChannelId, u64)>,
     },
     Call {
@@ -85,26 +90,26 @@ pub(super) enum Signal {
     },
     Heartbeat,
     Goodbye,
-    /// So many bytes of the receiver's messages on these channels were read.
+    /// How many bytes of the receiver's messages were read, by channel.
     Read {
         bytes: Vec<(ChannelId, u64)>,
     },
-    /// A relay introduces itself instead of a rank, and is answered by the same.
+    /// A relay introduces itself. The answer is another `Relay`.
     Relay(Terms),
     /// From a relay: the connection of a rank has ended, for this reason. To a relay: end it.
     Lost(ErrorReport),
-    /// From a relay: for so long nothing was heard of a rank, although its heartbeats were due.
+    /// From a relay: how long nothing was heard of a rank, although its heartbeats were due.
     Silent(Duration),
 }
 
 impl Signal {
-    /// Whether nothing of a seat follows it.
+    /// Whether it is the last frame of a seat.
     pub(super) fn is_last(&self) -> bool {
         matches!(self, Self::Refused(_) | Self::Goodbye | Self::Lost(_))
     }
 }
 
-/// The first frame: what every version understands, and a body that only the same version does (the first
+/// The first frame: fields that every version understands, and a body that only the same version does (the first
 /// message of the Noise handshake).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Hello {
@@ -120,18 +125,18 @@ pub(super) struct Introduction {
     pub(super) terms: Terms,
 }
 
-/// What a side demands of the other one.
+/// What a side demands of the other side.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Terms {
     /// The longest frame that it accepts.
     pub(super) max_frame: u32,
-    /// How often it says something itself, if the other side does not need it more often.
+    /// How often it sends a heartbeat, unless the other side needs them more often.
     pub(super) heartbeat_interval: Duration,
     /// The silence after which it gives the other side up.
     pub(super) heartbeat_timeout: Duration,
 }
 
-/// Something that ends when other ranks take part too.
+/// An operation that ends when other ranks take part too.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum Call {
     /// Members may leave the size to the leader.
@@ -153,13 +158,13 @@ pub(super) enum Outcome {
         updates: u64,
     },
     Passed,
-    /// It was withdrawn while these ranks were missing.
+    /// The call was withdrawn while these ranks were missing.
     Missing(Vec<Rank>),
     Failed(ErrorReport),
 }
 
 impl Frame {
-    /// The bytes of memory that it takes while it waits, about.
+    /// The approximate number of bytes that it takes while it waits.
     pub(super) fn cost(&self) -> usize {
         let body = match self {
             Self::Message { body, .. } | Self::Reply { outcome: body, .. } => body.len(),
@@ -181,7 +186,7 @@ impl Frame {
         Ok(Self::Carried { seats, frame: Box::new(Self::decode_plain(bytes)?) })
     }
 
-    /// Any frame but a carried one: these do not nest.
+    /// Decodes any frame but a carried one, because carried frames do not nest.
     fn decode_plain(mut bytes: BytesMut) -> Result<Self> {
         match bytes.first() {
             Some(&MESSAGE) => {
@@ -201,7 +206,7 @@ impl Frame {
         }
     }
 
-    /// Writes the frame but for its body, which is shared and not copied.
+    /// Writes the frame without its length and its body. Returns the body, which is shared, not copied.
     fn put(&self, out: &mut BytesMut) -> Result<Bytes> {
         match self {
             Self::Message { channel, body } => {
@@ -227,7 +232,7 @@ impl Frame {
         }
     }
 
-    /// Writes the frame with its length but without its body, which is returned.
+    /// Writes the frame with its length but without its body. Returns the body.
     pub(super) fn encode_head(&self, out: &mut BytesMut) -> Result<Bytes> {
         let start = out.len();
         out.put_u32(0);
@@ -267,7 +272,7 @@ pub(super) fn malformed(why: impl Into<String>) -> Error {
     Error::new(ErrorKind::Protocol, "reading a frame", why)
 }
 
-/// A frame where another one was due.
+/// The error for a frame that was not expected.
 pub(super) fn unexpected(frame: &Frame) -> Error {
     malformed(match frame {
         Frame::Message { .. } => "a message was not due".to_owned(),
@@ -287,7 +292,7 @@ pub(super) struct Wire {
     pub(super) writer: FrameWriter,
 }
 
-/// When bytes of a peer came last.
+/// When bytes of a peer came last. Clones share the time.
 #[derive(Clone, Debug)]
 pub(super) struct Heard(Arc<Mutex<Instant>>);
 
@@ -307,11 +312,11 @@ impl Heard {
     }
 }
 
-/// What crossed the connections of a control plane so far, both ways.
+/// The traffic over the connections of a control plane so far, both ways.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct TrafficCounts {
-    /// Frames: messages, and what the control plane says itself.
+    /// Frames: messages, and frames of the control plane itself.
     pub frames_sent: u64,
     /// As `frames_sent`, the other way.
     pub frames_received: u64,
@@ -321,7 +326,7 @@ pub struct TrafficCounts {
     pub bytes_received: u64,
 }
 
-/// Counts what crosses connections. The numbers are read for reports only, so their order does not matter.
+/// Counts the traffic over connections. Relaxed order suffices, because the numbers are only reported.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
     frames_sent: AtomicU64,
@@ -350,9 +355,9 @@ pub(super) struct FrameReader {
     pub(super) heard: Heard,
     counters: Arc<Counters>,
     io: Pin<Box<dyn AsyncRead + Send>>,
-    /// Frames, or the beginning of one.
+    /// Decrypted frames, or the beginning of one.
     buffer: BytesMut,
-    /// Records, or the beginning of one.
+    /// Encrypted records, or the beginning of one.
     sealed: BytesMut,
     opener: Option<Opener>,
     codec: LengthDelimitedCodec,
@@ -362,7 +367,7 @@ pub(super) struct FrameWriter {
     counters: Arc<Counters>,
     io: Pin<Box<dyn AsyncWrite + Send>>,
     buffer: BytesMut,
-    /// What follows the buffer: the rest of a long body.
+    /// The rest of a long body, to be written after the buffer.
     rest: Bytes,
     sealed: BytesMut,
     sealer: Option<Sealer>,
@@ -395,7 +400,7 @@ impl Wire {
         }
     }
 
-    /// Counts what crosses it from here on.
+    /// Counts its traffic from here on.
     pub(super) fn count(&mut self, counters: &Arc<Counters>) {
         self.reader.counters = Arc::clone(counters);
         self.writer.counters = Arc::clone(counters);
@@ -404,7 +409,7 @@ impl Wire {
     /// Encrypts both directions from here on.
     pub(super) fn seal(&mut self, handshake: Handshake) -> Result<()> {
         let (sealer, opener) = handshake.finish()?;
-        // What came behind the last frame of the handshake is sealed already.
+        // Bytes that came after the last frame of the handshake are encrypted already.
         self.reader.sealed = self.reader.buffer.split();
         (self.writer.sealer, self.reader.opener) = (Some(sealer), Some(opener));
         self.reader.unseal()
@@ -416,11 +421,11 @@ impl FrameReader {
         self.codec.set_max_frame_length(bytes);
     }
 
-    /// The next frame; `None` when the peer closed the connection between two frames. A silence of
-    /// `patience` is a timeout; slow bytes of a large frame are not.
+    /// The next frame; `None` when the peer closed the connection between two frames. It is a timeout if no byte
+    /// comes for `patience`. A large frame may take longer.
     pub(super) async fn next(&mut self, patience: Duration) -> Result<Option<Frame>> {
         loop {
-            // The codec compares the length with its limit before it reserves room for the frame.
+            // The codec checks the length against its limit before it reserves room for the frame.
             match self.codec.decode(&mut self.buffer) {
                 Ok(Some(bytes)) => {
                     count(&self.counters.frames_received, 1);
@@ -466,7 +471,7 @@ impl FrameReader {
 }
 
 impl FrameWriter {
-    /// Adds a frame to what the next flush writes; says whether that has to come before the next frame.
+    /// Adds a frame to the next flush. Returns whether that has to come before the next frame is added.
     pub(super) fn push(&mut self, frame: &Frame) -> Result<bool> {
         debug_assert!(self.rest.is_empty(), "a long body was not flushed");
         let body = frame.encode_head(&mut self.buffer)?;
@@ -479,7 +484,7 @@ impl FrameWriter {
         Ok(!self.rest.is_empty() || self.buffer.len() >= CHUNK)
     }
 
-    /// Writes what was pushed. A peer that accepts nothing for `patience` is a timeout.
+    /// Writes what was pushed. It is a timeout if the peer accepts no byte for `patience`.
     pub(super) async fn flush(&mut self, patience: Duration) -> Result<()> {
         loop {
             if self.buffer.is_empty() && !self.rest.is_empty() {
@@ -504,7 +509,7 @@ impl FrameWriter {
                 Err(_) => return Err(silent("writing a frame", patience)),
             }
         }
-        // There is one of each connection.
+        // Every connection has these buffers, so large ones are not kept.
         for buffer in [&mut self.buffer, &mut self.sealed] {
             if buffer.capacity() > PIECE {
                 *buffer = BytesMut::new();
@@ -601,8 +606,8 @@ mod tests {
         assert!(bytes.is_empty());
     }
 
-    /// Ranks of two builds must not take each other's frames for other ones: where this fails, the version of the
-    /// protocol has to become another as well.
+    /// Ranks of two builds must not decode each other's frames as different ones. Whoever changes the encoding has to
+    /// change `PROTOCOL_VERSION` too.
     #[test]
     fn frames_are_encoded_as_this_protocol_version_encodes_them() {
         let encoded = |frame: Frame| {
@@ -641,7 +646,7 @@ mod tests {
         assert_eq!(Frame::decode(bytes).unwrap_err().kind(), ErrorKind::Protocol);
     }
 
-    /// What any peer could send: every decoder answers with a value or a `Protocol` error.
+    /// Gives bytes of an arbitrary peer to every decoder, which must return a value or a `Protocol` error.
     fn feed(bytes: &[u8]) {
         let refused = |error: Error| assert_eq!(error.kind(), ErrorKind::Protocol);
         let _frame = Frame::decode(BytesMut::from(bytes)).map_err(refused);

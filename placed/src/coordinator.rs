@@ -1,5 +1,5 @@
-//! What the leading trainer decides in a placed update: who may go on to what, and when it has failed. Without IO: it is told
-//! the time.
+//! The decisions of the leading trainer in a placed update: when ranks go on to the next stage, and when the update has
+//! failed. No IO and no clock: it is told the time.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::message::{Declared, Digest, ToLeader, ToMember};
 
-/// What is to be done next, in this order.
+/// Something for the loop to do. Acts are done in their order.
 #[derive(Debug)]
 pub(crate) enum Act {
     Send(Rank, ToMember),
@@ -24,15 +24,15 @@ pub(crate) enum Act {
 #[derive(Debug)]
 pub(crate) struct Committed {
     pub(crate) receivers: Vec<ReceiverReport>,
-    /// Bytes that trainers read.
+    /// The bytes of weights that trainers have written from.
     pub(crate) source_bytes: u64,
-    /// Bytes that rollouts verified.
+    /// The bytes that rollouts have verified.
     pub(crate) bytes: u64,
-    /// Whether all ranks knew what all declare.
+    /// Whether all ranks knew all declarations already.
     pub(crate) plan_reused: bool,
 }
 
-/// What all ranks are waited for with.
+/// What the leader waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Enter,
@@ -60,12 +60,12 @@ impl Stage {
     }
 }
 
-/// The leader's machine.
+/// The leader's state machine.
 #[derive(Debug)]
 pub(crate) struct Coordinator {
     deadline: Duration,
     ranks: BTreeMap<Rank, Role>,
-    /// What ranks declared last, by its digest.
+    /// The last declaration of each rank, with its digest.
     declared: BTreeMap<Rank, (Digest, Bytes)>,
     running: Option<Running>,
 }
@@ -77,9 +77,9 @@ struct Running {
     begun: Instant,
     stage: Stage,
     ranks: BTreeMap<Rank, Role>,
-    /// Who is waited for, and since when nothing was heard of its work.
+    /// The awaited ranks, and when each was heard last or its wait began.
     awaited: BTreeMap<Rank, Instant>,
-    /// The set of declarations that each rank knows.
+    /// The digest of the set of declarations that each rank knows.
     known: BTreeMap<Rank, Option<Digest>>,
     plan_reused: bool,
     plan: Option<(Rank, Digest)>,
@@ -91,7 +91,7 @@ struct Running {
     alive_at: Instant,
 }
 
-/// A digest of who declares what.
+/// The digest of a set of declarations, with their ranks and roles.
 pub(crate) fn set_of<'a>(declared: impl Iterator<Item = (Rank, Role, &'a Digest)>) -> Digest {
     let mut hash = Sha256::new();
     for (rank, role, digest) in declared {
@@ -107,7 +107,7 @@ pub(crate) fn digest_of(body: &[u8]) -> Digest {
 }
 
 impl Coordinator {
-    /// For these ranks, the leader among them.
+    /// A coordinator for these ranks, the leader among them.
     pub(crate) fn new(ranks: BTreeMap<Rank, Role>, deadline: Duration) -> Self {
         Self { deadline, ranks, declared: BTreeMap::new(), running: None }
     }
@@ -240,7 +240,7 @@ impl Coordinator {
         if running.awaited.is_empty() { self.go_on(now) } else { Vec::new() }
     }
 
-    /// All that were waited for are there.
+    /// All awaited ranks have answered: goes on to the next stage.
     fn go_on(&mut self, now: Instant) -> Vec<Act> {
         let Some(running) = &mut self.running else { return Vec::new() };
         let update = running.update;
@@ -308,7 +308,7 @@ impl Coordinator {
         acts
     }
 
-    /// The update has failed: every rank hears of it, with its first cause.
+    /// Fails the update, and tells every rank this first cause.
     pub(crate) fn fail(&mut self, error: Error) -> Vec<Act> {
         let Some(running) = self.running.take() else { return Vec::new() };
         let error = error.version(running.version);
@@ -329,14 +329,14 @@ impl Coordinator {
         self.running.iter().flat_map(|running| running.ranks.keys().copied()).collect()
     }
 
-    /// When it wants to be asked again.
+    /// When to [`tick`](Self::tick) if nothing else happens before.
     pub(crate) fn wakes_at(&self) -> Option<Instant> {
         let running = self.running.as_ref()?;
         let late = running.awaited.values().min().map(|since| *since + self.deadline);
         late.into_iter().chain([running.alive_at]).min()
     }
 
-    /// It is this late.
+    /// Time has passed.
     pub(crate) fn tick(&mut self, now: Instant) -> Vec<Act> {
         let Some(running) = &mut self.running else { return Vec::new() };
         let late = |(_, since): &(&Rank, &Instant)| now >= **since + self.deadline;

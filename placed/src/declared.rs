@@ -1,4 +1,4 @@
-//! What ranks say of themselves when they enter an update, and the plan that follows from it.
+//! What ranks declare when they enter an update, and the plan that follows from it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -19,29 +19,30 @@ const PLANNING: &str = "planning a placed update";
 /// A box that a rollout wants.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Wanted {
-    /// Name and full shape of the tensor, and the type that is wanted of it.
+    /// The name and the full shape of the tensor, and the wanted type.
     pub meta: TensorMeta,
-    /// The part that is wanted.
+    /// The wanted part.
     pub region: TensorBox,
-    /// How it is quantised, if it is: the type then is FP8, and the scales of all blocks that the box has a part of come with it.
+    /// The format, if the tensor is to be quantised. Then the type is FP8, and the scales of all blocks that the box
+    /// touches come with it.
     pub format: Option<Fp8Format>,
 }
 
 impl Wanted {
-    /// All of a tensor as the trainer has it.
+    /// All of a tensor, in the type that the trainer holds.
     pub fn whole(meta: TensorMeta) -> Self {
         let region = TensorBox::whole(&meta.shape);
         Self { meta, region, format: None }
     }
 
-    /// A part of it.
+    /// Only this part of it.
     #[must_use]
     pub fn part(mut self, region: TensorBox) -> Self {
         self.region = region;
         self
     }
 
-    /// In FP8.
+    /// Quantised to FP8 in this format.
     #[must_use]
     pub fn quantized(mut self, format: Fp8Format) -> Self {
         self.meta.dtype = DType::F8_E4M3;
@@ -53,7 +54,7 @@ impl Wanted {
         Error::new(kind, "checking what is wanted", message).tensor(&*self.meta.name)
     }
 
-    /// The sides of blocks; none without a format.
+    /// The sides of the blocks; empty without a format.
     pub(crate) fn granule(&self) -> Result<Vec<u64>> {
         let Some(format) = &self.format else { return Ok(Vec::new()) };
         let sides = self.meta.shape.iter().map(|&side| usize::try_from(side));
@@ -74,11 +75,11 @@ impl Wanted {
         Ok(granule)
     }
 
-    /// The scales that come with it, if it is quantised: name, type and full shape, and the part of them.
+    /// The scales that come with it, if it is quantised: their name, type and full shape, and the part that comes.
     ///
     /// # Errors
     ///
-    /// `Weight` and `Config`, naming the tensor, for a format that does not fit it or is not placed.
+    /// `Weight` and `Config`, which name the tensor, for a format that does not fit it or cannot be placed.
     pub fn scales(&self) -> Result<Option<(TensorMeta, TensorBox)>> {
         let Some(format) = &self.format else { return Ok(None) };
         let granule = self.granule()?;
@@ -88,7 +89,7 @@ impl Wanted {
         Ok(Some((TensorMeta::new(name, DType::F32, shape), self.region.in_granules(&granule))))
     }
 
-    /// Checks what comes from outside; the bytes of the box and of its scales.
+    /// Checks values that may come from another process. Returns the bytes of the box and of its scales.
     pub(crate) fn validate(&self) -> Result<(u64, u64)> {
         self.meta.validate()?;
         if !self.region.fits(&self.meta.shape) {
@@ -119,7 +120,7 @@ impl Wanted {
     }
 }
 
-/// Where a box is that a rollout lends.
+/// A box that a rollout lends, and where it is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Lent {
     pub(crate) wanted: Wanted,
@@ -136,14 +137,14 @@ pub(crate) struct Held {
     pub(crate) region: TensorBox,
 }
 
-/// What a rank says of itself.
+/// What a rank holds or wants.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) enum Declaration {
     Holds(Vec<Held>),
     Wants { tensors: Vec<Lent>, bytes: u64 },
 }
 
-/// Lays boxes out in memory, one behind the other; the bytes they take.
+/// Lays boxes out in memory, one behind the other. Returns also the bytes that they take.
 pub(crate) fn lay_out(wanted: Vec<Wanted>) -> Result<(Vec<Lent>, u64)> {
     let mut end = 0_u64;
     let too_large =
@@ -161,7 +162,7 @@ pub(crate) fn lay_out(wanted: Vec<Wanted>) -> Result<(Vec<Lent>, u64)> {
     Ok((lent, end))
 }
 
-/// Refuses what lies outside of the memory or overlaps there.
+/// Refuses tensors that lie outside of the memory or overlap in it.
 fn check_places(tensors: &[Lent], bytes: u64) -> Result<()> {
     let mut places = Vec::with_capacity(tensors.len() * 2);
     for lent in tensors {
@@ -182,7 +183,7 @@ fn check_places(tensors: &[Lent], bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// A transfer of the plan, as both of its ends carry it out.
+/// A transfer of the plan, in the form that both ends use.
 #[derive(Clone, Debug)]
 pub(crate) struct Piece {
     /// The tensor's number in the plan.
@@ -190,21 +191,22 @@ pub(crate) struct Piece {
     pub(crate) region: TensorBox,
     /// The rank at the other end.
     pub(crate) peer: Rank,
-    /// Of what the trainer holds; only there.
+    /// The number of the trainer's box. Only the trainer uses it.
     pub(crate) held: usize,
     pub(crate) lent: Arc<Lent>,
     pub(crate) granule: Arc<[u64]>,
-    /// The scales that come with it; empty without.
+    /// The scales that come with it, if it is quantised.
     pub(crate) scales: Option<TensorBox>,
     pub(crate) tiles: Vec<TensorBox>,
-    /// Whether it is quantised and has a part of a block alone, whose maximum then takes what others have of it.
+    /// Whether it is quantised and has only a part of some block. The maximum of that block then depends on elements
+    /// outside of the piece.
     pub(crate) cuts_blocks: bool,
-    /// All of it for a device.
+    /// The whole piece in the form that a device uses.
     pub(crate) parts: Vec<StridedPart>,
 }
 
 impl Piece {
-    /// Bytes that are written.
+    /// The bytes that are written.
     pub(crate) fn bytes(&self) -> u64 {
         let size = self.lent.wanted.meta.dtype.bytes().unwrap_or(1);
         let scales = self.scales.as_ref().map_or(0, TensorBox::elements);
@@ -212,33 +214,33 @@ impl Piece {
     }
 }
 
-/// What a rank does in an update of a set of declarations.
+/// The work of a rank in an update, for a set of declarations.
 #[derive(Debug)]
 pub(crate) struct Table {
     pub(crate) set: Digest,
     pub(crate) digest: Digest,
-    /// In the order of the plan; those of a pair of ranks are in the same order at both.
+    /// In the order of the plan. Both ranks of a pair have their common pieces in the same order.
     pub(crate) pieces: Vec<Piece>,
-    /// Tensors of the plan, and how many of them are quantised.
+    /// The number of tensors of the plan, and how many of them are quantised.
     pub(crate) tensors: u64,
     pub(crate) quantized: u64,
-    /// Bytes of what this rank holds that its pieces are made of.
+    /// The bytes of weights that the pieces are made from.
     pub(crate) source_bytes: u64,
-    /// Of this rank alone.
+    /// Only those that this rank takes part in.
     pub(crate) exchanges: Vec<MaximaExchange>,
-    /// Names of the tensors that exchanges are about, and the format that each has.
+    /// On a trainer, the quantised tensors of the plan by their number, with their formats.
     pub(crate) formats: HashMap<u32, (TensorMeta, Fp8Format)>,
 }
 
-/// By rank and tensor.
+/// Values by rank and by the name of the tensor.
 type OfRanks<T> = BTreeMap<Rank, HashMap<Arc<str>, Vec<T>>>;
 
-/// Plans what a rank does, from what all of them declare.
+/// Plans the work of a rank, from the declarations of all ranks.
 ///
 /// # Errors
 ///
-/// `Mismatch` and `Weight`, naming tensor and rank: types, shapes or formats that contradict, boxes that overlap, what is
-/// wanted and nobody holds. `Protocol` for declarations that are not what their digest says.
+/// `Mismatch` and `Weight`, which name tensor and rank, for types, shapes or formats that contradict each other, for boxes
+/// that overlap, and for wanted boxes that nobody holds. `Protocol` for declarations that do not have the digest `set`.
 pub(crate) fn table(
     planner: &mut Planner,
     rank: Rank,
@@ -258,7 +260,7 @@ pub(crate) fn table(
     let mut formats: BTreeMap<Arc<str>, (Rank, Option<Fp8Format>)> = BTreeMap::new();
     let mut links = Links::new();
     for one in declared {
-        // All of them are on one host: nothing is passed on.
+        // All ranks are on one host, so nothing is passed on.
         let body: Declaration = decode(&one.body).map_err(|error| error.rank(one.rank))?;
         match (one.role, body) {
             (Role::Trainer, Declaration::Holds(boxes)) => {

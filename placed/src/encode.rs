@@ -1,5 +1,5 @@
-//! A trainer's work on bytes: maxima of blocks that others share, and tiles that are encoded into rollouts' memory; and a
-//! rollout's, which digests what is there.
+//! The work on bytes. A trainer finds the maxima of blocks that it shares with others, and encodes tiles into the memory
+//! of rollouts. A rollout digests what is there.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -15,26 +15,26 @@ use crate::declared::{Piece, Table};
 use crate::memory::{Encoded, Encoder, Lender, LentBytes, Reached};
 use crate::pieces::{Place, Runs, Sum, cut_of, quantized, row_of};
 
-/// What is known of work that goes on elsewhere.
+/// The progress of work on other threads, and the order to stop it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Going(Arc<(AtomicBool, AtomicU64)>);
 
 impl Going {
-    /// The work has to end.
+    /// Orders the work to stop.
     pub(crate) fn stop(&self) {
         self.0.0.store(true, Ordering::Relaxed);
     }
 
-    /// A number that grows as the work goes on.
+    /// The number of steps so far.
     pub(crate) fn steps(&self) -> u64 {
         self.0.1.load(Ordering::Relaxed)
     }
 
-    /// One more step was done.
+    /// Counts a step of the work.
     ///
     /// # Errors
     ///
-    /// `Aborted` if the work has to end.
+    /// `Aborted` if the work has to stop.
     pub(crate) fn step(&self) -> Result<()> {
         self.0.1.fetch_add(1, Ordering::Relaxed);
         match self.0.0.load(Ordering::Relaxed) {
@@ -44,20 +44,20 @@ impl Going {
     }
 }
 
-/// A trainer's weights in an update, and what it knows of the maxima of their blocks.
+/// A trainer's weights in an update, and the known maxima of their blocks.
 #[derive(Debug)]
 pub(crate) struct Sources {
     pub(crate) weights: Vec<Weight>,
-    /// By weight: the maxima of its blocks, where some of them are cut.
+    /// The maxima of the blocks of each weight of which some blocks are cut.
     maxima: BTreeMap<usize, BlockMaxima>,
 }
 
-/// What a trainer has written.
+/// The result of a trainer's writes.
 #[derive(Debug)]
 pub(crate) struct Sent {
-    /// For each rollout the digests of what went there, in the order of the plan.
+    /// For each rollout the digests of its pieces, in the order of the plan.
     pub(crate) sums: Vec<(Rank, Vec<u64>)>,
-    /// How many weights of a device the CPU has encoded.
+    /// How many weights on a device the CPU has encoded.
     pub(crate) through_host: u64,
 }
 
@@ -71,7 +71,7 @@ fn source_type(dtype: DType) -> Option<SourceType> {
 }
 
 fn sides(meta: &TensorMeta) -> Vec<usize> {
-    // Checked when the layout was made: what does not fit the platform has no grid.
+    // This loses nothing: a shape that does not fit the platform was refused with its layout.
     meta.shape.iter().map(|&side| side as usize).collect()
 }
 
@@ -94,12 +94,12 @@ impl Sources {
         Self { weights, maxima: BTreeMap::new() }
     }
 
-    /// Finds the maxima of blocks that are cut: by what this rank holds, or by what it sends of it. Returns what others need
-    /// of them, in the order in which both ends have the exchanges.
+    /// Finds the maxima of blocks that are cut by the boxes of this rank or by its pieces. Returns the maxima that other
+    /// trainers need, in the order of the exchanges, which is the same at both ends.
     ///
     /// # Errors
     ///
-    /// Those of the weights; `Aborted` if it was stopped.
+    /// Those of the weights; `Aborted` if the work was stopped.
     pub(crate) fn find_maxima(
         &mut self,
         rank: Rank,
@@ -137,7 +137,7 @@ impl Sources {
         if let Some(encoder) = encoder.filter(|_| !there.is_empty()) {
             self.maxima.extend(device_maxima(weights, &there, encoder)?);
         }
-        // A rank that holds several boxes of a tensor tells itself first.
+        // First merge the maxima of this rank's own boxes of the same tensor.
         let own: Vec<usize> = self.maxima.keys().copied().collect();
         for (place, &one) in own.iter().enumerate() {
             for &other in &own[place + 1..] {
@@ -162,14 +162,14 @@ impl Sources {
         Ok(told.into_iter().collect())
     }
 
-    /// The weights of a tensor that maxima were found of.
+    /// The weights of a tensor whose maxima were found.
     fn boxes_of(&self, table: &Table, tensor: u32) -> Vec<usize> {
         let Some((meta, _)) = table.formats.get(&tensor) else { return Vec::new() };
         let is_of = |at: &&usize| self.weights[**at].name() == &*meta.name;
         self.maxima.keys().filter(is_of).copied().collect()
     }
 
-    /// What this rank finds in blocks; zero where it has no part of one.
+    /// This rank's maxima of blocks. Zero for a block that it has no part of.
     fn of_tensor(&self, table: &Table, tensor: u32, blocks: &TensorBox) -> Result<Vec<u32>> {
         let mut all = BlockMaxima::zero(blocks)?;
         for at in self.boxes_of(table, tensor) {
@@ -188,11 +188,11 @@ impl Sources {
         }
     }
 
-    /// Takes in what others have found.
+    /// Takes in the maxima of other trainers.
     ///
     /// # Errors
     ///
-    /// `Protocol`, naming the rank, if that is not what the plan says.
+    /// `Protocol`, which names the rank, if they are not those of the plan.
     pub(crate) fn hear_maxima(
         &mut self,
         rank: Rank,
@@ -233,7 +233,8 @@ impl Sources {
     ///
     /// # Errors
     ///
-    /// Those of the weights, naming the tensor; `Aborted` if it was stopped. Then some of the pieces were written.
+    /// Those of the weights, which name the tensor; `Aborted` if the work was stopped; `Protocol` if a rollout of the plan
+    /// lends nothing. After an error some of the pieces may have been written.
     pub(crate) fn write(
         &self,
         table: &Table,
@@ -377,7 +378,7 @@ impl Sources {
     }
 }
 
-/// The error of a block without a finite form.
+/// The error of a block that cannot be quantised to finite values.
 fn non_finite(piece: Option<&Piece>, [matrix, row, col]: [u64; 3]) -> Error {
     let blocks = piece.and_then(|piece| piece.parts.first()?.blocks.as_ref());
     let first = blocks.map_or([0; 3], |blocks| blocks.block);
@@ -390,7 +391,7 @@ fn non_finite(piece: Option<&Piece>, [matrix, row, col]: [u64; 3]) -> Error {
     .into()
 }
 
-/// The maxima of weights, found where they are.
+/// The maxima of weights, found on their device.
 fn device_maxima(
     weights: &[Weight],
     needed: &[(usize, Fp8Format)],
@@ -423,7 +424,7 @@ fn of_blocks(full: &TensorMeta) -> Result<SourceType> {
     })
 }
 
-/// What a thread reuses from tile to tile.
+/// Buffers that a thread reuses from tile to tile.
 #[derive(Default)]
 struct Scratch {
     source: Vec<u8>,
@@ -473,8 +474,8 @@ fn copy_tile(
     Ok(sum.value())
 }
 
-/// The scales of a tile that come with its piece: where each run of them is among those of the tile's blocks, and among those that
-/// the rollout lends.
+/// The scales of a tile that are written with its piece, in runs. For each run: its range among the scales of the tile's
+/// blocks, and its start among the scales that the rollout lends.
 fn scale_runs(
     piece: &Piece,
     tile: &TensorBox,
@@ -485,19 +486,20 @@ fn scale_runs(
     let Some(own) = piece.scales.as_ref().and_then(|scales| scales.intersection(&blocks)) else {
         return Vec::new();
     };
-    // No dimension counts as whole: runs are rows in both.
+    // The shape is larger than the box in every dimension, so no dimension counts as complete: runs are rows in both.
     let shape: Vec<u64> = own.ranges().iter().map(|range| range.end.saturating_add(1)).collect();
     let (here, there) = (Runs::new(&own, of_tile, &shape), Runs::new(&own, lent, &shape));
     let starts = here.starts().zip(there.starts());
     starts.map(|(at, to)| (at as usize..(at + here.len) as usize, to)).collect()
 }
 
-/// Digests what a rollout's memory has of each piece, and compares it with what trainers say they wrote. The digest of all, and
-/// its bytes.
+/// Digests each piece in a rollout's memory, and compares the digests with those of the trainers. Returns the digest of
+/// all pieces, and their bytes. Without digests, the digest is 0 and nothing is compared.
 ///
 /// # Errors
 ///
-/// `Digest`, naming the tensor and the trainer; `Protocol` if a trainer said other than the plan.
+/// `Digest`, which names the tensor and the trainer; `Protocol` if a trainer did not give a digest for each piece;
+/// `Aborted` if the work was stopped.
 pub(crate) fn verify(
     table: &Table,
     memory: &dyn Lender,
@@ -537,7 +539,7 @@ pub(crate) fn verify(
     Ok((whole, bytes))
 }
 
-/// The sum of each piece, in host memory.
+/// The digest sum of each piece in host memory.
 fn host_sums(table: &Table, memory: &[u8], pool: &Pool, going: &Going) -> Result<Vec<u64>> {
     let tiles = table.pieces.iter().enumerate();
     let tiles =
@@ -585,7 +587,7 @@ fn digest_tile(piece: &Piece, tile: &TensorBox, memory: &[u8]) -> Result<u64> {
     Ok(sum.value())
 }
 
-/// The digests of pieces by the rank at the other end, of their sums.
+/// The digests of pieces, from their sums, by the rank at the other end.
 fn sums_of(table: &Table, sums: &[u64]) -> Vec<(Rank, Vec<u64>)> {
     let mut digests: BTreeMap<Rank, Vec<u64>> = BTreeMap::new();
     for (piece, sum) in table.pieces.iter().zip(sums) {
@@ -594,7 +596,7 @@ fn sums_of(table: &Table, sums: &[u64]) -> Vec<(Rank, Vec<u64>)> {
     digests.into_iter().collect()
 }
 
-/// Tiles in batches that are worth handing to a thread: many of them are norms of some kilobytes.
+/// Batches of tiles. A single tile is often too little work for a thread: many are norms of a few kilobytes.
 fn batches<'a, 'b>(
     tiles: &'a [(usize, &'b Piece, &'b TensorBox)],
 ) -> Vec<&'a [(usize, &'b Piece, &'b TensorBox)]> {

@@ -1,4 +1,4 @@
-//! What ranks of a placed update say, for the targets of `fuzz/`. It is there in builds for fuzzing alone.
+//! Entry points for the targets of `fuzz/`: messages of ranks in a placed update. Only in builds for fuzzing.
 
 use bytes::Bytes;
 use engine_core::{Rank, Role};
@@ -10,17 +10,17 @@ use crate::coordinator::{digest_of, set_of};
 use crate::declared::{Declaration, table};
 use crate::message::{Declared, ToLeader, ToMember};
 
-/// As many elements of a tensor as are planned here: a plan is as large as what is there.
+/// The most elements of a tensor that are planned here, because a plan grows with its tensors.
 const MOST_ELEMENTS: u64 = 1 << 20;
 
-/// A message of either direction.
+/// Decodes bytes as a message of either direction.
 pub fn message(body: &[u8]) {
     same_again::<ToMember>(body);
     same_again::<ToLeader>(body);
 }
 
-/// What ranks hold and want, and the plan that one of them makes of it: what it writes or is given lies within what is held and
-/// lent.
+/// Decodes declarations, and makes the plan of one rank from them. Its pieces must lie within what is lent, and its tiles
+/// must cover the pieces.
 pub fn declarations(rank: u32, bodies: &[(u32, bool, &[u8])]) {
     let mut declared: Vec<Declared> = Vec::new();
     for (rank, is_trainer, body) in bodies {

@@ -1,8 +1,8 @@
-//! Placed updates: trainers that hold parts of tensors write what each rollout wants of them straight into the rollout's own.
+//! Placed updates: trainers that hold parts of tensors write them straight into the tensors of the rollouts that want them.
 //!
-//! A trainer streams the [boxes](engine_core::Weight::of_box) that it holds; a rollout lends memory for the boxes that it
-//! [wants](Wanted). Every rank computes the same [plan](reshard) of who writes what where. A transport contributes memory:
-//! a [`Lender`] on rollouts, and how trainers [`Reach`] it.
+//! A trainer streams the [boxes](engine_core::Weight::of_box) that it holds. A rollout lends memory for the boxes that it
+//! [wants](Wanted). Every rank computes the same [plan](reshard) of who writes what where. A transport contributes the
+//! memory: a [`Lender`] on rollouts, and a [`Reach`] on trainers.
 //!
 //! ```text
 //! leading trainer            other trainers                  rollouts
@@ -18,14 +18,14 @@
 //!   Commit                          ─────▶  all: active
 //! ```
 //!
-//! Nothing is written before every rank has agreed to the plan: a hole, an overlap, or a type that does not fit is an error that names
-//! tensor and rank, and leaves the version that is there. From then on a rollout's tensors hold no version until the
-//! commit, and they are whole again when an update succeeds.
+//! Nothing is written before every rank has agreed to the plan. A hole, an overlap or a type that does not fit is an error
+//! that names tensor and rank, and the rollouts keep their version. Once trainers may write, a rollout's tensors hold no
+//! version until the commit. If the update fails then, they hold none until a later update succeeds.
 //!
-//! A trainer that was taken for lost may still be writing. So the [`Lender`] lets an update begin only when every trainer of the one
-//! before has let the memory go.
+//! A trainer that counts as lost may still be writing. So the [`Lender`] lets an update begin only when every trainer of
+//! the update before has let go of the memory.
 //!
-//! The leader's part and a rank's are state machines without IO.
+//! The leader's decisions and each rank's part are state machines without IO.
 
 #![forbid(unsafe_code)]
 

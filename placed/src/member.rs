@@ -1,4 +1,5 @@
-//! What a rank does in a placed update. Without IO: it is told the time, and what its work came to.
+//! A rank's part in a placed update, as a state machine. No IO and no clock: it is told the time and the results of its
+//! work.
 
 use std::time::{Duration, Instant};
 
@@ -7,31 +8,31 @@ use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result, Role, Version};
 
 use crate::message::{Declared, Digest, ToLeader, ToMember};
 
-/// What is to be done next, in this order.
+/// Something for the loop to do. Acts are done in their order.
 #[derive(Debug)]
 pub(crate) enum Act {
     Send(ToLeader),
     Start(Task),
-    /// Work that goes on has to end soon; that it has is told as any work's end.
+    /// Tell the present work to stop. Its end is reported as that of any work.
     Stop,
     /// The update has ended here. No work goes on.
     End(Result<Version>),
 }
 
-/// Work of a rank. One goes on at a time.
+/// Work of a rank. One task runs at a time.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Task {
-    /// Whatever an update before this one may still do to memory has to have ended.
+    /// Wait until no earlier update can touch memory any more.
     Prepare,
-    /// Planning. A trainer finds the maxima that others need; a rollout lends its tensors.
+    /// Make the plan. A trainer also finds the maxima that others need; a rollout lends its tensors.
     Plan { set: Digest, declared: Option<Vec<Declared>> },
-    /// A trainer writes what the plan says.
+    /// A trainer writes its pieces of the plan.
     Write { terms: Vec<(Rank, Bytes)>, maxima: Vec<(Rank, Vec<u32>)>, digests: bool },
-    /// A rollout takes its tensors back, and compares what is in them with what was written.
+    /// A rollout takes its tensors back, and compares their digests with those of the trainers.
     Verify { version: Version, written: Vec<(Rank, Vec<u64>)>, digests: bool },
 }
 
-/// What work came to.
+/// The result of a task.
 #[derive(Debug)]
 pub(crate) enum Done {
     Prepared { digest: Digest, body: Bytes, known: Option<Digest> },
@@ -43,32 +44,32 @@ pub(crate) enum Done {
 /// What a rollout's tensors hold.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub enum TensorState {
-    /// No version was written yet.
+    /// No version has been written yet.
     #[default]
     Empty,
-    /// An update may write them, or one that failed has: they hold no version that may be used.
+    /// They hold no usable version: an update may write to them, or a failed one may have written.
     Updating {
         /// The version of that update.
         version: Version,
-        /// Why it failed, if it has.
+        /// The error of the update, if it has failed.
         failed: Option<ErrorReport>,
     },
-    /// A whole version, which every rollout has verified.
+    /// They hold a whole version, which every rollout has verified.
     Active(Version),
 }
 
-/// A rank's machine.
+/// The state machine of a rank.
 #[derive(Debug)]
 pub(crate) struct Member {
     role: Role,
     deadline: Duration,
     state: TensorState,
-    /// An update that has begun and was not entered.
+    /// An update that has begun and that this rank has not entered.
     begun: Option<Begun>,
-    /// Whether the program asked for an update, of which version.
+    /// Set while the program waits for an update, with the version that it expects.
     called: Option<Option<Version>>,
     taking: Option<Taking>,
-    /// The digest of what the leader knows that this rank declared.
+    /// The digest of this rank's declaration that the leader knows.
     told: Option<Digest>,
 }
 
@@ -98,7 +99,7 @@ struct Taking {
 enum Step {
     Enter,
     Plan,
-    /// A rollout's tensors may be written from here on.
+    /// From here on a rollout's tensors may be written.
     Write,
     Last,
 }
@@ -113,7 +114,7 @@ impl Member {
         &self.state
     }
 
-    /// The program waits for an update from now on.
+    /// The program begins to wait for an update.
     pub(crate) fn call(&mut self, now: Instant, version: Option<Version>) -> Vec<Act> {
         self.called = Some(version);
         match self.begun.take() {
@@ -122,7 +123,7 @@ impl Member {
         }
     }
 
-    /// Whether an update is taken part in.
+    /// Whether the rank takes part in an update.
     pub(crate) fn takes_part(&self) -> bool {
         self.taking.is_some()
     }
@@ -195,7 +196,7 @@ impl Member {
                 taking.step = Step::Plan;
                 self.start(Task::Plan { set, declared })
             }
-            // Those of a trainer that has planned before this one.
+            // Another trainer may have planned earlier, so its maxima may come at any step up to `Write`.
             ToMember::Maxima { from, values, .. } if step <= Step::Write => {
                 taking.maxima.push((from, values));
                 Vec::new()
@@ -227,7 +228,7 @@ impl Member {
         }
     }
 
-    /// Work has ended.
+    /// A task has ended.
     pub(crate) fn done(&mut self, result: Result<Done>) -> Vec<Act> {
         let Some(taking) = &mut self.taking else { return Vec::new() };
         taking.works = false;
@@ -263,14 +264,14 @@ impl Member {
         }
     }
 
-    /// Work goes on.
+    /// The present task goes on: tells the leader.
     pub(crate) fn progress(&self) -> Vec<Act> {
         let works = self.taking.as_ref().filter(|taking| taking.works && taking.failed.is_none());
         let update = works.map(|taking| taking.begun.update);
         update.map(|update| Act::Send(ToLeader::Progress { update })).into_iter().collect()
     }
 
-    /// The rank cannot go on, which the leader hears.
+    /// The rank cannot go on. Tells the leader.
     pub(crate) fn fail(&mut self, error: Error) -> Vec<Act> {
         let Some(taking) = &self.taking else { return Vec::new() };
         if taking.failed.is_some() {
@@ -283,7 +284,7 @@ impl Member {
         acts
     }
 
-    /// The leader is gone, or the connection to it.
+    /// The leader, or the connection to it, is lost.
     pub(crate) fn lost(&mut self, error: Error) -> Vec<Act> {
         self.told = None;
         self.begun = None;
@@ -292,7 +293,7 @@ impl Member {
 
     fn ended_by(&mut self, error: Error, touched: bool) -> Vec<Act> {
         let Some(taking) = &mut self.taking else { return Vec::new() };
-        // The leader may have lost what it knew: that this rank tells it once more costs little.
+        // The leader may have lost the declaration, and sending it again costs little.
         self.told = None;
         let stop = taking.works && taking.failed.is_none();
         if taking.failed.is_none() {
@@ -322,7 +323,7 @@ impl Member {
         vec![Act::End(Err(error))]
     }
 
-    /// The program waits no more. Work that goes on is told to stop, and its end need not be told.
+    /// The program no longer waits. The present task is told to stop, and its end need not be reported.
     pub(crate) fn cancel(&mut self) -> Vec<Act> {
         self.called = None;
         let message = "the call was given up";
@@ -331,12 +332,12 @@ impl Member {
         acts
     }
 
-    /// When it wants to be asked again.
+    /// When to [`tick`](Self::tick) if nothing else happens before.
     pub(crate) fn wakes_at(&self) -> Option<Instant> {
         self.taking.as_ref().filter(|t| t.failed.is_none()).map(|t| t.heard + self.deadline)
     }
 
-    /// It is this late.
+    /// Time has passed.
     pub(crate) fn tick(&mut self, now: Instant) -> Vec<Act> {
         if self.wakes_at().is_none_or(|at| now < at) {
             return Vec::new();

@@ -1,4 +1,4 @@
-//! What a transport contributes: memory that a rollout lends, and how trainers reach it.
+//! The traits of a transport: memory that a rollout lends, and how trainers reach it.
 
 use std::any::Any;
 use std::borrow::Cow;
@@ -13,9 +13,9 @@ use quant_fp8::{Fp8Format, SourceType, StridedPart};
 ///
 /// # Contract
 ///
-/// Trainers reach it by the terms of the last [`lend`](Self::lend) alone. [`take_back`](Self::take_back) has succeeded only when
-/// every trainer that reached it has let go or its process has ended, and no one can reach it by these terms any more. So
-/// between `take_back` and the next `lend` nobody writes, whatever became of trainers.
+/// Trainers reach it only by the terms of the last [`lend`](Self::lend). [`take_back`](Self::take_back) succeeds only when
+/// every trainer that reached the memory has let go or its process has ended, and no trainer can reach it by these terms
+/// any more. So between `take_back` and the next `lend` nobody writes, even if trainers have died.
 pub trait Lender: fmt::Debug + Send + Sync {
     /// Its length in bytes.
     fn len(&self) -> u64;
@@ -25,29 +25,29 @@ pub trait Lender: fmt::Debug + Send + Sync {
         self.len() == 0
     }
 
-    /// Lends it for one update: what trainers need to reach it.
+    /// Lends it for one update. Returns the terms that trainers need to reach it.
     ///
     /// # Errors
     ///
-    /// Those of the system.
+    /// `State` while it is lent; those of the system.
     fn lend(&mut self) -> Result<Bytes>;
 
-    /// Takes it back, if nobody has it any more; whether that is so. Does not block.
+    /// Takes it back if no trainer has it any more, and returns whether that is so. Does not block.
     ///
     /// # Errors
     ///
     /// Those of the system.
     fn take_back(&mut self) -> Result<bool>;
 
-    /// Its bytes. The borrow keeps it from being lent.
+    /// Its bytes. While they are borrowed, it cannot be lent.
     ///
     /// # Errors
     ///
     /// `State` while it is lent.
     fn bytes(&self) -> Result<LentBytes<'_>>;
 
-    /// The digest's sums of pieces, computed where they are; of each its parts. Nothing for memory whose [bytes](Self::bytes) the host
-    /// reads. `step` is called as the work goes on; its error ends it.
+    /// The digest sum of each piece, which is given as its parts, computed where the memory is. `None` for memory whose
+    /// [bytes](Self::bytes) the host reads. `step` is called as the work goes on. Its error ends the work.
     ///
     /// # Errors
     ///
@@ -61,7 +61,7 @@ pub trait Lender: fmt::Debug + Send + Sync {
     }
 }
 
-/// Bytes of memory that is lent, when it is not.
+/// The bytes of a [`Lender`], while they are not lent.
 #[derive(Clone, Debug)]
 pub enum LentBytes<'a> {
     /// In host memory.
@@ -71,7 +71,7 @@ pub enum LentBytes<'a> {
 }
 
 impl<'a> LentBytes<'a> {
-    /// A part of them, if it lies within.
+    /// A part of them, if it lies within them.
     pub(crate) fn part(&self, at: u64, len: u64) -> Option<Self> {
         let end = at.checked_add(len)?;
         match self {
@@ -91,41 +91,42 @@ impl<'a> LentBytes<'a> {
 
 /// How a trainer reaches the memory of rollouts.
 pub trait Reach: fmt::Debug + Send + Sync {
-    /// Reaches what a rollout has lent. What is kept from one update to the next (mappings) is kept for those ranks alone that are
-    /// reached again.
+    /// Reaches the memory of rollouts by their terms, and returns it in their order. Mappings may be kept for the next
+    /// update, but only those of memory that is reached again.
     ///
     /// # Errors
     ///
-    /// `PeerLost` if the rollout has ended or taken it back; `Protocol` for terms that cannot be read.
+    /// `PeerLost` or `Io` if a rollout has ended or has taken its memory back; `Protocol` for terms that cannot be decoded.
     fn reach(&self, terms: &[(Rank, Bytes)]) -> Result<Vec<Arc<dyn Reached>>>;
 
-    /// What encodes weights where they are, if that is a device. All other weights are encoded by the CPU and [put](Reached::put).
+    /// The encoder for weights on a device, if there is one. The CPU encodes all other weights and [puts](Reached::put)
+    /// them.
     fn encoder(&self) -> Option<&dyn Encoder> {
         None
     }
 }
 
-/// Encodes weights of a device's memory straight into rollouts' memory.
+/// Encodes weights in a device's memory straight into the memory of rollouts.
 ///
 /// # Contract
 ///
-/// When a call returns, error or not, it reads no weight and writes no rollout's memory any more.
+/// When a call returns, with an error or without, it no longer reads weights or writes to the memory of rollouts.
 pub trait Encoder: fmt::Debug + Send + Sync {
-    /// Whether it encodes a weight, into this format if it is quantised.
+    /// Whether it can encode a weight, into this format if the weight is quantised.
     fn takes(&self, weight: &Weight, format: Option<&Fp8Format>) -> bool;
 
-    /// Whether it writes to a rollout's memory.
+    /// Whether it can write to this memory of a rollout.
     fn writes_to(&self, to: &dyn Reached) -> bool;
 
-    /// The largest magnitudes of the blocks of each part, over the elements that are in it: as
-    /// [`BlockMaxima`](quant_fp8::BlockMaxima) has them.
+    /// The largest magnitude in each block of each part, over the elements of the part, in the form of
+    /// [`BlockMaxima`](quant_fp8::BlockMaxima).
     ///
     /// # Errors
     ///
     /// Those of the device.
     fn maxima(&self, parts: &[(&Weight, SourceType, &StridedPart)]) -> Result<Vec<Vec<u32>>>;
 
-    /// Writes pieces. `step` is called as the work goes on; its error ends it.
+    /// Writes pieces. `step` is called as the work goes on. Its error ends the work.
     ///
     /// # Errors
     ///
@@ -142,26 +143,27 @@ pub trait Encoder: fmt::Debug + Send + Sync {
 pub struct Encoded<'a> {
     /// The weight, which the encoder [takes](Encoder::takes).
     pub weight: &'a Weight,
-    /// The type of its elements, if it is quantised.
+    /// The type of the weight's elements, if it is quantised.
     pub ty: Option<SourceType>,
-    /// What is written: one part, if it is quantised.
+    /// The parts to write: a single one, if it is quantised.
     pub parts: &'a [StridedPart],
     /// The rollout's memory, which the encoder [writes to](Encoder::writes_to).
     pub to: &'a dyn Reached,
-    /// The maxima of the piece's blocks, if they are not those of the piece alone.
+    /// The maxima of the piece's blocks, if they also cover elements outside of the piece.
     pub known: Option<Vec<u32>>,
 }
 
 /// What an [`Encoder`] wrote.
 #[derive(Clone, Debug, Default)]
 pub struct Written {
-    /// The digest's sum of each piece.
+    /// The digest sum of each piece.
     pub sums: Vec<u64>,
-    /// The first piece with a block that has no finite form, and the matrix, row and column of the block in the piece.
+    /// The first piece with a block that cannot be quantised to finite values, and the matrix, row and column of that block
+    /// in the piece.
     pub failed: Option<(usize, [u64; 3])>,
 }
 
-/// A rollout's memory at a trainer. It is let go when the last clone is dropped.
+/// A rollout's memory at a trainer. The trainer lets go of it when the last clone of its `Arc` is dropped.
 pub trait Reached: Any + fmt::Debug + Send + Sync {
     /// Writes bytes.
     ///

@@ -1,4 +1,4 @@
-//! The messages of a placed update. Private: both ends are of the same protocol version.
+//! The messages of a placed update. They are no public format: both ends have the same protocol version.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -8,7 +8,7 @@ use engine_core::{ErrorReport, Rank, Role, Version};
 /// A SHA-256 digest.
 pub(crate) type Digest = [u8; 32];
 
-/// What a rank says of itself: a [`Declaration`](crate::declared::Declaration), encoded.
+/// A rank's encoded [`Declaration`](crate::declared::Declaration).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Declared {
     pub(crate) rank: Rank,
@@ -24,24 +24,24 @@ pub(crate) enum ToMember {
         version: Version,
         digests: bool,
     },
-    /// All ranks are in the update. What they declare is written out for those that do not know it.
+    /// All ranks are in the update. The declarations are written out only for a rank that does not know them.
     Plan {
         update: u64,
         set: Digest,
         declared: Option<Vec<Declared>>,
     },
-    /// To a trainer: what another one finds in its parts of blocks that both have a part of.
+    /// To a trainer: the maxima that another trainer finds in its parts of blocks that both share.
     Maxima {
         update: u64,
         from: Rank,
         values: Vec<u32>,
     },
-    /// To a trainer: all ranks have the same plan, and each rollout lends its tensors on the terms that it gave.
+    /// To a trainer: all ranks have the same plan. Each rollout lends its tensors on these terms.
     Write {
         update: u64,
         terms: Vec<(Rank, Bytes)>,
     },
-    /// To a rollout: all trainers have written; the digests of what each of them wrote there.
+    /// To a rollout: all trainers have written. These are the digests of what each of them wrote there.
     Verify {
         update: u64,
         written: Vec<(Rank, Vec<u64>)>,
@@ -55,7 +55,7 @@ pub(crate) enum ToMember {
         touched: bool,
         error: ErrorReport,
     },
-    /// The leader is alive and waits; its own waits have deadlines.
+    /// The leader is alive. Its own waits have deadlines.
     Alive {
         update: u64,
     },
@@ -79,25 +79,25 @@ impl ToMember {
 /// From a rank to the leading trainer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) enum ToLeader {
-    /// The rank is in this update. What it declares is written out unless the leader knows it.
+    /// The rank is in this update. Its declaration is written out unless the leader knows it.
     Entered {
         update: u64,
         digest: Digest,
         body: Option<Bytes>,
-        /// The set of declarations that it knows.
+        /// The digest of the set of declarations that the rank knows.
         known: Option<Digest>,
     },
-    /// To be passed on to another trainer.
+    /// Maxima, to be passed on to another trainer.
     Maxima { update: u64, to: Rank, values: Vec<u32> },
     /// The rank has the plan, and has sent its maxima. A rollout lends its tensors on these terms.
     Planned { update: u64, plan: Digest, terms: Bytes },
-    /// Everything was written, and nothing will be any more: for each rollout the digests of what went there.
+    /// The trainer has written everything, and writes no more. With the digests of what went to each rollout.
     Written { update: u64, sums: Vec<(Rank, Vec<u64>)>, source_bytes: u64 },
-    /// What is in the tensors is what was written.
+    /// The tensors hold what was written.
     Verified { update: u64, digest: u64, bytes: u64, inspected: u64 },
     /// The rank's work goes on.
     Progress { update: u64 },
-    /// The rank gave up.
+    /// The rank has given up.
     Failed { update: u64, error: ErrorReport },
 }
 

@@ -1,21 +1,21 @@
-//! Boxes as bytes: where the elements of a region are in memory that has a box around it, and in which parts work on a region is
-//! divided. Numbers alone.
+//! Boxes as bytes: where the elements of a region are in the memory of a box around it, and how work on a region is
+//! divided. Only arithmetic.
 
 use engine_core::{TensorBox, digest};
 use quant_fp8::{Fp8Format, StridedBlocks, StridedPart, Strides};
 
-/// Work is divided into tiles of about so many bytes: small enough that what is made of one is still in a core's cache when it is
-/// copied and digested.
+/// The approximate bytes of a tile. It is small enough that an encoded tile is still in a core's cache when it is copied
+/// and digested.
 const TILE: u64 = 256 << 10;
 
-/// Runs of elements that are neighbours wherever a row-major box around a region is.
+/// The runs of a region: elements that are neighbours in every row-major box around the region.
 ///
-/// How long a run is follows from the region and the full shape alone, so that sender and receiver have the same runs.
+/// The length of a run depends only on the region and the full shape, so sender and receiver have the same runs.
 #[derive(Clone, Debug)]
 pub(crate) struct Runs {
-    /// Elements of a run.
+    /// The elements of a run.
     pub(crate) len: u64,
-    /// Of each dimension before those of a run: how many, and how far one is from the next in memory.
+    /// For each dimension outside of a run: its extent in the region, and its stride in memory.
     outer: Vec<(u64, u64)>,
     first: u64,
     count: u64,
@@ -27,7 +27,7 @@ impl Runs {
         debug_assert!(around.contains(region) || region.is_empty());
         let ranges = region.ranges();
         let extent = |at: usize| ranges[at].end - ranges[at].start;
-        // Dimensions of which all is there belong to the run, and the one before them.
+        // A run covers the last dimensions that are complete, and the one before them.
         let mut inner = ranges.len().saturating_sub(1);
         while inner > 0 && ranges[inner] == (0..shape[inner]) {
             inner -= 1;
@@ -48,7 +48,7 @@ impl Runs {
         Self { len, outer, first, count }
     }
 
-    /// Where runs begin, in elements.
+    /// Where each run begins, in elements.
     pub(crate) fn starts(&self) -> impl Iterator<Item = u64> + '_ {
         (0..self.count).map(|mut number| {
             let mut at = self.first;
@@ -60,22 +60,22 @@ impl Runs {
         })
     }
 
-    /// How many there are.
+    /// The number of runs.
     pub(crate) fn count(&self) -> u64 {
         self.count
     }
 }
 
-/// The digest of what is written to a rollout's memory: the sums of the places that it is written to.
+/// The digest sum of what is written to a rollout's memory. It depends on the bytes and on their places.
 ///
-/// It is one of *rows*: those of the region's last dimension, each cut where blocks begin. A row counts as its words, those of the memory
-/// that is lent, with zeros for bytes that are not the row's. So neither the tiles that a trainer writes nor those that a rollout
-/// reads matter to it. Scales count one by one.
+/// The unit is a *row*: one of the region's last dimension, cut where blocks begin. A row counts as the words of the lent
+/// memory that it touches, with zeros for bytes outside of the row. So the sum depends neither on the tiles that a
+/// trainer writes nor on those that a rollout reads. Each scale counts by itself.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Sum(u64);
 
 impl Sum {
-    /// Adds whole rows of so many bytes that begin at a place of the memory, one behind the other. Each is cut after the first
+    /// Adds whole rows of `row` bytes each, which follow one another in memory from `at` on. Each is cut after the first
     /// `cut.0` bytes and then after every `cut.1`.
     pub(crate) fn add(&mut self, at: u64, rows: &[u8], row: u64, cut: (u64, u64)) {
         let cut = if row <= cut.0 { (row, row) } else { cut };
@@ -96,7 +96,7 @@ impl Sum {
         }
     }
 
-    /// Adds scales, from a place of the memory on.
+    /// Adds scales that follow one another in memory from `at` on.
     pub(crate) fn add_scales(&mut self, at: u64, scales: &[u8]) {
         for (number, scale) in (0..).zip(scales.chunks(4)) {
             self.0 = self.0.wrapping_add(digest::sum_anywhere(at + number * 4, scale));
@@ -108,31 +108,31 @@ impl Sum {
     }
 }
 
-/// Where a tile's rows are cut: after how many bytes first, and then.
+/// Where a tile's rows are cut: the bytes before the first cut, and between further cuts.
 pub(crate) fn cut_of(tile: &TensorBox, granule: &[u64], size: u64) -> (u64, u64) {
     match (tile.ranges().last(), granule.last()) {
         (Some(range), Some(&side)) if side > 0 => ((side - range.start % side) * size, side * size),
-        // No row of a tile is longer.
+        // No cut: no row of a tile is longer than this.
         _ => (TILE, TILE),
     }
 }
 
-/// Bytes of a row of a region.
+/// The bytes of a row of a region.
 pub(crate) fn row_of(region: &TensorBox, size: u64) -> u64 {
     region.ranges().last().map_or(1, |range| range.end - range.start) * size
 }
 
-/// Where a box is in memory, and the box that is there, row-major.
+/// A row-major box in memory, and where it begins.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place<'a> {
     pub(crate) at: u64,
     pub(crate) around: &'a TensorBox,
-    /// Bytes of an element.
+    /// The bytes of an element.
     pub(crate) element: u64,
 }
 
 impl Place<'_> {
-    /// Where a region's first element is, and how far the elements of each dimension are apart.
+    /// Where a region's first element is, and the stride of each dimension.
     fn strides(&self, region: &TensorBox) -> (u64, Vec<u64>) {
         let (mut at, mut stride) = (self.at, self.element);
         let mut strides = vec![0; region.dimensions()];
@@ -147,17 +147,18 @@ impl Place<'_> {
     }
 }
 
-/// A region of a tensor as it is copied from one place to another: as few parts as it takes.
+/// The copy of a region from one place to another, in as few parts as possible.
 pub(crate) fn copied(region: &TensorBox, from: Place<'_>, to: Place<'_>) -> Vec<StridedPart> {
     let ((from_at, from_strides), (to_at, to_strides)) = (from.strides(region), to.strides(region));
     let extents = region.ranges().iter().map(|range| range.end - range.start);
-    // Extent, and both strides, of the dimensions from the last on; those that are neighbours in both places are one.
+    // The extent and both strides of each dimension, the last one first. Dimensions that are contiguous in both places are
+    // merged.
     let mut dimensions: Vec<[u64; 3]> = Vec::new();
     let all = extents.zip(from_strides.iter().zip(&to_strides)).rev();
     for (number, (extent, (&from_stride, &to_stride))) in all.enumerate() {
         let row = dimensions.first().map_or(0, |[extent, _, _]| extent * to.element);
         let is_row = dimensions.len() == 1;
-        // Rows become one where no word of the digest is divided.
+        // Rows are merged only if each begins at a word of the digest.
         let may_merge = !is_row || [row, to_at].iter().all(|bytes| bytes.is_multiple_of(8));
         match dimensions.last_mut() {
             Some(_) if extent == 1 && number > 0 => {}
@@ -197,7 +198,8 @@ pub(crate) fn copied(region: &TensorBox, from: Place<'_>, to: Place<'_>) -> Vec<
     (0..count).map(part).collect()
 }
 
-/// A region of a matrix, or of a stack of them, as it is quantised from one place to another, its scales to a third.
+/// The quantisation of a region of a matrix, or of a stack of matrices, from one place to another, with its scales to a
+/// third.
 pub(crate) fn quantized(
     region: &TensorBox,
     from: Place<'_>,
@@ -249,7 +251,8 @@ fn granule_of(granule: &[u64], dimensions: usize, at: usize) -> u64 {
     side.unwrap_or(1).max(1)
 }
 
-/// Divides a region, at multiples of a granule, into parts of about [`TILE`] bytes. Sender and receiver have the same.
+/// Divides a region, at multiples of a granule, into parts of about [`TILE`] bytes. Sender and receiver get the same
+/// parts.
 pub(crate) fn tiles(region: &TensorBox, granule: &[u64], bytes_each: u64) -> Vec<TensorBox> {
     let mut parts = Vec::new();
     if !region.is_empty() {
@@ -277,8 +280,8 @@ fn divide(part: &TensorBox, granule: &[u64], each: u64, at: usize, parts: &mut V
     }
 }
 
-/// The blocks whose scales come with a region of what a rollout wants: those whose first element in `wanted` is in the region. Each
-/// scale so comes with exactly one of the regions that make up `wanted`.
+/// The blocks whose scales are written with a region of `wanted`: those whose first element in `wanted` is in the region.
+/// So each scale is written with exactly one of the regions that make up `wanted`.
 pub(crate) fn scales_of(region: &TensorBox, wanted: &TensorBox, granule: &[u64]) -> TensorBox {
     let dimensions = region.dimensions();
     let sides = region.ranges().iter().zip(wanted.ranges()).enumerate().map(|(at, (own, all))| {
@@ -287,7 +290,7 @@ pub(crate) fn scales_of(region: &TensorBox, wanted: &TensorBox, granule: &[u64])
         let start = if begins { own.start / unit } else { own.start.div_ceil(unit) };
         (start, own.end.div_ceil(unit).saturating_sub(start))
     });
-    // Fewer blocks than elements: it fits as the region does.
+    // This cannot fail: there are no more blocks than elements, and the region fits.
     TensorBox::try_from(sides.collect::<Vec<_>>()).unwrap_or_else(|_| TensorBox::whole(&[0]))
 }
 
@@ -378,7 +381,7 @@ mod tests {
         }
     }
 
-    /// The bytes of each row of a part, where they come from and where they go.
+    /// For each row of a part: its source, its target and its bytes.
     fn rows(part: &StridedPart, written: u64) -> Vec<(u64, u64, u64)> {
         let [matrices, rows, cols] = part.extent;
         let mut all = Vec::new();

@@ -1,4 +1,4 @@
-//! A rollout's engine.
+//! The engine of a rollout.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -28,9 +28,9 @@ use crate::trainer::Plans;
 
 /// A rollout that lends its tensors: trainers write each update straight into them.
 ///
-/// Its tensors are what a program serves from, once it is told that a version is active. During an update they hold no version, and
-/// after one that failed neither: the next update that succeeds makes them whole. A rollout that has to go on serving during
-/// updates receives into a cache instead.
+/// A program serves from these tensors while a version is active. During an update they hold no version. After a failed
+/// update they hold none until a later update succeeds, unless the leader says that nothing was written: then the version
+/// before is active again. A rollout that has to go on serving during updates receives into a cache instead.
 pub struct PlacedRollout {
     seat: Seat,
     digests: bool,
@@ -56,17 +56,17 @@ impl fmt::Debug for PlacedRollout {
     }
 }
 
-/// A box of a rollout's tensors, with what an update has brought.
+/// A box of a rollout's tensors, with the values of an update.
 #[derive(Clone, Debug)]
 pub struct PlacedTensor<'a> {
-    /// What it is.
+    /// The box, its tensor and its format.
     pub wanted: &'a Wanted,
     elements: LentBytes<'a>,
     scales: LentBytes<'a>,
 }
 
 impl<'a> PlacedTensor<'a> {
-    /// Its elements, row-major: where they are, or copied from the device, which blocks.
+    /// Its elements, row-major: in place, or copied from the device, which blocks.
     ///
     /// # Errors
     ///
@@ -75,7 +75,8 @@ impl<'a> PlacedTensor<'a> {
         self.elements.to_host()
     }
 
-    /// The [scales](Wanted::scales) of its blocks, row-major; empty unless it is quantised. As [`bytes`](Self::bytes).
+    /// The [scales](Wanted::scales) of its blocks, row-major: in place or copied, as [`bytes`](Self::bytes). Empty unless
+    /// it is quantised.
     ///
     /// # Errors
     ///
@@ -84,7 +85,8 @@ impl<'a> PlacedTensor<'a> {
         self.scales.to_host()
     }
 
-    /// Where its elements and its scales are, if that is a device. They are what the update has brought as long as the borrow lasts.
+    /// Its elements and its scales, if they are on a device. They have the values of the update only as long as the borrow
+    /// lasts.
     pub fn on_device(&self) -> Option<(&Storage, &Storage)> {
         match (&self.elements, &self.scales) {
             (LentBytes::Device(elements), LentBytes::Device(scales)) => Some((elements, scales)),
@@ -93,8 +95,8 @@ impl<'a> PlacedTensor<'a> {
     }
 }
 
-/// Looks at what an update has brought to a rollout, before it says that the version is whole there. An error fails the
-/// update on every rank. Boxes are looked at in parallel.
+/// Inspects a box after an update has written it, before the rollout says that it has verified the version. An error
+/// fails the update on every rank. It is called for several boxes in parallel.
 pub type Inspect = Arc<dyn Fn(Version, PlacedTensor<'_>) -> Result<()> + Send + Sync>;
 
 fn placed<'a>(lent: &'a Lent, memory: &LentBytes<'a>) -> Result<PlacedTensor<'a>> {
@@ -110,7 +112,7 @@ fn placed<'a>(lent: &'a Lent, memory: &LentBytes<'a>) -> Result<PlacedTensor<'a>
     Ok(PlacedTensor { wanted: &lent.wanted, elements, scales })
 }
 
-/// The tensors that a rollout wants, laid out: how much memory they take.
+/// The memory layout of the tensors that a rollout wants.
 #[derive(Clone, Debug)]
 pub struct Layout {
     tensors: Vec<Lent>,
@@ -122,24 +124,25 @@ impl Layout {
     ///
     /// # Errors
     ///
-    /// `Weight` and `Config`, naming the tensor: boxes outside of it, formats that are not placed.
+    /// `Weight` and `Config`, which name the tensor, for boxes outside of it and for formats that cannot be placed;
+    /// `Resource` if the layout does not fit 64 bits.
     pub fn new(wanted: impl IntoIterator<Item = Wanted>) -> Result<Self> {
         let (tensors, bytes) = lay_out(wanted.into_iter().collect())?;
         Ok(Self { tensors, bytes })
     }
 
-    /// Bytes of the memory to lend.
+    /// The bytes of the memory to lend.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 }
 
 impl PlacedRollout {
-    /// A rollout with its connection in the context, which lends `memory` for what was laid out.
+    /// A rollout that lends `memory` for this layout. Its control plane is in the context.
     ///
     /// # Errors
     ///
-    /// `Config` without a control plane, and if the memory is smaller than the layout; `Resource` if its threads cannot be
+    /// `Config` without a control plane, or if the memory is smaller than the layout; `Resource` if its threads cannot be
     /// started.
     pub fn new(context: &EngineContext, layout: Layout, memory: Box<dyn Lender>) -> Result<Self> {
         let control: Arc<dyn Control> = context.require_control()?;
@@ -167,14 +170,14 @@ impl PlacedRollout {
         Ok(Self { seat, digests: context.config.digests, worker })
     }
 
-    /// Has something look at what every update brings.
+    /// Calls `inspect` for every box in every update.
     #[must_use]
     pub fn inspected_by(mut self, inspect: Inspect) -> Self {
         self.worker.inspect = Some(inspect);
         self
     }
 
-    /// The rank.
+    /// This rollout's rank.
     pub fn rank(&self) -> Rank {
         self.seat.rank()
     }
@@ -184,17 +187,17 @@ impl PlacedRollout {
         self.seat.member.state()
     }
 
-    /// Takes part in the next update, of this version if one is given. When it ends well the tensors hold it.
+    /// Takes part in the next update, which must have this version if one is given. On success the tensors hold its version.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future before an update begins loses nothing; after that it gives the update up on every rank.
+    /// Dropping the future before an update begins loses nothing. Dropping it later fails the update on every rank.
     ///
     /// # Errors
     ///
-    /// `Timeout` if no update begins within the deadline (call again to go on waiting); `PeerLost` and `TrainerLeft` if the trainer is
-    /// gone; why the update failed, naming the rank. What the tensors hold then is [`state`](Self::state)'s to say: a plan
-    /// that did not fit has left them as they were.
+    /// `Timeout` if no update begins within the deadline (call again to go on waiting); `PeerLost` and `TrainerLeft` if
+    /// the trainer is gone; otherwise the cause of the failed update, which names the rank. [`state`](Self::state) says
+    /// what the tensors hold then. For example, a plan that does not fit leaves them unchanged.
     pub async fn update(&mut self, version: Option<Version>) -> Result<ReceiveReport> {
         let begun = Instant::now();
         let ended = self.seat.take_part(&mut self.worker, version, self.digests).await?;
@@ -210,11 +213,11 @@ impl PlacedRollout {
         Ok(report)
     }
 
-    /// Calls `each` with every box that is lent, in the order in which they were laid out.
+    /// Calls `each` with every box, in the order of the layout. Returns the active version.
     ///
     /// # Errors
     ///
-    /// `State` unless a version is active, saying which update left the tensors without one; those of `each`.
+    /// `State` unless a version is active, which names the update that left the tensors without one; those of `each`.
     pub fn read(&self, mut each: impl FnMut(PlacedTensor<'_>) -> Result<()>) -> Result<Version> {
         let version = self.active()?;
         let memory = lock(&self.worker.memory);
@@ -246,7 +249,7 @@ impl PlacedRollout {
     ///
     /// # Errors
     ///
-    /// `Timeout` if a trainer still has it; its process may write to it until it ends, which does no harm here.
+    /// `Timeout` if a trainer still has the memory. It may write to it until its process ends, which does no harm here.
     pub async fn finalize(self) -> Result<()> {
         Seat::idle(&self.worker.working).await;
         take_back(&self.worker.memory, self.worker.deadline / 2).await
@@ -254,11 +257,11 @@ impl PlacedRollout {
 }
 
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    // What a panic left half done belongs to an update that it has ended.
+    // A panic may leave a change incomplete, but it also ends the update that the change belongs to.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Takes lent memory back. Only one call at a time has the memory.
+/// Takes lent memory back, and waits for that at most `limit`.
 async fn take_back(memory: &Arc<Mutex<Box<dyn Lender>>>, limit: Duration) -> Result<()> {
     let until = Instant::now() + limit;
     loop {

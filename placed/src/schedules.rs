@@ -1,14 +1,14 @@
-//! Whole groups without IO: machines put together, and lists of numbers that choose what happens next.
+//! Runs whole groups of the state machines without IO. Lists of numbers choose what happens next.
 //!
-//! Messages are read, work goes on step by step, ranks die, are stopped and go on, are taken for lost although they live, join
-//! again, calls are given up, messages come again, time passes. After every step:
+//! Messages are read and repeated, work goes on step by step, calls are given up, time passes. Ranks die, stop and go on,
+//! count as lost although they live, and join again. After every step:
 //!
-//! 1. A rollout whose version is active has every part of it, of that version, and nobody can write to its tensors.
-//! 2. Nobody writes to a rollout's tensors but while that says that it is being updated.
-//! 3. What the leader reports as active, every rollout that it names has verified.
+//! 1. A rollout whose version is active has every part of that version, and nobody can write to its tensors.
+//! 2. Trainers write to a rollout's tensors only while the rollout says that it is being updated.
+//! 3. If the leader reports a version as active, every rollout that it names has verified it.
 //!
-//! At the end: every call ends, in a bounded time, if ranks that are not stopped go on; and an update with those that are left
-//! succeeds.
+//! At the end, every call ends in a bounded time if the ranks that are not stopped go on, and an update with the remaining
+//! ranks succeeds.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -28,13 +28,13 @@ const RANKS: u32 = 5;
 
 type Broken = String;
 
-/// A fault that tests put back to see it found.
+/// A fault that tests put back, to show that the promises catch it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Planted {
     None,
-    /// A rollout enters an update although somebody may still write.
+    /// A rollout enters an update although a trainer may still write.
     NoLease,
-    /// The leader says that nothing was written, whatever was.
+    /// The leader says that nothing was written, even if something was.
     NotTouched,
 }
 
@@ -42,7 +42,7 @@ struct Work {
     task: Task,
     since: Instant,
     stop: bool,
-    /// Rollouts that are still to be written, once what they lend was reached.
+    /// The rollouts that are still to be written, set once their memory was reached.
     left: Option<VecDeque<(Rank, u64)>>,
 }
 
@@ -60,7 +60,7 @@ struct Process {
     memory: Memory,
 }
 
-/// A rollout's tensors: of each trainer the part that it writes, by the update that it is of.
+/// A rollout's tensors: for each trainer, the update whose values its part holds.
 #[derive(Default)]
 struct Memory {
     parts: BTreeMap<Rank, u64>,
@@ -136,7 +136,7 @@ impl World {
         }
     }
 
-    /// Every rank that waits for no update calls for one, and the leader begins it.
+    /// Every rank that does not wait yet calls for an update, and the leader begins one.
     fn call(&mut self) -> std::result::Result<(), Broken> {
         self.updates += 1;
         let version = Version(self.updates * 10);
@@ -150,7 +150,7 @@ impl World {
         self.leader_acts(acts)
     }
 
-    /// A rank's program waits for an update, unless it does.
+    /// A rank's program begins to wait for an update, unless it waits already.
     fn call_of(&mut self, rank: Rank) -> std::result::Result<(), Broken> {
         let now = self.now;
         let waits = |process: &&mut Process| !process.called && !process.stopped;
@@ -159,7 +159,7 @@ impl World {
             return Ok(());
         }
         (process.called, process.ended) = (true, None);
-        // What came since the last call may be of updates that have ended.
+        // Messages since the last call may belong to updates that have ended.
         while let Some(message) = process.inbox.pop_front() {
             let acts = process.member.heard(now, message);
             assert!(acts.is_empty(), "nothing is entered without a call");
@@ -253,7 +253,7 @@ impl World {
         Ok(())
     }
 
-    /// Does a step of a rank's work; whether there was something to do.
+    /// Does a step of a rank's work. Returns whether there was something to do.
     fn work(&mut self, rank: Rank) -> std::result::Result<bool, Broken> {
         let Some(process) = self.processes.get_mut(&rank).filter(|p| !p.stopped) else {
             return Ok(false);
@@ -378,7 +378,7 @@ impl World {
             return Ok(Some(Err(failed("stopped"))));
         }
         if let Some((to, _)) = rest.pop_front() {
-            // A rank may have joined again since, with other memory.
+            // The rank may have joined again meanwhile, with new memory.
             let holds = |process: &&mut Process| process.memory.holders.contains(&rank);
             if let Some(process) = self.processes.get_mut(&to).filter(holds) {
                 if !matches!(process.member.state(), TensorState::Updating { .. }) {
@@ -397,7 +397,7 @@ impl World {
     fn member_hears(&mut self, rank: Rank) -> std::result::Result<bool, Broken> {
         let now = self.now;
         if self.sending && rank != Rank::LEADER {
-            // Programs of ranks call again when a call has ended.
+            // The programs of other ranks call again when a call has ended.
             self.call_of(rank)?;
         }
         let Some(process) = self.processes.get_mut(&rank).filter(|p| !p.stopped && p.called) else {
@@ -430,7 +430,7 @@ impl World {
         Ok(true)
     }
 
-    /// The next thing that can happen at a rank, or at one after it.
+    /// Does the next thing that can happen at this rank, or at the next rank where something can.
     fn go_on(&mut self, rank: Rank, what: usize) -> std::result::Result<(), Broken> {
         for rank in (0..RANKS).map(|n| Rank((rank.0 + n) % RANKS)) {
             let happened = match what % 3 {
@@ -466,7 +466,7 @@ impl World {
         Ok(())
     }
 
-    /// The leader takes a rank for lost. If its process has ended, the system has taken what it held.
+    /// A rank counts as lost at the leader. If its process has ended, the system has released its leases.
     fn lose(&mut self, rank: Rank, dies: bool) -> std::result::Result<(), Broken> {
         if dies {
             self.processes.remove(&rank);
@@ -489,7 +489,7 @@ impl World {
         };
         let mut acts = process.member.cancel();
         process.called = false;
-        // Its work goes on to where it can stop, and the next call waits for that.
+        // The work goes on until it can stop, and the next call waits for that.
         if let Some(work) = &mut process.work {
             work.stop = true;
         }
@@ -514,7 +514,7 @@ impl World {
         Ok(())
     }
 
-    /// Everything that is not stopped goes on until all calls have ended.
+    /// All ranks that are not stopped go on until all calls have ended.
     fn settle(&mut self) -> std::result::Result<(), Broken> {
         let until = self.now + DEADLINE * 40;
         loop {
@@ -527,7 +527,7 @@ impl World {
             }
             let waits = |process: &Process| process.member.takes_part() && !process.stopped;
             if !self.sending && !self.processes.values().any(waits) {
-                // Those that wait for an update to begin wait for the next one.
+                // Ranks that still wait for an update to begin wait for the next one.
                 return Ok(());
             }
             self.pass(if did { Duration::from_millis(1) } else { DEADLINE / 10 })?;
@@ -574,7 +574,7 @@ fn play(numbers: &[u16], planted: Planted) -> std::result::Result<usize, Broken>
                 }
             }
             36 if rank != Rank::LEADER => {
-                // It joins again, as a new process; one that lives on elsewhere is not that rank any more.
+                // A rank whose process has ended joins again as a new process.
                 if let Entry::Vacant(free) = world.processes.entry(rank) {
                     free.insert(Process::new(rank.0));
                     world.coordinator.joined(rank, role(rank.0));
@@ -603,7 +603,7 @@ fn play(numbers: &[u16], planted: Planted) -> std::result::Result<usize, Broken>
         }
         world.check()?;
     }
-    // Whoever is stopped goes on, or is taken for lost by the deadlines.
+    // First without the stopped ranks, which the deadlines make count as lost. Then they go on.
     world.settle()?;
     let all: Vec<Rank> = world.processes.keys().copied().collect();
     for rank in all {
@@ -614,7 +614,7 @@ fn play(numbers: &[u16], planted: Planted) -> std::result::Result<usize, Broken>
     world.settle()?;
     for rank in (1..RANKS).map(Rank) {
         if world.processes.get(&rank).is_some_and(|process| !process.connected) {
-            // It hears that it was lost, and joins again.
+            // The rank hears that it was lost, and joins again.
             world.settle()?;
             world.processes.remove(&rank);
         }

@@ -1,4 +1,4 @@
-//! The loop that drives a rank's machine, and on the leader the coordinator's. It decides nothing.
+//! The loop that drives a rank's state machine and, on the leader, the coordinator. It makes no decisions.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::encode::Going;
 use crate::member::{self, Done, Member, Task};
 use crate::message::{ToLeader, ToMember};
 
-/// A rank's connection and machines.
+/// A rank's connection and its state machines.
 #[derive(Debug)]
 pub(crate) struct Seat {
     control: Arc<dyn Control>,
@@ -26,23 +26,23 @@ pub(crate) struct Seat {
     absent: BTreeSet<Rank>,
 }
 
-/// Work of a rank, as it is begun.
+/// Starts the work of a rank.
 pub(crate) trait Worker: Send {
-    /// Begins work. It goes on if the future is dropped, until `going` says that it has to stop.
+    /// Starts a task. If the future is dropped, the work goes on until `going` tells it to stop.
     fn start(&mut self, task: Task, going: Going) -> BoxFuture<'static, Result<Done>>;
 }
 
-/// How an update ended well.
+/// The result of an update that succeeded.
 #[derive(Debug)]
 pub(crate) struct Ended {
     pub(crate) version: Version,
-    /// On the leader.
+    /// Only on the leader.
     pub(crate) committed: Option<Committed>,
     pub(crate) absent: Vec<Rank>,
     pub(crate) times: Times,
 }
 
-/// When a rank's work began and ended.
+/// How long the tasks of a rank took.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Times {
     pub(crate) plan: Duration,
@@ -50,7 +50,7 @@ pub(crate) struct Times {
     pub(crate) verify: Duration,
 }
 
-/// What goes on in a call: gives the update up if it is dropped.
+/// A call of [`Seat::take_part`]. If it is dropped before it is done, the update is given up.
 struct Ongoing<'a> {
     seat: &'a mut Seat,
     going: Going,
@@ -64,7 +64,7 @@ impl Drop for Ongoing<'_> {
         }
         self.going.stop();
         let seat = &mut *self.seat;
-        // A rank that is gone is heard of by an event of its own.
+        // Errors of sending are ignored here and below: the loss of a rank arrives as an event.
         let cancelled = seat.member.cancel();
         let Some(coordinator) = &mut seat.coordinator else {
             for act in cancelled {
@@ -101,7 +101,7 @@ impl Seat {
         self.control.rank()
     }
 
-    /// Takes part in the next update: on the leader it begins one, of a version; elsewhere it waits for one.
+    /// Takes part in the next update. The leader begins it, the other ranks wait for it.
     ///
     /// # Cancel safety
     ///
@@ -109,7 +109,7 @@ impl Seat {
     ///
     /// # Errors
     ///
-    /// `Timeout` if none begins within the deadline; why the update failed.
+    /// `Timeout` if no update begins within the deadline; otherwise the cause of the failed update.
     pub(crate) async fn take_part(
         &mut self,
         worker: &mut dyn Worker,
@@ -132,7 +132,7 @@ impl Seat {
         let (mut steps, mut look_at) = (0, now + pause);
         let mut connected = true;
         loop {
-            // What is to be done now.
+            // Do all acts.
             loop {
                 let now = Instant::now();
                 let seat = &mut *ongoing.seat;
@@ -143,7 +143,7 @@ impl Seat {
                             members.extend(seat.member.heard(now, message));
                         }
                         coordinator::Act::Send(to, message) => {
-                            // One that is gone is heard of by an event; one that does not fit its way is an error.
+                            // The loss of a rank arrives as an event. Any other error of sending fails the update.
                             let sent =
                                 encode(&message).and_then(|body| seat.control.send(to, body));
                             if let Err(error) = sent
@@ -187,7 +187,7 @@ impl Seat {
                 let absent = ongoing.seat.absent.iter().copied().collect();
                 return Ok(Ended { version: result?, committed, absent, times });
             }
-            // The next thing that happens.
+            // Wait for an event, the end of the work, or the next time to look.
             let seat = &mut *ongoing.seat;
             let mut wakes = vec![look_at];
             wakes.extend(seat.member.wakes_at());
@@ -203,7 +203,7 @@ impl Seat {
             let coming = async {
                 match listens {
                     true => control.recv(wait).await,
-                    // What is left to do is to wait for work that ends.
+                    // Only the end of the work is left to wait for.
                     false => Ok(clock::within(wait, std::future::pending()).await),
                 }
             };
@@ -270,7 +270,7 @@ impl Seat {
         }
     }
 
-    /// What came since the last call: of updates that have begun and ended meanwhile nothing is left.
+    /// Takes in the events since the last call. Updates that have begun and ended meanwhile leave no trace.
     async fn overhear(
         &mut self,
         members: &mut VecDeque<member::Act>,
@@ -293,7 +293,7 @@ impl Seat {
             (Event::Message { from, body }, Some(coordinator)) => {
                 match decode::<ToLeader>(&body) {
                     Ok(message) => leads.extend(coordinator.heard(now, from, message)),
-                    // Its connection ends, and it is lost for this reason.
+                    // The leader cuts the connection. The rank is then lost for this reason.
                     Err(error) => self.control.cut(from, &error.rank(from))?,
                 }
             }
@@ -314,13 +314,13 @@ impl Seat {
                 self.absent.insert(rank);
                 leads.extend(coordinator.gone(rank, error.into()));
             }
-            // A member learns of the leader's end by the error of the connection too.
+            // A member also learns of the leader's end by the error of the connection.
             _ => {}
         }
         Ok(())
     }
 
-    /// Waits for work that goes on although its call was given up.
+    /// Waits until the work of a call that was given up has ended.
     pub(crate) async fn idle(working: &Arc<tokio::sync::Mutex<()>>) {
         drop(working.clone().lock_owned().await);
     }
@@ -330,7 +330,7 @@ fn copy(error: &Error) -> Error {
     engine_core::ErrorReport::from(error).into()
 }
 
-/// Keeps a worker's lock as long as its work goes on, beyond the future that began it.
+/// Takes a worker's lock, to be held until the work ends, even if the future that started it is dropped.
 pub(crate) fn busy(
     working: &Arc<tokio::sync::Mutex<()>>,
 ) -> Result<tokio::sync::OwnedMutexGuard<()>> {
@@ -339,7 +339,7 @@ pub(crate) fn busy(
     })
 }
 
-/// A future whose value is there.
+/// A future that is ready with this value.
 pub(crate) fn ready<T: Send + 'static>(value: Result<T>) -> BoxFuture<'static, Result<T>> {
     futures::future::ready(value).boxed()
 }

@@ -1,4 +1,4 @@
-//! A trainer's engine.
+//! The engine of a trainer.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -29,11 +29,11 @@ use crate::seat::{Seat, Worker, busy, ready};
 
 const COLLECTING: &str = "collecting the trainer's weights";
 
-/// A trainer that writes what it holds straight into the tensors of rollouts.
+/// A trainer that writes the boxes that it holds straight into the tensors of rollouts.
 ///
 /// All trainers of a group call [`send_weights`](TrainerEngine::send_weights) for every update, each with the
-/// [boxes](Weight::of_box) that it holds. The stream is read to its end before anything is sent: weights have to be in memory already,
-/// and share it.
+/// [boxes](Weight::of_box) that it holds. The stream is read to its end before anything is sent. So all its weights are
+/// held at the same time: they should refer to memory that exists already, not to copies.
 #[derive(Debug)]
 pub struct PlacedTrainer {
     seat: Seat,
@@ -42,7 +42,7 @@ pub struct PlacedTrainer {
     worker: Writer,
 }
 
-/// The plan of a set of declarations, and what the next one can use of it.
+/// The plan of the last set of declarations, and what the next plan can reuse of it.
 #[derive(Debug, Default)]
 pub(crate) struct Plans {
     planner: Planner,
@@ -51,7 +51,7 @@ pub(crate) struct Plans {
 }
 
 impl Plans {
-    /// The set that is known.
+    /// The digest of the known set of declarations.
     pub(crate) fn known(&self) -> Option<Digest> {
         self.table.as_ref().map(|table| table.set)
     }
@@ -87,18 +87,18 @@ struct Writer {
     plans: Arc<Mutex<Plans>>,
     /// Held while work goes on.
     working: Arc<Lock<()>>,
-    /// What this update sends, and its declaration.
+    /// The weights of this update, and their declaration.
     sources: Option<Arc<Mutex<Sources>>>,
     declared: Option<(Digest, Bytes)>,
-    /// The boxes that the declaration is of.
+    /// The boxes in the declaration.
     last: Vec<Held>,
     table: Arc<Mutex<Option<Arc<Table>>>>,
-    /// How many weights of a device the last update has encoded on the host.
+    /// How many weights on a device the last update has encoded on the CPU.
     through_host: Arc<AtomicU64>,
 }
 
 impl PlacedTrainer {
-    /// A trainer of a group whose ranks are these, with its connection in the context. Rank 0 leads the group.
+    /// A trainer of a group with these ranks. Its control plane is in the context. Rank 0 leads the group.
     ///
     /// # Errors
     ///
@@ -131,7 +131,7 @@ impl PlacedTrainer {
     async fn collect(&self, mut weights: WeightStream<'_>) -> Result<Vec<Weight>> {
         let mut all = Vec::new();
         loop {
-            // A timer for each of thousands of weights that are there would be felt.
+            // Only a weight that is not ready gets a timer: thousands of timers would take noticeable time.
             let next = match weights.next().now_or_never() {
                 Some(next) => next,
                 None => clock::within(self.deadline, weights.next()).await.ok_or_else(|| {
@@ -215,7 +215,7 @@ impl TrainerEngine for PlacedTrainer {
 }
 
 impl Writer {
-    /// Takes what this update sends.
+    /// Takes the weights of the next update.
     fn hold(&mut self, weights: Vec<Weight>) -> Result<()> {
         let is_same = |(weight, held): (&Weight, &Held)| {
             let full = weight.full_meta();
@@ -234,7 +234,7 @@ impl Writer {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    // What a panic left half done belongs to an update that it has ended.
+    // A panic may leave a change incomplete, but it also ends the update that the change belongs to.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -302,7 +302,7 @@ impl Worker for Writer {
                             &going,
                         )?;
                         through_host.store(sent.through_host, Ordering::Relaxed);
-                        // Rollouts are let go of before the leader hears that all is written.
+                        // Let go of the rollouts' memory before the leader hears that everything is written.
                         drop(reached);
                         let source_bytes = table.source_bytes;
                         Ok(Done::Written { sums: sent.sums, source_bytes })

@@ -1,4 +1,4 @@
-//! What a rank other than the leader knows of an update before it takes part in it.
+//! What a rank other than the leader knows of an update that it has not entered yet.
 
 use std::time::{Duration, Instant};
 
@@ -6,16 +6,16 @@ use super::message::{Begin, ToReceiver};
 use super::too_late;
 use engine_core::{Error, ErrorKind, Rank, Result, Version};
 
-/// How much later than the leader's next step its abort may come here.
+/// How long an announcement of another version is kept before it is a mismatch: the update's abort may be on its way.
 const MOMENT: Duration = Duration::from_millis(300);
 
-/// The announcement of an update that this rank has no part in yet, and the wait for one.
+/// The announcement of an update that this rank has not entered, and the wait for one.
 #[derive(Debug, Default)]
 pub(super) struct Announced {
     begin: Option<Begin>,
-    /// Since when the announcement is here, or since when it is waited for, whichever is later.
+    /// When the announcement came or the wait began, whichever is later.
     since: Option<Instant>,
-    /// The newest update that was announced. Numbers grow: what is older was left on the wire.
+    /// The newest update that was announced. Numbers grow, so an older announcement is a late message.
     newest: u64,
     wait: Option<Wanted>,
 }
@@ -29,7 +29,7 @@ struct Wanted {
     operation: &'static str,
 }
 
-/// A bucket of an update that is over, which nothing here will read.
+/// A bucket that nothing on this rank will read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Unread {
     pub(super) update: u64,
@@ -40,19 +40,19 @@ pub(super) struct Unread {
 #[derive(Debug)]
 pub(super) enum Found {
     Update(Begin),
-    /// One of another version goes on: its leader has to hear of that.
+    /// An update of another version goes on: its leader has to be told.
     Other(Begin, Error),
     Late(Error),
 }
 
 impl Announced {
-    /// Of a group that was formed when so many updates had begun on its control plane: these are another group's,
-    /// whose messages may still come.
+    /// For a group that was formed when `updates` updates had begun on its control plane. Those belong to earlier
+    /// groups; their messages may still come.
     pub(super) fn after(updates: u64) -> Self {
         Self { newest: updates, ..Self::default() }
     }
 
-    /// Waits for the next update; of this version, if one is given.
+    /// Begins to wait for the next update, or for the next one of this version if one is given.
     pub(super) fn wait(
         &mut self,
         version: Option<Version>,
@@ -61,11 +61,11 @@ impl Announced {
         now: Instant,
     ) {
         self.wait = Some(Wanted { version, until: now + deadline, deadline, operation });
-        // The update may have been aborted long ago, while nobody listened here, or just now.
+        // The announced update may be over already, and its abort still unread.
         self.since = Some(now);
     }
 
-    /// Nobody waits any more. An announcement stays.
+    /// Ends the wait. An announcement stays.
     pub(super) fn stop(&mut self) {
         self.wait = None;
     }
@@ -74,7 +74,7 @@ impl Announced {
     pub(super) fn take(&mut self, message: ToReceiver, now: Instant) -> Option<Unread> {
         match message {
             ToReceiver::Begin(begin) => self.keep(begin, now),
-            // It went on without this rank, which wants another version.
+            // The announced update has ended without this rank.
             ToReceiver::Abort { update, .. } | ToReceiver::Commit { update } => {
                 self.begin.take_if(|begin| begin.update == update);
             }
@@ -84,7 +84,7 @@ impl Announced {
         None
     }
 
-    /// Keeps the announcement of an update, unless it was here before; whether it is a new one.
+    /// Keeps the announcement of an update if it is new, and returns whether it is.
     pub(super) fn keep_new(&mut self, begin: Begin, now: Instant) -> bool {
         let is_new = begin.update > self.newest;
         if is_new {
@@ -99,12 +99,12 @@ impl Announced {
         self.keep_new(begin, now);
     }
 
-    /// The end of the wait, if it has come. `rank` is this one.
+    /// The end of the wait, if it has come. `rank` is this rank.
     pub(super) fn found(&mut self, rank: Rank, now: Instant) -> Option<Found> {
         let wanted = self.wait?;
         let is_other =
             |begin: &mut Begin| wanted.version.is_some_and(|version| version != begin.version);
-        // One that is over by now is returned as well: the caller hears why it has failed.
+        // An update that is already over is returned as well: the caller then hears why it failed.
         let found = if let Some(begin) = self.begin.take_if(|begin| !is_other(begin)) {
             Found::Update(begin)
         } else if self.moment().is_some_and(|until| now >= until)
@@ -125,19 +125,19 @@ impl Announced {
         Some(found)
     }
 
-    /// When an announcement of another version counts as one that goes on.
+    /// When an announced update of another version counts as one that goes on.
     fn moment(&self) -> Option<Instant> {
         self.begin.as_ref().and(self.since).map(|since| since + MOMENT)
     }
 
-    /// When [`found`](Self::found) wants to be asked again.
+    /// When to call [`found`](Self::found) again.
     pub(super) fn timer(&self) -> Option<Instant> {
         let wanted = self.wait?;
         Some(self.moment().map_or(wanted.until, |moment| moment.min(wanted.until)))
     }
 }
 
-/// The present update has ended at the leader, and its end did not come here.
+/// Another update began: the leader has ended the present one, and the message that says so was lost.
 pub(super) fn another_began(operation: &str) -> Result<()> {
     let message = "another update began within this one";
     Err(Error::new(ErrorKind::Protocol, operation, message)

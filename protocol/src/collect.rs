@@ -1,5 +1,5 @@
-//! Collecting the weights of buckets from a trainer's stream, by the plan of the last update as long as
-//! that fits.
+//! Collects the weights of buckets from a trainer's stream, and follows the plan of the last update as long as
+//! it fits.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use engine_core::{Error, ErrorKind, Result, Weight, WeightStream};
 pub(super) struct Bucket {
     pub(super) jobs: Vec<Job>,
     pub(super) layout: Arc<BucketLayout>,
-    /// The digest of the plan in which the layout stands at this bucket's place.
+    /// The digest of the last plan, if that has the same layout for this bucket.
     pub(super) known: Option<u64>,
     pub(super) source_bytes: u64,
 }
@@ -28,9 +28,9 @@ pub(super) struct Collector {
     last: Plan,
     last_digest: Option<u64>,
     buckets: usize,
-    /// The weight that the last bucket had no room for, or no room for all of.
+    /// The weight that did not fit into the last bucket, and how many of its bytes are placed already.
     pending: Option<(Weight, u64)>,
-    /// All names so far, unless they are those of the last plan, which has no name twice.
+    /// All names so far. `None` while they are those of the last plan, which has no name twice.
     names: Option<HashSet<Arc<str>>>,
     differs: bool,
     pub(super) counts: TensorCounts,
@@ -72,7 +72,7 @@ impl Collector {
                 Some(pending) => pending,
                 None => {
                     let operation = "waiting for the trainer's next weight";
-                    // A timer for each of eighteen thousand weights that are there would be felt.
+                    // Only a weight that is not ready gets a timer: thousands of timers would take noticeable time.
                     let weight = match weights.next().now_or_never() {
                         Some(weight) => weight,
                         None => within(deadline, operation, weights.next())
@@ -119,7 +119,7 @@ impl Collector {
             _ => None,
         };
         if known.is_none() {
-            // What follows stands at another place than in the last plan.
+            // All later weights have another place than in the last plan.
             self.diverge(jobs.len());
             if let (Some(names), Some((weight, _))) = (&mut self.names, &self.pending) {
                 names.insert(weight.meta().name.clone());
@@ -139,7 +139,7 @@ impl Collector {
         Ok(Some(Bucket { jobs, layout, known: plan, source_bytes }))
     }
 
-    /// Checks that a weight's name is new.
+    /// Checks that a weight is whole and that its name is new.
     fn admit(&mut self, weight: &Weight, placed: usize) -> Result<()> {
         weight.require_whole("collecting a bucket")?;
         if self.names.is_none() {
@@ -186,7 +186,7 @@ impl Collector {
         }
     }
 
-    /// Leaves the last plan: from here on every name is compared with all before it.
+    /// Leaves the last plan. From here on, every name is compared with all names before it.
     fn diverge(&mut self, placed: usize) {
         self.differs = true;
         if self.names.is_some() {
@@ -204,7 +204,7 @@ impl Collector {
 
 /// The part of a weight's source bytes that belongs to `len` of its `total` bytes.
 fn share(source: u64, len: u64, total: u64) -> u64 {
-    // Nearly every weight is whole, and the division of 128 bits is slow.
+    // Nearly every weight is in one piece, and a division of 128 bits is slow.
     if len == total {
         return source;
     }

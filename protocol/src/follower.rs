@@ -1,8 +1,8 @@
 //! A rank that receives, as a state machine: no IO, no clock, no tasks.
 //!
-//! It is told what happens and when, and says what is to be done ([`Follower::act`]) and when it wants to be asked
-//! again at the latest ([`Follower::timer`]). `receiver.rs` does what it says. The bytes of buckets never come here:
-//! a bucket is its number, its layout and its digest.
+//! The loop in `receiver.rs` tells it what happens and when. It answers with things to do ([`Follower::act`]) and with
+//! the time of its next tick ([`Follower::timer`]). The bytes of buckets never come here: to this machine a bucket is
+//! a number, a layout and a digest.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -20,10 +20,10 @@ use engine_core::plan::{BucketKind, BucketLayout, LayoutChecker, Plan};
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Version, digest};
 use engine_core::{ReceiveReport, VersionState};
 
-/// What ranks do that wait for all others, before they join them.
+/// The operation of a rank that waits to join the others, in errors.
 pub(super) const JOINING: &str = "waiting for all ranks to enter the update";
 
-/// How much later than a transport's error the leader may say which rank has died.
+/// How long after a transport's error the leader may name the rank that has died.
 const MOMENT: Duration = Duration::from_secs(1);
 
 /// How long the leader may say nothing: longer than its own deadline, so that it can name the cause first.
@@ -31,12 +31,12 @@ pub(super) fn patience(deadline: Duration) -> Duration {
     deadline + deadline / 4
 }
 
-/// The leader says who does not come, and takes a deadline to find out.
+/// How long the leader may say nothing before the ranks join: it takes a deadline to find out which rank does not enter.
 pub(super) fn patience_to_join(deadline: Duration) -> Duration {
     deadline * 3
 }
 
-/// Something to be done.
+/// Something for the loop to do.
 #[derive(Debug)]
 pub(super) enum Act {
     /// Tell the leader that this rank enters an update, with the plan that it knows and the buckets that are held.
@@ -45,15 +45,15 @@ pub(super) enum Act {
     Send(ToSender),
     /// Have the link join the others: answered by [`Follower::joined`].
     Join(Ticket),
-    /// Drop the link's attempt to join; there is no answer any more.
+    /// Drop the link's attempt to join. No answer follows.
     Cancel,
-    /// Have the link fetch a bucket, which is held from now on: answered by [`Follower::arrived`].
+    /// Have the link fetch a bucket, and hold the bucket from now on: answered by [`Follower::arrived`].
     Fetch { index: u64, from: Rank, card: Bytes, slot: u32, layout: Arc<BucketLayout> },
-    /// Have the link give up its fetches from a rank: they are answered soon.
+    /// Have the link give up its fetches from a rank. They then end soon.
     Abandon { from: Rank },
     /// Release a bucket that nobody here reads.
     Unread(Unread),
-    /// Ask the receiver whether it takes the version: answered by [`Follower::checked`].
+    /// Ask the caller whether it accepts the version: answered by [`Follower::checked`].
     Check,
     /// Hand a verified bucket to the caller.
     Give { index: u64, layout: Arc<BucketLayout> },
@@ -69,7 +69,7 @@ pub(super) struct Follower {
     rank: Rank,
     deadline: Duration,
     kind: BucketKind,
-    /// Whether the rank only hears of updates: it enters none, and gets nothing.
+    /// Whether the rank only hears of updates: it enters none and gets no buckets.
     is_idle: bool,
     announced: Announced,
     /// The layouts of the last complete update, and their digest.
@@ -86,20 +86,20 @@ struct Session {
     begin: Begin,
     begun: Instant,
     join: Join,
-    /// Whether all ranks are in the update: joining may not end before they do, nor before its time.
+    /// Whether the leader has said that all ranks are in the update. Only then may ranks join at the same time.
     may_join: bool,
-    /// Buckets that are being fetched and verified, and what came after them.
+    /// The announced buckets that were not handed over yet, then the end of the update, in their order.
     coming: VecDeque<Coming>,
     layouts: Vec<Arc<BucketLayout>>,
     checker: LayoutChecker,
     taken: u64,
     /// Whether the caller waits for the next bucket.
     wants: bool,
-    /// Since when the leader is waited for.
+    /// When the leader said something last, or the wait for it began.
     since: Instant,
     confirm: Confirm,
     version_digest: u64,
-    /// Tensors and bytes so far.
+    /// The tensors and bytes so far.
     counts: (u64, u64),
     end: End,
 }
@@ -120,9 +120,9 @@ enum Confirm {
 
 #[derive(Debug)]
 enum End {
-    /// It goes on.
+    /// The update goes on.
     No,
-    /// It has failed for a reason of the transport: the leader may know a better one.
+    /// The transport failed. Until this time the leader may name the cause.
     Seeking(Error, Instant),
     Over(Option<Result<ReceiveReport>>),
 }
@@ -136,17 +136,18 @@ enum Coming {
 /// How far a bucket has come.
 #[derive(Debug)]
 enum Stage {
-    /// Nobody has it yet, or the one that had it failed.
+    /// No source is known yet, or the fetch from the last one failed.
     Announced,
-    /// It can be had there, once this rank has joined the others.
+    /// It can be fetched from there, once this rank has joined the others.
     Due { from: Rank, card: Bytes },
-    /// It is being fetched; after that from another rank, if this one fails.
+    /// It is being fetched. If that fails, it is fetched from `next`.
     Fetching { from: Rank, next: Option<(Rank, Bytes)> },
     /// It is here, with its digest sum.
     Here(Option<u64>),
 }
 
-/// What the leader hears when a fetch has ended: at once and from any thread, whether or not the receiver looks.
+/// What to tell the leader when a fetch has ended. It is told at once, from any thread, even while nobody polls the
+/// receiver.
 pub(super) fn told_of_fetch<T>(
     routed: bool,
     update: u64,
@@ -163,11 +164,11 @@ pub(super) fn told_of_fetch<T>(
     }
 }
 
-/// The leader's message of an event.
+/// The leader's message in an event.
 ///
 /// # Errors
 ///
-/// The leader is gone, or what it says is no message.
+/// The leader is gone, or its message cannot be decoded.
 pub(super) fn message(event: Event) -> Result<Option<ToReceiver>> {
     match event {
         Event::Message { from: Rank::LEADER, body } => decode(&body)
@@ -187,7 +188,7 @@ pub(super) fn message(event: Event) -> Result<Option<ToReceiver>> {
 }
 
 impl Follower {
-    /// A rank of a group that was formed when so many updates had begun on the control plane.
+    /// A rank of a group that was formed when `updates` updates had begun on the control plane.
     pub(super) fn new(rank: Rank, deadline: Duration, updates: u64) -> Self {
         Self {
             rank,
@@ -203,12 +204,12 @@ impl Follower {
         }
     }
 
-    /// With buckets of a kind.
+    /// Sets the kind of its buckets.
     pub(super) fn of_kind(self, kind: BucketKind) -> Self {
         Self { kind, ..self }
     }
 
-    /// One that only hears of updates and how they end.
+    /// A rank that only hears of updates and how they end.
     pub(super) fn idle(rank: Rank, deadline: Duration, updates: u64) -> Self {
         Self { is_idle: true, ..Self::new(rank, deadline, updates) }
     }
@@ -218,13 +219,13 @@ impl Follower {
         self.acts.pop_front()
     }
 
-    /// Waits for the next update.
+    /// Begins to wait for the next update.
     pub(super) fn wait(&mut self, version: Option<Version>, operation: &'static str, now: Instant) {
         self.announced.wait(version, self.deadline, operation, now);
         self.look(now);
     }
 
-    /// The caller does not wait any more; nothing is lost.
+    /// The caller no longer waits. An announcement that came is kept.
     pub(super) fn stop(&mut self) {
         self.announced.stop();
         if self.is_idle {
@@ -246,7 +247,7 @@ impl Follower {
         self.advance(now);
     }
 
-    /// The end of the update, once it has come; asking again gives nothing.
+    /// The end of the update, returned once.
     pub(super) fn end(&mut self) -> Option<Result<ReceiveReport>> {
         let session = self.session.as_mut()?;
         let End::Over(result) = &mut session.end else { return None };
@@ -255,7 +256,7 @@ impl Follower {
         result
     }
 
-    /// Nobody receives the update any more, for this reason.
+    /// The caller gives the update up, for this reason.
     pub(super) fn abandon(&mut self, reason: impl FnOnce() -> Error) {
         let Some(session) = &self.session else { return };
         if let End::No = session.end {
@@ -358,7 +359,7 @@ impl Follower {
         self.advance(now);
     }
 
-    /// Whether the receiver takes the version, and what it wants the leader to know.
+    /// The caller's check of the version: its notes for the leader, or why it refuses the version.
     pub(super) fn checked(&mut self, checked: Result<String>, now: Instant) {
         let Some(session) = &mut self.session else { return };
         let (Confirm::Asking(digest, plan), End::No) = (session.confirm, &session.end) else {
@@ -380,7 +381,7 @@ impl Follower {
         self.advance(now);
     }
 
-    /// Looks whether an update may be entered.
+    /// Enters an update if one may be entered.
     fn look(&mut self, now: Instant) {
         if self.session.is_some() {
             return;
@@ -424,7 +425,7 @@ impl Follower {
             taken: 0,
             wants: false,
             since: now,
-            // An idle rank has nothing to confirm, and waits for the commit from the start.
+            // An idle rank confirms nothing: it waits for the commit from the start.
             confirm: if self.is_idle { Confirm::Yes(0, 0) } else { Confirm::No },
             version_digest: 0,
             counts: (0, 0),
@@ -451,7 +452,7 @@ impl Follower {
         }
     }
 
-    /// Takes in what the leader says within an update.
+    /// Takes in a message of the leader within an update.
     fn take(&mut self, message: ToReceiver, now: Instant) -> Result<()> {
         let Some(session) = &mut self.session else { return Ok(()) };
         let (present, is_over) = (session.begin.update, !matches!(session.end, End::No));
@@ -461,7 +462,7 @@ impl Follower {
             {
                 let taken = self.take_bucket(index, slot, digest, layout);
                 taken.map_err(|error| {
-                    // Nobody holds it.
+                    // A refused bucket will not be read.
                     self.acts.push_back(Act::Unread(Unread { update, index }));
                     error.bucket(index)
                 })
@@ -536,13 +537,13 @@ impl Follower {
         Ok(())
     }
 
-    /// A bucket can be had from a rank, unless it is here already.
+    /// A bucket can be fetched from a rank. Nothing to do if it is here already.
     fn fetch(&mut self, index: u64, source: Rank, card: Bytes) {
         let Some(session) = &mut self.session else { return };
         let Some((_, stage)) = session.find(index) else { return };
         match stage {
             Stage::Here(_) => {}
-            // The leader has given up on the rank that it named before.
+            // The leader has given up the source that it named before.
             Stage::Fetching { from, next } => {
                 let from = *from;
                 *next = Some((source, card));
@@ -552,7 +553,7 @@ impl Follower {
         }
     }
 
-    /// Does what can be done by now.
+    /// Does everything that is possible now.
     fn advance(&mut self, now: Instant) {
         if let Err(error) = self.try_advance(now) {
             self.fail(error);
@@ -601,7 +602,7 @@ impl Follower {
         }
     }
 
-    /// The next bucket is here: it is handed over if it is what was sent.
+    /// The next bucket is here. Hands it over if its digest is the one that was sent.
     fn verified(&mut self, index: u64, sent: u64, sum: Option<u64>) -> Result<()> {
         let Some(session) = &mut self.session else { return Ok(()) };
         let layout = session.layouts[index as usize].clone();
@@ -652,7 +653,7 @@ impl Follower {
     /// The leader has made the version active.
     fn committed(&mut self, now: Instant) {
         let Some(session) = &mut self.session else { return };
-        // What was not confirmed cannot be committed.
+        // The leader commits only confirmed versions; anything else breaks the protocol.
         let Confirm::Yes(digest, plan) = session.confirm else {
             return debug!("a commit of what this rank has not confirmed");
         };
@@ -679,7 +680,7 @@ impl Follower {
                 self.acts.push_back(Act::Aborted);
                 error
             }
-            // What the transport saw was the consequence.
+            // The transport's error was the consequence.
             End::Seeking(seen, _) => because(error, seen),
             over @ End::Over(_) => {
                 session.end = over;
@@ -706,7 +707,7 @@ impl Follower {
         }
     }
 
-    /// The update fails here, and the leader hears of it.
+    /// Fails the update on this rank, and tells the leader.
     fn fail(&mut self, error: Error) {
         let Some(session) = &mut self.session else { return };
         if !matches!(session.end, End::No) {
@@ -724,8 +725,8 @@ impl Follower {
         self.let_go();
     }
 
-    /// A bucket cannot be had. What a transport sees of a rank that died is that something broke, and the leader says
-    /// which rank it was.
+    /// A bucket cannot be fetched. When a rank dies, a transport only reports that something broke. The leader names the
+    /// rank, so the end waits a moment for that.
     fn fail_to_fetch(&mut self, error: Error, now: Instant) {
         let is_of_transport = is_of_transport(&error);
         self.fail(error);
@@ -738,7 +739,7 @@ impl Follower {
         }
     }
 
-    /// The update has ended here: what was announced and not fetched will not be read.
+    /// The update has ended here. Releases the buckets that were announced and not fetched.
     fn let_go(&mut self) {
         let Some(session) = &mut self.session else { return };
         if matches!(session.join, Join::Busy { .. }) {
@@ -768,7 +769,7 @@ impl Session {
         self.join == Join::Done && self.confirm == Confirm::No
     }
 
-    /// How long the leader may say nothing, and what is waited for; nothing if this rank is at work.
+    /// How long the leader may say nothing, and what this rank waits for. `None` if this rank is at work itself.
     fn limit(&self, deadline: Duration) -> Option<(Duration, &'static str)> {
         let patience = patience(deadline);
         match (&self.join, self.confirm) {
@@ -795,7 +796,7 @@ impl Coming {
     }
 }
 
-/// Stands for an error for a moment.
+/// A placeholder while an error is moved.
 fn gone() -> Error {
     Error::new(ErrorKind::Aborted, "receiving weights", "the update has failed")
 }

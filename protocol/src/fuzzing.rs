@@ -1,5 +1,5 @@
-//! What other ranks say of updates, and whole groups, for the targets of `fuzz/`. It is there in builds for fuzzing
-//! alone.
+//! Entry points for the targets of `fuzz/`: messages of other ranks, and schedules of whole groups. Only in builds for
+//! fuzzing.
 
 use std::fmt::Debug;
 
@@ -9,17 +9,17 @@ use serde::de::DeserializeOwned;
 use crate::message::{ToReceiver, ToSender, decode, encode};
 use crate::schedules;
 
-/// A message of either direction. One that can be read is the same after it was written and read again.
+/// Decodes bytes as a message of either direction: [`same_again`].
 pub fn message(body: &[u8]) {
     same_again::<ToReceiver>(body);
     same_again::<ToSender>(body);
 }
 
-/// A message that can be read is the same after it was written and read again.
+/// Checks that a message that can be decoded is the same after it was encoded and decoded again.
 ///
 /// # Panics
 ///
-/// If it is not.
+/// If it is not the same.
 pub fn same_again<T: DeserializeOwned + Serialize + Debug>(body: &[u8]) {
     let Ok(message) = decode::<T>(body) else { return };
     let written = encode(&message).expect("what was read can be written");
@@ -27,7 +27,7 @@ pub fn same_again<T: DeserializeOwned + Serialize + Debug>(body: &[u8]) {
     assert_eq!(format!("{message:?}"), format!("{again:?}"));
 }
 
-/// A schedule of everything that may happen to a group, with or without faults: no promise may be broken.
+/// Runs a schedule of events in a group, with or without faults, and checks that the group keeps its promises.
 ///
 /// # Panics
 ///

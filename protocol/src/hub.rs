@@ -1,8 +1,8 @@
 //! A group within a process: a [`Control`] of queues, without connections, tasks or heartbeats.
 //!
-//! The leader has a [`Hub`]. Every other rank has a [`Member`], which may be there before its leader is: its messages
-//! go nowhere until [`Hub::admit`] connects the two. The owner of a rank has to say when that leaves or is lost: dropping
-//! its control says nothing, because a control may live longer than its rank.
+//! The leader has a [`Hub`]. Every other rank has a [`Member`], which may exist before its leader does. Until
+//! [`Hub::admit`] connects the two, the member cannot send. The owner of a rank has to say when the rank leaves or is
+//! lost. Dropping its control tells nobody, because a control may live longer than its rank.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -39,15 +39,15 @@ struct Seat {
     rank: Rank,
     role: Role,
     queue: Queue,
-    /// Set once, under the lock of the leader's members.
+    /// Set once, while the leader's members are locked.
     leader: Mutex<Option<Weak<Leader>>>,
 }
 
-/// What comes for a rank, and whether anything more can.
+/// The events for a rank, and whether more can come.
 #[derive(Debug, Default)]
 struct Queue {
     events: Mutex<Events>,
-    /// Something has come. There is one who waits for it.
+    /// Notified when the events change. At most one task waits for it.
     changed: Notify,
 }
 
@@ -63,7 +63,7 @@ impl Queue {
         lock(&self.events)
     }
 
-    /// Queues an event; whether the rank is there to take it.
+    /// Queues an event. Returns whether the rank is still there to take it.
     fn push(&self, event: Event) -> bool {
         let mut events = self.lock();
         let is_there = events.ended.is_none();
@@ -75,7 +75,7 @@ impl Queue {
         is_there
     }
 
-    /// Queues a last event, if there is one, and says what comes after it.
+    /// Ends the queue: with a last event, if there is one, and the error that follows it.
     fn end(&self, last: Option<Event>, why: ErrorReport) {
         let mut events = self.lock();
         if events.ended.is_none() {
@@ -107,7 +107,7 @@ impl Queue {
         }
         let coming = async {
             loop {
-                // What came since the look has left a permit.
+                // An event that came after the look has left a permit: this returns at once.
                 self.changed.notified().await;
                 if let Some(found) = self.look() {
                     return found;
@@ -124,7 +124,7 @@ impl Hub {
         Self::default()
     }
 
-    /// The leader's end.
+    /// The leader's end of the connections.
     pub fn control(&self) -> Arc<dyn Control> {
         self.0.clone()
     }
@@ -133,7 +133,8 @@ impl Hub {
     ///
     /// # Errors
     ///
-    /// `PeerLost` if it has left or was lost; `Mismatch` if it is in a group, or if its rank is there already.
+    /// `PeerLost` if the member has left or was lost. `Mismatch` if it is in a group already, if its rank is the
+    /// leader's or taken, or if the leader has left.
     pub fn admit(&self, member: &Member) -> Result<()> {
         let rank = member.0.rank;
         let refuse =
@@ -154,7 +155,7 @@ impl Hub {
         Ok(())
     }
 
-    /// Tells the leader of a rank that has joined a group which was there.
+    /// Tells the leader that a rank has joined the existing group.
     #[cfg(test)]
     pub(crate) fn announce(&self, peer: Peer) {
         self.0.queue.push(Event::Joined(peer));
@@ -169,7 +170,7 @@ impl Hub {
         );
     }
 
-    /// The leader is no more, for a reason in words. Its members hear that.
+    /// The leader is lost, for this reason. Its members hear that.
     pub fn lose(&self, words: &str) {
         let error = lost(Rank::LEADER, words).recovery(Recovery::Reconnect);
         let error = ErrorReport::from(&error);
@@ -191,7 +192,7 @@ impl Member {
         Self(Arc::new(Seat { rank, role, queue: Queue::default(), leader: Mutex::default() }))
     }
 
-    /// The rank's end.
+    /// The rank's end of the connection.
     pub fn control(&self) -> Arc<dyn Control> {
         self.0.clone()
     }
@@ -201,7 +202,7 @@ impl Member {
         self.end(Event::Left { rank: self.0.rank });
     }
 
-    /// The rank is no more, for a reason in words. Its leader hears that.
+    /// The rank is lost, for this reason. Its leader hears that.
     pub fn lose(&self, words: &str) {
         let rank = self.0.rank;
         self.end(Event::Lost { rank, error: ErrorReport::from(&lost(rank, words)) });
@@ -223,7 +224,7 @@ impl Leader {
         lock(&self.members)
     }
 
-    /// Whether a member is among those that are connected, and not one of the same rank before or after it.
+    /// Whether this member is connected. An earlier or later member of the same rank does not count.
     fn connects(&self, members: &BTreeMap<Rank, Member>, member: &Seat) -> bool {
         members.get(&member.rank).is_some_and(|there| std::ptr::eq(&*there.0, member))
     }
@@ -279,7 +280,7 @@ impl Control for Leader {
     }
 
     fn updates(&self) -> u64 {
-        0 // It has one group, formed before all updates.
+        0 // A hub has one group, formed before all updates.
     }
 }
 
@@ -377,7 +378,7 @@ mod tests {
         one.leave();
         // A rank that has left cannot be lost later.
         one.lose("twice");
-        // A view that is dropped later.
+        // As when a view is dropped later.
         assert!(said.send(Rank::LEADER, Bytes::from_static(b"b")).is_err());
         two.lose("its engine is gone");
         assert_eq!(next(&leader).await, message(1, b"a"));

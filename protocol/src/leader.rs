@@ -1,8 +1,7 @@
 //! The leader of an update, as a state machine: no IO, no clock, no tasks.
 //!
-//! It is told what happens and when ([`Leader::event`], [`Leader::done`], [`Leader::tick`]) and says what is to be
-//! done ([`Leader::act`]) and when it wants to be asked again at the latest ([`Leader::timer`]). `sender.rs` does what
-//! it says.
+//! The loop in `sender.rs` tells it what happens and when ([`Leader::event`], [`Leader::done`], [`Leader::tick`]). It
+//! answers with things to do ([`Leader::act`]) and with the time of its next tick ([`Leader::timer`]).
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, OnceLock};
@@ -26,53 +25,53 @@ use engine_core::{ReceiverReport, StageTimes, VersionState, WorkerMetadata};
 
 const FILLING: &str = "waiting for a trainer to fill a bucket";
 
-/// How often the leader says that it is alive, while it waits for something.
+/// How often the leader says that it is alive, at the least.
 const ALIVE: Duration = Duration::from_secs(1);
 
-/// How many updates may fail because of the same rank before it is expelled.
+/// How many updates have to fail because of the same rank until it is expelled.
 const PATIENCE: u32 = 3;
 
-/// How much later than a transport's error the control plane may say which rank has died.
+/// How long after a transport's error the control plane may name the rank that has died.
 const MOMENT: Duration = Duration::from_millis(300);
 
-/// What a rank does that joins a group which is there; nothing, if it has no part in updates.
+/// The part of a rank that joins the existing group; `None` if it has no part in updates.
 pub(super) type PartOf = dyn Fn(&Peer) -> Option<Part> + Send + Sync;
 
-/// How long nothing was heard of a rank: [`Control::silence`](engine_core::control::Control::silence).
+/// The silence of a rank: [`Control::silence`](engine_core::control::Control::silence).
 pub(super) type Silence = dyn Fn(Rank) -> Option<Duration> + Send + Sync;
 
 /// What does not change between updates.
 #[derive(Clone, Debug)]
 pub(super) struct Settings {
-    /// How long a rank may take for its next step.
+    /// The longest time that a rank may take for a step.
     pub(super) deadline: Duration,
     pub(super) slots: usize,
     pub(super) bucket_bytes: u64,
     pub(super) digests: bool,
     /// How receivers fetch from this rank.
     pub(super) card: Bytes,
-    /// Whether the stream depends on which versions the rollouts have, and is read when all have said it.
+    /// Whether the stream depends on the versions that the rollouts have. It is read when all have told theirs.
     pub(super) asks_bases: bool,
 }
 
-/// The leader and the other ranks as it sees them.
+/// The leader, and the other ranks as it sees them.
 pub(super) struct Leader {
     settings: Settings,
     members: BTreeMap<Rank, Member>,
-    /// The ranks that hear of updates and have no other part in them.
+    /// The ranks that only hear of updates.
     idle: BTreeSet<Rank>,
     absent: BTreeSet<Rank>,
-    /// The hosts of ranks, where they are known.
+    /// The hosts of ranks, as far as they are known.
     hosts: BTreeMap<Rank, String>,
-    /// Between receivers, where fetches failed.
+    /// The paths between receivers on which fetches failed.
     paths: Paths,
-    /// How many updates have failed because of a rank since it was last part of one that did not.
+    /// How many updates have failed because of each rank since it was last in one that succeeded.
     blamed: BTreeMap<Rank, u32>,
     newcomers: Box<PartOf>,
     silence: Box<Silence>,
-    /// Who may still read which slot, and the bucket that is in it. Unused with a route.
+    /// The bucket in each slot, and the ranks that may still read it. Unused with a route.
     slots: Vec<Held>,
-    /// The layouts of the last update that came to its last bucket.
+    /// The layouts of the last update whose buckets were all announced.
     plan: Plan,
     update: Option<Box<Update>>,
     acts: VecDeque<Act>,
@@ -94,26 +93,26 @@ struct Member {
     part: Part,
     /// Whether it takes part in the present update.
     active: bool,
-    /// What it said when it entered the present update.
+    /// Its message when it entered the present update.
     entered: Option<Entry>,
-    /// What it will be told when it has entered.
+    /// The messages for it that wait until it has entered.
     unsent: Vec<Unsent>,
     /// Whether it has joined the others for the present update.
     joined: bool,
     /// Its confirmation of the present update.
     confirmed: Option<ReceiverReport>,
-    /// When it was given its present task, or made its last step: a deadline for it begins there.
+    /// When it was given its last task or took its last step. Its deadline begins there.
     since: Option<Instant>,
 }
 
-/// What a rank says of itself when it enters an update; nothing of it is remembered for the next one.
+/// What a rank says of itself when it enters an update. It is forgotten before the next one.
 #[derive(Debug)]
 struct Entry {
     /// The digest of the plan that the rank knows.
     plan: Option<u64>,
     /// How others fetch from it.
     card: Bytes,
-    /// The version that changes could be applied to there.
+    /// The version there that a delta could be applied to.
     base: Base,
 }
 
@@ -135,31 +134,31 @@ struct Held {
 /// The present update.
 #[derive(Debug)]
 struct Update {
-    /// Tags all messages of the update.
+    /// All messages of the update have this number.
     number: u64,
     version: Version,
     begun: Instant,
     stage: Stage,
-    /// The trainers that send, this rank first.
+    /// The trainers that send, the leader first.
     senders: Vec<Rank>,
-    /// All that are told how the update ends.
+    /// The ranks that are told if the update fails.
     told: BTreeSet<Rank>,
     ticket: Option<Ticket>,
     topology: Option<Topology>,
-    /// The way of the buckets, if receivers fetch them.
+    /// The routes of the buckets, if receivers fetch from one another.
     route: Option<Route>,
-    /// What comes next of the stream.
+    /// What the stream gives next.
     next: Next,
-    /// What the link is at.
+    /// What the link is doing.
     link: Option<Linked>,
-    /// Buckets that were begun and not announced yet, in their order.
+    /// The buckets that were begun and are not announced yet, in their order.
     outgoing: VecDeque<Outgoing>,
     layouts: Vec<Arc<BucketLayout>>,
-    /// Of the buckets that were announced.
+    /// The digest of all buckets that were announced.
     version_digest: u64,
     /// What is waited for, and since when.
     wait: Option<(Wait, Instant)>,
-    /// When the ranks of the update hear next that this one is alive.
+    /// When to tell the ranks of the update next that the leader is alive.
     next_alive: Instant,
     stages: StageTimes,
 }
@@ -168,11 +167,11 @@ struct Update {
 enum Stage {
     /// The link begins the update.
     Beginning,
-    /// Ranks enter; they have to join one another.
+    /// Ranks enter. They join one another when all have entered.
     Entering,
-    /// This rank joins.
+    /// The leader joins the others.
     Joining,
-    /// The others join.
+    /// The leader has joined, and waits for the others.
     Joined,
     /// Buckets are filled and announced.
     Streaming,
@@ -184,37 +183,37 @@ enum Stage {
     Over(Option<Result<Ended>>),
 }
 
-/// The end of an update that failed: its cause is looked for, and work of this rank is waited for.
+/// The end of a failed update: the leader waits for the cause, and for the end of its own work.
 #[derive(Debug)]
 struct Failing {
     error: Error,
-    /// Until then the control plane may name the rank that died.
+    /// How long to wait for the control plane to name a rank that died.
     cause_until: Option<Instant>,
-    /// Until then the link's work is waited for.
+    /// How long to wait for the link's work.
     work_until: Option<Instant>,
-    /// Whether the others know.
+    /// Whether the others were told.
     told: bool,
 }
 
 #[derive(Debug)]
 enum Next {
-    /// It is read when every rank has entered.
+    /// The stream is read when every rank has entered.
     Unasked,
-    /// It is being collected since then.
+    /// A bucket is being collected, since this time.
     Pending(Instant),
-    /// It is here since then.
+    /// A bucket is here, since this time.
     Bucket(Collected, Instant),
     End,
 }
 
-/// What the link is at, since when.
+/// What the link is doing, and since when.
 #[derive(Debug)]
 struct Linked {
     work: Work,
     since: Instant,
 }
 
-/// A bucket that is being filled, here or by another trainer.
+/// A bucket that is being filled, by the leader or by another trainer.
 #[derive(Debug)]
 struct Outgoing {
     index: u64,
@@ -222,35 +221,35 @@ struct Outgoing {
     layout: Arc<BucketLayout>,
     known: Option<u64>,
     source_bytes: u64,
-    /// Known when it is filled.
+    /// `None` until it is filled.
     digest: Option<u64>,
 }
 
-/// What the leader waits for: another one has a deadline of its own.
+/// What the leader waits for. Each wait has a deadline of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wait {
     Enter,
     Join,
-    /// That the slot of a bucket is free.
+    /// Until the slot of this bucket is free.
     Slot(u64),
-    /// That the last buckets are filled.
+    /// Until the last buckets are filled.
     Filled,
     Confirm,
-    /// That this rank encodes a bucket.
+    /// Until the leader has encoded this bucket.
     Encode(u64),
 }
 
-/// Whom or what a wait waits for at the moment.
+/// The rank or the bucket that is awaited now.
 #[derive(Debug)]
 struct Awaited {
-    /// The rank, if it is one.
+    /// The awaited rank, if it is a rank.
     rank: Option<Rank>,
     /// The bucket, for the error.
     bucket: Option<u64>,
     operation: &'static str,
 }
 
-/// A bucket that is there, as it is announced: in few bytes to those that know the plan.
+/// The announcement of a filled bucket. Ranks that know the plan get a short one.
 #[derive(Debug)]
 struct Announcement {
     update: u64,
@@ -258,24 +257,24 @@ struct Announcement {
     slot: usize,
     digest: u64,
     layout: Arc<BucketLayout>,
-    /// The digest of the plan in which the layout stands at this place.
+    /// The digest of the last plan, if that has the same layout for this bucket.
     known: Option<u64>,
     short: OnceLock<Bytes>,
     full: OnceLock<Bytes>,
 }
 
 impl Announcement {
-    /// Whether the bucket's layout is one of this plan.
+    /// Whether the bucket's layout is part of the plan with this digest.
     fn is_known(&self, plan: Option<u64>) -> bool {
         self.known.is_some() && plan == self.known
     }
 
-    /// The message for a rank that knows this plan.
+    /// The message for a rank that knows the plan with this digest.
     fn body(&self, plan: Option<u64>) -> Result<Bytes> {
         self.encoded(self.is_known(plan))
     }
 
-    /// The message, with the layout's digest or with the layout.
+    /// The message: with the layout's digest if the receiver knows the layout, else with the layout.
     fn encoded(&self, knows: bool) -> Result<Bytes> {
         let cached = if knows { &self.short } else { &self.full };
         if let Some(body) = cached.get() {
@@ -312,12 +311,12 @@ impl Leader {
         }
     }
 
-    /// What ranks do that join later.
+    /// Sets how ranks that join later get their parts.
     pub(super) fn set_newcomers(&mut self, newcomers: Box<PartOf>) {
         self.newcomers = newcomers;
     }
 
-    /// Counts a rank among those of the next update.
+    /// Adds a rank to the next update.
     pub(super) fn admit(&mut self, rank: Rank, part: Part) {
         self.absent.remove(&rank);
         if part == Part::Idle {
@@ -327,16 +326,16 @@ impl Leader {
         }
     }
 
-    /// Where a rank is, by a name that all ranks of its host have.
+    /// Sets the host of a rank. All ranks of a host have the same name here.
     pub(super) fn locate(&mut self, rank: Rank, host: &str) {
         self.hosts.insert(rank, host.to_owned());
     }
 
-    /// The way of buckets to receivers in an update of a topology.
+    /// The routes of buckets to receivers in an update with this topology.
     fn route(&self, topology: Topology, receivers: &[Rank], now: Instant) -> Route {
         let mut numbers = BTreeMap::new();
         let mut site = |rank: Rank| {
-            // A rank of which nothing is known is on a host of its own.
+            // A rank whose host is not known counts as alone on its host.
             let host = self.hosts.get(&rank).map(String::as_str).ok_or(rank);
             let next = numbers.len() as u32;
             Site { rank, host: *numbers.entry(host).or_insert(next) }
@@ -354,13 +353,13 @@ impl Leader {
         self.members.values().filter(|member| member.part.is_rollout()).count()
     }
 
-    /// Whether a colocated rank has not released all buckets.
+    /// Whether a colocated rank still holds a bucket.
     pub(super) fn is_read_in_place(&self) -> bool {
         let colocated = |rank| self.members.get(rank).is_some_and(|m| m.part == Part::Colocated);
         self.slots.iter().any(|slot| slot.by.iter().any(colocated))
     }
 
-    /// Starts an update of the ranks that are there, with a number that no other has.
+    /// Starts an update with all present members. `number` is unique to it.
     ///
     /// # Errors
     ///
@@ -423,7 +422,7 @@ impl Leader {
         (Members { senders: senders.unwrap_or_default(), others }, colocated.len())
     }
 
-    /// Forgets the update. What nobody was told of, nobody will release.
+    /// Forgets the update. Nobody releases a bucket that was not announced, so those slots are freed here.
     fn close(&mut self) {
         let Some(update) = self.update.take() else { return };
         if update.route.is_none() {
@@ -450,7 +449,7 @@ impl Leader {
         self.active_parts().filter(|(_, part)| part.is_rollout()).map(|(rank, _)| rank)
     }
 
-    /// Those that get buckets in the present update: rollouts and relays.
+    /// The ranks that get buckets in the present update: rollouts and relays.
     fn readers(&self) -> impl Iterator<Item = Rank> + '_ {
         self.active_parts().filter(|(_, part)| *part != Part::Sender).map(|(rank, _)| rank)
     }
@@ -478,7 +477,7 @@ impl Leader {
         }
     }
 
-    /// These ranks, and those that only hear of updates.
+    /// These ranks, and the idle ones.
     fn with_idle(&self, ranks: impl IntoIterator<Item = Rank>) -> Vec<Rank> {
         ranks.into_iter().chain(self.idle.iter().copied()).collect()
     }
@@ -487,15 +486,15 @@ impl Leader {
         self.tell_all(|_| true, &Unsent::Other(encode(message)?), now)
     }
 
-    /// [`tell`](Self::tell)s all ranks of the update that have such a part the same. After an error, none of those that are in
-    /// the update was told.
+    /// [`tell`](Self::tell)s the same to all ranks of the update whose part is wanted. After an error, no rank that has
+    /// entered was told.
     fn tell_all(
         &mut self,
         whom: impl Fn(Part) -> bool,
         message: &Unsent,
         now: Instant,
     ) -> Result<()> {
-        // Of a bucket there are two messages: those that know the plan get the short one.
+        // A bucket has two messages: ranks that know the plan get the short one.
         let (mut short, mut full) = (Vec::with_capacity(self.members.len()), Vec::new());
         let active = self.members.iter_mut().filter(|(_, member)| member.active);
         for (&rank, member) in active.filter(|(_, member)| whom(member.part)) {
@@ -522,8 +521,8 @@ impl Leader {
         Ok(())
     }
 
-    /// Tells a rank something of the present update, as soon as it has entered it. It is something
-    /// for the rank to do: its deadline begins anew.
+    /// Sends a rank a message of the present update, as soon as it has entered the update. Each message gives the rank
+    /// something to do, so its deadline restarts.
     fn tell(&mut self, rank: Rank, message: Unsent, now: Instant) -> Result<()> {
         let Some(member) = self.members.get_mut(&rank) else { return Ok(()) };
         let Some(entry) = &member.entered else {
@@ -539,7 +538,7 @@ impl Leader {
         Ok(())
     }
 
-    /// The link has begun the update: the others hear of it.
+    /// The link has begun the update. Announces it to the other ranks.
     fn announce_update(&mut self, ticket: Option<Ticket>, now: Instant) -> Result<()> {
         let receivers: Vec<Rank> = self.receivers().collect();
         let active: Vec<Rank> = self.active().collect();
@@ -549,7 +548,7 @@ impl Leader {
         update.route = route;
         update.ticket.clone_from(&ticket);
         update.stage = if ticket.is_some() { Stage::Entering } else { Stage::Streaming };
-        // Trainers that share the sending have streams that have to be the same.
+        // Not with several senders: only this stream could follow the bases, and all streams have to be the same.
         let asks_bases = self.settings.asks_bases && update.senders.len() <= 1;
         update.next = match asks_bases {
             true => Next::Unasked,
@@ -575,7 +574,7 @@ impl Leader {
         Ok(())
     }
 
-    /// Does what can be done by now.
+    /// Does everything that is possible now.
     fn advance(&mut self, now: Instant) {
         if let Err(error) = self.try_advance(now) {
             self.fail(error, now);
@@ -583,7 +582,7 @@ impl Leader {
         self.mind_wait(now);
     }
 
-    /// Has the stream read that waited for what rollouts say, once all have said it.
+    /// Starts to read a stream that depends on the rollouts' versions, once all ranks have entered.
     fn ask_stream(&mut self, now: Instant) {
         let waits = |update: &Update| matches!(update.next, Next::Unasked);
         if !self.update.as_deref().is_some_and(waits)
@@ -670,7 +669,7 @@ impl Leader {
         self.members.values().filter(|member| member.active)
     }
 
-    /// All ranks are in the update: they join one another.
+    /// All ranks have entered the update: they join one another.
     fn begin_joining(&mut self, now: Instant) -> Result<()> {
         let Some(update) = &mut self.update else { return Ok(()) };
         let Some(ticket) = update.ticket.clone() else { return Ok(()) };
@@ -685,7 +684,7 @@ impl Leader {
         Ok(())
     }
 
-    /// Takes the slot for the bucket that was collected, and has it filled.
+    /// Takes the slot for the collected bucket, and starts to fill it.
     fn begin_bucket(&mut self, now: Instant) -> Result<()> {
         let readers: BTreeSet<Rank> = self.readers().collect();
         let Some(update) = &mut self.update else { return Ok(()) };
@@ -704,7 +703,7 @@ impl Leader {
         let (sender, digest) = (sender_of(&update.senders, index), layout.digest());
         update.layouts.push(layout.clone());
         let outgoing = Outgoing { index, slot, layout, known, source_bytes, digest: None };
-        // First, so that the slot is free again if the sender cannot be told.
+        // Before the sender is told: if that fails, `close` finds the bucket here and frees its slot.
         update.outgoing.push_back(outgoing);
         if sender == Rank::LEADER {
             update.link = Some(Linked { work: Work::Fill { index }, since: now });
@@ -719,7 +718,7 @@ impl Leader {
         Ok(())
     }
 
-    /// A bucket is filled: it is announced, once all before it are.
+    /// A bucket is filled. It is announced once all buckets before it are.
     fn filled(&mut self, index: u64, digest: u64, now: Instant) -> Result<()> {
         let Some(update) = &mut self.update else { return Ok(()) };
         if let Some(bucket) = update.outgoing.iter_mut().find(|bucket| bucket.index == index) {
@@ -738,7 +737,7 @@ impl Leader {
         }
     }
 
-    /// Tells the receivers of a bucket.
+    /// Announces a bucket to its receivers.
     fn announce(&mut self, bucket: Outgoing, digest: u64, now: Instant) -> Result<()> {
         let Outgoing { index, slot, layout, known, .. } = bucket;
         let Some(update) = &self.update else { return Ok(()) };
@@ -748,7 +747,7 @@ impl Leader {
             Arc::new(Announcement { update, index, slot, digest, layout, known, short, full });
         let is_reader = |part| part != Part::Sender;
         if let Err(error) = self.tell_all(is_reader, &Unsent::Bucket(bucket), now) {
-            // Those that were not told will not release it.
+            // Ranks that were not told will not release it.
             self.slots[slot].by.clear();
             return Err(error);
         }
@@ -758,7 +757,7 @@ impl Leader {
         self.route_on(now)
     }
 
-    /// Tells receivers to fetch what they can by now.
+    /// Tells receivers to fetch what they can fetch now.
     fn route_on(&mut self, now: Instant) -> Result<()> {
         let Some(update) = &mut self.update else { return Ok(()) };
         let number = update.number;
@@ -782,7 +781,7 @@ impl Leader {
         Ok(())
     }
 
-    /// Whether a bucket's slot may be filled with it; if not, whom that waits for.
+    /// `Ok` if a bucket's slot may be filled with it. The error is the awaited rank, if there is one.
     fn is_free(&self, bucket: u64) -> Result<(), Option<Rank>> {
         let route = self.update.as_ref().and_then(|update| update.route.as_ref());
         match route {
@@ -790,13 +789,13 @@ impl Leader {
             Some(_) => Err(self.awaited_elsewhere()),
             None => match self.slots[bucket as usize % self.settings.slots].by.first() {
                 None => Ok(()),
-                // A bucket that was not announced yet is held by the sender that fills it.
+                // If a bucket is not announced yet, its sender is awaited, not its readers.
                 Some(reader) => Err(Some(self.late_sender().unwrap_or(*reader))),
             },
         }
     }
 
-    /// The trainer that the bucket which is announced next is waited for from.
+    /// The trainer, other than the leader, that fills the bucket which is announced next.
     fn late_sender(&self) -> Option<Rank> {
         let update = self.update.as_ref()?;
         let rank = sender_of(&update.senders, update.outgoing.front()?.index);
@@ -828,7 +827,7 @@ impl Leader {
         }
     }
 
-    /// Begins the deadline of a wait that is another one than before.
+    /// Starts a new deadline if the leader now waits for something else.
     fn mind_wait(&mut self, now: Instant) {
         let waiting = self.waiting();
         if let Some(update) = &mut self.update
@@ -838,7 +837,7 @@ impl Leader {
         }
     }
 
-    /// Whom a wait waits for now.
+    /// Which rank and bucket a wait waits for now.
     fn awaited(&self, wait: Wait) -> Awaited {
         let update = self.update.as_ref();
         let front = update.and_then(|update| update.outgoing.front()).map(|bucket| bucket.index);
@@ -887,9 +886,9 @@ impl Leader {
         }
     }
 
-    /// Until when the present wait may last. Only steps of the rank that is waited for, and tasks that it was given
-    /// meanwhile, begin its deadline anew: slow is not dead, but others that come and go are no progress.
-    /// Every rank takes a finite number of steps in an update, so that every wait ends.
+    /// The end of the present wait's deadline. It restarts only with a step of the awaited rank, or with a task given to
+    /// it: a slow rank is not dead, but other ranks that come and go are no progress. Each rank takes a finite number
+    /// of steps in an update, so every wait ends.
     fn wait_until(&self) -> Option<Instant> {
         let update = self.update.as_ref()?;
         let (wait, begun) = update.wait?;
@@ -901,7 +900,7 @@ impl Leader {
         Some(since.map_or(begun, |since| since.max(begun)) + self.settings.deadline)
     }
 
-    /// A wait was too long.
+    /// The error of a wait that was too long.
     fn late(&self, wait: Wait) -> Error {
         let Awaited { rank, bucket, operation } = self.awaited(wait);
         let late = match rank {
@@ -914,7 +913,7 @@ impl Leader {
         bucket.into_iter().fold(late, Error::bucket)
     }
 
-    /// Tells the ranks that are in the update that this one is alive, and whom it waits for.
+    /// Tells the ranks of the update that the leader is alive, and which rank it waits for.
     fn tell_alive(&mut self, now: Instant) {
         let awaited = self.waiting().and_then(|wait| self.awaited(wait).rank);
         let entered: Vec<Rank> = self.active().filter(|rank| self.has_entered(*rank)).collect();
@@ -953,8 +952,8 @@ impl Leader {
         let (version, elapsed) = (update.version, now.saturating_duration_since(update.begun));
         let (buckets, digest) = (update.layouts.len() as u64, update.version_digest);
         let stages = update.stages;
-        // From here on the update has happened: a receiver that cannot be told any more is lost, which
-        // the next update will see.
+        // From here on the update has happened. A receiver that cannot be told is lost, and the next update
+        // goes without it.
         let body = encode(&ToReceiver::Commit { update: update.number })?;
         let active: Vec<Rank> = self.active().collect();
         let all = self.with_idle(active.iter().copied());
@@ -980,8 +979,8 @@ impl Leader {
         Ok(())
     }
 
-    /// The update fails here. What a transport sees of a rank that died is that something broke; the control plane
-    /// knows which rank it was, a moment later.
+    /// Fails the update. When a rank dies, a transport only reports that something broke. The control plane names the
+    /// rank a moment later, so the end of the update waits for that.
     fn fail(&mut self, error: Error, now: Instant) {
         let Some(update) = &mut self.update else { return };
         if matches!(update.stage, Stage::Failing(_) | Stage::Over(_)) {
@@ -995,7 +994,7 @@ impl Leader {
         let work_until = match &update.link {
             None => None,
             Some(Linked { work: Work::Join, .. }) => {
-                // Its future may be dropped.
+                // `SendLink::join` may be dropped, so its end is not waited for.
                 update.link = None;
                 self.acts.push_back(Act::Cancel);
                 None
@@ -1007,9 +1006,9 @@ impl Leader {
         self.settle(now);
     }
 
-    /// Counts a failure against the rank that it is the fault of, if one is there that it is. A rank that is there and
-    /// fails one update after the other would keep all others from theirs: it is expelled, and may join again. Then one more
-    /// failure is enough, until an update with it succeeds.
+    /// Counts a failure against the rank that caused it, if a member did. A rank that makes one update after the other
+    /// fail would keep all others from their updates, so it is expelled. It may join again, but then one more failure
+    /// expels it, until an update with it succeeds.
     fn blame(&mut self, error: &Error) {
         let Some(rank) = error.report().rank.filter(|rank| self.members.contains_key(rank)) else {
             return;
@@ -1033,7 +1032,8 @@ impl Leader {
         }
     }
 
-    /// The update has failed: its end is told when the cause is known, and comes when this rank's work has ended.
+    /// Goes on with the end of a failed update: the other ranks are told when the cause is known, and the update is over
+    /// when the link's work has ended.
     fn settle(&mut self, now: Instant) {
         let Some(update) = &mut self.update else { return };
         let Stage::Failing(failing) = &mut update.stage else { return };
@@ -1079,7 +1079,7 @@ impl Leader {
         }
     }
 
-    /// Takes in what happened to other ranks; an error if it ends the present update.
+    /// Takes in an event. An error ends the present update.
     fn take_event(&mut self, event: Event, now: Instant) -> Result<()> {
         let bucket = self.update.as_ref().map_or(0, |update| update.present_bucket());
         match event {
@@ -1090,7 +1090,7 @@ impl Leader {
             Event::Joined(peer) => {
                 if let Some(part) = (self.newcomers)(&peer) {
                     info!(rank = %peer.rank, ?part, "a rank joined; it takes part in the next update");
-                    // Ranks whose metadata travel by another way than the control plane's count as alone on their hosts.
+                    // The metadata may travel by another way than the control plane. Such a rank counts as alone on its host.
                     if let Ok(worker) = serde_json::from_slice::<WorkerMetadata>(&peer.payload) {
                         self.locate(peer.rank, &worker.host);
                     }
@@ -1110,7 +1110,7 @@ impl Leader {
                 let error = Error::from(error).recovery(Recovery::Retry);
                 self.remove(rank, error.rank(rank).bucket(bucket))
             }
-            // News that an update has no use for.
+            // Other events do not concern updates.
             _ => Ok(()),
         }
     }
@@ -1153,11 +1153,11 @@ impl Leader {
         Ok(())
     }
 
-    /// Takes in what ranks say alike; their steps begin their deadlines anew.
+    /// Takes in a message that these ranks have sent alike. A step of a rank restarts its deadline.
     fn messages(&mut self, from: &[Rank], body: &[u8], now: Instant) {
         let message = decode::<ToSender>(body);
         for &from in from {
-            // A rank without a part in updates can neither help nor disturb them.
+            // A rank without a part in updates cannot disturb them.
             let Some(active) = self.members.get(&from).map(|member| member.active) else {
                 debug!(rank = %from, "a message of a rank without a part in updates");
                 continue;
@@ -1177,14 +1177,14 @@ impl Leader {
         }
     }
 
-    /// The update fails because of something that happened to another rank.
+    /// Fails the update because of an event. If it is failing already, a lost rank may be the cause that is waited for.
     fn fail_for(&mut self, error: Error, names_a_rank: bool, now: Instant) {
         let failing = match self.update.as_mut().map(|update| &mut update.stage) {
             Some(Stage::Failing(failing)) => Some(failing),
             _ => None,
         };
         match failing {
-            // A rank without a part in the update is no cause.
+            // The loss of a rank without a part in the update is no error, so this rank had one.
             Some(failing) if names_a_rank && failing.cause_until.is_some() => {
                 failing.cause_until = None;
                 let version = failing.error.report().version;
@@ -1198,18 +1198,17 @@ impl Leader {
         }
     }
 
-    /// Ends the connection to a member that does not keep to the protocol, or fails every update: nothing that it says can
-    /// be relied on.
-    /// That it is lost, for this reason, is an event as of any other rank. It ends the update, or leaves the rank out
-    /// where that can be.
+    /// Ends the connection to a member that breaks the protocol or makes every update fail. Its loss arrives as an event
+    /// like any other, with this reason: it ends the update, or the update goes on without the rank where that is
+    /// possible.
     fn cut(&mut self, rank: Rank, reason: Error) {
         warn!(%rank, error = %reason, "a rank is expelled: its connection is ended");
         self.acts.push_back(Act::Cut { rank, reason });
     }
 
-    /// Takes in a message of a member; whether it is a step of the present update.
+    /// Takes in a message of a member. Returns whether it is a step of the present update.
     fn take(&mut self, from: Rank, active: bool, message: &ToSender, now: Instant) -> Result<bool> {
-        // A late release of an aborted update frees its slot all the same.
+        // A late release of an aborted update still frees its slot.
         if let &ToSender::Release { update, index } = message {
             return Ok(self.released(from, update, index));
         }
@@ -1224,8 +1223,8 @@ impl Leader {
                 member.entered = Some(Entry { plan, card, base });
                 let unsent = std::mem::take(&mut member.unsent);
                 self.observe(Progress::State { rank: from, state: VersionState::Staging });
-                // It reads what it says that it reads, whatever was lost on the way; and what it
-                // has not been told of, which follows now.
+                // Of earlier updates the rank holds only the buckets that it names, even if a release was lost. Of this
+                // one it holds those that it is told of now.
                 for slot in &mut self.slots {
                     if slot.update != number && !held.contains(&(slot.update, slot.bucket)) {
                         slot.by.remove(&from);
@@ -1273,12 +1272,12 @@ impl Leader {
                 self.observe(Progress::State { rank: from, state: VersionState::Aborted });
                 Err(Error::from(error).rank(from))
             }
-            // Of another update.
+            // A message of another update.
             _ => Ok(false),
         }
     }
 
-    /// A rank does not read a bucket any more; whether it did.
+    /// A rank no longer reads a bucket. Returns whether it did.
     fn released(&mut self, rank: Rank, number: u64, bucket: u64) -> bool {
         if let Some(update) = &mut self.update
             && let Some(route) = &mut update.route
@@ -1297,7 +1296,7 @@ impl Leader {
                 Next::Pending(since) => *since,
                 _ => now,
             };
-            // Nothing but the stream was waited for.
+            // Counted only while the leader waited for nothing but the stream.
             if update.link.is_none() {
                 update.stages.source += now.saturating_duration_since(since);
             }
@@ -1353,7 +1352,7 @@ impl Leader {
 }
 
 impl Update {
-    /// The bucket that is at work, for errors.
+    /// The bucket that was begun last, for errors.
     fn present_bucket(&self) -> u64 {
         (self.layouts.len() as u64).saturating_sub(1)
     }
@@ -1368,7 +1367,7 @@ impl Machine for Leader {
         match &mut self.update.as_mut()?.stage {
             Stage::Over(result) => {
                 let result = result.take();
-                // Nothing is left of it but the slots that are read.
+                // Only the slots that are still read remain of it.
                 self.close();
                 result
             }
@@ -1460,12 +1459,12 @@ impl Machine for Leader {
     }
 }
 
-/// Stands for an error for a moment, while it is put together.
+/// A placeholder while an error is moved out and put together again.
 fn lost_in_words() -> Error {
     Error::new(ErrorKind::PeerLost, "sending weights", "a rank was lost")
 }
 
-/// The error of an update that failed while this rank encodes a bucket, and goes on with it.
+/// The error of a failed update whose last bucket is still being encoded after the deadline.
 pub(super) fn still_read(error: Error, deadline: Duration) -> Error {
     let message = format!(
         "it goes on after {:.1} s; the weights of the bucket must not be changed before they are dropped",
@@ -1527,7 +1526,7 @@ mod tests {
             self.leader.event(Event::Message { from: Rank(from), body }, self.now);
         }
 
-        /// Does what the leader asks for; whom it told to fetch from whom.
+        /// Does what the leader asks for. Returns the fetches that it told ranks to do: by whom, from whom.
         fn told(&mut self) -> Vec<(u32, u32)> {
             let mut fetches = Vec::new();
             while let Some(act) = self.leader.act() {
@@ -1559,7 +1558,7 @@ mod tests {
             fetches
         }
 
-        /// An update of one bucket, in which a fetch may fail; who fetched from whom.
+        /// Runs an update of one bucket, in which a fetch may fail. Returns all fetches: by whom, from whom.
         fn update(&mut self, fails: Option<(u32, u32)>) -> Vec<(u32, u32)> {
             self.updates += 1;
             let update = self.updates;

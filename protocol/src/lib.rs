@@ -1,10 +1,9 @@
-//! The protocol of an update: what trainer and rollouts say to each other over the control plane
-//! while buckets travel by whatever the transport is.
+//! The protocol of an update: the messages of trainer and rollouts over the control plane, while a transport
+//! carries the buckets.
 //!
-//! A transport contributes a [`SendLink`] and a [`ReceiveLink`]: memory for buckets, and how a
-//! filled one gets to the other side. [`Sender`] and [`Receiver`] do the rest, the same for every
-//! transport: the plan, double buffering, digests, releases, deadlines, confirmation and commit,
-//! aborts.
+//! A transport contributes a [`SendLink`] and a [`ReceiveLink`]: memory for buckets, and the way that a
+//! filled bucket takes to the other side. [`Sender`] and [`Receiver`] do the rest in the same way for every
+//! transport: the plan, double buffering, digests, releases, deadlines, confirmation, commit and aborts.
 //!
 //! ```text
 //! trainer                                   rollout
@@ -19,25 +18,28 @@
 //!   all have confirmed: Commit      ─────▶  Active
 //! ```
 //!
-//! Every rank's part is a state machine without IO: [`Sender`], [`CoSender`], [`Receiver`] and [`Witness`] are loops
-//! that drive one each.
+//! Each rank's part is a state machine without IO. [`Sender`], [`CoSender`], [`Receiver`] and [`Witness`] are loops
+//! that each drive one.
 //!
-//! Any failure on any side becomes an `Abort` that every rank receives, with the first cause.
+//! Any failure on any side becomes an `Abort` that every rank receives, with the first cause. The exception is the loss of
+//! a receiver where receivers fetch from one another: if the others can still get all buckets, the update goes on
+//! without it.
 //!
-//! What the trainer believes of a rank is what the rank said when it entered the update: nothing is
-//! remembered from the one before, so that nothing lost or dropped in that one can be wrong in this one.
+//! The trainer knows of a rank what the rank said when it entered the update. It remembers nothing from the
+//! update before, so a message that was lost in that update cannot mislead this one.
 //!
-//! Every wait of the trainer has a deadline, which only steps of the rank that is waited for begin anew.
-//! The others wait as long as the trainer says that it is alive.
+//! Every wait of the trainer has a deadline. It restarts only when the awaited rank takes a step or is given a new
+//! task. The other ranks wait as long as the trainer says that it is alive.
 //!
 //! Where nothing travels ([`BucketKind::List`]), a bucket is a list of whole weights, each in memory that the rollout
-//! may keep. Its `Release` says that the rollout asks for more, so that there are two buckets on the way at most.
+//! may keep. Its `Release` says that the rollout asks for more, so no more buckets are on the way than there are
+//! slots.
 //!
 //! [`BucketKind::List`]: engine_core::plan::BucketKind::List
 //!
-//! Several trainers may share the sending ([`CoSender`]): bucket *n* comes from the one at *n* modulo their
-//! number. All of them collect the same buckets from streams of their own; the leader, which hears of
-//! every release, says when a slot is free and announces buckets in order:
+//! Several trainers may share the sending ([`CoSender`]). With *k* senders, sender *n* mod *k* sends bucket *n*.
+//! Each sender collects the same buckets from its own stream. The leader hears every release: it says when a
+//! slot is free, and announces the buckets in order:
 //!
 //! ```text
 //! leading trainer                           another trainer that sends
@@ -88,10 +90,10 @@ use std::time::Duration;
 use engine_core::control::{Control, Event};
 use engine_core::{Error, ErrorKind, Result, clock};
 
-/// A wait for events that something else ends.
+/// The limit of a wait that has no deadline of its own.
 const LONG: Duration = Duration::from_secs(3600);
 
-/// Awaits with a deadline; the error is completed by the caller, who knows whom it waited for.
+/// Awaits with a deadline. The caller completes the error, because it knows which rank it waited for.
 async fn within<T>(
     deadline: Duration,
     operation: &str,
@@ -105,16 +107,16 @@ fn too_late(deadline: Duration, operation: &str) -> Error {
     Error::new(ErrorKind::Timeout, operation, message)
 }
 
-/// What a trainer does with its own weights, in errors.
+/// The operation of a trainer that works on its own weights, in errors.
 const ENCODING: &str = "encoding a bucket";
 
-/// Whether an error may be what a transport sees of a rank that died.
+/// Whether a transport may report an error of this kind when a rank dies.
 fn is_of_transport(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::PeerLost | ErrorKind::Io)
 }
 
-/// The cause of a failure, with what this rank saw of it before. That nothing could be sent to a lost rank, or that its
-/// connection broke, is the loss itself and not said again.
+/// The cause of a failure, with the error that this rank saw first as its source. An error that only says that the
+/// same rank is lost adds nothing and is left out.
 fn because(cause: Error, seen: Error) -> Error {
     let lost = |error: &Error| (error.kind() == ErrorKind::PeerLost).then(|| error.report().rank);
     if lost(&cause).is_some() && lost(&cause) == lost(&seen) {

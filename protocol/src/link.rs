@@ -1,4 +1,4 @@
-//! What a transport contributes: memory for buckets, and how a filled one gets to the other side.
+//! The traits of a transport: memory for buckets, and the way of a filled bucket to the other side.
 
 use std::time::Duration;
 
@@ -13,42 +13,43 @@ use engine_core::memory::Job;
 use engine_core::plan::BucketKind;
 use engine_core::{Rank, Result, Storage};
 
-/// A transport's sending side: the memory of its buckets, and how a filled one gets out.
+/// A transport's sending side: the memory of its buckets, and the way out of a filled one.
 #[async_trait]
 pub trait SendLink: std::fmt::Debug + Send + 'static {
     /// The number of buckets: two for double buffering.
     fn slots(&self) -> usize;
 
-    /// The size of each in bytes. A list ends when it has it.
+    /// The size of each bucket in bytes. A list takes weights up to this size, or a single larger one.
     fn bucket_bytes(&self) -> u64;
 
-    /// What a bucket is. Those of a kind are filled and fetched by links of the same kind.
+    /// The kind of its buckets. Both sides of a transport have the same kind.
     ///
-    /// Where buckets are lists, [`fill`](Self::fill) makes each job's weight memory of its own, of which receivers may keep
-    /// what they like, and digests nothing.
+    /// Where buckets are lists, [`fill`](Self::fill) puts each job's weight into memory of its own, which receivers may
+    /// keep, and computes no digest.
     fn bucket_kind(&self) -> BucketKind {
         BucketKind::Buffer
     }
 
-    /// Encodes all jobs into a bucket, and returns its digest sum if it is wanted, else 0.
+    /// Encodes all jobs into a bucket. Returns its digest sum if `digests` is set, else 0.
     ///
     /// # Contract
     ///
-    /// Called for a slot only when all receivers have released it. When the future has ended, with
-    /// an error or without, nothing reads the weights of the jobs any more.
+    /// Called for a slot only when it is free: without a [`topology`](Self::topology) when all receivers have released
+    /// its bucket, with one when those that fetch from this rank, and those that fetch from them, have it. When the
+    /// future has ended, with an error or without, nothing reads the weights of the jobs any more.
     ///
     /// # Cancel safety
     ///
-    /// When the future is dropped, work on the bucket may go on, and keeps clones of its weights until
-    /// it ends; a later call for the same slot waits for its end.
+    /// When the future is dropped, work on the bucket may go on. It keeps clones of its weights until
+    /// it ends, and a later call for the same slot waits for its end.
     ///
     /// # Errors
     ///
-    /// Those of the weights, naming them.
+    /// Those of the weights; each names its weight.
     async fn fill(&mut self, slot: usize, jobs: Vec<Job>, digests: bool) -> Result<u64>;
 
-    /// Makes the first `filled` bytes of a bucket visible to the receivers, before they are told of
-    /// it. Transports that push bytes do it here.
+    /// Makes the first `filled` bytes of a bucket visible to the receivers. Called before they are told of
+    /// the bucket. Transports that push bytes do it here.
     ///
     /// # Errors
     ///
@@ -56,25 +57,25 @@ pub trait SendLink: std::fmt::Debug + Send + 'static {
     async fn publish(&mut self, slot: usize, filled: u64) -> Result<()>;
 
     /// For transports whose receivers fetch buckets from any rank that has them: who fetches from
-    /// whom in the next update, among so many receivers. `buckets` is the number of the last update's
-    /// buckets, 0 if there was none.
+    /// whom in the next update. `receivers` is the number of rollouts, `buckets` the number of buckets in the last
+    /// update, 0 if there was none.
     ///
-    /// With a topology, receivers need to be [`FetchLink`]s; a slot is filled again
-    /// when those that fetch from it have its bucket; and an update goes on without receivers that die.
-    /// Without one, every receiver uses the trainer's own slot, which is filled again when all have
+    /// With a topology, receivers need to implement [`FetchLink`] themselves, and an update goes on without receivers
+    /// that die. A slot is filled again when the ranks that fetch from this one, and those that fetch from them, have
+    /// its bucket. Without a topology, every receiver uses the trainer's own slot, which is filled again when all have
     /// released it.
     fn topology(&self, receivers: usize, buckets: usize) -> Option<Topology> {
         let _ = (receivers, buckets);
         None
     }
 
-    /// What receivers need to fetch from this rank.
+    /// The bytes that receivers need to fetch from this rank.
     fn card(&self) -> Bytes {
         Bytes::new()
     }
 
-    /// Begins an update of these ranks, on the leader, and of so many [`Part::Colocated`] ones beside them. A
-    /// transport whose ranks have to join one another for it returns a ticket, which travels to all of them.
+    /// Begins an update on the leader, with these ranks and `colocated` ranks of [`Part::Colocated`] beside them. If the
+    /// ranks have to join one another for the update, this returns a ticket, which travels to all of them.
     ///
     /// # Errors
     ///
@@ -84,8 +85,9 @@ pub trait SendLink: std::fmt::Debug + Send + 'static {
         Ok(None)
     }
 
-    /// Joins the others, who do the same now. Called before anything is published, if
-    /// [`begin`](Self::begin) returned this ticket on the leader.
+    /// Joins the other ranks of the update. Called before anything is published, if
+    /// [`begin`](Self::begin) returned this ticket on the leader. The others join at the same time if the ticket is for
+    /// joining [`together`](Ticket::together).
     ///
     /// # Cancel safety
     ///
@@ -99,20 +101,21 @@ pub trait SendLink: std::fmt::Debug + Send + 'static {
         Ok(())
     }
 
-    /// The update has ended here, with the version or without.
+    /// The update has ended on this rank. `committed` says whether it succeeded.
     fn end(&mut self, committed: bool) {
         let _ = committed;
     }
 
-    /// What fell back to something slower than was asked for, in words for [`SendReport::slower`].
+    /// Every fallback to something slower than was asked for, in words for [`SendReport::slower`].
     ///
     /// [`SendReport::slower`]: engine_core::SendReport::slower
     fn slower(&self) -> Vec<String> {
         Vec::new()
     }
 
-    /// The rank leaves the group: ends what the link has opened, and gives rollouts up to `limit` to let go of what they
-    /// have open of it, where that matters. A link that is dropped without does the same, unawaited.
+    /// The rank leaves the group. Ends everything that the link has opened. Where it matters, rollouts get up to `limit`
+    /// to close what they have open of this rank. Dropping the link without this call does the same, but waits for
+    /// nothing.
     async fn close(&mut self, limit: Duration) {
         let _ = limit;
     }
@@ -121,27 +124,26 @@ pub trait SendLink: std::fmt::Debug + Send + 'static {
 /// The ranks of an update.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Members {
-    /// The trainers that send, the leader first. Bucket `n` comes from the one at `n` modulo their number.
+    /// The trainers that send, the leader first. Bucket `n` comes from the one at index `n` modulo their number.
     pub senders: Vec<Rank>,
-    /// Those that get buckets from them, in the order of their ranks: receivers and relays.
+    /// The ranks that get buckets from them, in the order of their ranks: receivers and relays.
     pub others: Vec<Rank>,
 }
 
-/// What a rank does in updates, beside the leader.
+/// The part in updates of a rank other than the leader.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Part {
     /// A rollout.
     #[default]
     Receiver,
-    /// A rollout that reads the leader's buckets where they are, because it is on the leader's device. It is
-    /// none of the [`Members`].
+    /// A rollout on the leader's device. It reads the leader's buckets in place, and is not among the [`Members`].
     Colocated,
-    /// A trainer that receives, for the transport to pass on from there, and keeps nothing.
+    /// A trainer that receives buckets so that the transport can pass them on from there. It keeps nothing.
     Relay,
     /// A trainer that sends a part of the buckets.
     Sender,
-    /// A trainer that neither sends nor receives: it hears of updates and how they end
-    /// ([`Witness`](super::Witness)), and nobody waits for it. It is none of the [`Members`].
+    /// A trainer that neither sends nor receives. It hears of updates and how they end
+    /// ([`Witness`](super::Witness)), and no rank waits for it. It is not among the [`Members`].
     Idle,
 }
 
@@ -202,20 +204,20 @@ impl<L: SendLink + ?Sized> SendLink for Box<L> {
     }
 }
 
-/// A transport's receiving side: how the bytes of a bucket get here.
+/// A transport's receiving side: it gets the bytes of a bucket.
 #[async_trait]
 pub trait ReceiveLink: std::fmt::Debug + Send + 'static {
-    /// The first `filled` bytes of a slot, in place.
+    /// Returns the first `filled` bytes of a slot, in place.
     ///
     /// # Contract
     ///
-    /// The sender does not write to the slot before the receiver has released the bucket, which
-    /// happens when the returned bytes and everything shared from them are dropped. The bytes begin at an address
+    /// The sender does not write to the slot before the receiver has released the bucket. The receiver releases
+    /// it when the returned bytes and everything shared from them are dropped. The bytes begin at an address
     /// that is a multiple of [`ALIGNMENT`](engine_core::plan::ALIGNMENT), so that tensors can be viewed in place.
     ///
     /// # Errors
     ///
-    /// `Protocol` if there is no such slot or it is smaller; those of the transport.
+    /// `Protocol` if there is no such slot or the slot is smaller; those of the transport.
     async fn fetch(&mut self, slot: u32, filled: u64) -> Result<Storage>;
 }
 
@@ -226,16 +228,17 @@ impl<L: ReceiveLink + ?Sized> ReceiveLink for Box<L> {
     }
 }
 
-/// A receiving side that fetches each bucket from a rank that it is told, the trainer or another
-/// receiver, while other things go on.
+/// A receiving side that fetches each bucket from the rank that it is told to, the trainer or another
+/// receiver. Fetches may run at the same time.
 ///
-/// Every [`ReceiveLink`] is one: it takes all buckets from the trainer.
+/// Every [`ReceiveLink`] is one: it gets all buckets from the trainers that send.
 #[async_trait]
 pub trait FetchLink: std::fmt::Debug + Send + 'static {
-    /// What others need to fetch from this rank.
+    /// The bytes that others need to fetch from this rank.
     fn card(&self) -> Bytes;
 
-    /// What a bucket is, as its [`SendLink`] says. A list is told by [`Arrival::tell_list`].
+    /// The kind of its buckets, the same as that of the [`SendLink`]. The arrival of a list is reported by
+    /// [`Arrival::tell_list`].
     fn bucket_kind(&self) -> BucketKind {
         BucketKind::Buffer
     }
@@ -245,17 +248,16 @@ pub trait FetchLink: std::fmt::Debug + Send + 'static {
     /// # Contract
     ///
     /// `arrival` is told once, from any thread, when the bytes are here or cannot come. The slot is
-    /// used for nothing else before the bytes given to it and everything shared from them are
+    /// used for nothing else before the bytes given to `arrival` and everything shared from them are
     /// dropped. Others may fetch the bucket from here until the slot's next bucket is fetched. The bytes are aligned
     /// as in [`ReceiveLink::fetch`].
-    ///
     async fn fetch(&mut self, fetch: Fetch, arrival: Arrival);
 
-    /// Gives up all fetches from a rank that failed; those that have not ended end with an error, soon.
+    /// Gives up all fetches from a rank that failed. Those that have not ended yet soon end with an error.
     fn abandon(&mut self, from: Rank);
 
-    /// Joins the update's other ranks, with the ticket that the leader's
-    /// [`SendLink::begin`] returned, if it did. All of them do at the same time.
+    /// Joins the other ranks of the update, if the leader's [`SendLink::begin`] returned a ticket. The others join at
+    /// the same time if the ticket is for joining [`together`](Ticket::together).
     ///
     /// # Cancel safety
     ///
@@ -269,23 +271,23 @@ pub trait FetchLink: std::fmt::Debug + Send + 'static {
         Ok(())
     }
 
-    /// The update has ended here, with the version or without. Its bytes may still be held.
+    /// The update has ended on this rank, whether it succeeded or failed. Its bytes may still be held.
     fn end(&mut self) {}
 
-    /// The rank begins to wait for an update. Takes no longer than `limit`.
+    /// Prepares for an update: called when the rank begins to wait for one. Takes no longer than `limit`.
     async fn listen(&mut self, limit: Duration) {
         let _ = limit;
     }
 
-    /// The rank leaves the group: ends what the link has opened. A link that is dropped without does the same,
-    /// unawaited. Bytes that are still held stay.
+    /// The rank leaves the group. Ends everything that the link has opened. Dropping the link without this call does the
+    /// same, but waits for nothing. Bytes that are still held stay valid.
     async fn close(&mut self) {}
 }
 
-/// A bucket to be fetched.
+/// A bucket to fetch.
 #[derive(Clone, Debug)]
 pub struct Fetch {
-    /// Who has it.
+    /// The rank that has it.
     pub from: Rank,
     /// That rank's [`SendLink::card`] or [`FetchLink::card`].
     pub card: Bytes,

@@ -1,4 +1,4 @@
-//! The messages of an update. Private: both ends are of the same protocol version.
+//! The messages of an update. They are no public format: both ends have the same protocol version.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -7,11 +7,12 @@ use engine_core::plan::Piece;
 use engine_core::{Base, Error, ErrorKind, ErrorReport, Rank, Result, Version};
 
 /// From the leading trainer to the other ranks. `update` is a number of the leader's control plane
-/// ([`next_update`](engine_core::control::Control::next_update)) that is used once, so that what an
-/// aborted update left behind is never taken for a part of another one: not if that has the same
-/// version, and not if the group was formed anew in between.
+/// ([`next_update`](engine_core::control::Control::next_update)) that is used once. So a late message of an
+/// aborted update is never taken for a part of another update, even if that has the same version or
+/// the group was formed anew in between.
 ///
-/// A rank is sent nothing of an update but its `Begin` and its `Abort` before it has entered it.
+/// Before a rank has entered an update, it is sent only the update's `Begin` and `Abort`. An idle rank enters no
+/// update: it is sent `Alive` and `Commit` as well.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum ToReceiver {
     Begin(Begin),
@@ -22,20 +23,20 @@ pub(super) enum ToReceiver {
         digest: u64,
         layout: Layout,
     },
-    /// A rank has the bucket; its card says how to reach it. A second one for the same bucket takes
-    /// the place of the first.
+    /// A rank has the bucket; its card says how to reach it. A second `Fetch` for the same bucket replaces
+    /// the first.
     Fetch {
         update: u64,
         index: u64,
         from: Rank,
         card: Bytes,
     },
-    /// To a trainer that sends a part of the buckets: the slot is free for the next one of its own.
+    /// To a trainer that sends a part of the buckets: the slot is free for its next bucket.
     Fill {
         update: u64,
         index: u64,
         slot: u32,
-        /// The digest of the layout that the leader has come to.
+        /// The digest of the bucket's layout on the leader.
         layout: u64,
     },
     End {
@@ -55,7 +56,7 @@ pub(super) enum ToReceiver {
     Join {
         update: u64,
     },
-    /// The leader is alive and waits, for this rank if it is a rank; its own waits have deadlines.
+    /// The leader is alive. `awaited` is the rank that it waits for, if it waits for one.
     Alive {
         update: u64,
         awaited: Option<Rank>,
@@ -68,25 +69,24 @@ pub(super) struct Begin {
     pub(super) update: u64,
     pub(super) version: Version,
     pub(super) bucket_bytes: u64,
-    /// Buckets of every rank.
+    /// The number of buckets of each rank.
     pub(super) slots: u32,
     pub(super) digests: bool,
-    /// Every bucket is announced, and has to be fetched when a `Fetch` says from whom.
+    /// Whether a rank fetches a bucket only when a `Fetch` names its source.
     pub(super) routed: bool,
-    /// The trainers that send: bucket `n` comes from the one at `n` modulo their number. The leader
-    /// is the first.
+    /// The trainers that send, the leader first. Bucket `n` comes from the one at index `n` modulo their number.
     pub(super) senders: Vec<Rank>,
-    /// What ranks need to join for this update, if the transport has them do that.
+    /// What ranks need to join one another for this update, if the transport asks for that.
     pub(super) ticket: Option<Ticket>,
 }
 
 /// What the ranks of an update need to join one another for it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ticket {
-    /// What only the transport understands.
+    /// Opaque bytes of the transport.
     pub bytes: Bytes,
-    /// Whether joining takes all of them at the same time. If so, they begin when all have entered the
-    /// update, and nothing is sent before all have joined; else each of them looks at the ticket for itself.
+    /// Whether all ranks have to join at the same time. If so, they start when all have entered the
+    /// update, and no bucket is sent before all have joined. If not, each rank joins on its own.
     pub together: bool,
 }
 
@@ -97,13 +97,13 @@ impl Begin {
     }
 }
 
-/// Who of the trainers that send sends a bucket.
+/// The trainer of these that sends a bucket.
 pub(super) fn sender_of(senders: &[Rank], bucket: u64) -> Rank {
     let at = bucket.checked_rem(senders.len() as u64).unwrap_or(0);
     senders.get(at as usize).copied().unwrap_or(Rank::LEADER)
 }
 
-/// A bucket's layout: as in the last update of this plan, or written out.
+/// A bucket's layout: the digest of the one that the receiver has from the last update, or written out.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum Layout {
     Known { digest: u64 },
@@ -113,17 +113,16 @@ pub(super) enum Layout {
 /// From another rank to the leading trainer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum ToSender {
-    /// The rank is in this update. What the leader believes of a rank, it believes because of this
-    /// message.
+    /// The rank is in this update. The leader knows the state of a rank only from this message.
     Entered {
         update: u64,
         /// How to fetch from the rank.
         card: Bytes,
         /// The digest of the plan that the rank knows.
         plan: Option<u64>,
-        /// The buckets that are still read there, of this group's earlier updates: update and index.
+        /// The buckets of this group's earlier updates that are still read there: update and index.
         held: Vec<(u64, u64)>,
-        /// The version that changes could be applied to there.
+        /// The version there that a delta could be applied to.
         base: Base,
     },
     /// A bucket was fetched, and others may fetch it from here.
@@ -132,32 +131,32 @@ pub(super) enum ToSender {
     Missed { update: u64, index: u64, from: Rank, error: ErrorReport },
     /// The rank has joined the others.
     Joined { update: u64 },
-    /// A trainer that sends a part of the buckets has filled one, and sends it.
+    /// A trainer that sends a part of the buckets has filled and published one.
     Filled { update: u64, index: u64, digest: u64 },
-    /// The last view of a bucket is gone.
+    /// The rank no longer reads a bucket.
     Release { update: u64, index: u64 },
     /// Everything arrived and was verified. `notes` is JSON.
     Confirm { update: u64, digest: u64, seconds: f64, notes: String },
-    /// The rank gave up.
+    /// The rank has given up.
     Failed { update: u64, error: ErrorReport },
 }
 
-/// A message between ranks of one build, as bytes.
+/// Encodes a message between ranks of one build.
 ///
 /// # Errors
 ///
-/// `Protocol` if the message cannot be written, which no message of ours should be.
+/// `Protocol` if the message cannot be encoded. No message of this library causes it.
 pub fn encode(message: &impl Serialize) -> Result<Bytes> {
     postcard::to_stdvec(message).map(Bytes::from).map_err(|error| {
         Error::new(ErrorKind::Protocol, "writing a message", error.to_string()).with_source(error)
     })
 }
 
-/// The message that bytes are, all of them.
+/// Decodes a message that fills `body` entirely.
 ///
 /// # Errors
 ///
-/// `Protocol` if the bytes are not a message.
+/// `Protocol` if the bytes are not a message, or more than one.
 pub fn decode<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T> {
     let malformed = |words: String| Error::new(ErrorKind::Protocol, "reading a message", words);
     match postcard::take_from_bytes(body) {
@@ -184,8 +183,8 @@ mod tests {
         }
     }
 
-    /// Ranks of two builds must not decode each other's messages into other ones: where this fails, the version
-    /// of the control plane's protocol has to become another as well.
+    /// Ranks of two builds must not decode each other's messages as different ones. Whoever changes the encoding has
+    /// to change `PROTOCOL_VERSION` too.
     #[test]
     fn messages_are_encoded_as_this_protocol_version_encodes_them() {
         let error = ErrorReport::from(&Error::new(ErrorKind::Timeout, "a", "b"));

@@ -1,4 +1,4 @@
-//! Paths between receivers on which fetches failed: they are avoided for a while. No IO and no clock.
+//! The paths between receivers on which fetches failed. They are avoided for a while. No IO and no clock.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -7,10 +7,10 @@ use engine_core::Rank;
 
 use super::tree::{Path, path};
 
-/// For how many deadlines a path is avoided that has failed. To try it again may cost an update one deadline, if the path
-/// has not healed: a sixteenth of the time, at most.
+/// For how many deadlines a path is avoided after its first failure. A retry of a path that has not healed may cost an
+/// update one deadline, so retries cost at most a sixteenth of the time.
 const FIRST: u32 = 16;
-/// Each time that it fails again it is twice as long, up to so many times.
+/// How often that time may double, once for each failure soon after it.
 const DOUBLINGS: u32 = 6;
 
 /// The paths of a group.
@@ -20,7 +20,7 @@ pub(super) struct Paths(BTreeMap<Path, Avoided>);
 #[derive(Clone, Copy, Debug)]
 struct Avoided {
     until: Instant,
-    /// How long it is, or was.
+    /// How long the path is, or was, avoided.
     long: Duration,
     doublings: u32,
 }
@@ -30,9 +30,9 @@ impl Paths {
     pub(super) fn fail(&mut self, one: Rank, other: Rank, deadline: Duration, now: Instant) {
         let path = path(one, other);
         let doublings = match self.0.get(&path) {
-            // Another fetch that was under way at the same time.
+            // Another fetch was under way when the path failed.
             Some(avoided) if now < avoided.until => return,
-            // It did not work for as long as it had been avoided.
+            // It failed again before it had worked for as long as it had been avoided.
             Some(avoided) if now < avoided.until + avoided.long => {
                 (avoided.doublings + 1).min(DOUBLINGS)
             }
@@ -42,7 +42,7 @@ impl Paths {
         self.0.insert(path, Avoided { until: now + long, long, doublings });
     }
 
-    /// A rank is gone, or another process has its number.
+    /// Forgets the paths of a rank that is gone: another process may get its number.
     pub(super) fn forget(&mut self, rank: Rank) {
         self.0.retain(|(one, other), _| *one != rank && *other != rank);
     }
@@ -65,7 +65,7 @@ mod tests {
         let mut now = Instant::now();
         for times in [16, 32, 64, 128, 256, 512, 1024, 1024] {
             paths.fail(Rank(2), Rank(1), DEADLINE, now);
-            // One that failed at the same time changes nothing.
+            // Another failure while the path is avoided changes nothing.
             paths.fail(Rank(1), Rank(2), DEADLINE, now + DEADLINE);
             let end = now + DEADLINE * times;
             assert!(paths.avoided(end - DEADLINE).contains(&(Rank(1), Rank(2))));

@@ -1,5 +1,4 @@
-//! A [`Hub`] as tests want it: with ranks that come while the group is there, and with connections that take a moment
-//! to end.
+//! A [`Hub`] for tests: ranks may join an existing group, and a connection that is cut takes a moment to end.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex};
@@ -22,14 +21,14 @@ impl Group {
         Arc::new(Slow { leader: self.0.control(), cut: Mutex::default(), later: Mutex::default() })
     }
 
-    /// A member's connection, of which the leader hears.
+    /// The connection of a member that joins the existing group. The leader hears of it.
     pub(crate) fn join(&self, rank: Rank) -> Arc<dyn Control> {
         let member = self.enter(rank);
         self.0.announce(Peer { rank, role: Role::Rollout, payload: Bytes::new() });
         member
     }
 
-    /// A member's connection, which is there from the beginning.
+    /// The connection of a member that is there from the beginning.
     pub(crate) fn enter(&self, rank: Rank) -> Arc<dyn Control> {
         let member = Member::new(rank, Role::Rollout);
         self.0.admit(&member).expect("a place for it");
@@ -37,8 +36,8 @@ impl Group {
     }
 }
 
-/// The leader's connection, on which the end of one that it cuts comes a moment later: who only looks what is there
-/// does not find it.
+/// The leader's connection. The loss of a rank that it cuts comes late: `recv` with a deadline of zero does not
+/// return it.
 #[derive(Debug)]
 struct Slow {
     leader: Arc<dyn Control>,

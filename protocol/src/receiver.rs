@@ -1,4 +1,4 @@
-//! The loop that drives a receiving rank's state machine. No decision is made here.
+//! The loop that drives the state machine of a receiving rank. It makes no decisions.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -29,42 +29,42 @@ use engine_core::{Base, Bases, CheckpointEngine, RolloutEngine};
 use engine_core::{BucketContent, CopiedOut, OnePass, Outcome, ReceivedBucket, ReceivedWeights};
 use engine_core::{EngineContext, Error, ErrorKind, Rank, Result, Storage, Version};
 
-/// The end of a fetch, to be told: the rest of the protocol happens by itself, whether or not the
-/// receiver looks.
+/// A fetch whose end the link has to report here. The rest of the protocol then happens by itself, even
+/// while nobody polls the receiver.
 #[derive(Debug)]
 pub struct Arrival {
     index: u64,
     from: Rank,
-    /// Whether the trainer wants to know.
+    /// Whether the trainer wants to know the end.
     routed: bool,
-    /// With the layout, if digests are wanted.
+    /// The layout, if the digest is to be checked.
     check: Option<Arc<BucketLayout>>,
-    /// By what it is verified, where that can be.
+    /// Copies the bucket to its destination while it verifies it, where that is possible.
     one_pass: OnePass,
     held: Hold,
     pool: Pool,
     session: oneshot::Sender<Result<Arrived>>,
-    /// The update's stage that ends with the arrival, and when it began.
+    /// The span of the fetch, and when it began.
     stage: (Span, Instant),
 }
 
-/// The memory of a bucket, and the digest sum of what is in it.
+/// The content of a bucket, and the work that verifies it.
 #[derive(Debug)]
 struct Arrived {
     content: BucketContent,
-    /// Of a list, whose memory does not hold the bucket.
+    /// Only for a list: the memory of its weights does not hold the bucket.
     held: Option<Hold>,
     sum: Option<Work<Verified>>,
-    /// What it took to get it.
+    /// How long the fetch took.
     fetch: Duration,
 }
 
-/// What verifying a bucket has given.
+/// The result of verifying a bucket.
 #[derive(Debug)]
 struct Verified {
     sum: u64,
     took: Duration,
-    /// It was copied to its destination.
+    /// Set if it was copied to its destination.
     copied: Option<CopiedOut>,
 }
 
@@ -83,12 +83,12 @@ impl Arrival {
         !self.session.is_closed()
     }
 
-    /// The bytes are here, or cannot come.
+    /// Reports that the bytes are here, or why they cannot come.
     pub fn tell(self, result: Result<Storage>) {
         self.end(result.map(BucketContent::Buffer));
     }
 
-    /// Each weight of a list is here, or they cannot come.
+    /// Reports that all weights of a list are here, or why they cannot come.
     ///
     /// The bucket is held until the receiver asks for the next one, however long it keeps the weights.
     pub fn tell_list(self, result: Result<Arc<[Storage]>>) {
@@ -142,12 +142,12 @@ pub struct Receiver<L> {
     ledger: Ledger,
     deadline: Duration,
     meter: Meter,
-    /// What this rank says of the version that it has.
+    /// Tells the version that this rank has.
     bases: Bases,
 }
 
 impl<L: FetchLink> Receiver<L> {
-    /// The receiver of a group that the control plane connects to.
+    /// A receiver in the group of this control plane.
     pub fn new(link: L, context: &EngineContext, control: Arc<dyn Control>, pool: Pool) -> Self {
         let meter = Meter::new(control.rank(), context.observer.clone());
         let follower = Follower::new(control.rank(), context.deadline(), control.updates());
@@ -182,7 +182,7 @@ impl<L: FetchLink> CheckpointEngine for Receiver<L> {
 #[async_trait]
 impl<L: FetchLink> RolloutEngine for Receiver<L> {
     async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
-        // The trainer may wait for this rank already.
+        // Before the wait: the trainer may have begun the update already.
         self.link.listen(self.deadline / 4).await;
         self.follower.wait(version, "waiting for an update to begin", Instant::now());
         let begin = Waiting(self).until_entered().await?;
@@ -219,7 +219,7 @@ impl<L: FetchLink> Waiting<'_, L> {
                 match act {
                     Act::Enter { update, plan } => {
                         receiver.enter(update, plan);
-                        // What follows belongs to the update.
+                        // Further acts belong to the update: the session does them.
                         break;
                     }
                     Act::Send(message) => tell_leader(&*receiver.control, &message),
@@ -252,23 +252,23 @@ impl<L: FetchLink> Drop for Waiting<'_, L> {
     }
 }
 
-/// A bucket that is here, with its digest sum, or why it is not.
+/// The number of a bucket, and the bucket with its digest sum or the error of its fetch.
 type Came = (u64, Result<(Here, Option<u64>)>);
 
 /// One update, from entering it to its end.
 struct Session<'a, L: FetchLink> {
     begin: Begin,
     arrivals: FuturesUnordered<BoxFuture<'static, Came>>,
-    /// Buckets that have not been handed over yet.
+    /// The fetched buckets that have not been handed over yet.
     here: BTreeMap<u64, Here>,
-    /// The list that the caller was given last: the trainer goes on when the caller asks for more, so that no more
-    /// buckets are on the way than there are slots.
+    /// Holds the list that the caller was given last. It is released when the caller asks for more, so no more buckets
+    /// are on the way than there are slots.
     at_work: Option<Hold>,
     stages: ReceiveStages,
     /// The caller's work on the bucket that it was given last.
     installing: Option<(Span, Instant)>,
     span: Span,
-    /// Where the receiver may have left its reason for giving up.
+    /// Where the caller may leave its reason for giving up.
     outcome: Outcome,
     one_pass: OnePass,
     receiver: &'a mut Receiver<L>,
@@ -278,7 +278,7 @@ struct Session<'a, L: FetchLink> {
 enum Link<'a, L> {
     Idle(&'a mut L),
     Joining(BoxFuture<'a, (&'a mut L, Result<()>)>),
-    /// Its attempt was dropped.
+    /// The attempt was dropped, and the borrow of the link with it.
     Gone,
 }
 
@@ -376,7 +376,7 @@ impl<L: FetchLink> Session<'_, L> {
                 }
             }
             if let Some(bucket) = given.take() {
-                // The next bucket, if it is announced, comes while the caller works on this one.
+                // If the next bucket is announced already, its fetch starts now and runs while the caller works.
                 if let Some(event) = arrived_event(control).await? {
                     given = Some(bucket);
                     follower.event(event, Instant::now());
@@ -427,7 +427,7 @@ impl<L: FetchLink> Session<'_, L> {
                 Step::Joined(joined) => follower.joined(joined, now),
                 Step::Event(event) => follower.event(event, now),
                 Step::Ended(error) => follower.lost(error),
-                // Nobody is late while there is something to be taken in.
+                // Only here: no rank is late while something waits to be taken in.
                 Step::Nothing if timer.is_some_and(|at| now >= at) => follower.tick(now),
                 Step::Nothing => {}
             }
@@ -435,7 +435,7 @@ impl<L: FetchLink> Session<'_, L> {
     }
 }
 
-/// Waits until a bucket's bytes are here and their digest is known.
+/// Waits until a bucket's bytes are here and verified.
 async fn came(index: u64, arrival: oneshot::Receiver<Result<Arrived>>) -> Came {
     let came = async {
         let gone = || {
@@ -482,34 +482,34 @@ impl<L: FetchLink> Drop for Session<'_, L> {
 pub(super) fn tell_leader(control: &dyn Control, message: &ToSender) {
     let told = encode(message).and_then(|body| control.send(Rank::LEADER, body));
     if let Err(error) = told {
-        // The trainer is gone, and with it the need to tell it.
+        // The trainer is gone, so it need not know.
         debug!(?message, %error, "the trainer could not be told");
     }
 }
 
-/// The buckets that this rank reads, or may read: those that the trainer must not write to.
+/// The buckets that this rank reads or may read. The trainer must not overwrite them.
 #[derive(Clone, Debug)]
 struct Ledger {
     control: Arc<dyn Control>,
-    /// Update and index of each, and how many hold it.
+    /// The update and index of each, and the number of its holds.
     held: Arc<Mutex<BTreeMap<(u64, u64), usize>>>,
 }
 
 impl Ledger {
-    /// Holds a bucket that the trainer has told of.
+    /// Holds a bucket that the trainer has announced.
     fn hold(&self, update: u64, index: u64) -> Hold {
         *self.lock().entry((update, index)).or_default() += 1;
         Hold { ledger: self.clone(), update, index }
     }
 
-    /// Takes in that nobody here reads a bucket: it is released, unless it is held.
+    /// Releases a bucket that nobody here will read, unless it is held.
     fn pass_over(&self, unread: Unread) {
         drop(self.hold(unread.update, unread.index));
     }
 
-    /// Tells the trainer that this rank enters an update, and what it has.
+    /// Tells the trainer that this rank enters an update, and what this rank has and holds.
     fn enter(&self, update: u64, card: Bytes, plan: Option<u64>, base: Base) -> Result<()> {
-        // Sent under the lock: a release comes before it, or after it and is not among these.
+        // Sent under the lock, so that a bucket in this list is released only by a later message.
         let held = self.lock();
         let buckets = held.keys().copied().collect();
         let entered = ToSender::Entered { update, card, plan, held: buckets, base };
@@ -522,7 +522,7 @@ impl Ledger {
     }
 }
 
-/// A bucket that is held, until this and everything that shares it is dropped: then the trainer is told.
+/// A hold on a bucket. The bucket is released, and the trainer told, when its last hold is dropped.
 #[derive(Debug)]
 struct Hold {
     ledger: Ledger,

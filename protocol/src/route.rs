@@ -1,12 +1,12 @@
-//! Who gets which bucket from whom, and when: for transports whose receivers fetch a bucket from any
+//! Who fetches which bucket from whom, and when: for transports whose receivers fetch a bucket from any
 //! rank that has it.
 //!
-//! No IO and no clock: it is told what happened, and says what is to be done.
+//! No IO and no clock: the leader tells it what happened, and it says which fetches are due.
 //!
-//! The ranks are a tree with the trainer at its root (`tree.rs`): a star, a chain, which is what a ring is to
-//! bytes that have one origin, or one in between. A bucket lies in the same slot on every rank. A rank keeps it until
-//! nobody here reads it any more and its children *and their children* have it. So when a rank dies,
-//! its children find what they lack at its parent, and go on there.
+//! The ranks form a tree with the trainer at its root (`tree.rs`): a star, a chain (the part of a ring that is left
+//! when all bytes have one origin), or something in between. A bucket lies in the same slot on every rank. A rank
+//! keeps a bucket until nobody on it reads the bucket any more and its children *and their children* have it. So when
+//! a rank dies, its children find the buckets that they lack at its parent, and go on there.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,8 +23,8 @@ pub enum Topology {
     /// Every receiver fetches from the one before it, the first from the trainer: the time of an
     /// update hardly grows with the number of receivers.
     Ring,
-    /// As a model of an update's time has it, from the number of buckets in the last update, the receivers and their
-    /// hosts: a chain for many buckets, a tree for few, within hosts wherever it can be.
+    /// The tree that a model of an update's time finds fastest, from the number of buckets in the last update, the
+    /// receivers and their hosts: a chain for many buckets, a wider tree for few, within hosts wherever possible.
     Fastest,
 }
 
@@ -36,7 +36,7 @@ pub(super) struct Due {
     pub(super) bucket: u64,
 }
 
-/// A bucket that a rank needs, and that nobody near it has any more.
+/// A bucket that a rank needs and its new parent no longer has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Gap {
     pub(super) rank: Rank,
@@ -55,20 +55,20 @@ struct Node {
     /// `None` for the trainer.
     parent: Option<Rank>,
     children: Vec<Rank>,
-    /// The buckets below this number were begun: told to be fetched, or filled.
+    /// The buckets below this number were begun: the rank was told to fetch them, or the trainer to fill them.
     begun: u64,
     /// The buckets below this number are here, or were.
     has: u64,
-    /// Those from there on that are here already.
+    /// The buckets above that number that are here already.
     early: BTreeSet<u64>,
-    /// The most that `begun` ever was: a slot that was given is not asked for again.
+    /// The highest value that `begun` ever had: below it, slots are known to be free for their buckets.
     given: u64,
-    /// The buckets that are read here.
+    /// The buckets that are read on this rank.
     viewed: BTreeSet<u64>,
 }
 
 impl Route {
-    /// Along a tree: receivers and from whom they fetch, parents first.
+    /// The routes along a tree: pairs of a receiver and its source, parents first.
     pub(super) fn new(slots: u64, tree: impl IntoIterator<Item = (Rank, Rank)>) -> Self {
         let mut nodes = BTreeMap::from([(Rank::LEADER, Node::default())]);
         for (rank, parent) in tree {
@@ -99,10 +99,10 @@ impl Route {
         }
     }
 
-    /// A receiver has a bucket, and reads it; whether that is new.
+    /// A receiver has a bucket, and reads it. Returns whether that is new.
     pub(super) fn arrived(&mut self, rank: Rank, bucket: u64) -> bool {
         let Some(node) = self.nodes.get_mut(&rank) else { return false };
-        // What it was never given it cannot have, and what it had it cannot get again.
+        // A bucket that it was never told to fetch, or has had already, is not new.
         if bucket >= node.given || bucket < node.has || !node.early.insert(bucket) {
             return false;
         }
@@ -114,18 +114,18 @@ impl Route {
         true
     }
 
-    /// A receiver does not read a bucket any more; whether it did.
+    /// A receiver no longer reads a bucket. Returns whether it did.
     pub(super) fn released(&mut self, rank: Rank, bucket: u64) -> bool {
         self.nodes.get_mut(&rank).is_some_and(|node| node.viewed.remove(&bucket))
     }
 
-    /// A fetch failed. If its source is still the receiver's parent, the receiver goes on at that
-    /// one's parent.
+    /// A fetch failed. If its source is still the receiver's parent, the receiver goes on at the
+    /// parent of the source.
     ///
     /// # Errors
     ///
-    /// The gap, if that one does not have what the receiver needs: above all if there is none,
-    /// because the source was the trainer.
+    /// The gap, if the new parent no longer has the bucket that the receiver needs, or if the source
+    /// was the trainer, which has no parent.
     pub(super) fn missed(&mut self, rank: Rank, from: Rank) -> Result<(), Gap> {
         let Some(node) = self.nodes.get(&rank) else { return Ok(()) };
         if node.parent != Some(from) {
@@ -143,7 +143,7 @@ impl Route {
     ///
     /// # Errors
     ///
-    /// The first gap, if that one does not have what they need.
+    /// The first gap, if the new parent no longer has the buckets that they need.
     pub(super) fn remove(&mut self, rank: Rank) -> Result<(), Gap> {
         let Some(node) = self.nodes.remove(&rank) else { return Ok(()) };
         let Some(parent) = node.parent else { return Ok(()) };
@@ -157,19 +157,19 @@ impl Route {
         let slots = self.slots;
         let Some(node) = self.nodes.get_mut(&child) else { return Ok(()) };
         node.parent = Some(parent);
-        // What was under way has to come from the new parent.
+        // Fetches under way have to start again at the new parent.
         node.begun = node.has;
         let needed = node.has;
         let Some(parent) = self.nodes.get_mut(&parent) else { return Ok(()) };
         parent.children.push(child);
-        // The slot of what is needed may be used for a later bucket already.
+        // The slot of the needed bucket may hold a later one already.
         if parent.begun > needed + slots {
             return Err(Gap { rank: child, bucket: needed });
         }
         Ok(())
     }
 
-    /// The next fetch that is due; it counts as begun.
+    /// The next fetch that is due. It counts as begun from now on.
     pub(super) fn next_due(&mut self) -> Option<Due> {
         let due = self.nodes.iter().find_map(|(&by, node)| {
             let from = node.parent?;
@@ -194,8 +194,8 @@ impl Route {
             && node.children.iter().all(|child| has(child) && below(child).iter().all(has))
     }
 
-    /// The receiver that the others wait for: one that fetches, or one that reads a bucket while the
-    /// next one for its slot is there.
+    /// The receiver that the others wait for: one that is fetching, else one that reads the bucket
+    /// whose slot its next bucket needs.
     pub(super) fn awaited(&self) -> Option<Rank> {
         let receivers = || self.nodes.iter().filter(|(_, node)| node.parent.is_some());
         let fetches = receivers().find(|(_, node)| node.has < node.begun);
@@ -227,8 +227,8 @@ mod tests {
         Route::new(slots, plan(topology, buckets, 0, &sites, &BTreeSet::new()))
     }
 
-    /// Ranks with slots: every fetch copies the number of a bucket, and finds out whether it is the
-    /// one that was announced.
+    /// Ranks with slots. Each fetch copies the number of a bucket, and checks that it is the
+    /// one that was due.
     struct World {
         route: Route,
         slots: BTreeMap<Rank, Vec<Option<u64>>>,
@@ -260,7 +260,7 @@ mod tests {
             }
         }
 
-        /// One thing happens: which one, `choice` says; false if nothing can.
+        /// Lets one thing happen, picked by `choice`. Returns false if nothing can happen.
         fn step(&mut self, choice: usize, buckets: u64) -> bool {
             let may_fill = self.filled < buckets && self.route.may_fill(self.filled);
             let options = usize::from(may_fill) + self.under_way.len() + self.reading.len();
@@ -379,7 +379,7 @@ mod tests {
         assert_eq!(route.awaited(), Some(Rank(2)));
         assert_eq!(route.missed(Rank(2), Rank(1)), Ok(()));
         assert_eq!(route.next_due(), Some(Due { by: Rank(2), from: Rank(0), bucket: 0 }));
-        // The old fetch fails once more: nothing is new.
+        // The old fetch fails once more, which changes nothing.
         assert_eq!(route.missed(Rank(2), Rank(1)), Ok(()));
         assert_eq!(route.next_due(), None);
         assert_eq!(route.missed(Rank(2), Rank(0)), Err(Gap { rank: Rank(2), bucket: 0 }));

@@ -1,18 +1,17 @@
-//! Whole groups of the state machines, run through schedules of everything that may happen to them.
+//! Runs whole groups of the state machines through schedules of events and faults.
 //!
-//! A schedule is a list of numbers: each chooses one of the things that can happen next. A message is read, work ends,
-//! a caller asks or lets go, a rank dies or comes back, a message is garbled, the group is formed anew, time passes.
-//! Whatever happens, the promises hold:
+//! A schedule is a list of numbers. Each number chooses one of the things that can happen next: a message is read, work
+//! ends, a caller asks or lets go, a rank dies or comes back, a message is garbled, the group is formed anew, time
+//! passes. The promises hold in every schedule:
 //!
 //! 1. The bytes of a bucket do not change while it is held.
-//! 2. A rollout that says that it has a version has every bucket of it, once and as sent; and the leader has
-//!    committed it.
-//! 3. Every wait ends, as long as the ranks that are waited for are given time; nobody is late who is within its
-//!    deadline.
-//! 4. After any failure the next update with those that are left succeeds.
+//! 2. A rollout that says that it has a version has every bucket of it, once and as sent, and the leader has
+//!    committed the version.
+//! 3. Every wait ends, as long as the awaited ranks are given time. No rank is late within its deadline.
+//! 4. After any failure, the next update with the remaining ranks succeeds.
 //! 5. An error of the leader does not say twice that a rank is lost.
 //!
-//! A schedule that breaks one is made as short as it can be and printed; `CKPT_ENGINE_SCHEDULE` replays it.
+//! A schedule that breaks a promise is shortened as far as possible and printed. `CKPT_ENGINE_SCHEDULE` replays it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -35,35 +34,35 @@ use engine_core::plan::{BucketLayout, Piece, Plan};
 use engine_core::{Base, DType, Error, ErrorKind, ErrorReport, Rank, Result, TensorMeta, Version};
 
 const DEADLINE: Duration = Duration::from_secs(10);
-/// How long things may take in a group that has no faults: short ones, work of a trainer, and a caller.
+/// How long things may take in a group without faults: short things, a trainer's work, and a caller.
 const SHORT: Duration = Duration::from_millis(200);
 const WORK: Duration = Duration::from_millis(2500);
 const CALLER: Duration = Duration::from_secs(7);
-/// After how long a wait counts as one that never ends: several deadlines may follow one another in an update.
+/// A wait of this length counts as endless. It is long because several deadlines may follow one another in an update.
 const NEVER: Duration = Duration::from_secs(600);
 /// How often a stranger comes and goes, where one does.
 const CHURN: Duration = Duration::from_secs(3);
 const STRANGER: Rank = Rank(99);
-/// How many buckets the models have.
+/// The number of buckets of each model.
 const MODELS: [u64; 5] = [3, 5, 1, 0, 8];
 
-/// A fault of the past, put back at the seams of the machines.
+/// A fixed fault, put back where the machines meet, to show that the promises catch it.
 #[cfg_attr(fuzzing, expect(dead_code, reason = "tests plant them"))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Planted {
-    /// Numbers of updates begin anew with every group.
+    /// The numbers of updates restart with every group.
     NumbersOfTheGroup,
     /// A position in the list of ranks is taken for the rank.
     PositionsAsRanks,
-    /// The leader believes what it remembers of a rank, not what the rank says.
+    /// The leader uses what it remembers of a rank, not what the rank says.
     RememberedRanks,
-    /// Every event begins every deadline of the leader anew.
+    /// Every event restarts every deadline of the leader.
     EventsAsProgress,
     /// The leader does not say that it is alive.
     SilentLeader,
 }
 
-/// The numbers of a schedule, one after the other.
+/// The numbers of a schedule that are left.
 struct Choices<'a>(std::slice::Iter<'a, u16>);
 
 impl Choices<'_> {
@@ -85,9 +84,9 @@ enum Item {
 }
 
 type Queue = VecDeque<(Item, Instant)>;
-/// The update and the number of a bucket.
+/// A bucket: the update and the bucket's number.
 type Content = (u64, u64);
-/// A slot: its group, its owner where every rank has slots of its own, and its number.
+/// A slot: its group, its owner if each rank has slots of its own, and its number.
 type SlotId = (u64, Option<Rank>, u32);
 /// A promise that was broken, in words.
 pub(super) type Broken = String;
@@ -101,7 +100,7 @@ macro_rules! keep {
     };
 }
 
-/// A bucket that is held: by the engine until it is handed over, then by the caller.
+/// A held bucket. The engine holds it until it is handed over, then the caller does.
 #[derive(Clone, Debug)]
 struct View {
     rank: Rank,
@@ -114,7 +113,7 @@ struct View {
     since: Instant,
 }
 
-/// A trainer: its machine and what that has asked for.
+/// A trainer: its machine, and what the machine has asked for.
 struct Trainer<M> {
     machine: M,
     sending: Option<Sending>,
@@ -129,7 +128,7 @@ struct Sending {
     model: usize,
     begun: Instant,
     collected: u64,
-    /// Whether its layouts are those of the last plan so far.
+    /// Whether all layouts so far are those of the last plan.
     same: bool,
 }
 
@@ -161,7 +160,7 @@ struct Rollout {
     machine: Follower,
     is_idle: bool,
     caller: Caller,
-    /// Since when the caller is there.
+    /// When the caller came to its present state.
     since: Instant,
     update: u64,
     version: u64,
@@ -169,9 +168,9 @@ struct Rollout {
     fetches: Vec<(u64, Rank, u32, Instant)>,
     joining: Option<Instant>,
     got: Vec<u64>,
-    /// Whether all of it was what was sent.
+    /// Whether every bucket so far was as sent.
     whole: bool,
-    /// The caller does nothing, and its engine is not asked.
+    /// The caller does nothing any more, so nobody polls its engine.
     mute: bool,
 }
 
@@ -184,7 +183,7 @@ enum Node {
 #[derive(Clone, Copy, Debug)]
 enum Move {
     LeaderReads(Rank),
-    /// What this rank says first, and all others that say the same: as a relay puts it together.
+    /// The next message of this rank, together with the equal messages of other ranks, as a relay merges them.
     LeaderReadsAlike(Rank),
     Reads(Rank),
     LinkEnds(Rank),
@@ -202,7 +201,7 @@ enum Move {
 struct World<'a> {
     choices: Choices<'a>,
     planted: Option<Planted>,
-    /// How many faults may still happen, and whether any has.
+    /// How many faults may still happen, and whether one has happened.
     faults: usize,
     faulty: bool,
     began: Instant,
@@ -227,17 +226,17 @@ struct World<'a> {
     from_leader: BTreeMap<Rank, Queue>,
     memory: BTreeMap<SlotId, Content>,
     views: Vec<View>,
-    /// What each rank's engine of a group holds, and how often.
+    /// The buckets that each rank's engine of a group holds, and how often.
     ledgers: BTreeMap<(Rank, u64), BTreeMap<Content, usize>>,
     committed: BTreeSet<u64>,
     /// The version and the number of buckets of each update.
     updates: BTreeMap<(u64, u64), (u64, u64)>,
-    /// For planted faults: the last plan, which ranks had it, what they have not released, and the leader's clock.
+    /// For planted faults: what the leader remembers of ranks, the buckets that they have not released, and its clock.
     remembered: BTreeMap<Rank, u64>,
     unreleased: BTreeMap<Rank, BTreeSet<Content>>,
     lag: Duration,
     saw: Instant,
-    /// The rollouts whose bases the leader's stream was told.
+    /// The rollouts whose bases were told to the leader's stream.
     said: Option<BTreeSet<Rank>>,
     sent: Option<Result<Ended>>,
     received: BTreeMap<Rank, Result<u64>>,
@@ -394,7 +393,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// All ranks that are connected form a group, with machines that know nothing.
+    /// All connected ranks form a group, with new machines.
     fn form(&mut self) {
         self.generation += 1;
         if self.planted == Some(Planted::NumbersOfTheGroup) {
@@ -417,7 +416,7 @@ impl<'a> World<'a> {
         }
     }
 
-    // The leader's clock, which a planted fault holds up.
+    // The leader's clock. A planted fault holds it back.
     fn leader_now(&self) -> Instant {
         self.now - self.lag
     }
@@ -463,7 +462,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// The connection to a rank ends; what it said last may still come, or not.
+    /// The connection to a rank ends. `keeps` says whether its last messages still arrive.
     fn disconnect(&mut self, rank: Rank, keeps: bool) {
         let queue = self.to_leader.entry(rank).or_default();
         if !keeps {
@@ -504,7 +503,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// The first promise, when a slot is written to.
+    /// Writes to a slot, and checks the first promise.
     fn write(&mut self, slot: SlotId, content: Content) -> Checked {
         if let Some(view) = self.views.iter().find(|view| view.slot == slot) {
             return Err(format!("{content:?} is written over {view:?}"));
@@ -513,7 +512,7 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    // What machines ask for.
+    // Acts of the machines.
 
     fn serve_leader(&mut self) -> Checked {
         while let Some(act) = self.leader.machine.act() {
@@ -543,7 +542,7 @@ impl<'a> World<'a> {
                 }
                 Act::Bases(said) => {
                     let each = |(rank, base): &(Rank, Base)| *base == Base::Has(u64::from(rank.0));
-                    // A fault may have changed what a rank said.
+                    // A fault may have changed a rank's message.
                     keep!(self.faulty || said.iter().all(each), "what rollouts have: {said:?}");
                     self.said = Some(said.into_iter().map(|(rank, _)| rank).collect());
                 }
@@ -654,7 +653,7 @@ impl<'a> World<'a> {
                     rollout.fetches.push((index, from, slot, now));
                 }
                 follower::Act::Abandon { from } => {
-                    // They end soon, and may have ended well.
+                    // The fetches end later, and may still succeed.
                     keep!(self.routed.is_some(), "rank {rank} gives up fetches from {from}");
                 }
                 follower::Act::Unread(unread) => {
@@ -723,7 +722,7 @@ impl<'a> World<'a> {
         self.drop_views(|view| view.rank == rank && view.generation == generation && !view.given);
     }
 
-    /// A bucket goes to the caller.
+    /// Hands a bucket to the caller.
     fn give(&mut self, rank: Rank, rollout: &mut Rollout, index: u64) -> Checked {
         let (bucket, now) = ((rollout.update, index), self.now);
         let mut views = self.views.iter_mut();
@@ -732,8 +731,8 @@ impl<'a> World<'a> {
             return Err(format!("rank {rank} is given bucket {index}, which is not here"));
         };
         (view.given, view.since) = (true, now);
-        // Where nothing is verified, what is fetched of an update that is over may be another bucket. It is offered in a
-        // version that never becomes complete.
+        // Without digests, a fetch for an update that is over may get another bucket. The caller sees it in a version
+        // that never becomes complete.
         rollout.whole &= view.content == bucket;
         let may_differ = self.routed.is_some() && !self.digests;
         keep!(
@@ -751,7 +750,7 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    /// What a rank's process had is gone.
+    /// Drops the state of a rank's process.
     fn drop_rank(&mut self, rank: Rank) {
         self.nodes.remove(&rank);
         self.views.retain(|view| view.rank != rank);
@@ -767,7 +766,7 @@ impl<'a> World<'a> {
         self.post_to_leader(rank, Item::Joined(rank));
     }
 
-    // What can happen, and what happens.
+    // Moves: which are possible, and what they do.
 
     fn is_sending(&self) -> bool {
         self.leader.sending.is_some()
@@ -777,7 +776,7 @@ impl<'a> World<'a> {
         matches!(self.nodes.get(&rank), Some(Node::Rollout(rollout)) if rollout.mute)
     }
 
-    /// The moves there are, and how long time may pass before one of them is overdue in a group without faults.
+    /// The possible moves, and the time at which one of them is overdue in a group without faults.
     fn moves(&self) -> (Vec<Move>, Instant) {
         let mut moves = Vec::new();
         let later = self.now + NEVER;
@@ -861,7 +860,7 @@ impl<'a> World<'a> {
                 Node::Rollout(_) => None,
             });
             let waiting = waiting.min();
-            // In the end an update begins only for ranks that wait for one.
+            // At the end of a schedule, an update begins only if ranks wait for one.
             if !self.calm || waiting.is_some() {
                 add(Move::Send, waiting.map_or(self.now + CALLER, |since| since + CALLER));
             }
@@ -869,8 +868,8 @@ impl<'a> World<'a> {
         (moves, due)
     }
 
-    /// Whether a rank's caller may wait for an update: in a group without faults not while one goes on that it has
-    /// been in.
+    /// Whether a rank's caller may wait for an update. In a group without faults it may not while an update goes on that
+    /// the rank has been in.
     fn may_receive(&self, rank: Rank) -> bool {
         if self.calm && (self.faulty || !self.is_sending()) {
             return false;
@@ -879,7 +878,7 @@ impl<'a> World<'a> {
         self.faulty || self.leader.sending.is_none_or(|sending| had != Some(&sending.version))
     }
 
-    /// Whether the leader may begin: in a group without faults when all others are through with the last update.
+    /// Whether the leader may begin an update. In a group without faults all others must be done with the last one.
     fn may_send(&self) -> bool {
         if self.calm && self.faulty {
             return false;
@@ -1018,7 +1017,7 @@ impl<'a> World<'a> {
         self.leader_event(event);
     }
 
-    /// The ranks whose next message to the leader is that of this one, which is the first of them.
+    /// The ranks whose next message to the leader equals that of this rank, this rank first.
     fn who_says_as(&self, rank: Rank) -> Vec<Rank> {
         let next = |queue: &VecDeque<(Item, Instant)>| match queue.front() {
             Some((Item::Message(body), _)) => Some(body.clone()),
@@ -1043,7 +1042,7 @@ impl<'a> World<'a> {
         self.leader.machine.alike(from, &body, now);
     }
 
-    /// What the leader takes a message for.
+    /// The message that the leader sees: a planted fault may change it.
     fn believed(&self, rank: Rank, body: Bytes) -> Bytes {
         if self.planted != Some(Planted::RememberedRanks) {
             return body;
@@ -1058,7 +1057,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// The leader takes in what came between updates.
+    /// The leader takes in the messages that came between updates.
     fn take_in(&mut self) -> Checked {
         let queues: Vec<Rank> = self.to_leader.keys().copied().collect();
         for rank in queues {
@@ -1150,8 +1149,8 @@ impl<'a> World<'a> {
     }
 
     fn collect_ends(&mut self, rank: Rank, fails: bool) -> Checked {
-        // The streams of all trainers have the same weights; a sender that began before the leader's choice was
-        // known learns it now.
+        // The streams of all trainers have the same weights. A sender that began before the leader chose the model
+        // learns the model now.
         let model = self.leader.sending.map(|sending| sending.model);
         if rank == Rank::LEADER {
             let now = self.leader_now();
@@ -1278,7 +1277,7 @@ impl<'a> World<'a> {
             }
             // A stream, a wait, or another sender's future is dropped.
             1 | 2 => self.drop_work(rank),
-            // A process dies: what it said last may still come, or not.
+            // A process dies. Its last messages may still arrive.
             3 | 4 => {
                 if !self.gone.contains(&rank) {
                     self.disconnect(rank, kind == 3);
@@ -1318,14 +1317,14 @@ impl<'a> World<'a> {
                 }
                 Ok(())
             }
-            // A caller does nothing any more.
+            // A caller stops doing anything.
             9 => {
                 if let Some(Node::Rollout(rollout)) = self.nodes.get_mut(&rank) {
                     rollout.mute = true;
                 }
                 Ok(())
             }
-            // The transport breaks, or the trainer's stream.
+            // The transport or the trainer's stream fails.
             10 => match self.choices.of(3) {
                 0 => self.link_ends(Rank::LEADER, true),
                 1 => self.collect_ends(Rank::LEADER, true),
@@ -1333,7 +1332,7 @@ impl<'a> World<'a> {
             },
             // All engines are made anew on the same control plane.
             11 => self.form_anew(),
-            // The trainer's process dies: another one begins with a control plane of its own.
+            // The trainer's process dies. Another one starts with a new control plane.
             _ => {
                 self.control += 1;
                 self.number = 0;
@@ -1394,7 +1393,7 @@ impl<'a> World<'a> {
 
     // The end of a schedule.
 
-    /// Whether anybody still waits for something.
+    /// Whether any rank still waits for something.
     fn is_busy(&self) -> bool {
         self.is_sending()
             || self.nodes.values().any(|node| match node {
@@ -1411,13 +1410,13 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Whether a rank was told of a failed update, and the leader sends one.
+    /// Whether the leader is sending while a rank's caller has come back with a failed update.
     fn has_one_failed(&self) -> bool {
         let failed = |rank: &Rank| matches!(self.received.get(rank), Some(Err(_)));
         self.is_sending() && self.nodes.keys().any(|rank| failed(rank) && self.is_away(*rank))
     }
 
-    /// Everything goes its way, without further faults, until nobody waits any more.
+    /// Runs without further faults until no rank waits any more.
     fn settle(&mut self) -> Checked {
         self.settle_until(|_| false)
     }
@@ -1455,13 +1454,13 @@ impl<'a> World<'a> {
         for rank in std::mem::take(&mut self.gone) {
             self.rejoin(rank);
         }
-        // After all failures, an update with those that are there.
+        // The fourth promise: one more update, with the remaining ranks.
         self.received.clear();
         self.sent = None;
         self.note(|| "-- the last update".into());
         self.send()?;
         let version = self.version;
-        // A rank hears of updates that failed while it did not listen, and asks again, as callers do.
+        // A rank may first hear of an update that failed while it did not listen. Callers then ask again.
         for _ in 0..40 {
             let had =
                 |rank: &Rank| matches!(self.received.get(rank), Some(Ok(had)) if *had == version);
@@ -1494,7 +1493,7 @@ impl<'a> World<'a> {
 }
 
 impl Sending {
-    /// The next bucket of the stream, as the collector comes to it.
+    /// The next bucket of the stream, as the collector would give it.
     fn next(&mut self, plan: &Plan) -> Option<Collected> {
         let index = self.collected;
         if index >= MODELS[self.model] {
@@ -1510,7 +1509,7 @@ impl Sending {
 }
 
 impl<M: Machine> Trainer<M> {
-    /// Takes in what the machine asks of link and stream.
+    /// Takes in an act of the machine for its link or its stream.
     fn take(&mut self, act: Act, now: Instant) {
         match act {
             Act::Collect { .. } => self.collecting = Some(now),
@@ -1528,7 +1527,7 @@ fn leader_of(slots: usize, digests: bool) -> Leader {
         bucket_bytes: 256,
         digests,
         card: Bytes::new(),
-        // No choice of its own, so that schedules of the past stay what they were.
+        // Not chosen by a number of its own: recorded schedules keep their meaning.
         asks_bases: slots > 2,
     };
     Leader::new(settings, Box::new(part_of), Box::new(|_| Some(Duration::ZERO)))
@@ -1558,13 +1557,13 @@ fn run(numbers: &[u16], faults: bool, planted: Option<Planted>, log: bool) -> Ch
     result
 }
 
-/// Whether a group keeps its promises in a schedule; the first that it breaks.
+/// Runs a schedule. The error is the first promise that the group breaks.
 #[cfg(fuzzing)]
 pub(super) fn keeps_promises(numbers: &[u16], faults: bool) -> Checked {
     run(numbers, faults, None, false)
 }
 
-/// Runs so many schedules; the first that breaks a promise, as short as it can be.
+/// Runs `cases` schedules. Returns the first that breaks a promise, shortened as far as possible.
 #[cfg(test)]
 fn search(
     cases: u32,
@@ -1596,7 +1595,7 @@ fn promises_hold(seed: u8, faults: bool) {
     }
 }
 
-/// For each of the tests below.
+/// The number of schedules in each of the tests below.
 #[cfg(test)]
 const CASES: u32 = 25_000;
 
@@ -1654,7 +1653,7 @@ fn a_leader_that_does_not_say_that_it_is_alive_is_found() {
     is_found(Planted::SilentLeader, false, "without a fault");
 }
 
-/// Replays what a failure has printed, with all that happens.
+/// Replays the schedule that a failure has printed, and logs every event.
 #[test]
 #[ignore = "needs a schedule in CKPT_ENGINE_SCHEDULE"]
 fn a_schedule_is_replayed() {

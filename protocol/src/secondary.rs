@@ -1,7 +1,7 @@
-//! A trainer that sends a part of the buckets beside the leader, as a state machine: no IO, no clock, no tasks.
+//! A trainer beside the leader that sends a part of the buckets, as a state machine: no IO, no clock, no tasks.
 //!
-//! It has the same weights as the leader, in the same order, and comes to the same buckets. The leader says which of
-//! them it fills, and when.
+//! It has the same weights as the leader, in the same order, so it collects the same buckets. It fills those whose
+//! turn it is, when the leader says that the slot is free.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -54,14 +54,14 @@ struct Update {
     begun: Instant,
     stage: Stage,
     may_join: bool,
-    /// What is to be filled: bucket, slot and the digest of the layout that the leader has come to.
+    /// The buckets that the leader asked for: index, slot, and the digest of the leader's layout.
     fills: Vec<(u64, u32, u64)>,
-    /// The number of buckets, and the digests of the version and of the plan.
+    /// What the leader sent at the end: the number of buckets, and the digests of the version and of the plan.
     sent: Option<(u64, u64, u64)>,
     next: Next,
     link: Option<(Work, Instant)>,
     layouts: Vec<Arc<BucketLayout>>,
-    /// Since when the leader is waited for.
+    /// When the leader said something last, or the wait for it began.
     since: Instant,
     stages: StageTimes,
 }
@@ -69,7 +69,7 @@ struct Update {
 #[derive(Debug)]
 enum Next {
     Pending(Instant),
-    /// A bucket of this rank's, which the leader has not said the slot of.
+    /// A bucket for this rank to fill. The leader has not named its slot yet.
     Bucket(Collected, Instant),
     End,
 }
@@ -82,12 +82,12 @@ enum Stage {
     },
     Streaming,
     Confirming(Instant, u64),
-    /// The error, and until when this rank's work is waited for.
+    /// The error, and how long to wait for the link's work.
     Failing(Error, Instant),
 }
 
 impl Secondary {
-    /// A trainer of a group that was formed when so many updates had begun on the control plane.
+    /// A trainer of a group that was formed when `updates` updates had begun on the control plane.
     pub(super) fn new(settings: Settings, updates: u64) -> Self {
         Self {
             settings,
@@ -99,7 +99,7 @@ impl Secondary {
         }
     }
 
-    /// Takes part in the next update, which has to be of this version.
+    /// Begins to wait for the next update, which must have this version.
     pub(super) fn begin(&mut self, version: Version, now: Instant) {
         let operation = "waiting for the leader to begin the update";
         self.end = None;
@@ -177,7 +177,7 @@ impl Secondary {
     fn take_event(&mut self, event: Event, now: Instant) -> Result<()> {
         let Some(message) = message(event)? else { return Ok(()) };
         let Some(update) = &mut self.update else {
-            // Nobody sends buckets to this rank.
+            // No rank sends buckets to this one.
             if let Some(unread) = self.announced.take(message, now) {
                 debug!(?unread, "a bucket for a trainer");
             }
@@ -247,7 +247,7 @@ impl Secondary {
                 let index = update.layouts.len() as u64;
                 let at = update.fills.iter().position(|(fill, ..)| *fill == index);
                 let Some(at) = at else {
-                    // The leader's stream has ended before this one.
+                    // The leader's stream has fewer buckets than this one.
                     return match update.sent {
                         Some(_) => Err(other_stream().bucket(index)),
                         None => Ok(()),
@@ -267,7 +267,7 @@ impl Secondary {
             }
             Next::End => {
                 if !update.fills.is_empty() {
-                    // The leader's stream has more than this one.
+                    // The leader's stream has more buckets than this one.
                     return Err(other_stream());
                 }
                 let Some((buckets, digest, plan)) = update.sent else { return Ok(()) };
@@ -309,7 +309,7 @@ impl Secondary {
         }));
     }
 
-    /// The update fails: for a reason that the leader does not know yet, or one that it has told.
+    /// Fails the update. `is_own` says that the leader does not know the error yet.
     fn fail(&mut self, error: Error, is_own: bool, now: Instant) {
         let Some(update) = &mut self.update else {
             self.announced.stop();
@@ -323,7 +323,7 @@ impl Secondary {
         let (number, version) = (update.begin.update, update.begin.version);
         let report = ErrorReport::from(&error);
         if matches!(update.link, Some((Work::Join, _))) {
-            // Its future may be dropped.
+            // `SendLink::join` may be dropped, so its end is not waited for.
             update.link = None;
             self.acts.push_back(Act::Cancel);
         }
@@ -336,7 +336,7 @@ impl Secondary {
         self.settle(now);
     }
 
-    /// The update has failed; its end comes when this rank's work has ended.
+    /// The update has failed. It is over when the link's work has ended.
     fn settle(&mut self, now: Instant) {
         let Some(update) = &self.update else { return };
         let Stage::Failing(_, until) = &update.stage else { return };
@@ -418,7 +418,7 @@ impl Secondary {
         Ok(())
     }
 
-    /// Until when the leader, or this rank's own work, is waited for; and for what.
+    /// The end of the present wait, its length, and what is waited for: the leader, or this rank's own work.
     fn limit(&self) -> Option<(Instant, Duration, &'static str)> {
         let update = self.update.as_ref()?;
         let deadline = self.settings.deadline;

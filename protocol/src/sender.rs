@@ -1,5 +1,5 @@
-//! The loops that drive a trainer's state machines: the leader's and those of trainers beside it. No decision is made
-//! here.
+//! The loops that drive the state machines of trainers: the leader, and the other trainers that send. They make no
+//! decisions.
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ use engine_core::{
     WeightStream,
 };
 
-/// How long a trainer that leaves the group waits for rollouts to let go of its buckets, before it frees them.
+/// How long a trainer that leaves the group waits for rollouts to release its buckets before it frees them.
 const CLOSING: Duration = Duration::from_secs(2);
 
 /// The leader's side of the protocol, over a transport's link.
@@ -39,19 +39,19 @@ pub struct Sender<L> {
     control: Arc<dyn Control>,
     deadline: Duration,
     meter: Meter,
-    /// What a layer in front of this hears of the rollouts.
+    /// Tells a layer in front of this engine which versions the rollouts have.
     bases: Bases,
 }
 
 impl<L: SendLink> Sender<L> {
-    /// The sender of a group whose receivers are given.
+    /// The leader of a group with these receivers.
     pub fn new(
         link: L,
         context: &EngineContext,
         control: Arc<dyn Control>,
         receivers: impl IntoIterator<Item = Rank>,
     ) -> Self {
-        // Nothing travels where buckets are lists.
+        // Lists do not travel, so there is nothing to verify.
         let digests = context.config.digests && link.bucket_kind() == BucketKind::Buffer;
         let settings = leader::Settings {
             deadline: context.deadline(),
@@ -74,7 +74,8 @@ impl<L: SendLink> Sender<L> {
         Self { link, leader, control, deadline, meter, bases }
     }
 
-    /// Sets what each rank does that is no plain receiver, and what those do that join later.
+    /// Sets the part of each rank that is not a plain receiver, and the parts of ranks that join later. A newcomer for
+    /// which `newcomers` returns `None` takes no part in updates.
     #[must_use]
     pub fn with_parts(
         mut self,
@@ -88,8 +89,8 @@ impl<L: SendLink> Sender<L> {
         self
     }
 
-    /// Says where ranks are, this one too, by names that all ranks of a host have: for [`Topology::Fastest`]. Those of
-    /// ranks that join later are in their metadata.
+    /// Sets the host of each rank, this one included, for [`Topology::Fastest`]. Ranks of one host have the same name
+    /// here. Ranks that join later have their host in their metadata.
     ///
     /// [`Topology::Fastest`]: super::Topology::Fastest
     #[must_use]
@@ -100,8 +101,8 @@ impl<L: SendLink> Sender<L> {
         self
     }
 
-    /// Waits until colocated ranks have released all buckets, but no longer than that; whether they have. After
-    /// the last update: before the slots are freed.
+    /// Waits at most `limit` until colocated ranks have released all buckets, and returns whether they have. Called
+    /// after the last update, before the slots are freed.
     async fn wait_until_released(&mut self, limit: Duration) -> bool {
         let until = Instant::now() + limit;
         while self.leader.is_read_in_place() {
@@ -136,7 +137,7 @@ impl<L: SendLink> TrainerEngine for Sender<L> {
     ) -> Result<SendReport> {
         let Self { link, leader, control, deadline, meter, bases } = self;
         let control: &dyn Control = &**control;
-        // Losses between updates are no failure: the rank takes no part in this one.
+        // A rank that was lost between updates fails nothing: it takes no part in this update.
         while let Some(event) = arrived_event(control).await? {
             leader.event(event, Instant::now());
             flush(&mut **leader, control, meter);
@@ -158,11 +159,11 @@ impl<L: SendLink> TrainerEngine for Sender<L> {
     }
 }
 
-/// The side of the protocol of a trainer other than the leader, over a transport's link.
+/// A sending trainer other than the leader: its side of the protocol, over a transport's link.
 ///
-/// Its stream has the same weights as the leader's, in the same order, and it sends a part of the buckets of the leader's
-/// next update, which has to be of its version. `Mismatch` if the leader has another stream. The report counts the
-/// weights of the whole stream, and has no receivers: they report to the leader.
+/// Its stream must have the same weights as the leader's, in the same order. It sends a part of the buckets of the
+/// leader's next update, which must have the same version. A different stream is a `Mismatch`. The report counts the
+/// weights of the whole stream. It lists no receivers, because they report to the leader.
 #[derive(Debug)]
 pub struct CoSender<L> {
     link: L,
@@ -173,7 +174,7 @@ pub struct CoSender<L> {
 }
 
 impl<L: SendLink> CoSender<L> {
-    /// A sender in a group whose leader counts this rank among the senders.
+    /// A sender in a group whose leader gave this rank [`Part::Sender`].
     pub fn new(link: L, context: &EngineContext, control: Arc<dyn Control>) -> Self {
         let meter = Meter::new(control.rank(), context.observer.clone());
         let deadline = context.deadline();
@@ -219,12 +220,12 @@ impl<L: SendLink> TrainerEngine for CoSender<L> {
     }
 }
 
-/// What places weights into a link's buckets.
+/// The planner for a link's buckets.
 fn planner(link: &impl SendLink) -> Result<BucketPlanner> {
     Ok(BucketPlanner::new(link.bucket_bytes())?.of_kind(link.bucket_kind()))
 }
 
-/// Tells a link that an update is over, also when the future that sends it is dropped.
+/// Tells a link that an update is over, even if the future that sends the update is dropped.
 struct Ending<'a, L: SendLink> {
     link: &'a mut L,
     committed: bool,
@@ -236,12 +237,12 @@ impl<L: SendLink> Drop for Ending<'_, L> {
     }
 }
 
-/// What a trainer's machine needs to be driven, beside its link and its stream.
+/// What the loop needs beside the machine, its link and its stream.
 struct Trainer<'a> {
     control: &'a dyn Control,
     meter: &'a Meter,
     deadline: Duration,
-    /// Of the leader.
+    /// Only the leader has them.
     bases: Option<&'a Bases>,
 }
 
@@ -253,17 +254,17 @@ enum Step {
     Nothing,
 }
 
-/// The link, or what it is at.
+/// The link, or its work in progress.
 enum Link<'a, L> {
     Idle(&'a mut L),
     Busy(BoxFuture<'a, (&'a mut L, Done)>),
-    /// Its work was dropped.
+    /// Its work was dropped, and the borrow of the link with it.
     Gone,
 }
 
 type Next<'a, 'w> = (&'a mut Collector, &'a mut WeightStream<'w>, Result<Option<Bucket>>);
 
-/// The stream, or what is collected from it.
+/// The stream, or the bucket that is being collected from it.
 enum Stream<'a, 'w> {
     Idle(&'a mut Collector, &'a mut WeightStream<'w>),
     Busy(BoxFuture<'a, Next<'a, 'w>>),
@@ -307,7 +308,7 @@ impl Trainer<'_> {
         weights: &'a mut WeightStream<'_>,
     ) {
         let (mut link, mut stream) = (Link::Idle(link), Stream::Idle(collector, weights));
-        // The memory of the bucket that was collected last.
+        // The jobs of the bucket that was collected last.
         let mut collected: Vec<Job> = Vec::new();
         let mut has_ended = false;
         loop {
@@ -372,7 +373,7 @@ impl Trainer<'_> {
                     has_ended = true;
                     driven.machine.refused(error, now);
                 }
-                // Nobody is late while there is something to be taken in.
+                // Only here: no rank is late while something waits to be taken in.
                 Step::Nothing if timer.is_some_and(|at| now >= at) => driven.machine.tick(now),
                 Step::Nothing => {}
             }
@@ -395,7 +396,7 @@ impl Trainer<'_> {
 }
 
 impl<'a, L: SendLink> Link<'a, L> {
-    /// Has the link do something, which is at nothing.
+    /// Gives an idle link something to do.
     fn put_to(self, act: Act, collected: &mut Vec<Job>) -> Self {
         let Self::Idle(link) = self else {
             debug!(?act, "the link is at work already");
@@ -436,7 +437,8 @@ impl<'a, L: SendLink> Link<'a, L> {
     }
 }
 
-/// A machine that is driven. If that ends before its update does, everyone hears that the update was dropped.
+/// A machine that is being driven. If this is dropped before the update is over, the other ranks are told that the
+/// update was dropped.
 struct Driven<'a, M: Machine> {
     machine: &'a mut M,
     control: &'a dyn Control,
@@ -458,7 +460,7 @@ impl<M: Machine> Drop for Driven<'_, M> {
     }
 }
 
-/// Does what needs neither a link nor a stream.
+/// Performs all acts that need neither a link nor a stream.
 fn flush(machine: &mut impl Machine, control: &dyn Control, meter: &Meter) {
     while let Some(act) = machine.act() {
         perform(machine, act, control, meter);

@@ -1,4 +1,4 @@
-//! Updates of groups that are larger than a machine can run: the state machines themselves, without connections.
+//! Simulated updates of groups too large to run on one machine: the real state machines, without connections.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -16,40 +16,40 @@ use engine_core::control::Event;
 use engine_core::plan::{BucketLayout, Piece};
 use engine_core::{Base, DType, Error, ErrorKind, Rank, Result, TensorMeta, Version};
 
-/// No rank is late in a simulation.
+/// The deadline: no rank is late in a simulation.
 const NEVER: Duration = Duration::from_secs(1 << 20);
 const BUCKET: u64 = 256;
 
 /// A group, and an update of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Simulation {
-    /// Ranks beside the trainer.
+    /// The number of ranks beside the trainer.
     pub rollouts: u32,
-    /// How many of them share a relay; 0 without relays.
+    /// How many of them share a relay. 0 means no relays.
     pub behind: u32,
-    /// Buckets of the update, a tensor each.
+    /// The number of buckets, each of one tensor.
     pub buckets: u64,
-    /// How long a message is on its way.
+    /// The latency of a message.
     pub latency: Duration,
     /// How long the trainer takes to fill a bucket.
     pub fill: Duration,
 }
 
-/// What the update took.
+/// The cost of the update.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Simulated {
-    /// How long the update lasts, if nothing but fills and messages takes time.
+    /// The simulated duration of the update, in which only fills and messages take time.
     pub lasts: Duration,
-    /// Processor time of the leader's state machine, measured while it ran.
+    /// The measured time that the leader's state machine ran.
     pub machine: Duration,
-    /// Messages that the leader sent and received, each counted for each rank.
+    /// The messages that the leader sent and received. A message to or from several ranks counts once for each.
     pub messages: u64,
-    /// Frames that carried them over the leader's connections.
+    /// The frames that carried them over the leader's connections.
     pub frames: u64,
 }
 
-/// Where something arrives: at ranks of one connection, or of them at the leader.
+/// A message that arrives: at ranks of one connection, or at the leader from such ranks.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Arrival {
     Down { to: Vec<Rank>, body: Bytes },
@@ -60,7 +60,7 @@ enum Arrival {
 struct World {
     simulation: Simulation,
     now: Instant,
-    /// By the time, then in their order.
+    /// Ordered by time of arrival, then by the order of sending.
     coming: BinaryHeap<Reverse<(Instant, u64, Arrival)>>,
     count: u64,
     leader: Leader,
@@ -72,7 +72,7 @@ struct World {
 ///
 /// # Errors
 ///
-/// Those of the update; none is expected, as nothing fails in a simulation.
+/// Those of the update. None is expected, because nothing fails in a simulation.
 pub fn simulate(simulation: Simulation) -> Result<Simulated> {
     let began = Instant::now();
     let settings = Settings {
@@ -112,7 +112,7 @@ pub fn simulate(simulation: Simulation) -> Result<Simulated> {
 }
 
 impl World {
-    /// Has the leader take something in, and does what it asks for.
+    /// Gives the leader an event, and does what it asks for.
     fn work(&mut self, event: impl FnOnce(&mut Leader, Instant)) {
         let begun = Instant::now();
         event(&mut self.leader, self.now);
@@ -174,7 +174,7 @@ impl World {
     }
 
     fn arrive_below(&mut self, to: &[Rank], body: &Bytes) -> Result<()> {
-        // What ranks of one connection say alike travels as one frame.
+        // Equal messages from ranks of one connection travel as one frame.
         let mut said = BTreeMap::<(usize, Bytes), Vec<Rank>>::new();
         for &rank in to {
             let Some(follower) = self.followers.get_mut(rank.index() - 1) else { continue };
@@ -190,7 +190,7 @@ impl World {
     }
 }
 
-/// What a rollout says whose fetches end at once, and whose caller looks at nothing.
+/// The messages of a rollout whose fetches end at once and whose caller drops each bucket at once.
 fn answers(follower: &mut Follower, now: Instant) -> Result<Vec<ToSender>> {
     let mut said = Vec::new();
     loop {
@@ -235,7 +235,7 @@ mod tests {
     fn an_update_comes_to_its_end_on_all_ranks_with_the_messages_of_the_protocol() {
         for (rollouts, behind, buckets) in [(1, 0, 0), (3, 0, 1), (7, 3, 20), (100, 64, 5)] {
             let took = of(rollouts, behind, buckets);
-            // Begin, Entered, End, Confirm, Commit, and for each bucket itself and its Release.
+            // Begin, Entered, End, Confirm, Commit, and for each bucket its announcement and its Release.
             let least = u64::from(rollouts) * (5 + 2 * buckets);
             assert!(took.messages >= least, "{took:?} of {least}");
             assert!(took.messages <= least + u64::from(rollouts) * 8, "{took:?} of {least}");

@@ -1,5 +1,5 @@
-//! The trainer's side against ranks that speak the protocol by hand, and a rollout's against such a
-//! trainer: for what no well-behaved peer ever does.
+//! Tests of each side against a peer that speaks the protocol by hand, and does what no well-behaved peer
+//! does.
 
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex};
@@ -23,7 +23,7 @@ use engine_core::{
 const BUCKET: u64 = 1024;
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// Two buckets of host memory that nobody else sees.
+/// A link with two slots whose bytes go nowhere.
 #[derive(Debug)]
 struct Slots(Pool);
 
@@ -48,7 +48,7 @@ impl SendLink for Slots {
     }
 }
 
-/// Zeros, whatever was sent.
+/// A link that receives zeros, whatever was sent.
 #[derive(Debug)]
 struct Zeros;
 
@@ -59,7 +59,7 @@ impl ReceiveLink for Zeros {
     }
 }
 
-/// Connections of a leader and one rollout.
+/// The connections of a leader and one rollout.
 fn planes() -> (Arc<dyn Control>, Arc<dyn Control>) {
     planes_at(&Group::default())
 }
@@ -79,7 +79,7 @@ fn sender(leader: &Arc<dyn Control>, timeout: f64) -> Sender<Slots> {
     Sender::new(link, &context(timeout), leader.clone(), [Rank(1)])
 }
 
-/// Weights of a bucket each.
+/// Weights that each fill a bucket.
 fn weights(count: u64) -> Vec<Weight> {
     let weight = |i| Weight::new(format!("w{i}"), DType::U8, [BUCKET], vec![i as u8; 1024]);
     (0..count).map(|i| weight(i).unwrap()).collect()
@@ -89,7 +89,7 @@ async fn send<L: SendLink>(sender: &mut Sender<L>, version: u64) -> Result<SendR
     sender.send_weights(ensure_async_iterator(weights(3)), Version(version)).await
 }
 
-/// A rollout by hand.
+/// A rollout whose messages the test sends by hand.
 struct Hand(Arc<dyn Control>);
 
 impl Hand {
@@ -117,7 +117,7 @@ impl Hand {
         self.0.send(Rank::LEADER, encode(&message).unwrap()).unwrap();
     }
 
-    /// The next update that begins; what is left of others is passed over.
+    /// The next update that begins. Late messages of other updates are skipped.
     async fn begin(&self) -> Begin {
         loop {
             if let ToReceiver::Begin(begin) = self.hear().await {
@@ -131,7 +131,7 @@ impl Hand {
         self.say(ToSender::Entered { update, card, plan, held, base });
     }
 
-    /// The layouts of an update's buckets, which are released at once, and the plan's digest.
+    /// Releases the buckets of an update at once. Returns their layouts and the plan's digest.
     async fn rest(&self, update: u64) -> (Vec<Layout>, u64) {
         let mut layouts = Vec::new();
         loop {
@@ -152,7 +152,7 @@ impl Hand {
         }
     }
 
-    /// An update from its beginning to its end.
+    /// Takes part in an update from its beginning to its end.
     async fn receive(&self) {
         let Begin { update, .. } = self.begin().await;
         self.enter(update, None, Vec::new());
@@ -165,13 +165,13 @@ impl Hand {
     }
 }
 
-/// An update that reaches everyone.
+/// An update that succeeds.
 async fn works(sender: &mut Sender<Slots>, version: u64, hand: &Hand) {
     let (sent, ()) = futures::future::join(send(sender, version), hand.receive()).await;
     sent.unwrap();
 }
 
-/// An update that what the rollout does ends with an error.
+/// An update that fails because of what the rollout does.
 async fn fails(
     sender: &mut Sender<Slots>,
     version: u64,
@@ -188,7 +188,7 @@ async fn a_release_that_was_lost_is_made_good_by_what_the_rank_says_when_it_ente
         let Begin { update, .. } = hand.begin().await;
         hand.enter(update, None, Vec::new());
         assert!(matches!(hand.hear().await, ToReceiver::Bucket { index: 0, .. }));
-        // It holds two buckets, and never says that it does not any more.
+        // It holds two buckets, and never releases them.
         assert!(matches!(hand.hear().await, ToReceiver::Bucket { index: 1, .. }));
         hand.fail(update);
     };
@@ -224,7 +224,7 @@ async fn a_rank_is_told_layouts_by_what_it_says_that_it_knows() {
     let (leader, rollout) = planes();
     let (mut sender, hand) = (sender(&leader, 5.0), Hand(rollout));
     let mut plan = None;
-    // It knows nothing, then has lost what it knew, then knows it.
+    // It knows no plan, then has lost the plan, then knows it.
     for (version, knows) in [(1, false), (2, false), (3, true)] {
         let update = async {
             let Begin { update, .. } = hand.begin().await;
@@ -261,7 +261,7 @@ async fn no_two_updates_of_a_control_plane_have_one_number_whatever_groups_there
     let hand = Hand(rollout);
     let mut numbers = Vec::new();
     for version in 1..4 {
-        // A group that is formed anew has a sender of its own.
+        // A group that is formed anew has a new sender.
         let mut sender = sender(&leader, 5.0);
         let update = async {
             let Begin { update, .. } = hand.begin().await;
@@ -310,7 +310,7 @@ async fn a_rank_that_says_what_nobody_understands_between_updates_is_cut_off_as_
     let (mut sender, hand) = (sender(&leader, 5.0), Hand(rollout));
     works(&mut sender, 1, &hand).await;
     hand.0.send(Rank::LEADER, Bytes::from_static(&[0xff; 9])).unwrap();
-    // The trainer listens when the next update begins.
+    // The trainer reads the bad message when the next update begins.
     let ended = async { while let Ok(Some(_)) = hand.0.recv(LIMIT).await {} };
     let sent = tokio::time::timeout(LIMIT, fails(&mut sender, 2, ended)).await.unwrap();
     assert_eq!((sent.kind(), sent.report().rank), (ErrorKind::Protocol, Some(Rank(1))), "{sent}");
@@ -318,7 +318,7 @@ async fn a_rank_that_says_what_nobody_understands_between_updates_is_cut_off_as_
     works(&mut sender, 3, &again).await;
 }
 
-/// A rollout that does what it should, whatever becomes of updates.
+/// A rollout that follows the protocol, whether updates succeed or fail.
 async fn behave(hand: &Hand) {
     loop {
         match hand.hear().await {
@@ -350,13 +350,13 @@ async fn a_rank_that_fails_one_update_after_the_other_is_expelled_with_the_reaso
             let told = error.report();
             assert_eq!((told.kind, told.rank), (ErrorKind::Timeout, Some(Rank(2))), "{error}");
         }
-        // Its connection is being ended: that may be heard of only now.
+        // The leader may hear only now that the connection has ended.
         let sent = match send(&mut sender, 4).await {
             Err(error) if error.report().rank == Some(Rank(2)) => send(&mut sender, 5).await,
             sent => sent,
         };
         assert_eq!(sent.unwrap().absent, [Rank(2)]);
-        // One that comes back and goes on like that is not given as much time again.
+        // A rank that comes back and fails again is expelled sooner.
         let again = at.join(Rank(2));
         assert!(send(&mut sender, 6).await.is_err());
         let sent = match send(&mut sender, 7).await {
@@ -401,7 +401,7 @@ async fn a_stream_that_blocks_its_thread_for_longer_than_a_deadline_makes_nobody
     sent.unwrap();
 }
 
-/// Bytes that do not come before they are allowed to.
+/// An encoding that blocks until the test lets it go on.
 #[derive(Debug, Default)]
 struct Stuck(Mutex<bool>, Condvar);
 
@@ -446,7 +446,7 @@ async fn a_bucket_that_is_never_filled_is_a_timeout_that_says_that_its_weights_a
     works(&mut sender, 2, &hand).await;
 }
 
-/// A trainer by hand.
+/// The next message at a trainer whose messages the test sends by hand.
 async fn hear(leader: &Arc<dyn Control>) -> ToSender {
     match leader.recv(LIMIT).await.unwrap().expect("a message") {
         Event::Message { body, .. } => decode(&body).unwrap(),
@@ -476,7 +476,7 @@ async fn a_bucket_that_is_refused_is_released_and_the_next_update_is_entered_wit
     let (leader, rollout) = planes();
     let pool = Pool::new(1).unwrap();
     let mut receiver = Receiver::new(Zeros, &context(5.0), rollout, pool);
-    // A number that is not the next; a layout that nobody knows; no message at all.
+    // A bucket out of order, an unknown layout, and bytes that are no message.
     let refused = |update, index, layout| {
         encode(&ToReceiver::Bucket { update, index, slot: 0, digest: 0, layout })
     };
@@ -509,7 +509,7 @@ async fn a_bucket_that_is_refused_is_released_and_the_next_update_is_entered_wit
     }
 }
 
-/// Lists of weights of zeros, whatever was sent.
+/// A link that receives lists of zeros, whatever was sent.
 #[derive(Debug)]
 struct Lists(Vec<u64>);
 
@@ -588,7 +588,7 @@ async fn an_update_that_begins_within_another_one_is_received_next() {
     let pool = Pool::new(1).unwrap();
     let mut receiver = Receiver::new(Zeros, &context(5.0), rollout, pool);
     tell(&leader, &begin(1));
-    // The end of the first one was lost on the way.
+    // The end of the first update was lost.
     tell(&leader, &begin(2));
     let mut received = receiver.receive_weights(None).await.unwrap();
     assert_eq!(received.version(), Version(1));
@@ -598,7 +598,7 @@ async fn an_update_that_begins_within_another_one_is_received_next() {
     assert_eq!(receiver.receive_weights(None).await.unwrap().version(), Version(2));
 }
 
-/// Two buckets that a trainer and a rollout share. What the rollout sees of a slot may be other bytes.
+/// Two slots that a trainer and a rollout share. The rollout may see damaged bytes of a slot.
 #[derive(Clone, Debug)]
 struct Shared {
     pool: Pool,
@@ -647,7 +647,7 @@ impl ReceiveLink for Shared {
     }
 }
 
-/// Copies of whole buckets, of all that have another first weight than `strange`.
+/// Copies whole buckets, except those whose first weight is `strange`.
 #[derive(Debug, Default)]
 struct Copies {
     made: Mutex<Vec<Bytes>>,
@@ -668,10 +668,10 @@ impl CopyOut for Copies {
     }
 }
 
-/// After so many buckets.
+/// The number of buckets before the failure, and its error.
 struct Failed(usize, Error);
 
-/// A trainer and a rollout of shared buckets.
+/// A trainer and a rollout that share their buckets.
 fn pair(damaged: Option<u32>) -> (Sender<Shared>, Receiver<Shared>) {
     let (leader, rollout) = planes();
     let link = Shared::new();
@@ -695,7 +695,7 @@ async fn a_bucket_is_verified_by_what_copies_it_out_and_given_only_if_that_has_r
             while let Some(bucket) =
                 received.next_bucket().await.map_err(|error| Failed(given, error))?
             {
-                // One that is not known is verified as ever, and left to be installed.
+                // A bucket that `by` does not know is verified as usual, and left for the caller to install.
                 assert_eq!(bucket.was_copied_by(&by), given != 2, "bucket {given}");
                 assert!(!bucket.was_copied_by(&another));
                 given += 1;

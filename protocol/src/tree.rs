@@ -1,14 +1,14 @@
 //! Who fetches from whom: the tree of an update, chosen by how long the update would take. No IO and no clock.
 //!
-//! The model: a bucket takes [`BETWEEN_HOSTS`] on the link of the host that sends it and on that of the host that gets it,
-//! and [`WITHIN_HOST`] between ranks of one host, where a rank serves one at a time. A rank can pass a bucket on
-//! [`STEP`] after it has it, because the trainer tells the next one.
+//! The model: between hosts, a bucket occupies the links of both hosts for [`BETWEEN_HOSTS`]. Between ranks of one host
+//! it takes [`WITHIN_HOST`], and a rank serves one other rank at a time. A rank can pass a bucket on [`STEP`] after it
+//! has it, because the trainer has to tell the next rank.
 //!
-//! The candidates: one rank of each host fetches from another host, all others within theirs. Among hosts, and within
-//! them, no rank serves more than a number of others, and each one hangs where it has its first bucket soonest. With one
-//! each that is a chain, which is best for many buckets: its links all work at the same time. Without a limit it is the
-//! tree that doubles the ranks that have a bucket with every step, which is best for a single bucket. So the
-//! limits are what is chosen.
+//! The candidates: one rank of each host fetches from another host, all others fetch within their host. Two limits,
+//! one among hosts and one within them, say how many others a rank serves at most. Each rank is placed where it gets
+//! its first bucket soonest. A limit of one gives a chain. That is best for many buckets, because all its links work at
+//! the same time. No limit gives the tree in which each step doubles the ranks that have a bucket. That is best for a
+//! single bucket. So choosing a tree is choosing the two limits.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
@@ -17,15 +17,15 @@ use engine_core::Rank;
 
 use super::route::Topology;
 
-/// The time of a bucket between hosts: the unit of all others.
+/// The time of a bucket between hosts. All times are in the same arbitrary unit.
 const BETWEEN_HOSTS: u64 = 80;
 const WITHIN_HOST: u64 = 20;
 const STEP: u64 = 8;
 
-/// How many buckets an update is taken to have if there was none before.
+/// The assumed number of buckets of an update if there was none before it.
 const BUCKETS: u64 = 16;
 
-/// The limits that are tried, beside none at all.
+/// The limits that are tried, beside no limit.
 const LIMITS: std::ops::RangeInclusive<usize> = 1..=8;
 
 /// Two ranks between which a fetch failed, the lower one first.
@@ -35,15 +35,15 @@ pub(super) fn path(one: Rank, other: Rank) -> Path {
     (one.min(other), one.max(other))
 }
 
-/// A receiver and its host, by a number that the caller gives hosts.
+/// A receiver and its host. The caller numbers the hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Site {
     pub(super) rank: Rank,
     pub(super) host: u32,
 }
 
-/// From whom each receiver fetches, parents before their children. The trainer's host is `host`. Nobody fetches over
-/// a path that failed, unless it is the one to the trainer.
+/// Each receiver and the rank that it fetches from, parents before their children. The trainer's host is `host`. No
+/// receiver fetches over a failed path, unless it is the path to the trainer.
 pub(super) fn plan(
     topology: Topology,
     buckets: u64,
@@ -61,7 +61,7 @@ pub(super) fn plan(
     around(parents, failed)
 }
 
-/// Where a path failed, the rank goes on further up.
+/// Moves each rank with a failed path to its parent further up the tree.
 fn around(mut parents: Vec<(Rank, Rank)>, failed: &BTreeSet<Path>) -> Vec<(Rank, Rank)> {
     let mut above: BTreeMap<Rank, Rank> = BTreeMap::new();
     for (child, parent) in &mut parents {
@@ -75,7 +75,7 @@ fn around(mut parents: Vec<(Rank, Rank)>, failed: &BTreeSet<Path>) -> Vec<(Rank,
 
 fn fastest(buckets: u64, host: u32, receivers: &[Site]) -> Vec<(Rank, Rank)> {
     let buckets = if buckets == 0 { BUCKETS } else { buckets };
-    // The ranks of each host, the one first that fetches from another host: the trainer, on its own.
+    // The ranks of each host. The first one fetches from another host; on the trainer's host it is the trainer.
     let mut hosts = vec![vec![Rank::LEADER]];
     let mut places = BTreeMap::from([(host, 0)]);
     for site in receivers {
@@ -85,7 +85,7 @@ fn fastest(buckets: u64, host: u32, receivers: &[Site]) -> Vec<(Rank, Rank)> {
             None => hosts.push(vec![site.rank]),
         }
     }
-    // Those that have more to do after their first rank has a bucket get it first.
+    // Hosts with more ranks come first, because they need more time after their first rank has a bucket.
     hosts[1..].sort_by_key(|ranks| Reverse(ranks.len()));
     let largest = hosts.iter().map(Vec::len).max().unwrap_or(1);
     let among = candidates(hosts.len(), BETWEEN_HOSTS);
@@ -108,13 +108,13 @@ fn fastest(buckets: u64, host: u32, receivers: &[Site]) -> Vec<(Rank, Rank)> {
     parents
 }
 
-/// A tree of so many, the first of them its root.
+/// A tree of numbered nodes. Node 0 is the root.
 struct Grown {
-    /// Each one's parent comes before it; the root is its own.
+    /// The parent of each node, which comes before the node. The root is its own parent.
     parents: Vec<usize>,
-    /// When each one has its first bucket: never earlier than those before it.
+    /// When each node has its first bucket. The times do not decrease.
     ready: Vec<u64>,
-    /// How much later it has the next one: the time of all that some rank sends of a bucket.
+    /// The time between two buckets at a node: what the busiest node needs to send one bucket to all its children.
     interval: u64,
 }
 
@@ -126,7 +126,7 @@ fn candidates(count: usize, cost: u64) -> Vec<Grown> {
 
 fn grow(count: usize, limit: usize, cost: u64) -> Grown {
     let (mut parents, mut ready, mut served) = (vec![0], vec![0], vec![0]);
-    // When each one that may serve another one has done so.
+    // For each node that may serve another one: when it would be done with that.
     let mut next = BinaryHeap::from([Reverse((cost, 0))]);
     while parents.len() < count
         && let Some(Reverse((at, parent))) = next.pop()
@@ -153,8 +153,8 @@ mod tests {
         (1..).map(Rank).zip(hosts).map(|(rank, host)| Site { rank, host: *host }).collect()
     }
 
-    /// The time of an update along a tree, by doing all of its transfers one after the other, each as soon as it can be:
-    /// the bucket is at the parent, the child has the one before it, and both links are free.
+    /// The time of an update along a tree. Each transfer starts as soon as the parent has the bucket, the child has the
+    /// bucket before it, and both links are free.
     fn simulate(parents: &[(Rank, Rank)], host_of: impl Fn(Rank) -> u32, buckets: u64) -> u64 {
         let mut has: BTreeMap<(Rank, u64), u64> = BTreeMap::new();
         let mut free: BTreeMap<(bool, Option<u32>, Option<Rank>), u64> = BTreeMap::new();
@@ -196,7 +196,7 @@ mod tests {
         has.into_values().max().unwrap_or(0)
     }
 
-    /// All trees of so many receivers.
+    /// All trees with this number of receivers.
     fn all_trees(receivers: u32) -> Vec<Vec<(Rank, Rank)>> {
         let mut trees = vec![Vec::new()];
         for child in 1..=receivers {

@@ -1,4 +1,4 @@
-//! Trainers that send none of the weights: those that only hear of updates, and those that pass buckets on.
+//! Trainers that send no weights of their own: idle ones, and relays that pass buckets on.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,9 +18,11 @@ use engine_core::{
     TrainerEngine, Version, WeightStream,
 };
 
-/// The side of the protocol of an idle trainer: it takes its stream to the end, which may be what
-/// gathers the weights of others, and hears from the leader whether the update has happened, which has to be of its
-/// version. The report counts the weights of this rank's stream, and has no receivers: they report to the leader.
+/// An idle trainer's side of the protocol.
+///
+/// It reads its stream to the end, because that may be what gathers the weights of other ranks. The leader tells it
+/// how the update ends; the update must have the same version. The report counts the weights of this rank's stream.
+/// It lists no receivers, because they report to the leader.
 #[derive(Debug)]
 pub struct Witness {
     control: Arc<dyn Control>,
@@ -29,7 +31,7 @@ pub struct Witness {
 }
 
 impl Witness {
-    /// A trainer that the leader counts among the [idle](super::Part::Idle) ones.
+    /// A trainer to which the leader gave [`Part::Idle`](super::Part::Idle).
     pub fn new(context: &EngineContext, control: Arc<dyn Control>) -> Self {
         let deadline = context.deadline();
         Self {
@@ -63,7 +65,7 @@ impl TrainerEngine for Witness {
     }
 }
 
-/// A trainer that receives what the leader sends, for the transport to pass on from there, and keeps nothing of it.
+/// A trainer that receives the leader's buckets so that the transport can pass them on from here. It keeps nothing.
 #[derive(Debug)]
 pub struct Relay<L> {
     receiver: Receiver<L>,
@@ -71,7 +73,7 @@ pub struct Relay<L> {
 }
 
 impl<L: FetchLink> Relay<L> {
-    /// A trainer that the leader counts among the [relays](super::Part::Relay).
+    /// A trainer to which the leader gave [`Part::Relay`](super::Part::Relay).
     pub fn new(link: L, context: &EngineContext, control: Arc<dyn Control>, pool: Pool) -> Self {
         let receiver = Receiver::new(link, context, control, pool);
         Self { receiver, deadline: context.deadline() }
@@ -92,7 +94,8 @@ impl<L: FetchLink> TrainerEngine for Relay<L> {
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport> {
-        // The leader begins before it reads its stream, which this one's may be gathered together with.
+        // Before this rank reads its stream: the leader begins the update before it reads its own, and the ranks may
+        // have to read together.
         let mut received = self.receiver.receive_weights(Some(version)).await?;
         let passed_on = async {
             while received.next_bucket().await?.is_some() {}
@@ -115,7 +118,7 @@ impl<L: FetchLink> TrainerEngine for Relay<L> {
     }
 }
 
-/// An update that this rank hears of, until this is dropped.
+/// The wait for an update and its end, until this is dropped.
 struct Witnessed<'a>(&'a mut Follower);
 
 impl Witnessed<'_> {
@@ -154,7 +157,7 @@ impl Drop for Witnessed<'_> {
     }
 }
 
-/// The weights of a trainer that sends none of them: its stream may be what gathers those of others.
+/// Reads a stream to its end and counts its weights: reading it may be what gathers the weights of other ranks.
 async fn drain(
     mut weights: WeightStream<'_>,
     version: Version,

@@ -1,4 +1,4 @@
-//! What a trainer's state machine asks of its surroundings, and what it is told.
+//! The interface of a trainer's state machine: what it asks the loop to do, and what the loop tells it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use engine_core::observe::Progress;
 use engine_core::plan::{BucketLayout, Plan};
 use engine_core::{Base, Error, Rank, ReceiverReport, Result, StageTimes, Version};
 
-/// Something to be done.
+/// Something for the loop to do.
 #[derive(Debug)]
 pub(super) enum Act {
     /// Queue a message. If the rank is gone, that is an event.
@@ -25,7 +25,7 @@ pub(super) enum Act {
     Begin { members: Members, colocated: usize },
     /// Have the link join the others: answered by [`Done::Joined`].
     Join(Ticket),
-    /// What the rollouts of the update have said of the versions that they have, before the stream is read.
+    /// Tell the layer in front which versions the rollouts of the update have, before the stream is read.
     Bases(Vec<(Rank, Base)>),
     /// Read the stream up to the end of a bucket: answered by [`Done::Collected`].
     Collect { index: u64 },
@@ -35,7 +35,7 @@ pub(super) enum Act {
     Skip,
     /// Have the link make the bucket visible to receivers: answered by [`Done::Published`].
     Publish { index: u64, slot: usize, filled: u64 },
-    /// Drop the link's work; there is no answer any more.
+    /// Drop the link's work. No answer follows.
     Cancel,
     /// Tell the observer.
     Observe(Progress),
@@ -43,7 +43,7 @@ pub(super) enum Act {
     Aborted(Vec<Rank>),
 }
 
-/// The link's work: it does one thing at a time.
+/// What the link is doing: one thing at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Work {
     Begin,
@@ -61,7 +61,7 @@ pub(super) enum Work {
 /// Work that has ended.
 #[derive(Debug)]
 pub(super) enum Done {
-    /// With what other ranks need to join, if they have to.
+    /// With the ticket that other ranks need to join, if they have to join.
     Begun(Result<Option<Ticket>>),
     Joined(Result<()>),
     /// The next bucket of the stream, or its end.
@@ -75,7 +75,7 @@ pub(super) enum Done {
 #[derive(Clone, Debug)]
 pub(super) struct Collected {
     pub(super) layout: Arc<BucketLayout>,
-    /// The digest of the plan in which the layout stands at this bucket's place.
+    /// The digest of the last plan, if that has the same layout for this bucket.
     pub(super) known: Option<u64>,
     pub(super) source_bytes: u64,
 }
@@ -89,7 +89,7 @@ pub(super) struct Ended {
     pub(super) stages: StageTimes,
     /// Of the whole version, if digests are on.
     pub(super) digest: Option<u64>,
-    /// Those that reported to this rank.
+    /// The receivers that reported to this rank.
     pub(super) receivers: Vec<ReceiverReport>,
     pub(super) absent: Vec<Rank>,
 }
@@ -99,7 +99,7 @@ pub(super) trait Machine {
     /// The plan of the last update.
     fn plan(&self) -> &Plan;
 
-    /// The end of the present update, once it has come; afterwards there is none.
+    /// The end of the present update, returned once.
     fn end(&mut self) -> Option<Result<Ended>>;
 
     /// The next thing to be done.
@@ -121,7 +121,7 @@ pub(super) trait Machine {
         }
     }
 
-    /// Something, or several things alike, came over the control plane.
+    /// Something came over the control plane: one event, or the same message from several ranks.
     fn said(&mut self, said: Said, now: Instant) {
         match said {
             Said::One(event) => self.event(event, now),
@@ -132,7 +132,7 @@ pub(super) trait Machine {
     /// Work of this rank has ended.
     fn done(&mut self, done: Done, now: Instant);
 
-    /// A message could not be sent because its receiver is gone. Why it is gone is an event, which may be on its way.
+    /// A message could not be sent because its receiver is gone. An event says why; it may come later.
     fn unreachable(&mut self, rank: Rank, error: Error, now: Instant);
 
     /// A message could not be sent although its receiver is there, or the control plane has ended.
