@@ -96,8 +96,9 @@ impl FusedTensor {
     pub fn interleaved(metas: &[TensorMeta], groups: u64) -> Result<Self> {
         let mut sizes = Vec::new();
         for meta in metas {
+            // A scalar has no rows.
             let rows = meta.shape.first().copied().unwrap_or(0);
-            if groups == 0 || !rows.is_multiple_of(groups) {
+            if groups == 0 || rows < groups || !rows.is_multiple_of(groups) {
                 let message = format!("{:?} in {groups} groups", meta.shape);
                 return Err(refuse(message).tensor(&*meta.name));
             }
@@ -110,7 +111,7 @@ impl FusedTensor {
                 let whole = TensorBox::whole(&meta.shape);
                 let mut place: Vec<(u64, u64)> = whole.clone().into();
                 place[0] = (row, size);
-                row += size;
+                row = row.saturating_add(size);
                 let region = whole.narrowed(0, group * size..(group + 1) * size);
                 parts.push(FusedPart { meta: meta.clone(), region, at: place.try_into()? });
             }

@@ -320,7 +320,14 @@ fn fused_tensors_that_do_not_add_up_are_refused() {
         named(FusedTensor::interleaved(std::slice::from_ref(&a), 3).unwrap_err()).unwrap(),
         "a"
     );
-    assert!(FusedTensor::concatenated(&[meta("scalar", &[])]).is_err());
+    let scalar = meta("scalar", &[]);
+    assert!(FusedTensor::concatenated(std::slice::from_ref(&scalar)).is_err());
+    for (tensors, groups) in
+        [(vec![scalar], 1), (vec![a.clone()], 0), (vec![meta("none", &[0, 3])], 1 << 60)]
+    {
+        let error = FusedTensor::interleaved(&tensors, groups).unwrap_err();
+        assert_eq!(named(error).unwrap(), *tensors[0].name, "{groups} groups");
+    }
     let stack = vec![FusedTensor::from(a.clone()), FusedTensor::from(b)];
     assert!(FusedTensor::stacked(stack).is_err());
     let whole = TensorBox::whole(&[2, 3]);
