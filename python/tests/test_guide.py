@@ -37,7 +37,8 @@ def chain(node: ast.expr) -> list[str]:
 
 def is_there(names: list[str]) -> bool:
     """Whether the package has this name, in itself or in one of its modules."""
-    if len(names) > 1 and names[1] in SUBMODULES and not hasattr(ckpt_engine, names[1]):
+    # Also of one that another test has imported: it imports what it plugs into when it is asked for a class.
+    if len(names) > 1 and names[1] in SUBMODULES:
         source = (Path(ckpt_engine.__file__).parent / f"{names[1]}.py").read_text()
         return len(names) < 3 or names[2] in {
             node.name for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.ClassDef, ast.FunctionDef))

@@ -42,7 +42,7 @@ INTERRUPTED = """
     weights = {"a": bytes(8), "b": bytes(8)}
 
     def interrupt():
-        time.sleep(0.3)
+        time.sleep(1)
         os.kill(os.getpid(), signal.SIGINT)
 
     def beside(function):
@@ -62,14 +62,14 @@ INTERRUPTED = """
         try:
             wait()
         except KeyboardInterrupt:
-            assert time.monotonic() - start < 2, "it took too long"
+            assert time.monotonic() - start < 5, "it took too long"
             return
         sys.exit("it was not interrupted")
 
     # A rollout that waits for an update.
     interrupted(rollout.receive_weights)
     # A trainer that waits for a rollout, which hears of it.
-    thread, errors = beside(lambda: (rollout.receive_weights(), time.sleep(1.5)))
+    thread, errors = beside(lambda: (rollout.receive_weights(), time.sleep(4)))
     interrupted(lambda: trainer.send_weights(weights, 1))
     thread.join()
     # A trainer whose iterator works.
