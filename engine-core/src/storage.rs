@@ -259,7 +259,7 @@ impl DeviceBytes {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::memory::Pool;
     use crate::plan::BucketLayout;
@@ -268,7 +268,7 @@ mod tests {
 
     /// A device whose memory is somewhere else in the host's.
     #[derive(Debug)]
-    struct Elsewhere(Vec<u8>);
+    pub(crate) struct Elsewhere(pub(crate) Vec<u8>);
 
     impl DeviceMemory for Elsewhere {
         fn device(&self) -> String {

@@ -656,7 +656,8 @@ impl Strided<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{DeviceBytes, DeviceMemory};
+    use crate::DeviceBytes;
+    use crate::storage::tests::Elsewhere;
     use proptest::prelude::*;
 
     #[test]
@@ -701,24 +702,6 @@ mod tests {
             host.encode(range.clone(), &mut expected).unwrap();
             there.encode(range, &mut found).unwrap();
             prop_assert_eq!(found, expected);
-        }
-    }
-
-    /// A device whose memory is somewhere else in the host's.
-    #[derive(Debug)]
-    struct Elsewhere(Vec<u8>);
-
-    impl DeviceMemory for Elsewhere {
-        fn device(&self) -> String {
-            "elsewhere:0".into()
-        }
-        fn len(&self) -> u64 {
-            self.0.len() as u64
-        }
-        fn read(&self, start: u64, destination: &mut [u8]) -> Result<()> {
-            let start = start as usize;
-            destination.copy_from_slice(&self.0[start..start + destination.len()]);
-            Ok(())
         }
     }
 
