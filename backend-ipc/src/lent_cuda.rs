@@ -9,7 +9,7 @@
 
 use std::any::Any;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use device_cuda::{Check, CudaMemory, CudaSlice, Device, Maxima, Placer, Write, export, import};
@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::SegmentError;
 use crate::lease::{Lease, Leased, Marked, Terms, sweep};
+use crate::lent::{Offer, in_bytes, lock};
 
 /// What a trainer needs to write to a rollout's memory in one update.
 #[derive(Debug, Serialize, Deserialize)]
@@ -39,11 +40,6 @@ pub(crate) struct LentCuda {
     handle: Vec<u8>,
     placer: Mutex<Placer>,
     lease: Option<Lease>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A table that a panic left incomplete is made anew.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl LentCuda {
@@ -90,7 +86,7 @@ impl Lender for LentCuda {
             lease: lease.terms(),
         };
         self.lease = Some(lease);
-        crate::lent::in_bytes(&crate::lent::Offer::Cuda(offer))
+        in_bytes(&Offer::Cuda(offer))
     }
 
     fn take_back(&mut self) -> Result<bool> {
@@ -151,8 +147,15 @@ impl Peers {
             None => {
                 // Accepted before the memory is opened, and held until it is closed.
                 let owner = offer.open.accept().map_err(failed)?;
-                import(&self.device, &offer.handle, len, Arc::new(owner))
-                    .map_err(|error| error.rank(rank))?
+                let memory = import(&self.device, &offer.handle, len, Arc::new(owner))
+                    .map_err(|error| error.rank(rank))?;
+                // Memory of another process is opened on this device. Memory of this process is where it is.
+                if memory.device().ordinal() != self.device.ordinal() {
+                    let message = "it is on another device of this process: give that rank a process of its own";
+                    let error = Error::new(ErrorKind::Config, "opening device memory", message);
+                    return Err(error.rank(rank));
+                }
+                memory
             }
         };
         present.insert(offer.open.clone(), memory.clone());

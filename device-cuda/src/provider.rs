@@ -49,12 +49,11 @@ impl MemoryKind for Cuda {
         bytes: u64,
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Result<Box<dyn ImportedMemory>> {
-        // Checked before a device is opened.
-        Handle::from_bytes(handle).ok_or_else(|| not_a_handle(handle))?;
+        let handle = Handle::read(handle)?;
         let device = Device::of(device)?;
         let len = usize::try_from(bytes)
             .map_err(|_| refuse(format!("{bytes} bytes of another process's memory")))?;
-        let memory = import(&device, handle, len, owner)?;
+        let memory = handle.open(&device, len, owner)?;
         let packer = Packer::new(&device)?;
         Ok(Box::new(Imported { storage: bucket_storage(&memory, &packer) }))
     }
@@ -64,10 +63,6 @@ const OPENING: &str = "opening memory of another process";
 
 fn refuse(message: String) -> Error {
     Error::new(ErrorKind::Protocol, OPENING, message)
-}
-
-fn not_a_handle(bytes: &[u8]) -> Error {
-    refuse(format!("{} bytes are no handle of CUDA memory", bytes.len()))
 }
 
 /// Exports memory. Other processes, or this one, pass the result to [`import`].
@@ -91,30 +86,14 @@ pub fn export(memory: &CudaMemory) -> std::result::Result<Vec<u8>, CudaError> {
 ///
 /// # Errors
 ///
-/// `Protocol` for bytes that are no handle, `PeerLost` if memory of this process is gone, `Config` if it is on another device of this
-/// process, and what the driver reports.
+/// `Protocol` for bytes that are no handle, `PeerLost` if memory of this process is gone, and what the driver reports.
 pub fn import(
     device: &Device,
     handle: &[u8],
     len: usize,
     owner: Arc<dyn Any + Send + Sync>,
 ) -> Result<CudaMemory> {
-    let handle = Handle::from_bytes(handle).ok_or_else(|| not_a_handle(handle))?;
-    if handle.process != std::process::id() {
-        return Ok(CudaMemory::import(device, handle.driver, len, owner)?);
-    }
-    // CUDA does not let a process open its own export.
-    let memory = exports().get(&handle.number).and_then(WeakMemory::upgrade);
-    let memory = memory.filter(|memory| memory.len() == len).ok_or_else(|| {
-        let message = "the memory that was exported is gone";
-        Error::new(ErrorKind::PeerLost, OPENING, message)
-    })?;
-    if memory.device().ordinal() != device.ordinal() {
-        let message =
-            "it is on another device of this process: give that rank a process of its own";
-        return Err(Error::new(ErrorKind::Config, OPENING, message));
-    }
-    Ok(memory)
+    Handle::read(handle)?.open(device, len, owner)
 }
 
 /// The memory of an arena.
@@ -244,6 +223,28 @@ impl Handle {
         bytes.extend(self.number.to_le_bytes());
         bytes.extend(self.driver);
         bytes
+    }
+
+    fn read(bytes: &[u8]) -> Result<Self> {
+        let words = || refuse(format!("{} bytes are no handle of CUDA memory", bytes.len()));
+        Self::from_bytes(bytes).ok_or_else(words)
+    }
+
+    fn open(
+        self,
+        device: &Device,
+        len: usize,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> Result<CudaMemory> {
+        if self.process != std::process::id() {
+            return Ok(CudaMemory::import(device, self.driver, len, owner)?);
+        }
+        // CUDA does not let a process open its own export.
+        let memory = exports().get(&self.number).and_then(WeakMemory::upgrade);
+        memory.filter(|memory| memory.len() == len).ok_or_else(|| {
+            let message = "the memory that was exported is gone";
+            Error::new(ErrorKind::PeerLost, OPENING, message)
+        })
     }
 
     fn from_bytes(bytes: &[u8]) -> Option<Self> {
