@@ -98,8 +98,8 @@ impl ControlPlane {
     ///
     /// `Config` when the configuration cannot be used, `Timeout` when no leader answers, `Authentication` when the
     /// tokens differ, `Protocol` when the leader speaks another version or something else listens there. `Mismatch`
-    /// when another process has the rank and still has it after the heartbeat timeout; the death of a process is
-    /// noticed by then.
+    /// when another process has the rank and still has it after the heartbeat timeout, which is long enough to
+    /// notice that a process has died.
     pub async fn join(config: ControlConfig, role: Role, rank: Option<Rank>) -> Result<Self> {
         Self::start(config, async move |config, stop, ready| {
             let admitted = tokio::select! {

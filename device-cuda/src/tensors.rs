@@ -17,8 +17,8 @@ const ALIGNMENT: usize = 256;
 /// Memory is allocated at the first update and reused for tensors whose size stays. A bucket is copied out by one launch, however many
 /// tensors it has.
 ///
-/// A bucket whose layout was installed before is copied out while it is verified, so that it is read once ([`CopyOut`]). An update that
-/// fails has written to some tensors by then, as one that fails later has.
+/// A bucket whose layout was installed before is copied out while it is verified, so that it is read once ([`CopyOut`]). If an update
+/// fails, some tensors have been written, whether verification fails or something later.
 #[derive(Debug)]
 pub struct CudaTensorMap {
     tensors: HashMap<Arc<str>, (TensorMeta, CudaSlice)>,

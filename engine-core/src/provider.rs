@@ -208,7 +208,7 @@ pub trait BucketSlot: fmt::Debug + Send + Sync {
 pub enum SlotBytes<'a> {
     /// In host memory.
     Host(&'a [u8]),
-    /// On a device. They change when the slot is filled again: whoever has them keeps the slot as long
+    /// On a device. The bytes change when the slot is filled again, so their holder keeps the slot as long
     /// ([`Storage::guarded`]).
     Device(DeviceBytes),
 }

@@ -331,7 +331,7 @@ mod tests {
         assert!(error.to_string().contains(words), "{error}");
     }
 
-    /// A kind of memory that there is none of.
+    /// A kind of memory whose allocations always fail.
     #[derive(Debug)]
     struct Slates;
 

@@ -324,7 +324,7 @@ impl Fleet {
         self.has_world && (0..self.servers.len()).all(|at| is_member(at) == usable.contains(&at))
     }
 
-    /// Records the answer of a server, or that there is none.
+    /// Records what a server answered, or the error if it did not answer.
     pub(crate) fn answer(&mut self, index: usize, ask: Ask, said: Result<Said>) {
         let version = self.version;
         let server = &mut self.servers[index];

@@ -79,7 +79,8 @@ pub(crate) fn open(
     memory.sort_by_key(Memory::address);
     memory.dedup_by_key(|memory| memory.address());
     let agent = RawAgent::new(api, &name, &parameters, memory, own_thread)?;
-    // Registered only after an agent was made: by then NIXL and its plugins have registered their own exit handlers.
+    // The system runs exit handlers in reverse order. NIXL and its plugins register theirs when the first agent is made,
+    // so a handler that is registered after that runs before theirs.
     static REGISTERED: Once = Once::new();
     REGISTERED.call_once(|| sys::at_exit(close_all));
     let metadata = agent.metadata()?;
