@@ -17,7 +17,10 @@ WEIGHTS = {f"w.{i}": bytes(1 << 20) for i in range(4)}
 
 
 def script(text: str) -> subprocess.Popen:
-    """A program of its own, which may import what the tests do."""
+    """A program of its own, which may import what the tests do.
+
+    Ctrl-C reaches it also where the tests run in the background of a shell, whose children ignore it.
+    """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(text)],
@@ -25,6 +28,7 @@ def script(text: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
