@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 
 use checkpoint_engine::backend::telemetry::{METRICS, MetricKind};
 
+/// Ctrl-C ends it also where the tests run in the background of a shell, whose children ignore it.
 fn program() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ckpt-engine"));
+    let mut command = Command::new("env");
+    command.args(["--default-signal=INT", env!("CARGO_BIN_EXE_ckpt-engine")]);
     command.stdin(Stdio::null());
     command
 }

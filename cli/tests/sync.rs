@@ -6,12 +6,13 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+/// Ctrl-C ends it also where the tests run in the background of a shell, whose children ignore it.
 fn program() -> Command {
     // Another one where tests run on a machine that they were not built on.
     let other = std::env::var_os("CKPT_ENGINE_TEST_PROGRAM");
     let program = other.unwrap_or_else(|| env!("CARGO_BIN_EXE_ckpt-engine").into());
-    let mut command = Command::new(program);
-    command.stdin(Stdio::null());
+    let mut command = Command::new("env");
+    command.arg("--default-signal=INT").arg(program).stdin(Stdio::null());
     command
 }
 
