@@ -155,6 +155,12 @@ impl SendLink for Outgoing {
         Ok(())
     }
 
+    fn end(&mut self, committed: bool) {
+        if committed {
+            self.buckets.memory.settle();
+        }
+    }
+
     fn slower(&self) -> Vec<String> {
         let mut slower = self.buckets.memory.slower();
         slower.extend(self.buckets.slower.clone());

@@ -176,6 +176,10 @@ impl Slots for CudaSlots {
         Ok(slot)
     }
 
+    fn settle(&self) {
+        self.arena.settle();
+    }
+
     fn slower(&self) -> Vec<String> {
         // Slots that were enlarged share the packer.
         self.arena.slower()

@@ -92,6 +92,11 @@ impl Arena {
         Self::on(&HostMemory, &DeviceChoice::default(), slots, bytes)
     }
 
+    /// Waits until the weights of all fills that have returned are dropped.
+    pub(crate) fn settle(&self) {
+        self.home.memory.settle();
+    }
+
     /// What made filling the slots slower than possible since the last call.
     pub(crate) fn slower(&self) -> Vec<String> {
         self.home.memory.slower()

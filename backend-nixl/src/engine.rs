@@ -278,6 +278,12 @@ impl SendLink for Outgoing {
         self.node.card()
     }
 
+    fn end(&mut self, committed: bool) {
+        if committed {
+            self.node.arena.settle();
+        }
+    }
+
     fn slower(&self) -> Vec<String> {
         self.node.arena.slower()
     }

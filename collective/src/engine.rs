@@ -444,8 +444,9 @@ impl<C: Communicator> SendLink for Link<C> {
 
     fn end(&mut self, committed: bool) {
         self.clean = committed;
-        if !committed {
-            self.node.thread.leave_all();
+        match committed {
+            true => self.node.slots.settle(),
+            false => self.node.thread.leave_all(),
         }
     }
 

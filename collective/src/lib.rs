@@ -146,6 +146,9 @@ pub trait Slots: fmt::Debug + Send + Sync {
     /// The first bytes of a slot, for reading. The guard is dropped with the last view of them.
     fn view(&self, slot: SlotGuard, filled: u64) -> Storage;
 
+    /// Waits until the weights of all fills that have returned are dropped. Called at the end of an update that succeeded.
+    fn settle(&self) {}
+
     /// What made filling the slots slower than possible since the last call, in words for [`SendReport::slower`].
     ///
     /// [`SendReport::slower`]: engine_core::SendReport::slower

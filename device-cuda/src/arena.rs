@@ -98,6 +98,11 @@ impl CudaArena {
         self.packer.fill(jobs, &slot, pool, digests)
     }
 
+    /// As [`Packer::settle`], for all slots and spares.
+    pub fn settle(&self) {
+        self.packer.settle();
+    }
+
     /// As [`Packer::slower`], for all slots and spares.
     pub fn slower(&self) -> Vec<String> {
         self.packer.slower()

@@ -3,17 +3,19 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::Piece;
 use engine_core::{Encoding, Result, Storage};
 use quant_fp8::{Fp8Codes, Fp8Format};
 
+use crate::kernels::Run;
 use crate::ledger::{Ledger, key};
 use crate::storage::address_of;
 use crate::table::{Entry, Table, Tables, Task, mode_number};
 use crate::turns::Turns;
-use crate::work::{Beside, Located, SCALE, Work};
+use crate::work::{Beside, Located, SCALE, Sorting, Work};
 use crate::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, PinnedMemory};
 
 /// Packs and quantises the weights of a bucket in one launch, and digests buckets. Clones are the same one.
@@ -32,6 +34,8 @@ use crate::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, Pinned
 pub struct Packer {
     device: Device,
     tools: Arc<Turns<Tools>>,
+    /// Each is disconnected once the weights of a bucket are dropped.
+    dropping: Arc<Turns<Vec<Receiver<()>>>>,
 }
 
 /// The places of the pieces of a bucket on a device, in their order.
@@ -74,11 +78,21 @@ struct Tools {
     spare: (Work, Tables),
 }
 
-/// A bucket that is being filled.
+/// With more jobs, dropping the weights of a bucket takes long enough for another thread to do it.
+const MANY_JOBS: usize = 64;
+
+/// So many jobs are sorted before the device begins with them. It then works on them while twice as many are sorted, and so on.
+const FIRST_JOBS: usize = 128;
+
+/// Launches for which a bucket has room in the end: those of the rest, however many formats and programs it has.
+const LAST_LAUNCHES: usize = 32;
+
+/// A bucket that is being filled. The device may be at work on it already.
 struct Filling {
     jobs: Arc<Vec<Job>>,
     work: Work,
     tables: Tables,
+    run: Run,
     /// The scales that the launches compute outside their place.
     scales: Ledger<CudaSlice>,
     /// Codes of which all scales have been asked for.
@@ -101,7 +115,8 @@ impl Packer {
             over_the_host: BTreeMap::new(),
             spare: Default::default(),
         };
-        Ok(Self { device: device.clone(), tools: Arc::new(Turns::new(tools)) })
+        let tools = Arc::new(Turns::new(tools));
+        Ok(Self { device: device.clone(), tools, dropping: Arc::default() })
     }
 
     /// The device.
@@ -110,7 +125,8 @@ impl Packer {
     }
 
     /// Encodes all jobs of a bucket and returns its digest sum if it is wanted, else 0. Blocks until the bytes have arrived. When it
-    /// returns, the device reads none of the weights any more, not even after an error.
+    /// returns, the device reads none of the weights any more, not even after an error. Another thread of the pool may be about to drop
+    /// them: [`settle`](Self::settle) waits for that.
     ///
     /// # Contract
     ///
@@ -127,16 +143,49 @@ impl Packer {
         digests: bool,
     ) -> Result<u64> {
         self.check_device(bucket)?;
-        self.tools.in_steps(
-            |tools| tools.sort(jobs, bucket, digests),
-            |filling| {
-                let Filling { jobs, work, staging, .. } = filling;
-                let Some(staging) = staging else { return Ok(()) };
-                let own: Vec<Job> = work.host.iter().map(|&index| jobs[index].clone()).collect();
-                pool.encode(&own, staging.bytes()?, false).map(drop)
-            },
-            |tools, filling, encoded| tools.finish(filling, bucket, encoded),
-        )
+        self.tools
+            .in_steps(
+                |tools| tools.begin(jobs, bucket, digests),
+                |filling| {
+                    let Filling { jobs, work, staging, .. } = filling;
+                    let Some(staging) = staging else { return Ok(()) };
+                    let own: Vec<Job> =
+                        work.host.iter().map(|&index| jobs[index].clone()).collect();
+                    pool.encode(&own, staging.bytes()?, false).map(drop)
+                },
+                |tools, filling, encoded| tools.finish(filling, bucket, digests, encoded),
+            )
+            .map(|(sum, jobs)| {
+                self.drop_beside(jobs, pool);
+                sum
+            })
+    }
+
+    /// Drops weights while the device works on the next bucket: thousands take as long as it does.
+    fn drop_beside(&self, jobs: Arc<Vec<Job>>, pool: &Pool) {
+        if jobs.len() < MANY_JOBS {
+            return;
+        }
+        let (ends, dropped) = channel();
+        let work = pool.start(move || {
+            drop(jobs);
+            drop::<Sender<()>>(ends);
+            Ok(())
+        });
+        // It goes on without anybody who waits for its result.
+        drop(work);
+        self.dropping.take(|all| {
+            all.retain(|one| one.try_recv() == Err(TryRecvError::Empty));
+            all.push(dropped);
+        });
+    }
+
+    /// Waits until the weights of all buckets that were filled are dropped. Blocks, for as long as the pool is busy.
+    pub fn settle(&self) {
+        for dropped in self.dropping.take(std::mem::take) {
+            // An error says that the other end is dropped.
+            let _ = dropped.recv();
+        }
     }
 
     /// Checks the device: kernels take addresses of their own device.
@@ -240,14 +289,20 @@ impl Packer {
 }
 
 impl Tools {
-    fn sort(&mut self, jobs: Vec<Job>, bucket: &CudaSlice, digests: bool) -> Result<Filling> {
+    /// Sorts the jobs of a bucket, and has the device begin with them.
+    fn begin(&mut self, jobs: Vec<Job>, bucket: &CudaSlice, digests: bool) -> Result<Filling> {
+        let jobs = Arc::new(jobs);
+        let begun = self.sort(&jobs, bucket, digests);
+        if begun.is_err() {
+            self.kernels.give_up();
+        }
+        begun
+    }
+
+    fn sort(&mut self, jobs: &Arc<Vec<Job>>, bucket: &CudaSlice, digests: bool) -> Result<Filling> {
         let device = self.kernels.device().clone();
         let (mut work, mut tables) = std::mem::take(&mut self.spare);
-        let jobs = Arc::new(jobs);
-        tables.clear();
-        tables.keep(bucket.memory());
-        tables.used.push(jobs.clone());
-        let mut beside = Kept {
+        let beside = Kept {
             device: &device,
             known: &self.scales,
             now: Ledger::default(),
@@ -257,15 +312,33 @@ impl Tools {
         };
         let locate = |storage: &Storage| located(storage, device.ordinal());
         let place = (bucket.address(), bucket.len() as u64);
-        work.sort(&jobs, place, digests, locate, &mut beside)?;
-        let Kept { now, asked, used, .. } = beside;
-        tables.used.push(Arc::new(used));
-        work.tables(bucket.address(), digests, &mut tables);
+        let mut run = self.kernels.begin()?;
+        work.begin(jobs.len());
+        let mut sorting = Sorting::new(jobs, place, digests, locate, beside);
+        let mut most = FIRST_JOBS;
+        loop {
+            let last = work.sort(&mut sorting, most)?;
+            if !last && run.room() <= LAST_LAUNCHES {
+                continue;
+            }
+            tables.clear();
+            tables.keep(bucket.memory());
+            tables.used.push(jobs.clone());
+            tables.used.push(Arc::new(std::mem::take(&mut sorting.beside.used)));
+            if last {
+                break;
+            }
+            work.tables(bucket.address(), digests, false, &mut tables);
+            self.kernels.enqueue(&mut run, &mut tables)?;
+            most *= 2;
+        }
+        let Kept { now, asked, .. } = sorting.beside;
         let staging = match work.host.is_empty() {
             true => None,
             false => Some(self.staging(bucket.len())?),
         };
-        Ok(Filling { jobs, work, tables, scales: now, asked, staging })
+        let jobs = jobs.clone();
+        Ok(Filling { jobs, work, tables, run, scales: now, asked, staging })
     }
 
     /// Pinned memory of at least `len` bytes, which is not in use.
@@ -276,16 +349,24 @@ impl Tools {
         }
     }
 
-    /// Does the device's work on a bucket, after the other jobs were encoded, and waits for it.
-    fn finish(&mut self, filling: Filling, bucket: &CudaSlice, encoded: Result<()>) -> Result<u64> {
-        let Filling { jobs, work, mut tables, scales, asked, staging } = filling;
+    /// Does the rest of the device's work on a bucket, after the other jobs were encoded, and waits for all of it.
+    fn finish(
+        &mut self,
+        filling: Filling,
+        bucket: &CudaSlice,
+        digests: bool,
+        encoded: Result<()>,
+    ) -> Result<(u64, Arc<Vec<Job>>)> {
+        let Filling { jobs, mut work, mut tables, mut run, scales, asked, staging } = filling;
         let filled = encoded
             .and_then(|()| self.enqueue(&jobs, &work, staging.as_ref(), bucket))
-            .and_then(|()| Ok(self.kernels.run_tables(&mut tables)?));
-        if filled.is_err()
-            && let Err(error) = self.kernels.stream().synchronize()
-        {
-            tracing::debug!(%error, "while the filling of a bucket was given up");
+            .and_then(|()| {
+                work.tables(bucket.address(), digests, true, &mut tables);
+                self.kernels.enqueue(&mut run, &mut tables)?;
+                Ok(self.kernels.collect(run)?)
+            });
+        if filled.is_err() {
+            self.kernels.give_up();
         }
         self.staging = staging.or_else(|| self.staging.take());
         let sum = filled.and_then(|ran| match ran.failed {
@@ -304,7 +385,7 @@ impl Tools {
         }
         tables.clear();
         self.spare = (work, tables);
-        sum
+        sum.map(|sum| (sum, jobs))
     }
 
     /// Enqueues all copies that the driver makes.

@@ -28,7 +28,7 @@ const PLACED: &str = include_str!("../kernels/placed.cu");
 const FOLDER_VARIABLE: &str = "CKPT_ENGINE_NVRTC_DIR";
 
 /// The most launches that run together.
-const MOST_LAUNCHES: usize = 8;
+const MOST_LAUNCHES: usize = 64;
 
 /// Threads of a block: `THREADS` of the kernels.
 pub(crate) const THREADS: u32 = 256;
@@ -214,19 +214,44 @@ pub struct Kernels {
     table: CudaMemory,
     /// Tables that stay on the device.
     resident: Resident<CudaMemory>,
-    /// The results of launches: the digest sum, and the failure of each launch.
+    /// For the results of what was prepared, which nobody collects.
     found: CudaMemory,
+    /// For the results of runs, while there is none.
+    spare: Vec<Found>,
     /// The number of finished tiles of each job, as 32 bits: zeros between launches.
     done: CudaMemory,
-    /// The initial value of `found`.
+    /// The initial value of results.
     nothing: PinnedMemory,
-    /// The results, copied back.
-    results: PinnedMemory,
     /// The number of the [`Prepared`] whose tables are in `table`.
     prepared: u64,
     /// The kernels of encodings that were needed so far.
     programs: Vec<(&'static Program, Kernel)>,
 }
+
+/// Launches whose results are waited for together. The stream may have other work between them.
+#[derive(Debug)]
+pub(crate) struct Run {
+    found: Found,
+    launches: usize,
+}
+
+impl Run {
+    /// The number of launches that it can still have.
+    pub(crate) fn room(&self) -> usize {
+        MOST_LAUNCHES - self.launches
+    }
+}
+
+/// The results of launches: the digest sum, and the failure of each launch.
+#[derive(Debug)]
+struct Found {
+    memory: CudaMemory,
+    /// For copying them back.
+    host: PinnedMemory,
+}
+
+/// Bytes of results.
+const FOUND: usize = (1 + MOST_LAUNCHES) * 8;
 
 /// Memory of `numbers` numbers of 32 bits, all of them 0 for later work of the stream.
 fn zeros(stream: &Stream, numbers: usize) -> Result<CudaMemory, CudaError> {
@@ -306,7 +331,6 @@ impl Kernels {
     pub fn load(device: &Device) -> Result<Self, CudaError> {
         let library = Library::load(device)?;
         const TABLE: usize = 1 << 20;
-        const FOUND: usize = (1 + MOST_LAUNCHES) * 8;
         let stream = Stream::new(device)?;
         let mut nothing = PinnedMemory::new(&stream, FOUND)?;
         nothing.bytes()?.fill(0xff);
@@ -320,8 +344,8 @@ impl Kernels {
             resident: Resident::new(MOST_BYTES),
             found: CudaMemory::new(device, FOUND)?,
             done: zeros(&stream, 1 << 12)?,
+            spare: Vec::new(),
             nothing,
-            results: PinnedMemory::new(&stream, FOUND)?,
             stream,
             prepared: 0,
             programs: Vec::new(),
@@ -345,7 +369,7 @@ impl Kernels {
     /// # Errors
     ///
     /// [`CudaError::Range`] for jobs whose sizes contradict each other, for memory of another device or for
-    /// more than eight launches; what the driver reports, and what the work made go wrong.
+    /// more than 64 launches; what the driver reports, and what the work made go wrong.
     pub fn run(&mut self, launches: &[Launch<'_>]) -> Result<Ran, CudaError> {
         let mut tables = self.tables(launches)?;
         self.run_tables(&mut tables)
@@ -355,21 +379,38 @@ impl Kernels {
     ///
     /// Tables that come again are on the device already.
     pub(crate) fn run_tables(&mut self, tables: &mut Tables) -> Result<Ran, CudaError> {
-        let ran = self.enqueue(tables).and_then(|()| self.collect(tables.parts.len()));
+        let ran = self.begin().and_then(|mut run| {
+            self.enqueue(&mut run, tables)?;
+            self.collect(run)
+        });
         tables.used.clear();
         if ran.is_err() {
-            // It is not known whether the tables have arrived.
-            self.resident.clear();
-            if let Err(error) = self.stream.synchronize() {
-                tracing::debug!(%error, "while work that failed was waited for");
-            }
+            self.give_up();
         }
         ran
     }
 
-    fn enqueue(&mut self, tables: &mut Tables) -> Result<(), CudaError> {
-        if tables.parts.len() > MOST_LAUNCHES {
-            return Err(CudaError::Range(format!("{} launches at once", tables.parts.len())));
+    /// Begins a run, which has no launches yet. After an error of a run, [give up](Self::give_up).
+    pub(crate) fn begin(&mut self) -> Result<Run, CudaError> {
+        let found = match self.spare.pop() {
+            Some(found) => found,
+            None => Found {
+                memory: CudaMemory::new(self.stream.device(), FOUND)?,
+                host: PinnedMemory::new(&self.stream, FOUND)?,
+            },
+        };
+        self.nothing.copy_to(0, &found.memory.all())?;
+        Ok(Run { found, launches: 0 })
+    }
+
+    /// Adds launches to a run, and does not wait. The stream keeps what the tables keep until it was waited for.
+    pub(crate) fn enqueue(&mut self, run: &mut Run, tables: &mut Tables) -> Result<(), CudaError> {
+        if tables.parts.is_empty() {
+            return Ok(());
+        }
+        if tables.parts.len() > run.room() {
+            let launches = run.launches + tables.parts.len();
+            return Err(CudaError::Range(format!("{launches} launches at once")));
         }
         for part in &tables.parts {
             if let Task::Program { program, .. } = part.task {
@@ -387,10 +428,19 @@ impl Kernels {
             }
             Known::New => self.bring_once(&tables.bytes)?,
         };
-        self.forget_found(tables.parts.len())?;
         self.count_jobs(&tables.parts)?;
         let used = Used { table: memory, _owners: std::mem::take(&mut tables.used) };
-        self.start(&tables.parts, Arc::new(used))
+        self.start(&tables.parts, Arc::new(used), &run.found.memory, run.launches)?;
+        run.launches += tables.parts.len();
+        Ok(())
+    }
+
+    /// After an error: waits for all work, and forgets tables, which may not have arrived.
+    pub(crate) fn give_up(&mut self) {
+        self.resident.clear();
+        if let Err(error) = self.stream.synchronize() {
+            tracing::debug!(%error, "while work that failed was waited for");
+        }
     }
 
     /// Loads the kernel of a program, if it is not loaded yet.
@@ -419,11 +469,6 @@ impl Kernels {
         Ok(())
     }
 
-    /// Resets the results for the launches that follow.
-    fn forget_found(&mut self, launches: usize) -> Result<(), CudaError> {
-        self.nothing.copy_to(0, &self.found.slice(0, (1 + launches) * 8)?)
-    }
-
     /// Copies tables to the device for one use.
     fn bring_once(&mut self, bytes: &[u8]) -> Result<CudaMemory, CudaError> {
         // This overwrites what was prepared before.
@@ -445,17 +490,19 @@ impl Kernels {
         self.staging.copy_to(0, &to.slice(0, bytes.len())?)
     }
 
-    /// Waits for the launches and returns their results.
-    fn collect(&mut self, launches: usize) -> Result<Ran, CudaError> {
+    /// Waits for the launches of a run and returns their results.
+    pub(crate) fn collect(&mut self, run: Run) -> Result<Ran, CudaError> {
+        let Run { mut found, launches } = run;
         let words = 1 + launches;
-        self.results.copy_from(&self.found.slice(0, words * 8)?)?;
-        let (found, _) = self.results.bytes()?.as_chunks::<8>();
-        let mut found = found[..words].iter().map(|word| u64::from_le_bytes(*word));
-        let sum = found.next().unwrap_or(0);
-        let failed = found.enumerate().find(|(_, word)| *word != u64::MAX);
+        found.host.copy_from(&found.memory.slice(0, words * 8)?)?;
+        let (numbers, _) = found.host.bytes()?.as_chunks::<8>();
+        let mut numbers = numbers[..words].iter().map(|word| u64::from_le_bytes(*word));
+        let sum = numbers.next().unwrap_or(0);
+        let failed = numbers.enumerate().find(|(_, word)| *word != u64::MAX);
         let failed = failed.map(|(launch, word)| {
             (launch, (word >> 32) as usize, (word & u64::from(u32::MAX)) as usize)
         });
+        self.spare.push(found);
         Ok(Ran { sum, failed })
     }
 
@@ -483,7 +530,7 @@ impl Kernels {
         }
         let Tables { bytes, parts, used } = self.tables(launches)?;
         let table = self.bring_once(&bytes)?;
-        self.forget_found(parts.len())?;
+        self.nothing.copy_to(0, &self.found.all())?;
         let used = Arc::new(Used { table, _owners: used });
         Ok(Prepared { number: self.prepared, used, parts })
     }

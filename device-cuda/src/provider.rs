@@ -154,6 +154,10 @@ impl BucketMemory for Memory {
         Ok(Exported { handle: export(self.arena.memory())?, stays_while_open: true })
     }
 
+    fn settle(&self) {
+        self.arena.settle();
+    }
+
     fn slower(&self) -> Vec<String> {
         self.arena.slower()
     }

@@ -288,6 +288,11 @@ impl Table {
         Ok(())
     }
 
+    /// Whether it has no jobs.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.firsts.is_empty()
+    }
+
     /// Removes all jobs, and keeps the memory for others.
     pub(crate) fn clear(&mut self) {
         self.entries.clear();

@@ -55,6 +55,9 @@ pub(crate) struct Work {
     programs: Vec<(&'static Program, Table)>,
     /// Parts that no launch adds to the digest while it writes them.
     unsummed: Table,
+    /// For each launch whose table was made, the job of each entry that is a matrix or a copy, and its first block: this names a block
+    /// that is not finite.
+    launched: Vec<Vec<(u32, u32)>>,
     /// The numbers of jobs that the CPU encodes.
     pub(crate) host: Vec<usize>,
     /// The numbers of jobs that the driver copies: weights of other devices.
@@ -69,7 +72,7 @@ struct Batch {
     /// Whether the targets are not in the bucket.
     is_aside: bool,
     table: Table,
-    /// The job of each entry, and its first block, to name a block that is not finite.
+    /// The job of each entry, and its first block.
     of: Vec<(u32, u32)>,
 }
 
@@ -83,43 +86,81 @@ enum Scales {
     Summed,
 }
 
-/// The input of a sorting.
-struct Sorting<'a, L, B> {
+/// The sorting of the jobs of a bucket, which may pause.
+pub(crate) struct Sorting<'a, L, B> {
     jobs: &'a [Job],
     /// The address of the bucket, and its length.
     bucket: (u64, u64),
     digests: bool,
     locate: L,
-    beside: &'a mut B,
+    pub(crate) beside: B,
+    /// The next job to look at.
+    next: usize,
+    /// The jobs of scales. They are sorted after all others: scales are computed with their codes, which may lie behind them.
+    scales: Vec<usize>,
+    /// The next one of them.
+    next_scales: usize,
     /// Jobs of whole scales that do not directly follow their codes.
     elsewhere: Option<HashMap<usize, usize>>,
 }
 
+impl<'a, L: Fn(&Storage) -> Located, B: Beside> Sorting<'a, L, B> {
+    /// Of the jobs of a bucket, given by address and length. `locate` says where storages are.
+    pub(crate) fn new(
+        jobs: &'a [Job],
+        bucket: (u64, u64),
+        digests: bool,
+        locate: L,
+        beside: B,
+    ) -> Self {
+        let (next, next_scales) = (0, 0);
+        let scales = Vec::new();
+        Self { jobs, bucket, digests, locate, beside, next, scales, next_scales, elsewhere: None }
+    }
+
+    /// The next job to sort.
+    fn next(&mut self) -> Option<usize> {
+        while self.next < self.jobs.len() {
+            let index = self.next;
+            self.next += 1;
+            match encoding::<Fp8Scales>(&self.jobs[index].weight) {
+                Some(_) => self.scales.push(index),
+                None => return Some(index),
+            }
+        }
+        let index = self.scales.get(self.next_scales).copied()?;
+        self.next_scales += 1;
+        Some(index)
+    }
+}
+
 impl Work {
-    /// Sorts the jobs of a bucket, given by address and length. `locate` says where storages are.
+    /// Prepares for another bucket, of so many jobs.
+    pub(crate) fn begin(&mut self, jobs: usize) {
+        self.clear();
+        self.scales.resize(jobs, Scales::Nothing);
+    }
+
+    /// Sorts jobs, at most so many, and returns whether these were the last ones. What is sorted so far can be
+    /// [launched](Self::tables) before the rest is.
     ///
     /// # Errors
     ///
     /// `State` for jobs that reach beyond their weight or the bucket; those of `beside`.
-    pub(crate) fn sort(
+    pub(crate) fn sort<L: Fn(&Storage) -> Located, B: Beside>(
         &mut self,
-        jobs: &[Job],
-        bucket: (u64, u64),
-        digests: bool,
-        locate: impl Fn(&Storage) -> Located,
-        beside: &mut impl Beside,
-    ) -> Result<()> {
-        self.clear();
-        self.scales.resize(jobs.len(), Scales::Nothing);
-        let mut sorting = Sorting { jobs, bucket, digests, locate, beside, elsewhere: None };
-        // Scales are computed with their codes, which may lie behind them in the bucket.
-        let (scales, others): (Vec<_>, Vec<_>) = (0..jobs.len())
-            .partition(|&index| encoding::<Fp8Scales>(&jobs[index].weight).is_some());
-        let mut all = others.into_iter().chain(scales);
-        all.try_for_each(|index| self.take(index, &mut sorting))?;
-        // The CPU encodes them in the order of their places.
-        self.host.sort_unstable();
-        Ok(())
+        sorting: &mut Sorting<'_, L, B>,
+        most: usize,
+    ) -> Result<bool> {
+        for _ in 0..most {
+            let Some(index) = sorting.next() else {
+                // The CPU encodes them in the order of their places.
+                self.host.sort_unstable();
+                return Ok(true);
+            };
+            self.take(index, sorting)?;
+        }
+        Ok(false)
     }
 
     fn clear(&mut self) {
@@ -128,23 +169,34 @@ impl Work {
         self.late.clear();
         self.programs.clear();
         self.unsummed.clear();
+        self.launched.clear();
         self.host.clear();
         self.peers.clear();
         self.scales.clear();
     }
 
-    /// Appends the tables of all launches.
-    pub(crate) fn tables(&self, bucket: u64, digests: bool, tables: &mut Tables) {
-        for batch in &self.batches {
+    /// Appends the tables of launches for what was sorted since the last call. Everything that these launches do not digest is digested by
+    /// the `last` ones, when the bytes of others have arrived.
+    pub(crate) fn tables(&mut self, bucket: u64, digests: bool, last: bool, tables: &mut Tables) {
+        for batch in self.batches.iter_mut().filter(|batch| !batch.table.is_empty()) {
             let base = if digests && !batch.is_aside { bucket } else { 0 };
             tables.add(&batch.table, Task::Encode { mode: mode_number(batch.format.mode), base });
+            self.launched.push(std::mem::take(&mut batch.of));
+            batch.table.clear();
         }
         let mode = mode_number(Fp8Format::default().mode);
-        tables.add(&self.late, Task::Encode { mode, base: 0 });
-        for (program, table) in &self.programs {
-            tables.add(table, Task::Program { program, base: if digests { bucket } else { 0 } });
+        let base = if digests { bucket } else { 0 };
+        let late = (Task::Encode { mode, base: 0 }, &mut self.late);
+        let programs = self.programs.iter_mut();
+        let programs = programs.map(|(program, table)| (Task::Program { program, base }, table));
+        let unsummed = last.then_some((Task::Digest, &mut self.unsummed));
+        for (task, table) in [late].into_iter().chain(programs).chain(unsummed) {
+            if !table.is_empty() {
+                tables.add(table, task);
+                self.launched.push(Vec::new());
+                table.clear();
+            }
         }
-        tables.add(&self.unsummed, Task::Digest);
     }
 
     /// The error of a block without a finite form, which names its weight. The block is given by its launch, its job in it, and its number
@@ -154,8 +206,8 @@ impl Work {
         jobs: &[Job],
         (launch, job, block): (usize, usize, usize),
     ) -> Error {
-        let found = self.batches.get(launch).and_then(|batch| {
-            let (of, first) = *batch.of.get(job)?;
+        let found = self.launched.get(launch).and_then(|entries| {
+            let (of, first) = *entries.get(job)?;
             let weight = &jobs.get(of as usize)?.weight;
             Some((weight, encoding::<Fp8Codes>(weight)?, first as usize))
         });
@@ -495,6 +547,47 @@ mod tests {
         }
     }
 
+    impl Beside for &mut Fake {
+        fn place(
+            &mut self,
+            of: &Arc<dyn Encoding>,
+            codes: &Fp8Codes,
+            now: Range<usize>,
+        ) -> Result<u64> {
+            (**self).place(of, codes, now)
+        }
+
+        fn find(&mut self, codes: usize, scales: &Range<usize>, ends: bool) -> Option<u64> {
+            (**self).find(codes, scales, ends)
+        }
+
+        fn scratch(&mut self, len: usize) -> Result<u64> {
+            (**self).scratch(len)
+        }
+    }
+
+    /// Sorts all jobs of a bucket, `most` at a time, and returns the tables of each time.
+    fn sort(
+        work: &mut Work,
+        jobs: &[Job],
+        (bucket_bytes, digests, most): (u64, bool, usize),
+        locate: impl Fn(&Storage) -> Located,
+        beside: &mut Fake,
+    ) -> Result<Vec<Tables>> {
+        work.begin(jobs.len());
+        let mut sorting = Sorting::new(jobs, (BUCKET, bucket_bytes), digests, locate, beside);
+        let mut all = Vec::new();
+        loop {
+            let last = work.sort(&mut sorting, most)?;
+            let mut tables = Tables::default();
+            work.tables(BUCKET, digests, last, &mut tables);
+            all.push(tables);
+            if last {
+                return Ok(all);
+            }
+        }
+    }
+
     /// An entry as the kernels read it, with its number of tiles.
     #[derive(Clone, Copy, Debug)]
     struct Read {
@@ -644,7 +737,7 @@ mod tests {
 
         #[test]
         fn each_part_is_written_once_and_digested_once_by_launches_or_the_cpu(
-            made in made(), bucket_bytes in 2_u64..600, cuts: bool, digests: bool,
+            made in made(), bucket_bytes in 2_u64..600, cuts: bool, digests: bool, most in 1_usize..8,
         ) {
             let bucket_bytes = bucket_bytes * 256;
             let weights = model(&made, &quantizer());
@@ -653,22 +746,23 @@ mod tests {
             let (mut beside, mut reused) = (Fake::default(), Work::default());
             for jobs in plan(&weights, bucket_bytes, cuts) {
                 let before = (beside.taken, beside.places.clone());
-                let place = (BUCKET, bucket_bytes);
-                reused.sort(&jobs, place, digests, locate, &mut beside).unwrap();
-                let mut tables = Tables::default();
-                reused.tables(BUCKET, digests, &mut tables);
+                let how = (bucket_bytes, digests, most);
+                let tables = sort(&mut reused, &jobs, how, locate, &mut beside).unwrap();
 
                 // Memory that was used for other buckets makes the same table as new memory.
                 let mut again = Fake { taken: before.0, places: before.1, kept: Vec::new() };
                 let mut fresh = Work::default();
-                fresh.sort(&jobs, place, digests, locate, &mut again).unwrap();
-                let mut other = Tables::default();
-                fresh.tables(BUCKET, digests, &mut other);
-                prop_assert_eq!(&tables.bytes, &other.bytes);
+                let other = sort(&mut fresh, &jobs, how, locate, &mut again).unwrap();
+                let bytes = |all: &[Tables]| -> Vec<_> { all.iter().map(|one| one.bytes.clone()).collect() };
+                prop_assert_eq!(bytes(&tables), bytes(&other));
 
-                let parts = read(&tables);
+                // Digests come last: others bring bytes before.
+                for earlier in &tables[..tables.len() - 1] {
+                    prop_assert!(read(earlier).iter().all(|(task, _)| *task != Task::Digest));
+                }
+                let parts = tables.iter().flat_map(read);
                 let (digested, launches): (Vec<_>, Vec<_>) =
-                    parts.into_iter().partition(|(task, _)| *task == Task::Digest);
+                    parts.partition(|(task, _)| *task == Task::Digest);
                 let is_here = |at: u64| (BUCKET..BUCKET + bucket_bytes).contains(&at);
                 let (mut written, mut summed) = (Vec::new(), Vec::new());
                 for entry in launches.iter().flat_map(|(_, entries)| entries) {
@@ -701,7 +795,7 @@ mod tests {
 
         #[test]
         fn each_part_is_made_of_its_own_bytes(
-            made in made(), bucket_bytes in 2_u64..600, cuts: bool,
+            made in made(), bucket_bytes in 2_u64..600, cuts: bool, most in 1_usize..8,
         ) {
             let bucket_bytes = bucket_bytes * 256;
             let weights = model(&made, &quantizer());
@@ -711,11 +805,11 @@ mod tests {
             // Where each scale of each codes was last computed to.
             let mut scale_at: HashMap<usize, HashMap<usize, u64>> = HashMap::new();
             for jobs in plan(&weights, bucket_bytes, cuts) {
-                work.sort(&jobs, (BUCKET, bucket_bytes), true, locate, &mut beside).unwrap();
-                let mut tables = Tables::default();
-                work.tables(BUCKET, true, &mut tables);
-                let entries: Vec<Read> = read(&tables)
-                    .into_iter()
+                let how = (bucket_bytes, true, most);
+                let tables = sort(&mut work, &jobs, how, locate, &mut beside).unwrap();
+                let entries: Vec<Read> = tables
+                    .iter()
+                    .flat_map(read)
                     .filter(|(task, _)| *task != Task::Digest)
                     .flat_map(|(_, entries)| entries)
                     .collect();
@@ -782,7 +876,7 @@ mod tests {
         {
             let jobs = plan(&order, 1 << 20, false).remove(0);
             let (mut work, mut beside) = (Work::default(), Fake::default());
-            work.sort(&jobs, (BUCKET, 1 << 20), true, here, &mut beside).unwrap();
+            sort(&mut work, &jobs, (1 << 20, true, 2), here, &mut beside).unwrap();
             assert_eq!((work.host.len(), beside.taken), (0, 0));
         }
     }
@@ -793,7 +887,8 @@ mod tests {
         let sort = |start, len, offset| {
             let job = Job { weight: weight.clone(), start, len, offset };
             let here = |_: &Storage| Located::Here(4096);
-            Work::default().sort(&[job], (BUCKET, 1024), true, here, &mut Fake::default())
+            let how = (1024, true, 1);
+            sort(&mut Work::default(), &[job], how, here, &mut Fake::default()).map(drop)
         };
         sort(0, 300, 256).unwrap();
         for (start, len, offset) in

@@ -841,6 +841,60 @@ fn an_update_that_failed_leaves_nothing_behind_for_the_next_ones() {
     assert!(sums.iter().all(|all| *all == sums[0]));
 }
 
+/// So many weights that the device begins before all are sorted, in several launches: the bucket is what the CPU makes of them, also when
+/// they come again; a weight that is not finite is named, whichever launch it is in; and nothing is kept once the packer has settled.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn a_bucket_of_a_thousand_weights_is_right_and_names_what_is_not_finite_and_keeps_nothing() {
+    const BUCKET: u64 = 32 << 20;
+    let device = Device::open(0).unwrap();
+    let packer = Packer::new(&device).unwrap();
+    let pool = Pool::new(4).unwrap();
+    let quantizer = quantizer();
+    let owner = Arc::new(());
+    let name = |index: usize| format!("model.layers.{index}.mlp.up_proj.weight");
+    let here: Vec<Matrix> =
+        (0..1000).map(|seed| random(SourceType::Bf16, &[128, 136], seed)).collect();
+    let each = || here.iter().enumerate();
+    let there: Vec<Weight> =
+        each().map(|(index, matrix)| counted(&device, matrix, &name(index), &owner)).collect();
+    let on_host = each().map(|(index, matrix)| {
+        Weight::new(name(index), DType::BF16, [128_u64, 136], matrix.bytes.clone()).unwrap()
+    });
+    let expected = plan(&quantized(on_host.collect(), &quantizer), BUCKET).remove(0);
+    let mut bytes = vec![0_u8; BUCKET as usize];
+    let sum = pool.encode(&expected, &mut bytes, true).unwrap();
+    let bucket = CudaMemory::new(&device, BUCKET as usize).unwrap();
+    let fill = || {
+        let jobs = plan(&quantized(there.clone(), &quantizer), BUCKET).remove(0);
+        assert_eq!(jobs.len(), 2000, "codes and scales");
+        packer.fill(jobs, &bucket.all(), &pool, true)
+    };
+    for update in 0..3 {
+        bucket.all().write(&vec![0; BUCKET as usize]).unwrap();
+        assert_eq!(fill().unwrap(), sum, "update {update}");
+        let mut made = vec![0; BUCKET as usize];
+        bucket.all().read(&mut made).unwrap();
+        assert!(made == bytes, "update {update}");
+        packer.settle();
+        assert_eq!(Arc::strong_count(&owner), 1 + there.len(), "after update {update}");
+    }
+    for index in [3, 200, 700, 999] {
+        let storage = CudaSlice::of_storage(there[index].storage().unwrap()).unwrap();
+        let mut wrong = here[index].bytes.clone();
+        wrong[70..72].copy_from_slice(&0x7fc0_u16.to_le_bytes());
+        storage.write(&wrong).unwrap();
+        let error = fill().unwrap_err();
+        assert_eq!(error.report().tensor, Some(name(index)), "{error}");
+        storage.write(&here[index].bytes).unwrap();
+        assert_eq!(Arc::strong_count(&owner), 1 + there.len(), "after a failure");
+        assert_eq!(fill().unwrap(), sum, "after the failure of weight {index}");
+    }
+    packer.settle();
+    drop(there);
+    assert_eq!(Arc::strong_count(&owner), 1);
+}
+
 /// Quantises every matrix, whatever its sides.
 fn quantizer() -> Fp8Quantizer {
     let mut config = RulesConfig::default();

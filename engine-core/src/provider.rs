@@ -158,6 +158,10 @@ pub trait BucketMemory: fmt::Debug + Send + Sync {
         Err(cannot_share("this kind"))
     }
 
+    /// Waits until the weights of all fills that have returned are dropped. Called at the end of an update that succeeded: what
+    /// follows may reuse their memory.
+    fn settle(&self) {}
+
     /// What of filling its slots, and those of spares, was slower than it could be since the last call, in words for
     /// [`SendReport::slower`](crate::SendReport::slower).
     fn slower(&self) -> Vec<String> {
@@ -184,7 +188,8 @@ pub trait BucketSlot: fmt::Debug + Send + Sync {
     }
 
     /// Encodes all jobs into it, none of them beyond the first `filled` bytes, and returns their digest sum if it is wanted, else 0.
-    /// Blocks until the bytes are there; also when this is an error, nothing reads the weights any more.
+    /// Blocks until the bytes are there; also when this is an error, nothing reads the weights any more. A thread of the pool may be about
+    /// to drop them: [`settle`](BucketMemory::settle) waits for that.
     ///
     /// # Contract
     ///

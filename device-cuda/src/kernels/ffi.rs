@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use super::{Kernels, Prepared, THREADS, Used};
-use crate::CudaError;
 use crate::table::{Part, Task};
+use crate::{CudaError, CudaMemory};
 
 impl Kernels {
     /// Launches what was prepared, and does not wait. The stream keeps all memory of the jobs until the work was waited for. If others
@@ -20,18 +20,24 @@ impl Kernels {
             let words = "what is launched is not what was prepared last";
             return Err(CudaError::Range(words.into()));
         }
-        self.start(&prepared.parts, prepared.used.clone())
+        self.start(&prepared.parts, prepared.used.clone(), &self.found, 0)
     }
 
-    /// Launches the parts of a table, and does not wait.
-    pub(super) fn start(&self, parts: &[Part], used: Arc<Used>) -> Result<(), CudaError> {
+    /// Launches the parts of a table, and does not wait. Their results go to `found`, after those of `earlier` launches.
+    pub(super) fn start(
+        &self,
+        parts: &[Part],
+        used: Arc<Used>,
+        found: &CudaMemory,
+        earlier: usize,
+    ) -> Result<(), CudaError> {
         let stream = self.stream.raw();
-        let (table, sum) = (used.table.address(), self.found.address());
+        let (table, sum) = (used.table.address(), found.address());
         stream.keep(used);
-        stream.keep(self.found.raw().clone());
+        stream.keep(found.raw().clone());
         stream.keep(self.done.raw().clone());
         let done = self.done.address();
-        for (index, part) in (1..).zip(parts) {
+        for (index, part) in (1 + earlier as u64..).zip(parts) {
             let Part { task, jobs_at, firsts_at, parameters_at, jobs, tiles, wide } = *part;
             if tiles == 0 {
                 continue;
@@ -57,8 +63,8 @@ impl Kernels {
             let grid = kernel.grid.min(tiles);
             // SAFETY: these are the parameters of the kernels. The addresses point into the table, whose bytes are those that the parts
             // were made with. The addresses in the table are of ranges of the memory in `used`, which the makers of tables have checked. A
-            // program reads nothing else, as its author has promised. The stream keeps `used`, `found` and `done`, which has a number for
-            // each job.
+            // program reads nothing else, as its author has promised. The stream keeps `used`, `found`, which has room for the results of
+            // the most launches, and `done`, which has a number for each job.
             unsafe { kernel.function.launch(grid, THREADS, stream, &mut parameters) }?;
         }
         Ok(())
