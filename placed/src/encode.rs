@@ -248,17 +248,18 @@ impl Sources {
         };
         let mut sums = vec![0; table.pieces.len()];
         let (mut there, mut here, mut encoded) = (Vec::new(), Vec::new(), Vec::new());
-        for (number, piece) in table.pieces.iter().enumerate() {
-            let memory = &**to(piece)?;
-            let takes = |encoder: &&dyn Encoder| {
-                encoder.writes_to(memory)
-                    && encoder.takes(&self.weights[piece.held], piece.lent.wanted.format.as_ref())
-            };
-            if encoder.filter(takes).is_some() {
-                there.push(number);
-                encoded.push(self.encoded(piece, memory)?);
-            } else {
-                here.push(number);
+        let all: Vec<(usize, &Piece)> = table.pieces.iter().enumerate().collect();
+        for pieces in all.chunk_by(|(_, one), (_, next)| one.peer == next.peer) {
+            let memory = &**to(pieces[0].1)?;
+            let encoder = encoder.filter(|encoder| encoder.writes_to(memory));
+            for &(number, piece) in pieces {
+                let (weight, format) = (&self.weights[piece.held], &piece.lent.wanted.format);
+                if encoder.is_some_and(|encoder| encoder.takes(weight, format.as_ref())) {
+                    there.push(number);
+                    encoded.push(self.encoded(piece, memory)?);
+                } else {
+                    here.push(number);
+                }
             }
         }
         if let Some(encoder) = encoder.filter(|_| !there.is_empty()) {
@@ -583,8 +584,11 @@ fn digest_tile(piece: &Piece, tile: &TensorBox, memory: &[u8]) -> Result<u64> {
 /// The digests of pieces, from their sums, by the rank at the other end.
 fn sums_of(table: &Table, sums: &[u64]) -> Vec<(Rank, Vec<u64>)> {
     let mut digests: BTreeMap<Rank, Vec<u64>> = BTreeMap::new();
-    for (piece, sum) in table.pieces.iter().zip(sums) {
-        digests.entry(piece.peer).or_default().push(digest::finish(*sum, piece.bytes));
+    let mut sums = sums.iter();
+    for pieces in table.pieces.chunk_by(|one, next| one.peer == next.peer) {
+        let of_rank = digests.entry(pieces[0].peer).or_default();
+        let finish = |(piece, sum): (&Piece, &u64)| digest::finish(*sum, piece.bytes);
+        of_rank.extend(pieces.iter().zip(sums.by_ref()).map(finish));
     }
     digests.into_iter().collect()
 }
