@@ -155,11 +155,7 @@ impl Placer {
     /// # Errors
     ///
     /// `State` for memory that is not where the job says; those of `step`; what the driver reports.
-    pub fn write(
-        &mut self,
-        jobs: &[Write<'_>],
-        step: impl FnMut() -> Result<()>,
-    ) -> Result<Found> {
+    pub fn write(&mut self, jobs: &[Write<'_>], step: impl FnMut() -> Result<()>) -> Result<Found> {
         let _waiting = Waiting(self.stream.clone());
         let known: Vec<u8> = jobs
             .iter()

@@ -13,8 +13,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use engine_core::{
-    CheckpointEngineConfig, DType, DeviceBytes, DeviceMemory, EngineContext, Error, ErrorKind, Rank, Result, Role,
-    SendReport, Storage, TensorMeta, TrainerEngine, Version, Weight, ensure_async_iterator,
+    CheckpointEngineConfig, DType, DeviceBytes, DeviceMemory, EngineContext, Error, ErrorKind,
+    Rank, Result, Role, SendReport, Storage, TensorMeta, TrainerEngine, Version, Weight,
+    ensure_async_iterator,
 };
 use placed::{
     Encoded, Encoder, Layout, Lender, LentBytes, PlacedRollout, PlacedTrainer, Reach, Reached,
@@ -180,7 +181,9 @@ async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1).map(|argument| argument.parse::<u64>());
     let tensors = arguments.next().transpose()?.unwrap_or(18_867).max(1);
     let updates = arguments.next().transpose()?.unwrap_or(12).max(2);
-    println!("us per tensor, {tensors} tensors: stream, plan, write, verify, whole; the first update");
+    println!(
+        "us per tensor, {tensors} tensors: stream, plan, write, verify, whole; the first update"
+    );
     for (name, format) in [("bf16", None), ("fp8", Some(Fp8Format::default()))] {
         let (first, medians) = measure(tensors, updates, format).await?;
         let each = |time: &Duration| format!("{:.3}", time.as_secs_f64() * 1e6 / tensors as f64);
