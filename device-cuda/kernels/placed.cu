@@ -1,6 +1,6 @@
 // Parts of tensors, written straight to where they are used: behind `bucket.cu`, whose blocks, copies and digest they are made of.
 //
-// `place_rows` and `place_blocks` write parts of a trainer's weights into memory that rollouts lend, of this device or of a peer; `check`
+// `place_rows`, `place_blocks` and `place_any` write parts of a trainer's weights into memory that rollouts lend, of this device or of a peer; `check`
 // digests what is there; `maxima` finds the largest magnitudes of blocks that several trainers have a part of.
 
 // As `Entry` in src/placed.rs. Rows and matrices are so many bytes apart.
@@ -97,23 +97,20 @@ __device__ __forceinline__ u64 pass_rows(
     u32 vectors = bytes / 16, all = rows * vectors;
     for (u32 start = 0; start < all; start += COPY_STEPS * THREADS) {
         uint4 data[COPY_STEPS];
-        u64 rest[COPY_STEPS];
 #pragma unroll
         for (int i = 0; i < COPY_STEPS; i++) {
             u32 n = start + threadIdx.x + i * THREADS, row = rows == 1 ? 0 : n / vectors, at = (n - row * vectors) * 16;
-            rest[i] = row * target_row + at;
             if (n < all) data[i] = load16(source + row * source_row + at);
         }
         Keys even, odd;
-        if (summed) even = keys_of((place + rest[0]) >> 3), odd = keys_of(((place + rest[0]) >> 3) + 1);
 #pragma unroll
         for (int i = 0; i < COPY_STEPS; i++) {
-            u32 n = start + threadIdx.x + i * THREADS;
+            u32 n = start + threadIdx.x + i * THREADS, row = rows == 1 ? 0 : n / vectors, at = (n - row * vectors) * 16;
             if (n >= all) break;
-            if (WRITE) __stcs((uint4*)(target + rest[i]), data[i]);
+            u64 to = row * target_row + at, word = (place + to) >> 3;
+            if (WRITE) __stcs((uint4*)(target + to), data[i]);
             if (!summed) continue;
-            u64 word = (place + rest[i]) >> 3;
-            if (!keyed) even = keys_of(word), odd = keys_of(word + 1);
+            if (i == 0 || !keyed) even = keys_of(word), odd = keys_of(word + 1);
             sum += product(even, (u32)(word >> 3), data[i].x, data[i].y);
             sum += product(odd, (u32)(word >> 3), data[i].z, data[i].w);
         }
@@ -140,13 +137,44 @@ __device__ __forceinline__ void take_slot(Sums* sums, u32 slot) {
     sums->slot = slot;
 }
 
-// `failed` is all ones, and gets the lowest slot and block that has no finite form. `sums` has a number for each slot. Copies and blocks
-// are launches of their own: each then has the registers that it needs, and no more.
+// The tiles that a block has of rows: RUN in a row, as long as there are enough for all. So it seldom has to look for the next part, or to
+// add to a sum that others add to at the same time. Of blocks it has every gridDim.x-th: neighbours are in the same rows of memory, and
+// several read them together.
+#define RUN 8
+
+struct Walk {
+    u32 run, tile;
+    u32 job, end;       // the part of the last tile, and the end of its tiles
+};
+
+__device__ __forceinline__ Walk walk_of(u32 tiles) {
+    u32 run = min(max(tiles / (gridDim.x * 4), 1u), (u32)RUN);
+    Walk w = {run, blockIdx.x * run, 0, 0};
+    return w;
+}
+
+__device__ __forceinline__ Tile tile_of(Walk* w, const u32* firsts, u32 count, u32 tiles) {
+    // Tiles come in ascending order.
+    if (w->tile >= w->end) {
+        w->job = find(firsts, count, w->tile).job;
+        w->end = w->job + 1 < count ? firsts[w->job + 1] : tiles;
+    }
+    Tile tile = {w->job, w->tile - firsts[w->job]};
+    return tile;
+}
+
+__device__ __forceinline__ void go_on(Walk* w) {
+    w->tile++;
+    if (w->tile % w->run == 0) w->tile += (gridDim.x - 1) * w->run;
+}
+
+// `failed` is all ones, and gets the lowest slot and block that has no finite form. `sums` has a number for each slot. Each kind of part
+// has a kernel of its own, with the registers that it needs and no more.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 place_rows(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64*, u64* all) {
     Sums sums = {all, 0, ~0u};
-    for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
-        Tile tile = find(firsts, count, t);
+    for (Walk w = walk_of(tiles); w.tile < tiles; go_on(&w)) {
+        Tile tile = tile_of(&w, firsts, count, tiles);
         const Part* part = parts + tile.job;
         Area a = area_of(part, tile.index);
         take_slot(&sums, part->slot);
@@ -159,8 +187,9 @@ place_rows(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64*, u64
     take_slot(&sums, ~0u);
 }
 
-template <bool WIDE>
-__device__ __forceinline__ void place_all_blocks(
+// Blocks of elements of two bytes that are FAST, or ANY others.
+template <bool ANY>
+__device__ __forceinline__ void place_parts(
     const Part* parts, const u32* firsts, u32 count, u32 tiles, u64* failed, u64* all) {
     __shared__ u32 tops[2][THREADS / 32];
     Sums sums = {all, 0, ~0u};
@@ -191,10 +220,9 @@ __device__ __forceinline__ void place_all_blocks(
         u32* shared = tops[parity];
         parity ^= 1;
         Scale found;
-        if (!(flags & FAST)) {
-            sums.mine += encode_any(part->mode, kind, block, shared, failed, &found);
-        } else if (WIDE) {
-            sums.mine += encode_block<F32>(part->mode, block, shared, failed, &found);
+        if (ANY) {
+            sums.mine += flags & FAST ? encode_block<F32>(part->mode, block, shared, failed, &found)
+                                      : encode_any(part->mode, kind, block, shared, failed, &found);
         } else if (kind == BF16) {
             sums.mine += encode_block<BF16>(part->mode, block, shared, failed, &found);
         } else {
@@ -209,21 +237,21 @@ __device__ __forceinline__ void place_all_blocks(
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 place_blocks(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64* failed, u64* sums) {
-    place_all_blocks<false>(parts, firsts, count, tiles, failed, sums);
+    place_parts<false>(parts, firsts, count, tiles, failed, sums);
 }
 
-// Blocks of F32 take twice the registers.
+// Blocks of F32, which take twice the registers, and blocks that are not FAST.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-place_wide(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64* failed, u64* sums) {
-    place_all_blocks<true>(parts, firsts, count, tiles, failed, sums);
+place_any(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64* failed, u64* sums) {
+    place_parts<true>(parts, firsts, count, tiles, failed, sums);
 }
 
 // Digests parts of memory: copies without a source, and scales.
-extern "C" __global__ void __launch_bounds__(THREADS, 4)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
 check(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64*, u64* all) {
     Sums sums = {all, 0, ~0u};
-    for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
-        Tile tile = find(firsts, count, t);
+    for (Walk w = walk_of(tiles); w.tile < tiles; go_on(&w)) {
+        Tile tile = tile_of(&w, firsts, count, tiles);
         const Part* part = parts + tile.job;
         Area a = area_of(part, tile.index);
         take_slot(&sums, part->slot);

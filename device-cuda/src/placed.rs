@@ -78,7 +78,7 @@ pub struct Failed {
 pub struct Placer {
     rows: Kernel,
     blocks: Kernel,
-    wide: Kernel,
+    any: Kernel,
     check: Kernel,
     maxima: Kernel,
     stream: Stream,
@@ -131,7 +131,7 @@ impl Placer {
         Ok(Self {
             rows: library.kernel(c"place_rows")?,
             blocks: library.kernel(c"place_blocks")?,
-            wide: library.kernel(c"place_wide")?,
+            any: library.kernel(c"place_any")?,
             check: library.kernel(c"check")?,
             maxima: library.kernel(c"maxima")?,
             staging: PinnedMemory::new(&stream, 1 << 16)?,
@@ -245,7 +245,7 @@ impl Placer {
             let kernel = match launch.kind {
                 Kind::Rows => &self.rows,
                 Kind::Blocks => &self.blocks,
-                Kind::Wide => &self.wide,
+                Kind::Any => &self.any,
                 Kind::Check => &self.check,
             };
             ffi::launch(kernel, &self.stream, launch, &tables, &self.numbers, &used)?;

@@ -18,15 +18,15 @@ const ALIGNMENT: u64 = 16;
 pub(super) enum Kind {
     /// Copies.
     Rows,
-    /// Quantises elements of two bytes.
+    /// Quantises blocks of elements of two bytes.
     Blocks,
-    /// Quantises elements of four bytes.
-    Wide,
+    /// Quantises blocks that have no faster kernel.
+    Any,
     /// Digests memory.
     Check,
 }
 
-const KINDS: [Kind; 4] = [Kind::Rows, Kind::Blocks, Kind::Wide, Kind::Check];
+const KINDS: [Kind; 4] = [Kind::Rows, Kind::Blocks, Kind::Any, Kind::Check];
 
 /// A job: parts of a weight that are written to memory, or parts of memory that are digested.
 #[derive(Clone, Copy, Debug)]
@@ -170,22 +170,17 @@ impl Launches {
                 let written = if part.blocks.is_some() { 1 } else { part.element };
                 within(part, part.to, written, target_len)?;
                 scales_within(part, target_len)?;
-                let kind = match (&source, &part.blocks) {
-                    (None, _) => Kind::Check,
-                    (Some(_), None) => Kind::Rows,
-                    (Some(source), Some(_)) if source.ty == Some(SourceType::F32) => Kind::Wide,
-                    (Some(_), Some(_)) => Kind::Blocks,
-                };
-                let table = &mut tables[kind as usize];
+                let [rows, blocks, any, checks] = &mut tables;
                 let elements = part.extent.iter().product::<u64>();
                 let Some(source) = source else {
                     read += elements * written;
-                    push_check(table, part, to, slot)?;
+                    push_check(checks, part, to, slot)?;
                     continue;
                 };
                 within(part, part.from, part.element, source.len)?;
                 read += elements * part.element;
-                push_write(table, part, source.address, to, source.ty, source.known, slot)?;
+                let tables = [rows, blocks, any];
+                push_write(tables, part, source.address, to, source.ty, source.known, slot)?;
             }
             self.jobs.push((job.place, job.parts.clone()));
             if read >= LAUNCH {

@@ -264,9 +264,9 @@ fn push_rows(
     table.push(&entry, matrices)
 }
 
-/// Adds a part that is written.
+/// Adds a part that is written to the table of its kind: of rows, of blocks that are fast, or of any blocks.
 pub(super) fn push_write(
-    table: &mut Table,
+    [rows_table, fast_table, any_table]: [&mut Table; 3],
     part: &StridedPart,
     source: u64,
     target: Target,
@@ -278,7 +278,7 @@ pub(super) fn push_write(
     let Some(blocks) = &part.blocks else {
         let bytes = cols * part.element;
         let extent = [matrices, rows, bytes];
-        return push_rows(table, (source, part.from), (target, part.to), extent, None, slot);
+        return push_rows(rows_table, (source, part.from), (target, part.to), extent, None, slot);
     };
     let ty = ty.ok_or_else(|| too_large("elements that have no blocks"))?;
     let (from, to) = (used(part.from, part.extent), used(part.to, part.extent));
@@ -313,6 +313,7 @@ pub(super) fn push_write(
     if is_fast {
         entry.flags |= FAST;
     }
+    let table = if is_fast && ty.size() == 2 { fast_table } else { any_table };
     table.push(&entry, matrices)
 }
 
