@@ -7,6 +7,8 @@
 //! One trainer and one rollout of one process send tensors of 768 x 2048 elements, once as they are and once quantised. Prints the medians of
 //! the trainer's stages, in microseconds for each tensor.
 
+#![allow(clippy::print_stdout, reason = "the measurements are its output")]
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;

@@ -355,7 +355,7 @@ mod tests {
             |place: &mut Place| place.source.as_mut().unwrap().len = 1 << 10,
             |place: &mut Place| place.target_len = 1 << 10,
         ] {
-            assert_eq!(launches.take(&jobs(&[good.clone()])).unwrap(), Taken::New);
+            assert_eq!(launches.take(&jobs(std::slice::from_ref(&good))).unwrap(), Taken::New);
             let mut bad = good.clone();
             change(&mut bad.0);
             let error = launches.take(&jobs(&[good.clone(), bad])).unwrap_err();
@@ -363,7 +363,7 @@ mod tests {
             assert!(launches.list().is_empty());
         }
         let digested = made(0, 0, 1, true);
-        assert_eq!(launches.take(&jobs(&[digested.clone()])).unwrap(), Taken::New);
+        assert_eq!(launches.take(&jobs(std::slice::from_ref(&digested))).unwrap(), Taken::New);
         assert_eq!(launches.list()[0].kind, Kind::Check);
         assert_eq!(launches.take(&jobs(&[digested])).unwrap(), Taken::Same);
     }
