@@ -32,8 +32,8 @@ pub(super) fn launch(
         found,
         found + 8,
     ];
-    // SAFETY: these are the parameters of the kernels. The table is at `launch.at`, with so many entries. Its addresses are of ranges of memory that
-    // `super` has checked to be in `used`, or in storages that it borrows until it has waited for the stream. `numbers` has one number for
-    // a failure and one for each slot of the table.
+    // SAFETY: these are the parameters of the kernels. The table is at `launch.at`, with so many entries. Its addresses are of ranges of memory
+    // that `launches` has checked to be within their memory, which is in `used`, or in storages that `super` borrows until it has waited for
+    // the stream. `numbers` has one number for a failure and one for each slot of the table.
     unsafe { kernel.function.launch(kernel.grid.min(launch.tiles), THREADS, raw, &mut parameters) }
 }
