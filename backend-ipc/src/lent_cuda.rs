@@ -12,7 +12,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
-use device_cuda::{Check, CudaMemory, CudaSlice, Device, Maxima, Placer, Write, export, import};
+use device_cuda::{
+    Check, CudaMemory, CudaSlice, Device, Maxima, Placer, Write, export, import, places,
+};
 use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result, Weight};
 use placed::{Encoded, Encoder, Lender, LentBytes, Reached, Written};
 use quant_fp8::{Fp8Format, SourceType, StridedPart};
@@ -103,14 +105,14 @@ impl Lender for LentCuda {
 
     fn sums(
         &self,
-        pieces: &[&[StridedPart]],
+        pieces: &[&Arc<[StridedPart]>],
         step: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Option<Vec<u64>>> {
         self.require_own()?;
         let memory = self.memory.all();
         let checks: Vec<Check<'_>> =
             pieces.iter().map(|parts| Check { memory: &memory, parts }).collect();
-        lock(&self.placer).check(checks, step).map(Some)
+        lock(&self.placer).check(&checks, step).map(Some)
     }
 }
 
@@ -196,9 +198,7 @@ fn not_here(weight: &Weight) -> Error {
 
 impl Encoder for Peers {
     fn takes(&self, weight: &Weight, format: Option<&Fp8Format>) -> bool {
-        let placer = lock(&self.placer);
-        weight.storage().is_some_and(|storage| placer.has(storage))
-            && format.is_none_or(|format| placer.knows(format))
+        weight.storage().is_some_and(|source| places(&self.device, source, format))
     }
 
     fn writes_to(&self, to: &dyn Reached) -> bool {
@@ -225,7 +225,7 @@ impl Encoder for Peers {
             Ok(Write { source, ty: piece.ty, parts: piece.parts, to, known })
         });
         let jobs = jobs.collect::<Result<Vec<_>>>()?;
-        let found = lock(&self.placer).write(jobs, step)?;
+        let found = lock(&self.placer).write(&jobs, step)?;
         Ok(Written {
             sums: found.sums,
             failed: found.failed.map(|failed| (failed.job, failed.block)),

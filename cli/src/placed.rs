@@ -1,12 +1,13 @@
 //! Trainers that hold a model in one layout, and rollouts that lend tensors of another.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use checkpoint_engine::control::ControlConfig;
 use checkpoint_engine::fp8::rules::{Decision, QuantPlan};
 use checkpoint_engine::fp8::{Codec, Fp8Config, Source as Matrix, SourceType, Store, stored};
 use checkpoint_engine::placed::{PlacedTensor, Wanted};
-use checkpoint_engine::reshard::{Parallelism, Sharding};
+use checkpoint_engine::reshard::{Parallelism, ShardedTensor};
 use checkpoint_engine::{
     CheckpointEngineConfig, ControlPlane, DType, EngineContext, Error, ErrorKind, Rank,
     ReceiveReport, Recovery, Result, Role, TensorBox, TensorMeta, Version, Weight, join_group,
@@ -29,9 +30,13 @@ pub struct Placing {
 
 /// What one trainer holds of every tensor.
 #[derive(Debug)]
-pub struct Shard {
-    rank: Rank,
-    sharding: Sharding,
+pub struct Shard(HashMap<Arc<str>, Boxes>);
+
+/// What a trainer holds of a tensor.
+#[derive(Debug)]
+enum Boxes {
+    Whole,
+    Parts(Vec<TensorBox>),
 }
 
 impl Placing {
@@ -66,7 +71,16 @@ impl Placing {
     /// `Config` if the layout does not fit the model.
     pub fn shard(&self, source: &Source, rank: Rank) -> Result<Shard> {
         let tensors = source.metas().map(|meta| (meta.clone(), [].into()));
-        Ok(Shard { rank, sharding: self.trainers.sharding(Rank::LEADER, tensors)? })
+        let sharding = self.trainers.sharding(Rank::LEADER, tensors)?;
+        let boxes = |tensor: &ShardedTensor| {
+            let parts: Vec<TensorBox> = tensor.layout.boxes_of(rank).cloned().collect();
+            let boxes = match &parts[..] {
+                [only] if only.is_whole(&tensor.meta.shape) => Boxes::Whole,
+                _ => Boxes::Parts(parts),
+            };
+            (tensor.meta.name.clone(), boxes)
+        };
+        Ok(Shard(sharding.tensors().map(boxes).collect()))
     }
 
     /// What a rollout wants: quantised where the configuration has trainers quantise.
@@ -118,17 +132,18 @@ impl Shard {
     /// # Errors
     ///
     /// Those of the weight.
-    pub fn of(&self, weight: &Weight) -> Result<Vec<Weight>> {
-        let Some(tensor) = self.sharding.get(weight.name()) else { return Ok(Vec::new()) };
-        let shape = tensor.meta.shape.clone();
+    pub fn of(&self, weight: Weight) -> Result<Vec<Weight>> {
+        let parts = match self.0.get(weight.name()) {
+            None => return Ok(Vec::new()),
+            Some(Boxes::Whole) => return Ok(vec![weight]),
+            Some(Boxes::Parts(parts)) => parts,
+        };
+        let shape = weight.meta().shape.clone();
         let mut strides = vec![1_i64; shape.len()];
         for at in (1..shape.len()).rev() {
             strides[at - 1] = strides[at] * shape[at] as i64;
         }
-        let boxes = tensor.layout.boxes_of(self.rank).map(|region| {
-            if *region == TensorBox::whole(&shape) {
-                return Ok(weight.clone());
-            }
+        let boxes = parts.iter().map(|region| {
             let ranges = region.ranges();
             let extent: Vec<u64> = ranges.iter().map(|range| range.end - range.start).collect();
             let offset =

@@ -1,7 +1,7 @@
 // Parts of tensors, written straight to where they are used: behind `bucket.cu`, whose blocks, copies and digest they are made of.
 //
-// `place` writes parts of a trainer's weights into memory that rollouts lend, of this device or of a peer; `check` digests what is
-// there; `maxima` finds the largest magnitudes of blocks that several trainers have a part of.
+// `place_rows`, `place_blocks` and `place_any` write parts of a trainer's weights into memory that rollouts lend, of this device or of a peer; `check`
+// digests what is there; `maxima` finds the largest magnitudes of blocks that several trainers have a part of.
 
 // As `Entry` in src/placed.rs. Rows and matrices are so many bytes apart.
 struct Part {
@@ -49,51 +49,29 @@ __device__ __forceinline__ Area area_of(const Part* part, u32 index) {
     return a;
 }
 
-// Rows of bytes: copied if WRITE, digested in any case if they are SUMMED.
+// The last bytes of rows, behind those that fill 16: copied if WRITE, digested in any case if they are SUMMED.
 template <bool WRITE>
-__device__ __forceinline__ u64 pass_rows(
+__device__ __noinline__ u64 pass_ends(
     const u8* source, u64 source_row, u8* target, u64 target_row, u64 place, u32 rows, u32 bytes, u32 flags) {
     u64 sum = 0;
-    bool summed = flags & SUMMED, keyed = rows == 1 || (flags & KEYED);
-    if (flags & FAST) {
-        u32 vectors = bytes / 16, all = rows * vectors;
-        for (u32 start = 0; start < all; start += COPY_STEPS * THREADS) {
-            uint4 data[COPY_STEPS];
-            u64 rest[COPY_STEPS];
-#pragma unroll
-            for (int i = 0; i < COPY_STEPS; i++) {
-                u32 n = start + threadIdx.x + i * THREADS, row = rows == 1 ? 0 : n / vectors, at = (n - row * vectors) * 16;
-                rest[i] = row * target_row + at;
-                if (n < all) data[i] = load16(source + row * source_row + at);
-            }
-            Keys even, odd;
-            if (summed) even = keys_of((place + rest[0]) >> 3), odd = keys_of(((place + rest[0]) >> 3) + 1);
-#pragma unroll
-            for (int i = 0; i < COPY_STEPS; i++) {
-                u32 n = start + threadIdx.x + i * THREADS;
-                if (n >= all) break;
-                if (WRITE) __stcs((uint4*)(target + rest[i]), data[i]);
-                if (!summed) continue;
-                u64 word = (place + rest[i]) >> 3;
-                if (!keyed) even = keys_of(word), odd = keys_of(word + 1);
-                sum += product(even, (u32)(word >> 3), data[i].x, data[i].y);
-                sum += product(odd, (u32)(word >> 3), data[i].z, data[i].w);
-            }
-        }
-        u32 done = vectors * 16, left = bytes - done;
-        if (left == 0) return sum;
-        for (u32 n = threadIdx.x; n < rows * 2; n += THREADS) {
-            u32 row = n / 2, from = n % 2 * 8;
-            if (from >= left) continue;
-            u64 at = row * target_row + done + from, word = 0;
-            u32 count = min(left - from, 8u);
-            for (u32 i = 0; i < count; i++) word |= (u64)source[row * source_row + done + from + i] << (8 * i);
-            if (WRITE) store_bytes(target + at, word, count);
-            if (summed) sum += product_at((place + at) >> 3, word);
-        }
-        return sum;
+    u32 done = bytes & ~15u, left = bytes - done;
+    for (u32 n = threadIdx.x; n < rows * 2; n += THREADS) {
+        u32 row = n / 2, from = n % 2 * 8;
+        if (from >= left) continue;
+        u64 at = row * target_row + done + from, word = 0;
+        u32 count = min(left - from, 8u);
+        for (u32 i = 0; i < count; i++) word |= (u64)source[row * source_row + done + from + i] << (8 * i);
+        if (WRITE) store_bytes(target + at, word, count);
+        if (flags & SUMMED) sum += product_at((place + at) >> 3, word);
     }
-    // A thread has the bytes of a word of the digest.
+    return sum;
+}
+
+// Rows that begin anywhere: a thread has the bytes of a word of the digest.
+template <bool WRITE>
+__device__ __noinline__ u64 pass_any(
+    const u8* source, u64 source_row, u8* target, u64 target_row, u64 place, u32 rows, u32 bytes, u32 flags) {
+    u64 sum = 0;
     u32 most = (bytes + 14) / 8;
     for (u32 n = threadIdx.x; n < rows * most; n += THREADS) {
         u32 row = n / most, at = n % most * 8;
@@ -104,9 +82,40 @@ __device__ __forceinline__ u64 pass_rows(
         u64 word = 0;
         for (u32 i = from; i < to; i++) word |= (u64)source[row * source_row + i] << (8 * (i - from));
         if (WRITE) store_bytes(target + row * target_row + from, word, to - from);
-        if (summed) sum += product_at((first >> 3) + at / 8, word << (8 * ((skip + from) & 7)));
+        if (flags & SUMMED) sum += product_at((first >> 3) + at / 8, word << (8 * ((skip + from) & 7)));
     }
     return sum;
+}
+
+// Rows of bytes: copied if WRITE, digested in any case if they are SUMMED.
+template <bool WRITE>
+__device__ __forceinline__ u64 pass_rows(
+    const u8* source, u64 source_row, u8* target, u64 target_row, u64 place, u32 rows, u32 bytes, u32 flags) {
+    if (!(flags & FAST)) return pass_any<WRITE>(source, source_row, target, target_row, place, rows, bytes, flags);
+    u64 sum = 0;
+    bool summed = flags & SUMMED, keyed = rows == 1 || (flags & KEYED);
+    u32 vectors = bytes / 16, all = rows * vectors;
+    for (u32 start = 0; start < all; start += COPY_STEPS * THREADS) {
+        uint4 data[COPY_STEPS];
+#pragma unroll
+        for (int i = 0; i < COPY_STEPS; i++) {
+            u32 n = start + threadIdx.x + i * THREADS, row = rows == 1 ? 0 : n / vectors, at = (n - row * vectors) * 16;
+            if (n < all) data[i] = load16(source + row * source_row + at);
+        }
+        Keys even, odd;
+#pragma unroll
+        for (int i = 0; i < COPY_STEPS; i++) {
+            u32 n = start + threadIdx.x + i * THREADS, row = rows == 1 ? 0 : n / vectors, at = (n - row * vectors) * 16;
+            if (n >= all) break;
+            u64 to = row * target_row + at, word = (place + to) >> 3;
+            if (WRITE) __stcs((uint4*)(target + to), data[i]);
+            if (!summed) continue;
+            if (i == 0 || !keyed) even = keys_of(word), odd = keys_of(word + 1);
+            sum += product(even, (u32)(word >> 3), data[i].x, data[i].y);
+            sum += product(odd, (u32)(word >> 3), data[i].z, data[i].w);
+        }
+    }
+    return bytes & 15 ? sum + pass_ends<WRITE>(source, source_row, target, target_row, place, rows, bytes, flags) : sum;
 }
 
 // The product of a scale, which is a part of a word.
@@ -128,8 +137,59 @@ __device__ __forceinline__ void take_slot(Sums* sums, u32 slot) {
     sums->slot = slot;
 }
 
-template <bool WIDE>
-__device__ __forceinline__ void place_tiles(
+// The tiles that a block has of rows: RUN in a row, as long as there are enough for all. So it seldom has to look for the next part, or to
+// add to a sum that others add to at the same time. Of blocks it has every gridDim.x-th: neighbours are in the same rows of memory, and
+// several read them together.
+#define RUN 8
+
+struct Walk {
+    u32 run, tile;
+    u32 job, end;       // the part of the last tile, and the end of its tiles
+};
+
+__device__ __forceinline__ Walk walk_of(u32 tiles) {
+    u32 run = min(max(tiles / (gridDim.x * 4), 1u), (u32)RUN);
+    Walk w = {run, blockIdx.x * run, 0, 0};
+    return w;
+}
+
+__device__ __forceinline__ Tile tile_of(Walk* w, const u32* firsts, u32 count, u32 tiles) {
+    // Tiles come in ascending order.
+    if (w->tile >= w->end) {
+        w->job = find(firsts, count, w->tile).job;
+        w->end = w->job + 1 < count ? firsts[w->job + 1] : tiles;
+    }
+    Tile tile = {w->job, w->tile - firsts[w->job]};
+    return tile;
+}
+
+__device__ __forceinline__ void go_on(Walk* w) {
+    w->tile++;
+    if (w->tile % w->run == 0) w->tile += (gridDim.x - 1) * w->run;
+}
+
+// `failed` is all ones, and gets the lowest slot and block that has no finite form. `sums` has a number for each slot. Each kind of part
+// has a kernel of its own, with the registers that it needs and no more.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+place_rows(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64*, u64* all) {
+    Sums sums = {all, 0, ~0u};
+    for (Walk w = walk_of(tiles); w.tile < tiles; go_on(&w)) {
+        Tile tile = tile_of(&w, firsts, count, tiles);
+        const Part* part = parts + tile.job;
+        Area a = area_of(part, tile.index);
+        take_slot(&sums, part->slot);
+        u64 to = a.matrix * part->target_matrix + a.top * part->target_row + a.left;
+        u64 from = a.matrix * part->source_matrix + a.top * part->source_row + a.left;
+        sums.mine += pass_rows<true>(
+            (const u8*)part->source + from, part->source_row, (u8*)part->target + to, part->target_row, part->place + to, a.rows,
+            a.cols, part->flags);
+    }
+    take_slot(&sums, ~0u);
+}
+
+// Blocks of elements of two bytes that are FAST, or ANY others.
+template <bool ANY>
+__device__ __forceinline__ void place_parts(
     const Part* parts, const u32* firsts, u32 count, u32 tiles, u64* failed, u64* all) {
     __shared__ u32 tops[2][THREADS / 32];
     Sums sums = {all, 0, ~0u};
@@ -142,13 +202,6 @@ __device__ __forceinline__ void place_tiles(
         u32 kind = part->kind, flags = part->flags;
         u64 to = a.matrix * part->target_matrix + a.top * part->target_row + a.left;
         u64 from = a.matrix * part->source_matrix + a.top * part->source_row;
-        if (kind == COPY) {
-            const u8* source = (const u8*)part->source + from + a.left;
-            u8* target = (u8*)part->target + to;
-            sums.mine += pass_rows<true>(
-                source, part->source_row, target, part->target_row, part->place + to, a.rows, a.cols, flags);
-            continue;
-        }
         u64 scale = a.matrix * part->scales_matrix + a.band * part->scales_row + a.block * 4;
         bool has_scale = !(a.band == 0 && (flags & NO_FIRST_BAND)) && !(a.block == 0 && (flags & NO_FIRST_COL));
         Block block;
@@ -167,14 +220,13 @@ __device__ __forceinline__ void place_tiles(
         u32* shared = tops[parity];
         parity ^= 1;
         Scale found;
-        if (!(flags & FAST)) {
-            sums.mine += encode_any(part->mode, kind, block, shared, failed, &found);
+        if (ANY) {
+            sums.mine += flags & FAST ? encode_block<F32>(part->mode, block, shared, failed, &found)
+                                      : encode_any(part->mode, kind, block, shared, failed, &found);
         } else if (kind == BF16) {
             sums.mine += encode_block<BF16>(part->mode, block, shared, failed, &found);
-        } else if (kind == F16) {
+        } else {
             sums.mine += encode_block<F16>(part->mode, block, shared, failed, &found);
-        } else if (WIDE) {
-            sums.mine += encode_block<F32>(part->mode, block, shared, failed, &found);
         }
         if (has_scale && (flags & SUMMED) && threadIdx.x == 0) {
             sums.mine += scale_product(part->scales_place + scale, found.bits);
@@ -183,24 +235,23 @@ __device__ __forceinline__ void place_tiles(
     take_slot(&sums, ~0u);
 }
 
-// `failed` is all ones, and gets the lowest slot and block that has no finite form. `sums` has a number for each slot.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-place(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64* failed, u64* sums) {
-    place_tiles<false>(parts, firsts, count, tiles, failed, sums);
+place_blocks(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64* failed, u64* sums) {
+    place_parts<false>(parts, firsts, count, tiles, failed, sums);
 }
 
-// With blocks of F32.
+// Blocks of F32, which take twice the registers, and blocks that are not FAST.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-place_wide(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64* failed, u64* sums) {
-    place_tiles<true>(parts, firsts, count, tiles, failed, sums);
+place_any(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64* failed, u64* sums) {
+    place_parts<true>(parts, firsts, count, tiles, failed, sums);
 }
 
 // Digests parts of memory: copies without a source, and scales.
-extern "C" __global__ void __launch_bounds__(THREADS, 4)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
 check(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64*, u64* all) {
     Sums sums = {all, 0, ~0u};
-    for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
-        Tile tile = find(firsts, count, t);
+    for (Walk w = walk_of(tiles); w.tile < tiles; go_on(&w)) {
+        Tile tile = tile_of(&w, firsts, count, tiles);
         const Part* part = parts + tile.job;
         Area a = area_of(part, tile.index);
         take_slot(&sums, part->slot);

@@ -1,21 +1,20 @@
 //! Writes parts of tensors straight to their final place, and digests them there.
 
 mod ffi;
+mod launches;
 mod table;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use engine_core::{Result, Storage};
 use quant_fp8::{Fp8Format, SourceType, StridedPart};
 
 use crate::kernels::{Kernel, Library};
-use crate::resident::{Known, MOST_BYTES, Resident};
 use crate::storage::address_of;
 use crate::{CudaError, CudaMemory, CudaSlice, Device, PinnedMemory, Stream};
-use table::{Table, Target, push_check, push_maxima, push_write};
-
-/// Bytes that a launch reads, approximately: while one is under way the next table is made.
-const LAUNCH: u64 = 2 << 30;
+use launches::{Job, Kind, Launch, Launches, Place, Source, Taken, counts_of, within};
+use table::{Table, push_maxima};
 
 /// Parts of a weight that are written to memory of this device, or of one that it reaches.
 #[derive(Clone, Copy, Debug)]
@@ -24,8 +23,8 @@ pub struct Write<'a> {
     pub source: &'a Storage,
     /// The type of its elements, if it is quantised.
     pub ty: Option<SourceType>,
-    /// The parts.
-    pub parts: &'a [StridedPart],
+    /// The parts. Clones of the same ones are compared without being read.
+    pub parts: &'a Arc<[StridedPart]>,
     /// The memory that they are written to.
     pub to: &'a CudaSlice,
     /// The largest magnitudes of the blocks of a quantised part, if they are not those of the part alone. There is only one part then.
@@ -38,7 +37,7 @@ pub struct Check<'a> {
     /// The memory.
     pub memory: &'a CudaSlice,
     /// The parts that were written there.
-    pub parts: &'a [StridedPart],
+    pub parts: &'a Arc<[StridedPart]>,
 }
 
 /// A part of a weight whose blocks' maxima are wanted.
@@ -73,24 +72,40 @@ pub struct Failed {
 
 /// The kernels of placed updates on a device. All their work is on one stream.
 ///
-/// Tables that come again are on the device already, as with [`Packer`](crate::Packer).
+/// The launches of the last list of jobs are kept, with their tables on the device. A list like it costs the host only the comparison; where
+/// weights have moved, their addresses are replaced.
 #[derive(Debug)]
 pub struct Placer {
-    place: Kernel,
-    place_wide: Kernel,
+    rows: Kernel,
+    blocks: Kernel,
+    any: Kernel,
     check: Kernel,
     maxima: Kernel,
     stream: Stream,
     /// Tables on their way to the device.
     staging: PinnedMemory,
-    resident: Resident<CudaMemory>,
+    writes: Kept,
+    checks: Kept,
     /// The results: a failure, and the sum of each slot.
     numbers: CudaMemory,
     /// The results, copied back.
     results: PinnedMemory,
     /// Maxima that are given, or that were found.
     known: CudaMemory,
-    table: Table,
+}
+
+/// The launches of the last list of jobs.
+#[derive(Debug, Default)]
+struct Kept {
+    launches: Launches,
+    /// Their tables. Nothing, unless all of them have arrived.
+    tables: Option<CudaMemory>,
+}
+
+/// Whether [`Placer::write`] can write a weight that is on a device, quantised in a format if there is one.
+pub fn places(device: &Device, source: &Storage, format: Option<&Fp8Format>) -> bool {
+    address_of(source).is_some_and(|(ordinal, _)| ordinal == device.ordinal())
+        && format.is_none_or(table::is_known)
 }
 
 /// Waits for a stream before the memory that its work reads is released.
@@ -114,16 +129,17 @@ impl Placer {
         let library = Library::load(device)?;
         let stream = Stream::new(device)?;
         Ok(Self {
-            place: library.kernel(c"place")?,
-            place_wide: library.kernel(c"place_wide")?,
+            rows: library.kernel(c"place_rows")?,
+            blocks: library.kernel(c"place_blocks")?,
+            any: library.kernel(c"place_any")?,
             check: library.kernel(c"check")?,
             maxima: library.kernel(c"maxima")?,
-            staging: PinnedMemory::new(&stream, 1 << 20)?,
-            resident: Resident::new(MOST_BYTES),
+            staging: PinnedMemory::new(&stream, 1 << 16)?,
+            writes: Kept::default(),
+            checks: Kept::default(),
             numbers: CudaMemory::new(device, 1 << 16)?,
             results: PinnedMemory::new(&stream, 1 << 16)?,
             known: CudaMemory::new(device, 1 << 12)?,
-            table: Table::default(),
             stream,
         })
     }
@@ -133,31 +149,16 @@ impl Placer {
         self.stream.device()
     }
 
-    /// Whether a weight is on this device, from which [`write`](Self::write) reads it.
-    pub fn has(&self, source: &Storage) -> bool {
-        address_of(source).is_some_and(|(ordinal, _)| ordinal == self.device().ordinal())
-    }
-
-    /// Whether there are kernels for a format.
-    pub fn knows(&self, format: &Fp8Format) -> bool {
-        table::is_known(format)
-    }
-
     /// Writes parts of weights, and digests them as they are written. `step` is called before every launch, and its error ends the work.
     /// Blocks until all is written. When it returns, nothing is written any more, not even after an error.
     ///
     /// # Errors
     ///
     /// `State` for memory that is not where the job says; those of `step`; what the driver reports.
-    pub fn write<'a>(
-        &mut self,
-        jobs: impl IntoIterator<Item = Write<'a>, IntoIter: Clone>,
-        mut step: impl FnMut() -> Result<()>,
-    ) -> Result<Found> {
+    pub fn write(&mut self, jobs: &[Write<'_>], step: impl FnMut() -> Result<()>) -> Result<Found> {
         let _waiting = Waiting(self.stream.clone());
-        let jobs = jobs.into_iter();
         let known: Vec<u8> = jobs
-            .clone()
+            .iter()
             .flat_map(|job| job.known.unwrap_or_default())
             .flat_map(|bits| bits.to_le_bytes())
             .collect();
@@ -165,49 +166,35 @@ impl Placer {
             self.room_for_known(known.len())?;
             self.known.slice(0, known.len())?.write(&known)?;
         }
-        let (mut used, mut counts) = (vec![self.known.clone()], Vec::new());
         let mut known_at = self.known.address();
-        let slots = jobs.clone().count();
-        self.begin(slots)?;
-        self.table.clear();
-        for (slot, job) in (0..).zip(jobs) {
-            let source = self.source(job.source)?;
-            let target = self.target(job.to)?;
-            if used.last().is_none_or(|last| last.address() != job.to.memory().address()) {
-                used.push(job.to.memory().clone());
-            }
-            let known = match job.known {
-                Some(values) => {
-                    let blocks = job.parts.iter().map(blocks_of).sum::<u64>();
-                    if blocks != values.len() as u64 || job.parts.len() != 1 {
-                        let words = format!("{} maxima of {blocks} blocks", values.len());
-                        return Err(CudaError::Range(words).into());
-                    }
-                    let at = known_at;
-                    known_at += values.len() as u64 * 4;
-                    at
-                }
-                None => 0,
+        let mut all = Vec::with_capacity(jobs.len());
+        for job in jobs {
+            let mut source = Source {
+                address: self.source(job.source)?,
+                len: job.source.len(),
+                ty: job.ty,
+                known: 0,
             };
-            for part in job.parts {
-                let written = if part.blocks.is_some() { 1 } else { part.element };
-                within(part, part.from, part.element, job.source.len())?;
-                within(part, part.to, written, job.to.len() as u64)?;
-                scales_within(part, job.to.len() as u64)?;
-                push_write(&mut self.table, part, source, target, job.ty, known, slot)?;
+            if let Some(values) = job.known {
+                let blocks = job.parts.iter().map(blocks_of).sum::<u64>();
+                if blocks != values.len() as u64 || job.parts.len() != 1 {
+                    let words = format!("{} maxima of {blocks} blocks", values.len());
+                    return Err(CudaError::Range(words).into());
+                }
+                source.known = known_at;
+                known_at += values.len() as u64 * 4;
             }
-            counts.push(job.parts.first().map_or([1, 1], counts_of));
-            if self.table.read >= LAUNCH {
-                step()?;
-                self.launch(true, &Arc::new(used.clone()))?;
-            }
+            let place = self.place(Some(source), job.to)?;
+            all.push(Job { place, parts: job.parts });
         }
-        step()?;
-        self.launch(true, &Arc::new(used))?;
-        let (failed, sums) = self.finish(slots)?;
+        let used = used_by(jobs.iter().map(|job| job.to), &self.known);
+        let mut kept = std::mem::take(&mut self.writes);
+        let (failed, sums) = self.run(&mut kept, &all, used, step)?;
+        self.writes = kept;
         let failed = (failed != u64::MAX).then(|| {
             let (job, number) = ((failed >> 32) as usize, failed & u64::from(u32::MAX));
-            let [bands, blocks] = counts.get(job).copied().unwrap_or([1, 1]);
+            let part = jobs.get(job).and_then(|job| job.parts.first());
+            let [bands, blocks] = part.map_or([1, 1], counts_of);
             let row = number / blocks;
             Failed { job, block: [row / bands, row % bands, number % blocks] }
         });
@@ -219,36 +206,56 @@ impl Placer {
     /// # Errors
     ///
     /// As [`write`](Self::write).
-    pub fn check<'a>(
+    pub fn check(
         &mut self,
-        jobs: impl IntoIterator<Item = Check<'a>, IntoIter: Clone>,
-        mut step: impl FnMut() -> Result<()>,
+        jobs: &[Check<'_>],
+        step: impl FnMut() -> Result<()>,
     ) -> Result<Vec<u64>> {
         let _waiting = Waiting(self.stream.clone());
-        let jobs = jobs.into_iter();
-        let slots = jobs.clone().count();
-        self.begin(slots)?;
-        self.table.clear();
-        let mut used: Vec<CudaMemory> = Vec::new();
-        for (slot, job) in (0..).zip(jobs) {
-            let target = self.target(job.memory)?;
-            if used.last().is_none_or(|last| last.address() != job.memory.memory().address()) {
-                used.push(job.memory.memory().clone());
-            }
-            for part in job.parts {
-                let written = if part.blocks.is_some() { 1 } else { part.element };
-                within(part, part.to, written, job.memory.len() as u64)?;
-                scales_within(part, job.memory.len() as u64)?;
-                push_check(&mut self.table, part, target, slot)?;
-            }
-            if self.table.read >= LAUNCH {
-                step()?;
-                self.launch(false, &Arc::new(used.clone()))?;
-            }
+        let all = jobs.iter().map(|job| {
+            let place = self.place(None, job.memory)?;
+            Ok(Job { place, parts: job.parts })
+        });
+        let all = all.collect::<Result<Vec<_>>>()?;
+        let used = used_by(jobs.iter().map(|job| job.memory), &self.known);
+        let mut kept = std::mem::take(&mut self.checks);
+        let (_, sums) = self.run(&mut kept, &all, used, step)?;
+        self.checks = kept;
+        Ok(sums)
+    }
+
+    /// Launches jobs. Returns the first failure, and the sum of each job. After an error, `kept` may not be used again.
+    fn run(
+        &mut self,
+        kept: &mut Kept,
+        jobs: &[Job<'_>],
+        used: Arc<Vec<CudaMemory>>,
+        mut step: impl FnMut() -> Result<()>,
+    ) -> Result<(u64, Vec<u64>)> {
+        let begun = Instant::now();
+        self.begin(jobs.len())?;
+        let taken = kept.launches.take(jobs)?;
+        let bytes = kept.launches.bytes();
+        let tables = match kept.tables.take().filter(|tables| tables.len() == bytes.len()) {
+            Some(tables) if taken == Taken::Same => tables,
+            tables => self.bring(bytes, tables)?,
+        };
+        for launch in kept.launches.list() {
+            step()?;
+            let kernel = match launch.kind {
+                Kind::Rows => &self.rows,
+                Kind::Blocks => &self.blocks,
+                Kind::Any => &self.any,
+                Kind::Check => &self.check,
+            };
+            ffi::launch(kernel, &self.stream, launch, &tables, &self.numbers, &used)?;
         }
-        step()?;
-        self.launch(false, &Arc::new(used))?;
-        Ok(self.finish(slots)?.1)
+        let launched = begun.elapsed();
+        let found = self.finish(jobs.len())?;
+        let (jobs, launches, ended) = (jobs.len(), kept.launches.list().len(), begun.elapsed());
+        tracing::debug!(jobs, launches, ?taken, ?launched, ?ended, "launches of placed updates");
+        kept.tables = Some(tables);
+        Ok(found)
     }
 
     /// The largest magnitudes of the blocks of parts, each over the elements in the part, as bits of the source's type. The top bit is set
@@ -263,18 +270,22 @@ impl Placer {
         let all: usize = counts.iter().sum();
         self.room_for_known(all * 4)?;
         self.begin(0)?;
-        self.table.clear();
+        let mut table = Table::default();
         let mut at = self.known.address();
         for (job, count) in jobs.iter().zip(&counts) {
             within(job.part, job.part.from, job.part.element, job.source.len())?;
             let source = self.source(job.source)?;
-            push_maxima(&mut self.table, job.part, source, job.ty, at)?;
+            push_maxima(&mut table, job.part, source, job.ty, at)?;
             at += *count as u64 * 4;
         }
         let used = Arc::new(vec![self.known.clone()]);
-        if self.table.tiles > 0 {
-            let memory = self.bring()?;
-            ffi::launch(&self.maxima, &self.stream, &self.table, &memory, &self.numbers, &used)?;
+        if table.tiles > 0 {
+            let mut bytes = Vec::new();
+            table.put(&mut bytes);
+            let (entries, tiles) = (table.entries(), table.tiles);
+            let launch = Launch { kind: Kind::Blocks, at: 0, entries, tiles };
+            let tables = self.bring(&bytes, None)?;
+            ffi::launch(&self.maxima, &self.stream, &launch, &tables, &self.numbers, &used)?;
         }
         self.stream.synchronize()?;
         let mut bytes = vec![0; all * 4];
@@ -294,13 +305,13 @@ impl Placer {
         }
     }
 
-    fn target(&self, memory: &CudaSlice) -> Result<Target> {
-        let (there, here) = (memory.device().ordinal(), self.device().ordinal());
+    fn place(&self, source: Option<Source>, target: &CudaSlice) -> Result<Place> {
+        let (there, here) = (target.device().ordinal(), self.device().ordinal());
         if there != here {
             let words = format!("memory of device {there} for kernels of {here}");
             return Err(CudaError::Range(words).into());
         }
-        Ok(Target { address: memory.address(), place: 0 })
+        Ok(Place { source, target: target.address(), target_len: target.len() as u64 })
     }
 
     fn room_for_known(&mut self, bytes: usize) -> Result<()> {
@@ -327,40 +338,18 @@ impl Placer {
         Ok(())
     }
 
-    /// Copies the table to the device, unless it is there.
-    fn bring(&mut self) -> Result<CudaMemory, CudaError> {
-        let bytes = self.table.bytes();
-        let known = self.resident.want(bytes);
-        if let Known::Here(memory) = known {
-            return Ok(memory);
+    /// Copies tables to memory of their length.
+    fn bring(&mut self, tables: &[u8], to: Option<CudaMemory>) -> Result<CudaMemory, CudaError> {
+        if tables.len() > self.staging.len() {
+            self.staging = PinnedMemory::new(&self.stream, tables.len().next_power_of_two())?;
         }
-        if bytes.len() > self.staging.len() {
-            self.staging = PinnedMemory::new(&self.stream, bytes.len().next_power_of_two())?;
-        }
-        let memory = CudaMemory::new(self.stream.device(), bytes.len())?;
-        self.staging.bytes()?[..bytes.len()].copy_from_slice(bytes);
-        self.staging.copy_to(0, &memory.all())?;
-        if matches!(known, Known::Again) {
-            // It has arrived before anybody launches it again, or is forgotten.
-            self.stream.synchronize()?;
-            self.resident.keep(bytes, memory.clone());
-        }
+        let memory = match to {
+            Some(memory) => memory,
+            None => CudaMemory::new(self.stream.device(), tables.len().max(8))?,
+        };
+        self.staging.bytes()?[..tables.len()].copy_from_slice(tables);
+        self.staging.copy_to(0, &memory.slice(0, tables.len())?)?;
         Ok(memory)
-    }
-
-    /// Launches the table, and begins another one.
-    fn launch(&mut self, writes: bool, used: &Arc<Vec<CudaMemory>>) -> Result<()> {
-        if self.table.tiles > 0 {
-            let memory = self.bring()?;
-            let kernel = match (writes, self.table.wide) {
-                (true, false) => &self.place,
-                (true, true) => &self.place_wide,
-                (false, _) => &self.check,
-            };
-            ffi::launch(kernel, &self.stream, &self.table, &memory, &self.numbers, used)?;
-        }
-        self.table.clear();
-        Ok(())
     }
 
     /// Waits for the launches. Returns the failure, and the sum of each slot.
@@ -373,31 +362,21 @@ impl Placer {
     }
 }
 
-fn counts_of(part: &StridedPart) -> [u64; 2] {
-    part.blocks.as_ref().map_or([1, 1], |blocks| blocks.counts(part.extent[1], part.extent[2]))
+/// The allocations of memory that jobs use, most of them once.
+fn used_by<'a>(
+    all: impl Iterator<Item = &'a CudaSlice>,
+    known: &CudaMemory,
+) -> Arc<Vec<CudaMemory>> {
+    let mut used = vec![known.clone()];
+    for slice in all {
+        if used.last().is_none_or(|last| last.address() != slice.memory().address()) {
+            used.push(slice.memory().clone());
+        }
+    }
+    Arc::new(used)
 }
 
 fn blocks_of(part: &StridedPart) -> u64 {
     let [bands, blocks] = counts_of(part);
     part.extent[0] * bands * blocks
-}
-
-/// Checks that a part lies within memory of `len` bytes.
-fn within(part: &StridedPart, at: quant_fp8::Strides, element: u64, len: u64) -> Result<()> {
-    let [matrices, rows, cols] = part.extent;
-    let end = cols.checked_mul(element).and_then(|bytes| at.end(matrices, rows, bytes));
-    match end {
-        Some(end) if end <= len => Ok(()),
-        _ => Err(CudaError::Range(format!("a part at {} of {len} bytes", at.at)).into()),
-    }
-}
-
-fn scales_within(part: &StridedPart, len: u64) -> Result<()> {
-    let Some(blocks) = &part.blocks else { return Ok(()) };
-    let [bands, columns] = counts_of(part);
-    let end = blocks.scales.end(part.extent[0], bands, columns * 4);
-    match end {
-        Some(end) if end <= len => Ok(()),
-        _ => Err(CudaError::Range(format!("scales at {} of {len} bytes", blocks.scales.at)).into()),
-    }
 }

@@ -6,8 +6,8 @@
 use std::sync::{Arc, LazyLock};
 
 use device_cuda::{
-    CudaError, CudaMemory, CudaSlice, CudaTensorMap, Device, DeviceJob, Kernels, Launch, Packer,
-    bucket_storage,
+    Check, CudaError, CudaMemory, CudaSlice, CudaTensorMap, Device, DeviceJob, Kernels, Launch,
+    Packer, Placer, Write, bucket_storage,
 };
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::{BucketLayout, BucketPlanner, Piece};
@@ -16,7 +16,7 @@ use futures::StreamExt;
 use quant_fp8::rules::{Receiver, Rules, RulesConfig};
 use quant_fp8::{
     Codec, Fp8Format, Fp8Quantizer, Granularity, Mode, Precast, QuantizeFp8, Source, SourceType,
-    Store,
+    Store, StridedBlocks, StridedPart, Strides,
 };
 use safetensors::{Dtype, SafeTensors};
 
@@ -1015,4 +1015,113 @@ fn a_tensor_of_the_device_goes_out_and_comes_back_by_dlpack_without_a_copy() {
     assert_eq!((weight.meta().dtype, &*weight.meta().shape), (DType::BF16, &[8, 8][..]));
     assert_eq!(CudaSlice::of_storage(weight.storage().unwrap()).unwrap().address(), address);
     assert_eq!(weight.to_bytes().unwrap(), (64..192).collect::<Vec<u8>>());
+}
+
+/// A whole matrix on its way to `to`, quantised if its scales go to `scales`.
+fn whole(matrix: &Matrix, to: u64, scales: Option<u64>) -> Arc<[StridedPart]> {
+    let (rows, cols) = (matrix.shape[0] as u64, matrix.shape[1] as u64);
+    let element = matrix.ty.size() as u64;
+    let written = if scales.is_some() { 1 } else { element };
+    let blocks = scales.map(|at| StridedBlocks {
+        format: Fp8Format::default(),
+        sides: [128, 128],
+        first: [128, 128],
+        block: [0; 3],
+        scales: Strides { at, matrix: 0, row: cols.div_ceil(128) * 4 },
+        skips: [false; 2],
+    });
+    let part = StridedPart {
+        from: Strides { at: 0, matrix: 0, row: cols * element },
+        to: Strides { at: to, matrix: 0, row: cols * written },
+        extent: [1, rows, cols],
+        element,
+        blocks,
+    };
+    [part].into()
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn weights_are_placed_right_in_updates_that_repeat_also_when_they_move_or_change_their_alignment() {
+    const TYPES: [SourceType; 3] = [SourceType::Bf16, SourceType::F16, SourceType::F32];
+    const SHAPES: [[usize; 2]; 5] = [[1, 1], [128, 128], [300, 520], [257, 129], [2000, 512]];
+    let gpu = Gpu::open();
+    let mut placer = Placer::new(&gpu.device).unwrap();
+    let format = Fp8Format::default();
+    let matrices: Vec<(Matrix, bool)> = TYPES
+        .into_iter()
+        .flat_map(|ty| SHAPES.map(|shape| (ty, shape)))
+        .flat_map(|of| [(of, false), (of, true)])
+        .map(|((ty, shape), quantises)| (random(ty, &shape, shape[0] as u64), quantises))
+        .collect();
+    // Where each lies in the memory that is lent.
+    let mut end = 0_u64;
+    let mut room = |bytes: usize| {
+        let at = end.next_multiple_of(64);
+        end = at + bytes as u64;
+        at
+    };
+    let places: Vec<(u64, Option<u64>)> = matrices
+        .iter()
+        .map(|(matrix, quantises)| match quantises {
+            false => (room(matrix.bytes.len()), None),
+            true => {
+                let grid = format.granularity.grid(&matrix.shape).unwrap();
+                (room(grid.elements()), Some(room(grid.scales() * 4)))
+            }
+        })
+        .collect();
+    let parts: Vec<_> = matrices
+        .iter()
+        .zip(&places)
+        .map(|((matrix, _), (to, scales))| whole(matrix, *to, *scales))
+        .collect();
+    let lent = CudaMemory::new(&gpu.device, end as usize).unwrap().all();
+    let mut sums = Vec::new();
+    // Twice at the same addresses, then at others, then at some that fit no fast path.
+    for (update, offset) in [(0_u8, 0), (1, 0), (2, 256), (3, 260), (4, 0)] {
+        let memory: Vec<CudaSlice> = matrices
+            .iter()
+            .map(|(matrix, _)| {
+                // What is in front of the weight moves it.
+                gpu.put(&[&vec![0x11; offset][..], &matrix.bytes].concat())
+            })
+            .collect();
+        let sources: Vec<_> = memory
+            .iter()
+            .map(|slice| slice.storage().slice(offset as u64..slice.len() as u64))
+            .collect();
+        lent.write(&vec![0xa5 ^ update; lent.len()]).unwrap();
+        let jobs: Vec<Write<'_>> = sources
+            .iter()
+            .zip(&matrices)
+            .zip(&parts)
+            .map(|((source, (matrix, quantises)), parts)| {
+                let ty = quantises.then_some(matrix.ty);
+                Write { source, ty, parts, to: &lent, known: None }
+            })
+            .collect();
+        let found = placer.write(&jobs, || Ok(())).unwrap();
+        assert_eq!(found.failed, None, "update {update}");
+        let checks: Vec<Check<'_>> =
+            parts.iter().map(|parts| Check { memory: &lent, parts }).collect();
+        let there = placer.check(&checks, || Ok(())).unwrap();
+        assert_eq!(found.sums, there, "update {update}");
+        let mut bytes = vec![0; lent.len()];
+        lent.read(&mut bytes).unwrap();
+        for ((matrix, _), (to, scales)) in matrices.iter().zip(&places) {
+            let at = |at: u64, len: usize| &bytes[at as usize..at as usize + len];
+            let name = &matrix.name;
+            match scales {
+                None => assert_eq!(at(*to, matrix.bytes.len()), matrix.bytes, "{name}"),
+                Some(scales) => {
+                    let (codes, expected) = on_the_cpu(matrix, &format);
+                    assert_eq!(at(*to, codes.len()), codes, "{name} in update {update}");
+                    assert_eq!(at(*scales, expected.len()), expected, "{name} in update {update}");
+                }
+            }
+        }
+        sums.push(found.sums);
+    }
+    assert!(sums.iter().all(|of_update| *of_update == sums[0]));
 }

@@ -72,6 +72,11 @@ impl TensorBox {
         self.0.len() == shape.len() && self.0.iter().zip(shape).all(|(range, &n)| range.end <= n)
     }
 
+    /// Whether it is the whole of a tensor of a shape.
+    pub fn is_whole(&self, shape: &[u64]) -> bool {
+        self.0.len() == shape.len() && self.0.iter().zip(shape).all(|(range, &n)| *range == (0..n))
+    }
+
     /// Whether all elements of another box are in this one.
     pub fn contains(&self, other: &Self) -> bool {
         self.0.len() == other.0.len()

@@ -372,6 +372,19 @@ impl Weight {
         }
     }
 
+    /// Whether it is this box of the tensor that `full` describes.
+    pub fn is_box_of(&self, full: &TensorMeta, region: &TensorBox) -> bool {
+        match &self.part {
+            None => self.meta == *full && region.is_whole(&full.shape),
+            Some(part) => {
+                let same = Arc::ptr_eq(&part.shape, &full.shape) || part.shape == full.shape;
+                same && part.region == *region
+                    && self.meta.dtype == full.dtype
+                    && self.meta.has_name_of(full)
+            }
+        }
+    }
+
     /// For whatever takes whole tensors alone: says that a part of one is none.
     ///
     /// # Errors

@@ -202,16 +202,9 @@ pub(crate) struct Piece {
     /// outside of the piece.
     pub(crate) cuts_blocks: bool,
     /// The whole piece in the form that a device uses.
-    pub(crate) parts: Vec<StridedPart>,
-}
-
-impl Piece {
+    pub(crate) parts: Arc<[StridedPart]>,
     /// The bytes that are written.
-    pub(crate) fn bytes(&self) -> u64 {
-        let size = self.lent.wanted.meta.dtype.bytes().unwrap_or(1);
-        let scales = self.scales.as_ref().map_or(0, TensorBox::elements);
-        self.region.elements() * size + scales * 4
-    }
+    pub(crate) bytes: u64,
 }
 
 /// The work of a rank in an update, for a set of declarations.
@@ -221,6 +214,8 @@ pub(crate) struct Table {
     pub(crate) digest: Digest,
     /// In the order of the plan. Both ranks of a pair have their common pieces in the same order.
     pub(crate) pieces: Vec<Piece>,
+    /// The bytes of all pieces.
+    pub(crate) bytes: u64,
     /// The number of tensors of the plan, and how many of them are quantised.
     pub(crate) tensors: u64,
     pub(crate) quantized: u64,
@@ -361,7 +356,9 @@ pub(crate) fn table(
         let whole = transfer.region.to_granules(&granule, &lent.wanted.meta.shape);
         pieces.push(Piece {
             cuts_blocks: lent.wanted.format.is_some() && whole != transfer.region,
-            parts,
+            bytes: transfer.region.elements() * written
+                + scales.as_ref().map_or(0, TensorBox::elements) * 4,
+            parts: parts.into(),
             tensor: transfer.tensor,
             tiles: tiles(&transfer.region, &granule, each),
             peer: if is_trainer { transfer.to } else { transfer.from },
@@ -389,6 +386,7 @@ pub(crate) fn table(
     Ok(Table {
         set,
         digest,
+        bytes: pieces.iter().map(|piece| piece.bytes).sum(),
         pieces,
         tensors,
         quantized: of_format,

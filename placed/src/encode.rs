@@ -1,7 +1,7 @@
 //! The work on bytes. A trainer finds the maxima of blocks that it shares with others, and encodes tiles into the memory
 //! of rollouts. A rollout digests what is there.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -108,21 +108,17 @@ impl Sources {
         pool: &Pool,
         going: &Going,
     ) -> Result<Vec<(Rank, Vec<u32>)>> {
-        let mut by_name: HashMap<&str, Vec<usize>> = HashMap::new();
-        if !table.formats.is_empty() {
-            for (at, weight) in self.weights.iter().enumerate() {
-                by_name.entry(weight.name()).or_default().push(at);
-            }
-        }
+        let exchanged = table.exchanges.iter().map(|exchange| exchange.tensor);
+        let cut = table.pieces.iter().filter(|piece| piece.cuts_blocks).map(|piece| piece.tensor);
+        let tensors: BTreeSet<u32> = exchanged.chain(cut).collect();
+        let tensors = tensors.iter().filter_map(|tensor| table.formats.get(tensor));
+        let formats: HashMap<&str, Fp8Format> =
+            tensors.map(|(meta, format)| (&*meta.name, *format)).collect();
         let mut needed: BTreeMap<usize, Fp8Format> = BTreeMap::new();
-        let mut need = |tensor: u32| {
-            if let Some((meta, format)) = table.formats.get(&tensor) {
-                let of = by_name.get(&*meta.name).into_iter().flatten();
-                needed.extend(of.map(|at| (*at, *format)));
-            }
-        };
-        table.exchanges.iter().for_each(|exchange| need(exchange.tensor));
-        table.pieces.iter().filter(|piece| piece.cuts_blocks).for_each(|piece| need(piece.tensor));
+        if !formats.is_empty() {
+            let all = self.weights.iter().enumerate();
+            needed.extend(all.filter_map(|(at, weight)| Some((at, *formats.get(weight.name())?))));
+        }
         let weights = &self.weights;
         let takes = |at: usize, format: &Fp8Format| {
             encoder.filter(|encoder| encoder.takes(&weights[at], Some(format)))
@@ -251,24 +247,22 @@ impl Sources {
             })
         };
         let mut sums = vec![0; table.pieces.len()];
-        let (mut there, mut here) = (Vec::new(), Vec::new());
-        for (number, piece) in table.pieces.iter().enumerate() {
-            let memory = to(piece)?;
-            let takes = |encoder: &&dyn Encoder| {
-                encoder.writes_to(&**memory)
-                    && encoder.takes(&self.weights[piece.held], piece.lent.wanted.format.as_ref())
-            };
-            match encoder.filter(takes) {
-                Some(_) => there.push(number),
-                None => here.push(number),
+        let (mut there, mut here, mut encoded) = (Vec::new(), Vec::new(), Vec::new());
+        let all: Vec<(usize, &Piece)> = table.pieces.iter().enumerate().collect();
+        for pieces in all.chunk_by(|(_, one), (_, next)| one.peer == next.peer) {
+            let memory = &**to(pieces[0].1)?;
+            let encoder = encoder.filter(|encoder| encoder.writes_to(memory));
+            for &(number, piece) in pieces {
+                let (weight, format) = (&self.weights[piece.held], &piece.lent.wanted.format);
+                if encoder.is_some_and(|encoder| encoder.takes(weight, format.as_ref())) {
+                    there.push(number);
+                    encoded.push(self.encoded(piece, memory)?);
+                } else {
+                    here.push(number);
+                }
             }
         }
         if let Some(encoder) = encoder.filter(|_| !there.is_empty()) {
-            let encoded = there.iter().map(|&number| {
-                let piece = &table.pieces[number];
-                self.encoded(piece, &**to(piece)?)
-            });
-            let encoded = encoded.collect::<Result<Vec<_>>>()?;
             let written = encoder.write(&encoded, &mut || going.step())?;
             if let Some((number, block)) = written.failed {
                 return Err(non_finite(
@@ -303,7 +297,7 @@ impl Sources {
             .iter()
             .map(|&number| table.pieces[number].held)
             .filter(|&held| self.weights[held].reads_device())
-            .collect::<std::collections::BTreeSet<_>>();
+            .collect::<BTreeSet<_>>();
         let sums = if digests { sums_of(table, &sums) } else { Vec::new() };
         Ok(Sent { sums, through_host: through_host.len() as u64 })
     }
@@ -508,11 +502,11 @@ pub(crate) fn verify(
     pool: &Pool,
     going: &Going,
 ) -> Result<(u64, u64)> {
-    let bytes = table.pieces.iter().map(Piece::bytes).sum();
+    let bytes = table.bytes;
     if !digests {
         return Ok((0, bytes));
     }
-    let parts: Vec<&[StridedPart]> = table.pieces.iter().map(|piece| &piece.parts[..]).collect();
+    let parts: Vec<&Arc<[StridedPart]>> = table.pieces.iter().map(|piece| &piece.parts).collect();
     let sums = match (memory.sums(&parts, &mut || going.step())?, memory.bytes()?) {
         (Some(sums), _) => sums,
         (None, LentBytes::Host(bytes)) => host_sums(table, bytes, pool, going)?,
@@ -590,8 +584,11 @@ fn digest_tile(piece: &Piece, tile: &TensorBox, memory: &[u8]) -> Result<u64> {
 /// The digests of pieces, from their sums, by the rank at the other end.
 fn sums_of(table: &Table, sums: &[u64]) -> Vec<(Rank, Vec<u64>)> {
     let mut digests: BTreeMap<Rank, Vec<u64>> = BTreeMap::new();
-    for (piece, sum) in table.pieces.iter().zip(sums) {
-        digests.entry(piece.peer).or_default().push(digest::finish(*sum, piece.bytes()));
+    let mut sums = sums.iter();
+    for pieces in table.pieces.chunk_by(|one, next| one.peer == next.peer) {
+        let of_rank = digests.entry(pieces[0].peer).or_default();
+        let finish = |(piece, sum): (&Piece, &u64)| digest::finish(*sum, piece.bytes);
+        of_rank.extend(pieces.iter().zip(sums.by_ref()).map(finish));
     }
     digests.into_iter().collect()
 }

@@ -47,14 +47,15 @@ pub trait Lender: fmt::Debug + Send + Sync {
     fn bytes(&self) -> Result<LentBytes<'_>>;
 
     /// The digest sum of each piece, which is given as its parts, computed where the memory is. `None` for memory whose
-    /// [bytes](Self::bytes) the host reads. `step` is called as the work goes on. Its error ends the work.
+    /// [bytes](Self::bytes) the host reads. `step` is called as the work goes on. Its error ends the work. In an update that
+    /// is like the last one, the parts are clones of the same ones.
     ///
     /// # Errors
     ///
     /// `State` while it is lent; those of the device and of `step`.
     fn sums(
         &self,
-        _pieces: &[&[StridedPart]],
+        _pieces: &[&Arc<[StridedPart]>],
         _step: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Option<Vec<u64>>> {
         Ok(None)
@@ -145,8 +146,9 @@ pub struct Encoded<'a> {
     pub weight: &'a Weight,
     /// The type of the weight's elements, if it is quantised.
     pub ty: Option<SourceType>,
-    /// The parts to write: a single one, if it is quantised.
-    pub parts: &'a [StridedPart],
+    /// The parts to write: a single one, if it is quantised. In an update that is like the last one, they are clones of the
+    /// same ones.
+    pub parts: &'a Arc<[StridedPart]>,
     /// The rollout's memory, which the encoder [writes to](Encoder::writes_to).
     pub to: &'a dyn Reached,
     /// The maxima of the piece's blocks, if they also cover elements outside of the piece.

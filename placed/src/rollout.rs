@@ -18,7 +18,7 @@ use protocol::encode;
 use tokio::sync::Mutex as Lock;
 
 use crate::coordinator::digest_of;
-use crate::declared::{Declaration, Lent, Piece, Table, Wanted, lay_out};
+use crate::declared::{Declaration, Lent, Table, Wanted, lay_out};
 use crate::encode::{Going, verify};
 use crate::member::{Done, Member, Task, TensorState};
 use crate::memory::{Lender, LentBytes};
@@ -201,11 +201,7 @@ impl PlacedRollout {
     pub async fn update(&mut self, version: Option<Version>) -> Result<ReceiveReport> {
         let begun = Instant::now();
         let ended = self.seat.take_part(&mut self.worker, version, self.digests).await?;
-        let bytes = {
-            let table = lock(&self.worker.table);
-            let pieces = table.iter().flat_map(|table| &table.pieces);
-            pieces.map(Piece::bytes).sum()
-        };
+        let bytes = lock(&self.worker.table).as_ref().map_or(0, |table| table.bytes);
         let mut report = ReceiveReport::new(ended.version, VersionState::Active);
         report.tensors = self.worker.tensors.len() as u64;
         report.bytes = bytes;

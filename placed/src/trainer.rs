@@ -217,10 +217,7 @@ impl TrainerEngine for PlacedTrainer {
 impl Writer {
     /// Takes the weights of the next update.
     fn hold(&mut self, weights: Vec<Weight>) -> Result<()> {
-        let is_same = |(weight, held): (&Weight, &Held)| {
-            let full = weight.full_meta();
-            full == held.meta && weight.region() == held.region
-        };
+        let is_same = |(weight, held): (&Weight, &Held)| weight.is_box_of(&held.meta, &held.region);
         let same = weights.len() == self.last.len() && weights.iter().zip(&self.last).all(is_same);
         if !same || self.declared.is_none() {
             let held = |weight: &Weight| Held { meta: weight.full_meta(), region: weight.region() };

@@ -32,10 +32,11 @@ pub struct Trainer {
 pub fn stream<'a>(weights: Weights, shard: Option<&'a Shard>) -> WeightStream<'a> {
     let Some(shard) = shard else { return ensure_async_iterator(weights) };
     ensure_async_iterator(weights.flat_map(move |weight| {
-        match weight.and_then(|weight| shard.of(&weight)) {
-            Ok(boxes) => boxes.into_iter().map(Ok).collect(),
-            Err(error) => vec![Err(error)],
-        }
+        let (boxes, failed) = match weight.and_then(|weight| shard.of(weight)) {
+            Ok(boxes) => (boxes, None),
+            Err(error) => (Vec::new(), Some(Err(error))),
+        };
+        boxes.into_iter().map(Ok).chain(failed)
     }))
 }
 

@@ -53,7 +53,22 @@ pub(super) struct Entry {
 }
 
 /// Bytes of an entry.
-const ENTRY: usize = 12 * 8 + 14 * 4;
+pub(super) const ENTRY: usize = 12 * 8 + 14 * 4;
+
+/// The job of an entry, which is its slot.
+pub(super) fn job_of(entry: &[u8; ENTRY]) -> u32 {
+    let mut slot = [0; 4];
+    slot.copy_from_slice(&entry[ENTRY - 4..]);
+    u32::from_le_bytes(slot)
+}
+
+/// Moves the source of an entry.
+pub(super) fn move_source(entry: &mut [u8; ENTRY], by: u64) {
+    let (source, _) = entry.as_chunks_mut::<8>();
+    if let Some(source) = source.first_mut() {
+        *source = u64::from_le_bytes(*source).wrapping_add(by).to_le_bytes();
+    }
+}
 
 impl Entry {
     fn put(&self, bytes: &mut Vec<u8>) {
@@ -98,40 +113,19 @@ pub(super) struct Table {
     entries: Vec<u8>,
     firsts: Vec<u32>,
     pub(super) tiles: u32,
-    /// Whether there are blocks of F32.
-    pub(super) wide: bool,
-    /// Bytes that the launch reads.
-    pub(super) read: u64,
 }
 
 impl Table {
-    pub(super) fn clear(&mut self) {
-        *self = Self {
-            entries: std::mem::take(&mut self.entries),
-            firsts: std::mem::take(&mut self.firsts),
-            ..Self::default()
-        };
-        self.entries.clear();
-        self.firsts.clear();
-    }
-
-    pub(super) fn jobs(&self) -> u32 {
+    pub(super) fn entries(&self) -> u32 {
         // There are at most as many entries as tiles, whose number fits.
         self.firsts.len() as u32
     }
 
-    /// The offset of the first-tile numbers, behind the entries.
-    pub(super) fn firsts_at(&self) -> u64 {
-        (self.firsts.len() * ENTRY) as u64
-    }
-
-    /// The whole table, as it is copied to the device.
-    pub(super) fn bytes(&mut self) -> &[u8] {
-        let firsts = self.firsts.iter().flat_map(|first| first.to_le_bytes());
-        let at = self.entries.len();
-        self.entries.extend(firsts);
-        debug_assert_eq!(at, self.firsts.len() * ENTRY);
-        &self.entries
+    /// Appends the whole table, as it is copied to the device: its length is a multiple of 8.
+    pub(super) fn put(&self, bytes: &mut Vec<u8>) {
+        bytes.extend_from_slice(&self.entries);
+        bytes.extend(self.firsts.iter().flat_map(|first| first.to_le_bytes()));
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
     }
 
     fn push(&mut self, entry: &Entry, matrices: u64) -> Result<(), CudaError> {
@@ -270,9 +264,9 @@ fn push_rows(
     table.push(&entry, matrices)
 }
 
-/// Adds a part that is written.
+/// Adds a part that is written to the table of its kind: of rows, of blocks that are fast, or of any blocks.
 pub(super) fn push_write(
-    table: &mut Table,
+    [rows_table, fast_table, any_table]: [&mut Table; 3],
     part: &StridedPart,
     source: u64,
     target: Target,
@@ -281,11 +275,10 @@ pub(super) fn push_write(
     slot: u32,
 ) -> Result<(), CudaError> {
     let [matrices, rows, cols] = part.extent;
-    table.read += matrices * rows * cols * part.element;
     let Some(blocks) = &part.blocks else {
         let bytes = cols * part.element;
         let extent = [matrices, rows, bytes];
-        return push_rows(table, (source, part.from), (target, part.to), extent, None, slot);
+        return push_rows(rows_table, (source, part.from), (target, part.to), extent, None, slot);
     };
     let ty = ty.ok_or_else(|| too_large("elements that have no blocks"))?;
     let (from, to) = (used(part.from, part.extent), used(part.to, part.extent));
@@ -320,7 +313,7 @@ pub(super) fn push_write(
     if is_fast {
         entry.flags |= FAST;
     }
-    table.wide |= ty == SourceType::F32;
+    let table = if is_fast && ty.size() == 2 { fast_table } else { any_table };
     table.push(&entry, matrices)
 }
 
@@ -379,7 +372,6 @@ pub(super) fn push_check(
 ) -> Result<(), CudaError> {
     let [matrices, rows, cols] = part.extent;
     let bytes = if part.blocks.is_some() { cols } else { cols * part.element };
-    table.read += matrices * rows * bytes;
     let to = used(part.to, part.extent);
     let mut extent = [matrices, rows, bytes];
     let mut cut = part.blocks.as_ref().map(|blocks| (blocks.first[1], blocks.sides[1]));

@@ -1,0 +1,370 @@
+//! The launches of a list of jobs, kept from one update to the next. Addresses in, bytes out.
+
+use std::sync::Arc;
+
+use quant_fp8::{SourceType, StridedPart, Strides};
+
+use super::table::{ENTRY, Table, Target, job_of, move_source, push_check, push_write};
+use crate::CudaError;
+
+/// Bytes that a launch reads, approximately. Work can be stopped between two launches.
+const LAUNCH: u64 = 8 << 30;
+
+/// Kernels read so many bytes at a time where addresses are multiples of it.
+const ALIGNMENT: u64 = 16;
+
+/// A kernel. Each has tables of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Copies.
+    Rows,
+    /// Quantises blocks of elements of two bytes.
+    Blocks,
+    /// Quantises blocks that have no faster kernel.
+    Any,
+    /// Digests memory.
+    Check,
+}
+
+const KINDS: [Kind; 4] = [Kind::Rows, Kind::Blocks, Kind::Any, Kind::Check];
+
+/// A job: parts of a weight that are written to memory, or parts of memory that are digested.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Job<'a> {
+    pub(super) place: Place,
+    pub(super) parts: &'a Arc<[StridedPart]>,
+}
+
+/// Where a job is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    /// The weight, if one is written.
+    pub(super) source: Option<Source>,
+    /// The address and the length of the memory that its parts are in.
+    pub(super) target: u64,
+    pub(super) target_len: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Source {
+    pub(super) address: u64,
+    pub(super) len: u64,
+    /// The type of its elements, if it is quantised.
+    pub(super) ty: Option<SourceType>,
+    /// The address of the largest magnitudes of its blocks, or 0.
+    pub(super) known: u64,
+}
+
+/// A launch of a kernel over a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Launch {
+    pub(super) kind: Kind,
+    /// Where the table is in the bytes of all tables.
+    pub(super) at: usize,
+    pub(super) entries: u32,
+    pub(super) tiles: u32,
+}
+
+/// What became of the tables when a list of jobs was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Taken {
+    /// They are as before.
+    Same,
+    /// Weights have moved, and their addresses were replaced.
+    Moved,
+    /// They were made anew.
+    New,
+}
+
+/// The launches of the last list of jobs, and their tables.
+#[derive(Debug, Default)]
+pub(super) struct Launches {
+    jobs: Vec<(Place, Arc<[StridedPart]>)>,
+    list: Vec<Launch>,
+    bytes: Vec<u8>,
+}
+
+impl Launches {
+    pub(super) fn list(&self) -> &[Launch] {
+        &self.list
+    }
+
+    /// The bytes of all tables.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Takes a list of jobs: afterwards these are its launches. A job's slot is its number in the list.
+    ///
+    /// The jobs are compared with those of the last list, so no caller has to say what has changed.
+    ///
+    /// # Errors
+    ///
+    /// `Range` for parts that are not within their memory or that a kernel cannot do. Then there are no launches.
+    pub(super) fn take(&mut self, jobs: &[Job<'_>]) -> Result<Taken, CudaError> {
+        if let Some(moves) = self.moves(jobs) {
+            if moves.is_empty() {
+                return Ok(Taken::Same);
+            }
+            self.move_sources(&moves);
+            for ((place, _), job) in self.jobs.iter_mut().zip(jobs) {
+                *place = job.place;
+            }
+            return Ok(Taken::Moved);
+        }
+        *self = Self::default();
+        let made = self.make(jobs);
+        if made.is_err() {
+            *self = Self::default();
+        }
+        made.map(|()| Taken::New)
+    }
+
+    /// How far each job's source has moved since the last list, and nothing if none has. `None` if the lists differ in more than that.
+    fn moves(&self, jobs: &[Job<'_>]) -> Option<Vec<u64>> {
+        if jobs.len() != self.jobs.len() {
+            return None;
+        }
+        let mut moves = Vec::new();
+        for (number, (job, (place, parts))) in jobs.iter().zip(&self.jobs).enumerate() {
+            // In an update that is like the last one, they are the same memory, which need not be read.
+            if !Arc::ptr_eq(parts, job.parts) && parts != job.parts {
+                return None;
+            }
+            if job.place == *place {
+                continue;
+            }
+            let (now, before) = (job.place.source?, place.source?);
+            let by = now.address.wrapping_sub(before.address);
+            let moved = Place { source: Some(Source { address: now.address, ..before }), ..*place };
+            if moved != job.place || !by.is_multiple_of(ALIGNMENT) {
+                return None;
+            }
+            moves.resize(jobs.len(), 0);
+            moves[number] = by;
+        }
+        Some(moves)
+    }
+
+    fn move_sources(&mut self, moves: &[u64]) {
+        for launch in &self.list {
+            let end = launch.at + launch.entries as usize * ENTRY;
+            let (entries, _) = self.bytes[launch.at..end].as_chunks_mut::<ENTRY>();
+            for entry in entries {
+                match moves.get(job_of(entry) as usize) {
+                    None | Some(0) => {}
+                    Some(by) => move_source(entry, *by),
+                }
+            }
+        }
+    }
+
+    fn make(&mut self, jobs: &[Job<'_>]) -> Result<(), CudaError> {
+        let mut tables: [Table; KINDS.len()] = Default::default();
+        let mut read = 0;
+        self.jobs.reserve(jobs.len());
+        for (slot, job) in (0..).zip(jobs) {
+            let Place { source, target, target_len } = job.place;
+            let to = Target { address: target, place: 0 };
+            for part in job.parts.iter() {
+                let written = if part.blocks.is_some() { 1 } else { part.element };
+                within(part, part.to, written, target_len)?;
+                scales_within(part, target_len)?;
+                let [rows, blocks, any, checks] = &mut tables;
+                let elements = part.extent.iter().product::<u64>();
+                let Some(source) = source else {
+                    read += elements * written;
+                    push_check(checks, part, to, slot)?;
+                    continue;
+                };
+                within(part, part.from, part.element, source.len)?;
+                read += elements * part.element;
+                let tables = [rows, blocks, any];
+                push_write(tables, part, source.address, to, source.ty, source.known, slot)?;
+            }
+            self.jobs.push((job.place, job.parts.clone()));
+            if read >= LAUNCH {
+                self.finish(&mut tables);
+                read = 0;
+            }
+        }
+        self.finish(&mut tables);
+        Ok(())
+    }
+
+    fn finish(&mut self, tables: &mut [Table; KINDS.len()]) {
+        for (kind, table) in KINDS.into_iter().zip(tables) {
+            let table = std::mem::take(table);
+            if table.tiles > 0 {
+                let (at, entries, tiles) = (self.bytes.len(), table.entries(), table.tiles);
+                table.put(&mut self.bytes);
+                self.list.push(Launch { kind, at, entries, tiles });
+            }
+        }
+    }
+}
+
+/// The number of rows and columns of blocks of a part.
+pub(super) fn counts_of(part: &StridedPart) -> [u64; 2] {
+    part.blocks.as_ref().map_or([1, 1], |blocks| blocks.counts(part.extent[1], part.extent[2]))
+}
+
+/// Checks that a part lies within memory of `len` bytes.
+pub(super) fn within(
+    part: &StridedPart,
+    at: Strides,
+    element: u64,
+    len: u64,
+) -> Result<(), CudaError> {
+    let [matrices, rows, cols] = part.extent;
+    let end = cols.checked_mul(element).and_then(|bytes| at.end(matrices, rows, bytes));
+    match end {
+        Some(end) if end <= len => Ok(()),
+        _ => Err(CudaError::Range(format!("a part at {} of {len} bytes", at.at))),
+    }
+}
+
+fn scales_within(part: &StridedPart, len: u64) -> Result<(), CudaError> {
+    let Some(blocks) = &part.blocks else { return Ok(()) };
+    let [bands, columns] = counts_of(part);
+    let end = blocks.scales.end(part.extent[0], bands, columns * 4);
+    match end {
+        Some(end) if end <= len => Ok(()),
+        _ => Err(CudaError::Range(format!("scales at {} of {len} bytes", blocks.scales.at))),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use quant_fp8::{Fp8Format, StridedBlocks};
+
+    /// A job that owns what it is made of.
+    #[derive(Clone, Debug)]
+    struct Made(Place, Arc<[StridedPart]>);
+
+    /// A copy, a quantised matrix in two parts of `bands` rows of blocks each, or memory that is digested.
+    fn made(what: u8, at: u64, bands: u64, checks: bool) -> Made {
+        let (rows, cols) = (bands * 128, 256);
+        let part = |first: u64| {
+            let blocks = StridedBlocks {
+                format: Fp8Format::default(),
+                sides: [128, 128],
+                first: [128, 128],
+                block: [0, first / 128, 0],
+                scales: Strides { at: 1 << 20, matrix: 0, row: 8 },
+                skips: [false; 2],
+            };
+            StridedPart {
+                from: Strides { at: first * cols * 2, matrix: 0, row: cols * 2 },
+                to: Strides { at: first * cols, matrix: 0, row: cols },
+                extent: [1, rows, cols],
+                element: if what == 2 { 4 } else { 2 },
+                blocks: (what > 0).then_some(blocks),
+            }
+        };
+        let ty = [None, Some(SourceType::Bf16), Some(SourceType::F32)][what as usize];
+        let source = Source { address: at, len: 1 << 20, ty, known: 0 };
+        let source = (!checks).then_some(source);
+        Made(Place { source, target: 1 << 30, target_len: 2 << 20 }, [part(0), part(rows)].into())
+    }
+
+    fn jobs(all: &[Made]) -> Vec<Job<'_>> {
+        all.iter().map(|Made(place, parts)| Job { place: *place, parts }).collect()
+    }
+
+    /// Whether these are the launches that a list of jobs has that nothing was kept for.
+    fn are_those_of(launches: &Launches, all: &[Made]) -> bool {
+        let mut anew = Launches::default();
+        anew.take(&jobs(all)).unwrap();
+        launches.list() == anew.list() && launches.bytes() == anew.bytes()
+    }
+
+    fn lists() -> impl Strategy<Value = Vec<Made>> {
+        let job = (0_u8..3, 0_u64..64, 1_u64..3).prop_map(|(w, at, n)| made(w, at << 12, n, false));
+        proptest::collection::vec(job, 0..9)
+    }
+
+    #[derive(Clone, Debug)]
+    enum Change {
+        Nothing,
+        /// Weights move, each by its own number of bytes.
+        Move(Vec<u64>),
+        /// The parts are others with the same values.
+        Copy,
+        Target,
+        Other(Vec<Made>),
+    }
+
+    fn changes() -> impl Strategy<Value = Change> {
+        let by = prop_oneof![Just(0_u64), (0_u64..9).prop_map(|at| at * 16), Just(8), Just(4)];
+        prop_oneof![
+            Just(Change::Nothing),
+            proptest::collection::vec(by, 9).prop_map(Change::Move),
+            Just(Change::Copy),
+            Just(Change::Target),
+            lists().prop_map(Change::Other),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn launches_that_are_kept_are_those_that_are_made_anew(
+            first in lists(), changes in proptest::collection::vec(changes(), 1..6),
+        ) {
+            let (mut all, mut launches) = (first, Launches::default());
+            launches.take(&jobs(&all)).unwrap();
+            for change in changes {
+                let mut expected = None;
+                match change {
+                    Change::Nothing => expected = Some(Taken::Same),
+                    Change::Move(by) => {
+                        for (Made(place, _), by) in all.iter_mut().zip(&by) {
+                            place.source.as_mut().unwrap().address += by;
+                        }
+                        let by = &by[..all.len()];
+                        if by.iter().all(|by| *by == 0) {
+                            expected = Some(Taken::Same);
+                        } else if by.iter().all(|by| by.is_multiple_of(16)) {
+                            expected = Some(Taken::Moved);
+                        }
+                    }
+                    Change::Copy => {
+                        all.iter_mut().for_each(|Made(_, parts)| *parts = parts.to_vec().into());
+                        expected = Some(Taken::Same);
+                    }
+                    Change::Target => all.iter_mut().for_each(|Made(place, _)| place.target += 8),
+                    Change::Other(other) => all = other,
+                }
+                let taken = launches.take(&jobs(&all)).unwrap();
+                if let Some(expected) = expected {
+                    prop_assert_eq!(taken, expected);
+                }
+                prop_assert!(are_those_of(&launches, &all));
+            }
+        }
+    }
+
+    #[test]
+    fn a_part_outside_of_its_weight_or_its_memory_leaves_no_launches() {
+        let good = made(1, 0, 2, false);
+        let mut launches = Launches::default();
+        for change in [
+            |place: &mut Place| place.source.as_mut().unwrap().len = 1 << 10,
+            |place: &mut Place| place.target_len = 1 << 10,
+        ] {
+            assert_eq!(launches.take(&jobs(std::slice::from_ref(&good))).unwrap(), Taken::New);
+            let mut bad = good.clone();
+            change(&mut bad.0);
+            let error = launches.take(&jobs(&[good.clone(), bad])).unwrap_err();
+            assert!(matches!(error, CudaError::Range(_)), "{error}");
+            assert!(launches.list().is_empty());
+        }
+        let digested = made(0, 0, 1, true);
+        assert_eq!(launches.take(&jobs(std::slice::from_ref(&digested))).unwrap(), Taken::New);
+        assert_eq!(launches.list()[0].kind, Kind::Check);
+        assert_eq!(launches.take(&jobs(&[digested])).unwrap(), Taken::Same);
+    }
+}
