@@ -11,8 +11,8 @@ use cli::roles::Trainer;
 use cli::source::{ModelSpec, Source, SourceSpec, perturbed};
 use cli::synthetic::{Residency, ResidentModel, StreamedModel, SyntheticModel, compare, fill};
 use engine_core::{
-    CheckpointEngine, DType, ErrorKind, Result, SendReport, TensorMeta, TrainerEngine, Version, Weight,
-    WeightStream,
+    CheckpointEngine, DType, ErrorKind, Result, SendReport, TensorMeta, TrainerEngine, Version,
+    Weight, WeightStream,
 };
 use half::{bf16, f16};
 use proptest::prelude::*;

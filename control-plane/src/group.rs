@@ -605,7 +605,11 @@ impl Seating {
         if *seats == self.seats {
             return self.ranks.clone();
         }
-        seats.common(&self.seats).iter().filter_map(|seat| self.rank_in.get(&seat).copied()).collect()
+        seats
+            .common(&self.seats)
+            .iter()
+            .filter_map(|seat| self.rank_in.get(&seat).copied())
+            .collect()
     }
 
     /// The seats of these ranks, of those that have one here.

@@ -16,8 +16,8 @@ use crate::group::{Cut, End, Group, Link, Mailbox, Membership, Outbox, Queue};
 use crate::handshake::{Newcomer, PATIENCE, Welcome, examine, introduce, refuse};
 use crate::shared::{Shared, Side};
 use crate::wire::{
-    Counters, Frame, FrameReader, FrameWriter, Heard, Introduction, SEAT_BLOCKS, SEATS_ROOM, Signal,
-    Terms, Wire, decode, unexpected,
+    Counters, Frame, FrameReader, FrameWriter, Heard, Introduction, SEAT_BLOCKS, SEATS_ROOM,
+    Signal, Terms, Wire, decode, unexpected,
 };
 use crate::{ChannelId, ControlConfig, Event, Role};
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result};
@@ -948,7 +948,8 @@ mod tests {
         (say(0, b"released 4", true), say(1, b"failed", false));
         assert_eq!(next().await, (vec![vec![0], vec![1]], at_once));
         // A rank that has no part in updates any more is waited for a few times.
-        let rounds: [&[u8]; 20] = std::array::from_fn(|round| &b"abcdefghijklmnopqrst"[round..][..1]);
+        let rounds: [&[u8]; 20] =
+            std::array::from_fn(|round| &b"abcdefghijklmnopqrst"[round..][..1]);
         let mut waits = 0;
         for round in rounds {
             (0..3).for_each(|seat| say(seat, round, true));

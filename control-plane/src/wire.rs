@@ -174,7 +174,9 @@ impl Frame {
             Self::Message { body, .. } | Self::Reply { outcome: body, .. } => body.len(),
             Self::Signal(Signal::Call { call: Call::Gather { payload, .. }, .. }) => payload.len(),
             Self::Signal(_) => 0,
-            Self::Carried { seats, frame } => seats.blocks() * size_of::<(u32, u64)>() + frame.cost(),
+            Self::Carried { seats, frame } => {
+                seats.blocks() * size_of::<(u32, u64)>() + frame.cost()
+            }
         };
         body + FRAME_OVERHEAD
     }

@@ -399,7 +399,7 @@ fn a_member_of_another_protocol_version_learns_both_versions() {
         let change = |step, frame: &mut Vec<u8>| {
             if step == 0 {
                 // Kind, the Hello's tag and eight bytes of magic precede the version.
-                assert_eq!((&frame[2..10], frame[10]), (&b"ckpt-eng"[..], 7));
+                assert_eq!((&frame[2..10], frame[10]), (&b"ckpt-eng"[..], 8));
                 frame[10] = 77;
             }
         };

@@ -17,7 +17,11 @@ pub type RankSet = BitSet<Rank>;
 /// A set of ranks, or of other numbers of 32 bits, with a bit for each number. Blocks of 64 numbers without a member take
 /// no memory, so members may lie anywhere.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "Vec<(u32, u64)>", into = "Vec<(u32, u64)>", bound(serialize = "T: Clone", deserialize = ""))]
+#[serde(
+    try_from = "Vec<(u32, u64)>",
+    into = "Vec<(u32, u64)>",
+    bound(serialize = "T: Clone", deserialize = "")
+)]
 pub struct BitSet<T> {
     /// The blocks that have members, in ascending order.
     blocks: Vec<(u32, u64)>,
@@ -201,7 +205,8 @@ impl<T> TryFrom<Vec<(u32, u64)>> for BitSet<T> {
 
     fn try_from(blocks: Vec<(u32, u64)>) -> Result<Self, Self::Error> {
         let is_ascending = blocks.is_sorted_by(|(a, _), (b, _)| a < b);
-        let are_possible = blocks.iter().all(|(block, bits)| *block <= u32::MAX / BLOCK && *bits != 0);
+        let are_possible =
+            blocks.iter().all(|(block, bits)| *block <= u32::MAX / BLOCK && *bits != 0);
         match is_ascending && are_possible {
             true => Ok(Self { blocks, of: PhantomData }),
             false => Err("blocks of a set that are empty, too high or not in ascending order"),

@@ -618,9 +618,7 @@ impl Leader {
     /// Starts to read a stream that depends on the rollouts' versions, once all ranks have entered.
     fn ask_stream(&mut self, now: Instant) {
         let waits = |update: &Update| matches!(update.next, Next::Unasked);
-        if !self.update.as_deref().is_some_and(waits)
-            || !self.steps.to_enter.is_empty()
-        {
+        if !self.update.as_deref().is_some_and(waits) || !self.steps.to_enter.is_empty() {
             return;
         }
         let said = self.receivers().filter_map(|rank| {
@@ -1330,7 +1328,10 @@ impl Leader {
             && let Some(route) = &mut update.route
         {
             let is_present = number == update.number;
-            return from.iter().filter(|rank| is_present && route.released(*rank, bucket)).collect();
+            return from
+                .iter()
+                .filter(|rank| is_present && route.released(*rank, bucket))
+                .collect();
         }
         let mut slots = self.slots.iter_mut();
         let slot = slots.find(|slot| (slot.update, slot.bucket) == (number, bucket));
@@ -1768,7 +1769,11 @@ mod tests {
         drop(serve(&mut leader, now));
         let error = leader.end().expect("an end").expect_err("late");
         assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
-        assert_eq!((error.report().rank, error.report().bucket), (Some(Rank(777)), Some(1)), "{error}");
+        assert_eq!(
+            (error.report().rank, error.report().bucket),
+            (Some(Rank(777)), Some(1)),
+            "{error}"
+        );
     }
 
     #[test]

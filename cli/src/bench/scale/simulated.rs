@@ -68,7 +68,8 @@ pub async fn simulated(rollouts: u32, behind: u32, buckets: u32) -> Result<Simul
         let (latency, fill) = (Duration::from_micros(50), Duration::from_millis(1));
         simulate(Simulation { rollouts, behind, buckets: buckets.into(), latency, fill })
     };
-    let small = [run(1, 0, BUCKETS)?, run(ROLLOUTS, 0, BUCKETS)?, run(ROLLOUTS, ROLLOUTS, BUCKETS)?];
+    let small =
+        [run(1, 0, BUCKETS)?, run(ROLLOUTS, 0, BUCKETS)?, run(ROLLOUTS, ROLLOUTS, BUCKETS)?];
     let rest = |line: &ScaleLine, of: &Simulated| line.steady.cpu - of.machine.as_secs_f64();
     let of_messages = small[2].messages.saturating_sub(small[0].messages).max(1) as f64;
     // Three measurements, three unknowns: the costs of a frame, of a message, and of a bucket.
