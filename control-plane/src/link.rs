@@ -33,7 +33,7 @@ const BEAT_FLOOR: Duration = Duration::from_millis(1);
 /// How many frames are gathered before they are written.
 const BATCH: usize = 4096;
 /// How long a relay holds a patient message back that not all of its ranks have sent yet.
-const LINGER: Duration = Duration::from_millis(20);
+const LINGER: Duration = Duration::from_millis(100);
 /// How many messages a relay remembers, to know how many ranks to expect. A trainer with few slots has fewer outstanding.
 const REMEMBERED: usize = 16;
 /// How long a listener that cannot accept waits before it tries again.
@@ -632,10 +632,11 @@ async fn speak(
                 batch.push_back(first);
                 while !batch.is_empty() {
                     batch.extend(std::iter::from_fn(|| queue.try_recv()).take(BATCH - 1));
-                    if let Kind::Upwards(ranks) = kind {
-                        passed.gather(&mut batch, &mut queue, ranks).await;
-                    }
-                    while let Some(frame) = batch.pop_front() {
+                    let ready = match kind {
+                        Kind::Upwards(ranks) => passed.gather(&mut batch, &mut queue, ranks).await,
+                        _ => batch.len(),
+                    };
+                    for frame in batch.drain(..ready) {
                         let is_time = match writer.push(&frame) {
                             Ok(is_time) => is_time,
                             Err(error) => return error,
@@ -643,6 +644,12 @@ async fn speak(
                         if is_time && let Err(error) = writer.flush(patience).await {
                             return error;
                         }
+                    }
+                    // What is held back does not hold back what is written.
+                    if !batch.is_empty()
+                        && let Err(error) = writer.flush(patience).await
+                    {
+                        return error;
                     }
                     batch.extend(queue.try_recv());
                 }
@@ -669,34 +676,39 @@ struct Passed(VecDeque<(u64, usize)>);
 
 impl Passed {
     /// Merges equal messages of ranks. If they are patient, it waits a moment for the ranks that have not sent theirs
-    /// yet: the leader does nothing before it has the message from all of them.
+    /// yet: the leader does nothing before it has the message from all of them. Returns how many frames are to be passed
+    /// on. The others are held back.
     async fn gather(
         &mut self,
         batch: &mut VecDeque<Frame>,
         queue: &mut Queue,
         ranks: &(dyn Fn() -> usize + Sync),
-    ) {
+    ) -> usize {
         let until = Instant::now() + LINGER;
-        loop {
+        let ready = loop {
             merge(batch);
             // Any other frame is urgent, and so are the frames before it.
-            let may_wait = |frame| self.lacks(frame, ranks()).is_some_and(|lacks| lacks > 0);
-            if batch.len() >= BATCH || !batch.iter().all(may_wait) {
-                break;
+            let is_due = |frame| self.lacks(frame, ranks()).is_none_or(|lacks| lacks == 0);
+            if let Some(last) = batch.iter().rposition(is_due) {
+                break last + 1;
+            }
+            if batch.len() >= BATCH {
+                break batch.len();
             }
             match timeout_at(until, queue.recv()).await {
                 Ok(Some(frame)) => batch.push_back(frame),
-                Ok(None) | Err(_) => break,
+                Ok(None) | Err(_) => break batch.len(),
             }
             batch.extend(std::iter::from_fn(|| queue.try_recv()).take(BATCH));
-        }
-        for (message, here) in batch.iter().filter_map(patient) {
+        };
+        for (message, here) in batch.range(..ready).filter_map(patient) {
             match self.0.iter_mut().find(|(passed, _)| *passed == message) {
                 Some((_, ranks)) => *ranks += here,
                 None => self.0.push_back((message, here)),
             }
         }
         self.0.drain(..self.0.len().saturating_sub(REMEMBERED));
+        ready
     }
 
     /// How many ranks have yet to send a patient message after this frame. `None` for any other frame.
@@ -923,14 +935,16 @@ mod tests {
         let (mut passed, mut batch) = (Passed::default(), VecDeque::new());
         let mut next = async || {
             let begun = Instant::now();
-            batch.extend(queue.recv().await);
+            if batch.is_empty() {
+                batch.extend(queue.recv().await);
+            }
             batch.extend(std::iter::from_fn(|| queue.try_recv()));
-            passed.gather(&mut batch, &mut queue, &|| 4).await;
+            let ready = passed.gather(&mut batch, &mut queue, &|| 4).await;
             let seats = |frame: Frame| match frame {
                 Frame::Carried { seats, .. } => seats.iter().collect::<Vec<_>>(),
                 other => panic!("{other:?}"),
             };
-            (batch.drain(..).map(seats).collect::<Vec<_>>(), begun.elapsed())
+            (batch.drain(..ready).map(seats).collect::<Vec<_>>(), begun.elapsed())
         };
         let at_once = Duration::ZERO;
         (0..4).for_each(|seat| say(seat, b"released 1", true));
@@ -947,6 +961,12 @@ mod tests {
         // What a rank says after what is held back does not wait for the others.
         (say(0, b"released 4", true), say(1, b"failed", false));
         assert_eq!(next().await, (vec![vec![0], vec![1]], at_once));
+        // What all have said does not wait for what some of them have said since.
+        (0..4).for_each(|seat| say(seat, b"released 5", true));
+        say(2, b"released 6", true);
+        assert_eq!(next().await, (vec![vec![0, 1, 2, 3]], at_once));
+        [0, 1, 3].map(|seat| say(seat, b"released 6", true));
+        assert_eq!(next().await, (vec![vec![0, 1, 2, 3]], at_once));
         // A rank that has no part in updates any more is waited for a few times.
         let rounds: [&[u8]; 20] =
             std::array::from_fn(|round| &b"abcdefghijklmnopqrst"[round..][..1]);

@@ -185,10 +185,12 @@ impl Frame {
         if bytes.first() != Some(&CARRIED) {
             return Self::decode_plain(bytes);
         }
-        let decoded = postcard::take_from_bytes(&bytes[1..]);
-        let (seats, frame) =
-            decoded.map_err(|error| malformed("it does not decode").with_source(error))?;
-        bytes.advance(bytes.len() - frame.len());
+        // A block takes less room there than here, so a peer could have memory taken with a long list.
+        let room = &bytes[1..bytes.len().min(1 + SEATS_ROOM)];
+        let (seats, rest) = postcard::take_from_bytes(room)
+            .map_err(|error| malformed("its seats do not decode").with_source(error))?;
+        let length = 1 + room.len() - rest.len();
+        bytes.advance(length);
         Ok(Self::Carried { seats, frame: Box::new(Self::decode_plain(bytes)?) })
     }
 
@@ -651,6 +653,25 @@ mod tests {
         let carried = Frame::Carried { seats: BitSet::from([1, 2, 200]), frame: Box::new(reply) };
         let bytes = [0, 0, 0, 17, 3, 2, 0, 6, 3, 128, 2, 2, 0, 0, 0, 0, 0, 0, 1, 2, b'x'];
         assert_eq!(encoded(carried), bytes);
+    }
+
+    #[test]
+    fn seats_beyond_their_room_are_refused_and_the_most_that_one_frame_carries_fit() {
+        // Those that take the most room: far from one another, and the last of their blocks.
+        let of = |blocks: u32| Frame::Carried {
+            seats: (0..blocks).map(|block| u32::MAX - 64 * block).collect(),
+            frame: Box::new(Frame::Signal(Signal::Goodbye)),
+        };
+        let decoded = |frame: &Frame| {
+            let mut bytes = BytesMut::new();
+            frame.encode(&mut bytes).unwrap();
+            bytes.advance(4);
+            Frame::decode(bytes)
+        };
+        let most = of(SEAT_BLOCKS as u32);
+        assert_eq!(decoded(&most).unwrap(), most);
+        let error = decoded(&of(2 * SEAT_BLOCKS as u32)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
     }
 
     #[test]
