@@ -589,13 +589,17 @@ struct Seating {
 
 impl Seating {
     fn take(&mut self, seat: u32, rank: Rank) {
-        (self.seats.insert(seat), self.ranks.insert(rank));
-        (self.rank_in.insert(seat, rank), self.seat_of.insert(rank, seat));
+        self.seats.insert(seat);
+        self.ranks.insert(rank);
+        self.rank_in.insert(seat, rank);
+        self.seat_of.insert(rank, seat);
     }
 
     fn leave(&mut self, rank: Rank) {
         if let Some(seat) = self.seat_of.remove(&rank) {
-            (self.seats.remove(seat), self.ranks.remove(rank), self.rank_in.remove(&seat));
+            self.seats.remove(seat);
+            self.ranks.remove(rank);
+            self.rank_in.remove(&seat);
         }
     }
 

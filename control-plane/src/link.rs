@@ -959,13 +959,14 @@ mod tests {
         say(2, b"fetched 3", false);
         assert_eq!(next().await, (vec![vec![2]], at_once));
         // What a rank says after what is held back does not wait for the others.
-        (say(0, b"released 4", true), say(1, b"failed", false));
+        say(0, b"released 4", true);
+        say(1, b"failed", false);
         assert_eq!(next().await, (vec![vec![0], vec![1]], at_once));
         // What all have said does not wait for what some of them have said since.
         (0..4).for_each(|seat| say(seat, b"released 5", true));
         say(2, b"released 6", true);
         assert_eq!(next().await, (vec![vec![0, 1, 2, 3]], at_once));
-        [0, 1, 3].map(|seat| say(seat, b"released 6", true));
+        [0, 1, 3].into_iter().for_each(|seat| say(seat, b"released 6", true));
         assert_eq!(next().await, (vec![vec![0, 1, 2, 3]], at_once));
         // A rank that has no part in updates any more is waited for a few times.
         let rounds: [&[u8]; 20] =

@@ -53,7 +53,7 @@ pub async fn simulated(rollouts: u32, behind: u32, buckets: u32) -> Result<Simul
         tensors: BUCKETS,
         buckets: BUCKETS,
         behind,
-        repeats: 5,
+        repeats: 20,
     };
     let mut lines: Vec<ScaleLine> = Vec::new();
     scale(&[setting(1, 0), setting(ROLLOUTS, 0), setting(ROLLOUTS, ROLLOUTS)], |line| {
