@@ -3,11 +3,17 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
 
 use std::path::Path;
+use std::time::Duration;
 
+use async_trait::async_trait;
 use cli::checkpoint::CheckpointWriter;
+use cli::roles::Trainer;
 use cli::source::{ModelSpec, Source, SourceSpec, perturbed};
 use cli::synthetic::{Residency, ResidentModel, StreamedModel, SyntheticModel, compare, fill};
-use engine_core::{DType, ErrorKind, TensorMeta, Version, Weight};
+use engine_core::{
+    CheckpointEngine, DType, ErrorKind, Result, SendReport, TensorMeta, TrainerEngine, Version,
+    Weight, WeightStream,
+};
 use half::{bf16, f16};
 use proptest::prelude::*;
 
@@ -394,4 +400,38 @@ fn weights_of_the_last_update_must_be_gone_before_the_next() {
     assert_eq!(source.weights(Version(2)).err().unwrap().kind(), ErrorKind::State);
     drop(held);
     assert!(source.weights(Version(2)).is_ok());
+}
+
+/// An engine of a group without rollouts.
+#[derive(Debug)]
+struct Alone;
+
+#[async_trait]
+impl CheckpointEngine for Alone {
+    async fn finalize(self: Box<Self>) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl TrainerEngine for Alone {
+    async fn send_weights(&mut self, _: WeightStream<'_>, version: Version) -> Result<SendReport> {
+        Ok(SendReport::new(version))
+    }
+}
+
+#[test]
+fn a_trainer_waits_for_those_who_still_read_an_update_that_failed() {
+    let spec = SourceSpec { model: synthetic(Some(1)), updates: 2, change_rate: None };
+    let mut trainer =
+        Trainer { engine: Box::new(Alone), source: Source::open(spec).unwrap(), shard: None };
+    let held: Vec<_> = trainer.source.weights(Version(1)).unwrap().collect();
+    let reader = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(200));
+        drop(held);
+    });
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let report = runtime.block_on(trainer.update(Version(2))).unwrap();
+    assert_eq!(report.version, Version(2));
+    reader.join().unwrap();
 }

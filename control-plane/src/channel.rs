@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use engine_core::control::{Control, Said};
-use engine_core::{Error, Rank, Result};
+use engine_core::{Error, Rank, RankSet, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::{ControlPlane, Event, Role};
@@ -80,7 +80,7 @@ impl Channel {
     /// channel. Nothing was queued, and the same message can be sent later. On [`UPDATES`], `Resource` when twice
     /// `max_frame_bytes` wait for a rank that does not read: its connection ends.
     pub fn send(&self, to: Rank, body: Bytes) -> Result<()> {
-        self.plane.send(self.id, to, body)
+        self.plane.send(self.id, to, body, false)
     }
 
     /// The next event; `None` when there is none within the deadline.
@@ -112,6 +112,10 @@ impl Control for Channel {
         Self::send(self, to, body)
     }
 
+    fn send_with_others(&self, to: Rank, body: Bytes) -> Result<()> {
+        self.plane.send(self.id, to, body, true)
+    }
+
     async fn recv(&self, deadline: Duration) -> Result<Option<Event>> {
         Self::recv(self, deadline).await
     }
@@ -120,7 +124,7 @@ impl Control for Channel {
         self.plane.recv_all(self.id, deadline).await
     }
 
-    fn send_all(&self, to: &[Rank], body: Bytes) -> Vec<(Rank, Error)> {
+    fn send_all(&self, to: &RankSet, body: Bytes) -> Vec<(Rank, Error)> {
         self.plane.send_all(self.id, to, &body)
     }
 

@@ -17,7 +17,8 @@ pub fn frames(pieces: &[&[u8]]) {
         while let Ok(Some(bytes)) = codec.decode(&mut arrived) {
             assert!(bytes.len() <= HANDSHAKE_FRAME, "a frame beyond the limit was taken in");
             let Ok(frame) = Frame::decode(bytes) else { continue };
-            assert!(frame.cost() <= HANDSHAKE_FRAME + wire::FRAME_OVERHEAD);
+            // A block of seats takes two bytes or more on the wire, and 16 in memory.
+            assert!(frame.cost() <= 8 * HANDSHAKE_FRAME + 2 * wire::FRAME_OVERHEAD);
             let mut again = BytesMut::new();
             frame.encode(&mut again).expect("what was read can be written");
             let length = again.split_to(4);

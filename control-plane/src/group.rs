@@ -10,12 +10,15 @@ use bytes::Bytes;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 
+use crate::link::FRAME_FLOOR;
 use crate::wire::{
-    Call, FRAME_OVERHEAD, Frame, Heard, Introduction, Outcome, SEATS, Signal, encode,
+    Call, FRAME_OVERHEAD, Frame, Heard, Introduction, Outcome, SEAT_BLOCKS, Signal, encode,
 };
 use crate::{ChannelId, Event, Peer, Role, UPDATES};
 use engine_core::control::Said;
-use engine_core::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result};
+use engine_core::{
+    BitSet, Error, ErrorKind, ErrorReport, Rank, RankMap, RankSet, Recovery, Result,
+};
 
 /// The most channels of one peer with unread messages, [`UPDATES`] not counted.
 const CHANNELS: usize = 64;
@@ -33,7 +36,9 @@ pub(super) struct Bounds {
 #[derive(Debug)]
 pub(super) struct Mailbox {
     inboxes: BTreeMap<ChannelId, Inbox>,
-    /// The unread bytes in them, by sender.
+    /// The unread bytes on the channel of updates, by sender.
+    updates: RankMap<usize>,
+    /// The unread bytes on other channels, by sender.
     unread: BTreeMap<Rank, Unread>,
     bounds: Bounds,
     /// The calls under way, with their outcomes once they have ended.
@@ -50,10 +55,9 @@ struct Inbox {
     is_open: bool,
 }
 
-/// The bytes of a peer's unread messages.
+/// The bytes of a peer's unread messages, other than those of updates.
 #[derive(Debug, Default)]
 struct Unread {
-    updates: usize,
     others: BTreeMap<ChannelId, usize>,
     /// The bytes that were read since the peer was told last.
     read: BTreeMap<ChannelId, u64>,
@@ -74,6 +78,7 @@ impl Mailbox {
         let updates = Inbox { is_open: true, ..Inbox::default() };
         Self {
             inboxes: BTreeMap::from([(UPDATES, updates)]),
+            updates: RankMap::default(),
             unread: BTreeMap::new(),
             bounds,
             calls: BTreeMap::new(),
@@ -93,43 +98,66 @@ impl Mailbox {
         }
     }
 
-    /// Files a message. An error if more of the sender is unread than an honest rank can cause: on the channel of
-    /// updates a rank reads before it says so much, on others it is told how much was read.
+    /// Files a message, with the error of [`charge`](Self::charge).
     pub(super) fn deliver(&mut self, from: Rank, channel: ChannelId, body: Bytes) -> Result<()> {
-        self.charge(from, channel, &body)?;
-        self.file(vec![from], channel, body);
+        let from = RankSet::from([from]);
+        if let Some((_, error)) = self.charge(&from, channel, &body).pop() {
+            return Err(error);
+        }
+        self.file(from, channel, body);
         Ok(())
     }
 
     /// Files the same message from several ranks. Each of them was [charged](Self::charge) for it.
-    pub(super) fn file(&mut self, mut from: Vec<Rank>, channel: ChannelId, body: Bytes) {
-        let said = match from.len() {
-            0 | 1 => from.pop().map(|from| Said::One(Event::Message { from, body })),
-            _ => Some(Said::Alike { from, body }),
+    pub(super) fn file(&mut self, from: RankSet, channel: ChannelId, body: Bytes) {
+        let said = match (from.len(), from.first()) {
+            (_, None) => return,
+            (1, Some(from)) => Said::One(Event::Message { from, body }),
+            _ => Said::Alike { from, body },
         };
-        self.inboxes.entry(channel).or_default().events.extend(said);
+        self.inboxes.entry(channel).or_default().events.push_back(said);
     }
 
-    /// Counts a message as unread, with the errors of [`deliver`](Self::deliver).
-    pub(super) fn charge(&mut self, from: Rank, channel: ChannelId, body: &Bytes) -> Result<()> {
-        let unread = self.unread.entry(from).or_default();
-        let bound = if channel == UPDATES {
-            unread.updates = unread.updates.saturating_add(cost_of(body));
-            (unread.updates > self.bounds.updates).then_some(self.bounds.updates)
+    /// Counts a message as unread. Returns the senders of which more is unread than honest ranks can cause, with the error
+    /// for each: on the channel of updates a rank reads before it says so much, on others it is told how much was read.
+    pub(super) fn charge(
+        &mut self,
+        from: &RankSet,
+        channel: ChannelId,
+        body: &Bytes,
+    ) -> Vec<(Rank, Error)> {
+        let (cost, Bounds { updates, others }) = (cost_of(body), self.bounds);
+        let (bound, over) = if channel == UPDATES {
+            let mut is_over = false;
+            self.updates.update(from, |unread| {
+                let unread = unread.copied().unwrap_or(0).saturating_add(cost);
+                is_over |= unread > updates;
+                Some(unread)
+            });
+            let over = |rank: &Rank| self.updates.get(*rank).is_some_and(|bytes| *bytes > updates);
+            let over: Vec<Rank> =
+                if is_over { from.iter().filter(over).collect() } else { Vec::new() };
+            (updates, over)
         } else {
-            *unread.others.entry(channel).or_default() += cost_of(body);
-            let all: usize = unread.others.values().sum();
-            let is_over = all > self.bounds.others || unread.others.len() > CHANNELS;
-            is_over.then_some(self.bounds.others)
+            let mut over = Vec::new();
+            for rank in from.iter() {
+                let unread = self.unread.entry(rank).or_default();
+                *unread.others.entry(channel).or_default() += cost;
+                let all: usize = unread.others.values().sum();
+                if all > others || unread.others.len() > CHANNELS {
+                    over.push(rank);
+                }
+            }
+            (others, over)
         };
-        if let Some(bound) = bound {
+        let refused = |rank: Rank| {
             let message = format!(
                 "more than {bound} bytes of its messages are unread (twice max_frame_bytes), the last on \
                  {channel}: its connection ends"
             );
-            return Err(Error::new(ErrorKind::Resource, "receiving a message", message).rank(from));
-        }
-        Ok(())
+            (rank, Error::new(ErrorKind::Resource, "receiving a message", message).rank(rank))
+        };
+        over.into_iter().map(refused).collect()
     }
 
     /// The next event of a channel. If it is time to tell its sender what was read, that is returned too.
@@ -139,7 +167,7 @@ impl Mailbox {
             match events.pop_front()? {
                 Said::One(event) => break event,
                 Said::Alike { mut from, body } => {
-                    let Some(rank) = from.pop() else { continue };
+                    let Some(rank) = from.pop_first() else { continue };
                     if !from.is_empty() {
                         events.push_front(Said::Alike { from, body: body.clone() });
                     }
@@ -148,7 +176,7 @@ impl Mailbox {
             }
         };
         let told = match &event {
-            Event::Message { from, body } => self.were_read(&[*from], channel, body),
+            Event::Message { from, body } => self.were_read(&[*from].into(), channel, body),
             _ => Told::new(),
         };
         Some((event, told))
@@ -158,25 +186,28 @@ impl Mailbox {
     pub(super) fn take_all(&mut self, channel: ChannelId) -> Option<(Said, Told)> {
         let said = self.inboxes.get_mut(&channel)?.events.pop_front()?;
         let told = match &said {
-            Said::One(Event::Message { from, body }) => self.were_read(&[*from], channel, body),
+            Said::One(Event::Message { from, body }) => {
+                self.were_read(&[*from].into(), channel, body)
+            }
             Said::One(_) => Told::new(),
             Said::Alike { from, body } => self.were_read(from, channel, body),
         };
         Some((said, told))
     }
 
-    fn were_read(&mut self, from: &[Rank], channel: ChannelId, body: &Bytes) -> Told {
+    fn were_read(&mut self, from: &RankSet, channel: ChannelId, body: &Bytes) -> Told {
         let cost = cost_of(body);
-        let told = from.iter().map(|from| Some((*from, self.read(*from, channel, cost)?)));
+        if channel == UPDATES {
+            let left = |unread: Option<&usize>| unread?.checked_sub(cost).filter(|left| *left > 0);
+            self.updates.update(from, left);
+            return Told::new();
+        }
+        let told = from.iter().map(|from| Some((from, self.read(from, channel, cost)?)));
         told.flatten().collect()
     }
 
     fn read(&mut self, from: Rank, channel: ChannelId, cost: usize) -> Option<Read> {
         let unread = self.unread.get_mut(&from)?;
-        if channel == UPDATES {
-            unread.updates = unread.updates.saturating_sub(cost);
-            return None;
-        }
         if let Some(bytes) = unread.others.get_mut(&channel) {
             *bytes = bytes.saturating_sub(cost);
             if *bytes == 0 {
@@ -272,19 +303,18 @@ impl Outbox {
     /// Queues a frame for several seats of the connection.
     pub(super) fn send_to_seats(
         &self,
-        seats: &[u32],
+        seats: &BitSet<u32>,
         frame: &Frame,
     ) -> std::result::Result<(), NotQueued> {
         let connection = Self { seat: None, ..self.clone() };
-        seats.chunks(SEATS).try_for_each(|seats| {
-            let frame = Box::new(frame.clone());
-            connection.send(Frame::Carried { seats: seats.to_vec(), frame })
+        seats.parts(SEAT_BLOCKS).try_for_each(|seats| {
+            connection.send(Frame::Carried { seats, frame: Box::new(frame.clone()) })
         })
     }
 
     fn carried(&self, frame: Frame) -> Frame {
         match self.seat {
-            Some(seat) => Frame::Carried { seats: vec![seat], frame: Box::new(frame) },
+            Some(seat) => Frame::Carried { seats: BitSet::from([seat]), frame: Box::new(frame) },
             None => frame,
         }
     }
@@ -374,9 +404,15 @@ impl Cut {
 
 impl Link {
     /// Queues a message if the peer has room for it. Without room, only a message of updates ends the connection.
-    pub(super) fn message(&mut self, to: Rank, channel: ChannelId, body: Bytes) -> Result<()> {
+    pub(super) fn message(
+        &mut self,
+        to: Rank,
+        channel: ChannelId,
+        body: Bytes,
+        patient: bool,
+    ) -> Result<()> {
         let (size, cost) = (body.len(), cost_of(&body));
-        let frame = Frame::Message { channel, body };
+        let frame = Frame::Message { channel, body, patient };
         if channel == UPDATES {
             return self.send(to, size, frame);
         }
@@ -468,7 +504,7 @@ impl Link {
 
     /// Queues a frame for several seats of the connection. If the connection has ended, that is no error here: the loss
     /// of each rank is on its way.
-    pub(super) fn send_to_seats(&self, seats: &[u32], frame: &Frame) {
+    pub(super) fn send_to_seats(&self, seats: &BitSet<u32>, frame: &Frame) {
         if self.outbox.send_to_seats(seats, frame) == Err(NotQueued::Full) {
             self.cut.order(ErrorReport::from(&self.unread()));
         }
@@ -532,8 +568,61 @@ pub(super) struct Group {
     expected: BTreeSet<Rank>,
     /// How many updates have begun.
     pub(super) updates: u64,
-    /// The connections of relays.
-    relays: Vec<Outbox>,
+    relays: Vec<Relayed>,
+}
+
+/// A relay's connection, and who sits where on it.
+#[derive(Debug)]
+struct Relayed {
+    connection: Outbox,
+    seating: Seating,
+}
+
+/// The ranks that have seats on a connection.
+#[derive(Debug, Default)]
+struct Seating {
+    seats: BitSet<u32>,
+    ranks: RankSet,
+    rank_in: BTreeMap<u32, Rank>,
+    seat_of: BTreeMap<Rank, u32>,
+}
+
+impl Seating {
+    fn take(&mut self, seat: u32, rank: Rank) {
+        self.seats.insert(seat);
+        self.ranks.insert(rank);
+        self.rank_in.insert(seat, rank);
+        self.seat_of.insert(rank, seat);
+    }
+
+    fn leave(&mut self, rank: Rank) {
+        if let Some(seat) = self.seat_of.remove(&rank) {
+            self.seats.remove(seat);
+            self.ranks.remove(rank);
+            self.rank_in.remove(&seat);
+        }
+    }
+
+    /// The ranks in these seats. Empty seats are passed over: their ranks are lost.
+    fn ranks_in(&self, seats: &BitSet<u32>) -> RankSet {
+        // The most common case: all of them have said the same.
+        if *seats == self.seats {
+            return self.ranks.clone();
+        }
+        seats
+            .common(&self.seats)
+            .iter()
+            .filter_map(|seat| self.rank_in.get(&seat).copied())
+            .collect()
+    }
+
+    /// The seats of these ranks, of those that have one here.
+    fn seats_of(&self, ranks: &RankSet) -> BitSet<u32> {
+        if *ranks == self.ranks {
+            return self.seats.clone();
+        }
+        ranks.iter().filter_map(|rank| self.seat_of.get(&rank).copied()).collect()
+    }
 }
 
 #[derive(Debug)]
@@ -622,6 +711,11 @@ impl Group {
                 format!("the group has {} ranks already (max_world_size)", self.max_world_size);
             return Err(Error::new(ErrorKind::Resource, "joining the group", message));
         }
+        if let Some(seat) = link.outbox.seat
+            && let Some(relay) = self.relayed(&link.outbox)
+        {
+            relay.seating.take(seat, rank);
+        }
         self.slots.insert(rank, Slot { role: who.role, link: Some(link), payload: None });
         Ok((rank, mailbox.succeed(rank)))
     }
@@ -629,8 +723,11 @@ impl Group {
     /// A member's link has ended. Drops its calls, and tells the ranks that wait for it.
     pub(super) fn end(&mut self, rank: Rank, end: End, mailbox: &mut Mailbox) {
         let Some(slot) = self.slots.get_mut(&rank) else { return };
-        slot.link = None;
+        let link = slot.link.take();
         let was_member = slot.payload.take().is_some();
+        if let Some(relay) = link.and_then(|link| self.relayed(&link.outbox)) {
+            relay.seating.leave(rank);
+        }
         self.pending.remove(&rank);
         if !self.formed {
             // Before the group is formed, a rank that has gone leaves no trace.
@@ -682,39 +779,39 @@ impl Group {
     /// ranks that it could not be queued for, and why.
     pub(super) fn message_all(
         &mut self,
-        to: &[Rank],
+        to: &RankSet,
         channel: ChannelId,
         body: &Bytes,
     ) -> Vec<(Rank, Error)> {
         let mut refused = Vec::new();
-        // By the identity of the connection.
-        let mut relays: BTreeMap<*const AtomicUsize, (Rank, Vec<u32>)> = BTreeMap::new();
-        // Sorted like the slots: one pass over them replaces a search for each rank.
-        let mut to = to.to_vec();
-        to.sort_unstable();
-        let first = to.first().copied().unwrap_or(Rank::LEADER);
-        let mut slots = self.slots.range_mut(first..).peekable();
-        for rank in to {
-            while slots.next_if(|(at, _)| **at < rank).is_some() {}
-            let slot = slots.peek_mut().filter(|(at, _)| **at == rank);
-            let link = slot.and_then(|(_, slot)| slot.link.as_mut()).ok_or_else(|| gone(rank));
-            let sent = link.and_then(|link| match link.outbox.seat {
-                Some(seat) if channel == UPDATES => {
-                    if body.len().saturating_add(FRAME_OVERHEAD) > link.limit {
-                        return Err(too_large(body.len(), link.limit).rank(rank));
+        let mut alone = to.clone();
+        let size = body.len().saturating_add(FRAME_OVERHEAD);
+        let frame = Frame::Message { channel, body: body.clone(), patient: false };
+        let relays = self.relays.iter().filter(|_| channel == UPDATES);
+        for relay in relays {
+            let mut here = to.common(&relay.seating.ranks);
+            alone.subtract(&here);
+            // Whatever is shorter, all ranks accept.
+            let mut too_long = RankSet::new();
+            if size > FRAME_FLOOR as usize {
+                for rank in here.iter() {
+                    if let Ok(link) = self.link(rank)
+                        && size > link.limit
+                    {
+                        refused.push((rank, too_large(body.len(), link.limit).rank(rank)));
+                        too_long.insert(rank);
                     }
-                    let connection = link.outbox.connection();
-                    relays.entry(connection).or_insert((rank, Vec::new())).1.push(seat);
-                    Ok(())
                 }
-                _ => link.message(rank, channel, body.clone()),
-            });
-            refused.extend(sent.err().map(|error| (rank, error)));
+            }
+            here.subtract(&too_long);
+            if let Some(Ok(link)) = here.first().map(|first| self.link(first)) {
+                link.send_to_seats(&relay.seating.seats_of(&here), &frame);
+            }
         }
-        let frame = Frame::Message { channel, body: body.clone() };
-        for (first, seats) in relays.into_values() {
-            let Ok(link) = self.link(first) else { continue };
-            link.send_to_seats(&seats, &frame);
+        for rank in alone.iter() {
+            let link = self.link_mut(rank);
+            let sent = link.and_then(|link| link.message(rank, channel, body.clone(), false));
+            refused.extend(sent.err().map(|error| (rank, error)));
         }
         refused
     }
@@ -737,17 +834,27 @@ impl Group {
 
     /// A relay has connected.
     pub(super) fn add_relay(&mut self, connection: Outbox) {
-        self.relays.push(connection);
+        self.relays.push(Relayed { connection, seating: Seating::default() });
     }
 
-    /// A relay's connection has ended.
-    pub(super) fn remove_relay(&mut self, connection: &Outbox) {
-        self.relays.retain(|relay| !relay.is_of(connection));
+    /// A relay's connection has ended. Returns the ranks that sat there.
+    pub(super) fn remove_relay(&mut self, connection: &Outbox) -> RankSet {
+        let at = self.relays.iter().position(|relay| relay.connection.is_of(connection));
+        at.map(|at| self.relays.remove(at).seating.ranks).unwrap_or_default()
     }
 
-    /// Whether a rank still has this seat.
-    pub(super) fn sits(&self, rank: Rank, seat: &Outbox) -> bool {
-        self.link(rank).is_ok_and(|link| link.outbox.seat == seat.seat && link.outbox.is_of(seat))
+    /// The ranks in these seats of a relay's connection.
+    pub(super) fn ranks_in(&mut self, connection: &Outbox, seats: &BitSet<u32>) -> RankSet {
+        self.relayed(connection).map(|relay| relay.seating.ranks_in(seats)).unwrap_or_default()
+    }
+
+    /// Whether a seat of a relay's connection is taken.
+    pub(super) fn is_taken(&mut self, connection: &Outbox, seat: u32) -> bool {
+        self.relayed(connection).is_some_and(|relay| relay.seating.seats.contains(seat))
+    }
+
+    fn relayed(&mut self, connection: &Outbox) -> Option<&mut Relayed> {
+        self.relays.iter_mut().find(|relay| relay.connection.is_of(connection))
     }
 
     /// Says goodbye to everyone.
@@ -758,7 +865,7 @@ impl Group {
             }
         }
         for relay in self.relays.drain(..) {
-            if relay.close_with(Frame::Signal(Signal::Goodbye)).is_err() {
+            if relay.connection.close_with(Frame::Signal(Signal::Goodbye)).is_err() {
                 tracing::trace!("the relay is gone already");
             }
         }
@@ -978,7 +1085,7 @@ impl Group {
     fn reply_all(&self, to: &[(Rank, u64)], outcome: &Outcome, mailbox: &mut Mailbox) {
         let encoded = encode(outcome).map(Bytes::from);
         // Ranks that share a connection get the same reply once.
-        let mut relays: BTreeMap<(*const AtomicUsize, u64), (&Link, Vec<u32>)> = BTreeMap::new();
+        let mut relays: BTreeMap<(*const AtomicUsize, u64), (&Link, BitSet<u32>)> = BTreeMap::new();
         for (rank, id) in to.iter().copied() {
             if rank == Rank::LEADER {
                 mailbox.settle(id, outcome.clone());
@@ -991,7 +1098,8 @@ impl Group {
                 let fits = bytes.len().saturating_add(FRAME_OVERHEAD) <= link.limit;
                 if let Some(seat) = link.outbox.seat.filter(|_| fits) {
                     let connection = link.outbox.connection();
-                    relays.entry((connection, id)).or_insert((link, Vec::new())).1.push(seat);
+                    let entry = relays.entry((connection, id)).or_insert((link, BitSet::new()));
+                    entry.1.insert(seat);
                     return Ok(());
                 }
                 let frame = reply(bytes.clone());
@@ -1023,4 +1131,39 @@ fn gone(rank: Rank) -> Error {
 
 fn failed(error: &Error) -> Outcome {
     Outcome::Failed(ErrorReport::from(error))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn ranks_and_seats_of_a_relay_are_found_by_each_other(
+            changes in prop::collection::vec((0..80_u32, any::<bool>()), 0..60),
+            asked in prop::collection::btree_set(0..80_u32, 0..80),
+        ) {
+            let (mut seating, mut naive) = (Seating::default(), BTreeMap::<u32, Rank>::new());
+            for (seat, (rank, takes)) in (0..).zip(changes) {
+                // A rank that is lost may come back, to another seat.
+                seating.leave(Rank(rank));
+                naive.retain(|_, seated| *seated != Rank(rank));
+                if takes {
+                    seating.take(seat, Rank(rank));
+                    naive.insert(seat, Rank(rank));
+                }
+            }
+            let everyone = (naive.keys().copied().collect(), naive.values().copied().collect());
+            let some: BitSet<u32> = asked.iter().copied().collect();
+            let ranks: RankSet = asked.iter().copied().map(Rank).collect();
+            let sat = |seats: &BitSet<u32>| naive.iter().filter(|(seat, _)| seats.contains(**seat)).map(|(_, r)| *r).collect::<RankSet>();
+            let where_sat = |ranks: &RankSet| naive.iter().filter(|(_, r)| ranks.contains(**r)).map(|(s, _)| *s).collect::<BitSet<u32>>();
+            prop_assert_eq!(seating.ranks_in(&some), sat(&some));
+            prop_assert_eq!(seating.seats_of(&ranks), where_sat(&ranks));
+            prop_assert_eq!(&seating.ranks_in(&everyone.0), &everyone.1);
+            prop_assert_eq!(seating.seats_of(&everyone.1), everyone.0);
+        }
+    }
 }

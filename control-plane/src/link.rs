@@ -1,6 +1,7 @@
 //! The tasks of the control thread: accepting connections, and the traffic with each peer.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -15,10 +16,10 @@ use crate::group::{Cut, End, Group, Link, Mailbox, Membership, Outbox, Queue};
 use crate::handshake::{Newcomer, PATIENCE, Welcome, examine, introduce, refuse};
 use crate::shared::{Shared, Side};
 use crate::wire::{
-    Counters, Frame, FrameReader, FrameWriter, Heard, Introduction, SEATS, SEATS_ROOM, Signal,
-    Terms, Wire, decode, unexpected,
+    Counters, Frame, FrameReader, FrameWriter, Heard, Introduction, SEAT_BLOCKS, SEATS_ROOM,
+    Signal, Terms, Wire, decode, unexpected,
 };
-use crate::{ChannelId, ControlConfig, Event, Role, UPDATES};
+use crate::{ChannelId, ControlConfig, Event, Role};
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Recovery, Result};
 
 /// How many connections may be in their handshake at once, and how many of them from one address. A further connection
@@ -31,10 +32,10 @@ pub(super) const FRAME_FLOOR: u32 = 4096;
 const BEAT_FLOOR: Duration = Duration::from_millis(1);
 /// How many frames are gathered before they are written.
 const BATCH: usize = 4096;
-/// How long a relay holds a message back that not all of its ranks have sent yet, after the last rank that did.
-const LINGER: Duration = Duration::from_millis(2);
-/// The same, after the first rank that did.
-const LINGER_IN_ALL: Duration = Duration::from_millis(20);
+/// How long a relay holds a patient message back that not all of its ranks have sent yet.
+const LINGER: Duration = Duration::from_millis(100);
+/// How many messages a relay remembers, to know how many ranks to expect. A trainer with few slots has fewer outstanding.
+const REMEMBERED: usize = 16;
 /// How long a listener that cannot accept waits before it tries again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -278,7 +279,7 @@ async fn attend(rank: Rank, traffic: Traffic, config: &ControlConfig, shared: &S
 /// Takes in a frame from a member.
 fn take_in(rank: Rank, frame: Frame, group: &mut Group, mailbox: &mut Mailbox) -> Result<()> {
     match frame {
-        Frame::Message { channel, body } => mailbox.deliver(rank, channel, body)?,
+        Frame::Message { channel, body, .. } => mailbox.deliver(rank, channel, body)?,
         Frame::Signal(Signal::Read { bytes }) => group.link_mut(rank)?.was_read(&bytes),
         Frame::Signal(Signal::Call { id, call }) => group.call(rank, id, call, mailbox),
         Frame::Signal(Signal::Withdraw { id }) => group.withdraw(rank, id, mailbox),
@@ -301,29 +302,35 @@ async fn attend_relay(mut wire: Wire, terms: Terms, config: &ControlConfig, shar
         _ => {}
     });
     let traffic = Traffic { wire, queue, terms, cut: Arc::clone(&way.cut) };
-    let mut seated = BTreeMap::<u32, Rank>::new();
     let end = converse(traffic, config, Kind::OfARelay, |frame| {
         let Frame::Carried { seats, frame } = frame else { return Err(unexpected(&frame)) };
         shared.update(|mailbox, side| {
             let Side::Leader(group) = side else { return Err(unexpected(&frame)) };
-            // The ranks that sent the message.
-            let mut from = Vec::new();
-            for seat in seats {
-                let own = way.outbox.of_seat(seat);
-                if let Frame::Signal(Signal::Introduction(introduction)) = &*frame {
-                    match seat_of(introduction, way.of_seat(seat), config, group, mailbox) {
-                        Ok(rank) => drop(seated.insert(seat, rank)),
-                        Err(error) => {
-                            tracing::warn!(%error, "a connection was refused");
-                            let refused = Signal::Refused(ErrorReport::from(&error));
-                            way.tell_by(&own, Frame::Signal(refused));
-                        }
+            if let Frame::Signal(Signal::Introduction(introduction)) = &*frame {
+                for seat in seats.iter() {
+                    if group.is_taken(&way.outbox, seat) {
+                        return Err(unexpected(&frame));
                     }
-                    continue;
+                    let admitted = seat_of(introduction, way.of_seat(seat), config, group, mailbox);
+                    if let Err(error) = admitted {
+                        tracing::warn!(%error, "a connection was refused");
+                        let refused = Signal::Refused(ErrorReport::from(&error));
+                        way.tell_by(&way.outbox.of_seat(seat), Frame::Signal(refused));
+                    }
                 }
-                // A seat that has lost its rank meanwhile is ignored.
-                let rank = seated.get(&seat).copied();
-                let Some(rank) = rank.filter(|rank| group.sits(*rank, &own)) else { continue };
+                return Ok(());
+            }
+            let from = group.ranks_in(&way.outbox, &seats);
+            if let Frame::Message { channel, body, .. } = *frame {
+                let mut taken = from;
+                for (rank, error) in mailbox.charge(&taken, channel, &body) {
+                    taken.remove(rank);
+                    cut(rank, &error, group, mailbox);
+                }
+                mailbox.file(taken, channel, body);
+                return Ok(());
+            }
+            for rank in from.iter() {
                 match &*frame {
                     Frame::Signal(Signal::Goodbye) => group.end(rank, End::Left, mailbox),
                     Frame::Signal(Signal::Lost(report)) => {
@@ -335,26 +342,11 @@ async fn attend_relay(mut wire: Wire, terms: Terms, config: &ControlConfig, shar
                         }
                     }
                     said => {
-                        let taken = match said {
-                            Frame::Message { channel, body } => {
-                                let charged = mailbox.charge(rank, *channel, body);
-                                charged.map(|()| from.push(rank))
-                            }
-                            said => take_in(rank, said.clone(), group, mailbox),
-                        };
-                        let Err(error) = taken else { continue };
-                        // If a rank breaks the rules, only the rank is cut, not its relay.
-                        if let Err(error) = group.cut(rank, ErrorReport::from(&error), mailbox) {
-                            tracing::debug!(%rank, %error, "it is gone already");
+                        if let Err(error) = take_in(rank, said.clone(), group, mailbox) {
+                            cut(rank, &error, group, mailbox);
                         }
                     }
                 }
-                if group.link(rank).is_err() {
-                    seated.remove(&seat);
-                }
-            }
-            if let Frame::Message { channel, body } = *frame {
-                mailbox.file(from, channel, body);
             }
             Ok(())
         })
@@ -367,14 +359,18 @@ async fn attend_relay(mut wire: Wire, terms: Terms, config: &ControlConfig, shar
     };
     shared.update(|mailbox, side| {
         let Side::Leader(group) = side else { return };
-        group.remove_relay(&way.outbox);
-        for (seat, rank) in seated {
-            if group.sits(rank, &way.outbox.of_seat(seat)) {
-                let error = Error::new(ErrorKind::PeerLost, "keeping a connection", &*why);
-                group.end(rank, End::Lost(error), mailbox);
-            }
+        for rank in group.remove_relay(&way.outbox).iter() {
+            let error = Error::new(ErrorKind::PeerLost, "keeping a connection", &*why);
+            group.end(rank, End::Lost(error), mailbox);
         }
     });
+}
+
+/// Cuts a rank behind a relay that breaks the rules, and not its relay.
+fn cut(rank: Rank, error: &Error, group: &mut Group, mailbox: &mut Mailbox) {
+    if let Err(error) = group.cut(rank, ErrorReport::from(error), mailbox) {
+        tracing::debug!(%rank, %error, "it is gone already");
+    }
 }
 
 /// Gives a rank to a newcomer in a seat of a relay.
@@ -501,7 +497,7 @@ pub(super) async fn follow(
     traffic.wire.count(&shared.counters);
     let on_frame = |frame| {
         shared.update(|mailbox, side| match frame {
-            Frame::Message { channel, body } => mailbox.deliver(Rank::LEADER, channel, body),
+            Frame::Message { channel, body, .. } => mailbox.deliver(Rank::LEADER, channel, body),
             Frame::Signal(Signal::Read { bytes }) => {
                 if let Some(link) = side.link_mut(Rank::LEADER) {
                     link.was_read(&bytes);
@@ -629,17 +625,18 @@ async fn speak(
     patience: Duration,
     kind: Kind<'_>,
 ) -> Error {
-    let mut batch = VecDeque::new();
+    let (mut batch, mut passed) = (VecDeque::new(), Passed::default());
     loop {
         match timeout(beat, queue.recv()).await {
             Ok(Some(first)) => {
                 batch.push_back(first);
                 while !batch.is_empty() {
                     batch.extend(std::iter::from_fn(|| queue.try_recv()).take(BATCH - 1));
-                    if let Kind::Upwards(ranks) = kind {
-                        gather(&mut batch, &mut queue, ranks).await;
-                    }
-                    while let Some(frame) = batch.pop_front() {
+                    let ready = match kind {
+                        Kind::Upwards(ranks) => passed.gather(&mut batch, &mut queue, ranks).await,
+                        _ => batch.len(),
+                    };
+                    for frame in batch.drain(..ready) {
                         let is_time = match writer.push(&frame) {
                             Ok(is_time) => is_time,
                             Err(error) => return error,
@@ -647,6 +644,12 @@ async fn speak(
                         if is_time && let Err(error) = writer.flush(patience).await {
                             return error;
                         }
+                    }
+                    // What is held back does not hold back what is written.
+                    if !batch.is_empty()
+                        && let Err(error) = writer.flush(patience).await
+                    {
+                        return error;
                     }
                     batch.extend(queue.try_recv());
                 }
@@ -666,33 +669,66 @@ async fn speak(
     std::future::pending().await
 }
 
-/// Merges equal messages of ranks, and waits a moment for the ranks that have not sent theirs yet. That delays nothing:
-/// when all ranks say the same in an update, the leader waits for all of them.
-async fn gather(
-    batch: &mut VecDeque<Frame>,
-    queue: &mut Queue,
-    ranks: &(dyn Fn() -> usize + Sync),
-) {
-    let latest = Instant::now() + LINGER_IN_ALL;
-    loop {
-        merge(batch);
-        let is_partial = |frame: &Frame| match frame {
-            Frame::Carried { seats, frame } => {
-                matches!(**frame, Frame::Message { channel: UPDATES, .. }) && seats.len() < ranks()
+/// The last patient messages that a relay has passed on, by their hashes, the oldest first, and how many of its ranks
+/// have sent each.
+#[derive(Debug, Default)]
+struct Passed(VecDeque<(u64, usize)>);
+
+impl Passed {
+    /// Merges equal messages of ranks. If they are patient, it waits a moment for the ranks that have not sent theirs
+    /// yet: the leader does nothing before it has the message from all of them. Returns how many frames are to be passed
+    /// on. The others are held back.
+    async fn gather(
+        &mut self,
+        batch: &mut VecDeque<Frame>,
+        queue: &mut Queue,
+        ranks: &(dyn Fn() -> usize + Sync),
+    ) -> usize {
+        let until = Instant::now() + LINGER;
+        let ready = loop {
+            merge(batch);
+            // Any other frame is urgent, and so are the frames before it.
+            let is_due = |frame| self.lacks(frame, ranks()).is_none_or(|lacks| lacks == 0);
+            if let Some(last) = batch.iter().rposition(is_due) {
+                break last + 1;
             }
-            _ => false,
+            if batch.len() >= BATCH {
+                break batch.len();
+            }
+            match timeout_at(until, queue.recv()).await {
+                Ok(Some(frame)) => batch.push_back(frame),
+                Ok(None) | Err(_) => break batch.len(),
+            }
+            batch.extend(std::iter::from_fn(|| queue.try_recv()).take(BATCH));
         };
-        // Any other frame is urgent, and so are the frames before it.
-        if batch.len() >= BATCH || !batch.iter().all(is_partial) {
-            return;
+        for (message, here) in batch.range(..ready).filter_map(patient) {
+            match self.0.iter_mut().find(|(passed, _)| *passed == message) {
+                Some((_, ranks)) => *ranks += here,
+                None => self.0.push_back((message, here)),
+            }
         }
-        let until = latest.min(Instant::now() + LINGER);
-        match timeout_at(until, queue.recv()).await {
-            Ok(Some(frame)) => batch.push_back(frame),
-            Ok(None) | Err(_) => return,
-        }
-        batch.extend(std::iter::from_fn(|| queue.try_recv()).take(BATCH));
+        self.0.drain(..self.0.len().saturating_sub(REMEMBERED));
+        ready
     }
+
+    /// How many ranks have yet to send a patient message after this frame. `None` for any other frame.
+    fn lacks(&self, frame: &Frame, ranks: usize) -> Option<usize> {
+        let (message, here) = patient(frame)?;
+        let before = self.0.iter().find(|(passed, _)| *passed == message).map_or(0, |(_, n)| *n);
+        // Not all ranks of a relay have a part in every update. As many as lately can be expected.
+        let lately = self.0.iter().map(|(_, ranks)| *ranks).max();
+        let expected = lately.map_or(ranks, |lately| lately.min(ranks));
+        Some(expected.saturating_sub(before + here))
+    }
+}
+
+/// A patient message of ranks behind a relay: its hash, and how many ranks have sent it.
+fn patient(frame: &Frame) -> Option<(u64, usize)> {
+    let Frame::Carried { seats, frame } = frame else { return None };
+    let Frame::Message { channel, body, patient: true } = &**frame else { return None };
+    let mut hasher = DefaultHasher::new();
+    (channel, body).hash(&mut hasher);
+    Some((hasher.finish(), seats.len()))
 }
 
 /// Merges equal messages of several seats into one frame. The frames of each seat stay in their order.
@@ -702,27 +738,27 @@ fn merge(batch: &mut VecDeque<Frame>) {
     }
     let mut merged = VecDeque::<Frame>::with_capacity(batch.len());
     // The index of each message, and the index of the last frame of each seat.
-    let mut places = HashMap::<(ChannelId, Bytes), usize>::new();
+    let mut places = HashMap::<(ChannelId, Bytes, bool), usize>::new();
     let mut last = HashMap::<u32, usize>::new();
     for frame in batch.drain(..) {
         let at = merged.len();
         if let Frame::Carried { seats, frame: inner } = &frame {
-            if let Frame::Message { channel, body } = &**inner {
-                let key = (*channel, body.clone());
+            if let Frame::Message { channel, body, patient } = &**inner {
+                let key = (*channel, body.clone(), *patient);
                 let place = places.get(&key).copied().filter(|place| {
-                    seats.iter().all(|seat| last.get(seat).is_none_or(|last| last < place))
+                    seats.iter().all(|seat| last.get(&seat).is_none_or(|last| last < place))
                 });
                 if let Some(place) = place
                     && let Some(Frame::Carried { seats: others, .. }) = merged.get_mut(place)
-                    && others.len() + seats.len() <= SEATS
+                    && others.blocks() + seats.blocks() <= SEAT_BLOCKS
                 {
-                    last.extend(seats.iter().map(|seat| (*seat, place)));
-                    others.extend(seats);
+                    last.extend(seats.iter().map(|seat| (seat, place)));
+                    others.unite(seats);
                     continue;
                 }
                 places.insert(key, at);
             }
-            last.extend(seats.iter().map(|seat| (*seat, at)));
+            last.extend(seats.iter().map(|seat| (seat, at)));
         }
         merged.push_back(frame);
     }
@@ -734,8 +770,10 @@ fn merge(batch: &mut VecDeque<Frame>) {
 mod tests {
     use proptest::prelude::*;
 
+    use engine_core::BitSet;
+
     use super::*;
-    use crate::Token;
+    use crate::{Token, UPDATES};
 
     fn wire(io: tokio::io::DuplexStream) -> Wire {
         let (reader, writer) = tokio::io::split(io);
@@ -743,7 +781,7 @@ mod tests {
     }
 
     fn said(body: &bytes::Bytes) -> Frame {
-        Frame::Message { channel: UPDATES, body: body.clone() }
+        Frame::Message { channel: UPDATES, body: body.clone(), patient: true }
     }
 
     #[test]
@@ -870,6 +908,7 @@ mod tests {
             let heard = || shared.read(|mailbox, _| mailbox.take_all(UPDATES));
             let is_message = matches!(frame, Frame::Message { .. });
             let writer = &mut relays[relay];
+            let seats = seats.into_iter().collect();
             writer.push(&Frame::Carried { seats, frame: Box::new(frame) }).unwrap();
             writer.flush(PATIENCE).await.unwrap();
             let mut said = heard();
@@ -884,6 +923,62 @@ mod tests {
             assert_eq!(from, is_message.then(|| Rank(relay as u32 + 1)));
         }
         assert!(shared.read(|mailbox, _| mailbox.take_all(UPDATES)).is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_relay_holds_back_what_all_ranks_say_until_the_last_of_them_and_nothing_else() {
+        let (outbox, mut queue) = Outbox::new(1 << 20);
+        let say = |seat: u32, body: &'static [u8], patient| {
+            let body = Bytes::from_static(body);
+            outbox.of_seat(seat).send(Frame::Message { channel: UPDATES, body, patient }).unwrap();
+        };
+        let (mut passed, mut batch) = (Passed::default(), VecDeque::new());
+        let mut next = async || {
+            let begun = Instant::now();
+            if batch.is_empty() {
+                batch.extend(queue.recv().await);
+            }
+            batch.extend(std::iter::from_fn(|| queue.try_recv()));
+            let ready = passed.gather(&mut batch, &mut queue, &|| 4).await;
+            let seats = |frame: Frame| match frame {
+                Frame::Carried { seats, .. } => seats.iter().collect::<Vec<_>>(),
+                other => panic!("{other:?}"),
+            };
+            (batch.drain(..ready).map(seats).collect::<Vec<_>>(), begun.elapsed())
+        };
+        let at_once = Duration::ZERO;
+        (0..4).for_each(|seat| say(seat, b"released 1", true));
+        assert_eq!(next().await, (vec![vec![0, 1, 2, 3]], at_once));
+        (0..3).for_each(|seat| say(seat, b"released 2", true));
+        let (seats, waited) = next().await;
+        assert_eq!(seats, [[0, 1, 2]]);
+        assert!((LINGER..LINGER * 2).contains(&waited), "{waited:?}");
+        // Nobody else has to say it.
+        say(3, b"released 2", true);
+        assert_eq!(next().await, (vec![vec![3]], at_once));
+        say(2, b"fetched 3", false);
+        assert_eq!(next().await, (vec![vec![2]], at_once));
+        // What a rank says after what is held back does not wait for the others.
+        say(0, b"released 4", true);
+        say(1, b"failed", false);
+        assert_eq!(next().await, (vec![vec![0], vec![1]], at_once));
+        // What all have said does not wait for what some of them have said since.
+        (0..4).for_each(|seat| say(seat, b"released 5", true));
+        say(2, b"released 6", true);
+        assert_eq!(next().await, (vec![vec![0, 1, 2, 3]], at_once));
+        [0, 1, 3].into_iter().for_each(|seat| say(seat, b"released 6", true));
+        assert_eq!(next().await, (vec![vec![0, 1, 2, 3]], at_once));
+        // A rank that has no part in updates any more is waited for a few times.
+        let rounds: [&[u8]; 20] =
+            std::array::from_fn(|round| &b"abcdefghijklmnopqrst"[round..][..1]);
+        let mut waits = 0;
+        for round in rounds {
+            (0..3).for_each(|seat| say(seat, round, true));
+            let (seats, waited) = next().await;
+            assert_eq!(seats, [[0, 1, 2]]);
+            waits += u32::from(!waited.is_zero());
+        }
+        assert!((1..20).contains(&waits), "{waits}");
     }
 
     #[test]
@@ -909,7 +1004,7 @@ mod tests {
             said in prop::collection::vec((0..4_u32, 0..3_u8, any::<bool>()), 0..40),
         ) {
             let frame = |&(seat, body, is_message): &(u32, u8, bool)| Frame::Carried {
-                seats: vec![seat],
+                seats: BitSet::from([seat]),
                 frame: Box::new(match is_message {
                     true => self::said(&Bytes::from(vec![body])),
                     false => Frame::Signal(Signal::Withdraw { id: body.into() }),
@@ -921,7 +1016,7 @@ mod tests {
                 let of_seat = |frames: &mut dyn Iterator<Item = Frame>| -> Vec<Frame> {
                     frames
                         .filter_map(|carried| match carried {
-                            Frame::Carried { seats, frame } if seats.contains(&seat) => Some(*frame),
+                            Frame::Carried { seats, frame } if seats.contains(seat) => Some(*frame),
                             _ => None,
                         })
                         .collect()

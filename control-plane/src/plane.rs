@@ -18,7 +18,7 @@ use crate::shared::{Shared, Side};
 use crate::wire::{Call, Frame, Outcome, Signal};
 use crate::{Address, Channel, ChannelId, ControlConfig, Event, Peer, Role, TrafficCounts};
 use engine_core::control::Said;
-use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result};
+use engine_core::{Error, ErrorKind, ErrorReport, Rank, RankSet, Result};
 
 /// How long a rank that has given up a wait listens for the leader's list of the missing ranks.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -243,7 +243,14 @@ impl ControlPlane {
         Channel::new(self.clone(), id)
     }
 
-    pub(crate) fn send(&self, channel: ChannelId, to: Rank, body: Bytes) -> Result<()> {
+    /// A patient message may wait on its way for the equal messages of other ranks.
+    pub(crate) fn send(
+        &self,
+        channel: ChannelId,
+        to: Rank,
+        body: Bytes,
+        patient: bool,
+    ) -> Result<()> {
         self.inner.shared.read(|mailbox, side| {
             if let Some(report) = &mailbox.ended {
                 return Err(report.clone().into());
@@ -252,11 +259,11 @@ impl ControlPlane {
                 Side::Leader(_) if to == Rank::LEADER => {
                     Err(misdirected("the leader cannot send to itself").rank(to))
                 }
-                Side::Leader(group) => group.link_mut(to)?.message(to, channel, body),
+                Side::Leader(group) => group.link_mut(to)?.message(to, channel, body, false),
                 Side::Member(_) if to != Rank::LEADER => {
                     Err(misdirected("members have a connection to rank 0 only").rank(to))
                 }
-                Side::Member(membership) => membership.leader.message(to, channel, body),
+                Side::Member(membership) => membership.leader.message(to, channel, body, patient),
             }
         })
     }
@@ -265,10 +272,10 @@ impl ControlPlane {
     pub(crate) fn send_all(
         &self,
         channel: ChannelId,
-        to: &[Rank],
+        to: &RankSet,
         body: &Bytes,
     ) -> Vec<(Rank, Error)> {
-        let all = |error: &dyn Fn() -> Error| to.iter().map(|rank| (*rank, error())).collect();
+        let all = |error: &dyn Fn() -> Error| to.iter().map(|rank| (rank, error())).collect();
         self.inner.shared.read(|mailbox, side| match (&mailbox.ended, side) {
             (Some(report), _) => all(&|| report.clone().into()),
             (None, Side::Leader(group)) => group.message_all(to, channel, body),

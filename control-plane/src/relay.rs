@@ -15,7 +15,7 @@ use crate::handshake::{Newcomer, introduce_relay, refuse};
 use crate::link::{Kind, Traffic, acceptable, converse, knock, link, open_door};
 use crate::wire::{Frame, Introduction, Signal, Terms, Wire, unexpected};
 use crate::{Address, ControlConfig};
-use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result};
+use engine_core::{BitSet, Error, ErrorKind, ErrorReport, Rank, Result};
 
 /// Carries the traffic of many ranks on one connection to the leader, or to another relay.
 ///
@@ -226,7 +226,7 @@ impl Carried {
     }
 
     /// Passes a frame from above on to seats.
-    fn pass_down(&self, seats: &[u32], frame: &Frame, own: Terms) {
+    fn pass_down(&self, seats: &BitSet<u32>, frame: &Frame, own: Terms) {
         let frame = match frame {
             Frame::Signal(Signal::Welcome { rank, terms, unread }) => {
                 // The rank hears from this relay, so the relay's own terms count.
@@ -239,17 +239,18 @@ impl Carried {
         let is_last = matches!(frame, Frame::Signal(signal) if last(signal));
         let mut table = self.lock();
         // Seats that share a connection get the frame once.
-        let mut relays = BTreeMap::<_, (Arc<Link>, Vec<u32>)>::new();
-        for seat in seats {
+        let mut relays = BTreeMap::<_, (Arc<Link>, BitSet<u32>)>::new();
+        for seat in seats.iter() {
             let found = match is_last {
-                true => table.down.remove(seat),
-                false => table.down.get(seat).cloned(),
+                true => table.down.remove(&seat),
+                false => table.down.get(&seat).cloned(),
             };
             let Some(link) = found else { continue };
             match link.outbox.seat() {
                 Some(there) => {
                     let connection = link.outbox.connection();
-                    relays.entry(connection).or_insert((link, Vec::new())).1.push(there);
+                    let entry = relays.entry(connection).or_insert((link, BitSet::new()));
+                    entry.1.insert(there);
                 }
                 None => link.tell(frame.clone()),
             }
@@ -415,7 +416,7 @@ async fn attend_relay(mut wire: Wire, terms: Terms, carried: &Carried, config: &
         if matches!(*frame, Frame::Carried { .. } | Frame::Reply { .. }) {
             return Err(unexpected(&frame));
         }
-        for there in seats {
+        for there in seats.iter() {
             if matches!(*frame, Frame::Signal(Signal::Introduction(_))) {
                 seated.insert(there, carried.seat(Arc::new(way.of_seat(there))));
             }

@@ -2,9 +2,10 @@
 //!
 //! A frame is a big-endian `u32` length and that many bytes. The first byte is the kind. What follows depends on it:
 //!
-//! - A message: the number of its channel, a big-endian `u16`, and the unchanged body of the caller.
+//! - A message: the number of its channel, a big-endian `u16`, and the unchanged body of the caller. A message that may
+//!   wait for others has a kind of its own.
 //! - A reply: the number of its call, a big-endian `u64`, and the outcome.
-//! - A carried frame: the list of its seats in postcard, and the frame without its length.
+//! - A carried frame: the set of its seats in postcard, as blocks of 64, and the frame without its length.
 //! - A signal: a [`Signal`] in postcard.
 //!
 //! The first frame of each side crosses the socket as it is, all others in sealed records.
@@ -23,7 +24,7 @@ use tokio_util::codec::{Decoder, LengthDelimitedCodec};
 
 use crate::seal::{Handshake, Opener, Sealer};
 use crate::{ChannelId, Peer, Role};
-use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result};
+use engine_core::{BitSet, Error, ErrorKind, ErrorReport, Rank, Result};
 
 pub(super) const MAGIC: [u8; 8] = *b"ckpt-eng";
 /// The longest frame that is accepted from a peer before its authentication.
@@ -35,14 +36,15 @@ const MESSAGE: u8 = 0;
 const SIGNAL: u8 = 1;
 const REPLY: u8 = 2;
 const CARRIED: u8 = 3;
+const PATIENT: u8 = 4;
 /// The bytes that are read, or gathered for writing, at once.
 const CHUNK: usize = 64 * 1024;
 /// The bytes of a long body that are copied for a connection at once. The body itself is shared by all connections.
 const PIECE: usize = 16 * 1024;
 /// The room that the seats of a carried frame need, at most.
 pub(super) const SEATS_ROOM: usize = 64 * 1024;
-/// The most seats of one carried frame.
-pub(super) const SEATS: usize = 8 * 1024;
+/// The most blocks of seats of one carried frame. Each takes at most 14 bytes.
+pub(super) const SEAT_BLOCKS: usize = 4 * 1024;
 
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Frame {
@@ -50,6 +52,8 @@ pub(super) enum Frame {
     Message {
         channel: ChannelId,
         body: Bytes,
+        /// Whether a relay may hold it back for the equal messages of others.
+        patient: bool,
     },
     Signal(Signal),
     /// How a call ended. `outcome` is an [`Outcome`], encoded once for all ranks that receive it.
@@ -59,7 +63,7 @@ pub(super) enum Frame {
     },
     /// The same frame from or for several ranks, on the connection of their relay.
     Carried {
-        seats: Vec<u32>,
+        seats: BitSet<u32>,
         frame: Box<Self>,
     },
 }
@@ -170,7 +174,9 @@ impl Frame {
             Self::Message { body, .. } | Self::Reply { outcome: body, .. } => body.len(),
             Self::Signal(Signal::Call { call: Call::Gather { payload, .. }, .. }) => payload.len(),
             Self::Signal(_) => 0,
-            Self::Carried { seats, frame } => size_of_val(&**seats) + frame.cost(),
+            Self::Carried { seats, frame } => {
+                seats.blocks() * size_of::<(u32, u64)>() + frame.cost()
+            }
         };
         body + FRAME_OVERHEAD
     }
@@ -179,21 +185,24 @@ impl Frame {
         if bytes.first() != Some(&CARRIED) {
             return Self::decode_plain(bytes);
         }
-        let decoded = postcard::take_from_bytes(&bytes[1..]);
-        let (seats, frame) =
-            decoded.map_err(|error| malformed("it does not decode").with_source(error))?;
-        bytes.advance(bytes.len() - frame.len());
+        // A block takes less room there than here, so a peer could have memory taken with a long list.
+        let room = &bytes[1..bytes.len().min(1 + SEATS_ROOM)];
+        let (seats, rest) = postcard::take_from_bytes(room)
+            .map_err(|error| malformed("its seats do not decode").with_source(error))?;
+        let length = 1 + room.len() - rest.len();
+        bytes.advance(length);
         Ok(Self::Carried { seats, frame: Box::new(Self::decode_plain(bytes)?) })
     }
 
     /// Decodes any frame but a carried one, because carried frames do not nest.
     fn decode_plain(mut bytes: BytesMut) -> Result<Self> {
         match bytes.first() {
-            Some(&MESSAGE) => {
+            Some(&kind @ (MESSAGE | PATIENT)) => {
                 bytes.advance(1);
                 let number =
                     bytes.try_get_u16().map_err(|_| malformed("a message of no channel"))?;
-                Ok(Self::Message { channel: ChannelId(number), body: bytes.freeze() })
+                let (channel, body) = (ChannelId(number), bytes.freeze());
+                Ok(Self::Message { channel, body, patient: kind == PATIENT })
             }
             Some(&SIGNAL) => Ok(Self::Signal(decode(&bytes[1..])?)),
             Some(&REPLY) => {
@@ -209,8 +218,8 @@ impl Frame {
     /// Writes the frame without its length and its body. Returns the body, which is shared, not copied.
     fn put(&self, out: &mut BytesMut) -> Result<Bytes> {
         match self {
-            Self::Message { channel, body } => {
-                out.put_u8(MESSAGE);
+            Self::Message { channel, body, patient } => {
+                out.put_u8(if *patient { PATIENT } else { MESSAGE });
                 out.put_u16(channel.0);
                 Ok(body.clone())
             }
@@ -542,6 +551,10 @@ mod tests {
     use crate::UPDATES;
     use engine_core::control::PROTOCOL_VERSION;
 
+    fn message(channel: ChannelId, body: &'static [u8], patient: bool) -> Frame {
+        Frame::Message { channel, body: Bytes::from_static(body), patient }
+    }
+
     fn frames() -> Vec<Frame> {
         let introduction = Introduction {
             role: Role::Rollout,
@@ -558,8 +571,8 @@ mod tests {
         let outcome =
             Bytes::from(encode(&Outcome::Table { peers: vec![peer], updates: 0 }).unwrap());
         vec![
-            Frame::Message { channel: UPDATES, body: Bytes::new() },
-            Frame::Message { channel: ChannelId(700), body: Bytes::from_static(b"body") },
+            message(UPDATES, b"", true),
+            message(ChannelId(700), b"body", false),
             Frame::Signal(Signal::Hello(Hello { magic: MAGIC, version: 1, body })),
             Frame::Signal(Signal::Refused(ErrorReport::from(&error))),
             Frame::Signal(Signal::Answer(Bytes::from_static(&[1; 48]))),
@@ -577,10 +590,13 @@ mod tests {
             Frame::Signal(Signal::Withdraw { id: 2 }),
             Frame::Reply { id: 1, outcome: outcome.clone() },
             Frame::Carried {
-                seats: vec![0, 300],
-                frame: Box::new(Frame::Message { channel: UPDATES, body: outcome.clone() }),
+                seats: BitSet::from([0, 300]),
+                frame: Box::new(message(UPDATES, b"other", true)),
             },
-            Frame::Carried { seats: vec![7], frame: Box::new(Frame::Reply { id: 1, outcome }) },
+            Frame::Carried {
+                seats: BitSet::from([7]),
+                frame: Box::new(Frame::Reply { id: 1, outcome }),
+            },
             Frame::Signal(Signal::Relay(introduction.terms)),
             Frame::Signal(Signal::Lost(ErrorReport::from(&error))),
             Frame::Signal(Signal::Silent(Duration::from_secs(3))),
@@ -615,9 +631,11 @@ mod tests {
             frame.encode(&mut bytes).unwrap();
             bytes.to_vec()
         };
-        assert_eq!(PROTOCOL_VERSION, 7);
-        let message = Frame::Message { channel: ChannelId(0x0102), body: Bytes::from_static(b"x") };
-        assert_eq!(encoded(message), [0, 0, 0, 4, 0, 1, 2, b'x']);
+        assert_eq!(PROTOCOL_VERSION, 8);
+        for (patient, kind) in [(false, 0), (true, 4)] {
+            let message = message(ChannelId(0x0102), b"x", patient);
+            assert_eq!(encoded(message), [0, 0, 0, 4, kind, 1, 2, b'x']);
+        }
         let read = Signal::Read { bytes: vec![(ChannelId(16), 80)] };
         assert_eq!(encoded(Frame::Signal(read)), [0, 0, 0, 5, 1, 9, 1, 16, 80]);
         let payload = Bytes::from_static(b"x");
@@ -632,9 +650,28 @@ mod tests {
         let reply = Frame::Reply { id: 0x0102, outcome: payload.clone() };
         let bytes = [0, 0, 0, 10, 2, 0, 0, 0, 0, 0, 0, 1, 2, b'x'];
         assert_eq!(encoded(reply.clone()), bytes);
-        let carried = Frame::Carried { seats: vec![1, 200], frame: Box::new(reply) };
-        let bytes = [0, 0, 0, 15, 3, 2, 1, 200, 1, 2, 0, 0, 0, 0, 0, 0, 1, 2, b'x'];
+        let carried = Frame::Carried { seats: BitSet::from([1, 2, 200]), frame: Box::new(reply) };
+        let bytes = [0, 0, 0, 17, 3, 2, 0, 6, 3, 128, 2, 2, 0, 0, 0, 0, 0, 0, 1, 2, b'x'];
         assert_eq!(encoded(carried), bytes);
+    }
+
+    #[test]
+    fn seats_beyond_their_room_are_refused_and_the_most_that_one_frame_carries_fit() {
+        // Those that take the most room: far from one another, and the last of their blocks.
+        let of = |blocks: u32| Frame::Carried {
+            seats: (0..blocks).map(|block| u32::MAX - 64 * block).collect(),
+            frame: Box::new(Frame::Signal(Signal::Goodbye)),
+        };
+        let decoded = |frame: &Frame| {
+            let mut bytes = BytesMut::new();
+            frame.encode(&mut bytes).unwrap();
+            bytes.advance(4);
+            Frame::decode(bytes)
+        };
+        let most = of(SEAT_BLOCKS as u32);
+        assert_eq!(decoded(&most).unwrap(), most);
+        let error = decoded(&of(2 * SEAT_BLOCKS as u32)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
     }
 
     #[test]

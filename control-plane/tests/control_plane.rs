@@ -399,13 +399,13 @@ fn a_member_of_another_protocol_version_learns_both_versions() {
         let change = |step, frame: &mut Vec<u8>| {
             if step == 0 {
                 // Kind, the Hello's tag and eight bytes of magic precede the version.
-                assert_eq!((&frame[2..10], frame[10]), (&b"ckpt-eng"[..], 7));
+                assert_eq!((&frame[2..10], frame[10]), (&b"ckpt-eng"[..], 8));
                 frame[10] = 77;
             }
         };
         let config = between(&leader, change, |_, _| ());
         let error = ControlPlane::join(config, Role::Rollout, None).await.unwrap_err();
-        assert_names(&error, ErrorKind::Protocol, &["version 7", "version 77"]);
+        assert_names(&error, ErrorKind::Protocol, &["version 8", "version 77"]);
         let member = join(&leader).await;
         gather(&[&leader, &member]).await;
     });

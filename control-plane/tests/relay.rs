@@ -9,7 +9,7 @@ use control_plane::{
     Address, ChannelId, Control, ControlConfig, ControlPlane, Event, Relay, Role, Token, UPDATES,
 };
 use engine_core::control::Said;
-use engine_core::{Error, ErrorKind, Rank, Result};
+use engine_core::{Error, ErrorKind, Rank, RankSet, Result};
 use futures::executor::block_on;
 use futures::future::try_join_all;
 
@@ -96,7 +96,7 @@ fn what_is_said_to_all_ranks_of_a_relay_crosses_its_connection_once() {
         let at: Vec<&Address> = (0..16).map(|i| relays[i % 2].address()).collect();
         let members = group(&leader, &at).await;
         let updates = leader.channel(UPDATES);
-        let ranks: Vec<Rank> = members.iter().map(ControlPlane::rank).collect();
+        let ranks: RankSet = members.iter().map(ControlPlane::rank).collect();
         let before = leader.traffic();
         let body = Bytes::from(vec![7; 50_000]);
         assert!(Control::send_all(&updates, &ranks, body.clone()).is_empty());
@@ -107,7 +107,8 @@ fn what_is_said_to_all_ranks_of_a_relay_crosses_its_connection_once() {
         let bytes = leader.traffic().bytes_sent - before.bytes_sent;
         assert!((100_000..150_000).contains(&bytes), "{bytes} bytes for two relays");
         // A rank that is gone is named, and keeps the message from nobody else.
-        let nobody = Control::send_all(&updates, &[Rank(99), Rank(3)], Bytes::from_static(b"x"));
+        let two = RankSet::from([Rank(99), Rank(3)]);
+        let nobody = Control::send_all(&updates, &two, Bytes::from_static(b"x"));
         assert_eq!(nobody.len(), 1);
         assert_eq!((nobody[0].0, nobody[0].1.kind()), (Rank(99), ErrorKind::PeerLost));
         let third = members.iter().find(|member| member.rank() == Rank(3)).unwrap();
@@ -134,7 +135,7 @@ fn what_ranks_of_a_relay_say_alike_is_heard_together_or_one_by_one_as_the_leader
             say(round);
             while heard.len() < ranks.len() {
                 match Control::recv_all(&updates, DEADLINE).await.unwrap().expect("an event") {
-                    Said::Alike { from, body } if body == round => heard.extend(from),
+                    Said::Alike { from, body } if body == round => heard.extend(from.iter()),
                     Said::One(Event::Message { from, body }) if body == round => heard.push(from),
                     other => panic!("{other:?}"),
                 }

@@ -8,11 +8,11 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, ErrorReport, Rank, Result};
+use crate::{Error, ErrorReport, Rank, RankSet, Result};
 
 /// The version of what ranks say to one another: of the connection's frames, and of the messages of updates. Peers of
 /// different versions refuse each other.
-pub const PROTOCOL_VERSION: u32 = 7;
+pub const PROTOCOL_VERSION: u32 = 8;
 
 /// What a process of the group does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -80,8 +80,8 @@ pub enum Said {
     One(Event),
     /// The same message of several ranks.
     Alike {
-        /// Who sent it; a rank that is named twice has sent it twice.
-        from: Vec<Rank>,
+        /// Who sent it, each of them once.
+        from: RankSet,
         /// What each of them gave to [`Control::send`].
         body: Bytes,
     },
@@ -114,9 +114,19 @@ pub trait Control: fmt::Debug + Send + Sync {
     /// Queues the same message for several ranks, in less than [`send`](Self::send) takes for each. On the leader only.
     ///
     /// The ranks that it could not be queued for, with the errors of [`send`](Self::send).
-    fn send_all(&self, to: &[Rank], body: Bytes) -> Vec<(Rank, Error)> {
-        let sent = to.iter().map(|rank| (*rank, self.send(*rank, body.clone())));
+    fn send_all(&self, to: &RankSet, body: Bytes) -> Vec<(Rank, Error)> {
+        let sent = to.iter().map(|rank| (rank, self.send(rank, body.clone())));
         sent.filter_map(|(rank, sent)| Some((rank, sent.err()?))).collect()
+    }
+
+    /// As [`send`](Self::send), for a message that the leader needs from all ranks before it goes on. On its way it may
+    /// wait a moment for the equal messages of other ranks.
+    ///
+    /// # Errors
+    ///
+    /// As with [`send`](Self::send).
+    fn send_with_others(&self, to: Rank, body: Bytes) -> Result<()> {
+        self.send(to, body)
     }
 
     /// The next event; `None` when there is none within the deadline.

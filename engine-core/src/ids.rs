@@ -21,6 +21,18 @@ impl Rank {
     }
 }
 
+impl From<u32> for Rank {
+    fn from(number: u32) -> Self {
+        Self(number)
+    }
+}
+
+impl From<Rank> for u32 {
+    fn from(rank: Rank) -> Self {
+        rank.0
+    }
+}
+
 impl fmt::Display for Rank {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)

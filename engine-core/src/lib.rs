@@ -24,6 +24,7 @@ pub mod provider;
 mod received;
 mod registry;
 mod report;
+mod sets;
 mod storage;
 mod store;
 mod stream;
@@ -55,6 +56,7 @@ pub use report::{
     ChangedElements, DeltaReport, ReceiveReport, ReceiverReport, SendReport, StageTimes,
     TensorCounts, VersionState,
 };
+pub use sets::{BitSet, RankMap, RankSet};
 pub use storage::{DeviceBytes, DeviceMemory, Storage};
 pub use store::{CacheStore, CacheWriter, ensure_fresh};
 pub use stream::{

@@ -3,7 +3,7 @@
 //! The loop in `sender.rs` tells it what happens and when ([`Leader::event`], [`Leader::done`], [`Leader::tick`]). It
 //! answers with things to do ([`Leader::act`]) and with the time of its next tick ([`Leader::timer`]).
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,7 @@ use engine_core::control::{Event, Peer};
 use engine_core::observe::Progress;
 use engine_core::plan::{BucketLayout, Plan};
 use engine_core::{Base, Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Version, digest};
-use engine_core::{ReceiverReport, StageTimes, VersionState, WorkerMetadata};
+use engine_core::{RankMap, RankSet, ReceiverReport, StageTimes, VersionState, WorkerMetadata};
 
 const FILLING: &str = "waiting for a trainer to fill a bucket";
 
@@ -58,9 +58,10 @@ pub(super) struct Settings {
 pub(super) struct Leader {
     settings: Settings,
     members: BTreeMap<Rank, Member>,
+    steps: Steps,
     /// The ranks that only hear of updates.
-    idle: BTreeSet<Rank>,
-    absent: BTreeSet<Rank>,
+    idle: RankSet,
+    absent: RankSet,
     /// The hosts of ranks, as far as they are known.
     hosts: BTreeMap<Rank, String>,
     /// The paths between receivers on which fetches failed.
@@ -91,18 +92,45 @@ impl std::fmt::Debug for Leader {
 #[derive(Debug, Default)]
 struct Member {
     part: Part,
-    /// Whether it takes part in the present update.
-    active: bool,
     /// Its message when it entered the present update.
     entered: Option<Entry>,
     /// The messages for it that wait until it has entered.
     unsent: Vec<Unsent>,
-    /// Whether it has joined the others for the present update.
-    joined: bool,
     /// Its confirmation of the present update.
     confirmed: Option<ReceiverReport>,
-    /// When it was given its last task or took its last step. Its deadline begins there.
-    since: Option<Instant>,
+}
+
+/// How far the ranks of the present update are. Ranks take most steps together, and a set of them costs little more than
+/// one.
+#[derive(Debug, Default)]
+struct Steps {
+    /// The ranks that take part in the update. The next three sets are those of them that have not taken a step yet.
+    active: RankSet,
+    to_enter: RankSet,
+    to_join: RankSet,
+    to_confirm: RankSet,
+    /// The ranks that have entered and know a plan, by its digest.
+    plans: BTreeMap<u64, RankSet>,
+    /// When each rank was given its last task or took its last step. Its deadline begins there.
+    since: RankMap<Instant>,
+}
+
+impl Steps {
+    fn new(active: RankSet, now: Instant) -> Self {
+        let mut since = RankMap::default();
+        since.set(&active, &now);
+        let [to_enter, to_join, to_confirm] = [(); 3].map(|()| active.clone());
+        Self { active, to_enter, to_join, to_confirm, plans: BTreeMap::new(), since }
+    }
+
+    /// A rank takes no further part in the update.
+    fn leave(&mut self, rank: Rank) {
+        let Self { active, to_enter, to_join, to_confirm, plans: _, since } = self;
+        for set in [active, to_enter, to_join, to_confirm] {
+            set.remove(rank);
+        }
+        since.update(&RankSet::from([rank]), |_| None);
+    }
 }
 
 /// What a rank says of itself when it enters an update. It is forgotten before the next one.
@@ -128,7 +156,7 @@ enum Unsent {
 struct Held {
     update: u64,
     bucket: u64,
-    by: BTreeSet<Rank>,
+    by: RankSet,
 }
 
 /// The present update.
@@ -142,7 +170,7 @@ struct Update {
     /// The trainers that send, the leader first.
     senders: Vec<Rank>,
     /// The ranks that are told if the update fails.
-    told: BTreeSet<Rank>,
+    told: RankSet,
     ticket: Option<Ticket>,
     topology: Option<Topology>,
     /// The routes of the buckets, if receivers fetch from one another.
@@ -298,8 +326,9 @@ impl Leader {
             slots: (0..settings.slots).map(|_| Held::default()).collect(),
             settings,
             members: BTreeMap::new(),
-            idle: BTreeSet::new(),
-            absent: BTreeSet::new(),
+            steps: Steps::default(),
+            idle: RankSet::new(),
+            absent: RankSet::new(),
             hosts: BTreeMap::new(),
             paths: Paths::default(),
             blamed: BTreeMap::new(),
@@ -318,7 +347,9 @@ impl Leader {
 
     /// Adds a rank to the next update.
     pub(super) fn admit(&mut self, rank: Rank, part: Part) {
-        self.absent.remove(&rank);
+        self.absent.remove(rank);
+        // Whatever had the rank before is no longer waited for.
+        self.steps.leave(rank);
         if part == Part::Idle {
             self.idle.insert(rank);
         } else {
@@ -355,7 +386,7 @@ impl Leader {
 
     /// Whether a colocated rank still holds a bucket.
     pub(super) fn is_read_in_place(&self) -> bool {
-        let colocated = |rank| self.members.get(rank).is_some_and(|m| m.part == Part::Colocated);
+        let colocated = |rank| self.members.get(&rank).is_some_and(|m| m.part == Part::Colocated);
         self.slots.iter().any(|slot| slot.by.iter().any(colocated))
     }
 
@@ -381,12 +412,13 @@ impl Leader {
         let mut senders = vec![Rank::LEADER];
         for (&rank, member) in &mut self.members {
             let part = member.part;
-            *member = Member { part, active: true, since: Some(now), ..Member::default() };
+            *member = Member { part, ..Member::default() };
             if part == Part::Sender {
                 senders.push(rank);
             }
         }
-        let told = self.members.keys().chain(&self.idle).copied().collect();
+        self.steps = Steps::new(self.members.keys().copied().collect(), now);
+        let told = self.with_idle(&self.steps.active);
         let work = Work::Begin;
         self.update = Some(Box::new(Update {
             number,
@@ -427,21 +459,17 @@ impl Leader {
         let Some(update) = self.update.take() else { return };
         if update.route.is_none() {
             for bucket in &update.outgoing {
-                self.slots[bucket.slot].by.clear();
+                self.slots[bucket.slot].by = RankSet::new();
             }
         }
+        self.steps = Steps::default();
         for (rank, member) in &mut self.members {
-            member.active = false;
             for unsent in member.unsent.drain(..) {
                 if let Unsent::Bucket(bucket) = unsent {
-                    self.slots[bucket.slot].by.remove(rank);
+                    self.slots[bucket.slot].by.remove(*rank);
                 }
             }
         }
-    }
-
-    fn active(&self) -> impl Iterator<Item = Rank> + '_ {
-        self.active_parts().map(|(rank, _)| rank)
     }
 
     /// The rollouts of the present update.
@@ -450,13 +478,17 @@ impl Leader {
     }
 
     /// The ranks that get buckets in the present update: rollouts and relays.
-    fn readers(&self) -> impl Iterator<Item = Rank> + '_ {
-        self.active_parts().filter(|(_, part)| *part != Part::Sender).map(|(rank, _)| rank)
+    fn readers(&self) -> RankSet {
+        let mut readers = self.steps.active.clone();
+        for sender in self.update.iter().flat_map(|update| &update.senders) {
+            readers.remove(*sender);
+        }
+        readers
     }
 
     fn active_parts(&self) -> impl Iterator<Item = (Rank, Part)> + '_ {
-        let active = self.members.iter().filter(|(_, member)| member.active);
-        active.map(|(rank, member)| (*rank, member.part))
+        let active = self.steps.active.iter();
+        active.filter_map(|rank| Some((rank, self.members.get(&rank)?.part)))
     }
 
     fn has_entered(&self, rank: Rank) -> bool {
@@ -471,40 +503,41 @@ impl Leader {
         self.acts.push_back(Act::Send { to, body });
     }
 
-    fn send_all(&mut self, to: Vec<Rank>, body: Bytes) {
+    fn send_all(&mut self, to: RankSet, body: Bytes) {
         if !to.is_empty() {
             self.acts.push_back(Act::SendAll { to, body });
         }
     }
 
     /// These ranks, and the idle ones.
-    fn with_idle(&self, ranks: impl IntoIterator<Item = Rank>) -> Vec<Rank> {
-        ranks.into_iter().chain(self.idle.iter().copied()).collect()
+    fn with_idle(&self, ranks: &RankSet) -> RankSet {
+        let mut all = ranks.clone();
+        all.unite(&self.idle);
+        all
     }
 
     fn broadcast(&mut self, message: &ToReceiver, now: Instant) -> Result<()> {
-        self.tell_all(|_| true, &Unsent::Other(encode(message)?), now)
+        let all = self.steps.active.clone();
+        self.tell_all(all, &Unsent::Other(encode(message)?), now)
     }
 
-    /// [`tell`](Self::tell)s the same to all ranks of the update whose part is wanted. After an error, no rank that has
-    /// entered was told.
-    fn tell_all(
-        &mut self,
-        whom: impl Fn(Part) -> bool,
-        message: &Unsent,
-        now: Instant,
-    ) -> Result<()> {
-        // A bucket has two messages: ranks that know the plan get the short one.
-        let (mut short, mut full) = (Vec::with_capacity(self.members.len()), Vec::new());
-        let active = self.members.iter_mut().filter(|(_, member)| member.active);
-        for (&rank, member) in active.filter(|(_, member)| whom(member.part)) {
-            let Some(entry) = &member.entered else {
+    /// [`tell`](Self::tell)s the same to ranks of the update. After an error, no rank that has entered was told.
+    fn tell_all(&mut self, to: RankSet, message: &Unsent, now: Instant) -> Result<()> {
+        for rank in to.common(&self.steps.to_enter).iter() {
+            if let Some(member) = self.members.get_mut(&rank) {
                 member.unsent.push(message.clone());
-                continue;
-            };
-            member.since = Some(now);
-            let is_full = matches!(message, Unsent::Bucket(bucket) if !bucket.is_known(entry.plan));
-            if is_full { &mut full } else { &mut short }.push(rank);
+            }
+        }
+        let mut short = to;
+        short.subtract(&self.steps.to_enter);
+        self.steps.since.set(&short, &now);
+        // A bucket has two messages: ranks that know the plan get the short one.
+        let mut full = RankSet::new();
+        if let Unsent::Bucket(bucket) = message {
+            let known = bucket.known.and_then(|plan| self.steps.plans.get(&plan));
+            let known = known.map(|known| short.common(known)).unwrap_or_default();
+            full = std::mem::replace(&mut short, known);
+            full.subtract(&short);
         }
         let bodies = [(short, true), (full, false)].map(|(ranks, is_short)| {
             let body = match message {
@@ -529,7 +562,7 @@ impl Leader {
             member.unsent.push(message);
             return Ok(());
         };
-        member.since = Some(now);
+        self.steps.since.set(&RankSet::from([rank]), &now);
         let body = match message {
             Unsent::Bucket(bucket) => bucket.body(entry.plan)?,
             Unsent::Other(body) => body,
@@ -541,7 +574,7 @@ impl Leader {
     /// The link has begun the update. Announces it to the other ranks.
     fn announce_update(&mut self, ticket: Option<Ticket>, now: Instant) -> Result<()> {
         let receivers: Vec<Rank> = self.receivers().collect();
-        let active: Vec<Rank> = self.active().collect();
+        let active: Vec<Rank> = self.steps.active.iter().collect();
         let topology = self.update.as_ref().and_then(|update| update.topology);
         let route = topology.map(|topology| self.route(topology, &active, now));
         let Some(update) = &mut self.update else { return Ok(()) };
@@ -565,7 +598,7 @@ impl Leader {
             ticket,
         }))?;
         let version = update.version;
-        let all = self.with_idle(active);
+        let all = self.with_idle(&self.steps.active);
         self.send_all(all, begin);
         self.observe(Progress::Began { version, receivers });
         if !asks_bases {
@@ -585,9 +618,7 @@ impl Leader {
     /// Starts to read a stream that depends on the rollouts' versions, once all ranks have entered.
     fn ask_stream(&mut self, now: Instant) {
         let waits = |update: &Update| matches!(update.next, Next::Unasked);
-        if !self.update.as_deref().is_some_and(waits)
-            || !self.active().all(|rank| self.has_entered(rank))
-        {
+        if !self.update.as_deref().is_some_and(waits) || !self.steps.to_enter.is_empty() {
             return;
         }
         let said = self.receivers().filter_map(|rank| {
@@ -616,13 +647,13 @@ impl Leader {
                     return Ok(());
                 }
                 Stage::Entering => {
-                    if self.active().any(|rank| !self.has_entered(rank)) {
+                    if !self.steps.to_enter.is_empty() {
                         return Ok(());
                     }
                     self.begin_joining(now)?;
                 }
                 Stage::Joined => {
-                    if self.active_members().any(|member| !member.joined) {
+                    if !self.steps.to_join.is_empty() {
                         return Ok(());
                     }
                     self.to(Stage::Streaming);
@@ -650,7 +681,7 @@ impl Leader {
                     self.finish(now)?;
                 }
                 Stage::Confirming => {
-                    if self.active_members().any(|member| member.confirmed.is_none()) {
+                    if !self.steps.to_confirm.is_empty() {
                         return Ok(());
                     }
                     self.commit(now)?;
@@ -663,10 +694,6 @@ impl Leader {
         if let Some(update) = &mut self.update {
             update.stage = stage;
         }
-    }
-
-    fn active_members(&self) -> impl Iterator<Item = &Member> {
-        self.members.values().filter(|member| member.active)
     }
 
     /// All ranks have entered the update: they join one another.
@@ -686,7 +713,7 @@ impl Leader {
 
     /// Takes the slot for the collected bucket, and starts to fill it.
     fn begin_bucket(&mut self, now: Instant) -> Result<()> {
-        let readers: BTreeSet<Rank> = self.readers().collect();
+        let readers = self.readers();
         let Some(update) = &mut self.update else { return Ok(()) };
         let pending = Next::Pending(now);
         let Next::Bucket(bucket, since) = std::mem::replace(&mut update.next, pending) else {
@@ -745,10 +772,9 @@ impl Leader {
         let update = update.number;
         let bucket =
             Arc::new(Announcement { update, index, slot, digest, layout, known, short, full });
-        let is_reader = |part| part != Part::Sender;
-        if let Err(error) = self.tell_all(is_reader, &Unsent::Bucket(bucket), now) {
+        if let Err(error) = self.tell_all(self.readers(), &Unsent::Bucket(bucket), now) {
             // Ranks that were not told will not release it.
-            self.slots[slot].by.clear();
+            self.slots[slot].by = RankSet::new();
             return Err(error);
         }
         if let Some(route) = self.update.as_mut().and_then(|update| update.route.as_mut()) {
@@ -790,7 +816,7 @@ impl Leader {
             None => match self.slots[bucket as usize % self.settings.slots].by.first() {
                 None => Ok(()),
                 // If a bucket is not announced yet, its sender is awaited, not its readers.
-                Some(reader) => Err(Some(self.late_sender().unwrap_or(*reader))),
+                Some(reader) => Err(Some(self.late_sender().unwrap_or(reader))),
             },
         }
     }
@@ -804,7 +830,7 @@ impl Leader {
 
     /// The rank that the others wait for.
     fn awaited_elsewhere(&self) -> Option<Rank> {
-        let late = self.active().find(|rank| !self.has_entered(*rank));
+        let late = self.steps.to_enter.first();
         let routed = || self.update.as_ref()?.route.as_ref()?.awaited();
         late.or_else(|| self.late_sender()).or_else(routed)
     }
@@ -843,12 +869,12 @@ impl Leader {
         let front = update.and_then(|update| update.outgoing.front()).map(|bucket| bucket.index);
         match wait {
             Wait::Enter => Awaited {
-                rank: self.active().find(|rank| !self.has_entered(*rank)),
+                rank: self.steps.to_enter.first(),
                 bucket: None,
                 operation: "waiting for every rank to enter the update",
             },
             Wait::Join => Awaited {
-                rank: self.members.iter().find(|(_, m)| m.active && !m.joined).map(|(r, _)| *r),
+                rank: self.steps.to_join.first(),
                 bucket: None,
                 operation: "waiting for every rank to join the others",
             },
@@ -872,10 +898,9 @@ impl Leader {
                 Awaited { rank, bucket: front, operation: FILLING }
             }
             Wait::Confirm => {
-                let missing = self.members.iter().find(|(_, m)| m.active && m.confirmed.is_none());
                 let last = update.map(|update| (update.layouts.len() as u64).saturating_sub(1));
                 Awaited {
-                    rank: self.awaited_elsewhere().or(missing.map(|(rank, _)| *rank)),
+                    rank: self.awaited_elsewhere().or(self.steps.to_confirm.first()),
                     bucket: last,
                     operation: "waiting for a receiver to confirm the version",
                 }
@@ -894,8 +919,8 @@ impl Leader {
         let (wait, begun) = update.wait?;
         let since = match (wait, self.awaited(wait).rank) {
             (Wait::Encode(_), _) => None,
-            (_, Some(rank)) => self.members.get(&rank).and_then(|member| member.since),
-            (_, None) => self.members.values().filter_map(|member| member.since).max(),
+            (_, Some(rank)) => self.steps.since.get(rank).copied(),
+            (_, None) => self.steps.since.values().max().copied(),
         };
         Some(since.map_or(begun, |since| since.max(begun)) + self.settings.deadline)
     }
@@ -916,13 +941,14 @@ impl Leader {
     /// Tells the ranks of the update that the leader is alive, and which rank it waits for.
     fn tell_alive(&mut self, now: Instant) {
         let awaited = self.waiting().and_then(|wait| self.awaited(wait).rank);
-        let entered: Vec<Rank> = self.active().filter(|rank| self.has_entered(*rank)).collect();
+        let mut entered = self.steps.active.clone();
+        entered.subtract(&self.steps.to_enter);
         let Some(update) = &mut self.update else { return };
         update.next_alive = now + ALIVE.min(self.settings.deadline / 4);
         let Ok(body) = encode(&ToReceiver::Alive { update: update.number, awaited }) else {
             return;
         };
-        let all = self.with_idle(entered);
+        let all = self.with_idle(&entered);
         self.send_all(all, body);
     }
 
@@ -955,14 +981,13 @@ impl Leader {
         // From here on the update has happened. A receiver that cannot be told is lost, and the next update
         // goes without it.
         let body = encode(&ToReceiver::Commit { update: update.number })?;
-        let active: Vec<Rank> = self.active().collect();
-        let all = self.with_idle(active.iter().copied());
+        let active = std::mem::take(&mut self.steps).active;
+        let all = self.with_idle(&active);
         self.send_all(all, body);
         let mut receivers = Vec::new();
-        for rank in active {
+        for rank in active.iter() {
             self.blamed.remove(&rank);
             let Some(member) = self.members.get_mut(&rank) else { continue };
-            member.active = false;
             if let Some(mut report) = member.confirmed.take()
                 && member.part.is_rollout()
             {
@@ -972,7 +997,7 @@ impl Leader {
             }
             self.observe(Progress::State { rank, state: VersionState::Active });
         }
-        let absent = self.absent.iter().copied().collect();
+        let absent = self.absent.iter().collect();
         let digest = self.settings.digests.then_some(digest);
         let ended = Ended { version, buckets, elapsed, stages, digest, receivers, absent };
         self.to(Stage::Over(Some(Ok(ended))));
@@ -989,7 +1014,7 @@ impl Leader {
         let error = error.version(update.version);
         self.blame(&error);
         let Some(update) = &mut self.update else { return };
-        let is_named = error.report().rank.is_some_and(|rank| self.absent.contains(&rank));
+        let is_named = error.report().rank.is_some_and(|rank| self.absent.contains(rank));
         let cause_until = (is_of_transport(&error) && !is_named).then_some(now + MOMENT);
         let work_until = match &update.link {
             None => None,
@@ -1070,10 +1095,10 @@ impl Leader {
             return;
         }
         let error = ErrorReport::from(&failing.error);
-        self.acts.push_back(Act::Aborted(told.iter().copied().collect()));
+        self.acts.push_back(Act::Aborted(told.iter().collect()));
         match encode(&ToReceiver::Abort { update: number, error }) {
             Ok(body) => {
-                self.send_all(told.into_iter().collect(), body);
+                self.send_all(told, body);
             }
             Err(error) => warn!(%error, "the abort could not be written"),
         }
@@ -1084,7 +1109,7 @@ impl Leader {
         let bucket = self.update.as_ref().map_or(0, |update| update.present_bucket());
         match event {
             Event::Message { from, body } => {
-                self.messages(&[from], &body, now);
+                self.messages(&RankSet::from([from]), &body, now);
                 Ok(())
             }
             Event::Joined(peer) => {
@@ -1117,17 +1142,21 @@ impl Leader {
 
     fn remove(&mut self, rank: Rank, error: Error) -> Result<()> {
         for slot in &mut self.slots {
-            slot.by.remove(&rank);
+            slot.by.remove(rank);
         }
-        self.idle.remove(&rank);
+        self.idle.remove(rank);
         self.hosts.remove(&rank);
         self.paths.forget(rank);
         if let Some(update) = &mut self.update {
-            update.told.remove(&rank);
+            update.told.remove(rank);
         }
-        let Some(member) = self.members.remove(&rank) else { return Ok(()) };
+        if self.members.remove(&rank).is_none() {
+            return Ok(());
+        }
         self.absent.insert(rank);
-        if !member.active {
+        let was_active = self.steps.active.contains(rank);
+        self.steps.leave(rank);
+        if !was_active {
             return Ok(());
         }
         self.observe(Progress::State { rank, state: VersionState::Aborted });
@@ -1146,7 +1175,7 @@ impl Leader {
                 .bucket(bucket)
                 .with_source(error));
         }
-        if self.active().next().is_none() {
+        if self.steps.active.is_empty() {
             return Err(error);
         }
         warn!(%rank, %error, "a receiver was lost; the update goes on without it");
@@ -1154,25 +1183,18 @@ impl Leader {
     }
 
     /// Takes in a message that these ranks have sent alike. A step of a rank restarts its deadline.
-    fn messages(&mut self, from: &[Rank], body: &[u8], now: Instant) {
-        let message = decode::<ToSender>(body);
-        for &from in from {
-            // A rank without a part in updates cannot disturb them.
-            let Some(active) = self.members.get(&from).map(|member| member.active) else {
-                debug!(rank = %from, "a message of a rank without a part in updates");
-                continue;
-            };
-            match &message {
-                Ok(message) => match self.take(from, active, message, now) {
-                    Ok(true) => {
-                        if let Some(member) = self.members.get_mut(&from) {
-                            member.since = Some(now);
-                        }
-                    }
-                    Ok(false) => {}
-                    Err(error) => self.fail_for(error, false, now),
-                },
-                Err(error) => self.cut(from, Error::from(ErrorReport::from(error)).rank(from)),
+    fn messages(&mut self, from: &RankSet, body: &[u8], now: Instant) {
+        match decode::<ToSender>(body) {
+            Ok(message) => {
+                let moved = self.take(from, &message, now);
+                self.steps.since.set(&moved, &now);
+            }
+            Err(error) => {
+                // A rank without a part in updates cannot disturb them.
+                let members = from.iter().filter(|rank| self.members.contains_key(rank));
+                for rank in members.collect::<Vec<_>>() {
+                    self.cut(rank, Error::from(ErrorReport::from(&error)).rank(rank));
+                }
             }
         }
     }
@@ -1206,14 +1228,36 @@ impl Leader {
         self.acts.push_back(Act::Cut { rank, reason });
     }
 
-    /// Takes in a message of a member. Returns whether it is a step of the present update.
-    fn take(&mut self, from: Rank, active: bool, message: &ToSender, now: Instant) -> Result<bool> {
-        // A late release of an aborted update still frees its slot.
-        if let &ToSender::Release { update, index } = message {
-            return Ok(self.released(from, update, index));
+    /// Takes in a message of ranks. Returns those for which it is a step of the present update.
+    fn take(&mut self, from: &RankSet, message: &ToSender, now: Instant) -> RankSet {
+        let number = self.update.as_ref().map(|update| update.number);
+        match *message {
+            // A late release of an aborted update still frees its slot.
+            ToSender::Release { update, index } => self.released(from, update, index),
+            ToSender::Joined { update } if Some(update) == number => {
+                let joined = from.common(&self.steps.to_join);
+                self.steps.to_join.subtract(&joined);
+                joined
+            }
+            // What else ranks say is about each of them.
+            _ => {
+                let mut moved = RankSet::new();
+                for rank in from.common(&self.steps.active).iter() {
+                    match self.take_one(rank, message, now) {
+                        Ok(true) => drop(moved.insert(rank)),
+                        Ok(false) => {}
+                        Err(error) => self.fail_for(error, false, now),
+                    }
+                }
+                moved
+            }
         }
+    }
+
+    /// Takes in a message of a rank of the present update. Returns whether it is a step of it.
+    fn take_one(&mut self, from: Rank, message: &ToSender, now: Instant) -> Result<bool> {
         let Some(present) = &mut self.update else { return Ok(false) };
-        let Some(member) = self.members.get_mut(&from).filter(|_| active) else { return Ok(false) };
+        let Some(member) = self.members.get_mut(&from) else { return Ok(false) };
         let number = present.number;
         match message.clone() {
             ToSender::Entered { update, card, plan, held, base } if update == number => {
@@ -1221,20 +1265,21 @@ impl Leader {
                     return Ok(false);
                 }
                 member.entered = Some(Entry { plan, card, base });
+                self.steps.to_enter.remove(from);
+                if let Some(plan) = plan {
+                    self.steps.plans.entry(plan).or_default().insert(from);
+                }
                 let unsent = std::mem::take(&mut member.unsent);
                 self.observe(Progress::State { rank: from, state: VersionState::Staging });
                 // Of earlier updates the rank holds only the buckets that it names, even if a release was lost. Of this
                 // one it holds those that it is told of now.
                 for slot in &mut self.slots {
                     if slot.update != number && !held.contains(&(slot.update, slot.bucket)) {
-                        slot.by.remove(&from);
+                        slot.by.remove(from);
                     }
                 }
                 unsent.into_iter().try_for_each(|unsent| self.tell(from, unsent, now))?;
                 Ok(true)
-            }
-            ToSender::Joined { update } if update == number => {
-                Ok(!std::mem::replace(&mut member.joined, true))
             }
             ToSender::Fetched { update, index } if update == number => {
                 Ok(present.route.as_mut().is_some_and(|route| route.arrived(from, index)))
@@ -1263,12 +1308,12 @@ impl Leader {
                 let mut report = ReceiverReport::new(from, VersionState::Ready);
                 (report.seconds, report.digest) = (seconds, Some(digest));
                 report.notes = serde_json::from_str(&notes).unwrap_or_default();
-                let first = member.confirmed.replace(report).is_none();
+                member.confirmed = Some(report);
                 self.observe(Progress::State { rank: from, state: VersionState::Ready });
-                Ok(first)
+                Ok(self.steps.to_confirm.remove(from))
             }
             ToSender::Failed { update, error } if update == number => {
-                member.active = false;
+                self.steps.leave(from);
                 self.observe(Progress::State { rank: from, state: VersionState::Aborted });
                 Err(Error::from(error).rank(from))
             }
@@ -1277,16 +1322,24 @@ impl Leader {
         }
     }
 
-    /// A rank no longer reads a bucket. Returns whether it did.
-    fn released(&mut self, rank: Rank, number: u64, bucket: u64) -> bool {
+    /// Ranks no longer read a bucket. Returns those that did.
+    fn released(&mut self, from: &RankSet, number: u64, bucket: u64) -> RankSet {
         if let Some(update) = &mut self.update
             && let Some(route) = &mut update.route
         {
-            return number == update.number && route.released(rank, bucket);
+            let is_present = number == update.number;
+            return from
+                .iter()
+                .filter(|rank| is_present && route.released(*rank, bucket))
+                .collect();
         }
         let mut slots = self.slots.iter_mut();
         let slot = slots.find(|slot| (slot.update, slot.bucket) == (number, bucket));
-        slot.is_some_and(|slot| slot.by.remove(&rank))
+        slot.map_or_else(RankSet::new, |slot| {
+            let released = slot.by.common(from);
+            slot.by.subtract(&released);
+            released
+        })
     }
 
     fn take_done(&mut self, done: Done, now: Instant) -> Result<()> {
@@ -1418,7 +1471,7 @@ impl Machine for Leader {
         self.advance(now);
     }
 
-    fn alike(&mut self, from: &[Rank], body: &Bytes, now: Instant) {
+    fn alike(&mut self, from: &RankSet, body: &Bytes, now: Instant) {
         self.messages(from, body, now);
         self.advance(now);
     }
@@ -1433,7 +1486,7 @@ impl Machine for Leader {
     fn unreachable(&mut self, rank: Rank, error: Error, now: Instant) {
         // Where receivers fetch buckets, the event tells whether the update survives it.
         let routed = self.update.as_ref().is_some_and(|update| update.route.is_some());
-        if !routed && self.members.get(&rank).is_some_and(|member| member.active) {
+        if !routed && self.steps.active.contains(rank) {
             self.fail(error.rank(rank), now);
         }
         self.advance(now);
@@ -1498,6 +1551,29 @@ mod tests {
     use super::*;
     use engine_core::plan::Piece;
     use engine_core::{DType, TensorMeta};
+    use proptest::prelude::*;
+
+    /// A leader with receivers 1 to `ranks`.
+    fn leader_of(ranks: u32, slots: usize) -> Leader {
+        let settings = Settings {
+            deadline: Duration::from_secs(5),
+            slots,
+            bucket_bytes: 256,
+            digests: false,
+            card: Bytes::new(),
+            asks_bases: false,
+        };
+        let mut leader = Leader::new(settings, Box::new(|_| None), Box::new(|_| None));
+        (1..=ranks).for_each(|rank| leader.admit(Rank(rank), Part::Receiver));
+        leader
+    }
+
+    fn collected(index: u64) -> Done {
+        let meta = TensorMeta::new(format!("weight{index}"), DType::U8, [8]);
+        let piece = Piece { meta, start: 0, len: 8, offset: 0 };
+        let layout = Arc::new(BucketLayout::new(vec![piece]));
+        Done::Collected(Ok(Some(Collected { layout, known: None, source_bytes: 8 })))
+    }
 
     /// A leader with receivers 1 to 3 in a ring, and its clock.
     struct Ring {
@@ -1508,17 +1584,7 @@ mod tests {
 
     impl Ring {
         fn new() -> Self {
-            let settings = Settings {
-                deadline: Duration::from_secs(5),
-                slots: 4,
-                bucket_bytes: 256,
-                digests: false,
-                card: Bytes::new(),
-                asks_bases: false,
-            };
-            let mut leader = Leader::new(settings, Box::new(|_| None), Box::new(|_| None));
-            (1..=3).for_each(|rank| leader.admit(Rank(rank), Part::Receiver));
-            Self { leader, now: Instant::now(), updates: 0 }
+            Self { leader: leader_of(3, 4), now: Instant::now(), updates: 0 }
         }
 
         fn hear(&mut self, from: u32, message: &ToSender) {
@@ -1538,16 +1604,7 @@ mod tests {
                         continue;
                     }
                     Act::Begin { .. } => Done::Begun(Ok(None)),
-                    Act::Collect { index: 0 } => {
-                        let meta = TensorMeta::new("weight", DType::U8, [8]);
-                        let piece = Piece { meta, start: 0, len: 8, offset: 0 };
-                        let layout = Arc::new(BucketLayout::new(vec![piece]));
-                        Done::Collected(Ok(Some(Collected {
-                            layout,
-                            known: None,
-                            source_bytes: 8,
-                        })))
-                    }
+                    Act::Collect { index: 0 } => collected(0),
                     Act::Collect { .. } => Done::Collected(Ok(None)),
                     Act::Fill { .. } => Done::Filled(Ok(0)),
                     Act::Publish { .. } => Done::Published(Ok(())),
@@ -1593,6 +1650,130 @@ mod tests {
             assert!(self.leader.end().is_some_and(|ended| ended.is_ok()), "update {update}");
             all
         }
+    }
+
+    /// Does what a leader of an update of four buckets asks for. Returns what each rank was told.
+    fn serve(leader: &mut Leader, now: Instant) -> BTreeMap<Rank, Vec<Bytes>> {
+        let mut told = BTreeMap::<Rank, Vec<Bytes>>::new();
+        while let Some(act) = leader.act() {
+            let done = match act {
+                Act::Send { to, body } => {
+                    told.entry(to).or_default().push(body);
+                    continue;
+                }
+                Act::SendAll { to, body } => {
+                    to.iter().for_each(|to| told.entry(to).or_default().push(body.clone()));
+                    continue;
+                }
+                Act::Begin { .. } => Done::Begun(Ok(None)),
+                Act::Collect { index } if index < 4 => collected(index),
+                Act::Collect { .. } => Done::Collected(Ok(None)),
+                Act::Fill { .. } => Done::Filled(Ok(0)),
+                Act::Publish { .. } => Done::Published(Ok(())),
+                _ => continue,
+            };
+            leader.done(done, now);
+        }
+        told
+    }
+
+    const RANKS: u32 = 5;
+
+    /// Something that ranks say in update 1.
+    fn said() -> impl Strategy<Value = ToSender> {
+        let (update, error) = (1, ErrorReport::from(&lost_in_words()));
+        let entered = move |plan| {
+            let (card, held, base) = (Bytes::new(), Vec::new(), Base::Unable);
+            ToSender::Entered { update, card, plan, held, base }
+        };
+        let confirm = ToSender::Confirm { update, digest: 0, seconds: 0.5, notes: "{}".into() };
+        prop_oneof![
+            4 => prop::option::of(0..2_u64).prop_map(entered),
+            8 => (0..4_u64).prop_map(|index| ToSender::Release { update: 1, index }),
+            4 => Just(confirm),
+            1 => Just(ToSender::Joined { update }),
+            1 => Just(ToSender::Failed { update, error }),
+            1 => Just(ToSender::Release { update: 0, index: 0 }),
+        ]
+    }
+
+    proptest! {
+        /// What each rank is told, when the leader wants to be called again, and how the update ends.
+        #[test]
+        fn what_ranks_say_together_is_what_each_of_them_says(
+            rounds in prop::collection::vec((said(), 1..1_u32 << RANKS, 0..3_u64), 1..24),
+        ) {
+            let mut now = Instant::now();
+            let mut both = [leader_of(RANKS, 2), leader_of(RANKS, 2)];
+            for leader in &mut both {
+                leader.begin(1, Version(1), None, now).expect("there are receivers");
+            }
+            let mut ended = [None, None];
+            for (message, ranks, seconds) in rounds {
+                now += Duration::from_secs(seconds);
+                let ranks: RankSet = (0..RANKS).filter(|at| ranks >> at & 1 == 1).map(|at| Rank(at + 1)).collect();
+                let body = encode(&message).expect("a message");
+                let mut told = [BTreeMap::new(), BTreeMap::new()];
+                for (at, leader) in both.iter_mut().enumerate() {
+                    told[at] = serve(leader, now);
+                    if leader.timer().is_some_and(|timer| timer <= now) {
+                        leader.tick(now);
+                    }
+                    match at {
+                        0 => leader.alike(&ranks, &body, now),
+                        _ => ranks.iter().for_each(|from| {
+                            leader.event(Event::Message { from, body: body.clone() }, now);
+                        }),
+                    }
+                    for (rank, more) in serve(leader, now) {
+                        told[at].entry(rank).or_default().extend(more);
+                    }
+                    if let Some(end) = leader.end() {
+                        ended[at] = Some(end.map(|ended| ended.receivers));
+                    }
+                }
+                prop_assert_eq!(&told[0], &told[1], "{:?} of {:?}", message, ranks);
+                prop_assert_eq!(both[0].timer(), both[1].timer(), "{:?} of {:?}", message, ranks);
+                prop_assert_eq!(format!("{:?}", ended[0]), format!("{:?}", ended[1]));
+            }
+        }
+    }
+
+    #[test]
+    fn the_one_of_many_ranks_that_is_late_is_named() {
+        let (mut now, mut leader) = (Instant::now(), leader_of(1000, 2));
+        leader.begin(1, Version(1), None, now).expect("there are receivers");
+        let all: RankSet = (1..=1000).map(Rank).collect();
+        let mut others = all.clone();
+        others.remove(Rank(777));
+        let (card, held, base) = (Bytes::new(), Vec::new(), Base::Unable);
+        let entered = ToSender::Entered { update: 1, card, plan: None, held, base };
+        drop(serve(&mut leader, now));
+        for (from, message) in [
+            (&all, entered),
+            (&all, ToSender::Release { update: 1, index: 0 }),
+            (&others, ToSender::Release { update: 1, index: 1 }),
+        ] {
+            now += Duration::from_secs(1);
+            leader.alike(from, &encode(&message).expect("a message"), now);
+            drop(serve(&mut leader, now));
+        }
+        // All ranks have released the first bucket after two seconds, and have five more.
+        while leader.timer().is_some_and(|timer| timer < now + Duration::from_secs(4)) {
+            leader.tick(leader.timer().expect("a timer"));
+            drop(serve(&mut leader, now));
+        }
+        assert!(leader.end().is_none());
+        now += Duration::from_secs(5);
+        leader.tick(now);
+        drop(serve(&mut leader, now));
+        let error = leader.end().expect("an end").expect_err("late");
+        assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+        assert_eq!(
+            (error.report().rank, error.report().bucket),
+            (Some(Rank(777)), Some(1)),
+            "{error}"
+        );
     }
 
     #[test]

@@ -312,7 +312,7 @@ impl<L: FetchLink> Session<'_, L> {
             while let Some(act) = follower.act() {
                 match act {
                     Act::Fetch { index, from, card, slot, layout } => {
-                        let held = ledger.hold(begin.update, index);
+                        let held = ledger.hold(begin.update, index, begin.routed);
                         let (session, arrival) = oneshot::channel();
                         arrivals.push(came(index, arrival).boxed());
                         let fetch = Fetch { from, card, slot, filled: layout.filled() };
@@ -480,7 +480,11 @@ impl<L: FetchLink> Drop for Session<'_, L> {
 }
 
 pub(super) fn tell_leader(control: &dyn Control, message: &ToSender) {
-    let told = encode(message).and_then(|body| control.send(Rank::LEADER, body));
+    let told = encode(message).and_then(|body| match message {
+        // The leader goes on when all ranks have said it.
+        ToSender::Joined { .. } => control.send_with_others(Rank::LEADER, body),
+        _ => control.send(Rank::LEADER, body),
+    });
     if let Err(error) = told {
         // The trainer is gone, so it need not know.
         debug!(?message, %error, "the trainer could not be told");
@@ -497,14 +501,14 @@ struct Ledger {
 
 impl Ledger {
     /// Holds a bucket that the trainer has announced.
-    fn hold(&self, update: u64, index: u64) -> Hold {
+    fn hold(&self, update: u64, index: u64, routed: bool) -> Hold {
         *self.lock().entry((update, index)).or_default() += 1;
-        Hold { ledger: self.clone(), update, index }
+        Hold { ledger: self.clone(), update, index, routed }
     }
 
     /// Releases a bucket that nobody here will read, unless it is held.
     fn pass_over(&self, unread: Unread) {
-        drop(self.hold(unread.update, unread.index));
+        drop(self.hold(unread.update, unread.index, false));
     }
 
     /// Tells the trainer that this rank enters an update, and what this rank has and holds.
@@ -513,7 +517,7 @@ impl Ledger {
         let held = self.lock();
         let buckets = held.keys().copied().collect();
         let entered = ToSender::Entered { update, card, plan, held: buckets, base };
-        self.control.send(Rank::LEADER, encode(&entered)?)
+        self.control.send_with_others(Rank::LEADER, encode(&entered)?)
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<(u64, u64), usize>> {
@@ -528,6 +532,8 @@ struct Hold {
     ledger: Ledger,
     update: u64,
     index: u64,
+    /// Whether others fetch the bucket from ranks that have it. Then each release may let one of them go on.
+    routed: bool,
 }
 
 impl Drop for Hold {
@@ -538,7 +544,17 @@ impl Drop for Hold {
             *entry.get_mut() -= 1;
             if *entry.get() == 0 {
                 entry.remove();
-                tell_leader(&*self.ledger.control, &ToSender::Release { update, index });
+                let control = &self.ledger.control;
+                let told = encode(&ToSender::Release { update, index }).and_then(|body| {
+                    match self.routed {
+                        true => control.send(Rank::LEADER, body),
+                        // The slot is free when all ranks have released it.
+                        false => control.send_with_others(Rank::LEADER, body),
+                    }
+                });
+                if let Err(error) = told {
+                    debug!(update, index, %error, "the trainer could not be told of a release");
+                }
             }
         }
     }

@@ -183,7 +183,7 @@ enum Node {
 #[derive(Clone, Copy, Debug)]
 enum Move {
     LeaderReads(Rank),
-    /// The next message of this rank, together with the equal messages of other ranks, as a relay merges them.
+    /// The next message of this rank, together with the equal messages of some other ranks, as a relay merges them.
     LeaderReadsAlike(Rank),
     Reads(Rank),
     LinkEnds(Rank),
@@ -524,7 +524,7 @@ impl<'a> World<'a> {
                 }
                 Act::Send { to, body } => self.post(to, body),
                 Act::SendAll { to, body } => {
-                    for to in to {
+                    for to in to.iter() {
                         match self.gone.contains(&to) {
                             true => {
                                 let now = self.leader_now();
@@ -944,7 +944,9 @@ impl<'a> World<'a> {
                 self.serve_leader()
             }
             Move::LeaderReadsAlike(rank) => {
-                let (from, mut body) = (self.who_says_as(rank), Bytes::new());
+                let (mut from, mut body) = (self.who_says_as(rank), Bytes::new());
+                // A relay may pass on what some of its ranks have said, and the rest later or by itself.
+                from.retain(|other| *other == rank || self.choices.of(4) > 0);
                 for from in &from {
                     let item = self.to_leader.get_mut(from).and_then(VecDeque::pop_front);
                     if let Some((Item::Message(said), _)) = item {
@@ -1039,7 +1041,7 @@ impl<'a> World<'a> {
         }
         let now = self.leader_now();
         self.saw = now;
-        self.leader.machine.alike(from, &body, now);
+        self.leader.machine.alike(&from.iter().copied().collect(), &body, now);
     }
 
     /// The message that the leader sees: a planted fault may change it.

@@ -14,7 +14,7 @@ use super::message::{ToSender, encode};
 use super::work::{Act, Collected, Done, Machine};
 use engine_core::control::Event;
 use engine_core::plan::{BucketLayout, Piece};
-use engine_core::{Base, DType, Error, ErrorKind, Rank, Result, TensorMeta, Version};
+use engine_core::{Base, DType, Error, ErrorKind, Rank, RankSet, Result, TensorMeta, Version};
 
 /// The deadline: no rank is late in a simulation.
 const NEVER: Duration = Duration::from_secs(1 << 20);
@@ -52,8 +52,8 @@ pub struct Simulated {
 /// A message that arrives: at ranks of one connection, or at the leader from such ranks.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Arrival {
-    Down { to: Vec<Rank>, body: Bytes },
-    Up { from: Vec<Rank>, body: Bytes },
+    Down { to: RankSet, body: Bytes },
+    Up { from: RankSet, body: Bytes },
     Filled,
 }
 
@@ -124,7 +124,7 @@ impl World {
         while let Some(act) = self.leader.act() {
             let done = match act {
                 Act::Send { to, body } => {
-                    self.send(&[to], &body);
+                    self.send(&RankSet::from([to]), &body);
                     continue;
                 }
                 Act::SendAll { to, body } => {
@@ -156,31 +156,32 @@ impl World {
         self.coming.push(Reverse((self.now + after, self.count, arrival)));
     }
 
-    fn send(&mut self, to: &[Rank], body: &Bytes) {
+    fn send(&mut self, to: &RankSet, body: &Bytes) {
         self.took.messages += to.len() as u64;
         let behind = self.simulation.behind;
         let connection = |rank: &Rank| (rank.0 - 1).checked_div(behind).unwrap_or(rank.0);
+        let to: Vec<Rank> = to.iter().collect();
         for to in to.chunk_by(|a, b| connection(a) == connection(b)) {
             self.took.frames += 1;
-            let (to, body) = (to.to_vec(), body.clone());
+            let (to, body) = (to.iter().copied().collect(), body.clone());
             self.arrives(self.simulation.latency, Arrival::Down { to, body });
         }
     }
 
-    fn arrive_above(&mut self, from: &[Rank], body: &Bytes) {
+    fn arrive_above(&mut self, from: &RankSet, body: &Bytes) {
         self.took.frames += 1;
         self.took.messages += from.len() as u64;
         self.work(|leader, now| leader.alike(from, body, now));
     }
 
-    fn arrive_below(&mut self, to: &[Rank], body: &Bytes) -> Result<()> {
+    fn arrive_below(&mut self, to: &RankSet, body: &Bytes) -> Result<()> {
         // Equal messages from ranks of one connection travel as one frame.
-        let mut said = BTreeMap::<(usize, Bytes), Vec<Rank>>::new();
-        for &rank in to {
+        let mut said = BTreeMap::<(usize, Bytes), RankSet>::new();
+        for rank in to.iter() {
             let Some(follower) = self.followers.get_mut(rank.index() - 1) else { continue };
             follower.event(Event::Message { from: Rank::LEADER, body: body.clone() }, self.now);
             for (order, message) in answers(follower, self.now)?.iter().enumerate() {
-                said.entry((order, encode(message)?)).or_default().push(rank);
+                said.entry((order, encode(message)?)).or_default().insert(rank);
             }
         }
         for ((_, body), from) in said {

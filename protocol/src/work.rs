@@ -10,7 +10,7 @@ use super::message::Ticket;
 use engine_core::control::{Event, Said};
 use engine_core::observe::Progress;
 use engine_core::plan::{BucketLayout, Plan};
-use engine_core::{Base, Error, Rank, ReceiverReport, Result, StageTimes, Version};
+use engine_core::{Base, Error, Rank, RankSet, ReceiverReport, Result, StageTimes, Version};
 
 /// Something for the loop to do.
 #[derive(Debug)]
@@ -18,7 +18,7 @@ pub(super) enum Act {
     /// Queue a message. If the rank is gone, that is an event.
     Send { to: Rank, body: Bytes },
     /// Queue the same message for several ranks. If one is gone, that is an event.
-    SendAll { to: Vec<Rank>, body: Bytes },
+    SendAll { to: RankSet, body: Bytes },
     /// End the connection to a rank.
     Cut { rank: Rank, reason: Error },
     /// Have the link begin an update: answered by [`Done::Begun`].
@@ -115,8 +115,8 @@ pub(super) trait Machine {
     fn event(&mut self, event: Event, now: Instant);
 
     /// Several ranks have sent the same message.
-    fn alike(&mut self, from: &[Rank], body: &Bytes, now: Instant) {
-        for &from in from {
+    fn alike(&mut self, from: &RankSet, body: &Bytes, now: Instant) {
+        for from in from.iter() {
             self.event(Event::Message { from, body: body.clone() }, now);
         }
     }

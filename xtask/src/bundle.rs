@@ -97,7 +97,7 @@ fn executable(mut command: Command, target: &str) -> Result<PathBuf> {
 }
 
 /// Copies an executable without its debug information.
-fn put(from: &Path, to: &Path) -> Result<()> {
+pub(crate) fn put(from: &Path, to: &Path) -> Result<()> {
     let mut strip = Command::new("strip");
     strip.args([Path::new("-o"), to, from]);
     run(strip)

@@ -3,20 +3,25 @@
 //! libFuzzer needs counters in the code, which the pinned stable compiler can add; a sanitizer of memory it cannot,
 //! and the decoders have no unsafe code. `cargo fuzz run TARGET -s none` does the same.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 
 use crate::Result;
-use crate::process::stage;
+use crate::bundle::put;
+use crate::process::{run as run_command, stage};
 use crate::workspace::Workspace;
 
 /// What has the compiler add libFuzzer's counters.
 const COVERAGE: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
      -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
      -Cllvm-args=-sanitizer-coverage-trace-compares";
+
+/// Runs the targets of a bundle.
+const SCRIPT: &str = include_str!("../tools/fuzz.sh");
 
 /// No answer to so few bytes takes longer, also on a busy machine.
 const SECONDS_OF_AN_INPUT: u32 = 25;
@@ -38,6 +43,11 @@ pub(crate) struct Options {
     /// What the inputs depend on; the time of day without it
     #[arg(long)]
     seed: Option<u32>,
+
+    /// Run nothing: put the targets, their corpora and a script that runs them, all at once, into this folder, for a
+    /// machine that has many cores and no Rust
+    #[arg(long, value_name = "FOLDER", conflicts_with = "seed")]
+    bundle: Option<PathBuf>,
 }
 
 pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
@@ -60,11 +70,15 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         build.args(["--bin", name]);
     }
     build.env("RUSTFLAGS", COVERAGE);
-    if options.seconds < SECONDS_THAT_PAY {
+    if options.seconds < SECONDS_THAT_PAY && options.bundle.is_none() {
         build.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1");
         build.env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16");
     }
     stage("building", build)?;
+    let programs = target_dir.join(&host).join("release");
+    if let Some(folder) = &options.bundle {
+        return pack(workspace, folder, &programs, &chosen);
+    }
 
     let seed = options.seed.unwrap_or_else(|| {
         SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.subsec_nanos().max(1))
@@ -78,7 +92,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
             std::fs::create_dir_all(folder)
                 .map_err(|error| format!("{}: {error}", folder.display()))?;
         }
-        let mut fuzz = Command::new(target_dir.join(&host).join("release").join(name));
+        let mut fuzz = Command::new(programs.join(name));
         fuzz.arg(&found).args(Some(kept).filter(|folder| folder.is_dir()));
         match options.seconds {
             0 => fuzz.arg("-runs=0"),
@@ -98,6 +112,21 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
             )
         })?;
     }
+    Ok(())
+}
+
+/// Puts what runs elsewhere into a folder.
+fn pack(workspace: &Workspace, folder: &Path, programs: &Path, targets: &[&String]) -> Result<()> {
+    let failed = |error: std::io::Error| format!("{}: {error}", folder.display());
+    fs::create_dir_all(folder.join("bin")).map_err(failed)?;
+    for name in targets {
+        put(&programs.join(name), &folder.join("bin").join(name))?;
+    }
+    let mut corpora = Command::new("cp");
+    corpora.args(["-r", "-T"]).arg(workspace.root().join("fuzz/corpus")).arg(folder.join("corpus"));
+    run_command(corpora)?;
+    fs::write(folder.join("run.sh"), SCRIPT).map_err(failed)?;
+    println!("{}; on the other machine: bash run.sh SECONDS", folder.display());
     Ok(())
 }
 

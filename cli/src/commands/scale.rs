@@ -53,8 +53,8 @@ pub(crate) struct ScaleArgs {
     /// How many rollouts share a relay's connection to rank 0, as those of one host would; 0 without relays
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=4096))]
     behind: u32,
-    /// Run the state machines of a group of N rollouts instead, with the costs of frames and messages that a real
-    /// one of 64 has here; of --buckets and --behind the first counts
+    /// Run the state machines of a group of N rollouts instead, with the costs of frames, messages and buckets that real
+    /// ones of 64 and of one have here; of --buckets and --behind the first counts
     #[arg(long, value_name = "N", conflicts_with_all = ["rollouts", "tensors"],
           value_parser = clap::value_parser!(u32).range(1..=100_000))]
     simulate: Option<u32>,
@@ -157,8 +157,8 @@ const HEAD: &str = "rollouts tensors buckets | phase: seconds, CPU of rank 0, CP
 fn simulated_row(line: &SimulatedLine) -> String {
     format!(
         "simulated: {} rollouts, {} behind a relay, {} buckets: {:.2} s of CPU at rank 0 for an update\n  \
-         {} frames of {:.1} µs and {} messages of {:.2} µs as measured here with 64 rollouts, and {:.2} s of the state \
-         machine",
+         {} frames of {:.1} µs, {} messages of {:.3} µs and {} buckets of {:.1} µs as measured here with 64 rollouts and with \
+         one, and {:.2} s of the state machine",
         line.rollouts,
         line.behind,
         line.buckets,
@@ -167,6 +167,8 @@ fn simulated_row(line: &SimulatedLine) -> String {
         line.frame_us,
         line.messages,
         line.message_us,
+        line.buckets,
+        line.bucket_us,
         line.machine
     )
 }
