@@ -40,8 +40,8 @@ async fn trainer() -> Result<()> {
     // ANCHOR_END: lead
     let mut server = start(&address, &token).map_err(|error| Error::io("starting", error))?;
     // ANCHOR: form
-    let group = form_group(&registry(), config()?, &control).world_size(2);
-    let (mut engine, _place) = group.trainer().await?;
+    let (mut engine, _) =
+        form_group(&registry(), config()?, &control).world_size(2).trainer().await?;
     // ANCHOR_END: form
     let mut layer = Arc::new(vec![0.0_f32; SIDE * SIDE]);
     for step in 1..=UPDATES {
