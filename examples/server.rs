@@ -7,8 +7,10 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+// ANCHOR: names
 use checkpoint_engine::prelude::*;
 use checkpoint_engine::{CachedVersion, Replica, fp8};
+// ANCHOR_END: names
 
 const UPDATES: u64 = 3;
 const SIDE: usize = 256;
@@ -22,18 +24,25 @@ async fn main() -> Result<()> {
     }
 }
 
+// ANCHOR: config
 fn config() -> Result<CheckpointEngineConfig> {
     let text = "{backend: ipc, trainer_quantize_fp8: true}";
     checkpoint_engine::config::parse(text, checkpoint_engine::config::Format::Yaml)
 }
+// ANCHOR_END: config
 
 async fn trainer() -> Result<()> {
     let address = format!("unix:@server-{}", std::process::id());
     let token = Token::generate()?;
-    let control = ControlPlane::lead(ControlConfig::new(address.parse()?, token.clone())).await?;
+    // ANCHOR: lead
+    let at = ControlConfig::new(address.parse()?, token.clone());
+    let control = ControlPlane::lead(at).await?;
+    // ANCHOR_END: lead
     let mut server = start(&address, &token).map_err(|error| Error::io("starting", error))?;
+    // ANCHOR: form
     let (mut engine, _) =
         form_group(&registry(), config()?, &control).world_size(2).trainer().await?;
+    // ANCHOR_END: form
     let mut layer = Arc::new(vec![0.0_f32; SIDE * SIDE]);
     for step in 1..=UPDATES {
         // The engine has given the numbers back when `send_weights` has returned.
@@ -41,12 +50,16 @@ async fn trainer() -> Result<()> {
             Some(numbers) => numbers.fill(step as f32),
             None => layer = Arc::new(vec![step as f32; SIDE * SIDE]),
         }
+        // ANCHOR: send
         let weights = [Weight::of(NAME, [SIDE, SIDE], layer.clone())];
         engine.send_weights(ensure_async_iterator(weights), Version(step)).await?;
+        // ANCHOR_END: send
         tokio::time::sleep(Duration::from_millis(50)).await; // a step of training
     }
+    // ANCHOR: end
     engine.finalize().await?;
     control.close().await?;
+    // ANCHOR_END: end
     let status = server.wait().map_err(|error| Error::io("waiting for the server", error))?;
     assert!(status.success(), "the server failed: {status}");
     Ok(())
@@ -66,8 +79,8 @@ async fn server(address: &str) -> Result<()> {
     let mut secret = Vec::new();
     let read = std::io::stdin().read_to_end(&mut secret);
     read.map_err(|error| Error::io("reading the secret", error))?;
-    let at = ControlConfig::new(address.parse()?, Token::new(&secret)?);
     // ANCHOR: replica
+    let at = ControlConfig::new(address.parse()?, Token::new(&secret)?);
     let replica = Replica::new(registry(), config()?, at);
     let cache = replica.cache();
     // It ends when the trainer leaves in order.
@@ -88,10 +101,9 @@ async fn server(address: &str) -> Result<()> {
         // ANCHOR_END: read
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    match updates.await {
-        Ok(ended) => ended?,
-        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
-    }
+    // ANCHOR: ended
+    updates.await.expect("what it calls does not panic")?;
+    // ANCHOR_END: ended
     let current = cache.current()?;
     assert_eq!((current.version(), generate(&current)?), (Version(UPDATES), UPDATES as f32));
     eprintln!("the last request was answered by {answered_by:?}");
@@ -101,8 +113,10 @@ async fn server(address: &str) -> Result<()> {
 /// Stands for what an inference engine does with a version.
 fn generate(current: &CachedVersion) -> Result<f32> {
     let missing = || Error::new(ErrorKind::Weight, "generating", format!("`{NAME}` is missing"));
+    // ANCHOR: numbers
     let codes = current.get(NAME).ok_or_else(missing)?;
     let scales = current.get(&format!("{NAME}_scale_inv")).ok_or_else(missing)?;
     let numbers = fp8::dequantize(codes, scales, fp8::Granularity::default())?;
+    // ANCHOR_END: numbers
     Ok(numbers.iter().sum::<f32>() / numbers.len() as f32)
 }

@@ -347,7 +347,7 @@ impl FetchLink for Incoming {
     }
 
     async fn fetch(&mut self, fetch: Fetch, arrival: Arrival) {
-        let Fetch { from, card, slot, filled } = fetch;
+        let Fetch { from, card, slot, filled, .. } = fetch;
         let by = self.rank;
         let prepared = async {
             let peer = self.peer(from, card)?;

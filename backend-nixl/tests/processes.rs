@@ -3,10 +3,10 @@
 
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use backend_nixl::BACKEND;
+use conformance::hosts::Hosts;
 use conformance::processes::{
     self, LIMIT, Process, WEIGHT_BYTES, WEIGHTS, address, context, control, model, receive,
     receivers, runtime, say, send, value,
@@ -546,69 +546,14 @@ fn newcomers_get_the_current_version_from_one_that_holds_it_while_the_trainer_do
     }
 }
 
-/// Hosts, as far as a network is concerned: namespaces, each with one interface that a bridge joins, and one
-/// that leads nowhere. Removed when dropped.
-struct Hosts {
-    hub: String,
-    hosts: Vec<String>,
-}
-
-fn ip(arguments: &str) {
-    let status = Command::new("ip").args(arguments.split_whitespace()).status();
-    assert!(status.is_ok_and(|status| status.success()), "ip {arguments}");
-}
-
-impl Hosts {
-    fn new(count: usize) -> Self {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let name = |part: &str| format!("ckpt-{}-{number}-{part}", std::process::id());
-        let this = Self {
-            hub: name("hub"),
-            hosts: (0..count).map(|index| name(&index.to_string())).collect(),
-        };
-        let Self { hub, hosts } = &this;
-        ip(&format!("netns add {hub}"));
-        ip(&format!("-n {hub} link add bridge type bridge"));
-        ip(&format!("-n {hub} link set bridge up"));
-        for (index, host) in hosts.iter().enumerate() {
-            ip(&format!("netns add {host}"));
-            ip(&format!("-n {host} link set lo up"));
-            ip(&format!("-n {hub} link add port{index} type veth peer name wire netns {host}"));
-            ip(&format!("-n {hub} link set port{index} master bridge up"));
-            ip(&format!("-n {host} addr add 10.99.0.{}/24 dev wire", index + 1));
-            ip(&format!("-n {host} link set wire up"));
-            // One more, which leads nowhere, in a private network of the same number on all of them.
-            ip(&format!("-n {host} link add further type veth peer name nowhere"));
-            ip(&format!("-n {host} addr add 192.168.50.{}/24 dev further", index + 1));
-            ip(&format!("-n {host} link set further up"));
-            ip(&format!("-n {host} link set nowhere up"));
-        }
-        this
-    }
-
-    fn start(&self, host: usize, role: &str, address: &Address, options: &str) -> Process {
-        let mut program = Command::new("ip");
-        program.args(["netns", "exec", &self.hosts[host]]);
-        program.arg(std::env::current_exe().unwrap());
-        // The engine finds the interface: for UCX all of these are one host, which the loopback interface leads to.
-        program.env_remove("UCX_NET_DEVICES");
-        let rank = (host > 0).then_some(host as u32);
-        start_with(program, role, address, rank, options)
-    }
-
-    fn link(&self, host: u32, state: &str) {
-        ip(&format!("-n {} link set port{host} {state}", self.hub));
-    }
-}
-
-impl Drop for Hosts {
-    fn drop(&mut self) {
-        for name in self.hosts.iter().chain([&self.hub]) {
-            // It may not have been made.
-            drop(Command::new("ip").args(["netns", "del", name]).status());
-        }
-    }
+/// Starts a rank on a host.
+fn start_on(hosts: &Hosts, host: usize, role: &str, address: &Address, options: &str) -> Process {
+    let mut program = hosts.command(host);
+    program.arg(std::env::current_exe().unwrap());
+    // The engine finds the interface: for UCX all of these are one host, which the loopback interface leads to.
+    program.env_remove("UCX_NET_DEVICES");
+    let rank = (host > 0).then_some(host as u32);
+    start_with(program, role, address, rank, options)
 }
 
 /// A link is cut in the middle of an update, and is there again after it.
@@ -620,8 +565,8 @@ fn cut_off(topology: &str, cut: u32) {
     };
     let options = json!({ "topology": topology, "transports": "tcp,self" }).to_string();
     let hosts = Hosts::new(4);
-    let mut trainer = hosts.start(0, "halting trainer", &address, &options);
-    let start = |host| hosts.start(host, "rejoining rollout", &address, &options);
+    let mut trainer = start_on(&hosts, 0, "halting trainer", &address, &options);
+    let start = |host| start_on(&hosts, host, "rejoining rollout", &address, &options);
     let rollouts = [1, 2, 3].map(start);
     let says = |rank: u32, what: &str| rollouts[rank as usize - 1].says(what);
     let (all, mut left) = ([1, 2, 3], vec![1, 2, 3]);
@@ -659,8 +604,8 @@ fn hosts_with_a_further_interface_in_one_subnet_are_connected_by_the_one_that_le
     for options in [json!({ "transports": "tcp,self" }), json!({})] {
         let (options, address) = (options.to_string(), "10.99.0.1:18766".parse().unwrap());
         let hosts = Hosts::new(4);
-        let mut trainer = hosts.start(0, "halting trainer", &address, &options);
-        let rollouts = [1, 2, 3].map(|host| hosts.start(host, "rollout", &address, &options));
+        let mut trainer = start_on(&hosts, 0, "halting trainer", &address, &options);
+        let rollouts = [1, 2, 3].map(|host| start_on(&hosts, host, "rollout", &address, &options));
         rollouts.iter().for_each(|rollout| rollout.says("joined"));
         for version in 1..3 {
             trainer.says(&format!("halfway {version}"));

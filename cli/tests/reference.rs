@@ -182,19 +182,20 @@ fn the_metrics_page_is_made_from_the_table() {
     let mut page = String::from(
         "# Metrics and spans\n\n\
          <!-- Made from engine_core::telemetry by cli/tests/reference.rs; do not edit. -->\n\n\
-         The library emits metrics through the [`metrics`](https://docs.rs/metrics) crate: install \
-         any recorder in your program, call `telemetry::describe()`, and they are there. The \
-         program serves them itself:\n\n\
+         The library emits metrics through the crate [`metrics`](https://docs.rs/metrics). A program that \
+         embeds it installs a recorder and calls `telemetry::describe()`. `ckpt-engine` serves its \
+         metrics over HTTP, in Prometheus's format:\n\n\
          ```\n\
          ckpt-engine sync --synthetic qwen2.5-0.5b --rollouts 2 --updates 100 --metrics 127.0.0.1:9400\n\
          ckpt-engine top 127.0.0.1:9400 127.0.0.1:9401 127.0.0.1:9402\n\
          ```\n\n\
-         `sync`, `trainer` and `rollout` have `--metrics`; rollout *n* of a `sync` listens *n* ports \
-         higher. Prometheus takes the same addresses. `top` shows each rank's state, version, rate \
-         and the mean of its stages; `--once` prints them and ends. There is no authentication: who \
-         reaches the address can read.\n\n\
-         [grafana.json](grafana.json) is a dashboard for Grafana: versions and states of all ranks, what an \
-         update takes and where its time goes, rates, what was aborted. [Tuning](tuning.md) reads it.\n\n\
+         `sync`, `trainer` and `rollout` have the option `--metrics`. Rollout *n* of a `sync` listens *n* ports \
+         higher. `top` reads the same addresses, and shows each rank's state, version, rate and mean \
+         stage times; `--once` prints them and ends. There is no authentication: anyone who reaches \
+         an address can read its metrics.\n\n\
+         [grafana.json](grafana.json) is a dashboard for Grafana. It shows versions and states of all ranks, \
+         the time of updates and of their stages, rates, and aborted updates. [Tuning](tuning.md) explains how to \
+         use the stages.\n\n\
          Every metric has the label `rank`.\n\n\
          | metric | kind | unit | labels | |\n|---|---|---|---|---|\n",
     );
@@ -217,8 +218,8 @@ fn the_metrics_page_is_made_from_the_table() {
          Each update has a [`tracing`](https://docs.rs/tracing) span on every rank, `send` or \
          `receive`, with its version. Within it are spans of the level `DEBUG` with the bucket's \
          number: `collect` (waiting for the trainer's own stream), `encode`, `publish` and `confirm` \
-         on the trainer, `fetch`, `verify` and `install` on a rollout. `install` lasts from a bucket \
-         being handed to the caller until the caller asks for the next.\n\n\
+         on the trainer, `fetch`, `verify` and `install` on a rollout. `install` begins when the caller gets a \
+         bucket, and ends when it asks for the next.\n\n\
          ```\n\
          CKPT_ENGINE_LOG=protocol=debug ckpt-engine sync --synthetic tiny-moe\n\
          ```\n",

@@ -13,6 +13,7 @@ pub mod broken;
 mod cases;
 pub mod collective;
 mod group;
+pub mod hosts;
 pub mod placed;
 pub mod processes;
 

@@ -280,6 +280,7 @@ pub enum Launch<'a> {
 
 /// The results of launches that ran together.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Ran {
     /// The digest sum of all bytes that were added to it, equal to [`engine_core::digest::sum`] of them.
     pub sum: u64,

@@ -53,6 +53,7 @@ pub struct Maxima<'a> {
 
 /// The results of launches.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Found {
     /// The digest sum of each job, in their order, over the bytes of its parts at their offsets in the lent memory. If a row, or a row of a
     /// block, has only some bytes of a word of eight, the others count as zeros. Each scale counts by itself.
@@ -63,6 +64,7 @@ pub struct Found {
 
 /// A block that has no finite form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Failed {
     /// The number of the job.
     pub job: usize,

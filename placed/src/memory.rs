@@ -141,6 +141,7 @@ pub trait Encoder: fmt::Debug + Send + Sync {
 
 /// A piece that an [`Encoder`] writes.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Encoded<'a> {
     /// The weight, which the encoder [takes](Encoder::takes).
     pub weight: &'a Weight,

@@ -286,6 +286,7 @@ pub trait FetchLink: std::fmt::Debug + Send + 'static {
 
 /// A bucket to fetch.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Fetch {
     /// The rank that has it.
     pub from: Rank,

@@ -17,6 +17,7 @@ use engine_core::Rank;
 /// The shape of a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Topology {
     /// Every receiver fetches from the trainer.
     Star,

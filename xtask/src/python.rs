@@ -9,8 +9,6 @@ use crate::setup::{self, Purpose};
 use crate::workspace::Workspace;
 use crate::{Result, tools};
 
-const PACKAGE: &str = "checkpoint-engine-python";
-
 pub(crate) fn prepare_and_test(workspace: &Workspace, arguments: &[String]) -> Result<()> {
     setup::prepare(workspace, &[Purpose::Tests, Purpose::Faults])?;
     test(workspace, arguments)
@@ -45,7 +43,9 @@ pub(crate) fn test(workspace: &Workspace, arguments: &[String]) -> Result<()> {
 /// The folder with the package as it is installed: its modules, and the native one.
 pub(crate) fn build(workspace: &Workspace) -> Result<PathBuf> {
     let mut build = workspace.cargo();
-    build.args(["build", "--package", PACKAGE]);
+    // All libraries, and a test: so dependencies have the features that they have in tests, and what those have built is used.
+    // Of this package alone, 80 crates would be built anew.
+    build.args(["build", "--workspace", "--lib", "--test", "guide"]);
     stage("the Python package", build)?;
     let folder = workspace.target().join("python");
     let package = folder.join("ckpt_engine");

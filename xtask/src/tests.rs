@@ -47,14 +47,26 @@ pub(crate) fn all(workspace: &Workspace, options: &Options) -> Result<()> {
             doctests.args(["test", "--workspace", "--doc"]);
             stage("doctests", doctests)?;
         }
-        let mut mutations = workspace.cargo();
-        mutations.args(["test", "--package", "checkpoint-engine-hccl", "--features", "mutations"]);
-        mutations.args(["--test", "conformance", "mutations::"]);
-        stage("mistakes that the tests of backend-hccl notice", mutations)?;
+        stage("mistakes that the tests of backend-hccl notice", mutations(workspace))?;
         with_extras(workspace, options)?;
         python::test(workspace, &[])?;
     }
     Ok(())
+}
+
+/// The tests of backend-hccl against engines with mistakes that only a feature compiles in.
+fn mutations(workspace: &Workspace) -> Command {
+    if !has_nextest(workspace) {
+        let mut command = workspace.cargo();
+        command.args(["test", "--package", "checkpoint-engine-hccl", "--features", "mutations"]);
+        command.args(["--test", "conformance", "mutations::"]);
+        return command;
+    }
+    let mut command = run_nextest(workspace);
+    command.args(["--workspace", "--features", "checkpoint-engine-hccl/mutations"]);
+    command.args(["--test", "conformance"]);
+    command.args(["-E", "package(=checkpoint-engine-hccl) & test(mutations::)"]);
+    command
 }
 
 /// Tests that are ignored elsewhere, because they need what only the set-up brings.
@@ -62,71 +74,74 @@ fn with_extras(workspace: &Workspace, options: &Options) -> Result<()> {
     if requires_all(options) {
         return Ok(()); // They ran with the others.
     }
-    let has_headers = tools::has_ascend_include(workspace);
-    let has_pyhccl = tools::pyhccl(workspace).is_file();
+    let has =
+        |is_there: bool| is_there.then_some(()).ok_or("it is not installed (see above)".to_owned());
+    let torch = tools::has_torch(workspace);
+    let pyzmq = torch && tools::has_pyzmq(workspace);
+    let nvrtc = tools::has_nvrtc(workspace);
+    let headers = tools::has_ascend_include(workspace);
+    let pyhccl = tools::pyhccl(workspace).is_file();
+    let hosts = tools::try_network_namespaces();
+    let mut there = Vec::new();
     for (what, is_there, package, tests) in [
-        ("PyTorch", tools::has_torch(workspace), "checkpoint-engine-fp8", &["--test", "torch"][..]),
-        (
-            "PyTorch",
-            tools::has_torch(workspace),
-            "checkpoint-engine-receivers",
-            &["--lib", "--test", "torch"][..],
-        ),
-        (
-            "ZeroMQ for Python",
-            tools::has_torch(workspace) && tools::has_pyzmq(workspace),
-            "checkpoint-engine-receivers",
-            &["--test", "pyzmq"],
-        ),
-        ("NVRTC", tools::has_nvrtc(workspace), "checkpoint-engine-cuda", &["--test", "compile"]),
-        (
-            "NVRTC, of an encoding",
-            tools::has_nvrtc(workspace),
-            "e5m2",
-            &["--test", "encoding", "compiles"],
-        ),
-        ("NCCL", tools::has_nccl(workspace), "checkpoint-engine-nccl", &["--test", "library"]),
-        ("CANN's headers", has_headers, "hccl-sim", &["--test", "headers"]),
+        ("PyTorch", has(torch), "checkpoint-engine-fp8", &["--test", "torch"][..]),
+        ("PyTorch", has(torch), "checkpoint-engine-receivers", &["--lib", "--test", "torch"]),
+        ("ZeroMQ for Python", has(pyzmq), "checkpoint-engine-receivers", &["--test", "pyzmq"]),
+        ("NVRTC", has(nvrtc), "checkpoint-engine-cuda", &["--test", "compile"]),
+        ("NVRTC, of an encoding", has(nvrtc), "e5m2", &["--test", "encoding", "compiles"]),
+        ("NCCL", has(tools::has_nccl(workspace)), "checkpoint-engine-nccl", &["--test", "library"]),
+        ("CANN's headers", has(headers), "hccl-sim", &["--test", "headers"]),
         (
             "CANN's headers, of backend-hccl",
-            has_headers,
+            has(headers),
             "checkpoint-engine-hccl",
             &["--lib", "headers::"],
         ),
-        ("pyhccl", has_pyhccl, "hccl-sim", &["--test", "foreign"]),
+        ("pyhccl", has(pyhccl), "hccl-sim", &["--test", "foreign"]),
         (
             "pyhccl, with backend-hccl",
-            has_pyhccl,
+            has(pyhccl),
             "checkpoint-engine-hccl",
             &["--lib", "foreign::"],
         ),
+        (
+            "hosts that are network namespaces",
+            hosts.clone(),
+            "checkpoint-engine-nixl",
+            &["--test", "processes"],
+        ),
+        ("pods and nodes", hosts, "checkpoint-engine-cli", &["--test", "clusters"]),
     ] {
-        if !is_there {
-            println!("\n-- {what}: ignored, it is not installed (see above)");
-            continue;
+        match is_there {
+            Ok(()) => there.push((what, package, tests)),
+            Err(reason) => println!("\n-- {what}: ignored, {reason}"),
         }
-        stage(what, ignored(workspace, package, tests, None))?;
     }
-    let hosts = "hosts that are network namespaces";
-    match tools::try_network_namespaces() {
-        Err(error) => println!("\n-- {hosts}: ignored, they cannot be made: {error}"),
-        Ok(()) => {
-            // They wait most of the time, for what a link that is cut takes to be noticed.
-            let tests = &["--test", "processes"];
-            stage(hosts, ignored(workspace, "checkpoint-engine-nixl", tests, Some("4")))?;
-        }
+    if there.is_empty() {
+        return Ok(());
+    }
+    for (what, command) in ignored(workspace, &there) {
+        stage(&what, command)?;
     }
     Ok(())
 }
 
-/// Runs the ignored tests of a package: those of its library with `--lib`, those of a file with `--test NAME`, and of these
-/// those whose names contain the last word.
+/// Runs ignored tests of packages: those of a library with `--lib`, those of a file with `--test NAME`, and of these those whose
+/// names contain the last word.
 ///
-/// nextest runs what was built for all others. `cargo test` of one package has other features of its dependencies, and
-/// builds them anew.
-fn ignored(workspace: &Workspace, package: &str, tests: &[&str], threads: Option<&str>) -> Command {
-    let mut command = workspace.cargo();
-    if has_nextest(workspace) {
+/// nextest runs all of them at once, and what was built for all others. `cargo test` of one package has other features of its
+/// dependencies, and builds them anew.
+fn ignored(workspace: &Workspace, of: &[(&str, &str, &[&str])]) -> Vec<(String, Command)> {
+    if !has_nextest(workspace) {
+        let each = of.iter().map(|(what, package, tests)| {
+            let mut command = workspace.cargo();
+            command.args(["test", "--package", package]).args(*tests).args(["--", "--ignored"]);
+            with_libraries(&mut command, workspace);
+            ((*what).to_owned(), command)
+        });
+        return each.collect();
+    }
+    let filters = of.iter().map(|(_, package, tests)| {
         let (mut binaries, mut filter) = (Vec::new(), format!("package(={package})"));
         let mut words = tests.iter();
         while let Some(word) = words.next() {
@@ -139,16 +154,14 @@ fn ignored(workspace: &Workspace, package: &str, tests: &[&str], threads: Option
                 (name, _) => filter += &format!(" & test({name})"),
             }
         }
-        filter += &format!(" & ({})", binaries.join(" | "));
-        command.args(["nextest", "run", "--workspace", "--run-ignored", "only", "-E", &filter]);
-    } else {
-        command.args(["test", "--package", package]).args(tests).args(["--", "--ignored"]);
-    }
-    if let Some(threads) = threads {
-        command.args(["--test-threads", threads]);
-    }
+        format!("({filter} & ({}))", binaries.join(" | "))
+    });
+    let filter = filters.collect::<Vec<_>>().join(" | ");
+    let mut command = run_nextest(workspace);
+    command.args(["--workspace", "--run-ignored", "only", "--no-fail-fast", "-E", &filter]);
     with_libraries(&mut command, workspace);
-    command
+    let what: Vec<&str> = of.iter().map(|(what, ..)| *what).collect();
+    vec![(what.join("; "), command)]
 }
 
 /// Tells tests where the libraries are.
@@ -175,16 +188,31 @@ pub(crate) fn has_nextest(workspace: &Workspace) -> bool {
     succeeds(workspace.cargo().args(["nextest", "--version"]))
 }
 
+/// How many tests run at a time on each core: most of them wait, for deadlines and for one another.
+///
+/// `.config/nextest.toml` names those that compute, which count as so many.
+const TESTS_PER_CORE: usize = 4;
+
+/// `cargo nextest run`, with as many tests at a time as suit them.
+fn run_nextest(workspace: &Workspace) -> Command {
+    let mut command = workspace.cargo();
+    command.args(["nextest", "run"]);
+    let variable = "NEXTEST_TEST_THREADS";
+    if std::env::var_os(variable).is_none() {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        command.env(variable, (cores * TESTS_PER_CORE).to_string());
+    }
+    command
+}
+
 fn tests(workspace: &Workspace, options: &Options) -> Command {
     let require_all = requires_all(options);
-    let mut command = workspace.cargo();
-    with_libraries(&mut command, workspace);
     let nextest = has_nextest(workspace);
-    if nextest {
-        command.args(["nextest", "run"]);
-    } else {
-        command.args(["test"]);
+    let mut command = if nextest { run_nextest(workspace) } else { workspace.cargo() };
+    if !nextest {
+        command.arg("test");
     }
+    with_libraries(&mut command, workspace);
     if !options.extra.iter().any(|argument| selects_packages(argument)) {
         command.arg("--workspace");
     }
