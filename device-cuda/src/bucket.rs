@@ -183,8 +183,8 @@ impl Packer {
     /// Waits until the weights of all buckets that were filled are dropped. Blocks, for as long as the pool is busy.
     pub fn settle(&self) {
         for dropped in self.dropping.take(std::mem::take) {
-            // An error says that the other end is dropped.
-            let _ = dropped.recv();
+            // It ends when the other end is dropped.
+            for () in dropped {}
         }
     }
 
