@@ -362,10 +362,7 @@ fn write(file: impl AsFd, mut bytes: &[u8], mut at: u64) -> Result<(), SegmentEr
 /// Opens a file of a cache for reading, if its process still has it.
 fn open(address: FileAddress) -> Result<File, SegmentError> {
     address.open().map_err(|error| match error {
-        SegmentError::Replaced { path } => SegmentError::CacheGone { path },
-        SegmentError::Open { path, source } if source.kind() == std::io::ErrorKind::NotFound => {
-            SegmentError::CacheGone { path }
-        }
+        SegmentError::Gone { path } => SegmentError::CacheGone { path },
         error => error,
     })
 }

@@ -12,13 +12,13 @@ pub(crate) enum SegmentError {
     Full { needed: u64, available: String },
     #[error("the system refused {call}: {errno}")]
     System { call: &'static str, errno: Errno },
-    #[error(
-        "shared memory cannot be opened at {path} ({source}); ranks of a host need one user and one PID \
-             namespace"
-    )]
+    #[error("shared memory cannot be opened at {path} ({source}); ranks of a host need one user")]
     Open { path: String, source: std::io::Error },
-    #[error("{path} is not what was shared there any more: its process ended, or took it back")]
-    Replaced { path: String },
+    #[error(
+        "what was shared at {path} is not there: its process ended or took it back, or is in another PID \
+             namespace than this one"
+    )]
+    Gone { path: String },
     #[error(
         "shared memory that another process could shorten is not mapped: reading it could end this process"
     )]
@@ -50,7 +50,7 @@ impl From<SegmentError> for engine_core::Error {
             | SegmentError::NoMemory { .. }
             | SegmentError::NoMemoryToLend { .. } => ErrorKind::Resource,
             SegmentError::System { .. } | SegmentError::Open { .. } => ErrorKind::Io,
-            SegmentError::Replaced { .. } | SegmentError::CacheGone { .. } => ErrorKind::PeerLost,
+            SegmentError::Gone { .. } | SegmentError::CacheGone { .. } => ErrorKind::PeerLost,
             SegmentError::Unsealed
             | SegmentError::Short { .. }
             | SegmentError::OutsideMemory { .. }

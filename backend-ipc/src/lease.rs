@@ -130,13 +130,13 @@ impl Terms {
     ///
     /// # Errors
     ///
-    /// `Open` without access to the lender's process, or if that or the lease's file is gone; `Replaced` if the lease is over.
+    /// `Open` without access to the lender's process; `Gone` if that ended, or if the lease is over.
     pub(crate) fn accept(&self) -> Result<Borrowed, SegmentError> {
         let file = self.0.open()?;
         match flock(&file, FlockOperation::NonBlockingLockShared) {
             // Checked again: after the file was opened, the lender may have found the lease over and closed it.
             Ok(()) => self.0.open().map(|_| Borrowed(file)),
-            Err(Errno::WOULDBLOCK) => Err(SegmentError::Replaced { path: self.0.path() }),
+            Err(Errno::WOULDBLOCK) => Err(SegmentError::Gone { path: self.0.path() }),
             Err(errno) => Err(SegmentError::System { call: "flock", errno }),
         }
     }
@@ -162,7 +162,7 @@ mod tests {
         };
         let over = lease.wait_until_over(Duration::from_secs(30));
         assert!(futures::future::join(over, letting_go).await.0);
-        assert!(matches!(lease.terms().accept(), Err(SegmentError::Replaced { .. })));
+        assert!(matches!(lease.terms().accept(), Err(SegmentError::Gone { .. })));
     }
 
     #[test]

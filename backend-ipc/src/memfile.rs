@@ -71,7 +71,7 @@ impl FileAddress {
     ///
     /// # Errors
     ///
-    /// `Open` without access to the file's process, `Replaced` if another file has its descriptor now.
+    /// `Open` without access to the file's process, `Gone` if the process ended, or if another file or none has the descriptor now.
     pub(crate) fn open(&self) -> Result<File, SegmentError> {
         self.open_by(File::options().read(true))
     }
@@ -104,8 +104,36 @@ impl FileAddress {
             {
                 Ok(file)
             }
-            Ok(_) => Err(SegmentError::Replaced { path }),
+            Ok(_) => Err(SegmentError::Gone { path }),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                Err(SegmentError::Gone { path })
+            }
             Err(source) => Err(SegmentError::Open { path, source }),
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+mod tests {
+    use engine_core::{Error, ErrorKind};
+
+    use super::*;
+
+    #[test]
+    fn a_file_whose_process_ended_or_took_it_back_is_that_of_a_peer_that_is_lost() {
+        let file = MemFile::create("test").unwrap();
+        let address = file.address();
+        address.open().unwrap();
+        let mut ended = std::process::Command::new("true").spawn().unwrap();
+        let pid = ended.id();
+        ended.wait().unwrap();
+        // The number is one that no other test of this process opens.
+        let none = FileAddress { fd: 1 << 19, ..address };
+        let other = FileAddress { inode: address.inode + 1, ..address };
+        for gone in [FileAddress { pid, ..address }, none, other] {
+            let error = Error::from(gone.open().unwrap_err());
+            assert_eq!(error.kind(), ErrorKind::PeerLost, "{error}");
         }
     }
 }
