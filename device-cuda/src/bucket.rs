@@ -302,7 +302,7 @@ impl Tools {
     fn sort(&mut self, jobs: &Arc<Vec<Job>>, bucket: &CudaSlice, digests: bool) -> Result<Filling> {
         let device = self.kernels.device().clone();
         let (mut work, mut tables) = std::mem::take(&mut self.spare);
-        let beside = Kept {
+        let mut beside = Kept {
             device: &device,
             known: &self.scales,
             now: Ledger::default(),
@@ -314,7 +314,7 @@ impl Tools {
         let place = (bucket.address(), bucket.len() as u64);
         let mut run = self.kernels.begin()?;
         work.begin(jobs.len());
-        let mut sorting = Sorting::new(jobs, place, digests, locate, beside);
+        let mut sorting = Sorting::new(jobs, place, digests, locate, &mut beside);
         let mut most = FIRST_JOBS;
         loop {
             let last = work.sort(&mut sorting, most)?;
@@ -332,7 +332,7 @@ impl Tools {
             self.kernels.enqueue(&mut run, &mut tables)?;
             most *= 2;
         }
-        let Kept { now, asked, .. } = sorting.beside;
+        let Kept { now, asked, .. } = beside;
         let staging = match work.host.is_empty() {
             true => None,
             false => Some(self.staging(bucket.len())?),

@@ -93,7 +93,7 @@ pub(crate) struct Sorting<'a, L, B> {
     bucket: (u64, u64),
     digests: bool,
     locate: L,
-    pub(crate) beside: B,
+    pub(crate) beside: &'a mut B,
     /// The next job to look at.
     next: usize,
     /// The jobs of scales. They are sorted after all others: scales are computed with their codes, which may lie behind them.
@@ -111,10 +111,9 @@ impl<'a, L: Fn(&Storage) -> Located, B: Beside> Sorting<'a, L, B> {
         bucket: (u64, u64),
         digests: bool,
         locate: L,
-        beside: B,
+        beside: &'a mut B,
     ) -> Self {
-        let (next, next_scales) = (0, 0);
-        let scales = Vec::new();
+        let (next, scales, next_scales) = (0, Vec::new(), 0);
         Self { jobs, bucket, digests, locate, beside, next, scales, next_scales, elsewhere: None }
     }
 
@@ -547,25 +546,6 @@ mod tests {
         }
     }
 
-    impl Beside for &mut Fake {
-        fn place(
-            &mut self,
-            of: &Arc<dyn Encoding>,
-            codes: &Fp8Codes,
-            now: Range<usize>,
-        ) -> Result<u64> {
-            (**self).place(of, codes, now)
-        }
-
-        fn find(&mut self, codes: usize, scales: &Range<usize>, ends: bool) -> Option<u64> {
-            (**self).find(codes, scales, ends)
-        }
-
-        fn scratch(&mut self, len: usize) -> Result<u64> {
-            (**self).scratch(len)
-        }
-    }
-
     /// Sorts all jobs of a bucket, `most` at a time, and returns the tables of each time.
     fn sort(
         work: &mut Work,
@@ -879,6 +859,19 @@ mod tests {
             sort(&mut work, &jobs, (1 << 20, true, 2), here, &mut beside).unwrap();
             assert_eq!((work.host.len(), beside.taken), (0, 0));
         }
+    }
+
+    #[test]
+    fn jobs_are_sorted_so_many_at_a_time_and_the_end_is_said_with_the_last() {
+        let weight = Weight::new("w", DType::U8, [256_u64], vec![0; 256]).unwrap();
+        let job =
+            |index: u64| Job { weight: weight.clone(), start: 0, len: 256, offset: 256 * index };
+        let jobs: Vec<Job> = (0..5).map(job).collect();
+        let here = |_: &Storage| Located::Here(4096);
+        let how = (5 * 256, false, 2);
+        let tables = sort(&mut Work::default(), &jobs, how, here, &mut Fake::default()).unwrap();
+        let counts = |tables: &Tables| read(tables).iter().map(|(_, entries)| entries.len()).sum();
+        assert_eq!(tables.iter().map(counts).collect::<Vec<usize>>(), [2, 2, 1]);
     }
 
     #[test]

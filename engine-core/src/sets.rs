@@ -150,7 +150,7 @@ impl<T: Copy + From<u32> + Into<u32>> BitSet<T> {
         }
     }
 
-    /// How many blocks of 64 have members: what it takes to store the set, and to write it.
+    /// The number of blocks of 64 that have members. The set's memory and its written form grow with it.
     pub fn blocks(&self) -> usize {
         self.blocks.len()
     }
