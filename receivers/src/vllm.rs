@@ -2,6 +2,8 @@
 //!
 //! A server has the routes with `VLLM_SERVER_DEV_MODE=1`. `--weight-transfer-config` decides what they do.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -50,6 +52,21 @@ impl Pause {
     }
 }
 
+/// How many calls of `update_weights` an update is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
+pub enum Calls {
+    /// One for each bucket. Whatever fails, no worker is left waiting for a bucket that does not come.
+    #[default]
+    Bucket,
+    /// One for all buckets, if the last update succeeded. The stream has to bring the same weights in the same order. It is faster, because
+    /// the servers hear of the weights only once. If a server fails within the call, workers of other servers may wait for it without an
+    /// end, as they do if the trainer's process dies.
+    Update,
+}
+
 /// A server of vLLM.
 #[derive(Debug)]
 pub(crate) struct Vllm {
@@ -60,6 +77,8 @@ pub(crate) struct Vllm {
     pub(crate) pause: Pause,
     /// Whether each weight is broadcast by itself.
     pub(crate) unpacked: bool,
+    /// How many calls an update is.
+    pub(crate) calls: Calls,
     /// Whether only changed elements are sent, with their positions.
     pub(crate) delta: bool,
     /// The workers, with `transport: zmq`.
@@ -138,7 +157,7 @@ impl Server for Vllm {
 
     async fn join(&self, world: &World) -> Result<()> {
         let info = match self.transport {
-            Transport::Nccl => init_info(&STANDARD.encode(&world.id), world, self.unpacked),
+            Transport::Nccl => init_info(&STANDARD.encode(&world.id), world, self.unpacked, self.calls),
             Transport::Ipc => ipc_info(),
             Transport::Zmq => {
                 let remedy = "start it with --worker-extension-cls \
@@ -177,13 +196,13 @@ impl Server for Vllm {
         Told::Json(json!({ "update_info": info }))
     }
 
-    async fn update(&self, told: &Told) -> Result<()> {
+    async fn update(&self, told: &Told, limit: Duration) -> Result<()> {
         let body = match told {
             Told::Json(body) => body,
             Told::Pickled(bucket) => return self.worker.update(bucket).await,
         };
         let path = "/update_weights";
-        let answer = self.client.post(path, Some(body), self.client.long).await?;
+        let answer = self.client.post(path, Some(body), limit).await?;
         if !answer.is_success() && answer.words().contains("VLLM_ALLOW_INSECURE_SERIALIZATION") {
             let remedy = "set VLLM_ALLOW_INSECURE_SERIALIZATION=1 where the server is started";
             return Err(self.client.refusal(path, &answer, remedy));
@@ -259,7 +278,7 @@ impl Vllm {
     async fn configured(&self) -> Result<Takes> {
         let path = "/init_weight_transfer_engine";
         let world = World { id: Vec::new(), size: 2, first: 1, bucket_bytes: 1, meeting: None };
-        let mut info = init_info("", &world, false);
+        let mut info = init_info("", &world, false, Calls::Bucket);
         // The last parameter: the server names the first one that it does not know.
         info["your_kind"] = true.into();
         let body = json!({ "init_info": info });
@@ -330,16 +349,20 @@ fn config(takes: Takes) -> String {
     format!("start it with --weight-transfer-config '{{\"backend\": \"{}\"}}'", takes.backend())
 }
 
-/// The parameters with which workers join the trainer's world. Unless they take each weight by a broadcast of its own, they take each call
-/// by one broadcast, because a bucket never exceeds the buffer size, or is a single weight.
-fn init_info(id: &str, world: &World, unpacked: bool) -> Value {
+/// The parameters with which workers join the trainer's world. Unless they take each weight by a broadcast of its own, they take a call for
+/// one bucket by one broadcast, because such a bucket never exceeds the buffer size, or is a single weight.
+fn init_info(id: &str, world: &World, unpacked: bool, calls: Calls) -> Value {
     json!({
         "nccl_unique_id_b64": id,
         "rank_offset": world.first,
         "world_size": world.size,
         "packed": !unpacked,
         "packed_buffer_size_bytes": world.bucket_bytes,
-        "packed_num_buffers": 1,
+        // Within a call one bucket is received while the weights of the other are loaded.
+        "packed_num_buffers": match calls {
+            Calls::Bucket => 1,
+            Calls::Update => 2,
+        },
     })
 }
 
@@ -356,7 +379,7 @@ fn ipc_info() -> Value {
 pub(crate) async fn examine(client: Client) -> Result<String> {
     let (transport, pause) = (Transport::Nccl, Pause::None);
     let worker = Workers::default();
-    let server = Vllm { client, transport, gpus: 1, pause, unpacked: false, delta: false, worker };
+    let server = Vllm { client, transport, gpus: 1, pause, unpacked: false, calls: Calls::Bucket, delta: false, worker };
     let (takes, Facts { workers, weights, .. }) = server.look().await?;
     let backend = takes.backend();
     Ok(format!("{workers} workers take weights by {backend}; they have version `{weights}`"))
