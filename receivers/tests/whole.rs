@@ -151,25 +151,35 @@ async fn other_weights_than_the_last_time_are_sent_by_a_call_for_each_bucket_or_
     sent.expect("an update");
     has(&server, 3);
     assert_eq!(calls(&server), 1);
+    // What a server was told last is then its last bucket.
+    for (version, expected) in [(4, 4..), (5, 1..)] {
+        send(&mut *trainer, version).await;
+        has(&server, version);
+        assert!(expected.contains(&calls(&server)));
+    }
+    for version in [6, 7] {
+        let weights = ensure_async_iterator(reversed(version));
+        trainer.send_weights(weights, Version(version)).await.expect("an update");
+    }
     // In a later bucket: one changed, one missing, one more.
     let changed = |change: &dyn Fn(&mut Vec<Weight>)| {
-        let mut weights = reversed(4);
+        let mut weights = reversed(8);
         change(&mut weights);
         weights
     };
     let swapped = changed(&|weights| weights.swap(20, 21));
     let shorter = changed(&|weights| drop(weights.pop()));
-    let longer = changed(&|weights| weights.push(even(4).remove(0)));
-    let longer_name = even(4)[0].name().to_owned();
-    let names = [reversed(4)[21].name().to_owned(), "embed.weight".to_owned(), longer_name];
+    let longer = changed(&|weights| weights.push(even(8).remove(0)));
+    let longer_name = even(8)[0].name().to_owned();
+    let names = [reversed(8)[21].name().to_owned(), "embed.weight".to_owned(), longer_name];
     for (weights, name) in [swapped, shorter, longer].into_iter().zip(names) {
-        let sent = trainer.send_weights(ensure_async_iterator(weights), Version(4)).await;
+        let sent = trainer.send_weights(ensure_async_iterator(weights), Version(8)).await;
         let error = sent.expect_err("other weights");
         assert_eq!(error.kind(), ErrorKind::Mismatch);
         assert!(error.to_string().contains(&name), "{name}: {error}");
         server.is_idle().await;
         server.generate().expect_err("it is half loaded");
-        for version in [5, 6] {
+        for version in [9, 10] {
             let weights = ensure_async_iterator(reversed(version));
             trainer.send_weights(weights, Version(version)).await.expect("an update");
             has(&server, version);
