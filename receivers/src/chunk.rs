@@ -84,9 +84,8 @@ impl Chunks {
         bucket: Option<&WholeBucket>,
         deadline: Duration,
     ) -> Result<Option<Chunk>> {
-        let expected = bucket.map_or(whole.metas().len()..whole.metas().len() + 1, |bucket| {
-            bucket.weights.clone()
-        });
+        let expected = bucket
+            .map_or(whole.metas().len()..whole.metas().len() + 1, |bucket| bucket.weights.clone());
         let mut taken: VecDeque<Weight> = VecDeque::new();
         for index in expected {
             let weight = self.read(weights, deadline).await?;

@@ -88,7 +88,8 @@ pub(crate) async fn prepare<L: Library>(
     context: EngineContext,
     receivers: Receivers,
 ) -> Result<PreparedTrainer> {
-    let Receivers { backend, servers, pauses, meets, unpacked, whole, delta, one_buffer } = receivers;
+    let Receivers { backend, servers, pauses, meets, unpacked, whole, delta, one_buffer } =
+        receivers;
     let refuse = |kind, message: &str| Err(Error::new(kind, "preparing", message));
     if servers.is_empty() {
         let message = format!(
@@ -689,7 +690,8 @@ impl<C: Communicator> ServersEngine<C> {
                     };
                     let whole = feed.whole.clone();
                     let all = whole.as_ref().map(|whole| whole.tensors()).transpose();
-                    let refused = all.map(|all| self.refuse(all.as_ref().unwrap_or(&bucket.tensors)));
+                    let refused =
+                        all.map(|all| self.refuse(all.as_ref().unwrap_or(&bucket.tensors)));
                     match refused {
                         Ok(false) => {}
                         Ok(true) => {
@@ -1085,7 +1087,9 @@ impl<C: Communicator> TrainerEngine for ServersEngine<C> {
         if let (Some(announced), true) = (&mut self.announced, feed.is_whole) {
             announced.whole = match (feed.whole.take(), feed.chunks.metas.take()) {
                 (Some(whole), _) => Some(whole),
-                (None, Some(metas)) => Whole::of(metas, self.sending.shape.slot_bytes)?.map(Arc::new),
+                (None, Some(metas)) => {
+                    Whole::of(metas, self.sending.shape.slot_bytes)?.map(Arc::new)
+                }
                 (None, None) => None,
             };
         }

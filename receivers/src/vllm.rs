@@ -157,7 +157,9 @@ impl Server for Vllm {
 
     async fn join(&self, world: &World) -> Result<()> {
         let info = match self.transport {
-            Transport::Nccl => init_info(&STANDARD.encode(&world.id), world, self.unpacked, self.calls),
+            Transport::Nccl => {
+                init_info(&STANDARD.encode(&world.id), world, self.unpacked, self.calls)
+            }
             Transport::Ipc => ipc_info(),
             Transport::Zmq => {
                 let remedy = "start it with --worker-extension-cls \
@@ -379,7 +381,16 @@ fn ipc_info() -> Value {
 pub(crate) async fn examine(client: Client) -> Result<String> {
     let (transport, pause) = (Transport::Nccl, Pause::None);
     let worker = Workers::default();
-    let server = Vllm { client, transport, gpus: 1, pause, unpacked: false, calls: Calls::Bucket, delta: false, worker };
+    let server = Vllm {
+        client,
+        transport,
+        gpus: 1,
+        pause,
+        unpacked: false,
+        calls: Calls::Bucket,
+        delta: false,
+        worker,
+    };
     let (takes, Facts { workers, weights, .. }) = server.look().await?;
     let backend = takes.backend();
     Ok(format!("{workers} workers take weights by {backend}; they have version `{weights}`"))

@@ -165,10 +165,7 @@ mod tests {
     #[test]
     fn a_wide_weight_that_crosses_the_limit_behind_odd_bytes_cannot_be_a_part_of_one_call() {
         let metas = |bytes: u64| {
-            vec![
-                TensorMeta::new("a", DType::U8, [bytes]),
-                TensorMeta::new("b", DType::F32, [100]),
-            ]
+            vec![TensorMeta::new("a", DType::U8, [bytes]), TensorMeta::new("b", DType::F32, [100])]
         };
         assert!(Whole::of(metas(3), 64).unwrap().is_none());
         let whole = Whole::of(metas(4), 64).unwrap().expect("it can");

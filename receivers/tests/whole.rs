@@ -136,7 +136,8 @@ async fn a_stream_that_is_slower_than_the_deadline_as_a_whole_is_waited_for() {
 }
 
 #[tokio::test]
-async fn other_weights_than_the_last_time_are_sent_by_a_call_for_each_bucket_or_named_in_an_error() {
+async fn other_weights_than_the_last_time_are_sent_by_a_call_for_each_bucket_or_named_in_an_error()
+{
     let server = Server::start(&model(0), Started::default()).await;
     let mut trainer = trainer(&[&server], one_call()).await;
     // The order of names is that of the stream, which may change as a whole.
