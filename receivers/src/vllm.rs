@@ -157,9 +157,7 @@ impl Server for Vllm {
 
     async fn join(&self, world: &World) -> Result<()> {
         let info = match self.transport {
-            Transport::Nccl => {
-                init_info(&STANDARD.encode(&world.id), world, self.unpacked, self.calls)
-            }
+            Transport::Nccl => init_info(&STANDARD.encode(&world.id), world, self.unpacked),
             Transport::Ipc => ipc_info(),
             Transport::Zmq => {
                 let remedy = "start it with --worker-extension-cls \
@@ -280,7 +278,7 @@ impl Vllm {
     async fn configured(&self) -> Result<Takes> {
         let path = "/init_weight_transfer_engine";
         let world = World { id: Vec::new(), size: 2, first: 1, bucket_bytes: 1, meeting: None };
-        let mut info = init_info("", &world, false, Calls::Bucket);
+        let mut info = init_info("", &world, false);
         // The last parameter: the server names the first one that it does not know.
         info["your_kind"] = true.into();
         let body = json!({ "init_info": info });
@@ -353,18 +351,14 @@ fn config(takes: Takes) -> String {
 
 /// The parameters with which workers join the trainer's world. Unless they take each weight by a broadcast of its own, they take a call for
 /// one bucket by one broadcast, because such a bucket never exceeds the buffer size, or is a single weight.
-fn init_info(id: &str, world: &World, unpacked: bool, calls: Calls) -> Value {
+fn init_info(id: &str, world: &World, unpacked: bool) -> Value {
     json!({
         "nccl_unique_id_b64": id,
         "rank_offset": world.first,
         "world_size": world.size,
         "packed": !unpacked,
         "packed_buffer_size_bytes": world.bucket_bytes,
-        // Within a call one bucket is received while the weights of the other are loaded.
-        "packed_num_buffers": match calls {
-            Calls::Bucket => 1,
-            Calls::Update => 2,
-        },
+        "packed_num_buffers": 1,
     })
 }
 

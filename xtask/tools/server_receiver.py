@@ -292,12 +292,11 @@ def moonshot(folder):
 
 
 def finished(worker):
-    """An update is over: all weights are written, or their digest is."""
-    tensors = worker.model.tensors
+    """An update is over: all weights are written, or their digest is, if that is wanted. A whole vLLM generates instead."""
     if worker.args.out:
-        write(tensors, worker.args.out)
+        write(worker.model.tensors, worker.args.out)
     if worker.args.digests:
-        found = {name: (NAMES[type_name(one)], one.shape, content(one)) for name, one in tensors.items()}
+        found = {name: (NAMES[type_name(one)], one.shape, content(one)) for name, one in worker.model.tensors.items()}
         with open(worker.args.digests, "a") as file:
             file.write(f"{worker.version} {digest(found)}\n")
 
@@ -910,6 +909,8 @@ def speed(args):
     os.makedirs(args.work, exist_ok=True)
     print("GPUs:", *{torch.cuda.get_device_name(gpu) for gpu in range(torch.cuda.device_count())}, flush=True)
     for transport, layers in [("nccl", args.layers), ("ipc", args.ipc_layers)]:
+        if not layers:
+            continue
         one = Case("vllm", transport, True)
         common = ["--synthetic", args.synthetic, "--layers", str(layers), "--trainer-quantize-fp8", "--bucket-mb", str(args.bucket_mb)]
         name = f"speed-{transport}"
@@ -1051,8 +1052,8 @@ def main():
             one.add_argument("--updates", type=int, default={"sequence": 20, "speed": 6}[name])
         if name == "speed":
             one.add_argument("--synthetic", default="qwen3-30b-a3b")
-            one.add_argument("--layers", type=int, default=24, help="over NCCL")
-            one.add_argument("--ipc-layers", type=int, default=24, help="by CUDA IPC, where one GPU has both models")
+            one.add_argument("--layers", type=int, default=24, help="over NCCL; 0 leaves it out")
+            one.add_argument("--ipc-layers", type=int, default=24, help="by CUDA IPC, where one GPU has both models; 0 leaves it out")
             one.add_argument("--bucket-mb", type=int, default=1024)
     own = what.add_parser("own-trainer", help="vLLM's own trainer engine, which sends to a server of this program")
     own.add_argument("sources")
