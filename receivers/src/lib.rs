@@ -257,7 +257,7 @@ pub async fn prepare_vllm<L: Library>(
     let server = |url| -> Arc<dyn Server> {
         let client = Client { url, short, long, kind: vllm::KIND, keys: keys.clone() };
         let worker = Workers::default();
-        Arc::new(Vllm { client, transport, gpus, pause, unpacked, calls, delta, worker })
+        Arc::new(Vllm { client, transport, gpus, pause, unpacked, delta, worker })
     };
     let receivers = Receivers {
         backend,

@@ -77,8 +77,6 @@ pub(crate) struct Vllm {
     pub(crate) pause: Pause,
     /// Whether each weight is broadcast by itself.
     pub(crate) unpacked: bool,
-    /// How many calls an update is.
-    pub(crate) calls: Calls,
     /// Whether only changed elements are sent, with their positions.
     pub(crate) delta: bool,
     /// The workers, with `transport: zmq`.
