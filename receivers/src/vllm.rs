@@ -373,16 +373,7 @@ fn ipc_info() -> Value {
 pub(crate) async fn examine(client: Client) -> Result<String> {
     let (transport, pause) = (Transport::Nccl, Pause::None);
     let worker = Workers::default();
-    let server = Vllm {
-        client,
-        transport,
-        gpus: 1,
-        pause,
-        unpacked: false,
-        calls: Calls::Bucket,
-        delta: false,
-        worker,
-    };
+    let server = Vllm { client, transport, gpus: 1, pause, unpacked: false, delta: false, worker };
     let (takes, Facts { workers, weights, .. }) = server.look().await?;
     let backend = takes.backend();
     Ok(format!("{workers} workers take weights by {backend}; they have version `{weights}`"))
