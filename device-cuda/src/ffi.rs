@@ -830,13 +830,13 @@ impl Compiler {
         Ok((major, minor))
     }
 
-    /// Compiles a source to an image.
+    /// Compiles a source to an image. Returns it with what the compiler says.
     pub(crate) fn compile(
         self,
         source: &CStr,
         name: &CStr,
         options: &[CString],
-    ) -> Result<Image, CudaError> {
+    ) -> Result<(Image, String), CudaError> {
         let mut program = null_mut();
         let (source, name) = (source.as_ptr(), name.as_ptr());
         // SAFETY: the strings end with zeros, there are no headers.
@@ -851,7 +851,7 @@ impl Compiler {
         };
         compiled("nvrtcCompileProgram", status)
             .map_err(|_| CudaError::Compiler { call: "nvrtcCompileProgram", log: program.log() })?;
-        program.image()
+        Ok((program.image()?, program.log()))
     }
 }
 
