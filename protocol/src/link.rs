@@ -1,5 +1,6 @@
 //! The traits of a transport: memory for buckets, and the way of a filled bucket to the other side.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -10,7 +11,7 @@ use super::message::Ticket;
 use super::receiver::Arrival;
 use super::route::Topology;
 use engine_core::memory::Job;
-use engine_core::plan::BucketKind;
+use engine_core::plan::{BucketKind, BucketLayout};
 use engine_core::{Rank, Result, Storage};
 
 /// A transport's sending side: the memory of its buckets, and the way out of a filled one.
@@ -292,10 +293,14 @@ pub struct Fetch {
     pub from: Rank,
     /// That rank's [`SendLink::card`] or [`FetchLink::card`].
     pub card: Bytes,
+    /// Its number in the update.
+    pub index: u64,
     /// The slot that it is in.
     pub slot: u32,
     /// Its length in bytes.
     pub filled: u64,
+    /// What lies where in it.
+    pub layout: Arc<BucketLayout>,
 }
 
 #[async_trait]
