@@ -1,0 +1,27 @@
+//! The engine over a folder behaves as every engine has to.
+
+use std::path::PathBuf;
+
+use conformance::Suite;
+use engine_core::CheckpointEngineConfig;
+use serde_json::Value;
+
+/// A suite with a folder of its own, which is removed when the test's process ends.
+fn suite(options: Value) -> Suite {
+    let folder = tempfile::tempdir().expect("a folder").keep();
+    Suite::new(backend_dir::BACKEND)
+        .with_control_plane()
+        .with_config(|config| set(config, folder, options))
+}
+
+fn set(config: &mut CheckpointEngineConfig, path: PathBuf, options: Value) {
+    let section = config.engine_kwargs.entry("dir".into()).or_default();
+    section.insert("path".into(), path.to_str().expect("a path").into());
+    if let Value::Object(options) = options {
+        section.extend(options);
+    }
+}
+
+mod with_whole_versions {
+    conformance::suite!(super::suite(serde_json::json!({})));
+}
