@@ -75,6 +75,11 @@ pub trait SendLink: std::fmt::Debug + Send + 'static {
         Bytes::new()
     }
 
+    /// Whether an update without a receiver is an error: it is, unless what is published serves others as well.
+    fn needs_receivers(&self) -> bool {
+        true
+    }
+
     /// Begins an update on the leader, with these ranks and `colocated` ranks of [`Part::Colocated`] beside them. If the
     /// ranks have to join one another for the update, this returns a ticket, which travels to all of them.
     ///
@@ -182,6 +187,10 @@ impl<L: SendLink + ?Sized> SendLink for Box<L> {
 
     fn card(&self) -> Bytes {
         (**self).card()
+    }
+
+    fn needs_receivers(&self) -> bool {
+        (**self).needs_receivers()
     }
 
     async fn begin(&mut self, members: &Members, colocated: usize) -> Result<Option<Ticket>> {
