@@ -87,6 +87,8 @@ pub(crate) async fn prepare_trainer(context: EngineContext) -> Result<PreparedTr
     let pool = Pool::new(context.threads(Role::Trainer))?;
     let bucket_bytes = context.config.bucket_bytes().unwrap_or(BUCKET_BYTES);
     let folder = Arc::new(Folder::own(path.clone()).await?);
+    let left = folder.clone();
+    pool.start(move || left.tidy()).await?;
     let link = Outgoing::new(folder.clone(), options.checksum, bucket_bytes, pool.clone())?;
     // A trainer that only publishes is a group of one.
     let alone = context.control.is_none().then(Hub::new);
@@ -99,7 +101,8 @@ pub(crate) async fn prepare_trainer(context: EngineContext) -> Result<PreparedTr
     let details = serde_json::json!(offer);
     let metadata = WorkerMetadata::of_this_process(NAME, rank, Role::Trainer, details);
     Ok(Prepared::new(metadata, move |place| async move {
-        if alone.is_some() && place.rollouts().next().is_some() {
+        let has_rollouts = place.rollouts().next().is_some();
+        if alone.is_some() && has_rollouts {
             // The error says that one is needed.
             context.require_control()?;
         }
@@ -108,6 +111,7 @@ pub(crate) async fn prepare_trainer(context: EngineContext) -> Result<PreparedTr
                            engine_kwargs.dir.keep to 0, or engine_kwargs.dir.changes instead of `delta`";
             return Err(Error::new(ErrorKind::Config, "joining the group", message));
         }
+        let link = link.with_rollouts(has_rollouts);
         let writing = link.writing();
         let engine = Box::new(Sender::new(link, &context, control, place.rollouts()));
         let engine = Publisher { engine, writing, folder, options, pool, _alone: alone };

@@ -15,6 +15,7 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use engine_core::{Error, ErrorKind, Result, Version, clock};
@@ -34,6 +35,7 @@ const BASE: &str = ".base";
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// What a trainer does, in errors.
+const OPENING: &str = "opening the folder of versions";
 pub(crate) const PUBLISHING: &str = "publishing a version";
 
 /// A folder, and the right to publish versions in it.
@@ -43,17 +45,18 @@ pub(crate) struct Folder {
     mark: String,
     /// Locked as long as this lives. The system unlocks it when the process ends.
     _lock: File,
+    /// One version is published at a time, whatever becomes of who waits for it.
+    publishing: Mutex<()>,
 }
 
 impl Folder {
-    /// Makes the folder if it is missing, and takes it for this trainer. Removes what a trainer that was killed left unfinished.
+    /// Makes the folder if it is missing, and takes it for this trainer.
     ///
     /// # Errors
     ///
     /// `State` if another trainer has it; `Io`, `Resource`.
     pub(crate) async fn own(path: PathBuf) -> Result<Self> {
-        let operation = "opening the folder of versions";
-        let failed = |error| io(operation, &path, error);
+        let failed = |error| io(OPENING, &path, error);
         fs::create_dir_all(&path).map_err(failed)?;
         let options =
             OpenOptions::new().read(true).write(true).create(true).truncate(false).clone();
@@ -69,7 +72,7 @@ impl Folder {
                 }
                 Err(TryLockError::WouldBlock) => {
                     let message = format!("another trainer publishes in {}", path.display());
-                    return Err(Error::new(ErrorKind::State, operation, message));
+                    return Err(Error::new(ErrorKind::State, OPENING, message));
                 }
                 Err(TryLockError::Error(error)) => {
                     warn!(%error, "the folder's file system has no locks: keep other trainers out of it");
@@ -81,17 +84,26 @@ impl Folder {
         let mark = format!("{}-{since}", std::process::id());
         lock.set_len(0).and_then(|()| lock.write_all(mark.as_bytes())).map_err(failed)?;
         lock.sync_all().map_err(failed)?;
-        for name in names(&path).map_err(failed)? {
-            if name.starts_with(STAGING) || name.starts_with(REMOVED) {
-                remove(&path.join(name));
-            }
-        }
-        Ok(Self { path, mark, _lock: lock })
+        Ok(Self { path, mark, _lock: lock, publishing: Mutex::default() })
+    }
+
+    /// Removes what a trainer that was killed left unfinished. Blocks.
+    pub(crate) fn tidy(&self) -> Result<()> {
+        let names = names(&self.path).map_err(|error| io(OPENING, &self.path, error))?;
+        let left = |name: &&String| name.starts_with(STAGING) || name.starts_with(REMOVED);
+        names.iter().filter(left).for_each(|name| remove(&self.path.join(name)));
+        Ok(())
     }
 
     /// What rollouts find in the folder if theirs is the same.
     pub(crate) fn mark(&self) -> &str {
         &self.mark
+    }
+
+    /// The right to give versions names, and to remove some, for one thread.
+    pub(crate) fn alone(&self) -> MutexGuard<'_, ()> {
+        // What a panic left is what a crash leaves.
+        self.publishing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A folder for a version that is being written. It is removed when it is dropped.

@@ -12,6 +12,8 @@ mod engine;
 mod error;
 mod folder;
 mod format;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod leases;
 mod links;
 mod publish;

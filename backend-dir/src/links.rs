@@ -76,6 +76,8 @@ pub(crate) struct Outgoing {
     slots: Vec<Slot>,
     bucket_bytes: u64,
     pool: Pool,
+    /// Whether the trainer has no rollouts, and only publishes.
+    is_alone: bool,
 }
 
 impl Outgoing {
@@ -90,7 +92,13 @@ impl Outgoing {
             Ok(Arc::new(tokio::sync::Mutex::new((memory, Vec::new()))))
         };
         let slots = (0..SLOTS).map(|_| slot()).collect::<Result<_>>()?;
-        Ok(Self { folder, checksum, writing: Writing::default(), slots, bucket_bytes, pool })
+        let (writing, is_alone) = (Writing::default(), false);
+        Ok(Self { folder, checksum, writing, slots, bucket_bytes, pool, is_alone })
+    }
+
+    /// The link of a trainer with rollouts, or of one that only publishes.
+    pub(crate) fn with_rollouts(self, there_are: bool) -> Self {
+        Self { is_alone: !there_are, ..self }
     }
 
     /// Where the engine finds a version when its update has succeeded.
@@ -109,8 +117,13 @@ impl SendLink for Outgoing {
         self.bucket_bytes
     }
 
+    fn needs_receivers(&self) -> bool {
+        !self.is_alone
+    }
+
     async fn begin(&mut self, _: &Members, _: usize) -> Result<Option<Ticket>> {
-        let staged = Staged::new(self.folder.stage()?, self.checksum);
+        let (folder, checksum) = (self.folder.clone(), self.checksum);
+        let staged = self.pool.start(move || Staged::new(folder, checksum)).await?;
         let bytes = Bytes::from(staged_name(staged.folder())?);
         self.writing.begin(staged);
         Ok(Some(Ticket { bytes, together: false }))

@@ -29,6 +29,7 @@ pub(crate) fn publish(
     if options.keep == 0 {
         return Ok(());
     }
+    let _alone = folder.alone();
     let whole = staged.complete(version)?;
     match changes(folder, &whole, version, options, pool)? {
         Some(changes) => {

@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use engine_core::memory::Pool;
 use engine_core::plan::Piece;
@@ -12,7 +13,7 @@ use engine_core::{Result, Version};
 use tempfile::TempDir;
 
 use crate::error::io;
-use crate::folder::{PUBLISHING, write_whole};
+use crate::folder::{Folder, PUBLISHING, write_whole};
 use crate::format::{Checksum, Contents, Hasher, INDEX};
 use crate::shards::{Shards, file_name};
 
@@ -24,12 +25,16 @@ pub(crate) struct Staged {
     contents: Contents,
     /// The digest of the weight that the last bucket left incomplete.
     open: Option<Hasher>,
+    /// No other trainer takes the folder of versions before this one is removed.
+    _owner: Arc<Folder>,
 }
 
 impl Staged {
-    pub(crate) fn new(folder: TempDir, checksum: Checksum) -> Self {
+    /// Begins one. Blocks.
+    pub(crate) fn new(owner: Arc<Folder>, checksum: Checksum) -> Result<Self> {
         let contents = Contents { checksum, ..Contents::default() };
-        Self { folder, shards: Shards::default(), contents, open: None }
+        let (folder, shards) = (owner.stage()?, Shards::default());
+        Ok(Self { folder, shards, contents, open: None, _owner: owner })
     }
 
     pub(crate) fn folder(&self) -> &TempDir {

@@ -25,3 +25,20 @@ fn set(config: &mut CheckpointEngineConfig, path: PathBuf, options: Value) {
 mod with_whole_versions {
     conformance::suite!(super::suite(serde_json::json!({})));
 }
+
+mod with_changes {
+    conformance::suite!(super::suite(serde_json::json!({"changes": "xor", "anchor_every": 2})));
+}
+
+/// The layer's changes are no version for others, so none is kept.
+mod with_the_layer_delta {
+    fn suite() -> conformance::Suite {
+        super::suite(serde_json::json!({"keep": 0}))
+            .with_layer(delta::LAYER, engine_core::Role::Trainer, |weights| weights)
+            .with_config(|config| {
+                config.layers.insert("delta".into(), true.into());
+            })
+    }
+
+    conformance::suite!(suite());
+}
