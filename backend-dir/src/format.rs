@@ -14,7 +14,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{Read, Write};
+use std::io::Read;
 
 use engine_core::{Error, ErrorKind, Result, Version};
 use serde::{Deserialize, Serialize};
@@ -312,9 +312,8 @@ pub(crate) fn change(
             raw
         }
     };
-    let mut encoder = zstd::Encoder::new(Vec::new(), LEVEL).map_err(broken)?;
-    encoder.write_all(&raw).map_err(broken)?;
-    Ok(Some((encoder.finish().map_err(broken)?, changed as u64)))
+    // In one call, so that the frame begins with its size: readers allocate that.
+    Ok(Some((zstd::bulk::compress(&raw, LEVEL).map_err(broken)?, changed as u64)))
 }
 
 /// Applies a change to a tensor's bytes. Where it fails, they are neither old nor new.
@@ -393,6 +392,12 @@ mod tests {
                 None => prop_assert_eq!(differ, 0),
                 Some((bytes, changed)) => {
                     prop_assert_eq!(changed, differ);
+                    let size = zstd::zstd_safe::get_frame_content_size(&bytes);
+                    let expected = match encoding {
+                        Encoding::Xor => old.len() as u64,
+                        Encoding::Overwrite => 4 + 5 * differ,
+                    };
+                    prop_assert_eq!(size.ok().flatten(), Some(expected));
                     let mut applied = old;
                     apply(encoding, &mut applied, &bytes).unwrap();
                     prop_assert_eq!(applied, new);
