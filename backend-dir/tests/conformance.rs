@@ -1,20 +1,23 @@
 //! The engine over a folder behaves as every engine has to.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use conformance::Suite;
 use engine_core::CheckpointEngineConfig;
 use serde_json::Value;
 
-/// A suite with a folder of its own, which is removed when the test's process ends.
+/// A suite with a folder of the test's own, empty when it begins.
 fn suite(options: Value) -> Suite {
-    let folder = tempfile::tempdir().expect("a folder").keep();
+    let test = std::thread::current().name().unwrap_or_default().replace("::", "/");
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("conformance").join(test);
+    // Left by an earlier run.
+    drop(std::fs::remove_dir_all(&folder));
     Suite::new(backend_dir::BACKEND)
         .with_control_plane()
-        .with_config(|config| set(config, folder, options))
+        .with_config(|config| set(config, &folder, options))
 }
 
-fn set(config: &mut CheckpointEngineConfig, path: PathBuf, options: Value) {
+fn set(config: &mut CheckpointEngineConfig, path: &Path, options: Value) {
     let section = config.engine_kwargs.entry("dir".into()).or_default();
     section.insert("path".into(), path.to_str().expect("a path").into());
     if let Value::Object(options) = options {

@@ -118,7 +118,7 @@ fn a_rollout_whose_folder_is_another_one_is_told_so() {
         let control = ControlPlane::join(control(address), Role::Rollout, None).await.unwrap();
         let joined =
             conformance::processes::rollout(BACKEND, &control, config(ours.path()), 2).await;
-        let error = joined.err().expect("an error");
+        let error = joined.expect_err("another folder");
         assert_eq!(error.kind(), ErrorKind::Mismatch, "{error}");
         let path = theirs.path().to_str().unwrap();
         assert!(error.to_string().contains(path), "{error}");

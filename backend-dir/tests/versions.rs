@@ -340,3 +340,51 @@ fn nothing_stays_of_an_update_where_no_version_is_kept() {
     assert!(numbers(folder.path()).is_empty());
     assert!(hidden(folder.path()).is_empty());
 }
+
+#[test]
+fn a_trainer_that_was_killed_between_any_two_steps_of_publishing_is_followed_by_one_that_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    let options = json!({"changes": "xor", "keep": 9});
+    let (base, kept) = (path.join(".base"), path.join("kept"));
+    runtime().block_on(async {
+        let mut trainer = publisher(path, options.clone()).await.unwrap();
+        publish(&mut *trainer, 1, model(1)).await;
+        publish(&mut *trainer, 2, model(2)).await;
+        fs::create_dir(&kept).unwrap();
+        for entry in fs::read_dir(&base).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), kept.join(entry.file_name())).unwrap();
+        }
+        publish(&mut *trainer, 3, model(3)).await;
+        drop(trainer);
+        // Version 3 had its name, and the base was not replaced yet.
+        fs::remove_dir_all(&base).unwrap();
+        fs::rename(&kept, &base).unwrap();
+        // A version was being written, and another one removed.
+        fs::create_dir_all(path.join(".staging-a/b")).unwrap();
+        fs::write(path.join(".staging-a/model-00000.safetensors"), "half").unwrap();
+        fs::create_dir_all(path.join(".removed-c/version")).unwrap();
+        let mut trainer = publisher(path, options.clone()).await.unwrap();
+        assert!(hidden(path).is_empty());
+        let versions = Versions::new(path);
+        publish(&mut *trainer, 4, model(4)).await;
+        assert_eq!(versions.open(Version(4)).unwrap().changes(), 0);
+        publish(&mut *trainer, 5, model(5)).await;
+        assert_eq!(versions.open(Version(5)).unwrap().changes(), 1);
+        drop(trainer);
+        // The base was put away, and its successor had not its place yet: the next one is whole.
+        publish_and_lose_base(path, &options, &base).await;
+        for version in 1..8 {
+            assert_eq!(read(&versions, version).unwrap(), contents(&model(version)), "{version}");
+        }
+    });
+}
+
+async fn publish_and_lose_base(path: &Path, options: &Value, base: &Path) {
+    let mut trainer = publisher(path, options.clone()).await.unwrap();
+    publish(&mut *trainer, 6, model(6)).await;
+    fs::remove_dir_all(base).unwrap();
+    publish(&mut *trainer, 7, model(7)).await;
+    assert_eq!(Versions::new(path).open(Version(7)).unwrap().changes(), 0);
+}
