@@ -171,14 +171,37 @@ pub(crate) struct Incoming {
     /// The folder of the present update.
     staged: Option<PathBuf>,
     shards: Shards,
-    /// Memory of each slot. Views share it; it is used again when they are gone.
-    slots: [Option<Arc<TensorMemory>>; SLOTS],
+    slots: Arc<Slots>,
     pool: Pool,
+}
+
+/// A rollout's memory of each slot. Views share it; it is used again when they are gone.
+#[derive(Debug, Default)]
+struct Slots(Mutex<[Option<Arc<TensorMemory>>; SLOTS]>);
+
+impl Slots {
+    /// Memory for this slot; `None` if there is no such slot.
+    fn take(&self, slot: u32, bytes: u64) -> Option<Result<TensorMemory>> {
+        let used = self.lock().get_mut(slot as usize)?.take().and_then(Arc::into_inner);
+        let used = used.filter(|memory| memory.bytes().len() as u64 >= bytes);
+        Some(used.map_or_else(|| TensorMemory::new(bytes, FETCHING), Ok))
+    }
+
+    fn put(&self, slot: u32, memory: Arc<TensorMemory>) {
+        if let Some(slot) = self.lock().get_mut(slot as usize) {
+            *slot = Some(memory);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, [Option<Arc<TensorMemory>>; SLOTS]> {
+        // Every change is one assignment.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Incoming {
     pub(crate) fn new(path: PathBuf, pool: Pool) -> Self {
-        Self { path, staged: None, shards: Shards::default(), slots: Default::default(), pool }
+        Self { path, staged: None, shards: Shards::default(), slots: Arc::default(), pool }
     }
 
     /// Where the parts of a bucket are, and memory for it.
@@ -192,15 +215,9 @@ impl Incoming {
             return Err(refuse(message));
         }
         let parts = self.shards.place(fetch.layout.pieces())?.parts;
-        let slot = self.slots.get_mut(fetch.slot as usize);
-        let slot = slot.ok_or_else(|| refuse(format!("there is no slot {}", fetch.slot)))?;
-        let memory = slot.take().and_then(Arc::into_inner);
-        let memory = memory.filter(|memory| memory.bytes().len() as u64 >= fetch.filled);
-        let memory = match memory {
-            Some(memory) => memory,
-            None => TensorMemory::new(fetch.filled, FETCHING)?,
-        };
-        Ok((staged, parts, memory))
+        let memory = self.slots.take(fetch.slot, fetch.filled);
+        let memory = memory.ok_or_else(|| refuse(format!("there is no slot {}", fetch.slot)))?;
+        Ok((staged, parts, memory?))
     }
 }
 
@@ -261,16 +278,20 @@ impl FetchLink for Incoming {
             Ok(placed) => placed,
             Err(error) => return arrival.tell(Err(error)),
         };
-        let (pool, filled) = (self.pool.clone(), fetch.filled as usize);
-        let reading = self.pool.start(move || {
-            read(&folder, &parts, &mut memory, &pool)?;
-            Ok(Arc::new(memory))
-        });
-        arrival.tell(reading.await.map(|memory| {
-            if let Some(slot) = self.slots.get_mut(fetch.slot as usize) {
-                *slot = Some(memory.clone());
+        let (pool, slots) = (self.pool.clone(), self.slots.clone());
+        let (slot, filled) = (fetch.slot, fetch.filled as usize);
+        // The rollout goes on: it works on the bucket before.
+        drop(self.pool.start(move || {
+            if !arrival.is_awaited() {
+                return Ok(());
             }
-            Storage::from(Bytes::from_owner(View(memory)).slice(..filled))
+            let here = read(&folder, &parts, &mut memory, &pool).map(|()| {
+                let memory = Arc::new(memory);
+                slots.put(slot, memory.clone());
+                Storage::from(Bytes::from_owner(View(memory)).slice(..filled))
+            });
+            arrival.tell(here);
+            Ok(())
         }));
     }
 
