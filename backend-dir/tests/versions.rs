@@ -86,6 +86,15 @@ fn hidden(path: &Path) -> Vec<String> {
     names.filter(|name| name.starts_with(".staging") || name.starts_with(".removed")).collect()
 }
 
+/// What a failed update has written is removed beside its end.
+async fn is_tidied(path: &Path) {
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while !hidden(path).is_empty() {
+        assert!(std::time::Instant::now() < end, "{:?}", hidden(path));
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+}
+
 fn refused<T>(result: Result<T>, kind: ErrorKind, words: &str) -> Error {
     let error = result.err().expect("an error");
     assert_eq!(error.kind(), kind, "{error}");
@@ -185,6 +194,7 @@ proptest! {
                         let weights = ensure_async_iterator(weights);
                         let sent = trainer.send_weights(weights, Version(version + 1)).await;
                         refused(sent, ErrorKind::Source, "gone");
+                        is_tidied(path).await;
                     }
                     Step::Restart => {
                         drop(trainer);
