@@ -11,6 +11,7 @@ use reshard::{Declarations, Links, MaximaExchange, Planner};
 use serde::{Deserialize, Serialize};
 
 use crate::coordinator::{digest_of, set_of};
+use crate::memory::{Lender, LentBytes};
 use crate::message::{Declared, Digest};
 use crate::pieces::{Place, copied, quantized, scales_of, tiles};
 
@@ -89,8 +90,12 @@ impl Wanted {
         Ok(Some((TensorMeta::new(name, DType::F32, shape), self.region.in_granules(&granule))))
     }
 
-    /// Checks values that may come from another process. Returns the bytes of the box and of its scales.
-    pub(crate) fn validate(&self) -> Result<(u64, u64)> {
+    /// Checks it, and returns the bytes of the box and of its scales.
+    ///
+    /// # Errors
+    ///
+    /// `Weight` and `Config`, which name the tensor, for a box outside of the tensor, and for what cannot be placed.
+    pub fn validate(&self) -> Result<(u64, u64)> {
         self.meta.validate()?;
         if !self.region.fits(&self.meta.shape) {
             let (region, shape) = (&self.region, &self.meta.shape);
@@ -162,8 +167,34 @@ pub(crate) fn lay_out(wanted: Vec<Wanted>) -> Result<(Vec<Lent>, u64)> {
     Ok((lent, end))
 }
 
-/// Refuses tensors that lie outside of the memory or overlap in it.
-fn check_places(tensors: &[Lent], bytes: u64) -> Result<()> {
+impl Lent {
+    /// Its elements and its scales in the rollout's memory, while that is not lent.
+    ///
+    /// # Errors
+    ///
+    /// Those of the memory, with the name of the tensor.
+    pub(crate) fn bytes<'a>(
+        &self,
+        memory: &'a dyn Lender,
+    ) -> Result<(LentBytes<'a>, LentBytes<'a>)> {
+        let (len, scales) = self.wanted.validate()?;
+        let bytes =
+            |at, len| memory.bytes(at, len).map_err(|error| error.tensor(&*self.wanted.meta.name));
+        let elements = match len {
+            0 => LentBytes::Host(&[]),
+            _ => bytes(self.at, len)?,
+        };
+        let scales = match (scales, &elements) {
+            (0, LentBytes::Host(_)) => LentBytes::Host(&[]),
+            (0, LentBytes::Device(elements)) => LentBytes::Device(elements.slice(0..0)),
+            _ => bytes(self.scales_at, scales)?,
+        };
+        Ok((elements, scales))
+    }
+}
+
+/// Refuses tensors that lie outside of the memory or overlap in it, with an error of this kind.
+pub(crate) fn check_places(tensors: &[Lent], bytes: u64, kind: ErrorKind) -> Result<()> {
     let mut places = Vec::with_capacity(tensors.len() * 2);
     for lent in tensors {
         let (len, scales) = lent.wanted.validate()?;
@@ -178,7 +209,7 @@ fn check_places(tensors: &[Lent], bytes: u64) -> Result<()> {
     for (at, len, lent) in places {
         let until = at.checked_add(len).filter(|until| *until <= bytes && at >= end);
         let message = "its memory overlaps that of another, or ends outside of what is lent";
-        end = until.ok_or_else(|| lent.wanted.refuse(ErrorKind::Protocol, message))?;
+        end = until.ok_or_else(|| lent.wanted.refuse(kind, message))?;
     }
     Ok(())
 }
@@ -267,7 +298,8 @@ pub(crate) fn table(
                 }
             }
             (Role::Rollout, Declaration::Wants { tensors, bytes }) => {
-                check_places(&tensors, bytes).map_err(|error| error.rank(one.rank))?;
+                check_places(&tensors, bytes, ErrorKind::Protocol)
+                    .map_err(|error| error.rank(one.rank))?;
                 let own = wants.entry(one.rank).or_default();
                 for lent in tensors {
                     let Wanted { meta, region, format } = &lent.wanted;

@@ -12,7 +12,7 @@ use quant_fp8::{
 };
 
 use crate::declared::{Piece, Table};
-use crate::memory::{Encoded, Encoder, Lender, LentBytes, Reached};
+use crate::memory::{Encoded, Encoder, Lender, Reached};
 use crate::pieces::{Place, Runs, Sum, cut_of, quantized, row_of};
 
 /// The progress of work on other threads, and the order to stop it.
@@ -507,10 +507,9 @@ pub(crate) fn verify(
         return Ok((0, bytes));
     }
     let parts: Vec<&Arc<[StridedPart]>> = table.pieces.iter().map(|piece| &piece.parts).collect();
-    let sums = match (memory.sums(&parts, &mut || going.step())?, memory.bytes()?) {
-        (Some(sums), _) => sums,
-        (None, LentBytes::Host(bytes)) => host_sums(table, bytes, pool, going)?,
-        (None, LentBytes::Device(bytes)) => host_sums(table, &bytes.to_host()?, pool, going)?,
+    let sums = match memory.sums(&parts, &mut || going.step())? {
+        Some(sums) => sums,
+        None => host_sums(table, memory, pool, going)?,
     };
     let found = sums_of(table, &sums);
     let mut whole = 0;
@@ -534,7 +533,7 @@ pub(crate) fn verify(
 }
 
 /// The digest sum of each piece in host memory.
-fn host_sums(table: &Table, memory: &[u8], pool: &Pool, going: &Going) -> Result<Vec<u64>> {
+fn host_sums(table: &Table, memory: &dyn Lender, pool: &Pool, going: &Going) -> Result<Vec<u64>> {
     let tiles = table.pieces.iter().enumerate();
     let tiles =
         tiles.flat_map(|(number, piece)| piece.tiles.iter().map(move |t| (number, piece, t)));
@@ -553,29 +552,27 @@ fn host_sums(table: &Table, memory: &[u8], pool: &Pool, going: &Going) -> Result
     Ok(sums)
 }
 
-fn digest_tile(piece: &Piece, tile: &TensorBox, memory: &[u8]) -> Result<u64> {
+fn digest_tile(piece: &Piece, tile: &TensorBox, memory: &dyn Lender) -> Result<u64> {
     let lent = &piece.lent;
     let wanted = &lent.wanted;
     let size = wanted.meta.dtype.bytes().unwrap_or(1);
     let mut sum = Sum::default();
-    let bytes = |at: u64, len: u64| {
-        memory.get(at as usize..(at + len) as usize).ok_or_else(|| {
-            let message = "a piece outside of the memory that is lent";
-            Error::new(ErrorKind::Protocol, "verifying tensors", message).tensor(&*wanted.meta.name)
-        })
-    };
+    let (elements, scales) = lent.bytes(memory)?;
+    let (elements, scales) = (elements.to_host()?, scales.to_host()?);
+    // Planning has checked that the piece lies within the box that is lent.
+    let within = |at: u64, len: u64| at as usize..(at + len) as usize;
     let (row, cut) = (row_of(tile, size), cut_of(tile, &piece.granule, size));
     let runs = Runs::new(tile, &wanted.region, &wanted.meta.shape);
     for start in runs.starts() {
-        let at = lent.at + start * size;
-        sum.add(at, bytes(at, runs.len * size)?, row, cut);
+        let run = &elements[within(start * size, runs.len * size)];
+        sum.add(lent.at + start * size, run, row, cut);
     }
     if piece.scales.is_some() {
         let (blocks, all) =
             (tile.in_granules(&piece.granule), wanted.region.in_granules(&piece.granule));
         for (own, at) in scale_runs(piece, tile, &blocks, &all) {
-            let at = lent.scales_at + at * 4;
-            sum.add_scales(at, bytes(at, own.len() as u64 * 4)?);
+            let run = &scales[within(at * 4, own.len() as u64 * 4)];
+            sum.add_scales(lent.scales_at + at * 4, run);
         }
     }
     Ok(sum.value())

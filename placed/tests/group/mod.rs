@@ -59,9 +59,9 @@ impl Lender for Owner {
         Ok(self.lent.is_none())
     }
 
-    fn bytes(&self) -> Result<LentBytes<'_>> {
+    fn bytes(&self, at: u64, len: u64) -> Result<LentBytes<'_>> {
         match self.lent {
-            None => Ok(LentBytes::Host(&self.own)),
+            None => Ok(LentBytes::Host(&self.own[at as usize..(at + len) as usize])),
             Some(_) => Err(Error::new(ErrorKind::State, "reading", "it is lent")),
         }
     }
