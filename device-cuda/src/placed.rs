@@ -76,8 +76,8 @@ pub struct Failed {
 
 /// The kernels of placed updates on a device. All their work is on one stream.
 ///
-/// The launches of the last list of jobs are kept, with their tables on the device. A list like it costs the host only the comparison; where
-/// weights have moved, their addresses are replaced.
+/// The launches of the last lists of jobs are kept, with their tables on the device. A list like one of them costs the host only the
+/// comparison; where weights have moved, their addresses are replaced.
 #[derive(Debug)]
 pub struct Placer {
     rows: Kernel,
@@ -88,8 +88,8 @@ pub struct Placer {
     stream: Stream,
     /// Tables on their way to the device.
     staging: PinnedMemory,
-    writes: Kept,
-    checks: Kept,
+    writes: Lists,
+    checks: Lists,
     /// The results: a failure, and the sum of each slot.
     numbers: CudaMemory,
     /// The results, copied back.
@@ -98,12 +98,36 @@ pub struct Placer {
     known: CudaMemory,
 }
 
-/// The launches of the last list of jobs.
+/// The launches of a list of jobs.
 #[derive(Debug, Default)]
 struct Kept {
     launches: Launches,
     /// Their tables. Nothing, unless all of them have arrived.
     tables: Option<CudaMemory>,
+}
+
+/// As many lists are kept as an update has batches, and as many again: for the update that is the first of another kind.
+const LISTS: usize = 16;
+
+/// The last lists of jobs, the last one behind the others.
+#[derive(Debug, Default)]
+struct Lists(Vec<Kept>);
+
+impl Lists {
+    /// Takes the list out that begins as this one, or else an empty one.
+    fn take(&mut self, jobs: &[Job<'_>]) -> Kept {
+        match self.0.iter().position(|kept| kept.launches.begin_as(jobs)) {
+            Some(found) => self.0.remove(found),
+            None => Kept::default(),
+        }
+    }
+
+    fn put(&mut self, kept: Kept) {
+        if self.0.len() >= LISTS {
+            self.0.remove(0);
+        }
+        self.0.push(kept);
+    }
 }
 
 /// Whether [`Placer::write`] can write a weight that is on a device, quantised in a format if there is one.
@@ -139,8 +163,8 @@ impl Placer {
             check: library.kernel(c"check")?,
             maxima: library.kernel(c"maxima")?,
             staging: PinnedMemory::new(&stream, 1 << 16)?,
-            writes: Kept::default(),
-            checks: Kept::default(),
+            writes: Lists::default(),
+            checks: Lists::default(),
             numbers: CudaMemory::new(device, 1 << 16)?,
             results: PinnedMemory::new(&stream, 1 << 16)?,
             known: CudaMemory::new(device, 1 << 12)?,
@@ -192,9 +216,9 @@ impl Placer {
             all.push(Job { place, parts: job.parts });
         }
         let used = used_by(jobs.iter().map(|job| job.to), &self.known);
-        let mut kept = std::mem::take(&mut self.writes);
+        let mut kept = self.writes.take(&all);
         let (failed, sums) = self.run(&mut kept, &all, used, step)?;
-        self.writes = kept;
+        self.writes.put(kept);
         let failed = (failed != u64::MAX).then(|| {
             let (job, number) = ((failed >> 32) as usize, failed & u64::from(u32::MAX));
             let part = jobs.get(job).and_then(|job| job.parts.first());
@@ -222,9 +246,9 @@ impl Placer {
         });
         let all = all.collect::<Result<Vec<_>>>()?;
         let used = used_by(jobs.iter().map(|job| job.memory), &self.known);
-        let mut kept = std::mem::take(&mut self.checks);
+        let mut kept = self.checks.take(&all);
         let (_, sums) = self.run(&mut kept, &all, used, step)?;
-        self.checks = kept;
+        self.checks.put(kept);
         Ok(sums)
     }
 

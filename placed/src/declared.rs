@@ -245,6 +245,8 @@ pub(crate) struct Table {
     pub(crate) digest: Digest,
     /// In the order of the plan. Both ranks of a pair have their common pieces in the same order.
     pub(crate) pieces: Vec<Piece>,
+    /// On a trainer, the numbers of the pieces in the order in which their weights come, in batches that are written one after the other.
+    pub(crate) batches: Vec<Vec<usize>>,
     /// The bytes of all pieces.
     pub(crate) bytes: u64,
     /// The number of tensors of the plan, and how many of them are quantised.
@@ -256,6 +258,28 @@ pub(crate) struct Table {
     pub(crate) exchanges: Vec<MaximaExchange>,
     /// On a trainer, the quantised tensors of the plan by their number, with their formats.
     pub(crate) formats: HashMap<u32, (TensorMeta, Fp8Format)>,
+}
+
+/// Divides the pieces of a trainer into batches of about the same bytes, in the order of its boxes.
+fn batches_of(pieces: &[Piece]) -> Vec<Vec<usize>> {
+    /// With more of them, the work on one begins earlier, and a device waits for the host more often.
+    const MOST: u64 = 8;
+    const LEAST_BYTES: u64 = 64 << 20;
+    let all: u64 = pieces.iter().map(|piece| piece.bytes).sum();
+    let each = all.div_ceil(MOST).max(LEAST_BYTES);
+    let mut order: Vec<usize> = (0..pieces.len()).collect();
+    order.sort_by_key(|&number| pieces[number].held);
+    let (mut batches, mut batch, mut bytes) = (Vec::new(), Vec::new(), 0);
+    for number in order {
+        batch.push(number);
+        bytes += pieces[number].bytes;
+        if bytes >= each {
+            batches.push(std::mem::take(&mut batch));
+            bytes = 0;
+        }
+    }
+    batches.extend((!batch.is_empty()).then_some(batch));
+    batches
 }
 
 /// Values by rank and by the name of the tensor.
@@ -415,7 +439,9 @@ pub(crate) fn table(
     let tensors = plan.tensors().len() as u64;
     let of_format = formats.values().filter(|(_, format)| format.is_some()).count() as u64;
     let formats = of_tensor;
+    let batches = if is_trainer { batches_of(&pieces) } else { Vec::new() };
     Ok(Table {
+        batches,
         set,
         digest,
         bytes: pieces.iter().map(|piece| piece.bytes).sum(),

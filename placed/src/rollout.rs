@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -205,7 +206,10 @@ impl PlacedRollout {
     /// what the tensors hold then. For example, a plan that does not fit leaves them unchanged.
     pub async fn update(&mut self, version: Option<Version>) -> Result<ReceiveReport> {
         let begun = Instant::now();
-        let ended = self.seat.take_part(&mut self.worker, version, self.digests).await?;
+        let ended = self
+            .seat
+            .take_part(&mut self.worker, version, self.digests, pin!(ready(Ok(()))))
+            .await?;
         let bytes = lock(&self.worker.table).as_ref().map_or(0, |table| table.bytes);
         let mut report = ReceiveReport::new(ended.version, VersionState::Active);
         report.tensors = self.worker.tensors.len() as u64;
@@ -287,16 +291,16 @@ impl Worker for Keeper {
         let (memory, limit) = (self.memory.clone(), self.deadline / 2);
         let (digest, body) = self.declared.clone();
         let guard = match (&task, busy(&working)) {
-            (Task::Prepare, _) => None,
+            (Task::Prepare { .. }, _) => None,
             (_, Ok(guard)) => Some(guard),
             (_, Err(error)) => return ready(Err(error)),
         };
         match task {
-            Task::Prepare => async move {
+            Task::Prepare { .. } => async move {
                 Seat::idle(&working).await;
                 take_back(&memory, limit).await.map_err(|error| error.rank(rank))?;
                 let known = lock(&plans).known();
-                Ok(Done::Prepared { digest, body, known })
+                Ok(Done::Prepared { digest, body, known, guessed: false })
             }
             .boxed(),
             Task::Plan { set, declared } => pool

@@ -1,7 +1,7 @@
 //! Groups of ranks that share a process, with memory that is lent by handing it over.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use engine_core::{
     SendReport, TensorBox, TensorMeta, TrainerEngine, Treatment, Version, Weight,
     ensure_async_iterator,
 };
+use futures::StreamExt;
 use futures::future::{join, join_all};
 use placed::{Layout, Lender, LentBytes, PlacedRollout, PlacedTrainer, Reach, Reached, Wanted};
 use protocol::hub::{Hub, Member};
@@ -24,6 +25,7 @@ pub(crate) struct Market(Arc<Lots>);
 struct Lots {
     lent: Mutex<HashMap<u64, Weak<Lot>>>,
     garbles: AtomicBool,
+    puts: AtomicUsize,
 }
 
 type Lot = Mutex<Vec<u8>>;
@@ -74,7 +76,8 @@ impl Reach for Market {
             let lot = self.0.lent.lock().unwrap()[&number].upgrade();
             let gone = || Error::new(ErrorKind::PeerLost, "reaching", "it is gone").rank(*rank);
             let garbles = self.0.garbles.load(Ordering::Relaxed);
-            Ok(Arc::new(Hand { lot: lot.ok_or_else(gone)?, garbles }) as Arc<dyn Reached>)
+            let (lot, market) = (lot.ok_or_else(gone)?, self.clone());
+            Ok(Arc::new(Hand { lot, garbles, market }) as Arc<dyn Reached>)
         };
         terms.iter().map(reach).collect()
     }
@@ -84,6 +87,7 @@ impl Reach for Market {
 struct Hand {
     lot: Arc<Lot>,
     garbles: bool,
+    market: Market,
 }
 
 impl Reached for Hand {
@@ -91,6 +95,7 @@ impl Reached for Hand {
         let mut memory = self.lot.lock().unwrap();
         let to = &mut memory[at as usize..at as usize + bytes.len()];
         to.copy_from_slice(bytes);
+        self.market.0.puts.fetch_add(1, Ordering::Relaxed);
         if self.garbles {
             to[0] ^= 1;
         }
@@ -126,6 +131,8 @@ pub(crate) struct Group {
     market: Market,
     /// A trainer whose weights cannot be read.
     pub(crate) fails: Option<Rank>,
+    /// The streams stop in front of the weight of this number until something was written.
+    pub(crate) stops_at: Option<usize>,
     _members: Vec<Member>,
 }
 
@@ -171,6 +178,7 @@ impl Group {
             rollouts,
             market,
             fails: None,
+            stops_at: None,
             _members: members,
         }
     }
@@ -194,7 +202,22 @@ impl Group {
             boxes.iter().map(weight).collect::<Vec<_>>()
         });
         let sources: Vec<_> = sources.collect();
+        let (market, stops_at) = (self.market.clone(), self.stops_at);
+        let before = market.0.puts.load(Ordering::Relaxed);
         let sends = self.trainers.iter_mut().zip(sources).map(|(trainer, weights)| {
+            let market = market.clone();
+            let weights = futures::stream::iter(weights.into_iter().enumerate());
+            let weights = weights.then(move |(number, weight)| {
+                let market = market.clone();
+                async move {
+                    while stops_at == Some(number)
+                        && market.0.puts.load(Ordering::Relaxed) == before
+                    {
+                        tokio::time::sleep(Duration::from_millis(1)).await;
+                    }
+                    Ok::<_, Error>(weight)
+                }
+            });
             trainer.send_weights(ensure_async_iterator(weights), Version(version))
         });
         let receives = self.rollouts.iter_mut().map(|rollout| rollout.update(None));
