@@ -246,6 +246,29 @@ fn a_stream_that_is_another_one_only_at_its_end_is_planned_again_within_the_upda
 }
 
 #[test]
+fn a_stream_that_breaks_off_fails_the_update_on_every_rank_at_once_and_leaves_the_version() {
+    let (model, holds, wants) = halves();
+    let mut group = Group::new(&model, &holds, &wants);
+    group.update(1).unwrap();
+    for rank in [Rank(0), Rank(1)] {
+        group.breaks_off = Some(rank);
+        let begun = std::time::Instant::now();
+        let errors = group.update(2).unwrap_err();
+        assert!(begun.elapsed().as_secs() < 5, "nobody waits for a deadline");
+        assert_eq!(errors.len(), 4, "{errors:?}");
+        for error in errors {
+            assert_eq!(error.kind(), ErrorKind::Source, "{error}");
+        }
+        for rollout in &group.rollouts {
+            assert_eq!(rollout.state(), &TensorState::Active(Version(1)));
+        }
+    }
+    group.breaks_off = None;
+    group.update(3).unwrap();
+    group.check(3);
+}
+
+#[test]
 fn bytes_that_changed_on_their_way_are_found_and_named() {
     let (model, holds, wants) = halves();
     let mut group = Group::new(&model, &holds, &wants);

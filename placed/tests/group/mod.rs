@@ -131,6 +131,8 @@ pub(crate) struct Group {
     market: Market,
     /// A trainer whose weights cannot be read.
     pub(crate) fails: Option<Rank>,
+    /// A trainer whose stream ends with an error.
+    pub(crate) breaks_off: Option<Rank>,
     /// The streams stop in front of the weight of this number until something was written.
     pub(crate) stops_at: Option<usize>,
     _members: Vec<Member>,
@@ -178,6 +180,7 @@ impl Group {
             rollouts,
             market,
             fails: None,
+            breaks_off: None,
             stops_at: None,
             _members: members,
         }
@@ -204,22 +207,27 @@ impl Group {
         let sources: Vec<_> = sources.collect();
         let (market, stops_at) = (self.market.clone(), self.stops_at);
         let before = market.0.puts.load(Ordering::Relaxed);
-        let sends = self.trainers.iter_mut().zip(sources).map(|(trainer, weights)| {
-            let market = market.clone();
-            let weights = futures::stream::iter(weights.into_iter().enumerate());
-            let weights = weights.then(move |(number, weight)| {
+        let breaks_off = self.breaks_off;
+        let sends =
+            self.trainers.iter_mut().zip(sources).zip(0..).map(|((trainer, weights), rank)| {
                 let market = market.clone();
-                async move {
-                    while stops_at == Some(number)
-                        && market.0.puts.load(Ordering::Relaxed) == before
-                    {
-                        tokio::time::sleep(Duration::from_millis(1)).await;
+                let weights = futures::stream::iter(weights.into_iter().enumerate());
+                let weights = weights.then(move |(number, weight)| {
+                    let market = market.clone();
+                    async move {
+                        while stops_at == Some(number)
+                            && market.0.puts.load(Ordering::Relaxed) == before
+                        {
+                            tokio::time::sleep(Duration::from_millis(1)).await;
+                        }
+                        Ok::<_, Error>(weight)
                     }
-                    Ok::<_, Error>(weight)
-                }
+                });
+                let broken = (breaks_off == Some(Rank(rank)))
+                    .then(|| Err(Error::new(ErrorKind::Source, "reading a disk", "it is broken")));
+                let weights = weights.chain(futures::stream::iter(broken));
+                trainer.send_weights(ensure_async_iterator(weights), Version(version))
             });
-            trainer.send_weights(ensure_async_iterator(weights), Version(version))
-        });
         let receives = self.rollouts.iter_mut().map(|rollout| rollout.update(None));
         let all = join(join_all(sends), join_all(receives));
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
