@@ -223,9 +223,13 @@ impl Group {
                         Ok::<_, Error>(weight)
                     }
                 });
-                let broken = (breaks_off == Some(Rank(rank)))
-                    .then(|| Err(Error::new(ErrorKind::Source, "reading a disk", "it is broken")));
-                let weights = weights.chain(futures::stream::iter(broken));
+                // A moment later, so that all ranks have called.
+                let broken = (breaks_off == Some(Rank(rank))).then(|| async {
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                    Err(Error::new(ErrorKind::Source, "reading a disk", "it is broken"))
+                });
+                let broken = futures::stream::iter(broken).then(|broken| broken);
+                let weights = weights.chain(broken);
                 trainer.send_weights(ensure_async_iterator(weights), Version(version))
             });
         let receives = self.rollouts.iter_mut().map(|rollout| rollout.update(None));
