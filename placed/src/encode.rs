@@ -64,6 +64,9 @@ pub(crate) struct Sources {
     maxima: BTreeMap<usize, BlockMaxima>,
 }
 
+/// Maxima for other trainers.
+pub(crate) type Told = Vec<(Rank, Vec<u32>)>;
+
 /// What became of a trainer's writes.
 #[derive(Debug)]
 pub(crate) enum Sending {
@@ -159,7 +162,7 @@ impl Sources {
         encoder: Option<&dyn Encoder>,
         pool: &Pool,
         going: &Going,
-    ) -> Result<Option<Vec<(Rank, Vec<u32>)>>> {
+    ) -> Result<Option<Told>> {
         let exchanged = table.exchanges.iter().map(|exchange| exchange.tensor);
         let cut = table.pieces.iter().filter(|piece| piece.cuts_blocks).map(|piece| piece.tensor);
         let tensors: BTreeSet<u32> = exchanged.chain(cut).collect();

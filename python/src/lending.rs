@@ -185,11 +185,11 @@ impl Lending {
     }
 }
 
+/// A tensor, the shape of the full tensor, and the box of it that the tensor is.
+type Shard<'py> = (Bound<'py, PyAny>, Arc<[u64]>, TensorBox);
+
 /// The local part of a DTensor, and the box of the full tensor that it is.
-pub(crate) fn shard<'py>(
-    name: &str,
-    tensor: &Bound<'py, PyAny>,
-) -> PyResult<Result<(Bound<'py, PyAny>, Arc<[u64]>, TensorBox)>> {
+pub(crate) fn shard<'py>(name: &str, tensor: &Bound<'py, PyAny>) -> PyResult<Result<Shard<'py>>> {
     use checkpoint_engine::reshard::{Mesh, Placement};
     let py = tensor.py();
     let refuse =

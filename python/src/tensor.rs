@@ -236,7 +236,7 @@ impl Reader {
         }
         let way = if class.is_subclass_of::<Tensor>()? {
             Way::Own
-        } else if class.is(&PyType::new::<Part>(tensor.py())) {
+        } else if class.is(PyType::new::<Part>(tensor.py())) {
             Way::Part
         } else if class.hasattr("data_ptr")? && class.hasattr("untyped_storage")? {
             match class.hasattr("full_tensor")? {

@@ -224,7 +224,7 @@ impl Group {
                     }
                 });
                 // A moment later, so that all ranks have called.
-                let broken = (breaks_off == Some(Rank(rank))).then(|| async {
+                let broken = (breaks_off == Some(Rank(rank))).then_some(async {
                     tokio::time::sleep(Duration::from_millis(200)).await;
                     Err(Error::new(ErrorKind::Source, "reading a disk", "it is broken"))
                 });
