@@ -465,11 +465,18 @@ impl Memory {
 
     /// The number of bytes that the driver knows from its beginning on.
     fn mapped(&self) -> Result<usize, CudaError> {
+        let (base, size) = self.allocation()?;
+        Ok(size.saturating_sub((self.address - base) as usize))
+    }
+
+    /// The address and the length of the driver's allocation that it lies in.
+    pub(crate) fn allocation(&self) -> Result<(u64, usize), CudaError> {
+        self.context.enter()?;
         let (mut base, mut size) = (0, 0);
         // SAFETY: the out pointers are valid, the driver checks the address.
         let status = unsafe { cu::cuMemGetAddressRange_v2(&mut base, &mut size, self.address) };
         checked("cuMemGetAddressRange", status)?;
-        Ok(size.saturating_sub((self.address - base) as usize))
+        Ok((base, size))
     }
 
     /// Memory of another library of this process, lent until this is dropped.
