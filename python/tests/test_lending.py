@@ -352,8 +352,15 @@ def test_a_rollout_that_is_killed_is_named_and_a_trainer_whose_source_raises_lea
         yield "a", weights["a"]
         raise RuntimeError("the trainer's disk")
 
+    for rollout in group.rollouts:
+        rollout.start("update", 2)
+    time.sleep(0.3)  # All of them have called when the stream breaks off.
     with pytest.raises(ckpt_engine.SourceError, match="the trainer's disk"):
         group.engine.send_weights(broken(), 2)
+    for rollout in group.rollouts:
+        with pytest.raises(ckpt_engine.SourceError, match="the trainer's disk"):
+            rollout.answer()
+        assert rollout.call("state") == ("active", 1)
     group.update(weights, 3)
     group.rollouts[0].start("update", 4)
     sending = in_thread(group.engine.send_weights, weights, 4)
