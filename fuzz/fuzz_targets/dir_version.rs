@@ -10,7 +10,8 @@ fuzz_target!(|input: (u8, u16, bool, &[u8])| {
         0 => backend_dir::fuzzing::index(len.into(), bytes),
         1 => backend_dir::fuzzing::header(bytes),
         _ => {
-            let encoding = if xor { backend_dir::Encoding::Xor } else { backend_dir::Encoding::Overwrite };
+            let encoding =
+                if xor { backend_dir::Encoding::Xor } else { backend_dir::Encoding::Overwrite };
             let tensor: Vec<u8> = (0..len % 4096).map(|at| at as u8).collect();
             backend_dir::fuzzing::change(encoding, &tensor, bytes);
         }
