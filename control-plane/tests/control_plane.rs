@@ -405,7 +405,7 @@ fn a_member_of_another_protocol_version_learns_both_versions() {
         };
         let config = between(&leader, change, |_, _| ());
         let error = ControlPlane::join(config, Role::Rollout, None).await.unwrap_err();
-        assert_names(&error, ErrorKind::Protocol, &["version 8", "version 77"]);
+        assert_names(&error, ErrorKind::Protocol, &["version 9", "version 77"]);
         let member = join(&leader).await;
         gather(&[&leader, &member]).await;
     });

@@ -128,8 +128,11 @@ impl ToLeader {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::declared::{Declaration, Held, Wanted, lay_out};
+    use engine_core::control::PROTOCOL_VERSION;
+    use engine_core::{DType, Error, ErrorKind, TensorBox, TensorMeta};
     use proptest::prelude::*;
-    use protocol::decode;
+    use protocol::{decode, encode};
 
     proptest! {
         #[test]
@@ -139,5 +142,58 @@ mod tests {
             drop(decode::<ToMember>(&bytes));
             drop(decode::<ToLeader>(&bytes));
         }
+    }
+
+    /// Ranks of two builds must not decode each other's messages as different ones. Whoever changes the encoding has
+    /// to change `PROTOCOL_VERSION` too.
+    #[test]
+    fn messages_are_encoded_as_this_protocol_version_encodes_them() {
+        let error = ErrorReport::from(&Error::new(ErrorKind::Timeout, "a", "b"));
+        let (update, rank, body) = (1, Rank(2), Bytes::from_static(b"x"));
+        let declared = Declared { rank, role: Role::Rollout, body: body.clone() };
+        let to_member = [
+            ToMember::Begin { update, version: Version(3), digests: true },
+            ToMember::Plan { update, set: [4; 32], declared: Some(vec![declared]) },
+            ToMember::Maxima { update, from: rank, values: vec![5] },
+            ToMember::Write { update, terms: vec![(rank, body.clone())] },
+            ToMember::Verify { update, written: vec![(rank, vec![6])] },
+            ToMember::Commit { update },
+            ToMember::Again { update },
+            ToMember::Abort { update, touched: true, error: error.clone() },
+            ToMember::Alive { update },
+        ];
+        let entered = ToLeader::Entered {
+            update,
+            digest: [7; 32],
+            body: Some(body.clone()),
+            known: Some([8; 32]),
+            guessed: true,
+        };
+        let to_leader = [
+            entered,
+            ToLeader::Maxima { update, to: rank, values: vec![9] },
+            ToLeader::Planned { update, plan: [10; 32], terms: body },
+            ToLeader::Written { update, sums: vec![(rank, vec![11])], source_bytes: 12 },
+            ToLeader::Verified { update, digest: 13, bytes: 14, inspected: 15 },
+            ToLeader::Differs { update, wrote: true },
+            ToLeader::Progress { update },
+            ToLeader::Failed { update, error },
+        ];
+        let meta = TensorMeta::new("n", DType::BF16, [16]);
+        let region = TensorBox::whole(&meta.shape);
+        let (tensors, bytes) = lay_out(vec![Wanted::whole(meta.clone())]).unwrap();
+        let declarations = [
+            Declaration::Holds(vec![Held { meta, region }]),
+            Declaration::Wants { tensors, bytes },
+        ];
+        let mut all = Vec::new();
+        let encoded = to_member.iter().map(encode).chain(to_leader.iter().map(encode));
+        for bytes in encoded.chain(declarations.iter().map(encode)) {
+            let bytes = bytes.unwrap();
+            all.push(bytes.len() as u8);
+            all.extend(bytes);
+        }
+        let sum = engine_core::digest::sum(0, &all);
+        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (9, 266, 15_728_938_545_757_258_328));
     }
 }
