@@ -1,4 +1,5 @@
 //! The slots of transports that broadcast, in a kind of memory that they do not know.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
