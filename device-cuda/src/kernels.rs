@@ -35,7 +35,7 @@ pub(crate) const THREADS: u32 = 256;
 
 /// The kernels of buckets and of placed updates.
 fn own() -> Result<CString, CudaError> {
-    source(&[COMMON, BUCKET, PLACED])
+    source(&[COMMON, quant_fp8::device::CUDA, BUCKET, PLACED])
 }
 
 /// The kernel of an encoding's program.

@@ -4,7 +4,7 @@ use std::any::Any;
 use std::sync::Arc;
 
 use engine_core::Program;
-use quant_fp8::{Fp8Format, Granularity, Mode, Precast, SourceType};
+use quant_fp8::{Fp8Format, Granularity, Mode, Precast, SourceType, device};
 
 use crate::{CudaError, CudaMemory, CudaSlice};
 
@@ -169,11 +169,7 @@ impl Entry {
             target: codes,
             scales,
             bytes: 0,
-            kind: match ty {
-                SourceType::Bf16 => 1,
-                SourceType::F16 => 2,
-                SourceType::F32 => 3,
-            },
+            kind: device::type_number(ty),
             rows: side(rows)?,
             cols: side(cols)?,
             block_rows: side(block_rows)?,
@@ -255,7 +251,7 @@ impl Table {
     pub(crate) fn push(&mut self, (entry, tiles): (Entry, usize)) -> Result<(), CudaError> {
         self.count(tiles)?;
         self.entries.extend_from_slice(&entry.bytes());
-        self.wide |= entry.kind == 3;
+        self.wide |= entry.kind == device::type_number(SourceType::F32);
         Ok(())
     }
 
@@ -394,10 +390,5 @@ impl Tables {
 
 /// The number of a mode in the kernels.
 pub(crate) fn mode_number(mode: Mode) -> u64 {
-    match mode {
-        Mode::Triton => 0,
-        Mode::Pytorch => 1,
-        Mode::Ue8m0 => 2,
-        Mode::TritonGpu => 3,
-    }
+    device::mode_number(mode).into()
 }
