@@ -14,6 +14,7 @@
 //! | `nccl` | `nccl` | GPUs of any hosts, by broadcast over NCCL |
 //! | `nixl` | `nixl` | processes of any hosts, over NIXL |
 //! | `hccl` | `hccl` | Ascend NPUs of any hosts, over HCCL |
+//! | `dir` | `dir` | processes of any hosts that share a folder |
 //! | `vllm` | `receivers` | a trainer and vLLM's servers as they are, by broadcast over NCCL |
 //! | `sglang` | `receivers` | a trainer and SGLang's servers as they are, by broadcast over NCCL |
 //!
@@ -67,6 +68,9 @@ pub use serving::{
     Newcomer, PreparedWorker, Replica, RolloutWorker, WeightCache,
 };
 
+/// A folder that ranks share, and the versions in it.
+#[cfg(feature = "dir")]
+pub use backend_dir as dir;
 #[cfg(feature = "hccl")]
 pub use backend_hccl as hccl;
 #[cfg(feature = "ipc")]
@@ -108,6 +112,8 @@ pub fn registry() -> Registry {
     let registry = registry.with(backend_nixl::BACKEND);
     #[cfg(feature = "hccl")]
     let registry = registry.with(backend_hccl::BACKEND);
+    #[cfg(feature = "dir")]
+    let registry = registry.with(backend_dir::BACKEND);
     #[cfg(feature = "receivers")]
     let registry = registry.with(receivers::VLLM).with(receivers::SGLANG);
     #[cfg(feature = "cuda")]

@@ -10,11 +10,11 @@ use engine_core::{
 use placed::{Layout, Lender, PlacedRollout, PlacedTrainer, Wanted};
 use protocol::{Receiver, Sender};
 
-use crate::NAME;
 use crate::buckets::{Buckets, Incoming};
 use crate::lent::{LentMemory, Neighbours};
 #[cfg(feature = "cuda")]
 use crate::lent_cuda::LentCuda;
+use crate::{LentTensor, NAME};
 
 /// The transport's options.
 #[derive(Debug, Default, serde::Deserialize)]
@@ -59,6 +59,42 @@ pub fn lend(
         metadata,
         move |_| async move { PlacedRollout::new(&context, layout, memory) },
     ))
+}
+
+/// As [`lend`], of tensors that the rollout's program has made: updates are written to where they are. They are all on the device of the
+/// rollout's configuration.
+///
+/// Host memory has to be shared memory of this process that other processes can open, by a path or by a descriptor of this process, such
+/// as that of PyTorch's `share_memory_()`. Memory of a CUDA device has to be in allocations that the driver can export.
+///
+/// # Errors
+///
+/// As [`lend`]. `Weight`, which names the tensor, for memory that no other process can open, and for tensors that share memory; `Mismatch`
+/// for a tensor on another device.
+pub fn lend_tensors(
+    context: EngineContext,
+    tensors: impl IntoIterator<Item = LentTensor>,
+) -> Result<Prepared<PlacedRollout>> {
+    let metadata = placed_metadata(&context, Role::Rollout)?;
+    let (layout, memory) = place_tensors(&context.config.device, tensors.into_iter().collect())?;
+    Ok(Prepared::new(
+        metadata,
+        move |_| async move { PlacedRollout::new(&context, layout, memory) },
+    ))
+}
+
+fn place_tensors(
+    device: &DeviceChoice,
+    tensors: Vec<LentTensor>,
+) -> Result<(Layout, Box<dyn Lender>)> {
+    #[cfg(feature = "cuda")]
+    if !device.is_cpu() {
+        let (layout, memory) = LentCuda::of_tensors(device, tensors)?;
+        return Ok((layout, Box::new(memory)));
+    }
+    let _ = device;
+    let (layout, memory) = LentMemory::of_tensors(tensors)?;
+    Ok((layout, Box::new(memory)))
 }
 
 fn memory_to_lend(device: &DeviceChoice, bytes: u64) -> Result<Box<dyn Lender>> {

@@ -29,8 +29,19 @@ pub(crate) enum SegmentError {
     OutsideMemory { end: u64, size: u64 },
     #[error("no memory for {needed} bytes of tensors to lend ({available})")]
     NoMemoryToLend { needed: u64, available: String },
-    #[error("{len} bytes at {at} lie outside of {size} bytes that are lent")]
-    OutsideLent { at: u64, len: usize, size: usize },
+    #[error("{len} bytes at {at} lie outside of what is lent")]
+    OutsideLent { at: u64, len: u64 },
+    #[error(
+        "its memory is not shared, so no other process can write to it: lend tensors in shared memory (of torch: \
+             `share_memory_()`), or receive into it through buckets"
+    )]
+    NotShared,
+    #[error(
+        "the file of its shared memory is not open here for writing ({path}), so no other process can open it either"
+    )]
+    NotOpen { path: String },
+    #[error("{len} bytes at {at} are in no tensor that is lent")]
+    NotLent { at: u64, len: u64 },
     #[error("the tensors are lent: trainers may write to them")]
     Lent,
     #[error("no memory for a version of {needed} bytes or more in the cache")]
@@ -57,7 +68,8 @@ impl From<SegmentError> for engine_core::Error {
             | SegmentError::OutsideLent { .. }
             | SegmentError::Damaged(_) => ErrorKind::Protocol,
             SegmentError::TooLarge(..) => ErrorKind::Config,
-            SegmentError::Lent => ErrorKind::State,
+            SegmentError::NotShared | SegmentError::NotOpen { .. } => ErrorKind::Weight,
+            SegmentError::Lent | SegmentError::NotLent { .. } => ErrorKind::State,
         };
         Self::new(kind, "using shared memory", error.to_string()).with_source(error)
     }

@@ -61,6 +61,12 @@ impl Mapping {
         }
     }
 
+    /// Its first address.
+    #[cfg(test)]
+    pub(crate) fn address(&self) -> u64 {
+        self.start.as_ptr().addr() as u64
+    }
+
     fn check(&self, at: usize, len: usize) {
         let end = at.checked_add(len);
         assert!(end.is_some_and(|end| end <= self.len), "a range outside the mapping");
@@ -154,13 +160,6 @@ impl ReadView {
     pub(crate) fn new(mapping: Arc<Mapping>, at: usize, len: usize) -> Self {
         mapping.check(at, len);
         Self { mapping, at, len }
-    }
-}
-
-impl ReadView {
-    /// Its length in bytes.
-    pub(crate) fn len(&self) -> usize {
-        self.len
     }
 }
 

@@ -1,14 +1,19 @@
 //! Memory that a rollout lends to trainers of its host, which write their updates straight into it.
 //!
-//! The memory is a file that both map. A [lease](crate::lease) for each update governs writing: a trainer holds it as long
+//! The memory is a file that both map, or the files of shared memory which the rollout's program has made its tensors in. A [lease](crate::lease) for each update governs writing: a trainer holds it as long
 //! as it may write, and the system releases it when the trainer's process ends, however it ends.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result};
-use placed::{Encoder, Lender, LentBytes, Reach, Reached};
+use engine_core::plan::ALIGNMENT;
+use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result, Storage};
+use placed::{Encoder, Layout, Lender, LentBytes, Reach, Reached};
+use protocol::{decode, encode};
 use serde::{Deserialize, Serialize};
 
 use crate::error::SegmentError;
@@ -16,38 +21,50 @@ use crate::ffi::{Mapping, ReadView};
 use crate::lease::{Borrowed, Lease, Terms};
 #[cfg(feature = "cuda")]
 use crate::lent_cuda::{CudaOffer, Peers};
+use crate::mapped::{FileId, MappedFiles};
 use crate::memfile::{FileAddress, MemFile};
 use crate::segment::{allocate, memory_in_words};
+use crate::tensors::LentTensor;
+
+/// Parts of files begin and end at multiples of it in what is lent, so that offsets there are aligned as addresses are.
+const PAGE: u64 = 4096;
+const _: () = assert!(PAGE.is_multiple_of(ALIGNMENT));
 
 /// A rollout's terms, by the kind of its memory.
 #[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
 pub(crate) enum Offer {
     Host(HostOffer),
     #[cfg(feature = "cuda")]
     Cuda(CudaOffer),
 }
 
-/// Encodes terms for the wire.
-pub(crate) fn in_bytes(offer: &Offer) -> Result<Bytes> {
-    serde_json::to_vec(offer).map(Bytes::from).map_err(|error| {
-        Error::new(ErrorKind::Protocol, "lending tensors", error.to_string()).with_source(error)
-    })
-}
-
 /// What a trainer needs to write to a rollout's memory in one update.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct HostOffer {
-    file: FileAddress,
-    bytes: u64,
+    /// In ascending order of what is lent.
+    parts: Vec<OfferedPart>,
     lease: Terms,
+}
+
+/// A part of a file that is lent.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct OfferedPart {
+    /// The offset of its first byte in what is lent.
+    at: u64,
+    bytes: u64,
+    file: FileAddress,
+    /// The offset of its first byte in the file.
+    offset: u64,
 }
 
 /// A rollout's memory of the host.
 #[derive(Debug)]
 pub(crate) struct LentMemory {
-    bytes: ReadView,
-    file: MemFile,
+    /// The memory as this process has it, by its offset in what is lent, in ascending order.
+    views: Vec<(u64, Bytes)>,
+    parts: Vec<OfferedPart>,
+    /// Kept open, so that other processes can open them too.
+    _files: Vec<MemFile>,
     lease: Option<Lease>,
 }
 
@@ -58,14 +75,77 @@ impl LentMemory {
         // A file without bytes cannot be mapped.
         let (file, mapping) = allocate("ckpt-engine-tensors", bytes.max(1), full)?;
         let len = mapping.len();
-        let view = ReadView::new(Arc::new(mapping), 0, len);
-        Ok(Self { bytes: view, file, lease: None })
+        let view = Bytes::from_owner(ReadView::new(Arc::new(mapping), 0, len));
+        let part = OfferedPart { at: 0, bytes: len as u64, file: file.address(), offset: 0 };
+        Ok(Self { views: vec![(0, view)], parts: vec![part], _files: vec![file], lease: None })
+    }
+
+    /// Lends tensors where they are, which is in shared memory. Returns their layout too.
+    pub(crate) fn of_tensors(tensors: Vec<LentTensor>) -> Result<(Layout, Self)> {
+        let mapped = MappedFiles::of_this_process()?;
+        let mut located = Vec::with_capacity(tensors.len());
+        for tensor in tensors {
+            let name = tensor.wanted.meta.name.clone();
+            let locate = |storage: Storage| {
+                let Storage::Host(bytes) = storage else {
+                    let message = "it is on a device, and this rollout's `device` is `cpu`";
+                    return Err(Error::new(ErrorKind::Mismatch, "lending tensors", message));
+                };
+                let found = match bytes.is_empty() {
+                    true => None,
+                    false => {
+                        let address = bytes.as_ptr().addr() as u64;
+                        Some(mapped.locate(address, bytes.len() as u64)?)
+                    }
+                };
+                Ok((bytes, found))
+            };
+            let named = |error: Error| error.tensor(&*name);
+            let elements = locate(tensor.elements).map_err(named)?;
+            let scales = locate(tensor.scales).map_err(named)?;
+            located.push((tensor.wanted, [elements, scales]));
+        }
+        // Of each file, the pages from the first tensor to the last are one part.
+        let mut parts: BTreeMap<FileId, Range<u64>> = BTreeMap::new();
+        for (bytes, found) in located.iter().flat_map(|(_, both)| both) {
+            let Some((id, offset)) = *found else { continue };
+            let (start, end) = (offset & !(PAGE - 1), offset + bytes.len() as u64);
+            let part = parts.entry(id).or_insert(start..end);
+            *part = part.start.min(start)..part.end.max(end);
+        }
+        let files = mapped.open(parts.keys().copied())?;
+        let mut offered = BTreeMap::new();
+        let mut end = 0_u64;
+        for (id, range) in parts {
+            let (at, bytes) = (end, range.end - range.start);
+            let Some(file) = files.get(&id) else { continue };
+            offered
+                .insert(id, OfferedPart { at, bytes, file: file.address(), offset: range.start });
+            end = (at + bytes).next_multiple_of(PAGE);
+        }
+        let at = |found: &Option<(FileId, u64)>| {
+            let part = found.and_then(|(id, offset)| Some((offered.get(&id)?, offset)));
+            part.map_or(0, |(part, offset)| part.at + (offset - part.offset))
+        };
+        let mut views = Vec::new();
+        let placed = located.into_iter().map(|(wanted, both)| {
+            let [at, scales_at] = both.each_ref().map(|(_, found)| at(found));
+            for ((bytes, _), at) in both.into_iter().zip([at, scales_at]) {
+                views.push((at, bytes));
+            }
+            (wanted, at, scales_at)
+        });
+        let layout = Layout::at(placed.collect::<Vec<_>>(), end)?;
+        views.retain(|(_, bytes)| !bytes.is_empty());
+        views.sort_by_key(|(at, _)| *at);
+        let (parts, files) = (offered.into_values().collect(), files.into_values().collect());
+        Ok((layout, Self { views, parts, _files: files, lease: None }))
     }
 }
 
 impl Lender for LentMemory {
     fn len(&self) -> u64 {
-        self.bytes.len() as u64
+        self.parts.last().map_or(0, |part| (part.at + part.bytes).next_multiple_of(PAGE))
     }
 
     fn lend(&mut self) -> Result<Bytes> {
@@ -73,10 +153,9 @@ impl Lender for LentMemory {
             return Err(SegmentError::Lent.into());
         }
         let lease = Lease::new()?;
-        let offer =
-            HostOffer { file: self.file.address(), bytes: self.len(), lease: lease.terms() };
+        let offer = HostOffer { parts: self.parts.clone(), lease: lease.terms() };
         self.lease = Some(lease);
-        in_bytes(&Offer::Host(offer))
+        encode(&Offer::Host(offer))
     }
 
     fn take_back(&mut self) -> Result<bool> {
@@ -86,19 +165,63 @@ impl Lender for LentMemory {
         Ok(self.lease.is_none())
     }
 
-    fn bytes(&self) -> Result<LentBytes<'_>> {
-        match self.lease {
-            // Nobody writes: no trainer has the lease, and none can accept it any more.
-            None => Ok(LentBytes::Host(self.bytes.as_ref())),
-            Some(_) => Err(SegmentError::Lent.into()),
+    fn bytes(&self, at: u64, len: u64) -> Result<LentBytes<'_>> {
+        if self.lease.is_some() {
+            return Err(SegmentError::Lent.into());
         }
+        // Nobody writes: no trainer has the lease, and none can accept it any more.
+        let after = self.views.partition_point(|(start, _)| *start <= at);
+        let view = after.checked_sub(1).and_then(|before| self.views.get(before));
+        let bytes = view.and_then(|(start, view)| {
+            let from = usize::try_from(at - start).ok()?;
+            view.get(from..from.checked_add(usize::try_from(len).ok()?)?)
+        });
+        Ok(LentBytes::Host(bytes.ok_or(SegmentError::NotLent { at, len })?))
+    }
+}
+
+/// A file of a rollout's memory, at a trainer.
+#[derive(Debug)]
+enum Opened {
+    Mapped(Mapping),
+    /// Its process could make it shorter, which would end this one if the file were mapped. So every write is a call of the system.
+    Called(File),
+}
+
+impl Opened {
+    fn new(address: &FileAddress, len: u64) -> Result<Self, SegmentError> {
+        let file = address.open_to_write()?;
+        let needed = usize::try_from(len).map_err(|_| SegmentError::TooLarge(1, len))?;
+        match Mapping::new(&file, needed, true) {
+            Err(SegmentError::Unsealed) => {
+                let size = rustix::fs::fstat(&file)
+                    .map_err(|errno| SegmentError::System { call: "fstat", errno })?
+                    .st_size;
+                match u64::try_from(size).is_ok_and(|size| size >= len) {
+                    true => Ok(Self::Called(file)),
+                    false => Err(SegmentError::Short { len: needed, size }),
+                }
+            }
+            mapping => mapping.map(Self::Mapped),
+        }
+    }
+
+    fn put(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        match self {
+            // What is offered was checked to fit the mapping.
+            Self::Mapped(mapping) => mapping.put(at as usize, bytes),
+            Self::Called(file) => file
+                .write_all_at(bytes, at)
+                .map_err(|error| Error::io("writing to a rollout's tensors", error))?,
+        }
+        Ok(())
     }
 }
 
 /// How a trainer reaches the memory that rollouts of its host lend. Open memory is kept from one update to the next.
 #[derive(Debug, Default)]
 pub(crate) struct Neighbours {
-    files: Mutex<HashMap<FileAddress, Arc<Mapping>>>,
+    files: Mutex<HashMap<FileAddress, (u64, Arc<Opened>)>>,
     #[cfg(feature = "cuda")]
     peers: Option<Peers>,
 }
@@ -118,27 +241,30 @@ impl Neighbours {
         Ok(Self::default())
     }
 
-    /// Reaches a rollout's memory of the host, and adds the mapping to `present`, which is kept for the next update.
+    /// Reaches a rollout's memory of the host, and adds its files to `present`, which are kept for the next update.
     fn reach_host(
         &self,
         rank: Rank,
-        offer: &HostOffer,
-        present: &mut HashMap<FileAddress, Arc<Mapping>>,
+        offer: HostOffer,
+        present: &mut HashMap<FileAddress, (u64, Arc<Opened>)>,
     ) -> Result<Arc<dyn Reached>> {
         let failed = |error: SegmentError| Error::from(error).rank(rank);
-        // The lease comes first: while it is held, the file is the one that the rollout has mapped.
+        // The lease comes first: while it is held, the files are the ones that the rollout has mapped.
         let lease = offer.lease.accept().map_err(failed)?;
-        let mapping = match lock(&self.files).get(&offer.file) {
-            Some(mapping) => mapping.clone(),
-            None => {
-                let len = usize::try_from(offer.bytes);
-                let len = len.map_err(|_| failed(SegmentError::TooLarge(1, offer.bytes)))?;
-                let file = offer.file.open_to_write().map_err(failed)?;
-                Arc::new(Mapping::new(&file, len, true).map_err(failed)?)
-            }
-        };
-        present.insert(offer.file, mapping.clone());
-        Ok(Arc::new(Borrowing { mapping, _lease: lease }))
+        let known = lock(&self.files);
+        let mut parts = Vec::with_capacity(offer.parts.len());
+        for part in offer.parts {
+            let OfferedPart { bytes, file, offset, .. } = part;
+            let too_large = || failed(SegmentError::TooLarge(1, bytes));
+            let len = offset.checked_add(bytes).ok_or_else(too_large)?;
+            let (len, opened) = match known.get(&file).filter(|(known, _)| *known >= len) {
+                Some(known) => known.clone(),
+                None => (len, Arc::new(Opened::new(&file, len).map_err(failed)?)),
+            };
+            present.insert(file, (len, opened.clone()));
+            parts.push((part, opened));
+        }
+        Ok(Arc::new(Borrowing { parts, _lease: lease }))
     }
 }
 
@@ -154,14 +280,9 @@ impl Reach for Neighbours {
         let mut opened = HashMap::new();
         let mut reached: Vec<Arc<dyn Reached>> = Vec::with_capacity(terms.len());
         for (rank, terms) in terms {
-            let offer: Offer = serde_json::from_slice(terms).map_err(|error| {
-                let message = format!("what the rollout lends is not what ipc knows: {error}");
-                Error::new(ErrorKind::Protocol, "reaching a rollout's tensors", message)
-                    .rank(*rank)
-                    .with_source(error)
-            })?;
+            let offer: Offer = decode(terms).map_err(|error| error.rank(*rank))?;
             reached.push(match offer {
-                Offer::Host(offer) => self.reach_host(*rank, &offer, &mut files)?,
+                Offer::Host(offer) => self.reach_host(*rank, offer, &mut files)?,
                 #[cfg(feature = "cuda")]
                 Offer::Cuda(offer) => {
                     let peers = self.peers.as_ref().ok_or_else(|| {
@@ -170,7 +291,7 @@ impl Reach for Neighbours {
                         Error::new(ErrorKind::Mismatch, "reaching a rollout's tensors", message)
                             .rank(*rank)
                     })?;
-                    peers.reach(*rank, &offer, &mut opened)?
+                    peers.reach(*rank, offer, &mut opened)?
                 }
             });
         }
@@ -193,19 +314,21 @@ impl Reach for Neighbours {
 /// A rollout's memory, while its lease is held.
 #[derive(Debug)]
 struct Borrowing {
-    mapping: Arc<Mapping>,
+    parts: Vec<(OfferedPart, Arc<Opened>)>,
     _lease: Borrowed,
 }
 
 impl Reached for Borrowing {
     fn put(&self, at: u64, bytes: &[u8]) -> Result<()> {
-        let size = self.mapping.len();
-        let start = usize::try_from(at)
-            .ok()
-            .filter(|start| start.checked_add(bytes.len()).is_some_and(|end| end <= size));
-        let outside = || SegmentError::OutsideLent { at, len: bytes.len(), size };
-        self.mapping.put(start.ok_or_else(outside)?, bytes);
-        Ok(())
+        let after = self.parts.partition_point(|(part, _)| part.at <= at);
+        let found = after.checked_sub(1).and_then(|before| self.parts.get(before));
+        let fits = |part: &OfferedPart| {
+            (at - part.at).checked_add(bytes.len() as u64).is_some_and(|end| end <= part.bytes)
+        };
+        let found = found.filter(|(part, _)| fits(part));
+        let (part, opened) =
+            found.ok_or(SegmentError::OutsideLent { at, len: bytes.len() as u64 })?;
+        opened.put(part.offset + (at - part.at), bytes)
     }
 }
 
@@ -215,7 +338,7 @@ mod tests {
     use super::*;
 
     fn host(memory: &LentMemory) -> &[u8] {
-        let LentBytes::Host(bytes) = memory.bytes().unwrap() else { panic!("host memory") };
+        let LentBytes::Host(bytes) = memory.bytes(0, 100).unwrap() else { panic!("host memory") };
         bytes
     }
 
@@ -236,7 +359,7 @@ mod tests {
         let error = held.put(93, &[4; 8]).unwrap_err();
         assert!(error.to_string().contains("8 bytes at 93 lie outside"), "{error}");
         assert!(!memory.take_back().unwrap());
-        assert_eq!(memory.bytes().unwrap_err().kind(), ErrorKind::State);
+        assert_eq!(memory.bytes(0, 100).unwrap_err().kind(), ErrorKind::State);
         drop(held);
         assert!(memory.take_back().unwrap());
         let bytes = host(&memory);

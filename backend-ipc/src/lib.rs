@@ -10,7 +10,7 @@
 //! (`/proc/<pid>/fd`), so they need the same user and a common PID namespace.
 //!
 //! With the option `placed`, any number of trainers write the weights that they hold straight into tensors that
-//! rollouts [`lend`]. The crate `placed` has the protocol.
+//! rollouts [`lend`], or into a program's own tensors ([`lend_tensors`]). The crate `placed` has the protocol.
 //!
 //! A [`SharedCache`] keeps the last complete version of a rollout with any backend in shared memory,
 //! for other processes of its host.
@@ -24,8 +24,10 @@ mod lease;
 mod lent;
 #[cfg(feature = "cuda")]
 mod lent_cuda;
+mod mapped;
 mod memfile;
 mod segment;
+mod tensors;
 
 use engine_core::{
     Availability, Backend, Devices, EngineContext, Error, ErrorKind, Placement, PreparedRollout,
@@ -33,7 +35,8 @@ use engine_core::{
 };
 
 pub use cache::{CacheAddress, SharedCache, SharedCacheReader};
-pub use engine::lend;
+pub use engine::{lend, lend_tensors};
+pub use tensors::LentTensor;
 
 /// The transport's name in configurations.
 const NAME: &str = "ipc";

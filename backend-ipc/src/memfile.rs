@@ -9,9 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::SegmentError;
 
-/// A memory file (`memfd_create`) that this process owns.
+/// A file of memory that this process has open: one that it made (`memfd_create`), or that of memory which a library made.
 ///
-/// It has no path: it disappears with its last descriptor and mapping, however their processes end. It is not
+/// One that it made has no path: it disappears with its last descriptor and mapping, however their processes end. It is not
 /// in `/dev/shm`, so only memory limits its size. It can be sealed, and no process can undo that.
 #[derive(Debug)]
 pub(crate) struct MemFile {
@@ -36,8 +36,13 @@ impl MemFile {
     pub(crate) fn create(name: &str) -> Result<Self, SegmentError> {
         let system = |call| move |errno| SegmentError::System { call, errno };
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let file = rustix::fs::memfd_create(name, flags).map_err(system("memfd_create"))?;
-        let stat = rustix::fs::fstat(&file).map_err(system("fstat"))?;
+        Self::of(rustix::fs::memfd_create(name, flags).map_err(system("memfd_create"))?)
+    }
+
+    /// A file that is open here, of memory that this process has mapped.
+    pub(crate) fn of(file: OwnedFd) -> Result<Self, SegmentError> {
+        let stat = rustix::fs::fstat(&file)
+            .map_err(|errno| SegmentError::System { call: "fstat", errno })?;
         let (pid, fd) = (std::process::id(), file.as_raw_fd());
         let address = FileAddress { pid, fd, device: stat.st_dev, inode: stat.st_ino };
         Ok(Self { file, address })

@@ -1,20 +1,25 @@
 //! Placed updates between processes: some of them are killed or stopped while tensors are written.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(unsafe_code, reason = "shared memory of a program's own")]
 
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use backend_ipc::{BACKEND, lend};
+use backend_ipc::{BACKEND, LentTensor, lend, lend_tensors};
+use bytes::Bytes;
 use conformance::placed::Lends;
 use conformance::processes::{LIMIT, Process, address, context, control, runtime, say};
 use control_plane::{Address, ControlPlane, join_group};
 use engine_core::{
-    CheckpointEngineConfig, DType, Encoding, Error, ErrorKind, Rank, Result, Role, SendReport,
-    TensorBox, TensorMeta, TrainerEngine, Treatment, Version, Weight, ensure_async_iterator,
+    CheckpointEngineConfig, DType, Encoding, EngineContext, Error, ErrorKind, Rank, Result, Role,
+    SendReport, Storage, TensorBox, TensorMeta, TrainerEngine, Treatment, Version, Weight,
+    ensure_async_iterator,
 };
 use futures::future::join;
 use placed::{PlacedRollout, TensorState, Wanted};
+use rustix::fs::MemfdFlags;
+use rustix::mm::{MapFlags, ProtFlags};
 
 const ROLE: &str = "CKPT_ENGINE_TEST_ROLE";
 const ADDRESS: &str = "CKPT_ENGINE_TEST_ADDRESS";
@@ -205,27 +210,111 @@ fn has_none(rollout: &PlacedRollout, version: u64) {
     assert_eq!(rollout.read(|_| Ok(())).unwrap_err().kind(), ErrorKind::State);
 }
 
-fn lends() -> Lends {
-    let mut config = config(true);
-    config.threads = std::num::NonZeroUsize::new(2);
-    Lends { backend: BACKEND, config, lend: |context, wanted| lend(context, wanted), put: Ok }
+/// Shared memory as a library makes it, whose file can become shorter. It stays mapped to the end of the process.
+fn shared(bytes: u64) -> Storage {
+    let file = rustix::fs::memfd_create("ckpt-engine-test", MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, bytes).unwrap();
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a new mapping at an address that the kernel chooses aliases nothing.
+    let start = unsafe {
+        rustix::mm::mmap(std::ptr::null_mut(), bytes as usize, access, MapFlags::SHARED, &file, 0)
+    };
+    std::mem::forget(file);
+    // SAFETY: so many bytes are mapped, and nobody in this process writes to them.
+    Bytes::from_static(unsafe { std::slice::from_raw_parts(start.unwrap().cast(), bytes as usize) })
+        .into()
 }
 
-#[test]
-fn every_box_is_bit_for_bit_that_of_the_unsharded_tensor() {
-    conformance::placed::every_box_is_bit_for_bit_that_of_the_unsharded_tensor(&lends());
+/// Lends tensors that are in two files, neither in order nor one directly behind the other.
+fn lend_own(
+    context: EngineContext,
+    wanted: Vec<Wanted>,
+) -> Result<engine_core::Prepared<PlacedRollout>> {
+    let sizes: Vec<(u64, u64)> =
+        wanted.iter().map(|wanted| wanted.validate()).collect::<Result<_>>()?;
+    let all: u64 = sizes.iter().map(|(elements, scales)| elements + scales + 64).sum();
+    let files = [shared(all + 4096), shared(all + 4096)];
+    let mut ends = files.each_ref().map(Storage::len);
+    let mut room = |number: usize, bytes: u64| {
+        let end = &mut ends[number % 2];
+        // As a view of another tensor may begin: at a whole element, and nothing more.
+        *end = (*end - bytes) / 8 * 8 - 12;
+        files[number % 2].slice(*end..*end + bytes)
+    };
+    let tensors = wanted.into_iter().zip(sizes).enumerate();
+    let tensors = tensors.map(|(number, (wanted, (elements, scales)))| {
+        let (elements, scales) = (room(number, elements), room(number + 1, scales));
+        // SAFETY: it is shared memory that only this tensor has.
+        unsafe { LentTensor::new(wanted, elements, Some(scales)) }
+    });
+    lend_tensors(context, tensors.collect::<Result<Vec<_>>>()?)
 }
 
-#[test]
-fn what_nobody_holds_is_named_and_leaves_the_version_that_is_there() {
-    conformance::placed::what_nobody_holds_is_named_and_leaves_the_version_that_is_there(&lends());
+macro_rules! cases {
+    ($name:ident, $lend:expr) => {
+        mod $name {
+            use super::*;
+
+            fn lends() -> Lends {
+                let mut config = config(true);
+                config.threads = std::num::NonZeroUsize::new(2);
+                Lends { backend: BACKEND, config, lend: $lend, put: Ok }
+            }
+
+            #[test]
+            fn every_box_is_bit_for_bit_that_of_the_unsharded_tensor() {
+                conformance::placed::every_box_is_bit_for_bit_that_of_the_unsharded_tensor(
+                    &lends(),
+                );
+            }
+
+            #[test]
+            fn what_nobody_holds_is_named_and_leaves_the_version_that_is_there() {
+                conformance::placed::what_nobody_holds_is_named_and_leaves_the_version_that_is_there(
+                    &lends(),
+                );
+            }
+
+            #[test]
+            fn a_call_that_is_given_up_ends_the_update_everywhere_and_the_next_one_works() {
+                conformance::placed::a_call_that_is_given_up_ends_the_update_everywhere_and_the_next_one_works(
+                    &lends(),
+                );
+            }
+        }
+    };
 }
 
+cases!(memory_of_the_transport, |context, wanted| lend(context, wanted));
+cases!(tensors_of_the_program, lend_own);
+
 #[test]
-fn a_call_that_is_given_up_ends_the_update_everywhere_and_the_next_one_works() {
-    conformance::placed::a_call_that_is_given_up_ends_the_update_everywhere_and_the_next_one_works(
-        &lends(),
-    );
+fn tensors_that_no_other_process_can_write_to_or_that_share_memory_are_refused_by_name() {
+    runtime().block_on(async {
+        let plane = ControlPlane::lead(control(address())).await.unwrap();
+        let lends = |tensors: [(&str, Storage); 2]| {
+            let tensors = tensors.map(|(name, bytes)| {
+                let wanted = Wanted::whole(TensorMeta::new(name, DType::U8, [bytes.len()]));
+                // SAFETY: nothing is written: it is refused.
+                unsafe { LentTensor::new(wanted, bytes, None) }.unwrap()
+            });
+            lend_tensors(context(&plane, config(true)), tensors).map(drop)
+        };
+        let refused = |tensors, words: &str| {
+            let error = lends(tensors).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Weight, "{error}");
+            assert_eq!(error.report().tensor.as_deref(), Some("second"), "{error}");
+            assert!(error.to_string().contains(words), "{error}");
+        };
+        let whole = shared(8192);
+        refused([("first", whole.clone()), ("second", vec![0; 64].into())], "not shared");
+        refused([("first", whole.slice(0..100)), ("second", whole.slice(99..200))], "overlaps");
+        lends([("first", whole.slice(0..100)), ("second", whole.slice(100..200))]).unwrap();
+        let wanted = Wanted::whole(TensorMeta::new("short", DType::F32, [4]));
+        // SAFETY: it is refused.
+        let error = unsafe { LentTensor::new(wanted, whole.slice(0..12), None) }.unwrap_err();
+        assert_eq!(error.report().tensor.as_deref(), Some("short"), "{error}");
+    });
 }
 
 #[test]

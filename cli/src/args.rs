@@ -117,8 +117,8 @@ pub(crate) fn shape(text: &str) -> Result<Shape, String> {
 /// The engine.
 #[derive(Debug, Args)]
 pub(crate) struct EngineArgs {
-    /// The transport: naive (one process), ipc (processes of one host), nccl (GPUs), nixl (any hosts)
-    /// or vllm or sglang (servers that run already); see `doctor`
+    /// The transport: naive (one process), ipc (processes of one host), nccl (GPUs), nixl (any hosts), dir (a shared
+    /// folder), or vllm or sglang (servers that run already); see `doctor`
     #[arg(long)]
     backend: Option<String>,
     /// The size of a bucket in MiB; there are two

@@ -12,3 +12,4 @@ pub(crate) mod top;
 pub(crate) mod trainer;
 mod update_line;
 pub(crate) mod verify;
+pub(crate) mod versions;

@@ -23,6 +23,7 @@ use commands::sync::{SyncArgs, sync_command};
 use commands::top::{TopArgs, top_command};
 use commands::trainer::{TrainerArgs, trainer_command};
 use commands::verify::{VerifyArgs, verify_command};
+use commands::versions::{PublishArgs, PullArgs, publish_command, pull_command};
 use ending::{cleaning_up, until_interrupted};
 use output::{complain, report};
 
@@ -55,6 +56,10 @@ enum Command {
     Doctor(DoctorArgs),
     /// Compare two checkpoints tensor by tensor, bit for bit
     Verify(VerifyArgs),
+    /// Publish a checkpoint as a version in a folder
+    Publish(PublishArgs),
+    /// Write a version of a folder as a checkpoint
+    Pull(PullArgs),
     /// Write a checkpoint in FP8
     Quantize(QuantizeArgs),
     /// Write an FP8 checkpoint in a wider type again
@@ -124,6 +129,8 @@ fn main() -> ExitCode {
         Command::Top(args) => until_interrupted(top_command(&args)),
         Command::Doctor(args) => doctor_command(&args),
         Command::Verify(args) => verify_command(&args),
+        Command::Publish(args) => until_interrupted(publish_command(&args)),
+        Command::Pull(args) => cleaning_up(|| pull_command(&args)),
         Command::Quantize(args) => cleaning_up(|| quantize_command(&args)),
         Command::Dequantize(args) => cleaning_up(|| dequantize_command(&args)),
         Command::Plan(args) => plan_command(&args),

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use checkpoint_engine::backend::telemetry::{METRICS, MetricKind};
 use checkpoint_engine::delta::DeltaConfig;
+use checkpoint_engine::dir::DirOptions;
 use checkpoint_engine::fp8::{Fp8Config, Quantization};
 use checkpoint_engine::hccl::HcclOptions;
 use checkpoint_engine::nccl::NcclOptions;
@@ -57,6 +58,8 @@ fn the_configuration_page_is_made_from_the_types() {
     table::<NixlOptions>(&mut page, "`engine_kwargs.nixl`", &nixl);
     let hccl = defaults(serde_json::to_value(HcclOptions::default()));
     table::<HcclOptions>(&mut page, "`engine_kwargs.hccl`", &hccl);
+    let dir = defaults(serde_json::to_value(DirOptions::default()));
+    table::<DirOptions>(&mut page, "`engine_kwargs.dir`", &dir);
     let vllm = defaults(serde_json::to_value(VllmOptions::default()));
     table::<VllmOptions>(&mut page, "`engine_kwargs.vllm`", &vllm);
     let sglang = defaults(serde_json::to_value(SglangOptions::default()));

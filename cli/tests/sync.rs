@@ -278,7 +278,7 @@ fn wrong_usage_is_told_with_what_would_be_right() {
         (&["sync", "--synthetic", "tiny-moe", "--bucket-mb", "0"], "--bucket-mb"),
         (
             &["sync", "--synthetic", "tiny-moe", "--backend", "pigeons"],
-            "known: naive, ipc, nccl, nixl, hccl",
+            "known: naive, ipc, nccl, nixl, hccl, dir",
         ),
         (&["sync", "--model", "/nowhere/at/all"], "/nowhere/at/all"),
     ] {

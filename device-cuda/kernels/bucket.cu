@@ -138,10 +138,16 @@ __device__ __forceinline__ u32 widened(u32 kind, bool precast, u32 top) {
     return __float_as_uint(precast ? round_to_bf16(value) : value);
 }
 
+// A block's products and its scale.
+struct Encoded {
+    u64 sum;
+    Scale scale;
+};
+
 // A block of 128 x 128 whose rows begin at multiples of 16 bytes: read once, kept in registers.
 // Thread t has columns 8 (t mod 16) .. + 8 of the rows t / 16 + 16 i.
 template <int KIND>
-__device__ __forceinline__ u64 encode_block(u32 mode, const Block& block, u32* shared, u64* failed, Scale* found) {
+__device__ __forceinline__ Encoded encode_block(u32 mode, const Block& block, u32* shared, u64* failed) {
     constexpr int STEPS = 8;
     constexpr int VECTORS = KIND == F32 ? 2 : 1;
     constexpr int SIZE = KIND == F32 ? 4 : 2;
@@ -178,7 +184,6 @@ __device__ __forceinline__ u64 encode_block(u32 mode, const Block& block, u32* s
     top = block_max(top, shared);
     if (block.known) top = *block.known;
     Scale scale = settle(mode, widened(KIND, precast, top), block, failed);
-    *found = scale;
     float m = scale.multiplier;
     u8* target = block.target + row * block.target_row + col;
     // Rows that are 16 apart have their words in the same lane.
@@ -217,13 +222,14 @@ __device__ __forceinline__ u64 encode_block(u32 mode, const Block& block, u32* s
             if (summed) sum += product(keys, (u32)(word >> 3) + i * step, codes.x, codes.y);
         }
     }
-    return sum;
+    Encoded result = {sum, scale};
+    return result;
 }
 
 // A block of any size at any alignment: read twice, the second time from a cache. A warp has a row at a
-// time, and a thread the codes of a word of the digest.
-__device__ __noinline__ u64 encode_any(
-    u32 mode, u32 kind, const Block& block, u32* shared, u64* failed, Scale* found) {
+// time, and a thread the codes of a word of the digest. This is no inline function, so nothing is passed to it by address:
+// what has an address is in memory, also for blocks that never come here.
+__device__ __noinline__ Encoded encode_any(u32 mode, u32 kind, Block block, u32* shared, u64* failed) {
     bool precast = block.flags & PRECAST, summed = block.flags & SUMMED;
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 top = 0;
@@ -235,8 +241,7 @@ __device__ __noinline__ u64 encode_any(
     top = block_max(top, shared);
     if (block.known) top = *block.known;
     Scale scale = settle(mode, widened(kind, precast, top), block, failed);
-    *found = scale;
-    u64 sum = 0;
+    Encoded result = {0, scale};
     for (u32 row = warp; row < block.rows; row += THREADS / 32) {
         u64 source = (u64)(block.source + row * block.source_row);
         u8* target = block.target + row * block.target_row;
@@ -251,10 +256,10 @@ __device__ __noinline__ u64 encode_any(
                 word |= (u64)code << (8 * ((skip + col) & 7));
             }
             store_bytes(target + from, word >> (8 * ((skip + from) & 7)), to - from);
-            if (summed) sum += product_at((place >> 3) + at / 8, word);
+            if (summed) result.sum += product_at((place >> 3) + at / 8, word);
         }
     }
-    return sum;
+    return result;
 }
 
 __device__ __forceinline__ u64 copy(const Job* job, Tile tile, u64 base) {
@@ -345,16 +350,15 @@ __device__ __forceinline__ void encode_tiles(
             && block_rows <= 128 && block_cols <= 128;
         u32* shared = tops[parity];
         parity ^= 1;
-        Scale found;
         if (!aligned) {
             part.flags &= ~SUMMED;
-            encode_any(mode, kind, part, shared, failed, &found);
+            encode_any(mode, kind, part, shared, failed);
         } else if (kind == BF16) {
-            sum += encode_block<BF16>(mode, part, shared, failed, &found);
+            sum += encode_block<BF16>(mode, part, shared, failed).sum;
         } else if (kind == F16) {
-            sum += encode_block<F16>(mode, part, shared, failed, &found);
+            sum += encode_block<F16>(mode, part, shared, failed).sum;
         } else if (WIDE) {
-            sum += encode_block<F32>(mode, part, shared, failed, &found);
+            sum += encode_block<F32>(mode, part, shared, failed).sum;
         }
         if (job->flags & SCALES) {
             u32 end = tile.job + 1 < count ? firsts[tile.job + 1] : tiles;

@@ -219,17 +219,18 @@ __device__ __forceinline__ void place_parts(
         block.flags = flags;
         u32* shared = tops[parity];
         parity ^= 1;
-        Scale found;
+        Encoded encoded;
         if (ANY) {
-            sums.mine += flags & FAST ? encode_block<F32>(part->mode, block, shared, failed, &found)
-                                      : encode_any(part->mode, kind, block, shared, failed, &found);
+            encoded = flags & FAST ? encode_block<F32>(part->mode, block, shared, failed)
+                                   : encode_any(part->mode, kind, block, shared, failed);
         } else if (kind == BF16) {
-            sums.mine += encode_block<BF16>(part->mode, block, shared, failed, &found);
+            encoded = encode_block<BF16>(part->mode, block, shared, failed);
         } else {
-            sums.mine += encode_block<F16>(part->mode, block, shared, failed, &found);
+            encoded = encode_block<F16>(part->mode, block, shared, failed);
         }
+        sums.mine += encoded.sum;
         if (has_scale && (flags & SUMMED) && threadIdx.x == 0) {
-            sums.mine += scale_product(part->scales_place + scale, found.bits);
+            sums.mine += scale_product(part->scales_place + scale, encoded.scale.bits);
         }
     }
     take_slot(&sums, ~0u);

@@ -384,6 +384,19 @@ impl CudaMemory {
         Self { device: device.clone(), memory: Arc::new(memory) }
     }
 
+    /// The driver's whole allocation that it lies in, which keeps it.
+    ///
+    /// # Errors
+    ///
+    /// What the driver reports.
+    #[allow(unsafe_code, reason = "the driver is believed")]
+    pub fn allocation(&self) -> Result<Self, CudaError> {
+        let (address, len) = self.memory.allocation()?;
+        let (context, owner) = (self.device.context(), self.memory.clone());
+        // SAFETY: the driver says so. It frees an allocation as a whole, so not before this memory.
+        Ok(Self::of(&self.device, unsafe { ffi::Memory::borrowed(context, address, len, owner) }))
+    }
+
     /// A handle with which other processes of the host can open it as long as it lives.
     ///
     /// # Contract

@@ -465,11 +465,18 @@ impl Memory {
 
     /// The number of bytes that the driver knows from its beginning on.
     fn mapped(&self) -> Result<usize, CudaError> {
+        let (base, size) = self.allocation()?;
+        Ok(size.saturating_sub((self.address - base) as usize))
+    }
+
+    /// The address and the length of the driver's allocation that it lies in.
+    pub(crate) fn allocation(&self) -> Result<(u64, usize), CudaError> {
+        self.context.enter()?;
         let (mut base, mut size) = (0, 0);
         // SAFETY: the out pointers are valid, the driver checks the address.
         let status = unsafe { cu::cuMemGetAddressRange_v2(&mut base, &mut size, self.address) };
         checked("cuMemGetAddressRange", status)?;
-        Ok(size.saturating_sub((self.address - base) as usize))
+        Ok((base, size))
     }
 
     /// Memory of another library of this process, lent until this is dropped.
@@ -830,13 +837,13 @@ impl Compiler {
         Ok((major, minor))
     }
 
-    /// Compiles a source to an image.
+    /// Compiles a source to an image. Returns it with what the compiler says.
     pub(crate) fn compile(
         self,
         source: &CStr,
         name: &CStr,
         options: &[CString],
-    ) -> Result<Image, CudaError> {
+    ) -> Result<(Image, String), CudaError> {
         let mut program = null_mut();
         let (source, name) = (source.as_ptr(), name.as_ptr());
         // SAFETY: the strings end with zeros, there are no headers.
@@ -851,7 +858,7 @@ impl Compiler {
         };
         compiled("nvrtcCompileProgram", status)
             .map_err(|_| CudaError::Compiler { call: "nvrtcCompileProgram", log: program.log() })?;
-        program.image()
+        Ok((program.image()?, program.log()))
     }
 }
 

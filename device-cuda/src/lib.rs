@@ -35,8 +35,8 @@ pub use device::{
     count, driver_version, keeping_current,
 };
 pub use error::CudaError;
-pub use kernels::{Kernels, Launch, Prepared, Ran, compile, compile_program, nvrtc};
-pub use placed::{Check, Failed, Found, Maxima, Placer, Write, places};
+pub use kernels::{Kernels, Launch, Prepared, Ran, compile, compile_program, local_memory, nvrtc};
+pub use placed::{Check, CudaSpace, Failed, Found, Maxima, Placer, Write, places};
 pub use provider::{MEMORY, export, import};
 pub use release::CollectiveUnderWay;
 pub use storage::{bucket_storage, upload};

@@ -2,6 +2,7 @@
 
 mod ffi;
 mod launches;
+mod space;
 mod table;
 
 use std::sync::Arc;
@@ -12,8 +13,9 @@ use quant_fp8::{Fp8Format, SourceType, StridedPart};
 
 use crate::kernels::{Kernel, Library};
 use crate::storage::address_of;
-use crate::{CudaError, CudaMemory, CudaSlice, Device, PinnedMemory, Stream};
-use launches::{Job, Kind, Launch, Launches, Place, Source, Taken, counts_of, within};
+use crate::{CudaError, CudaMemory, Device, PinnedMemory, Stream};
+use launches::{Job, Kind, Launch, Launches, Place, Room, Source, Taken, counts_of, within};
+pub use space::CudaSpace;
 use table::{Table, push_maxima};
 
 /// Parts of a weight that are written to memory of this device, or of one that it reaches.
@@ -26,7 +28,7 @@ pub struct Write<'a> {
     /// The parts. Clones of the same ones are compared without being read.
     pub parts: &'a Arc<[StridedPart]>,
     /// The memory that they are written to.
-    pub to: &'a CudaSlice,
+    pub to: &'a CudaSpace,
     /// The largest magnitudes of the blocks of a quantised part, if they are not those of the part alone. There is only one part then.
     pub known: Option<&'a [u32]>,
 }
@@ -35,7 +37,7 @@ pub struct Write<'a> {
 #[derive(Clone, Copy, Debug)]
 pub struct Check<'a> {
     /// The memory.
-    pub memory: &'a CudaSlice,
+    pub memory: &'a CudaSpace,
     /// The parts that were written there.
     pub parts: &'a Arc<[StridedPart]>,
 }
@@ -74,8 +76,8 @@ pub struct Failed {
 
 /// The kernels of placed updates on a device. All their work is on one stream.
 ///
-/// The launches of the last list of jobs are kept, with their tables on the device. A list like it costs the host only the comparison; where
-/// weights have moved, their addresses are replaced.
+/// The launches of the last lists of jobs are kept, with their tables on the device. A list like one of them costs the host only the
+/// comparison; where weights have moved, their addresses are replaced.
 #[derive(Debug)]
 pub struct Placer {
     rows: Kernel,
@@ -86,8 +88,8 @@ pub struct Placer {
     stream: Stream,
     /// Tables on their way to the device.
     staging: PinnedMemory,
-    writes: Kept,
-    checks: Kept,
+    writes: Lists,
+    checks: Lists,
     /// The results: a failure, and the sum of each slot.
     numbers: CudaMemory,
     /// The results, copied back.
@@ -96,12 +98,36 @@ pub struct Placer {
     known: CudaMemory,
 }
 
-/// The launches of the last list of jobs.
+/// The launches of a list of jobs.
 #[derive(Debug, Default)]
 struct Kept {
     launches: Launches,
     /// Their tables. Nothing, unless all of them have arrived.
     tables: Option<CudaMemory>,
+}
+
+/// As many lists are kept as an update has batches, and as many again: for the update that is the first of another kind.
+const LISTS: usize = 16;
+
+/// The last lists of jobs, the last one behind the others.
+#[derive(Debug, Default)]
+struct Lists(Vec<Kept>);
+
+impl Lists {
+    /// Takes the list out that begins as this one, or else an empty one.
+    fn take(&mut self, jobs: &[Job<'_>]) -> Kept {
+        match self.0.iter().position(|kept| kept.launches.begin_as(jobs)) {
+            Some(found) => self.0.remove(found),
+            None => Kept::default(),
+        }
+    }
+
+    fn put(&mut self, kept: Kept) {
+        if self.0.len() >= LISTS {
+            self.0.remove(0);
+        }
+        self.0.push(kept);
+    }
 }
 
 /// Whether [`Placer::write`] can write a weight that is on a device, quantised in a format if there is one.
@@ -137,8 +163,8 @@ impl Placer {
             check: library.kernel(c"check")?,
             maxima: library.kernel(c"maxima")?,
             staging: PinnedMemory::new(&stream, 1 << 16)?,
-            writes: Kept::default(),
-            checks: Kept::default(),
+            writes: Lists::default(),
+            checks: Lists::default(),
             numbers: CudaMemory::new(device, 1 << 16)?,
             results: PinnedMemory::new(&stream, 1 << 16)?,
             known: CudaMemory::new(device, 1 << 12)?,
@@ -186,13 +212,13 @@ impl Placer {
                 source.known = known_at;
                 known_at += values.len() as u64 * 4;
             }
-            let place = self.place(Some(source), job.to)?;
+            let place = self.place(Some(source), job.to, job.parts)?;
             all.push(Job { place, parts: job.parts });
         }
         let used = used_by(jobs.iter().map(|job| job.to), &self.known);
-        let mut kept = std::mem::take(&mut self.writes);
+        let mut kept = self.writes.take(&all);
         let (failed, sums) = self.run(&mut kept, &all, used, step)?;
-        self.writes = kept;
+        self.writes.put(kept);
         let failed = (failed != u64::MAX).then(|| {
             let (job, number) = ((failed >> 32) as usize, failed & u64::from(u32::MAX));
             let part = jobs.get(job).and_then(|job| job.parts.first());
@@ -215,14 +241,14 @@ impl Placer {
     ) -> Result<Vec<u64>> {
         let _waiting = Waiting(self.stream.clone());
         let all = jobs.iter().map(|job| {
-            let place = self.place(None, job.memory)?;
+            let place = self.place(None, job.memory, job.parts)?;
             Ok(Job { place, parts: job.parts })
         });
         let all = all.collect::<Result<Vec<_>>>()?;
         let used = used_by(jobs.iter().map(|job| job.memory), &self.known);
-        let mut kept = std::mem::take(&mut self.checks);
+        let mut kept = self.checks.take(&all);
         let (_, sums) = self.run(&mut kept, &all, used, step)?;
-        self.checks = kept;
+        self.checks.put(kept);
         Ok(sums)
     }
 
@@ -275,7 +301,7 @@ impl Placer {
         let mut table = Table::default();
         let mut at = self.known.address();
         for (job, count) in jobs.iter().zip(&counts) {
-            within(job.part, job.part.from, job.part.element, job.source.len())?;
+            within(job.part, job.part.from, job.part.element, Room::of(job.source.len()))?;
             let source = self.source(job.source)?;
             push_maxima(&mut table, job.part, source, job.ty, at)?;
             at += *count as u64 * 4;
@@ -307,13 +333,23 @@ impl Placer {
         }
     }
 
-    fn place(&self, source: Option<Source>, target: &CudaSlice) -> Result<Place> {
-        let (there, here) = (target.device().ordinal(), self.device().ordinal());
+    fn place(
+        &self,
+        source: Option<Source>,
+        to: &CudaSpace,
+        parts: &[StridedPart],
+    ) -> Result<Place> {
+        let (there, here) = (to.device().ordinal(), self.device().ordinal());
         if there != here {
             let words = format!("memory of device {there} for kernels of {here}");
             return Err(CudaError::Range(words).into());
         }
-        Ok(Place { source, target: target.address(), target_len: target.len() as u64 })
+        // All parts of a job are parts of one tensor.
+        let first = parts.first();
+        let target = first.map_or_else(Room::default, |part| to.room(part.to.at));
+        let blocks = first.and_then(|part| part.blocks.as_ref());
+        let scales = blocks.map_or_else(Room::default, |blocks| to.room(blocks.scales.at));
+        Ok(Place { source, target, scales })
     }
 
     fn room_for_known(&mut self, bytes: usize) -> Result<()> {
@@ -366,13 +402,15 @@ impl Placer {
 
 /// The allocations of memory that jobs use, most of them once.
 fn used_by<'a>(
-    all: impl Iterator<Item = &'a CudaSlice>,
+    all: impl Iterator<Item = &'a CudaSpace>,
     known: &CudaMemory,
 ) -> Arc<Vec<CudaMemory>> {
     let mut used = vec![known.clone()];
-    for slice in all {
-        if used.last().is_none_or(|last| last.address() != slice.memory().address()) {
-            used.push(slice.memory().clone());
+    let mut last: Option<&CudaSpace> = None;
+    for space in all {
+        if last.is_none_or(|last| !last.is(space)) {
+            used.extend(space.memory().cloned());
+            last = Some(space);
         }
     }
     Arc::new(used)

@@ -6,8 +6,8 @@
 use std::sync::{Arc, LazyLock};
 
 use device_cuda::{
-    Check, CudaError, CudaMemory, CudaSlice, CudaTensorMap, Device, DeviceJob, Kernels, Launch,
-    Packer, Placer, Write, bucket_storage,
+    Check, CudaError, CudaMemory, CudaSlice, CudaSpace, CudaTensorMap, Device, DeviceJob, Kernels,
+    Launch, Packer, Placer, Write, bucket_storage,
 };
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::{BucketLayout, BucketPlanner, Piece};
@@ -1077,6 +1077,7 @@ fn weights_are_placed_right_in_updates_that_repeat_also_when_they_move_or_change
         .map(|((matrix, _), (to, scales))| whole(matrix, *to, *scales))
         .collect();
     let lent = CudaMemory::new(&gpu.device, end as usize).unwrap().all();
+    let space = CudaSpace::from(lent.clone());
     let mut sums = Vec::new();
     // Twice at the same addresses, then at others, then at some that fit no fast path.
     for (update, offset) in [(0_u8, 0), (1, 0), (2, 256), (3, 260), (4, 0)] {
@@ -1098,13 +1099,13 @@ fn weights_are_placed_right_in_updates_that_repeat_also_when_they_move_or_change
             .zip(&parts)
             .map(|((source, (matrix, quantises)), parts)| {
                 let ty = quantises.then_some(matrix.ty);
-                Write { source, ty, parts, to: &lent, known: None }
+                Write { source, ty, parts, to: &space, known: None }
             })
             .collect();
         let found = placer.write(&jobs, || Ok(())).unwrap();
         assert_eq!(found.failed, None, "update {update}");
         let checks: Vec<Check<'_>> =
-            parts.iter().map(|parts| Check { memory: &lent, parts }).collect();
+            parts.iter().map(|parts| Check { memory: &space, parts }).collect();
         let there = placer.check(&checks, || Ok(())).unwrap();
         assert_eq!(found.sums, there, "update {update}");
         let mut bytes = vec![0; lent.len()];

@@ -68,7 +68,7 @@ impl Lender for Nothing {
         Ok(true)
     }
 
-    fn bytes(&self) -> Result<LentBytes<'_>> {
+    fn bytes(&self, _: u64, _: u64) -> Result<LentBytes<'_>> {
         Ok(LentBytes::Device(nothing(self.0)))
     }
 

@@ -67,6 +67,8 @@ pub(crate) struct Coordinator {
     ranks: BTreeMap<Rank, Role>,
     /// The last declaration of each rank, with its digest.
     declared: BTreeMap<Rank, (Digest, Bytes)>,
+    /// The digest of the set of declarations of the last update that has succeeded.
+    proven: Option<Digest>,
     running: Option<Running>,
 }
 
@@ -83,6 +85,14 @@ struct Running {
     known: BTreeMap<Rank, Option<Digest>>,
     plan_reused: bool,
     plan: Option<(Rank, Digest)>,
+    /// The digest of the set of declarations.
+    set: Option<Digest>,
+    /// Whether a trainer has entered before it has read its stream to the end.
+    guessed: bool,
+    /// Whether a trainer holds other boxes than it said.
+    differs: bool,
+    /// Whether a trainer has written.
+    touched: bool,
     terms: Vec<(Rank, Bytes)>,
     written: BTreeMap<Rank, Vec<(Rank, Vec<u64>)>>,
     verified: Vec<ReceiverReport>,
@@ -109,7 +119,7 @@ pub(crate) fn digest_of(body: &[u8]) -> Digest {
 impl Coordinator {
     /// A coordinator for these ranks, the leader among them.
     pub(crate) fn new(ranks: BTreeMap<Rank, Role>, deadline: Duration) -> Self {
-        Self { deadline, ranks, declared: BTreeMap::new(), running: None }
+        Self { deadline, ranks, declared: BTreeMap::new(), proven: None, running: None }
     }
 
     /// A rank has joined: it takes part from the next update on.
@@ -150,6 +160,10 @@ impl Coordinator {
             known: BTreeMap::new(),
             plan_reused: true,
             plan: None,
+            set: None,
+            guessed: false,
+            differs: false,
+            touched: false,
             terms: Vec::new(),
             written: BTreeMap::new(),
             verified: Vec::new(),
@@ -173,16 +187,17 @@ impl Coordinator {
         if let Some(since) = running.awaited.get_mut(&from) {
             *since = now;
         }
-        let expected = match &message {
-            ToLeader::Entered { .. } => Some(Stage::Enter),
-            ToLeader::Maxima { .. } | ToLeader::Planned { .. } => Some(Stage::Plan),
-            ToLeader::Written { .. } => Some(Stage::Write),
-            ToLeader::Verified { .. } => Some(Stage::Verify),
-            ToLeader::Progress { .. } | ToLeader::Failed { .. } => None,
+        let expected: &[Stage] = match &message {
+            ToLeader::Entered { .. } => &[Stage::Enter],
+            ToLeader::Maxima { .. } | ToLeader::Planned { .. } => &[Stage::Plan],
+            ToLeader::Written { .. } => &[Stage::Write],
+            ToLeader::Differs { .. } => &[Stage::Plan, Stage::Write],
+            ToLeader::Verified { .. } => &[Stage::Verify],
+            ToLeader::Progress { .. } | ToLeader::Failed { .. } => &[],
         };
-        if expected
-            .is_some_and(|stage| stage != running.stage || !running.awaited.contains_key(&from))
-        {
+        let is_expected = expected.is_empty()
+            || expected.contains(&running.stage) && running.awaited.contains_key(&from);
+        if !is_expected {
             return self.fail(broken("a message that nobody waits for").rank(from));
         }
         match message {
@@ -192,7 +207,7 @@ impl Coordinator {
                 error.rank.get_or_insert(from);
                 return self.fail(error.into());
             }
-            ToLeader::Entered { digest, body, known, .. } => {
+            ToLeader::Entered { digest, body, known, guessed, .. } => {
                 if let Some(body) = body {
                     if digest_of(&body) != digest {
                         return self.fail(broken("a declaration of another digest").rank(from));
@@ -202,6 +217,7 @@ impl Coordinator {
                     return self.fail(broken("a declaration that it never made").rank(from));
                 }
                 running.known.insert(from, known);
+                running.guessed |= guessed;
             }
             ToLeader::Maxima { update, to, values } => {
                 if running.ranks.get(&to) != Some(&Role::Trainer) {
@@ -225,7 +241,12 @@ impl Coordinator {
             }
             ToLeader::Written { sums, source_bytes, .. } => {
                 running.source_bytes = running.source_bytes.saturating_add(source_bytes);
+                running.touched = true;
                 running.written.insert(from, sums);
+            }
+            ToLeader::Differs { wrote, .. } => {
+                running.differs = true;
+                running.touched |= wrote;
             }
             ToLeader::Verified { digest, bytes, inspected, .. } => {
                 running.bytes = running.bytes.saturating_add(bytes);
@@ -249,18 +270,35 @@ impl Coordinator {
             ranks.map(|(rank, _)| *rank)
         };
         let mut acts = Vec::new();
+        if running.stage == Stage::Enter {
+            let declared = running.ranks.iter().filter_map(|(rank, role)| {
+                let (digest, _) = self.declared.get(rank)?;
+                Some((*rank, *role, digest))
+            });
+            running.set = Some(set_of(declared));
+            // If one rank declares something else than in the last update, others may do so as well.
+            running.differs = running.guessed && running.set != self.proven;
+        }
         let next = match running.stage {
+            _ if running.differs => {
+                for rank in running.ranks.keys() {
+                    acts.push(Act::Send(*rank, ToMember::Again { update }));
+                }
+                (running.differs, running.guessed) = (false, false);
+                running.plan = None;
+                running.known.clear();
+                running.terms.clear();
+                running.written.clear();
+                running.source_bytes = 0;
+                Stage::Enter
+            }
             Stage::Enter => {
-                let declared = || {
-                    running
-                        .ranks
-                        .iter()
-                        .filter_map(|(rank, role)| Some((*rank, *role, self.declared.get(rank)?)))
-                };
-                let set = set_of(declared().map(|(rank, role, (digest, _))| (rank, role, digest)));
-                let all: Vec<Declared> = declared()
-                    .map(|(rank, role, (_, body))| Declared { rank, role, body: body.clone() })
-                    .collect();
+                let set = running.set.unwrap_or_default();
+                let declared = running.ranks.iter().filter_map(|(&rank, &role)| {
+                    let (_, body) = self.declared.get(&rank)?;
+                    Some(Declared { rank, role, body: body.clone() })
+                });
+                let all: Vec<Declared> = declared.collect();
                 for rank in running.ranks.keys() {
                     let knows = running.known.get(rank) == Some(&Some(set));
                     running.plan_reused &= knows;
@@ -292,6 +330,7 @@ impl Coordinator {
                     acts.push(Act::Send(*rank, ToMember::Commit { update }));
                 }
                 running.verified.sort_by_key(|receiver| receiver.rank);
+                self.proven = running.set;
                 acts.push(Act::End(Ok(Committed {
                     receivers: std::mem::take(&mut running.verified),
                     source_bytes: running.source_bytes,
@@ -312,7 +351,7 @@ impl Coordinator {
     pub(crate) fn fail(&mut self, error: Error) -> Vec<Act> {
         let Some(running) = self.running.take() else { return Vec::new() };
         let error = error.version(running.version);
-        let touched = matches!(running.stage, Stage::Write | Stage::Verify);
+        let touched = running.touched || matches!(running.stage, Stage::Write | Stage::Verify);
         let report = ErrorReport::from(&error);
         let abort = |rank: &Rank| {
             let (update, error) = (running.update, report.clone());

@@ -11,6 +11,7 @@ use reshard::{Declarations, Links, MaximaExchange, Planner};
 use serde::{Deserialize, Serialize};
 
 use crate::coordinator::{digest_of, set_of};
+use crate::memory::{Lender, LentBytes};
 use crate::message::{Declared, Digest};
 use crate::pieces::{Place, copied, quantized, scales_of, tiles};
 
@@ -89,8 +90,12 @@ impl Wanted {
         Ok(Some((TensorMeta::new(name, DType::F32, shape), self.region.in_granules(&granule))))
     }
 
-    /// Checks values that may come from another process. Returns the bytes of the box and of its scales.
-    pub(crate) fn validate(&self) -> Result<(u64, u64)> {
+    /// Checks it, and returns the bytes of the box and of its scales.
+    ///
+    /// # Errors
+    ///
+    /// `Weight` and `Config`, which name the tensor, for a box outside of the tensor, and for what cannot be placed.
+    pub fn validate(&self) -> Result<(u64, u64)> {
         self.meta.validate()?;
         if !self.region.fits(&self.meta.shape) {
             let (region, shape) = (&self.region, &self.meta.shape);
@@ -162,8 +167,34 @@ pub(crate) fn lay_out(wanted: Vec<Wanted>) -> Result<(Vec<Lent>, u64)> {
     Ok((lent, end))
 }
 
-/// Refuses tensors that lie outside of the memory or overlap in it.
-fn check_places(tensors: &[Lent], bytes: u64) -> Result<()> {
+impl Lent {
+    /// Its elements and its scales in the rollout's memory, while that is not lent.
+    ///
+    /// # Errors
+    ///
+    /// Those of the memory, with the name of the tensor.
+    pub(crate) fn bytes<'a>(
+        &self,
+        memory: &'a dyn Lender,
+    ) -> Result<(LentBytes<'a>, LentBytes<'a>)> {
+        let (len, scales) = self.wanted.validate()?;
+        let bytes =
+            |at, len| memory.bytes(at, len).map_err(|error| error.tensor(&*self.wanted.meta.name));
+        let elements = match len {
+            0 => LentBytes::Host(&[]),
+            _ => bytes(self.at, len)?,
+        };
+        let scales = match (scales, &elements) {
+            (0, LentBytes::Host(_)) => LentBytes::Host(&[]),
+            (0, LentBytes::Device(elements)) => LentBytes::Device(elements.slice(0..0)),
+            _ => bytes(self.scales_at, scales)?,
+        };
+        Ok((elements, scales))
+    }
+}
+
+/// Refuses tensors that lie outside of the memory or overlap in it, with an error of this kind.
+pub(crate) fn check_places(tensors: &[Lent], bytes: u64, kind: ErrorKind) -> Result<()> {
     let mut places = Vec::with_capacity(tensors.len() * 2);
     for lent in tensors {
         let (len, scales) = lent.wanted.validate()?;
@@ -178,7 +209,7 @@ fn check_places(tensors: &[Lent], bytes: u64) -> Result<()> {
     for (at, len, lent) in places {
         let until = at.checked_add(len).filter(|until| *until <= bytes && at >= end);
         let message = "its memory overlaps that of another, or ends outside of what is lent";
-        end = until.ok_or_else(|| lent.wanted.refuse(ErrorKind::Protocol, message))?;
+        end = until.ok_or_else(|| lent.wanted.refuse(kind, message))?;
     }
     Ok(())
 }
@@ -214,6 +245,8 @@ pub(crate) struct Table {
     pub(crate) digest: Digest,
     /// In the order of the plan. Both ranks of a pair have their common pieces in the same order.
     pub(crate) pieces: Vec<Piece>,
+    /// On a trainer, the numbers of the pieces in the order in which their weights come, in batches that are written one after the other.
+    pub(crate) batches: Vec<Vec<usize>>,
     /// The bytes of all pieces.
     pub(crate) bytes: u64,
     /// The number of tensors of the plan, and how many of them are quantised.
@@ -225,6 +258,28 @@ pub(crate) struct Table {
     pub(crate) exchanges: Vec<MaximaExchange>,
     /// On a trainer, the quantised tensors of the plan by their number, with their formats.
     pub(crate) formats: HashMap<u32, (TensorMeta, Fp8Format)>,
+}
+
+/// Divides the pieces of a trainer into batches of about the same bytes, in the order of its boxes.
+fn batches_of(pieces: &[Piece]) -> Vec<Vec<usize>> {
+    /// With more of them, the work on one begins earlier, and a device waits for the host more often.
+    const MOST: u64 = 8;
+    const LEAST_BYTES: u64 = 64 << 20;
+    let all: u64 = pieces.iter().map(|piece| piece.bytes).sum();
+    let each = all.div_ceil(MOST).max(LEAST_BYTES);
+    let mut order: Vec<usize> = (0..pieces.len()).collect();
+    order.sort_by_key(|&number| pieces[number].held);
+    let (mut batches, mut batch, mut bytes) = (Vec::new(), Vec::new(), 0);
+    for number in order {
+        batch.push(number);
+        bytes += pieces[number].bytes;
+        if bytes >= each {
+            batches.push(std::mem::take(&mut batch));
+            bytes = 0;
+        }
+    }
+    batches.extend((!batch.is_empty()).then_some(batch));
+    batches
 }
 
 /// Values by rank and by the name of the tensor.
@@ -267,7 +322,8 @@ pub(crate) fn table(
                 }
             }
             (Role::Rollout, Declaration::Wants { tensors, bytes }) => {
-                check_places(&tensors, bytes).map_err(|error| error.rank(one.rank))?;
+                check_places(&tensors, bytes, ErrorKind::Protocol)
+                    .map_err(|error| error.rank(one.rank))?;
                 let own = wants.entry(one.rank).or_default();
                 for lent in tensors {
                     let Wanted { meta, region, format } = &lent.wanted;
@@ -383,7 +439,9 @@ pub(crate) fn table(
     let tensors = plan.tensors().len() as u64;
     let of_format = formats.values().filter(|(_, format)| format.is_some()).count() as u64;
     let formats = of_tensor;
+    let batches = if is_trainer { batches_of(&pieces) } else { Vec::new() };
     Ok(Table {
+        batches,
         set,
         digest,
         bytes: pieces.iter().map(|piece| piece.bytes).sum(),

@@ -11,8 +11,9 @@ use quant_fp8::{
     BlockMaxima, BoxSource, Codec, Fp8Format, QuantError, SourceType, Store, StridedPart,
 };
 
+use crate::arriving::{Arriving, Came, FIRST, Waits};
 use crate::declared::{Piece, Table};
-use crate::memory::{Encoded, Encoder, Lender, LentBytes, Reached};
+use crate::memory::{Encoded, Encoder, Lender, Reached};
 use crate::pieces::{Place, Runs, Sum, cut_of, quantized, row_of};
 
 /// The progress of work on other threads, and the order to stop it.
@@ -37,6 +38,13 @@ impl Going {
     /// `Aborted` if the work has to stop.
     pub(crate) fn step(&self) -> Result<()> {
         self.0.1.fetch_add(1, Ordering::Relaxed);
+        self.check()
+    }
+
+    /// # Errors
+    ///
+    /// `Aborted` if the work has to stop.
+    pub(crate) fn check(&self) -> Result<()> {
         match self.0.0.load(Ordering::Relaxed) {
             false => Ok(()),
             true => Err(Error::new(ErrorKind::Aborted, "writing tensors", "it was stopped")),
@@ -47,13 +55,31 @@ impl Going {
 /// A trainer's weights in an update, and the known maxima of their blocks.
 #[derive(Debug)]
 pub(crate) struct Sources {
-    pub(crate) weights: Vec<Weight>,
+    /// Those that have come.
+    weights: Vec<Weight>,
+    arriving: Arc<Arriving>,
+    /// Whether the rank has entered with the boxes of its last update, before the stream has ended.
+    pub(crate) guessed: bool,
     /// The maxima of the blocks of each weight of which some blocks are cut.
     maxima: BTreeMap<usize, BlockMaxima>,
 }
 
-/// The result of a trainer's writes.
+/// Maxima for other trainers.
+pub(crate) type Told = Vec<(Rank, Vec<u32>)>;
+
+/// What became of a trainer's writes.
 #[derive(Debug)]
+pub(crate) enum Sending {
+    Sent(Sent),
+    /// Its stream has other boxes than it said.
+    Differs {
+        /// Whether it has written.
+        wrote: bool,
+    },
+}
+
+/// The result of a trainer's writes.
+#[derive(Debug, Default)]
 pub(crate) struct Sent {
     /// For each rollout the digests of its pieces, in the order of the plan.
     pub(crate) sums: Vec<(Rank, Vec<u64>)>,
@@ -90,12 +116,41 @@ fn gather(weight: &Weight, region: &TensorBox, out: &mut Vec<u8>) -> Result<()> 
 }
 
 impl Sources {
-    pub(crate) fn new(weights: Vec<Weight>) -> Self {
-        Self { weights, maxima: BTreeMap::new() }
+    pub(crate) fn new(arriving: Arc<Arriving>) -> Self {
+        Self { weights: Vec::new(), arriving, guessed: false, maxima: BTreeMap::new() }
     }
 
-    /// Finds the maxima of blocks that are cut by the boxes of this rank or by its pieces. Returns the maxima that other
-    /// trainers need, in the order of the exchanges, which is the same at both ends.
+    /// Whether the stream begins as that of the last update, and is worth beginning with before it has ended. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// As [`all`](Self::all).
+    pub(crate) fn begins(&mut self, going: &Going) -> Result<bool> {
+        if self.arriving.expects() <= FIRST {
+            return Ok(false);
+        }
+        let came = self.arriving.take(Some(FIRST), &mut self.weights, Waits::Before, going)?;
+        Ok(came == Came::All)
+    }
+
+    /// All weights, once the stream has ended; whether they are the boxes of the last update. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// Those of the stream; `Aborted` if the work was stopped.
+    pub(crate) fn all(&mut self, waits: Waits, going: &Going) -> Result<(&[Weight], Came)> {
+        let came = self.arriving.take(None, &mut self.weights, waits, going)?;
+        Ok((&self.weights, came))
+    }
+
+    /// The weights that have come.
+    pub(crate) fn weights(&self) -> &[Weight] {
+        &self.weights
+    }
+
+    /// Finds the maxima of blocks that are cut by the boxes of this rank or by its pieces, for which all weights have to be there. Returns the
+    /// maxima that other trainers need, in the order of the exchanges, which is the same at both ends; `None` if the stream has other boxes
+    /// than this rank said.
     ///
     /// # Errors
     ///
@@ -107,7 +162,7 @@ impl Sources {
         encoder: Option<&dyn Encoder>,
         pool: &Pool,
         going: &Going,
-    ) -> Result<Vec<(Rank, Vec<u32>)>> {
+    ) -> Result<Option<Told>> {
         let exchanged = table.exchanges.iter().map(|exchange| exchange.tensor);
         let cut = table.pieces.iter().filter(|piece| piece.cuts_blocks).map(|piece| piece.tensor);
         let tensors: BTreeSet<u32> = exchanged.chain(cut).collect();
@@ -115,7 +170,11 @@ impl Sources {
         let formats: HashMap<&str, Fp8Format> =
             tensors.map(|(meta, format)| (&*meta.name, *format)).collect();
         let mut needed: BTreeMap<usize, Fp8Format> = BTreeMap::new();
+        self.maxima.clear();
         if !formats.is_empty() {
+            if self.all(Waits::Planning, going)?.1 == Came::Others && self.guessed {
+                return Ok(None);
+            }
             let all = self.weights.iter().enumerate();
             needed.extend(all.filter_map(|(at, weight)| Some((at, *formats.get(weight.name())?))));
         }
@@ -155,7 +214,7 @@ impl Sources {
             let values = self.of_tensor(table, exchange.tensor, &exchange.blocks)?;
             told.entry(exchange.to).or_default().extend(values);
         }
-        Ok(told.into_iter().collect())
+        Ok(Some(told.into_iter().collect()))
     }
 
     /// The weights of a tensor whose maxima were found.
@@ -225,30 +284,66 @@ impl Sources {
         }
     }
 
-    /// Writes all pieces.
+    /// Writes all pieces, batch by batch, each as soon as its weights have come.
     ///
     /// # Errors
     ///
     /// Those of the weights, which name the tensor; `Aborted` if the work was stopped; `Protocol` if a rollout of the plan
     /// lends nothing. After an error some of the pieces may have been written.
     pub(crate) fn write(
-        &self,
+        &mut self,
         table: &Table,
         reached: &HashMap<Rank, Arc<dyn Reached>>,
         encoder: Option<&dyn Encoder>,
         digests: bool,
         pool: &Pool,
         going: &Going,
-    ) -> Result<Sent> {
+    ) -> Result<Sending> {
+        let mut sums = vec![0; table.pieces.len()];
+        let mut through_host = BTreeSet::new();
+        let mut wrote = false;
+        for batch in &table.batches {
+            // The pieces of a batch are in the order in which their weights come.
+            let needed = batch.last().map_or(0, |&last| table.pieces[last].held + 1);
+            let came =
+                self.arriving.take(Some(needed), &mut self.weights, Waits::Writing, going)?;
+            if came == Came::Others && self.guessed {
+                return Ok(Sending::Differs { wrote });
+            }
+            wrote = true;
+            let host =
+                self.write_batch(table, batch, reached, encoder, digests, pool, going, &mut sums)?;
+            through_host.extend(host);
+        }
+        if self.all(Waits::Writing, going)?.1 == Came::Others && self.guessed {
+            return Ok(Sending::Differs { wrote });
+        }
+        let sums = if digests { sums_of(table, &sums) } else { Vec::new() };
+        Ok(Sending::Sent(Sent { sums, through_host: through_host.len() as u64 }))
+    }
+
+    /// Writes pieces whose weights are there, and adds their digest sums to `sums`. Returns the weights on a device that the CPU has encoded.
+    #[expect(clippy::too_many_arguments, reason = "those of `write`, and a batch")]
+    fn write_batch(
+        &self,
+        table: &Table,
+        batch: &[usize],
+        reached: &HashMap<Rank, Arc<dyn Reached>>,
+        encoder: Option<&dyn Encoder>,
+        digests: bool,
+        pool: &Pool,
+        going: &Going,
+        sums: &mut [u64],
+    ) -> Result<Vec<usize>> {
         let to = |piece: &Piece| {
             reached.get(&piece.peer).ok_or_else(|| {
                 let message = "the plan has a rollout that lends nothing";
                 Error::new(ErrorKind::Protocol, "writing tensors", message).rank(piece.peer)
             })
         };
-        let mut sums = vec![0; table.pieces.len()];
         let (mut there, mut here, mut encoded) = (Vec::new(), Vec::new(), Vec::new());
-        let all: Vec<(usize, &Piece)> = table.pieces.iter().enumerate().collect();
+        let all: Vec<(usize, &Piece)> =
+            batch.iter().map(|&number| (number, &table.pieces[number])).collect();
         for pieces in all.chunk_by(|(_, one), (_, next)| one.peer == next.peer) {
             let memory = &**to(pieces[0].1)?;
             let encoder = encoder.filter(|encoder| encoder.writes_to(memory));
@@ -293,13 +388,8 @@ impl Sources {
                 .into_iter()
                 .for_each(|(number, sum)| sums[number] = sum.wrapping_add(sums[number]));
         }
-        let through_host = here
-            .iter()
-            .map(|&number| table.pieces[number].held)
-            .filter(|&held| self.weights[held].reads_device())
-            .collect::<BTreeSet<_>>();
-        let sums = if digests { sums_of(table, &sums) } else { Vec::new() };
-        Ok(Sent { sums, through_host: through_host.len() as u64 })
+        let through_host = here.iter().map(|&number| table.pieces[number].held);
+        Ok(through_host.filter(|&held| self.weights[held].reads_device()).collect())
     }
 
     fn encoded<'a>(&'a self, piece: &'a Piece, to: &'a dyn Reached) -> Result<Encoded<'a>> {
@@ -507,10 +597,9 @@ pub(crate) fn verify(
         return Ok((0, bytes));
     }
     let parts: Vec<&Arc<[StridedPart]>> = table.pieces.iter().map(|piece| &piece.parts).collect();
-    let sums = match (memory.sums(&parts, &mut || going.step())?, memory.bytes()?) {
-        (Some(sums), _) => sums,
-        (None, LentBytes::Host(bytes)) => host_sums(table, bytes, pool, going)?,
-        (None, LentBytes::Device(bytes)) => host_sums(table, &bytes.to_host()?, pool, going)?,
+    let sums = match memory.sums(&parts, &mut || going.step())? {
+        Some(sums) => sums,
+        None => host_sums(table, memory, pool, going)?,
     };
     let found = sums_of(table, &sums);
     let mut whole = 0;
@@ -534,7 +623,7 @@ pub(crate) fn verify(
 }
 
 /// The digest sum of each piece in host memory.
-fn host_sums(table: &Table, memory: &[u8], pool: &Pool, going: &Going) -> Result<Vec<u64>> {
+fn host_sums(table: &Table, memory: &dyn Lender, pool: &Pool, going: &Going) -> Result<Vec<u64>> {
     let tiles = table.pieces.iter().enumerate();
     let tiles =
         tiles.flat_map(|(number, piece)| piece.tiles.iter().map(move |t| (number, piece, t)));
@@ -553,29 +642,27 @@ fn host_sums(table: &Table, memory: &[u8], pool: &Pool, going: &Going) -> Result
     Ok(sums)
 }
 
-fn digest_tile(piece: &Piece, tile: &TensorBox, memory: &[u8]) -> Result<u64> {
+fn digest_tile(piece: &Piece, tile: &TensorBox, memory: &dyn Lender) -> Result<u64> {
     let lent = &piece.lent;
     let wanted = &lent.wanted;
     let size = wanted.meta.dtype.bytes().unwrap_or(1);
     let mut sum = Sum::default();
-    let bytes = |at: u64, len: u64| {
-        memory.get(at as usize..(at + len) as usize).ok_or_else(|| {
-            let message = "a piece outside of the memory that is lent";
-            Error::new(ErrorKind::Protocol, "verifying tensors", message).tensor(&*wanted.meta.name)
-        })
-    };
+    let (elements, scales) = lent.bytes(memory)?;
+    let (elements, scales) = (elements.to_host()?, scales.to_host()?);
+    // Planning has checked that the piece lies within the box that is lent.
+    let within = |at: u64, len: u64| at as usize..(at + len) as usize;
     let (row, cut) = (row_of(tile, size), cut_of(tile, &piece.granule, size));
     let runs = Runs::new(tile, &wanted.region, &wanted.meta.shape);
     for start in runs.starts() {
-        let at = lent.at + start * size;
-        sum.add(at, bytes(at, runs.len * size)?, row, cut);
+        let run = &elements[within(start * size, runs.len * size)];
+        sum.add(lent.at + start * size, run, row, cut);
     }
     if piece.scales.is_some() {
         let (blocks, all) =
             (tile.in_granules(&piece.granule), wanted.region.in_granules(&piece.granule));
         for (own, at) in scale_runs(piece, tile, &blocks, &all) {
-            let at = lent.scales_at + at * 4;
-            sum.add_scales(at, bytes(at, own.len() as u64 * 4)?);
+            let run = &scales[within(at * 4, own.len() as u64 * 4)];
+            sum.add_scales(lent.scales_at + at * 4, run);
         }
     }
     Ok(sum.value())

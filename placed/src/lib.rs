@@ -18,6 +18,15 @@
 //!   Commit                          ─────▶  all: active
 //! ```
 //!
+//! A trainer whose stream begins as that of its last update enters with the boxes of that one, and writes while the stream is read. If it turns
+//! out to have other boxes, all ranks go back to the beginning of the same update, with the declarations that are true:
+//!
+//! ```text
+//!   Plan, or Write                  ─────▶  trainers
+//!                                   ◀─────  Differs, when it writes no more
+//!   Again, when no trainer writes   ─────▶  all: Entered(what it holds or wants)
+//! ```
+//!
 //! Nothing is written before every rank has agreed to the plan. A hole, an overlap or a type that does not fit is an error
 //! that names tensor and rank, and the rollouts keep their version. Once trainers may write, a rollout's tensors hold no
 //! version until the commit. If the update fails then, they hold none until a later update succeeds.
@@ -29,6 +38,7 @@
 
 #![forbid(unsafe_code)]
 
+mod arriving;
 mod coordinator;
 mod declared;
 mod encode;

@@ -22,8 +22,9 @@ pub(crate) enum Act {
 /// Work of a rank. One task runs at a time.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Task {
-    /// Wait until no earlier update can touch memory any more.
-    Prepare,
+    /// Wait until no earlier update can touch memory any more. A trainer may take the boxes of its last update for those of this one, unless
+    /// it has to be `sure`.
+    Prepare { sure: bool },
     /// Make the plan. A trainer also finds the maxima that others need; a rollout lends its tensors.
     Plan { set: Digest, declared: Option<Vec<Declared>> },
     /// A trainer writes its pieces of the plan.
@@ -35,10 +36,30 @@ pub(crate) enum Task {
 /// The result of a task.
 #[derive(Debug)]
 pub(crate) enum Done {
-    Prepared { digest: Digest, body: Bytes, known: Option<Digest> },
-    Planned { plan: Digest, terms: Bytes, maxima: Vec<(Rank, Vec<u32>)> },
-    Written { sums: Vec<(Rank, Vec<u64>)>, source_bytes: u64 },
-    Verified { digest: u64, bytes: u64, inspected: u64 },
+    Prepared {
+        digest: Digest,
+        body: Bytes,
+        known: Option<Digest>,
+        guessed: bool,
+    },
+    Planned {
+        plan: Digest,
+        terms: Bytes,
+        maxima: Vec<(Rank, Vec<u32>)>,
+    },
+    Written {
+        sums: Vec<(Rank, Vec<u64>)>,
+        source_bytes: u64,
+    },
+    /// A trainer holds other boxes than it said. It writes no more.
+    Differs {
+        wrote: bool,
+    },
+    Verified {
+        digest: u64,
+        bytes: u64,
+        inspected: u64,
+    },
 }
 
 /// What a rollout's tensors hold.
@@ -91,6 +112,8 @@ struct Taking {
     declared: Option<Digest>,
     maxima: Vec<(Rank, Vec<u32>)>,
     step: Step,
+    /// Whether it has planned, so that tensors may have been written, unless the leader says that they have not.
+    lent: bool,
     /// Set once it has failed, with whether tensors may have been written.
     failed: Option<(Error, bool)>,
 }
@@ -141,6 +164,7 @@ impl Member {
             declared: None,
             maxima: Vec::new(),
             step: Step::Enter,
+            lent: false,
             failed: None,
         });
         if let Some(expected) = expected.filter(|version| *version != begun.version) {
@@ -148,7 +172,7 @@ impl Member {
             let error = Error::new(ErrorKind::Mismatch, "entering an update", message);
             return self.fail(error.version(begun.version));
         }
-        self.start(Task::Prepare)
+        self.start(Task::Prepare { sure: false })
     }
 
     fn start(&mut self, task: Task) -> Vec<Act> {
@@ -214,6 +238,11 @@ impl Member {
                 taking.step = Step::Last;
                 self.start(Task::Verify { version, written, digests })
             }
+            ToMember::Again { .. } if !works => {
+                taking.step = Step::Enter;
+                taking.maxima.clear();
+                self.start(Task::Prepare { sure: true })
+            }
             ToMember::Commit { .. } if step == Step::Last && !works => {
                 let (version, declared) = (taking.begun.version, taking.declared);
                 self.told = declared;
@@ -238,13 +267,14 @@ impl Member {
         let update = taking.begun.update;
         match result {
             Err(error) => self.fail(error),
-            Ok(Done::Prepared { digest, body, known }) => {
+            Ok(Done::Prepared { digest, body, known, guessed }) => {
                 taking.declared = Some(digest);
                 let body = (self.told != Some(digest)).then_some(body);
-                vec![Act::Send(ToLeader::Entered { update, digest, body, known })]
+                vec![Act::Send(ToLeader::Entered { update, digest, body, known, guessed })]
             }
             Ok(Done::Planned { plan, terms, maxima }) => {
                 taking.step = Step::Write;
+                taking.lent = true;
                 if self.role == Role::Rollout {
                     let version = taking.begun.version;
                     self.state = TensorState::Updating { version, failed: None };
@@ -257,6 +287,9 @@ impl Member {
             }
             Ok(Done::Written { sums, source_bytes }) => {
                 vec![Act::Send(ToLeader::Written { update, sums, source_bytes })]
+            }
+            Ok(Done::Differs { wrote }) => {
+                vec![Act::Send(ToLeader::Differs { update, wrote })]
             }
             Ok(Done::Verified { digest, bytes, inspected }) => {
                 vec![Act::Send(ToLeader::Verified { update, digest, bytes, inspected })]
@@ -312,8 +345,8 @@ impl Member {
     fn end(&mut self) -> Vec<Act> {
         let Some(taking) = self.taking.take() else { return Vec::new() };
         let Some((error, touched)) = taking.failed else { return Vec::new() };
-        if let (TensorState::Updating { failed, .. }, Step::Write | Step::Last) =
-            (&mut self.state, taking.step)
+        if let TensorState::Updating { failed, .. } = &mut self.state
+            && taking.lent
         {
             match touched || self.role == Role::Trainer {
                 true => *failed = Some(ErrorReport::from(&error)),

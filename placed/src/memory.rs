@@ -9,7 +9,8 @@ use bytes::Bytes;
 use engine_core::{Rank, Result, Storage, Weight};
 use quant_fp8::{Fp8Format, SourceType, StridedPart};
 
-/// Memory of a rollout that trainers write to in updates.
+/// Memory of a rollout that trainers write to in updates. All parties speak of its bytes by their offsets. It need not be one
+/// allocation: each tensor is in one piece, and so are its scales.
 ///
 /// # Contract
 ///
@@ -39,15 +40,15 @@ pub trait Lender: fmt::Debug + Send + Sync {
     /// Those of the system.
     fn take_back(&mut self) -> Result<bool>;
 
-    /// Its bytes. While they are borrowed, it cannot be lent.
+    /// The bytes of a tensor, or of its scales. While they are borrowed, the memory cannot be lent.
     ///
     /// # Errors
     ///
-    /// `State` while it is lent.
-    fn bytes(&self) -> Result<LentBytes<'_>>;
+    /// `State` while it is lent, and for bytes that are not in one piece of it.
+    fn bytes(&self, at: u64, len: u64) -> Result<LentBytes<'_>>;
 
     /// The digest sum of each piece, which is given as its parts, computed where the memory is. `None` for memory whose
-    /// [bytes](Self::bytes) the host reads. `step` is called as the work goes on. Its error ends the work. In an update that
+    /// [bytes](Self::bytes) the host reads, or copies. `step` is called as the work goes on. Its error ends the work. In an update that
     /// is like the last one, the parts are clones of the same ones.
     ///
     /// # Errors
@@ -62,7 +63,7 @@ pub trait Lender: fmt::Debug + Send + Sync {
     }
 }
 
-/// The bytes of a [`Lender`], while they are not lent.
+/// Bytes of a [`Lender`], while they are not lent.
 #[derive(Clone, Debug)]
 pub enum LentBytes<'a> {
     /// In host memory.
@@ -72,16 +73,6 @@ pub enum LentBytes<'a> {
 }
 
 impl<'a> LentBytes<'a> {
-    /// A part of them, if it lies within them.
-    pub(crate) fn part(&self, at: u64, len: u64) -> Option<Self> {
-        let end = at.checked_add(len)?;
-        match self {
-            Self::Host(bytes) => Some(Self::Host(bytes.get(at as usize..end as usize)?)),
-            Self::Device(bytes) if end <= bytes.len() => Some(Self::Device(bytes.slice(at..end))),
-            Self::Device(_) => None,
-        }
-    }
-
     pub(crate) fn to_host(&self) -> Result<Cow<'a, [u8]>> {
         match self {
             Self::Host(bytes) => Ok(Cow::Borrowed(bytes)),

@@ -49,6 +49,10 @@ pub(crate) enum ToMember {
     Commit {
         update: u64,
     },
+    /// A trainer may hold other boxes than it said: the update begins again. No trainer writes.
+    Again {
+        update: u64,
+    },
     /// `touched` says whether a rollout's tensors may have been written.
     Abort {
         update: u64,
@@ -70,6 +74,7 @@ impl ToMember {
             | Self::Write { update, .. }
             | Self::Verify { update, .. }
             | Self::Commit { update }
+            | Self::Again { update }
             | Self::Abort { update, .. }
             | Self::Alive { update } => *update,
         }
@@ -86,6 +91,8 @@ pub(crate) enum ToLeader {
         body: Option<Bytes>,
         /// The digest of the set of declarations that the rank knows.
         known: Option<Digest>,
+        /// Whether it is a trainer that has not read its stream to the end.
+        guessed: bool,
     },
     /// Maxima, to be passed on to another trainer.
     Maxima { update: u64, to: Rank, values: Vec<u32> },
@@ -95,6 +102,8 @@ pub(crate) enum ToLeader {
     Written { update: u64, sums: Vec<(Rank, Vec<u64>)>, source_bytes: u64 },
     /// The tensors hold what was written.
     Verified { update: u64, digest: u64, bytes: u64, inspected: u64 },
+    /// The trainer's stream has other boxes than the rank said when it entered. It writes no more. `wrote` says whether it has written.
+    Differs { update: u64, wrote: bool },
     /// The rank's work goes on.
     Progress { update: u64 },
     /// The rank has given up.
@@ -109,6 +118,7 @@ impl ToLeader {
             | Self::Planned { update, .. }
             | Self::Written { update, .. }
             | Self::Verified { update, .. }
+            | Self::Differs { update, .. }
             | Self::Progress { update }
             | Self::Failed { update, .. } => *update,
         }

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,7 +19,7 @@ use protocol::encode;
 use tokio::sync::Mutex as Lock;
 
 use crate::coordinator::digest_of;
-use crate::declared::{Declaration, Lent, Table, Wanted, lay_out};
+use crate::declared::{Declaration, Lent, Table, Wanted, check_places, lay_out};
 use crate::encode::{Going, verify};
 use crate::member::{Done, Member, Task, TensorState};
 use crate::memory::{Lender, LentBytes};
@@ -99,20 +100,12 @@ impl<'a> PlacedTensor<'a> {
 /// fails the update on every rank. It is called for several boxes in parallel.
 pub type Inspect = Arc<dyn Fn(Version, PlacedTensor<'_>) -> Result<()> + Send + Sync>;
 
-fn placed<'a>(lent: &'a Lent, memory: &LentBytes<'a>) -> Result<PlacedTensor<'a>> {
-    let (len, scales) = lent.wanted.validate()?;
-    let part = |at: u64, len: u64| {
-        memory.part(at, len).ok_or_else(|| {
-            let message = "its memory is not that of the layout";
-            let error = Error::new(ErrorKind::State, "reading a tensor", message);
-            error.tensor(&*lent.wanted.meta.name)
-        })
-    };
-    let (elements, scales) = (part(lent.at, len)?, part(lent.scales_at, scales)?);
+fn placed<'a>(lent: &'a Lent, memory: &'a dyn Lender) -> Result<PlacedTensor<'a>> {
+    let (elements, scales) = lent.bytes(memory)?;
     Ok(PlacedTensor { wanted: &lent.wanted, elements, scales })
 }
 
-/// The memory layout of the tensors that a rollout wants.
+/// Where the tensors that a rollout wants lie in the memory that it lends.
 #[derive(Clone, Debug)]
 pub struct Layout {
     tensors: Vec<Lent>,
@@ -128,6 +121,19 @@ impl Layout {
     /// `Resource` if the layout does not fit 64 bits.
     pub fn new(wanted: impl IntoIterator<Item = Wanted>) -> Result<Self> {
         let (tensors, bytes) = lay_out(wanted.into_iter().collect())?;
+        Ok(Self { tensors, bytes })
+    }
+
+    /// Tensors that have their places already: for each, the offset of its elements and that of its scales. `bytes` is the length of the
+    /// memory.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new), and `Weight` for tensors that overlap or lie outside of the memory.
+    pub fn at(wanted: impl IntoIterator<Item = (Wanted, u64, u64)>, bytes: u64) -> Result<Self> {
+        let lent = |(wanted, at, scales_at)| Lent { wanted, at, scales_at };
+        let tensors: Vec<Lent> = wanted.into_iter().map(lent).collect();
+        check_places(&tensors, bytes, ErrorKind::Weight)?;
         Ok(Self { tensors, bytes })
     }
 
@@ -200,7 +206,10 @@ impl PlacedRollout {
     /// what the tensors hold then. For example, a plan that does not fit leaves them unchanged.
     pub async fn update(&mut self, version: Option<Version>) -> Result<ReceiveReport> {
         let begun = Instant::now();
-        let ended = self.seat.take_part(&mut self.worker, version, self.digests).await?;
+        let ended = self
+            .seat
+            .take_part(&mut self.worker, version, self.digests, pin!(ready(Ok(()))))
+            .await?;
         let bytes = lock(&self.worker.table).as_ref().map_or(0, |table| table.bytes);
         let mut report = ReceiveReport::new(ended.version, VersionState::Active);
         report.tensors = self.worker.tensors.len() as u64;
@@ -217,9 +226,8 @@ impl PlacedRollout {
     pub fn read(&self, mut each: impl FnMut(PlacedTensor<'_>) -> Result<()>) -> Result<Version> {
         let version = self.active()?;
         let memory = lock(&self.worker.memory);
-        let bytes = memory.bytes()?;
         for lent in &*self.worker.tensors {
-            each(placed(lent, &bytes)?)?;
+            each(placed(lent, &**memory)?)?;
         }
         Ok(version)
     }
@@ -283,16 +291,16 @@ impl Worker for Keeper {
         let (memory, limit) = (self.memory.clone(), self.deadline / 2);
         let (digest, body) = self.declared.clone();
         let guard = match (&task, busy(&working)) {
-            (Task::Prepare, _) => None,
+            (Task::Prepare { .. }, _) => None,
             (_, Ok(guard)) => Some(guard),
             (_, Err(error)) => return ready(Err(error)),
         };
         match task {
-            Task::Prepare => async move {
+            Task::Prepare { .. } => async move {
                 Seat::idle(&working).await;
                 take_back(&memory, limit).await.map_err(|error| error.rank(rank))?;
                 let known = lock(&plans).known();
-                Ok(Done::Prepared { digest, body, known })
+                Ok(Done::Prepared { digest, body, known, guessed: false })
             }
             .boxed(),
             Task::Plan { set, declared } => pool
@@ -317,12 +325,12 @@ impl Worker for Keeper {
                         })?;
                         let memory = lock(&memory);
                         let found = verify(&table, &**memory, &written, digests, &pool, &going)?;
-                        let bytes = memory.bytes()?;
+                        let memory = &**memory;
                         let mut inspected = 0;
                         if let Some(inspect) = inspect {
                             let looked = pool.map(tensors.iter(), |lent| {
                                 going.step()?;
-                                inspect(version, placed(lent, &bytes)?)
+                                inspect(version, placed(lent, memory)?)
                                     .map_err(|error| error.tensor(&*lent.wanted.meta.name))
                             });
                             inspected = looked.len() as u64;

@@ -5,7 +5,8 @@
 //!
 //! 1. A rollout whose version is active has every part of that version, and nobody can write to its tensors.
 //! 2. Trainers write to a rollout's tensors only while the rollout says that it is being updated.
-//! 3. If the leader reports a version as active, every rollout that it names has verified it.
+//! 3. If the leader reports a version as active, every rollout that it names has verified it, and has what each trainer holds in this update,
+//!    not what it said that it holds.
 //!
 //! At the end, every call ends in a bounded time if the ranks that are not stopped go on, and an update with the remaining
 //! ranks succeeds.
@@ -36,6 +37,8 @@ enum Planted {
     NoLease,
     /// The leader says that nothing was written, even if something was.
     NotTouched,
+    /// A trainer that holds other boxes than it said goes on as if it had written.
+    Differs,
 }
 
 struct Work {
@@ -58,9 +61,13 @@ struct Process {
     connected: bool,
     inbox: VecDeque<ToMember>,
     memory: Memory,
+    /// Which of two sets of boxes a trainer holds, and which it said last.
+    holds: u64,
+    said: Option<u64>,
 }
 
-/// A rollout's tensors: for each trainer, the update whose values its part holds.
+/// A rollout's tensors: for each trainer, the update whose values its part holds, twice that, and one more if it holds its second set of
+/// boxes.
 #[derive(Default)]
 struct Memory {
     parts: BTreeMap<Rank, u64>,
@@ -112,6 +119,8 @@ impl Process {
             connected: true,
             inbox: VecDeque::new(),
             memory: Memory::default(),
+            holds: 0,
+            said: None,
         }
     }
 }
@@ -191,7 +200,13 @@ impl World {
                     if let Ok(committed) = &result {
                         for receiver in &committed.receivers {
                             let process = self.processes.get(&receiver.rank);
-                            let whole = process.is_none_or(|p| is_whole(&p.memory, self.updates));
+                            let holds =
+                                |rank: &Rank| self.processes.get(rank).map_or(0, |p| p.holds);
+                            let of_update = |(rank, part): (&Rank, &u64)| {
+                                *part == self.updates * 2 + holds(rank)
+                            };
+                            let whole =
+                                process.is_none_or(|p| p.memory.parts.iter().all(of_update));
                             if !whole {
                                 return Err(format!(
                                     "rank {} has not all that is reported",
@@ -261,7 +276,7 @@ impl World {
         let Some(mut work) = process.work.take() else { return Ok(false) };
         let (update, late) = (self.updates, self.now >= work.since + DEADLINE / 2);
         let done = match &mut work.task {
-            Task::Prepare => {
+            Task::Prepare { sure } => {
                 let lent = !process.memory.holders.is_empty() && self.planted != Planted::NoLease;
                 match (lent, late) {
                     (true, false) => None,
@@ -270,8 +285,13 @@ impl World {
                     }
                     (false, _) => {
                         process.memory.lent = None;
-                        let body = Bytes::copy_from_slice(&rank.0.to_le_bytes());
-                        Some(Ok(Done::Prepared { digest: digest_of(&body), body, known: None }))
+                        let said = process.said.filter(|_| !*sure).unwrap_or(process.holds);
+                        let guessed = !*sure && process.said.is_some();
+                        process.said = Some(said);
+                        let body = [&rank.0.to_le_bytes()[..], &said.to_le_bytes()].concat();
+                        let body = Bytes::from(body);
+                        let digest = digest_of(&body);
+                        Some(Ok(Done::Prepared { digest, body, known: None, guessed }))
                     }
                 }
             }
@@ -291,7 +311,12 @@ impl World {
                     _ => Vec::new(),
                 };
                 process.update = update;
-                Some(Ok(Done::Planned { plan: *set, terms, maxima }))
+                // With maxima to find, a trainer has read its stream before it has planned.
+                let differs = process.said != Some(process.holds) && rank != Rank::LEADER;
+                match differs && process.role == Role::Trainer && update.is_multiple_of(2) {
+                    true => Some(Ok(Done::Differs { wrote: false })),
+                    false => Some(Ok(Done::Planned { plan: *set, terms, maxima })),
+                }
             }
             Task::Write { terms, maxima, .. } => {
                 let update = process.update;
@@ -333,6 +358,13 @@ impl World {
                 self.member_acts(rank, acts)?;
             }
             Some(result) => {
+                let result = match result {
+                    Ok(Done::Differs { .. }) if self.planted == Planted::Differs => {
+                        let sums = vec![];
+                        Ok(Done::Written { sums, source_bytes: 1 })
+                    }
+                    result => result,
+                };
                 let acts = process.member.done(result);
                 self.member_acts(rank, acts)?;
             }
@@ -377,6 +409,14 @@ impl World {
             let_go(self);
             return Ok(Some(Err(failed("stopped"))));
         }
+        let own = self.processes.get(&rank).map(|process| (process.holds, process.said));
+        let (holds, said) = own.unwrap_or_default();
+        if said != Some(holds) && rest.len() < terms.len() {
+            // It sees in the midst of its stream that this is another one.
+            let wrote = rest.len() + 1 < terms.len();
+            let_go(self);
+            return Ok(Some(Ok(Done::Differs { wrote })));
+        }
         if let Some((to, _)) = rest.pop_front() {
             // The rank may have joined again meanwhile, with new memory.
             let holds = |process: &&mut Process| process.memory.holders.contains(&rank);
@@ -385,12 +425,12 @@ impl World {
                     let state = process.member.state();
                     return Err(format!("rank {rank} writes to {to}, which is {state:?}"));
                 }
-                process.memory.parts.insert(rank, update);
+                process.memory.parts.insert(rank, update * 2 + said.unwrap_or(0));
             }
             return Ok(None);
         }
         let_go(self);
-        let sums = terms.iter().map(|(to, _)| (*to, vec![update])).collect();
+        let sums = terms.iter().map(|(to, _)| (*to, vec![update * 2 + holds])).collect();
         Ok(Some(Ok(Done::Written { sums, source_bytes: 1 })))
     }
 
@@ -503,7 +543,8 @@ impl World {
             if process.role == Role::Trainer {
                 continue;
             }
-            let all = process.memory.parts.values().all(|update| self.versions[update] == *version);
+            let all =
+                process.memory.parts.values().all(|part| self.versions[&(part / 2)] == *version);
             if !all {
                 return Err(format!("rank {rank} serves a mixture as {version}"));
             }
@@ -544,10 +585,6 @@ impl World {
     }
 }
 
-fn is_whole(memory: &Memory, update: u64) -> bool {
-    memory.parts.values().all(|part| *part == update)
-}
-
 fn play(numbers: &[u16], planted: Planted) -> std::result::Result<usize, Broken> {
     let mut choices = Choices(numbers.iter());
     let mut world = World::new(planted);
@@ -581,6 +618,13 @@ fn play(numbers: &[u16], planted: Planted) -> std::result::Result<usize, Broken>
                 }
             }
             37 => world.give_up(rank)?,
+            39 => {
+                let works = world.sending;
+                let trainer = world.processes.get_mut(&rank).filter(|p| p.role == Role::Trainer);
+                if let Some(process) = trainer.filter(|process| !works && process.work.is_none()) {
+                    process.holds ^= 1;
+                }
+            }
             38 => {
                 if !world.old.is_empty() {
                     let at = choices.of(world.old.len());
@@ -651,7 +695,7 @@ proptest! {
 fn faults_that_are_put_back_are_found() {
     use proptest::strategy::ValueTree;
     use proptest::test_runner::TestRunner;
-    for planted in [Planted::NoLease, Planted::NotTouched] {
+    for planted in [Planted::NoLease, Planted::NotTouched, Planted::Differs] {
         let mut runner = TestRunner::deterministic();
         let strategy = schedules(600);
         let found = (0..60_000).any(|_| {

@@ -1,12 +1,13 @@
 //! The loop that drives a rank's state machine and, on the leader, the coordinator. It makes no decisions.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use engine_core::control::{Control, Event};
 use engine_core::{Error, ErrorKind, Rank, Result, Version, clock};
-use futures::future::{Either, select};
 use futures::{FutureExt, future::BoxFuture};
 use protocol::{decode, encode};
 
@@ -40,6 +41,13 @@ pub(crate) struct Ended {
     pub(crate) committed: Option<Committed>,
     pub(crate) absent: Vec<Rank>,
     pub(crate) times: Times,
+}
+
+/// What a rank waits for.
+enum Came {
+    Event(Result<Option<Event>>),
+    Done(Result<Done>),
+    Read(Result<()>),
 }
 
 /// How long the tasks of a rank took.
@@ -101,7 +109,8 @@ impl Seat {
         self.control.rank()
     }
 
-    /// Takes part in the next update. The leader begins it, the other ranks wait for it.
+    /// Takes part in the next update. The leader begins it, the other ranks wait for it. `reading` is polled meanwhile. Its error
+    /// fails the update.
     ///
     /// # Cancel safety
     ///
@@ -115,7 +124,11 @@ impl Seat {
         worker: &mut dyn Worker,
         version: Option<Version>,
         digests: bool,
+        reading: Pin<&mut (dyn Future<Output = Result<()>> + Send)>,
     ) -> Result<Ended> {
+        let mut reading = Some(reading);
+        // The error of reading, before the rank has heard of the update: then the others are told.
+        let mut unread: Option<Error> = None;
         let until = Instant::now() + self.deadline;
         let (mut members, mut leads) = (VecDeque::new(), VecDeque::new());
         self.overhear(&mut members, &mut leads).await?;
@@ -207,21 +220,32 @@ impl Seat {
                     false => Ok(clock::within(wait, std::future::pending()).await),
                 }
             };
-            let coming = std::pin::pin!(coming);
-            let came = match &mut work {
-                None => Either::Left(coming.await),
-                Some((_, _, working)) => match select(working, coming).await {
-                    Either::Left((done, _)) => Either::Right(done),
-                    Either::Right((event, _)) => Either::Left(event),
-                },
-            };
+            let mut coming = std::pin::pin!(coming);
+            let came = std::future::poll_fn(|cx| {
+                if let Some((_, _, working)) = &mut work
+                    && let Poll::Ready(done) = working.poll_unpin(cx)
+                {
+                    return Poll::Ready(Came::Done(done));
+                }
+                if let Some(going) = &mut reading
+                    && let Poll::Ready(read) = going.as_mut().poll(cx)
+                {
+                    return Poll::Ready(Came::Read(read));
+                }
+                coming.as_mut().poll(cx).map(Came::Event)
+            });
+            let came = came.await;
             let now = Instant::now();
             match came {
-                Either::Right(done) => {
+                Came::Read(read) => {
+                    reading = None;
+                    unread = read.err();
+                }
+                Came::Done(done) => {
                     if let Some((task, begun, _)) = work.take() {
                         let taken = now - begun;
                         match task {
-                            Task::Prepare => {}
+                            Task::Prepare { .. } => {}
                             Task::Plan { .. } => times.plan = taken,
                             Task::Write { .. } => times.write = taken,
                             Task::Verify { .. } => times.verify = taken,
@@ -229,11 +253,11 @@ impl Seat {
                     }
                     members.extend(seat.member.done(done));
                 }
-                Either::Left(Ok(None)) => {}
-                Either::Left(Ok(Some(event))) => {
+                Came::Event(Ok(None)) => {}
+                Came::Event(Ok(Some(event))) => {
                     seat.happened(now, event, &mut members, &mut leads)?;
                 }
-                Either::Left(Err(error)) => {
+                Came::Event(Err(error)) => {
                     connected = false;
                     let takes_part = seat.member.takes_part();
                     if !takes_part && seat.coordinator.is_none() {
@@ -253,6 +277,11 @@ impl Seat {
                     members.extend(seat.member.progress());
                 }
             }
+            if seat.member.takes_part()
+                && let Some(error) = unread.take()
+            {
+                members.extend(seat.member.fail(error));
+            }
             members.extend(seat.member.tick(now));
             if let Some(coordinator) = &mut seat.coordinator {
                 leads.extend(coordinator.tick(now));
@@ -263,6 +292,9 @@ impl Seat {
                 && members.is_empty()
                 && now >= until
             {
+                if let Some(error) = unread.take() {
+                    return Err(error);
+                }
                 let message = format!("none began within {:.1} s", seat.deadline.as_secs_f64());
                 let error = Error::new(ErrorKind::Timeout, "waiting for an update", message);
                 return Err(error.rank(Rank::LEADER));

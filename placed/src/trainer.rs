@@ -11,35 +11,57 @@ use engine_core::control::Control;
 use engine_core::memory::Pool;
 use engine_core::{
     CheckpointEngine, EngineContext, Error, ErrorKind, Rank, Result, Role, SendReport,
-    TensorCounts, TrainerEngine, Version, Weight, WeightStream, clock, digest,
+    TensorCounts, TrainerEngine, Version, Weight, WeightStream, digest,
 };
+use futures::FutureExt;
 use futures::future::BoxFuture;
-use futures::{FutureExt, StreamExt};
 use protocol::encode;
 use reshard::Planner;
 use tokio::sync::Mutex as Lock;
 
+use crate::arriving::{Arriving, Came, Waits};
 use crate::coordinator::{Coordinator, digest_of};
 use crate::declared::{Declaration, Held, Table, table};
-use crate::encode::{Going, Sources};
+use crate::encode::{Going, Sending, Sources};
 use crate::member::{Done, Member, Task};
 use crate::memory::{Reach, Reached};
 use crate::message::{Declared, Digest};
 use crate::seat::{Seat, Worker, busy, ready};
 
-const COLLECTING: &str = "collecting the trainer's weights";
-
 /// A trainer that writes the boxes that it holds straight into the tensors of rollouts.
 ///
 /// All trainers of a group call [`send_weights`](TrainerEngine::send_weights) for every update, each with the
-/// [boxes](Weight::of_box) that it holds. The stream is read to its end before anything is sent. So all its weights are
-/// held at the same time: they should refer to memory that exists already, not to copies.
+/// [boxes](Weight::of_box) that it holds. Its weights are held until the update ends: they should refer to memory that exists already, not to
+/// copies. In the first update the stream is read to its end before anything is written. Later, if it begins as that of the last update, the
+/// trainer takes its boxes for those of the last update, and writes while it is read. If they turn out to be others, all ranks plan again.
 #[derive(Debug)]
 pub struct PlacedTrainer {
     seat: Seat,
     deadline: Duration,
     digests: bool,
     worker: Writer,
+}
+
+/// What a trainer declared last.
+#[derive(Debug)]
+struct Known {
+    boxes: Arc<[Held]>,
+    declared: Option<(Digest, Bytes)>,
+}
+
+impl Known {
+    /// Declares weights, which are `same` as the known boxes or others.
+    fn declare(&mut self, weights: &[Weight], same: bool) -> Result<(Digest, Bytes)> {
+        if let Some(declared) = self.declared.as_ref().filter(|_| same) {
+            return Ok(declared.clone());
+        }
+        let held = |weight: &Weight| Held { meta: weight.full_meta(), region: weight.region() };
+        let boxes: Vec<Held> = weights.iter().map(held).collect();
+        let body = encode(&Declaration::Holds(boxes.clone()))?;
+        let declared = (digest_of(&body), body);
+        (self.boxes, self.declared) = (boxes.into(), Some(declared.clone()));
+        Ok(declared)
+    }
 }
 
 /// The plan of the last set of declarations, and what the next plan can reuse of it.
@@ -89,9 +111,7 @@ struct Writer {
     working: Arc<Lock<()>>,
     /// The weights of this update, and their declaration.
     sources: Option<Arc<Mutex<Sources>>>,
-    declared: Option<(Digest, Bytes)>,
-    /// The boxes in the declaration.
-    last: Vec<Held>,
+    declared: Arc<Mutex<Known>>,
     table: Arc<Mutex<Option<Arc<Table>>>>,
     /// How many weights on a device the last update has encoded on the CPU.
     through_host: Arc<AtomicU64>,
@@ -120,35 +140,11 @@ impl PlacedTrainer {
             plans: Arc::default(),
             working: Arc::default(),
             sources: None,
-            declared: None,
-            last: Vec::new(),
+            declared: Arc::new(Mutex::new(Known { boxes: [].into(), declared: None })),
             table: Arc::default(),
             through_host: Arc::default(),
         };
         Ok(Self { seat, deadline, digests: context.config.digests, worker })
-    }
-
-    async fn collect(&self, mut weights: WeightStream<'_>) -> Result<Vec<Weight>> {
-        let mut all = Vec::new();
-        loop {
-            // Only a weight that is not ready gets a timer: thousands of timers would take noticeable time.
-            let next = match weights.next().now_or_never() {
-                Some(next) => next,
-                None => clock::within(self.deadline, weights.next()).await.ok_or_else(|| {
-                    let message = format!("no weight within {:.1} s", self.deadline.as_secs_f64());
-                    Error::new(ErrorKind::Timeout, COLLECTING, message)
-                })?,
-            };
-            match next.transpose()? {
-                None => return Ok(all),
-                Some(weight) if weight.is_deferred() => {
-                    let message = "scales that are computed with their weight: in placed updates rollouts say what is quantised";
-                    let error = Error::new(ErrorKind::Weight, COLLECTING, message);
-                    return Err(error.tensor(weight.name()));
-                }
-                Some(weight) => all.push(weight),
-            }
-        }
     }
 }
 
@@ -168,14 +164,19 @@ impl TrainerEngine for PlacedTrainer {
         version: Version,
     ) -> Result<SendReport> {
         let begun = Instant::now();
-        let collected = self.collect(weights).await.map_err(|error| error.version(version))?;
-        let source = begun.elapsed();
-        let mut counts = TensorCounts::default();
-        collected.iter().for_each(|weight| counts.add(weight));
-        self.worker.hold(collected)?;
-        let result = self.seat.take_part(&mut self.worker, Some(version), self.digests).await;
+        let expected = lock(&self.worker.declared).boxes.clone();
+        let arriving = Arc::new(Arriving::new(expected));
+        let sources = Arc::new(Mutex::new(Sources::new(arriving.clone())));
+        self.worker.sources = Some(sources.clone());
+        let mut reading = std::pin::pin!(arriving.read(weights, self.deadline));
+        let result = self
+            .seat
+            .take_part(&mut self.worker, Some(version), self.digests, reading.as_mut())
+            .await;
         self.worker.sources = None;
         let ended = result.map_err(|error| error.version(version))?;
+        let mut counts = TensorCounts::default();
+        lock(&sources).weights().iter().for_each(|weight| counts.add(weight));
         let (mut receivers, mut plan_reused) = (Vec::new(), false);
         if let Some(committed) = ended.committed {
             (receivers, plan_reused) = (committed.receivers, committed.plan_reused);
@@ -197,11 +198,16 @@ impl TrainerEngine for PlacedTrainer {
             )],
         };
         let elapsed = begun.elapsed();
-        let known = source + ended.times.plan + ended.times.write;
+        // The work that waited for weights counts as that of their source.
+        let [source, planning, writing] = arriving.waited();
+        let (plan, write) =
+            (ended.times.plan.saturating_sub(planning), ended.times.write.saturating_sub(writing));
+        let source = source + planning + writing;
+        let known = source + plan + write;
         let mut report = SendReport::new(version);
         report.stages.source = source;
-        report.stages.encode = ended.times.write;
-        report.stages.publish = ended.times.plan;
+        report.stages.encode = write;
+        report.stages.publish = plan;
         report.stages.confirm = elapsed.saturating_sub(known);
         report.counts = counts;
         report.plan_reused = plan_reused;
@@ -214,22 +220,6 @@ impl TrainerEngine for PlacedTrainer {
     }
 }
 
-impl Writer {
-    /// Takes the weights of the next update.
-    fn hold(&mut self, weights: Vec<Weight>) -> Result<()> {
-        let is_same = |(weight, held): (&Weight, &Held)| weight.is_box_of(&held.meta, &held.region);
-        let same = weights.len() == self.last.len() && weights.iter().zip(&self.last).all(is_same);
-        if !same || self.declared.is_none() {
-            let held = |weight: &Weight| Held { meta: weight.full_meta(), region: weight.region() };
-            self.last = weights.iter().map(held).collect();
-            let body = encode(&Declaration::Holds(self.last.clone()))?;
-            self.declared = Some((digest_of(&body), body));
-        }
-        self.sources = Some(Arc::new(Mutex::new(Sources::new(weights))));
-        Ok(())
-    }
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     // A panic may leave a change incomplete, but it also ends the update that the change belongs to.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -237,20 +227,36 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 impl Worker for Writer {
     fn start(&mut self, task: Task, going: Going) -> BoxFuture<'static, Result<Done>> {
-        let (Some(sources), Some((digest, body))) = (self.sources.clone(), self.declared.clone())
-        else {
+        let Some(sources) = self.sources.clone() else {
             let error = Error::new(ErrorKind::State, "updating", "there is nothing to send");
             return ready(Err(error));
         };
         let (rank, pool, plans) = (self.rank, self.pool.clone(), self.plans.clone());
         let (working, present) = (self.working.clone(), self.table.clone());
         match task {
-            Task::Prepare => async move {
-                Seat::idle(&working).await;
-                let known = lock(&plans).known();
-                Ok(Done::Prepared { digest, body, known })
+            Task::Prepare { sure } => {
+                let declared = self.declared.clone();
+                async move {
+                    Seat::idle(&working).await;
+                    let guard = busy(&working)?;
+                    let work = pool.start(move || {
+                        let _guard = guard;
+                        let mut sources = lock(&sources);
+                        let guess = lock(&declared).declared.clone();
+                        sources.guessed = !sure && guess.is_some() && sources.begins(&going)?;
+                        if let Some((digest, body)) = guess.filter(|_| sources.guessed) {
+                            return Ok((digest, body, true));
+                        }
+                        let (weights, came) = sources.all(Waits::Before, &going)?;
+                        let (digest, body) = lock(&declared).declare(weights, came == Came::All)?;
+                        Ok((digest, body, false))
+                    });
+                    let (digest, body, guessed) = work.await?;
+                    let known = lock(&plans).known();
+                    Ok(Done::Prepared { digest, body, known, guessed })
+                }
+                .boxed()
             }
-            .boxed(),
             Task::Plan { set, declared } => {
                 let guard = match busy(&working) {
                     Ok(guard) => guard,
@@ -264,6 +270,9 @@ impl Worker for Writer {
                         let encoder = reach.encoder();
                         let maxima =
                             lock(&sources).find_maxima(rank, &table, encoder, &pool, &going)?;
+                        let Some(maxima) = maxima else {
+                            return Ok(Done::Differs { wrote: false });
+                        };
                         *lock(&present) = Some(table.clone());
                         Ok(Done::Planned { plan: table.digest, terms: Bytes::new(), maxima })
                     })
@@ -298,6 +307,10 @@ impl Worker for Writer {
                             &pool,
                             &going,
                         )?;
+                        let sent = match sent {
+                            Sending::Sent(sent) => sent,
+                            Sending::Differs { wrote } => return Ok(Done::Differs { wrote }),
+                        };
                         through_host.store(sent.through_host, Ordering::Relaxed);
                         // Let go of the rollouts' memory before the leader hears that everything is written.
                         drop(reached);

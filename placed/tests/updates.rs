@@ -186,6 +186,88 @@ fn a_weight_that_fails_while_tensors_are_written_leaves_them_without_a_version_u
     group.check(3);
 }
 
+/// Many tensors, which one trainer holds and one rollout wants: as many bytes as two batches have at least.
+fn many() -> (Model, Vec<Boxes>, Vec<Vec<Wanted>>) {
+    let metas: Vec<TensorMeta> =
+        (0..264).map(|at| TensorMeta::new(format!("w.{at}"), DType::BF16, [260, 512])).collect();
+    let mut model = Model::default();
+    for (meta, seed) in metas.iter().zip(0..) {
+        model.add(Tensor::new(meta.clone(), seed));
+    }
+    let whole = |meta: &TensorMeta| (meta.clone(), TensorBox::whole(&meta.shape));
+    let holds = metas.iter().map(whole).collect();
+    (model, vec![holds], vec![metas.into_iter().map(Wanted::whole).collect()])
+}
+
+#[test]
+fn a_trainer_writes_while_its_stream_is_read_once_it_has_sent_the_same_before() {
+    let (model, holds, wants) = many();
+    let mut group = Group::new(&model, &holds, &wants);
+    group.update(1).unwrap();
+    group.stops_at = Some(263);
+    for version in [2, 3] {
+        assert!(group.update(version).unwrap().plan_reused);
+        group.check(version);
+    }
+}
+
+#[test]
+fn a_stream_that_is_another_one_only_at_its_end_is_planned_again_within_the_update() {
+    let (model, holds, wants) = many();
+    let mut group = Group::new(&model, &holds, &wants);
+    group.update(1).unwrap();
+    let whole = group.holds[0].pop().unwrap();
+    // Cut in two, so that its box differs and there is one more; found before and after something was written.
+    let halves = [part(&[0, 0], &[100, 512]), part(&[100, 0], &[160, 512])]
+        .map(|half| (whole.0.clone(), half));
+    group.holds[0].extend(halves);
+    for (version, stops_at, reused) in [(2, None, false), (3, Some(263), true)] {
+        group.stops_at = stops_at;
+        assert_eq!(group.update(version).unwrap().plan_reused, reused, "version {version}");
+        group.check(version);
+    }
+    group.holds[0].truncate(263);
+    group.holds[0].push(whole);
+    assert!(!group.update(4).unwrap().plan_reused);
+    group.check(4);
+    // A tensor that nobody holds any more, seen after something was written: the rollout has to be updated again.
+    let last = group.holds[0].pop().unwrap();
+    group.stops_at = Some(262);
+    let errors = group.update(5).unwrap_err();
+    assert!(errors.iter().all(|error| error.report().tensor.as_deref() == Some("w.263")));
+    let TensorState::Updating { version: Version(5), failed: Some(_) } = group.rollouts[0].state()
+    else {
+        panic!("{:?}", group.rollouts[0].state())
+    };
+    group.holds[0].push(last);
+    group.stops_at = None;
+    group.update(6).unwrap();
+    group.check(6);
+}
+
+#[test]
+fn a_stream_that_breaks_off_fails_the_update_on_every_rank_at_once_and_leaves_the_version() {
+    let (model, holds, wants) = halves();
+    let mut group = Group::new(&model, &holds, &wants);
+    group.update(1).unwrap();
+    for rank in [Rank(0), Rank(1)] {
+        group.breaks_off = Some(rank);
+        let begun = std::time::Instant::now();
+        let errors = group.update(2).unwrap_err();
+        assert!(begun.elapsed().as_secs() < 5, "nobody waits for a deadline");
+        assert_eq!(errors.len(), 4, "{errors:?}");
+        for error in errors {
+            assert_eq!(error.kind(), ErrorKind::Source, "{error}");
+        }
+        for rollout in &group.rollouts {
+            assert_eq!(rollout.state(), &TensorState::Active(Version(1)));
+        }
+    }
+    group.breaks_off = None;
+    group.update(3).unwrap();
+    group.check(3);
+}
+
 #[test]
 fn bytes_that_changed_on_their_way_are_found_and_named() {
     let (model, holds, wants) = halves();

@@ -52,6 +52,8 @@ pub(super) struct Settings {
     pub(super) card: Bytes,
     /// Whether the stream depends on the versions that the rollouts have. It is read when all have told theirs.
     pub(super) asks_bases: bool,
+    /// Whether an update without a rollout is an error.
+    pub(super) needs_receivers: bool,
 }
 
 /// The leader, and the other ranks as it sees them.
@@ -394,7 +396,7 @@ impl Leader {
     ///
     /// # Errors
     ///
-    /// `PeerLost` if there is no rollout.
+    /// `PeerLost` if there is no rollout, and one is needed.
     pub(super) fn begin(
         &mut self,
         number: u64,
@@ -403,7 +405,7 @@ impl Leader {
         now: Instant,
     ) -> Result<()> {
         self.close();
-        if self.rollouts() == 0 {
+        if self.rollouts() == 0 && self.settings.needs_receivers {
             let message = "no receiver is left in the group";
             return Err(Error::new(ErrorKind::PeerLost, "beginning an update", message)
                 .recovery(Recovery::Reconnect)
@@ -1562,6 +1564,7 @@ mod tests {
             digests: false,
             card: Bytes::new(),
             asks_bases: false,
+            needs_receivers: true,
         };
         let mut leader = Leader::new(settings, Box::new(|_| None), Box::new(|_| None));
         (1..=ranks).for_each(|rank| leader.admit(Rank(rank), Part::Receiver));

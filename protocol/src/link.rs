@@ -1,5 +1,6 @@
 //! The traits of a transport: memory for buckets, and the way of a filled bucket to the other side.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -10,7 +11,7 @@ use super::message::Ticket;
 use super::receiver::Arrival;
 use super::route::Topology;
 use engine_core::memory::Job;
-use engine_core::plan::BucketKind;
+use engine_core::plan::{BucketKind, BucketLayout};
 use engine_core::{Rank, Result, Storage};
 
 /// A transport's sending side: the memory of its buckets, and the way out of a filled one.
@@ -72,6 +73,11 @@ pub trait SendLink: std::fmt::Debug + Send + 'static {
     /// The bytes that receivers need to fetch from this rank.
     fn card(&self) -> Bytes {
         Bytes::new()
+    }
+
+    /// Whether an update without a receiver is an error: it is, unless what is published serves others as well.
+    fn needs_receivers(&self) -> bool {
+        true
     }
 
     /// Begins an update on the leader, with these ranks and `colocated` ranks of [`Part::Colocated`] beside them. If the
@@ -183,6 +189,10 @@ impl<L: SendLink + ?Sized> SendLink for Box<L> {
         (**self).card()
     }
 
+    fn needs_receivers(&self) -> bool {
+        (**self).needs_receivers()
+    }
+
     async fn begin(&mut self, members: &Members, colocated: usize) -> Result<Option<Ticket>> {
         (**self).begin(members, colocated).await
     }
@@ -292,10 +302,14 @@ pub struct Fetch {
     pub from: Rank,
     /// That rank's [`SendLink::card`] or [`FetchLink::card`].
     pub card: Bytes,
+    /// Its number in the update.
+    pub index: u64,
     /// The slot that it is in.
     pub slot: u32,
     /// Its length in bytes.
     pub filled: u64,
+    /// What lies where in it.
+    pub layout: Arc<BucketLayout>,
 }
 
 #[async_trait]

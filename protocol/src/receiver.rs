@@ -315,7 +315,8 @@ impl<L: FetchLink> Session<'_, L> {
                         let held = ledger.hold(begin.update, index, begin.routed);
                         let (session, arrival) = oneshot::channel();
                         arrivals.push(came(index, arrival).boxed());
-                        let fetch = Fetch { from, card, slot, filled: layout.filled() };
+                        let (filled, of) = (layout.filled(), layout.clone());
+                        let fetch = Fetch { from, card, index, slot, filled, layout: of };
                         let fetching = debug_span!(parent: &*span, "fetch", bucket = index, %from);
                         let arrival = Arrival {
                             index,

@@ -1531,6 +1531,7 @@ fn leader_of(slots: usize, digests: bool) -> Leader {
         card: Bytes::new(),
         // Not chosen by a number of its own: recorded schedules keep their meaning.
         asks_bases: slots > 2,
+        needs_receivers: true,
     };
     Leader::new(settings, Box::new(part_of), Box::new(|_| Some(Duration::ZERO)))
 }

@@ -60,6 +60,7 @@ impl<L: SendLink> Sender<L> {
             digests,
             card: link.card(),
             asks_bases: context.bases.is_wanted(),
+            needs_receivers: link.needs_receivers(),
         };
         let newcomers = |peer: &Peer| (peer.role == Role::Rollout).then_some(Part::Receiver);
         let heartbeats = control.clone();

@@ -82,6 +82,7 @@ pub fn simulate(simulation: Simulation) -> Result<Simulated> {
         digests: false,
         card: Bytes::new(),
         asks_bases: false,
+        needs_receivers: true,
     };
     let mut leader = Leader::new(settings, Box::new(|_| None), Box::new(|_| None));
     let ranks = (1..=simulation.rollouts).map(Rank);

@@ -22,11 +22,12 @@ import atexit
 
 from . import _native
 from ._logs import enable_logging
-from ._native import Tensor, build_info, generate_token, read_token
+from ._native import Box, Fp8, Tensor, build_info, generate_token, read_token
 from .engine import (
     Channel,
     ControlPlane,
     Destination,
+    PlacedRollout,
     ReceivedWeights,
     RolloutEngine,
     TrainerEngine,
@@ -72,6 +73,7 @@ __all__ = [
     "AbortedError",
     "AuthenticationError",
     "BackendError",
+    "Box",
     "ChangedElements",
     "Channel",
     "ConfigError",
@@ -80,12 +82,14 @@ __all__ = [
     "Destination",
     "DigestError",
     "Error",
+    "Fp8",
     "IoError",
     "LocalRollout",
     "Manager",
     "MismatchError",
     "Peer",
     "PeerLost",
+    "PlacedRollout",
     "ProtocolError",
     "ReceiveReport",
     "ReceivedWeights",

@@ -129,6 +129,37 @@ class Destination:
     def __new__(cls, tensors: Iterator[Any], partial: bool) -> Destination: ...
 
 @final
+class Box:
+    """A part of a full tensor: what a rank holds of it, or wants.
+
+    Args:
+        tensor: The elements of the part: a tensor of any kind.
+        shape: The dimensions of the full tensor, slowest first.
+        offset: Where the part begins in each of these dimensions. It ends where the tensor's own shape says.
+    """
+
+    def __new__(
+        cls, tensor: Any, shape: tuple[int, ...] | list[int], offset: tuple[int, ...] | list[int]
+    ) -> Box: ...
+
+@final
+class Fp8:
+    """Two tensors that a rollout lends for one weight, which trainers quantise to FP8 blocks as they write it.
+
+    The configuration's section of quantisation says in which format; without one, blocks of 128 by 128.
+
+    Args:
+        codes: A tensor of ``float8_e4m3fn`` of the weight's shape, or a :class:`Box` or a ``DTensor`` of one.
+        scales: A tensor of ``float32``, contiguous, with a scale for each block that `codes` has an element of.
+    """
+
+    def __new__(cls, codes: Any, scales: Any) -> Fp8: ...
+
+@final
+class Lent:
+    def __new__(cls, tensors: Iterator[Any]) -> Lent: ...
+
+@final
 class Channel:
     def send(self, to: int, body: bytes) -> None: ...
     def recv(self, timeout: float) -> Job: ...
@@ -167,6 +198,7 @@ class Engine:
         world_size: int | None,
         attributes: str,
         timeout: float,
+        lent: Lent | None,
     ) -> Job: ...
     @staticmethod
     def form_local(config: str | None, path: str | None, rollouts: int) -> Job: ...
@@ -179,4 +211,7 @@ class Engine:
         self, version: int | None, copy: bool, partial: bool, torch: bool
     ) -> Receiving: ...
     def receive_into(self, destination: Destination, version: int | None) -> Job: ...
+    def update(self, version: int | None) -> Job: ...
+    @property
+    def state(self) -> str: ...
     def finalize(self) -> Job: ...

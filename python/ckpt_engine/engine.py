@@ -744,6 +744,65 @@ class RolloutEngine(_Engine):
         await self.finalize_async()
 
 
+class PlacedRollout(_Engine):
+    """The end that lends its tensors: made by :func:`form_group` with ``lend``. Trainers write updates straight into them.
+
+    Attributes:
+        rank: This rank's number.
+        peers: All ranks, as they were when the group was formed.
+        control: The control plane.
+    """
+
+    @property
+    def version(self) -> int | None:
+        """The version that the tensors hold; ``None`` if they hold no usable one, and while a call of :meth:`update` goes on."""
+        return self._native.version
+
+    @property
+    def state(self) -> str:
+        """``"active"``: the tensors hold a whole version. ``"empty"``: no update has written to them yet. ``"updating"``: a call of
+        :meth:`update` goes on, or one has failed and the next one has to succeed before they are used."""
+        return self._native.state
+
+    def update(self, version: int | None = None) -> ReceiveReport:
+        """Takes part in the next update. Until this returns, only trainers may read or write the tensors.
+
+        On a GPU this waits first for the work that this thread has given torch's current stream: it may read the tensors.
+
+        Args:
+            version: The version that it has to be; any unless set.
+
+        Returns:
+            What was written; the version is active on all ranks, and every byte was verified where it is.
+
+        Raises:
+            TimeoutError: If no update begins within ``timeout_seconds``; call again to go on waiting. The tensors are as before.
+            StateError: If the memory of a tensor was freed or moved, with its name.
+            MismatchError: If a tensor's dtype or shape is not that of the trainers, or the update has another version. The tensors are
+                as before.
+            WeightError: If nobody holds some part of a tensor. The tensors are as before.
+            PeerLost: If a rank is gone.
+            Error: The first failure of any rank. :attr:`state` says what the tensors hold.
+        """
+        return _receive_report(run(self._native.update(version)))
+
+    async def update_async(self, version: int | None = None) -> ReceiveReport:
+        """As :meth:`update`, for an event loop."""
+        return _receive_report(await run_async(self._native.update(version)))
+
+    def __enter__(self) -> PlacedRollout:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.finalize()
+
+    async def __aenter__(self) -> PlacedRollout:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.finalize_async()
+
+
 def _conversion(framework: str | None) -> Callable[[Any], Any] | None:
     if framework not in _CONVERSIONS:
         raise ValueError(f"framework is 'torch', 'numpy' or None, not {framework!r}")
@@ -751,11 +810,17 @@ def _conversion(framework: str | None) -> Callable[[Any], Any] | None:
 
 
 def _formed(
-    control: ControlPlane, formed: tuple[Any, str]
-) -> TrainerEngine | RolloutEngine:
+    control: ControlPlane, formed: tuple[Any, str], lend: Any
+) -> TrainerEngine | RolloutEngine | PlacedRollout:
     native, peers = formed
-    kind = TrainerEngine if control.role == "trainer" else RolloutEngine
+    kind: Any = TrainerEngine
+    if control.role != "trainer":
+        kind = RolloutEngine if lend is None else PlacedRollout
     return kind(native, control, control.rank, _peers(peers))
+
+
+def _lent(lend: Any) -> Any:
+    return None if lend is None else _native.Lent(_iterator(lend))
 
 
 def form_group(
@@ -765,7 +830,8 @@ def form_group(
     world_size: int | None = None,
     attributes: Any = None,
     timeout: float = 60.0,
-) -> TrainerEngine | RolloutEngine:
+    lend: Iterable[tuple[str, Any]] | Mapping[str, Any] | None = None,
+) -> TrainerEngine | RolloutEngine | PlacedRollout:
     """Prepares an engine, exchanges what all ranks say, and joins: what every rank does once.
 
     Args:
@@ -776,20 +842,26 @@ def form_group(
             say it; others need not know.
         attributes: What the program tells the other ranks of this one: anything that JSON has.
         timeout: How many seconds to wait for the others.
+        lend: On a rollout of placed updates, the tensors that trainers write straight into: pairs of a checkpoint's name and a
+            contiguous tensor, or a mapping of them. All of them are on the configuration's ``device``. On the CPU they are in shared memory
+            (``tensor.share_memory_()``), on a GPU in memory that the driver exports (no expandable segments, no pool of a sleep mode). A
+            ``DTensor`` and a :class:`Box` are a part of the full tensor of this name, an :class:`Fp8` is quantised. The tensors are kept
+            until the engine is finalized and no trainer has them open.
 
     Returns:
-        A :class:`TrainerEngine` or a :class:`RolloutEngine`.
+        A :class:`TrainerEngine`, a :class:`RolloutEngine`, or a :class:`PlacedRollout` if it lends its tensors.
 
     Raises:
         ConfigError: For a configuration that cannot be used.
         BackendError: For a backend that does not exist or does not run here.
         TimeoutError: Naming the ranks that are missing.
         MismatchError: If two ranks do not fit together.
+        WeightError: For a tensor that cannot be lent, with its name.
     """
     job = _native.Engine.form(
-        control._native, *_config(config), world_size, json.dumps(attributes), timeout
+        control._native, *_config(config), world_size, json.dumps(attributes), timeout, _lent(lend)
     )
-    return _formed(control, run(job))
+    return _formed(control, run(job), lend)
 
 
 async def form_group_async(
@@ -799,12 +871,13 @@ async def form_group_async(
     world_size: int | None = None,
     attributes: Any = None,
     timeout: float = 60.0,
-) -> TrainerEngine | RolloutEngine:
+    lend: Iterable[tuple[str, Any]] | Mapping[str, Any] | None = None,
+) -> TrainerEngine | RolloutEngine | PlacedRollout:
     """As :func:`form_group`, for an event loop."""
     job = _native.Engine.form(
-        control._native, *_config(config), world_size, json.dumps(attributes), timeout
+        control._native, *_config(config), world_size, json.dumps(attributes), timeout, _lent(lend)
     )
-    return _formed(control, await run_async(job))
+    return _formed(control, await run_async(job), lend)
 
 
 def leave(engine: TrainerEngine | RolloutEngine | None, control: ControlPlane | None) -> None:

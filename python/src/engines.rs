@@ -4,11 +4,16 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use checkpoint_engine::control::{Channel, ControlConfig, Event, Token};
+use checkpoint_engine::ipc::{self, LentTensor};
+use checkpoint_engine::placed::{PlacedRollout, TensorState};
 use checkpoint_engine::{
     ChannelId, CheckpointEngineConfig, ControlPlane, EngineContext, Rank, Role, RolloutEngine,
-    TrainerEngine, Version, WeightStream, config, form_group, form_local_group, registry,
+    TrainerEngine, Version, WeightStream, config, form_group, form_local_group, join_group,
+    registry,
 };
-use engine_core::{Error, ErrorKind, ReceivedWeights, Result, SendReport, WorkerMetadata};
+use engine_core::{
+    Error, ErrorKind, ReceiveReport, ReceivedWeights, Result, SendReport, WorkerMetadata,
+};
 
 /// A configuration, given as JSON or as the path of a file.
 pub(crate) fn read_config(
@@ -123,10 +128,12 @@ impl Messages {
     }
 }
 
-/// One rank's engine, in its group. Python has a class for each side; what it holds is one of the two.
+/// One rank's engine, in its group. Python has a class for each.
 pub(crate) enum Engine {
     Trainer(Box<dyn TrainerEngine>),
     Rollout(Box<dyn RolloutEngine>),
+    /// A rollout that lends its tensors.
+    Lends(Box<PlacedRollout>),
 }
 
 impl Engine {
@@ -148,6 +155,32 @@ impl Engine {
             Role::Rollout => group.rollout().await.map(|(one, place)| (Self::Rollout(one), place)),
         }?;
         Ok((engine, place.peers.to_vec()))
+    }
+
+    /// The same, of a rollout that lends these tensors.
+    pub(crate) async fn lend(
+        control: &Control,
+        config: CheckpointEngineConfig,
+        tensors: Vec<LentTensor>,
+        world_size: Option<u32>,
+        attributes: serde_json::Value,
+        deadline: Duration,
+    ) -> Result<(Self, Vec<WorkerMetadata>)> {
+        const WHAT: &str = "lending tensors";
+        let refuse = |message: String| Err(Error::new(ErrorKind::Config, WHAT, message));
+        if control.0.role() != Role::Rollout {
+            return refuse("a trainer lends nothing".into());
+        }
+        let registry = registry();
+        let backend = registry.get(&config.backend)?;
+        if backend.name() != ipc::BACKEND.name() {
+            return refuse(format!("{} has no placed updates, ipc has", backend.name()));
+        }
+        let context = EngineContext::new(config).with_control(control.0.clone());
+        let prepared = ipc::lend_tensors(context, tensors)?.with_attributes(attributes);
+        let (engine, place) =
+            join_group(prepared, backend, &control.0, world_size, deadline).await?;
+        Ok((Self::Lends(Box::new(engine)), place.peers.to_vec()))
     }
 
     /// A trainer and its rollouts within this process.
@@ -175,7 +208,7 @@ impl Engine {
     ) -> Result<SendReport> {
         match self {
             Self::Trainer(engine) => engine.send_weights(weights, Version(version)).await,
-            Self::Rollout(_) => Err(other_side("sending weights", "rollout")),
+            Self::Rollout(_) | Self::Lends(_) => Err(other_side("sending weights", "rollout")),
         }
     }
 
@@ -183,6 +216,25 @@ impl Engine {
         match self {
             Self::Rollout(engine) => engine.receive_weights(version.map(Version)).await,
             Self::Trainer(_) => Err(other_side("receiving weights", "trainer")),
+            Self::Lends(_) => {
+                Err(other_side("receiving weights", "rollout that lends its tensors"))
+            }
+        }
+    }
+
+    /// Takes part in an update of the tensors that it lends.
+    pub(crate) async fn update(&mut self, version: Option<u64>) -> Result<ReceiveReport> {
+        match self {
+            Self::Lends(engine) => engine.update(version.map(Version)).await,
+            _ => Err(other_side("updating", "rank that lends no tensors")),
+        }
+    }
+
+    /// What its tensors hold, if it lends some.
+    pub(crate) fn state(&self) -> Option<&TensorState> {
+        match self {
+            Self::Lends(engine) => Some(engine.state()),
+            _ => None,
         }
     }
 
@@ -190,6 +242,7 @@ impl Engine {
         match self {
             Self::Trainer(engine) => engine.finalize().await,
             Self::Rollout(engine) => engine.finalize().await,
+            Self::Lends(engine) => engine.finalize().await,
         }
     }
 }

@@ -29,7 +29,7 @@ impl AsRef<[u8]> for OfObject {
     fn as_ref(&self) -> &[u8] {
         let start = std::ptr::with_exposed_provenance::<u8>(self.address);
         // SAFETY: `of_object` was promised that there are so many bytes as long as the owner lives, which
-        // this keeps, and that nobody writes to them.
+        // this keeps, and that nobody writes to them while they are read.
         unsafe { std::slice::from_raw_parts(start, self.len) }
     }
 }
@@ -38,8 +38,9 @@ impl AsRef<[u8]> for OfObject {
 ///
 /// # Safety
 ///
-/// There are `len` bytes at `address` as long as `owner` lives, and nobody writes to them until the last
-/// view is dropped. A program that sends weights promises the second: they are unchanged while they are sent.
+/// There are `len` bytes at `address` as long as `owner` lives, and nobody writes to them while a view is read. A program promises the
+/// second: of weights that it sends, which are unchanged while they are sent, and of tensors that it lends, which are read between
+/// updates.
 pub(crate) unsafe fn of_object(address: usize, len: usize, owner: Py<PyAny>) -> Bytes {
     if len == 0 {
         Bytes::new()

@@ -9,6 +9,7 @@ mod destination;
 mod engines;
 mod errors;
 mod ffi;
+mod lending;
 mod logs;
 mod readers;
 mod receiving;
@@ -19,13 +20,15 @@ mod work;
 use std::sync::Arc;
 use std::time::Duration;
 
+use checkpoint_engine::placed::TensorState;
 use engine_core::{Error, ErrorKind, Result};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::destination::Destination;
 use crate::engines::{Control, Messages, Reach};
-use crate::errors::{OrRaise, exception, written};
+use crate::errors::{OrRaise, exception, not_now, written};
+use crate::lending::{Lending, Lent};
 use crate::receiving::{How, Lease, Names, Receiving};
 use crate::sending::Sending;
 use crate::work::{Own, Owner, Shared, Slot, check_process, spawn};
@@ -221,12 +224,21 @@ struct Rank {
     slot: Arc<Slot<engines::Engine>>,
     names: Names,
     lease: Lease,
+    lending: Option<Arc<Lending>>,
 }
 
 impl PyEngine {
-    fn new(engine: engines::Engine) -> Self {
+    fn new(engine: engines::Engine, lending: Option<Arc<Lending>>) -> Self {
         let slot = Arc::new(Slot::new("engine", engine));
-        Self { own: Own::new(Rank { slot, names: Names::default(), lease: Lease::default() }) }
+        let (names, lease) = (Names::default(), Lease::default());
+        Self { own: Own::new(Rank { slot, names, lease, lending }) }
+    }
+}
+
+impl Rank {
+    /// What the tensors hold that this rank lends; nothing that is sure while an update is awaited or under way.
+    fn state(&self) -> Option<TensorState> {
+        self.slot.look(|engine| engine.state().cloned()).flatten()
     }
 }
 
@@ -234,6 +246,7 @@ impl PyEngine {
 impl PyEngine {
     /// Forms the group; the job's result is the engine and, as JSON, what all ranks said.
     #[staticmethod]
+    #[expect(clippy::too_many_arguments, reason = "those of `form_group` of the package")]
     fn form(
         py: Python<'_>,
         control: &PyControl,
@@ -242,6 +255,7 @@ impl PyEngine {
         world_size: Option<u32>,
         attributes: &str,
         timeout: f64,
+        lent: Option<&Lent>,
     ) -> PyResult<Job> {
         let control = control.own.get().or_raise(py)?.clone();
         let config = engines::read_config(config, path).or_raise(py)?;
@@ -250,12 +264,18 @@ impl PyEngine {
             Error::new(ErrorKind::Config, "reading the attributes", error.to_string())
         });
         let attributes = attributes.or_raise(py)?;
-        let work = async move |_: &Owner| {
-            engines::Engine::form(&control, config, world_size, attributes, timeout).await
+        let lending = lent.map(|lent| lent.lending(py)).transpose()?;
+        let tensors = lent.map(|lent| lent.tensors(&config)).transpose().or_raise(py)?;
+        let work = async move |_: &Owner| match tensors {
+            None => engines::Engine::form(&control, config, world_size, attributes, timeout).await,
+            Some(tensors) => {
+                engines::Engine::lend(&control, config, tensors, world_size, attributes, timeout)
+                    .await
+            }
         };
         let answer = |py: Python<'_>, (engine, peers): (_, Vec<_>)| {
             let peers = serde_json::to_string(&peers).unwrap_or_default();
-            Ok((Self::new(engine), peers).into_pyobject(py)?.into_any().unbind())
+            Ok((Self::new(engine, lending), peers).into_pyobject(py)?.into_any().unbind())
         };
         Job::start("forming the group", work, answer).or_raise(py)
     }
@@ -271,8 +291,9 @@ impl PyEngine {
         let config = engines::read_config(config, path).or_raise(py)?;
         let work = async move |_: &Owner| engines::Engine::form_local(config, rollouts).await;
         let answer = |py: Python<'_>, (trainer, rollouts): (_, Vec<_>)| {
-            let rollouts: Vec<Self> = rollouts.into_iter().map(Self::new).collect();
-            Ok((Self::new(trainer), rollouts).into_pyobject(py)?.into_any().unbind())
+            let rollouts: Vec<Self> =
+                rollouts.into_iter().map(|one| Self::new(one, None)).collect();
+            Ok((Self::new(trainer, None), rollouts).into_pyobject(py)?.into_any().unbind())
         };
         Job::start("forming the group", work, answer).or_raise(py)
     }
@@ -315,6 +336,35 @@ impl PyEngine {
         Job::start(destination::WHAT, work, answer).or_raise(py)
     }
 
+    /// Takes part in an update of the tensors that this rank lends; the job's result is the report as JSON.
+    fn update(&self, py: Python<'_>, version: Option<u64>) -> PyResult<Job> {
+        const WHAT: &str = "updating";
+        let rank = self.own.get().or_raise(py)?;
+        let lending = rank.lending.as_ref();
+        lending
+            .ok_or_else(|| not_now(WHAT, "this rank lends no tensors"))
+            .or_raise(py)?
+            .check(py)?;
+        let slot = Arc::clone(&rank.slot);
+        let work = async move |owner: &Owner| {
+            let report = slot.take(WHAT, owner)?.get()?.update(version).await;
+            written(WHAT, Some(&report))
+        };
+        let answer =
+            |py: Python<'_>, report: String| Ok(report.into_pyobject(py)?.into_any().unbind());
+        Job::start(WHAT, work, answer).or_raise(py)
+    }
+
+    /// What the tensors hold that this rank lends.
+    #[getter]
+    fn state(&self, py: Python<'_>) -> PyResult<&'static str> {
+        Ok(match self.own.get().or_raise(py)?.state() {
+            Some(TensorState::Empty) => "empty",
+            Some(TensorState::Active(_)) => "active",
+            None | Some(TensorState::Updating { .. }) => "updating",
+        })
+    }
+
     /// How many tensors that are in buckets Python still has.
     #[getter]
     fn held(&self, py: Python<'_>) -> PyResult<usize> {
@@ -325,7 +375,11 @@ impl PyEngine {
     #[getter]
     fn version(&self, py: Python<'_>) -> PyResult<Option<u64>> {
         let rank = self.own.get().or_raise(py)?;
-        Ok(work::lock(&rank.names).as_ref().map(|(version, _)| *version))
+        Ok(match (&rank.lending, rank.state()) {
+            (None, _) => work::lock(&rank.names).as_ref().map(|(version, _)| *version),
+            (Some(_), Some(TensorState::Active(version))) => Some(version.0),
+            (Some(_), _) => None,
+        })
     }
 
     fn finalize(&self, py: Python<'_>) -> PyResult<Job> {
@@ -393,6 +447,8 @@ mod _native {
     };
     #[pymodule_export]
     use crate::destination::Destination;
+    #[pymodule_export]
+    use crate::lending::{Fp8, Lent, Part};
     #[pymodule_export]
     use crate::logs::{collect_logs, next_logs};
     #[pymodule_export]

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use device_cuda::{CudaMemory, CudaSlice, Device, ForeignStream, Stream, keeping_current};
-use engine_core::{DType, Error, ErrorKind, Result, Storage, TensorMeta, Weight};
+use engine_core::{DType, Error, ErrorKind, Result, Storage, TensorBox, TensorMeta, Weight};
 use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -14,6 +14,7 @@ use pyo3::types::{PyDict, PyList, PyTuple, PyType};
 
 use crate::errors::{OrRaise, exception};
 use crate::ffi::{self, Exchange};
+use crate::lending::{self, Part};
 use crate::readers::Readers;
 use crate::work::lock;
 
@@ -109,7 +110,9 @@ enum Way {
     /// torch: by the functions that its class has for this, in the versions that have them (2.11 does), else by the
     /// tensor's attributes. Both are faster than `__dlpack__`, and know FP8 and parameters in every version.
     Torch(Option<Exchange>),
-    /// Parts of a tensor, which have no memory of the whole.
+    /// A part of a tensor, as the program says.
+    Part,
+    /// A `DTensor`: a part of a tensor, by a mesh.
     Distributed,
     /// numpy, also with the types of `ml_dtypes`.
     Array,
@@ -156,10 +159,72 @@ impl Reader {
             }
             Way::Dlpack => self.dlpack(name, tensor).map_err(raised)?,
             Way::Buffer => self.buffer(name, tensor).map_err(raised)?,
-            Way::Distributed => Err(refuse(
-                name,
-                "it is a DTensor, of which this rank has a part: send `tensor.full_tensor()`",
-            )),
+            Way::Part => {
+                let part = tensor.cast::<Part>().map_err(|error| raised(error.into()))?.get();
+                let weight = self.weight(name, part.tensor.bind(tensor.py()))?;
+                weight.require_whole("reading a box")?;
+                let (shape, region) = part.around(name, &weight.meta().shape)?;
+                weight.of_box(shape, region)
+            }
+            Way::Distributed => {
+                let (local, shape, region) = lending::shard(name, tensor).map_err(raised)??;
+                self.weight(name, &local)?.of_box(shape, region)
+            }
+        }
+    }
+
+    /// A tensor of a program, or a part of one, that is to be written to where it is.
+    ///
+    /// Work that reads or writes it on a device may not be done: [`synchronize`](Self::synchronize).
+    pub(crate) fn place(
+        &mut self,
+        name: &str,
+        tensor: &Bound<'_, PyAny>,
+    ) -> Result<lending::Place> {
+        let raised = |error: PyErr| {
+            let message = format!("{} cannot be written to: {error}", class_name(tensor));
+            refuse(name, message)
+        };
+        let of_box = |place: lending::Place, shape, region| {
+            let meta = TensorMeta { shape, ..place.meta };
+            lending::Place { meta, region, ..place }
+        };
+        match self.way(tensor).map_err(raised)? {
+            Way::Part => {
+                let part = tensor.cast::<Part>().map_err(|error| raised(error.into()))?.get();
+                let place = self.place(name, part.tensor.bind(tensor.py()))?;
+                let (shape, region) = part.around(name, &place.meta.shape)?;
+                Ok(of_box(place, shape, region))
+            }
+            Way::Distributed => {
+                let (local, shape, region) = lending::shard(name, tensor).map_err(raised)??;
+                Ok(of_box(self.place(name, &local)?, shape, region))
+            }
+            way => {
+                let (described, owner) = self.writable(name, tensor)?;
+                let Described { meta, address, device: on, .. } = described;
+                let len = usize::try_from(meta.validate()?);
+                let len = len.map_err(|_| refuse(name, "it is too large"))?;
+                let (memory, device) = match on {
+                    Some(on) => {
+                        let memory = self.of_device(&meta, address, on, &owner)?;
+                        let device = memory.device().clone();
+                        (memory.storage(), Some(device))
+                    }
+                    None => {
+                        #[expect(
+                            unsafe_code,
+                            reason = "an object is believed what it says of its own memory"
+                        )]
+                        // SAFETY: as for `of_memory`. It is read only between updates, when nobody writes to it.
+                        let bytes = unsafe { ffi::of_object(address, len, owner.clone().unbind()) };
+                        (bytes.into(), None)
+                    }
+                };
+                let address = matches!(way, Way::Torch(_)).then_some(address);
+                let region = TensorBox::whole(&meta.shape);
+                Ok(lending::Place { meta, region, memory, owner: owner.unbind(), address, device })
+            }
         }
     }
 
@@ -171,6 +236,8 @@ impl Reader {
         }
         let way = if class.is_subclass_of::<Tensor>()? {
             Way::Own
+        } else if class.is(PyType::new::<Part>(tensor.py())) {
+            Way::Part
         } else if class.hasattr("data_ptr")? && class.hasattr("untyped_storage")? {
             match class.hasattr("full_tensor")? {
                 true => Way::Distributed,
@@ -292,10 +359,12 @@ impl Reader {
         }
     }
 
-    /// A program's own tensor, to be written to: of torch, or an array of numpy.
-    ///
-    /// Work that reads or writes a tensor on a device may not be done: [`synchronize`](Self::synchronize).
-    pub(crate) fn target(&mut self, name: &str, tensor: &Bound<'_, PyAny>) -> Result<Target> {
+    /// What a program's own tensor that is to be written to says of its memory, and an object that keeps this memory.
+    fn writable<'py>(
+        &mut self,
+        name: &str,
+        tensor: &Bound<'py, PyAny>,
+    ) -> Result<(Described, Bound<'py, PyAny>)> {
         let raised = |error: PyErr| {
             let message = format!("{} cannot be written to: {error}", class_name(tensor));
             refuse(name, message)
@@ -317,30 +386,38 @@ impl Reader {
             Way::Distributed => {
                 return Err(refuse(name, "it is a DTensor, of which this rank has a part"));
             }
-            Way::Own | Way::Dlpack | Way::Buffer => None,
+            Way::Own | Way::Part | Way::Dlpack | Way::Buffer => None,
         };
-        let Some(Described { meta, strides, address, device, is_writable }) = described else {
+        let Some(described) = described else {
             let message = format!(
                 "weights are copied into tensors of torch, on the CPU or a CUDA device, and into arrays of numpy; this is {}",
                 class_name(tensor)
             );
             return Err(refuse(name, message));
         };
-        if strides.is_some() {
+        if described.strides.is_some() {
             return Err(refuse(name, APART));
         }
-        if !is_writable {
+        if !described.is_writable {
             return Err(refuse(name, "it is read-only"));
         }
+        if described.address == 0 && described.meta.validate()? > 0 {
+            return Err(refuse(name, NO_MEMORY));
+        }
+        Ok((described, owner))
+    }
+
+    /// A program's own tensor, to be written to: of torch, or an array of numpy.
+    ///
+    /// Work that reads or writes a tensor on a device may not be done: [`synchronize`](Self::synchronize).
+    pub(crate) fn target(&mut self, name: &str, tensor: &Bound<'_, PyAny>) -> Result<Target> {
+        let (Described { meta, address, device, .. }, owner) = self.writable(name, tensor)?;
         let len = meta.validate()?;
         if let Some(device) = device {
             let memory = self.of_device(&meta, address, device, &owner)?;
             return Ok(Target { meta, place: Place::Device(memory) });
         }
         let len = usize::try_from(len).map_err(|_| refuse(name, "it is too large"))?;
-        if address == 0 && len > 0 {
-            return Err(refuse(name, NO_MEMORY));
-        }
         #[expect(unsafe_code, reason = "an object is believed what it says of its own memory")]
         // SAFETY: as for `of_memory`, of an object that says that it can be written to. A program that makes a
         // destination of it promises that nothing else uses it while an update is received into it.
@@ -530,7 +607,7 @@ fn torch_stream(py: Python<'_>, number: i32) -> PyResult<usize> {
     stream.getattr("cuda_stream")?.extract()
 }
 
-fn class_name(object: &Bound<'_, PyAny>) -> String {
+pub(crate) fn class_name(object: &Bound<'_, PyAny>) -> String {
     object.get_type().fully_qualified_name().map_or("an object".into(), |name| name.to_string())
 }
 

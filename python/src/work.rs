@@ -246,6 +246,11 @@ impl<T> Slot<T> {
         state.value.is_none() && state.owner.is_none()
     }
 
+    /// Looks at it, unless some work has it.
+    pub(crate) fn look<R>(&self, look: impl FnOnce(&T) -> R) -> Option<R> {
+        lock(&self.state).value.as_ref().map(look)
+    }
+
     /// Takes it; waits for work that is about to end.
     pub(crate) fn take(&self, operation: &str, owner: &Owner) -> Result<Taken<'_, T>> {
         let mut state = lock(&self.state);

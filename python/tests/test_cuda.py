@@ -15,7 +15,9 @@ torch = pytest.importorskip("torch")
 
 import ckpt_engine
 
+import test_lending
 from test_destinations import made_for
+from test_lending import SHAPES, made, placed, seen, zeros  # noqa: F401
 from test_processes import as_seen
 
 DTYPES = [
@@ -301,3 +303,143 @@ def test_nccl_between_processes_on_two_gpus(group, gpus, fp8):
         if not fp8:
             check(group, weights, "cuda:1")
         assert group.rollouts[0].call("run", devices) == {"cuda:1"}
+
+
+def lent(rollout_shapes=SHAPES):
+    """Tensors of torch's caching allocator, of which several are in an allocation of the driver."""
+    own = zeros(rollout_shapes, "cuda:0")
+    return own, own
+
+
+@pytest.mark.parametrize("where", ["cuda:0", "cpu"])
+def test_trainers_write_straight_into_tensors_that_torch_has_allocated(placed, where):
+    group = placed(lent, lent, device="cuda:0")
+    for version in (1, 2, 3):
+        weights = made(SHAPES, version, where)
+        group.update(weights, version)
+        for rollout in group.rollouts:
+            assert rollout.call("state") == ("active", version)
+            assert rollout.call("look") == seen(weights)
+
+
+BLOCKS = {f"model.layers.{i}.mlp.down_proj.weight": ("bfloat16", (256 + 128 * i, 640)) for i in range(3)}
+
+
+def lent_fp8():
+    own, parts = {}, {}
+    for name, (_, (rows, columns)) in BLOCKS.items():
+        own[name] = torch.zeros(rows, columns, dtype=torch.float8_e4m3fn, device="cuda:0")
+        own[f"{name}_scale_inv"] = torch.zeros(rows // 128, columns // 128, device="cuda:0")
+        parts[name] = ckpt_engine.Fp8(own[name], own[f"{name}_scale_inv"])
+    return own, parts
+
+
+def lent_columns():
+    """The right columns of quantised tensors, whose scales lie apart from their codes."""
+    own, parts = {}, {}
+    for name, (_, (rows, columns)) in BLOCKS.items():
+        own[name] = torch.zeros(rows, 256, dtype=torch.float8_e4m3fn, device="cuda:0")
+        own[f"{name}_scale_inv"] = torch.zeros(rows // 128, 2, device="cuda:0")
+        box = ckpt_engine.Box(own[name], (rows, columns), (0, columns - 256))
+        parts[name] = ckpt_engine.Fp8(box, own[f"{name}_scale_inv"])
+    return own, parts
+
+
+def test_trainers_quantise_straight_into_tensors_that_torch_has_allocated(placed):
+    group = placed(lent_fp8, lent_columns, device="cuda:0")
+    host, (rollout,) = ckpt_engine.form_local_group({"backend": "naive", "trainer_quantize_fp8": True})
+    from ranks import in_thread
+
+    def receive():
+        with rollout.receive_weights(framework="torch", copy=True) as weights:
+            return dict(weights)
+
+    for version in (1, 2, 3):
+        weights = made(BLOCKS, version)
+        report = group.update({name: tensor.cuda() for name, tensor in weights.items()}, version)
+        assert (report.counts.converted, report.slower) == (len(BLOCKS), ())
+        receiving = in_thread(receive)
+        host.send_weights(weights, version)
+        expected = receiving.result(10)
+        assert group.rollouts[0].call("look") == seen(expected)
+        right = {}
+        for name, tensor in expected.items():
+            kept = 2 if name.endswith("_scale_inv") else 256
+            right[name] = tensor.view(torch.uint8)[:, -kept * tensor.element_size() :].contiguous().view(tensor.dtype)
+        assert group.rollouts[1].call("look") == seen(right)
+
+
+def lent_expandable():
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    own = {"fine": torch.zeros(0, device="cuda:0"), "w": torch.zeros(1 << 20, device="cuda:0")}
+    return own, own
+
+
+def lent_on_the_host():
+    own = {"w": torch.zeros(4).share_memory_()}
+    return own, own
+
+
+@pytest.mark.parametrize(
+    ("lend", "kind", "words"),
+    [
+        (lent_expandable, ckpt_engine.WeightError, "does not export its memory"),
+        (lent_on_the_host, ckpt_engine.MismatchError, "not on device 0"),
+    ],
+)
+def test_memory_that_trainers_could_not_reach_is_refused_by_name(lend, kind, words):
+    import multiprocessing
+
+    context = multiprocessing.get_context("forkserver")
+    token = ckpt_engine.generate_token()
+    with ckpt_engine.ControlPlane.lead("127.0.0.1:0", token) as leader:
+        ours, end = context.Pipe()
+        config = {**test_lending.CONFIG, "device": "cuda:0"}
+        arguments = (leader.address, token, config, 2, lend, end)
+        process = context.Process(target=test_lending.serve, args=arguments, daemon=True)
+        process.start()
+        assert ours.poll(60)
+        error = ours.recv()
+        process.join(10)
+    assert isinstance(error, kind), error
+    assert error.tensor == "w" and words in str(error)
+
+
+def free(rollout, name):
+    """The program frees the memory of a tensor under it, as FSDP does with gathered parameters."""
+    rollout.model[name].untyped_storage().resize_(0)
+
+
+def lent_alone():
+    own = {"a": torch.zeros(1 << 20, device="cuda:0"), "b": torch.zeros(5, device="cuda:0")}
+    return own, own
+
+
+def test_a_tensor_whose_memory_was_freed_is_named_and_nothing_is_written(placed):
+    group = placed(lent_alone, device="cuda:0")
+    weights = {"a": torch.ones(1 << 20, device="cuda:0"), "b": torch.ones(5, device="cuda:0")}
+    group.update(weights, 1)
+    group.rollouts[0].call("run", free, "a")
+    with pytest.raises(ckpt_engine.StateError, match="freed or moved") as freed:
+        group.rollouts[0].call("update", 2)
+    assert freed.value.tensor == "a"
+    assert group.rollouts[0].call("state") == ("active", 1)
+
+
+def read_then_update(rollout, version):
+    """Has a tensor read behind a long kernel, and then written by an update; what was read."""
+    own = rollout.model["a"]
+    copy = torch.zeros_like(own)
+    torch.cuda._sleep(LONG)
+    copy.copy_(own)
+    rollout.update(version)
+    return copy.unique().tolist(), own.unique().tolist()
+
+
+def test_an_update_waits_for_the_work_that_reads_the_tensors_that_are_lent(placed):
+    group = placed(lent_alone, device="cuda:0")
+    for version in (1, 2, 3):
+        group.rollouts[0].start("run", read_then_update, version)
+        a = torch.full((1 << 20,), float(version), device="cuda:0")
+        group.engine.send_weights({"a": a, "b": torch.ones(5, device="cuda:0")}, version)
+        assert group.rollouts[0].answer() == ([float(version - 1)], [float(version)])

@@ -4,7 +4,7 @@
 //! receiver takes it by one broadcast. A weight that is larger than a bucket travels alone. Within a bucket the weights are sorted by the
 //! size of their elements, the largest first. So each begins at a multiple of its own element size, as torch requires of a view.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,8 +12,12 @@ use std::time::Duration;
 use collective::SharedSlot;
 use engine_core::clock::within;
 use engine_core::memory::Job;
-use engine_core::{DType, Error, ErrorKind, Result, TensorCounts, Weight, WeightStream};
+use engine_core::{
+    DType, Error, ErrorKind, Result, TensorCounts, TensorMeta, Weight, WeightStream,
+};
 use futures::{FutureExt, StreamExt};
+
+use crate::whole::{Whole, WholeBucket};
 
 const COLLECTING: &str = "reading the trainer's weights";
 
@@ -33,14 +37,18 @@ pub(crate) struct Chunk {
 pub(crate) struct Chunks {
     /// The most bytes of a chunk, unless it is a single weight.
     limit: u64,
-    pending: Option<Weight>,
+    /// Weights that were read, and belong to a later chunk.
+    pending: VecDeque<Weight>,
     names: HashSet<Arc<str>>,
+    /// All weights so far, in the order of the stream, if they are wanted.
+    pub(crate) metas: Option<Vec<TensorMeta>>,
     pub(crate) counts: TensorCounts,
 }
 
 impl Chunks {
     pub(crate) fn new(limit: u64) -> Self {
-        Self { limit, pending: None, names: HashSet::new(), counts: TensorCounts::default() }
+        let (pending, names, counts) = Default::default();
+        Self { limit, pending, names, metas: None, counts }
     }
 
     /// The next chunk, or `None` at the end of the stream.
@@ -51,13 +59,10 @@ impl Chunks {
     ) -> Result<Option<Chunk>> {
         let (mut taken, mut len) = (Vec::new(), 0);
         loop {
-            let weight = match self.pending.take() {
-                Some(weight) => Some(weight),
-                None => self.read(weights, deadline).await?,
-            };
+            let weight = self.read(weights, deadline).await?;
             let Some(weight) = weight else { break };
             if !taken.is_empty() && weight.byte_len() > self.limit.saturating_sub(len) {
-                self.pending = Some(weight);
+                self.pending.push_front(weight);
                 break;
             }
             len += weight.byte_len();
@@ -66,11 +71,49 @@ impl Chunks {
         Ok((!taken.is_empty()).then(|| packed(taken)))
     }
 
+    /// The chunk that servers were told of as this bucket; `None` without a bucket, at the end of the stream. If the stream brings other
+    /// weights, what was read of them is kept for [`next`](Self::next).
+    ///
+    /// # Errors
+    ///
+    /// `Mismatch`, naming the first other weight.
+    pub(crate) async fn next_of(
+        &mut self,
+        weights: &mut WeightStream<'_>,
+        whole: &Whole,
+        bucket: Option<&WholeBucket>,
+        deadline: Duration,
+    ) -> Result<Option<Chunk>> {
+        let expected = bucket
+            .map_or(whole.metas().len()..whole.metas().len() + 1, |bucket| bucket.weights.clone());
+        let mut taken: VecDeque<Weight> = VecDeque::new();
+        for index in expected {
+            let weight = self.read(weights, deadline).await?;
+            let meta = whole.metas().get(index);
+            if weight.as_ref().map(Weight::meta) != meta {
+                let error = differs(meta, weight.as_ref());
+                taken.extend(weight);
+                taken.append(&mut self.pending);
+                self.pending = taken;
+                return Err(error);
+            }
+            taken.extend(weight);
+        }
+        let Some(bucket) = bucket else { return Ok(None) };
+        let start = bucket.weights.start;
+        let mut taken: Vec<Option<Weight>> = taken.into_iter().map(Some).collect();
+        let ordered = bucket.order.iter().filter_map(|index| taken.get_mut(index - start)?.take());
+        Ok(Some(laid_out(ordered)))
+    }
+
     async fn read(
         &mut self,
         weights: &mut WeightStream<'_>,
         deadline: Duration,
     ) -> Result<Option<Weight>> {
+        if let Some(weight) = self.pending.pop_front() {
+            return Ok(Some(weight));
+        }
         // Weights that are ready need no timer: one for each of thousands of weights would cost time.
         let weight = match weights.next().now_or_never() {
             Some(weight) => weight,
@@ -81,21 +124,41 @@ impl Chunks {
         };
         let Some(weight) = weight.transpose()? else { return Ok(None) };
         weight.require_whole(COLLECTING)?;
-        torch_name(&weight)?;
+        torch_name(weight.meta())?;
         if !self.names.insert(weight.meta().name.clone()) {
             let message = "the stream has a weight of this name already";
             return Err(Error::new(ErrorKind::Weight, COLLECTING, message).tensor(weight.name()));
         }
         self.counts.add(&weight);
+        if let Some(metas) = &mut self.metas {
+            metas.push(weight.meta().clone());
+        }
         Ok(Some(weight))
     }
+}
+
+/// The error for a stream with another weight than servers were told.
+fn differs(expected: Option<&TensorMeta>, got: Option<&Weight>) -> Error {
+    let words = |meta: &TensorMeta| format!("{} {:?} {}", meta.dtype, meta.shape, meta.name);
+    let (expected, got) = (expected.map(words), got.map(|weight| words(weight.meta())));
+    let message = format!(
+        "the stream has {}, and the last update had {}: one call announces the weights of the last update",
+        got.as_deref().unwrap_or("no more weights"),
+        expected.as_deref().unwrap_or("no more"),
+    );
+    Error::new(ErrorKind::Mismatch, COLLECTING, message)
 }
 
 /// Lays weights out one behind the other.
 fn packed(mut weights: Vec<Weight>) -> Chunk {
     // The sort is stable: weights of one element size stay in the order of the stream.
     weights.sort_by_key(|weight| std::cmp::Reverse(weight.meta().dtype.bits()));
-    let (mut jobs, mut len, mut source_bytes) = (Vec::with_capacity(weights.len()), 0, 0);
+    laid_out(weights)
+}
+
+/// The same, in this order.
+fn laid_out(weights: impl IntoIterator<Item = Weight>) -> Chunk {
+    let (mut jobs, mut len, mut source_bytes) = (Vec::new(), 0, 0);
     for weight in weights {
         source_bytes += weight.source_bytes();
         let job = Job { start: 0, len: weight.byte_len(), offset: len, weight };
@@ -157,16 +220,33 @@ impl Chunk {
     ///
     /// `Weight` for types that torch does not have.
     pub(crate) fn tensors(&self) -> Result<Tensors> {
-        let metas = || self.jobs.iter().map(|job| job.weight.meta());
-        let types: Result<_> = self.jobs.iter().map(|job| torch_name(&job.weight)).collect();
-        Ok(Tensors {
-            names: metas().map(|meta| meta.name.clone()).collect(),
-            types: types?,
-            shapes: metas().map(|meta| meta.shape.to_vec()).collect(),
-            sizes: self.jobs.iter().map(|job| job.len).collect(),
-            ..Tensors::default()
-        })
+        described(self.jobs.iter().map(|job| job.weight.meta()))
     }
+}
+
+/// The description of weights for servers.
+///
+/// # Errors
+///
+/// `Weight` for types that torch does not have.
+pub(crate) fn described<'a>(metas: impl Iterator<Item = &'a TensorMeta>) -> Result<Tensors> {
+    let mut all = Tensors::default();
+    for meta in metas {
+        all.names.push(meta.name.clone());
+        all.types.push(torch_name(meta)?);
+        all.shapes.push(meta.shape.to_vec());
+        all.sizes.push(meta.shape.iter().product::<u64>() * item_bytes(meta)?);
+    }
+    Ok(all)
+}
+
+/// The bytes of an element of a weight.
+///
+/// # Errors
+///
+/// `Weight` if torch has no such type.
+pub(crate) fn item_bytes(meta: &TensorMeta) -> Result<u64> {
+    torch_name(meta).map(|_| meta.dtype.bits() / 8)
 }
 
 /// The name in torch of the type of a weight's elements.
@@ -174,8 +254,8 @@ impl Chunk {
 /// # Errors
 ///
 /// `Weight` if torch has no such type.
-pub(crate) fn torch_name(weight: &Weight) -> Result<&'static str> {
-    Ok(match weight.meta().dtype {
+pub(crate) fn torch_name(meta: &TensorMeta) -> Result<&'static str> {
+    Ok(match meta.dtype {
         DType::BOOL => "bool",
         DType::U8 => "uint8",
         DType::I8 => "int8",
@@ -197,7 +277,7 @@ pub(crate) fn torch_name(weight: &Weight) -> Result<&'static str> {
         DType::U64 => "uint64",
         other => {
             let message = format!("the receivers' torch has no type {other} of this shape");
-            return Err(Error::new(ErrorKind::Weight, COLLECTING, message).tensor(weight.name()));
+            return Err(Error::new(ErrorKind::Weight, COLLECTING, message).tensor(&*meta.name));
         }
     })
 }

@@ -276,7 +276,7 @@ pub(crate) fn compare(
 ) -> Result<Vec<Compared>> {
     let each = |(job, base): (Job, Option<Arc<Vec<u8>>>)| {
         let weight = job.weight;
-        let (size, name) = (element(weight.meta())?, torch_name(&weight)?);
+        let (size, name) = (element(weight.meta())?, torch_name(weight.meta())?);
         let new = weight.to_bytes()?;
         let old = base.as_deref().map(Vec::as_slice);
         let Changes { positions, values } = changes_on(pool, old, &new, size);

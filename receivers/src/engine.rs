@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::hash::{BuildHasher, RandomState};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,16 +22,18 @@ use futures::future::{join, join_all};
 use futures::stream::{FuturesUnordered, StreamExt};
 use serde::Serialize;
 use serde_json::json;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tracing::info;
 
 use crate::chunk::{Chunk, Chunks, Tensors, parts};
 use crate::delta::{Shadow, compare};
 use crate::fleet::{Act, Answers, Ask, Fleet, Outcome, Said, rank_of};
-use crate::http::ServerUrl;
+use crate::http::{FOREVER, ServerUrl};
 use crate::ignored::clash;
 use crate::server::{Meeting, Meets, Server, Told, World};
 use crate::store::{TorchStore, id_key};
+use crate::whole::Whole;
 
 /// One slot is filled while the other travels.
 const SLOTS: u32 = 2;
@@ -61,6 +64,8 @@ pub(crate) struct Receivers {
     pub(crate) meets: Meets,
     /// Whether they take each weight by a broadcast of its own, instead of each bucket.
     pub(crate) unpacked: bool,
+    /// Whether an update may be one call.
+    pub(crate) whole: bool,
     /// Whether they take only what changed, instead of all weights.
     pub(crate) delta: bool,
     /// Whether workers learn once where all buckets are.
@@ -83,7 +88,8 @@ pub(crate) async fn prepare<L: Library>(
     context: EngineContext,
     receivers: Receivers,
 ) -> Result<PreparedTrainer> {
-    let Receivers { backend, servers, pauses, meets, unpacked, delta, one_buffer } = receivers;
+    let Receivers { backend, servers, pauses, meets, unpacked, whole, delta, one_buffer } =
+        receivers;
     let refuse = |kind, message: &str| Err(Error::new(kind, "preparing", message));
     if servers.is_empty() {
         let message = format!(
@@ -121,6 +127,7 @@ pub(crate) async fn prepare<L: Library>(
             servers,
             meets,
             store: None,
+            announced: whole.then(Announced::default),
             meter: Meter::new(rank, context.observer.clone()),
             deadline,
             sending: Sending {
@@ -191,9 +198,20 @@ struct ServersEngine<C: Communicator> {
     loaded: Vec<Loaded>,
     /// The store where the workers of the present world find its id.
     store: Option<TorchStore>,
+    /// What servers may be told of by one call, if that is wanted.
+    announced: Option<Announced>,
     meter: Meter,
     deadline: Duration,
     sending: Sending<C>,
+}
+
+/// The weights of the last update.
+#[derive(Debug, Default)]
+struct Announced {
+    /// `None` if that update failed, or cannot be one call.
+    whole: Option<Arc<Whole>>,
+    /// Whether it was the last call of all members of the present world.
+    is_known: bool,
 }
 
 /// The trainer's slots, and the thread that makes the library's calls.
@@ -225,7 +243,7 @@ impl<C: Communicator> Drop for Sending<C> {
 }
 
 /// What a server has loaded of an update.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize)]
 struct Loaded {
     buckets: u64,
     tensors: u64,
@@ -244,12 +262,11 @@ struct UnderWay(Option<JoinHandle<Done>>);
 enum Done {
     Asked(Vec<(usize, Ask, Result<Said>)>),
     Formed(Result<()>, Answers),
-    /// A bucket with its number of tensors and bytes.
+    /// Buckets with their number, and those of their tensors and bytes.
     Sent {
         own: Result<()>,
         answers: Answers,
-        tensors: u64,
-        bytes: u64,
+        sent: Loaded,
     },
     /// The result is unknown.
     Lost(Error),
@@ -288,24 +305,58 @@ struct Bucket {
     tensors: Tensors,
 }
 
+/// A bucket on its way to the act that broadcasts it.
+struct Handed {
+    slot: u32,
+    len: u64,
+    /// While it is kept, the slot is not filled again.
+    _turn: OwnedSemaphorePermit,
+}
+
 /// The trainer's stream, and what was read from it.
 struct Feed<'a, 'w> {
     chunks: Chunks,
     weights: &'a mut WeightStream<'w>,
+    /// What the stream has to bring, if one call announces it.
+    whole: Option<Arc<Whole>>,
+    /// The number of buckets read.
+    read: usize,
+    /// Whether the stream has ended.
+    is_whole: bool,
     /// The number of buckets filled.
     filled: u64,
     stages: StageTimes,
+}
+
+impl Feed<'_, '_> {
+    /// The next bucket's weights.
+    async fn next(&mut self, deadline: Duration) -> Result<Option<Chunk>> {
+        if let Some(whole) = self.whole.clone() {
+            let bucket = whole.buckets().get(self.read);
+            let chunk = self.chunks.next_of(self.weights, &whole, bucket, deadline).await;
+            match chunk {
+                // Nobody was told of any weight yet.
+                Err(error) if self.read == 0 && error.kind() == ErrorKind::Mismatch => {
+                    self.whole = None;
+                }
+                chunk => return chunk,
+            }
+        }
+        self.chunks.next(self.weights, deadline).await
+    }
 }
 
 impl<C: Communicator> Sending<C> {
     /// Reads the next bucket's weights, and describes them; `None` at the end of the stream.
     async fn read(&self, feed: &mut Feed<'_, '_>, deadline: Duration) -> Result<Option<Read>> {
         let begun = Instant::now();
-        let chunk = feed.chunks.next(feed.weights, deadline).await;
+        let chunk = feed.next(deadline).await;
         feed.stages.source += begun.elapsed();
         let Some(chunk) = chunk.map_err(|error| error.bucket(feed.filled))? else {
+            feed.is_whole = true;
             return Ok(None);
         };
+        feed.read += 1;
         let tensors = chunk.tensors()?;
         Ok(Some((chunk, tensors)))
     }
@@ -362,10 +413,12 @@ impl<C: Communicator> Sending<C> {
             let message = "its slot is still in use";
             Error::new(ErrorKind::Timeout, "filling a bucket", message).bucket(index)
         })?;
+        // A bucket that was announced may have to be sent from any slot.
+        let room = len.max(feed.whole.as_ref().map_or(0, |whole| whole.largest()));
         let filled = async {
-            let guard = match len > self.shape.slot_bytes {
+            let guard = match room > self.shape.slot_bytes {
                 true if self.one_buffer => return Err(too_large(&tensors, self.shape.slot_bytes)),
-                true => self.slots.enlarge(guard, len).await?,
+                true => self.slots.enlarge(guard, room).await?,
                 false => guard,
             };
             let shared = self.is_shared.then(|| self.slots.shared(&guard)).transpose()?;
@@ -408,19 +461,42 @@ impl<C: Communicator> Sending<C> {
         work.await
     }
 
-    /// Broadcasts a bucket to the world, after joining it if it is the first one. It goes on when nobody waits for it any more: members
-    /// that have begun a broadcast wait for it without an end.
+    /// Broadcasts a bucket to the world. It goes on when nobody waits for it any more: members that have begun a broadcast wait for it
+    /// without an end.
     fn broadcast(&self, bucket: &Bucket, limit: Duration) -> JoinHandle<Result<()>> {
-        let slot = bucket.slot;
         let parts = match self.unpacked || self.shadow.is_some() {
             true => bucket.tensors.pieces(),
             false => parts(&[bucket.len]),
         };
+        tokio::spawn(self.caster().cast(bucket.slot, parts, limit))
+    }
+
+    fn caster(&self) -> Caster<C> {
+        let (thread, locks) = (self.thread.clone(), self.locks.clone());
+        Caster { thread, locks, awaited: self.awaited.clone() }
+    }
+}
+
+/// Makes broadcasts.
+struct Caster<C: Communicator> {
+    thread: Thread<C>,
+    locks: Arc<SlotLocks>,
+    awaited: Arc<Mutex<Option<Awaited>>>,
+}
+
+impl<C: Communicator> Caster<C> {
+    /// Broadcasts parts of a slot to the world one by one, after joining it if this is the first broadcast.
+    fn cast(
+        &self,
+        slot: u32,
+        parts: Vec<Range<u64>>,
+        limit: Duration,
+    ) -> impl Future<Output = Result<()>> + Send + use<C> {
         // Empty weights are not broadcast.
         let parts: Vec<_> = parts.into_iter().filter(|part| !part.is_empty()).collect();
         let (thread, locks) = (self.thread.clone(), self.locks.clone());
         let awaited = self.awaited.clone();
-        tokio::spawn(async move {
+        async move {
             let guard = locks.lock(slot).await;
             let work = thread.run(limit, move |library, wait| {
                 let done = (|| {
@@ -443,7 +519,57 @@ impl<C: Communicator> Sending<C> {
                 done
             });
             work.await
-        })
+        }
+    }
+
+    /// Broadcasts all buckets that one call has announced, of these lengths, as they are handed over. It owes each of them to the workers:
+    /// if no more are handed over, it sends what a slot has, and the update fails for the reason for which none came.
+    async fn cast_all(
+        self,
+        lens: Vec<u64>,
+        mut handed: mpsc::Receiver<Handed>,
+        pace: Arc<Pace>,
+        limit: Duration,
+    ) -> Result<()> {
+        let mut slot = 0;
+        for len in lens {
+            pace.rests();
+            let bucket = handed.recv().await;
+            pace.goes_on();
+            if let Some(bucket) = &bucket {
+                debug_assert_eq!(bucket.len, len, "the stream was compared with the list");
+                slot = bucket.slot;
+            }
+            self.cast(slot, parts(&[len]), limit).await?;
+        }
+        pace.rests();
+        // Until the stream has ended, too: only then is it known to have no further weights.
+        while handed.recv().await.is_some() {}
+        pace.goes_on();
+        Ok(())
+    }
+}
+
+/// When an act made its last step. Its deadline counts from there.
+#[derive(Debug)]
+struct Pace(Mutex<Option<Instant>>);
+
+impl Pace {
+    fn new() -> Self {
+        Self(Mutex::new(Some(Instant::now())))
+    }
+
+    fn goes_on(&self) {
+        *lock(&self.0) = Some(Instant::now());
+    }
+
+    /// It waits for the trainer's stream, which has a deadline of its own.
+    fn rests(&self) {
+        *lock(&self.0) = None;
+    }
+
+    fn until(&self, deadline: Duration) -> Option<Instant> {
+        lock(&self.0).map(|last| last + deadline)
     }
 }
 
@@ -452,15 +578,18 @@ async fn together(
     mut own: JoinHandle<Result<()>>,
     mut theirs: FuturesUnordered<impl Future<Output = (usize, Result<()>)>>,
     members: Vec<usize>,
+    pace: &Pace,
     deadline: Duration,
 ) -> (Result<()>, Answers) {
     let begun = Instant::now();
     let grace = GRACE.min(deadline / 4);
-    let mut until = begun + deadline;
+    let mut last: Option<Instant> = None;
     let mut ended: Option<Result<()>> = None;
     let mut answers: Answers = members.into_iter().map(|index| (index, None)).collect();
     while ended.is_none() || !theirs.is_empty() {
-        let left = until.saturating_duration_since(Instant::now());
+        let now = Instant::now();
+        let until = last.or_else(|| pace.until(deadline)).unwrap_or(now + deadline);
+        let left = until.saturating_duration_since(now);
         let failed = tokio::select! {
             done = &mut own, if ended.is_none() => {
                 let done = done.unwrap_or_else(|error| {
@@ -481,10 +610,14 @@ async fn together(
                 }
                 failed
             }
-            () = sleep(left) => break,
+            () = sleep(left) => match last.or_else(|| pace.until(deadline)) {
+                Some(until) if until <= Instant::now() => break,
+                _ => false,
+            },
         };
         if failed {
-            until = until.min(Instant::now() + grace);
+            let until = Instant::now() + grace;
+            last = Some(last.or_else(|| pace.until(deadline)).map_or(until, |own| own.min(until)));
         }
     }
     let ended = ended.unwrap_or_else(|| {
@@ -555,8 +688,26 @@ impl<C: Communicator> ServersEngine<C> {
                         self.fleet.end_of_stream(Ok(()));
                         continue;
                     };
-                    if self.refuse(&bucket.tensors) {
-                        ready = Some(bucket);
+                    let whole = feed.whole.clone();
+                    let all = whole.as_ref().map(|whole| whole.tensors()).transpose();
+                    let refused =
+                        all.map(|all| self.refuse(all.as_ref().unwrap_or(&bucket.tensors)));
+                    match refused {
+                        Ok(false) => {}
+                        Ok(true) => {
+                            ready = Some(bucket);
+                            continue;
+                        }
+                        Err(error) => {
+                            self.fleet.fail(error);
+                            continue;
+                        }
+                    }
+                    if let Some(whole) = whole {
+                        match self.send_whole(&members, bucket, &whole, feed).await {
+                            Ok(buckets) => sent += buckets,
+                            Err(error) => self.fleet.fail(error),
+                        }
                         continue;
                     }
                     let begun = Instant::now();
@@ -623,13 +774,13 @@ impl<C: Communicator> ServersEngine<C> {
                 }
             }
             Some(Done::Formed(own, answers)) => self.fleet.formed(own, answers),
-            Some(Done::Sent { own, answers, tensors, bytes }) => {
+            Some(Done::Sent { own, answers, sent }) => {
                 let has = |answer: &Option<Result<()>>| matches!(answer, Some(Ok(())));
                 for (index, _) in answers.iter().filter(|(_, answer)| has(answer)) {
                     let loaded = &mut self.loaded[*index];
-                    loaded.buckets += 1;
-                    loaded.tensors += tensors;
-                    loaded.bytes += bytes;
+                    loaded.buckets += sent.buckets;
+                    loaded.tensors += sent.tensors;
+                    loaded.bytes += sent.bytes;
                 }
                 self.fleet.sent(own, answers);
             }
@@ -646,6 +797,7 @@ impl<C: Communicator> ServersEngine<C> {
     ///
     /// Those that keep the trainer from asking any server.
     async fn form(&mut self, members: &[usize]) -> Result<()> {
+        self.forget();
         let limit = self.deadline;
         let id = match self.meets {
             Meets::Nowhere => Vec::new(),
@@ -677,9 +829,9 @@ impl<C: Communicator> ServersEngine<C> {
                 tokio::spawn(async { ready })
             }
         };
-        let formed = together(own, theirs, members.to_vec(), limit);
-        self.under_way.begin(async {
-            let (own, answers) = formed.await;
+        let members = members.to_vec();
+        self.under_way.begin(async move {
+            let (own, answers) = together(own, theirs, members, &Pace::new(), limit).await;
             Done::Formed(own, answers)
         });
         Ok(())
@@ -706,26 +858,125 @@ impl<C: Communicator> ServersEngine<C> {
 
     /// Begins to send a bucket to servers, which all learn of it at the same time.
     fn send(&mut self, members: &[usize], bucket: &Bucket) {
-        // All servers are of one kind and in one world.
-        let told = members.first().map(|&index| self.servers[index].describe(&bucket.tensors));
-        let told = Arc::new(told.unwrap_or(Told::Json(json!(null))));
-        let theirs: FuturesUnordered<_> = members
-            .iter()
-            .map(|&index| {
-                let (server, told) = (self.servers[index].clone(), told.clone());
-                async move { (index, server.update(&told).await) }
-            })
-            .collect();
+        self.forget();
+        let theirs = self.call(members, &bucket.tensors, self.deadline);
         let own = match self.sending.is_shared {
             true => tokio::spawn(async { Ok(()) }),
             false => self.sending.broadcast(bucket, self.deadline),
         };
-        let (tensors, bytes) = (bucket.tensors.names.len() as u64, bucket.len);
-        let sent = together(own, theirs, members.to_vec(), self.deadline);
+        let tensors = bucket.tensors.names.len() as u64;
+        let sent = Loaded { buckets: 1, tensors, bytes: bucket.len };
+        let (members, deadline) = (members.to_vec(), self.deadline);
         self.under_way.begin(async move {
-            let (own, answers) = sent.await;
-            Done::Sent { own, answers, tensors, bytes }
+            let (own, answers) = together(own, theirs, members, &Pace::new(), deadline).await;
+            Done::Sent { own, answers, sent }
         });
+    }
+
+    /// Makes a call to servers, which all learn at the same time what they are to load.
+    fn call(
+        &self,
+        members: &[usize],
+        tensors: &Tensors,
+        limit: Duration,
+    ) -> FuturesUnordered<impl Future<Output = (usize, Result<()>)> + Send + use<C>> {
+        // All servers are of one kind and in one world.
+        let told = members.first().map(|&index| self.servers[index].describe(tensors));
+        let told = Arc::new(told.unwrap_or(Told::Json(json!(null))));
+        let one = |&index: &usize| {
+            let (server, told) = (self.servers[index].clone(), told.clone());
+            async move { (index, server.update(&told, limit).await) }
+        };
+        members.iter().map(one).collect()
+    }
+
+    /// Sends all buckets by one call, the first of which is filled. Returns how many were sent.
+    ///
+    /// # Errors
+    ///
+    /// Those of the description, before any server is told.
+    async fn send_whole(
+        &mut self,
+        members: &[usize],
+        first: Bucket,
+        whole: &Whole,
+        feed: &mut Feed<'_, '_>,
+    ) -> Result<u64> {
+        let begun = Instant::now();
+        let is_known = self.announced.as_ref().is_some_and(|announced| announced.is_known);
+        // Until this call has succeeded.
+        self.forget();
+        // Servers that have the list take an empty one for it.
+        let tensors = if is_known { Tensors::default() } else { whole.tensors()? };
+        let theirs = self.call(members, &tensors, FOREVER);
+        let (hand, handed) = mpsc::channel(1);
+        let pace = Arc::new(Pace::new());
+        let lens: Vec<u64> = whole.buckets().iter().map(|bucket| bucket.len).collect();
+        let all = Loaded {
+            buckets: lens.len() as u64,
+            tensors: whole.metas().len() as u64,
+            bytes: lens.iter().sum(),
+        };
+        let deadline = self.deadline;
+        let own = self.sending.caster().cast_all(lens, handed, pace.clone(), deadline);
+        let (own, all_members) = (tokio::spawn(own), members.to_vec());
+        self.under_way.begin(async move {
+            let (own, answers) = together(own, theirs, all_members, &pace, deadline).await;
+            Done::Sent { own, answers, sent: all }
+        });
+        // A bucket has a turn from before it is filled until it has been sent: then its slot is free for the next but one.
+        let turns = Arc::new(Semaphore::new(SLOTS as usize));
+        let (mut next, mut sent) = (Some(first), 0);
+        let ended = loop {
+            let filled = async {
+                let turn = turns.clone().acquire_owned().await;
+                let bucket = match next.take() {
+                    Some(first) => Some(first),
+                    None => self.sending.fill(feed, None, deadline).await?,
+                };
+                Ok::<_, Error>(bucket.zip(turn.ok()))
+            };
+            let filled = tokio::select! {
+                biased;
+                () = hand.closed() => break None,
+                filled = filled => filled,
+            };
+            let (bucket, turn) = match filled {
+                Ok(Some(filled)) => filled,
+                Ok(None) => break Some(Ok(())),
+                Err(error) => break Some(Err(error)),
+            };
+            let handed = Handed { slot: bucket.slot, len: bucket.len, _turn: turn };
+            if hand.send(handed).await.is_err() {
+                break None;
+            }
+            self.meter.observe(&Progress::Bucket { index: sent, bytes: bucket.source_bytes });
+            sent += 1;
+        };
+        drop(hand);
+        feed.stages.publish += begun.elapsed();
+        let done = self.under_way.ended().await;
+        self.tell(done);
+        let is_sent = matches!(ended, Some(Ok(())));
+        if let Some(announced) = self.announced.as_mut().filter(|_| is_sent) {
+            announced.is_known = self.fleet.members() == members;
+        }
+        self.fleet.end_of_stream(ended.unwrap_or_else(|| match self.fleet.known().is_empty() {
+            // The servers' own errors are the cause.
+            true => Ok(()),
+            false => {
+                let message = "servers answered before they had all buckets";
+                Err(Error::new(ErrorKind::Protocol, "sending an update by one call", message))
+            }
+        }));
+        Ok(sent)
+    }
+
+    /// Servers are told something else than the list that they know, or nobody knows any more what they have.
+    fn forget(&mut self) {
+        if let Some(announced) = &mut self.announced {
+            announced.is_known = false;
+        }
     }
 
     fn report(
@@ -809,8 +1060,17 @@ impl<C: Communicator> TrainerEngine for ServersEngine<C> {
             // With their positions, all elements of a weight take up to three times its bytes.
             Some(_) => self.sending.shape.slot_bytes / 3,
         });
-        let stages = StageTimes::default();
-        let mut feed = Feed { chunks, weights: &mut weights, filled: 0, stages };
+        let whole = self.announced.as_mut().and_then(|announced| announced.whole.take());
+        let mut feed = Feed {
+            chunks,
+            weights: &mut weights,
+            whole,
+            read: 0,
+            is_whole: false,
+            filled: 0,
+            stages: StageTimes::default(),
+        };
+        feed.chunks.metas = self.announced.is_some().then(Vec::new);
         let buckets = self.run(&mut feed, version).await;
         self.settle().await;
         let outcome = self.fleet.outcome().inspect_err(|error| {
@@ -823,6 +1083,15 @@ impl<C: Communicator> TrainerEngine for ServersEngine<C> {
         }
         if let Some(shadow) = &self.sending.shadow {
             lock(shadow).commit(version, &outcome.loaded);
+        }
+        if let (Some(announced), true) = (&mut self.announced, feed.is_whole) {
+            announced.whole = match (feed.whole.take(), feed.chunks.metas.take()) {
+                (Some(whole), _) => Some(whole),
+                (None, Some(metas)) => {
+                    Whole::of(metas, self.sending.shape.slot_bytes)?.map(Arc::new)
+                }
+                (None, None) => None,
+            };
         }
         let report = self.report(&outcome, feed, version, buckets, begun.elapsed());
         self.meter.sent(&report);

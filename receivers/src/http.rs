@@ -24,7 +24,7 @@ use crate::key::{ApiKey, Keys};
 /// The longest answer that is read.
 const MAX_ANSWER_BYTES: usize = 16 << 20;
 /// The deadline of a request that something else ends in time.
-const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
+pub(crate) const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 /// The most characters of a server's own words that are repeated.
 pub(crate) const MAX_WORDS: usize = 600;
 

@@ -11,8 +11,10 @@
 //!
 //! - **The stream becomes buckets** (`chunk.rs`): whole weights, one behind the other. A bucket is one request to each server, with the
 //!   names, types and shapes of its weights, and one broadcast. So the stream need not be known in advance. Nothing is outstanding in NCCL
-//!   while the trainer waits for its next weight, so a trainer whose stream fails leaves no server hanging. vLLM can also take a whole
-//!   update by one call that reuses the names of the last one. That saves the names and a request for each bucket, but loses this property.
+//!   while the trainer waits for its next weight, so a trainer whose stream fails leaves no server hanging.
+//! - **One call may be the whole update** (`whole.rs`), which is faster and loses this property. The weights are then those of the last
+//!   update. The act that makes the call owes the workers every bucket that it has announced. If the stream fails, or the update is
+//!   dropped, it sends them whatever a slot has, and the update is never confirmed.
 //! - **Weights are packed into slots** by `backend-nccl`: one launch packs and quantises weights that are on the device, the CPU all
 //!   others. One of two slots is filled while the other travels.
 //! - **Calls that can hang** run on the thread of [`collective`], which gives a world up when a deadline passes: joining, warming up, a
@@ -59,6 +61,7 @@ pub mod sglang;
 mod shared;
 mod store;
 pub mod vllm;
+mod whole;
 mod zmtp;
 
 use std::path::PathBuf;
@@ -113,6 +116,8 @@ pub struct VllmOptions {
     pub pause: vllm::Pause,
     /// Whether each weight is broadcast by itself instead of each bucket. The servers receive it into memory of its own. Over NCCL.
     pub unpacked: bool,
+    /// How many calls of `update_weights` an update is. Over NCCL.
+    pub calls: vllm::Calls,
     /// Whether only changed elements are sent, with their positions, instead of all weights. For servers whose `--weight-transfer-config`
     /// has the backend `sparse_nccl`, and models without quantisation. The trainer keeps a copy of what it sent in host memory.
     pub delta: bool,
@@ -223,8 +228,8 @@ pub async fn prepare_vllm<L: Library>(
 ) -> Result<PreparedTrainer> {
     let backend = VLLM.name();
     let options: VllmOptions = context.config.kwargs(backend)?;
-    let VllmOptions { servers, transport, devices, pause, unpacked, delta, api_key_file, .. } =
-        options;
+    let VllmOptions { servers, transport, devices, pause, unpacked, calls, .. } = options;
+    let VllmOptions { delta, api_key_file, .. } = options;
     let gpus = transport.gpus(&devices)?;
     let keys = Keys::read(api_key_file, None)?;
     let refuse = |message| Err(Error::new(ErrorKind::Config, "preparing", message));
@@ -234,6 +239,18 @@ pub async fn prepare_vllm<L: Library>(
     if delta && (unpacked || transport != Transport::Nccl) {
         return refuse(
             "`delta` is for `transport: nccl` without `unpacked`: vLLM takes changes by broadcast alone",
+        );
+    }
+    let whole = calls == vllm::Calls::Update;
+    if whole && (unpacked || delta || transport != Transport::Nccl) {
+        return refuse(
+            "`calls: update` is for `transport: nccl`, without `unpacked` and `delta`: else a call has one bucket",
+        );
+    }
+    if whole && pause == vllm::Pause::None {
+        return refuse(
+            "`calls: update` takes a `pause`: an update that fails leaves bytes of other weights in the model, and nothing \
+             may be generated with them",
         );
     }
     let (short, long) = limits(&context);
@@ -248,6 +265,7 @@ pub async fn prepare_vllm<L: Library>(
         pauses: pause != vllm::Pause::None,
         meets: transport.meets(Meets::AtOnce),
         unpacked,
+        whole,
         delta,
         one_buffer: transport == Transport::Zmq,
     };
@@ -283,6 +301,7 @@ pub async fn prepare_sglang<L: Library>(
             port: options.master_port,
         }),
         unpacked: false,
+        whole: false,
         delta: false,
         one_buffer: options.transport == Transport::Zmq,
     };

@@ -88,12 +88,12 @@ pub(crate) trait Server: fmt::Debug + Send + Sync {
     /// Describes a bucket to a server of this kind, which is in the world that it joined last.
     fn describe(&self, tensors: &Tensors) -> Told;
 
-    /// Makes the server's workers receive a bucket and load it. Returns when they have.
+    /// Makes the server's workers receive what it was told, and load it. Returns when they have.
     ///
     /// # Errors
     ///
-    /// As [`ask`](Self::ask).
-    async fn update(&self, told: &Told) -> Result<()>;
+    /// As [`ask`](Self::ask); `Timeout` if it does not answer within the limit.
+    async fn update(&self, told: &Told, limit: Duration) -> Result<()>;
 
     /// Ends an update that is under way at the server, if the server waits for more without an end.
     async fn call_off(&self) {

@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use base64::Engine as _;
@@ -265,7 +266,7 @@ impl Server for Sglang {
         }))
     }
 
-    async fn update(&self, told: &Told) -> Result<()> {
+    async fn update(&self, told: &Told, limit: Duration) -> Result<()> {
         let body = match told {
             Told::Json(body) => body,
             Told::Pickled(bucket) => return self.worker.update(bucket).await,
@@ -274,7 +275,8 @@ impl Server for Sglang {
             Transport::Nccl => "/update_weights_from_distributed",
             Transport::Ipc | Transport::Zmq => "/update_weights_from_tensor",
         };
-        self.client.tell(path, Some(body)).await
+        let answer = self.client.post(path, Some(body), limit).await?;
+        self.client.done(path, &answer)
     }
 }
 

@@ -2,6 +2,8 @@
 //!
 //! A server has the routes with `VLLM_SERVER_DEV_MODE=1`. `--weight-transfer-config` decides what they do.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -48,6 +50,21 @@ impl Pause {
             Self::None => "none",
         }
     }
+}
+
+/// How many calls of `update_weights` an update is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
+pub enum Calls {
+    /// One for each bucket. Whatever fails, no worker is left waiting for a bucket that does not come.
+    #[default]
+    Bucket,
+    /// One for all buckets, if the last update succeeded. The stream has to bring the same weights in the same order. It is faster, because
+    /// the servers hear of the weights only once. If a server fails within the call, workers of other servers may wait for it without an
+    /// end, as they do if the trainer's process dies.
+    Update,
 }
 
 /// A server of vLLM.
@@ -177,13 +194,13 @@ impl Server for Vllm {
         Told::Json(json!({ "update_info": info }))
     }
 
-    async fn update(&self, told: &Told) -> Result<()> {
+    async fn update(&self, told: &Told, limit: Duration) -> Result<()> {
         let body = match told {
             Told::Json(body) => body,
             Told::Pickled(bucket) => return self.worker.update(bucket).await,
         };
         let path = "/update_weights";
-        let answer = self.client.post(path, Some(body), self.client.long).await?;
+        let answer = self.client.post(path, Some(body), limit).await?;
         if !answer.is_success() && answer.words().contains("VLLM_ALLOW_INSECURE_SERIALIZATION") {
             let remedy = "set VLLM_ALLOW_INSECURE_SERIALIZATION=1 where the server is started";
             return Err(self.client.refusal(path, &answer, remedy));
@@ -330,8 +347,8 @@ fn config(takes: Takes) -> String {
     format!("start it with --weight-transfer-config '{{\"backend\": \"{}\"}}'", takes.backend())
 }
 
-/// The parameters with which workers join the trainer's world. Unless they take each weight by a broadcast of its own, they take each call
-/// by one broadcast, because a bucket never exceeds the buffer size, or is a single weight.
+/// The parameters with which workers join the trainer's world. Unless they take each weight by a broadcast of its own, they take a call for
+/// one bucket by one broadcast, because such a bucket never exceeds the buffer size, or is a single weight.
 fn init_info(id: &str, world: &World, unpacked: bool) -> Value {
     json!({
         "nccl_unique_id_b64": id,

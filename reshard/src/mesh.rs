@@ -67,9 +67,32 @@ impl Mesh {
     /// # Ok::<(), engine_core::Error>(())
     /// ```
     pub fn layout(&self, shape: &[u64], placements: &[Placement]) -> Result<Layout> {
-        if placements.len() != self.shape.len() {
-            let (own, given) = (&self.shape, placements.len());
-            return Err(refuse(format!("{given} placements for a mesh of shape {own:?}")));
+        let boxes = self.ranks.iter().enumerate().map(|(at, &rank)| {
+            let coordinate: Vec<u32> =
+                (0..self.shape.len()).map(|axis| self.position(at, axis)).collect();
+            Ok((rank, Self::region(&self.shape, &coordinate, shape, placements)?))
+        });
+        Layout::new(shape, boxes.collect::<Result<Vec<_>>>()?)
+    }
+
+    /// The box of a tensor of the given shape at one coordinate of a mesh of the shape `mesh`.
+    ///
+    /// # Errors
+    ///
+    /// As [`layout`](Self::layout), and for a coordinate outside of the mesh.
+    pub fn region(
+        mesh: &[u32],
+        coordinate: &[u32],
+        shape: &[u64],
+        placements: &[Placement],
+    ) -> Result<TensorBox> {
+        if placements.len() != mesh.len() {
+            let given = placements.len();
+            return Err(refuse(format!("{given} placements for a mesh of shape {mesh:?}")));
+        }
+        let is_within = coordinate.iter().zip(mesh).all(|(at, side)| at < side);
+        if coordinate.len() != mesh.len() || !is_within {
+            return Err(refuse(format!("{coordinate:?} in a mesh of shape {mesh:?}")));
         }
         let sharded = placements.iter().filter_map(|placement| match placement {
             Placement::Shard(dimension) | Placement::StridedShard(dimension) => Some(*dimension),
@@ -78,32 +101,29 @@ impl Mesh {
         if let Some(dimension) = sharded.into_iter().find(|&dimension| dimension >= shape.len()) {
             return Err(refuse(format!("shards of dimension {dimension} of the shape {shape:?}")));
         }
-        let boxes = self.ranks.iter().enumerate().map(|(at, &rank)| {
-            let mut region = TensorBox::whole(shape);
-            let mut shard = |axis: usize, dimension: usize| {
-                let along = region.ranges()[dimension].clone();
-                let part = chunk(along, self.shape[axis].into(), self.position(at, axis));
-                region = region.narrowed(dimension, part);
-            };
-            for (axis, placement) in placements.iter().enumerate() {
-                if let Placement::Shard(dimension) = *placement {
-                    shard(axis, dimension);
-                }
+        let mut region = TensorBox::whole(shape);
+        let mut shard = |axis: usize, dimension: usize| {
+            let along = region.ranges()[dimension].clone();
+            let part = chunk(along, mesh[axis].into(), coordinate[axis].into());
+            region = region.narrowed(dimension, part);
+        };
+        for (axis, placement) in placements.iter().enumerate() {
+            if let Placement::Shard(dimension) = *placement {
+                shard(axis, dimension);
             }
-            for (axis, placement) in placements.iter().enumerate().rev() {
-                if let Placement::StridedShard(dimension) = *placement {
-                    shard(axis, dimension);
-                }
+        }
+        for (axis, placement) in placements.iter().enumerate().rev() {
+            if let Placement::StridedShard(dimension) = *placement {
+                shard(axis, dimension);
             }
-            (rank, region)
-        });
-        Layout::new(shape, boxes.collect::<Vec<_>>())
+        }
+        Ok(region)
     }
 
     /// The coordinate of the rank at index `at` along a dimension of the mesh.
-    fn position(&self, at: usize, axis: usize) -> u64 {
+    fn position(&self, at: usize, axis: usize) -> u32 {
         let stride: usize = self.shape[axis + 1..].iter().map(|&n| n as usize).product();
-        (at / stride) as u64 % u64::from(self.shape[axis])
+        (at / stride) as u32 % self.shape[axis]
     }
 }
 

@@ -45,6 +45,7 @@ import ast
 import concurrent.futures
 import contextlib
 import ctypes
+import fnmatch
 import hashlib
 import importlib.abc
 import importlib.machinery
@@ -291,12 +292,11 @@ def moonshot(folder):
 
 
 def finished(worker):
-    """An update is over: all weights are written, or their digest is."""
-    tensors = worker.model.tensors
+    """An update is over: all weights are written, or their digest is, if that is wanted. A whole vLLM generates instead."""
     if worker.args.out:
-        write(tensors, worker.args.out)
+        write(worker.model.tensors, worker.args.out)
     if worker.args.digests:
-        found = {name: (NAMES[type_name(one)], one.shape, content(one)) for name, one in tensors.items()}
+        found = {name: (NAMES[type_name(one)], one.shape, content(one)) for name, one in worker.model.tensors.items()}
         with open(worker.args.digests, "a") as file:
             file.write(f"{worker.version} {digest(found)}\n")
 
@@ -679,9 +679,11 @@ class Case(typing.NamedTuple):
     # A worker on each of two GPUs.
     two: bool = False
     delta: bool = False
+    # From the second update on, one call is an update.
+    one_call: bool = False
 
     def name(self):
-        words = [word for word in ["unpacked", "two", "delta", "fp8"] if getattr(self, word)]
+        words = [word for word in ["unpacked", "two", "delta", "one_call", "fp8"] if getattr(self, word)]
         return "-".join([self.kind, self.transport, *words])
 
     def device(self):
@@ -698,6 +700,7 @@ class Case(typing.NamedTuple):
         chosen |= {"unpacked": True} if self.unpacked else {}
         chosen |= {"devices": ["cuda:0", "cuda:1"]} if self.two else {}
         chosen |= {"delta": True} if self.delta else {}
+        chosen |= {"calls": "update"} if self.one_call else {}
         kwargs = [word for key, value in chosen.items()
                   for word in ["--engine-kwarg", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]]
         return [args.program, "sync", "--backend", self.kind, "--device", "cuda:0", "--server", server.url, "--json", *kwargs, *options]
@@ -777,7 +780,7 @@ def sequence(args):
         subprocess.run([args.program, "quantize", folder, folder + "-fp8"], check=True, capture_output=True)
         expected[True].append(digest(read(folder + "-fp8")))
     cases = [Case(kind, "nccl", fp8) for kind in ["vllm", "sglang"] if getattr(args, kind) for fp8 in [False, True]]
-    cases += [Case("vllm", "nccl", delta=True)] if args.vllm else []
+    cases += [Case("vllm", "nccl", delta=True), Case("vllm", "nccl", True, one_call=True)] if args.vllm else []
     for number, one in enumerate(cases):
         name = "sequence-" + one.name()
         log_file, digests = (os.path.join(args.work, name + end) for end in [".log", ".digests"])
@@ -906,6 +909,8 @@ def speed(args):
     os.makedirs(args.work, exist_ok=True)
     print("GPUs:", *{torch.cuda.get_device_name(gpu) for gpu in range(torch.cuda.device_count())}, flush=True)
     for transport, layers in [("nccl", args.layers), ("ipc", args.ipc_layers)]:
+        if not layers:
+            continue
         one = Case("vllm", transport, True)
         common = ["--synthetic", args.synthetic, "--layers", str(layers), "--trainer-quantize-fp8", "--bucket-mb", str(args.bucket_mb)]
         name = f"speed-{transport}"
@@ -916,8 +921,10 @@ def speed(args):
             found = {}
             for what, loads in [("weights are copied into the model", True), ("nothing is loaded", False)][: 2 if transport == "nccl" else 1]:
                 ask(server.url, "/loads", {"loads": loads})
-                lines = measured(one.sync(args, server, *common, "--updates", str(args.updates)), log, 80)
-                found["this, " + what] = median([line["seconds"] for line in lines])
+                for how, case in [("", one), ("by one call, ", one._replace(one_call=True))][: 2 if transport == "nccl" else 1]:
+                    lines = measured(case.sync(args, server, *common, "--updates", str(args.updates)), log, 80)
+                    # The first update of one call has a call for each bucket.
+                    found[f"this, {how}{what}"] = median([line["seconds"] for line in lines], 2 if how else 1)
                 theirs = [sys.executable, __file__, "own-trainer", args.vllm, "--url", server.url, "--transport", transport,
                           "--bucket-mb", str(args.bucket_mb), "--updates", str(args.updates)]
                 for line in measured(theirs, log, 60):
@@ -942,15 +949,15 @@ def speed(args):
             print(f"    {what}: {value if isinstance(value, (dict, list)) else round(value, 4)}", flush=True)
 
 
-def generating(args, family, transport, fp8, number):
+def generating(args, family, one, number):
     """A vLLM that generates, updated from a first version to a second; and one that was started with the second."""
-    name = f"generate-{family}-{transport}" + ("-fp8" if fp8 else "")
+    name, transport, fp8 = f"generate-{family}-{one.name()}", one.transport, one.fp8
     first, second = (os.path.join(args.work, f"{family}-{version}" + ("-fp8" if fp8 else "")) for version in (1, 2))
     count = torch.cuda.device_count()
     # vLLM takes the first GPU that it sees: over NCCL that is not the trainer's.
     trainer, other = str(number % count), str((number + 1) % count)
     gpus = trainer if transport == "ipc" else other
-    options = [args.vllm, "--transport", transport, "--device", "cuda:0", "--model"]
+    options = [args.vllm, "--transport", transport, "--device", "cuda:0", *(["--delta"] if one.delta else []), "--model"]
     port = 18100 + 2 * number
     with (open(os.path.join(args.work, name + ".log"), "w") as log, open(os.path.join(args.work, name + "-fresh.log"), "w") as other,
           Receiver(log, "vllm", port, *options, first, gpus=gpus) as server,
@@ -960,9 +967,8 @@ def generating(args, family, transport, fp8, number):
         before, expected = server.tokens(), fresh.tokens()
         if before == expected:
             return name, "both versions generate the same"
-        sync = ["env", f"CUDA_VISIBLE_DEVICES={trainer}", args.program, "sync", "--backend", "vllm", "--device", "cuda:0", "--server",
-                server.url, "--model", os.path.join(args.work, f"{family}-2"), "--updates", "3", "--json", "--engine-kwarg",
-                f"transport={transport}", *(["--trainer-quantize-fp8"] if fp8 else [])]
+        sync = ["env", f"CUDA_VISIBLE_DEVICES={trainer}", *one.sync(args, server), "--model", os.path.join(args.work, f"{family}-2"),
+                "--updates", "3", *(["--trainer-quantize-fp8"] if fp8 else [])]
         if not run(sync, log, 100):
             return name, "sync failed"
         found = server.tokens()
@@ -991,14 +997,19 @@ def everything(args):
     cases = [Case(kind, transport, fp8) for kind in kinds for transport in transports for fp8 in models]
     # vLLM's own communicator has no FP8 for single weights.
     cases += [Case("vllm", "nccl", unpacked=True), Case("vllm", "nccl", delta=True)] if args.vllm else []
+    cases += [Case("vllm", "nccl", fp8, one_call=True) for fp8 in models] if args.vllm else []
     if torch.cuda.device_count() > 1:
         cases += [Case(kind, transport, fp8, two=True) for kind in kinds for transport in transports[1:] for fp8 in models]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        cases = [one for one in cases if not args.only or one.name() == args.only]
+        is_wanted = lambda name: not args.only or fnmatch.fnmatchcase(name, args.only)
+        cases = [one for one in cases if is_wanted(one.name())]
         jobs = [pool.submit(case, args, models[one.fp8], one, 18000 + number) for number, one in enumerate(cases)]
         if args.generate:
             make_models(args)
-            each = [(family, transport, fp8) for family in ["qwen3", "qwen3_moe"] for transport in ["ipc", "nccl"] for fp8 in models]
+            each = [Case("vllm", transport, fp8) for transport in ["ipc", "nccl"] for fp8 in models]
+            each += [Case("vllm", "nccl", delta=True), Case("vllm", "nccl", True, one_call=True)]
+            each = [(family, one) for family in ["qwen3", "qwen3_moe"] for one in each]
+            each = [(family, one) for family, one in each if is_wanted(f"generate-{family}-{one.name()}")]
             jobs += [pool.submit(generating, args, *one, number) for number, one in enumerate(each)]
         failed = False
         for job in concurrent.futures.as_completed(jobs):
@@ -1034,15 +1045,15 @@ def main():
         one.add_argument("--work", required=True)
         if name == "all":
             one.add_argument("--moonshot", help="the sources of Moonshot's checkpoint-engine, for the transport zmq; pyzmq is needed as well")
-            one.add_argument("--only", help="the name of a case")
+            one.add_argument("--only", help="the name of a case, or a pattern of names: 'generate-*-delta'")
             one.add_argument("--generate", action="store_true", help="also with the vLLM that is installed, which generates")
             one.add_argument("--jobs", type=int, default=1, help="how many cases at a time")
         else:
             one.add_argument("--updates", type=int, default={"sequence": 20, "speed": 6}[name])
         if name == "speed":
             one.add_argument("--synthetic", default="qwen3-30b-a3b")
-            one.add_argument("--layers", type=int, default=24, help="over NCCL")
-            one.add_argument("--ipc-layers", type=int, default=24, help="by CUDA IPC, where one GPU has both models")
+            one.add_argument("--layers", type=int, default=24, help="over NCCL; 0 leaves it out")
+            one.add_argument("--ipc-layers", type=int, default=24, help="by CUDA IPC, where one GPU has both models; 0 leaves it out")
             one.add_argument("--bucket-mb", type=int, default=1024)
     own = what.add_parser("own-trainer", help="vLLM's own trainer engine, which sends to a server of this program")
     own.add_argument("sources")

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use quant_fp8::{SourceType, StridedPart, Strides};
 
-use super::table::{ENTRY, Table, Target, job_of, move_source, push_check, push_write};
+use super::table::{ENTRY, Table, job_of, move_source, push_check, push_write};
 use crate::CudaError;
 
 /// Bytes that a launch reads, approximately. Work can be stopped between two launches.
@@ -40,9 +40,35 @@ pub(super) struct Job<'a> {
 pub(super) struct Place {
     /// The weight, if one is written.
     pub(super) source: Option<Source>,
-    /// The address and the length of the memory that its parts are in.
-    pub(super) target: u64,
-    pub(super) target_len: u64,
+    /// The memory that its parts are in, and that of their scales.
+    pub(super) target: Room,
+    pub(super) scales: Room,
+}
+
+/// Memory that has the bytes of some offsets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Room {
+    /// What is added to an offset to get its address. It wraps.
+    pub(super) base: u64,
+    /// The first offset, and the one behind the last.
+    pub(super) start: u64,
+    pub(super) end: u64,
+}
+
+impl Room {
+    /// The first bytes of something.
+    pub(super) fn of(len: u64) -> Self {
+        Self { base: 0, start: 0, end: len }
+    }
+
+    /// The address of an offset.
+    pub(super) fn address(self, at: u64) -> u64 {
+        self.base.wrapping_add(at)
+    }
+
+    fn has(self, at: u64, end: Option<u64>) -> bool {
+        at >= self.start && end.is_some_and(|end| end <= self.end)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +146,15 @@ impl Launches {
         made.map(|()| Taken::New)
     }
 
+    /// Whether a list of jobs is probably the last one: it has as many jobs, and the first has the same parts.
+    pub(super) fn begin_as(&self, jobs: &[Job<'_>]) -> bool {
+        let first = self.jobs.first().zip(jobs.first());
+        let is_same = |((_, parts), job): (&(Place, Arc<[StridedPart]>), &Job<'_>)| {
+            Arc::ptr_eq(parts, job.parts) || parts == job.parts
+        };
+        self.jobs.len() == jobs.len() && first.is_none_or(is_same)
+    }
+
     /// How far each job's source has moved since the last list, and nothing if none has. `None` if the lists differ in more than that.
     fn moves(&self, jobs: &[Job<'_>]) -> Option<Vec<u64>> {
         if jobs.len() != self.jobs.len() {
@@ -164,22 +199,22 @@ impl Launches {
         let mut read = 0;
         self.jobs.reserve(jobs.len());
         for (slot, job) in (0..).zip(jobs) {
-            let Place { source, target, target_len } = job.place;
-            let to = Target { address: target, place: 0 };
+            let Place { source, target, scales } = job.place;
             for part in job.parts.iter() {
                 let written = if part.blocks.is_some() { 1 } else { part.element };
-                within(part, part.to, written, target_len)?;
-                scales_within(part, target_len)?;
+                within(part, part.to, written, target)?;
+                scales_within(part, scales)?;
                 let [rows, blocks, any, checks] = &mut tables;
                 let elements = part.extent.iter().product::<u64>();
                 let Some(source) = source else {
                     read += elements * written;
-                    push_check(checks, part, to, slot)?;
+                    push_check(checks, part, [target, scales], slot)?;
                     continue;
                 };
-                within(part, part.from, part.element, source.len)?;
+                within(part, part.from, part.element, Room::of(source.len))?;
                 read += elements * part.element;
                 let tables = [rows, blocks, any];
+                let to = [target, scales];
                 push_write(tables, part, source.address, to, source.ty, source.known, slot)?;
             }
             self.jobs.push((job.place, job.parts.clone()));
@@ -209,28 +244,30 @@ pub(super) fn counts_of(part: &StridedPart) -> [u64; 2] {
     part.blocks.as_ref().map_or([1, 1], |blocks| blocks.counts(part.extent[1], part.extent[2]))
 }
 
-/// Checks that a part lies within memory of `len` bytes.
+/// Checks that a part lies within memory.
 pub(super) fn within(
     part: &StridedPart,
     at: Strides,
     element: u64,
-    len: u64,
+    room: Room,
 ) -> Result<(), CudaError> {
     let [matrices, rows, cols] = part.extent;
     let end = cols.checked_mul(element).and_then(|bytes| at.end(matrices, rows, bytes));
-    match end {
-        Some(end) if end <= len => Ok(()),
-        _ => Err(CudaError::Range(format!("a part at {} of {len} bytes", at.at))),
+    match room.has(at.at, end) {
+        true => Ok(()),
+        false => Err(CudaError::Range(format!("a part at {} outside of {room:?}", at.at))),
     }
 }
 
-fn scales_within(part: &StridedPart, len: u64) -> Result<(), CudaError> {
+fn scales_within(part: &StridedPart, room: Room) -> Result<(), CudaError> {
     let Some(blocks) = &part.blocks else { return Ok(()) };
     let [bands, columns] = counts_of(part);
     let end = blocks.scales.end(part.extent[0], bands, columns * 4);
-    match end {
-        Some(end) if end <= len => Ok(()),
-        _ => Err(CudaError::Range(format!("scales at {} of {len} bytes", blocks.scales.at))),
+    match room.has(blocks.scales.at, end) {
+        true => Ok(()),
+        false => {
+            Err(CudaError::Range(format!("scales at {} outside of {room:?}", blocks.scales.at)))
+        }
     }
 }
 
@@ -268,7 +305,10 @@ mod tests {
         let ty = [None, Some(SourceType::Bf16), Some(SourceType::F32)][what as usize];
         let source = Source { address: at, len: 1 << 20, ty, known: 0 };
         let source = (!checks).then_some(source);
-        Made(Place { source, target: 1 << 30, target_len: 2 << 20 }, [part(0), part(rows)].into())
+        // The scales are in other memory than the codes.
+        let target = Room { base: 1 << 30, start: 0, end: 1 << 20 };
+        let scales = Room { base: 1 << 40, start: 1 << 20, end: 2 << 20 };
+        Made(Place { source, target, scales }, [part(0), part(rows)].into())
     }
 
     fn jobs(all: &[Made]) -> Vec<Job<'_>> {
@@ -335,7 +375,7 @@ mod tests {
                         all.iter_mut().for_each(|Made(_, parts)| *parts = parts.to_vec().into());
                         expected = Some(Taken::Same);
                     }
-                    Change::Target => all.iter_mut().for_each(|Made(place, _)| place.target += 8),
+                    Change::Target => all.iter_mut().for_each(|Made(place, _)| place.target.base += 8),
                     Change::Other(other) => all = other,
                 }
                 let taken = launches.take(&jobs(&all)).unwrap();
@@ -353,7 +393,9 @@ mod tests {
         let mut launches = Launches::default();
         for change in [
             |place: &mut Place| place.source.as_mut().unwrap().len = 1 << 10,
-            |place: &mut Place| place.target_len = 1 << 10,
+            |place: &mut Place| place.target.end = 1 << 10,
+            |place: &mut Place| place.target.start = 1,
+            |place: &mut Place| place.scales.end = 1 << 20,
         ] {
             assert_eq!(launches.take(&jobs(std::slice::from_ref(&good))).unwrap(), Taken::New);
             let mut bad = good.clone();

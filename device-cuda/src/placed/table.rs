@@ -2,6 +2,7 @@
 
 use quant_fp8::{Fp8Format, Granularity, Precast, SourceType, StridedBlocks, StridedPart, Strides};
 
+use super::launches::Room;
 use crate::CudaError;
 use crate::table::mode_number;
 
@@ -147,15 +148,6 @@ fn side(side: u64) -> Result<u32, CudaError> {
     u32::try_from(side).map_err(|_| too_large("a part of a tensor that is too large"))
 }
 
-/// The memory that a part is written to, and its place in the digest.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Target {
-    /// The address of the lent memory.
-    pub(super) address: u64,
-    /// The offset of the memory in the digest.
-    pub(super) place: u64,
-}
-
 fn all_multiples(numbers: &[u64], of: u64) -> bool {
     numbers.iter().all(|number| number.is_multiple_of(of))
 }
@@ -197,16 +189,16 @@ fn divide(
 }
 
 /// Whether neither rows nor the places where they are cut divide a word of the digest.
-fn is_whole_words(place: u64, to: Strides, bytes: u64, cut: Option<(u64, u64)>) -> bool {
+fn is_whole_words(to: Strides, bytes: u64, cut: Option<(u64, u64)>) -> bool {
     let cut = cut.filter(|(first, _)| bytes > *first).unwrap_or_default();
-    all_multiples(&[place + to.at, to.matrix, to.row, cut.0, cut.1], 8)
+    all_multiples(&[to.at, to.matrix, to.row, cut.0, cut.1], 8)
 }
 
 /// Adds copies of rows of bytes from one memory to another.
 fn push_rows(
     table: &mut Table,
     (source, from): (u64, Strides),
-    (target, to): (Target, Strides),
+    (target, to): (Room, Strides),
     [matrices, rows, bytes]: [u64; 3],
     cut: Option<(u64, u64)>,
     slot: u32,
@@ -229,9 +221,9 @@ fn push_rows(
     let extent = [matrices, rows, bytes];
     let (from, to) = (used(from, extent), used(to, extent));
     let mut entry = Entry {
-        source: source + from.at,
-        target: target.address + to.at,
-        place: target.place + to.at,
+        source: source.wrapping_add(from.at),
+        target: target.address(to.at),
+        place: to.at,
         source_matrix: from.matrix,
         source_row: from.row,
         target_matrix: to.matrix,
@@ -240,7 +232,7 @@ fn push_rows(
         slot,
         ..Entry::default()
     };
-    let whole = is_whole_words(target.place, to, bytes, cut);
+    let whole = is_whole_words(to, bytes, cut);
     divide(&mut entry, rows, bytes, if whole { None } else { Some(cut.unwrap_or((CUT, CUT))) })?;
     let aligned = [
         entry.source,
@@ -269,7 +261,7 @@ pub(super) fn push_write(
     [rows_table, fast_table, any_table]: [&mut Table; 3],
     part: &StridedPart,
     source: u64,
-    target: Target,
+    [target, of_scales]: [Room; 2],
     ty: Option<SourceType>,
     known: u64,
     slot: u32,
@@ -286,10 +278,10 @@ pub(super) fn push_write(
     let counts = blocks.counts(rows, cols);
     entry.source = source + from.at;
     (entry.source_matrix, entry.source_row) = (from.matrix, from.row);
-    (entry.target, entry.place) = (target.address + to.at, target.place + to.at);
+    (entry.target, entry.place) = (target.address(to.at), to.at);
     (entry.target_matrix, entry.target_row) = (to.matrix, to.row);
     let scales = blocks.scales;
-    (entry.scales, entry.scales_place) = (target.address + scales.at, target.place + scales.at);
+    (entry.scales, entry.scales_place) = (of_scales.address(scales.at), scales.at);
     (entry.scales_matrix, entry.scales_row) = (scales.matrix, scales.row);
     if known != 0 {
         entry.known = known;
@@ -367,7 +359,7 @@ pub(super) fn push_maxima(
 pub(super) fn push_check(
     table: &mut Table,
     part: &StridedPart,
-    target: Target,
+    [target, of_scales]: [Room; 2],
     slot: u32,
 ) -> Result<(), CudaError> {
     let [matrices, rows, cols] = part.extent;
@@ -376,7 +368,7 @@ pub(super) fn push_check(
     let mut extent = [matrices, rows, bytes];
     let mut cut = part.blocks.as_ref().map(|blocks| (blocks.first[1], blocks.sides[1]));
     // Contiguous memory is one row, if no word is divided.
-    if is_whole_words(target.place, to, bytes, cut) && bytes.is_multiple_of(8) {
+    if is_whole_words(to, bytes, cut) && bytes.is_multiple_of(8) {
         cut = None;
         if rows > 1 && to.row == bytes && (matrices == 1 || to.matrix == rows * bytes) {
             extent = [1, 1, matrices * rows * bytes];
@@ -388,7 +380,7 @@ pub(super) fn push_check(
         [1, n, _] if n == matrices && matrices > 1 => Strides { row: to.matrix, ..to },
         _ => to,
     };
-    push_rows(table, (target.address, to), (target, to), extent, cut, slot)?;
+    push_rows(table, (target.base, to), (target, to), extent, cut, slot)?;
     let Some(blocks) = &part.blocks else { return Ok(()) };
     let [bands, columns] = blocks.counts(rows, cols);
     let [skip_band, skip_col] = blocks.skips.map(u64::from);
@@ -399,8 +391,8 @@ pub(super) fn push_check(
     let at = blocks.scales.at + skip_band * blocks.scales.row + skip_col * 4;
     let mut entry = Entry {
         kind: SCALES_ONLY,
-        target: target.address + at,
-        place: target.place + at,
+        target: of_scales.address(at),
+        place: at,
         target_matrix: blocks.scales.matrix,
         target_row: blocks.scales.row,
         slot,

@@ -1,7 +1,7 @@
 //! Groups of ranks that share a process, with memory that is lent by handing it over.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use engine_core::{
     SendReport, TensorBox, TensorMeta, TrainerEngine, Treatment, Version, Weight,
     ensure_async_iterator,
 };
+use futures::StreamExt;
 use futures::future::{join, join_all};
 use placed::{Layout, Lender, LentBytes, PlacedRollout, PlacedTrainer, Reach, Reached, Wanted};
 use protocol::hub::{Hub, Member};
@@ -24,6 +25,7 @@ pub(crate) struct Market(Arc<Lots>);
 struct Lots {
     lent: Mutex<HashMap<u64, Weak<Lot>>>,
     garbles: AtomicBool,
+    puts: AtomicUsize,
 }
 
 type Lot = Mutex<Vec<u8>>;
@@ -59,9 +61,9 @@ impl Lender for Owner {
         Ok(self.lent.is_none())
     }
 
-    fn bytes(&self) -> Result<LentBytes<'_>> {
+    fn bytes(&self, at: u64, len: u64) -> Result<LentBytes<'_>> {
         match self.lent {
-            None => Ok(LentBytes::Host(&self.own)),
+            None => Ok(LentBytes::Host(&self.own[at as usize..(at + len) as usize])),
             Some(_) => Err(Error::new(ErrorKind::State, "reading", "it is lent")),
         }
     }
@@ -74,7 +76,8 @@ impl Reach for Market {
             let lot = self.0.lent.lock().unwrap()[&number].upgrade();
             let gone = || Error::new(ErrorKind::PeerLost, "reaching", "it is gone").rank(*rank);
             let garbles = self.0.garbles.load(Ordering::Relaxed);
-            Ok(Arc::new(Hand { lot: lot.ok_or_else(gone)?, garbles }) as Arc<dyn Reached>)
+            let (lot, market) = (lot.ok_or_else(gone)?, self.clone());
+            Ok(Arc::new(Hand { lot, garbles, market }) as Arc<dyn Reached>)
         };
         terms.iter().map(reach).collect()
     }
@@ -84,6 +87,7 @@ impl Reach for Market {
 struct Hand {
     lot: Arc<Lot>,
     garbles: bool,
+    market: Market,
 }
 
 impl Reached for Hand {
@@ -91,6 +95,7 @@ impl Reached for Hand {
         let mut memory = self.lot.lock().unwrap();
         let to = &mut memory[at as usize..at as usize + bytes.len()];
         to.copy_from_slice(bytes);
+        self.market.0.puts.fetch_add(1, Ordering::Relaxed);
         if self.garbles {
             to[0] ^= 1;
         }
@@ -126,6 +131,10 @@ pub(crate) struct Group {
     market: Market,
     /// A trainer whose weights cannot be read.
     pub(crate) fails: Option<Rank>,
+    /// A trainer whose stream ends with an error.
+    pub(crate) breaks_off: Option<Rank>,
+    /// The streams stop in front of the weight of this number until something was written.
+    pub(crate) stops_at: Option<usize>,
     _members: Vec<Member>,
 }
 
@@ -171,6 +180,8 @@ impl Group {
             rollouts,
             market,
             fails: None,
+            breaks_off: None,
+            stops_at: None,
             _members: members,
         }
     }
@@ -194,9 +205,33 @@ impl Group {
             boxes.iter().map(weight).collect::<Vec<_>>()
         });
         let sources: Vec<_> = sources.collect();
-        let sends = self.trainers.iter_mut().zip(sources).map(|(trainer, weights)| {
-            trainer.send_weights(ensure_async_iterator(weights), Version(version))
-        });
+        let (market, stops_at) = (self.market.clone(), self.stops_at);
+        let before = market.0.puts.load(Ordering::Relaxed);
+        let breaks_off = self.breaks_off;
+        let sends =
+            self.trainers.iter_mut().zip(sources).zip(0..).map(|((trainer, weights), rank)| {
+                let market = market.clone();
+                let weights = futures::stream::iter(weights.into_iter().enumerate());
+                let weights = weights.then(move |(number, weight)| {
+                    let market = market.clone();
+                    async move {
+                        while stops_at == Some(number)
+                            && market.0.puts.load(Ordering::Relaxed) == before
+                        {
+                            tokio::time::sleep(Duration::from_millis(1)).await;
+                        }
+                        Ok::<_, Error>(weight)
+                    }
+                });
+                // A moment later, so that all ranks have called.
+                let broken = (breaks_off == Some(Rank(rank))).then_some(async {
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                    Err(Error::new(ErrorKind::Source, "reading a disk", "it is broken"))
+                });
+                let broken = futures::stream::iter(broken).then(|broken| broken);
+                let weights = weights.chain(broken);
+                trainer.send_weights(ensure_async_iterator(weights), Version(version))
+            });
         let receives = self.rollouts.iter_mut().map(|rollout| rollout.update(None));
         let all = join(join_all(sends), join_all(receives));
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();

@@ -133,6 +133,8 @@ pub(super) struct State {
     pub(super) limit: u64,
     /// Whether vLLM was told that tensors come together: by one broadcast, or behind one handle.
     pub(super) packed: bool,
+    /// The names, types and shapes that vLLM was told last.
+    pub(super) last_told: (Vec<Value>, Vec<Value>, Vec<Value>),
     /// The groups of SGLang's workers, by their names in torch.
     pub(super) groups: BTreeMap<String, Group>,
     wrong: Vec<(String, usize, Wrong)>,
@@ -226,6 +228,7 @@ impl Server {
             members: None,
             limit: 0,
             packed: false,
+            last_told: Default::default(),
             groups: BTreeMap::new(),
             wrong: Vec::new(),
             asked: Vec::new(),

@@ -180,6 +180,7 @@ async fn init(info: &Value, shared: &Shared) -> Result<(), String> {
     let members = join_all(workers.map(|place| Member::join(&id, place, size, true))).await;
     let mut state = lock(&shared.state);
     (state.members, state.limit, state.packed) = (Some(members), limit, packed);
+    state.last_told = Default::default();
     Ok(())
 }
 
@@ -201,7 +202,16 @@ async fn update(info: &Value, shared: &Shared) -> Result<(), String> {
     let list = |key: &str| -> Result<Vec<Value>, String> {
         info[key].as_array().cloned().ok_or_else(|| format!("no {key}"))
     };
-    let (names, types, shapes) = (list("names")?, list("dtype_names")?, list("shapes")?);
+    let mut told = (list("names")?, list("dtype_names")?, list("shapes")?);
+    if shared.started.backend == Some("nccl") {
+        // Without names, it is what it was the last time.
+        let mut state = lock(&shared.state);
+        match told.0.is_empty() {
+            true => told = state.last_told.clone(),
+            false => state.last_told = told.clone(),
+        }
+    }
+    let (names, types, shapes) = told;
     if names.len() != types.len() || names.len() != shapes.len() {
         return Err("`dtype_names` should be of the same size as `names`".into());
     }
