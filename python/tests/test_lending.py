@@ -309,6 +309,31 @@ def test_the_memory_that_is_lent_stays_when_the_program_gives_a_tensor_other_mem
     assert group.rollouts[0].call("look") == seen({"a": torch.zeros(4, 3), "before": weights["a"]})
 
 
+def test_an_array_of_numpy_in_shared_memory_is_lent_also_to_a_trainer_of_the_same_process():
+    np = pytest.importorskip("numpy")
+    from multiprocessing import shared_memory
+
+    memory = shared_memory.SharedMemory(create=True, size=4096)
+    own = np.ndarray((8, 16), np.float32, buffer=memory.buf, offset=64)
+    token = ckpt_engine.generate_token()
+    with ckpt_engine.ControlPlane.lead("127.0.0.1:0", token) as leader:
+
+        def rollout():
+            with ckpt_engine.ControlPlane.join(leader.address, token) as control:
+                with ckpt_engine.form_group(control, CONFIG, lend={"w": own}) as engine:
+                    states = [engine.state]
+                    engine.update()
+                    return [*states, engine.state, engine.version]
+
+        receiving = in_thread(rollout)
+        weights = np.random.rand(8, 16).astype(np.float32)
+        with ckpt_engine.form_group(leader, CONFIG, world_size=2) as engine:
+            engine.send_weights({"w": weights}, 5)
+            assert receiving.result(10) == ["empty", "active", 5]
+        assert (own == weights).all()
+    memory.unlink()
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -352,8 +377,15 @@ def test_a_rollout_that_is_killed_is_named_and_a_trainer_whose_source_raises_lea
         yield "a", weights["a"]
         raise RuntimeError("the trainer's disk")
 
+    for rollout in group.rollouts:
+        rollout.start("update", 2)
+    time.sleep(0.3)  # All of them have called when the stream breaks off.
     with pytest.raises(ckpt_engine.SourceError, match="the trainer's disk"):
         group.engine.send_weights(broken(), 2)
+    for rollout in group.rollouts:
+        with pytest.raises(ckpt_engine.SourceError, match="the trainer's disk"):
+            rollout.answer()
+        assert rollout.call("state") == ("active", 1)
     group.update(weights, 3)
     group.rollouts[0].start("update", 4)
     sending = in_thread(group.engine.send_weights, weights, 4)
