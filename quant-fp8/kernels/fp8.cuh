@@ -11,6 +11,13 @@ __device__ __forceinline__ float round_to_bf16(float value) {
     return __uint_as_float((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
 }
 
+// Two values, rounded to BF16, the first in the lower half.
+__device__ __forceinline__ u32 rounded_pair(float a, float b) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+    return pair;
+}
+
 struct Scale {
     float scale;
     float multiplier;
