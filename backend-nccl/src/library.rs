@@ -49,7 +49,7 @@ impl Library for NcclLibrary {
 /// The kind of memory of the configured GPU: the registry's, or device-cuda's without one.
 pub(crate) fn memory_of(context: &EngineContext) -> Result<&'static dyn MemoryKind> {
     if context.config.device.is_cpu() {
-        let message = "the buckets are on GPUs: set `device` to `cuda`";
+        let message = "this transport has its buckets on GPUs: set `device` to `cuda`";
         return Err(Error::new(ErrorKind::Config, "preparing", message));
     }
     Ok(context.memory.unwrap_or(device_cuda::MEMORY))
