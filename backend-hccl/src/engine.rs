@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use collective::{CollectiveEngine, CollectiveOptions, Library, Opened, Shape, Thread, Wait};
+use collective::{
+    CollectiveEngine, CollectiveOptions, Library, MemorySlots, Opened, Shape, Thread, Wait,
+};
 use engine_core::memory::Pool;
 use engine_core::{
     EngineContext, Error, ErrorKind, PreparedRollout, PreparedTrainer, Rank, Result,
@@ -12,7 +14,7 @@ use engine_core::{
 use serde::{Deserialize, Serialize};
 
 use crate::comm::{HcclCommunicator, Plan};
-use crate::slots::HcclSlots;
+use crate::slots::NpuMemory;
 use crate::{DEVICE, NAME};
 
 /// The size of each of the two buckets unless one is configured.
@@ -117,7 +119,8 @@ impl Library for HcclLibrary {
             Ok((own.version().to_owned(), device, own.views().clone(), own.share()))
         };
         let (version, device, views, share) = thread.run(deadline, say).await?;
-        let slots = HcclSlots::new(thread.clone(), shape.slot_bytes, deadline, device, views);
-        Ok(Opened { thread, slots: Arc::new(slots), version, share: Some(share) })
+        let memory = NpuMemory::new(thread.clone(), shape, deadline, device, views);
+        let slots = Arc::new(MemorySlots::of(memory.cut()));
+        Ok(Opened { thread, slots, version, share: Some(share) })
     }
 }

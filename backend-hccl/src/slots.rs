@@ -1,17 +1,17 @@
-//! Slots on an NPU: filled through pinned memory, read through a window.
+//! The memory of an NPU as a kind of memory: slots are filled through pinned memory, and read through a window.
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use async_trait::async_trait;
-use collective::{SlotGuard, Slots, Thread, Wait};
+use collective::{Shape, Thread, Wait};
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::Piece;
-use engine_core::{DeviceBytes, DeviceMemory, Error, ErrorKind, Result, Storage, clock, digest};
+use engine_core::provider::{Allocation, BucketMemory, BucketSlot, SlotBytes};
+use engine_core::{DeviceBytes, DeviceMemory, Error, ErrorKind, Result, digest};
 use tokio::sync::Semaphore;
 use tracing::warn;
 
-use crate::comm::{HcclCommunicator, LEASES, Mark};
+use crate::comm::{HcclCommunicator, LEASES, Lease, Mark};
 #[cfg(feature = "mutations")]
 use crate::mutation::Mutation;
 
@@ -21,88 +21,129 @@ const WINDOW_BYTES: u64 = 4 << 20;
 // The sum of a part of a bucket is that of its bytes only from an aligned place on.
 const _: () = assert!(WINDOW_BYTES.is_multiple_of(engine_core::plan::ALIGNMENT));
 
+/// How often a fill that waits for pinned memory looks for it. Only fills of updates that were dropped keep it from others.
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// The memory of a rank's slots on its NPU. The engine's thread has it, and does whatever is done to it in order.
 #[derive(Debug)]
-pub(crate) struct HcclSlots {
+pub(crate) struct NpuMemory {
     pub(crate) thread: Thread<HcclCommunicator>,
-    pub(crate) slot_bytes: u64,
+    pub(crate) shape: Shape,
     pub(crate) deadline: Duration,
     pub(crate) device: String,
+    pub(crate) views: Arc<Views>,
     leases: Arc<Semaphore>,
-    views: Arc<Views>,
 }
 
-impl HcclSlots {
+/// One of the slots.
+#[derive(Debug)]
+struct NpuSlot {
+    memory: Arc<NpuMemory>,
+    /// The same.
+    whole: Arc<dyn BucketMemory>,
+    number: u32,
+}
+
+impl NpuMemory {
     pub(crate) fn new(
         thread: Thread<HcclCommunicator>,
-        slot_bytes: u64,
+        shape: Shape,
         deadline: Duration,
         device: String,
         views: Arc<Views>,
     ) -> Self {
         let leases = Arc::new(Semaphore::new(LEASES));
-        Self { thread, slot_bytes, deadline, device, leases, views }
+        Self { thread, shape, deadline, device, views, leases }
+    }
+
+    /// All of it, and its slots.
+    pub(crate) fn cut(self) -> Allocation {
+        let memory = Arc::new(self);
+        let whole: Arc<dyn BucketMemory> = memory.clone();
+        let slot = |number| -> Box<dyn BucketSlot> {
+            Box::new(NpuSlot { memory: memory.clone(), whole: whole.clone(), number })
+        };
+        Allocation { slots: (0..memory.shape.slots).map(slot).collect(), memory: whole.clone() }
+    }
+
+    /// Pinned memory to fill a bucket in.
+    fn lease(&self) -> Result<Lease> {
+        let until = Instant::now() + self.deadline;
+        let permit = loop {
+            if let Ok(permit) = self.leases.clone().try_acquire_owned() {
+                break permit;
+            }
+            if Instant::now() >= until {
+                let seconds = self.deadline.as_secs_f64();
+                let message = format!("no pinned memory was free for {seconds:.1} s");
+                return Err(Error::new(ErrorKind::Timeout, FILLING, message));
+            }
+            std::thread::sleep(PAUSE);
+        };
+        self.thread.run_blocking(self.deadline, |own, wait| own.lease(permit, wait))
     }
 }
 
-#[async_trait]
-impl Slots for HcclSlots {
-    async fn fill(
-        &self,
-        slot: SlotGuard,
-        jobs: Vec<Job>,
-        pool: &Pool,
-        digests: bool,
-    ) -> Result<u64> {
-        const OPERATION: &str = "filling a bucket";
-        let filled = jobs.iter().map(|job| job.offset + job.len).max().unwrap_or(0);
-        if filled > self.slot_bytes {
-            let message = format!("{filled} bytes for a slot of {}", self.slot_bytes);
-            return Err(Error::new(ErrorKind::Protocol, OPERATION, message));
+const FILLING: &str = "filling a bucket";
+
+impl BucketMemory for NpuMemory {
+    fn len(&self) -> u64 {
+        self.shape.slot_bytes * u64::from(self.shape.slots)
+    }
+
+    fn spare(&self, bytes: u64) -> Result<Box<dyn BucketSlot>> {
+        let message = format!("slots on an NPU keep their size; {bytes} bytes are wanted");
+        Err(Error::new(ErrorKind::Config, "enlarging a slot", message))
+    }
+}
+
+impl BucketSlot for NpuSlot {
+    fn memory(&self) -> &Arc<dyn BucketMemory> {
+        &self.whole
+    }
+
+    fn start(&self) -> u64 {
+        self.memory.shape.slot_bytes * u64::from(self.number)
+    }
+
+    fn len(&self) -> u64 {
+        self.memory.shape.slot_bytes
+    }
+
+    /// Ends when the copy to the NPU has begun: whatever uses the slot does so on the same thread, behind the copy.
+    fn fill(&mut self, filled: u64, jobs: Vec<Job>, pool: &Pool, digests: bool) -> Result<u64> {
+        if filled > self.len() {
+            let message = format!("{filled} bytes for a slot of {}", self.len());
+            return Err(Error::new(ErrorKind::State, FILLING, message));
         }
         if filled == 0 {
             return Ok(0);
         }
-        let permit = clock::within(self.deadline, self.leases.clone().acquire_owned()).await;
-        let permit = permit.ok_or_else(|| {
-            let seconds = self.deadline.as_secs_f64();
-            let message = format!("no pinned memory was free for {seconds:.1} s");
-            Error::new(ErrorKind::Timeout, OPERATION, message)
-        })?;
-        let permit = permit.map_err(|error| {
-            Error::new(ErrorKind::State, OPERATION, error.to_string()).with_source(error)
-        })?;
-        let lease = self.thread.run(self.deadline, |own, wait| own.lease(permit, wait));
-        let mut lease = lease.await?;
-        let threads = pool.clone();
-        let encode = move || {
-            let sum = threads.encode(&jobs, lease.as_mut(), digests)?;
-            Ok((lease, slot, sum))
-        };
-        let (lease, slot, sum) = pool.start(encode).await?;
-        let upload = move |own: &mut HcclCommunicator, _: &Wait<'_>| {
-            let uploaded = own.upload(slot.index(), lease, filled);
-            // The slot's next use is on this thread, behind the copy.
-            drop(slot);
-            uploaded
-        };
-        self.thread.run(self.deadline, upload).await?;
+        let (memory, number) = (&self.memory, self.number);
+        let mut lease = memory.lease()?;
+        let sum = pool.encode(&jobs, lease.as_mut(), digests)?;
+        let upload =
+            move |own: &mut HcclCommunicator, _: &Wait<'_>| own.upload(number, lease, filled);
+        memory.thread.run_blocking(memory.deadline, upload)?;
         Ok(sum)
     }
 
-    fn view(&self, slot: SlotGuard, filled: u64) -> Storage {
+    fn read(&self, filled: u64) -> Result<SlotBytes<'_>> {
+        if filled > self.len() {
+            let message = format!("{filled} bytes of a slot of {}", self.len());
+            return Err(Error::new(ErrorKind::State, "reading from an NPU", message));
+        }
         let view = View {
-            thread: self.thread.clone(),
-            slot,
+            memory: self.memory.clone(),
+            slot: self.number,
             filled,
-            deadline: self.deadline,
-            device: self.device.clone(),
             window: Mutex::default(),
             kept: OnceLock::new(),
             mark: Arc::default(),
         };
         let view = Arc::new(view);
-        self.views.add(&view);
-        DeviceBytes::new(view).into()
+        self.memory.views.add(&view);
+        Ok(SlotBytes::Device(DeviceBytes::new(view)))
     }
 }
 
@@ -128,7 +169,7 @@ impl Views {
         let all = std::mem::take(&mut *self.all());
         for view in all.iter().filter_map(Weak::upgrade) {
             let mut bytes = vec![0; view.filled as usize];
-            match own.read(view.slot.index(), 0, &mut bytes, &view.mark) {
+            match own.read(view.slot, 0, &mut bytes, &view.mark) {
                 // Nobody else sets it.
                 Ok(()) => drop(view.kept.set(bytes)),
                 Err(error) => {
@@ -143,11 +184,9 @@ impl Views {
 /// a copy here.
 #[derive(Debug)]
 pub(crate) struct View {
-    thread: Thread<HcclCommunicator>,
-    slot: SlotGuard,
+    memory: Arc<NpuMemory>,
+    slot: u32,
     filled: u64,
-    deadline: Duration,
-    device: String,
     window: Mutex<Window>,
     kept: OnceLock<Vec<u8>>,
     /// Of the bucket, if the slot is the leader's, once some of it was read.
@@ -165,13 +204,13 @@ impl View {
     /// Reads a part of the slot to the beginning of a buffer, and gives the buffer back.
     fn fetch(&self, start: u64, len: u64, mut buffer: Vec<u8>) -> Result<Vec<u8>> {
         buffer.resize(len as usize, 0);
-        let slot = self.slot.index();
+        let (slot, thread) = (self.slot, &self.memory.thread);
         #[cfg(feature = "mutations")]
         if Mutation::CallFromExecutor.is_on() {
             let find = move |own: &mut HcclCommunicator, _: &Wait<'_>| {
                 Ok((own.device().api(), own.escape(slot, start, len)?))
             };
-            let (api, escaped) = self.thread.run_blocking(self.deadline, find)?;
+            let (api, escaped) = thread.run_blocking(self.memory.deadline, find)?;
             escaped.read(api, &mut buffer)?;
             return Ok(buffer);
         }
@@ -180,7 +219,7 @@ impl View {
             own.read(slot, start, &mut buffer, &mark)?;
             Ok(buffer)
         };
-        let read = self.thread.run_blocking(self.deadline, read);
+        let read = thread.run_blocking(self.memory.deadline, read);
         let kept = || self.kept.get()?.get(start as usize..(start + len) as usize);
         // The thread is gone, and has left this before it went.
         read.or_else(|error| kept().map(<[u8]>::to_vec).ok_or(error))
@@ -208,7 +247,7 @@ impl View {
 
 impl DeviceMemory for View {
     fn device(&self) -> String {
-        self.device.clone()
+        self.memory.device.clone()
     }
 
     fn len(&self) -> u64 {

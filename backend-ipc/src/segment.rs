@@ -108,7 +108,7 @@ impl BucketMemory for Segment {
             Error::new(ErrorKind::Protocol, "sharing memory", error.to_string()).with_source(error)
         })?;
         // A mapping keeps the memory, so no lease is needed.
-        Ok(Exported { handle, stays_while_open: false })
+        Ok(Exported { handle, stays_while_open: false, native: None })
     }
 }
 

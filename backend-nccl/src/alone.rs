@@ -2,13 +2,12 @@
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use collective::{Communicator, Library, Opened, Shape, Thread, Wait};
+use collective::{Communicator, Library, MemorySlots, Opened, Shape, Thread, Wait};
 use engine_core::memory::Pool;
 use engine_core::{DeviceChoice, EngineContext, Error, ErrorKind, Result};
 use std::sync::Arc;
 
-use crate::library::DEFAULT_BUCKET_BYTES;
-use crate::slots::CudaSlots;
+use crate::library::{DEFAULT_BUCKET_BYTES, memory_of};
 
 /// Slots without a library.
 #[derive(Debug)]
@@ -30,14 +29,11 @@ impl Library for SharedSlots {
     }
 
     async fn open(&self, context: &EngineContext, shape: Shape, _: &Pool) -> Result<Opened<Alone>> {
-        let device = &context.config.device;
-        if device.is_cpu() {
-            let message = "the buckets are on the GPU: set `device` to `cuda`";
-            return Err(Error::new(ErrorKind::Config, "preparing", message));
-        }
-        let slots = Arc::new(CudaSlots::shared(device, &self.readers, shape)?);
+        let kind = memory_of(context)?;
+        let slots = MemorySlots::shared(kind, &context.config.device, &self.readers, shape)?;
         let thread = Thread::start("ckpt-shared", || Ok(Alone)).await?;
-        Ok(Opened { thread, slots, version: "CUDA IPC".into(), share: None })
+        let version = "CUDA IPC".into();
+        Ok(Opened { thread, slots: Arc::new(slots), version, share: None })
     }
 }
 

@@ -3,14 +3,12 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use collective::{Communicator, Shape, Thread};
-use device_cuda::CudaArena;
+use collective::{Communicator, MemorySlots, Shape, Thread};
 use engine_core::{DeviceChoice, Result};
 
 use crate::comm::Nccl;
 use crate::error::NcclError;
 use crate::ffi::{RawComm, unique_id};
-use crate::slots::CudaSlots;
 use crate::sys;
 
 /// What to broadcast.
@@ -71,10 +69,8 @@ pub async fn broadcasts(library: Option<&Path>, what: Broadcasts) -> Result<Vec<
     const DEADLINE: Duration = Duration::from_secs(60);
     let api = sys::load(library)?;
     let shape = Shape { slots: 2, slot_bytes: what.bytes };
-    let arena = CudaArena::new(&what.device, shape.slots, shape.slot_bytes)?;
-    let own = arena.clone();
-    let thread =
-        Thread::start("ckpt-nccl", move || Nccl::new(api, CudaSlots::new(own, shape))).await?;
+    let slots = MemorySlots::new(device_cuda::MEMORY, &what.device, shape)?;
+    let thread = Thread::start("ckpt-nccl", move || Nccl::new(api, slots)).await?;
     let run = thread.run(DEADLINE, move |nccl, wait| {
         let id: [u8; sys::UNIQUE_ID_BYTES] =
             what.id.as_slice().try_into().map_err(|_| NcclError::Id(what.id.len()))?;

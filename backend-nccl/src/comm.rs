@@ -5,14 +5,13 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use collective::{Communicator, Wait};
+use collective::{Communicator, MemorySlots, Wait};
 use device_cuda::{CollectiveUnderWay, Device, Event, Stream};
 use engine_core::{Error, Result};
 use tracing::debug;
 
 use crate::error::NcclError;
-use crate::ffi::{RawComm, Registration, abort_all, unique_id};
-use crate::slots::CudaSlots;
+use crate::ffi::{DeviceBytes, RawComm, Registration, abort_all, unique_id};
 use crate::sys::Api;
 
 /// The pause between two looks at a communicator that is being made.
@@ -26,7 +25,7 @@ pub(crate) struct Nccl {
     api: &'static Api,
     device: Device,
     groups: HashMap<usize, Group>,
-    slots: CudaSlots,
+    slots: MemorySlots,
 }
 
 #[derive(Debug)]
@@ -44,10 +43,13 @@ struct Group {
 }
 
 impl Nccl {
-    pub(crate) fn new(api: &'static Api, slots: CudaSlots) -> Result<Self> {
-        let device = slots.arena().device().clone();
+    pub(crate) fn new(api: &'static Api, slots: MemorySlots) -> Result<Self> {
+        let memory = slots.memory();
+        let number = memory.reach().and_then(|reach| reach.device());
+        let number = number.and_then(|number| i32::try_from(number).ok());
+        let device = Device::open(number.ok_or(NcclError::OutOfReach)?).map_err(NcclError::from)?;
         // NCCL takes the device whose context is current on the thread.
-        device.enter().map_err(NcclError::from)?;
+        memory.enter()?;
         Ok(Self { api, device, groups: HashMap::new(), slots })
     }
 
@@ -79,7 +81,8 @@ impl Nccl {
 
     /// Registers the slots with a communicator.
     fn register(&self, comm: &RawComm, wait: &Wait<'_>) -> Result<Option<Registration>, NcclError> {
-        let registration = match comm.register(&self.slots.arena().memory().all()) {
+        let all = DeviceBytes::all(self.slots.memory().clone())?;
+        let registration = match comm.register(&all) {
             Ok(registration) => registration,
             Err(error) => {
                 debug!(%error, "the slots are not registered: transfers copy once more");
@@ -152,8 +155,8 @@ impl Communicator for Nccl {
 
     fn greet(&mut self, group: usize, wait: &Wait<'_>) -> Result<()> {
         // The slots may be filled already.
-        let own = self.slots.arena().another(size_of::<f32>())?;
-        let float = own.memory().all();
+        let own = self.slots.memory().spare(size_of::<f32>() as u64)?;
+        let float = DeviceBytes::all(own.memory().clone())?;
         self.enqueue(group, wait, "enqueueing an all-reduce", |comm, stream| {
             comm.all_reduce(&float, stream)
         })?;
@@ -178,9 +181,9 @@ impl Communicator for Nccl {
         part: Range<u64>,
         wait: &Wait<'_>,
     ) -> Result<()> {
-        let (arena, at) = self.slots.of(slot);
-        let (at, len) = (at + part.start as usize, (part.end - part.start) as usize);
-        let bytes = arena.memory().slice(at, len).map_err(NcclError::from)?;
+        let (memory, at) = self.slots.place(slot)?;
+        let place = at.saturating_add(part.start)..at.saturating_add(part.end);
+        let bytes = DeviceBytes::new(memory, place)?;
         self.enqueue(group, wait, "enqueueing a broadcast", |comm, stream| {
             comm.broadcast(&bytes, stream)
         })

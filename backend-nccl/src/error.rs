@@ -34,6 +34,10 @@ pub(crate) enum NcclError {
     Id(usize),
     #[error("this rank is not in the group")]
     NotJoined,
+    #[error("the slots are not in memory that NCCL reaches")]
+    OutOfReach,
+    #[error("bytes {start}..{end} of memory of {len}")]
+    Outside { start: u64, end: u64, len: u64 },
     #[error(transparent)]
     Cuda(#[from] device_cuda::CudaError),
     #[error(transparent)]
@@ -56,13 +60,13 @@ impl From<NcclError> for engine_core::Error {
             E::Missing { .. } | E::Load { .. } | E::Symbol { .. } | E::Version { .. } => {
                 ErrorKind::Backend
             }
-            E::Another { .. } => ErrorKind::Config,
+            E::Another { .. } | E::OutOfReach => ErrorKind::Config,
             E::Call { status: INVALID_USAGE, .. } => ErrorKind::Mismatch,
             // Also what NCCL calls a remote error: whether a rank is gone or the network to it, it cannot know. Who
             // is lost, the control plane says.
             E::Call { .. } => ErrorKind::Io,
             E::Id(_) => ErrorKind::Protocol,
-            E::NotJoined => ErrorKind::State,
+            E::NotJoined | E::Outside { .. } => ErrorKind::State,
         };
         // Groups are formed anew by the next update.
         let recovery = match kind {

@@ -5,9 +5,12 @@
 use std::cell::RefCell;
 use std::ffi::{CStr, c_int, c_void};
 use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-use device_cuda::{CudaSlice, Stream};
+use device_cuda::Stream;
+use engine_core::provider::BucketMemory;
 
 use crate::error::NcclError;
 use crate::sys::{
@@ -22,13 +25,43 @@ pub(crate) struct RawComm {
     cell: Box<AtomicPtr<c_void>>,
     /// What its work uses: streams first, the last clone of which waits for the work.
     streams: RefCell<Vec<Stream>>,
-    memory: RefCell<Vec<CudaSlice>>,
+    memory: RefCell<Vec<Arc<dyn BucketMemory>>>,
     _this_thread: PhantomData<*const ()>,
 }
 
 impl std::fmt::Debug for RawComm {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("RawComm").finish_non_exhaustive()
+    }
+}
+
+/// Bytes that NCCL reaches, and the owner of their memory.
+#[derive(Clone, Debug)]
+pub(crate) struct DeviceBytes {
+    memory: Arc<dyn BucketMemory>,
+    address: u64,
+    len: usize,
+}
+
+impl DeviceBytes {
+    /// A part of memory.
+    pub(crate) fn new(
+        memory: Arc<dyn BucketMemory>,
+        Range { start, end }: Range<u64>,
+    ) -> Result<Self, NcclError> {
+        let reach = memory.reach().filter(|reach| reach.device().is_some());
+        let all = reach.ok_or(NcclError::OutOfReach)?.address();
+        if start > end || end > memory.len() {
+            return Err(NcclError::Outside { start, end, len: memory.len() });
+        }
+        // What has addresses has no more bytes than `usize` counts.
+        Ok(Self { address: all + start, len: (end - start) as usize, memory })
+    }
+
+    /// All of it.
+    pub(crate) fn all(memory: Arc<dyn BucketMemory>) -> Result<Self, NcclError> {
+        let len = memory.len();
+        Self::new(memory, 0..len)
     }
 }
 
@@ -95,10 +128,10 @@ impl RawComm {
     }
 
     /// Keeps memory until it is aborted.
-    fn keep(&self, memory: &CudaSlice) {
+    fn keep(&self, bytes: &DeviceBytes) {
         let mut kept = self.memory.borrow_mut();
-        if !kept.iter().any(|slice| slice.memory().address() == memory.memory().address()) {
-            kept.push(memory.memory().all());
+        if !kept.iter().any(|memory| Arc::ptr_eq(memory, &bytes.memory)) {
+            kept.push(bytes.memory.clone());
         }
     }
 
@@ -161,14 +194,14 @@ impl RawComm {
     }
 
     /// Has the communicator know memory, which makes transfers of it faster on some transports.
-    pub(crate) fn register(&self, memory: &CudaSlice) -> Result<Option<Registration>, NcclError> {
+    pub(crate) fn register(&self, bytes: &DeviceBytes) -> Result<Option<Registration>, NcclError> {
         let Some(register) = self.api.register else { return Ok(None) };
         let of = self.made("ncclCommRegister")?;
         let mut handle = std::ptr::null_mut();
-        let address = memory.address() as *mut c_void;
-        self.keep(memory);
+        let address = bytes.address as *mut c_void;
+        self.keep(bytes);
         // SAFETY: the communicator is alive; so is the memory, which is kept until that is aborted.
-        let status = unsafe { register(of, address, memory.len(), &mut handle) };
+        let status = unsafe { register(of, address, bytes.len, &mut handle) };
         match status {
             SUCCESS | IN_PROGRESS if !handle.is_null() => Ok(Some(Registration { handle, of })),
             SUCCESS | IN_PROGRESS => Ok(None),
@@ -192,9 +225,9 @@ impl RawComm {
     }
 
     /// Enqueues a broadcast from member 0, in place on all of them.
-    pub(crate) fn broadcast(&self, bytes: &CudaSlice, stream: &Stream) -> Result<(), NcclError> {
+    pub(crate) fn broadcast(&self, bytes: &DeviceBytes, stream: &Stream) -> Result<(), NcclError> {
         let comm = self.made("ncclBroadcast")?;
-        let (address, len) = (bytes.address() as *mut c_void, bytes.len());
+        let (address, len) = (bytes.address as *mut c_void, bytes.len);
         let stream = self.keep_both(bytes, stream);
         // SAFETY: the bytes are device memory of that length, which is kept like the stream until the
         // communicator is aborted.
@@ -206,10 +239,14 @@ impl RawComm {
     }
 
     /// Enqueues the sum of 32-bit floats over all members, in place on all of them.
-    pub(crate) fn all_reduce(&self, floats: &CudaSlice, stream: &Stream) -> Result<(), NcclError> {
+    pub(crate) fn all_reduce(
+        &self,
+        floats: &DeviceBytes,
+        stream: &Stream,
+    ) -> Result<(), NcclError> {
         let comm = self.made("ncclAllReduce")?;
-        let address = floats.address() as *mut c_void;
-        let count = floats.len() / size_of::<f32>();
+        let address = floats.address as *mut c_void;
+        let count = floats.len / size_of::<f32>();
         let stream = self.keep_both(floats, stream);
         let all_reduce = self.api.all_reduce;
         // SAFETY: as for a broadcast; the floats are no more than the bytes.
@@ -221,8 +258,8 @@ impl RawComm {
     }
 
     /// Keeps the memory and the stream of a call until it is aborted; the stream as the library takes it.
-    fn keep_both(&self, memory: &CudaSlice, stream: &Stream) -> RawStream {
-        self.keep(memory);
+    fn keep_both(&self, bytes: &DeviceBytes, stream: &Stream) -> RawStream {
+        self.keep(bytes);
         let mut streams = self.streams.borrow_mut();
         if !streams.iter().any(|kept| kept.as_raw() == stream.as_raw()) {
             streams.push(stream.clone());

@@ -17,7 +17,6 @@ mod comm;
 mod error;
 mod ffi;
 mod library;
-mod slots;
 mod sys;
 
 use std::path::PathBuf;

@@ -3,14 +3,13 @@
 use std::path::PathBuf;
 
 use async_trait::async_trait;
-use collective::{Library, Opened, Shape, Thread};
-use device_cuda::CudaArena;
+use collective::{Library, MemorySlots, Opened, Shape, Thread};
 use engine_core::memory::Pool;
+use engine_core::provider::MemoryKind;
 use engine_core::{EngineContext, Error, ErrorKind, Result};
 use std::sync::Arc;
 
 use crate::comm::Nccl;
-use crate::slots::CudaSlots;
 use crate::{NAME, sys};
 
 /// The size of each of the two buckets unless one is configured: a bucket's time has to be long beside
@@ -37,17 +36,21 @@ impl Library for NcclLibrary {
     }
 
     async fn open(&self, context: &EngineContext, shape: Shape, _: &Pool) -> Result<Opened<Nccl>> {
-        let device = &context.config.device;
-        if device.is_cpu() {
-            let message = "nccl has its buckets on GPUs: set `device` to `cuda`";
-            return Err(Error::new(ErrorKind::Config, "preparing", message));
-        }
+        let kind = memory_of(context)?;
         let api = sys::load(self.library.as_deref())?;
-        let arena = CudaArena::new(device, shape.slots, shape.slot_bytes)?;
-        let slots = CudaSlots::new(arena, shape);
+        let slots = MemorySlots::new(kind, &context.config.device, shape)?;
         let own = slots.clone();
         let thread = Thread::start("ckpt-nccl", move || Nccl::new(api, own)).await?;
         let version = format!("NCCL {}", api.found.version());
         Ok(Opened { thread, slots: Arc::new(slots), version, share: None })
     }
+}
+
+/// The kind of memory of the configured GPU: the registry's, or device-cuda's without one.
+pub(crate) fn memory_of(context: &EngineContext) -> Result<&'static dyn MemoryKind> {
+    if context.config.device.is_cpu() {
+        let message = "this transport has its buckets on GPUs: set `device` to `cuda`";
+        return Err(Error::new(ErrorKind::Config, "preparing", message));
+    }
+    Ok(context.memory.unwrap_or(device_cuda::MEMORY))
 }

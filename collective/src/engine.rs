@@ -500,7 +500,7 @@ impl<C: Communicator> Awaiting for Expected<C> {
 
     fn arrived(self: Box<Self>) {
         let Self { node, slot, filled, arrival, .. } = *self;
-        arrival.tell(Ok(node.slots.view(slot, filled)));
+        arrival.tell(node.slots.view(slot, filled));
     }
 
     fn failed(self: Box<Self>, error: Error) -> SlotGuard {
@@ -588,6 +588,6 @@ impl<C: Communicator> Link<C> {
             None => held.insert(Arc::new(node.thread.attach(key.clone()).await?)).clone(),
         };
         let guard = node.lock(slot, filled).await?;
-        Ok(node.slots.view(guard, filled).guarded(attachment))
+        Ok(node.slots.view(guard, filled)?.guarded(attachment))
     }
 }

@@ -1,8 +1,8 @@
 //! Updates by broadcast, over any library of collectives: each bucket goes from a slot of the trainer to the slot of the same number on all
 //! other ranks.
 //!
-//! A backend contributes a [`Library`]: memory for the slots ([`Slots`]), and the library's calls ([`Communicator`]), all of which one
-//! thread makes ([`Thread`]). [`CollectiveEngine`] does the rest in the same way for every library, over the protocol of
+//! A backend contributes a [`Library`]: the slots, in memory of some kind ([`MemorySlots`]), and the library's calls ([`Communicator`]), all
+//! of which one thread makes ([`Thread`]). [`CollectiveEngine`] does the rest in the same way for every library, over the protocol of
 //! [`update`](protocol):
 //!
 //! - **Order.** The sender enqueues a broadcast when the bucket is filled, and each receiver when the bucket is announced, in the order of
@@ -24,10 +24,12 @@ mod engine;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod group;
+mod memory;
 mod parts;
 mod thread;
 
 pub use engine::{CollectiveEngine, CollectiveOptions};
+pub use memory::MemorySlots;
 pub use parts::build_topology;
 pub use thread::{Thread, Wait};
 
@@ -144,7 +146,11 @@ pub trait Slots: fmt::Debug + Send + Sync {
     }
 
     /// The first bytes of a slot, for reading. The guard is dropped with the last view of them.
-    fn view(&self, slot: SlotGuard, filled: u64) -> Storage;
+    ///
+    /// # Errors
+    ///
+    /// `State` for more than there are.
+    fn view(&self, slot: SlotGuard, filled: u64) -> Result<Storage>;
 
     /// Waits until the weights of all fills that have returned are dropped. Called at the end of an update that succeeded.
     fn settle(&self) {}

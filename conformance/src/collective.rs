@@ -261,7 +261,7 @@ impl Slots for FakeMemory {
         .await
     }
 
-    fn view(&self, slot: SlotGuard, filled: u64) -> Storage {
+    fn view(&self, slot: SlotGuard, filled: u64) -> Result<Storage> {
         let bytes = match &*lock(&self.attached) {
             Some(other) => lock(&other.settled).get(&slot.index()).cloned().unwrap_or_default(),
             None => lock(&self.slot(slot.index())).clone(),
@@ -272,7 +272,7 @@ impl Slots for FakeMemory {
         let start = aligned.as_ptr().align_offset(256);
         aligned[start..start + bytes.len()].copy_from_slice(bytes);
         let view = Bytes::from(aligned).slice(start..start + bytes.len());
-        Storage::from(view).guarded(slot)
+        Ok(Storage::from(view).guarded(slot))
     }
 }
 

@@ -5,17 +5,19 @@
 // a copy. A table has every job and the number of its first tile, so that eighteen thousand small matrices
 // cost per byte what one large matrix does. A grid of a few blocks per multiprocessor walks the tiles.
 //
-// `common.cuh` is in front of it.
+// `common.cuh` and quant-fp8's `fp8.cuh` are in front of it.
 
 // Blocks of a multiprocessor. More would fit, and are slower: each has a tile of its own open, and
 // the memory serves few long runs faster than many.
 #define BLOCKS 3
+// What a block of threads has in shared memory of what it reads, where it reads ahead: a unit that it is at, and the next one.
+#define UNITS 2
 // As `Job` in src/table.rs.
 struct Job {
     u64 source;         // device address of the first element
     u64 target;         // device address of the first code, or of the copy
     u64 scales;         // device address of the first scale
-    u64 bytes;          // copies: how many
+    u64 bytes;          // of the source
     u32 kind;           // 0 copy, 1 BF16, 2 F16, 3 F32
     u32 rows;           // of one matrix
     u32 cols;
@@ -30,69 +32,8 @@ struct Job {
 // at a multiple of 8 bytes of the bucket. The bucket is what is written, or what a copy is FROM.
 // SCALES are added as well, by the block that does the last tile of a matrix: they begin at a multiple of 64 bytes.
 enum { PRECAST = 1, SUMMED = 2, FROM = 4, SCALES = 8 };
-enum { COPY = 0, BF16 = 1, F16 = 2, F32 = 3 };
-enum { TRITON = 0, PYTORCH = 1, UE8M0 = 2, TRITON_GPU = 3 };
-
-// To nearest even; NaN stays NaN.
-__device__ __forceinline__ float round_to_bf16(float value) {
-    u32 bits = __float_as_uint(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return value;
-    return __uint_as_float((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
-}
-
-struct Scale {
-    float scale;
-    float multiplier;
-    u32 bits;           // of the scale
-};
-
-// The formulas of quant-fp8's `Mode::block_scale`, in the same correctly rounded arithmetic.
-__device__ __forceinline__ Scale block_scale(u32 mode, float absmax) {
-    Scale s;
-    if (mode == PYTORCH) {
-        s.multiplier = absmax == 0.0f ? 1.0f : __fdiv_rn(448.0f, absmax);
-        s.scale = __fdiv_rn(1.0f, s.multiplier);
-    } else if (mode == TRITON_GPU) {
-        // What Triton's `/` compiles to: a product with a rounded reciprocal, and an approximate one.
-        s.scale = __fmul_rn(fmaxf(absmax, 1e-10f), __fdiv_rn(1.0f, 448.0f));
-        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s.multiplier) : "f"(s.scale));
-    } else {
-        float floor = mode == UE8M0 ? 1e-4f : 1e-10f;
-        s.scale = __fdiv_rn(fmaxf(absmax, floor), 448.0f);
-        if (mode == UE8M0) {
-            u32 mantissa = (1u << 23) - 1u;
-            s.scale = __uint_as_float((__float_as_uint(s.scale) + mantissa) & ~mantissa);
-        }
-        s.multiplier = __fdiv_rn(1.0f, s.scale);
-    }
-    return s;
-}
-
-// Two codes; the first in the lower byte. Values are finite.
-__device__ __forceinline__ u32 codes2(float a, float b) {
-#if __CUDA_ARCH__ >= 890
-    u16 codes;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(b), "f"(a));
-    return codes;
-#else
-    u32 result = 0;
-    float values[2] = {a, b};
-    for (int i = 0; i < 2; i++) {
-        u32 bits = __float_as_uint(values[i]);
-        u32 magnitude = min(bits & 0x7fffffffu, __float_as_uint(448.0f));
-        u32 code;
-        if (magnitude >= 121u << 23) {
-            code = ((magnitude + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20) - (120u << 3);
-        } else {
-            // Subnormal codes are multiples of 2^-9, the distance of floats around 2^14.
-            code = __float_as_uint(__fadd_rn(__uint_as_float(magnitude), 16384.0f))
-                 - __float_as_uint(16384.0f);
-        }
-        result |= (code | ((bits >> 24) & 0x80u)) << (8 * i);
-    }
-    return result;
-#endif
-}
+// Beside the types of elements.
+enum { COPY = 0 };
 
 // The bits of an element without its sign.
 __device__ __forceinline__ u32 magnitude(const u8* source, u32 kind, u64 index) {
@@ -371,6 +312,245 @@ __device__ __forceinline__ u64 copy(const Job* job, Tile tile, u64 base) {
     return 0;
 }
 
+// The block of a matrix that a tile is, as the loop of `encode_tiles` finds it. The digest is of what begins at `base`.
+__device__ __forceinline__ Block block_of(const Job* job, Tile tile, u64 base) {
+    u32 blocks = job->blocks, bands = job->bands, width = job->cols;
+    u32 band = tile.index / blocks, left = tile.index % blocks * job->block_cols;
+    u32 matrix = band / bands, top = band % bands * job->block_rows;
+    u64 first = ((u64)matrix * job->rows + top) * width + left;
+    u32 size = job->kind == F32 ? 4 : 2;
+    Block block;
+    block.source = (const u8*)job->source + first * size;
+    block.target = (u8*)job->target + first;
+    block.source_row = (u64)width * size;
+    block.target_row = width;
+    block.place = job->target + first - base;
+    block.scale = (float*)job->scales + tile.index;
+    block.known = 0;
+    block.number = (u64)tile.job << 32 | tile.index;
+    block.rows = min(job->block_rows, job->rows - top);
+    block.cols = min(job->block_cols, width - left);
+    block.flags = job->flags;
+    return block;
+}
+
+// The products of a matrix's scales, from the block that has done its last tile.
+__device__ __forceinline__ u64 last_products(
+    const Job* job, Tile tile, const u32* firsts, u32 count, u32 tiles, u64 base, u32* done, u32* last) {
+    if (!(job->flags & SCALES)) return 0;
+    u32 end = tile.job + 1 < count ? firsts[tile.job + 1] : tiles;
+    u32 all = end - firsts[tile.job];
+    // The next tile has a barrier before `last` is written again.
+    return is_last(done + tile.job, all, last) ? scale_products(job->scales, all, base) : 0;
+}
+
+__device__ __forceinline__ void read16(void* stage, const u8* source) {
+    u32 to = (u32)__cvta_generic_to_shared(stage);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to), "l"(source) : "memory");
+}
+
+// What a block of threads reads at a time: a tile, or a half of one of F32. Units are read ahead, into places in shared memory that take
+// turns. `Way` says where a unit's bytes go.
+template <typename Way>
+struct Reader {
+    const Job* jobs;
+    const u32* firsts;
+    u32 count, tiles;
+    u8* stage;
+    u32 t, half, turn;
+
+    __device__ __forceinline__ void read(u32 turn) {
+        if (t < tiles) {
+            Tile tile = find(firsts, count, t);
+            Way::read(jobs + tile.job, tile, half, stage + turn * Way::UNIT);
+        }
+        asm volatile("cp.async.commit_group;");
+    }
+
+    __device__ __forceinline__ void begin() {
+        t = blockIdx.x, half = 0, turn = UNITS - 1;
+        read(0);
+    }
+
+    // Reads the unit after the present one, which was the last that was asked for, and waits for that.
+    __device__ __forceinline__ const u8* next(bool is_halved) {
+        half = is_halved && half == 0;
+        if (!half) t += gridDim.x;
+        read(turn);
+        turn = (turn + 1) % UNITS;
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
+        return stage + turn * Way::UNIT;
+    }
+};
+
+// Whether elements are rounded to BF16 before anything else.
+enum { NEVER = 0, ALWAYS = 1 };
+
+// Blocks of at most 128 x 128 whose rows begin anywhere. Their bytes come as they lie in memory, in vectors of 16 bytes.
+struct Rows {
+    // Of a row: the block's, which begins anywhere in the first 16 bytes.
+    enum { PITCH_16 = 128 * 2 + 16, PITCH_F32 = 128 * 4 + 16, UNIT = 128 * PITCH_16 };
+
+    // Whether all vectors are of the matrix: they reach up to 15 bytes beyond a row.
+    __device__ static __forceinline__ bool is_inside(const Job* job, const Block& block) {
+        u64 first = (u64)block.source & ~15ull, bytes = block.cols * (job->kind == F32 ? 4 : 2);
+        u64 end = (u64)block.source + (block.rows - 1) * block.source_row + bytes + 15;
+        return first >= job->source && end <= job->source + job->bytes;
+    }
+
+    __device__ static __forceinline__ void read(const Job* job, Tile tile, u32 half, u8* stage) {
+        Block block = block_of(job, tile, 0);
+        if (!is_inside(job, block)) return;
+        if (job->kind == F32) vectors<4>(block, half, stage);
+        else vectors<2>(block, 0, stage);
+    }
+
+    template <u32 SIZE>
+    __device__ static __forceinline__ void vectors(const Block& block, u32 half, u8* stage) {
+        constexpr u32 ACROSS = 128 * SIZE / 16, DOWN = THREADS / ACROSS, ROWS = 256 / SIZE;
+        constexpr u32 PITCH = SIZE == 4 ? PITCH_F32 : PITCH_16;
+        u64 stride = block.source_row;
+        u32 begin = half * ROWS, rows = block.rows > begin ? min(block.rows - begin, ROWS) : 0;
+        u64 source = (u64)block.source + begin * stride;
+        u32 row = threadIdx.x / ACROSS, vector = threadIdx.x % ACROSS;
+        u64 first = source + row * stride;
+        // Rows that are 8 apart begin at the same place of a vector.
+        bool needed = 16 * vector < ((u32)first & 15) + block.cols * SIZE;
+        const u8* from = (const u8*)(first & ~15ull) + 16 * vector;
+        u8* to = stage + row * PITCH + 16 * vector;
+#pragma unroll
+        for (u32 i = 0; i < ROWS / DOWN; i++) {
+            if (needed && row + i * DOWN < rows) read16(to + i * DOWN * PITCH, from + i * DOWN * stride);
+        }
+        // The last vector of a row.
+        if (threadIdx.x < rows) {
+            first = source + threadIdx.x * stride;
+            if (16 * ACROSS < ((u32)first & 15) + block.cols * SIZE) {
+                read16(stage + threadIdx.x * PITCH + 16 * ACROSS, (const u8*)(first & ~15ull) + 16 * ACROSS);
+            }
+        }
+    }
+
+    // Zeros where a unit has no elements, and the elements of a block that is not inside.
+    template <u32 SIZE>
+    __device__ static __forceinline__ void complete(const Block& block, u32 half, bool inside, u8* stage) {
+        constexpr u32 ROWS = 256 / SIZE, PITCH = SIZE == 4 ? PITCH_F32 : PITCH_16;
+        u64 source = (u64)block.source + half * ROWS * block.source_row;
+        for (u32 at = threadIdx.x; at < ROWS * 128; at += THREADS) {
+            u32 row = at / 128, col = at % 128;
+            u64 first = source + row * block.source_row;
+            bool is_element = half * ROWS + row < block.rows && col < block.cols;
+            if (is_element && inside) continue;
+            u8* to = stage + row * PITCH + ((u32)first & 15) + SIZE * col;
+            const u8* from = (const u8*)first + SIZE * col;
+            if (SIZE == 4) *(u32*)to = is_element ? *(const u32*)from : 0;
+            else *(u16*)to = is_element ? *(const u16*)from : 0;
+        }
+    }
+};
+
+// Lane l has the columns 4 l - skip .. + 4, modulo 128, of the rows t / 32 + 8 i: its codes are a word of memory, but for those of lane 0,
+// of which some are the last ones of their row. Rows that are 8 apart begin at the same place within 8 bytes.
+template <int KIND, int ROUNDED>
+__device__ __forceinline__ void encode_rows(
+    u32 mode, const Job* job, const Block& block, Reader<Rows>& reader, u32* shared, u64* failed) {
+    constexpr u32 SIZE = KIND == F32 ? 4 : 2, HALVES = SIZE / 2, STEPS = 16 / HALVES;
+    constexpr u32 PITCH = SIZE == 4 ? Rows::PITCH_F32 : Rows::PITCH_16;
+    // Elements that are rounded first are kept rounded.
+    constexpr bool IS_PAIR = KIND != F32 || ROUNDED == ALWAYS;
+    constexpr u32 WORDS = IS_PAIR ? 2 : 4;
+    u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, cols = block.cols;
+    u32 phase = (u32)((u64)block.source + warp * block.source_row) & 15;
+    u8* target = block.target + warp * block.target_row;
+    u32 skip = (u32)(u64)target & 3;
+    bool inside = Rows::is_inside(job, block), whole = block.rows == 128 && cols == 128;
+    u32 data[16][WORDS], places[4];
+    // The codes that go to their place in the word, and those that go 128 places further.
+    u32 near = 0, far = 0;
+#pragma unroll
+    for (u32 j = 0; j < 4; j++) {
+        u32 col = (4 * lane + j - skip) & 127;
+        places[j] = warp * PITCH + phase + SIZE * col;
+        if (col < cols) (4 * lane + j >= skip ? near : far) |= 1u << j;
+    }
+#pragma unroll
+    for (u32 half = 0; half < HALVES; half++) {
+        u8* stage = (u8*)reader.next(HALVES == 2);
+        __syncthreads();
+        if (!inside || !whole) {
+            Rows::complete<SIZE>(block, half, inside, stage);
+            __syncthreads();
+        }
+#pragma unroll
+        for (u32 i = 0; i < STEPS; i++) {
+            u32 bits[4];
+#pragma unroll
+            for (u32 j = 0; j < 4; j++) {
+                const u8* from = stage + places[j] + 8 * i * PITCH;
+                bits[j] = SIZE == 4 ? *(const u32*)from : *(const u16*)from;
+            }
+            u32* kept = data[half * STEPS + i];
+            if (KIND == F32 && IS_PAIR) {
+                kept[0] = rounded_pair(__uint_as_float(bits[0]), __uint_as_float(bits[1]));
+                kept[1] = rounded_pair(__uint_as_float(bits[2]), __uint_as_float(bits[3]));
+            } else if (IS_PAIR) {
+                kept[0] = bits[0] | bits[1] << 16, kept[1] = bits[2] | bits[3] << 16;
+            } else {
+#pragma unroll
+                for (u32 j = 0; j < 4; j++) kept[j % WORDS] = bits[j];
+            }
+        }
+        // The other half is read over what the last one had; after a tile, the block's maximum is waited for.
+        if (half + 1 < HALVES) __syncthreads();
+    }
+    u32 top = 0;
+#pragma unroll
+    for (u32 i = 0; i < 16; i++) {
+#pragma unroll
+        for (u32 w = 0; w < WORDS; w++) {
+            top = IS_PAIR ? __vmaxu2(top, data[i][w] & 0x7fff7fffu) : max(top, data[i][w] & 0x7fffffffu);
+        }
+    }
+    if (IS_PAIR) top = max(top & 0xffffu, top >> 16);
+    top = block_max(top, shared);
+    constexpr int KEPT = KIND == F32 && IS_PAIR ? BF16 : KIND;
+    float m = settle(mode, widened(KEPT, ROUNDED == ALWAYS, top), block, failed).multiplier;
+    u8* word = target + (int)(4 * lane - skip);
+#pragma unroll
+    for (u32 i = 0; i < 16; i++) {
+        u32 pairs[2];
+#pragma unroll
+        for (u32 p = 0; p < 2; p++) {
+            float a, b;
+            u32 pair = data[i][p];
+            if (KEPT == BF16) {
+                a = bf16_value(pair & 0xffffu), b = __uint_as_float(pair & 0xffff0000u);
+            } else if (KEPT == F16) {
+                a = f16_value(pair & 0xffffu), b = f16_value(pair >> 16);
+                if (ROUNDED == ALWAYS) {
+                    pair = rounded_pair(a, b);
+                    a = bf16_value(pair & 0xffffu), b = __uint_as_float(pair & 0xffff0000u);
+                }
+            } else {
+                a = __uint_as_float(data[i][(2 * p) % WORDS]), b = __uint_as_float(data[i][(2 * p + 1) % WORDS]);
+            }
+            pairs[p] = codes2(__fmul_rn(a, m), __fmul_rn(b, m));
+        }
+        u32 codes = pairs[0] | pairs[1] << 16;
+        if (warp + 8 * i >= block.rows) break;
+        u8* at = word + 8 * i * block.target_row;
+        if (near == 15) {
+            *(u32*)at = codes;
+            continue;
+        }
+#pragma unroll
+        for (u32 j = 0; j < 4; j++) {
+            if (near >> j & 1) at[j] = (u8)(codes >> (8 * j));
+            if (far >> j & 1) at[128 + j] = (u8)(codes >> (8 * j));
+        }
+    }
+}
+
 // `failed` is all ones, and gets the lowest job and block that has no finite form. `base` is where the
 // bucket begins, for the digest, which is added to `total`. `done` has a zero for each job, and has it again afterwards.
 template <bool WIDE>
@@ -442,6 +622,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 encode_wide(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, u64* failed,
             u64* total, u64 base, u32* done) {
     encode_tiles<true>(jobs, firsts, count, tiles, mode, failed, total, base, done);
+}
+
+// Blocks of at most 128 x 128 whose rows begin anywhere; those of F32 are rounded. Only scales are added to the digest.
+// With three blocks, what a thread has would not fit into its registers.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+encode_odd(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, u64* failed, u64* total,
+           u64 base, u32* done) {
+    extern __shared__ uint4 stage[];
+    __shared__ u32 tops[2][THREADS / 32], last;
+    Reader<Rows> reader = {jobs, firsts, count, tiles, (u8*)stage};
+    reader.begin();
+    u64 sum = 0;
+    u32 parity = 0;
+    for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
+        Tile tile = find(firsts, count, t);
+        const Job* job = jobs + tile.job;
+        Block block = block_of(job, tile, base);
+        u32* shared = tops[parity];
+        parity ^= 1;
+        bool precast = block.flags & PRECAST;
+        if (job->kind == BF16) {
+            encode_rows<BF16, NEVER>(mode, job, block, reader, shared, failed);
+        } else if (job->kind == F16 && precast) {
+            encode_rows<F16, ALWAYS>(mode, job, block, reader, shared, failed);
+        } else if (job->kind == F16) {
+            encode_rows<F16, NEVER>(mode, job, block, reader, shared, failed);
+        } else {
+            encode_rows<F32, ALWAYS>(mode, job, block, reader, shared, failed);
+        }
+        sum += last_products(job, tile, firsts, count, tiles, base, done, &last);
+    }
+    add_to(total, sum);
 }
 
 // A part of a bucket that carries weights: jobs are copies whose target is the offset in the bucket.

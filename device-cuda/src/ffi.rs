@@ -722,7 +722,7 @@ impl Module {
         let status =
             unsafe { cu::cuModuleGetFunction(&mut function, self.module.0, name.as_ptr()) };
         checked("cuModuleGetFunction", status)?;
-        Ok(Function { module: self.clone(), function: Raw(function) })
+        Ok(Function { module: self.clone(), function: Raw(function), shared: 0 })
     }
 }
 
@@ -745,16 +745,42 @@ impl Drop for Module {
 pub(crate) struct Function {
     module: Arc<Module>,
     function: Raw<cu::CUfunction>,
+    /// Bytes of shared memory of a block, beside what the kernel declares.
+    shared: u32,
 }
 
 impl Function {
+    /// The kernel with so many bytes of shared memory for each block; `None` if the device has not so many for one.
+    pub(crate) fn with_shared_memory(self, bytes: u32) -> Result<Option<Self>, CudaError> {
+        use cu::CUfunction_attribute as Attribute;
+        self.module.context.enter()?;
+        let set = |attribute, value: u32| {
+            // SAFETY: the function's module is alive.
+            unsafe { cu::cuFuncSetAttribute(self.function.0, attribute, value as c_int) }
+        };
+        let most = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        match set(most, bytes) {
+            cu::CUresult::CUDA_ERROR_INVALID_VALUE => return Ok(None),
+            status => checked("cuFuncSetAttribute", status)?,
+        }
+        // All that the multiprocessor can give, so that as many blocks fit as the kernel is made for.
+        let carveout = Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+        checked("cuFuncSetAttribute", set(carveout, 100))?;
+        Ok(Some(Self { shared: bytes, ..self }))
+    }
+
     pub(crate) fn blocks_per_multiprocessor(&self, threads: u32) -> Result<i32, CudaError> {
         self.module.context.enter()?;
         let (mut blocks, threads) = (0, threads as c_int);
         let function = self.function.0;
         // SAFETY: the out pointer is valid, the function's module is alive.
         let status = unsafe {
-            cu::cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, function, threads, 0)
+            cu::cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                &mut blocks,
+                function,
+                threads,
+                self.shared as usize,
+            )
         };
         checked("cuOccupancyMaxActiveBlocksPerMultiprocessor", status)?;
         Ok(blocks)
@@ -788,7 +814,7 @@ impl Function {
                 threads,
                 1,
                 1,
-                0,
+                self.shared,
                 stream.0.stream.0,
                 pointers.as_mut_ptr(),
                 null_mut(),

@@ -33,9 +33,12 @@ const MOST_LAUNCHES: usize = 64;
 /// Threads of a block: `THREADS` of the kernels.
 pub(crate) const THREADS: u32 = 256;
 
+/// Bytes of shared memory for a block of `encode_odd`: `UNITS` of `Rows::UNIT` in the kernels.
+const ODD_STAGE: u32 = 2 * 128 * (128 * 2 + 16);
+
 /// The kernels of buckets and of placed updates.
 fn own() -> Result<CString, CudaError> {
-    source(&[COMMON, BUCKET, PLACED])
+    source(&[COMMON, quant_fp8::device::CUDA, BUCKET, PLACED])
 }
 
 /// The kernel of an encoding's program.
@@ -225,6 +228,8 @@ pub struct Kernels {
     stream: Stream,
     encode: Kernel,
     encode_wide: Kernel,
+    /// `None` on a device with too little shared memory: the others do its work.
+    encode_odd: Option<Kernel>,
     digest: Kernel,
     /// Tables on their way to the device.
     staging: PinnedMemory,
@@ -335,7 +340,16 @@ impl Library {
     }
 
     pub(crate) fn kernel(&self, name: &CStr) -> Result<Kernel, CudaError> {
-        let function = self.module.function(name)?;
+        self.made(self.module.function(name)?)
+    }
+
+    /// A kernel that reads ahead into so many bytes of shared memory; `None` on a device with too little of it.
+    fn staged(&self, name: &CStr, bytes: u32) -> Result<Option<Kernel>, CudaError> {
+        let function = self.module.function(name)?.with_shared_memory(bytes)?;
+        function.map(|function| self.made(function)).transpose()
+    }
+
+    fn made(&self, function: Function) -> Result<Kernel, CudaError> {
         let blocks = function.blocks_per_multiprocessor(THREADS)?.unsigned_abs().max(1);
         Ok(Kernel { function, grid: blocks * self.multiprocessors })
     }
@@ -357,6 +371,7 @@ impl Kernels {
         Ok(Self {
             encode: library.kernel(c"encode")?,
             encode_wide: library.kernel(c"encode_wide")?,
+            encode_odd: library.staged(c"encode_odd", ODD_STAGE)?,
             digest: library.kernel(c"digest")?,
             staging: PinnedMemory::new(&stream, TABLE)?,
             table: CudaMemory::new(device, TABLE)?,

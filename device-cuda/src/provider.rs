@@ -8,8 +8,8 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use engine_core::memory::{Job, Pool};
 use engine_core::provider::{
-    Allocation, BucketMemory, BucketSlot, Exported, ImportedMemory, Lifetime, MemoryKind, Reach,
-    SlotBytes,
+    Allocation, BucketMemory, BucketSlot, Exported, ImportedMemory, Lifetime, MemoryKind,
+    NativeHandle, Reach, SlotBytes,
 };
 use engine_core::{DeviceChoice, Error, ErrorKind, Result, Storage};
 
@@ -73,13 +73,22 @@ fn refuse(message: String) -> Error {
 ///
 /// What the driver reports, if processes cannot open each other's memory.
 pub fn export(memory: &CudaMemory) -> std::result::Result<Vec<u8>, CudaError> {
+    Ok(export_handle(memory)?.to_bytes())
+}
+
+fn export_handle(memory: &CudaMemory) -> std::result::Result<Handle, CudaError> {
     static NUMBERS: AtomicU64 = AtomicU64::new(0);
     let driver = memory.export()?;
     let mut exports = exports();
     exports.retain(|_, memory| memory.upgrade().is_some());
-    let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+    // Memory that is exported again keeps its number.
+    let is_it = |known: &WeakMemory| {
+        known.upgrade().is_some_and(|known| known.address() == memory.address())
+    };
+    let known = exports.iter().find(|(_, known)| is_it(known)).map(|(number, _)| *number);
+    let number = known.unwrap_or_else(|| NUMBERS.fetch_add(1, Ordering::Relaxed));
     exports.insert(number, memory.downgrade());
-    Ok(Handle { process: std::process::id(), number, driver }.to_bytes())
+    Ok(Handle { process: std::process::id(), number, driver })
 }
 
 /// Opens memory of `len` bytes that a process has exported. `owner` lives as long as it is open.
@@ -151,7 +160,10 @@ impl BucketMemory for Memory {
     }
 
     fn export(&self) -> Result<Exported> {
-        Ok(Exported { handle: export(self.arena.memory())?, stays_while_open: true })
+        let handle = export_handle(self.arena.memory())?;
+        let native =
+            NativeHandle { device: self.arena.device().uuid()?, handle: handle.driver.to_vec() };
+        Ok(Exported { handle: handle.to_bytes(), stays_while_open: true, native: Some(native) })
     }
 
     fn settle(&self) {

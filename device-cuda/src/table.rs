@@ -4,7 +4,7 @@ use std::any::Any;
 use std::sync::Arc;
 
 use engine_core::Program;
-use quant_fp8::{Fp8Format, Granularity, Mode, Precast, SourceType};
+use quant_fp8::{Fp8Format, Granularity, Mode, Precast, SourceType, device};
 
 use crate::{CudaError, CudaMemory, CudaSlice};
 
@@ -109,6 +109,18 @@ pub(crate) struct Entry {
 /// Bytes of an entry.
 const ENTRY: usize = 64;
 
+/// The kernel that does the jobs of a table.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Encoder {
+    /// Any jobs but those of F32: made for copies, and for blocks whose rows begin at multiples of 16 bytes.
+    #[default]
+    Even,
+    /// Any jobs, with fewer threads in flight.
+    Wide,
+    /// Blocks whose rows begin anywhere, and nothing else.
+    Odd,
+}
+
 /// A job of an encoding's own program: `ProgramJob` of the kernels.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ProgramEntry {
@@ -168,12 +180,8 @@ impl Entry {
             source,
             target: codes,
             scales,
-            bytes: 0,
-            kind: match ty {
-                SourceType::Bf16 => 1,
-                SourceType::F16 => 2,
-                SourceType::F32 => 3,
-            },
+            bytes: (grid.elements() * ty.size()) as u64,
+            kind: device::type_number(ty),
             rows: side(rows)?,
             cols: side(cols)?,
             block_rows: side(block_rows)?,
@@ -208,10 +216,25 @@ impl Entry {
     /// Whether the launch that writes the target can add it to the digest at the same time. Scales need
     /// [`summed_with_scales`](Self::summed_with_scales): two scales that different blocks write share a word.
     pub(crate) fn is_summable(&self) -> bool {
-        let is_aligned = (self.source | self.target).is_multiple_of(16);
         let is_copy = self.kind == 0;
-        let is_small = self.block_rows <= 128 && self.block_cols <= 128;
-        is_aligned && (is_copy || (self.cols.is_multiple_of(8) && is_small))
+        let is_even = is_copy || (self.cols.is_multiple_of(8) && self.is_small());
+        is_even && (self.source | self.target).is_multiple_of(16)
+    }
+
+    fn is_small(&self) -> bool {
+        self.block_rows <= 128 && self.block_cols <= 128
+    }
+
+    /// The fastest kernel that does it.
+    pub(crate) fn encoder(&self) -> Encoder {
+        let is_f32 = self.kind == device::type_number(SourceType::F32);
+        let is_rounded = !is_f32 || self.flags & PRECAST != 0;
+        let is_odd = self.kind != 0 && !self.is_summable();
+        match is_f32 {
+            _ if is_odd && is_rounded && self.is_small() => Encoder::Odd,
+            true => Encoder::Wide,
+            false => Encoder::Even,
+        }
     }
 
     fn bytes(&self) -> [u8; ENTRY] {
@@ -244,6 +267,8 @@ pub(crate) struct Table {
     entries: Vec<u8>,
     firsts: Vec<u32>,
     tiles: u32,
+    /// The kernel that does all jobs.
+    encoder: Encoder,
     /// Whether a job has F32 elements.
     wide: bool,
     /// The parameters of a program's jobs.
@@ -253,9 +278,15 @@ pub(crate) struct Table {
 impl Table {
     /// Adds a job.
     pub(crate) fn push(&mut self, (entry, tiles): (Entry, usize)) -> Result<(), CudaError> {
+        self.wide |= entry.kind == device::type_number(SourceType::F32);
+        let encoder = entry.encoder();
+        if self.is_empty() || encoder == self.encoder {
+            self.encoder = encoder;
+        } else {
+            self.encoder = if self.wide { Encoder::Wide } else { Encoder::Even };
+        }
         self.count(tiles)?;
         self.entries.extend_from_slice(&entry.bytes());
-        self.wide |= entry.kind == 3;
         Ok(())
     }
 
@@ -348,7 +379,7 @@ pub(crate) struct Part {
     pub(crate) parameters_at: usize,
     pub(crate) jobs: u32,
     pub(crate) tiles: u32,
-    pub(crate) wide: bool,
+    pub(crate) encoder: Encoder,
 }
 
 /// The tables of launches that run together, as they are copied to the device, and the memory of their jobs.
@@ -375,8 +406,8 @@ impl Tables {
             self.bytes.resize(parameters_at, 0);
             self.bytes.extend(table.parameters.iter().flat_map(|word| word.to_le_bytes()));
         }
-        let Table { tiles, wide, .. } = *table;
-        self.parts.push(Part { task, jobs_at, firsts_at, parameters_at, jobs, tiles, wide });
+        let Table { tiles, encoder, .. } = *table;
+        self.parts.push(Part { task, jobs_at, firsts_at, parameters_at, jobs, tiles, encoder });
     }
 
     /// Keeps an allocation behind addresses.
@@ -394,10 +425,5 @@ impl Tables {
 
 /// The number of a mode in the kernels.
 pub(crate) fn mode_number(mode: Mode) -> u64 {
-    match mode {
-        Mode::Triton => 0,
-        Mode::Pytorch => 1,
-        Mode::Ue8m0 => 2,
-        Mode::TritonGpu => 3,
-    }
+    device::mode_number(mode).into()
 }

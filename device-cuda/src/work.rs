@@ -11,7 +11,7 @@ use quant_fp8::{Fp8Codes, Fp8Format, Fp8Scales, Granularity, NonFinite, QuantErr
 use crate::CudaError;
 use crate::ledger::key;
 use crate::programs::kernel_of;
-use crate::table::{Entry, Fp8Places, ProgramEntry, Table, Tables, Task, mode_number};
+use crate::table::{Encoder, Entry, Fp8Places, ProgramEntry, Table, Tables, Task, mode_number};
 
 /// The most programs in a bucket's launches. The CPU does the work of any others.
 const MOST_PROGRAMS: usize = 4;
@@ -45,7 +45,7 @@ pub(crate) trait Beside {
 /// The work of one bucket. Its memory is used for bucket after bucket.
 #[derive(Debug, Default)]
 pub(crate) struct Work {
-    /// One launch for each format, and one for what is made outside the bucket. There is hardly ever a second one.
+    /// One launch for each format and kernel, and one for what is made outside the bucket. There are hardly ever more than two.
     batches: Vec<Batch>,
     /// Batches of earlier buckets, to be reused.
     spare: Vec<Batch>,
@@ -69,6 +69,7 @@ pub(crate) struct Work {
 #[derive(Debug, Default)]
 struct Batch {
     format: Fp8Format,
+    encoder: Encoder,
     /// Whether the targets are not in the bucket.
     is_aside: bool,
     table: Table,
@@ -239,7 +240,7 @@ impl Work {
             match (sorting.locate)(storage) {
                 Located::Here(source) => {
                     let copy = Entry::copy(source + job.start, target, job.len);
-                    let batch = self.batch(None, false);
+                    let batch = self.batch(None, &copy.0, false);
                     return self.add(batch, copy, (index, 0), job, sorting.digests);
                 }
                 Located::Peer => self.peers.push(index),
@@ -353,7 +354,7 @@ impl Work {
         let (encode, tiles) = encode?;
         let encode = if sums_scales { encode.summed_with_scales() } else { encode };
         let encode = (encode, tiles);
-        let batch = self.batch(Some(codes.format()), is_aside);
+        let batch = self.batch(Some(codes.format()), &encode.0, is_aside);
         if !is_aside {
             return self.add(batch, encode, (index, first_block), job, sorting.digests);
         }
@@ -364,10 +365,12 @@ impl Work {
         self.digest_later(target, job, sorting.digests)
     }
 
-    /// The batch for a format; for copies, any.
-    fn batch(&mut self, format: Option<&Fp8Format>, is_aside: bool) -> usize {
+    /// The batch for an entry with a format; for copies, of any format.
+    fn batch(&mut self, format: Option<&Fp8Format>, entry: &Entry, is_aside: bool) -> usize {
+        let encoder = entry.encoder();
         let fits = |batch: &Batch| {
-            batch.is_aside == is_aside && format.is_none_or(|format| batch.format == *format)
+            (batch.encoder, batch.is_aside) == (encoder, is_aside)
+                && format.is_none_or(|format| batch.format == *format)
         };
         match self.batches.iter().position(fits) {
             Some(index) => index,
@@ -376,7 +379,7 @@ impl Work {
                 table.clear();
                 of.clear();
                 let format = format.copied().unwrap_or_default();
-                self.batches.push(Batch { format, is_aside, table, of });
+                self.batches.push(Batch { format, encoder, is_aside, table, of });
                 self.batches.len() - 1
             }
         }
@@ -577,6 +580,8 @@ mod tests {
         /// What it writes to the target.
         len: u64,
         tiles: u64,
+        cols: u64,
+        encoder: Encoder,
         is_copy: bool,
         is_summed: bool,
         sums_scales: bool,
@@ -604,6 +609,8 @@ mod tests {
                     scales: long(at + 16),
                     len,
                     tiles,
+                    cols,
+                    encoder: part.encoder,
                     is_copy: kind == 0,
                     is_summed: flags & 2 != 0,
                     sums_scales: flags & 8 != 0,
@@ -746,6 +753,12 @@ mod tests {
                 let is_here = |at: u64| (BUCKET..BUCKET + bucket_bytes).contains(&at);
                 let (mut written, mut summed) = (Vec::new(), Vec::new());
                 for entry in launches.iter().flat_map(|(_, entries)| entries) {
+                    // Each launch has the fastest kernel that does its jobs.
+                    let is_even = (entry.source | entry.target).is_multiple_of(16)
+                        && entry.cols.is_multiple_of(8);
+                    let is_even = entry.is_copy || is_even;
+                    let encoder = if is_even { Encoder::Even } else { Encoder::Odd };
+                    prop_assert_eq!(entry.encoder, encoder);
                     if is_here(entry.target) {
                         written.push((entry.target - BUCKET, entry.len));
                         if entry.is_summed {

@@ -49,16 +49,25 @@ impl Gpu {
         slice
     }
 
-    fn quantize(&mut self, matrices: &[Matrix], format: &Fp8Format) -> Vec<(Vec<u8>, Vec<u8>)> {
+    /// Codes and scales, in one launch. Sources begin so many elements behind a multiple of 256 bytes, codes so many bytes.
+    fn quantize(
+        &mut self,
+        matrices: &[Matrix],
+        format: &Fp8Format,
+        shift: usize,
+    ) -> Vec<(Vec<u8>, Vec<u8>)> {
         let jobs: Vec<_> = matrices
             .iter()
             .map(|matrix| {
                 let grid = format.granularity.grid(&matrix.shape).unwrap();
+                let before = shift * matrix.ty.size();
+                let source = self.put(&[&vec![0; before], &matrix.bytes[..]].concat());
+                let codes = self.poisoned(shift + grid.elements());
                 DeviceJob::Fp8 {
-                    source: self.put(&matrix.bytes),
+                    source: source.slice(before, matrix.bytes.len()).unwrap(),
                     ty: matrix.ty,
                     shape: matrix.shape.clone(),
-                    codes: self.poisoned(grid.elements()),
+                    codes: codes.slice(shift, grid.elements()).unwrap(),
                     scales: self.poisoned(grid.scales() * 4),
                 }
             })
@@ -113,7 +122,7 @@ fn golden_inputs_give_the_golden_codes_and_scales_in_every_mode() {
     ] {
         let golden = SafeTensors::deserialize(file).unwrap();
         let format = Fp8Format { mode, precast: Precast::None, ..Fp8Format::default() };
-        for (matrix, (codes, scales)) in inputs.iter().zip(gpu.quantize(&inputs, &format)) {
+        for (matrix, (codes, scales)) in inputs.iter().zip(gpu.quantize(&inputs, &format, 0)) {
             let what = format!("{} {mode_name}", matrix.name);
             let Ok(expected) = golden.tensor(&format!("{}.{mode_name}.q", matrix.name)) else {
                 panic!("no golden data for {what}");
@@ -169,17 +178,22 @@ fn on_the_cpu(matrix: &Matrix, format: &Fp8Format) -> (Vec<u8>, Vec<u8>) {
 }
 
 fn same_as_on_the_cpu(gpu: &mut Gpu, matrices: &[Matrix], format: &Fp8Format) {
-    for (matrix, (codes, scales)) in matrices.iter().zip(gpu.quantize(matrices, format)) {
-        let expected = on_the_cpu(matrix, format);
-        let differs = codes.iter().zip(&expected.0).position(|(a, b)| a != b);
-        assert_eq!(differs, None, "codes of {} in {format:?}", matrix.name);
-        assert!(scales == expected.1, "scales of {} in {format:?}", matrix.name);
+    for (matrix, found) in matrices.iter().zip(gpu.quantize(matrices, format, 0)) {
+        same(matrix, &found, &on_the_cpu(matrix, format), &format!("{format:?}"));
     }
+}
+
+/// Compares codes and scales.
+fn same(matrix: &Matrix, found: &(Vec<u8>, Vec<u8>), expected: &(Vec<u8>, Vec<u8>), how: &str) {
+    let differs = found.0.iter().zip(&expected.0).position(|(a, b)| a != b);
+    assert_eq!(differs, None, "codes of {} in {how}", matrix.name);
+    assert!(found.1 == expected.1, "scales of {} in {how}", matrix.name);
 }
 
 #[test]
 #[ignore = "needs a CUDA device"]
-fn matrices_of_all_shapes_and_types_in_one_launch_are_what_they_are_on_the_cpu() {
+fn matrices_of_all_shapes_and_types_at_any_alignment_in_one_launch_and_alone_are_what_they_are_on_the_cpu()
+ {
     let mut gpu = Gpu::open();
     let shapes: [&[usize]; 14] = [
         &[1, 1],
@@ -207,7 +221,19 @@ fn matrices_of_all_shapes_and_types_in_one_launch_are_what_they_are_on_the_cpu()
             for (rows, cols) in [(128, 128), (64, 32), (32, 256), (256, 128)] {
                 let granularity = Granularity::Block { rows, cols };
                 let format = Fp8Format { mode, precast, granularity, ..Fp8Format::default() };
-                same_as_on_the_cpu(&mut gpu, &matrices, &format);
+                let expected: Vec<_> =
+                    matrices.iter().map(|matrix| on_the_cpu(matrix, &format)).collect();
+                for shift in [0, 1, 3, 8] {
+                    let how = format!("{format:?}, {shift} elements behind an aligned place");
+                    let together = gpu.quantize(&matrices, &format, shift);
+                    for (index, matrix) in matrices.iter().enumerate() {
+                        // Launches of one kind of blocks have kernels of their own.
+                        let alone = gpu.quantize(std::slice::from_ref(matrix), &format, shift);
+                        for found in [&together[index], &alone[0]] {
+                            same(matrix, found, &expected[index], &how);
+                        }
+                    }
+                }
             }
         }
     }
@@ -989,7 +1015,7 @@ fn triton_itself_gives_the_codes_and_scales_of_mode_triton_gpu() {
     let theirs = std::fs::read(&output).unwrap();
     let format = Fp8Format { mode: Mode::TritonGpu, ..Fp8Format::default() };
     let mut rest = &theirs[..];
-    for (matrix, (codes, scales)) in matrices.iter().zip(gpu.quantize(&matrices, &format)) {
+    for (matrix, (codes, scales)) in matrices.iter().zip(gpu.quantize(&matrices, &format, 0)) {
         let (their_codes, after) = rest.split_at(codes.len());
         let (their_scales, after) = after.split_at(scales.len());
         rest = after;

@@ -86,6 +86,17 @@ pub struct Exported {
     pub handle: Vec<u8>,
     /// Whether the memory has to stay as long as another process has it open. If not, the system keeps it for them.
     pub stays_while_open: bool,
+    /// How programs that are not this one open it, if they can.
+    pub native: Option<NativeHandle>,
+}
+
+/// What the driver of a device opens memory with, in any program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NativeHandle {
+    /// The device, by a name that is the same in all processes: of a GPU, the UUID in lower case and without a prefix.
+    pub device: String,
+    /// The driver's handle.
+    pub handle: Vec<u8>,
 }
 
 /// Where memory is, for libraries that move bytes by their addresses.
@@ -188,7 +199,7 @@ pub trait BucketSlot: fmt::Debug + Send + Sync {
     }
 
     /// Encodes all jobs into it, none of them beyond the first `filled` bytes, and returns their digest sum if it is wanted, else 0.
-    /// Blocks until the bytes are there; also when this is an error, nothing reads the weights any more. A thread of the pool may be about
+    /// Blocks until all who read the slot find the bytes there; also when this is an error, nothing reads the weights any more. A thread of the pool may be about
     /// to drop them: [`settle`](BucketMemory::settle) waits for that.
     ///
     /// # Contract

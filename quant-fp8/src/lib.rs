@@ -18,6 +18,7 @@
 mod codec;
 mod combinator;
 mod contract;
+pub mod device;
 mod encoding;
 mod engine;
 mod error;

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::{Kernels, Prepared, THREADS, Used};
-use crate::table::{Part, Task};
+use crate::table::{Encoder, Part, Task};
 use crate::{CudaError, CudaMemory};
 
 impl Kernels {
@@ -38,7 +38,7 @@ impl Kernels {
         stream.keep(self.done.raw().clone());
         let done = self.done.address();
         for (index, part) in (1 + earlier as u64..).zip(parts) {
-            let Part { task, jobs_at, firsts_at, parameters_at, jobs, tiles, wide } = *part;
+            let Part { task, jobs_at, firsts_at, parameters_at, jobs, tiles, encoder } = *part;
             if tiles == 0 {
                 continue;
             }
@@ -46,7 +46,11 @@ impl Kernels {
             let (count, all) = (jobs.into(), tiles.into());
             let (kernel, mut parameters) = match task {
                 Task::Encode { mode, base } => {
-                    let kernel = if wide { &self.encode_wide } else { &self.encode };
+                    let kernel = match encoder {
+                        Encoder::Even => &self.encode,
+                        Encoder::Wide => &self.encode_wide,
+                        Encoder::Odd => self.encode_odd.as_ref().unwrap_or(&self.encode_wide),
+                    };
                     (
                         kernel,
                         vec![entries, firsts, count, all, mode, sum + index * 8, sum, base, done],

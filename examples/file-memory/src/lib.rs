@@ -15,7 +15,8 @@ use std::sync::Arc;
 
 use engine_core::memory::{Job, Pool, TensorMemory};
 use engine_core::provider::{
-    Allocation, BucketMemory, BucketSlot, Exported, ImportedMemory, Lifetime, MemoryKind, SlotBytes,
+    Allocation, BucketMemory, BucketSlot, Exported, ImportedMemory, Lifetime, MemoryKind,
+    NativeHandle, SlotBytes,
 };
 use engine_core::{
     DeviceBytes, DeviceChoice, DeviceMemory, Error, ErrorKind, Result, Storage, Weight,
@@ -153,8 +154,11 @@ impl BucketMemory for Memory {
         let handle = serde_json::to_vec(&handle).map_err(|error| {
             Error::new(ErrorKind::Protocol, "sharing a file", error.to_string())
         })?;
+        // What any program opens it with.
+        let path = format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd());
+        let native = NativeHandle { device: DeviceMemory::device(self), handle: path.into() };
         // The system keeps a file that somebody has open.
-        Ok(Exported { handle, stays_while_open: false })
+        Ok(Exported { handle, stays_while_open: false, native: Some(native) })
     }
 }
 

@@ -203,7 +203,7 @@ impl Slots for HostSlots {
         Ok(self.readers.iter().map(on).collect())
     }
 
-    fn view(&self, _: SlotGuard, _: u64) -> Storage {
+    fn view(&self, _: SlotGuard, _: u64) -> Result<Storage> {
         unreachable!("trainers look at nothing")
     }
 }
