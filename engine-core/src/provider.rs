@@ -199,8 +199,8 @@ pub trait BucketSlot: fmt::Debug + Send + Sync {
     }
 
     /// Encodes all jobs into it, none of them beyond the first `filled` bytes, and returns their digest sum if it is wanted, else 0.
-    /// Blocks until all who read the slot find the bytes there; also when this is an error, nothing reads the weights any more. A thread of the pool may be about
-    /// to drop them: [`settle`](BucketMemory::settle) waits for that.
+    /// Blocks until all who read the slot find the bytes there. Also when this is an error, nothing reads the weights any more. A thread of
+    /// the pool may be about to drop them: [`settle`](BucketMemory::settle) waits for that.
     ///
     /// # Contract
     ///
