@@ -16,6 +16,7 @@ use control_plane::{
     Address, ChannelId, ControlConfig, ControlPlane, Event, Peer, Role, Token, UPDATES, form_group,
     from_lookup,
 };
+use engine_core::control::PROTOCOL_VERSION;
 use engine_core::{
     CheckpointEngineConfig, DType, Error, ErrorKind, Rank, Recovery, Registry, Result, TensorMap,
     Version, Weight, ensure_async_iterator,
@@ -399,13 +400,14 @@ fn a_member_of_another_protocol_version_learns_both_versions() {
         let change = |step, frame: &mut Vec<u8>| {
             if step == 0 {
                 // Kind, the Hello's tag and eight bytes of magic precede the version.
-                assert_eq!((&frame[2..10], frame[10]), (&b"ckpt-eng"[..], 8));
+                assert_eq!((&frame[2..10], frame[10].into()), (&b"ckpt-eng"[..], PROTOCOL_VERSION));
                 frame[10] = 77;
             }
         };
         let config = between(&leader, change, |_, _| ());
         let error = ControlPlane::join(config, Role::Rollout, None).await.unwrap_err();
-        assert_names(&error, ErrorKind::Protocol, &["version 9", "version 77"]);
+        let own = format!("version {PROTOCOL_VERSION}");
+        assert_names(&error, ErrorKind::Protocol, &[&own, "version 77"]);
         let member = join(&leader).await;
         gather(&[&leader, &member]).await;
     });
