@@ -689,25 +689,13 @@ impl<C: Communicator> ServersEngine<C> {
                         continue;
                     };
                     let whole = feed.whole.clone();
-                    let all = whole.as_ref().map(|whole| whole.tensors()).transpose();
-                    let refused =
-                        all.map(|all| self.refuse(all.as_ref().unwrap_or(&bucket.tensors)));
-                    match refused {
-                        Ok(false) => {}
-                        Ok(true) => {
-                            ready = Some(bucket);
-                            continue;
-                        }
-                        Err(error) => {
-                            self.fleet.fail(error);
-                            continue;
-                        }
+                    let all = whole.as_ref().map_or(&bucket.tensors, |whole| whole.tensors());
+                    if self.refuse(all) {
+                        ready = Some(bucket);
+                        continue;
                     }
                     if let Some(whole) = whole {
-                        match self.send_whole(&members, bucket, &whole, feed).await {
-                            Ok(buckets) => sent += buckets,
-                            Err(error) => self.fleet.fail(error),
-                        }
+                        sent += self.send_whole(&members, bucket, &whole, feed).await;
                         continue;
                     }
                     let begun = Instant::now();
@@ -891,24 +879,21 @@ impl<C: Communicator> ServersEngine<C> {
     }
 
     /// Sends all buckets by one call, the first of which is filled. Returns how many were sent.
-    ///
-    /// # Errors
-    ///
-    /// Those of the description, before any server is told.
     async fn send_whole(
         &mut self,
         members: &[usize],
         first: Bucket,
         whole: &Whole,
         feed: &mut Feed<'_, '_>,
-    ) -> Result<u64> {
+    ) -> u64 {
         let begun = Instant::now();
         let is_known = self.announced.as_ref().is_some_and(|announced| announced.is_known);
         // Until this call has succeeded.
         self.forget();
         // Servers that have the list take an empty one for it.
-        let tensors = if is_known { Tensors::default() } else { whole.tensors()? };
-        let theirs = self.call(members, &tensors, FOREVER);
+        let empty = Tensors::default();
+        let tensors = if is_known { &empty } else { whole.tensors() };
+        let theirs = self.call(members, tensors, FOREVER);
         let (hand, handed) = mpsc::channel(1);
         let pace = Arc::new(Pace::new());
         let lens: Vec<u64> = whole.buckets().iter().map(|bucket| bucket.len).collect();
@@ -969,7 +954,7 @@ impl<C: Communicator> ServersEngine<C> {
                 Err(Error::new(ErrorKind::Protocol, "sending an update by one call", message))
             }
         }));
-        Ok(sent)
+        sent
     }
 
     /// Servers are told something else than the list that they know, or nobody knows any more what they have.

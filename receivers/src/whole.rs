@@ -18,6 +18,7 @@ pub(crate) struct Whole {
     /// In the order of the stream.
     metas: Vec<TensorMeta>,
     buckets: Vec<WholeBucket>,
+    tensors: Tensors,
 }
 
 /// One bucket of it.
@@ -56,7 +57,9 @@ impl Whole {
             buckets.push(WholeBucket { weights: start..end, order, len });
             start = end;
         }
-        Ok(Some(Self { metas, buckets }))
+        let order = buckets.iter().flat_map(|bucket: &WholeBucket| &bucket.order);
+        let tensors = described(order.map(|&index| &metas[index]))?;
+        Ok(Some(Self { metas, buckets, tensors }))
     }
 
     /// The weights, in the order of the stream.
@@ -74,14 +77,8 @@ impl Whole {
     }
 
     /// The description of all weights, in the order in which they are sent.
-    ///
-    /// # Errors
-    ///
-    /// `Weight` for types that torch does not have.
-    pub(crate) fn tensors(&self) -> Result<Tensors> {
-        described(
-            self.buckets.iter().flat_map(|bucket| &bucket.order).map(|&index| &self.metas[index]),
-        )
+    pub(crate) fn tensors(&self) -> &Tensors {
+        &self.tensors
     }
 }
 
@@ -142,7 +139,7 @@ mod tests {
                 prop_assert!(weights.iter().any(|(ty, _)| *ty != weights[0].0));
                 return Ok(());
             };
-            let tensors = whole.tensors().unwrap();
+            let tensors = whole.tensors();
             let lens: Vec<u64> = whole.buckets().iter().map(|bucket| bucket.len).collect();
             prop_assert_eq!(received(tensors.sizes.iter().copied(), limit), lens);
             let mut seen = Vec::new();

@@ -31,6 +31,11 @@ use server::Contract;
 /// The weights of a small model at a version: layers of several types, of sizes that fit no alignment, and one weight that
 /// is larger than a bucket.
 pub(crate) fn model(version: u64) -> Vec<Weight> {
+    layers(version, 6, [33, 129])
+}
+
+/// The same with so many layers, whose projections have this shape.
+pub(crate) fn layers(version: u64, count: usize, projection: [u64; 2]) -> Vec<Weight> {
     let tensor = |name: &str, dtype: DType, shape: &[u64]| {
         let len = shape.iter().product::<u64>() * dtype.bits() / 8;
         let seed = name.bytes().map(u64::from).sum::<u64>() + version * 7919;
@@ -38,9 +43,9 @@ pub(crate) fn model(version: u64) -> Vec<Weight> {
         Weight::new(name, dtype, shape, bytes).expect("a weight")
     };
     let mut weights = vec![tensor("embed.weight", DType::BF16, &[151, 64])];
-    for layer in 0..6 {
+    for layer in 0..count {
         let name = |part: &str| format!("layers.{layer}.{part}");
-        weights.push(tensor(&name("proj.weight"), DType::F8_E4M3, &[33, 129]));
+        weights.push(tensor(&name("proj.weight"), DType::F8_E4M3, &projection));
         weights.push(tensor(&name("proj.weight_scale_inv"), DType::F32, &[1, 2]));
         weights.push(tensor(&name("proj.bias"), DType::BF16, &[33]));
         weights.push(tensor(&name("norm.weight"), DType::F32, &[129]));
