@@ -39,7 +39,7 @@ pub(crate) const READING: &str = "reading a version";
 #[serde(rename_all = "snake_case")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum Encoding {
-    /// The exclusive or of old and new bytes. The smallest, and applied exactly once.
+    /// The exclusive or of old and new bytes. It has to be applied exactly once: applied twice, it gives the old bytes again.
     #[default]
     Xor,
     /// The positions of bytes that changed, and their new values. Applying it again does no harm. Of tensors below 4 GiB.

@@ -1,4 +1,4 @@
-//! Versions of a folder as others read them, whoever has written them.
+//! Reads the versions of a folder. A trainer of this project or of slime has written them.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

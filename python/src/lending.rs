@@ -185,7 +185,7 @@ impl Lending {
     }
 }
 
-/// A tensor, the shape of the full tensor, and the box of it that the tensor is.
+/// A tensor that is a part of a full tensor: the tensor, the full tensor's shape, and the box that the part is.
 type Shard<'py> = (Bound<'py, PyAny>, Arc<[u64]>, TensorBox);
 
 /// The local part of a DTensor, and the box of the full tensor that it is.
