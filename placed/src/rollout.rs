@@ -172,7 +172,7 @@ impl PlacedRollout {
             working: Arc::default(),
             table: Arc::default(),
         };
-        let seat = Seat::new(control, deadline, Member::new(Role::Rollout, deadline), None);
+        let seat = Seat::new(control, deadline, Member::new(rank, Role::Rollout, deadline), None);
         Ok(Self { seat, digests: context.config.digests, worker })
     }
 
