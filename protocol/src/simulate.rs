@@ -21,7 +21,8 @@ const NEVER: Duration = Duration::from_secs(1 << 20);
 const BUCKET: u64 = 256;
 
 /// A group, and an update of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Simulation {
     /// The number of ranks beside the trainer.
     pub rollouts: u32,

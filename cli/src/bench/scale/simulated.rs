@@ -65,8 +65,12 @@ pub async fn simulated(rollouts: u32, behind: u32, buckets: u32) -> Result<Simul
         return Err(Error::new(ErrorKind::State, MEASURING, "a measurement is missing"));
     };
     let run = |rollouts, behind, buckets: u32| {
-        let (latency, fill) = (Duration::from_micros(50), Duration::from_millis(1));
-        simulate(Simulation { rollouts, behind, buckets: buckets.into(), latency, fill })
+        let mut simulation = Simulation::default();
+        (simulation.rollouts, simulation.behind) = (rollouts, behind);
+        simulation.buckets = buckets.into();
+        simulation.latency = Duration::from_micros(50);
+        simulation.fill = Duration::from_millis(1);
+        simulate(simulation)
     };
     let small =
         [run(1, 0, BUCKETS)?, run(ROLLOUTS, 0, BUCKETS)?, run(ROLLOUTS, ROLLOUTS, BUCKETS)?];
