@@ -174,11 +174,14 @@ impl Communicator for Nccl {
         Ok(())
     }
 
-    fn warm_up(&mut self, group: usize, wait: &Wait<'_>) -> Result<()> {
+    fn connect_members(&mut self, group: usize, wait: &Wait<'_>) -> Result<()> {
         // NCCL connects members when a communicator has its first collective.
-        self.first(group, wait, "warming up a group of NCCL", |comm, bytes, stream| {
-            comm.broadcast(bytes, stream)
-        })
+        self.first(
+            group,
+            wait,
+            "connecting the members of a group of NCCL",
+            |comm, bytes, stream| comm.broadcast(bytes, stream),
+        )
     }
 
     fn greet(&mut self, group: usize, wait: &Wait<'_>) -> Result<()> {

@@ -316,7 +316,7 @@ impl<C: Communicator> Node<C> {
         self.thread.regroup(limit, true, move |library, wait| {
             for &(group, place) in &groups {
                 library.join(group, &ids[group], size, place, wait)?;
-                library.warm_up(group, wait)?;
+                library.connect_members(group, wait)?;
             }
             Ok(groups.into_iter().map(|(group, _)| group).collect())
         })

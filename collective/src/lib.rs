@@ -231,13 +231,13 @@ pub trait Communicator: fmt::Debug + 'static {
         wait: &Wait<'_>,
     ) -> Result<()>;
 
-    /// Does what makes the first broadcast in a group slower than others, together with all members. Called after [`join`](Self::join)
-    /// in groups of this engine, not in those with other programs.
+    /// Connects the members of a group, if the library would only do it in the group's first broadcast. All members do the same now. Called
+    /// after [`join`](Self::join) in groups of this engine, not in those with other programs.
     ///
     /// # Errors
     ///
     /// As [`join`](Self::join).
-    fn warm_up(&mut self, group: usize, wait: &Wait<'_>) -> Result<()> {
+    fn connect_members(&mut self, group: usize, wait: &Wait<'_>) -> Result<()> {
         let _ = (group, wait);
         Ok(())
     }

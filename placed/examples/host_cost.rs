@@ -6,7 +6,7 @@
 //!
 //! The ranks are tasks of one process. They send the matrices of experts, once as they are and once quantised: from one trainer to one
 //! rollout, and then from two trainers with half of the rows of each to two rollouts with tensor parallelism, and to two that want everything.
-//! Or only from trainers of one layout to rollouts of another, such as `fsdp=2` and `tp=2,etp=2`. Prints the medians of the stages of the
+//! Or only from trainers of one layout to rollouts of another, such as `fsdp=2` and `tp=2`. Prints the medians of the stages of the
 //! leading trainer, in microseconds for each tensor, and how many pieces a trainer writes, with how many calls of its encoder. With fewer
 //! cores than ranks, ranks wait for one another, and the times of several ranks are larger than those of ranks with cores of their own.
 
@@ -278,7 +278,7 @@ async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         None => Ok(default),
     };
     let (tensors, updates) = (number(0, 18_867)?.max(1), number(1, 12)?.max(2));
-    let usual = [("ranks=1", "ranks=1"), ("fsdp=2", "tp=2,etp=2"), ("fsdp=2", "ranks=2")];
+    let usual = [("ranks=1", "ranks=1"), ("fsdp=2", "tp=2"), ("fsdp=2", "ranks=2")];
     let chosen = match &arguments[..] {
         [_, _, trainers, rollouts] => vec![(&**trainers, &**rollouts)],
         _ => usual.to_vec(),
