@@ -9,6 +9,9 @@ use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result, Role, Version};
 
 use crate::message::{Batch, Declared, Digest, ToLeader, ToMember};
 
+/// What a rank does that refuses an update of another version.
+const ENTERING: &str = "entering an update";
+
 /// Something for the loop to do. Acts are done in their order.
 #[derive(Debug)]
 pub(crate) enum Act {
@@ -85,6 +88,7 @@ pub enum TensorState {
 /// The state machine of a rank.
 #[derive(Debug)]
 pub(crate) struct Member {
+    rank: Rank,
     role: Role,
     deadline: Duration,
     state: TensorState,
@@ -92,6 +96,9 @@ pub(crate) struct Member {
     begun: Option<Begun>,
     /// Set while the program waits for an update, with the version that it expects.
     called: Option<Option<Version>>,
+    /// An update of another version than the program expects, which the leader has been told. If it had failed before, the
+    /// expected one is still to come.
+    refused: Option<(u64, Error)>,
     taking: Option<Taking>,
     /// The digest of this rank's declaration that the leader knows.
     told: Option<Digest>,
@@ -133,9 +140,18 @@ enum Step {
 }
 
 impl Member {
-    pub(crate) fn new(role: Role, deadline: Duration) -> Self {
-        let state = TensorState::Empty;
-        Self { role, deadline, state, begun: None, called: None, taking: None, told: None }
+    pub(crate) fn new(rank: Rank, role: Role, deadline: Duration) -> Self {
+        Self {
+            rank,
+            role,
+            deadline,
+            state: TensorState::Empty,
+            begun: None,
+            called: None,
+            refused: None,
+            taking: None,
+            told: None,
+        }
     }
 
     pub(crate) fn state(&self) -> &TensorState {
@@ -145,6 +161,7 @@ impl Member {
     /// The program begins to wait for an update.
     pub(crate) fn call(&mut self, now: Instant, version: Option<Version>) -> Vec<Act> {
         self.called = Some(version);
+        self.refused = None;
         match self.begun.take() {
             Some(begun) => self.enter(now, begun),
             None => Vec::new(),
@@ -156,11 +173,26 @@ impl Member {
         self.taking.is_some()
     }
 
+    /// Why the program's call has not taken part in the update that began last, if it was of another version.
+    pub(crate) fn refusal(&mut self) -> Option<Error> {
+        self.refused.take().map(|(_, error)| error)
+    }
+
     fn enter(&mut self, now: Instant, begun: Begun) -> Vec<Act> {
-        let Some(expected) = self.called.take() else {
+        let Some(expected) = self.called else {
             self.begun = Some(begun);
             return Vec::new();
         };
+        if let Some(expected) = expected.filter(|version| *version != begun.version) {
+            let message = format!("version {} began, {expected} was expected", begun.version);
+            let error = Error::new(ErrorKind::Mismatch, ENTERING, message);
+            let error = error.version(begun.version);
+            let report = ErrorReport::from(&error);
+            self.refused = Some((begun.update, error));
+            return vec![Act::Send(ToLeader::Failed { update: begun.update, error: report })];
+        }
+        self.called = None;
+        self.refused = None;
         self.taking = Some(Taking {
             begun,
             before: self.state.clone(),
@@ -173,11 +205,6 @@ impl Member {
             lent: false,
             failed: None,
         });
-        if let Some(expected) = expected.filter(|version| *version != begun.version) {
-            let message = format!("version {} began, {expected} was expected", begun.version);
-            let error = Error::new(ErrorKind::Mismatch, "entering an update", message);
-            return self.fail(error.version(begun.version));
-        }
         self.start(Task::Prepare { sure: false })
     }
 
@@ -218,6 +245,20 @@ impl Member {
         if self.begun.is_some_and(|begun| begun.update == update) {
             if let ToMember::Abort { .. } = message {
                 self.begun = None;
+            }
+            return Vec::new();
+        }
+        if let Some((_, refusal)) = self.refused.take_if(|(refused, _)| *refused == update) {
+            let is_own =
+                |error: &ErrorReport| error.rank == Some(self.rank) && error.operation == ENTERING;
+            match message {
+                ToMember::Abort { error, .. } if is_own(&error) => {
+                    self.called = None;
+                    return vec![Act::End(Err(refusal))];
+                }
+                // It has failed for another reason, before the leader heard that it was refused.
+                ToMember::Abort { .. } => {}
+                _ => self.refused = Some((update, refusal)),
             }
             return Vec::new();
         }
@@ -354,6 +395,7 @@ impl Member {
     pub(crate) fn lost(&mut self, error: Error) -> Vec<Act> {
         self.told = None;
         self.begun = None;
+        self.refused = None;
         self.ended_by(error, true)
     }
 
@@ -392,6 +434,7 @@ impl Member {
     /// The program no longer waits. The present task is told to stop, and its end need not be reported.
     pub(crate) fn cancel(&mut self) -> Vec<Act> {
         self.called = None;
+        self.refused = None;
         let message = "the call was given up";
         let mut acts = self.fail(Error::new(ErrorKind::Aborted, "updating", message));
         acts.extend(self.done(Err(Error::new(ErrorKind::Aborted, "updating", message))));

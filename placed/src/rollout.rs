@@ -175,7 +175,7 @@ impl PlacedRollout {
             table: Arc::default(),
             compared: Arc::default(),
         };
-        let seat = Seat::new(control, deadline, Member::new(Role::Rollout, deadline), None);
+        let seat = Seat::new(control, deadline, Member::new(rank, Role::Rollout, deadline), None);
         Ok(Self { seat, digests: context.config.digests, worker })
     }
 

@@ -7,6 +7,7 @@
 //! 2. Trainers write to a rollout's tensors only while the rollout says that it is being updated.
 //! 3. If the leader reports a version as active, every rollout that it names has verified it, and has what each trainer holds in this update,
 //!    not what it said that it holds.
+//! 4. A trainer whose program expects the version that the leader has begun takes part, also if updates before it have failed meanwhile.
 //!
 //! At the end, every call ends in a bounded time if the ranks that are not stopped go on, and an update with the remaining
 //! ranks succeeds.
@@ -16,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use engine_core::{Error, ErrorKind, Rank, Result, Role, Version};
+use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result, Role, Version};
 use proptest::prelude::*;
 
 use crate::coordinator::{self, Coordinator, digest_of};
@@ -39,6 +40,8 @@ enum Planted {
     NotTouched,
     /// A trainer that holds other boxes than it said goes on as if it had written.
     Differs,
+    /// The call of a trainer ends when an update of another version begins, although that one may have failed long ago.
+    EndsAtOnce,
 }
 
 struct Work {
@@ -54,6 +57,8 @@ struct Process {
     member: Member,
     update: u64,
     called: bool,
+    /// The version that the program expects.
+    expects: Option<Version>,
     ended: Option<Result<Version>>,
     work: Option<Work>,
     stopped: bool,
@@ -108,13 +113,19 @@ fn failed(words: &str) -> Error {
     Error::new(ErrorKind::Io, "working", words)
 }
 
+/// Whether this is the error of the rank that has refused an update of another version, as it has it.
+fn is_refusal(error: &ErrorReport) -> bool {
+    error.rank.is_none() && error.operation == "entering an update"
+}
+
 impl Process {
     fn new(rank: u32) -> Self {
         Self {
             role: role(rank),
-            member: Member::new(role(rank), DEADLINE),
+            member: Member::new(Rank(rank), role(rank), DEADLINE),
             update: 0,
             called: false,
+            expects: None,
             ended: None,
             work: None,
             stopped: false,
@@ -154,6 +165,13 @@ impl World {
         self.versions.insert(self.updates, version);
         self.begun = self.now;
         for rank in self.processes.keys().copied().collect::<Vec<_>>() {
+            let waits = |p: &&mut Process| !p.stopped && p.called && !p.member.takes_part();
+            let waiting = self.processes.get_mut(&rank).filter(waits);
+            if let Some(process) = waiting.filter(|process| process.expects.is_some()) {
+                // Its program has waited long enough for an update that has ended without it.
+                process.member.cancel();
+                process.called = false;
+            }
             self.call_of(rank)?;
         }
         self.sending = true;
@@ -170,12 +188,14 @@ impl World {
             return Ok(());
         }
         (process.called, process.ended) = (true, None);
-        // Messages since the last call may belong to updates that have ended.
-        while let Some(message) = process.inbox.pop_front() {
+        // Messages since the last call may belong to updates that have ended. Some of them are still on their way.
+        for message in process.inbox.drain(..process.inbox.len() / 2).collect::<Vec<_>>() {
             let acts = process.member.heard(now, message);
             assert!(acts.is_empty(), "nothing is entered without a call");
         }
-        let acts = process.member.call(now, None);
+        let version = self.versions.get(&self.updates).copied();
+        process.expects = version.filter(|_| process.role == Role::Trainer);
+        let acts = process.member.call(now, process.expects);
         self.member_acts(rank, acts)
     }
 
@@ -237,6 +257,13 @@ impl World {
                     self.leader_acts(acts)?;
                 }
                 member::Act::Send(message) => {
+                    if let ToLeader::Failed { error, .. } = &message
+                        && is_refusal(error)
+                        && self.planted == Planted::EndsAtOnce
+                    {
+                        return self
+                            .member_acts(rank, vec![member::Act::End(Err(error.clone().into()))]);
+                    }
                     if self.processes.get(&rank).is_some_and(|process| process.connected) {
                         self.to_leader.entry(rank).or_default().push_back(message);
                     }
@@ -261,6 +288,12 @@ impl World {
                         let works = process.work.is_some();
                         if works {
                             return Err(format!("the call of rank {rank} ends while it works"));
+                        }
+                        let refused =
+                            result.as_ref().is_err_and(|error| is_refusal(error.report()));
+                        let begun = self.versions.get(&self.updates).copied();
+                        if refused && process.expects == begun {
+                            return Err(format!("rank {rank} refuses the version that it expects"));
                         }
                         (process.called, process.ended) = (false, Some(result));
                     }
@@ -704,7 +737,7 @@ proptest! {
 fn faults_that_are_put_back_are_found() {
     use proptest::strategy::ValueTree;
     use proptest::test_runner::TestRunner;
-    for planted in [Planted::NoLease, Planted::NotTouched, Planted::Differs] {
+    for planted in [Planted::NoLease, Planted::NotTouched, Planted::Differs, Planted::EndsAtOnce] {
         let mut runner = TestRunner::deterministic();
         let strategy = schedules(600);
         let found = (0..60_000).any(|_| {

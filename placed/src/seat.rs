@@ -306,6 +306,9 @@ impl Seat {
                 if let Some(error) = unread.take() {
                     return Err(error);
                 }
+                if let Some(error) = seat.member.refusal() {
+                    return Err(error);
+                }
                 let message = format!("none began within {:.1} s", seat.deadline.as_secs_f64());
                 let error = Error::new(ErrorKind::Timeout, "waiting for an update", message);
                 return Err(error.rank(Rank::LEADER));

@@ -132,7 +132,8 @@ impl PlacedTrainer {
         let (rank, deadline) = (control.rank(), context.deadline());
         let pool = Pool::new(context.threads(Role::Trainer))?;
         let coordinator = (rank == Rank::LEADER).then(|| Coordinator::new(ranks, deadline));
-        let seat = Seat::new(control, deadline, Member::new(Role::Trainer, deadline), coordinator);
+        let seat =
+            Seat::new(control, deadline, Member::new(rank, Role::Trainer, deadline), coordinator);
         let worker = Writer {
             rank,
             reach,

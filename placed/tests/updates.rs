@@ -292,6 +292,31 @@ fn a_stream_that_breaks_off_fails_the_update_on_every_rank_at_once_and_leaves_th
 }
 
 #[test]
+fn a_trainer_that_sends_another_version_fails_the_update_on_every_rank_at_once() {
+    let (model, holds, wants) = halves();
+    let mut group = Group::new(&model, &holds, &wants);
+    group.update(1).unwrap();
+    for (version, own) in [(2, 1), (2, 3)] {
+        group.behind = Some((Rank(1), own));
+        let begun = std::time::Instant::now();
+        let errors = group.update(version).unwrap_err();
+        assert!(begun.elapsed().as_secs() < 5, "nobody waits for a deadline");
+        assert_eq!(errors.len(), 4, "{errors:?}");
+        for error in errors {
+            assert_eq!(error.kind(), ErrorKind::Mismatch, "{error}");
+            let expected = format!("version {version} began, {own} was expected");
+            assert!(error.to_string().contains(&expected), "{error}");
+        }
+        for rollout in &group.rollouts {
+            assert_eq!(rollout.state(), &TensorState::Active(Version(1)));
+        }
+    }
+    group.behind = None;
+    group.update(4).unwrap();
+    group.check(4);
+}
+
+#[test]
 fn bytes_that_changed_on_their_way_are_found_and_named() {
     let (model, holds, wants) = halves();
     let mut group = Group::new(&model, &holds, &wants);

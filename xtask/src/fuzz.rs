@@ -6,13 +6,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 
 use crate::Result;
 use crate::bundle::put;
-use crate::process::{run as run_command, stage};
+use crate::process::{quiet_stage, run as run_command, stage};
 use crate::workspace::Workspace;
 
 /// What has the compiler add libFuzzer's counters.
@@ -33,7 +35,7 @@ const SECONDS_THAT_PAY: u32 = 60;
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// A target of `fuzz/fuzz_targets`; all of them, one after the other, without it
+    /// A target of `fuzz/fuzz_targets`; all of them without it, as many at a time as there are processors
     target: Option<String>,
 
     /// How long each target runs; with 0, only what is in its corpus does
@@ -73,6 +75,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     if options.seconds < SECONDS_THAT_PAY && options.bundle.is_none() {
         build.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1");
         build.env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16");
+        build.env("CARGO_PROFILE_RELEASE_DEBUG", "false");
     }
     stage("building", build)?;
     let programs = target_dir.join(&host).join("release");
@@ -83,14 +86,13 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     let seed = options.seed.unwrap_or_else(|| {
         SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.subsec_nanos().max(1))
     });
-    for name in chosen {
+    let fuzz = |name: &String| -> Result<Command> {
         // What is found goes to the first folder; the others are read.
         let found = target_dir.join("corpus").join(name);
         let kept = workspace.root().join("fuzz/corpus").join(name);
         let artifacts = target_dir.join("artifacts").join(name);
         for folder in [&found, &artifacts] {
-            std::fs::create_dir_all(folder)
-                .map_err(|error| format!("{}: {error}", folder.display()))?;
+            fs::create_dir_all(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
         }
         let mut fuzz = Command::new(programs.join(name));
         fuzz.arg(&found).args(Some(kept).filter(|folder| folder.is_dir()));
@@ -105,14 +107,40 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         fuzz.arg(format!("-artifact_prefix={}/", artifacts.display()));
         fuzz.args(["-print_final_stats=1", "-verbosity=0"]);
         fuzz.current_dir(workspace.root());
-        stage(name, fuzz).map_err(|error| {
-            format!(
-                "{error}\n{name}: the input is above, and in {}; keep it in fuzz/corpus/{name} with the fix",
-                artifacts.display()
-            )
-        })?;
+        Ok(fuzz)
+    };
+    let explained = |name: &String, error: String| {
+        let artifacts = target_dir.join("artifacts").join(name);
+        format!(
+            "{error}\n{name}: the input is above, and in {}; keep it in fuzz/corpus/{name} with the fix",
+            artifacts.display()
+        )
+    };
+    if let [name] = chosen[..] {
+        return stage(name, fuzz(name)?).map_err(|error| explained(name, error));
     }
-    Ok(())
+    // A target has one thread. The first that fails is the last one to begin.
+    let left = Mutex::new((chosen.into_iter(), None::<String>));
+    let lock = || left.lock().unwrap_or_else(PoisonError::into_inner);
+    let next = || {
+        let (targets, failure) = &mut *lock();
+        targets.next().filter(|_| failure.is_none())
+    };
+    let at_a_time = thread::available_parallelism().map_or(1, usize::from);
+    thread::scope(|scope| {
+        for _ in 0..at_a_time {
+            scope.spawn(|| {
+                while let Some(name) = next() {
+                    let ran = fuzz(name).and_then(|fuzz| quiet_stage(name, fuzz));
+                    if let Err(error) = ran {
+                        lock().1.get_or_insert(explained(name, error));
+                    }
+                }
+            });
+        }
+    });
+    let (_, failure) = left.into_inner().unwrap_or_else(PoisonError::into_inner);
+    failure.map_or(Ok(()), Err)
 }
 
 /// Puts what runs elsewhere into a folder.

@@ -20,6 +20,24 @@ pub(crate) fn stage(title: &str, command: Command) -> Result<()> {
     Ok(())
 }
 
+/// Runs a command beside others, and prints what it said when it has ended.
+pub(crate) fn quiet_stage(title: &str, mut command: Command) -> Result<()> {
+    let start = Instant::now();
+    let output = command.output().map_err(|error| format!("{}: {error}", line(&command)))?;
+    let said = [output.stdout, output.stderr].concat();
+    let seconds = start.elapsed().as_secs_f64();
+    print!(
+        "\n-- {title}: {}\n{}-- {title}: {seconds:.0} s\n",
+        line(&command),
+        String::from_utf8_lossy(&said)
+    );
+    if output.status.success() {
+        Ok(())
+    } else {
+        Err(format!("{}: {}", line(&command), output.status))
+    }
+}
+
 /// Whether a command can be run and succeeds; what it prints is not shown.
 pub(crate) fn succeeds(command: &mut Command) -> bool {
     let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());

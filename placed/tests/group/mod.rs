@@ -165,6 +165,8 @@ pub(crate) struct Group {
     pub(crate) fails: Option<Rank>,
     /// A trainer whose stream ends with an error.
     pub(crate) breaks_off: Option<Rank>,
+    /// A trainer whose program sends another version than the others.
+    pub(crate) behind: Option<(Rank, u64)>,
     /// The streams stop in front of the weight of this number until something was written, or digested if memory digests itself.
     pub(crate) stops_at: Option<usize>,
     _members: Vec<Member>,
@@ -213,6 +215,7 @@ impl Group {
             market,
             fails: None,
             breaks_off: None,
+            behind: None,
             stops_at: None,
             _members: members,
         }
@@ -248,7 +251,7 @@ impl Group {
             false => market.0.puts.load(Ordering::Relaxed),
         };
         let before = steps(&market);
-        let breaks_off = self.breaks_off;
+        let (breaks_off, behind) = (self.breaks_off, self.behind);
         let sends =
             self.trainers.iter_mut().zip(sources).zip(0..).map(|((trainer, weights), rank)| {
                 let market = market.clone();
@@ -269,7 +272,9 @@ impl Group {
                 });
                 let broken = futures::stream::iter(broken).then(|broken| broken);
                 let weights = weights.chain(broken);
-                trainer.send_weights(ensure_async_iterator(weights), Version(version))
+                let own = behind.filter(|(behind, _)| *behind == Rank(rank));
+                let version = Version(own.map_or(version, |(_, own)| own));
+                trainer.send_weights(ensure_async_iterator(weights), version)
             });
         let receives = self.rollouts.iter_mut().map(|rollout| rollout.update(None));
         let all = join(join_all(sends), join_all(receives));
