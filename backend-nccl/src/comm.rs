@@ -174,6 +174,10 @@ impl Communicator for Nccl {
         Ok(())
     }
 
+    fn can_give_up_joining(&self) -> bool {
+        true
+    }
+
     fn connect_members(&mut self, group: usize, wait: &Wait<'_>) -> Result<()> {
         // NCCL connects members when a communicator has its first collective.
         self.first(

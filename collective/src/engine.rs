@@ -13,7 +13,7 @@ use tracing::{info, warn};
 use super::group::{Change, Joined, Step, Ticket, groups_of};
 use super::parts::{Details, First, Parts, first};
 use super::thread::{Attachment, Awaiting, Begun, Broadcast};
-use super::{Communicator, Library, Opened, Shape, SlotGuard, SlotLocks, Slots, Thread};
+use super::{Communicator, Library, Opened, Shape, SlotGuard, SlotLocks, Slots, Thread, Wait};
 use engine_core::clock::within;
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::ALIGNMENT;
@@ -132,12 +132,13 @@ impl<L: Library> CollectiveEngine<L> {
         let (rank, senders) = (self.control.rank(), self.options.senders);
         let first = match rank == Rank::LEADER && !self.options.rebuild_group {
             true => {
-                let ids = move |library: &mut L::Communicator| {
-                    (0..senders).map(|_| library.new_group()).collect()
+                let ids = move |library: &mut L::Communicator, _: &Wait<'_>| {
+                    let count = if library.can_give_up_joining() { senders } else { 0 };
+                    (0..count).map(|_| library.new_group()).collect::<Result<Vec<Bytes>>>()
                 };
-                let limit = self.context.deadline();
-                let ids = thread.run(limit, move |library, _| ids(library)).await?;
-                Some(First { ids, updates: self.control.updates() })
+                let ids = thread.run(self.context.deadline(), ids).await?;
+                let updates = self.control.updates();
+                Some(First { ids, updates }).filter(|first| !first.ids.is_empty())
             }
             false => None,
         };
