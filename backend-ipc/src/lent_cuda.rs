@@ -203,7 +203,6 @@ impl Lender for LentCuda {
         pieces: &[&Arc<[StridedPart]>],
         step: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Option<Vec<u64>>> {
-        self.require_own()?;
         let memory = &self.memory.space;
         let checks: Vec<Check<'_>> = pieces.iter().map(|parts| Check { memory, parts }).collect();
         lock(&self.placer).check(&checks, step).map(Some)

@@ -79,6 +79,27 @@ impl Nccl {
         Ok(())
     }
 
+    /// Does a collective of one float in a group, and waits for it. It counts as none of the group's broadcasts.
+    fn first(
+        &mut self,
+        group: usize,
+        wait: &Wait<'_>,
+        operation: &str,
+        call: impl FnOnce(&RawComm, &DeviceBytes, &Stream) -> Result<(), NcclError>,
+    ) -> Result<()> {
+        // The slots may be filled already.
+        let own = self.slots.memory().spare(size_of::<f32>() as u64)?;
+        let float = DeviceBytes::all(own.memory().clone())?;
+        self.enqueue(group, wait, operation, |comm, stream| call(comm, &float, stream))?;
+        while !self.group(group)?.under_way.is_empty() {
+            self.ended(group)?;
+            wait.check(operation)?;
+            std::thread::sleep(PAUSE);
+        }
+        self.group(group)?.ended = 0;
+        Ok(())
+    }
+
     /// Registers the slots with a communicator.
     fn register(&self, comm: &RawComm, wait: &Wait<'_>) -> Result<Option<Registration>, NcclError> {
         let all = DeviceBytes::all(self.slots.memory().clone())?;
@@ -153,21 +174,24 @@ impl Communicator for Nccl {
         Ok(())
     }
 
+    fn can_give_up_joining(&self) -> bool {
+        true
+    }
+
+    fn connect_members(&mut self, group: usize, wait: &Wait<'_>) -> Result<()> {
+        // NCCL connects members when a communicator has its first collective.
+        self.first(
+            group,
+            wait,
+            "connecting the members of a group of NCCL",
+            |comm, bytes, stream| comm.broadcast(bytes, stream),
+        )
+    }
+
     fn greet(&mut self, group: usize, wait: &Wait<'_>) -> Result<()> {
-        // The slots may be filled already.
-        let own = self.slots.memory().spare(size_of::<f32>() as u64)?;
-        let float = DeviceBytes::all(own.memory().clone())?;
-        self.enqueue(group, wait, "enqueueing an all-reduce", |comm, stream| {
-            comm.all_reduce(&float, stream)
-        })?;
-        while !self.group(group)?.under_way.is_empty() {
-            self.ended(group)?;
-            wait.check("greeting a group of NCCL")?;
-            std::thread::sleep(PAUSE);
-        }
-        // It is no broadcast.
-        self.group(group)?.ended = 0;
-        Ok(())
+        self.first(group, wait, "greeting a group of NCCL", |comm, float, stream| {
+            comm.all_reduce(float, stream)
+        })
     }
 
     fn broadcast(&mut self, group: usize, slot: u32, len: u64, wait: &Wait<'_>) -> Result<()> {

@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use super::group::{Change, Joined, Step, Ticket, groups_of};
-use super::parts::{Details, Parts};
-use super::thread::{Attachment, Awaiting, Broadcast};
-use super::{Communicator, Library, Opened, Shape, SlotGuard, SlotLocks, Slots, Thread};
+use super::parts::{Details, First, Parts, first};
+use super::thread::{Attachment, Awaiting, Begun, Broadcast};
+use super::{Communicator, Library, Opened, Shape, SlotGuard, SlotLocks, Slots, Thread, Wait};
 use engine_core::clock::within;
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::ALIGNMENT;
@@ -129,8 +129,20 @@ impl<L: Library> CollectiveEngine<L> {
         let shape = self.shape()?;
         let Opened { thread, slots, version, share } =
             self.library.open(&self.context, shape, &self.pool).await?;
-        let details = Details { shape, version, senders: self.options.senders, share };
-        let rank = self.control.rank();
+        let (rank, senders) = (self.control.rank(), self.options.senders);
+        let first = match rank == Rank::LEADER && !self.options.rebuild_group {
+            true => {
+                let ids = move |library: &mut L::Communicator, _: &Wait<'_>| {
+                    let count = if library.can_give_up_joining() { senders } else { 0 };
+                    (0..count).map(|_| library.new_group()).collect::<Result<Vec<Bytes>>>()
+                };
+                let ids = thread.run(self.context.deadline(), ids).await?;
+                let updates = self.control.updates();
+                Some(First { ids, updates }).filter(|first| !first.ids.is_empty())
+            }
+            false => None,
+        };
+        let details = Details { shape, version, senders, share, first };
         let node = Node {
             thread,
             slots,
@@ -140,6 +152,7 @@ impl<L: Library> CollectiveEngine<L> {
             // Shorter than the protocol's deadline, so that the error names the broadcast that hangs.
             deadline: self.context.deadline().mul_f64(0.75),
             joined: Mutex::default(),
+            forming: Mutex::default(),
             failed: Mutex::default(),
         };
         let node = Owned { node: Arc::new(node), limit: self.context.deadline() };
@@ -163,6 +176,11 @@ impl<L: Library> CollectiveEngine<L> {
             drop(node.thread.attach(key.clone()).await.map_err(|error| error.rank(node.rank))?);
             leaders = Some(Leaders { key, held: None });
         }
+        let early = first(&place.peers).filter(|first| first.updates == self.control.updates());
+        let epochs = u64::from(early.is_some());
+        if let Some(First { ids, .. }) = early {
+            node.form_early(parts.members(), ids)?;
+        }
         let link = Link {
             node,
             pool: self.pool.clone(),
@@ -170,7 +188,7 @@ impl<L: Library> CollectiveEngine<L> {
             slower: None,
             rebuild: self.options.rebuild_group,
             clean: true,
-            epochs: 0,
+            epochs,
             is_read: false,
             leaders,
         };
@@ -229,6 +247,7 @@ impl<C: Communicator> Deref for Owned<C> {
 
 impl<C: Communicator> Drop for Owned<C> {
     fn drop(&mut self) {
+        self.node.give_up_forming();
         self.node.thread.close_later(self.limit);
     }
 }
@@ -243,8 +262,17 @@ struct Node<C> {
     rank: Rank,
     deadline: Duration,
     joined: Mutex<Joined>,
+    /// The groups that this rank has begun to join before the first update.
+    forming: Mutex<Option<Forming>>,
     /// The error of a broadcast of the present update.
     failed: Mutex<Option<ErrorReport>>,
+}
+
+/// Groups that are being joined, and will be those of epoch 1.
+#[derive(Debug)]
+struct Forming {
+    members: Members,
+    begun: Begun<()>,
 }
 
 impl<C: Communicator> Node<C> {
@@ -276,6 +304,68 @@ impl<C: Communicator> Node<C> {
         })
     }
 
+    fn forming(&self) -> std::sync::MutexGuard<'_, Option<Forming>> {
+        // Every change is one assignment.
+        self.forming.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins to join groups with these members.
+    fn form(&self, limit: Duration, members: &Members, ids: Vec<Bytes>) -> Result<Begun<()>> {
+        let groups = groups_of(members, self.rank);
+        let size = members.others.len() as u32 + 1;
+        info!(ranks = size, "joining a group");
+        self.thread.regroup(limit, true, move |library, wait| {
+            for &(group, place) in &groups {
+                library.join(group, &ids[group], size, place, wait)?;
+                library.connect_members(group, wait)?;
+            }
+            Ok(groups.into_iter().map(|(group, _)| group).collect())
+        })
+    }
+
+    /// Begins to join the groups of the first update, if the rank is a member. A failure shows when that update needs them.
+    fn form_early(&self, members: Members, ids: Vec<Bytes>) -> Result<()> {
+        let is_member = !groups_of(&members, self.rank).is_empty() && !members.others.is_empty();
+        if is_member && ids.len() == members.senders.len() {
+            let begun = self.form(self.deadline, &members, ids)?;
+            *self.forming() = Some(Forming { members, begun });
+        }
+        Ok(())
+    }
+
+    /// Waits for no groups of the first update any more.
+    fn give_up_forming(&self) {
+        drop(self.forming().take());
+    }
+
+    /// Takes in that the groups of the first update have been joined, or could not be. Returns whether they are still being joined by these
+    /// members. If it is by others, they are given up.
+    fn is_forming(&self, members: &Members) -> bool {
+        let mut forming = self.forming();
+        let Some(present) = &mut *forming else { return false };
+        match present.begun.ended() {
+            None if present.members == *members => return true,
+            None => {}
+            Some(Ok(())) => {
+                *self.joined() = Joined { epoch: 1, members: present.members.clone() };
+            }
+            Some(Err(error)) => warn!(%error, "the first groups could not be joined early"),
+        }
+        *forming = None;
+        false
+    }
+
+    /// Waits for the groups of the first update, if they are being joined.
+    async fn formed(&self, limit: Duration) -> Result<()> {
+        let Some(Forming { members, begun }) = self.forming().take() else { return Ok(()) };
+        within(limit, begun).await.ok_or_else(|| {
+            let message = format!("nothing within {:.1} s", limit.as_secs_f64());
+            Error::new(ErrorKind::Timeout, JOINING, message).rank(self.rank)
+        })??;
+        *self.joined() = Joined { epoch: 1, members };
+        Ok(())
+    }
+
     /// Changes groups as a ticket says, together with all other ranks.
     async fn join(&self, ticket: &[u8]) -> Result<()> {
         // The leader joins when all others have entered the update, which may take them as long as any wait. If they do not come, the
@@ -291,8 +381,11 @@ impl<C: Communicator> Node<C> {
         if groups.is_empty() {
             return Err(refuse("this rank is not among the members".into()));
         }
+        match change {
+            Change::Form { .. } => self.give_up_forming(),
+            Change::Keep | Change::Shrink { .. } => self.formed(limit).await?,
+        }
         let joined = self.joined().clone();
-        let size = members.others.len() as u32 + 1;
         match change {
             Change::Keep => {
                 if (joined.epoch, &joined.members) != (epoch, &members) {
@@ -302,15 +395,7 @@ impl<C: Communicator> Node<C> {
             }
             Change::Form { ids } => {
                 *self.joined() = Joined::default();
-                info!(%epoch, ranks = size, "joining a group");
-                self.thread
-                    .regroup(limit, true, move |library, wait| {
-                        for &(group, place) in &groups {
-                            library.join(group, &ids[group], size, place, wait)?;
-                        }
-                        Ok(groups.into_iter().map(|(group, _)| group).collect())
-                    })
-                    .await?;
+                self.form(limit, &members, ids)?.await?;
                 // Reset only now: the thread has given up all broadcasts of the previous update.
                 *self.failure() = None;
             }
@@ -320,14 +405,14 @@ impl<C: Communicator> Node<C> {
                 }
                 let places = joined.places(&gone);
                 *self.joined() = Joined::default();
-                info!(%epoch, ranks = size, ?gone, "leaving ranks out of the group");
+                info!(%epoch, ?gone, "leaving ranks out of the group");
                 self.thread
                     .regroup(limit, false, move |library, wait| {
                         for &(group, _) in &groups {
                             library.shrink(group, &places, wait)?;
                         }
                         Ok(groups.into_iter().map(|(group, _)| group).collect())
-                    })
+                    })?
                     .await?;
             }
         }
@@ -404,14 +489,20 @@ impl<C: Communicator> SendLink for Link<C> {
         self.is_read = colocated > 0;
         if members.others.is_empty() {
             // There is nobody to form a group with. The members of an old group are gone.
+            self.node.give_up_forming();
             *self.node.joined() = Joined::default();
-            self.node.thread.regroup(self.node.deadline, true, |_, _| Ok(Vec::new())).await?;
+            self.node.thread.regroup(self.node.deadline, true, |_, _| Ok(Vec::new()))?.await?;
             *self.node.failure() = None;
             return Ok(None);
         }
+        let forms = self.node.is_forming(members);
         let joined = self.node.joined().clone();
         let reuse = self.clean && !self.rebuild && self.node.failure().is_none();
-        let step = if reuse { joined.step(members, self.can_shrink) } else { Step::Form };
+        let step = match reuse {
+            true if forms => Step::Keep,
+            true => joined.step(members, self.can_shrink),
+            false => Step::Form,
+        };
         let change = match step {
             Step::Keep => Change::Keep,
             Step::Shrink => Change::Shrink { gone: joined.gone(members) },
@@ -428,7 +519,8 @@ impl<C: Communicator> SendLink for Link<C> {
         }
         self.clean = false;
         let ticket = Ticket { epoch: self.epochs, members: members.clone(), change };
-        Ok(Some(JoinTicket { bytes: ticket.to_bytes()?, together: step != Step::Keep }))
+        let together = forms || step != Step::Keep;
+        Ok(Some(JoinTicket { bytes: ticket.to_bytes()?, together }))
     }
 
     async fn join(&mut self, ticket: &JoinTicket) -> Result<()> {
@@ -455,6 +547,7 @@ impl<C: Communicator> SendLink for Link<C> {
     }
 
     async fn close(&mut self, _: Duration) {
+        self.node.give_up_forming();
         self.node.thread.close().await;
     }
 }
@@ -571,6 +664,7 @@ impl<C: Communicator> FetchLink for Link<C> {
     }
 
     async fn close(&mut self) {
+        self.node.give_up_forming();
         self.node.thread.close().await;
     }
 }

@@ -9,7 +9,8 @@
 //!   the buckets. Within a group all ranks enqueue the same broadcasts in the same order, and no receiver waits for one that its sender has
 //!   not enqueued.
 //! - **Overlap.** While a bucket travels, the trainer fills the next slot, and receivers verify and install the previous bucket.
-//! - **Groups.** Ranks join when the membership changes, after a failed update, or for every update if the configuration asks for it. All
+//! - **Groups.** Ranks begin to join the groups of the first update as soon as they know one another, by ids in the leader's metadata, while
+//!   the trainer still computes, if the library can give up joining. Later they join when the membership changes, after a failed update, or for every update if the configuration asks for it. All
 //!   other updates use the existing groups. The announcement of the update carries what ranks need to join. A failed update breaks its
 //!   groups on every rank, so that no late broadcast is taken for one of the next update.
 //! - **More than one sender.** With `senders` trainers, trainer *n* modulo their number fills and sends bucket *n*, each trainer in its own
@@ -229,6 +230,23 @@ pub trait Communicator: fmt::Debug + 'static {
         place: u32,
         wait: &Wait<'_>,
     ) -> Result<()>;
+
+    /// Whether a [`join`](Self::join) that waits for others ends soon when nobody waits for it any more. Then ranks join the groups of the
+    /// first update early: should one of them die meanwhile, the others are free for that update all the same.
+    fn can_give_up_joining(&self) -> bool {
+        false
+    }
+
+    /// Connects the members of a group, if the library would only do it in the group's first broadcast. All members do the same now. Called
+    /// after [`join`](Self::join) in groups of this engine, not in those with other programs.
+    ///
+    /// # Errors
+    ///
+    /// As [`join`](Self::join).
+    fn connect_members(&mut self, group: usize, wait: &Wait<'_>) -> Result<()> {
+        let _ = (group, wait);
+        Ok(())
+    }
 
     /// Whether the library can remove members from a group without forming it again.
     fn can_shrink(&self) -> bool {

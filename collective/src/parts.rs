@@ -10,7 +10,7 @@ use tracing::warn;
 use super::{CollectiveOptions, Shape, Share};
 use engine_core::control::Peer;
 use engine_core::{Error, ErrorKind, Placement, Rank, Result, Role, WorkerMetadata};
-use protocol::Part;
+use protocol::{Members, Part};
 
 /// The data about a rank for the topology.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,6 +20,18 @@ pub(super) struct Details {
     pub(super) senders: u32,
     #[serde(default)]
     pub(super) share: Option<Share>,
+    /// Only on the leader.
+    #[serde(default)]
+    pub(super) first: Option<First>,
+}
+
+/// The groups of the first update, which ranks join as soon as they know one another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct First {
+    /// The id of each sender's group.
+    pub(super) ids: Vec<Bytes>,
+    /// How many updates had begun on the leader when it made them. A rank that comes when there were more comes too late to join.
+    pub(super) updates: u64,
 }
 
 /// A device of a host.
@@ -29,8 +41,17 @@ struct Seat {
     device: String,
 }
 
+fn details(worker: &WorkerMetadata) -> Option<Details> {
+    serde_json::from_value(worker.details.clone()).ok()
+}
+
 fn share(worker: &WorkerMetadata) -> Option<Share> {
-    serde_json::from_value::<Details>(worker.details.clone()).ok()?.share
+    details(worker)?.share
+}
+
+/// What the leader has made for the first update.
+pub(super) fn first(peers: &[WorkerMetadata]) -> Option<First> {
+    details(peers.iter().find(|peer| peer.rank == Rank::LEADER)?)?.first
 }
 
 impl Seat {
@@ -94,6 +115,16 @@ impl Parts {
 
     pub(super) fn of(&self, rank: Rank) -> Option<Part> {
         self.parts.get(&rank).copied()
+    }
+
+    /// The members of an update with all of these ranks.
+    pub(super) fn members(&self) -> Members {
+        let with = |wanted: &[Part]| {
+            let ranks = self.iter().filter(|(_, part)| wanted.contains(part));
+            ranks.map(|(rank, _)| rank).collect::<Vec<_>>()
+        };
+        let senders = [vec![Rank::LEADER], with(&[Part::Sender])].concat();
+        Members { senders, others: with(&[Part::Receiver, Part::Relay]) }
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (Rank, Part)> + '_ {
@@ -236,7 +267,7 @@ mod tests {
             key: Ok(Bytes::from_static(b"key")),
         });
         let shape = Shape { slots: 4, slot_bytes: 256 };
-        let details = Details { shape, version: "1".into(), senders: 1, share };
+        let details = Details { shape, version: "1".into(), senders: 1, share, first: None };
         let details = serde_json::json!(details);
         let mut worker = WorkerMetadata::of_this_process("test", Rank::LEADER, role, details);
         worker.host = host.into();

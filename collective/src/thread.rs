@@ -2,15 +2,18 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::Shared;
 use tokio::sync::oneshot;
+use tokio::sync::oneshot::error::TryRecvError as TryRecv;
 use tracing::{debug, warn};
 
 use super::{Communicator, SlotGuard};
@@ -222,6 +225,15 @@ impl<C: Communicator> Thread<C> {
         work: impl FnOnce(&mut Worker<C>, &dyn Fn() -> bool) -> Result<T> + Send + 'static,
         unheard: impl FnOnce(&mut Worker<C>) + Send + 'static,
     ) -> Result<T> {
+        self.begin(work, unheard)?.await
+    }
+
+    /// As [`ask`](Self::ask), but the work begins now, not when its result is awaited.
+    fn begin<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Worker<C>, &dyn Fn() -> bool) -> Result<T> + Send + 'static,
+        unheard: impl FnOnce(&mut Worker<C>) + Send + 'static,
+    ) -> Result<Begun<T>> {
         let (tell, told) = oneshot::channel();
         self.command(move |worker| {
             if tell.is_closed() {
@@ -232,7 +244,7 @@ impl<C: Communicator> Thread<C> {
                 unheard(worker);
             }
         })?;
-        told.await.map_err(|_| gone())?
+        Ok(Begun(told))
     }
 
     /// As [`run`](Self::run), for callers that block.
@@ -320,13 +332,13 @@ impl<C: Communicator> Thread<C> {
         }
     }
 
-    /// Leaves all groups and joins others, or changes their members.
-    pub(super) async fn regroup(
+    /// Leaves all groups and joins others, or changes their members. This begins now. If the result is dropped, it is given up.
+    pub(super) fn regroup(
         &self,
         limit: Duration,
         leave: bool,
         join: impl FnOnce(&mut C, &Wait<'_>) -> Result<Vec<usize>> + Send + 'static,
-    ) -> Result<()> {
+    ) -> Result<Begun<()>> {
         if leave {
             self.given_up.fetch_add(1, Ordering::AcqRel);
         }
@@ -346,7 +358,7 @@ impl<C: Communicator> Thread<C> {
             result
         };
         // If the caller has gone, its groups are useless.
-        self.ask(work, Worker::leave_unfinished).await
+        self.begin(work, Worker::leave_unfinished)
     }
 
     /// Maps the leader's slots in place of this rank's own, until the last attachment is dropped.
@@ -380,6 +392,29 @@ impl<C: Communicator> Drop for Attachment<C> {
         if self.thread.command(Worker::detach).is_err() {
             debug!("the thread has ended, and with it the attachment");
         }
+    }
+}
+
+/// Work that a thread has begun, or will begin. If this is dropped, nobody waits for it any more.
+#[derive(Debug)]
+pub(super) struct Begun<T>(oneshot::Receiver<Result<T>>);
+
+impl<T> Begun<T> {
+    /// Its result, if it has ended.
+    pub(super) fn ended(&mut self) -> Option<Result<T>> {
+        match self.0.try_recv() {
+            Ok(result) => Some(result),
+            Err(TryRecv::Empty) => None,
+            Err(TryRecv::Closed) => Some(Err(gone())),
+        }
+    }
+}
+
+impl<T> Future for Begun<T> {
+    type Output = Result<T>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.0.poll_unpin(cx).map(|told| told.map_err(|_| gone())?)
     }
 }
 

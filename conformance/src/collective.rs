@@ -438,6 +438,10 @@ impl Communicator for FakeCommunicator {
         Ok(())
     }
 
+    fn can_give_up_joining(&self) -> bool {
+        true
+    }
+
     fn can_shrink(&self) -> bool {
         self.options.shrinks
     }

@@ -247,8 +247,8 @@ mod membership_and_faults {
      {
         let _counting = COUNTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         run(async {
-            let mut group = Group::form(json!({}), 3).await.expect("a group");
             let start = counts();
+            let mut group = Group::form(json!({}), 3).await.expect("a group");
             for version in 1..5 {
                 group.works(version).await;
             }
@@ -261,6 +261,64 @@ mod membership_and_faults {
             group.works(7).await;
             group.works(8).await;
             assert_eq!(since(start), (8, 3), "four ranks join anew");
+        });
+    }
+
+    /// Waits until so many more ranks have joined.
+    async fn joined(before: Counts, ranks: u64) {
+        let until = tokio::time::Instant::now() + Duration::from_secs(5);
+        while since(before).0 < ranks {
+            assert!(tokio::time::Instant::now() < until, "{before:?}, then {:?}", counts());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    #[test]
+    fn ranks_join_the_groups_of_the_first_update_before_it_begins_and_those_that_form_anew_do_too()
+    {
+        let _counting = COUNTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        run(async {
+            let start = counts();
+            let mut group = Group::form(json!({}), 3).await.expect("a group");
+            joined(start, 4).await;
+            group.works(1).await;
+            assert_eq!(since(start), (4, 0), "what was joined is used");
+            // A rank that comes later does not take the ids of the first groups for its own.
+            group.join().await;
+            group.works(2).await;
+            assert_eq!(since(start), (9, 0));
+        });
+        run(async {
+            let start = counts();
+            let mut group = Group::form(json!({"rebuild_group": true}), 2).await.expect("a group");
+            group.works(1).await;
+            assert_eq!(
+                since(start),
+                (3, 0),
+                "groups that every update forms are not formed before"
+            );
+        });
+    }
+
+    #[test]
+    fn a_rank_that_is_gone_or_never_joins_before_the_first_update_holds_nobody_up() {
+        let _counting = COUNTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let options = json!({"fault": "join_hangs", "fault_rank": 2});
+        run(async {
+            let devices = vec![DeviceChoice::default(); 4];
+            let group = Group::with_deadline(30.0, devices, options.clone()).await;
+            let mut group = group.expect("a group");
+            let begun = std::time::Instant::now();
+            group.leave(1).await;
+            group.works(1).await;
+            assert!(begun.elapsed() < Duration::from_secs(5), "nobody waits for a deadline");
+            group.works(2).await;
+        });
+        run(async {
+            let mut group = Group::form(options, 2).await.expect("a group");
+            // The leader knows by then that the first groups were not joined, and forms others.
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            group.works(1).await;
         });
     }
 
@@ -396,8 +454,8 @@ mod membership_and_faults {
     fn a_library_that_cannot_leave_members_out_forms_the_group_anew() {
         let _counting = COUNTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         run(async {
-            let mut group = Group::form(json!({"shrinks": false}), 2).await.expect("a group");
             let start = counts();
+            let mut group = Group::form(json!({"shrinks": false}), 2).await.expect("a group");
             group.works(1).await;
             group.leave(0).await;
             group.works(2).await;

@@ -106,8 +106,11 @@ struct Kept {
     tables: Option<CudaMemory>,
 }
 
-/// As many lists are kept as an update has batches, and as many again: for the update that is the first of another kind.
+/// So many lists are kept whatever they take: as many as a trainer's update has batches, and as many again, for the update that is the
+/// first of another kind.
 const LISTS: usize = 16;
+/// Bytes of tables on the device, beyond which no more lists are kept. A rollout has a list for each batch of each trainer.
+const KEPT: usize = 64 << 20;
 
 /// The last lists of jobs, the last one behind the others.
 #[derive(Debug, Default)]
@@ -123,10 +126,12 @@ impl Lists {
     }
 
     fn put(&mut self, kept: Kept) {
-        if self.0.len() >= LISTS {
+        self.0.push(kept);
+        let bytes =
+            |lists: &[Kept]| lists.iter().map(|kept| kept.launches.bytes().len()).sum::<usize>();
+        while self.0.len() > LISTS && bytes(&self.0) > KEPT {
             self.0.remove(0);
         }
-        self.0.push(kept);
     }
 }
 

@@ -94,7 +94,6 @@ struct Running {
     /// Whether a trainer has written.
     touched: bool,
     terms: Vec<(Rank, Bytes)>,
-    written: BTreeMap<Rank, Vec<(Rank, Vec<u64>)>>,
     verified: Vec<ReceiverReport>,
     source_bytes: u64,
     bytes: u64,
@@ -165,7 +164,6 @@ impl Coordinator {
             differs: false,
             touched: false,
             terms: Vec::new(),
-            written: BTreeMap::new(),
             verified: Vec::new(),
             source_bytes: 0,
             bytes: 0,
@@ -190,7 +188,7 @@ impl Coordinator {
         let expected: &[Stage] = match &message {
             ToLeader::Entered { .. } => &[Stage::Enter],
             ToLeader::Maxima { .. } | ToLeader::Planned { .. } => &[Stage::Plan],
-            ToLeader::Written { .. } => &[Stage::Write],
+            ToLeader::Batch { .. } | ToLeader::Written { .. } => &[Stage::Write],
             ToLeader::Differs { .. } => &[Stage::Plan, Stage::Write],
             ToLeader::Verified { .. } => &[Stage::Verify],
             ToLeader::Progress { .. } | ToLeader::Failed { .. } => &[],
@@ -239,10 +237,16 @@ impl Coordinator {
                     running.terms.push((from, terms));
                 }
             }
-            ToLeader::Written { sums, source_bytes, .. } => {
+            ToLeader::Batch { update, to, batch } => {
+                if running.ranks.get(&to) != Some(&Role::Rollout) {
+                    return self.fail(broken("a batch for a rank that is no rollout").rank(from));
+                }
+                running.touched = true;
+                return vec![Act::Send(to, ToMember::Batch { update, from, batch })];
+            }
+            ToLeader::Written { source_bytes, .. } => {
                 running.source_bytes = running.source_bytes.saturating_add(source_bytes);
                 running.touched = true;
-                running.written.insert(from, sums);
             }
             ToLeader::Differs { wrote, .. } => {
                 running.differs = true;
@@ -288,7 +292,6 @@ impl Coordinator {
                 running.plan = None;
                 running.known.clear();
                 running.terms.clear();
-                running.written.clear();
                 running.source_bytes = 0;
                 Stage::Enter
             }
@@ -316,12 +319,7 @@ impl Coordinator {
             }
             Stage::Write => {
                 for rollout in of(Role::Rollout) {
-                    let written = running.written.iter().filter_map(|(from, sums)| {
-                        let (_, sums) = sums.iter().find(|(to, _)| *to == rollout)?;
-                        Some((*from, sums.clone()))
-                    });
-                    let written = written.collect();
-                    acts.push(Act::Send(rollout, ToMember::Verify { update, written }));
+                    acts.push(Act::Send(rollout, ToMember::Verify { update }));
                 }
                 Stage::Verify
             }

@@ -222,7 +222,7 @@ pub(crate) struct Piece {
     pub(crate) region: TensorBox,
     /// The rank at the other end.
     pub(crate) peer: Rank,
-    /// The number of the trainer's box. Only the trainer uses it.
+    /// The number of the trainer's box.
     pub(crate) held: usize,
     pub(crate) lent: Arc<Lent>,
     pub(crate) granule: Arc<[u64]>,
@@ -247,6 +247,8 @@ pub(crate) struct Table {
     pub(crate) pieces: Vec<Piece>,
     /// On a trainer, the numbers of the pieces in the order in which their weights come, in batches that are written one after the other.
     pub(crate) batches: Vec<Vec<usize>>,
+    /// On a rollout, for each trainer the numbers of its pieces, in the order of its boxes, which is that of its batches.
+    pub(crate) of_trainers: BTreeMap<Rank, Vec<usize>>,
     /// The bytes of all pieces.
     pub(crate) bytes: u64,
     /// The number of tensors of the plan, and how many of them are quantised.
@@ -260,7 +262,7 @@ pub(crate) struct Table {
     pub(crate) formats: HashMap<u32, (TensorMeta, Fp8Format)>,
 }
 
-/// Divides the pieces of a trainer into batches of about the same bytes, in the order of its boxes.
+/// Divides the pieces of a trainer into batches of about the same bytes, in the order of its boxes. All pieces of a box are in one batch.
 fn batches_of(pieces: &[Piece]) -> Vec<Vec<usize>> {
     /// With more of them, the work on one begins earlier, and a device waits for the host more often.
     const MOST: u64 = 8;
@@ -270,9 +272,9 @@ fn batches_of(pieces: &[Piece]) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..pieces.len()).collect();
     order.sort_by_key(|&number| pieces[number].held);
     let (mut batches, mut batch, mut bytes) = (Vec::new(), Vec::new(), 0);
-    for number in order {
-        batch.push(number);
-        bytes += pieces[number].bytes;
+    for of_box in order.chunk_by(|&one, &next| pieces[one].held == pieces[next].held) {
+        batch.extend(of_box);
+        bytes += of_box.iter().map(|&number| pieces[number].bytes).sum::<u64>();
         if bytes >= each {
             batches.push(std::mem::take(&mut batch));
             bytes = 0;
@@ -440,8 +442,18 @@ pub(crate) fn table(
     let of_format = formats.values().filter(|(_, format)| format.is_some()).count() as u64;
     let formats = of_tensor;
     let batches = if is_trainer { batches_of(&pieces) } else { Vec::new() };
+    let mut of_trainers: BTreeMap<Rank, Vec<usize>> = BTreeMap::new();
+    if !is_trainer {
+        for (number, piece) in pieces.iter().enumerate() {
+            of_trainers.entry(piece.peer).or_default().push(number);
+        }
+        for own in of_trainers.values_mut() {
+            own.sort_by_key(|&number| pieces[number].held);
+        }
+    }
     Ok(Table {
         batches,
+        of_trainers,
         set,
         digest,
         bytes: pieces.iter().map(|piece| piece.bytes).sum(),

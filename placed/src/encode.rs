@@ -10,25 +10,42 @@ use engine_core::{DType, Error, ErrorKind, Rank, Result, TensorBox, TensorMeta, 
 use quant_fp8::{
     BlockMaxima, BoxSource, Codec, Fp8Format, QuantError, SourceType, Store, StridedPart,
 };
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::arriving::{Arriving, Came, FIRST, Waits};
 use crate::declared::{Piece, Table};
 use crate::memory::{Encoded, Encoder, Lender, Reached};
+use crate::message::Batch;
 use crate::pieces::{Place, Runs, Sum, cut_of, quantized, row_of};
 
 /// The progress of work on other threads, and the order to stop it.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Going(Arc<(AtomicBool, AtomicU64)>);
+#[derive(Clone, Debug)]
+pub(crate) struct Going {
+    shared: Arc<(AtomicBool, AtomicU64)>,
+    wrote: UnboundedSender<(Rank, Batch)>,
+}
 
 impl Going {
+    /// Also returns what the work has written so far, as it comes.
+    pub(crate) fn new() -> (Self, UnboundedReceiver<(Rank, Batch)>) {
+        let (wrote, coming) = unbounded_channel();
+        (Self { shared: Arc::default(), wrote }, coming)
+    }
+
     /// Orders the work to stop.
     pub(crate) fn stop(&self) {
-        self.0.0.store(true, Ordering::Relaxed);
+        self.shared.0.store(true, Ordering::Relaxed);
     }
 
     /// The number of steps so far.
     pub(crate) fn steps(&self) -> u64 {
-        self.0.1.load(Ordering::Relaxed)
+        self.shared.1.load(Ordering::Relaxed)
+    }
+
+    /// Says what was written to a rollout.
+    fn wrote(&self, to: Rank, batch: Batch) {
+        // Nobody listens if the call was given up.
+        drop(self.wrote.send((to, batch)));
     }
 
     /// Counts a step of the work.
@@ -37,7 +54,7 @@ impl Going {
     ///
     /// `Aborted` if the work has to stop.
     pub(crate) fn step(&self) -> Result<()> {
-        self.0.1.fetch_add(1, Ordering::Relaxed);
+        self.shared.1.fetch_add(1, Ordering::Relaxed);
         self.check()
     }
 
@@ -45,7 +62,7 @@ impl Going {
     ///
     /// `Aborted` if the work has to stop.
     pub(crate) fn check(&self) -> Result<()> {
-        match self.0.0.load(Ordering::Relaxed) {
+        match self.shared.0.load(Ordering::Relaxed) {
             false => Ok(()),
             true => Err(Error::new(ErrorKind::Aborted, "writing tensors", "it was stopped")),
         }
@@ -70,21 +87,13 @@ pub(crate) type Told = Vec<(Rank, Vec<u32>)>;
 /// What became of a trainer's writes.
 #[derive(Debug)]
 pub(crate) enum Sending {
-    Sent(Sent),
+    /// Everything. How many weights on a device the CPU has encoded.
+    Sent { through_host: u64 },
     /// Its stream has other boxes than it said.
     Differs {
         /// Whether it has written.
         wrote: bool,
     },
-}
-
-/// The result of a trainer's writes.
-#[derive(Debug, Default)]
-pub(crate) struct Sent {
-    /// For each rollout the digests of its pieces, in the order of the plan.
-    pub(crate) sums: Vec<(Rank, Vec<u64>)>,
-    /// How many weights on a device the CPU has encoded.
-    pub(crate) through_host: u64,
 }
 
 fn source_type(dtype: DType) -> Option<SourceType> {
@@ -284,7 +293,7 @@ impl Sources {
         }
     }
 
-    /// Writes all pieces, batch by batch, each as soon as its weights have come.
+    /// Writes all pieces, batch by batch, each as soon as its weights have come. With digests, says of each batch that it is written.
     ///
     /// # Errors
     ///
@@ -314,12 +323,14 @@ impl Sources {
             let host =
                 self.write_batch(table, batch, reached, encoder, digests, pool, going, &mut sums)?;
             through_host.extend(host);
+            if digests {
+                tell(table, batch, &sums, going);
+            }
         }
         if self.all(Waits::Writing, going)?.1 == Came::Others && self.guessed {
             return Ok(Sending::Differs { wrote });
         }
-        let sums = if digests { sums_of(table, &sums) } else { Vec::new() };
-        Ok(Sending::Sent(Sent { sums, through_host: through_host.len() as u64 }))
+        Ok(Sending::Sent { through_host: through_host.len() as u64 })
     }
 
     /// Writes pieces whose weights are there, and adds their digest sums to `sums`. Returns the weights on a device that the CPU has encoded.
@@ -577,67 +588,135 @@ fn scale_runs(
     starts.map(|(at, to)| (at as usize..(at + here.len) as usize, to)).collect()
 }
 
-/// Digests each piece in a rollout's memory, and compares the digests with those of the trainers. Returns the digest of
-/// all pieces, and their bytes. Without digests, the digest is 0 and nothing is compared.
-///
-/// # Errors
-///
-/// `Digest`, which names the tensor and the trainer; `Protocol` if a trainer did not give a digest for each piece;
-/// `Aborted` if the work was stopped.
-pub(crate) fn verify(
-    table: &Table,
-    memory: &dyn Lender,
-    written: &[(Rank, Vec<u64>)],
-    digests: bool,
-    pool: &Pool,
-    going: &Going,
-) -> Result<(u64, u64)> {
-    let bytes = table.bytes;
-    if !digests {
-        return Ok((0, bytes));
+/// Tells the rollouts of a batch what was written there.
+fn tell(table: &Table, batch: &[usize], sums: &[u64], going: &Going) {
+    let until = batch.last().map_or(0, |&last| table.pieces[last].held as u64 + 1);
+    let mut digests: BTreeMap<Rank, Vec<u64>> = BTreeMap::new();
+    for &number in batch {
+        let piece = &table.pieces[number];
+        let digest = digest::finish(sums[number], piece.bytes);
+        digests.entry(piece.peer).or_default().push(digest);
     }
-    let parts: Vec<&Arc<[StridedPart]>> = table.pieces.iter().map(|piece| &piece.parts).collect();
-    let sums = match memory.sums(&parts, &mut || going.step())? {
-        Some(sums) => sums,
-        None => host_sums(table, memory, pool, going)?,
-    };
-    let found = sums_of(table, &sums);
-    let mut whole = 0;
-    let said: HashMap<Rank, &Vec<u64>> = written.iter().map(|(from, sums)| (*from, sums)).collect();
-    for (from, own) in &found {
-        let said = said.get(from).filter(|said| said.len() == own.len()).ok_or_else(|| {
-            let message = "it did not say what it wrote of each piece";
-            Error::new(ErrorKind::Protocol, "verifying tensors", message).rank(*from)
-        })?;
-        let pieces = table.pieces.iter().filter(|piece| piece.peer == *from);
-        for ((piece, own), said) in pieces.zip(own).zip(said.iter()) {
-            if own != said {
-                let message = format!("the box {} is not what was written", piece.region);
-                let error = Error::new(ErrorKind::Digest, "verifying tensors", message);
-                return Err(error.tensor(&*piece.lent.wanted.meta.name).rank(*from));
-            }
-            whole = digest::chain(whole, *own);
-        }
+    for (to, digests) in digests {
+        going.wrote(to, Batch { until, digests });
     }
-    Ok((whole, bytes))
 }
 
-/// The digest sum of each piece in host memory.
-fn host_sums(table: &Table, memory: &dyn Lender, pool: &Pool, going: &Going) -> Result<Vec<u64>> {
-    let tiles = table.pieces.iter().enumerate();
-    let tiles =
-        tiles.flat_map(|(number, piece)| piece.tiles.iter().map(move |t| (number, piece, t)));
+/// What a rollout has compared with what trainers say in an update.
+#[derive(Debug)]
+pub(crate) struct Compared {
+    /// For each trainer, how many of its pieces it has said to be written.
+    said: BTreeMap<Rank, usize>,
+    /// The digest of each piece that was said to be written.
+    digests: Vec<u64>,
+    /// Those that could not be compared while trainers wrote elsewhere.
+    left: Vec<usize>,
+}
+
+impl Compared {
+    /// Nothing of a table yet.
+    pub(crate) fn new(table: &Table) -> Self {
+        Self { said: BTreeMap::new(), digests: vec![0; table.pieces.len()], left: Vec::new() }
+    }
+
+    /// Digests the pieces of a batch in the rollout's memory, and compares the digests with those of the trainer that has written them. If
+    /// that has to wait until no trainer writes any more, [`end`](Self::end) does it.
+    ///
+    /// # Errors
+    ///
+    /// `Digest`, which names the tensor and the trainer; `Protocol` if the batch is none of the plan; `Aborted` if the work was stopped.
+    pub(crate) fn batch(
+        &mut self,
+        table: &Table,
+        memory: &dyn Lender,
+        from: Rank,
+        batch: &Batch,
+        going: &Going,
+    ) -> Result<()> {
+        let all = table.of_trainers.get(&from).map_or(&[][..], Vec::as_slice);
+        let said = self.said.entry(from).or_default();
+        let rest = &all[*said..];
+        let is_in = |&&number: &&usize| (table.pieces[number].held as u64) < batch.until;
+        let pieces = &rest[..rest.iter().take_while(is_in).count()];
+        if pieces.len() != batch.digests.len() {
+            return Err(unsaid(from));
+        }
+        *said += pieces.len();
+        for (&number, digest) in pieces.iter().zip(&batch.digests) {
+            self.digests[number] = *digest;
+        }
+        let parts: Vec<&Arc<[StridedPart]>> =
+            pieces.iter().map(|&number| &table.pieces[number].parts).collect();
+        match memory.sums(&parts, &mut || going.step())? {
+            Some(sums) => self.compare(table, pieces, &sums),
+            None => {
+                self.left.extend(pieces);
+                Ok(())
+            }
+        }
+    }
+
+    fn compare(&self, table: &Table, pieces: &[usize], sums: &[u64]) -> Result<()> {
+        for (&number, sum) in pieces.iter().zip(sums) {
+            let piece = &table.pieces[number];
+            if digest::finish(*sum, piece.bytes) != self.digests[number] {
+                let message = format!("the box {} is not what was written", piece.region);
+                let error = Error::new(ErrorKind::Digest, "verifying tensors", message);
+                return Err(error.tensor(&*piece.lent.wanted.meta.name).rank(piece.peer));
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares what is left, when no trainer writes any more. Returns the digest of all pieces.
+    ///
+    /// # Errors
+    ///
+    /// As [`batch`](Self::batch), and `Protocol` if a trainer has not said of each piece that it is written.
+    pub(crate) fn end(
+        &self,
+        table: &Table,
+        memory: &dyn Lender,
+        pool: &Pool,
+        going: &Going,
+    ) -> Result<u64> {
+        for (from, all) in &table.of_trainers {
+            if self.said.get(from).copied().unwrap_or(0) != all.len() {
+                return Err(unsaid(*from));
+            }
+        }
+        let sums = host_sums(table, &self.left, memory, pool, going)?;
+        self.compare(table, &self.left, &sums)?;
+        Ok(self.digests.iter().fold(0, |whole, digest| digest::chain(whole, *digest)))
+    }
+}
+
+fn unsaid(from: Rank) -> Error {
+    let message = "what it says that it wrote is not what it has to write";
+    Error::new(ErrorKind::Protocol, "verifying tensors", message).rank(from)
+}
+
+/// The digest sum of each of these pieces in host memory.
+fn host_sums(
+    table: &Table,
+    pieces: &[usize],
+    memory: &dyn Lender,
+    pool: &Pool,
+    going: &Going,
+) -> Result<Vec<u64>> {
+    let all = pieces.iter().map(|&number| &table.pieces[number]).enumerate();
+    let tiles = all.flat_map(|(place, piece)| piece.tiles.iter().map(move |t| (place, piece, t)));
     let tiles: Vec<(usize, &Piece, &TensorBox)> = tiles.collect();
     let found = pool.map(batches(&tiles), |batch| {
-        let digest = |(number, piece, tile): &(usize, &Piece, &TensorBox)| {
+        let digest = |(place, piece, tile): &(usize, &Piece, &TensorBox)| {
             going.step()?;
-            Ok((*number, digest_tile(piece, tile, memory)?))
+            Ok((*place, digest_tile(piece, tile, memory)?))
         };
         batch.iter().map(digest).collect::<Result<Vec<(usize, u64)>>>()
     });
-    let mut sums = vec![0_u64; table.pieces.len()];
+    let mut sums = vec![0_u64; pieces.len()];
     for found in found {
-        found?.into_iter().for_each(|(number, sum)| sums[number] = sum.wrapping_add(sums[number]));
+        found?.into_iter().for_each(|(place, sum)| sums[place] = sum.wrapping_add(sums[place]));
     }
     Ok(sums)
 }
@@ -666,18 +745,6 @@ fn digest_tile(piece: &Piece, tile: &TensorBox, memory: &dyn Lender) -> Result<u
         }
     }
     Ok(sum.value())
-}
-
-/// The digests of pieces, from their sums, by the rank at the other end.
-fn sums_of(table: &Table, sums: &[u64]) -> Vec<(Rank, Vec<u64>)> {
-    let mut digests: BTreeMap<Rank, Vec<u64>> = BTreeMap::new();
-    let mut sums = sums.iter();
-    for pieces in table.pieces.chunk_by(|one, next| one.peer == next.peer) {
-        let of_rank = digests.entry(pieces[0].peer).or_default();
-        let finish = |(piece, sum): (&Piece, &u64)| digest::finish(*sum, piece.bytes);
-        of_rank.extend(pieces.iter().zip(sums.by_ref()).map(finish));
-    }
-    digests.into_iter().collect()
 }
 
 /// Batches of tiles. A single tile is often too little work for a thread: many are norms of a few kilobytes.

@@ -12,8 +12,10 @@
 //!                                   ◀─────  Maxima(of blocks that several trainers share), passed on
 //!                                   ◀─────  Planned(its digest; rollouts: the terms they lend on)
 //!   Write(terms)                    ─────▶  trainers: encode into the rollouts' tensors
-//!                                   ◀─────  Written(digests of what went where)
-//!   Verify(digests)                 ─────▶                   rollouts: compare with what is there
+//!                                   ◀─────  Batch(digests of what went to a rollout)
+//!   Batch                           ─────▶                   that rollout: compare with what is there
+//!                                   ◀─────  Written(everything)
+//!   Verify                          ─────▶                   rollouts: compare what is left
 //!                                   ◀─────                   Verified
 //!   Commit                          ─────▶  all: active
 //! ```
@@ -30,6 +32,9 @@
 //! Nothing is written before every rank has agreed to the plan. A hole, an overlap or a type that does not fit is an error
 //! that names tensor and rank, and the rollouts keep their version. Once trainers may write, a rollout's tensors hold no
 //! version until the commit. If the update fails then, they hold none until a later update succeeds.
+//!
+//! A rollout whose memory digests itself compares each batch while trainers write others. No piece is written twice, and none has bytes of
+//! another. Host memory is compared when no trainer has it any more.
 //!
 //! A trainer that counts as lost may still be writing. So the [`Lender`] lets an update begin only when every trainer of
 //! the update before has let go of the memory.

@@ -1,12 +1,13 @@
 //! A rank's part in a placed update, as a state machine. No IO and no clock: it is told the time and the results of its
 //! work.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result, Role, Version};
 
-use crate::message::{Declared, Digest, ToLeader, ToMember};
+use crate::message::{Batch, Declared, Digest, ToLeader, ToMember};
 
 /// What a rank does that refuses an update of another version.
 const ENTERING: &str = "entering an update";
@@ -32,8 +33,10 @@ pub(crate) enum Task {
     Plan { set: Digest, declared: Option<Vec<Declared>> },
     /// A trainer writes its pieces of the plan.
     Write { terms: Vec<(Rank, Bytes)>, maxima: Vec<(Rank, Vec<u32>)>, digests: bool },
-    /// A rollout takes its tensors back, and compares their digests with those of the trainers.
-    Verify { version: Version, written: Vec<(Rank, Vec<u64>)>, digests: bool },
+    /// A rollout compares digests of what a trainer has written with those of the trainer. Meanwhile trainers write elsewhere in its tensors.
+    Check { from: Rank, batch: Batch },
+    /// A rollout takes its tensors back, and makes sure that all of them were compared.
+    Verify { version: Version, digests: bool },
 }
 
 /// The result of a task.
@@ -51,9 +54,9 @@ pub(crate) enum Done {
         maxima: Vec<(Rank, Vec<u32>)>,
     },
     Written {
-        sums: Vec<(Rank, Vec<u64>)>,
         source_bytes: u64,
     },
+    Checked,
     /// A trainer holds other boxes than it said. It writes no more.
     Differs {
         wrote: bool,
@@ -116,6 +119,8 @@ struct Taking {
     before: TensorState,
     heard: Instant,
     works: bool,
+    /// What a rollout has to do when its present work has ended.
+    next: VecDeque<Task>,
     declared: Option<Digest>,
     maxima: Vec<(Rank, Vec<u32>)>,
     step: Step,
@@ -193,6 +198,7 @@ impl Member {
             before: self.state.clone(),
             heard: now,
             works: false,
+            next: VecDeque::new(),
             declared: None,
             maxima: Vec::new(),
             step: Step::Enter,
@@ -200,6 +206,20 @@ impl Member {
             failed: None,
         });
         self.start(Task::Prepare { sure: false })
+    }
+
+    /// Starts a task, or does so when the present one has ended.
+    fn queue(&mut self, task: Task) -> Vec<Act> {
+        if let Some(taking) = &mut self.taking {
+            taking.next.push_back(task);
+        }
+        self.start_next()
+    }
+
+    fn start_next(&mut self) -> Vec<Act> {
+        let idle = self.taking.as_mut().filter(|taking| !taking.works);
+        let next = idle.and_then(|taking| taking.next.pop_front());
+        next.map_or_else(Vec::new, |task| self.start(task))
     }
 
     fn start(&mut self, task: Task) -> Vec<Act> {
@@ -255,6 +275,8 @@ impl Member {
         }
         let Begun { digests, version, .. } = taking.begun;
         let (step, works, role) = (taking.step, taking.works, self.role);
+        // A rollout's work while trainers write is checking what they have written.
+        let checks = step == Step::Write && role == Role::Rollout;
         match message {
             ToMember::Alive { .. } => Vec::new(),
             ToMember::Plan { set, declared, .. } if step == Step::Enter && !works => {
@@ -273,16 +295,18 @@ impl Member {
                 let maxima = std::mem::take(&mut taking.maxima);
                 self.start(Task::Write { terms, maxima, digests })
             }
-            ToMember::Verify { written, .. }
-                if step == Step::Write && !works && role == Role::Rollout =>
-            {
-                taking.step = Step::Last;
-                self.start(Task::Verify { version, written, digests })
+            ToMember::Batch { from, batch, .. } if checks => {
+                self.queue(Task::Check { from, batch })
             }
-            ToMember::Again { .. } if !works => {
+            ToMember::Verify { .. } if checks => {
+                taking.step = Step::Last;
+                self.queue(Task::Verify { version, digests })
+            }
+            ToMember::Again { .. } if !works || checks => {
                 taking.step = Step::Enter;
                 taking.maxima.clear();
-                self.start(Task::Prepare { sure: true })
+                taking.next.clear();
+                self.queue(Task::Prepare { sure: true })
             }
             ToMember::Commit { .. } if step == Step::Last && !works => {
                 let (version, declared) = (taking.begun.version, taking.declared);
@@ -326,9 +350,10 @@ impl Member {
                 let planned = Act::Send(ToLeader::Planned { update, plan, terms });
                 maxima.chain([planned]).collect()
             }
-            Ok(Done::Written { sums, source_bytes }) => {
-                vec![Act::Send(ToLeader::Written { update, sums, source_bytes })]
+            Ok(Done::Written { source_bytes }) => {
+                vec![Act::Send(ToLeader::Written { update, source_bytes })]
             }
+            Ok(Done::Checked) => self.start_next(),
             Ok(Done::Differs { wrote }) => {
                 vec![Act::Send(ToLeader::Differs { update, wrote })]
             }
@@ -336,6 +361,14 @@ impl Member {
                 vec![Act::Send(ToLeader::Verified { update, digest, bytes, inspected })]
             }
         }
+    }
+
+    /// A trainer's task has written a batch to a rollout.
+    pub(crate) fn wrote(&self, to: Rank, batch: Batch) -> Vec<Act> {
+        let works = self.taking.as_ref().filter(|taking| taking.works && taking.failed.is_none());
+        let update = works.map(|taking| taking.begun.update);
+        let told = update.map(|update| Act::Send(ToLeader::Batch { update, to, batch }));
+        told.into_iter().collect()
     }
 
     /// The present task goes on: tells the leader.

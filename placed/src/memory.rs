@@ -48,12 +48,13 @@ pub trait Lender: fmt::Debug + Send + Sync {
     fn bytes(&self, at: u64, len: u64) -> Result<LentBytes<'_>>;
 
     /// The digest sum of each piece, which is given as its parts, computed where the memory is. `None` for memory whose
-    /// [bytes](Self::bytes) the host reads, or copies. `step` is called as the work goes on. Its error ends the work. In an update that
-    /// is like the last one, the parts are clones of the same ones.
+    /// [bytes](Self::bytes) the host reads, or copies. While it is lent, this is called for pieces that were written, beside which trainers
+    /// may still write. `step` is called as the work goes on. Its error ends the work. In an update that is like the last one, the parts
+    /// are clones of the same ones.
     ///
     /// # Errors
     ///
-    /// `State` while it is lent; those of the device and of `step`.
+    /// Those of the device and of `step`.
     fn sums(
         &self,
         _pieces: &[&Arc<[StridedPart]>],

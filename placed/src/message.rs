@@ -16,6 +16,14 @@ pub(crate) struct Declared {
     pub(crate) body: Bytes,
 }
 
+/// Pieces that a trainer has written to a rollout: those of its boxes with numbers below `until` that no batch before this one had.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Batch {
+    pub(crate) until: u64,
+    /// Their digests, in the order of the boxes, and for each box in the order of the plan.
+    pub(crate) digests: Vec<u64>,
+}
+
 /// From the leading trainer to every rank, itself included. `update` is a number that is used once.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) enum ToMember {
@@ -41,10 +49,15 @@ pub(crate) enum ToMember {
         update: u64,
         terms: Vec<(Rank, Bytes)>,
     },
-    /// To a rollout: all trainers have written. These are the digests of what each of them wrote there.
+    /// To a rollout: a trainer has written a batch of pieces there.
+    Batch {
+        update: u64,
+        from: Rank,
+        batch: Batch,
+    },
+    /// To a rollout: all trainers have written everything.
     Verify {
         update: u64,
-        written: Vec<(Rank, Vec<u64>)>,
     },
     Commit {
         update: u64,
@@ -72,7 +85,8 @@ impl ToMember {
             | Self::Plan { update, .. }
             | Self::Maxima { update, .. }
             | Self::Write { update, .. }
-            | Self::Verify { update, .. }
+            | Self::Batch { update, .. }
+            | Self::Verify { update }
             | Self::Commit { update }
             | Self::Again { update }
             | Self::Abort { update, .. }
@@ -98,8 +112,10 @@ pub(crate) enum ToLeader {
     Maxima { update: u64, to: Rank, values: Vec<u32> },
     /// The rank has the plan, and has sent its maxima. A rollout lends its tensors on these terms.
     Planned { update: u64, plan: Digest, terms: Bytes },
-    /// The trainer has written everything, and writes no more. With the digests of what went to each rollout.
-    Written { update: u64, sums: Vec<(Rank, Vec<u64>)>, source_bytes: u64 },
+    /// The trainer has written a batch of pieces, here those of one rollout. Not without digests.
+    Batch { update: u64, to: Rank, batch: Batch },
+    /// The trainer has written everything, and writes no more.
+    Written { update: u64, source_bytes: u64 },
     /// The tensors hold what was written.
     Verified { update: u64, digest: u64, bytes: u64, inspected: u64 },
     /// The trainer's stream has other boxes than the rank said when it entered. It writes no more. `wrote` says whether it has written.
@@ -116,6 +132,7 @@ impl ToLeader {
             Self::Entered { update, .. }
             | Self::Maxima { update, .. }
             | Self::Planned { update, .. }
+            | Self::Batch { update, .. }
             | Self::Written { update, .. }
             | Self::Verified { update, .. }
             | Self::Differs { update, .. }
@@ -156,7 +173,8 @@ mod tests {
             ToMember::Plan { update, set: [4; 32], declared: Some(vec![declared]) },
             ToMember::Maxima { update, from: rank, values: vec![5] },
             ToMember::Write { update, terms: vec![(rank, body.clone())] },
-            ToMember::Verify { update, written: vec![(rank, vec![6])] },
+            ToMember::Batch { update, from: rank, batch: Batch { until: 5, digests: vec![6] } },
+            ToMember::Verify { update },
             ToMember::Commit { update },
             ToMember::Again { update },
             ToMember::Abort { update, touched: true, error: error.clone() },
@@ -173,7 +191,8 @@ mod tests {
             entered,
             ToLeader::Maxima { update, to: rank, values: vec![9] },
             ToLeader::Planned { update, plan: [10; 32], terms: body },
-            ToLeader::Written { update, sums: vec![(rank, vec![11])], source_bytes: 12 },
+            ToLeader::Batch { update, to: rank, batch: Batch { until: 10, digests: vec![11] } },
+            ToLeader::Written { update, source_bytes: 12 },
             ToLeader::Verified { update, digest: 13, bytes: 14, inspected: 15 },
             ToLeader::Differs { update, wrote: true },
             ToLeader::Progress { update },
@@ -194,6 +213,6 @@ mod tests {
             all.extend(bytes);
         }
         let sum = engine_core::digest::sum(0, &all);
-        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (9, 266, 15_728_938_545_757_258_328));
+        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (10, 272, 7_754_973_252_340_491_372));
     }
 }

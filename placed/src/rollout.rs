@@ -20,7 +20,7 @@ use tokio::sync::Mutex as Lock;
 
 use crate::coordinator::digest_of;
 use crate::declared::{Declaration, Lent, Table, Wanted, check_places, lay_out};
-use crate::encode::{Going, verify};
+use crate::encode::{Compared, Going};
 use crate::member::{Done, Member, Task, TensorState};
 use crate::memory::{Lender, LentBytes};
 use crate::message::Digest;
@@ -49,6 +49,8 @@ struct Keeper {
     plans: Arc<Mutex<Plans>>,
     working: Arc<Lock<()>>,
     table: Arc<Mutex<Option<Arc<Table>>>>,
+    /// What of this update was compared.
+    compared: Arc<Mutex<Option<Compared>>>,
 }
 
 impl fmt::Debug for PlacedRollout {
@@ -171,6 +173,7 @@ impl PlacedRollout {
             plans: Arc::default(),
             working: Arc::default(),
             table: Arc::default(),
+            compared: Arc::default(),
         };
         let seat = Seat::new(control, deadline, Member::new(rank, Role::Rollout, deadline), None);
         Ok(Self { seat, digests: context.config.digests, worker })
@@ -265,6 +268,14 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn no_plan() -> Error {
+    Error::new(ErrorKind::Protocol, "updating", "there is no plan")
+}
+
+fn planned(table: &Mutex<Option<Arc<Table>>>) -> Result<Arc<Table>> {
+    lock(table).clone().ok_or_else(no_plan)
+}
+
 /// Takes lent memory back, and waits for that at most `limit`.
 async fn take_back(memory: &Arc<Mutex<Box<dyn Lender>>>, limit: Duration) -> Result<()> {
     let until = Instant::now() + limit;
@@ -288,6 +299,7 @@ impl Worker for Keeper {
     fn start(&mut self, task: Task, going: Going) -> BoxFuture<'static, Result<Done>> {
         let (rank, pool, plans) = (self.rank, self.pool.clone(), self.plans.clone());
         let (working, present) = (self.working.clone(), self.table.clone());
+        let compared = self.compared.clone();
         let (memory, limit) = (self.memory.clone(), self.deadline / 2);
         let (digest, body) = self.declared.clone();
         let guard = match (&task, busy(&working)) {
@@ -309,23 +321,38 @@ impl Worker for Keeper {
                     let table = lock(&plans).table(rank, set, declared)?;
                     going.step()?;
                     let (plan, maxima) = (table.digest, Vec::new());
+                    *lock(&compared) = Some(Compared::new(&table));
                     *lock(&present) = Some(table);
                     Ok(Done::Planned { plan, terms: lock(&memory).lend()?, maxima })
                 })
                 .boxed(),
-            Task::Verify { version, written, digests } => {
+            Task::Check { from, batch } => pool
+                .start(move || {
+                    let _guard = guard;
+                    let table = planned(&present)?;
+                    let mut compared = lock(&compared);
+                    let compared = compared.as_mut().ok_or_else(no_plan)?;
+                    compared.batch(&table, &**lock(&memory), from, &batch, &going)?;
+                    Ok(Done::Checked)
+                })
+                .boxed(),
+            Task::Verify { version, digests } => {
                 let threads = pool.clone();
                 let (tensors, inspect) = (self.tensors.clone(), self.inspect.clone());
                 async move {
                     take_back(&memory, limit).await.map_err(|error| error.rank(rank))?;
                     let work = threads.start(move || {
                         let _guard = guard;
-                        let table = lock(&present).clone().ok_or_else(|| {
-                            Error::new(ErrorKind::Protocol, "updating", "there is no plan")
-                        })?;
+                        let table = planned(&present)?;
                         let memory = lock(&memory);
-                        let found = verify(&table, &**memory, &written, digests, &pool, &going)?;
                         let memory = &**memory;
+                        let digest = match digests {
+                            true => {
+                                let compared = lock(&compared).take().ok_or_else(no_plan)?;
+                                compared.end(&table, memory, &pool, &going)?
+                            }
+                            false => 0,
+                        };
                         let mut inspected = 0;
                         if let Some(inspect) = inspect {
                             let looked = pool.map(tensors.iter(), |lent| {
@@ -336,8 +363,7 @@ impl Worker for Keeper {
                             inspected = looked.len() as u64;
                             looked.into_iter().collect::<Result<()>>()?;
                         }
-                        let (digest, bytes) = found;
-                        Ok(Done::Verified { digest, bytes, inspected })
+                        Ok(Done::Verified { digest, bytes: table.bytes, inspected })
                     });
                     work.await
                 }

@@ -22,7 +22,7 @@ use proptest::prelude::*;
 
 use crate::coordinator::{self, Coordinator, digest_of};
 use crate::member::{self, Done, Member, Task, TensorState};
-use crate::message::{ToLeader, ToMember};
+use crate::message::{Batch, ToLeader, ToMember};
 
 const DEADLINE: Duration = Duration::from_secs(8);
 const TRAINERS: u32 = 3;
@@ -76,6 +76,8 @@ struct Process {
 #[derive(Default)]
 struct Memory {
     parts: BTreeMap<Rank, u64>,
+    /// What trainers have said in this update to have written.
+    said: BTreeMap<Rank, u64>,
     lent: Option<u64>,
     holders: BTreeSet<Rank>,
 }
@@ -337,6 +339,7 @@ impl World {
                 if process.role == Role::Rollout {
                     self.tokens += 1;
                     process.memory.lent = Some(self.tokens);
+                    process.memory.said.clear();
                     terms = Bytes::copy_from_slice(&self.tokens.to_le_bytes());
                 }
                 let maxima = match process.role {
@@ -360,7 +363,14 @@ impl World {
                 }
                 self.write(rank, update, terms, &mut work.left, work.stop)?
             }
-            Task::Verify { written, .. } => {
+            Task::Check { from, batch } => {
+                let said = process.memory.said.insert(*from, batch.digests[0]);
+                match process.memory.parts.get(from) == batch.digests.first() && said.is_none() {
+                    true => Some(Ok(Done::Checked)),
+                    false => Some(Err(Error::new(ErrorKind::Digest, "checking", "other bytes"))),
+                }
+            }
+            Task::Verify { .. } => {
                 let memory = &mut process.memory;
                 match (memory.holders.is_empty() || self.planted == Planted::NoLease, late) {
                     (false, false) => None,
@@ -369,11 +379,8 @@ impl World {
                     }
                     (true, _) => {
                         memory.lent = None;
-                        memory.parts.retain(|from, _| written.iter().any(|(rank, _)| rank == from));
-                        let same = written
-                            .iter()
-                            .all(|(from, sums)| memory.parts.get(from) == sums.first());
-                        match same {
+                        memory.parts.retain(|from, _| memory.said.contains_key(from));
+                        match memory.parts == memory.said {
                             true => Some(Ok(Done::Verified { digest: 1, bytes: 1, inspected: 0 })),
                             false => {
                                 Some(Err(Error::new(ErrorKind::Digest, "verifying", "other bytes")))
@@ -393,8 +400,7 @@ impl World {
             Some(result) => {
                 let result = match result {
                     Ok(Done::Differs { .. }) if self.planted == Planted::Differs => {
-                        let sums = vec![];
-                        Ok(Done::Written { sums, source_bytes: 1 })
+                        Ok(Done::Written { source_bytes: 1 })
                     }
                     result => result,
                 };
@@ -453,18 +459,21 @@ impl World {
         if let Some((to, _)) = rest.pop_front() {
             // The rank may have joined again meanwhile, with new memory.
             let holds = |process: &&mut Process| process.memory.holders.contains(&rank);
+            let written = update * 2 + said.unwrap_or(0);
             if let Some(process) = self.processes.get_mut(&to).filter(holds) {
                 if !matches!(process.member.state(), TensorState::Updating { .. }) {
                     let state = process.member.state();
                     return Err(format!("rank {rank} writes to {to}, which is {state:?}"));
                 }
-                process.memory.parts.insert(rank, update * 2 + said.unwrap_or(0));
+                process.memory.parts.insert(rank, written);
             }
+            let batch = Batch { until: 1, digests: vec![written] };
+            let acts = self.processes.get(&rank).map(|process| process.member.wrote(to, batch));
+            self.member_acts(rank, acts.unwrap_or_default())?;
             return Ok(None);
         }
         let_go(self);
-        let sums = terms.iter().map(|(to, _)| (*to, vec![update * 2 + holds])).collect();
-        Ok(Some(Ok(Done::Written { sums, source_bytes: 1 })))
+        Ok(Some(Ok(Done::Written { source_bytes: 1 })))
     }
 
     fn member_hears(&mut self, rank: Rank) -> std::result::Result<bool, Broken> {

@@ -14,7 +14,7 @@ use protocol::{decode, encode};
 use crate::coordinator::{self, Committed, Coordinator};
 use crate::encode::Going;
 use crate::member::{self, Done, Member, Task};
-use crate::message::{ToLeader, ToMember};
+use crate::message::{Batch, ToLeader, ToMember};
 
 /// A rank's connection and its state machines.
 #[derive(Debug)]
@@ -46,6 +46,8 @@ pub(crate) struct Ended {
 /// What a rank waits for.
 enum Came {
     Event(Result<Option<Event>>),
+    /// A trainer's work has written a batch to a rollout.
+    Wrote(Rank, Batch),
     Done(Result<Done>),
     Read(Result<()>),
 }
@@ -137,7 +139,8 @@ impl Seat {
         if let (Some(coordinator), Some(version)) = (&mut self.coordinator, version) {
             leads.extend(coordinator.begin(now, self.control.next_update(), version, digests));
         }
-        let mut ongoing = Ongoing { seat: self, going: Going::default(), done: false };
+        let (going, mut wrote) = Going::new();
+        let mut ongoing = Ongoing { seat: self, going, done: false };
         let mut work: Option<(Task, Instant, BoxFuture<'static, Result<Done>>)> = None;
         let (mut here, mut committed) = (None, None);
         let mut times = Times::default();
@@ -184,7 +187,7 @@ impl Seat {
                         }
                     },
                     member::Act::Start(task) => {
-                        ongoing.going = Going::default();
+                        (ongoing.going, wrote) = Going::new();
                         let started = worker.start(task.clone(), ongoing.going.clone());
                         work = Some((task, now, started));
                     }
@@ -222,6 +225,9 @@ impl Seat {
             };
             let mut coming = std::pin::pin!(coming);
             let came = std::future::poll_fn(|cx| {
+                if let Poll::Ready(Some((to, batch))) = wrote.poll_recv(cx) {
+                    return Poll::Ready(Came::Wrote(to, batch));
+                }
                 if let Some((_, _, working)) = &mut work
                     && let Poll::Ready(done) = working.poll_unpin(cx)
                 {
@@ -241,11 +247,16 @@ impl Seat {
                     reading = None;
                     unread = read.err();
                 }
+                Came::Wrote(to, batch) => members.extend(seat.member.wrote(to, batch)),
                 Came::Done(done) => {
+                    // Some of it may have come since the last look.
+                    while let Ok((to, batch)) = wrote.try_recv() {
+                        members.extend(seat.member.wrote(to, batch));
+                    }
                     if let Some((task, begun, _)) = work.take() {
                         let taken = now - begun;
                         match task {
-                            Task::Prepare { .. } => {}
+                            Task::Prepare { .. } | Task::Check { .. } => {}
                             Task::Plan { .. } => times.plan = taken,
                             Task::Write { .. } => times.write = taken,
                             Task::Verify { .. } => times.verify = taken,

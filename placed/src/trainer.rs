@@ -308,19 +308,20 @@ impl Worker for Writer {
                             &pool,
                             &going,
                         )?;
-                        let sent = match sent {
-                            Sending::Sent(sent) => sent,
+                        match sent {
+                            Sending::Sent { through_host: count } => {
+                                through_host.store(count, Ordering::Relaxed);
+                            }
                             Sending::Differs { wrote } => return Ok(Done::Differs { wrote }),
-                        };
-                        through_host.store(sent.through_host, Ordering::Relaxed);
+                        }
                         // Let go of the rollouts' memory before the leader hears that everything is written.
                         drop(reached);
                         let source_bytes = table.source_bytes;
-                        Ok(Done::Written { sums: sent.sums, source_bytes })
+                        Ok(Done::Written { source_bytes })
                     })
                     .boxed()
             }
-            Task::Verify { .. } => {
+            Task::Check { .. } | Task::Verify { .. } => {
                 let message = "a trainer was asked to verify";
                 ready(Err(Error::new(ErrorKind::Protocol, "updating", message).rank(Rank::LEADER)))
             }

@@ -212,6 +212,29 @@ fn a_trainer_writes_while_its_stream_is_read_once_it_has_sent_the_same_before() 
 }
 
 #[test]
+fn a_rollout_whose_memory_digests_itself_verifies_what_is_written_while_trainers_still_write() {
+    let (model, holds, wants) = many();
+    let mut group = Group::new(&model, &holds, &wants);
+    group.digest_in_place();
+    group.update(1).unwrap();
+    group.stops_at = Some(263);
+    for version in [2, 3] {
+        group.update(version).unwrap();
+        group.check(version);
+    }
+    // The stream goes on only when the first bytes have been found to be others.
+    group.garble(true);
+    let errors = group.update(4).unwrap_err();
+    for error in errors {
+        assert_eq!((error.kind(), error.report().rank), (ErrorKind::Digest, Some(Rank(0))));
+        assert!(error.report().tensor.is_some(), "{error}");
+    }
+    group.garble(false);
+    group.update(5).unwrap();
+    group.check(5);
+}
+
+#[test]
 fn a_stream_that_is_another_one_only_at_its_end_is_planned_again_within_the_update() {
     let (model, holds, wants) = many();
     let mut group = Group::new(&model, &holds, &wants);

@@ -20,8 +20,9 @@ use crate::{Layout, ShardedTensor, Sharding};
 /// `down_proj`) along their second. All others are whole on each rank. Replicas may divide their part again along the first dimension
 /// (`fsdp`), as FSDP2 does.
 ///
-/// The text form is `tp=8,ep=64,ranks=128`. A size that is not given is 1, and `kv-heads` is 0. The number of ranks is by default the
-/// larger of `tp`·`pp`·`fsdp` and `ep`·`etp`·`pp`.
+/// The text form is `tp=8,ep=64,ranks=128`. A size that is not given is 1, and `kv-heads` is 0. Without `ep` and `etp`, tensor parallelism
+/// divides experts too, as in vLLM, SGLang and Megatron: `etp` is `tp`. The number of ranks is by default the larger of `tp`·`pp`·`fsdp`
+/// and `ep`·`etp`·`pp`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parallelism {
     /// The number of ranks.
@@ -106,6 +107,11 @@ impl Parallelism {
             sharding.add(ShardedTensor { meta, granule, layout })?;
         }
         Ok(sharding)
+    }
+
+    /// The tensor parallelism of experts where it is not given.
+    fn usual_etp(&self) -> u32 {
+        if self.ep == 1 { self.tp } else { 1 }
     }
 
     fn validate(&self) -> Result<()> {
@@ -208,7 +214,8 @@ impl FromStr for Parallelism {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let mut found = Self { ranks: 0, tp: 1, pp: 1, ep: 1, etp: 1, fsdp: 1, kv_heads: 0 };
+        let mut found = Self { ranks: 0, tp: 1, pp: 1, ep: 1, etp: 0, fsdp: 1, kv_heads: 0 };
+        let mut has_etp = false;
         for pair in text.split(',') {
             let wrong = || refuse(format!("`{pair}` of `{text}` is no NAME=NUMBER"));
             let (name, number) = pair.split_once('=').ok_or_else(wrong)?;
@@ -227,6 +234,10 @@ impl FromStr for Parallelism {
                 }
             };
             *field = number;
+            has_etp |= name == "etp";
+        }
+        if !has_etp {
+            found.etp = found.usual_etp();
         }
         if found.ranks == 0 {
             let product =
@@ -246,13 +257,13 @@ impl FromStr for Parallelism {
 impl fmt::Display for Parallelism {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let sizes = [
-            ("tp", self.tp),
-            ("pp", self.pp),
-            ("ep", self.ep),
-            ("etp", self.etp),
-            ("fsdp", self.fsdp),
+            ("tp", self.tp, 1),
+            ("pp", self.pp, 1),
+            ("ep", self.ep, 1),
+            ("etp", self.etp, self.usual_etp()),
+            ("fsdp", self.fsdp, 1),
         ];
-        for (name, size) in sizes.into_iter().filter(|(_, size)| *size != 1) {
+        for (name, size, _) in sizes.into_iter().filter(|(_, size, usual)| size != usual) {
             write!(f, "{name}={size},")?;
         }
         if self.kv_heads > 0 {

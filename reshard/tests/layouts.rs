@@ -151,6 +151,10 @@ fn layouts_are_read_from_text_and_wrong_ones_are_refused() {
     assert_eq!(read("tp=8,pp=2,fsdp=4").unwrap().ranks, 64);
     let text = "tp=2,pp=2,ep=2,etp=2,fsdp=2,kv-heads=4,ranks=16";
     assert_eq!(read(text).unwrap().to_string(), text);
+    // Tensor parallelism divides experts too, unless they are divided in another way.
+    for (text, etp) in [("tp=4", 4), ("tp=4,etp=1", 1), ("tp=4,ep=8", 1), ("tp=4,ep=2,etp=2", 2)] {
+        assert_eq!(read(text).unwrap().etp, etp, "{text}");
+    }
     for wrong in
         ["", "tp", "tp=x", "tp=0", "np=2", "tp=3,ranks=8", "tp=65536,fsdp=65536", "ep=2,ranks=7"]
     {

@@ -66,7 +66,7 @@ struct SimulationArgs {
     #[arg(long, requires = "trainer_layout", requires = "rollout_layout")]
     simulate: bool,
     /// How trainers hold the model, such as fsdp=256 or tp=8,pp=4,ep=16,ranks=256: tp, pp, ep, etp (tensor parallelism of
-    /// experts), fsdp (how many replicas divide their part), kv-heads, and ranks, which all of them divide
+    /// experts; that of tp unless ep is given), fsdp (how many replicas divide their part), kv-heads, and ranks, which all of them divide
     #[arg(long, value_name = "LAYOUT", requires = "simulate")]
     trainer_layout: Option<Parallelism>,
     /// How rollouts want it, such as tp=8,ep=64,ranks=128

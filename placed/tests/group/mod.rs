@@ -9,13 +9,14 @@ use bytes::Bytes;
 pub(crate) use conformance::placed::{Boxes, Model, Tensor};
 use engine_core::{
     CheckpointEngineConfig, Encoding, EngineContext, Error, ErrorKind, Rank, Result, Role,
-    SendReport, TensorBox, TensorMeta, TrainerEngine, Treatment, Version, Weight,
+    SendReport, TensorBox, TensorMeta, TrainerEngine, Treatment, Version, Weight, digest,
     ensure_async_iterator,
 };
 use futures::StreamExt;
 use futures::future::{join, join_all};
 use placed::{Layout, Lender, LentBytes, PlacedRollout, PlacedTrainer, Reach, Reached, Wanted};
 use protocol::hub::{Hub, Member};
+use quant_fp8::StridedPart;
 
 /// All that is lent in a process, by number.
 #[derive(Clone, Debug, Default)]
@@ -25,7 +26,11 @@ pub(crate) struct Market(Arc<Lots>);
 struct Lots {
     lent: Mutex<HashMap<u64, Weak<Lot>>>,
     garbles: AtomicBool,
+    /// Whether lent memory digests itself, as that of a device does.
+    digests: AtomicBool,
     puts: AtomicUsize,
+    /// How many times lent memory was digested while it was lent.
+    digested: AtomicUsize,
 }
 
 type Lot = Mutex<Vec<u8>>;
@@ -66,6 +71,33 @@ impl Lender for Owner {
             None => Ok(LentBytes::Host(&self.own[at as usize..(at + len) as usize])),
             Some(_) => Err(Error::new(ErrorKind::State, "reading", "it is lent")),
         }
+    }
+
+    fn sums(
+        &self,
+        pieces: &[&Arc<[StridedPart]>],
+        step: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Option<Vec<u64>>> {
+        if !self.market.0.digests.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        step()?;
+        let lent = self.lent.as_ref().map(|lot| lot.lock().unwrap());
+        self.market.0.digested.fetch_add(usize::from(lent.is_some()), Ordering::Relaxed);
+        let memory = lent.as_deref().unwrap_or(&self.own);
+        let sum = |part: &StridedPart| {
+            // Rows of whole words count alone as they do together.
+            let [matrices, rows, cols] = part.extent;
+            let each = (0..matrices).flat_map(|matrix| (0..rows).map(move |row| (matrix, row)));
+            let sums = each.map(|(matrix, row)| {
+                let at = part.to.at + matrix * part.to.matrix + row * part.to.row;
+                let row = &memory[at as usize..(at + cols * part.element) as usize];
+                digest::sum_anywhere(at, row)
+            });
+            sums.fold(0, u64::wrapping_add)
+        };
+        let sums = pieces.iter().map(|parts| parts.iter().map(sum).fold(0, u64::wrapping_add));
+        Ok(Some(sums.collect()))
     }
 }
 
@@ -135,7 +167,7 @@ pub(crate) struct Group {
     pub(crate) breaks_off: Option<Rank>,
     /// A trainer whose program sends another version than the others.
     pub(crate) behind: Option<(Rank, u64)>,
-    /// The streams stop in front of the weight of this number until something was written.
+    /// The streams stop in front of the weight of this number until something was written, or digested if memory digests itself.
     pub(crate) stops_at: Option<usize>,
     _members: Vec<Member>,
 }
@@ -193,6 +225,11 @@ impl Group {
         self.market.0.garbles.store(garbles, Ordering::Relaxed);
     }
 
+    /// From now on lent memory digests itself. Only for tensors that are not quantised and have rows of whole words.
+    pub(crate) fn digest_in_place(&self) {
+        self.market.0.digests.store(true, Ordering::Relaxed);
+    }
+
     /// One update: the leader's report, or the errors of all ranks.
     pub(crate) fn update(&mut self, version: u64) -> std::result::Result<SendReport, Vec<Error>> {
         let sources = self.holds.iter().zip(0..).map(|(boxes, rank)| {
@@ -209,7 +246,11 @@ impl Group {
         });
         let sources: Vec<_> = sources.collect();
         let (market, stops_at) = (self.market.clone(), self.stops_at);
-        let before = market.0.puts.load(Ordering::Relaxed);
+        let steps = |market: &Market| match market.0.digests.load(Ordering::Relaxed) {
+            true => market.0.digested.load(Ordering::Relaxed),
+            false => market.0.puts.load(Ordering::Relaxed),
+        };
+        let before = steps(&market);
         let (breaks_off, behind) = (self.breaks_off, self.behind);
         let sends =
             self.trainers.iter_mut().zip(sources).zip(0..).map(|((trainer, weights), rank)| {
@@ -218,9 +259,7 @@ impl Group {
                 let weights = weights.then(move |(number, weight)| {
                     let market = market.clone();
                     async move {
-                        while stops_at == Some(number)
-                            && market.0.puts.load(Ordering::Relaxed) == before
-                        {
+                        while stops_at == Some(number) && steps(&market) == before {
                             tokio::time::sleep(Duration::from_millis(1)).await;
                         }
                         Ok::<_, Error>(weight)
