@@ -20,6 +20,7 @@ use crate::table::{Part, Table, Tables, Task, mode_number};
 use crate::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, PinnedMemory, Stream};
 
 const COMMON: &str = include_str!("../kernels/common.cuh");
+const ROWS: &str = include_str!("../kernels/rows.cuh");
 const BUCKET: &str = include_str!("../kernels/bucket.cu");
 const PROGRAM: &str = include_str!("../kernels/program.cu");
 const PLACED: &str = include_str!("../kernels/placed.cu");
@@ -38,7 +39,7 @@ const ODD_STAGE: u32 = 2 * 128 * (128 * 2 + 16);
 
 /// The kernels of buckets and of placed updates.
 fn own() -> Result<CString, CudaError> {
-    source(&[COMMON, quant_fp8::device::CUDA, BUCKET, PLACED])
+    source(&[COMMON, quant_fp8::device::CUDA, ROWS, BUCKET, PLACED])
 }
 
 /// The kernel of an encoding's program.
@@ -230,6 +231,7 @@ pub struct Kernels {
     encode_wide: Kernel,
     /// `None` on a device with too little shared memory: the others do its work.
     encode_odd: Option<Kernel>,
+    sum_scales: Kernel,
     digest: Kernel,
     /// Tables on their way to the device.
     staging: PinnedMemory,
@@ -241,8 +243,6 @@ pub struct Kernels {
     found: CudaMemory,
     /// For the results of runs, while there is none.
     spare: Vec<Found>,
-    /// The number of finished tiles of each job, as 32 bits: zeros between launches.
-    done: CudaMemory,
     /// The initial value of results.
     nothing: PinnedMemory,
     /// The number of the [`Prepared`] whose tables are in `table`.
@@ -275,13 +275,6 @@ struct Found {
 
 /// Bytes of results.
 const FOUND: usize = (1 + MOST_LAUNCHES) * 8;
-
-/// Memory of `numbers` numbers of 32 bits, all of them 0 for later work of the stream.
-fn zeros(stream: &Stream, numbers: usize) -> Result<CudaMemory, CudaError> {
-    let memory = CudaMemory::new(stream.device(), numbers * 4)?;
-    memory.all().fill(0, stream)?;
-    Ok(memory)
-}
 
 /// What a launch does.
 #[derive(Clone, Copy, Debug)]
@@ -372,12 +365,12 @@ impl Kernels {
             encode: library.kernel(c"encode")?,
             encode_wide: library.kernel(c"encode_wide")?,
             encode_odd: library.staged(c"encode_odd", ODD_STAGE)?,
+            sum_scales: library.kernel(c"sum_scales")?,
             digest: library.kernel(c"digest")?,
             staging: PinnedMemory::new(&stream, TABLE)?,
             table: CudaMemory::new(device, TABLE)?,
             resident: Resident::new(MOST_BYTES),
             found: CudaMemory::new(device, FOUND)?,
-            done: zeros(&stream, 1 << 12)?,
             spare: Vec::new(),
             nothing,
             stream,
@@ -462,7 +455,6 @@ impl Kernels {
             }
             Known::New => self.bring_once(&tables.bytes)?,
         };
-        self.count_jobs(&tables.parts)?;
         let used = Used { table: memory, _owners: std::mem::take(&mut tables.used) };
         self.start(&tables.parts, Arc::new(used), &run.found.memory, run.launches)?;
         run.launches += tables.parts.len();
@@ -492,15 +484,6 @@ impl Kernels {
             .iter()
             .find(|(known, _)| std::ptr::eq(*known, program))
             .map(|(_, kernel)| kernel)
-    }
-
-    /// Makes room for the tile count of each job.
-    fn count_jobs(&mut self, parts: &[Part]) -> Result<(), CudaError> {
-        let most = parts.iter().map(|part| part.jobs as usize).max().unwrap_or(0);
-        if most * 4 > self.done.len() {
-            self.done = zeros(&self.stream, most.next_power_of_two())?;
-        }
-        Ok(())
     }
 
     /// Copies tables to the device for one use.

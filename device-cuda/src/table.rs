@@ -203,7 +203,7 @@ impl Entry {
         Self { flags: self.flags | SUMMED, ..self }
     }
 
-    /// Makes the launch add the scales to the digest, too, once it has computed all of them.
+    /// Makes a launch that follows add the scales to the digest, once all of them are there.
     pub(crate) fn summed_with_scales(self) -> Self {
         Self { flags: self.flags | SCALES, ..self }
     }
@@ -271,6 +271,8 @@ pub(crate) struct Table {
     encoder: Encoder,
     /// Whether a job has F32 elements.
     wide: bool,
+    /// Whether a job's scales are added to the digest.
+    sums_scales: bool,
     /// The parameters of a program's jobs.
     parameters: Vec<u64>,
 }
@@ -279,6 +281,7 @@ impl Table {
     /// Adds a job.
     pub(crate) fn push(&mut self, (entry, tiles): (Entry, usize)) -> Result<(), CudaError> {
         self.wide |= entry.kind == device::type_number(SourceType::F32);
+        self.sums_scales |= entry.flags & SCALES != 0;
         let encoder = entry.encoder();
         if self.is_empty() || encoder == self.encoder {
             self.encoder = encoder;
@@ -329,7 +332,7 @@ impl Table {
         self.entries.clear();
         self.firsts.clear();
         self.parameters.clear();
-        (self.tiles, self.wide) = (0, false);
+        (self.tiles, self.wide, self.sums_scales) = (0, false, false);
     }
 
     /// The table of a launch of `encode`. With `summed` the launch adds all jobs that are [summable](Entry::is_summable) to the digest.
@@ -380,6 +383,8 @@ pub(crate) struct Part {
     pub(crate) jobs: u32,
     pub(crate) tiles: u32,
     pub(crate) encoder: Encoder,
+    /// Whether scales are added to the digest.
+    pub(crate) sums_scales: bool,
 }
 
 /// The tables of launches that run together, as they are copied to the device, and the memory of their jobs.
@@ -406,8 +411,10 @@ impl Tables {
             self.bytes.resize(parameters_at, 0);
             self.bytes.extend(table.parameters.iter().flat_map(|word| word.to_le_bytes()));
         }
-        let Table { tiles, encoder, .. } = *table;
-        self.parts.push(Part { task, jobs_at, firsts_at, parameters_at, jobs, tiles, encoder });
+        let Table { tiles, encoder, sums_scales, .. } = *table;
+        let part =
+            Part { task, jobs_at, firsts_at, parameters_at, jobs, tiles, encoder, sums_scales };
+        self.parts.push(part);
     }
 
     /// Keeps an allocation behind addresses.
