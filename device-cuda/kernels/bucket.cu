@@ -598,6 +598,38 @@ encode_wide(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, 
     encode_tiles<true>(jobs, firsts, count, tiles, mode, failed, total, base);
 }
 
+#if __CUDA_ARCH__ >= 900
+// Jobs that are copies, from and to multiples of 16 bytes.
+struct Copies {
+    const Job* jobs;
+    const u32* firsts;
+    u32 count, tiles;
+    u64* sums;
+    u64 base;
+
+    __device__ __forceinline__ Rows rows(Walk* walk) const {
+        Tile tile = tile_of(walk, firsts, count, tiles);
+        const Job* job = jobs + tile.job;
+        u64 start = (u64)tile.index * COPY_TILE;
+        Rows r;
+        r.source = (const u8*)job->source + start;
+        r.target = (u8*)job->target + start;
+        r.source_row = r.target_row = 0;
+        r.place = (job->flags & FROM ? (u64)r.source : (u64)r.target) - base;
+        r.rows = 1, r.bytes = (u32)min((u64)COPY_TILE, job->bytes - start);
+        r.flags = job->flags | FAST;
+        r.slot = 0;
+        return r;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
+copy_bulk(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32, u64*, u64* total, u64 base) {
+    Copies table = {jobs, firsts, count, tiles, total, base};
+    copy_tiles(table);
+}
+#endif
+
 // Blocks of at most 128 x 128 whose rows begin anywhere; those of F32 are rounded. Their codes are not added to the digest.
 extern "C" __global__ void __launch_bounds__(THREADS, ODD_BLOCKS)
 encode_odd(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, u64* failed, u64*, u64 base) {

@@ -75,6 +75,33 @@ place_rows(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64*, u64
     take_slot(&sums, ~0u);
 }
 
+#if __CUDA_ARCH__ >= 900
+// The parts that are copied.
+struct Copied {
+    const Part* parts;
+    const u32* firsts;
+    u32 count, tiles;
+    u64* sums;
+
+    __device__ __forceinline__ Rows rows(Walk* walk) const {
+        Tile tile = tile_of(walk, firsts, count, tiles);
+        const Part* part = parts + tile.job;
+        Area a = area_of(part, tile.index);
+        u64 to = a.matrix * part->target_matrix + a.top * part->target_row + a.left;
+        u64 from = a.matrix * part->source_matrix + a.top * part->source_row + a.left;
+        Rows r = {(const u8*)part->source + from, (u8*)part->target + to, part->source_row, part->target_row, part->place + to,
+                  a.rows, a.cols, part->flags, part->slot};
+        return r;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
+place_bulk(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64*, u64* sums) {
+    Copied table = {parts, firsts, count, tiles, sums};
+    copy_tiles(table);
+}
+#endif
+
 // Blocks of elements of two bytes that are FAST, or ANY others.
 template <bool ANY>
 __device__ __forceinline__ void place_parts(

@@ -37,6 +37,12 @@ pub(crate) const THREADS: u32 = 256;
 /// Bytes of shared memory for a block of `encode_odd`: `UNITS` of `Rows::UNIT` in the kernels.
 const ODD_STAGE: u32 = 2 * 128 * (128 * 2 + 16);
 
+/// Bytes of shared memory for a block of a kernel that copies through it: `STAGES` of `STAGE` in the kernels.
+const BULK_STAGES: u32 = 4 * (16 << 10);
+
+/// The first compute capability with the bulk engine, for which `copy_bulk` and `place_bulk` are compiled.
+const BULK_CAPABILITY: (i32, i32) = (9, 0);
+
 /// The kernels of buckets and of placed updates.
 fn own() -> Result<CString, CudaError> {
     source(&[COMMON, quant_fp8::device::CUDA, ROWS, BUCKET, PLACED])
@@ -231,6 +237,7 @@ pub struct Kernels {
     encode_wide: Kernel,
     /// `None` on a device with too little shared memory: the others do its work.
     encode_odd: Option<Kernel>,
+    copy: Kernel,
     sum_scales: Kernel,
     digest: Kernel,
     /// Tables on their way to the device.
@@ -316,6 +323,7 @@ pub(crate) struct Kernel {
 pub(crate) struct Library {
     module: Arc<Module>,
     multiprocessors: u32,
+    has_bulk: bool,
 }
 
 impl Library {
@@ -329,7 +337,8 @@ impl Library {
         let file = cached_file(source, capability);
         let load = |image: &Image| Module::load(device.context(), image).map(Arc::new);
         let module = loaded(file.as_deref(), || compiled(source, capability), load)?;
-        Ok(Self { module, multiprocessors: device.multiprocessors() })
+        let multiprocessors = device.multiprocessors();
+        Ok(Self { module, multiprocessors, has_bulk: capability >= BULK_CAPABILITY })
     }
 
     pub(crate) fn kernel(&self, name: &CStr) -> Result<Kernel, CudaError> {
@@ -340,6 +349,12 @@ impl Library {
     fn staged(&self, name: &CStr, bytes: u32) -> Result<Option<Kernel>, CudaError> {
         let function = self.module.function(name)?.with_shared_memory(bytes)?;
         function.map(|function| self.made(function)).transpose()
+    }
+
+    /// The kernel that copies through shared memory, or else the other one.
+    pub(crate) fn bulk(&self, name: &CStr, other: &CStr) -> Result<Kernel, CudaError> {
+        let bulk = if self.has_bulk { self.staged(name, BULK_STAGES)? } else { None };
+        bulk.map_or_else(|| self.kernel(other), Ok)
     }
 
     fn made(&self, function: Function) -> Result<Kernel, CudaError> {
@@ -365,6 +380,7 @@ impl Kernels {
             encode: library.kernel(c"encode")?,
             encode_wide: library.kernel(c"encode_wide")?,
             encode_odd: library.staged(c"encode_odd", ODD_STAGE)?,
+            copy: library.bulk(c"copy_bulk", c"encode")?,
             sum_scales: library.kernel(c"sum_scales")?,
             digest: library.kernel(c"digest")?,
             staging: PinnedMemory::new(&stream, TABLE)?,

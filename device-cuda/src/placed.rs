@@ -157,7 +157,7 @@ impl Placer {
         let library = Library::load(device)?;
         let stream = Stream::new(device)?;
         Ok(Self {
-            rows: library.kernel(c"place_rows")?,
+            rows: library.bulk(c"place_bulk", c"place_rows")?,
             blocks: library.kernel(c"place_blocks")?,
             any: library.kernel(c"place_any")?,
             check: library.kernel(c"check")?,

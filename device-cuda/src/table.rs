@@ -119,6 +119,8 @@ pub(crate) enum Encoder {
     Wide,
     /// Blocks whose rows begin anywhere, and nothing else.
     Odd,
+    /// Copies from and to multiples of 16 bytes, and nothing else.
+    Copy,
 }
 
 /// A job of an encoding's own program: `ProgramJob` of the kernels.
@@ -271,6 +273,8 @@ pub(crate) struct Table {
     encoder: Encoder,
     /// Whether a job has F32 elements.
     wide: bool,
+    /// Whether a job is no copy between multiples of 16 bytes.
+    has_others: bool,
     /// Whether a job's scales are added to the digest.
     sums_scales: bool,
     /// The parameters of a program's jobs.
@@ -282,6 +286,7 @@ impl Table {
     pub(crate) fn push(&mut self, (entry, tiles): (Entry, usize)) -> Result<(), CudaError> {
         self.wide |= entry.kind == device::type_number(SourceType::F32);
         self.sums_scales |= entry.flags & SCALES != 0;
+        self.has_others |= !(entry.kind == 0 && entry.is_summable());
         let encoder = entry.encoder();
         if self.is_empty() || encoder == self.encoder {
             self.encoder = encoder;
@@ -332,7 +337,8 @@ impl Table {
         self.entries.clear();
         self.firsts.clear();
         self.parameters.clear();
-        (self.tiles, self.wide, self.sums_scales) = (0, false, false);
+        (self.tiles, self.wide) = (0, false);
+        (self.has_others, self.sums_scales) = (false, false);
     }
 
     /// The table of a launch of `encode`. With `summed` the launch adds all jobs that are [summable](Entry::is_summable) to the digest.
@@ -411,7 +417,8 @@ impl Tables {
             self.bytes.resize(parameters_at, 0);
             self.bytes.extend(table.parameters.iter().flat_map(|word| word.to_le_bytes()));
         }
-        let Table { tiles, encoder, sums_scales, .. } = *table;
+        let Table { tiles, sums_scales, .. } = *table;
+        let encoder = if table.has_others { table.encoder } else { Encoder::Copy };
         let part =
             Part { task, jobs_at, firsts_at, parameters_at, jobs, tiles, encoder, sums_scales };
         self.parts.push(part);

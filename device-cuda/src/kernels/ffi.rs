@@ -47,6 +47,7 @@ impl Kernels {
             let (kernel, mut parameters) = match task {
                 Task::Encode { mode, base } => {
                     let kernel = match part.encoder {
+                        Encoder::Copy => &self.copy,
                         Encoder::Even => &self.encode,
                         Encoder::Wide => &self.encode_wide,
                         Encoder::Odd => self.encode_odd.as_ref().unwrap_or(&self.encode_wide),
