@@ -601,6 +601,8 @@ encode_wide(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, 
 #if __CUDA_ARCH__ >= 900
 // Jobs that are copies, from and to multiples of 16 bytes.
 struct Copies {
+    static constexpr u32 RUN = 1;
+
     const Job* jobs;
     const u32* firsts;
     u32 count, tiles;
@@ -637,7 +639,7 @@ encode_odd(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, u
     __shared__ u32 tops[2][THREADS / 32], kept[128 * KEPT_WORDS];
     u32 parity = 0;
     bool follows = false;
-    Walk w = walk_of(tiles);
+    Walk w = walk_of(tiles, 32);
     Reader<OddRows> reader = {jobs, firsts, count, tiles, (u8*)stage, w};
     for (reader.begin(); w.tile < tiles; go_on(&w)) {
         Tile tile = tile_of(&w, firsts, count, tiles);

@@ -31,16 +31,14 @@ __device__ __forceinline__ Tile find(const u32* firsts, u32 jobs, u32 t) {
     return tile;
 }
 
-// The tiles that a block of threads has: RUN in a row, as long as there are enough for all.
-#define RUN 8
-
+// The tiles that a block of threads has: some in a row, at most `most`, as long as there are enough for all.
 struct Walk {
     u32 run, tile;
     u32 job, end;       // the job of the last tile, and the end of its tiles
 };
 
-__device__ __forceinline__ Walk walk_of(u32 tiles) {
-    u32 run = min(max(tiles / (gridDim.x * 4), 1u), (u32)RUN);
+__device__ __forceinline__ Walk walk_of(u32 tiles, u32 most) {
+    u32 run = min(max(tiles / (gridDim.x * 4), 1u), most);
     Walk w = {run, blockIdx.x * run, 0, 0};
     return w;
 }

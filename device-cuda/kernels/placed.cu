@@ -53,15 +53,16 @@ __device__ __forceinline__ u64 scale_product(u64 place, u32 bits) {
     return product_at(place >> 3, (u64)bits << (8 * (place & 7)));
 }
 
-// Tiles of rows come RUN in a row. So a block of threads seldom has to look for the next part, or to add to a sum that others add to at the
-// same time. Of blocks it has every gridDim.x-th: neighbours are in the same rows of memory, and several read them together.
-//
+// A block of threads has so many tiles of rows one after the other. So it seldom has to look for the next part, or to add to a sum that others
+// add to at the same time. Of blocks it has every gridDim.x-th: neighbours are in the same rows of memory, and several read them together.
+#define ROWS_RUN 8
+
 // `failed` is all ones, and gets the lowest slot and block that has no finite form. `sums` has a number for each slot. Each kind of part
 // has a kernel of its own, with the registers that it needs and no more.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 place_rows(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64*, u64* all) {
     Sums sums = {all, 0, ~0u};
-    for (Walk w = walk_of(tiles); w.tile < tiles; go_on(&w)) {
+    for (Walk w = walk_of(tiles, ROWS_RUN); w.tile < tiles; go_on(&w)) {
         Tile tile = tile_of(&w, firsts, count, tiles);
         const Part* part = parts + tile.job;
         Area a = area_of(part, tile.index);
@@ -76,8 +77,10 @@ place_rows(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64*, u64
 }
 
 #if __CUDA_ARCH__ >= 900
-// The parts that are copied.
+// Parts that are copied, and whose tiles have one row or two: for shorter ones the bulk engine is slower than threads.
 struct Copied {
+    static constexpr u32 RUN = ROWS_RUN;
+
     const Part* parts;
     const u32* firsts;
     u32 count, tiles;
@@ -166,7 +169,7 @@ place_any(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64* faile
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
 check(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64*, u64* all) {
     Sums sums = {all, 0, ~0u};
-    for (Walk w = walk_of(tiles); w.tile < tiles; go_on(&w)) {
+    for (Walk w = walk_of(tiles, ROWS_RUN); w.tile < tiles; go_on(&w)) {
         Tile tile = tile_of(&w, firsts, count, tiles);
         const Part* part = parts + tile.job;
         Area a = area_of(part, tile.index);

@@ -153,7 +153,7 @@ __device__ __forceinline__ void wait_for(u64* full, u32 parity) {
     } while (!done);
 }
 
-// Copies the tiles of a table, which has `tiles`, `rows(walk)`, which says what a tile is, and the `sums` of its slots.
+// Copies the tiles of a table, which has `tiles`, at most RUN in a row, `rows(walk)`, which says what a tile is, and the `sums` of its slots.
 template <typename Table>
 __device__ __forceinline__ void copy_tiles(const Table& table) {
     extern __shared__ __align__(128) u8 stages[];
@@ -166,7 +166,7 @@ __device__ __forceinline__ void copy_tiles(const Table& table) {
     __syncthreads();
     Sums sums = {table.sums, 0, ~0u};
     // `ahead` is a tile that is read while others are written; it goes to the stage `next`.
-    Walk w = walk_of(table.tiles), ahead = w;
+    Walk w = walk_of(table.tiles, Table::RUN), ahead = w;
     for (u32 next = 0; reads && next + 1 < STAGES && ahead.tile < table.tiles; next++, go_on(&ahead)) {
         Rows r = table.rows(&ahead);
         if (is_bulk(r)) bulk_read(r, stages + next * STAGE, full + next);
