@@ -5,7 +5,7 @@
 // a copy. A table has every job and the number of its first tile, so that eighteen thousand small matrices
 // cost per byte what one large matrix does. A grid of a few blocks per multiprocessor walks the tiles.
 //
-// `common.cuh` and quant-fp8's `fp8.cuh` are in front of it.
+// `common.cuh`, quant-fp8's `fp8.cuh` and `rows.cuh` are in front of it.
 
 // Blocks of a multiprocessor. More would fit, and are slower: each has a tile of its own open, and
 // the memory serves few long runs faster than many.
@@ -639,6 +639,7 @@ encode_odd(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, u
     __shared__ u32 tops[2][THREADS / 32], kept[128 * KEPT_WORDS];
     u32 parity = 0;
     bool follows = false;
+    // Long runs: at their ends, sectors are written in two parts.
     Walk w = walk_of(tiles, 32);
     Reader<OddRows> reader = {jobs, firsts, count, tiles, (u8*)stage, w};
     for (reader.begin(); w.tile < tiles; go_on(&w)) {
