@@ -5,13 +5,15 @@
 // a copy. A table has every job and the number of its first tile, so that eighteen thousand small matrices
 // cost per byte what one large matrix does. A grid of a few blocks per multiprocessor walks the tiles.
 //
-// `common.cuh` and quant-fp8's `fp8.cuh` are in front of it.
+// `common.cuh`, quant-fp8's `fp8.cuh` and `rows.cuh` are in front of it.
 
 // Blocks of a multiprocessor. More would fit, and are slower: each has a tile of its own open, and
 // the memory serves few long runs faster than many.
 #define BLOCKS 3
 // What a block of threads has in shared memory of what it reads, where it reads ahead: a unit that it is at, and the next one.
 #define UNITS 2
+// Blocks of `encode_odd` on a multiprocessor.
+#define ODD_BLOCKS 2
 // As `Job` in src/table.rs.
 struct Job {
     u64 source;         // device address of the first element
@@ -30,8 +32,8 @@ struct Job {
 
 // Round to BF16 first; add to the digest's sum what is written, which the sender of the table knows to be
 // at a multiple of 8 bytes of the bucket. The bucket is what is written, or what a copy is FROM.
-// SCALES are added as well, by the block that does the last tile of a matrix: they begin at a multiple of 64 bytes.
-enum { PRECAST = 1, SUMMED = 2, FROM = 4, SCALES = 8 };
+// SCALES are added as well, by `sum_scales`: they begin at a multiple of 64 bytes.
+enum { PRECAST = 1, FROM = 4, SCALES = 8 };
 // Beside the types of elements.
 enum { COPY = 0 };
 
@@ -61,32 +63,6 @@ __device__ __forceinline__ u64 tail_products(u64 index, const u8* source, u32 by
         sum += product_at(index + at, word);
     }
     return sum;
-}
-
-// The products of scales that other blocks have written, as many as there are; the last word is filled up with zeros.
-__device__ __noinline__ u64 scale_products(u64 scales, u32 count, u64 base) {
-    const u32* values = (const u32*)scales;
-    u64 index = (scales - base) >> 3, sum = 0;
-    for (u32 at = threadIdx.x; 2 * at < count; at += THREADS) {
-        u32 high = 2 * at + 1 < count ? __ldcg(values + 2 * at + 1) : 0;
-        sum += product_at(index + at, (u64)high << 32 | __ldcg(values + 2 * at));
-    }
-    return sum;
-}
-
-// Whether this block has done the last of a job's tiles. `done` counts them, and is 0 again afterwards.
-__device__ __forceinline__ bool is_last(u32* done, u32 tiles, u32* shared) {
-    if (threadIdx.x == 0) {
-        // The tile's scale is there before it is counted.
-        __threadfence();
-        u32 last = atomicAdd(done, 1) + 1 == tiles;
-        if (last) *done = 0;
-        *shared = last;
-    }
-    __syncthreads();
-    bool last = *shared;
-    if (last) __threadfence();
-    return last;
 }
 
 // The largest of all threads' values. Two tiles in a row use different halves of `shared`, so that one
@@ -214,7 +190,10 @@ __device__ __forceinline__ Encoded encode_block(u32 mode, const Block& block, u3
                 a = __uint_as_float(words[(2 * p) % (4 * VECTORS)]);
                 b = __uint_as_float(words[(2 * p + 1) % (4 * VECTORS)]);
             }
-            if (precast) a = round_to_bf16(a), b = round_to_bf16(b);
+            if (precast) {
+                u32 pair = rounded_pair(a, b);
+                a = bf16_value(pair & 0xffffu), b = __uint_as_float(pair & 0xffff0000u);
+            }
             pairs[p] = codes2(__fmul_rn(a, m), __fmul_rn(b, m));
         }
         if (row + 16 * i < rows && col < cols) {
@@ -312,7 +291,7 @@ __device__ __forceinline__ u64 copy(const Job* job, Tile tile, u64 base) {
     return 0;
 }
 
-// The block of a matrix that a tile is, as the loop of `encode_tiles` finds it. The digest is of what begins at `base`.
+// The block of a matrix that a tile is. The digest is of what begins at `base`.
 __device__ __forceinline__ Block block_of(const Job* job, Tile tile, u64 base) {
     u32 blocks = job->blocks, bands = job->bands, width = job->cols;
     u32 band = tile.index / blocks, left = tile.index % blocks * job->block_cols;
@@ -334,16 +313,6 @@ __device__ __forceinline__ Block block_of(const Job* job, Tile tile, u64 base) {
     return block;
 }
 
-// The products of a matrix's scales, from the block that has done its last tile.
-__device__ __forceinline__ u64 last_products(
-    const Job* job, Tile tile, const u32* firsts, u32 count, u32 tiles, u64 base, u32* done, u32* last) {
-    if (!(job->flags & SCALES)) return 0;
-    u32 end = tile.job + 1 < count ? firsts[tile.job + 1] : tiles;
-    u32 all = end - firsts[tile.job];
-    // The next tile has a barrier before `last` is written again.
-    return is_last(done + tile.job, all, last) ? scale_products(job->scales, all, base) : 0;
-}
-
 __device__ __forceinline__ void read16(void* stage, const u8* source) {
     u32 to = (u32)__cvta_generic_to_shared(stage);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to), "l"(source) : "memory");
@@ -357,25 +326,26 @@ struct Reader {
     const u32* firsts;
     u32 count, tiles;
     u8* stage;
-    u32 t, half, turn;
+    Walk walk;
+    u32 half, turn;
 
     __device__ __forceinline__ void read(u32 turn) {
-        if (t < tiles) {
-            Tile tile = find(firsts, count, t);
+        if (walk.tile < tiles) {
+            Tile tile = tile_of(&walk, firsts, count, tiles);
             Way::read(jobs + tile.job, tile, half, stage + turn * Way::UNIT);
         }
         asm volatile("cp.async.commit_group;");
     }
 
     __device__ __forceinline__ void begin() {
-        t = blockIdx.x, half = 0, turn = UNITS - 1;
+        half = 0, turn = UNITS - 1;
         read(0);
     }
 
     // Reads the unit after the present one, which was the last that was asked for, and waits for that.
     __device__ __forceinline__ const u8* next(bool is_halved) {
         half = is_halved && half == 0;
-        if (!half) t += gridDim.x;
+        if (!half) go_on(&walk);
         read(turn);
         turn = (turn + 1) % UNITS;
         asm volatile("cp.async.wait_group 1;" ::: "memory");
@@ -387,7 +357,7 @@ struct Reader {
 enum { NEVER = 0, ALWAYS = 1 };
 
 // Blocks of at most 128 x 128 whose rows begin anywhere. Their bytes come as they lie in memory, in vectors of 16 bytes.
-struct Rows {
+struct OddRows {
     // Of a row: the block's, which begins anywhere in the first 16 bytes.
     enum { PITCH_16 = 128 * 2 + 16, PITCH_F32 = 128 * 4 + 16, UNIT = 128 * PITCH_16 };
 
@@ -449,56 +419,102 @@ struct Rows {
     }
 };
 
-// Lane l has the columns 4 l - skip .. + 4, modulo 128, of the rows t / 32 + 8 i: its codes are a word of memory, but for those of lane 0,
-// of which some are the last ones of their row. Rows that are 8 apart begin at the same place within 8 bytes.
+// The codes of a row that are not written yet, as words: those of the sector in front of it, and those of its last word.
+#define KEPT_WORDS 9
+
+// Writes the codes of words that have others' bytes as well, and those that wait for a block that does not come.
+__device__ __forceinline__ void write_ends(const Block& block, const u32* kept, bool follows, bool goes_on) {
+    u32 lane = threadIdx.x & 31;
+    __syncwarp();
+    for (u32 row = threadIdx.x >> 5; row < block.rows; row += THREADS / 32) {
+        u8* start = block.target + row * block.target_row;
+        u32 skip = (u32)(u64)start & 31, end = skip + block.cols;
+        u8* line = start - skip;
+        const u8* codes = (const u8*)(kept + row * KEPT_WORDS);
+        if (lane < 8) {
+            // Four lanes for the first word, and four for the last.
+            u32 word = lane < 4 ? skip / 4 : end / 4, at = 4 * word + lane % 4;
+            bool is_end = lane < 4 ? !follows && (skip % 4 != 0 || end < 4 * word + 4) : word != skip / 4 && word < 32;
+            if (is_end && at >= skip && at < end) line[at] = codes[4 * min(word, 8u) + lane % 4];
+        }
+        if (!goes_on && lane < skip && 128 + lane < end) line[128 + lane] = codes[lane];
+    }
+    __syncwarp();
+}
+
+__device__ __forceinline__ u32 load_u16(u32 address) {
+    u16 value;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address));
+    return value;
+}
+
+__device__ __forceinline__ u32 load_u32(u32 address) {
+    u32 value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address));
+    return value;
+}
+
+// The codes of two elements that are kept in a pair.
+template <int KIND, int ROUNDED>
+__device__ __forceinline__ u32 codes_of(u32 pair, float multiplier) {
+    float a = KIND == F16 ? f16_value(pair & 0xffffu) : bf16_value(pair & 0xffffu);
+    float b = KIND == F16 ? f16_value(pair >> 16) : __uint_as_float(pair & 0xffff0000u);
+    if (KIND == F16 && ROUNDED == ALWAYS) {
+        pair = rounded_pair(a, b);
+        a = bf16_value(pair & 0xffffu), b = __uint_as_float(pair & 0xffff0000u);
+    }
+    return codes2(__fmul_rn(a, multiplier), __fmul_rn(b, multiplier));
+}
+
+// Memory is fast where sectors of 32 bytes are written whole, so a warp writes 128 bytes that begin with one. Lanes that have bytes in front
+// of the row there have its last columns instead: their codes are kept until the next block of the same rows comes, which the same block of
+// threads has (`goes_on`), and are put in front of its codes (`follows`).
+// Lane l has the columns 4 l - skip .. + 4, modulo 128, of the rows t / 32 + 8 i, where a row has `skip` bytes of its sector in front of it.
+// Rows that are 32 apart skip as many; those that are 8 apart begin at the same place of their stage's first vector.
 template <int KIND, int ROUNDED>
 __device__ __forceinline__ void encode_rows(
-    u32 mode, const Job* job, const Block& block, Reader<Rows>& reader, u32* shared, u64* failed) {
-    constexpr u32 SIZE = KIND == F32 ? 4 : 2, HALVES = SIZE / 2, STEPS = 16 / HALVES;
-    constexpr u32 PITCH = SIZE == 4 ? Rows::PITCH_F32 : Rows::PITCH_16;
-    // Elements that are rounded first are kept rounded.
-    constexpr bool IS_PAIR = KIND != F32 || ROUNDED == ALWAYS;
-    constexpr u32 WORDS = IS_PAIR ? 2 : 4;
+    u32 mode, const Job* job, const Block& block, Reader<OddRows>& reader, u32* shared, u32* kept, bool follows, bool goes_on, u64* failed) {
+    constexpr u32 SIZE = KIND == F32 ? 4 : 2, HALVES = SIZE / 2, STEPS = 4 / HALVES;
+    constexpr u32 PITCH = SIZE == 4 ? OddRows::PITCH_F32 : OddRows::PITCH_16;
+    // Elements of F32 are kept rounded.
+    constexpr int KEPT = KIND == F32 ? BF16 : KIND;
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, cols = block.cols;
-    u32 phase = (u32)((u64)block.source + warp * block.source_row) & 15;
     u8* target = block.target + warp * block.target_row;
-    u32 skip = (u32)(u64)target & 3;
-    bool inside = Rows::is_inside(job, block), whole = block.rows == 128 && cols == 128;
-    u32 data[16][WORDS], places[4];
-    // The codes that go to their place in the word, and those that go 128 places further.
-    u32 near = 0, far = 0;
-#pragma unroll
-    for (u32 j = 0; j < 4; j++) {
-        u32 col = (4 * lane + j - skip) & 127;
-        places[j] = warp * PITCH + phase + SIZE * col;
-        if (col < cols) (4 * lane + j >= skip ? near : far) |= 1u << j;
-    }
+    u32 first = (u32)(u64)target, step = 8 * (u32)block.target_row;
+    bool inside = OddRows::is_inside(job, block), whole = block.rows == 128 && cols == 128;
+    u32 data[16][2];
 #pragma unroll
     for (u32 half = 0; half < HALVES; half++) {
         u8* stage = (u8*)reader.next(HALVES == 2);
         __syncthreads();
         if (!inside || !whole) {
-            Rows::complete<SIZE>(block, half, inside, stage);
+            OddRows::complete<SIZE>(block, half, inside, stage);
             __syncthreads();
         }
+        u32 row = (u32)__cvta_generic_to_shared(stage) + warp * PITCH;
+        row += ((u32)(u64)block.source + warp * (u32)block.source_row) & 15;
 #pragma unroll
-        for (u32 i = 0; i < STEPS; i++) {
-            u32 bits[4];
+        for (u32 i = 0; i < 4; i++) {
+            u32 skip = (first + i * step) & 31, from[4];
 #pragma unroll
-            for (u32 j = 0; j < 4; j++) {
-                const u8* from = stage + places[j] + 8 * i * PITCH;
-                bits[j] = SIZE == 4 ? *(const u32*)from : *(const u16*)from;
+            for (u32 j = 0; j < 4; j++) from[j] = row + 8 * i * PITCH + SIZE * ((4 * lane + j - skip) & 127);
+#pragma unroll
+            for (u32 n = 0; n < STEPS; n++) {
+                u32 bits[4], *pairs = data[4 * (half * STEPS + n) + i];
+#pragma unroll
+                for (u32 j = 0; j < 4; j++) {
+                    u32 at = from[j] + 32 * n * PITCH;
+                    bits[j] = SIZE == 4 ? load_u32(at) : load_u16(at);
+                }
+                if (KIND == F32) {
+                    pairs[0] = rounded_pair(__uint_as_float(bits[0]), __uint_as_float(bits[1]));
+                    pairs[1] = rounded_pair(__uint_as_float(bits[2]), __uint_as_float(bits[3]));
+                } else {
+                    pairs[0] = bits[0] | bits[1] << 16, pairs[1] = bits[2] | bits[3] << 16;
+                }
             }
-            u32* kept = data[half * STEPS + i];
-            if (KIND == F32 && IS_PAIR) {
-                kept[0] = rounded_pair(__uint_as_float(bits[0]), __uint_as_float(bits[1]));
-                kept[1] = rounded_pair(__uint_as_float(bits[2]), __uint_as_float(bits[3]));
-            } else if (IS_PAIR) {
-                kept[0] = bits[0] | bits[1] << 16, kept[1] = bits[2] | bits[3] << 16;
-            } else {
-#pragma unroll
-                for (u32 j = 0; j < 4; j++) kept[j % WORDS] = bits[j];
-            }
+            // Without it, the compiler reads all elements before it packs any, for which there are not enough registers.
+            __syncwarp();
         }
         // The other half is read over what the last one had; after a tile, the block's maximum is waited for.
         if (half + 1 < HALVES) __syncthreads();
@@ -506,58 +522,40 @@ __device__ __forceinline__ void encode_rows(
     u32 top = 0;
 #pragma unroll
     for (u32 i = 0; i < 16; i++) {
-#pragma unroll
-        for (u32 w = 0; w < WORDS; w++) {
-            top = IS_PAIR ? __vmaxu2(top, data[i][w] & 0x7fff7fffu) : max(top, data[i][w] & 0x7fffffffu);
-        }
+        top = __vmaxu2(top, __vmaxu2(data[i][0] & 0x7fff7fffu, data[i][1] & 0x7fff7fffu));
     }
-    if (IS_PAIR) top = max(top & 0xffffu, top >> 16);
-    top = block_max(top, shared);
-    constexpr int KEPT = KIND == F32 && IS_PAIR ? BF16 : KIND;
+    top = block_max(max(top & 0xffffu, top >> 16), shared);
     float m = settle(mode, widened(KEPT, ROUNDED == ALWAYS, top), block, failed).multiplier;
-    u8* word = target + (int)(4 * lane - skip);
+    u64 stride = 32 * block.target_row;
 #pragma unroll
-    for (u32 i = 0; i < 16; i++) {
-        u32 pairs[2];
+    for (u32 i = 0; i < 4; i++) {
+        u32 skip = (first + i * step) & 31;
+        // The bytes of the word that are in front of the row.
+        u32 before = skip > 4 * lane ? min(skip - 4 * lane, 4u) : 0, end = skip + cols;
+        u32 others = follows ? (u32)((1ull << (8 * before)) - 1) : 0;
+        bool full = follows || (before == 0 && 4 * lane + 3 < end), keeps = lane < 8 || lane == end / 4;
+        u32 place = (u32)__cvta_generic_to_shared(kept) + ((warp + 8 * i) * KEPT_WORDS + min(lane, 8u)) * 4;
+        u8* word = target + i * 8 * block.target_row + (int)(4 * lane - skip);
 #pragma unroll
-        for (u32 p = 0; p < 2; p++) {
-            float a, b;
-            u32 pair = data[i][p];
-            if (KEPT == BF16) {
-                a = bf16_value(pair & 0xffffu), b = __uint_as_float(pair & 0xffff0000u);
-            } else if (KEPT == F16) {
-                a = f16_value(pair & 0xffffu), b = f16_value(pair >> 16);
-                if (ROUNDED == ALWAYS) {
-                    pair = rounded_pair(a, b);
-                    a = bf16_value(pair & 0xffffu), b = __uint_as_float(pair & 0xffff0000u);
-                }
-            } else {
-                a = __uint_as_float(data[i][(2 * p) % WORDS]), b = __uint_as_float(data[i][(2 * p + 1) % WORDS]);
-            }
-            pairs[p] = codes2(__fmul_rn(a, m), __fmul_rn(b, m));
-        }
-        u32 codes = pairs[0] | pairs[1] << 16;
-        if (warp + 8 * i >= block.rows) break;
-        u8* at = word + 8 * i * block.target_row;
-        if (near == 15) {
-            *(u32*)at = codes;
-            continue;
-        }
-#pragma unroll
-        for (u32 j = 0; j < 4; j++) {
-            if (near >> j & 1) at[j] = (u8)(codes >> (8 * j));
-            if (far >> j & 1) at[128 + j] = (u8)(codes >> (8 * j));
+        for (u32 n = 0; n < 4; n++) {
+            u32* pairs = data[4 * n + i];
+            u32 codes = codes_of<KEPT, ROUNDED>(pairs[0], m) | codes_of<KEPT, ROUNDED>(pairs[1], m) << 16;
+            u32 at = place + n * 32 * KEPT_WORDS * 4, last = load_u32(at);
+            if (keeps) asm volatile("st.shared.u32 [%0], %1;" :: "r"(at), "r"(codes) : "memory");
+            if (full && warp + 8 * i + 32 * n < block.rows) *(u32*)word = (last & others) | (codes & ~others);
+            word += stride;
         }
     }
+    if (!follows || !goes_on) write_ends(block, kept, follows, goes_on);
 }
 
 // `failed` is all ones, and gets the lowest job and block that has no finite form. `base` is where the
-// bucket begins, for the digest, which is added to `total`. `done` has a zero for each job, and has it again afterwards.
+// bucket begins, for the digest, which is added to `total`.
 template <bool WIDE>
 __device__ __forceinline__ void encode_tiles(
     const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, u64* failed, u64* total,
-    u64 base, u32* done) {
-    __shared__ u32 tops[2][THREADS / 32], last;
+    u64 base) {
+    __shared__ u32 tops[2][THREADS / 32];
     u64 sum = 0;
     u32 parity = 0;
     for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
@@ -568,44 +566,20 @@ __device__ __forceinline__ void encode_tiles(
             sum += copy(job, tile, base);
             continue;
         }
-        u32 blocks = job->blocks, bands = job->bands, width = job->cols;
-        u32 block_rows = job->block_rows, block_cols = job->block_cols;
-        u32 band = tile.index / blocks, block = tile.index % blocks;
-        u32 matrix = band / bands, top = band % bands * block_rows;
-        u32 left = block * block_cols;
-        u64 first = ((u64)matrix * job->rows + top) * width + left;
-        u32 size = kind == F32 ? 4 : 2;
-        Block part;
-        part.source = (const u8*)job->source + first * size;
-        part.target = (u8*)job->target + first;
-        part.source_row = (u64)width * size;
-        part.target_row = width;
-        part.place = job->target + first - base;
-        part.scale = (float*)job->scales + tile.index;
-        part.known = 0;
-        part.number = (u64)tile.job << 32 | tile.index;
-        part.rows = min(block_rows, job->rows - top);
-        part.cols = min(block_cols, width - left);
-        part.flags = job->flags;
-        bool aligned = (width & 7) == 0 && ((job->source | job->target) & 15) == 0
-            && block_rows <= 128 && block_cols <= 128;
+        Block block = block_of(job, tile, base);
+        bool aligned = (job->cols & 7) == 0 && ((job->source | job->target) & 15) == 0
+            && job->block_rows <= 128 && job->block_cols <= 128;
         u32* shared = tops[parity];
         parity ^= 1;
         if (!aligned) {
-            part.flags &= ~SUMMED;
-            encode_any(mode, kind, part, shared, failed);
+            block.flags &= ~SUMMED;
+            encode_any(mode, kind, block, shared, failed);
         } else if (kind == BF16) {
-            sum += encode_block<BF16>(mode, part, shared, failed).sum;
+            sum += encode_block<BF16>(mode, block, shared, failed).sum;
         } else if (kind == F16) {
-            sum += encode_block<F16>(mode, part, shared, failed).sum;
+            sum += encode_block<F16>(mode, block, shared, failed).sum;
         } else if (WIDE) {
-            sum += encode_block<F32>(mode, part, shared, failed).sum;
-        }
-        if (job->flags & SCALES) {
-            u32 end = tile.job + 1 < count ? firsts[tile.job + 1] : tiles;
-            u32 all = end - firsts[tile.job];
-            // The next tile has a barrier before `last` is written again.
-            if (is_last(done + tile.job, all, &last)) sum += scale_products(job->scales, all, base);
+            sum += encode_block<F32>(mode, block, shared, failed).sum;
         }
     }
     add_to(total, sum);
@@ -613,45 +587,105 @@ __device__ __forceinline__ void encode_tiles(
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 encode(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, u64* failed, u64* total,
-       u64 base, u32* done) {
-    encode_tiles<false>(jobs, firsts, count, tiles, mode, failed, total, base, done);
+       u64 base) {
+    encode_tiles<false>(jobs, firsts, count, tiles, mode, failed, total, base);
 }
 
 // Blocks of F32 take twice the registers: a launch that has one runs with half the threads in flight.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 encode_wide(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, u64* failed,
-            u64* total, u64 base, u32* done) {
-    encode_tiles<true>(jobs, firsts, count, tiles, mode, failed, total, base, done);
+            u64* total, u64 base) {
+    encode_tiles<true>(jobs, firsts, count, tiles, mode, failed, total, base);
 }
 
-// Blocks of at most 128 x 128 whose rows begin anywhere; those of F32 are rounded. Only scales are added to the digest.
-// With three blocks, what a thread has would not fit into its registers.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
-encode_odd(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, u64* failed, u64* total,
-           u64 base, u32* done) {
+#if __CUDA_ARCH__ >= 900
+// Jobs that are copies, from and to multiples of 16 bytes.
+struct Copies {
+    static constexpr u32 RUN = 1;
+
+    const Job* jobs;
+    const u32* firsts;
+    u32 count, tiles;
+    u64* sums;
+    u64 base;
+
+    __device__ __forceinline__ Rows rows(Walk* walk) const {
+        Tile tile = tile_of(walk, firsts, count, tiles);
+        const Job* job = jobs + tile.job;
+        u64 start = (u64)tile.index * COPY_TILE;
+        Rows r;
+        r.source = (const u8*)job->source + start;
+        r.target = (u8*)job->target + start;
+        r.source_row = r.target_row = 0;
+        r.place = (job->flags & FROM ? (u64)r.source : (u64)r.target) - base;
+        r.rows = 1, r.bytes = (u32)min((u64)COPY_TILE, job->bytes - start);
+        r.flags = job->flags | FAST;
+        r.slot = 0;
+        return r;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
+copy_bulk(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32, u64*, u64* total, u64 base) {
+    Copies table = {jobs, firsts, count, tiles, total, base};
+    copy_tiles(table);
+}
+#endif
+
+// Blocks of at most 128 x 128 whose rows begin anywhere; those of F32 are rounded. Their codes are not added to the digest.
+extern "C" __global__ void __launch_bounds__(THREADS, ODD_BLOCKS)
+encode_odd(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, u64* failed, u64*, u64 base) {
     extern __shared__ uint4 stage[];
-    __shared__ u32 tops[2][THREADS / 32], last;
-    Reader<Rows> reader = {jobs, firsts, count, tiles, (u8*)stage};
-    reader.begin();
-    u64 sum = 0;
+    __shared__ u32 tops[2][THREADS / 32], kept[128 * KEPT_WORDS];
     u32 parity = 0;
-    for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
-        Tile tile = find(firsts, count, t);
+    bool follows = false;
+    // Long runs: at their ends, sectors are written in two parts.
+    Walk w = walk_of(tiles, 32);
+    Reader<OddRows> reader = {jobs, firsts, count, tiles, (u8*)stage, w};
+    for (reader.begin(); w.tile < tiles; go_on(&w)) {
+        Tile tile = tile_of(&w, firsts, count, tiles);
         const Job* job = jobs + tile.job;
         Block block = block_of(job, tile, base);
+        // The next tile of the run is the next block of these rows, and whole.
+        u32 across = tile.index % job->blocks, end = (across + 2) * 128;
+        bool goes_on = has_next(w, tiles) && job->block_cols == 128 && end <= job->cols;
         u32* shared = tops[parity];
         parity ^= 1;
         bool precast = block.flags & PRECAST;
         if (job->kind == BF16) {
-            encode_rows<BF16, NEVER>(mode, job, block, reader, shared, failed);
+            encode_rows<BF16, NEVER>(mode, job, block, reader, shared, kept, follows, goes_on, failed);
         } else if (job->kind == F16 && precast) {
-            encode_rows<F16, ALWAYS>(mode, job, block, reader, shared, failed);
+            encode_rows<F16, ALWAYS>(mode, job, block, reader, shared, kept, follows, goes_on, failed);
         } else if (job->kind == F16) {
-            encode_rows<F16, NEVER>(mode, job, block, reader, shared, failed);
+            encode_rows<F16, NEVER>(mode, job, block, reader, shared, kept, follows, goes_on, failed);
         } else {
-            encode_rows<F32, ALWAYS>(mode, job, block, reader, shared, failed);
+            encode_rows<F32, ALWAYS>(mode, job, block, reader, shared, kept, follows, goes_on, failed);
         }
-        sum += last_products(job, tile, firsts, count, tiles, base, done, &last);
+        follows = goes_on;
+    }
+}
+
+// Adds the scales of a table to the digest, once its launch is done. A warp has those of 64 tiles. Two scales are a word; the last word of a
+// job is filled up with zeros.
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+sum_scales(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u64* total, u64 base) {
+    u32 lane = threadIdx.x & 31, all = gridDim.x * (THREADS / 32);
+    u64 sum = 0;
+    for (u32 w = blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5); (u64)w * 64 < tiles; w += all) {
+        u32 t = w * 64, end = min(t + 64, tiles);
+        for (Tile tile = find(firsts, count, t); t < end; tile.job++, tile.index = 0) {
+            const Job* job = jobs + tile.job;
+            u32 next = tile.job + 1 < count ? firsts[tile.job + 1] : tiles, here = min(next, end) - t, scales = next - firsts[tile.job];
+            t += here;
+            if (!(job->flags & SCALES)) continue;
+            const u32* values = (const u32*)job->scales;
+            u64 place = (job->scales - base) >> 3;
+            // The word of which the first scale is another warp's is, too.
+            for (u32 word = (tile.index + 1) / 2 + lane; 2 * word < tile.index + here; word += 32) {
+                u32 high = 2 * word + 1 < scales ? values[2 * word + 1] : 0;
+                sum += product_at(place + word, (u64)high << 32 | values[2 * word]);
+            }
+        }
     }
     add_to(total, sum);
 }

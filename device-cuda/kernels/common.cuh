@@ -31,6 +31,38 @@ __device__ __forceinline__ Tile find(const u32* firsts, u32 jobs, u32 t) {
     return tile;
 }
 
+// The tiles that a block of threads has: some in a row, at most `most`, as long as there are enough for all.
+struct Walk {
+    u32 run, tile;
+    u32 job, end;       // the job of the last tile, and the end of its tiles
+};
+
+__device__ __forceinline__ Walk walk_of(u32 tiles, u32 most) {
+    u32 run = min(max(tiles / (gridDim.x * 4), 1u), most);
+    Walk w = {run, blockIdx.x * run, 0, 0};
+    return w;
+}
+
+__device__ __forceinline__ void go_on(Walk* w) {
+    w->tile++;
+    if (w->tile % w->run == 0) w->tile += (gridDim.x - 1) * w->run;
+}
+
+// Whether the next tile is the next one of the run.
+__device__ __forceinline__ bool has_next(const Walk& w, u32 tiles) {
+    return (w.tile + 1) % w.run != 0 && w.tile + 1 < tiles;
+}
+
+__device__ __forceinline__ Tile tile_of(Walk* w, const u32* firsts, u32 count, u32 tiles) {
+    // Tiles come in ascending order.
+    if (w->tile >= w->end) {
+        w->job = find(firsts, count, w->tile).job;
+        w->end = w->job + 1 < count ? firsts[w->job + 1] : tiles;
+    }
+    Tile tile = {w->job, w->tile - firsts[w->job]};
+    return tile;
+}
+
 __device__ __forceinline__ uint4 load16(const void* address) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"

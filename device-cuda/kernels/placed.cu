@@ -26,9 +26,8 @@ struct Part {
     u32 slot;           // the sum that it adds to
 };
 
-// Beside PRECAST and SUMMED: rows begin at multiples of 16 bytes, codes at multiples of 8; rows of 64 bytes stay in one lane of the
-// digest; the scales of the first band, or of the first column of blocks, come with another part.
-enum { FAST = 16, KEYED = 32, NO_FIRST_BAND = 64, NO_FIRST_COL = 128 };
+// Beside PRECAST and those of `rows.cuh`: the scales of the first band, or of the first column of blocks, come with another part.
+enum { NO_FIRST_BAND = 64, NO_FIRST_COL = 128 };
 enum { SCALES_ONLY = 4 };
 
 struct Area {
@@ -49,131 +48,21 @@ __device__ __forceinline__ Area area_of(const Part* part, u32 index) {
     return a;
 }
 
-// The last bytes of rows, behind those that fill 16: copied if WRITE, digested in any case if they are SUMMED.
-template <bool WRITE>
-__device__ __noinline__ u64 pass_ends(
-    const u8* source, u64 source_row, u8* target, u64 target_row, u64 place, u32 rows, u32 bytes, u32 flags) {
-    u64 sum = 0;
-    u32 done = bytes & ~15u, left = bytes - done;
-    for (u32 n = threadIdx.x; n < rows * 2; n += THREADS) {
-        u32 row = n / 2, from = n % 2 * 8;
-        if (from >= left) continue;
-        u64 at = row * target_row + done + from, word = 0;
-        u32 count = min(left - from, 8u);
-        for (u32 i = 0; i < count; i++) word |= (u64)source[row * source_row + done + from + i] << (8 * i);
-        if (WRITE) store_bytes(target + at, word, count);
-        if (flags & SUMMED) sum += product_at((place + at) >> 3, word);
-    }
-    return sum;
-}
-
-// Rows that begin anywhere: a thread has the bytes of a word of the digest.
-template <bool WRITE>
-__device__ __noinline__ u64 pass_any(
-    const u8* source, u64 source_row, u8* target, u64 target_row, u64 place, u32 rows, u32 bytes, u32 flags) {
-    u64 sum = 0;
-    u32 most = (bytes + 14) / 8;
-    for (u32 n = threadIdx.x; n < rows * most; n += THREADS) {
-        u32 row = n / most, at = n % most * 8;
-        u64 first = place + row * target_row;
-        u32 skip = (u32)first & 7;
-        if (at >= skip + bytes) continue;
-        u32 from = max(at, skip) - skip, to = min(at + 8, skip + bytes) - skip;
-        u64 word = 0;
-        for (u32 i = from; i < to; i++) word |= (u64)source[row * source_row + i] << (8 * (i - from));
-        if (WRITE) store_bytes(target + row * target_row + from, word, to - from);
-        if (flags & SUMMED) sum += product_at((first >> 3) + at / 8, word << (8 * ((skip + from) & 7)));
-    }
-    return sum;
-}
-
-// Rows of bytes: copied if WRITE, digested in any case if they are SUMMED.
-template <bool WRITE>
-__device__ __forceinline__ u64 pass_rows(
-    const u8* source, u64 source_row, u8* target, u64 target_row, u64 place, u32 rows, u32 bytes, u32 flags) {
-    if (!(flags & FAST)) return pass_any<WRITE>(source, source_row, target, target_row, place, rows, bytes, flags);
-    u64 sum = 0;
-    bool summed = flags & SUMMED, keyed = rows == 1 || (flags & KEYED);
-    u32 vectors = bytes / 16, all = rows * vectors;
-    for (u32 start = 0; start < all; start += COPY_STEPS * THREADS) {
-        uint4 data[COPY_STEPS];
-#pragma unroll
-        for (int i = 0; i < COPY_STEPS; i++) {
-            u32 n = start + threadIdx.x + i * THREADS, row = rows == 1 ? 0 : n / vectors, at = (n - row * vectors) * 16;
-            if (n < all) data[i] = load16(source + row * source_row + at);
-        }
-        Keys even, odd;
-#pragma unroll
-        for (int i = 0; i < COPY_STEPS; i++) {
-            u32 n = start + threadIdx.x + i * THREADS, row = rows == 1 ? 0 : n / vectors, at = (n - row * vectors) * 16;
-            if (n >= all) break;
-            u64 to = row * target_row + at, word = (place + to) >> 3;
-            if (WRITE) __stcs((uint4*)(target + to), data[i]);
-            if (!summed) continue;
-            if (i == 0 || !keyed) even = keys_of(word), odd = keys_of(word + 1);
-            sum += product(even, (u32)(word >> 3), data[i].x, data[i].y);
-            sum += product(odd, (u32)(word >> 3), data[i].z, data[i].w);
-        }
-    }
-    return bytes & 15 ? sum + pass_ends<WRITE>(source, source_row, target, target_row, place, rows, bytes, flags) : sum;
-}
-
 // The product of a scale, which is a part of a word.
 __device__ __forceinline__ u64 scale_product(u64 place, u32 bits) {
     return product_at(place >> 3, (u64)bits << (8 * (place & 7)));
 }
 
-// Sums of tiles, added to the sum of their slot when the next one is another's.
-struct Sums {
-    u64* all;
-    u64 mine;
-    u32 slot;
-};
-
-__device__ __forceinline__ void take_slot(Sums* sums, u32 slot) {
-    if (slot == sums->slot) return;
-    if (sums->slot != ~0u) add_to(sums->all + sums->slot, sums->mine);
-    sums->mine = 0;
-    sums->slot = slot;
-}
-
-// The tiles that a block has of rows: RUN in a row, as long as there are enough for all. So it seldom has to look for the next part, or to
-// add to a sum that others add to at the same time. Of blocks it has every gridDim.x-th: neighbours are in the same rows of memory, and
-// several read them together.
-#define RUN 8
-
-struct Walk {
-    u32 run, tile;
-    u32 job, end;       // the part of the last tile, and the end of its tiles
-};
-
-__device__ __forceinline__ Walk walk_of(u32 tiles) {
-    u32 run = min(max(tiles / (gridDim.x * 4), 1u), (u32)RUN);
-    Walk w = {run, blockIdx.x * run, 0, 0};
-    return w;
-}
-
-__device__ __forceinline__ Tile tile_of(Walk* w, const u32* firsts, u32 count, u32 tiles) {
-    // Tiles come in ascending order.
-    if (w->tile >= w->end) {
-        w->job = find(firsts, count, w->tile).job;
-        w->end = w->job + 1 < count ? firsts[w->job + 1] : tiles;
-    }
-    Tile tile = {w->job, w->tile - firsts[w->job]};
-    return tile;
-}
-
-__device__ __forceinline__ void go_on(Walk* w) {
-    w->tile++;
-    if (w->tile % w->run == 0) w->tile += (gridDim.x - 1) * w->run;
-}
+// A block of threads has so many tiles of rows one after the other. So it seldom has to look for the next part, or to add to a sum that others
+// add to at the same time. Of blocks it has every gridDim.x-th: neighbours are in the same rows of memory, and several read them together.
+#define ROWS_RUN 8
 
 // `failed` is all ones, and gets the lowest slot and block that has no finite form. `sums` has a number for each slot. Each kind of part
 // has a kernel of its own, with the registers that it needs and no more.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 place_rows(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64*, u64* all) {
     Sums sums = {all, 0, ~0u};
-    for (Walk w = walk_of(tiles); w.tile < tiles; go_on(&w)) {
+    for (Walk w = walk_of(tiles, ROWS_RUN); w.tile < tiles; go_on(&w)) {
         Tile tile = tile_of(&w, firsts, count, tiles);
         const Part* part = parts + tile.job;
         Area a = area_of(part, tile.index);
@@ -186,6 +75,35 @@ place_rows(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64*, u64
     }
     take_slot(&sums, ~0u);
 }
+
+#if __CUDA_ARCH__ >= 900
+// Parts that are copied, and whose tiles have one row or two: for shorter ones the bulk engine is slower than threads.
+struct Copied {
+    static constexpr u32 RUN = ROWS_RUN;
+
+    const Part* parts;
+    const u32* firsts;
+    u32 count, tiles;
+    u64* sums;
+
+    __device__ __forceinline__ Rows rows(Walk* walk) const {
+        Tile tile = tile_of(walk, firsts, count, tiles);
+        const Part* part = parts + tile.job;
+        Area a = area_of(part, tile.index);
+        u64 to = a.matrix * part->target_matrix + a.top * part->target_row + a.left;
+        u64 from = a.matrix * part->source_matrix + a.top * part->source_row + a.left;
+        Rows r = {(const u8*)part->source + from, (u8*)part->target + to, part->source_row, part->target_row, part->place + to,
+                  a.rows, a.cols, part->flags, part->slot};
+        return r;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
+place_bulk(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64*, u64* sums) {
+    Copied table = {parts, firsts, count, tiles, sums};
+    copy_tiles(table);
+}
+#endif
 
 // Blocks of elements of two bytes that are FAST, or ANY others.
 template <bool ANY>
@@ -251,7 +169,7 @@ place_any(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64* faile
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
 check(const Part* parts, const u32* firsts, u32 count, u32 tiles, u64*, u64* all) {
     Sums sums = {all, 0, ~0u};
-    for (Walk w = walk_of(tiles); w.tile < tiles; go_on(&w)) {
+    for (Walk w = walk_of(tiles, ROWS_RUN); w.tile < tiles; go_on(&w)) {
         Tile tile = tile_of(&w, firsts, count, tiles);
         const Part* part = parts + tile.job;
         Area a = area_of(part, tile.index);

@@ -20,6 +20,7 @@ use crate::table::{Part, Table, Tables, Task, mode_number};
 use crate::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, PinnedMemory, Stream};
 
 const COMMON: &str = include_str!("../kernels/common.cuh");
+const ROWS: &str = include_str!("../kernels/rows.cuh");
 const BUCKET: &str = include_str!("../kernels/bucket.cu");
 const PROGRAM: &str = include_str!("../kernels/program.cu");
 const PLACED: &str = include_str!("../kernels/placed.cu");
@@ -36,9 +37,15 @@ pub(crate) const THREADS: u32 = 256;
 /// Bytes of shared memory for a block of `encode_odd`: `UNITS` of `Rows::UNIT` in the kernels.
 const ODD_STAGE: u32 = 2 * 128 * (128 * 2 + 16);
 
+/// Bytes of shared memory for a block of a kernel that copies through it: `STAGES` of `STAGE` in the kernels.
+const BULK_STAGES: u32 = 4 * (16 << 10);
+
+/// The first compute capability with the bulk engine, for which `copy_bulk` and `place_bulk` are compiled.
+const BULK_CAPABILITY: (i32, i32) = (9, 0);
+
 /// The kernels of buckets and of placed updates.
 fn own() -> Result<CString, CudaError> {
-    source(&[COMMON, quant_fp8::device::CUDA, BUCKET, PLACED])
+    source(&[COMMON, quant_fp8::device::CUDA, ROWS, BUCKET, PLACED])
 }
 
 /// The kernel of an encoding's program.
@@ -230,6 +237,8 @@ pub struct Kernels {
     encode_wide: Kernel,
     /// `None` on a device with too little shared memory: the others do its work.
     encode_odd: Option<Kernel>,
+    copy: Kernel,
+    sum_scales: Kernel,
     digest: Kernel,
     /// Tables on their way to the device.
     staging: PinnedMemory,
@@ -241,8 +250,6 @@ pub struct Kernels {
     found: CudaMemory,
     /// For the results of runs, while there is none.
     spare: Vec<Found>,
-    /// The number of finished tiles of each job, as 32 bits: zeros between launches.
-    done: CudaMemory,
     /// The initial value of results.
     nothing: PinnedMemory,
     /// The number of the [`Prepared`] whose tables are in `table`.
@@ -275,13 +282,6 @@ struct Found {
 
 /// Bytes of results.
 const FOUND: usize = (1 + MOST_LAUNCHES) * 8;
-
-/// Memory of `numbers` numbers of 32 bits, all of them 0 for later work of the stream.
-fn zeros(stream: &Stream, numbers: usize) -> Result<CudaMemory, CudaError> {
-    let memory = CudaMemory::new(stream.device(), numbers * 4)?;
-    memory.all().fill(0, stream)?;
-    Ok(memory)
-}
 
 /// What a launch does.
 #[derive(Clone, Copy, Debug)]
@@ -323,6 +323,7 @@ pub(crate) struct Kernel {
 pub(crate) struct Library {
     module: Arc<Module>,
     multiprocessors: u32,
+    has_bulk: bool,
 }
 
 impl Library {
@@ -336,7 +337,8 @@ impl Library {
         let file = cached_file(source, capability);
         let load = |image: &Image| Module::load(device.context(), image).map(Arc::new);
         let module = loaded(file.as_deref(), || compiled(source, capability), load)?;
-        Ok(Self { module, multiprocessors: device.multiprocessors() })
+        let multiprocessors = device.multiprocessors();
+        Ok(Self { module, multiprocessors, has_bulk: capability >= BULK_CAPABILITY })
     }
 
     pub(crate) fn kernel(&self, name: &CStr) -> Result<Kernel, CudaError> {
@@ -347,6 +349,12 @@ impl Library {
     fn staged(&self, name: &CStr, bytes: u32) -> Result<Option<Kernel>, CudaError> {
         let function = self.module.function(name)?.with_shared_memory(bytes)?;
         function.map(|function| self.made(function)).transpose()
+    }
+
+    /// The kernel that copies through shared memory, or else the other one.
+    pub(crate) fn bulk(&self, name: &CStr, other: &CStr) -> Result<Kernel, CudaError> {
+        let bulk = if self.has_bulk { self.staged(name, BULK_STAGES)? } else { None };
+        bulk.map_or_else(|| self.kernel(other), Ok)
     }
 
     fn made(&self, function: Function) -> Result<Kernel, CudaError> {
@@ -372,12 +380,13 @@ impl Kernels {
             encode: library.kernel(c"encode")?,
             encode_wide: library.kernel(c"encode_wide")?,
             encode_odd: library.staged(c"encode_odd", ODD_STAGE)?,
+            copy: library.bulk(c"copy_bulk", c"encode")?,
+            sum_scales: library.kernel(c"sum_scales")?,
             digest: library.kernel(c"digest")?,
             staging: PinnedMemory::new(&stream, TABLE)?,
             table: CudaMemory::new(device, TABLE)?,
             resident: Resident::new(MOST_BYTES),
             found: CudaMemory::new(device, FOUND)?,
-            done: zeros(&stream, 1 << 12)?,
             spare: Vec::new(),
             nothing,
             stream,
@@ -462,7 +471,6 @@ impl Kernels {
             }
             Known::New => self.bring_once(&tables.bytes)?,
         };
-        self.count_jobs(&tables.parts)?;
         let used = Used { table: memory, _owners: std::mem::take(&mut tables.used) };
         self.start(&tables.parts, Arc::new(used), &run.found.memory, run.launches)?;
         run.launches += tables.parts.len();
@@ -492,15 +500,6 @@ impl Kernels {
             .iter()
             .find(|(known, _)| std::ptr::eq(*known, program))
             .map(|(_, kernel)| kernel)
-    }
-
-    /// Makes room for the tile count of each job.
-    fn count_jobs(&mut self, parts: &[Part]) -> Result<(), CudaError> {
-        let most = parts.iter().map(|part| part.jobs as usize).max().unwrap_or(0);
-        if most * 4 > self.done.len() {
-            self.done = zeros(&self.stream, most.next_power_of_two())?;
-        }
-        Ok(())
     }
 
     /// Copies tables to the device for one use.

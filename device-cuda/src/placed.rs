@@ -81,6 +81,7 @@ pub struct Failed {
 #[derive(Debug)]
 pub struct Placer {
     rows: Kernel,
+    long_rows: Kernel,
     blocks: Kernel,
     any: Kernel,
     check: Kernel,
@@ -163,6 +164,7 @@ impl Placer {
         let stream = Stream::new(device)?;
         Ok(Self {
             rows: library.kernel(c"place_rows")?,
+            long_rows: library.bulk(c"place_bulk", c"place_rows")?,
             blocks: library.kernel(c"place_blocks")?,
             any: library.kernel(c"place_any")?,
             check: library.kernel(c"check")?,
@@ -277,6 +279,7 @@ impl Placer {
             step()?;
             let kernel = match launch.kind {
                 Kind::Rows => &self.rows,
+                Kind::LongRows => &self.long_rows,
                 Kind::Blocks => &self.blocks,
                 Kind::Any => &self.any,
                 Kind::Check => &self.check,

@@ -119,6 +119,8 @@ pub(crate) enum Encoder {
     Wide,
     /// Blocks whose rows begin anywhere, and nothing else.
     Odd,
+    /// Copies from and to multiples of 16 bytes, and nothing else.
+    Copy,
 }
 
 /// A job of an encoding's own program: `ProgramJob` of the kernels.
@@ -203,7 +205,7 @@ impl Entry {
         Self { flags: self.flags | SUMMED, ..self }
     }
 
-    /// Makes the launch add the scales to the digest, too, once it has computed all of them.
+    /// Makes a launch that follows add the scales to the digest, once all of them are there.
     pub(crate) fn summed_with_scales(self) -> Self {
         Self { flags: self.flags | SCALES, ..self }
     }
@@ -271,6 +273,10 @@ pub(crate) struct Table {
     encoder: Encoder,
     /// Whether a job has F32 elements.
     wide: bool,
+    /// Whether a job is no copy between multiples of 16 bytes.
+    has_others: bool,
+    /// Whether a job's scales are added to the digest.
+    sums_scales: bool,
     /// The parameters of a program's jobs.
     parameters: Vec<u64>,
 }
@@ -279,6 +285,8 @@ impl Table {
     /// Adds a job.
     pub(crate) fn push(&mut self, (entry, tiles): (Entry, usize)) -> Result<(), CudaError> {
         self.wide |= entry.kind == device::type_number(SourceType::F32);
+        self.sums_scales |= entry.flags & SCALES != 0;
+        self.has_others |= !(entry.kind == 0 && entry.is_summable());
         let encoder = entry.encoder();
         if self.is_empty() || encoder == self.encoder {
             self.encoder = encoder;
@@ -330,6 +338,7 @@ impl Table {
         self.firsts.clear();
         self.parameters.clear();
         (self.tiles, self.wide) = (0, false);
+        (self.has_others, self.sums_scales) = (false, false);
     }
 
     /// The table of a launch of `encode`. With `summed` the launch adds all jobs that are [summable](Entry::is_summable) to the digest.
@@ -380,6 +389,8 @@ pub(crate) struct Part {
     pub(crate) jobs: u32,
     pub(crate) tiles: u32,
     pub(crate) encoder: Encoder,
+    /// Whether scales are added to the digest.
+    pub(crate) sums_scales: bool,
 }
 
 /// The tables of launches that run together, as they are copied to the device, and the memory of their jobs.
@@ -406,8 +417,11 @@ impl Tables {
             self.bytes.resize(parameters_at, 0);
             self.bytes.extend(table.parameters.iter().flat_map(|word| word.to_le_bytes()));
         }
-        let Table { tiles, encoder, .. } = *table;
-        self.parts.push(Part { task, jobs_at, firsts_at, parameters_at, jobs, tiles, encoder });
+        let Table { tiles, sums_scales, .. } = *table;
+        let encoder = if table.has_others { table.encoder } else { Encoder::Copy };
+        let part =
+            Part { task, jobs_at, firsts_at, parameters_at, jobs, tiles, encoder, sums_scales };
+        self.parts.push(part);
     }
 
     /// Keeps an allocation behind addresses.

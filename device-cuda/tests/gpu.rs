@@ -49,20 +49,24 @@ impl Gpu {
         slice
     }
 
-    /// Codes and scales, in one launch. Sources begin so many elements behind a multiple of 256 bytes, codes so many bytes.
+    /// Codes and scales, in one launch. Sources begin so many elements behind a multiple of 256 bytes, codes so many bytes. Nothing around
+    /// the codes is written.
     fn quantize(
         &mut self,
         matrices: &[Matrix],
         format: &Fp8Format,
         shift: usize,
     ) -> Vec<(Vec<u8>, Vec<u8>)> {
+        const BEHIND: usize = 40;
+        let mut places = Vec::new();
         let jobs: Vec<_> = matrices
             .iter()
             .map(|matrix| {
                 let grid = format.granularity.grid(&matrix.shape).unwrap();
                 let before = shift * matrix.ty.size();
                 let source = self.put(&[&vec![0; before], &matrix.bytes[..]].concat());
-                let codes = self.poisoned(shift + grid.elements());
+                let codes = self.poisoned(shift + grid.elements() + BEHIND);
+                places.push((codes.clone(), shift + grid.elements()));
                 DeviceJob::Fp8 {
                     source: source.slice(before, matrix.bytes.len()).unwrap(),
                     ty: matrix.ty,
@@ -78,6 +82,11 @@ impl Gpu {
             slice.read(&mut bytes).unwrap();
             bytes
         };
+        for (memory, end) in places {
+            let bytes = read(&memory);
+            let around = bytes[..shift].iter().chain(&bytes[end..]);
+            assert!(around.copied().all(|byte| byte == 0xa5), "{shift}: bytes around the codes");
+        }
         jobs.iter()
             .map(|job| match job {
                 DeviceJob::Fp8 { codes, scales, .. } => (read(codes), read(scales)),
@@ -233,6 +242,31 @@ fn matrices_of_all_shapes_and_types_at_any_alignment_in_one_launch_and_alone_are
                             same(matrix, found, &expected[index], &how);
                         }
                     }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn blocks_that_begin_anywhere_are_right_where_one_block_of_threads_has_neighbours() {
+    // So many blocks that each block of threads has several in a row, and few elements in each.
+    let mut gpu = Gpu::open();
+    for (ty, seed) in [(SourceType::Bf16, 1), (SourceType::F16, 2), (SourceType::F32, 3)] {
+        for shape in [[1100, 3, 1001], [800, 9, 1159], [2000, 1, 513], [1200, 2, 1023]] {
+            let matrix = random(ty, &shape, seed);
+            for precast in [Precast::Bf16, Precast::None] {
+                let format = Fp8Format { precast, ..Fp8Format::default() };
+                let expected = on_the_cpu(&matrix, &format);
+                for shift in [0, 1, 2, 3, 8] {
+                    let found = gpu.quantize(std::slice::from_ref(&matrix), &format, shift);
+                    same(
+                        &matrix,
+                        &found[0],
+                        &expected,
+                        &format!("{precast:?}, shifted by {shift}"),
+                    );
                 }
             }
         }

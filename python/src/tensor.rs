@@ -499,19 +499,16 @@ impl Reader {
         Ok(Weight::new(name, dtype, shape, bytes))
     }
 
-    #[cfg(feature = "cuda")]
     fn device(&mut self, number: i32) -> Result<&mut (Device, Option<Stream>)> {
         use std::collections::hash_map::Entry;
+        if !cfg!(feature = "cuda") {
+            let message = "it is on a CUDA device, and this package was built without `cuda`";
+            return Err(Error::new(ErrorKind::Backend, "taking a tensor", message));
+        }
         Ok(match self.devices.entry(number) {
             Entry::Occupied(device) => device.into_mut(),
             Entry::Vacant(place) => place.insert((Device::open(number)?, None)),
         })
-    }
-
-    #[cfg(not(feature = "cuda"))]
-    fn device(&mut self, _: i32) -> Result<&mut (Device, Option<Stream>)> {
-        let message = "it is on a CUDA device, and this package was built without `cuda`";
-        Err(Error::new(ErrorKind::Backend, "taking a tensor", message))
     }
 
     /// The stream that waits for the work that fills tensors of a device.

@@ -7,6 +7,9 @@ use super::{Kernels, Prepared, THREADS, Used};
 use crate::table::{Encoder, Part, Task};
 use crate::{CudaError, CudaMemory};
 
+/// Tiles whose scales a block of threads adds to the digest.
+const SCALES_TILES: u32 = 64 * THREADS / 32;
+
 impl Kernels {
     /// Launches what was prepared, and does not wait. The stream keeps all memory of the jobs until the work was waited for. If others
     /// write to that memory before, the results are undefined.
@@ -15,7 +18,6 @@ impl Kernels {
     ///
     /// [`CudaError::Range`] if something else was prepared since; what the driver reports.
     pub fn launch(&mut self, prepared: &Prepared) -> Result<(), CudaError> {
-        self.count_jobs(&prepared.parts)?;
         if prepared.number != self.prepared {
             let words = "what is launched is not what was prepared last";
             return Err(CudaError::Range(words.into()));
@@ -35,10 +37,8 @@ impl Kernels {
         let (table, sum) = (used.table.address(), found.address());
         stream.keep(used);
         stream.keep(found.raw().clone());
-        stream.keep(self.done.raw().clone());
-        let done = self.done.address();
         for (index, part) in (1 + earlier as u64..).zip(parts) {
-            let Part { task, jobs_at, firsts_at, parameters_at, jobs, tiles, encoder } = *part;
+            let Part { task, jobs_at, firsts_at, parameters_at, jobs, tiles, .. } = *part;
             if tiles == 0 {
                 continue;
             }
@@ -46,15 +46,13 @@ impl Kernels {
             let (count, all) = (jobs.into(), tiles.into());
             let (kernel, mut parameters) = match task {
                 Task::Encode { mode, base } => {
-                    let kernel = match encoder {
+                    let kernel = match part.encoder {
+                        Encoder::Copy => &self.copy,
                         Encoder::Even => &self.encode,
                         Encoder::Wide => &self.encode_wide,
                         Encoder::Odd => self.encode_odd.as_ref().unwrap_or(&self.encode_wide),
                     };
-                    (
-                        kernel,
-                        vec![entries, firsts, count, all, mode, sum + index * 8, sum, base, done],
-                    )
+                    (kernel, vec![entries, firsts, count, all, mode, sum + index * 8, sum, base])
                 }
                 Task::Digest => (&self.digest, vec![entries, firsts, count, all, sum]),
                 Task::Program { program, base } => {
@@ -67,9 +65,16 @@ impl Kernels {
             let grid = kernel.grid.min(tiles);
             // SAFETY: these are the parameters of the kernels. The addresses point into the table, whose bytes are those that the parts
             // were made with. The addresses in the table are of ranges of the memory in `used`, which the makers of tables have checked. A
-            // program reads nothing else, as its author has promised. The stream keeps `used`, `found`, which has room for the results of
-            // the most launches, and `done`, which has a number for each job.
+            // program reads nothing else, as its author has promised. The stream keeps `used` and `found`, which has room for the results of
+            // the most launches.
             unsafe { kernel.function.launch(grid, THREADS, stream, &mut parameters) }?;
+            if let (true, Task::Encode { base, .. }) = (part.sums_scales, task) {
+                let kernel = &self.sum_scales;
+                let grid = kernel.grid.min(tiles.div_ceil(SCALES_TILES));
+                let mut parameters = [entries, firsts, count, all, sum, base];
+                // SAFETY: as above; the scales lie where the launch before has written them.
+                unsafe { kernel.function.launch(grid, THREADS, stream, &mut parameters) }?;
+            }
         }
         Ok(())
     }

@@ -18,6 +18,8 @@ const ALIGNMENT: u64 = 16;
 pub(super) enum Kind {
     /// Copies.
     Rows,
+    /// Copies of long rows.
+    LongRows,
     /// Quantises blocks of elements of two bytes.
     Blocks,
     /// Quantises blocks that have no faster kernel.
@@ -26,7 +28,7 @@ pub(super) enum Kind {
     Check,
 }
 
-const KINDS: [Kind; 4] = [Kind::Rows, Kind::Blocks, Kind::Any, Kind::Check];
+const KINDS: [Kind; 5] = [Kind::Rows, Kind::LongRows, Kind::Blocks, Kind::Any, Kind::Check];
 
 /// A job: parts of a weight that are written to memory, or parts of memory that are digested.
 #[derive(Clone, Copy, Debug)]
@@ -204,7 +206,7 @@ impl Launches {
                 let written = if part.blocks.is_some() { 1 } else { part.element };
                 within(part, part.to, written, target)?;
                 scales_within(part, scales)?;
-                let [rows, blocks, any, checks] = &mut tables;
+                let [rows, long_rows, blocks, any, checks] = &mut tables;
                 let elements = part.extent.iter().product::<u64>();
                 let Some(source) = source else {
                     read += elements * written;
@@ -213,7 +215,7 @@ impl Launches {
                 };
                 within(part, part.from, part.element, Room::of(source.len))?;
                 read += elements * part.element;
-                let tables = [rows, blocks, any];
+                let tables = [rows, long_rows, blocks, any];
                 let to = [target, scales];
                 push_write(tables, part, source.address, to, source.ty, source.known, slot)?;
             }
@@ -408,5 +410,31 @@ mod tests {
         assert_eq!(launches.take(&jobs(std::slice::from_ref(&digested))).unwrap(), Taken::New);
         assert_eq!(launches.list()[0].kind, Kind::Check);
         assert_eq!(launches.take(&jobs(&[digested])).unwrap(), Taken::Same);
+    }
+
+    #[test]
+    fn copies_of_long_rows_that_are_aligned_have_a_kernel_of_their_own() {
+        let kinds = |[rows, bytes]: [u64; 2], [pitch, at]: [u64; 2]| {
+            let strides = Strides { at, matrix: 0, row: pitch };
+            let extent = [1, rows, bytes];
+            let part = StridedPart { from: strides, to: strides, extent, element: 1, blocks: None };
+            let source = Source { address: 1 << 12, len: 1 << 20, ty: None, known: 0 };
+            let [target, scales] = [Room { base: 1 << 30, start: 0, end: 1 << 20 }; 2];
+            let made = Made(Place { source: Some(source), target, scales }, [part].into());
+            let mut launches = Launches::default();
+            launches.take(&jobs(&[made])).unwrap();
+            launches.list().iter().map(|launch| launch.kind).collect::<Vec<_>>()
+        };
+        for (extent, strides, kind) in [
+            ([1, 1 << 19], [0, 0], Kind::LongRows),
+            ([1, 96], [0, 16], Kind::LongRows),
+            ([9, 1 << 14], [1 << 15, 64], Kind::LongRows),
+            ([9, 1 << 12], [1 << 15, 64], Kind::Rows),
+            ([9, 1 << 14], [1 << 15, 8], Kind::Rows),
+            ([9, 1 << 14], [(1 << 15) + 8, 0], Kind::Rows),
+            ([1, 1 << 19], [0, 1], Kind::Rows),
+        ] {
+            assert_eq!(kinds(extent, strides), [kind], "{extent:?} {strides:?}");
+        }
     }
 }

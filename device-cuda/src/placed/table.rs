@@ -8,6 +8,8 @@ use crate::table::mode_number;
 
 /// Bytes of a copy that one tile moves, approximately.
 const TILE: u64 = 16 << 10;
+/// The most rows of a tile that are long.
+const LONG_ROWS: u32 = 2;
 /// The length at which a digest cuts rows that do not begin at its words and that are not cut at blocks.
 pub(crate) const CUT: u64 = 256 << 10;
 /// The most bytes of a row of an entry.
@@ -194,9 +196,9 @@ fn is_whole_words(to: Strides, bytes: u64, cut: Option<(u64, u64)>) -> bool {
     all_multiples(&[to.at, to.matrix, to.row, cut.0, cut.1], 8)
 }
 
-/// Adds copies of rows of bytes from one memory to another.
+/// Makes entries for copies of rows of bytes from one memory to another, each for so many matrices.
 fn push_rows(
-    table: &mut Table,
+    push: &mut dyn FnMut(&Entry, u64) -> Result<(), CudaError>,
     (source, from): (u64, Strides),
     (target, to): (Room, Strides),
     [matrices, rows, bytes]: [u64; 3],
@@ -212,7 +214,7 @@ fn push_rows(
                 let from =
                     Strides { at: from.at + matrix * from.matrix + at, ..Strides::default() };
                 let to = Strides { at: to.at + matrix * to.matrix + at, ..Strides::default() };
-                push_rows(table, (source, from), (target, to), [1, 1, len], cut, slot)?;
+                push_rows(push, (source, from), (target, to), [1, 1, len], cut, slot)?;
                 at += len;
             }
         }
@@ -253,12 +255,12 @@ fn push_rows(
             entry.flags |= KEYED;
         }
     }
-    table.push(&entry, matrices)
+    push(&entry, matrices)
 }
 
-/// Adds a part that is written to the table of its kind: of rows, of blocks that are fast, or of any blocks.
+/// Adds a part that is written to the table of its kind: of rows, of long rows, of blocks that are fast, or of any blocks.
 pub(super) fn push_write(
-    [rows_table, fast_table, any_table]: [&mut Table; 3],
+    [rows_table, long_table, fast_table, any_table]: [&mut Table; 4],
     part: &StridedPart,
     source: u64,
     [target, of_scales]: [Room; 2],
@@ -270,7 +272,12 @@ pub(super) fn push_write(
     let Some(blocks) = &part.blocks else {
         let bytes = cols * part.element;
         let extent = [matrices, rows, bytes];
-        return push_rows(rows_table, (source, part.from), (target, part.to), extent, None, slot);
+        let mut push = |entry: &Entry, matrices| {
+            let is_long = entry.flags & FAST != 0 && entry.block_rows <= LONG_ROWS;
+            if is_long { &mut *long_table } else { &mut *rows_table }.push(entry, matrices)
+        };
+        let from = (source, part.from);
+        return push_rows(&mut push, from, (target, part.to), extent, None, slot);
     };
     let ty = ty.ok_or_else(|| too_large("elements that have no blocks"))?;
     let (from, to) = (used(part.from, part.extent), used(part.to, part.extent));
@@ -380,7 +387,8 @@ pub(super) fn push_check(
         [1, n, _] if n == matrices && matrices > 1 => Strides { row: to.matrix, ..to },
         _ => to,
     };
-    push_rows(table, (target.base, to), (target, to), extent, cut, slot)?;
+    let mut push = |entry: &Entry, matrices| table.push(entry, matrices);
+    push_rows(&mut push, (target.base, to), (target, to), extent, cut, slot)?;
     let Some(blocks) = &part.blocks else { return Ok(()) };
     let [bands, columns] = blocks.counts(rows, cols);
     let [skip_band, skip_col] = blocks.skips.map(u64::from);
