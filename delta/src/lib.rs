@@ -24,10 +24,10 @@
 
 #[cfg(fuzzing)]
 pub mod fuzzing;
+mod host;
 mod message;
 mod rollout;
 mod shadow;
-mod tiles;
 mod trainer;
 
 use engine_core::{
