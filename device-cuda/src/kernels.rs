@@ -23,6 +23,7 @@ const COMMON: &str = include_str!("../kernels/common.cuh");
 const BUCKET: &str = include_str!("../kernels/bucket.cu");
 const PROGRAM: &str = include_str!("../kernels/program.cu");
 const PLACED: &str = include_str!("../kernels/placed.cu");
+const DELTA: &str = include_str!("../kernels/delta.cu");
 
 /// The variable with the folder of NVRTC, if it is not on the loader's path.
 const FOLDER_VARIABLE: &str = "CKPT_ENGINE_NVRTC_DIR";
@@ -39,6 +40,11 @@ const ODD_STAGE: u32 = 2 * 128 * (128 * 2 + 16);
 /// The kernels of buckets and of placed updates.
 fn own() -> Result<CString, CudaError> {
     source(&[COMMON, quant_fp8::device::CUDA, BUCKET, PLACED])
+}
+
+/// The kernels of deltas, which are compiled where there are any.
+fn of_deltas() -> Result<CString, CudaError> {
+    source(&[COMMON, DELTA])
 }
 
 /// The kernel of an encoding's program.
@@ -87,6 +93,7 @@ pub fn compile(capability: (i32, i32)) -> Result<Vec<u8>, CudaError> {
     for program in OWN {
         compile_program(program, capability)?;
     }
+    compiled(&of_deltas()?, capability)?;
     compiled(&own()?, capability).map(Image::into_bytes)
 }
 
@@ -113,6 +120,7 @@ pub fn local_memory(capability: (i32, i32)) -> Result<String, CudaError> {
     for program in OWN {
         said += &with_options(&of_program(program)?, options.clone())?.1;
     }
+    said += &with_options(&of_deltas()?, options.clone())?.1;
     Ok(said + &with_options(&own()?, options)?.1)
 }
 
@@ -328,6 +336,11 @@ pub(crate) struct Library {
 impl Library {
     pub(crate) fn load(device: &Device) -> Result<Self, CudaError> {
         Self::of(device, &own()?)
+    }
+
+    /// The kernels of deltas.
+    pub(crate) fn of_deltas(device: &Device) -> Result<Self, CudaError> {
+        Self::of(device, &of_deltas()?)
     }
 
     /// Loads the kernels of a source, or compiles them if they are not in the cache.

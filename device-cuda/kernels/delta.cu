@@ -1,0 +1,426 @@
+// Changes of weights: found against a copy of what travelled before, applied to such a copy. engine-core's `changes.rs` has the format.
+//
+// A block of threads does a tile, which has at most 64 KiB: a thread has 16 vectors of 16 bytes. `common.cuh` is in front of this.
+
+#define TILE_VECTORS 4096
+#define EACH (TILE_VECTORS / THREADS)
+
+// The form of a tile's changes, in the upper two bits of its word.
+enum { SAME = 0, POSITIONS = 1, MARKS = 2, ALL = 3 };
+
+// As `DeltaJob` in src/delta/table.rs.
+struct DeltaJob {
+    u64 old;            // device address of the copy, a multiple of 16
+    u64 now;            // device address of the new bytes, a multiple of 16; 0 where none are read
+    u64 bytes;
+    u64 word;           // the number of the first word in the weight's digest, a multiple of 8
+    u32 tile;           // bytes, a multiple of 64
+    u32 unit;           // bytes that change together: 1, 2, 4 or 8
+};
+
+// A vector, of which there are only so many bytes; zeros behind them.
+__device__ __forceinline__ uint4 load_part(const u8* address, u32 bytes) {
+    if (bytes >= 16) return load16(address);
+    u32 words[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (u32 i = 0; i < 16; i++) {
+        if (i < bytes) words[i / 4] |= (u32)address[i] << (8 * (i % 4));
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// A bit for each unit of four bytes that differs, and for units of eight: whether any does.
+template <u32 UNIT>
+__device__ __forceinline__ u32 marks_of_word(u32 old, u32 now) {
+    if (UNIT == 1) return ((__vcmpne4(old, now) & 0x08040201u) * 0x01010101u) >> 24;
+    if (UNIT == 2) {
+        u32 differ = __vcmpne2(old, now);
+        return (differ & 1u) | (differ >> 16 & 2u);
+    }
+    return old != now;
+}
+
+template <u32 UNIT>
+__device__ __forceinline__ u32 marks_of(uint4 old, uint4 now) {
+    u32 a = marks_of_word<UNIT>(old.x, now.x), b = marks_of_word<UNIT>(old.y, now.y);
+    u32 c = marks_of_word<UNIT>(old.z, now.z), d = marks_of_word<UNIT>(old.w, now.w);
+    if (UNIT == 8) return (a | b) | (c | d) << 1;
+    constexpr u32 BITS = UNIT == 8 ? 1 : 4 / UNIT;
+    return a | b << BITS | c << 2 * BITS | d << 3 * BITS;
+}
+
+// The sum over all threads of lower number; `*all` is that over all threads. `shared` has a number for each warp.
+__device__ __forceinline__ u32 sum_before(u32 mine, u32* shared, u32* all) {
+    u32 lane = threadIdx.x & 31, up_to = mine;
+#pragma unroll
+    for (u32 step = 1; step < 32; step *= 2) {
+        u32 other = __shfl_up_sync(0xffffffffu, up_to, step);
+        if (lane >= step) up_to += other;
+    }
+    if (lane == 31) shared[threadIdx.x >> 5] = up_to;
+    __syncthreads();
+    u32 before = up_to - mine, total = 0;
+#pragma unroll
+    for (u32 warp = 0; warp < THREADS / 32; warp++) {
+        if (warp < threadIdx.x >> 5) before += shared[warp];
+        total += shared[warp];
+    }
+    *all = total;
+    return before;
+}
+
+// Of a tile: its own bytes of values are known, or those of all tiles up to it.
+#define IS_OWN (1ull << 62)
+#define IS_UP_TO (2ull << 62)
+#define BYTES_OF ((1ull << 62) - 1)
+
+// Where the values of a tile begin: behind those of all earlier tiles. For one warp. Tiles are taken in order by blocks that run, and a
+// block says what its tile has before it waits, so whoever is waited for goes on.
+__device__ __forceinline__ u64 place_of(u64* before, u32 t, u64 mine) {
+    u32 lane = threadIdx.x & 31;
+    if (lane == 0 && t > 0) atomicExch(before + t, IS_OWN | mine);
+    u64 sum = 0;
+    for (long long at = (long long)t - 1; at >= 0; at -= 32) {
+        long long index = at - lane;
+        u64 known;
+        do {
+            known = index >= 0 ? *(volatile u64*)(before + index) : IS_UP_TO;
+        } while (__any_sync(0xffffffffu, known < IS_OWN));
+        u32 ends = __ballot_sync(0xffffffffu, known >= IS_UP_TO);
+        u32 last = ends ? __ffs(ends) - 1 : 31;
+        u64 part = lane <= last ? known & BYTES_OF : 0;
+        for (u32 step = 16; step > 0; step >>= 1) part += __shfl_xor_sync(0xffffffffu, part, step);
+        sum += part;
+        if (ends) break;
+    }
+    if (lane == 0) atomicExch(before + t, IS_UP_TO | (sum + mine));
+    return sum;
+}
+
+// A tile of a weight.
+struct Piece {
+    u8* old;
+    const u8* now;
+    u64 word;           // the number of its first word in the digest
+    u32 bytes;
+};
+
+__device__ __forceinline__ Piece piece_of(const DeltaJob* job, u32 index) {
+    u64 start = (u64)index * job->tile;
+    Piece piece = {(u8*)job->old + start, (const u8*)job->now + start, job->word + start / 8,
+                   (u32)min((u64)job->tile, job->bytes - start)};
+    return piece;
+}
+
+// What all threads of a block share.
+struct Shared {
+    uint4 marks[TILE_VECTORS / 8];      // 16 bits for each vector
+    u32 counts[THREADS / 32];
+    u32 turn;
+    u64 place;
+};
+
+// Compares a tile, and leaves its marks. Returns the change of the digest's sum.
+template <u32 UNIT>
+__device__ __forceinline__ u64 compare(const Piece& piece, u16* marks) {
+    u64 first = piece.word + 2 * threadIdx.x, sum = 0;
+    Keys even = keys_of(first), odd = keys_of(first + 1);
+    for (u32 step = 0; step < EACH; step += 4) {
+        uint4 old[4], now[4];
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            u32 at = 16 * (threadIdx.x + (step + i) * THREADS);
+            bool is_there = at < piece.bytes;
+            old[i] = is_there ? load_part(piece.old + at, piece.bytes - at) : make_uint4(0, 0, 0, 0);
+            now[i] = is_there ? load_part(piece.now + at, piece.bytes - at) : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            u32 found = marks_of<UNIT>(old[i], now[i]);
+            marks[threadIdx.x + (step + i) * THREADS] = (u16)found;
+            if (found) {
+                // Vectors of a thread are whole rows apart. A word that has not changed adds what it takes off.
+                u32 row = (u32)(first >> 3) + (step + i) * (THREADS * 2 / 8);
+                sum += product(even, row, now[i].x, now[i].y) - product(even, row, old[i].x, old[i].y);
+                // Words that are not there are zeros in both.
+                sum += product(odd, row, now[i].z, now[i].w) - product(odd, row, old[i].z, old[i].w);
+            }
+        }
+    }
+    return sum;
+}
+
+template <u32 UNIT>
+__device__ __forceinline__ void copy_unit(u8* to, const u8* from) {
+#pragma unroll
+    for (u32 i = 0; i < UNIT; i++) to[i] = from[i];
+}
+
+// The bytes in which a unit's bits are, of numbers that may begin anywhere.
+__device__ __forceinline__ u32 position(const u8* positions, u32 at) {
+    return positions[2 * at] | (u32)positions[2 * at + 1] << 8;
+}
+
+template <u32 UNIT>
+__device__ __forceinline__ void find_in_tile(const Piece& piece, Shared* shared, u8* out, u64* before, u32 t,
+                                             u64* results, u32* words) {
+    u16* marks = (u16*)shared->marks;
+    u64 sum = compare<UNIT>(piece, marks);
+    __syncthreads();
+    u32 mine = 0;
+    u32 own[EACH / 2];
+#pragma unroll
+    for (u32 i = 0; i < EACH / 8; i++) {
+        uint4 four = shared->marks[threadIdx.x * (EACH / 8) + i];
+        own[4 * i] = four.x, own[4 * i + 1] = four.y, own[4 * i + 2] = four.z, own[4 * i + 3] = four.w;
+    }
+#pragma unroll
+    for (u32 i = 0; i < EACH / 2; i++) mine += __popc(own[i]);
+    u32 count;
+    u32 rank = sum_before(mine, shared->counts, &count);
+    u32 map = (piece.bytes / UNIT + 7) / 8;
+    u32 sparse = count * (2 + UNIT), mapped = map + count * UNIT;
+    u32 form, len;
+    if (count == 0) form = SAME, len = 0;
+    else if (min(sparse, mapped) >= piece.bytes) form = ALL, len = piece.bytes;
+    else if (sparse <= mapped) form = POSITIONS, len = sparse;
+    else form = MARKS, len = mapped;
+    if (threadIdx.x < 32) {
+        u64 place = place_of(before, t, len);
+        if (threadIdx.x == 0) {
+            shared->place = place;
+            words[t] = form << 30 | (form == ALL ? 0 : count);
+            if (count != 0) atomicAdd(results + 1, (u64)count);
+        }
+    }
+    add_to(results, sum);
+    if (form == SAME) return;
+    __syncthreads();
+    u8* places = out + shared->place;
+    if (form == ALL) {
+        for (u32 at = threadIdx.x; at < piece.bytes; at += THREADS) places[at] = piece.now[at];
+        return;
+    }
+    u8* values = places + (form == POSITIONS ? 2 * count : map);
+    constexpr u32 UNITS_OF = 16 / UNIT;
+#pragma unroll
+    for (u32 i = 0; i < EACH; i++) {
+        u32 left = own[i / 2] >> 16 * (i % 2) & 0xffffu;
+        while (left != 0) {
+            u32 unit = (threadIdx.x * EACH + i) * UNITS_OF + __ffs(left) - 1;
+            left &= left - 1;
+            if (form == POSITIONS) places[2 * rank] = (u8)unit, places[2 * rank + 1] = (u8)(unit >> 8);
+            copy_unit<UNIT>(values + rank * UNIT, piece.now + unit * UNIT);
+            rank++;
+        }
+    }
+    if (form == MARKS) {
+        // Bits of consecutive vectors, of which each has UNITS_OF.
+        constexpr u32 OWN = EACH * UNITS_OF / 8;
+#pragma unroll
+        for (u32 i = 0; i < OWN; i++) {
+            u32 byte = 0;
+            if (UNIT == 1) {
+                byte = own[i / 4] >> 8 * (i % 4);
+            } else {
+                constexpr u32 VECTORS = UNIT == 1 ? 1 : 8 / UNITS_OF;
+#pragma unroll
+                for (u32 v = 0; v < VECTORS; v++) {
+                    u32 vector = i * VECTORS + v;
+                    byte |= (own[vector / 2] >> 16 * (vector % 2) & 0xffffu) << v * UNITS_OF;
+                }
+            }
+            u32 at = threadIdx.x * OWN + i;
+            if (at < map) places[at] = (u8)byte;
+        }
+    }
+}
+
+// Compares new bytes with copies. `out` gets the values of all tiles in their order, `words` the word of each tile, `results` of each job
+// the change of its digest's sum and the number of units that changed. `turn`, `before` (a number for each tile) and `results` are 0 before.
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+find_changes(const DeltaJob* jobs, const u32* firsts, u32 count, u32 tiles, u8* out, u32* turn, u64* before,
+             u64* results, u32* words) {
+    __shared__ Shared shared;
+    for (;;) {
+        __syncthreads();
+        if (threadIdx.x == 0) shared.turn = atomicAdd(turn, 1);
+        __syncthreads();
+        u32 t = shared.turn;
+        if (t >= tiles) return;
+        Tile tile = find(firsts, count, t);
+        const DeltaJob* job = jobs + tile.job;
+        Piece piece = piece_of(job, tile.index);
+        u64* own = results + 2 * tile.job;
+        if (job->unit == 1) find_in_tile<1>(piece, &shared, out, before, t, own, words);
+        else if (job->unit == 2) find_in_tile<2>(piece, &shared, out, before, t, own, words);
+        else if (job->unit == 4) find_in_tile<4>(piece, &shared, out, before, t, own, words);
+        else find_in_tile<8>(piece, &shared, out, before, t, own, words);
+    }
+}
+
+// A word of a tile while units of it are exchanged.
+struct Word {
+    u8* at;
+    u64 number;
+    u64 was;
+    u64 is;
+    u32 bytes;          // less than 8 at the end of a weight
+};
+
+__device__ __forceinline__ Word word_of(const Piece& piece, u32 index) {
+    Word word = {piece.old + 8 * index, piece.word + index, 0, 0, min(8u, piece.bytes - 8 * index)};
+    // Memory of a copy ends at a multiple of 256 bytes.
+    word.was = *(const u64*)word.at;
+    if (word.bytes < 8) word.was &= (1ull << 8 * word.bytes) - 1;
+    word.is = word.was;
+    return word;
+}
+
+// Gives a unit of a word its value. The old one goes to `undo`, if it is wanted.
+template <u32 UNIT>
+__device__ __forceinline__ void exchange(Word* word, u32 lane, const u8* value, u8* undo) {
+    u32 shift = 8 * UNIT * lane;
+    u64 ones = ~0ull >> (64 - 8 * UNIT), now = 0;
+#pragma unroll
+    for (u32 i = 0; i < UNIT; i++) {
+        now |= (u64)value[i] << 8 * i;
+        if (undo) undo[i] = (u8)(word->was >> (shift + 8 * i));
+    }
+    word->is = word->is & ~(ones << shift) | now << shift;
+}
+
+__device__ __forceinline__ u64 leave(const Word& word) {
+    store_bytes(word.at, word.is, word.bytes);
+    return product_at(word.number, word.is) - product_at(word.number, word.was);
+}
+
+// Applies the changes of a tile. Returns the change of the digest's sum. A tile whose places are none is not written, or in part.
+template <u32 UNIT>
+__device__ __forceinline__ u64 apply_to_tile(const Piece& piece, u32 head, const u8* places, u8* undo, u32* counts,
+                                             u64* failed, u32 job) {
+    constexpr u32 LANES = 8 / UNIT;
+    u32 form = head >> 30, count = head & 0x3fffffffu, units = piece.bytes / UNIT;
+    u64 sum = 0;
+    if (form == ALL) {
+        for (u32 at = threadIdx.x; 8 * at < piece.bytes; at += THREADS) {
+            Word word = word_of(piece, at);
+            for (u32 i = 0; i < word.bytes; i++) exchange<1>(&word, i, places + 8 * at + i, undo ? undo + 8 * at + i : 0);
+            sum += leave(word);
+        }
+        return sum;
+    }
+    if (form == POSITIONS) {
+        const u8* values = places + 2 * count;
+        u8* values_undo = undo ? undo + 2 * count : 0;
+        for (u32 at = threadIdx.x; at < count; at += THREADS) {
+            u32 unit = position(places, at);
+            if (undo) undo[2 * at] = (u8)unit, undo[2 * at + 1] = (u8)(unit >> 8);
+            u32 before = at > 0 ? position(places, at - 1) : 0;
+            if (unit >= units || (at > 0 && before >= unit)) {
+                *failed = job + 1;
+                continue;
+            }
+            // The first unit of a word brings the others.
+            if (at > 0 && before / LANES == unit / LANES) continue;
+            Word word = word_of(piece, unit / LANES);
+            u32 next = at;
+            do {
+                u64 from = (u64)next * UNIT;
+                exchange<UNIT>(&word, unit % LANES, values + from, undo ? values_undo + from : 0);
+                next++;
+                before = unit;
+                unit = next < count ? position(places, next) : ~0u;
+            } while (unit > before && unit < units && unit / LANES == before / LANES);
+            sum += leave(word);
+        }
+        return sum;
+    }
+    constexpr u32 OWN = EACH * 16 / UNIT / 8;
+    u32 map = (units + 7) / 8, mine = 0, own[(OWN + 3) / 4];
+#pragma unroll
+    for (u32 i = 0; i < (OWN + 3) / 4; i++) own[i] = 0;
+#pragma unroll
+    for (u32 i = 0; i < OWN; i++) {
+        u32 at = threadIdx.x * OWN + i;
+        if (at < map) {
+            u32 byte = places[at];
+            if (undo) undo[at] = (u8)byte;
+            if (8 * at + 8 > units && byte >> (units - 8 * at)) *failed = job + 1, byte &= (1u << (units - 8 * at)) - 1;
+            own[i / 4] |= byte << 8 * (i % 4);
+        }
+    }
+#pragma unroll
+    for (u32 i = 0; i < (OWN + 3) / 4; i++) mine += __popc(own[i]);
+    u32 all;
+    u32 rank = sum_before(mine, counts, &all);
+    if (all != count) {
+        *failed = job + 1;
+        return 0;
+    }
+    const u8* values = places + map;
+    u8* values_undo = undo ? undo + map : 0;
+    // Bits of a word of the digest are in one byte.
+    constexpr u32 WORDS = OWN * 8 / LANES;
+#pragma unroll
+    for (u32 w = 0; w < WORDS; w++) {
+        u32 left = own[w * LANES / 32] >> (w * LANES % 32) & ((1u << LANES) - 1);
+        if (left == 0) continue;
+        Word word = word_of(piece, threadIdx.x * WORDS + w);
+        while (left != 0) {
+            u64 from = (u64)rank * UNIT;
+            exchange<UNIT>(&word, __ffs(left) - 1, values + from, undo ? values_undo + from : 0);
+            left &= left - 1;
+            rank++;
+        }
+        sum += leave(word);
+    }
+    return sum;
+}
+
+// Applies changes to copies: `words` and `places` have the word of each tile, and where its values begin in `values`. Old values go to
+// `undo`, if that is not 0, so that it becomes the values that take the changes back. `sums` gets the change of each job's sum, and `failed`
+// gets the number of a job, plus 1, where places of units are not ascending, not in their tile, or not as many as values. Both are 0 before.
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
+apply_changes(const DeltaJob* jobs, const u32* firsts, u32 count, u32 tiles, const u32* words, const u64* places,
+              const u8* values, u8* undo, u64* sums, u64* failed) {
+    __shared__ u32 counts[THREADS / 32];
+    for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
+        u32 head = words[t];
+        if (head >> 30 == SAME) continue;
+        // Everybody has read what the last tile left in `counts`.
+        __syncthreads();
+        Tile tile = find(firsts, count, t);
+        const DeltaJob* job = jobs + tile.job;
+        Piece piece = piece_of(job, tile.index);
+        const u8* from = values + places[t];
+        u8* back = undo ? undo + places[t] : 0;
+        u64 sum;
+        if (job->unit == 1) sum = apply_to_tile<1>(piece, head, from, back, counts, failed, tile.job);
+        else if (job->unit == 2) sum = apply_to_tile<2>(piece, head, from, back, counts, failed, tile.job);
+        else if (job->unit == 4) sum = apply_to_tile<4>(piece, head, from, back, counts, failed, tile.job);
+        else sum = apply_to_tile<8>(piece, head, from, back, counts, failed, tile.job);
+        add_to(sums + tile.job, sum);
+    }
+}
+
+// The digest's sum of each copy.
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+sum_copies(const DeltaJob* jobs, const u32* firsts, u32 count, u32 tiles, u64* sums) {
+    for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
+        Tile tile = find(firsts, count, t);
+        Piece piece = piece_of(jobs + tile.job, tile.index);
+        u64 first = piece.word + 2 * threadIdx.x, sum = 0;
+        Keys even = keys_of(first), odd = keys_of(first + 1);
+#pragma unroll 4
+        for (u32 step = 0; step < EACH; step++) {
+            u32 at = 16 * (threadIdx.x + step * THREADS);
+            if (at >= piece.bytes) break;
+            uint4 v = load_part(piece.old + at, piece.bytes - at);
+            u32 row = (u32)(first >> 3) + step * (THREADS * 2 / 8);
+            sum += product(even, row, v.x, v.y);
+            if (piece.bytes - at > 8) sum += product(odd, row, v.z, v.w);
+        }
+        add_to(sums + tile.job, sum);
+    }
+}
