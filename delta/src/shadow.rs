@@ -53,7 +53,7 @@ impl Copies {
     ///
     /// Those of the device; `Resource` if the threads cannot be started.
     pub(crate) fn of(context: &EngineContext, role: Role) -> Result<Self> {
-        let kind = context.memory_kind()?;
+        let kind = context.memory.filter(|_| !context.config.device.is_cpu());
         let memory = kind.map(|kind| kind.shadows(&context.config.device)).transpose()?.flatten();
         let memory = memory.unwrap_or_else(|| Arc::new(HostShadows));
         Ok(Self { memory, pool: Pool::new(context.threads(role))? })

@@ -24,7 +24,8 @@ mod ipc {
 
 /// With the copies on a CUDA device.
 fn on_cuda(backend: &'static dyn Backend) -> Suite {
-    suite(on_memory(backend, device_cuda::MEMORY)).with_config(|config| {
+    let memory = device_cuda::MEMORY;
+    suite(on_memory(backend, memory)).with_memory(memory).with_config(|config| {
         config.device = "cuda:0".parse().expect("a device");
         // Contexts and kernels are made at the beginning of every case.
         config.timeout_seconds = 4.0;

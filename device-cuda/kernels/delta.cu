@@ -12,6 +12,7 @@ enum { SAME = 0, POSITIONS = 1, MARKS = 2, ALL = 3 };
 struct DeltaJob {
     u64 old;            // device address of the copy, a multiple of 16
     u64 now;            // device address of the new bytes, a multiple of 16; 0 where none are read
+    u64 place;          // device address where the changes of each tile go first: as many bytes as there are
     u64 bytes;
     u64 word;           // the number of the first word in the weight's digest, a multiple of 8
     u32 tile;           // bytes, a multiple of 64
@@ -69,34 +70,6 @@ __device__ __forceinline__ u32 sum_before(u32 mine, u32* shared, u32* all) {
     return before;
 }
 
-// Of a tile: its own bytes of values are known, or those of all tiles up to it.
-#define IS_OWN (1ull << 62)
-#define IS_UP_TO (2ull << 62)
-#define BYTES_OF ((1ull << 62) - 1)
-
-// Where the values of a tile begin: behind those of all earlier tiles. For one warp. Tiles are taken in order by blocks that run, and a
-// block says what its tile has before it waits, so whoever is waited for goes on.
-__device__ __forceinline__ u64 place_of(u64* before, u32 t, u64 mine) {
-    u32 lane = threadIdx.x & 31;
-    if (lane == 0 && t > 0) atomicExch(before + t, IS_OWN | mine);
-    u64 sum = 0;
-    for (long long at = (long long)t - 1; at >= 0; at -= 32) {
-        long long index = at - lane;
-        u64 known;
-        do {
-            known = index >= 0 ? *(volatile u64*)(before + index) : IS_UP_TO;
-        } while (__any_sync(0xffffffffu, known < IS_OWN));
-        u32 ends = __ballot_sync(0xffffffffu, known >= IS_UP_TO);
-        u32 last = ends ? __ffs(ends) - 1 : 31;
-        u64 part = lane <= last ? known & BYTES_OF : 0;
-        for (u32 step = 16; step > 0; step >>= 1) part += __shfl_xor_sync(0xffffffffu, part, step);
-        sum += part;
-        if (ends) break;
-    }
-    if (lane == 0) atomicExch(before + t, IS_UP_TO | (sum + mine));
-    return sum;
-}
-
 // A tile of a weight.
 struct Piece {
     u8* old;
@@ -111,14 +84,6 @@ __device__ __forceinline__ Piece piece_of(const DeltaJob* job, u32 index) {
                    (u32)min((u64)job->tile, job->bytes - start)};
     return piece;
 }
-
-// What all threads of a block share.
-struct Shared {
-    uint4 marks[TILE_VECTORS / 8];      // 16 bits for each vector
-    u32 counts[THREADS / 32];
-    u32 turn;
-    u64 place;
-};
 
 // Compares a tile, and leaves its marks. Returns the change of the digest's sum.
 template <u32 UNIT>
@@ -161,46 +126,29 @@ __device__ __forceinline__ u32 position(const u8* positions, u32 at) {
     return positions[2 * at] | (u32)positions[2 * at + 1] << 8;
 }
 
+// Leaves the changes of a tile at `places`, and returns its word and their length. All bytes of a tile stay where they are.
 template <u32 UNIT>
-__device__ __forceinline__ void find_in_tile(const Piece& piece, Shared* shared, u8* out, u64* before, u32 t,
-                                             u64* results, u32* words) {
-    u16* marks = (u16*)shared->marks;
-    u64 sum = compare<UNIT>(piece, marks);
+__device__ __forceinline__ uint2 find_in_tile(const Piece& piece, uint4* all, u32* counts, u8* places, u64* results) {
+    u64 sum = compare<UNIT>(piece, (u16*)all);
     __syncthreads();
     u32 mine = 0;
     u32 own[EACH / 2];
 #pragma unroll
     for (u32 i = 0; i < EACH / 8; i++) {
-        uint4 four = shared->marks[threadIdx.x * (EACH / 8) + i];
+        uint4 four = all[threadIdx.x * (EACH / 8) + i];
         own[4 * i] = four.x, own[4 * i + 1] = four.y, own[4 * i + 2] = four.z, own[4 * i + 3] = four.w;
     }
 #pragma unroll
     for (u32 i = 0; i < EACH / 2; i++) mine += __popc(own[i]);
     u32 count;
-    u32 rank = sum_before(mine, shared->counts, &count);
+    u32 rank = sum_before(mine, counts, &count);
+    if (count == 0) return make_uint2(SAME << 30, 0);
+    add_to(results, sum);
+    if (threadIdx.x == 0) atomicAdd(results + 1, (u64)count);
     u32 map = (piece.bytes / UNIT + 7) / 8;
     u32 sparse = count * (2 + UNIT), mapped = map + count * UNIT;
-    u32 form, len;
-    if (count == 0) form = SAME, len = 0;
-    else if (min(sparse, mapped) >= piece.bytes) form = ALL, len = piece.bytes;
-    else if (sparse <= mapped) form = POSITIONS, len = sparse;
-    else form = MARKS, len = mapped;
-    if (threadIdx.x < 32) {
-        u64 place = place_of(before, t, len);
-        if (threadIdx.x == 0) {
-            shared->place = place;
-            words[t] = form << 30 | (form == ALL ? 0 : count);
-            if (count != 0) atomicAdd(results + 1, (u64)count);
-        }
-    }
-    add_to(results, sum);
-    if (form == SAME) return;
-    __syncthreads();
-    u8* places = out + shared->place;
-    if (form == ALL) {
-        for (u32 at = threadIdx.x; at < piece.bytes; at += THREADS) places[at] = piece.now[at];
-        return;
-    }
+    if (min(sparse, mapped) >= piece.bytes) return make_uint2((u32)ALL << 30, piece.bytes);
+    u32 form = sparse <= mapped ? POSITIONS : MARKS;
     u8* values = places + (form == POSITIONS ? 2 * count : map);
     constexpr u32 UNITS_OF = 16 / UNIT;
 #pragma unroll
@@ -234,28 +182,74 @@ __device__ __forceinline__ void find_in_tile(const Piece& piece, Shared* shared,
             if (at < map) places[at] = (u8)byte;
         }
     }
+    return make_uint2(form << 30 | count, min(sparse, mapped));
 }
 
-// Compares new bytes with copies. `out` gets the values of all tiles in their order, `words` the word of each tile, `results` of each job
-// the change of its digest's sum and the number of units that changed. `turn`, `before` (a number for each tile) and `results` are 0 before.
+// Compares new bytes with copies. Of each tile, `words` gets the word and `lens` the length of its values, which are left where the job says;
+// of each job, `results` gets the change of its digest's sum and the number of units that changed. They are 0 before.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-find_changes(const DeltaJob* jobs, const u32* firsts, u32 count, u32 tiles, u8* out, u32* turn, u64* before,
-             u64* results, u32* words) {
-    __shared__ Shared shared;
-    for (;;) {
-        __syncthreads();
-        if (threadIdx.x == 0) shared.turn = atomicAdd(turn, 1);
-        __syncthreads();
-        u32 t = shared.turn;
-        if (t >= tiles) return;
+find_changes(const DeltaJob* jobs, const u32* firsts, u32 count, u32 tiles, u64* results, u32* words, u32* lens) {
+    __shared__ uint4 marks[TILE_VECTORS / 8];   // 16 bits for each vector
+    __shared__ u32 counts[THREADS / 32];
+    for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
         Tile tile = find(firsts, count, t);
         const DeltaJob* job = jobs + tile.job;
         Piece piece = piece_of(job, tile.index);
+        u8* places = (u8*)job->place + (u64)tile.index * job->tile;
         u64* own = results + 2 * tile.job;
-        if (job->unit == 1) find_in_tile<1>(piece, &shared, out, before, t, own, words);
-        else if (job->unit == 2) find_in_tile<2>(piece, &shared, out, before, t, own, words);
-        else if (job->unit == 4) find_in_tile<4>(piece, &shared, out, before, t, own, words);
-        else find_in_tile<8>(piece, &shared, out, before, t, own, words);
+        uint2 found;
+        if (job->unit == 1) found = find_in_tile<1>(piece, marks, counts, places, own);
+        else if (job->unit == 2) found = find_in_tile<2>(piece, marks, counts, places, own);
+        else if (job->unit == 4) found = find_in_tile<4>(piece, marks, counts, places, own);
+        else found = find_in_tile<8>(piece, marks, counts, places, own);
+        if (threadIdx.x == 0) words[t] = found.x, lens[t] = found.y;
+        // Everybody has read the marks and counts.
+        __syncthreads();
+    }
+}
+
+__device__ __forceinline__ u64 sum_of_warp(u64 mine) {
+    for (u32 step = 16; step > 0; step >>= 1) mine += __shfl_xor_sync(0xffffffffu, mine, step);
+    return mine;
+}
+
+// Copies bytes by a warp, to any address.
+__device__ __forceinline__ void copy_bytes(u8* to, const u8* from, u32 bytes) {
+    u32 lane = threadIdx.x & 31, head = min((4u - (u32)(u64)to) & 3u, bytes), words = (bytes - head) / 4;
+    if (lane < head) to[lane] = from[lane];
+#pragma unroll 4
+    for (u32 at = lane; at < words; at += 32) {
+        const u8* four = from + head + 4 * at;
+        *(u32*)(to + head + 4 * at) = four[0] | (u32)four[1] << 8 | (u32)four[2] << 16 | (u32)four[3] << 24;
+    }
+    u32 rest = head + 4 * words + lane;
+    if (rest < bytes) to[rest] = from[rest];
+}
+
+// Brings the values of all tiles together, in their order. A block has consecutive tiles, a warp one at a time.
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+gather_values(const DeltaJob* jobs, const u32* firsts, u32 count, u32 tiles, const u32* words, const u32* lens, u8* out) {
+    __shared__ u64 shared[THREADS / 32];
+    u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    u32 begin = (u32)((u64)tiles * blockIdx.x / gridDim.x), end = (u32)((u64)tiles * (blockIdx.x + 1) / gridDim.x);
+    u64 mine = 0;
+#pragma unroll 8
+    for (u32 t = threadIdx.x; t < begin; t += THREADS) mine += lens[t];
+    mine = sum_of_warp(mine);
+    if (lane == 0) shared[warp] = mine;
+    __syncthreads();
+    u64 base = 0;
+    for (u32 i = 0; i < THREADS / 32; i++) base += shared[i];
+    for (u32 t = begin + warp; t < end; t += THREADS / 32) {
+        u32 len = lens[t];
+        if (len == 0) continue;
+        u64 before = 0;
+        for (u32 at = begin + lane; at < t; at += 32) before += lens[at];
+        before = base + sum_of_warp(before);
+        Tile tile = find(firsts, count, t);
+        const DeltaJob* job = jobs + tile.job;
+        u64 from = (words[t] >> 30 == ALL ? job->now : job->place) + (u64)tile.index * job->tile;
+        copy_bytes(out + before, (const u8*)from, len);
     }
 }
 
@@ -295,7 +289,41 @@ __device__ __forceinline__ u64 leave(const Word& word) {
     return product_at(word.number, word.is) - product_at(word.number, word.was);
 }
 
-// Applies the changes of a tile. Returns the change of the digest's sum. A tile whose places are none is not written, or in part.
+// Applies the changes of a tile that are given by positions, by a warp. Returns the change of the digest's sum. Where positions are none,
+// some units are not written.
+template <u32 UNIT>
+__device__ __forceinline__ u64 apply_positions(const Piece& piece, u32 count, const u8* places, u8* undo, u64* failed, u32 job) {
+    constexpr u32 LANES = 8 / UNIT;
+    u32 units = piece.bytes / UNIT;
+    const u8* values = places + 2 * count;
+    u8* values_undo = undo ? undo + 2 * count : 0;
+    u64 sum = 0;
+#pragma unroll 2
+    for (u32 at = threadIdx.x & 31; at < count; at += 32) {
+        u32 unit = position(places, at);
+        if (undo) undo[2 * at] = (u8)unit, undo[2 * at + 1] = (u8)(unit >> 8);
+        u32 before = at > 0 ? position(places, at - 1) : 0;
+        if (unit >= units || (at > 0 && before >= unit)) {
+            *failed = job + 1;
+            continue;
+        }
+        // The first unit of a word brings the others.
+        if (at > 0 && before / LANES == unit / LANES) continue;
+        Word word = word_of(piece, unit / LANES);
+        u32 next = at;
+        do {
+            u64 from = (u64)next * UNIT;
+            exchange<UNIT>(&word, unit % LANES, values + from, undo ? values_undo + from : 0);
+            next++;
+            before = unit;
+            unit = next < count ? position(places, next) : ~0u;
+        } while (unit > before && unit < units && unit / LANES == before / LANES);
+        sum += leave(word);
+    }
+    return sum;
+}
+
+// Applies the changes of a tile that are given by marks, or are all of its bytes, by a block.
 template <u32 UNIT>
 __device__ __forceinline__ u64 apply_to_tile(const Piece& piece, u32 head, const u8* places, u8* undo, u32* counts,
                                              u64* failed, u32 job) {
@@ -306,32 +334,6 @@ __device__ __forceinline__ u64 apply_to_tile(const Piece& piece, u32 head, const
         for (u32 at = threadIdx.x; 8 * at < piece.bytes; at += THREADS) {
             Word word = word_of(piece, at);
             for (u32 i = 0; i < word.bytes; i++) exchange<1>(&word, i, places + 8 * at + i, undo ? undo + 8 * at + i : 0);
-            sum += leave(word);
-        }
-        return sum;
-    }
-    if (form == POSITIONS) {
-        const u8* values = places + 2 * count;
-        u8* values_undo = undo ? undo + 2 * count : 0;
-        for (u32 at = threadIdx.x; at < count; at += THREADS) {
-            u32 unit = position(places, at);
-            if (undo) undo[2 * at] = (u8)unit, undo[2 * at + 1] = (u8)(unit >> 8);
-            u32 before = at > 0 ? position(places, at - 1) : 0;
-            if (unit >= units || (at > 0 && before >= unit)) {
-                *failed = job + 1;
-                continue;
-            }
-            // The first unit of a word brings the others.
-            if (at > 0 && before / LANES == unit / LANES) continue;
-            Word word = word_of(piece, unit / LANES);
-            u32 next = at;
-            do {
-                u64 from = (u64)next * UNIT;
-                exchange<UNIT>(&word, unit % LANES, values + from, undo ? values_undo + from : 0);
-                next++;
-                before = unit;
-                unit = next < count ? position(places, next) : ~0u;
-            } while (unit > before && unit < units && unit / LANES == before / LANES);
             sum += leave(word);
         }
         return sum;
@@ -381,13 +383,31 @@ __device__ __forceinline__ u64 apply_to_tile(const Piece& piece, u32 head, const
 // Applies changes to copies: `words` and `places` have the word of each tile, and where its values begin in `values`. Old values go to
 // `undo`, if that is not 0, so that it becomes the values that take the changes back. `sums` gets the change of each job's sum, and `failed`
 // gets the number of a job, plus 1, where places of units are not ascending, not in their tile, or not as many as values. Both are 0 before.
-extern "C" __global__ void __launch_bounds__(THREADS, 3)
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
 apply_changes(const DeltaJob* jobs, const u32* firsts, u32 count, u32 tiles, const u32* words, const u64* places,
               const u8* values, u8* undo, u64* sums, u64* failed) {
     __shared__ u32 counts[THREADS / 32];
-    for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
+    // Few changes: a tile takes a warp little but the time in which its numbers come.
+    u32 warps = gridDim.x * (THREADS / 32);
+    for (u32 t = blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5); t < tiles; t += warps) {
         u32 head = words[t];
-        if (head >> 30 == SAME) continue;
+        if (head >> 30 != POSITIONS) continue;
+        Tile tile = find(firsts, count, t);
+        const DeltaJob* job = jobs + tile.job;
+        Piece piece = piece_of(job, tile.index);
+        u32 found = head & 0x3fffffffu;
+        const u8* from = values + places[t];
+        u8* back = undo ? undo + places[t] : 0;
+        u64 sum;
+        if (job->unit == 1) sum = apply_positions<1>(piece, found, from, back, failed, tile.job);
+        else if (job->unit == 2) sum = apply_positions<2>(piece, found, from, back, failed, tile.job);
+        else if (job->unit == 4) sum = apply_positions<4>(piece, found, from, back, failed, tile.job);
+        else sum = apply_positions<8>(piece, found, from, back, failed, tile.job);
+        add_to(sums + tile.job, sum);
+    }
+    for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
+        u32 head = words[t], form = head >> 30;
+        if (form == SAME || form == POSITIONS) continue;
         // Everybody has read what the last tile left in `counts`.
         __syncthreads();
         Tile tile = find(firsts, count, t);

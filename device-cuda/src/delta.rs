@@ -43,10 +43,13 @@ pub struct CudaShadows {
 struct Tools {
     stream: Stream,
     find: Kernel,
+    gather: Kernel,
     apply: Kernel,
     sum: Kernel,
     /// Where weights are encoded before they are compared. Taken while they are.
     encoded: Option<CudaMemory>,
+    /// Where the changes of each tile are, before those of all tiles are brought together.
+    apart: CudaMemory,
     copies: Chunks,
     values: Chunks,
     /// Tables and results, on the device and on their way.
@@ -180,9 +183,11 @@ impl CudaShadows {
         const TABLE: usize = 1 << 20;
         let tools = Tools {
             find: library.kernel(c"find_changes")?,
+            gather: library.kernel(c"gather_values")?,
             apply: library.kernel(c"apply_changes")?,
             sum: library.kernel(c"sum_copies")?,
             encoded: None,
+            apart: CudaMemory::new(device, TABLE)?,
             copies: Chunks::default(),
             values: Chunks::default(),
             table: CudaMemory::new(device, TABLE)?,
@@ -508,38 +513,37 @@ impl Tools {
 
     /// Finds the changes of parts whose new bytes are on the device. The values go to the beginning of `out`.
     fn find(&mut self, parts: &[Part], out: &CudaSlice) -> Result<Vec<Difference>> {
-        let (mut table, mut bytes) = (Table::default(), 0);
-        for part in parts {
-            let len = part.bytes.end - part.bytes.start;
-            let now = part.now.unwrap_or_default();
-            let entry = Entry::of(part.cut, part.old, len);
-            table.push(&Entry { now, start: part.bytes.start, ..entry })?;
-            bytes += len;
-        }
+        let bytes: u64 = parts.iter().map(|part| part.bytes.end - part.bytes.start).sum();
         if bytes > out.len() as u64 {
             let words = format!("{} bytes for the changes of {bytes}", out.len());
             return Err(CudaError::Range(words).into());
         }
+        if bytes > self.apart.len() as u64 {
+            self.apart = CudaMemory::new(self.stream.device(), bytes as usize)?;
+        }
+        let (mut table, mut place) = (Table::default(), self.apart.address());
+        for part in parts {
+            let len = part.bytes.end - part.bytes.start;
+            let now = part.now.unwrap_or_default();
+            let entry = Entry::of(part.cut, part.old, len);
+            table.push(&Entry { now, place, start: part.bytes.start, ..entry })?;
+            place += len;
+        }
         let (jobs, tiles) = (table.jobs(), table.tiles() as usize);
-        // The turn, where each tile's values begin, the results of each job, the word of each tile.
-        let results = 16 + tiles * 8;
-        let words = results + jobs * 16;
-        self.begin(&table.bytes(), words, words + tiles * 4)?;
+        // The results of each job, and of each tile the word and the length of its values.
+        let words = jobs * 16;
+        let lens = words + tiles * 4;
+        self.begin(&table.bytes(), words, lens + tiles * 4)?;
         let (entries, found) = (self.table.address(), self.results.address());
-        let mut parameters = [
-            entries,
-            entries + (jobs * ENTRY) as u64,
-            jobs as u64,
-            tiles as u64,
-            out.address(),
-            found,
-            found + 16,
-            found + results as u64,
-            found + words as u64,
-        ];
-        let memory = [&self.table, &self.results, out.memory()];
+        let (firsts, words_at) = (entries + (jobs * ENTRY) as u64, found + words as u64);
+        let lens_at = found + lens as u64;
+        let (count, all) = (jobs as u64, tiles as u64);
+        let memory = [&self.table, &self.results, &self.apart, out.memory()];
+        let mut parameters = [entries, firsts, count, all, found, words_at, lens_at];
         ffi::launch(&self.find, &self.stream, table.tiles(), &memory, &mut parameters)?;
-        let bytes = self.end(results..words + tiles * 4)?;
+        let mut parameters = [entries, firsts, count, all, words_at, lens_at, out.address()];
+        ffi::launch(&self.gather, &self.stream, table.tiles(), &memory, &mut parameters)?;
+        let bytes = self.end(0..lens)?;
         let (results, words) = bytes.split_at(jobs * 16);
         let mut words = words.as_chunks::<4>().0.iter().map(|word| u32::from_le_bytes(*word));
         let differences =

@@ -325,7 +325,7 @@ fn many_gigabytes_are_compared_and_applied() {
     let mut other = one.clone();
     for pair in other.as_chunks_mut::<2>().0 {
         if numbers.below(100) == 0 {
-            pair[0] ^= 0x40;
+            pair[0] ^= 1;
         }
     }
     let slices: Vec<_> =
@@ -341,10 +341,9 @@ fn many_gigabytes_are_compared_and_applied() {
         .collect();
     let fp8 = in_fp8(weights.clone());
     let plain = weights;
-    for (what, weights, batches) in [
-        ("FP8", &fp8, &[32_u64 << 20, 64 << 20, 128 << 20, 256 << 20, 1 << 30][..]),
-        ("BF16", &plain, &[1 << 30][..]),
-    ] {
+    for (what, weights, batches) in
+        [("FP8", &fp8, &[32_u64 << 20, 256 << 20, 1 << 30][..]), ("BF16", &plain, &[1 << 30][..])]
+    {
         for batch in batches {
             let shadows = CudaShadows::with_batch(&device, *batch).unwrap();
             fill(&one);
@@ -390,6 +389,24 @@ fn many_gigabytes_are_compared_and_applied() {
                 values as f64 / 1e9,
                 applied[1].as_secs_f64() * 1e3,
                 per_31(applied[1]),
+            );
+            let began = Instant::now();
+            shadows.encode(weights, &mut copies, &pool).unwrap();
+            let again = began.elapsed();
+            let mut same: Vec<Duration> = Vec::new();
+            for _ in 0..3 {
+                let began = Instant::now();
+                for (weights, copies) in weights.chunks(per).zip(copies.chunks(per)) {
+                    assert!(compare(&shadows, weights, copies, &pool).values.is_empty());
+                }
+                same.push(began.elapsed());
+            }
+            same.sort();
+            println!(
+                "    encoded again and summed {:.2} ms; compared with nothing changed {:.2} ms ({:.1} for 31 GB)",
+                again.as_secs_f64() * 1e3,
+                same[1].as_secs_f64() * 1e3,
+                per_31(same[1]),
             );
             let rest = compare(&shadows, &weights[..per], &copies[..per], &pool);
             assert!(rest.values.is_empty());

@@ -5,7 +5,7 @@ use engine_core::changes::{Cut, TILE};
 use crate::CudaError;
 
 /// Bytes of an entry: `DeltaJob` of the kernels.
-pub(super) const ENTRY: usize = 40;
+pub(super) const ENTRY: usize = 48;
 
 /// A part of a weight. The layout is that of `DeltaJob` in the kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +14,8 @@ pub(super) struct Entry {
     pub(super) old: u64,
     /// Where its new bytes are, if they are compared.
     pub(super) now: u64,
+    /// Where the changes of its tiles go first, if it is compared: as many bytes as it has.
+    pub(super) place: u64,
     pub(super) bytes: u64,
     /// Where it begins in the weight, a multiple of 64 bytes.
     pub(super) start: u64,
@@ -25,16 +27,17 @@ impl Entry {
     /// A part of a copy that is cut so.
     pub(super) fn of(cut: Cut, old: u64, bytes: u64) -> Self {
         // A tile has at most 64 KiB, a unit 8 bytes.
-        Self { old, now: 0, bytes, start: 0, tile: cut.tile() as u32, unit: cut.unit() as u32 }
+        let (tile, unit) = (cut.tile() as u32, cut.unit() as u32);
+        Self { old, now: 0, place: 0, bytes, start: 0, tile, unit }
     }
 
     /// A copy that is read as a whole.
     pub(super) fn whole(old: u64, bytes: u64) -> Self {
-        Self { old, now: 0, bytes, start: 0, tile: TILE as u32, unit: 1 }
+        Self { old, now: 0, place: 0, bytes, start: 0, tile: TILE as u32, unit: 1 }
     }
 
     fn put(&self, bytes: &mut Vec<u8>) {
-        for long in [self.old, self.now, self.bytes, self.start / 8] {
+        for long in [self.old, self.now, self.place, self.bytes, self.start / 8] {
             bytes.extend(long.to_le_bytes());
         }
         for word in [self.tile, self.unit] {
