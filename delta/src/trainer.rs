@@ -26,11 +26,11 @@ pub(crate) fn in_front(
     bases.want();
     let copies = Copies::of(context, Role::Trainer)?;
     let batch = copies.memory.batch();
-    let batch = context.config.bucket_bytes().unwrap_or(batch).min(batch);
+    let most = context.config.bucket_bytes().unwrap_or(batch);
     let metadata = prepared.metadata().clone();
     Ok(Prepared::new(metadata, move |place| async move {
         let engine = prepared.join(place).await?;
-        let trainer = DeltaTrainer { engine, bases, copies, batch, kept: Kept::default() };
+        let trainer = DeltaTrainer { engine, bases, copies, most, kept: Kept::default() };
         Ok(Box::new(trainer) as Box<dyn TrainerEngine>)
     }))
 }
@@ -40,9 +40,8 @@ struct DeltaTrainer {
     engine: Box<dyn TrainerEngine>,
     bases: Bases,
     copies: Copies,
-    /// Bytes that are encoded or compared at a time, as long as the stream has weights. At most a bucket, because an engine allows the
-    /// deadline for one bucket.
-    batch: u64,
+    /// The most bytes of values in a tensor, if one weight does not have more.
+    most: u64,
     kept: Kept,
 }
 
@@ -88,7 +87,7 @@ impl TrainerEngine for DeltaTrainer {
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport> {
-        let Self { engine, bases, copies, batch, kept } = self;
+        let Self { engine, bases, copies, most, kept } = self;
         let lost = kept.settle().await;
         // Discards what was said for an update that did not get this far.
         drop(bases.take());
@@ -101,11 +100,12 @@ impl TrainerEngine for DeltaTrainer {
             lost,
             attests: kept.since_attested + 1 >= ATTESTED_EVERY,
             copies: copies.clone(),
-            batch: *batch,
+            batch: copies.memory.batch(),
+            most: *most,
             made: made.clone(),
             form: Form::Undecided,
             held: None,
-            at_work: None,
+            at_work: VecDeque::new(),
             ready: VecDeque::new(),
             tensors: 0,
         };
@@ -115,7 +115,7 @@ impl TrainerEngine for DeltaTrainer {
         let sent = engine.send_weights(WeightStream::new(stream), version).await;
         let Made { weights, changes, counts, report: mut delta, attested, reused, at_work } =
             std::mem::take(&mut *lock(&made));
-        if let Some(at_work) = at_work {
+        for at_work in at_work {
             // The caller may change its weights once this returns, so whatever still reads them ends first. The sender is dropped, never
             // used.
             at_work.await.unwrap_or_default();
@@ -211,8 +211,8 @@ struct Made {
     attested: bool,
     /// Whether the weights were those of the base, in its order, if changes were sent.
     reused: Option<bool>,
-    /// Completes when nothing reads weights any more.
-    at_work: Option<oneshot::Receiver<()>>,
+    /// Complete when nothing reads weights any more.
+    at_work: Vec<oneshot::Receiver<()>>,
 }
 
 /// How an update's weights travel.
@@ -285,6 +285,9 @@ impl Comparison {
     }
 }
 
+/// Batches that the threads have at a time, so that what one waits for is done while another one works.
+const AT_WORK: usize = 2;
+
 /// Weights that are being encoded, and compared if the base has them.
 struct AtWork {
     work: Work<(Worked, oneshot::Sender<()>)>,
@@ -309,13 +312,15 @@ struct Sending<'a> {
     lost: Option<String>,
     attests: bool,
     copies: Copies,
+    /// Bytes that are encoded or compared at a time, as long as the stream has weights.
     batch: u64,
+    most: u64,
     made: Arc<Mutex<Made>>,
     form: Form,
     /// A weight of the stream that is not in a batch yet.
     held: Option<Weight>,
-    /// The batch that the threads have.
-    at_work: Option<AtWork>,
+    /// The batches that the threads have.
+    at_work: VecDeque<AtWork>,
     ready: VecDeque<Weight>,
     /// The number of tensors that carried changes so far.
     tensors: u64,
@@ -332,19 +337,24 @@ impl Sending<'_> {
                 Form::Plain => return self.next_of_trainer().await,
                 Form::Ended => return Ok(None),
                 Form::Whole | Form::Changes(_) => {
-                    // Gathered while the threads have the last batch, whose tensors are made while they have this one.
+                    // Gathered while the threads have others; the tensors of the first are made while they have this one.
                     let batch = self.gather().await?;
-                    let last = match self.at_work.take() {
-                        Some(last) => Some(self.worked(last).await?),
+                    let first = match batch.is_empty() || self.at_work.len() >= AT_WORK {
+                        true => self.at_work.pop_front(),
+                        false => None,
+                    };
+                    let is_over = batch.is_empty() && first.is_none();
+                    let worked = match first {
+                        Some(first) => self.worked(first).await?,
                         None => None,
                     };
                     match self.form {
                         Form::Plain => self.ready.extend(batch),
                         _ if !batch.is_empty() => self.start(batch)?,
-                        _ if last.is_none() => self.end()?,
+                        _ if is_over => self.end()?,
                         _ => {}
                     }
-                    if let Some((worked, batch, found)) = last.flatten() {
+                    if let Some((worked, batch, found)) = worked {
                         self.take(worked, &batch, &found)?;
                     }
                 }
@@ -429,7 +439,7 @@ impl Sending<'_> {
                 true => self.held.take(),
                 false => match self.weights.next().now_or_never() {
                     Some(next) => self.came(next)?,
-                    None if batch.is_empty() && self.at_work.is_none() => {
+                    None if batch.is_empty() && self.at_work.is_empty() => {
                         self.next_of_trainer().await?
                     }
                     None => break,
@@ -458,14 +468,14 @@ impl Sending<'_> {
         };
         let (copies, weights, places) = (self.copies.clone(), batch.clone(), found.clone());
         let (reads, at_work) = oneshot::channel();
-        lock(&self.made).at_work = Some(at_work);
+        lock(&self.made).at_work.push(at_work);
         let work = self.copies.pool.start(move || {
             let worked = work_on(&weights, &places, base.as_deref(), &copies);
             // Nothing reads the base or the weights any more when `reads` is dropped.
             drop((weights, base));
             Ok((worked?, reads))
         });
-        self.at_work = Some(AtWork { work, batch, found });
+        self.at_work.push_back(AtWork { work, batch, found });
         Ok(())
     }
 
@@ -479,11 +489,16 @@ impl Sending<'_> {
             Err(error)
                 if error.kind() == ErrorKind::Resource && matches!(self.form, Form::Whole) =>
             {
+                self.form = Form::Plain;
+                self.ready.extend(batch);
+                // What is made of the others is not needed. Copies are dropped when nobody writes to them.
+                for AtWork { work, batch, .. } in std::mem::take(&mut self.at_work) {
+                    drop(work.await);
+                    self.ready.extend(batch);
+                }
                 let made = &mut *lock(&self.made);
                 made.weights.clear();
                 made.report.whole = Some(format!("no copy is kept: {error}"));
-                self.form = Form::Plain;
-                self.ready.extend(batch);
                 Ok(None)
             }
             Err(error) => Err(error),
@@ -499,6 +514,10 @@ impl Sending<'_> {
             match found {
                 Some(at) => {
                     let Some(difference) = differences.next() else { continue };
+                    if end > begin && end - begin + difference.len > self.most {
+                        self.flush(&mut run, values.slice(begin..end))?;
+                        begin = end;
+                    }
                     let report = &mut lock(&self.made).report;
                     let name = weight.meta().dtype.name();
                     let of_type: &mut ChangedElements = match report.elements.get_mut(name) {

@@ -21,8 +21,12 @@ use table::{ENTRY, Entry, Table};
 
 /// Bytes of weights that are compared at a time.
 const BATCH: u64 = 256 << 20;
-/// Copies, and values of changes, share allocations of so many bytes.
-const CHUNK: usize = 256 << 20;
+/// Copies share allocations of so many bytes.
+const COPIES: usize = 256 << 20;
+/// Values of changes share allocations of so many bytes.
+const VALUES: usize = 64 << 20;
+/// Allocations for values that stay for the next update.
+const SPARE: usize = 8;
 /// Copies begin and end at multiples of it.
 const ALIGNMENT: usize = 256;
 
@@ -46,8 +50,8 @@ struct Tools {
     gather: Kernel,
     apply: Kernel,
     sum: Kernel,
-    /// Where weights are encoded before they are compared. Taken while they are.
-    encoded: Option<CudaMemory>,
+    /// Where weights are encoded before they are compared. One is taken while they are.
+    encoded: Vec<CudaMemory>,
     /// Where the changes of each tile are, before those of all tiles are brought together.
     apart: CudaMemory,
     copies: Chunks,
@@ -78,14 +82,20 @@ impl ShadowBytes for Copied {
 }
 
 /// Allocations from which memory is taken piece by piece. One is used again when nobody has any of its pieces.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Chunks {
+    /// Bytes of one.
+    size: usize,
     all: Vec<CudaMemory>,
     /// Bytes that are taken of the last one.
     taken: usize,
 }
 
 impl Chunks {
+    fn of(size: usize) -> Self {
+        Self { size, all: Vec::new(), taken: 0 }
+    }
+
     /// Takes so many bytes that nobody has.
     fn take(&mut self, device: &Device, bytes: usize) -> Result<CudaSlice, CudaError> {
         // Beside this list, whoever has a piece keeps its allocation.
@@ -99,7 +109,7 @@ impl Chunks {
                 Some(free) => self.all.remove(free),
                 None => {
                     // Where a whole one does not fit any more, a smaller one may.
-                    let memory = CudaMemory::new(device, padded.max(CHUNK));
+                    let memory = CudaMemory::new(device, padded.max(self.size));
                     memory.or_else(|_| CudaMemory::new(device, padded))?
                 }
             };
@@ -114,21 +124,19 @@ impl Chunks {
         }
     }
 
-    /// Keeps only the first bytes of what was taken.
-    fn shorten(&mut self, taken: &CudaSlice, bytes: usize) -> Result<CudaSlice, CudaError> {
-        let end = taken.start() + taken.len().next_multiple_of(ALIGNMENT).max(ALIGNMENT);
+    /// Lets go of allocations that nobody has any piece of, but for so many.
+    fn shrink(&mut self, mut keep: usize) {
         let last = self.all.last().map(CudaMemory::address);
-        if last == Some(taken.memory().address()) && end == self.taken {
-            self.taken = taken.start() + bytes.next_multiple_of(ALIGNMENT);
-        }
-        taken.slice(0, bytes)
-    }
-
-    /// Lets go of allocations that nobody has any piece of.
-    fn shrink(&mut self) {
-        self.all.retain(|memory| !memory.is_unshared());
-        if self.all.is_empty() {
-            self.taken = 0;
+        self.all.retain(|memory| {
+            let is_free = memory.is_unshared();
+            let stays = !is_free || keep > 0;
+            keep -= usize::from(is_free && stays);
+            stays
+        });
+        // What is the last one now may have no room.
+        match self.all.last() {
+            Some(now) if Some(now.address()) != last => self.taken = now.len(),
+            _ => {}
         }
     }
 }
@@ -186,10 +194,10 @@ impl CudaShadows {
             gather: library.kernel(c"gather_values")?,
             apply: library.kernel(c"apply_changes")?,
             sum: library.kernel(c"sum_copies")?,
-            encoded: None,
+            encoded: Vec::new(),
             apart: CudaMemory::new(device, TABLE)?,
-            copies: Chunks::default(),
-            values: Chunks::default(),
+            copies: Chunks::of(COPIES),
+            values: Chunks::of(VALUES),
             table: CudaMemory::new(device, TABLE)?,
             results: CudaMemory::new(device, TABLE)?,
             to_device: PinnedMemory::new(&stream, TABLE)?,
@@ -218,14 +226,11 @@ impl CudaShadows {
             let cut = Cut::at(weight.meta().dtype, weight.granule());
             let now = weight.storage().and_then(|storage| self.here(storage));
             let now = now.filter(|now| now.is_multiple_of(16));
-            if now.is_some() || len == 0 {
-                parts.push(Part { of, cut, bytes: 0..len, now, old });
-                continue;
-            }
             let step = cut.step(weight.granule(), self.batch as usize);
-            for start in (0..len).step_by(step) {
+            for start in (0..len.max(1)).step_by(step) {
                 let bytes = start..len.min(start + step as u64);
-                parts.push(Part { of, cut, bytes, now: None, old: old + start });
+                let now = now.map(|now| now + start);
+                parts.push(Part { of, cut, bytes, now, old: old + start });
             }
         }
         Ok(parts)
@@ -248,7 +253,7 @@ impl CudaShadows {
             return Ok(None);
         }
         let needed = (offset as usize).max(self.batch as usize);
-        let memory = match self.tools.take(|tools| tools.encoded.take()) {
+        let memory = match self.tools.take(|tools| tools.encoded.pop()) {
             Some(memory) if memory.len() >= needed => memory,
             memory => {
                 drop(memory);
@@ -283,7 +288,7 @@ impl ShadowMemory for CudaShadows {
 
     fn allocate(&self, lens: &[u64]) -> Result<Vec<Box<dyn ShadowBytes>>> {
         self.tools.take(|tools| {
-            tools.copies.shrink();
+            tools.copies.shrink(0);
             let places = tools.places(lens)?;
             let copy = |place| Box::new(Copied { place, readers: Arc::default() });
             Ok(places.into_iter().map(|place| copy(place) as Box<dyn ShadowBytes>).collect())
@@ -360,16 +365,12 @@ impl ShadowMemory for CudaShadows {
     fn compare(&self, weights: &[(&Weight, &dyn ShadowBytes)], pool: &Pool) -> Result<Compared> {
         let mut parts = self.parts_of(weights)?;
         let mut found: Vec<Difference> = Vec::with_capacity(weights.len());
-        let bytes: u64 = parts.iter().map(|part| part.bytes.end - part.bytes.start).sum();
-        let out = self.tools.take(|tools| tools.values.take(&self.device, bytes as usize))?;
-        let (mut used, mut rest) = (0_usize, &mut parts[..]);
+        let (mut values, mut rest) = (Vec::new(), &mut parts[..]);
         while !rest.is_empty() {
-            let mut room = self.batch;
+            // A batch may be a little larger.
+            let mut room = 2 * self.batch;
             let fits = |part: &Part| {
-                let needed = match part.now {
-                    Some(_) => 0,
-                    None => (part.bytes.end - part.bytes.start).next_multiple_of(ALIGNMENT as u64),
-                };
+                let needed = (part.bytes.end - part.bytes.start).next_multiple_of(ALIGNMENT as u64);
                 let fits = needed <= room;
                 room = room.saturating_sub(needed);
                 fits
@@ -378,14 +379,15 @@ impl ShadowMemory for CudaShadows {
             let (now, later) = std::mem::take(&mut rest).split_at_mut(some);
             rest = later;
             let encoded = self.encode_parts(weights, now, pool)?;
-            let space = out.slice(used, out.len() - used)?;
-            let results = self.tools.take(|tools| tools.find(now, &space));
-            if let Some(encoded) = encoded {
-                self.tools.take(|tools| tools.encoded = Some(encoded));
-            }
-            for (part, result) in now.iter().zip(results?) {
-                used += result.len as usize;
-                match found.last_mut().filter(|_| found_all(part)) {
+            let results = self.tools.take(|tools| {
+                let results = tools.find(now);
+                tools.encoded.extend(encoded);
+                results
+            });
+            let (results, some) = results?;
+            values.extend(some);
+            for (part, result) in now.iter().zip(results) {
+                match found.last_mut().filter(|_| part.bytes.start > 0) {
                     Some(last) => last.extend(result),
                     None => found.push(result),
                 }
@@ -394,8 +396,12 @@ impl ShadowMemory for CudaShadows {
         for difference in found.iter_mut().filter(|difference| difference.units == 0) {
             difference.words.clear();
         }
-        let values = self.tools.take(|tools| tools.values.shorten(&out, used))?;
-        Ok(Compared { weights: found, values: values.storage() })
+        let values = match &values[..] {
+            [] => Vec::new().into(),
+            [one] => one.storage(),
+            several => self.tools.take(|tools| tools.joined(several))?.storage(),
+        };
+        Ok(Compared { weights: found, values })
     }
 
     fn apply(
@@ -454,11 +460,6 @@ impl ShadowMemory for CudaShadows {
     }
 }
 
-/// Whether the parts of its weight before it were found already.
-fn found_all(part: &Part) -> bool {
-    part.bytes.start > 0
-}
-
 impl Tools {
     /// Places for copies of these lengths.
     fn places(&mut self, lens: &[u64]) -> Result<Vec<CudaSlice>> {
@@ -511,13 +512,22 @@ impl Tools {
         Ok(&self.to_host.bytes()?[..len])
     }
 
-    /// Finds the changes of parts whose new bytes are on the device. The values go to the beginning of `out`.
-    fn find(&mut self, parts: &[Part], out: &CudaSlice) -> Result<Vec<Difference>> {
-        let bytes: u64 = parts.iter().map(|part| part.bytes.end - part.bytes.start).sum();
-        if bytes > out.len() as u64 {
-            let words = format!("{} bytes for the changes of {bytes}", out.len());
-            return Err(CudaError::Range(words).into());
+    /// Slices one behind the other.
+    fn joined(&mut self, slices: &[CudaSlice]) -> Result<CudaSlice> {
+        let len = slices.iter().map(CudaSlice::len).sum();
+        let all = self.values.take(self.stream.device(), len)?;
+        let mut at = 0;
+        for slice in slices {
+            all.slice(at, slice.len())?.copy_from(slice, &self.stream)?;
+            at += slice.len();
         }
+        self.stream.synchronize()?;
+        Ok(all)
+    }
+
+    /// Finds the changes of parts whose new bytes are on the device, and brings their values together.
+    fn find(&mut self, parts: &[Part]) -> Result<(Vec<Difference>, Option<CudaSlice>)> {
+        let bytes: u64 = parts.iter().map(|part| part.bytes.end - part.bytes.start).sum();
         if bytes > self.apart.len() as u64 {
             self.apart = CudaMemory::new(self.stream.device(), bytes as usize)?;
         }
@@ -538,11 +548,9 @@ impl Tools {
         let (firsts, words_at) = (entries + (jobs * ENTRY) as u64, found + words as u64);
         let lens_at = found + lens as u64;
         let (count, all) = (jobs as u64, tiles as u64);
-        let memory = [&self.table, &self.results, &self.apart, out.memory()];
+        let memory = [&self.table, &self.results, &self.apart];
         let mut parameters = [entries, firsts, count, all, found, words_at, lens_at];
         ffi::launch(&self.find, &self.stream, table.tiles(), &memory, &mut parameters)?;
-        let mut parameters = [entries, firsts, count, all, words_at, lens_at, out.address()];
-        ffi::launch(&self.gather, &self.stream, table.tiles(), &memory, &mut parameters)?;
         let bytes = self.end(0..lens)?;
         let (results, words) = bytes.split_at(jobs * 16);
         let mut words = words.as_chunks::<4>().0.iter().map(|word| u32::from_le_bytes(*word));
@@ -555,7 +563,18 @@ impl Tools {
                 let len = places.and_then(|places| places.last().copied()).unwrap_or_default();
                 Difference { cut, words, len, sum: number(0), units: number(1) }
             });
-        Ok(differences.collect())
+        let differences: Vec<Difference> = differences.collect();
+        let len = differences.iter().map(|difference| difference.len).sum::<u64>() as usize;
+        if len == 0 {
+            return Ok((differences, None));
+        }
+        self.values.shrink(SPARE);
+        let out = self.values.take(self.stream.device(), len)?;
+        let memory = [&self.table, &self.results, &self.apart, out.memory()];
+        let mut parameters = [entries, firsts, count, all, words_at, lens_at, out.address()];
+        ffi::launch(&self.gather, &self.stream, table.tiles(), &memory, &mut parameters)?;
+        self.stream.synchronize()?;
+        Ok((differences, Some(out)))
     }
 
     /// Applies changes. Returns the change of each sum, and the first job found whose changes were none of its.
