@@ -26,11 +26,11 @@ pub(crate) fn in_front(
     bases.want();
     let copies = Copies::of(context, Role::Trainer)?;
     let batch = copies.memory.batch();
-    let most = context.config.bucket_bytes().unwrap_or(batch);
+    let batch = context.config.bucket_bytes().unwrap_or(batch).min(batch);
     let metadata = prepared.metadata().clone();
     Ok(Prepared::new(metadata, move |place| async move {
         let engine = prepared.join(place).await?;
-        let trainer = DeltaTrainer { engine, bases, copies, most, kept: Kept::default() };
+        let trainer = DeltaTrainer { engine, bases, copies, batch, kept: Kept::default() };
         Ok(Box::new(trainer) as Box<dyn TrainerEngine>)
     }))
 }
@@ -40,8 +40,9 @@ struct DeltaTrainer {
     engine: Box<dyn TrainerEngine>,
     bases: Bases,
     copies: Copies,
-    /// The most bytes of values in a tensor, if one weight does not have more.
-    most: u64,
+    /// Bytes that are encoded or compared at a time, as long as the stream has weights. At most a bucket, because an engine allows the
+    /// deadline for one bucket.
+    batch: u64,
     kept: Kept,
 }
 
@@ -87,7 +88,7 @@ impl TrainerEngine for DeltaTrainer {
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport> {
-        let Self { engine, bases, copies, most, kept } = self;
+        let Self { engine, bases, copies, batch, kept } = self;
         let lost = kept.settle().await;
         // Discards what was said for an update that did not get this far.
         drop(bases.take());
@@ -100,8 +101,7 @@ impl TrainerEngine for DeltaTrainer {
             lost,
             attests: kept.since_attested + 1 >= ATTESTED_EVERY,
             copies: copies.clone(),
-            batch: copies.memory.batch(),
-            most: *most,
+            batch: *batch,
             made: made.clone(),
             form: Form::Undecided,
             held: None,
@@ -312,9 +312,7 @@ struct Sending<'a> {
     lost: Option<String>,
     attests: bool,
     copies: Copies,
-    /// Bytes that are encoded or compared at a time, as long as the stream has weights.
     batch: u64,
-    most: u64,
     made: Arc<Mutex<Made>>,
     form: Form,
     /// A weight of the stream that is not in a batch yet.
@@ -514,7 +512,8 @@ impl Sending<'_> {
             match found {
                 Some(at) => {
                     let Some(difference) = differences.next() else { continue };
-                    if end > begin && end - begin + difference.len > self.most {
+                    // A batch may be a little more than a bucket. A tensor that is more than one is put together in host memory.
+                    if end > begin && end - begin + difference.len > self.batch {
                         self.flush(&mut run, values.slice(begin..end))?;
                         begin = end;
                     }
