@@ -19,15 +19,21 @@ struct DeltaJob {
     u32 unit;           // bytes that change together: 1, 2, 4 or 8
 };
 
+// Less than 16 bytes, as a vector.
+__device__ __forceinline__ uint4 load_bytes(const u8* address, u32 bytes) {
+    u64 low = 0, high = 0;
+#pragma unroll 1
+    for (u32 i = 0; i < bytes; i++) {
+        if (i < 8) low |= (u64)address[i] << 8 * i;
+        else high |= (u64)address[i] << 8 * (i - 8);
+    }
+    return make_uint4((u32)low, (u32)(low >> 32), (u32)high, (u32)(high >> 32));
+}
+
 // A vector, of which there are only so many bytes; zeros behind them.
 __device__ __forceinline__ uint4 load_part(const u8* address, u32 bytes) {
     if (bytes >= 16) return load16(address);
-    u32 words[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (u32 i = 0; i < 16; i++) {
-        if (i < bytes) words[i / 4] |= (u32)address[i] << (8 * (i % 4));
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
+    return load_bytes(address, bytes);
 }
 
 // A bit for each unit of four bytes that differs, and for units of eight: whether any does.
@@ -90,6 +96,7 @@ template <u32 UNIT>
 __device__ __forceinline__ u64 compare(const Piece& piece, u16* marks) {
     u64 first = piece.word + 2 * threadIdx.x, sum = 0;
     Keys even = keys_of(first), odd = keys_of(first + 1);
+#pragma unroll 1
     for (u32 step = 0; step < EACH; step += 4) {
         uint4 old[4], now[4];
 #pragma unroll
@@ -132,14 +139,11 @@ __device__ __forceinline__ uint2 find_in_tile(const Piece& piece, uint4* all, u3
     u64 sum = compare<UNIT>(piece, (u16*)all);
     __syncthreads();
     u32 mine = 0;
-    u32 own[EACH / 2];
 #pragma unroll
     for (u32 i = 0; i < EACH / 8; i++) {
         uint4 four = all[threadIdx.x * (EACH / 8) + i];
-        own[4 * i] = four.x, own[4 * i + 1] = four.y, own[4 * i + 2] = four.z, own[4 * i + 3] = four.w;
+        mine += __popc(four.x) + __popc(four.y) + __popc(four.z) + __popc(four.w);
     }
-#pragma unroll
-    for (u32 i = 0; i < EACH / 2; i++) mine += __popc(own[i]);
     u32 count;
     u32 rank = sum_before(mine, counts, &count);
     if (count == 0) return make_uint2(SAME << 30, 0);
@@ -151,9 +155,12 @@ __device__ __forceinline__ uint2 find_in_tile(const Piece& piece, uint4* all, u3
     u32 form = sparse <= mapped ? POSITIONS : MARKS;
     u8* values = places + (form == POSITIONS ? 2 * count : map);
     constexpr u32 UNITS_OF = 16 / UNIT;
-#pragma unroll
-    for (u32 i = 0; i < EACH; i++) {
-        u32 left = own[i / 2] >> 16 * (i % 2) & 0xffffu;
+    const u16* own = (const u16*)all + threadIdx.x * EACH;
+    // Loops of few rounds are not unrolled: for four units that takes the compiler longer than anything else.
+#pragma unroll 1
+    for (u32 i = 0; mine != 0 && i < EACH; i++) {
+        u32 left = own[i];
+#pragma unroll 1
         while (left != 0) {
             u32 unit = (threadIdx.x * EACH + i) * UNITS_OF + __ffs(left) - 1;
             left &= left - 1;
@@ -164,22 +171,15 @@ __device__ __forceinline__ uint2 find_in_tile(const Piece& piece, uint4* all, u3
     }
     if (form == MARKS) {
         // Bits of consecutive vectors, of which each has UNITS_OF.
-        constexpr u32 OWN = EACH * UNITS_OF / 8;
-#pragma unroll
-        for (u32 i = 0; i < OWN; i++) {
+#pragma unroll 1
+        for (u32 at = threadIdx.x; at < map; at += THREADS) {
             u32 byte = 0;
-            if (UNIT == 1) {
-                byte = own[i / 4] >> 8 * (i % 4);
-            } else {
-                constexpr u32 VECTORS = UNIT == 1 ? 1 : 8 / UNITS_OF;
 #pragma unroll
-                for (u32 v = 0; v < VECTORS; v++) {
-                    u32 vector = i * VECTORS + v;
-                    byte |= (own[vector / 2] >> 16 * (vector % 2) & 0xffffu) << v * UNITS_OF;
-                }
+            for (u32 bits = 0; bits < 8; bits += UNITS_OF) {
+                u32 bit = 8 * at + bits;
+                byte |= (u32)((const u16*)all)[bit / UNITS_OF] >> bit % UNITS_OF << bits;
             }
-            u32 at = threadIdx.x * OWN + i;
-            if (at < map) places[at] = (u8)byte;
+            places[at] = (u8)byte;
         }
     }
     return make_uint2(form << 30 | count, min(sparse, mapped));
@@ -298,7 +298,7 @@ __device__ __forceinline__ u64 apply_positions(const Piece& piece, u32 count, co
     const u8* values = places + 2 * count;
     u8* values_undo = undo ? undo + 2 * count : 0;
     u64 sum = 0;
-#pragma unroll 2
+#pragma unroll 1
     for (u32 at = threadIdx.x & 31; at < count; at += 32) {
         u32 unit = position(places, at);
         if (undo) undo[2 * at] = (u8)unit, undo[2 * at + 1] = (u8)(unit >> 8);
@@ -331,29 +331,25 @@ __device__ __forceinline__ u64 apply_to_tile(const Piece& piece, u32 head, const
     u32 form = head >> 30, count = head & 0x3fffffffu, units = piece.bytes / UNIT;
     u64 sum = 0;
     if (form == ALL) {
+#pragma unroll 1
         for (u32 at = threadIdx.x; 8 * at < piece.bytes; at += THREADS) {
             Word word = word_of(piece, at);
+#pragma unroll 1
             for (u32 i = 0; i < word.bytes; i++) exchange<1>(&word, i, places + 8 * at + i, undo ? undo + 8 * at + i : 0);
             sum += leave(word);
         }
         return sum;
     }
+    // A thread has the marks of EACH vectors.
     constexpr u32 OWN = EACH * 16 / UNIT / 8;
-    u32 map = (units + 7) / 8, mine = 0, own[(OWN + 3) / 4];
-#pragma unroll
-    for (u32 i = 0; i < (OWN + 3) / 4; i++) own[i] = 0;
-#pragma unroll
-    for (u32 i = 0; i < OWN; i++) {
-        u32 at = threadIdx.x * OWN + i;
-        if (at < map) {
-            u32 byte = places[at];
-            if (undo) undo[at] = (u8)byte;
-            if (8 * at + 8 > units && byte >> (units - 8 * at)) *failed = job + 1, byte &= (1u << (units - 8 * at)) - 1;
-            own[i / 4] |= byte << 8 * (i % 4);
-        }
+    u32 map = (units + 7) / 8, first = threadIdx.x * OWN, mine = 0;
+#pragma unroll 1
+    for (u32 at = first; at < min(first + OWN, map); at++) {
+        u32 byte = places[at];
+        if (undo) undo[at] = (u8)byte;
+        if (8 * at + 8 > units && byte >> (units - 8 * at)) *failed = job + 1, byte &= (1u << (units - 8 * at)) - 1;
+        mine += __popc(byte);
     }
-#pragma unroll
-    for (u32 i = 0; i < (OWN + 3) / 4; i++) mine += __popc(own[i]);
     u32 all;
     u32 rank = sum_before(mine, counts, &all);
     if (all != count) {
@@ -362,20 +358,24 @@ __device__ __forceinline__ u64 apply_to_tile(const Piece& piece, u32 head, const
     }
     const u8* values = places + map;
     u8* values_undo = undo ? undo + map : 0;
-    // Bits of a word of the digest are in one byte.
-    constexpr u32 WORDS = OWN * 8 / LANES;
-#pragma unroll
-    for (u32 w = 0; w < WORDS; w++) {
-        u32 left = own[w * LANES / 32] >> (w * LANES % 32) & ((1u << LANES) - 1);
-        if (left == 0) continue;
-        Word word = word_of(piece, threadIdx.x * WORDS + w);
-        while (left != 0) {
-            u64 from = (u64)rank * UNIT;
-            exchange<UNIT>(&word, __ffs(left) - 1, values + from, undo ? values_undo + from : 0);
-            left &= left - 1;
-            rank++;
+#pragma unroll 1
+    for (u32 at = first; at < min(first + OWN, map); at++) {
+        u32 byte = places[at];
+        if (8 * at + 8 > units) byte &= (1u << (units - 8 * at)) - 1;
+        // Bits of a word of the digest are in one byte.
+#pragma unroll 1
+        for (u32 bits = 0; bits < 8; bits += LANES) {
+            u32 left = byte >> bits & ((1u << LANES) - 1);
+            if (left == 0) continue;
+            Word word = word_of(piece, (8 * at + bits) / LANES);
+            while (left != 0) {
+                u64 from = (u64)rank * UNIT;
+                exchange<UNIT>(&word, __ffs(left) - 1, values + from, undo ? values_undo + from : 0);
+                left &= left - 1;
+                rank++;
+            }
+            sum += leave(word);
         }
-        sum += leave(word);
     }
     return sum;
 }

@@ -6,6 +6,7 @@ mod table;
 use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use engine_core::changes::{
     Applied, Compared, Cut, Difference, Due, ShadowBytes, ShadowMemory, ShadowPart,
@@ -363,6 +364,7 @@ impl ShadowMemory for CudaShadows {
     }
 
     fn compare(&self, weights: &[(&Weight, &dyn ShadowBytes)], pool: &Pool) -> Result<Compared> {
+        let begun = Instant::now();
         let mut parts = self.parts_of(weights)?;
         let mut found: Vec<Difference> = Vec::with_capacity(weights.len());
         let (mut values, mut rest) = (Vec::new(), &mut parts[..]);
@@ -379,12 +381,16 @@ impl ShadowMemory for CudaShadows {
             let (now, later) = std::mem::take(&mut rest).split_at_mut(some);
             rest = later;
             let encoded = self.encode_parts(weights, now, pool)?;
+            let encoded_after = begun.elapsed();
             let results = self.tools.take(|tools| {
                 let results = tools.find(now);
                 tools.encoded.extend(encoded);
                 results
             });
             let (results, some) = results?;
+            let (parts, after) = (now.len(), begun.elapsed());
+            let bytes = some.as_ref().map_or(0, CudaSlice::len);
+            tracing::debug!(parts, bytes, ?encoded_after, ?after, "changes found");
             values.extend(some);
             for (part, result) in now.iter().zip(results) {
                 match found.last_mut().filter(|_| part.bytes.start > 0) {
@@ -411,6 +417,7 @@ impl ShadowMemory for CudaShadows {
         wanted: bool,
         _: &Pool,
     ) -> Result<Applied> {
+        let begun = Instant::now();
         let refuse = |words: &str| Error::new(ErrorKind::Protocol, APPLYING, words);
         let mut own = Vec::with_capacity(due.len());
         let (mut words, mut places, mut at) = (Vec::new(), Vec::new(), 0_u64);
@@ -446,6 +453,7 @@ impl ShadowMemory for CudaShadows {
             let (sums, failed) = tools.apply(&table, &words, &places, &source, undo.as_ref())?;
             Ok::<_, Error>((undo, sums, failed))
         })?;
+        tracing::debug!(weights = due.len(), bytes = at, after = ?begun.elapsed(), "changes applied");
         let mut sums = sums.into_iter();
         let mut changed = due.iter().filter(|due| !due.words.is_empty());
         if let Some(failed) = failed {
