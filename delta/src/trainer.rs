@@ -285,8 +285,8 @@ impl Comparison {
     }
 }
 
-/// Batches that the threads have at a time, so that what one waits for is done while another one works.
-const AT_WORK: usize = 2;
+/// Batches that the threads have at a time. On a device one is encoded and one is compared, and the next one is there when they end.
+const AT_WORK: usize = 3;
 
 /// Weights that are being encoded, and compared if the base has them.
 struct AtWork {
