@@ -214,6 +214,7 @@ impl Group {
         for (index, rank) in ranks.iter().enumerate() {
             let mut context = EngineContext::new(suite.config_of(rank.0)).with_rank(*rank);
             context.control = controls.get(index).cloned().map(Into::into);
+            context.memory = suite.memory;
             if index == 0 {
                 context = context.with_observer(ready.clone());
             }

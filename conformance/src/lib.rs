@@ -38,6 +38,7 @@ pub struct Suite {
     pub(crate) place: Option<Place>,
     pub(crate) trainers: u32,
     pub(crate) devices: Vec<DeviceChoice>,
+    pub(crate) memory: Option<&'static dyn MemoryKind>,
 }
 
 /// A backend in a registry with a kind of memory, which configurations name as their device.
@@ -112,6 +113,7 @@ impl Suite {
             place: None,
             trainers: 1,
             devices: Vec::new(),
+            memory: None,
         }
     }
 
@@ -119,6 +121,13 @@ impl Suite {
     #[must_use]
     pub fn with_control_plane(mut self) -> Self {
         self.control = true;
+        self
+    }
+
+    /// With the kind of memory of the ranks' device, for layers; the backend has its own ([`on_memory`]).
+    #[must_use]
+    pub fn with_memory(mut self, kind: &'static dyn MemoryKind) -> Self {
+        self.memory = Some(kind);
         self
     }
 

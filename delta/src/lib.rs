@@ -7,8 +7,10 @@
 //!
 //! - **The layer compares what travels**: codes, scales and whatever the layers that convert weights produce. So a rollout gets bit for bit
 //!   what an update without deltas would have brought, whatever the type or the encoding.
-//! - **Both sides keep a copy** in host memory (a *shadow*), as large as what travels. Engines, encodings and rollouts read weights from it
-//!   in place.
+//! - **Both sides keep a copy** (a *shadow*), as large as what travels: on the device that a rank's configuration names, if that kind of
+//!   memory can have it ([`MemoryKind::shadows`](engine_core::provider::MemoryKind::shadows)), else in host memory. Engines, encodings and
+//!   rollouts read weights from it in place. What finds and applies changes there is a
+//!   [`ShadowMemory`](engine_core::changes::ShadowMemory). This crate has that of the host, and knows no device.
 //! - **The trainer's copy moves to the new version when the update is committed.** A rollout changes its copy as changes come, and changes
 //!   it back if the update fails. The trainer does not track what a rollout has: each rollout states it when it enters an update
 //!   ([`Base`](engine_core::Base)). If one has another version or none, all get whole weights in that update.
@@ -18,16 +20,16 @@
 //!   the copy.
 //!
 //! Values are absolute, and positions count within a weight, so names do not travel again. Tiles of at most 64 KiB keep positions short: an
-//! FP8 code that changed takes three bytes.
+//! FP8 code that changed takes three bytes. [`engine_core::changes`] has the format.
 
 #![forbid(unsafe_code)]
 
 #[cfg(fuzzing)]
 pub mod fuzzing;
+mod host;
 mod message;
 mod rollout;
 mod shadow;
-mod tiles;
 mod trainer;
 
 use engine_core::{
@@ -50,7 +52,7 @@ const ATTESTED_EVERY: u64 = 64;
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[non_exhaustive]
 pub struct DeltaConfig {
-    /// Whether updates carry only what changed. Every rank then keeps a copy of what travelled in host memory.
+    /// Whether updates carry only what changed. Every rank then keeps a copy of what travelled: on its GPU, else in host memory.
     pub delta: bool,
 }
 

@@ -1,10 +1,10 @@
 //! The format of changes: tensors of bytes among the weights, under names that no weight may have.
 //!
-//! Each tensor begins with the length of its [`Head`] in four bytes, little-endian, and the head. The bodies that the head names follow in
-//! order.
+//! A tensor begins with the length of its [`Head`] in four bytes, little-endian, and the head. The words of the weights that it names as
+//! changed follow in order, four bytes each, little-endian. If there are any, the next tensor has the values of all these weights, and
+//! nothing else: so values that a device has found travel from where they lie.
 
-use bytes::Bytes;
-use engine_core::{DType, Error, ErrorKind, Result, Weight};
+use engine_core::{DType, Error, ErrorKind, Result, Storage, Weight};
 use serde::{Deserialize, Serialize};
 
 /// The prefix of the names of these tensors.
@@ -27,7 +27,7 @@ pub(crate) struct Record {
     pub(crate) weight: u32,
     /// Bytes of a tile.
     pub(crate) tile: u32,
-    /// Bytes of its changes; 0 if there are none.
+    /// Bytes of its values; 0 if nothing changed, and then it has no words.
     pub(crate) len: u64,
 }
 
@@ -48,43 +48,60 @@ pub(crate) fn refuse_reserved(weight: &Weight) -> Result<()> {
 pub(crate) const COMPARING: &str = "comparing weights with those sent last";
 pub(crate) const APPLYING: &str = "applying changes";
 
-/// Makes a tensor of a head and the bodies that it names, and returns it with the bytes of the bodies.
+/// The tensor of a number: the name that it travels under.
+fn name(number: u64) -> String {
+    format!("{RESERVED}{number}")
+}
+
+/// Makes a tensor of a head and words.
 ///
 /// # Errors
 ///
 /// `Protocol` if the head cannot be written.
-pub(crate) fn tensor(number: u64, head: &Head, bodies: &[Vec<u8>]) -> Result<(Weight, Bytes)> {
+pub(crate) fn tensor<'a>(
+    number: u64,
+    head: &Head,
+    words: impl IntoIterator<Item = &'a u32>,
+) -> Result<Weight> {
     let mut bytes = vec![0; 4];
     bytes = postcard::to_extend(head, bytes).map_err(|error| {
         Error::new(ErrorKind::Protocol, COMPARING, error.to_string()).with_source(error)
     })?;
     let len = bytes.len() - 4;
     bytes[..4].copy_from_slice(&u32::try_from(len).unwrap_or(u32::MAX).to_le_bytes());
-    bytes.reserve_exact(bodies.iter().map(Vec::len).sum());
-    let start = bytes.len();
-    bodies.iter().for_each(|body| bytes.extend_from_slice(body));
-    let bytes = Bytes::from(bytes);
-    let name = format!("{RESERVED}{number}");
-    let weight = Weight::new(name, DType::U8, [bytes.len() as u64], bytes.clone())?;
-    Ok((weight, bytes.slice(start..)))
+    bytes.extend(words.into_iter().flat_map(|word| word.to_le_bytes()));
+    values(number, bytes.into())
 }
 
-/// Splits a tensor into its head and the bytes of its bodies.
+/// Makes a tensor of values.
+///
+/// # Errors
+///
+/// Those of [`Weight::new`].
+pub(crate) fn values(number: u64, values: Storage) -> Result<Weight> {
+    Weight::new(name(number), DType::U8, [values.len()], values)
+}
+
+/// Splits a tensor into its head and its words.
 ///
 /// # Errors
 ///
 /// `Protocol` if the bytes are not such a tensor.
-pub(crate) fn read(bytes: &Bytes) -> Result<(Head, Bytes)> {
+pub(crate) fn read(bytes: &[u8]) -> Result<(Head, Vec<u32>)> {
     let malformed = |words: String| Error::new(ErrorKind::Protocol, APPLYING, words);
     let Some((len, rest)) = bytes.split_first_chunk() else {
         return Err(malformed(format!("{} bytes are no changes", bytes.len())));
     };
     let len = u32::from_le_bytes(*len) as usize;
-    let Some(head) = rest.get(..len) else {
+    let Some((head, rest)) = rest.split_at_checked(len) else {
         return Err(malformed(format!("a head of {len} bytes in {}", rest.len())));
     };
+    let (words, []) = rest.as_chunks::<4>() else {
+        return Err(malformed(format!("{} bytes of words", rest.len())));
+    };
+    let words = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
     match postcard::take_from_bytes(head) {
-        Ok((head, [])) => Ok((head, bytes.slice(4 + len..))),
+        Ok((head, [])) => Ok((head, words)),
         Ok((_, rest)) => Err(malformed(format!("{} bytes too many in a head", rest.len()))),
         Err(error) => Err(malformed(error.to_string()).with_source(error)),
     }
@@ -96,15 +113,16 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn a_head_and_its_bodies_survive_their_way() {
+    fn a_head_and_its_words_survive_their_way() {
         let record = |weight, len| Record { weight, tile: 64, len };
         let head = Head::Weights(vec![record(3, 2), record(7, 0), record(1 << 20, 3)]);
-        let (weight, bodies) = tensor(5, &head, &[vec![1, 2], vec![3, 4, 5]]).expect("a tensor");
+        let words = [1, u32::MAX, 7];
+        let weight = tensor(5, &head, &words).expect("a tensor");
         assert!(is_reserved(weight.name()));
         let bytes = weight.contiguous_bytes().expect("bytes");
-        assert_eq!(read(bytes).expect("a head"), (head, bodies));
-        for cut in [0, 3, 4, 6] {
-            let error = read(&bytes.slice(..cut)).expect_err("a part of it");
+        assert_eq!(read(bytes).expect("a head"), (head, words.to_vec()));
+        for cut in [0, 3, 4, 6, bytes.len() - 1] {
+            let error = read(&bytes[..cut]).expect_err("a part of it");
             assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
         }
     }
@@ -115,9 +133,9 @@ mod tests {
             bytes in proptest::collection::vec(any::<u8>(), 0..100), len in 0..100_u32,
         ) {
             let mut bytes = bytes;
-            drop(read(&bytes.clone().into()));
+            drop(read(&bytes));
             bytes.splice(0..0, len.to_le_bytes());
-            drop(read(&bytes.into()));
+            drop(read(&bytes));
         }
     }
 }

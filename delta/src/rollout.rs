@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
-use engine_core::memory::Pool;
+use engine_core::changes::{Cut, ShadowPart};
 use engine_core::plan::{ALIGNMENT, BucketLayout, Piece};
 use engine_core::{
     Base, Bases, BucketContent, CheckpointEngine, EngineContext, Error, ErrorKind, Prepared,
@@ -15,19 +15,18 @@ use engine_core::{
 
 use crate::ATTESTED_EVERY;
 use crate::message::{self, APPLYING, Head, Record};
-use crate::shadow::{self, Entry, Shadow};
-use crate::tiles::Cut;
+use crate::shadow::{Change, Copies, Entry, Shadow};
 
 pub(crate) fn in_front(
     prepared: PreparedRollout,
     context: &EngineContext,
 ) -> Result<PreparedRollout> {
     let bases = context.bases.clone();
-    let pool = Pool::new(context.threads(Role::Rollout))?;
+    let copies = Copies::of(context, Role::Rollout)?;
     let metadata = prepared.metadata().clone();
     Ok(Prepared::new(metadata, move |place| async move {
         let engine = prepared.join(place).await?;
-        let rollout = DeltaRollout { engine, bases, pool, kept: Kept::default() };
+        let rollout = DeltaRollout { engine, bases, copies, kept: Kept::default() };
         Ok(Box::new(rollout) as Box<dyn RolloutEngine>)
     }))
 }
@@ -36,7 +35,7 @@ pub(crate) fn in_front(
 struct DeltaRollout {
     engine: Box<dyn RolloutEngine>,
     bases: Bases,
-    pool: Pool,
+    copies: Copies,
     kept: Kept,
 }
 
@@ -73,12 +72,12 @@ impl CheckpointEngine for DeltaRollout {
 #[async_trait]
 impl RolloutEngine for DeltaRollout {
     async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
-        let Self { engine, bases, pool, kept } = self;
+        let Self { engine, bases, copies, kept } = self;
         let has = kept.shadow.as_ref().map(|shadow| Base::Has(shadow.version()));
         bases.say(has.unwrap_or(Base::Missing));
         let received = engine.receive_weights(version).await?;
         Ok(received.through(|received| {
-            let receiving = Receiving { received, pool, form: Form::Unknown(kept) };
+            let receiving = Receiving { received, copies, form: Form::Unknown(kept) };
             futures::stream::try_unfold(receiving, |mut receiving| async move {
                 match receiving.next().await {
                     Ok(bucket) => Ok(bucket.map(|bucket| (bucket, receiving))),
@@ -109,7 +108,7 @@ impl From<Error> for Ended {
 /// An update that is being received.
 struct Receiving<'a, 'k> {
     received: ReceivedWeights<'a>,
-    pool: &'k Pool,
+    copies: &'k Copies,
     form: Form<'k>,
 }
 
@@ -140,7 +139,7 @@ impl Receiving<'_, '_> {
                     };
                     if has_changes {
                         self.received.put_back(first);
-                        let patching = Patching::new(kept);
+                        let patching = Patching::new(kept, self.copies);
                         let is_proven = patching.is_proven.clone();
                         self.received.before_confirm(move || match is_proven.load(ORDER) {
                             true => Ok(()),
@@ -148,8 +147,8 @@ impl Receiving<'_, '_> {
                         });
                         self.form = Form::Changes(Box::new(patching));
                     } else {
-                        let mut absorbing = Absorbing::new(kept);
-                        absorbing.bucket(&first, self.pool)?;
+                        let mut absorbing = Absorbing::new(kept, self.copies);
+                        absorbing.bucket(&first)?;
                         self.form = Form::Whole(absorbing);
                         return Ok(Some(first));
                     }
@@ -157,7 +156,7 @@ impl Receiving<'_, '_> {
                 Form::Whole(absorbing) => {
                     let next = self.received.next_bucket().await.map_err(Ended::ByEngine)?;
                     match &next {
-                        Some(bucket) => absorbing.bucket(bucket, self.pool)?,
+                        Some(bucket) => absorbing.bucket(bucket)?,
                         None => {
                             absorbing.complete();
                             self.form = Form::Over;
@@ -175,8 +174,8 @@ impl Receiving<'_, '_> {
                         self.form = Form::Over;
                         return Ok(None);
                     };
-                    if let Some(bucket) = patching.tensor(tensor, self.pool).await? {
-                        return Ok(Some(bucket.with_pool(self.pool.clone())));
+                    if let Some(bucket) = patching.tensor(tensor).await? {
+                        return Ok(Some(bucket.with_pool(self.copies.pool.clone())));
                     }
                 }
                 Form::Over => return Ok(None),
@@ -195,6 +194,7 @@ fn refused(words: impl Into<String>) -> Error {
 /// Copies whole weights as they come.
 struct Absorbing<'k> {
     kept: &'k mut Kept,
+    copies: &'k Copies,
     /// Memory of the previous version, which is used again, so that only one copy exists.
     old: HashMap<Arc<str>, Entry>,
     entries: Vec<Entry>,
@@ -203,10 +203,10 @@ struct Absorbing<'k> {
 }
 
 impl<'k> Absorbing<'k> {
-    fn new(kept: &'k mut Kept) -> Self {
+    fn new(kept: &'k mut Kept, copies: &'k Copies) -> Self {
         let old = kept.shadow.take().map(|shadow| shadow.entries).unwrap_or_default();
         let old = old.into_iter().map(|entry| (entry.meta.name.clone(), entry)).collect();
-        Self { kept, old, entries: Vec::new(), has_no_room: false }
+        Self { kept, copies, old, entries: Vec::new(), has_no_room: false }
     }
 
     /// Copies the parts of a bucket.
@@ -214,11 +214,11 @@ impl<'k> Absorbing<'k> {
     /// # Errors
     ///
     /// Those of reading the bucket. A lack of memory for the copy is not an error.
-    fn bucket(&mut self, bucket: &ReceivedBucket, pool: &Pool) -> Result<()> {
+    fn bucket(&mut self, bucket: &ReceivedBucket) -> Result<()> {
         if self.has_no_room {
             return Ok(());
         }
-        match self.copy(bucket, pool) {
+        match self.copy(bucket) {
             Err(error) if error.kind() == ErrorKind::Resource => {
                 tracing::warn!(%error, "no copy is kept: the next version comes whole as well");
                 self.has_no_room = true;
@@ -229,40 +229,35 @@ impl<'k> Absorbing<'k> {
         }
     }
 
-    fn copy(&mut self, bucket: &ReceivedBucket, pool: &Pool) -> Result<()> {
-        let mut whole = Vec::new();
+    fn copy(&mut self, bucket: &ReceivedBucket) -> Result<()> {
+        // A bucket may begin within a weight. The engine has checked that the parts follow one another.
+        let first = self.entries.len().saturating_sub(1);
+        let mut parts = Vec::new();
+        let (mut places, mut new) = (Vec::new(), Vec::new());
+        let mut next = self.entries.len();
         for piece in bucket.pieces() {
             if piece.start == 0 {
                 let old = self.old.remove(&piece.meta.name).filter(|old| old.meta == piece.meta);
-                let entry = old.map_or_else(|| Entry::new(piece.meta.clone()), Ok)?;
-                if piece.bytes.len() == piece.meta.byte_len()? {
-                    whole.push((self.entries.len(), piece.bytes));
-                    self.entries.push(entry);
-                    continue;
+                if old.is_none() {
+                    new.push(piece.meta.clone());
                 }
-                self.entries.push(entry);
+                places.push(old);
+                next += 1;
             }
-            // A part of a large weight. The engine has checked that the parts follow one another.
-            if let Some(entry) = self.entries.last_mut() {
-                entry.write(piece.start, &piece.bytes)?;
-                if piece.start + piece.bytes.len() == piece.meta.byte_len()? {
-                    entry.seal(pool);
-                }
-            }
+            let of = next.saturating_sub(1 + first);
+            parts.push(ShadowPart { of, start: piece.start, bytes: piece.bytes });
         }
-        let mut parts = whole.into_iter().peekable();
-        let Some((first, _)) = parts.peek() else { return Ok(()) };
-        let first = *first;
-        let due = self.entries[first..].iter_mut().enumerate().filter_map(|(at, entry)| {
-            let (_, bytes) = parts.next_if(|(index, _)| *index == first + at)?;
-            Some((entry, bytes))
-        });
-        let copied = pool.map(due, |(entry, bytes)| {
-            entry.write(0, &bytes)?;
-            entry.seal(pool);
-            Ok(())
-        });
-        copied.into_iter().collect()
+        let mut new = self.copies.allocate(new)?.into_iter();
+        self.entries.extend(places.into_iter().filter_map(|old| old.or_else(|| new.next())));
+        let entries = self.entries.get_mut(first..).unwrap_or_default();
+        self.copies.write(entries, &parts)?;
+        let from = usize::from(parts.iter().all(|part| part.of > 0));
+        let is_whole = parts
+            .last()
+            .zip(entries.last())
+            .is_none_or(|(part, entry)| part.start + part.bytes.len() == entry.bytes().len());
+        let to = entries.len() - usize::from(!is_whole);
+        self.copies.seal(entries.get_mut(from..to).unwrap_or_default())
     }
 
     fn complete(&mut self) {
@@ -284,12 +279,15 @@ enum Came {
 /// Applies changes as they come. Takes them back if it is dropped before the version is complete.
 struct Patching<'k> {
     kept: &'k mut Kept,
+    copies: &'k Copies,
     /// The weights of the base; `None` where one is with the threads.
     base: Vec<Option<Entry>>,
     number: Option<u64>,
     met: Vec<bool>,
-    /// Old values, with which the changes are taken back.
-    undo: Vec<(usize, Cut, Vec<u8>)>,
+    /// Weights whose values are the next tensor.
+    due: Vec<(usize, Change)>,
+    /// Old values, with which changes are taken back.
+    undo: Vec<(Vec<(usize, Change)>, Storage)>,
     came: Vec<Came>,
     new: Vec<Entry>,
     names: HashSet<Arc<str>>,
@@ -300,25 +298,19 @@ struct Patching<'k> {
     index: u64,
 }
 
-/// A weight and its changes, while the threads have them.
-struct Due {
-    at: usize,
-    entry: Entry,
-    cut: Cut,
-    changes: Vec<u8>,
-}
-
 impl<'k> Patching<'k> {
-    fn new(kept: &'k mut Kept) -> Self {
+    fn new(kept: &'k mut Kept, copies: &'k Copies) -> Self {
         let shadow = kept.shadow.take();
         let number = shadow.as_ref().map(Shadow::version);
         let base: Vec<_> =
             shadow.map(|shadow| shadow.entries).unwrap_or_default().into_iter().map(Some).collect();
         Self {
             kept,
+            copies,
             met: vec![false; base.len()],
             base,
             number,
+            due: Vec::new(),
             undo: Vec::new(),
             came: Vec::new(),
             new: Vec::new(),
@@ -331,15 +323,24 @@ impl<'k> Patching<'k> {
     }
 
     /// Processes a tensor. Returns the weights that it brings.
-    async fn tensor(&mut self, tensor: Weight, pool: &Pool) -> Result<Option<ReceivedBucket>> {
+    async fn tensor(&mut self, tensor: Weight) -> Result<Option<ReceivedBucket>> {
         if self.is_proven.load(ORDER) {
             return Err(refused("a weight after the last one").tensor(tensor.name()));
         }
-        let storage = tensor.storage().ok_or_else(|| refused("a tensor without bytes"))?;
-        if !message::is_reserved(tensor.name()) {
-            return self.new_weight(&tensor, storage, pool).map(Some);
+        let storage = tensor.storage().ok_or_else(|| refused("a tensor without bytes"))?.clone();
+        let is_reserved = message::is_reserved(tensor.name());
+        if !self.due.is_empty() {
+            if !is_reserved {
+                return Err(refused("a weight in place of values").tensor(tensor.name()));
+            }
+            let due = std::mem::take(&mut self.due);
+            drop(tensor);
+            return self.apply(due, storage).await.map(Some);
         }
-        let (head, bodies) = message::read(&storage.to_host()?)?;
+        if !is_reserved {
+            return self.new_weight(&tensor, storage).map(Some);
+        }
+        let (head, words) = message::read(&storage.to_host()?)?;
         match head {
             Head::Begin { base } if !self.has_begun => {
                 self.has_begun = true;
@@ -350,101 +351,99 @@ impl<'k> Patching<'k> {
                 Ok(None)
             }
             Head::Weights(records) if self.has_begun => {
-                let due = self.due(&records, &bodies)?;
-                drop((tensor, bodies));
-                self.apply(due, pool).await.map(Some)
+                let due = self.due(&records, &words)?;
+                if records.iter().any(|record| record.len > 0) {
+                    self.due = due;
+                    return Ok(None);
+                }
+                self.apply(due, Vec::new().into()).await.map(Some)
             }
             Head::End { version } if self.has_begun => {
-                self.prove(version, pool)?;
+                self.prove(version)?;
                 Ok(None)
             }
             _ => Err(refused("changes in another order than they have")),
         }
     }
 
-    /// Takes the weights that the records name out of the base.
-    fn due(&mut self, records: &[Record], bodies: &[u8]) -> Result<Vec<Due>> {
-        let mut rest = bodies;
+    /// The changes of the weights that the records name.
+    fn due(&mut self, records: &[Record], words: &[u32]) -> Result<Vec<(usize, Change)>> {
+        let mut rest = words;
         let mut due = Vec::with_capacity(records.len());
         for record in records {
             let at = record.weight as usize;
-            let body = usize::try_from(record.len).ok().and_then(|len| rest.split_at_checked(len));
-            let entry = self.base.get_mut(at).filter(|_| !self.met[at]).and_then(Option::take);
+            let entry = self.base.get(at).and_then(Option::as_ref).filter(|_| !self.met[at]);
             let Some(entry) = entry else {
-                self.put_back(due);
-                return Err(refused(format!(
-                    "there is no weight {at} in the base, or it came already"
-                )));
+                let message = format!("there is no weight {at} in the base, or it came already");
+                return Err(refused(message));
             };
+            let len = entry.bytes().len();
             let cut = Cut::of(entry.meta.dtype, record.tile);
-            let name = entry.meta.name.clone();
-            let (Some((body, others)), Some(cut)) = (body, cut) else {
-                self.base[at] = Some(entry);
-                self.put_back(due);
-                return Err(refused("changes of another size than is there").tensor(&*name));
+            let own = cut.filter(|_| record.len > 0).map_or(0, |cut| cut.tiles(len));
+            let own = usize::try_from(own).ok().and_then(|own| rest.split_at_checked(own));
+            let (Some((own, others)), Some(cut)) = (own, cut) else {
+                let message = "changes of another size than is there";
+                return Err(refused(message).tensor(&*entry.meta.name));
             };
             rest = others;
             self.met[at] = true;
-            due.push(Due { at, entry, cut, changes: body.to_vec() });
+            due.push((at, Change { cut, words: own.to_vec() }));
         }
         if !rest.is_empty() {
-            self.put_back(due);
-            return Err(refused(format!("{} bytes of changes too many", rest.len())));
+            return Err(refused(format!("{} words of changes too many", rest.len())));
         }
         Ok(due)
     }
 
-    fn put_back(&mut self, due: Vec<Due>) {
-        due.into_iter().for_each(|Due { at, entry, .. }| self.base[at] = Some(entry));
-    }
-
     /// Applies changes on all threads. Returns the whole weights.
-    async fn apply(&mut self, due: Vec<Due>, pool: &Pool) -> Result<ReceivedBucket> {
+    async fn apply(
+        &mut self,
+        due: Vec<(usize, Change)>,
+        values: Storage,
+    ) -> Result<ReceivedBucket> {
         // The base lacks what the threads have, so an update that is dropped meanwhile cannot restore it.
         let was_damaged = std::mem::replace(&mut self.is_damaged, true);
-        let threads = pool.clone();
-        let work = pool.start(move || {
-            Ok(threads.map(due, |mut due| {
-                let applied = match due.changes.is_empty() {
-                    true => Ok(()),
-                    false => due.entry.exchange(due.cut, &mut due.changes),
-                };
-                (due, applied)
-            }))
+        let mut taken = Vec::with_capacity(due.len());
+        for (at, change) in due {
+            let entry = self.base.get_mut(at).and_then(Option::take);
+            taken.push((at, entry.ok_or_else(|| refused("a weight twice"))?, change));
+        }
+        let copies = self.copies.clone();
+        let work = self.copies.pool.start(move || {
+            let applied = match values.is_empty() {
+                true => Ok(None),
+                false => copies.apply(&mut taken, &values, true),
+            };
+            Ok((taken, applied))
         });
-        let mut applied = Ok(());
-        let mut views = Vec::new();
-        for (due, result) in work.await? {
-            let Due { at, entry, cut, changes } = due;
-            applied = applied.and(result);
+        let (taken, applied) = work.await?;
+        let (mut views, mut changed) = (Vec::with_capacity(taken.len()), Vec::new());
+        for (at, entry, change) in taken {
             self.came.push(Came::Kept(at));
             views.push((entry.meta.clone(), entry.view()));
-            if !changes.is_empty() {
-                self.undo.push((at, cut, changes));
+            if !change.words.is_empty() {
+                changed.push((at, change));
             }
             self.base[at] = Some(entry);
         }
-        applied?;
+        if let Some(undo) = applied? {
+            self.undo.push((changed, undo));
+        }
         self.is_damaged = was_damaged;
         self.bucket(views)
     }
 
-    fn new_weight(
-        &mut self,
-        tensor: &Weight,
-        storage: &Storage,
-        pool: &Pool,
-    ) -> Result<ReceivedBucket> {
+    fn new_weight(&mut self, tensor: &Weight, storage: Storage) -> Result<ReceivedBucket> {
         if !self.has_begun {
             return Err(refused("a weight before the changes").tensor(tensor.name()));
         }
-        let mut entry = Entry::new(tensor.meta().clone())?;
-        entry.write(0, storage)?;
-        entry.seal(pool);
-        let view = (entry.meta.clone(), entry.view());
+        let mut entries = self.copies.allocate(vec![tensor.meta().clone()])?;
+        self.copies.write(&mut entries, &[ShadowPart { of: 0, start: 0, bytes: storage }])?;
+        self.copies.seal(&mut entries)?;
+        let views = entries.iter().map(|entry| (entry.meta.clone(), entry.view())).collect();
         self.came.push(Came::New);
-        self.new.push(entry);
-        self.bucket(vec![view])
+        self.new.extend(entries);
+        self.bucket(views)
     }
 
     /// Makes a bucket of weights.
@@ -475,7 +474,7 @@ impl<'k> Patching<'k> {
     }
 
     /// Compares the whole version with the trainer's.
-    fn prove(&mut self, version: u64, pool: &Pool) -> Result<()> {
+    fn prove(&mut self, version: u64) -> Result<()> {
         let here = self.entries().fold(0, |version, entry| entry.add_to(version, 0));
         if here != version {
             self.is_damaged = true;
@@ -483,7 +482,8 @@ impl<'k> Patching<'k> {
             return Err(Error::new(ErrorKind::Digest, APPLYING, message));
         }
         if self.kept.since_attested + 1 >= ATTESTED_EVERY {
-            shadow::attest(self.entries(), pool).inspect_err(|_| self.is_damaged = true)?;
+            let attested = self.copies.attest(self.entries());
+            attested.inspect_err(|_| self.is_damaged = true)?;
             self.kept.since_attested = 0;
         } else {
             self.kept.since_attested += 1;
@@ -514,12 +514,17 @@ impl Drop for Patching<'_> {
         if self.base.is_empty() || self.is_damaged {
             return;
         }
-        for (at, cut, mut changes) in std::mem::take(&mut self.undo) {
-            let taken_back = self.base[at].as_mut().map(|entry| entry.exchange(cut, &mut changes));
-            if let Some(Err(error)) = taken_back {
+        for (changed, values) in std::mem::take(&mut self.undo) {
+            let due = changed.into_iter().filter_map(|(at, change)| {
+                let entry = self.base[at].take()?;
+                Some((at, entry, change))
+            });
+            let mut due: Vec<_> = due.collect();
+            if let Err(error) = self.copies.apply(&mut due, &values, false) {
                 tracing::warn!(%error, "changes cannot be taken back: the next version comes whole");
                 return;
             }
+            due.into_iter().for_each(|(at, entry, _)| self.base[at] = Some(entry));
         }
         let entries: Option<Vec<Entry>> = std::mem::take(&mut self.base).into_iter().collect();
         self.kept.shadow = entries.map(|entries| Shadow { entries });

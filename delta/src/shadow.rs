@@ -1,17 +1,18 @@
-//! A copy of a version as it travelled: weights in host memory, each with its digest sum.
+//! A copy of a version as it travelled: its weights, each with its digest sum, and the memory in which they lie.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use bytes::Bytes;
-use engine_core::memory::{Job, Pool, TensorMemory};
-use engine_core::{Error, ErrorKind, Result, Storage, TensorMeta, Weight, digest};
+use engine_core::changes::{Cut, Due, ShadowBytes, ShadowMemory, ShadowPart};
+use engine_core::memory::Pool;
+use engine_core::{
+    EngineContext, Error, ErrorKind, Result, Role, Storage, TensorMeta, Weight, digest,
+};
 use sha2::{Digest, Sha256};
 
-use crate::tiles::{self, Cut};
+use crate::host::HostShadows;
 
-/// Bytes that one thread sums up at a time.
-const GRAIN: usize = 1 << 20;
+pub(crate) const KEEPING: &str = "keeping a copy of what travels";
 
 /// A weight of a version.
 #[derive(Debug)]
@@ -19,7 +20,7 @@ pub(crate) struct Entry {
     pub(crate) meta: TensorMeta,
     /// A hash of name, type and shape.
     key: u64,
-    memory: Memory,
+    bytes: Box<dyn ShadowBytes>,
     /// The digest's sum of its bytes.
     sum: u64,
 }
@@ -30,113 +31,182 @@ pub(crate) struct Shadow {
     pub(crate) entries: Vec<Entry>,
 }
 
-/// Memory that readers share. It is written in place while nobody reads it. While somebody does, a copy is written and replaces it.
-#[derive(Debug)]
-struct Memory(Arc<TensorMemory>);
-
-#[derive(Debug)]
-struct View(Arc<TensorMemory>);
-
-impl AsRef<[u8]> for View {
-    fn as_ref(&self) -> &[u8] {
-        self.0.bytes()
-    }
+/// The changes of a weight, without their values.
+#[derive(Clone, Debug)]
+pub(crate) struct Change {
+    pub(crate) cut: Cut,
+    /// The word of each tile; none if nothing changed.
+    pub(crate) words: Vec<u32>,
 }
 
-impl Memory {
-    fn bytes_mut(&mut self) -> Result<&mut [u8]> {
-        if Arc::get_mut(&mut self.0).is_none() {
-            let bytes = self.0.bytes();
-            let mut copy = TensorMemory::new(bytes.len() as u64, KEEPING)?;
-            copy.bytes_mut().copy_from_slice(bytes);
-            self.0 = Arc::new(copy);
-        }
-        let memory = Arc::get_mut(&mut self.0).map(TensorMemory::bytes_mut);
-        memory.ok_or_else(|| Error::new(ErrorKind::State, KEEPING, "new memory is shared"))
-    }
+/// Where a rank's copies lie, and what works on them.
+#[derive(Clone, Debug)]
+pub(crate) struct Copies {
+    pub(crate) memory: Arc<dyn ShadowMemory>,
+    pub(crate) pool: Pool,
 }
 
-const KEEPING: &str = "keeping a copy of what travels";
+impl Copies {
+    /// On the device of a configuration, if its kind of memory can have copies; else in host memory.
+    ///
+    /// # Errors
+    ///
+    /// Those of the device; `Resource` if the threads cannot be started.
+    pub(crate) fn of(context: &EngineContext, role: Role) -> Result<Self> {
+        let kind = context.memory.filter(|_| !context.config.device.is_cpu());
+        let memory = kind.map(|kind| kind.shadows(&context.config.device)).transpose()?.flatten();
+        let memory = memory.unwrap_or_else(|| Arc::new(HostShadows));
+        Ok(Self { memory, pool: Pool::new(context.threads(role))? })
+    }
 
-impl Entry {
-    /// A weight whose bytes are not known yet, with new memory.
+    /// Weights whose bytes are not known yet, with new memory.
     ///
     /// # Errors
     ///
     /// `Resource` if there is no memory.
-    pub(crate) fn new(meta: TensorMeta) -> Result<Self> {
-        let memory = TensorMemory::new(meta.byte_len()?, KEEPING);
-        let memory = memory.map_err(|error| error.tensor(&*meta.name))?;
-        let mut hash = Sha256::new();
-        hash.update((meta.name.len() as u64).to_le_bytes());
-        hash.update(meta.name.as_bytes());
-        hash.update(meta.dtype.name());
-        meta.shape.iter().for_each(|dimension| hash.update(dimension.to_le_bytes()));
-        let mut key = [0; 8];
-        key.copy_from_slice(&hash.finalize()[..8]);
-        let key = u64::from_le_bytes(key);
-        Ok(Self { meta, key, memory: Memory(Arc::new(memory)), sum: 0 })
+    pub(crate) fn allocate(&self, metas: Vec<TensorMeta>) -> Result<Vec<Entry>> {
+        let lens = metas.iter().map(TensorMeta::byte_len).collect::<Result<Vec<_>>>()?;
+        let all = metas.into_iter().zip(self.memory.allocate(&lens)?);
+        Ok(all.map(|(meta, bytes)| Entry { key: key(&meta), meta, bytes, sum: 0 }).collect())
     }
 
-    /// Encodes a weight into new memory. Blocks.
+    /// Encodes weights into new memory. Blocks.
     ///
     /// # Errors
     ///
-    /// Those of the encoding, and `Resource`.
-    pub(crate) fn encoded(weight: &Weight, pool: &Pool) -> Result<Self> {
-        let mut entry = Self::new(weight.meta().clone())?;
-        let job = Job { weight: weight.clone(), start: 0, len: weight.byte_len(), offset: 0 };
-        entry.sum = pool.encode(&[job], entry.memory.bytes_mut()?, true)?;
-        Ok(entry)
+    /// Those of the encoding, and `Resource`, before anything was encoded.
+    pub(crate) fn encoded(&self, weights: &[Weight]) -> Result<Vec<Entry>> {
+        let metas = weights.iter().map(|weight| weight.meta().clone()).collect();
+        let mut entries = self.allocate(metas)?;
+        self.with_bytes(&mut entries, |bytes| self.memory.encode(weights, bytes, &self.pool)).map(
+            |sums| {
+                entries.iter_mut().zip(sums).for_each(|(entry, sum)| entry.sum = sum);
+                entries
+            },
+        )
     }
 
-    pub(crate) fn bytes(&self) -> &[u8] {
-        self.memory.0.bytes()
+    /// Writes parts of weights, given by their indices. Call [`seal`](Self::seal) when all parts of a weight are written. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading the parts; `Resource` if a weight is read and there is no memory for another copy.
+    pub(crate) fn write(&self, entries: &mut [Entry], parts: &[ShadowPart]) -> Result<()> {
+        self.with_bytes(entries, |bytes| self.memory.write(bytes, parts, &self.pool))
+    }
+
+    /// Computes the digest sums of weights. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// Those of the device.
+    pub(crate) fn seal(&self, entries: &mut [Entry]) -> Result<()> {
+        let bytes: Vec<&dyn ShadowBytes> = entries.iter().map(|entry| &*entry.bytes).collect();
+        let sums = self.memory.sums(&bytes, &self.pool)?;
+        entries.iter_mut().zip(sums).for_each(|(entry, sum)| entry.sum = sum);
+        Ok(())
+    }
+
+    /// Runs something with the bytes of entries.
+    fn with_bytes<T>(
+        &self,
+        entries: &mut [Entry],
+        run: impl FnOnce(&mut [Box<dyn ShadowBytes>]) -> Result<T>,
+    ) -> Result<T> {
+        let nothing = || Box::new(Nothing) as Box<dyn ShadowBytes>;
+        let mut bytes: Vec<_> = entries
+            .iter_mut()
+            .map(|entry| std::mem::replace(&mut entry.bytes, nothing()))
+            .collect();
+        let result = run(&mut bytes);
+        entries.iter_mut().zip(bytes).for_each(|(entry, bytes)| entry.bytes = bytes);
+        result
+    }
+
+    /// Exchanges the values of weights and of their changes. Returns the old values if they are `wanted`. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// `Protocol` if these are not changes of them; `Resource` if one is read and there is no memory for another copy. The bytes of all are
+    /// undefined then.
+    pub(crate) fn apply(
+        &self,
+        due: &mut [(usize, Entry, Change)],
+        values: &Storage,
+        wanted: bool,
+    ) -> Result<Option<Storage>> {
+        let mut all: Vec<Due<'_>> = due
+            .iter_mut()
+            .map(|(_, Entry { meta, bytes, .. }, Change { cut, words })| Due {
+                name: &meta.name,
+                to: bytes,
+                cut: *cut,
+                words,
+            })
+            .collect();
+        let applied = self.memory.apply(&mut all, values, wanted, &self.pool)?;
+        for ((_, entry, _), changed) in due.iter_mut().zip(applied.sums) {
+            entry.sum = entry.sum.wrapping_add(changed);
+        }
+        Ok(applied.undo)
+    }
+
+    /// Computes the sums of weights again from memory. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// `Digest`, naming the first whose bytes do not have the sum that was kept; those of the device.
+    pub(crate) fn attest<'a>(&self, entries: impl IntoIterator<Item = &'a Entry>) -> Result<()> {
+        let entries: Vec<&Entry> = entries.into_iter().collect();
+        let bytes: Vec<&dyn ShadowBytes> = entries.iter().map(|entry| &*entry.bytes).collect();
+        let sums = self.memory.sums(&bytes, &self.pool)?;
+        let changed = entries.into_iter().zip(sums).find(|(entry, sum)| entry.sum != *sum);
+        changed.map_or(Ok(()), |(entry, _)| {
+            let message = "bytes in memory are not those that were written there";
+            Err(Error::new(ErrorKind::Digest, KEEPING, message).tensor(&*entry.meta.name))
+        })
+    }
+}
+
+impl Entry {
+    /// Its bytes in memory.
+    pub(crate) fn bytes(&self) -> &dyn ShadowBytes {
+        &*self.bytes
     }
 
     /// The bytes, shared.
     pub(crate) fn view(&self) -> Storage {
-        Bytes::from_owner(View(self.memory.0.clone())).into()
-    }
-
-    /// Writes a part of the bytes. Call [`seal`](Self::seal) when all are written.
-    ///
-    /// # Errors
-    ///
-    /// Those of reading a device's memory; `Resource` if the weight is read and there is no memory for another copy.
-    pub(crate) fn write(&mut self, start: u64, from: &Storage) -> Result<()> {
-        let end = start + from.len();
-        let to = self.memory.bytes_mut()?.get_mut(start as usize..end as usize);
-        let outside = || {
-            Error::new(ErrorKind::Protocol, KEEPING, "a part outside its weight")
-                .tensor(&*self.meta.name)
-        };
-        from.read(0, to.ok_or_else(outside)?)
-    }
-
-    /// Computes the digest sum of the bytes. Blocks.
-    pub(crate) fn seal(&mut self, pool: &Pool) {
-        self.sum = sum(self.bytes(), pool);
-    }
-
-    /// Exchanges the values of the weight and of its changes.
-    ///
-    /// # Errors
-    ///
-    /// `Protocol` if these are not changes of it, after which its bytes are undefined; `Resource` if it is read and there is no memory for
-    /// another copy.
-    pub(crate) fn exchange(&mut self, cut: Cut, changes: &mut [u8]) -> Result<()> {
-        let changed = tiles::exchange(cut, self.memory.bytes_mut()?, changes).map_err(|words| {
-            Error::new(ErrorKind::Protocol, crate::message::APPLYING, words)
-                .tensor(&*self.meta.name)
-        })?;
-        self.sum = self.sum.wrapping_add(changed);
-        Ok(())
+        self.bytes.view()
     }
 
     /// Adds the weight to the number of a version, with its sum changed by `changed`.
     pub(crate) fn add_to(&self, version: u64, changed: u64) -> u64 {
         digest::chain(digest::chain(version, self.key), self.sum.wrapping_add(changed))
+    }
+}
+
+fn key(meta: &TensorMeta) -> u64 {
+    let mut hash = Sha256::new();
+    hash.update((meta.name.len() as u64).to_le_bytes());
+    hash.update(meta.name.as_bytes());
+    hash.update(meta.dtype.name());
+    meta.shape.iter().for_each(|dimension| hash.update(dimension.to_le_bytes()));
+    let mut key = [0; 8];
+    key.copy_from_slice(&hash.finalize()[..8]);
+    u64::from_le_bytes(key)
+}
+
+/// In place of bytes that are elsewhere for a moment.
+#[derive(Debug)]
+struct Nothing;
+
+impl ShadowBytes for Nothing {
+    fn len(&self) -> u64 {
+        0
+    }
+
+    fn view(&self) -> Storage {
+        Vec::new().into()
     }
 }
 
@@ -148,7 +218,7 @@ impl Shadow {
 
     /// Bytes of all weights.
     pub(crate) fn bytes(&self) -> u64 {
-        self.entries.iter().map(|entry| entry.bytes().len() as u64).sum()
+        self.entries.iter().map(|entry| entry.bytes.len()).sum()
     }
 
     /// The index of each weight, by its name.
@@ -156,40 +226,6 @@ impl Shadow {
         let named = self.entries.iter().enumerate();
         named.map(|(at, entry)| (entry.meta.name.clone(), at)).collect()
     }
-
-    /// Computes all sums again from memory. Blocks.
-    ///
-    /// # Errors
-    ///
-    /// `Digest`, naming the first weight whose bytes do not have the sum that was kept.
-    pub(crate) fn attest(&self, pool: &Pool) -> Result<()> {
-        attest(&self.entries, pool)
-    }
-}
-
-/// Computes the sums of weights again from memory. Blocks.
-///
-/// # Errors
-///
-/// `Digest`, naming the first whose bytes do not have the sum that was kept.
-pub(crate) fn attest<'a>(entries: impl IntoIterator<Item = &'a Entry>, pool: &Pool) -> Result<()> {
-    let entries: Vec<&Entry> = entries.into_iter().collect();
-    let are_right = pool.map(&entries, |entry| sum(entry.bytes(), pool) == entry.sum);
-    let changed = entries.into_iter().zip(are_right).find(|(_, is_right)| !is_right);
-    changed.map_or(Ok(()), |(entry, _)| {
-        let message = "bytes in memory are not those that were written there";
-        Err(Error::new(ErrorKind::Digest, KEEPING, message).tensor(&*entry.meta.name))
-    })
-}
-
-/// The digest sum of a weight.
-fn sum(bytes: &[u8], pool: &Pool) -> u64 {
-    if bytes.len() <= GRAIN {
-        return digest::sum(0, bytes);
-    }
-    let parts = bytes.chunks(GRAIN).enumerate();
-    let sums = pool.map(parts, |(part, bytes)| digest::sum((part * GRAIN) as u64, bytes));
-    sums.into_iter().fold(0, u64::wrapping_add)
 }
 
 #[cfg(test)]
@@ -197,24 +233,28 @@ mod tests {
     use super::*;
     use engine_core::DType;
 
-    fn pool() -> Pool {
-        Pool::new(2).expect("threads")
+    fn copies() -> Copies {
+        Copies { memory: Arc::new(HostShadows), pool: Pool::new(2).expect("threads") }
     }
 
     fn entry(name: &str, bytes: Vec<u8>) -> Entry {
         let weight = Weight::new(name, DType::U8, [bytes.len() as u64], bytes).expect("a weight");
-        Entry::encoded(&weight, &pool()).expect("memory")
+        copies().encoded(&[weight]).expect("memory").remove(0)
+    }
+
+    fn write(entries: &mut [Entry], of: usize, start: u64, bytes: Vec<u8>) {
+        let part = ShadowPart { of, start, bytes: bytes.into() };
+        copies().write(entries, &[part]).expect("memory");
     }
 
     #[test]
     fn a_byte_that_changed_by_itself_is_found_and_the_weight_named() {
-        for (len, at) in [(1, 0), (1000, 999), (GRAIN + 100, GRAIN + 50)] {
-            let mut shadow =
-                Shadow { entries: vec![entry("a", vec![1; 9]), entry("b", vec![2; len])] };
-            shadow.attest(&pool()).expect("nothing changed");
+        for (len, at) in [(1, 0), (1000, 999), ((1 << 20) + 100, (1 << 20) + 50)] {
+            let mut entries = vec![entry("a", vec![1; 9]), entry("b", vec![2; len])];
+            copies().attest(&entries).expect("nothing changed");
             // Written without `seal`: the sum is not updated.
-            shadow.entries[1].write(at as u64, &vec![3].into()).expect("a byte");
-            let error = shadow.attest(&pool()).expect_err("a byte changed");
+            write(&mut entries, 1, at as u64, vec![3]);
+            let error = copies().attest(&entries).expect_err("a byte changed");
             assert_eq!(
                 (error.kind(), error.report().tensor.as_deref()),
                 (ErrorKind::Digest, Some("b"))
@@ -224,11 +264,21 @@ mod tests {
 
     #[test]
     fn a_weight_that_is_read_is_changed_in_a_copy() {
-        let mut entry = entry("a", vec![7; 100]);
-        let before = entry.view();
-        entry.write(0, &vec![8; 100].into()).expect("memory");
+        let mut entries = vec![entry("a", vec![7; 100])];
+        let before = entries[0].view();
+        write(&mut entries, 0, 0, vec![8; 100]);
         assert_eq!(before.to_host().expect("host memory")[..], [7; 100]);
-        assert_eq!(entry.bytes(), [8; 100]);
+        assert_eq!(entries[0].view().to_host().expect("host memory")[..], [8; 100]);
+    }
+
+    #[test]
+    fn a_part_outside_its_weight_is_refused() {
+        let mut entries = vec![entry("a", vec![7; 100])];
+        for (of, start) in [(0, 100), (0, u64::MAX), (1, 0)] {
+            let part = ShadowPart { of, start, bytes: vec![1].into() };
+            let error = copies().write(&mut entries, &[part]).expect_err("outside");
+            assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
+        }
     }
 
     #[test]

@@ -1,32 +1,22 @@
 //! A trainer that sends what changed.
 
-use std::cell::RefCell;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
-use bytes::Bytes;
-use engine_core::memory::{Pool, Work};
+use engine_core::changes::{Compared, Difference, ShadowBytes};
+use engine_core::memory::Work;
 use engine_core::{
     Base, Bases, ChangedElements, CheckpointEngine, DeltaReport, EngineContext, Error, ErrorKind,
-    Prepared, PreparedTrainer, Rank, Result, Role, SendReport, TensorCounts, TrainerEngine,
-    Version, Weight, WeightStream,
+    Prepared, PreparedTrainer, Rank, Result, Role, SendReport, Storage, TensorCounts,
+    TrainerEngine, Version, Weight, WeightStream,
 };
 use futures::channel::oneshot;
 use futures::{FutureExt, StreamExt};
 
 use crate::ATTESTED_EVERY;
 use crate::message::{self, Head, Record};
-use crate::shadow::{Entry, Shadow};
-use crate::tiles::{Changes, Cut};
-
-/// Bytes that are encoded or compared at a time, as long as the stream has weights. At most a bucket, because an engine allows the deadline
-/// for one bucket.
-const BATCH: u64 = 32 << 20;
-/// Bytes of a weight that one thread encodes and compares at a time, so that they stay in its cache.
-const STEP: usize = 256 << 10;
-/// The same for weights that are read from a device.
-const DEVICE_STEP: usize = 4 << 20;
+use crate::shadow::{Change, Copies, Entry, Shadow};
 
 pub(crate) fn in_front(
     prepared: PreparedTrainer,
@@ -34,12 +24,13 @@ pub(crate) fn in_front(
 ) -> Result<PreparedTrainer> {
     let bases = context.bases.clone();
     bases.want();
-    let pool = Pool::new(context.threads(Role::Trainer))?;
-    let batch = context.config.bucket_bytes().unwrap_or(BATCH).min(BATCH);
+    let copies = Copies::of(context, Role::Trainer)?;
+    let batch = copies.memory.batch();
+    let batch = context.config.bucket_bytes().unwrap_or(batch).min(batch);
     let metadata = prepared.metadata().clone();
     Ok(Prepared::new(metadata, move |place| async move {
         let engine = prepared.join(place).await?;
-        let trainer = DeltaTrainer { engine, bases, pool, batch, kept: Kept::default() };
+        let trainer = DeltaTrainer { engine, bases, copies, batch, kept: Kept::default() };
         Ok(Box::new(trainer) as Box<dyn TrainerEngine>)
     }))
 }
@@ -48,8 +39,9 @@ pub(crate) fn in_front(
 struct DeltaTrainer {
     engine: Box<dyn TrainerEngine>,
     bases: Bases,
-    pool: Pool,
-    /// Bytes that are encoded or compared at a time.
+    copies: Copies,
+    /// Bytes that are encoded or compared at a time, as long as the stream has weights. At most a bucket, because an engine allows the
+    /// deadline for one bucket.
     batch: u64,
     kept: Kept,
 }
@@ -96,7 +88,7 @@ impl TrainerEngine for DeltaTrainer {
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport> {
-        let Self { engine, bases, pool, batch, kept } = self;
+        let Self { engine, bases, copies, batch, kept } = self;
         let lost = kept.settle().await;
         // Discards what was said for an update that did not get this far.
         drop(bases.take());
@@ -108,10 +100,12 @@ impl TrainerEngine for DeltaTrainer {
             kept: kept.shadow.clone(),
             lost,
             attests: kept.since_attested + 1 >= ATTESTED_EVERY,
-            pool: pool.clone(),
+            copies: copies.clone(),
             batch: *batch,
             made: made.clone(),
             form: Form::Undecided,
+            held: None,
+            at_work: VecDeque::new(),
             ready: VecDeque::new(),
             tensors: 0,
         };
@@ -119,9 +113,9 @@ impl TrainerEngine for DeltaTrainer {
             Ok(sending.next().await?.map(|weight| (weight, sending)))
         });
         let sent = engine.send_weights(WeightStream::new(stream), version).await;
-        let Made { weights, counts, report: mut delta, attested, reused, at_work } =
+        let Made { weights, changes, counts, report: mut delta, attested, reused, at_work } =
             std::mem::take(&mut *lock(&made));
-        if let Some(at_work) = at_work {
+        for at_work in at_work {
             // The caller may change its weights once this returns, so whatever still reads them ends first. The sender is dropped, never
             // used.
             at_work.await.unwrap_or_default();
@@ -135,8 +129,8 @@ impl TrainerEngine for DeltaTrainer {
         match base {
             Some(base) => {
                 delta.shadow_bytes = base.bytes();
-                let threads = pool.clone();
-                kept.moving = Some(pool.start(move || moved(base, weights, &threads)));
+                let work = copies.clone();
+                kept.moving = Some(copies.pool.start(move || moved(base, weights, changes, &work)));
             }
             None if delta.whole.is_some() && !weights.is_empty() => {
                 let entries = weights.into_iter().filter_map(Sent::into_new).collect();
@@ -153,24 +147,26 @@ impl TrainerEngine for DeltaTrainer {
 }
 
 /// The copy of the version that was committed, made from the base and the changes. Blocks.
-fn moved(base: Arc<Shadow>, weights: Vec<Sent>, pool: &Pool) -> Result<Shadow> {
+fn moved(
+    base: Arc<Shadow>,
+    weights: Vec<Sent>,
+    changes: Vec<Changed>,
+    copies: &Copies,
+) -> Result<Shadow> {
     let base = Arc::try_unwrap(base).map_err(|_| lost("the copy of what was sent last is read"))?;
     let mut base: Vec<Option<Entry>> = base.entries.into_iter().map(Some).collect();
+    let twice = || lost("a weight was sent twice");
+    for Changed { of, values } in changes {
+        let due = of.into_iter().map(|(at, change)| Some((at, base.get_mut(at)?.take()?, change)));
+        let mut due = due.collect::<Option<Vec<_>>>().ok_or_else(twice)?;
+        copies.apply(&mut due, &values, false)?;
+        due.into_iter().for_each(|(at, entry, _)| base[at] = Some(entry));
+    }
     let entries = weights.into_iter().map(|sent| match sent {
-        Sent::New(entry) => Some((entry, None)),
-        Sent::Kept { at, cut, changes, .. } => {
-            base.get_mut(at)?.take().map(|entry| (entry, Some((cut, changes))))
-        }
+        Sent::New(entry) => Some(entry),
+        Sent::Kept { at, .. } => base.get_mut(at)?.take(),
     });
-    let entries: Option<Vec<_>> = entries.collect();
-    let entries = entries.ok_or_else(|| lost("a weight was sent twice"))?;
-    let moved = pool.map(entries, |(mut entry, change)| {
-        if let Some((cut, changes)) = change.filter(|(_, changes)| !changes.is_empty()) {
-            entry.exchange(cut, &mut changes.to_vec())?;
-        }
-        Ok(entry)
-    });
-    Ok(Shadow { entries: moved.into_iter().collect::<Result<_>>()? })
+    Ok(Shadow { entries: entries.collect::<Option<_>>().ok_or_else(twice)? })
 }
 
 fn lost(words: &str) -> Error {
@@ -180,14 +176,19 @@ fn lost(words: &str) -> Error {
 /// A weight of the version that is being sent.
 #[derive(Debug)]
 enum Sent {
-    /// It is at this index of the base, and has these changes, which are empty if it did not change.
+    /// It is at this index of the base, and its changes change its digest sum by this.
     Kept {
         at: usize,
-        cut: Cut,
-        changes: Bytes,
         sum: u64,
     },
     New(Entry),
+}
+
+/// Weights of the base that changed, by their index, and the values of all of them.
+#[derive(Debug)]
+struct Changed {
+    of: Vec<(usize, Change)>,
+    values: Storage,
 }
 
 impl Sent {
@@ -203,14 +204,15 @@ impl Sent {
 #[derive(Debug, Default)]
 struct Made {
     weights: Vec<Sent>,
+    changes: Vec<Changed>,
     counts: TensorCounts,
     report: DeltaReport,
     /// Whether sums were computed from memory.
     attested: bool,
     /// Whether the weights were those of the base, in its order, if changes were sent.
     reused: Option<bool>,
-    /// Completes when nothing reads weights any more.
-    at_work: Option<oneshot::Receiver<()>>,
+    /// Complete when nothing reads weights any more.
+    at_work: Vec<oneshot::Receiver<()>>,
 }
 
 /// How an update's weights travel.
@@ -283,6 +285,23 @@ impl Comparison {
     }
 }
 
+/// Batches that the threads have at a time. On a device one is encoded and one is compared, and the next one is there when they end.
+const AT_WORK: usize = 3;
+
+/// Weights that are being encoded, and compared if the base has them.
+struct AtWork {
+    work: Work<(Worked, oneshot::Sender<()>)>,
+    batch: Vec<Weight>,
+    /// The index of each in the base.
+    found: Vec<Option<usize>>,
+}
+
+/// What comes of a batch, in its order.
+struct Worked {
+    compared: Compared,
+    new: Vec<Entry>,
+}
+
 /// The stream that the engine gets.
 struct Sending<'a> {
     weights: WeightStream<'a>,
@@ -292,10 +311,14 @@ struct Sending<'a> {
     /// Why there is no copy, if there should be one.
     lost: Option<String>,
     attests: bool,
-    pool: Pool,
+    copies: Copies,
     batch: u64,
     made: Arc<Mutex<Made>>,
     form: Form,
+    /// A weight of the stream that is not in a batch yet.
+    held: Option<Weight>,
+    /// The batches that the threads have.
+    at_work: VecDeque<AtWork>,
     ready: VecDeque<Weight>,
     /// The number of tensors that carried changes so far.
     tensors: u64,
@@ -312,11 +335,25 @@ impl Sending<'_> {
                 Form::Plain => return self.next_of_trainer().await,
                 Form::Ended => return Ok(None),
                 Form::Whole | Form::Changes(_) => {
+                    // Gathered while the threads have others; the tensors of the first are made while they have this one.
                     let batch = self.gather().await?;
-                    if batch.is_empty() {
-                        self.end()?;
-                    } else {
-                        self.take(batch).await?;
+                    let first = match batch.is_empty() || self.at_work.len() >= AT_WORK {
+                        true => self.at_work.pop_front(),
+                        false => None,
+                    };
+                    let is_over = batch.is_empty() && first.is_none();
+                    let worked = match first {
+                        Some(first) => self.worked(first).await?,
+                        None => None,
+                    };
+                    match self.form {
+                        Form::Plain => self.ready.extend(batch),
+                        _ if !batch.is_empty() => self.start(batch)?,
+                        _ if is_over => self.end()?,
+                        _ => {}
+                    }
+                    if let Some((worked, batch, found)) = worked {
+                        self.take(worked, &batch, &found)?;
                     }
                 }
             }
@@ -351,9 +388,10 @@ impl Sending<'_> {
         };
         self.form = form;
         if let (Form::Changes(comparison), true) = (&self.form, self.attests) {
-            let (base, pool) = (comparison.base.clone(), self.pool.clone());
+            let (base, copies) = (comparison.base.clone(), self.copies.clone());
             lock(&self.made).attested = true;
-            if let Err(error) = self.pool.start(move || base.attest(&pool)).await {
+            let attested = self.copies.pool.start(move || copies.attest(&base.entries));
+            if let Err(error) = attested.await {
                 tracing::error!(%error, "the copy of what was sent last is damaged: whole weights are sent");
                 (self.form, why) = (Form::Whole, Some(error.to_string()));
             }
@@ -372,8 +410,8 @@ impl Sending<'_> {
 
     /// The trainer's next weight.
     async fn next_of_trainer(&mut self) -> Result<Option<Weight>> {
-        if self.has_ended {
-            return Ok(None);
+        if self.held.is_some() || self.has_ended {
+            return Ok(self.held.take());
         }
         let next = self.weights.next().await;
         self.came(next)
@@ -389,16 +427,27 @@ impl Sending<'_> {
         Ok(Some(weight))
     }
 
-    /// The next weights: those that are ready, or the first one after a wait.
+    /// The next weights: those that are ready, or the first one after a wait if the threads have nothing to do. Deferred weights are in the
+    /// batch of those that they follow.
     async fn gather(&mut self) -> Result<Vec<Weight>> {
         let (mut batch, mut bytes) = (Vec::new(), 0);
-        while bytes < self.batch && !self.has_ended {
-            let next = match self.weights.next().now_or_never() {
-                Some(next) => self.came(next)?,
-                None if batch.is_empty() => self.next_of_trainer().await?,
-                None => break,
+        loop {
+            let is_there = self.held.is_some() || self.has_ended;
+            let next = match is_there {
+                true => self.held.take(),
+                false => match self.weights.next().now_or_never() {
+                    Some(next) => self.came(next)?,
+                    None if batch.is_empty() && self.at_work.is_empty() => {
+                        self.next_of_trainer().await?
+                    }
+                    None => break,
+                },
             };
             let Some(weight) = next else { break };
+            if bytes >= self.batch && !weight.is_deferred() {
+                self.held = Some(weight);
+                break;
+            }
             weight.require_whole(message::COMPARING)?;
             bytes += weight.byte_len();
             batch.push(weight);
@@ -406,8 +455,8 @@ impl Sending<'_> {
         Ok(batch)
     }
 
-    /// Encodes weights, and compares them if changes are sent.
-    async fn take(&mut self, batch: Vec<Weight>) -> Result<()> {
+    /// Has the threads encode weights, and compare those that the base has.
+    fn start(&mut self, batch: Vec<Weight>) -> Result<()> {
         let (base, found): (_, Vec<Option<usize>>) = match &mut self.form {
             Form::Changes(comparison) => {
                 let found: Result<_> = batch.iter().map(|weight| comparison.find(weight)).collect();
@@ -415,24 +464,59 @@ impl Sending<'_> {
             }
             _ => (None, vec![None; batch.len()]),
         };
-        let pool = self.pool.clone();
+        let (copies, weights, places) = (self.copies.clone(), batch.clone(), found.clone());
         let (reads, at_work) = oneshot::channel();
-        lock(&self.made).at_work = Some(at_work);
-        let work = self.pool.start(move || {
-            let compared = compare_all(&batch, &found, base.as_deref(), &pool)?;
-            // Returned in this order, in which they are dropped: `reads` last.
-            Ok((batch, compared, reads))
+        lock(&self.made).at_work.push(at_work);
+        let work = self.copies.pool.start(move || {
+            let worked = work_on(&weights, &places, base.as_deref(), &copies);
+            // Nothing reads the base or the weights any more when `reads` is dropped.
+            drop((weights, base));
+            Ok((worked?, reads))
         });
-        let (batch, compared, _) = work.await?;
-        let (mut records, mut bodies, mut sent) = (Vec::new(), Vec::new(), Vec::new());
-        for (weight, compared) in batch.iter().zip(compared) {
-            match compared {
-                Compared::Kept { at, cut, changes, sum, units } => {
-                    let tile = cut.tile() as u32;
-                    let len = changes.len() as u64;
-                    records.push(Record { weight: at as u32, tile, len });
-                    bodies.push(changes);
-                    sent.push((at, cut, sum, len));
+        self.at_work.push_back(AtWork { work, batch, found });
+        Ok(())
+    }
+
+    /// Waits for a batch. Returns what came of it; nothing if there is no memory for a copy: then the weights are sent as they are.
+    async fn worked(
+        &mut self,
+        AtWork { work, batch, found }: AtWork,
+    ) -> Result<Option<(Worked, Vec<Weight>, Vec<Option<usize>>)>> {
+        match work.await {
+            Ok((worked, _)) => Ok(Some((worked, batch, found))),
+            Err(error)
+                if error.kind() == ErrorKind::Resource && matches!(self.form, Form::Whole) =>
+            {
+                self.form = Form::Plain;
+                self.ready.extend(batch);
+                // What is made of the others is not needed. Copies are dropped when nobody writes to them.
+                for AtWork { work, batch, .. } in std::mem::take(&mut self.at_work) {
+                    drop(work.await);
+                    self.ready.extend(batch);
+                }
+                let made = &mut *lock(&self.made);
+                made.weights.clear();
+                made.report.whole = Some(format!("no copy is kept: {error}"));
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes tensors of what came of a batch.
+    fn take(&mut self, worked: Worked, batch: &[Weight], found: &[Option<usize>]) -> Result<()> {
+        let Worked { compared: Compared { weights, values }, new } = worked;
+        let (mut differences, mut new) = (weights.into_iter(), new.into_iter());
+        let (mut run, mut begin, mut end) = (Vec::new(), 0, 0);
+        for (weight, found) in batch.iter().zip(found) {
+            match found {
+                Some(at) => {
+                    let Some(difference) = differences.next() else { continue };
+                    // A batch may be a little more than a bucket. A tensor that is more than one is put together in host memory.
+                    if end > begin && end - begin + difference.len > self.batch {
+                        self.flush(&mut run, values.slice(begin..end))?;
+                        begin = end;
+                    }
                     let report = &mut lock(&self.made).report;
                     let name = weight.meta().dtype.name();
                     let of_type: &mut ChangedElements = match report.elements.get_mut(name) {
@@ -440,47 +524,56 @@ impl Sending<'_> {
                         None => report.elements.entry(name.to_owned()).or_default(),
                     };
                     of_type.compared += weight.meta().elements()?;
-                    of_type.changed += units;
-                    report.changed_weights += u64::from(units > 0);
+                    of_type.changed += difference.units;
+                    report.changed_weights += u64::from(difference.units > 0);
+                    end += difference.len;
+                    run.push((*at, difference));
                 }
-                Compared::New(entry) => {
-                    self.flush(&mut records, &mut bodies, &mut sent)?;
+                None => {
+                    self.flush(&mut run, values.slice(begin..end))?;
+                    begin = end;
+                    let Some(entry) = new.next() else { continue };
                     let whole = Weight::from_meta(entry.meta.clone(), entry.view())?;
                     self.ready.push_back(whole.with_treatment(weight.treatment().clone()));
                     lock(&self.made).weights.push(Sent::New(entry));
                 }
             }
         }
-        self.flush(&mut records, &mut bodies, &mut sent)
+        self.flush(&mut run, values.slice(begin..end))
     }
 
-    /// Makes a tensor of the records and their bodies.
-    fn flush(
-        &mut self,
-        records: &mut Vec<Record>,
-        bodies: &mut Vec<Vec<u8>>,
-        sent: &mut Vec<(usize, Cut, u64, u64)>,
-    ) -> Result<()> {
-        if records.is_empty() {
+    /// Makes tensors of weights that follow one another, and of their values.
+    fn flush(&mut self, run: &mut Vec<(usize, Difference)>, values: Storage) -> Result<()> {
+        if run.is_empty() {
             return Ok(());
         }
-        let all = self.queue(&Head::Weights(std::mem::take(records)), bodies)?;
-        bodies.clear();
-        let mut from = 0;
-        let kept = sent.drain(..).map(|(at, cut, sum, len)| {
-            let changes = all.slice(from..from + len as usize);
-            from += len as usize;
-            Sent::Kept { at, cut, changes, sum }
-        });
-        lock(&self.made).weights.extend(kept);
+        let record = |(at, difference): &(usize, Difference)| Record {
+            weight: *at as u32,
+            tile: difference.cut.tile() as u32,
+            len: difference.len,
+        };
+        let head = Head::Weights(run.iter().map(record).collect());
+        self.queue(&head, run.iter().flat_map(|(_, difference)| &difference.words))?;
+        if !values.is_empty() {
+            self.ready.push_back(message::values(self.tensors, values.clone())?);
+            self.tensors += 1;
+        }
+        let made = &mut *lock(&self.made);
+        made.weights.extend(run.iter().map(|(at, it)| Sent::Kept { at: *at, sum: it.sum }));
+        let changed = run.drain(..).filter(|(_, difference)| difference.units > 0);
+        let of: Vec<_> = changed
+            .map(|(at, Difference { cut, words, .. })| (at, Change { cut, words }))
+            .collect();
+        if !of.is_empty() {
+            made.changes.push(Changed { of, values });
+        }
         Ok(())
     }
 
-    fn queue(&mut self, head: &Head, bodies: &[Vec<u8>]) -> Result<Bytes> {
-        let (tensor, bodies) = message::tensor(self.tensors, head, bodies)?;
+    fn queue<'w>(&mut self, head: &Head, words: impl IntoIterator<Item = &'w u32>) -> Result<()> {
+        self.ready.push_back(message::tensor(self.tensors, head, words)?);
         self.tensors += 1;
-        self.ready.push_back(tensor);
-        Ok(bodies)
+        Ok(())
     }
 
     /// Ends the update after the last weight.
@@ -512,85 +605,35 @@ fn ranked(ranks: &[Rank]) -> String {
     format!("{} rollouts (rank {}{more}) are", ranks.len(), named.join(", "))
 }
 
-/// The result of comparing a weight.
-enum Compared {
-    Kept { at: usize, cut: Cut, changes: Vec<u8>, sum: u64, units: u64 },
-    New(Entry),
-}
-
 /// Encodes weights, and compares those that the base has. Blocks.
 ///
 /// # Errors
 ///
 /// Those of encoding; `Resource` if there is no memory for a new weight.
-fn compare_all(
+fn work_on(
     batch: &[Weight],
     found: &[Option<usize>],
     base: Option<&Shadow>,
-    pool: &Pool,
-) -> Result<Vec<Compared>> {
-    let mut all: Vec<Option<Compared>> = batch.iter().map(|_| None).collect();
-    // Deferred weights get their bytes when the others are encoded.
-    for deferred in [false, true] {
-        let due = batch.iter().zip(found).zip(&mut all);
-        let due = due.filter(|((weight, _), _)| weight.is_deferred() == deferred);
-        let each = |((weight, found), compared): ((&Weight, &Option<usize>), &mut Option<_>)| {
-            let entry = found.and_then(|at| Some((at, base?.entries.get(at)?)));
-            *compared = Some(match entry {
-                Some((at, entry)) => compare(weight, at, entry, pool)?,
-                None => Compared::New(Entry::encoded(weight, pool)?),
-            });
-            Ok(())
-        };
-        pool.map(due, each).into_iter().collect::<Result<()>>()?;
+    copies: &Copies,
+) -> Result<Worked> {
+    let mut kept: Vec<(&Weight, &dyn ShadowBytes)> = Vec::new();
+    let (mut new, mut late) = (Vec::new(), Vec::new());
+    for (weight, found) in batch.iter().zip(found) {
+        match found.and_then(|at| base?.entries.get(at)) {
+            Some(entry) => kept.push((weight, entry.bytes())),
+            None if weight.is_deferred() && !kept.is_empty() => late.push(weight.clone()),
+            None => new.push(weight.clone()),
+        }
     }
-    Ok(all.into_iter().flatten().collect())
-}
-
-/// Encodes a weight and compares it with the base, part by part, while a part is in the cache.
-fn compare(weight: &Weight, at: usize, entry: &Entry, pool: &Pool) -> Result<Compared> {
-    let old = entry.bytes();
-    let cut = Cut::at(weight.meta().dtype, weight.granule());
-    let step = step(cut, weight);
-    let part = |from: usize| {
-        let to = old.len().min(from.saturating_add(step));
-        let mut changes = Changes::default();
-        match weight.contiguous_bytes() {
-            Some(bytes) => changes.compare(cut, from, &old[from..to], &bytes[from..to]),
-            None => SCRATCH.with_borrow_mut(|scratch| {
-                scratch.resize(scratch.len().max(to - from), 0);
-                let new = &mut scratch[..to - from];
-                weight.encode(from as u64..to as u64, new)?;
-                changes.compare(cut, from, &old[from..to], new);
-                Ok::<_, Error>(())
-            })?,
-        }
-        Ok(changes)
-    };
-    let parts = match old.len() <= step {
-        true => vec![part(0)?],
-        false => {
-            let parts = pool.map((0..old.len()).step_by(step), part);
-            parts.into_iter().collect::<Result<_>>()?
-        }
-    };
-    let mut changes = Vec::new();
-    Changes::join(&parts, &mut changes);
-    let sum = parts.iter().fold(0_u64, |sum, part| sum.wrapping_add(part.sum));
-    let units = parts.iter().map(|part| part.units).sum();
-    Ok(Compared::Kept { at, cut, changes, sum, units })
-}
-
-thread_local! {
-    /// The buffer into which a thread encodes before it compares.
-    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Bytes that are encoded at a time: whole tiles, and whole granules if these consist of tiles.
-fn step(cut: Cut, weight: &Weight) -> usize {
-    let granule = usize::try_from(weight.granule()).unwrap_or(usize::MAX);
-    let tile = cut.tile();
-    let whole = if granule.is_multiple_of(tile) { granule } else { tile };
-    let most = if weight.reads_device() { DEVICE_STEP } else { STEP };
-    whole.max(most / whole * whole)
+    // Deferred weights get their bytes when the others are encoded.
+    let mut encoded = copies.encoded(&new)?.into_iter();
+    let compared = copies.memory.compare(&kept, &copies.pool)?;
+    let mut late = copies.encoded(&late)?.into_iter().peekable();
+    let is_new = batch.iter().zip(found).filter(|(_, found)| found.is_none());
+    let new = is_new.filter_map(|(weight, _)| {
+        let is_late = late.peek().is_some_and(|entry| entry.meta == *weight.meta());
+        if is_late { late.next() } else { encoded.next() }
+    });
+    let new = new.collect();
+    Ok(Worked { compared, new })
 }

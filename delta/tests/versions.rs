@@ -306,6 +306,31 @@ async fn updates_of_the_same_weights_have_the_layouts_of_the_last_one() {
 }
 
 #[tokio::test]
+async fn changes_of_more_than_a_bucket_travel_as_several_tensors() {
+    let mut context = config(true);
+    context.config.update_weights_bucket_megabytes = Some(1);
+    let registry = Registry::new().with(backend_naive::BACKEND).with_layer(LAYER);
+    let trainer = registry.prepare_trainer(context.clone().with_rank(engine_core::Rank(0)));
+    let rollout = registry.prepare_rollout(context.with_rank(engine_core::Rank(1)));
+    let (trainer, rollout) = (trainer.await.expect("a trainer"), rollout.await.expect("a rollout"));
+    let formed = form_local_group(backend_naive::BACKEND, vec![trainer], vec![rollout]).await;
+    let (mut trainers, mut rollouts) = formed.expect("a group");
+    let mut model: Model = (0..6).map(|at| weight(format!("w{at}"), 3, 20_000 + at)).collect();
+    let mut buckets = Vec::new();
+    for (version, every) in [(1, 1), (2, 900), (3, 1)] {
+        advance(&mut model, &Step::Changes { every, from: 0 }, version);
+        let report =
+            update(&mut *trainers[0], &mut rollouts, &model, version, &[Does::Takes]).await;
+        let report = report.expect("an update");
+        assert_eq!(report.delta.expect("a report").whole.is_some(), version == 1);
+        buckets.push(report.buckets);
+    }
+    // Few changes are one bucket. Of those that are as many as the weights, two weights' are more than a bucket.
+    assert_eq!(buckets[1], 1);
+    assert!(buckets[2] >= 4, "{buckets:?}");
+}
+
+#[tokio::test]
 async fn a_thousand_versions_in_a_row_are_what_one_whole_one_is() {
     let (mut trainer, mut rollouts) = group(&[true]).await.expect("a group");
     let mut model: Model = (0..5).map(|at| weight(format!("w{at}"), at, 30)).collect();

@@ -67,7 +67,7 @@ impl Places {
 #[derive(Debug)]
 struct Tools {
     kernels: Kernels,
-    /// For weights that the CPU encodes. As large as a bucket, once there is one. Taken while the CPU encodes.
+    /// For weights that the CPU encodes, each at its place in the bucket. Taken while the CPU encodes.
     staging: Option<PinnedMemory>,
     scratch: Scratch,
     /// Scales that were not written to their place at once.
@@ -333,10 +333,11 @@ impl Tools {
             most *= 2;
         }
         let Kept { now, asked, .. } = beside;
-        let staging = match work.host.is_empty() {
-            true => None,
-            false => Some(self.staging(bucket.len())?),
-        };
+        // Up to the last of them: pinning a whole bucket of gigabytes takes most of a second.
+        let end = work.host.iter().map(|&index| jobs[index].offset + jobs[index].len).max();
+        // Rounded up, so that a bucket with a little more than the last one does not need new memory.
+        let len = end.map(|end| (end as usize).next_power_of_two().min(bucket.len()));
+        let staging = len.map(|len| self.staging(len)).transpose()?;
         let jobs = jobs.clone();
         Ok(Filling { jobs, work, tables, run, scales: now, asked, staging })
     }

@@ -24,6 +24,7 @@ const ROWS: &str = include_str!("../kernels/rows.cuh");
 const BUCKET: &str = include_str!("../kernels/bucket.cu");
 const PROGRAM: &str = include_str!("../kernels/program.cu");
 const PLACED: &str = include_str!("../kernels/placed.cu");
+const DELTA: &str = include_str!("../kernels/delta.cu");
 
 /// The variable with the folder of NVRTC, if it is not on the loader's path.
 const FOLDER_VARIABLE: &str = "CKPT_ENGINE_NVRTC_DIR";
@@ -46,6 +47,11 @@ const BULK_CAPABILITY: (i32, i32) = (9, 0);
 /// The kernels of buckets and of placed updates.
 fn own() -> Result<CString, CudaError> {
     source(&[COMMON, quant_fp8::device::CUDA, ROWS, BUCKET, PLACED])
+}
+
+/// The kernels of deltas, which are compiled where there are any.
+fn of_deltas() -> Result<CString, CudaError> {
+    source(&[COMMON, DELTA])
 }
 
 /// The kernel of an encoding's program.
@@ -94,6 +100,7 @@ pub fn compile(capability: (i32, i32)) -> Result<Vec<u8>, CudaError> {
     for program in OWN {
         compile_program(program, capability)?;
     }
+    compiled(&of_deltas()?, capability)?;
     compiled(&own()?, capability).map(Image::into_bytes)
 }
 
@@ -120,6 +127,7 @@ pub fn local_memory(capability: (i32, i32)) -> Result<String, CudaError> {
     for program in OWN {
         said += &with_options(&of_program(program)?, options.clone())?.1;
     }
+    said += &with_options(&of_deltas()?, options.clone())?.1;
     Ok(said + &with_options(&own()?, options)?.1)
 }
 
@@ -329,6 +337,11 @@ pub(crate) struct Library {
 impl Library {
     pub(crate) fn load(device: &Device) -> Result<Self, CudaError> {
         Self::of(device, &own()?)
+    }
+
+    /// The kernels of deltas.
+    pub(crate) fn of_deltas(device: &Device) -> Result<Self, CudaError> {
+        Self::of(device, &of_deltas()?)
     }
 
     /// Loads the kernels of a source, or compiles them if they are not in the cache.

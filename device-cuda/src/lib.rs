@@ -10,6 +10,7 @@
 mod arena;
 mod bucket;
 mod copy_out;
+mod delta;
 mod device;
 pub mod dlpack;
 mod error;
@@ -30,6 +31,7 @@ mod work;
 pub use arena::CudaArena;
 pub use bucket::{Packer, Places};
 pub use copy_out::CudaCopyOut;
+pub use delta::CudaShadows;
 pub use device::{
     CudaMemory, CudaSlice, Device, Event, ForeignStream, IpcHandle, Pending, PinnedMemory, Stream,
     count, driver_version, keeping_current,

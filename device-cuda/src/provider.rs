@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
+use engine_core::changes::ShadowMemory;
 use engine_core::memory::{Job, Pool};
 use engine_core::provider::{
     Allocation, BucketMemory, BucketSlot, Exported, ImportedMemory, Lifetime, MemoryKind,
@@ -15,7 +16,9 @@ use engine_core::{DeviceChoice, Error, ErrorKind, Result, Storage};
 
 use crate::device::WeakMemory;
 use crate::programs::NAME;
-use crate::{CudaArena, CudaError, CudaMemory, Device, IpcHandle, Packer, bucket_storage};
+use crate::{
+    CudaArena, CudaError, CudaMemory, CudaShadows, Device, IpcHandle, Packer, bucket_storage,
+};
 
 /// The kind of memory of CUDA devices, to be registered.
 pub static MEMORY: &dyn MemoryKind = &Cuda;
@@ -56,6 +59,10 @@ impl MemoryKind for Cuda {
         let memory = handle.open(&device, len, owner)?;
         let packer = Packer::new(&device)?;
         Ok(Box::new(Imported { storage: bucket_storage(&memory, &packer) }))
+    }
+
+    fn shadows(&self, device: &DeviceChoice) -> Result<Option<Arc<dyn ShadowMemory>>> {
+        Ok(Some(Arc::new(CudaShadows::new(&Device::of(device)?)?)))
     }
 }
 

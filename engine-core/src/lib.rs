@@ -4,6 +4,7 @@
 mod available;
 mod base;
 mod boxes;
+pub mod changes;
 pub mod clock;
 mod config;
 pub mod control;

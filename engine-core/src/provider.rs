@@ -10,6 +10,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::changes::ShadowMemory;
 use crate::memory::{Job, Pool};
 use crate::{DeviceBytes, DeviceChoice, Error, ErrorKind, Result, Storage};
 
@@ -57,6 +58,17 @@ pub trait MemoryKind: fmt::Debug + Send + Sync {
     ) -> Result<Box<dyn ImportedMemory>> {
         let _ = (device, handle, bytes, owner);
         Err(cannot_share(self.name()))
+    }
+
+    /// Memory on a device for the copies that deltas need, and what finds and applies changes there. `None` if this kind has none: then
+    /// they lie in host memory.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`allocate`](Self::allocate).
+    fn shadows(&self, device: &DeviceChoice) -> Result<Option<Arc<dyn ShadowMemory>>> {
+        let _ = device;
+        Ok(None)
     }
 }
 

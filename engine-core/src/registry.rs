@@ -130,7 +130,7 @@ impl Registry {
     /// [`Backend::prepare_trainer`] and of the layers; `Config` if the configuration asks for something that no layer
     /// understands, or for a device that the backend does not know, or if the control plane has the rank as a rollout.
     pub async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
-        let context = EngineContext { bases: Bases::default(), ..context };
+        let context = self.completed(context);
         let backend = self.checked(&context, Role::Trainer)?;
         let prepared = backend.prepare_trainer(context.clone()).await?;
         self.layers.iter().try_fold(prepared, |prepared, layer| (layer.trainer)(prepared, &context))
@@ -142,10 +142,16 @@ impl Registry {
     ///
     /// Those of [`prepare_trainer`](Self::prepare_trainer).
     pub async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
-        let context = EngineContext { bases: Bases::default(), ..context };
+        let context = self.completed(context);
         let backend = self.checked(&context, Role::Rollout)?;
         let prepared = backend.prepare_rollout(context.clone()).await?;
         self.layers.iter().try_fold(prepared, |prepared, layer| (layer.rollout)(prepared, &context))
+    }
+
+    /// A context of its own for an engine and its layers, with the kind of memory of its device.
+    fn completed(&self, context: EngineContext) -> EngineContext {
+        let memory = self.memory(&context.config.device).or(context.memory);
+        EngineContext { bases: Bases::default(), memory, ..context }
     }
 
     /// The backend of a context that can be used.

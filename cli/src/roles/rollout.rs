@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use checkpoint_engine::control::{Address, ControlConfig};
+use checkpoint_engine::delta::DeltaConfig;
 use checkpoint_engine::fp8::agreed_rules;
 use checkpoint_engine::nixl::bare;
 use checkpoint_engine::{
@@ -62,10 +63,13 @@ pub async fn rollout(
     let at = options.control;
     let control = ControlPlane::join(at.clone(), Role::Rollout, options.rank).await?;
     let device = device::of_rank(&options.config.device, control.rank().0)?;
-    // As inference engines have it, before the first update.
-    let reserve = options.reserve.unwrap_or(0);
-    let destination = device::destination(&device, reserve)?.map(|to| Arc::new(Mutex::new(to)));
     let mut config = options.config;
+    // As inference engines have it, before the first update. With deltas, the copy on the device has all tensors, and is read in place.
+    let reserve = options.reserve.unwrap_or(0);
+    let destination = match DeltaConfig::of(&config)?.delta {
+        true => None,
+        false => device::destination(&device, reserve)?.map(|to| Arc::new(Mutex::new(to))),
+    };
     config.device = device.clone();
     let target = match options.bare {
         true => Some(bare::Target::new(&config, registry.memory(&device)).await?),

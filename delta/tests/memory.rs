@@ -1,0 +1,258 @@
+//! Copies lie in whatever kind of memory a rank's device has, and where there is no room for them, updates go on without.
+
+use std::any::Any;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use delta::LAYER;
+use engine_core::changes::{
+    Applied, Changes, Compared, Cut, Difference, Due, ShadowBytes, ShadowMemory, ShadowPart,
+    exchange,
+};
+use engine_core::memory::Pool;
+use engine_core::provider::{Allocation, Lifetime, MemoryKind};
+use engine_core::{
+    CheckpointEngineConfig, DType, DeviceChoice, EngineContext, Error, ErrorKind, Rank, Registry,
+    Result, RolloutEngine, SendReport, Storage, TrainerEngine, Version, Weight, digest,
+    ensure_async_iterator, form_local_group,
+};
+
+/// A device that is only made of copies: one after the other, without threads, on as many bytes as there are.
+#[derive(Debug)]
+struct Lab {
+    /// Bytes that are left on each device, by its number.
+    left: [AtomicU64; 4],
+}
+
+static LAB: Lab = Lab { left: [const { AtomicU64::new(0) }; 4] };
+
+impl MemoryKind for Lab {
+    fn name(&self) -> &'static str {
+        "lab"
+    }
+
+    fn allocate(&self, _: &DeviceChoice, _: u32, _: u64, _: Lifetime) -> Result<Allocation> {
+        Err(Error::new(ErrorKind::Backend, "allocating", "there are no buckets in a lab"))
+    }
+
+    fn shadows(&self, device: &DeviceChoice) -> Result<Option<Arc<dyn ShadowMemory>>> {
+        Ok(Some(Arc::new(OfLab(device.ordinal().unwrap_or(0) as usize))))
+    }
+}
+
+#[derive(Debug)]
+struct OfLab(usize);
+
+#[derive(Debug)]
+struct Copied(Bytes);
+
+impl ShadowBytes for Copied {
+    fn len(&self) -> u64 {
+        self.0.len() as u64
+    }
+    fn view(&self) -> Storage {
+        self.0.clone().into()
+    }
+}
+
+fn bytes_of(copy: &dyn ShadowBytes) -> Bytes {
+    let copy: &dyn Any = copy;
+    copy.downcast_ref::<Copied>().expect("a copy of the lab").0.clone()
+}
+
+fn set(copy: &mut dyn ShadowBytes, bytes: Vec<u8>) {
+    let copy: &mut dyn Any = copy;
+    copy.downcast_mut::<Copied>().expect("a copy of the lab").0 = bytes.into();
+}
+
+impl ShadowMemory for OfLab {
+    fn batch(&self) -> u64 {
+        5000
+    }
+
+    fn allocate(&self, lens: &[u64]) -> Result<Vec<Box<dyn ShadowBytes>>> {
+        let all: u64 = lens.iter().sum();
+        let take = |left: u64| left.checked_sub(all);
+        LAB.left[self.0].fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).map_err(
+            |left| {
+                let message = format!("{all} bytes of {left}");
+                Error::new(ErrorKind::Resource, "allocating in the lab", message)
+            },
+        )?;
+        let copy = |len: &u64| Box::new(Copied(vec![0; *len as usize].into()));
+        Ok(lens.iter().map(|len| copy(len) as Box<dyn ShadowBytes>).collect())
+    }
+
+    fn encode(
+        &self,
+        weights: &[Weight],
+        to: &mut [Box<dyn ShadowBytes>],
+        pool: &Pool,
+    ) -> Result<Vec<u64>> {
+        for (weight, to) in weights.iter().zip(&mut *to) {
+            set(&mut **to, weight.to_bytes()?.to_vec());
+        }
+        self.sums(&to.iter().map(|copy| &**copy).collect::<Vec<_>>(), pool)
+    }
+
+    fn write(&self, to: &mut [Box<dyn ShadowBytes>], parts: &[ShadowPart], _: &Pool) -> Result<()> {
+        for ShadowPart { of, start, bytes } in parts {
+            let mut all = bytes_of(&*to[*of]).to_vec();
+            bytes.read(0, &mut all[*start as usize..(start + bytes.len()) as usize])?;
+            set(&mut *to[*of], all);
+        }
+        Ok(())
+    }
+
+    fn sums(&self, of: &[&dyn ShadowBytes], _: &Pool) -> Result<Vec<u64>> {
+        Ok(of.iter().map(|copy| digest::sum(0, &bytes_of(*copy))).collect())
+    }
+
+    fn compare(&self, weights: &[(&Weight, &dyn ShadowBytes)], _: &Pool) -> Result<Compared> {
+        let mut values = Vec::new();
+        let mut found = Vec::new();
+        for (weight, copy) in weights {
+            let cut = Cut::at(weight.meta().dtype, weight.granule());
+            let mut changes = Changes::default();
+            changes.compare(cut, 0, &bytes_of(*copy), &weight.to_bytes()?);
+            let Changes { mut words, units, sum, values: own, .. } = changes;
+            if units == 0 {
+                words.clear();
+            }
+            found.push(Difference { cut, words, len: own.len() as u64, units, sum });
+            values.extend(own);
+        }
+        Ok(Compared { weights: found, values: values.into() })
+    }
+
+    fn apply(
+        &self,
+        due: &mut [Due<'_>],
+        values: &Storage,
+        wanted: bool,
+        _: &Pool,
+    ) -> Result<Applied> {
+        let (mut values, mut sums) = (values.to_host()?.to_vec(), Vec::new());
+        let mut rest = &mut values[..];
+        for Due { to, cut, words, .. } in due {
+            let mut all = bytes_of(&***to).to_vec();
+            if words.is_empty() {
+                sums.push(0);
+                continue;
+            }
+            let places = cut.places(to.len(), words).expect("a word for each tile");
+            let (own, others) = rest.split_at_mut(*places.last().expect("an end") as usize);
+            rest = others;
+            sums.push(exchange(*cut, &mut all, words, own).expect("changes of this weight"));
+            set(&mut ***to, all);
+        }
+        Ok(Applied { sums, undo: wanted.then(|| values.into()) })
+    }
+}
+
+fn context(rank: u32, device: &str) -> EngineContext {
+    let mut config = CheckpointEngineConfig::default();
+    config.timeout_seconds = 20.0;
+    config.device = device.parse().expect("a device");
+    config.layers.insert("delta".into(), true.into());
+    EngineContext::new(config).with_rank(Rank(rank))
+}
+
+type Group = (Box<dyn TrainerEngine>, Box<dyn RolloutEngine>);
+
+/// A trainer and a rollout, each on a device of its own.
+async fn group(devices: [&str; 2]) -> Group {
+    static REGISTRY: OnceLock<Registry> = OnceLock::new();
+    let registry = REGISTRY.get_or_init(|| {
+        Registry::new().with(backend_naive::BACKEND).with_memory(&LAB).with_layer(LAYER)
+    });
+    let trainer = registry.prepare_trainer(context(0, devices[0])).await.expect("a trainer");
+    let rollout = registry.prepare_rollout(context(1, devices[1])).await.expect("a rollout");
+    let formed = form_local_group(backend_naive::BACKEND, vec![trainer], vec![rollout]);
+    let (mut trainers, mut rollouts) = formed.await.expect("a group");
+    (trainers.remove(0), rollouts.remove(0))
+}
+
+fn weights(version: u64) -> Vec<Weight> {
+    let weight = |at: u64| {
+        let mut bytes: Vec<u8> = (0..3000).map(|byte| (byte * 7 + at) as u8).collect();
+        bytes.iter_mut().step_by(90).for_each(|byte| *byte = version as u8);
+        Weight::new(format!("w{at}"), DType::BF16, [1500], bytes).expect("a weight")
+    };
+    (0..9).map(weight).collect()
+}
+
+/// Sends a version, and checks what arrives.
+async fn update((trainer, rollout): &mut Group, version: u64) -> SendReport {
+    let send = trainer.send_weights(ensure_async_iterator(weights(version)), Version(version));
+    let receive = async {
+        let mut received = rollout.receive_weights(None).await?;
+        let mut all = Vec::new();
+        while let Some(weight) = received.next_tensor().await? {
+            all.push((weight.meta().clone(), weight.to_bytes()?));
+        }
+        received.finish().await.map(|_| all)
+    };
+    let (sent, received) = futures::join!(send, receive);
+    let sent = sent.expect("an update");
+    let expected = weights(version).into_iter();
+    let expected = expected.map(|one| (one.meta().clone(), one.to_bytes().expect("bytes")));
+    assert!(received.expect("an update").into_iter().eq(expected));
+    sent
+}
+
+fn whole(report: &SendReport) -> Option<&str> {
+    report.delta.as_ref().expect("a report").whole.as_deref()
+}
+
+#[tokio::test]
+async fn ranks_whose_copies_lie_in_other_memory_understand_each_other() {
+    for device in 0..2 {
+        LAB.left[device].store(100_000, Ordering::Relaxed);
+    }
+    for devices in [["lab:0", "lab:1"], ["lab:0", "cpu"], ["cpu", "lab:1"]] {
+        let mut group = group(devices).await;
+        for version in 1..5 {
+            let report = update(&mut group, version).await;
+            assert_eq!(whole(&report).is_some(), version == 1, "{devices:?}: {report:?}");
+            let delta = report.delta.expect("a report");
+            assert_eq!(delta.changed_weights, if version == 1 { 0 } else { 9 });
+            assert_eq!(delta.shadow_bytes, 27_000);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_trainer_without_room_for_a_copy_sends_whole_weights_and_says_so() {
+    // Room for some batches, so that others have travelled out of the copy when there is none left.
+    for room in [0, 7_000, 20_000] {
+        LAB.left[2].store(room, Ordering::Relaxed);
+        let mut group = group(["lab:2", "cpu"]).await;
+        for version in 1..4 {
+            LAB.left[2].store(room, Ordering::Relaxed);
+            let report = update(&mut group, version).await;
+            assert!(
+                whole(&report).is_some_and(|why| why.contains("no copy is kept")),
+                "{report:?}"
+            );
+            assert_eq!(report.delta.expect("a report").shadow_bytes, 0);
+        }
+        LAB.left[2].store(100_000, Ordering::Relaxed);
+        update(&mut group, 8).await;
+        assert_eq!(whole(&update(&mut group, 9).await), None);
+    }
+}
+
+#[tokio::test]
+async fn a_rollout_without_room_for_a_copy_gets_whole_weights() {
+    LAB.left[3].store(10_000, Ordering::Relaxed);
+    let mut group = group(["cpu", "lab:3"]).await;
+    for version in 1..4 {
+        let report = update(&mut group, version).await;
+        assert!(whole(&report).is_some(), "{report:?}");
+    }
+    LAB.left[3].store(100_000, Ordering::Relaxed);
+    update(&mut group, 4).await;
+    assert_eq!(whole(&update(&mut group, 5).await), None);
+}
