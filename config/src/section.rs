@@ -20,13 +20,14 @@ const DEVICE: &str = "`device` to be `cpu`, or a kind of device and a number: `c
 const TIMEOUT: &str = "`timeout_seconds` to be a number above 0 and of at most 1000000000";
 
 /// The keys to offer when an unknown one was given.
-const KNOWN: [&str; 11] = [
+const KNOWN: [&str; 12] = [
     "backend",
     "update_weights_bucket_megabytes",
     "engine_kwargs",
     "trainer_quantize_fp8",
     "quantization",
     "delta",
+    "delta_on_host",
     "timeout_seconds",
     "digests",
     "device",
@@ -35,8 +36,12 @@ const KNOWN: [&str; 11] = [
 ];
 
 /// Those of them that layers in front of the engine have, with what they take.
-const OF_LAYERS: [(&str, Takes); 3] =
-    [("trainer_quantize_fp8", Takes::Flag), ("quantization", Takes::Table), ("delta", Takes::Flag)];
+const OF_LAYERS: [(&str, Takes); 4] = [
+    ("trainer_quantize_fp8", Takes::Flag),
+    ("quantization", Takes::Table),
+    ("delta", Takes::Flag),
+    ("delta_on_host", Takes::Flag),
+];
 
 /// What a layer's key takes.
 #[derive(Clone, Copy)]

@@ -33,9 +33,11 @@ mod shadow;
 mod trainer;
 
 use engine_core::{
-    CheckpointEngineConfig, EngineContext, Layer, PreparedRollout, PreparedTrainer, Result,
+    CheckpointEngineConfig, EngineContext, Layer, PreparedRollout, PreparedTrainer, Result, Role,
 };
 use serde::{Deserialize, Serialize};
+
+use crate::shadow::Copies;
 
 /// The layer that sends deltas if the configuration says `delta: true`. Pass it to
 /// [`Registry::with_layer`](engine_core::Registry::with_layer) before the layers that convert weights, so that it compares what they
@@ -54,16 +56,18 @@ const ATTESTED_EVERY: u64 = 64;
 pub struct DeltaConfig {
     /// Whether updates carry only what changed. Every rank then keeps a copy of what travelled: on its GPU, else in host memory.
     pub delta: bool,
+    /// Whether that copy lies in host memory also on a rank with a GPU. The CPU then finds and applies changes.
+    pub delta_on_host: bool,
 }
 
 impl DeltaConfig {
-    const KEYS: [&str; 1] = ["delta"];
+    const KEYS: [&str; 2] = ["delta", "delta_on_host"];
 
     /// Reads this layer's part of a configuration.
     ///
     /// # Errors
     ///
-    /// `Config` if the key has another type.
+    /// `Config` if a key has another type.
     pub fn of(config: &CheckpointEngineConfig) -> Result<Self> {
         config.layer(&Self::KEYS)
     }
@@ -73,18 +77,20 @@ fn in_front_of_trainer(
     prepared: PreparedTrainer,
     context: &EngineContext,
 ) -> Result<PreparedTrainer> {
-    if !DeltaConfig::of(&context.config)?.delta {
+    let config = DeltaConfig::of(&context.config)?;
+    if !config.delta {
         return Ok(prepared);
     }
-    trainer::in_front(prepared, context)
+    trainer::in_front(prepared, context, Copies::of(context, Role::Trainer, config.delta_on_host)?)
 }
 
 fn in_front_of_rollout(
     prepared: PreparedRollout,
     context: &EngineContext,
 ) -> Result<PreparedRollout> {
-    if !DeltaConfig::of(&context.config)?.delta {
+    let config = DeltaConfig::of(&context.config)?;
+    if !config.delta {
         return Ok(prepared);
     }
-    rollout::in_front(prepared, context)
+    rollout::in_front(prepared, context, Copies::of(context, Role::Rollout, config.delta_on_host)?)
 }

@@ -9,8 +9,8 @@ use engine_core::changes::{Cut, ShadowPart};
 use engine_core::plan::{ALIGNMENT, BucketLayout, Piece};
 use engine_core::{
     Base, Bases, BucketContent, CheckpointEngine, EngineContext, Error, ErrorKind, Prepared,
-    PreparedRollout, ReceivedBucket, ReceivedWeights, Result, Role, RolloutEngine, Storage,
-    Version, Weight,
+    PreparedRollout, ReceivedBucket, ReceivedWeights, Result, RolloutEngine, Storage, Version,
+    Weight,
 };
 
 use crate::ATTESTED_EVERY;
@@ -20,9 +20,9 @@ use crate::shadow::{Change, Copies, Entry, Shadow};
 pub(crate) fn in_front(
     prepared: PreparedRollout,
     context: &EngineContext,
+    copies: Copies,
 ) -> Result<PreparedRollout> {
     let bases = context.bases.clone();
-    let copies = Copies::of(context, Role::Rollout)?;
     let metadata = prepared.metadata().clone();
     Ok(Prepared::new(metadata, move |place| async move {
         let engine = prepared.join(place).await?;

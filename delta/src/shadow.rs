@@ -47,13 +47,13 @@ pub(crate) struct Copies {
 }
 
 impl Copies {
-    /// On the device of a configuration, if its kind of memory can have copies; else in host memory.
+    /// On the device of a configuration, if its kind of memory can have copies; else, and if asked for, in host memory.
     ///
     /// # Errors
     ///
     /// Those of the device; `Resource` if the threads cannot be started.
-    pub(crate) fn of(context: &EngineContext, role: Role) -> Result<Self> {
-        let kind = context.memory.filter(|_| !context.config.device.is_cpu());
+    pub(crate) fn of(context: &EngineContext, role: Role, on_host: bool) -> Result<Self> {
+        let kind = context.memory.filter(|_| !on_host && !context.config.device.is_cpu());
         let memory = kind.map(|kind| kind.shadows(&context.config.device)).transpose()?.flatten();
         let memory = memory.unwrap_or_else(|| Arc::new(HostShadows));
         Ok(Self { memory, pool: Pool::new(context.threads(role))? })

@@ -8,8 +8,8 @@ use engine_core::changes::{Compared, Difference, ShadowBytes};
 use engine_core::memory::Work;
 use engine_core::{
     Base, Bases, ChangedElements, CheckpointEngine, DeltaReport, EngineContext, Error, ErrorKind,
-    Prepared, PreparedTrainer, Rank, Result, Role, SendReport, Storage, TensorCounts,
-    TrainerEngine, Version, Weight, WeightStream,
+    Prepared, PreparedTrainer, Rank, Result, SendReport, Storage, TensorCounts, TrainerEngine,
+    Version, Weight, WeightStream,
 };
 use futures::channel::oneshot;
 use futures::{FutureExt, StreamExt};
@@ -21,10 +21,10 @@ use crate::shadow::{Change, Copies, Entry, Shadow};
 pub(crate) fn in_front(
     prepared: PreparedTrainer,
     context: &EngineContext,
+    copies: Copies,
 ) -> Result<PreparedTrainer> {
     let bases = context.bases.clone();
     bases.want();
-    let copies = Copies::of(context, Role::Trainer)?;
     let batch = copies.memory.batch();
     let batch = context.config.bucket_bytes().unwrap_or(batch).min(batch);
     let metadata = prepared.metadata().clone();

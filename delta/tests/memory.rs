@@ -22,10 +22,10 @@ use engine_core::{
 #[derive(Debug)]
 struct Lab {
     /// Bytes that are left on each device, by its number.
-    left: [AtomicU64; 4],
+    left: [AtomicU64; 5],
 }
 
-static LAB: Lab = Lab { left: [const { AtomicU64::new(0) }; 4] };
+static LAB: Lab = Lab { left: [const { AtomicU64::new(0) }; 5] };
 
 impl MemoryKind for Lab {
     fn name(&self) -> &'static str {
@@ -151,11 +151,12 @@ impl ShadowMemory for OfLab {
     }
 }
 
-fn context(rank: u32, device: &str) -> EngineContext {
+fn context(rank: u32, device: &str, on_host: bool) -> EngineContext {
     let mut config = CheckpointEngineConfig::default();
     config.timeout_seconds = 20.0;
     config.device = device.parse().expect("a device");
     config.layers.insert("delta".into(), true.into());
+    config.layers.insert("delta_on_host".into(), on_host.into());
     EngineContext::new(config).with_rank(Rank(rank))
 }
 
@@ -163,12 +164,18 @@ type Group = (Box<dyn TrainerEngine>, Box<dyn RolloutEngine>);
 
 /// A trainer and a rollout, each on a device of its own.
 async fn group(devices: [&str; 2]) -> Group {
+    group_with(devices, false).await
+}
+
+async fn group_with(devices: [&str; 2], on_host: bool) -> Group {
     static REGISTRY: OnceLock<Registry> = OnceLock::new();
     let registry = REGISTRY.get_or_init(|| {
         Registry::new().with(backend_naive::BACKEND).with_memory(&LAB).with_layer(LAYER)
     });
-    let trainer = registry.prepare_trainer(context(0, devices[0])).await.expect("a trainer");
-    let rollout = registry.prepare_rollout(context(1, devices[1])).await.expect("a rollout");
+    let trainer =
+        registry.prepare_trainer(context(0, devices[0], on_host)).await.expect("a trainer");
+    let rollout =
+        registry.prepare_rollout(context(1, devices[1], on_host)).await.expect("a rollout");
     let formed = form_local_group(backend_naive::BACKEND, vec![trainer], vec![rollout]);
     let (mut trainers, mut rollouts) = formed.await.expect("a group");
     (trainers.remove(0), rollouts.remove(0))
@@ -220,6 +227,18 @@ async fn ranks_whose_copies_lie_in_other_memory_understand_each_other() {
             assert_eq!(delta.changed_weights, if version == 1 { 0 } else { 9 });
             assert_eq!(delta.shadow_bytes, 27_000);
         }
+    }
+}
+
+#[tokio::test]
+async fn copies_lie_in_host_memory_where_that_is_asked_for() {
+    // There is no room in the lab.
+    LAB.left[4].store(0, Ordering::Relaxed);
+    let mut group = group_with(["lab:4", "lab:4"], true).await;
+    for version in 1..4 {
+        let report = update(&mut group, version).await;
+        assert_eq!(whole(&report).is_some(), version == 1, "{report:?}");
+        assert_eq!(report.delta.expect("a report").shadow_bytes, 27_000);
     }
 }
 

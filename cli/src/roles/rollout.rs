@@ -66,7 +66,8 @@ pub async fn rollout(
     let mut config = options.config;
     // As inference engines have it, before the first update. With deltas, the copy on the device has all tensors, and is read in place.
     let reserve = options.reserve.unwrap_or(0);
-    let destination = match DeltaConfig::of(&config)?.delta {
+    let deltas = DeltaConfig::of(&config)?;
+    let destination = match deltas.delta && !deltas.delta_on_host {
         true => None,
         false => device::destination(&device, reserve)?.map(|to| Arc::new(Mutex::new(to))),
     };
