@@ -39,10 +39,16 @@ pub(crate) struct Change {
     pub(crate) words: Vec<u32>,
 }
 
+/// Batches at work at a time where the copies are on a device: one is encoded and one is compared, and the next one is there when they
+/// end. On the host one has all threads: of three, each would take three times as long, and the engine waits for the first.
+const ON_A_DEVICE: usize = 3;
+
 /// Where a rank's copies lie, and what works on them.
 #[derive(Clone, Debug)]
 pub(crate) struct Copies {
     pub(crate) memory: Arc<dyn ShadowMemory>,
+    /// How many batches are at work at a time.
+    pub(crate) batches: usize,
     pub(crate) pool: Pool,
 }
 
@@ -55,8 +61,9 @@ impl Copies {
     pub(crate) fn of(context: &EngineContext, role: Role, on_host: bool) -> Result<Self> {
         let kind = context.memory.filter(|_| !on_host && !context.config.device.is_cpu());
         let memory = kind.map(|kind| kind.shadows(&context.config.device)).transpose()?.flatten();
+        let batches = if memory.is_some() { ON_A_DEVICE } else { 1 };
         let memory = memory.unwrap_or_else(|| Arc::new(HostShadows));
-        Ok(Self { memory, pool: Pool::new(context.threads(role))? })
+        Ok(Self { memory, batches, pool: Pool::new(context.threads(role))? })
     }
 
     /// Weights whose bytes are not known yet, with new memory.

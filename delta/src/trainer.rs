@@ -285,9 +285,6 @@ impl Comparison {
     }
 }
 
-/// Batches that the threads have at a time. On a device one is encoded and one is compared, and the next one is there when they end.
-const AT_WORK: usize = 3;
-
 /// Weights that are being encoded, and compared if the base has them.
 struct AtWork {
     work: Work<(Worked, oneshot::Sender<()>)>,
@@ -337,7 +334,8 @@ impl Sending<'_> {
                 Form::Whole | Form::Changes(_) => {
                     // Gathered while the threads have others; the tensors of the first are made while they have this one.
                     let batch = self.gather().await?;
-                    let first = match batch.is_empty() || self.at_work.len() >= AT_WORK {
+                    let is_full = self.at_work.len() >= self.copies.batches;
+                    let first = match batch.is_empty() || is_full {
                         true => self.at_work.pop_front(),
                         false => None,
                     };
