@@ -241,7 +241,8 @@ mod tests {
     use engine_core::DType;
 
     fn copies() -> Copies {
-        Copies { memory: Arc::new(HostShadows), pool: Pool::new(2).expect("threads") }
+        let pool = Pool::new(2).expect("threads");
+        Copies { memory: Arc::new(HostShadows), batches: 1, pool }
     }
 
     fn entry(name: &str, bytes: Vec<u8>) -> Entry {
