@@ -9,10 +9,11 @@
 //!   the buckets. Within a group all ranks enqueue the same broadcasts in the same order, and no receiver waits for one that its sender has
 //!   not enqueued.
 //! - **Overlap.** While a bucket travels, the trainer fills the next slot, and receivers verify and install the previous bucket.
-//! - **Groups.** Ranks begin to join the groups of the first update as soon as they know one another, by ids in the leader's metadata, while
-//!   the trainer still computes, if the library can give up joining. Later they join when the membership changes, after a failed update, or for every update if the configuration asks for it. All
-//!   other updates use the existing groups. The announcement of the update carries what ranks need to join. A failed update breaks its
-//!   groups on every rank, so that no late broadcast is taken for one of the next update.
+//! - **Groups.** If the library can give up joining, ranks begin to join the groups of the first update as soon as they know one another,
+//!   by ids in the leader's metadata, while the trainer still computes. Later they join when the membership changes, after a failed update,
+//!   or for every update if the configuration asks for it. All other updates use the existing groups. The announcement of the update
+//!   carries what ranks need to join. A failed update breaks its groups on every rank, so that no late broadcast is taken for one of the
+//!   next update.
 //! - **More than one sender.** With `senders` trainers, trainer *n* modulo their number fills and sends bucket *n*, each trainer in its own
 //!   group with all receivers. Other trainers on the leader's host may join as relays, so that the library can use their network
 //!   interfaces.

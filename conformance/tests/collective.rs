@@ -316,7 +316,7 @@ mod membership_and_faults {
         });
         run(async {
             let mut group = Group::form(options, 2).await.expect("a group");
-            // The leader knows by then that the first groups were not joined, and forms others.
+            // By then, the leader knows that the first groups were not joined. It forms others.
             tokio::time::sleep(Duration::from_secs(2)).await;
             group.works(1).await;
         });

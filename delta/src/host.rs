@@ -150,16 +150,12 @@ impl ShadowMemory for HostShadows {
             compared.iter().flat_map(|(_, parts)| parts).map(|p| p.values.len()).sum(),
         );
         let join = |(cut, parts): (Cut, Vec<Changes>)| {
-            let units = parts.iter().map(|part| part.units).sum();
-            let sum = parts.iter().fold(0_u64, |sum, part| sum.wrapping_add(part.sum));
-            let from = values.len();
-            parts.iter().for_each(|part| values.extend_from_slice(&part.values));
-            let len = (values.len() - from) as u64;
-            let words = match units {
-                0 => Vec::new(),
-                _ => parts.into_iter().flat_map(|part| part.words).collect(),
-            };
-            Difference { cut, words, len, units, sum }
+            let mut all = Difference { cut, words: Vec::new(), len: 0, units: 0, sum: 0 };
+            for Changes { words, values: own, units, sum, .. } in parts {
+                values.extend_from_slice(&own);
+                all.extend(Difference { cut, words, len: own.len() as u64, units, sum });
+            }
+            all.without_words_of_nothing()
         };
         let weights = compared.into_iter().map(join).collect();
         Ok(Compared { weights, values: values.into() })

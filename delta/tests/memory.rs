@@ -116,11 +116,9 @@ impl ShadowMemory for OfLab {
             let cut = Cut::at(weight.meta().dtype, weight.granule());
             let mut changes = Changes::default();
             changes.compare(cut, 0, &bytes_of(*copy), &weight.to_bytes()?);
-            let Changes { mut words, units, sum, values: own, .. } = changes;
-            if units == 0 {
-                words.clear();
-            }
-            found.push(Difference { cut, words, len: own.len() as u64, units, sum });
+            let Changes { words, units, sum, values: own, .. } = changes;
+            let all = Difference { cut, words, len: own.len() as u64, units, sum };
+            found.push(all.without_words_of_nothing());
             values.extend(own);
         }
         Ok(Compared { weights: found, values: values.into() })

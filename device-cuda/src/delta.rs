@@ -99,7 +99,7 @@ impl Chunks {
 
     /// Takes so many bytes that nobody has.
     fn take(&mut self, device: &Device, bytes: usize) -> Result<CudaSlice, CudaError> {
-        // Beside this list, whoever has a piece keeps its allocation.
+        // A piece shares its allocation. So nobody has a piece of what only this list has.
         if self.all.last().is_some_and(CudaMemory::is_unshared) {
             self.taken = 0;
         }
@@ -399,15 +399,13 @@ impl ShadowMemory for CudaShadows {
                 }
             }
         }
-        for difference in found.iter_mut().filter(|difference| difference.units == 0) {
-            difference.words.clear();
-        }
         let values = match &values[..] {
             [] => Vec::new().into(),
             [one] => one.storage(),
             several => self.tools.take(|tools| tools.joined(several))?.storage(),
         };
-        Ok(Compared { weights: found, values })
+        let weights = found.into_iter().map(Difference::without_words_of_nothing).collect();
+        Ok(Compared { weights, values })
     }
 
     fn apply(

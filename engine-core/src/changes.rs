@@ -11,8 +11,8 @@
 //! | 2 | *n* changed units | a bit for each unit of the tile, set where it changed; their new bytes |
 //! | 3 | changed nearly everywhere | all of its bytes |
 //!
-//! All numbers are little-endian. Values are absolute: the new ones, never differences. The shortest form is used, the first one of these
-//! if two are as short. So equal weights and equal copies give equal changes, whoever compares them.
+//! All numbers are little-endian. Values are absolute: the new ones, never differences. A tile has the shortest of these forms. If two are
+//! as short, it has the one that is first in the table. So the CPU and a device find the same changes, byte for byte.
 //!
 //! Changes are applied by exchanging values: afterwards the weight has the new values and the changes have the old ones. Exchanging once
 //! more takes the changes back.
@@ -437,8 +437,8 @@ pub trait ShadowMemory: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// `Protocol`, naming a weight where one is at fault, if these are not changes of such weights; `Resource` if a copy is viewed and there is no memory for another, those of the
-    /// device. The contents of all copies are undefined then.
+    /// `Protocol` if these are not changes of such weights. It names the weight if one is at fault. `Resource` if a copy is viewed and
+    /// there is no memory for another. Those of the device. The contents of all copies are undefined then.
     fn apply(
         &self,
         due: &mut [Due<'_>],
@@ -503,6 +503,15 @@ impl Difference {
         self.len += next.len;
         self.units += next.units;
         self.sum = self.sum.wrapping_add(next.sum);
+    }
+
+    /// The same, when all parts were added: without words if nothing changed.
+    #[must_use]
+    pub fn without_words_of_nothing(mut self) -> Self {
+        if self.units == 0 {
+            self.words.clear();
+        }
+        self
     }
 }
 

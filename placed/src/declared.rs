@@ -1,7 +1,7 @@
 //! What ranks declare when they enter an update, and the plan that follows from it.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use engine_core::plan::ALIGNMENT;
 use engine_core::{DType, Error, ErrorKind, Rank, Result, Role, TensorBox, TensorMeta};
@@ -260,6 +260,20 @@ pub(crate) struct Table {
     pub(crate) exchanges: Vec<MaximaExchange>,
     /// On a trainer, the quantised tensors of the plan by their number, with their formats.
     pub(crate) formats: HashMap<u32, (TensorMeta, Fp8Format)>,
+}
+
+/// The plan of the present update.
+///
+/// # Errors
+///
+/// `Protocol` if there is none: the leader has asked for a later step.
+pub(crate) fn planned(table: &Mutex<Option<Arc<Table>>>) -> Result<Arc<Table>> {
+    // It is replaced by one assignment.
+    table.lock().unwrap_or_else(PoisonError::into_inner).clone().ok_or_else(no_plan)
+}
+
+pub(crate) fn no_plan() -> Error {
+    Error::new(ErrorKind::Protocol, "updating", "there is no plan")
 }
 
 /// Divides the pieces of a trainer into batches of about the same bytes, in the order of its boxes. All pieces of a box are in one batch.

@@ -10,7 +10,7 @@ use engine_core::{Error, ErrorKind, ErrorReport, Rank, Result, Role, Version};
 use crate::message::{Batch, Declared, Digest, ToLeader, ToMember};
 
 /// What a rank does that refuses an update of another version.
-const ENTERING: &str = "entering an update";
+pub(crate) const ENTERING: &str = "entering an update";
 
 /// Something for the loop to do. Acts are done in their order.
 #[derive(Debug)]

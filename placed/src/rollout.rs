@@ -19,7 +19,7 @@ use protocol::encode;
 use tokio::sync::Mutex as Lock;
 
 use crate::coordinator::digest_of;
-use crate::declared::{Declaration, Lent, Table, Wanted, check_places, lay_out};
+use crate::declared::{Declaration, Lent, Table, Wanted, check_places, lay_out, no_plan, planned};
 use crate::encode::{Compared, Going};
 use crate::member::{Done, Member, Task, TensorState};
 use crate::memory::{Lender, LentBytes};
@@ -266,14 +266,6 @@ impl PlacedRollout {
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     // A panic may leave a change incomplete, but it also ends the update that the change belongs to.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn no_plan() -> Error {
-    Error::new(ErrorKind::Protocol, "updating", "there is no plan")
-}
-
-fn planned(table: &Mutex<Option<Arc<Table>>>) -> Result<Arc<Table>> {
-    lock(table).clone().ok_or_else(no_plan)
 }
 
 /// Takes lent memory back, and waits for that at most `limit`.

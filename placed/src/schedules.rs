@@ -115,7 +115,7 @@ fn failed(words: &str) -> Error {
 
 /// Whether this is the error of the rank that has refused an update of another version, as it has it.
 fn is_refusal(error: &ErrorReport) -> bool {
-    error.rank.is_none() && error.operation == "entering an update"
+    error.rank.is_none() && error.operation == member::ENTERING
 }
 
 impl Process {

@@ -21,7 +21,7 @@ use tokio::sync::Mutex as Lock;
 
 use crate::arriving::{Arriving, Came, Waits};
 use crate::coordinator::{Coordinator, digest_of};
-use crate::declared::{Declaration, Held, Table, table};
+use crate::declared::{Declaration, Held, Table, planned, table};
 use crate::encode::{Going, Sending, Sources};
 use crate::member::{Done, Member, Task};
 use crate::memory::{Reach, Reached};
@@ -289,9 +289,7 @@ impl Worker for Writer {
                 threads
                     .start(move || {
                         let _guard = guard;
-                        let table = lock(&present).clone().ok_or_else(|| {
-                            Error::new(ErrorKind::Protocol, "updating", "there is no plan")
-                        })?;
+                        let table = planned(&present)?;
                         let mut sources = lock(&sources);
                         sources.hear_maxima(rank, &table, &maxima)?;
                         let needed = |to: &Rank| table.pieces.iter().any(|p| p.peer == *to);

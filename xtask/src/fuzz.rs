@@ -119,7 +119,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     if let [name] = chosen[..] {
         return stage(name, fuzz(name)?).map_err(|error| explained(name, error));
     }
-    // A target has one thread. The first that fails is the last one to begin.
+    // A target has one thread. When one has failed, no other begins.
     let left = Mutex::new((chosen.into_iter(), None::<String>));
     let lock = || left.lock().unwrap_or_else(PoisonError::into_inner);
     let next = || {

@@ -1,6 +1,6 @@
 //! Runs other programs.
 
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::Instant;
 
 use crate::Result;
@@ -8,7 +8,11 @@ use crate::Result;
 /// Runs a command on this program's own terminal; a status other than 0 is an error.
 pub(crate) fn run(mut command: Command) -> Result<()> {
     let status = command.status().map_err(|error| format!("{}: {error}", line(&command)))?;
-    if status.success() { Ok(()) } else { Err(format!("{}: {status}", line(&command))) }
+    succeeded(&command, status)
+}
+
+fn succeeded(command: &Command, status: ExitStatus) -> Result<()> {
+    if status.success() { Ok(()) } else { Err(format!("{}: {status}", line(command))) }
 }
 
 /// Runs a command, prints what it is about, and what it took.
@@ -31,11 +35,7 @@ pub(crate) fn quiet_stage(title: &str, mut command: Command) -> Result<()> {
         line(&command),
         String::from_utf8_lossy(&said)
     );
-    if output.status.success() {
-        Ok(())
-    } else {
-        Err(format!("{}: {}", line(&command), output.status))
-    }
+    succeeded(&command, output.status)
 }
 
 /// Whether a command can be run and succeeds; what it prints is not shown.

@@ -21,7 +21,8 @@ pub(super) fn launch(
         return Ok(());
     }
     memory.iter().for_each(|memory| stream.raw().keep(memory.raw().clone()));
-    // SAFETY: the module above, which alone can call this, makes the tables from slices of memory that it holds, whose lengths it has checked
-    // (`parts_of`, `room`, `places`). Kernels check the places of units, which come from outside, before they use them.
+    // SAFETY: the module above, which alone can call this, makes the tables from slices of memory that it holds. Copies are as long as their
+    // weights (`parts_of`), what is encoded has room for each part (`encode_parts`), and words and values are as many as announced (`Cut::places`
+    // in `apply`, `find`). Kernels check the places of units, which come from outside, before they use them.
     unsafe { kernel.function.launch(kernel.grid.min(tiles), THREADS, stream.raw(), parameters) }
 }
