@@ -124,12 +124,14 @@ fn what_ranks_of_a_relay_say_alike_is_heard_together_or_one_by_one_as_the_leader
         let members = group(&leader, &[relay.address(); 8]).await;
         let ranks: Vec<Rank> = members.iter().map(ControlPlane::rank).collect();
         let updates = leader.channel(UPDATES);
+        // The relay waits a moment for the others.
         let say = |body: &'static [u8]| {
             for member in &members {
-                member.channel(UPDATES).send(Rank::LEADER, Bytes::from_static(body)).unwrap();
+                let channel = member.channel(UPDATES);
+                channel.send_with_others(Rank::LEADER, Bytes::from_static(body)).unwrap();
             }
         };
-        // How they are put together is a matter of time; that they arrive is not.
+        // How many are put together is a matter of time; that all arrive is not.
         let (mut heard, mut events) = (Vec::new(), 0);
         for round in [&b"1"[..], b"2", b"3"] {
             say(round);
