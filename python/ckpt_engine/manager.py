@@ -12,7 +12,7 @@ from collections.abc import AsyncIterable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Union
 
-from .engine import Destination, ReceivedWeights, RolloutEngine, TrainerEngine
+from .engine import Destination, PlacedRollout, ReceivedWeights, RolloutEngine, TrainerEngine
 from .reports import SendReport
 
 
@@ -45,7 +45,8 @@ class RolloutWorker:
         """After an update, however it ended.
 
         Args:
-            active: The version that is active now; ``None`` if the update failed, so that the version before is.
+            active: The version that is active now; ``None`` if the update failed. Then the version before is, except on a rollout
+                that lends its tensors, which may hold none: :attr:`PlacedRollout.version` says so. It must not serve.
         """
 
 
@@ -55,24 +56,34 @@ class LocalRollout(RolloutWorker):
     Args:
         engine: Its engine.
         load: Where its weights go: a :class:`Destination`, or a function that takes :class:`ReceivedWeights` and loads all of
-            them, in a thread.
+            them, in a thread. Nothing for a :class:`PlacedRollout`: trainers write into the tensors that it lends.
         framework: As :meth:`RolloutEngine.receive_weights`, for such a function.
+
+    Raises:
+        TypeError: If `load` is missing, or is given to a rollout that lends its tensors.
     """
 
     def __init__(
         self,
-        engine: RolloutEngine,
-        load: Union[Destination, Callable[[ReceivedWeights], Any]],
+        engine: RolloutEngine | PlacedRollout,
+        load: Union[Destination, Callable[[ReceivedWeights], Any], None] = None,
         *,
         framework: str | None = None,
     ) -> None:
+        if isinstance(engine, PlacedRollout) != (load is None):
+            raise TypeError(
+                "a rollout has `load`, where its weights go, unless it lends its tensors"
+            )
         self.engine = engine
         self._load = load
         self._framework = framework
 
     def update(self, version: int) -> Any:
+        if isinstance(self.engine, PlacedRollout):
+            return self.engine.update(version)
         if isinstance(self._load, Destination):
             return self.engine.receive_into(self._load, version)
+        assert self._load is not None
         with self.engine.receive_weights(version, framework=self._framework) as weights:
             self._load(weights)
             return weights.finish()

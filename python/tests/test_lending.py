@@ -334,6 +334,55 @@ def test_an_array_of_numpy_in_shared_memory_is_lent_also_to_a_trainer_of_the_sam
     memory.unlink()
 
 
+class Serving(ckpt_engine.LocalRollout):
+    """A rollout that lends its tensors, and notes with which version it goes on."""
+
+    def __init__(self, engine):
+        super().__init__(engine)
+        self.resumed = []
+
+    def resume(self, active):
+        self.resumed.append((active, self.engine.version))
+
+
+def test_a_manager_drives_rollouts_that_lend_their_tensors():
+    shapes = {"a": ("float32", (64, 33)), "b": ("bfloat16", (5,))}
+    lent = zeros(shapes)
+    token = ckpt_engine.generate_token()
+    with ckpt_engine.ControlPlane.lead("127.0.0.1:0", token) as leader:
+
+        def rollout():
+            control = ckpt_engine.ControlPlane.join(leader.address, token)
+            return control, ckpt_engine.form_group(control, CONFIG, lend=lent)
+
+        joining = in_thread(rollout)
+        trainer = ckpt_engine.form_group(leader, CONFIG, world_size=2)
+        control, engine = joining.result(20)
+        with pytest.raises(TypeError, match="lends its tensors"):
+            ckpt_engine.LocalRollout(engine, lambda weights: None)
+        worker = Serving(engine)
+        manager = ckpt_engine.Manager(trainer, [worker])
+        for version in (1, 2):
+            weights = made(shapes, version)
+            _, [report] = manager.update_weights(weights, version)
+            assert report.version == version
+            assert {name: as_seen(tensor) for name, tensor in lent.items()} == seen(weights)
+
+        def broken():
+            yield "a", weights["a"]
+            raise RuntimeError("the trainer's disk")
+
+        with pytest.raises(ckpt_engine.SourceError, match="the trainer's disk"):
+            manager.update_weights(broken(), 3)
+        manager.update_weights(weights, 4)
+        # What the third left is a matter of time: the version before it, or none.
+        (third, held), fourth = worker.resumed[2:]
+        assert worker.resumed[:2] == [(1, 1), (2, 2)] and fourth == (4, 4)
+        assert third is None and held in (2, None)
+        manager.finalize()
+        control.close()
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -35,7 +35,8 @@ pub trait RolloutWorker: Send {
         Ok(())
     }
 
-    /// After an update, however it ended: go on, with the version if it is active.
+    /// After an update, however it ended: go on, with the version if it is active. After a failed one the version before is, except on a
+    /// rollout that lends its tensors: they may hold no version, as its `state` says, and then it must not serve.
     async fn resume(&mut self, active: Option<Version>) -> Result<()> {
         let _ = active;
         Ok(())
@@ -74,6 +75,19 @@ impl<D: Install> RolloutWorker for LocalRollout<D> {
 
     async fn finalize(self: Box<Self>) -> Result<()> {
         self.engine.finalize().await
+    }
+}
+
+/// A rollout that lends its tensors: trainers write into them, and nothing is left to install.
+#[cfg(feature = "placed")]
+#[async_trait]
+impl RolloutWorker for placed::PlacedRollout {
+    async fn update(&mut self, version: Version) -> Result<ReceiveReport> {
+        Self::update(self, Some(version)).await
+    }
+
+    async fn finalize(self: Box<Self>) -> Result<()> {
+        Self::finalize(*self).await
     }
 }
 
