@@ -57,7 +57,7 @@ pub(crate) struct Writer {
 
 impl Writer {
     /// Whether nothing of it can arrive once this rank's agent has ended.
-    fn is_over_with_agent(&self) -> bool {
+    pub(crate) fn is_over_with_agent(&self) -> bool {
         self.ends_with_agent || self.process.as_ref().is_some_and(Process::is_gone)
     }
 }
