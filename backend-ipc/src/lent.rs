@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use engine_core::plan::ALIGNMENT;
-use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result};
+use engine_core::{DeviceChoice, Error, Rank, Result};
 use placed::{Encoder, Layout, Lender, LentBytes, LentTensor, Parts, Reach, Reached};
 use protocol::{decode, encode};
 use serde::{Deserialize, Serialize};
@@ -275,8 +275,8 @@ impl Reach for Neighbours {
                     let peers = self.peers.as_ref().ok_or_else(|| {
                         let message = "its tensors are on a CUDA device, and this trainer's device is `cpu`: set `device` to \
                                        `cuda` here, or to `cpu` there";
-                        Error::new(ErrorKind::Mismatch, "reaching a rollout's tensors", message)
-                            .rank(*rank)
+                        let kind = engine_core::ErrorKind::Mismatch;
+                        Error::new(kind, "reaching a rollout's tensors", message).rank(*rank)
                     })?;
                     peers.reach(*rank, offer, &mut opened)?
                 }
@@ -318,6 +318,8 @@ impl Reached for Borrowing {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 mod tests {
+    use engine_core::ErrorKind;
+
     use super::*;
 
     fn host(memory: &LentMemory) -> &[u8] {

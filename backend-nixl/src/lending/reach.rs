@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use engine_core::{Error, ErrorKind, Rank, Result};
@@ -70,10 +70,11 @@ impl Reach for Writers {
             reached.push(Arc::new(Holding { target, shared: self.shared.clone() }));
         }
         let (told, is_told) = sync_channel(1);
-        if !self.shared.tell(Command::Reach { offers, told }) {
+        let until = Instant::now() + self.shared.limit;
+        if !self.shared.tell(Command::Reach { offers, until, told }) {
             return Err(NixlError::Closed.into());
         }
-        // The thread has a deadline of its own, and says who has not answered.
+        // The thread ends earlier by itself, and says who has not answered.
         let limit = self.shared.limit + self.shared.limit / 8;
         match is_told.recv_timeout(limit) {
             Ok(result) => result.map(|()| reached),

@@ -37,6 +37,8 @@ pub(super) enum Command {
     /// Accept the leases of rollouts, each with the metadata of its agent, and say when all are granted.
     Reach {
         offers: Vec<(Arc<Target>, Vec<u8>)>,
+        /// The end of waiting.
+        until: Instant,
         told: SyncSender<Result<()>>,
     },
     /// Write what was staged, which counts as begun.
@@ -252,7 +254,7 @@ impl Writer {
             idle += 1;
             loop {
                 match command {
-                    Ok(Command::Reach { offers, told }) => self.reach(offers, told),
+                    Ok(Command::Reach { offers, until, told }) => self.reach(offers, until, told),
                     Ok(Command::Write(target, staged)) => self.write(target, staged),
                     Ok(Command::LetGo(target)) => self.leave(&target),
                     Err(TryRecvError::Empty) => break,
@@ -267,7 +269,12 @@ impl Writer {
         }
     }
 
-    fn reach(&mut self, offers: Vec<(Arc<Target>, Vec<u8>)>, told: SyncSender<Result<()>>) {
+    fn reach(
+        &mut self,
+        offers: Vec<(Arc<Target>, Vec<u8>)>,
+        until: Instant,
+        told: SyncSender<Result<()>>,
+    ) {
         // Whoever waited before waits no more: updates take turns.
         self.reaching = None;
         // A peer that is under way must not be forgotten.
@@ -284,7 +291,7 @@ impl Writer {
             let (granted, is_broken, is_leaving) = (false, false, false);
             self.leases.push(Accepted { target, granted, is_broken, is_leaving, moved });
         }
-        self.reaching = Some(Reaching { told, until: Instant::now() + self.limit });
+        self.reaching = Some(Reaching { told, until });
         self.say_reached();
     }
 
