@@ -123,6 +123,22 @@ cases! {
 }
 
 #[test]
+#[ignore = "makes network namespaces, which takes root and iproute2"]
+fn a_trainer_that_is_cut_off_while_it_writes_is_left_out_and_nothing_of_it_arrives_later() {
+    processes::a_trainer_that_is_cut_off_while_it_writes_is_left_out_and_nothing_of_it_arrives_later(
+        &between_processes("tcp,self"),
+    );
+}
+
+#[test]
+#[ignore = "makes network namespaces, which takes root and iproute2"]
+fn a_rollout_that_is_cut_off_while_it_is_written_is_left_out_and_the_others_are_updated() {
+    processes::a_rollout_that_is_cut_off_while_it_is_written_is_left_out_and_the_others_are_updated(
+        &between_processes("tcp,self"),
+    );
+}
+
+#[test]
 fn tensors_that_share_memory_or_are_not_the_hosts_are_refused_in_words() {
     runtime().block_on(async {
         let plane = ControlPlane::lead(control(address())).await.unwrap();

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::Duration;
 
 use control_plane::{Address, ControlPlane, join_group};
@@ -17,6 +17,7 @@ use futures::future::join;
 use placed::{PlacedRollout, TensorState, Wanted};
 
 use super::Lends;
+use crate::hosts::Hosts;
 use crate::processes::{LIMIT, Process, address, context, control, runtime, say};
 
 const ROLE: &str = "CKPT_ENGINE_TEST_ROLE";
@@ -39,6 +40,7 @@ fn value(version: u64, row: u64, col: u64) -> u8 {
 struct Made {
     version: u64,
     slow: bool,
+    said: Once,
 }
 
 impl Encoding for Made {
@@ -52,7 +54,7 @@ impl Encoding for Made {
 
     fn encode_host(&self, range: Range<u64>, destination: &mut [u8]) -> Result<()> {
         if self.slow {
-            say("writing");
+            self.said.call_once(|| say("writing"));
             std::thread::sleep(Duration::from_millis(20));
         }
         for (at, byte) in range.zip(destination) {
@@ -63,8 +65,8 @@ impl Encoding for Made {
 }
 
 fn weights(version: u64, slow: bool) -> Vec<Weight> {
-    let made = Arc::new(Made { version, slow: slow && version == SLOW });
-    vec![Weight::encoded(meta(), made, Treatment::Plain).expect("a weight")]
+    let made = Made { version, slow: slow && version == SLOW, said: Once::new() };
+    vec![Weight::encoded(meta(), Arc::new(made), Treatment::Plain).expect("a weight")]
 }
 
 /// A trainer, and its connection to the group.
@@ -139,7 +141,16 @@ async fn fails(leads: &mut Trainer, lent: &mut Rollout, version: u64) -> [Error;
     [sent.expect_err("no update"), taken.expect_err("no update")]
 }
 
-/// Runs a child process's rank: it says on standard output what becomes of every update. Does nothing in a process that is not a child.
+/// Waits for a line from the process that started this one. Ends this one if that is gone.
+fn wait_for_a_line() {
+    let mut line = String::new();
+    if std::io::stdin().read_line(&mut line).is_ok_and(|bytes| bytes == 0) {
+        std::process::exit(0);
+    }
+}
+
+/// Runs a child process's rank: it says on standard output what becomes of every update. One that is `told` waits for a line before each.
+/// Does nothing in a process that is not a child.
 ///
 /// # Panics
 ///
@@ -154,12 +165,15 @@ pub fn be_a_child(lends: &Lends) {
     let lends = Lends { config, ..lends.clone() };
     let parts: Vec<&str> = role.split(' ').collect();
     let number = |at: usize| parts[at].parse::<u32>().expect("a number");
-    let (rank, ranks) = (number(1), number(2));
+    let (rank, ranks, is_told) = (number(1), number(2), parts.get(3) == Some(&"told"));
     runtime().block_on(async {
         if parts[0] == "trainer" {
             let (_plane, mut engine) = trainer(&lends, address, rank, ranks).await;
             for version in 1.. {
-                let weights = ensure_async_iterator(weights(version, true));
+                if is_told {
+                    wait_for_a_line();
+                }
+                let weights = ensure_async_iterator(weights(version, rank > 0));
                 match engine.send_weights(weights, Version(version)).await {
                     Ok(_) => say(&format!("sent {version}")),
                     Err(error) => {
@@ -174,8 +188,18 @@ pub fn be_a_child(lends: &Lends) {
         } else {
             let (_plane, mut engine) = rollout(&lends, address, rank, ranks).await;
             loop {
+                if is_told {
+                    wait_for_a_line();
+                }
+                // Nothing has arrived since.
+                if let TensorState::Active(version) = *engine.state() {
+                    check(&engine, version.0);
+                }
                 match engine.update(None).await {
-                    Ok(report) => say(&format!("active {}", report.version)),
+                    Ok(report) => {
+                        check(&engine, report.version.0);
+                        say(&format!("active {}", report.version));
+                    }
                     Err(error) if error.kind() == ErrorKind::Timeout => {}
                     Err(error) => say(&format!("failed {:?}", error.kind())),
                 }
@@ -194,10 +218,10 @@ fn start_with(mut program: Command, lends: &Lends, role: &str, address: &Address
     Process::start(program)
 }
 
-/// The next thing that a process says beside that it writes is that its update has failed.
+/// The next thing that a process says is that its update has failed.
 fn says_failed(process: &Process) {
-    let line = (0..100).map(|_| process.next_line()).find(|line| line != "writing");
-    assert!(line.as_ref().is_some_and(|line| line.starts_with("failed")), "{line:?}");
+    let line = process.next_line();
+    assert!(line.starts_with("failed"), "{line:?}");
 }
 
 fn signal(signal: &str, process: &Process) {
@@ -386,6 +410,83 @@ pub fn a_rollout_that_joins_later_is_in_the_next_update_and_one_that_leaves_in_n
         let mut second = (_second, other);
         assert_eq!(works(&mut leads, &mut second, 3).await.absent, [Rank(1)]);
     });
+}
+
+/// Two trainers, of which the second is slow, and two rollouts, each on a host. They have had an update.
+struct OnHosts {
+    hosts: Hosts,
+    ranks: Vec<Process>,
+}
+
+impl OnHosts {
+    fn form(lends: &Lends, port: u16) -> Self {
+        let hosts = Hosts::new(4);
+        let address: Address = format!("{}:{port}", hosts.address(0)).parse().expect("an address");
+        let start = |rank: usize| {
+            let mut program = hosts.command(rank);
+            program.arg(std::env::current_exe().expect("this program"));
+            // The engine finds the interface that leads to the others.
+            program.env_remove("UCX_NET_DEVICES");
+            let role = if rank < 2 { "trainer" } else { "rollout" };
+            start_with(program, lends, &format!("{role} {rank} 4 told"), &address)
+        };
+        let ranks = (0..4).map(start).collect();
+        let mut this = Self { hosts, ranks };
+        this.works(&[0, 1, 2, 3], 1);
+        this
+    }
+
+    /// Lets ranks take part in the next update, which must succeed.
+    fn works(&mut self, ranks: &[usize], version: u64) {
+        ranks.iter().for_each(|rank| self.ranks[*rank].tell(""));
+        for &rank in ranks {
+            let done = if rank < 2 { "sent" } else { "active" };
+            assert_eq!(self.ranks[rank].next_line(), format!("{done} {version}"), "rank {rank}");
+        }
+    }
+
+    /// The update in which one is slow, in the middle of which the link of a rank is cut. It must fail on all others.
+    fn fails_as_a_link_is_cut(&mut self, cut: u32) {
+        self.ranks.iter_mut().for_each(|rank| rank.tell(""));
+        self.ranks[1].says("writing");
+        self.hosts.link(cut, "down");
+        for (_, rank) in (0..).zip(&self.ranks).filter(|(rank, _)| *rank != cut) {
+            says_failed(rank);
+        }
+    }
+}
+
+/// Makes network namespaces, which takes root and iproute2.
+///
+/// # Panics
+///
+/// If it does not hold.
+pub fn a_trainer_that_is_cut_off_while_it_writes_is_left_out_and_nothing_of_it_arrives_later(
+    lends: &Lends,
+) {
+    let mut group = OnHosts::form(lends, 18_775);
+    group.fails_as_a_link_is_cut(1);
+    group.works(&[0, 2, 3], 3);
+    group.hosts.link(1, "up");
+    says_failed(&group.ranks[1]);
+    // What it had sent is tried again until it arrives.
+    std::thread::sleep(Duration::from_secs(3));
+    group.works(&[0, 2, 3], 4);
+}
+
+/// As above.
+///
+/// # Panics
+///
+/// If it does not hold.
+pub fn a_rollout_that_is_cut_off_while_it_is_written_is_left_out_and_the_others_are_updated(
+    lends: &Lends,
+) {
+    let mut group = OnHosts::form(lends, 18_776);
+    group.fails_as_a_link_is_cut(3);
+    for version in 3..5 {
+        group.works(&[0, 1, 2], version);
+    }
 }
 
 /// # Panics
