@@ -54,11 +54,15 @@ impl Lease {
         self.is_closed() && !self.has_holders()
     }
 
-    /// Whether those who have not let go `grace` after it was closed cannot write once the lender's agent has ended.
-    pub(super) fn is_worth_an_end(&self, now: Instant, grace: Duration) -> bool {
-        self.has_holders()
-            && self.closed.is_some_and(|closed| now.saturating_duration_since(closed) >= grace)
-            && self.holders.values().all(Writer::is_over_with_agent)
+    /// Whether somebody has not let go `grace` after it was closed.
+    pub(super) fn is_overdue(&self, now: Instant, grace: Duration) -> bool {
+        let is_late = |closed| now.saturating_duration_since(closed) >= grace;
+        self.has_holders() && self.closed.is_some_and(is_late)
+    }
+
+    /// Whether none of those who have not let go can write once the lender's agent has ended.
+    pub(super) fn is_over_with_agent(&self) -> bool {
+        self.holders.values().all(Writer::is_over_with_agent)
     }
 
     /// The lender's agent has ended, with all of its connections.
@@ -142,8 +146,12 @@ mod tests {
                     }
                     Step::Wait => now += GRACE / 2 + Duration::from_millis(1),
                     Step::End => {
-                        if lease.is_worth_an_end(now, GRACE) {
+                        let is_overdue = lease.is_overdue(now, GRACE);
+                        if is_overdue {
+                            prop_assert!(!writing.is_empty());
                             prop_assert!(closed.is_some_and(|at| now - at >= GRACE));
+                        }
+                        if is_overdue && lease.is_over_with_agent() {
                             lease.agent_ended();
                             writing.retain(|agent| !ends[*agent]);
                             prop_assert!(lease.is_over(), "an end that proves nothing");

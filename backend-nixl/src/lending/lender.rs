@@ -55,7 +55,10 @@ pub(super) struct Keeper {
     /// Whether nobody can write since the last lease.
     over: Arc<AtomicBool>,
     grace: Duration,
+    /// When it was last looked whether trainers that have not let go can still write.
     watched: Instant,
+    /// Whether it was said of this lease that trainers are waited for.
+    has_warned: bool,
 }
 
 /// An agent that is open.
@@ -86,6 +89,7 @@ impl Keeper {
             over,
             grace: GRACE.min(deadline / 8),
             watched: Instant::now(),
+            has_warned: false,
         };
         this.open()?;
         Ok(this)
@@ -138,7 +142,10 @@ impl Keeper {
             parts,
         });
         match &offer {
-            Ok(_) => self.lease = Some(Lease::new(lease)),
+            Ok(_) => {
+                self.lease = Some(Lease::new(lease));
+                self.has_warned = false;
+            }
             Err(_) => self.over.store(true, Ordering::Release),
         }
         // If nobody waits any more, it is taken back.
@@ -157,7 +164,17 @@ impl Keeper {
         let Some(lease) = &mut self.lease else { return };
         if lease.is_closed() && lease.has_holders() && self.watched.elapsed() >= WATCHED {
             self.watched = Instant::now();
-            if lease.is_worth_an_end(self.watched, self.grace) {
+            if lease.is_overdue(self.watched, self.grace) && !lease.is_over_with_agent() {
+                if !std::mem::replace(&mut self.has_warned, true) {
+                    let holders: Vec<&str> = lease.holders().collect();
+                    warn!(
+                        ?holders,
+                        "trainers of this host have not let go of lent memory, and may write without a connection: it is waited for the end \
+                         of their processes, which can be seen in the PID namespace of this one only. With the transports `tcp,self` here, \
+                         their connections would be closed instead"
+                    );
+                }
+            } else if lease.is_overdue(self.watched, self.grace) {
                 let begun = Instant::now();
                 let holders: Vec<String> = lease.holders().map(str::to_owned).collect();
                 // With its connections.

@@ -28,6 +28,9 @@ pub(crate) struct Staged {
     runs: Vec<Run>,
 }
 
+/// Addresses and lengths.
+type Ranges = Vec<(usize, usize)>;
+
 /// Bytes that lie together at both ends.
 #[derive(Clone, Copy, Debug)]
 struct Run {
@@ -64,7 +67,7 @@ impl Staged {
     }
 
     /// The addresses and lengths of its runs, here and at the rollout.
-    pub(crate) fn sides(&self) -> (Vec<(usize, usize)>, Vec<(usize, usize)>) {
+    pub(crate) fn sides(&self) -> (Ranges, Ranges) {
         let mut from = self.piece.address();
         let here = self.runs.iter().map(|run| {
             let start = from;
