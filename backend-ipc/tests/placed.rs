@@ -32,7 +32,7 @@ fn lends(
 }
 
 fn between_processes() -> Lends {
-    lends(1, |context, wanted| lend(context, wanted))
+    lends(1, lend)
 }
 
 /// What a child process does; nothing when this file's tests are run.
@@ -106,7 +106,7 @@ macro_rules! within_a_process {
     };
 }
 
-within_a_process!(memory_of_the_transport, |context, wanted| lend(context, wanted));
+within_a_process!(memory_of_the_transport, lend);
 within_a_process!(tensors_of_the_program, lend_own);
 
 cases! {

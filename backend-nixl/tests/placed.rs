@@ -30,11 +30,11 @@ fn lends(
 }
 
 fn own() -> Lends {
-    lends(2, "", |context, wanted| lend(context, wanted))
+    lends(2, "", lend)
 }
 
 fn between_processes(transports: &str) -> Lends {
-    lends(1, transports, |context, wanted| lend(context, wanted))
+    lends(1, transports, lend)
 }
 
 /// What a child process does; nothing when this file's tests are run.
@@ -100,7 +100,7 @@ macro_rules! within_a_process {
 within_a_process! {
     memory_of_the_transport: own();
     tensors_of_the_program: lends(2, "", lend_own);
-    memory_over_tcp: lends(2, "tcp,self", |context, wanted| lend(context, wanted));
+    memory_over_tcp: lends(2, "tcp,self", lend);
 }
 
 cases! {
