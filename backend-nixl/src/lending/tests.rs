@@ -14,17 +14,16 @@ use super::memory::{LentMemory, allocate};
 use super::notice::{Offer, OfferedPart, ToLender, ToWriter};
 use super::reach::Writers;
 use crate::agent::{AgentOptions, open_with, this_host};
-use crate::arena::Memory;
 use crate::engine::unique_name;
 use crate::ffi::RawAgent;
-use crate::host::pieces;
+use crate::host::{Piece, pieces};
 use crate::lent::Process;
 
 const BYTES: usize = 3 << 20;
-const DEADLINE: Duration = Duration::from_secs(20);
-const RANK: Rank = Rank(5);
+pub(super) const DEADLINE: Duration = Duration::from_secs(20);
+pub(super) const RANK: Rank = Rank(5);
 
-fn options(transports: &str) -> AgentOptions {
+pub(super) fn options(transports: &str) -> AgentOptions {
     AgentOptions { transports: transports.into(), error_handling: "peer", ..Default::default() }
 }
 
@@ -206,22 +205,35 @@ async fn what_is_dropped_before_it_is_flushed_is_let_go_of_and_the_next_update_w
 }
 
 /// An agent without a thread: it sends and processes only what a test makes it.
-struct Played {
-    agent: RawAgent,
+pub(super) struct Played {
+    pub(super) agent: RawAgent,
     name: String,
     metadata: Vec<u8>,
-    memory: Memory,
+    /// Its memory.
+    pub(super) piece: Piece,
 }
 
 impl Played {
     fn new() -> Self {
-        let (memory, _) = pieces(1, 4096).unwrap();
-        let name = unique_name("played");
-        let (agent, metadata) = open_with(&options(""), &name, vec![memory.clone()]).unwrap();
-        Self { agent, name, metadata, memory }
+        Self::over("")
     }
 
-    fn say(&self, to: &str, what: &impl serde::Serialize) {
+    /// One with these transports.
+    pub(super) fn over(transports: &str) -> Self {
+        let (memory, mut cut) = pieces(1, 1 << 20).unwrap();
+        let name = unique_name("played");
+        let (agent, metadata) = open_with(&options(transports), &name, vec![memory]).unwrap();
+        Self { agent, name, metadata, piece: cut.pop().unwrap() }
+    }
+
+    /// Terms by which it lends its memory.
+    pub(super) fn offer(&self, lease: u64) -> Offer {
+        let (bytes, address) = (self.piece.len() as u64, self.piece.address() as u64);
+        let parts = vec![OfferedPart { at: 0, bytes, address }];
+        Offer { agent: self.name.clone(), metadata: self.metadata.clone(), lease, parts }
+    }
+
+    pub(super) fn say(&self, to: &str, what: &impl serde::Serialize) {
         self.agent.notify(to, &postcard::to_stdvec(what).unwrap()).unwrap();
     }
 
@@ -287,14 +299,7 @@ async fn a_rollout_that_does_not_answer_is_named_and_a_grant_that_comes_late_is_
     let mut silent = Played::new();
     let limit = Duration::from_secs(3);
     let writers = Arc::new(writers("", 1, limit).await);
-    let part = OfferedPart { at: 0, bytes: 4096, address: silent.memory.address() as u64 };
-    let offer = Offer {
-        agent: silent.name.clone(),
-        metadata: silent.metadata.clone(),
-        lease: 3,
-        parts: vec![part],
-    };
-    let terms = encode(&offer).unwrap();
+    let terms = encode(&silent.offer(3)).unwrap();
     let reaching = {
         let writers = writers.clone();
         std::thread::spawn(move || reach(&writers, &terms).map(drop))

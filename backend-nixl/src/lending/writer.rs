@@ -528,3 +528,6 @@ impl Writer {
         self.end();
     }
 }
+
+#[cfg(test)]
+mod tests;
