@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 
-from lab import INSIDE, KINDS, OTHER, STUCK, CannotRun, Lab, NoGroup, can_enter, enter
+from lab import BACKENDS, INSIDE, KINDS, OTHER, PLACED, STUCK, CannotRun, Lab, NoGroup, can_enter, enter
 
 # How many groups of a class may not form before anything was done to them, beside a tenth of them.
 ALLOWED_UNFORMED = 2
@@ -27,7 +27,7 @@ def options():
     parser.add_argument('--seed', type=int, help='what all choices depend on; a random one without it')
     parser.add_argument('--minutes', type=float, default=3.0, help='how long, of all classes together')
     parser.add_argument('--case', type=int, help='only this case of the class')
-    parser.add_argument('--backend', choices=('ipc', 'nixl', 'nixl-tcp'), help='only this transport')
+    parser.add_argument('--backend', choices=(*BACKENDS, *PLACED), help='only this transport')
     parser.add_argument('--seconds', type=float, help='how long paths are cut, in the class cut')
     parser.add_argument('--kind', help='what happens to the network, in the class cut')
     parser.add_argument('--verbose', action='store_true', help='print what the programs say in cases that fail')

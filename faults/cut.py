@@ -3,7 +3,7 @@
 import time
 
 from lab import HANG, OTHER, STUCK, CannotRun
-from ranks import DEADLINE, PATIENCE, Group
+from ranks import DEADLINE, PATIENCE, Group, is_placed
 from switch import Switch, Weather, both
 
 BAD = {
@@ -16,18 +16,23 @@ BAD = {
 # The path between two rollouts, as a whole, in one direction, or in the middle of a transfer.
 BETWEEN_ROLLOUTS = ('between rollouts', 'from 1 to 2', 'from 2 to 1', 'in a transfer')
 OTHERS = ('trainer to rollout', 'rollout gone')
+# The path from the trainer to a rollout, where it writes to it.
+IN_A_WRITE = 'in a write'
 
 
 def run(lab, case, seconds=None, kind=None):
-    if 'nixl-tcp' not in lab.backends():
-        raise CannotRun('its hosts are joined by TCP alone, and need the backend nixl-tcp')
-    kind = kind or case.random.choice([*BETWEEN_ROLLOUTS * 3, *OTHERS, *BAD])
+    over_tcp = [backend for backend in lab.backends(placed=True) if 'tcp' in backend]
+    if not over_tcp:
+        raise CannotRun('its hosts are joined by TCP alone, and need the backend nixl-tcp or nixl-tcp-placed')
+    backend = case.random.choice(over_tcp)
+    paths = [IN_A_WRITE] * 6 if is_placed(backend) else BETWEEN_ROLLOUTS * 3
+    kind = kind or case.random.choice([*paths, *OTHERS, *BAD])
     seconds = seconds or case.random.choice([3, 7, 13])
     rollouts = case.random.choice([2, 3])
-    case.about(f'{kind}, {seconds:g} s, {rollouts} rollouts')
+    case.about(f'{backend}, {kind}, {seconds:g} s, {rollouts} rollouts')
     with Switch(1 + rollouts, case.random.random()) as switch:
         address = f'{switch.hosts[0].address()}:{case.random.randrange(20000, 40000)}'
-        with Group(lab, case, 'nixl-tcp', rollouts, hosts=switch.hosts, address=address, interval=0.1, layers=1) as group:
+        with Group(lab, case, backend, rollouts, hosts=switch.hosts, address=address, interval=0.1, layers=1) as group:
             group.comes_up()
             time.sleep(case.random.uniform(0.1, 0.5))
             case.faults += 1
@@ -39,8 +44,9 @@ def disturb(case, group, switch, kind, seconds):
     begun = time.monotonic()
     if kind in BAD:
         switch.weather = BAD[kind]
-    elif kind == 'in a transfer':
-        switch.arm(1, 2, case.random.randrange(20, 400))
+    elif kind in ('in a transfer', IN_A_WRITE):
+        one, other = (1, 2) if kind == 'in a transfer' else (0, victim)
+        switch.arm(one, other, case.random.randrange(20, 400))
         while switch.cut_at is None and time.monotonic() < begun + 15:
             time.sleep(0.01)
         begun = switch.cut_at or time.monotonic()

@@ -5,7 +5,7 @@ import signal
 import time
 
 from lab import OTHER, STUCK
-from ranks import DEADLINE, PATIENCE, SILENCE, Group, Trainer, last_of
+from ranks import DEADLINE, PATIENCE, SILENCE, Group, Trainer, is_placed, last_of, transport
 
 # How many rollouts die in a group before its trainer does.
 KILLS = 7
@@ -13,7 +13,7 @@ KILLS = 7
 
 def run(lab, case):
     kind = case.random.choice(['running'] * 4 + ['starting', 'ending', 'sync', 'sync'])
-    backend = case.random.choice(lab.backends())
+    backend = case.random.choice(lab.backends(placed=True))
     case.about(f'{kind}, {backend}')
     {'running': running, 'starting': starting, 'ending': ending, 'sync': sync}[kind](lab, case, backend)
 
@@ -68,7 +68,7 @@ def kill_rollouts(case, group):
 def starting(lab, case, backend):
     """A rank dies while the group forms; it is started again, or not."""
     with Group(lab, case, backend, 2, updates=2) as group:
-        time.sleep(case.random.uniform(0, 0.3 if backend == 'ipc' else 1.5))
+        time.sleep(case.random.uniform(0, 0.3 if backend.startswith('ipc') else 1.5))
         rank = case.random.choice([0, 1, 2])
         victim = group.rollouts.get(rank, group.trainer)
         victim.kill()
@@ -102,10 +102,12 @@ def ending(lab, case, backend):
 
 def sync(lab, case, backend):
     """The program that starts all ranks dies, or one of those that it has started."""
-    arguments = ['sync', '--synthetic', 'tiny-moe', '--rollouts', 2, '--updates', 1_000_000, '--verify', '--json']
-    arguments += ['--backend', backend.split('-')[0], '--timeout', DEADLINE, '--bucket-mb', 1]
-    if backend == 'nixl-tcp':
-        arguments += ['--engine-kwarg', 'transports=tcp,self']
+    arguments = ['sync', '--synthetic', 'tiny-moe', '--updates', 1_000_000, '--verify', '--json']
+    arguments += [*transport(backend), '--timeout', DEADLINE, '--bucket-mb', 1]
+    if is_placed(backend):
+        arguments += ['--placed', '--trainer-layout', 'fsdp=2', '--rollout-layout', 'tp=2']
+    else:
+        arguments += ['--rollouts', 2]
     parent = Trainer(lab, 'sync', arguments)
     try:
         if case.random.random() < 0.3:

@@ -13,6 +13,8 @@ import time
 INSIDE = 'CKPT_ENGINE_FAULTS_INSIDE'
 MARK = 'CKPT_ENGINE_FAULTS_MARK'
 BACKENDS = ('ipc', 'nixl', 'nixl-tcp')
+# Trainers write into tensors that rollouts lend.
+PLACED = ('ipc-placed', 'nixl-placed', 'nixl-tcp-placed')
 
 # What a case can find. Each is a column of the table.
 HANG, LEAK, WRONG, STUCK, OTHER = 'hangs', 'leaks', 'wrong bytes', 'not recovered', 'other'
@@ -75,10 +77,10 @@ class Lab:
     def case(self, cls, number):
         return Case(cls, number, self.seed, random.Random(f'{self.seed}/{cls}/{number}'))
 
-    def backends(self):
-        """The transports that run here and were asked for."""
-        some = [self.backend] if self.backend else BACKENDS
-        usable = [one for one in some if one == 'ipc' or self.nixl]
+    def backends(self, placed=False):
+        """The transports that run here and were asked for; those with placed updates are asked for by name, or by the class."""
+        some = [self.backend] if self.backend else [*BACKENDS, *(PLACED if placed else ())]
+        usable = [one for one in some if one.startswith('ipc') or self.nixl]
         if not usable:
             raise CannotRun('NIXL is not installed: cargo xtask setup')
         return usable

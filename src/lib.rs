@@ -35,6 +35,9 @@ pub mod prelude {
     };
 }
 
+#[cfg(any(feature = "ipc", feature = "nixl"))]
+mod lending;
+
 /// For authors of backends, of encodings, of layers and of kinds of memory.
 pub mod backend {
     pub use engine_core::control::Control;
@@ -86,8 +89,10 @@ pub use candle_weights as candle;
 /// CUDA memory and the kernels that fill and read buckets.
 #[cfg(feature = "cuda")]
 pub use device_cuda as cuda;
+#[cfg(any(feature = "ipc", feature = "nixl"))]
+pub use lending::{lend, lend_tensors};
 /// Updates that trainers write straight into tensors that rollouts lend.
-#[cfg(feature = "ipc")]
+#[cfg(any(feature = "ipc", feature = "nixl"))]
 pub use placed;
 /// FP8 block quantisation: rules, codecs, and the combinator on streams.
 #[cfg(feature = "fp8")]

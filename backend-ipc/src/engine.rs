@@ -1,5 +1,6 @@
 //! The engines: buckets that other processes of the host map, and tensors that rollouts lend.
 
+use std::future::ready;
 use std::sync::Arc;
 
 use engine_core::memory::Pool;
@@ -7,14 +8,14 @@ use engine_core::{
     DeviceChoice, EngineContext, Error, ErrorKind, Prepared, PreparedRollout, PreparedTrainer,
     Result, Role, RolloutEngine, TrainerEngine, WorkerMetadata,
 };
-use placed::{Layout, Lender, PlacedRollout, PlacedTrainer, Wanted};
+use placed::{Layout, Lender, LentTensor, PlacedRollout, Wanted};
 use protocol::{Receiver, Sender};
 
+use crate::NAME;
 use crate::buckets::{Buckets, Incoming};
 use crate::lent::{LentMemory, Neighbours};
 #[cfg(feature = "cuda")]
 use crate::lent_cuda::LentCuda;
-use crate::{LentTensor, NAME};
 
 /// The transport's options.
 #[derive(Debug, Default, serde::Deserialize)]
@@ -22,19 +23,6 @@ use crate::{LentTensor, NAME};
 struct Kwargs {
     /// Whether trainers write into tensors that rollouts lend.
     placed: bool,
-}
-
-/// The metadata of a rank of placed updates.
-const PLACED: &str = "placed";
-
-/// Whether a rank takes part in placed updates.
-pub(crate) fn is_placed(worker: &WorkerMetadata) -> bool {
-    worker.details == PLACED
-}
-
-fn placed_metadata(context: &EngineContext, role: Role) -> Result<WorkerMetadata> {
-    let rank = context.require_control()?.rank();
-    Ok(WorkerMetadata::of_this_process(NAME, rank, role, PLACED.into()))
 }
 
 /// Prepares a rollout that lends its tensors. They are in memory on the device of its configuration, and trainers of its
@@ -52,13 +40,9 @@ pub fn lend(
     context: EngineContext,
     wanted: impl IntoIterator<Item = Wanted>,
 ) -> Result<Prepared<PlacedRollout>> {
-    let metadata = placed_metadata(&context, Role::Rollout)?;
     let layout = Layout::new(wanted)?;
     let memory = memory_to_lend(&context.config.device, layout.bytes())?;
-    Ok(Prepared::new(
-        metadata,
-        move |_| async move { PlacedRollout::new(&context, layout, memory) },
-    ))
+    placed::prepare_rollout(NAME, context, layout, ready(Ok(memory)))
 }
 
 /// As [`lend`], of tensors that the rollout's program has made: updates are written to where they are. They are all on the device of the
@@ -75,12 +59,8 @@ pub fn lend_tensors(
     context: EngineContext,
     tensors: impl IntoIterator<Item = LentTensor>,
 ) -> Result<Prepared<PlacedRollout>> {
-    let metadata = placed_metadata(&context, Role::Rollout)?;
     let (layout, memory) = place_tensors(&context.config.device, tensors.into_iter().collect())?;
-    Ok(Prepared::new(
-        metadata,
-        move |_| async move { PlacedRollout::new(&context, layout, memory) },
-    ))
+    placed::prepare_rollout(NAME, context, layout, ready(Ok(memory)))
 }
 
 fn place_tensors(
@@ -106,19 +86,10 @@ fn memory_to_lend(device: &DeviceChoice, bytes: u64) -> Result<Box<dyn Lender>> 
     Ok(Box::new(LentMemory::create(bytes)?))
 }
 
-fn prepare_placed_trainer(context: EngineContext) -> Result<PreparedTrainer> {
-    let metadata = placed_metadata(&context, Role::Trainer)?;
-    let reach = Arc::new(Neighbours::new(&context.config.device)?);
-    Ok(Prepared::new(metadata, move |place| async move {
-        let ranks = place.peers.iter().map(|peer| (peer.rank, peer.role)).collect();
-        let engine = PlacedTrainer::new(&context, ranks, reach)?;
-        Ok(Box::new(engine) as Box<dyn TrainerEngine>)
-    }))
-}
-
 pub(crate) async fn prepare_trainer(context: EngineContext) -> Result<PreparedTrainer> {
     if context.config.kwargs::<Kwargs>(NAME)?.placed {
-        return prepare_placed_trainer(context);
+        let reach = Arc::new(Neighbours::new(&context.config.device)?);
+        return placed::prepare_trainer(NAME, context, reach);
     }
     let control = context.require_control()?;
     let pool = Pool::new(context.threads(Role::Trainer))?;
@@ -136,8 +107,7 @@ pub(crate) async fn prepare_trainer(context: EngineContext) -> Result<PreparedTr
 
 pub(crate) async fn prepare_rollout(context: EngineContext) -> Result<PreparedRollout> {
     if context.config.kwargs::<Kwargs>(NAME)?.placed {
-        let message = "a rollout of placed updates says what it wants: `lend`";
-        return Err(Error::new(ErrorKind::Config, "preparing", message));
+        return Err(placed::says_nothing_of_what_it_wants());
     }
     let control = context.require_control()?;
     let pool = Pool::new(context.threads(Role::Rollout))?;

@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use engine_core::plan::ALIGNMENT;
-use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result, Storage};
-use placed::{Encoder, Layout, Lender, LentBytes, Reach, Reached};
+use engine_core::{DeviceChoice, Error, Rank, Result};
+use placed::{Encoder, Layout, Lender, LentBytes, LentTensor, Parts, Reach, Reached};
 use protocol::{decode, encode};
 use serde::{Deserialize, Serialize};
 
@@ -24,7 +24,6 @@ use crate::lent_cuda::{CudaOffer, Peers};
 use crate::mapped::{FileId, MappedFiles};
 use crate::memfile::{FileAddress, MemFile};
 use crate::segment::{allocate, memory_in_words};
-use crate::tensors::LentTensor;
 
 /// Parts of files begin and end at multiples of it in what is lent, so that offsets there are aligned as addresses are.
 const PAGE: u64 = 4096;
@@ -60,8 +59,7 @@ struct OfferedPart {
 /// A rollout's memory of the host.
 #[derive(Debug)]
 pub(crate) struct LentMemory {
-    /// The memory as this process has it, by its offset in what is lent, in ascending order.
-    views: Vec<(u64, Bytes)>,
+    views: Parts<Bytes>,
     parts: Vec<OfferedPart>,
     /// Kept open, so that other processes can open them too.
     _files: Vec<MemFile>,
@@ -77,7 +75,8 @@ impl LentMemory {
         let len = mapping.len();
         let view = Bytes::from_owner(ReadView::new(Arc::new(mapping), 0, len));
         let part = OfferedPart { at: 0, bytes: len as u64, file: file.address(), offset: 0 };
-        Ok(Self { views: vec![(0, view)], parts: vec![part], _files: vec![file], lease: None })
+        let views = Parts::new([(0, len as u64, view)]);
+        Ok(Self { views, parts: vec![part], _files: vec![file], lease: None })
     }
 
     /// Lends tensors where they are, which is in shared memory. Returns their layout too.
@@ -85,25 +84,20 @@ impl LentMemory {
         let mapped = MappedFiles::of_this_process()?;
         let mut located = Vec::with_capacity(tensors.len());
         for tensor in tensors {
-            let name = tensor.wanted.meta.name.clone();
-            let locate = |storage: Storage| {
-                let Storage::Host(bytes) = storage else {
-                    let message = "it is on a device, and this rollout's `device` is `cpu`";
-                    return Err(Error::new(ErrorKind::Mismatch, "lending tensors", message));
-                };
+            let (wanted, [elements, scales]) = tensor.into_host_parts()?;
+            let locate = |bytes: Bytes| {
                 let found = match bytes.is_empty() {
                     true => None,
                     false => {
                         let address = bytes.as_ptr().addr() as u64;
-                        Some(mapped.locate(address, bytes.len() as u64)?)
+                        let found = mapped.locate(address, bytes.len() as u64);
+                        Some(found.map_err(|error| Error::from(error).tensor(&*wanted.meta.name))?)
                     }
                 };
-                Ok((bytes, found))
+                Ok::<_, Error>((bytes, found))
             };
-            let named = |error: Error| error.tensor(&*name);
-            let elements = locate(tensor.elements).map_err(named)?;
-            let scales = locate(tensor.scales).map_err(named)?;
-            located.push((tensor.wanted, [elements, scales]));
+            let both = [locate(elements)?, locate(scales)?];
+            located.push((wanted, both));
         }
         // Of each file, the pages from the first tensor to the last are one part.
         let mut parts: BTreeMap<FileId, Range<u64>> = BTreeMap::new();
@@ -131,15 +125,13 @@ impl LentMemory {
         let placed = located.into_iter().map(|(wanted, both)| {
             let [at, scales_at] = both.each_ref().map(|(_, found)| at(found));
             for ((bytes, _), at) in both.into_iter().zip([at, scales_at]) {
-                views.push((at, bytes));
+                views.push((at, bytes.len() as u64, bytes));
             }
             (wanted, at, scales_at)
         });
         let layout = Layout::at(placed.collect::<Vec<_>>(), end)?;
-        views.retain(|(_, bytes)| !bytes.is_empty());
-        views.sort_by_key(|(at, _)| *at);
         let (parts, files) = (offered.into_values().collect(), files.into_values().collect());
-        Ok((layout, Self { views, parts, _files: files, lease: None }))
+        Ok((layout, Self { views: Parts::new(views), parts, _files: files, lease: None }))
     }
 }
 
@@ -170,12 +162,7 @@ impl Lender for LentMemory {
             return Err(SegmentError::Lent.into());
         }
         // Nobody writes: no trainer has the lease, and none can accept it any more.
-        let after = self.views.partition_point(|(start, _)| *start <= at);
-        let view = after.checked_sub(1).and_then(|before| self.views.get(before));
-        let bytes = view.and_then(|(start, view)| {
-            let from = usize::try_from(at - start).ok()?;
-            view.get(from..from.checked_add(usize::try_from(len).ok()?)?)
-        });
+        let bytes = self.views.bytes(at, len);
         Ok(LentBytes::Host(bytes.ok_or(SegmentError::NotLent { at, len })?))
     }
 }
@@ -262,9 +249,9 @@ impl Neighbours {
                 None => (len, Arc::new(Opened::new(&file, len).map_err(failed)?)),
             };
             present.insert(file, (len, opened.clone()));
-            parts.push((part, opened));
+            parts.push((part.at, bytes, (offset, opened)));
         }
-        Ok(Arc::new(Borrowing { parts, _lease: lease }))
+        Ok(Arc::new(Borrowing { parts: Parts::new(parts), _lease: lease }))
     }
 }
 
@@ -288,8 +275,8 @@ impl Reach for Neighbours {
                     let peers = self.peers.as_ref().ok_or_else(|| {
                         let message = "its tensors are on a CUDA device, and this trainer's device is `cpu`: set `device` to \
                                        `cuda` here, or to `cpu` there";
-                        Error::new(ErrorKind::Mismatch, "reaching a rollout's tensors", message)
-                            .rank(*rank)
+                        let kind = engine_core::ErrorKind::Mismatch;
+                        Error::new(kind, "reaching a rollout's tensors", message).rank(*rank)
                     })?;
                     peers.reach(*rank, offer, &mut opened)?
                 }
@@ -314,27 +301,25 @@ impl Reach for Neighbours {
 /// A rollout's memory, while its lease is held.
 #[derive(Debug)]
 struct Borrowing {
-    parts: Vec<(OfferedPart, Arc<Opened>)>,
+    /// For each part, where it begins in its file.
+    parts: Parts<(u64, Arc<Opened>)>,
     _lease: Borrowed,
 }
 
 impl Reached for Borrowing {
     fn put(&self, at: u64, bytes: &[u8]) -> Result<()> {
-        let after = self.parts.partition_point(|(part, _)| part.at <= at);
-        let found = after.checked_sub(1).and_then(|before| self.parts.get(before));
-        let fits = |part: &OfferedPart| {
-            (at - part.at).checked_add(bytes.len() as u64).is_some_and(|end| end <= part.bytes)
-        };
-        let found = found.filter(|(part, _)| fits(part));
-        let (part, opened) =
+        let found = self.parts.find(at, bytes.len() as u64);
+        let ((offset, opened), from) =
             found.ok_or(SegmentError::OutsideLent { at, len: bytes.len() as u64 })?;
-        opened.put(part.offset + (at - part.at), bytes)
+        opened.put(offset + from, bytes)
     }
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 mod tests {
+    use engine_core::ErrorKind;
+
     use super::*;
 
     fn host(memory: &LentMemory) -> &[u8] {

@@ -17,7 +17,7 @@ use device_cuda::{
 };
 use engine_core::plan::ALIGNMENT;
 use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result, Storage, Weight};
-use placed::{Encoded, Encoder, Layout, Lender, LentBytes, Reached, Written};
+use placed::{Encoded, Encoder, Layout, Lender, LentBytes, LentTensor, Reached, Written};
 use protocol::encode;
 use quant_fp8::{Fp8Format, SourceType, StridedPart};
 use serde::{Deserialize, Serialize};
@@ -25,7 +25,6 @@ use serde::{Deserialize, Serialize};
 use crate::error::SegmentError;
 use crate::lease::{Lease, Leased, Marked, Terms, sweep};
 use crate::lent::{Offer, lock};
-use crate::tensors::LentTensor;
 
 const LENDING: &str = "lending tensors";
 
@@ -133,7 +132,8 @@ impl LentCuda {
             Ok(at + (address - from))
         };
         let mut placed = Vec::with_capacity(tensors.len());
-        for LentTensor { wanted, elements, scales } in tensors {
+        for tensor in tensors {
+            let (wanted, elements, scales) = tensor.into_parts();
             let named = |error: Error| error.tensor(&*wanted.meta.name);
             let at = place(&elements).map_err(named)?;
             let scales_at = place(&scales).map_err(named)?;

@@ -27,7 +27,6 @@ mod lent_cuda;
 mod mapped;
 mod memfile;
 mod segment;
-mod tensors;
 
 use engine_core::{
     Availability, Backend, Devices, EngineContext, Error, ErrorKind, Placement, PreparedRollout,
@@ -36,7 +35,7 @@ use engine_core::{
 
 pub use cache::{CacheAddress, SharedCache, SharedCacheReader};
 pub use engine::{lend, lend_tensors};
-pub use tensors::LentTensor;
+pub use placed::LentTensor;
 
 /// The transport's name in configurations.
 const NAME: &str = "ipc";
@@ -85,16 +84,9 @@ impl Backend for Ipc {
         let refuse =
             |message: String| Error::new(ErrorKind::Mismatch, "building the topology", message);
         let trainer = places[0].own()?;
-        let placed = engine::is_placed(trainer);
+        let placed = placed::are_placed(&places)?;
         for place in &places[1..] {
             let peer = place.own()?;
-            if engine::is_placed(peer) != placed {
-                let (one, other) =
-                    if placed { ("no", "placed") } else { ("a placed", "no placed") };
-                let message =
-                    format!("it takes part in {one} updates, the trainer in {other} ones");
-                return Err(refuse(message).rank(place.rank));
-            }
             if peer.role == Role::Trainer && !placed {
                 let message = "ipc sends from one trainer rank: gather the weights on rank 0, or have rollouts lend their \
                                tensors (placed)";

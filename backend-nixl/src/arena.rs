@@ -294,7 +294,10 @@ impl Lent {
 }
 
 impl Memory {
-    fn new(memory: Arc<dyn BucketMemory>) -> Result<Self, NixlError> {
+    /// # Errors
+    ///
+    /// `OutOfReach` for memory without an address.
+    pub(crate) fn new(memory: Arc<dyn BucketMemory>) -> Result<Self, NixlError> {
         let reach = memory.reach().ok_or(NixlError::OutOfReach)?;
         Ok(Self { memory, reach })
     }

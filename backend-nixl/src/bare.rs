@@ -65,7 +65,7 @@ pub fn seconds(
     let target: Card = serde_json::from_value(target.clone()).map_err(|_| NixlError::Unknown)?;
     let arena = arena(config, memory)?;
     let mut reads = options.transfer == Transfer::Read
-        && !Reach::new(&options.of_agent(), &arena).excludes(&target);
+        && !Reach::new(&options.of_agent(), arena.device().is_some()).excludes(&target);
     let (agent, _) = open(&as_usual(&options), unique_name("bare"), &arena, Vec::new())?;
     agent.load_peer(&target.metadata)?;
     let mut begun = Instant::now();

@@ -21,7 +21,7 @@ use crate::agent::{self, Agent, AgentOptions, Awaiting, Card};
 use crate::arena::{Arena, Slot};
 use crate::error::NixlError;
 use crate::host::HostMemory;
-use crate::interface;
+use crate::{interface, lending};
 
 /// Slots of a rank. Together they are as large as the two buckets of the configuration. With four, a bucket can stay until the next two
 /// ranks of a ring have it, without loss of speed.
@@ -48,6 +48,8 @@ pub struct NixlOptions {
     pub error_handling: ErrorHandling,
     /// The folder of `libnixl_capi.so`, or one into which a wheel of NIXL was unpacked. If not set, the library is searched for.
     pub library_dir: Option<PathBuf>,
+    /// Whether trainers write into tensors that rollouts lend. The same on all trainers.
+    pub placed: bool,
 }
 
 impl NixlOptions {
@@ -74,9 +76,14 @@ pub(crate) fn arena(
     memory: Option<&dyn MemoryKind>,
 ) -> Result<Arena> {
     let kind = memory.unwrap_or(&HostMemory);
-    let default = if kind.is_host() { DEFAULT_BUCKET_MEGABYTES } else { DEFAULT_DEVICE_MEGABYTES };
-    let bucket = config.bucket_bytes().unwrap_or(default << 20);
+    let bucket = bucket_bytes(config, kind.is_host());
     Arena::on(kind, &config.device, SLOTS, bucket / (u64::from(SLOTS) / 2))
+}
+
+/// The size of each of the two buckets of a rank.
+pub(crate) fn bucket_bytes(config: &CheckpointEngineConfig, is_host: bool) -> u64 {
+    let default = if is_host { DEFAULT_BUCKET_MEGABYTES } else { DEFAULT_DEVICE_MEGABYTES };
+    config.bucket_bytes().unwrap_or(default << 20)
 }
 
 /// Makes names unique: agents with one name would be confused, above all those of a rank that restarts.
@@ -200,7 +207,7 @@ impl Node {
 }
 
 /// The options of a configuration, after checks.
-fn options(context: &EngineContext) -> Result<NixlOptions> {
+pub(crate) fn options(context: &EngineContext) -> Result<NixlOptions> {
     let options = context.config.kwargs::<NixlOptions>(NAME)?;
     // UCX reads the list to its end or to the next option, whichever comes first.
     let fit = |c: char| c.is_ascii_alphanumeric() || "_,:^/\\".contains(c);
@@ -213,6 +220,9 @@ fn options(context: &EngineContext) -> Result<NixlOptions> {
 
 pub(crate) async fn prepare_trainer(context: EngineContext) -> Result<PreparedTrainer> {
     let options = options(&context)?;
+    if options.placed {
+        return lending::prepare_trainer(context).await;
+    }
     let control = context.require_control()?;
     let pool = Pool::new(context.threads(Role::Trainer))?;
     let (node, details) = Node::start(&context, &options, &*control).await?;
@@ -227,6 +237,9 @@ pub(crate) async fn prepare_trainer(context: EngineContext) -> Result<PreparedTr
 
 pub(crate) async fn prepare_rollout(context: EngineContext) -> Result<PreparedRollout> {
     let options = options(&context)?;
+    if options.placed {
+        return Err(placed::says_nothing_of_what_it_wants());
+    }
     let control = context.require_control()?;
     let pool = Pool::new(context.threads(Role::Rollout))?;
     let (node, details) = Node::start(&context, &options, &*control).await?;

@@ -90,6 +90,12 @@ pub(crate) enum NixlError {
     Device(engine_core::Error),
     #[error("what it says of itself cannot be read: {0}")]
     Card(postcard::Error),
+    #[error("no memory for {0} bytes of tensors to lend, or to gather what is written to them in")]
+    NoMemoryToLend(u64),
+    #[error("it has taken its tensors back")]
+    Withdrawn,
+    #[error("it lends what no memory has")]
+    Offer,
 }
 
 fn in_words(folders: &[PathBuf]) -> String {
@@ -124,11 +130,12 @@ impl NixlError {
                 false
             }
             E::Unreachable | E::Outside { .. } | E::Unknown | E::Card(_) => false,
+            E::Withdrawn | E::Offer => false,
             E::Missing { .. } | E::Load { .. } | E::Symbol { .. } | E::Version { .. } => true,
             E::Another { .. } | E::Transports { .. } | E::TooLarge { .. } | E::Moved => true,
             E::Closed | E::System { .. } | E::Full(_) | E::InUse { .. } | E::Vacant { .. } => true,
             E::Kept { .. } | E::OutsideSlot { .. } | E::OutOfReach | E::Device(_) => true,
-            E::Descriptors { .. } | E::Addresses { .. } => true,
+            E::Descriptors { .. } | E::Addresses { .. } | E::NoMemoryToLend(_) => true,
         }
     }
 }
@@ -151,10 +158,13 @@ impl From<NixlError> for engine_core::Error {
             E::Call { .. } | E::Transfer { .. } | E::Unreachable | E::System { .. } => {
                 ErrorKind::Io
             }
+            E::Withdrawn => ErrorKind::Aborted,
             E::Full(_) | E::Vacant { .. } | E::Kept { .. } => ErrorKind::Resource,
-            E::Descriptors { .. } | E::Addresses { .. } => ErrorKind::Resource,
+            E::Descriptors { .. } | E::Addresses { .. } | E::NoMemoryToLend(_) => {
+                ErrorKind::Resource
+            }
             E::Device(error) => error.kind(),
-            E::Outside { .. } | E::Unknown | E::Card(_) => ErrorKind::Protocol,
+            E::Outside { .. } | E::Unknown | E::Card(_) | E::Offer => ErrorKind::Protocol,
         };
         // The next update connects again.
         let retry = matches!(error, E::Transfer { .. } | E::Unreachable);

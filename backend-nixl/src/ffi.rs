@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::arena::{Memory, Place, Slot};
 use crate::error::NixlError;
+use crate::lending::Staged;
 use crate::sys::{self, AgentConfig, Api, Handle, Status};
 
 /// An agent with its UCX backend and the registered memory of one arena.
@@ -59,6 +60,12 @@ impl<M> Drop for RawTransfer<M> {
 pub(crate) struct Remote {
     pub(crate) range: (usize, usize),
     pub(crate) device: Option<u32>,
+}
+
+/// The parts of memory at one end of a transfer: addresses and lengths, and the device's number unless it is host memory.
+struct Side<'a> {
+    parts: &'a [(usize, usize)],
+    device: Option<u32>,
 }
 
 /// Why a transfer could not be started.
@@ -232,7 +239,7 @@ impl RawAgent {
     ) -> Result<RawTransfer<Slot>, NotStarted<Slot>> {
         match to.place() {
             // SAFETY: the place is the slot's, and the slot, which holds the right to access it, goes into the transfer.
-            Ok(place) => unsafe { self.start(sys::READ, peer, &place, from, to) },
+            Ok(place) => unsafe { self.start_one(sys::READ, peer, &place, from, to) },
             Err(error) => Err(NotStarted { error, memory: to, unmoved: true }),
         }
     }
@@ -246,7 +253,40 @@ impl RawAgent {
     ) -> Result<RawTransfer<Place>, NotStarted<Place>> {
         let place = from.clone();
         // SAFETY: a place keeps its memory alive, and the transfer writes nothing to it.
-        unsafe { self.start(sys::WRITE, peer, &place, to, from) }
+        unsafe { self.start_one(sys::WRITE, peer, &place, to, from) }
+    }
+
+    /// Starts to write what was staged to where it belongs in a peer's host memory.
+    pub(crate) fn write_staged(
+        &self,
+        peer: &str,
+        staged: Staged,
+    ) -> Result<RawTransfer<Staged>, NotStarted<Staged>> {
+        let (here, there) = staged.sides();
+        let side = |parts| Side { parts, device: None };
+        // SAFETY: these are bytes that `staged` has, and the transfer writes nothing to them.
+        unsafe { self.start(sys::WRITE, peer, side(&here), side(&there), staged) }
+    }
+
+    /// Starts a transfer of one part.
+    ///
+    /// # Safety
+    ///
+    /// As for [`start`](Self::start).
+    unsafe fn start_one<M>(
+        &self,
+        way: std::ffi::c_int,
+        peer: &str,
+        local: &Place,
+        remote: Remote,
+        memory: M,
+    ) -> Result<RawTransfer<M>, NotStarted<M>> {
+        let (here, there) = ([(local.address, local.len)], [remote.range]);
+        let here = Side { parts: &here, device: local.memory.device() };
+        // SAFETY: as the caller guarantees.
+        unsafe {
+            self.start(way, peer, here, Side { parts: &there, device: remote.device }, memory)
+        }
     }
 
     /// Starts a transfer.
@@ -259,8 +299,8 @@ impl RawAgent {
         &self,
         way: std::ffi::c_int,
         peer: &str,
-        local: &Place,
-        remote: Remote,
+        local: Side<'_>,
+        remote: Side<'_>,
         memory: M,
     ) -> Result<RawTransfer<M>, NotStarted<M>> {
         let created = self.create(way, peer, local, remote);
@@ -289,11 +329,10 @@ impl RawAgent {
         &self,
         way: std::ffi::c_int,
         peer: &str,
-        local: &Place,
-        remote: Remote,
+        local: Side<'_>,
+        remote: Side<'_>,
     ) -> Result<Handle, NixlError> {
-        let here = self.list((local.address, local.len), local.memory.device())?;
-        let there = self.list(remote.range, remote.device)?;
+        let (here, there) = (self.list(local)?, self.list(remote)?);
         let peer = c_string(peer);
         let mut request = null_mut();
         // SAFETY: all objects are alive; lists and string are copied, and memory that is not registered, here or
@@ -313,11 +352,7 @@ impl RawAgent {
         Ok(request)
     }
 
-    fn list(
-        &self,
-        (address, len): (usize, usize),
-        device: Option<u32>,
-    ) -> Result<Object, NixlError> {
+    fn list(&self, Side { parts, device }: Side<'_>) -> Result<Object, NixlError> {
         let api = self.api;
         let create = |object| {
             // SAFETY: the call writes the new object to where the pointer points.
@@ -326,9 +361,11 @@ impl RawAgent {
         // SAFETY: the function destroys what the other one creates.
         let list = unsafe { Object::new("create_xfer_dlist", api.destroy_xfer_dlist, create) }?;
         let number = u64::from(device.unwrap_or(0));
-        // SAFETY: the list is alive.
-        let status = unsafe { (api.xfer_dlist_add_desc)(list.handle, address, len, number) };
-        check("xfer_dlist_add_desc", status)?;
+        for &(address, len) in parts {
+            // SAFETY: the list is alive.
+            let status = unsafe { (api.xfer_dlist_add_desc)(list.handle, address, len, number) };
+            check("xfer_dlist_add_desc", status)?;
+        }
         Ok(list)
     }
 
@@ -418,30 +455,31 @@ impl RawAgent {
         transfer.memory.take().ok_or(transfer)
     }
 
-    /// Closes the agent, and ends the transfers under way with it. Returns the memory of the reads.
+    /// Closes the agent, and ends the transfers under way with it. Returns the memory of `kept`; that of the others is dropped.
     ///
     /// With its connections, nothing that peers may still send arrives any more.
-    pub(crate) fn close(
+    pub(crate) fn close<M>(
         self,
-        reads: Vec<RawTransfer<Slot>>,
-        writes: Vec<RawTransfer<Place>>,
-    ) -> Vec<Slot> {
-        let mut kept = (Vec::new(), Vec::new());
-        for mut read in reads {
-            // SAFETY: the request is this agent's, and the transfer ends here.
-            if read.agent == self.number && unsafe { self.release(read.request) } {
-                kept.0.extend(read.memory.take());
-            }
-        }
-        for mut write in writes {
-            // SAFETY: the request is this agent's, and the transfer ends here.
-            if write.agent == self.number && unsafe { self.release(write.request) } {
-                kept.1.extend(write.memory.take());
-            }
-        }
+        kept: Vec<RawTransfer<M>>,
+        others: Vec<RawTransfer<Place>>,
+    ) -> Vec<M> {
+        let (kept, others) = (self.release_all(kept), self.release_all(others));
         // UCX may access the memory until here.
         drop(self);
-        kept.0
+        drop(others);
+        kept
+    }
+
+    /// Ends transfers of an agent that is about to be closed, and returns their memory.
+    fn release_all<M>(&self, transfers: Vec<RawTransfer<M>>) -> Vec<M> {
+        let mut memory = Vec::new();
+        for mut transfer in transfers {
+            // SAFETY: the request is this agent's, and the transfer ends here.
+            if transfer.agent == self.number && unsafe { self.release(transfer.request) } {
+                memory.extend(transfer.memory.take());
+            }
+        }
+        memory
     }
 
     /// Frees a request. Returns false if the library refuses. If the transfer is under way, the library goes on with it.

@@ -8,11 +8,13 @@ use engine_core::memory::{Job, Pool};
 use engine_core::provider::{
     Allocation, BucketMemory, BucketSlot, Lifetime, MemoryKind, Reach, SlotBytes,
 };
-use engine_core::{DeviceChoice, Result, available_memory};
+use engine_core::{DeviceChoice, Error, ErrorKind, Result, available_memory};
 use rustix::io::Errno;
 
+use crate::arena::Memory;
 use crate::error::NixlError;
-use ffi::{Mapping, Piece};
+use ffi::Mapping;
+pub(crate) use ffi::{Piece, PromisedMemory};
 
 /// Mapped memory of this process.
 #[derive(Debug)]
@@ -44,6 +46,24 @@ impl MemoryKind for HostMemory {
         let slot = |piece| -> Box<dyn BucketSlot> { Box::new(Slot::new(piece)) };
         Ok(Allocation { memory, slots: pieces.into_iter().map(slot).collect() })
     }
+}
+
+/// So many pieces of memory of so many bytes each, and the memory that they are cut from.
+///
+/// # Errors
+///
+/// `Resource` if there is not so much.
+pub(crate) fn pieces(count: usize, bytes: usize) -> Result<(Memory, Vec<Piece>)> {
+    let full = NixlError::NoMemoryToLend(bytes as u64);
+    let len = count.checked_mul(bytes).ok_or(full)?;
+    let cut = map(len)
+        .map_err(|error| match error {
+            NixlError::Full(bytes) => NixlError::NoMemoryToLend(bytes),
+            other => other,
+        })?
+        .cut(bytes);
+    let mapping = cut.first().ok_or(NixlError::NoMemoryToLend(0))?.mapping().clone();
+    Ok((Memory::new(mapping)?, cut))
 }
 
 /// Maps `len` bytes.
@@ -86,6 +106,21 @@ impl BucketMemory for Mapping {
         let len = usize::try_from(bytes).map_err(|_| NixlError::Full(bytes))?;
         let piece = map(len)?.cut(len).pop().ok_or(NixlError::Full(bytes))?;
         Ok(Box::new(Slot::new(piece)))
+    }
+}
+
+impl BucketMemory for PromisedMemory {
+    fn reach(&self) -> Option<Reach> {
+        Some(Self::reach(self))
+    }
+
+    fn len(&self) -> u64 {
+        Self::len(self) as u64
+    }
+
+    fn spare(&self, _: u64) -> Result<Box<dyn BucketSlot>> {
+        let message = "memory of a program's own tensors has no slots";
+        Err(Error::new(ErrorKind::Backend, "using NIXL", message))
     }
 }
 

@@ -6,6 +6,9 @@
 //! hardly longer than that of one. Rollouts join and leave between updates. One that dies within an update is left out, and the others
 //! finish.
 //!
+//! With the option `placed`, any number of trainers write the weights that they hold straight into host memory that rollouts [`lend`], or
+//! into a program's own tensors ([`lend_tensors`]). The crate `placed` has the protocol.
+//!
 //! NIXL is not linked. Its library is searched for when an engine is prepared: in the folder that [`NixlOptions::library_dir`] or
 //! `CKPT_ENGINE_NIXL_DIR` names, else in the folder `native` beside the program, in installed Python wheels, and where packages put
 //! libraries.
@@ -20,6 +23,7 @@ mod ffi;
 pub mod fuzzing;
 mod host;
 mod interface;
+mod lending;
 mod lent;
 mod room;
 mod sys;
@@ -30,6 +34,8 @@ use engine_core::{
 };
 
 pub use engine::{ErrorHandling, NixlOptions, Topology, Transfer};
+pub use lending::{lend, lend_tensors};
+pub use placed::LentTensor;
 
 /// The transport's name in configurations.
 const NAME: &str = "nixl";
@@ -73,6 +79,9 @@ impl Backend for Nixl {
 
     fn build_topology(&self, workers: &[WorkerMetadata]) -> Result<Vec<Placement>> {
         let places = Placement::for_all(NAME, workers)?;
+        if placed::are_placed(&places)? {
+            return Ok(places);
+        }
         let refuse =
             |message: String| Error::new(ErrorKind::Mismatch, "building the topology", message);
         let details = |worker: &WorkerMetadata| {
@@ -83,7 +92,8 @@ impl Backend for Nixl {
         for place in &places[1..] {
             let peer = place.own()?;
             if peer.role == Role::Trainer {
-                let message = "nixl sends from one trainer rank: gather the weights on rank 0";
+                let message = "nixl sends from one trainer rank: gather the weights on rank 0, or have rollouts lend their \
+                               tensors (placed)";
                 return Err(refuse(message.into()).rank(place.rank));
             }
             let own = details(peer).map_err(|error| error.rank(place.rank))?;

@@ -48,9 +48,9 @@ impl Placing {
     pub fn of_trainers(&self, config: &CheckpointEngineConfig) -> Result<CheckpointEngineConfig> {
         let refuse = |message: String| Error::new(ErrorKind::Config, "placing a model", message);
         let mut config = config.clone();
-        if config.backend != "ipc" {
+        if !["ipc", "nixl"].contains(&&*config.backend) {
             let backend = &config.backend;
-            return Err(refuse(format!("{backend} has no placed updates, ipc has")));
+            return Err(refuse(format!("{backend} has no placed updates, ipc and nixl have")));
         }
         let mut fp8 = Fp8Config::of(&config)?;
         if fp8.quantization.quantize_on_receive {
@@ -294,7 +294,7 @@ pub async fn placed_rollout(
     let registry = registry();
     let backend = registry.get(&options.config.backend)?;
     let context = EngineContext::new(options.config.clone()).with_control(control.clone());
-    let prepared = checkpoint_engine::ipc::lend(context, wanted)?;
+    let prepared = checkpoint_engine::lend(context, wanted)?;
     let world_size = Some(options.world_size);
     let (mut rollout, _) = join_group(prepared, backend, &control, world_size, deadline).await?;
     if options.verify {

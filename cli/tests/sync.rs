@@ -135,6 +135,27 @@ fn trainers_with_parts_of_a_model_write_what_rollouts_want_of_it_and_every_eleme
 }
 
 #[test]
+fn trainers_write_over_nixl_what_rollouts_want_and_every_element_is_compared() {
+    let sync = ["sync", "--backend", "nixl", "--synthetic", "tiny-moe", "--updates", "3"];
+    let placed = ["--placed", "--trainer-layout", "fsdp=2", "--rollout-layout", "tp=2"];
+    for more in [&[][..], &["--trainer-quantize-fp8", "--receiver", "any"]] {
+        let output = run(&[&sync[..], &placed, &["--verify", "--json"], more].concat());
+        let lines = json_lines(&output);
+        assert_eq!(lines.len(), 3);
+        for line in &lines {
+            assert_eq!(
+                (&line["verified"], &line["backend"]),
+                (&true.into(), &"nixl".into()),
+                "{line}"
+            );
+            assert_eq!(line["quantized"].as_u64() > Some(0), !more.is_empty(), "{line}");
+            assert_eq!(line["rollouts"].as_array().map(Vec::len), Some(2), "{line}");
+        }
+        assert_eq!(lines[1]["plan_reused"], true);
+    }
+}
+
+#[test]
 fn what_cannot_be_placed_is_refused_in_words() {
     let sync = ["sync", "--synthetic", "tiny-moe", "--placed", "--trainer-layout", "fsdp=2"];
     for (more, words) in [

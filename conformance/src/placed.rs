@@ -2,6 +2,8 @@
 //!
 //! A backend's tests provide a [`Lends`], and call every case.
 
+pub mod processes;
+
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
@@ -27,12 +29,23 @@ pub type Boxes = Vec<(TensorMeta, TensorBox)>;
 pub struct Lends {
     /// The backend, which prepares trainers.
     pub backend: &'static dyn Backend,
-    /// The configuration of trainers.
+    /// The configuration of trainers, with the backend's option `placed`.
     pub config: CheckpointEngineConfig,
     /// Prepares a rollout.
     pub lend: fn(EngineContext, Vec<Wanted>) -> Result<Prepared<PlacedRollout>>,
     /// Moves a trainer's weight from host memory to where a trainer keeps it.
     pub put: fn(Weight) -> Result<Weight>,
+}
+
+impl Lends {
+    /// The configuration of rollouts: they are prepared by `lend`, without the option.
+    fn of_rollouts(&self) -> CheckpointEngineConfig {
+        let mut config = self.config.clone();
+        if let Some(options) = config.engine_kwargs.get_mut(&config.backend) {
+            options.remove("placed");
+        }
+        config
+    }
 }
 
 /// A tensor of made-up numbers, which differ in every version.
@@ -168,9 +181,8 @@ impl<'a> Group<'a> {
             join_group(prepared, lends.backend, plane, Some(ranks), LIMIT).await.expect("a group").0
         });
         let tensors = lent.iter().zip(wants).map(|(plane, wants)| async {
-            let mut config = lends.config.clone();
-            config.engine_kwargs = Default::default();
-            let prepared = (lends.lend)(context(plane, config), wants.clone()).expect("memory");
+            let context = context(plane, lends.of_rollouts());
+            let prepared = (lends.lend)(context, wants.clone()).expect("memory");
             join_group(prepared, lends.backend, plane, Some(ranks), LIMIT).await.expect("a group").0
         });
         let (trainers, rollouts) = join(join_all(engines), join_all(tensors)).await;

@@ -399,6 +399,11 @@ impl Sources {
                 .into_iter()
                 .for_each(|(number, sum)| sums[number] = sum.wrapping_add(sums[number]));
         }
+        let peers: BTreeSet<Rank> = here.iter().map(|&number| table.pieces[number].peer).collect();
+        for memory in peers.iter().filter_map(|peer| reached.get(peer)) {
+            memory.flush()?;
+            going.step()?;
+        }
         let through_host = here.iter().map(|&number| table.pieces[number].held);
         Ok(through_host.filter(|&held| self.weights[held].reads_device()).collect())
     }

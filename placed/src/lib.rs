@@ -41,7 +41,7 @@
 //!
 //! The leader's decisions and each rank's part are state machines without IO.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod arriving;
 mod coordinator;
@@ -52,15 +52,21 @@ pub mod fuzzing;
 mod member;
 mod memory;
 mod message;
+mod parts;
 mod pieces;
+mod ranks;
 mod rollout;
 #[cfg(test)]
 mod schedules;
 mod seat;
+mod tensors;
 mod trainer;
 
 pub use declared::Wanted;
 pub use member::TensorState;
 pub use memory::{Encoded, Encoder, Lender, LentBytes, Reach, Reached, Written};
+pub use parts::Parts;
+pub use ranks::{are_placed, prepare_rollout, prepare_trainer, says_nothing_of_what_it_wants};
 pub use rollout::{Inspect, Layout, PlacedRollout, PlacedTensor};
+pub use tensors::LentTensor;
 pub use trainer::PlacedTrainer;

@@ -160,10 +160,19 @@ pub struct Written {
 
 /// A rollout's memory at a trainer. The trainer lets go of it when the last clone of its `Arc` is dropped.
 pub trait Reached: Any + fmt::Debug + Send + Sync {
-    /// Writes bytes.
+    /// Writes bytes, which may be there only after [`flush`](Self::flush). Several threads call it.
     ///
     /// # Errors
     ///
-    /// `Protocol` if they do not lie within the memory.
+    /// `Protocol` if they do not lie within the memory; those of writing, of these bytes or of some before them, which name the rollout.
     fn put(&self, at: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Returns when all bytes that were put are there. No thread puts any meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// Those of writing, which name the rollout.
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
 }

@@ -4,8 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use checkpoint_engine::control::{Channel, ControlConfig, Event, Token};
-use checkpoint_engine::ipc::{self, LentTensor};
-use checkpoint_engine::placed::{PlacedRollout, TensorState};
+use checkpoint_engine::placed::{LentTensor, PlacedRollout, TensorState};
 use checkpoint_engine::{
     ChannelId, CheckpointEngineConfig, ControlPlane, EngineContext, Rank, Role, RolloutEngine,
     TrainerEngine, Version, WeightStream, config, form_group, form_local_group, join_group,
@@ -173,11 +172,9 @@ impl Engine {
         }
         let registry = registry();
         let backend = registry.get(&config.backend)?;
-        if backend.name() != ipc::BACKEND.name() {
-            return refuse(format!("{} has no placed updates, ipc has", backend.name()));
-        }
         let context = EngineContext::new(config).with_control(control.0.clone());
-        let prepared = ipc::lend_tensors(context, tensors)?.with_attributes(attributes);
+        let prepared =
+            checkpoint_engine::lend_tensors(context, tensors)?.with_attributes(attributes);
         let (engine, place) =
             join_group(prepared, backend, &control.0, world_size, deadline).await?;
         Ok((Self::Lends(Box::new(engine)), place.peers.to_vec()))

@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use checkpoint_engine::ipc::LentTensor;
-use checkpoint_engine::placed::Wanted;
+use checkpoint_engine::placed::{LentTensor, Wanted};
 use checkpoint_engine::{CheckpointEngineConfig, fp8};
 use device_cuda::Device;
 use engine_core::{DType, Error, ErrorKind, Result, Storage, TensorBox, TensorMeta};

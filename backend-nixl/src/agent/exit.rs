@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::Sender;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::handle::Command;
+/// Tells a thread to close its agent.
+type Close = Box<dyn Fn() + Send>;
 
 /// The threads that have agents.
-static RUNNING: Mutex<BTreeMap<u64, Sender<Command>>> = Mutex::new(BTreeMap::new());
+static RUNNING: Mutex<BTreeMap<u64, Close>> = Mutex::new(BTreeMap::new());
 
 static ENDED: Condvar = Condvar::new();
 
@@ -17,10 +17,11 @@ static ENDED: Condvar = Condvar::new();
 pub(super) struct Running(u64);
 
 impl Running {
-    pub(super) fn new(commands: Sender<Command>) -> Self {
+    /// `close` tells the thread to close its agent, without waiting for that.
+    pub(super) fn new(close: impl Fn() + Send + 'static) -> Self {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        RUNNING.lock().unwrap_or_else(PoisonError::into_inner).insert(number, commands);
+        RUNNING.lock().unwrap_or_else(PoisonError::into_inner).insert(number, Box::new(close));
         Self(number)
     }
 }
@@ -36,9 +37,6 @@ impl Drop for Running {
 /// alive after that would crash the process.
 pub(super) extern "C" fn close_all() {
     let running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
-    for commands in running.values() {
-        // A thread that has ended meanwhile leaves the list by itself.
-        drop(commands.send(Command::Close));
-    }
+    running.values().for_each(|close| close());
     drop(ENDED.wait_timeout_while(running, Duration::from_secs(3), |running| !running.is_empty()));
 }

@@ -5,12 +5,10 @@ use std::sync::mpsc::{SendError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rustix::io::Errno;
 use tracing::debug;
 
-use super::exit::Running;
 use super::worker::Worker;
-use super::{AgentOptions, Card};
+use super::{AgentOptions, Card, thread};
 use crate::arena::{Arena, Slot};
 use crate::error::NixlError;
 
@@ -79,30 +77,12 @@ impl Agent {
         arena: Arc<Arena>,
     ) -> Result<Self, NixlError> {
         let (commands, inbox) = channel();
-        let (ready, is_ready) = tokio::sync::oneshot::channel();
-        let (ending, ended) = tokio::sync::oneshot::channel::<()>();
-        let running = Running::new(commands.clone());
         let known = Arc::<Known>::default();
-        let theirs = known.clone();
-        let run = move || {
-            let _running = running;
-            match Worker::new(options, name, arena, theirs) {
-                Ok(worker) => {
-                    // If nobody waits for the agent, it is not run.
-                    if ready.send(Ok(())).is_ok() {
-                        worker.run(&inbox);
-                    }
-                }
-                Err(error) => drop(ready.send(Err(error))),
-            }
-            drop(ending);
-        };
-        let thread = std::thread::Builder::new().name("ckpt-nixl".into()).spawn(run);
-        thread.map_err(|error| NixlError::System {
-            call: "clone",
-            errno: Errno::from_io_error(&error).unwrap_or(Errno::AGAIN),
-        })?;
-        is_ready.await.map_err(|_| NixlError::Closed)??;
+        let (theirs, closing) = (known.clone(), commands.clone());
+        // A thread that has ended needs no command.
+        let close = move || drop(closing.send(Command::Close));
+        let make = move || Worker::new(options, name, arena, theirs);
+        let ended = thread::start(close, make, move |worker| worker.run(&inbox)).await?;
         Ok(Self { commands, ended, known })
     }
 

@@ -31,17 +31,37 @@ pub(crate) struct AgentOptions {
     pub(crate) own_thread: bool,
 }
 
-/// Makes an agent that has registered an arena. Returns it with its metadata for peers.
+/// Makes an agent that has registered an arena. Returns it with what peers need to reach it.
 pub(crate) fn open(
     options: &AgentOptions,
     name: String,
     arena: &Arena,
     spares: Vec<Memory>,
 ) -> Result<(RawAgent, Card), NixlError> {
+    arena.enter().map_err(NixlError::Device)?;
+    let (slots, slot_bytes, device) = (arena.slots(), arena.slot_bytes(), arena.device());
+    let address = arena.address() as u64;
+    let mut memory = arena.memory();
+    memory.extend(spares);
+    memory.sort_by_key(Memory::address);
+    memory.dedup_by_key(|memory| memory.address());
+    let (agent, metadata) = open_with(options, &name, memory)?;
+    let (host, process, moves) = (this_host(), Process::this(), false);
+    let card = Card { name, metadata, address, slots, slot_bytes, device, host, process, moves };
+    Ok((agent, card))
+}
+
+/// Makes an agent that has registered this memory, which is of one kind. Returns it with its metadata for peers.
+pub(crate) fn open_with(
+    options: &AgentOptions,
+    name: &str,
+    memory: Vec<Memory>,
+) -> Result<(RawAgent, Vec<u8>), NixlError> {
     room::check()?;
     let api = sys::load(options.library_dir.as_deref())?;
+    let on_device = memory.iter().any(|memory| memory.device().is_some());
     let mut config = Vec::new();
-    if arena.device().is_none() {
+    if !on_device {
         // If a transport cannot read or write by itself (TCP cannot read), UCX would make the other side answer, which ends its process if
         // the connection breaks at that moment. With this setting UCX reports that it cannot, and the peer is asked to write.
         config.push("PROTO_EMULATION_ENABLE=n".into());
@@ -53,7 +73,7 @@ pub(crate) fn open(
     }
     if !options.transports.is_empty() {
         config.push(format!("TLS={}", options.transports));
-    } else if arena.device().is_none() && std::env::var_os("UCX_TLS").is_none() {
+    } else if !on_device && std::env::var_os("UCX_TLS").is_none() {
         // These transports would leave files in /dev/shm if the process is killed as it starts. They are not needed to reach the memory of
         // other processes.
         config.push("TLS=^posix,sysv".into());
@@ -61,7 +81,7 @@ pub(crate) fn open(
     if !options.interface.is_empty() && std::env::var_os("UCX_NET_DEVICES").is_none() {
         config.push(format!("NET_DEVICES={}", options.interface));
     }
-    if arena.device().is_some() && std::env::var_os("UCX_CUDA_IPC_ENABLE_GET_ZCOPY").is_none() {
+    if on_device && std::env::var_os("UCX_CUDA_IPC_ENABLE_GET_ZCOPY").is_none() {
         // Without NVLink, UCX would otherwise read over TCP what it can map and copy.
         config.push("CUDA_IPC_ENABLE_GET_ZCOPY=on".into());
     }
@@ -70,23 +90,14 @@ pub(crate) fn open(
     if !config.is_empty() {
         parameters.push((ENGINE_CONFIG, config.as_str()));
     }
-    arena.enter().map_err(NixlError::Device)?;
-    let (slots, slot_bytes, device) = (arena.slots(), arena.slot_bytes(), arena.device());
-    let address = arena.address() as u64;
-    let own_thread = options.own_thread || device.is_some();
-    let mut memory = arena.memory();
-    memory.extend(spares);
-    memory.sort_by_key(Memory::address);
-    memory.dedup_by_key(|memory| memory.address());
-    let agent = RawAgent::new(api, &name, &parameters, memory, own_thread)?;
+    let own_thread = options.own_thread || on_device;
+    let agent = RawAgent::new(api, name, &parameters, memory, own_thread)?;
     // The system runs exit handlers in reverse order. NIXL and its plugins register theirs when the first agent is made,
     // so a handler that is registered after that runs before theirs.
     static REGISTERED: Once = Once::new();
     REGISTERED.call_once(|| sys::at_exit(close_all));
     let metadata = agent.metadata()?;
-    let (host, process, moves) = (this_host(), Process::this(), false);
-    let card = Card { name, metadata, address, slots, slot_bytes, device, host, process, moves };
-    Ok((agent, card))
+    Ok((agent, metadata))
 }
 
 /// Makes an agent and closes it again. Describes what was found.

@@ -6,8 +6,7 @@ use engine_core::{Rank, Role, WorkerMetadata};
 
 use super::{AgentOptions, Card};
 use crate::NAME;
-use crate::arena::Arena;
-use crate::lent::Writer;
+use crate::lent::{Process, Writer};
 use crate::sys;
 
 /// The number of agents for which it is remembered whether they can be read from: each restart of a process is another agent.
@@ -30,24 +29,25 @@ pub(crate) struct Reach {
 }
 
 impl Reach {
-    pub(crate) fn new(options: &AgentOptions, arena: &Arena) -> Self {
+    /// For an agent with these options, whose memory is on a device or of the host.
+    pub(crate) fn new(options: &AgentOptions, on_device: bool) -> Self {
         // NIXL also prefers the variable.
         let transports = std::env::var("UCX_TLS").unwrap_or_else(|_| options.transports.clone());
         Self {
             only_tcp: transports.split(',').all(|name| matches!(name, "tcp" | "self")),
             only_tcp_between_hosts: sys::infiniband_devices().is_empty(),
             host: this_host(),
-            emulates: arena.device().is_some(),
+            emulates: on_device,
             decided: HashMap::new(),
             order: VecDeque::new(),
         }
     }
 
-    /// The properties of a peer that was told to write here.
-    pub(super) fn writer(&self, peer: &Card) -> Writer {
-        let here = is_same_machine(&self.host, &peer.host);
+    /// The properties of a peer on a host that was told to write here.
+    pub(crate) fn writer(&self, host: &str, process: Option<&Process>) -> Writer {
+        let here = is_same_machine(&self.host, host);
         let ends_with_agent = self.reads_nobody() || !(here || self.emulates);
-        Writer { ends_with_agent, process: peer.process.clone().filter(|_| here) }
+        Writer { ends_with_agent, process: process.cloned().filter(|_| here) }
     }
 
     /// Whether an agent certainly cannot be read from.
@@ -81,7 +81,7 @@ impl Reach {
     }
 }
 
-pub(super) fn this_host() -> String {
+pub(crate) fn this_host() -> String {
     let nothing = serde_json::Value::Null;
     WorkerMetadata::of_this_process(NAME, Rank::LEADER, Role::Rollout, nothing).host
 }
@@ -95,7 +95,6 @@ fn is_same_machine(one: &str, other: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lent::Process;
 
     fn reach(only_tcp: bool, only_tcp_between_hosts: bool, emulates: bool) -> Reach {
         let (host, decided, order) = ("here".into(), HashMap::new(), VecDeque::new());
@@ -114,21 +113,10 @@ mod tests {
 
     #[test]
     fn what_can_still_write_after_this_agents_end_is_what_is_on_this_machine_or_on_a_device() {
-        let card = |host: &str| Card {
-            name: "peer".into(),
-            metadata: Vec::new(),
-            address: 0,
-            slots: 1,
-            slot_bytes: 1,
-            device: None,
-            host: host.into(),
-            process: Process::this(),
-            moves: false,
-        };
         let ends = |host, only_tcp, emulates| {
             let mut reach = reach(only_tcp, true, emulates);
             reach.host = "here/boot".into();
-            let writer = reach.writer(&card(host));
+            let writer = reach.writer(host, Process::this().as_ref());
             (writer.ends_with_agent, writer.process.is_some())
         };
         assert_eq!(ends("here/boot", false, false), (false, true));

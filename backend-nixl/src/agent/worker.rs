@@ -111,7 +111,7 @@ impl Worker {
         known: Arc<Known>,
     ) -> Result<Self, NixlError> {
         let (agent, card) = open(&options, name, &arena, Vec::new())?;
-        let reach = Reach::new(&options, &arena);
+        let reach = Reach::new(&options, arena.device().is_some());
         known.moves.store(options.writes || reach.reads_nobody(), Ordering::SeqCst);
         let metadata = card.metadata.clone();
         *known.card() = Some(Arc::new(card));

@@ -4,6 +4,7 @@
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use engine_core::provider::Reach;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
@@ -87,11 +88,18 @@ impl Piece {
         self.at
     }
 
-    pub(super) fn len(&self) -> usize {
+    /// Its length in bytes.
+    pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    pub(super) fn bytes(&self) -> &[u8] {
+    /// Where it begins, for libraries and peers.
+    pub(crate) fn address(&self) -> usize {
+        self.mapping.start.as_ptr().expose_provenance() + self.at
+    }
+
+    /// Its bytes. Only for use while no peer may write to them.
+    pub(crate) fn bytes(&self) -> &[u8] {
         // SAFETY: the piece lies within the mapping.
         let start = unsafe { self.mapping.start.as_ptr().add(self.at) };
         // SAFETY: the bytes are mapped as long as `self.mapping` lives. No other piece has them, so that
@@ -100,12 +108,41 @@ impl Piece {
         unsafe { std::slice::from_raw_parts(start, self.len) }
     }
 
-    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: the piece lies within the mapping.
         let start = unsafe { self.mapping.start.as_ptr().add(self.at) };
         // SAFETY: the bytes are mapped for writing as long as `self.mapping` lives, no other piece has them, and
         // `self` is borrowed for this alone. A peer that reads them meanwhile, for an update that was
         // aborted, throws away what it reads.
         unsafe { std::slice::from_raw_parts_mut(start, self.len) }
+    }
+}
+
+/// Memory that somebody else has, and has promised to.
+#[derive(Debug)]
+pub(crate) struct PromisedMemory {
+    address: u64,
+    len: usize,
+    _owners: Vec<Bytes>,
+}
+
+impl PromisedMemory {
+    /// So many bytes from an address on.
+    ///
+    /// # Safety
+    ///
+    /// All of them are bytes of one of the owners. They may be written to as long as the owners live, and nobody in this process accesses
+    /// them while peers may write.
+    pub(crate) unsafe fn new(address: u64, len: usize, owners: Vec<Bytes>) -> Self {
+        Self { address, len, _owners: owners }
+    }
+
+    pub(super) fn reach(&self) -> Reach {
+        // SAFETY: as was promised when this was made. It has no slots.
+        unsafe { Reach::new(self.address, None) }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
     }
 }

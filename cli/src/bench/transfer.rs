@@ -240,7 +240,7 @@ async fn setting<'a>(
     let before = baseline.gb_per_s(bucket_bytes)?;
     let memory = PeakMemory::start()?;
     let measured = 3..options.repeats as u64 + 3;
-    let bare = rollouts == 1 && options.config.backend == "nixl";
+    let bare = rollouts == 1 && options.config.backend == "nixl" && options.placing.is_none();
     // The rollout ends after the last update, and bare transfers come after each that counts.
     let updates = measured.end - 1 + u64::from(bare);
     let run = SyncOptions {

@@ -59,7 +59,10 @@ impl Worker {
                 Work::Read(raw) => reads.push(raw),
                 Work::Greeted(..) => {}
                 Work::Asked(lent) => {
-                    let (ask, writer) = (lent.ask().clone(), self.reach.writer(&transfer.peer));
+                    let (ask, writer) = (
+                        lent.ask().clone(),
+                        self.reach.writer(&transfer.peer.host, transfer.peer.process.as_ref()),
+                    );
                     let none = || Err(NixlError::Closed);
                     if self.retired.give_up(&self.arena, lent, writer, none).is_err() {
                         debug!(

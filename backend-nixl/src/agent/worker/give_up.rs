@@ -56,7 +56,12 @@ impl Worker {
         let slot = lent.number();
         let Self { retired, agent, arena, metadata, .. } = self;
         let more = || more(agent, arena, metadata);
-        let result = retired.give_up(arena, lent, self.reach.writer(peer), more);
+        let result = retired.give_up(
+            arena,
+            lent,
+            self.reach.writer(&peer.host, peer.process.as_ref()),
+            more,
+        );
         self.count_retired();
         let (peer, kept, bytes) = (&peer.name, self.retired.len(), self.arena.slot_bytes());
         match result {

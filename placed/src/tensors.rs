@@ -1,15 +1,19 @@
 //! Tensors of a rollout's program that are lent where they are.
 #![allow(unsafe_code, reason = "the caller's promise, which is kept with the tensor")]
 
+use bytes::Bytes;
 use engine_core::{Error, ErrorKind, Result, Storage};
-use placed::Wanted;
+
+use crate::declared::Wanted;
+
+const LENDING: &str = "lending tensors";
 
 /// A tensor of a rollout's program, which trainers write each update to.
 #[derive(Clone, Debug)]
 pub struct LentTensor {
-    pub(crate) wanted: Wanted,
-    pub(crate) elements: Storage,
-    pub(crate) scales: Storage,
+    wanted: Wanted,
+    elements: Storage,
+    scales: Storage,
 }
 
 impl LentTensor {
@@ -31,10 +35,33 @@ impl LentTensor {
         {
             if needed != bytes {
                 let message = format!("{bytes} bytes of {what} for {needed}");
-                let error = Error::new(ErrorKind::Weight, "lending tensors", message);
+                let error = Error::new(ErrorKind::Weight, LENDING, message);
                 return Err(error.tensor(&*wanted.meta.name));
             }
         }
         Ok(Self { wanted, elements, scales })
+    }
+
+    /// For transports: the box, and the memory of its elements and of its scales. Who has the memory keeps the promise of [`new`](Self::new)
+    /// as long as it writes there.
+    pub fn into_parts(self) -> (Wanted, Storage, Storage) {
+        (self.wanted, self.elements, self.scales)
+    }
+
+    /// For transports: the box, and the memory of its elements and of its scales, which is the host's.
+    ///
+    /// # Errors
+    ///
+    /// `Mismatch`, which names the tensor, if it is on a device.
+    pub fn into_host_parts(self) -> Result<(Wanted, [Bytes; 2])> {
+        let Self { wanted, elements, scales } = self;
+        match (elements, scales) {
+            (Storage::Host(elements), Storage::Host(scales)) => Ok((wanted, [elements, scales])),
+            _ => {
+                let message = "it is on a device, and this rollout's `device` is `cpu`";
+                let error = Error::new(ErrorKind::Mismatch, LENDING, message);
+                Err(error.tensor(&*wanted.meta.name))
+            }
+        }
     }
 }
