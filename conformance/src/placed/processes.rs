@@ -173,7 +173,9 @@ pub fn be_a_child(lends: &Lends) {
                 if is_told {
                     wait_for_a_line();
                 }
-                let weights = ensure_async_iterator(weights(version, rank > 0));
+                // Of several that are told, the leader is not slow.
+                let slow = rank > 0 || !is_told;
+                let weights = ensure_async_iterator(weights(version, slow));
                 match engine.send_weights(weights, Version(version)).await {
                     Ok(_) => say(&format!("sent {version}")),
                     Err(error) => {
