@@ -16,8 +16,9 @@ pub(crate) enum Head {
     Begin { base: u64 },
     /// The next weights of the version that the base has as well, in the order of the new version.
     Weights(Vec<Record>),
-    /// All weights have come. `version` is the number of the new version.
-    End { version: u64 },
+    /// All weights have come. `version` is the number of the new version. Where it is attested, the rollout computes its sums anew from
+    /// memory.
+    End { version: u64, attested: bool },
 }
 
 /// A weight of the base that is in the new version as well.
@@ -47,6 +48,7 @@ pub(crate) fn refuse_reserved(weight: &Weight) -> Result<()> {
 
 pub(crate) const COMPARING: &str = "comparing weights with those sent last";
 pub(crate) const APPLYING: &str = "applying changes";
+pub(crate) const ATTESTING: &str = "attesting a version";
 
 /// The tensor of a number: the name that it travels under.
 fn name(number: u64) -> String {

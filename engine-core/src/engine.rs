@@ -85,6 +85,25 @@ pub trait TrainerEngine: CheckpointEngine {
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport>;
+
+    /// Proves that all rollouts hold the version that was committed last: every rank computes the digest of its copy anew from memory.
+    ///
+    /// Copies of what travelled are kept by a layer that sends changes (`delta: true`). Rollouts take part as in any update: they receive
+    /// that version once more, with all of its weights unchanged, of which no bytes travel. Nothing is read from the trainer's weights.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`send_weights`](Self::send_weights).
+    ///
+    /// # Errors
+    ///
+    /// `Digest`, naming the rank and the tensor whose bytes have changed by themselves: the next update sends whole weights. `Mismatch`,
+    /// naming a rollout that does not have the version. `State` if there is no version, or the trainer has no copy of it. `Config` if
+    /// ranks keep no copies, and if several trainers share the sending. Those of [`send_weights`](Self::send_weights).
+    async fn attest(&mut self) -> Result<SendReport> {
+        let message = "no copies are kept of what travelled; with `delta: true` they are";
+        Err(Error::new(ErrorKind::Config, "attesting a version", message))
+    }
 }
 
 /// A rollout's end of a group.

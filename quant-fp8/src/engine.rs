@@ -95,6 +95,10 @@ impl TrainerEngine for QuantizingTrainer {
     ) -> Result<SendReport> {
         self.engine.send_weights(weights.quantize_fp8(&self.quantizer), version).await
     }
+
+    async fn attest(&mut self) -> Result<SendReport> {
+        self.engine.attest().await
+    }
 }
 
 #[derive(Debug)]

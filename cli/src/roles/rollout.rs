@@ -112,7 +112,10 @@ pub async fn rollout(
             return Err(Error::new(ErrorKind::Mismatch, "verifying weights", message));
         }
     };
+    let attests = announced.as_ref().is_some_and(|announcement| announcement.attests);
     let last = announced.map(|announcement| Version(announcement.source.updates));
+    // A version comes once more to be attested.
+    let mut last_comes = if attests { 2 } else { 1 };
     let rollout = Rollout { source, out: options.out, memory: Some(memory), destination, cache };
     // Without waiting for the next update, if another rollout holds a version.
     let others =
@@ -140,7 +143,12 @@ pub async fn rollout(
             each(&result)?;
         }
         match result {
-            Ok(report) if Some(report.version) == last => break,
+            Ok(report) if Some(report.version) == last => {
+                last_comes -= 1;
+                if last_comes == 0 {
+                    break;
+                }
+            }
             Ok(_) => {}
             Err(error) => tracing::warn!(%error, "waiting for the next update"),
         }
