@@ -112,6 +112,7 @@ pub(crate) fn read(bytes: &[u8]) -> Result<(Head, Vec<u32>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use engine_core::control::PROTOCOL_VERSION;
     use proptest::prelude::*;
 
     #[test]
@@ -127,6 +128,21 @@ mod tests {
             let error = read(&bytes[..cut]).expect_err("a part of it");
             assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
         }
+    }
+
+    /// Ranks of two builds must not decode each other's changes as different ones. Whoever changes the encoding has to change
+    /// `PROTOCOL_VERSION` too.
+    #[test]
+    fn heads_are_encoded_as_this_protocol_version_encodes_them() {
+        let encoded = |head| {
+            let tensor = tensor(0, &head, &[]).expect("a tensor");
+            tensor.contiguous_bytes().expect("bytes").to_vec()
+        };
+        assert_eq!(PROTOCOL_VERSION, 11);
+        assert_eq!(encoded(Head::Begin { base: 300 }), [3, 0, 0, 0, 0, 0xac, 2]);
+        let record = Record { weight: 1, tile: 64, len: 3 };
+        assert_eq!(encoded(Head::Weights(vec![record])), [5, 0, 0, 0, 1, 1, 1, 64, 3]);
+        assert_eq!(encoded(Head::End { version: 5, attested: true }), [3, 0, 0, 0, 2, 5, 1]);
     }
 
     proptest! {

@@ -73,21 +73,34 @@ impl RolloutEngine for DeltaRollout {
         let has = kept.shadow.as_ref().map(|shadow| Base::Has(shadow.version()));
         bases.say(has.unwrap_or(Base::Missing));
         let received = engine.receive_weights(version).await?;
-        Ok(received.through(|received| {
-            let receiving = Receiving { received, copies, form: Form::Unknown(kept) };
-            futures::stream::try_unfold(receiving, |mut receiving| async move {
-                match receiving.next().await {
-                    Ok(bucket) => Ok(bucket.map(|bucket| (bucket, receiving))),
-                    Err(Ended::ByEngine(error)) => Err(error),
-                    Err(Ended::Here(error)) => {
-                        let report = engine_core::ErrorReport::from(&error);
-                        receiving.received.fail(error);
-                        Err(report.into())
-                    }
-                }
-            })
-        }))
+        Ok(whole(received, copies, kept))
     }
+
+    fn adopt<'a>(&'a mut self, received: ReceivedWeights<'a>) -> ReceivedWeights<'a> {
+        whole(received, &self.copies, &mut self.kept)
+    }
+}
+
+/// Makes whole weights of what comes, and keeps a copy of them.
+fn whole<'a>(
+    received: ReceivedWeights<'a>,
+    copies: &'a Copies,
+    kept: &'a mut Kept,
+) -> ReceivedWeights<'a> {
+    received.through(|received| {
+        let receiving = Receiving { received, copies, form: Form::Unknown(kept) };
+        futures::stream::try_unfold(receiving, |mut receiving| async move {
+            match receiving.next().await {
+                Ok(bucket) => Ok(bucket.map(|bucket| (bucket, receiving))),
+                Err(Ended::ByEngine(error)) => Err(error),
+                Err(Ended::Here(error)) => {
+                    let report = engine_core::ErrorReport::from(&error);
+                    receiving.received.fail(error);
+                    Err(report.into())
+                }
+            }
+        })
+    })
 }
 
 /// Why an update ended.

@@ -123,6 +123,18 @@ pub trait RolloutEngine: CheckpointEngine {
     /// `Timeout` if no update begins within the deadline (call again to go on waiting);
     /// `PeerLost` if the trainer is gone, `TrainerLeft` if it left in order; `Mismatch` if the update has another version.
     async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>>;
+
+    /// Adopts a version that another rollout gives, as if the trainer had sent it here. Returns the same weights.
+    ///
+    /// A layer that applies changes keeps its copy of them. So a rollout that joins late, and takes over the version that all have, gets
+    /// changes in the next update: without this, one rollout that has no version makes that update whole for all.
+    ///
+    /// # Contract
+    ///
+    /// The weights are those that the other rollout received, in the order sent. If they are not the trainer's, the next update is whole.
+    fn adopt<'a>(&'a mut self, received: ReceivedWeights<'a>) -> ReceivedWeights<'a> {
+        received
+    }
 }
 
 /// A rollout's end that keeps the last complete version in a local cache.

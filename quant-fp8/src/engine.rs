@@ -140,4 +140,12 @@ impl RolloutEngine for Fp8Rollout {
             },
         })
     }
+
+    fn adopt<'a>(&'a mut self, received: ReceivedWeights<'a>) -> ReceivedWeights<'a> {
+        match &self.task {
+            // Another rollout gives what it has quantised, which is not what travels.
+            Task::Quantize(..) => received,
+            Task::Inspect(_) => self.engine.adopt(received),
+        }
+    }
 }
