@@ -57,8 +57,9 @@ impl Processes {
     }
 
     /// Joins the leading trainer's engine with the others; an error if one of them ends meanwhile.
-    pub(crate) async fn form(&mut self, source: &SourceSpec) -> Result<Box<dyn TrainerEngine>> {
-        let announcement = serde_json::json!(Announcement { source: source.clone() });
+    pub(crate) async fn form(&mut self, options: &SyncOptions) -> Result<Box<dyn TrainerEngine>> {
+        let (source, attests) = (options.source.clone(), options.attests);
+        let announcement = serde_json::json!(Announcement { source, attests });
         let group = form_group(&self.registry, self.config.clone(), &self.control)
             .world_size(self.children.len() as u32 + 1)
             .attributes(announcement)

@@ -48,6 +48,9 @@ pub struct UpdateLine {
     /// What had changed, where only that travels.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub delta: Option<DeltaReport>,
+    /// What attesting the version took then, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attested_seconds: Option<f64>,
     /// The rollouts.
     pub rollouts: Vec<RolloutLine>,
 }
@@ -136,6 +139,14 @@ pub fn line(
         plan_reused: report.plan_reused,
         slower: report.slower.clone(),
         delta: report.delta.clone(),
+        attested_seconds: None,
         rollouts: rollouts.collect(),
+    }
+}
+
+impl UpdateLine {
+    /// Adds that the version was attested, if it was.
+    pub fn attested_in(&mut self, report: Option<&SendReport>) {
+        self.attested_seconds = report.map(|report| report.elapsed.as_secs_f64());
     }
 }

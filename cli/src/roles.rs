@@ -19,6 +19,9 @@ use crate::source::SourceSpec;
 pub struct Announcement {
     /// Where they come from, so that rollouts can check them.
     pub source: SourceSpec,
+    /// Whether each version comes once more, to be attested.
+    #[serde(default)]
+    pub attests: bool,
 }
 
 /// What a rollout tells the trainer with its confirmation.

@@ -1,8 +1,10 @@
 //! One trainer and several rollouts on this machine, and the updates between them.
 
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +14,7 @@ use checkpoint_engine::{
     Result, RolloutEngine, SendReport, Version, form_local_group, registry,
 };
 use engine_core::available_memory;
-use futures::future::{join, join_all};
+use futures::future::{Either, join_all, select};
 
 use crate::device;
 use crate::memory::{PeakMemory, memcpy_gb_per_s};
@@ -51,6 +53,8 @@ pub struct SyncOptions {
     pub metrics: Option<SocketAddr>,
     /// Who has which part of the model, where trainers write into rollouts' tensors.
     pub placing: Option<Placing>,
+    /// Whether each version is attested when all rollouts have it.
+    pub attests: bool,
     /// Whether rollouts offer memory for bare transfers of NIXL.
     pub bare: bool,
 }
@@ -99,15 +103,21 @@ struct Lines<'a, F> {
 }
 
 impl<F: FnMut(&UpdateLine) -> Result<()>> Lines<'_, F> {
-    /// Says how an update went.
+    /// Says how an update went, and how long its version took to be attested.
     ///
     /// # Errors
     ///
     /// `Digest` if all was to be verified and a rollout did not compare every byte; those of `each`.
-    fn say(&mut self, report: &SendReport, source: &Source) -> Result<()> {
+    fn say(
+        &mut self,
+        report: &SendReport,
+        attested: Option<&SendReport>,
+        source: &Source,
+    ) -> Result<()> {
         let (tensors, peak) = (source.tensors(), self.memory.extra_peak_bytes());
         let backend = &self.options.config.backend;
         let mut line = line(report, tensors, backend, Some(self.memcpy), peak);
+        line.attested_in(attested);
         if self.options.placing.is_some() {
             // What a rollout lends is not what a trainer has: it says whether it compared all of that.
             let compared = |receiver: &ReceiverReport| {
@@ -179,7 +189,7 @@ async fn in_one_process(
             }))
         }
     };
-    let mut trainer = Trainer { engine, source, shard: None };
+    let mut trainer = Trainer { engine, source, shard: None, attests: options.attests };
     let mut rollouts: Vec<(Rollout, Box<dyn RolloutEngine>)> = (0..)
         .zip(engines)
         .map(|(index, engine)| {
@@ -189,16 +199,40 @@ async fn in_one_process(
         })
         .collect();
     for version in (1..=options.source.updates).map(Version) {
-        let receive =
-            join_all(rollouts.iter_mut().map(|(rollout, engine)| rollout.update(&mut **engine)));
-        let (sent, received) = join(trainer.update(version), receive).await;
-        let report = sent?;
-        for result in received {
-            result?;
-        }
-        lines.say(&report, &trainer.source)?;
+        let report = with_all(trainer.update(version), &mut rollouts).await?;
+        let attested = match options.attests {
+            true => with_all(trainer.attest(), &mut rollouts).await,
+            false => Ok(None),
+        };
+        said(lines, &report, attested, &trainer.source)?;
     }
     trainer.engine.finalize().await
+}
+
+/// Runs what a trainer does with all rollouts, beside what these do. If the trainer fails, they may wait for an update that never comes.
+async fn with_all<T>(
+    trainer: impl Future<Output = Result<T>>,
+    rollouts: &mut [(Rollout, Box<dyn RolloutEngine>)],
+) -> Result<T> {
+    let receive = rollouts.iter_mut().map(|(rollout, engine)| rollout.update(&mut **engine));
+    let (sent, received) = match select(pin!(trainer), join_all(receive)).await {
+        Either::Left((sent, receiving)) => (sent?, receiving.await),
+        Either::Right((received, sending)) => (sending.await?, received),
+    };
+    received.into_iter().try_for_each(|received| received.map(drop))?;
+    Ok(sent)
+}
+
+/// Says how an update went, also if its version could then not be attested.
+fn said(
+    lines: &mut Lines<'_, impl FnMut(&UpdateLine) -> Result<()>>,
+    report: &SendReport,
+    attested: Result<Option<SendReport>>,
+    source: &Source,
+) -> Result<()> {
+    let proof = attested.as_ref().ok().and_then(Option::as_ref);
+    lines.say(report, proof, source)?;
+    attested?.iter().try_for_each(all_present)
 }
 
 async fn to_servers(
@@ -214,7 +248,8 @@ async fn to_servers(
     let prepared = registry.prepare_trainer(context).await?;
     let backend = registry.get(&options.config.backend)?;
     let (mut trainers, _) = form_local_group(backend, vec![prepared], Vec::new()).await?;
-    let mut trainer = Trainer { engine: trainers.remove(0), source, shard: None };
+    let engine = trainers.remove(0);
+    let mut trainer = Trainer { engine, source, shard: None, attests: options.attests };
     let result = send_all(options, &mut trainer, lines).await;
     let ended = trainer.engine.finalize().await;
     // The first failure is the cause of those that follow.
@@ -230,7 +265,8 @@ async fn send_all(
     for version in (1..=options.source.updates).map(Version) {
         let report = trainer.update(version).await?;
         all_present(&report)?;
-        lines.say(&report, &trainer.source)?;
+        let attested = trainer.attest().await;
+        said(lines, &report, attested, &trainer.source)?;
     }
     Ok(())
 }
@@ -242,10 +278,10 @@ async fn with_processes(
 ) -> Result<()> {
     let mut group = Processes::start(options, lines.bar.clone()).await?;
     let updates = async {
-        let engine = group.form(&options.source).await?;
+        let engine = group.form(options).await?;
         let placing = options.placing.as_ref();
         let shard = placing.map(|placing| placing.shard(&source, Rank::LEADER)).transpose()?;
-        let mut trainer = Trainer { engine, source, shard };
+        let mut trainer = Trainer { engine, source, shard, attests: options.attests };
         send_all(options, &mut trainer, lines).await?;
         trainer.engine.finalize().await
     };

@@ -423,8 +423,12 @@ impl TrainerEngine for Alone {
 #[test]
 fn a_trainer_waits_for_those_who_still_read_an_update_that_failed() {
     let spec = SourceSpec { model: synthetic(Some(1)), updates: 2, change_rate: None };
-    let mut trainer =
-        Trainer { engine: Box::new(Alone), source: Source::open(spec).unwrap(), shard: None };
+    let mut trainer = Trainer {
+        engine: Box::new(Alone),
+        source: Source::open(spec).unwrap(),
+        shard: None,
+        attests: false,
+    };
     let held: Vec<_> = trainer.source.weights(Version(1)).unwrap().collect();
     let reader = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(200));

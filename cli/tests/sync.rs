@@ -462,6 +462,52 @@ fn a_rollout_that_joins_later_gets_the_version_at_once_from_one_that_holds_it() 
 }
 
 #[test]
+fn a_rollout_that_takes_the_version_from_a_holder_makes_no_update_whole_for_the_others() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let token = folder.path().join("token");
+    for (name, holds) in [("holds", &["--hold", "127.0.0.1:0"][..]), ("alone", &[])] {
+        let address = format!("unix:@ckpt-engine-{name}-{}", std::process::id());
+        let mut trainer = program()
+            .args(["trainer", "--rendezvous", &address, "--rollouts", "1", "--updates", "1000"])
+            .args(["--synthetic", "tiny-moe", "--json", "--timeout", "10", "--interval", "0.3"])
+            .args(["--delta", "--change-rate", "0.01", "--trainer-quantize-fp8", "--token-file"])
+            .arg(&token)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the program starts");
+        eventually("the trainer has made a token", || token.exists());
+        let options = [&["--verify", "--delta"], holds].concat();
+        let first = rollout(&address, &token, &options);
+        let lines = BufReader::new(trainer.stdout.take().expect("piped")).lines();
+        let mut lines = lines.map(|line| -> serde_json::Value {
+            serde_json::from_str(&line.expect("text")).expect("a JSON object a line")
+        });
+        let whole = |line: &serde_json::Value| !line["delta"]["whole"].is_null();
+        let bytes = |line: &serde_json::Value| line["wire_bytes"].as_u64().expect("bytes");
+        let one = lines.next().expect("an update");
+        assert!(whole(&one), "{one}");
+        let late = rollout(&address, &token, &options);
+        let is_of_both =
+            |line: &serde_json::Value| line["rollouts"].as_array().expect("rollouts").len() == 2;
+        let before = std::iter::from_fn(|| lines.next()).find(|line| {
+            assert!(is_of_both(line) || !whole(line), "{line}");
+            is_of_both(line)
+        });
+        let both = before.expect("an update of both");
+        // Without a holder, the one that has no version makes the update whole for both.
+        assert_eq!(whole(&both), holds.is_empty(), "{both}");
+        assert_eq!(bytes(&both) > bytes(&one) / 2, holds.is_empty(), "{both}");
+        let next = lines.next().expect("an update");
+        assert!(!whole(&next) && next["verified"] == true, "{next}");
+        for mut process in [first, late, trainer] {
+            process.kill().expect("it runs");
+            process.wait().expect("it ends");
+        }
+        std::fs::remove_file(&token).expect("a token");
+    }
+}
+
+#[test]
 fn torchruns_environment_says_where_and_who() {
     let folder = tempfile::tempdir().expect("a folder");
     let token = folder.path().join("token");

@@ -108,4 +108,8 @@ impl TrainerEngine for BrokenTrainer {
             _ => result,
         }
     }
+
+    async fn attest(&mut self) -> Result<SendReport> {
+        self.inner.attest().await
+    }
 }

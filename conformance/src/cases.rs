@@ -14,7 +14,7 @@ use engine_core::{
 use futures::StreamExt;
 use tokio::time::sleep;
 
-use crate::group::{Group, collect, model, weight, words};
+use crate::group::{Group, collect, compare, model, weight, words};
 use crate::{Case, Suite};
 
 type Verdict = Result<(), String>;
@@ -112,6 +112,7 @@ cases! {
     an_error_stays_whatever_is_asked_after_it
     a_wait_for_an_update_that_is_dropped_loses_nothing
     versions_may_go_back
+    a_version_is_attested_or_the_error_says_that_there_are_no_copies
     ranks_that_come_and_go_keep_no_wait_alive(control)
     a_rollout_that_is_slow_within_the_deadline_is_waited_for_by_all
     nothing_is_read_of_the_weights_when_a_failed_send_has_returned
@@ -721,6 +722,36 @@ async fn versions_may_go_back(suite: &Suite) -> Verdict {
         group.exact(model(4, seed), version).await?;
     }
     Ok(())
+}
+
+async fn a_version_is_attested_or_the_error_says_that_there_are_no_copies(
+    suite: &Suite,
+) -> Verdict {
+    let has_no_copies = |error: &Error| match error.kind() {
+        ErrorKind::Config | ErrorKind::State => Ok(()),
+        _ => Err(format!("there is nothing to attest, and the error is: {error}")),
+    };
+    let mut group = Group::form(suite, 2).await.map_err(words)?;
+    let Err(early) = group.trainer.attest().await else {
+        return Err("a version was attested before there was one".into());
+    };
+    has_no_copies(&early)?;
+    group.exact(model(3, 1), 1).await?;
+    group.exact(model(3, 2), 2).await?;
+    match group.attest(2).await {
+        Err(error) => has_no_copies(&error)?,
+        Ok((report, received)) => {
+            ensure!(report.version == Version(2), "version {} was attested", report.version);
+            let is_proven = report.delta.is_some_and(|delta| delta.attested);
+            ensure!(is_proven, "the report knows of no proof");
+            ensure!(received.len() == 2, "{} rollouts took part", received.len());
+            let expected = group.expected(model(3, 2))?;
+            for received in received {
+                compare(&expected, &received.map_err(words)?)?;
+            }
+        }
+    }
+    group.exact(model(3, 3), 3).await.map(drop)
 }
 
 async fn ranks_that_come_and_go_keep_no_wait_alive(suite: &Suite) -> Verdict {

@@ -14,6 +14,7 @@ use engine_core::{
     form_local_group,
 };
 use futures::StreamExt;
+use futures::future::{Either, join_all, select};
 
 use crate::{Place, Suite};
 
@@ -76,6 +77,10 @@ impl TrainerEngine for Placed {
             place(weight)?.of_box(full, region)
         });
         self.engine.send_weights(WeightStream::new(placed), version).await
+    }
+
+    async fn attest(&mut self) -> Result<SendReport> {
+        self.engine.attest().await
     }
 }
 
@@ -146,6 +151,10 @@ impl TrainerEngine for Trainers {
             }
         }
         Ok(leader)
+    }
+
+    async fn attest(&mut self) -> Result<SendReport> {
+        self.leader.attest().await
     }
 }
 
@@ -265,18 +274,37 @@ impl Group {
         futures::future::join(send, futures::future::join_all(receive)).await
     }
 
+    /// Attests the last version. Returns the trainer's report, and what each rollout received.
+    ///
+    /// # Errors
+    ///
+    /// The trainer's. Rollouts that wait for an update go on without one.
+    pub(crate) async fn attest(
+        &mut self,
+        version: u64,
+    ) -> Result<(SendReport, Vec<Result<Vec<Received>>>)> {
+        let receive = self.rollouts.iter_mut().map(|rollout| collect(&mut **rollout, version));
+        match select(self.trainer.attest(), join_all(receive)).await {
+            Either::Left((attested, receiving)) => Ok((attested?, receiving.await)),
+            Either::Right((received, attesting)) => Ok((attesting.await?, received)),
+        }
+    }
+
+    /// What every rollout must get for these weights.
+    pub(crate) fn expected(&self, weights: Vec<Weight>) -> Result<Vec<Received>, String> {
+        let expected = self.suite.expected(weights);
+        let expected =
+            expected.iter().map(|weight| Ok((weight.meta().clone(), weight.to_bytes()?.to_vec())));
+        expected.collect::<Result<_>>().map_err(words)
+    }
+
     /// Makes an update that must succeed and bring every rollout exactly these weights.
     pub(crate) async fn exact(
         &mut self,
         weights: Vec<Weight>,
         version: u64,
     ) -> Result<SendReport, String> {
-        let expected = self.suite.expected(weights.clone());
-        let expected: Vec<Received> = expected
-            .iter()
-            .map(|weight| Ok((weight.meta().clone(), weight.to_bytes()?.to_vec())))
-            .collect::<Result<_>>()
-            .map_err(words)?;
+        let expected = self.expected(weights.clone())?;
         let (sent, received) = self.update(weights, version).await;
         let report = sent.map_err(words)?;
         for (rollout, received) in (0..).zip(received) {
@@ -291,7 +319,7 @@ impl Group {
     }
 }
 
-fn compare(expected: &[Received], received: &[Received]) -> Result<(), String> {
+pub(crate) fn compare(expected: &[Received], received: &[Received]) -> Result<(), String> {
     for (index, (sent, got)) in expected.iter().zip(received).enumerate() {
         if sent.0 != got.0 {
             return Err(format!("tensor {index} is {:?}, {:?} was sent", got.0, sent.0));

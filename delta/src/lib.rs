@@ -45,7 +45,7 @@ use crate::shadow::Copies;
 pub const LAYER: Layer =
     Layer::new("delta", &DeltaConfig::KEYS, in_front_of_trainer, in_front_of_rollout);
 
-/// After this many versions that came as changes, sums are computed again from memory.
+/// After this many versions that came as changes, all ranks compute sums again from memory.
 const ATTESTED_EVERY: u64 = 64;
 
 /// This layer's part of a configuration.

@@ -16,8 +16,9 @@ pub(crate) enum Head {
     Begin { base: u64 },
     /// The next weights of the version that the base has as well, in the order of the new version.
     Weights(Vec<Record>),
-    /// All weights have come. `version` is the number of the new version.
-    End { version: u64 },
+    /// All weights have come. `version` is the number of the new version. Where it is attested, the rollout computes its sums anew from
+    /// memory.
+    End { version: u64, attested: bool },
 }
 
 /// A weight of the base that is in the new version as well.
@@ -47,6 +48,7 @@ pub(crate) fn refuse_reserved(weight: &Weight) -> Result<()> {
 
 pub(crate) const COMPARING: &str = "comparing weights with those sent last";
 pub(crate) const APPLYING: &str = "applying changes";
+pub(crate) const ATTESTING: &str = "attesting a version";
 
 /// The tensor of a number: the name that it travels under.
 fn name(number: u64) -> String {
@@ -110,6 +112,7 @@ pub(crate) fn read(bytes: &[u8]) -> Result<(Head, Vec<u32>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use engine_core::control::PROTOCOL_VERSION;
     use proptest::prelude::*;
 
     #[test]
@@ -125,6 +128,21 @@ mod tests {
             let error = read(&bytes[..cut]).expect_err("a part of it");
             assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
         }
+    }
+
+    /// Ranks of two builds must not decode each other's changes as different ones. Whoever changes the encoding has to change
+    /// `PROTOCOL_VERSION` too.
+    #[test]
+    fn heads_are_encoded_as_this_protocol_version_encodes_them() {
+        let encoded = |head| {
+            let tensor = tensor(0, &head, &[]).expect("a tensor");
+            tensor.contiguous_bytes().expect("bytes").to_vec()
+        };
+        assert_eq!(PROTOCOL_VERSION, 11);
+        assert_eq!(encoded(Head::Begin { base: 300 }), [3, 0, 0, 0, 0, 0xac, 2]);
+        let record = Record { weight: 1, tile: 64, len: 3 };
+        assert_eq!(encoded(Head::Weights(vec![record])), [5, 0, 0, 0, 1, 1, 1, 64, 3]);
+        assert_eq!(encoded(Head::End { version: 5, attested: true }), [3, 0, 0, 0, 2, 5, 1]);
     }
 
     proptest! {

@@ -13,7 +13,6 @@ use engine_core::{
     Weight,
 };
 
-use crate::ATTESTED_EVERY;
 use crate::message::{self, APPLYING, Head, Record};
 use crate::shadow::{Change, Copies, Entry, Shadow};
 
@@ -43,8 +42,6 @@ struct DeltaRollout {
 #[derive(Debug, Default)]
 struct Kept {
     shadow: Option<Shadow>,
-    /// Versions that came as changes since the sums were last computed from memory.
-    since_attested: u64,
     /// How the last changes' weights lay in buckets: a digest of many names takes time, and most updates have the same.
     layouts: Vec<Arc<BucketLayout>>,
 }
@@ -76,21 +73,34 @@ impl RolloutEngine for DeltaRollout {
         let has = kept.shadow.as_ref().map(|shadow| Base::Has(shadow.version()));
         bases.say(has.unwrap_or(Base::Missing));
         let received = engine.receive_weights(version).await?;
-        Ok(received.through(|received| {
-            let receiving = Receiving { received, copies, form: Form::Unknown(kept) };
-            futures::stream::try_unfold(receiving, |mut receiving| async move {
-                match receiving.next().await {
-                    Ok(bucket) => Ok(bucket.map(|bucket| (bucket, receiving))),
-                    Err(Ended::ByEngine(error)) => Err(error),
-                    Err(Ended::Here(error)) => {
-                        let report = engine_core::ErrorReport::from(&error);
-                        receiving.received.fail(error);
-                        Err(report.into())
-                    }
-                }
-            })
-        }))
+        Ok(whole(received, copies, kept))
     }
+
+    fn adopt<'a>(&'a mut self, received: ReceivedWeights<'a>) -> ReceivedWeights<'a> {
+        whole(received, &self.copies, &mut self.kept)
+    }
+}
+
+/// Makes whole weights of what comes, and keeps a copy of them.
+fn whole<'a>(
+    received: ReceivedWeights<'a>,
+    copies: &'a Copies,
+    kept: &'a mut Kept,
+) -> ReceivedWeights<'a> {
+    received.through(|received| {
+        let receiving = Receiving { received, copies, form: Form::Unknown(kept) };
+        futures::stream::try_unfold(receiving, |mut receiving| async move {
+            match receiving.next().await {
+                Ok(bucket) => Ok(bucket.map(|bucket| (bucket, receiving))),
+                Err(Ended::ByEngine(error)) => Err(error),
+                Err(Ended::Here(error)) => {
+                    let report = engine_core::ErrorReport::from(&error);
+                    receiving.received.fail(error);
+                    Err(report.into())
+                }
+            }
+        })
+    })
 }
 
 /// Why an update ended.
@@ -261,7 +271,6 @@ impl<'k> Absorbing<'k> {
     }
 
     fn complete(&mut self) {
-        self.kept.since_attested = 0;
         if !self.has_no_room {
             self.kept.shadow = Some(Shadow { entries: std::mem::take(&mut self.entries) });
         }
@@ -358,8 +367,12 @@ impl<'k> Patching<'k> {
                 }
                 self.apply(due, Vec::new().into()).await.map(Some)
             }
-            Head::End { version } if self.has_begun => {
-                self.prove(version)?;
+            Head::End { version, attested } if self.has_begun => {
+                self.compare(version)?;
+                if attested {
+                    self.attest().await?;
+                }
+                self.is_proven.store(true, ORDER);
                 Ok(None)
             }
             _ => Err(refused("changes in another order than they have")),
@@ -474,21 +487,28 @@ impl<'k> Patching<'k> {
     }
 
     /// Compares the whole version with the trainer's.
-    fn prove(&mut self, version: u64) -> Result<()> {
+    fn compare(&mut self, version: u64) -> Result<()> {
         let here = self.entries().fold(0, |version, entry| entry.add_to(version, 0));
         if here != version {
             self.is_damaged = true;
             let message = "the version that came of the changes is not the trainer's";
             return Err(Error::new(ErrorKind::Digest, APPLYING, message));
         }
-        if self.kept.since_attested + 1 >= ATTESTED_EVERY {
-            let attested = self.copies.attest(self.entries());
-            attested.inspect_err(|_| self.is_damaged = true)?;
-            self.kept.since_attested = 0;
-        } else {
-            self.kept.since_attested += 1;
-        }
-        self.is_proven.store(true, ORDER);
+        Ok(())
+    }
+
+    /// Computes the sums of all weights anew from memory, on all threads.
+    async fn attest(&mut self) -> Result<()> {
+        // As in `apply`: the threads have what the base lacks meanwhile.
+        let was_damaged = std::mem::replace(&mut self.is_damaged, true);
+        let (base, new) = (std::mem::take(&mut self.base), std::mem::take(&mut self.new));
+        let copies = self.copies.clone();
+        let work = self.copies.pool.start(move || {
+            copies.attest(base.iter().flatten().chain(&new))?;
+            Ok((base, new))
+        });
+        (self.base, self.new) = work.await?;
+        self.is_damaged = was_damaged;
         Ok(())
     }
 

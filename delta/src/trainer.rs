@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
-use engine_core::changes::{Compared, Difference, ShadowBytes};
+use engine_core::changes::{Compared, Cut, Difference, ShadowBytes};
 use engine_core::memory::Work;
 use engine_core::{
     Base, Bases, ChangedElements, CheckpointEngine, DeltaReport, EngineContext, Error, ErrorKind,
@@ -47,25 +47,36 @@ struct DeltaTrainer {
 }
 
 /// What the trainer keeps of the version that was committed last.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Kept {
-    shadow: Arc<Mutex<Option<Arc<Shadow>>>>,
+    shadow: Arc<Mutex<Copied>>,
     /// The work that moves the copy to the version that was committed.
     moving: Option<Work<Shadow>>,
+    version: Version,
     /// Versions that were sent as changes since the sums were last computed from memory.
     since_attested: u64,
 }
 
+/// A copy, or why there is none.
+type Copied = std::result::Result<Arc<Shadow>, String>;
+
+impl Default for Kept {
+    fn default() -> Self {
+        Self {
+            shadow: Arc::new(Mutex::new(Err("nothing was sent before".to_owned()))),
+            moving: None,
+            version: Version(0),
+            since_attested: 0,
+        }
+    }
+}
+
 impl Kept {
-    /// Waits until the copy is at the version that was committed last. Returns the reason if it cannot be.
-    async fn settle(&mut self) -> Option<String> {
-        let moved = self.moving.take()?.await;
-        let (shadow, lost) = match moved {
-            Ok(shadow) => (Some(Arc::new(shadow)), None),
-            Err(error) => (None, Some(error.to_string())),
-        };
-        *lock(&self.shadow) = shadow;
-        lost
+    /// Waits until the copy is at the version that was committed last.
+    async fn settle(&mut self) {
+        let Some(moving) = self.moving.take() else { return };
+        let moved = moving.await;
+        *lock(&self.shadow) = moved.map(Arc::new).map_err(|error| error.to_string());
     }
 }
 
@@ -88,8 +99,30 @@ impl TrainerEngine for DeltaTrainer {
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport> {
+        self.kept.settle().await;
+        let is_due = self.kept.since_attested + 1 >= ATTESTED_EVERY;
+        self.update(weights, version, if is_due { Attests::Due } else { Attests::Not }).await
+    }
+
+    async fn attest(&mut self) -> Result<SendReport> {
+        self.kept.settle().await;
+        if let Err(why) = &*lock(&self.kept.shadow) {
+            let message = format!("the trainer has no copy of a version: {why}");
+            return Err(Error::new(ErrorKind::State, message::ATTESTING, message));
+        }
+        let nothing = WeightStream::new(futures::stream::empty());
+        self.update(nothing, self.kept.version, Attests::Asked).await
+    }
+}
+
+impl DeltaTrainer {
+    async fn update(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+        attests: Attests,
+    ) -> Result<SendReport> {
         let Self { engine, bases, copies, batch, kept } = self;
-        let lost = kept.settle().await;
         // Discards what was said for an update that did not get this far.
         drop(bases.take());
         let made = Arc::new(Mutex::new(Made::default()));
@@ -98,8 +131,7 @@ impl TrainerEngine for DeltaTrainer {
             has_ended: false,
             bases: bases.clone(),
             kept: kept.shadow.clone(),
-            lost,
-            attests: kept.since_attested + 1 >= ATTESTED_EVERY,
+            attests,
             copies: copies.clone(),
             batch: *batch,
             made: made.clone(),
@@ -113,7 +145,7 @@ impl TrainerEngine for DeltaTrainer {
             Ok(sending.next().await?.map(|weight| (weight, sending)))
         });
         let sent = engine.send_weights(WeightStream::new(stream), version).await;
-        let Made { weights, changes, counts, report: mut delta, attested, reused, at_work } =
+        let Made { weights, changes, counts, report: mut delta, reused, at_work } =
             std::mem::take(&mut *lock(&made));
         for at_work in at_work {
             // The caller may change its weights once this returns, so whatever still reads them ends first. The sender is dropped, never
@@ -124,22 +156,23 @@ impl TrainerEngine for DeltaTrainer {
         report.plan_reused = reused.unwrap_or(report.plan_reused);
         let wire_bytes = std::mem::replace(&mut report.counts, counts).wire_bytes;
         report.counts.wire_bytes = wire_bytes;
-        let base = lock(&kept.shadow).take();
-        kept.since_attested = if attested { 0 } else { kept.since_attested + 1 };
-        match base {
-            Some(base) => {
+        kept.version = version;
+        kept.since_attested = if delta.attested { 0 } else { kept.since_attested + 1 };
+        let copied = &mut *lock(&kept.shadow);
+        match std::mem::replace(copied, Err("it moves to the version that was sent".to_owned())) {
+            Ok(base) => {
                 delta.shadow_bytes = base.bytes();
                 let work = copies.clone();
                 kept.moving = Some(copies.pool.start(move || moved(base, weights, changes, &work)));
             }
-            None if delta.whole.is_some() && !weights.is_empty() => {
+            Err(_) if !weights.is_empty() => {
                 let entries = weights.into_iter().filter_map(Sent::into_new).collect();
                 let shadow = Shadow { entries };
                 delta.shadow_bytes = shadow.bytes();
-                *lock(&kept.shadow) = Some(Arc::new(shadow));
+                *copied = Ok(Arc::new(shadow));
                 kept.since_attested = 0;
             }
-            None => {}
+            Err(lost) => *copied = Err(delta.whole.clone().unwrap_or(lost)),
         }
         report.delta = Some(delta);
         Ok(report)
@@ -207,12 +240,20 @@ struct Made {
     changes: Vec<Changed>,
     counts: TensorCounts,
     report: DeltaReport,
-    /// Whether sums were computed from memory.
-    attested: bool,
     /// Whether the weights were those of the base, in its order, if changes were sent.
     reused: Option<bool>,
     /// Complete when nothing reads weights any more.
     at_work: Vec<oneshot::Receiver<()>>,
+}
+
+/// Whether all ranks compute the sums of their copies anew from memory in an update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Attests {
+    Not,
+    /// So many versions have come as changes since the last time.
+    Due,
+    /// It was asked for. The update brings nothing else.
+    Asked,
 }
 
 /// How an update's weights travel.
@@ -304,10 +345,8 @@ struct Sending<'a> {
     weights: WeightStream<'a>,
     has_ended: bool,
     bases: Bases,
-    kept: Arc<Mutex<Option<Arc<Shadow>>>>,
-    /// Why there is no copy, if there should be one.
-    lost: Option<String>,
-    attests: bool,
+    kept: Arc<Mutex<Copied>>,
+    attests: Attests,
     copies: Copies,
     batch: u64,
     made: Arc<Mutex<Made>>,
@@ -362,7 +401,7 @@ impl Sending<'_> {
     async fn decide(&mut self) -> Result<()> {
         let said = self.bases.take();
         let kept = lock(&self.kept).clone();
-        let number = kept.as_ref().map(|shadow| shadow.version());
+        let number = kept.as_ref().ok().map(|shadow| shadow.version());
         let ranks = |is: &dyn Fn(Base) -> bool| -> Vec<Rank> {
             let said = said.iter().flatten();
             said.filter(|(_, base)| is(*base)).map(|(rank, _)| *rank).collect()
@@ -377,33 +416,67 @@ impl Sending<'_> {
             _ if !unable.is_empty() => {
                 (Form::Plain, Some(format!("{} without `delta`", ranked(&unable))))
             }
-            None => (Form::Whole, Some(self.lost.take().unwrap_or_else(|| NOTHING.to_owned()))),
-            Some(_) if !others.is_empty() => {
+            Err(lost) => (Form::Whole, Some(lost)),
+            Ok(_) if !others.is_empty() => {
                 let why = format!("{} without the version that was sent last", ranked(&others));
                 (Form::Whole, Some(why))
             }
-            Some(base) => (Form::Changes(Comparison::new(base)), None),
+            Ok(base) => (Form::Changes(Comparison::new(base)), None),
         };
+        if let (Attests::Asked, Some(why)) = (self.attests, &why) {
+            let error = Error::new(ErrorKind::Mismatch, message::ATTESTING, why);
+            let ranks = unable.iter().chain(&others);
+            return Err(ranks.fold(error, |error, rank| error.rank(*rank)));
+        }
         self.form = form;
-        if let (Form::Changes(comparison), true) = (&self.form, self.attests) {
+        if let Form::Changes(comparison) = &self.form
+            && self.attests != Attests::Not
+        {
             let (base, copies) = (comparison.base.clone(), self.copies.clone());
-            lock(&self.made).attested = true;
+            lock(&self.made).report.attested = true;
             let attested = self.copies.pool.start(move || copies.attest(&base.entries));
             if let Err(error) = attested.await {
-                tracing::error!(%error, "the copy of what was sent last is damaged: whole weights are sent");
+                tracing::error!(%error, "the copy of what was sent last is damaged");
                 (self.form, why) = (Form::Whole, Some(error.to_string()));
+                lock(&self.made).report.attested = false;
+                if self.attests == Attests::Asked {
+                    *lock(&self.kept) = Err(error.to_string());
+                    return Err(error.rank(Rank::LEADER));
+                }
             }
         }
         match &self.form {
-            Form::Changes(_) => {
-                let base = number.unwrap_or_default();
-                self.queue(&Head::Begin { base }, &[])?;
+            Form::Changes(comparison) => {
+                let base = comparison.base.clone();
+                self.queue(&Head::Begin { base: number.unwrap_or_default() }, &[])?;
+                if self.attests == Attests::Asked {
+                    self.unchanged(&base)?;
+                }
             }
             // Freed first, so that there is only one copy at a time.
-            _ => *lock(&self.kept) = None,
+            _ => {
+                let lost = "whole weights were sent, and that update failed";
+                *lock(&self.kept) = Err(lost.to_owned());
+            }
         }
         lock(&self.made).report.whole = why;
         Ok(())
+    }
+
+    /// Makes tensors that bring all weights of the base as unchanged, in place of the trainer's.
+    fn unchanged(&mut self, base: &Shadow) -> Result<()> {
+        self.has_ended = true;
+        let (mut run, mut bytes) = (Vec::new(), 0);
+        for (at, entry) in base.entries.iter().enumerate() {
+            if bytes >= self.batch {
+                self.flush(&mut run, Vec::new().into())?;
+                bytes = 0;
+            }
+            bytes += entry.bytes().len();
+            let cut = Cut::at(entry.meta.dtype, 1);
+            run.push((at, Difference { cut, words: Vec::new(), len: 0, units: 0, sum: 0 }));
+        }
+        self.flush(&mut run, Vec::new().into())
     }
 
     /// The trainer's next weight.
@@ -586,15 +659,14 @@ impl Sending<'_> {
                 Sent::New(entry) => entry.add_to(version, 0),
                 Sent::Kept { at, sum, .. } => comparison.base.entries[*at].add_to(version, *sum),
             });
+            let attested = made.report.attested;
             drop(made);
-            self.queue(&Head::End { version }, &[])?;
+            self.queue(&Head::End { version, attested }, &[])?;
         }
         self.form = Form::Ended;
         Ok(())
     }
 }
-
-const NOTHING: &str = "nothing was sent before";
 
 /// Ranks, for a message.
 fn ranked(ranks: &[Rank]) -> String {

@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use bytes::Bytes;
 use delta::LAYER;
@@ -14,7 +14,7 @@ use engine_core::memory::Pool;
 use engine_core::provider::{Allocation, Lifetime, MemoryKind};
 use engine_core::{
     CheckpointEngineConfig, DType, DeviceChoice, EngineContext, Error, ErrorKind, Rank, Registry,
-    Result, RolloutEngine, SendReport, Storage, TrainerEngine, Version, Weight, digest,
+    Result, RolloutEngine, SendReport, Storage, TensorMeta, TrainerEngine, Version, Weight, digest,
     ensure_async_iterator, form_local_group,
 };
 
@@ -22,10 +22,24 @@ use engine_core::{
 #[derive(Debug)]
 struct Lab {
     /// Bytes that are left on each device, by its number.
-    left: [AtomicU64; 5],
+    left: [AtomicU64; 7],
+    /// The copies on each device, in the order in which they were allocated.
+    copies: [Mutex<Vec<Weak<Mutex<Bytes>>>>; 7],
 }
 
-static LAB: Lab = Lab { left: [const { AtomicU64::new(0) }; 5] };
+static LAB: Lab =
+    Lab { left: [const { AtomicU64::new(0) }; 7], copies: [const { Mutex::new(Vec::new()) }; 7] };
+
+/// Changes a bit of the copy of this number, of those that are on a device.
+fn flip(device: usize, number: usize) {
+    let copies = LAB.copies[device].lock().expect("no panic");
+    let mut copies = copies.iter().filter_map(Weak::upgrade);
+    let copy = copies.nth(number).expect("so many copies");
+    let bytes = &mut *copy.lock().expect("no panic");
+    let mut flipped = bytes.to_vec();
+    flipped[700] ^= 8;
+    *bytes = flipped.into();
+}
 
 impl MemoryKind for Lab {
     fn name(&self) -> &'static str {
@@ -45,25 +59,32 @@ impl MemoryKind for Lab {
 struct OfLab(usize);
 
 #[derive(Debug)]
-struct Copied(Bytes);
+struct Copied(Arc<Mutex<Bytes>>);
+
+impl Copied {
+    fn bytes(&self) -> Bytes {
+        self.0.lock().expect("no panic").clone()
+    }
+}
 
 impl ShadowBytes for Copied {
     fn len(&self) -> u64 {
-        self.0.len() as u64
+        self.bytes().len() as u64
     }
     fn view(&self) -> Storage {
-        self.0.clone().into()
+        self.bytes().into()
     }
 }
 
 fn bytes_of(copy: &dyn ShadowBytes) -> Bytes {
     let copy: &dyn Any = copy;
-    copy.downcast_ref::<Copied>().expect("a copy of the lab").0.clone()
+    copy.downcast_ref::<Copied>().expect("a copy of the lab").bytes()
 }
 
 fn set(copy: &mut dyn ShadowBytes, bytes: Vec<u8>) {
     let copy: &mut dyn Any = copy;
-    copy.downcast_mut::<Copied>().expect("a copy of the lab").0 = bytes.into();
+    let copy = copy.downcast_mut::<Copied>().expect("a copy of the lab");
+    *copy.0.lock().expect("no panic") = bytes.into();
 }
 
 impl ShadowMemory for OfLab {
@@ -80,7 +101,12 @@ impl ShadowMemory for OfLab {
                 Error::new(ErrorKind::Resource, "allocating in the lab", message)
             },
         )?;
-        let copy = |len: &u64| Box::new(Copied(vec![0; *len as usize].into()));
+        let mut copies = LAB.copies[self.0].lock().expect("no panic");
+        let mut copy = |len: &u64| {
+            let bytes = Arc::new(Mutex::new(vec![0; *len as usize].into()));
+            copies.push(Arc::downgrade(&bytes));
+            Box::new(Copied(bytes))
+        };
         Ok(lens.iter().map(|len| copy(len) as Box<dyn ShadowBytes>).collect())
     }
 
@@ -191,20 +217,30 @@ fn weights(version: u64) -> Vec<Weight> {
 /// Sends a version, and checks what arrives.
 async fn update((trainer, rollout): &mut Group, version: u64) -> SendReport {
     let send = trainer.send_weights(ensure_async_iterator(weights(version)), Version(version));
-    let receive = async {
-        let mut received = rollout.receive_weights(None).await?;
-        let mut all = Vec::new();
-        while let Some(weight) = received.next_tensor().await? {
-            all.push((weight.meta().clone(), weight.to_bytes()?));
-        }
-        received.finish().await.map(|_| all)
-    };
-    let (sent, received) = futures::join!(send, receive);
-    let sent = sent.expect("an update");
+    let (sent, received) = futures::join!(send, receive(&mut **rollout));
+    assert_is(received.expect("an update"), version);
+    sent.expect("an update")
+}
+
+async fn receive(rollout: &mut dyn RolloutEngine) -> Result<Vec<(TensorMeta, Bytes)>> {
+    let mut received = rollout.receive_weights(None).await?;
+    let mut all = Vec::new();
+    while let Some(weight) = received.next_tensor().await? {
+        all.push((weight.meta().clone(), weight.to_bytes()?));
+    }
+    received.finish().await.map(|_| all)
+}
+
+fn assert_is(received: Vec<(TensorMeta, Bytes)>, version: u64) {
     let expected = weights(version).into_iter();
     let expected = expected.map(|one| (one.meta().clone(), one.to_bytes().expect("bytes")));
-    assert!(received.expect("an update").into_iter().eq(expected));
-    sent
+    assert!(received.into_iter().eq(expected));
+}
+
+/// Attests the version that was sent last. Returns the trainer's report, and the rollout's weights.
+async fn attest(group: &mut Group) -> (Result<SendReport>, Result<Vec<(TensorMeta, Bytes)>>) {
+    let (trainer, rollout) = group;
+    futures::join!(trainer.attest(), receive(&mut **rollout))
 }
 
 fn whole(report: &SendReport) -> Option<&str> {
@@ -272,4 +308,57 @@ async fn a_rollout_without_room_for_a_copy_gets_whole_weights() {
     LAB.left[3].store(100_000, Ordering::Relaxed);
     update(&mut group, 4).await;
     assert_eq!(whole(&update(&mut group, 5).await), None);
+}
+
+#[tokio::test]
+async fn a_bit_that_changed_by_itself_is_found_on_demand_and_its_rank_and_tensor_named() {
+    for device in [5, 6] {
+        LAB.left[device].store(1_000_000, Ordering::Relaxed);
+    }
+    let mut group = group(["lab:5", "lab:6"]).await;
+    let mut version = 0;
+    for (device, rank, number, name) in [(6, 1, 4, "w4"), (5, 0, 0, "w0"), (6, 1, 8, "w8")] {
+        for whole_comes in [true, false] {
+            version += 1;
+            let report = update(&mut group, version).await;
+            assert_eq!(whole(&report).is_some(), whole_comes, "{report:?}");
+            let (sent, received) = attest(&mut group).await;
+            let report = sent.expect("nothing changed");
+            assert_eq!((report.version, whole(&report)), (Version(version), None));
+            assert!(report.delta.expect("a report").attested);
+            assert!(report.counts.wire_bytes < 1000, "{:?}", report.counts);
+            assert_is(received.expect("nothing changed"), version);
+        }
+        flip(device, number);
+        let (sent, received) = attest(&mut group).await;
+        let error = sent.expect_err("a bit changed");
+        let context = (error.report().rank, error.report().tensor.as_deref());
+        assert_eq!((error.kind(), context), (ErrorKind::Digest, (Some(Rank(rank)), Some(name))));
+        assert!(received.is_err(), "the rollout took the version");
+    }
+    update(&mut group, 50).await;
+    flip(5, 3);
+    assert!(attest(&mut group).await.0.is_err());
+    // The trainer knows by itself that it has no copy now.
+    let error = group.0.attest().await.expect_err("no copy");
+    assert_eq!(error.kind(), ErrorKind::State);
+    assert!(error.to_string().contains("w3"), "{error}");
+    let report = update(&mut group, 51).await;
+    assert!(whole(&report).is_some_and(|why| why.contains("w3")), "{report:?}");
+}
+
+#[tokio::test]
+async fn sums_are_computed_again_every_64_versions_on_both_sides() {
+    for device in [0, 1] {
+        LAB.left[device].store(1_000_000, Ordering::Relaxed);
+    }
+    let mut group = group(["lab:0", "lab:1"]).await;
+    let mut attested = Vec::new();
+    for version in 1..=140 {
+        let report = update(&mut group, version).await;
+        if report.delta.expect("a report").attested {
+            attested.push(version);
+        }
+    }
+    assert_eq!(attested, [65, 129]);
 }

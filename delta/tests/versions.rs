@@ -109,6 +109,21 @@ async fn update(
     Ok(report)
 }
 
+/// Attests the version that was sent last, and checks that rollouts get it once more.
+async fn attest(
+    trainer: &mut dyn TrainerEngine,
+    rollouts: &mut [Box<dyn RolloutEngine>],
+    model: &Model,
+    version: u64,
+) -> Result<SendReport> {
+    let receive = rollouts.iter_mut().map(|rollout| take(&mut **rollout, version));
+    let (sent, received) = futures::join!(trainer.attest(), futures::future::join_all(receive));
+    for taken in received {
+        assert_eq!(&taken?, model);
+    }
+    sent
+}
+
 /// How a model changes from one update to the next.
 #[derive(Clone, Debug)]
 enum Step {
@@ -213,6 +228,8 @@ proptest! {
                 assert_eq!(delta.shadow_bytes, bytes as u64);
                 assert_eq!(report.counts.tensors, model.len() as u64);
                 assert!(report.counts.wire_bytes < 1000, "{} bytes for nothing", report.counts.wire_bytes);
+                let attested = attest(&mut *trainer, &mut rollouts, &model, 3000 + version).await;
+                assert!(attested.expect("nothing changed").delta.expect("a report").attested);
             }
         });
     }
@@ -344,4 +361,44 @@ async fn a_thousand_versions_in_a_row_are_what_one_whole_one_is() {
     }
     let (trainer, rollouts) = &mut rollouts_again;
     update(&mut **trainer, rollouts, &model, 1, &[Does::Takes]).await.expect("a whole one");
+}
+
+#[tokio::test]
+async fn only_a_version_that_all_ranks_have_copies_of_can_be_attested() {
+    let (mut trainer, rollouts) = group(&[true, false]).await.expect("a group");
+    let error = trainer.attest().await.expect_err("nothing was sent");
+    assert_eq!(error.kind(), ErrorKind::State, "{error}");
+    let model: Model = (0..3).map(|at| weight(format!("w{at}"), at, 20)).collect();
+    let mut rollouts = rollouts;
+    update(&mut *trainer, &mut rollouts, &model, 1, &[Does::Takes; 2]).await.expect("an update");
+    let error = trainer.attest().await.expect_err("rank 2 keeps no copy");
+    assert_eq!(error.kind(), ErrorKind::State);
+    assert!(error.to_string().contains("rank 2"), "{error}");
+}
+
+#[tokio::test]
+async fn a_rank_that_is_lost_while_a_version_is_attested_ends_that_with_an_error_that_names_it() {
+    let (mut trainer, mut rollouts) = group(&[true, true]).await.expect("a group");
+    let mut model: Model = (0..6).map(|at| weight(format!("w{at}"), at, 200)).collect();
+    update(&mut *trainer, &mut rollouts, &model, 1, &[Does::Takes; 2]).await.expect("an update");
+    let mut lost = rollouts.pop().expect("rank 2");
+    let dies = async move {
+        let mut received = lost.receive_weights(None).await.expect("it is attested");
+        let first = received.next_bucket().await.expect("weights");
+        assert!(first.is_some());
+        drop((first, received));
+        drop(lost);
+    };
+    let stays = take(&mut *rollouts[0], 1);
+    let begun = std::time::Instant::now();
+    let (sent, received, ()) = futures::join!(trainer.attest(), stays, dies);
+    let error = sent.expect_err("rank 2 is gone");
+    assert_eq!(error.report().rank, Some(engine_core::Rank(2)), "{error}");
+    assert!(received.is_err());
+    assert!(begun.elapsed() < std::time::Duration::from_secs(20), "it took the deadline");
+    // The other one has lost nothing.
+    advance(&mut model, &Step::Changes { every: 100, from: 0 }, 2);
+    let next = update(&mut *trainer, &mut rollouts, &model, 2, &[Does::Takes]).await;
+    assert_eq!(next.expect("an update").delta.expect("a report").whole, None);
+    attest(&mut *trainer, &mut rollouts, &model, 2).await.expect("nothing changed");
 }

@@ -85,6 +85,25 @@ pub trait TrainerEngine: CheckpointEngine {
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport>;
+
+    /// Proves that all rollouts hold the version that was committed last: every rank computes the digest of its copy anew from memory.
+    ///
+    /// Copies of what travelled are kept by a layer that sends changes (`delta: true`). Rollouts take part as in any update: they receive
+    /// that version once more, with all of its weights unchanged, of which no bytes travel. Nothing is read from the trainer's weights.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`send_weights`](Self::send_weights).
+    ///
+    /// # Errors
+    ///
+    /// `Digest`, naming the rank and the tensor whose bytes have changed by themselves: the next update sends whole weights. `Mismatch`,
+    /// naming a rollout that does not have the version. `State` if there is no version, or the trainer has no copy of it. `Config` if
+    /// ranks keep no copies, and if several trainers share the sending. Those of [`send_weights`](Self::send_weights).
+    async fn attest(&mut self) -> Result<SendReport> {
+        let message = "no copies are kept of what travelled; with `delta: true` they are";
+        Err(Error::new(ErrorKind::Config, "attesting a version", message))
+    }
 }
 
 /// A rollout's end of a group.
@@ -104,6 +123,18 @@ pub trait RolloutEngine: CheckpointEngine {
     /// `Timeout` if no update begins within the deadline (call again to go on waiting);
     /// `PeerLost` if the trainer is gone, `TrainerLeft` if it left in order; `Mismatch` if the update has another version.
     async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>>;
+
+    /// Adopts a version that another rollout gives, as if the trainer had sent it here. Returns the same weights.
+    ///
+    /// A layer that applies changes keeps its copy of them. So a rollout that joins late, and takes over the version that all have, gets
+    /// changes in the next update: without this, one rollout that has no version makes that update whole for all.
+    ///
+    /// # Contract
+    ///
+    /// The weights are those that the other rollout received, in the order sent. If they are not the trainer's, the next update is whole.
+    fn adopt<'a>(&'a mut self, received: ReceivedWeights<'a>) -> ReceivedWeights<'a> {
+        received
+    }
 }
 
 /// A rollout's end that keeps the last complete version in a local cache.

@@ -156,6 +156,9 @@ pub struct DeltaReport {
     pub changed_weights: u64,
     /// Bytes of the copy that the trainer keeps of what it sent.
     pub shadow_bytes: u64,
+    /// Whether all ranks computed the digest of their copies anew from memory.
+    #[serde(default)]
+    pub attested: bool,
 }
 
 /// Elements of one type, and how many of them changed.

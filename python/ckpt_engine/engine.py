@@ -351,6 +351,26 @@ class TrainerEngine(_Engine):
             raise
         return _send_report(sending.result())
 
+    def attest(self) -> SendReport:
+        """Proves that all rollouts hold the version that was sent last: every rank computes the digest of its copy anew
+        from memory.
+
+        Copies are kept with ``delta: true``. Rollouts take part as in an update: they receive that version once more, of
+        which no bytes travel.
+
+        Raises:
+            DigestError: If bytes have changed by themselves: `rank` and `tensor` say where. The next update is whole.
+            MismatchError: If a rollout does not have the version: `rank` says which.
+            StateError: If there is no version yet, or the trainer has no copy of it.
+            ConfigError: If ranks keep no copies.
+            Error: As :meth:`send_weights`.
+        """
+        return _send_report(run(self._native.attest()))
+
+    async def attest_async(self) -> SendReport:
+        """As :meth:`attest`, for an event loop."""
+        return _send_report(await run_async(self._native.attest()))
+
     def __enter__(self) -> TrainerEngine:
         return self
 

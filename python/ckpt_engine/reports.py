@@ -94,12 +94,14 @@ class DeltaReport:
         elements: What was compared, by the type that travels: ``"BF16"``, ``"F8_E4M3"``.
         changed_weights: Weights that were there before and had changes.
         shadow_bytes: Bytes of the copy that the trainer keeps of what it sent.
+        attested: Whether all ranks computed the digest of their copies anew from memory.
     """
 
     whole: str | None
     elements: dict[str, ChangedElements]
     changed_weights: int
     shadow_bytes: int
+    attested: bool = False
 
     @property
     def changed_ratio(self) -> float:

@@ -209,6 +209,13 @@ impl Engine {
         }
     }
 
+    pub(crate) async fn attest(&mut self) -> Result<SendReport> {
+        match self {
+            Self::Trainer(engine) => engine.attest().await,
+            Self::Rollout(_) | Self::Lends(_) => Err(other_side("attesting a version", "rollout")),
+        }
+    }
+
     pub(crate) async fn receive(&mut self, version: Option<u64>) -> Result<ReceivedWeights<'_>> {
         match self {
             Self::Rollout(engine) => engine.receive_weights(version.map(Version)).await,

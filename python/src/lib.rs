@@ -303,6 +303,19 @@ impl PyEngine {
         Sending::start(Arc::clone(&rank.slot), version).or_raise(py)
     }
 
+    /// Attests the version that was sent last; the job's result is the report as JSON.
+    fn attest(&self, py: Python<'_>) -> PyResult<Job> {
+        const WHAT: &str = "attesting a version";
+        let slot = Arc::clone(&self.own.get().or_raise(py)?.slot);
+        let work = async move |owner: &Owner| {
+            let report = slot.take(WHAT, owner)?.get()?.attest().await;
+            written(WHAT, Some(&report))
+        };
+        let answer =
+            |py: Python<'_>, report: String| Ok(report.into_pyobject(py)?.into_any().unbind());
+        Job::start(WHAT, work, answer).or_raise(py)
+    }
+
     fn receive(
         &self,
         py: Python<'_>,

@@ -57,6 +57,20 @@ def test_only_what_changed_travels_and_the_report_says_how_much_that_was():
     assert report.delta.shadow_bytes == 1008 and report.counts.wire_bytes < 200
 
 
+def test_a_version_is_attested_on_demand_where_ranks_keep_copies(local):
+    trainer, (rollout,) = ckpt_engine.form_local_group({"backend": "naive", "delta": True})
+    with pytest.raises(ckpt_engine.StateError, match="nothing was sent before"):
+        trainer.attest()
+    update(trainer, rollout, 1)
+    receiving = in_thread(lambda: dict(rollout.receive_weights(copy=True)))
+    report = trainer.attest()
+    received = {name: tensor.tobytes() for name, tensor in receiving.result(10).items()}
+    assert received == {name: bytes(value) for name, value in WEIGHTS.items()}
+    assert (report.version, report.delta.attested, rollout.version) == (1, True, 1)
+    with pytest.raises(ckpt_engine.ConfigError, match="delta: true"):
+        local[0].attest()
+
+
 def test_the_version_before_stays_when_the_next_one_is_left(local):
     trainer, rollout = local
     update(trainer, rollout, 1)

@@ -95,6 +95,10 @@ impl TrainerEngine for QuantizingTrainer {
     ) -> Result<SendReport> {
         self.engine.send_weights(weights.quantize_fp8(&self.quantizer), version).await
     }
+
+    async fn attest(&mut self) -> Result<SendReport> {
+        self.engine.attest().await
+    }
 }
 
 #[derive(Debug)]
@@ -135,5 +139,13 @@ impl RolloutEngine for Fp8Rollout {
                 None => received,
             },
         })
+    }
+
+    fn adopt<'a>(&'a mut self, received: ReceivedWeights<'a>) -> ReceivedWeights<'a> {
+        match &self.task {
+            // Another rollout gives what it has quantised, which is not what travels.
+            Task::Quantize(..) => received,
+            Task::Inspect(_) => self.engine.adopt(received),
+        }
     }
 }

@@ -83,7 +83,7 @@ impl CachedEngine {
     ///
     /// Those of receiving, and of the store.
     pub async fn take_over(&mut self, received: ReceivedWeights<'_>) -> Result<Version> {
-        self.cache.take_over(received).await
+        self.cache.take_over(self.engine.adopt(received)).await
     }
 
     /// The cache, for what generates while this engine receives.
@@ -269,6 +269,10 @@ impl CheckpointEngine for CachedEngine {
 impl RolloutEngine for CachedEngine {
     async fn receive_weights(&mut self, version: Option<Version>) -> Result<ReceivedWeights<'_>> {
         self.engine.receive_weights(version).await
+    }
+
+    fn adopt<'a>(&'a mut self, received: ReceivedWeights<'a>) -> ReceivedWeights<'a> {
+        self.engine.adopt(received)
     }
 }
 

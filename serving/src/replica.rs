@@ -138,7 +138,8 @@ impl Replica {
         loop {
             let ended = match self.join(announcement.clone()).await {
                 Ok((control, mut engine, place)) => {
-                    if let Some(version) = self.take_over(&place, own.as_ref()).await {
+                    if let Some(version) = self.take_over(&mut *engine, &place, own.as_ref()).await
+                    {
                         heard(&Ok(version));
                     }
                     let ended = self.receive(&mut *engine, &mut heard).await;
@@ -171,12 +172,17 @@ impl Replica {
     }
 
     /// Gets a version that another rollout holds and that is newer than what is here.
-    async fn take_over(&self, place: &Placement, own: Option<&Address>) -> Option<Version> {
+    async fn take_over(
+        &self,
+        engine: &mut dyn RolloutEngine,
+        place: &Placement,
+        own: Option<&Address>,
+    ) -> Option<Version> {
         for address in Newcomer::holders(&place.peers) {
             if Some(&address) == own {
                 continue;
             }
-            match self.take_over_from(address).await {
+            match self.take_over_from(engine, address).await {
                 Ok(None) => {}
                 Ok(Some(version)) => return Some(version),
                 Err(error) => warn!(%error, "a rollout did not give the version that it holds"),
@@ -185,7 +191,11 @@ impl Replica {
         None
     }
 
-    async fn take_over_from(&self, address: Address) -> Result<Option<Version>> {
+    async fn take_over_from(
+        &self,
+        engine: &mut dyn RolloutEngine,
+        address: Address,
+    ) -> Result<Option<Version>> {
         let mut at = self.at.clone();
         at.address = address;
         let backend = self.registry.get(&self.config.backend)?;
@@ -194,7 +204,10 @@ impl Replica {
         };
         let is_newer = self.cache.version().is_none_or(|version| version < newcomer.version());
         let version = match is_newer {
-            true => Some(self.cache.take_over(newcomer.receive().await?).await?),
+            true => {
+                let received = engine.adopt(newcomer.receive().await?);
+                Some(self.cache.take_over(received).await?)
+            }
             false => None,
         };
         newcomer.leave().await?;

@@ -254,10 +254,11 @@ async fn setting<'a>(
         out: None,
         metrics: None,
         placing: options.placing.clone(),
+        attests: false,
         bare,
     };
     let mut group = Processes::start(&run, Arc::new(())).await?;
-    let mut engine = group.form(&run.source).await?;
+    let mut engine = group.form(&run).await?;
     let target = group.workers.last().map(|rollout| rollout.attributes[BARE].clone());
     let target = target.filter(|_| run.bare);
     let mut engine_peak_bytes = None;

@@ -61,6 +61,10 @@ pub(crate) struct SyncArgs {
     /// Let every rollout compare every tensor with the source, bit for bit
     #[arg(long)]
     pub(crate) verify: bool,
+    /// After each update, have all ranks compute the digest of the version that they have anew from memory, and
+    /// compare. Needs --delta, with which ranks keep copies
+    #[arg(long, conflicts_with = "placed")]
+    pub(crate) attest: bool,
     /// Write what rollout n received to DIR/rollout-<n>/model.safetensors
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
@@ -107,6 +111,7 @@ pub(crate) async fn sync_command(args: &SyncArgs) -> Result<ExitCode, Failure> {
         verify: args.verify,
         out: args.out.clone(),
         metrics: args.metrics.metrics,
+        attests: args.attest,
         bare: false,
     };
     if let Some(placing) = &options.placing {

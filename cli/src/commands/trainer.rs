@@ -52,6 +52,10 @@ pub(crate) struct TrainerArgs {
     /// Seconds between the updates
     #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
     interval: f64,
+    /// After each update, have all ranks compute the digest of the version that they have anew from memory, and
+    /// compare. Needs --delta, with which ranks keep copies
+    #[arg(long)]
+    attest: bool,
     /// Print one JSON object a line per update
     #[arg(long)]
     json: bool,
@@ -107,21 +111,27 @@ pub(crate) async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Fail
     if !args.json {
         say(format!("waiting for {} other ranks at {}", world_size - 1, control.address()))?;
     }
-    let announcement = serde_json::json!(Announcement { source: source.spec().clone() });
+    let (spec, attests) = (source.spec().clone(), args.attest);
+    let announcement = serde_json::json!(Announcement { source: spec, attests });
     let group = form_group(&registry, config.clone(), &control).attributes(announcement);
     let (engine, _) = group.world_size(world_size).trainer().await?;
     let placing = args.placing.placing()?;
     let shard = placing.map(|placing| placing.shard(&source, Rank::LEADER)).transpose()?;
-    let mut trainer = Trainer { engine, source, shard };
+    let mut trainer = Trainer { engine, source, shard, attests };
     let mut failed = 0;
     for version in (1..=args.source.updates).map(Version) {
-        match trainer.update(version).await {
-            Ok(report) => {
-                let extra = memory.extra_peak_bytes();
-                let tensors = trainer.source.tensors();
-                let line = line(&report, tensors, &config.backend, None, extra);
-                print_update(&line, args.json)?;
-            }
+        let done = async {
+            let report = trainer.update(version).await?;
+            let attested = trainer.attest().await;
+            let extra = memory.extra_peak_bytes();
+            let tensors = trainer.source.tensors();
+            let mut line = line(&report, tensors, &config.backend, None, extra);
+            line.attested_in(attested.as_ref().ok().and_then(Option::as_ref));
+            print_update(&line, args.json)?;
+            attested
+        };
+        match done.await {
+            Ok(_) => {}
             // The engine is in order: the next update goes to the rollouts that are left.
             Err(error) => {
                 failed += 1;

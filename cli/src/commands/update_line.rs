@@ -59,5 +59,8 @@ pub(crate) fn print_update(line: &UpdateLine, json: bool) -> checkpoint_engine::
     if let Some(delta) = &line.delta {
         say(format!("  {}", delta_in_words(delta, line.wire_bytes)))?;
     }
+    if let Some(seconds) = line.attested_seconds {
+        say(format!("  attested in {seconds:.3} s: every rank's copy is what was sent"))?;
+    }
     line.slower.iter().try_for_each(|why| say(format!("  slower than it could be: {why}")))
 }

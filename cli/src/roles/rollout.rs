@@ -10,7 +10,7 @@ use checkpoint_engine::fp8::agreed_rules;
 use checkpoint_engine::nixl::bare;
 use checkpoint_engine::{
     CheckpointEngineConfig, ControlPlane, Error, ErrorKind, Holder, Newcomer, Rank, ReceiveReport,
-    Registry, Result, Role, Version, WeightCache, form_group, registry,
+    Registry, Result, Role, RolloutEngine, Version, WeightCache, form_group, registry,
 };
 
 use super::parent::Parent;
@@ -112,12 +112,15 @@ pub async fn rollout(
             return Err(Error::new(ErrorKind::Mismatch, "verifying weights", message));
         }
     };
+    let attests = announced.as_ref().is_some_and(|announcement| announcement.attests);
     let last = announced.map(|announcement| Version(announcement.source.updates));
+    // A version comes once more to be attested.
+    let mut last_comes = if attests { 2 } else { 1 };
     let rollout = Rollout { source, out: options.out, memory: Some(memory), destination, cache };
     // Without waiting for the next update, if another rollout holds a version.
     let others =
         Newcomer::holders(workers).into_iter().filter(|at| Some(at) != own_address.as_ref());
-    match take_over(&rollout, &registry, &config, &at, others).await {
+    match take_over(&rollout, &mut *engine, &registry, &config, &at, others).await {
         Ok(Some(report)) => each(&Ok(report))?,
         Ok(None) => {}
         Err(error) => tracing::warn!(%error, "no other rollout gave the current version"),
@@ -140,7 +143,12 @@ pub async fn rollout(
             each(&result)?;
         }
         match result {
-            Ok(report) if Some(report.version) == last => break,
+            Ok(report) if Some(report.version) == last => {
+                last_comes -= 1;
+                if last_comes == 0 {
+                    break;
+                }
+            }
             Ok(_) => {}
             Err(error) => tracing::warn!(%error, "waiting for the next update"),
         }
@@ -154,6 +162,7 @@ pub async fn rollout(
 /// Gets the version that another rollout holds, if one does.
 async fn take_over(
     rollout: &Rollout,
+    engine: &mut dyn RolloutEngine,
     registry: &Registry,
     config: &CheckpointEngineConfig,
     at: &ControlConfig,
@@ -168,7 +177,7 @@ async fn take_over(
             let Some(mut newcomer) = Newcomer::join(backend, config.clone(), at).await? else {
                 return Ok(None);
             };
-            let report = rollout.take(newcomer.receive().await?).await?;
+            let report = rollout.take(engine.adopt(newcomer.receive().await?)).await?;
             newcomer.leave().await?;
             Ok(Some(report))
         };

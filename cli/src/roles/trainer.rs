@@ -22,6 +22,8 @@ pub struct Trainer {
     pub source: Source,
     /// What it holds of them; without this, whole tensors.
     pub shard: Option<Shard>,
+    /// Whether each version is attested when all rollouts have it.
+    pub attests: bool,
 }
 
 /// Weights of a source, or what one trainer holds of them.
@@ -62,6 +64,18 @@ impl Trainer {
         }
         let weights = stream(self.source.weights(version)?, self.shard.as_ref());
         self.engine.send_weights(weights, version).await
+    }
+
+    /// Attests the version that all rollouts have now, if that is asked for. Returns the report of that.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`TrainerEngine::attest`].
+    pub async fn attest(&mut self) -> Result<Option<SendReport>> {
+        match self.attests {
+            true => self.engine.attest().await.map(Some),
+            false => Ok(None),
+        }
     }
 }
 
@@ -105,7 +119,8 @@ pub async fn co_trainer(options: CoTrainerOptions, mut failed: impl FnMut(&Error
     let (engine, _) = group.trainer().await?;
     let placing = options.placing.as_ref();
     let shard = placing.map(|placing| placing.shard(&source, options.rank)).transpose()?;
-    let mut trainer = Trainer { engine, source, shard };
+    // Only the leader attests.
+    let mut trainer = Trainer { engine, source, shard, attests: false };
     for version in (1..=options.source.updates).map(Version) {
         let result = if options.still {
             let weights = stream(trainer.source.weights(Version(1))?, trainer.shard.as_ref());

@@ -129,4 +129,8 @@ impl TrainerEngine for EncodingTrainer {
         let weights = weights.map(|weight| encoded(weight?));
         self.0.send_weights(WeightStream::new(weights), version).await
     }
+
+    async fn attest(&mut self) -> Result<SendReport> {
+        self.0.attest().await
+    }
 }

@@ -125,10 +125,14 @@ pub(crate) fn compare(
         runs(fp8).map(|run| trainer::read(&run.csv(out))).collect()
     };
     let runs = [read(false)?, read(true)?];
-    let table = table(&runs)?;
+    let mut table = table(&runs)?;
+    if settings.delta {
+        table.push_str(&table_of_changes(&runs)?);
+        std::fs::write(out.join("changed.svg"), plot(&CHANGED, &changes(&runs))?)?;
+    }
     eprintln!("\n{table}");
     std::fs::write(out.join("table.md"), table)?;
-    std::fs::write(out.join("grpo.svg"), plot(&runs)?)?;
+    std::fs::write(out.join("grpo.svg"), plot(&REWARD, &rewards(&runs))?)?;
     Ok(())
 }
 
@@ -165,28 +169,135 @@ fn table(runs: &[Vec<Vec<Step>>; 2]) -> Result<String, Failure> {
     Ok(text)
 }
 
-/// Mean reward of both kinds over the steps, each in a band of one standard deviation.
-fn plot(runs: &[Vec<Vec<Step>>; 2]) -> Result<String, Failure> {
+/// What part of the elements of each type a step changed: the mean of all steps and runs, the least and the most of a step; and the bytes
+/// that travelled for it.
+fn table_of_changes(runs: &[Vec<Vec<Step>>; 2]) -> Result<String, Failure> {
+    let mut text = String::from(
+        "\n| weights | type | changed in a step | least | most | bytes of a whole update | of changes |\n\
+         |---|---|---|---|---|---|---|\n",
+    );
+    for (kind, runs) in ["BF16", "FP8"].into_iter().zip(runs) {
+        let whole = runs.iter().filter_map(|run| run.first()).map(|step| step.bytes as f64);
+        let later = runs.iter().flat_map(|run| run.iter().skip(1)).map(|step| step.bytes as f64);
+        let (whole, later) = (mean(&whole.collect::<Vec<_>>()), mean(&later.collect::<Vec<_>>()));
+        for (at, name) in trainer::TYPES.into_iter().enumerate() {
+            let parts: Vec<f64> =
+                runs.iter().flatten().filter_map(|step| step.changed[at]).collect();
+            if parts.is_empty() {
+                continue;
+            }
+            let (least, most) = parts.iter().fold((1.0_f64, 0.0_f64), |(least, most), part| {
+                (least.min(*part), most.max(*part))
+            });
+            writeln!(
+                text,
+                "| {kind} | {name} | {:.3} % | {:.3} % | {:.3} % | {whole:.0} | {later:.0} |",
+                mean(&parts) * 100.0,
+                least * 100.0,
+                most * 100.0
+            )?;
+        }
+    }
+    Ok(text)
+}
+
+/// What a plot shows of a step; `None` where the step has no such value.
+type Value = fn(&Step) -> Option<f64>;
+
+/// One line of a plot.
+struct Curve<'a> {
+    name: &'a str,
+    color: &'a str,
+    runs: &'a [Vec<Step>],
+    value: Value,
+}
+
+/// The vertical axis of a plot.
+struct Axis<'a> {
+    /// What is plotted.
+    title: &'a str,
+    /// Values with a line across the plot, and their names; from the lowest to the highest.
+    ticks: &'a [(f64, &'a str)],
+    /// Whether equal distances are equal factors.
+    is_logarithmic: bool,
+}
+
+impl Axis<'_> {
+    /// Where a value is, from 0 at the lowest tick to 1 at the highest.
+    fn place(&self, value: f64) -> f64 {
+        let ends = (self.ticks.first(), self.ticks.last());
+        let (Some((low, _)), Some((high, _))) = ends else { return 0.0 };
+        let scale = |value: f64| if self.is_logarithmic { value.max(*low).ln() } else { value };
+        ((scale(value) - scale(*low)) / (scale(*high) - scale(*low))).clamp(0.0, 1.0)
+    }
+}
+
+/// The mean of a value and its deviation, over the runs that have one for a step.
+fn spread(runs: &[Vec<Step>], step: usize, value: Value) -> Option<(f64, f64)> {
+    let values: Vec<f64> = runs.iter().filter_map(|run| value(run.get(step)?)).collect();
+    (!values.is_empty()).then(|| (mean(&values), deviation(&values)))
+}
+
+const REWARD: Axis<'_> = Axis {
+    title: "reward",
+    ticks: &[(0.0, "0.0"), (0.2, "0.2"), (0.4, "0.4"), (0.6, "0.6"), (0.8, "0.8"), (1.0, "1.0")],
+    is_logarithmic: false,
+};
+
+const CHANGED: Axis<'_> = Axis {
+    title: "elements that a step changes",
+    ticks: &[
+        (1e-5, "0.001 %"),
+        (1e-4, "0.01 %"),
+        (1e-3, "0.1 %"),
+        (1e-2, "1 %"),
+        (0.1, "10 %"),
+        (1.0, "100 %"),
+    ],
+    is_logarithmic: true,
+};
+
+fn rewards(runs: &[Vec<Vec<Step>>; 2]) -> [Curve<'_>; 2] {
+    let value: Value = |step| Some(step.reward);
+    let [bf16, fp8] = runs;
+    [
+        Curve { name: "BF16", color: "#1f77b4", runs: bf16, value },
+        Curve { name: "FP8", color: "#d62728", runs: fp8, value },
+    ]
+}
+
+/// What changed of the weights in BF16, and of codes and scales in FP8.
+fn changes(runs: &[Vec<Vec<Step>>; 2]) -> [Curve<'_>; 3] {
+    let [bf16, fp8] = runs;
+    [
+        Curve { name: "BF16", color: "#1f77b4", runs: bf16, value: |step| step.changed[0] },
+        Curve { name: "FP8 codes", color: "#d62728", runs: fp8, value: |step| step.changed[1] },
+        Curve { name: "FP8 scales", color: "#2ca02c", runs: fp8, value: |step| step.changed[2] },
+    ]
+}
+
+/// Means of runs over the steps, each in a band of one standard deviation.
+fn plot(axis: &Axis<'_>, curves: &[Curve<'_>]) -> Result<String, Failure> {
     const WIDTH: f64 = 720.0;
     const HEIGHT: f64 = 400.0;
     const EDGE: f64 = 50.0;
-    let steps = runs[0].first().map_or(1, Vec::len).max(2);
+    let runs = curves.first().map_or(&[][..], |curve| curve.runs);
+    let steps = runs.first().map_or(1, Vec::len).max(2);
     let x = |step: usize| EDGE + (WIDTH - 2.0 * EDGE) * step as f64 / (steps - 1) as f64;
-    let y = |reward: f64| HEIGHT - EDGE - (HEIGHT - 2.0 * EDGE) * reward.clamp(0.0, 1.0);
+    let y = |value: f64| HEIGHT - EDGE - (HEIGHT - 2.0 * EDGE) * axis.place(value);
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" \
          font-family=\"sans-serif\" font-size=\"12\">\n\
          <rect width=\"{WIDTH}\" height=\"{HEIGHT}\" fill=\"white\"/>\n"
     );
-    for tick in 0..=5 {
-        let reward = f64::from(tick) / 5.0;
+    for (value, name) in axis.ticks {
         writeln!(
             svg,
-            "<path d=\"M{EDGE} {0:.1}H{1}\" stroke=\"#ddd\"/><text x=\"{2}\" y=\"{3:.1}\" text-anchor=\"end\">{reward:.1}</text>",
-            y(reward),
+            "<path d=\"M{EDGE} {0:.1}H{1}\" stroke=\"#ddd\"/><text x=\"{2}\" y=\"{3:.1}\" text-anchor=\"end\">{name}</text>",
+            y(*value),
             WIDTH - EDGE,
             EDGE - 6.0,
-            y(reward) + 4.0
+            y(*value) + 4.0
         )?;
     }
     for step in (0..steps).step_by((steps / 6).max(1)) {
@@ -200,30 +311,28 @@ fn plot(runs: &[Vec<Vec<Step>>; 2]) -> Result<String, Failure> {
     }
     writeln!(
         svg,
-        "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\">step</text><text x=\"{EDGE}\" y=\"{}\">reward: mean of {} seeds, band of one standard deviation</text>",
+        "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\">step</text><text x=\"{EDGE}\" y=\"{}\">{}: mean of {} seeds, band of one standard deviation</text>",
         WIDTH / 2.0,
         HEIGHT - 10.0,
         EDGE - 20.0,
-        runs[0].len()
+        axis.title,
+        runs.len()
     )?;
-    for (index, (kind, color)) in [("BF16", "#1f77b4"), ("FP8", "#d62728")].iter().enumerate() {
-        let at: Vec<(f64, f64)> = (0..steps)
-            .map(|step| {
-                let rewards: Vec<f64> = runs[index]
-                    .iter()
-                    .filter_map(|run| run.get(step).map(|step| step.reward))
-                    .collect();
-                (mean(&rewards), deviation(&rewards))
+    for (index, Curve { name, color, runs, value }) in curves.iter().enumerate() {
+        let at: Vec<(usize, f64, f64)> = (0..steps)
+            .filter_map(|step| {
+                let (mean, deviation) = spread(runs, step, *value)?;
+                Some((step, mean, deviation))
             })
             .collect();
         let line = |points: &mut dyn Iterator<Item = (usize, f64)>| {
             let points: Vec<_> =
-                points.map(|(step, reward)| format!("{:.1},{:.1}", x(step), y(reward))).collect();
+                points.map(|(step, value)| format!("{:.1},{:.1}", x(step), y(value))).collect();
             points.join(" ")
         };
-        let upper = line(&mut at.iter().map(|(mean, spread)| mean + spread).enumerate());
-        let lower = line(&mut at.iter().map(|(mean, spread)| mean - spread).enumerate().rev());
-        let middle = line(&mut at.iter().map(|(mean, _)| *mean).enumerate());
+        let upper = line(&mut at.iter().map(|(step, mean, spread)| (*step, mean + spread)));
+        let lower = line(&mut at.iter().rev().map(|(step, mean, spread)| (*step, mean - spread)));
+        let middle = line(&mut at.iter().map(|(step, mean, _)| (*step, *mean)));
         writeln!(svg, "<polygon points=\"{upper} {lower}\" fill=\"{color}\" opacity=\"0.15\"/>")?;
         writeln!(
             svg,
@@ -231,9 +340,9 @@ fn plot(runs: &[Vec<Vec<Step>>; 2]) -> Result<String, Failure> {
         )?;
         writeln!(
             svg,
-            "<text x=\"{}\" y=\"{}\" fill=\"{color}\" font-weight=\"bold\">{kind}</text>",
-            WIDTH - EDGE - 50.0,
-            HEIGHT - EDGE - 40.0 + 18.0 * index as f64
+            "<text x=\"{}\" y=\"{}\" fill=\"{color}\" font-weight=\"bold\" text-anchor=\"end\">{name}</text>",
+            WIDTH - EDGE - 10.0,
+            HEIGHT - EDGE - 22.0 - 18.0 * (curves.len() - 1 - index) as f64
         )?;
     }
     svg.push_str("</svg>\n");

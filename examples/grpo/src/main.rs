@@ -5,6 +5,7 @@
 //! cargo run --release -p grpo                               # BF16 over shared memory
 //! cargo run --release -p grpo -- --trainer-quantize-fp8     # FP8
 //! cargo run --release -p grpo -- --compare --jobs 4 --out target/grpo
+//! cargo run --release -p grpo -- --delta                    # only what changed travels
 //! ```
 
 mod child;
@@ -36,6 +37,9 @@ struct Args {
     /// Send the projections as FP8 blocks.
     #[arg(long)]
     trainer_quantize_fp8: bool,
+    /// Send only what changed since the step before. Each step says how much that was; a comparison plots it, too.
+    #[arg(long)]
+    delta: bool,
     /// Steps of GRPO, each with an update.
     #[arg(long, default_value_t = 127)]
     steps: u64,
@@ -111,6 +115,7 @@ impl Args {
         trainer::Settings {
             backend: self.backend.clone(),
             fp8: self.trainer_quantize_fp8,
+            delta: self.delta,
             steps: self.steps,
             pretrain: self.pretrain,
             prompts: self.prompts.into(),

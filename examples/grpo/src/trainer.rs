@@ -30,6 +30,7 @@ const ATTEMPTS: usize = 5;
 pub(crate) struct Settings {
     pub(crate) backend: String,
     pub(crate) fp8: bool,
+    pub(crate) delta: bool,
     pub(crate) steps: u64,
     pub(crate) pretrain: u64,
     pub(crate) prompts: usize,
@@ -43,7 +44,9 @@ pub(crate) struct Settings {
 impl Settings {
     /// The program's options that say the same, without the seed and what travels.
     pub(crate) fn arguments(&self) -> Vec<String> {
-        let Self { backend, steps, pretrain, prompts, group, learning_rate, truncate, .. } = self;
+        let Self {
+            backend, delta, steps, pretrain, prompts, group, learning_rate, truncate, ..
+        } = self;
         let mut arguments = vec![
             format!("--backend={backend}"),
             format!("--steps={steps}"),
@@ -52,12 +55,17 @@ impl Settings {
             format!("--group={group}"),
             format!("--learning-rate={learning_rate}"),
         ];
+        arguments.extend(delta.then(|| "--delta".to_owned()));
         arguments.extend(truncate.map(|most| format!("--truncate={most}")));
         arguments
     }
 }
 
-const HEADER: &str = "step,version,reward,kl,update_seconds,bytes,quantized,restarts";
+const HEADER: &str = "step,version,reward,kl,update_seconds,bytes,quantized,restarts,\
+                      bf16_changed,codes_changed,scales_changed";
+
+/// The types of elements that travel: BF16 weights, FP8 codes and their scales.
+pub(crate) const TYPES: [&str; 3] = ["BF16", "F8_E4M3", "F32"];
 
 /// What a step did.
 #[derive(Clone, Copy)]
@@ -70,6 +78,16 @@ pub(crate) struct Step {
     pub(crate) bytes: u64,
     pub(crate) quantized: u64,
     pub(crate) restarts: u64,
+    /// The part of the elements of each type that changed; `None` if none were compared.
+    pub(crate) changed: [Option<f64>; TYPES.len()],
+}
+
+/// The part of the elements of each type that changed in an update.
+fn changed(report: &SendReport) -> [Option<f64>; TYPES.len()] {
+    TYPES.map(|name| {
+        let counts = report.delta.as_ref()?.elements.get(name)?;
+        Some(counts.changed as f64 / counts.compared as f64)
+    })
 }
 
 pub(crate) async fn train(settings: &Settings, title: &str) -> Result<Vec<Step>, Failure> {
@@ -105,13 +123,26 @@ pub(crate) async fn train(settings: &Settings, title: &str) -> Result<Vec<Step>,
             bytes: report.counts.wire_bytes,
             quantized: report.counts.converted,
             restarts: rollouts.restarts,
+            changed: changed(&report),
         };
         if let Some(csv) = &mut csv {
-            let Step { step, version, reward, kl, update_seconds, bytes, quantized, restarts } =
-                step;
+            let Step {
+                step,
+                version,
+                reward,
+                kl,
+                update_seconds,
+                bytes,
+                quantized,
+                restarts,
+                changed,
+            } = step;
+            let changed =
+                changed.map(|part| part.map_or(String::new(), |part| format!("{part:.3e}")));
             writeln!(
                 csv,
-                "{step},{version},{reward:.4},{kl:.3e},{update_seconds:.6},{bytes},{quantized},{restarts}"
+                "{step},{version},{reward:.4},{kl:.3e},{update_seconds:.6},{bytes},{quantized},{restarts},{}",
+                changed.join(",")
             )?;
             csv.flush()?;
         }
@@ -134,12 +165,24 @@ pub(crate) fn read(csv: &Path) -> Result<Vec<Step>, Failure> {
     let step = |line: &str| {
         let wrong = || Failure::from(format!("{}: {line}", csv.display()));
         let fields: Vec<&str> = line.split(',').collect();
-        let [step, version, reward, kl, update_seconds, bytes, quantized, restarts] = fields[..]
+        let [
+            step,
+            version,
+            reward,
+            kl,
+            update_seconds,
+            bytes,
+            quantized,
+            restarts,
+            ref changed @ ..,
+        ] = fields[..]
         else {
             return Err(wrong());
         };
+        let &[bf16, codes, scales] = changed else { return Err(wrong()) };
         let whole = |field: &str| field.parse::<u64>().map_err(|_| wrong());
         let real = |field: &str| field.parse::<f64>().map_err(|_| wrong());
+        let part = |field: &str| (!field.is_empty()).then(|| real(field)).transpose();
         Ok(Step {
             step: whole(step)?,
             version: whole(version)?,
@@ -149,6 +192,7 @@ pub(crate) fn read(csv: &Path) -> Result<Vec<Step>, Failure> {
             bytes: whole(bytes)?,
             quantized: whole(quantized)?,
             restarts: whole(restarts)?,
+            changed: [part(bf16)?, part(codes)?, part(scales)?],
         })
     };
     lines.map(step).collect()
@@ -263,6 +307,7 @@ impl Rollouts {
         let config = serde_json::json!({
             "backend": settings.backend,
             "trainer_quantize_fp8": settings.fp8,
+            "delta": settings.delta,
             "update_weights_bucket_megabytes": 1,
             "timeout_seconds": 20,
         });

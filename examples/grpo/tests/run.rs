@@ -29,10 +29,15 @@ fn end(child: Child) -> String {
 
 /// The columns of a CSV file by name.
 fn column(file: PathBuf, name: &str) -> Vec<f64> {
+    maybe(file, name).into_iter().map(|value| value.expect(name)).collect()
+}
+
+/// The same, of a column in which some rows have nothing.
+fn maybe(file: PathBuf, name: &str) -> Vec<Option<f64>> {
     let text = std::fs::read_to_string(file).unwrap();
     let mut lines = text.lines().map(|line| line.split(',').collect::<Vec<_>>());
     let at = lines.next().unwrap().iter().position(|column| *column == name).unwrap();
-    lines.map(|line| line[at].parse().unwrap()).collect()
+    lines.map(|line| (!line[at].is_empty()).then(|| line[at].parse().unwrap())).collect()
 }
 
 #[test]
@@ -57,6 +62,38 @@ fn a_comparison_of_five_steps_leaves_a_table_a_plot_and_every_run() {
         let (bf16, fp8) = (kl("bf16"), kl("fp8"));
         assert!(0.0 < bf16 && bf16 < fp8 && fp8 < 0.05, "KL {bf16} and {fp8}");
     }
+}
+
+#[test]
+fn a_comparison_with_deltas_says_what_part_of_each_type_a_step_changes() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path();
+    end(grpo(out, &["--compare", "--seeds", "2", "--steps", "4", "--delta"]));
+
+    let table = std::fs::read_to_string(out.join("table.md")).unwrap();
+    for kind in ["| BF16 | BF16 |", "| FP8 | BF16 |", "| FP8 | F8_E4M3 |", "| FP8 | F32 |"] {
+        assert!(table.contains(kind), "{table}");
+    }
+    let plot = std::fs::read_to_string(out.join("changed.svg")).unwrap();
+    assert_eq!(plot.matches("<polyline").count(), 3, "{plot}");
+    for (kind, columns) in [
+        ("bf16", &["bf16_changed"][..]),
+        ("fp8", &["bf16_changed", "codes_changed", "scales_changed"]),
+    ] {
+        let csv = out.join(format!("{kind}-1.csv"));
+        let bytes = column(csv.clone(), "bytes");
+        assert!(bytes[1..].iter().all(|changes| *changes < bytes[0]), "{bytes:?}");
+        for name in columns {
+            // The first update is whole, so nothing is compared.
+            let parts = maybe(csv.clone(), name);
+            assert!(parts[0].is_none(), "{name}: {parts:?}");
+            let is_a_part =
+                |part: &Option<f64>| part.is_some_and(|part| (0.0..=1.0).contains(&part));
+            assert!(parts[1..].iter().all(is_a_part), "{name}: {parts:?}");
+        }
+    }
+    let codes = maybe(out.join("bf16-1.csv"), "codes_changed");
+    assert_eq!(codes, [None; 4], "BF16 has no codes");
 }
 
 #[test]
