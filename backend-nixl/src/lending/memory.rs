@@ -54,32 +54,35 @@ impl AsRef<[u8]> for View {
 pub(super) fn of_tensors(
     tensors: impl IntoIterator<Item = LentTensor>,
 ) -> Result<(Layout, Lendable)> {
-    let mut tensors: Vec<_> =
+    let tensors: Vec<_> =
         tensors.into_iter().map(LentTensor::into_host_parts).collect::<Result<_>>()?;
     let all = tensors.iter().flat_map(|(_, both)| both).map(range);
     let places = places(all.filter(|(_, len)| *len > 0).collect());
-    let at = |bytes: &Bytes| {
-        let (address, _) = range(bytes);
+    // The number of the part that has bytes, and their offset. Those of a tensor without elements are nowhere.
+    let find = |bytes: &Bytes| {
+        let (address, len) = range(bytes);
         let after = places.partition_point(|part| part.address <= address);
-        let part = after.checked_sub(1).and_then(|before| places.get(before));
-        part.filter(|_| !bytes.is_empty()).map_or(0, |part| part.at + (address - part.address))
+        let number = after.checked_sub(1).filter(|_| len > 0)?;
+        let part = places.get(number)?;
+        Some((number, part.at + (address - part.address)))
     };
+    let at = |bytes: &Bytes| find(bytes).map_or(0, |(_, at)| at);
     let end = places.last().map_or(0, |part| part.at + part.bytes);
     let wanted = tensors
         .iter()
         .map(|(wanted, [elements, scales])| (wanted.clone(), at(elements), at(scales)));
     let layout = Layout::at(wanted.collect::<Vec<_>>(), end)?;
     let mut views = Vec::new();
-    for bytes in tensors.drain(..).flat_map(|(_, both)| both) {
-        views.push((at(&bytes), bytes.len() as u64, bytes));
+    // A part may have several tensors, one directly behind the other.
+    let mut owners = vec![Vec::new(); places.len()];
+    for bytes in tensors.into_iter().flat_map(|(_, both)| both) {
+        if let Some((number, at)) = find(&bytes) {
+            owners[number].push(bytes.clone());
+            views.push((at, bytes.len() as u64, bytes));
+        }
     }
-    let mut parts = Vec::new();
-    for part in &places {
-        // A part may have several tensors, one directly behind the other.
-        let owners = views
-            .iter()
-            .filter(|(at, len, _)| *len > 0 && (part.at..part.at + part.bytes).contains(at));
-        let owners: Vec<Bytes> = owners.map(|(_, _, bytes)| bytes.clone()).collect();
+    let mut parts = Vec::with_capacity(places.len());
+    for (part, owners) in places.iter().zip(owners) {
         // SAFETY: the owners are tensors that a program lends, which has promised it of each, and the part is what they are together.
         let memory = unsafe { PromisedMemory::new(part.address, part.bytes as usize, owners) };
         parts.push((*part, Memory::new(Arc::new(memory))?));
