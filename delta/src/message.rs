@@ -49,6 +49,7 @@ pub(crate) fn refuse_reserved(weight: &Weight) -> Result<()> {
 pub(crate) const COMPARING: &str = "comparing weights with those sent last";
 pub(crate) const APPLYING: &str = "applying changes";
 pub(crate) const ATTESTING: &str = "attesting a version";
+pub(crate) const SENDING_A_PART: &str = "sending a part of a version";
 
 /// The tensor of a number: the name that it travels under.
 fn name(number: u64) -> String {

@@ -101,25 +101,45 @@ impl TrainerEngine for DeltaTrainer {
     ) -> Result<SendReport> {
         self.kept.settle().await;
         let is_due = self.kept.since_attested + 1 >= ATTESTED_EVERY;
-        self.update(weights, version, if is_due { Attests::Due } else { Attests::Not }).await
+        let attests = if is_due { Attests::Due } else { Attests::Not };
+        self.update(weights, version, false, attests).await
+    }
+
+    async fn send_part(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        self.require_copy(message::SENDING_A_PART).await?;
+        self.update(weights, version, true, Attests::Not).await
     }
 
     async fn attest(&mut self) -> Result<SendReport> {
-        self.kept.settle().await;
-        if let Err(why) = &*lock(&self.kept.shadow) {
-            let message = format!("the trainer has no copy of a version: {why}");
-            return Err(Error::new(ErrorKind::State, message::ATTESTING, message));
-        }
+        self.require_copy(message::ATTESTING).await?;
         let nothing = WeightStream::new(futures::stream::empty());
-        self.update(nothing, self.kept.version, Attests::Asked).await
+        self.update(nothing, self.kept.version, true, Attests::Asked).await
     }
 }
 
 impl DeltaTrainer {
+    /// # Errors
+    ///
+    /// `State` if there is no copy of the version that was committed last.
+    async fn require_copy(&mut self, operation: &str) -> Result<()> {
+        self.kept.settle().await;
+        lock(&self.kept.shadow).as_ref().map(drop).map_err(|why| {
+            let message = format!("the trainer has no copy of a version: {why}");
+            Error::new(ErrorKind::State, operation, message)
+        })
+    }
+
+    /// Sends a version whose weights are those of the stream and, if it is only a part of it, those of the base that the stream does not
+    /// bring.
     async fn update(
         &mut self,
         weights: WeightStream<'_>,
         version: Version,
+        is_part: bool,
         attests: Attests,
     ) -> Result<SendReport> {
         let Self { engine, bases, copies, batch, kept } = self;
@@ -129,6 +149,7 @@ impl DeltaTrainer {
         let sending = Sending {
             weights,
             has_ended: false,
+            is_part,
             bases: bases.clone(),
             kept: kept.shadow.clone(),
             attests,
@@ -252,7 +273,7 @@ enum Attests {
     Not,
     /// So many versions have come as changes since the last time.
     Due,
-    /// It was asked for. The update brings nothing else.
+    /// It was asked for. The update has to be one of changes.
     Asked,
 }
 
@@ -262,8 +283,8 @@ enum Form {
     Undecided,
     /// As they are, without a copy of them.
     Plain,
-    /// Whole, out of the copy.
-    Whole,
+    /// Whole, out of the copy. With the base, whose other weights follow, if the stream is a part of a version.
+    Whole(Option<Comparison>),
     /// As changes to the base.
     Changes(Comparison),
     /// All have travelled.
@@ -344,6 +365,8 @@ struct Worked {
 struct Sending<'a> {
     weights: WeightStream<'a>,
     has_ended: bool,
+    /// Whether weights of the base that the stream does not bring are part of the version.
+    is_part: bool,
     bases: Bases,
     kept: Arc<Mutex<Copied>>,
     attests: Attests,
@@ -370,7 +393,7 @@ impl Sending<'_> {
                 Form::Undecided => self.decide().await?,
                 Form::Plain => return self.next_of_trainer().await,
                 Form::Ended => return Ok(None),
-                Form::Whole | Form::Changes(_) => {
+                Form::Whole(_) | Form::Changes(_) => {
                     // Gathered while the threads have others; the tensors of the first are made while they have this one.
                     let batch = self.gather().await?;
                     let is_full = self.at_work.len() >= self.copies.batches;
@@ -413,46 +436,56 @@ impl Sending<'_> {
                 let why = "the engine does not ask rollouts which version they have, or several trainers share the sending";
                 (Form::Plain, Some(why.to_owned()))
             }
+            Ok(base) if self.is_part && !others.is_empty() => {
+                let why = format!("{} without the version that was sent last", ranked(&others));
+                (Form::Whole(Some(Comparison::new(base))), Some(why))
+            }
             _ if !unable.is_empty() => {
                 (Form::Plain, Some(format!("{} without `delta`", ranked(&unable))))
             }
-            Err(lost) => (Form::Whole, Some(lost)),
+            Err(lost) => (Form::Whole(None), Some(lost)),
             Ok(_) if !others.is_empty() => {
                 let why = format!("{} without the version that was sent last", ranked(&others));
-                (Form::Whole, Some(why))
+                (Form::Whole(None), Some(why))
             }
             Ok(base) => (Form::Changes(Comparison::new(base)), None),
         };
-        if let (Attests::Asked, Some(why)) = (self.attests, &why) {
-            let error = Error::new(ErrorKind::Mismatch, message::ATTESTING, why);
-            let ranks = unable.iter().chain(&others);
-            return Err(ranks.fold(error, |error, rank| error.rank(*rank)));
+        let asked = self.attests == Attests::Asked;
+        if let Some(why) = &why
+            && (asked || self.is_part && !matches!(form, Form::Whole(Some(_))))
+        {
+            let operation = if asked { message::ATTESTING } else { message::SENDING_A_PART };
+            let error = Error::new(ErrorKind::Mismatch, operation, why);
+            return Err(others.iter().fold(error, |error, rank| error.rank(*rank)));
         }
         self.form = form;
-        if let Form::Changes(comparison) = &self.form
-            && self.attests != Attests::Not
-        {
-            let (base, copies) = (comparison.base.clone(), self.copies.clone());
-            lock(&self.made).report.attested = true;
-            let attested = self.copies.pool.start(move || copies.attest(&base.entries));
-            if let Err(error) = attested.await {
+        // Nobody compares with anything what is sent whole out of the copy.
+        let proven = match &self.form {
+            Form::Changes(comparison) if self.attests != Attests::Not => {
+                Some(comparison.base.clone())
+            }
+            Form::Whole(Some(comparison)) => Some(comparison.base.clone()),
+            _ => None,
+        };
+        if let Some(base) = proven {
+            let copies = self.copies.clone();
+            let attested = self.copies.pool.start(move || copies.attest(&base.entries)).await;
+            if let Err(error) = attested {
                 tracing::error!(%error, "the copy of what was sent last is damaged");
-                (self.form, why) = (Form::Whole, Some(error.to_string()));
-                lock(&self.made).report.attested = false;
-                if self.attests == Attests::Asked {
+                if self.is_part {
                     *lock(&self.kept) = Err(error.to_string());
                     return Err(error.rank(Rank::LEADER));
                 }
+                (self.form, why) = (Form::Whole(None), Some(error.to_string()));
             }
         }
+        let attests = self.attests != Attests::Not && matches!(self.form, Form::Changes(_));
+        lock(&self.made).report.attested = attests;
         match &self.form {
-            Form::Changes(comparison) => {
-                let base = comparison.base.clone();
+            Form::Changes(_) => {
                 self.queue(&Head::Begin { base: number.unwrap_or_default() }, &[])?;
-                if self.attests == Attests::Asked {
-                    self.unchanged(&base)?;
-                }
             }
+            Form::Whole(Some(_)) => {}
             // Freed first, so that there is only one copy at a time.
             _ => {
                 let lost = "whole weights were sent, and that update failed";
@@ -463,11 +496,25 @@ impl Sending<'_> {
         Ok(())
     }
 
-    /// Makes tensors that bring all weights of the base as unchanged, in place of the trainer's.
-    fn unchanged(&mut self, base: &Shadow) -> Result<()> {
-        self.has_ended = true;
+    /// Makes tensors of the weights of the base that the stream did not bring, in their order: as unchanged, or whole.
+    fn rest(&mut self) -> Result<()> {
+        let (comparison, is_whole) = match &self.form {
+            Form::Changes(comparison) => (comparison, false),
+            Form::Whole(Some(comparison)) => (comparison, true),
+            _ => return Ok(()),
+        };
+        let base = comparison.base.clone();
+        let left: Vec<usize> =
+            (0..).zip(&comparison.met).filter(|(_, met)| !**met).map(|(at, _)| at).collect();
         let (mut run, mut bytes) = (Vec::new(), 0);
-        for (at, entry) in base.entries.iter().enumerate() {
+        for at in left {
+            let entry = &base.entries[at];
+            if is_whole {
+                let weight = Weight::from_meta(entry.meta.clone(), entry.view())?;
+                self.ready.push_back(weight);
+                lock(&self.made).weights.push(Sent::Kept { at, sum: 0 });
+                continue;
+            }
             if bytes >= self.batch {
                 self.flush(&mut run, Vec::new().into())?;
                 bytes = 0;
@@ -528,10 +575,18 @@ impl Sending<'_> {
 
     /// Has the threads encode weights, and compare those that the base has.
     fn start(&mut self, batch: Vec<Weight>) -> Result<()> {
-        let (base, found): (_, Vec<Option<usize>>) = match &mut self.form {
+        let find = |comparison: &mut Comparison| -> Result<Vec<Option<usize>>> {
+            batch.iter().map(|weight| comparison.find(weight)).collect()
+        };
+        let (base, found) = match &mut self.form {
             Form::Changes(comparison) => {
-                let found: Result<_> = batch.iter().map(|weight| comparison.find(weight)).collect();
-                (Some(comparison.base.clone()), found?)
+                let found = find(comparison)?;
+                (Some(comparison.base.clone()), found)
+            }
+            Form::Whole(Some(comparison)) => {
+                // They replace those of the base, which are not sent then.
+                find(comparison)?;
+                (None, vec![None; batch.len()])
             }
             _ => (None, vec![None; batch.len()]),
         };
@@ -556,7 +611,8 @@ impl Sending<'_> {
         match work.await {
             Ok((worked, _)) => Ok(Some((worked, batch, found))),
             Err(error)
-                if error.kind() == ErrorKind::Resource && matches!(self.form, Form::Whole) =>
+                if error.kind() == ErrorKind::Resource
+                    && matches!(self.form, Form::Whole(None)) =>
             {
                 self.form = Form::Plain;
                 self.ready.extend(batch);
@@ -649,6 +705,9 @@ impl Sending<'_> {
 
     /// Ends the update after the last weight.
     fn end(&mut self) -> Result<()> {
+        if self.is_part {
+            self.rest()?;
+        }
         if let Form::Changes(comparison) = &self.form {
             let mut made = lock(&self.made);
             let all = made.weights.len() == comparison.base.entries.len();

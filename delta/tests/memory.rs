@@ -22,13 +22,13 @@ use engine_core::{
 #[derive(Debug)]
 struct Lab {
     /// Bytes that are left on each device, by its number.
-    left: [AtomicU64; 7],
+    left: [AtomicU64; 9],
     /// The copies on each device, in the order in which they were allocated.
-    copies: [Mutex<Vec<Weak<Mutex<Bytes>>>>; 7],
+    copies: [Mutex<Vec<Weak<Mutex<Bytes>>>>; 9],
 }
 
 static LAB: Lab =
-    Lab { left: [const { AtomicU64::new(0) }; 7], copies: [const { Mutex::new(Vec::new()) }; 7] };
+    Lab { left: [const { AtomicU64::new(0) }; 9], copies: [const { Mutex::new(Vec::new()) }; 9] };
 
 /// Changes a bit of the copy of this number, of those that are on a device.
 fn flip(device: usize, number: usize) {
@@ -361,4 +361,34 @@ async fn sums_are_computed_again_every_64_versions_on_both_sides() {
         }
     }
     assert_eq!(attested, [65, 129]);
+}
+
+#[tokio::test]
+async fn a_rollout_without_a_copy_gets_what_a_part_does_not_bring_out_of_the_trainers() {
+    LAB.left[7].store(1_000_000, Ordering::Relaxed);
+    LAB.left[8].store(10_000, Ordering::Relaxed);
+    let mut group = group(["lab:7", "lab:8"]).await;
+    update(&mut group, 1).await;
+    let send = async |version: u64, group: &mut Group| {
+        let (trainer, rollout) = group;
+        let part = weights(version).into_iter().take(2);
+        let send = trainer.send_part(ensure_async_iterator(part), Version(version));
+        let (sent, received) = futures::join!(send, receive(&mut **rollout));
+        let expected = weights(version).into_iter().take(2).chain(weights(1).into_iter().skip(2));
+        let expected: Vec<_> =
+            expected.map(|one| (one.meta().clone(), one.to_bytes().expect("bytes"))).collect();
+        sent.inspect(|_| assert_eq!(received.expect("an update"), expected))
+    };
+    for (version, room, is_whole) in [(2, 10_000, true), (3, 100_000, true), (4, 100_000, false)] {
+        LAB.left[8].store(room, Ordering::Relaxed);
+        let report = send(version, &mut group).await.expect("a part");
+        assert_eq!(whole(&report).is_some(), is_whole, "version {version}: {report:?}");
+    }
+    // Of what is sent whole out of the copy, every sum is computed before.
+    flip(8, 0);
+    assert!(attest(&mut group).await.0.is_err());
+    flip(7, 5);
+    let error = send(5, &mut group).await.expect_err("a bit changed");
+    assert_eq!((error.kind(), error.report().rank), (ErrorKind::Digest, Some(Rank(0))));
+    update(&mut group, 6).await;
 }

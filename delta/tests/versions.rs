@@ -1,5 +1,6 @@
 //! Any sequence of updates, failures, joins and other bases ends in exactly the trainer's bytes.
 
+use std::future::Future;
 use std::sync::Arc;
 
 use delta::LAYER;
@@ -95,6 +96,17 @@ async fn update(
     does: &[Does],
 ) -> Result<SendReport> {
     let send = trainer.send_weights(ensure_async_iterator(weights(model)), Version(version));
+    expect(send, rollouts, model, version, does).await
+}
+
+/// Runs an update beside the rollouts, of which those that take it must get these weights.
+async fn expect(
+    send: impl Future<Output = Result<SendReport>>,
+    rollouts: &mut [Box<dyn RolloutEngine>],
+    model: &Model,
+    version: u64,
+    does: &[Does],
+) -> Result<SendReport> {
     let receive = rollouts.iter_mut().zip(does).map(|(rollout, does)| async move {
         match does {
             Does::Takes => take(&mut **rollout, version).await.map(Some),
@@ -116,12 +128,7 @@ async fn attest(
     model: &Model,
     version: u64,
 ) -> Result<SendReport> {
-    let receive = rollouts.iter_mut().map(|rollout| take(&mut **rollout, version));
-    let (sent, received) = futures::join!(trainer.attest(), futures::future::join_all(receive));
-    for taken in received {
-        assert_eq!(&taken?, model);
-    }
-    sent
+    expect(trainer.attest(), rollouts, model, version, &[Does::Takes; 2]).await
 }
 
 /// How a model changes from one update to the next.
@@ -233,6 +240,81 @@ proptest! {
             }
         });
     }
+}
+
+/// What a version is of which only some weights were sent: these, and then all others as they were.
+fn with_part(part: &Model, before: &Model) -> Model {
+    let is_new = |(meta, _): &&(TensorMeta, Arc<Vec<u8>>)| {
+        part.iter().all(|(sent, _)| sent.name != meta.name)
+    };
+    part.iter().chain(before.iter().filter(is_new)).cloned().collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+    #[test]
+    fn any_sequence_of_whole_and_partial_updates_is_what_a_model_of_both_says(
+        steps in proptest::collection::vec((step(), proptest::option::of(any::<u8>()), does()), 1..10),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.expect("a runtime").block_on(async {
+            let (mut trainer, mut rollouts) = group(&[true, true]).await.expect("a group");
+            let mut model: Model = (0..6).map(|at| weight(format!("w{at}"), at, 200)).collect();
+            update(&mut *trainer, &mut rollouts, &model, 1, &[Does::Takes; 2]).await.expect("the first");
+            for (version, (step, part, does)) in (2..).zip(steps) {
+                let mut next = model.clone();
+                advance(&mut next, &step, version);
+                if let Some(part) = part {
+                    // What changed of the others stays with the trainer.
+                    let mut at = 0..;
+                    next.retain(|_| at.next().is_some_and(|at| part & 1 << (at % 8) != 0));
+                }
+                let expected = if part.is_some() { with_part(&next, &model) } else { next.clone() };
+                for (version, does) in [(version, does), (version + 1000, Does::Takes)] {
+                    let (stream, version_sent) = (ensure_async_iterator(weights(&next)), Version(version));
+                    let send = match part {
+                        Some(_) => trainer.send_part(stream, version_sent),
+                        None => trainer.send_weights(stream, version_sent),
+                    };
+                    let sent = expect(send, &mut rollouts, &expected, version, &[does, Does::Takes]).await;
+                    let Ok(report) = sent else {
+                        assert!(does != Does::Takes, "{step:?} {part:?}: {sent:?}");
+                        continue;
+                    };
+                    assert_eq!(report.delta.expect("a report").whole, None);
+                    assert_eq!(report.counts.tensors, next.len() as u64);
+                    model = expected;
+                    let attested = attest(&mut *trainer, &mut rollouts, &model, version).await;
+                    attested.expect("nothing changed");
+                    break;
+                }
+            }
+        });
+    }
+}
+
+#[tokio::test]
+async fn what_changed_of_weights_that_are_not_sent_travels_with_the_next_full_stream() {
+    let (mut trainer, mut rollouts) = group(&[true]).await.expect("a group");
+    let takes = [Does::Takes];
+    let mut policy: Model = (0..5).map(|at| weight(format!("model.w{at}"), at, 300)).collect();
+    let stream = |model: &Model| ensure_async_iterator(weights(model));
+    let error = trainer.send_part(stream(&policy), Version(1)).await.expect_err("no version");
+    assert_eq!(error.kind(), ErrorKind::State);
+    update(&mut *trainer, &mut rollouts, &policy, 1, &takes).await.expect("an update");
+    let before = policy.clone();
+    advance(&mut policy, &Step::Changes { every: 1, from: 0 }, 2);
+    // In PEFT's names.
+    let lora = |half: &str| format!("base_model.model.w0.lora_{half}.weight");
+    let adapter: Model = vec![weight(lora("A"), 1, 8), weight(lora("B"), 1, 8)];
+    let expected = with_part(&adapter, &before);
+    let send = trainer.send_part(stream(&adapter), Version(2));
+    let report = expect(send, &mut rollouts, &expected, 2, &takes).await.expect("the adapter");
+    assert!(report.counts.wire_bytes < 2000, "{} bytes for an adapter", report.counts.wire_bytes);
+    assert_eq!(report.counts.source_bytes, 2 * 8 * 33 * 2);
+    let all: Model = policy.iter().chain(&adapter).cloned().collect();
+    let report = update(&mut *trainer, &mut rollouts, &all, 3, &takes).await.expect("all");
+    assert_eq!(report.delta.expect("a report").changed_weights, 5);
 }
 
 #[tokio::test]

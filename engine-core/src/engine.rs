@@ -86,6 +86,31 @@ pub trait TrainerEngine: CheckpointEngine {
         version: Version,
     ) -> Result<SendReport>;
 
+    /// Sends a part of a version: the weights of the stream. All others are those of the version that was committed last.
+    ///
+    /// An adapter, or a draft model, is a small update then. The others are neither read nor compared, so one that has changed nevertheless
+    /// travels with the next [`send_weights`](Self::send_weights). All become active together. The new version has the weights of the
+    /// stream first, then the others in their order. A name that the last version does not have is a new weight.
+    ///
+    /// The others come from the copy that a layer keeps which sends changes (`delta: true`). A rollout that has the last version gets nothing
+    /// of them; if one does not, all get all of them.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`send_weights`](Self::send_weights).
+    ///
+    /// # Errors
+    ///
+    /// `Config` if no copies are kept; `State` if there is no version, or no copy of it; those of [`send_weights`](Self::send_weights).
+    async fn send_part(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        let _ = (weights, version);
+        Err(no_copies("sending a part of a version"))
+    }
+
     /// Proves that all rollouts hold the version that was committed last: every rank computes the digest of its copy anew from memory.
     ///
     /// Copies of what travelled are kept by a layer that sends changes (`delta: true`). Rollouts take part as in any update: they receive
@@ -101,9 +126,13 @@ pub trait TrainerEngine: CheckpointEngine {
     /// naming a rollout that does not have the version. `State` if there is no version, or the trainer has no copy of it. `Config` if
     /// ranks keep no copies, and if several trainers share the sending. Those of [`send_weights`](Self::send_weights).
     async fn attest(&mut self) -> Result<SendReport> {
-        let message = "no copies are kept of what travelled; with `delta: true` they are";
-        Err(Error::new(ErrorKind::Config, "attesting a version", message))
+        Err(no_copies("attesting a version"))
     }
+}
+
+fn no_copies(operation: &str) -> Error {
+    let message = "no copies are kept of what travelled; with `delta: true` they are";
+    Error::new(ErrorKind::Config, operation, message)
 }
 
 /// A rollout's end of a group.

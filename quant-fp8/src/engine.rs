@@ -96,6 +96,14 @@ impl TrainerEngine for QuantizingTrainer {
         self.engine.send_weights(weights.quantize_fp8(&self.quantizer), version).await
     }
 
+    async fn send_part(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        self.engine.send_part(weights.quantize_fp8(&self.quantizer), version).await
+    }
+
     async fn attest(&mut self) -> Result<SendReport> {
         self.engine.attest().await
     }

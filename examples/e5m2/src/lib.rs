@@ -130,6 +130,15 @@ impl TrainerEngine for EncodingTrainer {
         self.0.send_weights(WeightStream::new(weights), version).await
     }
 
+    async fn send_part(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        let weights = weights.map(|weight| encoded(weight?));
+        self.0.send_part(WeightStream::new(weights), version).await
+    }
+
     async fn attest(&mut self) -> Result<SendReport> {
         self.0.attest().await
     }
