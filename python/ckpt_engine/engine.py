@@ -269,7 +269,11 @@ class TrainerEngine(_Engine):
     """
 
     def send_weights(
-        self, weights: Iterable[tuple[str, Any]] | Mapping[str, Any], version: int
+        self,
+        weights: Iterable[tuple[str, Any]] | Mapping[str, Any],
+        version: int,
+        *,
+        part: bool = False,
     ) -> SendReport:
         """Sends every weight to all rollouts; returns when all of them have confirmed.
 
@@ -283,6 +287,8 @@ class TrainerEngine(_Engine):
                 numpy (with the types of ml_dtypes), of whatever has ``__dlpack__`` (jax, cupy), an object with
                 the buffer protocol, or a :class:`Tensor`.
             version: The weights' number: verl's ``global_steps``.
+            part: Whether `weights` are only a part of the version, such as an adapter. All others are those of the version that was
+                sent last: they are neither read nor compared, and come out of the copy that ``delta: true`` keeps.
 
         Returns:
             What was sent, to whom, and where the time went.
@@ -292,12 +298,13 @@ class TrainerEngine(_Engine):
             WeightError: For a tensor that cannot be sent, with its name.
             PeerLost: If a rollout dies: `rank` says which. The next update goes to those that are left.
             TimeoutError: If a rank makes no step within ``timeout_seconds``.
+            ConfigError: With `part`, if ranks keep no copies; ``StateError`` if there is no version yet, or no copy of it.
             Error: The first failure of any rank.
         """
         if hasattr(weights, "__aiter__"):
             raise TypeError("weights is an asynchronous iterable: use send_weights_async")
         iterator = _iterator(weights)
-        sending = self._native.send(version)
+        sending = self._native.send(version, part)
         try:
             try:
                 more = True
@@ -318,6 +325,8 @@ class TrainerEngine(_Engine):
         self,
         weights: Iterable[tuple[str, Any]] | AsyncIterable[tuple[str, Any]] | Mapping[str, Any],
         version: int,
+        *,
+        part: bool = False,
     ) -> SendReport:
         """As :meth:`send_weights`, for an event loop, and for asynchronous iterables too.
 
@@ -325,7 +334,7 @@ class TrainerEngine(_Engine):
         """
         source: Any = weights.__aiter__() if hasattr(weights, "__aiter__") else None
         iterator = _iterator(weights) if source is None else None
-        sending = self._native.send(version)
+        sending = self._native.send(version, part)
         try:
             try:
                 if source is not None:

@@ -202,9 +202,12 @@ impl Engine {
         &mut self,
         weights: WeightStream<'_>,
         version: u64,
+        part: bool,
     ) -> Result<SendReport> {
+        let version = Version(version);
         match self {
-            Self::Trainer(engine) => engine.send_weights(weights, Version(version)).await,
+            Self::Trainer(engine) if part => engine.send_part(weights, version).await,
+            Self::Trainer(engine) => engine.send_weights(weights, version).await,
             Self::Rollout(_) | Self::Lends(_) => Err(other_side("sending weights", "rollout")),
         }
     }

@@ -298,9 +298,9 @@ impl PyEngine {
         Job::start("forming the group", work, answer).or_raise(py)
     }
 
-    fn send(&self, py: Python<'_>, version: u64) -> PyResult<Sending> {
+    fn send(&self, py: Python<'_>, version: u64, part: bool) -> PyResult<Sending> {
         let rank = self.own.get().or_raise(py)?;
-        Sending::start(Arc::clone(&rank.slot), version).or_raise(py)
+        Sending::start(Arc::clone(&rank.slot), version, part).or_raise(py)
     }
 
     /// Attests the version that was sent last; the job's result is the report as JSON.

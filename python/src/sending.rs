@@ -147,14 +147,14 @@ struct Inner {
 }
 
 impl Sending {
-    pub(crate) fn start(slot: Arc<Slot<Engine>>, version: u64) -> Result<Self> {
+    pub(crate) fn start(slot: Arc<Slot<Engine>>, version: u64, part: bool) -> Result<Self> {
         const WHAT: &str = "sending weights";
         let shared = Arc::new(Shared::new(State::default()));
         let (owner, registration) = Owner::new();
         let (queue, finished) = (Queue(Arc::clone(&shared)), Arc::clone(&shared));
         let work = async move |owner: &Owner| {
             let mut engine = slot.take(WHAT, owner)?;
-            engine.get()?.send(WeightStream::new(queue), version).await
+            engine.get()?.send(WeightStream::new(queue), version, part).await
         };
         let finish = move |result: Result<SendReport>| {
             // Weights that nobody took are dropped outside the lock.
