@@ -102,7 +102,7 @@ struct Blocks {
 pub(super) enum Next {
     /// Fill this block.
     Fill(Staged),
-    /// Write this one, so that there is one to fill.
+    /// Write this block: none is free, and it will be when it is written.
     Write(Arc<Target>, Staged),
 }
 
