@@ -4,7 +4,7 @@
 
 use backend_ipc::{BACKEND, LentTensor, lend, lend_tensors};
 use bytes::Bytes;
-use conformance::placed::{Lends, processes};
+use conformance::placed::{Lends, own_memory, processes};
 use conformance::processes::{address, context, control, runtime};
 use control_plane::ControlPlane;
 use engine_core::{
@@ -58,23 +58,12 @@ fn shared(bytes: u64) -> Storage {
 
 /// Lends tensors that are in two files, neither in order nor one directly behind the other.
 fn lend_own(context: EngineContext, wanted: Vec<Wanted>) -> Result<Prepared<PlacedRollout>> {
-    let sizes: Vec<(u64, u64)> =
-        wanted.iter().map(|wanted| wanted.validate()).collect::<Result<_>>()?;
-    let all: u64 = sizes.iter().map(|(elements, scales)| elements + scales + 64).sum();
-    let files = [shared(all + 4096), shared(all + 4096)];
-    let mut ends = files.each_ref().map(Storage::len);
-    let mut room = |number: usize, bytes: u64| {
-        let end = &mut ends[number % 2];
-        // As a view of another tensor may begin: at a whole element, and nothing more.
-        *end = (*end - bytes) / 8 * 8 - 12;
-        files[number % 2].slice(*end..*end + bytes)
-    };
-    let tensors = wanted.into_iter().zip(sizes).enumerate();
-    let tensors = tensors.map(|(number, (wanted, (elements, scales)))| {
-        let (elements, scales) = (room(number, elements), room(number + 1, scales));
-        // SAFETY: it is shared memory that only this tensor has.
-        unsafe { LentTensor::new(wanted, elements, Some(scales)) }
-    });
+    let tensors = own_memory(wanted, |bytes| shared(bytes + 4096))?.into_iter().map(
+        |(wanted, [elements, scales])| {
+            // SAFETY: it is shared memory that only this tensor has.
+            unsafe { LentTensor::new(wanted, elements, Some(scales)) }
+        },
+    );
     lend_tensors(context, tensors.collect::<Result<Vec<_>>>()?)
 }
 

@@ -12,7 +12,7 @@ use std::task::Poll;
 use control_plane::{ControlPlane, join_group};
 use engine_core::{
     Backend, CheckpointEngineConfig, DType, EngineContext, Error, ErrorKind, Prepared, Rank,
-    Result, Role, SendReport, TensorBox, TensorMeta, TrainerEngine, Version, Weight,
+    Result, Role, SendReport, Storage, TensorBox, TensorMeta, TrainerEngine, Version, Weight,
     ensure_async_iterator,
 };
 use futures::future::{join, join_all};
@@ -46,6 +46,34 @@ impl Lends {
         }
         config
     }
+}
+
+/// Memory of a program's own for the elements and for the scales of boxes. It is in two allocations, in which neither box nor scales are in
+/// order or directly behind one another. `allocate` makes one of so many bytes, or of more.
+///
+/// # Errors
+///
+/// Those of [`Wanted::validate`].
+pub fn own_memory(
+    wanted: Vec<Wanted>,
+    allocate: impl Fn(u64) -> Storage,
+) -> Result<Vec<(Wanted, [Storage; 2])>> {
+    let sizes: Vec<(u64, u64)> =
+        wanted.iter().map(|wanted| wanted.validate()).collect::<Result<_>>()?;
+    let all: u64 = sizes.iter().map(|(elements, scales)| elements + scales + 64).sum();
+    let both = [allocate(all), allocate(all)];
+    let mut ends = both.each_ref().map(Storage::len);
+    let mut room = |number: usize, bytes: u64| {
+        let end = &mut ends[number % 2];
+        // As a view of another tensor may begin: at a whole element, and nothing more.
+        *end = (*end - bytes) / 8 * 8 - 12;
+        both[number % 2].slice(*end..*end + bytes)
+    };
+    let placed = wanted.into_iter().zip(sizes).enumerate().map(|(number, (wanted, sizes))| {
+        let (elements, scales) = sizes;
+        (wanted, [room(number, elements), room(number + 1, scales)])
+    });
+    Ok(placed.collect())
 }
 
 /// A tensor of made-up numbers, which differ in every version.

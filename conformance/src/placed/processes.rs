@@ -260,6 +260,17 @@ async fn fails_as_it_writes(
     (errors, happening.join().expect("what happens"))
 }
 
+/// The same, in which the slow trainer is stopped. All errors name it.
+async fn is_stopped_as_it_writes(lends: &Lends) -> (Trainer, Rollout, Process) {
+    let (mut leads, mut lent, slow) = with_slow_trainer(lends).await;
+    let stop = |slow: &mut Process| signal("-STOP", slow);
+    let (errors, slow) = fails_as_it_writes(&mut leads, &mut lent, slow, stop).await;
+    for error in errors {
+        assert_eq!(error.report().rank, Some(Rank(1)), "{error}");
+    }
+    (leads, lent, slow)
+}
+
 fn is_named(error: &Error, kind: ErrorKind, rank: u32) {
     assert_eq!((error.kind(), error.report().rank), (kind, Some(Rank(rank))), "{error}");
 }
@@ -295,12 +306,7 @@ pub fn a_trainer_that_is_stopped_while_it_writes_keeps_updates_from_succeeding_u
     lends: &Lends,
 ) {
     runtime().block_on(async {
-        let (mut leads, mut lent, slow) = with_slow_trainer(lends).await;
-        let stop = |slow: &mut Process| signal("-STOP", slow);
-        let (errors, slow) = fails_as_it_writes(&mut leads, &mut lent, slow, stop).await;
-        for error in errors {
-            assert_eq!(error.report().rank, Some(Rank(1)), "{error}");
-        }
+        let (mut leads, mut lent, slow) = is_stopped_as_it_writes(lends).await;
         // It may go on at any time, and then write what it was about to.
         let [error, taken] = fails(&mut leads, &mut lent, 3).await;
         is_named(&error, ErrorKind::Timeout, 2);
@@ -325,12 +331,7 @@ pub fn a_trainer_that_is_stopped_while_it_writes_is_cut_off_and_writes_nothing_w
     lends: &Lends,
 ) {
     runtime().block_on(async {
-        let (mut leads, mut lent, slow) = with_slow_trainer(lends).await;
-        let stop = |slow: &mut Process| signal("-STOP", slow);
-        let (errors, slow) = fails_as_it_writes(&mut leads, &mut lent, slow, stop).await;
-        for error in errors {
-            assert_eq!(error.report().rank, Some(Rank(1)), "{error}");
-        }
+        let (mut leads, mut lent, slow) = is_stopped_as_it_writes(lends).await;
         assert_eq!(works(&mut leads, &mut lent, 3).await.absent, [Rank(1)]);
         signal("-CONT", &slow);
         says_failed(&slow);
