@@ -15,6 +15,8 @@
 
 use std::collections::BTreeMap;
 
+use engine_core::ProcessStat;
+
 use crate::arena::{Arena, Lent, Memory, Range};
 use crate::error::NixlError;
 
@@ -191,7 +193,7 @@ impl Process {
     /// The present process.
     pub(crate) fn this() -> Option<Self> {
         let pid = std::process::id();
-        Some(Self { pid, began: Stat::of(pid)?.began, namespace: Self::namespace()? })
+        Some(Self { pid, began: ProcessStat::of(pid)?.began, namespace: Self::namespace()? })
     }
 
     /// Whether it has certainly ended, and with it all its work.
@@ -203,33 +205,14 @@ impl Process {
         match pid.map(rustix::process::test_kill_process) {
             Some(Err(rustix::io::Errno::SRCH)) => true,
             // Another process may have the number by now. A process that cannot be inspected counts as running.
-            _ => Stat::of(self.pid).is_some_and(|stat| stat.began != self.began || stat.has_ended),
+            _ => ProcessStat::of(self.pid)
+                .is_some_and(|stat| stat.began != self.began || stat.has_ended),
         }
     }
 
     fn namespace() -> Option<String> {
         let link = std::fs::read_link("/proc/self/ns/pid").ok()?;
         link.into_os_string().into_string().ok()
-    }
-}
-
-/// What the kernel says of a process.
-struct Stat {
-    began: u64,
-    /// Whether nothing of it runs any more: it is a zombie, which nobody has waited for yet, and has no other threads.
-    has_ended: bool,
-}
-
-impl Stat {
-    fn of(pid: u32) -> Option<Self> {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name in parentheses may contain anything. After it come the state, as the 18th field the number of threads, and as the 20th
-        // the start time.
-        let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-        let is_zombie = matches!(fields.next()?, "Z" | "X");
-        let threads: u64 = fields.nth(16)?.parse().ok()?;
-        let began = fields.nth(1)?.parse().ok()?;
-        Some(Self { began, has_ended: is_zombie && threads <= 1 })
     }
 }
 
@@ -393,7 +376,7 @@ mod tests {
         let this = Process::this().unwrap();
         assert!(!this.is_gone());
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        let began = Stat::of(child.id()).unwrap().began;
+        let began = ProcessStat::of(child.id()).unwrap().began;
         let process = Process { pid: child.id(), began, ..this.clone() };
         assert!(!process.is_gone());
         child.kill().unwrap();
@@ -401,7 +384,7 @@ mod tests {
         while !process.is_gone() {
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
-        assert!(Stat::of(child.id()).is_some());
+        assert!(ProcessStat::of(child.id()).is_some());
         child.wait().unwrap();
         assert!(process.is_gone());
         // Another process has the number by now.

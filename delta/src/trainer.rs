@@ -459,7 +459,7 @@ impl Sending<'_> {
             return Err(others.iter().fold(error, |error, rank| error.rank(*rank)));
         }
         self.form = form;
-        // Nobody compares with anything what is sent whole out of the copy.
+        // Rollouts take what is sent whole out of the copy as it is: nothing else would find damage there.
         let proven = match &self.form {
             Form::Changes(comparison) if self.attests != Attests::Not => {
                 Some(comparison.base.clone())

@@ -21,6 +21,7 @@ pub mod memory;
 pub mod native;
 pub mod observe;
 pub mod plan;
+mod process;
 pub mod provider;
 mod received;
 mod registry;
@@ -48,6 +49,7 @@ pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
 pub use expected::{Expected, check_names};
 pub use ids::{Rank, Version};
 pub use kernel::{Kernel, Program};
+pub use process::ProcessStat;
 pub use received::{
     BucketContent, CopiedOut, CopyOut, Install, OnePass, Outcome, ReceivedBucket, ReceivedPiece,
     ReceivedWeights, TensorMap,

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{Seek, Write};
 use std::os::unix::fs::FileExt;
 
+use engine_core::ProcessStat;
 use rustix::io::Errno;
 
 use super::{Borrowed, Lease, Terms};
@@ -31,20 +32,7 @@ impl Drop for Marked {
 
 /// When a process began, in the system's ticks. `None` if it is gone.
 fn began(pid: u32) -> Option<u64> {
-    began_of(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
-}
-
-/// The same of what the system says of the process.
-fn began_of(stat: &str) -> Option<u64> {
-    // The name in parentheses may contain any character. After it come the state, as the 18th field the number of threads, and as the 20th
-    // the time.
-    let (_, rest) = stat.rsplit_once(") ")?;
-    let mut fields = rest.split(' ');
-    let is_zombie = matches!(fields.next()?, "Z" | "X");
-    // Of a process that was killed, the first thread may be a zombie while others still wait for the device.
-    let threads: u64 = fields.nth(16)?.parse().ok()?;
-    let began = fields.nth(1)?.parse().ok()?;
-    (!is_zombie || threads > 1).then_some(began)
+    ProcessStat::of(pid).filter(|process| !process.has_ended).map(|process| process.began)
 }
 
 impl Lease {
@@ -104,18 +92,6 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-
-    #[test]
-    fn a_zombie_is_gone_when_no_other_thread_of_it_is_left() {
-        let stat = |state: &str, threads: u32| {
-            format!("42 (a) b) {state} 1 42 42 0 -1 4 0 0 0 0 1 1 0 0 20 0 {threads} 0 1234 0 0 18")
-        };
-        assert_eq!(began_of(&stat("S", 1)), Some(1234));
-        assert_eq!(began_of(&stat("Z", 2)), Some(1234));
-        assert_eq!(began_of(&stat("Z", 1)), None);
-        let own = std::fs::read_to_string("/proc/self/stat").unwrap();
-        assert!(began_of(&own).is_some());
-    }
 
     #[test]
     fn a_lease_with_marks_is_over_when_these_are_taken_off_or_their_processes_are_gone() {

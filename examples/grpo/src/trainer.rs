@@ -174,12 +174,13 @@ pub(crate) fn read(csv: &Path) -> Result<Vec<Step>, Failure> {
             bytes,
             quantized,
             restarts,
-            ref changed @ ..,
+            bf16,
+            codes,
+            scales,
         ] = fields[..]
         else {
             return Err(wrong());
         };
-        let &[bf16, codes, scales] = changed else { return Err(wrong()) };
         let whole = |field: &str| field.parse::<u64>().map_err(|_| wrong());
         let real = |field: &str| field.parse::<f64>().map_err(|_| wrong());
         let part = |field: &str| (!field.is_empty()).then(|| real(field)).transpose();
