@@ -176,7 +176,8 @@ impl DeviceModel {
 
     /// Puts other values there.
     pub(crate) fn refill(&mut self, weights: super::HostWeights<'_>) -> Result<()> {
-        let (pool, mut staging) = (pool()?, vec![0; STAGE]);
+        let mut staging = vec![0; STAGE];
+        let (mut parts, mut used) = (Vec::new(), 0);
         for ((meta, memory), weight) in self.tensors.iter().zip(weights) {
             let weight = weight?;
             if weight.meta() != meta {
@@ -185,18 +186,17 @@ impl DeviceModel {
                     .tensor(&*meta.name));
             }
             for start in (0..memory.len()).step_by(STAGE) {
-                let len = STAGE.min(memory.len() - start);
-                let part = &mut staging[..len];
-                let encode = |(index, bytes): (usize, &mut [u8])| {
-                    let from = (start + index * JOB) as u64;
-                    weight.encode(from..from + bytes.len() as u64, bytes)
-                };
-                let encoded = pool.map(part.chunks_mut(JOB).enumerate(), encode);
-                encoded.into_iter().collect::<Result<()>>()?;
-                memory.slice(start, len)?.write(part)?;
+                let to = memory.slice(start, STAGE.min(memory.len() - start))?;
+                if used + to.len() > STAGE {
+                    put(&parts, &mut staging)?;
+                    parts.clear();
+                    used = 0;
+                }
+                used += to.len();
+                parts.push(Part { weight: weight.clone(), start, to });
             }
         }
-        Ok(())
+        put(&parts, &mut staging)
     }
 
     /// All tensors, in place.
@@ -206,4 +206,35 @@ impl DeviceModel {
         };
         self.tensors.iter().map(weight).collect()
     }
+}
+
+/// A part of a weight, and its place on the device.
+struct Part {
+    weight: Weight,
+    /// Where it begins in the weight.
+    start: usize,
+    to: CudaSlice,
+}
+
+/// Makes parts of weights, which `staging` has room for, on all cores: many of a model's tensors are too small for all of them. Then copies each
+/// to its place.
+fn put(parts: &[Part], staging: &mut [u8]) -> Result<()> {
+    let (mut jobs, mut rest) = (Vec::new(), &mut *staging);
+    for part in parts {
+        let (own, others) = rest.split_at_mut(part.to.len());
+        rest = others;
+        let starts = (part.start..).step_by(JOB);
+        jobs.extend(starts.zip(own.chunks_mut(JOB)).map(|job| (&part.weight, job)));
+    }
+    let encoded = pool()?.map(jobs, |(weight, (start, bytes))| {
+        weight.encode(start as u64..(start + bytes.len()) as u64, bytes)
+    });
+    encoded.into_iter().collect::<Result<()>>()?;
+    let mut rest = &*staging;
+    for part in parts {
+        let (own, others) = rest.split_at(part.to.len());
+        part.to.write(own)?;
+        rest = others;
+    }
+    Ok(())
 }
