@@ -57,14 +57,14 @@ pub use control_plane::{Channel, ChannelId, ControlPlane, FormGroup, form_group,
 /// Reads configurations from TOML, JSON and YAML: `config::load("engine.yaml")`.
 pub use engine_config as config;
 pub use engine_core::{
-    ChangedElements, CheckpointEngine, CheckpointEngineConfig, CheckpointEngineWithCache, CopyOut,
-    DType, DeltaReport, DeviceChoice, Element, EngineContext, Error, ErrorKind, ErrorReport,
-    Expected, FromIterator, FromStream, Install, IntoWeight, IntoWeightStream, Numbers, Outcome,
-    Placement, Prepared, PreparedRollout, PreparedTrainer, Rank, ReceiveReport, ReceivedBucket,
-    ReceivedPiece, ReceivedWeights, ReceiverReport, Recovery, Registry, Result, Role,
-    RolloutEngine, SendReport, StageTimes, TensorBox, TensorCounts, TensorMap, TensorMeta,
-    TrainerEngine, Treatment, Version, VersionState, Weight, WeightStream, WeightStreamExt,
-    WorkerMetadata, ensure_async_iterator, form_local_group, observe,
+    Arena, ArenaArc, ChangedElements, CheckpointEngine, CheckpointEngineConfig,
+    CheckpointEngineWithCache, CopyOut, DType, DeltaReport, DeviceChoice, Element, EngineContext,
+    Error, ErrorKind, ErrorReport, Expected, FromIterator, FromStream, Install, IntoWeight,
+    IntoWeightStream, Numbers, Outcome, Placement, Prepared, PreparedRollout, PreparedTrainer,
+    Rank, ReceiveReport, ReceivedBucket, ReceivedPiece, ReceivedWeights, ReceiverReport, Recovery,
+    Registry, Result, Role, RolloutEngine, SendReport, StageTimes, TensorBox, TensorCounts,
+    TensorMap, TensorMeta, TrainerEngine, Treatment, Version, VersionState, Weight, WeightStream,
+    WeightStreamExt, WorkerMetadata, ensure_async_iterator, form_local_group, observe,
 };
 pub use serving::{
     CacheUpdate, CachedEngine, CachedVersion, CheckpointEngineManager, Holder, LocalRollout,

@@ -100,7 +100,7 @@ impl Shards {
             end = end.checked_add(len).ok_or_else(|| refuse("its place overflows"))?;
             tensors.push((index, meta, start..end));
         }
-        let header = header(tensors.iter().map(|(_, meta, range)| (*meta, range.clone())))?;
+        let header = header(tensors.iter().map(|(_, meta, range)| (&***meta, range.clone())))?;
         let mut places = vec![None; pieces.len()];
         for (index, _, range) in &tensors {
             places[*index] = Some((file, header.len() as u64 + range.start));
@@ -180,7 +180,8 @@ mod tests {
                     continue;
                 };
                 let (offset, len) = (place.offset, place.len);
-                pieces.push(Piece { meta: meta.clone(), start, len, offset });
+                let meta = meta.clone().into();
+                pieces.push(Piece { meta, start, len, offset });
                 start += len;
                 if start == total {
                     break;
@@ -244,7 +245,7 @@ mod tests {
     #[test]
     fn a_weight_that_goes_on_and_never_began_is_refused_and_so_is_the_formats_own_name() {
         let piece = |name: &str, start| Piece {
-            meta: TensorMeta::new(name, DType::U8, [8]),
+            meta: TensorMeta::new(name, DType::U8, [8]).into(),
             start,
             len: 4,
             offset: 0,

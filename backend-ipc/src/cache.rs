@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use engine_core::plan::ALIGNMENT;
 use engine_core::{
-    CacheStore, CacheWriter, Error, ErrorKind, ReceivedPiece, Result, TensorMeta, Version, Weight,
-    WeightStream, available_memory, ensure_async_iterator, ensure_fresh,
+    ArenaArc, CacheStore, CacheWriter, Error, ErrorKind, ReceivedPiece, Result, TensorMeta,
+    Version, Weight, WeightStream, available_memory, ensure_async_iterator, ensure_fresh,
 };
 use rustix::fs::SealFlags;
 use rustix::io::Errno;
@@ -143,7 +143,7 @@ struct Writer {
 /// A weight's place in the file of its version.
 #[derive(Debug, Serialize, Deserialize)]
 struct Entry {
-    meta: TensorMeta,
+    meta: ArenaArc<TensorMeta>,
     at: u64,
 }
 

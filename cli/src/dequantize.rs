@@ -47,7 +47,8 @@ pub(crate) fn wide(
         codec: Codec::best(),
         row: row.max(1),
     };
-    Weight::encoded(TensorMeta { dtype, ..meta }, Arc::new(wide), Treatment::Converted)
+    let meta = TensorMeta { dtype, ..TensorMeta::clone(&meta) };
+    Weight::encoded(meta, Arc::new(wide), Treatment::Converted)
 }
 
 /// `2^(exponent - 127)`, where 255 is NaN.

@@ -420,7 +420,7 @@ impl<'a, W: Fn(Weight) -> Vec<Result<Weight>>, P: FnMut(u64)> Job<'a, W, P> {
             }
             (self.progress)(before.unwrap_or(0));
         }
-        let metas: Vec<&TensorMeta> = weights.iter().map(|(_, weight)| weight.meta()).collect();
+        let metas: Vec<&TensorMeta> = weights.iter().map(|(_, weight)| &**weight.meta()).collect();
         let metadata = match shard.metadata().is_empty() {
             true => BTreeMap::from([("format".into(), "pt".into())]),
             false => shard.metadata().clone(),

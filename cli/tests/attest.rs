@@ -113,7 +113,7 @@ fn error_of(mut child: Child) -> String {
     let mut errors = String::new();
     child.stderr.take().expect("piped").read_to_string(&mut errors).expect("text");
     assert_eq!(child.wait().expect("it ends").code(), Some(1), "{errors}");
-    assert!(begun.elapsed() < Duration::from_secs(60), "after {:?}: {errors}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(30), "after {:?}: {errors}", begun.elapsed());
     errors
 }
 

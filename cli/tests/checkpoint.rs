@@ -65,7 +65,7 @@ fn a_file_of_the_reference_implementation_is_read_as_it_was_written() {
         let checkpoint = Checkpoint::open(path).unwrap();
         let weights: Vec<Weight> = checkpoint.weights().collect();
         assert_eq!(weights.len(), 1);
-        assert_eq!(weights[0].meta(), &TensorMeta::new("w", DType::F32, [2, 1]));
+        assert_eq!(**weights[0].meta(), TensorMeta::new("w", DType::F32, [2, 1]));
         assert_eq!(weights[0].to_bytes().unwrap()[..], [1, 2, 3, 4, 5, 6, 7, 8]);
     }
 }

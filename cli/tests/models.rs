@@ -221,7 +221,7 @@ fn a_resident_model_and_a_streamed_one_have_the_same_weights() {
     assert_eq!(weights.len(), metas.len());
     for ((a, b), meta) in weights.into_iter().zip(metas) {
         let (a, b) = (a.unwrap(), b.unwrap());
-        assert_eq!((a.meta(), b.meta()), (&meta, &meta));
+        assert_eq!((&**a.meta(), &**b.meta()), (&meta, &meta));
         assert_eq!(a.to_bytes().unwrap(), b.to_bytes().unwrap());
         assert_eq!(a.contiguous_bytes().unwrap(), &bytes(&meta, 5));
     }
@@ -386,7 +386,7 @@ fn a_wrong_byte_a_wrong_shape_and_a_wrong_name_are_told_apart() {
         assert_eq!(error.kind(), ErrorKind::Mismatch, "{error}");
     };
     mismatch(&TensorMeta::new("model.other", DType::BF16, [1]), 0);
-    mismatch(&TensorMeta { dtype: DType::F16, ..meta.clone() }, 0);
+    mismatch(&TensorMeta { dtype: DType::F16, ..TensorMeta::clone(&meta) }, 0);
     mismatch(&meta, meta.byte_len().unwrap() - 9);
     mismatch(&meta, u64::MAX - 3);
 }

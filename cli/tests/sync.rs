@@ -6,6 +6,8 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use engine_core::ProcessStat;
+
 /// Ctrl-C ends it also where the tests run in the background of a shell, whose children ignore it.
 fn program() -> Command {
     // Another one where tests run on a machine that they were not built on.
@@ -34,8 +36,7 @@ fn children_of(pid: u32) -> Vec<u32> {
 }
 
 fn is_alive(pid: u32) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    !status.is_empty() && !status.contains(") Z ")
+    ProcessStat::of(pid).is_some_and(|process| !process.has_ended)
 }
 
 fn kill(pid: u32) {

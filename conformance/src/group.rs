@@ -9,9 +9,9 @@ use bytes::Bytes;
 use control_plane::{ControlConfig, ControlPlane, Token};
 use engine_core::observe::{Observer, Progress};
 use engine_core::{
-    CheckpointEngine, DType, EngineContext, Error, Rank, Result, Role, RolloutEngine, SendReport,
-    TensorMeta, TrainerEngine, Version, VersionState, Weight, WeightStream, ensure_async_iterator,
-    form_local_group,
+    ArenaArc, CheckpointEngine, DType, EngineContext, Error, Rank, Result, Role, RolloutEngine,
+    SendReport, TensorMeta, TrainerEngine, Version, VersionState, Weight, WeightStream,
+    ensure_async_iterator, form_local_group,
 };
 use futures::StreamExt;
 use futures::future::{Either, join_all, select};
@@ -73,7 +73,7 @@ impl TrainerEngine for Placed {
         let place = self.place;
         let placed = weights.map(move |weight| {
             let weight = weight?;
-            let (full, region) = (weight.full_meta().shape, weight.region());
+            let (full, region) = (weight.full_meta().shape.clone(), weight.region());
             place(weight)?.of_box(full, region)
         });
         self.engine.send_weights(WeightStream::new(placed), version).await
@@ -159,7 +159,7 @@ impl TrainerEngine for Trainers {
 }
 
 /// A received tensor.
-pub(crate) type Received = (TensorMeta, Vec<u8>);
+pub(crate) type Received = (ArenaArc<TensorMeta>, Vec<u8>);
 
 impl Group {
     pub(crate) async fn form(suite: &Suite, rollouts: u32) -> Result<Self> {

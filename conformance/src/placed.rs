@@ -226,7 +226,7 @@ impl<'a> Group<'a> {
     ) -> std::result::Result<SendReport, Vec<Error>> {
         let (model, put) = (self.model, self.put);
         let put = |weight: Weight| {
-            let (full, region) = (weight.full_meta().shape, weight.region());
+            let (full, region) = (weight.full_meta().shape.clone(), weight.region());
             put(weight).and_then(|weight| weight.of_box(full, region)).expect("memory")
         };
         let sends = self.trainers.iter_mut().zip(holds).enumerate().map(|(at, (engine, boxes))| {
@@ -339,7 +339,7 @@ pub fn every_box_is_bit_for_bit_that_of_the_unsharded_tensor(lends: &Lends) {
                 .iter()
                 .map(|one| Wanted {
                     format: None,
-                    meta: TensorMeta { dtype: DType::BF16, ..one.meta.clone() },
+                    meta: TensorMeta { dtype: DType::BF16, ..TensorMeta::clone(&one.meta) }.into(),
                     ..one.clone()
                 })
                 .collect()

@@ -8,9 +8,9 @@ use async_trait::async_trait;
 use engine_core::changes::{Cut, ShadowPart};
 use engine_core::plan::{ALIGNMENT, BucketLayout, Piece};
 use engine_core::{
-    Base, Bases, BucketContent, CheckpointEngine, EngineContext, Error, ErrorKind, Prepared,
-    PreparedRollout, ReceivedBucket, ReceivedWeights, Result, RolloutEngine, Storage, Version,
-    Weight,
+    ArenaArc, Base, Bases, BucketContent, CheckpointEngine, EngineContext, Error, ErrorKind,
+    Prepared, PreparedRollout, ReceivedBucket, ReceivedWeights, Result, RolloutEngine, Storage,
+    TensorMeta, Version, Weight,
 };
 
 use crate::message::{self, APPLYING, Head, Record};
@@ -460,7 +460,7 @@ impl<'k> Patching<'k> {
     }
 
     /// Makes a bucket of weights.
-    fn bucket(&mut self, views: Vec<(engine_core::TensorMeta, Storage)>) -> Result<ReceivedBucket> {
+    fn bucket(&mut self, views: Vec<(ArenaArc<TensorMeta>, Storage)>) -> Result<ReceivedBucket> {
         let (mut pieces, mut content, mut offset) = (Vec::new(), Vec::new(), 0_u64);
         for (meta, bytes) in views {
             if !self.names.insert(meta.name.clone()) {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use engine_core::changes::{Cut, Due, ShadowBytes, ShadowMemory, ShadowPart};
 use engine_core::memory::Pool;
 use engine_core::{
-    EngineContext, Error, ErrorKind, Result, Role, Storage, TensorMeta, Weight, digest,
+    ArenaArc, EngineContext, Error, ErrorKind, Result, Role, Storage, TensorMeta, Weight, digest,
 };
 use sha2::{Digest, Sha256};
 
@@ -17,7 +17,7 @@ pub(crate) const KEEPING: &str = "keeping a copy of what travels";
 /// A weight of a version.
 #[derive(Debug)]
 pub(crate) struct Entry {
-    pub(crate) meta: TensorMeta,
+    pub(crate) meta: ArenaArc<TensorMeta>,
     /// A hash of name, type and shape.
     key: u64,
     bytes: Box<dyn ShadowBytes>,
@@ -71,8 +71,8 @@ impl Copies {
     /// # Errors
     ///
     /// `Resource` if there is no memory.
-    pub(crate) fn allocate(&self, metas: Vec<TensorMeta>) -> Result<Vec<Entry>> {
-        let lens = metas.iter().map(TensorMeta::byte_len).collect::<Result<Vec<_>>>()?;
+    pub(crate) fn allocate(&self, metas: Vec<ArenaArc<TensorMeta>>) -> Result<Vec<Entry>> {
+        let lens = metas.iter().map(|meta| meta.byte_len()).collect::<Result<Vec<_>>>()?;
         let all = metas.into_iter().zip(self.memory.allocate(&lens)?);
         Ok(all.map(|(meta, bytes)| Entry { key: key(&meta), meta, bytes, sum: 0 }).collect())
     }

@@ -13,9 +13,9 @@ use engine_core::changes::{
 use engine_core::memory::Pool;
 use engine_core::provider::{Allocation, Lifetime, MemoryKind};
 use engine_core::{
-    CheckpointEngineConfig, DType, DeviceChoice, EngineContext, Error, ErrorKind, Rank, Registry,
-    Result, RolloutEngine, SendReport, Storage, TensorMeta, TrainerEngine, Version, Weight, digest,
-    ensure_async_iterator, form_local_group,
+    ArenaArc, CheckpointEngineConfig, DType, DeviceChoice, EngineContext, Error, ErrorKind, Rank,
+    Registry, Result, RolloutEngine, SendReport, Storage, TensorMeta, TrainerEngine, Version,
+    Weight, digest, ensure_async_iterator, form_local_group,
 };
 
 /// A device that is only made of copies: one after the other, without threads, on as many bytes as there are.
@@ -222,7 +222,7 @@ async fn update((trainer, rollout): &mut Group, version: u64) -> SendReport {
     sent.expect("an update")
 }
 
-async fn receive(rollout: &mut dyn RolloutEngine) -> Result<Vec<(TensorMeta, Bytes)>> {
+async fn receive(rollout: &mut dyn RolloutEngine) -> Result<Vec<(ArenaArc<TensorMeta>, Bytes)>> {
     let mut received = rollout.receive_weights(None).await?;
     let mut all = Vec::new();
     while let Some(weight) = received.next_tensor().await? {
@@ -231,14 +231,16 @@ async fn receive(rollout: &mut dyn RolloutEngine) -> Result<Vec<(TensorMeta, Byt
     received.finish().await.map(|_| all)
 }
 
-fn assert_is(received: Vec<(TensorMeta, Bytes)>, version: u64) {
+fn assert_is(received: Vec<(ArenaArc<TensorMeta>, Bytes)>, version: u64) {
     let expected = weights(version).into_iter();
     let expected = expected.map(|one| (one.meta().clone(), one.to_bytes().expect("bytes")));
     assert!(received.into_iter().eq(expected));
 }
 
 /// Attests the version that was sent last. Returns the trainer's report, and the rollout's weights.
-async fn attest(group: &mut Group) -> (Result<SendReport>, Result<Vec<(TensorMeta, Bytes)>>) {
+async fn attest(
+    group: &mut Group,
+) -> (Result<SendReport>, Result<Vec<(ArenaArc<TensorMeta>, Bytes)>>) {
     let (trainer, rollout) = group;
     futures::join!(trainer.attest(), receive(&mut **rollout))
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use delta::LAYER;
 use engine_core::{
-    CheckpointEngineConfig, DType, EngineContext, Error, ErrorKind, Registry, Result,
+    ArenaArc, CheckpointEngineConfig, DType, EngineContext, Error, ErrorKind, Registry, Result,
     RolloutEngine, SendReport, TensorBox, TensorMeta, TrainerEngine, Version, Weight,
     ensure_async_iterator, form_local_group,
 };
@@ -35,10 +35,10 @@ async fn group(deltas: &[bool]) -> Result<(Box<dyn TrainerEngine>, Vec<Box<dyn R
 }
 
 /// A model: names, types and bytes.
-type Model = Vec<(TensorMeta, Arc<Vec<u8>>)>;
+type Model = Vec<(ArenaArc<TensorMeta>, Arc<Vec<u8>>)>;
 
 fn weights(model: &Model) -> Vec<Weight> {
-    let weight = |(meta, bytes): &(TensorMeta, Arc<Vec<u8>>)| {
+    let weight = |(meta, bytes): &(ArenaArc<TensorMeta>, Arc<Vec<u8>>)| {
         Weight::from_meta(meta.clone(), (**bytes).clone()).expect("a weight")
     };
     model.iter().map(weight).collect()
@@ -158,8 +158,8 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-fn weight(name: String, kind: usize, rows: u64) -> (TensorMeta, Arc<Vec<u8>>) {
-    let meta = TensorMeta::new(name, DTYPES[kind % 4], [rows, 33]);
+fn weight(name: String, kind: usize, rows: u64) -> (ArenaArc<TensorMeta>, Arc<Vec<u8>>) {
+    let meta = ArenaArc::from(TensorMeta::new(name, DTYPES[kind % 4], [rows, 33]));
     let len = meta.byte_len().expect("a size");
     (meta, Arc::new((0..len).map(|at| (at as usize * 7 + kind) as u8).collect()))
 }
@@ -244,7 +244,7 @@ proptest! {
 
 /// What a version is of which only some weights were sent: these, and then all others as they were.
 fn with_part(part: &Model, before: &Model) -> Model {
-    let is_new = |(meta, _): &&(TensorMeta, Arc<Vec<u8>>)| {
+    let is_new = |(meta, _): &&(ArenaArc<TensorMeta>, Arc<Vec<u8>>)| {
         part.iter().all(|(sent, _)| sent.name != meta.name)
     };
     part.iter().chain(before.iter().filter(is_new)).cloned().collect()

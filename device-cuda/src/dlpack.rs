@@ -169,7 +169,7 @@ mod tests {
         let count = || drops.load(std::sync::atomic::Ordering::SeqCst);
         // SAFETY: just exported, and taken once.
         let weight = unsafe { weight("other", tensor) }.unwrap();
-        assert_eq!(weight.meta(), &TensorMeta { name: "other".into(), ..meta });
+        assert_eq!(**weight.meta(), TensorMeta { name: "other".into(), ..meta });
         let here = weight.contiguous_bytes().unwrap().clone();
         assert_eq!((here.as_ptr(), here.len(), count()), (place, 24, 0));
         drop(weight);

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use engine_core::plan::BucketLayout;
-use engine_core::{CopyOut, Install, ReceivedBucket, Result, TensorMeta};
+use engine_core::{ArenaArc, CopyOut, Install, ReceivedBucket, Result, TensorMeta};
 
 use crate::bucket::{Packer, Places};
 use crate::{CudaCopyOut, CudaMemory, CudaSlice, Device};
@@ -21,7 +21,7 @@ const ALIGNMENT: usize = 256;
 /// fails, some tensors have been written, whether verification fails or something later.
 #[derive(Debug)]
 pub struct CudaTensorMap {
-    tensors: HashMap<Arc<str>, (TensorMeta, CudaSlice)>,
+    tensors: HashMap<Arc<str>, (ArenaArc<TensorMeta>, CudaSlice)>,
     copies: Arc<CudaCopyOut>,
     /// Memory for tensors that have yet to come, and how much of it is taken.
     reserve: Option<(CudaMemory, usize)>,
@@ -63,12 +63,12 @@ impl CudaTensorMap {
     }
 
     /// A tensor's description and memory.
-    pub fn get(&self, name: &str) -> Option<(&TensorMeta, &CudaSlice)> {
+    pub fn get(&self, name: &str) -> Option<(&ArenaArc<TensorMeta>, &CudaSlice)> {
         self.tensors.get(name).map(|(meta, memory)| (meta, memory))
     }
 
     /// All tensors, in any order.
-    pub fn iter(&self) -> impl Iterator<Item = (&TensorMeta, &CudaSlice)> {
+    pub fn iter(&self) -> impl Iterator<Item = (&ArenaArc<TensorMeta>, &CudaSlice)> {
         self.tensors.values().map(|(meta, memory)| (meta, memory))
     }
 

@@ -815,7 +815,7 @@ fn a_map_copies_buckets_that_it_knows_out_and_digests_them_in_one_pass() {
     let pieces = |lens: &[u64]| -> Vec<Piece> {
         let mut offset = 0;
         let place = |(index, &len): (usize, &u64)| {
-            let meta = TensorMeta::new(format!("w{index}"), DType::U8, [len]);
+            let meta = TensorMeta::new(format!("w{index}"), DType::U8, [len]).into();
             let piece = Piece { meta, start: 0, len, offset };
             offset = (offset + len).next_multiple_of(256);
             piece
@@ -825,7 +825,7 @@ fn a_map_copies_buckets_that_it_knows_out_and_digests_them_in_one_pass() {
     // The last one is a part of a larger tensor, which begins anywhere.
     let lens = [300, 16_384, 7, 100_001, 0, 64, 33];
     let mut all = pieces(&lens);
-    all.last_mut().unwrap().meta = TensorMeta::new("part", DType::U8, [1000]);
+    all.last_mut().unwrap().meta = TensorMeta::new("part", DType::U8, [1000]).into();
     all.last_mut().unwrap().start = 13;
     let layout = Arc::new(BucketLayout::new(all));
     let memory = CudaMemory::new(&device, 1 << 20).unwrap();

@@ -73,7 +73,7 @@ fn plans(criterion: &mut Criterion) {
     let pieces: Vec<Piece> = (0..)
         .zip(&model)
         .map(|(index, (name, _))| {
-            let meta = TensorMeta::new(name.clone(), DType::BF16, [64, 4]);
+            let meta = TensorMeta::new(name.clone(), DType::BF16, [64, 4]).into();
             Piece { meta, start: 0, len: 512, offset: index * 512 }
         })
         .collect();

@@ -1,6 +1,7 @@
 //! The contract of a checkpoint engine: weights and streams of them, plans, digests, errors, reports, and the traits
 //! of engines and backends. It knows no transport, no device and no quantisation.
 
+mod arena;
 mod available;
 mod base;
 mod boxes;
@@ -33,6 +34,7 @@ mod stream;
 pub mod telemetry;
 mod weight;
 
+pub use arena::{Arena, ArenaArc};
 pub use available::available_memory;
 pub use base::{Base, Bases};
 pub use boxes::TensorBox;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::{Error, ErrorKind, Result, TensorMeta};
+use crate::{ArenaArc, Error, ErrorKind, Result, TensorMeta};
 
 /// Every part of a weight begins at a multiple of this many bytes in its bucket.
 pub const ALIGNMENT: u64 = 256;
@@ -36,7 +36,7 @@ pub enum BucketKind {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Piece {
     /// The weight that it is a part of.
-    pub meta: TensorMeta,
+    pub meta: ArenaArc<TensorMeta>,
     /// Where the part begins in the tensor, in bytes.
     pub start: u64,
     /// Its length in bytes.
@@ -99,7 +99,7 @@ impl BucketLayout {
 pub struct LayoutChecker {
     bucket_bytes: u64,
     kind: BucketKind,
-    open: Option<(TensorMeta, u64)>,
+    open: Option<(ArenaArc<TensorMeta>, u64)>,
 }
 
 impl LayoutChecker {
@@ -303,7 +303,7 @@ mod tests {
         let mut planner = BucketPlanner::new(bucket).unwrap().of_kind(kind);
         let (mut buckets, mut current) = (Vec::new(), Vec::new());
         for (index, &size) in sizes.iter().enumerate() {
-            let meta = TensorMeta::new(format!("w{index}"), DType::U8, [size]);
+            let meta = ArenaArc::from(TensorMeta::new(format!("w{index}"), DType::U8, [size]));
             let mut start = 0;
             loop {
                 match planner.place(meta.name.len(), size, size - start, granule) {
@@ -373,7 +373,7 @@ mod tests {
     #[test]
     fn a_list_refuses_a_part_of_a_weight_and_a_buffer_one_that_is_larger_than_it() {
         let piece = |len, offset| Piece {
-            meta: TensorMeta::new("a", DType::U8, [5000]),
+            meta: TensorMeta::new("a", DType::U8, [5000]).into(),
             start: 0,
             len,
             offset,
@@ -381,8 +381,8 @@ mod tests {
         let check = |kind, pieces: &[Piece]| LayoutChecker::new(4096).of_kind(kind).check(pieces);
         check(BucketKind::List, &[piece(5000, 0)]).unwrap();
         check(BucketKind::Buffer, &[piece(4096, 0)]).unwrap();
-        let small =
-            Piece { meta: TensorMeta::new("b", DType::U8, [8]), start: 0, len: 8, offset: 5120 };
+        let meta = TensorMeta::new("b", DType::U8, [8]).into();
+        let small = Piece { meta, start: 0, len: 8, offset: 5120 };
         for (kind, pieces) in [
             (BucketKind::Buffer, vec![piece(5000, 0)]),
             (BucketKind::List, vec![piece(4096, 0)]),
@@ -412,7 +412,7 @@ mod tests {
     #[test]
     fn a_layout_that_lies_is_refused() {
         let piece = |name: &str, start, len, offset| Piece {
-            meta: TensorMeta::new(name, DType::U8, [1000]),
+            meta: TensorMeta::new(name, DType::U8, [1000]).into(),
             start,
             len,
             offset,
@@ -444,7 +444,7 @@ mod tests {
     #[test]
     fn layouts_of_other_names_shapes_or_places_have_other_digests() {
         let piece = |name: &str, shape: &[u64], offset| Piece {
-            meta: TensorMeta::new(name, DType::U8, shape),
+            meta: TensorMeta::new(name, DType::U8, shape).into(),
             start: 0,
             len: 6,
             offset,

@@ -5,6 +5,8 @@
 pub struct ProcessStat {
     /// When it began, in the system's ticks. A number is given to another process later, which began later.
     pub began: u64,
+    /// The processor time of all its threads so far, in the system's ticks.
+    pub ran: u64,
     /// Whether nothing of it runs any more: it is a zombie, which nobody has waited for yet, and has no other threads. Of a process that was
     /// killed, the first thread may be a zombie while others still wait for a device.
     pub has_ended: bool,
@@ -17,13 +19,15 @@ impl ProcessStat {
     }
 
     fn parse(stat: &str) -> Option<Self> {
-        // The name in parentheses may contain any character. After it come the state, as the 18th field the number of threads, and as the
-        // 20th when it began.
+        // The name in parentheses may contain any character. After it come the state, as the 12th and 13th field the time in the program and in
+        // the system, as the 18th the number of threads, and as the 20th when it began.
         let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
         let is_zombie = matches!(fields.next()?, "Z" | "X");
-        let threads: u64 = fields.nth(16)?.parse().ok()?;
+        let [program, system]: [u64; 2] =
+            [fields.nth(10)?.parse().ok()?, fields.next()?.parse().ok()?];
+        let threads: u64 = fields.nth(4)?.parse().ok()?;
         let began = fields.nth(1)?.parse().ok()?;
-        Some(Self { began, has_ended: is_zombie && threads <= 1 })
+        Some(Self { began, ran: program + system, has_ended: is_zombie && threads <= 1 })
     }
 }
 
@@ -35,11 +39,11 @@ mod tests {
     fn a_zombie_has_ended_when_no_other_thread_of_it_is_left() {
         let parse = |state: &str, threads: u32| {
             ProcessStat::parse(&format!(
-                "42 (a) b) {state} 1 42 42 0 -1 4 0 0 0 0 1 1 0 0 20 0 {threads} 0 1234 0 0 18"
+                "42 (a) b) {state} 1 42 42 0 -1 4 0 0 0 0 5 2 0 0 20 0 {threads} 0 1234 0 0 18"
             ))
         };
         for (state, threads, has_ended) in [("S", 1, false), ("Z", 2, false), ("Z", 1, true)] {
-            let expected = ProcessStat { began: 1234, has_ended };
+            let expected = ProcessStat { began: 1234, ran: 7, has_ended };
             assert_eq!(parse(state, threads), Some(expected), "{state}, {threads} threads");
         }
         assert_eq!(ProcessStat::parse("42 (a"), None);

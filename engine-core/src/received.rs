@@ -10,8 +10,8 @@ use crate::memory::{Pool, TensorMemory};
 use crate::plan::{BucketLayout, Piece};
 use crate::report::ReceiveReport;
 use crate::{
-    Error, ErrorKind, ErrorReport, Expected, Result, Storage, TensorMeta, Version, Weight,
-    WeightStream, check_names,
+    ArenaArc, Error, ErrorKind, ErrorReport, Expected, Result, Storage, TensorMeta, Version,
+    Weight, WeightStream, check_names,
 };
 
 /// The weights of one update, as they arrive.
@@ -60,7 +60,7 @@ struct Open<'a> {
 
 /// A tensor larger than a bucket, of which a part has arrived.
 struct Partial {
-    meta: TensorMeta,
+    meta: ArenaArc<TensorMeta>,
     memory: TensorMemory,
 }
 
@@ -726,7 +726,7 @@ impl ReceivedBucket {
 #[non_exhaustive]
 pub struct ReceivedPiece {
     /// The weight.
-    pub meta: TensorMeta,
+    pub meta: ArenaArc<TensorMeta>,
     /// Where the part begins in the weight, in bytes.
     pub start: u64,
     /// Its bytes, viewed in place.
@@ -766,7 +766,7 @@ pub trait Install: Send {
 /// brings other names than the one before is refused, unless the map is [partial](Self::partial).
 #[derive(Debug, Default)]
 pub struct TensorMap {
-    tensors: BTreeMap<Arc<str>, (TensorMeta, Vec<u8>)>,
+    tensors: BTreeMap<Arc<str>, (ArenaArc<TensorMeta>, Vec<u8>)>,
     expected: Expected,
     /// The names of the last update that was complete.
     names: Option<Arc<[Arc<str>]>>,
@@ -795,12 +795,12 @@ impl TensorMap {
     }
 
     /// A tensor's description and bytes.
-    pub fn get(&self, name: &str) -> Option<(&TensorMeta, &[u8])> {
+    pub fn get(&self, name: &str) -> Option<(&ArenaArc<TensorMeta>, &[u8])> {
         self.tensors.get(name).map(|(meta, bytes)| (meta, bytes.as_slice()))
     }
 
     /// All tensors, by name.
-    pub fn iter(&self) -> impl Iterator<Item = (&TensorMeta, &[u8])> {
+    pub fn iter(&self) -> impl Iterator<Item = (&ArenaArc<TensorMeta>, &[u8])> {
         self.tensors.values().map(|(meta, bytes)| (meta, bytes.as_slice()))
     }
 }
@@ -885,12 +885,13 @@ mod tests {
     }
 
     fn piece(name: &str, len: u64, start: u64, offset: u64) -> Piece {
-        Piece { meta: TensorMeta::new(name, DType::U8, [len]), start, len: len - start, offset }
+        let meta = TensorMeta::new(name, DType::U8, [len]).into();
+        Piece { meta, start, len: len - start, offset }
     }
 
     /// A tensor of 2^60 bytes in two parts, and one that fits.
     fn too_large() -> ReceivedWeights<'static> {
-        let huge = TensorMeta::new("huge", DType::U8, [1_u64 << 60]);
+        let huge: ArenaArc<_> = ArenaArc::from(TensorMeta::new("huge", DType::U8, [1_u64 << 60]));
         let part = |start| Piece { meta: huge.clone(), start, len: 8, offset: 0 };
         let buckets =
             vec![bucket(0, vec![part(0)]), bucket(1, vec![part(8), piece("small", 4, 0, 256)])];

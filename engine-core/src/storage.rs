@@ -312,8 +312,8 @@ pub(crate) mod tests {
         let bytes = numbered(1024);
         let (a, b) = (TensorMeta::new("a", DType::U8, [300]), TensorMeta::new("b", DType::U8, [7]));
         let pieces = vec![
-            Piece { meta: a, start: 0, len: 300, offset: 0 },
-            Piece { meta: b, start: 0, len: 7, offset: 512 },
+            Piece { meta: a.into(), start: 0, len: 300, offset: 0 },
+            Piece { meta: b.into(), start: 0, len: 7, offset: 512 },
         ];
         let pool = Pool::new(1).unwrap();
         let here = pool.digest(&pieces, &bytes.clone().into()).unwrap();

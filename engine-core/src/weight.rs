@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::{DType, Error, ErrorKind, Kernel, Result, Storage, TensorBox};
+use crate::{ArenaArc, DType, Error, ErrorKind, Kernel, Result, Storage, TensorBox};
 
 /// The name, type and shape of a tensor as it travels.
 ///
@@ -184,25 +184,35 @@ pub enum Treatment {
 #[derive(Clone, Debug)]
 pub(crate) enum Content {
     Contiguous(Storage),
-    Strided { bytes: Storage, strides: Arc<[i64]>, offset: u64 },
+    /// Rare, so it is elsewhere: all weights are smaller for it.
+    Strided(Arc<Elements>),
     Encoded(Arc<dyn Encoding>),
+}
+
+/// Elements of a storage that do not follow one another; see [`Weight::strided`].
+#[derive(Debug)]
+pub(crate) struct Elements {
+    bytes: Storage,
+    strides: Arc<[i64]>,
+    offset: u64,
 }
 
 /// A named tensor on its way to the rollouts.
 ///
-/// It shares the memory of its source by reference count, so that cloning and passing it on are
+/// It shares its description and the memory of its source by reference count, so that cloning and passing it on are
 /// free, and nothing is copied before it is encoded into a bucket.
 #[derive(Clone)]
 pub struct Weight {
-    pub(crate) meta: TensorMeta,
+    // An update moves tens of thousands of them through its layers, so it is small.
+    pub(crate) meta: ArenaArc<TensorMeta>,
     pub(crate) content: Content,
     pub(crate) treatment: Treatment,
     pub(crate) byte_len: u64,
-    pub(crate) part: Option<Part>,
+    pub(crate) part: Option<Arc<Part>>,
 }
 
 /// What of a larger tensor a weight is.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Part {
     shape: Arc<[u64]>,
     region: TensorBox,
@@ -245,7 +255,11 @@ impl Weight {
     /// # Errors
     ///
     /// As [`new`](Self::new).
-    pub fn from_meta(meta: TensorMeta, bytes: impl Into<Storage>) -> Result<Self> {
+    pub fn from_meta(
+        meta: impl Into<ArenaArc<TensorMeta>>,
+        bytes: impl Into<Storage>,
+    ) -> Result<Self> {
+        let meta = meta.into();
         let byte_len = meta.validate()?;
         let bytes = bytes.into();
         if bytes.len() != byte_len {
@@ -303,7 +317,8 @@ impl Weight {
                 )));
             }
         }
-        let content = Content::Strided { bytes, strides, offset };
+        let content = Content::Strided(Arc::new(Elements { bytes, strides, offset }));
+        let meta = meta.into();
         Ok(Self { meta, content, treatment: Treatment::Plain, byte_len, part: None }
             .simplified(size))
     }
@@ -314,10 +329,11 @@ impl Weight {
     ///
     /// `Weight` if the description is invalid.
     pub fn encoded(
-        meta: TensorMeta,
+        meta: impl Into<ArenaArc<TensorMeta>>,
         encoding: Arc<dyn Encoding>,
         treatment: Treatment,
     ) -> Result<Self> {
+        let meta = meta.into();
         let byte_len = meta.validate()?;
         Ok(Self { meta, content: Content::Encoded(encoding), treatment, byte_len, part: None })
     }
@@ -344,7 +360,7 @@ impl Weight {
     /// ```
     pub fn of_box(mut self, full: impl Into<Arc<[u64]>>, region: TensorBox) -> Result<Self> {
         let shape = full.into();
-        TensorMeta { shape: shape.clone(), ..self.meta.clone() }.validate()?;
+        TensorMeta { shape: shape.clone(), ..TensorMeta::clone(&self.meta) }.validate()?;
         let extent = region.ranges().iter().map(|range| range.end - range.start);
         if !region.fits(&shape) || !extent.eq(self.meta.shape.iter().copied()) {
             return Err(self.meta.invalid(format!(
@@ -352,15 +368,18 @@ impl Weight {
                 self.meta.shape
             )));
         }
-        self.part = (region != TensorBox::whole(&shape)).then_some(Part { shape, region });
+        let is_part = region != TensorBox::whole(&shape);
+        self.part = is_part.then(|| Arc::new(Part { shape, region }));
         Ok(self)
     }
 
     /// Name and type of the weight, with the shape of the full tensor that it is a box of.
-    pub fn full_meta(&self) -> TensorMeta {
+    pub fn full_meta(&self) -> ArenaArc<TensorMeta> {
         match &self.part {
             None => self.meta.clone(),
-            Some(part) => TensorMeta { shape: part.shape.clone(), ..self.meta.clone() },
+            Some(part) => {
+                TensorMeta { shape: part.shape.clone(), ..TensorMeta::clone(&self.meta) }.into()
+            }
         }
     }
 
@@ -375,7 +394,7 @@ impl Weight {
     /// Whether it is this box of the tensor that `full` describes.
     pub fn is_box_of(&self, full: &TensorMeta, region: &TensorBox) -> bool {
         match &self.part {
-            None => self.meta == *full && region.is_whole(&full.shape),
+            None => *self.meta == *full && region.is_whole(&full.shape),
             Some(part) => {
                 let same = Arc::ptr_eq(&part.shape, &full.shape) || part.shape == full.shape;
                 same && part.region == *region
@@ -401,9 +420,10 @@ impl Weight {
 
     /// A strided view that happens to be contiguous is a plain one, which copies faster.
     fn simplified(mut self, size: u64) -> Self {
-        let Content::Strided { bytes, strides, offset } = &self.content else {
+        let Content::Strided(elements) = &self.content else {
             return self;
         };
+        let Elements { bytes, strides, offset } = &**elements;
         let mut expected = 1_i128;
         let contiguous = self.meta.shape.iter().zip(strides.iter()).rev().all(|(&n, &stride)| {
             let matches = n <= 1 || i128::from(stride) == expected;
@@ -418,7 +438,9 @@ impl Weight {
     }
 
     /// Name, type and shape as they travel; of a [box](Self::of_box) its extent, not the shape of the full tensor.
-    pub fn meta(&self) -> &TensorMeta {
+    ///
+    /// Shared: whoever keeps it clones it as it is, and two weights of one description are compared without a look at it.
+    pub fn meta(&self) -> &ArenaArc<TensorMeta> {
         &self.meta
     }
 
@@ -459,7 +481,8 @@ impl Weight {
     /// Where the elements are, if they do not follow one another.
     pub fn strides(&self) -> Option<StridedView<'_>> {
         match &self.content {
-            Content::Strided { bytes, strides, offset } => {
+            Content::Strided(elements) => {
+                let Elements { bytes, strides, offset } = &**elements;
                 Some(StridedView { storage: bytes, strides, offset: *offset })
             }
             _ => None,
@@ -479,7 +502,8 @@ impl Weight {
     /// The same weight under another name.
     #[must_use]
     pub fn with_name(mut self, name: impl Into<Arc<str>>) -> Self {
-        self.meta.name = name.into();
+        let meta = TensorMeta { name: name.into(), ..TensorMeta::clone(&self.meta) };
+        self.meta = meta.into();
         self
     }
 
@@ -507,7 +531,7 @@ impl Weight {
     pub fn reads_device(&self) -> bool {
         match &self.content {
             Content::Contiguous(storage) => storage.device().is_some(),
-            Content::Strided { bytes, .. } => bytes.device().is_some(),
+            Content::Strided(elements) => elements.bytes.device().is_some(),
             Content::Encoded(encoding) => encoding.reads_device(),
         }
     }
@@ -531,7 +555,8 @@ impl Weight {
             Content::Contiguous(storage) => {
                 storage.read(range.start, destination).map_err(|e| e.tensor(self.name()))
             }
-            Content::Strided { bytes, strides, offset } => {
+            Content::Strided(elements) => {
+                let Elements { bytes, strides, offset } = &**elements;
                 // `strided` refuses types whose elements share bytes.
                 let size = self.meta.dtype.bytes().unwrap_or(1) as usize;
                 let view = Strided { shape: &self.meta.shape, strides, offset: *offset, size };

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use engine_core::plan::ALIGNMENT;
-use engine_core::{DType, Error, ErrorKind, Rank, Result, Role, TensorBox, TensorMeta};
+use engine_core::{ArenaArc, DType, Error, ErrorKind, Rank, Result, Role, TensorBox, TensorMeta};
 use protocol::decode;
 use quant_fp8::{Fp8Format, Mode, StridedPart};
 use reshard::{Declarations, Links, MaximaExchange, Planner};
@@ -21,7 +21,7 @@ const PLANNING: &str = "planning a placed update";
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Wanted {
     /// The name and the full shape of the tensor, and the wanted type.
-    pub meta: TensorMeta,
+    pub meta: ArenaArc<TensorMeta>,
     /// The wanted part.
     pub region: TensorBox,
     /// The format, if the tensor is to be quantised. Then the type is FP8, and the scales of all blocks that the box
@@ -31,7 +31,8 @@ pub struct Wanted {
 
 impl Wanted {
     /// All of a tensor, in the type that the trainer holds.
-    pub fn whole(meta: TensorMeta) -> Self {
+    pub fn whole(meta: impl Into<ArenaArc<TensorMeta>>) -> Self {
+        let meta = meta.into();
         let region = TensorBox::whole(&meta.shape);
         Self { meta, region, format: None }
     }
@@ -46,7 +47,8 @@ impl Wanted {
     /// Quantised to FP8 in this format.
     #[must_use]
     pub fn quantized(mut self, format: Fp8Format) -> Self {
-        self.meta.dtype = DType::F8_E4M3;
+        let meta = TensorMeta { dtype: DType::F8_E4M3, ..TensorMeta::clone(&self.meta) };
+        self.meta = meta.into();
         self.format = Some(format);
         self
     }
@@ -138,7 +140,7 @@ pub(crate) struct Lent {
 /// A box that a trainer holds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Held {
-    pub(crate) meta: TensorMeta,
+    pub(crate) meta: ArenaArc<TensorMeta>,
     pub(crate) region: TensorBox,
 }
 

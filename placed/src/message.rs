@@ -147,7 +147,7 @@ mod tests {
     use super::*;
     use crate::declared::{Declaration, Held, Wanted, lay_out};
     use engine_core::control::PROTOCOL_VERSION;
-    use engine_core::{DType, Error, ErrorKind, TensorBox, TensorMeta};
+    use engine_core::{ArenaArc, DType, Error, ErrorKind, TensorBox, TensorMeta};
     use proptest::prelude::*;
     use protocol::{decode, encode};
 
@@ -198,7 +198,7 @@ mod tests {
             ToLeader::Progress { update },
             ToLeader::Failed { update, error },
         ];
-        let meta = TensorMeta::new("n", DType::BF16, [16]);
+        let meta = ArenaArc::from(TensorMeta::new("n", DType::BF16, [16]));
         let region = TensorBox::whole(&meta.shape);
         let (tensors, bytes) = lay_out(vec![Wanted::whole(meta.clone())]).unwrap();
         let declarations = [

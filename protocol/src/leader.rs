@@ -1572,7 +1572,7 @@ mod tests {
     }
 
     fn collected(index: u64) -> Done {
-        let meta = TensorMeta::new(format!("weight{index}"), DType::U8, [8]);
+        let meta = TensorMeta::new(format!("weight{index}"), DType::U8, [8]).into();
         let piece = Piece { meta, start: 0, len: 8, offset: 0 };
         let layout = Arc::new(BucketLayout::new(vec![piece]));
         Done::Collected(Ok(Some(Collected { layout, known: None, source_bytes: 8 })))

@@ -198,7 +198,7 @@ mod tests {
             senders: vec![Rank(5)],
             ticket: Some(Ticket { bytes: Bytes::from_static(b"t"), together: true }),
         };
-        let meta = TensorMeta::new("n", DType::BF16, [6]);
+        let meta = TensorMeta::new("n", DType::BF16, [6]).into();
         let pieces = vec![Piece { meta, start: 7, len: 8, offset: 9 }];
         let to_receiver = [
             ToReceiver::Begin(begin),
@@ -252,7 +252,7 @@ mod tests {
 
     #[test]
     fn a_message_survives_its_way_and_a_longer_one_is_refused() {
-        let meta = TensorMeta::new("a", DType::BF16, [2, 3]);
+        let meta = TensorMeta::new("a", DType::BF16, [2, 3]).into();
         let message = ToReceiver::Bucket {
             update: 3,
             index: 1 << 40,

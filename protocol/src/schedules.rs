@@ -244,7 +244,7 @@ struct World<'a> {
 }
 
 fn layout(model: usize, index: u64) -> Arc<BucketLayout> {
-    let meta = TensorMeta::new(format!("m{model}.w{index}"), DType::U8, [256]);
+    let meta = TensorMeta::new(format!("m{model}.w{index}"), DType::U8, [256]).into();
     Arc::new(BucketLayout::new(vec![Piece { meta, start: 0, len: 256, offset: 0 }]))
 }
 

@@ -221,7 +221,7 @@ fn answers(follower: &mut Follower, now: Instant) -> Result<Vec<ToSender>> {
 }
 
 fn layout(index: u64) -> Arc<BucketLayout> {
-    let meta = TensorMeta::new(format!("w{index}"), DType::U8, [BUCKET]);
+    let meta = TensorMeta::new(format!("w{index}"), DType::U8, [BUCKET]).into();
     Arc::new(BucketLayout::new(vec![Piece { meta, start: 0, len: BUCKET, offset: 0 }]))
 }
 

@@ -531,7 +531,7 @@ impl FetchLink for Lists {
 }
 
 fn whole(name: &str, len: u64, offset: u64) -> Piece {
-    Piece { meta: TensorMeta::new(name, DType::U8, [len]), start: 0, len, offset }
+    Piece { meta: TensorMeta::new(name, DType::U8, [len]).into(), start: 0, len, offset }
 }
 
 fn bucket(update: u64, index: u64, pieces: Vec<Piece>) -> ToReceiver {

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use device_cuda::{CudaMemory, CudaSlice, Stream};
 use engine_core::{
-    Error, ErrorKind, ErrorReport, ReceiveReport, ReceivedBucket, Result, Storage, TensorMeta,
-    Weight, check_names,
+    ArenaArc, Error, ErrorKind, ErrorReport, ReceiveReport, ReceivedBucket, Result, Storage,
+    TensorMeta, Weight, check_names,
 };
 use pyo3::prelude::*;
 use pyo3::types::PyString;
@@ -102,7 +102,7 @@ impl State {
 
 /// A tensor in memory of its own, where its buckets' memory is, of which a part has come.
 struct Partial {
-    meta: TensorMeta,
+    meta: ArenaArc<TensorMeta>,
     bytes: Filling,
 }
 
@@ -112,7 +112,7 @@ enum Filling {
 }
 
 impl Partial {
-    fn new(meta: TensorMeta, like: &Storage) -> Result<Self> {
+    fn new(meta: ArenaArc<TensorMeta>, like: &Storage) -> Result<Self> {
         let len = usize::try_from(meta.byte_len()?).unwrap_or(usize::MAX);
         let bytes = match CudaSlice::of_storage(like) {
             Some(slice) => Filling::Device {
@@ -289,8 +289,9 @@ async fn receive(
             }
         };
         let Some(bucket) = bucket else { break };
-        lock(&came)
-            .extend(bucket.pieces().filter(|piece| piece.start == 0).map(|piece| piece.meta.name));
+        lock(&came).extend(
+            bucket.pieces().filter(|piece| piece.start == 0).map(|piece| piece.meta.name.clone()),
+        );
         let taken = tensors(&bucket, &mut partial, how, lease);
         drop(bucket);
         match taken {

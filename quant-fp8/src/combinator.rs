@@ -1,15 +1,16 @@
 //! `quantize_fp8`: a stream whose matrices travel as FP8.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 
 use engine_core::{
-    DType, Error, ErrorKind, IntoWeightStream, Result, TensorMeta, Treatment, Weight, WeightStream,
+    ArenaArc, DType, Error, ErrorKind, IntoWeightStream, Result, TensorMeta, Treatment, Weight,
+    WeightStream,
 };
 use futures::StreamExt;
 
-use crate::encoding::{Fp8Layout, quantized, sizes, source_type};
+use crate::encoding::{Fp8Layout, Layouts, quantized, sizes, source_type};
 use crate::rules::{Consistency, Decision, QuantPlan, Rule, Rules, Stored, Window};
 use crate::{Codec, Fp8Format};
 
@@ -29,7 +30,7 @@ pub struct Fp8Quantizer {
 #[derive(Clone, Debug)]
 struct Decided {
     /// The weight as it came.
-    meta: TensorMeta,
+    meta: ArenaArc<TensorMeta>,
     before: Treatment,
     decision: Decision,
     rule: Rule,
@@ -38,7 +39,7 @@ struct Decided {
 
 #[derive(Clone, Debug)]
 enum Becomes {
-    Quantized(Arc<Fp8Layout>),
+    Quantized(ArenaArc<Fp8Layout>),
     /// It passes unchanged, with its treatment recorded.
     Recorded(Treatment),
 }
@@ -202,8 +203,8 @@ struct Anew {
     consistency: Consistency,
     /// Weights whose layer is not known yet.
     window: Window<Weight>,
-    /// Of what was quantised.
-    shapes: HashSet<Arc<[u64]>>,
+    /// Of what is quantised.
+    layouts: Layouts,
 }
 
 impl Anew {
@@ -278,8 +279,7 @@ impl State<'_> {
             _ if before != Treatment::Plain => Becomes::Recorded(before.clone()),
             (Decision::Quantize, _) => {
                 let format = *self.quantizer.format();
-                let shapes = &mut self.anew()?.shapes;
-                Becomes::Quantized(Arc::new(Fp8Layout::new(&meta, format, shapes)?))
+                Becomes::Quantized(self.anew()?.layouts.layout(&meta, format)?)
             }
             (Decision::Pass, Rule::IsScale) => Becomes::Recorded(Treatment::Added),
             (Decision::Pass, _) => Becomes::Recorded(Treatment::PassedThrough),

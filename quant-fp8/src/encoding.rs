@@ -5,7 +5,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use engine_core::{DType, Encoding, Error, ErrorKind, Result, TensorMeta, Treatment, Weight};
+use engine_core::{
+    Arena, ArenaArc, DType, Encoding, Error, ErrorKind, Result, TensorMeta, Treatment, Weight,
+};
 
 use crate::{BlockGrid, Codec, Fp8Format, QuantError, Source, SourceType, Store};
 
@@ -19,7 +21,7 @@ const UNKNOWN: u32 = u32::MAX;
 #[derive(Debug)]
 pub struct Fp8Codes {
     source: Weight,
-    layout: Arc<Fp8Layout>,
+    layout: ArenaArc<Fp8Layout>,
     codec: Codec,
     /// The bits of the scales, filled in where their blocks are encoded. They exist only if the CPU encodes: devices
     /// that compute scales by their own kernels do not use them.
@@ -55,6 +57,15 @@ pub(crate) fn sizes(meta: &TensorMeta) -> Result<Vec<usize>> {
     })
 }
 
+/// Makes layouts.
+#[derive(Debug, Default)]
+pub(crate) struct Layouts {
+    metas: Arena<TensorMeta>,
+    layouts: Arena<Fp8Layout>,
+    /// Models have thousands of weights of few shapes: what is equal becomes the same memory, which stays in a CPU's caches.
+    shapes: HashSet<Arc<[u64]>>,
+}
+
 /// What follows from a weight's description and the format: the same in every update.
 #[derive(Debug)]
 pub(crate) struct Fp8Layout {
@@ -64,17 +75,17 @@ pub(crate) struct Fp8Layout {
     grid: BlockGrid,
     /// Of the codes.
     granule: u64,
-    codes: TensorMeta,
-    scales: TensorMeta,
+    codes: ArenaArc<TensorMeta>,
+    scales: ArenaArc<TensorMeta>,
 }
 
-impl Fp8Layout {
-    /// Of a weight. `shapes` has those of other weights: what is equal becomes the same memory.
-    pub(crate) fn new(
+impl Layouts {
+    /// Of a weight.
+    pub(crate) fn layout(
+        &mut self,
         meta: &TensorMeta,
         format: Fp8Format,
-        shapes: &mut HashSet<Arc<[u64]>>,
-    ) -> Result<Self> {
+    ) -> Result<ArenaArc<Fp8Layout>> {
         let name = &meta.name;
         let ty = source_type(meta.dtype).ok_or_else(|| {
             let message = format!("{} has no FP8 form here, only BF16, F16 and F32 do", meta.dtype);
@@ -83,11 +94,10 @@ impl Fp8Layout {
         let shape = sizes(meta)?;
         let grid = format.granularity.grid(&shape).map_err(|error| error.in_tensor(name))?;
         let side = |&side: &usize| side as u64;
-        // Models have thousands of weights of few shapes: these stay in the cache of a CPU.
-        let mut same = |shape: Arc<[u64]>| match shapes.get(&shape) {
+        let mut same = |shape: Arc<[u64]>| match self.shapes.get(&shape) {
             Some(known) => Arc::clone(known),
             None => {
-                shapes.insert(Arc::clone(&shape));
+                self.shapes.insert(Arc::clone(&shape));
                 shape
             }
         };
@@ -96,7 +106,9 @@ impl Fp8Layout {
         let codes_shape = same(Arc::clone(&meta.shape));
         let codes = TensorMeta::new(Arc::clone(name), DType::F8_E4M3, codes_shape);
         let granule = granule(&grid, &shape);
-        Ok(Self { ty, shape, format, grid, granule, codes, scales })
+        let (codes, scales) = (self.metas.put(codes), self.metas.put(scales));
+        let layout = Fp8Layout { ty, shape, format, grid, granule, codes, scales };
+        Ok(self.layouts.put(layout))
     }
 }
 
@@ -119,7 +131,7 @@ fn granule(grid: &BlockGrid, shape: &[usize]) -> u64 {
 /// A weight as two: its codes, and the scales under their own name.
 pub(crate) fn quantized(
     weight: Weight,
-    layout: &Arc<Fp8Layout>,
+    layout: &ArenaArc<Fp8Layout>,
     codec: Codec,
 ) -> Result<[Weight; 2]> {
     weight.require_whole("quantising")?;

@@ -3,9 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use engine_core::{
-    CheckpointEngineConfig, DType, EngineContext, Error, ErrorKind, Placement, PreparedRollout,
-    PreparedTrainer, Rank, Registry, Result, RolloutEngine, SendReport, TensorMeta, TrainerEngine,
-    Version, Weight, WorkerMetadata, ensure_async_iterator,
+    ArenaArc, CheckpointEngineConfig, DType, EngineContext, Error, ErrorKind, Placement,
+    PreparedRollout, PreparedTrainer, Rank, Registry, Result, RolloutEngine, SendReport,
+    TensorMeta, TrainerEngine, Version, Weight, WorkerMetadata, ensure_async_iterator,
 };
 use futures::future::join;
 use quant_fp8::LAYER;
@@ -80,7 +80,7 @@ impl Pair {
     }
 }
 
-type Received = (TensorMeta, Vec<u8>);
+type Received = (ArenaArc<TensorMeta>, Vec<u8>);
 
 const UP: &str = "model.layers.0.mlp.up_proj.weight";
 const DOWN: &str = "model.layers.1.mlp.down_proj.weight";

@@ -13,7 +13,7 @@ use collective::SharedSlot;
 use engine_core::clock::within;
 use engine_core::memory::Job;
 use engine_core::{
-    DType, Error, ErrorKind, Result, TensorCounts, TensorMeta, Weight, WeightStream,
+    ArenaArc, DType, Error, ErrorKind, Result, TensorCounts, TensorMeta, Weight, WeightStream,
 };
 use futures::{FutureExt, StreamExt};
 
@@ -41,7 +41,7 @@ pub(crate) struct Chunks {
     pending: VecDeque<Weight>,
     names: HashSet<Arc<str>>,
     /// All weights so far, in the order of the stream, if they are wanted.
-    pub(crate) metas: Option<Vec<TensorMeta>>,
+    pub(crate) metas: Option<Vec<ArenaArc<TensorMeta>>>,
     pub(crate) counts: TensorCounts,
 }
 
@@ -138,9 +138,10 @@ impl Chunks {
 }
 
 /// The error for a stream with another weight than servers were told.
-fn differs(expected: Option<&TensorMeta>, got: Option<&Weight>) -> Error {
+fn differs(expected: Option<&ArenaArc<TensorMeta>>, got: Option<&Weight>) -> Error {
     let words = |meta: &TensorMeta| format!("{} {:?} {}", meta.dtype, meta.shape, meta.name);
-    let (expected, got) = (expected.map(words), got.map(|weight| words(weight.meta())));
+    let (expected, got) =
+        (expected.map(|meta| words(meta)), got.map(|weight| words(weight.meta())));
     let message = format!(
         "the stream has {}, and the last update had {}: one call announces the weights of the last update",
         got.as_deref().unwrap_or("no more weights"),
@@ -220,7 +221,7 @@ impl Chunk {
     ///
     /// `Weight` for types that torch does not have.
     pub(crate) fn tensors(&self) -> Result<Tensors> {
-        described(self.jobs.iter().map(|job| job.weight.meta()))
+        described(self.jobs.iter().map(|job| &**job.weight.meta()))
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use engine_core::memory::{Job, Pool};
-use engine_core::{DType, Error, ErrorKind, Result, TensorMeta, Version, Weight};
+use engine_core::{ArenaArc, DType, Error, ErrorKind, Result, TensorMeta, Version, Weight};
 use serde::Serialize;
 
 use crate::chunk::{Chunk, Tensors, torch_name};
@@ -122,13 +122,13 @@ pub(crate) struct Shadow {
     version: Option<Version>,
     holders: HashSet<usize>,
     /// Changes of the present update, which are not applied yet.
-    pending: Vec<(TensorMeta, Pending)>,
+    pending: Vec<(ArenaArc<TensorMeta>, Pending)>,
     sent: Sent,
 }
 
 #[derive(Debug)]
 struct Held {
-    meta: TensorMeta,
+    meta: ArenaArc<TensorMeta>,
     bytes: Arc<Vec<u8>>,
 }
 
@@ -232,7 +232,7 @@ impl Shadow {
             match change {
                 Pending::Whole(bytes) => {
                     let held = Held { meta: meta.clone(), bytes: Arc::new(bytes) };
-                    self.weights.insert(meta.name, held);
+                    self.weights.insert(meta.name.clone(), held);
                 }
                 Pending::Patched { positions, values } => {
                     let Some(held) = self.weights.get_mut(&meta.name) else { continue };

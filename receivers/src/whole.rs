@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 
-use engine_core::{Result, TensorMeta};
+use engine_core::{ArenaArc, Result, TensorMeta};
 
 use crate::chunk::{Tensors, described, item_bytes};
 
@@ -16,7 +16,7 @@ use crate::chunk::{Tensors, described, item_bytes};
 #[derive(Debug)]
 pub(crate) struct Whole {
     /// In the order of the stream.
-    metas: Vec<TensorMeta>,
+    metas: Vec<ArenaArc<TensorMeta>>,
     buckets: Vec<WholeBucket>,
     tensors: Tensors,
 }
@@ -39,8 +39,8 @@ impl Whole {
     /// # Errors
     ///
     /// `Weight` for types that torch does not have.
-    pub(crate) fn of(metas: Vec<TensorMeta>, limit: u64) -> Result<Option<Self>> {
-        let sizes: Result<Vec<_>> = metas.iter().map(item_bytes).collect();
+    pub(crate) fn of(metas: Vec<ArenaArc<TensorMeta>>, limit: u64) -> Result<Option<Self>> {
+        let sizes: Result<Vec<_>> = metas.iter().map(|meta| item_bytes(meta)).collect();
         let sizes: Vec<(u64, u64)> = sizes?
             .into_iter()
             .zip(&metas)
@@ -58,12 +58,12 @@ impl Whole {
             start = end;
         }
         let order = buckets.iter().flat_map(|bucket: &WholeBucket| &bucket.order);
-        let tensors = described(order.map(|&index| &metas[index]))?;
+        let tensors = described(order.map(|&index| &*metas[index]))?;
         Ok(Some(Self { metas, buckets, tensors }))
     }
 
     /// The weights, in the order of the stream.
-    pub(crate) fn metas(&self) -> &[TensorMeta] {
+    pub(crate) fn metas(&self) -> &[ArenaArc<TensorMeta>] {
         &self.metas
     }
 
@@ -131,7 +131,7 @@ mod tests {
             limit in 1_u64..600,
         ) {
             let meta = |(at, &(ty, len)): (usize, &(usize, u64))| {
-                TensorMeta::new(format!("w{at}"), TYPES[ty], [len])
+                TensorMeta::new(format!("w{at}"), TYPES[ty], [len]).into()
             };
             let metas: Vec<_> = weights.iter().enumerate().map(meta).collect();
             let Some(whole) = Whole::of(metas.clone(), limit).unwrap() else {
@@ -162,7 +162,10 @@ mod tests {
     #[test]
     fn a_wide_weight_that_crosses_the_limit_behind_odd_bytes_cannot_be_a_part_of_one_call() {
         let metas = |bytes: u64| {
-            vec![TensorMeta::new("a", DType::U8, [bytes]), TensorMeta::new("b", DType::F32, [100])]
+            vec![
+                TensorMeta::new("a", DType::U8, [bytes]).into(),
+                TensorMeta::new("b", DType::F32, [100]).into(),
+            ]
         };
         assert!(Whole::of(metas(3), 64).unwrap().is_none());
         let whole = Whole::of(metas(4), 64).unwrap().expect("it can");

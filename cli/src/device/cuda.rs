@@ -4,7 +4,9 @@ use checkpoint_engine::cuda::{
     self, CudaMemory, CudaSlice, CudaTensorMap, Device, DeviceJob, Event, Kernels, Launch, Stream,
     driver_version,
 };
-use checkpoint_engine::{DeviceChoice, Error, ErrorKind, Install, Result, TensorMeta, Weight};
+use checkpoint_engine::{
+    ArenaArc, DeviceChoice, Error, ErrorKind, Install, Result, TensorMeta, Weight,
+};
 
 use crate::bench::quant::{QuantLine, QuantOptions, median};
 use crate::threads::pool;
@@ -151,7 +153,7 @@ pub(super) fn describe() -> Vec<String> {
 /// A model on a device, as a trainer's is: allocated once, changed in place.
 #[derive(Debug)]
 pub struct DeviceModel {
-    tensors: Vec<(TensorMeta, CudaSlice)>,
+    tensors: Vec<(ArenaArc<TensorMeta>, CudaSlice)>,
 }
 
 impl DeviceModel {
@@ -201,7 +203,7 @@ impl DeviceModel {
 
     /// All tensors, in place.
     pub(crate) fn weights(&self) -> Vec<Result<Weight>> {
-        let weight = |(meta, memory): &(TensorMeta, CudaSlice)| {
+        let weight = |(meta, memory): &(ArenaArc<TensorMeta>, CudaSlice)| {
             Weight::from_meta(meta.clone(), memory.storage())
         };
         self.tensors.iter().map(weight).collect()

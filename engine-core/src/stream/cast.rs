@@ -27,7 +27,7 @@ fn cast_weight(weight: Weight, to: DType) -> Result<Weight> {
         )
         .tensor(weight.name()));
     }
-    let meta = TensorMeta { dtype: to, ..weight.meta().clone() };
+    let meta = TensorMeta { dtype: to, ..TensorMeta::clone(weight.meta()) };
     let part = weight.part.clone();
     let cast = Arc::new(Cast { source: weight, from, to });
     Ok(Weight { part, ..Weight::encoded(meta, cast, Treatment::Plain)? })

@@ -87,7 +87,7 @@ pub fn encoded(weight: Weight) -> Result<Weight> {
         return Ok(weight);
     }
     weight.require_whole("encoding")?;
-    let meta = TensorMeta { dtype: DType::F8_E5M2, ..weight.meta().clone() };
+    let meta = TensorMeta { dtype: DType::F8_E5M2, ..TensorMeta::clone(weight.meta()) };
     Weight::encoded(meta, Arc::new(E5m2(weight)), Treatment::Converted)
 }
 

@@ -9,6 +9,7 @@ use checkpoint_engine::{
     CheckpointEngineConfig, ControlPlane, DType, Rank, Registry, Result, Role, Version, Weight,
     ensure_async_iterator, form_group,
 };
+use engine_core::ProcessStat;
 use futures::future::try_join_all;
 use rustix::time::{ClockId, clock_gettime};
 use tokio::process::Child;
@@ -46,11 +47,7 @@ fn cpu() -> f64 {
 
 /// The processor time of another process so far, in seconds, to 10 ms.
 fn cpu_of(child: &Child) -> f64 {
-    let stat = child.id().map(|pid| std::fs::read_to_string(format!("/proc/{pid}/stat")));
-    let stat = stat.and_then(std::io::Result::ok).unwrap_or_default();
-    // The name of the program, which may have spaces, ends with a parenthesis.
-    let fields = stat.rsplit(')').next().unwrap_or_default().split_ascii_whitespace();
-    let ticks: u64 = fields.skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+    let ticks = child.id().and_then(ProcessStat::of).map_or(0, |process| process.ran);
     ticks as f64 / rustix::param::clock_ticks_per_second() as f64
 }
 
