@@ -8,15 +8,14 @@
 //! until its process is gone.
 
 use std::any::Any;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
-use device_cuda::{
-    Check, CudaMemory, CudaSlice, CudaSpace, Device, Maxima, Placer, Write, export, import, places,
-};
+use device_cuda::{CudaMemory, CudaSpace, Device, export, import};
 use engine_core::plan::ALIGNMENT;
-use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result, Storage, Weight};
+use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result, Weight};
+use placed::cuda::{CudaKernels, LentAllocation, bytes_of, lay_out_tensors};
 use placed::{Encoded, Encoder, Layout, Lender, LentBytes, LentTensor, Reached, Written};
 use protocol::encode;
 use quant_fp8::{Fp8Format, SourceType, StridedPart};
@@ -55,7 +54,7 @@ pub(crate) struct OfferedAllocation {
 pub(crate) struct LentCuda {
     memory: Leased<Held>,
     allocations: Vec<OfferedAllocation>,
-    placer: Mutex<Placer>,
+    kernels: CudaKernels,
     lease: Option<Lease>,
 }
 
@@ -99,50 +98,17 @@ impl LentCuda {
     ) -> Result<(Layout, Self)> {
         sweep();
         let device = Device::of(device)?;
-        // By the address behind their ends.
-        let mut known: BTreeMap<u64, (OfferedAllocation, CudaMemory)> = BTreeMap::new();
-        let (mut end, mut held) = (0_u64, Vec::new());
-        let mut place = |storage: &Storage| -> Result<u64> {
-            if storage.is_empty() {
-                return Ok(0);
-            }
-            let slice = CudaSlice::of_storage(storage)
-                .filter(|slice| slice.device().ordinal() == device.ordinal());
-            let slice = slice.ok_or_else(|| {
-                let message =
-                    format!("it is not on device {}, where this rollout's are", device.ordinal());
-                Error::new(ErrorKind::Mismatch, LENDING, message)
-            })?;
-            let address = slice.address();
-            let found = known.range(address + 1..).next().map(|(_, found)| found);
-            let found = found.filter(|(_, memory)| memory.address() <= address);
-            held.push(slice.memory().clone());
-            if let Some((offered, memory)) = found {
-                return Ok(offered.at + (address - memory.address()));
-            }
-            let whole = slice.memory().allocation()?;
-            let handle = export(&whole).map_err(|reason| {
+        let (layout, allocations, held) = lay_out_tensors(&device, tensors, |memory| {
+            export(memory).map_err(|reason| {
                 let message = format!("{NOT_EXPORTED} ({reason})");
                 Error::new(ErrorKind::Weight, LENDING, message)
-            })?;
-            let (at, bytes) = (end, whole.len() as u64);
-            end = (at + bytes).next_multiple_of(ALIGNMENT);
-            let from = whole.address();
-            known.insert(from + bytes, (OfferedAllocation { at, bytes, handle }, whole));
-            Ok(at + (address - from))
-        };
-        let mut placed = Vec::with_capacity(tensors.len());
-        for tensor in tensors {
-            let (wanted, elements, scales) = tensor.into_parts();
-            let named = |error: Error| error.tensor(&*wanted.meta.name);
-            let at = place(&elements).map_err(named)?;
-            let scales_at = place(&scales).map_err(named)?;
-            placed.push((wanted, at, scales_at));
-        }
-        let layout = Layout::at(placed, end)?;
-        let mut allocations: Vec<_> = known.into_values().collect();
-        allocations.sort_by_key(|(offered, _)| offered.at);
-        Ok((layout, Self::of(&device, allocations, held)?))
+            })
+        })?;
+        let allocations = allocations.into_iter().map(|allocation| {
+            let LentAllocation { at, memory, of_transport: handle } = allocation;
+            (OfferedAllocation { at, bytes: memory.len() as u64, handle }, memory)
+        });
+        Ok((layout, Self::of(&device, allocations.collect(), held)?))
     }
 
     fn of(
@@ -155,7 +121,7 @@ impl LentCuda {
         Ok(Self {
             memory: Leased::new(held, Some(Lease::new()?)),
             allocations: allocations.into_iter().map(|(offered, _)| offered).collect(),
-            placer: Mutex::new(Placer::new(device)?),
+            kernels: CudaKernels::new(device)?,
             lease: None,
         })
     }
@@ -194,8 +160,8 @@ impl Lender for LentCuda {
 
     fn bytes(&self, at: u64, len: u64) -> Result<LentBytes<'_>> {
         self.require_own()?;
-        let bytes = usize::try_from(len).ok().and_then(|len| self.memory.space.slice(at, len).ok());
-        Ok(LentBytes::Device(bytes.ok_or(SegmentError::NotLent { at, len })?.storage()))
+        let bytes = bytes_of(&self.memory.space, at, len);
+        Ok(bytes.ok_or(SegmentError::NotLent { at, len })?)
     }
 
     fn sums(
@@ -203,17 +169,14 @@ impl Lender for LentCuda {
         pieces: &[&Arc<[StridedPart]>],
         step: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Option<Vec<u64>>> {
-        let memory = &self.memory.space;
-        let checks: Vec<Check<'_>> = pieces.iter().map(|parts| Check { memory, parts }).collect();
-        lock(&self.placer).check(&checks, step).map(Some)
+        self.kernels.sums(&self.memory.space, pieces, step).map(Some)
     }
 }
 
 /// How a trainer on a device reaches the memory that rollouts lend on that device or on a peer.
 #[derive(Debug)]
 pub(crate) struct Peers {
-    device: Device,
-    placer: Mutex<Placer>,
+    kernels: CudaKernels,
     /// The memory that is open.
     kept: Mutex<Open>,
 }
@@ -223,9 +186,7 @@ pub(crate) type Open = HashMap<Terms, (Vec<OfferedAllocation>, CudaSpace)>;
 
 impl Peers {
     pub(crate) fn new(device: &DeviceChoice) -> Result<Self> {
-        let device = Device::of(device)?;
-        let placer = Mutex::new(Placer::new(&device)?);
-        Ok(Self { device, placer, kept: Mutex::default() })
+        Ok(Self { kernels: CudaKernels::new(&Device::of(device)?)?, kept: Mutex::default() })
     }
 
     /// Reaches a rollout's memory, and adds it to `present`, which is kept for the next update.
@@ -247,9 +208,9 @@ impl Peers {
                 let open = |one: &OfferedAllocation| {
                     let len = usize::try_from(one.bytes)
                         .map_err(|_| Error::from(SegmentError::TooLarge(1, one.bytes)))?;
-                    let memory = import(&self.device, &one.handle, len, owner.clone())?;
+                    let memory = import(self.kernels.device(), &one.handle, len, owner.clone())?;
                     // Memory of another process is opened on this device. Memory of this process is where it is.
-                    if memory.device().ordinal() != self.device.ordinal() {
+                    if memory.device().ordinal() != self.kernels.device().ordinal() {
                         let message = "it is on another device of this process: give that rank a process of its own";
                         return Err(Error::new(
                             ErrorKind::Config,
@@ -261,7 +222,7 @@ impl Peers {
                 };
                 let opened: Result<Vec<_>> = offer.allocations.iter().map(open).collect();
                 let opened = opened.map_err(|error| error.rank(rank))?;
-                CudaSpace::new(&self.device, opened)
+                CudaSpace::new(self.kernels.device(), opened)
                     .map_err(|error| Error::from(error).rank(rank))?
             }
         };
@@ -295,14 +256,9 @@ fn memory_of(to: &dyn Reached) -> Option<&CudaSpace> {
     to.downcast_ref::<BorrowedCuda>().map(|borrowed| &borrowed.memory)
 }
 
-fn not_here(weight: &Weight) -> Error {
-    let message = "its weight or its place is not on the device";
-    Error::new(ErrorKind::State, "writing tensors", message).tensor(weight.name())
-}
-
 impl Encoder for Peers {
     fn takes(&self, weight: &Weight, format: Option<&Fp8Format>) -> bool {
-        weight.storage().is_some_and(|source| places(&self.device, source, format))
+        self.kernels.takes(weight, format)
     }
 
     fn writes_to(&self, to: &dyn Reached) -> bool {
@@ -310,11 +266,7 @@ impl Encoder for Peers {
     }
 
     fn maxima(&self, parts: &[(&Weight, SourceType, &StridedPart)]) -> Result<Vec<Vec<u32>>> {
-        let jobs = parts.iter().map(|(weight, ty, part)| {
-            let source = weight.storage().ok_or_else(|| not_here(weight))?;
-            Ok(Maxima { source, ty: *ty, part })
-        });
-        lock(&self.placer).maxima(&jobs.collect::<Result<Vec<_>>>()?)
+        self.kernels.maxima(parts)
     }
 
     fn write(
@@ -322,17 +274,14 @@ impl Encoder for Peers {
         pieces: &[Encoded<'_>],
         step: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Written> {
-        let jobs = pieces.iter().map(|piece| {
-            let place = piece.weight.storage().zip(memory_of(piece.to));
-            let (source, to) = place.ok_or_else(|| not_here(piece.weight))?;
-            let known = piece.known.as_deref();
-            Ok(Write { source, ty: piece.ty, parts: piece.parts, to, known })
+        let pieces = pieces.iter().map(|piece| {
+            let to = memory_of(piece.to).ok_or_else(|| {
+                let message = "its place is not on a device";
+                let error = Error::new(ErrorKind::State, "writing tensors", message);
+                error.tensor(piece.weight.name())
+            })?;
+            Ok((piece, to))
         });
-        let jobs = jobs.collect::<Result<Vec<_>>>()?;
-        let found = lock(&self.placer).write(&jobs, step)?;
-        Ok(Written {
-            sums: found.sums,
-            failed: found.failed.map(|failed| (failed.job, failed.block)),
-        })
+        self.kernels.write(&pieces.collect::<Result<Vec<_>>>()?, step)
     }
 }

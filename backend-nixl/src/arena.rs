@@ -202,11 +202,6 @@ impl Arena {
         self.holders.lock().unwrap_or_else(PoisonError::into_inner).insert(slot, by);
     }
 
-    /// Prepares this thread for libraries that access the memory: UCX looks for a device's context when the agent is made.
-    pub(crate) fn enter(&self) -> engine_core::Result<()> {
-        self.home.memory.enter()
-    }
-
     /// Locks the first bytes of a slot, once nobody else uses it.
     ///
     /// # Errors
@@ -294,6 +289,11 @@ impl Lent {
 }
 
 impl Memory {
+    /// Prepares this thread for libraries that access the memory: UCX looks for a device's context when the agent is made.
+    pub(crate) fn enter(&self) -> engine_core::Result<()> {
+        self.memory.enter()
+    }
+
     /// # Errors
     ///
     /// `OutOfReach` for memory without an address.

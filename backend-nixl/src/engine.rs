@@ -66,6 +66,7 @@ impl NixlOptions {
             // The library's thread would spin for the lock that the agent's thread holds while it copies. At other times, requests of peers
             // for host memory can wait for the agent's next poll.
             own_thread: false,
+            reaches_devices: false,
         }
     }
 }

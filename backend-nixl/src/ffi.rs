@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::arena::{Memory, Place, Slot};
 use crate::error::NixlError;
-use crate::lending::Staged;
+use crate::lending::Parcel;
 use crate::sys::{self, AgentConfig, Api, Handle, Status};
 
 /// An agent with its UCX backend and the registered memory of one arena.
@@ -256,16 +256,17 @@ impl RawAgent {
         unsafe { self.start_one(sys::WRITE, peer, &place, to, from) }
     }
 
-    /// Starts to write what was staged to where it belongs in a peer's host memory.
-    pub(crate) fn write_staged(
+    /// Starts to write bytes to where they belong in a peer's memory, on its device of this number or of its host.
+    pub(crate) fn write_parcel(
         &self,
         peer: &str,
-        staged: Staged,
-    ) -> Result<RawTransfer<Staged>, NotStarted<Staged>> {
-        let (here, there) = staged.sides();
-        let side = |parts| Side { parts, device: None };
-        // SAFETY: these are bytes that `staged` has, and the transfer writes nothing to them.
-        unsafe { self.start(sys::WRITE, peer, side(&here), side(&there), staged) }
+        parcel: Parcel,
+        device: Option<u32>,
+    ) -> Result<RawTransfer<Parcel>, NotStarted<Parcel>> {
+        let (here, there) = parcel.sides();
+        let here = Side { parts: &here, device: parcel.device() };
+        // SAFETY: these are bytes that the parcel has, and the transfer writes nothing to them.
+        unsafe { self.start(sys::WRITE, peer, here, Side { parts: &there, device }, parcel) }
     }
 
     /// Starts a transfer of one part.

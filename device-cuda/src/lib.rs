@@ -39,7 +39,7 @@ pub use device::{
 pub use error::CudaError;
 pub use kernels::{Kernels, Launch, Prepared, Ran, compile, compile_program, local_memory, nvrtc};
 pub use placed::{Check, CudaSpace, Failed, Found, Maxima, Placer, Write, places};
-pub use provider::{MEMORY, export, import};
+pub use provider::{MEMORY, export, import, reachable};
 pub use release::CollectiveUnderWay;
 pub use storage::{bucket_storage, upload};
 pub use table::DeviceJob;

@@ -119,6 +119,37 @@ struct Memory {
     lifetime: Lifetime,
 }
 
+/// Memory as libraries reach it that move bytes by their addresses. It has no slots.
+///
+/// Who gives it to a library answers for what that writes there.
+pub fn reachable(memory: CudaMemory) -> Arc<dyn BucketMemory> {
+    Arc::new(Reachable(memory))
+}
+
+#[derive(Debug)]
+struct Reachable(CudaMemory);
+
+impl BucketMemory for Reachable {
+    #[allow(unsafe_code, reason = "libraries reach it by its address")]
+    fn reach(&self) -> Option<Reach> {
+        let device = self.0.device().ordinal().unsigned_abs();
+        // SAFETY: `self` keeps the memory, which is all of this device. It has no slots.
+        Some(unsafe { Reach::new(self.0.address(), Some(device)) })
+    }
+
+    fn len(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn spare(&self, _: u64) -> Result<Box<dyn BucketSlot>> {
+        Err(CudaError::Range("memory without slots".into()).into())
+    }
+
+    fn enter(&self) -> Result<()> {
+        Ok(self.0.device().enter()?)
+    }
+}
+
 /// The bytes of one slot of an arena. No other slot has them.
 #[derive(Debug)]
 struct Slot {

@@ -45,6 +45,8 @@
 
 mod arriving;
 mod coordinator;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod declared;
 mod encode;
 #[cfg(fuzzing)]

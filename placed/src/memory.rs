@@ -103,7 +103,8 @@ pub trait Reach: fmt::Debug + Send + Sync {
 ///
 /// # Contract
 ///
-/// When a call returns, with an error or without, it no longer reads weights or writes to the memory of rollouts.
+/// When a call returns, with an error or without, it no longer reads weights. Without an error all is written. After one, what it has begun to
+/// write may still arrive until the trainer has let go of the memory ([`Reached`]).
 pub trait Encoder: fmt::Debug + Send + Sync {
     /// Whether it can encode a weight, into this format if the weight is quantised.
     fn takes(&self, weight: &Weight, format: Option<&Fp8Format>) -> bool;

@@ -19,6 +19,14 @@ impl<T> Parts<T> {
         let from = at - start;
         from.checked_add(len).filter(|end| end <= bytes).map(|_| (part, from))
     }
+
+    /// The part that has this byte, where in it that is, and how many of its bytes there are from there on.
+    pub fn rest(&self, at: u64) -> Option<(&T, u64, u64)> {
+        let (part, from) = self.find(at, 1)?;
+        let after = self.0.partition_point(|(start, _, _)| *start <= at);
+        let (_, bytes, _) = self.0.get(after.checked_sub(1)?)?;
+        Some((part, from, bytes - from))
+    }
 }
 
 impl<T: AsRef<[u8]>> Parts<T> {

@@ -6,7 +6,7 @@ use engine_core::{Error, ErrorKind, Result, Storage};
 
 use crate::declared::Wanted;
 
-const LENDING: &str = "lending tensors";
+pub(crate) const LENDING: &str = "lending tensors";
 
 /// A tensor of a rollout's program, which trainers write each update to.
 #[derive(Clone, Debug)]

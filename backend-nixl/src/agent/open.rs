@@ -26,6 +26,8 @@ pub(crate) struct AgentOptions {
     /// Whether agents always push: the one that has bytes writes them. Otherwise agents read, and push only where UCX cannot read. The same
     /// for all agents of a group.
     pub(crate) writes: bool,
+    /// Whether it writes to memory of peers' devices, also if it has none of its own: transports may be emulated there.
+    pub(crate) reaches_devices: bool,
     /// Whether NIXL also progresses transfers and answers peers in a thread of its own. An agent of device memory always has one:
     /// transports may be emulated there, so that peers have to be answered.
     pub(crate) own_thread: bool,
@@ -38,7 +40,6 @@ pub(crate) fn open(
     arena: &Arena,
     spares: Vec<Memory>,
 ) -> Result<(RawAgent, Card), NixlError> {
-    arena.enter().map_err(NixlError::Device)?;
     let (slots, slot_bytes, device) = (arena.slots(), arena.slot_bytes(), arena.device());
     let address = arena.address() as u64;
     let mut memory = arena.memory();
@@ -51,7 +52,8 @@ pub(crate) fn open(
     Ok((agent, card))
 }
 
-/// Makes an agent that has registered this memory, which is of one kind. Returns it with its metadata for peers.
+/// Makes an agent that has registered this memory, and makes this thread one from which UCX reaches all of it. Returns it with its metadata
+/// for peers.
 pub(crate) fn open_with(
     options: &AgentOptions,
     name: &str,
@@ -59,7 +61,11 @@ pub(crate) fn open_with(
 ) -> Result<(RawAgent, Vec<u8>), NixlError> {
     room::check()?;
     let api = sys::load(options.library_dir.as_deref())?;
-    let on_device = memory.iter().any(|memory| memory.device().is_some());
+    for memory in &memory {
+        memory.enter().map_err(NixlError::Device)?;
+    }
+    let has_device = memory.iter().any(|memory| memory.device().is_some());
+    let on_device = has_device || options.reaches_devices;
     let mut config = Vec::new();
     if !on_device {
         // If a transport cannot read or write by itself (TCP cannot read), UCX would make the other side answer, which ends its process if
@@ -90,7 +96,7 @@ pub(crate) fn open_with(
     if !config.is_empty() {
         parameters.push((ENGINE_CONFIG, config.as_str()));
     }
-    let own_thread = options.own_thread || on_device;
+    let own_thread = options.own_thread || has_device;
     let agent = RawAgent::new(api, name, &parameters, memory, own_thread)?;
     // The system runs exit handlers in reverse order. NIXL and its plugins register theirs when the first agent is made,
     // so a handler that is registered after that runs before theirs.

@@ -135,10 +135,13 @@ impl Keeper {
         self.leases += 1;
         let lease = self.leases;
         let parts = self.parts.iter().map(|(part, _)| *part).collect();
+        // All of it is on one device.
+        let device = self.parts.first().and_then(|(_, memory)| memory.device());
         let offer = self.open().map(|open| Offer {
             agent: open.name.clone(),
             metadata: open.metadata.clone(),
             lease,
+            device,
             parts,
         });
         match &offer {

@@ -1,4 +1,4 @@
-//! A rollout's host memory, as it lends it.
+//! A rollout's memory, of the host or of a device, as it lends it.
 #![allow(unsafe_code, reason = "the promise of a program that lends its own tensors is passed on")]
 
 use std::sync::Arc;
@@ -11,6 +11,13 @@ use engine_core::{Error, ErrorKind, Result};
 use placed::{Layout, Lender, LentBytes, LentTensor, Parts};
 use protocol::encode;
 use tracing::debug;
+#[cfg(feature = "cuda")]
+use {
+    device_cuda::{CudaMemory, CudaSpace, Device, reachable},
+    engine_core::DeviceChoice,
+    placed::cuda::{CudaKernels, bytes_of, lay_out_tensors},
+    quant_fp8::StridedPart,
+};
 
 use super::lender::{Command, Keeper};
 use super::notice::OfferedPart;
@@ -25,20 +32,78 @@ const PAGE: u64 = 4096;
 /// Memory that can be lent.
 #[derive(Debug)]
 pub(super) struct Lendable {
-    /// As this process reads it while it is not lent.
-    views: Parts<Bytes>,
+    views: Views,
     /// In ascending order of what is lent, each with its memory.
     pub(super) parts: Vec<(OfferedPart, Memory)>,
 }
 
-/// Allocates so much memory, with all pages present.
+/// What is lent, as this process reads it while it is not lent.
+#[derive(Debug)]
+enum Views {
+    Host(Parts<Bytes>),
+    /// Its digests are computed there, also while it is lent.
+    #[cfg(feature = "cuda")]
+    Device(Box<OnDevice>),
+}
+
+/// What is lent of a device.
+#[cfg(feature = "cuda")]
+#[derive(Debug)]
+struct OnDevice {
+    space: CudaSpace,
+    kernels: CudaKernels,
+    /// The tensors of the rollout's program, if it lends its own.
+    _tensors: Vec<CudaMemory>,
+}
+
+/// Allocates so much memory of the host, with all pages present.
 pub(super) fn allocate(bytes: u64) -> Result<Lendable> {
     let len = usize::try_from(bytes.max(1)).map_err(|_| NixlError::NoMemoryToLend(bytes))?;
     let (memory, mut cut) = pieces(1, len)?;
     let piece = cut.pop().ok_or(NixlError::NoMemoryToLend(bytes))?;
     let part = OfferedPart { at: 0, bytes: len as u64, address: piece.address() as u64 };
     let view = Bytes::from_owner(View(piece));
-    Ok(Lendable { views: Parts::new([(0, len as u64, view)]), parts: vec![(part, memory)] })
+    let views = Views::Host(Parts::new([(0, len as u64, view)]));
+    Ok(Lendable { views, parts: vec![(part, memory)] })
+}
+
+/// Allocates so much memory of a device. Trainers of this host may keep it mapped until they end, so it is never given back to the device.
+#[cfg(feature = "cuda")]
+pub(super) fn allocate_on(device: &DeviceChoice, bytes: u64) -> Result<Lendable> {
+    let device = Device::of(device)?;
+    let len = usize::try_from(bytes.max(1)).map_err(|_| NixlError::NoMemoryToLend(bytes))?;
+    let memory = CudaMemory::for_life(&device, len)?;
+    on_device(&device, vec![(0, memory)], Vec::new())
+}
+
+/// Tensors of a program on a device, where they are. Returns their layout too.
+#[cfg(feature = "cuda")]
+pub(super) fn of_tensors_on(
+    device: &DeviceChoice,
+    tensors: impl IntoIterator<Item = LentTensor>,
+) -> Result<(Layout, Lendable)> {
+    let device = Device::of(device)?;
+    let (layout, allocations, held) =
+        lay_out_tensors(&device, tensors.into_iter().collect(), |_| Ok(()))?;
+    let allocations = allocations.into_iter().map(|one| (one.at, one.memory)).collect();
+    Ok((layout, on_device(&device, allocations, held)?))
+}
+
+#[cfg(feature = "cuda")]
+fn on_device(
+    device: &Device,
+    allocations: Vec<(u64, CudaMemory)>,
+    tensors: Vec<CudaMemory>,
+) -> Result<Lendable> {
+    let slices = allocations.iter().map(|(at, memory)| (*at, memory.all()));
+    let (space, kernels) = (CudaSpace::new(device, slices)?, CudaKernels::new(device)?);
+    let parts = allocations.into_iter().map(|(at, memory)| {
+        let part = OfferedPart { at, bytes: memory.len() as u64, address: memory.address() };
+        Ok((part, Memory::new(reachable(memory))?))
+    });
+    let parts = parts.collect::<Result<_>>()?;
+    let views = Views::Device(Box::new(OnDevice { space, kernels, _tensors: tensors }));
+    Ok(Lendable { views, parts })
 }
 
 /// All bytes of a piece, to be read while it is not lent.
@@ -87,7 +152,7 @@ pub(super) fn of_tensors(
         let memory = unsafe { PromisedMemory::new(part.address, part.bytes as usize, owners) };
         parts.push((*part, Memory::new(Arc::new(memory))?));
     }
-    Ok((layout, Lendable { views: Parts::new(views), parts }))
+    Ok((layout, Lendable { views: Views::Host(Parts::new(views)), parts }))
 }
 
 fn range(bytes: &Bytes) -> (u64, u64) {
@@ -114,7 +179,7 @@ fn places(mut ranges: Vec<(u64, u64)>) -> Vec<OfferedPart> {
 /// A rollout's memory, with the agent that lends it.
 #[derive(Debug)]
 pub(super) struct LentMemory {
-    views: Parts<Bytes>,
+    views: Views,
     bytes: u64,
     commands: Sender<Command>,
     state: State,
@@ -194,12 +259,27 @@ impl Lender for LentMemory {
     fn bytes(&self, at: u64, len: u64) -> Result<LentBytes<'_>> {
         self.require_own()?;
         // Nobody writes: no trainer has the lease, and none is granted it any more.
-        let bytes = self.views.bytes(at, len);
-        let nowhere = || {
+        let bytes = match &self.views {
+            Views::Host(views) => views.bytes(at, len).map(LentBytes::Host),
+            #[cfg(feature = "cuda")]
+            Views::Device(lent) => bytes_of(&lent.space, at, len),
+        };
+        bytes.ok_or_else(|| {
             let message = format!("{len} bytes at {at} are in no tensor that is lent");
             Error::new(ErrorKind::State, "reading what is lent", message)
-        };
-        Ok(LentBytes::Host(bytes.ok_or_else(nowhere)?))
+        })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn sums(
+        &self,
+        pieces: &[&Arc<[StridedPart]>],
+        step: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Option<Vec<u64>>> {
+        match &self.views {
+            Views::Host(_) => Ok(None),
+            Views::Device(lent) => lent.kernels.sums(&lent.space, pieces, step).map(Some),
+        }
     }
 }
 

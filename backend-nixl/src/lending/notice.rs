@@ -14,10 +14,12 @@ pub(crate) struct Offer {
     /// NIXL's own description of that agent and of the memory.
     pub(crate) metadata: Vec<u8>,
     pub(crate) lease: u64,
+    /// The number of the device that it is on, in the rollout's process; `None` for host memory.
+    pub(crate) device: Option<u32>,
     pub(crate) parts: Vec<OfferedPart>,
 }
 
-/// A part of what is lent, in one piece of host memory.
+/// A part of what is lent, in one piece of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct OfferedPart {
     /// The offset of its first byte in what is lent.

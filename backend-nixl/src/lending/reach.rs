@@ -5,12 +5,20 @@ use std::sync::mpsc::{Sender, channel, sync_channel};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use engine_core::{Error, ErrorKind, Rank, Result};
+use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result};
 use placed::{Reach, Reached};
 use protocol::decode;
+#[cfg(feature = "cuda")]
+use {
+    super::device::{self, Encoding},
+    engine_core::Weight,
+    placed::{Encoded, Encoder, Written},
+    quant_fp8::{Fp8Format, SourceType, StridedPart},
+};
 
 use super::notice::Offer;
-use super::staging::{Next, Staged, Staging};
+use super::parcel::Parcel;
+use super::staging::{Next, Staging};
 use super::writer::{Command, Failure, Target, Writer};
 use crate::agent::{AgentOptions, thread};
 use crate::error::NixlError;
@@ -19,21 +27,25 @@ use crate::error::NixlError;
 #[derive(Debug)]
 pub(super) struct Writers {
     shared: Arc<Shared>,
+    /// What encodes weights that are on this rank's device, if it has one.
+    #[cfg(feature = "cuda")]
+    encoding: Option<Encoding>,
 }
 
 /// What all who write share.
 #[derive(Debug)]
-struct Shared {
+pub(super) struct Shared {
     commands: Sender<Command>,
     staging: Arc<Staging>,
     /// How long a grant may take, and writes without an end of any of them.
-    limit: Duration,
+    pub(super) limit: Duration,
 }
 
 impl Writers {
-    /// Starts the agent of a rank, with about so many bytes to gather in what is written.
+    /// Starts the agent of a rank with a device, which may be the CPU, with about so many bytes to gather in what is written.
     pub(super) async fn start(
         options: AgentOptions,
+        device: &DeviceChoice,
         rank: Rank,
         bytes: u64,
         limit: Duration,
@@ -41,13 +53,30 @@ impl Writers {
         let (commands, inbox) = channel();
         let closing = commands.clone();
         let (staging, memory) = Staging::new(bytes)?;
+        let mut memory = vec![memory];
+        #[cfg(feature = "cuda")]
+        let encoding = match device.is_cpu() {
+            true => None,
+            false => {
+                let (encoding, of_device) = Encoding::new(device)?;
+                memory.extend(of_device);
+                Some(encoding)
+            }
+        };
+        #[cfg(not(feature = "cuda"))]
+        let _ = (device, &mut memory);
         let staging = Arc::new(staging);
         let theirs = staging.clone();
         let make = move || Writer::new(options, rank, theirs, memory, limit);
         // A thread that has ended needs no command.
         let close = move || drop(closing.send(Command::Close));
         thread::start(close, make, move |writer| writer.run(&inbox)).await?;
-        Ok(Self { shared: Arc::new(Shared { commands, staging, limit }) })
+        let shared = Arc::new(Shared { commands, staging, limit });
+        Ok(Self {
+            shared,
+            #[cfg(feature = "cuda")]
+            encoding,
+        })
     }
 }
 
@@ -81,17 +110,50 @@ impl Reach for Writers {
             Err(_) => Err(NixlError::Slow(limit).into()),
         }
     }
+
+    #[cfg(feature = "cuda")]
+    fn encoder(&self) -> Option<&dyn Encoder> {
+        self.encoding.as_ref().map(|_| self as &dyn Encoder)
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Encoder for Writers {
+    fn takes(&self, weight: &Weight, format: Option<&Fp8Format>) -> bool {
+        self.encoding.as_ref().is_some_and(|encoding| encoding.takes(weight, format))
+    }
+
+    fn writes_to(&self, to: &dyn Reached) -> bool {
+        device::writes_to(to)
+    }
+
+    fn maxima(&self, parts: &[(&Weight, SourceType, &StridedPart)]) -> Result<Vec<Vec<u32>>> {
+        self.encoding.as_ref().ok_or_else(without_device)?.maxima(parts)
+    }
+
+    fn write(
+        &self,
+        pieces: &[Encoded<'_>],
+        step: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Written> {
+        self.encoding.as_ref().ok_or_else(without_device)?.write(&self.shared, pieces, step)
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn without_device() -> Error {
+    Error::new(ErrorKind::State, "writing tensors", "this trainer has no device")
 }
 
 impl Shared {
     /// Returns whether the agent's thread is there to be told.
-    fn tell(&self, command: Command) -> bool {
+    pub(super) fn tell(&self, command: Command) -> bool {
         self.commands.send(command).is_ok()
     }
 
-    fn write(&self, target: &Arc<Target>, staged: Staged) {
+    pub(super) fn write(&self, target: &Arc<Target>, parcel: Parcel) {
         target.begun();
-        if !self.tell(Command::Write(target.clone(), staged)) {
+        if !self.tell(Command::Write(target.clone(), parcel)) {
             target.fail(NixlError::Closed);
         }
     }
@@ -99,9 +161,16 @@ impl Shared {
 
 /// A rollout's memory, while this trainer may write there.
 #[derive(Debug)]
-struct Holding {
+pub(super) struct Holding {
     target: Arc<Target>,
     shared: Arc<Shared>,
+}
+
+#[cfg(feature = "cuda")]
+impl Holding {
+    pub(super) fn target(&self) -> &Arc<Target> {
+        &self.target
+    }
 }
 
 impl Reached for Holding {
@@ -123,11 +192,11 @@ impl Reached for Holding {
                     let taken = staged.add(part, to, rest);
                     (to, rest) = (to + taken, &rest[taken..]);
                     match staged.is_full() {
-                        true => self.shared.write(target, staged),
+                        true => self.shared.write(target, Parcel::Gathered(staged)),
                         false => staging.put_back(target.clone(), staged),
                     }
                 }
-                Next::Write(target, staged) => self.shared.write(&target, staged),
+                Next::Write(target, staged) => self.shared.write(&target, Parcel::Gathered(staged)),
             }
         }
         Ok(())
@@ -135,7 +204,7 @@ impl Reached for Holding {
 
     fn flush(&self) -> Result<()> {
         for staged in self.shared.staging.drain(&self.target) {
-            self.shared.write(&self.target, staged);
+            self.shared.write(&self.target, Parcel::Gathered(staged));
         }
         self.target.wait(self.shared.limit)
     }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use engine_core::Result;
 
+use super::parcel::{RUNS, Ranges};
 use super::writer::Target;
 use crate::arena::Memory;
 use crate::error::NixlError;
@@ -13,9 +14,6 @@ use crate::host::{Piece, pieces};
 
 /// The bytes of a block, which is written at once. Writes of this size reach nearly the rate of larger ones.
 const BLOCK: usize = 512 << 10;
-
-/// The most runs of a block.
-const RUNS: usize = 1024;
 
 /// How long a thread waits before it looks whether to wait any longer.
 pub(super) const LOOK: Duration = Duration::from_millis(20);
@@ -27,9 +25,6 @@ pub(crate) struct Staged {
     used: usize,
     runs: Vec<Run>,
 }
-
-/// Addresses and lengths.
-type Ranges = Vec<(usize, usize)>;
 
 /// Bytes that lie together at both ends.
 #[derive(Clone, Copy, Debug)]
@@ -67,7 +62,7 @@ impl Staged {
     }
 
     /// The addresses and lengths of its runs, here and at the rollout.
-    pub(crate) fn sides(&self) -> (Ranges, Ranges) {
+    pub(super) fn sides(&self) -> (Ranges, Ranges) {
         let mut from = self.piece.address();
         let here = self.runs.iter().map(|run| {
             let start = from;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use engine_core::{ErrorKind, Rank, Result};
+use engine_core::{DeviceChoice, ErrorKind, Rank, Result};
 use placed::{Lender, LentBytes, Reach, Reached};
 use protocol::{decode, encode};
 
@@ -35,7 +35,9 @@ async fn lender(transports: &str, deadline: Duration) -> LentMemory {
 
 /// A trainer with so many bytes of blocks.
 async fn writers(transports: &str, bytes: u64, limit: Duration) -> Writers {
-    Writers::start(options(transports), Rank(0), bytes, limit).await.unwrap()
+    Writers::start(options(transports), &DeviceChoice::default(), Rank(0), bytes, limit)
+        .await
+        .unwrap()
 }
 
 fn reach(writers: &Writers, terms: &Bytes) -> Result<Arc<dyn Reached>> {
@@ -230,7 +232,13 @@ impl Played {
     pub(super) fn offer(&self, lease: u64) -> Offer {
         let (bytes, address) = (self.piece.len() as u64, self.piece.address() as u64);
         let parts = vec![OfferedPart { at: 0, bytes, address }];
-        Offer { agent: self.name.clone(), metadata: self.metadata.clone(), lease, parts }
+        Offer {
+            agent: self.name.clone(),
+            metadata: self.metadata.clone(),
+            lease,
+            device: None,
+            parts,
+        }
     }
 
     pub(super) fn say(&self, to: &str, what: &impl serde::Serialize) {
@@ -322,7 +330,13 @@ async fn a_rollout_that_does_not_answer_is_named_and_a_grant_that_comes_late_is_
 async fn terms_that_cannot_be_read_or_that_no_memory_has_are_refused_by_rank() {
     let writers = writers("", 1, DEADLINE).await;
     let part = OfferedPart { at: 0, bytes: 4096, address: u64::MAX - 1 };
-    let offer = Offer { agent: "a".into(), metadata: b"b".to_vec(), lease: 1, parts: vec![part] };
+    let offer = Offer {
+        agent: "a".into(),
+        metadata: b"b".to_vec(),
+        lease: 1,
+        device: None,
+        parts: vec![part],
+    };
     let nowhere = Offer { parts: Vec::new(), ..offer.clone() };
     for terms in [Bytes::from_static(b"{}"), encode(&offer).unwrap()] {
         let error = reach(&writers, &terms).unwrap_err();

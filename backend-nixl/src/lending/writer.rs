@@ -11,8 +11,9 @@ use tracing::{debug, info, warn};
 
 use super::IDLE;
 use super::notice::{Offer, ToLender, ToWriter};
+use super::parcel::Parcel;
 use super::peers::Peers;
-use super::staging::{LOOK, Staged, Staging};
+use super::staging::{LOOK, Staging};
 use crate::agent::{AgentOptions, open_with, this_host};
 use crate::arena::Memory;
 use crate::engine::unique_name;
@@ -41,8 +42,11 @@ pub(super) enum Command {
         until: Instant,
         told: SyncSender<Result<()>>,
     },
-    /// Write what was staged, which counts as begun.
-    Write(Arc<Target>, Staged),
+    /// Write it, which counts as begun.
+    Write(Arc<Target>, Parcel),
+    /// Register memory that is written from.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "only devices need more"))]
+    Register(Memory, SyncSender<Result<(), NixlError>>),
     /// Nothing more is put there.
     LetGo(Arc<Target>),
     Close,
@@ -56,6 +60,8 @@ pub(super) struct Target {
     lease: u64,
     /// The address of each part, in the rollout's process.
     parts: Parts<usize>,
+    /// The number of the device that they are on, there; `None` for host memory.
+    device: Option<u32>,
     failure: Arc<Failure>,
     writes: Mutex<Writes>,
     changed: Condvar,
@@ -82,8 +88,8 @@ impl Target {
         });
         let parts = Parts::new(parts.collect::<Result<Vec<_>>>()?);
         let (writes, changed) = (Mutex::default(), Condvar::new());
-        let agent = offer.agent.clone();
-        Ok(Self { rank, agent, lease: offer.lease, parts, failure, writes, changed })
+        let (agent, lease, device) = (offer.agent.clone(), offer.lease, offer.device);
+        Ok(Self { rank, agent, lease, parts, device, failure, writes, changed })
     }
 
     pub(super) fn rank(&self) -> Rank {
@@ -92,6 +98,10 @@ impl Target {
 
     pub(super) fn parts(&self) -> &Parts<usize> {
         &self.parts
+    }
+
+    pub(super) fn is_on_device(&self) -> bool {
+        self.device.is_some()
     }
 
     /// # Errors
@@ -157,7 +167,8 @@ pub(super) struct Writer {
     options: AgentOptions,
     rank: Rank,
     staging: Arc<Staging>,
-    memory: Memory,
+    /// What is written from.
+    memory: Vec<Memory>,
     limit: Duration,
     /// `None` after an agent has ended and no other one could be made.
     agent: Option<Open>,
@@ -196,7 +207,7 @@ struct Reaching {
 
 /// A write under way.
 struct Active {
-    raw: RawTransfer<Staged>,
+    raw: RawTransfer<Parcel>,
     target: Arc<Target>,
 }
 
@@ -205,7 +216,7 @@ impl Writer {
         options: AgentOptions,
         rank: Rank,
         staging: Arc<Staging>,
-        memory: Memory,
+        memory: Vec<Memory>,
         limit: Duration,
     ) -> Result<Self, NixlError> {
         let mut this = Self {
@@ -230,7 +241,7 @@ impl Writer {
             Some(open) => open,
             None => {
                 let name = unique_name(self.rank);
-                let (raw, metadata) = open_with(&self.options, &name, vec![self.memory.clone()])?;
+                let (raw, metadata) = open_with(&self.options, &name, self.memory.clone())?;
                 Open { raw, metadata, peers: Peers::default() }
             }
         };
@@ -255,7 +266,11 @@ impl Writer {
             loop {
                 match command {
                     Ok(Command::Reach { offers, until, told }) => self.reach(offers, until, told),
-                    Ok(Command::Write(target, staged)) => self.write(target, staged),
+                    Ok(Command::Write(target, parcel)) => self.write(target, parcel),
+                    Ok(Command::Register(memory, told)) => {
+                        // If nobody waits any more, it stays registered as long as the agent.
+                        drop(told.send(self.register(memory)));
+                    }
                     Ok(Command::LetGo(target)) => self.leave(&target),
                     Err(TryRecvError::Empty) => break,
                     Ok(Command::Close) | Err(TryRecvError::Disconnected) => return self.close(),
@@ -279,6 +294,10 @@ impl Writer {
         self.reaching = None;
         // A peer that is under way must not be forgotten.
         self.is_worn |= !self.active.is_empty();
+        if !self.options.reaches_devices && offers.iter().any(|(target, _)| target.is_on_device()) {
+            self.options.reaches_devices = true;
+            self.is_worn = true;
+        }
         if let Err(error) = self.renew() {
             return drop(told.send(Err(error.into())));
         }
@@ -324,16 +343,34 @@ impl Writer {
         }
     }
 
-    fn write(&mut self, target: Arc<Target>, staged: Staged) {
+    /// Registers more memory that is written from.
+    fn register(&mut self, memory: Memory) -> Result<(), NixlError> {
+        self.memory.push(memory.clone());
+        match &mut self.agent {
+            Some(open) => open.raw.register(memory),
+            // The next agent does.
+            None => Ok(()),
+        }
+    }
+
+    /// Gives back the memory of what is not written any more.
+    fn give(&self, parcel: Parcel) {
+        match parcel {
+            Parcel::Gathered(staged) => self.staging.give(staged),
+            Parcel::Encoded(encoded) => drop(encoded),
+        }
+    }
+
+    fn write(&mut self, target: Arc<Target>, parcel: Parcel) {
         let lease = self.leases.iter_mut().find(|lease| Arc::ptr_eq(&lease.target, &target));
         let fit = lease.filter(|lease| lease.granted && !lease.is_broken);
         // After a failure of any, the update has failed.
         let (Some(lease), Some(open), Ok(())) = (fit, &self.agent, target.check()) else {
             target.fail(NixlError::Abandoned);
-            self.staging.give(staged);
+            self.give(parcel);
             return target.ended();
         };
-        match open.raw.write_staged(&target.agent, staged) {
+        match open.raw.write_parcel(&target.agent, parcel, target.device) {
             Ok(raw) => {
                 if !self.active.iter().any(|active| Arc::ptr_eq(&active.target, &target)) {
                     lease.moved = Instant::now();
@@ -344,7 +381,7 @@ impl Writer {
                 lease.is_broken |= !unmoved;
                 self.is_worn = true;
                 target.fail(error);
-                self.staging.give(memory);
+                self.give(memory);
                 target.ended();
             }
         }
@@ -430,8 +467,8 @@ impl Writer {
                 Err(error) => Some(error),
             };
             let Active { raw, target } = self.active.swap_remove(at);
-            let staged = match open.raw.end(raw) {
-                Ok(staged) => staged,
+            let parcel = match open.raw.end(raw) {
+                Ok(parcel) => parcel,
                 // It was not done when the freeing call looked.
                 Err(raw) => {
                     self.active.push(Active { raw, target });
@@ -449,7 +486,7 @@ impl Writer {
                 self.is_worn = true;
                 target.fail(error);
             }
-            self.staging.give(staged);
+            self.give(parcel);
             target.ended();
         }
         any
@@ -506,8 +543,8 @@ impl Writer {
         let (raws, targets): (Vec<_>, Vec<_>) =
             self.active.drain(..).map(|active| (active.raw, active.target)).unzip();
         if let Some(open) = self.agent.take() {
-            for staged in open.raw.close(raws, Vec::new()) {
-                self.staging.give(staged);
+            for parcel in open.raw.close(raws, Vec::new()) {
+                self.give(parcel);
             }
         }
         for target in targets {

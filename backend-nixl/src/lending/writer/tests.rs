@@ -15,7 +15,8 @@ async fn a_lease_is_let_go_of_when_its_last_write_has_ended_and_not_before() {
     let (staging, memory) = Staging::new(1).unwrap();
     let staging = Arc::new(staging);
     let options = options("tcp,self");
-    let mut writer = Writer::new(options, Rank(0), staging.clone(), memory, DEADLINE).unwrap();
+    let mut writer =
+        Writer::new(options, Rank(0), staging.clone(), vec![memory], DEADLINE).unwrap();
     let offer = played.offer(3);
     let target = Arc::new(Target::new(RANK, &offer, Arc::default()).unwrap());
     let (told, is_told) = sync_channel(1);
@@ -39,7 +40,7 @@ async fn a_lease_is_let_go_of_when_its_last_write_has_ended_and_not_before() {
     let to = played.piece.address();
     assert_eq!(staged.add(to, to, &bytes), bytes.len());
     target.begun();
-    writer.write(target.clone(), staged);
+    writer.write(target.clone(), Parcel::Gathered(staged));
     writer.leave(&target);
     // The rollout processes nothing meanwhile, like one that is stopped.
     for _ in 0..100 {
