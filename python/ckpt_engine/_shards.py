@@ -13,17 +13,17 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from . import _native
 from ._worker import Worker
 from .engine import Channel, ControlPlane, PlacedRollout, TrainerEngine, form_group_async, leave
 from .errors import (
+    AbortedError,
     ConfigError,
     Error,
     MismatchError,
-    SourceError,
     StateError,
     TimeoutError,
     WeightError,
@@ -176,42 +176,91 @@ class ShardWorker(Worker):
     async def _agreed(
         self, control: ControlPlane, shards: list[Held], failure: Exception | None
     ) -> None:
-        """A trainer's part in the agreement on the weights: all of them hear that no trainer has failed."""
-        channel = control.channel()
+        """A trainer's part in the agreement: it says what it has, and hears that no rank has failed."""
         own: dict[str, Any] = {"weights": [held[:3] for held in shards]}
+        await self._round(control, range(self._trainers), own, failure)
+        await self._round(control, range(self._trainers, self._world_size))
+        self._known = {held.name: held[1:3] for held in shards}
+
+    async def _told(self, control: ControlPlane) -> list[tuple[str, Any]]:
+        """A rollout's part in the agreement: it hears what the trainers have, and makes the tensors that it lends."""
+        answer = await self._round(control, range(self._trainers))
+        weights = [Lend(*weight) for weight in answer["weights"]]
+        failure: Exception | None = None
+        lend: list[tuple[str, Any]] = []
+        try:
+            self._lent, lend = allocate(weights, str(self._config.get("device") or "cpu"))
+        except Exception as error:
+            failure = error
+        await self._round(control, range(self._trainers, self._world_size), {}, failure)
+        return lend
+
+    async def _round(
+        self,
+        control: ControlPlane,
+        speakers: range,
+        own: dict[str, Any] | None = None,
+        failure: Exception | None = None,
+    ) -> dict[str, Any]:
+        """Some ranks say something to rank 0, and all ranks hear its answer: the weights, if trainers have spoken.
+
+        Raises:
+            Exception: This rank's `failure`, once all ranks have heard of it.
+            AbortedError: If another rank has failed: `rank` says which.
+        """
+        channel = control.channel()
         if failure is not None:
             own = {"failed": f"{type(failure).__name__}: {failure}"}
-        if control.rank != 0:
-            channel.send(0, json.dumps(own).encode())
-            answer = await _hear(channel, self._timeout, [0])
+        if control.rank == 0:
+            answer = await self._answered(channel, speakers, own)
         else:
-            answer = await self._collected(channel, own)
+            if own is not None:
+                channel.send(0, json.dumps(own).encode())
+            _, answer = await self._message(channel, [0])
         if failure is not None:
             raise failure
         if "failed" in answer:
-            raise SourceError(answer["failed"], operation=WHAT, rank=answer["rank"], recovery="Reconnect")
-        self._known = {held.name: held[1:3] for held in shards}
+            raise AbortedError(
+                answer["failed"], operation="agreeing on the weights", rank=answer["rank"], recovery="Reconnect"
+            )
+        return answer
 
-    async def _collected(self, channel: Channel, own: dict[str, Any]) -> dict[str, Any]:
-        """What all trainers say, as one answer, which all ranks hear."""
-        said = {0: own}
-        while missing := [rank for rank in range(self._trainers) if rank not in said]:
-            said.update([await _message(channel, self._timeout, missing)])
-        failed = [rank for rank in sorted(said) if "failed" in said[rank]]
+    async def _answered(
+        self, channel: Channel, speakers: range, own: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """What ranks say, as one answer, which all ranks hear."""
+        said = {} if own is None else {0: own}
+        while missing := [rank for rank in speakers if rank not in said]:
+            rank, one = await self._message(channel, missing)
+            said[rank] = one
+        answer: dict[str, Any] = {}
         failure: Error | None = None
+        failed = [rank for rank in sorted(said) if "failed" in said[rank]]
         if failed:
-            answer = {"failed": said[failed[0]]["failed"], "rank": failed[0]}
-        else:
+            answer = {**said[failed[0]], "rank": failed[0]}
+        elif own is not None:
             try:
                 answer = {"weights": self._union({rank: said[rank]["weights"] for rank in sorted(said)})}
             except Error as error:
-                failure, answer = error, {"failed": str(error), "rank": 0}
+                failure, answer = error, {"failed": f"{type(error).__name__}: {error}", "rank": 0}
         body = json.dumps(answer).encode()
         for rank in range(1, self._world_size):
             channel.send(rank, body)
         if failure is not None:
             raise failure
         return answer
+
+    async def _message(self, channel: Channel, ranks: list[int]) -> tuple[int, Any]:
+        """The next message, of one of these ranks."""
+        message = await channel.recv_async(self._timeout)
+        if message is None:
+            raise TimeoutError(
+                f"nothing came of rank {', '.join(map(str, ranks))} within {self._timeout:.0f} s",
+                operation="agreeing on the weights",
+                rank=ranks[0],
+                recovery="Reconnect",
+            )
+        return message[0], json.loads(message[1])
 
     def _union(self, said: dict[int, list[Any]]) -> list[Lend]:
         """Every weight that a trainer has, and which of them are quantised."""
@@ -245,37 +294,9 @@ class ShardWorker(Worker):
             recovery="Reconnect",
         )
 
-    async def _told(self, control: ControlPlane) -> Iterable[tuple[str, Any]]:
-        """A rollout's part in the agreement: it makes the tensors that it lends."""
-        answer = await _hear(control.channel(), self._timeout, [0])
-        if "failed" in answer:
-            raise SourceError(
-                answer["failed"], operation="receiving weights", rank=answer["rank"], recovery="Reconnect"
-            )
-        weights = [Lend(*weight) for weight in answer["weights"]]
-        self._lent, lend = allocate(weights, str(self._config.get("device") or "cpu"))
-        return lend
-
 
 def _refusal(why: str) -> ConfigError:
     return ConfigError(f"`gather: false`: {why}", operation="reading engine_kwargs")
-
-
-async def _message(channel: Channel, timeout: float, ranks: list[int]) -> tuple[int, Any]:
-    message = await channel.recv_async(timeout)
-    if message is None:
-        missing = ", ".join(map(str, ranks))
-        raise TimeoutError(
-            f"nothing came of rank {missing} within {timeout:.0f} s",
-            operation="agreeing on the weights",
-            rank=ranks[0],
-            recovery="Reconnect",
-        )
-    return message[0], json.loads(message[1])
-
-
-async def _hear(channel: Channel, timeout: float, ranks: list[int]) -> Any:
-    return (await _message(channel, timeout, ranks))[1]
 
 
 def _stream(shards: list[Held], failure: Exception | None) -> Iterator[tuple[str, Any]]:
@@ -420,7 +441,8 @@ def _shared(size: int) -> mmap.mmap:
     size = max(1, size)
     file = os.memfd_create("ckpt-engine-lent", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(file, size)
+        # All of it now: where memory is short, not within an update.
+        os.posix_fallocate(file, 0, size)
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         return mmap.mmap(file, size)
     finally:

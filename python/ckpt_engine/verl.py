@@ -179,9 +179,12 @@ class CkptEngine(CheckpointEngine):
         Returns:
             The update's metrics on the master, ``None`` on the others.
         """
-        if not self.is_master and not isinstance(self._worker, ShardWorker):
-            await drain(weights)
-            return None
+        if not isinstance(self._worker, ShardWorker):
+            if hasattr(weights, "get_per_tensor_param"):
+                weights, _ = weights.get_per_tensor_param()
+            if not self.is_master:
+                await drain(weights)
+                return None
         self._steps = self._steps + 1 if global_steps is None else int(global_steps)
         report = await self._worker.send(weights, self._steps)
         return report.metrics() if self.is_master else None
@@ -218,10 +221,11 @@ class CkptEngine(CheckpointEngine):
 class ShardManager(CheckpointEngineManager):
     """verl's manager, for ``gather: false``: actors give the backend their training engine, which has the shards, and not whole weights.
 
-    It is verl's ``checkpoint_manager_class``.
+    It is verl's ``checkpoint_manager_class``. With ``gather: true`` the backend asks the engine for whole weights, as verl does.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # What verl's actors are told as the `mode` of an update. For its own backend of this name they give the engine.
-        self.backend = "delta_sharded"
+        if self.backend == BACKEND:
+            # What verl's actors are told as the `mode` of an update. For verl's own backend of this name they give the engine.
+            self.backend = "delta_sharded"

@@ -349,6 +349,9 @@ class TrainingEngine:
 
         return shards(), None
 
+    def get_per_tensor_param(self):
+        return ((name, weight.full_tensor()) for name, weight in self.weights.items()), None
+
 
 class ShardActor(Worker):
     """An actor of a mesh of two, which gives its shards in one of the ways that there are."""
@@ -513,6 +516,31 @@ def test_without_gathering_weights_with_other_names_are_refused_once_and_then_ta
     assert manager.seen() == [{name: as_seen(weight) for name, weight in full(3, fewer).items()}]
 
 
+def test_a_rollout_that_has_no_memory_to_lend_is_an_error_of_all_at_once_and_names_it(shards):
+    manager = shards(rollouts=2)
+    manager.kwargs["device"] = "cuda:99"
+    process, _ = manager.rollouts[1]
+    process.kill()
+    manager.rollouts[1] = manager.worker("rollout", 1)
+    del manager.kwargs["device"]
+    start = time.monotonic()
+    manager.build()
+    manager.actors.start("update_actor", [{"global_steps": 1}] * 2)
+    manager.rollouts.start("update_rollout", [{"global_steps": 1}] * 2)
+    answers = manager.actors.answers() + manager.rollouts.answers()
+    assert time.monotonic() - start < KWARGS["timeout_seconds"] and not any(fine for fine, _ in answers)
+    for _, error in answers[:3]:
+        assert isinstance(error, ckpt_engine.AbortedError) and error.rank == 3 and "CUDA" in str(error)
+    assert "CUDA" in str(answers[3][1])
+
+
+def test_actors_that_are_asked_for_their_training_engine_gather_where_that_is_configured(shards):
+    manager = shards(gather=True)
+    names = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight")
+    manager.update(1, names=names)
+    assert manager.seen() == [{name: as_seen(weight) for name, weight in full(1, names).items()}]
+
+
 def test_without_gathering_a_rollout_that_was_replaced_lends_tensors_too(shards):
     manager = shards(rollouts=2)
     manager.update(1)
@@ -554,6 +582,8 @@ def test_the_manager_of_shards_has_actors_give_their_training_engine():
     stand_in()
     from ckpt_engine.verl import ShardManager
 
-    manager = ShardManager(types.SimpleNamespace(backend="ckpt_engine"), actor_wg=None, replicas=[])
-    assert manager.backend == "delta_sharded"
-    assert manager.backend_cls is stand_in().CheckpointEngineRegistry.classes["ckpt_engine"]
+    classes = stand_in().CheckpointEngineRegistry.classes
+    classes.setdefault("naive", object)
+    for backend, mode in (("ckpt_engine", "delta_sharded"), ("naive", "naive")):
+        manager = ShardManager(types.SimpleNamespace(backend=backend), actor_wg=None, replicas=[])
+        assert (manager.backend, manager.backend_cls) == (mode, classes[backend])

@@ -323,7 +323,7 @@ def table(work, transports):
     Qwen3ForCausalLM(config).bfloat16().save_pretrained(path)
     # So many only in name: a bundle of a worker group takes one.
     ray.init(
-        num_cpus=32, include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=f"{work}/ray"
+        num_cpus=64, include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=f"{work}/ray"
     )
 
     def row(what, seconds, result):
