@@ -131,13 +131,10 @@ class ShardWorker(Worker):
             assert isinstance(engine, TrainerEngine)
             return await engine.send_weights_async(_stream(shards, failure), version)
         except Error as error:
-            self.failed(error)
+            self._failed(control, error, failure)
             if isinstance(failure, Error):
                 raise failure from None
             raise
-        finally:
-            if isinstance(failure, MismatchError):
-                self.group = None
 
     async def update(self, version: int | None) -> dict[str, Any]:
         """Has the next version written, and returns its tensors by name. They are valid until the next call."""
@@ -150,8 +147,14 @@ class ShardWorker(Worker):
             await engine.update_async(version)
             return self._lent
         except Error as error:
-            self.failed(error)
+            self._failed(control, error)
             raise
+
+    def _failed(self, control: ControlPlane, *errors: Exception | None) -> None:
+        """As :meth:`failed`, unless this worker is in another group by now."""
+        for error in errors:
+            if self._control is control and isinstance(error, Error):
+                self.failed(error)
 
     def _connected(self, what: str) -> ControlPlane:
         if self._control is None:
@@ -170,6 +173,9 @@ class ShardWorker(Worker):
                 self._control, self.group = None, None
             leave(None, control)
             raise
+        if self._control is not control:
+            leave(engine, control)
+            raise StateError("this worker joined another group meanwhile", operation="forming the group")
         self._engine = engine
         return engine
 
@@ -422,6 +428,8 @@ def allocate(weights: list[Lend], device: str) -> tuple[dict[str, Any], list[tup
     if device == "cpu":
         memory = torch.frombuffer(_shared(size), dtype=torch.uint8)
     else:
+        # Without a number it is the first one, as everywhere in the configuration, and not torch's current one.
+        device = f"{device}:0" if ":" not in device else device
         memory = torch.empty(max(1, size), dtype=torch.uint8, device=device)
     made = (
         memory[at : at + dtype.itemsize * math.prod(shape)].view(dtype).view(shape) for at, dtype, shape in places

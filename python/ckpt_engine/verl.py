@@ -12,13 +12,14 @@
               trainer_quantize_fp8: true
 
 Keys of ``engine_kwargs.ckpt_engine``: ``transport`` (the backend of this engine that carries the weights: ``ipc``
-unless set), ``gather`` (whether verl gathers whole weights, of which rank 0 sends them; yes unless set), ``address`` (the trainer's interface that rollouts reach, without a port; the one of the host's name
-unless set), ``heartbeat_timeout``, ``copy`` (whether each tensor that a rollout gets has memory of its
+unless set), ``gather`` (whether verl gathers whole weights, which the actor of rank 0 sends; yes unless set), ``address``
+(the trainer's interface that rollouts reach, without a port; the one of the host's name unless set), ``heartbeat_timeout``,
+``copy`` (whether each tensor that a rollout gets has memory of its
 own; no unless set), and all keys of this engine's configuration: ``timeout_seconds``, ``digests``, ``device``,
 ``quantization``, ``engine_kwargs``, …
 
-``gather: false`` has every actor send the shards that it holds, and rollouts lend memory for a whole model that these are written to. It needs
-verl's shards instead of its whole weights, which :class:`ShardManager` asks for::
+``gather: false`` has every actor send the shards that it holds, and rollouts lend memory for a whole model that these are
+written to. It needs verl's shards instead of its whole weights, which :class:`ShardManager` asks for::
 
     actor_rollout_ref:
       rollout:
