@@ -14,6 +14,7 @@ from typing import Any
 from . import generate_token
 from .engine import (
     ControlPlane,
+    PlacedRollout,
     ReceivedWeights,
     RolloutEngine,
     TrainerEngine,
@@ -50,7 +51,7 @@ class Worker:
         # The connection to the group; the secret, the place and the name of the next one, where this worker may lead it.
         self._control: ControlPlane | None = None
         self._next: tuple[ControlPlane, bytes, str] | None = None
-        self._engine: TrainerEngine | RolloutEngine | None = None
+        self._engine: TrainerEngine | RolloutEngine | PlacedRollout | None = None
         #: The group that this worker is in.
         self.group: str | None = None
 
@@ -72,8 +73,25 @@ class Worker:
             metadata.update(address=control.address, token=token, next=name)
         return metadata
 
-    def connect(self, group: str | None, leader: dict[str, Any], world_size: int) -> None:
+    def connect(
+        self,
+        group: str | None,
+        leader: dict[str, Any],
+        world_size: int,
+        *,
+        role: str = "rollout",
+        rank: int | None = None,
+        trainers: int = 1,
+    ) -> None:
         """Joins the group, unless this worker is in it already; `None` is for one that has no part in it.
+
+        Args:
+            group: The group's name, of :func:`group_of`.
+            leader: What the leader said.
+            world_size: How many ranks the group has.
+            role: ``"rollout"`` or ``"trainer"``, of a worker that does not lead.
+            rank: The number to have; the lowest free one unless set.
+            trainers: How many of the ranks are trainers.
 
         Raises:
             TimeoutError: Naming the ranks that are missing.
@@ -92,10 +110,18 @@ class Worker:
             (self._control, *_), self._next = self._next, None
         else:
             self._control = ControlPlane.join(
-                leader["address"], leader["token"], heartbeat_timeout=self._heartbeat
+                leader["address"],
+                leader["token"],
+                role=role,
+                rank=rank,
+                heartbeat_timeout=self._heartbeat,
             )
-        self._engine = form_group(self._control, self._config, world_size=world_size)
+        self._form(world_size, trainers)
         self.group = group
+
+    def _form(self, world_size: int, trainers: int) -> None:
+        """Forms the group of the connection."""
+        self._engine = form_group(self._control, self._config, world_size=world_size)
 
     def _leave(self) -> None:
         """Ends this worker's part in its group; what fails in it is over all the same."""
@@ -135,18 +161,18 @@ class Worker:
         return await engine.receive_weights_async(version, framework="torch", copy=copy)
 
 
-def group_of(leader: dict[str, Any], rollouts: list[dict[str, Any]]) -> str:
-    """The group that a leader and rollouts are in, if it is one, or else the name of their next one.
+def group_of(leader: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    """The group that a leader and other workers are in, if it is one, or else the name of their next one.
 
     A pure function of what they have said, so that every worker may call it. A group's name has its members in it: it
     fits only those that formed it.
     """
-    members = ",".join(worker["worker"] for worker in [leader, *rollouts])
+    members = ",".join(worker["worker"] for worker in [leader, *others])
     group = leader["group"]
     kept = (
         group is not None
         and group.split(":")[0] == members
-        and all(worker["group"] == group for worker in rollouts)
+        and all(worker["group"] == group for worker in others)
     )
     return group if kept else f"{members}:{leader['next']}"
 

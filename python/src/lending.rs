@@ -184,6 +184,32 @@ impl Lending {
     }
 }
 
+/// The scales of a weight that is quantised: the weight's name, and the name and the shape of the scales.
+pub(crate) type Scales = (String, String, Vec<usize>);
+
+/// The weights that become FP8 where a configuration has trainers quantise, out of all weights of a model: each with its name, its type and
+/// its shape.
+pub(crate) fn quantized(
+    config: &CheckpointEngineConfig,
+    weights: Vec<(String, DType, Vec<usize>)>,
+) -> Result<Vec<Scales>> {
+    let fp8 = fp8::Fp8Config::of(config)?;
+    if !fp8.trainer_quantize_fp8 {
+        return Ok(Vec::new());
+    }
+    let parameters =
+        weights.into_iter().map(|(name, dtype, shape)| (name, shape, fp8::stored(dtype)));
+    let plan = fp8::rules::QuantPlan::resolve(parameters, &fp8.quantization.rules())?;
+    let format = *plan.format();
+    let entries = plan.entries().iter();
+    let quantized = entries.filter(|entry| entry.decision == fp8::rules::Decision::Quantize);
+    let scales = quantized.map(|entry| {
+        let shape = format.granularity.scale_shape(&entry.shape)?;
+        Ok((entry.name.clone(), format.scale_name.of(&entry.name), shape))
+    });
+    scales.collect()
+}
+
 /// A tensor that is a part of a full tensor: the tensor, the full tensor's shape, and the box that the part is.
 type Shard<'py> = (Bound<'py, PyAny>, Arc<[u64]>, TensorBox);
 

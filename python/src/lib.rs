@@ -430,6 +430,25 @@ fn check_config(py: Python<'_>, config: Option<&str>, path: Option<&str>) -> PyR
     engines::read_config(config, path).or_raise(py).map(drop)
 }
 
+/// Which of a model's weights become FP8 as a configuration says, and their scales; the types have the names that torch gives them.
+#[pyfunction]
+fn quantized(
+    py: Python<'_>,
+    config: &str,
+    weights: Vec<(String, String, Vec<usize>)>,
+) -> PyResult<Vec<lending::Scales>> {
+    let config = engines::read_config(Some(config), None).or_raise(py)?;
+    let typed = |(name, dtype, shape): (String, String, Vec<usize>)| {
+        let dtype = tensor::named(&dtype).ok_or_else(|| {
+            let message = format!("no type is called {dtype}");
+            Error::new(ErrorKind::Weight, "deciding what is quantised", message).tensor(&*name)
+        })?;
+        Ok((name, dtype, shape))
+    };
+    let weights: engine_core::Result<Vec<_>> = weights.into_iter().map(typed).collect();
+    weights.and_then(|weights| lending::quantized(&config, weights)).or_raise(py)
+}
+
 /// Aborts all work under way; whether it ended in time.
 #[pyfunction]
 fn end_all(py: Python<'_>, seconds: f64) -> bool {
@@ -456,7 +475,7 @@ mod _native {
     #[pymodule_export]
     use super::{
         Job, PyChannel, PyControl, PyEngine, build_info, check_config, end_all, generate_token,
-        read_token,
+        quantized, read_token,
     };
     #[pymodule_export]
     use crate::destination::Destination;

@@ -43,7 +43,7 @@ const TYPES: [(DType, &[&str], u8, char); 20] = [
     (DType::F4, &["float4_e2m1fn_x2"], 0, ' '),
 ];
 
-fn named(name: &str) -> Option<DType> {
+pub(crate) fn named(name: &str) -> Option<DType> {
     let name = name.strip_prefix("torch.").unwrap_or(name);
     let known =
         TYPES.iter().find(|(dtype, names, ..)| names.contains(&name) || dtype.name() == name);

@@ -206,7 +206,9 @@ pub(crate) fn verl(workspace: &Workspace) -> PathBuf {
 
 pub(crate) fn has_verl(workspace: &Workspace) -> bool {
     let folder = verl(workspace);
-    ["verl", "ray", "transformers", "datasets"].iter().all(|name| folder.join(name).is_dir())
+    ["verl", "ray", "transformers", "datasets", "peft"]
+        .iter()
+        .all(|name| folder.join(name).is_dir())
 }
 
 pub(crate) fn install_verl(workspace: &Workspace) -> Result<()> {

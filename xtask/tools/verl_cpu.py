@@ -6,7 +6,8 @@ Two trainers hold a small random Qwen3 in halves (FSDP2 over gloo) and two rollo
 exit code is 1 if anything was not as it has to be.
 
 Ours are the trainer, because verl registers its FSDP engine for CUDA and NPUs alone, and what a rollout does with the
-weights, because its inference engines need a GPU.
+weights, because its inference engines need a GPU. Without gathering, what exports the shards and hands them over is verl's: the method of its
+FSDP engine, told that the device is the CPU, and that of its worker.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from importlib.metadata import version
 
 # Failures are a part of this; what is said of them is printed below. verl knows no CPU, and warns that it takes it for
@@ -42,7 +44,7 @@ from verl.single_controller.base.decorator import Dispatch, register
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.single_controller.ray.base import split_resource_pool
 from verl.utils.distributed import initialize_global_process_group_ray
-from verl.utils.import_utils import import_external_libs
+from verl.utils.import_utils import import_external_libs, load_class_from_fqn
 from verl.workers.config import CheckpointEngineConfig, HFModelConfig, RolloutConfig
 
 BACKEND, MODULE = "ckpt_engine", "ckpt_engine.verl"
@@ -74,13 +76,36 @@ class Trainer(Worker):
         fully_shard(self.model, mesh=mesh)
         self.start = {name: p.to_local().clone() for name, p in self.model.state_dict().items()}
         self.heard = None
+        kwargs = config.engine_kwargs.get(config.backend, {})
+        self.gathers = kwargs.get("gather", True)
+        if not self.gathers:
+            self.actor = types.SimpleNamespace(engine=self.exporting())
         import_external_libs(config.custom_backend_module)
         self.checkpoint_engine = CheckpointEngineRegistry.new(
             config.backend,
             is_master=self.rank == 0,
             bucket_size=config.update_weights_bucket_megabytes << 20,
-            **config.engine_kwargs.get(config.backend, {}),
+            **kwargs,
         )
+
+    def exporting(self):
+        """verl's training engine around the model, as far as it exports shards."""
+        from verl.workers.engine.fsdp import FSDPEngine, transformer_impl
+
+        transformer_impl.get_device_id = lambda: "cpu"
+        engine = FSDPEngine.__new__(FSDPEngine)
+        engine.module = self.model
+        engine._uses_fsdp2_cpu_offload_policy = engine._is_offload_param = engine._qat_enabled = False
+        engine.model_config = types.SimpleNamespace(hf_config=self.model.config)
+        return engine
+
+    async def send(self, params, global_steps, mode):
+        if self.gathers:
+            weights = ((name, param.full_tensor()) for name, param in params.items())
+            return await self.checkpoint_engine.send_weights(weights, global_steps=global_steps)
+        from verl.workers.engine_workers import ActorRolloutRefWorker
+
+        return await ActorRolloutRefWorker.update_weights(self, global_steps=global_steps, mode=mode)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     async def update_weights(self, global_steps=None, mode="auto"):
@@ -89,8 +114,7 @@ class Trainer(Worker):
             param.to_local().copy_(weight_of(global_steps, self.start[name]))
         self.heard = None
         try:
-            weights = ((name, param.full_tensor()) for name, param in params.items())
-            metrics = await self.checkpoint_engine.send_weights(weights, global_steps=global_steps) or {}
+            metrics = await self.send(params, global_steps, mode) or {}
             self.heard = f"nothing: it ended, with {metrics.get('checkpoint_engine/rollouts', 0):.0f} rollouts"
             return metrics
         except Exception as error:
@@ -195,7 +219,11 @@ class Run:
         trainer = RayClassWithInitArgs(cls=ray.remote(Trainer), path=str(path), config=config)
         self.actors = RayWorkerGroup(resource_pool=trainers, ray_cls_with_init=trainer)
         self.groups, self.replicas = [], []
-        self.manager = CheckpointEngineManager(config=config, actor_wg=self.actors, replicas=[])
+        manager = CheckpointEngineManager
+        if not kwargs.get("gather", True):
+            # As verl's trainer does for `checkpoint_manager_class`.
+            manager = load_class_from_fqn("ckpt_engine.verl.ShardManager", "CheckpointEngineManager")
+        self.manager = manager(config=config, actor_wg=self.actors, replicas=[])
         self.start(rollouts)
         ray.get([worker.what_it_heard.remote() for worker in self.actors.workers])
         self.step = 0
@@ -295,11 +323,11 @@ def table(work, transports):
     Qwen3ForCausalLM(config).bfloat16().save_pretrained(path)
     # So many only in name: a bundle of a worker group takes one.
     ray.init(
-        num_cpus=32, include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=f"{work}/ray"
+        num_cpus=64, include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=f"{work}/ray"
     )
 
     def row(what, seconds, result):
-        print(f"{what:<42} {'' if seconds is None else f'{seconds:.2f} s':>8}  {result}", flush=True)
+        print(f"{what:<46} {'' if seconds is None else f'{seconds:.2f} s':>8}  {result}", flush=True)
 
     print("\n" + ", ".join(f"{name} {version(name)}" for name in ("verl", "ray", "torch", "transformers")))
     for transport in transports:
@@ -318,6 +346,21 @@ def table(work, transports):
         assert quantized > 0 and error > 0, f"{quantized} weights were quantised"
         what = f"{quantized} weights as FP8, {size / 2**20:.0f} MiB, off by up to {error:.1%} of a block's largest"
         row(f"{transports[0]}, FP8: update {i + 1}", seconds, what)
+    run.end()
+    for transport in transports:
+        run = Run(path, transport=transport, gather=False)
+        for i in range(UPDATES):
+            seconds, metrics, size, _ = run.update()
+            row(f"{transport}, shards: update {i + 1}", seconds, said(metrics, size))
+        run.fails(row, f"{transport}, shards: a rollout killed between updates", None)
+        run.end()
+    run = Run(path, transport=transports[0], gather=False, trainer_quantize_fp8=True)
+    for i in range(2):
+        seconds, metrics, size, error = run.update()
+        quantized = int(metrics["checkpoint_engine/converted"])
+        assert quantized > 0 and error > 0, f"{quantized} weights were quantised"
+        what = f"{quantized} weights as FP8, {size / 2**20:.0f} MiB, off by up to {error:.1%} of a block's largest"
+        row(f"{transports[0]}, shards, FP8: update {i + 1}", seconds, what)
     print("\nmetrics of the last:")
     for key, value in sorted(metrics.items()):
         print(f"  {key} {value:.6g}")
