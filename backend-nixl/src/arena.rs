@@ -289,6 +289,11 @@ impl Lent {
 }
 
 impl Memory {
+    /// Whether anybody else has it.
+    pub(crate) fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.memory) > 1
+    }
+
     /// Prepares this thread for libraries that access the memory: UCX looks for a device's context when the agent is made.
     pub(crate) fn enter(&self) -> engine_core::Result<()> {
         self.memory.enter()

@@ -240,6 +240,8 @@ impl Writer {
         let open = match self.agent.take() {
             Some(open) => open,
             None => {
+                // Nobody writes any more from what only this thread has.
+                self.memory.retain(Memory::is_shared);
                 let name = unique_name(self.rank);
                 let (raw, metadata) = open_with(&self.options, &name, self.memory.clone())?;
                 Open { raw, metadata, peers: Peers::default() }

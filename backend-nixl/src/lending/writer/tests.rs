@@ -7,6 +7,7 @@ use std::sync::mpsc::sync_channel;
 use super::super::staging::Next;
 use super::super::tests::{DEADLINE, Played, RANK, options};
 use super::*;
+use crate::host::pieces;
 
 #[tokio::test]
 async fn a_lease_is_let_go_of_when_its_last_write_has_ended_and_not_before() {
@@ -56,5 +57,25 @@ async fn a_lease_is_let_go_of_when_its_last_write_has_ended_and_not_before() {
     };
     assert_eq!(said, ToLender::LetGo { lease: 3 });
     assert!(played.piece.bytes()[..bytes.len()] == bytes, "not all of it is there");
+    writer.close();
+}
+
+#[tokio::test]
+async fn a_new_agent_has_only_the_memory_that_somebody_still_writes_from() {
+    let (staging, memory) = Staging::new(1).unwrap();
+    let options = options("tcp,self");
+    let mut writer =
+        Writer::new(options, Rank(0), Arc::new(staging), vec![memory], DEADLINE).unwrap();
+    let more: Vec<_> = (0..2).map(|_| pieces(1, 4096).unwrap()).collect();
+    for (memory, _) in &more {
+        writer.register(memory.clone()).unwrap();
+    }
+    let kept = more.into_iter().next();
+    for (worn, expected) in [(false, 3), (true, 2)] {
+        writer.is_worn = worn;
+        writer.renew().unwrap();
+        assert_eq!(writer.memory.len(), expected);
+    }
+    drop(kept);
     writer.close();
 }
