@@ -43,7 +43,7 @@ pub mod backend {
     pub use engine_core::control::Control;
     pub use engine_core::{
         Availability, Backend, Devices, Encoding, EngineContext, Kernel, Layer, Prepared,
-        PreparedRollout, PreparedTrainer, Program, Storage, StridedView,
+        PreparedRollout, PreparedTrainer, Program, Storage, StridedView, no_copies,
     };
     pub use engine_core::{CacheStore, CacheWriter, DeviceBytes, DeviceMemory, ensure_fresh};
     pub use engine_core::{clock, digest, memory, native, plan, provider, telemetry};

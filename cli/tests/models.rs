@@ -12,7 +12,7 @@ use cli::source::{ModelSpec, Source, SourceSpec, perturbed};
 use cli::synthetic::{Residency, ResidentModel, StreamedModel, SyntheticModel, compare, fill};
 use engine_core::{
     CheckpointEngine, DType, ErrorKind, Result, SendReport, TensorMeta, TrainerEngine, Version,
-    Weight, WeightStream,
+    Weight, WeightStream, no_copies,
 };
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -417,6 +417,14 @@ impl CheckpointEngine for Alone {
 impl TrainerEngine for Alone {
     async fn send_weights(&mut self, _: WeightStream<'_>, version: Version) -> Result<SendReport> {
         Ok(SendReport::new(version))
+    }
+
+    async fn send_part(&mut self, _: WeightStream<'_>, _: Version) -> Result<SendReport> {
+        Err(no_copies("sending a part of a version"))
+    }
+
+    async fn attest(&mut self) -> Result<SendReport> {
+        Err(no_copies("attesting a version"))
     }
 }
 

@@ -43,7 +43,7 @@ pub use elements::{Element, Numbers};
 pub use engine::{
     Availability, Backend, CheckpointEngine, CheckpointEngineWithCache, Devices, EngineContext,
     Placement, Prepared, PreparedRollout, PreparedTrainer, RolloutEngine, TrainerEngine,
-    WorkerMetadata, form_local_group,
+    WorkerMetadata, form_local_group, no_copies,
 };
 pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
 pub use expected::{Expected, check_names};
