@@ -23,6 +23,8 @@ pub(crate) struct Entry {
     bytes: Box<dyn ShadowBytes>,
     /// The digest's sum of its bytes.
     sum: u64,
+    /// The weight that it was added to on the trainer, as scales are to their codes: it is there only as long as that one comes with it.
+    follows: Option<Arc<str>>,
 }
 
 /// All weights of a version, in the order sent.
@@ -74,7 +76,8 @@ impl Copies {
     pub(crate) fn allocate(&self, metas: Vec<TensorMeta>) -> Result<Vec<Entry>> {
         let lens = metas.iter().map(TensorMeta::byte_len).collect::<Result<Vec<_>>>()?;
         let all = metas.into_iter().zip(self.memory.allocate(&lens)?);
-        Ok(all.map(|(meta, bytes)| Entry { key: key(&meta), meta, bytes, sum: 0 }).collect())
+        let entry = |(meta, bytes)| Entry { key: key(&meta), meta, bytes, sum: 0, follows: None };
+        Ok(all.map(entry).collect())
     }
 
     /// Encodes weights into new memory. Blocks.
@@ -181,9 +184,19 @@ impl Entry {
         &*self.bytes
     }
 
+    /// The weight that it was added to, if it was.
+    pub(crate) fn follows(&self) -> Option<&Arc<str>> {
+        self.follows.as_ref()
+    }
+
     /// The bytes, shared.
     pub(crate) fn view(&self) -> Storage {
         self.bytes.view()
+    }
+
+    /// The same weight, added to this one.
+    pub(crate) fn following(self, follows: Option<Arc<str>>) -> Self {
+        Self { follows, ..self }
     }
 
     /// Adds the weight to the number of a version, with its sum changed by `changed`.
