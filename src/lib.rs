@@ -60,9 +60,9 @@ pub use engine_core::{
     ChangedElements, CheckpointEngine, CheckpointEngineConfig, CheckpointEngineWithCache, CopyOut,
     DType, DeltaReport, DeviceChoice, Element, EngineContext, Error, ErrorKind, ErrorReport,
     Expected, FromIterator, FromStream, Install, IntoWeight, IntoWeightStream, Numbers, Outcome,
-    Placement, Prepared, PreparedRollout, PreparedTrainer, Rank, ReceiveReport, ReceivedBucket,
-    ReceivedPiece, ReceivedWeights, ReceiverReport, Recovery, Registry, Result, Role,
-    RolloutEngine, SendReport, StageTimes, TensorBox, TensorCounts, TensorMap, TensorMeta,
+    PartReport, Placement, Prepared, PreparedRollout, PreparedTrainer, Rank, ReceiveReport,
+    ReceivedBucket, ReceivedPiece, ReceivedWeights, ReceiverReport, Recovery, Registry, Result,
+    Role, RolloutEngine, SendReport, StageTimes, TensorBox, TensorCounts, TensorMap, TensorMeta,
     TrainerEngine, Treatment, Version, VersionState, Weight, WeightStream, WeightStreamExt,
     WorkerMetadata, ensure_async_iterator, form_local_group, observe,
 };

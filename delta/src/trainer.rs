@@ -184,6 +184,7 @@ impl DeltaTrainer {
         match std::mem::replace(copied, Err("it moves to the version that was sent".to_owned())) {
             Ok(base) => {
                 delta.shadow_bytes = base.bytes();
+                delta.parts = copies.parts.report(reported(&weights, &base, &delta));
                 let work = copies.clone();
                 kept.moving = Some(copies.pool.start(move || moved(base, weights, changes, &work)));
             }
@@ -191,6 +192,7 @@ impl DeltaTrainer {
                 let entries = weights.into_iter().filter_map(Sent::into_new).collect();
                 let shadow = Shadow { entries };
                 delta.shadow_bytes = shadow.bytes();
+                delta.parts = copies.parts.report(shadow.entries.iter().map(|it| (it, 0, true)));
                 *copied = Ok(Arc::new(shadow));
                 kept.since_attested = 0;
             }
@@ -199,6 +201,20 @@ impl DeltaTrainer {
         report.delta = Some(delta);
         Ok(report)
     }
+}
+
+/// The weights of the version that was committed, each with the change of its digest sum since the base, and whether anything of it
+/// travelled.
+fn reported<'a>(
+    weights: &'a [Sent],
+    base: &'a Shadow,
+    delta: &DeltaReport,
+) -> impl Iterator<Item = (&'a Entry, u64, bool)> {
+    let is_whole = delta.whole.is_some();
+    weights.iter().map(move |sent| match sent {
+        Sent::New(entry) => (entry, 0, true),
+        Sent::Kept { at, sum, changed, .. } => (&base.entries[*at], *sum, *changed || is_whole),
+    })
 }
 
 /// The copy of the version that was committed, made from the base and the changes. Blocks.
@@ -237,6 +253,7 @@ enum Sent {
     Kept {
         at: usize,
         sum: u64,
+        changed: bool,
         follows: Option<Arc<str>>,
     },
     New(Entry),
@@ -538,7 +555,7 @@ impl Sending<'_> {
             if is_whole {
                 let weight = Weight::from_meta(entry.meta.clone(), entry.view())?;
                 self.ready.push_back(weight);
-                lock(&self.made).weights.push(Sent::Kept { at, sum: 0, follows });
+                lock(&self.made).weights.push(Sent::Kept { at, sum: 0, changed: false, follows });
                 continue;
             }
             if bytes >= self.batch {
@@ -725,7 +742,7 @@ impl Sending<'_> {
         for Again { at, difference: Difference { cut, words, units, sum, .. }, follows } in
             run.drain(..)
         {
-            made.weights.push(Sent::Kept { at, sum, follows });
+            made.weights.push(Sent::Kept { at, sum, changed: units > 0, follows });
             if units > 0 {
                 of.push((at, Change { cut, words }));
             }

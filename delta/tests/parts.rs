@@ -1,9 +1,11 @@
 //! Versions of which only a part is sent.
 
+use std::collections::BTreeMap;
+
 use delta::LAYER;
 use engine_core::{
-    CheckpointEngineConfig, DType, EngineContext, ErrorKind, Outcome, Rank, ReceivedWeights,
-    Registry, Result, RolloutEngine, SendReport, TrainerEngine, Version, Weight,
+    CheckpointEngineConfig, DType, EngineContext, Error, ErrorKind, Outcome, PartReport, Rank,
+    ReceivedWeights, Registry, Result, RolloutEngine, SendReport, TrainerEngine, Version, Weight,
     ensure_async_iterator, form_local_group,
 };
 
@@ -125,4 +127,151 @@ async fn a_part_of_a_layer_is_quantised_as_the_layer_was() {
     let (_, came) = send(&mut group, all, 4, false).await.expect("the whole version");
     let fp8 = came[0].iter().filter(|(_, dtype)| *dtype == DType::F8_E4M3).count();
     assert_eq!((fp8, came[0].len()), (3, 6), "{came:?}");
+}
+
+/// An adapter in PEFT's names.
+fn adapter(version: u64) -> Vec<Weight> {
+    let half = |half: &str| {
+        let name = format!("base_model.model.model.layers.0.self_attn.q_proj.lora_{half}.weight");
+        let bytes = vec![version as u8; 8 * 256 * 2];
+        Weight::new(name, DType::BF16, [8, 256], bytes).expect("a weight")
+    };
+    vec![half("A"), half("B")]
+}
+
+/// A draft model's weight.
+fn draft(version: u64) -> Weight {
+    Weight::new("mtp.fc.weight", DType::BF16, [1, 2], vec![version as u8; 4]).expect("a weight")
+}
+
+/// A group whose versions have three parts. No rank quantises.
+async fn group_of_parts() -> Result<(Box<dyn TrainerEngine>, Vec<Box<dyn RolloutEngine>>)> {
+    group_with(serde_json::json!({"adapter": ["*.lora_*"], "draft": ["mtp.*"]}), true).await
+}
+
+async fn group_with(
+    parts: serde_json::Value,
+    delta: bool,
+) -> Result<(Box<dyn TrainerEngine>, Vec<Box<dyn RolloutEngine>>)> {
+    let registry = Registry::new().with(backend_naive::BACKEND).with_layer(LAYER);
+    let context = |rank| {
+        let mut config = CheckpointEngineConfig::default();
+        config.timeout_seconds = 20.0;
+        config.layers.insert("delta".into(), delta.into());
+        config.layers.insert("parts".into(), parts.clone());
+        EngineContext::new(config).with_rank(Rank(rank))
+    };
+    let trainer = registry.prepare_trainer(context(0)).await?;
+    let rollouts = vec![
+        registry.prepare_rollout(context(1)).await?,
+        registry.prepare_rollout(context(2)).await?,
+    ];
+    let (mut trainers, rollouts) =
+        form_local_group(backend_naive::BACKEND, vec![trainer], rollouts).await?;
+    Ok((trainers.remove(0), rollouts))
+}
+
+/// Makes an update. Returns the parts in the trainer's report, which those of every rollout must equal.
+async fn parts_of(
+    (trainer, rollouts): &mut (Box<dyn TrainerEngine>, Vec<Box<dyn RolloutEngine>>),
+    weights: Vec<Weight>,
+    version: u64,
+    is_part: bool,
+) -> Result<BTreeMap<String, PartReport>> {
+    let (stream, version) = (ensure_async_iterator(weights), Version(version));
+    let send = match is_part {
+        true => trainer.send_part(stream, version),
+        false => trainer.send_weights(stream, version),
+    };
+    let receive = rollouts
+        .iter_mut()
+        .map(|rollout| async move { rollout.receive_weights(Some(version)).await?.finish().await });
+    let (sent, received) = futures::join!(send, futures::future::join_all(receive));
+    let parts = sent?.delta.expect("a report").parts;
+    for received in received {
+        assert_eq!(received?.parts, parts);
+    }
+    Ok(parts)
+}
+
+#[tokio::test]
+async fn every_part_has_a_digest_that_only_its_own_weights_change_and_all_ranks_have_the_same() {
+    let mut group = group_of_parts().await.expect("a group");
+    let all = |policy: u64, other: u64| {
+        let policy = [matrix("mlp.up_proj", 8, policy), matrix("mlp.down_proj", 8, policy)];
+        policy.into_iter().chain(adapter(other)).chain([draft(other)]).collect::<Vec<_>>()
+    };
+    let first = parts_of(&mut group, all(1, 1), 1, false).await.expect("the whole version");
+    let sizes = |parts: &BTreeMap<String, PartReport>| -> Vec<(String, u64, u64, u64)> {
+        let size = |(name, part): (&String, &PartReport)| {
+            (name.clone(), part.tensors, part.bytes, part.sent)
+        };
+        parts.iter().map(size).collect()
+    };
+    let expected = |sent: [u64; 3]| {
+        let parts = [("adapter", 2, 8192), ("draft", 1, 4), ("policy", 2, 8192)];
+        let part = |((name, tensors, bytes), sent): ((&str, u64, u64), u64)| {
+            (name.to_owned(), tensors, bytes, sent)
+        };
+        parts.into_iter().zip(sent).map(part).collect::<Vec<_>>()
+    };
+    assert_eq!(sizes(&first), expected([2, 1, 2]));
+    let digests = |parts: &BTreeMap<String, PartReport>| -> Vec<u64> {
+        parts.values().map(|part| part.digest).collect()
+    };
+    // Which of the parts another version has as the one before.
+    let is_same = |one: &BTreeMap<String, PartReport>, other: &BTreeMap<String, PartReport>| {
+        let both = digests(one).into_iter().zip(digests(other));
+        both.map(|(one, other)| one == other).collect::<Vec<_>>()
+    };
+    // The adapter alone: its base is proven to be what it was.
+    let second = parts_of(&mut group, adapter(2), 2, true).await.expect("the adapter");
+    assert_eq!(sizes(&second), expected([2, 0, 0]));
+    assert_eq!(is_same(&first, &second), [false, true, true]);
+    let third = parts_of(&mut group, all(3, 2), 3, false).await.expect("another policy");
+    assert_eq!(sizes(&third), expected([0, 1, 2]));
+    assert_eq!(is_same(&second, &third), [true, false, false]);
+    // A part has its digest wherever it comes from, and whatever is around it.
+    let alone = parts_of(&mut group, adapter(2), 4, false).await.expect("nothing but an adapter");
+    assert_eq!(alone["adapter"].digest, third["adapter"].digest);
+    assert_eq!(alone.len(), 1);
+}
+
+#[tokio::test]
+async fn a_failed_update_leaves_every_part_as_it_was() {
+    let mut group = group_of_parts().await.expect("a group");
+    let all = || [vec![matrix("mlp.up_proj", 8, 1), draft(1)], adapter(1)].concat();
+    let first = parts_of(&mut group, all(), 1, false).await.expect("the whole version");
+    let (trainer, rollouts) = &mut group;
+    let send = trainer.send_part(ensure_async_iterator(adapter(2)), Version(2));
+    let [one, other] = &mut rollouts[..] else { panic!("two rollouts") };
+    let takes = async { one.receive_weights(None).await?.finish().await };
+    let refuses = async {
+        let received = other.receive_weights(None).await?;
+        received.before_confirm(|| Err(Error::new(ErrorKind::Resource, "installing", "no room")));
+        received.finish().await
+    };
+    let (sent, taken, refused) = futures::join!(send, takes, refuses);
+    assert!(sent.is_err() && taken.is_err() && refused.is_err());
+    // The draft comes as it was. Nothing of the adapter that failed is in the version.
+    let next = parts_of(&mut group, vec![draft(1)], 3, true).await.expect("a part");
+    let digests = |parts: &BTreeMap<String, PartReport>| -> Vec<u64> {
+        parts.values().map(|part| part.digest).collect()
+    };
+    assert_eq!(digests(&first), digests(&next));
+    assert!(next.values().all(|part| part.sent == 0), "{next:?}");
+}
+
+#[tokio::test]
+async fn parts_that_cannot_be_are_refused_before_anything_is_sent() {
+    for (parts, delta, words) in [
+        (serde_json::json!({"policy": ["*"]}), true, "policy"),
+        (serde_json::json!({"draft": []}), true, "draft"),
+        (serde_json::json!({"": ["*"]}), true, "without a name"),
+        (serde_json::json!({"draft": ["mtp.*"]}), false, "delta: true"),
+    ] {
+        let error = group_with(parts, delta).await.err().expect("parts that cannot be");
+        assert_eq!(error.kind(), ErrorKind::Config);
+        assert!(error.to_string().contains(words), "{error}");
+    }
 }

@@ -56,8 +56,8 @@ pub use received::{
 };
 pub use registry::{Layer, Registry};
 pub use report::{
-    ChangedElements, DeltaReport, ReceiveReport, ReceiverReport, SendReport, StageTimes,
-    TensorCounts, VersionState,
+    ChangedElements, DeltaReport, PartReport, ReceiveReport, ReceiverReport, SendReport,
+    StageTimes, TensorCounts, VersionState,
 };
 pub use sets::{BitSet, RankMap, RankSet};
 pub use storage::{DeviceBytes, DeviceMemory, Storage};
