@@ -64,8 +64,8 @@ pub struct DeltaConfig {
     pub delta: bool,
     /// Whether that copy lies in host memory also on a rank with a GPU. The CPU then finds and applies changes.
     pub delta_on_host: bool,
-    /// The named parts of a version, each with the patterns of its weights' names: `{draft: ["mtp.*"], adapter: ["*.lora_*"]}`, where `*`
-    /// stands for any text. All other weights are the part `policy`. Reports have a digest of each part.
+    /// The named parts of a version, each with a list of patterns of its weights' names: `mtp.*` or `*.lora_*`, where `*` stands for any text.
+    /// All other weights are the part `policy`. Reports have a digest of each part.
     pub parts: BTreeMap<String, Vec<NamePattern>>,
 }
 

@@ -49,8 +49,8 @@ impl Parts {
         self.0.iter().position(has).unwrap_or(self.0.len() - 1)
     }
 
-    /// The parts that the weights of a version make, in its order: each with the change of its digest sum that is not in it yet, and whether
-    /// anything of it travelled.
+    /// The parts that the weights of a version make: each weight with the change of its digest sum that is not in it yet, and whether anything
+    /// of it travelled.
     pub(crate) fn report<'a>(
         &self,
         weights: impl Iterator<Item = (&'a Entry, u64, bool)>,
@@ -58,7 +58,8 @@ impl Parts {
         let mut reports = vec![PartReport::default(); self.0.len()];
         for (entry, sum, sent) in weights {
             let Some(report) = reports.get_mut(entry.part()) else { continue };
-            report.digest = entry.add_to(report.digest, sum);
+            // In any order: a weight that is sent again comes before those that are not, which changes nothing about its part.
+            report.digest = report.digest.wrapping_add(entry.add_to(0, sum));
             report.tensors += 1;
             report.bytes += entry.bytes().len();
             report.sent += u64::from(sent);

@@ -231,8 +231,12 @@ async fn every_part_has_a_digest_that_only_its_own_weights_change_and_all_ranks_
     let third = parts_of(&mut group, all(3, 2), 3, false).await.expect("another policy");
     assert_eq!(sizes(&third), expected([0, 1, 2]));
     assert_eq!(is_same(&second, &third), [true, false, false]);
+    // Weights that are sent as they were come first in the version, which changes no part.
+    let again = vec![matrix("mlp.down_proj", 8, 3), draft(2)];
+    let again = parts_of(&mut group, again, 4, true).await.expect("the same again");
+    assert_eq!((sizes(&again), digests(&again)), (expected([0, 0, 0]), digests(&third)));
     // A part has its digest wherever it comes from, and whatever is around it.
-    let alone = parts_of(&mut group, adapter(2), 4, false).await.expect("nothing but an adapter");
+    let alone = parts_of(&mut group, adapter(2), 5, false).await.expect("nothing but an adapter");
     assert_eq!(alone["adapter"].digest, third["adapter"].digest);
     assert_eq!(alone.len(), 1);
 }

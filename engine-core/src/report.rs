@@ -168,7 +168,7 @@ pub struct DeltaReport {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct PartReport {
-    /// The number of what is in it: a digest of its names, types, shapes, order and bytes. A part that has the same number as before is
+    /// The number of what is in it: a digest of its names, types, shapes and bytes, in any order. A part that has the same number as before is
     /// unchanged; one that has the same on two ranks is the same there.
     pub digest: u64,
     /// Its tensors, scales included.

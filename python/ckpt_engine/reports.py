@@ -90,7 +90,7 @@ class PartReport:
     """A named part of a version: of the policy, of a draft model, of an adapter.
 
     Attributes:
-        digest: The number of what is in it: names, types, shapes, order and bytes. A part that has the same number as before is unchanged.
+        digest: The number of what is in it: names, types, shapes and bytes. A part that has the same number as before is unchanged.
         tensors: Its tensors, scales included.
         bytes: Their bytes.
         sent: Those of which anything travelled, changes or all of it.
