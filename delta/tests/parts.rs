@@ -274,7 +274,7 @@ async fn parts_that_cannot_be_are_refused_before_anything_is_sent() {
         (serde_json::json!({"": ["*"]}), true, "without a name"),
         (serde_json::json!({"draft": ["mtp.*"]}), false, "delta: true"),
     ] {
-        let error = group_with(parts, delta).await.err().expect("parts that cannot be");
+        let error = group_with(parts, delta).await.expect_err("parts that cannot be");
         assert_eq!(error.kind(), ErrorKind::Config);
         assert!(error.to_string().contains(words), "{error}");
     }
