@@ -43,7 +43,7 @@ pub mod backend {
     pub use engine_core::control::Control;
     pub use engine_core::{
         Availability, Backend, Devices, Encoding, EngineContext, Kernel, Layer, Prepared,
-        PreparedRollout, PreparedTrainer, Program, Storage, StridedView,
+        PreparedRollout, PreparedTrainer, Program, Storage, StridedView, no_copies,
     };
     pub use engine_core::{CacheStore, CacheWriter, DeviceBytes, DeviceMemory, ensure_fresh};
     pub use engine_core::{clock, digest, memory, native, plan, provider, telemetry};
@@ -60,11 +60,12 @@ pub use engine_core::{
     Arena, ArenaArc, ChangedElements, CheckpointEngine, CheckpointEngineConfig,
     CheckpointEngineWithCache, CopyOut, DType, DeltaReport, DeviceChoice, Element, EngineContext,
     Error, ErrorKind, ErrorReport, Expected, FromIterator, FromStream, Install, IntoWeight,
-    IntoWeightStream, Numbers, Outcome, Placement, Prepared, PreparedRollout, PreparedTrainer,
-    Rank, ReceiveReport, ReceivedBucket, ReceivedPiece, ReceivedWeights, ReceiverReport, Recovery,
-    Registry, Result, Role, RolloutEngine, SendReport, StageTimes, TensorBox, TensorCounts,
-    TensorMap, TensorMeta, TrainerEngine, Treatment, Version, VersionState, Weight, WeightStream,
-    WeightStreamExt, WorkerMetadata, ensure_async_iterator, form_local_group, observe,
+    IntoWeightStream, Numbers, Outcome, PartReport, Placement, Prepared, PreparedRollout,
+    PreparedTrainer, Rank, ReceiveReport, ReceivedBucket, ReceivedPiece, ReceivedWeights,
+    ReceiverReport, Recovery, Registry, Result, Role, RolloutEngine, SendReport, StageTimes,
+    TensorBox, TensorCounts, TensorMap, TensorMeta, TrainerEngine, Treatment, Version,
+    VersionState, Weight, WeightStream, WeightStreamExt, WorkerMetadata, ensure_async_iterator,
+    form_local_group, observe,
 };
 pub use serving::{
     CacheUpdate, CachedEngine, CachedVersion, CheckpointEngineManager, Holder, LocalRollout,

@@ -8,7 +8,7 @@ use engine_core::memory::Pool;
 use engine_core::{
     CheckpointEngine, EngineContext, Error, ErrorKind, Prepared, PreparedRollout, PreparedTrainer,
     Rank, Result, Role, RolloutEngine, SendReport, TrainerEngine, Version, WeightStream,
-    WorkerMetadata,
+    WorkerMetadata, no_copies,
 };
 use protocol::hub::Hub;
 use protocol::{Receiver, Sender};
@@ -79,6 +79,14 @@ impl TrainerEngine for Publisher {
         let published = self.pool.start(move || publish(&folder, staged, version, &options, &pool));
         published.await.map_err(|error| error.version(version))?;
         Ok(report)
+    }
+
+    async fn send_part(&mut self, _: WeightStream<'_>, _: Version) -> Result<SendReport> {
+        Err(no_copies("sending a part of a version"))
+    }
+
+    async fn attest(&mut self) -> Result<SendReport> {
+        Err(no_copies("attesting a version"))
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use checkpoint_engine::control::{Address, ControlConfig, Token, from_env};
+use checkpoint_engine::delta::{DeltaConfig, NamePattern};
 use checkpoint_engine::fp8::rules::{Receiver, RulesConfig, parse_ignored_layers};
 use checkpoint_engine::fp8::{Fp8Config, Granularity, Mode, Quantization, SourceType};
 use checkpoint_engine::reshard::Parallelism;
@@ -43,6 +44,10 @@ pub(crate) struct SourceArgs {
     /// model do, and up to a quarter of a --model's
     #[arg(long, value_name = "FRACTION", value_parser = change_rate)]
     pub(crate) change_rate: Option<ChangeRate>,
+    /// After the first update, send only weights whose names are like this, such as '*.lora_*', where * stands for any text; may be given
+    /// several times. All others stay as they are, and nothing of them travels. Needs --delta
+    #[arg(long, value_name = "NAMES", conflicts_with = "placed")]
+    pub(crate) only: Vec<NamePattern>,
 }
 
 impl SourceArgs {
@@ -55,7 +60,8 @@ impl SourceArgs {
             (None, Some(path)) => ModelSpec::Checkpoint { path: std::path::absolute(path)? },
             (None, None) => return Err("give --synthetic or --model".into()),
         };
-        Ok(SourceSpec { model, updates: self.updates, change_rate: self.change_rate })
+        let (updates, change_rate, only) = (self.updates, self.change_rate, self.only.clone());
+        Ok(SourceSpec { model, updates, change_rate, only })
     }
 }
 
@@ -145,6 +151,10 @@ pub(crate) struct EngineArgs {
     /// Send only what changed since the last update; every rank keeps a copy of what travelled
     #[arg(long)]
     delta: bool,
+    /// Weights that are a part of each version, by their names: adapter=*.lora_*, or draft=mtp.*,draft.* where several patterns say which. May
+    /// be given several times. Updates then say which parts changed, with a digest of each. Needs --delta
+    #[arg(long = "part", value_name = "PART=NAMES", value_parser = part)]
+    parts: Vec<(String, Vec<NamePattern>)>,
     /// Quantise on the rollouts what arrives there unquantised
     #[arg(long)]
     quantize_on_receive: bool,
@@ -166,6 +176,12 @@ fn engine_kwarg(text: &str) -> Result<(String, serde_json::Value), String> {
     let (key, value) = text.split_once('=').ok_or("KEY=VALUE is wanted")?;
     let value = serde_json::from_str(value).unwrap_or_else(|_| value.into());
     Ok((key.to_owned(), value))
+}
+
+/// PART=NAMES,NAMES.
+fn part(text: &str) -> Result<(String, Vec<NamePattern>), String> {
+    let (part, names) = text.split_once('=').ok_or("PART=NAMES is wanted")?;
+    Ok((part.to_owned(), names.split(',').map(NamePattern::from).collect()))
 }
 
 /// A fraction between 0 and 1.
@@ -224,6 +240,13 @@ impl EngineArgs {
         config.digests &= !self.no_digests;
         if self.delta {
             config.layers.insert("delta".into(), true.into());
+        }
+        if !self.parts.is_empty() {
+            let mut parts = DeltaConfig::of(&config)?.parts;
+            for (part, names) in &self.parts {
+                parts.entry(part.clone()).or_default().extend(names.iter().cloned());
+            }
+            config.layers.insert("parts".into(), serde_json::to_value(parts)?);
         }
         let mut fp8 = Fp8Config::of(&config)?;
         fp8.trainer_quantize_fp8 |= self.trainer_quantize_fp8;

@@ -1,12 +1,15 @@
 //! What is told of an update, in one line.
 
-use checkpoint_engine::{ChangedElements, DeltaReport, SendReport, Version, VersionState};
+use checkpoint_engine::{
+    ChangedElements, DeltaReport, PartReport, SendReport, Version, VersionState,
+};
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::bench::transfer::StageSeconds;
 use crate::device;
 use crate::roles::RolloutNotes;
+use crate::source::Source;
 
 /// One update, as `--json` prints it.
 #[derive(Clone, Debug, Serialize)]
@@ -76,8 +79,17 @@ pub struct RolloutLine {
 /// What had changed in an update, in words.
 pub fn delta_in_words(delta: &DeltaReport, wire_bytes: u64) -> String {
     let kept = delta.shadow_bytes as f64 / f64::from(1 << 20);
+    let part = |(name, part): (&String, &PartReport)| match part.sent {
+        0 => format!("; {name} unchanged"),
+        sent => format!("; {name}: {sent} of {} tensors", part.tensors),
+    };
+    // One part is the whole version, of which the rest says enough.
+    let parts: String = match delta.parts.len() {
+        0 | 1 => String::new(),
+        _ => delta.parts.iter().map(part).collect(),
+    };
     if let Some(why) = &delta.whole {
-        return format!("whole weights: {why}; a copy of {kept:.1} MiB on each side");
+        return format!("whole weights: {why}; a copy of {kept:.1} MiB on each side{parts}");
     }
     let of_type = |(name, counts): (&String, &ChangedElements)| {
         let share = counts.changed as f64 / counts.compared.max(1) as f64;
@@ -85,7 +97,7 @@ pub fn delta_in_words(delta: &DeltaReport, wire_bytes: u64) -> String {
     };
     let changed: Vec<String> = delta.elements.iter().map(of_type).collect();
     format!(
-        "changes: {:.3} MB travelled; {} in {} weights; a copy of {kept:.1} MiB on each side",
+        "changes: {:.3} MB travelled; {} in {} weights; a copy of {kept:.1} MiB on each side{parts}",
         wire_bytes as f64 / 1e6,
         if changed.is_empty() { "nothing".to_owned() } else { changed.join(", ") },
         delta.changed_weights
@@ -94,10 +106,10 @@ pub fn delta_in_words(delta: &DeltaReport, wire_bytes: u64) -> String {
 
 /// An update's line from its report.
 ///
-/// `tensors` are those of the source: a rollout that verified saw every one of them.
+/// A rollout that verified saw every tensor and byte of the source, also of those that an update does not send.
 pub fn line(
     report: &SendReport,
-    tensors: usize,
+    source: &Source,
     backend: &str,
     memcpy: Option<f64>,
     extra: u64,
@@ -110,7 +122,11 @@ pub fn line(
         .collect();
     let verified = !notes.is_empty()
         && notes.iter().all(|notes| {
-            notes.verified_bytes == counts.source_bytes && notes.verified_tensors == tensors as u64
+            let bytes = match source.spec().is_part(report.version) {
+                true => source.byte_len(),
+                false => counts.source_bytes,
+            };
+            notes.verified_bytes == bytes && notes.verified_tensors == source.tensors() as u64
         });
     let rollouts = report.receivers.iter().zip(&notes).map(|(receiver, notes)| RolloutLine {
         rank: receiver.rank.0,

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use checkpoint_engine::delta::NamePattern;
 use checkpoint_engine::fp8::rules::RulesConfig;
 use engine_core::{
     DeviceChoice, Encoding, Error, ErrorKind, Recovery, Result, TensorMeta, Version, Weight,
@@ -30,6 +31,44 @@ pub struct SourceSpec {
     /// quarter of a checkpoint's.
     #[serde(default)]
     pub change_rate: Option<ChangeRate>,
+    /// The weights that updates after the first one send, by their names; all without any. Those that are not sent stay as they were in
+    /// version 1.
+    #[serde(default)]
+    pub only: Vec<NamePattern>,
+}
+
+impl SourceSpec {
+    /// Every update of a model, all of whose values change.
+    pub fn new(model: ModelSpec, updates: u64) -> Self {
+        Self { model, updates, change_rate: None, only: Vec::new() }
+    }
+
+    /// Whether a version is sent as a part, by those weights that change in it.
+    pub fn is_part(&self, version: Version) -> bool {
+        !self.only.is_empty() && version > Version(1)
+    }
+
+    /// Of the model's weights those that an update sends.
+    pub fn sent(&self, weights: Weights, version: Version) -> Weights {
+        if !self.is_part(version) {
+            return weights;
+        }
+        let is_sent = |weight: &Result<Weight>| {
+            weight.as_ref().map_or(true, |weight| self.changes(weight.name()))
+        };
+        let sent: Vec<_> = weights.filter(is_sent).collect();
+        Box::new(sent.into_iter())
+    }
+
+    /// Whether updates after the first one send a weight.
+    fn changes(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|pattern| pattern.matches(name))
+    }
+
+    /// The version whose values a weight has when rollouts have a version.
+    fn version_of(&self, name: &str, version: Version) -> Version {
+        if self.changes(name) { version } else { version.min(Version(1)) }
+    }
 }
 
 /// Which model.
@@ -161,7 +200,7 @@ impl Source {
     ///
     /// # fn main() -> engine_core::Result<()> {
     /// let model = ModelSpec::Synthetic { name: SyntheticModel::TinyMoe, layers: None };
-    /// let mut trainer = Source::open(SourceSpec { model, updates: 3, change_rate: None })?;
+    /// let mut trainer = Source::open(SourceSpec::new(model, 3))?;
     /// let rollout = Source::open(trainer.spec().clone())?;
     /// for weight in trainer.weights(Version(1))? {
     ///     let weight = weight?;
@@ -328,7 +367,8 @@ impl Source {
     }
 
     /// Checks received bytes of a tensor, from `offset` on, against what an update carries, bit for
-    /// bit and in constant memory. The scales of a quantised weight are checked after its codes.
+    /// bit and in constant memory. The scales of a quantised weight are checked after its codes. A weight that updates do not send has to be
+    /// that of version 1.
     ///
     /// # Errors
     ///
@@ -352,6 +392,11 @@ impl Source {
             None => Expected::Source,
         };
         let in_source = self.metas.get(&meta.name);
+        let weight = match &expected {
+            Expected::Scales { weight, .. } => weight,
+            _ => &*meta.name,
+        };
+        let version = self.spec.version_of(weight, version);
         let wanted = match &expected {
             Expected::Source => in_source,
             Expected::Codes(wanted) | Expected::Scales { meta: wanted, .. } => Some(wanted),

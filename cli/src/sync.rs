@@ -114,9 +114,9 @@ impl<F: FnMut(&UpdateLine) -> Result<()>> Lines<'_, F> {
         attested: Option<&SendReport>,
         source: &Source,
     ) -> Result<()> {
-        let (tensors, peak) = (source.tensors(), self.memory.extra_peak_bytes());
+        let peak = self.memory.extra_peak_bytes();
         let backend = &self.options.config.backend;
-        let mut line = line(report, tensors, backend, Some(self.memcpy), peak);
+        let mut line = line(report, source, backend, Some(self.memcpy), peak);
         line.attested_in(attested);
         if self.options.placing.is_some() {
             // What a rollout lends is not what a trainer has: it says whether it compared all of that.

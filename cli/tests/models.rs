@@ -12,7 +12,7 @@ use cli::source::{ModelSpec, Source, SourceSpec, perturbed};
 use cli::synthetic::{Residency, ResidentModel, StreamedModel, SyntheticModel, compare, fill};
 use engine_core::{
     CheckpointEngine, DType, ErrorKind, Result, SendReport, TensorMeta, TrainerEngine, Version,
-    Weight, WeightStream,
+    Weight, WeightStream, no_copies,
 };
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -339,8 +339,7 @@ fn a_receiver_checks_every_chunk_of_every_update_of_either_source() {
     let folder = tempfile::tempdir().unwrap();
     checkpoint(folder.path());
     for model in [synthetic(Some(1)), ModelSpec::Checkpoint { path: folder.path().into() }] {
-        let mut trainer =
-            Source::open(SourceSpec { model, updates: 4, change_rate: None }).unwrap();
+        let mut trainer = Source::open(SourceSpec::new(model, 4)).unwrap();
         for version in 1..=3 {
             trainer.advance(Version(version)).unwrap();
             transfer(&mut trainer, version);
@@ -353,7 +352,7 @@ fn the_last_update_of_a_checkpoint_carries_exactly_its_files() {
     let folder = tempfile::tempdir().unwrap();
     checkpoint(folder.path());
     let model = ModelSpec::Checkpoint { path: folder.path().into() };
-    let mut source = Source::open(SourceSpec { model, updates: 2, change_rate: None }).unwrap();
+    let mut source = Source::open(SourceSpec::new(model, 2)).unwrap();
     let files = cli::checkpoint::Checkpoint::open(folder.path()).unwrap();
     let mut equal = |version| -> Vec<bool> {
         let weights = source.weights(Version(version)).unwrap();
@@ -370,8 +369,7 @@ fn the_last_update_of_a_checkpoint_carries_exactly_its_files() {
 
 #[test]
 fn a_wrong_byte_a_wrong_shape_and_a_wrong_name_are_told_apart() {
-    let mut trainer =
-        Source::open(SourceSpec { model: synthetic(None), updates: 1, change_rate: None }).unwrap();
+    let mut trainer = Source::open(SourceSpec::new(synthetic(None), 1)).unwrap();
     let version = Version(1);
     let weight = trainer.weights(version).unwrap().next().unwrap().unwrap();
     let mut bytes = weight.to_bytes().unwrap().to_vec();
@@ -393,9 +391,7 @@ fn a_wrong_byte_a_wrong_shape_and_a_wrong_name_are_told_apart() {
 
 #[test]
 fn weights_of_the_last_update_must_be_gone_before_the_next() {
-    let mut source =
-        Source::open(SourceSpec { model: synthetic(Some(1)), updates: 2, change_rate: None })
-            .unwrap();
+    let mut source = Source::open(SourceSpec::new(synthetic(Some(1)), 2)).unwrap();
     let held: Vec<_> = source.weights(Version(1)).unwrap().collect();
     assert_eq!(source.weights(Version(2)).err().unwrap().kind(), ErrorKind::State);
     drop(held);
@@ -418,11 +414,19 @@ impl TrainerEngine for Alone {
     async fn send_weights(&mut self, _: WeightStream<'_>, version: Version) -> Result<SendReport> {
         Ok(SendReport::new(version))
     }
+
+    async fn send_part(&mut self, _: WeightStream<'_>, _: Version) -> Result<SendReport> {
+        Err(no_copies("sending a part of a version"))
+    }
+
+    async fn attest(&mut self) -> Result<SendReport> {
+        Err(no_copies("attesting a version"))
+    }
 }
 
 #[test]
 fn a_trainer_waits_for_those_who_still_read_an_update_that_failed() {
-    let spec = SourceSpec { model: synthetic(Some(1)), updates: 2, change_rate: None };
+    let spec = SourceSpec::new(synthetic(Some(1)), 2);
     let mut trainer = Trainer {
         engine: Box::new(Alone),
         source: Source::open(spec).unwrap(),

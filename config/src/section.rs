@@ -20,7 +20,7 @@ const DEVICE: &str = "`device` to be `cpu`, or a kind of device and a number: `c
 const TIMEOUT: &str = "`timeout_seconds` to be a number above 0 and of at most 1000000000";
 
 /// The keys to offer when an unknown one was given.
-const KNOWN: [&str; 12] = [
+const KNOWN: [&str; 13] = [
     "backend",
     "update_weights_bucket_megabytes",
     "engine_kwargs",
@@ -28,6 +28,7 @@ const KNOWN: [&str; 12] = [
     "quantization",
     "delta",
     "delta_on_host",
+    "parts",
     "timeout_seconds",
     "digests",
     "device",
@@ -36,11 +37,12 @@ const KNOWN: [&str; 12] = [
 ];
 
 /// Those of them that layers in front of the engine have, with what they take.
-const OF_LAYERS: [(&str, Takes); 4] = [
+const OF_LAYERS: [(&str, Takes); 5] = [
     ("trainer_quantize_fp8", Takes::Flag),
     ("quantization", Takes::Table),
     ("delta", Takes::Flag),
     ("delta_on_host", Takes::Flag),
+    ("parts", Takes::Table),
 ];
 
 /// What a layer's key takes.

@@ -183,7 +183,7 @@ fn two_sections_in_one_document_are_an_error_that_names_both() {
 fn an_unknown_key_is_named_with_its_line_and_the_known_ones() {
     let known = "unknown key `bucket_mb`; known keys: `backend`, \
         `update_weights_bucket_megabytes`, `engine_kwargs`, `trainer_quantize_fp8`, \
-        `quantization`, `delta`, `delta_on_host`, `timeout_seconds`, `digests`, `device`, `threads`, `max_staleness`";
+        `quantization`, `delta`, `delta_on_host`, `parts`, `timeout_seconds`, `digests`, `device`, `threads`, `max_staleness`";
     for (format, text) in [
         (Format::Toml, "[checkpoint_engine]\nbackend = 'ipc'\nbucket_mb = 4\n"),
         (Format::Json, "{\n\"backend\": \"ipc\",\n\"bucket_mb\": 4}"),

@@ -87,8 +87,31 @@ impl TrainerEngine for BrokenTrainer {
         if self.fault == Fault::ReportsSuccessEarly {
             return Ok(SendReport::new(version));
         }
+        let weights = self.fault.damaged(weights).await?;
+        let result = self.inner.send_weights(weights, version).await;
+        self.fault.told(result, version)
+    }
+
+    async fn send_part(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        let weights = self.fault.damaged(weights).await?;
+        let result = self.inner.send_part(weights, version).await;
+        self.fault.told(result, version)
+    }
+
+    async fn attest(&mut self) -> Result<SendReport> {
+        self.inner.attest().await
+    }
+}
+
+impl Fault {
+    /// The weights that an engine with it sends for those that it was given.
+    async fn damaged<'a>(self, weights: WeightStream<'a>) -> Result<WeightStream<'a>> {
         let mut weights: Vec<Result<Weight>> = weights.collect().await;
-        match self.fault {
+        match self {
             Fault::DropsTheLastTensor => drop(weights.pop()),
             Fault::SwapsTwoTensors if weights.len() > 1 => weights.swap(0, 1),
             Fault::CorruptsAByte => {
@@ -102,14 +125,14 @@ impl TrainerEngine for BrokenTrainer {
             }
             _ => {}
         }
-        let result = self.inner.send_weights(ensure_async_iterator(weights), version).await;
-        match self.fault {
+        Ok(ensure_async_iterator(weights))
+    }
+
+    /// What such an engine says of an update.
+    fn told(self, result: Result<SendReport>, version: Version) -> Result<SendReport> {
+        match self {
             Fault::HidesADeadPeer => Ok(result.unwrap_or_else(|_| SendReport::new(version))),
             _ => result,
         }
-    }
-
-    async fn attest(&mut self) -> Result<SendReport> {
-        self.inner.attest().await
     }
 }

@@ -113,6 +113,7 @@ cases! {
     a_wait_for_an_update_that_is_dropped_loses_nothing
     versions_may_go_back
     a_version_is_attested_or_the_error_says_that_there_are_no_copies
+    a_part_of_a_version_leaves_all_others_or_the_error_says_that_there_are_no_copies
     ranks_that_come_and_go_keep_no_wait_alive(control)
     a_rollout_that_is_slow_within_the_deadline_is_waited_for_by_all
     nothing_is_read_of_the_weights_when_a_failed_send_has_returned
@@ -724,13 +725,17 @@ async fn versions_may_go_back(suite: &Suite) -> Verdict {
     Ok(())
 }
 
+/// Whether an error says that there are no copies.
+fn has_no_copies(error: &Error) -> Verdict {
+    match error.kind() {
+        ErrorKind::Config | ErrorKind::State => Ok(()),
+        _ => Err(format!("there are no copies, and the error is: {error}")),
+    }
+}
+
 async fn a_version_is_attested_or_the_error_says_that_there_are_no_copies(
     suite: &Suite,
 ) -> Verdict {
-    let has_no_copies = |error: &Error| match error.kind() {
-        ErrorKind::Config | ErrorKind::State => Ok(()),
-        _ => Err(format!("there is nothing to attest, and the error is: {error}")),
-    };
     let mut group = Group::form(suite, 2).await.map_err(words)?;
     let Err(early) = group.trainer.attest().await else {
         return Err("a version was attested before there was one".into());
@@ -751,6 +756,43 @@ async fn a_version_is_attested_or_the_error_says_that_there_are_no_copies(
             }
         }
     }
+    group.exact(model(3, 3), 3).await.map(drop)
+}
+
+async fn a_part_of_a_version_leaves_all_others_or_the_error_says_that_there_are_no_copies(
+    suite: &Suite,
+) -> Verdict {
+    // The last layer.
+    let part = |seed| model(3, seed).split_off(11);
+    let mut group = Group::form(suite, 2).await.map_err(words)?;
+    let Err(early) = group.send_part(part(1), 1).await else {
+        return Err("a part was sent before there was a version".into());
+    };
+    has_no_copies(&early)?;
+    group.exact(model(3, 1), 1).await?;
+    let keeps_copies = match group.send_part(part(2), 2).await {
+        Err(error) => {
+            has_no_copies(&error)?;
+            false
+        }
+        Ok((report, received)) => {
+            ensure!(report.version == Version(2), "version {} was sent", report.version);
+            ensure!(report.counts.tensors == 5, "{} weights were sent", report.counts.tensors);
+            ensure!(received.len() == 2, "{} rollouts took part", received.len());
+            let mut expected = group.expected(part(2))?;
+            let others = group.expected(model(3, 1))?.into_iter();
+            let others: Vec<_> =
+                others.filter(|(meta, _)| !meta.name.starts_with("layers.2.")).collect();
+            expected.extend(others);
+            for received in received {
+                compare(&expected, &received.map_err(words)?)?;
+            }
+            true
+        }
+    };
+    // Whoever has copies for the one has them for the other: no engine in between has forgotten to pass it on.
+    let attests = group.attest(2).await.is_ok();
+    ensure!(attests == keeps_copies, "a part: {keeps_copies}, attested: {attests}");
     group.exact(model(3, 3), 3).await.map(drop)
 }
 

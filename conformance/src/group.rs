@@ -14,7 +14,7 @@ use engine_core::{
     ensure_async_iterator, form_local_group,
 };
 use futures::StreamExt;
-use futures::future::{Either, join_all, select};
+use futures::future::{BoxFuture, Either, join_all, select};
 
 use crate::{Place, Suite};
 
@@ -70,18 +70,28 @@ impl TrainerEngine for Placed {
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport> {
-        let place = self.place;
-        let placed = weights.map(move |weight| {
-            let weight = weight?;
-            let (full, region) = (weight.full_meta().shape.clone(), weight.region());
-            place(weight)?.of_box(full, region)
-        });
-        self.engine.send_weights(WeightStream::new(placed), version).await
+        self.engine.send_weights(placed(weights, self.place), version).await
+    }
+
+    async fn send_part(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        self.engine.send_part(placed(weights, self.place), version).await
     }
 
     async fn attest(&mut self) -> Result<SendReport> {
         self.engine.attest().await
     }
+}
+
+fn placed(weights: WeightStream<'_>, place: Place) -> WeightStream<'_> {
+    WeightStream::new(weights.map(move |weight| {
+        let weight = weight?;
+        let (full, region) = (weight.full_meta().shape.clone(), weight.region());
+        place(weight)?.of_box(full, region)
+    }))
 }
 
 /// The engines of all trainers as one. Each gets the same weights. The result is the leader's.
@@ -102,12 +112,19 @@ impl CheckpointEngine for Trainers {
     }
 }
 
-#[async_trait]
-impl TrainerEngine for Trainers {
-    async fn send_weights(
+/// What all trainers do in an update.
+type Send = for<'a> fn(
+    &'a mut dyn TrainerEngine,
+    WeightStream<'a>,
+    Version,
+) -> BoxFuture<'a, Result<SendReport>>;
+
+impl Trainers {
+    async fn all(
         &mut self,
         mut weights: WeightStream<'_>,
         version: Version,
+        send: Send,
     ) -> Result<SendReport> {
         let (feeds, streams): (Vec<_>, Vec<_>) = (0..=self.others.len())
             .map(|_| futures::channel::mpsc::unbounded::<Result<Weight>>())
@@ -125,10 +142,9 @@ impl TrainerEngine for Trainers {
             }
         };
         let engines = std::iter::once(&mut self.leader).chain(&mut self.others);
-        let sends = engines.zip(streams).map(|(engine, stream)| {
-            let stream = ensure_async_iterator(stream);
-            engine.send_weights(stream, version)
-        });
+        let sends = engines
+            .zip(streams)
+            .map(|(engine, stream)| send(&mut **engine, ensure_async_iterator(stream), version));
         let sends = futures::future::join_all(sends);
         let mut reports = match futures::future::select(Box::pin(feed), sends).await {
             futures::future::Either::Left(((), sends)) => sends.await,
@@ -151,6 +167,27 @@ impl TrainerEngine for Trainers {
             }
         }
         Ok(leader)
+    }
+}
+
+#[async_trait]
+impl TrainerEngine for Trainers {
+    async fn send_weights(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        self.all(weights, version, |engine, stream, version| engine.send_weights(stream, version))
+            .await
+    }
+
+    async fn send_part(
+        &mut self,
+        weights: WeightStream<'_>,
+        version: Version,
+    ) -> Result<SendReport> {
+        self.all(weights, version, |engine, stream, version| engine.send_part(stream, version))
+            .await
     }
 
     async fn attest(&mut self) -> Result<SendReport> {
@@ -283,11 +320,22 @@ impl Group {
         &mut self,
         version: u64,
     ) -> Result<(SendReport, Vec<Result<Vec<Received>>>)> {
-        let receive = self.rollouts.iter_mut().map(|rollout| collect(&mut **rollout, version));
-        match select(self.trainer.attest(), join_all(receive)).await {
-            Either::Left((attested, receiving)) => Ok((attested?, receiving.await)),
-            Either::Right((received, attesting)) => Ok((attesting.await?, received)),
-        }
+        let attest = self.trainer.attest();
+        beside(attest, &mut self.rollouts, version).await
+    }
+
+    /// Sends a part of a version. Returns the trainer's report, and what each rollout received.
+    ///
+    /// # Errors
+    ///
+    /// As [`attest`](Self::attest).
+    pub(crate) async fn send_part(
+        &mut self,
+        weights: Vec<Weight>,
+        version: u64,
+    ) -> Result<(SendReport, Vec<Result<Vec<Received>>>)> {
+        let send = self.trainer.send_part(ensure_async_iterator(weights), Version(version));
+        beside(send, &mut self.rollouts, version).await
     }
 
     /// What every rollout must get for these weights.
@@ -316,6 +364,19 @@ impl Group {
             return Err(format!("the report has {} receivers", report.receivers.len()));
         }
         Ok(report)
+    }
+}
+
+/// Runs what the trainer does beside the rollouts. If it fails, these wait for an update that may never begin.
+async fn beside(
+    sending: BoxFuture<'_, Result<SendReport>>,
+    rollouts: &mut [Box<dyn RolloutEngine>],
+    version: u64,
+) -> Result<(SendReport, Vec<Result<Vec<Received>>>)> {
+    let receive = rollouts.iter_mut().map(|rollout| collect(&mut **rollout, version));
+    match select(sending, join_all(receive)).await {
+        Either::Left((sent, receiving)) => Ok((sent?, receiving.await)),
+        Either::Right((received, sending)) => Ok((sending.await?, received)),
     }
 }
 

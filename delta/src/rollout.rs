@@ -1,6 +1,6 @@
 //! A rollout that receives changes and returns whole weights.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -9,8 +9,8 @@ use engine_core::changes::{Cut, ShadowPart};
 use engine_core::plan::{ALIGNMENT, BucketLayout, Piece};
 use engine_core::{
     ArenaArc, Base, Bases, BucketContent, CheckpointEngine, EngineContext, Error, ErrorKind,
-    Prepared, PreparedRollout, ReceivedBucket, ReceivedWeights, Result, RolloutEngine, Storage,
-    TensorMeta, Version, Weight,
+    PartReport, Prepared, PreparedRollout, ReceivedBucket, ReceivedWeights, Result, RolloutEngine,
+    Storage, TensorMeta, Version, Weight,
 };
 
 use crate::message::{self, APPLYING, Head, Record};
@@ -168,7 +168,8 @@ impl Receiving<'_, '_> {
                     match &next {
                         Some(bucket) => absorbing.bucket(bucket)?,
                         None => {
-                            absorbing.complete();
+                            let parts = absorbing.complete();
+                            self.received.amend(|report| report.parts = parts);
                             self.form = Form::Over;
                         }
                     }
@@ -177,9 +178,10 @@ impl Receiving<'_, '_> {
                 Form::Changes(patching) => {
                     let next = self.received.next_tensor().await.map_err(Ended::ByEngine)?;
                     let Some(tensor) = next else {
-                        let (tensors, bytes) = patching.complete();
+                        let (tensors, bytes, parts) = patching.complete();
                         self.received.amend(|report| {
                             (report.tensors, report.bytes) = (tensors, bytes);
+                            report.parts = parts;
                         });
                         self.form = Form::Over;
                         return Ok(None);
@@ -270,10 +272,15 @@ impl<'k> Absorbing<'k> {
         self.copies.seal(entries.get_mut(from..to).unwrap_or_default())
     }
 
-    fn complete(&mut self) {
-        if !self.has_no_room {
-            self.kept.shadow = Some(Shadow { entries: std::mem::take(&mut self.entries) });
+    /// Makes the version the base of later changes. Returns its parts; none without a copy.
+    fn complete(&mut self) -> BTreeMap<String, PartReport> {
+        if self.has_no_room {
+            return BTreeMap::new();
         }
+        let shadow = Shadow { entries: std::mem::take(&mut self.entries) };
+        let parts = self.copies.parts.report(shadow.entries.iter().map(|entry| (entry, 0, true)));
+        self.kept.shadow = Some(shadow);
+        parts
     }
 }
 
@@ -512,9 +519,16 @@ impl<'k> Patching<'k> {
         Ok(())
     }
 
-    /// Makes the version the base of later changes, now that it is active. Returns its number of weights, and their bytes.
-    fn complete(&mut self) -> (u64, u64) {
-        self.undo.clear();
+    /// Makes the version the base of later changes, now that it is active. Returns its number of weights, their bytes, and its parts.
+    fn complete(&mut self) -> (u64, u64, BTreeMap<String, PartReport>) {
+        let undo = std::mem::take(&mut self.undo);
+        let changed: HashSet<usize> =
+            undo.iter().flat_map(|(changed, _)| changed).map(|(at, _)| *at).collect();
+        let mut was_sent = Vec::with_capacity(self.came.len());
+        was_sent.extend(self.came.iter().map(|came| match came {
+            Came::Kept(at) => changed.contains(at),
+            Came::New => true,
+        }));
         let mut new = std::mem::take(&mut self.new).into_iter();
         let came = std::mem::take(&mut self.came);
         let entries = came.into_iter().filter_map(|came| match came {
@@ -522,10 +536,12 @@ impl<'k> Patching<'k> {
             Came::New => new.next(),
         });
         let shadow = Shadow { entries: entries.collect() };
-        let counts = (shadow.entries.len() as u64, shadow.bytes());
+        let sent = shadow.entries.iter().zip(was_sent).map(|(entry, sent)| (entry, 0, sent));
+        let parts = self.copies.parts.report(sent);
+        let (tensors, bytes) = (shadow.entries.len() as u64, shadow.bytes());
         self.kept.shadow = Some(shadow);
         self.base.clear();
-        counts
+        (tensors, bytes, parts)
     }
 }
 

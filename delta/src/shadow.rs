@@ -10,7 +10,9 @@ use engine_core::{
 };
 use sha2::{Digest, Sha256};
 
+use crate::DeltaConfig;
 use crate::host::HostShadows;
+use crate::parts::Parts;
 
 pub(crate) const KEEPING: &str = "keeping a copy of what travels";
 
@@ -23,6 +25,10 @@ pub(crate) struct Entry {
     bytes: Box<dyn ShadowBytes>,
     /// The digest's sum of its bytes.
     sum: u64,
+    /// The weight that it was added to on the trainer, as scales are to their codes: it is there only as long as that one comes with it.
+    follows: Option<Arc<str>>,
+    /// The number of the part that it belongs to.
+    part: usize,
 }
 
 /// All weights of a version, in the order sent.
@@ -47,6 +53,8 @@ const ON_A_DEVICE: usize = 3;
 #[derive(Clone, Debug)]
 pub(crate) struct Copies {
     pub(crate) memory: Arc<dyn ShadowMemory>,
+    /// The named parts of versions.
+    pub(crate) parts: Parts,
     /// How many batches are at work at a time.
     pub(crate) batches: usize,
     pub(crate) pool: Pool,
@@ -57,13 +65,15 @@ impl Copies {
     ///
     /// # Errors
     ///
-    /// Those of the device; `Resource` if the threads cannot be started.
-    pub(crate) fn of(context: &EngineContext, role: Role, on_host: bool) -> Result<Self> {
+    /// Those of the device; `Config` for parts that cannot be; `Resource` if the threads cannot be started.
+    pub(crate) fn of(context: &EngineContext, role: Role, config: &DeltaConfig) -> Result<Self> {
+        let on_host = config.delta_on_host;
         let kind = context.memory.filter(|_| !on_host && !context.config.device.is_cpu());
         let memory = kind.map(|kind| kind.shadows(&context.config.device)).transpose()?.flatten();
         let batches = if memory.is_some() { ON_A_DEVICE } else { 1 };
         let memory = memory.unwrap_or_else(|| Arc::new(HostShadows));
-        Ok(Self { memory, batches, pool: Pool::new(context.threads(role))? })
+        let (parts, pool) = (Parts::new(&config.parts)?, Pool::new(context.threads(role))?);
+        Ok(Self { memory, parts, batches, pool })
     }
 
     /// Weights whose bytes are not known yet, with new memory.
@@ -74,7 +84,15 @@ impl Copies {
     pub(crate) fn allocate(&self, metas: Vec<ArenaArc<TensorMeta>>) -> Result<Vec<Entry>> {
         let lens = metas.iter().map(|meta| meta.byte_len()).collect::<Result<Vec<_>>>()?;
         let all = metas.into_iter().zip(self.memory.allocate(&lens)?);
-        Ok(all.map(|(meta, bytes)| Entry { key: key(&meta), meta, bytes, sum: 0 }).collect())
+        let entry = |(meta, bytes): (ArenaArc<TensorMeta>, _)| Entry {
+            key: key(&meta),
+            part: self.parts.of(&meta.name),
+            meta,
+            bytes,
+            sum: 0,
+            follows: None,
+        };
+        Ok(all.map(entry).collect())
     }
 
     /// Encodes weights into new memory. Blocks.
@@ -181,9 +199,24 @@ impl Entry {
         &*self.bytes
     }
 
+    /// The weight that it was added to, if it was.
+    pub(crate) fn follows(&self) -> Option<&Arc<str>> {
+        self.follows.as_ref()
+    }
+
+    /// The number of the part that it belongs to.
+    pub(crate) fn part(&self) -> usize {
+        self.part
+    }
+
     /// The bytes, shared.
     pub(crate) fn view(&self) -> Storage {
         self.bytes.view()
+    }
+
+    /// The same weight, added to this one.
+    pub(crate) fn following(self, follows: Option<Arc<str>>) -> Self {
+        Self { follows, ..self }
     }
 
     /// Adds the weight to the number of a version, with its sum changed by `changed`.
@@ -237,12 +270,15 @@ impl Shadow {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
     use engine_core::DType;
 
     fn copies() -> Copies {
         let pool = Pool::new(2).expect("threads");
-        Copies { memory: Arc::new(HostShadows), batches: 1, pool }
+        let parts = Parts::new(&BTreeMap::new()).expect("no parts");
+        Copies { memory: Arc::new(HostShadows), parts, batches: 1, pool }
     }
 
     fn entry(name: &str, bytes: Vec<u8>) -> Entry {

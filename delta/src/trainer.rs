@@ -160,6 +160,7 @@ impl DeltaTrainer {
             held: None,
             at_work: VecDeque::new(),
             ready: VecDeque::new(),
+            followed: None,
             tensors: 0,
         };
         let stream = futures::stream::try_unfold(sending, |mut sending| async move {
@@ -183,6 +184,7 @@ impl DeltaTrainer {
         match std::mem::replace(copied, Err("it moves to the version that was sent".to_owned())) {
             Ok(base) => {
                 delta.shadow_bytes = base.bytes();
+                delta.parts = copies.parts.report(reported(&weights, &base, &delta));
                 let work = copies.clone();
                 kept.moving = Some(copies.pool.start(move || moved(base, weights, changes, &work)));
             }
@@ -190,6 +192,7 @@ impl DeltaTrainer {
                 let entries = weights.into_iter().filter_map(Sent::into_new).collect();
                 let shadow = Shadow { entries };
                 delta.shadow_bytes = shadow.bytes();
+                delta.parts = copies.parts.report(shadow.entries.iter().map(|it| (it, 0, true)));
                 *copied = Ok(Arc::new(shadow));
                 kept.since_attested = 0;
             }
@@ -198,6 +201,20 @@ impl DeltaTrainer {
         report.delta = Some(delta);
         Ok(report)
     }
+}
+
+/// The weights of the version that was committed, each with the change of its digest sum since the base, and whether anything of it
+/// travelled.
+fn reported<'a>(
+    weights: &'a [Sent],
+    base: &'a Shadow,
+    delta: &DeltaReport,
+) -> impl Iterator<Item = (&'a Entry, u64, bool)> {
+    let is_whole = delta.whole.is_some();
+    weights.iter().map(move |sent| match sent {
+        Sent::New(entry) => (entry, 0, true),
+        Sent::Kept { at, sum, changed, .. } => (&base.entries[*at], *sum, *changed || is_whole),
+    })
 }
 
 /// The copy of the version that was committed, made from the base and the changes. Blocks.
@@ -218,7 +235,9 @@ fn moved(
     }
     let entries = weights.into_iter().map(|sent| match sent {
         Sent::New(entry) => Some(entry),
-        Sent::Kept { at, .. } => base.get_mut(at)?.take(),
+        Sent::Kept { at, follows, .. } => {
+            base.get_mut(at)?.take().map(|entry| entry.following(follows))
+        }
     });
     Ok(Shadow { entries: entries.collect::<Option<_>>().ok_or_else(twice)? })
 }
@@ -234,6 +253,8 @@ enum Sent {
     Kept {
         at: usize,
         sum: u64,
+        changed: bool,
+        follows: Option<Arc<str>>,
     },
     New(Entry),
 }
@@ -345,6 +366,26 @@ impl Comparison {
         self.next = at.map_or(self.next, |at| at + 1);
         Ok(at)
     }
+
+    /// The indices of the weights that the stream did not bring, in their order. What was added to a weight that has come again is none of
+    /// them: it has come with it, or is not there any more.
+    fn left(&mut self) -> Vec<usize> {
+        let entries = &self.base.entries;
+        let mut left: Vec<usize> = (0..entries.len()).filter(|at| !self.met[*at]).collect();
+        if left.iter().any(|at| entries[*at].follows().is_some()) {
+            let places = self.places.get_or_insert_with(|| self.base.places());
+            let has_come = |name: &Arc<str>| places.get(name).is_some_and(|at| self.met[*at]);
+            left.retain(|at| !entries[*at].follows().is_some_and(has_come));
+        }
+        left
+    }
+}
+
+/// A weight of the base that comes again.
+struct Again {
+    at: usize,
+    difference: Difference,
+    follows: Option<Arc<str>>,
 }
 
 /// Weights that are being encoded, and compared if the base has them.
@@ -379,6 +420,8 @@ struct Sending<'a> {
     /// The batches that the threads have.
     at_work: VecDeque<AtWork>,
     ready: VecDeque<Weight>,
+    /// The last weight that was not added to another one.
+    followed: Option<Arc<str>>,
     /// The number of tensors that carried changes so far.
     tensors: u64,
 }
@@ -498,21 +541,21 @@ impl Sending<'_> {
 
     /// Makes tensors of the weights of the base that the stream did not bring, in their order: as unchanged, or whole.
     fn rest(&mut self) -> Result<()> {
-        let (comparison, is_whole) = match &self.form {
+        let (comparison, is_whole) = match &mut self.form {
             Form::Changes(comparison) => (comparison, false),
             Form::Whole(Some(comparison)) => (comparison, true),
             _ => return Ok(()),
         };
         let base = comparison.base.clone();
-        let left: Vec<usize> =
-            (0..).zip(&comparison.met).filter(|(_, met)| !**met).map(|(at, _)| at).collect();
+        let left = comparison.left();
         let (mut run, mut bytes) = (Vec::new(), 0);
         for at in left {
             let entry = &base.entries[at];
+            let follows = entry.follows().cloned();
             if is_whole {
                 let weight = Weight::from_meta(entry.meta.clone(), entry.view())?;
                 self.ready.push_back(weight);
-                lock(&self.made).weights.push(Sent::Kept { at, sum: 0 });
+                lock(&self.made).weights.push(Sent::Kept { at, sum: 0, changed: false, follows });
                 continue;
             }
             if bytes >= self.batch {
@@ -521,7 +564,8 @@ impl Sending<'_> {
             }
             bytes += entry.bytes().len();
             let cut = Cut::at(entry.meta.dtype, 1);
-            run.push((at, Difference { cut, words: Vec::new(), len: 0, units: 0, sum: 0 }));
+            let difference = Difference { cut, words: Vec::new(), len: 0, units: 0, sum: 0 };
+            run.push(Again { at, difference, follows });
         }
         self.flush(&mut run, Vec::new().into())
     }
@@ -636,6 +680,13 @@ impl Sending<'_> {
         let (mut differences, mut new) = (weights.into_iter(), new.into_iter());
         let (mut run, mut begin, mut end) = (Vec::new(), 0, 0);
         for (weight, found) in batch.iter().zip(found) {
+            let follows = match weight.is_deferred() {
+                true => self.followed.clone(),
+                false => {
+                    self.followed = Some(weight.meta().name.clone());
+                    None
+                }
+            };
             match found {
                 Some(at) => {
                     let Some(difference) = differences.next() else { continue };
@@ -654,12 +705,13 @@ impl Sending<'_> {
                     of_type.changed += difference.units;
                     report.changed_weights += u64::from(difference.units > 0);
                     end += difference.len;
-                    run.push((*at, difference));
+                    run.push(Again { at: *at, difference, follows });
                 }
                 None => {
                     self.flush(&mut run, values.slice(begin..end))?;
                     begin = end;
                     let Some(entry) = new.next() else { continue };
+                    let entry = entry.following(follows);
                     let whole = Weight::from_meta(entry.meta.clone(), entry.view())?;
                     self.ready.push_back(whole.with_treatment(weight.treatment().clone()));
                     lock(&self.made).weights.push(Sent::New(entry));
@@ -670,27 +722,31 @@ impl Sending<'_> {
     }
 
     /// Makes tensors of weights that follow one another, and of their values.
-    fn flush(&mut self, run: &mut Vec<(usize, Difference)>, values: Storage) -> Result<()> {
+    fn flush(&mut self, run: &mut Vec<Again>, values: Storage) -> Result<()> {
         if run.is_empty() {
             return Ok(());
         }
-        let record = |(at, difference): &(usize, Difference)| Record {
-            weight: *at as u32,
-            tile: difference.cut.tile() as u32,
-            len: difference.len,
+        let record = |again: &Again| Record {
+            weight: again.at as u32,
+            tile: again.difference.cut.tile() as u32,
+            len: again.difference.len,
         };
         let head = Head::Weights(run.iter().map(record).collect());
-        self.queue(&head, run.iter().flat_map(|(_, difference)| &difference.words))?;
+        self.queue(&head, run.iter().flat_map(|again| &again.difference.words))?;
         if !values.is_empty() {
             self.ready.push_back(message::values(self.tensors, values.clone())?);
             self.tensors += 1;
         }
         let made = &mut *lock(&self.made);
-        made.weights.extend(run.iter().map(|(at, it)| Sent::Kept { at: *at, sum: it.sum }));
-        let changed = run.drain(..).filter(|(_, difference)| difference.units > 0);
-        let of: Vec<_> = changed
-            .map(|(at, Difference { cut, words, .. })| (at, Change { cut, words }))
-            .collect();
+        let mut of = Vec::new();
+        for Again { at, difference: Difference { cut, words, units, sum, .. }, follows } in
+            run.drain(..)
+        {
+            made.weights.push(Sent::Kept { at, sum, changed: units > 0, follows });
+            if units > 0 {
+                of.push((at, Change { cut, words }));
+            }
+        }
         if !of.is_empty() {
             made.changes.push(Changed { of, values });
         }

@@ -114,19 +114,19 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for ArenaArc<T> {
 mod tests {
     use super::*;
 
-    /// Counts how many of it are left.
-    struct Counted(Arc<()>, usize);
+    /// Its number, and a clone of what counts how many are left.
+    type Counted = (usize, Arc<()>);
 
     #[test]
     fn every_value_is_the_one_that_was_put_there_however_many_there_are() {
         let (count, mut arena) = (Arc::new(()), Arena::default());
-        let all: Vec<_> =
-            (0..2 * CHUNK + 7).map(|at| arena.put(Counted(count.clone(), at))).collect();
-        assert!(all.iter().enumerate().all(|(at, value)| value.1 == at));
+        let all: Vec<ArenaArc<Counted>> =
+            (0..2 * CHUNK + 7).map(|at| arena.put((at, count.clone()))).collect();
+        assert!(all.iter().enumerate().all(|(at, value)| value.0 == at));
         drop(arena);
         let last = all[CHUNK].clone();
         drop(all);
-        assert_eq!(last.1, CHUNK);
+        assert_eq!(last.0, CHUNK);
         assert_eq!(Arc::strong_count(&count), 1 + CHUNK, "those of its allocation stay");
         drop(last);
         assert_eq!(Arc::strong_count(&count), 1);

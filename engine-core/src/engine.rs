@@ -95,6 +95,9 @@ pub trait TrainerEngine: CheckpointEngine {
     /// The others come from the copy that a layer keeps which sends changes (`delta: true`). A rollout that has the last version gets nothing
     /// of them; if one does not, all get all of them.
     ///
+    /// It has no default, because an engine around another one that forgets to pass it on would refuse what the inner one can do. An engine
+    /// that keeps no copies returns [`no_copies`].
+    ///
     /// # Cancel safety
     ///
     /// As [`send_weights`](Self::send_weights).
@@ -106,15 +109,14 @@ pub trait TrainerEngine: CheckpointEngine {
         &mut self,
         weights: WeightStream<'_>,
         version: Version,
-    ) -> Result<SendReport> {
-        let _ = (weights, version);
-        Err(no_copies("sending a part of a version"))
-    }
+    ) -> Result<SendReport>;
 
     /// Proves that all rollouts hold the version that was committed last: every rank computes the digest of its copy anew from memory.
     ///
     /// Copies of what travelled are kept by a layer that sends changes (`delta: true`). Rollouts take part as in any update: they receive
     /// that version once more, with all of its weights unchanged, of which no bytes travel. Nothing is read from the trainer's weights.
+    ///
+    /// It has no default, as [`send_part`](Self::send_part) has none.
     ///
     /// # Cancel safety
     ///
@@ -125,12 +127,12 @@ pub trait TrainerEngine: CheckpointEngine {
     /// `Digest`, naming the rank and the tensor whose bytes have changed by themselves: the next update sends whole weights. `Mismatch`,
     /// naming a rollout that does not have the version. `State` if there is no version, or the trainer has no copy of it. `Config` if
     /// ranks keep no copies, and if several trainers share the sending. Those of [`send_weights`](Self::send_weights).
-    async fn attest(&mut self) -> Result<SendReport> {
-        Err(no_copies("attesting a version"))
-    }
+    async fn attest(&mut self) -> Result<SendReport>;
 }
 
-fn no_copies(operation: &str) -> Error {
+/// For engines that keep no copies of what travelled: the error of [`TrainerEngine::send_part`] and [`TrainerEngine::attest`], of the kind
+/// `Config`.
+pub fn no_copies(operation: &str) -> Error {
     let message = "no copies are kept of what travelled; with `delta: true` they are";
     Error::new(ErrorKind::Config, operation, message)
 }
@@ -161,9 +163,9 @@ pub trait RolloutEngine: CheckpointEngine {
     /// # Contract
     ///
     /// The weights are those that the other rollout received, in the order sent. If they are not the trainer's, the next update is whole.
-    fn adopt<'a>(&'a mut self, received: ReceivedWeights<'a>) -> ReceivedWeights<'a> {
-        received
-    }
+    ///
+    /// It has no default, so that no engine around another one forgets to pass it on. One that keeps no copy returns `received` as it is.
+    fn adopt<'a>(&'a mut self, received: ReceivedWeights<'a>) -> ReceivedWeights<'a>;
 }
 
 /// A rollout's end that keeps the last complete version in a local cache.

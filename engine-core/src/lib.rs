@@ -45,7 +45,7 @@ pub use elements::{Element, Numbers};
 pub use engine::{
     Availability, Backend, CheckpointEngine, CheckpointEngineWithCache, Devices, EngineContext,
     Placement, Prepared, PreparedRollout, PreparedTrainer, RolloutEngine, TrainerEngine,
-    WorkerMetadata, form_local_group,
+    WorkerMetadata, form_local_group, no_copies,
 };
 pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
 pub use expected::{Expected, check_names};
@@ -58,8 +58,8 @@ pub use received::{
 };
 pub use registry::{Layer, Registry};
 pub use report::{
-    ChangedElements, DeltaReport, ReceiveReport, ReceiverReport, SendReport, StageTimes,
-    TensorCounts, VersionState,
+    ChangedElements, DeltaReport, PartReport, ReceiveReport, ReceiverReport, SendReport,
+    StageTimes, TensorCounts, VersionState,
 };
 pub use sets::{BitSet, RankMap, RankSet};
 pub use storage::{DeviceBytes, DeviceMemory, Storage};

@@ -159,6 +159,24 @@ pub struct DeltaReport {
     /// Whether all ranks computed the digest of their copies anew from memory.
     #[serde(default)]
     pub attested: bool,
+    /// The named parts of the version, if a copy of it is kept.
+    #[serde(default)]
+    pub parts: BTreeMap<String, PartReport>,
+}
+
+/// A named part of a version: of the policy, of a draft model, of an adapter.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct PartReport {
+    /// The number of what is in it: a digest of its names, types, shapes and bytes, in any order. A part that has the same number as before is
+    /// unchanged; one that has the same on two ranks is the same there.
+    pub digest: u64,
+    /// Its tensors, scales included.
+    pub tensors: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Those of which anything travelled, changes or all of it. None did of a part that is unchanged.
+    pub sent: u64,
 }
 
 /// Elements of one type, and how many of them changed.
@@ -214,6 +232,9 @@ pub struct ReceiveReport {
     pub elapsed: Duration,
     /// The digest of the whole version, if digests are on.
     pub digest: Option<u64>,
+    /// The named parts of the version, if this rank keeps a copy of it.
+    #[serde(default)]
+    pub parts: BTreeMap<String, PartReport>,
 }
 
 impl ReceiveReport {
@@ -227,6 +248,7 @@ impl ReceiveReport {
             buckets: 0,
             elapsed: Duration::ZERO,
             digest: None,
+            parts: BTreeMap::new(),
         }
     }
 }

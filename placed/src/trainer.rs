@@ -11,7 +11,7 @@ use engine_core::control::Control;
 use engine_core::memory::Pool;
 use engine_core::{
     CheckpointEngine, EngineContext, Error, ErrorKind, Rank, Result, Role, SendReport,
-    TensorCounts, TrainerEngine, Version, Weight, WeightStream, digest,
+    TensorCounts, TrainerEngine, Version, Weight, WeightStream, digest, no_copies,
 };
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -218,6 +218,14 @@ impl TrainerEngine for PlacedTrainer {
         report.absent = ended.absent;
         report.slower = slower;
         Ok(report)
+    }
+
+    async fn send_part(&mut self, _: WeightStream<'_>, _: Version) -> Result<SendReport> {
+        Err(no_copies("sending a part of a version"))
+    }
+
+    async fn attest(&mut self) -> Result<SendReport> {
+        Err(no_copies("attesting a version"))
     }
 }
 

@@ -206,6 +206,10 @@ impl<L: FetchLink> RolloutEngine for Receiver<L> {
         });
         Ok(ReceivedWeights::new(version, outcome, buckets).in_one_pass(one_pass))
     }
+
+    fn adopt<'a>(&'a mut self, received: ReceivedWeights<'a>) -> ReceivedWeights<'a> {
+        received
+    }
 }
 
 /// The wait for an update, until this is dropped.

@@ -25,7 +25,7 @@ use engine_core::plan::{BucketKind, BucketPlanner};
 use engine_core::telemetry::Meter;
 use engine_core::{
     Bases, CheckpointEngine, EngineContext, Error, ErrorKind, Rank, Result, TrainerEngine, Version,
-    WeightStream,
+    WeightStream, no_copies,
 };
 
 /// How long a trainer that leaves the group waits for rollouts to release its buckets before it frees them.
@@ -158,6 +158,14 @@ impl<L: SendLink> TrainerEngine for Sender<L> {
         );
         Ok(report)
     }
+
+    async fn send_part(&mut self, _: WeightStream<'_>, _: Version) -> Result<SendReport> {
+        Err(no_copies("sending a part of a version"))
+    }
+
+    async fn attest(&mut self) -> Result<SendReport> {
+        Err(no_copies("attesting a version"))
+    }
 }
 
 /// A sending trainer other than the leader: its side of the protocol, over a transport's link.
@@ -218,6 +226,14 @@ impl<L: SendLink> TrainerEngine for CoSender<L> {
         secondary.begin(version, Instant::now());
         let work = Trainer { control, meter, deadline: *deadline, bases: None };
         work.update(&mut **secondary, link, collector, weights).await
+    }
+
+    async fn send_part(&mut self, _: WeightStream<'_>, _: Version) -> Result<SendReport> {
+        Err(no_copies("sending a part of a version"))
+    }
+
+    async fn attest(&mut self) -> Result<SendReport> {
+        Err(no_copies("attesting a version"))
     }
 }
 

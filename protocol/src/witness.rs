@@ -15,7 +15,7 @@ use engine_core::control::Control;
 use engine_core::memory::Pool;
 use engine_core::{
     CheckpointEngine, EngineContext, ErrorReport, Result, RolloutEngine as _, SendReport,
-    TrainerEngine, Version, WeightStream,
+    TrainerEngine, Version, WeightStream, no_copies,
 };
 
 /// An idle trainer's side of the protocol.
@@ -62,6 +62,14 @@ impl TrainerEngine for Witness {
         let witnessed = Witnessed(&mut self.follower);
         let both = try_join(drained, witnessed.end(&*self.control)).await;
         both.map(|(report, ())| report).map_err(|error| error.version(version))
+    }
+
+    async fn send_part(&mut self, _: WeightStream<'_>, _: Version) -> Result<SendReport> {
+        Err(no_copies("sending a part of a version"))
+    }
+
+    async fn attest(&mut self) -> Result<SendReport> {
+        Err(no_copies("attesting a version"))
     }
 }
 
@@ -115,6 +123,14 @@ impl<L: FetchLink> TrainerEngine for Relay<L> {
         report.digest = received.digest;
         report.elapsed = report.elapsed.max(received.elapsed);
         Ok(report)
+    }
+
+    async fn send_part(&mut self, _: WeightStream<'_>, _: Version) -> Result<SendReport> {
+        Err(no_copies("sending a part of a version"))
+    }
+
+    async fn attest(&mut self) -> Result<SendReport> {
+        Err(no_copies("attesting a version"))
     }
 }
 

@@ -59,6 +59,7 @@ from .manager import LocalRollout, Manager, RolloutWorker
 from .reports import (
     ChangedElements,
     DeltaReport,
+    PartReport,
     Peer,
     ReceiveReport,
     ReceiverReport,
@@ -87,6 +88,7 @@ __all__ = [
     "LocalRollout",
     "Manager",
     "MismatchError",
+    "PartReport",
     "Peer",
     "PeerLost",
     "PlacedRollout",

@@ -86,6 +86,23 @@ class ChangedElements:
 
 
 @dataclass(frozen=True)
+class PartReport:
+    """A named part of a version: of the policy, of a draft model, of an adapter.
+
+    Attributes:
+        digest: The number of what is in it: names, types, shapes and bytes. A part that has the same number as before is unchanged.
+        tensors: Its tensors, scales included.
+        bytes: Their bytes.
+        sent: Those of which anything travelled, changes or all of it.
+    """
+
+    digest: int
+    tensors: int
+    bytes: int
+    sent: int
+
+
+@dataclass(frozen=True)
 class DeltaReport:
     """What changed in an update that carries only changes.
 
@@ -95,6 +112,7 @@ class DeltaReport:
         changed_weights: Weights that were there before and had changes.
         shadow_bytes: Bytes of the copy that the trainer keeps of what it sent.
         attested: Whether all ranks computed the digest of their copies anew from memory.
+        parts: The named parts of the version, if a copy of it is kept.
     """
 
     whole: str | None
@@ -102,6 +120,7 @@ class DeltaReport:
     changed_weights: int
     shadow_bytes: int
     attested: bool = False
+    parts: dict[str, PartReport] = field(default_factory=dict)
 
     @property
     def changed_ratio(self) -> float:
@@ -182,6 +201,7 @@ class ReceiveReport:
         buckets: Buckets received.
         elapsed: Seconds from the trainer's announcement to the end.
         digest: Of the whole version, if digests are on.
+        parts: The named parts of the version, if this rank keeps a copy of it.
     """
 
     version: int
@@ -191,6 +211,7 @@ class ReceiveReport:
     buckets: int
     elapsed: float
     digest: int | None
+    parts: dict[str, PartReport] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -233,12 +254,17 @@ def _delta_report(data: Any) -> DeltaReport | None:
     if data is None:
         return None
     elements = {dtype: ChangedElements(**counts) for dtype, counts in data["elements"].items()}
-    return DeltaReport(**{**data, "elements": elements})
+    return DeltaReport(**{**data, "elements": elements, "parts": _parts(data["parts"])})
+
+
+def _parts(data: Any) -> dict[str, PartReport]:
+    return {name: PartReport(**part) for name, part in data.items()}
 
 
 def _receive_report(text: str) -> ReceiveReport:
     data = json.loads(text)
-    return ReceiveReport(**{**data, "elapsed": _seconds(data["elapsed"])})
+    elapsed, parts = _seconds(data["elapsed"]), _parts(data["parts"])
+    return ReceiveReport(**{**data, "elapsed": elapsed, "parts": parts})
 
 
 def _peers(text: str) -> tuple[Peer, ...]:

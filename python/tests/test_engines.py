@@ -72,7 +72,9 @@ def test_a_version_is_attested_on_demand_where_ranks_keep_copies(local):
 
 
 def test_a_part_of_a_version_is_sent_and_all_other_weights_are_those_of_the_version_before(local):
-    trainer, (rollout,) = ckpt_engine.form_local_group({"backend": "naive", "delta": True})
+    parts = {"adapter": ["*.lora_*"]}
+    trainer, (rollout,) = ckpt_engine.form_local_group({"backend": "naive", "delta": True, "parts": parts})
+    digests = []
     adapter = {f"base_model.model.q_proj.lora_{side}.weight": bytearray(64) for side in "AB"}
     with pytest.raises(ckpt_engine.StateError, match="nothing was sent before"):
         trainer.send_weights(adapter, 1, part=True)
@@ -87,7 +89,14 @@ def test_a_part_of_a_version_is_sent_and_all_other_weights_are_those_of_the_vers
         received = {name: tensor.tobytes() for name, tensor in receiving.result(10).items()}
         assert received == {name: bytes(value) for name, value in whole.items()}
         assert (report.version, rollout.version) == (version, version)
+        digests.append({name: part.digest for name, part in report.delta.parts.items()})
     assert report.delta.changed_weights == 1
+    assert {name: (part.tensors, part.sent) for name, part in report.delta.parts.items()} == {
+        "adapter": (2, 1),
+        "policy": (len(WEIGHTS), 0),
+    }
+    assert len({digest["policy"] for digest in digests}) == 1
+    assert len({digest["adapter"] for digest in digests}) == 3
     with pytest.raises(ckpt_engine.ConfigError, match="delta: true"):
         local[0].send_weights(adapter, 1, part=True)
 

@@ -1,7 +1,7 @@
 //! `quantize_fp8`: a stream whose matrices travel as FP8.
 
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 
 use engine_core::{
@@ -11,7 +11,7 @@ use engine_core::{
 use futures::StreamExt;
 
 use crate::encoding::{Fp8Layout, Layouts, quantized, sizes, source_type};
-use crate::rules::{Consistency, Decision, QuantPlan, Rule, Rules, Stored, Window};
+use crate::rules::{Consistency, Decision, QuantPlan, Rule, Rules, RulesConfig, Stored, Window};
 use crate::{Codec, Fp8Format};
 
 /// What decides on the weights of a stream: a [`QuantPlan`], which knows all of them, or [`Rules`], which look at a
@@ -28,7 +28,7 @@ pub struct Fp8Quantizer {
 
 /// What was decided on a weight of a stream.
 #[derive(Clone, Debug)]
-struct Decided {
+pub(crate) struct Decided {
     /// The weight as it came.
     meta: ArenaArc<TensorMeta>,
     before: Treatment,
@@ -79,6 +79,12 @@ impl Fp8Quantizer {
             Decisions::Rules(rules) => rules.format(),
             Decisions::Plan(plan) => plan.format(),
         }
+    }
+
+    /// The decisions of the last complete stream of all weights.
+    pub(crate) fn last(&self) -> Arc<[Decided]> {
+        // A panic elsewhere leaves the list as it was.
+        self.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn decide(&self, name: &str, shape: &[usize], stored: Stored) -> Result<(Decision, Rule)> {
@@ -160,17 +166,88 @@ pub trait QuantizeFp8<'a, M>: IntoWeightStream<'a, M> {
     /// # }).unwrap();
     /// ```
     fn quantize_fp8(self, quantizer: impl Into<Fp8Quantizer>) -> WeightStream<'a> {
-        quantize(self.into_weight_stream(), quantizer.into())
+        quantize(self.into_weight_stream(), quantizer.into(), None)
     }
 }
 
 impl<'a, M, S: IntoWeightStream<'a, M>> QuantizeFp8<'a, M> for S {}
 
-fn quantize(weights: WeightStream<'_>, quantizer: Fp8Quantizer) -> WeightStream<'_> {
-    // A panic elsewhere leaves the list as it was.
-    let last = quantizer.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
+/// A stream that brings only some weights of a version.
+///
+/// A layer is quantised as a whole or not at all also if the stream brings a part of it. So a weight that the version has in the same type
+/// and shape is treated as it was there, and at the end of the stream every decision has to be the one that the whole version would give.
+#[derive(Debug)]
+pub(crate) struct Part {
+    version: Arc<[Decided]>,
+    /// The indices of its weights.
+    places: HashMap<Arc<str>, usize>,
+    rules: Arc<RulesConfig>,
+    next: Arc<OnceLock<Arc<[Decided]>>>,
+}
+
+impl Part {
+    /// A part of the version that comes after this one.
+    pub(crate) fn after(version: Arc<[Decided]>, rules: Arc<RulesConfig>) -> Self {
+        let places = (0..).zip(&*version).map(|(at, decided)| (decided.meta.name.clone(), at));
+        Self { places: places.collect(), version, rules, next: Arc::default() }
+    }
+
+    /// The decisions on the new version, once the stream has ended.
+    pub(crate) fn next(&self) -> Arc<OnceLock<Arc<[Decided]>>> {
+        self.next.clone()
+    }
+
+    /// What was decided on a weight that the version has as well.
+    fn before(&self, weight: &Weight) -> Option<(Decision, Rule)> {
+        let decided = &self.version[*self.places.get(weight.name())?];
+        let is_same = decided.meta == *weight.meta() && decided.before == *weight.treatment();
+        is_same.then(|| (decided.decision, decided.rule.clone()))
+    }
+
+    /// Compares the decisions on all weights of the new version with those that it would have as a whole.
+    fn end(self, decided: Vec<Decided>) -> Result<()> {
+        let names: HashSet<Arc<str>> = decided.iter().map(|one| one.meta.name.clone()).collect();
+        let others = self.version.iter().filter(|one| !names.contains(&one.meta.name)).cloned();
+        let all: Vec<Decided> = decided.into_iter().chain(others).collect();
+        let described = |one: &Decided| {
+            Ok((one.meta.name.to_string(), sizes(&one.meta)?, stored(one.meta.dtype)))
+        };
+        let parameters = all.iter().map(described).collect::<Result<Vec<_>>>()?;
+        let plan = QuantPlan::resolve(parameters, &self.rules)?;
+        let planned = |one: &Decided| plan.get(&one.meta.name).map(|entry| entry.decision);
+        let differs = |one: &&Decided| {
+            one.before == Treatment::Plain && planned(one).is_some_and(|it| it != one.decision)
+        };
+        if let Some(one) = all.iter().find(differs) {
+            let message = "with this part of a version, other weights of its layer would have to be quantised or kept than are: send the whole version";
+            let error = Error::new(ErrorKind::Mismatch, "quantising to FP8", message);
+            return Err(error.tensor(&*one.meta.name));
+        }
+        // A stream ends once.
+        drop(self.next.set(all.into()));
+        Ok(())
+    }
+}
+
+/// [`quantize_fp8`](QuantizeFp8::quantize_fp8) for a stream of only some weights of a version.
+pub(crate) fn quantize_part<'a>(
+    weights: WeightStream<'a>,
+    quantizer: &Fp8Quantizer,
+    part: Part,
+) -> WeightStream<'a> {
+    quantize(weights, quantizer.clone(), Some(part))
+}
+
+fn quantize(
+    weights: WeightStream<'_>,
+    quantizer: Fp8Quantizer,
+    part: Option<Part>,
+) -> WeightStream<'_> {
+    // A part has other weights than the last stream in the same places.
+    let last = if part.is_some() { Arc::default() } else { quantizer.last() };
     let following = VecDeque::new();
-    let mut state = State { weights, quantizer, last, at: 0, anew: None, following, ended: false };
+    let ended = false;
+    let mut state = State { weights, quantizer, part, last, at: 0, anew: None, following, ended };
     let mut failed = false;
     WeightStream::new(futures::stream::poll_fn(move |cx| {
         if failed {
@@ -185,6 +262,8 @@ fn quantize(weights: WeightStream<'_>, quantizer: Fp8Quantizer) -> WeightStream<
 struct State<'a> {
     weights: WeightStream<'a>,
     quantizer: Fp8Quantizer,
+    /// If the stream has only some weights of a version, and has not ended.
+    part: Option<Part>,
     /// The last stream's decisions, and how many of them have held so far.
     last: Arc<[Decided]>,
     at: usize,
@@ -257,6 +336,9 @@ impl State<'_> {
         let by_itself = match weight.treatment() {
             Treatment::Converted => (Decision::Pass, Rule::AlreadyFp8),
             Treatment::Added => (Decision::Pass, Rule::IsScale),
+            _ if let Some(before) = self.part.as_ref().and_then(|part| part.before(&weight)) => {
+                before
+            }
             _ => self.quantizer.decide(&name, &shape, stored(weight.meta().dtype))?,
         };
         let bytes = weight.source_bytes();
@@ -321,11 +403,15 @@ impl State<'_> {
 
     /// Checks what can only be checked at the end.
     fn end(&mut self) -> Result<()> {
-        if self.anew.is_none() && self.at == self.last.len() {
+        if self.anew.is_none() && self.at == self.last.len() && self.part.is_none() {
             return Ok(()); // The last stream was checked, and this one was the same.
         }
         let Anew { decided, consistency, .. } = std::mem::take(self.anew()?);
         consistency.finish()?;
+        if let Some(part) = self.part.take() {
+            self.anew = None;
+            return part.end(decided);
+        }
         // A stream that is asked again at its end compares with itself.
         (self.at, self.last, self.anew) = (decided.len(), decided.into(), None);
         let mut last = self.quantizer.last.lock().unwrap_or_else(PoisonError::into_inner);

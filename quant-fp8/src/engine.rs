@@ -1,5 +1,7 @@
 //! Quantisation in front of any engine, which does not know of it.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use engine_core::{
     CheckpointEngine, EngineContext, Layer, Prepared, PreparedRollout, PreparedTrainer,
@@ -7,8 +9,9 @@ use engine_core::{
     WorkerMetadata, memory::Pool,
 };
 
+use crate::combinator::{Decided, Part, quantize_part};
 use crate::contract::{Declaration, Fp8Config, Inspector, agree};
-use crate::rules::Rules;
+use crate::rules::{Rules, RulesConfig};
 use crate::{Fp8Quantizer, QuantizeFp8};
 
 /// Quantisation in front of an engine, as its configuration says: to be given to
@@ -35,7 +38,12 @@ fn in_front_of_trainer(
         let rules = Rules::new(&agreement.rules)?;
         tracing::info!(format = ?agreement.rules.format, "quantising to FP8 on the trainer");
         let engine = prepared.join(place).await?;
-        let quantizing = QuantizingTrainer { engine, quantizer: rules.into() };
+        let quantizing = QuantizingTrainer {
+            engine,
+            quantizer: rules.into(),
+            rules: Arc::new(agreement.rules),
+            version: Arc::default(),
+        };
         Ok(Box::new(quantizing) as Box<dyn TrainerEngine>)
     }))
 }
@@ -77,6 +85,9 @@ fn declared<E>(prepared: &Prepared<E>, declaration: &Declaration) -> Result<Work
 struct QuantizingTrainer {
     engine: Box<dyn TrainerEngine>,
     quantizer: Fp8Quantizer,
+    rules: Arc<RulesConfig>,
+    /// What was decided on the weights of the version that was committed last.
+    version: Arc<[Decided]>,
 }
 
 #[async_trait]
@@ -93,7 +104,10 @@ impl TrainerEngine for QuantizingTrainer {
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport> {
-        self.engine.send_weights(weights.quantize_fp8(&self.quantizer), version).await
+        let report =
+            self.engine.send_weights(weights.quantize_fp8(&self.quantizer), version).await?;
+        self.version = self.quantizer.last();
+        Ok(report)
     }
 
     async fn send_part(
@@ -101,7 +115,14 @@ impl TrainerEngine for QuantizingTrainer {
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport> {
-        self.engine.send_part(weights.quantize_fp8(&self.quantizer), version).await
+        let part = Part::after(self.version.clone(), self.rules.clone());
+        let next = part.next();
+        let weights = quantize_part(weights, &self.quantizer, part);
+        let report = self.engine.send_part(weights, version).await?;
+        if let Some(next) = next.get() {
+            self.version = next.clone();
+        }
+        Ok(report)
     }
 
     async fn attest(&mut self) -> Result<SendReport> {

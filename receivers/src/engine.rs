@@ -16,7 +16,7 @@ use engine_core::telemetry::Meter;
 use engine_core::{
     CheckpointEngine, EngineContext, Error, ErrorKind, Prepared, PreparedTrainer, Rank,
     ReceiverReport, Result, Role, SendReport, StageTimes, TrainerEngine, Version, VersionState,
-    WeightStream, WorkerMetadata,
+    WeightStream, WorkerMetadata, no_copies,
 };
 use futures::future::{join, join_all};
 use futures::stream::{FuturesUnordered, StreamExt};
@@ -1082,5 +1082,13 @@ impl<C: Communicator> TrainerEngine for ServersEngine<C> {
         self.meter.sent(&report);
         info!(servers = outcome.loaded.len(), left_out = outcome.out.len(), "update loaded");
         Ok(report)
+    }
+
+    async fn send_part(&mut self, _: WeightStream<'_>, _: Version) -> Result<SendReport> {
+        Err(no_copies("sending a part of a version"))
+    }
+
+    async fn attest(&mut self) -> Result<SendReport> {
+        Err(no_copies("attesting a version"))
     }
 }

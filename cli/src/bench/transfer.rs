@@ -177,8 +177,9 @@ pub async fn transfer(
         // Without a rate nothing changes, and the model is made once.
         let changes = options.source.change_rate.is_some();
         let weights = |version| {
-            let version = if changes { version } else { Version(1) };
-            Ok(stream(source.weights(version)?, shard.as_ref()))
+            let values = if changes { version } else { Version(1) };
+            let weights = source.weights(values)?;
+            Ok(stream(options.source.sent(weights, version), shard.as_ref()))
         };
         each(&setting(options, "model", rollouts, digests, &baseline, weights).await?)?;
     }
@@ -197,7 +198,9 @@ pub async fn transfer(
         .collect::<Result<_>>()?;
     let weights = |_| Ok(ensure_async_iterator(tiny.iter().cloned()));
     let baseline = Baseline::Host(vec![storage.clone()]);
-    each(&setting(options, "tiny tensors", 1, true, &baseline, weights).await?)?;
+    let mut all = options.clone();
+    all.source.only.clear();
+    each(&setting(&all, "tiny tensors", 1, true, &baseline, weights).await?)?;
     Ok(())
 }
 
@@ -264,7 +267,10 @@ async fn setting<'a>(
     let mut engine_peak_bytes = None;
     let (mut reports, mut first, mut bare) = (Vec::<SendReport>::new(), None, Vec::new());
     for version in (1..=updates).map(Version) {
-        let report = engine.send_weights(weights(version)?, version).await?;
+        let report = match run.source.is_part(version) {
+            true => engine.send_part(weights(version)?, version).await?,
+            false => engine.send_weights(weights(version)?, version).await?,
+        };
         first.get_or_insert((report.elapsed.as_secs_f64(), report.stages));
         if version.0 == 2 && target.is_some() {
             // Bare transfers take memory of their own.

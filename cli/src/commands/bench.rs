@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use checkpoint_engine::DeviceChoice;
+use checkpoint_engine::delta::NamePattern;
 use checkpoint_engine::fp8::{Fp8Format, Granularity, Quantization, SourceType};
 use clap::{Args, Subcommand};
 use cli::bench::quant::{QuantLine, QuantOptions, quant};
@@ -45,6 +46,10 @@ pub(crate) struct TransferArgs {
     /// How many elements of the model change from one update to the next, from 0 to 1; without it nothing changes
     #[arg(long, value_name = "FRACTION", value_parser = change_rate)]
     pub(crate) change_rate: Option<ChangeRate>,
+    /// After the first update, send only weights of the model whose names are like this, such as 'model.layers.23.*'; may be given several
+    /// times. All others stay as they are, and nothing of them travels. Needs --delta
+    #[arg(long, value_name = "NAMES", conflicts_with = "placed")]
+    pub(crate) only: Vec<NamePattern>,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
     /// How many trainers, all of which have the model
@@ -97,7 +102,12 @@ pub(crate) struct QuantBenchArgs {
 pub(crate) async fn transfer_command(args: &TransferArgs) -> Result<ExitCode, Failure> {
     let model = ModelSpec::Synthetic { name: args.synthetic, layers: args.layers };
     let options = TransferOptions {
-        source: SourceSpec { model, updates: 1, change_rate: args.change_rate },
+        source: SourceSpec {
+            model,
+            updates: 1,
+            change_rate: args.change_rate,
+            only: args.only.clone(),
+        },
         config: args.engine.config()?,
         repeats: usize::try_from(args.repeats)?,
         trainers: args.placing.ranks().map_or(args.trainers, |(trainers, _)| trainers),

@@ -27,6 +27,9 @@ Examples:
     ckpt-engine sync --model model.safetensors --out received --verify
     ckpt-engine verify model.safetensors received/rollout-0
 
+  Of which, after the first update, only one layer is sent:
+    ckpt-engine sync --synthetic qwen2.5-0.5b --updates 3 --delta --only 'model.layers.23.*' --verify
+
   Two trainers that hold half of each tensor write into the tensors of two rollouts that want other halves:
     ckpt-engine sync --synthetic tiny-moe --placed --trainer-layout fsdp=2 --rollout-layout tp=2 --verify
 

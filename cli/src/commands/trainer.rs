@@ -124,8 +124,7 @@ pub(crate) async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Fail
             let report = trainer.update(version).await?;
             let attested = trainer.attest().await;
             let extra = memory.extra_peak_bytes();
-            let tensors = trainer.source.tensors();
-            let mut line = line(&report, tensors, &config.backend, None, extra);
+            let mut line = line(&report, &trainer.source, &config.backend, None, extra);
             line.attested_in(attested.as_ref().ok().and_then(Option::as_ref));
             print_update(&line, args.json)?;
             attested

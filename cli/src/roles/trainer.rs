@@ -62,8 +62,13 @@ impl Trainer {
                 advanced => break advanced?,
             }
         }
-        let weights = stream(self.source.weights(version)?, self.shard.as_ref());
-        self.engine.send_weights(weights, version).await
+        let weights = self.source.weights(version)?;
+        let spec = self.source.spec();
+        let weights = stream(spec.sent(weights, version), self.shard.as_ref());
+        match spec.is_part(version) {
+            true => self.engine.send_part(weights, version).await,
+            false => self.engine.send_weights(weights, version).await,
+        }
     }
 
     /// Attests the version that all rollouts have now, if that is asked for. Returns the report of that.
