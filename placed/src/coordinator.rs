@@ -127,14 +127,24 @@ impl Coordinator {
         self.declared.remove(&rank);
     }
 
-    /// A rank is gone.
-    pub(crate) fn gone(&mut self, rank: Rank, error: Error) -> Vec<Act> {
+    /// A rank is gone. While ranks enter an update, it goes on without a rollout: nobody has planned yet to write to it. What a trainer holds
+    /// may be missing, and later the plan has all ranks in it.
+    pub(crate) fn gone(&mut self, now: Instant, rank: Rank, error: Error) -> Vec<Act> {
         self.ranks.remove(&rank);
         self.declared.remove(&rank);
-        match self.running.as_ref().is_some_and(|running| running.ranks.contains_key(&rank)) {
-            true => self.fail(error.rank(rank)),
-            false => Vec::new(),
+        let Some(running) = &mut self.running else { return Vec::new() };
+        let Some(role) = running.ranks.get(&rank).copied() else { return Vec::new() };
+        let is_other = |(other, of): (&Rank, &Role)| *other != rank && *of == Role::Rollout;
+        let is_spared = running.stage == Stage::Enter
+            && role == Role::Rollout
+            && running.ranks.iter().any(is_other);
+        if !is_spared {
+            return self.fail(error.rank(rank));
         }
+        running.ranks.remove(&rank);
+        running.known.remove(&rank);
+        running.awaited.remove(&rank);
+        if running.awaited.is_empty() { self.go_on(now) } else { Vec::new() }
     }
 
     /// Begins an update.
@@ -179,7 +189,7 @@ impl Coordinator {
     /// A message of a rank.
     pub(crate) fn heard(&mut self, now: Instant, from: Rank, message: ToLeader) -> Vec<Act> {
         let Some(running) = &mut self.running else { return Vec::new() };
-        if message.update() != running.update {
+        if message.update() != running.update || !running.ranks.contains_key(&from) {
             return Vec::new();
         }
         if let Some(since) = running.awaited.get_mut(&from) {

@@ -561,7 +561,7 @@ impl World {
         }
         self.to_leader.remove(&rank);
         let error = Error::new(ErrorKind::PeerLost, "being in the group", "it is lost");
-        let acts = self.coordinator.gone(rank, error);
+        let acts = self.coordinator.gone(self.now, rank, error);
         self.leader_acts(acts)
     }
 
@@ -761,4 +761,30 @@ fn updates_succeed_in_schedules_at_all() {
         })
         .sum();
     assert!(succeeded > 20, "{succeeded}");
+}
+
+#[test]
+fn a_rollout_that_is_gone_before_there_is_a_plan_is_left_out_and_another_rank_fails_the_update() {
+    for (lost, has_entered) in (1..RANKS).flat_map(|rank| [(rank, false), (rank, true)]) {
+        let mut world = World::new(Planted::None);
+        world.call().unwrap();
+        if has_entered {
+            for step in [World::member_hears, World::work, World::coordinator_hears] {
+                step(&mut world, Rank(lost)).unwrap();
+            }
+        }
+        world.lose(Rank(lost), true).unwrap();
+        world.settle().unwrap();
+        match (world.committed.unwrap(), role(lost)) {
+            (Ok(committed), Role::Rollout) => {
+                let ranks: Vec<u32> = committed.receivers.iter().map(|one| one.rank.0).collect();
+                let left: Vec<u32> = (TRAINERS..RANKS).filter(|rank| *rank != lost).collect();
+                assert_eq!(ranks, left, "without {lost}");
+            }
+            (Err(error), Role::Trainer) => {
+                assert_eq!(error.report().rank, Some(Rank(lost)), "{error}");
+            }
+            (ended, _) => panic!("without {lost}, which has entered: {has_entered}: {ended:?}"),
+        }
+    }
 }

@@ -354,11 +354,11 @@ impl Seat {
             (Event::Left { rank }, Some(coordinator)) => {
                 self.absent.insert(rank);
                 let error = Error::new(ErrorKind::PeerLost, "being in the group", "it has left");
-                leads.extend(coordinator.gone(rank, error));
+                leads.extend(coordinator.gone(now, rank, error));
             }
             (Event::Lost { rank, error }, Some(coordinator)) => {
                 self.absent.insert(rank);
-                leads.extend(coordinator.gone(rank, error.into()));
+                leads.extend(coordinator.gone(now, rank, error.into()));
             }
             // A member also learns of the leader's end by the error of the connection.
             _ => {}
