@@ -36,6 +36,9 @@ pub(crate) fn test(workspace: &Workspace, arguments: &[String]) -> Result<()> {
         pytest.arg(package.join("tests"));
     }
     pytest.args(arguments).env("PYTHONPATH", path).env("PYTHONDONTWRITEBYTECODE", "1");
+    if tools::has_nixl(workspace) {
+        pytest.env(tools::NIXL_DIR, tools::nixl(workspace));
+    }
     pytest.current_dir(workspace.root());
     stage("tests of the Python package", pytest)
 }
