@@ -439,7 +439,7 @@ impl Weight {
 
     /// Name, type and shape as they travel; of a [box](Self::of_box) its extent, not the shape of the full tensor.
     ///
-    /// Shared: whoever keeps it clones it as it is, and two weights of one description are compared without a look at it.
+    /// It is shared. A clone of it is cheap, and clones are equal without a look at what they say.
     pub fn meta(&self) -> &ArenaArc<TensorMeta> {
         &self.meta
     }

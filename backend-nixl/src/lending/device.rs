@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 use device_cuda::{CudaMemory, CudaSpace, Device, reachable};
 use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result, Weight};
 use placed::cuda::CudaKernels;
-use placed::{Encoded as Piece, Reached, Written};
+use placed::{Encoded as Piece, Encoder, Reached, Written};
 use quant_fp8::{Fp8Format, SourceType, StridedPart};
 
 use super::parcel::{Encoded, Parcel, RUNS, Ranges};
 use super::reach::{Holding, Shared};
 use super::staging::LOOK;
-use super::windows::{Run, Windows};
+use super::windows::{Run, Windows, elements_of};
 use super::writer::{Command, Target};
 use crate::arena::Memory;
 use crate::error::NixlError;
@@ -35,6 +35,7 @@ const CHUNKS: usize = 4096;
 /// A trainer's device.
 #[derive(Debug)]
 pub(super) struct Encoding {
+    shared: Arc<Shared>,
     kernels: CudaKernels,
     state: Mutex<State>,
 }
@@ -139,41 +140,62 @@ impl Half {
         shared.register(&half.memory)?;
         Ok(half)
     }
+
+    /// Waits until nothing reads it.
+    fn wait(
+        &self,
+        shared: &Shared,
+        target: &Target,
+        step: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        self.reading.wait(shared.limit, || {
+            step()?;
+            target.check()
+        })
+    }
 }
 
 impl Encoding {
-    /// The kernels of a device, and a little memory, which grows when it is needed. Returns that, for the agent to register.
+    /// The kernels of a device, and a little memory, which grows when it is needed.
     ///
     /// # Errors
     ///
     /// Those of the device.
-    pub(super) fn new(device: &DeviceChoice) -> Result<(Self, Vec<Memory>)> {
+    pub(super) fn new(device: &DeviceChoice, shared: Arc<Shared>) -> Result<Self> {
         let device = Device::of(device)?;
         let kernels = CudaKernels::new(&device)?;
         let halves = [Half::new(&device, LEAST)?, Half::new(&device, LEAST)?];
-        let memory = halves.iter().map(|half| half.memory.clone()).collect();
         let state = Mutex::new(State { halves, chunks: HashMap::new() });
-        Ok((Self { kernels, state }, memory))
+        Ok(Self { shared, kernels, state })
     }
 
-    pub(super) fn takes(&self, weight: &Weight, format: Option<&Fp8Format>) -> bool {
+    /// The memory that it begins with, for the agent to register.
+    pub(super) fn memory(&self) -> Vec<Memory> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.halves.iter().map(|half| half.memory.clone()).collect()
+    }
+}
+
+impl Encoder for Encoding {
+    fn takes(&self, weight: &Weight, format: Option<&Fp8Format>) -> bool {
         self.kernels.takes(weight, format)
     }
 
-    pub(super) fn maxima(
-        &self,
-        parts: &[(&Weight, SourceType, &StridedPart)],
-    ) -> Result<Vec<Vec<u32>>> {
+    fn writes_to(&self, to: &dyn Reached) -> bool {
+        let to: &dyn Any = to;
+        to.downcast_ref::<Holding>().is_some_and(|holding| holding.target().is_on_device())
+    }
+
+    fn maxima(&self, parts: &[(&Weight, SourceType, &StridedPart)]) -> Result<Vec<Vec<u32>>> {
         self.kernels.maxima(parts)
     }
 
-    /// Encodes pieces, and writes them to the rollouts' devices. When it returns without an error, all of them are there.
-    pub(super) fn write(
-        &self,
-        shared: &Shared,
-        pieces: &[Piece<'_>],
-        step: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<Written> {
+    /// When it returns without an error, all pieces are there.
+    fn write(&self, pieces: &[Piece<'_>], step: &mut dyn FnMut() -> Result<()>) -> Result<Written> {
+        let shared = &*self.shared;
+        let Some(first) = pieces.first() else { return Ok(Written::default()) };
+        // A failure of one target fails all.
+        let first = target_of(first)?;
         // What a panic has left is made anew: halves that are read, and chunks that are not the same.
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         for half in &mut state.halves {
@@ -187,7 +209,8 @@ impl Encoding {
             let Some(rest) = pieces.get(begin..).filter(|rest| !rest.is_empty()) else { break };
             let some = &rest[..fitting(rest)];
             let targets = some.iter().map(|piece| target_of(piece)).collect::<Result<Vec<_>>>()?;
-            let chunk = state.chunk(&self.kernels, shared, turn % 2, some, &targets, step)?;
+            state.halves[turn % 2].wait(shared, &first, step)?;
+            let chunk = state.chunk(&self.kernels, shared, turn % 2, some, &targets)?;
             let of = |rank: Rank| chunk.of_rollouts.iter().find(|(of, _, _)| *of == rank);
             let jobs = some.iter().zip(&targets).filter_map(|(piece, target)| {
                 of(target.rank()).map(|(_, space, _)| (piece, space))
@@ -207,12 +230,8 @@ impl Encoding {
             begin += some.len();
         }
         // Whoever hears of these pieces compares them.
-        let target = pieces.first().map(target_of).transpose()?;
         for half in &state.halves {
-            half.reading.wait(shared.limit, || {
-                step()?;
-                target.as_ref().map_or(Ok(()), |target| target.check())
-            })?;
+            half.wait(shared, &first, step)?;
         }
         Ok(Written { sums, failed: None })
     }
@@ -227,12 +246,7 @@ impl State {
         half: usize,
         pieces: &[Piece<'_>],
         targets: &[Arc<Target>],
-        step: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Arc<Chunk>> {
-        self.halves[half].reading.wait(shared.limit, || {
-            step()?;
-            targets.first().map_or(Ok(()), |target| target.check())
-        })?;
         let Some(first) = pieces.first().zip(targets.first()) else {
             return Err(Error::new(ErrorKind::State, "writing tensors", "there are no pieces"));
         };
@@ -301,16 +315,10 @@ impl State {
 
 /// How many of the first pieces are encoded together.
 fn fitting(pieces: &[Piece<'_>]) -> usize {
-    let bytes = |piece: &Piece<'_>| -> u64 {
-        let bytes = |part: &StridedPart| {
-            let element = if part.blocks.is_some() { 1 } else { part.element };
-            part.extent.iter().product::<u64>() * element
-        };
-        piece.parts.iter().map(bytes).sum()
-    };
     let mut all = 0;
     let fits = |piece: &&Piece<'_>| {
-        all += bytes(piece);
+        let bytes = piece.parts.iter().map(|part| elements_of(part).1.iter().product::<u64>());
+        all += bytes.sum::<u64>();
         all <= CHUNK
     };
     pieces.iter().take_while(fits).count().max(1)
@@ -323,12 +331,6 @@ fn target_of(piece: &Piece<'_>) -> Result<Arc<Target>> {
         let message = "its place is not one that NIXL writes to";
         Error::new(ErrorKind::State, "writing tensors", message).tensor(piece.weight.name())
     })
-}
-
-/// Whether pieces are written there from this trainer's device.
-pub(super) fn writes_to(to: &dyn Reached) -> bool {
-    let to: &dyn Any = to;
-    to.downcast_ref::<Holding>().is_some_and(|holding| holding.target().is_on_device())
 }
 
 /// Begins to write runs of a half to where they belong.

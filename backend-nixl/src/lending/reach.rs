@@ -9,12 +9,7 @@ use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result};
 use placed::{Reach, Reached};
 use protocol::decode;
 #[cfg(feature = "cuda")]
-use {
-    super::device::{self, Encoding},
-    engine_core::Weight,
-    placed::{Encoded, Encoder, Written},
-    quant_fp8::{Fp8Format, SourceType, StridedPart},
-};
+use {super::device::Encoding, placed::Encoder};
 
 use super::notice::Offer;
 use super::parcel::Parcel;
@@ -54,24 +49,22 @@ impl Writers {
         let closing = commands.clone();
         let (staging, memory) = Staging::new(bytes)?;
         let mut memory = vec![memory];
+        let staging = Arc::new(staging);
+        let theirs = staging.clone();
+        let shared = Arc::new(Shared { commands, staging, limit });
         #[cfg(feature = "cuda")]
         let encoding = match device.is_cpu() {
             true => None,
-            false => {
-                let (encoding, of_device) = Encoding::new(device)?;
-                memory.extend(of_device);
-                Some(encoding)
-            }
+            false => Some(Encoding::new(device, shared.clone())?),
         };
+        #[cfg(feature = "cuda")]
+        memory.extend(encoding.iter().flat_map(Encoding::memory));
         #[cfg(not(feature = "cuda"))]
         let _ = (device, &mut memory);
-        let staging = Arc::new(staging);
-        let theirs = staging.clone();
         let make = move || Writer::new(options, rank, theirs, memory, limit);
         // A thread that has ended needs no command.
         let close = move || drop(closing.send(Command::Close));
         thread::start(close, make, move |writer| writer.run(&inbox)).await?;
-        let shared = Arc::new(Shared { commands, staging, limit });
         Ok(Self {
             shared,
             #[cfg(feature = "cuda")]
@@ -113,36 +106,8 @@ impl Reach for Writers {
 
     #[cfg(feature = "cuda")]
     fn encoder(&self) -> Option<&dyn Encoder> {
-        self.encoding.as_ref().map(|_| self as &dyn Encoder)
+        self.encoding.as_ref().map(|encoding| encoding as &dyn Encoder)
     }
-}
-
-#[cfg(feature = "cuda")]
-impl Encoder for Writers {
-    fn takes(&self, weight: &Weight, format: Option<&Fp8Format>) -> bool {
-        self.encoding.as_ref().is_some_and(|encoding| encoding.takes(weight, format))
-    }
-
-    fn writes_to(&self, to: &dyn Reached) -> bool {
-        device::writes_to(to)
-    }
-
-    fn maxima(&self, parts: &[(&Weight, SourceType, &StridedPart)]) -> Result<Vec<Vec<u32>>> {
-        self.encoding.as_ref().ok_or_else(without_device)?.maxima(parts)
-    }
-
-    fn write(
-        &self,
-        pieces: &[Encoded<'_>],
-        step: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<Written> {
-        self.encoding.as_ref().ok_or_else(without_device)?.write(&self.shared, pieces, step)
-    }
-}
-
-#[cfg(feature = "cuda")]
-fn without_device() -> Error {
-    Error::new(ErrorKind::State, "writing tensors", "this trainer has no device")
 }
 
 impl Shared {

@@ -44,10 +44,10 @@ pub(super) struct Windows {
 }
 
 /// Rows of bytes: matrices, rows of one, bytes of a row.
-type Rows = (Strides, [u64; 3]);
+pub(super) type Rows = (Strides, [u64; 3]);
 
 /// The rows of elements that a part writes.
-fn elements_of(part: &StridedPart) -> Rows {
+pub(super) fn elements_of(part: &StridedPart) -> Rows {
     let [matrices, rows, cols] = part.extent;
     let element = if part.blocks.is_some() { 1 } else { part.element };
     (part.to, [matrices, rows, cols * element])
