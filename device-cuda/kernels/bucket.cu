@@ -122,10 +122,18 @@ struct Encoded {
     Scale scale;
 };
 
+// What the codes of blocks are compared with: a copy of an earlier version of the bucket. `marks` has a bit for each 8 bytes of the bucket,
+// which is 0 where they are equal. Only the others are written.
+struct Against {
+    const u8* old;      // device address of what the copy has in the place of the block's first code
+    u8* marks;          // device address of the marks of the block's first row
+};
+
 // A block of 128 x 128 whose rows begin at multiples of 16 bytes: read once, kept in registers.
 // Thread t has columns 8 (t mod 16) .. + 8 of the rows t / 16 + 16 i.
-template <int KIND>
-__device__ __forceinline__ Encoded encode_block(u32 mode, const Block& block, u32* shared, u64* failed) {
+// What is compared is not digested; its rows are whole, and begin at multiples of 128 bytes of the bucket.
+template <int KIND, bool COMPARED = false>
+__device__ __forceinline__ Encoded encode_block(u32 mode, const Block& block, u32* shared, u64* failed, Against against = {}) {
     constexpr int STEPS = 8;
     constexpr int VECTORS = KIND == F32 ? 2 : 1;
     constexpr int SIZE = KIND == F32 ? 4 : 2;
@@ -159,6 +167,16 @@ __device__ __forceinline__ Encoded encode_block(u32 mode, const Block& block, u3
         }
     }
     if (KIND != F32) top = max(top & 0xffffu, top >> 16);
+    // The first are asked for before all threads wait for one another. There are not enough registers for all.
+    constexpr int AHEAD = 3;
+    uint2 old[AHEAD];
+    const u8* earlier = against.old + row * block.target_row + col;
+    if (COMPARED) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            old[i] = row + 16 * i < rows ? load8(earlier + i * 16 * block.target_row) : make_uint2(0, 0);
+        }
+    }
     top = block_max(top, shared);
     if (block.known) top = *block.known;
     Scale scale = settle(mode, widened(KIND, precast, top), block, failed);
@@ -167,7 +185,7 @@ __device__ __forceinline__ Encoded encode_block(u32 mode, const Block& block, u3
     // Rows that are 16 apart have their words in the same lane.
     u64 word = (block.place + row * block.target_row + col) >> 3, sum = 0;
     u32 step = (u32)(block.target_row / 4);
-    bool summed = block.flags & SUMMED;
+    bool summed = !COMPARED && block.flags & SUMMED;
     Keys keys = {0, 0, 0, 0};
     if (summed) keys = keys_of(word);
 #pragma unroll
@@ -196,8 +214,18 @@ __device__ __forceinline__ Encoded encode_block(u32 mode, const Block& block, u3
             }
             pairs[p] = codes2(__fmul_rn(a, m), __fmul_rn(b, m));
         }
-        if (row + 16 * i < rows && col < cols) {
-            uint2 codes = make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
+        uint2 codes = make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
+        if (COMPARED) {
+            bool inside = row + 16 * i < rows;
+            bool differs = inside && (codes.x != old[i % AHEAD].x || codes.y != old[i % AHEAD].y);
+            if (i + AHEAD < STEPS && row + 16 * (i + AHEAD) < rows) {
+                old[i % AHEAD] = load8(earlier + (i + AHEAD) * 16 * block.target_row);
+            }
+            if (differs) *(uint2*)(target + i * 16 * block.target_row) = codes;
+            // A warp has two rows, and a row of a block 16 marks.
+            u32 marks = __ballot_sync(0xffffffffu, differs) >> (threadIdx.x & 16);
+            if (col == 0 && inside) *(u16*)(against.marks + (row + 16 * i) * (block.target_row / 64)) = (u16)marks;
+        } else if (row + 16 * i < rows && col < cols) {
             // Read next by another process, long after it has left the cache.
             __stcs((uint2*)(target + i * 16 * block.target_row), codes);
             if (summed) sum += product(keys, (u32)(word >> 3) + i * step, codes.x, codes.y);
@@ -589,6 +617,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 encode(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, u64* failed, u64* total,
        u64 base) {
     encode_tiles<false>(jobs, firsts, count, tiles, mode, failed, total, base);
+}
+
+// Blocks of BF16 and F16 whose columns, and the place of whose first code in the bucket, are multiples of 128 bytes, without a digest. Codes
+// that are as in the copy at `old`, which has the bucket's layout, are not written. `marks` gets a bit for each 8 bytes of them.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+encode_compared(const Job* jobs, const u32* firsts, u32 count, u32 tiles, u32 mode, u64* failed, u64 base, const u8* old, u8* marks) {
+    __shared__ u32 tops[2][THREADS / 32];
+    u32 parity = 0;
+    for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
+        Tile tile = find(firsts, count, t);
+        const Job* job = jobs + tile.job;
+        Block block = block_of(job, tile, base);
+        Against against = {old + block.place, marks + block.place / 64};
+        u32* shared = tops[parity];
+        parity ^= 1;
+        if (job->kind == BF16) {
+            encode_block<BF16, true>(mode, block, shared, failed, against);
+        } else {
+            encode_block<F16, true>(mode, block, shared, failed, against);
+        }
+    }
 }
 
 // Blocks of F32 take twice the registers: a launch that has one runs with half the threads in flight.

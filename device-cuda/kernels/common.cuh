@@ -70,6 +70,12 @@ __device__ __forceinline__ uint4 load16(const void* address) {
     return v;
 }
 
+__device__ __forceinline__ uint2 load8(const u8* address) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+    return v;
+}
+
 __device__ __forceinline__ float bf16_value(u32 bits) { return __uint_as_float(bits << 16); }
 
 __device__ __forceinline__ float f16_value(u32 bits) {

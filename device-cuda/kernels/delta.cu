@@ -15,6 +15,7 @@ struct DeltaJob {
     u64 place;          // device address where the changes of each tile go first: as many bytes as there are
     u64 bytes;
     u64 word;           // the number of the first word in the weight's digest, a multiple of 8
+    u64 marks;          // device address of a bit for each 8 new bytes: 0 where they are as in the copy, and not there; 0 if all are there
     u32 tile;           // bytes, a multiple of 64
     u32 unit;           // bytes that change together: 1, 2, 4 or 8
 };
@@ -122,6 +123,68 @@ __device__ __forceinline__ u64 compare(const Piece& piece, u16* marks) {
     return sum;
 }
 
+// Marks of EACH consecutive vectors, two for each: those of a thread.
+struct Marked {
+    u32 bits;
+    u32 all;            // those that there are
+};
+
+__device__ __forceinline__ Marked marked_of(const DeltaJob* job, u32 index) {
+    u64 start = (u64)index * job->tile;
+    u32 words = (u32)(min((u64)job->tile, job->bytes - start) + 7) / 8, first = threadIdx.x * 2 * EACH;
+    Marked marked = {0, 0};
+    if (first >= words) return marked;
+    u32 here = min(words - first, 32u);
+    const u8* from = (const u8*)job->marks + start / 64 + first / 8;
+    marked.all = ~0u >> (32 - here);
+    if (((u64)from & 3) == 0 && here == 32) {
+        marked.bits = *(const u32*)from;
+    } else {
+#pragma unroll 1
+        for (u32 i = 0; 8 * i < here; i++) marked.bits |= (u32)from[i] << 8 * i;
+        marked.bits &= marked.all;
+    }
+    return marked;
+}
+
+// 8 bytes, of which there may be less; zeros behind them. Memory of copies and of what is encoded ends at multiples of 256 bytes.
+__device__ __forceinline__ u64 load_word(const u8* address, u32 bytes) {
+    u64 word = *(const u64*)address;
+    return bytes < 8 ? word & ((1ull << 8 * bytes) - 1) : word;
+}
+
+// As `compare`, where new bytes are there only where they are marked. A thread compares consecutive words.
+template <u32 UNIT>
+__device__ __forceinline__ u64 compare_marked(const Piece& piece, u32 bits, uint4* all) {
+    uint4* own = all + threadIdx.x * (EACH / 8);
+#pragma unroll
+    for (u32 i = 0; i < EACH / 8; i++) own[i] = make_uint4(0, 0, 0, 0);
+    u64 sum = 0;
+#pragma unroll 1
+    for (; bits != 0; bits &= bits - 1) {
+        u32 word = threadIdx.x * 2 * EACH + __ffs(bits) - 1;
+        u64 old = load_word(piece.old + 8 * word, piece.bytes - 8 * word);
+        u64 now = load_word(piece.now + 8 * word, piece.bytes - 8 * word);
+        if (old == now) continue;
+        sum += product_at(piece.word + word, now) - product_at(piece.word + word, old);
+        u32 low = marks_of_word<UNIT>((u32)old, (u32)now), high = marks_of_word<UNIT>((u32)(old >> 32), (u32)(now >> 32));
+        u32 found = UNIT == 8 ? 1 : low | high << (UNIT == 8 ? 0 : 4 / UNIT);
+        ((u16*)all)[word / 2] |= (u16)(found << word % 2 * (8 / UNIT));
+    }
+    return sum;
+}
+
+// Brings the new bytes of a tile that are not there: they are those of the copy.
+__device__ __forceinline__ void complete(const Piece& piece, const DeltaJob* job, u32 index) {
+    Marked marked = marked_of(job, index);
+#pragma unroll 1
+    for (u32 left = marked.all & ~marked.bits; left != 0; left &= left - 1) {
+        u32 at = 8 * (threadIdx.x * 2 * EACH + __ffs(left) - 1);
+        u32 bytes = min(8u, piece.bytes - at);
+        store_bytes((u8*)piece.now + at, load_word(piece.old + at, bytes), bytes);
+    }
+}
+
 template <u32 UNIT>
 __device__ __forceinline__ void copy_unit(u8* to, const u8* from) {
 #pragma unroll
@@ -135,8 +198,16 @@ __device__ __forceinline__ u32 position(const u8* positions, u32 at) {
 
 // Leaves the changes of a tile at `places`, and returns its word and their length. All bytes of a tile stay where they are.
 template <u32 UNIT>
-__device__ __forceinline__ uint2 find_in_tile(const Piece& piece, uint4* all, u32* counts, u8* places, u64* results) {
-    u64 sum = compare<UNIT>(piece, (u16*)all);
+__device__ __forceinline__ uint2 find_in_tile(const DeltaJob* job, u32 index, uint4* all, u32* counts, u64* results) {
+    Piece piece = piece_of(job, index);
+    u64 sum;
+    if (job->marks == 0) {
+        sum = compare<UNIT>(piece, (u16*)all);
+    } else {
+        Marked marked = marked_of(job, index);
+        if (!__syncthreads_or(marked.bits != 0)) return make_uint2(SAME << 30, 0);
+        sum = compare_marked<UNIT>(piece, marked.bits, all);
+    }
     __syncthreads();
     u32 mine = 0;
 #pragma unroll
@@ -151,8 +222,12 @@ __device__ __forceinline__ uint2 find_in_tile(const Piece& piece, uint4* all, u3
     if (threadIdx.x == 0) atomicAdd(results + 1, (u64)count);
     u32 map = (piece.bytes / UNIT + 7) / 8;
     u32 sparse = count * (2 + UNIT), mapped = map + count * UNIT;
-    if (min(sparse, mapped) >= piece.bytes) return make_uint2((u32)ALL << 30, piece.bytes);
+    if (min(sparse, mapped) >= piece.bytes) {
+        if (job->marks) complete(piece, job, index);
+        return make_uint2((u32)ALL << 30, piece.bytes);
+    }
     u32 form = sparse <= mapped ? POSITIONS : MARKS;
+    u8* places = (u8*)job->place + (u64)index * job->tile;
     u8* values = places + (form == POSITIONS ? 2 * count : map);
     constexpr u32 UNITS_OF = 16 / UNIT;
     const u16* own = (const u16*)all + threadIdx.x * EACH;
@@ -187,21 +262,19 @@ __device__ __forceinline__ uint2 find_in_tile(const Piece& piece, uint4* all, u3
 
 // Compares new bytes with copies. Of each tile, `words` gets the word and `lens` the length of its values, which are left where the job says;
 // of each job, `results` gets the change of its digest's sum and the number of units that changed. They are 0 before.
-extern "C" __global__ void __launch_bounds__(THREADS, 4)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
 find_changes(const DeltaJob* jobs, const u32* firsts, u32 count, u32 tiles, u64* results, u32* words, u32* lens) {
     __shared__ uint4 marks[TILE_VECTORS / 8];   // 16 bits for each vector
     __shared__ u32 counts[THREADS / 32];
     for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
         Tile tile = find(firsts, count, t);
         const DeltaJob* job = jobs + tile.job;
-        Piece piece = piece_of(job, tile.index);
-        u8* places = (u8*)job->place + (u64)tile.index * job->tile;
         u64* own = results + 2 * tile.job;
         uint2 found;
-        if (job->unit == 1) found = find_in_tile<1>(piece, marks, counts, places, own);
-        else if (job->unit == 2) found = find_in_tile<2>(piece, marks, counts, places, own);
-        else if (job->unit == 4) found = find_in_tile<4>(piece, marks, counts, places, own);
-        else found = find_in_tile<8>(piece, marks, counts, places, own);
+        if (job->unit == 1) found = find_in_tile<1>(job, tile.index, marks, counts, own);
+        else if (job->unit == 2) found = find_in_tile<2>(job, tile.index, marks, counts, own);
+        else if (job->unit == 4) found = find_in_tile<4>(job, tile.index, marks, counts, own);
+        else found = find_in_tile<8>(job, tile.index, marks, counts, own);
         if (threadIdx.x == 0) words[t] = found.x, lens[t] = found.y;
         // Everybody has read the marks and counts.
         __syncthreads();
@@ -264,10 +337,7 @@ struct Word {
 
 __device__ __forceinline__ Word word_of(const Piece& piece, u32 index) {
     Word word = {piece.old + 8 * index, piece.word + index, 0, 0, min(8u, piece.bytes - 8 * index)};
-    // Memory of a copy ends at a multiple of 256 bytes.
-    word.was = *(const u64*)word.at;
-    if (word.bytes < 8) word.was &= (1ull << 8 * word.bytes) - 1;
-    word.is = word.was;
+    word.is = word.was = load_word(word.at, word.bytes);
     return word;
 }
 

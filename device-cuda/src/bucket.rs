@@ -13,7 +13,7 @@ use quant_fp8::{Fp8Codes, Fp8Format};
 use crate::kernels::Run;
 use crate::ledger::{Ledger, key};
 use crate::storage::address_of;
-use crate::table::{Entry, Table, Tables, Task, mode_number};
+use crate::table::{Against, Entry, Table, Tables, Task, mode_number};
 use crate::turns::Turns;
 use crate::work::{Beside, Located, SCALE, Sorting, Work};
 use crate::{CudaError, CudaMemory, CudaSlice, Device, DeviceJob, Kernels, PinnedMemory};
@@ -63,6 +63,18 @@ impl Places {
     }
 }
 
+/// A copy of an earlier version of what is packed, and where packing says what differs from it.
+#[derive(Debug)]
+pub(crate) struct Earlier {
+    /// As long as the bucket, and laid out as it is.
+    pub(crate) copy: CudaSlice,
+    /// A bit for each 8 bytes of the bucket, in the order of the bits of a byte.
+    pub(crate) marks: CudaSlice,
+}
+
+/// Bytes of a bucket that a byte of marks is about.
+pub(crate) const MARKED: usize = 8 * 8;
+
 /// What a packer works with.
 #[derive(Debug)]
 struct Tools {
@@ -93,6 +105,7 @@ struct Filling {
     work: Work,
     tables: Tables,
     run: Run,
+    against: Option<Against>,
     /// The scales that the launches compute outside their place.
     scales: Ledger<CudaSlice>,
     /// Codes of which all scales have been asked for.
@@ -142,10 +155,46 @@ impl Packer {
         pool: &Pool,
         digests: bool,
     ) -> Result<u64> {
+        self.filled(jobs, bucket, None, pool, digests)
+    }
+
+    /// Encodes all jobs of a bucket, as [`fill`](Self::fill) does, except that codes which are as in the copy need not be written: where a
+    /// mark is 0, the bytes are those of the copy, and what the bucket has there is undefined. Where it is 1, they are in the bucket, and
+    /// may be the same all the same.
+    ///
+    /// # Errors
+    ///
+    /// Those of `fill`; `State` if the copy or the marks have another length than the bucket needs.
+    pub(crate) fn fill_what_differs(
+        &self,
+        jobs: Vec<Job>,
+        bucket: &CudaSlice,
+        earlier: &Earlier,
+        pool: &Pool,
+    ) -> Result<()> {
+        let Earlier { copy, marks } = earlier;
+        self.check_device(copy)?;
+        self.check_device(marks)?;
+        let lens = (copy.len(), marks.len());
+        if lens != (bucket.len(), bucket.len().div_ceil(MARKED)) {
+            let words = format!("a copy and marks of {lens:?} bytes for {} bytes", bucket.len());
+            return Err(CudaError::Range(words).into());
+        }
+        self.filled(jobs, bucket, Some(earlier), pool, false).map(drop)
+    }
+
+    fn filled(
+        &self,
+        jobs: Vec<Job>,
+        bucket: &CudaSlice,
+        earlier: Option<&Earlier>,
+        pool: &Pool,
+        digests: bool,
+    ) -> Result<u64> {
         self.check_device(bucket)?;
         self.tools
             .in_steps(
-                |tools| tools.begin(jobs, bucket, digests),
+                |tools| tools.begin(jobs, bucket, earlier, digests),
                 |filling| {
                     let Filling { jobs, work, staging, .. } = filling;
                     let Some(staging) = staging else { return Ok(()) };
@@ -290,16 +339,28 @@ impl Packer {
 
 impl Tools {
     /// Sorts the jobs of a bucket, and has the device begin with them.
-    fn begin(&mut self, jobs: Vec<Job>, bucket: &CudaSlice, digests: bool) -> Result<Filling> {
+    fn begin(
+        &mut self,
+        jobs: Vec<Job>,
+        bucket: &CudaSlice,
+        earlier: Option<&Earlier>,
+        digests: bool,
+    ) -> Result<Filling> {
         let jobs = Arc::new(jobs);
-        let begun = self.sort(&jobs, bucket, digests);
+        let begun = self.sort(&jobs, bucket, earlier, digests);
         if begun.is_err() {
             self.kernels.give_up();
         }
         begun
     }
 
-    fn sort(&mut self, jobs: &Arc<Vec<Job>>, bucket: &CudaSlice, digests: bool) -> Result<Filling> {
+    fn sort(
+        &mut self,
+        jobs: &Arc<Vec<Job>>,
+        bucket: &CudaSlice,
+        earlier: Option<&Earlier>,
+        digests: bool,
+    ) -> Result<Filling> {
         let device = self.kernels.device().clone();
         let (mut work, mut tables) = std::mem::take(&mut self.spare);
         let mut beside = Kept {
@@ -313,8 +374,14 @@ impl Tools {
         let locate = |storage: &Storage| located(storage, device.ordinal());
         let place = (bucket.address(), bucket.len() as u64);
         let mut run = self.kernels.begin()?;
+        let against = earlier.map(|Earlier { copy, marks }| {
+            marks.fill(0xff, self.kernels.stream())?;
+            Ok::<_, CudaError>(Against { old: copy.address(), marks: marks.address() })
+        });
+        let against = against.transpose()?;
         work.begin(jobs.len());
-        let mut sorting = Sorting::new(jobs, place, digests, locate, &mut beside);
+        let mut sorting =
+            Sorting::new(jobs, place, digests, against.is_some(), locate, &mut beside);
         let mut most = FIRST_JOBS;
         loop {
             let last = work.sort(&mut sorting, most)?;
@@ -323,12 +390,16 @@ impl Tools {
             }
             tables.clear();
             tables.keep(bucket.memory());
+            if let Some(Earlier { copy, marks }) = earlier {
+                tables.keep(copy.memory());
+                tables.keep(marks.memory());
+            }
             tables.used.push(jobs.clone());
             tables.used.push(Arc::new(std::mem::take(&mut sorting.beside.used)));
             if last {
                 break;
             }
-            work.tables(bucket.address(), digests, false, &mut tables);
+            work.tables(bucket.address(), digests, against, false, &mut tables);
             self.kernels.enqueue(&mut run, &mut tables)?;
             most *= 2;
         }
@@ -339,7 +410,7 @@ impl Tools {
         let len = end.map(|end| (end as usize).next_power_of_two().min(bucket.len()));
         let staging = len.map(|len| self.staging(len)).transpose()?;
         let jobs = jobs.clone();
-        Ok(Filling { jobs, work, tables, run, scales: now, asked, staging })
+        Ok(Filling { jobs, work, tables, run, against, scales: now, asked, staging })
     }
 
     /// Pinned memory of at least `len` bytes, which is not in use.
@@ -358,11 +429,12 @@ impl Tools {
         digests: bool,
         encoded: Result<()>,
     ) -> Result<(u64, Arc<Vec<Job>>)> {
-        let Filling { jobs, mut work, mut tables, mut run, scales, asked, staging } = filling;
+        let Filling { jobs, mut work, mut tables, mut run, against, scales, asked, staging } =
+            filling;
         let filled = encoded
             .and_then(|()| self.enqueue(&jobs, &work, staging.as_ref(), bucket))
             .and_then(|()| {
-                work.tables(bucket.address(), digests, true, &mut tables);
+                work.tables(bucket.address(), digests, against, true, &mut tables);
                 self.kernels.enqueue(&mut run, &mut tables)?;
                 Ok(self.kernels.collect(run)?)
             });

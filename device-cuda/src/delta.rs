@@ -14,14 +14,17 @@ use engine_core::changes::{
 use engine_core::memory::{Job, Pool};
 use engine_core::{Error, ErrorKind, Result, Storage, Weight};
 
+use crate::bucket::{Earlier, MARKED};
 use crate::kernels::{Kernel, Library};
 use crate::storage::address_of;
 use crate::turns::Turns;
 use crate::{CudaError, CudaMemory, CudaSlice, Device, Packer, PinnedMemory, Stream};
 use table::{ENTRY, Entry, Table};
 
-/// Bytes of weights that are compared at a time.
-const BATCH: u64 = 256 << 20;
+/// Bytes of weights that are compared at a time: so much of a device's memory, within these bounds. Every batch costs the time in which the
+/// host learns that it is done, and memory for two batches or three beside the copies.
+const BATCHES: u64 = 128;
+const BATCH: std::ops::RangeInclusive<u64> = 256 << 20..=1 << 30;
 /// Copies share allocations of so many bytes.
 const COPIES: usize = 256 << 20;
 /// Values of changes share allocations of so many bytes.
@@ -30,6 +33,8 @@ const VALUES: usize = 64 << 20;
 const SPARE: usize = 8;
 /// Copies begin and end at multiples of it.
 const ALIGNMENT: usize = 256;
+/// Weights are encoded at the distances that their copies have, unless they are farther apart than this.
+const GAP: usize = 1 << 20;
 
 /// The memory of a CUDA device for copies of versions.
 ///
@@ -52,7 +57,7 @@ struct Tools {
     apply: Kernel,
     sum: Kernel,
     /// Where weights are encoded before they are compared. One is taken while they are.
-    encoded: Vec<CudaMemory>,
+    encoded: Vec<Encoded>,
     /// Where the changes of each tile are, before those of all tiles are brought together.
     apart: CudaMemory,
     copies: Chunks,
@@ -62,6 +67,26 @@ struct Tools {
     results: CudaMemory,
     to_device: PinnedMemory,
     to_host: PinnedMemory,
+}
+
+/// Memory for encoded weights.
+#[derive(Debug)]
+struct Encoded {
+    bytes: CudaMemory,
+    /// A bit for each 8 bytes, which is 0 where they are those of the copy, and not written.
+    marks: CudaMemory,
+}
+
+/// Weights that are encoded together, at the distances that their copies have in one allocation.
+#[derive(Debug)]
+struct Run {
+    jobs: Vec<Job>,
+    copies: CudaMemory,
+    /// Where in that allocation the memory for the first one begins.
+    origin: usize,
+    /// Where they are encoded.
+    at: usize,
+    len: usize,
 }
 
 /// The copy of a weight.
@@ -151,6 +176,8 @@ struct Part {
     bytes: Range<u64>,
     /// Where its new bytes are; `None` if they are encoded first.
     now: Option<u64>,
+    /// Where the marks of its new bytes are, if they were encoded.
+    marks: u64,
     old: u64,
 }
 
@@ -178,7 +205,9 @@ impl CudaShadows {
     ///
     /// Those of [`Packer::new`].
     pub fn new(device: &Device) -> Result<Self> {
-        Self::with_batch(device, BATCH)
+        let (_, total) = device.memory()?;
+        let batch = (total as u64 / BATCHES).clamp(*BATCH.start(), *BATCH.end());
+        Self::with_batch(device, batch)
     }
 
     /// As [`new`](Self::new), with so many bytes of weights that are encoded and compared at a time.
@@ -231,41 +260,70 @@ impl CudaShadows {
             for start in (0..len.max(1)).step_by(step) {
                 let bytes = start..len.min(start + step as u64);
                 let now = now.map(|now| now + start);
-                parts.push(Part { of, cut, bytes, now, old: old + start });
+                parts.push(Part { of, cut, bytes, now, marks: 0, old: old + start });
             }
         }
         Ok(parts)
     }
 
-    /// Encodes the parts that are not compared where they are. Returns the memory in which they are now, each at a multiple of 256 bytes.
+    /// Encodes the parts that are not compared where they are. Returns the memory in which they are now.
     fn encode_parts(
         &self,
         weights: &[(&Weight, &dyn ShadowBytes)],
         parts: &mut [Part],
         pool: &Pool,
-    ) -> Result<Option<CudaMemory>> {
-        let (mut jobs, mut offset) = (Vec::new(), 0_u64);
+    ) -> Result<Option<Encoded>> {
+        let mut runs: Vec<Run> = Vec::new();
+        let mut places = Vec::new();
         for part in parts.iter().filter(|part| part.now.is_none()) {
+            let (weight, copy) = weights[part.of];
             let (start, len) = (part.bytes.start, part.bytes.end - part.bytes.start);
-            jobs.push(Job { weight: weights[part.of].0.clone(), start, len, offset });
-            offset = (offset + len).next_multiple_of(ALIGNMENT as u64);
+            let place = &copied(copy)?.place;
+            let begins = place.start() + start as usize;
+            let follows = |run: &&mut Run| {
+                let gap = begins.checked_sub(run.origin + run.len);
+                run.copies.address() == place.memory().address()
+                    && gap.is_some_and(|gap| gap <= GAP)
+            };
+            let end = runs.last().map_or(0, |run| run.at + run.len);
+            let run = match runs.last_mut().filter(follows) {
+                Some(run) => run,
+                None => runs.push_mut(Run {
+                    jobs: Vec::new(),
+                    copies: place.memory().clone(),
+                    origin: begins / ALIGNMENT * ALIGNMENT,
+                    at: end.next_multiple_of(ALIGNMENT),
+                    len: 0,
+                }),
+            };
+            let offset = begins - run.origin;
+            run.jobs.push(Job { weight: weight.clone(), start, len, offset: offset as u64 });
+            run.len = offset + len as usize;
+            places.push(run.at + offset);
         }
-        if jobs.is_empty() {
-            return Ok(None);
-        }
-        let needed = (offset as usize).max(self.batch as usize);
-        let memory = match self.tools.take(|tools| tools.encoded.pop()) {
-            Some(memory) if memory.len() >= needed => memory,
-            memory => {
-                drop(memory);
-                CudaMemory::new(&self.device, needed)?
+        let Some(last) = runs.last() else { return Ok(None) };
+        let needed = (last.at + last.len).next_multiple_of(ALIGNMENT);
+        let needed = needed.max(self.batch as usize);
+        let encoded = match self.tools.take(|tools| tools.encoded.pop()) {
+            Some(encoded) if encoded.bytes.len() >= needed => encoded,
+            smaller => {
+                drop(smaller);
+                let bytes = CudaMemory::new(&self.device, needed)?;
+                let marks = CudaMemory::new(&self.device, needed.div_ceil(MARKED))?;
+                Encoded { bytes, marks }
             }
         };
-        let places = jobs.iter().map(|job| memory.address() + job.offset).collect::<Vec<_>>();
-        self.packer.fill(jobs, &memory.slice(0, offset as usize)?, pool, false)?;
-        let encoded = parts.iter_mut().filter(|part| part.now.is_none());
-        encoded.zip(places).for_each(|(part, place)| part.now = Some(place));
-        Ok(Some(memory))
+        for Run { jobs, copies, origin, at, len } in runs {
+            let bucket = encoded.bytes.slice(at, len)?;
+            let marks = encoded.marks.slice(at / MARKED, len.div_ceil(MARKED))?;
+            let earlier = Earlier { copy: copies.slice(origin, len)?, marks };
+            self.packer.fill_what_differs(jobs, &bucket, &earlier, pool)?;
+        }
+        for (part, at) in parts.iter_mut().filter(|part| part.now.is_none()).zip(places) {
+            part.now = Some(encoded.bytes.address() + at as u64);
+            part.marks = encoded.marks.address() + (at / MARKED) as u64;
+        }
+        Ok(Some(encoded))
     }
 
     /// The slices of some bytes on this device: where they are, or copied here.
@@ -542,7 +600,8 @@ impl Tools {
             let len = part.bytes.end - part.bytes.start;
             let now = part.now.unwrap_or_default();
             let entry = Entry::of(part.cut, part.old, len);
-            table.push(&Entry { now, place, start: part.bytes.start, ..entry })?;
+            let (start, marks) = (part.bytes.start, part.marks);
+            table.push(&Entry { now, place, start, marks, ..entry })?;
             place += len;
         }
         let (jobs, tiles) = (table.jobs(), table.tiles() as usize);

@@ -242,6 +242,7 @@ fn cache_folder() -> Option<PathBuf> {
 pub struct Kernels {
     stream: Stream,
     encode: Kernel,
+    encode_compared: Kernel,
     encode_wide: Kernel,
     /// `None` on a device with too little shared memory: the others do its work.
     encode_odd: Option<Kernel>,
@@ -391,6 +392,7 @@ impl Kernels {
         nothing.bytes()?[..8].fill(0);
         Ok(Self {
             encode: library.kernel(c"encode")?,
+            encode_compared: library.kernel(c"encode_compared")?,
             encode_wide: library.kernel(c"encode_wide")?,
             encode_odd: library.staged(c"encode_odd", ODD_STAGE)?,
             copy: library.bulk(c"copy_bulk", c"encode")?,

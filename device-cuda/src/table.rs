@@ -121,6 +121,8 @@ pub(crate) enum Encoder {
     Odd,
     /// Copies from and to multiples of 16 bytes, and nothing else.
     Copy,
+    /// Blocks that are compared as they are made, and nothing else.
+    Compared,
 }
 
 /// A job of an encoding's own program: `ProgramJob` of the kernels.
@@ -221,6 +223,16 @@ impl Entry {
         let is_copy = self.kind == 0;
         let is_even = is_copy || (self.cols.is_multiple_of(8) && self.is_small());
         is_even && (self.source | self.target).is_multiple_of(16)
+    }
+
+    /// Whether codes can be compared as they are made, in the bucket that begins at `base`: in whole rows of marks.
+    pub(crate) fn is_comparable(&self, base: u64) -> bool {
+        let is_aligned = u64::from(self.cols) | self.target.wrapping_sub(base);
+        self.encoder() == Encoder::Even
+            && self.kind != 0
+            && self.is_summable()
+            && self.block_cols == 128
+            && is_aligned.is_multiple_of(128)
     }
 
     fn is_small(&self) -> bool {
@@ -366,11 +378,22 @@ impl Table {
     }
 }
 
+/// What a bucket's codes are compared with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Against {
+    /// Where a copy of an earlier version is, which has the bucket's layout.
+    pub(crate) old: u64,
+    /// Where the marks are, a bit for each 8 bytes of the bucket: 0 where they are as in the copy, and not written.
+    pub(crate) marks: u64,
+}
+
 /// What a launch does with its table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Task {
     /// Encodes, in a mode that is given by its number. The bucket begins at `base`, for the digest.
     Encode { mode: u64, base: u64 },
+    /// Encodes [comparable](Entry::is_comparable) jobs of the bucket at `base`, and writes only what differs.
+    Compare { mode: u64, base: u64, against: Against },
     /// Digests.
     Digest,
     /// Encodes by a program.

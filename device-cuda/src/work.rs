@@ -11,7 +11,9 @@ use quant_fp8::{Fp8Codes, Fp8Format, Fp8Scales, Granularity, NonFinite, QuantErr
 use crate::CudaError;
 use crate::ledger::key;
 use crate::programs::kernel_of;
-use crate::table::{Encoder, Entry, Fp8Places, ProgramEntry, Table, Tables, Task, mode_number};
+use crate::table::{
+    Against, Encoder, Entry, Fp8Places, ProgramEntry, Table, Tables, Task, mode_number,
+};
 
 /// The most programs in a bucket's launches. The CPU does the work of any others.
 const MOST_PROGRAMS: usize = 4;
@@ -93,6 +95,8 @@ pub(crate) struct Sorting<'a, L, B> {
     /// The address of the bucket, and its length.
     bucket: (u64, u64),
     digests: bool,
+    /// Whether codes are compared with a copy.
+    compares: bool,
     locate: L,
     pub(crate) beside: &'a mut B,
     /// The next job to look at.
@@ -106,16 +110,29 @@ pub(crate) struct Sorting<'a, L, B> {
 }
 
 impl<'a, L: Fn(&Storage) -> Located, B: Beside> Sorting<'a, L, B> {
-    /// Of the jobs of a bucket, given by address and length. `locate` says where storages are.
+    /// Of the jobs of a bucket, given by address and length. With `compares` its codes are compared with a copy, and nothing is digested.
+    /// `locate` says where storages are.
     pub(crate) fn new(
         jobs: &'a [Job],
         bucket: (u64, u64),
         digests: bool,
+        compares: bool,
         locate: L,
         beside: &'a mut B,
     ) -> Self {
         let (next, scales, next_scales) = (0, Vec::new(), 0);
-        Self { jobs, bucket, digests, locate, beside, next, scales, next_scales, elsewhere: None }
+        Self {
+            jobs,
+            bucket,
+            digests,
+            compares,
+            locate,
+            beside,
+            next,
+            scales,
+            next_scales,
+            elsewhere: None,
+        }
     }
 
     /// The next job to sort.
@@ -176,11 +193,23 @@ impl Work {
     }
 
     /// Appends the tables of launches for what was sorted since the last call. Everything that these launches do not digest is digested by
-    /// the `last` ones, when the bytes of others have arrived.
-    pub(crate) fn tables(&mut self, bucket: u64, digests: bool, last: bool, tables: &mut Tables) {
+    /// the `last` ones, when the bytes of others have arrived. `against` is what codes are compared with, if they are.
+    pub(crate) fn tables(
+        &mut self,
+        bucket: u64,
+        digests: bool,
+        against: Option<Against>,
+        last: bool,
+        tables: &mut Tables,
+    ) {
         for batch in self.batches.iter_mut().filter(|batch| !batch.table.is_empty()) {
+            let mode = mode_number(batch.format.mode);
             let base = if digests && !batch.is_aside { bucket } else { 0 };
-            tables.add(&batch.table, Task::Encode { mode: mode_number(batch.format.mode), base });
+            let task = match against.filter(|_| batch.encoder == Encoder::Compared) {
+                Some(against) => Task::Compare { mode, base: bucket, against },
+                None => Task::Encode { mode, base },
+            };
+            tables.add(&batch.table, task);
             self.launched.push(std::mem::take(&mut batch.of));
             batch.table.clear();
         }
@@ -240,7 +269,7 @@ impl Work {
             match (sorting.locate)(storage) {
                 Located::Here(source) => {
                     let copy = Entry::copy(source + job.start, target, job.len);
-                    let batch = self.batch(None, &copy.0, false);
+                    let batch = self.batch(None, copy.0.encoder(), false);
                     return self.add(batch, copy, (index, 0), job, sorting.digests);
                 }
                 Located::Peer => self.peers.push(index),
@@ -354,7 +383,9 @@ impl Work {
         let (encode, tiles) = encode?;
         let encode = if sums_scales { encode.summed_with_scales() } else { encode };
         let encode = (encode, tiles);
-        let batch = self.batch(Some(codes.format()), &encode.0, is_aside);
+        let is_compared = sorting.compares && !is_aside && encode.0.is_comparable(sorting.bucket.0);
+        let encoder = if is_compared { Encoder::Compared } else { encode.0.encoder() };
+        let batch = self.batch(Some(codes.format()), encoder, is_aside);
         if !is_aside {
             return self.add(batch, encode, (index, first_block), job, sorting.digests);
         }
@@ -365,9 +396,8 @@ impl Work {
         self.digest_later(target, job, sorting.digests)
     }
 
-    /// The batch for an entry with a format; for copies, of any format.
-    fn batch(&mut self, format: Option<&Fp8Format>, entry: &Entry, is_aside: bool) -> usize {
-        let encoder = entry.encoder();
+    /// The batch for an entry with an encoder and a format; for copies, of any format.
+    fn batch(&mut self, format: Option<&Fp8Format>, encoder: Encoder, is_aside: bool) -> usize {
         let fits = |batch: &Batch| {
             (batch.encoder, batch.is_aside) == (encoder, is_aside)
                 && format.is_none_or(|format| batch.format == *format)
@@ -508,6 +538,9 @@ mod tests {
     const BUCKET: u64 = 1 << 60;
     /// Where memory beside it begins.
     const BESIDE: u64 = 1 << 61;
+    /// Where the copy is that buckets are compared with, and where the marks are.
+    const OLD: u64 = 1 << 62;
+    const MARKS: u64 = 3 << 61;
 
     /// Memory outside buckets, and which scales of which codes were put there.
     #[derive(Default)]
@@ -558,12 +591,15 @@ mod tests {
         beside: &mut Fake,
     ) -> Result<Vec<Tables>> {
         work.begin(jobs.len());
-        let mut sorting = Sorting::new(jobs, (BUCKET, bucket_bytes), digests, locate, beside);
+        // Codes of a bucket without a digest are compared with a copy.
+        let against = (!digests).then_some(Against { old: OLD, marks: MARKS });
+        let place = (BUCKET, bucket_bytes);
+        let mut sorting = Sorting::new(jobs, place, digests, !digests, locate, beside);
         let mut all = Vec::new();
         loop {
             let last = work.sort(&mut sorting, most)?;
             let mut tables = Tables::default();
-            work.tables(BUCKET, digests, last, &mut tables);
+            work.tables(BUCKET, digests, against, last, &mut tables);
             all.push(tables);
             if last {
                 return Ok(all);

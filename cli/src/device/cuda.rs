@@ -1,5 +1,7 @@
 //! CUDA devices.
 
+use std::ops::Range;
+
 use checkpoint_engine::cuda::{
     self, CudaMemory, CudaSlice, CudaTensorMap, Device, DeviceJob, Event, Kernels, Launch, Stream,
     driver_version,
@@ -153,25 +155,29 @@ pub(super) fn describe() -> Vec<String> {
 /// A model on a device, as a trainer's is: allocated once, changed in place.
 #[derive(Debug)]
 pub struct DeviceModel {
-    tensors: Vec<(ArenaArc<TensorMeta>, CudaSlice)>,
+    memory: CudaMemory,
+    tensors: Vec<Placed>,
+}
+
+/// A tensor of a model, and the bytes of the model's memory that it has.
+#[derive(Debug)]
+struct Placed {
+    meta: ArenaArc<TensorMeta>,
+    bytes: Range<usize>,
 }
 
 impl DeviceModel {
     /// Allocates a model and puts weights there.
     pub(crate) fn new(device: &DeviceChoice, weights: super::HostWeights<'_>) -> Result<Self> {
         let weights: Vec<Weight> = weights.collect::<Result<_>>()?;
-        let (mut places, mut end) = (Vec::new(), 0_usize);
-        for weight in &weights {
-            let len = weight.byte_len() as usize;
-            places.push((weight.meta().clone(), end, len));
-            end += len.next_multiple_of(ALIGNMENT);
-        }
-        let memory = CudaMemory::new(&open(device)?, end)?;
-        let tensors = places
-            .into_iter()
-            .map(|(meta, start, len)| Ok((meta, memory.slice(start, len)?)))
-            .collect::<Result<_>>()?;
-        let mut model = Self { tensors };
+        let mut end = 0_usize;
+        let place = |weight: &Weight| {
+            let bytes = end..end + weight.byte_len() as usize;
+            end = bytes.end.next_multiple_of(ALIGNMENT);
+            Placed { meta: weight.meta().clone(), bytes }
+        };
+        let tensors = weights.iter().map(place).collect();
+        let mut model = Self { memory: CudaMemory::new(&open(device)?, end)?, tensors };
         model.refill(&mut weights.into_iter().map(Ok))?;
         Ok(model)
     }
@@ -179,64 +185,60 @@ impl DeviceModel {
     /// Puts other values there.
     pub(crate) fn refill(&mut self, weights: super::HostWeights<'_>) -> Result<()> {
         let mut staging = vec![0; STAGE];
-        let (mut parts, mut used) = (Vec::new(), 0);
-        for ((meta, memory), weight) in self.tensors.iter().zip(weights) {
+        let mut parts: Vec<Part> = Vec::new();
+        for (Placed { meta, bytes }, weight) in self.tensors.iter().zip(weights) {
             let weight = weight?;
             if weight.meta() != meta {
                 let message = "another tensor came in its place";
                 return Err(Error::new(ErrorKind::State, "filling a model on a device", message)
                     .tensor(&*meta.name));
             }
-            for start in (0..memory.len()).step_by(STAGE) {
-                let to = memory.slice(start, STAGE.min(memory.len() - start))?;
-                if used + to.len() > STAGE {
-                    put(&parts, &mut staging)?;
+            for at in bytes.clone().step_by(STAGE) {
+                let to = at..bytes.end.min(at + STAGE);
+                if parts.first().is_some_and(|first| to.end - first.to.start > STAGE) {
+                    self.put(&parts, &mut staging)?;
                     parts.clear();
-                    used = 0;
                 }
-                used += to.len();
-                parts.push(Part { weight: weight.clone(), start, to });
+                parts.push(Part { weight: weight.clone(), start: at - bytes.start, to });
             }
         }
-        put(&parts, &mut staging)
+        self.put(&parts, &mut staging)
+    }
+
+    /// Makes parts that follow one another, which `staging` has room for, on all cores: many of a model's tensors are too small for all of
+    /// them. Then copies all at once: a copy of a single tensor takes longer to be waited for than to be made.
+    fn put(&self, parts: &[Part], staging: &mut [u8]) -> Result<()> {
+        let (Some(first), Some(last)) = (parts.first(), parts.last()) else { return Ok(()) };
+        let all = first.to.start..last.to.end;
+        let (mut jobs, mut rest, mut at) = (Vec::new(), &mut staging[..all.len()], all.start);
+        for Part { weight, start, to } in parts {
+            let (_, own) = rest.split_at_mut(to.start - at);
+            let (own, others) = own.split_at_mut(to.len());
+            (rest, at) = (others, to.end);
+            let starts = (*start..).step_by(JOB);
+            jobs.extend(starts.zip(own.chunks_mut(JOB)).map(|job| (weight, job)));
+        }
+        let encoded = pool()?.map(jobs, |(weight, (start, bytes))| {
+            weight.encode(start as u64..(start + bytes.len()) as u64, bytes)
+        });
+        encoded.into_iter().collect::<Result<()>>()?;
+        Ok(self.memory.slice(all.start, all.len())?.write(&staging[..all.len()])?)
     }
 
     /// All tensors, in place.
     pub(crate) fn weights(&self) -> Vec<Result<Weight>> {
-        let weight = |(meta, memory): &(ArenaArc<TensorMeta>, CudaSlice)| {
-            Weight::from_meta(meta.clone(), memory.storage())
+        let weight = |Placed { meta, bytes }: &Placed| {
+            let place = self.memory.slice(bytes.start, bytes.len())?;
+            Weight::from_meta(meta.clone(), place.storage())
         };
         self.tensors.iter().map(weight).collect()
     }
 }
 
-/// A part of a weight, and its place on the device.
+/// A part of a weight, and its place in the model's memory.
 struct Part {
     weight: Weight,
     /// Where it begins in the weight.
     start: usize,
-    to: CudaSlice,
-}
-
-/// Makes parts of weights, which `staging` has room for, on all cores: many of a model's tensors are too small for all of them. Then copies each
-/// to its place.
-fn put(parts: &[Part], staging: &mut [u8]) -> Result<()> {
-    let (mut jobs, mut rest) = (Vec::new(), &mut *staging);
-    for part in parts {
-        let (own, others) = rest.split_at_mut(part.to.len());
-        rest = others;
-        let starts = (part.start..).step_by(JOB);
-        jobs.extend(starts.zip(own.chunks_mut(JOB)).map(|job| (&part.weight, job)));
-    }
-    let encoded = pool()?.map(jobs, |(weight, (start, bytes))| {
-        weight.encode(start as u64..(start + bytes.len()) as u64, bytes)
-    });
-    encoded.into_iter().collect::<Result<()>>()?;
-    let mut rest = &*staging;
-    for part in parts {
-        let (own, others) = rest.split_at(part.to.len());
-        part.to.write(own)?;
-        rest = others;
-    }
-    Ok(())
+    to: Range<usize>,
 }

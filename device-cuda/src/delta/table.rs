@@ -5,7 +5,7 @@ use engine_core::changes::{Cut, TILE};
 use crate::CudaError;
 
 /// Bytes of an entry: `DeltaJob` of the kernels.
-pub(super) const ENTRY: usize = 48;
+pub(super) const ENTRY: usize = 56;
 
 /// A part of a weight. The layout is that of `DeltaJob` in the kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +19,8 @@ pub(super) struct Entry {
     pub(super) bytes: u64,
     /// Where it begins in the weight, a multiple of 64 bytes.
     pub(super) start: u64,
+    /// Where the marks of its new bytes are, a bit for each 8: bytes without one are those of the copy, and not there. 0 if all are there.
+    pub(super) marks: u64,
     pub(super) tile: u32,
     pub(super) unit: u32,
 }
@@ -28,16 +30,16 @@ impl Entry {
     pub(super) fn of(cut: Cut, old: u64, bytes: u64) -> Self {
         // A tile has at most 64 KiB, a unit 8 bytes.
         let (tile, unit) = (cut.tile() as u32, cut.unit() as u32);
-        Self { old, now: 0, place: 0, bytes, start: 0, tile, unit }
+        Self { old, now: 0, place: 0, bytes, start: 0, marks: 0, tile, unit }
     }
 
     /// A copy that is read as a whole.
     pub(super) fn whole(old: u64, bytes: u64) -> Self {
-        Self { old, now: 0, place: 0, bytes, start: 0, tile: TILE as u32, unit: 1 }
+        Self { old, now: 0, place: 0, bytes, start: 0, marks: 0, tile: TILE as u32, unit: 1 }
     }
 
     fn put(&self, bytes: &mut Vec<u8>) {
-        for long in [self.old, self.now, self.place, self.bytes, self.start / 8] {
+        for long in [self.old, self.now, self.place, self.bytes, self.start / 8, self.marks] {
             bytes.extend(long.to_le_bytes());
         }
         for word in [self.tile, self.unit] {

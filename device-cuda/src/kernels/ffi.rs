@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::{Kernels, Prepared, THREADS, Used};
-use crate::table::{Encoder, Part, Task};
+use crate::table::{Against, Encoder, Part, Task};
 use crate::{CudaError, CudaMemory};
 
 /// Tiles whose scales a block of threads adds to the digest.
@@ -45,10 +45,17 @@ impl Kernels {
             let (entries, firsts) = (table + jobs_at as u64, table + firsts_at as u64);
             let (count, all) = (jobs.into(), tiles.into());
             let (kernel, mut parameters) = match task {
+                Task::Compare { mode, base, against } => {
+                    let Against { old, marks } = against;
+                    let failed = sum + index * 8;
+                    let mut parameters = vec![entries, firsts, count, all, mode, failed];
+                    parameters.extend([base, old, marks]);
+                    (&self.encode_compared, parameters)
+                }
                 Task::Encode { mode, base } => {
                     let kernel = match part.encoder {
                         Encoder::Copy => &self.copy,
-                        Encoder::Even => &self.encode,
+                        Encoder::Even | Encoder::Compared => &self.encode,
                         Encoder::Wide => &self.encode_wide,
                         Encoder::Odd => self.encode_odd.as_ref().unwrap_or(&self.encode_wide),
                     };
