@@ -44,6 +44,7 @@ const GAP: usize = 1 << 20;
 pub struct CudaShadows {
     device: Device,
     batch: u64,
+    /// For the copies themselves.
     packer: Packer,
     tools: Turns<Tools>,
 }
@@ -56,8 +57,8 @@ struct Tools {
     gather: Kernel,
     apply: Kernel,
     sum: Kernel,
-    /// Where weights are encoded before they are compared. One is taken while they are.
-    encoded: Vec<Encoded>,
+    /// One is taken while weights are encoded and compared.
+    encoders: Vec<Encoder>,
     /// Where the changes of each tile are, before those of all tiles are brought together.
     apart: CudaMemory,
     copies: Chunks,
@@ -69,9 +70,11 @@ struct Tools {
     to_host: PinnedMemory,
 }
 
-/// Memory for encoded weights.
+/// What encodes the weights of a batch. There is one for each that is encoded at the same time: the jobs of one are sorted while the device
+/// works on another.
 #[derive(Debug)]
-struct Encoded {
+struct Encoder {
+    packer: Packer,
     bytes: CudaMemory,
     /// A bit for each 8 bytes, which is 0 where they are those of the copy, and not written.
     marks: CudaMemory,
@@ -224,7 +227,7 @@ impl CudaShadows {
             gather: library.kernel(c"gather_values")?,
             apply: library.kernel(c"apply_changes")?,
             sum: library.kernel(c"sum_copies")?,
-            encoded: Vec::new(),
+            encoders: Vec::new(),
             apart: CudaMemory::new(device, TABLE)?,
             copies: Chunks::of(COPIES),
             values: Chunks::of(VALUES),
@@ -272,7 +275,7 @@ impl CudaShadows {
         weights: &[(&Weight, &dyn ShadowBytes)],
         parts: &mut [Part],
         pool: &Pool,
-    ) -> Result<Option<Encoded>> {
+    ) -> Result<Option<Encoder>> {
         let mut runs: Vec<Run> = Vec::new();
         let mut places = Vec::new();
         for part in parts.iter().filter(|part| part.now.is_none()) {
@@ -304,26 +307,35 @@ impl CudaShadows {
         let Some(last) = runs.last() else { return Ok(None) };
         let needed = (last.at + last.len).next_multiple_of(ALIGNMENT);
         let needed = needed.max(self.batch as usize);
-        let encoded = match self.tools.take(|tools| tools.encoded.pop()) {
-            Some(encoded) if encoded.bytes.len() >= needed => encoded,
-            smaller => {
-                drop(smaller);
-                let bytes = CudaMemory::new(&self.device, needed)?;
-                let marks = CudaMemory::new(&self.device, needed.div_ceil(MARKED))?;
-                Encoded { bytes, marks }
+        let memory = || {
+            let bytes = CudaMemory::new(&self.device, needed)?;
+            let marks = CudaMemory::new(&self.device, needed.div_ceil(MARKED))?;
+            Ok::<_, CudaError>((bytes, marks))
+        };
+        let encoder = match self.tools.take(|tools| tools.encoders.pop()) {
+            Some(encoder) if encoder.bytes.len() >= needed => encoder,
+            Some(Encoder { packer, bytes, marks }) => {
+                drop((bytes, marks));
+                let (bytes, marks) = memory()?;
+                Encoder { packer, bytes, marks }
+            }
+            None => {
+                let packer = Packer::new(&self.device)?;
+                let (bytes, marks) = memory()?;
+                Encoder { packer, bytes, marks }
             }
         };
         for Run { jobs, copies, origin, at, len } in runs {
-            let bucket = encoded.bytes.slice(at, len)?;
-            let marks = encoded.marks.slice(at / MARKED, len.div_ceil(MARKED))?;
+            let bucket = encoder.bytes.slice(at, len)?;
+            let marks = encoder.marks.slice(at / MARKED, len.div_ceil(MARKED))?;
             let earlier = Earlier { copy: copies.slice(origin, len)?, marks };
-            self.packer.fill_what_differs(jobs, &bucket, &earlier, pool)?;
+            encoder.packer.fill_what_differs(jobs, &bucket, &earlier, pool)?;
         }
         for (part, at) in parts.iter_mut().filter(|part| part.now.is_none()).zip(places) {
-            part.now = Some(encoded.bytes.address() + at as u64);
-            part.marks = encoded.marks.address() + (at / MARKED) as u64;
+            part.now = Some(encoder.bytes.address() + at as u64);
+            part.marks = encoder.marks.address() + (at / MARKED) as u64;
         }
-        Ok(Some(encoded))
+        Ok(Some(encoder))
     }
 
     /// The slices of some bytes on this device: where they are, or copied here.
@@ -438,11 +450,11 @@ impl ShadowMemory for CudaShadows {
             let some = rest.iter().map(fits).take_while(|fits| *fits).count().max(1);
             let (now, later) = std::mem::take(&mut rest).split_at_mut(some);
             rest = later;
-            let encoded = self.encode_parts(weights, now, pool)?;
+            let encoder = self.encode_parts(weights, now, pool)?;
             let encoded_after = begun.elapsed();
             let results = self.tools.take(|tools| {
                 let results = tools.find(now);
-                tools.encoded.extend(encoded);
+                tools.encoders.extend(encoder);
                 results
             });
             let (results, some) = results?;

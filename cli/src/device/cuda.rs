@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use checkpoint_engine::cuda::{
-    self, CudaMemory, CudaSlice, CudaTensorMap, Device, DeviceJob, Event, Kernels, Launch, Stream,
+    self, CudaMemory, CudaTensorMap, Device, DeviceJob, Event, Kernels, Launch, Stream,
     driver_version,
 };
 use checkpoint_engine::{
