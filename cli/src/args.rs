@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use checkpoint_engine::control::{Address, ControlConfig, Token, from_env};
-use checkpoint_engine::delta::{DeltaConfig, NamePattern};
+use checkpoint_engine::NamePattern;
 use checkpoint_engine::fp8::rules::{Receiver, RulesConfig, parse_ignored_layers};
 use checkpoint_engine::fp8::{Fp8Config, Granularity, Mode, Quantization, SourceType};
 use checkpoint_engine::reshard::Parallelism;
@@ -152,7 +152,7 @@ pub(crate) struct EngineArgs {
     #[arg(long)]
     delta: bool,
     /// Weights that are a part of each version, by their names: adapter=*.lora_*, or draft=mtp.*,draft.* where several patterns say which. May
-    /// be given several times. Updates then say which parts changed, with a digest of each. Needs --delta
+    /// be given several times. With --delta, updates say which parts changed, with a digest of each
     #[arg(long = "part", value_name = "PART=NAMES", value_parser = part)]
     parts: Vec<(String, Vec<NamePattern>)>,
     /// Quantise on the rollouts what arrives there unquantised
@@ -242,11 +242,9 @@ impl EngineArgs {
             config.layers.insert("delta".into(), true.into());
         }
         if !self.parts.is_empty() {
-            let mut parts = DeltaConfig::of(&config)?.parts;
             for (part, names) in &self.parts {
-                parts.entry(part.clone()).or_default().extend(names.iter().cloned());
+                config.parts.entry(part.clone()).or_default().extend(names.iter().cloned());
             }
-            config.layers.insert("parts".into(), serde_json::to_value(parts)?);
         }
         let mut fp8 = Fp8Config::of(&config)?;
         fp8.trainer_quantize_fp8 |= self.trainer_quantize_fp8;

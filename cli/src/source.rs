@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use checkpoint_engine::delta::NamePattern;
+use checkpoint_engine::NamePattern;
 use checkpoint_engine::fp8::rules::RulesConfig;
 use engine_core::{
     DeviceChoice, Encoding, Error, ErrorKind, Recovery, Result, TensorMeta, Version, Weight,

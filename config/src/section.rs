@@ -20,7 +20,7 @@ const DEVICE: &str = "`device` to be `cpu`, or a kind of device and a number: `c
 const TIMEOUT: &str = "`timeout_seconds` to be a number above 0 and of at most 1000000000";
 
 /// The keys to offer when an unknown one was given.
-const KNOWN: [&str; 13] = [
+const KNOWN: [&str; 14] = [
     "backend",
     "update_weights_bucket_megabytes",
     "engine_kwargs",
@@ -29,6 +29,7 @@ const KNOWN: [&str; 13] = [
     "delta",
     "delta_on_host",
     "parts",
+    "wants",
     "timeout_seconds",
     "digests",
     "device",
@@ -37,12 +38,11 @@ const KNOWN: [&str; 13] = [
 ];
 
 /// Those of them that layers in front of the engine have, with what they take.
-const OF_LAYERS: [(&str, Takes); 5] = [
+const OF_LAYERS: [(&str, Takes); 4] = [
     ("trainer_quantize_fp8", Takes::Flag),
     ("quantization", Takes::Table),
     ("delta", Takes::Flag),
     ("delta_on_host", Takes::Flag),
-    ("parts", Takes::Table),
 ];
 
 /// What a layer's key takes.
@@ -102,6 +102,20 @@ impl<'de> Visitor<'de> for Section {
                 }
                 "engine_kwargs" => {
                     config.engine_kwargs = map.next_value_seed(Tables)?;
+                }
+                "parts" => {
+                    let table = map.next_value_seed(Table("parts"))?;
+                    config.parts = serde_json::from_value(table.into()).map_err(|_| {
+                        A::Error::custom("expected `parts` to have lists of patterns of names")
+                    })?;
+                }
+                "wants" => {
+                    config.wants = map.next_value::<Option<Vec<String>>>().map_err(|error| {
+                        A::Error::custom(format_args!("expected `wants` to be a list of parts: {error}"))
+                    })?;
+                    if config.wants.as_ref().is_some_and(Vec::is_empty) {
+                        return Err(A::Error::custom("expected `wants` to name at least one part"));
+                    }
                 }
                 "timeout_seconds" => {
                     scalar(&mut map, TIMEOUT, &mut config.timeout_seconds, |found| {

@@ -14,6 +14,7 @@ use engine_core::{
 };
 
 use crate::message::{self, APPLYING, Head, Record};
+use crate::parts;
 use crate::shadow::{Change, Copies, Entry, Shadow};
 
 pub(crate) fn in_front(
@@ -278,7 +279,7 @@ impl<'k> Absorbing<'k> {
             return BTreeMap::new();
         }
         let shadow = Shadow { entries: std::mem::take(&mut self.entries) };
-        let parts = self.copies.parts.report(shadow.entries.iter().map(|entry| (entry, 0, true)));
+        let parts = parts::report(&self.copies.parts, shadow.entries.iter().map(|it| (it, 0, true)));
         self.kept.shadow = Some(shadow);
         parts
     }
@@ -537,7 +538,7 @@ impl<'k> Patching<'k> {
         });
         let shadow = Shadow { entries: entries.collect() };
         let sent = shadow.entries.iter().zip(was_sent).map(|(entry, sent)| (entry, 0, sent));
-        let parts = self.copies.parts.report(sent);
+        let parts = parts::report(&self.copies.parts, sent);
         let (tensors, bytes) = (shadow.entries.len() as u64, shadow.bytes());
         self.kept.shadow = Some(shadow);
         self.base.clear();

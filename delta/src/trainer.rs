@@ -16,6 +16,7 @@ use futures::{FutureExt, StreamExt};
 
 use crate::ATTESTED_EVERY;
 use crate::message::{self, Head, Record};
+use crate::parts;
 use crate::shadow::{Change, Copies, Entry, Shadow};
 
 pub(crate) fn in_front(
@@ -184,7 +185,7 @@ impl DeltaTrainer {
         match std::mem::replace(copied, Err("it moves to the version that was sent".to_owned())) {
             Ok(base) => {
                 delta.shadow_bytes = base.bytes();
-                delta.parts = copies.parts.report(reported(&weights, &base, &delta));
+                delta.parts = parts::report(&copies.parts, reported(&weights, &base, &delta));
                 let work = copies.clone();
                 kept.moving = Some(copies.pool.start(move || moved(base, weights, changes, &work)));
             }
@@ -192,7 +193,8 @@ impl DeltaTrainer {
                 let entries = weights.into_iter().filter_map(Sent::into_new).collect();
                 let shadow = Shadow { entries };
                 delta.shadow_bytes = shadow.bytes();
-                delta.parts = copies.parts.report(shadow.entries.iter().map(|it| (it, 0, true)));
+                let whole = shadow.entries.iter().map(|it| (it, 0, true));
+                delta.parts = parts::report(&copies.parts, whole);
                 *copied = Ok(Arc::new(shadow));
                 kept.since_attested = 0;
             }

@@ -158,7 +158,7 @@ async fn group_with(
         let mut config = CheckpointEngineConfig::default();
         config.timeout_seconds = 20.0;
         config.layers.insert("delta".into(), delta.into());
-        config.layers.insert("parts".into(), parts.clone());
+        config.parts = serde_json::from_value(parts.clone()).expect("parts");
         EngineContext::new(config).with_rank(Rank(rank))
     };
     let trainer = registry.prepare_trainer(context(0)).await?;

@@ -177,6 +177,17 @@ impl Registry {
                 format!("a {role} is prepared, and the control plane has the rank as {its}");
             return Err(refuse(message).rank(control.rank()));
         }
+        if role == Role::Rollout && context.config.wants.is_some() && !backend.sends_parts() {
+            let able = self.backends().filter(|backend| backend.sends_parts());
+            let able: Vec<&str> = able.map(|backend| backend.name()).collect();
+            let message = format!(
+                "wants: {} sends every version whole to all; backends that can leave parts out: {}",
+                backend.name(),
+                if able.is_empty() { "none here".to_owned() } else { able.join(", ") }
+            );
+            let error = refuse(message);
+            return Err(context.rank().into_iter().fold(error, Error::rank));
+        }
         let device = &context.config.device;
         let kinds = match backend.devices() {
             Devices::Any => return Ok(backend),
@@ -227,6 +238,10 @@ impl Backend for Provided {
 
     fn devices(&self) -> Devices {
         self.backend.devices()
+    }
+
+    fn sends_parts(&self) -> bool {
+        self.backend.sends_parts()
     }
 
     fn probe(&self) -> Availability {

@@ -128,7 +128,7 @@ impl Hand {
 
     fn enter(&self, update: u64, plan: Option<u64>, held: Vec<(u64, u64)>) {
         let (card, base) = (Bytes::new(), Base::Unable);
-        self.say(ToSender::Entered { update, card, plan, held, base });
+        self.say(ToSender::Entered { update, card, plan, held, base, wants: None });
     }
 
     /// Releases the buckets of an update at once. Returns their layouts and the plan's digest.
