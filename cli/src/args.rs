@@ -5,8 +5,8 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use checkpoint_engine::control::{Address, ControlConfig, Token, from_env};
 use checkpoint_engine::NamePattern;
+use checkpoint_engine::control::{Address, ControlConfig, Token, from_env};
 use checkpoint_engine::fp8::rules::{Receiver, RulesConfig, parse_ignored_layers};
 use checkpoint_engine::fp8::{Fp8Config, Granularity, Mode, Quantization, SourceType};
 use checkpoint_engine::reshard::Parallelism;

@@ -111,7 +111,9 @@ impl<'de> Visitor<'de> for Section {
                 }
                 "wants" => {
                     config.wants = map.next_value::<Option<Vec<String>>>().map_err(|error| {
-                        A::Error::custom(format_args!("expected `wants` to be a list of parts: {error}"))
+                        A::Error::custom(format_args!(
+                            "expected `wants` to be a list of parts: {error}"
+                        ))
                     })?;
                     if config.wants.as_ref().is_some_and(Vec::is_empty) {
                         return Err(A::Error::custom("expected `wants` to name at least one part"));

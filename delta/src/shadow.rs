@@ -6,7 +6,8 @@ use std::sync::Arc;
 use engine_core::changes::{Cut, Due, ShadowBytes, ShadowMemory, ShadowPart};
 use engine_core::memory::Pool;
 use engine_core::{
-    ArenaArc, EngineContext, Error, ErrorKind, Parts, Result, Role, Storage, TensorMeta, Weight, digest,
+    ArenaArc, EngineContext, Error, ErrorKind, PartSet, Parts, Result, Role, Storage, TensorMeta,
+    Weight, digest,
 };
 use sha2::{Digest, Sha256};
 
@@ -255,6 +256,12 @@ impl Shadow {
         self.entries.iter().fold(0, |version, entry| entry.add_to(version, 0))
     }
 
+    /// The number of the version as a rank has it that wants these parts.
+    pub(crate) fn version_of(&self, parts: &PartSet) -> u64 {
+        let has = |entry: &&Entry| parts.contains(entry.part);
+        self.entries.iter().filter(has).fold(0, |version, entry| entry.add_to(version, 0))
+    }
+
     /// Bytes of all weights.
     pub(crate) fn bytes(&self) -> u64 {
         self.entries.iter().map(|entry| entry.bytes.len()).sum()
@@ -269,15 +276,12 @@ impl Shadow {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
     use engine_core::DType;
 
     fn copies() -> Copies {
         let pool = Pool::new(2).expect("threads");
-        let parts = Parts::new(&BTreeMap::new()).expect("no parts");
-        Copies { memory: Arc::new(HostShadows), parts, batches: 1, pool }
+        Copies { memory: Arc::new(HostShadows), parts: Parts::default(), batches: 1, pool }
     }
 
     fn entry(name: &str, bytes: Vec<u8>) -> Entry {

@@ -124,13 +124,20 @@ mod tests {
     #[test]
     fn a_rank_wants_the_parts_that_it_names_or_all() {
         let parts = parts();
-        let named = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let named =
+            |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
         let wanted = parts.wanted(Some(&named(&["policy", "adapter"]))).expect("parts");
         assert_eq!(parts.named(&wanted), ["adapter", "policy"]);
         assert_eq!(parts.wanted(None).expect("all"), parts.all());
-        assert_eq!(parts.wanted(Some(&named(&["draft", "policy", "adapter"]))).expect("all"), parts.all());
+        assert_eq!(
+            parts.wanted(Some(&named(&["draft", "policy", "adapter"]))).expect("all"),
+            parts.all()
+        );
         let error = parts.wanted(Some(&named(&["policy", "critic"]))).expect_err("no such part");
         let words = error.to_string();
-        assert!(words.contains("`critic`") && words.contains("adapter`, `draft`, `policy"), "{words}");
+        assert!(
+            words.contains("`critic`") && words.contains("adapter`, `draft`, `policy"),
+            "{words}"
+        );
     }
 }

@@ -273,7 +273,14 @@ impl Weight {
             )));
         }
         let content = Content::Contiguous(bytes);
-        Ok(Self { meta, content, treatment: Treatment::Plain, byte_len, part: None, named_part: None })
+        Ok(Self {
+            meta,
+            content,
+            treatment: Treatment::Plain,
+            byte_len,
+            part: None,
+            named_part: None,
+        })
     }
 
     /// A tensor whose elements are not contiguous, in host memory or on a device: a transposed or sliced view.
@@ -321,8 +328,15 @@ impl Weight {
         }
         let content = Content::Strided(Arc::new(Elements { bytes, strides, offset }));
         let meta = meta.into();
-        Ok(Self { meta, content, treatment: Treatment::Plain, byte_len, part: None, named_part: None }
-            .simplified(size))
+        Ok(Self {
+            meta,
+            content,
+            treatment: Treatment::Plain,
+            byte_len,
+            part: None,
+            named_part: None,
+        }
+        .simplified(size))
     }
 
     /// A weight whose bytes an encoding produces.
@@ -337,7 +351,14 @@ impl Weight {
     ) -> Result<Self> {
         let meta = meta.into();
         let byte_len = meta.validate()?;
-        Ok(Self { meta, content: Content::Encoded(encoding), treatment, byte_len, part: None, named_part: None })
+        Ok(Self {
+            meta,
+            content: Content::Encoded(encoding),
+            treatment,
+            byte_len,
+            part: None,
+            named_part: None,
+        })
     }
 
     /// The same weight as a part of a tensor of the shape `full`: the elements of the box `region`. Without this a weight is a whole

@@ -522,7 +522,8 @@ impl Follower {
         let Some(session) = &mut self.session else { return Ok(()) };
         let refuse = |message: String| Error::new(ErrorKind::Protocol, "taking a bucket", message);
         // Between those that it wants, others hear of other buckets. If one is missing, the version is not complete.
-        let is_next = if self.wants.is_some() { index >= session.next } else { index == session.next };
+        let is_next =
+            if self.wants.is_some() { index >= session.next } else { index == session.next };
         if !is_next {
             return Err(refuse(format!("bucket {} was expected", session.next)));
         }

@@ -20,7 +20,9 @@ use super::{ENCODING, because, is_of_transport, too_late};
 use engine_core::control::{Event, Peer};
 use engine_core::observe::Progress;
 use engine_core::plan::{BucketLayout, Plan};
-use engine_core::{Entrant, Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Version, digest};
+use engine_core::{
+    Entrant, Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Version, digest,
+};
 use engine_core::{PartSet, Parts};
 use engine_core::{RankMap, RankSet, ReceiverReport, StageTimes, VersionState, WorkerMetadata};
 
@@ -1390,7 +1392,8 @@ impl Leader {
                 let parts = &self.settings.parts;
                 let wants = parts.wanted(wants.as_deref()).map_err(|error| error.rank(from))?;
                 if wants != parts.all() && present.senders.len() > 1 {
-                    let message = "several trainers share the sending, so all rollouts get all parts";
+                    let message =
+                        "several trainers share the sending, so all rollouts get all parts";
                     return Err(Error::new(ErrorKind::Config, ENTERING, message).rank(from));
                 }
                 if plan.is_some_and(|plan| plan == present.known_to(&wants)) {

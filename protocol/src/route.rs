@@ -76,7 +76,8 @@ impl Route {
         first: u64,
         tree: impl IntoIterator<Item = (Rank, Rank)>,
     ) -> Self {
-        let node = |parent| Node { parent, begun: first, has: first, given: first, ..Node::default() };
+        let node =
+            |parent| Node { parent, begun: first, has: first, given: first, ..Node::default() };
         let mut nodes = BTreeMap::from([(Rank::LEADER, node(None))]);
         for (rank, parent) in tree {
             nodes.insert(rank, node(Some(parent)));

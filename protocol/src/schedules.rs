@@ -499,7 +499,9 @@ impl<'a> World<'a> {
             Ok(ToReceiver::Commit { update }) => {
                 self.committed.insert(update);
             }
-            Ok(ToReceiver::Bucket { update, index, .. } | ToReceiver::Fetch { update, index, .. }) => {
+            Ok(
+                ToReceiver::Bucket { update, index, .. } | ToReceiver::Fetch { update, index, .. },
+            ) => {
                 self.misplaced |= !self.wants(to, (update, index));
                 self.unreleased.entry(to).or_default().insert((update, index));
             }
@@ -651,7 +653,10 @@ impl<'a> World<'a> {
             && error.to_string().contains(RELEASING)
         {
             let update = self.number;
-            keep!(self.wants(rank, (update, bucket)), "rank {rank} is awaited for nothing: {error}");
+            keep!(
+                self.wants(rank, (update, bucket)),
+                "rank {rank} is awaited for nothing: {error}"
+            );
         }
         Ok(())
     }
@@ -781,13 +786,14 @@ impl<'a> World<'a> {
                 keep!(rollout.whole, "rank {rank} has other bytes than were sent");
                 // Of all that the trainer read, what this rank wants.
                 let wants = self.wants.as_ref().and_then(|wants| wants.get(&rank));
-                let wanted = (0..read).filter(|at| {
-                    wants.is_none_or(|wants| wants.contains(&part_of_bucket(*at)))
-                });
-                let all = |index: &u64| self.parts.get(&(update, *index)).map_or(*index, |(_, at)| *at);
+                let wanted = (0..read)
+                    .filter(|at| wants.is_none_or(|wants| wants.contains(&part_of_bucket(*at))));
+                let all =
+                    |index: &u64| self.parts.get(&(update, *index)).map_or(*index, |(_, at)| *at);
                 let got: Vec<u64> = rollout.got.iter().map(all).collect();
                 keep!(
-                    report.version.0 == version && (rollout.is_idle || wanted.eq(got.iter().copied())),
+                    report.version.0 == version
+                        && (rollout.is_idle || wanted.eq(got.iter().copied())),
                     "rank {rank} has {got:?} of version {}, {sent:?} were sent",
                     report.version
                 );
@@ -834,7 +840,10 @@ impl<'a> World<'a> {
             "rank {rank} is given bucket {index} after {:?}",
             rollout.got
         );
-        keep!(self.wants(rank, bucket), "rank {rank} is given bucket {index}, which it does not want");
+        keep!(
+            self.wants(rank, bucket),
+            "rank {rank} is given bucket {index}, which it does not want"
+        );
         rollout.got.push(index);
         (rollout.caller, rollout.since) = (Caller::Working, now);
         Ok(())
