@@ -854,7 +854,7 @@ async fn a_rollout_gets_the_parts_that_it_wants_and_nothing_else_or_is_refused(
             compare(&expected, &received.map_err(words)?)
                 .map_err(|w| format!("version {version}, rank {rank}: {w}"))?;
             let told = &report.receivers[rollout as usize].parts;
-            let all = ["first", "policy", "second"];
+            let all = ["first", "second", "policy"];
             let got = all.iter().filter(|part| wants.is_none_or(|wants| wants.contains(part)));
             ensure!(told.iter().eq(got), "the report says that rank {rank} got {told:?}");
         }
@@ -893,12 +893,16 @@ async fn a_rollout_that_wants_some_parts_and_dies_keeps_no_other_from_its_own(
     let mut group = Group::form(&suite.with_parts(&PARTS, &wants), 3).await.map_err(words)?;
     let third = group.rank_of(2);
     let mut gone = group.rollouts.remove(2);
+    let plane = group.controls.pop();
     let dying = async move {
         if let Ok(mut received) = gone.receive_weights(None).await {
             drop(received.next_bucket().await);
         }
-        // Its engine is gone as well.
+        // Its engine and its connection are gone as well.
         drop(gone);
+        if let Some(plane) = plane {
+            drop(plane.close().await);
+        }
     };
     let send = group.trainer.send_weights(ensure_async_iterator(model(3, 1)), Version(1));
     let receive = group.rollouts.iter_mut().map(|rollout| collect(&mut **rollout, 1));
