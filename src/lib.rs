@@ -60,7 +60,7 @@ pub use engine_core::{
     Arena, ArenaArc, ChangedElements, CheckpointEngine, CheckpointEngineConfig,
     CheckpointEngineWithCache, CopyOut, DType, DeltaReport, DeviceChoice, Element, EngineContext,
     Error, ErrorKind, ErrorReport, Expected, FromIterator, FromStream, Install, IntoWeight,
-    IntoWeightStream, NamePattern, Numbers, Outcome, PartReport, Placement, Prepared,
+    IntoWeightStream, NamePattern, Numbers, Outcome, PartReport, Parts, Placement, Prepared,
     PreparedRollout, PreparedTrainer, Rank, ReceiveReport, ReceivedBucket, ReceivedPiece,
     ReceivedWeights, ReceiverReport, Recovery, Registry, Result, Role, RolloutEngine, SendReport,
     StageTimes, TensorBox, TensorCounts, TensorMap, TensorMeta, TrainerEngine, Treatment, Version,

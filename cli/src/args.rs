@@ -155,6 +155,10 @@ pub(crate) struct EngineArgs {
     /// be given several times. With --delta, updates say which parts changed, with a digest of each
     #[arg(long = "part", value_name = "PART=NAMES", value_parser = part)]
     parts: Vec<(String, Vec<NamePattern>)>,
+    /// A part of each version that rollouts want, by its name; all others do not reach them. May be given several times. `policy` is all
+    /// weights that no --part has
+    #[arg(long = "want", value_name = "PART")]
+    wants: Vec<String>,
     /// Quantise on the rollouts what arrives there unquantised
     #[arg(long)]
     quantize_on_receive: bool,
@@ -245,6 +249,9 @@ impl EngineArgs {
             for (part, names) in &self.parts {
                 config.parts.entry(part.clone()).or_default().extend(names.iter().cloned());
             }
+        }
+        if !self.wants.is_empty() {
+            config.wants = Some(self.wants.clone());
         }
         let mut fp8 = Fp8Config::of(&config)?;
         fp8.trainer_quantize_fp8 |= self.trainer_quantize_fp8;

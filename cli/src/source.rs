@@ -249,6 +249,14 @@ impl Source {
         &self.spec
     }
 
+    /// The number of tensors of such names, and their bytes.
+    pub fn only(&self, is_one: impl Fn(&str) -> bool) -> (u64, u64) {
+        let metas = self.metas.values().filter(|meta| is_one(&meta.name));
+        metas.fold((0, 0), |(tensors, bytes), meta| {
+            (tensors + 1, bytes + meta.byte_len().unwrap_or_default())
+        })
+    }
+
     /// The number of tensors.
     pub fn tensors(&self) -> usize {
         self.metas.len()

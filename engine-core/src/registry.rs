@@ -289,6 +289,19 @@ mod tests {
         assert!(error.to_string().contains("this registry has none"), "{error}");
     }
 
+    #[test]
+    fn a_rollout_that_wants_some_parts_is_refused_where_all_get_everything() {
+        let mut config = CheckpointEngineConfig::new("naive");
+        config.wants = Some(vec!["policy".into()]);
+        let context = EngineContext::new(config).with_rank(Rank(3));
+        let error = block_on(stubs().prepare_rollout(context.clone())).unwrap_err();
+        assert_eq!((error.kind(), error.report().rank), (ErrorKind::Config, Some(Rank(3))));
+        let words = error.to_string();
+        assert!(words.contains("backends that can leave parts out: none here"), "{words}");
+        // A trainer sends what there is.
+        block_on(stubs().prepare_trainer(context)).unwrap();
+    }
+
     /// A backend of which nobody joins a group.
     #[derive(Debug)]
     struct Stub(&'static str, Devices);
