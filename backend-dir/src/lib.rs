@@ -77,6 +77,10 @@ impl Backend for Dir {
         "processes of any hosts that share a folder"
     }
 
+    fn sends_parts(&self) -> bool {
+        true
+    }
+
     fn probe(&self) -> Availability {
         Availability::Usable { details: "wherever ranks share a folder".into() }
     }

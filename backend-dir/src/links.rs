@@ -121,6 +121,11 @@ impl SendLink for Outgoing {
         !self.is_alone
     }
 
+    fn keeps_all(&self) -> bool {
+        // A version in the folder is whole, whatever the rollouts of its update have read.
+        true
+    }
+
     async fn begin(&mut self, _: &Members, _: usize) -> Result<Option<Ticket>> {
         let (folder, checksum) = (self.folder.clone(), self.checksum);
         let staged = self.pool.start(move || Staged::new(folder, checksum)).await?;
@@ -210,10 +215,12 @@ impl Incoming {
         let Some(staged) = self.staged.clone() else {
             return Err(refuse("no files were announced".into()));
         };
-        if fetch.index != self.shards.bucket() {
-            let message = format!("it came after bucket {}", self.shards.bucket());
+        // Between the buckets that a rollout wants there may be others.
+        if fetch.index < self.shards.bucket() {
+            let message = format!("bucket {} was expected", self.shards.bucket());
             return Err(refuse(message));
         }
+        self.shards.pass_to(fetch.index);
         let parts = self.shards.place(fetch.layout.pieces())?.parts;
         let memory = self.slots.take(fetch.slot, fetch.filled);
         let memory = memory.ok_or_else(|| refuse(format!("there is no slot {}", fetch.slot)))?;

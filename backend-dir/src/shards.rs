@@ -69,6 +69,11 @@ impl Shards {
         self.bucket
     }
 
+    /// Passes over all buckets before this one. None of their weights goes on in a later bucket that this rank reads.
+    pub(crate) fn pass_to(&mut self, bucket: u64) {
+        self.bucket = bucket;
+    }
+
     /// Places the pieces of the next bucket.
     ///
     /// # Errors

@@ -60,6 +60,10 @@ impl Backend for Ipc {
         Devices::Registered
     }
 
+    fn sends_parts(&self) -> bool {
+        true
+    }
+
     fn probe(&self) -> Availability {
         match segment::probe() {
             Ok(details) => Availability::Usable { details },

@@ -114,6 +114,32 @@ fn a_rollout_killed_within_an_update_is_an_error_on_every_other_rank_and_the_nex
 }
 
 #[test]
+fn a_rollout_of_some_parts_killed_within_an_update_is_an_error_on_all_and_none_has_its_parts() {
+    let mut config = config("ipc");
+    let late = (6..WEIGHTS).map(|index| (&*format!("w{index}")).into());
+    config.parts.insert("late".into(), late.collect());
+    for victim in [0, 1] {
+        let wants: [&[&str]; 2] = [&["policy"], &["late"]];
+        let mut group = Processes::form_wanting(BACKEND, &config, 1, 3, &wants);
+        group.works(1, 3);
+        // Of what the first one wants, everything has been given by then.
+        let error = group.update(2, 10, |rollouts| rollouts[victim].kill()).unwrap_err();
+        let rank = Rank(victim as u32 + 1);
+        assert_eq!(
+            (error.kind(), error.report().rank),
+            (ErrorKind::PeerLost, Some(rank)),
+            "{error}"
+        );
+        drop(group.children.remove(victim));
+        group.children.iter().for_each(|child| child.says(&format!("failed PeerLost {rank}")));
+        group.works(3, 2);
+        // One that wants everything takes its place.
+        group.join();
+        group.works(4, 3);
+    }
+}
+
+#[test]
 fn a_trainer_killed_within_an_update_is_an_error_on_every_rollout_and_its_address_is_free() {
     runtime().block_on(async {
         let address = address();

@@ -39,6 +39,10 @@ impl Backend for Naive {
         Devices::Any
     }
 
+    fn sends_parts(&self) -> bool {
+        true
+    }
+
     fn probe(&self) -> Availability {
         Availability::Usable { details: "always".into() }
     }

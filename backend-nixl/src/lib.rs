@@ -60,6 +60,10 @@ impl Backend for Nixl {
         Devices::Registered
     }
 
+    fn sends_parts(&self) -> bool {
+        true
+    }
+
     fn probe(&self) -> Availability {
         match agent::probe() {
             Ok(details) => Availability::Usable { details },

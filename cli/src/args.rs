@@ -5,8 +5,8 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use checkpoint_engine::NamePattern;
 use checkpoint_engine::control::{Address, ControlConfig, Token, from_env};
-use checkpoint_engine::delta::{DeltaConfig, NamePattern};
 use checkpoint_engine::fp8::rules::{Receiver, RulesConfig, parse_ignored_layers};
 use checkpoint_engine::fp8::{Fp8Config, Granularity, Mode, Quantization, SourceType};
 use checkpoint_engine::reshard::Parallelism;
@@ -152,9 +152,13 @@ pub(crate) struct EngineArgs {
     #[arg(long)]
     delta: bool,
     /// Weights that are a part of each version, by their names: adapter=*.lora_*, or draft=mtp.*,draft.* where several patterns say which. May
-    /// be given several times. Updates then say which parts changed, with a digest of each. Needs --delta
+    /// be given several times. With --delta, updates say which parts changed, with a digest of each
     #[arg(long = "part", value_name = "PART=NAMES", value_parser = part)]
     parts: Vec<(String, Vec<NamePattern>)>,
+    /// A part of each version that rollouts want, by its name; all others do not reach them. May be given several times. `policy` is all
+    /// weights that no --part has
+    #[arg(long = "want", value_name = "PART")]
+    wants: Vec<String>,
     /// Quantise on the rollouts what arrives there unquantised
     #[arg(long)]
     quantize_on_receive: bool,
@@ -242,11 +246,12 @@ impl EngineArgs {
             config.layers.insert("delta".into(), true.into());
         }
         if !self.parts.is_empty() {
-            let mut parts = DeltaConfig::of(&config)?.parts;
             for (part, names) in &self.parts {
-                parts.entry(part.clone()).or_default().extend(names.iter().cloned());
+                config.parts.entry(part.clone()).or_default().extend(names.iter().cloned());
             }
-            config.layers.insert("parts".into(), serde_json::to_value(parts)?);
+        }
+        if !self.wants.is_empty() {
+            config.wants = Some(self.wants.clone());
         }
         let mut fp8 = Fp8Config::of(&config)?;
         fp8.trainer_quantize_fp8 |= self.trainer_quantize_fp8;

@@ -1,7 +1,8 @@
 //! What is told of an update, in one line.
 
 use checkpoint_engine::{
-    ChangedElements, DeltaReport, PartReport, SendReport, Version, VersionState,
+    ChangedElements, DeltaReport, PartReport, Parts, ReceiverReport, SendReport, Version,
+    VersionState,
 };
 use serde::Serialize;
 use serde_json::Value;
@@ -106,10 +107,12 @@ pub fn delta_in_words(delta: &DeltaReport, wire_bytes: u64) -> String {
 
 /// An update's line from its report.
 ///
-/// A rollout that verified saw every tensor and byte of the source, also of those that an update does not send.
+/// A rollout that verified saw every tensor and byte of the source, also of those that an update does not send; of the parts that it wants
+/// if it does not want all.
 pub fn line(
     report: &SendReport,
     source: &Source,
+    parts: &Parts,
     backend: &str,
     memcpy: Option<f64>,
     extra: u64,
@@ -120,14 +123,22 @@ pub fn line(
         .iter()
         .map(|receiver| serde_json::from_value(receiver.notes.clone()).unwrap_or_default())
         .collect();
-    let verified = !notes.is_empty()
-        && notes.iter().all(|notes| {
-            let bytes = match source.spec().is_part(report.version) {
-                true => source.byte_len(),
-                false => counts.source_bytes,
-            };
-            notes.verified_bytes == bytes && notes.verified_tensors == source.tensors() as u64
-        });
+    let names: Vec<&str> = parts.names().collect();
+    let is_verified = |(receiver, notes): (&ReceiverReport, &RolloutNotes)| {
+        let (tensors, bytes) = match &*receiver.parts {
+            got if got.is_empty() || got.len() == names.len() => {
+                let is_part = source.spec().is_part(report.version);
+                let bytes = if is_part { source.byte_len() } else { counts.source_bytes };
+                (source.tensors() as u64, bytes)
+            }
+            got => source.only(|name| {
+                let part = names.get(parts.part_of(name) as usize);
+                part.is_some_and(|part| got.iter().any(|got| got == part))
+            }),
+        };
+        notes.verified_bytes == bytes && notes.verified_tensors == tensors
+    };
+    let verified = !notes.is_empty() && report.receivers.iter().zip(&notes).all(is_verified);
     let rollouts = report.receivers.iter().zip(&notes).map(|(receiver, notes)| RolloutLine {
         rank: receiver.rank.0,
         seconds: receiver.seconds,

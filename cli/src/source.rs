@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use checkpoint_engine::delta::NamePattern;
+use checkpoint_engine::NamePattern;
 use checkpoint_engine::fp8::rules::RulesConfig;
 use engine_core::{
     DeviceChoice, Encoding, Error, ErrorKind, Recovery, Result, TensorMeta, Version, Weight,
@@ -247,6 +247,14 @@ impl Source {
     /// What the source was opened with.
     pub fn spec(&self) -> &SourceSpec {
         &self.spec
+    }
+
+    /// The number of tensors of such names, and their bytes.
+    pub fn only(&self, is_one: impl Fn(&str) -> bool) -> (u64, u64) {
+        let metas = self.metas.values().filter(|meta| is_one(&meta.name));
+        metas.fold((0, 0), |(tensors, bytes), meta| {
+            (tensors + 1, bytes + meta.byte_len().unwrap_or_default())
+        })
     }
 
     /// The number of tensors.

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use checkpoint_engine::fp8::agreed_rules;
 use checkpoint_engine::{
-    CheckpointEngineConfig, DeviceChoice, EngineContext, Error, ErrorKind, Rank, ReceiverReport,
-    Result, RolloutEngine, SendReport, Version, form_local_group, registry,
+    CheckpointEngineConfig, DeviceChoice, EngineContext, Error, ErrorKind, Parts, Rank,
+    ReceiverReport, Result, RolloutEngine, SendReport, Version, form_local_group, registry,
 };
 use engine_core::available_memory;
 use futures::future::{Either, join_all, select};
@@ -116,7 +116,8 @@ impl<F: FnMut(&UpdateLine) -> Result<()>> Lines<'_, F> {
     ) -> Result<()> {
         let peak = self.memory.extra_peak_bytes();
         let backend = &self.options.config.backend;
-        let mut line = line(report, source, backend, Some(self.memcpy), peak);
+        let parts = Parts::of(&self.options.config)?;
+        let mut line = line(report, source, &parts, backend, Some(self.memcpy), peak);
         line.attested_in(attested);
         if self.options.placing.is_some() {
             // What a rollout lends is not what a trainer has: it says whether it compared all of that.

@@ -46,6 +46,39 @@ fn after_the_first_update_only_weights_of_such_names_are_sent_and_all_others_are
 }
 
 #[test]
+fn rollouts_get_the_parts_that_they_want_and_every_byte_of_these_is_verified() {
+    let number = |line: &serde_json::Value, key: &str| line[key].as_u64().expect("a number");
+    for backend in ["naive", "ipc", "dir"] {
+        let folder = std::env::temp_dir().join(format!("wants-{}", std::process::id()));
+        let path = format!("path={}", folder.display());
+        let dir: &[&str] = if backend == "dir" { &["--engine-kwarg", &path] } else { &[] };
+        for delta in [&[][..], &["--delta"], &["--trainer-quantize-fp8"]] {
+            let of = ["--backend", backend, "--part", "first=model.layers.0.*,model.embed*"];
+            let common = [&SYNC[..], &of, dir, delta].concat();
+            let all = lines(&common);
+            let some = lines(&[&common[..], &["--want", "first"]].concat());
+            for (some, all) in some.iter().zip(&all) {
+                assert_eq!(some["verified"], true, "{backend} {delta:?}: {some}");
+                // The folder has all of every version, whoever reads it.
+                let (some, all) = (number(some, "wire_bytes"), number(all, "wire_bytes"));
+                assert!(some < all || backend == "dir", "{backend} {delta:?}: {some} of {all}");
+            }
+        }
+        drop(std::fs::remove_dir_all(folder));
+    }
+}
+
+#[test]
+fn a_part_that_there_is_not_is_named_with_those_that_there_are() {
+    let part = ["--part", "first=model.layers.0.*", "--want", "last"];
+    let output = run(&[&SYNC[..], &["--backend", "ipc"], &part].concat());
+    assert_eq!(output.status.code(), Some(1));
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(error.contains("`last`") && error.contains("`first`, `policy`"), "{error}");
+    assert!(error.contains("rank 1") || error.contains("rank 2"), "{error}");
+}
+
+#[test]
 fn measured_updates_send_a_part_as_well() {
     let bench =
         ["bench", "transfer", "--synthetic", "tiny-moe", "--rollouts", "1", "--repeats", "1"];

@@ -8,10 +8,12 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroUsize;
 
-use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, Unexpected, Visitor};
+use serde::de::{
+    DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Unexpected, Visitor,
+};
 use serde_json::{Map, Value};
 
-use engine_core::CheckpointEngineConfig;
+use engine_core::{CheckpointEngineConfig, NamePattern};
 
 const BACKEND: &str = "`backend` to be the name of a backend";
 const BUCKET: &str =
@@ -20,7 +22,7 @@ const DEVICE: &str = "`device` to be `cpu`, or a kind of device and a number: `c
 const TIMEOUT: &str = "`timeout_seconds` to be a number above 0 and of at most 1000000000";
 
 /// The keys to offer when an unknown one was given.
-const KNOWN: [&str; 13] = [
+const KNOWN: [&str; 14] = [
     "backend",
     "update_weights_bucket_megabytes",
     "engine_kwargs",
@@ -29,6 +31,7 @@ const KNOWN: [&str; 13] = [
     "delta",
     "delta_on_host",
     "parts",
+    "wants",
     "timeout_seconds",
     "digests",
     "device",
@@ -37,12 +40,11 @@ const KNOWN: [&str; 13] = [
 ];
 
 /// Those of them that layers in front of the engine have, with what they take.
-const OF_LAYERS: [(&str, Takes); 5] = [
+const OF_LAYERS: [(&str, Takes); 4] = [
     ("trainer_quantize_fp8", Takes::Flag),
     ("quantization", Takes::Table),
     ("delta", Takes::Flag),
     ("delta_on_host", Takes::Flag),
-    ("parts", Takes::Table),
 ];
 
 /// What a layer's key takes.
@@ -102,6 +104,10 @@ impl<'de> Visitor<'de> for Section {
                 }
                 "engine_kwargs" => {
                     config.engine_kwargs = map.next_value_seed(Tables)?;
+                }
+                "parts" => config.parts = map.next_value_seed(Parts)?,
+                "wants" => {
+                    config.wants = map.next_value_seed(Names("`wants` to be a list of parts"))?;
                 }
                 "timeout_seconds" => {
                     scalar(&mut map, TIMEOUT, &mut config.timeout_seconds, |found| {
@@ -331,6 +337,79 @@ impl<'de> Visitor<'de> for Tables {
             }
         }
         Ok(tables)
+    }
+}
+
+/// `parts`: a table of lists.
+struct Parts;
+
+impl<'de> DeserializeSeed<'de> for Parts {
+    type Value = BTreeMap<String, Vec<NamePattern>>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Parts {
+    type Value = BTreeMap<String, Vec<NamePattern>>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("`parts` to be a table of lists of patterns")
+    }
+
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(BTreeMap::new())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut parts = BTreeMap::new();
+        while let Some(part) = map.next_key::<String>()? {
+            let expected = format!("`parts.{part}` to be a list of patterns");
+            let patterns = map.next_value_seed(Names(&expected))?.unwrap_or_default();
+            let patterns = patterns.iter().map(|pattern| NamePattern::from(&**pattern)).collect();
+            if parts.contains_key(&part) {
+                return Err(A::Error::custom(format_args!(
+                    "the key `parts.{part}` is there twice"
+                )));
+            }
+            parts.insert(part, patterns);
+        }
+        Ok(parts)
+    }
+}
+
+/// A list of names that is not empty, or null.
+struct Names<'a>(&'a str);
+
+impl<'de> DeserializeSeed<'de> for Names<'_> {
+    type Value = Option<Vec<String>>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Names<'_> {
+    type Value = Option<Vec<String>>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+        let mut names = Vec::new();
+        while let Some(name) = list.next_element()? {
+            names.push(name);
+        }
+        match names.is_empty() {
+            true => Err(A::Error::invalid_length(0, &self)),
+            false => Ok(Some(names)),
+        }
     }
 }
 

@@ -16,6 +16,10 @@ digests = false
 device = "cuda:1"
 threads = 3
 max_staleness = 2
+wants = ["policy"]
+
+[parts]
+draft = ["mtp.*", "draft.*"]
 
 [engine_kwargs.ipc]
 socket_folder = "/run/ckpt"
@@ -37,6 +41,8 @@ const JSON: &str = r#"{
   "device": "cuda:1",
   "threads": 3,
   "max_staleness": 2,
+  "wants": ["policy"],
+  "parts": {"draft": ["mtp.*", "draft.*"]},
   "engine_kwargs": {
     "ipc": {"socket_folder": "/run/ckpt", "depth": 2},
     "nccl": {"rebuild_group": false}
@@ -53,6 +59,9 @@ digests: false
 device: cuda:1
 threads: 3
 max_staleness: 2
+wants: [policy]
+parts:
+  draft: [mtp.*, draft.*]
 engine_kwargs:
   ipc: {socket_folder: /run/ckpt, depth: 2}
   nccl:
@@ -101,6 +110,8 @@ fn the_same_configuration_reads_alike_from_toml_json_and_yaml() {
     expected.device = DeviceChoice::new("cuda", 1);
     expected.threads = NonZeroUsize::new(3);
     expected.max_staleness = Some(2);
+    expected.wants = Some(vec!["policy".into()]);
+    expected.parts.insert("draft".into(), vec!["mtp.*".into(), "draft.*".into()]);
     for (format, text) in [(Format::Toml, TOML), (Format::Json, JSON), (Format::Yaml, YAML)] {
         assert_eq!(read(format, text).expect("a valid configuration"), expected, "{format:?}");
     }
@@ -183,7 +194,7 @@ fn two_sections_in_one_document_are_an_error_that_names_both() {
 fn an_unknown_key_is_named_with_its_line_and_the_known_ones() {
     let known = "unknown key `bucket_mb`; known keys: `backend`, \
         `update_weights_bucket_megabytes`, `engine_kwargs`, `trainer_quantize_fp8`, \
-        `quantization`, `delta`, `delta_on_host`, `parts`, `timeout_seconds`, `digests`, `device`, `threads`, `max_staleness`";
+        `quantization`, `delta`, `delta_on_host`, `parts`, `wants`, `timeout_seconds`, `digests`, `device`, `threads`, `max_staleness`";
     for (format, text) in [
         (Format::Toml, "[checkpoint_engine]\nbackend = 'ipc'\nbucket_mb = 4\n"),
         (Format::Json, "{\n\"backend\": \"ipc\",\n\"bucket_mb\": 4}"),
@@ -220,6 +231,11 @@ fn a_value_of_the_wrong_type_names_its_key_and_what_it_takes() {
         ("engine_kwargs: fast", ["\"fast\"", "`engine_kwargs` to be a table"]),
         ("engine_kwargs: {ipc: 3}", ["integer `3`", "`engine_kwargs.ipc` to be a table"]),
         ("quantization: true", ["true", "`quantization` to be a table"]),
+        ("parts: [draft]", ["sequence", "`parts` to be a table"]),
+        ("parts: {draft: 3}", ["integer `3`", "`parts.draft` to be a list of patterns"]),
+        ("parts: {draft: []}", ["length 0", "`parts.draft` to be a list of patterns"]),
+        ("wants: policy", ["\"policy\"", "`wants` to be a list of parts"]),
+        ("wants: []", ["length 0", "`wants` to be a list of parts"]),
     ] {
         assert_has(&refused(Format::Yaml, text), &["line 1: ", parts[0], parts[1]]);
     }

@@ -7,14 +7,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use control_plane::{ControlPlane, UPDATES};
 use engine_core::{
-    DType, Encoding, Error, ErrorKind, Rank, ReceivedBucket, ReceivedPiece, Role, Storage,
-    TensorBox, TensorMap, TensorMeta, Treatment, Version, VersionState, Weight,
-    ensure_async_iterator,
+    DType, Encoding, EngineContext, Error, ErrorKind, Rank, ReceivedBucket, ReceivedPiece,
+    Registry, Role, Storage, TensorBox, TensorMap, TensorMeta, Treatment, Version, VersionState,
+    Weight, ensure_async_iterator,
 };
 use futures::StreamExt;
 use tokio::time::sleep;
 
-use crate::group::{Group, collect, compare, model, weight, words};
+use crate::group::{Group, Received, collect, compare, model, weight, words};
 use crate::{Case, Suite};
 
 type Verdict = Result<(), String>;
@@ -114,6 +114,9 @@ cases! {
     versions_may_go_back
     a_version_is_attested_or_the_error_says_that_there_are_no_copies
     a_part_of_a_version_leaves_all_others_or_the_error_says_that_there_are_no_copies
+    a_rollout_gets_the_parts_that_it_wants_and_nothing_else_or_is_refused
+    a_part_that_the_trainer_does_not_have_is_a_mismatch_that_names_the_rank
+    a_rollout_that_wants_some_parts_and_dies_keeps_no_other_from_its_own
     ranks_that_come_and_go_keep_no_wait_alive(control)
     a_rollout_that_is_slow_within_the_deadline_is_waited_for_by_all
     nothing_is_read_of_the_weights_when_a_failed_send_has_returned
@@ -794,6 +797,136 @@ async fn a_part_of_a_version_leaves_all_others_or_the_error_says_that_there_are_
     let attests = group.attest(2).await.is_ok();
     ensure!(attests == keeps_copies, "a part: {keeps_copies}, attested: {attests}");
     group.exact(model(3, 3), 3).await.map(drop)
+}
+
+/// The parts of [`model`] here: its embedding and its last layers are the rest.
+const PARTS: [(&str, &str); 2] = [("first", "layers.0.*"), ("second", "layers.1.*")];
+
+/// Whether the backend can leave parts out. One that cannot has to refuse a rollout that wants that, and to say which backends can.
+async fn leaves_parts_out(suite: &Suite) -> Result<bool, String> {
+    if suite.backend.sends_parts() {
+        return Ok(true);
+    }
+    let registry = Registry::new().with(suite.backend);
+    let suite = suite.with_parts(&PARTS, &[Some(&["first"])]);
+    let rank = suite.trainers;
+    let mut config = suite.config_of(rank);
+    config.layers.clear();
+    let context = EngineContext::new(config).with_rank(Rank(rank));
+    let Err(error) = registry.prepare_rollout(context).await else {
+        return Err("a rollout that wants a part alone is not refused".into());
+    };
+    ensure!(error.kind() == ErrorKind::Config, "the error is {error}");
+    ensure!(error.to_string().contains("backends that can"), "the error is {error}");
+    ensure!(error.report().rank == Some(Rank(rank)), "the error does not name the rank: {error}");
+    Ok(false)
+}
+
+/// What a rollout gets that wants these parts.
+fn only(wants: Option<&[&str]>, all: &[Received]) -> Vec<Received> {
+    let part = |name: &str| {
+        let found =
+            PARTS.iter().find(|(_, pattern)| name.starts_with(pattern.trim_end_matches('*')));
+        found.map_or("policy", |(part, _)| part)
+    };
+    let is_wanted = |name: &str| wants.is_none_or(|wants| wants.contains(&part(name)));
+    all.iter().filter(|(meta, _)| is_wanted(&meta.name)).cloned().collect()
+}
+
+async fn a_rollout_gets_the_parts_that_it_wants_and_nothing_else_or_is_refused(
+    suite: &Suite,
+) -> Verdict {
+    if !leaves_parts_out(suite).await? {
+        return Ok(());
+    }
+    let wants: [Option<&[&str]>; 4] =
+        [None, Some(&["first"]), Some(&["policy", "second"]), Some(&["second"])];
+    let mut group = Group::form(&suite.with_parts(&PARTS, &wants), 4).await.map_err(words)?;
+    // Whole, with the same shapes again, with other ones, and without one of the parts.
+    for (version, layers) in (1..).zip([3, 3, 3, 5, 5, 1, 3]) {
+        let weights = model(layers, version);
+        let all = group.expected(weights.clone())?;
+        let (sent, received) = group.update(weights, version).await;
+        let report = sent.map_err(words)?;
+        for (rollout, (received, wants)) in (0..).zip(received.into_iter().zip(wants)) {
+            let expected = only(wants, &all);
+            let rank = group.rank_of(rollout);
+            compare(&expected, &received.map_err(words)?)
+                .map_err(|w| format!("version {version}, rank {rank}: {w}"))?;
+            let told = &report.receivers[rollout as usize].parts;
+            let all = ["first", "second", "policy"];
+            let got = all.iter().filter(|part| wants.is_none_or(|wants| wants.contains(part)));
+            ensure!(told.iter().eq(got), "the report says that rank {rank} got {told:?}");
+        }
+        let is_same = matches!(version, 2 | 3 | 5);
+        ensure!(report.plan_reused == is_same, "version {version}: {report:?}");
+    }
+    Ok(())
+}
+
+async fn a_part_that_the_trainer_does_not_have_is_a_mismatch_that_names_the_rank(
+    suite: &Suite,
+) -> Verdict {
+    if !leaves_parts_out(suite).await? {
+        return Ok(());
+    }
+    let suite = suite.with_parts(&PARTS, &[None, Some(&["first", "critic"])]);
+    let mut group = Group::form(&suite, 2).await.map_err(words)?;
+    let second = group.rank_of(1);
+    let (sent, received) = group.update(model(2, 1), 1).await;
+    let Err(error) = sent else { return Err("the trainer reports success".into()) };
+    ensure!(error.kind() == ErrorKind::Mismatch, "the error is {error}");
+    ensure!(error.report().rank == Some(second), "the error does not name rank {second}: {error}");
+    ensure!(error.to_string().contains("`critic`"), "the error does not name the part: {error}");
+    ensure!(received.iter().all(Result::is_err), "a rollout has a complete version");
+    Ok(())
+}
+
+async fn a_rollout_that_wants_some_parts_and_dies_keeps_no_other_from_its_own(
+    suite: &Suite,
+) -> Verdict {
+    if !leaves_parts_out(suite).await? {
+        return Ok(());
+    }
+    let wants: [Option<&[&str]>; 3] =
+        [Some(&["policy"]), Some(&["first"]), Some(&["first", "second"])];
+    let mut group = Group::form(&suite.with_parts(&PARTS, &wants), 3).await.map_err(words)?;
+    let third = group.rank_of(2);
+    let mut gone = group.rollouts.remove(2);
+    let plane = group.controls.pop();
+    let dying = async move {
+        if let Ok(mut received) = gone.receive_weights(None).await {
+            drop(received.next_bucket().await);
+        }
+        // Its engine and its connection are gone as well.
+        drop(gone);
+        if let Some(plane) = plane {
+            drop(plane.close().await);
+        }
+    };
+    let send = group.trainer.send_weights(ensure_async_iterator(model(3, 1)), Version(1));
+    let receive = group.rollouts.iter_mut().map(|rollout| collect(&mut **rollout, 1));
+    let update = futures::future::join3(send, futures::future::join_all(receive), dying);
+    let (sent, received, ()) = update.await;
+    match sent {
+        // Where rollouts fetch from one another, the update goes on without it.
+        Ok(report) => ensure!(report.absent == [third], "rank {third} is not absent: {report:?}"),
+        Err(error) => {
+            ensure!(error.report().rank == Some(third), "the error does not name {third}: {error}");
+            ensure!(received.iter().all(Result::is_err), "a rollout has a complete version");
+        }
+    }
+    // What the third wanted alone, nobody wants any more.
+    for version in 2..4 {
+        let weights = model(3, version);
+        let all = group.expected(weights.clone())?;
+        let (sent, received) = group.update(weights, version).await;
+        sent.map_err(words)?;
+        for (received, wants) in received.into_iter().zip(wants) {
+            compare(&only(wants, &all), &received.map_err(words)?)?;
+        }
+    }
+    Ok(())
 }
 
 async fn ranks_that_come_and_go_keep_no_wait_alive(suite: &Suite) -> Verdict {

@@ -39,6 +39,8 @@ pub struct Suite {
     pub(crate) trainers: u32,
     pub(crate) devices: Vec<DeviceChoice>,
     pub(crate) memory: Option<&'static dyn MemoryKind>,
+    /// The parts that each rollout wants, in the order of their ranks; all for further ones.
+    pub(crate) wants: Vec<Option<Vec<String>>>,
 }
 
 /// A backend in a registry with a kind of memory, which configurations name as their device.
@@ -114,6 +116,7 @@ impl Suite {
             trainers: 1,
             devices: Vec::new(),
             memory: None,
+            wants: Vec::new(),
         }
     }
 
@@ -166,6 +169,17 @@ impl Suite {
         self
     }
 
+    /// With versions of the parts that these patterns name, of which rollouts want these.
+    pub(crate) fn with_parts(&self, parts: &[(&str, &str)], wants: &[Option<&[&str]>]) -> Self {
+        let mut suite = self.clone();
+        for (part, pattern) in parts {
+            suite.config.parts.insert((*part).to_owned(), vec![(*pattern).into()]);
+        }
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        suite.wants = wants.iter().map(|wants| wants.map(names)).collect();
+        suite
+    }
+
     /// A rank's configuration.
     pub(crate) fn config_of(&self, rank: u32) -> CheckpointEngineConfig {
         let mut config = self.config.clone();
@@ -173,6 +187,8 @@ impl Suite {
         if let Some(device) = device {
             config.device.clone_from(device);
         }
+        let rollout = rank.checked_sub(self.trainers);
+        config.wants = rollout.and_then(|rollout| self.wants.get(rollout as usize)?.clone());
         config
     }
 

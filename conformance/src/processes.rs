@@ -21,8 +21,8 @@ use std::time::Duration;
 
 use control_plane::{Address, ControlConfig, ControlPlane, Token, join_group};
 use engine_core::{
-    Backend, CheckpointEngineConfig, DType, DeviceChoice, EngineContext, Error, ErrorKind, Rank,
-    ReceivedWeights, Result, Role, RolloutEngine, SendReport, TrainerEngine, Version, Weight,
+    Backend, CheckpointEngineConfig, DType, DeviceChoice, EngineContext, Error, ErrorKind, Parts,
+    Rank, ReceivedWeights, Result, Role, RolloutEngine, SendReport, TrainerEngine, Version, Weight,
     ensure_async_iterator,
 };
 
@@ -195,20 +195,31 @@ pub fn receivers(report: &SendReport) -> Vec<Rank> {
 ///
 /// If other bytes arrived.
 pub async fn receive(engine: &mut dyn RolloutEngine) -> Result<Version> {
-    check(engine.receive_weights(None).await?).await
+    check(engine.receive_weights(None).await?, 0..WEIGHTS).await
 }
 
-async fn check(mut received: ReceivedWeights<'_>) -> Result<Version> {
+async fn check(
+    mut received: ReceivedWeights<'_>,
+    wanted: impl IntoIterator<Item = usize>,
+) -> Result<Version> {
     let version = received.version();
-    let mut index = 0;
+    let mut wanted = wanted.into_iter();
     while let Some(tensor) = received.next_tensor().await? {
+        let index = wanted.next().expect("no tensor after the last one");
+        assert_eq!(tensor.name(), format!("w{index}"), "another tensor arrived");
         let expected = value(version, index);
         assert!(tensor.to_bytes()?.iter().all(|byte| *byte == expected), "other bytes arrived");
-        index += 1;
     }
-    assert_eq!(index, WEIGHTS, "tensors are missing");
+    assert_eq!(wanted.next(), None, "tensors are missing");
     received.finish().await?;
     Ok(version)
+}
+
+/// The indices of the weights that a rank with this configuration wants.
+fn wanted(config: &CheckpointEngineConfig) -> Vec<usize> {
+    let parts = Parts::of(config).expect("parts");
+    let wants = parts.wanted(config.wants.as_deref()).expect("parts that there are");
+    (0..WEIGHTS).filter(|index| wants.contains(parts.part_of(&format!("w{index}")))).collect()
 }
 
 enum Joined {
@@ -222,6 +233,7 @@ pub fn be_a_child(backend: &'static dyn Backend) {
     log();
     let orders: Orders = serde_json::from_str(&orders).expect("orders");
     let config = serde_json::from_value(orders.config).expect("a configuration");
+    let wanted = wanted(&config);
     runtime().block_on(async {
         let address = orders.address.parse().expect("an address");
         let joined = ControlPlane::join(control(address), orders.role, orders.rank).await;
@@ -242,7 +254,7 @@ pub fn be_a_child(backend: &'static dyn Backend) {
         for version in 1.. {
             let result = match &mut joined {
                 Joined::Rollout(engine) => {
-                    match receive_unless(&mut **engine, orders.drops_in).await {
+                    match receive_unless(&mut **engine, orders.drops_in, &wanted).await {
                         Ok(None) => {
                             drop(joined);
                             say("dropped its engine");
@@ -284,13 +296,14 @@ fn rank_in_words(error: &engine_core::Error) -> String {
 async fn receive_unless(
     engine: &mut dyn RolloutEngine,
     drops_in: Option<Version>,
+    wanted: &[usize],
 ) -> Result<Option<Version>> {
     let mut received = engine.receive_weights(None).await?;
     if drops_in == Some(received.version()) {
         drop(received.next_bucket().await?);
         return Ok(None);
     }
-    check(received).await.map(Some)
+    check(received, wanted.iter().copied()).await.map(Some)
 }
 
 /// Writes a line to the process that started this one.
@@ -437,29 +450,52 @@ impl Processes {
         trainers: u32,
         rollouts: u32,
     ) -> Self {
+        Self::form_wanting(backend, config, trainers, rollouts, &[])
+    }
+
+    /// As [`form`](Self::form). Of the configuration's parts, rollouts want these, in the order of their ranks; further ones want all.
+    ///
+    /// # Panics
+    ///
+    /// If it does not form.
+    pub fn form_wanting(
+        backend: &'static dyn Backend,
+        config: &CheckpointEngineConfig,
+        trainers: u32,
+        rollouts: u32,
+        wants: &[&[&str]],
+    ) -> Self {
         log();
         let address = address();
         let runtime = runtime();
         let lead = ControlPlane::lead(control(address.clone()));
         let plane = runtime.block_on(lead).expect("an address to listen at");
         let ranks = trainers + rollouts;
-        let config_value = serde_json::to_value(config).expect("a configuration");
+        let config_of = |rollout: Option<u32>| {
+            let mut config = config.clone();
+            let wants = rollout.and_then(|rollout| wants.get(rollout as usize));
+            config.wants = wants.map(|wants| wants.iter().map(|part| (*part).into()).collect());
+            serde_json::to_value(config).expect("a configuration")
+        };
         let mut orders = Orders {
             address: address.to_string(),
             rank: None,
             role: Role::Trainer,
             ranks,
-            config: config_value,
+            config: config_of(None),
             drops_in: None,
         };
         let mut children = Vec::new();
         for rank in 1..ranks {
             orders.rank = Some(Rank(rank));
             orders.role = if rank < trainers { Role::Trainer } else { Role::Rollout };
+            orders.config = config_of(rank.checked_sub(trainers));
             children.push(orders.start());
         }
         let engine = runtime.block_on(trainer(backend, &plane, config.clone(), ranks));
         let engine = engine.expect("a group");
+        // Those that join late want all.
+        orders.config = config_of(None);
         children.iter().for_each(|child| child.says("joined"));
         Self { runtime, engine, orders, control: plane, children }
     }

@@ -29,20 +29,15 @@ pub mod fuzzing;
 mod host;
 mod message;
 mod parts;
-mod pattern;
 mod rollout;
 mod shadow;
 mod trainer;
 
-use std::collections::BTreeMap;
-
 use engine_core::{
-    CheckpointEngineConfig, EngineContext, Error, ErrorKind, Layer, PreparedRollout,
-    PreparedTrainer, Result, Role,
+    CheckpointEngineConfig, EngineContext, Layer, PreparedRollout, PreparedTrainer, Result, Role,
 };
 use serde::{Deserialize, Serialize};
 
-pub use crate::pattern::NamePattern;
 use crate::shadow::Copies;
 
 /// The layer that sends deltas if the configuration says `delta: true`. Pass it to
@@ -64,13 +59,10 @@ pub struct DeltaConfig {
     pub delta: bool,
     /// Whether that copy lies in host memory also on a rank with a GPU. The CPU then finds and applies changes.
     pub delta_on_host: bool,
-    /// The named parts of a version, each with a list of patterns of its weights' names: `mtp.*` or `*.lora_*`, where `*` stands for any text.
-    /// All other weights are the part `policy`. Reports have a digest of each part.
-    pub parts: BTreeMap<String, Vec<NamePattern>>,
 }
 
 impl DeltaConfig {
-    const KEYS: [&str; 3] = ["delta", "delta_on_host", "parts"];
+    const KEYS: [&str; 2] = ["delta", "delta_on_host"];
 
     /// Reads this layer's part of a configuration.
     ///
@@ -80,15 +72,6 @@ impl DeltaConfig {
     pub fn of(config: &CheckpointEngineConfig) -> Result<Self> {
         config.layer(&Self::KEYS)
     }
-
-    /// Refuses parts without the copies that their digests are of.
-    fn require_no_parts(&self) -> Result<()> {
-        if self.parts.is_empty() {
-            return Ok(());
-        }
-        let message = "parts: no copies are kept of what travels; with `delta: true` they are";
-        Err(Error::new(ErrorKind::Config, "preparing", message))
-    }
 }
 
 fn in_front_of_trainer(
@@ -97,7 +80,6 @@ fn in_front_of_trainer(
 ) -> Result<PreparedTrainer> {
     let config = DeltaConfig::of(&context.config)?;
     if !config.delta {
-        config.require_no_parts()?;
         return Ok(prepared);
     }
     trainer::in_front(prepared, context, Copies::of(context, Role::Trainer, &config)?)
@@ -109,7 +91,6 @@ fn in_front_of_rollout(
 ) -> Result<PreparedRollout> {
     let config = DeltaConfig::of(&context.config)?;
     if !config.delta {
-        config.require_no_parts()?;
         return Ok(prepared);
     }
     rollout::in_front(prepared, context, Copies::of(context, Role::Rollout, &config)?)

@@ -3,6 +3,9 @@
 //! A tensor begins with the length of its [`Head`] in four bytes, little-endian, and the head. The words of the weights that it names as
 //! changed follow in order, four bytes each, little-endian. If there are any, the next tensor has the values of all these weights, and
 //! nothing else: so values that a device has found travel from where they lie.
+//!
+//! Where some rollouts want only some parts of a version, each part has heads of its own, from its `Begin` to its `End`, and travels
+//! alone. Whole weights among them belong to their parts by their names.
 
 use engine_core::{DType, Error, ErrorKind, Result, Storage, Weight};
 use serde::{Deserialize, Serialize};
@@ -12,19 +15,22 @@ const RESERVED: &str = "checkpoint-engine/delta/";
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Head {
-    /// Changes to the version with this number follow. The first tensor of its update.
-    Begin { base: u64 },
+    /// Changes to the version with this number follow.
+    Begin { of: Of, base: u64 },
     /// The next weights of the version that the base has as well, in the order of the new version.
-    Weights(Vec<Record>),
+    Weights { of: Of, records: Vec<Record> },
     /// All weights have come. `version` is the number of the new version. Where it is attested, the rollout computes its sums anew from
     /// memory.
-    End { version: u64, attested: bool },
+    End { of: Of, version: u64, attested: bool },
 }
+
+/// What a head is about: the part of this name, or the whole version. Numbers of versions and indices of weights count within it.
+pub(crate) type Of = Option<String>;
 
 /// A weight of the base that is in the new version as well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
-    /// Its index in the base.
+    /// Its index in the base, or in the part of it.
     pub(crate) weight: u32,
     /// Bytes of a tile.
     pub(crate) tile: u32,
@@ -119,7 +125,8 @@ mod tests {
     #[test]
     fn a_head_and_its_words_survive_their_way() {
         let record = |weight, len| Record { weight, tile: 64, len };
-        let head = Head::Weights(vec![record(3, 2), record(7, 0), record(1 << 20, 3)]);
+        let records = vec![record(3, 2), record(7, 0), record(1 << 20, 3)];
+        let head = Head::Weights { of: Some("draft".to_owned()), records };
         let words = [1, u32::MAX, 7];
         let weight = tensor(5, &head, &words).expect("a tensor");
         assert!(is_reserved(weight.name()));
@@ -139,11 +146,14 @@ mod tests {
             let tensor = tensor(0, &head, &[]).expect("a tensor");
             tensor.contiguous_bytes().expect("bytes").to_vec()
         };
-        assert_eq!(PROTOCOL_VERSION, 12);
-        assert_eq!(encoded(Head::Begin { base: 300 }), [3, 0, 0, 0, 0, 0xac, 2]);
-        let record = Record { weight: 1, tile: 64, len: 3 };
-        assert_eq!(encoded(Head::Weights(vec![record])), [5, 0, 0, 0, 1, 1, 1, 64, 3]);
-        assert_eq!(encoded(Head::End { version: 5, attested: true }), [3, 0, 0, 0, 2, 5, 1]);
+        assert_eq!(PROTOCOL_VERSION, 13);
+        assert_eq!(encoded(Head::Begin { of: None, base: 300 }), [4, 0, 0, 0, 0, 0, 0xac, 2]);
+        let of = Some("d".to_owned());
+        assert_eq!(encoded(Head::Begin { of, base: 3 }), [5, 0, 0, 0, 0, 1, 1, b'd', 3]);
+        let records = vec![Record { weight: 1, tile: 64, len: 3 }];
+        assert_eq!(encoded(Head::Weights { of: None, records }), [6, 0, 0, 0, 1, 0, 1, 1, 64, 3]);
+        let end = Head::End { of: None, version: 5, attested: true };
+        assert_eq!(encoded(end), [4, 0, 0, 0, 2, 0, 5, 1]);
     }
 
     proptest! {

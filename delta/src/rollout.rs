@@ -14,6 +14,7 @@ use engine_core::{
 };
 
 use crate::message::{self, APPLYING, Head, Record};
+use crate::parts;
 use crate::shadow::{Change, Copies, Entry, Shadow};
 
 pub(crate) fn in_front(
@@ -278,7 +279,8 @@ impl<'k> Absorbing<'k> {
             return BTreeMap::new();
         }
         let shadow = Shadow { entries: std::mem::take(&mut self.entries) };
-        let parts = self.copies.parts.report(shadow.entries.iter().map(|entry| (entry, 0, true)));
+        let parts =
+            parts::report(&self.copies.parts, shadow.entries.iter().map(|it| (it, 0, true)));
         self.kept.shadow = Some(shadow);
         parts
     }
@@ -292,13 +294,36 @@ enum Came {
     New,
 }
 
+/// Whether a weight is in a part; all are in the whole version.
+fn is_of(entry: Option<&Entry>, part: Option<u32>) -> bool {
+    part.is_none_or(|part| entry.is_some_and(|entry| entry.part() == part))
+}
+
+fn other_parts(of: &str) -> Error {
+    let message = format!(
+        "these are changes of the part `{of}`, which this rank's `parts` do not have: name them as the trainer does"
+    );
+    Error::new(ErrorKind::Mismatch, APPLYING, message)
+}
+
+/// The changes of a part, or of the whole version.
+#[derive(Debug)]
+struct Section {
+    /// Where its weights are in the base.
+    places: Vec<usize>,
+    /// Whether all of it has come, and is what the trainer has.
+    is_proven: bool,
+}
+
 /// Applies changes as they come. Takes them back if it is dropped before the version is complete.
 struct Patching<'k> {
     kept: &'k mut Kept,
     copies: &'k Copies,
     /// The weights of the base; `None` where one is with the threads.
     base: Vec<Option<Entry>>,
-    number: Option<u64>,
+    has_base: bool,
+    /// What its heads are about: the whole version, or its parts by their numbers.
+    sections: BTreeMap<Option<u32>, Section>,
     met: Vec<bool>,
     /// Weights whose values are the next tensor.
     due: Vec<(usize, Change)>,
@@ -307,7 +332,6 @@ struct Patching<'k> {
     came: Vec<Came>,
     new: Vec<Entry>,
     names: HashSet<Arc<str>>,
-    has_begun: bool,
     is_proven: Arc<AtomicBool>,
     /// The base can no longer be restored.
     is_damaged: bool,
@@ -317,7 +341,7 @@ struct Patching<'k> {
 impl<'k> Patching<'k> {
     fn new(kept: &'k mut Kept, copies: &'k Copies) -> Self {
         let shadow = kept.shadow.take();
-        let number = shadow.as_ref().map(Shadow::version);
+        let has_base = shadow.is_some();
         let base: Vec<_> =
             shadow.map(|shadow| shadow.entries).unwrap_or_default().into_iter().map(Some).collect();
         Self {
@@ -325,13 +349,13 @@ impl<'k> Patching<'k> {
             copies,
             met: vec![false; base.len()],
             base,
-            number,
+            has_base,
+            sections: BTreeMap::new(),
             due: Vec::new(),
             undo: Vec::new(),
             came: Vec::new(),
             new: Vec::new(),
             names: HashSet::new(),
-            has_begun: false,
             is_proven: Arc::default(),
             is_damaged: false,
             index: 0,
@@ -340,9 +364,6 @@ impl<'k> Patching<'k> {
 
     /// Processes a tensor. Returns the weights that it brings.
     async fn tensor(&mut self, tensor: Weight) -> Result<Option<ReceivedBucket>> {
-        if self.is_proven.load(ORDER) {
-            return Err(refused("a weight after the last one").tensor(tensor.name()));
-        }
         let storage = tensor.storage().ok_or_else(|| refused("a tensor without bytes"))?.clone();
         let is_reserved = message::is_reserved(tensor.name());
         if !self.due.is_empty() {
@@ -358,42 +379,90 @@ impl<'k> Patching<'k> {
         }
         let (head, words) = message::read(&storage.to_host()?)?;
         match head {
-            Head::Begin { base } if !self.has_begun => {
-                self.has_begun = true;
-                if self.number != Some(base) {
-                    let message = "these are changes to another version than this rank has";
-                    return Err(Error::new(ErrorKind::Mismatch, APPLYING, message));
-                }
+            Head::Begin { of, base } => {
+                self.begin(of.as_deref(), base)?;
                 Ok(None)
             }
-            Head::Weights(records) if self.has_begun => {
-                let due = self.due(&records, &words)?;
+            Head::Weights { of, records } => {
+                let part = self.number_of(of.as_deref())?;
+                let due = self.due(part, &records, &words)?;
                 if records.iter().any(|record| record.len > 0) {
                     self.due = due;
                     return Ok(None);
                 }
                 self.apply(due, Vec::new().into()).await.map(Some)
             }
-            Head::End { version, attested } if self.has_begun => {
-                self.compare(version)?;
+            Head::End { of, version, attested } => {
+                let part = self.number_of(of.as_deref())?;
+                self.section(part)?;
+                self.compare(part, version)?;
                 if attested {
-                    self.attest().await?;
+                    self.attest(part).await?;
                 }
-                self.is_proven.store(true, ORDER);
+                self.section(part)?.is_proven = true;
+                let is_proven = self.sections.values().all(|section| section.is_proven);
+                self.is_proven.store(is_proven, ORDER);
                 Ok(None)
             }
-            _ => Err(refused("changes in another order than they have")),
         }
     }
 
+    /// The number of a part here; `None` for the whole version.
+    fn number_of(&self, of: Option<&str>) -> Result<Option<u32>> {
+        let Some(of) = of else { return Ok(None) };
+        let number = self.copies.parts.names().position(|name| name == of);
+        number.map(|number| Some(number as u32)).ok_or_else(|| other_parts(of))
+    }
+
+    /// Begins the changes of a part, or of the version.
+    fn begin(&mut self, of: Option<&str>, base: u64) -> Result<()> {
+        let part = self.number_of(of)?;
+        // Either the whole version comes, or parts of it.
+        let is_other = |begun: &Option<u32>| begun.is_none() || part.is_none() || *begun == part;
+        if self.sections.keys().any(is_other) {
+            return Err(refused("changes that have begun begin again"));
+        }
+        let is_in = |entry: &Option<Entry>| is_of(entry.as_ref(), part);
+        let places = self.base.iter().enumerate().filter(|(_, entry)| is_in(entry));
+        let places: Vec<usize> = places.map(|(at, _)| at).collect();
+        let here = places.iter().filter_map(|at| self.base[*at].as_ref());
+        let here = here.fold(0, |version, entry| entry.add_to(version, 0));
+        if !self.has_base || here != base {
+            let message = match of {
+                None => "these are changes to another version than this rank has".to_owned(),
+                Some(of) => format!(
+                    "these are changes to another `{of}` than this rank has, or its `parts` are not the trainer's"
+                ),
+            };
+            return Err(Error::new(ErrorKind::Mismatch, APPLYING, message));
+        }
+        self.sections.insert(part, Section { places, is_proven: false });
+        self.is_proven.store(false, ORDER);
+        Ok(())
+    }
+
+    /// Changes that have begun and not ended.
+    fn section(&mut self, part: Option<u32>) -> Result<&mut Section> {
+        let section = self.sections.get_mut(&part).filter(|section| !section.is_proven);
+        section.ok_or_else(|| refused("changes in another order than they have"))
+    }
+
     /// The changes of the weights that the records name.
-    fn due(&mut self, records: &[Record], words: &[u32]) -> Result<Vec<(usize, Change)>> {
+    fn due(
+        &mut self,
+        part: Option<u32>,
+        records: &[Record],
+        words: &[u32],
+    ) -> Result<Vec<(usize, Change)>> {
+        self.section(part)?;
+        let places = self.sections.get(&part).map(|section| &*section.places).unwrap_or_default();
         let mut rest = words;
         let mut due = Vec::with_capacity(records.len());
         for record in records {
-            let at = record.weight as usize;
+            let at = places.get(record.weight as usize).copied().unwrap_or(usize::MAX);
             let entry = self.base.get(at).and_then(Option::as_ref).filter(|_| !self.met[at]);
             let Some(entry) = entry else {
+                let at = record.weight;
                 let message = format!("there is no weight {at} in the base, or it came already");
                 return Err(refused(message));
             };
@@ -454,9 +523,11 @@ impl<'k> Patching<'k> {
     }
 
     fn new_weight(&mut self, tensor: &Weight, storage: Storage) -> Result<ReceivedBucket> {
-        if !self.has_begun {
-            return Err(refused("a weight before the changes").tensor(tensor.name()));
-        }
+        let part = match self.sections.contains_key(&None) {
+            true => None,
+            false => Some(self.copies.parts.part_of(tensor.name())),
+        };
+        self.section(part).map_err(|error| error.tensor(tensor.name()))?;
         let mut entries = self.copies.allocate(vec![tensor.meta().clone()])?;
         self.copies.write(&mut entries, &[ShadowPart { of: 0, start: 0, bytes: storage }])?;
         self.copies.seal(&mut entries)?;
@@ -493,9 +564,10 @@ impl<'k> Patching<'k> {
         })
     }
 
-    /// Compares the whole version with the trainer's.
-    fn compare(&mut self, version: u64) -> Result<()> {
-        let here = self.entries().fold(0, |version, entry| entry.add_to(version, 0));
+    /// Compares a part, or the whole version, with the trainer's.
+    fn compare(&mut self, part: Option<u32>, version: u64) -> Result<()> {
+        let entries = self.entries().filter(|entry| is_of(Some(*entry), part));
+        let here = entries.fold(0, |version, entry| entry.add_to(version, 0));
         if here != version {
             self.is_damaged = true;
             let message = "the version that came of the changes is not the trainer's";
@@ -504,14 +576,15 @@ impl<'k> Patching<'k> {
         Ok(())
     }
 
-    /// Computes the sums of all weights anew from memory, on all threads.
-    async fn attest(&mut self) -> Result<()> {
+    /// Computes the sums of a part or of all weights anew from memory, on all threads.
+    async fn attest(&mut self, part: Option<u32>) -> Result<()> {
         // As in `apply`: the threads have what the base lacks meanwhile.
         let was_damaged = std::mem::replace(&mut self.is_damaged, true);
         let (base, new) = (std::mem::take(&mut self.base), std::mem::take(&mut self.new));
         let copies = self.copies.clone();
         let work = self.copies.pool.start(move || {
-            copies.attest(base.iter().flatten().chain(&new))?;
+            let all = base.iter().flatten().chain(&new);
+            copies.attest(all.filter(|entry| is_of(Some(*entry), part)))?;
             Ok((base, new))
         });
         (self.base, self.new) = work.await?;
@@ -537,7 +610,7 @@ impl<'k> Patching<'k> {
         });
         let shadow = Shadow { entries: entries.collect() };
         let sent = shadow.entries.iter().zip(was_sent).map(|(entry, sent)| (entry, 0, sent));
-        let parts = self.copies.parts.report(sent);
+        let parts = parts::report(&self.copies.parts, sent);
         let (tensors, bytes) = (shadow.entries.len() as u64, shadow.bytes());
         self.kept.shadow = Some(shadow);
         self.base.clear();

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use engine_core::changes::{Cut, Due, ShadowBytes, ShadowMemory, ShadowPart};
 use engine_core::memory::Pool;
 use engine_core::{
-    ArenaArc, EngineContext, Error, ErrorKind, Result, Role, Storage, TensorMeta, Weight, digest,
+    ArenaArc, EngineContext, Error, ErrorKind, PartSet, Parts, Result, Role, Storage, TensorMeta,
+    Weight, digest,
 };
 use sha2::{Digest, Sha256};
 
 use crate::DeltaConfig;
 use crate::host::HostShadows;
-use crate::parts::Parts;
 
 pub(crate) const KEEPING: &str = "keeping a copy of what travels";
 
@@ -28,7 +28,7 @@ pub(crate) struct Entry {
     /// The weight that it was added to on the trainer, as scales are to their codes: it is there only as long as that one comes with it.
     follows: Option<Arc<str>>,
     /// The number of the part that it belongs to.
-    part: usize,
+    part: u32,
 }
 
 /// All weights of a version, in the order sent.
@@ -72,7 +72,7 @@ impl Copies {
         let memory = kind.map(|kind| kind.shadows(&context.config.device)).transpose()?.flatten();
         let batches = if memory.is_some() { ON_A_DEVICE } else { 1 };
         let memory = memory.unwrap_or_else(|| Arc::new(HostShadows));
-        let (parts, pool) = (Parts::new(&config.parts)?, Pool::new(context.threads(role))?);
+        let (parts, pool) = (Parts::of(&context.config)?, Pool::new(context.threads(role))?);
         Ok(Self { memory, parts, batches, pool })
     }
 
@@ -86,7 +86,7 @@ impl Copies {
         let all = metas.into_iter().zip(self.memory.allocate(&lens)?);
         let entry = |(meta, bytes): (ArenaArc<TensorMeta>, _)| Entry {
             key: key(&meta),
-            part: self.parts.of(&meta.name),
+            part: self.parts.part_of(&meta.name),
             meta,
             bytes,
             sum: 0,
@@ -205,7 +205,7 @@ impl Entry {
     }
 
     /// The number of the part that it belongs to.
-    pub(crate) fn part(&self) -> usize {
+    pub(crate) fn part(&self) -> u32 {
         self.part
     }
 
@@ -256,6 +256,12 @@ impl Shadow {
         self.entries.iter().fold(0, |version, entry| entry.add_to(version, 0))
     }
 
+    /// The number of the version as a rank has it that wants these parts.
+    pub(crate) fn version_of(&self, parts: &PartSet) -> u64 {
+        let has = |entry: &&Entry| parts.contains(entry.part);
+        self.entries.iter().filter(has).fold(0, |version, entry| entry.add_to(version, 0))
+    }
+
     /// Bytes of all weights.
     pub(crate) fn bytes(&self) -> u64 {
         self.entries.iter().map(|entry| entry.bytes.len()).sum()
@@ -270,15 +276,12 @@ impl Shadow {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
     use engine_core::DType;
 
     fn copies() -> Copies {
         let pool = Pool::new(2).expect("threads");
-        let parts = Parts::new(&BTreeMap::new()).expect("no parts");
-        Copies { memory: Arc::new(HostShadows), parts, batches: 1, pool }
+        Copies { memory: Arc::new(HostShadows), parts: Parts::default(), batches: 1, pool }
     }
 
     fn entry(name: &str, bytes: Vec<u8>) -> Entry {

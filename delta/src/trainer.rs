@@ -1,21 +1,22 @@
 //! A trainer that sends what changed.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use engine_core::changes::{Compared, Cut, Difference, ShadowBytes};
 use engine_core::memory::Work;
 use engine_core::{
-    Base, Bases, ChangedElements, CheckpointEngine, DeltaReport, EngineContext, Error, ErrorKind,
-    Prepared, PreparedTrainer, Rank, Result, SendReport, Storage, TensorCounts, TrainerEngine,
-    Version, Weight, WeightStream,
+    Base, Bases, ChangedElements, CheckpointEngine, DeltaReport, EngineContext, Entrant, Error,
+    ErrorKind, PartSet, Prepared, PreparedTrainer, Rank, Result, SendReport, Storage, TensorCounts,
+    TrainerEngine, Version, Weight, WeightStream,
 };
 use futures::channel::oneshot;
 use futures::{FutureExt, StreamExt};
 
 use crate::ATTESTED_EVERY;
 use crate::message::{self, Head, Record};
+use crate::parts;
 use crate::shadow::{Change, Copies, Entry, Shadow};
 
 pub(crate) fn in_front(
@@ -157,6 +158,7 @@ impl DeltaTrainer {
             batch: *batch,
             made: made.clone(),
             form: Form::Undecided,
+            begun: None,
             held: None,
             at_work: VecDeque::new(),
             ready: VecDeque::new(),
@@ -167,7 +169,7 @@ impl DeltaTrainer {
             Ok(sending.next().await?.map(|weight| (weight, sending)))
         });
         let sent = engine.send_weights(WeightStream::new(stream), version).await;
-        let Made { weights, changes, counts, report: mut delta, reused, at_work } =
+        let Made { weights, changes, counts, report: mut delta, reused, wanted, at_work } =
             std::mem::take(&mut *lock(&made));
         for at_work in at_work {
             // The caller may change its weights once this returns, so whatever still reads them ends first. The sender is dropped, never
@@ -184,7 +186,7 @@ impl DeltaTrainer {
         match std::mem::replace(copied, Err("it moves to the version that was sent".to_owned())) {
             Ok(base) => {
                 delta.shadow_bytes = base.bytes();
-                delta.parts = copies.parts.report(reported(&weights, &base, &delta));
+                delta.parts = parts::report(&copies.parts, reported(&weights, &base, &delta));
                 let work = copies.clone();
                 kept.moving = Some(copies.pool.start(move || moved(base, weights, changes, &work)));
             }
@@ -192,11 +194,18 @@ impl DeltaTrainer {
                 let entries = weights.into_iter().filter_map(Sent::into_new).collect();
                 let shadow = Shadow { entries };
                 delta.shadow_bytes = shadow.bytes();
-                delta.parts = copies.parts.report(shadow.entries.iter().map(|it| (it, 0, true)));
+                let whole = shadow.entries.iter().map(|it| (it, 0, true));
+                delta.parts = parts::report(&copies.parts, whole);
                 *copied = Ok(Arc::new(shadow));
                 kept.since_attested = 0;
             }
             Err(lost) => *copied = Err(delta.whole.clone().unwrap_or(lost)),
+        }
+        if let Some(wanted) = wanted {
+            // Nothing of the others has travelled.
+            let wanted = copies.parts.named(&wanted);
+            let others = delta.parts.iter_mut().filter(|(name, _)| !wanted.contains(name));
+            others.for_each(|(_, part)| part.sent = 0);
         }
         report.delta = Some(delta);
         Ok(report)
@@ -284,6 +293,8 @@ struct Made {
     report: DeltaReport,
     /// Whether the weights were those of the base, in its order, if changes were sent.
     reused: Option<bool>,
+    /// The parts that any rollout wants, unless all want all.
+    wanted: Option<PartSet>,
     /// Complete when nothing reads weights any more.
     at_work: Vec<oneshot::Receiver<()>>,
 }
@@ -315,6 +326,8 @@ enum Form {
 /// Which weights of the base have come again.
 struct Comparison {
     base: Arc<Shadow>,
+    /// The index of each weight within its part.
+    within: Vec<u32>,
     met: Vec<bool>,
     /// The index of the next weight if the order is that of the base.
     next: usize,
@@ -326,7 +339,14 @@ struct Comparison {
 
 impl Comparison {
     fn new(base: Arc<Shadow>) -> Self {
+        let mut counts = HashMap::<u32, u32>::new();
+        let within = base.entries.iter().map(|entry| {
+            let count = counts.entry(entry.part()).or_default();
+            *count += 1;
+            *count - 1
+        });
         Self {
+            within: within.collect(),
             met: vec![false; base.entries.len()],
             base,
             next: 0,
@@ -415,6 +435,8 @@ struct Sending<'a> {
     batch: u64,
     made: Arc<Mutex<Made>>,
     form: Form,
+    /// The parts whose changes have begun, where each part travels alone.
+    begun: Option<PartSet>,
     /// A weight of the stream that is not in a batch yet.
     held: Option<Weight>,
     /// The batches that the threads have.
@@ -467,13 +489,28 @@ impl Sending<'_> {
     async fn decide(&mut self) -> Result<()> {
         let said = self.bases.take();
         let kept = lock(&self.kept).clone();
-        let number = kept.as_ref().ok().map(|shadow| shadow.version());
-        let ranks = |is: &dyn Fn(Base) -> bool| -> Vec<Rank> {
+        // The numbers of the base, as far as ranks want it: most want the same.
+        let mut numbers = BTreeMap::<&PartSet, Option<u64>>::new();
+        for said in said.iter().flatten() {
+            let number = || kept.as_ref().ok().map(|shadow| shadow.version_of(&said.wants));
+            numbers.entry(&said.wants).or_insert_with(number);
+        }
+        let ranks = |is: &dyn Fn(&Entrant) -> bool| -> Vec<Rank> {
             let said = said.iter().flatten();
-            said.filter(|(_, base)| is(*base)).map(|(rank, _)| *rank).collect()
+            said.filter(|said| is(said)).map(|said| said.rank).collect()
         };
-        let unable = ranks(&|base| base == Base::Unable);
-        let others = ranks(&|base| number.is_none_or(|number| base != Base::Has(number)));
+        let unable = ranks(&|said| said.base == Base::Unable);
+        let others = ranks(&|said| {
+            let number = numbers.get(&said.wants).copied().flatten();
+            number.is_none_or(|number| said.base != Base::Has(number))
+        });
+        let all = self.copies.parts.all();
+        let is_apart = said.iter().flatten().any(|said| said.wants != all);
+        if is_apart {
+            let mut wanted = PartSet::new();
+            said.iter().flatten().for_each(|said| wanted.unite(&said.wants));
+            lock(&self.made).wanted = Some(wanted);
+        }
         let (form, mut why) = match kept {
             _ if said.is_none() => {
                 let why = "the engine does not ask rollouts which version they have, or several trainers share the sending";
@@ -525,8 +562,11 @@ impl Sending<'_> {
         let attests = self.attests != Attests::Not && matches!(self.form, Form::Changes(_));
         lock(&self.made).report.attested = attests;
         match &self.form {
-            Form::Changes(_) => {
-                self.queue(&Head::Begin { base: number.unwrap_or_default() }, &[])?;
+            // Each begins with the first of its weights.
+            Form::Changes(_) if is_apart => self.begun = Some(PartSet::new()),
+            Form::Changes(comparison) => {
+                let base = comparison.base.version();
+                self.queue(None, &Head::Begin { of: None, base }, &[])?;
             }
             Form::Whole(Some(_)) => {}
             // Freed first, so that there is only one copy at a time.
@@ -558,7 +598,7 @@ impl Sending<'_> {
                 lock(&self.made).weights.push(Sent::Kept { at, sum: 0, changed: false, follows });
                 continue;
             }
-            if bytes >= self.batch {
+            if bytes >= self.batch || self.is_of_another_part(&run, at) {
                 self.flush(&mut run, Vec::new().into())?;
                 bytes = 0;
             }
@@ -691,7 +731,8 @@ impl Sending<'_> {
                 Some(at) => {
                     let Some(difference) = differences.next() else { continue };
                     // A batch may be a little more than a bucket. A tensor that is more than one is put together in host memory.
-                    if end > begin && end - begin + difference.len > self.batch {
+                    let is_full = end > begin && end - begin + difference.len > self.batch;
+                    if is_full || self.is_of_another_part(&run, *at) {
                         self.flush(&mut run, values.slice(begin..end))?;
                         begin = end;
                     }
@@ -712,6 +753,7 @@ impl Sending<'_> {
                     begin = end;
                     let Some(entry) = new.next() else { continue };
                     let entry = entry.following(follows);
+                    self.begin(entry.part())?;
                     let whole = Weight::from_meta(entry.meta.clone(), entry.view())?;
                     self.ready.push_back(whole.with_treatment(weight.treatment().clone()));
                     lock(&self.made).weights.push(Sent::New(entry));
@@ -726,15 +768,22 @@ impl Sending<'_> {
         if run.is_empty() {
             return Ok(());
         }
+        let part = self.begin_part(run[0].at)?;
+        let within = match &self.form {
+            Form::Changes(comparison) if part.is_some() => Some(&comparison.within),
+            _ => None,
+        };
         let record = |again: &Again| Record {
-            weight: again.at as u32,
+            weight: within.map_or(again.at as u32, |within| within[again.at]),
             tile: again.difference.cut.tile() as u32,
             len: again.difference.len,
         };
-        let head = Head::Weights(run.iter().map(record).collect());
-        self.queue(&head, run.iter().flat_map(|again| &again.difference.words))?;
+        let (of, records) = (self.name_of(part), run.iter().map(record).collect());
+        let words = run.iter().flat_map(|again| &again.difference.words);
+        self.queue(part, &Head::Weights { of, records }, words)?;
         if !values.is_empty() {
-            self.ready.push_back(message::values(self.tensors, values.clone())?);
+            let values = message::values(self.tensors, values.clone())?;
+            self.ready.push_back(of_part(values, part));
             self.tensors += 1;
         }
         let made = &mut *lock(&self.made);
@@ -753,10 +802,71 @@ impl Sending<'_> {
         Ok(())
     }
 
-    fn queue<'w>(&mut self, head: &Head, words: impl IntoIterator<Item = &'w u32>) -> Result<()> {
-        self.ready.push_back(message::tensor(self.tensors, head, words)?);
+    fn queue<'w>(
+        &mut self,
+        part: Option<u32>,
+        head: &Head,
+        words: impl IntoIterator<Item = &'w u32>,
+    ) -> Result<()> {
+        self.ready.push_back(of_part(message::tensor(self.tensors, head, words)?, part));
         self.tensors += 1;
         Ok(())
+    }
+
+    /// Whether a weight of the base is in another part than those before it, and parts travel alone.
+    fn is_of_another_part(&self, run: &[Again], at: usize) -> bool {
+        let (Form::Changes(comparison), Some(_), Some(last)) =
+            (&self.form, &self.begun, run.last())
+        else {
+            return false;
+        };
+        let part = |at: usize| comparison.base.entries.get(at).map(Entry::part);
+        part(last.at) != part(at)
+    }
+
+    /// The part of a weight of the base, whose changes have begun then; `None` where parts do not travel alone.
+    fn begin_part(&mut self, at: usize) -> Result<Option<u32>> {
+        let (Form::Changes(comparison), Some(_)) = (&self.form, &self.begun) else {
+            return Ok(None);
+        };
+        let Some(part) = comparison.base.entries.get(at).map(Entry::part) else { return Ok(None) };
+        self.begin(part)?;
+        Ok(Some(part))
+    }
+
+    /// Begins the changes of a part, unless they have.
+    fn begin(&mut self, part: u32) -> Result<()> {
+        let (Form::Changes(comparison), Some(begun)) = (&self.form, &mut self.begun) else {
+            return Ok(());
+        };
+        if !begun.insert(part) {
+            return Ok(());
+        }
+        let (of, base) = (self.name_of(Some(part)), comparison.base.version_of(&[part].into()));
+        self.queue(Some(part), &Head::Begin { of, base }, &[])
+    }
+
+    fn name_of(&self, part: Option<u32>) -> message::Of {
+        let names = part.map(|part| self.copies.parts.named(&[part].into()));
+        names.and_then(|mut names| names.pop())
+    }
+
+    /// Ends the changes of a part or of the version.
+    fn end_part(&mut self, part: Option<u32>) -> Result<()> {
+        let Form::Changes(comparison) = &self.form else { return Ok(()) };
+        let made = lock(&self.made);
+        let is_in = |entry: &Entry| part.is_none_or(|part| entry.part() == part);
+        let version = made.weights.iter().fold(0, |version, sent| {
+            let (entry, sum) = match sent {
+                Sent::New(entry) => (entry, 0),
+                Sent::Kept { at, sum, .. } => (&comparison.base.entries[*at], *sum),
+            };
+            if is_in(entry) { entry.add_to(version, sum) } else { version }
+        });
+        let attested = made.report.attested;
+        drop(made);
+        let of = self.name_of(part);
+        self.queue(part, &Head::End { of, version, attested }, &[])
     }
 
     /// Ends the update after the last weight.
@@ -770,16 +880,27 @@ impl Sending<'_> {
             let in_order =
                 |(n, sent): (usize, &Sent)| matches!(sent, Sent::Kept { at, .. } if *at == n);
             made.reused = Some(all && made.weights.iter().enumerate().all(in_order));
-            let version = made.weights.iter().fold(0, |version, sent| match sent {
-                Sent::New(entry) => entry.add_to(version, 0),
-                Sent::Kept { at, sum, .. } => comparison.base.entries[*at].add_to(version, *sum),
-            });
-            let attested = made.report.attested;
             drop(made);
-            self.queue(&Head::End { version, attested }, &[])?;
+            match self.begun.is_some() {
+                false => self.end_part(None)?,
+                true => {
+                    for part in self.copies.parts.all().iter() {
+                        self.begin(part)?;
+                        self.end_part(Some(part))?;
+                    }
+                }
+            }
         }
         self.form = Form::Ended;
         Ok(())
+    }
+}
+
+/// A tensor of changes as one of the part that it is about.
+fn of_part(tensor: Weight, part: Option<u32>) -> Weight {
+    match part {
+        Some(part) => tensor.in_part(part),
+        None => tensor,
     }
 }
 

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use delta::LAYER;
 use engine_core::{
     CheckpointEngineConfig, DType, EngineContext, Error, ErrorKind, Outcome, PartReport, Rank,
-    ReceivedWeights, Registry, Result, RolloutEngine, SendReport, TrainerEngine, Version, Weight,
-    ensure_async_iterator, form_local_group,
+    ReceiveReport, ReceivedWeights, Registry, Result, RolloutEngine, SendReport, TrainerEngine,
+    Version, Weight, ensure_async_iterator, form_local_group,
 };
 
 /// A trainer that quantises to FP8, and so many rollouts.
@@ -146,19 +146,30 @@ fn draft(version: u64) -> Weight {
 
 /// A group whose versions have three parts. No rank quantises.
 async fn group_of_parts() -> Result<(Box<dyn TrainerEngine>, Vec<Box<dyn RolloutEngine>>)> {
-    group_with(serde_json::json!({"adapter": ["*.lora_*"], "draft": ["mtp.*"]}), true).await
+    group_that_wants([None, None]).await
+}
+
+/// The same, of which the rollouts want these parts.
+async fn group_that_wants(
+    wants: [Option<&[&str]>; 2],
+) -> Result<(Box<dyn TrainerEngine>, Vec<Box<dyn RolloutEngine>>)> {
+    let parts = serde_json::json!({"adapter": ["*.lora_*"], "draft": ["mtp.*"]});
+    group_with(parts, true, wants).await
 }
 
 async fn group_with(
     parts: serde_json::Value,
     delta: bool,
+    wants: [Option<&[&str]>; 2],
 ) -> Result<(Box<dyn TrainerEngine>, Vec<Box<dyn RolloutEngine>>)> {
     let registry = Registry::new().with(backend_naive::BACKEND).with_layer(LAYER);
-    let context = |rank| {
+    let context = |rank: u32| {
         let mut config = CheckpointEngineConfig::default();
         config.timeout_seconds = 20.0;
         config.layers.insert("delta".into(), delta.into());
-        config.layers.insert("parts".into(), parts.clone());
+        let wants = rank.checked_sub(1).and_then(|rollout| wants[rollout as usize]);
+        config.wants = wants.map(|wants| wants.iter().map(|part| (*part).to_owned()).collect());
+        config.parts = serde_json::from_value(parts.clone()).expect("parts");
         EngineContext::new(config).with_rank(Rank(rank))
     };
     let trainer = registry.prepare_trainer(context(0)).await?;
@@ -268,14 +279,152 @@ async fn a_failed_update_leaves_every_part_as_it_was() {
 
 #[tokio::test]
 async fn parts_that_cannot_be_are_refused_before_anything_is_sent() {
-    for (parts, delta, words) in [
-        (serde_json::json!({"policy": ["*"]}), true, "policy"),
-        (serde_json::json!({"draft": []}), true, "draft"),
-        (serde_json::json!({"": ["*"]}), true, "without a name"),
-        (serde_json::json!({"draft": ["mtp.*"]}), false, "delta: true"),
+    for (parts, words) in [
+        (serde_json::json!({"policy": ["*"]}), "policy"),
+        (serde_json::json!({"draft": []}), "draft"),
+        (serde_json::json!({"": ["*"]}), "without a name"),
     ] {
-        let error = group_with(parts, delta).await.expect_err("parts that cannot be");
-        assert_eq!(error.kind(), ErrorKind::Config);
-        assert!(error.to_string().contains(words), "{error}");
+        for delta in [false, true] {
+            let group = group_with(parts.clone(), delta, [None, None]).await;
+            let error = group.expect_err("parts that cannot be");
+            assert_eq!(error.kind(), ErrorKind::Config);
+            assert!(error.to_string().contains(words), "{error}");
+        }
+    }
+}
+
+/// Makes an update. Returns the trainer's report, and of each rollout the names of what came and its report.
+async fn update(
+    (trainer, rollouts): &mut (Box<dyn TrainerEngine>, Vec<Box<dyn RolloutEngine>>),
+    weights: Vec<Weight>,
+    version: u64,
+    is_part: bool,
+) -> Result<(SendReport, Vec<(Vec<Weight>, ReceiveReport)>)> {
+    let (stream, version) = (ensure_async_iterator(weights), Version(version));
+    let send = match is_part {
+        true => trainer.send_part(stream, version),
+        false => trainer.send_weights(stream, version),
+    };
+    let receive = rollouts.iter_mut().map(|rollout| async move {
+        let mut received = rollout.receive_weights(Some(version)).await?;
+        let mut came = Vec::new();
+        while let Some(weight) = received.next_tensor().await? {
+            came.push(weight);
+        }
+        Ok((came, received.finish().await?))
+    });
+    let (sent, received) = futures::join!(send, futures::future::join_all(receive));
+    Ok((sent?, received.into_iter().collect::<Result<_>>()?))
+}
+
+/// All weights of a version, parts of which come in turn.
+fn mixed(policy: u64, draft_of: u64, adapter_of: u64) -> Vec<Weight> {
+    let [a, b] = adapter(adapter_of).try_into().expect("two halves");
+    let (up, down) = (matrix("mlp.up_proj", 8, policy), matrix("mlp.down_proj", 8, policy));
+    vec![a, up, draft(draft_of), b, down]
+}
+
+fn bytes_of(weights: &[Weight]) -> Vec<(String, Vec<u8>)> {
+    let bytes = |weight: &Weight| weight.to_bytes().expect("bytes").to_vec();
+    weights.iter().map(|weight| (weight.name().to_owned(), bytes(weight))).collect()
+}
+
+#[tokio::test]
+async fn changes_of_a_part_reach_those_who_want_it_and_every_rollout_proves_what_it_has() {
+    let wants = [Some(&["adapter", "policy"][..]), Some(&["draft"])];
+    let mut group = group_that_wants(wants).await.expect("a group");
+    let (sent, _) = update(&mut group, mixed(1, 1, 1), 1, false).await.expect("the first");
+    assert!(sent.delta.expect("a report").whole.is_some());
+    let is_drafts = |weight: &Weight| weight.name().starts_with("mtp.");
+    let steps = [(2, 1, 1), (2, 2, 2), (2, 2, 2), (3, 3, 2)];
+    for (version, (policy, draft_of, adapter_of)) in (2..).zip(steps) {
+        let (all, weights) =
+            (mixed(policy, draft_of, adapter_of), mixed(policy, draft_of, adapter_of));
+        let (sent, received) = update(&mut group, weights, version, false).await.expect("changes");
+        let delta = sent.delta.expect("a report");
+        assert_eq!(delta.whole, None, "{version}");
+        let (drafts, others): (Vec<_>, Vec<_>) = all.into_iter().partition(is_drafts);
+        for ((came, report), (expected, wants)) in
+            received.iter().zip([(others, wants[0]), (drafts, wants[1])])
+        {
+            assert_eq!(bytes_of(came), bytes_of(&expected), "{version}");
+            let wants: Vec<String> = wants.into_iter().flatten().map(|w| (*w).to_owned()).collect();
+            assert_eq!(report.wants.as_ref(), Some(&wants));
+            // Of its parts it has what the trainer has, and of others nothing.
+            assert_eq!(report.parts.keys().cloned().collect::<Vec<_>>(), wants);
+            for (name, part) in &report.parts {
+                assert_eq!(part, &delta.parts[name], "{version}: {name}");
+            }
+        }
+        let told: Vec<_> = sent.receivers.iter().map(|receiver| receiver.parts.len()).collect();
+        assert_eq!(told, [2, 1]);
+    }
+    // A part of it, which one of the rollouts does not want; and the proof of all.
+    let (sent, received) = update(&mut group, adapter(9), 6, true).await.expect("an adapter");
+    assert_eq!(sent.delta.expect("a report").whole, None);
+    assert_eq!(bytes_of(&received[0].0)[..2], bytes_of(&adapter(9)));
+    assert_eq!(bytes_of(&received[1].0), bytes_of(&[draft(3)]));
+    let (trainer, rollouts) = &mut group;
+    let receive = rollouts.iter_mut().map(|rollout| async move {
+        rollout.receive_weights(None).await?.finish().await.map(|report| report.tensors)
+    });
+    let (proof, received) = futures::join!(trainer.attest(), futures::future::join_all(receive));
+    assert!(proof.expect("proof").delta.expect("a report").attested);
+    let received: Result<Vec<u64>> = received.into_iter().collect();
+    assert_eq!(received.expect("the version again"), [4, 1]);
+}
+
+#[tokio::test]
+async fn a_part_that_nobody_wants_does_not_travel_and_counts_as_nothing_sent() {
+    let mut group = group_that_wants([Some(&["draft"]), Some(&["draft"])]).await.expect("a group");
+    for version in 1..4 {
+        let weights = mixed(version, version, version);
+        let (sent, received) =
+            update(&mut group, weights, version, false).await.expect("an update");
+        for (came, report) in received {
+            assert_eq!(bytes_of(&came), bytes_of(&[draft(version)]));
+            assert_eq!((report.tensors, report.bytes), (1, 4));
+        }
+        let delta = sent.delta.expect("a report");
+        let sent: Vec<u64> = delta.parts.values().map(|part| part.sent).collect();
+        assert_eq!(sent, [0, 1, 0], "version {version}");
+        assert_eq!(delta.whole.is_some(), version == 1);
+    }
+}
+
+#[tokio::test]
+async fn an_update_that_a_rank_of_one_part_fails_leaves_all_parts_on_all_ranks() {
+    let mut group = group_that_wants([Some(&["policy"]), Some(&["draft"])]).await.expect("a group");
+    for version in 1..3 {
+        update(&mut group, mixed(version, version, 1), version, false).await.expect("an update");
+    }
+    let (trainer, rollouts) = &mut group;
+    let send = trainer.send_weights(ensure_async_iterator(mixed(3, 3, 1)), Version(3));
+    let [one, other] = &mut rollouts[..] else { panic!("two rollouts") };
+    let takes = async { one.receive_weights(None).await?.finish().await };
+    let refuses = async {
+        let received = other.receive_weights(None).await?;
+        received.before_confirm(|| Err(Error::new(ErrorKind::Resource, "installing", "no room")));
+        received.finish().await
+    };
+    let (sent, taken, refused) = futures::join!(send, takes, refuses);
+    assert!(sent.is_err() && taken.is_err() && refused.is_err());
+    // Both have what they had, so that changes to it are enough.
+    let (sent, received) = update(&mut group, mixed(2, 4, 1), 4, false).await.expect("an update");
+    let delta = sent.delta.expect("a report");
+    assert_eq!((delta.whole, delta.parts["policy"].sent), (None, 0));
+    assert_eq!(bytes_of(&received[1].0), bytes_of(&[draft(4)]));
+}
+
+#[tokio::test]
+async fn without_copies_parts_travel_apart_as_well() {
+    let parts = serde_json::json!({"adapter": ["*.lora_*"], "draft": ["mtp.*"]});
+    let wants = [Some(&["adapter"][..]), None];
+    let mut group = group_with(parts, false, wants).await.expect("a group");
+    for version in 1..3 {
+        let weights = mixed(version, version, version);
+        let (_, received) = update(&mut group, weights, version, false).await.expect("an update");
+        assert_eq!(bytes_of(&received[0].0), bytes_of(&adapter(version)));
+        assert_eq!(bytes_of(&received[1].0), bytes_of(&mixed(version, version, version)));
     }
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use crate::Rank;
+use crate::{PartSet, Rank};
 
 /// What a rollout says of itself when it enters an update.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -18,6 +18,25 @@ pub enum Base {
     Has(u64),
 }
 
+/// What a rollout has said on entering an update.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Entrant {
+    /// The rollout.
+    pub rank: Rank,
+    /// The version that it has: all of it that it wants.
+    pub base: Base,
+    /// The parts that it wants.
+    pub wants: PartSet,
+}
+
+impl Entrant {
+    /// What this rollout has said.
+    pub fn new(rank: Rank, base: Base, wants: PartSet) -> Self {
+        Self { rank, base, wants }
+    }
+}
+
 /// Between a layer and the engine behind it: on a rollout, what the rank says of itself; on the trainer that leads, what all
 /// rollouts of the present update have said.
 ///
@@ -29,7 +48,7 @@ pub struct Bases(Arc<Mutex<State>>);
 struct State {
     own: Base,
     is_wanted: bool,
-    said: Option<Vec<(Rank, Base)>>,
+    said: Option<Vec<Entrant>>,
 }
 
 impl Bases {
@@ -54,12 +73,12 @@ impl Bases {
     }
 
     /// For engines, on a trainer: what the rollouts of an update have said.
-    pub fn hear(&self, said: Vec<(Rank, Base)>) {
+    pub fn hear(&self, said: Vec<Entrant>) {
         self.lock().said = Some(said);
     }
 
     /// On a trainer: what the rollouts of the update have said, once. `None` if the engine does not ask them.
-    pub fn take(&self) -> Option<Vec<(Rank, Base)>> {
+    pub fn take(&self) -> Option<Vec<Entrant>> {
         self.lock().said.take()
     }
 

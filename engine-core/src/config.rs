@@ -10,7 +10,7 @@ use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, NamePattern, Parts, Result};
 
 /// Which backend moves the weights, and how.
 ///
@@ -56,6 +56,12 @@ pub struct CheckpointEngineConfig {
     /// How many updates may have begun since the version of a rollout's cache before it is refused; any
     /// number unless set. The cache of a rollout obeys it.
     pub max_staleness: Option<u64>,
+    /// The named parts of a version, each with a list of patterns of its weights' names: `mtp.*` or `*.lora_*`, where `*` stands for
+    /// any text. All other weights are the part `policy`. The trainer's decide what rollouts may want.
+    pub parts: BTreeMap<String, Vec<NamePattern>>,
+    /// The parts that a rollout wants, by their names: all unless set. It gets the bytes of these alone. A trainer does not read
+    /// this key.
+    pub wants: Option<Vec<String>>,
     /// All other keys: those of the layers in front of the engine. [`Layer::keys`](crate::Layer) are the ones
     /// that a layer knows, and [`layer`](Self::layer) gives them types.
     #[serde(flatten)]
@@ -73,6 +79,8 @@ impl Default for CheckpointEngineConfig {
             device: DeviceChoice::default(),
             threads: None,
             max_staleness: None,
+            parts: BTreeMap::new(),
+            wants: None,
             layers: Map::new(),
         }
     }
@@ -102,8 +110,10 @@ impl CheckpointEngineConfig {
             "`update_weights_bucket_megabytes` to be at least 1"
         } else if !valid_timeout(self.timeout_seconds) {
             "`timeout_seconds` to be a number above 0 and of at most 1000000000"
+        } else if self.wants.as_ref().is_some_and(Vec::is_empty) {
+            "`wants` to name at least one part"
         } else {
-            return Ok(());
+            return Parts::of(self).map(drop);
         };
         Err(Error::new(
             ErrorKind::Config,

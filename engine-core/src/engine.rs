@@ -577,6 +577,12 @@ pub trait Backend: fmt::Debug + Send + Sync {
         Devices::Kinds(&[])
     }
 
+    /// Whether its rollouts may want some [`Parts`](crate::Parts) of a version alone. If not, a rollout that does is refused before
+    /// it is prepared.
+    fn sends_parts(&self) -> bool {
+        false
+    }
+
     /// Prepares a trainer: allocates buckets, registers memory, and says how the rank is reached.
     ///
     /// # Errors
@@ -621,6 +627,10 @@ macro_rules! delegate {
 
             fn devices(&self) -> Devices {
                 (**self).devices()
+            }
+
+            fn sends_parts(&self) -> bool {
+                (**self).sends_parts()
             }
 
             async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {

@@ -21,6 +21,8 @@ mod kernel;
 pub mod memory;
 pub mod native;
 pub mod observe;
+mod parts;
+mod pattern;
 pub mod plan;
 mod process;
 pub mod provider;
@@ -36,7 +38,7 @@ mod weight;
 
 pub use arena::{Arena, ArenaArc};
 pub use available::available_memory;
-pub use base::{Base, Bases};
+pub use base::{Base, Bases, Entrant};
 pub use boxes::TensorBox;
 pub use config::{CheckpointEngineConfig, DeviceChoice};
 pub use control::{Control, Role};
@@ -51,6 +53,8 @@ pub use error::{Error, ErrorKind, ErrorReport, Recovery, Result};
 pub use expected::{Expected, check_names};
 pub use ids::{Rank, Version};
 pub use kernel::{Kernel, Program};
+pub use parts::{PartSet, Parts};
+pub use pattern::NamePattern;
 pub use process::ProcessStat;
 pub use received::{
     BucketContent, CopiedOut, CopyOut, Install, OnePass, Outcome, ReceivedBucket, ReceivedPiece,

@@ -177,6 +177,17 @@ impl Registry {
                 format!("a {role} is prepared, and the control plane has the rank as {its}");
             return Err(refuse(message).rank(control.rank()));
         }
+        if role == Role::Rollout && context.config.wants.is_some() && !backend.sends_parts() {
+            let able = self.backends().filter(|backend| backend.sends_parts());
+            let able: Vec<&str> = able.map(|backend| backend.name()).collect();
+            let message = format!(
+                "wants: {} sends every version whole to all; backends that can leave parts out: {}",
+                backend.name(),
+                if able.is_empty() { "none here".to_owned() } else { able.join(", ") }
+            );
+            let error = refuse(message);
+            return Err(context.rank().into_iter().fold(error, Error::rank));
+        }
         let device = &context.config.device;
         let kinds = match backend.devices() {
             Devices::Any => return Ok(backend),
@@ -229,6 +240,10 @@ impl Backend for Provided {
         self.backend.devices()
     }
 
+    fn sends_parts(&self) -> bool {
+        self.backend.sends_parts()
+    }
+
     fn probe(&self) -> Availability {
         self.backend.probe()
     }
@@ -272,6 +287,19 @@ mod tests {
         assert!(error.to_string().contains("known: naive, abacuses"), "{error}");
         let error = Registry::new().get("naive").unwrap_err();
         assert!(error.to_string().contains("this registry has none"), "{error}");
+    }
+
+    #[test]
+    fn a_rollout_that_wants_some_parts_is_refused_where_all_get_everything() {
+        let mut config = CheckpointEngineConfig::new("naive");
+        config.wants = Some(vec!["policy".into()]);
+        let context = EngineContext::new(config).with_rank(Rank(3));
+        let error = block_on(stubs().prepare_rollout(context.clone())).unwrap_err();
+        assert_eq!((error.kind(), error.report().rank), (ErrorKind::Config, Some(Rank(3))));
+        let words = error.to_string();
+        assert!(words.contains("backends that can leave parts out: none here"), "{words}");
+        // A trainer sends what there is.
+        block_on(stubs().prepare_trainer(context)).unwrap();
     }
 
     /// A backend of which nobody joins a group.

@@ -100,17 +100,27 @@ pub struct ReceiverReport {
     pub state: VersionState,
     /// Seconds from the beginning of the update to the receiver's confirmation, by the receiver's clock.
     pub seconds: f64,
-    /// The digest of the whole version that the receiver computed; absent if digests are off or the
+    /// The digest that the receiver computed of the version, as far as it wants it; absent if digests are off or the
     /// transport hands memory over without a copy.
     pub digest: Option<u64>,
     /// The receiver's own additions: what its program found worth telling.
     pub notes: serde_json::Value,
+    /// The named parts of the version that it got: those that it wants. Empty if the trainer's versions have no named parts.
+    #[serde(default)]
+    pub parts: Vec<String>,
 }
 
 impl ReceiverReport {
     /// The report of a receiver that has said no more than its state.
     pub fn new(rank: Rank, state: VersionState) -> Self {
-        Self { rank, state, seconds: 0.0, digest: None, notes: serde_json::Value::Null }
+        Self {
+            rank,
+            state,
+            seconds: 0.0,
+            digest: None,
+            notes: serde_json::Value::Null,
+            parts: Vec::new(),
+        }
     }
 }
 
@@ -230,11 +240,14 @@ pub struct ReceiveReport {
     pub buckets: u64,
     /// From the trainer's announcement to the end.
     pub elapsed: Duration,
-    /// The digest of the whole version, if digests are on.
+    /// The digest of the version, as far as this rank wants it, if digests are on.
     pub digest: Option<u64>,
-    /// The named parts of the version, if this rank keeps a copy of it.
+    /// The named parts of the version that are here, if this rank keeps a copy of it.
     #[serde(default)]
     pub parts: BTreeMap<String, PartReport>,
+    /// The parts that this rank wants, by their names, which is what it got; `None` for all.
+    #[serde(default)]
+    pub wants: Option<Vec<String>>,
 }
 
 impl ReceiveReport {
@@ -249,6 +262,7 @@ impl ReceiveReport {
             elapsed: Duration::ZERO,
             digest: None,
             parts: BTreeMap::new(),
+            wants: None,
         }
     }
 }

@@ -209,6 +209,8 @@ pub struct Weight {
     pub(crate) treatment: Treatment,
     pub(crate) byte_len: u64,
     pub(crate) part: Option<Arc<Part>>,
+    /// The named part of a version that it belongs to, where its name does not say it.
+    pub(crate) named_part: Option<u32>,
 }
 
 /// What of a larger tensor a weight is.
@@ -271,7 +273,14 @@ impl Weight {
             )));
         }
         let content = Content::Contiguous(bytes);
-        Ok(Self { meta, content, treatment: Treatment::Plain, byte_len, part: None })
+        Ok(Self {
+            meta,
+            content,
+            treatment: Treatment::Plain,
+            byte_len,
+            part: None,
+            named_part: None,
+        })
     }
 
     /// A tensor whose elements are not contiguous, in host memory or on a device: a transposed or sliced view.
@@ -319,8 +328,15 @@ impl Weight {
         }
         let content = Content::Strided(Arc::new(Elements { bytes, strides, offset }));
         let meta = meta.into();
-        Ok(Self { meta, content, treatment: Treatment::Plain, byte_len, part: None }
-            .simplified(size))
+        Ok(Self {
+            meta,
+            content,
+            treatment: Treatment::Plain,
+            byte_len,
+            part: None,
+            named_part: None,
+        }
+        .simplified(size))
     }
 
     /// A weight whose bytes an encoding produces.
@@ -335,7 +351,14 @@ impl Weight {
     ) -> Result<Self> {
         let meta = meta.into();
         let byte_len = meta.validate()?;
-        Ok(Self { meta, content: Content::Encoded(encoding), treatment, byte_len, part: None })
+        Ok(Self {
+            meta,
+            content: Content::Encoded(encoding),
+            treatment,
+            byte_len,
+            part: None,
+            named_part: None,
+        })
     }
 
     /// The same weight as a part of a tensor of the shape `full`: the elements of the box `region`. Without this a weight is a whole
@@ -371,6 +394,17 @@ impl Weight {
         let is_part = region != TensorBox::whole(&shape);
         self.part = is_part.then(|| Arc::new(Part { shape, region }));
         Ok(self)
+    }
+
+    /// The same weight as one of the named part of this number, whatever its name says: see [`Parts`](crate::Parts).
+    #[must_use]
+    pub fn in_part(self, part: u32) -> Self {
+        Self { named_part: Some(part), ..self }
+    }
+
+    /// The number of the named part that it was put [in](Self::in_part).
+    pub fn named_part(&self) -> Option<u32> {
+        self.named_part
     }
 
     /// Name and type of the weight, with the shape of the full tensor that it is a box of.

@@ -64,13 +64,18 @@ pub fn prepare_trainer(
 ///
 /// # Errors
 ///
-/// `Config` without a control plane.
+/// `Config` without a control plane, and for `wants`: the layout says what the rollout wants.
 pub fn prepare_rollout(
     backend: &str,
     context: EngineContext,
     layout: Layout,
     memory: impl Future<Output = Result<Box<dyn Lender>>> + Send + 'static,
 ) -> Result<Prepared<PlacedRollout>> {
+    if context.config.wants.is_some() {
+        let message = "wants: what a rollout lends says what it wants";
+        let error = Error::new(ErrorKind::Config, "preparing", message);
+        return Err(context.rank().into_iter().fold(error, Error::rank));
+    }
     let metadata = metadata(backend, &context, Role::Rollout)?;
     Ok(Prepared::new(metadata, move |_| async move {
         PlacedRollout::new(&context, layout, memory.await?)

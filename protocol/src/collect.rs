@@ -11,7 +11,7 @@ use super::within;
 use engine_core::TensorCounts;
 use engine_core::memory::Job;
 use engine_core::plan::{BucketLayout, BucketPlanner, Piece, Place, Plan};
-use engine_core::{Error, ErrorKind, Result, Weight, WeightStream};
+use engine_core::{Error, ErrorKind, Parts, Result, Weight, WeightStream};
 
 /// The weights of one bucket, collected from the trainer's stream.
 pub(super) struct Bucket {
@@ -20,6 +20,8 @@ pub(super) struct Bucket {
     /// The digest of the last plan, if that has the same layout for this bucket.
     pub(super) known: Option<u64>,
     pub(super) source_bytes: u64,
+    /// The class of its weights, if parts travel apart; else 0.
+    pub(super) class: u32,
 }
 
 /// Packs the stream into buckets, following the last update's plan as long as it fits.
@@ -29,15 +31,23 @@ pub(super) struct Collector {
     last_digest: Option<u64>,
     buckets: usize,
     /// The weight that did not fit into the last bucket, and how many of its bytes are placed already.
-    pending: Option<(Weight, u64)>,
+    pending: Option<Pending>,
     /// All names so far. `None` while they are those of the last plan, which has no name twice.
     names: Option<HashSet<Arc<str>>>,
     differs: bool,
+    parts: Parts,
+    /// The class of each part, if parts travel apart.
+    classes: Option<Vec<Option<u32>>>,
+    /// The class of the last weight.
+    class: Option<u32>,
     pub(super) counts: TensorCounts,
 }
 
+/// A weight, how many of its bytes are placed already, and its class.
+type Pending = (Weight, u64, u32);
+
 impl Collector {
-    pub(super) fn new(last: &Plan, planner: BucketPlanner) -> Self {
+    pub(super) fn new(last: &Plan, planner: BucketPlanner, parts: Parts) -> Self {
         let last = last.clone();
         let last_digest = (!last.buckets.is_empty()).then(|| last.digest());
         Self {
@@ -48,8 +58,27 @@ impl Collector {
             buckets: 0,
             pending: None,
             differs: false,
+            parts,
+            classes: None,
+            class: Some(0),
             counts: TensorCounts::default(),
         }
+    }
+
+    /// Keeps weights of each class in buckets of their own: the class of each part. A part without one is left out.
+    pub(super) fn keep_apart(&mut self, classes: Vec<Option<u32>>) {
+        self.classes = Some(classes);
+    }
+
+    /// The class of the next weight of the stream; `None` if nobody wants it.
+    fn class_of(&mut self, weight: &Weight) -> Option<u32> {
+        let classes = self.classes.as_deref()?;
+        // Scales are made of the weight before them, and go wherever it goes.
+        if !weight.is_deferred() {
+            let part = weight.named_part().unwrap_or_else(|| self.parts.part_of(weight.name()));
+            self.class = classes.get(part as usize).copied().flatten();
+        }
+        self.class
     }
 
     /// Whether all buckets were those of the last plan.
@@ -66,9 +95,9 @@ impl Collector {
         let like_last = self.last.buckets.get(self.buckets).filter(|_| !self.differs);
         let mut jobs: Vec<Job> =
             Vec::with_capacity(like_last.map_or(0, |layout| layout.pieces().len()));
-        let mut source_bytes = 0;
+        let (mut source_bytes, mut bucket) = (0, 0);
         loop {
-            let (weight, start) = match self.pending.take() {
+            let (weight, start, class) = match self.pending.take() {
                 Some(pending) => pending,
                 None => {
                     let operation = "waiting for the trainer's next weight";
@@ -81,22 +110,35 @@ impl Collector {
                     };
                     match weight.transpose()? {
                         Some(weight) => {
+                            let class = match &self.classes {
+                                None => 0,
+                                Some(_) => match self.class_of(&weight) {
+                                    Some(class) => class,
+                                    None => continue,
+                                },
+                            };
                             self.admit(&weight, jobs.len())?;
                             self.counts.add(&weight);
-                            (weight, 0)
+                            (weight, 0, class)
                         }
                         None if jobs.is_empty() => return Ok(None),
                         None => break,
                     }
                 }
             };
+            if jobs.is_empty() {
+                bucket = class;
+            } else if class != bucket {
+                self.pending = Some((weight, start, class));
+                break;
+            }
             let total = weight.byte_len();
             let name = weight.name().len();
             match self.planner.place(name, total, total - start, weight.granule()) {
                 Some(Place { offset, len }) => {
                     source_bytes += share(weight.source_bytes(), len, total);
                     let end = start + len;
-                    let rest = (end < total).then(|| (weight.clone(), end));
+                    let rest = (end < total).then(|| (weight.clone(), end, class));
                     let job = Job { weight, start, len, offset };
                     self.compare(&job, jobs.len());
                     jobs.push(job);
@@ -106,7 +148,7 @@ impl Collector {
                     }
                 }
                 None => {
-                    self.pending = Some((weight, start));
+                    self.pending = Some((weight, start, class));
                     break;
                 }
             }
@@ -121,7 +163,7 @@ impl Collector {
         if known.is_none() {
             // All later weights have another place than in the last plan.
             self.diverge(jobs.len());
-            if let (Some(names), Some((weight, _))) = (&mut self.names, &self.pending) {
+            if let (Some(names), Some((weight, ..))) = (&mut self.names, &self.pending) {
                 names.insert(weight.meta().name.clone());
             }
         }
@@ -136,7 +178,7 @@ impl Collector {
             });
             Arc::new(BucketLayout::new(pieces.collect()))
         });
-        Ok(Some(Bucket { jobs, layout, known: plan, source_bytes }))
+        Ok(Some(Bucket { jobs, layout, known: plan, source_bytes, class: bucket }))
     }
 
     /// Checks that a weight is whole and that its name is new.

@@ -39,8 +39,9 @@ pub(super) fn patience_to_join(deadline: Duration) -> Duration {
 /// Something for the loop to do.
 #[derive(Debug)]
 pub(super) enum Act {
-    /// Tell the leader that this rank enters an update, with the plan that it knows and the buckets that are held.
-    Enter { update: u64, plan: Option<u64> },
+    /// Tell the leader that this rank enters an update, with the plan that it knows, the parts that it wants and the buckets
+    /// that are held.
+    Enter { update: u64, plan: Option<u64>, wants: Option<Vec<String>> },
     /// Tell the leader.
     Send(ToSender),
     /// Have the link join the others: answered by [`Follower::joined`].
@@ -69,6 +70,8 @@ pub(super) struct Follower {
     rank: Rank,
     deadline: Duration,
     kind: BucketKind,
+    /// The parts of versions that it wants, by their names; `None` for all.
+    wants: Option<Vec<String>>,
     /// Whether the rank only hears of updates: it enters none and gets no buckets.
     is_idle: bool,
     announced: Announced,
@@ -90,9 +93,11 @@ struct Session {
     may_join: bool,
     /// The announced buckets that were not handed over yet, then the end of the update, in their order.
     coming: VecDeque<Coming>,
+    /// The layouts of the buckets that were announced to this rank.
     layouts: Vec<Arc<BucketLayout>>,
     checker: LayoutChecker,
-    taken: u64,
+    /// The number of the next bucket, or of a later one if this rank does not want all.
+    next: u64,
     /// Whether the caller waits for the next bucket.
     wants: bool,
     /// When the leader said something last, or the wait for it began.
@@ -129,7 +134,7 @@ enum End {
 
 #[derive(Debug)]
 enum Coming {
-    Bucket { index: u64, slot: u32, digest: u64, stage: Stage },
+    Bucket { index: u64, slot: u32, digest: u64, layout: Arc<BucketLayout>, stage: Stage },
     End { buckets: u64, digest: u64, plan: u64 },
 }
 
@@ -194,6 +199,7 @@ impl Follower {
             rank,
             deadline,
             kind: BucketKind::Buffer,
+            wants: None,
             is_idle: false,
             announced: Announced::after(updates),
             plan: Plan::default(),
@@ -207,6 +213,11 @@ impl Follower {
     /// Sets the kind of its buckets.
     pub(super) fn of_kind(self, kind: BucketKind) -> Self {
         Self { kind, ..self }
+    }
+
+    /// Sets the parts of versions that it wants, by their names; `None` for all.
+    pub(super) fn wanting(self, wants: Option<Vec<String>>) -> Self {
+        Self { wants, ..self }
     }
 
     /// A rank that only hears of updates and how they end.
@@ -291,7 +302,7 @@ impl Follower {
                 if let Some((limit, operation)) = session.limit(self.deadline)
                     && now >= session.since + limit
                 {
-                    let bucket = session.coming.front().map_or(session.taken, Coming::index);
+                    let bucket = session.coming.front().map_or(session.next, Coming::index);
                     let late = too_late(limit, operation).rank(Rank::LEADER);
                     let late =
                         if session.is_waiting_for_buckets() { late.bucket(bucket) } else { late };
@@ -336,7 +347,7 @@ impl Follower {
     pub(super) fn arrived(&mut self, index: u64, result: Result<Option<u64>>, now: Instant) {
         let Some(session) = &mut self.session else { return };
         let routed = session.begin.routed;
-        let Some((slot, stage)) = session.find(index) else { return };
+        let Some((slot, layout, stage)) = session.find(index) else { return };
         let Stage::Fetching { from, next } = stage else { return };
         let from = *from;
         match (result, next.take()) {
@@ -344,7 +355,7 @@ impl Follower {
             (Err(error), Some((next, card))) => {
                 debug!(%from, %error, "a bucket could not be fetched");
                 *stage = Stage::Fetching { from: next, next: None };
-                let layout = session.layouts[index as usize].clone();
+                let layout = layout.clone();
                 self.acts.push_back(Act::Fetch { index, from: next, card, slot, layout });
             }
             (Err(error), None) if !routed || from == Rank::LEADER => {
@@ -408,7 +419,8 @@ impl Follower {
     fn enter(&mut self, begin: &Begin, now: Instant) {
         let version = begin.version;
         if !self.is_idle {
-            self.acts.push_back(Act::Enter { update: begin.update, plan: self.known });
+            let (update, plan, wants) = (begin.update, self.known, self.wants.clone());
+            self.acts.push_back(Act::Enter { update, plan, wants });
             self.acts
                 .push_back(Act::Observe(Progress::Began { version, receivers: vec![self.rank] }));
         }
@@ -422,7 +434,7 @@ impl Follower {
             coming: VecDeque::new(),
             layouts: Vec::new(),
             checker: LayoutChecker::new(begin.bucket_bytes).of_kind(self.kind),
-            taken: 0,
+            next: 0,
             wants: false,
             since: now,
             // An idle rank confirms nothing: it waits for the commit from the start.
@@ -436,7 +448,7 @@ impl Follower {
 
     fn take_event(&mut self, event: Event, now: Instant) -> Result<()> {
         let message = message(event).map_err(|error| match &self.session {
-            Some(session) => error.bucket(session.taken),
+            Some(session) => error.bucket(session.next),
             None => error,
         })?;
         let Some(message) = message else { return Ok(()) };
@@ -509,8 +521,11 @@ impl Follower {
     fn take_bucket(&mut self, index: u64, slot: u32, digest: u64, layout: Layout) -> Result<()> {
         let Some(session) = &mut self.session else { return Ok(()) };
         let refuse = |message: String| Error::new(ErrorKind::Protocol, "taking a bucket", message);
-        if index != session.taken {
-            return Err(refuse(format!("bucket {} was expected", session.taken)));
+        // Between those that it wants, others hear of other buckets. If one is missing, the version is not complete.
+        let is_next =
+            if self.wants.is_some() { index >= session.next } else { index == session.next };
+        if !is_next {
+            return Err(refuse(format!("bucket {} was expected", session.next)));
         }
         let layout = match layout {
             Layout::Explicit { pieces } => {
@@ -518,7 +533,7 @@ impl Follower {
                 Arc::new(BucketLayout::new(pieces))
             }
             Layout::Known { digest } => {
-                let known = self.plan.buckets.get(index as usize);
+                let known = self.plan.buckets.get(session.layouts.len());
                 let layout = known.filter(|layout| layout.digest() == digest).cloned();
                 let layout = layout
                     .ok_or_else(|| refuse("its layout is not the one of the last update".into()))?;
@@ -526,21 +541,21 @@ impl Follower {
                 layout
             }
         };
-        session.layouts.push(layout);
-        session.taken += 1;
+        session.layouts.push(layout.clone());
+        session.next = index + 1;
         let stage = if session.begin.routed {
             Stage::Announced
         } else {
             Stage::Due { from: session.begin.sender_of(index), card: Bytes::new() }
         };
-        session.coming.push_back(Coming::Bucket { index, slot, digest, stage });
+        session.coming.push_back(Coming::Bucket { index, slot, digest, layout, stage });
         Ok(())
     }
 
     /// A bucket can be fetched from a rank. Nothing to do if it is here already.
     fn fetch(&mut self, index: u64, source: Rank, card: Bytes) {
         let Some(session) = &mut self.session else { return };
-        let Some((_, stage)) = session.find(index) else { return };
+        let Some((.., stage)) = session.find(index) else { return };
         match stage {
             Stage::Here(_) => {}
             // The leader has given up the source that it named before.
@@ -577,10 +592,9 @@ impl Follower {
             return Ok(());
         }
         for coming in &mut session.coming {
-            let Coming::Bucket { index, slot, stage, .. } = coming else { continue };
+            let Coming::Bucket { index, slot, layout, stage, .. } = coming else { continue };
             let Stage::Due { from, card } = stage else { continue };
-            let (from, card, layout) =
-                (*from, std::mem::take(card), session.layouts[*index as usize].clone());
+            let (from, card, layout) = (*from, std::mem::take(card), layout.clone());
             *stage = Stage::Fetching { from, next: None };
             self.acts.push_back(Act::Fetch { index: *index, from, card, slot: *slot, layout });
         }
@@ -588,11 +602,11 @@ impl Follower {
             return Ok(());
         }
         match session.coming.front() {
-            Some(Coming::Bucket { index, digest, stage: Stage::Here(sum), .. }) => {
-                let (index, sent, sum) = (*index, *digest, *sum);
+            Some(Coming::Bucket { index, digest, layout, stage: Stage::Here(sum), .. }) => {
+                let (index, sent, layout, sum) = (*index, *digest, layout.clone(), *sum);
                 session.coming.pop_front();
                 session.wants = false;
-                self.verified(index, sent, sum)
+                self.verified(index, layout, sent, sum)
             }
             Some(Coming::End { buckets, digest, plan }) if session.confirm == Confirm::No => {
                 let sent = (*buckets, *digest, *plan);
@@ -603,9 +617,14 @@ impl Follower {
     }
 
     /// The next bucket is here. Hands it over if its digest is the one that was sent.
-    fn verified(&mut self, index: u64, sent: u64, sum: Option<u64>) -> Result<()> {
+    fn verified(
+        &mut self,
+        index: u64,
+        layout: Arc<BucketLayout>,
+        sent: u64,
+        sum: Option<u64>,
+    ) -> Result<()> {
         let Some(session) = &mut self.session else { return Ok(()) };
-        let layout = session.layouts[index as usize].clone();
         if let Some(sum) = sum {
             let here = digest::finish(sum, layout.filled());
             if here != sent {
@@ -633,7 +652,7 @@ impl Follower {
         let next = LayoutChecker::new(session.begin.bucket_bytes).of_kind(self.kind);
         std::mem::replace(&mut session.checker, next).finish()?;
         let plan = Plan { buckets: session.layouts.clone() }.digest();
-        let here = (session.taken, session.version_digest, plan);
+        let here = (session.layouts.len() as u64, session.version_digest, plan);
         if here != sent {
             let message = format!(
                 "{} buckets of digest {:016x} and plan {:016x} arrived, the trainer sent {} \
@@ -660,7 +679,8 @@ impl Follower {
         let begin = &session.begin;
         let mut report = ReceiveReport::new(begin.version, VersionState::Active);
         (report.tensors, report.bytes) = session.counts;
-        report.buckets = session.taken;
+        report.buckets = session.layouts.len() as u64;
+        report.wants.clone_from(&self.wants);
         report.elapsed = now.saturating_duration_since(session.begun);
         report.digest = (begin.digests && !self.is_idle).then_some(digest);
         if !self.is_idle {
@@ -758,9 +778,11 @@ impl Follower {
 }
 
 impl Session {
-    fn find(&mut self, index: u64) -> Option<(u32, &mut Stage)> {
+    fn find(&mut self, index: u64) -> Option<(u32, &Arc<BucketLayout>, &mut Stage)> {
         self.coming.iter_mut().find_map(|coming| match coming {
-            Coming::Bucket { index: at, slot, stage, .. } if *at == index => Some((*slot, stage)),
+            Coming::Bucket { index: at, slot, layout, stage, .. } if *at == index => {
+                Some((*slot, &*layout, stage))
+            }
             _ => None,
         })
     }

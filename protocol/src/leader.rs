@@ -20,9 +20,14 @@ use super::{ENCODING, because, is_of_transport, too_late};
 use engine_core::control::{Event, Peer};
 use engine_core::observe::Progress;
 use engine_core::plan::{BucketLayout, Plan};
-use engine_core::{Base, Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Version, digest};
+use engine_core::{
+    Entrant, Error, ErrorKind, ErrorReport, Rank, Recovery, Result, Version, digest,
+};
+use engine_core::{PartSet, Parts};
 use engine_core::{RankMap, RankSet, ReceiverReport, StageTimes, VersionState, WorkerMetadata};
 
+const ENTERING: &str = "entering an update";
+pub(super) const RELEASING: &str = "waiting for a receiver to release a bucket";
 const FILLING: &str = "waiting for a trainer to fill a bucket";
 
 /// How often the leader says that it is alive, at the least.
@@ -54,6 +59,10 @@ pub(super) struct Settings {
     pub(super) asks_bases: bool,
     /// Whether an update without a rollout is an error.
     pub(super) needs_receivers: bool,
+    /// The parts of versions, which rollouts may want or not.
+    pub(super) parts: Parts,
+    /// Whether parts that no rollout wants are sent all the same.
+    pub(super) keeps_all: bool,
 }
 
 /// The leader, and the other ranks as it sees them.
@@ -74,8 +83,8 @@ pub(super) struct Leader {
     silence: Box<Silence>,
     /// The bucket in each slot, and the ranks that may still read it. Unused with a route.
     slots: Vec<Held>,
-    /// The layouts of the last update whose buckets were all announced.
-    plan: Plan,
+    /// The layouts of the last update whose buckets were all announced, and the parts that each has.
+    plan: Arc<Sent>,
     update: Option<Box<Update>>,
     acts: VecDeque<Act>,
 }
@@ -111,8 +120,8 @@ struct Steps {
     to_enter: RankSet,
     to_join: RankSet,
     to_confirm: RankSet,
-    /// The ranks that have entered and know a plan, by its digest.
-    plans: BTreeMap<u64, RankSet>,
+    /// The ranks that have entered and know what they got of the last plan.
+    informed: RankSet,
     /// When each rank was given its last task or took its last step. Its deadline begins there.
     since: RankMap<Instant>,
 }
@@ -122,13 +131,13 @@ impl Steps {
         let mut since = RankMap::default();
         since.set(&active, &now);
         let [to_enter, to_join, to_confirm] = [(); 3].map(|()| active.clone());
-        Self { active, to_enter, to_join, to_confirm, plans: BTreeMap::new(), since }
+        Self { active, to_enter, to_join, to_confirm, informed: RankSet::new(), since }
     }
 
     /// A rank takes no further part in the update.
     fn leave(&mut self, rank: Rank) {
-        let Self { active, to_enter, to_join, to_confirm, plans: _, since } = self;
-        for set in [active, to_enter, to_join, to_confirm] {
+        let Self { active, to_enter, to_join, to_confirm, informed, since } = self;
+        for set in [active, to_enter, to_join, to_confirm, informed] {
             set.remove(rank);
         }
         since.update(&RankSet::from([rank]), |_| None);
@@ -138,12 +147,34 @@ impl Steps {
 /// What a rank says of itself when it enters an update. It is forgotten before the next one.
 #[derive(Debug)]
 struct Entry {
-    /// The digest of the plan that the rank knows.
-    plan: Option<u64>,
     /// How others fetch from it.
     card: Bytes,
-    /// The version there that a delta could be applied to.
-    base: Base,
+    /// What a layer has to know of it.
+    said: Entrant,
+}
+
+/// The buckets of an update that were announced.
+#[derive(Debug, Default)]
+struct Sent {
+    plan: Plan,
+    /// The parts of the version in each bucket.
+    parts: Vec<PartSet>,
+}
+
+impl Sent {
+    /// The digest of the plan as a rank knows it that wants these parts.
+    fn known_to(&self, wants: &PartSet) -> u64 {
+        let all = self.plan.buckets.iter().zip(&self.parts);
+        let got = all.filter(|(_, parts)| !parts.common(wants).is_empty());
+        Plan { buckets: got.map(|(layout, _)| layout.clone()).collect() }.digest()
+    }
+}
+
+/// Parts of a version that the same ranks want.
+#[derive(Debug)]
+struct Class {
+    parts: PartSet,
+    readers: RankSet,
 }
 
 /// A message of an update to a rank that has not entered it.
@@ -184,8 +215,15 @@ struct Update {
     /// The buckets that were begun and are not announced yet, in their order.
     outgoing: VecDeque<Outgoing>,
     layouts: Vec<Arc<BucketLayout>>,
-    /// The digest of all buckets that were announced.
-    version_digest: u64,
+    /// The class of each bucket that was begun.
+    classes: Vec<u32>,
+    /// The digest of each bucket that was announced.
+    digests: Vec<u64>,
+    /// What was sent in the last update, and the digests of it by what ranks want.
+    last: Arc<Sent>,
+    known: BTreeMap<PartSet, u64>,
+    /// The parts that are sent and who wants them, where not all ranks want all.
+    apart: Option<Vec<Class>>,
     /// What is waited for, and since when.
     wait: Option<(Wait, Instant)>,
     /// When to tell the ranks of the update next that the leader is alive.
@@ -249,7 +287,7 @@ struct Outgoing {
     index: u64,
     slot: usize,
     layout: Arc<BucketLayout>,
-    known: Option<u64>,
+    is_known: bool,
     source_bytes: u64,
     /// `None` until it is filled.
     digest: Option<u64>,
@@ -287,23 +325,13 @@ struct Announcement {
     slot: usize,
     digest: u64,
     layout: Arc<BucketLayout>,
-    /// The digest of the last plan, if that has the same layout for this bucket.
-    known: Option<u64>,
+    /// Whether the last plan has the same layout for this bucket.
+    is_known: bool,
     short: OnceLock<Bytes>,
     full: OnceLock<Bytes>,
 }
 
 impl Announcement {
-    /// Whether the bucket's layout is part of the plan with this digest.
-    fn is_known(&self, plan: Option<u64>) -> bool {
-        self.known.is_some() && plan == self.known
-    }
-
-    /// The message for a rank that knows the plan with this digest.
-    fn body(&self, plan: Option<u64>) -> Result<Bytes> {
-        self.encoded(self.is_known(plan))
-    }
-
     /// The message: with the layout's digest if the receiver knows the layout, else with the layout.
     fn encoded(&self, knows: bool) -> Result<Bytes> {
         let cached = if knows { &self.short } else { &self.full };
@@ -322,6 +350,13 @@ impl Announcement {
     }
 }
 
+impl Settings {
+    /// Whether the stream is read only when all ranks have said what they have and want.
+    fn asks(&self) -> bool {
+        self.asks_bases || self.parts.names().count() > 1
+    }
+}
+
 impl Leader {
     pub(super) fn new(settings: Settings, newcomers: Box<PartOf>, silence: Box<Silence>) -> Self {
         Self {
@@ -336,7 +371,7 @@ impl Leader {
             blamed: BTreeMap::new(),
             newcomers,
             silence,
-            plan: Plan::default(),
+            plan: Arc::default(),
             update: None,
             acts: VecDeque::new(),
         }
@@ -365,7 +400,7 @@ impl Leader {
     }
 
     /// The routes of buckets to receivers in an update with this topology.
-    fn route(&self, topology: Topology, receivers: &[Rank], now: Instant) -> Route {
+    fn route(&self, topology: Topology, first: u64, receivers: &RankSet, now: Instant) -> Route {
         let mut numbers = BTreeMap::new();
         let mut site = |rank: Rank| {
             // A rank whose host is not known counts as alone on its host.
@@ -374,11 +409,11 @@ impl Leader {
             Site { rank, host: *numbers.entry(host).or_insert(next) }
         };
         let here = site(Rank::LEADER).host;
-        let sites: Vec<Site> = receivers.iter().map(|rank| site(*rank)).collect();
-        let (buckets, failed) = (self.plan.buckets.len() as u64, self.paths.avoided(now));
+        let sites: Vec<Site> = receivers.iter().map(&mut site).collect();
+        let (buckets, failed) = (self.plan.plan.buckets.len() as u64, self.paths.avoided(now));
         let tree = tree::plan(topology, buckets, here, &sites, &failed);
         debug!(?topology, buckets, ?tree, ?failed, "who fetches from whom");
-        Route::new(self.settings.slots as u64, tree)
+        Route::new(self.settings.slots as u64, first, tree)
     }
 
     /// How many rollouts the next update has.
@@ -436,7 +471,11 @@ impl Leader {
             link: Some(Linked { work, since: now }),
             outgoing: VecDeque::new(),
             layouts: Vec::new(),
-            version_digest: 0,
+            classes: Vec::new(),
+            digests: Vec::new(),
+            last: self.plan.clone(),
+            known: BTreeMap::new(),
+            apart: None,
             wait: None,
             next_alive: now,
             stages: StageTimes::default(),
@@ -488,6 +527,16 @@ impl Leader {
         readers
     }
 
+    /// The ranks that get the buckets of a class.
+    fn readers_of(&self, class: u32) -> RankSet {
+        let apart = self.update.as_ref().and_then(|update| update.apart.as_ref());
+        let class = apart.and_then(|classes| classes.get(class as usize));
+        match class {
+            Some(class) => class.readers.common(&self.steps.active),
+            None => self.readers(),
+        }
+    }
+
     fn active_parts(&self) -> impl Iterator<Item = (Rank, Part)> + '_ {
         let active = self.steps.active.iter();
         active.filter_map(|rank| Some((rank, self.members.get(&rank)?.part)))
@@ -536,8 +585,10 @@ impl Leader {
         // A bucket has two messages: ranks that know the plan get the short one.
         let mut full = RankSet::new();
         if let Unsent::Bucket(bucket) = message {
-            let known = bucket.known.and_then(|plan| self.steps.plans.get(&plan));
-            let known = known.map(|known| short.common(known)).unwrap_or_default();
+            let known = match bucket.is_known {
+                true => short.common(&self.steps.informed),
+                false => RankSet::new(),
+            };
             full = std::mem::replace(&mut short, known);
             full.subtract(&short);
         }
@@ -560,13 +611,15 @@ impl Leader {
     /// something to do, so its deadline restarts.
     fn tell(&mut self, rank: Rank, message: Unsent, now: Instant) -> Result<()> {
         let Some(member) = self.members.get_mut(&rank) else { return Ok(()) };
-        let Some(entry) = &member.entered else {
+        if member.entered.is_none() {
             member.unsent.push(message);
             return Ok(());
-        };
+        }
         self.steps.since.set(&RankSet::from([rank]), &now);
         let body = match message {
-            Unsent::Bucket(bucket) => bucket.body(entry.plan)?,
+            Unsent::Bucket(bucket) => {
+                bucket.encoded(bucket.is_known && self.steps.informed.contains(rank))?
+            }
             Unsent::Other(body) => body,
         };
         self.send(rank, body);
@@ -576,16 +629,15 @@ impl Leader {
     /// The link has begun the update. Announces it to the other ranks.
     fn announce_update(&mut self, ticket: Option<Ticket>, now: Instant) -> Result<()> {
         let receivers: Vec<Rank> = self.receivers().collect();
-        let active: Vec<Rank> = self.steps.active.iter().collect();
         let topology = self.update.as_ref().and_then(|update| update.topology);
-        let route = topology.map(|topology| self.route(topology, &active, now));
+        let route = topology.map(|topology| self.route(topology, 0, &self.steps.active, now));
         let Some(update) = &mut self.update else { return Ok(()) };
         update.route = route;
         update.ticket.clone_from(&ticket);
         update.stage = if ticket.is_some() { Stage::Entering } else { Stage::Streaming };
         // Not with several senders: only this stream could follow the bases, and all streams have to be the same.
-        let asks_bases = self.settings.asks_bases && update.senders.len() <= 1;
-        update.next = match asks_bases {
+        let asks = self.settings.asks() && update.senders.len() <= 1;
+        update.next = match asks {
             true => Next::Unasked,
             false => Next::Pending(now),
         };
@@ -603,7 +655,7 @@ impl Leader {
         let all = self.with_idle(&self.steps.active);
         self.send_all(all, begin);
         self.observe(Progress::Began { version, receivers });
-        if !asks_bases {
+        if !asks {
             self.acts.push_back(Act::Collect { index: 0 });
         }
         Ok(())
@@ -617,23 +669,55 @@ impl Leader {
         self.mind_wait(now);
     }
 
-    /// Starts to read a stream that depends on the rollouts' versions, once all ranks have entered.
+    /// Starts to read a stream that depends on what the rollouts have and want, once all ranks have entered.
     fn ask_stream(&mut self, now: Instant) {
         let waits = |update: &Update| matches!(update.next, Next::Unasked);
         if !self.update.as_deref().is_some_and(waits) || !self.steps.to_enter.is_empty() {
             return;
         }
-        let said = self.receivers().filter_map(|rank| {
-            let entry = self.members.get(&rank)?.entered.as_ref()?;
-            Some((rank, entry.base))
-        });
-        let said = said.collect();
+        let entry = |rank| Some(self.members.get(&rank)?.entered.as_ref()?.said.clone());
+        let said = self.receivers().filter_map(entry).collect();
+        let apart = self.apart();
         if let Some(update) = &mut self.update
             && !matches!(update.stage, Stage::Beginning | Stage::Failing(_) | Stage::Over(_))
         {
             update.next = Next::Pending(now);
-            self.acts.extend([Act::Bases(said), Act::Collect { index: 0 }]);
+            if self.settings.asks_bases {
+                self.acts.push_back(Act::Bases(said));
+            }
+            if let Some(classes) = apart {
+                let class = |part| {
+                    let at = classes.iter().position(|class| class.parts.contains(part));
+                    at.map(|at| at as u32)
+                };
+                let parts = self.settings.parts.all();
+                self.acts.push_back(Act::Apart(parts.iter().map(class).collect()));
+                update.apart = Some(classes);
+            }
+            self.acts.push_back(Act::Collect { index: 0 });
         }
+    }
+
+    /// The parts that are sent and who wants them, from what all ranks have said; `None` if all want all.
+    fn apart(&self) -> Option<Vec<Class>> {
+        let (readers, mut classes) = (self.readers(), Vec::<Class>::new());
+        let mut is_apart = false;
+        for part in self.settings.parts.all().iter() {
+            let wants = |rank: &Rank| {
+                let entry = self.members.get(rank).and_then(|member| member.entered.as_ref());
+                entry.is_some_and(|entry| entry.said.wants.contains(part))
+            };
+            let wanting: RankSet = readers.iter().filter(wants).collect();
+            is_apart |= wanting != readers;
+            if wanting.is_empty() && !self.settings.keeps_all {
+                continue;
+            }
+            match classes.iter_mut().find(|class| class.readers == wanting) {
+                Some(class) => drop(class.parts.insert(part)),
+                None => classes.push(Class { parts: [part].into(), readers: wanting }),
+            }
+        }
+        is_apart.then_some(classes)
     }
 
     fn try_advance(&mut self, now: Instant) -> Result<()> {
@@ -715,23 +799,34 @@ impl Leader {
 
     /// Takes the slot for the collected bucket, and starts to fill it.
     fn begin_bucket(&mut self, now: Instant) -> Result<()> {
-        let readers = self.readers();
         let Some(update) = &mut self.update else { return Ok(()) };
         let pending = Next::Pending(now);
         let Next::Bucket(bucket, since) = std::mem::replace(&mut update.next, pending) else {
             return Ok(());
         };
         update.stages.release += now.saturating_duration_since(since);
-        let Collected { layout, known, source_bytes } = bucket;
+        let Collected { layout, known, source_bytes, class } = bucket;
+        let is_known = known.is_some();
+        let readers = self.readers_of(class);
+        let Some(update) = &mut self.update else { return Ok(()) };
         let (number, index) = (update.number, update.layouts.len() as u64);
         let slot = index as usize % self.settings.slots;
+        if let Some(topology) = update.topology.filter(|_| update.changes_class(class)) {
+            // Whoever does not want it is no source of it.
+            let route = self.route(topology, index, &readers, now);
+            if let Some(update) = &mut self.update {
+                update.route = Some(route);
+            }
+        }
+        let Some(update) = &mut self.update else { return Ok(()) };
         match &mut update.route {
             Some(route) => route.filling(index),
             None => self.slots[slot] = Held { update: number, bucket: index, by: readers },
         }
         let (sender, digest) = (sender_of(&update.senders, index), layout.digest());
         update.layouts.push(layout.clone());
-        let outgoing = Outgoing { index, slot, layout, known, source_bytes, digest: None };
+        update.classes.push(class);
+        let outgoing = Outgoing { index, slot, layout, is_known, source_bytes, digest: None };
         // Before the sender is told: if that fails, `close` finds the bucket here and frees its slot.
         update.outgoing.push_back(outgoing);
         if sender == Rank::LEADER {
@@ -759,7 +854,7 @@ impl Leader {
                 return Ok(());
             };
             let Some(bucket) = update.outgoing.pop_front() else { return Ok(()) };
-            update.version_digest = digest::chain(update.version_digest, digest);
+            update.digests.push(digest);
             let (index, bytes) = (bucket.index, bucket.source_bytes);
             self.announce(bucket, digest, now)?;
             self.observe(Progress::Bucket { index, bytes });
@@ -768,13 +863,14 @@ impl Leader {
 
     /// Announces a bucket to its receivers.
     fn announce(&mut self, bucket: Outgoing, digest: u64, now: Instant) -> Result<()> {
-        let Outgoing { index, slot, layout, known, .. } = bucket;
+        let Outgoing { index, slot, layout, is_known, .. } = bucket;
         let Some(update) = &self.update else { return Ok(()) };
         let (short, full) = (OnceLock::new(), OnceLock::new());
+        let class = update.classes.get(index as usize).copied().unwrap_or_default();
         let update = update.number;
         let bucket =
-            Arc::new(Announcement { update, index, slot, digest, layout, known, short, full });
-        if let Err(error) = self.tell_all(self.readers(), &Unsent::Bucket(bucket), now) {
+            Arc::new(Announcement { update, index, slot, digest, layout, is_known, short, full });
+        if let Err(error) = self.tell_all(self.readers_of(class), &Unsent::Bucket(bucket), now) {
             // Ranks that were not told will not release it.
             self.slots[slot].by = RankSet::new();
             return Err(error);
@@ -811,8 +907,17 @@ impl Leader {
 
     /// `Ok` if a bucket's slot may be filled with it. The error is the awaited rank, if there is one.
     fn is_free(&self, bucket: u64) -> Result<(), Option<Rank>> {
-        let route = self.update.as_ref().and_then(|update| update.route.as_ref());
-        match route {
+        let update = self.update.as_deref();
+        let changes_class = update.is_some_and(|update| match &update.next {
+            Next::Bucket(next, _) => update.changes_class(next.class),
+            _ => false,
+        });
+        match update.and_then(|update| update.route.as_ref()) {
+            // The buckets before have other routes, which end first.
+            Some(route) if changes_class => match route.is_quiet() {
+                true => Ok(()),
+                false => Err(self.awaited_elsewhere().or_else(|| route.unquiet())),
+            },
             Some(route) if route.may_fill(bucket) => Ok(()),
             Some(_) => Err(self.awaited_elsewhere()),
             None => match self.slots[bucket as usize % self.settings.slots].by.first() {
@@ -889,7 +994,7 @@ impl Leader {
                 let operation = match route {
                     Some(_) => "waiting for a receiver to fetch or release a bucket",
                     None if self.late_sender().is_some() => FILLING,
-                    None => "waiting for a receiver to release a bucket",
+                    None => RELEASING,
                 };
                 let rank = self.is_free(bucket).err().flatten();
                 Awaited { rank, bucket: Some(held), operation }
@@ -956,17 +1061,30 @@ impl Leader {
 
     /// Ends the update's data.
     fn finish(&mut self, now: Instant) -> Result<()> {
+        // Ranks that want the same are told the same: what they got, and its digests.
+        let mut all = BTreeMap::<PartSet, RankSet>::new();
+        for rank in self.steps.active.iter() {
+            let entry = self.members.get(&rank).and_then(|member| member.entered.as_ref());
+            let wants = entry.map(|entry| entry.said.wants.clone());
+            all.entry(wants.unwrap_or_else(|| self.settings.parts.all())).or_default().insert(rank);
+        }
         let Some(update) = &mut self.update else { return Ok(()) };
-        let plan = Plan { buckets: update.layouts.clone() };
         update.stage = Stage::Confirming;
-        let end = ToReceiver::End {
-            update: update.number,
-            buckets: plan.buckets.len() as u64,
-            digest: update.version_digest,
-            plan: plan.digest(),
-        };
-        self.plan = plan;
-        self.broadcast(&end, now)?;
+        let sent = Arc::new(update.sent(&self.settings.parts));
+        let mut ends = Vec::with_capacity(all.len());
+        for (wants, ranks) in all {
+            let got = sent.parts.iter().zip(&update.digests);
+            let got = got.filter(|(parts, _)| !parts.common(&wants).is_empty());
+            let (buckets, digest) = got.fold((0, 0), |(count, version), (_, digest)| {
+                (count + 1, digest::chain(version, *digest))
+            });
+            let (update, plan) = (update.number, sent.known_to(&wants));
+            ends.push((ranks, encode(&ToReceiver::End { update, buckets, digest, plan })?));
+        }
+        self.plan = sent;
+        for (ranks, end) in ends {
+            self.tell_all(ranks, &Unsent::Other(end), now)?;
+        }
         self.mind_wait(now);
         Ok(())
     }
@@ -978,7 +1096,7 @@ impl Leader {
             update.stages.confirm = now.saturating_duration_since(since);
         }
         let (version, elapsed) = (update.version, now.saturating_duration_since(update.begun));
-        let (buckets, digest) = (update.layouts.len() as u64, update.version_digest);
+        let (buckets, digest) = (update.layouts.len() as u64, update.digest());
         let stages = update.stages;
         // From here on the update has happened. A receiver that cannot be told is lost, and the next update
         // goes without it.
@@ -987,6 +1105,8 @@ impl Leader {
         let all = self.with_idle(&active);
         self.send_all(all, body);
         let mut receivers = Vec::new();
+        let parts = self.settings.parts.clone();
+        let has_parts = parts.names().count() > 1;
         for rank in active.iter() {
             self.blamed.remove(&rank);
             let Some(member) = self.members.get_mut(&rank) else { continue };
@@ -994,6 +1114,9 @@ impl Leader {
                 && member.part.is_rollout()
             {
                 report.state = VersionState::Active;
+                if let Some(entry) = member.entered.as_ref().filter(|_| has_parts) {
+                    report.parts = parts.named(&entry.said.wants);
+                }
                 report.digest = report.digest.filter(|_| self.settings.digests);
                 receivers.push(report);
             }
@@ -1262,15 +1385,22 @@ impl Leader {
         let Some(member) = self.members.get_mut(&from) else { return Ok(false) };
         let number = present.number;
         match message.clone() {
-            ToSender::Entered { update, card, plan, held, base } if update == number => {
+            ToSender::Entered { update, card, plan, held, base, wants } if update == number => {
                 if member.entered.is_some() {
                     return Ok(false);
                 }
-                member.entered = Some(Entry { plan, card, base });
-                self.steps.to_enter.remove(from);
-                if let Some(plan) = plan {
-                    self.steps.plans.entry(plan).or_default().insert(from);
+                let parts = &self.settings.parts;
+                let wants = parts.wanted(wants.as_deref()).map_err(|error| error.rank(from))?;
+                if wants != parts.all() && present.senders.len() > 1 {
+                    let message =
+                        "several trainers share the sending, so all rollouts get all parts";
+                    return Err(Error::new(ErrorKind::Config, ENTERING, message).rank(from));
                 }
+                if plan.is_some_and(|plan| plan == present.known_to(&wants)) {
+                    self.steps.informed.insert(from);
+                }
+                member.entered = Some(Entry { card, said: Entrant::new(from, base, wants) });
+                self.steps.to_enter.remove(from);
                 let unsent = std::mem::take(&mut member.unsent);
                 self.observe(Progress::State { rank: from, state: VersionState::Staging });
                 // Of earlier updates the rank holds only the buckets that it names, even if a release was lost. Of this
@@ -1407,6 +1537,35 @@ impl Leader {
 }
 
 impl Update {
+    /// The digest of the last plan as a rank knows it that wants these parts.
+    fn known_to(&mut self, wants: &PartSet) -> u64 {
+        if let Some(digest) = self.known.get(wants) {
+            return *digest;
+        }
+        let digest = self.last.known_to(wants);
+        self.known.insert(wants.clone(), digest);
+        digest
+    }
+
+    /// Whether a bucket of this class is wanted by other ranks than the one before it.
+    fn changes_class(&self, class: u32) -> bool {
+        self.apart.is_some() && self.classes.last() != Some(&class)
+    }
+
+    /// The buckets that were begun.
+    fn sent(&self, parts: &Parts) -> Sent {
+        let parts = self.classes.iter().map(|class| {
+            let apart = self.apart.as_ref().and_then(|classes| classes.get(*class as usize));
+            apart.map_or_else(|| parts.all(), |class| class.parts.clone())
+        });
+        Sent { plan: Plan { buckets: self.layouts.clone() }, parts: parts.collect() }
+    }
+
+    /// The digest of all buckets that were announced.
+    fn digest(&self) -> u64 {
+        self.digests.iter().fold(0, |version, digest| digest::chain(version, *digest))
+    }
+
     /// The bucket that was begun last, for errors.
     fn present_bucket(&self) -> u64 {
         (self.layouts.len() as u64).saturating_sub(1)
@@ -1415,7 +1574,7 @@ impl Update {
 
 impl Machine for Leader {
     fn plan(&self) -> &Plan {
-        &self.plan
+        &self.plan.plan
     }
 
     fn end(&mut self) -> Option<Result<Ended>> {
@@ -1552,7 +1711,7 @@ fn not_entered(operation: &str, deadline: Duration, silence: Option<Duration>) -
 mod tests {
     use super::*;
     use engine_core::plan::Piece;
-    use engine_core::{DType, TensorMeta};
+    use engine_core::{Base, DType, TensorMeta};
     use proptest::prelude::*;
 
     /// A leader with receivers 1 to `ranks`.
@@ -1565,6 +1724,8 @@ mod tests {
             card: Bytes::new(),
             asks_bases: false,
             needs_receivers: true,
+            parts: Parts::default(),
+            keeps_all: false,
         };
         let mut leader = Leader::new(settings, Box::new(|_| None), Box::new(|_| None));
         (1..=ranks).for_each(|rank| leader.admit(Rank(rank), Part::Receiver));
@@ -1575,7 +1736,7 @@ mod tests {
         let meta = TensorMeta::new(format!("weight{index}"), DType::U8, [8]).into();
         let piece = Piece { meta, start: 0, len: 8, offset: 0 };
         let layout = Arc::new(BucketLayout::new(vec![piece]));
-        Done::Collected(Ok(Some(Collected { layout, known: None, source_bytes: 8 })))
+        Done::Collected(Ok(Some(Collected { layout, known: None, source_bytes: 8, class: 0 })))
     }
 
     /// A leader with receivers 1 to 3 in a ring, and its clock.
@@ -1630,7 +1791,7 @@ mod tests {
                 due.extend(self.told());
                 let (card, plan, held) = (Bytes::new(), None, Vec::new());
                 let base = Base::Has(u64::from(rank));
-                self.hear(rank, &ToSender::Entered { update, card, plan, held, base });
+                self.hear(rank, &ToSender::Entered { update, card, plan, held, base, wants: None });
             }
             loop {
                 due.extend(self.told());
@@ -1687,7 +1848,7 @@ mod tests {
         let (update, error) = (1, ErrorReport::from(&lost_in_words()));
         let entered = move |plan| {
             let (card, held, base) = (Bytes::new(), Vec::new(), Base::Unable);
-            ToSender::Entered { update, card, plan, held, base }
+            ToSender::Entered { update, card, plan, held, base, wants: None }
         };
         let confirm = ToSender::Confirm { update, digest: 0, seconds: 0.5, notes: "{}".into() };
         prop_oneof![
@@ -1750,7 +1911,7 @@ mod tests {
         let mut others = all.clone();
         others.remove(Rank(777));
         let (card, held, base) = (Bytes::new(), Vec::new(), Base::Unable);
-        let entered = ToSender::Entered { update: 1, card, plan: None, held, base };
+        let entered = ToSender::Entered { update: 1, card, plan: None, held, base, wants: None };
         drop(serve(&mut leader, now));
         for (from, message) in [
             (&all, entered),

@@ -80,6 +80,12 @@ pub trait SendLink: std::fmt::Debug + Send + 'static {
         true
     }
 
+    /// Whether parts of a version that no rollout wants are sent all the same, because what is published serves others as
+    /// well.
+    fn keeps_all(&self) -> bool {
+        false
+    }
+
     /// Begins an update on the leader, with these ranks and `colocated` ranks of [`Part::Colocated`] beside them. If the
     /// ranks have to join one another for the update, this returns a ticket, which travels to all of them.
     ///
@@ -191,6 +197,10 @@ impl<L: SendLink + ?Sized> SendLink for Box<L> {
 
     fn needs_receivers(&self) -> bool {
         (**self).needs_receivers()
+    }
+
+    fn keeps_all(&self) -> bool {
+        (**self).keeps_all()
     }
 
     async fn begin(&mut self, members: &Members, colocated: usize) -> Result<Option<Ticket>> {

@@ -122,6 +122,8 @@ pub(super) enum ToSender {
         plan: Option<u64>,
         /// The buckets of this group's earlier updates that are still read there: update and index.
         held: Vec<(u64, u64)>,
+        /// The parts of the version that the rank wants, by their names; `None` for all.
+        wants: Option<Vec<String>>,
         /// The version there that a delta could be applied to.
         base: Base,
     },
@@ -231,6 +233,7 @@ mod tests {
                 plan: Some(2),
                 held: vec![(3, 4)],
                 base: Base::Has(5),
+                wants: Some(vec!["w".into()]),
             },
             ToSender::Fetched { update: 1, index: 2 },
             ToSender::Missed { update: 1, index: 2, from: Rank(3), error: error.clone() },
@@ -247,7 +250,7 @@ mod tests {
             all.extend(bytes);
         }
         let sum = engine_core::digest::sum(0, &all);
-        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (12, 149, 3_182_011_616_654_052_282));
+        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (13, 153, 13_192_971_570_392_350_067));
     }
 
     #[test]

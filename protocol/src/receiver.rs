@@ -152,7 +152,9 @@ impl<L: FetchLink> Receiver<L> {
         let meter = Meter::new(control.rank(), context.observer.clone());
         let follower = Follower::new(control.rank(), context.deadline(), control.updates());
         Self {
-            follower: Box::new(follower.of_kind(link.bucket_kind())),
+            follower: Box::new(
+                follower.of_kind(link.bucket_kind()).wanting(context.config.wants.clone()),
+            ),
             link,
             ledger: Ledger { control: control.clone(), held: Arc::default() },
             control,
@@ -164,8 +166,9 @@ impl<L: FetchLink> Receiver<L> {
     }
 
     /// Tells the leader that this rank enters an update.
-    fn enter(&mut self, update: u64, plan: Option<u64>) {
-        if let Err(error) = self.ledger.enter(update, self.link.card(), plan, self.bases.own()) {
+    fn enter(&mut self, update: u64, plan: Option<u64>, wants: Option<Vec<String>>) {
+        let (card, base) = (self.link.card(), self.bases.own());
+        if let Err(error) = self.ledger.enter(update, card, plan, base, wants) {
             self.follower.lost(error);
         }
     }
@@ -221,8 +224,8 @@ impl<L: FetchLink> Waiting<'_, L> {
         loop {
             while let Some(act) = receiver.follower.act() {
                 match act {
-                    Act::Enter { update, plan } => {
-                        receiver.enter(update, plan);
+                    Act::Enter { update, plan, wants } => {
+                        receiver.enter(update, plan, wants);
                         // Further acts belong to the update: the session does them.
                         break;
                     }
@@ -517,11 +520,18 @@ impl Ledger {
     }
 
     /// Tells the trainer that this rank enters an update, and what this rank has and holds.
-    fn enter(&self, update: u64, card: Bytes, plan: Option<u64>, base: Base) -> Result<()> {
+    fn enter(
+        &self,
+        update: u64,
+        card: Bytes,
+        plan: Option<u64>,
+        base: Base,
+        wants: Option<Vec<String>>,
+    ) -> Result<()> {
         // Sent under the lock, so that a bucket in this list is released only by a later message.
         let held = self.lock();
         let buckets = held.keys().copied().collect();
-        let entered = ToSender::Entered { update, card, plan, held: buckets, base };
+        let entered = ToSender::Entered { update, card, plan, held: buckets, base, wants };
         self.control.send_with_others(Rank::LEADER, encode(&entered)?)
     }
 

@@ -69,16 +69,38 @@ struct Node {
 }
 
 impl Route {
-    /// The routes along a tree: pairs of a receiver and its source, parents first.
-    pub(super) fn new(slots: u64, tree: impl IntoIterator<Item = (Rank, Rank)>) -> Self {
-        let mut nodes = BTreeMap::from([(Rank::LEADER, Node::default())]);
+    /// The routes along a tree: pairs of a receiver and its source, parents first. `first` is the first bucket that takes them.
+    /// Nothing of the buckets before it is fetched or read any more.
+    pub(super) fn new(
+        slots: u64,
+        first: u64,
+        tree: impl IntoIterator<Item = (Rank, Rank)>,
+    ) -> Self {
+        let node =
+            |parent| Node { parent, begun: first, has: first, given: first, ..Node::default() };
+        let mut nodes = BTreeMap::from([(Rank::LEADER, node(None))]);
         for (rank, parent) in tree {
-            nodes.insert(rank, Node { parent: Some(parent), ..Node::default() });
+            nodes.insert(rank, node(Some(parent)));
             if let Some(node) = nodes.get_mut(&parent) {
                 node.children.push(rank);
             }
         }
         Self { slots, nodes }
+    }
+
+    /// Whether every rank has all buckets so far and reads none of them, so that later ones may take other routes.
+    pub(super) fn is_quiet(&self) -> bool {
+        let filled = self.nodes.get(&Rank::LEADER).map_or(0, |leader| leader.begun);
+        self.nodes.values().all(|node| node.has == filled && node.viewed.is_empty())
+    }
+
+    /// A receiver that has not fetched or still reads a bucket.
+    pub(super) fn unquiet(&self) -> Option<Rank> {
+        let filled = self.nodes.get(&Rank::LEADER).map_or(0, |leader| leader.begun);
+        let mut receivers = self.nodes.iter().filter(|(_, node)| node.parent.is_some());
+        receivers
+            .find(|(_, node)| node.has < filled || !node.viewed.is_empty())
+            .map(|(rank, _)| *rank)
     }
 
     /// Whether the trainer may write this bucket to its slot.
@@ -225,7 +247,7 @@ mod tests {
     fn route(topology: Topology, slots: u64, buckets: u64, receivers: u32) -> Route {
         let sites = (1..=receivers).map(|rank| Site { rank: Rank(rank), host: rank % 3 });
         let sites: Vec<Site> = sites.collect();
-        Route::new(slots, plan(topology, buckets, 0, &sites, &BTreeSet::new()))
+        Route::new(slots, 0, plan(topology, buckets, 0, &sites, &BTreeSet::new()))
     }
 
     /// Ranks with slots. Each fetch copies the number of a bucket, and checks that it is the

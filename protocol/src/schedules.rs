@@ -10,6 +10,8 @@
 //! 3. Every wait ends, as long as the awaited ranks are given time. No rank is late within its deadline.
 //! 4. After any failure, the next update with the remaining ranks succeeds.
 //! 5. An error of the leader does not say twice that a rank is lost.
+//! 6. A rollout gets no bucket of a part of the version that it does not want, and of a part that nobody wants there is none. The leader
+//!    waits for no rank because of a bucket that the rank does not want.
 //!
 //! A schedule that breaks a promise is shortened as far as possible and printed. `CKPT_ENGINE_SCHEDULE` replays it.
 
@@ -23,7 +25,7 @@ use bytes::Bytes;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
 
 use super::follower::{self, Follower, told_of_fetch};
-use super::leader::{self, Leader};
+use super::leader::{self, Leader, RELEASING};
 use super::link::Part;
 use super::message::{Ticket, ToReceiver, ToSender, decode, encode};
 use super::route::Topology;
@@ -31,7 +33,8 @@ use super::secondary::{self, Secondary};
 use super::work::{Act, Collected, Done, Ended, Machine};
 use engine_core::control::{Event, Peer, Role};
 use engine_core::plan::{BucketLayout, Piece, Plan};
-use engine_core::{Base, DType, Error, ErrorKind, ErrorReport, Rank, Result, TensorMeta, Version};
+use engine_core::{Base, DType, Entrant, Error, ErrorKind, ErrorReport, Parts, Rank, Result};
+use engine_core::{CheckpointEngineConfig, TensorMeta, Version};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 /// How long things may take in a group without faults: short things, a trainer's work, and a caller.
@@ -45,6 +48,13 @@ const CHURN: Duration = Duration::from_secs(3);
 const STRANGER: Rank = Rank(99);
 /// The number of buckets of each model.
 const MODELS: [u64; 5] = [3, 5, 1, 0, 8];
+/// The parts of a version, in the order of their numbers. Buckets have them in turn, two of each.
+const PARTS: [&str; 3] = ["adapter", "draft", "policy"];
+
+/// The part that the bucket of this number has, where parts travel apart.
+fn part_of_bucket(at: u64) -> u32 {
+    (at / 2 % PARTS.len() as u64) as u32
+}
 
 /// A fixed fault, put back where the machines meet, to show that the promises catch it.
 #[cfg_attr(fuzzing, expect(dead_code, reason = "tests plant them"))]
@@ -60,6 +70,10 @@ enum Planted {
     EventsAsProgress,
     /// The leader does not say that it is alive.
     SilentLeader,
+    /// A bucket goes to those who want another part.
+    MisplacedParts,
+    /// A rank says what another one wants.
+    MistakenWants,
 }
 
 /// The numbers of a schedule that are left.
@@ -119,6 +133,8 @@ struct Trainer<M> {
     sending: Option<Sending>,
     link: Option<(Act, Instant)>,
     collecting: Option<Instant>,
+    /// The class of each part, if parts travel apart in this update.
+    classes: Option<Vec<Option<u32>>>,
 }
 
 /// What a trainer sends.
@@ -128,13 +144,15 @@ struct Sending {
     model: usize,
     begun: Instant,
     collected: u64,
+    /// The weights of the stream so far, each of which is a bucket if somebody wants it.
+    read: u64,
     /// Whether all layouts so far are those of the last plan.
     same: bool,
 }
 
 impl<M: Machine> Trainer<M> {
     fn new(machine: M) -> Self {
-        Self { machine, sending: None, link: None, collecting: None }
+        Self { machine, sending: None, link: None, collecting: None, classes: None }
     }
 
     fn drop_send(&mut self, now: Instant) {
@@ -142,6 +160,7 @@ impl<M: Machine> Trainer<M> {
             self.machine.abandon(now);
         }
         (self.sending, self.link, self.collecting) = (None, None, None);
+        self.classes = None;
     }
 }
 
@@ -216,6 +235,10 @@ struct World<'a> {
     slots: usize,
     digests: bool,
     churn: bool,
+    /// What rollouts want, where versions have named parts: the parts' numbers, or all.
+    wants: Option<BTreeMap<Rank, BTreeSet<u32>>>,
+    /// The part of each bucket of each update, and the bucket's number among those that the trainer read.
+    parts: BTreeMap<(u64, u64), (u32, u64)>,
     calm: bool,
     leader: Trainer<Leader>,
     nodes: BTreeMap<Rank, Node>,
@@ -236,6 +259,8 @@ struct World<'a> {
     unreleased: BTreeMap<Rank, BTreeSet<Content>>,
     lag: Duration,
     saw: Instant,
+    /// Whether a rank was told of a bucket that it does not want.
+    misplaced: bool,
     /// The rollouts whose bases were told to the leader's stream.
     said: Option<BTreeSet<Rank>>,
     sent: Option<Result<Ended>>,
@@ -302,7 +327,9 @@ impl<'a> World<'a> {
             _ => None,
         };
         let idle = usize::from(choices.of(4) == 3);
-        let ticket = [None, None, Some(true), Some(false)][choices.of(4)];
+        let ticket = choices.of(4);
+        let has_parts = senders == 0 && ticket == 1;
+        let ticket = [None, None, Some(true), Some(false)][ticket];
         let slots = 2 + choices.of(2) * 2;
         let digests = choices.of(3) < 2;
         let churn = faults && choices.of(3) == 2;
@@ -310,6 +337,17 @@ impl<'a> World<'a> {
             .chain(std::iter::repeat_n(Part::Receiver, rollouts))
             .chain(std::iter::repeat_n(Part::Idle, idle));
         let kinds: BTreeMap<Rank, Part> = (1..).map(Rank).zip(parts).collect();
+        // Several trainers send everything to all. Not chosen by numbers of their own: recorded schedules keep their meaning.
+        let kind = slots as u32 + u32::from(digests) + 3 * idle as u32;
+        let wants = has_parts.then(|| {
+            // One of the seven sets of three parts.
+            let some = |rank: &Rank| {
+                let bits = (rank.0 * 5 + kind * 3) % 7 + 1;
+                (0..PARTS.len() as u32).filter(|at| bits >> at & 1 == 1).collect()
+            };
+            let rollouts = kinds.iter().filter(|(_, part)| **part == Part::Receiver);
+            rollouts.map(|(rank, _)| (*rank, some(rank))).collect()
+        });
         let mut world = Self {
             choices,
             planted,
@@ -326,8 +364,10 @@ impl<'a> World<'a> {
             slots,
             digests,
             churn,
+            leader: Trainer::new(leader_of(slots, digests, wants.is_some())),
+            wants,
+            parts: BTreeMap::new(),
             calm: false,
-            leader: Trainer::new(leader_of(slots, digests)),
             nodes: BTreeMap::new(),
             kinds,
             gone: BTreeSet::new(),
@@ -342,6 +382,7 @@ impl<'a> World<'a> {
             unreleased: BTreeMap::new(),
             lag: Duration::ZERO,
             saw: began,
+            misplaced: false,
             sent: None,
             said: None,
             received: BTreeMap::new(),
@@ -374,7 +415,7 @@ impl<'a> World<'a> {
                 let is_idle = part == Part::Idle;
                 let machine = match is_idle {
                     true => Follower::idle(rank, DEADLINE, self.number),
-                    false => Follower::new(rank, DEADLINE, self.number),
+                    false => Follower::new(rank, DEADLINE, self.number).wanting(self.names(rank)),
                 };
                 Node::Rollout(Box::new(Rollout {
                     machine,
@@ -393,6 +434,20 @@ impl<'a> World<'a> {
         }
     }
 
+    /// The names of the parts that a rank wants; `None` if it wants all.
+    fn names(&self, rank: Rank) -> Option<Vec<String>> {
+        let wants = self.wants.as_ref()?.get(&rank)?;
+        let names = wants.iter().map(|at| PARTS[*at as usize].to_owned());
+        (wants.len() < PARTS.len()).then(|| names.collect())
+    }
+
+    /// Whether a rank wants a bucket.
+    fn wants(&self, rank: Rank, bucket: Content) -> bool {
+        let wants = self.wants.as_ref().and_then(|wants| wants.get(&rank));
+        let part = self.parts.get(&bucket).map(|(part, _)| part);
+        wants.zip(part).is_none_or(|(wants, part)| wants.contains(part))
+    }
+
     /// All connected ranks form a group, with new machines.
     fn form(&mut self) {
         self.generation += 1;
@@ -401,7 +456,7 @@ impl<'a> World<'a> {
         }
         self.remembered.clear();
         self.unreleased.clear();
-        self.leader = Trainer::new(leader_of(self.slots, self.digests));
+        self.leader = Trainer::new(leader_of(self.slots, self.digests, self.wants.is_some()));
         let ranks: Vec<Rank> =
             self.kinds.keys().copied().filter(|rank| !self.gone.contains(rank)).collect();
         for (at, rank) in ranks.into_iter().enumerate() {
@@ -444,7 +499,10 @@ impl<'a> World<'a> {
             Ok(ToReceiver::Commit { update }) => {
                 self.committed.insert(update);
             }
-            Ok(ToReceiver::Bucket { update, index, .. }) => {
+            Ok(
+                ToReceiver::Bucket { update, index, .. } | ToReceiver::Fetch { update, index, .. },
+            ) => {
+                self.misplaced |= !self.wants(to, (update, index));
                 self.unreleased.entry(to).or_default().insert((update, index));
             }
             _ => {}
@@ -516,6 +574,7 @@ impl<'a> World<'a> {
 
     fn serve_leader(&mut self) -> Checked {
         while let Some(act) = self.leader.machine.act() {
+            keep!(!self.misplaced, "a rank is told of a bucket that it does not want");
             self.note(|| format!("leader: {act:?}"));
             match act {
                 Act::Send { to, .. } if self.gone.contains(&to) => {
@@ -541,10 +600,14 @@ impl<'a> World<'a> {
                     }
                 }
                 Act::Bases(said) => {
-                    let each = |(rank, base): &(Rank, Base)| *base == Base::Has(u64::from(rank.0));
+                    let each = |said: &Entrant| said.base == Base::Has(u64::from(said.rank.0));
                     // A fault may have changed a rank's message.
                     keep!(self.faulty || said.iter().all(each), "what rollouts have: {said:?}");
-                    self.said = Some(said.into_iter().map(|(rank, _)| rank).collect());
+                    self.said = Some(said.into_iter().map(|said| said.rank).collect());
+                }
+                Act::Apart(classes) => {
+                    keep!(self.wants.is_some(), "parts travel apart where there are none");
+                    self.leader.classes = Some(classes);
                 }
                 act => {
                     let update = self.number;
@@ -565,6 +628,7 @@ impl<'a> World<'a> {
         if let Some(ended) = self.leader.machine.end() {
             self.note(|| format!("leader: {ended:?}"));
             (self.leader.sending, self.leader.link, self.leader.collecting) = (None, None, None);
+            self.leader.classes = None;
             if let Ok(ended) = &ended {
                 for receiver in &ended.receivers {
                     let said = self.said.as_ref().is_none_or(|said| said.contains(&receiver.rank));
@@ -574,8 +638,25 @@ impl<'a> World<'a> {
             } else {
                 keep!(self.faulty, "an update without a fault failed: {ended:?}");
                 says_a_loss_once(&ended)?;
+                self.waits_for_who_wants(&ended)?;
             }
             (self.sent, self.said) = (Some(ended), None);
+        }
+        Ok(())
+    }
+
+    /// Checks that the leader has waited for no rank because of a bucket that the rank does not want.
+    fn waits_for_who_wants(&self, ended: &Result<Ended>) -> Checked {
+        let Err(error) = ended else { return Ok(()) };
+        let report = error.report();
+        if let (Some(rank), Some(bucket)) = (report.rank, report.bucket)
+            && error.to_string().contains(RELEASING)
+        {
+            let update = self.number;
+            keep!(
+                self.wants(rank, (update, bucket)),
+                "rank {rank} is awaited for nothing: {error}"
+            );
         }
         Ok(())
     }
@@ -633,11 +714,16 @@ impl<'a> World<'a> {
         while let Some(act) = rollout.machine.act() {
             self.note(|| format!("rollout {rank}: {act:?}"));
             match act {
-                follower::Act::Enter { update, plan } => {
+                follower::Act::Enter { update, plan, wants } => {
                     let held = self.ledgers.get(&(rank, generation));
                     let held = held.into_iter().flatten().map(|(bucket, _)| *bucket).collect();
                     let (card, base) = (Bytes::new(), Base::Has(u64::from(rank.0)));
-                    self.say_to_leader(rank, &ToSender::Entered { update, card, plan, held, base });
+                    let wants = match self.planted {
+                        Some(Planted::MistakenWants) => self.names(Rank(1)),
+                        _ => wants,
+                    };
+                    let entered = ToSender::Entered { update, card, plan, held, base, wants };
+                    self.say_to_leader(rank, &entered);
                 }
                 follower::Act::Send(message) => self.say_to_leader(rank, &message),
                 follower::Act::Join(_) => rollout.joining = Some(now),
@@ -696,12 +782,19 @@ impl<'a> World<'a> {
                     "rank {rank} has update {update}, which was not committed"
                 );
                 let sent = self.updates.get(&(self.control, update)).copied();
-                let got = rollout.got.len() as u64;
-                let (version, buckets) = sent.unwrap_or_default();
+                let (version, read) = sent.unwrap_or_default();
                 keep!(rollout.whole, "rank {rank} has other bytes than were sent");
+                // Of all that the trainer read, what this rank wants.
+                let wants = self.wants.as_ref().and_then(|wants| wants.get(&rank));
+                let wanted = (0..read)
+                    .filter(|at| wants.is_none_or(|wants| wants.contains(&part_of_bucket(*at))));
+                let all =
+                    |index: &u64| self.parts.get(&(update, *index)).map_or(*index, |(_, at)| *at);
+                let got: Vec<u64> = rollout.got.iter().map(all).collect();
                 keep!(
-                    report.version.0 == version && (rollout.is_idle || got == buckets),
-                    "rank {rank} has {got} buckets of version {}, {sent:?} were sent",
+                    report.version.0 == version
+                        && (rollout.is_idle || wanted.eq(got.iter().copied())),
+                    "rank {rank} has {got:?} of version {}, {sent:?} were sent",
                     report.version
                 );
             } else {
@@ -740,10 +833,16 @@ impl<'a> World<'a> {
             "rank {rank} is given {:?} for {bucket:?}",
             view.content
         );
+        let before = rollout.got.last().map_or(0, |last| last + 1);
+        let is_next = (before..index).all(|passed| !self.wants(rank, (rollout.update, passed)));
         keep!(
-            index == rollout.got.len() as u64,
+            index >= before && is_next,
             "rank {rank} is given bucket {index} after {:?}",
             rollout.got
+        );
+        keep!(
+            self.wants(rank, bucket),
+            "rank {rank} is given bucket {index}, which it does not want"
         );
         rollout.got.push(index);
         (rollout.caller, rollout.since) = (Caller::Working, now);
@@ -1050,10 +1149,10 @@ impl<'a> World<'a> {
             return body;
         }
         match decode(&body) {
-            Ok(ToSender::Entered { update, card, base, .. }) => {
+            Ok(ToSender::Entered { update, card, base, wants, .. }) => {
                 let plan = self.remembered.get(&rank).copied();
                 let held = self.unreleased.get(&rank).into_iter().flatten().copied().collect();
-                encode(&ToSender::Entered { update, card, plan, held, base }).unwrap_or(body)
+                encode(&ToSender::Entered { update, card, plan, held, base, wants }).unwrap_or(body)
             }
             _ => body,
         }
@@ -1087,6 +1186,7 @@ impl<'a> World<'a> {
                     model,
                     begun: self.now,
                     collected: 0,
+                    read: 0,
                     same: true,
                 });
             }
@@ -1114,7 +1214,7 @@ impl<'a> World<'a> {
             Some(Node::Sender(sender)) => {
                 let (version, model) = next;
                 sender.sending =
-                    Some(Sending { version, model, begun: now, collected: 0, same: true });
+                    Some(Sending { version, model, begun: now, collected: 0, read: 0, same: true });
                 sender.machine.begin(Version(version), now);
             }
             None => {}
@@ -1160,7 +1260,21 @@ impl<'a> World<'a> {
             if self.leader.collecting.take().is_some()
                 && let Some(sending) = &mut self.leader.sending
             {
-                let next = if fails { broke() } else { Ok(sending.next(&plan)) };
+                let classes = self.leader.classes.as_deref();
+                let mut next = sending.next(&plan, classes);
+                if let Some(next) = &mut next
+                    && self.planted == Some(Planted::MisplacedParts)
+                {
+                    next.class = 0;
+                }
+                let next = if fails { broke() } else { Ok(next) };
+                if let Ok(Some(_)) = &next {
+                    let (index, read) = (sending.collected - 1, sending.read - 1);
+                    // Without classes all ranks want all.
+                    if self.wants.is_some() {
+                        self.parts.insert((self.number, index), (part_of_bucket(read), read));
+                    }
+                }
                 self.leader.machine.done(Done::Collected(next), now);
             }
             return self.serve_leader();
@@ -1173,7 +1287,7 @@ impl<'a> World<'a> {
             if sending.collected == 0 {
                 sending.model = model.unwrap_or(sending.model);
             }
-            let next = if fails { broke() } else { Ok(sending.next(&Plan::default())) };
+            let next = if fails { broke() } else { Ok(sending.next(&Plan::default(), None)) };
             sender.machine.done(Done::Collected(next), now);
         }
         self.serve(rank)
@@ -1338,6 +1452,7 @@ impl<'a> World<'a> {
             _ => {
                 self.control += 1;
                 self.number = 0;
+                self.parts.clear();
                 self.committed.clear();
                 self.to_leader.clear();
                 self.from_leader.clear();
@@ -1496,17 +1611,22 @@ impl<'a> World<'a> {
 
 impl Sending {
     /// The next bucket of the stream, as the collector would give it.
-    fn next(&mut self, plan: &Plan) -> Option<Collected> {
+    fn next(&mut self, plan: &Plan, classes: Option<&[Option<u32>]>) -> Option<Collected> {
+        let (class, read) = (self.read..MODELS[self.model]).find_map(|at| {
+            let class = match classes {
+                None => Some(0),
+                Some(classes) => classes[part_of_bucket(at) as usize],
+            };
+            class.map(|class| (class, at))
+        })?;
         let index = self.collected;
-        if index >= MODELS[self.model] {
-            return None;
-        }
         self.collected += 1;
-        let layout = layout(self.model, index);
+        self.read = read + 1;
+        let layout = layout(self.model, read);
         let last = plan.buckets.get(index as usize);
         self.same &= last.is_some_and(|last| last.digest() == layout.digest());
         let known = self.same.then(|| plan.digest());
-        Some(Collected { layout, known, source_bytes: 256 })
+        Some(Collected { layout, known, source_bytes: 256, class })
     }
 }
 
@@ -1516,13 +1636,18 @@ impl<M: Machine> Trainer<M> {
         match act {
             Act::Collect { .. } => self.collecting = Some(now),
             Act::Cancel => self.link = None,
-            Act::Bases(_) | Act::Skip | Act::Observe(_) | Act::Aborted(_) => {}
+            Act::Bases(_) | Act::Apart(_) | Act::Skip | Act::Observe(_) | Act::Aborted(_) => {}
             act => self.link = Some((act, now)),
         }
     }
 }
 
-fn leader_of(slots: usize, digests: bool) -> Leader {
+fn leader_of(slots: usize, digests: bool, has_parts: bool) -> Leader {
+    let mut config = CheckpointEngineConfig::default();
+    for part in &PARTS[..2] {
+        config.parts.insert((*part).to_owned(), vec![(*part).into()]);
+    }
+    let parts = Parts::of(&config).ok().filter(|_| has_parts);
     let settings = leader::Settings {
         deadline: DEADLINE,
         slots,
@@ -1532,6 +1657,8 @@ fn leader_of(slots: usize, digests: bool) -> Leader {
         // Not chosen by a number of its own: recorded schedules keep their meaning.
         asks_bases: slots > 2,
         needs_receivers: true,
+        parts: parts.unwrap_or_default(),
+        keeps_all: false,
     };
     Leader::new(settings, Box::new(part_of), Box::new(|_| Some(Duration::ZERO)))
 }
@@ -1654,6 +1781,16 @@ fn deadlines_that_any_event_begins_anew_are_found() {
 #[test]
 fn a_leader_that_does_not_say_that_it_is_alive_is_found() {
     is_found(Planted::SilentLeader, false, "without a fault");
+}
+
+#[test]
+fn a_bucket_for_those_who_want_another_part_is_found() {
+    is_found(Planted::MisplacedParts, false, "want");
+}
+
+#[test]
+fn a_rank_that_is_taken_to_want_what_another_wants_is_found() {
+    is_found(Planted::MistakenWants, false, "");
 }
 
 /// Replays the schedule that a failure has printed, and logs every event.

@@ -162,6 +162,7 @@ impl Secondary {
             plan: None,
             held: Vec::new(),
             base: Base::Unable,
+            wants: None,
         });
         self.acts.push_back(Act::Observe(Progress::Began { version, receivers: Vec::new() }));
         self.acts.push_back(Act::Collect { index: 0 });

@@ -24,8 +24,8 @@ use engine_core::observe::Observer as _;
 use engine_core::plan::{BucketKind, BucketPlanner};
 use engine_core::telemetry::Meter;
 use engine_core::{
-    Bases, CheckpointEngine, EngineContext, Error, ErrorKind, Rank, Result, TrainerEngine, Version,
-    WeightStream, no_copies,
+    Bases, CheckpointEngine, EngineContext, Error, ErrorKind, Parts, Rank, Result, TrainerEngine,
+    Version, WeightStream, no_copies,
 };
 
 /// How long a trainer that leaves the group waits for rollouts to release its buckets before it frees them.
@@ -41,6 +41,7 @@ pub struct Sender<L> {
     meter: Meter,
     /// Tells a layer in front of this engine which versions the rollouts have.
     bases: Bases,
+    parts: Parts,
 }
 
 impl<L: SendLink> Sender<L> {
@@ -53,6 +54,7 @@ impl<L: SendLink> Sender<L> {
     ) -> Self {
         // Lists do not travel, so there is nothing to verify.
         let digests = context.config.digests && link.bucket_kind() == BucketKind::Buffer;
+        let parts = parts_of(context);
         let settings = leader::Settings {
             deadline: context.deadline(),
             slots: link.slots(),
@@ -61,6 +63,8 @@ impl<L: SendLink> Sender<L> {
             card: link.card(),
             asks_bases: context.bases.is_wanted(),
             needs_receivers: link.needs_receivers(),
+            parts: parts.clone(),
+            keeps_all: link.keeps_all(),
         };
         let newcomers = |peer: &Peer| (peer.role == Role::Rollout).then_some(Part::Receiver);
         let heartbeats = control.clone();
@@ -72,7 +76,7 @@ impl<L: SendLink> Sender<L> {
         let meter = Meter::new(control.rank(), context.observer.clone());
         let leader = Box::new(leader);
         let (deadline, bases) = (context.deadline(), context.bases.clone());
-        Self { link, leader, control, deadline, meter, bases }
+        Self { link, leader, control, deadline, meter, bases, parts }
     }
 
     /// Sets the part of each rank that is not a plain receiver, and the parts of ranks that join later. A newcomer for
@@ -136,7 +140,7 @@ impl<L: SendLink> TrainerEngine for Sender<L> {
         weights: WeightStream<'_>,
         version: Version,
     ) -> Result<SendReport> {
-        let Self { link, leader, control, deadline, meter, bases } = self;
+        let Self { link, leader, control, deadline, meter, bases, parts } = self;
         let control: &dyn Control = &**control;
         // A rank that was lost between updates fails nothing: it takes no part in this update.
         while let Some(event) = arrived_event(control).await? {
@@ -145,7 +149,7 @@ impl<L: SendLink> TrainerEngine for Sender<L> {
         }
         let buckets = leader.plan().buckets.len();
         let topology = link.topology(leader.rollouts(), buckets);
-        let collector = Collector::new(leader.plan(), planner(link)?);
+        let collector = Collector::new(leader.plan(), planner(link)?, parts.clone());
         leader.begin(control.next_update(), version, topology, Instant::now())?;
         let work = Trainer { control, meter, deadline: *deadline, bases: Some(bases) };
         let sent = work.update(&mut **leader, link, collector, weights).await;
@@ -222,7 +226,7 @@ impl<L: SendLink> TrainerEngine for CoSender<L> {
     ) -> Result<SendReport> {
         let Self { link, secondary, control, deadline, meter } = self;
         let control: &dyn Control = &**control;
-        let collector = Collector::new(secondary.plan(), planner(link)?);
+        let collector = Collector::new(secondary.plan(), planner(link)?, Parts::default());
         secondary.begin(version, Instant::now());
         let work = Trainer { control, meter, deadline: *deadline, bases: None };
         work.update(&mut **secondary, link, collector, weights).await
@@ -235,6 +239,11 @@ impl<L: SendLink> TrainerEngine for CoSender<L> {
     async fn attest(&mut self) -> Result<SendReport> {
         Err(no_copies("attesting a version"))
     }
+}
+
+/// The parts of versions. What a configuration cannot name was refused before there was an engine.
+fn parts_of(context: &EngineContext) -> Parts {
+    Parts::of(&context.config).unwrap_or_default()
 }
 
 /// The planner for a link's buckets.
@@ -333,6 +342,11 @@ impl Trainer<'_> {
                 match act {
                     Act::Collect { index } => self.collect(&mut stream, index),
                     Act::Bases(said) => self.bases.into_iter().for_each(|b| b.hear(said.clone())),
+                    Act::Apart(classes) => {
+                        if let Stream::Idle(collector, _) = &mut stream {
+                            collector.keep_apart(classes);
+                        }
+                    }
                     Act::Skip => collected.clear(),
                     Act::Cancel => link = Link::Gone,
                     act @ (Act::Begin { .. }
@@ -369,9 +383,9 @@ impl Trainer<'_> {
                 {
                     stream = Stream::Idle(collector, weights);
                     let next = next.map(|bucket| {
-                        bucket.map(|Bucket { jobs, layout, known, source_bytes }| {
+                        bucket.map(|Bucket { jobs, layout, known, source_bytes, class }| {
                             collected = jobs;
-                            Collected { layout, known, source_bytes }
+                            Collected { layout, known, source_bytes, class }
                         })
                     });
                     return Poll::Ready(Step::Done(Done::Collected(next)));

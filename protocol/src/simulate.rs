@@ -14,7 +14,8 @@ use super::message::{ToSender, encode};
 use super::work::{Act, Collected, Done, Machine};
 use engine_core::control::Event;
 use engine_core::plan::{BucketLayout, Piece};
-use engine_core::{Base, DType, Error, ErrorKind, Rank, RankSet, Result, TensorMeta, Version};
+use engine_core::{Base, DType, Error, ErrorKind, Parts, Rank, RankSet, Result};
+use engine_core::{TensorMeta, Version};
 
 /// The deadline: no rank is late in a simulation.
 const NEVER: Duration = Duration::from_secs(1 << 20);
@@ -84,6 +85,8 @@ pub fn simulate(simulation: Simulation) -> Result<Simulated> {
         card: Bytes::new(),
         asks_bases: false,
         needs_receivers: true,
+        parts: Parts::default(),
+        keeps_all: false,
     };
     let mut leader = Leader::new(settings, Box::new(|_| None), Box::new(|_| None));
     let ranks = (1..=simulation.rollouts).map(Rank);
@@ -144,6 +147,7 @@ impl World {
                         layout: layout(index),
                         known: None,
                         source_bytes: BUCKET,
+                        class: 0,
                     }))),
                 _ => continue,
             };
@@ -199,9 +203,9 @@ fn answers(follower: &mut Follower, now: Instant) -> Result<Vec<ToSender>> {
     loop {
         while let Some(act) = follower.act() {
             match act {
-                follower::Act::Enter { update, plan } => {
+                follower::Act::Enter { update, plan, wants } => {
                     let (card, held, base) = (Bytes::new(), Vec::new(), Base::Unable);
-                    said.push(ToSender::Entered { update, card, plan, held, base });
+                    said.push(ToSender::Entered { update, card, plan, held, base, wants });
                 }
                 follower::Act::Send(message) => said.push(message),
                 follower::Act::Fetch { index, .. } => follower.arrived(index, Ok(None), now),

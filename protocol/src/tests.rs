@@ -128,7 +128,7 @@ impl Hand {
 
     fn enter(&self, update: u64, plan: Option<u64>, held: Vec<(u64, u64)>) {
         let (card, base) = (Bytes::new(), Base::Unable);
-        self.say(ToSender::Entered { update, card, plan, held, base });
+        self.say(ToSender::Entered { update, card, plan, held, base, wants: None });
     }
 
     /// Releases the buckets of an update at once. Returns their layouts and the plan's digest.
@@ -238,6 +238,65 @@ async fn a_rank_is_told_layouts_by_what_it_says_that_it_knows() {
         let (sent, digest) = futures::future::join(send(&mut sender, version), update).await;
         sent.unwrap();
         plan = Some(digest);
+    }
+}
+
+/// A weight that nobody may encode.
+#[derive(Debug)]
+struct Unwanted;
+
+impl Encoding for Unwanted {
+    fn name(&self) -> &'static str {
+        "unwanted"
+    }
+
+    fn source_bytes(&self) -> u64 {
+        8
+    }
+
+    fn encode_host(&self, _: Range<u64>, _: &mut [u8]) -> Result<()> {
+        Err(Error::new(ErrorKind::Weight, "encoding", "nobody wants it"))
+    }
+}
+
+#[tokio::test]
+async fn what_nobody_wants_is_not_encoded_and_a_plan_is_known_as_far_as_it_is_wanted() {
+    let (leader, rollout) = planes();
+    let mut context = context(20.0);
+    context.config.parts.insert("draft".into(), vec!["mtp.*".into()]);
+    let mut sender = Sender::new(Slots(Pool::new(1).unwrap()), &context, leader, [Rank(1)]);
+    let hand = Hand(rollout);
+    let weights = || {
+        let meta = |name: &str| TensorMeta::new(name, DType::U8, [8]);
+        let policy =
+            |name| Weight::encoded(meta(name), Arc::new(Unwanted), Treatment::Plain).unwrap();
+        let draft = |name| Weight::new(name, DType::U8, [8], vec![7; 8]).unwrap();
+        vec![policy("w0"), draft("mtp.a"), policy("w1"), policy("w2"), draft("mtp.b")]
+    };
+    let mut known = None;
+    for version in 1..3 {
+        let send = sender.send_weights(ensure_async_iterator(weights()), Version(version));
+        let receive = async {
+            let Begin { update, .. } = hand.begin().await;
+            assert!(hand.hears_nothing().await, "a bucket before it is known who wants it");
+            let (card, held, base) = (Bytes::new(), Vec::new(), Base::Unable);
+            let wants = Some(vec!["draft".to_owned()]);
+            hand.say(ToSender::Entered { update, card, plan: known, held, base, wants });
+            hand.rest(update).await
+        };
+        let (sent, (layouts, plan)) = futures::future::join(send, receive).await;
+        let report = sent.unwrap();
+        assert_eq!(report.receivers[0].parts, ["draft"]);
+        assert_eq!((report.counts.tensors, report.buckets), (2, 1));
+        match (&*layouts, known) {
+            ([Layout::Explicit { pieces }], None) => {
+                let names = pieces.iter().map(|piece| &*piece.meta.name);
+                assert_eq!(names.collect::<Vec<_>>(), ["mtp.a", "mtp.b"]);
+            }
+            ([Layout::Known { .. }], Some(_)) => {}
+            other => panic!("{other:?}"),
+        }
+        known = Some(plan);
     }
 }
 

@@ -83,7 +83,10 @@ pub struct Relay<L> {
 impl<L: FetchLink> Relay<L> {
     /// A trainer to which the leader gave [`Part::Relay`](super::Part::Relay).
     pub fn new(link: L, context: &EngineContext, control: Arc<dyn Control>, pool: Pool) -> Self {
-        let receiver = Receiver::new(link, context, control, pool);
+        // It passes on what others want.
+        let mut context = context.clone();
+        context.config.wants = None;
+        let receiver = Receiver::new(link, &context, control, pool);
         Self { receiver, deadline: context.deadline() }
     }
 }

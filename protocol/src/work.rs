@@ -10,7 +10,7 @@ use super::message::Ticket;
 use engine_core::control::{Event, Said};
 use engine_core::observe::Progress;
 use engine_core::plan::{BucketLayout, Plan};
-use engine_core::{Base, Error, Rank, RankSet, ReceiverReport, Result, StageTimes, Version};
+use engine_core::{Entrant, Error, Rank, RankSet, ReceiverReport, Result, StageTimes, Version};
 
 /// Something for the loop to do.
 #[derive(Debug)]
@@ -26,7 +26,9 @@ pub(super) enum Act {
     /// Have the link join the others: answered by [`Done::Joined`].
     Join(Ticket),
     /// Tell the layer in front which versions the rollouts of the update have, before the stream is read.
-    Bases(Vec<(Rank, Base)>),
+    Bases(Vec<Entrant>),
+    /// Keep weights of these classes in buckets of their own: the class of each part of the version. A part without one is left out.
+    Apart(Vec<Option<u32>>),
     /// Read the stream up to the end of a bucket: answered by [`Done::Collected`].
     Collect { index: u64 },
     /// Have the link encode the bucket that was collected last: answered by [`Done::Filled`].
@@ -78,6 +80,8 @@ pub(super) struct Collected {
     /// The digest of the last plan, if that has the same layout for this bucket.
     pub(super) known: Option<u64>,
     pub(super) source_bytes: u64,
+    /// The class of its weights, if parts travel apart; else 0.
+    pub(super) class: u32,
 }
 
 /// An update that is complete, as one of its trainers knows it.

@@ -61,8 +61,9 @@ class ReceiverReport:
         rank: The rollout.
         state: Its version's state: ``"active"``, ``"ready"``, ``"staging"`` or ``"aborted"``.
         seconds: From the update's begin to the rollout's confirmation.
-        digest: Of the whole version, as the rollout computed it.
+        digest: Of the version as far as the rollout wants it, as the rollout computed it.
         notes: What the rollout's program said.
+        parts: The named parts of the version that it got. Empty if versions have no named parts.
     """
 
     rank: int
@@ -70,6 +71,7 @@ class ReceiverReport:
     seconds: float
     digest: int | None
     notes: Any
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -200,8 +202,9 @@ class ReceiveReport:
         bytes: Bytes of tensors.
         buckets: Buckets received.
         elapsed: Seconds from the trainer's announcement to the end.
-        digest: Of the whole version, if digests are on.
-        parts: The named parts of the version, if this rank keeps a copy of it.
+        digest: Of the version as far as this rank wants it, if digests are on.
+        parts: The named parts of the version that are here, if this rank keeps a copy of it.
+        wants: The parts that this rank wants, which is what it got; ``None`` for all.
     """
 
     version: int
@@ -212,6 +215,7 @@ class ReceiveReport:
     elapsed: float
     digest: int | None
     parts: dict[str, PartReport] = field(default_factory=dict)
+    wants: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -243,11 +247,15 @@ def _send_report(text: str) -> SendReport:
         elapsed=_seconds(data["elapsed"]),
         stages=StageTimes(**{name: _seconds(value) for name, value in data["stages"].items()}),
         digest=data["digest"],
-        receivers=tuple(ReceiverReport(**receiver) for receiver in data["receivers"]),
+        receivers=tuple(_receiver_report(receiver) for receiver in data["receivers"]),
         absent=tuple(data["absent"]),
         slower=tuple(data["slower"]),
         delta=_delta_report(data["delta"]),
     )
+
+
+def _receiver_report(data: Any) -> ReceiverReport:
+    return ReceiverReport(**{**data, "parts": tuple(data["parts"])})
 
 
 def _delta_report(data: Any) -> DeltaReport | None:
@@ -264,7 +272,8 @@ def _parts(data: Any) -> dict[str, PartReport]:
 def _receive_report(text: str) -> ReceiveReport:
     data = json.loads(text)
     elapsed, parts = _seconds(data["elapsed"]), _parts(data["parts"])
-    return ReceiveReport(**{**data, "elapsed": elapsed, "parts": parts})
+    wants = None if data["wants"] is None else tuple(data["wants"])
+    return ReceiveReport(**{**data, "elapsed": elapsed, "parts": parts, "wants": wants})
 
 
 def _peers(text: str) -> tuple[Peer, ...]:

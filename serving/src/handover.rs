@@ -10,7 +10,7 @@ use control_plane::{
     Address, Channel, ChannelId, Control, ControlConfig, ControlPlane, Event, Role, UPDATES,
 };
 use engine_core::{
-    Backend, CheckpointEngineConfig, EngineContext, Error, ErrorKind, Placement, Rank,
+    Backend, CheckpointEngineConfig, EngineContext, Error, ErrorKind, Parts, Placement, Rank,
     ReceivedWeights, Result, RolloutEngine, SendReport, Version, WorkerMetadata, clock,
 };
 use serde::de::DeserializeOwned;
@@ -78,6 +78,9 @@ pub struct Holder {
 #[derive(Debug, Serialize, Deserialize)]
 struct Offer {
     version: Option<Version>,
+    /// The parts of it that are here, by their names; `None` for all.
+    #[serde(default)]
+    parts: Option<Vec<String>>,
 }
 
 impl Holder {
@@ -155,7 +158,10 @@ impl Holder {
             }
         };
         let held = self.cache.get_weights().ok();
-        let offer = Offer { version: held.as_ref().map(|(version, _)| *version) };
+        let parts = Parts::of(&self.config)?;
+        let has = parts.wanted(self.config.wants.as_deref())?;
+        let parts = (has != parts.all()).then(|| parts.named(&has));
+        let offer = Offer { version: held.as_ref().map(|(version, _)| *version), parts };
         channel.send(newcomer, written(&offer)?)?;
         let Some((version, weights)) = held else { return Ok(None) };
         let context = EngineContext::new(self.config.clone());
@@ -194,11 +200,11 @@ impl Newcomer {
     ///
     /// # Contract
     ///
-    /// The configuration is the holder's, as in a group.
+    /// The configuration is the holder's, as in a group; what it wants may be less than the holder has.
     ///
     /// # Errors
     ///
-    /// `Timeout` if the holder does not answer within the configuration's deadline, or is busy with
+    /// `Mismatch` if it wants a part of the version that the holder does not have; `Timeout` if the holder does not answer within the configuration's deadline, or is busy with
     /// others for that long; those of joining a group.
     pub async fn join(
         backend: &dyn Backend,
@@ -222,7 +228,11 @@ impl Newcomer {
                     debug!(%error, "the holder is busy");
                     clock::sleep(PAUSE).await;
                 }
-                Err(error) => return Err(error),
+                Err(error) => {
+                    // The holder hears at once that it need not wait for this rank.
+                    drop(control.close().await);
+                    return Err(error);
+                }
             }
         }
     }
@@ -238,6 +248,7 @@ impl Newcomer {
         // One that serves another newcomer says nothing, and leaves when it has.
         let offer: Offer = answer(&channel, Rank::LEADER, deadline).await?;
         let Some(version) = offer.version else { return Ok(None) };
+        has_all_of(offer.parts.as_deref(), context.config.wants.as_deref())?;
         let prepared =
             backend.prepare_rollout(context.clone().with_control(control.clone())).await?;
         let own = prepared.metadata().clone();
@@ -270,6 +281,21 @@ impl Newcomer {
         self.engine.finalize().await?;
         self.control.close().await
     }
+}
+
+/// Refuses a holder that does not have all parts of a version that a rank wants.
+fn has_all_of(holds: Option<&[String]>, wants: Option<&[String]>) -> Result<()> {
+    let Some(holds) = holds else { return Ok(()) };
+    let wanted = match wants {
+        Some(wants) if wants.iter().all(|wanted| holds.contains(wanted)) => return Ok(()),
+        Some(wants) => format!("`{}`", wants.join("`, `")),
+        None => "all".to_owned(),
+    };
+    let message = format!(
+        "the holder has only the parts `{}` of its version, this rank wants {wanted}",
+        holds.join("`, `")
+    );
+    Err(Error::new(ErrorKind::Mismatch, "taking a version over", message))
 }
 
 /// Listens, as a group of one that others join.
@@ -410,7 +436,7 @@ mod tests {
                 let joined = channel.recv(LONG).await.unwrap();
                 let Some(Event::Joined(newcomer)) = joined else { panic!("{joined:?}") };
                 if answers {
-                    let nothing = written(&Offer { version: None }).unwrap();
+                    let nothing = written(&Offer { version: None, parts: None }).unwrap();
                     channel.send(newcomer.rank, nothing).unwrap();
                     while !matches!(
                         channel.recv(LONG).await.unwrap(),

@@ -11,7 +11,7 @@ use engine_core::{
     CheckpointEngineConfig, ErrorKind, Rank, Registry, Result, TrainerEngine, Version, Weight,
     ensure_async_iterator,
 };
-use serving::{Replica, WeightCache};
+use serving::{Newcomer, Replica, WeightCache};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinHandle;
 
@@ -104,6 +104,59 @@ async fn a_replica_has_every_version_and_ends_when_the_trainer_leaves() {
     }
     trainer.leave().await;
     tokio::time::timeout(LIMIT, rollout.task).await.unwrap().unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_rollout_that_holds_some_parts_gives_them_to_who_wants_no_more_and_nothing_to_others() {
+    let at = address();
+    let registry = || Registry::new().with(backend_naive::BACKEND);
+    let with_parts = |wants: Option<&[&str]>| {
+        let mut config = config();
+        config.parts.insert("draft".into(), vec!["mtp.*".into()]);
+        config.parts.insert("adapter".into(), vec!["*.lora_*".into()]);
+        config.wants = wants.map(|wants| wants.iter().map(|part| (*part).to_owned()).collect());
+        config
+    };
+    let control = ControlPlane::lead(at.clone()).await.unwrap();
+    let mut alone = at.clone();
+    alone.address = format!("{}-holder", at.address).parse().unwrap();
+    let holder = Replica::new(registry(), with_parts(Some(&["policy", "draft"])), at.clone());
+    let mut holder = Running::start(holder.holding(alone.address.clone()));
+    let registry = registry();
+    let group = form_group(&registry, with_parts(None), &control).world_size(2).deadline(LIMIT);
+    let (mut trainer, _) = group.trainer().await.unwrap();
+    let weight = |name: &str| Weight::of(name, [4], Arc::new(vec![1_f32; 4]));
+    let version = ["w", "mtp.w", "w.lora_A"].map(weight);
+    trainer.send_weights(ensure_async_iterator(version), Version(1)).await.unwrap();
+    assert_eq!(holder.hears().await, Ok(Version(1)));
+
+    let names = |cache: &WeightCache| -> Vec<String> {
+        let current = cache.current().unwrap();
+        current.weights().iter().map(|weight| weight.name().to_owned()).collect()
+    };
+    assert_eq!(names(&holder.cache), ["w", "mtp.w"]);
+    for (wants, gets) in [
+        (Some(&["draft"][..]), Ok(&["mtp.w"][..])),
+        (Some(&["draft", "policy"]), Ok(&["w", "mtp.w"])),
+        (Some(&["adapter", "policy"]), Err("`adapter`")),
+        (None, Err("wants all")),
+    ] {
+        let cache = WeightCache::default();
+        let joined = Newcomer::join(backend_naive::BACKEND, with_parts(wants), alone.clone()).await;
+        match (joined, gets) {
+            (Ok(newcomer), Ok(gets)) => {
+                let mut newcomer = newcomer.unwrap();
+                cache.take_over(newcomer.receive().await.unwrap()).await.unwrap();
+                newcomer.leave().await.unwrap();
+                assert_eq!(names(&cache), gets);
+            }
+            (Err(error), Err(words)) => {
+                assert_eq!(error.kind(), ErrorKind::Mismatch, "{error}");
+                assert!(error.to_string().contains(words), "{error}");
+            }
+            (joined, gets) => panic!("{joined:?}, {gets:?} was expected"),
+        }
+    }
 }
 
 #[tokio::test]

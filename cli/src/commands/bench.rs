@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use checkpoint_engine::DeviceChoice;
-use checkpoint_engine::delta::NamePattern;
+use checkpoint_engine::NamePattern;
 use checkpoint_engine::fp8::{Fp8Format, Granularity, Quantization, SourceType};
 use clap::{Args, Subcommand};
 use cli::bench::quant::{QuantLine, QuantOptions, quant};

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use checkpoint_engine::control::from_env;
-use checkpoint_engine::{ControlPlane, Rank, Role, Version, form_group, registry};
+use checkpoint_engine::{ControlPlane, Parts, Rank, Role, Version, form_group, registry};
 use clap::Args;
 use cli::memory::PeakMemory;
 use cli::report_line::line;
@@ -112,6 +112,7 @@ pub(crate) async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Fail
         say(format!("waiting for {} other ranks at {}", world_size - 1, control.address()))?;
     }
     let (spec, attests) = (source.spec().clone(), args.attest);
+    let parts = Parts::of(&config)?;
     let announcement = serde_json::json!(Announcement { source: spec, attests });
     let group = form_group(&registry, config.clone(), &control).attributes(announcement);
     let (engine, _) = group.world_size(world_size).trainer().await?;
@@ -124,7 +125,7 @@ pub(crate) async fn trainer_command(args: &TrainerArgs) -> Result<ExitCode, Fail
             let report = trainer.update(version).await?;
             let attested = trainer.attest().await;
             let extra = memory.extra_peak_bytes();
-            let mut line = line(&report, &trainer.source, &config.backend, None, extra);
+            let mut line = line(&report, &trainer.source, &parts, &config.backend, None, extra);
             line.attested_in(attested.as_ref().ok().and_then(Option::as_ref));
             print_update(&line, args.json)?;
             attested

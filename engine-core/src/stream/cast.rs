@@ -28,9 +28,9 @@ fn cast_weight(weight: Weight, to: DType) -> Result<Weight> {
         .tensor(weight.name()));
     }
     let meta = TensorMeta { dtype: to, ..TensorMeta::clone(weight.meta()) };
-    let part = weight.part.clone();
+    let (part, named_part) = (weight.part.clone(), weight.named_part);
     let cast = Arc::new(Cast { source: weight, from, to });
-    Ok(Weight { part, ..Weight::encoded(meta, cast, Treatment::Plain)? })
+    Ok(Weight { part, named_part, ..Weight::encoded(meta, cast, Treatment::Plain)? })
 }
 
 fn is_float(dtype: DType) -> bool {

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 /// # Examples
 ///
 /// ```
-/// let adapter: delta::NamePattern = "*.lora_*".into();
+/// let adapter: engine_core::NamePattern = "*.lora_*".into();
 /// assert!(adapter.matches("base_model.model.layers.0.q_proj.lora_A.weight"));
 /// assert!(!adapter.matches("base_model.model.layers.0.q_proj.weight"));
 /// ```
