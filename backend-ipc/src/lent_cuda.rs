@@ -139,7 +139,7 @@ impl Lender for LentCuda {
         self.memory.space.len().next_multiple_of(ALIGNMENT)
     }
 
-    fn lend(&mut self) -> Result<Bytes> {
+    fn lend(&mut self, _: &[Rank]) -> Result<Bytes> {
         self.require_own()?;
         let lease = Lease::new()?;
         let offer = CudaOffer {

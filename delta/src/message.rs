@@ -139,7 +139,7 @@ mod tests {
             let tensor = tensor(0, &head, &[]).expect("a tensor");
             tensor.contiguous_bytes().expect("bytes").to_vec()
         };
-        assert_eq!(PROTOCOL_VERSION, 12);
+        assert_eq!(PROTOCOL_VERSION, 13);
         assert_eq!(encoded(Head::Begin { base: 300 }), [3, 0, 0, 0, 0, 0xac, 2]);
         let record = Record { weight: 1, tile: 64, len: 3 };
         assert_eq!(encoded(Head::Weights(vec![record])), [5, 0, 0, 0, 1, 1, 1, 64, 3]);

@@ -235,6 +235,9 @@ pub struct ReceiveReport {
     /// The named parts of the version, if this rank keeps a copy of it.
     #[serde(default)]
     pub parts: BTreeMap<String, PartReport>,
+    /// What of this rank made the update slower than possible, each with the reason, in words. Empty if nothing did.
+    #[serde(default)]
+    pub slower: Vec<String>,
 }
 
 impl ReceiveReport {
@@ -249,6 +252,7 @@ impl ReceiveReport {
             elapsed: Duration::ZERO,
             digest: None,
             parts: BTreeMap::new(),
+            slower: Vec::new(),
         }
     }
 }

@@ -247,7 +247,7 @@ mod tests {
             all.extend(bytes);
         }
         let sum = engine_core::digest::sum(0, &all);
-        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (12, 149, 3_182_011_616_654_052_282));
+        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (13, 149, 3_182_011_616_654_052_282));
     }
 
     #[test]
