@@ -1,11 +1,16 @@
 //! Tensors of a program in host memory: where they lie in what is lent, and writing to them from this process.
 #![allow(unsafe_code, reason = "the promise of a program that lends its own tensors")]
 
-use bytes::Bytes;
-use engine_core::{Error, ErrorKind, Result};
+use std::cell::UnsafeCell;
 
+use bytes::Bytes;
+use engine_core::{Error, ErrorKind, Result, available_memory};
+
+use crate::memory::LentBytes;
 use crate::parcels::Scatter;
 use crate::parts::Parts;
+use crate::rollout::Layout;
+use crate::tensors::LentTensor;
 
 /// Ranges of memory begin at multiples of it in what is lent, or as far behind one as their addresses do, so that offsets there are aligned as
 /// addresses are.
@@ -74,9 +79,24 @@ fn range(bytes: &Bytes) -> (u64, u64) {
     (bytes.as_ptr().expose_provenance() as u64, bytes.len() as u64)
 }
 
-/// Memory of a program's tensors that this process writes to, by its offsets in what is lent.
+/// Host memory of tensors that this process writes to, by its offsets in what is lent.
 #[derive(Debug)]
 pub struct HostTensors(Parts<Bytes>);
+
+/// Memory for tensors, which is written to while nobody reads it.
+struct Owned(Box<[UnsafeCell<u8>]>);
+
+// SAFETY: it is memory like any other. Who writes to it is what the promise of `HostTensors::new` is about.
+unsafe impl Send for Owned {}
+// SAFETY: as above.
+unsafe impl Sync for Owned {}
+
+impl AsRef<[u8]> for Owned {
+    fn as_ref(&self) -> &[u8] {
+        // SAFETY: so many initialised bytes are there, and nobody writes to them while they are read.
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.0.len()) }
+    }
+}
 
 impl HostTensors {
     /// These bytes, each with its offset. They do not overlap.
@@ -87,6 +107,68 @@ impl HostTensors {
     /// read, and no two threads do at the same time for the same bytes.
     pub unsafe fn new(bytes: impl IntoIterator<Item = (u64, Bytes)>) -> Self {
         Self(Parts::new(bytes.into_iter().map(|(at, bytes)| (at, bytes.len() as u64, bytes))))
+    }
+
+    /// Tensors of a program, where they are, and their layout.
+    ///
+    /// # Safety
+    ///
+    /// As of [`new`](Self::new).
+    ///
+    /// # Errors
+    ///
+    /// `Mismatch` for a tensor on a device, `Weight` for tensors that share memory; both name it.
+    pub unsafe fn of(tensors: impl IntoIterator<Item = LentTensor>) -> Result<(Layout, Self)> {
+        let tensors: Vec<_> =
+            tensors.into_iter().map(LentTensor::into_host_parts).collect::<Result<_>>()?;
+        let ranges = HostRanges::new(0, tensors.iter().flat_map(|(_, both)| both));
+        let at = |bytes: &Bytes| ranges.find(bytes).map_or(0, |(_, at)| at);
+        let wanted = tensors.iter().map(|(wanted, [elements, scales])| {
+            (wanted.clone(), at(elements), at(scales))
+        });
+        let layout = Layout::at(wanted.collect::<Vec<_>>(), ranges.end(0))?;
+        let bytes = tensors.into_iter().flat_map(|(_, both)| both);
+        let bytes: Vec<_> = bytes.map(|bytes| (at(&bytes), bytes)).collect();
+        // SAFETY: they are tensors that are lent, and the rest is the caller's promise.
+        Ok((layout, unsafe { Self::new(bytes) }))
+    }
+
+    /// So many bytes of new memory, which is zeroed.
+    ///
+    /// # Safety
+    ///
+    /// As of [`new`](Self::new).
+    ///
+    /// # Errors
+    ///
+    /// `Resource` if there is not so much.
+    pub unsafe fn allocate(bytes: u64) -> Result<Self> {
+        let available = available_memory().is_none_or(|available| bytes <= available);
+        let len = usize::try_from(bytes).ok().filter(|_| available).ok_or_else(|| {
+            let message = format!("no memory for {bytes} bytes of tensors");
+            Error::new(ErrorKind::Resource, "lending tensors", message)
+        })?;
+        let memory = std::iter::repeat_with(|| UnsafeCell::new(0)).take(len).collect();
+        // SAFETY: it is memory that nobody else has, and the rest is the caller's promise.
+        Ok(unsafe { Self::new([(0, Bytes::from_owner(Owned(memory)))]) })
+    }
+
+    /// The offset behind the last byte.
+    #[expect(clippy::len_without_is_empty, reason = "as of a lender, which is empty without tensors alone")]
+    pub fn len(&self) -> u64 {
+        self.0.end()
+    }
+
+    /// As [`Lender::bytes`](crate::Lender::bytes).
+    ///
+    /// # Errors
+    ///
+    /// `State` for bytes that are not in one piece.
+    pub fn bytes(&self, at: u64, len: u64) -> Result<LentBytes<'_>> {
+        self.0.bytes(at, len).map(LentBytes::Host).ok_or_else(|| {
+            let message = format!("{len} bytes at {at} are in no tensor that is lent");
+            Error::new(ErrorKind::State, "reading what is lent", message)
+        })
     }
 }
 
