@@ -68,6 +68,8 @@ fn alone(case: &str, own: bool, lazy: bool) {
         .env(CASE, case)
         .env("CKPT_ENGINE_HCCL_DIR", libraries)
         .env("HCCL_SIM_LAZY", if lazy { "1" } else { "0" })
+        // Each rank is on the NPU of its number.
+        .env("CKPT_ENGINE_TEST_DEVICES", "8")
         .env("HCCL_SIM_TIME_SCALE", "0.02")
         .env("HCCL_EXEC_TIMEOUT", "1836")
         .env("HCCL_HOST_SOCKET_PORT_RANGE", "auto")
