@@ -80,7 +80,7 @@ fn place_tensors(
 ) -> Result<(Layout, Box<dyn Lender>)> {
     #[cfg(feature = "cuda")]
     if !device.is_cpu() {
-        let (layout, memory) = LentCuda::of_tensors(device, tensors)?;
+        let (layout, memory) = LentCuda::of_tensors(device, tensors, staging)?;
         return Ok((layout, Box::new(memory)));
     }
     let _ = device;

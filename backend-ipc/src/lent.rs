@@ -144,7 +144,10 @@ impl LentMemory {
             rest.map(|(bytes, _)| bytes.clone()).collect::<Vec<_>>()
         };
         let staged: Vec<Bytes> = located.iter().flat_map(|(_, both)| private(both)).collect();
-        let slower = words_of_staged(located.iter().map(|(wanted, both)| (wanted, private(both))));
+        let bytes = |both| private(both).iter().map(|bytes| bytes.len() as u64).sum();
+        let why = "theirs is not shared memory that other processes can open (of torch: `share_memory_()`)";
+        let slower =
+            words_of_staged(located.iter().map(|(wanted, both)| (wanted, bytes(both))), why);
         let ranges = HostRanges::new(end, &staged);
         let at = |own: &Located| {
             shared(own).or_else(|| ranges.find(&own.0).map(|(_, at)| at)).unwrap_or(0)
@@ -169,18 +172,17 @@ impl LentMemory {
     }
 }
 
-/// Says which tensors go through staging memory, and why; `None` if none do.
-fn words_of_staged<'a>(
-    tensors: impl Iterator<Item = (&'a Wanted, Vec<Bytes>)>,
+/// Says which tensors go through staging memory, with their bytes that do, and why; `None` if none do.
+pub(crate) fn words_of_staged<'a>(
+    tensors: impl Iterator<Item = (&'a Wanted, u64)>,
+    why: &str,
 ) -> Option<String> {
-    let staged: Vec<_> = tensors.filter(|(_, private)| !private.is_empty()).collect();
+    let staged: Vec<(&Wanted, u64)> = tensors.filter(|(_, bytes)| *bytes > 0).collect();
     let (first, _) = staged.first()?;
-    let bytes: usize = staged.iter().flat_map(|(_, private)| private).map(Bytes::len).sum();
+    let bytes: u64 = staged.iter().map(|(_, bytes)| bytes).sum();
+    let (count, name) = (staged.len(), &first.meta.name);
     Some(format!(
-        "{bytes} bytes of {} tensors (`{}` is the first) go through staging memory: theirs is not shared memory that other processes can \
-         open (of torch: `share_memory_()`)",
-        staged.len(),
-        first.meta.name
+        "{bytes} bytes of {count} tensors (`{name}` is the first) go through staging memory: {why}"
     ))
 }
 
@@ -263,6 +265,9 @@ impl Opened {
     }
 }
 
+/// Open files, each with its length that is known.
+type Files = HashMap<FileAddress, (u64, Arc<Opened>)>;
+
 /// How a trainer reaches the memory that rollouts of its host lend. Open memory is kept from one update to the next.
 #[derive(Debug)]
 pub(crate) struct Neighbours {
@@ -270,7 +275,7 @@ pub(crate) struct Neighbours {
     rank: Rank,
     /// How long it waits for a rollout to empty a parcel.
     limit: Duration,
-    files: Mutex<HashMap<FileAddress, (u64, Arc<Opened>)>>,
+    files: Mutex<Files>,
     #[cfg(feature = "cuda")]
     peers: Option<Peers>,
 }
@@ -292,38 +297,55 @@ impl Neighbours {
         })
     }
 
+    /// Opens a file of a rollout, and adds it to `present`.
+    fn open(
+        &self,
+        file: FileAddress,
+        len: u64,
+        present: &mut Files,
+    ) -> Result<Arc<Opened>, SegmentError> {
+        let known = lock(&self.files).get(&file).filter(|(known, _)| *known >= len).cloned();
+        let (len, opened) = match known {
+            Some(known) => known,
+            None => (len, Arc::new(Opened::new(&file, len)?)),
+        };
+        present.insert(file, (len, opened.clone()));
+        Ok(opened)
+    }
+
+    /// This trainer's lane of a rollout's staging memory, if it has one. The lease is held.
+    fn lane(
+        &self,
+        rank: Rank,
+        staging: StagingOffer,
+        lease: Terms,
+        present: &mut Files,
+    ) -> Result<Option<Lane>, SegmentError> {
+        let opened = self.open(staging.file, staging.bytes()? as u64, present)?;
+        let Opened::Mapped(memory) = &*opened else { return Err(SegmentError::Unsealed) };
+        staging.lane(self.rank, rank, memory.clone(), lease, self.limit)
+    }
+
     /// Reaches a rollout's memory of the host, and adds its files to `present`, which are kept for the next update.
     fn reach_host(
         &self,
         rank: Rank,
         offer: HostOffer,
-        present: &mut HashMap<FileAddress, (u64, Arc<Opened>)>,
+        present: &mut Files,
     ) -> Result<Arc<dyn Reached>> {
         let failed = |error: SegmentError| Error::from(error).rank(rank);
         // The lease comes first: while it is held, the files are the ones that the rollout has mapped.
         let lease = offer.lease.accept().map_err(failed)?;
-        let known = lock(&self.files);
-        let mut open = |file: FileAddress, len: u64| {
-            let (len, opened) = match known.get(&file).filter(|(known, _)| *known >= len) {
-                Some(known) => known.clone(),
-                None => (len, Arc::new(Opened::new(&file, len)?)),
-            };
-            present.insert(file, (len, opened.clone()));
-            Ok::<_, SegmentError>(opened)
-        };
         let mut parts = Vec::with_capacity(offer.parts.len());
         for part in offer.parts {
             let OfferedPart { bytes, file, offset, .. } = part;
             let too_large = || failed(SegmentError::TooLarge(1, bytes));
             let len = offset.checked_add(bytes).ok_or_else(too_large)?;
-            parts.push((part.at, bytes, (offset, open(file, len).map_err(failed)?)));
+            let opened = self.open(file, len, present).map_err(failed)?;
+            parts.push((part.at, bytes, (offset, opened)));
         }
-        let lane = |staging: StagingOffer| {
-            let opened = open(staging.file, staging.bytes()? as u64)?;
-            let Opened::Mapped(memory) = &*opened else { return Err(SegmentError::Unsealed) };
-            staging.lane(self.rank, rank, memory.clone(), offer.lease, self.limit)
-        };
-        let lane = offer.staging.map(lane).transpose().map_err(failed)?.flatten();
+        let lane = offer.staging.map(|staging| self.lane(rank, staging, offer.lease, present));
+        let lane = lane.transpose().map_err(failed)?.flatten();
         let parcels = lane.map(Packing::new);
         Ok(Arc::new(Borrowing { parts: Parts::new(parts), parcels, _lease: lease }))
     }
@@ -352,7 +374,9 @@ impl Reach for Neighbours {
                         let kind = engine_core::ErrorKind::Mismatch;
                         Error::new(kind, "reaching a rollout's tensors", message).rank(*rank)
                     })?;
-                    peers.reach(*rank, offer, &mut opened)?
+                    peers.reach(*rank, offer, &mut opened, |staging, lease| {
+                        self.lane(*rank, staging, lease, &mut files)
+                    })?
                 }
             });
         }

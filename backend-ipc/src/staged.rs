@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use engine_core::{Error, Rank, Result};
-use placed::parcels::{Carrier, RUNS, Room, Run, Scatter, scatter};
+use placed::parcels::{Carrier, RUNS, Room, Run, Scatter};
 use serde::{Deserialize, Serialize};
 
 use crate::error::SegmentError;
@@ -23,7 +23,7 @@ use crate::segment::{allocate, memory_in_words};
 /// The slots of a lane: while the rollout empties one, the trainer fills the other.
 const SLOTS: usize = 2;
 /// The most bytes of a parcel: they stay in a core's cache between the two copies.
-const MOST: u64 = 2 << 20;
+pub(crate) const MOST: u64 = 2 << 20;
 /// The least bytes of a parcel, however many trainers share the memory.
 const LEAST: u64 = 64 << 10;
 
@@ -209,7 +209,7 @@ fn take_parcel(shape: Shape, memory: &Mapping, slot: usize, to: &dyn Scatter) ->
         Run { at: number(at), len: number(len) }
     };
     let runs: Vec<Run> = runs.iter().map(run).collect();
-    scatter(&runs, memory.full(slot + BYTES, shape.slot_bytes), to)
+    to.scatter(&runs, memory.full(slot + BYTES, shape.slot_bytes))
 }
 
 /// A trainer's lane, while it holds the lease.

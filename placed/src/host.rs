@@ -7,7 +7,7 @@ use bytes::Bytes;
 use engine_core::{Error, ErrorKind, Result, available_memory};
 
 use crate::memory::LentBytes;
-use crate::parcels::Scatter;
+use crate::parcels::{Run, SCATTERING, Scatter, places};
 use crate::parts::Parts;
 use crate::rollout::Layout;
 use crate::tensors::LentTensor;
@@ -103,8 +103,8 @@ impl HostTensors {
     ///
     /// # Safety
     ///
-    /// All of them are memory of [tensors that are lent](crate::LentTensor). Nobody calls [`write`](Scatter::write) while such bytes are
-    /// read, and no two threads do at the same time for the same bytes.
+    /// All of them are memory of [tensors that are lent](crate::LentTensor). Nothing is [scattered](Scatter::scatter) while such bytes are
+    /// read, nor by two threads at the same time.
     pub unsafe fn new(bytes: impl IntoIterator<Item = (u64, Bytes)>) -> Self {
         Self(Parts::new(bytes.into_iter().map(|(at, bytes)| (at, bytes.len() as u64, bytes))))
     }
@@ -173,21 +173,32 @@ impl HostTensors {
 }
 
 impl Scatter for HostTensors {
+    fn scatter(&self, runs: &[Run], parcel: &[u8]) -> Result<()> {
+        for place in places(runs, parcel.len() as u64) {
+            let (from, Run { at, len }) = place?;
+            // `places` has made sure that they are within the parcel.
+            self.write(at, &parcel[from as usize..(from + len) as usize])?;
+        }
+        Ok(())
+    }
+}
+
+impl HostTensors {
     fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
         // Tensors may be neighbours.
         let (mut at, mut rest) = (at, bytes);
         while !rest.is_empty() {
             let (own, from, left) = self.0.rest(at).ok_or_else(|| {
                 let message = format!("the byte at {at} is in no tensor for which parcels come");
-                Error::new(ErrorKind::Protocol, "scattering a parcel", message)
+                Error::new(ErrorKind::Protocol, SCATTERING, message)
             })?;
             let here = usize::try_from(left).map_or(rest.len(), |left| left.min(rest.len()));
             let (now, later) = rest.split_at(here);
             let address = own.as_ptr().expose_provenance() + from as usize;
             let to = std::ptr::with_exposed_provenance_mut::<u8>(address);
             // SAFETY: `rest` has made sure that so many bytes are within `own`. They are those of a lent tensor, whose program has promised
-            // that they may be written to, and that it does not access them meanwhile. `new` has the promise that nobody else does. A parcel
-            // is memory of its own.
+            // that they may be written to, and that it does not access them meanwhile; or they are memory of a transport. `new` has the
+            // promise that nobody else accesses them. A parcel is memory of its own.
             unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), to, now.len()) };
             (at, rest) = (at + here as u64, later);
         }
@@ -228,6 +239,28 @@ mod tests {
                     prop_assert_eq!(there, overlap(*one, *other));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_parcel_is_scattered_to_tensors_and_nothing_beside_them() {
+        let memory = [vec![0_u8; 8], vec![0; 4]].map(Bytes::from_owner);
+        let [one, other] = memory.clone();
+        // SAFETY: they are read only when nothing is scattered.
+        let tensors = unsafe { HostTensors::new([(16, one), (24, other)]) };
+        let parcel: Vec<u8> = (1..=10).collect();
+        // The second run is in both.
+        let runs = [Run { at: 17, len: 2 }, Run { at: 20, len: 8 }];
+        tensors.scatter(&runs, &parcel).expect("places");
+        let bytes = |at, len| match tensors.bytes(at, len).expect("a tensor") {
+            LentBytes::Host(bytes) => bytes.to_vec(),
+            LentBytes::Device(_) => unreachable!("host memory"),
+        };
+        assert_eq!(bytes(16, 8), [0, 1, 2, 0, 3, 4, 5, 6]);
+        assert_eq!(bytes(24, 4), [7, 8, 9, 10]);
+        for outside in [0, 15, 27, 28, u64::MAX - 1] {
+            let error = tensors.scatter(&[Run { at: outside, len: 2 }], &parcel).expect_err("no place");
+            assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
         }
     }
 }

@@ -114,8 +114,8 @@ pub trait Encoder: fmt::Debug + Send + Sync {
     /// Whether it can encode a weight, into this format if the weight is quantised.
     fn takes(&self, weight: &Weight, format: Option<&Fp8Format>) -> bool;
 
-    /// Whether it can write to this memory of a rollout.
-    fn writes_to(&self, to: &dyn Reached) -> bool;
+    /// Whether it can write to the tensor whose elements and scales are at these offsets in a rollout's memory.
+    fn writes_to(&self, to: &dyn Reached, places: &[u64]) -> bool;
 
     /// The largest magnitude in each block of each part, over the elements of the part, in the form of
     /// [`BlockMaxima`](quant_fp8::BlockMaxima).

@@ -148,32 +148,32 @@ impl<C: Carrier> Packing<C> {
 
 /// Memory of a rollout to which it copies what comes in parcels.
 pub trait Scatter: fmt::Debug + Send + Sync {
-    /// Writes bytes to a place in what is lent.
+    /// Copies the bytes of a parcel to their places, and returns when they are there. After an error some of them may be there.
     ///
     /// # Errors
     ///
-    /// `Protocol` if they are in no tensor for which parcels come; those of the device.
-    fn write(&self, at: u64, bytes: &[u8]) -> Result<()>;
+    /// `Protocol` for runs that are longer than the parcel or in no tensor for which parcels come; those of the device.
+    fn scatter(&self, runs: &[Run], parcel: &[u8]) -> Result<()>;
 }
 
-/// Copies the bytes of a parcel to their places.
+/// Where each run of a parcel of so many bytes begins in it, with the run.
 ///
 /// # Errors
 ///
-/// Those of [`Scatter::write`]; `Protocol` if the runs are longer than the parcel.
-pub fn scatter(runs: &[Run], bytes: &[u8], to: &dyn Scatter) -> Result<()> {
-    let mut rest = bytes;
-    for run in runs {
-        let split = usize::try_from(run.len).ok().and_then(|len| rest.split_at_checked(len));
-        let (own, after) = split.ok_or_else(|| {
-            let message = format!("runs of more than its {} bytes", bytes.len());
-            Error::new(ErrorKind::Protocol, "scattering a parcel", message)
+/// `Protocol` for a run that ends behind the parcel.
+pub fn places(runs: &[Run], bytes: u64) -> impl Iterator<Item = Result<(u64, Run)>> + '_ {
+    let mut from = 0_u64;
+    runs.iter().map(move |run| {
+        let start = from;
+        from = from.checked_add(run.len).filter(|end| *end <= bytes).ok_or_else(|| {
+            let message = format!("runs of more than its {bytes} bytes");
+            Error::new(ErrorKind::Protocol, SCATTERING, message)
         })?;
-        to.write(run.at, own)?;
-        rest = after;
-    }
-    Ok(())
+        Ok((start, *run))
+    })
 }
+
+pub(crate) const SCATTERING: &str = "scattering a parcel";
 
 #[cfg(test)]
 mod tests {
@@ -199,11 +199,13 @@ mod tests {
     }
 
     impl Scatter for Rollout {
-        fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        fn scatter(&self, runs: &[Run], parcel: &[u8]) -> Result<()> {
             let mut memory = self.memory.lock().expect("no panic");
-            let to = memory.get_mut(at as usize..at as usize + bytes.len());
-            let outside = || Error::new(ErrorKind::Protocol, "scattering", "it is outside");
-            to.ok_or_else(outside)?.copy_from_slice(bytes);
+            for place in places(runs, parcel.len() as u64) {
+                let (from, Run { at, len }) = place?;
+                let bytes = &parcel[from as usize..(from + len) as usize];
+                memory[at as usize..(at + len) as usize].copy_from_slice(bytes);
+            }
             Ok(())
         }
     }
@@ -217,7 +219,7 @@ mod tests {
 
         fn send(&self, room: Vec<u8>, runs: &[Run]) -> Result<()> {
             self.sent.lock().expect("no panic").push(runs.to_vec());
-            scatter(runs, &room, *self)
+            self.scatter(runs, &room)
         }
 
         fn wait(&self) -> Result<()> {
@@ -264,14 +266,14 @@ mod tests {
     }
 
     #[test]
-    fn runs_that_are_longer_than_their_parcel_or_lie_elsewhere_are_refused() {
-        let rollout = rollout(8, 8);
-        let refused = |at, len| {
-            let error = scatter(&[Run { at, len }], &[1; 4], &rollout).expect_err("no place");
-            assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
-        };
-        refused(0, 5);
-        refused(5, 4);
-        refused(0, u64::MAX);
+    fn runs_that_are_longer_than_their_parcel_are_refused() {
+        for lens in [&[5][..], &[4, 1], &[1, u64::MAX]] {
+            let runs: Vec<Run> = lens.iter().map(|&len| Run { at: 0, len }).collect();
+            let found: Result<Vec<_>> = places(&runs, 4).collect();
+            assert_eq!(found.expect_err("too long").kind(), ErrorKind::Protocol);
+        }
+        let run = Run { at: 9, len: 2 };
+        let found: Result<Vec<_>> = places(&[run, run], 4).collect();
+        assert_eq!(found.expect("all of it"), [(0, run), (2, run)]);
     }
 }

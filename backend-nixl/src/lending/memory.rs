@@ -84,7 +84,7 @@ pub(super) fn of_tensors_on(
 ) -> Result<(Layout, Lendable)> {
     let device = Device::of(device)?;
     let (layout, allocations, held) =
-        lay_out_tensors(&device, tensors.into_iter().collect(), |_| Ok(()))?;
+        lay_out_tensors(&device, tensors.into_iter().collect(), |_| Ok(Some(())))?;
     let allocations = allocations.into_iter().map(|one| (one.at, one.memory)).collect();
     Ok((layout, on_device(&device, allocations, held)?))
 }

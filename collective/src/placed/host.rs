@@ -3,11 +3,10 @@
 
 use std::sync::Arc;
 
-use engine_core::Result;
-use ::placed::parcels::{Run, scatter};
+use ::placed::parcels::{Run, Scatter};
 use ::placed::{HostTensors, Layout, LentBytes, LentTensor, Wanted};
 
-use engine_core::Storage;
+use engine_core::{Result, Storage};
 
 use super::Tensors;
 
@@ -17,7 +16,7 @@ impl Tensors for HostTensors {
     }
 
     fn scatter(&self, runs: &[Run], parcel: &Storage) -> Result<()> {
-        scatter(runs, &parcel.to_host()?, self)
+        Scatter::scatter(self, runs, &parcel.to_host()?)
     }
 
     fn bytes(&self, at: u64, len: u64) -> Result<LentBytes<'_>> {
