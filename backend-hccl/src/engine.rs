@@ -34,7 +34,7 @@ pub struct HcclOptions {
     pub relays: bool,
     /// Whether to form the group anew for every update.
     pub rebuild_group: bool,
-    /// Whether trainers write into tensors that rollouts lend.
+    /// Whether trainers write into tensors that rollouts lend. The same on all trainers.
     pub placed: bool,
     /// The folder of `libascendcl.so` and `libhccl.so`; searched for without it.
     pub library_dir: Option<PathBuf>,

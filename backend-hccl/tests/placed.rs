@@ -85,11 +85,17 @@ fn alone(case: &str, own: bool, lazy: bool) {
     assert!(text.contains("1 passed"), "{text}");
 }
 
+fn nothing_fell_back_to_something_slower(lends: &Lends) {
+    let (leaders, own) = conformance::placed::what_made_an_update_slower(lends);
+    assert!(leaders.is_empty() && own.concat().is_empty(), "{leaders:?} {own:?}");
+}
+
 type Case = fn(&Lends);
 
 macro_rules! all {
     ($($module:path: $($case:ident)*;)*) => {
         const ALL: &[(&str, Case)] = &[
+            ("nothing_fell_back_to_something_slower", nothing_fell_back_to_something_slower),
             $($((stringify!($case), { use $module as these; these::$case }),)*)*
         ];
         mod memory_of_the_transport {
@@ -127,6 +133,8 @@ macro_rules! variants {
 }
 
 variants! {
+    reports_say_that_nothing_fell_back_to_something_slower,
+        nothing_fell_back_to_something_slower, false, false;
     every_box_of_a_programs_own_tensors_is_right,
         every_box_is_bit_for_bit_that_of_the_unsharded_tensor, true, false;
     every_box_is_right_when_streams_run_late,

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use engine_core::memory::Pool;
 use engine_core::{
-    CheckpointEngineConfig, DeviceChoice, EngineContext, Error, ErrorKind, Prepared, PreparedRollout, PreparedTrainer,
-    Result, Role, RolloutEngine, TrainerEngine, WorkerMetadata,
+    CheckpointEngineConfig, DeviceChoice, EngineContext, Error, ErrorKind, Prepared,
+    PreparedRollout, PreparedTrainer, Result, Role, RolloutEngine, TrainerEngine, WorkerMetadata,
 };
 use placed::{Layout, Lender, LentTensor, PlacedRollout, Wanted};
 use protocol::{Receiver, Sender};

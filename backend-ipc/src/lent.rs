@@ -423,8 +423,9 @@ impl Reached for Borrowing {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#[allow(unsafe_code, reason = "memory of a test")]
 mod tests {
-    use engine_core::ErrorKind;
+    use engine_core::{DType, ErrorKind, TensorMeta};
 
     use super::*;
 
@@ -467,6 +468,83 @@ mod tests {
         reach(&neighbours, &terms).unwrap().put(0, &[9]).unwrap();
         assert!(memory.take_back().unwrap());
         assert_eq!(host(&memory)[0], 9);
+    }
+
+    /// A tensor of so many bytes of this process alone.
+    fn private(bytes: usize) -> LentMemory {
+        let memory = Bytes::from(vec![0_u8; bytes]);
+        let wanted = Wanted::whole(TensorMeta::new("w", DType::U8, [bytes as u64]));
+        // SAFETY: nobody else has it, and it is read only while it is not lent.
+        let tensor = unsafe { LentTensor::new(wanted, memory.into(), None) }.unwrap();
+        LentMemory::of_tensors(vec![tensor], 1 << 20).unwrap().1
+    }
+
+    #[test]
+    fn what_is_in_memory_of_this_process_comes_in_parcels_and_is_there_when_it_was_flushed() {
+        const BYTES: usize = 3 << 20;
+        let mut memory = private(BYTES);
+        let (neighbours, start) = (neighbours(), first_of(&memory));
+        for version in 1..4 {
+            let terms = memory.lend(&[Rank(0)]).unwrap();
+            let held = reach(&neighbours, &terms).unwrap();
+            // More than all slots together hold.
+            for part in 0..3 {
+                held.put(start + (part << 20), &vec![version + part as u8; 1 << 20]).unwrap();
+            }
+            held.flush().unwrap();
+            drop(held);
+            while !memory.take_back().unwrap() {}
+            let LentBytes::Host(bytes) = memory.bytes(start, BYTES as u64).unwrap() else {
+                panic!("host memory")
+            };
+            for (part, bytes) in (0_u8..).zip(bytes.chunks(1 << 20)) {
+                assert!(bytes.iter().all(|byte| *byte == version + part));
+            }
+        }
+    }
+
+    fn first_of(memory: &LentMemory) -> u64 {
+        (0..memory.len()).find(|at| memory.views.rest(*at).is_some()).unwrap()
+    }
+
+    #[test]
+    fn a_parcel_for_other_memory_is_refused_and_the_next_update_works() {
+        let mut memory = private(100);
+        let neighbours = neighbours();
+        let start = first_of(&memory);
+        let held = reach(&neighbours, &memory.lend(&[Rank(0)]).unwrap()).unwrap();
+        held.put(start + 93, &[4; 8]).unwrap();
+        let error = held.flush().unwrap_err();
+        assert_eq!((error.kind(), error.report().rank), (ErrorKind::Protocol, Some(Rank(1))));
+        assert!(error.to_string().contains("refused"), "{error}");
+        drop(held);
+        while !memory.take_back().unwrap() {}
+        let held = reach(&neighbours, &memory.lend(&[Rank(0)]).unwrap()).unwrap();
+        held.put(start + 92, &[5; 8]).unwrap();
+        held.flush().unwrap();
+        drop(held);
+        while !memory.take_back().unwrap() {}
+        let LentBytes::Host(bytes) = memory.bytes(start + 92, 8).unwrap() else { panic!("host") };
+        assert_eq!(bytes, [5; 8]);
+    }
+
+    #[test]
+    fn a_trainer_does_not_wait_for_a_rollout_that_is_gone_or_takes_nothing() {
+        let mut memory = private(100);
+        let start = first_of(&memory);
+        let hasty = Neighbours::new(&DeviceChoice::default(), Rank(0), Duration::from_millis(50));
+        let held = reach(&hasty.unwrap(), &memory.lend(&[Rank(0)]).unwrap()).unwrap();
+        while !memory.staging.as_mut().unwrap().end() {}
+        held.put(start, &[1]).unwrap();
+        let error = held.flush().unwrap_err();
+        assert_eq!((error.kind(), error.report().rank), (ErrorKind::Timeout, Some(Rank(1))));
+        drop(held);
+        while !memory.take_back().unwrap() {}
+        let held = reach(&neighbours(), &memory.lend(&[Rank(0)]).unwrap()).unwrap();
+        drop(memory);
+        held.put(start, &[1]).unwrap();
+        let error = held.flush().unwrap_err();
+        assert_eq!((error.kind(), error.report().rank), (ErrorKind::PeerLost, Some(Rank(1))));
     }
 
     #[test]

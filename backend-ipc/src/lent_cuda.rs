@@ -325,9 +325,7 @@ impl Reached for BorrowedCuda {
         match (self.memory.slice(at, bytes.len()), &self.parcels) {
             (Ok(to), _) => Ok(to.write(bytes)?),
             (Err(_), Some(parcels)) => parcels.put(at, bytes),
-            (Err(_), None) => {
-                Err(SegmentError::OutsideLent { at, len: bytes.len() as u64 }.into())
-            }
+            (Err(_), None) => Err(SegmentError::OutsideLent { at, len: bytes.len() as u64 }.into()),
         }
     }
 

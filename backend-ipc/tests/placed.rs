@@ -4,15 +4,15 @@
 
 use std::cell::Cell;
 
+use ::placed::{PlacedRollout, Wanted};
 use backend_ipc::{BACKEND, LentTensor, lend, lend_tensors};
 use bytes::Bytes;
-use conformance::placed::{Lends, own_memory, processes};
+use conformance::placed::{self, Lends, own_memory, processes};
 use conformance::processes::{address, context, control, runtime};
 use control_plane::ControlPlane;
 use engine_core::{
     CheckpointEngineConfig, DType, EngineContext, ErrorKind, Prepared, Result, Storage, TensorMeta,
 };
-use placed::{PlacedRollout, Wanted};
 use rustix::fs::MemfdFlags;
 use rustix::mm::{MapFlags, ProtFlags};
 
@@ -161,6 +161,23 @@ between_processes!(processes_with_private_tensors, staged_between_processes());
 #[test]
 fn ranks_of_placed_updates_and_others_do_not_form_a_group() {
     processes::ranks_of_placed_updates_and_others_do_not_form_a_group(&between_processes());
+}
+
+#[test]
+fn reports_say_which_tensors_go_through_staging_memory_and_why() {
+    let (leaders, own) = placed::what_made_an_update_slower(&lends(2, lend_private));
+    assert_eq!(leaders, [format!("rank 2: {}", own[0][0]), format!("rank 3: {}", own[1][0])]);
+    for own in own {
+        for words in
+            ["of 4 tensors (`norm` is the first) go through staging memory", "share_memory_"]
+        {
+            assert!(own[0].contains(words), "{own:?}");
+        }
+    }
+    for lend in [lend, lend_own] {
+        let (leaders, own) = placed::what_made_an_update_slower(&lends(2, lend));
+        assert_eq!(leaders.into_iter().chain(own.concat()).collect::<Vec<_>>(), [""; 0]);
+    }
 }
 
 #[test]

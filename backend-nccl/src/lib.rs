@@ -57,7 +57,7 @@ pub struct NcclOptions {
     pub relays: bool,
     /// Whether to make communicators anew for every update.
     pub rebuild_group: bool,
-    /// Whether trainers write into tensors that rollouts lend.
+    /// Whether trainers write into tensors that rollouts lend. The same on all trainers.
     pub placed: bool,
     /// The file `libnccl.so.2`; searched for without it.
     pub library: Option<PathBuf>,

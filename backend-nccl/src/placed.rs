@@ -33,7 +33,11 @@ pub fn lend(
         Error::new(ErrorKind::Resource, LENDING, message)
     })?;
     let space = CudaSpace::from(CudaMemory::new(&device, len)?.all());
-    prepare(context, layout, OnGpu { space, kernels: CudaKernels::new(&device)?, _held: Vec::new() })
+    prepare(
+        context,
+        layout,
+        OnGpu { space, kernels: CudaKernels::new(&device)?, _held: Vec::new() },
+    )
 }
 
 /// As [`lend`], of tensors that the rollout's program has made on its GPU, in memory of any kind: updates are written to where they are.

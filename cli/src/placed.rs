@@ -50,7 +50,9 @@ impl Placing {
         let mut config = config.clone();
         if !["ipc", "nixl", "nccl", "hccl"].contains(&&*config.backend) {
             let backend = &config.backend;
-            return Err(refuse(format!("{backend} has no placed updates: ipc, nixl, nccl and hccl have")));
+            return Err(refuse(format!(
+                "{backend} has no placed updates: ipc, nixl, nccl and hccl have"
+            )));
         }
         let mut fp8 = Fp8Config::of(&config)?;
         if fp8.quantization.quantize_on_receive {

@@ -26,6 +26,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use ::placed::parcels::{Carrier, Packing, RUNS, Room, Run};
+use ::placed::{Layout, Lender, LentBytes, PlacedRollout, Reach, Reached};
 use bytes::Bytes;
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::ALIGNMENT;
@@ -34,8 +36,6 @@ use engine_core::{
     Weight, digest,
 };
 use futures::executor::block_on;
-use ::placed::parcels::{Carrier, Packing, RUNS, Room, Run};
-use ::placed::{Layout, Lender, LentBytes, PlacedRollout, Reach, Reached};
 use protocol::{decode, encode};
 use quant_fp8::StridedPart;
 use serde::{Deserialize, Serialize};
@@ -518,7 +518,8 @@ impl<C: Communicator> Reach for Broadcasts<C> {
                     pair
                 }
                 (None, None) => {
-                    let message = "the group with it has failed here: the next update forms another";
+                    let message =
+                        "the group with it has failed here: the next update forms another";
                     return Err(Error::new(ErrorKind::PeerLost, USING, message).rank(rollout));
                 }
             };
@@ -745,7 +746,8 @@ impl<C: Communicator> Taker<C> {
                 match Head::of(&head) {
                     Some(Head::Parcel { bytes, runs }) => {
                         let all = runs.checked_mul(RUN as u64);
-                        let all = all.and_then(|all| all.checked_add(bytes)?.checked_add(HEAD as u64));
+                        let all =
+                            all.and_then(|all| all.checked_add(bytes)?.checked_add(HEAD as u64));
                         let end = all.filter(|end| *end <= ends.slot_bytes && *end > HEAD as u64);
                         let end = end.ok_or_else(|| broken("a parcel of another size"))?;
                         let part = HEAD as u64..end;
@@ -823,4 +825,24 @@ pub fn prepare_placed_rollout<L: Library>(
         Ok(Box::new(LentTensors { ends, memory: tensors, taking: None }) as Box<dyn Lender>)
     };
     ::placed::prepare_rollout(name, context, layout, memory)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_head_is_read_as_it_was_written_and_other_bytes_are_none(
+            bytes in 0_u64.., runs in 0_u64.., scattered in any::<bool>(),
+            other in proptest::collection::vec(any::<u8>(), 0..80),
+        ) {
+            for head in [Head::Parcel { bytes, runs }, Head::Ask, Head::End, Head::Answer { scattered }] {
+                prop_assert_eq!(Head::of(&head.to_bytes()), Some(head));
+            }
+            drop(Head::of(&other));
+            prop_assert_eq!(Head::of(&[0; HEAD]), None);
+        }
+    }
 }

@@ -190,8 +190,14 @@ impl CudaKernels {
                 let row = |at| Strides { at, matrix: here, row: here };
                 let (from_here, to_here, extent) = (row(from), row(at), [1, 1, here]);
                 parts.push(
-                    [StridedPart { from: from_here, to: to_here, extent, element: 1, blocks: None }]
-                        .into(),
+                    [StridedPart {
+                        from: from_here,
+                        to: to_here,
+                        extent,
+                        element: 1,
+                        blocks: None,
+                    }]
+                    .into(),
                 );
                 (from, at, left) = (from + here, at + here, left - here);
             }

@@ -123,9 +123,9 @@ impl HostTensors {
             tensors.into_iter().map(LentTensor::into_host_parts).collect::<Result<_>>()?;
         let ranges = HostRanges::new(0, tensors.iter().flat_map(|(_, both)| both));
         let at = |bytes: &Bytes| ranges.find(bytes).map_or(0, |(_, at)| at);
-        let wanted = tensors.iter().map(|(wanted, [elements, scales])| {
-            (wanted.clone(), at(elements), at(scales))
-        });
+        let wanted = tensors
+            .iter()
+            .map(|(wanted, [elements, scales])| (wanted.clone(), at(elements), at(scales)));
         let layout = Layout::at(wanted.collect::<Vec<_>>(), ranges.end(0))?;
         let bytes = tensors.into_iter().flat_map(|(_, both)| both);
         let bytes: Vec<_> = bytes.map(|bytes| (at(&bytes), bytes)).collect();
@@ -154,7 +154,10 @@ impl HostTensors {
     }
 
     /// The offset behind the last byte.
-    #[expect(clippy::len_without_is_empty, reason = "as of a lender, which is empty without tensors alone")]
+    #[expect(
+        clippy::len_without_is_empty,
+        reason = "as of a lender, which is empty without tensors alone"
+    )]
     pub fn len(&self) -> u64 {
         self.0.end()
     }
@@ -259,7 +262,8 @@ mod tests {
         assert_eq!(bytes(16, 8), [0, 1, 2, 0, 3, 4, 5, 6]);
         assert_eq!(bytes(24, 4), [7, 8, 9, 10]);
         for outside in [0, 15, 27, 28, u64::MAX - 1] {
-            let error = tensors.scatter(&[Run { at: outside, len: 2 }], &parcel).expect_err("no place");
+            let error =
+                tensors.scatter(&[Run { at: outside, len: 2 }], &parcel).expect_err("no place");
             assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
         }
     }

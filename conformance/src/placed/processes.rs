@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use control_plane::{Address, ControlPlane, join_group};
 use engine_core::{
-    Backend, CheckpointEngineConfig, DType, DeviceChoice, Devices, Encoding, Error, ErrorKind, Rank, Result, Role,
-    SendReport, TensorBox, TensorMeta, TrainerEngine, Treatment, Version, Weight,
-    ensure_async_iterator,
+    Backend, CheckpointEngineConfig, DType, DeviceChoice, Devices, Encoding, Error, ErrorKind,
+    Rank, Result, Role, SendReport, TensorBox, TensorMeta, TrainerEngine, Treatment, Version,
+    Weight, ensure_async_iterator,
 };
 use futures::future::join;
 use placed::{PlacedRollout, TensorState, Wanted};

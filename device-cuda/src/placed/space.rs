@@ -72,7 +72,8 @@ impl CudaSpace {
 
     /// How many bytes there are from an offset on to the end of its slice; 0 if there is no memory.
     pub fn rest(&self, at: u64) -> u64 {
-        self.slice_at(at).map_or(0, |(start, slice)| (start + slice.len() as u64).saturating_sub(at))
+        self.slice_at(at)
+            .map_or(0, |(start, slice)| (start + slice.len() as u64).saturating_sub(at))
     }
 
     /// The room around an offset; one without bytes if there is no memory.
