@@ -202,6 +202,7 @@ class ReceiveReport:
         elapsed: Seconds from the trainer's announcement to the end.
         digest: Of the whole version, if digests are on.
         parts: The named parts of the version, if this rank keeps a copy of it.
+        slower: What of this rank made the update slower than possible, and why.
     """
 
     version: int
@@ -212,6 +213,7 @@ class ReceiveReport:
     elapsed: float
     digest: int | None
     parts: dict[str, PartReport] = field(default_factory=dict)
+    slower: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -264,7 +266,7 @@ def _parts(data: Any) -> dict[str, PartReport]:
 def _receive_report(text: str) -> ReceiveReport:
     data = json.loads(text)
     elapsed, parts = _seconds(data["elapsed"]), _parts(data["parts"])
-    return ReceiveReport(**{**data, "elapsed": elapsed, "parts": parts})
+    return ReceiveReport(**{**data, "elapsed": elapsed, "parts": parts, "slower": tuple(data["slower"])})
 
 
 def _peers(text: str) -> tuple[Peer, ...]:
