@@ -676,9 +676,11 @@ impl Communicator for HcclCommunicator {
         }
     }
 
-    fn leave_group(&mut self, group: usize) {
-        if let Some(left) = self.groups.get_mut(group).and_then(Option::take) {
-            self.end(left);
+    fn leave_groups(&mut self, groups: &[usize]) {
+        for group in groups {
+            if let Some(left) = self.groups.get_mut(*group).and_then(Option::take) {
+                self.end(left);
+            }
         }
     }
 

@@ -237,9 +237,9 @@ impl Communicator for Nccl {
         Ok(state.ended)
     }
 
-    fn leave_group(&mut self, group: usize) {
-        let left = self.groups.remove(&group);
-        self.end(left.into_iter().collect());
+    fn leave_groups(&mut self, groups: &[usize]) {
+        let left = groups.iter().filter_map(|group| self.groups.remove(group)).collect();
+        self.end(left);
     }
 
     fn leave(&mut self) {

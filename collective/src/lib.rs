@@ -368,8 +368,8 @@ pub trait Communicator: fmt::Debug + 'static {
     /// Unmaps the leader's slots, after their last view was dropped.
     fn detach(&mut self) {}
 
-    /// Leaves one group, in which nothing is under way.
-    fn leave_group(&mut self, group: usize);
+    /// Leaves some groups, as [`leave`](Self::leave) does all. In those that stay nothing is under way.
+    fn leave_groups(&mut self, groups: &[usize]);
 
     /// Leaves all groups. Broadcasts that are under way are aborted, and no longer use the slots when this returns.
     ///

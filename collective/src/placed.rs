@@ -236,28 +236,49 @@ impl<C: Communicator> Ends<C> {
 
     /// Leaves the groups with ranks other than these.
     fn keep(&self, ranks: &[Rank]) -> Result<()> {
-        let mut pairs = self.pairs();
-        let gone: Vec<Rank> = pairs.keys().filter(|rank| !ranks.contains(rank)).copied().collect();
-        let lanes: Vec<u32> =
-            gone.iter().filter_map(|rank| pairs.remove(rank)).map(|pair| pair.lane).collect();
-        drop(pairs);
-        self.leave(lanes)
+        self.leave(|rank, _| !ranks.contains(rank))
     }
 
-    fn leave(&self, lanes: Vec<u32>) -> Result<()> {
-        if lanes.is_empty() {
+    /// Leaves the groups with some ranks, and those in which something is under way: a library may be unable to leave one group before it is
+    /// over in another. In the others both ends know what comes next, and they stay.
+    fn give_up(&self, with: &[Rank]) {
+        if let Err(error) = self.leave(|rank, busy| busy || with.contains(rank)) {
+            debug!(%error, "groups could not be left");
+        }
+    }
+
+    /// Leaves those groups for which `leaves` says so, given the rank and whether something is under way.
+    fn leave(&self, leaves: impl Fn(&Rank, bool) -> bool) -> Result<()> {
+        let mut pairs = self.pairs();
+        let lanes: Vec<u32> = pairs.values().map(|pair| pair.lane).collect();
+        let ended = self.thread.run_blocking(self.deadline, move |library, _| {
+            // Of a group that has failed, something is under way.
+            Ok(lanes.into_iter().map(|lane| library.ended(lane as usize).ok()).collect::<Vec<_>>())
+        })?;
+        let busy = pairs.values().zip(ended).map(|(pair, ended)| {
+            ended.is_none_or(|ended| ended < pair.begun.load(Ordering::Relaxed))
+        });
+        let left: Vec<(Rank, usize)> = pairs
+            .iter()
+            .zip(busy)
+            .filter(|((rank, _), busy)| leaves(rank, *busy))
+            .map(|((rank, pair), _)| (*rank, pair.lane as usize))
+            .collect();
+        left.iter().for_each(|(rank, _)| drop(pairs.remove(rank)));
+        drop(pairs);
+        if left.is_empty() {
             return Ok(());
         }
-        self.thread.run_blocking(self.limit, move |library, _| {
-            lanes.into_iter().for_each(|lane| library.leave_group(lane as usize));
+        let groups: Vec<usize> = left.into_iter().map(|(_, group)| group).collect();
+        self.thread.run_blocking(self.deadline, move |library, _| {
+            library.leave_groups(&groups);
             Ok(())
         })
     }
 
     /// A pair with a rank, in a lane that no other pair has. A pair that it had before is left.
     fn new_pair(&self, with: Rank, name: u64) -> Result<Arc<Pair>> {
-        let old = self.pairs().remove(&with);
-        self.leave(old.iter().map(|pair| pair.lane).collect())?;
+        self.leave(|rank, _| *rank == with)?;
         let mut pairs = self.pairs();
         let taken: BTreeSet<u32> = pairs.values().map(|pair| pair.lane).collect();
         let lane = (0..PAIRS).find(|lane| !taken.contains(lane)).ok_or_else(|| {
@@ -278,18 +299,6 @@ impl<C: Communicator> Ends<C> {
             library.connect_members(group, wait)
         });
         join.map_err(|error| error.rank(with))
-    }
-
-    /// Gives all groups up: what is under way is aborted.
-    fn give_up(&self) {
-        self.pairs().clear();
-        let left = self.thread.run_blocking(self.deadline, |library, _| {
-            library.leave();
-            Ok(())
-        });
-        if let Err(error) = left {
-            debug!(%error, "groups could not be left");
-        }
     }
 
     fn lock(&self, slot: u32) -> Result<SlotGuard> {
@@ -450,8 +459,8 @@ impl<C: Communicator> Drop for ToRollout<C> {
             self.ends.wait(&self.pair, last, limit)
         });
         if let Err(error) = ended {
-            debug!(%error, "the groups of this rank are given up");
-            self.ends.give_up();
+            debug!(%error, "the group with a rollout is given up");
+            self.ends.give_up(&[self.rollout]);
         }
     }
 }
@@ -512,7 +521,7 @@ impl<C: Communicator> Reach for Broadcasts<C> {
                 (_, Some(id)) => {
                     let pair = ends.new_pair(rollout, name)?;
                     if let Err(error) = ends.join(&pair, id, TRAINER, rollout) {
-                        ends.give_up();
+                        ends.give_up(&[rollout]);
                         return Err(error);
                     }
                     pair
@@ -686,11 +695,13 @@ struct Taker<C: Communicator> {
 impl<C: Communicator> Taker<C> {
     fn run(mut self, mut froms: Vec<FromTrainer>) {
         if let Err(error) = self.take(&mut froms) {
+            let open = froms.iter().filter(|from| !matches!(from.step, Step::Ended));
+            let open: Vec<Rank> = open.map(|from| from.trainer).collect();
             match error.kind() {
-                ErrorKind::Aborted => debug!(%error, "the groups of this rank are given up"),
-                _ => warn!(%error, "the groups of this rank are given up"),
+                ErrorKind::Aborted => debug!(%error, ?open, "groups with trainers are given up"),
+                _ => warn!(%error, ?open, "groups with trainers are given up"),
             }
-            self.ends.give_up();
+            self.ends.give_up(&open);
         }
     }
 
@@ -841,7 +852,8 @@ mod tests {
             for head in [Head::Parcel { bytes, runs }, Head::Ask, Head::End, Head::Answer { scattered }] {
                 prop_assert_eq!(Head::of(&head.to_bytes()), Some(head));
             }
-            drop(Head::of(&other));
+            // Whatever it is, it is no panic.
+            let _ = Head::of(&other);
             prop_assert_eq!(Head::of(&[0; HEAD]), None);
         }
     }

@@ -564,9 +564,9 @@ impl Communicator for FakeCommunicator {
         }
     }
 
-    fn leave_group(&mut self, group: usize) {
+    fn leave_groups(&mut self, groups: &[usize]) {
         self.check_thread();
-        if let Some(group) = self.groups.remove(&group) {
+        for group in groups.iter().filter_map(|group| self.groups.remove(group)) {
             lock(&group.world).left += 1;
             LEFT.fetch_add(1, Ordering::SeqCst);
         }

@@ -296,7 +296,7 @@ impl Communicator for Trainer {
         Ok(self.ended)
     }
 
-    fn leave_group(&mut self, _: usize) {
+    fn leave_groups(&mut self, _: &[usize]) {
         self.leave();
     }
 
